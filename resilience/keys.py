@@ -1,0 +1,42 @@
+"""Every Redis key of the platform, spelled once, with its type beside it.
+
+A key that belongs to one job carries the job's id as its hash tag, so all keys of a job
+share one cluster slot and one script may touch them together.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class JobKeys(NamedTuple):
+    """The keys of one job, in the order in which every ledger script names them."""
+
+    job: str  # HASH    state, counts, limits, the request itself
+    nodes: str  # HASH    node id -> JSON record
+    due: str  # ZSET    unfinished node id -> ms at which the sweep looks at it
+    splits: str  # HASH    split id -> JSON: range and the slot it fills
+    pieces: str  # ZSET    "lo:hi" of every partial, scored by lo
+    blobs: str  # HASH    "lo:hi" -> packed partial; "output" -> packed answer
+    failed: str  # ZSET    index of every failed item, scored by itself
+    failures: str  # HASH    index -> JSON: type, message, traceback (the first 1,000)
+    deaths: str  # HASH    index -> how often its process died while it ran
+    inflight: str  # HASH    running node id -> "done:failed:skipped" so far
+    events: str  # STREAM  the job's bounded log; waiting clients block on it
+    items: str  # ZSET    "lo:hi" of every stored block of items, scored by lo
+    blocks: str  # HASH    "lo:hi" -> packed block of items
+
+
+class Keys:
+    """Key names under one namespace, so that several platforms can share a Redis."""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+        self.due = f"{namespace}:due"  # ZSET    open job -> earliest ms at which it wants a sweep
+        self.jobs = f"{namespace}:jobs"  # ZSET    job -> ms at which it was opened
+        self.slots = f"{namespace}:slots"  # HASH    worker -> JSON: total, free, queues, at
+
+    def of(self, job: str) -> JobKeys:
+        """Return the keys of one job."""
+        tagged = f"{self.namespace}:{{{job}}}:"
+        return JobKeys(*(tagged + field for field in JobKeys._fields))

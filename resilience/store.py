@@ -1,0 +1,120 @@
+"""One connection to Redis per process, and scripts that run in one round trip.
+
+Decides how Redis is called: short timeouts, no hidden retries (redis-py's own would run a
+script twice after a timeout), scripts loaded on demand, several calls in one pipeline.
+Refuses to know what is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, cast
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry
+
+from resilience.errors import StoreUnavailable
+
+LOST = (RedisConnectionError, RedisTimeoutError)
+_PASSWORD = re.compile(r"(://[^:@/]*:)[^@/]*@")
+
+Argument = str | int | float | bytes
+
+
+def masked(url: str) -> str:
+    """Return the URL with its password replaced, fit for messages and logs."""
+    return _PASSWORD.sub(r"\1***@", url)
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A Lua script: its text and the digest Redis knows it by."""
+
+    name: str
+    text: str
+    sha: str
+
+    @classmethod
+    def load(cls, package: str, name: str, *, prelude: str = "") -> Script:
+        """Read ``lua/<name>.lua`` of a package, with a shared prelude in front of it."""
+        folder = files(package) / "lua"
+        parts = ([prelude] if prelude else []) + [name]
+        text = "\n".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in parts)
+        return cls(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One script run: pass several to `Store.run` and they share a round trip."""
+
+    script: Script
+    keys: Sequence[str]
+    args: Sequence[Argument]
+
+
+class Store:
+    """A Redis client that knows its URL, survives a fork and never retries behind its caller."""
+
+    def __init__(self, url: str, *, client: redis.Redis | None = None, timeout_s: float = 5.0) -> None:
+        self.url = masked(url)
+        self._raw_url, self._timeout_s = url, timeout_s
+        self._client, self._given, self._pid = client, client is not None, os.getpid()
+
+    @property
+    def client(self) -> redis.Redis:
+        """The connection pool of this process."""
+        if self._client is None or (self._pid != os.getpid() and not self._given):
+            self._client, self._pid = self._connect(), os.getpid()
+        return self._client
+
+    def _connect(self) -> redis.Redis:
+        return redis.Redis.from_url(
+            self._raw_url,
+            socket_timeout=self._timeout_s,
+            socket_connect_timeout=1.0,
+            socket_keepalive=True,
+            health_check_interval=0,
+            retry=Retry(NoBackoff(), 0),
+        )
+
+    def check(self) -> None:
+        """Raise StoreUnavailable, naming the URL without its password, unless Redis answers."""
+        try:
+            self.client.ping()
+        except (RedisError, OSError) as error:
+            raise self.unavailable(error) from None
+
+    def unavailable(self, error: Exception) -> StoreUnavailable:
+        """Return the error a user sees for a lost or refused connection."""
+        return StoreUnavailable(self.url, f"{type(error).__name__}: {error}"[:200])
+
+    def run(self, *calls: Call) -> list[Any]:
+        """Run scripts in one round trip and return their answers; raise the first error.
+
+        A script the server does not know (restart, SCRIPT FLUSH) is sent whole, once.
+        """
+        answers = self._pipelined(calls, by_sha=True)
+        missing = [at for at, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
+        if missing:
+            for at, answer in zip(missing, self._pipelined([calls[i] for i in missing], by_sha=False), strict=True):
+                answers[at] = answer
+        for answer in answers:
+            if isinstance(answer, ResponseError):
+                raise answer
+        return answers
+
+    def _pipelined(self, calls: Sequence[Call], *, by_sha: bool) -> list[Any]:
+        pipe = self.client.pipeline(transaction=False)
+        for call in calls:
+            command = ("EVALSHA", call.script.sha) if by_sha else ("EVAL", call.script.text)
+            pipe.execute_command(*command, len(call.keys), *call.keys, *call.args)
+        return cast(list[Any], pipe.execute(raise_on_error=False))

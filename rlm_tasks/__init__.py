@@ -1,0 +1,71 @@
+"""What runs, and everything a user touches: jobs that split themselves, on Celery and Redis.
+
+    from rlm_tasks import Client, operation
+
+Names below are stable.  They load on first use, so importing the package costs little.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlm_tasks.celery import app as app
+    from rlm_tasks.celery import install as install
+    from rlm_tasks.client import Client as Client
+    from rlm_tasks.errors import InvalidRequest as InvalidRequest
+    from rlm_tasks.errors import JobCancelled as JobCancelled
+    from rlm_tasks.errors import JobExpired as JobExpired
+    from rlm_tasks.errors import JobFailed as JobFailed
+    from rlm_tasks.errors import JobNotFound as JobNotFound
+    from rlm_tasks.errors import ResultTimeout as ResultTimeout
+    from rlm_tasks.errors import ResultTooLarge as ResultTooLarge
+    from rlm_tasks.errors import RlmError as RlmError
+    from rlm_tasks.errors import StoreUnavailable as StoreUnavailable
+    from rlm_tasks.errors import UnknownOperation as UnknownOperation
+    from rlm_tasks.job import Job as Job
+    from rlm_tasks.operations import Context as Context
+    from rlm_tasks.operations import operation as operation
+    from rlm_tasks.requests import Adaptive as Adaptive
+    from rlm_tasks.requests import Binary as Binary
+    from rlm_tasks.requests import Conditions as Conditions
+    from rlm_tasks.requests import JobRequest as JobRequest
+    from rlm_tasks.requests import NWay as NWay
+    from rlm_tasks.requests import Options as Options
+    from rlm_tasks.requests import Priority as Priority
+    from rlm_tasks.results import ItemFailure as ItemFailure
+    from rlm_tasks.results import JobResult as JobResult
+    from rlm_tasks.results import Partial as Partial
+    from rlm_tasks.results import Progress as Progress
+    from rlm_tasks.results import Status as Status
+    from rlm_tasks.sources import Files as Files
+    from rlm_tasks.sources import Lines as Lines
+    from rlm_tasks.splitting import estimate_optimal_chunk_size as estimate_optimal_chunk_size
+
+_HOMES = {
+    "celery": "app install",
+    "client": "Client",
+    "errors": "InvalidRequest JobCancelled JobExpired JobFailed JobNotFound ResultTimeout ResultTooLarge RlmError "
+    "StoreUnavailable UnknownOperation",
+    "job": "Job",
+    "operations": "Context operation",
+    "requests": "Adaptive Binary Conditions JobRequest NWay Options Priority",
+    "results": "ItemFailure JobResult Partial Progress Status",
+    "sources": "Files Lines",
+    "splitting": "estimate_optimal_chunk_size",
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605  # the list and its loader must not drift apart
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"rlm_tasks.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,98 @@
+"""The Celery app, and how the platform is installed into one.
+
+Decides every Celery setting; refuses to know what the tasks do.  ``celery -A rlm_tasks worker`` finds `app` here.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from celery import Celery, signals
+from kombu import Queue
+
+from rlm_tasks import operations, tasks
+from rlm_tasks.requests import Priority
+from rlm_tasks.runtime import Runtime
+from rlm_tasks.settings import Settings
+from rlm_tasks.settings import settings as environment
+from rlm_tasks.worker import GuardStep, drain_on_shutdown
+
+VISIBILITY_TIMEOUT_S = 4 * 3600
+"""Longer than any node runs: lost work is recovered by the ledger's sweep, not by redelivery."""
+
+
+def queue_name(namespace: str, priority: str) -> str:
+    """Return the queue of a priority."""
+    return f"{namespace}.{priority}"
+
+
+def configuration(settings: Settings) -> dict[str, Any]:
+    """Return the Celery settings of the platform's own app."""
+    prefix = f"{settings.namespace}:"
+    connection = {"socket_timeout": 30, "socket_connect_timeout": 5, "socket_keepalive": True, "health_check_interval": 10}
+    return {
+        "broker_url": settings.broker_url,
+        "result_backend": settings.result_backend,
+        "broker_transport_options": {
+            **connection,
+            "visibility_timeout": VISIBILITY_TIMEOUT_S,
+            "queue_order_strategy": "priority",
+            "priority_steps": [0],
+            "global_keyprefix": prefix,
+        },
+        "result_backend_transport_options": {"global_keyprefix": prefix},
+        "redis_socket_timeout": 30,
+        "redis_socket_connect_timeout": 5,
+        "redis_socket_keepalive": True,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "broker_pool_acquire_timeout": 30,
+        "task_publish_retry_policy": {"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5},
+        "task_queues": [Queue(queue_name(settings.namespace, each)) for each in Priority],
+        "task_default_queue": queue_name(settings.namespace, Priority.NORMAL),
+        "task_create_missing_queues": False,
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "accept_content": ["json"],
+        "task_ignore_result": True,
+        "result_expires": 3600,
+        "result_chord_expires": 2 * 86_400,
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "task_retry_on_worker_lost": False,
+        "worker_prefetch_multiplier": 1,
+        "worker_disable_rate_limits": True,
+        "worker_deduplicate_successful_tasks": False,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+    }
+
+
+def install(app: Celery, settings: Settings | None = None) -> Celery:
+    """Add the platform's tasks, queues and worker steps to a Celery app, and return it.
+
+    The app keeps its broker and its own settings; its workers must consume the platform's queues
+    (``-Q celery,rlm.critical,rlm.high,rlm.normal,rlm.low``), with ``worker_prefetch_multiplier = 1``.
+    """
+    wanted = settings or environment()
+
+    @functools.cache
+    def runtime() -> Runtime:
+        return Runtime.of(app, wanted, patience_s=wanted.ledger.lease_s)
+
+    def prepare(**_: Any) -> None:
+        # Before the pool forks: the page is shared, and operations are imported once.
+        operations.import_operations(wanted.operations)
+        runtime().worker = "worker"
+
+    app.rlm_runtime = runtime
+    app.rlm_settings = wanted
+    tasks.register(app, runtime)
+    app.steps["consumer"].add(GuardStep)
+    signals.worker_init.connect(prepare, weak=False)
+    drain_on_shutdown(runtime)
+    return app
+
+
+app = install(Celery("rlm_tasks", set_as_current=False))
+app.config_from_object(configuration(environment()))

@@ -1,0 +1,200 @@
+"""The door for users: check a request, store its items, open the job, send its first message.
+
+Decides when a request becomes a job; refuses to know how the job runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+from celery import Celery
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from resilience.keys import Keys
+from resilience.store import Store
+from rlm_tasks import operations
+from rlm_tasks.celery import app as default_app
+from rlm_tasks.celery import queue_name
+from rlm_tasks.dispatch import Dispatcher
+from rlm_tasks.errors import InvalidRequest, JobNotFound
+from rlm_tasks.job import Job
+from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report
+from rlm_tasks.requests import Conditions, JobRequest, Options
+from rlm_tasks.results import JobResult, Status
+from rlm_tasks.settings import Settings
+from rlm_tasks.sources import ItemReader, ItemWriter, Source
+from rlm_tasks.spec import Spec
+
+Request = JobRequest | Mapping[str, Any]
+
+
+class Client:
+    """Submit jobs and find them again.
+
+    One client serves a whole process and may be used as a context manager.  Construction does not
+    connect; an unreachable Redis is reported by the first call, within 2 s, as StoreUnavailable.
+    """
+
+    def __init__(self, app: Celery | None = None) -> None:
+        self._app = app or default_app
+        self.settings: Settings = self._app.rlm_settings
+        self._store = Store(self.settings.redis_url)
+        self.ledger = Ledger(self._store, Keys(self.settings.namespace), self.settings.ledger)
+        self._dispatcher = Dispatcher(self._app, self.ledger)
+        self.reader = ItemReader(self._store)
+        operations.import_operations(self.settings.operations)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._store.client.close()
+
+    # --- submitting ---------------------------------------------------------------------------------
+
+    def submit(self, request: Request | None = None, /, **fields: Any) -> Job:
+        """Open a job and return its handle.
+
+        Takes a JobRequest, a plain dict in snake_case or camelCase, or the fields themselves; fields of
+        Options and Conditions may be given flat (``priority="high"``).
+        Raises InvalidRequest before anything is enqueued, and StoreUnavailable.
+        """
+        return self._open([self._request(request, fields)])[0]
+
+    def execute(self, request: Request | None = None, /, *, timeout: float | None = None, **fields: Any) -> JobResult:
+        """Submit and wait: `submit` followed by `Job.result`."""
+        return self.submit(request, **fields).result(timeout=timeout)
+
+    def batch_submit(self, requests: Iterable[Request]) -> list[Job]:
+        """Open several independent jobs; their ledger calls and messages are pipelined."""
+        return self._open([JobRequest.parse(request) for request in requests])
+
+    def batch_execute(self, requests: Iterable[Request], *, timeout: float | None = None) -> list[JobResult]:
+        """Submit several jobs and wait for all; results come in the order of the requests."""
+        return [job.result(timeout=timeout) for job in self.batch_submit(requests)]
+
+    # --- finding again ------------------------------------------------------------------------------
+
+    def job(self, job_id: str) -> Job:
+        """Return the handle of a job submitted anywhere.  Raises JobNotFound."""
+        if not self._reachable(lambda: self.ledger.facts(job_id)):
+            raise JobNotFound(job_id)
+        return Job(self, job_id)
+
+    def jobs(self, limit: int = 100) -> list[Job]:
+        """Return the newest jobs of this platform, the newest first."""
+        return [Job(self, id) for id, _ in self._reachable(lambda: self.ledger.jobs(limit))]
+
+    # --- how a request becomes a job ----------------------------------------------------------------
+
+    def _request(self, request: Request | None, fields: dict[str, Any]) -> JobRequest:
+        if request is None:
+            return JobRequest.parse(_grouped(fields))
+        if fields:
+            raise InvalidRequest("fields", sorted(fields), "give a request or fields, not both")
+        return JobRequest.parse(request)
+
+    def _open(self, requests: Sequence[JobRequest]) -> list[Job]:
+        for request in requests:
+            self._check(request)
+        self._store.check()
+        return self._start([self._reachable(functools.partial(self._stored, request)) for request in requests])
+
+    def _start(self, specs: Sequence[Spec]) -> list[Job]:
+        self._reachable(lambda: self.ledger.open(specs, self.settings.result_ttl_s))
+        nothing_to_do = [spec for spec in specs if spec.n == 0 and spec.skip_if_empty]
+        for spec in nothing_to_do:
+            self._close_empty(spec)
+        waiting = [spec for spec in specs if spec not in nothing_to_do]
+        if waiting:
+            self._dispatcher.send_root(waiting, ROOT)
+        return [Job(self, spec.job) for spec in specs]
+
+    def _check(self, request: JobRequest) -> None:
+        operation = operations.get(request.operation)
+        if request.conditions.validate_before_process and operation.validate is None:
+            raise InvalidRequest(
+                "validate_before_process", True, f"operation {operation.name!r} has no validate; give it one, or leave this out"
+            )
+
+    def _stored(self, request: JobRequest) -> Spec:
+        """Store the items whole, then settle the request: a generator that raises leaves no job behind."""
+        job = str(uuid.uuid4())
+        source, n = self._write_items(job, request.items)
+        options, conditions = request.options, request.conditions
+        return Spec(
+            job=job, operation=request.operation, source=source, n=n,
+            shape=request.shape(self.settings.node.target_ms), queue=queue_name(self.settings.namespace, options.priority),
+            version=operations.get(request.operation).version, params=request.params, priority=options.priority,
+            kind=request.kind, continue_on_error=options.continue_on_error, error_threshold=options.error_threshold,
+            skip_if_empty=conditions.skip_if_empty, validate=conditions.validate_before_process,
+            early_termination_threshold=conditions.early_termination_threshold, timeout_ms=options.timeout_ms,
+            description=request.description, complexity=request.complexity,
+        )  # fmt: skip
+
+    def _write_items(self, job: str, items: Any) -> tuple[Source, int]:
+        keys, settings = self.ledger.keys.of(job), self.settings
+        writer = ItemWriter(
+            self._store, keys.items, keys.blocks, ttl_s=settings.result_ttl_s, max_item_bytes=settings.max_item_bytes
+        )
+        try:
+            return writer.write(items)
+        except BaseException:
+            self._forget(keys.items, keys.blocks)
+            raise
+
+    def resubmit(self, spec: Spec, items: Iterable[Any]) -> Job:
+        """Open a job like another one on other items."""
+        job = str(uuid.uuid4())
+        source, n = self._write_items(job, items)
+        return self._start([msgspec.structs.replace(spec, job=job, source=source, n=n)])[0]
+
+    def _forget(self, *keys: str) -> None:
+        try:
+            self._store.client.delete(*keys)
+        except (RedisConnectionError, RedisTimeoutError):
+            return  # the keys carry an expiry
+
+    def _close_empty(self, spec: Spec) -> None:
+        """A job without items that asked to be skipped ends here: no message is sent."""
+        claim = self.ledger.claim(spec.job, ROOT, "client", "client")
+        finished = self.ledger.finish(claim, Report(mid=0), b"")
+        if finished.outcome == PROCESS:
+            self._dispatcher.send_root([spec], PROCESS)
+        else:
+            self.ledger.close(spec.job, finished.epoch, Status.SUCCEEDED)
+
+    def _reachable(self, ask: Any) -> Any:
+        try:
+            return ask()
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            raise self._store.unavailable(error) from None
+
+
+def _grouped(fields: dict[str, Any]) -> dict[str, Any]:
+    """Sort flat fields into the request, its options and its conditions."""
+    if "input" in fields:
+        return fields
+    grouped = dict(fields)
+    for part, model in (("options", Options), ("conditions", Conditions)):
+        names = {name for name in fields if name in model.model_fields or (part == "options" and name == "timeout")}
+        if names:
+            if part in fields:
+                raise InvalidRequest(part, sorted(names), f"given beside {part}=...; keep one of both")
+            grouped[part] = model(**{name: grouped.pop(name) for name in names})
+    return grouped
+
+
+@functools.cache
+def default_client() -> Client:
+    """Return the client behind ``operation.submit``, configured by the environment."""
+    return Client()

@@ -1,0 +1,75 @@
+"""How items, partials and answers are packed: MessagePack, compressed when it pays.
+
+Plain data goes in and comes out: None, booleans, numbers, strings, bytes, lists, and dictionaries;
+a tuple comes back as a list.  Never pickle.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import zstandard
+
+_PLAIN, _ZSTD = b"\x00", b"\x01"
+_WORTH_COMPRESSING = 512
+_BIG_INTEGER = 1
+
+
+def _unpack_extension(code: int, data: memoryview) -> Any:
+    if code == _BIG_INTEGER:
+        return int.from_bytes(data, "big", signed=True)
+    raise ValueError(f"unknown extension type {code}")
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(ext_hook=_unpack_extension)
+
+
+def encode(value: Any) -> bytes:
+    """Return the value as MessagePack.  Raises TypeError for what has no plain shape."""
+    try:
+        return _encoder.encode(value)
+    except OverflowError:
+        return _encoder.encode(_with_big_integers(value))
+    except (UnicodeEncodeError, msgspec.ValidationError, RecursionError) as error:
+        raise TypeError(f"{type(error).__name__}: {error}") from None
+
+
+def decode(data: bytes) -> Any:
+    """Return the value that `encode` packed."""
+    return _decoder.decode(data)
+
+
+def compress(data: bytes) -> bytes:
+    """Return the data with one byte in front that says how it is stored."""
+    if len(data) >= _WORTH_COMPRESSING:
+        packed = zstandard.compress(data, 1)
+        if len(packed) < len(data):
+            return _ZSTD + packed
+    return _PLAIN + data
+
+
+def decompress(data: bytes) -> bytes:
+    """Undo `compress`."""
+    return zstandard.decompress(data[1:]) if data[:1] == _ZSTD else data[1:]
+
+
+def pack(value: Any) -> bytes:
+    """Encode and compress."""
+    return compress(encode(value))
+
+
+def unpack(data: bytes) -> Any:
+    """Undo `pack`."""
+    return decode(decompress(data))
+
+
+def _with_big_integers(value: Any) -> Any:
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return msgspec.msgpack.Ext(_BIG_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
+    if isinstance(value, dict):
+        return {_with_big_integers(key): _with_big_integers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_with_big_integers(item) for item in value]
+    return value

@@ -1,0 +1,133 @@
+"""Turn the ledger's nodes into Celery messages: groups and chords whose messages carry ids only.
+
+Decides the shape of messages; a message is a function of its node's record, so sending one again sends
+the same task id, group and index.  A header names its chord's body and nothing further out: what encloses
+the body is looked up when it runs, so messages do not grow with depth.  Refuses to know why nodes exist.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from rlm_tasks.ledger import Child, Ledger, Slot, Split
+from rlm_tasks.spec import Spec
+from rlm_tasks.splitting import Fork, Leaf
+
+logger = logging.getLogger(__name__)
+
+NODE_TASK, MERGE_TASK = "rlm.node", "rlm.merge"
+BATCH = 500
+
+
+def mint() -> str:
+    """Return an id for a node or a split, unique within its job."""
+    return secrets.token_hex(6)
+
+
+def freeze(fork: Fork, job: str, slot: Slot, why: str) -> tuple[list[Split], list[Child]]:
+    """Give every split and node of a plan its id and the slot it fills.
+
+    As with Celery's own ``replace``, the outermost body takes over the task id and the slot of the node
+    that is cut.
+    """
+    splits: list[Split] = []
+    children: list[Child] = []
+
+    def visit(part: Fork | Leaf, slot: Slot) -> None:
+        if isinstance(part, Leaf):
+            id = mint()
+            children.append(Child(id, part.lo, part.hi, part.depth, slot.split, slot.index, slot.task or f"{job}.{id}", why))
+            return
+        id = mint()
+        splits.append(Split(id, part.lo, part.hi, slot.split, slot.index, slot.task or f"{job}.{id}", len(part.parts)))
+        for index, inner in enumerate(part.parts):
+            visit(inner, Slot(id, index))
+
+    visit(fork, slot)
+    return splits, children
+
+
+def group_id(job: str, split: str) -> str:
+    """Return the Celery group id of a split."""
+    return f"{job}-{split}"
+
+
+def body_of(job: str, queue: str, split: Split) -> dict[str, Any]:
+    """Return the signature of a chord's body, without what encloses it."""
+    return {
+        "task": MERGE_TASK,
+        "args": [job, split.id],
+        "kwargs": {},
+        "options": {"task_id": split.t, "queue": queue, "ignore_result": True},
+        "subtask_type": None,
+        "immutable": True,
+    }
+
+
+class Dispatcher:
+    """Send nodes to their queue."""
+
+    def __init__(self, app: Celery, ledger: Ledger) -> None:
+        self._app, self._ledger = app, ledger
+
+    def send_root(self, specs: Sequence[Spec], node: str) -> None:
+        """Send the first node of each job."""
+        self._publish((spec.queue, spec.job, node, Slot(task=spec.job), None) for spec in specs)
+
+    def send_children(self, spec: Spec, children: Sequence[Child], splits: Sequence[Split], *, merges: bool) -> None:
+        """Send what a cut has registered; without a merge, a split is a group and needs no chord."""
+        if merges and splits:
+            self._set_sizes(spec.job, splits)
+        bodies = {split.id: split for split in splits} if merges else {}
+        self._publish(
+            (spec.queue, spec.job, child.id, Slot(child.sp, child.ix, child.t), bodies.get(child.sp)) for child in children
+        )
+
+    def resend(self, job: str, nodes: Sequence[str], *, merges: bool) -> None:
+        """Send the messages of registered nodes again, from their records."""
+        spec = self._ledger.spec(job)
+        records = self._ledger.records(job, nodes)
+        if spec is None:
+            return
+        wanted = {record.slot.split for record in records if record.slot.split} if merges else set()
+        bodies = {id: self._ledger.split(job, id) for id in wanted}
+        self._publish((spec.queue, job, r.id, r.slot, bodies.get(r.slot.split)) for r in records)
+
+    def _set_sizes(self, job: str, splits: Iterable[Split]) -> None:
+        backend = self._app.backend
+        pipe = backend.client.pipeline(transaction=False)
+        for split in splits:
+            pipe.set(backend.get_key_for_group(group_id(job, split.id), ".s"), split.size, ex=backend.chord_expires or None)
+        pipe.execute()
+
+    def _publish(self, messages: Iterable[tuple[str, str, str, Slot, Split | None]]) -> None:
+        messages = list(messages)
+        try:
+            with self._app.producer_pool.acquire(block=True, timeout=10) as producer:
+                if len(messages) == 1:
+                    self._send(producer, *messages[0])
+                    return
+                with producer.batch(BATCH):
+                    for message in messages:
+                        self._send(producer, *message)
+        except (OperationalError, OSError) as error:
+            logger.warning(
+                "%d node messages of job %s were not sent (%s); the sweep sends them", len(messages), messages[0][1], error
+            )
+
+    def _send(self, producer: Any, queue: str, job: str, node: str, slot: Slot, body: Split | None) -> None:
+        options: dict[str, Any] = {}
+        if slot.split:
+            options = {"group_id": group_id(job, slot.split), "group_index": slot.index}
+        if body is not None:
+            options["chord"] = body_of(job, queue, body)
+        self._app.send_task(
+            NODE_TASK, [job, node], task_id=slot.task or job, queue=queue, root_id=job, parent_id=job,
+            ignore_result=True, producer=producer, retry=False, **options,
+        )  # fmt: skip

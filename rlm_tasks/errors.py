@@ -1,0 +1,128 @@
+"""The errors of requests and jobs, all under `resilience.errors.RlmError`.
+
+    RlmError
+    ├── InvalidRequest          a field, its value, and what to do (also a ValueError)
+    │   └── UnknownOperation    names the nearest known one
+    ├── JobNotFound             no such job, or its results have expired
+    ├── JobEnded                a job without a full answer; carries its result
+    │   ├── JobFailed
+    │   ├── JobExpired
+    │   └── JobCancelled
+    ├── ResultTimeout           the job goes on, the wait is over (also a TimeoutError)
+    └── ResultTooLarge          iterate, or raise RLM_MAX_RESULT_BYTES
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from resilience.errors import RlmError, StoreUnavailable
+
+if TYPE_CHECKING:
+    from rlm_tasks.results import JobResult
+
+__all__ = [
+    "InvalidRequest",
+    "JobCancelled",
+    "JobEnded",
+    "JobExpired",
+    "JobFailed",
+    "JobNotFound",
+    "ResultTimeout",
+    "ResultTooLarge",
+    "RlmError",
+    "StoreUnavailable",
+    "UnknownOperation",
+]
+
+
+class InvalidRequest(RlmError, ValueError):
+    """A request that cannot be carried out; nothing was enqueued."""
+
+    code = "INVALID_REQUEST"
+
+    def __init__(self, field: str, value: Any, advice: str) -> None:
+        self.field, self.value, self.advice = field, value, advice
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        super().__init__(f"{field}={shown}: {advice}")
+
+
+class UnknownOperation(InvalidRequest):
+    """An operation nobody registered in this process."""
+
+    code = "UNKNOWN_OPERATION"
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
+        super().__init__(
+            "operation", name, f"unknown; {hint} Own operations are imported from RLM_OPERATIONS"
+        )
+
+
+class JobNotFound(RlmError):
+    """The ledger has no such job."""
+
+    code = "JOB_NOT_FOUND"
+
+    def __init__(self, job_id: str) -> None:
+        self.job_id = job_id
+        super().__init__(f"job {job_id} is unknown: a wrong id, another namespace, or its results have expired")
+
+
+class JobEnded(RlmError):
+    """A job that ended without its full answer.  ``result`` holds failures and counts."""
+
+    code = "JOB_ENDED"
+
+    def __init__(self, result: JobResult, why: str) -> None:
+        self.result = result
+        self.failures = result.failed
+        super().__init__(f"job {result.job_id} {result.status}: {why}")
+
+
+class JobFailed(JobEnded):
+    """The verdict on its failures fell, or its merge raised."""
+
+    code = "JOB_FAILED"
+
+
+class JobExpired(JobEnded):
+    """Its timeout passed; `Job.partial` has the answer so far."""
+
+    code = "TIMEOUT"
+
+
+class JobCancelled(JobEnded):
+    """Somebody cancelled or revoked it."""
+
+    code = "JOB_CANCELLED"
+
+
+class ResultTimeout(RlmError, TimeoutError):
+    """The caller's patience ended before the job did."""
+
+    code = "RESULT_TIMEOUT"
+    retryable = True
+
+    def __init__(self, job_id: str, waited_s: float) -> None:
+        self.job_id, self.waited_s = job_id, waited_s
+        super().__init__(f"job {job_id} has not ended within {waited_s:g} s; it goes on, ask again by its id")
+
+
+class ResultTooLarge(RlmError):
+    """An answer too large to be built in memory."""
+
+    code = "RESULT_TOO_LARGE"
+
+    def __init__(self, job_id: str, size: int, limit: int) -> None:
+        self.job_id, self.size, self.limit = job_id, size, limit
+        super().__init__(
+            f"job {job_id} has {size} bytes of output, more than RLM_MAX_RESULT_BYTES={limit}; "
+            "iterate over job.outputs(), or raise the limit"
+        )

@@ -1,0 +1,51 @@
+"""Say in one sentence why a job waits, what it does, or how it ended.  Pure: facts in, words out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from rlm_tasks.ledger import NodeRecord
+
+_STOPPED = {
+    "early": "it ended early, as asked",
+    "failed": "too many items failed",
+    "expired": "its timeout passed",
+    "cancelled": "it was cancelled",
+}
+
+
+def explain(facts: Mapping[str, str], nodes: Sequence[NodeRecord], now_ms: int) -> str:
+    """Return the sentence."""
+    state = facts["state"]
+    if state in ("succeeded", "failed", "expired", "cancelled"):
+        return _ended(facts)
+    if state == "merging":
+        return "Every item is accounted for; the answer is being merged."
+    states = Counter(node.state for node in nodes)
+    if facts.get("stop"):
+        return f"It is stopping because {_STOPPED.get(facts['stop'], facts['stop'])}; {states['r']} nodes are still in a slice."
+    if state == "pending":
+        waited = (now_ms - int(facts["opened_ms"])) / 1000
+        return f"It has waited {waited:.1f} s in queue {facts['queue']} for a worker; is one consuming that queue?"
+    if not states["r"] and states["p"]:
+        reasons = sorted({node.why for node in nodes if node.state == "p"})
+        return f"It waits: {states['p']} nodes are parked because {'; '.join(reasons)}."
+    if not states["r"]:
+        return f"It waits for a free worker: {states['q']} nodes are in queue {facts['queue']}."
+    return f"It runs on {states['r']} slots, with {states['q']} nodes queued and {states['p']} parked."
+
+
+def _ended(facts: Mapping[str, str]) -> str:
+    done, failed, skipped = facts["done"], facts["failed"], facts["skipped"]
+    counts = f"{done} of {facts['n']} items done, {failed} failed, {skipped} skipped"
+    if facts.get("error"):
+        error = msgspec.json.decode(facts["error"])
+        return f"It {facts['state']} because {error['type']}: {error['message']} ({counts})."
+    why = f" because {_STOPPED[facts['stop']]}" if facts.get("stop") in _STOPPED else ""
+    return f"It {_VERBS[facts['state']]}{why}: {counts}."
+
+
+_VERBS = {"succeeded": "succeeded", "failed": "failed", "expired": "expired", "cancelled": "was cancelled"}

@@ -1,0 +1,24 @@
+"""Turn an exception into data that can be stored and shown."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+TRACEBACK_CHARS = 4000
+MESSAGE_CHARS = 1000
+_PLATFORM_FRAMES = {("rlm_tasks", "node.py"), ("rlm_tasks", "operations.py"), ("rlm_tasks", "merging.py")}
+
+
+def failure_of(index: int, error: BaseException) -> dict[str, Any]:
+    """Return index, type, message and traceback; the frames of this platform are left out."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).parts[-2:] not in _PLATFORM_FRAMES] or frames[-1:]
+    text = "".join(traceback.format_list(own)) + "".join(traceback.format_exception_only(error))
+    return {
+        "index": index,
+        "type": type(error).__name__,
+        "message": str(error)[:MESSAGE_CHARS],
+        "traceback": text[-TRACEBACK_CHARS:],
+    }

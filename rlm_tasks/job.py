@@ -1,0 +1,338 @@
+"""A handle on one job: how far it is, why it waits, what came out.
+
+Reads the ledger and waits on it, never on a Celery result; refuses to know how work is moved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import msgspec
+
+from resilience.errors import StoreUnavailable
+from resilience.store import LOST
+from rlm_tasks import codec, operations
+from rlm_tasks.errors import (
+    InvalidRequest,
+    JobCancelled,
+    JobEnded,
+    JobExpired,
+    JobFailed,
+    JobNotFound,
+    ResultTimeout,
+    ResultTooLarge,
+)
+from rlm_tasks.explain import explain
+from rlm_tasks.merging import flattened, partials
+from rlm_tasks.results import (
+    CELERY_STATES,
+    ItemFailure,
+    JobResult,
+    Metrics,
+    Partial,
+    Progress,
+    Status,
+    SuccessfulItems,
+    TreeNode,
+)
+
+if TYPE_CHECKING:
+    from rlm_tasks.client import Client
+    from rlm_tasks.spec import Spec
+
+_T = TypeVar("_T")
+_BLOCK_MS = 1000
+_ENDED: dict[Status, type[JobEnded]] = {
+    Status.FAILED: JobFailed,
+    Status.EXPIRED: JobExpired,
+    Status.CANCELLED: JobCancelled,
+}
+_NODE_STATES = {"q": "queued", "r": "running", "p": "parked", "d": "done", "c": "cut", "k": "skipped"}
+
+
+class Job:
+    """A job, wherever it was submitted.
+
+    Celery's own words work too: ``state``, ``ready()``, ``successful()``, ``get(timeout)``, ``revoke()``.
+    """
+
+    def __init__(self, client: Client, job_id: str) -> None:
+        self.id = job_id
+        self._client, self._ledger = client, client.ledger
+        self._keys = client.ledger.keys.of(job_id)
+        self._seen = b"0-0"
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id}>"
+
+    # --- how far it is ------------------------------------------------------------------------------
+
+    @property
+    def status(self) -> Status:
+        """Where the job stands.  Raises JobNotFound, StoreUnavailable."""
+        return Status(self._facts()["state"])
+
+    @property
+    def state(self) -> str:
+        """The status in Celery's words: PENDING, STARTED, SUCCESS, FAILURE or REVOKED."""
+        return CELERY_STATES[self.status]
+
+    def ready(self) -> bool:
+        """Whether the job has ended."""
+        return self.status.final
+
+    def successful(self) -> bool:
+        """Whether the job has ended with its answer."""
+        return self.status is Status.SUCCEEDED
+
+    def progress(self) -> Progress:
+        """Return how far the whole tree is, running nodes included."""
+        facts = self._facts()
+        status = Status(facts["state"])
+        done, failed, skipped = (int(facts[name]) for name in ("done", "failed", "skipped"))
+        if facts["phase"] == "validate":
+            done = int(facts["validated"]) - failed
+        if not status.final:
+            more = self._ledger.inflight(self.id)
+            done, failed, skipped = done + more[0], failed + more[1], skipped + more[2]
+        began, ended = int(facts.get("started_ms", 0)), int(facts.get("closed_ms", 0))
+        elapsed = max(0.0, ((ended or self._now_ms()) - began) / 1000) if began else 0.0
+        worked, total = done + failed, int(facts["n"])
+        rate = worked / elapsed if elapsed else 0.0
+        left = total - worked - skipped
+        eta = 0.0 if status.final else (left / rate if rate else None)
+        return Progress(
+            status, total, done, failed, skipped, int(facts["nodes"]), int(facts["pending"]), int(facts["splits"]),
+            elapsed, rate, eta, facts["phase"],
+        )  # fmt: skip
+
+    def watch(self, interval_s: float = 0.2) -> Iterator[Progress]:
+        """Yield the progress until the job has ended; the last one is final.  Rides through outages."""
+        while True:
+            progress = self._patiently(self.progress, None)
+            yield progress
+            if progress.status.final:
+                return
+            self._wait(min(interval_s, _BLOCK_MS / 1000))
+
+    def tree(self) -> list[TreeNode]:
+        """Return every node, parents before their children, siblings in item order."""
+        records = sorted(self._ledger.all_records(self.id), key=lambda r: (r.depth, r.lo, -r.hi))
+        return [
+            TreeNode(r.id, r.parent, r.lo, r.hi, max(0, r.mid - r.lo) if r.state in "dck" else 0, r.depth,
+                     _NODE_STATES[r.state], r.why, r.worker, float(r.ms), r.epoch)
+            for r in records
+        ]  # fmt: skip
+
+    def explain(self) -> str:
+        """Say in one sentence why the job is waiting, what it is doing, or how it ended."""
+        return explain(self._facts(), self._ledger.all_records(self.id), self._now_ms())
+
+    # --- what came out ------------------------------------------------------------------------------
+
+    def result(self, timeout: float | None = None) -> JobResult:
+        """Wait for the end and return the result.
+
+        `timeout` is in seconds; None waits for ever.  An outage of Redis is ridden through up to it.
+        Raises ResultTimeout, JobFailed, JobExpired, JobCancelled, JobNotFound, and ResultTooLarge when the
+        output exceeds RLM_MAX_RESULT_BYTES.
+        """
+        self.wait(timeout)
+        facts = self._facts()
+        status = Status(facts["state"])
+        result = self._result(facts, status)
+        if status in _ENDED:
+            why = result.error.message if result.error else explain(facts, [], self._now_ms())
+            raise _ENDED[status](result, why)
+        return result
+
+    def get(self, timeout: float | None = None) -> Any:
+        """Wait for the end and return the output, as Celery's ``AsyncResult.get`` does."""
+        return self.result(timeout).output
+
+    def wait(self, timeout: float | None = None) -> Status:
+        """Wait for the end and return the final status.  Raises ResultTimeout, JobNotFound."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while True:
+            facts = self._patiently(self._facts, until)
+            if Status(facts["state"]).final:
+                return Status(facts["state"])
+            left = _BLOCK_MS / 1000 if until is None else until - time.monotonic()
+            if left <= 0:
+                raise ResultTimeout(self.id, timeout or 0.0)
+            deadline = int(facts["deadline"])
+            if deadline and (due_in := (deadline - self._now_ms()) / 1000) <= left:
+                self._wait_until_expired(max(0.0, due_in), facts)
+            else:
+                self._wait(left)
+
+    def partial(self) -> Partial:
+        """Return the best answer so far, merged here from what is stored, and how much of the job it covers.
+
+        Raises UnknownOperation when this process has not imported the job's operation.
+        """
+        spec = self._spec()
+        facts = self._facts()
+        if Status(facts["state"]) is Status.SUCCEEDED:
+            n = int(facts["n"])
+            return Partial(self._output(facts, spec), (n - int(facts["skipped"])) / n if n else 1.0, [(0, n)])
+        operation = operations.get(spec.operation)
+        ranges = self._ledger.ranges(self.id)
+        self._refuse_too_large()
+        values = list(partials(self._ledger, self.id, 0, spec.n))
+        if operation.merge is None:
+            output: Any = list(flattened(iter(values)))
+        else:
+            output = operation.merge(iter(values)) if values else None
+        covered = sum(hi - lo for lo, hi in ranges)
+        return Partial(operation.shaped(output) if values else output, covered / spec.n if spec.n else 1.0, ranges)
+
+    def outputs(self) -> Iterator[Any]:
+        """Yield the outputs of a job without a merge, in item order, a page at a time."""
+        return flattened(partials(self._ledger, self.id, 0, self._spec().n))
+
+    # --- what may be done about it ------------------------------------------------------------------
+
+    def cancel(self) -> Status:
+        """End the job: waiting nodes are skipped now, running ones at their next slice."""
+        state = self._reachable(lambda: self._ledger.stop(self.id, "cancelled"))
+        if state == "unknown":
+            raise JobNotFound(self.id)
+        return Status(state)
+
+    def revoke(self, *_: Any, **__: Any) -> None:
+        """Cancel, in Celery's word."""
+        self.cancel()
+
+    def retry_failed(self) -> Job:
+        """Open a new job on the failed items only, with the same operation, params, options and strategy.
+
+        Raises InvalidRequest when the job still runs or has no failed items.
+        """
+        spec, facts = self._spec(), self._facts()
+        if not Status(facts["state"]).final:
+            raise InvalidRequest("job", self.id, "still runs; wait for its end, or cancel it")
+        failed = self._ledger.failed_items(self.id)
+        if not failed:
+            raise InvalidRequest("job", self.id, "has no failed items")
+        return self._client.resubmit(spec, self._items(spec, failed))
+
+    def _items(self, spec: Spec, indexes: list[int]) -> Iterator[Any]:
+        for index in indexes:
+            yield self._client.reader.read(spec.source, self._keys.items, self._keys.blocks, index, index + 1)[0]
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    def _facts(self) -> dict[str, str]:
+        facts = self._reachable(lambda: self._ledger.facts(self.id))
+        if not facts:
+            raise JobNotFound(self.id)
+        return facts
+
+    def _spec(self) -> Spec:
+        spec = self._reachable(lambda: self._ledger.spec(self.id))
+        if spec is None:
+            raise JobNotFound(self.id)
+        return spec
+
+    def _now_ms(self) -> int:
+        seconds, micros = self._reachable(lambda: cast(tuple[int, int], self._ledger.store.client.time()))
+        return seconds * 1000 + micros // 1000
+
+    def _reachable(self, ask: Callable[[], _T]) -> _T:
+        try:
+            return ask()
+        except LOST as error:
+            raise self._ledger.store.unavailable(error) from None
+
+    def _patiently(self, ask: Callable[[], _T], until: float | None) -> _T:
+        """Ask until Redis answers or the time is over."""
+        pause = 0.05
+        while True:
+            try:
+                return ask()
+            except StoreUnavailable:
+                if until is not None and time.monotonic() + pause > until:
+                    raise
+                time.sleep(pause)
+                pause = min(1.0, pause * 2)
+
+    def _wait(self, seconds: float) -> None:
+        """Wait for the next event of the job's log; its end is one, and none is missed between two calls."""
+        block = max(1, min(_BLOCK_MS, int(seconds * 1000)))
+        try:
+            answer = self._ledger.store.client.execute_command("XREAD", "BLOCK", block, "STREAMS", self._keys.events, self._seen)
+        except LOST:
+            time.sleep(min(0.2, seconds))
+            return
+        for _, entries in answer.items() if isinstance(answer, dict) else answer or ():
+            self._seen = _last_id(entries)
+
+    def _wait_until_expired(self, due_in_s: float, facts: dict[str, str]) -> None:
+        """Wait for the deadline and let it fall, also when no worker lives to see it."""
+        if due_in_s > 0:
+            self._wait(due_in_s)
+            return
+        since = (self._now_ms() - int(facts.get("stop_ms", self._now_ms()))) / 1000
+        self._reachable(
+            lambda: self._ledger.stop(self.id, "expired", force=since > self._client.settings.ledger.stop_grace_s)
+        )
+        self._wait(0.1)
+
+    def _result(self, facts: dict[str, str], status: Status) -> JobResult:
+        spec = self._spec()
+        total, done, failed, skipped = (int(facts[name]) for name in ("n", "done", "failed", "skipped"))
+        error = msgspec.json.decode(facts["error"]) if facts.get("error") else None
+        bad = self._ledger.failed_items(self.id) if failed else []
+        ranges = [(0, total)] if status is Status.SUCCEEDED and not skipped else self._ledger.ranges(self.id)
+        return JobResult(
+            self.id, status, self._output(facts, spec) if status is Status.SUCCEEDED else None,
+            total, done, failed, skipped, self._failures(), SuccessfulItems(ranges, bad), _metrics(facts),
+            stopped=facts.get("stop", ""),
+            error=ItemFailure(-1, error["type"], error["message"], error.get("traceback", "")) if error else None,
+        )  # fmt: skip
+
+    def _failures(self) -> list[ItemFailure]:
+        found = cast(list[bytes], self._reachable(lambda: self._ledger.store.client.hvals(self._keys.failures)))
+        decoded = [msgspec.json.decode(each, type=ItemFailure) for each in found]
+        return sorted(decoded, key=lambda failure: failure.index)
+
+    def _output(self, facts: dict[str, str], spec: Spec) -> Any:
+        packed = cast(bytes | None, self._reachable(lambda: self._ledger.store.client.hget(self._keys.blobs, "output")))
+        if packed is not None:
+            self._refuse_larger(len(packed))
+            return codec.unpack(packed)
+        if not self._ledger.ranges(self.id):
+            return None if spec.n == 0 and spec.skip_if_empty else []
+        self._refuse_too_large()
+        return list(self.outputs())
+
+    def _refuse_too_large(self) -> None:
+        store, keys = self._ledger.store, self._keys
+        names = [f"{lo}:{hi}" for lo, hi in self._ledger.ranges(self.id)]
+        pipe = store.client.pipeline(transaction=False)
+        for name in names:
+            pipe.hstrlen(keys.blobs, name)
+        self._refuse_larger(sum(self._reachable(pipe.execute)))
+
+    def _refuse_larger(self, size: int) -> None:
+        limit = self._client.settings.max_result_bytes
+        if size > limit:
+            raise ResultTooLarge(self.id, size, limit)
+
+
+def _last_id(entries: Any) -> bytes:
+    last = entries[-1]
+    return cast(bytes, last[0] if isinstance(last[0], bytes) else last[-1][0])
+
+
+def _metrics(facts: dict[str, str]) -> Metrics:
+    opened, started, closed = (int(facts.get(name, 0)) for name in ("opened_ms", "started_ms", "closed_ms"))
+    started = started or closed
+    return Metrics(
+        items=int(facts["n"]), nodes=int(facts["nodes"]), splits=int(facts["splits"]), yields=int(facts["yields"]),
+        max_depth=int(facts["depth"]), execution_time_ms=float(closed - started), busy_ms=int(facts["busy_us"]) / 1000,
+        peak_memory_mb=int(facts["peak_kb"]) / 1024, waited_ms=float(started - opened),
+    )  # fmt: skip

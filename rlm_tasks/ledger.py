@@ -1,0 +1,380 @@
+"""The truth about every job: which ranges are done, who holds the rest, what the answer is.
+
+Decides how the ledger's scripts are called and what their answers mean.  Each call is one script in one
+round trip, idempotent, on the server's clock.  Refuses to know how work is moved and how items are computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, TypeVar, cast
+
+import msgspec
+
+from resilience.keys import Keys
+from resilience.store import LOST, Argument, Call, Script, Store
+from rlm_tasks import spec as specs
+from rlm_tasks.settings import LedgerSettings
+from rlm_tasks.spec import Spec
+
+ROOT = "root"
+MERGE = "merge"
+PROCESS = "process"
+PIECES_AT_ONCE = 256
+SWEEP_AT_ONCE = 200
+
+_SCRIPTS = {
+    name: Script.load("rlm_tasks", name, prelude="prelude")
+    for name in "open claim pulse finish pieces compact close stop release park beat sweep".split()
+}
+_json = msgspec.json.Encoder()
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place in a chord that a node fills; an empty split is the root's."""
+
+    split: str = ""
+    index: int = 0
+    task: str = ""
+
+
+class Child(msgspec.Struct):
+    """A range handed over by a cut, as FINISH registers it."""
+
+    id: str
+    lo: int
+    hi: int
+    d: int
+    sp: str
+    ix: int
+    t: str
+    why: str
+    park_ms: int = 0
+
+
+class Split(msgspec.Struct):
+    """A chord: the range its body merges, and the slot that body fills."""
+
+    id: str
+    lo: int
+    hi: int
+    sp: str
+    ix: int
+    t: str
+    size: int
+
+
+class Report(msgspec.Struct):
+    """What a node did with its range: worked through [lo, mid), handed over the rest."""
+
+    mid: int
+    done: int = 0
+    failed: list[int] = []
+    skipped: int = 0
+    failures: list[tuple[int, str]] = []  # index, JSON of ItemFailure
+    kids: list[Child] = []
+    splits: list[Split] = []
+    why: str = ""
+    busy_us: int = 0
+    peak_kb: int = 0
+    take: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """CLAIM's answer.  Only `run` carries the rest."""
+
+    answer: str
+    job: str
+    node: str
+    token: str
+    epoch: int = 0
+    lo: int = 0
+    hi: int = 0
+    depth: int = 0
+    slot: Slot = Slot()
+    phase: str = PROCESS
+    spec: Spec | None = None
+    suspects: dict[int, int] = field(default_factory=dict)  # item -> deaths while it was in flight
+    known_failed: frozenset[int] = frozenset()
+    remaining_ms: int = -1
+    waiting: tuple[str, ...] = ()  # nodes whose message may be missing
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """FINISH's answer."""
+
+    answer: str  # ok, stale
+    registered: bool  # the children now wait for their messages
+    outcome: str  # '', merge, process, closed
+    waits: str  # node that now waits for a message, or the merge that the caller holds
+    epoch: int  # of the merge, when the caller holds it
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """SWEEP's answer."""
+
+    state: str
+    again_ms: int
+    send: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecord:
+    """A node as the ledger keeps it; enough to send its message again."""
+
+    id: str
+    lo: int
+    hi: int
+    depth: int
+    slot: Slot
+    state: str
+    epoch: int
+    parent: str
+    mid: int
+    why: str
+    worker: str
+    ms: int
+
+    @classmethod
+    def parse(cls, id: str, text: bytes) -> NodeRecord:
+        """Return the record of one field of the nodes hash."""
+        r = msgspec.json.decode(text)
+        lo, hi = int(r["lo"]), int(r["hi"])
+        return cls(
+            id, lo, hi, int(r["d"]), Slot(r["sp"], int(r["ix"]), r["t"]), r["s"], int(r["e"]),
+            r["p"], int(r.get("mid", lo)), r["why"], r.get("w", ""), int(r.get("ms", 0)),
+        )  # fmt: skip
+
+
+class Ledger:
+    """One platform's jobs.
+
+    `patience_s` is how long a call keeps trying while Redis is away: nothing for clients, who wait in
+    their own loops; the length of a lease for workers, whose claim is lost after that anyway.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        keys: Keys,
+        settings: LedgerSettings,
+        *,
+        patience_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        random: Random | None = None,
+    ) -> None:
+        self.store, self.keys, self.settings = store, keys, settings
+        self._patience_s, self._clock, self._sleep = patience_s, clock, sleep
+        self._random = random or Random()
+        self._lease_ms = int(settings.lease_s * 1000)
+        self._grace_ms = int(settings.grace_s * 1000)
+
+    # --- how calls are made -------------------------------------------------------------------------
+
+    def patiently(self, attempt: Callable[[], _Answer]) -> _Answer:
+        """Run an idempotent attempt until Redis answers or patience ends; raise StoreUnavailable then."""
+        until, wait = self._clock() + self._patience_s, 0.05
+        while True:
+            try:
+                return attempt()
+            except LOST as error:
+                if self._clock() + wait > until:
+                    raise self.store.unavailable(error) from None
+                self._sleep(wait * self._random.uniform(0.5, 1.0))
+                wait = min(wait * 2, 1.0)
+
+    def _call(self, name: str, job: str, *args: Argument) -> Call:
+        return Call(_SCRIPTS[name], self.keys.of(job), args)
+
+    def _ask(self, name: str, job: str, *args: Argument) -> Any:
+        call = self._call(name, job, *args)
+        return self.patiently(lambda: self.store.run(call)[0])
+
+    # --- the life of a job --------------------------------------------------------------------------
+
+    def open(self, specs_to_open: Sequence[Spec], ttl_s: int) -> None:
+        """Open jobs whose items are stored.  The index of due jobs is written first: nothing is forgotten."""
+        self.patiently(lambda: self._open(specs_to_open, ttl_s))
+
+    def _open(self, new: Sequence[Spec], ttl_s: int) -> None:
+        seconds, micros = cast(tuple[int, int], self.store.client.time())
+        now_ms = seconds * 1000 + micros // 1000
+        pipe = self.store.client.pipeline(transaction=False)
+        pipe.zadd(self.keys.due, {spec.job: now_ms + self._first_look_ms(spec) for spec in new})
+        pipe.zadd(self.keys.jobs, {spec.job: now_ms for spec in new})
+        pipe.zremrangebyscore(self.keys.jobs, "-inf", now_ms - ttl_s * 1000)
+        pipe.expire(self.keys.due, ttl_s)
+        pipe.expire(self.keys.jobs, ttl_s)
+        pipe.execute()
+        self.store.run(*(self._call("open", spec.job, *self._opening(spec, ttl_s)) for spec in new))
+
+    def _first_look_ms(self, spec: Spec) -> int:
+        return min(self._grace_ms, int(spec.timeout_ms or self._grace_ms))
+
+    def _opening(self, spec: Spec, ttl_s: int) -> Sequence[Argument]:
+        if not spec.continue_on_error:
+            fail_limit: float = 0
+        else:
+            fail_limit = -1 if spec.error_threshold is None else spec.error_threshold * spec.n
+        share = spec.early_termination_threshold
+        early = max(1, -int(-spec.n * share // 1)) if share else 0
+        return (
+            specs.dump(spec), spec.n, spec.queue, fail_limit, early, int(spec.timeout_ms or 0), ttl_s,
+            "validate" if spec.validate else PROCESS, ROOT, spec.job, self._grace_ms,
+        )  # fmt: skip
+
+    def claim(self, job: str, node: str, token: str, worker: str) -> Claim:
+        """Take a node, or learn why not."""
+        a = self._ask("claim", job, node, token, self._lease_ms, worker, self._grace_ms)
+        answer = a[0].decode()
+        if answer != "run":
+            return Claim(answer, job, node, token, waiting=tuple(each.decode() for each in a[1:] if each))
+        r = NodeRecord.parse(node, a[2])
+        return Claim(
+            "run", job, node, token, int(a[1]), r.lo, r.hi, r.depth, r.slot, a[3].decode(), specs.load(a[4]),
+            {int(i): int(d) for i, d in msgspec.json.decode(a[5]) or []}, frozenset(map(int, a[6])), int(a[7]),
+        )  # fmt: skip
+
+    def pulse(self, claim: Claim, done: int, failed: int, skipped: int) -> Call:
+        """Return the call that reports a running node and asks whether to go on."""
+        return self._call("pulse", claim.job, claim.node, claim.epoch, done, failed, skipped)
+
+    def finish(self, claim: Claim, report: Report, partial: bytes) -> Finished:
+        """Close a node: its partial, its children and its counts become true at once, or not at all."""
+        a = self._ask(
+            "finish", claim.job, claim.node, claim.epoch, claim.token, _json.encode(report), partial,
+            self._grace_ms, self._lease_ms,
+        )  # fmt: skip
+        return Finished(a[0].decode(), bool(a[1]), a[2].decode(), a[3].decode(), int(a[4]))
+
+    def park(self, claim: Claim, wait_ms: int, why: str) -> None:
+        """Let a claimed node wait; whoever sweeps sends it again when its time has come."""
+        self.wake_at(claim.job, wait_ms)
+        self._ask("park", claim.job, claim.node, claim.epoch, wait_ms, why)
+
+    def wake_at(self, job: str, wait_ms: int) -> None:
+        """Make sure that a sweep looks at a job in time."""
+        seconds, _ = cast(tuple[int, int], self.store.client.time())
+        self.store.client.zadd(self.keys.due, {job: seconds * 1000 + wait_ms}, lt=True)
+
+    def release(self, job: str, node: str, epoch: int, item: int, deaths: int) -> bool:
+        """Give back a node whose process is gone, and count the death for the item in flight (-1: none)."""
+        return bool(self._ask("release", job, node, epoch, item, deaths, self._grace_ms))
+
+    def beat(self, held: Sequence[tuple[str, str, int]]) -> None:
+        """Keep the leases of (job, node, epoch), all in one round trip."""
+        if held:
+            self.store.run(*(self._call("beat", job, node, epoch, self._lease_ms) for job, node, epoch in held))
+
+    def stop(self, job: str, reason: str, *, detail: str = "", error: Mapping[str, Any] | None = None, force: bool = False) -> str:
+        """End a job early and return its state; call again while nodes are left."""
+        packed = _json.encode(error) if error else b""
+        left = -1
+        while True:
+            state, _, still = self._ask("stop", job, reason, detail, packed, int(force), self._grace_ms)
+            if int(still) in (0, left):
+                return cast(bytes, state).decode()
+            left = int(still)
+
+    # --- partials and the answer --------------------------------------------------------------------
+
+    def pieces(self, job: str, lo: int, hi: int) -> Iterator[tuple[int, int, bytes]]:
+        """Yield (lo, hi, packed partial) of a range in item order, a page at a time."""
+        at = lo
+        while at < hi:
+            page = self._ask("pieces", job, at, hi, PIECES_AT_ONCE)
+            for name, packed in zip(page[::2], page[1::2], strict=True):
+                start, at = (int(edge) for edge in name.split(b":"))
+                yield start, at, packed
+            if len(page) < 2 * PIECES_AT_ONCE:
+                return
+
+    def compact(self, job: str, ranges: Sequence[tuple[int, int]], merged: bytes) -> bool:
+        """Replace adjacent partials by one, if they are all still there."""
+        return bool(self._ask("compact", job, merged, *(f"{lo}:{hi}" for lo, hi in ranges)))
+
+    def close(self, job: str, epoch: int, state: str, answer: bytes = b"", error: Mapping[str, Any] | None = None) -> str:
+        """End a job from its root merge; return its final state, or '' when the merge is held no longer."""
+        ended = self._ask("close", job, epoch, state, answer, _json.encode(error) if error else b"")
+        if ended:
+            self.patiently(lambda: self.store.client.zrem(self.keys.due, job))
+        return cast(bytes, ended).decode()
+
+    # --- recovery -----------------------------------------------------------------------------------
+
+    def overdue(self) -> list[str]:
+        """Return jobs that want a sweep now."""
+        seconds, micros = cast(tuple[int, int], self.store.client.time())
+        now_ms = seconds * 1000 + micros // 1000
+        found = self.store.client.zrange(self.keys.due, "-inf", now_ms, byscore=True, offset=0, num=SWEEP_AT_ONCE)  # type: ignore[call-overload]  # redis-py types the bounds as int
+        return [each.decode() for each in cast(list[bytes], found)]
+
+    def sweep(self, job: str) -> Swept:
+        """Recover one job's overdue nodes and note when to look again."""
+        s = self.settings
+        a = self._ask("sweep", job, self._grace_ms, self._lease_ms, int(s.stop_grace_s * 1000), SWEEP_AT_ONCE)
+        swept = Swept(a[0].decode(), int(a[1]), tuple(each.decode() for each in a[2:]))
+        if swept.again_ms:
+            self.store.client.zadd(self.keys.due, {job: swept.again_ms})
+        else:
+            self.store.client.zrem(self.keys.due, job)
+        return swept
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    def facts(self, job: str) -> dict[str, str]:
+        """Return every counter and state of a job; empty for an unknown one."""
+        found = self.patiently(lambda: self.store.client.hgetall(self.keys.of(job).job))
+        return {k.decode(): v.decode() for k, v in cast(dict[bytes, bytes], found).items()}
+
+    def inflight(self, job: str) -> tuple[int, int, int]:
+        """Return what running nodes have done, failed and skipped so far."""
+        values = self.patiently(lambda: self.store.client.hvals(self.keys.of(job).inflight))
+        counts = [tuple(map(int, each.split(b":"))) for each in cast(list[bytes], values)]
+        return cast(tuple[int, int, int], tuple(map(sum, zip(*counts, strict=True))) if counts else (0, 0, 0))
+
+    def spec(self, job: str) -> Spec | None:
+        """Return what was asked for."""
+        text = self.patiently(lambda: self.store.client.hget(self.keys.of(job).job, "spec"))
+        return specs.load(cast(bytes, text)) if text else None
+
+    def records(self, job: str, nodes: Sequence[str]) -> list[NodeRecord]:
+        """Return the records of some nodes."""
+        texts = self.patiently(lambda: self.store.client.hmget(self.keys.of(job).nodes, list(nodes))) if nodes else []
+        return [NodeRecord.parse(id, text) for id, text in zip(nodes, cast(list[bytes | None], texts), strict=True) if text]
+
+    def all_records(self, job: str) -> list[NodeRecord]:
+        """Return every node of a job's tree."""
+        found = self.patiently(lambda: self.store.client.hgetall(self.keys.of(job).nodes))
+        return [NodeRecord.parse(k.decode(), v) for k, v in cast(dict[bytes, bytes], found).items()]
+
+    def split(self, job: str, split: str) -> Split | None:
+        """Return a chord's range and slot."""
+        text = self.patiently(lambda: self.store.client.hget(self.keys.of(job).splits, split))
+        return msgspec.json.decode(cast(bytes, text), type=Split) if text else None
+
+    def ranges(self, job: str) -> list[tuple[int, int]]:
+        """Return the ranges whose partials are stored, in order."""
+        names = self.patiently(lambda: self.store.client.zrange(self.keys.of(job).pieces, 0, -1))
+        edges = [name.split(b":") for name in cast(list[bytes], names)]
+        return [(int(lo), int(hi)) for lo, hi in edges]
+
+    def failed_items(self, job: str) -> list[int]:
+        """Return the index of every failed item, in order."""
+        return [int(each) for each in self.patiently(lambda: self.store.client.zrange(self.keys.of(job).failed, 0, -1))]
+
+    def jobs(self, limit: int) -> list[tuple[str, int]]:
+        """Return (job, ms opened), the newest first."""
+        found = self.patiently(
+            lambda: self.store.client.zrange(self.keys.jobs, 0, limit - 1, desc=True, withscores=True)
+        )
+        return [(job.decode(), int(ms)) for job, ms in cast(list[tuple[bytes, float]], found)]

@@ -1,0 +1,50 @@
+-- Take a node.  ARGV: node, token, lease_ms, worker, grace_ms.
+-- Returns {answer, ...}: run -> epoch, record, phase, spec, suspects, failed items in range, ms left (-1: no limit);
+-- cut -> ids of children that still wait for a message; closed, done, busy, parked, unknown -> nothing more.
+local id, token, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local f = facts()
+local node = f and read(id)
+if not node then return {'unknown'} end
+if TERMINAL[f.state] then return {'closed'} end
+if node.s == 'd' or node.s == 'k' then return {'done'} end
+if node.s == 'c' then
+  local waiting = {'cut'}
+  for _, child in ipairs(node.kids or {}) do
+    local record = read(child)
+    if record and record.s == 'q' then waiting[#waiting + 1] = child end
+  end
+  return waiting
+end
+local at = tonumber(call('ZSCORE', due, id) or '0')
+local again = node.s == 'r' and node.k == token
+if node.s == 'r' and at > now and not again then return {'busy'} end
+if node.s == 'p' and at > now then return {'parked'} end
+judge(f)
+if f.stop ~= '' and id ~= 'merge' then
+  skip_node(f, id, node)
+  skip_waiting(f, false)
+  if f.pending > 0 then return {'closed'} end
+  local outcome, waits = finish_tree(f, tonumber(ARGV[5]), call('HGET', job, 'task'))
+  return {'closed', waits}
+end
+if not again then node.e = node.e + 1 end
+node.s, node.k, node.w, node.at, node.why = 'r', token, ARGV[4], now, ''
+write(id, node)
+call('ZADD', due, now + lease, id)
+if f.state == 'pending' then
+  call('HSET', job, 'state', 'running', 'started_ms', now)
+  note('started')
+end
+local suspects, known = {}, {}
+if id ~= 'merge' then
+  if call('EXISTS', deaths) == 1 then
+    local all = call('HGETALL', deaths)
+    for i = 1, #all, 2 do
+      local index = tonumber(all[i])
+      if index >= node.lo and index < node.hi then suspects[#suspects + 1] = {index, tonumber(all[i + 1])} end
+    end
+  end
+  if f.phase == 'process' then known = call('ZRANGEBYSCORE', failed, node.lo, '(' .. node.hi) end
+end
+return {'run', node.e, cjson.encode(node), f.phase, call('HGET', job, 'spec'),
+  cjson.encode(suspects), known, f.deadline > 0 and f.deadline - now or -1}

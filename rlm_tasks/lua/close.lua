@@ -1,0 +1,15 @@
+-- End a job from its root merge.  ARGV: epoch of the merge node, state, answer ('' when there is none), error JSON ('').
+-- Returns the final state, or '' when the caller no longer holds the merge.
+local f, merge = facts(), read('merge')
+if not f or not merge or merge.s ~= 'r' or merge.e ~= tonumber(ARGV[1]) then return '' end
+merge.s, merge.ms = 'd', now - merge.at
+write('merge', merge)
+retire('merge')
+call('HSET', job, 'pending', 0)
+if ARGV[4] ~= '' then call('HSET', job, 'error', ARGV[4]) end
+if ARGV[3] ~= '' then
+  call('DEL', pieces, blobs)
+  call('HSET', blobs, 'output', ARGV[3])
+end
+close(f, ARGV[2])
+return f.state

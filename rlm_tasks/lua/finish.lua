@@ -1,0 +1,96 @@
+-- Close a node: store its partial, register its children, answer 'last' to exactly one caller.
+-- ARGV: node, epoch, token, report (JSON: mid, done, failed, skipped, failures, kids, splits, why, busy_us, peak_kb,
+-- yields, take), partial ('' when there is none), grace_ms, lease_ms.
+-- Returns {answer, children registered, outcome, waiting node, epoch}: answer ok | stale;
+-- outcome '' | merge | process | closed.  With `take`, a root merge is claimed for the caller at once.
+local id, epoch, token, blob = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[5]
+local grace, lease = tonumber(ARGV[6]), tonumber(ARGV[7])
+local f, node = facts(), read(id)
+if not f or not node then return {'stale', 0, '', '', 0} end
+if node.e == epoch and node.k == token and (node.s == 'c' or node.s == 'd') then
+  local merge = read('merge')
+  if merge and merge.s == 'r' and merge.k == token then return {'ok', 0, 'merge', 'merge', merge.e} end
+  return {'ok', node.s == 'c' and 1 or 0, '', '', 0}
+end
+if node.s ~= 'r' or node.e ~= epoch then return {'stale', 0, '', '', 0} end
+
+local r = cjson.decode(ARGV[4])
+local at = r.mid
+for _, kid in ipairs(r.kids) do
+  if kid.lo ~= at or kid.hi <= kid.lo then
+    return redis.error_reply('TILING node ' .. id .. ': a part starts at ' .. kid.lo .. ', not at ' .. at)
+  end
+  at = kid.hi
+end
+if at ~= node.hi then
+  return redis.error_reply('TILING node ' .. id .. ': its parts end at ' .. at .. ', not at ' .. node.hi)
+end
+
+if r.mid > node.lo and f.phase == 'process' then
+  local range = node.lo .. ':' .. r.mid
+  call('ZADD', pieces, node.lo, range)
+  call('EXPIRE', pieces, f.ttl_s)
+  if blob ~= '' then
+    call('HSET', blobs, range, blob)
+    call('EXPIRE', blobs, f.ttl_s)
+  end
+end
+for _, index in ipairs(r.failed) do call('ZADD', failed, index, index) end
+local room = MAX_FAILURES - call('HLEN', failures)
+for i, failure in ipairs(r.failures) do
+  if i > room then break end
+  call('HSET', failures, failure[1], failure[2])
+end
+if #r.failed > 0 then
+  call('EXPIRE', failed, f.ttl_s)
+  call('EXPIRE', failures, f.ttl_s)
+end
+f.failed = call('HINCRBY', job, 'failed', #r.failed)
+if f.phase == 'process' then
+  f.done = call('HINCRBY', job, 'done', r.done)
+  call('HINCRBY', job, 'skipped', r.skipped)
+else
+  call('HINCRBY', job, 'validated', r.mid - node.lo)
+end
+call('HINCRBY', job, 'nodes', 1)
+call('HINCRBY', job, 'busy_us', r.busy_us)
+if r.peak_kb > tonumber(call('HGET', job, 'peak_kb')) then call('HSET', job, 'peak_kb', r.peak_kb) end
+judge(f)
+
+retire(id)
+local kids, deepest = {}, 0
+if #r.kids > 0 and f.stop ~= '' then
+  if f.phase == 'process' then skip_range(r.mid, node.hi) end
+else
+  for i, kid in ipairs(r.kids) do
+    kids[i] = kid.id
+    deepest = math.max(deepest, kid.d)
+    local record = {lo = kid.lo, hi = kid.hi, d = kid.d, p = id, sp = kid.sp, ix = kid.ix, t = kid.t,
+      why = kid.why, rs = 0}
+    if kid.park_ms > 0 then record.s = 'p' end
+    queue_node(kid.id, record, kid.park_ms > 0 and kid.park_ms or grace)
+  end
+  for _, split in ipairs(r.splits) do call('HSET', splits, split.id, cjson.encode(split)) end
+  if #r.splits > 0 then
+    call('HINCRBY', job, 'splits', #r.splits)
+    call('EXPIRE', splits, f.ttl_s)
+  end
+  if #r.kids == 1 then call('HINCRBY', job, 'yields', 1) end
+  if deepest > tonumber(call('HGET', job, 'depth')) then call('HSET', job, 'depth', deepest) end
+end
+node.s, node.mid, node.why, node.ms = #kids > 0 and 'c' or 'd', r.mid, r.why, now - node.at
+node.kids = #kids > 0 and kids or nil
+write(id, node)
+f.pending = call('HINCRBY', job, 'pending', -1)
+if f.stop ~= '' then skip_waiting(f, false) end
+if f.pending > 0 then return {'ok', #kids > 0 and 1 or 0, '', '', 0} end
+
+local outcome, waits = finish_tree(f, grace, call('HGET', job, 'task'))
+if outcome == 'merge' and r.take then
+  local merge = read('merge')
+  merge.s, merge.e, merge.k, merge.w, merge.at = 'r', 1, token, node.w, now
+  write('merge', merge)
+  call('ZADD', due, now + lease, 'merge')
+  return {'ok', 0, 'merge', 'merge', 1}
+end
+return {'ok', 0, outcome, waits, 0}

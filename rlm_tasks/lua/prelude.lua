@@ -1,0 +1,130 @@
+-- The ledger's shared steps.  KEYS: the fields of resilience.keys.JobKeys, in order.
+--
+-- A node's record (JSON in `nodes`):
+--   s  state: q queued, r running, p parked, d done, c cut, k skipped     e  epoch, raised by each claim
+--   lo, hi  its range      mid  where its own work ended      d  depth     p  parent node
+--   sp, ix  the split and slot it fills ('' at the root)      t  Celery task id
+--   k  token of its holder   w  worker   at  claimed, ms   ms  how long it ran   why  reason it waits or was cut
+--   rs  how often its message was sent again
+local job, nodes, due, splits, pieces, blobs = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local failed, failures, deaths, inflight, events = KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
+local call = redis.call
+local MAX_FAILURES, MAX_EVENTS, PAGE = 1000, 1000, 1000
+
+local function server_ms()
+  local t = call('TIME')
+  return tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+end
+local now = server_ms()
+
+local function read(id)
+  local raw = call('HGET', nodes, id)
+  return raw and cjson.decode(raw)
+end
+
+local function write(id, node) call('HSET', nodes, id, cjson.encode(node)) end
+
+local function note(event, detail)
+  call('XADD', events, 'MAXLEN', '~', MAX_EVENTS, '*', 'event', event, 'detail', detail or '', 'ms', now)
+end
+
+-- Every fact a decision needs, in one read.
+local function facts()
+  local v = call('HMGET', job, 'state', 'stop', 'deadline', 'fail_limit', 'early_limit',
+                 'failed', 'done', 'pending', 'phase', 'n', 'ttl_s')
+  if not v[1] then return nil end
+  return {state = v[1], stop = v[2] or '', deadline = tonumber(v[3]), fail_limit = tonumber(v[4]),
+          early_limit = tonumber(v[5]), failed = tonumber(v[6]), done = tonumber(v[7]),
+          pending = tonumber(v[8]), phase = v[9], n = tonumber(v[10]), ttl_s = tonumber(v[11])}
+end
+
+local TERMINAL = {succeeded = true, failed = true, expired = true, cancelled = true}
+
+local function keep_all(ttl_s)
+  for _, key in ipairs(KEYS) do call('EXPIRE', key, ttl_s) end
+end
+
+local function stop(f, reason, detail)
+  f.stop = reason
+  call('HSET', job, 'stop', reason, 'stop_ms', now)
+  note('stopping', reason .. (detail and detail ~= '' and (': ' .. detail) or ''))
+end
+
+-- What ends a job before its items do: its deadline, the verdict on failures, early termination.
+local function judge(f)
+  if f.stop ~= '' then return end
+  if f.deadline > 0 and now >= f.deadline then stop(f, 'expired')
+  elseif f.fail_limit >= 0 and f.failed > f.fail_limit then stop(f, 'failed', f.failed .. ' items failed')
+  elseif f.early_limit > 0 and f.phase == 'process' and f.done >= f.early_limit then stop(f, 'early')
+  end
+end
+
+local function retire(id)
+  call('ZREM', due, id)
+  call('HDEL', inflight, id)
+end
+
+-- A range nobody will work on.  Items already counted as failed stay failed.
+local function skip_range(lo, hi)
+  local known = call('ZCOUNT', failed, lo, '(' .. hi)
+  call('HINCRBY', job, 'skipped', hi - lo - known)
+end
+
+local function skip_node(f, id, node)
+  node.s, node.why, node.mid = 'k', f.stop, node.lo
+  write(id, node)
+  retire(id)
+  if id ~= 'merge' then skip_range(node.lo, node.hi) end
+  f.pending = call('HINCRBY', job, 'pending', -1)
+end
+
+-- Skip nodes that wait; with `force`, fence running ones too.  At most a page in one script.
+local function skip_waiting(f, force)
+  for _, id in ipairs(call('ZRANGE', due, 0, PAGE - 1)) do
+    local node = read(id)
+    if node and (node.s ~= 'r' or force) then skip_node(f, id, node) end
+  end
+end
+
+local function close(f, state)
+  if f.phase == 'validate' then call('HSET', job, 'skipped', f.n - f.failed) end
+  local v = call('HMGET', job, 'done', 'failed', 'skipped')
+  if tonumber(v[1]) + tonumber(v[2]) + tonumber(v[3]) ~= f.n then
+    state = 'failed'
+    call('HSET', job, 'error', cjson.encode({type = 'LedgerError', traceback = '',
+      message = 'done + failed + skipped = ' .. v[1] .. ' + ' .. v[2] .. ' + ' .. v[3] .. ', not ' .. f.n}))
+  end
+  f.state = state
+  call('HSET', job, 'state', state, 'closed_ms', now)
+  call('DEL', due, inflight, splits, deaths)
+  if tonumber(v[2]) == 0 then call('DEL', KEYS[12], KEYS[13]) end
+  note('closed', state)
+  keep_all(f.ttl_s)
+end
+
+local function queue_node(id, node, grace_ms)
+  node.s, node.e = node.s or 'q', 0
+  write(id, node)
+  call('ZADD', due, now + grace_ms, id)
+  return call('HINCRBY', job, 'pending', 1)
+end
+
+-- Called when nothing is pending: the next phase, the root merge, or the end.
+-- Returns the outcome and, when a node now waits for its message, that node's id.
+local function finish_tree(f, grace_ms, root_task)
+  if f.stop ~= '' and f.stop ~= 'early' then
+    close(f, f.stop)
+    return 'closed', ''
+  end
+  local id = f.phase == 'validate' and 'process' or 'merge'
+  if id == 'process' then
+    call('HSET', job, 'phase', 'process')
+    note('validated')
+  else
+    call('HSET', job, 'state', 'merging')
+    note('merging')
+  end
+  local node = {lo = 0, hi = f.n, d = 0, p = '', sp = '', ix = 0, t = root_task, why = '', rs = 0}
+  queue_node(id, node, grace_ms)
+  return id, id
+end

@@ -1,0 +1,18 @@
+-- Tell how far a running node is, ask whether to go on.  ARGV: node, epoch, done, failed, skipped.
+-- Returns go, stop (the job ends: rest is skipped), flush (hand in now: what runs may decide the job) or fenced.
+local id = ARGV[1]
+local f, node = facts(), read(ARGV[1])
+if not f or not node or node.s ~= 'r' or node.e ~= tonumber(ARGV[2]) then return 'fenced' end
+call('HSET', inflight, id, ARGV[3] .. ':' .. ARGV[4] .. ':' .. ARGV[5])
+call('EXPIRE', inflight, f.ttl_s)
+judge(f)
+if f.stop ~= '' then return 'stop' end
+if f.fail_limit >= 0 or f.early_limit > 0 then
+  for _, text in ipairs(call('HVALS', inflight)) do
+    local done, bad = string.match(text, '^(%d+):(%d+)')
+    f.done, f.failed = f.done + tonumber(done), f.failed + tonumber(bad)
+  end
+  if f.fail_limit >= 0 and f.failed > f.fail_limit then return 'flush' end
+  if f.early_limit > 0 and f.phase == 'process' and f.done >= f.early_limit then return 'flush' end
+end
+return 'go'

@@ -1,0 +1,14 @@
+-- End a job early.  ARGV: reason (cancelled, expired, failed), detail, error JSON (''), force (1: fence running nodes),
+-- grace_ms.   Returns {state, stop reason, how many nodes still run or wait}.
+local f = facts()
+if not f then return {'unknown', '', 0} end
+if TERMINAL[f.state] then return {f.state, f.stop, 0} end
+local too_early = f.deadline == 0 or now < f.deadline or f.state == 'merging'
+if ARGV[1] == 'expired' and too_early then return {f.state, f.stop, f.pending} end
+if f.stop == '' or f.stop == 'early' then
+  stop(f, ARGV[1], ARGV[2])
+  if ARGV[3] ~= '' then call('HSET', job, 'error', ARGV[3]) end
+end
+skip_waiting(f, ARGV[4] == '1' or f.state == 'merging')
+if f.pending <= 0 then finish_tree(f, tonumber(ARGV[5]), '') end
+return {f.state, f.stop, f.pending}

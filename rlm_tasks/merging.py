@@ -1,0 +1,88 @@
+"""Make one partial of many: a chord's body compacts its own split, the root merge makes the answer.
+
+Merging is compaction: adjacent partials that tile a range become one, if they are still there.  A body that
+comes early, late, twice or never costs time and nothing else.  Refuses to know how partials came about.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from rlm_tasks import codec
+from rlm_tasks.failures import failure_of
+from rlm_tasks.ledger import Claim, Ledger
+from rlm_tasks.operations import Operation
+from rlm_tasks.results import Status
+from rlm_tasks.spec import Spec
+
+logger = logging.getLogger(__name__)
+
+
+class Uncovered(Exception):
+    """Partials that overlap or leave a range out: the ledger contradicts itself."""
+
+
+def partials(ledger: Ledger, job: str, lo: int, hi: int) -> Iterator[Any]:
+    """Yield the partials of a range in item order; ranges without a successful item have none."""
+    at = lo
+    for start, end, packed in ledger.pieces(job, lo, hi):
+        if start < at:
+            raise Uncovered(f"partial [{start}, {end}) overlaps what ends at {at}")
+        at = end
+        if packed:
+            yield codec.unpack(packed)
+
+
+def flattened(pages: Iterator[list[Any]]) -> Iterator[Any]:
+    """Yield the outputs of a job without a merge, page by page."""
+    for page in pages:
+        yield from page
+
+
+def compact_split(ledger: Ledger, job: str, operation: Operation, lo: int, hi: int) -> bool:
+    """Replace the partials of [lo, hi) by one when they tile it; say whether they did."""
+    pieces = list(ledger.pieces(job, lo, hi))
+    edges = [lo] + [end for _, end, _ in pieces]
+    if len(pieces) < 2 or edges[-1] != hi or [start for start, _, _ in pieces] != edges[:-1]:
+        return False
+    values = [codec.unpack(packed) for _, _, packed in pieces if packed]
+    merged = codec.pack(operation.combine(values)) if values else b""
+    return ledger.compact(job, [(start, end) for start, end, _ in pieces], merged)
+
+
+def merge_root(ledger: Ledger, claim: Claim, spec: Spec, operation: Operation) -> str:
+    """Make the answer of a job and close it; return its final state, '' when another process holds the merge."""
+    try:
+        answer = _answer(ledger, spec, operation)
+    except Exception as error:
+        logger.warning("The merge of job %s raised %s", spec.job, type(error).__name__)
+        return ledger.close(spec.job, claim.epoch, Status.FAILED, error=failure_of(-1, error))
+    return ledger.close(spec.job, claim.epoch, Status.SUCCEEDED, answer)
+
+
+def _answer(ledger: Ledger, spec: Spec, operation: Operation) -> bytes:
+    """Return the packed answer, or nothing when the outputs stay where they are, as pages."""
+    found = partials(ledger, spec.job, 0, spec.n)
+    if operation.merge is not None:
+        first = next(found, None)
+        if first is None:
+            return codec.pack(operation.shaped(_of_nothing(operation)))
+        return codec.pack(operation.shaped(operation.merge(_chained(first, found))))
+    if operation.finalize is not None:
+        return codec.pack(operation.finalize(list(flattened(found))))
+    return b""
+
+
+def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _of_nothing(operation: Operation) -> Any:
+    """Return the merge of no partials; an operation whose merge has no such value answers None."""
+    try:
+        return operation.combine(iter(()))
+    except (ValueError, TypeError, IndexError, StopIteration):
+        return None

@@ -1,0 +1,153 @@
+"""The registry of operations: what a job does with an item, and how partials become one.
+
+Decides how a function is called; refuses to know where items come from and where partials go.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, overload
+
+from rlm_tasks.errors import InvalidRequest, UnknownOperation
+
+if TYPE_CHECKING:
+    from rlm_tasks.job import Job
+
+
+@dataclass(slots=True)
+class Context:
+    """What an operation may ask about the run it is part of."""
+
+    job_id: str
+    params: dict[str, Any]
+    depth: int = 0
+    attempt: int = 1
+    index: int = 0  # of the item being worked on; of the first item in a batch
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A registered function and what surrounds it.
+
+    Calling it calls the function itself, as a plain function in tests and scripts.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    merge: Callable[[Iterable[Any]], Any] | None = None
+    finalize: Callable[[Any], Any] | None = None
+    validate: Callable[[Any], Any] | None = None
+    batch: bool = False
+    concurrency: int = 1
+    version: int = 1
+    is_async: bool = field(init=False)
+    takes_context: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_async", inspect.iscoroutinefunction(self.function))
+        object.__setattr__(self, "takes_context", _positional(self.function) >= 2)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def apply(self, value: Any, context: Context) -> Any:
+        """Call the function with an item (or a batch), and the context if it takes one."""
+        return self.function(value, context) if self.takes_context else self.function(value)
+
+    def combine(self, outputs: Iterable[Any]) -> Any:
+        """Return one partial for outputs or partials in item order; a list without a merge."""
+        if self.merge is not None:
+            return self.merge(outputs)
+        return outputs if isinstance(outputs, list) else list(outputs)
+
+    def shaped(self, partial: Any) -> Any:
+        """Return the answer a user sees for the last partial."""
+        return self.finalize(partial) if self.finalize else partial
+
+    def submit(self, items: Any, **fields: Any) -> Job:
+        """Open a job of this operation with the default client; fields as in `Client.submit`.
+
+        ``word_count.submit(lines, priority="high")``.  Raises InvalidRequest, StoreUnavailable.
+        """
+        from rlm_tasks.client import default_client
+
+        return default_client().submit(operation=self.name, items=items, **fields)
+
+
+def _positional(function: Callable[..., Any]) -> int:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some builtins have no signature; they take the item alone
+        return 1
+    return sum(1 for each in parameters if each.kind in kinds and each.default is inspect.Parameter.empty)
+
+
+_registry: dict[str, Operation] = {}
+
+
+@overload
+def operation(name: Callable[..., Any], /) -> Operation: ...
+@overload
+def operation(
+    name: str | None = None,
+    *,
+    merge: Callable[[Iterable[Any]], Any] | None = None,
+    finalize: Callable[[Any], Any] | None = None,
+    validate: Callable[[Any], Any] | None = None,
+    batch: bool = False,
+    concurrency: int = 1,
+    version: int = 1,
+) -> Callable[[Callable[..., Any]], Operation]: ...
+def operation(name: Any = None, **about: Any) -> Any:
+    """Register a function as an operation, bare or with options.
+
+    The function takes an item, and the `Context` if it has a second parameter without a default.
+    With ``batch=True`` it takes a list of items and returns one partial, or, without a merge, a list
+    with one output per item.  An ``async def`` keeps up to ``concurrency`` items in flight.
+    ``merge`` takes an iterable of partials in item order and returns one partial; it must be
+    associative.  ``validate`` raises for an item that must not be processed.
+    """
+    if callable(name):
+        return _register(Operation(getattr(name, "__name__", "operation"), name))
+
+    def decorate(function: Callable[..., Any]) -> Operation:
+        return _register(Operation(name or function.__name__, function, **about))
+
+    return decorate
+
+
+def _register(new: Operation) -> Operation:
+    if new.concurrency < 1 or (new.concurrency > 1 and not new.is_async):
+        raise InvalidRequest("concurrency", new.concurrency, "must be at least 1, and above 1 needs an async def")
+    if new.batch and new.is_async:
+        raise InvalidRequest("batch", new.name, "an async def takes one item; leave batch out")
+    _registry[new.name] = new
+    return new
+
+
+def get(name: str) -> Operation:
+    """Return an operation.  Raises UnknownOperation, naming the nearest known one."""
+    try:
+        return _registry[name]
+    except KeyError:
+        raise UnknownOperation(name, _registry) from None
+
+
+def names() -> list[str]:
+    """Return the names of all registered operations, sorted."""
+    return sorted(_registry)
+
+
+def import_operations(modules: Sequence[str]) -> None:
+    """Import the built-in operations and the user's modules.  Raises InvalidRequest for a missing one."""
+    for module in ("rlm_tasks.builtins", *modules):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name and module.startswith(error.name):
+                raise InvalidRequest("RLM_OPERATIONS", module, "no such module on the import path") from None
+            raise

@@ -1,0 +1,100 @@
+"""A page of memory that a worker's main process shares with its pool processes.
+
+Each pool process writes what it holds: job, node, epoch, the item in flight, when its last slice ended.
+The main process beats leases from it and knows what was lost when a process dies; in the other direction
+it sets the flags that running nodes read at slice boundaries.  Refuses to know what is done about either.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+SLOTS = 1024
+_HEADER = 64
+_SLOT = struct.Struct("<IIQqqd40s16s")  # generation (odd: being written), pid, epoch, item, unused, time, job, node
+_ITEM = struct.Struct("<q")
+_TIME = struct.Struct("<d")
+_GENERATION = struct.Struct("<I")
+_ITEM_AT, _TIME_AT = 16, 32
+_DRAINING_AT = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one pool process is working on."""
+
+    pid: int
+    job: str
+    node: str
+    epoch: int
+    item: int  # -1: none in flight
+    since: float  # monotonic time of the last slice boundary
+
+
+class Page:
+    """The shared page; made before the pool forks."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, _HEADER + SLOTS * _SLOT.size)
+
+    @property
+    def draining(self) -> bool:
+        """Whether the worker is shutting down: running nodes then cut at their next slice."""
+        return self._memory[_DRAINING_AT] == 1
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        self._memory[_DRAINING_AT] = int(value)
+
+    def slot(self, index: int) -> PageSlot:
+        """Return the writer of one pool process."""
+        return PageSlot(self._memory, _HEADER + index % SLOTS * _SLOT.size)
+
+    def held(self) -> Iterator[Held]:
+        """Yield what each pool process holds now."""
+        for offset in range(_HEADER, len(self._memory), _SLOT.size):
+            if (found := self._read(offset)) is not None:
+                yield found
+
+    def _read(self, offset: int) -> Held | None:
+        for _ in range(100):
+            before = _GENERATION.unpack_from(self._memory, offset)[0]
+            _, pid, epoch, item, _, since, job, node = _SLOT.unpack_from(self._memory, offset)
+            if before % 2 == 0 and before == _GENERATION.unpack_from(self._memory, offset)[0]:
+                held = Held(pid, job.rstrip(b"\0").decode(), node.rstrip(b"\0").decode(), epoch, item, since)
+                return held if held.job else None
+        # Its writer died between the two halves of a write: nothing in the slot can be trusted.
+        return None
+
+
+class PageSlot:
+    """Where one pool process writes what it holds."""
+
+    def __init__(self, memory: mmap.mmap, offset: int) -> None:
+        self._memory, self._offset = memory, offset
+
+    def hold(self, pid: int, job: str, node: str, epoch: int, at: float) -> None:
+        """Say that a node is being worked on."""
+        self._write(pid, job, node, epoch, at)
+
+    def let_go(self) -> None:
+        """Say that nothing is."""
+        self._write(0, "", "", 0, 0.0)
+
+    def start_item(self, index: int) -> None:
+        """Say which item is in flight."""
+        _ITEM.pack_into(self._memory, self._offset + _ITEM_AT, index)
+
+    def boundary(self, at: float) -> None:
+        """Say that a slice has ended, with no item in flight."""
+        _ITEM.pack_into(self._memory, self._offset + _ITEM_AT, -1)
+        _TIME.pack_into(self._memory, self._offset + _TIME_AT, at)
+
+    def _write(self, pid: int, job: str, node: str, epoch: int, at: float) -> None:
+        odd = _GENERATION.unpack_from(self._memory, self._offset)[0] | 1
+        _GENERATION.pack_into(self._memory, self._offset, odd)
+        _SLOT.pack_into(self._memory, self._offset, odd, pid, epoch, -1, 0, at, job.encode(), node.encode())
+        _GENERATION.pack_into(self._memory, self._offset, (odd + 1) & 0xFFFFFFFF)

@@ -1,0 +1,264 @@
+"""What a user may ask for, checked before anything is enqueued.
+
+Decides which requests make sense and settles their defaults; refuses to know Redis and Celery.
+Field names are snake_case; the camelCase names of the source documents are accepted as aliases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from enum import StrEnum
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.alias_generators import to_camel
+
+from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.splitting import Shape
+
+DEFAULT_MIN_CHUNK = 100
+"""Smallest part of a planned binary or n-way tree (source document 0, minChunkSize)."""
+
+
+class Priority(StrEnum):
+    """Urgency of a job; each level has its own queue."""
+
+    CRITICAL = "critical"
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True, arbitrary_types_allowed=True
+    )
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise _first(error, type(self)) from None
+
+
+def _first(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
+    """Turn pydantic's report into one sentence about one field."""
+    problem = error.errors()[0]
+    if isinstance(problem.get("ctx", {}).get("error"), InvalidRequest):
+        return problem["ctx"]["error"]  # type: ignore[no-any-return]  # pydantic types ctx as Any
+    field = ".".join(str(part) for part in problem["loc"]) or model.__name__
+    if problem["type"] == "extra_forbidden":
+        return InvalidRequest(field, problem["input"], f"unknown field; {model.__name__} has {', '.join(model.model_fields)}")
+    return InvalidRequest(field, problem["input"], problem["msg"].removeprefix("Value error, "))
+
+
+class Binary(_Checked):
+    """Halve a range until its parts are small."""
+
+    min_chunk_size: int | None = Field(None, ge=1, description="Items; set, the plan is carried out as written.")
+    max_depth: int = Field(10, ge=1, le=64)
+    branching_factor: int = Field(2, ge=2, le=1000, description="Most children of one cut.")
+
+
+class NWay(_Checked):
+    """Cut a range into `split_factor` parts, and those again."""
+
+    split_factor: int = Field(8, ge=2, le=1000)
+    min_chunk_size: int | None = Field(None, ge=1, description="Items; set, the plan is carried out as written.")
+    max_depth: int = Field(10, ge=1, le=64)
+
+
+class Adaptive(_Checked):
+    """Fan out for the live slots, then cut where a free slot wants work."""
+
+    min_chunk_size: int = Field(1, ge=1, description="Items of the smallest part.")
+    max_chunk_size: int | None = Field(None, ge=1, description="Items of the largest node.")
+    target_execution_time_ms: float | None = Field(None, gt=0, description="A node hands over its rest after this.")
+    max_depth: int = Field(10, ge=1, le=64)
+    branching_factor: int = Field(4, ge=2, le=1000, description="Most children of one cut.")
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        if self.max_chunk_size is not None and self.min_chunk_size > self.max_chunk_size:
+            raise InvalidRequest(
+                "min_chunk_size", self.min_chunk_size, f"must not exceed max_chunk_size={self.max_chunk_size}"
+            )
+        return self
+
+
+Strategy = Binary | NWay | Adaptive
+STRATEGIES: dict[str, type[Strategy]] = {"binary": Binary, "n_way": NWay, "adaptive": Adaptive}
+
+
+class Options(_Checked):
+    """How a job is run, whatever it computes."""
+
+    priority: Priority = Priority.NORMAL
+    timeout_ms: float | None = Field(None, gt=0, description="The job ends as `expired` after this.")
+    max_depth: int | None = Field(None, ge=1, le=64)
+    continue_on_error: bool = False
+    error_threshold: float | None = Field(None, ge=0, le=1, description="The job fails when more than this share fails.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _timeout_in_seconds(cls, fields: Any) -> Any:
+        """Accept ``timeout`` in seconds or as a timedelta beside ``timeout_ms``."""
+        if isinstance(fields, dict) and "timeout" in fields:
+            fields = dict(fields)
+            timeout = fields.pop("timeout")
+            seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+            if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+                raise InvalidRequest("timeout", timeout, "must be seconds or a timedelta")
+            fields["timeout_ms"] = seconds * 1000
+        return fields
+
+    @field_validator("priority", mode="before")
+    @classmethod
+    def _known_priority(cls, value: Any) -> Any:
+        if value not in list(Priority):
+            raise InvalidRequest("priority", value, f"must be one of {', '.join(Priority)}")
+        return value
+
+    @model_validator(mode="after")
+    def _threshold_needs_patience(self) -> Self:
+        if self.error_threshold is not None and not self.continue_on_error:
+            raise InvalidRequest("error_threshold", self.error_threshold, "needs continue_on_error=True")
+        return self
+
+
+class Conditions(_Checked):
+    """When items are worked on at all."""
+
+    skip_if_empty: bool = Field(False, description="Skip items that are None or empty, and a job without items.")
+    validate_before_process: bool = Field(False, description="Run the operation's validate on every item first.")
+    early_termination_threshold: float | None = Field(None, gt=0, le=1, description="End once this share is done.")
+
+
+class JobRequest(_Checked):
+    """One job: items, an operation, and how to go about it."""
+
+    operation: str = Field(min_length=1)
+    items: Any
+    type: Literal["sequential", "parallel", "recursive"] | None = None
+    strategy: Strategy | None = None
+    chunk_size: int | None = Field(None, ge=1, description="Items per node of a parallel job.")
+    params: dict[str, Any] = Field(default_factory=dict, description="Handed to the operation as ctx.params.")
+    options: Options = Field(default_factory=Options)
+    conditions: Conditions = Field(default_factory=Conditions)
+    description: str = ""
+    complexity: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_strategy(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or not isinstance(fields.get("strategy"), str):
+            return fields
+        name = fields["strategy"]
+        if name not in STRATEGIES:
+            raise InvalidRequest("strategy", name, f"unknown; must be one of {', '.join(STRATEGIES)}")
+        return {**fields, "strategy": STRATEGIES[name]()}
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _known_strategy(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, Binary | NWay | Adaptive):
+            raise InvalidRequest("strategy", value, "must be Binary(...), NWay(...) or Adaptive(...)")
+        return value
+
+    @model_validator(mode="after")
+    def _type_fits(self) -> Self:
+        if self.strategy is not None and self.type in ("sequential", "parallel"):
+            raise InvalidRequest("strategy", self.strategy, f"a {self.type} job takes none; use type='recursive'")
+        if self.chunk_size is not None and (self.type in ("sequential", "recursive") or self.strategy is not None):
+            raise InvalidRequest("chunk_size", self.chunk_size, "belongs to type='parallel'")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """The type, inferred from the strategy or the chunk size when left out."""
+        return self.type or ("parallel" if self.chunk_size is not None else "recursive")
+
+    def shape(self, default_target_ms: float) -> Shape:
+        """Return the strategy, settled, with the default target where it names none."""
+        shape = self._shape(default_target_ms)
+        if self.options.max_depth is not None and self.kind == "recursive":
+            return Shape(**{**_fields(shape), "max_depth": min(shape.max_depth, self.options.max_depth)})
+        return shape
+
+    def _shape(self, target_ms: float) -> Shape:
+        if self.kind == "sequential":
+            return Shape("sequential", target_ms=target_ms)
+        if self.kind == "parallel":
+            exact = self.chunk_size is not None
+            return Shape("flat", max_chunk=self.chunk_size or 0, exact=exact, max_depth=1, eager=exact, target_ms=target_ms)
+        match self.strategy:
+            case Adaptive() as adaptive:
+                return Shape(
+                    "flat", adaptive.branching_factor, adaptive.min_chunk_size, max_chunk=adaptive.max_chunk_size or 0,
+                    max_depth=adaptive.max_depth, eager=adaptive.max_chunk_size is not None,
+                    target_ms=adaptive.target_execution_time_ms or target_ms,
+                )  # fmt: skip
+            case NWay() as n_way:
+                return _planned_tree(n_way.split_factor, n_way.min_chunk_size, n_way.max_depth, target_ms)
+            case Binary() as binary:
+                return _planned_tree(2, binary.min_chunk_size, binary.max_depth, target_ms)
+            case _:
+                return _planned_tree(2, None, 10, target_ms)
+
+    @classmethod
+    def parse(cls, request: JobRequest | Mapping[str, Any]) -> JobRequest:
+        """Return a request as it is, or make one of a plain dict in snake_case or camelCase.
+
+        ``input`` may hold ``items``, ``operation`` and the strategy's sizes, as in the source documents,
+        or be the items themselves.  Raises InvalidRequest.
+        """
+        if isinstance(request, JobRequest):
+            return request
+        if not isinstance(request, Mapping):
+            raise InvalidRequest("request", request, "must be a JobRequest or a dict")
+        return cls(**_flattened(dict(request)))
+
+
+def _fields(shape: Shape) -> dict[str, Any]:
+    return {name: getattr(shape, name) for name in shape.__struct_fields__}
+
+
+def _planned_tree(factor: int, min_chunk: int | None, max_depth: int, target_ms: float) -> Shape:
+    return Shape(
+        "tree", factor, min_chunk or 1, min_chunk or DEFAULT_MIN_CHUNK,
+        max_depth=max_depth, eager=min_chunk is not None, target_ms=target_ms,
+    )  # fmt: skip
+
+
+def _flattened(fields: dict[str, Any]) -> dict[str, Any]:
+    """Bring the nested shape of the source documents into the fields of JobRequest."""
+    if "input" not in fields:
+        return fields
+    given = fields.pop("input")
+    inner = dict(given) if isinstance(given, Mapping) and {"items", "operation"} & set(given) else {"items": given}
+    fields.setdefault("operation", inner.pop("operation", "process"))
+    sizes = {
+        "n_way": inner.pop("splitFactor", None),
+        "planned": inner.pop("decompositionStrategy", None),
+        "adaptive": inner.pop("adaptiveSplit", None),
+    }
+    named = [name for name, value in sizes.items() if value is not None]
+    if len(named) > 1:
+        raise InvalidRequest("input", sorted(given), "names more than one strategy; keep one")
+    if sizes["n_way"] is not None:
+        fields["strategy"] = NWay(split_factor=sizes["n_way"])
+    elif sizes["planned"] is not None:
+        planned = dict(sizes["planned"])
+        fields["strategy"] = NWay(
+            split_factor=planned.pop("branchingFactor", 2), min_chunk_size=planned.pop("minChunkSize", DEFAULT_MIN_CHUNK), **planned
+        )
+    elif sizes["adaptive"] is not None:
+        fields["strategy"] = Adaptive(**sizes["adaptive"])
+    overlap = set(inner) & set(fields)
+    if overlap:
+        raise InvalidRequest("input", sorted(overlap), "given twice, inside and outside of input")
+    return {**fields, **inner}

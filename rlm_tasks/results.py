@@ -1,0 +1,183 @@
+"""What a job tells its user: records, no decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any, overload
+
+
+class Status(StrEnum):
+    """State of a job; the last four are final."""
+
+    PENDING = "pending"  # open, no node claimed yet
+    RUNNING = "running"
+    MERGING = "merging"  # every item is accounted for, the answer is being made
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        """Whether the job has ended."""
+        return self in (Status.SUCCEEDED, Status.FAILED, Status.EXPIRED, Status.CANCELLED)
+
+
+CELERY_STATES = {
+    Status.PENDING: "PENDING",
+    Status.RUNNING: "STARTED",
+    Status.MERGING: "STARTED",
+    Status.SUCCEEDED: "SUCCESS",
+    Status.FAILED: "FAILURE",
+    Status.EXPIRED: "FAILURE",
+    Status.CANCELLED: "REVOKED",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ItemFailure:
+    """An item whose operation raised: which one, and what it raised."""
+
+    index: int
+    type: str
+    message: str
+    traceback: str = field(default="", repr=False)
+
+
+class SuccessfulItems(Sequence[int]):
+    """The indexes of the items that succeeded, in order, held as ranges."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]], failed: Sequence[int]) -> None:
+        self._runs: list[range] = []
+        bad = sorted(failed)
+        for lo, hi in ranges:
+            at = lo
+            for index in (each for each in bad if lo <= each < hi):
+                self._runs.append(range(at, index))
+                at = index + 1
+            self._runs.append(range(at, hi))
+        self._runs = [run for run in self._runs if run]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._runs))
+
+    def __iter__(self) -> Iterator[int]:
+        for run in self._runs:
+            yield from run
+
+    def __contains__(self, index: object) -> bool:
+        return any(index in run for run in self._runs)
+
+    @overload
+    def __getitem__(self, at: int) -> int: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[int]: ...
+    def __getitem__(self, at: int | slice) -> int | list[int]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        left = at if at >= 0 else at + len(self)
+        for run in self._runs:
+            if 0 <= left < len(run):
+                return run[left]
+            left -= len(run)
+        raise IndexError(at)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} items in {len(self._runs)} ranges>"
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """What a job cost."""
+
+    items: int
+    nodes: int  # finished nodes, the root included
+    splits: int  # cuts into two or more children
+    yields: int  # cuts into one
+    max_depth: int
+    execution_time_ms: float  # from the first claim to the end
+    busy_ms: float  # summed time inside the operation, over all nodes
+    peak_memory_mb: float  # largest worker process seen
+    waited_ms: float  # from opening to the first claim
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """How a job ended."""
+
+    job_id: str
+    status: Status
+    output: Any
+    total: int
+    done: int
+    failed_count: int
+    skipped: int
+    failed: list[ItemFailure]  # the first 1,000; failed_count counts all
+    successful: SuccessfulItems
+    metrics: Metrics
+    stopped: str = ""  # why the job ended before its items did: early, failed, expired, cancelled
+    error: ItemFailure | None = None  # what its merge raised
+    receipt: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def failure_rate(self) -> float:
+        """Failed items over all items; 0.0 for a job without items."""
+        return self.failed_count / self.total if self.total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain data, without the list of successful indexes."""
+        shown = {name: getattr(self, name) for name in self.__slots__ if name != "successful"}
+        shown |= {"failed": [asdict(each) for each in self.failed], "metrics": asdict(self.metrics)}
+        shown |= {"error": asdict(self.error) if self.error else None, "failure_rate": self.failure_rate}
+        return shown
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job's whole tree is, as one figure."""
+
+    status: Status
+    total: int
+    done: int
+    failed: int
+    skipped: int
+    nodes: int  # finished
+    pending: int  # nodes queued, running or parked
+    splits: int
+    elapsed_s: float
+    rate: float  # items a second since the first claim
+    eta_s: float | None  # None while nothing is known
+    phase: str = "process"  # validate: items are being validated, done counts those
+
+    @property
+    def fraction(self) -> float:
+        """Share of items that are accounted for, 0 to 1."""
+        return min(1.0, (self.done + self.failed + self.skipped) / self.total) if self.total else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """The best answer so far: what it is and how much of the job it covers."""
+
+    output: Any
+    coverage: float  # share of items whose outcome is in the output, 0 to 1
+    ranges: list[tuple[int, int]]  # item ranges that are in it
+
+
+@dataclass(frozen=True, slots=True)
+class TreeNode:
+    """One node of a job's tree."""
+
+    id: str
+    parent: str
+    lo: int
+    hi: int
+    worked: int  # items it worked through itself
+    depth: int
+    state: str  # queued, running, parked, done, cut, skipped
+    why: str
+    worker: str
+    duration_ms: float
+    attempts: int

@@ -1,0 +1,51 @@
+"""The composition root of one process: what it reads and writes through, built once, before a fork.
+
+Decides how parts are put together; refuses to know what they do.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass, field
+
+from billiard.process import current_process
+from celery import Celery
+
+from resilience.keys import Keys
+from resilience.store import Store
+from rlm_tasks.dispatch import Dispatcher
+from rlm_tasks.ledger import Ledger
+from rlm_tasks.page import Page, PageSlot
+from rlm_tasks.settings import Settings
+from rlm_tasks.sources import ItemReader
+from scheduler.slots import SlotBoard
+
+
+@dataclass
+class Runtime:
+    """The parts that nodes and merges of one process share."""
+
+    settings: Settings
+    ledger: Ledger
+    slots: SlotBoard
+    items: ItemReader
+    dispatcher: Dispatcher
+    page: Page
+    worker: str = ""
+    _page_slots: dict[tuple[int, int], PageSlot] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, app: Celery, settings: Settings, *, patience_s: float) -> Runtime:
+        """Build the parts for one Celery app."""
+        store, keys = Store(settings.redis_url), Keys(settings.namespace)
+        ledger = Ledger(store, keys, settings.ledger, patience_s=patience_s)
+        return cls(settings, ledger, SlotBoard(store, keys), ItemReader(store), Dispatcher(app, ledger), Page())
+
+    def page_slot(self) -> PageSlot:
+        """Return where this pool process, or this thread of a threads pool, says what it holds."""
+        here = os.getpid(), threading.get_ident()
+        if here not in self._page_slots:
+            index = getattr(current_process(), "index", None)
+            self._page_slots[here] = self.page.slot(len(self._page_slots) if index is None else index)
+        return self._page_slots[here]

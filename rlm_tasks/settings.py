@@ -1,0 +1,79 @@
+"""Everything that can be tuned, with its default and unit, and the one place that reads the environment.
+
+Names: ``RLM_<FIELD>`` and ``RLM_<SECTION>__<FIELD>``.  Refuses to know what the values are used for.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from rlm_tasks.errors import InvalidRequest
+
+
+class LedgerSettings(BaseModel, frozen=True, extra="forbid"):
+    """How fast a lost worker or message is noticed."""
+
+    lease_s: float = Field(30.0, gt=0, description="A running node is lost when nobody beats for this long.")
+    sweep_s: float = Field(5.0, gt=0, description="How often each worker looks for overdue nodes.")
+    grace_s: float = Field(30.0, gt=0, description="A queued node's message is sent again after this long.")
+    stop_grace_s: float = Field(2.0, gt=0, description="Running nodes of an ended job are fenced after this.")
+    death_limit: int = Field(3, ge=1, description="An item that was in flight at this many deaths is failed.")
+
+
+class NodeSettings(BaseModel, frozen=True, extra="forbid"):
+    """How a node works through its range."""
+
+    target_ms: float = Field(1000.0, gt=0, description="A node hands over the rest of its range after this.")
+    slice_ms: float = Field(50.0, gt=0, description="A node may cut after each slice of about this long.")
+    item_limit_s: float = Field(0.0, ge=0, description="Kill a worker process whose item runs longer; 0: never.")
+
+
+class Settings(BaseSettings, frozen=True):
+    """The whole configuration of one process."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="RLM_", env_nested_delimiter="__", extra="ignore", populate_by_name=True
+    )
+
+    redis_url: str = Field("redis://localhost:6379/0", description="Redis of the ledger.")
+    broker_url: str = Field("", description="Celery's broker; empty: the ledger's Redis.")
+    result_backend: str = Field("", description="Celery's result backend, which counts chords; empty: the ledger's Redis.")
+    namespace: str = Field(
+        "rlm", pattern=r"^[A-Za-z0-9_-]+$", description="Starts every key and queue; platforms with different ones do not meet."
+    )
+    operations: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Modules with operations, separated by commas; imported by clients and workers."
+    )
+    result_ttl_s: int = Field(7 * 86_400, gt=0, description="Results and ledger entries of a job live this long.")
+    max_result_bytes: int = Field(64 * 2**20, gt=0, description="Largest packed output that result() builds in memory.")
+    max_item_bytes: int = Field(16 * 2**20, gt=0, description="Largest single packed item.")
+    ledger: LedgerSettings = LedgerSettings()
+    node: NodeSettings = NodeSettings()
+
+    def model_post_init(self, _context: Any) -> None:
+        """Let the broker and the result backend default to the ledger's Redis."""
+        object.__setattr__(self, "broker_url", self.broker_url or self.redis_url)
+        object.__setattr__(self, "result_backend", self.result_backend or self.redis_url)
+
+    @field_validator("operations", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+@cache
+def settings() -> Settings:
+    """Return the settings of this process, read from the environment once.
+
+    Raises InvalidRequest naming the variable when a value is out of its range.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "RLM_" + "__".join(str(part) for part in first["loc"]).upper()
+        raise InvalidRequest(name, first["input"], first["msg"]) from None

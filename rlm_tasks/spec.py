@@ -1,0 +1,55 @@
+"""What a worker must know of a job: the request, settled, as the ledger keeps it.
+
+A record, no decisions.  Its schema number travels with every job: a worker reads its own and the one before.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from rlm_tasks.sources import Source
+from rlm_tasks.splitting import Shape
+
+SCHEMA = 1
+
+
+class Spec(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One job, settled."""
+
+    job: str
+    operation: str
+    source: Source
+    n: int
+    shape: Shape
+    queue: str
+    schema: int = SCHEMA
+    version: int = 1
+    params: dict[str, Any] = {}
+    priority: str = "normal"
+    kind: str = "recursive"
+    continue_on_error: bool = False
+    error_threshold: float | None = None
+    skip_if_empty: bool = False
+    validate: bool = False
+    early_termination_threshold: float | None = None
+    timeout_ms: float | None = None
+    description: str = ""
+    complexity: str = ""
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Spec)
+
+
+def dump(spec: Spec) -> bytes:
+    """Return the spec as JSON."""
+    return _encoder.encode(spec)
+
+
+@lru_cache(maxsize=256)
+def load(text: bytes) -> Spec:
+    """Return the spec of a job; the same text is decoded once per process."""
+    return _decoder.decode(text)

@@ -1,0 +1,79 @@
+"""The two Celery tasks: doorbells that parse, call and return.
+
+An item's error is data and a node's crash is the ledger's business, so nothing a node meets ever enters a
+chord as an exception.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from celery import Celery
+from celery.exceptions import Ignore
+
+from resilience.errors import StoreUnavailable
+from rlm_tasks import operations
+from rlm_tasks.dispatch import MERGE_TASK, NODE_TASK, body_of, group_id
+from rlm_tasks.errors import UnknownOperation
+from rlm_tasks.failures import failure_of
+from rlm_tasks.merging import compact_split
+from rlm_tasks.node import run_node
+from rlm_tasks.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+_OPTIONS: dict[str, Any] = {
+    "bind": True,
+    "ignore_result": True,
+    "acks_late": True,
+    "reject_on_worker_lost": True,
+    "retry_on_worker_lost": False,
+    "max_retries": 0,
+    "typing": False,
+    "Request": "rlm_tasks.worker:NodeRequest",
+}
+
+
+def register(app: Celery, runtime: Callable[[], Runtime]) -> None:
+    """Add the tasks to an app; `runtime` gives the parts of the process that runs them."""
+
+    @app.task(name=NODE_TASK, **_OPTIONS)  # type: ignore[untyped-decorator]  # Celery ships no types
+    def node(self: Any, job: str, node: str) -> None:
+        """Run one node of a job."""
+        if not _guarded(runtime(), job, lambda: run_node(runtime(), job, node)):
+            raise Ignore
+
+    @app.task(name=MERGE_TASK, **_OPTIONS)  # type: ignore[untyped-decorator]  # Celery ships no types
+    def merge(self: Any, job: str, split: str) -> None:
+        """Compact the partials of one split, as the body of its chord."""
+        _guarded(runtime(), job, lambda: _merge(runtime(), self.request, job, split))
+
+
+def _guarded(runtime: Runtime, job: str, work: Callable[[], bool]) -> bool:
+    try:
+        return work()
+    except StoreUnavailable as error:
+        logger.warning("A node of job %s is given up, the sweep will redo it: %s", job, error)
+    except Exception as error:
+        logger.exception("A node of job %s failed outside of its items", job)
+        runtime.ledger.stop(job, "failed", detail="a node failed outside of its items", error=failure_of(-1, error))
+    return False
+
+
+def _merge(runtime: Runtime, request: Any, job: str, split_id: str) -> bool:
+    split, spec = runtime.ledger.split(job, split_id), runtime.ledger.spec(job)
+    if split is None or spec is None:
+        return True
+    if split.sp and (outer := runtime.ledger.split(job, split.sp)):
+        # The message does not carry what encloses its chord: see dispatch.
+        request.update(group=group_id(job, split.sp), group_index=split.ix, chord=body_of(job, spec.queue, outer))
+    try:
+        compact_split(runtime.ledger, job, operations.get(spec.operation), split.lo, split.hi)
+    except (StoreUnavailable, UnknownOperation) as error:
+        logger.info("Split %s of job %s is left to the root merge: %s", split_id, job, error)
+    except Exception as error:
+        # The root merge meets the same error, and makes it the job's.
+        logger.info("The merge of split %s of job %s raised %s", split_id, job, type(error).__name__)
+    return True
