@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, cast
+from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
@@ -93,6 +93,11 @@ class Store:
         except (RedisError, OSError) as error:
             raise self.unavailable(error) from None
 
+    def now_ms(self) -> int:
+        """Return the server's clock, the only one that jobs are timed by."""
+        seconds, micros = self.client.time()
+        return seconds * 1000 + micros // 1000
+
     def unavailable(self, error: Exception) -> StoreUnavailable:
         """Return the error a user sees for a lost or refused connection."""
         return StoreUnavailable(self.url, f"{type(error).__name__}: {error}"[:200])
@@ -116,5 +121,5 @@ class Store:
         pipe = self.client.pipeline(transaction=False)
         for call in calls:
             command = ("EVALSHA", call.script.sha) if by_sha else ("EVAL", call.script.text)
-            pipe.execute_command(*command, len(call.keys), *call.keys, *call.args)
-        return cast(list[Any], pipe.execute(raise_on_error=False))
+            pipe.execute_command(*command, len(call.keys), *call.keys, *call.args)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+        return pipe.execute(raise_on_error=False)

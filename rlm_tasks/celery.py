@@ -6,10 +6,11 @@ Decides every Celery setting; refuses to know what the tasks do.  ``celery -A rl
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from celery import Celery, signals
-from kombu import Queue
+from kombu.entity import Queue
 
 from rlm_tasks import operations, tasks
 from rlm_tasks.requests import Priority
@@ -49,7 +50,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "broker_connection_max_retries": None,
         "broker_pool_acquire_timeout": 30,
         "task_publish_retry_policy": {"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5},
-        "task_queues": [Queue(queue_name(settings.namespace, each)) for each in Priority],
+        "task_queues": [Queue(queue_name(settings.namespace, each)) for each in Priority],  # type: ignore[no-untyped-call]  # kombu ships no types
         "task_default_queue": queue_name(settings.namespace, Priority.NORMAL),
         "task_create_missing_queues": False,
         "task_serializer": "json",
@@ -85,11 +86,16 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
         operations.import_operations(wanted.operations)
         runtime().worker = "worker"
 
+    def say_ready(**_: Any) -> None:
+        if wanted.ready_file:
+            Path(wanted.ready_file).touch()
+
     app.rlm_runtime = runtime
     app.rlm_settings = wanted
     tasks.register(app, runtime)
     app.steps["consumer"].add(GuardStep)
     signals.worker_init.connect(prepare, weak=False)
+    signals.worker_ready.connect(say_ready, weak=False)
     drain_on_shutdown(runtime)
     return app
 

@@ -59,6 +59,10 @@ class Client:
         """Give the connections back."""
         self._store.client.close()
 
+    def check(self) -> None:
+        """Raise StoreUnavailable, naming the URL without its password, unless Redis answers."""
+        self._store.check()
+
     # --- submitting ---------------------------------------------------------------------------------
 
     def submit(self, request: Request | None = None, /, **fields: Any) -> Job:

@@ -6,57 +6,95 @@ Pure functions from paths to plain data; partials of any split merge to the same
 from __future__ import annotations
 
 import ast
+import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from heapq import nlargest
+from pathlib import Path
 from typing import Any
 
-_BRANCHES = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.IfExp, ast.comprehension, ast.match_case, ast.BoolOp)
-_NESTING = (
-    ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match,
-    ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef,
-)  # fmt: skip
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_BRANCHES = frozenset(
+    (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.IfExp, ast.comprehension, ast.match_case, ast.BoolOp)
+)
+_NESTING = frozenset(
+    (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match,
+     ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+)  # fmt: skip
+_SUMMED = ("files", "lines", "functions", "classes", "branches")
 TOP = 10
 
 
+def standard_library() -> Path:
+    """Return the folder of this Python's standard library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def python_files(folder: Path) -> list[str]:
+    """Return the Python files below a folder, sorted, without installed packages."""
+    found = (path for path in folder.rglob("*.py") if not {"site-packages", "__pycache__"} & set(path.parts[len(folder.parts) :]))
+    return sorted(str(path) for path in found)
+
+
+class _Tally:
+    """Counts of one file, in a single pass over its tree."""
+
+    def __init__(self) -> None:
+        self.functions: list[tuple[int, int, str]] = []
+        self.classes = self.deepest = 0
+
+    def visit(self, node: ast.AST, depth: int) -> int:
+        """Return the branches at and below a node; note functions, classes and nesting on the way."""
+        kind = type(node)
+        depth += kind in _NESTING
+        self.deepest = max(self.deepest, depth)
+        branches = int(kind in _BRANCHES)
+        chained = node.orelse[0] if isinstance(node, ast.If) and len(node.orelse) == 1 else None
+        for child in _children(node):
+            # An `elif` is an if inside an else, but nests no deeper to its reader.
+            branches += self.visit(child, depth - 1 if child is chained and isinstance(child, ast.If) else depth)
+        if isinstance(node, _FUNCTIONS):
+            self.functions.append((1 + branches, node.lineno, node.name))
+        self.classes += kind is ast.ClassDef
+        return branches
+
+
+def _children(node: ast.AST) -> Iterator[ast.AST]:
+    for name in node._fields:
+        value = getattr(node, name, None)
+        if isinstance(value, list):
+            yield from (item for item in value if isinstance(item, ast.AST))
+        elif isinstance(value, ast.AST):
+            yield value
+
+
 def measure_file(path: str) -> dict[str, Any]:
-    """Return the metrics of one file.  Raises SyntaxError and OSError, which fail that item only."""
+    """Return the metrics of one file.  Raises SyntaxError, UnicodeError and OSError, which fail that item only."""
     with tokenize.open(path) as file:
         text = file.read()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old escapes in the files are none of our business
+        warnings.simplefilter("ignore")  # outdated escapes in the files are not what is measured
         tree = ast.parse(text, path)
-    functions = [node for node in ast.walk(tree) if isinstance(node, _FUNCTIONS)]
+    tally = _Tally()
+    branches = tally.visit(tree, 0)
     return {
         "files": 1,
-        "lines": text.count("\n") + (not text.endswith("\n")),
-        "functions": len(functions),
-        "classes": sum(isinstance(node, ast.ClassDef) for node in ast.walk(tree)),
-        "branches": _branches(tree),
-        "deepest": [_depth(tree), path],
-        "complex": nlargest(TOP, ([1 + _branches(each), path, each.lineno, each.name] for each in functions)),
+        "lines": text.count("\n") + (text[-1:] not in ("", "\n")),
+        "functions": len(tally.functions),
+        "classes": tally.classes,
+        "branches": branches,
+        "deepest": [tally.deepest, path],
+        "complex": nlargest(TOP, ([count, path, line, name] for count, line, name in tally.functions)),
     }
-
-
-def _branches(tree: ast.AST) -> int:
-    return sum(isinstance(node, _BRANCHES) for node in ast.walk(tree))
-
-
-def _depth(node: ast.AST) -> int:
-    inner = max((_depth(child) for child in ast.iter_child_nodes(node)), default=0)
-    return inner + isinstance(node, _NESTING)
 
 
 def merge_reports(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Return one report of many.  Ties are broken by path and line, so every split gives the same."""
-    total: dict[str, Any] = {
-        "files": 0, "lines": 0, "functions": 0, "classes": 0, "branches": 0, "deepest": [0, ""], "complex": [],
-    }  # fmt: skip
+    whole: dict[str, Any] = {**dict.fromkeys(_SUMMED, 0), "deepest": [0, ""], "complex": []}
     for report in reports:
-        for name in ("files", "lines", "functions", "classes", "branches"):
-            total[name] += report[name]
-        total["deepest"] = max(total["deepest"], list(report["deepest"]))
-        total["complex"] = nlargest(TOP, [list(each) for each in (*total["complex"], *report["complex"])])
-    return total
+        for name in _SUMMED:
+            whole[name] += report[name]
+        whole["deepest"] = max(whole["deepest"], list(report["deepest"]))
+        whole["complex"] = nlargest(TOP, [list(each) for each in (*whole["complex"], *report["complex"])])
+    return whole

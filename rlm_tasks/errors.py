@@ -1,15 +1,15 @@
 """The errors of requests and jobs, all under `resilience.errors.RlmError`.
 
-    RlmError
-    ├── InvalidRequest          a field, its value, and what to do (also a ValueError)
-    │   └── UnknownOperation    names the nearest known one
-    ├── JobNotFound             no such job, or its results have expired
-    ├── JobEnded                a job without a full answer; carries its result
-    │   ├── JobFailed
-    │   ├── JobExpired
-    │   └── JobCancelled
-    ├── ResultTimeout           the job goes on, the wait is over (also a TimeoutError)
-    └── ResultTooLarge          iterate, or raise RLM_MAX_RESULT_BYTES
+RlmError
+├── InvalidRequest          a field, its value, and what to do (also a ValueError)
+│   └── UnknownOperation    names the nearest known one
+├── JobNotFound             no such job, or its results have expired
+├── JobEnded                a job without a full answer; carries its result
+│   ├── JobFailed
+│   ├── JobExpired
+│   └── JobCancelled
+├── ResultTimeout           the job goes on, the wait is over (also a TimeoutError)
+└── ResultTooLarge          iterate, or raise RLM_MAX_RESULT_BYTES
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ class UnknownOperation(InvalidRequest):
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
-        super().__init__(
-            "operation", name, f"unknown; {hint} Own operations are imported from RLM_OPERATIONS"
-        )
+        super().__init__("operation", name, f"unknown; {hint} Own operations are imported from RLM_OPERATIONS")
 
 
 class JobNotFound(RlmError):

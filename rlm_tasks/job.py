@@ -238,8 +238,7 @@ class Job:
         return spec
 
     def _now_ms(self) -> int:
-        seconds, micros = self._reachable(lambda: cast(tuple[int, int], self._ledger.store.client.time()))
-        return seconds * 1000 + micros // 1000
+        return self._reachable(self._ledger.store.now_ms)
 
     def _reachable(self, ask: Callable[[], _T]) -> _T:
         try:
@@ -263,12 +262,12 @@ class Job:
         """Wait for the next event of the job's log; its end is one, and none is missed between two calls."""
         block = max(1, min(_BLOCK_MS, int(seconds * 1000)))
         try:
-            answer = self._ledger.store.client.execute_command("XREAD", "BLOCK", block, "STREAMS", self._keys.events, self._seen)
+            answer: Any = self._ledger.store.client.xread({self._keys.events: self._seen}, block=block)
         except LOST:
             time.sleep(min(0.2, seconds))
             return
-        for _, entries in answer.items() if isinstance(answer, dict) else answer or ():
-            self._seen = _last_id(entries)
+        for _, entries in answer or ():
+            self._seen = entries[-1][0]
 
     def _wait_until_expired(self, due_in_s: float, facts: dict[str, str]) -> None:
         """Wait for the deadline and let it fall, also when no worker lives to see it."""
@@ -276,9 +275,7 @@ class Job:
             self._wait(due_in_s)
             return
         since = (self._now_ms() - int(facts.get("stop_ms", self._now_ms()))) / 1000
-        self._reachable(
-            lambda: self._ledger.stop(self.id, "expired", force=since > self._client.settings.ledger.stop_grace_s)
-        )
+        self._reachable(lambda: self._ledger.stop(self.id, "expired", force=since > self._client.settings.ledger.stop_grace_s))
         self._wait(0.1)
 
     def _result(self, facts: dict[str, str], status: Status) -> JobResult:
@@ -321,11 +318,6 @@ class Job:
         limit = self._client.settings.max_result_bytes
         if size > limit:
             raise ResultTooLarge(self.id, size, limit)
-
-
-def _last_id(entries: Any) -> bytes:
-    last = entries[-1]
-    return cast(bytes, last[0] if isinstance(last[0], bytes) else last[-1][0])
 
 
 def _metrics(facts: dict[str, str]) -> Metrics:

@@ -28,7 +28,7 @@ SWEEP_AT_ONCE = 200
 
 _SCRIPTS = {
     name: Script.load("rlm_tasks", name, prelude="prelude")
-    for name in "open claim pulse finish pieces compact close stop release park beat sweep".split()
+    for name in ["open", "claim", "pulse", "finish", "pieces", "compact", "close", "stop", "release", "park", "beat", "sweep"]
 }
 _json = msgspec.json.Encoder()
 _Answer = TypeVar("_Answer")
@@ -206,8 +206,7 @@ class Ledger:
         self.patiently(lambda: self._open(specs_to_open, ttl_s))
 
     def _open(self, new: Sequence[Spec], ttl_s: int) -> None:
-        seconds, micros = cast(tuple[int, int], self.store.client.time())
-        now_ms = seconds * 1000 + micros // 1000
+        now_ms = self.store.now_ms()
         pipe = self.store.client.pipeline(transaction=False)
         pipe.zadd(self.keys.due, {spec.job: now_ms + self._first_look_ms(spec) for spec in new})
         pipe.zadd(self.keys.jobs, {spec.job: now_ms for spec in new})
@@ -263,8 +262,7 @@ class Ledger:
 
     def wake_at(self, job: str, wait_ms: int) -> None:
         """Make sure that a sweep looks at a job in time."""
-        seconds, _ = cast(tuple[int, int], self.store.client.time())
-        self.store.client.zadd(self.keys.due, {job: seconds * 1000 + wait_ms}, lt=True)
+        self.store.client.zadd(self.keys.due, {job: self.store.now_ms() + wait_ms}, lt=True)
 
     def release(self, job: str, node: str, epoch: int, item: int, deaths: int) -> bool:
         """Give back a node whose process is gone, and count the death for the item in flight (-1: none)."""
@@ -275,7 +273,9 @@ class Ledger:
         if held:
             self.store.run(*(self._call("beat", job, node, epoch, self._lease_ms) for job, node, epoch in held))
 
-    def stop(self, job: str, reason: str, *, detail: str = "", error: Mapping[str, Any] | None = None, force: bool = False) -> str:
+    def stop(
+        self, job: str, reason: str, *, detail: str = "", error: Mapping[str, Any] | None = None, force: bool = False
+    ) -> str:
         """End a job early and return its state; call again while nodes are left."""
         packed = _json.encode(error) if error else b""
         left = -1
@@ -313,9 +313,8 @@ class Ledger:
 
     def overdue(self) -> list[str]:
         """Return jobs that want a sweep now."""
-        seconds, micros = cast(tuple[int, int], self.store.client.time())
-        now_ms = seconds * 1000 + micros // 1000
-        found = self.store.client.zrange(self.keys.due, "-inf", now_ms, byscore=True, offset=0, num=SWEEP_AT_ONCE)  # type: ignore[call-overload]  # redis-py types the bounds as int
+        now_ms = self.store.now_ms()
+        found = self.store.client.zrange(self.keys.due, "-inf", now_ms, byscore=True, offset=0, num=SWEEP_AT_ONCE)
         return [each.decode() for each in cast(list[bytes], found)]
 
     def sweep(self, job: str) -> Swept:
@@ -370,11 +369,10 @@ class Ledger:
 
     def failed_items(self, job: str) -> list[int]:
         """Return the index of every failed item, in order."""
-        return [int(each) for each in self.patiently(lambda: self.store.client.zrange(self.keys.of(job).failed, 0, -1))]
+        found = self.patiently(lambda: self.store.client.zrange(self.keys.of(job).failed, 0, -1))
+        return [int(each) for each in cast(list[bytes], found)]
 
     def jobs(self, limit: int) -> list[tuple[str, int]]:
         """Return (job, ms opened), the newest first."""
-        found = self.patiently(
-            lambda: self.store.client.zrange(self.keys.jobs, 0, limit - 1, desc=True, withscores=True)
-        )
+        found = self.patiently(lambda: self.store.client.zrange(self.keys.jobs, 0, limit - 1, desc=True, withscores=True))
         return [(job.decode(), int(ms)) for job, ms in cast(list[tuple[bytes, float]], found)]

@@ -78,7 +78,7 @@ def _merges(runtime: Runtime, job: str) -> bool:
 
 def _work(runtime: Runtime, claim: Claim) -> bool:
     spec = claim.spec
-    assert spec is not None  # noqa: S101  # CLAIM answers `run` with a spec, always
+    assert spec is not None  # CLAIM answers `run` with a spec, always
     try:
         operation = _known(spec)
     except UnknownOperation as error:
@@ -158,17 +158,9 @@ class Harvest:
 class NodeRun:
     """One claimed node, from its first slice to its finish."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        claim: Claim,
-        spec: Spec,
-        operation: Operation,
-        page: PageSlot,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
+    def __init__(self, runtime: Runtime, claim: Claim, spec: Spec, operation: Operation, page: PageSlot) -> None:
         self._runtime, self._claim, self._spec, self._operation, self._page = runtime, claim, spec, operation, page
-        self._clock = clock
+        self._clock = runtime.clock
         self._validating = claim.phase != PROCESS
         self._at = claim.lo
         self._harvest = Harvest(operation)
@@ -376,16 +368,15 @@ class NodeRun:
         if index in self._claim.known_failed:
             self._passed_over.add(index)
             return True
-        if self._spec.skip_if_empty and any(item is each or item == each and type(item) is type(each) for each in _EMPTY):
+        if self._spec.skip_if_empty and any(item is each or (item == each and type(item) is type(each)) for each in _EMPTY):
             self._passed_over.add(index)
             self._harvest.skipped += 1
             return True
         return False
 
     def _work_items(self, window: Sequence[Any]) -> bool:
-        call, keep = self._operation.apply, self._harvest.add
-        if self._validating:
-            call, keep = self._validate, self._harvest.count
+        call: Callable[[Any, Context], Any] = self._validate if self._validating else self._operation.apply
+        keep: Callable[[Any], None] = self._harvest.count if self._validating else self._harvest.add
         filtered = bool(self._claim.known_failed) or self._spec.skip_if_empty
         began = self._clock()
         for item in window:

@@ -84,9 +84,7 @@ class Adaptive(_Checked):
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
         if self.max_chunk_size is not None and self.min_chunk_size > self.max_chunk_size:
-            raise InvalidRequest(
-                "min_chunk_size", self.min_chunk_size, f"must not exceed max_chunk_size={self.max_chunk_size}"
-            )
+            raise InvalidRequest("min_chunk_size", self.min_chunk_size, f"must not exceed max_chunk_size={self.max_chunk_size}")
         return self
 
 
@@ -254,7 +252,9 @@ def _flattened(fields: dict[str, Any]) -> dict[str, Any]:
     elif sizes["planned"] is not None:
         planned = dict(sizes["planned"])
         fields["strategy"] = NWay(
-            split_factor=planned.pop("branchingFactor", 2), min_chunk_size=planned.pop("minChunkSize", DEFAULT_MIN_CHUNK), **planned
+            split_factor=planned.pop("branchingFactor", 2),
+            min_chunk_size=planned.pop("minChunkSize", DEFAULT_MIN_CHUNK),
+            **planned,
         )
     elif sizes["adaptive"] is not None:
         fields["strategy"] = Adaptive(**sizes["adaptive"])

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from billiard.process import current_process
@@ -33,6 +35,7 @@ class Runtime:
     dispatcher: Dispatcher
     page: Page
     worker: str = ""
+    clock: Callable[[], float] = time.perf_counter  # seconds; what slices are measured by
     _page_slots: dict[tuple[int, int], PageSlot] = field(default_factory=dict)
 
     @classmethod

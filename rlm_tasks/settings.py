@@ -32,11 +32,11 @@ class NodeSettings(BaseModel, frozen=True, extra="forbid"):
     item_limit_s: float = Field(0.0, ge=0, description="Kill a worker process whose item runs longer; 0: never.")
 
 
-class Settings(BaseSettings, frozen=True):
+class Settings(BaseSettings):
     """The whole configuration of one process."""
 
     model_config = SettingsConfigDict(
-        env_prefix="RLM_", env_nested_delimiter="__", extra="ignore", populate_by_name=True
+        frozen=True, env_prefix="RLM_", env_nested_delimiter="__", extra="ignore", populate_by_name=True
     )
 
     redis_url: str = Field("redis://localhost:6379/0", description="Redis of the ledger.")
@@ -51,6 +51,7 @@ class Settings(BaseSettings, frozen=True):
     result_ttl_s: int = Field(7 * 86_400, gt=0, description="Results and ledger entries of a job live this long.")
     max_result_bytes: int = Field(64 * 2**20, gt=0, description="Largest packed output that result() builds in memory.")
     max_item_bytes: int = Field(16 * 2**20, gt=0, description="Largest single packed item.")
+    ready_file: str = Field("", description="A file that a worker touches when it is ready, for probes; empty: none.")
     ledger: LedgerSettings = LedgerSettings()
     node: NodeSettings = NodeSettings()
 

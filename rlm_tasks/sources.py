@@ -69,7 +69,7 @@ class Files:
     pattern: str
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(path for path in glob.iglob(self.pattern, recursive=True) if Path(path).is_file()))
+        return iter(sorted(path for path in glob.iglob(self.pattern, recursive=True) if Path(path).is_file()))  # noqa: PTH207  # Path.glob takes no absolute pattern
 
 
 class ItemWriter:
@@ -187,7 +187,7 @@ class ItemReader:
                 return start, items
         name = cast(
             list[bytes],
-            self._store.client.zrange(index, at, "-inf", desc=True, byscore=True, offset=0, num=1),  # type: ignore[call-overload]  # redis-py types the bounds as int
+            self._store.client.zrange(index, at, "-inf", desc=True, byscore=True, offset=0, num=1),
         )
         data = cast(bytes | None, self._store.client.hget(blocks, name[0].decode())) if name else None
         if data is None:

@@ -6,6 +6,7 @@ ranges that tile what was cut, in order.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from enum import StrEnum
@@ -102,7 +103,7 @@ def evenly(lo: int, hi: int, count: int) -> list[tuple[int, int]]:
     """Cut a range into `count` parts whose sizes differ by one at most."""
     size, more = divmod(hi - lo, count)
     edges = [lo + i * size + min(i, more) for i in range(count + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def fork(lo: int, hi: int, depth: int, count: int) -> Fork:
@@ -112,8 +113,9 @@ def fork(lo: int, hi: int, depth: int, count: int) -> Fork:
 
 def isolate(lo: int, hi: int, depth: int, suspects: list[int]) -> Fork:
     """Return a split in which each suspect item is a node of its own."""
-    edges = sorted({lo, hi, *suspects, *(index + 1 for index in suspects)} & set(range(lo, hi + 1)))
-    return Fork(lo, hi, depth, tuple(Leaf(a, b, depth + 1) for a, b in zip(edges[:-1], edges[1:], strict=True)))
+    around = {edge for index in suspects for edge in (index, index + 1) if lo < edge < hi}
+    edges = sorted({lo, hi} | around)
+    return Fork(lo, hi, depth, tuple(Leaf(a, b, depth + 1) for a, b in itertools.pairwise(edges)))
 
 
 def plan(shape: Shape, lo: int, hi: int, depth: int, slots: int) -> Part:
@@ -205,9 +207,7 @@ def share_out(shape: Shape, lo: int, hi: int, depth: int, wants: int) -> Fork:
     return fork(lo, hi, depth, min(count, hi - lo))
 
 
-def estimate_optimal_chunk_size(
-    total_items: int, estimated_item_processing_time_ms: float, target_parallelism: int
-) -> int:
+def estimate_optimal_chunk_size(total_items: int, estimated_item_processing_time_ms: float, target_parallelism: int) -> int:
     """Return a chunk size that keeps every slot busy and still pays for its message.
 
     10,000 items of 5 ms on 8 slots give 1,250.  Chunks hold at least MIN_CHUNK_MS of work.

@@ -1,0 +1,51 @@
+# Every target sets up what it needs: a virtual environment in .venv with the exact versions of constraints.txt.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench worker beat flower lint types docs clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11; set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.ready ## Measure Python's standard library with a self-splitting job on an embedded server
+	@$(BIN)/celery -A rlm_tasks rlm demo $(ARGS)
+
+test: $(VENV)/.ready ## Run all tests, with a real server and real workers
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types docs ## What CI runs before the tests: lint, types, docs that drift
+
+lint: $(VENV)/.ready ## Check style and layout
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready ## Check types, strictly
+	$(BIN)/mypy
+
+docs: $(VENV)/.ready ## Check that generated documentation is up to date (make docs ARGS=--write to renew it)
+	$(BIN)/python -m docs.generate $(ARGS)
+
+bench: $(VENV)/.ready ## Measure against what one would write by hand, and print the table
+	$(BIN)/python -m tests.bench $(ARGS)
+
+worker: $(VENV)/.ready ## Start a worker on RLM_REDIS_URL
+	$(BIN)/celery -A rlm_tasks worker -l info $(ARGS)
+
+beat: $(VENV)/.ready ## Start Celery beat on RLM_REDIS_URL
+	$(BIN)/celery -A rlm_tasks beat -l info $(ARGS)
+
+flower: $(VENV)/.ready ## Start Flower on http://127.0.0.1:5555
+	$(BIN)/celery -A rlm_tasks flower --address=127.0.0.1 $(ARGS)
+
+clean: ## Remove the virtual environment and everything that tools left behind
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

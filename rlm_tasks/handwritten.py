@@ -1,0 +1,90 @@
+"""What a user would write by hand: `chunks` and `chord` in plain Celery, to compare with.
+
+Nothing here is used by the platform; the demo's ``--compare`` and the benchmarks run it as
+``celery -A rlm_tasks.handwritten worker`` with Celery's own defaults.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, chord, signals
+
+from rlm_tasks.code_metrics import measure_file, merge_reports
+
+_url = os.environ.get("RLM_REDIS_URL", "redis://localhost:6379/0")
+app = Celery("handwritten", broker=_url, backend=_url, set_as_current=False)
+app.conf.update(task_default_queue="handwritten", broker_connection_retry_on_startup=True)
+
+
+@signals.worker_ready.connect(weak=False)  # type: ignore[untyped-decorator]  # Celery ships no types
+def _say_ready(**_: Any) -> None:
+    if path := os.environ.get("RLM_READY_FILE"):
+        Path(path).touch()
+
+
+@app.task  # type: ignore[untyped-decorator]  # Celery ships no types
+def noop(item: Any) -> None:
+    """Do nothing."""
+
+
+@app.task  # type: ignore[untyped-decorator]  # Celery ships no types
+def count(results: list[Any]) -> int:
+    """End a chord of no-ops."""
+    return len(results)
+
+
+@app.task  # type: ignore[untyped-decorator]  # Celery ships no types
+def sleep_ms(chunk: list[float]) -> int:
+    """Take each item's milliseconds, computing."""
+    for item in chunk:
+        spin(item)
+    return len(chunk)
+
+
+@app.task  # type: ignore[untyped-decorator]  # Celery ships no types
+def total(counts: list[int]) -> int:
+    """End a chord over chunks."""
+    return sum(counts)
+
+
+@app.task  # type: ignore[untyped-decorator]  # Celery ships no types
+def measure(paths: list[str]) -> dict[str, Any]:
+    """Measure a chunk of files; a file that cannot be parsed is left out."""
+    return merge_reports(_measured(paths))
+
+
+@app.task  # type: ignore[untyped-decorator]  # Celery ships no types
+def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merge the chunks' reports."""
+    return merge_reports(reports)
+
+
+def _measured(paths: Iterable[str]) -> Iterable[dict[str, Any]]:
+    for path in paths:
+        try:
+            yield measure_file(path)
+        except (SyntaxError, UnicodeError, OSError):
+            continue
+
+
+def measure_by_chord(paths: list[str], chunk: int) -> dict[str, Any]:
+    """Measure files by a chord over fixed chunks and wait for the report."""
+    parts = [paths[at : at + chunk] for at in range(0, len(paths), chunk)]
+    return chord([measure.s(part) for part in parts], merge.s()).apply_async().get(timeout=600)  # type: ignore[no-any-return]
+
+
+def measure_serially(paths: list[str]) -> dict[str, Any]:
+    """Measure files one after the other in this process."""
+    return merge_reports(_measured(paths))
+
+
+def spin(milliseconds: float) -> None:
+    """Hold the CPU for a time, as a task that computes does."""
+    until = time.process_time() + milliseconds / 1000
+    while time.process_time() < until:
+        pass

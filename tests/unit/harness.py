@@ -1,0 +1,160 @@
+"""A platform in one process: the real splitting, ledger, node and merge code, without Celery.
+
+Messages go to a list instead of a broker, the ledger's scripts run on fakeredis, and items take as long as
+a clock of ours says.  What moves is chosen by a seeded `Random`, so a failing run can be repeated.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+import fakeredis
+import msgspec
+
+from resilience.keys import Keys
+from resilience.store import Store
+from rlm_tasks import operations, spec as specs
+from rlm_tasks.dispatch import group_id
+from rlm_tasks.ledger import ROOT, Child, Ledger, Split
+from rlm_tasks.merging import compact_split
+from rlm_tasks.node import run_node
+from rlm_tasks.page import Page
+from rlm_tasks.requests import JobRequest
+from rlm_tasks.runtime import Runtime
+from rlm_tasks.settings import Settings
+from rlm_tasks.sources import ItemReader, ItemWriter
+from rlm_tasks.spec import Spec
+from scheduler.slots import SlotBoard
+
+
+class Clock:
+    """Time that passes only when an item takes some."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Mailbox:
+    """Stands where the dispatcher does: keeps messages until the harness runs them."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.messages: list[tuple[str, str]] = []
+        self.splits: list[Split] = []
+        self.sent = 0
+
+    def _post(self, job: str, node: str) -> None:
+        self.messages.append((job, node))
+        self.sent += 1
+
+    def send_root(self, some: Sequence[Spec], node: str) -> None:
+        for spec in some:
+            self._post(spec.job, node)
+
+    def send_children(self, spec: Spec, children: Sequence[Child], splits: Sequence[Split], *, merges: bool) -> None:
+        self.splits += splits if merges else []
+        for child in children:
+            assert child.t != ""
+            self._post(spec.job, child.id)
+
+    def resend(self, job: str, nodes: Sequence[str], *, merges: bool) -> None:
+        for record in self._ledger.records(job, nodes):
+            self._post(job, record.id)
+
+
+class Platform:
+    """Run jobs to their end, in any order the random chooses."""
+
+    def __init__(self, seed: int = 0, *, slots: int = 4, settings: Settings | None = None) -> None:
+        self.random, self.clock = Random(seed), Clock()
+        self.settings = settings or Settings(namespace="unit")
+        client = fakeredis.FakeRedis(server=fakeredis.FakeServer())
+        self.store = Store("redis://fake", client=client)
+        self.keys = Keys(self.settings.namespace)
+        self.ledger = Ledger(self.store, self.keys, self.settings.ledger)
+        self.slots = SlotBoard(self.store, self.keys)
+        self.mailbox = Mailbox(self.ledger)
+        self.runtime = Runtime(
+            self.settings,
+            self.ledger,
+            self.slots,
+            ItemReader(self.store),
+            self.mailbox,  # type: ignore[arg-type]  # has the dispatcher's verbs
+            Page(),
+            worker="unit",
+            clock=self.clock,
+        )
+        self.slot_count = slots
+
+    def submit(self, request: JobRequest) -> Spec:
+        """Open a job as the client does, without Celery."""
+        job = str(uuid.UUID(int=self.random.getrandbits(128)))
+        keys = self.keys.of(job)
+        writer = ItemWriter(self.store, keys.items, keys.blocks, ttl_s=3600, max_item_bytes=1 << 20)
+        source, n = writer.write(request.items)
+        spec = Spec(
+            job=job,
+            operation=request.operation,
+            source=source,
+            n=n,
+            shape=request.shape(self.settings.node.target_ms),
+            queue="unit.normal",
+            params=request.params,
+            kind=request.kind,
+            continue_on_error=request.options.continue_on_error,
+            error_threshold=request.options.error_threshold,
+            skip_if_empty=request.conditions.skip_if_empty,
+            validate=request.conditions.validate_before_process,
+            early_termination_threshold=request.conditions.early_termination_threshold,
+        )
+        self.ledger.open([spec], 3600)
+        self.mailbox.send_root([spec], ROOT)
+        return spec
+
+    def step(self) -> None:
+        """Deliver one message, sometimes twice, with some slots free."""
+        free = self.random.randint(0, self.slot_count)
+        self.slots.publish("unit", self.slot_count, free, ["unit.normal"])
+        at = self.random.randrange(len(self.mailbox.messages))
+        job, node = self.mailbox.messages.pop(at)
+        if self.random.random() < 0.05:
+            self.mailbox.messages.append((job, node))
+        run_node(self.runtime, job, node)
+        self._maybe_merge(job)
+
+    def _maybe_merge(self, job: str) -> None:
+        """Fire some chord body, early or late: it must never matter."""
+        if self.mailbox.splits and self.random.random() < 0.5:
+            split = self.random.choice(self.mailbox.splits)
+            assert group_id(job, split.id)
+            spec = self.ledger.spec(job)
+            assert spec is not None
+            compact_split(self.ledger, job, operations.get(spec.operation), split.lo, split.hi)
+
+    def run(self, spec: Spec, between: Callable[[], None] = lambda: None) -> dict[str, str]:
+        """Run until no message is left; return the job's facts."""
+        while self.mailbox.messages:
+            self.step()
+            between()
+        return self.ledger.facts(spec.job)
+
+    def output(self, spec: Spec) -> Any:
+        """Return the packed answer, or the pages of a job without a merge."""
+        from rlm_tasks import codec
+        from rlm_tasks.merging import flattened, partials
+
+        packed = self.store.client.hget(self.keys.of(spec.job).blobs, "output")
+        if packed is not None:
+            return codec.unpack(packed)
+        return list(flattened(partials(self.ledger, spec.job, 0, spec.n)))
+
+
+def reload(spec: Spec) -> Spec:
+    """Return the spec as a worker reads it."""
+    return specs.load(specs.dump(msgspec.structs.replace(spec)))
