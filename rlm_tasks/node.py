@@ -47,7 +47,7 @@ FIRST_SLICE_MS = 10.0
 WINDOW = 1024  # items held in memory at a time
 OUTPUTS_AT_ONCE = 65_536  # outputs after which a node without a merge hands its page in
 FOLD_AT = 4096  # outputs after which a node with a merge folds them into one
-FIRST_BATCH, BATCH_GROWTH = 1024, 8
+FIRST_BATCH, BATCH_GROWTH = 1, 8
 PARK_MS = 5000
 _EMPTY: tuple[Any, ...] = (None, "", b"", [], {})
 

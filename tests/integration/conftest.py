@@ -1,0 +1,86 @@
+"""A real server and a real prefork worker, one of each for the whole session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from rlm_tasks import embedded
+from rlm_tasks.celery import configuration, install
+from rlm_tasks.client import Client
+from rlm_tasks.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+SLOTS = 2
+
+
+def environment_of(url: str, namespace: str, **more: str) -> dict[str, str]:
+    """Return the environment of a worker on a server of ours."""
+    return {
+        "RLM_REDIS_URL": url,
+        "RLM_NAMESPACE": namespace,
+        "RLM_OPERATIONS": "tests.integration.ops",
+        "PYTHONPATH": str(ROOT),
+        "RLM_LEDGER__LEASE_S": "1.5",
+        "RLM_LEDGER__SWEEP_S": "0.3",
+        "RLM_LEDGER__GRACE_S": "1.0",
+        **more,
+    }
+
+
+def client_of(environment: dict[str, str]) -> Client:
+    """Return a client configured as a process with this environment would be."""
+    kept = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        settings = Settings()
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+    app = install(Celery(f"tests-{settings.namespace}", set_as_current=False), settings)
+    app.config_from_object(configuration(settings))
+    return Client(app)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[embedded.Server]:
+    """The session's server."""
+    with embedded.server() as own:
+        yield own
+
+
+@pytest.fixture(scope="session")
+def environment(server: embedded.Server) -> dict[str, str]:
+    """The environment of the session's worker."""
+    return environment_of(server.url, "test")
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where workers write what they have to say."""
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def worker_pid(environment: dict[str, str], logs: Path) -> Iterator[int]:
+    """The session's worker."""
+    with embedded.worker(environment, log=logs / "worker.log", slots=SLOTS) as process:
+        yield process.pid
+
+
+@pytest.fixture(scope="session")
+def client(environment: dict[str, str], worker_pid: int) -> Iterator[Client]:
+    """A client of the session's worker."""
+    with client_of(environment) as own:
+        yield own
+
+
+@pytest.fixture
+def lonely_client(server: embedded.Server, request: pytest.FixtureRequest) -> Iterator[Client]:
+    """A client in a namespace where no worker lives."""
+    with client_of(environment_of(server.url, f"lonely-{abs(hash(request.node.nodeid)) % 10**8}")) as own:
+        yield own

@@ -1,0 +1,121 @@
+"""Operations that the tests' workers import by RLM_OPERATIONS."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rlm_tasks import Context, operation
+
+
+def _concatenated(parts: Iterable[list[Any]]) -> list[Any]:
+    return [item for part in parts for item in part]
+
+
+def spin(milliseconds: float) -> None:
+    """Hold the CPU for a time."""
+    until = time.perf_counter() + milliseconds / 1000
+    while time.perf_counter() < until:
+        pass
+
+
+@operation("echo")
+def echo(item: Any) -> Any:
+    """Answer with the item."""
+    return item
+
+
+@operation("collect", merge=_concatenated)
+def collect(item: Any) -> list[Any]:
+    """Answer with the item; the merge keeps item order."""
+    return [item]
+
+
+@operation("spin_then_collect", merge=_concatenated)
+def spin_then_collect(item: dict[str, Any]) -> list[int]:
+    """Take the item's milliseconds; fail where it says so."""
+    spin(item["ms"])
+    if item.get("fails"):
+        raise ValueError(f"item {item['i']}")
+    return [item["i"]]
+
+
+@operation("nap")
+def nap(milliseconds: float) -> float:
+    """Wait without computing."""
+    time.sleep(milliseconds / 1000)
+    return milliseconds
+
+
+@operation("fail_odd", merge=sum)
+def fail_odd(number: int) -> int:
+    """Refuse odd numbers."""
+    if number % 2:
+        raise ValueError(f"{number} is odd")
+    return number
+
+
+@operation("not_storable")
+def not_storable(number: int) -> Any:
+    """Answer every tenth item with something that has no plain shape."""
+    return {1j} if number % 10 == 3 else number
+
+
+@operation("not_storable_merged", merge=lambda parts: {"worst": max(abs(each) for each in parts) * 1j})
+def not_storable_merged(number: int) -> Any:
+    """Answer with what a merge turns into something that cannot be stored."""
+    return number
+
+
+@operation("bad_merge", merge=lambda parts: 1 / 0)
+def bad_merge(number: int) -> int:
+    """Have a merge that raises."""
+    return number
+
+
+@operation("die_once")
+def die_once(item: dict[str, Any]) -> int:
+    """Kill the process the first time the marked item runs."""
+    marker = Path(item["marker"]) if item.get("marker") else None
+    if marker is not None and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return int(item["i"])
+
+
+@operation("die_always")
+def die_always(item: dict[str, Any]) -> int:
+    """Kill the process every time the marked item runs."""
+    if item.get("poison"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    spin(item.get("ms", 0))
+    return int(item["i"])
+
+
+def _positive(number: int) -> None:
+    if number <= 0:
+        raise ValueError(f"{number} is not positive")
+
+
+@operation("checked", merge=_concatenated, validate=_positive)
+def checked(number: int) -> list[int]:
+    """Answer with the number; refuse what is not positive before anything runs."""
+    return [number]
+
+
+@operation("pause", concurrency=50, merge=_concatenated)
+async def pause(number: int, ctx: Context) -> list[int]:
+    """Wait for something outside, with fifty items in flight."""
+    await asyncio.sleep(ctx.params.get("ms", 10) / 1000)
+    return [number]
+
+
+@operation("where")
+def where(_: Any, ctx: Context) -> list[Any]:
+    """Answer with what the context knows."""
+    return [ctx.job_id, ctx.index, ctx.params, os.getpid()]

@@ -1,0 +1,230 @@
+"""What a user sees of a job that works: answers, order, progress, the tree, finding it again."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlm_tasks import Adaptive, Binary, Client, Files, JobRequest, Lines, NWay, Options, ResultTimeout, ResultTooLarge, Status
+from rlm_tasks.client import Client as PlainClient
+from tests.support import wait_until
+
+SHAPES: list[dict[str, Any]] = [
+    {"type": "sequential"},
+    {"type": "parallel", "chunk_size": 7},
+    {"type": "parallel"},
+    {"type": "recursive"},
+    {"strategy": Binary(min_chunk_size=10)},
+    {"strategy": NWay(split_factor=8, min_chunk_size=5)},
+    {"strategy": Adaptive()},
+    {"strategy": Adaptive(min_chunk_size=5, max_chunk_size=50)},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("operation", ["echo", "collect"])
+def test_outputs_come_in_item_order_under_every_strategy(client: Client, shape: dict[str, Any], operation: str) -> None:
+    items = [(i * 7919) % 1000 for i in range(200)]
+
+    result = client.execute(operation=operation, items=items, timeout=30, **shape)
+
+    assert result.output == items
+    assert (result.status, result.done, result.failed_count, result.skipped) == (Status.SUCCEEDED, 200, 0, 0)
+    assert list(result.successful) == list(range(200))
+
+
+@pytest.mark.parametrize(
+    ("shape", "nodes", "depth"),
+    [
+        ({"strategy": Binary(min_chunk_size=25)}, 1 + 8, 3),
+        ({"strategy": NWay(split_factor=8, min_chunk_size=25)}, 1 + 8, 1),
+        ({"type": "parallel", "chunk_size": 10}, 1 + 20, 1),
+        ({"strategy": Binary(min_chunk_size=1, max_depth=2)}, 1 + 4, 2),
+        ({"strategy": Adaptive(max_chunk_size=40, min_chunk_size=40)}, 1 + 5, 1),
+    ],
+    ids=str,
+)
+def test_a_plan_with_bounds_is_carried_out_as_written(client: Client, shape: dict[str, Any], nodes: int, depth: int) -> None:
+    result = client.execute(operation="sum", items=list(range(200)), timeout=30, **shape)
+
+    assert result.output == sum(range(200))
+    assert (result.metrics.nodes, result.metrics.max_depth) == (nodes, depth)
+
+
+def test_a_tiny_job_is_one_message(client: Client) -> None:
+    result = client.execute(operation="sum", items=range(1000), timeout=30)
+
+    assert (result.output, result.metrics.nodes, result.metrics.splits) == (499_500, 1, 0)
+
+
+def test_a_job_without_items_has_the_answer_of_no_items(client: Client) -> None:
+    assert client.execute(operation="sum", items=[], timeout=30).output == 0
+    assert client.execute(operation="echo", items=[], timeout=30).output == []
+
+
+def test_a_job_splits_itself_over_the_free_slots(client: Client) -> None:
+    items = [{"i": i, "ms": 5} for i in range(200)]
+
+    result = client.execute(operation="spin_then_collect", items=items, timeout=30)
+
+    assert result.output == list(range(200))
+    assert result.metrics.splits >= 1
+    workers = {node.worker for node in client.job(result.job_id).tree()}
+    assert len(workers) == 1
+    assert result.metrics.busy_ms >= 1000
+
+
+def test_a_sequential_job_runs_one_node_at_a_time_in_order(client: Client) -> None:
+    items = [{"i": i, "ms": 30} for i in range(70)]
+
+    result = client.execute(operation="spin_then_collect", items=items, type="sequential", timeout=30)
+
+    assert result.output == list(range(70))
+    assert (result.metrics.splits, result.metrics.max_depth) == (0, 0)
+    assert result.metrics.yields >= 1
+
+
+def test_an_async_operation_keeps_many_items_in_flight(client: Client) -> None:
+    result = client.execute(operation="pause", items=range(200), params={"ms": 50}, timeout=30)
+
+    assert result.output == list(range(200))
+    assert result.metrics.busy_ms < 200 * 50 / 4
+
+
+def test_a_generator_of_unknown_length_is_streamed(client: Client) -> None:
+    def lines() -> Iterator[str]:
+        for i in itertools.count():
+            if i == 30_000:
+                return
+            yield f"line {i % 3}"
+
+    result = client.execute(operation="word_count", items=lines(), timeout=60)
+
+    assert result.output == {"line": 30_000, "0": 10_000, "1": 10_000, "2": 10_000}
+    assert result.total == 30_000
+
+
+def test_a_generator_that_raises_leaves_no_job_and_no_keys(client: Client) -> None:
+    def broken() -> Iterator[int]:
+        yield from range(5000)
+        raise RuntimeError("the source broke")
+
+    before = {job.id for job in client.jobs(1000)}
+    with pytest.raises(RuntimeError, match="the source broke"):
+        client.submit(operation="sum", items=broken())
+
+    assert {job.id for job in client.jobs(1000)} == before
+
+
+def test_lines_and_files_are_read_where_they_lie(client: Client, tmp_path: Path) -> None:
+    text = tmp_path / "words.txt"
+    text.write_text("".join(f"alpha {i % 2}\n" for i in range(5000)), encoding="utf-8")
+    (tmp_path / "b.txt").touch()
+
+    counted = client.execute(operation="word_count", items=Lines(text), type="parallel", chunk_size=700, timeout=30)
+    found = client.execute(operation="echo", items=Files(str(tmp_path / "*.txt")), timeout=30)
+
+    assert counted.output == {"alpha": 5000, "0": 2500, "1": 2500}
+    assert found.output == [str(tmp_path / "b.txt"), str(text)]
+
+
+def test_progress_partial_tree_and_explain_tell_of_a_running_job(client: Client) -> None:
+    job = client.submit(operation="spin_then_collect", items=[{"i": i, "ms": 10} for i in range(400)])
+    wait_until(lambda: job.progress().done > 20)
+
+    seen = list(job.watch(interval_s=0.05))
+
+    assert "runs on" in job.explain() or job.ready()
+    fractions = [progress.fraction for progress in seen]
+    assert fractions[-1] == 1.0
+    assert len([fraction for fraction in fractions if 0 < fraction < 1]) >= 5
+    assert job.result().output == list(range(400))
+    nodes = job.tree()
+    assert sum(node.worked for node in nodes if node.id != "merge") == 400
+    assert job.explain() == "It succeeded: 400 of 400 items done, 0 failed, 0 skipped."
+
+
+def test_a_partial_answer_covers_what_is_done(client: Client) -> None:
+    job = client.submit(operation="spin_then_collect", items=[{"i": i, "ms": 40} for i in range(150)], type="sequential")
+    wait_until(lambda: job.partial().coverage > 0)
+
+    partial = job.partial()
+    job.cancel()
+
+    assert 0 < partial.coverage < 1
+    assert partial.output == [i for lo, hi in partial.ranges for i in range(lo, hi)]
+
+
+def test_a_job_is_found_again_and_speaks_celery(client: Client) -> None:
+    job = client.submit(operation="sum", items=range(10))
+    again = client.job(job.id)
+
+    assert again.get(timeout=30) == 45
+    assert (again.state, again.ready(), again.successful()) == ("SUCCESS", True, True)
+    assert job.id in {each.id for each in client.jobs()}
+
+
+def test_batch_execute_answers_in_the_order_of_the_requests(client: Client) -> None:
+    requests = [JobRequest(operation="sum", items=range(i)) for i in range(40)]
+
+    results = client.batch_execute(requests, timeout=60)
+
+    assert [result.output for result in results] == [sum(range(i)) for i in range(40)]
+
+
+def test_the_context_tells_job_index_and_params(client: Client) -> None:
+    job = client.submit(operation="where", items=["a", "b"], params={"depth": 3})
+
+    assert [row[:3] for row in job.get(timeout=30)] == [[job.id, 0, {"depth": 3}], [job.id, 1, {"depth": 3}]]
+
+
+def test_large_outputs_are_paged_and_can_be_iterated(server: Any, environment: dict[str, str], worker_pid: int) -> None:
+    from tests.integration.conftest import client_of
+
+    with client_of({**environment, "RLM_MAX_RESULT_BYTES": "2000"}) as small:
+        job = small.submit(operation="echo", items=[f"item {i * 7919 % 100_003}" for i in range(3000)], type="parallel", chunk_size=500)
+        with pytest.raises(ResultTooLarge, match="RLM_MAX_RESULT_BYTES=2000"):
+            job.result(timeout=30)
+
+        assert sum(1 for _ in job.outputs()) == 3000
+        assert next(iter(job.outputs())) == "item 0"
+
+
+def test_waiting_ends_when_patience_does(lonely_client: PlainClient) -> None:
+    job = lonely_client.submit(operation="sum", items=range(10))
+
+    with pytest.raises(ResultTimeout, match="has not ended within"):
+        job.result(timeout=0.2)
+
+    assert "for a worker" in job.explain()
+    assert job.status is Status.PENDING
+
+
+def test_priorities_have_queues_of_their_own_and_children_stay_in_them(client: Client) -> None:
+    options = Options(priority="high")
+    job = client.submit(JobRequest(operation="sum", items=range(1000), strategy=Binary(min_chunk_size=100), options=options))
+
+    assert job.get(timeout=30) == 499_500
+    spec = client.ledger.spec(job.id)
+    assert spec is not None
+    assert spec.queue == "test.high"
+
+
+def test_urgent_jobs_are_served_first(server: Any, logs: Path) -> None:
+    from rlm_tasks import embedded
+    from tests.integration.conftest import client_of, environment_of
+
+    environment = environment_of(server.url, "order")
+    with client_of(environment) as own:
+        jobs = [own.submit(operation="nap", items=[5], priority=each) for each in ("low", "normal", "high", "critical") for _ in range(3)]
+        with embedded.worker(environment, log=logs / "order.log", slots=1):
+            for job in jobs:
+                job.wait(30)
+        began = [(int(own.ledger.facts(job.id)["started_ms"]), own.ledger.facts(job.id)["queue"]) for job in jobs]
+
+    served = [queue.removeprefix("order.") for _, queue in sorted(began, key=lambda pair: pair[0])]
+    assert served == ["critical"] * 3 + ["high"] * 3 + ["normal"] * 3 + ["low"] * 3
