@@ -19,6 +19,7 @@ class JobKeys(NamedTuple):
     pieces: str  # ZSET    "lo:hi" of every partial, scored by lo
     blobs: str  # HASH    "lo:hi" -> packed partial; "output" -> packed answer
     failed: str  # ZSET    index of every failed item, scored by itself
+    empty: str  # ZSET    index of every item skipped as empty, scored by itself
     failures: str  # HASH    index -> JSON: type, message, traceback (the first 1,000)
     deaths: str  # HASH    index -> how often its process died while it ran
     inflight: str  # HASH    running node id -> "done:failed:skipped" so far

@@ -177,7 +177,8 @@ class Job:
         facts = self._facts()
         if Status(facts["state"]) is Status.SUCCEEDED:
             n = int(facts["n"])
-            return Partial(self._output(facts, spec), (n - int(facts["skipped"])) / n if n else 1.0, [(0, n)])
+            ranges = self._ledger.ranges(self.id) if int(facts["skipped"]) else [(0, n)]
+            return Partial(self._output(facts, spec), (n - int(facts["skipped"])) / n if n else 1.0, ranges)
         operation = operations.get(spec.operation)
         ranges = self._ledger.ranges(self.id)
         self._refuse_too_large()
@@ -282,11 +283,11 @@ class Job:
         spec = self._spec()
         total, done, failed, skipped = (int(facts[name]) for name in ("n", "done", "failed", "skipped"))
         error = msgspec.json.decode(facts["error"]) if facts.get("error") else None
-        bad = self._ledger.failed_items(self.id) if failed else []
+        left_out = (self._ledger.failed_items(self.id) if failed else []) + (self._ledger.empty_items(self.id) if skipped else [])
         ranges = [(0, total)] if status is Status.SUCCEEDED and not skipped else self._ledger.ranges(self.id)
         return JobResult(
             self.id, status, self._output(facts, spec) if status is Status.SUCCEEDED else None,
-            total, done, failed, skipped, self._failures(), SuccessfulItems(ranges, bad), _metrics(facts),
+            total, done, failed, skipped, self._failures(), SuccessfulItems(ranges, left_out), _metrics(facts),
             stopped=facts.get("stop", ""),
             error=ItemFailure(-1, error["type"], error["message"], error.get("traceback", "")) if error else None,
         )  # fmt: skip

@@ -75,7 +75,7 @@ class Report(msgspec.Struct):
     mid: int
     done: int = 0
     failed: list[int] = []
-    skipped: int = 0
+    skipped: list[int] = []  # items left out as empty
     failures: list[tuple[int, str]] = []  # index, JSON of ItemFailure
     kids: list[Child] = []
     splits: list[Split] = []
@@ -369,7 +369,14 @@ class Ledger:
 
     def failed_items(self, job: str) -> list[int]:
         """Return the index of every failed item, in order."""
-        found = self.patiently(lambda: self.store.client.zrange(self.keys.of(job).failed, 0, -1))
+        return self._indexes(self.keys.of(job).failed)
+
+    def empty_items(self, job: str) -> list[int]:
+        """Return the index of every item skipped as empty, in order."""
+        return self._indexes(self.keys.of(job).empty)
+
+    def _indexes(self, key: str) -> list[int]:
+        found = self.patiently(lambda: self.store.client.zrange(key, 0, -1))
         return [int(each) for each in cast(list[bytes], found)]
 
     def jobs(self, limit: int) -> list[tuple[str, int]]:

@@ -107,7 +107,8 @@ class Harvest:
     def __init__(self, operation: Operation) -> None:
         self._operation = operation
         self.outputs: list[Any] = []
-        self.done = self.skipped = 0
+        self.done = 0
+        self.skipped: list[int] = []
         self.failures: list[dict[str, Any]] = []
         self.fatal: dict[str, Any] | None = None
 
@@ -319,7 +320,7 @@ class NodeRun:
     def _ask(self, at: Standing) -> tuple[str, int, int]:
         """Pulse, and take free slots if the rest is worth sharing: one round trip."""
         ledger, harvest = self._runtime.ledger, self._harvest
-        pulse = ledger.pulse(self._claim, harvest.done, len(harvest.failures), harvest.skipped)
+        pulse = ledger.pulse(self._claim, harvest.done, len(harvest.failures), len(harvest.skipped))
         most = self._spec.shape.factor if may_fan_out(self._spec.shape, at) and not at.draining else 0
         take = self._runtime.slots.take(self._spec.queue, most)
         order, (taken, slots) = ledger.patiently(lambda: ledger.store.run(pulse, take))
@@ -370,7 +371,7 @@ class NodeRun:
             return True
         if self._spec.skip_if_empty and any(item is each or (item == each and type(item) is type(each)) for each in _EMPTY):
             self._passed_over.add(index)
-            self._harvest.skipped += 1
+            self._harvest.skipped.append(index)
             return True
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -49,12 +50,12 @@ class ItemFailure:
 class SuccessfulItems(Sequence[int]):
     """The indexes of the items that succeeded, in order, held as ranges."""
 
-    def __init__(self, ranges: Sequence[tuple[int, int]], failed: Sequence[int]) -> None:
+    def __init__(self, ranges: Sequence[tuple[int, int]], left_out: Sequence[int]) -> None:
         self._runs: list[range] = []
-        bad = sorted(failed)
+        bad = sorted(left_out)
         for lo, hi in ranges:
             at = lo
-            for index in (each for each in bad if lo <= each < hi):
+            for index in bad[bisect_left(bad, lo) : bisect_left(bad, hi)]:
                 self._runs.append(range(at, index))
                 at = index + 1
             self._runs.append(range(at, hi))

@@ -8,7 +8,9 @@ retire('merge')
 call('HSET', job, 'pending', 0)
 if ARGV[4] ~= '' then call('HSET', job, 'error', ARGV[4]) end
 if ARGV[3] ~= '' then
-  call('DEL', pieces, blobs)
+  -- Which ranges the answer covers is worth keeping only where it does not cover all.
+  if tonumber(call('HGET', job, 'skipped')) == 0 then call('DEL', pieces) end
+  call('DEL', blobs)
   call('HSET', blobs, 'output', ARGV[3])
 end
 close(f, ARGV[2])

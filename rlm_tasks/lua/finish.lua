@@ -36,6 +36,8 @@ if r.mid > node.lo and f.phase == 'process' then
   end
 end
 for _, index in ipairs(r.failed) do call('ZADD', failed, index, index) end
+for _, index in ipairs(r.skipped) do call('ZADD', empty, index, index) end
+if #r.skipped > 0 then call('EXPIRE', empty, f.ttl_s) end
 local room = MAX_FAILURES - call('HLEN', failures)
 for i, failure in ipairs(r.failures) do
   if i > room then break end
@@ -48,7 +50,7 @@ end
 f.failed = call('HINCRBY', job, 'failed', #r.failed)
 if f.phase == 'process' then
   f.done = call('HINCRBY', job, 'done', r.done)
-  call('HINCRBY', job, 'skipped', r.skipped)
+  call('HINCRBY', job, 'skipped', #r.skipped)
 else
   call('HINCRBY', job, 'validated', r.mid - node.lo)
 end

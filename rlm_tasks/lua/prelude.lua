@@ -7,7 +7,8 @@
 --   k  token of its holder   w  worker   at  claimed, ms   ms  how long it ran   why  reason it waits or was cut
 --   rs  how often its message was sent again
 local job, nodes, due, splits, pieces, blobs = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local failed, failures, deaths, inflight, events = KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
+local failed, empty, failures, deaths, inflight, events = KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12]
+local items, blocks = KEYS[13], KEYS[14]
 local call = redis.call
 local MAX_FAILURES, MAX_EVENTS, PAGE = 1000, 1000, 1000
 
@@ -97,7 +98,7 @@ local function close(f, state)
   f.state = state
   call('HSET', job, 'state', state, 'closed_ms', now)
   call('DEL', due, inflight, splits, deaths)
-  if tonumber(v[2]) == 0 then call('DEL', KEYS[12], KEYS[13]) end
+  if tonumber(v[2]) == 0 then call('DEL', items, blocks) end
   note('closed', state)
   keep_all(f.ttl_s)
 end

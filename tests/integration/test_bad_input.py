@@ -1,0 +1,111 @@
+"""Bad input is refused before anything is enqueued, with an error that names field, value and what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from rlm_tasks import Adaptive, Client, InvalidRequest, JobNotFound, NWay, Options, StoreUnavailable, UnknownOperation
+from rlm_tasks.embedded import free_port
+from tests.integration.conftest import ROOT, client_of, environment_of
+
+CASES: list[tuple[dict[str, Any], str]] = [
+    ({"operation": "word_cout", "items": []}, "operation='word_cout': unknown; did you mean 'word_count'"),
+    ({"operation": "sum", "items": [], "strategy": "zigzag"}, "strategy='zigzag': unknown; must be one of binary, n_way, adaptive"),
+    ({"operation": "sum", "items": [], "strategy": 7}, "strategy=7: must be Binary"),
+    ({"operation": "sum", "items": [], "itms": 1}, "itms=1: unknown field; JobRequest has operation, items"),
+    ({"operation": "sum", "items": [], "type": "circular"}, "type='circular'"),
+    ({"operation": "sum", "items": [], "type": "parallel", "chunk_size": 0}, "chunk_size=0"),
+    ({"operation": "sum", "items": [], "type": "recursive", "chunk_size": 10}, "chunk_size=10: belongs to type='parallel'"),
+    ({"operation": "sum", "items": [], "type": "sequential", "strategy": NWay()}, "a sequential job takes none"),
+    ({"operation": "sum", "items": [], "timeout_ms": 0}, "timeout_ms=0"),
+    ({"operation": "sum", "items": [], "timeout": 0}, "timeout_ms=0"),
+    ({"operation": "sum", "items": [], "timeout": "soon"}, "timeout='soon': must be seconds or a timedelta"),
+    ({"operation": "sum", "items": [], "priority": "urgent"}, "priority='urgent': must be one of critical, high, normal, low"),
+    ({"operation": "sum", "items": [], "error_threshold": 0.1}, "error_threshold=0.1: needs continue_on_error=True"),
+    ({"operation": "sum", "items": [], "continue_on_error": True, "error_threshold": 2}, "error_threshold=2"),
+    ({"operation": "sum", "items": [], "early_termination_threshold": 0}, "early_termination_threshold=0"),
+    ({"operation": "echo", "items": [], "validate_before_process": True}, "operation 'echo' has no validate"),
+    ({"operation": "sum", "items": 7}, "items=7: must be an iterable"),
+    ({"operation": "sum", "items": "text"}, "items='text': must be an iterable"),
+    ({"operation": "echo", "items": [1, 2, {"x": 1j}]}, r"items\[2\]=.* cannot be stored"),
+    ({"operation": "echo", "items": [*range(3000), object()]}, r"items\[3000\]="),
+    ({"operation": "sum", "items": [], "max_depth": 0}, "max_depth=0"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_input_is_refused_before_anything_is_enqueued(lonely_client: Client, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        lonely_client.submit(**fields)
+
+    assert lonely_client.jobs() == []
+    assert not [key for key in lonely_client.ledger.store.client.scan_iter(f"{lonely_client.settings.namespace}:*")]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Adaptive(min_chunk_size=500, max_chunk_size=50), "min_chunk_size=500: must not exceed max_chunk_size=50"),
+        (lambda: Adaptive(min_chunk_size=-1), "min_chunk_size=-1"),
+        (lambda: NWay(split_factor=1), "split_factor=1"),
+        (lambda: Options(timeout=timedelta(0)), "timeout_ms=0"),
+        (lambda: NWay(splits=3), "splits=3: unknown field; NWay has split_factor"),
+    ],
+)
+def test_contradictory_sizes_are_refused_where_they_are_written(make: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        make()
+
+
+def test_an_item_over_the_limit_is_named(server: Any) -> None:
+    with client_of(environment_of(server.url, "limited", RLM_MAX_ITEM_BYTES="1000")) as client:
+        with pytest.raises(InvalidRequest, match=r"items\[1\]=.*more than RLM_MAX_ITEM_BYTES=1000"):
+            client.submit(operation="echo", items=["small", "x" * 2_000_000])
+        assert client.jobs() == []
+
+
+def test_an_unknown_operation_is_both_kinds_of_error() -> None:
+    assert issubclass(UnknownOperation, InvalidRequest)
+    assert issubclass(InvalidRequest, ValueError)
+
+
+def test_an_unknown_job_is_named(client: Client) -> None:
+    with pytest.raises(JobNotFound, match="no-such-job"):
+        client.job("no-such-job")
+
+
+def test_an_unreachable_redis_is_one_line_without_the_password() -> None:
+    url = f"redis://user:topsecret@127.0.0.1:{free_port()}/0"
+    with client_of(environment_of(url, "nobody")) as client:
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable, match=r"redis://user:\*\*\*@127.0.0.1") as caught:
+            client.submit(operation="sum", items=range(3))
+
+    assert time.monotonic() - began < 2
+    assert "topsecret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [["jobs"], ["job", "x"], ["submit"]])
+def test_the_command_line_says_it_in_one_line_too(arguments: list[str]) -> None:
+    url = f"redis://:topsecret@127.0.0.1:{free_port()}/0"
+    done = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "rlm_tasks", "rlm", *arguments],
+        input='{"operation": "sum", "items": [1, 2]}',
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+        cwd=ROOT,
+        env={**environment_of(url, "nobody"), "PATH": ""},
+    )
+
+    assert done.returncode == 69
+    assert done.stderr.startswith("Error: Redis at redis://:***@127.0.0.1")
+    assert done.stderr.count("\n") == 1
+    assert "topsecret" not in done.stderr + done.stdout

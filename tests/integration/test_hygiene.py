@@ -1,0 +1,126 @@
+"""What jobs leave behind: nothing in the worker, and nothing without an expiry in the server."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import psutil
+import pytest
+import redis
+
+from rlm_tasks import Binary, Client, JobNotFound, NWay, embedded
+from tests.integration.conftest import client_of, environment_of
+from tests.support import wait_until
+
+
+def test_a_hundred_jobs_leave_nothing_behind(server: embedded.Server, logs: Any) -> None:
+    environment = environment_of(server.url, "tidy")
+    with client_of(environment) as client, embedded.worker(environment, log=logs / "tidy.log") as process:
+        store = client.ledger.store.client
+
+        def run_some(count: int) -> None:
+            for job in client.batch_submit(
+                [{"operation": "collect", "items": list(range(60)), "strategy": Binary(min_chunk_size=10)}] * count
+            ):
+                assert job.get(timeout=60) == list(range(60))
+
+        run_some(50)
+        memory = sum(each.memory_info().rss for each in psutil.Process(process.pid).children())
+        channels = store.pubsub_channels("tidy*")
+        run_some(100)
+
+        assert store.pubsub_channels("tidy*") == channels
+        grown = sum(each.memory_info().rss for each in psutil.Process(process.pid).children()) - memory
+        assert grown < 16 * 2**20
+        # Celery's own registry of queues and its delivery bookkeeping live as long as the queues do.
+        own = ("_kombu.binding", "unacked", "tidy.critical", "tidy.high", "tidy.normal", "tidy.low")
+        wait_until(lambda: not store.exists("tidy:tidy.normal"))
+        keys = [key.decode().removeprefix("tidy:") for key in store.scan_iter("tidy:*")]
+        lasting = [key for key in keys if store.ttl(f"tidy:{key}") == -1 and not key.startswith(own)]
+        assert lasting == []
+        assert store.zcard(client.ledger.keys.due) == 0
+        assert not [key for key in keys if key.endswith((":items", ":blocks", ":due", ":inflight", ":splits"))]
+
+
+def test_results_and_ledgers_expire(server: embedded.Server, logs: Any) -> None:
+    environment = environment_of(server.url, "brief", RLM_RESULT_TTL_S="1")
+    with client_of(environment) as client, embedded.worker(environment, log=logs / "brief.log"):
+        job = client.submit(operation="sum", items=[1, 2, 3])
+        assert job.get(timeout=10) == 6
+        wait_until(lambda: not list(client.ledger.store.client.scan_iter("brief:{*")), 10)
+        with pytest.raises(JobNotFound):
+            job.result()
+
+
+def test_platforms_with_two_namespaces_do_not_meet(server: embedded.Server, client: Client, lonely_client: Client) -> None:
+    """The session's worker serves namespace `test`; a job of another one on the same database waits."""
+    mine = client.submit(operation="sum", items=range(10))
+    other = lonely_client.submit(operation="sum", items=range(10))
+
+    assert mine.get(timeout=30) == 45
+    assert not other.ready()
+    assert other.id not in {job.id for job in client.jobs(1000)}
+    with pytest.raises(JobNotFound):
+        client.job(other.id)
+    prefix = f"{lonely_client.settings.namespace}:"
+    assert lonely_client.ledger.store.client.llen(f"{prefix}{prefix[:-1]}.normal") == 1
+
+
+class Spy(threading.Thread):
+    """Watch every message that is pushed to a queue of one namespace, by MONITOR."""
+
+    def __init__(self, url: str, prefix: str) -> None:
+        super().__init__(daemon=True)
+        self._client, self._prefix = redis.Redis.from_url(url), prefix
+        self.sizes: list[int] = []
+        self.listening = threading.Event()
+        self._over = False
+
+    def run(self) -> None:
+        with self._client.monitor() as monitor:
+            self.listening.set()
+            while not self._over:
+                command = monitor.next_command()["command"]
+                if command.startswith("LPUSH " + self._prefix):
+                    self.sizes.append(len(command))
+
+    def stop(self) -> None:
+        self._over = True
+        self._client.ping()
+        self.join(10)
+
+
+def test_two_thousand_cuts_leave_every_message_under_4_kb(client: Client, server: embedded.Server) -> None:
+    spy = Spy(server.url, "test:test.")
+    spy.start()
+    spy.listening.wait(10)
+
+    flat = client.execute(operation="collect", items=range(1200), type="sequential", params={}, timeout=100)
+    deep = client.execute(operation="sum", items=list(range(1024)), strategy=Binary(min_chunk_size=1, max_depth=10), timeout=100)
+    tails = client.submit(
+        {"operation": "collect", "items": range(2000), "strategy": NWay(split_factor=2, min_chunk_size=1, max_depth=10)}
+    ).result(timeout=100)
+    spy.stop()
+
+    assert flat.output == list(range(1200))
+    assert deep.output == sum(range(1024))
+    assert deep.metrics.max_depth == 10
+    assert tails.output == list(range(2000))
+    assert len(spy.sizes) > 2000
+    assert max(spy.sizes) < 4096
+
+
+def test_a_job_of_two_thousand_tail_calls_keeps_its_messages_small(server: embedded.Server, logs: Any) -> None:
+    environment = environment_of(server.url, "tails", RLM_NODE__TARGET_MS="0.01", RLM_NODE__SLICE_MS="0.01")
+    with client_of(environment) as client, embedded.worker(environment, log=logs / "tails.log", slots=1):
+        spy = Spy(server.url, "tails:")
+        spy.start()
+        spy.listening.wait(10)
+        result = client.execute(operation="collect", items=range(2100), type="sequential", timeout=100)
+        spy.stop()
+
+    assert result.output == list(range(2100))
+    assert result.metrics.yields >= 2000
+    assert max(spy.sizes) < 4096
+    assert max(spy.sizes) - min(spy.sizes) < 64
