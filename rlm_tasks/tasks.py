@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 from celery import Celery
-from celery.exceptions import Ignore
 
 from resilience.errors import StoreUnavailable
 from rlm_tasks import operations
@@ -43,12 +42,21 @@ def register(app: Celery, runtime: Callable[[], Runtime]) -> None:
     def node(self: Any, job: str, node: str) -> None:
         """Run one node of a job."""
         if not _guarded(runtime(), job, lambda: run_node(runtime(), job, node)):
-            raise Ignore
+            _leave_slot(self.request)
 
     @app.task(name=MERGE_TASK, **_OPTIONS)  # type: ignore[untyped-decorator]  # Celery ships no types
     def merge(self: Any, job: str, split: str) -> None:
         """Compact the partials of one split, as the body of its chord."""
         _guarded(runtime(), job, lambda: _merge(runtime(), self.request, job, split))
+
+
+def _leave_slot(request: Any) -> None:
+    """Return without filling this message's slot in its chord: somebody else does, or will.
+
+    Celery's ``Ignore`` says the same, but rebuilding its traceback cost a quarter of a small node's time
+    and made a pool process grow by 100 MB over 500 tail calls (measured with Celery 5.7, billiard 4.3).
+    """
+    request.update(chord=None, group=None)
 
 
 def _guarded(runtime: Runtime, job: str, work: Callable[[], bool]) -> bool:
