@@ -17,7 +17,7 @@ from rlm_tasks.requests import Priority
 from rlm_tasks.runtime import Runtime
 from rlm_tasks.settings import Settings
 from rlm_tasks.settings import settings as environment
-from rlm_tasks.worker import GuardStep, drain_on_shutdown
+from rlm_tasks.worker import GuardStep, drain_on_shutdown, leave_promptly
 
 VISIBILITY_TIMEOUT_S = 4 * 3600
 """Longer than any node runs: lost work is recovered by the ledger's sweep, not by redelivery."""
@@ -85,6 +85,7 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
         # Before the pool forks: the page is shared, and operations are imported once.
         operations.import_operations(wanted.operations)
         runtime().worker = "worker"
+        leave_promptly()
 
     def say_ready(**_: Any) -> None:
         if wanted.ready_file:

@@ -16,7 +16,10 @@ from tests.integration.conftest import ROOT, client_of, environment_of
 
 CASES: list[tuple[dict[str, Any], str]] = [
     ({"operation": "word_cout", "items": []}, "operation='word_cout': unknown; did you mean 'word_count'"),
-    ({"operation": "sum", "items": [], "strategy": "zigzag"}, "strategy='zigzag': unknown; must be one of binary, n_way, adaptive"),
+    (
+        {"operation": "sum", "items": [], "strategy": "zigzag"},
+        "strategy='zigzag': unknown; must be one of binary, n_way, adaptive",
+    ),
     ({"operation": "sum", "items": [], "strategy": 7}, "strategy=7: must be Binary"),
     ({"operation": "sum", "items": [], "itms": 1}, "itms=1: unknown field; JobRequest has operation, items"),
     ({"operation": "sum", "items": [], "type": "circular"}, "type='circular'"),
@@ -45,7 +48,7 @@ def test_bad_input_is_refused_before_anything_is_enqueued(lonely_client: Client,
         lonely_client.submit(**fields)
 
     assert lonely_client.jobs() == []
-    assert not [key for key in lonely_client.ledger.store.client.scan_iter(f"{lonely_client.settings.namespace}:*")]
+    assert not list(lonely_client.ledger.store.client.scan_iter(f"{lonely_client.settings.namespace}:*"))
 
 
 @pytest.mark.parametrize(

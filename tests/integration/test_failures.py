@@ -39,7 +39,11 @@ def test_without_continue_on_error_the_first_failure_decides(client: Client) -> 
 def test_the_verdict_falls_when_more_than_the_threshold_fails(client: Client, threshold: float, status: Status) -> None:
     items = [{"i": i, "ms": 1, "fails": i % 10 == 9} for i in range(300)]
     job = client.submit(
-        operation="spin_then_collect", items=items, continue_on_error=True, error_threshold=threshold, strategy=NWay(min_chunk_size=20)
+        operation="spin_then_collect",
+        items=items,
+        continue_on_error=True,
+        error_threshold=threshold,
+        strategy=NWay(min_chunk_size=20),
     )
 
     assert job.wait(30) is status

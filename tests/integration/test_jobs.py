@@ -186,7 +186,9 @@ def test_large_outputs_are_paged_and_can_be_iterated(server: Any, environment: d
     from tests.integration.conftest import client_of
 
     with client_of({**environment, "RLM_MAX_RESULT_BYTES": "2000"}) as small:
-        job = small.submit(operation="echo", items=[f"item {i * 7919 % 100_003}" for i in range(3000)], type="parallel", chunk_size=500)
+        job = small.submit(
+            operation="echo", items=[f"item {i * 7919 % 100_003}" for i in range(3000)], type="parallel", chunk_size=500
+        )
         with pytest.raises(ResultTooLarge, match="RLM_MAX_RESULT_BYTES=2000"):
             job.result(timeout=30)
 
@@ -220,7 +222,11 @@ def test_urgent_jobs_are_served_first(server: Any, logs: Path) -> None:
 
     environment = environment_of(server.url, "order")
     with client_of(environment) as own:
-        jobs = [own.submit(operation="nap", items=[5], priority=each) for each in ("low", "normal", "high", "critical") for _ in range(3)]
+        jobs = [
+            own.submit(operation="nap", items=[5], priority=each)
+            for each in ("low", "normal", "high", "critical")
+            for _ in range(3)
+        ]
         with embedded.worker(environment, log=logs / "order.log", slots=1):
             for job in jobs:
                 job.wait(30)

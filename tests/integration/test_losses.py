@@ -55,7 +55,9 @@ def test_an_item_over_the_hard_time_limit_fails_and_the_others_are_done(own: Own
     client, _ = own
     items = [1.0] * 10 + [60_000.0] + [1.0] * 10
 
-    result = client.execute(operation="nap", items=items, continue_on_error=True, timeout=60, strategy=NWay(split_factor=3, min_chunk_size=7))
+    result = client.execute(
+        operation="nap", items=items, continue_on_error=True, timeout=60, strategy=NWay(split_factor=3, min_chunk_size=7)
+    )
 
     assert [failure.index for failure in result.failed] == [10]
     assert result.done == 20
@@ -105,6 +107,18 @@ def test_a_stopping_worker_hands_its_nodes_over(server: embedded.Server, logs: P
     assert result.metrics.busy_ms < 1200 * 5 * 1.5
 
 
+def test_a_worker_stopped_in_a_stream_of_small_nodes_is_gone_in_seconds(server: embedded.Server, logs: Path) -> None:
+    environment = environment_of(server.url, "prompt")
+    with client_of(environment) as client:
+        with embedded.worker(environment, log=logs / "prompt.log") as process:
+            job = client.submit(operation="collect", items=list(range(3000)), type="parallel", chunk_size=1)
+            wait_until(lambda: job.progress().nodes > 200)
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=5)
+        with embedded.worker(environment, log=logs / "prompt.log"):
+            assert job.get(timeout=60) == list(range(3000))
+
+
 def test_lost_messages_are_sent_again(server: embedded.Server, logs: Path) -> None:
     environment = environment_of(server.url, "lost")
     with client_of(environment) as client:
@@ -115,7 +129,9 @@ def test_lost_messages_are_sent_again(server: embedded.Server, logs: Path) -> No
 
 
 def test_a_doubled_message_counts_once(client: Client) -> None:
-    job = client.submit(operation="spin_then_collect", items=[{"i": i, "ms": 2} for i in range(300)], strategy=Binary(min_chunk_size=20))
+    job = client.submit(
+        operation="spin_then_collect", items=[{"i": i, "ms": 2} for i in range(300)], strategy=Binary(min_chunk_size=20)
+    )
     for _ in range(3):
         client._dispatcher.resend(job.id, [node.id for node in job.tree()], merges=True)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlm_tasks import Adaptive, Binary, Client, NWay
 
-JOBS, AT_ONCE = 210, 30
+JOBS, AT_ONCE = 240, 30
 
 
 def _shape(random: Random) -> dict[str, Any]:
@@ -33,7 +33,9 @@ def test_two_hundred_random_jobs_count_every_item_once_and_in_order(client: Clie
         for _ in range(start, start + AT_ONCE):
             n, ms, bad = random.randint(20, 120), random.choice([0, 0, 0.2, 2]), random.choice([0, 0, 0.1])
             items = [{"i": i, "ms": random.uniform(0, ms), "fails": random.random() < bad} for i in range(n)]
-            wanted.append({"operation": "spin_then_collect", "items": items, "options": {"continueOnError": True}, **_shape(random)})
+            wanted.append(
+                {"operation": "spin_then_collect", "items": items, "options": {"continueOnError": True}, **_shape(random)}
+            )
         for request, result in zip(wanted, client.batch_execute(wanted, timeout=100), strict=True):
             good = [item["i"] for item in request["items"] if not item["fails"]]
             assert result.output == (good or []), request

@@ -16,7 +16,8 @@ import msgspec
 
 from resilience.keys import Keys
 from resilience.store import Store
-from rlm_tasks import operations, spec as specs
+from rlm_tasks import operations
+from rlm_tasks import spec as specs
 from rlm_tasks.dispatch import group_id
 from rlm_tasks.ledger import ROOT, Child, Ledger, Split
 from rlm_tasks.merging import compact_split

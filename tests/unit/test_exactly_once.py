@@ -47,7 +47,9 @@ _SHAPES = st.one_of(
     st.builds(lambda: {"type": "sequential"}),
     st.builds(lambda size: {"type": "parallel", "chunk_size": size}, st.integers(1, 40)),
     st.builds(lambda: {"type": "recursive"}),
-    st.builds(lambda size, depth: {"strategy": Binary(min_chunk_size=size, max_depth=depth)}, st.integers(1, 30), st.integers(1, 10)),
+    st.builds(
+        lambda size, depth: {"strategy": Binary(min_chunk_size=size, max_depth=depth)}, st.integers(1, 30), st.integers(1, 10)
+    ),
     st.builds(lambda k, size: {"strategy": NWay(split_factor=k, min_chunk_size=size)}, st.integers(2, 9), st.integers(1, 30)),
     st.builds(lambda size: {"strategy": Adaptive(min_chunk_size=size)}, st.integers(1, 10)),
     st.builds(
