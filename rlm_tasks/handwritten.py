@@ -7,7 +7,6 @@ Nothing here is used by the platform; the demo's ``--compare`` and the benchmark
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,11 +38,9 @@ def count(results: list[Any]) -> int:
 
 
 @app.task  # type: ignore[untyped-decorator]  # Celery ships no types
-def sleep_ms(chunk: list[float]) -> int:
-    """Take each item's milliseconds, computing."""
-    for item in chunk:
-        spin(item)
-    return len(chunk)
+def compute_chunk(chunk: list[int]) -> int:
+    """Compute a chunk of items."""
+    return sum(compute(rounds) for rounds in chunk)
 
 
 @app.task  # type: ignore[untyped-decorator]  # Celery ships no types
@@ -83,8 +80,15 @@ def measure_serially(paths: list[str]) -> dict[str, Any]:
     return merge_reports(_measured(paths))
 
 
-def spin(milliseconds: float) -> None:
-    """Hold the CPU for a time, as a task that computes does."""
-    until = time.process_time() + milliseconds / 1000
-    while time.process_time() < until:
-        pass
+def compute_by_chord(items: list[int], chunk: int) -> int:
+    """Compute items by a chord over fixed chunks and wait for the count."""
+    parts = [items[at : at + chunk] for at in range(0, len(items), chunk)]
+    return chord([compute_chunk.s(part) for part in parts], total.s()).apply_async().get(timeout=600)  # type: ignore[no-any-return]
+
+
+def compute(rounds: int) -> int:
+    """Hold the CPU for a fixed amount of work, and count one item."""
+    value = rounds
+    for _ in range(rounds):
+        value = (value * 1103515245 + 12345) & 0x7FFFFFFF
+    return 1

@@ -179,7 +179,7 @@ class NodeRun:
     def run(self) -> bool:
         """Work, then finish; return whether this message fills its chord slot."""
         self._began = self._clock()
-        self._boundary_at = self._began + self._slice_ms / 1000
+        self._next_slice()
         if not self._cut_before_work():
             self._work_through()
         return self._finish()
@@ -304,10 +304,19 @@ class NodeRun:
         if self._reason is None and self._harvest.fatal:
             self._reason = Reason.STOPPED
         if self._reason is None and at.rest and slots > 1 and may_fan_out(self._spec.shape, at):
-            self._fan_out(taken, slots)
+            self._fan_out(at, taken, slots)
         self._slice_ms = min(self._slice_ms * 2, self._runtime.settings.node.slice_ms)
-        self._boundary_at = self._clock() + self._slice_ms / 1000
+        self._next_slice()
         return self._reason is not None
+
+    def _next_slice(self) -> None:
+        now = self._clock()
+        self._boundary_at = now + self._slice_ms / 1000
+        self._early_at = now + min(self._slice_ms, FIRST_SLICE_MS) / 1000
+
+    def _slice_is_over(self, now: float) -> bool:
+        """At the boundary, or somewhat before it when a slot of this very worker is waiting."""
+        return now >= self._boundary_at or (self._runtime.page.hungry and now >= self._early_at)
 
     def _standing(self, now: float, order: str = "go") -> Standing:
         done = self._at - self._claim.lo
@@ -327,7 +336,7 @@ class NodeRun:
         word = order.decode()
         return ("flush" if word == "fenced" else word), int(taken), int(slots)
 
-    def _fan_out(self, taken: int, slots: int) -> None:
+    def _fan_out(self, at: Standing, taken: int, slots: int) -> None:
         """Cut for free slots; a root that was not planned ahead is now, from what is left."""
         claim, shape = self._claim, self._spec.shape
         if claim.node in (ROOT, PROCESS) and not shape.eager:
@@ -336,7 +345,7 @@ class NodeRun:
                 self._reason, self._fork = Reason.PLANNED, planned
                 return
         if taken:
-            self._reason, self._fork = Reason.HUNGRY, share_out(shape, self._at, claim.hi, claim.depth, taken)
+            self._reason, self._fork = Reason.HUNGRY, share_out(shape, at, self._at, claim.hi, taken)
 
     # --- items --------------------------------------------------------------------------------------
 
@@ -390,7 +399,7 @@ class NodeRun:
                     self._harvest.fail(index, error)
             self._at = index + 1
             now = self._clock()
-            if now >= self._boundary_at or (self._harvest.failures and not self._spec.continue_on_error):
+            if self._slice_is_over(now) or (self._harvest.failures and not self._spec.continue_on_error):
                 self._busy += now - began
                 if self._decided() or self._boundary():
                     return True
@@ -426,7 +435,7 @@ class NodeRun:
         spent = self._clock() - began
         self._busy += spent
         self._batch = max(1, int(self._batch * min(BATCH_GROWTH, self._slice_ms / 1000 / max(spent, 1e-6))))
-        return self._decided() or (self._clock() >= self._boundary_at and self._boundary())
+        return self._decided() or (self._slice_is_over(self._clock()) and self._boundary())
 
     def _one_by_one(self, window: Sequence[Any]) -> None:
         """A batch that raised is run again item by item, so that the failure has a name."""

@@ -19,7 +19,7 @@ _ITEM = struct.Struct("<q")
 _TIME = struct.Struct("<d")
 _GENERATION = struct.Struct("<I")
 _ITEM_AT, _TIME_AT = 16, 32
-_DRAINING_AT = 0
+_DRAINING_AT, _HUNGRY_AT = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,15 @@ class Page:
     @draining.setter
     def draining(self, value: bool) -> None:
         self._memory[_DRAINING_AT] = int(value)
+
+    @property
+    def hungry(self) -> bool:
+        """Whether a slot of this worker wants work: nodes then look at once, not at their next slice."""
+        return self._memory[_HUNGRY_AT] == 1
+
+    @hungry.setter
+    def hungry(self, value: bool) -> None:
+        self._memory[_HUNGRY_AT] = int(value)
 
     def slot(self, index: int) -> PageSlot:
         """Return the writer of one pool process."""

@@ -201,10 +201,15 @@ def may_fan_out(shape: Shape, at: Standing) -> bool:
     return not deep and at.rest >= 2 * shape.min_chunk and at.rest >= 2 and at.rest_ms >= MIN_CHUNK_MS
 
 
-def share_out(shape: Shape, lo: int, hi: int, depth: int, wants: int) -> Fork:
-    """Cut a rest for `wants` free slots and the slot that cuts it."""
-    count = max(2, min(wants + 1, max(shape.factor, 2), (hi - lo) // shape.min_chunk))
-    return fork(lo, hi, depth, min(count, hi - lo))
+def share_out(shape: Shape, at: Standing, lo: int, hi: int, wants: int) -> Fork:
+    """Cut a rest for `wants` free slots and the slot that cuts it.
+
+    Where the rest is long enough it is cut into `factor` parts, so that the next slot to become free finds
+    a part in its queue and need not wait for another cut.
+    """
+    spare = min(shape.factor, int(at.rest_ms / (2 * MIN_CHUNK_MS)))
+    count = min(max(wants + 1, spare), MAX_FANOUT, (hi - lo) // shape.min_chunk)
+    return fork(lo, hi, at.depth, max(2, count))
 
 
 def estimate_optimal_chunk_size(total_items: int, estimated_item_processing_time_ms: float, target_parallelism: int) -> int:

@@ -30,7 +30,7 @@ from rlm_tasks.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
-TICK_S = 0.02
+TICK_S = 0.01
 """How often free slots are looked at; a change reaches hungry nodes within this time."""
 REFRESH_S = 1.0
 BACK_OFF_S = 1.0
@@ -83,6 +83,7 @@ class Guard(threading.Thread):
         free = 0 if self._runtime.page.draining else max(0, total - len(state.reserved_requests))
         if (total, free) != self._offered or now >= self._due["offer"]:
             self._runtime.slots.publish(self._runtime.worker, total, free, self._queues())
+            self._runtime.page.hungry = free > 0
             self._offered, self._due["offer"] = (total, free), now + REFRESH_S
 
     def _sweep(self) -> None:
