@@ -12,6 +12,7 @@ from typing import Any
 from celery import Celery, signals
 from kombu.entity import Queue
 
+from rlm_tasks import control as control  # its commands register themselves
 from rlm_tasks import operations, tasks
 from rlm_tasks.requests import Priority
 from rlm_tasks.runtime import Runtime

@@ -6,12 +6,14 @@ Decides when a request becomes a job; refuses to know how the job runs.
 from __future__ import annotations
 
 import functools
+import logging
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 from celery import Celery
+from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -29,6 +31,8 @@ from rlm_tasks.results import JobResult, Status
 from rlm_tasks.settings import Settings
 from rlm_tasks.sources import ItemReader, ItemWriter, Source
 from rlm_tasks.spec import Spec
+
+logger = logging.getLogger(__name__)
 
 Request = JobRequest | Mapping[str, Any]
 
@@ -85,6 +89,13 @@ class Client:
     def batch_execute(self, requests: Iterable[Request], *, timeout: float | None = None) -> list[JobResult]:
         """Submit several jobs and wait for all; results come in the order of the requests."""
         return [job.result(timeout=timeout) for job in self.batch_submit(requests)]
+
+    def recall(self) -> None:
+        """Make running nodes of all workers look at the ledger at once, instead of at their next pulse."""
+        try:
+            self._app.control.broadcast("rlm_recall")
+        except (OperationalError, OSError) as error:
+            logger.info("Workers were not told, they will see it at their next pulse: %s", error)
 
     # --- finding again ------------------------------------------------------------------------------
 

@@ -197,10 +197,12 @@ class Job:
     # --- what may be done about it ------------------------------------------------------------------
 
     def cancel(self) -> Status:
-        """End the job: waiting nodes are skipped now, running ones at their next slice."""
+        """End the job: waiting nodes are skipped now, running ones end after the item they are at."""
         state = self._reachable(lambda: self._ledger.stop(self.id, "cancelled"))
         if state == "unknown":
             raise JobNotFound(self.id)
+        if not Status(state).final:
+            self._client.recall()
         return Status(state)
 
     def revoke(self, *_: Any, **__: Any) -> None:

@@ -75,7 +75,7 @@ class Report(msgspec.Struct):
     mid: int
     done: int = 0
     failed: list[int] = []
-    skipped: list[int] = []  # items left out as empty
+    skipped: list[int] = []  # as empty
     failures: list[tuple[int, str]] = []  # index, JSON of ItemFailure
     kids: list[Child] = []
     splits: list[Split] = []

@@ -19,7 +19,7 @@ _ITEM = struct.Struct("<q")
 _TIME = struct.Struct("<d")
 _GENERATION = struct.Struct("<I")
 _ITEM_AT, _TIME_AT = 16, 32
-_DRAINING_AT, _HUNGRY_AT = 0, 1
+_DRAINING_AT, _HUNGRY_AT, _RECALLS_AT = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,15 @@ class Page:
     @hungry.setter
     def hungry(self, value: bool) -> None:
         self._memory[_HUNGRY_AT] = int(value)
+
+    @property
+    def recalls(self) -> int:
+        """How often nodes were asked to look at the ledger at once, modulo 256."""
+        return self._memory[_RECALLS_AT]
+
+    def recall(self) -> None:
+        """Ask every running node of this worker to look at the ledger before its next item."""
+        self._memory[_RECALLS_AT] = (self._memory[_RECALLS_AT] + 1) % 256
 
     def slot(self, index: int) -> PageSlot:
         """Return the writer of one pool process."""

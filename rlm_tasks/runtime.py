@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from billiard.process import current_process
@@ -16,6 +16,7 @@ from celery import Celery
 
 from resilience.keys import Keys
 from resilience.store import Store
+from rlm_tasks import operations
 from rlm_tasks.dispatch import Dispatcher
 from rlm_tasks.ledger import Ledger
 from rlm_tasks.page import Page, PageSlot
@@ -44,6 +45,13 @@ class Runtime:
         store, keys = Store(settings.redis_url), Keys(settings.namespace)
         ledger = Ledger(store, keys, settings.ledger, patience_s=patience_s)
         return cls(settings, ledger, SlotBoard(store, keys), ItemReader(store), Dispatcher(app, ledger), Page())
+
+    def resend(self, job: str, nodes: Sequence[str]) -> None:
+        """Send registered nodes again; the splits of an operation nobody knows here get no chord."""
+        spec = self.ledger.spec(job)
+        if spec is not None:
+            merges = spec.operation in operations.names() and operations.get(spec.operation).merge is not None
+            self.dispatcher.resend(job, nodes, merges=merges)
 
     def page_slot(self) -> PageSlot:
         """Return where this pool process, or this thread of a threads pool, says what it holds."""

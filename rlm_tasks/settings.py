@@ -29,6 +29,7 @@ class NodeSettings(BaseModel, frozen=True, extra="forbid"):
 
     target_ms: float = Field(1000.0, gt=0, description="A node hands over the rest of its range after this.")
     slice_ms: float = Field(50.0, gt=0, description="A node may cut after each slice of about this long.")
+    pulse_ms: float = Field(250.0, gt=0, description="A running node tells and asks the ledger about this often.")
     item_limit_s: float = Field(0.0, ge=0, description="Kill a worker process whose item runs longer; 0: never.")
 
 

@@ -23,16 +23,17 @@ from celery.worker.request import Request
 from redis.exceptions import RedisError
 
 from resilience.errors import StoreUnavailable
-from rlm_tasks import operations
 from rlm_tasks.dispatch import NODE_TASK
 from rlm_tasks.page import Held
 from rlm_tasks.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
-TICK_S = 0.01
-"""How often free slots are looked at; a change reaches hungry nodes within this time."""
+SETTLE_S = 0.005
+"""A slot that stays free this long is on offer; between two small nodes it is free for less."""
 REFRESH_S = 1.0
+"""How often the guard looks by itself.  It otherwise wakes on events: ticking every 10 ms slowed computing
+pool processes on two busy cores by 7 % (measured)."""
 BACK_OFF_S = 1.0
 
 
@@ -42,14 +43,18 @@ class Guard(threading.Thread):
     def __init__(self, runtime: Runtime, pool_size: Callable[[], int], queues: Callable[[], list[str]]) -> None:
         super().__init__(name="rlm-guard", daemon=True)
         self._runtime, self._pool_size, self._queues = runtime, pool_size, queues
-        self._stopping = threading.Event()
+        self._stopping = False
+        self._woken = threading.Event()
         self._offered: tuple[int, int] | None = None
         self._due = {"offer": 0.0, "beat": 0.0, "sweep": 0.0}
         self._lost = False
 
     def run(self) -> None:
-        """Tick until stopped; while Redis is away, try again once a second."""
-        while not self._stopping.wait(BACK_OFF_S if self._lost else TICK_S):
+        """Tick on each event and once a second until stopped."""
+        while not self._stopping:
+            if self._woken.wait(self._sleep_s()):
+                self._woken.clear()
+                time.sleep(SETTLE_S)
             try:
                 self._tick(time.monotonic())
                 self._lost = False
@@ -58,9 +63,17 @@ class Guard(threading.Thread):
                     logger.warning("The ledger does not answer: %s", error)
                 self._lost, self._offered = True, None
 
+    def wake(self) -> None:
+        """Say that a slot became free or busy."""
+        self._woken.set()
+
+    def _sleep_s(self) -> float:
+        return min(REFRESH_S, max(0.0, min(self._due.values()) - time.monotonic())) if not self._lost else BACK_OFF_S
+
     def stop(self) -> None:
         """End the thread and take this worker's slots off the board."""
-        self._stopping.set()
+        self._stopping = True
+        self._woken.set()
         self.join(timeout=5)
         try:
             self._runtime.slots.withdraw(self._runtime.worker)
@@ -91,11 +104,7 @@ class Guard(threading.Thread):
             swept = self._runtime.ledger.sweep(job)
             if swept.send:
                 logger.info("Job %s: %d overdue nodes are sent again", job, len(swept.send))
-                self._runtime.dispatcher.resend(job, swept.send, merges=self._merges(job))
-
-    def _merges(self, job: str) -> bool:
-        spec = self._runtime.ledger.spec(job)
-        return bool(spec and spec.operation in operations.names() and operations.get(spec.operation).merge)
+                self._runtime.resend(job, swept.send)
 
     def _kill_overdue(self, now: float) -> None:
         limit = self._runtime.settings.node.item_limit_s
@@ -134,11 +143,13 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
             lambda: consumer.pool.num_processes or 1,
             lambda: [queue.name for queue in consumer.task_consumer.queues] if consumer.task_consumer else [],
         )
+        consumer.app.rlm_guard = self._guard
         self._guard.start()
 
     def stop(self, consumer: Any) -> None:
         """Stop on shutdown and before a reconnection."""
         if self._guard is not None:
+            consumer.app.rlm_guard = None
             self._guard.stop()
             self._guard = None
 
@@ -163,7 +174,22 @@ def drain_on_shutdown(runtime: Callable[[], Runtime]) -> None:
 
 
 class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
-    """A node's message in the main process, which knows at once when its pool process is gone."""
+    """A node's message in the main process, which knows at once when its pool process is free, or gone."""
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        """A slot is busy."""
+        super().on_accepted(pid, time_accepted)
+        self._wake_guard()
+
+    def acknowledge(self) -> None:
+        """A slot is free: nodes are acknowledged when they end."""
+        super().acknowledge()
+        self._wake_guard()
+
+    def _wake_guard(self) -> None:
+        guard: Guard | None = getattr(self._app, "rlm_guard", None)
+        if guard is not None:
+            guard.wake()
 
     def on_failure(self, exc_info: ExceptionInfo, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         """Give the node back when its process was lost; the message is requeued by Celery."""

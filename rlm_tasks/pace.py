@@ -1,0 +1,60 @@
+"""When a running node looks up from its items, and when it asks the ledger.
+
+Slices end about every 50 ms and cost nothing: the shared page tells of a drain and of a hungry slot.  A
+round trip is made less often, because on busy cores each one slows what computes by far more than the
+round trip takes.  Refuses to know what is decided at a boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rlm_tasks.page import Page
+from rlm_tasks.settings import NodeSettings
+
+FIRST_SLICE_MS = 10.0
+"""A node's first slices are short, so that a short job is shared in time; each is twice as long as the one before."""
+
+
+class Pace:
+    """The timetable of one running node."""
+
+    def __init__(self, clock: Callable[[], float], page: Page, settings: NodeSettings, deadline_in_ms: int) -> None:
+        self._clock, self._page, self._settings = clock, page, settings
+        self.began = clock()
+        self._deadline = self.began + deadline_in_ms / 1000 if deadline_in_ms >= 0 else float("inf")
+        self.slice_ms = min(FIRST_SLICE_MS, settings.slice_ms)
+        self._pulse_ms = self.slice_ms
+        self._pulse_at = self.began
+        self._recalls = page.recalls
+        self.next_slice()
+
+    @property
+    def elapsed_ms(self) -> float:
+        """Time since the node began."""
+        return (self._clock() - self.began) * 1000
+
+    def slice_is_over(self, now: float) -> bool:
+        """At the boundary; at once when recalled; soon when a slot of this worker is hungry."""
+        if now >= self._boundary_at or self._page.recalls != self._recalls:
+            return True
+        return self._page.hungry and now >= self._early_at
+
+    def next_slice(self) -> None:
+        """Begin a slice."""
+        now = self._clock()
+        self._boundary_at = now + self.slice_ms / 1000
+        self._early_at = now + min(self.slice_ms, FIRST_SLICE_MS) / 1000
+        self.slice_ms = min(self.slice_ms * 2, self._settings.slice_ms)
+
+    def wants_pulse(self, *, sharable: bool) -> bool:
+        """Whether this boundary is worth a round trip."""
+        now = self._clock()
+        hungry = sharable and self._page.hungry
+        return hungry or now >= min(self._pulse_at, self._deadline) or self._page.recalls != self._recalls
+
+    def pulsed(self) -> None:
+        """Plan the next round trip."""
+        self._recalls = self._page.recalls
+        self._pulse_at = self._clock() + self._pulse_ms / 1000
+        self._pulse_ms = min(self._pulse_ms * 2, self._settings.pulse_ms)

@@ -1,0 +1,43 @@
+"""Imports go one way: rlm_tasks -> scheduler -> resilience; Celery and kombu stay in rlm_tasks."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CELERY = {"celery", "kombu", "billiard", "flower"}
+FORBIDDEN = {
+    "resilience": {"scheduler", "rlm_tasks"} | CELERY,
+    "scheduler": {"rlm_tasks"} | CELERY,
+    "rlm_tasks": {"tests", "docs"},
+}
+
+
+def imported(module: Path) -> set[str]:
+    """Return the top-level packages a module imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_go_one_way(package: str) -> None:
+    modules = list((ROOT / package).rglob("*.py"))
+
+    wrong = {str(module.relative_to(ROOT)): imported(module) & FORBIDDEN[package] for module in modules}
+
+    assert modules
+    assert {name: bad for name, bad in wrong.items() if bad} == {}
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    modules = [module for package in FORBIDDEN for module in (ROOT / package).rglob("*.py")]
+
+    assert [str(each) for each in modules if not ast.get_docstring(ast.parse(each.read_text(encoding="utf-8")))] == []
