@@ -26,7 +26,19 @@ from rlm_tasks.pace import Pace
 from rlm_tasks.page import PageSlot
 from rlm_tasks.runtime import Runtime
 from rlm_tasks.spec import SCHEMA, Spec
-from rlm_tasks.splitting import RULES, Fork, Reason, Standing, fork, isolate, may_fan_out, plan, share_out, should_yield
+from rlm_tasks.splitting import (
+    RULES,
+    WORTH_PLANNING_MS,
+    Fork,
+    Reason,
+    Standing,
+    fork,
+    isolate,
+    may_fan_out,
+    plan,
+    share_out,
+    should_yield,
+)
 from rlm_tasks.working import Work
 
 logger = logging.getLogger(__name__)
@@ -113,11 +125,17 @@ class NodeRun:
         claim, shape = self._claim, self._spec.shape
         if claim.suspects and claim.hi - claim.lo > 1:
             self._reason, self._fork = Reason.ISOLATE, isolate(claim.lo, claim.hi, claim.depth, list(claim.suspects))
-        elif shape.eager:
-            planned = plan(shape, claim.lo, claim.hi, claim.depth, self._live_slots())
+        elif shape.eager or self._is_known_to_be_long():
+            slots = self._live_slots()
+            planned = plan(shape, claim.lo, claim.hi, claim.depth, slots) if shape.eager or slots > 1 else None
             if isinstance(planned, Fork):
                 self._reason, self._fork = Reason.PLANNED, planned
         return self._fork is not None
+
+    def _is_known_to_be_long(self) -> bool:
+        """Whether this process has seen such items, and this root has enough of them to be shared at once."""
+        known_ms = self._runtime.item_ms.get(self._spec.operation, 0.0)
+        return self._claim.node in (ROOT, PROCESS) and known_ms * (self._claim.hi - self._claim.lo) >= WORTH_PLANNING_MS
 
     def _live_slots(self) -> int:
         [[_, total]] = self._runtime.ledger.store.run(self._runtime.slots.take(self._spec.queue, 0))
@@ -177,6 +195,8 @@ class NodeRun:
         if harvest.fatal:
             self._runtime.ledger.stop(self._spec.job, "failed", detail="its merge raised", error=harvest.fatal)
         report = self._report()
+        if report.mid > claim.lo and not validating:
+            self._runtime.item_ms[self._spec.operation] = self._work.busy_s * 1000 / (report.mid - claim.lo)
         finished = self._runtime.ledger.finish(claim, report, partial)
         if finished.answer == "stale":
             logger.info("Node %s of job %s was given to another worker; its work is discarded", claim.node, claim.job)

@@ -37,6 +37,7 @@ class Runtime:
     page: Page
     worker: str = ""
     clock: Callable[[], float] = time.perf_counter  # seconds; what slices are measured by
+    item_ms: dict[str, float] = field(default_factory=dict)  # operation -> time of an item, as last seen by this process
     _page_slots: dict[tuple[int, int], PageSlot] = field(default_factory=dict)
 
     @classmethod

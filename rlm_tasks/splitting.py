@@ -18,6 +18,8 @@ ROOT_PARTS_PER_SLOT = 4
 """A first fan-out of 4 parts per slot comes within 5 % of the ideal makespan: docs/design.md, Splitting."""
 MAX_FANOUT = 1000
 """Children one node may publish: it bounds the memory of one chord and the length of one script."""
+WORTH_PLANNING_MS = 200.0
+"""A root that knows its items to take this long in all fans out before it runs the first, which may be a long one."""
 MIN_CHUNK_MS = 20.0
 """Less work than this is not worth a message of about 2 ms on an idle slot."""
 
@@ -69,6 +71,11 @@ class Shape(msgspec.Struct, frozen=True):
     eager: bool = False  # the plan is carried out before any item runs
     target_ms: float = 1000.0
 
+    @property
+    def bounded(self) -> bool:
+        """Whether parts must keep to a smallest or largest size."""
+        return self.min_chunk > 1 or self.max_chunk > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
@@ -106,9 +113,27 @@ def evenly(lo: int, hi: int, count: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def fork(lo: int, hi: int, depth: int, count: int) -> Fork:
-    """Return a split of a range into `count` nodes, one level deeper."""
-    return Fork(lo, hi, depth, tuple(Leaf(a, b, depth + 1) for a, b in evenly(lo, hi, count)))
+def tapered(lo: int, hi: int, count: int) -> list[tuple[int, int]]:
+    """Cut a range into `count` parts that become smaller in even steps, each with an item at least.
+
+    Late parts are small, so slots end together whatever the items cost: the idea of guided
+    self-scheduling (Polychronopoulos and Kuck, 1987).
+    """
+    spare, steps = hi - lo - count, count * (count + 1) // 2
+    edges, weight = [lo], 0
+    for i in range(count):
+        weight += count - i
+        edges.append(lo + i + 1 + spare * weight // steps)
+    return list(itertools.pairwise(edges))
+
+
+def fork(lo: int, hi: int, depth: int, count: int, *, bounded: bool = False) -> Fork:
+    """Return a split of a range into `count` nodes, one level deeper.
+
+    Parts are tapered, or even where their size is bounded.
+    """
+    parts = evenly(lo, hi, count) if bounded else tapered(lo, hi, count)
+    return Fork(lo, hi, depth, tuple(Leaf(a, b, depth + 1) for a, b in parts))
 
 
 def isolate(lo: int, hi: int, depth: int, suspects: list[int]) -> Fork:
@@ -152,7 +177,7 @@ def _flat(shape: Shape, lo: int, hi: int, depth: int, slots: int) -> Part:
         return Fork(lo, hi, depth, tuple(Leaf(a, min(a + step, hi), depth + 1) for a in range(lo, hi, step)))
     wished = min(ROOT_PARTS_PER_SLOT * slots, size // shape.min_chunk, MAX_FANOUT) if depth == 0 else 0
     count = max(needed, wished)
-    return fork(lo, hi, depth, count) if count >= 2 else Leaf(lo, hi, depth)
+    return fork(lo, hi, depth, count, bounded=shape.bounded) if count >= 2 else Leaf(lo, hi, depth)
 
 
 def _grouped(shape: Shape, lo: int, hi: int, depth: int, needed: int) -> Fork:
@@ -209,7 +234,7 @@ def share_out(shape: Shape, at: Standing, lo: int, hi: int, wants: int) -> Fork:
     """
     spare = min(shape.factor, int(at.rest_ms / (2 * MIN_CHUNK_MS)))
     count = min(max(wants + 1, spare), MAX_FANOUT, (hi - lo) // shape.min_chunk)
-    return fork(lo, hi, at.depth, max(2, count))
+    return fork(lo, hi, at.depth, max(2, count), bounded=shape.bounded)
 
 
 def estimate_optimal_chunk_size(total_items: int, estimated_item_processing_time_ms: float, target_parallelism: int) -> int:

@@ -25,6 +25,7 @@ from rlm_tasks.splitting import (
     plan,
     share_out,
     should_yield,
+    tapered,
 )
 
 SHAPES = st.builds(
@@ -103,6 +104,18 @@ def test_even_parts_differ_by_one_at_most(lo: int, size: int, count: int) -> Non
     sizes = {hi - lo for lo, hi in parts}
     assert max(sizes) - min(sizes) <= 1
     assert (parts[0][0], parts[-1][1]) == (lo, lo + size)
+
+
+@given(lo=st.integers(0, 100), size=st.integers(1, 500), count=st.integers(1, 500))
+def test_tapered_parts_tile_and_become_smaller(lo: int, size: int, count: int) -> None:
+    parts = tapered(lo, lo + size, min(count, size))
+
+    sizes = [hi - low for low, hi in parts]
+    assert len(parts) == min(count, size)
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(parts))
+    assert (parts[0][0], parts[-1][1]) == (lo, lo + size)
+    assert min(sizes) >= 1
+    assert all(first >= second - 1 for first, second in itertools.pairwise(sizes))
 
 
 def test_suspects_are_isolated() -> None:
