@@ -219,7 +219,10 @@ def demo(path: Path | None, slots: int, compare: bool, as_json: bool) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from rlm_tasks import demo as main_job
+    from rlm_tasks import embedded
     from rlm_tasks.code_metrics import standard_library
+
+    embedded.clean_up_on_sigterm()
 
     notes = Console(stderr=True)
     folder = path or standard_library()

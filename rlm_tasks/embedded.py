@@ -103,6 +103,11 @@ def end(process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGTERM, 
         process.wait()
 
 
+def clean_up_on_sigterm() -> None:
+    """Let SIGTERM unwind this process as Ctrl-C does, so that what was started here is stopped here."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 @contextlib.contextmanager
 def server(*, durable: bool = False) -> Iterator[Server]:
     """Run a server in a folder of its own for the length of a block."""

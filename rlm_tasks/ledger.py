@@ -192,6 +192,10 @@ class Ledger:
                 self._sleep(wait * self._random.uniform(0.5, 1.0))
                 wait = min(wait * 2, 1.0)
 
+    def hasty(self) -> Ledger:
+        """Return the same ledger without patience, for callers that must not block."""
+        return Ledger(self.store, self.keys, self.settings)
+
     def _call(self, name: str, job: str, *args: Argument) -> Call:
         return Call(_SCRIPTS[name], self.keys.of(job), args)
 
@@ -282,8 +286,12 @@ class Ledger:
         while True:
             state, _, still = self._ask("stop", job, reason, detail, packed, int(force), self._grace_ms)
             if int(still) in (0, left):
-                return cast(bytes, state).decode()
+                break
             left = int(still)
+        if left > 0:
+            # Nodes that are still in an item are fenced when their time is over.
+            self.wake_at(job, int(self.settings.stop_grace_s * 1000))
+        return cast(bytes, state).decode()
 
     # --- partials and the answer --------------------------------------------------------------------
 

@@ -77,6 +77,12 @@ class Page:
             if (found := self._read(offset)) is not None:
                 yield found
 
+    def forget(self, pid: int) -> None:
+        """Clear what a process held that is gone; its number may soon be another's."""
+        for offset in range(_HEADER, len(self._memory), _SLOT.size):
+            if (found := self._read(offset)) is not None and found.pid == pid:
+                PageSlot(self._memory, offset).let_go()
+
     def _read(self, offset: int) -> Held | None:
         for _ in range(100):
             before = _GENERATION.unpack_from(self._memory, offset)[0]

@@ -120,9 +120,10 @@ class Guard(threading.Thread):
 def give_back(runtime: Runtime, held: Held, *, deaths: int = 1) -> None:
     """RELEASE a node whose process is gone or about to go; its next claim knows the item that was in flight."""
     try:
-        runtime.ledger.release(held.job, held.node, held.epoch, held.item, deaths)
+        runtime.ledger.hasty().release(held.job, held.node, held.epoch, held.item, deaths)
     except (RedisError, StoreUnavailable, OSError) as error:
         logger.warning("Node %s of job %s was not given back, its lease runs out: %s", held.node, held.job, error)
+    runtime.page.forget(held.pid)
 
 
 class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
@@ -217,7 +218,7 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
         self._give_back(deaths=0)
         if self.name == NODE_TASK:
             try:
-                self._runtime.ledger.stop(self._job, "cancelled", detail=f"a node's task was {reason}")
+                self._runtime.ledger.hasty().stop(self._job, "cancelled", detail=f"a node's task was {reason}")
             except (RedisError, StoreUnavailable, OSError) as error:
                 logger.warning("Job %s was not cancelled: %s", self._job, error)
 

@@ -95,8 +95,8 @@ def set_up(pairs: int) -> Iterator[Bench]:
 
 
 def workloads(bench: Bench) -> Iterator[tuple[str, list[int]]]:
-    """Yield lists of item costs, each about 12 s of work on one core."""
-    random, n, total_ms = Random(7), 2400, 12_000.0
+    """Yield lists of item costs, each about 8 s of work on one core."""
+    random, n, total_ms = Random(7), 1600, 8000.0
     shapes = {
         "uniform": [1.0] * n,
         "lognormal, sigma 1.5": [random.lognormvariate(0, 1.5) for _ in range(n)],
@@ -379,6 +379,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=50_000, help="leaves of the cost growth row")
     parser.add_argument("--write", action="store_true", help="keep the table in docs/performance.md")
     asked = parser.parse_args()
+    embedded.clean_up_on_sigterm()
     rows: list[Row] = []
     with set_up(asked.pairs) as bench:
         runs: dict[str, Callable[[], Iterator[Row]]] = {

@@ -1,0 +1,23 @@
+"""Items may fail: the others go on, failures are data, and only the failed ones are run again.
+
+Run a worker that knows it:  RLM_OPERATIONS=partial_failures celery -A rlm_tasks worker
+Then:                        python partial_failures.py
+"""
+
+from rlm_tasks import Client, operation
+
+
+@operation
+def parse_number(text):
+    """Fail where the text is no number."""
+    return int(text)
+
+
+if __name__ == "__main__":
+    with Client() as client:
+        job = client.submit(operation="parse_number", items=["1", "2", "three", "4"], continue_on_error=True, error_threshold=0.5)
+        result = job.result(timeout=60)
+        print(result.output, f"{result.failure_rate:.0%} failed")
+        for failure in result.failed:
+            print(failure.index, failure.type, failure.message)
+        print(job.retry_failed().result(timeout=60).failed_count, "failed again")

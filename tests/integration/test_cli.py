@@ -1,0 +1,98 @@
+"""The command line: tables for people, JSON for programs, sentences for mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlm_tasks import Client
+from tests.integration.conftest import ROOT
+
+
+def rlm(environment: dict[str, str], *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run ``celery -A rlm_tasks rlm`` as a user would."""
+    return subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "rlm_tasks", "rlm", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+
+
+def test_a_job_from_stdin_to_its_tree(client: Client, environment: dict[str, str]) -> None:
+    request = json.dumps({"operation": "fail_odd", "items": [2, 3, 4], "options": {"continueOnError": True}})
+
+    submitted = rlm(environment, "submit", "--wait", "30", "--json", stdin=request)
+    assert submitted.returncode == 0, submitted.stderr
+    result = json.loads(submitted.stdout)
+    assert (result["output"], result["failed_count"], result["failure_rate"]) == (6, 1, 1 / 3)
+
+    job = result["job_id"]
+    assert json.loads(rlm(environment, "job", job, "--json").stdout)["status"] == "succeeded"
+    assert rlm(environment, "explain", job).stdout == "It succeeded: 2 of 3 items done, 1 failed, 0 skipped.\n"
+    assert [node["id"] for node in json.loads(rlm(environment, "tree", job, "--json").stdout)] == ["merge", "root"]
+    assert job in rlm(environment, "jobs").stdout.replace("\n", "")
+    assert job in {each["id"] for each in json.loads(rlm(environment, "jobs", "--json").stdout)}
+    again = rlm(environment, "retry", job).stdout.strip()
+    assert client.job(again).result(timeout=30).failed_count == 1
+    assert "It succeeded" in rlm(environment, "cancel", job).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "code", "words"),
+    [
+        (["submit"], "{oops", 2, "is not JSON"),
+        (["submit"], '{"operation": "smu", "items": []}', 2, "did you mean 'sum'"),
+        (["job", "nothing"], "", 1, "job nothing is unknown"),
+        (["retry", "nothing"], "", 1, "job nothing is unknown"),
+        (["demo", "--path", "/no/such/folder"], "", 2, "does not exist"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_an_exit_code(
+    environment: dict[str, str], worker_pid: int, arguments: list[str], stdin: str, code: int, words: str
+) -> None:
+    done = rlm(environment, *arguments, stdin=stdin)
+
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_demo_measures_any_folder(tmp_path: Path) -> None:
+    for i in range(40):
+        (tmp_path / f"m{i}.py").write_text("def f(x):\n    return x if x else 0\n", encoding="utf-8")
+    (tmp_path / "bad.py").write_text("def :\n", encoding="utf-8")
+
+    done = rlm({}, "demo", "--path", str(tmp_path), "--json")
+
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["output"]["files"], report["output"]["functions"], report["failed_count"]) == (40, 40, 1)
+    assert report["failed"][0]["type"] == "SyntaxError"
+    assert 0 < report["busy_share"] <= 1
+
+
+def test_the_demo_of_an_empty_folder_says_so(tmp_path: Path) -> None:
+    done = rlm({}, "demo", "--path", str(tmp_path))
+
+    assert done.returncode == 2
+    assert "has no Python files" in done.stderr
+
+
+def test_the_demo_prints_tables_for_people(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text("class A:\n    def f(self):\n        return [i for i in range(3) if i]\n", encoding="utf-8")
+
+    done = rlm({}, "demo", "--path", str(tmp_path))
+
+    assert done.returncode == 0, done.stderr
+    for words in ("most complex functions", "slots' busy share", "speed-up", "one.py:2"):
+        assert words in done.stdout

@@ -1,0 +1,183 @@
+"""The ledger's scripts, one transition at a time, on fakeredis."""
+
+from __future__ import annotations
+
+import pytest
+from redis.exceptions import ResponseError
+
+from rlm_tasks import JobRequest, NWay, codec
+from rlm_tasks.dispatch import mint
+from rlm_tasks.ledger import MERGE, ROOT, Child, Claim, Report, Split
+from rlm_tasks.spec import Spec
+from tests.unit.harness import Platform
+
+
+@pytest.fixture
+def platform() -> Platform:
+    """A platform whose messages nobody runs."""
+    return Platform()
+
+
+@pytest.fixture
+def spec(platform: Platform) -> Spec:
+    """An open job of a hundred items."""
+    return platform.submit(JobRequest(operation="sum", items=range(100), strategy=NWay()))
+
+
+def child(lo: int, hi: int, **more: int) -> Child:
+    """Return a child that fills the root's slot."""
+    return Child(mint(), lo, hi, 1, "", 0, "task", "because", **more)
+
+
+def claimed(platform: Platform, spec: Spec, node: str = ROOT, token: str = "mine") -> Claim:
+    """Claim a node and insist on getting it."""
+    claim = platform.ledger.claim(spec.job, node, token, "worker")
+    assert claim.answer == "run", claim
+    return claim
+
+
+def done(platform: Platform, claim: Claim, mid: int, *kids: Child, **more: object) -> str:
+    """Finish a node as a worker does; return what FINISH says happened to the job."""
+    report = Report(mid=mid, done=mid - claim.lo, kids=list(kids), **more)  # type: ignore[arg-type]  # fields of a report
+    finished = platform.ledger.finish(claim, report, codec.pack([True, 0, 1, 0.0]) if mid > claim.lo else b"")
+    return finished.outcome if finished.answer == "ok" else finished.answer
+
+
+def test_a_node_is_run_by_one_holder(platform: Platform, spec: Spec) -> None:
+    first = claimed(platform, spec)
+
+    assert (first.lo, first.hi, first.epoch, first.spec) == (0, 100, 1, spec)
+    assert platform.ledger.claim(spec.job, ROOT, "other", "w").answer == "busy"
+    assert claimed(platform, spec).epoch == 1, "the same token meets its own claim, whose answer was lost"
+    assert platform.ledger.claim(spec.job, "no-such-node", "x", "w").answer == "unknown"
+    assert platform.ledger.claim("no-such-job", ROOT, "x", "w").answer == "unknown"
+
+
+def test_a_finished_job_has_one_last_caller_and_is_closed_once(platform: Platform, spec: Spec) -> None:
+    claim = claimed(platform, spec)
+
+    assert done(platform, claim, 100) == MERGE
+    assert done(platform, claim, 100) == MERGE, "the same caller, whose answer was lost"
+    assert platform.ledger.close(spec.job, 1, "succeeded", b"answer") == "succeeded"
+    assert platform.ledger.close(spec.job, 1, "succeeded", b"other") == ""
+    assert platform.ledger.claim(spec.job, ROOT, "late", "w").answer == "closed"
+    assert platform.ledger.facts(spec.job)["state"] == "succeeded"
+
+
+def test_a_cut_registers_its_children_and_they_are_sent_again_while_they_wait(platform: Platform, spec: Spec) -> None:
+    left, right = child(40, 70), child(70, 100)
+
+    assert done(platform, claimed(platform, spec), 40, left, right, splits=[Split("s", 40, 100, "", 0, "t", 2)]) == ""
+
+    assert platform.ledger.claim(spec.job, ROOT, "again", "w").waiting == (left.id, right.id)
+    assert done(platform, claimed(platform, spec, right.id), 100) == ""
+    assert platform.ledger.claim(spec.job, ROOT, "again", "w").waiting == (left.id,)
+    assert platform.ledger.claim(spec.job, right.id, "again", "w").answer == "done"
+    assert done(platform, claimed(platform, spec, left.id), 70) == MERGE
+    assert platform.ledger.ranges(spec.job) == [(0, 40), (40, 70), (70, 100)]
+
+
+@pytest.mark.parametrize(
+    "kids",
+    [[child(51, 100)], [child(50, 99)], [child(50, 80), child(79, 100)], [child(50, 101)], []],
+    ids=["gap", "short", "overlap", "long", "none"],
+)
+def test_parts_that_do_not_tile_the_range_are_refused_whole(platform: Platform, spec: Spec, kids: list[Child]) -> None:
+    claim = claimed(platform, spec)
+
+    with pytest.raises(ResponseError, match="TILING"):
+        done(platform, claim, 50, *kids)
+
+    assert platform.ledger.facts(spec.job)["done"] == "0"
+    assert done(platform, claim, 100) == MERGE
+
+
+def test_a_holder_that_was_replaced_is_fenced(platform: Platform, spec: Spec) -> None:
+    stale = claimed(platform, spec)
+    assert platform.ledger.release(spec.job, ROOT, stale.epoch, 7, 1)
+    fresh = claimed(platform, spec, token="other")
+
+    assert (fresh.epoch, fresh.suspects) == (2, {7: 1})
+    assert done(platform, stale, 100) == "stale"
+    assert not platform.ledger.release(spec.job, ROOT, stale.epoch, 7, 1)
+    [word] = platform.store.run(platform.ledger.pulse(stale, 1, 0, 0))
+    assert word == b"fenced"
+    assert done(platform, fresh, 100) == MERGE
+
+
+def test_the_sweep_takes_back_what_is_overdue_and_fences_its_holder(platform: Platform, spec: Spec) -> None:
+    stale = claimed(platform, spec)
+    platform.store.client.zadd(platform.keys.of(spec.job).due, {ROOT: 1})
+
+    swept = platform.ledger.sweep(spec.job)
+
+    assert swept.send == (ROOT,)
+    assert platform.ledger.sweep(spec.job).send == (), "its message was sent again just now"
+    assert done(platform, stale, 100) == "stale"
+    assert claimed(platform, spec, token="other").epoch == 2
+
+
+def test_a_parked_node_waits_and_is_woken_by_the_sweep(platform: Platform, spec: Spec) -> None:
+    claim = claimed(platform, spec)
+    platform.ledger.park(claim, 60_000, "a bucket is empty")
+
+    assert platform.ledger.claim(spec.job, ROOT, "x", "w").answer == "parked"
+    assert platform.ledger.records(spec.job, [ROOT])[0].why == "a bucket is empty"
+    platform.store.client.zadd(platform.keys.of(spec.job).due, {ROOT: 1})
+    assert platform.ledger.sweep(spec.job).send == (ROOT,)
+    assert claimed(platform, spec, token="other").epoch == 2
+
+
+def test_a_beat_keeps_the_lease_of_its_holder_only(platform: Platform, spec: Spec) -> None:
+    claim = claimed(platform, spec)
+    due = platform.keys.of(spec.job).due
+    platform.store.client.zadd(due, {ROOT: 1})
+
+    platform.ledger.beat([(spec.job, ROOT, claim.epoch + 1)])
+    assert platform.store.client.zscore(due, ROOT) == 1
+    platform.ledger.beat([(spec.job, ROOT, claim.epoch)])
+    assert platform.store.client.zscore(due, ROOT) > 1
+
+
+def test_a_stopped_job_skips_what_waits_and_lets_running_nodes_hand_in(platform: Platform, spec: Spec) -> None:
+    left, right = child(10, 50), child(50, 100)
+    done(platform, claimed(platform, spec), 10, left, right)
+    running = claimed(platform, spec, left.id)
+
+    assert platform.ledger.stop(spec.job, "cancelled") == "running"
+    [word] = platform.store.run(platform.ledger.pulse(running, 1, 0, 0))
+    assert word == b"stop"
+    assert done(platform, running, 20, child(20, 50)) == "closed"
+
+    facts = platform.ledger.facts(spec.job)
+    assert (facts["state"], facts["done"], facts["skipped"]) == ("cancelled", "20", "80")
+    assert platform.ledger.stop(spec.job, "expired") == "cancelled"
+
+
+def test_force_ends_a_job_whose_nodes_do_not_hand_in(platform: Platform, spec: Spec) -> None:
+    stuck = claimed(platform, spec)
+
+    assert platform.ledger.stop(spec.job, "cancelled") == "running"
+    assert platform.ledger.stop(spec.job, "cancelled", force=True) == "cancelled"
+    assert done(platform, stuck, 100) == "stale"
+    assert platform.ledger.facts(spec.job)["skipped"] == "100"
+
+
+def test_partials_are_compacted_only_while_they_are_all_there(platform: Platform, spec: Spec) -> None:
+    left, right = child(10, 50), child(50, 100)
+    done(platform, claimed(platform, spec), 10, left, right)
+    done(platform, claimed(platform, spec, right.id), 100)
+
+    assert not platform.ledger.compact(spec.job, [(0, 10), (50, 100)], b"gap")
+    assert not platform.ledger.compact(spec.job, [(0, 10), (10, 50)], b"missing")
+    done(platform, claimed(platform, spec, left.id), 30, child(30, 50))
+    assert platform.ledger.compact(spec.job, [(0, 10), (10, 30)], b"one")
+    assert list(platform.ledger.pieces(spec.job, 0, 50)) == [(0, 30, b"one")]
+
+
+def test_every_key_of_a_job_expires(platform: Platform, spec: Spec) -> None:
+    done(platform, claimed(platform, spec), 40, child(40, 100), failed=[3], failures=[(3, "{}")], skipped=[4])
+
+    keys = list(platform.store.client.scan_iter("unit:*"))
+    assert len(keys) > 8
+    assert [key for key in keys if platform.store.client.ttl(key) == -1] == []
