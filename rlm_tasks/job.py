@@ -25,6 +25,7 @@ from rlm_tasks.errors import (
     ResultTooLarge,
 )
 from rlm_tasks.explain import explain
+from rlm_tasks.ledger import MERGE
 from rlm_tasks.merging import flattened, partials
 from rlm_tasks.results import (
     CELERY_STATES,
@@ -119,7 +120,7 @@ class Job:
 
     def tree(self) -> list[TreeNode]:
         """Return every node, parents before their children, siblings in item order."""
-        records = sorted(self._ledger.all_records(self.id), key=lambda r: (r.depth, r.lo, -r.hi))
+        records = sorted(self._ledger.all_records(self.id), key=lambda r: (r.depth, r.lo, -r.hi, r.id == MERGE))
         return [
             TreeNode(r.id, r.parent, r.lo, r.hi, max(0, r.mid - r.lo) if r.state in "dck" else 0, r.depth,
                      _NODE_STATES[r.state], r.why, r.worker, float(r.ms), r.epoch)

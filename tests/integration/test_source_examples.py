@@ -28,7 +28,7 @@ def test_custom_decomposition_logic(client: Client) -> None:
     )
 
     assert result.output == {"count": 1200, "first": 1, "last": 1200, "largest": 1200}
-    assert (result.metrics.nodes, result.metrics.max_depth) == (1 + 8, 2)
+    assert (result.metrics.nodes, result.metrics.max_depth) == (1 + 12, 2)
 
 
 def test_conditional_execution(client: Client) -> None:
