@@ -58,11 +58,11 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) ->
     from rich.table import Table
 
     table = Table(title=title or None, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for at, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=at == 0)
     for row in rows:
         table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 # --- jobs --------------------------------------------------------------------------------------------

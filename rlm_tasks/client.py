@@ -13,8 +13,9 @@ from typing import Any
 
 import msgspec
 from celery import Celery
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from resilience.keys import Keys
@@ -94,7 +95,7 @@ class Client:
         """Make running nodes of all workers look at the ledger at once, instead of at their next pulse."""
         try:
             self._app.control.broadcast("rlm_recall")
-        except (OperationalError, OSError) as error:
+        except (KombuError, RedisError, OSError) as error:
             logger.info("Workers were not told, they will see it at their next pulse: %s", error)
 
     # --- finding again ------------------------------------------------------------------------------

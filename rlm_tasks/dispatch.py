@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from celery import Celery
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError
+from redis.exceptions import RedisError
 
 from rlm_tasks.ledger import Child, Ledger, Slot, Split
 from rlm_tasks.spec import Spec
@@ -103,8 +104,12 @@ class Dispatcher:
         backend = self._app.backend
         pipe = backend.client.pipeline(transaction=False)
         for split in splits:
-            pipe.set(backend.get_key_for_group(group_id(job, split.id), ".s"), split.size, ex=backend.chord_expires or None)
-        pipe.execute()
+            key = backend.get_key_for_group(group_id(job, split.id), ".s")
+            pipe.set(key, split.size, ex=backend.chord_expires or None)
+        try:
+            pipe.execute()
+        except (RedisError, OSError) as error:
+            logger.warning("The chords of job %s are not counted (%s); its root merge does their work", job, error)
 
     def _publish(self, messages: Iterable[tuple[str, str, str, Slot, Split | None]]) -> None:
         messages = list(messages)
@@ -116,7 +121,7 @@ class Dispatcher:
                 with producer.batch(BATCH):
                     for message in messages:
                         self._send(producer, *message)
-        except (OperationalError, OSError) as error:
+        except (KombuError, RedisError, OSError) as error:
             logger.warning(
                 "%d node messages of job %s were not sent (%s); the sweep sends them", len(messages), messages[0][1], error
             )

@@ -89,7 +89,12 @@ def _work(runtime: Runtime, claim: Claim) -> bool:
 def _known(spec: Spec) -> Operation:
     if spec.schema > SCHEMA:
         raise UnknownOperation(f"{spec.operation} (schema {spec.schema}, this worker reads {SCHEMA})", operations.names())
-    return operations.get(spec.operation)
+    operation = operations.get(spec.operation)
+    if spec.version > operation.version:
+        raise UnknownOperation(
+            f"{spec.operation} (version {spec.version}, this worker has {operation.version})", operations.names()
+        )
+    return operation
 
 
 class NodeRun:

@@ -120,7 +120,6 @@ class JobResult:
     metrics: Metrics
     stopped: str = ""  # why the job ended before its items did: early, failed, expired, cancelled
     error: ItemFailure | None = None  # what its merge raised
-    receipt: dict[str, Any] = field(default_factory=dict)
 
     @property
     def failure_rate(self) -> float:

@@ -193,8 +193,9 @@ class ItemReader:
         if data is None:
             raise LookupError(f"item {at} of this job is not stored")
         start, end = (int(edge) for edge in name[0].split(b":"))
-        items = self._lines(source, codec.unpack(data), end - start) if isinstance(source, LineSource) else codec.unpack(data)
-        self._remember((blocks, start), items, len(data))
+        raw = codec.decompress(data)
+        items = self._lines(source, codec.decode(raw), end - start) if isinstance(source, LineSource) else codec.decode(raw)
+        self._remember((blocks, start), items, len(raw))
         return start, items
 
     def _remember(self, key: tuple[str, int], items: list[Any], size: int) -> None:

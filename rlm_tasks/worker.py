@@ -174,6 +174,16 @@ def drain_on_shutdown(runtime: Callable[[], Runtime]) -> None:
     signals.worker_shutting_down.connect(draining, weak=False)
 
 
+def _has_exited(pid: int | None) -> bool:
+    """Whether a pool process is gone, reaped or not."""
+    if pid is None:
+        return False
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
+
+
 class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
     """A node's message in the main process, which knows at once when its pool process is free, or gone."""
 
@@ -200,13 +210,16 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
         return super().on_failure(exc_info, send_failed_event, return_ok)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
-        """Fail the item that ran into Celery's hard time limit, and redo the rest of its node."""
+        """Fail the item that ran into Celery's hard time limit, and redo the rest of its node.
+
+        Celery notices a lost process within 5 s, so the limit may strike first; that is a death like others.
+        """
         if soft:
             super().on_timeout(soft, timeout)
             return
         state.task_ready(self)
         logger.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
-        self._give_back(deaths=self._runtime.settings.ledger.death_limit)
+        self._give_back(deaths=1 if _has_exited(self.worker_pid) else self._runtime.settings.ledger.death_limit)
         self.reject(requeue=True)
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:

@@ -22,6 +22,8 @@ WINDOW = 1024
 """Items held in memory at a time."""
 BATCH_GROWTH = 8
 """A batch starts with one item and grows at most this much at a time towards the length of a slice."""
+LARGEST_BATCH = 65_536
+"""Items of the largest batch: they are all in memory at once."""
 _EMPTY: tuple[Any, ...] = (None, "", b"", [], {})
 
 Read = Callable[[int, int], Sequence[Any]]
@@ -149,7 +151,7 @@ class Work:
             self._again_one_by_one(window)
         now = self._clock()
         grown = self._batch * min(BATCH_GROWTH, self._pace.slice_ms / 1000 / max(now - began, 1e-6))
-        self._batch = max(1, int(grown))
+        self._batch = min(LARGEST_BATCH, max(1, int(grown)))
         self._look_up(now)
 
     def _again_one_by_one(self, window: Sequence[Any]) -> None:

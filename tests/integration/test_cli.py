@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rlm_tasks import Client
 from tests.integration.conftest import ROOT
+from tests.support import wait_until
 
 
 def rlm(environment: dict[str, str], *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -79,6 +82,25 @@ def test_the_demo_measures_any_folder(tmp_path: Path) -> None:
     assert (report["output"]["files"], report["output"]["functions"], report["failed_count"]) == (40, 40, 1)
     assert report["failed"][0]["type"] == "SyntaxError"
     assert 0 < report["busy_share"] <= 1
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_no_process_behind(how: signal.Signals) -> None:
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "celery", "-A", "rlm_tasks", "rlm", "demo"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    own = psutil.Process(demo.pid)
+    # The server, the worker, and its two pool processes.
+    wait_until(lambda: len(own.children(recursive=True)) >= 4)
+    started = own.children(recursive=True)
+
+    demo.send_signal(how)
+
+    demo.wait(timeout=30)
+    wait_until(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in started))
 
 
 def test_the_demo_of_an_empty_folder_says_so(tmp_path: Path) -> None:
