@@ -14,6 +14,7 @@ from kombu.entity import Queue
 
 from rlm_tasks import control as control  # its commands register themselves
 from rlm_tasks import operations, tasks
+from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.requests import Priority
 from rlm_tasks.runtime import Runtime
 from rlm_tasks.settings import Settings
@@ -84,7 +85,10 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
 
     def prepare(**_: Any) -> None:
         # Before the pool forks: the page is shared, and operations are imported once.
-        operations.import_operations(wanted.operations)
+        try:
+            operations.import_operations(wanted.operations)
+        except InvalidRequest as error:
+            raise SystemExit(f"Error: {error}") from None
         runtime().worker = "worker"
         leave_promptly()
 

@@ -84,6 +84,22 @@ def test_the_demo_measures_any_folder(tmp_path: Path) -> None:
     assert 0 < report["busy_share"] <= 1
 
 
+def test_a_worker_whose_operations_are_missing_says_so_and_ends(environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "rlm_tasks", "worker", "-c", "1"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **environment, "RLM_OPERATIONS": "no_such_module"},
+    )
+
+    assert done.returncode == 1
+    assert "Error: RLM_OPERATIONS='no_such_module': no such module on the import path" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_no_process_behind(how: signal.Signals) -> None:
     demo = subprocess.Popen(
