@@ -83,13 +83,13 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
     def runtime() -> Runtime:
         return Runtime.of(app, wanted, patience_s=wanted.ledger.lease_s)
 
-    def prepare(**_: Any) -> None:
+    def prepare(sender: Any, **_: Any) -> None:
         # Before the pool forks: the page is shared, and operations are imported once.
         try:
             operations.import_operations(wanted.operations)
         except InvalidRequest as error:
             raise SystemExit(f"Error: {error}") from None
-        runtime().worker = "worker"
+        runtime().worker = sender.hostname
         leave_promptly()
 
     def say_ready(**_: Any) -> None:

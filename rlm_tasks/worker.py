@@ -138,7 +138,6 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
     def start(self, consumer: Any) -> None:
         """Start with each (re)connection of the consumer."""
         runtime: Runtime = consumer.app.rlm_runtime()
-        runtime.worker = consumer.hostname
         self._guard = Guard(
             runtime,
             lambda: consumer.pool.num_processes or 1,

@@ -75,6 +75,7 @@ def test_a_job_splits_itself_over_the_free_slots(client: Client) -> None:
     assert result.metrics.splits >= 1
     workers = {node.worker for node in client.job(result.job_id).tree()}
     assert len(workers) == 1
+    assert workers.pop().startswith("celery@")
     assert result.metrics.busy_ms >= 1000
 
 
