@@ -67,7 +67,8 @@ def test_a_revoked_leaf_cancels_its_job(own: Own) -> None:
     client, _ = own
     job = client.submit(operation="nap", items=[50.0] * 100, strategy=Binary(min_chunk_size=10))
     wait_until(lambda: any(node.state == "queued" and node.depth >= 2 for node in job.tree()))
-    record = next(record for record in client.ledger.all_records(job.id) if record.state == "q" and record.depth >= 2)
+    # The last one in the queue: it cannot have started before the revocation is heard.
+    record = max((each for each in client.ledger.all_records(job.id) if each.state == "q"), key=lambda each: each.lo)
 
     client._app.control.revoke(record.slot.task)
 
