@@ -54,7 +54,6 @@ class Child(msgspec.Struct):
     ix: int
     t: str
     why: str
-    park_ms: int = 0
 
 
 class Split(msgspec.Struct):
@@ -82,7 +81,6 @@ class Report(msgspec.Struct):
     why: str = ""
     busy_us: int = 0
     peak_kb: int = 0
-    take: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 -- Close a node: store its partial, register its children, answer 'last' to exactly one caller.
--- ARGV: node, epoch, token, report (JSON: mid, done, failed, skipped, failures, kids, splits, why, busy_us, peak_kb,
--- yields, take), partial ('' when there is none), grace_ms, lease_ms.
+-- ARGV: node, epoch, token, report (JSON: mid, done, failed, skipped, failures, kids, splits, why, busy_us, peak_kb),
+-- partial ('' when there is none), grace_ms, lease_ms.
 -- Returns {answer, children registered, outcome, waiting node, epoch}: answer ok | stale;
--- outcome '' | merge | process | closed.  With `take`, a root merge is claimed for the caller at once.
+-- outcome '' | merge | process | closed.  A root merge is claimed for the caller at once.
 local id, epoch, token, blob = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[5]
 local grace, lease = tonumber(ARGV[6]), tonumber(ARGV[7])
 local f, node = facts(), read(id)
@@ -69,8 +69,7 @@ else
     deepest = math.max(deepest, kid.d)
     local record = {lo = kid.lo, hi = kid.hi, d = kid.d, p = id, sp = kid.sp, ix = kid.ix, t = kid.t,
       why = kid.why, rs = 0}
-    if kid.park_ms > 0 then record.s = 'p' end
-    queue_node(kid.id, record, kid.park_ms > 0 and kid.park_ms or grace)
+    queue_node(kid.id, record, grace)
   end
   for _, split in ipairs(r.splits) do call('HSET', splits, split.id, cjson.encode(split)) end
   if #r.splits > 0 then
@@ -88,7 +87,7 @@ if f.stop ~= '' then skip_waiting(f, false) end
 if f.pending > 0 then return {'ok', #kids > 0 and 1 or 0, '', '', 0} end
 
 local outcome, waits = finish_tree(f, grace, call('HGET', job, 'task'))
-if outcome == 'merge' and r.take then
+if outcome == 'merge' then
   local merge = read('merge')
   merge.s, merge.e, merge.k, merge.w, merge.at = 'r', 1, token, node.w, now
   write('merge', merge)

@@ -24,9 +24,9 @@ def spec(platform: Platform) -> Spec:
     return platform.submit(JobRequest(operation="sum", items=range(100), strategy=NWay()))
 
 
-def child(lo: int, hi: int, **more: int) -> Child:
+def child(lo: int, hi: int) -> Child:
     """Return a child that fills the root's slot."""
-    return Child(mint(), lo, hi, 1, "", 0, "task", "because", **more)
+    return Child(mint(), lo, hi, 1, "", 0, "task", "because")
 
 
 def claimed(platform: Platform, spec: Spec, node: str = ROOT, token: str = "mine") -> Claim:
