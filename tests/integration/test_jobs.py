@@ -235,3 +235,14 @@ def test_urgent_jobs_are_served_first(server: Any, logs: Path) -> None:
 
     served = [queue.removeprefix("order.") for _, queue in sorted(began, key=lambda pair: pair[0])]
     assert served == ["critical"] * 3 + ["high"] * 3 + ["normal"] * 3 + ["low"] * 3
+
+
+def test_chord_bodies_merge_finished_subtrees_while_the_rest_still_runs(client: Client) -> None:
+    items = [{"i": i, "ms": 2000 if i == 15 else 5} for i in range(16)]
+    job = client.submit(operation="spin_then_collect", items=items, strategy=Binary(min_chunk_size=2))
+
+    # Leaves have two items: a wider partial can only come from the body of a chord, and of an outer one.
+    wait_until(lambda: (0, 8) in client.ledger.ranges(job.id), within_s=10)
+
+    assert not job.ready()
+    assert job.get(timeout=30) == list(range(16))
