@@ -14,14 +14,16 @@ class JobKeys(NamedTuple):
 
     job: str  # HASH    state, counts, limits, the request itself
     nodes: str  # HASH    node id -> JSON record
-    due: str  # ZSET    unfinished node id -> ms at which the sweep looks at it
+    due: str  # ZSET    running or parked node id -> ms at which its lease ends, or it wakes
+    waiting: str  # ZSET    queued node id -> ms at which its message was sent
     splits: str  # HASH    split id -> JSON: range and the slot it fills
     pieces: str  # ZSET    "lo:hi" of every partial, scored by lo
     blobs: str  # HASH    "lo:hi" -> packed partial; "output" -> packed answer
     failed: str  # ZSET    index of every failed item, scored by itself
     empty: str  # ZSET    index of every item skipped as empty, scored by itself
     failures: str  # HASH    index -> JSON: type, message, traceback (the first 1,000)
-    deaths: str  # HASH    index -> how often its process died while it ran
+    deaths: str  # HASH    index -> JSON: how often its process died while it ran, of what the last time
+    quarantine: str  # HASH    index -> JSON: an item that is not run again, and why
     inflight: str  # HASH    running node id -> "done:failed:skipped" so far
     events: str  # STREAM  the job's bounded log; waiting clients block on it
     items: str  # ZSET    "lo:hi" of every stored block of items, scored by lo
@@ -37,7 +39,14 @@ class Keys:
         self.jobs = f"{namespace}:jobs"  # ZSET    job -> ms at which it was opened
         self.slots = f"{namespace}:slots"  # HASH    worker -> JSON: total, free, queues, at
 
+        self.quarantined = f"{namespace}:quarantine"  # ZSET    job with quarantined items -> ms of the last one
+
     def of(self, job: str) -> JobKeys:
         """Return the keys of one job."""
         tagged = f"{self.namespace}:{{{job}}}:"
         return JobKeys(*(tagged + field for field in JobKeys._fields))
+
+    def staged(self, job: str, token: str) -> tuple[str, str]:
+        """Return the keys under which one submitter stores items and blocks until the job is open."""
+        tagged = f"{self.namespace}:{{{job}}}:staged:{token}:"
+        return tagged + "items", tagged + "blocks"

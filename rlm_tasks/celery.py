@@ -19,7 +19,8 @@ from rlm_tasks.requests import Priority
 from rlm_tasks.runtime import Runtime
 from rlm_tasks.settings import Settings
 from rlm_tasks.settings import settings as environment
-from rlm_tasks.worker import GuardStep, drain_on_shutdown, leave_promptly
+from rlm_tasks.upstream import leave_promptly, survive_restarts_of_redis
+from rlm_tasks.worker import GuardStep, drain_on_shutdown
 
 VISIBILITY_TIMEOUT_S = 4 * 3600
 """Longer than any node runs: lost work is recovered by the ledger's sweep, not by redelivery."""
@@ -91,6 +92,7 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
             raise SystemExit(f"Error: {error}") from None
         runtime().worker = sender.hostname
         leave_promptly()
+        survive_restarts_of_redis()
 
     def say_ready(**_: Any) -> None:
         if wanted.ready_file:
@@ -99,10 +101,10 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
     app.rlm_runtime = runtime
     app.rlm_settings = wanted
     tasks.register(app, runtime)
-    app.steps["consumer"].add(GuardStep)
+    app.steps["worker"].add(GuardStep)
     signals.worker_init.connect(prepare, weak=False)
     signals.worker_ready.connect(say_ready, weak=False)
-    drain_on_shutdown(runtime)
+    drain_on_shutdown(app)
     return app
 
 

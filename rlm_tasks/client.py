@@ -23,7 +23,7 @@ from resilience.store import Store
 from rlm_tasks import operations
 from rlm_tasks.celery import app as default_app
 from rlm_tasks.celery import queue_name
-from rlm_tasks.dispatch import Dispatcher
+from rlm_tasks.dispatch import Dispatcher, mint
 from rlm_tasks.errors import InvalidRequest, JobNotFound
 from rlm_tasks.job import Job
 from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report
@@ -34,6 +34,9 @@ from rlm_tasks.sources import ItemReader, ItemWriter, Source
 from rlm_tasks.spec import Spec
 
 logger = logging.getLogger(__name__)
+
+_KEYED = uuid.UUID("6f1c1c0e-7a5b-5c55-9d0a-2f0a54d7c1a3")
+"""Namespace of the ids of jobs with an idempotency key (RFC 4122, name-based)."""
 
 Request = JobRequest | Mapping[str, Any]
 
@@ -70,14 +73,15 @@ class Client:
 
     # --- submitting ---------------------------------------------------------------------------------
 
-    def submit(self, request: Request | None = None, /, **fields: Any) -> Job:
+    def submit(self, request: Request | None = None, /, *, idempotency_key: str = "", **fields: Any) -> Job:
         """Open a job and return its handle.
 
         Takes a JobRequest, a plain dict in snake_case or camelCase, or the fields themselves; fields of
-        Options and Conditions may be given flat (``priority="high"``).
+        Options and Conditions may be given flat (``priority="high"``).  Submitting twice with one
+        `idempotency_key` gives one job, for as long as its result lives, whatever dies in between.
         Raises InvalidRequest before anything is enqueued, and StoreUnavailable.
         """
-        return self._open([self._request(request, fields)])[0]
+        return self._open([_keyed(self._request(request, fields), idempotency_key)])[0]
 
     def execute(self, request: Request | None = None, /, *, timeout: float | None = None, **fields: Any) -> JobResult:
         """Submit and wait: `submit` followed by `Job.result`."""
@@ -125,15 +129,28 @@ class Client:
         self._store.check()
         return self._start([self._reachable(functools.partial(self._stored, request)) for request in requests])
 
-    def _start(self, specs: Sequence[Spec]) -> list[Job]:
-        self._reachable(lambda: self.ledger.open(specs, self.settings.result_ttl_s))
-        nothing_to_do = [spec for spec in specs if spec.n == 0 and spec.skip_if_empty]
+    def _start(self, stored: Sequence[tuple[Spec, str]]) -> list[Job]:
+        opened = self._reachable(lambda: self.ledger.open(stored, self.settings.result_ttl_s))
+        new = [spec for (spec, _), is_new in zip(stored, opened, strict=True) if is_new]
+        for spec, _ in stored:
+            if spec not in new:
+                self._refuse_another(spec)
+        nothing_to_do = [spec for spec in new if spec.n == 0 and spec.skip_if_empty]
         for spec in nothing_to_do:
             self._close_empty(spec)
-        waiting = [spec for spec in specs if spec not in nothing_to_do]
+        waiting = [spec for spec in new if spec not in nothing_to_do]
         if waiting:
             self._dispatcher.send_root(waiting, ROOT)
-        return [Job(self, spec.job) for spec in specs]
+        return [Job(self, spec.job) for spec, _ in stored]
+
+    def _refuse_another(self, spec: Spec) -> None:
+        """A key names one request; what else it is used for is a mistake."""
+        first = self._reachable(lambda: self.ledger.spec(spec.job))
+        if first is not None and first != spec:
+            differs = [name for name in spec.__struct_fields__ if getattr(first, name) != getattr(spec, name)]
+            raise InvalidRequest(
+                "idempotency_key", spec.idempotency_key, f"names job {spec.job}, which differs in {', '.join(differs)}; use another"
+            )
 
     def _check(self, request: JobRequest) -> None:
         operation = operations.get(request.operation)
@@ -142,11 +159,11 @@ class Client:
                 "validate_before_process", True, f"operation {operation.name!r} has no validate; give it one, or leave this out"
             )
 
-    def _stored(self, request: JobRequest) -> Spec:
+    def _stored(self, request: JobRequest) -> tuple[Spec, str]:
         """Store the items whole, then settle the request: a generator that raises leaves no job behind."""
-        job = str(uuid.uuid4())
-        source, n = self._write_items(job, request.items)
         options, conditions = request.options, request.conditions
+        job = self._id_for(options.idempotency_key)
+        source, n, staged = self._write_items(job, request.items)
         return Spec(
             job=job, operation=request.operation, source=source, n=n,
             shape=request.shape(self.settings.node.target_ms), queue=queue_name(self.settings.namespace, options.priority),
@@ -154,25 +171,31 @@ class Client:
             kind=request.kind, continue_on_error=options.continue_on_error, error_threshold=options.error_threshold,
             skip_if_empty=conditions.skip_if_empty, validate=conditions.validate_before_process,
             early_termination_threshold=conditions.early_termination_threshold, timeout_ms=options.timeout_ms,
-            description=request.description, complexity=request.complexity,
-        )  # fmt: skip
+            description=request.description, complexity=request.complexity, idempotency_key=options.idempotency_key,
+        ), staged  # fmt: skip
 
-    def _write_items(self, job: str, items: Any) -> tuple[Source, int]:
-        keys, settings = self.ledger.keys.of(job), self.settings
-        writer = ItemWriter(
-            self._store, keys.items, keys.blocks, ttl_s=settings.result_ttl_s, max_item_bytes=settings.max_item_bytes
-        )
+    def _id_for(self, idempotency_key: str) -> str:
+        """Return the id of a new job; the same key gives the same id, so OPEN sees that it is open already."""
+        if not idempotency_key:
+            return str(uuid.uuid4())
+        return str(uuid.uuid5(_KEYED, f"{self.settings.namespace}:{idempotency_key}"))
+
+    def _write_items(self, job: str, items: Any) -> tuple[Source, int, str]:
+        """Store items under keys that only this call knows; OPEN gives them to the job."""
+        token, settings = mint(), self.settings
+        index, blocks = self.ledger.keys.staged(job, token)
+        writer = ItemWriter(self._store, index, blocks, ttl_s=settings.result_ttl_s, max_item_bytes=settings.max_item_bytes)
         try:
-            return writer.write(items)
+            return (*writer.write(items), token)
         except BaseException:
-            self._forget(keys.items, keys.blocks)
+            self._forget(index, blocks)
             raise
 
     def resubmit(self, spec: Spec, items: Iterable[Any]) -> Job:
         """Open a job like another one on other items."""
-        job = str(uuid.uuid4())
-        source, n = self._write_items(job, items)
-        return self._start([msgspec.structs.replace(spec, job=job, source=source, n=n)])[0]
+        job = self._id_for("")
+        source, n, staged = self._write_items(job, items)
+        return self._start([(msgspec.structs.replace(spec, job=job, source=source, n=n, idempotency_key=""), staged)])[0]
 
     def _forget(self, *keys: str) -> None:
         try:
@@ -187,13 +210,20 @@ class Client:
         if finished.outcome == PROCESS:
             self._dispatcher.send_root([spec], PROCESS)
         else:
-            self.ledger.close(spec.job, finished.epoch, Status.SUCCEEDED)
+            self.ledger.close(spec.job, claim.token, Status.SUCCEEDED)
 
     def _reachable(self, ask: Any) -> Any:
         try:
             return ask()
         except (RedisConnectionError, RedisTimeoutError) as error:
             raise self._store.unavailable(error) from None
+
+
+def _keyed(request: JobRequest, idempotency_key: str) -> JobRequest:
+    if not idempotency_key:
+        return request
+    options = Options(**{**dict(request.options), "idempotency_key": idempotency_key})
+    return request.model_copy(update={"options": options})
 
 
 def _grouped(fields: dict[str, Any]) -> dict[str, Any]:

@@ -71,6 +71,11 @@ def body_of(job: str, queue: str, split: Split) -> dict[str, Any]:
     }
 
 
+def told(spec: Spec) -> dict[str, Any]:
+    """Return the header by which a worker knows, before it claims, whether it can run a node."""
+    return {"rlm": {"schema": spec.schema, "operation": spec.operation, "version": spec.version}}
+
+
 class Dispatcher:
     """Send nodes to their queue."""
 
@@ -79,7 +84,7 @@ class Dispatcher:
 
     def send_root(self, specs: Sequence[Spec], node: str) -> None:
         """Send the first node of each job."""
-        self._publish((spec.queue, spec.job, node, Slot(task=spec.job), None) for spec in specs)
+        self._publish((spec, node, Slot(task=spec.job), None) for spec in specs)
 
     def send_children(self, spec: Spec, children: Sequence[Child], splits: Sequence[Split], *, merges: bool) -> None:
         """Send what a cut has registered; without a merge, a split is a group and needs no chord."""
@@ -87,7 +92,7 @@ class Dispatcher:
             self._set_sizes(spec.job, splits)
         bodies = {split.id: split for split in splits} if merges else {}
         self._publish(
-            (spec.queue, spec.job, child.id, Slot(child.sp, child.ix, child.t), bodies.get(child.sp)) for child in children
+            (spec, child.id, Slot(child.sp, child.ix, child.t), bodies.get(child.sp)) for child in children
         )
 
     def resend(self, job: str, nodes: Sequence[str], *, merges: bool) -> None:
@@ -98,7 +103,7 @@ class Dispatcher:
             return
         wanted = {record.slot.split for record in records if record.slot.split} if merges else set()
         bodies = {id: self._ledger.split(job, id) for id in wanted}
-        self._publish((spec.queue, job, r.id, r.slot, bodies.get(r.slot.split)) for r in records)
+        self._publish((spec, r.id, r.slot, bodies.get(r.slot.split)) for r in records)
 
     def _set_sizes(self, job: str, splits: Iterable[Split]) -> None:
         backend = self._app.backend
@@ -111,7 +116,7 @@ class Dispatcher:
         except (RedisError, OSError) as error:
             logger.warning("The chords of job %s are not counted (%s); its root merge does their work", job, error)
 
-    def _publish(self, messages: Iterable[tuple[str, str, str, Slot, Split | None]]) -> None:
+    def _publish(self, messages: Iterable[tuple[Spec, str, Slot, Split | None]]) -> None:
         messages = list(messages)
         try:
             with self._app.producer_pool.acquire(block=True, timeout=10) as producer:
@@ -123,16 +128,17 @@ class Dispatcher:
                         self._send(producer, *message)
         except (KombuError, RedisError, OSError) as error:
             logger.warning(
-                "%d node messages of job %s were not sent (%s); the sweep sends them", len(messages), messages[0][1], error
+                "%d node messages of job %s were not sent (%s); the sweep sends them", len(messages), messages[0][0].job, error
             )
 
-    def _send(self, producer: Any, queue: str, job: str, node: str, slot: Slot, body: Split | None) -> None:
-        options: dict[str, Any] = {}
+    def _send(self, producer: Any, spec: Spec, node: str, slot: Slot, body: Split | None) -> None:
+        job = spec.job
+        options: dict[str, Any] = {"headers": told(spec)}
         if slot.split:
-            options = {"group_id": group_id(job, slot.split), "group_index": slot.index}
+            options |= {"group_id": group_id(job, slot.split), "group_index": slot.index}
         if body is not None:
-            options["chord"] = body_of(job, queue, body)
+            options["chord"] = body_of(job, spec.queue, body)
         self._app.send_task(
-            NODE_TASK, [job, node], task_id=slot.task or job, queue=queue, root_id=job, parent_id=job,
+            NODE_TASK, [job, node], task_id=slot.task or job, queue=spec.queue, root_id=job, parent_id=job,
             ignore_result=True, producer=producer, retry=False, **options,
         )  # fmt: skip

@@ -8,6 +8,7 @@ RlmError
 │   ├── JobFailed
 │   ├── JobExpired
 │   └── JobCancelled
+├── Quarantined             an item, or a merge, that kills its process every time
 ├── ResultTimeout           the job goes on, the wait is over (also a TimeoutError)
 └── ResultTooLarge          iterate, or raise RLM_MAX_RESULT_BYTES
 """
@@ -30,6 +31,7 @@ __all__ = [
     "JobExpired",
     "JobFailed",
     "JobNotFound",
+    "Quarantined",
     "ResultTimeout",
     "ResultTooLarge",
     "RlmError",
@@ -100,6 +102,17 @@ class JobCancelled(JobEnded):
     """Somebody cancelled or revoked it."""
 
     code = "JOB_CANCELLED"
+
+
+class Quarantined(RlmError):
+    """Work that is not tried again, because its process died too often while it ran."""
+
+    code = "QUARANTINED"
+
+    def __init__(self, what: str, deaths: int, by: str) -> None:
+        self.what, self.deaths, self.by = what, deaths, by
+        times = "once" if deaths == 1 else f"{deaths} times"
+        super().__init__(f"{what}: its process died {times} while it ran, the last time of {by}; it is not tried again")
 
 
 class ResultTimeout(RlmError, TimeoutError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 from typing import Any, TypeVar, cast
 
@@ -25,11 +25,13 @@ MERGE = "merge"
 PROCESS = "process"
 PIECES_AT_ONCE = 256
 SWEEP_AT_ONCE = 200
+QUARANTINE_TTL_S = 30 * 86_400
 
 _SCRIPTS = {
     name: Script.load("rlm_tasks", name, prelude="prelude")
     for name in ["open", "claim", "pulse", "finish", "pieces", "compact", "close", "stop", "release", "park", "beat", "sweep"]
 }
+_TAKE_DUE, _LOOK_AGAIN, _WAKE, _NEXT = (Script.load("rlm_tasks", n) for n in ("take_due", "look_again", "wake", "next"))
 _json = msgspec.json.Encoder()
 _Answer = TypeVar("_Answer")
 
@@ -76,11 +78,22 @@ class Report(msgspec.Struct):
     failed: list[int] = []
     skipped: list[int] = []  # as empty
     failures: list[tuple[int, str]] = []  # index, JSON of ItemFailure
+    quarantined: list[tuple[int, str]] = []  # index, JSON of its record
     kids: list[Child] = []
     splits: list[Split] = []
     why: str = ""
     busy_us: int = 0
     peak_kb: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """An item that was in flight when its process died."""
+
+    index: int
+    deaths: int
+    by: str  # what the last process died of
+    condemned: bool  # it must not run again
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +111,8 @@ class Claim:
     slot: Slot = Slot()
     phase: str = PROCESS
     spec: Spec | None = None
-    suspects: dict[int, int] = field(default_factory=dict)  # item -> deaths while it was in flight
+    losses: int = 0  # how often a holder was lost, nobody knows at which item
+    suspects: tuple[Suspect, ...] = ()
     known_failed: frozenset[int] = frozenset()
     remaining_ms: int = -1
     waiting: tuple[str, ...] = ()  # nodes whose message may be missing
@@ -112,7 +126,6 @@ class Finished:
     registered: bool  # the children now wait for their messages
     outcome: str  # '', merge, process, closed
     waits: str  # node that now waits for a message, or the merge that the caller holds
-    epoch: int  # of the merge, when the caller holds it
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +135,11 @@ class Swept:
     state: str
     again_ms: int
     send: tuple[str, ...]
+
+    @property
+    def more(self) -> bool:
+        """Whether there may be more to recover at once."""
+        return len(self.send) >= SWEEP_AT_ONCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +158,7 @@ class NodeRecord:
     why: str
     worker: str
     ms: int
+    losses: int
 
     @classmethod
     def parse(cls, id: str, text: bytes) -> NodeRecord:
@@ -148,7 +167,7 @@ class NodeRecord:
         lo, hi = int(r["lo"]), int(r["hi"])
         return cls(
             id, lo, hi, int(r["d"]), Slot(r["sp"], int(r["ix"]), r["t"]), r["s"], int(r["e"]),
-            r["p"], int(r.get("mid", lo)), r["why"], r.get("w", ""), int(r.get("ms", 0)),
+            r["p"], int(r.get("mid", lo)), r["why"], r.get("w", ""), int(r.get("ms", 0)), int(r.get("x", 0)),
         )  # fmt: skip
 
 
@@ -174,7 +193,7 @@ class Ledger:
         self._patience_s, self._clock, self._sleep = patience_s, clock, sleep
         self._random = random or Random()
         self._lease_ms = int(settings.lease_s * 1000)
-        self._grace_ms = int(settings.grace_s * 1000)
+        self._grace_ms = int(settings.grace * 1000)
 
     # --- how calls are made -------------------------------------------------------------------------
 
@@ -203,77 +222,96 @@ class Ledger:
 
     # --- the life of a job --------------------------------------------------------------------------
 
-    def open(self, specs_to_open: Sequence[Spec], ttl_s: int) -> None:
-        """Open jobs whose items are stored.  The index of due jobs is written first: nothing is forgotten."""
-        self.patiently(lambda: self._open(specs_to_open, ttl_s))
+    def open(self, new: Sequence[tuple[Spec, str]], ttl_s: int) -> list[bool]:
+        """Open jobs whose items are stored under a token; say of each whether it is new.
 
-    def _open(self, new: Sequence[Spec], ttl_s: int) -> None:
+        The index of due jobs is written first: nothing is forgotten.
+        """
+        return self.patiently(lambda: self._open(new, ttl_s))
+
+    def _open(self, new: Sequence[tuple[Spec, str]], ttl_s: int) -> list[bool]:
         now_ms = self.store.now_ms()
         pipe = self.store.client.pipeline(transaction=False)
-        pipe.zadd(self.keys.due, {spec.job: now_ms + self._first_look_ms(spec) for spec in new})
-        pipe.zadd(self.keys.jobs, {spec.job: now_ms for spec in new})
+        pipe.zadd(self.keys.due, {spec.job: now_ms + self._first_look_ms(spec) for spec, _ in new})
+        pipe.zadd(self.keys.jobs, {spec.job: now_ms for spec, _ in new}, nx=True)
         pipe.zremrangebyscore(self.keys.jobs, "-inf", now_ms - ttl_s * 1000)
         pipe.expire(self.keys.due, ttl_s)
         pipe.expire(self.keys.jobs, ttl_s)
         pipe.execute()
-        self.store.run(*(self._call("open", spec.job, *self._opening(spec, ttl_s)) for spec in new))
+        opened = self.store.run(*(self._opening(spec, ttl_s, staged) for spec, staged in new))
+        return [bool(each) for each in opened]
 
     def _first_look_ms(self, spec: Spec) -> int:
         return min(self._grace_ms, int(spec.timeout_ms or self._grace_ms))
 
-    def _opening(self, spec: Spec, ttl_s: int) -> Sequence[Argument]:
+    def _opening(self, spec: Spec, ttl_s: int, staged: str) -> Call:
         if not spec.continue_on_error:
             fail_limit: float = 0
         else:
             fail_limit = -1 if spec.error_threshold is None else spec.error_threshold * spec.n
         share = spec.early_termination_threshold
         early = max(1, -int(-spec.n * share // 1)) if share else 0
-        return (
+        return Call(_SCRIPTS["open"], (*self.keys.of(spec.job), *self.keys.staged(spec.job, staged)), (
             specs.dump(spec), spec.n, spec.queue, fail_limit, early, int(spec.timeout_ms or 0), ttl_s,
-            "validate" if spec.validate else PROCESS, ROOT, spec.job, self._grace_ms,
-        )  # fmt: skip
+            "validate" if spec.validate else PROCESS, ROOT, spec.job, spec.schema,
+        ))  # fmt: skip
 
     def claim(self, job: str, node: str, token: str, worker: str) -> Claim:
         """Take a node, or learn why not."""
-        a = self._ask("claim", job, node, token, self._lease_ms, worker, self._grace_ms)
+        a = self._ask("claim", job, node, token, self._lease_ms, worker, self.settings.death_limit, specs.SCHEMA)
         answer = a[0].decode()
         if answer != "run":
             return Claim(answer, job, node, token, waiting=tuple(each.decode() for each in a[1:] if each))
         r = NodeRecord.parse(node, a[2])
         return Claim(
             "run", job, node, token, int(a[1]), r.lo, r.hi, r.depth, r.slot, a[3].decode(), specs.load(a[4]),
-            {int(i): int(d) for i, d in msgspec.json.decode(a[5]) or []}, frozenset(map(int, a[6])), int(a[7]),
+            r.losses, tuple(Suspect(*each) for each in msgspec.json.decode(a[5])), frozenset(map(int, a[6])), int(a[7]),
         )  # fmt: skip
 
     def pulse(self, claim: Claim, done: int, failed: int, skipped: int) -> Call:
         """Return the call that reports a running node and asks whether to go on."""
-        return self._call("pulse", claim.job, claim.node, claim.epoch, done, failed, skipped)
+        return self._call("pulse", claim.job, claim.node, claim.token, done, failed, skipped)
 
     def finish(self, claim: Claim, report: Report, partial: bytes) -> Finished:
         """Close a node: its partial, its children and its counts become true at once, or not at all."""
+        if report.quarantined:
+            self.patiently(lambda: self._index_quarantine(claim.job))
         a = self._ask(
-            "finish", claim.job, claim.node, claim.epoch, claim.token, _json.encode(report), partial,
-            self._grace_ms, self._lease_ms,
+            "finish", claim.job, claim.node, claim.token, _json.encode(report), partial, self._lease_ms,
         )  # fmt: skip
-        return Finished(a[0].decode(), bool(a[1]), a[2].decode(), a[3].decode(), int(a[4]))
+        return Finished(a[0].decode(), bool(a[1]), a[2].decode(), a[3].decode())
+
+    def _index_quarantine(self, job: str) -> None:
+        # Before FINISH, as with the index of due jobs: an entry without records is dropped when it is read.
+        pipe = self.store.client.pipeline(transaction=False)
+        pipe.zadd(self.keys.quarantined, {job: self.store.now_ms()})
+        pipe.expire(self.keys.quarantined, QUARANTINE_TTL_S)
+        pipe.execute()
 
     def park(self, claim: Claim, wait_ms: int, why: str) -> None:
         """Let a claimed node wait; whoever sweeps sends it again when its time has come."""
-        self.wake_at(claim.job, wait_ms)
-        self._ask("park", claim.job, claim.node, claim.epoch, wait_ms, why)
+        park, wake = self._call("park", claim.job, claim.node, claim.token, wait_ms, why), self._wake(claim.job, wait_ms)
+        # Before it, so that a crash forgets nothing; after it, for a sweep that looked in between.
+        self.patiently(lambda: self.store.run(wake, park, wake))
 
-    def wake_at(self, job: str, wait_ms: int) -> None:
-        """Make sure that a sweep looks at a job in time."""
-        self.store.client.zadd(self.keys.due, {job: self.store.now_ms() + wait_ms}, lt=True)
+    def _wake(self, job: str, wait_ms: int) -> Call:
+        return Call(_WAKE, (self.keys.due,), (job, wait_ms))
 
-    def release(self, job: str, node: str, epoch: int, item: int, deaths: int) -> bool:
-        """Give back a node whose process is gone, and count the death for the item in flight (-1: none)."""
-        return bool(self._ask("release", job, node, epoch, item, deaths, self._grace_ms))
+    def next_look(self) -> Call:
+        """Return the call that answers in how many ms the first job wants a sweep (-1: none does)."""
+        return Call(_NEXT, (self.keys.due,), ())
 
-    def beat(self, held: Sequence[tuple[str, str, int]]) -> None:
-        """Keep the leases of (job, node, epoch), all in one round trip."""
+    def release(self, job: str, node: str, token: str, item: int, died_of: str, *, condemned: bool = False) -> bool:
+        """Give back a node whose process is gone; say whether it now waits for a message.
+
+        What the process died of is counted for the item in flight (-1: none); '' counts for nothing.
+        """
+        return bool(self._ask("release", job, node, token, item, died_of, int(condemned)))
+
+    def beat(self, held: Sequence[tuple[str, str, str]]) -> None:
+        """Keep the leases of (job, node, token), all in one round trip."""
         if held:
-            self.store.run(*(self._call("beat", job, node, epoch, self._lease_ms) for job, node, epoch in held))
+            self.store.run(*(self._call("beat", job, node, token, self._lease_ms) for job, node, token in held))
 
     def stop(
         self, job: str, reason: str, *, detail: str = "", error: Mapping[str, Any] | None = None, force: bool = False
@@ -282,13 +320,13 @@ class Ledger:
         packed = _json.encode(error) if error else b""
         left = -1
         while True:
-            state, _, still = self._ask("stop", job, reason, detail, packed, int(force), self._grace_ms)
+            state, _, still = self._ask("stop", job, reason, detail, packed, int(force))
             if int(still) in (0, left):
                 break
             left = int(still)
         if left > 0:
             # Nodes that are still in an item are fenced when their time is over.
-            self.wake_at(job, int(self.settings.stop_grace_s * 1000))
+            self.patiently(lambda: self.store.run(self._wake(job, int(self.settings.stop_grace_s * 1000))))
         return cast(bytes, state).decode()
 
     # --- partials and the answer --------------------------------------------------------------------
@@ -308,30 +346,28 @@ class Ledger:
         """Replace adjacent partials by one, if they are all still there."""
         return bool(self._ask("compact", job, merged, *(f"{lo}:{hi}" for lo, hi in ranges)))
 
-    def close(self, job: str, epoch: int, state: str, answer: bytes = b"", error: Mapping[str, Any] | None = None) -> str:
+    def close(self, job: str, token: str, state: str, answer: bytes = b"", error: Mapping[str, Any] | None = None) -> str:
         """End a job from its root merge; return its final state, or '' when the merge is held no longer."""
-        ended = self._ask("close", job, epoch, state, answer, _json.encode(error) if error else b"")
+        ended = self._ask("close", job, token, state, answer, _json.encode(error) if error else b"")
         if ended:
             self.patiently(lambda: self.store.client.zrem(self.keys.due, job))
         return cast(bytes, ended).decode()
 
     # --- recovery -----------------------------------------------------------------------------------
 
-    def overdue(self) -> list[str]:
-        """Return jobs that want a sweep now."""
-        now_ms = self.store.now_ms()
-        found = self.store.client.zrange(self.keys.due, "-inf", now_ms, byscore=True, offset=0, num=SWEEP_AT_ONCE)
-        return [each.decode() for each in cast(list[bytes], found)]
+    def take_due(self) -> list[str]:
+        """Return jobs that want a sweep now; for as long as a sweep may take, no other worker gets them."""
+        take = Call(_TAKE_DUE, (self.keys.due,), (int(self.settings.sweep_s * 1000), SWEEP_AT_ONCE))
+        [found] = self.store.run(take)
+        return [each.decode() for each in found]
 
     def sweep(self, job: str) -> Swept:
         """Recover one job's overdue nodes and note when to look again."""
-        s = self.settings
-        a = self._ask("sweep", job, self._grace_ms, self._lease_ms, int(s.stop_grace_s * 1000), SWEEP_AT_ONCE)
+        stop_grace_ms = int(self.settings.stop_grace_s * 1000)
+        a = self._ask("sweep", job, self._grace_ms, self._lease_ms, stop_grace_ms, SWEEP_AT_ONCE, specs.SCHEMA)
         swept = Swept(a[0].decode(), int(a[1]), tuple(each.decode() for each in a[2:]))
-        if swept.again_ms:
-            self.store.client.zadd(self.keys.due, {job: swept.again_ms})
-        else:
-            self.store.client.zrem(self.keys.due, job)
+        look = Call(_LOOK_AGAIN, (self.keys.due,), (job, swept.again_ms))
+        self.patiently(lambda: self.store.run(look))
         return swept
 
     # --- reading ------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ comes early, late, twice or never costs time and nothing else.  Refuses to know 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rlm_tasks import codec
+from rlm_tasks.crashpoints import CrashPoint, nobody_listens
+from rlm_tasks.errors import Quarantined
 from rlm_tasks.failures import failure_of
 from rlm_tasks.ledger import Claim, Ledger
 from rlm_tasks.operations import Operation
@@ -52,14 +54,20 @@ def compact_split(ledger: Ledger, job: str, operation: Operation, lo: int, hi: i
     return ledger.compact(job, [(start, end) for start, end, _ in pieces], merged)
 
 
-def merge_root(ledger: Ledger, claim: Claim, spec: Spec, operation: Operation) -> str:
+def merge_root(
+    ledger: Ledger, claim: Claim, spec: Spec, operation: Operation, reached: Callable[[CrashPoint], None] = nobody_listens
+) -> str:
     """Make the answer of a job and close it; return its final state, '' when another process holds the merge."""
     try:
+        if claim.losses >= ledger.settings.death_limit:
+            raise Quarantined("the merge", claim.losses, "the loss of its process")
+        reached(CrashPoint.DURING_MERGE)
         answer = _answer(ledger, spec, operation)
     except Exception as error:
         logger.warning("The merge of job %s raised %s", spec.job, type(error).__name__)
-        return ledger.close(spec.job, claim.epoch, Status.FAILED, error=failure_of(-1, error))
-    return ledger.close(spec.job, claim.epoch, Status.SUCCEEDED, answer)
+        return ledger.close(spec.job, claim.token, Status.FAILED, error=failure_of(-1, error))
+    reached(CrashPoint.BEFORE_CLOSE)
+    return ledger.close(spec.job, claim.token, Status.SUCCEEDED, answer)
 
 
 def _answer(ledger: Ledger, spec: Spec, operation: Operation) -> bytes:

@@ -17,15 +17,18 @@ import time
 import msgspec
 
 from rlm_tasks import operations
+from rlm_tasks.crashpoints import CrashPoint
 from rlm_tasks.dispatch import freeze, mint
-from rlm_tasks.errors import UnknownOperation
-from rlm_tasks.ledger import MERGE, PROCESS, ROOT, Child, Claim, Finished, Report
+from rlm_tasks.errors import Quarantined, UnknownOperation
+from rlm_tasks.ledger import MERGE, PROCESS, ROOT, Child, Claim, Finished, Report, Suspect
 from rlm_tasks.merging import merge_root
 from rlm_tasks.operations import Operation
 from rlm_tasks.pace import Pace
 from rlm_tasks.page import PageSlot
+from rlm_tasks.results import QuarantinedItem
 from rlm_tasks.runtime import Runtime
-from rlm_tasks.spec import SCHEMA, Spec
+from rlm_tasks.sources import reference
+from rlm_tasks.spec import Spec
 from rlm_tasks.splitting import (
     RULES,
     WORTH_PLANNING_MS,
@@ -56,45 +59,36 @@ def run_node(runtime: Runtime, job: str, node: str) -> bool:
     done        fill the slot: the part may have been lost between FINISH and the chord
     cut         send again what still waits of its children; they fill the slot
     closed      fill the slot, so that the chord drains
-    busy, parked, unknown   leave the slot to whoever holds the node, or will
+    busy, parked, newer, unknown   leave the slot to whoever holds the node, or will
     ==========  =====================================================================
     """
-    claim = runtime.ledger.claim(job, node, secrets.token_hex(8), runtime.worker)
-    if claim.answer == "run":
-        return _work(runtime, claim)
+    page, token = runtime.page_slot(), secrets.token_hex(8)
+    page.hold(os.getpid(), job, node, token, time.monotonic())
+    try:
+        runtime.reached(CrashPoint.BEFORE_CLAIM)
+        claim = runtime.ledger.claim(job, node, token, runtime.worker)
+        if claim.answer == "run":
+            runtime.reached(CrashPoint.AFTER_CLAIM)
+            return _work(runtime, claim, page)
+    finally:
+        page.let_go()
     if claim.waiting:
         runtime.resend(job, claim.waiting)
     return claim.answer in ("done", "closed")
 
 
-def _work(runtime: Runtime, claim: Claim) -> bool:
+def _work(runtime: Runtime, claim: Claim, page: PageSlot) -> bool:
     spec = claim.spec
     assert spec is not None  # CLAIM answers `run` with a spec, always
     try:
-        operation = _known(spec)
+        operation = operations.get(spec.operation)
     except UnknownOperation as error:
         runtime.ledger.park(claim, PARK_MS, str(error))
         return False
-    page = runtime.page_slot()
-    page.hold(os.getpid(), claim.job, claim.node, claim.epoch, time.monotonic())
-    try:
-        if claim.node == MERGE:
-            merge_root(runtime.ledger, claim, spec, operation)
-            return True
-        return NodeRun(runtime, claim, spec, operation, page).run()
-    finally:
-        page.let_go()
-
-
-def _known(spec: Spec) -> Operation:
-    if spec.schema > SCHEMA:
-        raise UnknownOperation(f"{spec.operation} (schema {spec.schema}, this worker reads {SCHEMA})", operations.names())
-    operation = operations.get(spec.operation)
-    if spec.version > operation.version:
-        raise UnknownOperation(
-            f"{spec.operation} (version {spec.version}, this worker has {operation.version})", operations.names()
-        )
-    return operation
+    if claim.node == MERGE:
+        merge_root(runtime.ledger, claim, spec, operation, runtime.reached)
+        return True
+    return NodeRun(runtime, claim, spec, operation, page).run()
 
 
 class NodeRun:
@@ -111,16 +105,15 @@ class NodeRun:
         self._work = Work(claim, spec, operation, read, page, self._pace, runtime.clock)  # type: ignore[arg-type]  # patiently returns what read does
         self._reason: Reason | None = None
         self._fork: Fork | None = None
+        self._quarantined: Suspect | None = None
 
     def run(self) -> bool:
         """Work, then finish; return whether this message fills its chord slot."""
-        deaths = max(self._claim.suspects.values(), default=0)
-        if self._cut_before_work():
-            return self._finish()
-        if deaths >= self._runtime.settings.ledger.death_limit:
-            self._work.give_up(self._claim.lo, ChildProcessError(f"its process died {deaths} times while this item ran"))
-        else:
-            self._work.run(self._boundary)
+        if not self._cut_before_work():
+            if self._quarantined is not None:
+                self._work.give_up(self._claim.lo, self._condemnation(self._quarantined))
+            else:
+                self._work.run(self._boundary)
         return self._finish()
 
     # --- cutting ------------------------------------------------------------------------------------
@@ -128,14 +121,33 @@ class NodeRun:
     def _cut_before_work(self) -> bool:
         """Cut at once when the strategy plans it so, or around items that may kill this process too."""
         claim, shape = self._claim, self._spec.shape
-        if claim.suspects and claim.hi - claim.lo > 1:
-            self._reason, self._fork = Reason.ISOLATE, isolate(claim.lo, claim.hi, claim.depth, list(claim.suspects))
+        if claim.suspects or claim.losses:
+            self._isolate()
         elif shape.eager or self._is_known_to_be_long():
             slots = self._live_slots()
             planned = plan(shape, claim.lo, claim.hi, claim.depth, slots) if shape.eager or slots > 1 else None
             if isinstance(planned, Fork):
                 self._reason, self._fork = Reason.PLANNED, planned
         return self._fork is not None
+
+    def _isolate(self) -> None:
+        """Part a suspect item from its neighbours; halve the range when nobody saw which item it was."""
+        claim, suspects = self._claim, sorted(each.index for each in self._claim.suspects)
+        alone = claim.hi - claim.lo == 1
+        if alone or self._spec.shape.mode == "sequential":
+            # One node at a time, in order: work up to the suspect, or on it alone, and hand over the rest.
+            middle = (claim.lo + claim.hi + 1) // 2
+            first = suspects[0] if suspects else middle
+            self._work.until = max(first, claim.lo + 1)
+            self._reason = None if alone else Reason.ISOLATE
+            self._quarantined = next((s for s in claim.suspects if s.condemned and s.index == claim.lo), None)
+        else:
+            halves = fork(claim.lo, claim.hi, claim.depth, 2)
+            self._fork = isolate(claim.lo, claim.hi, claim.depth, suspects) if suspects else halves
+            self._reason = Reason.ISOLATE
+
+    def _condemnation(self, suspect: Suspect) -> Quarantined:
+        return Quarantined(f"item {suspect.index}", suspect.deaths, suspect.by)
 
     def _is_known_to_be_long(self) -> bool:
         """Whether this process has seen such items, and this root has enough of them to be shared at once."""
@@ -148,6 +160,7 @@ class NodeRun:
 
     def _boundary(self) -> bool:
         """Decide at a slice boundary whether to go on; True: hand over the rest."""
+        self._runtime.reached(CrashPoint.MID_SLICE)
         self._page.boundary(time.monotonic())
         self._work.harvest.fold()
         shape, at = self._spec.shape, self._standing("go")
@@ -156,11 +169,12 @@ class NodeRun:
         if self._pace.wants_pulse(sharable=sharable):
             order, taken, slots = self._pulse(shape.factor if sharable and not at.draining else 0)
             at = self._standing(order)
-        self._reason = Reason.STOPPED if self._work.harvest.fatal else should_yield(shape, at)
-        if self._reason is None and sharable and slots > 1:
+        reason = Reason.STOPPED if self._work.harvest.fatal else should_yield(shape, at)
+        self._reason = reason or self._reason
+        if reason is None and sharable and slots > 1:
             self._fan_out(at, taken, slots)
         self._pace.next_slice()
-        return self._reason is not None
+        return reason is not None or self._fork is not None
 
     def _standing(self, order: str) -> Standing:
         done = self._work.at - self._claim.lo
@@ -202,6 +216,7 @@ class NodeRun:
         report = self._report()
         if report.mid > claim.lo and not validating:
             self._runtime.item_ms[self._spec.operation] = self._work.busy_s * 1000 / (report.mid - claim.lo)
+        self._runtime.reached(CrashPoint.BEFORE_FINISH)
         finished = self._runtime.ledger.finish(claim, report, partial)
         if finished.answer == "stale":
             logger.info("Node %s of job %s was given to another worker; its work is discarded", claim.node, claim.job)
@@ -221,9 +236,16 @@ class NodeRun:
             busy_us=int(self._work.busy_s * 1e6),
             peak_kb=_peak_kb(),
         )
+        if self._quarantined is not None:
+            report.quarantined = [(self._quarantined.index, self._record_of(self._quarantined))]
         if at < self._claim.hi:
             self._hand_over(report)
         return report
+
+    def _record_of(self, suspect: Suspect) -> str:
+        item = reference(self._spec.source, suspect.index)
+        record = QuarantinedItem(self._spec.job, suspect.index, self._spec.operation, item, suspect.deaths, suspect.by)
+        return msgspec.json.encode(record).decode()
 
     def _hand_over(self, report: Report) -> None:
         """Register the rest, as the table of reasons says: one child in this slot, or a chord over it."""
@@ -242,12 +264,13 @@ class NodeRun:
         """Do what FINISH's answer asks for; return whether this message fills its chord slot."""
         runtime, spec = self._runtime, self._spec
         if finished.registered:
+            runtime.reached(CrashPoint.BEFORE_PUBLISH)
             runtime.dispatcher.send_children(spec, report.kids, report.splits, merges=self._operation.merge is not None)
             return False
         if finished.outcome == MERGE:
-            held = Claim("run", spec.job, MERGE, self._claim.token, finished.epoch, 0, spec.n, spec=spec)
-            self._page.hold(os.getpid(), spec.job, MERGE, finished.epoch, time.monotonic())
-            merge_root(runtime.ledger, held, spec, self._operation)
+            held = Claim("run", spec.job, MERGE, self._claim.token, 1, 0, spec.n, spec=spec)
+            self._page.hold(os.getpid(), spec.job, MERGE, held.token, time.monotonic())
+            merge_root(runtime.ledger, held, spec, self._operation, runtime.reached)
         elif finished.waits:
             runtime.dispatcher.send_root([spec], finished.waits)
         return True

@@ -1,6 +1,6 @@
 """A page of memory that a worker's main process shares with its pool processes.
 
-Each pool process writes what it holds: job, node, epoch, the item in flight, when its last slice ended.
+Each pool process writes what it holds: job, node, token, the item in flight, when its last slice ended.
 The main process beats leases from it and knows what was lost when a process dies; in the other direction
 it sets the flags that running nodes read at slice boundaries.  Refuses to know what is done about either.
 """
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 SLOTS = 1024
 _HEADER = 64
-_SLOT = struct.Struct("<IIQqqd40s16s")  # generation (odd: being written), pid, epoch, item, unused, time, job, node
+_SLOT = struct.Struct("<II8sqd40s16s")  # generation (odd: being written), pid, token, item, time, job, node
 _ITEM = struct.Struct("<q")
 _TIME = struct.Struct("<d")
 _GENERATION = struct.Struct("<I")
-_ITEM_AT, _TIME_AT = 16, 32
-_DRAINING_AT, _HUNGRY_AT, _RECALLS_AT = 0, 1, 2
+_ITEM_AT, _TIME_AT = 16, 24
+_DRAINING_AT, _HUNGRY_AT, _RECALLS_AT, _TERMINATING_AT = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Held:
     pid: int
     job: str
     node: str
-    epoch: int
+    token: str  # 16 hexadecimal digits: what the ledger knows the holder by
     item: int  # -1: none in flight
     since: float  # monotonic time of the last slice boundary
 
@@ -48,6 +48,15 @@ class Page:
     @draining.setter
     def draining(self, value: bool) -> None:
         self._memory[_DRAINING_AT] = int(value)
+
+    @property
+    def terminating(self) -> bool:
+        """Whether the worker ends its pool processes by signal: they then do not resist."""
+        return self._memory[_TERMINATING_AT] == 1
+
+    @terminating.setter
+    def terminating(self, value: bool) -> None:
+        self._memory[_TERMINATING_AT] = int(value)
 
     @property
     def hungry(self) -> bool:
@@ -86,9 +95,9 @@ class Page:
     def _read(self, offset: int) -> Held | None:
         for _ in range(100):
             before = _GENERATION.unpack_from(self._memory, offset)[0]
-            _, pid, epoch, item, _, since, job, node = _SLOT.unpack_from(self._memory, offset)
+            _, pid, token, item, since, job, node = _SLOT.unpack_from(self._memory, offset)
             if before % 2 == 0 and before == _GENERATION.unpack_from(self._memory, offset)[0]:
-                held = Held(pid, job.rstrip(b"\0").decode(), node.rstrip(b"\0").decode(), epoch, item, since)
+                held = Held(pid, job.rstrip(b"\0").decode(), node.rstrip(b"\0").decode(), token.hex(), item, since)
                 return held if held.job else None
         # Its writer died between the two halves of a write: nothing in the slot can be trusted.
         return None
@@ -100,13 +109,13 @@ class PageSlot:
     def __init__(self, memory: mmap.mmap, offset: int) -> None:
         self._memory, self._offset = memory, offset
 
-    def hold(self, pid: int, job: str, node: str, epoch: int, at: float) -> None:
-        """Say that a node is being worked on."""
-        self._write(pid, job, node, epoch, at)
+    def hold(self, pid: int, job: str, node: str, token: str, at: float) -> None:
+        """Say that a node is being claimed, and worked on."""
+        self._write(pid, job, node, bytes.fromhex(token), at)
 
     def let_go(self) -> None:
         """Say that nothing is."""
-        self._write(0, "", "", 0, 0.0)
+        self._write(0, "", "", bytes(8), 0.0)
 
     def start_item(self, index: int) -> None:
         """Say which item is in flight."""
@@ -117,8 +126,8 @@ class PageSlot:
         _ITEM.pack_into(self._memory, self._offset + _ITEM_AT, -1)
         _TIME.pack_into(self._memory, self._offset + _TIME_AT, at)
 
-    def _write(self, pid: int, job: str, node: str, epoch: int, at: float) -> None:
+    def _write(self, pid: int, job: str, node: str, token: bytes, at: float) -> None:
         odd = _GENERATION.unpack_from(self._memory, self._offset)[0] | 1
         _GENERATION.pack_into(self._memory, self._offset, odd)
-        _SLOT.pack_into(self._memory, self._offset, odd, pid, epoch, -1, 0, at, job.encode(), node.encode())
+        _SLOT.pack_into(self._memory, self._offset, odd, pid, token, -1, at, job.encode(), node.encode())
         _GENERATION.pack_into(self._memory, self._offset, (odd + 1) & 0xFFFFFFFF)

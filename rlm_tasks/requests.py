@@ -101,6 +101,8 @@ class Options(_Checked):
     continue_on_error: bool = False
     error_threshold: float | None = Field(None, ge=0, le=1, description="The job fails when more than this share fails.")
 
+    idempotency_key: str = Field("", max_length=512, description="Submitting twice with one key gives one job.")
+
     @model_validator(mode="before")
     @classmethod
     def _timeout_in_seconds(cls, fields: Any) -> Any:

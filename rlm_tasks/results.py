@@ -47,6 +47,18 @@ class ItemFailure:
     traceback: str = field(default="", repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class QuarantinedItem:
+    """An item that is not run again, because its process died too often while it ran."""
+
+    job_id: str
+    index: int
+    operation: str
+    item: str  # where it lies; never the item itself
+    attempts: int
+    last_signal: str  # what its process died of the last time
+
+
 class SuccessfulItems(Sequence[int]):
     """The indexes of the items that succeeded, in order, held as ranges."""
 

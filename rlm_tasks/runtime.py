@@ -17,6 +17,7 @@ from celery import Celery
 from resilience.keys import Keys
 from resilience.store import Store
 from rlm_tasks import operations
+from rlm_tasks.crashpoints import CrashPoint, nobody_listens
 from rlm_tasks.dispatch import Dispatcher
 from rlm_tasks.ledger import Ledger
 from rlm_tasks.page import Page, PageSlot
@@ -36,6 +37,7 @@ class Runtime:
     dispatcher: Dispatcher
     page: Page
     worker: str = ""
+    reached: Callable[[CrashPoint], None] = nobody_listens
     clock: Callable[[], float] = time.perf_counter  # seconds; what slices are measured by
     item_ms: dict[str, float] = field(default_factory=dict)  # operation -> time of an item, as last seen by this process
     _page_slots: dict[tuple[int, int], PageSlot] = field(default_factory=dict)

@@ -19,9 +19,16 @@ class LedgerSettings(BaseModel, frozen=True, extra="forbid"):
 
     lease_s: float = Field(30.0, gt=0, description="A running node is lost when nobody beats for this long.")
     sweep_s: float = Field(5.0, gt=0, description="How often each worker looks for overdue nodes.")
-    grace_s: float = Field(30.0, gt=0, description="A queued node's message is sent again after this long.")
+    grace_s: float | None = Field(
+        None, gt=0, description="A queued node's message is looked for after this long; empty: as long as `sweep_s`."
+    )
     stop_grace_s: float = Field(2.0, gt=0, description="Running nodes of an ended job are fenced after this.")
-    death_limit: int = Field(3, ge=1, description="An item that was in flight at this many deaths is failed.")
+    death_limit: int = Field(3, ge=1, description="An item that was in flight at this many deaths is quarantined.")
+
+    @property
+    def grace(self) -> float:
+        """Seconds a message may take before somebody looks for it."""
+        return self.sweep_s if self.grace_s is None else self.grace_s
 
 
 class NodeSettings(BaseModel, frozen=True, extra="forbid"):

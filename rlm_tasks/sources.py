@@ -50,6 +50,17 @@ class LineSource(msgspec.Struct, frozen=True, tag="lines"):
 Source = RangeSource | BlockSource | LineSource
 
 
+def reference(source: Source, index: int) -> str:
+    """Say where an item lies, without saying what it is: items may be confidential."""
+    match source:
+        case RangeSource():
+            return f"{source.start + index * source.step} of a range"
+        case LineSource():
+            return f"{source.path}, line {index + 1}"
+        case BlockSource():
+            return f"stored item {index}"
+
+
 @dataclass(frozen=True, slots=True)
 class Lines:
     """Lines of a text file, without their line ends; workers must see the file at the same path.

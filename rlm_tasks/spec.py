@@ -38,6 +38,7 @@ class Spec(msgspec.Struct, frozen=True, omit_defaults=True):
     timeout_ms: float | None = None
     description: str = ""
     complexity: str = ""
+    idempotency_key: str = ""
 
 
 _encoder = msgspec.json.Encoder()

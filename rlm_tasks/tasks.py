@@ -6,8 +6,10 @@ chord as an exception.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from celery import Celery
@@ -20,8 +22,11 @@ from rlm_tasks.failures import failure_of
 from rlm_tasks.merging import compact_split
 from rlm_tasks.node import run_node
 from rlm_tasks.runtime import Runtime
+from rlm_tasks.spec import SCHEMA
 
 logger = logging.getLogger(__name__)
+
+PUT_BACK_S = 0.25
 
 _OPTIONS: dict[str, Any] = {
     "bind": True,
@@ -41,13 +46,38 @@ def register(app: Celery, runtime: Callable[[], Runtime]) -> None:
     @app.task(name=NODE_TASK, **_OPTIONS)  # type: ignore[untyped-decorator]  # Celery ships no types
     def node(self: Any, job: str, node: str) -> None:
         """Run one node of a job."""
-        if not _guarded(runtime(), job, lambda: run_node(runtime(), job, node)):
+        if why := beyond_this_worker(self.request.get("rlm") or {}):
+            _put_back(self, why)
+        elif not _guarded(runtime(), job, lambda: run_node(runtime(), job, node)):
             _leave_slot(self.request)
 
     @app.task(name=MERGE_TASK, **_OPTIONS)  # type: ignore[untyped-decorator]  # Celery ships no types
     def merge(self: Any, job: str, split: str) -> None:
         """Compact the partials of one split, as the body of its chord."""
         _guarded(runtime(), job, lambda: _merge(runtime(), self.request, job, split))
+
+
+def beyond_this_worker(told: Mapping[str, Any]) -> str:
+    """Say why a message is not for this worker: its job was opened by a newer release of platform or operation."""
+    schema, name, version = told.get("schema", SCHEMA), told.get("operation", ""), told.get("version", 1)
+    if schema > SCHEMA:
+        return f"jobs of schema {schema}; this worker reads {SCHEMA}"
+    if name in operations.names() and version > (mine := operations.get(name).version):
+        return f"version {version} of operation {name!r}; this worker has {mine}"
+    return ""
+
+
+@functools.cache
+def _say_once(why: str) -> None:
+    logger.warning("Messages go back to their queue untouched: %s. Upgrade this worker", why)
+
+
+def _put_back(task: Any, why: str) -> None:
+    """Send a message to the end of its queue as it came, for a newer worker; slowly, should there be none."""
+    _say_once(why)
+    time.sleep(PUT_BACK_S)
+    task.signature_from_request(headers={"rlm": task.request.rlm}).apply_async()
+    _leave_slot(task.request)
 
 
 def _leave_slot(request: Any) -> None:
@@ -74,9 +104,13 @@ def _merge(runtime: Runtime, request: Any, job: str, split_id: str) -> bool:
     split, spec = runtime.ledger.split(job, split_id), runtime.ledger.spec(job)
     if split is None or spec is None:
         return True
+    again = (request.delivery_info or {}).get("redelivered")
     if split.sp and (outer := runtime.ledger.split(job, split.sp)):
         # The message does not carry what encloses its chord: see dispatch.
         request.update(group=group_id(job, split.sp), group_index=split.ix, chord=body_of(job, spec.queue, outer))
+    if again:
+        # Its process may have died of it: what kills here is met, counted and named by the root merge.
+        return True
     try:
         compact_split(runtime.ledger, job, operations.get(spec.operation), split.lo, split.hi)
     except (StoreUnavailable, UnknownOperation) as error:

@@ -1,4 +1,4 @@
-"""What a worker's main process does for its pool: leases, lost nodes, free slots, the sweep.
+"""What a worker's main process does for its pool: leases, lost nodes, free slots, the sweep, the drain.
 
 Decides when a lease is beaten, when a node is given back, and which slots are on offer.  Pool processes never
 beat, so an item that holds the interpreter for minutes runs once.  Refuses to know what nodes compute.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-import billiard.pool
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import WorkerLostError
 from celery import bootsteps, signals
@@ -35,10 +35,17 @@ REFRESH_S = 1.0
 """How often the guard looks by itself.  It otherwise wakes on events: ticking every 10 ms slowed computing
 pool processes on two busy cores by 7 % (measured)."""
 BACK_OFF_S = 1.0
+GROUP_SIGNAL_S = 0.5
+"""A SIGTERM to the process group has reached the main process, too, within this time."""
+_UNREACHABLE = (RedisError, StoreUnavailable, OSError)
 
 
 class Guard(threading.Thread):
-    """The thread of a worker's main process that speaks to the ledger."""
+    """The thread of a worker's main process that speaks to the ledger.
+
+    It lives as long as the pool: through reconnections of the consumer, and while a worker that was told to
+    stop waits for its last items.
+    """
 
     def __init__(self, runtime: Runtime, pool_size: Callable[[], int], queues: Callable[[], list[str]]) -> None:
         super().__init__(name="rlm-guard", daemon=True)
@@ -50,7 +57,7 @@ class Guard(threading.Thread):
         self._lost = False
 
     def run(self) -> None:
-        """Tick on each event and once a second until stopped."""
+        """Tick on each event, when a job is due, and once a second until stopped."""
         while not self._stopping:
             if self._woken.wait(self._sleep_s()):
                 self._woken.clear()
@@ -58,13 +65,15 @@ class Guard(threading.Thread):
             try:
                 self._tick(time.monotonic())
                 self._lost = False
-            except (RedisError, StoreUnavailable, OSError) as error:
+            except _UNREACHABLE as error:
                 if not self._lost:
                     logger.warning("The ledger does not answer: %s", error)
                 self._lost, self._offered = True, None
+            except Exception:
+                logger.exception("The guard met something unexpected, and goes on")
 
     def wake(self) -> None:
-        """Say that a slot became free or busy."""
+        """Say that a slot became free or busy, or that the worker drains."""
         self._woken.set()
 
     def _sleep_s(self) -> float:
@@ -77,34 +86,50 @@ class Guard(threading.Thread):
         self.join(timeout=5)
         try:
             self._runtime.slots.withdraw(self._runtime.worker)
-        except (RedisError, OSError) as error:
+        except _UNREACHABLE as error:
             logger.info("Slots were not withdrawn, they expire: %s", error)
 
     def _tick(self, now: float) -> None:
         ledger = self._runtime.settings.ledger
         self._offer(now)
+        self._reap()
         if now >= self._due["beat"]:
             self._due["beat"] = now + ledger.lease_s / 3
-            self._runtime.ledger.beat([(held.job, held.node, held.epoch) for held in self._runtime.page.held()])
+            self._runtime.ledger.beat([(held.job, held.node, held.token) for held in self._runtime.page.held()])
         if now >= self._due["sweep"]:
             self._due["sweep"] = now + ledger.sweep_s
             self._sweep()
         self._kill_overdue(now)
 
     def _offer(self, now: float) -> None:
-        total = self._pool_size()
-        free = 0 if self._runtime.page.draining else max(0, total - len(state.reserved_requests))
+        """Publish this worker's slots, and learn in the same round trip when the next job is due."""
+        total = 0 if self._runtime.page.draining else self._pool_size()
+        free = max(0, total - len(state.reserved_requests))
         if (total, free) != self._offered or now >= self._due["offer"]:
-            self._runtime.slots.publish(self._runtime.worker, total, free, self._queues())
+            offer = self._runtime.slots.publish(self._runtime.worker, total, free, self._queues())
+            _, next_ms = self._runtime.ledger.store.run(offer, self._runtime.ledger.next_look())
+            if next_ms >= 0:
+                self._due["sweep"] = min(self._due["sweep"], now + next_ms / 1000)
             self._runtime.page.hungry = free > 0
             self._offered, self._due["offer"] = (total, free), now + REFRESH_S
 
+    def _reap(self) -> None:
+        """Redo the nodes of dead pool processes at once: Celery may need 5 s to notice."""
+        for held in self._runtime.page.held():
+            if held.pid != os.getpid() and (died_of := cause_of_death(held.pid)):
+                logger.warning("Pool process %d died of %s; its node is given to another", held.pid, died_of)
+                if give_back(self._runtime, held, died_of):
+                    self._runtime.resend(held.job, [held.node])
+
     def _sweep(self) -> None:
-        for job in self._runtime.ledger.overdue():
-            swept = self._runtime.ledger.sweep(job)
-            if swept.send:
-                logger.info("Job %s: %d overdue nodes are sent again", job, len(swept.send))
-                self._runtime.resend(job, swept.send)
+        for job in self._runtime.ledger.take_due():
+            more = True
+            while more:
+                swept = self._runtime.ledger.sweep(job)
+                more = swept.more
+                if swept.send:
+                    logger.info("Job %s: %d overdue nodes are sent again", job, len(swept.send))
+                    self._runtime.resend(job, swept.send)
 
     def _kill_overdue(self, now: float) -> None:
         limit = self._runtime.settings.node.item_limit_s
@@ -113,74 +138,99 @@ class Guard(threading.Thread):
         for held in self._runtime.page.held():
             if now - held.since > limit and held.item >= 0:
                 logger.error("Item %d of job %s ran longer than %g s; its process is killed", held.item, held.job, limit)
-                give_back(self._runtime, held, deaths=self._runtime.settings.ledger.death_limit)
+                given_back = give_back(self._runtime, held, f"the item limit of {limit:g} s", condemned=True)
                 os.kill(held.pid, signal.SIGKILL)
+                if given_back:
+                    self._runtime.resend(held.job, [held.node])
 
 
-def give_back(runtime: Runtime, held: Held, *, deaths: int = 1) -> None:
-    """RELEASE a node whose process is gone or about to go; its next claim knows the item that was in flight."""
+def give_back(runtime: Runtime, held: Held, died_of: str, *, condemned: bool = False) -> bool:
+    """RELEASE a node whose process is gone or about to go; say whether it now waits for a message.
+
+    Its next claim knows the item that was in flight; a `condemned` one is not run again.
+    """
     try:
-        runtime.ledger.hasty().release(held.job, held.node, held.epoch, held.item, deaths)
-    except (RedisError, StoreUnavailable, OSError) as error:
+        return runtime.ledger.hasty().release(held.job, held.node, held.token, held.item, died_of, condemned=condemned)
+    except _UNREACHABLE as error:
         logger.warning("Node %s of job %s was not given back, its lease runs out: %s", held.node, held.job, error)
-    runtime.page.forget(held.pid)
+        return False
+    finally:
+        runtime.page.forget(held.pid)
+
+
+def cause_of_death(pid: int) -> str:
+    """Return what a pool process died of, '' while it lives; it is left for billiard to reap."""
+    try:
+        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return "a cause unknown"
+    if found is None:
+        return ""
+    if found.si_code == os.CLD_EXITED:
+        return f"exit code {found.si_status}"
+    return signal.Signals(found.si_status).name
 
 
 class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
-    """Run the guard while the worker consumes."""
+    """Run the guard, and drain before the pool is asked to stop: by signal, remote control or error alike."""
 
-    requires = {"celery.worker.consumer.tasks:Tasks"}
+    requires = {"celery.worker.components:Pool"}
 
-    def __init__(self, consumer: Any, **options: Any) -> None:
-        self._guard: Guard | None = None
-        super().__init__(consumer, **options)
+    def start(self, worker: Any) -> None:
+        """Start once the pool has forked."""
 
-    def start(self, consumer: Any) -> None:
-        """Start with each (re)connection of the consumer."""
-        runtime: Runtime = consumer.app.rlm_runtime()
-        self._guard = Guard(
-            runtime,
-            lambda: consumer.pool.num_processes or 1,
-            lambda: [queue.name for queue in consumer.task_consumer.queues] if consumer.task_consumer else [],
-        )
-        consumer.app.rlm_guard = self._guard
-        self._guard.start()
+        def queues() -> list[str]:
+            consumer = getattr(worker.consumer, "task_consumer", None)
+            return [queue.name for queue in consumer.queues] if consumer else []
 
-    def stop(self, consumer: Any) -> None:
-        """Stop on shutdown and before a reconnection."""
-        if self._guard is not None:
-            consumer.app.rlm_guard = None
-            self._guard.stop()
-            self._guard = None
+        guard = Guard(worker.app.rlm_runtime(), lambda: worker.pool.num_processes or 1, queues)
+        worker.app.rlm_guard = guard
+        guard.start()
+        signals.worker_shutdown.connect(lambda **_: guard.stop(), weak=False)
+
+    def stop(self, worker: Any) -> None:
+        """Let running nodes cut; the pool is asked to stop after this."""
+        drain(worker.app)
+
+    def terminate(self, worker: Any) -> None:
+        """Let nobody cling to life: a cold shutdown ends pool processes by signal."""
+        worker.app.rlm_runtime().page.terminating = True
+        drain(worker.app)
 
 
-def leave_promptly() -> None:
-    """Let a pool process leave without waiting 30 s for receipts that nobody will write.
+def drain(app: Any) -> None:
+    """Make running nodes cut at their next slice."""
+    app.rlm_runtime().page.draining = True
+    if (guard := getattr(app, "rlm_guard", None)) is not None:
+        guard.wake()
 
-    A message that was handed to a pool process but not yet accepted when the worker is told to stop is dropped
-    from billiard's cache, so its result is never counted, and the process waits for that count (billiard 4.3).
-    The ledger needs no receipt: unacknowledged messages return to their queue, and a claim answers `done`.
+
+def drain_on_shutdown(app: Any) -> None:
+    """Drain as soon as the main process is told to stop, and let a signal to its whole group mean the same.
+
+    docker, systemd and Kubernetes may signal every process of the group; a stock pool process dies of it in the
+    middle of an item.
     """
-    billiard.pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT = 5  # times 0.1 s
-
-
-def drain_on_shutdown(runtime: Callable[[], Runtime]) -> None:
-    """Make running nodes cut at their next slice once this worker is told to stop."""
 
     def draining(**_: Any) -> None:
-        runtime().page.draining = True
+        drain(app)
+
+    def leave_it_to_the_main_process(**_: Any) -> None:
+        page = app.rlm_runtime().page
+
+        def on_sigterm(*_: Any) -> None:
+            until = time.monotonic() + GROUP_SIGNAL_S
+            while not page.draining and time.monotonic() < until:
+                time.sleep(0.01)
+            if page.terminating or not page.draining:
+                # Meant for this process alone: revoke(terminate=True), a time limit, a cold shutdown.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        signal.signal(signal.SIGTERM, on_sigterm)
 
     signals.worker_shutting_down.connect(draining, weak=False)
-
-
-def _has_exited(pid: int | None) -> bool:
-    """Whether a pool process is gone, reaped or not."""
-    if pid is None:
-        return False
-    try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
-        return True
+    signals.worker_process_init.connect(leave_it_to_the_main_process, weak=False)
 
 
 class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
@@ -205,7 +255,8 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
         """Give the node back when its process was lost; the message is requeued by Celery."""
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(error, WorkerLostError | SystemExit):
-            self._give_back(deaths=1)
+            named = re.search(r"SIG[A-Z0-9]+", str(error))
+            self._give_back(named[0] if named else "a cause unknown")
         return super().on_failure(exc_info, send_failed_event, return_ok)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
@@ -218,7 +269,8 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
             return
         state.task_ready(self)
         logger.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
-        self._give_back(deaths=1 if _has_exited(self.worker_pid) else self._runtime.settings.ledger.death_limit)
+        died_of = cause_of_death(self.worker_pid) if self.worker_pid else ""
+        self._give_back(died_of or f"the hard time limit of {timeout:g} s", condemned=not died_of)
         self.reject(requeue=True)
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
@@ -227,11 +279,11 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
         self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
         self.acknowledge()
         self._already_revoked = True
-        self._give_back(deaths=0)
+        self._give_back("")
         if self.name == NODE_TASK:
             try:
                 self._runtime.ledger.hasty().stop(self._job, "cancelled", detail=f"a node's task was {reason}")
-            except (RedisError, StoreUnavailable, OSError) as error:
+            except _UNREACHABLE as error:
                 logger.warning("Job %s was not cancelled: %s", self._job, error)
 
     @property
@@ -242,7 +294,7 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
     def _job(self) -> str:
         return str(self._args[0] if self._args else self._payload[0][0])
 
-    def _give_back(self, *, deaths: int) -> None:
+    def _give_back(self, died_of: str, *, condemned: bool = False) -> None:
         for held in self._runtime.page.held():
             if held.pid == self.worker_pid and held.job == self._job:
-                give_back(self._runtime, held, deaths=deaths)
+                give_back(self._runtime, held, died_of, condemned=condemned)

@@ -50,6 +50,7 @@ class Work:
         self._batch = 1
         self.harvest = Harvest(operation)
         self.at = claim.lo
+        self.until = claim.hi  # less when the rest must be another node's, whatever happens here
         self.busy_s = 0.0
         self.stopped = False  # a boundary has said so: no further item is started
 
@@ -74,9 +75,9 @@ class Work:
         return bool(self.harvest.failures) and not self._spec.continue_on_error
 
     def _windows(self, work: Callable[[Sequence[Any]], None], size: Callable[[], int]) -> None:
-        while self.at < self._claim.hi and not self.stopped:
+        while self.at < self.until and not self.stopped:
             try:
-                window = self._read(self.at, min(self.at + size(), self._claim.hi))
+                window = self._read(self.at, min(self.at + size(), self.until))
             except _UNREADABLE as error:
                 self._fail_rest(error)
                 return
@@ -94,10 +95,10 @@ class Work:
 
     def _fail_rest(self, error: Exception) -> None:
         """Items that cannot be read fail, each by itself: nothing is left out silently."""
-        for index in range(self.at, self._claim.hi):
+        for index in range(self.at, self.until):
             if index not in self._claim.known_failed:
                 self.harvest.fail(index, error)
-        self.at = self._claim.hi
+        self.at = self.until
 
     def _leaves_out(self, index: int, item: Any) -> bool:
         """Leave out what validation has failed already, and empty items where the request says so."""
@@ -176,7 +177,7 @@ class Work:
         waiting: dict[int, asyncio.Task[Any]] = {}
         outcomes: dict[int, Any] = {}
         launched = self.at
-        while waiting or (launched < self._claim.hi and not self.stopped):
+        while waiting or (launched < self.until and not self.stopped):
             launched = self._launch(waiting, outcomes, launched)
             if waiting:
                 patience = max(0.001, self._pace.slice_ms / 1000)
@@ -190,13 +191,13 @@ class Work:
 
     def _launch(self, waiting: dict[int, asyncio.Task[Any]], outcomes: dict[int, Any], launched: int) -> int:
         room = self._operation.concurrency - len(waiting)
-        if room <= 0 or self.stopped or launched >= self._claim.hi:
+        if room <= 0 or self.stopped or launched >= self.until:
             return launched
         try:
-            window = self._read(launched, min(launched + room, self._claim.hi))
+            window = self._read(launched, min(launched + room, self.until))
         except _UNREADABLE as error:
-            outcomes.update(dict.fromkeys(range(launched, self._claim.hi), error))
-            return self._claim.hi
+            outcomes.update(dict.fromkeys(range(launched, self.until), error))
+            return self.until
         for index, item in enumerate(window, launched):
             if self._leaves_out(index, item):
                 outcomes[index] = None

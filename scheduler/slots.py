@@ -25,13 +25,13 @@ class SlotBoard:
     def __init__(self, store: Store, keys: Keys) -> None:
         self._store, self._key = store, keys.slots
 
-    def publish(self, worker: str, total: int, free: int, queues: Sequence[str]) -> None:
-        """Say that a worker has `total` slots, `free` of them idle, for these queues."""
-        self._store.run(Call(_PUBLISH, (self._key,), (worker, total, free, json.dumps(list(queues)), TTL_MS)))
+    def publish(self, worker: str, total: int, free: int, queues: Sequence[str]) -> Call:
+        """Return the call that says that a worker has `total` slots, `free` of them idle, for these queues."""
+        return Call(_PUBLISH, (self._key,), (worker, total, free, json.dumps(list(queues)), TTL_MS))
 
     def withdraw(self, worker: str) -> None:
         """Take a worker off the board."""
-        self.publish(worker, 0, 0, ())
+        self._store.run(self.publish(worker, 0, 0, ()))
 
     def take(self, queue: str, most: int) -> Call:
         """Return the call that takes up to `most` free slots of a queue; it answers [taken, all slots]."""

@@ -1,5 +1,11 @@
--- Keep a running node's lease.  ARGV: node, epoch, lease_ms.   Returns 1, or 0 when it is held no longer.
-local node = read(ARGV[1])
-if not node or node.s ~= 'r' or node.e ~= tonumber(ARGV[2]) then return 0 end
-call('ZADD', due, 'XX', now + tonumber(ARGV[3]), ARGV[1])
+-- Keep a node's lease, or renew one that ran out while nobody took the node.  ARGV: node, token, lease_ms.
+-- Returns 1, or 0 when somebody else has it.
+local id, node = ARGV[1], held(ARGV[1], ARGV[2])
+if not node then return 0 end
+if node.lost then
+  node.s, node.lost, node.why = 'r', nil, ''
+  write(id, node)
+  call('ZREM', waiting, id)
+end
+call('ZADD', due, now + tonumber(ARGV[3]), id)
 return 1

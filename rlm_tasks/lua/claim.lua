@@ -1,19 +1,20 @@
--- Take a node.  ARGV: node, token, lease_ms, worker, grace_ms.
+-- Take a node.  ARGV: node, token, lease_ms, worker, death_limit, schema.
 -- Returns {answer, ...}: run -> epoch, record, phase, spec, suspects, failed items in range, ms left (-1: no limit);
--- cut -> ids of children that still wait for a message; closed, done, busy, parked, unknown -> nothing more.
-local id, token, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
+-- cut -> ids of children that still wait for a message; closed, done, busy, parked, newer, unknown -> nothing more.
+local id, token, lease, limit = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[5])
 local f = facts()
 local node = f and read(id)
 if not node then return {'unknown'} end
+if f.schema > tonumber(ARGV[6]) then return {'newer'} end
 if TERMINAL[f.state] then return {'closed'} end
 if node.s == 'd' or node.s == 'k' then return {'done'} end
 if node.s == 'c' then
-  local waiting = {'cut'}
+  local unsent = {'cut'}
   for _, child in ipairs(node.kids or {}) do
     local record = read(child)
-    if record and record.s == 'q' then waiting[#waiting + 1] = child end
+    if record and record.s == 'q' then unsent[#unsent + 1] = child end
   end
-  return waiting
+  return unsent
 end
 local at = tonumber(call('ZSCORE', due, id) or '0')
 local again = node.s == 'r' and node.k == token
@@ -24,8 +25,17 @@ if f.stop ~= '' and id ~= 'merge' then
   skip_node(f, id, node)
   skip_waiting(f, false)
   if f.pending > 0 then return {'closed'} end
-  local outcome, waits = finish_tree(f, tonumber(ARGV[5]), call('HGET', job, 'task'))
+  local outcome, waits = finish_tree(f, call('HGET', job, 'task'))
   return {'closed', waits}
+end
+
+local sent = tonumber(call('ZSCORE', waiting, id) or '0')
+call('ZREM', waiting, id)
+-- What was sent before a message that has arrived should have arrived, too: see sweep.
+call('HSET', job, 'claimed_ms', now, 'seen_ms', math.max(f.seen_ms, sent))
+if node.lost or (node.s == 'r' and not again) then
+  node.lost, node.x = nil, (node.x or 0) + 1
+  if id ~= 'merge' and node.hi - node.lo == 1 then count_death(f, node.lo, 'its worker was lost') end
 end
 if not again then node.e = node.e + 1 end
 node.s, node.k, node.w, node.at, node.why = 'r', token, ARGV[4], now, ''
@@ -40,8 +50,10 @@ if id ~= 'merge' then
   if call('EXISTS', deaths) == 1 then
     local all = call('HGETALL', deaths)
     for i = 1, #all, 2 do
-      local index = tonumber(all[i])
-      if index >= node.lo and index < node.hi then suspects[#suspects + 1] = {index, tonumber(all[i + 1])} end
+      local index, death = tonumber(all[i]), cjson.decode(all[i + 1])
+      if index >= node.lo and index < node.hi then
+        suspects[#suspects + 1] = {index, death.n, death.by, death.over or death.n >= limit}
+      end
     end
   end
   if f.phase == 'process' then known = call('ZRANGEBYSCORE', failed, node.lo, '(' .. node.hi) end

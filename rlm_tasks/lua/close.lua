@@ -1,7 +1,7 @@
--- End a job from its root merge.  ARGV: epoch of the merge node, state, answer ('' when there is none), error JSON ('').
+-- End a job from its root merge.  ARGV: token, state, answer ('' when there is none), error JSON ('').
 -- Returns the final state, or '' when the caller no longer holds the merge.
-local f, merge = facts(), read('merge')
-if not f or not merge or merge.s ~= 'r' or merge.e ~= tonumber(ARGV[1]) then return '' end
+local f, merge = facts(), held('merge', ARGV[1])
+if not f or not merge then return '' end
 merge.s, merge.ms = 'd', now - merge.at
 write('merge', merge)
 retire('merge')

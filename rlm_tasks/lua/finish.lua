@@ -1,20 +1,19 @@
 -- Close a node: store its partial, register its children, answer 'last' to exactly one caller.
--- ARGV: node, epoch, token, report (JSON: mid, done, failed, skipped, failures, kids, splits, why, busy_us, peak_kb),
--- partial ('' when there is none), grace_ms, lease_ms.
--- Returns {answer, children registered, outcome, waiting node, epoch}: answer ok | stale;
+-- ARGV: node, token, report (JSON: mid, done, failed, skipped, failures, quarantined, kids, splits, why, busy_us,
+-- peak_kb), partial ('' when there is none), lease_ms.
+-- Returns {answer, children registered, outcome, waiting node}: answer ok | stale;
 -- outcome '' | merge | process | closed.  A root merge is claimed for the caller at once.
-local id, epoch, token, blob = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[5]
-local grace, lease = tonumber(ARGV[6]), tonumber(ARGV[7])
+local id, token, blob, lease = ARGV[1], ARGV[2], ARGV[4], tonumber(ARGV[5])
 local f, node = facts(), read(id)
-if not f or not node then return {'stale', 0, '', '', 0} end
-if node.e == epoch and node.k == token and (node.s == 'c' or node.s == 'd') then
+if not f or not node then return {'stale', 0, '', ''} end
+if node.k == token and (node.s == 'c' or node.s == 'd') then
   local merge = read('merge')
-  if merge and merge.s == 'r' and merge.k == token then return {'ok', 0, 'merge', 'merge', merge.e} end
-  return {'ok', node.s == 'c' and 1 or 0, '', '', 0}
+  if merge and merge.s == 'r' and merge.k == token then return {'ok', 0, 'merge', 'merge'} end
+  return {'ok', node.s == 'c' and 1 or 0, '', ''}
 end
-if node.s ~= 'r' or node.e ~= epoch then return {'stale', 0, '', '', 0} end
+if not held(id, token) then return {'stale', 0, '', ''} end
 
-local r = cjson.decode(ARGV[4])
+local r = cjson.decode(ARGV[3])
 local at = r.mid
 for _, kid in ipairs(r.kids) do
   if kid.lo ~= at or kid.hi <= kid.lo then
@@ -43,6 +42,12 @@ for i, failure in ipairs(r.failures) do
   if i > room then break end
   call('HSET', failures, failure[1], failure[2])
 end
+for _, entry in ipairs(r.quarantined) do
+  call('HSET', quarantine, entry[1], entry[2])
+  call('EXPIRE', quarantine, f.ttl_s)
+  call('HDEL', deaths, entry[1])
+  note('quarantined', 'item ' .. entry[1])
+end
 if #r.failed > 0 then
   call('EXPIRE', failed, f.ttl_s)
   call('EXPIRE', failures, f.ttl_s)
@@ -69,7 +74,7 @@ else
     deepest = math.max(deepest, kid.d)
     local record = {lo = kid.lo, hi = kid.hi, d = kid.d, p = id, sp = kid.sp, ix = kid.ix, t = kid.t,
       why = kid.why, rs = 0}
-    queue_node(kid.id, record, grace)
+    queue_node(kid.id, record)
   end
   for _, split in ipairs(r.splits) do call('HSET', splits, split.id, cjson.encode(split)) end
   if #r.splits > 0 then
@@ -79,19 +84,20 @@ else
   if #r.kids == 1 then call('HINCRBY', job, 'yields', 1) end
   if deepest > tonumber(call('HGET', job, 'depth')) then call('HSET', job, 'depth', deepest) end
 end
-node.s, node.mid, node.why, node.ms = #kids > 0 and 'c' or 'd', r.mid, r.why, now - node.at
+node.s, node.mid, node.why, node.ms, node.lost = #kids > 0 and 'c' or 'd', r.mid, r.why, now - node.at, nil
 node.kids = #kids > 0 and kids or nil
 write(id, node)
 f.pending = call('HINCRBY', job, 'pending', -1)
 if f.stop ~= '' then skip_waiting(f, false) end
-if f.pending > 0 then return {'ok', #kids > 0 and 1 or 0, '', '', 0} end
+if f.pending > 0 then return {'ok', #kids > 0 and 1 or 0, '', ''} end
 
-local outcome, waits = finish_tree(f, grace, call('HGET', job, 'task'))
+local outcome, waits = finish_tree(f, call('HGET', job, 'task'))
 if outcome == 'merge' then
   local merge = read('merge')
   merge.s, merge.e, merge.k, merge.w, merge.at = 'r', 1, token, node.w, now
   write('merge', merge)
+  call('ZREM', waiting, 'merge')
   call('ZADD', due, now + lease, 'merge')
-  return {'ok', 0, 'merge', 'merge', 1}
+  return {'ok', 0, 'merge', 'merge'}
 end
-return {'ok', 0, outcome, waits, 0}
+return {'ok', 0, outcome, waits}

@@ -1,13 +1,21 @@
--- Open a job whose items are stored.  ARGV: spec, n, queue, fail_limit, early_limit, timeout_ms (0: none),
--- ttl_s, phase, root node id, task id, grace_ms.   Returns 1, or 0 when the job was open already.
-if call('EXISTS', job) == 1 then return 0 end
+-- Open a job whose items are stored, under keys of their own until now.  KEYS: also the staged items and blocks.
+-- ARGV: spec, n, queue, fail_limit, early_limit, timeout_ms (0: none), ttl_s, phase, root node id, task id, schema.
+-- Returns 1, or 0 when the job was open already.
+local staged = {[KEYS[17]] = items, [KEYS[18]] = blocks}
+if call('EXISTS', job) == 1 then
+  call('DEL', KEYS[17], KEYS[18])
+  return 0
+end
+for from, to in pairs(staged) do
+  if call('EXISTS', from) == 1 then call('RENAME', from, to) end
+end
 local timeout = tonumber(ARGV[6])
 call('HSET', job, 'spec', ARGV[1], 'n', ARGV[2], 'queue', ARGV[3], 'state', 'pending', 'phase', ARGV[8],
   'fail_limit', ARGV[4], 'early_limit', ARGV[5], 'deadline', timeout > 0 and now + timeout or 0,
   'ttl_s', ARGV[7], 'stop', '', 'opened_ms', now, 'done', 0, 'failed', 0, 'skipped', 0, 'pending', 0,
-  'nodes', 0, 'splits', 0, 'yields', 0, 'depth', 0, 'busy_us', 0, 'peak_kb', 0, 'validated', 0, 'task', ARGV[10])
-queue_node(ARGV[9], {lo = 0, hi = tonumber(ARGV[2]), d = 0, p = '', sp = '', ix = 0, t = ARGV[10],
-  why = '', rs = 0}, tonumber(ARGV[11]))
+  'nodes', 0, 'splits', 0, 'yields', 0, 'depth', 0, 'busy_us', 0, 'peak_kb', 0, 'validated', 0, 'task', ARGV[10],
+  'schema', ARGV[11], 'seen_ms', 0, 'claimed_ms', 0, 'probed_ms', 0, 'probes', 0)
+queue_node(ARGV[9], {lo = 0, hi = tonumber(ARGV[2]), d = 0, p = '', sp = '', ix = 0, t = ARGV[10], why = '', rs = 0})
 note('opened')
 keep_all(tonumber(ARGV[7]))
 return 1

@@ -1,8 +1,9 @@
--- Let a claimed node wait.  ARGV: node, epoch, ms to wait, reason.   Returns 1, or 0 when the caller was replaced.
-local id, node = ARGV[1], read(ARGV[1])
-if not node or node.s ~= 'r' or node.e ~= tonumber(ARGV[2]) then return 0 end
-node.s, node.why = 'p', ARGV[4]
+-- Let a claimed node wait.  ARGV: node, token, ms to wait, reason.   Returns 1, or 0 when the caller was replaced.
+local id, node = ARGV[1], held(ARGV[1], ARGV[2])
+if not node then return 0 end
+node.s, node.why, node.lost = 'p', ARGV[4], nil
 write(id, node)
 call('HDEL', inflight, id)
+call('ZREM', waiting, id)
 call('ZADD', due, now + tonumber(ARGV[3]), id)
 return 1

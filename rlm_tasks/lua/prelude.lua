@@ -5,10 +5,11 @@
 --   lo, hi  its range      mid  where its own work ended      d  depth     p  parent node
 --   sp, ix  the split and slot it fills ('' at the root)      t  Celery task id
 --   k  token of its holder   w  worker   at  claimed, ms   ms  how long it ran   why  reason it waits or was cut
---   rs  how often its message was sent again
-local job, nodes, due, splits, pieces, blobs = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local failed, empty, failures, deaths, inflight, events = KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12]
-local items, blocks = KEYS[13], KEYS[14]
+--   rs  how often its message was sent again     lost  its holder is gone, nobody has claimed it since
+--   x  how often its holder was lost outside of a known item
+local job, nodes, due, waiting, splits, pieces, blobs = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local failed, empty, failures, deaths, quarantine = KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12]
+local inflight, events, items, blocks = KEYS[13], KEYS[14], KEYS[15], KEYS[16]
 local call = redis.call
 local MAX_FAILURES, MAX_EVENTS, PAGE = 1000, 1000, 1000
 
@@ -32,17 +33,24 @@ end
 -- Every fact a decision needs, in one read.
 local function facts()
   local v = call('HMGET', job, 'state', 'stop', 'deadline', 'fail_limit', 'early_limit',
-                 'failed', 'done', 'pending', 'phase', 'n', 'ttl_s')
+                 'failed', 'done', 'pending', 'phase', 'n', 'ttl_s', 'schema', 'seen_ms')
   if not v[1] then return nil end
   return {state = v[1], stop = v[2] or '', deadline = tonumber(v[3]), fail_limit = tonumber(v[4]),
           early_limit = tonumber(v[5]), failed = tonumber(v[6]), done = tonumber(v[7]),
-          pending = tonumber(v[8]), phase = v[9], n = tonumber(v[10]), ttl_s = tonumber(v[11])}
+          pending = tonumber(v[8]), phase = v[9], n = tonumber(v[10]), ttl_s = tonumber(v[11]),
+          schema = tonumber(v[12]), seen_ms = tonumber(v[13])}
 end
 
 local TERMINAL = {succeeded = true, failed = true, expired = true, cancelled = true}
 
 local function keep_all(ttl_s)
   for _, key in ipairs(KEYS) do call('EXPIRE', key, ttl_s) end
+end
+
+-- The record of a node that TOKEN holds.  A lease that ran out is its holder's until somebody else claims.
+local function held(id, token)
+  local node = read(id)
+  if node and node.k == token and (node.s == 'r' or (node.s == 'q' and node.lost)) then return node end
 end
 
 local function stop(f, reason, detail)
@@ -62,7 +70,17 @@ end
 
 local function retire(id)
   call('ZREM', due, id)
+  call('ZREM', waiting, id)
   call('HDEL', inflight, id)
+end
+
+-- A process died while it ran this item; `over`: whatever the count, it must not run again.
+local function count_death(f, index, by, over)
+  local raw = call('HGET', deaths, index)
+  local death = raw and cjson.decode(raw) or {n = 0}
+  death.n, death.by, death.over = death.n + 1, by, over or death.over
+  call('HSET', deaths, index, cjson.encode(death))
+  call('EXPIRE', deaths, f.ttl_s)
 end
 
 -- A range nobody will work on.  Items already counted as failed stay failed.
@@ -79,8 +97,12 @@ local function skip_node(f, id, node)
   f.pending = call('HINCRBY', job, 'pending', -1)
 end
 
--- Skip nodes that wait; with `force`, fence running ones too.  At most a page in one script.
+-- Skip nodes that wait; with `force`, fence running ones too.  At most two pages in one script.
 local function skip_waiting(f, force)
+  for _, id in ipairs(call('ZRANGE', waiting, 0, PAGE - 1)) do
+    local node = read(id)
+    if node then skip_node(f, id, node) end
+  end
   for _, id in ipairs(call('ZRANGE', due, 0, PAGE - 1)) do
     local node = read(id)
     if node and (node.s ~= 'r' or force) then skip_node(f, id, node) end
@@ -97,22 +119,29 @@ local function close(f, state)
   end
   f.state = state
   call('HSET', job, 'state', state, 'closed_ms', now)
-  call('DEL', due, inflight, splits, deaths)
+  call('DEL', due, waiting, inflight, splits, deaths)
   if tonumber(v[2]) == 0 then call('DEL', items, blocks) end
   note('closed', state)
   keep_all(f.ttl_s)
 end
 
-local function queue_node(id, node, grace_ms)
-  node.s, node.e = node.s or 'q', 0
+-- A node waits for its message: `waiting` says since when.
+local function wait_for_message(id, node)
+  node.s = 'q'
   write(id, node)
-  call('ZADD', due, now + grace_ms, id)
+  call('ZREM', due, id)
+  call('ZADD', waiting, now, id)
+end
+
+local function queue_node(id, node)
+  node.e = 0
+  wait_for_message(id, node)
   return call('HINCRBY', job, 'pending', 1)
 end
 
 -- Called when nothing is pending: the next phase, the root merge, or the end.
 -- Returns the outcome and, when a node now waits for its message, that node's id.
-local function finish_tree(f, grace_ms, root_task)
+local function finish_tree(f, root_task)
   if f.stop ~= '' and f.stop ~= 'early' then
     close(f, f.stop)
     return 'closed', ''
@@ -125,7 +154,6 @@ local function finish_tree(f, grace_ms, root_task)
     call('HSET', job, 'state', 'merging')
     note('merging')
   end
-  local node = {lo = 0, hi = f.n, d = 0, p = '', sp = '', ix = 0, t = root_task, why = '', rs = 0}
-  queue_node(id, node, grace_ms)
+  queue_node(id, {lo = 0, hi = f.n, d = 0, p = '', sp = '', ix = 0, t = root_task, why = '', rs = 0})
   return id, id
 end

@@ -1,8 +1,8 @@
--- Tell how far a running node is, ask whether to go on.  ARGV: node, epoch, done, failed, skipped.
+-- Tell how far a running node is, ask whether to go on.  ARGV: node, token, done, failed, skipped.
 -- Returns go, stop (the job ends: rest is skipped), flush (hand in now: what runs may decide the job) or fenced.
 local id = ARGV[1]
-local f, node = facts(), read(ARGV[1])
-if not f or not node or node.s ~= 'r' or node.e ~= tonumber(ARGV[2]) then return 'fenced' end
+local f = facts()
+if not f or not held(id, ARGV[2]) then return 'fenced' end
 call('HSET', inflight, id, ARGV[3] .. ':' .. ARGV[4] .. ':' .. ARGV[5])
 call('EXPIRE', inflight, f.ttl_s)
 judge(f)

@@ -1,14 +1,13 @@
--- Give a node back whose holder is gone.  ARGV: node, epoch, item in flight (-1: none), deaths to count for it,
--- grace_ms.   Returns 1, or 0 when the holder had finished or was replaced.
-local id, f, node = ARGV[1], facts(), read(ARGV[1])
-if not f or not node or node.s ~= 'r' or node.e ~= tonumber(ARGV[2]) then return 0 end
-node.s, node.why = 'q', 'its worker process was lost'
-write(id, node)
-call('HDEL', inflight, id)
-call('ZADD', due, now + tonumber(ARGV[5]), id)
-if tonumber(ARGV[3]) >= 0 then
-  call('HINCRBY', deaths, ARGV[3], ARGV[4])
-  call('EXPIRE', deaths, f.ttl_s)
+-- Give a node back whose holder is gone.  ARGV: node, token, item in flight (-1: none), what its process died of
+-- ('' when it did not die), 1 when the item must not run again.   Returns 1, or 0 when the holder had finished or
+-- was replaced.
+local id, item, f, node = ARGV[1], tonumber(ARGV[3]), facts(), held(ARGV[1], ARGV[2])
+if not f or not node then return 0 end
+node.k, node.why, node.lost = '', 'its worker process was lost', nil
+if ARGV[4] ~= '' then
+  if item >= 0 then count_death(f, item, ARGV[4], ARGV[5] == '1') else node.lost = true end
 end
+call('HDEL', inflight, id)
+wait_for_message(id, node)
 note('released', 'node ' .. id)
 return 1

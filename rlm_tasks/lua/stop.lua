@@ -1,5 +1,5 @@
--- End a job early.  ARGV: reason (cancelled, expired, failed), detail, error JSON (''), force (1: fence running nodes),
--- grace_ms.   Returns {state, stop reason, how many nodes still run or wait}.
+-- End a job early.  ARGV: reason (cancelled, expired, failed), detail, error JSON (''), force (1: fence running nodes).
+-- Returns {state, stop reason, how many nodes still run or wait}.
 local f = facts()
 if not f then return {'unknown', '', 0} end
 if TERMINAL[f.state] then return {f.state, f.stop, 0} end
@@ -10,5 +10,5 @@ if f.stop == '' or f.stop == 'early' then
   if ARGV[3] ~= '' then call('HSET', job, 'error', ARGV[3]) end
 end
 skip_waiting(f, ARGV[4] == '1' or f.state == 'merging')
-if f.pending <= 0 then finish_tree(f, tonumber(ARGV[5]), '') end
+if f.pending <= 0 then finish_tree(f, '') end
 return {f.state, f.stop, f.pending}

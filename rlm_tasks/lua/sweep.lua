@@ -1,38 +1,67 @@
 -- Recover what is overdue: lost holders, lost messages, parked nodes whose time has come, a deadline.
--- ARGV: grace_ms, lease_ms, stop_grace_ms, at most.
+-- ARGV: grace_ms, lease_ms, stop_grace_ms, at most, schema.
 -- Returns {state, ms at which to look again, node ids to send again ...}.
 local f = facts()
 if not f then return {'unknown', 0} end
 if TERMINAL[f.state] then return {f.state, 0} end
-local grace, lease = tonumber(ARGV[1]), tonumber(ARGV[2])
+local grace, lease, most = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[4])
+if f.schema > tonumber(ARGV[5]) then return {'newer', now + lease} end
 keep_all(f.ttl_s)
 judge(f)
 local send = {}
+local function send_again(id, node)
+  wait_for_message(id, node)
+  send[#send + 1] = id
+end
+
 if f.stop ~= '' and f.state ~= 'merging' then
   skip_waiting(f, now > tonumber(call('HGET', job, 'stop_ms')) + tonumber(ARGV[3]))
   if f.pending <= 0 then
-    local outcome, waits = finish_tree(f, grace, call('HGET', job, 'task'))
+    local outcome, waits = finish_tree(f, call('HGET', job, 'task'))
     if outcome == 'closed' then return {f.state, 0} end
     send[1] = waits
   end
 end
-for _, id in ipairs(call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, ARGV[4])) do
+
+for _, id in ipairs(call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, most)) do
   local node = read(id)
-  if node then
-    if node.s == 'q' then node.rs = node.rs + 1 else node.rs = 0 end
-    if node.s == 'r' then
-      call('HDEL', inflight, id)
-      note('lease lost', 'node ' .. id)
-    end
-    node.s, node.why = 'q', node.s == 'r' and 'its lease ran out' or node.why
-    write(id, node)
-    -- A queue may simply be long: each further copy of a message waits twice as long as the one before.
-    call('ZADD', due, now + grace * 2 ^ math.min(node.rs, 10), id)
-    send[#send + 1] = id
+  if node.s == 'r' then
+    node.lost, node.why = true, 'its lease ran out'
+    call('HDEL', inflight, id)
+    note('lease lost', 'node ' .. id)
+  end
+  node.rs = 0
+  send_again(id, node)
+end
+
+-- A queue keeps its order: a message is lost when one that was sent well after it has arrived and it has not.
+-- Copies of one node back off: it may lie in the hands of a worker that is busy with something long.
+local overdue = call('ZRANGEBYSCORE', waiting, '-inf', now - grace, 'WITHSCORES', 'LIMIT', 0, most)
+for i = 1, #overdue, 2 do
+  local id, sent = overdue[i], tonumber(overdue[i + 1])
+  if sent >= f.seen_ms - grace / 2 or #send >= most then break end
+  local node = read(id)
+  if now - sent >= grace * 2 ^ math.min(node.rs, 10) then
+    node.rs = node.rs + 1
+    send_again(id, node)
   end
 end
+-- When nothing arrives at all the queue may be long, or gone: one copy of the oldest is the probe that tells.
+if #send == 0 and #overdue > 0 then
+  local v = call('HMGET', job, 'claimed_ms', 'probed_ms', 'probes')
+  local claimed, probed, probes = tonumber(v[1]), tonumber(v[2]), tonumber(v[3])
+  if claimed > probed then probes = 0 end
+  if now - math.max(claimed, probed) >= grace * 2 ^ math.min(probes, 10) then
+    call('HSET', job, 'probed_ms', now, 'probes', probes + 1)
+    local node = read(overdue[1])
+    node.rs = node.rs + 1
+    send_again(overdue[1], node)
+  end
+end
+
 local first = call('ZRANGE', due, 0, 0, 'WITHSCORES')
-local again = math.min(tonumber(first[2] or now) , now + lease)
+local again = now + (call('ZCARD', waiting) > 0 and math.min(grace, lease) or lease)
+if first[2] then again = math.min(again, tonumber(first[2])) end
 if f.deadline > 0 then again = math.min(again, f.deadline) end
 if f.stop ~= '' then again = math.min(again, now + tonumber(ARGV[3])) end
 return {f.state, math.max(again, now + 50), unpack(send)}

@@ -96,8 +96,8 @@ class Platform:
     def submit(self, request: JobRequest) -> Spec:
         """Open a job as the client does, without Celery."""
         job = str(uuid.UUID(int=self.random.getrandbits(128)))
-        keys = self.keys.of(job)
-        writer = ItemWriter(self.store, keys.items, keys.blocks, ttl_s=3600, max_item_bytes=1 << 20)
+        index, blocks = self.keys.staged(job, "token")
+        writer = ItemWriter(self.store, index, blocks, ttl_s=3600, max_item_bytes=1 << 20)
         source, n = writer.write(request.items)
         spec = Spec(
             job=job,
@@ -114,14 +114,14 @@ class Platform:
             validate=request.conditions.validate_before_process,
             early_termination_threshold=request.conditions.early_termination_threshold,
         )
-        self.ledger.open([spec], 3600)
+        self.ledger.open([(spec, "token")], 3600)
         self.mailbox.send_root([spec], ROOT)
         return spec
 
     def step(self) -> None:
         """Deliver one message, sometimes twice, with some slots free."""
         free = self.random.randint(0, self.slot_count)
-        self.slots.publish("unit", self.slot_count, free, ["unit.normal"])
+        self.store.run(self.slots.publish("unit", self.slot_count, free, ["unit.normal"]))
         at = self.random.randrange(len(self.mailbox.messages))
         job, node = self.mailbox.messages.pop(at)
         if self.random.random() < 0.05:

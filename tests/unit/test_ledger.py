@@ -7,7 +7,7 @@ from redis.exceptions import ResponseError
 
 from rlm_tasks import JobRequest, NWay, codec
 from rlm_tasks.dispatch import mint
-from rlm_tasks.ledger import MERGE, ROOT, Child, Claim, Report, Split
+from rlm_tasks.ledger import MERGE, ROOT, Child, Claim, Report, Split, Suspect
 from rlm_tasks.spec import Spec
 from tests.unit.harness import Platform
 
@@ -58,8 +58,8 @@ def test_a_finished_job_has_one_last_caller_and_is_closed_once(platform: Platfor
 
     assert done(platform, claim, 100) == MERGE
     assert done(platform, claim, 100) == MERGE, "the same caller, whose answer was lost"
-    assert platform.ledger.close(spec.job, 1, "succeeded", b"answer") == "succeeded"
-    assert platform.ledger.close(spec.job, 1, "succeeded", b"other") == ""
+    assert platform.ledger.close(spec.job, claim.token, "succeeded", b"answer") == "succeeded"
+    assert platform.ledger.close(spec.job, claim.token, "succeeded", b"other") == ""
     assert platform.ledger.claim(spec.job, ROOT, "late", "w").answer == "closed"
     assert platform.ledger.facts(spec.job)["state"] == "succeeded"
 
@@ -94,12 +94,12 @@ def test_parts_that_do_not_tile_the_range_are_refused_whole(platform: Platform, 
 
 def test_a_holder_that_was_replaced_is_fenced(platform: Platform, spec: Spec) -> None:
     stale = claimed(platform, spec)
-    assert platform.ledger.release(spec.job, ROOT, stale.epoch, 7, 1)
+    assert platform.ledger.release(spec.job, ROOT, stale.token, 7, "SIGKILL")
     fresh = claimed(platform, spec, token="other")
 
-    assert (fresh.epoch, fresh.suspects) == (2, {7: 1})
+    assert (fresh.epoch, fresh.suspects) == (2, (Suspect(7, 1, "SIGKILL", condemned=False),))
     assert done(platform, stale, 100) == "stale"
-    assert not platform.ledger.release(spec.job, ROOT, stale.epoch, 7, 1)
+    assert not platform.ledger.release(spec.job, ROOT, stale.token, 7, "SIGKILL")
     [word] = platform.store.run(platform.ledger.pulse(stale, 1, 0, 0))
     assert word == b"fenced"
     assert done(platform, fresh, 100) == MERGE
@@ -113,8 +113,9 @@ def test_the_sweep_takes_back_what_is_overdue_and_fences_its_holder(platform: Pl
 
     assert swept.send == (ROOT,)
     assert platform.ledger.sweep(spec.job).send == (), "its message was sent again just now"
+    fresh = claimed(platform, spec, token="other")
+    assert (fresh.epoch, fresh.losses) == (2, 1)
     assert done(platform, stale, 100) == "stale"
-    assert claimed(platform, spec, token="other").epoch == 2
 
 
 def test_a_parked_node_waits_and_is_woken_by_the_sweep(platform: Platform, spec: Spec) -> None:
@@ -133,9 +134,9 @@ def test_a_beat_keeps_the_lease_of_its_holder_only(platform: Platform, spec: Spe
     due = platform.keys.of(spec.job).due
     platform.store.client.zadd(due, {ROOT: 1})
 
-    platform.ledger.beat([(spec.job, ROOT, claim.epoch + 1)])
+    platform.ledger.beat([(spec.job, ROOT, "somebody else's")])
     assert platform.store.client.zscore(due, ROOT) == 1
-    platform.ledger.beat([(spec.job, ROOT, claim.epoch)])
+    platform.ledger.beat([(spec.job, ROOT, claim.token)])
     assert platform.store.client.zscore(due, ROOT) > 1
 
 

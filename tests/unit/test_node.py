@@ -9,6 +9,7 @@ from rlm_tasks import JobRequest, NWay
 from rlm_tasks.ledger import ROOT
 from rlm_tasks.node import run_node
 from rlm_tasks.spec import SCHEMA, Spec
+from rlm_tasks.tasks import beyond_this_worker
 from tests.unit.harness import Platform
 
 
@@ -16,29 +17,46 @@ def opened(platform: Platform, **changed: object) -> Spec:
     """Open a job whose spec is changed in a way that a client of this version would not."""
     spec = platform.submit(JobRequest(operation="sum", items=range(10)))
     changed_spec = msgspec.structs.replace(spec, job="other", **changed)
-    platform.ledger.open([changed_spec], 3600)
+    platform.ledger.open([(changed_spec, "token")], 3600)
     return changed_spec
 
 
-@pytest.mark.parametrize(
-    ("changed", "why"),
-    [
-        ({"operation": "summ"}, "did you mean 'sum'"),
-        ({"version": 2}, "version 2, this worker has 1"),
-        ({"schema": SCHEMA + 1}, "schema"),
-    ],
-    ids=["unknown operation", "newer version", "newer schema"],
-)
-def test_work_for_another_worker_is_parked_with_the_reason(changed: dict[str, object], why: str) -> None:
+def test_an_operation_nobody_knows_here_is_parked_with_the_reason() -> None:
     platform = Platform()
-    spec = opened(platform, **changed)
+    spec = opened(platform, operation="summ")
 
     fills = run_node(platform.runtime, spec.job, ROOT)
 
     [record] = platform.ledger.records(spec.job, [ROOT])
     assert (fills, record.state) == (False, "p")
-    assert why in record.why
+    assert "did you mean 'sum'" in record.why
     assert run_node(platform.runtime, spec.job, ROOT) is False, "parked: its slot is left alone"
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({}, ""),
+        ({"schema": SCHEMA, "operation": "sum", "version": 1}, ""),
+        ({"schema": SCHEMA - 1, "operation": "sum", "version": 0}, ""),
+        ({"schema": SCHEMA + 1, "operation": "sum", "version": 1}, f"jobs of schema {SCHEMA + 1}"),
+        ({"schema": SCHEMA, "operation": "sum", "version": 2}, "version 2 of operation 'sum'; this worker has 1"),
+    ],
+)
+def test_a_worker_knows_by_the_header_what_is_beyond_it(told: dict[str, object], why: str) -> None:
+    assert beyond_this_worker(told).startswith(why)
+    assert bool(beyond_this_worker(told)) == bool(why)
+
+
+def test_a_job_of_a_newer_schema_is_left_untouched() -> None:
+    platform = Platform()
+    spec = opened(platform, schema=SCHEMA + 1)
+    before = {key: platform.store.client.dump(key) for key in platform.keys.of(spec.job)}
+
+    assert run_node(platform.runtime, spec.job, ROOT) is False
+    assert platform.ledger.sweep(spec.job).send == ()
+
+    assert {key: platform.store.client.dump(key) for key in platform.keys.of(spec.job)} == before
 
 
 def test_messages_that_find_nothing_to_run_leave_or_fill_their_slot() -> None:

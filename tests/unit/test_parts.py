@@ -18,7 +18,7 @@ from rlm_tasks.builtins import aggregate, sum_items
 from rlm_tasks.code_metrics import measure_file, merge_reports
 from rlm_tasks.failures import failure_of
 from rlm_tasks.operations import Context, get
-from rlm_tasks.page import Page
+from rlm_tasks.page import Held, Page
 from rlm_tasks.results import SuccessfulItems
 from rlm_tasks.settings import Settings, settings
 from scheduler.slots import SlotBoard
@@ -51,15 +51,15 @@ def test_long_data_is_compressed() -> None:
 def test_the_page_tells_what_each_process_holds() -> None:
     page = Page()
     first, second = page.slot(0), page.slot(7)
-    first.hold(11, "job-a", "node-a", 3, 1.5)
-    second.hold(12, "job-b", "node-b", 1, 2.5)
+    first.hold(11, "job-a", "node-a", "00112233aabbccdd", 1.5)
+    second.hold(12, "job-b", "node-b", "ff" * 8, 2.5)
 
     second.start_item(42)
     first.start_item(41)
     first.boundary(9.5)
 
     held = {each.pid: each for each in page.held()}
-    assert (held[11].job, held[11].node, held[11].epoch, held[11].item, held[11].since) == ("job-a", "node-a", 3, -1, 9.5)
+    assert held[11] == Held(11, "job-a", "node-a", "00112233aabbccdd", -1, 9.5)
     assert held[12].item == 42
     first.let_go()
     assert [each.pid for each in page.held()] == [12]
@@ -69,7 +69,7 @@ def test_a_forked_process_writes_to_the_same_page() -> None:
     page = Page()
     child = os.fork()
     if child == 0:
-        page.slot(1).hold(os.getpid(), "job", "node", 1, 0.0)
+        page.slot(1).hold(os.getpid(), "job", "node", "00" * 8, 0.0)
         os._exit(0)
     os.waitpid(child, 0)
 
@@ -107,14 +107,13 @@ def test_keys_of_a_job_share_its_hash_tag_and_its_namespace() -> None:
 def test_free_slots_are_taken_once() -> None:
     store, keys = Store("redis://fake", client=fakeredis.FakeRedis()), Keys("unit")
     board = SlotBoard(store, keys)
-    board.publish("a", 4, 2, ["high", "normal"])
-    board.publish("b", 4, 3, ["normal"])
+    store.run(board.publish("a", 4, 2, ["high", "normal"]), board.publish("b", 4, 3, ["normal"]))
 
     assert store.run(board.take("normal", 4)) == [[4, 8]]
     assert store.run(board.take("normal", 4)) == [[1, 8]]
     assert store.run(board.take("high", 4)) == [[0, 4]]
     assert store.run(board.take("low", 4)) == [[0, 0]]
-    board.publish("a", 4, 1, ["high", "normal"])
+    store.run(board.publish("a", 4, 1, ["high", "normal"]))
     board.withdraw("b")
     assert store.run(board.take("normal", 4)) == [[1, 4]]
 
