@@ -20,7 +20,7 @@ from rlm_tasks.runtime import Runtime
 from rlm_tasks.settings import Settings
 from rlm_tasks.settings import settings as environment
 from rlm_tasks.upstream import leave_promptly, survive_restarts_of_redis
-from rlm_tasks.worker import GuardStep, drain_on_shutdown
+from rlm_tasks.worker import GuardStep, drain_when_told_to_stop
 
 VISIBILITY_TIMEOUT_S = 4 * 3600
 """Longer than any node runs: lost work is recovered by the ledger's sweep, not by redelivery."""
@@ -91,8 +91,9 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
         except InvalidRequest as error:
             raise SystemExit(f"Error: {error}") from None
         runtime().worker = sender.hostname
-        leave_promptly()
+        leave_promptly(lambda: runtime().page.draining)
         survive_restarts_of_redis()
+        drain_when_told_to_stop(app)
 
     def say_ready(**_: Any) -> None:
         if wanted.ready_file:
@@ -104,7 +105,6 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
     app.steps["worker"].add(GuardStep)
     signals.worker_init.connect(prepare, weak=False)
     signals.worker_ready.connect(say_ready, weak=False)
-    drain_on_shutdown(app)
     return app
 
 

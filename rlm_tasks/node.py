@@ -114,6 +114,7 @@ class NodeRun:
                 self._work.give_up(self._claim.lo, self._condemnation(self._quarantined))
             else:
                 self._work.run(self._boundary)
+            self._page.boundary(time.monotonic())
         return self._finish()
 
     # --- cutting ------------------------------------------------------------------------------------
@@ -160,8 +161,8 @@ class NodeRun:
 
     def _boundary(self) -> bool:
         """Decide at a slice boundary whether to go on; True: hand over the rest."""
-        self._runtime.reached(CrashPoint.MID_SLICE)
         self._page.boundary(time.monotonic())
+        self._runtime.reached(CrashPoint.MID_SLICE)
         self._work.harvest.fold()
         shape, at = self._spec.shape, self._standing("go")
         sharable = may_fan_out(shape, at)

@@ -26,6 +26,7 @@ from resilience.errors import StoreUnavailable
 from rlm_tasks.dispatch import NODE_TASK
 from rlm_tasks.page import Held
 from rlm_tasks.runtime import Runtime
+from rlm_tasks.upstream import handle_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -205,32 +206,25 @@ def drain(app: Any) -> None:
         guard.wake()
 
 
-def drain_on_shutdown(app: Any) -> None:
-    """Drain as soon as the main process is told to stop, and let a signal to its whole group mean the same.
+def drain_when_told_to_stop(app: Any) -> None:
+    """Drain as soon as the main process gets its signal, and let one to the whole group mean the same.
 
     docker, systemd and Kubernetes may signal every process of the group; a stock pool process dies of it in the
     middle of an item.
     """
+    page = app.rlm_runtime().page
 
-    def draining(**_: Any) -> None:
-        drain(app)
+    def on_sigterm(*_: Any) -> None:
+        until = time.monotonic() + GROUP_SIGNAL_S
+        while not page.draining and time.monotonic() < until:
+            time.sleep(0.01)
+        if page.terminating or not page.draining:
+            # Meant for this process alone: revoke(terminate=True), a time limit, a cold shutdown.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    def leave_it_to_the_main_process(**_: Any) -> None:
-        page = app.rlm_runtime().page
-
-        def on_sigterm(*_: Any) -> None:
-            until = time.monotonic() + GROUP_SIGNAL_S
-            while not page.draining and time.monotonic() < until:
-                time.sleep(0.01)
-            if page.terminating or not page.draining:
-                # Meant for this process alone: revoke(terminate=True), a time limit, a cold shutdown.
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        signal.signal(signal.SIGTERM, on_sigterm)
-
-    signals.worker_shutting_down.connect(draining, weak=False)
-    signals.worker_process_init.connect(leave_it_to_the_main_process, weak=False)
+    signals.worker_shutting_down.connect(lambda **_: drain(app), weak=False)
+    handle_sigterm(on_sigterm)
 
 
 class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types

@@ -1,0 +1,161 @@
+"""Cells of the fault matrix: a job, a worker with a fault at one crash point, and the oracle that looks at the end."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from rlm_tasks import Client, Job, NWay, Status, embedded
+from tests.integration.conftest import client_of, environment_of
+from tests.support import wait_until
+
+LEASE_S, SWEEP_S = 2.0, 0.5
+ITEMS = 60
+RECOVERED: list[tuple[str, str, float]] = []
+"""(what died, crash point, seconds from the fault to the job's end), for the summary."""
+
+
+@dataclass
+class Cell:
+    """One job, one fault, and what is known afterwards."""
+
+    client: Client
+    environment: dict[str, str]
+    folder: Path
+    log: Path
+    stack: ExitStack
+    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def worker(self, *, fault: tuple[str, str] | None = None, nth: int = 1, options: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+        """Start a worker, with a deed at a crash point or without."""
+        environment = dict(self.environment)
+        if fault is not None:
+            point, deed = fault
+            environment |= {"FAULT_POINT": point, "FAULT_DO": deed, "FAULT_NTH": str(nth), "FAULT_FOLDER": str(self.folder)}
+        app = "rlm_tasks" if fault is None else "tests.faults.app"
+        process = self.stack.enter_context(
+            embedded.worker(environment, log=self.log, app=app, options=["-n", f"w{len(self.workers)}@test", *options])
+        )
+        self.workers.append(process)
+        return process
+
+    def submit(self, items: int = ITEMS, ms: float = 2.0) -> Job:
+        """Open the job that every cell runs: chords, tail calls and a journal of what ran."""
+        return self.client.submit(
+            operation="journalled", items=range(items), params={"ms": ms, "journal": str(self.folder / "journal")},
+            strategy=NWay(split_factor=3, min_chunk_size=items // 6),
+        )  # fmt: skip
+
+    def journal(self) -> list[int]:
+        """Return the index of every item that ran, as often as it ran."""
+        path = self.folder / "journal"
+        return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def wait_for_fault(self) -> float:
+        """Wait until the crash point is reached; return when, on the wall clock."""
+        wait_until((self.folder / "reached").exists)
+        return (self.folder / "reached").stat().st_mtime
+
+    def go(self) -> None:
+        """Let a held process go on."""
+        (self.folder / "go").touch()
+
+    def check(self, job: Job, *, since: float | None = None, what: str = "", point: str = "", within_s: float = 30.0) -> float:
+        """Wait for the end and hold the job against the oracle; return the seconds it took since the fault."""
+        result = job.result(timeout=within_s)
+        took = time.time() - since if since is not None else 0.0
+        n = result.total
+        assert result.output == list(range(n)), "the right answer"
+        assert (result.done, result.failed_count, result.skipped) == (n, 0, 0), "every index counted once"
+        assert set(self.journal()) == set(range(n)), "every item has run"
+        events = self.client.ledger.store.client.xrange(self.client.ledger.keys.of(job.id).events)
+        closed = [entry for _, entry in events if entry[b"event"] == b"closed"]
+        assert [entry[b"detail"] for entry in closed] == [b"succeeded"], "one final result"
+        self.check_keys(job)
+        if since is not None:
+            RECOVERED.append((what, point, took))
+        return took
+
+    def check_keys(self, job: Job) -> None:
+        """No key of the job is without an expiry, and none that only a running job needs is left."""
+        client, keys = self.client.ledger.store.client, self.client.ledger.keys.of(job.id)
+        prefix = self.client.settings.namespace
+        own = [key for key in client.scan_iter(f"{prefix}:*") if job.id.encode() in key]
+        assert [key for key in own if client.ttl(key) == -1] == [], "no key without expiry"
+        assert client.exists(keys.due, keys.waiting, keys.inflight, keys.splits, keys.deaths) == 0
+
+
+@contextmanager
+def cell(server: embedded.Server, name: str, folder: Path, log: Path, **more: str) -> Iterator[Cell]:
+    """A cell on a server, in a namespace of its own."""
+    environment = environment_of(
+        server.url,
+        name,
+        RLM_OPERATIONS="tests.integration.ops,tests.faults.ops",
+        RLM_LEDGER__LEASE_S=str(LEASE_S),
+        RLM_LEDGER__SWEEP_S=str(SWEEP_S),
+        RLM_NODE__SLICE_MS="5",
+        **more,
+    )
+    del environment["RLM_LEDGER__GRACE_S"]
+    with client_of(environment) as client, ExitStack() as stack:
+        yield Cell(client, environment, folder, log, stack)
+
+
+def name_of(request: pytest.FixtureRequest) -> str:
+    """A namespace for one test."""
+    return f"f{abs(hash(request.node.nodeid)) % 10**10}"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[embedded.Server]:
+    """The server of all cells in which Redis stays alive."""
+    with embedded.server() as own:
+        yield own
+
+
+@pytest.fixture
+def on_shared(server: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cell]:
+    """A cell on the shared server."""
+    with cell(server, name_of(request), tmp_path, tmp_path / "worker.log") as own:
+        yield own
+
+
+@pytest.fixture
+def durable(tmp_path: Path) -> Iterator[embedded.Server]:
+    """A server of the test's own, with an append-only file."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    own = embedded.Server(folder, durable=True)
+    own.start()
+    yield own
+    own.stop()
+
+
+@pytest.fixture
+def on_durable(durable: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cell]:
+    """A cell on the durable server."""
+    with cell(durable, name_of(request), tmp_path, tmp_path / "worker.log") as own:
+        yield own
+
+
+def ended(job: Job) -> Status:
+    """Return the status of a job that must have ended."""
+    assert job.status.final
+    return job.status
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how long recovery took, by what died; docs/reliability.md quotes it."""
+    if not RECOVERED:
+        return
+    terminalreporter.section("recovery, seconds from the fault to the end of the job")
+    for what in dict.fromkeys(what for what, _, _ in RECOVERED):
+        took = sorted(seconds for each, _, seconds in RECOVERED if each == what)
+        terminalreporter.write_line(f"{what:42} {len(took):3} cells   median {took[len(took) // 2]:5.2f}   slowest {took[-1]:5.2f}")

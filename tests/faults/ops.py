@@ -1,0 +1,83 @@
+"""Operations of the fault tests: they keep a journal of what ran, outside of everything that may die."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from rlm_tasks import Context, operation
+
+
+def _concatenated(parts: Iterable[list[Any]]) -> list[Any]:
+    return [item for part in parts for item in part]
+
+
+def note(path: str, line: Any) -> None:
+    """Append a line to a journal, whole or not at all."""
+    journal = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(journal, f"{line}\n".encode())
+    os.close(journal)
+
+
+@operation("journalled", merge=_concatenated)
+def journalled(index: int, ctx: Context) -> list[int]:
+    """Take `ms` of time, write the index down, answer with it."""
+    time.sleep(ctx.params["ms"] / 1000)
+    note(ctx.params["journal"], index)
+    return [index]
+
+
+@operation("holds_the_interpreter", merge=_concatenated)
+def holds_the_interpreter(index: int, ctx: Context) -> list[int]:
+    """Spend seconds in C code that never lets another thread run."""
+    note(ctx.params["journal"], index)
+    ctypes.PyDLL(None).sleep(int(ctx.params["seconds"]))
+    return [index]
+
+
+@operation("eats_memory", merge=_concatenated)
+def eats_memory(index: int, ctx: Context) -> list[int]:
+    """Ask for more memory than the process may have, at one item."""
+    if index == ctx.params["at"]:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        bytearray(2**31)
+    return [index]
+
+
+@operation("poison", merge=_concatenated)
+def poison(index: int, ctx: Context) -> list[int]:
+    """End the process, or the whole worker, at some items; a file says when they have become harmless."""
+    if index in ctx.params["poison"] and not os.path.exists(ctx.params.get("cured", "")):
+        if ctx.params.get("worker"):
+            kill_worker()
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(ctx.params.get("ms", 0) / 1000)
+    return [index]
+
+
+def _deadly_merge(parts: Iterable[list[int]]) -> list[int]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return _concatenated(parts)
+
+
+@operation("deadly_merge", merge=_deadly_merge)
+def deadly_merge(index: int) -> list[int]:
+    """Have a merge that ends its process."""
+    return [index]
+
+
+def kill_worker() -> None:
+    """End the main process of this pool process, and all of its pool processes, at once."""
+    import psutil
+
+    main = psutil.Process(os.getppid())
+    others = [each for each in main.children() if each.pid != os.getpid()]
+    for each in (main, *others):
+        os.kill(each.pid, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)

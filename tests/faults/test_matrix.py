@@ -1,0 +1,91 @@
+"""{what dies} x {crash point}: the answer is exact, every index counts once, one final result, nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import psutil
+import pytest
+
+from rlm_tasks.crashpoints import CrashPoint
+from tests.faults.conftest import LEASE_S, SWEEP_S, Cell
+from tests.support import wait_until
+
+# Recovery is bounded by the lease, the sweep and the grace (a sweep by default); the rest is a new worker's start
+# and the job itself.
+BOUND_S = LEASE_S + 2 * SWEEP_S + 4.0
+NTH = {CrashPoint.BEFORE_CLAIM: 3, CrashPoint.AFTER_CLAIM: 3, CrashPoint.BEFORE_FINISH: 3}
+"""Not the root, where every node comes by."""
+points = pytest.mark.parametrize("point", list(CrashPoint), ids=lambda point: point.replace(" ", "-"))
+
+
+def faulted(cell: Cell, point: CrashPoint, deed: str, **more: object) -> object:
+    """Start a worker that will do the deed at the point."""
+    return cell.worker(fault=(point, deed), nth=NTH.get(point, 1), **more)  # type: ignore[arg-type]  # options
+
+
+@points
+def test_a_pool_process_is_killed(on_shared: Cell, point: CrashPoint) -> None:
+    faulted(on_shared, point, "kill_process")
+    job = on_shared.submit()
+
+    assert on_shared.check(job, since=on_shared.wait_for_fault(), what="SIGKILL of a pool process", point=point) < 6.0
+
+
+@points
+def test_a_whole_worker_is_killed(on_shared: Cell, point: CrashPoint) -> None:
+    worker = faulted(on_shared, point, "kill_worker")
+    job = on_shared.submit()
+    since = on_shared.wait_for_fault()
+    worker.wait(5)  # type: ignore[attr-defined]  # a process
+    on_shared.worker()
+
+    assert on_shared.check(job, since=since, what="SIGKILL of the only worker", point=point) < BOUND_S
+
+
+@points
+def test_a_worker_is_stopped_for_longer_than_its_lease_and_goes_on(on_shared: Cell, point: CrashPoint) -> None:
+    worker = psutil.Process(faulted(on_shared, point, "stop_worker").pid)  # type: ignore[attr-defined]  # a process
+    job = on_shared.submit()
+    since = on_shared.wait_for_fault()
+    everyone = [worker, *worker.children()]
+    wait_until(lambda: all(each.status() == psutil.STATUS_STOPPED for each in everyone))
+    on_shared.worker()
+
+    took = on_shared.check(job, since=since, what="SIGSTOP of a worker beyond its lease", point=point)
+    before = on_shared.client.ledger.facts(job.id)
+    for each in everyone:
+        os.kill(each.pid, signal.SIGCONT)
+
+    assert took < BOUND_S
+    again = on_shared.submit()
+    on_shared.check(again)
+    wait_until(lambda: not any(held for held in on_shared.client.jobs() if not held.ready()))
+    assert on_shared.client.ledger.facts(job.id) == before, "what the stale holder hands in is ignored"
+    assert worker.is_running()
+
+
+@points
+@pytest.mark.parametrize("deed", ["term_worker", "term_group"])
+def test_a_worker_is_told_to_stop(on_shared: Cell, point: CrashPoint, deed: str) -> None:
+    worker = faulted(on_shared, point, deed)
+    job = on_shared.submit()
+    since = on_shared.wait_for_fault()
+    assert worker.wait(5) == 0  # type: ignore[attr-defined]  # a process
+    on_shared.worker()
+
+    what = "SIGTERM to the main process" if deed == "term_worker" else "SIGTERM to the process group"
+    took = on_shared.check(job, since=since, what=what, point=point)
+
+    assert took < BOUND_S
+    ran = on_shared.journal()
+    assert len(ran) == len(set(ran)), "nothing is computed again"
+
+
+@points
+def test_a_process_runs_into_the_hard_time_limit(on_shared: Cell, point: CrashPoint) -> None:
+    faulted(on_shared, point, "exceed", options=["--time-limit", "2"])
+    job = on_shared.submit()
+
+    on_shared.check(job, since=on_shared.wait_for_fault(), what="hard time limit of 2 s", point=point)
