@@ -183,6 +183,78 @@ def retry(ctx: click.Context, job_id: str, as_json: bool) -> None:
     click.echo(json.dumps({"id": again.id}) if as_json else again.id)
 
 
+# --- quarantine --------------------------------------------------------------------------------------
+
+
+@rlm.group()
+def quarantine() -> None:
+    """Items that are not run again, because their process died too often while they ran."""
+
+
+@quarantine.command("list")
+@click.option("--job", "job_id", help="Of one job only.")
+@_as_json
+@click.pass_context
+def list_quarantine(ctx: click.Context, job_id: str | None, as_json: bool) -> None:
+    """List quarantined items, those of the newest job first."""
+    from dataclasses import asdict
+
+    client = _client(ctx)
+    items = client.job(job_id).quarantined() if job_id else client.quarantine()
+    if as_json:
+        click.echo(json.dumps([asdict(item) for item in items]))
+        return
+    if not items:
+        click.echo("Nothing is in quarantine.")
+        return
+    columns = ("job", "index", "operation", "item", "attempts", "died of")
+    rows = ((i.job_id, str(i.index), i.operation, i.item, i.attempts, i.last_signal) for i in items)
+    _table("Quarantine", columns, rows)
+    click.echo("Once the cause is mended: rlm quarantine replay JOB [INDEX ...]; to forget: rlm quarantine drop JOB [INDEX ...]")
+
+
+@quarantine.command("show")
+@click.argument("job_id")
+@click.argument("index", type=int)
+@_as_json
+@click.pass_context
+def show_quarantined(ctx: click.Context, job_id: str, index: int, as_json: bool) -> None:
+    """Show one quarantined item: where it lies, how often it was tried, what it did."""
+    from dataclasses import asdict
+
+    from rlm_tasks.errors import InvalidRequest
+
+    items = {item.index: item for item in _client(ctx).job(job_id).quarantined()}
+    if index not in items:
+        raise InvalidRequest("index", index, f"is not in quarantine; in job {job_id} there are {sorted(items)}")
+    about = asdict(items[index])
+    click.echo(
+        json.dumps(about) if as_json else "\n".join(f"{name.replace('_', ' '):12} {value}" for name, value in about.items())
+    )
+
+
+@quarantine.command()
+@click.argument("job_id")
+@click.argument("indexes", type=int, nargs=-1)
+@_as_json
+@click.pass_context
+def replay(ctx: click.Context, job_id: str, indexes: tuple[int, ...], as_json: bool) -> None:
+    """Open a new job on quarantined items, all of them or those named, and take them out of quarantine."""
+    again = _client(ctx).job(job_id).replay_quarantined(*indexes)
+    click.echo(json.dumps({"id": again.id}) if as_json else again.id)
+
+
+@quarantine.command()
+@click.argument("job_id")
+@click.argument("indexes", type=int, nargs=-1)
+@_as_json
+@click.pass_context
+def drop(ctx: click.Context, job_id: str, indexes: tuple[int, ...], as_json: bool) -> None:
+    """Forget quarantined items, all of them or those named."""
+    dropped = _client(ctx).job(job_id).drop_quarantined(*indexes)
+    click.echo(json.dumps({"dropped": dropped}) if as_json else f"{len(dropped)} dropped")
+
+
 def _print_result(result: JobResult, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(result.to_dict(), default=str))

@@ -28,7 +28,7 @@ from rlm_tasks.errors import InvalidRequest, JobNotFound
 from rlm_tasks.job import Job
 from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report
 from rlm_tasks.requests import Conditions, JobRequest, Options
-from rlm_tasks.results import JobResult, Status
+from rlm_tasks.results import JobResult, QuarantinedItem, Status
 from rlm_tasks.settings import Settings
 from rlm_tasks.sources import ItemReader, ItemWriter, Source
 from rlm_tasks.spec import Spec
@@ -114,6 +114,11 @@ class Client:
         """Return the newest jobs of this platform, the newest first."""
         return [Job(self, id) for id, _ in self._reachable(lambda: self.ledger.jobs(limit))]
 
+    def quarantine(self) -> list[QuarantinedItem]:
+        """Return the quarantined items of all jobs, the newest job first."""
+        jobs = self._reachable(self.ledger.quarantined_jobs)
+        return [item for job in jobs for item in self._reachable(functools.partial(self.ledger.quarantined, job))]
+
     # --- how a request becomes a job ----------------------------------------------------------------
 
     def _request(self, request: Request | None, fields: dict[str, Any]) -> JobRequest:
@@ -149,7 +154,9 @@ class Client:
         if first is not None and first != spec:
             differs = [name for name in spec.__struct_fields__ if getattr(first, name) != getattr(spec, name)]
             raise InvalidRequest(
-                "idempotency_key", spec.idempotency_key, f"names job {spec.job}, which differs in {', '.join(differs)}; use another"
+                "idempotency_key",
+                spec.idempotency_key,
+                f"names job {spec.job}, which differs in {', '.join(differs)}; use another",
             )
 
     def _check(self, request: JobRequest) -> None:

@@ -91,9 +91,7 @@ class Dispatcher:
         if merges and splits:
             self._set_sizes(spec.job, splits)
         bodies = {split.id: split for split in splits} if merges else {}
-        self._publish(
-            (spec, child.id, Slot(child.sp, child.ix, child.t), bodies.get(child.sp)) for child in children
-        )
+        self._publish((spec, child.id, Slot(child.sp, child.ix, child.t), bodies.get(child.sp)) for child in children)
 
     def resend(self, job: str, nodes: Sequence[str], *, merges: bool) -> None:
         """Send the messages of registered nodes again, from their records."""

@@ -34,6 +34,7 @@ from rlm_tasks.results import (
     Metrics,
     Partial,
     Progress,
+    QuarantinedItem,
     Status,
     SuccessfulItems,
     TreeNode,
@@ -222,6 +223,35 @@ class Job:
         if not failed:
             raise InvalidRequest("job", self.id, "has no failed items")
         return self._client.resubmit(spec, self._items(spec, failed))
+
+    def quarantined(self) -> list[QuarantinedItem]:
+        """Return the items that are not run again because their process died too often, in order."""
+        return self._reachable(lambda: self._ledger.quarantined(self.id))
+
+    def replay_quarantined(self, *indexes: int) -> Job:
+        """Open a new job on quarantined items (all of them by default), and take them out of quarantine.
+
+        Raises InvalidRequest for an index that is not in quarantine, JobNotFound when the job has expired.
+        """
+        chosen = self._in_quarantine(indexes)
+        spec = self._spec()
+        again = self._client.resubmit(spec, self._items(spec, chosen))
+        self._reachable(lambda: self._ledger.drop_quarantined(self.id, chosen))
+        return again
+
+    def drop_quarantined(self, *indexes: int) -> list[int]:
+        """Forget quarantined items, all of them by default; return their indexes.  Raises InvalidRequest."""
+        chosen = self._in_quarantine(indexes)
+        self._reachable(lambda: self._ledger.drop_quarantined(self.id, chosen))
+        return chosen
+
+    def _in_quarantine(self, indexes: tuple[int, ...]) -> list[int]:
+        known = [item.index for item in self.quarantined()]
+        if unknown := sorted(set(indexes) - set(known)):
+            raise InvalidRequest("index", unknown[0], f"is not in quarantine; in job {self.id} there are {known}")
+        if not known:
+            raise InvalidRequest("job", self.id, "has no items in quarantine")
+        return sorted(indexes) or known
 
     def _items(self, spec: Spec, indexes: list[int]) -> Iterator[Any]:
         for index in indexes:

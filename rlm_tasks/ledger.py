@@ -17,6 +17,7 @@ import msgspec
 from resilience.keys import Keys
 from resilience.store import LOST, Argument, Call, Script, Store
 from rlm_tasks import spec as specs
+from rlm_tasks.results import QuarantinedItem
 from rlm_tasks.settings import LedgerSettings
 from rlm_tasks.spec import Spec
 
@@ -284,7 +285,9 @@ class Ledger:
     def _index_quarantine(self, job: str) -> None:
         # Before FINISH, as with the index of due jobs: an entry without records is dropped when it is read.
         pipe = self.store.client.pipeline(transaction=False)
-        pipe.zadd(self.keys.quarantined, {job: self.store.now_ms()})
+        now_ms = self.store.now_ms()
+        pipe.zadd(self.keys.quarantined, {job: now_ms})
+        pipe.zremrangebyscore(self.keys.quarantined, "-inf", now_ms - QUARANTINE_TTL_S * 1000)
         pipe.expire(self.keys.quarantined, QUARANTINE_TTL_S)
         pipe.execute()
 
@@ -420,6 +423,23 @@ class Ledger:
     def _indexes(self, key: str) -> list[int]:
         found = self.patiently(lambda: self.store.client.zrange(key, 0, -1))
         return [int(each) for each in cast(list[bytes], found)]
+
+    def quarantined_jobs(self) -> list[str]:
+        """Return the jobs that have, or had, quarantined items, the newest first."""
+        found = self.patiently(lambda: self.store.client.zrange(self.keys.quarantined, 0, -1, desc=True))
+        return [each.decode() for each in cast(list[bytes], found)]
+
+    def quarantined(self, job: str) -> list[QuarantinedItem]:
+        """Return a job's quarantined items, in order."""
+        found = self.patiently(lambda: self.store.client.hvals(self.keys.of(job).quarantine))
+        decoded = [msgspec.json.decode(each, type=QuarantinedItem) for each in cast(list[bytes], found)]
+        return sorted(decoded, key=lambda item: item.index)
+
+    def drop_quarantined(self, job: str, indexes: Sequence[int]) -> None:
+        """Forget quarantined items; a job without any leaves the list."""
+        self.patiently(lambda: self.store.client.hdel(self.keys.of(job).quarantine, *map(str, indexes)))
+        if not self.quarantined(job):
+            self.patiently(lambda: self.store.client.zrem(self.keys.quarantined, job))
 
     def jobs(self, limit: int) -> list[tuple[str, int]]:
         """Return (job, ms opened), the newest first."""

@@ -70,11 +70,22 @@ def run_node(runtime: Runtime, job: str, node: str) -> bool:
         if claim.answer == "run":
             runtime.reached(CrashPoint.AFTER_CLAIM)
             return _work(runtime, claim, page)
+    except MemoryError:
+        _give_up_for_memory(runtime, job, node, token)
+        return False
     finally:
         page.let_go()
     if claim.waiting:
         runtime.resend(job, claim.waiting)
     return claim.answer in ("done", "closed")
+
+
+def _give_up_for_memory(runtime: Runtime, job: str, node: str, token: str) -> None:
+    """Treat it as the death of this process, which it nearly is: the range is halved, a lone item is a suspect."""
+    logger.error("Node %s of job %s needs more memory than there is; it is given back", node, job)
+    for held in (node, MERGE):
+        if runtime.ledger.release(job, held, token, -1, "MemoryError"):
+            runtime.resend(job, [held])
 
 
 def _work(runtime: Runtime, claim: Claim, page: PageSlot) -> bool:
@@ -143,7 +154,7 @@ class NodeRun:
             self._reason = None if alone else Reason.ISOLATE
             self._quarantined = next((s for s in claim.suspects if s.condemned and s.index == claim.lo), None)
         else:
-            halves = fork(claim.lo, claim.hi, claim.depth, 2)
+            halves = fork(claim.lo, claim.hi, claim.depth, 2, bounded=True)
             self._fork = isolate(claim.lo, claim.hi, claim.depth, suspects) if suspects else halves
             self._reason = Reason.ISOLATE
 

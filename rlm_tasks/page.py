@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 SLOTS = 1024
 _HEADER = 64
-_SLOT = struct.Struct("<II8sqd40s16s")  # generation (odd: being written), pid, token, item, time, job, node
+_SLOT = struct.Struct("<II8sqd40s16sB")  # generation (odd: being written), pid, token, item, time, job, node, doomed
 _ITEM = struct.Struct("<q")
 _TIME = struct.Struct("<d")
 _GENERATION = struct.Struct("<I")
-_ITEM_AT, _TIME_AT = 16, 24
+_ITEM_AT, _TIME_AT, _DOOMED_AT = 16, 24, 88
 _DRAINING_AT, _HUNGRY_AT, _RECALLS_AT, _TERMINATING_AT = 0, 1, 2, 3
 
 
@@ -92,10 +92,16 @@ class Page:
             if (found := self._read(offset)) is not None and found.pid == pid:
                 PageSlot(self._memory, offset).let_go()
 
+    def doom(self, pid: int) -> None:
+        """Say that a process is about to be terminated on purpose: a signal that it gets is meant for it."""
+        for offset in range(_HEADER, len(self._memory), _SLOT.size):
+            if (found := self._read(offset)) is not None and found.pid == pid:
+                self._memory[offset + _DOOMED_AT] = 1
+
     def _read(self, offset: int) -> Held | None:
         for _ in range(100):
             before = _GENERATION.unpack_from(self._memory, offset)[0]
-            _, pid, token, item, since, job, node = _SLOT.unpack_from(self._memory, offset)
+            _, pid, token, item, since, job, node, _ = _SLOT.unpack_from(self._memory, offset)
             if before % 2 == 0 and before == _GENERATION.unpack_from(self._memory, offset)[0]:
                 held = Held(pid, job.rstrip(b"\0").decode(), node.rstrip(b"\0").decode(), token.hex(), item, since)
                 return held if held.job else None
@@ -117,6 +123,11 @@ class PageSlot:
         """Say that nothing is."""
         self._write(0, "", "", bytes(8), 0.0)
 
+    @property
+    def doomed(self) -> bool:
+        """Whether this process is to be terminated on purpose."""
+        return self._memory[self._offset + _DOOMED_AT] == 1
+
     def start_item(self, index: int) -> None:
         """Say which item is in flight."""
         _ITEM.pack_into(self._memory, self._offset + _ITEM_AT, index)
@@ -129,5 +140,5 @@ class PageSlot:
     def _write(self, pid: int, job: str, node: str, token: bytes, at: float) -> None:
         odd = _GENERATION.unpack_from(self._memory, self._offset)[0] | 1
         _GENERATION.pack_into(self._memory, self._offset, odd)
-        _SLOT.pack_into(self._memory, self._offset, odd, pid, token, -1, at, job.encode(), node.encode())
+        _SLOT.pack_into(self._memory, self._offset, odd, pid, token, -1, at, job.encode(), node.encode(), 0)
         _GENERATION.pack_into(self._memory, self._offset, (odd + 1) & 0xFFFFFFFF)

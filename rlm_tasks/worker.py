@@ -12,7 +12,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
@@ -25,6 +25,7 @@ from redis.exceptions import RedisError
 from resilience.errors import StoreUnavailable
 from rlm_tasks.dispatch import NODE_TASK
 from rlm_tasks.page import Held
+from rlm_tasks.preflight import dangers
 from rlm_tasks.runtime import Runtime
 from rlm_tasks.upstream import handle_sigterm
 
@@ -38,6 +39,7 @@ pool processes on two busy cores by 7 % (measured)."""
 BACK_OFF_S = 1.0
 GROUP_SIGNAL_S = 0.5
 """A SIGTERM to the process group has reached the main process, too, within this time."""
+REAPED = "a cause unknown"
 _UNREACHABLE = (RedisError, StoreUnavailable, OSError)
 
 
@@ -48,9 +50,13 @@ class Guard(threading.Thread):
     stop waits for its last items.
     """
 
-    def __init__(self, runtime: Runtime, pool_size: Callable[[], int], queues: Callable[[], list[str]]) -> None:
+    def __init__(
+        self, runtime: Runtime, celery: Mapping[str, Any], pool_size: Callable[[], int], queues: Callable[[], list[str]]
+    ) -> None:
         super().__init__(name="rlm-guard", daemon=True)
-        self._runtime, self._pool_size, self._queues = runtime, pool_size, queues
+        self._runtime, self._celery, self._pool_size, self._queues = runtime, celery, pool_size, queues
+        self._warned = False
+        self._reaped: dict[int, float] = {}
         self._stopping = False
         self._woken = threading.Event()
         self._offered: tuple[int, int] | None = None
@@ -92,8 +98,10 @@ class Guard(threading.Thread):
 
     def _tick(self, now: float) -> None:
         ledger = self._runtime.settings.ledger
+        if not self._warned:
+            self._warn()
         self._offer(now)
-        self._reap()
+        self._reap(now)
         if now >= self._due["beat"]:
             self._due["beat"] = now + ledger.lease_s / 3
             self._runtime.ledger.beat([(held.job, held.node, held.token) for held in self._runtime.page.held()])
@@ -101,6 +109,11 @@ class Guard(threading.Thread):
             self._due["sweep"] = now + ledger.sweep_s
             self._sweep()
         self._kill_overdue(now)
+
+    def _warn(self) -> None:
+        for danger in dangers(self._runtime.ledger.store, self._runtime.settings, self._celery):
+            logger.warning("%s", danger)
+        self._warned = True
 
     def _offer(self, now: float) -> None:
         """Publish this worker's slots, and learn in the same round trip when the next job is due."""
@@ -114,10 +127,13 @@ class Guard(threading.Thread):
             self._runtime.page.hungry = free > 0
             self._offered, self._due["offer"] = (total, free), now + REFRESH_S
 
-    def _reap(self) -> None:
+    def _reap(self, now: float) -> None:
         """Redo the nodes of dead pool processes at once: Celery may need 5 s to notice."""
         for held in self._runtime.page.held():
-            if held.pid != os.getpid() and (died_of := cause_of_death(held.pid)):
+            died_of = cause_of_death(held.pid) if held.pid != os.getpid() else ""
+            if died_of == REAPED and now - self._reaped.setdefault(held.pid, now) < REFRESH_S:
+                continue  # Celery has noticed, and will say what it died of
+            if died_of:
                 logger.warning("Pool process %d died of %s; its node is given to another", held.pid, died_of)
                 if give_back(self._runtime, held, died_of):
                     self._runtime.resend(held.job, [held.node])
@@ -164,7 +180,7 @@ def cause_of_death(pid: int) -> str:
     try:
         found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
-        return "a cause unknown"
+        return REAPED
     if found is None:
         return ""
     if found.si_code == os.CLD_EXITED:
@@ -184,7 +200,7 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
             consumer = getattr(worker.consumer, "task_consumer", None)
             return [queue.name for queue in consumer.queues] if consumer else []
 
-        guard = Guard(worker.app.rlm_runtime(), lambda: worker.pool.num_processes or 1, queues)
+        guard = Guard(worker.app.rlm_runtime(), worker.app.conf, lambda: worker.pool.num_processes or 1, queues)
         worker.app.rlm_guard = guard
         guard.start()
         signals.worker_shutdown.connect(lambda **_: guard.stop(), weak=False)
@@ -215,10 +231,10 @@ def drain_when_told_to_stop(app: Any) -> None:
     page = app.rlm_runtime().page
 
     def on_sigterm(*_: Any) -> None:
-        until = time.monotonic() + GROUP_SIGNAL_S
-        while not page.draining and time.monotonic() < until:
+        mine, until = app.rlm_runtime().page_slot(), time.monotonic() + GROUP_SIGNAL_S
+        while not (page.draining or mine.doomed) and time.monotonic() < until:
             time.sleep(0.01)
-        if page.terminating or not page.draining:
+        if page.terminating or mine.doomed or not page.draining:
             # Meant for this process alone: revoke(terminate=True), a time limit, a cold shutdown.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -250,7 +266,7 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(error, WorkerLostError | SystemExit):
             named = re.search(r"SIG[A-Z0-9]+", str(error))
-            self._give_back(named[0] if named else "a cause unknown")
+            self._give_back(named[0] if named else REAPED)
         return super().on_failure(exc_info, send_failed_event, return_ok)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
@@ -266,6 +282,12 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
         died_of = cause_of_death(self.worker_pid) if self.worker_pid else ""
         self._give_back(died_of or f"the hard time limit of {timeout:g} s", condemned=not died_of)
         self.reject(requeue=True)
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        """Let the pool process know that the signal is meant for it, and not for its group."""
+        if self.worker_pid:
+            self._runtime.page.doom(self.worker_pid)
+        super().terminate(pool, signal)
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         """A revoked node cancels its job: the chord hears nothing, the ledger everything."""

@@ -32,7 +32,9 @@ class Cell:
     stack: ExitStack
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def worker(self, *, fault: tuple[str, str] | None = None, nth: int = 1, options: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    def worker(
+        self, *, fault: tuple[str, str] | None = None, nth: int = 1, options: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
         """Start a worker, with a deed at a crash point or without."""
         environment = dict(self.environment)
         if fault is not None:
@@ -52,9 +54,9 @@ class Cell:
             strategy=NWay(split_factor=3, min_chunk_size=items // 6),
         )  # fmt: skip
 
-    def journal(self) -> list[int]:
-        """Return the index of every item that ran, as often as it ran."""
-        path = self.folder / "journal"
+    def journal(self, job: Job) -> list[int]:
+        """Return the index of every item of a job that ran, as often as it ran."""
+        path = self.folder / f"journal.{job.id}"
         return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def wait_for_fault(self) -> float:
@@ -73,7 +75,7 @@ class Cell:
         n = result.total
         assert result.output == list(range(n)), "the right answer"
         assert (result.done, result.failed_count, result.skipped) == (n, 0, 0), "every index counted once"
-        assert set(self.journal()) == set(range(n)), "every item has run"
+        assert set(self.journal(job)) == set(range(n)), "every item has run"
         events = self.client.ledger.store.client.xrange(self.client.ledger.keys.of(job.id).events)
         closed = [entry for _, entry in events if entry[b"event"] == b"closed"]
         assert [entry[b"detail"] for entry in closed] == [b"succeeded"], "one final result"
@@ -158,4 +160,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("recovery, seconds from the fault to the end of the job")
     for what in dict.fromkeys(what for what, _, _ in RECOVERED):
         took = sorted(seconds for each, _, seconds in RECOVERED if each == what)
-        terminalreporter.write_line(f"{what:42} {len(took):3} cells   median {took[len(took) // 2]:5.2f}   slowest {took[-1]:5.2f}")
+        terminalreporter.write_line(
+            f"{what:42} {len(took):3} cells   median {took[len(took) // 2]:5.2f}   slowest {took[-1]:5.2f}"
+        )

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rlm_tasks import Context, operation
@@ -27,14 +28,14 @@ def note(path: str, line: Any) -> None:
 def journalled(index: int, ctx: Context) -> list[int]:
     """Take `ms` of time, write the index down, answer with it."""
     time.sleep(ctx.params["ms"] / 1000)
-    note(ctx.params["journal"], index)
+    note(f"{ctx.params['journal']}.{ctx.job_id}", index)
     return [index]
 
 
 @operation("holds_the_interpreter", merge=_concatenated)
 def holds_the_interpreter(index: int, ctx: Context) -> list[int]:
     """Spend seconds in C code that never lets another thread run."""
-    note(ctx.params["journal"], index)
+    note(f"{ctx.params['journal']}.{ctx.job_id}", index)
     ctypes.PyDLL(None).sleep(int(ctx.params["seconds"]))
     return [index]
 
@@ -53,7 +54,7 @@ def eats_memory(index: int, ctx: Context) -> list[int]:
 @operation("poison", merge=_concatenated)
 def poison(index: int, ctx: Context) -> list[int]:
     """End the process, or the whole worker, at some items; a file says when they have become harmless."""
-    if index in ctx.params["poison"] and not os.path.exists(ctx.params.get("cured", "")):
+    if index in ctx.params["poison"] and not Path(ctx.params.get("cured", "nowhere")).exists():
         if ctx.params.get("worker"):
             kill_worker()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -62,13 +63,15 @@ def poison(index: int, ctx: Context) -> list[int]:
 
 
 def _deadly_merge(parts: Iterable[list[int]]) -> list[int]:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return _concatenated(parts)
+    whole = _concatenated(parts)
+    if len(whole) > 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole
 
 
 @operation("deadly_merge", merge=_deadly_merge)
 def deadly_merge(index: int) -> list[int]:
-    """Have a merge that ends its process."""
+    """Have a merge that ends its process once it sees more than five items."""
     return [index]
 
 

@@ -79,7 +79,7 @@ def test_a_worker_is_told_to_stop(on_shared: Cell, point: CrashPoint, deed: str)
     took = on_shared.check(job, since=since, what=what, point=point)
 
     assert took < BOUND_S
-    ran = on_shared.journal()
+    ran = on_shared.journal(job)
     assert len(ran) == len(set(ran)), "nothing is computed again"
 
 
