@@ -21,6 +21,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from resilience.keys import Keys
 from resilience.store import Store
 from rlm_tasks import operations
+from rlm_tasks import spec as specs
 from rlm_tasks.celery import app as default_app
 from rlm_tasks.celery import queue_name
 from rlm_tasks.dispatch import Dispatcher, mint
@@ -151,8 +152,9 @@ class Client:
     def _refuse_another(self, spec: Spec) -> None:
         """A key names one request; what else it is used for is a mistake."""
         first = self._reachable(lambda: self.ledger.spec(spec.job))
-        if first is not None and first != spec:
-            differs = [name for name in spec.__struct_fields__ if getattr(first, name) != getattr(spec, name)]
+        asked = specs.load(specs.dump(spec))
+        differs = [name for name in ("operation", "source", "n", "params") if getattr(first, name, None) != getattr(asked, name)]
+        if first is not None and differs:
             raise InvalidRequest(
                 "idempotency_key",
                 spec.idempotency_key,

@@ -27,6 +27,15 @@ class Context:
     attempt: int = 1
     index: int = 0  # of the item being worked on; of the first item in a batch
 
+    @property
+    def attempt_key(self) -> str:
+        """The same at every attempt at this item, and no other's.
+
+        An item whose process dies runs again, so what it does outside of its answer may happen twice; give this
+        to what it calls as an idempotency key (a payment, a mail, an INSERT ... ON CONFLICT DO NOTHING).
+        """
+        return f"{self.job_id}:{self.index}"
+
 
 @dataclass(frozen=True, slots=True)
 class Operation:

@@ -16,13 +16,13 @@ from celery import Celery
 
 from resilience.errors import StoreUnavailable
 from rlm_tasks import operations
+from rlm_tasks import spec as specs
 from rlm_tasks.dispatch import MERGE_TASK, NODE_TASK, body_of, group_id
 from rlm_tasks.errors import UnknownOperation
 from rlm_tasks.failures import failure_of
 from rlm_tasks.merging import compact_split
 from rlm_tasks.node import run_node
 from rlm_tasks.runtime import Runtime
-from rlm_tasks.spec import SCHEMA
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,9 @@ def register(app: Celery, runtime: Callable[[], Runtime]) -> None:
 
 def beyond_this_worker(told: Mapping[str, Any]) -> str:
     """Say why a message is not for this worker: its job was opened by a newer release of platform or operation."""
-    schema, name, version = told.get("schema", SCHEMA), told.get("operation", ""), told.get("version", 1)
-    if schema > SCHEMA:
-        return f"jobs of schema {schema}; this worker reads {SCHEMA}"
+    schema, name, version = told.get("schema", specs.SCHEMA), told.get("operation", ""), told.get("version", 1)
+    if schema > specs.SCHEMA:
+        return f"jobs of schema {schema}; this worker reads {specs.SCHEMA}"
     if name in operations.names() and version > (mine := operations.get(name).version):
         return f"version {version} of operation {name!r}; this worker has {mine}"
     return ""

@@ -108,6 +108,7 @@ class Guard(threading.Thread):
         if now >= self._due["sweep"]:
             self._due["sweep"] = now + ledger.sweep_s
             self._sweep()
+            self._look_ahead(*self._runtime.ledger.store.run(self._runtime.ledger.next_look()))
         self._kill_overdue(now)
 
     def _warn(self) -> None:
@@ -122,10 +123,14 @@ class Guard(threading.Thread):
         if (total, free) != self._offered or now >= self._due["offer"]:
             offer = self._runtime.slots.publish(self._runtime.worker, total, free, self._queues())
             _, next_ms = self._runtime.ledger.store.run(offer, self._runtime.ledger.next_look())
-            if next_ms >= 0:
-                self._due["sweep"] = min(self._due["sweep"], now + next_ms / 1000)
+            self._look_ahead(next_ms)
             self._runtime.page.hungry = free > 0
             self._offered, self._due["offer"] = (total, free), now + REFRESH_S
+
+    def _look_ahead(self, next_ms: int) -> None:
+        """Wake when the first job is due: parked nodes wait for a time, not for a tick."""
+        if next_ms >= 0:
+            self._due["sweep"] = min(self._due["sweep"], time.monotonic() + next_ms / 1000)
 
     def _reap(self, now: float) -> None:
         """Redo the nodes of dead pool processes at once: Celery may need 5 s to notice."""

@@ -75,6 +75,19 @@ def deadly_merge(index: int) -> list[int]:
     return [index]
 
 
+@operation("versioned", version=int(os.environ.get("TEST_VERSION", "1")))
+def versioned(_: int) -> int:
+    """Answer with the version of this operation."""
+    return int(os.environ["TEST_VERSION"])
+
+
+@operation("pid_after", merge=_concatenated)
+def pid_after(seconds: float, ctx: Context) -> list[tuple[int, int]]:
+    """Wait, then tell which process ran which item."""
+    time.sleep(seconds)
+    return [(ctx.index, os.getpid())]
+
+
 def kill_worker() -> None:
     """End the main process of this pool process, and all of its pool processes, at once."""
     import psutil

@@ -1,0 +1,77 @@
+"""Each mending of Celery, kombu and billiard is still needed: these tests fail when upstream has mended the fault."""
+
+from __future__ import annotations
+
+import inspect
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import billiard.pool
+import pytest
+from celery.concurrency import asynpool
+from kombu import Connection
+
+from rlm_tasks import embedded
+from rlm_tasks.upstream import survive_restarts_of_redis
+from tests.support import wait_until
+
+STOCK = """
+import time
+from celery import Celery
+app = Celery("stock", broker="{url}", set_as_current=False)
+app.conf.update(task_acks_late=True, worker_prefetch_multiplier=1, broker_connection_retry_on_startup=True)
+
+@app.task(name="nap")
+def nap(path):
+    open(path, "w").close()
+    time.sleep(6)
+"""
+
+
+def test_a_stock_worker_ends_when_redis_restarts_while_it_works(durable: embedded.Server, tmp_path: Path) -> None:
+    (tmp_path / "stock.py").write_text(STOCK.format(url=durable.url))
+    sys.path.insert(0, str(tmp_path))
+    try:
+        from stock import app  # type: ignore[import-not-found]  # written above
+    finally:
+        sys.path.remove(str(tmp_path))
+    command = [sys.executable, "-m", "celery", "-A", "stock", "worker", "-c", "2", "--without-gossip", "--without-mingle"]
+    with (tmp_path / "stock.log").open("wb") as log:
+        worker = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+    try:
+        app.send_task("nap", [str(tmp_path / "started")])
+        wait_until((tmp_path / "started").exists)
+        durable.stop(kill=True)
+        wait_until(lambda: "Connection to broker lost" in (tmp_path / "stock.log").read_text() or worker.poll() is not None)
+        durable.start()
+        assert worker.wait(30) != 0
+        assert "'NoneType' object has no attribute 'hostname'" in (tmp_path / "stock.log").read_text()
+    finally:
+        embedded.end(worker, signal.SIGKILL)
+        app.close()
+
+
+def test_a_closed_channel_raises_what_its_callers_expect(durable: embedded.Server) -> None:
+    survive_restarts_of_redis()
+    connection = Connection(durable.url)
+    channel = connection.channel()
+    connection.close()
+    channel.connection = None
+
+    with pytest.raises(connection.connection_errors):
+        channel._connparams()
+
+
+def test_billiard_still_waits_for_receipts_and_sleeps_before_it_exits() -> None:
+    code = "import billiard.pool; print(billiard.pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT)"
+    stock = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert stock.stdout == "300\n"
+    source = inspect.getsource(billiard.pool.Worker)
+    assert "time.sleep(1)" in source
+    assert "reset_signals(" in source, "its own handler of SIGTERM comes after worker_process_init"
+
+
+def test_the_main_process_still_looks_at_results_half_a_second_each() -> None:
+    assert "sleep(0.5)" in inspect.getsource(asynpool.ResultHandler._flush_outqueue)
