@@ -87,7 +87,9 @@ def test_one_key_gives_one_job(on_shared: Cell) -> None:
 
     request = JobRequest(operation="collect", items=list(range(5000)))
     assert client.submit(request, idempotency_key="k").id == jobs[0].id
-    assert client.submit({"operation": "collect", "items": list(range(5000)), "options": {"idempotencyKey": "k"}}).id == jobs[0].id
+    assert (
+        client.submit({"operation": "collect", "items": list(range(5000)), "options": {"idempotencyKey": "k"}}).id == jobs[0].id
+    )
     assert client.submit(request, idempotency_key="another").id != jobs[0].id
     assert client.execute(request, idempotency_key="k", timeout=5).output == list(range(5000))
 

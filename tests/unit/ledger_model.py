@@ -1,0 +1,374 @@
+"""The ledger against an oracle in plain Python: claims, finishes, duplicates, expiries and sweeps in any order.
+
+Time does not pass by itself: leases are long, and a rule lets one run out.  A subclass says which Redis it runs on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import redis
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from resilience.keys import Keys
+from resilience.store import Store
+from rlm_tasks.ledger import MERGE, ROOT, Child, Claim, Ledger, Report
+from rlm_tasks.requests import JobRequest
+from rlm_tasks.settings import LedgerSettings
+from rlm_tasks.sources import RangeSource
+from rlm_tasks.spec import Spec
+
+LONG_S = 10_000.0
+GRACE_S = 1000.0
+QUEUED, RUNNING, PARKED, DONE, CUT, SKIPPED = "q", "r", "p", "d", "c", "k"
+
+
+@dataclass
+class Node:
+    """What the oracle knows of a node."""
+
+    lo: int
+    hi: int
+    state: str = QUEUED
+    token: str = ""  # of its last holder
+    lapsed: bool = False  # its lease, or the time it is parked for, is over
+    lost: bool = False  # swept from its holder, and nobody else has claimed it
+    aged: bool = False  # its message was sent long ago
+    epoch: int = 0
+    kids: list[str] = field(default_factory=list)
+
+    def is_held_by(self, token: str) -> bool:
+        """Whether a token may still act on it."""
+        return self.token == token and (self.state == RUNNING or (self.state == QUEUED and self.lost))
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """One job, driven at random; every answer is held against the oracle's."""
+
+    connect: ClassVar[staticmethod[[], redis.Redis]]
+
+    @initialize(n=st.integers(1, 24))
+    def opened(self, n: int) -> None:
+        """Open the job."""
+        client = self.connect()
+        client.flushdb()
+        keys = Keys("model")
+        settings = LedgerSettings(lease_s=LONG_S, sweep_s=LONG_S, grace_s=GRACE_S, stop_grace_s=LONG_S, death_limit=3)
+        self.ledger = Ledger(Store("redis://model", client=client), keys, settings)
+        shape = JobRequest(operation="sum", items=range(n)).shape(1000.0)
+        self.spec = Spec("job", "sum", RangeSource(0, 1), n, shape, "queue")
+        assert self.ledger.open([(self.spec, "t")], 3600) == [True]
+        assert self.ledger.open([(self.spec, "t")], 3600) == [False], "once"
+        self.keys, self.n = keys.of("job"), n
+        self.nodes: dict[str, Node] = {ROOT: Node(0, n)}
+        self.claims: list[Claim] = []
+        self.tokens = 0
+        self.stopped = False
+        self.state = "pending"
+        self.done: list[tuple[int, int]] = []
+        self.deaths: dict[int, int] = {}
+        self.merge_last_calls = 0
+
+    # --- what workers do ------------------------------------------------------------------------------
+
+    def pick(self, data: st.DataObject) -> str:
+        """Choose a node."""
+        return data.draw(st.sampled_from(list(self.nodes)), "node")
+
+    @precondition(lambda self: self.state != "closed")
+    @rule(data=st.data())
+    def claim_open(self, data: st.DataObject) -> None:
+        """A message of a node that waits for one arrives."""
+        waiting = [id for id, node in self.nodes.items() if node.state == QUEUED]
+        if waiting:
+            self.arrives(data.draw(st.sampled_from(waiting), "node"), False)
+
+    @rule(data=st.data(), again=st.booleans())
+    def claim(self, data: st.DataObject, again: bool) -> None:
+        """Some message arrives: the first, a copy, or one whose claim's answer was lost."""
+        self.arrives(self.pick(data), again)
+
+    def arrives(self, id: str, again: bool) -> None:
+        """Claim a node, and hold the answer against what it must be."""
+        node = self.nodes[id]
+        token = node.token if again and node.token else self.new_token()
+        answer = self.ledger.claim("job", id, token, "worker")
+        assert answer.answer == self.expected_claim(id, node, token)
+        if answer.answer == "cut":
+            assert set(answer.waiting) == {kid for kid in node.kids if self.nodes[kid].state == QUEUED}
+        if answer.answer == "closed" and self.state not in ("closed",) and node.state in (QUEUED, PARKED, RUNNING):
+            self.skip(node)
+        if answer.answer == "run":
+            if not (node.state == RUNNING and node.token == token):
+                node.epoch += 1
+            node.state, node.token, node.lapsed, node.lost, node.aged = RUNNING, token, False, False, False
+            assert (answer.epoch, answer.lo, answer.hi) == (node.epoch, node.lo, node.hi)
+            self.state = "merging" if id == MERGE else "running"
+            self.claims.append(answer)
+
+    def expected_claim(self, id: str, node: Node, token: str) -> str:
+        """What CLAIM must answer."""
+        if self.state == "closed":
+            return "closed"
+        if node.state in (DONE, SKIPPED):
+            return "done"
+        if node.state == CUT:
+            return "cut"
+        if node.state == RUNNING and node.token != token and not node.lapsed:
+            return "busy"
+        if node.state == PARKED and not node.lapsed:
+            return "parked"
+        return "closed" if self.stopped and id != MERGE else "run"
+
+    @precondition(lambda self: self.state != "closed")
+    @rule(data=st.data(), parts=st.integers(0, 4))
+    def finish_held(self, data: st.DataObject, parts: int) -> None:
+        """The holder of a node hands it in."""
+        held = [each for each in self.claims if each.node != MERGE and self.nodes[each.node].is_held_by(each.token)]
+        if held:
+            self.hands_in(data, data.draw(st.sampled_from(held), "claim"), parts)
+
+    @precondition(lambda self: any(claim.node != MERGE for claim in self.claims))
+    @rule(data=st.data(), parts=st.integers(0, 3))
+    def finish(self, data: st.DataObject, parts: int) -> None:
+        """Somebody who once held a node hands it in: its holder, a stale one, or one whose answer was lost."""
+        self.hands_in(data, data.draw(st.sampled_from([each for each in self.claims if each.node != MERGE]), "claim"), parts)
+
+    def hands_in(self, data: st.DataObject, claim: Claim, parts: int) -> None:
+        """Finish a node with some parts left, and hold the answer against what it must be."""
+        node = self.nodes[claim.node]
+        rest = min(parts, node.hi - node.lo)
+        mid = node.hi if rest == 0 else data.draw(st.integers(node.lo, node.hi - rest), "mid")
+        edges = [mid, *sorted(data.draw(st.sets(st.integers(mid + 1, node.hi - 1), min_size=rest - 1, max_size=rest - 1), "edges")
+                               if rest > 1 else []), node.hi]  # fmt: skip
+        kids = [
+            Child(f"n{len(self.nodes) + i}", a, b, 1, "", i, "task", "")
+            for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False))
+            if a < b
+        ]
+        report = Report(mid=mid, done=mid - node.lo, kids=kids)
+        finished = self.ledger.finish(claim, report, b"partial" if mid > node.lo else b"")
+
+        if node.state in (DONE, CUT) and node.token == claim.token:
+            assert finished.answer == "ok", "the same caller, whose answer was lost"
+        elif not node.is_held_by(claim.token):
+            assert finished.answer == "stale"
+        else:
+            assert finished.answer == "ok"
+            self.finished(claim, node, mid, kids, finished.outcome)
+
+    def finished(self, claim: Claim, node: Node, mid: int, kids: list[Child], outcome: str) -> None:
+        """Carry a finish over to the oracle."""
+        if mid > node.lo:
+            self.done.append((node.lo, mid))
+        registered = [] if self.stopped else kids
+        node.state, node.lost = (CUT if registered else DONE), False
+        node.kids = [kid.id for kid in registered]
+        for kid in registered:
+            self.nodes[kid.id] = Node(kid.lo, kid.hi)
+        if self.unfinished():
+            assert outcome == ""
+        elif self.stopped:
+            assert outcome == "closed"
+            self.state = "closed"
+        else:
+            assert outcome == MERGE
+            self.merge_last_calls += 1
+            self.state = "merging"
+            self.nodes[MERGE] = Node(0, self.n, RUNNING, claim.token, epoch=1)
+            self.claims.append(Claim("run", "job", MERGE, claim.token))
+
+    @precondition(lambda self: any(claim.node == MERGE for claim in self.claims))
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        """Somebody who once held the root merge closes the job."""
+        claim = data.draw(st.sampled_from([each for each in self.claims if each.node == MERGE]), "claim")
+        merge = self.nodes[MERGE]
+        ended = self.ledger.close("job", claim.token, "succeeded", b"answer " + claim.token.encode())
+        if self.state != "closed" and merge.is_held_by(claim.token):
+            assert ended == "succeeded"
+            self.state, merge.state = "closed", DONE
+            self.answer = claim.token
+        else:
+            assert ended == ""
+
+    @precondition(lambda self: self.claims)
+    @rule(data=st.data())
+    def beat(self, data: st.DataObject) -> None:
+        """A main process beats for somebody who once held a node."""
+        claim = data.draw(st.sampled_from(self.claims), "claim")
+        node = self.nodes[claim.node]
+        self.ledger.beat([("job", claim.node, claim.token)])
+        if node.is_held_by(claim.token):
+            node.state, node.lapsed, node.lost = RUNNING, False, False
+
+    @precondition(lambda self: self.claims)
+    @rule(data=st.data(), dies=st.booleans())
+    def release(self, data: st.DataObject, dies: bool) -> None:
+        """A main process gives back what a dead, or just stopped, process of its own held."""
+        claim = data.draw(st.sampled_from(self.claims), "claim")
+        node = self.nodes[claim.node]
+        item = node.lo if claim.node != MERGE and dies else -1
+        released = self.ledger.release("job", claim.node, claim.token, item, "SIGKILL" if dies else "")
+        assert released == (self.state != "closed" and node.is_held_by(claim.token))
+        if released:
+            node.state, node.token, node.lost, node.lapsed, node.aged = QUEUED, "", False, False, False
+            if item >= 0:
+                self.deaths[item] = self.deaths.get(item, 0) + 1
+
+    @precondition(lambda self: any(claim.node != MERGE for claim in self.claims))
+    @rule(data=st.data())
+    def park(self, data: st.DataObject) -> None:
+        """Somebody who once held a node lets it wait."""
+        claim = data.draw(st.sampled_from([each for each in self.claims if each.node != MERGE]), "claim")
+        node = self.nodes[claim.node]
+        self.ledger.park(claim, int(LONG_S * 1000), "a test says so")
+        if node.is_held_by(claim.token):
+            node.state, node.lost, node.lapsed, node.aged = PARKED, False, False, False
+
+    # --- what time does -------------------------------------------------------------------------------
+
+    @rule(data=st.data())
+    def lapse(self, data: st.DataObject) -> None:
+        """A lease runs out, or a parked node's time has come."""
+        id = self.pick(data)
+        if self.nodes[id].state in (RUNNING, PARKED) and self.state != "closed":
+            assert self.ledger.store.client.zadd(self.keys.due, {id: 1}, xx=True, ch=True) or self.nodes[id].lapsed
+            self.nodes[id].lapsed = True
+
+    @rule(data=st.data())
+    def age(self, data: st.DataObject) -> None:
+        """A message has been on its way for long."""
+        id = self.pick(data)
+        if self.nodes[id].state == QUEUED and self.state != "closed":
+            self.ledger.store.client.zadd(self.keys.waiting, {id: 1}, xx=True)
+            self.nodes[id].aged = True
+
+    @rule()
+    def sweep(self) -> None:
+        """Somebody looks for what is overdue."""
+        before = self.state
+        swept = self.ledger.sweep("job")
+        sent = list(swept.send)
+        assert len(sent) == len(set(sent)), "nothing is sent twice"
+        if before == "closed":
+            assert sent == []
+            return
+        if self.stopped and before != "merging":
+            for node in self.nodes.values():
+                if node.state in (QUEUED, PARKED):
+                    self.skip(node)
+        overdue = {id for id, node in self.nodes.items() if node.state in (RUNNING, PARKED) and node.lapsed}
+        aged = {id for id, node in self.nodes.items() if node.state == QUEUED and node.aged}
+        assert overdue <= set(sent) <= overdue | aged
+        if not overdue and aged and self.state != "closed":
+            # Whether one or all are sent depends on what has arrived since; none at all would be a hang.
+            waited = self.ledger.facts("job")
+            assert sent or max(int(waited["claimed_ms"]), int(waited["probed_ms"])) > 0
+        for id in sent:
+            node = self.nodes[id]
+            node.lost = node.lost or node.state == RUNNING
+            node.state, node.lapsed, node.aged = QUEUED, False, False
+
+    @precondition(lambda self: self.state not in ("closed", "merging"))
+    @rule(dice=st.integers(0, 9))
+    def cancel(self, dice: int) -> None:
+        """Somebody cancels the job."""
+        if dice:
+            return  # seldom, or nothing else would be seen
+        self.ledger.stop("job", "cancelled")
+        self.stopped = True
+        for node in self.nodes.values():
+            if node.state in (QUEUED, PARKED):
+                self.skip(node)
+        if not self.unfinished():
+            self.state = "closed"
+
+    # --- what must hold always ------------------------------------------------------------------------
+
+    def skip(self, node: Node) -> None:
+        """Nobody will work on it."""
+        node.state = SKIPPED
+        if not self.unfinished() and self.stopped:
+            self.state = "closed"
+
+    def new_token(self) -> str:
+        """Return a token nobody has."""
+        self.tokens += 1
+        return f"token-{self.tokens}"
+
+    def unfinished(self) -> list[Node]:
+        """Return the nodes of the tree that still own a range."""
+        return [node for id, node in self.nodes.items() if id != MERGE and node.state in (QUEUED, RUNNING, PARKED)]
+
+    @invariant()
+    def ranges_tile(self) -> None:
+        """What is done, what is open and what is skipped tile [0, n)."""
+        open_ = [(node.lo, node.hi) for node in self.unfinished()]
+        facts = self.ledger.facts("job")
+        covered = sorted([*self.done, *open_])
+        if facts["state"] != "succeeded":
+            # An answer that covers everything is kept alone.
+            assert sorted(self.ledger.ranges("job")) == sorted(self.done)
+        assert all(a[1] <= b[0] for a, b in zip(covered, covered[1:], strict=False)), "no overlap"
+        total = sum(hi - lo for lo, hi in covered)
+        assert total + int(facts["skipped"]) == self.n, "no gap"
+        assert int(facts["done"]) == sum(hi - lo for lo, hi in self.done)
+
+    @invariant()
+    def pending_counts_open_nodes(self) -> None:
+        """The job ends when nothing is pending, so the counter must be right."""
+        facts = self.ledger.facts("job")
+        merge = self.nodes.get(MERGE)
+        open_merge = merge is not None and merge.state != DONE
+        assert int(facts["pending"]) == len(self.unfinished()) + int(open_merge)
+        assert (facts["state"] in ("succeeded", "cancelled")) == (self.state == "closed")
+        assert self.merge_last_calls <= 1, "one caller is told that it was the last"
+
+    @invariant()
+    def every_open_node_is_findable(self) -> None:
+        """A node that waits for a message or a time is in exactly one index: nothing can be forgotten."""
+        if self.state == "closed":
+            return
+        client = self.ledger.store.client
+        due = {id.decode() for id in client.zrange(self.keys.due, 0, -1)}
+        waiting = {id.decode() for id in client.zrange(self.keys.waiting, 0, -1)}
+        assert due == {id for id, node in self.nodes.items() if node.state in (RUNNING, PARKED)}
+        assert waiting == {id for id, node in self.nodes.items() if node.state == QUEUED}
+        assert client.zscore(self.ledger.keys.due, "job") is not None
+
+    def teardown(self) -> None:
+        """Let one good worker run what is left: the job ends, with every item in it."""
+        if not hasattr(self, "ledger"):
+            return
+        for _ in range(10_000):
+            if self.state == "closed":
+                break
+            self.drain_one()
+        facts = self.ledger.facts("job")
+        assert facts["state"] == ("cancelled" if self.stopped else "succeeded")
+        assert int(facts["done"]) + int(facts["skipped"]) == self.n
+        if not self.stopped:
+            assert facts["done"] == str(self.n)
+
+    def drain_one(self) -> None:
+        """Claim and finish one open node, whoever seems to hold it."""
+        id, node = next((id, node) for id, node in self.nodes.items() if node.state in (QUEUED, RUNNING, PARKED))
+        if node.state in (RUNNING, PARKED):
+            self.ledger.store.client.zadd(self.keys.due, {id: 1}, xx=True)
+            node.lapsed = True
+        claim = self.ledger.claim("job", id, self.new_token(), "worker")
+        if claim.answer == "closed":
+            self.skip(node)
+            return
+        assert claim.answer == "run"
+        node.state, node.token = RUNNING, claim.token
+        if id == MERGE:
+            assert self.ledger.close("job", claim.token, "succeeded", b"answer") == "succeeded"
+            self.state, node.state = "closed", DONE
+            return
+        finished = self.ledger.finish(claim, Report(mid=node.hi, done=node.hi - node.lo), b"partial")
+        assert finished.answer == "ok"
+        self.finished(claim, node, node.hi, [], finished.outcome)

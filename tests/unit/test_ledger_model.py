@@ -1,0 +1,23 @@
+"""The ledger's scripts against an oracle, on fakeredis; tests/faults runs the same on a real server."""
+
+from __future__ import annotations
+
+import fakeredis
+from hypothesis import HealthCheck, settings
+
+from tests.unit.ledger_model import LedgerMachine
+
+
+class OnFakeredis(LedgerMachine):
+    """The machine on a server of its own per connection."""
+
+    connect = staticmethod(lambda: fakeredis.FakeRedis(server=fakeredis.FakeServer()))
+
+
+TestLedgerOnFakeredis = OnFakeredis.TestCase
+TestLedgerOnFakeredis.settings = settings(
+    max_examples=100,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
