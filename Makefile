@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench worker beat flower lint types docs clean
+.PHONY: help demo test check bench soak worker beat flower lint types docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ docs: $(VENV)/.ready ## Check that generated documentation is up to date (make d
 
 bench: $(VENV)/.ready ## Measure against what one would write by hand, and print the table
 	$(BIN)/python -m tests.bench $(ARGS)
+
+soak: $(VENV)/.ready ## Kill, stop and restart everything at random for SOAK_S seconds (600), and print what became of the jobs
+	$(BIN)/python -m tests.faults.soak $(ARGS)
 
 worker: $(VENV)/.ready ## Start a worker on RLM_REDIS_URL
 	$(BIN)/celery -A rlm_tasks worker -l info $(ARGS)

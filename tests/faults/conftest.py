@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from rlm_tasks import Client, Job, NWay, Status, embedded
+from rlm_tasks import Client, Job, NWay, embedded
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
 
@@ -107,7 +109,12 @@ def cell(server: embedded.Server, name: str, folder: Path, log: Path, **more: st
     )
     del environment["RLM_LEDGER__GRACE_S"]
     with client_of(environment) as client, ExitStack() as stack:
-        yield Cell(client, environment, folder, log, stack)
+        own = Cell(client, environment, folder, log, stack)
+        yield own
+        for worker in own.workers:
+            # What has to be seen has been seen; a drain of each would cost minutes in all.
+            with suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
 
 
 def name_of(request: pytest.FixtureRequest) -> str:
@@ -145,12 +152,6 @@ def on_durable(durable: embedded.Server, request: pytest.FixtureRequest, tmp_pat
     """A cell on the durable server."""
     with cell(durable, name_of(request), tmp_path, tmp_path / "worker.log") as own:
         yield own
-
-
-def ended(job: Job) -> Status:
-    """Return the status of a job that must have ended."""
-    assert job.status.final
-    return job.status
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -124,8 +124,8 @@ def test_many_sweeps_at_once_do_the_work_once(on_shared: Cell) -> None:
         worker.kill()
         worker.wait(5)
         store = ledger.store.client
-        queued = [id for id in store.zrange(keys.waiting, 0, -1)]
-        running = [id for id in store.zrange(keys.due, 0, -1)]
+        queued = list(store.zrange(keys.waiting, 0, -1))
+        running = list(store.zrange(keys.due, 0, -1))
         for id in (*queued, *running):
             store.zadd(keys.due, {id: 1})
         ledgers = [Ledger(other.ledger.store, other.ledger.keys, other.ledger.settings) for _ in range(8)]

@@ -191,6 +191,27 @@ def test_a_worker_told_to_stop_is_gone_within_two_seconds(on_shared: Cell, items
     job.cancel()
 
 
+def test_a_cold_shutdown_does_not_wait_for_items(on_shared: Cell) -> None:
+    worker = on_shared.worker()
+    job = on_shared.client.submit(operation="nap", items=[4000.0] * 2)
+    wait_until(lambda: any(node.state == "running" for node in job.tree()))
+
+    began = time.monotonic()
+    worker.send_signal(signal.SIGQUIT)
+    worker.wait(5)
+
+    assert time.monotonic() - began < 3.0
+    on_shared.worker()
+    assert job.get(timeout=30) == [4000.0] * 2
+
+
+def test_a_worker_names_the_dangers_of_its_server_once(on_shared: Cell) -> None:
+    on_shared.worker()
+    on_shared.check(on_shared.submit())
+
+    assert on_shared.log.read_text().count("keeps nothing on disk: a restart loses every job") == 1
+
+
 def test_a_revoked_and_terminated_node_ends_its_job_and_nothing_else(on_shared: Cell) -> None:
     worker = on_shared.worker()
     job = on_shared.client.submit(operation="nap", items=[30_000.0])

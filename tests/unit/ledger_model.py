@@ -5,6 +5,7 @@ Time does not pass by itself: leases are long, and a rule lets one run out.  A s
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -145,7 +146,7 @@ class LedgerMachine(RuleBasedStateMachine):
                                if rest > 1 else []), node.hi]  # fmt: skip
         kids = [
             Child(f"n{len(self.nodes) + i}", a, b, 1, "", i, "task", "")
-            for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False))
+            for i, (a, b) in enumerate(itertools.pairwise(edges))
             if a < b
         ]
         report = Report(mid=mid, done=mid - node.lo, kids=kids)
@@ -312,7 +313,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if facts["state"] != "succeeded":
             # An answer that covers everything is kept alone.
             assert sorted(self.ledger.ranges("job")) == sorted(self.done)
-        assert all(a[1] <= b[0] for a, b in zip(covered, covered[1:], strict=False)), "no overlap"
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(covered)), "no overlap"
         total = sum(hi - lo for lo, hi in covered)
         assert total + int(facts["skipped"]) == self.n, "no gap"
         assert int(facts["done"]) == sum(hi - lo for lo, hi in self.done)

@@ -41,3 +41,12 @@ def test_every_module_says_what_it_is_for() -> None:
     modules = [module for package in FORBIDDEN for module in (ROOT / package).rglob("*.py")]
 
     assert [str(each) for each in modules if not ast.get_docstring(ast.parse(each.read_text(encoding="utf-8")))] == []
+
+
+def test_no_message_is_ever_sent_with_an_eta_or_a_countdown() -> None:
+    """Delayed nodes wait in Redis: an ETA message sits in some worker's memory, and dies with it."""
+    for path in (ROOT / "rlm_tasks").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                assert not {"eta", "countdown"} & {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"
+                assert not (isinstance(node.func, ast.Attribute) and node.func.attr == "retry"), f"{path}:{node.lineno}"

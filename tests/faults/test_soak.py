@@ -1,0 +1,23 @@
+"""A minute of the storm, as CI can afford it; `make soak` runs it for longer, and a control beside it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.soak import show, storm
+
+
+@pytest.mark.timeout(240)
+def test_a_minute_of_the_storm() -> None:
+    with storm("platform", seed=3) as raging:
+        report = raging.run(60, lambda _: None)
+    show([report])
+
+    assert report.clean, report
+    assert report.right == report.jobs > 50
+    assert sum(report.kills.values()) >= 20
+    assert report.redis_restarts == 1
+    assert report.doubled > 0
+    assert report.redispatched > 0
+    assert report.poisoned > 0, "poison was found, and nobody else"
+    assert report.workers_gone == 0, "no worker ends by itself when Redis restarts"
