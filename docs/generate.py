@@ -31,6 +31,7 @@ def rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
             yield from rows(type(field.default), f"{prefix}{name.upper()}__")
         else:
             default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+            default = "" if default is None else default
             yield f"| `{prefix}{name.upper()}` | `{default}` | {field.description} |".replace("``", "(empty)")
 
 

@@ -57,6 +57,7 @@ class Guard(threading.Thread):
         self._runtime, self._celery, self._pool_size, self._queues = runtime, celery, pool_size, queues
         self._warned = False
         self._reaped: dict[int, float] = {}
+        self._sweep_not_before = 0.0
         self._stopping = False
         self._woken = threading.Event()
         self._offered: tuple[int, int] | None = None
@@ -75,7 +76,7 @@ class Guard(threading.Thread):
             except _UNREACHABLE as error:
                 if not self._lost:
                     logger.warning("The ledger does not answer: %s", error)
-                self._lost, self._offered = True, None
+                self._lost, self._offered, self._due["beat"] = True, None, 0.0
             except Exception:
                 logger.exception("The guard met something unexpected, and goes on")
 
@@ -98,6 +99,9 @@ class Guard(threading.Thread):
 
     def _tick(self, now: float) -> None:
         ledger = self._runtime.settings.ledger
+        if self._lost:
+            # Leases ran out while nobody could beat; give every worker the time to renew its own.
+            self._sweep_not_before = now + ledger.lease_s / 3
         if not self._warned:
             self._warn()
         self._offer(now)
@@ -130,7 +134,8 @@ class Guard(threading.Thread):
     def _look_ahead(self, next_ms: int) -> None:
         """Wake when the first job is due: parked nodes wait for a time, not for a tick."""
         if next_ms >= 0:
-            self._due["sweep"] = min(self._due["sweep"], time.monotonic() + next_ms / 1000)
+            next_look = min(self._due["sweep"], time.monotonic() + next_ms / 1000)
+            self._due["sweep"] = max(self._sweep_not_before, next_look)
 
     def _reap(self, now: float) -> None:
         """Redo the nodes of dead pool processes at once: Celery may need 5 s to notice."""

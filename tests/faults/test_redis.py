@@ -10,7 +10,7 @@ import redis
 
 from rlm_tasks import JobNotFound, embedded
 from rlm_tasks.crashpoints import CrashPoint
-from tests.faults.conftest import Cell, cell
+from tests.faults.conftest import LEASE_S, Cell, cell
 from tests.faults.proxy import Proxy
 from tests.faults.test_matrix import NTH, points
 from tests.support import wait_until
@@ -80,6 +80,22 @@ def test_queues_and_delivery_records_are_deleted(durable: embedded.Server, on_du
     on_durable.check(job, since=since, what="queues, unacked, unacked_index deleted", point=point)
     on_durable.check(on_durable.submit())
     assert worker.poll() is None
+
+
+def test_an_outage_longer_than_the_lease_repeats_nothing(durable: embedded.Server, on_durable: Cell) -> None:
+    worker = on_durable.worker()
+    other = on_durable.worker()
+    seconds = 3 * LEASE_S
+    job = on_durable.client.submit(
+        operation="journalled", items=range(3), params={"ms": seconds * 1000, "journal": str(on_durable.folder / "journal")},
+        type="parallel", chunk_size=1,
+    )  # fmt: skip
+    wait_until(lambda: sum(node.state == "running" for node in job.tree()) == 3)
+    restart(durable, pause_s=1.5 * LEASE_S)
+
+    on_durable.check(job)
+    assert sorted(on_durable.journal(job)) == [0, 1, 2]
+    assert (worker.poll(), other.poll()) == (None, None)
 
 
 def test_connections_are_reset_again_and_again(durable: embedded.Server, tmp_path: Path) -> None:
