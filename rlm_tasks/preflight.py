@@ -22,14 +22,14 @@ def dangers(store: Store, settings: Settings, celery: Mapping[str, Any]) -> list
 
     `celery` is the app's configuration.  Raises what Redis raises when it does not answer.
     """
-    info = store.client.info()
+    info = _info(store)
     found = []
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         found.append(
             f"Redis at {store.url} evicts keys (maxmemory-policy {policy}): jobs may vanish. Set maxmemory-policy noeviction"
         )
-    if not info.get("aof_enabled") and not _takes_snapshots(store):
+    if info.get("aof_enabled") == 0 and not _takes_snapshots(store):
         found.append(
             f"Redis at {store.url} keeps nothing on disk: a restart loses every job. Set appendonly yes, appendfsync everysec"
         )
@@ -40,6 +40,14 @@ def dangers(store: Store, settings: Settings, celery: Mapping[str, Any]) -> list
             "its message is delivered again while it runs. Raise it"
         )
     return found
+
+
+def _info(store: Store) -> dict[str, Any]:
+    """Return what the server tells of itself; nothing where it may not be asked."""
+    try:
+        return store.client.info()
+    except ResponseError:
+        return {}
 
 
 def _takes_snapshots(store: Store) -> bool:

@@ -55,6 +55,7 @@ class Guard(threading.Thread):
     ) -> None:
         super().__init__(name="rlm-guard", daemon=True)
         self._runtime, self._celery, self._pool_size, self._queues = runtime, celery, pool_size, queues
+        self._ledger = runtime.ledger.hasty()  # an outage is seen at once, and what was missed is done after it
         self._warned = False
         self._reaped: dict[int, float] = {}
         self._sweep_not_before = 0.0
@@ -108,15 +109,15 @@ class Guard(threading.Thread):
         self._reap(now)
         if now >= self._due["beat"]:
             self._due["beat"] = now + ledger.lease_s / 3
-            self._runtime.ledger.beat([(held.job, held.node, held.token) for held in self._runtime.page.held()])
+            self._ledger.beat([(held.job, held.node, held.token) for held in self._runtime.page.held()])
         if now >= self._due["sweep"]:
             self._due["sweep"] = now + ledger.sweep_s
             self._sweep()
-            self._look_ahead(*self._runtime.ledger.store.run(self._runtime.ledger.next_look()))
+            self._look_ahead(*self._ledger.store.run(self._ledger.next_look()))
         self._kill_overdue(now)
 
     def _warn(self) -> None:
-        for danger in dangers(self._runtime.ledger.store, self._runtime.settings, self._celery):
+        for danger in dangers(self._ledger.store, self._runtime.settings, self._celery):
             logger.warning("%s", danger)
         self._warned = True
 
@@ -126,7 +127,7 @@ class Guard(threading.Thread):
         free = max(0, total - len(state.reserved_requests))
         if (total, free) != self._offered or now >= self._due["offer"]:
             offer = self._runtime.slots.publish(self._runtime.worker, total, free, self._queues())
-            _, next_ms = self._runtime.ledger.store.run(offer, self._runtime.ledger.next_look())
+            _, next_ms = self._ledger.store.run(offer, self._ledger.next_look())
             self._look_ahead(next_ms)
             self._runtime.page.hungry = free > 0
             self._offered, self._due["offer"] = (total, free), now + REFRESH_S
@@ -145,14 +146,15 @@ class Guard(threading.Thread):
                 continue  # Celery has noticed, and will say what it died of
             if died_of:
                 logger.warning("Pool process %d died of %s; its node is given to another", held.pid, died_of)
+                self._reaped.pop(held.pid, None)
                 if give_back(self._runtime, held, died_of):
                     self._runtime.resend(held.job, [held.node])
 
     def _sweep(self) -> None:
-        for job in self._runtime.ledger.take_due():
+        for job in self._ledger.take_due():
             more = True
             while more:
-                swept = self._runtime.ledger.sweep(job)
+                swept = self._ledger.sweep(job)
                 more = swept.more
                 if swept.send:
                     logger.info("Job %s: %d overdue nodes are sent again", job, len(swept.send))
@@ -174,15 +176,16 @@ class Guard(threading.Thread):
 def give_back(runtime: Runtime, held: Held, died_of: str, *, condemned: bool = False) -> bool:
     """RELEASE a node whose process is gone or about to go; say whether it now waits for a message.
 
-    Its next claim knows the item that was in flight; a `condemned` one is not run again.
+    Its next claim knows the item that was in flight; a `condemned` one is not run again.  While Redis is away
+    the page still tells of it, and the guard comes back to it.
     """
     try:
-        return runtime.ledger.hasty().release(held.job, held.node, held.token, held.item, died_of, condemned=condemned)
+        waits = runtime.ledger.hasty().release(held.job, held.node, held.token, held.item, died_of, condemned=condemned)
     except _UNREACHABLE as error:
-        logger.warning("Node %s of job %s was not given back, its lease runs out: %s", held.node, held.job, error)
+        logger.warning("Node %s of job %s is not given back yet: %s", held.node, held.job, error)
         return False
-    finally:
-        runtime.page.forget(held.pid)
+    runtime.page.forget(held.pid)
+    return waits
 
 
 def cause_of_death(pid: int) -> str:

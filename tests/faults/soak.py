@@ -58,7 +58,7 @@ class Report:
     hung: int = 0
     kills: Counter[str] = field(default_factory=Counter)
     redis_restarts: int = 0
-    workers_gone: int = 0  # that ended by themselves
+    workers_gone: list[str] = field(default_factory=list)  # the last words of those that ended by themselves
     doubled: int = 0
     redispatched: int = 0
     poisoned: int = 0
@@ -266,7 +266,8 @@ class Storm:
             if worker is not None and worker.poll() is None:
                 continue
             if worker is not None and name not in self._hit:
-                report.workers_gone += 1
+                words = (self._folder / f"{name}.log").read_text(errors="replace")[-3000:]
+                report.workers_gone.append(f"{name} ended with {worker.returncode}:\n{words}")
             self._hit.discard(name)
             self._workers[name] = self._spawn(name)
 
@@ -345,10 +346,13 @@ def show(reports: list[Report]) -> None:
     """Print what became of the jobs, side by side."""
     table = Table("what", *(report.system for report in reports), title="The storm", title_justify="left")
     for name in asdict(reports[0]):
-        if name not in ("system", "kills"):
+        if name not in ("system", "kills", "workers_gone"):
             table.add_row(name.replace("_", " "), *(f"{getattr(report, name):,.4g}" for report in reports))
+    table.add_row("workers that ended by themselves", *(str(len(report.workers_gone)) for report in reports))
     table.add_row("kills", *(", ".join(f"{count} {what}" for what, count in sorted(r.kills.items())) for r in reports))
     Console(width=None if sys.stdout.isatty() else 150).print(table)
+    for words in reports[0].workers_gone:
+        print(words)
 
 
 def main() -> int:

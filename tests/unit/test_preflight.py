@@ -17,11 +17,13 @@ from rlm_tasks.settings import NodeSettings, Settings
 class Server:
     """Answers as a server with these settings does."""
 
-    def __init__(self, *, policy: str = "noeviction", aof: int = 1, save: str | None = "") -> None:
+    def __init__(self, *, policy: str = "noeviction", aof: int = 1, save: str | None = "", tells: bool = True) -> None:
         self._info = {"maxmemory_policy": policy, "aof_enabled": aof}
-        self._save = save
+        self._save, self._tells = save, tells
 
     def info(self) -> dict[str, Any]:
+        if not self._tells:
+            raise ResponseError("NOPERM this user has no permissions to run the 'info' command")
         return self._info
 
     def config_get(self, name: str) -> dict[str, str]:
@@ -41,6 +43,7 @@ def test_a_server_that_keeps_its_data_is_not_mentioned() -> None:
     assert found(Server()) == []
     assert found(Server(aof=0, save="3600 1")) == []
     assert found(Server(aof=0, save=None)) == [], "a managed server that does not tell is trusted"
+    assert found(Server(policy="allkeys-lru", tells=False)) == []
 
 
 @pytest.mark.parametrize(
