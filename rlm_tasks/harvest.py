@@ -70,6 +70,8 @@ class Harvest:
             return
         try:
             self._outputs = [self._operation.merge(iter(self._outputs))]
+        except MemoryError:
+            raise  # a smaller range may fit
         except Exception as error:
             self.fatal = failure_of(-1, error)
 

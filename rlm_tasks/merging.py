@@ -63,6 +63,8 @@ def merge_root(
             raise Quarantined("the merge", claim.losses, "the loss of its process")
         reached(CrashPoint.DURING_MERGE)
         answer = _answer(ledger, spec, operation)
+    except MemoryError:
+        raise  # another process, or another hour, may have more; a third loss fails the job
     except Exception as error:
         logger.warning("The merge of job %s raised %s", spec.job, type(error).__name__)
         return ledger.close(spec.job, claim.token, Status.FAILED, error=failure_of(-1, error))

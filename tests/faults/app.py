@@ -51,6 +51,11 @@ def exceed() -> None:
     time.sleep(60)
 
 
+def starve() -> None:
+    """Ask for more memory than any machine has."""
+    bytearray(2**46)
+
+
 def hold() -> None:
     """Wait for the test to do its worst."""
     until = time.monotonic() + 30
@@ -58,7 +63,7 @@ def hold() -> None:
         time.sleep(0.005)
 
 
-DEEDS = {each.__name__: each for each in (kill_process, kill_worker, stop_worker, term_worker, term_group, exceed, hold)}
+DEEDS = {each.__name__: each for each in (kill_process, kill_worker, stop_worker, term_worker, term_group, exceed, starve, hold)}
 
 
 def reached(point: CrashPoint) -> None:

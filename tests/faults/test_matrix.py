@@ -34,6 +34,14 @@ def test_a_pool_process_is_killed(on_shared: Cell, point: CrashPoint) -> None:
 
 
 @points
+def test_a_process_runs_out_of_memory_outside_of_items(on_shared: Cell, point: CrashPoint) -> None:
+    faulted(on_shared, point, "starve")
+    job = on_shared.submit()
+
+    assert on_shared.check(job, since=on_shared.wait_for_fault(), what="MemoryError outside of items", point=point) < BOUND_S
+
+
+@points
 def test_a_whole_worker_is_killed(on_shared: Cell, point: CrashPoint) -> None:
     worker = faulted(on_shared, point, "kill_worker")
     job = on_shared.submit()
