@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
-from celery import Celery, chord
+from celery import Celery, chord, signals
 
 _url = os.environ.get("RLM_REDIS_URL", "redis://localhost:6379/0")
 app = Celery("nested_chords", broker=_url, backend=_url, set_as_current=False)
@@ -23,6 +24,12 @@ app.conf.update(
     broker_connection_max_retries=None,
     broker_transport_options={"visibility_timeout": 5, "unacked_restore_interval": 1, "unacked_restore_throttle": 1},
 )
+
+
+@signals.worker_ready.connect(weak=False)
+def _say_ready(**_: Any) -> None:
+    if path := os.environ.get("RLM_READY_FILE"):
+        Path(path).touch()
 
 
 @app.task(bind=True)

@@ -276,10 +276,11 @@ class Storm:
             sys.executable, "-m", "celery", "-A", self._system.app, "worker", "-c", str(SLOTS), "-l", "WARNING", "-n", name,
             "--without-gossip", "--without-mingle",
         ]  # fmt: skip
+        ready = self._folder / f"{name}.ready"
+        ready.unlink(missing_ok=True)
+        environment = {**os.environ, **self._environment, "RLM_READY_FILE": str(ready)}
         with (self._folder / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **self._environment}
-            )
+            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
 
     def _kill(self, open_: list[Any], report: Report) -> None:
         name = self._random.choice(sorted(self._workers))
@@ -289,6 +290,8 @@ class Storm:
             children = main.children()
         except psutil.NoSuchProcess:
             return
+        if deed == "pool process" and not (self._folder / f"{name}.ready").exists():
+            return  # Celery gives up when a pool process dies before its worker is ready
         with suppress(RedisError, StoreUnavailable, OSError):
             self._system.hit(name, open_)
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
