@@ -113,6 +113,7 @@ class Claim:
     phase: str = PROCESS
     spec: Spec | None = None
     losses: int = 0  # how often a holder was lost, nobody knows at which item
+    one_by_one: bool = False  # a process died with several items in flight: find out which
     suspects: tuple[Suspect, ...] = ()
     known_failed: frozenset[int] = frozenset()
     remaining_ms: int = -1
@@ -160,6 +161,7 @@ class NodeRecord:
     worker: str
     ms: int
     losses: int
+    one_by_one: bool
 
     @classmethod
     def parse(cls, id: str, text: bytes) -> NodeRecord:
@@ -169,6 +171,7 @@ class NodeRecord:
         return cls(
             id, lo, hi, int(r["d"]), Slot(r["sp"], int(r["ix"]), r["t"]), r["s"], int(r["e"]),
             r["p"], int(r.get("mid", lo)), r["why"], r.get("w", ""), int(r.get("ms", 0)), int(r.get("x", 0)),
+            bool(r.get("one")),
         )  # fmt: skip
 
 
@@ -233,7 +236,7 @@ class Ledger:
     def _open(self, new: Sequence[tuple[Spec, str]], ttl_s: int) -> list[bool]:
         now_ms = self.store.now_ms()
         pipe = self.store.client.pipeline(transaction=False)
-        pipe.zadd(self.keys.due, {spec.job: now_ms + self._first_look_ms(spec) for spec, _ in new})
+        pipe.zadd(self.keys.due, {spec.job: now_ms + self._first_look_ms(spec) for spec, _ in new}, nx=True)
         pipe.zadd(self.keys.jobs, {spec.job: now_ms for spec, _ in new}, nx=True)
         pipe.zremrangebyscore(self.keys.jobs, "-inf", now_ms - ttl_s * 1000)
         pipe.expire(self.keys.due, ttl_s)
@@ -266,7 +269,7 @@ class Ledger:
         r = NodeRecord.parse(node, a[2])
         return Claim(
             "run", job, node, token, int(a[1]), r.lo, r.hi, r.depth, r.slot, a[3].decode(), specs.load(a[4]),
-            r.losses, tuple(Suspect(*each) for each in msgspec.json.decode(a[5])), frozenset(map(int, a[6])), int(a[7]),
+            r.losses, r.one_by_one, tuple(Suspect(*each) for each in msgspec.json.decode(a[5])), frozenset(map(int, a[6])), int(a[7]),
         )  # fmt: skip
 
     def pulse(self, claim: Claim, done: int, failed: int, skipped: int) -> Call:
@@ -307,7 +310,7 @@ class Ledger:
     def release(self, job: str, node: str, token: str, item: int, died_of: str, *, condemned: bool = False) -> bool:
         """Give back a node whose process is gone; say whether it now waits for a message.
 
-        What the process died of is counted for the item in flight (-1: none); '' counts for nothing.
+        What the process died of is counted for the item in flight (as the page tells it); '' counts for nothing.
         """
         return bool(self._ask("release", job, node, token, item, died_of, int(condemned)))
 

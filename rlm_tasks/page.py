@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 SLOTS = 1024
+NO_ITEM, SEVERAL_ITEMS = -1, -2
 _HEADER = 64
 _SLOT = struct.Struct("<II8sqd40s16sB")  # generation (odd: being written), pid, token, item, time, job, node, doomed
+_PID = struct.Struct("<I")
 _ITEM = struct.Struct("<q")
 _TIME = struct.Struct("<d")
 _GENERATION = struct.Struct("<I")
-_ITEM_AT, _TIME_AT, _DOOMED_AT = 16, 24, 88
+_PID_AT, _ITEM_AT, _TIME_AT, _DOOMED_AT = 4, 16, 24, 88
 _DRAINING_AT, _HUNGRY_AT, _RECALLS_AT, _TERMINATING_AT = 0, 1, 2, 3
 
 
@@ -30,7 +32,7 @@ class Held:
     job: str
     node: str
     token: str  # 16 hexadecimal digits: what the ledger knows the holder by
-    item: int  # -1: none in flight
+    item: int  # in flight; or NO_ITEM, or SEVERAL_ITEMS: a batch, or many at once
     since: float  # monotonic time of the last slice boundary
 
 
@@ -99,6 +101,8 @@ class Page:
                 self._memory[offset + _DOOMED_AT] = 1
 
     def _read(self, offset: int) -> Held | None:
+        if not _PID.unpack_from(self._memory, offset + _PID_AT)[0]:
+            return None
         for _ in range(100):
             before = _GENERATION.unpack_from(self._memory, offset)[0]
             _, pid, token, item, since, job, node, _ = _SLOT.unpack_from(self._memory, offset)
@@ -129,16 +133,16 @@ class PageSlot:
         return self._memory[self._offset + _DOOMED_AT] == 1
 
     def start_item(self, index: int) -> None:
-        """Say which item is in flight."""
+        """Say which item is in flight, or that there are SEVERAL_ITEMS."""
         _ITEM.pack_into(self._memory, self._offset + _ITEM_AT, index)
 
     def boundary(self, at: float) -> None:
         """Say that a slice has ended, with no item in flight."""
-        _ITEM.pack_into(self._memory, self._offset + _ITEM_AT, -1)
+        _ITEM.pack_into(self._memory, self._offset + _ITEM_AT, NO_ITEM)
         _TIME.pack_into(self._memory, self._offset + _TIME_AT, at)
 
     def _write(self, pid: int, job: str, node: str, token: bytes, at: float) -> None:
         odd = _GENERATION.unpack_from(self._memory, self._offset)[0] | 1
         _GENERATION.pack_into(self._memory, self._offset, odd)
-        _SLOT.pack_into(self._memory, self._offset, odd, pid, token, -1, at, job.encode(), node.encode(), 0)
+        _SLOT.pack_into(self._memory, self._offset, odd, pid, token, NO_ITEM, at, job.encode(), node.encode(), 0)
         _GENERATION.pack_into(self._memory, self._offset, (odd + 1) & 0xFFFFFFFF)

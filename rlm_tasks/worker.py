@@ -24,7 +24,7 @@ from redis.exceptions import RedisError
 
 from resilience.errors import StoreUnavailable
 from rlm_tasks.dispatch import NODE_TASK
-from rlm_tasks.page import Held
+from rlm_tasks.page import NO_ITEM, Held
 from rlm_tasks.preflight import dangers
 from rlm_tasks.runtime import Runtime
 from rlm_tasks.upstream import handle_sigterm
@@ -40,6 +40,8 @@ BACK_OFF_S = 1.0
 GROUP_SIGNAL_S = 0.5
 """A SIGTERM to the process group has reached the main process, too, within this time."""
 REAPED = "a cause unknown"
+REAPED_S = 0.5
+"""Celery has told what a process died of within this time of having reaped it."""
 _UNREACHABLE = (RedisError, StoreUnavailable, OSError)
 
 
@@ -62,7 +64,7 @@ class Guard(threading.Thread):
         self._stopping = False
         self._woken = threading.Event()
         self._offered: tuple[int, int] | None = None
-        self._due = {"offer": 0.0, "beat": 0.0, "sweep": 0.0}
+        self._due = {"offer": 0.0, "look": 0.0, "beat": 0.0, "sweep": 0.0}
         self._lost = False
 
     def run(self) -> None:
@@ -106,7 +108,10 @@ class Guard(threading.Thread):
         if not self._warned:
             self._warn()
         self._offer(now)
-        self._reap(now)
+        if now >= self._due["look"]:
+            self._due["look"] = now + REFRESH_S
+            self._reap(now)
+            self._kill_overdue(now)
         if now >= self._due["beat"]:
             self._due["beat"] = now + ledger.lease_s / 3
             self._ledger.beat([(held.job, held.node, held.token) for held in self._runtime.page.held()])
@@ -114,7 +119,6 @@ class Guard(threading.Thread):
             self._due["sweep"] = now + ledger.sweep_s
             self._sweep()
             self._look_ahead(*self._ledger.store.run(self._ledger.next_look()))
-        self._kill_overdue(now)
 
     def _warn(self) -> None:
         for danger in dangers(self._ledger.store, self._runtime.settings, self._celery):
@@ -142,7 +146,7 @@ class Guard(threading.Thread):
         """Redo the nodes of dead pool processes at once: Celery may need 5 s to notice."""
         for held in self._runtime.page.held():
             died_of = cause_of_death(held.pid) if held.pid != os.getpid() else ""
-            if died_of == REAPED and now - self._reaped.setdefault(held.pid, now) < REFRESH_S:
+            if died_of == REAPED and now - self._reaped.setdefault(held.pid, now) < REAPED_S:
                 continue  # Celery has noticed, and will say what it died of
             if died_of:
                 logger.warning("Pool process %d died of %s; its node is given to another", held.pid, died_of)
@@ -165,8 +169,8 @@ class Guard(threading.Thread):
         if not limit:
             return
         for held in self._runtime.page.held():
-            if now - held.since > limit and held.item >= 0:
-                logger.error("Item %d of job %s ran longer than %g s; its process is killed", held.item, held.job, limit)
+            if now - held.since > limit and held.item != NO_ITEM:
+                logger.error("An item of job %s ran longer than %g s; its process is killed", held.job, limit)
                 given_back = give_back(self._runtime, held, f"the item limit of {limit:g} s", condemned=True)
                 os.kill(held.pid, signal.SIGKILL)
                 if given_back:

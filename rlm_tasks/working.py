@@ -15,7 +15,7 @@ from rlm_tasks.harvest import Harvest
 from rlm_tasks.ledger import PROCESS, Claim
 from rlm_tasks.operations import Context, Operation
 from rlm_tasks.pace import Pace
-from rlm_tasks.page import PageSlot
+from rlm_tasks.page import SEVERAL_ITEMS, PageSlot
 from rlm_tasks.spec import Spec
 
 WINDOW = 1024
@@ -48,6 +48,7 @@ class Work:
         self._validating = claim.phase != PROCESS
         self._filtered = bool(claim.known_failed) or spec.skip_if_empty
         self._batch = 1
+        self._most = 1 if claim.one_by_one else LARGEST_BATCH
         self.harvest = Harvest(operation)
         self.at = claim.lo
         self.until = claim.hi  # less when the rest must be another node's, whatever happens here
@@ -143,7 +144,7 @@ class Work:
         kept = window  # a range stays a range: its sum needs no list
         if self._filtered:
             kept = [item for index, item in enumerate(window, self.at) if not self._leaves_out(index, item)]
-        self._page.start_item(self.at)
+        self._page.start_item(self.at if len(window) == 1 else SEVERAL_ITEMS)
         try:
             if kept:
                 self.harvest.add_batch(self._operation.apply(kept, self._context(self.at)), len(kept))
@@ -152,7 +153,7 @@ class Work:
             self._again_one_by_one(window)
         now = self._clock()
         grown = self._batch * min(BATCH_GROWTH, self._pace.slice_ms / 1000 / max(now - began, 1e-6))
-        self._batch = min(LARGEST_BATCH, max(1, int(grown)))
+        self._batch = min(self._most, max(1, int(grown)))
         self._look_up(now)
 
     def _again_one_by_one(self, window: Sequence[Any]) -> None:
@@ -180,6 +181,7 @@ class Work:
         while waiting or (launched < self.until and not self.stopped):
             launched = self._launch(waiting, outcomes, launched)
             if waiting:
+                self._page.start_item(next(iter(waiting)) if len(waiting) == 1 else SEVERAL_ITEMS)
                 patience = max(0.001, self._pace.slice_ms / 1000)
                 await asyncio.wait(waiting.values(), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
             for index in [index for index, task in waiting.items() if task.done()]:
@@ -190,7 +192,7 @@ class Work:
         self.busy_s += self._clock() - began
 
     def _launch(self, waiting: dict[int, asyncio.Task[Any]], outcomes: dict[int, Any], launched: int) -> int:
-        room = self._operation.concurrency - len(waiting)
+        room = min(self._most, self._operation.concurrency) - len(waiting)
         if room <= 0 or self.stopped or launched >= self.until:
             return launched
         try:

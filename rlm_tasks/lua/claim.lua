@@ -35,7 +35,7 @@ call('ZREM', waiting, id)
 call('HSET', job, 'claimed_ms', now, 'seen_ms', math.max(f.seen_ms, sent))
 if node.lost or (node.s == 'r' and not again) then
   node.lost, node.x = nil, (node.x or 0) + 1
-  if id ~= 'merge' and node.hi - node.lo == 1 then count_death(f, node.lo, 'its worker was lost') end
+  if id ~= 'merge' and node.hi - node.lo == 1 then count_death(f, node.lo, 0, 'its worker was lost') end
 end
 if not again then node.e = node.e + 1 end
 node.s, node.k, node.w, node.at, node.why = 'r', token, ARGV[4], now, ''

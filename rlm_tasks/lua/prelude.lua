@@ -6,7 +6,8 @@
 --   sp, ix  the split and slot it fills ('' at the root)      t  Celery task id
 --   k  token of its holder   w  worker   at  claimed, ms   ms  how long it ran   why  reason it waits or was cut
 --   rs  how often its message was sent again     lost  its holder is gone, nobody has claimed it since
---   x  how often its holder was lost outside of a known item
+--   x  how often its holder was lost outside of an item
+--   one  how often its process died with several items in flight: the next holder runs one at a time
 local job, nodes, due, waiting, splits, pieces, blobs = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local failed, empty, failures, deaths, quarantine = KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12]
 local inflight, events, items, blocks = KEYS[13], KEYS[14], KEYS[15], KEYS[16]
@@ -74,10 +75,10 @@ local function retire(id)
   call('HDEL', inflight, id)
 end
 
--- A process died while it ran this item; `over`: whatever the count, it must not run again.
-local function count_death(f, index, by, over)
+-- A process died while it ran this item, which was among several `before` that; `over`: it must not run again.
+local function count_death(f, index, before, by, over)
   local raw = call('HGET', deaths, index)
-  local death = raw and cjson.decode(raw) or {n = 0}
+  local death = raw and cjson.decode(raw) or {n = before}
   death.n, death.by, death.over = death.n + 1, by, over or death.over
   call('HSET', deaths, index, cjson.encode(death))
   call('EXPIRE', deaths, f.ttl_s)

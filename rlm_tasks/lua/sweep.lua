@@ -5,7 +5,8 @@ local f = facts()
 if not f then return {'unknown', 0} end
 if TERMINAL[f.state] then return {f.state, 0} end
 local grace, lease, most = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[4])
-if f.schema > tonumber(ARGV[5]) then return {'newer', now + lease} end
+-- A newer worker sweeps it; soon, should that one have died.
+if f.schema > tonumber(ARGV[5]) then return {'newer', now + 1000} end
 keep_all(f.ttl_s)
 judge(f)
 local send = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import signal
@@ -59,6 +60,25 @@ def poison(index: int, ctx: Context) -> list[int]:
             kill_worker()
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(ctx.params.get("ms", 0) / 1000)
+    return [index]
+
+
+@operation("poison_batch", batch=True, merge=_concatenated)
+def poison_batch(items: list[int], ctx: Context) -> list[int]:
+    """End the process when a batch has a poisonous item, or hold it up when it has a slow one."""
+    if set(items) & set(ctx.params.get("poison", ())):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if set(items) & set(ctx.params.get("slow", ())):
+        time.sleep(60)
+    return list(items)
+
+
+@operation("poison_async", concurrency=20, merge=_concatenated)
+async def poison_async(index: int, ctx: Context) -> list[int]:
+    """End the process after a while, with others in flight."""
+    await asyncio.sleep(0.002)
+    if index in ctx.params["poison"]:
+        os.kill(os.getpid(), signal.SIGKILL)
     return [index]
 
 
