@@ -10,7 +10,7 @@ import pytest
 
 from rlm_tasks import NWay
 from rlm_tasks.dispatch import body_of, group_id
-from rlm_tasks.ledger import Ledger
+from rlm_tasks.ledger import Ledger, NodeRecord
 from tests.faults.conftest import Cell
 from tests.integration.conftest import client_of
 from tests.support import wait_until
@@ -57,12 +57,12 @@ def test_a_copy_of_a_claimed_message_leaves_the_chord_slot_to_the_holder(on_shar
     job = on_shared.client.submit(operation="pid_after", items=[2.0, 0.0], strategy=NWay(split_factor=2, min_chunk_size=1))
     ledger = on_shared.client.ledger
 
-    def leaves() -> list[object]:
+    def leaves() -> list[NodeRecord]:
         return [record for record in ledger.all_records(job.id) if record.hi - record.lo == 1]
 
-    wait_until(lambda: sorted(each.state for each in leaves()) == ["d", "r"])  # type: ignore[attr-defined]  # node records
-    [slow] = [each for each in leaves() if each.state == "r"]  # type: ignore[attr-defined]
-    prefix, group = on_shared.client.settings.namespace, group_id(job.id, slow.slot.split)  # type: ignore[attr-defined]
+    wait_until(lambda: sorted(each.state for each in leaves()) == ["d", "r"])
+    [slow] = [each for each in leaves() if each.state == "r"]
+    prefix, group = on_shared.client.settings.namespace, group_id(job.id, slow.slot.split)
     parts = f"{prefix}:celery-taskset-meta-{group}.j"
     store = ledger.store.client
     wait_until(lambda: store.zcard(parts) == 1)
@@ -71,7 +71,7 @@ def test_a_copy_of_a_claimed_message_leaves_the_chord_slot_to_the_holder(on_shar
     queue = f"{prefix}:{prefix}.normal"
     wait_until(lambda: store.exists(queue) == 0)
     assert store.zcard(parts) == 1, "the slot of the running node is not filled by its copies"
-    assert {record.state for record in leaves()} == {"d", "r"}  # type: ignore[attr-defined]
+    assert {record.state for record in leaves()} == {"d", "r"}
 
     result = job.result(timeout=20)
     assert result.done == 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+from collections.abc import Sequence
 
 import psutil
 import pytest
@@ -20,9 +22,9 @@ NTH = {CrashPoint.BEFORE_CLAIM: 3, CrashPoint.AFTER_CLAIM: 3, CrashPoint.BEFORE_
 points = pytest.mark.parametrize("point", list(CrashPoint), ids=lambda point: point.replace(" ", "-"))
 
 
-def faulted(cell: Cell, point: CrashPoint, deed: str, **more: object) -> object:
+def faulted(cell: Cell, point: CrashPoint, deed: str, options: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     """Start a worker that will do the deed at the point."""
-    return cell.worker(fault=(point, deed), nth=NTH.get(point, 1), **more)  # type: ignore[arg-type]  # options
+    return cell.worker(fault=(point, deed), nth=NTH.get(point, 1), options=options)
 
 
 @points
@@ -46,7 +48,7 @@ def test_a_whole_worker_is_killed(on_shared: Cell, point: CrashPoint) -> None:
     worker = faulted(on_shared, point, "kill_worker")
     job = on_shared.submit()
     since = on_shared.wait_for_fault()
-    worker.wait(5)  # type: ignore[attr-defined]  # a process
+    worker.wait(5)
     on_shared.worker()
 
     assert on_shared.check(job, since=since, what="SIGKILL of the only worker", point=point) < BOUND_S
@@ -54,7 +56,7 @@ def test_a_whole_worker_is_killed(on_shared: Cell, point: CrashPoint) -> None:
 
 @points
 def test_a_worker_is_stopped_for_longer_than_its_lease_and_goes_on(on_shared: Cell, point: CrashPoint) -> None:
-    worker = psutil.Process(faulted(on_shared, point, "stop_worker").pid)  # type: ignore[attr-defined]  # a process
+    worker = psutil.Process(faulted(on_shared, point, "stop_worker").pid)
     job = on_shared.submit()
     since = on_shared.wait_for_fault()
     everyone = [worker, *worker.children()]
@@ -80,7 +82,7 @@ def test_a_worker_is_told_to_stop(on_shared: Cell, point: CrashPoint, deed: str)
     worker = faulted(on_shared, point, deed)
     job = on_shared.submit()
     since = on_shared.wait_for_fault()
-    assert worker.wait(5) == 0  # type: ignore[attr-defined]  # a process
+    assert worker.wait(5) == 0
     on_shared.worker()
 
     what = "SIGTERM to the main process" if deed == "term_worker" else "SIGTERM to the process group"

@@ -99,7 +99,7 @@ def test_poison_that_kills_whole_workers_is_found_by_halving(on_shared: Cell) ->
     deaths = 0
     while not job.ready():
         with embedded.worker(environment, log=on_shared.log) as process:
-            wait_until(lambda process=process: process.poll() is not None or job.ready(), 30)  # type: ignore[misc]  # bound at once
+            wait_until(lambda process=process: process.poll() is not None or job.ready(), 30)
             deaths += process.poll() is not None
 
     assert job.result(timeout=5).output == [i for i in range(16) if i != 5]

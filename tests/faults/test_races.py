@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from random import Random
 
-from rlm_tasks import Binary, Job, Status
+from rlm_tasks import Binary, Job, Status, embedded
 from tests.faults.conftest import Cell, cell
 from tests.support import wait_until
 
@@ -73,9 +74,9 @@ def test_a_cancelled_tree_of_many_waiting_nodes_ends_at_once(on_shared: Cell) ->
     assert progress.done + progress.skipped == 5000
 
 
-def test_a_stopped_worker_cannot_hold_up_the_end_of_a_job(server: object, tmp_path: object) -> None:
+def test_an_item_cannot_hold_up_the_end_of_its_job(server: embedded.Server, tmp_path: Path) -> None:
     """Running nodes of an ended job are fenced after the stop grace, whatever they are in."""
-    with cell(server, "stuck", tmp_path, tmp_path / "worker.log", RLM_LEDGER__STOP_GRACE_S="0.5") as own:  # type: ignore[arg-type,operator]  # fixtures
+    with cell(server, "stuck", tmp_path, tmp_path / "worker.log", RLM_LEDGER__STOP_GRACE_S="0.5") as own:
         own.worker()
         job = own.client.submit(operation="nap", items=[4000.0, 4000.0])
         wait_until(lambda: any(node.state == "running" for node in job.tree()))

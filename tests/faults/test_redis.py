@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import redis
 
-from rlm_tasks import JobNotFound, embedded
+from rlm_tasks import Job, JobNotFound, embedded
 from rlm_tasks.crashpoints import CrashPoint
 from tests.faults.conftest import LEASE_S, Cell, cell
 from tests.faults.proxy import Proxy
@@ -16,8 +17,8 @@ from tests.faults.test_matrix import NTH, points
 from tests.support import wait_until
 
 
-def held(cell: Cell, point: CrashPoint) -> object:
-    """Start a worker that holds still at the point, with a job in it; return the worker."""
+def held(cell: Cell, point: CrashPoint) -> tuple[subprocess.Popen[bytes], Job]:
+    """Start a worker that holds still at the point, with a job in it; return both."""
     worker = cell.worker(fault=(point, "hold"), nth=NTH.get(point, 1))
     job = cell.submit()
     cell.wait_for_fault()

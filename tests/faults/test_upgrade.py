@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import msgspec
 
@@ -23,7 +24,7 @@ def submit_as(own: Cell, schema: int, items: int = 400) -> Job:
     return job
 
 
-def older(own: Cell) -> object:
+def older(own: Cell) -> subprocess.Popen[bytes]:
     """A worker of the previous schema."""
     return own.stack.enter_context(
         embedded.worker(own.environment, log=own.folder / "older.log", app="tests.faults.older", options=["-n", "older@test"])
