@@ -113,6 +113,7 @@ class Claim:
     phase: str = PROCESS
     spec: Spec | None = None
     losses: int = 0  # how often a holder was lost, nobody knows at which item
+    lost_by: str = ""  # what the last of them died of
     one_by_one: bool = False  # a process died with several items in flight: find out which
     suspects: tuple[Suspect, ...] = ()
     known_failed: frozenset[int] = frozenset()
@@ -161,6 +162,7 @@ class NodeRecord:
     worker: str
     ms: int
     losses: int
+    lost_by: str
     one_by_one: bool
 
     @classmethod
@@ -171,7 +173,7 @@ class NodeRecord:
         return cls(
             id, lo, hi, int(r["d"]), Slot(r["sp"], int(r["ix"]), r["t"]), r["s"], int(r["e"]),
             r["p"], int(r.get("mid", lo)), r["why"], r.get("w", ""), int(r.get("ms", 0)), int(r.get("x", 0)),
-            bool(r.get("one")),
+            r.get("by", ""), bool(r.get("one")),
         )  # fmt: skip
 
 
@@ -269,7 +271,7 @@ class Ledger:
         r = NodeRecord.parse(node, a[2])
         return Claim(
             "run", job, node, token, int(a[1]), r.lo, r.hi, r.depth, r.slot, a[3].decode(), specs.load(a[4]),
-            r.losses, r.one_by_one, tuple(Suspect(*each) for each in msgspec.json.decode(a[5])), frozenset(map(int, a[6])), int(a[7]),
+            r.losses, r.lost_by, r.one_by_one, tuple(Suspect(*each) for each in msgspec.json.decode(a[5])), frozenset(map(int, a[6])), int(a[7]),
         )  # fmt: skip
 
     def pulse(self, claim: Claim, done: int, failed: int, skipped: int) -> Call:

@@ -60,7 +60,7 @@ def merge_root(
     """Make the answer of a job and close it; return its final state, '' when another process holds the merge."""
     try:
         if claim.losses >= ledger.settings.death_limit:
-            raise Quarantined("the merge", claim.losses, "the loss of its process")
+            raise Quarantined("the merge", claim.losses, claim.lost_by)
         reached(CrashPoint.DURING_MERGE)
         answer = _answer(ledger, spec, operation)
     except MemoryError:

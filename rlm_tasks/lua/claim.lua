@@ -33,9 +33,10 @@ local sent = tonumber(call('ZSCORE', waiting, id) or '0')
 call('ZREM', waiting, id)
 -- What was sent before a message that has arrived should have arrived, too: see sweep.
 call('HSET', job, 'claimed_ms', now, 'seen_ms', math.max(f.seen_ms, sent))
-if node.lost or (node.s == 'r' and not again) then
+if node.s == 'r' and not again then node.lost, node.by = true, 'the loss of its worker' end
+if node.lost then
   node.lost, node.x = nil, (node.x or 0) + 1
-  if id ~= 'merge' and node.hi - node.lo == 1 then count_death(f, node.lo, 0, 'its worker was lost') end
+  if id ~= 'merge' and node.hi - node.lo == 1 then count_death(f, node.lo, 0, node.by) end
 end
 if not again then node.e = node.e + 1 end
 node.s, node.k, node.w, node.at, node.why = 'r', token, ARGV[4], now, ''

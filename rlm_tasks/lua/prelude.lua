@@ -6,7 +6,7 @@
 --   sp, ix  the split and slot it fills ('' at the root)      t  Celery task id
 --   k  token of its holder   w  worker   at  claimed, ms   ms  how long it ran   why  reason it waits or was cut
 --   rs  how often its message was sent again     lost  its holder is gone, nobody has claimed it since
---   x  how often its holder was lost outside of an item
+--   x  how often its holder was lost outside of an item     by  of what, the last time
 --   one  how often its process died with several items in flight: the next holder runs one at a time
 local job, nodes, due, waiting, splits, pieces, blobs = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local failed, empty, failures, deaths, quarantine = KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12]

@@ -6,7 +6,7 @@ if not f or not node then return 0 end
 node.k, node.why, node.lost = '', 'its worker process was lost', nil
 if ARGV[4] ~= '' then
   if item == -1 then
-    node.lost = true
+    node.lost, node.by = true, ARGV[4]
   elseif item == -2 then
     node.one = (node.one or 0) + 1
   else

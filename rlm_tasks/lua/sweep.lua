@@ -27,7 +27,7 @@ end
 for _, id in ipairs(call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, most)) do
   local node = read(id)
   if node.s == 'r' then
-    node.lost, node.why = true, 'its lease ran out'
+    node.lost, node.by, node.why = true, 'the loss of its worker', 'its lease ran out'
     call('HDEL', inflight, id)
     note('lease lost', 'node ' .. id)
   end
@@ -48,20 +48,21 @@ for i = 1, #overdue, 2 do
   end
 end
 -- When nothing arrives at all the queue may be long, or gone: one copy of the oldest is the probe that tells.
-if #send == 0 and #overdue > 0 then
-  local v = call('HMGET', job, 'claimed_ms', 'probed_ms', 'probes')
-  local claimed, probed, probes = tonumber(v[1]), tonumber(v[2]), tonumber(v[3])
-  if claimed > probed then probes = 0 end
-  if now - math.max(claimed, probed) >= grace * 2 ^ math.min(probes, 10) then
-    call('HSET', job, 'probed_ms', now, 'probes', probes + 1)
-    local node = read(overdue[1])
-    node.rs = node.rs + 1
-    send_again(overdue[1], node)
-  end
+local v = call('HMGET', job, 'claimed_ms', 'probed_ms', 'probes')
+local claimed, probed, probes = tonumber(v[1]), tonumber(v[2]), tonumber(v[3])
+if claimed > probed then probes = 0 end
+local quiet_until = math.max(claimed, probed) + grace * 2 ^ math.min(probes, 10)
+if #send == 0 and #overdue > 0 and now >= quiet_until then
+  quiet_until = now + grace * 2 ^ math.min(probes + 1, 10)
+  call('HSET', job, 'probed_ms', now, 'probes', probes + 1)
+  local node = read(overdue[1])
+  node.rs = node.rs + 1
+  send_again(overdue[1], node)
 end
 
 local first = call('ZRANGE', due, 0, 0, 'WITHSCORES')
-local again = now + (call('ZCARD', waiting) > 0 and math.min(grace, lease) or lease)
+local again = now + lease
+if call('ZCARD', waiting) > 0 then again = math.min(again, math.max(quiet_until, now + grace)) end
 if first[2] then again = math.min(again, tonumber(first[2])) end
 if f.deadline > 0 then again = math.min(again, f.deadline) end
 if f.stop ~= '' then again = math.min(again, now + tonumber(ARGV[3])) end

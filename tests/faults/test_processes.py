@@ -105,14 +105,14 @@ def test_poison_that_kills_whole_workers_is_found_by_halving(on_shared: Cell) ->
     assert job.result(timeout=5).output == [i for i in range(16) if i != 5]
     assert [item.index for item in job.quarantined()] == [5]
     assert deaths <= 4 + 3, "four halvings of sixteen items, then three deaths of the one"
-    assert job.quarantined()[0].last_signal == "its worker was lost"
+    assert job.quarantined()[0].last_signal == "the loss of its worker"
 
 
 def test_a_merge_that_kills_its_process_fails_its_job(on_shared: Cell) -> None:
     on_shared.worker()
     job = on_shared.client.submit(operation="deadly_merge", items=range(10), strategy=Binary(min_chunk_size=5))
 
-    with pytest.raises(JobFailed, match="the merge: its process died 3 times"):
+    with pytest.raises(JobFailed, match="the merge: its process died 3 times while it ran, the last time of SIGKILL"):
         job.result(timeout=60)
     on_shared.check_keys(job)
 

@@ -195,11 +195,21 @@ class LedgerMachine(RuleBasedStateMachine):
         else:
             assert ended == ""
 
+    @precondition(lambda self: any(node.lost for node in self.nodes.values()))
+    @rule(data=st.data())
+    def beat_late(self, data: st.DataObject) -> None:
+        """A main process beats for a holder whose lease ran out."""
+        lost = [each for each in self.claims if self.nodes[each.node].lost]
+        self.beats_for(data.draw(st.sampled_from(lost), "claim"))
+
     @precondition(lambda self: self.claims)
     @rule(data=st.data())
     def beat(self, data: st.DataObject) -> None:
         """A main process beats for somebody who once held a node."""
-        claim = data.draw(st.sampled_from(self.claims), "claim")
+        self.beats_for(data.draw(st.sampled_from(self.claims), "claim"))
+
+    def beats_for(self, claim: Claim) -> None:
+        """Beat, and renew a lease that nobody else has taken."""
         node = self.nodes[claim.node]
         self.ledger.beat([("job", claim.node, claim.token)])
         if node.is_held_by(claim.token):
@@ -234,16 +244,18 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def lapse(self, data: st.DataObject) -> None:
         """A lease runs out, or a parked node's time has come."""
-        id = self.pick(data)
-        if self.nodes[id].state in (RUNNING, PARKED) and self.state != "closed":
+        timed = [id for id, node in self.nodes.items() if node.state in (RUNNING, PARKED)]
+        if timed and self.state != "closed":
+            id = data.draw(st.sampled_from(timed), "node")
             assert self.ledger.store.client.zadd(self.keys.due, {id: 1}, xx=True, ch=True) or self.nodes[id].lapsed
             self.nodes[id].lapsed = True
 
     @rule(data=st.data())
     def age(self, data: st.DataObject) -> None:
         """A message has been on its way for long."""
-        id = self.pick(data)
-        if self.nodes[id].state == QUEUED and self.state != "closed":
+        queued = [id for id, node in self.nodes.items() if node.state == QUEUED]
+        if queued and self.state != "closed":
+            id = data.draw(st.sampled_from(queued), "node")
             self.ledger.store.client.zadd(self.keys.waiting, {id: 1}, xx=True)
             self.nodes[id].aged = True
 

@@ -118,6 +118,22 @@ def test_the_sweep_takes_back_what_is_overdue_and_fences_its_holder(platform: Pl
     assert done(platform, stale, 100) == "stale"
 
 
+def test_a_lease_that_ran_out_is_its_holders_until_somebody_else_claims(platform: Platform, spec: Spec) -> None:
+    holder = claimed(platform, spec)
+    keys = platform.keys.of(spec.job)
+    platform.store.client.zadd(keys.due, {ROOT: 1})
+    assert platform.ledger.sweep(spec.job).send == (ROOT,)
+
+    platform.ledger.beat([(spec.job, ROOT, holder.token)])
+    assert platform.store.client.zscore(keys.waiting, ROOT) is None
+    assert platform.ledger.claim(spec.job, ROOT, "its copy", "w").answer == "busy"
+    platform.store.client.zadd(keys.due, {ROOT: 1})
+    platform.ledger.sweep(spec.job)
+    assert done(platform, holder, 100) == MERGE, "handed in late, and nobody else has it"
+    assert platform.store.client.zrange(keys.waiting, 0, -1) == []
+    assert platform.ledger.claim(spec.job, ROOT, "its copy", "w").answer == "done"
+
+
 def test_a_parked_node_waits_and_is_woken_by_the_sweep(platform: Platform, spec: Spec) -> None:
     claim = claimed(platform, spec)
     platform.ledger.park(claim, 60_000, "a bucket is empty")
