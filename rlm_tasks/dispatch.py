@@ -71,9 +71,9 @@ def body_of(job: str, queue: str, split: Split) -> dict[str, Any]:
     }
 
 
-def told(spec: Spec) -> dict[str, Any]:
-    """Return the header by which a worker knows, before it claims, whether it can run a node."""
-    return {"rlm": {"schema": spec.schema, "operation": spec.operation, "version": spec.version}}
+def told(spec: Spec, message: int) -> dict[str, Any]:
+    """Return the header by which a worker knows, before it claims, whether it can run a node, and which copy it got."""
+    return {"rlm": {"schema": spec.schema, "operation": spec.operation, "version": spec.version, "message": message}}
 
 
 class Dispatcher:
@@ -84,14 +84,14 @@ class Dispatcher:
 
     def send_root(self, specs: Sequence[Spec], node: str) -> None:
         """Send the first node of each job."""
-        self._publish((spec, node, Slot(task=spec.job), None) for spec in specs)
+        self._publish((spec, node, 0, Slot(task=spec.job), None) for spec in specs)
 
     def send_children(self, spec: Spec, children: Sequence[Child], splits: Sequence[Split], *, merges: bool) -> None:
         """Send what a cut has registered; without a merge, a split is a group and needs no chord."""
         if merges and splits:
             self._set_sizes(spec.job, splits)
         bodies = {split.id: split for split in splits} if merges else {}
-        self._publish((spec, child.id, Slot(child.sp, child.ix, child.t), bodies.get(child.sp)) for child in children)
+        self._publish((spec, child.id, 0, Slot(child.sp, child.ix, child.t), bodies.get(child.sp)) for child in children)
 
     def resend(self, job: str, nodes: Sequence[str], *, merges: bool) -> None:
         """Send the messages of registered nodes again, from their records."""
@@ -101,7 +101,7 @@ class Dispatcher:
             return
         wanted = {record.slot.split for record in records if record.slot.split} if merges else set()
         bodies = {id: self._ledger.split(job, id) for id in wanted}
-        self._publish((spec, r.id, r.slot, bodies.get(r.slot.split)) for r in records)
+        self._publish((spec, r.id, r.message, r.slot, bodies.get(r.slot.split)) for r in records)
 
     def _set_sizes(self, job: str, splits: Iterable[Split]) -> None:
         backend = self._app.backend
@@ -114,7 +114,7 @@ class Dispatcher:
         except (RedisError, OSError) as error:
             logger.warning("The chords of job %s are not counted (%s); its root merge does their work", job, error)
 
-    def _publish(self, messages: Iterable[tuple[Spec, str, Slot, Split | None]]) -> None:
+    def _publish(self, messages: Iterable[tuple[Spec, str, int, Slot, Split | None]]) -> None:
         messages = list(messages)
         try:
             with self._app.producer_pool.acquire(block=True, timeout=10) as producer:
@@ -129,9 +129,9 @@ class Dispatcher:
                 "%d node messages of job %s were not sent (%s); the sweep sends them", len(messages), messages[0][0].job, error
             )
 
-    def _send(self, producer: Any, spec: Spec, node: str, slot: Slot, body: Split | None) -> None:
+    def _send(self, producer: Any, spec: Spec, node: str, message: int, slot: Slot, body: Split | None) -> None:
         job = spec.job
-        options: dict[str, Any] = {"headers": told(spec)}
+        options: dict[str, Any] = {"headers": told(spec, message)}
         if slot.split:
             options |= {"group_id": group_id(job, slot.split), "group_index": slot.index}
         if body is not None:

@@ -164,6 +164,7 @@ class NodeRecord:
     losses: int
     lost_by: str
     one_by_one: bool
+    message: int  # number of its latest message
 
     @classmethod
     def parse(cls, id: str, text: bytes) -> NodeRecord:
@@ -173,7 +174,7 @@ class NodeRecord:
         return cls(
             id, lo, hi, int(r["d"]), Slot(r["sp"], int(r["ix"]), r["t"]), r["s"], int(r["e"]),
             r["p"], int(r.get("mid", lo)), r["why"], r.get("w", ""), int(r.get("ms", 0)), int(r.get("x", 0)),
-            r.get("by", ""), bool(r.get("one")),
+            r.get("by", ""), bool(r.get("one")), int(r.get("m", 0)),
         )  # fmt: skip
 
 
@@ -262,9 +263,9 @@ class Ledger:
             "validate" if spec.validate else PROCESS, ROOT, spec.job, spec.schema,
         ))  # fmt: skip
 
-    def claim(self, job: str, node: str, token: str, worker: str) -> Claim:
-        """Take a node, or learn why not."""
-        a = self._ask("claim", job, node, token, self._lease_ms, worker, self.settings.death_limit, specs.SCHEMA)
+    def claim(self, job: str, node: str, token: str, worker: str, message: int = 0) -> Claim:
+        """Take a node, or learn why not.  `message` is the number of the message that asks for it."""
+        a = self._ask("claim", job, node, token, self._lease_ms, worker, self.settings.death_limit, specs.SCHEMA, message)
         answer = a[0].decode()
         if answer != "run":
             return Claim(answer, job, node, token, waiting=tuple(each.decode() for each in a[1:] if each))

@@ -51,7 +51,7 @@ PARK_MS = 5000
 MAX_FAILURES_TOLD = 1000
 
 
-def run_node(runtime: Runtime, job: str, node: str) -> bool:
+def run_node(runtime: Runtime, job: str, node: str, message: int = 0) -> bool:
     """Do what CLAIM's answer says; return whether this message now fills its slot in a chord.
 
     ==========  =====================================================================
@@ -66,7 +66,7 @@ def run_node(runtime: Runtime, job: str, node: str) -> bool:
     page.hold(os.getpid(), job, node, token, time.monotonic())
     try:
         runtime.reached(CrashPoint.BEFORE_CLAIM)
-        claim = runtime.ledger.claim(job, node, token, runtime.worker)
+        claim = runtime.ledger.claim(job, node, token, runtime.worker, message)
         if claim.answer == "run":
             runtime.reached(CrashPoint.AFTER_CLAIM)
             return _work(runtime, claim, page)

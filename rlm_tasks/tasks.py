@@ -46,9 +46,10 @@ def register(app: Celery, runtime: Callable[[], Runtime]) -> None:
     @app.task(name=NODE_TASK, **_OPTIONS)  # type: ignore[untyped-decorator]  # Celery ships no types
     def node(self: Any, job: str, node: str) -> None:
         """Run one node of a job."""
-        if why := beyond_this_worker(self.request.get("rlm") or {}):
+        told = self.request.get("rlm") or {}
+        if why := beyond_this_worker(told):
             _put_back(self, why)
-        elif not _guarded(runtime(), job, lambda: run_node(runtime(), job, node)):
+        elif not _guarded(runtime(), job, lambda: run_node(runtime(), job, node, told.get("message", 0))):
             _leave_slot(self.request)
 
     @app.task(name=MERGE_TASK, **_OPTIONS)  # type: ignore[untyped-decorator]  # Celery ships no types

@@ -1,4 +1,4 @@
--- Take a node.  ARGV: node, token, lease_ms, worker, death_limit, schema.
+-- Take a node.  ARGV: node, token, lease_ms, worker, death_limit, schema, number of the message that asks.
 -- Returns {answer, ...}: run -> epoch, record, phase, spec, suspects, failed items in range, ms left (-1: no limit);
 -- cut -> ids of children that still wait for a message; closed, done, busy, parked, newer, unknown -> nothing more.
 local id, token, lease, limit = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[5])
@@ -31,7 +31,9 @@ end
 
 local sent = tonumber(call('ZSCORE', waiting, id) or '0')
 call('ZREM', waiting, id)
--- What was sent before a message that has arrived should have arrived, too: see sweep.
+-- What was sent before a message that has arrived should have arrived, too: see sweep.  An earlier message than
+-- the node's latest tells nothing: when it was sent is not known any more.
+if node.m ~= tonumber(ARGV[7]) then sent = 0 end
 call('HSET', job, 'claimed_ms', now, 'seen_ms', math.max(f.seen_ms, sent))
 if node.s == 'r' and not again then node.lost, node.by = true, 'the loss of its worker' end
 if node.lost then

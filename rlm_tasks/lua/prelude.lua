@@ -5,7 +5,7 @@
 --   lo, hi  its range      mid  where its own work ended      d  depth     p  parent node
 --   sp, ix  the split and slot it fills ('' at the root)      t  Celery task id
 --   k  token of its holder   w  worker   at  claimed, ms   ms  how long it ran   why  reason it waits or was cut
---   rs  how often its message was sent again     lost  its holder is gone, nobody has claimed it since
+--   m  number of its latest message     rs  how often that was sent again for being late     lost  its holder is gone, nobody has claimed it since
 --   x  how often its holder was lost outside of an item     by  of what, the last time
 --   one  how often its process died with several items in flight: the next holder runs one at a time
 local job, nodes, due, waiting, splits, pieces, blobs = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
@@ -128,7 +128,7 @@ end
 
 -- A node waits for its message: `waiting` says since when.
 local function wait_for_message(id, node)
-  node.s = 'q'
+  node.s, node.m = 'q', (node.m or -1) + 1
   write(id, node)
   call('ZREM', due, id)
   call('ZADD', waiting, now, id)

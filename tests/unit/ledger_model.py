@@ -95,12 +95,14 @@ class LedgerMachine(RuleBasedStateMachine):
         """Claim a node, and hold the answer against what it must be."""
         node = self.nodes[id]
         token = node.token if again and node.token else self.new_token()
-        answer = self.ledger.claim("job", id, token, "worker")
+        [record] = self.ledger.records("job", [id])
+        answer = self.ledger.claim("job", id, token, "worker", record.message)
         assert answer.answer == self.expected_claim(id, node, token)
         if answer.answer == "cut":
             assert set(answer.waiting) == {kid for kid in node.kids if self.nodes[kid].state == QUEUED}
         if answer.answer == "closed" and self.state not in ("closed",) and node.state in (QUEUED, PARKED, RUNNING):
             self.skip(node)
+            self.skip_waiting()
         if answer.answer == "run":
             if not (node.state == RUNNING and node.token == token):
                 node.epoch += 1
@@ -169,6 +171,8 @@ class LedgerMachine(RuleBasedStateMachine):
         node.kids = [kid.id for kid in registered]
         for kid in registered:
             self.nodes[kid.id] = Node(kid.lo, kid.hi)
+        if self.stopped:
+            self.skip_waiting()
         if self.unfinished():
             assert outcome == ""
         elif self.stopped:
@@ -270,9 +274,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert sent == []
             return
         if self.stopped and before != "merging":
-            for node in self.nodes.values():
-                if node.state in (QUEUED, PARKED):
-                    self.skip(node)
+            self.skip_waiting()
         overdue = {id for id, node in self.nodes.items() if node.state in (RUNNING, PARKED) and node.lapsed}
         aged = {id for id, node in self.nodes.items() if node.state == QUEUED and node.aged}
         assert overdue <= set(sent) <= overdue | aged
@@ -293,9 +295,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return  # seldom, or nothing else would be seen
         self.ledger.stop("job", "cancelled")
         self.stopped = True
-        for node in self.nodes.values():
-            if node.state in (QUEUED, PARKED):
-                self.skip(node)
+        self.skip_waiting()
         if not self.unfinished():
             self.state = "closed"
 
@@ -306,6 +306,12 @@ class LedgerMachine(RuleBasedStateMachine):
         node.state = SKIPPED
         if not self.unfinished() and self.stopped:
             self.state = "closed"
+
+    def skip_waiting(self) -> None:
+        """What waits in a job that ends is skipped by whoever comes by."""
+        for id, node in self.nodes.items():
+            if id != MERGE and node.state in (QUEUED, PARKED):
+                self.skip(node)
 
     def new_token(self) -> str:
         """Return a token nobody has."""
@@ -375,6 +381,7 @@ class LedgerMachine(RuleBasedStateMachine):
         claim = self.ledger.claim("job", id, self.new_token(), "worker")
         if claim.answer == "closed":
             self.skip(node)
+            self.skip_waiting()
             return
         assert claim.answer == "run"
         node.state, node.token = RUNNING, claim.token

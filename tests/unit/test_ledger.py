@@ -198,3 +198,19 @@ def test_every_key_of_a_job_expires(platform: Platform, spec: Spec) -> None:
     keys = list(platform.store.client.scan_iter("unit:*"))
     assert len(keys) > 8
     assert [key for key in keys if platform.store.client.ttl(key) == -1] == []
+
+
+def test_an_original_that_arrives_after_its_probe_does_not_make_the_others_lost(platform: Platform, spec: Spec) -> None:
+    left, right = child(0, 50), child(50, 100)
+    done(platform, claimed(platform, spec), 0, left, right)
+    waiting, store = platform.keys.of(spec.job).waiting, platform.store.client
+    store.hset(platform.keys.of(spec.job).job, mapping={"claimed_ms": 0, "seen_ms": 0})
+    store.zadd(waiting, {left.id: 1, right.id: 2})
+    assert platform.ledger.sweep(spec.job).send == (left.id,), "the probe"
+
+    assert platform.ledger.claim(spec.job, left.id, "original", "w", 0).answer == "run"
+    assert platform.ledger.sweep(spec.job).send == (), "its queue is long, not lost"
+    platform.ledger.release(spec.job, left.id, "original", -1, "")
+    [record] = platform.ledger.records(spec.job, [left.id])
+    assert platform.ledger.claim(spec.job, left.id, "copy", "w", record.message).answer == "run"
+    assert platform.ledger.sweep(spec.job).send == (right.id,), "what the copy overtook is lost"
