@@ -137,14 +137,14 @@ class Client:
 
     def _start(self, stored: Sequence[tuple[Spec, str]]) -> list[Job]:
         opened = self._reachable(lambda: self.ledger.open(stored, self.settings.result_ttl_s))
-        new = [spec for (spec, _), is_new in zip(stored, opened, strict=True) if is_new]
-        for spec, _ in stored:
-            if spec not in new:
+        waiting = []
+        for (spec, _), is_new in zip(stored, opened, strict=True):
+            if not is_new:
                 self._refuse_another(spec)
-        nothing_to_do = [spec for spec in new if spec.n == 0 and spec.skip_if_empty]
-        for spec in nothing_to_do:
-            self._close_empty(spec)
-        waiting = [spec for spec in new if spec not in nothing_to_do]
+            elif spec.n == 0 and spec.skip_if_empty:
+                self._close_empty(spec)
+            else:
+                waiting.append(spec)
         if waiting:
             self._dispatcher.send_root(waiting, ROOT)
         return [Job(self, spec.job) for spec, _ in stored]
