@@ -137,16 +137,19 @@ class Client:
 
     def _start(self, stored: Sequence[tuple[Spec, str]]) -> list[Job]:
         opened = self._reachable(lambda: self.ledger.open(stored, self.settings.result_ttl_s))
-        waiting = []
+        waiting, known = [], []
         for (spec, _), is_new in zip(stored, opened, strict=True):
             if not is_new:
-                self._refuse_another(spec)
+                known.append(spec)
             elif spec.n == 0 and spec.skip_if_empty:
                 self._close_empty(spec)
             else:
                 waiting.append(spec)
         if waiting:
             self._dispatcher.send_root(waiting, ROOT)
+        for spec in known:
+            # What is open has its message by now: one mistaken key delays no other job of a batch.
+            self._refuse_another(spec)
         return [Job(self, spec.job) for spec, _ in stored]
 
     def _refuse_another(self, spec: Spec) -> None:

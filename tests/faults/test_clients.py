@@ -101,3 +101,19 @@ def test_a_key_used_for_another_request_is_refused(on_shared: Cell) -> None:
         on_shared.client.submit(operation="sum", items=[1], params={"x": 1}, idempotency_key="k")
     assert len(on_shared.client.jobs()) == 1
     assert on_shared.client.ledger.facts(first.id)["n"] == "10"
+
+
+def test_a_mistaken_key_in_a_batch_delays_no_other_job(on_shared: Cell) -> None:
+    client = on_shared.client
+    client.submit(operation="sum", items=range(10), idempotency_key="k")
+    store, prefix = client.ledger.store.client, client.settings.namespace
+
+    with pytest.raises(InvalidRequest, match="idempotency_key"):
+        client.batch_submit(
+            [
+                {"operation": "sum", "items": [1], "options": {"idempotency_key": "k"}},
+                {"operation": "sum", "items": range(20)},
+            ]
+        )
+
+    assert store.llen(f"{prefix}:{prefix}.normal") == 2, "the message of the job that is open is sent"
