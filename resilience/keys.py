@@ -38,13 +38,50 @@ class Keys:
         self.due = f"{namespace}:due"  # ZSET    open job -> earliest ms at which it wants a sweep
         self.jobs = f"{namespace}:jobs"  # ZSET    job -> ms at which it was opened
         self.slots = f"{namespace}:slots"  # HASH    worker -> JSON: total, free, queues, at
-
         self.quarantined = f"{namespace}:quarantine"  # ZSET    job with quarantined items -> ms of the last one
 
     def of(self, job: str) -> JobKeys:
         """Return the keys of one job."""
         tagged = f"{self.namespace}:{{{job}}}:"
         return JobKeys(*(tagged + field for field in JobKeys._fields))
+
+    # --- what guards share: a hash tag for each, so that one script may touch all keys of it ------------
+
+    def breakers(self) -> str:
+        """Return the index of all breakers.  ZSET name -> ms of its last change."""
+        return f"{self.namespace}:{{breakers}}:names"
+
+    def breaker(self, name: str) -> tuple[str, str, str]:
+        """Return a breaker's state (HASH), its probes (ZSET permit -> ms of expiry), who waits for it (ZSET)."""
+        tagged = f"{self.namespace}:{{breakers}}:{name}:"
+        return tagged + "state", tagged + "probes", tagged + "waiting"
+
+    def bucket(self, name: str, limit: str) -> str:
+        """Return one limit of a bucket.  HASH level, time, hold, the cells of its window."""
+        return f"{self.namespace}:{{bucket:{name}}}:{limit}"
+
+    def reservation(self, bucket: str, id: str) -> str:
+        """Return what one grant of a bucket took.  HASH, until it is settled or expires."""
+        return f"{self.namespace}:{{bucket:{bucket}}}:grant:{id}"
+
+    def bulkhead(self, name: str, host: str) -> tuple[str, str, str, str]:
+        """Return a bulkhead's permits (ZSET permit -> ms of expiry), weights and limits (HASH), the use of one host
+        (HASH), who waits for it (ZSET).
+        """
+        tagged = f"{self.namespace}:{{bulkhead:{name}}}:"
+        return tagged + "permits", tagged + "about", tagged + "hosts", tagged + "waiting"
+
+    def budget(self, service: str) -> str:
+        """Return the retry budget of a service.  HASH balance, time."""
+        return f"{self.namespace}:{{budget:{service}}}"
+
+    def timing(self, operation: str) -> str:
+        """Return how long items of an operation have taken.  HASH bucket -> weight."""
+        return f"{self.namespace}:{{timing:{operation}}}"
+
+    def faults(self) -> tuple[str, str]:
+        """Return the recurring faults (HASH pattern -> JSON) and when each was last seen (ZSET pattern -> ms)."""
+        return f"{self.namespace}:{{faults}}:patterns", f"{self.namespace}:{{faults}}:seen"
 
     def staged(self, job: str, token: str) -> tuple[str, str]:
         """Return the keys under which one submitter stores items and blocks until the job is open."""

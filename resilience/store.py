@@ -1,18 +1,23 @@
 """One connection to Redis per process, and scripts that run in one round trip.
 
 Decides how Redis is called: short timeouts, no hidden retries (redis-py's own would run a
-script twice after a timeout), scripts loaded on demand, several calls in one pipeline.
+script twice after a timeout), scripts loaded on demand, several calls in one pipeline; and how
+long a lost Redis is left alone by callers that have an answer of their own.
 Refuses to know what is stored.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from random import Random
 from typing import Any
 
 import redis
@@ -24,7 +29,13 @@ from redis.retry import Retry
 
 from resilience.errors import StoreUnavailable
 
+logger = logging.getLogger(__name__)
+
 LOST = (RedisConnectionError, RedisTimeoutError)
+BACK_OFF_S = 1.0
+"""A Redis that did not answer is asked again after this, and up to half of it more."""
+_UNABLE = ("READONLY", "OOM", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "MASTERDOWN")
+"""Answers of a Redis that is there and cannot write; what a script raises starts otherwise."""
 _PASSWORD = re.compile(r"(://[^:@/]*:)[^@/]*@")
 
 Argument = str | int | float | bytes
@@ -64,10 +75,29 @@ class Call:
 class Store:
     """A Redis client that knows its URL, survives a fork and never retries behind its caller."""
 
-    def __init__(self, url: str, *, client: redis.Redis | None = None, timeout_s: float = 5.0) -> None:
-        self.url = masked(url)
+    def __init__(
+        self,
+        url: str,
+        *,
+        namespace: str = "rlm",
+        client: redis.Redis | None = None,
+        timeout_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+        random: Random | None = None,
+    ) -> None:
+        self.url, self.namespace, self.clock = masked(url), namespace, clock
+        self.random = random or Random()
         self._raw_url, self._timeout_s = url, timeout_s
         self._client, self._given, self._pid = client, client is not None, os.getpid()
+        self._away_until, self._away = 0.0, threading.Event()
+
+    @classmethod
+    def from_url(cls, url: str, *, namespace: str = "rlm", timeout_s: float = 0.1) -> Store:
+        """Return a store for guards: a Redis that takes longer than `timeout_s` counts as away.
+
+        Nothing connects before the first call.
+        """
+        return cls(url, namespace=namespace, timeout_s=timeout_s)
 
     @property
     def client(self) -> redis.Redis:
@@ -80,7 +110,7 @@ class Store:
         return redis.Redis.from_url(
             self._raw_url,
             socket_timeout=self._timeout_s,
-            socket_connect_timeout=1.0,
+            socket_connect_timeout=min(1.0, self._timeout_s),
             socket_keepalive=True,
             health_check_interval=0,
             retry=Retry(NoBackoff(), 0),
@@ -116,6 +146,32 @@ class Store:
             if isinstance(answer, ResponseError):
                 raise answer
         return answers
+
+    def ask(self, *calls: Call) -> list[Any]:
+        """Do as `run` does, for callers with an answer of their own: raise StoreUnavailable at once while Redis is away.
+
+        An outage is logged once, and its end once; in between Redis is tried about once a second.
+        """
+        if self._away.is_set() and self.clock() < self._away_until:
+            raise StoreUnavailable(self.url, "it did not a moment ago")
+        try:
+            answers = self.run(*calls)
+        except (*LOST, ResponseError) as error:
+            if isinstance(error, ResponseError) and not str(error).startswith(_UNABLE):
+                raise
+            raise self._lost(error) from None
+        if self._away.is_set():
+            self._away.clear()
+            logger.warning("Redis at %s answers again; state is shared again", self.url)
+        return answers
+
+    def _lost(self, error: Exception) -> StoreUnavailable:
+        self._away_until = self.clock() + BACK_OFF_S * self.random.uniform(1.0, 1.5)
+        unavailable = self.unavailable(error)
+        if not self._away.is_set():
+            self._away.set()
+            logger.warning("%s. Until it does, breakers, buckets and bulkheads of this process answer by themselves", unavailable)
+        return unavailable
 
     def _pipelined(self, calls: Sequence[Call], *, by_sha: bool) -> list[Any]:
         pipe = self.client.pipeline(transaction=False)

@@ -1,7 +1,7 @@
 """The errors of requests and jobs, all under `resilience.errors.RlmError`.
 
 RlmError
-├── InvalidRequest          a field, its value, and what to do (also a ValueError)
+├── InvalidRequest          a resilience.errors.InvalidValue: a field, its value, and what to do
 │   └── UnknownOperation    names the nearest known one
 ├── JobNotFound             no such job, or its results have expired
 ├── JobEnded                a job without a full answer; carries its result
@@ -19,7 +19,7 @@ import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from resilience.errors import RlmError, StoreUnavailable
+from resilience.errors import Category, InvalidValue, RlmError, Severity, StoreUnavailable
 
 if TYPE_CHECKING:
     from rlm_tasks.results import JobResult
@@ -40,17 +40,10 @@ __all__ = [
 ]
 
 
-class InvalidRequest(RlmError, ValueError):
+class InvalidRequest(InvalidValue):
     """A request that cannot be carried out; nothing was enqueued."""
 
     code = "INVALID_REQUEST"
-
-    def __init__(self, field: str, value: Any, advice: str) -> None:
-        self.field, self.value, self.advice = field, value, advice
-        shown = repr(value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
-        super().__init__(f"{field}={shown}: {advice}")
 
 
 class UnknownOperation(InvalidRequest):
@@ -108,6 +101,8 @@ class Quarantined(RlmError):
     """Work that is not tried again, because its process died too often while it ran."""
 
     code = "QUARANTINED"
+    category = Category.POISON
+    severity = Severity.HIGH
 
     def __init__(self, what: str, deaths: int, by: str) -> None:
         self.what, self.deaths, self.by = what, deaths, by

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import timedelta
 from enum import StrEnum
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic.alias_generators import to_camel
+from pydantic import Field, field_validator, model_validator
 
+from resilience.checked import Checked
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.splitting import Shape
 
@@ -30,30 +30,8 @@ class Priority(StrEnum):
     LOW = "low"
 
 
-_Model = TypeVar("_Model", bound=BaseModel)
-
-
-class _Checked(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True, arbitrary_types_allowed=True
-    )
-
-    def __init__(self, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise _first(error, type(self)) from None
-
-
-def _first(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
-    """Turn pydantic's report into one sentence about one field."""
-    problem = error.errors()[0]
-    if isinstance(problem.get("ctx", {}).get("error"), InvalidRequest):
-        return problem["ctx"]["error"]  # type: ignore[no-any-return]  # pydantic types ctx as Any
-    field = ".".join(str(part) for part in problem["loc"]) or model.__name__
-    if problem["type"] == "extra_forbidden":
-        return InvalidRequest(field, problem["input"], f"unknown field; {model.__name__} has {', '.join(model.model_fields)}")
-    return InvalidRequest(field, problem["input"], problem["msg"].removeprefix("Value error, "))
+class _Checked(Checked):
+    invalid = InvalidRequest
 
 
 class Binary(_Checked):

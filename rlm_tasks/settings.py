@@ -9,8 +9,9 @@ from functools import cache
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode
 
+from resilience.settings import StoreSettings
 from rlm_tasks.errors import InvalidRequest
 
 
@@ -40,19 +41,11 @@ class NodeSettings(BaseModel, frozen=True, extra="forbid"):
     item_limit_s: float = Field(0.0, ge=0, description="Kill a worker process whose item runs longer; 0: never.")
 
 
-class Settings(BaseSettings):
+class Settings(StoreSettings):
     """The whole configuration of one process."""
 
-    model_config = SettingsConfigDict(
-        frozen=True, env_prefix="RLM_", env_nested_delimiter="__", extra="ignore", populate_by_name=True
-    )
-
-    redis_url: str = Field("redis://localhost:6379/0", description="Redis of the ledger.")
     broker_url: str = Field("", description="Celery's broker; empty: the ledger's Redis.")
     result_backend: str = Field("", description="Celery's result backend, which counts chords; empty: the ledger's Redis.")
-    namespace: str = Field(
-        "rlm", pattern=r"^[A-Za-z0-9_-]+$", description="Starts every key and queue; platforms with different ones do not meet."
-    )
     operations: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Modules with operations, separated by commas; imported by clients and workers."
     )
