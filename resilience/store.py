@@ -8,6 +8,7 @@ Refuses to know what is stored.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -28,6 +29,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from resilience.errors import StoreUnavailable
+from resilience.settings import StoreSettings
 
 logger = logging.getLogger(__name__)
 
@@ -179,3 +181,10 @@ class Store:
             command = ("EVALSHA", call.script.sha) if by_sha else ("EVAL", call.script.text)
             pipe.execute_command(*command, len(call.keys), *call.keys, *call.args)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
         return pipe.execute(raise_on_error=False)
+
+
+@functools.cache
+def default_store() -> Store:
+    """Return the guards' store of this process, as the environment names it (``RLM_REDIS_URL``)."""
+    settings = StoreSettings()
+    return Store.from_url(settings.redis_url, namespace=settings.namespace, timeout_s=settings.guard_timeout_s)

@@ -1,0 +1,304 @@
+"""A circuit breaker that every worker shares, in pybreaker's words: its listeners, exclusions and exceptions.
+
+Decides what a call's end means for the breaker, and what a refused caller hears.  Refuses to know how state is
+shared: see `breaker_storage`.  Unlike pybreaker's own, it holds no lock while the called code runs, raises what that
+code raised also when it trips, and counts what is excluded as neither a failure nor a success.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import pybreaker
+
+from resilience.breaker_storage import (
+    CLOSED,
+    HALF_OPEN,
+    OPEN,
+    Admission,
+    BreakerConfig,
+    Refusal,
+    SharedStorage,
+    configured,
+    names_of,
+    resident_mb,
+)
+from resilience.errors import Category, Denied
+from resilience.faults import classify
+from resilience.store import Store, default_store
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Excluded = type[BaseException] | Callable[[BaseException], bool]
+Wake = Callable[[Sequence[str]], None]
+
+
+class CircuitOpen(Denied, pybreaker.CircuitBreakerError):
+    """A call that was not made, because the breaker of its service is open; come back after `retry_after_s`."""
+
+    code = "CIRCUIT_OPEN"
+    category = Category.CIRCUIT_OPEN
+
+
+class State(str):
+    """``closed``, ``open`` or ``half-open``: compares with those, and has the `name` that pybreaker's listeners read."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        """The state's name."""
+        return str(self)
+
+
+def _nobody(_waiters: Sequence[str]) -> None:
+    """Wake nobody: outside of the engine nothing waits for a breaker but time."""
+
+
+class CircuitBreaker(pybreaker.CircuitBreaker):
+    """One service's breaker; the same name on the same store is the same breaker, in every process of every host."""
+
+    def __init__(
+        self,
+        name: str,
+        store: Store | None = None,
+        config: BreakerConfig | str | None = None,
+        *,
+        listeners: Sequence[pybreaker.CircuitBreakerListener] = (),
+        exclude: Iterable[Excluded] = (),
+        wake: Wake = _nobody,
+        memory_mb: Callable[[], float] = resident_mb,
+    ) -> None:
+        self.config = configured(config)
+        self._storage = SharedStorage(name, store or default_store(), self.config, memory_mb)
+        self._wake, self._seen = wake, State(CLOSED)
+        super().__init__(
+            self.config.failure_threshold,
+            self.config.recovery_timeout_s,
+            self.config.success_threshold,
+            exclude=exclude,
+            listeners=list(listeners),
+            state_storage=pybreaker.CircuitMemoryStorage(CLOSED),  # replaced below: construction must not ask Redis
+            name=name,
+            throw_new_error_on_trip=False,
+        )
+        self._state_storage = self._storage
+
+    # --- asking --------------------------------------------------------------------------------------
+
+    @property  # type: ignore[misc]  # read-only
+    def state(self) -> State:  # type: ignore[override]  # a name, where pybreaker has an object with behaviour
+        """``closed``, ``open`` or ``half-open``, as others left it at most FRESH_S ago."""
+        return self._notice(self._storage.state)
+
+    @property
+    def failure_count(self) -> int:
+        """Failures in a row, over all workers."""
+        return self._storage.counter
+
+    @property
+    def last_failure_time(self) -> float | None:
+        """When a call failed last: seconds since the epoch by the server's clock, or None."""
+        at = self._storage.fresh().last_failure_ms
+        return at / 1000 if at else None
+
+    def can_execute(self) -> tuple[bool, str]:
+        """Say whether a call would be made now, and why not; takes no probe's place."""
+        refusal = self._storage.standing()
+        return (True, "") if refusal is None else (False, str(self._open(refusal)))
+
+    def status(self) -> dict[str, Any]:
+        """Return state, failure_count, last_failure_time (seconds since the epoch, or None) and retry_after_s."""
+        refusal = self._storage.standing()
+        return {
+            "state": str(self.state),
+            "failure_count": self.failure_count,
+            "last_failure_time": self.last_failure_time,
+            "retry_after_s": refusal.retry_after_s if refusal else 0.0,
+        }
+
+    def _open(self, refusal: Refusal) -> CircuitOpen:
+        return CircuitOpen(f"breaker {self.name}", refusal.retry_after_s, refusal.why)
+
+    # --- calling -------------------------------------------------------------------------------------
+
+    def admit(self, waiter: str = "", urgency: int = 0) -> Admission:
+        """Take leave for one call, which `ended` gives back.  Raises CircuitOpen.
+
+        A `waiter` is noted when refused, by its urgency (0 is the most urgent), and handed to `wake` when the
+        breaker closes.
+        """
+        found = self._storage.admit(waiter, urgency)
+        if isinstance(found, Refusal):
+            self._notice(found.state)
+            raise self._open(found)
+        return found
+
+    def ended(self, admission: Admission, error: BaseException | None = None) -> None:
+        """Tell how an admitted call ended."""
+        outcome = "ok" if error is None else "failed" if self.is_system_error(error) else "ignored"
+        verdict = self._storage.report(admission, outcome)
+        if verdict.word == "opened":
+            logger.warning(
+                "Breaker %s opened for %g s: %s", self.name, self.config.recovery_timeout_s, type(error).__name__ if error else ""
+            )
+        elif verdict.word == "closed":
+            logger.warning("Breaker %s closed: its service answers again", self.name)
+        if verdict.waiters:
+            self._wake(verdict.waiters)
+        for listener in self._listeners if outcome != "ignored" else ():
+            listener.success(self) if error is None else listener.failure(self, error)
+        if self._listeners:
+            self._notice(self._storage.state)
+
+    def is_system_error(self, exception: BaseException) -> bool:
+        """Say whether an exception speaks against the service: not when excluded, a 429, a 4xx, or control flow."""
+        for exclusion in self._excluded_exceptions:
+            is_type = isinstance(exclusion, type)
+            if isinstance(exception, exclusion) if is_type else exclusion(exception):  # type: ignore[arg-type]
+                return False
+        fault = classify(exception)
+        return fault.trips and not fault.ignored
+
+    @contextmanager
+    def calling(self) -> Generator[None, None, None]:
+        """Guard a block of code."""
+        admission = self.admit()
+        try:
+            yield
+        except BaseException as error:
+            self.ended(admission, error)
+            raise
+        self.ended(admission)
+
+    def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function; raises what it raises, or CircuitOpen instead of calling it."""
+        with self.calling():
+            for listener in self._listeners:
+                listener.before_call(self, func, *args, **kwargs)
+            return func(*args, **kwargs)
+
+    async def call_async(self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Await a coroutine function, guarded."""
+        with self.calling():
+            for listener in self._listeners:
+                listener.before_call(self, func, *args, **kwargs)
+            return await func(*args, **kwargs)
+
+    execute = call
+    """The word of source document 0."""
+
+    def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:  # type: ignore[override]  # no Tornado
+        """Decorate a function or a coroutine function."""
+        return _guarded(func, lambda: self)
+
+    # --- by hand -------------------------------------------------------------------------------------
+
+    def open(self) -> bool:
+        """Open it by hand, for the recovery timeout.  Raises StoreUnavailable."""
+        self._put(OPEN)
+        return False
+
+    def half_open(self) -> None:
+        """Let probes pass.  Raises StoreUnavailable."""
+        self._put(HALF_OPEN)
+
+    def close(self) -> None:
+        """Close it by hand and forget its failures.  Raises StoreUnavailable."""
+        self._put(CLOSED)
+
+    reset = close
+
+    def _put(self, state: str) -> None:
+        verdict = self._storage.put(state)
+        logger.warning("Breaker %s was put to %s by hand", self.name, state)
+        self._notice(state)
+        if verdict.waiters:
+            self._wake(verdict.waiters)
+
+    def _notice(self, state: str) -> State:
+        """Tell listeners of a change, also of one that another process made."""
+        found = State(state)
+        if found != self._seen:
+            before, self._seen = self._seen, found
+            for listener in self._listeners:
+                listener.state_change(self, before, found)  # type: ignore[arg-type]  # they read its name
+        return found
+
+
+def _guarded(func: Callable[..., Any], breaker: Callable[[], CircuitBreaker]) -> Callable[..., Any]:
+    if inspect.iscoroutinefunction(func):
+
+        @functools.wraps(func)
+        async def awaiting(*args: Any, **kwargs: Any) -> Any:
+            return await breaker().call_async(func, *args, **kwargs)
+
+        return awaiting
+
+    @functools.wraps(func)
+    def calling(*args: Any, **kwargs: Any) -> Any:
+        return breaker().call(func, *args, **kwargs)
+
+    return calling
+
+
+class CircuitBreakers:
+    """All breakers of one store, by name: what this process uses, and what others have left there."""
+
+    def __init__(self, store: Store | None = None, *, wake: Wake = _nobody) -> None:
+        self._given, self._wake = store, wake
+        self._known: dict[str, CircuitBreaker] = {}
+
+    @property
+    def _store(self) -> Store:
+        return self._given or default_store()
+
+    def get(self, name: str, config: BreakerConfig | str | None = None, **fields: Any) -> CircuitBreaker:
+        """Return the breaker of a name; the first to name it in this process decides its configuration."""
+        if name not in self._known:
+            self._known[name] = CircuitBreaker(name, self._store, configured(config, **fields), wake=self._wake)
+        return self._known[name]
+
+    def names(self) -> list[str]:
+        """Return the names of all breakers that any process has changed lately, or this one has used, sorted."""
+        [found] = self._store.ask(names_of(self._store))
+        return sorted({*self._known, *(name.decode() for name in found)})
+
+    def can_execute(self, name: str) -> tuple[bool, str]:
+        """Say whether a call of a service would be made now, and why not."""
+        return self.get(name).can_execute()
+
+    def reset(self, name: str | None = None) -> list[str]:
+        """Close one breaker, or all; return the names of those closed.  Raises StoreUnavailable."""
+        chosen = self.names() if name is None else [name]
+        for each in chosen:
+            self.get(each).reset()
+        return chosen
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """Return name -> state, failure_count, last_failure_time (seconds since the epoch, or None), retry_after_s."""
+        return {name: self.get(name).status() for name in self.names()}
+
+
+def with_circuit_breaker(
+    name: str, config: BreakerConfig | str | None = None, *, store: Store | None = None, **fields: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a function, or a coroutine function, with the breaker of a service.
+
+    ``@with_circuit_breaker("agent-factory", failure_threshold=5)``.  Fields are those of BreakerConfig; without a
+    store it is the one that RLM_REDIS_URL names.  Raises InvalidValue for a wrong field at once.
+    """
+    settled = configured(config, **fields)
+
+    @functools.cache
+    def breaker() -> CircuitBreaker:
+        return CircuitBreaker(name, store, settled)
+
+    return lambda func: _guarded(func, breaker)

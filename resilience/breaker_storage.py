@@ -1,0 +1,360 @@
+"""What all workers know of one breaker, and what one process does by itself while Redis is away.
+
+Decides when a process asks: a closed breaker is believed for a quarter of a second, and then all breakers of the
+process are read in one round trip; failures, probes and openings are single scripts.  Refuses to know what is called.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import psutil
+import pybreaker
+from pydantic import Field, model_validator
+
+from resilience.checked import Seconds
+from resilience.errors import InvalidValue, StoreUnavailable
+from resilience.keys import Keys
+from resilience.store import Argument, Call, Script, Store
+
+logger = logging.getLogger(__name__)
+
+CLOSED, OPEN, HALF_OPEN = pybreaker.STATE_CLOSED, pybreaker.STATE_OPEN, pybreaker.STATE_HALF_OPEN
+FRESH_S = 0.25
+"""A process sees what others did to a breaker within this time."""
+ASK_AGAIN_S = 0.1
+"""A process that was refused a probe asks again after this, unless somebody is named to wait."""
+
+_ADMIT, _REPORT, _LOOK, _SET = (
+    Script.load("resilience", f"breaker_{verb}", prelude="breaker") for verb in ("admit", "report", "look", "set")
+)
+
+
+class BreakerConfig(Seconds):
+    """When a breaker opens, and when it closes again.  The defaults are those of source document 1."""
+
+    failure_threshold: int = Field(5, ge=1, description="Opens after this many failures in a row.")
+    recovery_timeout_s: float = Field(60.0, gt=0, description="Stays open for this long, then lets probes pass.")
+    half_open_max_calls: int = Field(3, ge=1, description="Probes in flight at once, over all workers.")
+    half_open_timeout_s: float = Field(30.0, gt=0, description="A probe that has not ended by then frees its place.")
+    success_threshold: int = Field(3, ge=1, description="Closes after this many probes have succeeded.")
+    memory_threshold_mb: float | None = Field(
+        None, gt=0, description="Open in a process whose resident memory is larger; none: never."
+    )
+    failure_rate: float | None = Field(None, gt=0, le=1, description="Opens, too, when this share of calls has failed.")
+    window_s: float = Field(30.0, gt=0, description="The failure rate is that of the last calls, for this long.")
+    min_calls: int = Field(20, ge=1, description="The failure rate counts from this many calls on.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_document_1(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "timeout_seconds" in fields:
+            return {("recovery_timeout_s" if name == "timeout_seconds" else name): value for name, value in fields.items()}
+        return fields
+
+
+PRESETS = {
+    "default": BreakerConfig(memory_threshold_mb=2048),
+    "client": BreakerConfig(failure_threshold=5, recovery_timeout_s=30, half_open_max_calls=3),
+    "executor": BreakerConfig(failure_threshold=10, recovery_timeout_s=60),
+    "realtime": BreakerConfig(failure_threshold=3, recovery_timeout_s=30),
+}
+"""Named configurations, from source documents 1 (default), 0 (client) and 2 (executor, realtime)."""
+
+
+def configured(config: BreakerConfig | str | None = None, **fields: Any) -> BreakerConfig:
+    """Return a configuration: one as it is, a preset by its name, or the default; with some fields changed.
+
+    Raises InvalidValue for a name or a field that does not exist.
+    """
+    if isinstance(config, str) and config not in PRESETS:
+        raise InvalidValue("preset", config, f"unknown; must be one of {', '.join(PRESETS)}")
+    base = config if isinstance(config, BreakerConfig) else PRESETS[config or "default"]
+    return BreakerConfig(**{**base.model_dump(), **BreakerConfig(**fields).model_dump(exclude_unset=True)})
+
+
+_NAMES = Script.load("resilience", "breaker_names")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A breaker as this process knows it; times are this process's clock."""
+
+    state: str = CLOSED
+    generation: str = "0"
+    until: float = 0.0  # it does not change before
+    failures: int = 0  # in a row
+    successes: int = 0  # of this half-open time
+    last_failure_ms: int = 0  # server time; 0: none known
+    read_at: float = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Leave to make one call."""
+
+    generation: str
+    probe: str = ""  # the permit of a half-open breaker; '' where none is needed
+    local: bool = False  # granted while Redis was away
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """No leave: in which state the breaker is, when to come back, and why."""
+
+    state: str
+    retry_after_s: float
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a script said."""
+
+    word: str  # go, probe, no; kept, dropped, opened, closed; set
+    wait_s: float = 0.0
+    waiters: tuple[str, ...] = ()  # who waits no longer
+
+
+class _Board:
+    """The breakers of one process on one store: read together, in one round trip."""
+
+    def __init__(self) -> None:
+        self.known: weakref.WeakSet[SharedStorage] = weakref.WeakSet()
+        self.reading = threading.Lock()
+
+
+_boards: weakref.WeakKeyDictionary[Store, _Board] = weakref.WeakKeyDictionary()
+
+
+class LocalBreaker:
+    """A breaker of this process alone: what is left of it while Redis is away."""
+
+    def __init__(self, threshold: int, recovery_s: float, seen: Snapshot) -> None:
+        self._threshold, self._recovery_s = threshold, recovery_s
+        self.failures = seen.failures if seen.state == CLOSED else threshold
+        self.until = seen.until if seen.state == OPEN else 0.0
+        self._probing = False
+
+    @property
+    def state(self) -> str:
+        """Closed, open, or half-open once its time is over."""
+        if self.failures < self._threshold:
+            return CLOSED
+        return HALF_OPEN if self._probing else OPEN
+
+    def admit(self, now: float) -> Admission | Refusal:
+        """Let calls pass; when open, one probe at a time after its time is over."""
+        if self.state == CLOSED:
+            return Admission("", local=True)
+        if now < self.until or self._probing:
+            return Refusal(self.state, max(self.until - now, ASK_AGAIN_S), f"its circuit is {self.state} here, and Redis is away")
+        self._probing = True
+        return Admission("", local=True)
+
+    def report(self, outcome: str, now: float) -> None:
+        """Count a failure; one success closes."""
+        self._probing = False
+        if outcome == "failed":
+            self.failures += 1
+            self.until = now + self._recovery_s if self.failures >= self._threshold else 0.0
+        elif outcome == "ok":
+            self.failures = 0
+
+
+class SharedStorage(pybreaker.CircuitBreakerStorage):
+    """State of one breaker in Redis.
+
+    To pybreaker it is read-only: every change is a script's, so that nobody who merely looks resets a counter.
+    """
+
+    def __init__(self, name: str, store: Store, config: BreakerConfig, memory_mb: Callable[[], float]) -> None:
+        super().__init__(name)
+        self._store, self._config, self._clock = store, config, store.clock
+        keys = Keys(store.namespace)
+        self._keys = (*keys.breaker(name), keys.breakers())
+        self._told = json.dumps(
+            {
+                "failures": config.failure_threshold,
+                "recovery_ms": int(config.recovery_timeout_s * 1000),
+                "probes": config.half_open_max_calls,
+                "lease_ms": int(config.half_open_timeout_s * 1000),
+                "successes": config.success_threshold,
+                "window_ms": int(config.window_s * 1000),
+                "rate": config.failure_rate or 0,
+                "calls": config.min_calls,
+            }
+        )
+        self.snapshot = Snapshot()
+        self._local: LocalBreaker | None = None
+        self._unreported = 0
+        self._refused_until = 0.0
+        self._memory_mb, self._weigh_at, self._bloated_until = memory_mb, float("-inf"), 0.0
+        self._board = _boards.setdefault(store, _Board())
+        self._board.known.add(self)
+
+    # --- reading -------------------------------------------------------------------------------------
+
+    def fresh(self) -> Snapshot:
+        """Return the snapshot, read again with all others of this process when it is too old."""
+        if self._clock() - self.snapshot.read_at > FRESH_S and self._board.reading.acquire(blocking=False):
+            try:
+                self._read_all()
+            finally:
+                self._board.reading.release()
+        return self.snapshot
+
+    def _read_all(self) -> None:
+        storages = list(self._board.known)
+        try:
+            answers = self._store.ask(*(each.look() for each in storages))
+        except StoreUnavailable:
+            for each in storages:
+                each.cut_off()
+            return
+        for each, answer in zip(storages, answers, strict=True):
+            each.absorb(answer)
+
+    def look(self) -> Call:
+        """Return the call that reads this breaker and hands in the successes that were only counted."""
+        unreported, self._unreported = self._unreported, 0
+        return self._call(_LOOK, unreported, self.snapshot.generation)
+
+    def absorb(self, answer: list[bytes | int]) -> Verdict:
+        """Take over a script's answer."""
+        verdict, state, generation, open_ms, failures, successes, at, wait_ms, *woken = answer
+        now = self._clock()
+        self.snapshot = Snapshot(
+            _text(state), _text(generation), now + int(open_ms) / 1000, int(failures), int(successes), int(at), now
+        )
+        self._local = None
+        return Verdict(_text(verdict), int(wait_ms) / 1000, tuple(_text(each) for each in woken))
+
+    def cut_off(self) -> LocalBreaker:
+        """Go on by what was known last; each process by itself."""
+        if self._local is None:
+            self._local = LocalBreaker(self._config.failure_threshold, self._config.recovery_timeout_s, self.snapshot)
+        return self._local
+
+    def _call(self, script: Script, *args: Argument) -> Call:
+        return Call(script, self._keys, (self._name, self._told, *args))
+
+    # --- deciding ------------------------------------------------------------------------------------
+
+    def standing(self) -> Refusal | None:
+        """Return why no call would be made now, as far as this process knows, or None."""
+        seen, now = self.fresh(), self._clock()
+        if now < self._bloated_until:
+            limit = self._config.memory_threshold_mb
+            return Refusal(OPEN, self._bloated_until - now, f"this process uses more memory than memory_threshold_mb={limit:g}")
+        if self._local is not None:
+            return Refusal(OPEN, self._local.until - now, "its circuit is open") if now < self._local.until else None
+        until = max(seen.until if seen.state == OPEN else 0.0, self._refused_until)
+        return Refusal(seen.state, until - now, f"its circuit is {seen.state}") if now < until else None
+
+    def admit(self, waiter: str = "", urgency: int = 0) -> Admission | Refusal:
+        """Give leave to call, or say when to come back.  A `waiter` is noted, and named when the breaker closes."""
+        seen, now = self.fresh(), self._clock()
+        self._weigh(now)
+        if seen.state == CLOSED and self._local is None and now >= self._bloated_until:
+            return Admission(seen.generation)
+        refusal = self.standing()
+        if refusal is not None and (not waiter or now < self._bloated_until):
+            return refusal
+        if self._local is not None:
+            return self._local.admit(now)
+        permit = secrets.token_hex(8)
+        try:
+            [answer] = self._store.ask(self._call(_ADMIT, permit, waiter, urgency))
+        except StoreUnavailable:
+            return self.cut_off().admit(now)
+        verdict = self.absorb(answer)
+        if verdict.word == "no":
+            self._refused_until = now + ASK_AGAIN_S
+            state = self.snapshot.state
+            return Refusal(state, verdict.wait_s, f"its circuit is {state}")
+        self._refused_until = 0.0
+        return Admission(self.snapshot.generation, permit if verdict.word == "probe" else "")
+
+    def report(self, admission: Admission, outcome: str) -> Verdict:
+        """Tell how an admitted call ended: ok, failed or ignored.
+
+        A success that changes nothing costs no round trip.
+        """
+        if admission.local:
+            self.cut_off().report(outcome, self._clock())
+            return Verdict("kept")
+        if not admission.probe and outcome != "failed" and (outcome == "ignored" or not self.snapshot.failures):
+            self._unreported += outcome == "ok" and self._config.failure_rate is not None
+            return Verdict("kept")
+        try:
+            [answer] = self._store.ask(self._call(_REPORT, admission.probe, admission.generation, outcome))
+        except StoreUnavailable:
+            self.cut_off().report(outcome, self._clock())
+            return Verdict("kept")
+        return self.absorb(answer)
+
+    def put(self, state: str) -> Verdict:
+        """Put the breaker into a state.  Raises StoreUnavailable."""
+        [answer] = self._store.ask(self._call(_SET, state))
+        self._refused_until = self._bloated_until = 0.0
+        return self.absorb(answer)
+
+    def _weigh(self, now: float) -> None:
+        """Open in this process alone when it has grown too large: others need not."""
+        limit = self._config.memory_threshold_mb
+        if limit is None or now < max(self._weigh_at, self._bloated_until):
+            return
+        self._weigh_at = now + FRESH_S
+        if (used := self._memory_mb()) > limit:
+            self._bloated_until = now + self._config.recovery_timeout_s
+            logger.warning("Breaker %s opened in this process: it uses %.0f MB, the limit is %g", self._name, used, limit)
+
+    # --- what pybreaker reads ------------------------------------------------------------------------
+
+    @property  # type: ignore[misc]  # read-only on purpose
+    def state(self) -> str:
+        """The state as this process knows it, at most FRESH_S old."""
+        seen = self.fresh()
+        if self._clock() < self._bloated_until:
+            return OPEN
+        return self._local.state if self._local is not None else seen.state
+
+    @property
+    def counter(self) -> int:
+        """Failures in a row."""
+        return self._local.failures if self._local is not None else self.fresh().failures
+
+    @property
+    def success_counter(self) -> int:
+        """Successes of this half-open time."""
+        return self.fresh().successes
+
+    @property  # type: ignore[misc]  # read-only on purpose
+    def opened_at(self) -> datetime | None:
+        """When it was opened, or None while it is not open."""
+        seen = self.fresh()
+        moved = datetime.fromtimestamp(int(seen.generation) / 1_000_000, UTC)
+        return moved if seen.state == OPEN else None
+
+
+def names_of(store: Store) -> Call:
+    """Return the call that answers the names of all breakers that were changed lately."""
+    return Call(_NAMES, (Keys(store.namespace).breakers(),), ())
+
+
+def resident_mb() -> float:
+    """Return the memory this process occupies, in MB."""
+    return float(psutil.Process().memory_info().rss) / 2**20
+
+
+def _text(value: bytes | int) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

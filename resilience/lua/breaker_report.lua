@@ -1,0 +1,33 @@
+-- Tell how a call ended.  ARGV: ..., permit, generation it was admitted in, ok | failed | ignored.
+-- Verdicts: kept, dropped (it was admitted in another generation, or its probe's lease is over), opened, closed.
+local b, outcome = read(), ARGV[5]
+if outcome == 'failed' then b.at = now end
+if b.st == HALF_OPEN then
+  if call('ZREM', probes, ARGV[3]) == 0 then return answer('dropped', b, 0, 0) end
+  if outcome == 'failed' then
+    move(b, OPEN)
+    return answer('opened', b, 0, 0)
+  end
+  b.hs = b.hs + (outcome == 'ok' and 1 or 0)
+  if b.hs >= c.successes then
+    move(b, CLOSED)
+    return answer('closed', b, 0, 1000)
+  end
+  write(b)
+  return answer('kept', b, 0, 1)
+end
+if b.st == OPEN or string.format('%.0f', b.gen) ~= ARGV[4] then return answer('dropped', b, 0, 0) end
+if outcome == 'ignored' then return answer('kept', b, 0, 0) end
+local failed = outcome == 'failed'
+b.f = failed and b.f + 1 or 0
+local tripped = b.f >= c.failures
+if c.rate > 0 then
+  local oks, fails = count(b, failed and 0 or 1, failed and 1 or 0)
+  tripped = tripped or (failed and oks + fails >= c.calls and fails / (oks + fails) >= c.rate)
+end
+if tripped then
+  move(b, OPEN)
+  return answer('opened', b, 0, 0)
+end
+write(b)
+return answer('kept', b, 0, 0)

@@ -1,0 +1,349 @@
+"""The shared breaker: who may call, what a call's end changes, what is told to whom."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pybreaker
+import pytest
+
+from resilience.breaker import CircuitBreaker, CircuitBreakers, CircuitOpen, with_circuit_breaker
+from resilience.breaker_storage import PRESETS, BreakerConfig
+from resilience.errors import InvalidValue, RateLimited
+from tests.unit.world import World, world
+
+__all__ = ["world"]
+
+CONFIG = BreakerConfig(
+    failure_threshold=3, recovery_timeout_s=10, half_open_max_calls=2, half_open_timeout_s=5, success_threshold=2
+)
+
+
+def fail(error: type[BaseException] = RuntimeError) -> None:
+    raise error("boom")
+
+
+def trip(breaker: CircuitBreaker, times: int = 3) -> None:
+    for _ in range(times):
+        with pytest.raises(RuntimeError):
+            breaker.call(fail)
+
+
+def test_it_opens_after_failures_in_a_row_and_every_process_sees_it(world: World) -> None:
+    ours, theirs = (CircuitBreaker("llm", world.store(), CONFIG) for _ in range(2))
+    assert theirs.call(lambda: 1) == 1
+
+    trip(ours)
+
+    assert ours.state == "open"
+    world.sleep(0.26)
+    with pytest.raises(CircuitOpen) as caught:
+        theirs.call(lambda: 1)
+    assert caught.value.code == "CIRCUIT_OPEN"
+    assert isinstance(caught.value, pybreaker.CircuitBreakerError)
+    assert caught.value.retry_after_s == pytest.approx(10 - 0.26)
+    assert theirs.failure_count == 3
+    assert theirs.last_failure_time == pytest.approx(world.now - 0.26, abs=0.001)
+
+
+def test_a_success_ends_the_row(world: World) -> None:
+    breaker = CircuitBreaker("llm", world.store(), CONFIG)
+    trip(breaker, 2)
+    breaker.call(lambda: 1)
+    trip(breaker, 2)
+
+    assert breaker.state == "closed"
+
+
+def test_a_closed_breaker_costs_no_round_trip(world: World) -> None:
+    store = world.store()
+    breaker = CircuitBreaker("llm", store, CONFIG)
+    breaker.call(lambda: 1)
+    before = store.round_trips
+
+    for _ in range(1000):
+        breaker.call(lambda: 1)
+
+    assert store.round_trips == before
+
+
+def test_all_breakers_of_a_process_are_read_in_one_round_trip(world: World) -> None:
+    store = world.store()
+    many = [CircuitBreaker(f"service-{i}", store, CONFIG) for i in range(20)]
+    many[0].call(lambda: 1)
+    before = store.round_trips
+    world.sleep(0.3)
+    for breaker in many:
+        breaker.call(lambda: 1)
+
+    assert store.round_trips == before + 1
+
+
+def test_half_open_lets_so_many_probes_pass_over_all_processes(world: World) -> None:
+    processes = [CircuitBreaker("llm", world.store(), CONFIG) for _ in range(8)]
+    trip(processes[0])
+    world.sleep(10.01)
+
+    admitted, refused = [], 0
+    for breaker in processes:
+        try:
+            admitted.append((breaker, breaker.admit()))
+        except CircuitOpen:
+            refused += 1
+
+    assert (len(admitted), refused) == (2, 6)
+    for breaker, admission in admitted:
+        breaker.ended(admission)
+    world.sleep(0.3)
+    assert {breaker.state for breaker in processes} == {"closed"}
+
+
+def test_a_probe_that_never_ends_frees_its_place(world: World) -> None:
+    breaker = CircuitBreaker("llm", world.store(), CONFIG)
+    trip(breaker)
+    world.sleep(10.01)
+    for _ in range(2):
+        breaker.admit()
+    with pytest.raises(CircuitOpen) as caught:
+        breaker.admit()
+    assert caught.value.retry_after_s == pytest.approx(5, abs=0.01)
+
+    world.sleep(5.01)
+    late = breaker.admit()
+    breaker.ended(late)
+    assert breaker.state == "half-open"
+
+
+def test_what_was_admitted_before_tells_nothing_after(world: World) -> None:
+    breaker = CircuitBreaker("llm", world.store(), CONFIG)
+    early = breaker.admit()
+    trip(breaker)
+    until = breaker.status()["retry_after_s"]
+    breaker.ended(early, RuntimeError())
+    assert breaker.status()["retry_after_s"] == until, "a late failure does not keep it open for longer"
+
+    world.sleep(10.01)
+    probes = [breaker.admit(), breaker.admit()]
+    world.sleep(5.01)
+    breaker.ended(probes[0])
+    assert breaker.state == "half-open", "its lease was over"
+
+
+def test_a_failed_probe_opens_again(world: World) -> None:
+    breaker = CircuitBreaker("llm", world.store(), CONFIG)
+    trip(breaker)
+    world.sleep(10.01)
+    breaker.call(lambda: 1)
+    assert breaker.state == "half-open"
+    assert breaker.success_counter == 1
+    trip(breaker, 1)
+    assert breaker.status()["retry_after_s"] == pytest.approx(10)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, asyncio.CancelledError, MemoryError])
+def test_control_flow_speaks_against_nobody(world: World, error: type[BaseException]) -> None:
+    breaker = CircuitBreaker("llm", world.store(), CONFIG)
+    for _ in range(5):
+        with pytest.raises(error):
+            breaker.call(fail, error)
+
+    assert (breaker.state, breaker.failure_count) == ("closed", 0)
+
+
+def test_a_429_is_the_buckets_news_and_what_is_excluded_is_nobodys(world: World) -> None:
+    breaker = CircuitBreaker("llm", world.store(), CONFIG, exclude=[LookupError, lambda error: "fine" in str(error)])
+
+    def raise_(error: Exception) -> None:
+        raise error
+
+    for error in [RateLimited("bucket", 1, "empty"), KeyError(1), ValueError("fine"), InvalidValue("f", 1, "no")] * 3:
+        with pytest.raises(type(error)):
+            breaker.call(raise_, error)
+    assert breaker.failure_count == 0
+
+
+def test_a_failure_rate_opens_it_too(world: World) -> None:
+    breaker = CircuitBreaker("llm", world.store(), configured := BreakerConfig(
+        failure_threshold=100, failure_rate=0.5, window_s=10, min_calls=20, recovery_timeout_s=10))  # fmt: skip
+    assert configured.failure_rate == 0.5
+    for _ in range(12):
+        breaker.call(lambda: 1)
+    world.sleep(0.3)  # what was only counted is handed in with the next look
+    trip(breaker, 11)
+    assert breaker.state == "closed", "11 of 23"
+    trip(breaker, 1)
+    assert breaker.state == "open", "12 of 24"
+
+
+def test_old_calls_leave_the_window(world: World) -> None:
+    breaker = CircuitBreaker(
+        "llm", world.store(), BreakerConfig(failure_threshold=100, failure_rate=0.5, window_s=10, min_calls=5)
+    )
+    trip(breaker, 4)
+    world.sleep(12)
+    trip(breaker, 4)
+    assert breaker.state == "closed"
+    trip(breaker, 1)
+    assert breaker.state == "open"
+
+
+def test_a_process_that_grew_too_large_opens_its_own(world: World) -> None:
+    size = [100.0]
+    config = BreakerConfig(memory_threshold_mb=2048, recovery_timeout_s=60)
+    bloated = CircuitBreaker("llm", world.store(), config, memory_mb=lambda: size[0])
+    other = CircuitBreaker("llm", world.store(), config, memory_mb=lambda: 100)
+    bloated.call(lambda: 1)
+    size[0] = 3000
+    world.sleep(0.3)
+
+    with pytest.raises(CircuitOpen, match="memory_threshold_mb=2048"):
+        bloated.call(lambda: 1)
+    assert bloated.state == "open"
+    assert bloated.can_execute()[0] is False
+    assert other.call(lambda: 1) == 1
+    size[0] = 100
+    world.sleep(60)
+    assert bloated.call(lambda: 1) == 1
+
+
+class Recorder(pybreaker.CircuitBreakerListener):
+    """A listener as pybreaker's users write them."""
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+    def before_call(self, cb: Any, func: Any, *args: Any, **kwargs: Any) -> None:
+        self.heard.append("before")
+
+    def failure(self, cb: Any, exc: BaseException) -> None:
+        self.heard.append(type(exc).__name__)
+
+    def success(self, cb: Any) -> None:
+        self.heard.append("success")
+
+    def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
+        self.heard.append(f"{old_state.name} -> {new_state.name}")
+
+
+def test_listeners_hear_what_pybreakers_hear_also_of_other_processes(world: World) -> None:
+    ours, theirs = Recorder(), Recorder()
+    mine = CircuitBreaker("llm", world.store(), CONFIG, listeners=[ours])
+    other = CircuitBreaker("llm", world.store(), CONFIG, listeners=[theirs])
+    mine.call(lambda: 1)
+    trip(mine)
+    world.sleep(0.3)
+    assert other.state == "open"
+
+    assert ours.heard == ["before", "success", *["before", "RuntimeError"] * 3, "closed -> open"]
+    assert theirs.heard == ["closed -> open"]
+
+
+def test_it_guards_functions_coroutines_and_blocks(world: World) -> None:
+    breaker = CircuitBreaker("llm", world.store(), CONFIG)
+
+    @breaker
+    def double(number: int) -> int:
+        return 2 * number
+
+    @with_circuit_breaker("agent-factory", store=world.store(), failure_threshold=5)
+    async def triple(number: int) -> int:
+        return 3 * number
+
+    assert double(2) == 4
+    assert asyncio.run(triple(2)) == 6
+    for _ in range(3):
+        with pytest.raises(RuntimeError), breaker.calling():
+            raise RuntimeError
+    with pytest.raises(CircuitOpen):
+        double(2)
+
+
+def test_by_hand(world: World) -> None:
+    breaker = CircuitBreaker("llm", world.store(), CONFIG)
+    breaker.open()
+    assert breaker.can_execute() == (False, "breaker llm: its circuit is open; come back in 10 s")
+    breaker.half_open()
+    assert breaker.can_execute() == (True, "")
+    breaker.reset()
+    assert breaker.state == "closed"
+
+
+def test_the_registry_answers_for_all(world: World) -> None:
+    ours, theirs = CircuitBreakers(world.store()), CircuitBreakers(world.store())
+    trip(ours.get("D3-Q3", "realtime"))
+    trip(ours.get("D4-Q2", CONFIG))
+
+    can, why = theirs.can_execute("D3-Q3")
+    assert not can
+    assert "open" in why
+    assert theirs.status()["D4-Q2"]["state"] == "open"
+    assert theirs.names() == ["D3-Q3", "D4-Q2"]
+    assert theirs.reset("D3-Q3") == ["D3-Q3"]
+    assert theirs.can_execute("D3-Q3") == (True, "")
+    assert theirs.reset() == ["D3-Q3", "D4-Q2"]
+    assert {each["state"] for each in theirs.status().values()} == {"closed"}
+
+
+def test_presets_and_the_names_of_the_source_documents() -> None:
+    found = {name: (c.failure_threshold, c.recovery_timeout_s, c.half_open_max_calls) for name, c in PRESETS.items()}
+    assert found == {"default": (5, 60, 3), "client": (5, 30, 3), "executor": (10, 60, 3), "realtime": (3, 30, 3)}
+    assert (PRESETS["default"].half_open_timeout_s, PRESETS["default"].success_threshold) == (30, 3)
+    assert PRESETS["default"].memory_threshold_mb == 2048
+    assert BreakerConfig(failureThreshold=5, recoveryTimeoutMs=30000, halfOpenMaxCalls=3) == BreakerConfig(recovery_timeout_s=30)
+    assert BreakerConfig(timeout_seconds=60.0, half_open_timeout=30.0).half_open_timeout_s == 30
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"failure_threshold": 0}, "failure_threshold=0"),
+        ({"failureTreshold": 5}, "failureTreshold=5: unknown field; BreakerConfig has"),
+        ({"config": "fast"}, "preset='fast': unknown; must be one of default"),
+        ({"recovery_timeout_s": -1}, "recovery_timeout_s=-1"),
+    ],
+)
+def test_a_wrong_configuration_is_told_at_once(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidValue, match=told):
+        with_circuit_breaker("x", **fields)
+
+
+def test_without_redis_it_goes_on_by_what_it_knew(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    store = world.store()
+    open_, closed = CircuitBreaker("a", store, CONFIG), CircuitBreaker("b", store, CONFIG)
+    trip(open_)
+    assert closed.call(lambda: 1) == 1
+    store.lost = True
+    world.sleep(1)
+
+    with pytest.raises(CircuitOpen) as caught:
+        open_.call(lambda: 1)
+    assert caught.value.retry_after_s == pytest.approx(9)
+    trip(closed)
+    with pytest.raises(CircuitOpen):
+        closed.call(lambda: 1)
+    world.sleep(10.1)
+    assert (open_.call(lambda: 1), closed.call(lambda: 1)) == (1, 1)
+    assert closed.state == "closed"
+    store.lost = False
+    world.sleep(2)
+    assert open_.call(lambda: 1) == 1
+
+    assert [record.message[:30] for record in caplog.records if "Redis" in record.message] == [
+        "Redis at redis://fake does not",
+        "Redis at redis://fake answers ",
+    ]
+
+
+def test_a_waiter_is_named_when_the_breaker_closes(world: World) -> None:
+    woken: list[str] = []
+    breaker = CircuitBreaker("llm", world.store(), CONFIG, wake=woken.extend)
+    trip(breaker)
+    waits = []
+    for waiter, urgency in [("normal", 2), ("normal 2", 2), ("low", 3), ("low 2", 3), ("critical", 0)]:
+        with pytest.raises(CircuitOpen) as caught:
+            breaker.admit(waiter, urgency)
+        waits.append(caught.value.retry_after_s)
+    assert waits == pytest.approx([10, 10, 11, 11, 10]), "as many come back at once as there are probes"
+    breaker.reset()
+    assert woken == ["critical", "normal", "normal 2", "low", "low 2"]

@@ -1,0 +1,65 @@
+"""A Redis whose clock is ours: several processes' stores on one fakeredis server, one time for all."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import fakeredis
+import fakeredis.commands_mixins.server_mixin as server_clock
+import pytest
+import redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from resilience.store import Call, Store
+
+
+class CountingStore(Store):
+    """A store that counts its round trips and can lose its server."""
+
+    round_trips = 0
+    lost = False
+
+    def run(self, *calls: Call) -> list[Any]:
+        self.round_trips += 1
+        if self.lost:
+            raise RedisConnectionError("cut off by the test")
+        return super().run(*calls)
+
+
+class World:
+    """Time that passes only when told to, for the server and for every process alike."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+        self._server = fakeredis.FakeServer()
+
+    def time(self) -> float:
+        """Stand where the module `time` does in fakeredis."""
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += seconds
+
+    def client(self) -> redis.Redis:
+        """Return a connection of its own."""
+        return fakeredis.FakeRedis(server=self._server)
+
+    def store(self) -> CountingStore:
+        """Return the store of one more process."""
+        return CountingStore("redis://fake", namespace="unit", client=self.client(), clock=lambda: self.now, random=Random(0))
+
+    def dump(self) -> dict[bytes, Any]:
+        """Return everything that is stored."""
+        client = self.client()
+        kinds = {b"hash": client.hgetall, b"zset": lambda key: client.zrange(key, 0, -1, withscores=True), b"string": client.get}
+        return {key: kinds[client.type(key)](key) for key in client.scan_iter()}
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    """A world of its own."""
+    own = World()
+    monkeypatch.setattr(server_clock, "time", own)
+    return own
