@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from resilience.errors import Category, Denied, RlmError, Severity
+from resilience.errors import CallTimeout, Category, Denied, RlmError, Severity
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Fault:
     category: Category
     severity: Severity
     retryable: bool
-    free: bool = False  # a retry costs no attempt: nothing was tried, or the service said when to come back
+    free: bool = False  # a retry costs no attempt: nothing was tried, or the service only said that it was too early
     trips: bool = False  # it speaks against the service that was called: a breaker counts it
     ignored: bool = False  # control flow: neither a failure nor a success
     retry_after_s: float | None = None
@@ -57,6 +58,8 @@ _NAMES = {
     "AuthenticationError": UNAUTHORISED,
     "PermissionDeniedError": UNAUTHORISED,
     "gaierror": TRANSIENT,
+    "TimeoutError": TIMEOUT,  # redis, SQLAlchemy
+    "ConnectTimeout": TIMEOUT,  # requests
     "APITimeoutError": TIMEOUT,
     "APIConnectionError": TRANSIENT,
     "InternalServerError": TRANSIENT,
@@ -83,27 +86,29 @@ def classify(error: BaseException) -> Fault:
     """
     if isinstance(error, RlmError):
         return _of_ours(error)
-    status = _status(error)
+    status = _status(error) if isinstance(error, Exception) else 0  # SystemExit(500) is no answer of a server
     fault = _STATUS.get(status) or (TRANSIENT if 500 <= status < 600 else INVALID if 400 <= status < 500 else None)
     if fault is None:
         fault = next(
             (found for base in type(error).__mro__ if (found := _TYPES.get(base) or _NAMES.get(base.__name__))), OPERATION
         )
+    if fault is OPERATION and isinstance(cause := getattr(error, "reason", None), Exception):
+        return classify(cause)  # urllib wraps what the network said
     if fault.retryable and (wait_s := retry_after_s(error)) is not None:
         return replace(fault, retry_after_s=wait_s)
     return fault
 
 
 def _of_ours(error: RlmError) -> Fault:
-    denied = isinstance(error, Denied)
+    """Our own errors tell of guards, requests and jobs; only a call that was stopped speaks against its service."""
     return Fault(
         error.code,
         error.category,
         error.severity,
         error.retryable,
-        free=denied,
-        trips=error.category in (Category.TRANSIENT, Category.TIMEOUT, Category.OPERATION),
-        ignored=denied or error.category in (Category.VALIDATION, Category.QUOTA),
+        free=isinstance(error, Denied),
+        trips=isinstance(error, CallTimeout),
+        ignored=not isinstance(error, CallTimeout),
         retry_after_s=error.retry_after_s if isinstance(error, Denied) else None,
     )
 
@@ -130,13 +135,14 @@ def retry_after_s(error: BaseException) -> float | None:
     ``Date``, so that no clock of this machine is needed (RFC 9110, 10.2.3).
     """
     headers = _headers(error)
-    millis, told = headers.get("retry-after-ms", ""), headers.get("retry-after", "")
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        told = headers.get(name, "").strip()
+        if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", told):
+            return float(told) * unit
     try:
-        if millis or told.replace(".", "", 1).isdigit():
-            return float(millis) / 1000 if millis else float(told)
-        then, now = (email.utils.parsedate_to_datetime(each) for each in (told, headers.get("date", "")))
+        then, now = (email.utils.parsedate_to_datetime(headers.get(name, "")) for name in ("retry-after", "date"))
         return max(0.0, (then - now).total_seconds())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None  # says nothing, or nothing that can be read
 
 

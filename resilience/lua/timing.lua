@@ -6,13 +6,13 @@ for i = 4, #ARGV, 2 do
   since = redis.call('HINCRBY', key, 'since', ARGV[i + 1])
 end
 if since >= every then
-  local factor = tonumber(ARGV[2]) ^ math.floor(since / every)
+  local factor = tonumber(ARGV[2])
   local all = redis.call('HGETALL', key)
   for i = 1, #all, 2 do
     if all[i] ~= 'since' then
       redis.call('HSET', key, all[i], string.format('%.6f', tonumber(all[i + 1]) * factor))
     end
   end
-  redis.call('HSET', key, 'since', string.format('%d', since % every))
+  redis.call('HSET', key, 'since', 0)
 end
 redis.call('EXPIRE', key, ARGV[3])

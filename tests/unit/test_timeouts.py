@@ -181,7 +181,7 @@ def test_many_samples_are_one_round_trip_and_none_are_none() -> None:
     assert store.client.ttl(KEY) == TTL_S == 2_592_000
 
 
-def test_weights_fade_after_every_500_samples_however_they_arrive() -> None:
+def test_weights_fade_once_500_samples_have_arrived() -> None:
     store = Counted()
     timeouts = Timeouts(store)
 
@@ -190,9 +190,9 @@ def test_weights_fade_after_every_500_samples_however_they_arrive() -> None:
     timeouts.learn("op", [2.0] * 2)
     assert store.weights() == pytest.approx({bucket_of(1.0): 499 * 0.5, bucket_of(2.0): 2 * 0.5})
     timeouts.learn("op", [2.0] * 1000)
-    faded = {bucket_of(1.0): 499 * 0.5**3, bucket_of(2.0): (2 * 0.5 + 1000) * 0.5**2}
-    assert store.weights() == pytest.approx(faded)
-    assert store.client.hget(KEY, "since") == b"1"
+    faded = {bucket_of(1.0): 499 * 0.5**2, bucket_of(2.0): (2 * 0.5 + 1000) * 0.5}
+    assert store.weights() == pytest.approx(faded), "once for a call, however many samples it brings"
+    assert store.client.hget(KEY, "since") == b"0"
 
 
 def test_every_write_extends_the_expiry() -> None:
@@ -266,7 +266,8 @@ class Loop:
     def __init__(self, draw: Callable[[Random], float], history: int, seed: int) -> None:
         self.random, self.draw, self.store, self.stopped = Random(seed), draw, Counted(), 0
         self.timeouts = Timeouts(self.store)
-        self.timeouts.learn("op", [draw(self.random) for _ in range(history)])
+        for _ in range(0, history, 50):
+            self.timeouts.learn("op", [draw(self.random) for _ in range(50)])
 
     def limit_s(self) -> float:
         self.store.time.now += 30
@@ -285,30 +286,18 @@ class Loop:
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("name", "share"), [("lognormal 0.5", 0.015), ("bimodal", 0.01), ("lognormal 1", 0.03)])
-def test_items_that_take_three_times_as_long_are_learned_within_200_samples(name: str, share: float, seed: int) -> None:
-    """With 500 samples of before among 700, the p99 of all is the 96.5th percentile of the new: x 1.5 just covers the
-    99th of a lognormal 0.5, and not quite that of a lognormal 1.  The shares allow for 200 being few: 30 seeds stayed
-    below them.
+@pytest.mark.parametrize("history", [500, 5000])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_items_that_take_three_times_as_long_are_learned_within_200_samples(name: str, history: int, seed: int) -> None:
+    """At most 1,000 samples of before count, so the new ones soon are more than the last hundredth.  A heavy tail is
+    known less well from 200 samples than from 5,000: the share that is stopped is three times the usual, not more.
     """
-    loop = Loop(DISTRIBUTIONS[name], history=500, seed=seed)
+    loop = Loop(DISTRIBUTIONS[name], history=history, seed=seed)
 
     loop.run(200, slower=3.0)
 
-    assert loop.stops(slower=3.0) <= share
-    assert loop.stopped <= 0.03 * 500
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_long_history_is_left_once_one_sample_in_a_hundred_is_new(seed: int) -> None:
-    """Each limit that is too short is run into by 1 % of the weight before it grows x 1.5: here it grows twice."""
-    loop = Loop(lambda random: lognormal(random, 0.1), history=5000, seed=seed)
-
-    loop.run(40, slower=3.0)
-    assert loop.stops(slower=3.0) > 0.9
-    loop.run(160, slower=3.0)
-    assert loop.stops(slower=3.0) <= 0.01
-    assert loop.stopped <= 0.02 * 5000
+    assert loop.stops(slower=3.0) <= 0.03
+    assert loop.stopped <= 25
 
 
 # --- Redis is away -----------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from random import Random
 from typing import Any
 
@@ -50,6 +52,22 @@ class World:
         """Return the store of one more process."""
         return CountingStore("redis://fake", namespace="unit", client=self.client(), clock=lambda: self.now, random=Random(0))
 
+    @contextmanager
+    def future(self, seconds: float) -> Iterator[None]:
+        """Look into a time to come: afterwards neither it nor what was done in it has been."""
+        now, kept = self.now, {key: self.client().dump(key) for key in self.client().scan_iter()}
+        self.now += seconds
+        yield
+        self.now = now
+        client = self.client()
+        client.flushall()
+        for key, value in kept.items():
+            client.restore(key, 3_600_000, value)
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        """Make the server's clock ours."""
+        patch.setattr(server_clock, "time", self)
+
     def dump(self) -> dict[bytes, Any]:
         """Return everything that is stored."""
         client = self.client()
@@ -61,5 +79,5 @@ class World:
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     """A world of its own."""
     own = World()
-    monkeypatch.setattr(server_clock, "time", own)
+    own.install(monkeypatch)
     return own

@@ -1,0 +1,20 @@
+-- Correct a reservation to what was really used, once.  ARGV: for each limit its capacity and the real amount ('': as taken).
+-- Returns 1, or 0 when it was settled before or is too old.
+local about = call('HGETALL', KEYS[1])
+if #about == 0 then return 0 end
+call('DEL', KEYS[1])
+local taken = {}
+for i = 1, #about, 2 do taken[about[i]] = tonumber(about[i + 1]) end
+for i = 3, #KEYS do
+  local n, real = i - 2, tonumber(ARGV[2 * (i - 2)])
+  if real and taken['a' .. n] and real ~= taken['a' .. n] then
+    local back, cell = taken['a' .. n] - real, 'c' .. string.format('%.0f', taken['c' .. n])
+    local v = call('HGET', KEYS[i], 'v')
+    if v then call('HSET', KEYS[i], 'v', exact(math.min(tonumber(ARGV[2 * n - 1]), tonumber(v) + back))) end
+    if call('HEXISTS', KEYS[i], cell) == 1 then
+      call('HINCRBYFLOAT', KEYS[i], cell, exact(-back))
+      call('HINCRBYFLOAT', KEYS[i], 'sum', exact(-back))
+    end
+  end
+end
+return 1

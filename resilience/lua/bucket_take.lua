@@ -1,0 +1,55 @@
+-- Take from all limits at once, or from none.
+-- ARGV: who takes, ms a reservation is kept, longest wait, class of a waiter ('' : nobody waits), most to lease, then for
+-- each limit: limit, window, capacity, guard, amount, what lower classes must leave, owed (taken while Redis was away).
+-- Returns {1, wait, at, leased, takers} or {0, wait, number of the limit that says no, 0, takers}.
+local FIELDS, limits, wait, binding = 7, {}, 0, 0
+call('ZADD', KEYS[2], now, ARGV[1])
+call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - 60000000)
+call('EXPIRE', KEYS[2], 3600)
+local takers = call('ZCARD', KEYS[2])
+local taken = call('HGET', KEYS[1], 'at')
+if taken then return {1, math.max(0, tonumber(taken) - now), tonumber(taken), 0, takers} end
+
+for i = 3, #KEYS do
+  local a = {}
+  for j = 1, FIELDS do a[j] = tonumber(ARGV[5 + (i - 3) * FIELDS + j]) end
+  local b = read(KEYS[i], a[1], a[2], a[3], a[4])
+  b.amount, b.left = a[5], a[6]
+  if a[7] > 0 then put(b, a[7], now) end
+  -- More than the bucket holds passes when it is full, and leaves a debt.
+  local short = math.min(b.amount, b.capacity - b.left) + b.left - b.v
+  local ready = math.max(b.hold, leaves(b, math.max(0, b.limit - b.left - b.amount)))
+  local needs = math.max(ready - now, short > 1e-9 and short / b.rate or 0)
+  if needs > wait then wait, binding = needs, i - 2 end
+  limits[#limits + 1] = b
+end
+-- A microsecond more than computed: then it is granted whatever was rounded.
+if wait > 0 then wait = math.ceil(wait) + 1 end
+
+if wait > tonumber(ARGV[3]) then
+  if ARGV[4] ~= '' then
+    -- Those who wait are served one after the other, so each is told a time of its own.
+    local turn, takes = 'turn' .. ARGV[4], 0
+    for _, b in ipairs(limits) do takes = math.max(takes, b.amount / b.rate) end
+    local mine = math.max(now + wait, tonumber(call('HGET', limits[1].key, turn) or '0'))
+    call('HSET', limits[1].key, turn, exact(mine + takes))
+    if call('PTTL', limits[1].key) < 60000 then call('PEXPIRE', limits[1].key, 60000) end
+    wait = math.ceil(mine - now)
+  end
+  return {0, wait, binding, 0, takers}
+end
+
+local at, leased = now + wait, 0
+local first = limits[1]
+if wait == 0 and tonumber(ARGV[5]) > 0 then
+  local room = math.min(first.v, first.limit - first.sum) - first.left - first.amount
+  leased = math.max(0, math.min(tonumber(ARGV[5]), math.floor(room)))
+  first.amount = first.amount + leased
+end
+for i, b in ipairs(limits) do
+  local cell = put(b, b.amount, at)
+  call('HSET', KEYS[1], 'a' .. i, exact(b.amount), 'c' .. i, string.format('%.0f', cell))
+end
+call('HSET', KEYS[1], 'at', exact(at))
+call('PEXPIRE', KEYS[1], tonumber(ARGV[2]) + math.ceil(wait / 1000))
+return {1, wait, at, leased, takers}

@@ -1,0 +1,13 @@
+-- Spend from a retry budget.  KEYS[1]: budget hash.  ARGV: first attempts since the last spending, share each of them
+-- deposits, retries a second that are always allowed, most it holds, cost.   Returns {1 when spent, balance as text}.
+local t = redis.call('TIME')
+local now = tonumber(t[1]) + tonumber(t[2]) / 1000000
+local v = redis.call('HMGET', KEYS[1], 'balance', 'at')
+local floor, most, cost = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local balance = tonumber(v[1] or 10 * floor) + math.max(0, now - tonumber(v[2] or now)) * floor
+balance = math.min(most, balance + tonumber(ARGV[1]) * tonumber(ARGV[2]))
+local spent = balance >= cost
+if spent then balance = balance - cost end
+redis.call('HSET', KEYS[1], 'balance', string.format('%.17g', balance), 'at', string.format('%.17g', now))
+redis.call('EXPIRE', KEYS[1], 3600)
+return {spent and 1 or 0, tostring(balance)}

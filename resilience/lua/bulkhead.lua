@@ -1,0 +1,29 @@
+-- The shared steps of a bulkhead.  KEYS: permits, about, hosts, waiting.
+--
+-- A permit is "owner|host|weight|id", scored by the ms at which its lease ends.
+-- about:  used    limit  where it moves    cut  ms of its last decrease    above  ms at which more than the base was used last
+local permits, about, hosts, waiting, call = KEYS[1], KEYS[2], KEYS[3], KEYS[4], redis.call
+local KEEP_S = 86400
+
+local t = call('TIME')
+local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+
+local function give_back(permit)
+  local host, weight = string.match(permit, '^[^|]*|([^|]*)|([^|]*)|')
+  call('HINCRBYFLOAT', about, 'used', -tonumber(weight))
+  if tonumber(call('HINCRBYFLOAT', hosts, host, -tonumber(weight))) <= 0 then call('HDEL', hosts, host) end
+  return tonumber(weight)
+end
+
+for _, permit in ipairs(call('ZRANGEBYSCORE', permits, '-inf', now)) do
+  call('ZREM', permits, permit)
+  give_back(permit)
+end
+local used = tonumber(call('HGET', about, 'used') or '0')
+
+local function woken(most)
+  local found = {}
+  local popped = call('ZPOPMIN', waiting, most)
+  for i = 1, #popped, 2 do found[#found + 1] = popped[i] end
+  return unpack(found)
+end

@@ -1,0 +1,211 @@
+"""Try again, when that may help: how often, after how long, and not more than a service bears.
+
+Decides whether a failed call is tried again and when.  What was refused before anything ran (an open circuit, an empty
+bucket) and what a service only put off (429) costs no attempt.  Refuses to know how other guards decide: they are inside
+of what is retried, and only one layer retries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, ParamSpec, TypeVar
+
+from pydantic import Field, model_validator
+
+from resilience.bucket import LocalShare, Rate
+from resilience.checked import Seconds
+from resilience.errors import RetryBudgetExhausted, StoreUnavailable
+from resilience.faults import Fault, classify
+from resilience.keys import Keys
+from resilience.store import Call, Script, Store, default_store
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+DEPOSIT = 0.1
+"""Each first attempt allows for a tenth of a retry (SRE book, Handling Overload: 10 % per client)."""
+FLOOR_PER_S = 3.0
+"""So many retries a second are allowed whatever the traffic (failsafe-go: 3)."""
+MOST = 100.0
+COST, TIMEOUT_COST = 1.0, 2.0
+"""A call that timed out has cost its service more than one that was refused."""
+_SPEND = Script.load("resilience", "budget")
+
+
+class RetryPolicy(Seconds):
+    """How often and after how long a call is tried again (defaults of source documents 0 and 4)."""
+
+    max_attempts: int = Field(5, ge=1, description="Calls in all, the first one included.")
+    initial_delay_s: float = Field(1.0, ge=0, description="Longest wait before the first retry.")
+    backoff_multiplier: float = Field(2.0, ge=1, description="Each longest wait is this many times the one before.")
+    max_delay_s: float = Field(30.0, ge=0, description="No wait of our own is longer.")
+    deadline_s: float = Field(300.0, gt=0, description="No retry starts later than this after the first attempt.")
+    retryable_errors: tuple[str, ...] = Field(
+        ("TIMEOUT", "RATE_LIMITED", "SERVICE_UNAVAILABLE", "CIRCUIT_OPEN", "BULKHEAD_FULL"),
+        description="Codes of faults that are retried.",
+    )
+    retry_on: tuple[type[BaseException], ...] = Field((), description="Exceptions that are retried, whatever they mean.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _retries_of_document_0(cls, fields: Any) -> Any:
+        """Accept ``max_retries``: the attempts after the first."""
+        for name in ("max_retries", "maxRetries"):
+            if isinstance(fields, dict) and isinstance(fields.get(name), int):
+                fields = {**fields, "max_attempts": fields[name] + 1}
+                del fields[name]
+        return fields
+
+    def wants(self, error: BaseException, fault: Fault) -> bool:
+        """Say whether such an error is worth another try."""
+        return isinstance(error, self.retry_on) or fault.code in self.retryable_errors
+
+    def delay_s(self, failures: int, random: Random) -> float:
+        """Return how long to wait after so many failures: full jitter (AWS, Exponential Backoff And Jitter)."""
+        longest = self.initial_delay_s * self.backoff_multiplier ** min(failures - 1, 64)
+        return random.uniform(0.0, min(self.max_delay_s, longest))
+
+
+DEFAULT = RetryPolicy()
+
+
+class RetryBudget:
+    """How much of the load on a service may be retries, over all workers: a tenth, and a few a second."""
+
+    def __init__(self, service: str, store: Store | None = None) -> None:
+        self.service, self._store = service, store or default_store()
+        self._key = Keys(self._store.namespace).budget(service)
+        self._first_attempts = 0
+        self._alone: LocalShare | None = None
+
+    def attempted(self) -> None:
+        """Count a first attempt; told with the next spending."""
+        self._first_attempts += 1
+
+    def spend(self, cost: float = COST) -> bool:
+        """Take the cost of a retry, in one round trip; while Redis is away only the floor is allowed."""
+        attempts, self._first_attempts = self._first_attempts, 0
+        try:
+            [[spent, _]] = self._store.ask(Call(_SPEND, (self._key,), (attempts, DEPOSIT, FLOOR_PER_S, MOST, cost)))
+        except StoreUnavailable:
+            self._alone = self._alone or LocalShare(Rate(FLOOR_PER_S), 1, self._store.clock)
+            if self._alone.wait_s(cost) > 0:
+                return False
+            self._alone.take(cost)
+            return True
+        self._alone = None
+        return bool(spent)
+
+
+@dataclass
+class Retry:
+    """One policy, applied to calls of one service."""
+
+    policy: RetryPolicy = DEFAULT
+    budget: RetryBudget | None = None
+    random: Random = field(default_factory=Random)
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+    def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call until it succeeds; raises what the last attempt raised, or RetryBudgetExhausted from it."""
+        course = Course(self)
+        while True:
+            try:
+                return func(*args, **kwargs)
+            except Exception as error:
+                self.sleep(course.wait_s(error))
+
+    async def call_async(self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do as `call` does, for a coroutine function."""
+        course = Course(self)
+        while True:
+            try:
+                return await func(*args, **kwargs)
+            except Exception as error:
+                await asyncio.sleep(course.wait_s(error))
+
+
+class Course:
+    """The attempts at one call, so far."""
+
+    def __init__(self, retry: Retry, *, failures: int = 0) -> None:
+        self._retry, self.failures = retry, failures
+        self._until = retry.clock() + retry.policy.deadline_s
+        if retry.budget is not None and not failures:
+            retry.budget.attempted()
+
+    def wait_s(self, error: BaseException) -> float:
+        """Return in how many seconds to try again; raise the error when it is final.
+
+        A service's own word on when to come back wins over a shorter wait of ours, with up to a tenth more, so that
+        not all come back at once.
+        """
+        policy, fault = self._retry.policy, classify(error)
+        if not policy.wants(error, fault):
+            raise error
+        self.failures += not fault.free
+        if self.failures >= policy.max_attempts:
+            raise error
+        asked_s = (fault.retry_after_s or 0.0) * self._retry.random.uniform(1.0, 1.1)
+        wait_s = max(asked_s, 0.0 if fault.retry_after_s is not None and fault.free else self._own_delay_s())
+        if self._retry.clock() + wait_s > self._until:
+            raise error
+        budget = self._retry.budget
+        if budget is not None and not fault.free and not budget.spend(TIMEOUT_COST if fault.code == "TIMEOUT" else COST):
+            raise RetryBudgetExhausted(budget.service, error) from error
+        return wait_s
+
+    def _own_delay_s(self) -> float:
+        return self._retry.policy.delay_s(max(1, self.failures), self._retry.random)
+
+
+def retrying(policy: RetryPolicy | None = None, *, service: str = "", store: Store | None = None, **fields: Any) -> Retry:
+    """Return a policy, applied; a `service` has a retry budget that all workers share.  Raises InvalidValue."""
+    settled = RetryPolicy(**{**(policy or DEFAULT).model_dump(), **fields}) if fields else policy or DEFAULT
+    return Retry(settled, RetryBudget(service, store) if service else None)
+
+
+def execute_with_retry(
+    func: Callable[..., T], *args: Any, policy: RetryPolicy | None = None, service: str = "", **kwargs: Any
+) -> T:
+    """Call a function with its arguments until it succeeds, as the policy says.
+
+    Raises what the last attempt raised, or RetryBudgetExhausted from it.
+    """
+    return retrying(policy, service=service).call(func, *args, **kwargs)
+
+
+def with_retry(
+    policy: RetryPolicy | None = None, *, service: str = "", store: Store | None = None, **fields: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a function, or a coroutine function: ``@with_retry(max_attempts=5, service="agent-factory")``.
+
+    Fields are those of RetryPolicy.  Put it outside of ``@with_circuit_breaker``: then each attempt asks the breaker.
+    Raises InvalidValue for a wrong field at once.
+    """
+    retrying(policy, **fields)
+
+    def decorate(func: Callable[..., Any]) -> Callable[..., Any]:
+        retry = functools.cache(lambda: retrying(policy, service=service, store=store, **fields))
+        if inspect.iscoroutinefunction(func):
+
+            @functools.wraps(func)
+            async def awaiting(*args: Any, **kwargs: Any) -> Any:
+                return await retry().call_async(func, *args, **kwargs)
+
+            return awaiting
+
+        @functools.wraps(func)
+        def calling(*args: Any, **kwargs: Any) -> Any:
+            return retry().call(func, *args, **kwargs)
+
+        return calling
+
+    return decorate

@@ -1,0 +1,324 @@
+"""Buckets: what is granted in any window, what a denial changes, what is told to those who wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resilience.bucket import PROVIDER, ROUTER, LeasedBucket, Rate, TokenBucket
+from resilience.errors import InvalidValue, NeverSatisfiable
+from tests.unit.world import World, world
+
+__all__ = ["world"]
+
+
+def provider(world: World, **rates: Rate) -> TokenBucket:
+    return TokenBucket("llm", world.store(), sleep=world.sleep, **(rates or PROVIDER))
+
+
+def limits_of(world: World) -> dict[bytes, Any]:
+    """Return what is stored of limits, leaving out who takes."""
+    return {key: value for key, value in world.dump().items() if not key.endswith(b":takers")}
+
+
+class Window:
+    """A provider's true sliding window."""
+
+    def __init__(self, limit: float, per_s: float) -> None:
+        self.limit, self.per_s, self.calls, self.used = limit, per_s, deque[tuple[float, float]](), 0.0
+
+    def admits(self, at: float, amount: float) -> bool:
+        while self.calls and self.calls[0][0] <= at - self.per_s:
+            self.used -= self.calls.popleft()[1]
+        if self.used + amount > self.limit + 1e-6:
+            return False
+        self.calls.append((at, amount))
+        self.used += amount
+        return True
+
+
+def test_a_grant_says_from_when_it_holds(world: World) -> None:
+    grant = provider(world).acquire(requests=1, tokens=800)
+
+    assert grant
+    assert (grant.wait_s, grant.at, grant.limited_by) == (0, pytest.approx(world.now), "")
+
+
+def test_all_or_nothing(world: World) -> None:
+    bucket = provider(world, requests=Rate(10, per_s=1), tokens=Rate(100, per_s=1))
+    assert bucket.acquire(requests=1, tokens=100)
+    before = limits_of(world)
+
+    denied = bucket.acquire(requests=1, tokens=50)
+
+    assert not denied
+    assert denied.limited_by == "tokens"
+    assert limits_of(world) == before, "a denial changes nothing"
+    assert bucket.status()["requests"]["level"] == 9
+
+
+def test_a_take_is_one_round_trip(world: World) -> None:
+    store = world.store()
+    TokenBucket("llm", store, **PROVIDER).acquire(requests=1, tokens=800)
+
+    assert store.round_trips == 1
+
+
+def test_it_waits_as_long_as_asked_and_books_ahead(world: World) -> None:
+    bucket, began = provider(world, calls=Rate(10, per_s=1, burst=1)), world.now
+    took = [bucket.acquire(max_wait_s=5) for _ in range(11)]
+
+    assert all(took)
+    assert world.now - began == pytest.approx(1.0, abs=0.01)
+    assert asyncio.run(bucket.acquire_async()).granted is False
+
+
+def test_several_that_book_ahead_are_served_one_after_the_other(world: World) -> None:
+    buckets = [provider(world, calls=Rate(10, per_s=1, burst=1)) for _ in range(3)]
+    waits = [bucket.reserve(max_wait_s=5).wait_s for bucket in buckets]
+
+    assert waits == pytest.approx([0, 0.1, 0.2], abs=1e-4)
+
+
+def test_who_waits_in_line_is_told_a_time_of_its_own(world: World) -> None:
+    bucket = provider(world, calls=Rate(10, per_s=1, burst=1))
+    assert bucket.acquire()
+    waits = [bucket.reserve(in_line=True, priority="low").wait_s for _ in range(4)]
+    urgent = bucket.reserve(in_line=True).wait_s
+
+    assert waits == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=1e-3)
+    assert urgent == pytest.approx(0.1, abs=1e-3)
+    world.sleep(urgent)
+    assert bucket.acquire()
+
+
+def test_the_same_id_is_the_same_grant(world: World) -> None:
+    bucket = provider(world, calls=Rate(10, per_s=1))
+    for _ in range(3):
+        assert bucket.acquire(id="call-7")
+
+    assert bucket.status()["calls"]["used"] == 1
+
+
+def test_settling_corrects_once(world: World) -> None:
+    bucket = provider(world)
+    grant = bucket.acquire(requests=1, tokens=800)
+    assert grant.settle(tokens=730) is True
+    assert grant.settle(tokens=1) is False
+
+    found = bucket.status()
+    assert (found["tokens"]["used"], found["tokens"]["level"]) == (730, 1500 - 730)
+    assert found["requests"]["used"] == 1
+
+
+def test_settling_for_more_leaves_a_debt(world: World) -> None:
+    bucket = provider(world)
+    bucket.acquire(tokens=100).settle(tokens=5000)
+
+    denied = bucket.acquire(tokens=1)
+    assert denied.wait_s == pytest.approx((5000 - 1500 + 1) / 1500, abs=1e-3)
+
+
+def test_more_than_a_burst_passes_when_the_bucket_is_full(world: World) -> None:
+    bucket = provider(world)
+    assert bucket.acquire(tokens=15_000)
+    denied = bucket.acquire(tokens=1500)
+    assert denied.wait_s == pytest.approx(10, abs=0.01)
+
+
+@pytest.mark.parametrize("amount", [90_001, 1e9])
+def test_what_no_window_can_hold_is_refused_at_once(world: World, amount: float) -> None:
+    with pytest.raises(NeverSatisfiable, match=r"tokens of bucket llm: .* can never be granted, the limit is 90000"):
+        provider(world).acquire(requests=1, tokens=amount)
+
+
+@pytest.mark.parametrize(
+    ("amounts", "told"),
+    [
+        ({"token": 1}, "token=1: bucket llm limits requests, tokens"),
+        ({"tokens": -1}, "tokens=-1"),
+        ({"tokens": float("nan")}, "tokens=nan"),
+        ({"tokens": 1, "priority": "urgent"}, "priority='urgent': must be one of critical, high, normal, low"),
+        ({}, "say how much of each: requests, tokens"),
+    ],
+)
+def test_a_wrong_amount_is_told(world: World, amounts: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidValue, match=told):
+        provider(world).acquire(**amounts)
+
+
+@pytest.mark.parametrize(("limit", "per_s", "burst"), [(0, 1, None), (1, 0, None), (10, 1, 11), (10, 1, 0)])
+def test_a_wrong_rate_is_told(limit: float, per_s: float, burst: float | None) -> None:
+    with pytest.raises(InvalidValue):
+        Rate(limit, per_s, burst)
+
+
+def test_a_providers_pause_holds_for_everyone(world: World) -> None:
+    ours, theirs = provider(world), provider(world)
+    ours.hold(20)
+    ours.hold(5)
+
+    denied = theirs.acquire(requests=1)
+    assert (denied.granted, denied.wait_s) == (False, pytest.approx(20))
+    world.sleep(20.001)
+    assert theirs.acquire(requests=1)
+
+
+def test_lower_priorities_leave_a_reserve(world: World) -> None:
+    bucket = provider(world, calls=Rate(100, per_s=1))
+    drained = {}
+    for priority in ("low", "normal", "high", "critical"):
+        drained[priority] = 0
+        while bucket.acquire(priority=priority):
+            drained[priority] += 1
+
+    assert drained == {"low": 70, "normal": 15, "high": 10, "critical": 5}
+
+
+def test_scopes_have_limits_of_their_own_beside_the_global_one(world: World) -> None:
+    bucket = TokenBucket("llm", world.store(), requests=Rate(10), scoped={"requests": Rate(2)})
+    assert bucket.acquire(requests=1, scope="org-7")
+    assert bucket.acquire(requests=1, scope="org-7")
+    denied = bucket.acquire(requests=1, scope="org-7")
+
+    assert (denied.granted, denied.limited_by) == (False, "requests of org-7")
+    assert bucket.acquire(requests=1, scope="org-8")
+    assert bucket.status("org-7")["requests"]["used"] == 3
+
+
+def test_the_presets() -> None:
+    assert {name: (rate.limit, rate.per_s) for name, rate in PROVIDER.items()} == {"requests": (3500, 60), "tokens": (90_000, 60)}
+    assert (ROUTER.limit, ROUTER.per_s, ROUTER.capacity) == (1000, 1, 100)
+
+
+def test_a_saturated_provider_is_used_and_never_exceeded(world: World) -> None:
+    bucket, window = provider(world, requests=Rate(3500, per_s=60)), Window(3500, 60)
+    began, granted = world.now, []
+    while world.now < began + 240:
+        grant = bucket.acquire(max_wait_s=100)
+        assert window.admits(grant.at, 1)
+        granted.append(grant.at)
+
+    after_the_first = [sum(1 for at in granted if began + 60 * i <= at < began + 60 * (i + 1)) for i in (1, 2, 3)]
+    assert min(after_the_first) >= 0.97 * 3500
+
+
+def test_without_redis_each_process_takes_its_share_and_owes_it(world: World) -> None:
+    stores = [world.store() for _ in range(4)]
+    buckets = [TokenBucket("llm", store, calls=Rate(40, per_s=1)) for store in stores]
+    for bucket in buckets * 2:
+        bucket.acquire()
+    for store in stores:
+        store.lost = True
+
+    def pumped(seconds: float) -> int:
+        until, count = world.now + seconds, 0
+        while world.now < until:
+            count += sum(bool(bucket.acquire()) for bucket in buckets)
+            world.sleep(0.01)
+        return count
+
+    pumped(1)
+    assert pumped(4) == pytest.approx(160, abs=4), "the rate holds: each of four takes a quarter"
+    for store in stores:
+        store.lost = False
+    world.sleep(2)
+    assert not buckets[0].acquire(), "what was taken meanwhile counts now"
+
+
+def test_a_lease_spends_at_home(world: World) -> None:
+    store = world.store()
+    leased, count = LeasedBucket(TokenBucket("router", store, messages=ROUTER)), 0
+    until = world.now + 2
+    while world.now < until:
+        count += bool(leased.acquire())
+        world.sleep(0.0011)
+
+    assert count == pytest.approx(2 / 0.0011, rel=0.01), "nothing is held back below the rate"
+    assert store.round_trips < 0.1 * count
+
+
+def test_leases_of_many_never_admit_more_than_the_rate(world: World) -> None:
+    many = [LeasedBucket(TokenBucket("router", world.store(), messages=ROUTER)) for _ in range(8)]
+    began, admitted = world.now, []
+    while world.now < began + 3:
+        admitted += [world.now for each in many for _ in range(5) if each.acquire()]
+        world.sleep(0.002)
+
+    for start in range(20):
+        at = began + start * 0.1
+        assert sum(1 for each in admitted if at <= each < at + 1) <= 1000 + 100
+    assert len(admitted) >= 0.9 * 3 * 1000
+
+
+class Oracle:
+    """One limit in plain Python: the same rule, from a list of all that was ever granted."""
+
+    def __init__(self, rate: Rate, now: float, guard_s: float) -> None:
+        self.rate, self.level, self.at = rate, rate.capacity, now
+        self.granted: list[tuple[float, float]] = []
+        self.span, self.width = rate.per_s + guard_s, rate.per_s / 256
+
+    def flow(self, now: float) -> None:
+        self.level = min(self.rate.capacity, self.level + (now - self.at) * self.rate.limit / self.rate.per_s)
+        self.at = now
+
+    def bucket_wait(self, amount: float) -> float:
+        return max(0.0, (min(amount, self.rate.capacity) - self.level) * self.rate.per_s / self.rate.limit)
+
+    def in_any_window(self) -> float:
+        return max(
+            (sum(n for at, n in self.granted if start <= at < start + self.rate.per_s) for start, _ in self.granted), default=0
+        )
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    limit=st.integers(2, 50),
+    per_s=st.sampled_from([0.5, 1.0, 7.0, 60.0]),
+    burst=st.floats(0.05, 1),
+    steps=st.lists(
+        st.tuples(st.floats(0, 0.4), st.integers(1, 8), st.floats(0, 0.5), st.sampled_from([None, 0.0, 0.5, 1.0])), max_size=60
+    ),
+)
+def test_against_an_oracle(limit: int, per_s: float, burst: float, steps: list[tuple[float, int, float, float | None]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        world = World()
+        world.install(patch)
+        rate = Rate(limit, per_s, max(1.0, burst * limit))
+        bucket = TokenBucket("llm", world.store(), calls=rate)
+        oracle = Oracle(rate, world.now, min(0.3, 0.005 * per_s))
+        for pause, amount, patience, settled in steps:
+            world.sleep(round(pause * per_s, 6))
+            oracle.flow(world.now)
+            amount = min(amount, limit)
+            before = limits_of(world)
+            grant = bucket.reserve(calls=amount, max_wait_s=round(patience * per_s, 6))
+            assert grant.wait_s >= oracle.bucket_wait(amount) - 1e-5
+            if not grant:
+                assert limits_of(world) == before
+                assert grant.wait_s > patience * per_s - 2e-6
+                admits_then_and_not_before(world, bucket, amount, grant.wait_s)
+                continue
+            oracle.level -= amount
+            oracle.granted.append((grant.at, amount))
+            if settled is not None:
+                used = settled * amount
+                assert [grant.settle(calls=used), grant.settle(calls=0)] == [True, False]
+                oracle.level = min(rate.capacity, oracle.level + amount - used)
+                oracle.granted[-1] = (grant.at, used)
+            assert oracle.in_any_window() <= limit + 1e-6
+            assert bucket.status()["calls"]["level"] == pytest.approx(oracle.level, abs=1e-3)
+
+
+def admits_then_and_not_before(world: World, bucket: TokenBucket, amount: int, wait_s: float) -> None:
+    if wait_s > 0.004:
+        with world.future(wait_s - 0.002):
+            assert not bucket.acquire(calls=amount)
+    with world.future(wait_s):
+        assert bucket.acquire(calls=amount)

@@ -1,0 +1,340 @@
+"""What exceptions mean: ours, Python's, and those of HTTP clients, which are made here as those clients make them."""
+
+from __future__ import annotations
+
+import asyncio
+import email.message
+import importlib
+import io
+import pkgutil
+import socket
+import urllib.error
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import resilience
+import rlm_tasks.errors
+from resilience import faults
+from resilience.errors import Category, Denied, RlmError, Severity
+from resilience.faults import (
+    CANCELLED,
+    INVALID,
+    OPERATION,
+    RATE_LIMITED,
+    RESOURCE,
+    TIMEOUT,
+    TRANSIENT,
+    UNAUTHORISED,
+    WORKER_LOST,
+    Fault,
+    classify,
+    register,
+    retry_after_s,
+)
+
+for _module in pkgutil.iter_modules(resilience.__path__):
+    importlib.import_module(f"resilience.{_module.name}")
+KNOWN = [TRANSIENT, TIMEOUT, RATE_LIMITED, RESOURCE, WORKER_LOST, INVALID, UNAUTHORISED, CANCELLED, OPERATION]
+DATE = "Wed, 21 Oct 2015 07:28:00 GMT"
+
+
+def ours(root: type[RlmError] = RlmError) -> list[type[RlmError]]:
+    """Return an error and all that are derived from it, but for those of tests."""
+    below = [found for each in root.__subclasses__() for found in ours(each)]
+    return ([root] if root.__module__.startswith(("resilience.", "rlm_tasks.")) else []) + below
+
+
+def made(error: type[RlmError]) -> RlmError:
+    """Return an error without the data that its constructor wants; what is said of it belongs to its class."""
+    found = error.__new__(error)
+    if isinstance(found, Denied):
+        found.retry_after_s = 2.5
+    return found
+
+
+def named(*names: str, base: type[Exception] = Exception) -> type[Exception]:
+    """Return the last of a chain of classes, each derived from the one before."""
+    for name in names:
+        base = type(name, (base,), {})
+    return base
+
+
+class Answered(Exception):
+    """An exception that carries its response, as those of requests, httpx and openai do."""
+
+    def __init__(self, status: int, headers: Mapping[str, Any] | None = None) -> None:
+        self.response = SimpleNamespace(status_code=status, headers=headers or {})
+
+
+def asked(**headers: Any) -> float | None:
+    """Return what is read of response headers; underscores stand for hyphens."""
+    return retry_after_s(Answered(503, {name.replace("_", "-"): value for name, value in headers.items()}))
+
+
+# --- this platform's own -----------------------------------------------------------------------------
+
+
+def test_all_errors_are_found() -> None:
+    wanted = {getattr(rlm_tasks.errors, name) for name in rlm_tasks.errors.__all__}
+
+    assert wanted <= set(ours())
+    assert Denied in ours()
+
+
+@pytest.mark.parametrize("error", ours())
+def test_an_error_of_ours_says_itself_what_it_means(error: type[RlmError]) -> None:
+    fault = classify(made(error))
+
+    assert (fault.code, fault.category, fault.severity) == (error.code, error.category, error.severity)
+    assert fault.retryable == error.retryable
+    assert isinstance(fault.category, Category)
+    assert isinstance(fault.severity, Severity)
+
+
+@pytest.mark.parametrize("error", ours())
+def test_a_denial_costs_nothing_and_says_when_to_come_back(error: type[RlmError]) -> None:
+    fault = classify(made(error))
+
+    assert fault.free == issubclass(error, Denied)
+    assert fault.retry_after_s == (2.5 if issubclass(error, Denied) else None)
+
+
+# Denied itself is left out: it is there to be derived from, and its category is that of the root.
+@pytest.mark.parametrize("fault", KNOWN + [classify(made(error)) for error in ours() if error is not Denied])
+def test_no_fault_contradicts_itself(fault: Fault) -> None:
+    assert not (fault.trips and fault.ignored)
+    assert fault.retryable or not fault.free
+    assert fault.code.isupper()
+
+
+def test_an_own_error_is_believed_more_than_the_status_it_carries() -> None:
+    class Unusual(RlmError):
+        code = "UNUSUAL"
+        status_code = 503
+
+    assert classify(Unusual()).code == "UNUSUAL"
+
+
+# --- Python's ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (TimeoutError(), TIMEOUT),
+        (asyncio.TimeoutError(), TIMEOUT),  # noqa: UP041  # that they are the same class is the point
+        (ConnectionError(), TRANSIENT),
+        (ConnectionRefusedError(111, "refused"), TRANSIENT),
+        (ConnectionResetError(), TRANSIENT),
+        (BrokenPipeError(), TRANSIENT),
+        (BlockingIOError(), TRANSIENT),
+        (socket.gaierror(-2, "unknown name"), TRANSIENT),
+        (MemoryError(), RESOURCE),
+        (asyncio.CancelledError(), CANCELLED),
+        (KeyboardInterrupt(), CANCELLED),
+        (GeneratorExit(), CANCELLED),
+        (SystemExit(1), CANCELLED),
+        (ValueError("not a number"), OPERATION),
+        (KeyError("name"), OPERATION),
+        (ZeroDivisionError(), OPERATION),
+        (FileNotFoundError(2, "no such file"), OPERATION),
+        (PermissionError(13, "not allowed"), OPERATION),
+        (RecursionError(), OPERATION),
+        (StopIteration(), OPERATION),
+        (Exception(), OPERATION),
+    ],
+)
+def test_builtin_exceptions(error: BaseException, fault: Fault) -> None:
+    assert classify(error) == fault
+
+
+# --- an HTTP status ----------------------------------------------------------------------------------
+
+STATUSES = [
+    (400, INVALID),
+    (401, UNAUTHORISED),
+    (403, UNAUTHORISED),
+    (404, INVALID),
+    (408, TIMEOUT),
+    (422, INVALID),
+    (425, TRANSIENT),
+    (429, RATE_LIMITED),
+    (499, INVALID),
+    (500, TRANSIENT),
+    (502, TRANSIENT),
+    (503, TRANSIENT),
+    (504, TIMEOUT),
+    (529, TRANSIENT),
+    (599, TRANSIENT),
+]
+
+
+@pytest.mark.parametrize(("status", "fault"), STATUSES)
+@pytest.mark.parametrize("place", ["status_code", "status", "code", "response.status_code", "response.status"])
+def test_a_status_is_found_where_clients_keep_it(place: str, status: int, fault: Fault) -> None:
+    error, name = ValueError("a type that says nothing"), place.rpartition(".")[2]
+    holder: Any = SimpleNamespace() if "." in place else error
+    setattr(holder, name, status)
+    if "." in place:
+        error.response = holder  # type: ignore[attr-defined]  # as clients add it
+
+    assert classify(error) == fault
+
+
+@pytest.mark.parametrize("status", [0, 99, 200, 302, 600, 1006, True, "429", None, 429.0])
+def test_what_is_no_status_of_a_failure_says_nothing(status: Any) -> None:
+    error: Any = ConnectionError()
+    error.code = status
+
+    assert classify(error) == TRANSIENT
+
+
+def test_a_status_is_believed_more_than_a_name() -> None:
+    error: Any = named("APIStatusError", "RateLimitError")()
+    error.status_code = 401
+
+    assert classify(error) == UNAUTHORISED
+
+
+def test_a_code_in_words_hides_no_status() -> None:
+    error: Any = Answered(429)
+    error.code = "rate_limit_exceeded"
+
+    assert classify(error) == RATE_LIMITED
+
+
+@pytest.mark.parametrize(("status", "fault"), STATUSES)
+def test_errors_of_urllib(status: int, fault: Fault) -> None:
+    with urllib.error.HTTPError("http://localhost/", status, "no", email.message.Message(), io.BytesIO()) as error:
+        assert classify(error) == fault
+
+
+def test_an_error_of_urllib_says_when_to_come_back() -> None:
+    headers = email.message.Message()
+    headers["Retry-After"] = "7"
+    with urllib.error.HTTPError("http://localhost/", 503, "no", headers, io.BytesIO()) as error:
+        assert classify(error).retry_after_s == 7.0
+
+
+# --- names -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        # requests
+        (named("RequestException", "ConnectionError", base=OSError), TRANSIENT),
+        (named("RequestException", "ConnectionError", "ProxyError", base=OSError), TRANSIENT),
+        (named("RequestException", "Timeout", "ReadTimeout", base=OSError), TIMEOUT),
+        (named("RequestException", "HTTPError", base=OSError), OPERATION),
+        (named("RequestException", "InvalidURL", base=OSError), OPERATION),
+        # httpx
+        (named("HTTPError", "RequestError", "TransportError", "NetworkError", "ConnectError"), TRANSIENT),
+        (named("HTTPError", "RequestError", "TransportError", "TimeoutException", "PoolTimeout"), TIMEOUT),
+        (named("HTTPError", "RequestError", "DecodingError"), OPERATION),
+        # openai, anthropic
+        (named("APIError", "APIConnectionError"), TRANSIENT),
+        (named("APIError", "APIConnectionError", "APITimeoutError"), TIMEOUT),
+        (named("APIError", "APIStatusError", "RateLimitError"), RATE_LIMITED),
+        (named("APIError", "APIStatusError", "AuthenticationError"), UNAUTHORISED),
+        (named("APIError", "APIStatusError", "PermissionDeniedError"), UNAUTHORISED),
+        (named("APIError", "APIStatusError", "InternalServerError"), TRANSIENT),
+        # google.api_core, aiohttp
+        (named("ClientError", "TooManyRequests"), RATE_LIMITED),
+        (named("ServerError", "ServiceUnavailable"), TRANSIENT),
+        (named("ClientError", "ClientConnectionError", "ServerDisconnectedError"), TRANSIENT),
+    ],
+)
+def test_clients_that_are_not_installed_are_known_by_name(error: type[Exception], fault: Fault) -> None:
+    assert classify(error()) == fault
+
+
+# --- what is registered ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _nothing_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "_TYPES", dict(faults._TYPES))
+
+
+@pytest.mark.usefixtures("_nothing_registered")
+def test_what_is_registered_holds_for_subclasses_and_the_nearest_decides() -> None:
+    class Odd(ConnectionError):
+        pass
+
+    class Odder(Odd):
+        pass
+
+    assert classify(Odder()) == TRANSIENT
+    register(Odd, RESOURCE)
+    assert (classify(Odd()), classify(Odder()), classify(ConnectionError())) == (RESOURCE, RESOURCE, TRANSIENT)
+    register(Odder, WORKER_LOST)
+    assert (classify(Odd()), classify(Odder())) == (RESOURCE, WORKER_LOST)
+
+
+@pytest.mark.usefixtures("_nothing_registered")
+def test_a_type_is_believed_more_than_its_own_name() -> None:
+    error = named("RateLimitError")
+    register(error, UNAUTHORISED)
+
+    assert classify(error()) == UNAUTHORISED
+
+
+# --- when to come back -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("told", "wait_s"), [("0", 0.0), ("7", 7.0), ("1.5", 1.5), (120, 120.0)])
+def test_retry_after_in_seconds(told: Any, wait_s: float) -> None:
+    assert asked(Retry_After=told) == wait_s
+
+
+def test_retry_after_in_milliseconds_is_the_more_exact() -> None:
+    assert asked(retry_after_ms="250") == 0.25
+    assert asked(Retry_After_Ms="250", retry_after="1") == 0.25
+
+
+@pytest.mark.parametrize(
+    ("told", "date", "wait_s"),
+    [
+        ("Wed, 21 Oct 2015 07:28:30 GMT", DATE, 30.0),
+        ("Wed, 21 Oct 2015 09:28:30 +0200", DATE, 30.0),
+        ("Wed, 21 Oct 2015 07:27:00 GMT", DATE, 0.0),
+        ("Wed, 21 Oct 2015 07:28:30 GMT", "", None),
+        ("Wed, 21 Oct 2015 07:28:30 GMT", "today", None),
+        ("Wed, 21 Oct 2015 07:28:30 -0000", DATE, None),  # a date without a zone
+    ],
+)
+def test_a_date_is_held_against_the_date_of_the_response(told: str, date: str, wait_s: float | None) -> None:
+    assert asked(Retry_After=told, Date=date) == wait_s
+
+
+@pytest.mark.parametrize("told", ["", "soon", "-3", "1.2.3", ".", "\u00b2", "1e3", "nan", "Wed, 99 Oct 2015 07:28:00 GMT", None])
+def test_garbage_says_nothing(told: Any) -> None:
+    assert asked(Retry_After=told, Date=DATE) is None
+    assert asked(retry_after_ms="soon") is None
+
+
+def test_headers_may_be_on_the_exception_itself_or_missing() -> None:
+    error: Any = Exception()
+    assert retry_after_s(error) is None
+    error.headers = None
+    assert retry_after_s(error) is None
+    error.headers = {"RETRY-AFTER": "3"}
+    assert retry_after_s(error) == 3.0
+
+
+@pytest.mark.parametrize(("status", "wait_s"), [(429, 7.0), (503, 7.0), (504, 7.0), (400, None), (401, None), (404, None)])
+def test_only_what_may_be_tried_again_says_when(status: int, wait_s: float | None) -> None:
+    fault = classify(Answered(status, {"Retry-After": "7"}))
+
+    assert fault.retry_after_s == wait_s
+    assert fault.retryable == (wait_s is not None)
+
+
+def test_what_one_service_asked_for_is_not_remembered_for_the_next() -> None:
+    assert classify(Answered(429, {"Retry-After": "7"})).retry_after_s == 7.0
+    assert classify(Answered(429)) == RATE_LIMITED
+    assert RATE_LIMITED.retry_after_s is None
