@@ -30,7 +30,8 @@ from resilience.breaker_storage import (
 )
 from resilience.errors import Category, Denied
 from resilience.faults import classify
-from resilience.store import Store, default_store
+from resilience.settings import store_settings
+from resilience.store import Call, Store, default_store
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         }
 
     def _open(self, refusal: Refusal) -> CircuitOpen:
-        return CircuitOpen(f"breaker {self.name}", refusal.retry_after_s, refusal.why)
+        return CircuitOpen(f"breaker {self.name}", refusal.retry_after_s, refusal.why, noted=refusal.noted)
 
     # --- calling -------------------------------------------------------------------------------------
 
@@ -157,6 +158,14 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
             listener.success(self) if error is None else listener.failure(self, error)
         if self._listeners:
             self._notice(self._storage.state)
+
+    def waits(self, waiter: str) -> Call:
+        """Return the call that answers whether a waiter still stands in line."""
+        return self._storage.waits(waiter)
+
+    def withdraw(self, admission: Admission) -> None:
+        """Give back leave that was not used."""
+        self._storage.report(admission, "ignored")
 
     def is_system_error(self, exception: BaseException) -> bool:
         """Say whether an exception speaks against the service: not when excluded, a 429, a 4xx, or control flow."""
@@ -301,4 +310,4 @@ def with_circuit_breaker(
     def breaker() -> CircuitBreaker:
         return CircuitBreaker(name, store, settled)
 
-    return lambda func: _guarded(func, breaker)
+    return lambda func: _guarded(func, breaker) if store_settings().breakers.enabled else func

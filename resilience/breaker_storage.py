@@ -23,6 +23,7 @@ from pydantic import Field, model_validator
 from resilience.checked import Seconds
 from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.keys import Keys
+from resilience.settings import store_settings
 from resilience.store import Argument, Call, Script, Store
 
 logger = logging.getLogger(__name__)
@@ -78,9 +79,12 @@ def configured(config: BreakerConfig | str | None = None, **fields: Any) -> Brea
     if isinstance(config, str) and config not in PRESETS:
         raise InvalidValue("preset", config, f"unknown; must be one of {', '.join(PRESETS)}")
     base = config if isinstance(config, BreakerConfig) else PRESETS[config or "default"]
+    if config is None and (threshold := store_settings().breakers.failure_threshold) is not None:
+        base = base.model_copy(update={"failure_threshold": threshold})
     return BreakerConfig(**{**base.model_dump(), **BreakerConfig(**fields).model_dump(exclude_unset=True)})
 
 
+_IN_LINE = Script.load("resilience", "in_line")
 _NAMES = Script.load("resilience", "breaker_names")
 
 
@@ -112,7 +116,8 @@ class Refusal:
 
     state: str
     retry_after_s: float
-    why: str = ""
+    why: str
+    noted: bool = False  # the waiter stands in line
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +285,7 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         if verdict.word == "no":
             self._refused_until = now + ASK_AGAIN_S
             state = self.snapshot.state
-            return Refusal(state, verdict.wait_s, f"its circuit is {state}")
+            return Refusal(state, verdict.wait_s, f"its circuit is {state}", noted=bool(waiter))
         self._refused_until = 0.0
         return Admission(self.snapshot.generation, permit if verdict.word == "probe" else "")
 
@@ -301,6 +306,10 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
             self.cut_off().report(outcome, self._clock())
             return Verdict("kept")
         return self.absorb(answer)
+
+    def waits(self, waiter: str) -> Call:
+        """Return the call that answers whether a waiter still stands in line."""
+        return Call(_IN_LINE, (self._keys[2],), (waiter,))
 
     def put(self, state: str) -> Verdict:
         """Put the breaker into a state.  Raises StoreUnavailable."""

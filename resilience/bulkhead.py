@@ -28,6 +28,7 @@ LEASE_S = 60.0
 """A permit that was not given back by then is free: the longest a provider's call may take (source document 3)."""
 LOOK_AGAIN_S = 0.02
 _DROPS = frozenset({Category.TIMEOUT, Category.RATE_LIMITED, Category.TRANSIENT, Category.RESOURCE})
+_IN_LINE = Script.load("resilience", "in_line")
 _TAKE, _RELEASE = (Script.load("resilience", f"bulkhead_{verb}", prelude="bulkhead") for verb in ("take", "release"))
 
 
@@ -58,8 +59,9 @@ PRESETS = {"throughput": 20, "default": 10, "constrained": 5}
 class Permit:
     """Leave to have one call in flight; false when there is none.  Give it back with `release`, or by leaving ``with``."""
 
-    def __init__(self, bulkhead: Bulkhead, name: str, wait_s: float = 0.0, *, local: bool = False) -> None:
+    def __init__(self, bulkhead: Bulkhead, name: str, wait_s: float = 0.0, *, local: bool = False, noted: bool = False) -> None:
         self._bulkhead, self.name, self.wait_s, self.local = bulkhead, name, wait_s, local
+        self.noted = noted  # denied, and its waiter stands in line
 
     def __bool__(self) -> bool:
         return bool(self.name)
@@ -123,6 +125,14 @@ class Bulkhead:
             self._sleep(LOOK_AGAIN_S * self._store.random.uniform(0.5, 1.0))
         return permit
 
+    def waits(self, waiter: str) -> Call:
+        """Return the call that answers whether a waiter still stands in line."""
+        return Call(_IN_LINE, (self._keys[3],), (waiter,))
+
+    def full(self, permit: Permit) -> BulkheadFull:
+        """Return what a caller is told that got no permit."""
+        return BulkheadFull(f"bulkhead {self.name}", permit.wait_s, "as many calls are in flight as may be", noted=permit.noted)
+
     def _take(self, weight: float, host: str, waiter: str, urgency: int) -> Permit:
         name = f"{self.owner}|{host or self._host}|{weight:g}|{secrets.token_hex(6)}".replace(" ", "_")
         told: tuple[Argument, ...] = (name, host or self._host, f"{weight:g}", int(self._lease_s * 1000), _base(self._limit))
@@ -134,7 +144,7 @@ class Bulkhead:
             return self._take_alone(name)
         self._alone = None
         if not granted:
-            return Permit(self, "", max(LOOK_AGAIN_S, int(wait_ms) / 1000))
+            return Permit(self, "", max(LOOK_AGAIN_S, int(wait_ms) / 1000), noted=bool(waiter))
         self._held += 1
         return Permit(self, name)
 
@@ -187,7 +197,7 @@ class Bulkhead:
         """Guard a block of code.  Raises BulkheadFull."""
         permit = self.acquire(max_wait_s=max_wait_s, weight=weight, host=host)
         if not permit:
-            raise BulkheadFull(f"bulkhead {self.name}", permit.wait_s, "as many calls are in flight as may be")
+            raise self.full(permit)
         try:
             yield permit
         except BaseException as error:

@@ -126,8 +126,9 @@ class Denied(RlmError):
     severity = Severity.LOW
     retryable = True
 
-    def __init__(self, guard: str, retry_after_s: float, why: str) -> None:
+    def __init__(self, guard: str, retry_after_s: float, why: str, *, noted: bool = False) -> None:
         self.guard, self.retry_after_s, self.why = guard, retry_after_s, why
+        self.noted = noted  # who waits is in line at the guard, and will be woken
         super().__init__(f"{guard}: {why}; come back in {retry_after_s:.3g} s")
 
 

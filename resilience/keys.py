@@ -64,9 +64,9 @@ class Keys:
         """Return what one grant of a bucket took.  HASH, until it is settled or expires."""
         return f"{self.namespace}:{{bucket:{bucket}}}:grant:{id}"
 
-    def bulkhead(self, name: str, host: str) -> tuple[str, str, str, str]:
-        """Return a bulkhead's permits (ZSET permit -> ms of expiry), weights and limits (HASH), the use of one host
-        (HASH), who waits for it (ZSET).
+    def bulkhead(self, name: str) -> tuple[str, str, str, str]:
+        """Return a bulkhead's permits (ZSET permit -> ms of expiry), use and limit (HASH), use by host (HASH), who
+        waits for it (ZSET).
         """
         tagged = f"{self.namespace}:{{bulkhead:{name}}}:"
         return tagged + "permits", tagged + "about", tagged + "hosts", tagged + "waiting"

@@ -1,16 +1,43 @@
 """Where the shared state lives: the settings that a web service needs, too, when it uses the guards alone.
 
-`rlm_tasks.settings.Settings` extends them; together they are the only place that reads the environment.
+`rlm_tasks.settings.Settings` extends them; together they are the only place that reads the environment, under
+``RLM_<FIELD>`` and ``RLM_<SECTION>__<FIELD>``, and under the names of the source documents (ALIASES).
 """
 
 from __future__ import annotations
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+import functools
+import os
+from typing import Any
+
+from pydantic import BaseModel, Field
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+ALIASES: dict[str, tuple[str, str, float]] = {
+    "CIRCUIT_BREAKER_ENABLED": ("breakers", "enabled", 1),
+    "CIRCUIT_BREAKER_FAILURE_THRESHOLD": ("breakers", "failure_threshold", 1),
+    "ENABLE_ADAPTIVE_TIMEOUTS": ("node", "adaptive_timeouts", 1),
+    "WORKFLOW_ACTIVITY_TIMEOUT_MINUTES": ("node", "item_limit_s", 60),
+    "WORKFLOW_MAX_CONCURRENT_ACTIVITIES": ("node", "max_running", 1),
+    "WORKFLOW_MAX_CONCURRENT_WORKFLOWS": ("node", "max_jobs", 1),
+}
+"""Variable -> section, field, and the factor from its unit to ours."""
+
+
+class BreakerSettings(BaseModel, frozen=True, extra="forbid"):
+    """What holds for every breaker."""
+
+    enabled: bool = Field(True, description="Off: breakers let every call pass. Also `CIRCUIT_BREAKER_ENABLED`.")
+    failure_threshold: int | None = Field(
+        None,
+        ge=1,
+        description="Opens after so many failures where nothing else is said. Also `CIRCUIT_BREAKER_FAILURE_THRESHOLD`.",
+    )
 
 
 class StoreSettings(BaseSettings):
-    """Which Redis, and which names in it."""
+    """Which Redis, which names in it, and how long guards wait for it."""
 
     model_config = SettingsConfigDict(
         frozen=True, env_prefix="RLM_", env_nested_delimiter="__", extra="ignore", populate_by_name=True
@@ -25,3 +52,37 @@ class StoreSettings(BaseSettings):
         gt=0,
         description="A breaker, bucket, bulkhead or retry budget takes Redis for away after this, and answers by itself.",
     )
+    breakers: BreakerSettings = BreakerSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read the names of the source documents last: one of ours beside them wins."""
+        return init_settings, env_settings, _Aliases(settings_cls)
+
+
+class _Aliases(PydanticBaseSettingsSource):
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Unused: all are read at once."""
+        raise NotImplementedError
+
+    def __call__(self) -> dict[str, Any]:
+        found: dict[str, dict[str, Any]] = {}
+        for variable, (section, field, factor) in ALIASES.items():
+            told = os.environ.get(variable, "")
+            if told and section in self.settings_cls.model_fields:
+                is_number = factor != 1 and told.replace(".", "", 1).isdigit()
+                found.setdefault(section, {})[field] = float(told) * factor if is_number else told
+        return found
+
+
+@functools.cache
+def store_settings() -> StoreSettings:
+    """Return the settings of this process, read from the environment once."""
+    return StoreSettings()

@@ -29,7 +29,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from resilience.errors import StoreUnavailable
-from resilience.settings import StoreSettings
+from resilience.settings import StoreSettings, store_settings
 
 logger = logging.getLogger(__name__)
 
@@ -186,5 +186,9 @@ class Store:
 @functools.cache
 def default_store() -> Store:
     """Return the guards' store of this process, as the environment names it (``RLM_REDIS_URL``)."""
-    settings = StoreSettings()
+    return guard_store(store_settings())
+
+
+def guard_store(settings: StoreSettings) -> Store:
+    """Return a store for guards, as settings name it."""
     return Store.from_url(settings.redis_url, namespace=settings.namespace, timeout_s=settings.guard_timeout_s)

@@ -91,7 +91,8 @@ class Dispatcher:
         if merges and splits:
             self._set_sizes(spec.job, splits)
         bodies = {split.id: split for split in splits} if merges else {}
-        self._publish((spec, child.id, 0, Slot(child.sp, child.ix, child.t), bodies.get(child.sp)) for child in children)
+        now = [child for child in children if child.wait_ms < 0]  # a sweep sends the others when they are due
+        self._publish((spec, child.id, 0, Slot(child.sp, child.ix, child.t), bodies.get(child.sp)) for child in now)
 
     def resend(self, job: str, nodes: Sequence[str], *, merges: bool) -> None:
         """Send the messages of registered nodes again, from their records."""
@@ -116,6 +117,8 @@ class Dispatcher:
 
     def _publish(self, messages: Iterable[tuple[Spec, str, int, Slot, Split | None]]) -> None:
         messages = list(messages)
+        if not messages:
+            return
         try:
             with self._app.producer_pool.acquire(block=True, timeout=10) as producer:
                 if len(messages) == 1:

@@ -6,18 +6,21 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from resilience.faults import classify
+
 TRACEBACK_CHARS = 4000
 MESSAGE_CHARS = 1000
 _PLATFORM_FRAMES = {("rlm_tasks", "node.py"), ("rlm_tasks", "operations.py"), ("rlm_tasks", "merging.py")}
 
 
-def failure_of(index: int, error: BaseException) -> dict[str, Any]:
-    """Return index, type, message and traceback; the frames of this platform are left out."""
+def failure_of(index: int, error: BaseException, code: str = "") -> dict[str, Any]:
+    """Return index, code, type, message and traceback; the frames of this platform are left out."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).parts[-2:] not in _PLATFORM_FRAMES] or frames[-1:]
     text = "".join(traceback.format_list(own)) + "".join(traceback.format_exception_only(error))
     return {
         "index": index,
+        "code": code or classify(error).code,
         "type": type(error).__name__,
         "message": str(error)[:MESSAGE_CHARS],
         "traceback": text[-TRACEBACK_CHARS:],

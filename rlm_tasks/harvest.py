@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from resilience.faults import Fault, classify
 from rlm_tasks import codec
 from rlm_tasks.failures import failure_of
 from rlm_tasks.operations import Operation
 
 FOLD_AT = 4096
 """Outputs after which a node with a merge folds them into one, so that its memory stays flat."""
+MOST_FAULTS = 100
 PAGE_FULL_AT = 65_536
 """Outputs after which a node without a merge hands its page in."""
 
@@ -28,6 +30,8 @@ class Harvest:
         self.left_out: set[int] = set()  # neither done nor failed here: empty, or failed in validation
         self.empty: list[int] = []
         self.failures: list[dict[str, Any]] = []
+        self.faults: list[tuple[Fault, str]] = []  # of the first MOST_FAULTS: for the log of recurring faults
+        self.given_up = 0  # items that failed although they were worth another try
         self.fatal: dict[str, Any] | None = None  # what a merge raised: it fails the job, not an item
 
     @property
@@ -56,7 +60,11 @@ class Harvest:
 
     def fail(self, index: int, error: BaseException) -> None:
         """Keep an item's exception as data."""
-        self.failures.append(failure_of(index, error))
+        fault = classify(error)
+        self.failures.append(failure_of(index, error, fault.code))
+        self.given_up += fault.retryable
+        if len(self.faults) < MOST_FAULTS:
+            self.faults.append((fault, str(error)))
 
     def leave_out(self, index: int, *, empty: bool) -> None:
         """Note an item that is not worked on."""

@@ -30,7 +30,21 @@ QUARANTINE_TTL_S = 30 * 86_400
 
 _SCRIPTS = {
     name: Script.load("rlm_tasks", name, prelude="prelude")
-    for name in ["open", "claim", "pulse", "finish", "pieces", "compact", "close", "stop", "release", "park", "beat", "sweep"]
+    for name in [
+        "open",
+        "claim",
+        "pulse",
+        "finish",
+        "pieces",
+        "compact",
+        "close",
+        "stop",
+        "release",
+        "park",
+        "unpark",
+        "beat",
+        "sweep",
+    ]
 }
 _TAKE_DUE, _LOOK_AGAIN, _WAKE, _NEXT = (Script.load("rlm_tasks", n) for n in ("take_due", "look_again", "wake", "next"))
 _json = msgspec.json.Encoder()
@@ -57,6 +71,8 @@ class Child(msgspec.Struct):
     ix: int
     t: str
     why: str
+    wait_ms: int = -1  # it is parked for so long; -1: it may run now
+    tries: int = 0  # how often its first item has failed
 
 
 class Split(msgspec.Struct):
@@ -111,6 +127,7 @@ class Claim:
     depth: int = 0
     slot: Slot = Slot()
     phase: str = PROCESS
+    tries: int = 0  # how often its first item has failed
     spec: Spec | None = None
     losses: int = 0  # how often a holder was lost, nobody knows at which item
     lost_by: str = ""  # what the last of them died of
@@ -164,6 +181,7 @@ class NodeRecord:
     losses: int
     lost_by: str
     one_by_one: bool
+    tries: int
     message: int  # number of its latest message
 
     @classmethod
@@ -174,7 +192,7 @@ class NodeRecord:
         return cls(
             id, lo, hi, int(r["d"]), Slot(r["sp"], int(r["ix"]), r["t"]), r["s"], int(r["e"]),
             r["p"], int(r.get("mid", lo)), r["why"], r.get("w", ""), int(r.get("ms", 0)), int(r.get("x", 0)),
-            r.get("by", ""), bool(r.get("one")), int(r.get("m", 0)),
+            r.get("by", ""), bool(r.get("one")), int(r.get("tr", 0)), int(r.get("m", 0)),
         )  # fmt: skip
 
 
@@ -271,7 +289,7 @@ class Ledger:
             return Claim(answer, job, node, token, waiting=tuple(each.decode() for each in a[1:] if each))
         r = NodeRecord.parse(node, a[2])
         return Claim(
-            "run", job, node, token, int(a[1]), r.lo, r.hi, r.depth, r.slot, a[3].decode(), specs.load(a[4]),
+            "run", job, node, token, int(a[1]), r.lo, r.hi, r.depth, r.slot, a[3].decode(), r.tries, specs.load(a[4]),
             r.losses, r.lost_by, r.one_by_one, tuple(Suspect(*each) for each in msgspec.json.decode(a[5])), frozenset(map(int, a[6])), int(a[7]),
         )  # fmt: skip
 
@@ -283,9 +301,9 @@ class Ledger:
         """Close a node: its partial, its children and its counts become true at once, or not at all."""
         if report.quarantined:
             self.patiently(lambda: self._index_quarantine(claim.job))
-        a = self._ask(
-            "finish", claim.job, claim.node, claim.token, _json.encode(report), partial, self._lease_ms,
-        )  # fmt: skip
+        finish = self._call("finish", claim.job, claim.node, claim.token, _json.encode(report), partial, self._lease_ms)
+        waits = [kid.wait_ms for kid in report.kids if kid.wait_ms >= 0]
+        a = self._waking(claim.job, finish, min(waits)) if waits else self.patiently(lambda: self.store.run(finish)[0])
         return Finished(a[0].decode(), bool(a[1]), a[2].decode(), a[3].decode())
 
     def _index_quarantine(self, job: str) -> None:
@@ -297,11 +315,19 @@ class Ledger:
         pipe.expire(self.keys.quarantined, QUARANTINE_TTL_S)
         pipe.execute()
 
-    def park(self, claim: Claim, wait_ms: int, why: str) -> None:
+    def park(self, claim: Claim, wait_ms: int, why: str, tries: int = 0) -> None:
         """Let a claimed node wait; whoever sweeps sends it again when its time has come."""
-        park, wake = self._call("park", claim.job, claim.node, claim.token, wait_ms, why), self._wake(claim.job, wait_ms)
+        self._waking(claim.job, self._call("park", claim.job, claim.node, claim.token, wait_ms, why, tries), wait_ms)
+
+    def unpark(self, job: str, node: str) -> bool:
+        """Let a parked node wait no longer; say whether it now waits for a message."""
+        return bool(self._ask("unpark", job, node))
+
+    def _waking(self, job: str, call: Call, wait_ms: int) -> Any:
+        """Run a call that parks, and see to it that the job is looked at in time."""
+        wake = self._wake(job, wait_ms)
         # Before it, so that a crash forgets nothing; after it, for a sweep that looked in between.
-        self.patiently(lambda: self.store.run(wake, park, wake))
+        return self.patiently(lambda: self.store.run(wake, call, wake)[1])
 
     def _wake(self, job: str, wait_ms: int) -> Call:
         return Call(_WAKE, (self.keys.due,), (job, wait_ms))

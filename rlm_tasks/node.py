@@ -8,6 +8,7 @@ truth about every range.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import resource
 import secrets
@@ -20,6 +21,7 @@ from rlm_tasks import operations
 from rlm_tasks.crashpoints import CrashPoint
 from rlm_tasks.dispatch import freeze, mint
 from rlm_tasks.errors import Quarantined, UnknownOperation
+from rlm_tasks.guards import Postponed
 from rlm_tasks.ledger import MERGE, PROCESS, ROOT, Child, Claim, Finished, Report, Suspect
 from rlm_tasks.merging import merge_root
 from rlm_tasks.operations import Operation
@@ -113,7 +115,14 @@ class NodeRun:
         def read(lo: int, hi: int) -> object:
             return runtime.ledger.patiently(lambda: runtime.items.read(spec.source, keys.items, keys.blocks, lo, hi))
 
-        self._work = Work(claim, spec, operation, read, page, self._pace, runtime.clock)  # type: ignore[arg-type]  # patiently returns what read does
+        limit_s = runtime.limits.limit_s(operation.name, operation.protection.timeout_s, spec.complexity, claim.tries)
+        page.limit(limit_s)
+        self._guarded = runtime.guards.of(operation, spec.priority)
+        self._next = mint()  # the node that comes after this one, should it have to wait
+        self._work = Work(
+            claim, spec, operation, read, page, self._pace, runtime.clock,  # type: ignore[arg-type]  # patiently returns what read does
+            guarded=self._guarded, waiter=self._waiter, limit_s=limit_s,
+        )  # fmt: skip
         self._reason: Reason | None = None
         self._fork: Fork | None = None
         self._quarantined: Suspect | None = None
@@ -126,7 +135,41 @@ class NodeRun:
             else:
                 self._work.run(self._boundary)
             self._page.boundary(time.monotonic())
+        if (wait := self._work.postponed) is not None:
+            if self._work.at == self._claim.lo and not self._may_part(wait):
+                return self._park(wait)
+            self._reason = Reason.RETRY if wait.isolates else Reason.WAITING
+            self._fork = self._parted() if self._may_part(wait) else None
         return self._finish()
+
+    # --- waiting ------------------------------------------------------------------------------------
+
+    def _waiter(self, index: int) -> str:
+        """Return by which name a guard knows the node that will begin with an item."""
+        return f"{self._spec.job} {self._claim.node if index == self._claim.lo else self._next}"
+
+    def _may_part(self, wait: Postponed) -> bool:
+        """Whether the item that waits can leave its neighbours, which need not."""
+        shape, claim, rest = self._spec.shape, self._claim, self._claim.hi - self._work.at
+        return wait.isolates and rest > 1 and shape.mode != "sequential" and claim.depth < shape.max_depth
+
+    def _parted(self) -> Fork:
+        at, hi = self._work.at, self._claim.hi
+        return isolate(at, hi, self._claim.depth, [at])
+
+    def _park(self, wait: Postponed) -> bool:
+        """Let the node itself wait: it has done nothing yet."""
+        self._runtime.ledger.park(self._claim, _ms(wait), wait.why, wait.tries)
+        self._tell_faults()
+        self._wake_if_called(wait, self._claim.node)
+        return False
+
+    def _wake_if_called(self, wait: Postponed, node: str) -> None:
+        """Go on at once when the guard has called the node before it lay down: nobody would call again."""
+        if wait.noted and self._guarded is not None:
+            waiter = f"{self._spec.job} {node}"
+            if not self._guarded.still_waits(waiter):
+                self._runtime.wake([waiter])
 
     # --- cutting ------------------------------------------------------------------------------------
 
@@ -226,7 +269,9 @@ class NodeRun:
         if harvest.fatal:
             self._runtime.ledger.stop(self._spec.job, "failed", detail="its merge raised", error=harvest.fatal)
         report = self._report()
+        self._tell_faults()
         if report.mid > claim.lo and not validating:
+            self._runtime.limits.took(self._spec.operation, self._work.took_s)
             self._runtime.item_ms[self._spec.operation] = self._work.busy_s * 1000 / (report.mid - claim.lo)
         self._runtime.reached(CrashPoint.BEFORE_FINISH)
         finished = self._runtime.ledger.finish(claim, report, partial)
@@ -234,6 +279,15 @@ class NodeRun:
             logger.info("Node %s of job %s was given to another worker; its work is discarded", claim.node, claim.job)
             return False
         return self._follow(finished, report)
+
+    def _tell_faults(self) -> None:
+        """Tell what went wrong here, for those who operate the platform: one round trip for a node that had faults."""
+        harvest, recovered = self._work.harvest, self._work.recovered
+        if harvest.faults or recovered:
+            given_up = harvest.given_up
+            self._runtime.faults.record(
+                self._operation.protection.service, harvest.faults, recovered=recovered, given_up=given_up
+            )
 
     def _report(self) -> Report:
         harvest, at = self._work.harvest, self._work.at
@@ -270,7 +324,9 @@ class NodeRun:
             report.splits, report.kids = freeze(self._fork, self._spec.job, claim.slot, reason)
         else:
             slot = claim.slot
-            report.kids = [Child(mint(), at, claim.hi, claim.depth, slot.split, slot.index, slot.task, reason)]
+            report.kids = [Child(self._next, at, claim.hi, claim.depth, slot.split, slot.index, slot.task, reason)]
+        if (wait := self._work.postponed) is not None:
+            report.kids[0].wait_ms, report.kids[0].tries, report.kids[0].why = _ms(wait), wait.tries, wait.why
 
     def _follow(self, finished: Finished, report: Report) -> bool:
         """Do what FINISH's answer asks for; return whether this message fills its chord slot."""
@@ -278,6 +334,8 @@ class NodeRun:
         if finished.registered:
             runtime.reached(CrashPoint.BEFORE_PUBLISH)
             runtime.dispatcher.send_children(spec, report.kids, report.splits, merges=self._operation.merge is not None)
+            if self._work.postponed is not None:
+                self._wake_if_called(self._work.postponed, report.kids[0].id)
             return False
         if finished.outcome == MERGE:
             held = Claim("run", spec.job, MERGE, self._claim.token, 1, 0, spec.n, spec=spec)
@@ -286,6 +344,10 @@ class NodeRun:
         elif finished.waits:
             runtime.dispatcher.send_root([spec], finished.waits)
         return True
+
+
+def _ms(wait: Postponed) -> int:
+    return max(0, math.ceil(wait.wait_s * 1000))
 
 
 def _peak_kb() -> int:

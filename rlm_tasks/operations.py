@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
 from rlm_tasks.errors import InvalidRequest, UnknownOperation
+from rlm_tasks.protection import UNPROTECTED, Protection, protection
 
 if TYPE_CHECKING:
+    from resilience.breaker_storage import BreakerConfig
+    from resilience.bucket import Grant, Rate
+    from resilience.bulkhead import Aimd, Elastic
+    from resilience.retry import RetryPolicy
     from rlm_tasks.job import Job
+
+_PROTECTING = frozenset({"service", "breaker", "rate_limit", "cost", "bulkhead", "per_host", "retry", "fallback", "timeout_s"})
 
 
 @dataclass(slots=True)
@@ -26,6 +33,8 @@ class Context:
     depth: int = 0
     attempt: int = 1
     index: int = 0  # of the item being worked on; of the first item in a batch
+    tries: int = 0  # how often this item has failed before
+    grant: Grant | None = None  # what this call took of its rate limit
 
     @property
     def attempt_key(self) -> str:
@@ -35,6 +44,11 @@ class Context:
         to what it calls as an idempotency key (a payment, a mail, an INSERT ... ON CONFLICT DO NOTHING).
         """
         return f"{self.job_id}:{self.index}"
+
+    def settle(self, **used: float) -> None:
+        """Correct what this call took of its rate limit to what it really used: ``ctx.settle(tokens=730)``."""
+        if self.grant is not None:
+            self.grant.settle(**used)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +66,7 @@ class Operation:
     batch: bool = False
     concurrency: int = 1
     version: int = 1
+    protection: Protection = UNPROTECTED
     is_async: bool = field(init=False)
     takes_context: bool = field(init=False)
 
@@ -65,6 +80,10 @@ class Operation:
     def apply(self, value: Any, context: Context) -> Any:
         """Call the function with an item (or a batch), and the context if it takes one."""
         return self.function(value, context) if self.takes_context else self.function(value)
+
+    def with_context(self, function: Callable[..., Any], value: Any, context: Context) -> Any:
+        """Call another function of this operation, such as its fallback, in the same way."""
+        return function(value, context) if _positional(function) >= 2 else function(value)
 
     def combine(self, outputs: Iterable[Any]) -> Any:
         """Return one partial for outputs or partials in item order; a list without a merge."""
@@ -110,6 +129,15 @@ def operation(
     batch: bool = False,
     concurrency: int = 1,
     version: int = 1,
+    service: str = "",
+    breaker: BreakerConfig | str | bool | None = None,
+    rate_limit: Rate | Mapping[str, Rate] | None = None,
+    cost: Callable[..., Mapping[str, float]] | None = None,
+    bulkhead: float | Aimd | Elastic | None = None,
+    per_host: float | None = None,
+    retry: RetryPolicy | int | None = None,
+    fallback: Callable[..., Any] | None = None,
+    timeout_s: float | None = None,
 ) -> Callable[[Callable[..., Any]], Operation]: ...
 def operation(name: Any = None, **about: Any) -> Any:
     """Register a function as an operation, bare or with options.
@@ -119,12 +147,20 @@ def operation(name: Any = None, **about: Any) -> Any:
     with one output per item.  An ``async def`` keeps up to ``concurrency`` items in flight.
     ``merge`` takes an iterable of partials in item order and returns one partial; it must be
     associative.  ``validate`` raises for an item that must not be processed.
+
+    What protects its calls is shared by all workers, under the name of the `service` (the operation's, if left out):
+    ``breaker`` (a preset's name, a BreakerConfig, or True), ``rate_limit`` (a Rate of requests, or several by name) with
+    ``cost`` (what a call takes of it, from the item and the context), ``bulkhead`` (calls in flight) with ``per_host``,
+    ``retry`` (attempts, or a RetryPolicy), ``fallback`` (called while the breaker is open), ``timeout_s`` (of one item).
+    An item that has to wait for one of them costs no attempt and no slot: the rest of its node comes back when it is due.
     """
     if callable(name):
         return _register(Operation(getattr(name, "__name__", "operation"), name))
 
     def decorate(function: Callable[..., Any]) -> Operation:
-        return _register(Operation(name or function.__name__, function, **about))
+        known = name or function.__name__
+        guards = protection(known, {field: about.pop(field) for field in _PROTECTING & set(about)})
+        return _register(Operation(known, function, **about, protection=guards))
 
     return decorate
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 SLOTS = 1024
 NO_ITEM, SEVERAL_ITEMS = -1, -2
 _HEADER = 64
-_SLOT = struct.Struct("<II8sqd40s16sB")  # generation (odd: being written), pid, token, item, time, job, node, doomed
+_SLOT = struct.Struct("<II8sqdd40s16sB")  # generation (odd: being written), pid, token, item, time, limit, job, node, doomed
 _PID = struct.Struct("<I")
 _ITEM = struct.Struct("<q")
 _TIME = struct.Struct("<d")
 _GENERATION = struct.Struct("<I")
-_PID_AT, _ITEM_AT, _TIME_AT, _DOOMED_AT = 4, 16, 24, 88
+_PID_AT, _ITEM_AT, _TIME_AT, _LIMIT_AT, _DOOMED_AT = 4, 16, 24, 32, 96
 _DRAINING_AT, _HUNGRY_AT, _RECALLS_AT, _TERMINATING_AT = 0, 1, 2, 3
 
 
@@ -34,6 +34,7 @@ class Held:
     token: str  # 16 hexadecimal digits: what the ledger knows the holder by
     item: int  # in flight; or NO_ITEM, or SEVERAL_ITEMS: a batch, or many at once
     since: float  # monotonic time of the last slice boundary
+    limit_s: float  # an item may take so long; 0: no limit
 
 
 class Page:
@@ -105,10 +106,10 @@ class Page:
             return None
         for _ in range(100):
             before = _GENERATION.unpack_from(self._memory, offset)[0]
-            _, pid, token, item, since, job, node, _ = _SLOT.unpack_from(self._memory, offset)
+            _, pid, token, item, since, limit_s, job, node, _ = _SLOT.unpack_from(self._memory, offset)
             if before % 2 == 0 and before == _GENERATION.unpack_from(self._memory, offset)[0]:
-                held = Held(pid, job.rstrip(b"\0").decode(), node.rstrip(b"\0").decode(), token.hex(), item, since)
-                return held if held.job else None
+                name, id = job.rstrip(b"\0").decode(), node.rstrip(b"\0").decode()
+                return Held(pid, name, id, token.hex(), item, since, limit_s) if name else None
         # Its writer died between the two halves of a write: nothing in the slot can be trusted.
         return None
 
@@ -136,6 +137,10 @@ class PageSlot:
         """Say which item is in flight, or that there are SEVERAL_ITEMS."""
         _ITEM.pack_into(self._memory, self._offset + _ITEM_AT, index)
 
+    def limit(self, limit_s: float) -> None:
+        """Say how long an item of this node may take, in seconds; 0: no limit."""
+        _TIME.pack_into(self._memory, self._offset + _LIMIT_AT, limit_s)
+
     def boundary(self, at: float) -> None:
         """Say that a slice has ended, with no item in flight."""
         _ITEM.pack_into(self._memory, self._offset + _ITEM_AT, NO_ITEM)
@@ -144,5 +149,5 @@ class PageSlot:
     def _write(self, pid: int, job: str, node: str, token: bytes, at: float) -> None:
         odd = _GENERATION.unpack_from(self._memory, self._offset)[0] | 1
         _GENERATION.pack_into(self._memory, self._offset, odd)
-        _SLOT.pack_into(self._memory, self._offset, odd, pid, token, NO_ITEM, at, job.encode(), node.encode(), 0)
+        _SLOT.pack_into(self._memory, self._offset, odd, pid, token, NO_ITEM, at, 0.0, job.encode(), node.encode(), 0)
         _GENERATION.pack_into(self._memory, self._offset, (odd + 1) & 0xFFFFFFFF)

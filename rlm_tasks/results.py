@@ -45,6 +45,7 @@ class ItemFailure:
     type: str
     message: str
     traceback: str = field(default="", repr=False)
+    code: str = ""  # what the error means: TIMEOUT, RATE_LIMITED, OPERATION_FAILED, ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Decides how parts are put together; refuses to know what they do.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -14,16 +15,23 @@ from dataclasses import dataclass, field
 from billiard.process import current_process
 from celery import Celery
 
+from resilience.errors import StoreUnavailable
+from resilience.fault_log import FaultLog
 from resilience.keys import Keys
-from resilience.store import Store
+from resilience.store import Store, guard_store
+from resilience.timeouts import Timeouts
 from rlm_tasks import operations
 from rlm_tasks.crashpoints import CrashPoint, nobody_listens
 from rlm_tasks.dispatch import Dispatcher
+from rlm_tasks.guards import Guards
+from rlm_tasks.item_limits import ItemLimits
 from rlm_tasks.ledger import Ledger
 from rlm_tasks.page import Page, PageSlot
 from rlm_tasks.settings import Settings
 from rlm_tasks.sources import ItemReader
 from scheduler.slots import SlotBoard
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,6 +44,9 @@ class Runtime:
     items: ItemReader
     dispatcher: Dispatcher
     page: Page
+    guards: Guards
+    limits: ItemLimits
+    faults: FaultLog
     worker: str = ""
     reached: Callable[[CrashPoint], None] = nobody_listens
     clock: Callable[[], float] = time.perf_counter  # seconds; what slices are measured by
@@ -47,14 +58,20 @@ class Runtime:
         """Build the parts for one Celery app."""
         store, keys = Store(settings.redis_url), Keys(settings.namespace)
         ledger = Ledger(store, keys, settings.ledger, patience_s=patience_s)
-        return cls(settings, ledger, SlotBoard(store, keys), ItemReader(store), Dispatcher(app, ledger), Page())
+        dispatcher, shared = Dispatcher(app, ledger), guard_store(settings)
+        guards = Guards(shared, settings.breakers, lambda waiters: wake(ledger, dispatcher, waiters))
+        limits = ItemLimits(Timeouts(shared), settings.node, time.monotonic)
+        return cls(
+            settings, ledger, SlotBoard(store, keys), ItemReader(store), dispatcher, Page(), guards, limits, FaultLog(shared)
+        )  # fmt: skip
 
     def resend(self, job: str, nodes: Sequence[str]) -> None:
         """Send registered nodes again; the splits of an operation nobody knows here get no chord."""
-        spec = self.ledger.spec(job)
-        if spec is not None:
-            merges = spec.operation in operations.names() and operations.get(spec.operation).merge is not None
-            self.dispatcher.resend(job, nodes, merges=merges)
+        resend(self.ledger, self.dispatcher, job, nodes)
+
+    def wake(self, waiters: Sequence[str]) -> None:
+        """Let nodes go on that a guard has named."""
+        wake(self.ledger, self.dispatcher, waiters)
 
     def page_slot(self) -> PageSlot:
         """Return where this pool process, or this thread of a threads pool, says what it holds."""
@@ -63,3 +80,22 @@ class Runtime:
             index = getattr(current_process(), "index", None)
             self._page_slots[here] = self.page.slot(len(self._page_slots) if index is None else index)
         return self._page_slots[here]
+
+
+def resend(ledger: Ledger, dispatcher: Dispatcher, job: str, nodes: Sequence[str]) -> None:
+    """Send registered nodes again; the splits of an operation nobody knows here get no chord."""
+    spec = ledger.spec(job)
+    if spec is not None:
+        merges = spec.operation in operations.names() and operations.get(spec.operation).merge is not None
+        dispatcher.resend(job, nodes, merges=merges)
+
+
+def wake(ledger: Ledger, dispatcher: Dispatcher, waiters: Sequence[str]) -> None:
+    """Let nodes go on that a guard has named: each is "job node", as it was noted."""
+    for waiter in waiters:
+        job, _, node = waiter.partition(" ")
+        try:
+            if ledger.unpark(job, node):
+                resend(ledger, dispatcher, job, [node])
+        except StoreUnavailable as error:
+            logger.info("Node %s of job %s is not woken, it wakes by its time: %s", node, job, error)

@@ -38,7 +38,21 @@ class NodeSettings(BaseModel, frozen=True, extra="forbid"):
     target_ms: float = Field(1000.0, gt=0, description="A node hands over the rest of its range after this.")
     slice_ms: float = Field(50.0, gt=0, description="A node may cut after each slice of about this long.")
     pulse_ms: float = Field(250.0, gt=0, description="A running node tells and asks the ledger about this often.")
-    item_limit_s: float = Field(0.0, ge=0, description="Kill a worker process whose item runs longer; 0: never.")
+    item_limit_s: float = Field(
+        0.0,
+        ge=0,
+        description="No item may run longer, whatever was learned; 0: as `adaptive_timeouts` says. Also `WORKFLOW_ACTIVITY_TIMEOUT_MINUTES`.",
+    )
+    max_running: int = Field(
+        0, ge=0, description="Nodes at work at once, over all workers; 0: no bound. Also `WORKFLOW_MAX_CONCURRENT_ACTIVITIES`."
+    )
+    max_jobs: int = Field(
+        0, ge=0, description="Jobs at work at once, over all workers; 0: no bound. Also `WORKFLOW_MAX_CONCURRENT_WORKFLOWS`."
+    )
+    adaptive_timeouts: bool = Field(
+        True,
+        description="Stop an item that runs longer than its complexity and its operation's p99 allow, 3 h at most. Also `ENABLE_ADAPTIVE_TIMEOUTS`.",
+    )
 
 
 class Settings(StoreSettings):

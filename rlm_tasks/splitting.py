@@ -34,6 +34,8 @@ class Reason(StrEnum):
     FULL = "it has run its largest chunk"
     DRAINING = "its worker is draining"
     FLUSH = "what runs may decide the job"
+    WAITING = "a bucket is empty, a breaker is open or a bulkhead is full"
+    RETRY = "an item is to be tried again later"
     STOPPED = "the job ends"
 
 
@@ -42,7 +44,7 @@ class Rule:
     """What a reason to cut fixes: how many children, when they may run, whether the tree gets deeper."""
 
     children: Literal["none", "one", "many"]
-    when: Literal["never", "now"]
+    when: Literal["never", "now", "later"]
     deeper: bool
 
 
@@ -54,6 +56,8 @@ RULES: dict[Reason, Rule] = {
     Reason.FULL: Rule("one", "now", deeper=False),
     Reason.DRAINING: Rule("one", "now", deeper=False),
     Reason.FLUSH: Rule("one", "now", deeper=False),
+    Reason.WAITING: Rule("one", "later", deeper=False),
+    Reason.RETRY: Rule("many", "later", deeper=True),  # the item alone waits; its neighbours run now
     Reason.STOPPED: Rule("none", "never", deeper=False),
 }
 

@@ -42,6 +42,8 @@ GROUP_SIGNAL_S = 0.5
 REAPED = "a cause unknown"
 REAPED_S = 0.5
 """Celery has told what a process died of within this time of having reaped it."""
+DEAF_S, DEAF_SHARE = 1.0, 0.05
+"""An item past its limit has this long to hear its alarm (the greater of both) before its process is killed."""
 _UNREACHABLE = (RedisError, StoreUnavailable, OSError)
 
 
@@ -165,13 +167,13 @@ class Guard(threading.Thread):
                     self._runtime.resend(job, swept.send)
 
     def _kill_overdue(self, now: float) -> None:
-        limit = self._runtime.settings.node.item_limit_s
-        if not limit:
-            return
+        """Replace a process whose item does not hear its alarm: it does not return to Python."""
         for held in self._runtime.page.held():
-            if now - held.since > limit and held.item != NO_ITEM:
-                logger.error("An item of job %s ran longer than %g s; its process is killed", held.job, limit)
-                given_back = give_back(self._runtime, held, f"the item limit of {limit:g} s", condemned=True)
+            if not held.limit_s or held.item == NO_ITEM or held.pid == os.getpid():
+                continue
+            if now - held.since > held.limit_s + max(DEAF_S, DEAF_SHARE * held.limit_s):
+                logger.error("An item of job %s ran longer than %g s; its process is killed", held.job, held.limit_s)
+                given_back = give_back(self._runtime, held, f"its item limit of {held.limit_s:g} s", condemned=True)
                 os.kill(held.pid, signal.SIGKILL)
                 if given_back:
                     self._runtime.resend(held.job, [held.node])

@@ -7,11 +7,16 @@ offered after each item or batch; what happens there is the node's business.
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from resilience.errors import CallTimeout, Denied
+from rlm_tasks.guards import PATIENCE_S, Guarded, Postponed, postponed
 from rlm_tasks.harvest import Harvest
+from rlm_tasks.item_limits import ItemAlarm
 from rlm_tasks.ledger import PROCESS, Claim
 from rlm_tasks.operations import Context, Operation
 from rlm_tasks.pace import Pace
@@ -42,7 +47,13 @@ class Work:
         page: PageSlot,
         pace: Pace,
         clock: Callable[[], float],
+        *,
+        guarded: Guarded | None = None,
+        waiter: Callable[[int], str] = lambda _: "",
+        limit_s: float = 0.0,
     ) -> None:
+        self._guarded, self._waiter, self._limit_s = guarded, waiter, limit_s
+        self._alarm = ItemAlarm(0.0 if operation.is_async else limit_s)
         self._claim, self._spec, self._operation = claim, spec, operation
         self._read, self._page, self._pace, self._clock = read, page, pace, clock
         self._validating = claim.phase != PROCESS
@@ -54,16 +65,21 @@ class Work:
         self.until = claim.hi  # less when the rest must be another node's, whatever happens here
         self.busy_s = 0.0
         self.stopped = False  # a boundary has said so: no further item is started
+        self.postponed: Postponed | None = None  # the item at `at` has to wait
+        self.took_s: list[float] = []  # of items that ended well at their first try
+        self.recovered = 0  # items that ended well at a later try
 
     def run(self, boundary: Callable[[], bool]) -> None:
-        """Work until the range or a boundary ends it."""
+        """Work until the range or a boundary ends it, or an item has to wait."""
         self._boundary = boundary
         if self._operation.is_async and not self._validating:
             event_loop().run(self._many_in_flight())
-        elif self._operation.batch and not self._validating:
-            self._windows(self._one_batch, lambda: self._batch)
-        else:
-            self._windows(self._each_item, lambda: WINDOW)
+            return
+        with self._alarm:
+            if self._operation.batch and not self._validating:
+                self._windows(self._one_batch, lambda: self._batch)
+            else:
+                self._windows(self._each_item, lambda: WINDOW)
 
     def give_up(self, index: int, error: BaseException) -> None:
         """Fail an item without running it."""
@@ -93,6 +109,7 @@ class Work:
         elif self._pace.slice_is_over(now):
             self.stopped = self._boundary()
             self.busy_s -= self._clock() - now
+            self._alarm.set()
 
     def _fail_rest(self, error: Exception) -> None:
         """Items that cannot be read fail, each by itself: nothing is left out silently."""
@@ -114,21 +131,57 @@ class Work:
     # --- one by one ---------------------------------------------------------------------------------
 
     def _each_item(self, window: Sequence[Any]) -> None:
-        call: Callable[[Any, Context], Any] = self._validate if self._validating else self._operation.apply
+        call: Callable[[Any, Context], Any] = self._validate if self._validating else self._call
         keep: Callable[[Any], None] = self.harvest.count if self._validating else self.harvest.add
-        context = self._context()
+        context, began = self._context(), self._clock()
         for item in window:
             index = context.index = self.at
             self._page.start_item(index)
             if not (self._filtered and self._leaves_out(index, item)):
-                try:
-                    keep(call(item, context))
-                except (Exception, SystemExit) as error:
-                    self.harvest.fail(index, error)
+                self._attempt(index, began, lambda: keep(call(item, context)))  # noqa: B023  # called at once
+                if self.postponed is not None:
+                    return
             self.at = index + 1
-            self._look_up(self._clock())
+            began = self._clock()
+            self._look_up(began)
             if self.stopped:
                 return
+
+    def _attempt(self, index: int, began: float, run: Callable[[], None]) -> None:
+        """Run one item: it ends well, fails, or has to wait."""
+        self._alarm.in_item = True
+        try:
+            run()
+        except Postponed as wait:
+            self._postpone(wait)
+        except Denied as denied:
+            self._postpone(postponed(denied, self._tries(index)))
+        except (Exception, SystemExit) as error:
+            self.harvest.fail(index, error)
+        else:
+            self._ended_well(index, began)
+        finally:
+            self._alarm.in_item = False
+
+    def _ended_well(self, index: int, began: float) -> None:
+        if self._tries(index):
+            self.recovered += 1  # and no sample: Karn's algorithm
+        else:
+            self.took_s.append(self._clock() - began)
+
+    def _postpone(self, wait: Postponed) -> None:
+        """Stop before the item at `at`."""
+        self.postponed, self.stopped = wait, True
+
+    def _tries(self, index: int) -> int:
+        return self._claim.tries if index == self._claim.lo else 0
+
+    def _call(self, value: Any, context: Context) -> Any:
+        """Call the operation behind its guards."""
+        context.tries = self._tries(context.index)
+        if self._guarded is None:
+            return self._operation.apply(value, context)
+        return self._guarded.call(value, context, tries=context.tries, waiter=self._waiter(context.index))
 
     def _validate(self, item: Any, _context: Context) -> None:
         if self._operation.validate is not None:
@@ -145,27 +198,44 @@ class Work:
         if self._filtered:
             kept = [item for index, item in enumerate(window, self.at) if not self._leaves_out(index, item)]
         self._page.start_item(self.at if len(window) == 1 else SEVERAL_ITEMS)
-        try:
-            if kept:
-                self.harvest.add_batch(self._operation.apply(kept, self._context(self.at)), len(kept))
+        if not kept or self._whole(kept, began):
             self.at += len(window)
-        except (Exception, SystemExit):
+        elif self.postponed is None:
             self._again_one_by_one(window)
-        now = self._clock()
-        grown = self._batch * min(BATCH_GROWTH, self._pace.slice_ms / 1000 / max(now - began, 1e-6))
-        self._batch = min(self._most, max(1, int(grown)))
-        self._look_up(now)
+        if self.postponed is None:
+            now = self._clock()
+            grown = self._batch * min(BATCH_GROWTH, self._pace.slice_ms / 1000 / max(now - began, 1e-6))
+            self._batch = min(self._most, max(1, int(grown)))
+            self._look_up(now)
+
+    def _whole(self, kept: Sequence[Any], began: float) -> bool:
+        """Run a batch as one call; False when its items have to be run by themselves, or to wait."""
+        self._alarm.in_item = True
+        try:
+            self.harvest.add_batch(self._call(kept, self._context(self.at)), len(kept))
+        except Denied as denied:
+            self._postpone(postponed(denied))
+        except Postponed as wait:
+            if not wait.isolates:
+                self._postpone(wait)
+        except (Exception, SystemExit):
+            return False
+        else:
+            self.took_s.append(self._clock() - began)
+            return True
+        finally:
+            self._alarm.in_item = False
+        return False
 
     def _again_one_by_one(self, window: Sequence[Any]) -> None:
         """A batch that raised is run again item by item, so that the failure has a name."""
         for item in window:
-            index = self.at
+            index, context = self.at, self._context(self.at)
             self._page.start_item(index)
             if index not in self.harvest.left_out:
-                try:
-                    self.harvest.add_batch(self._operation.apply([item], self._context(index)), 1)
-                except (Exception, SystemExit) as error:
-                    self.harvest.fail(index, error)
+                self._attempt(index, self._clock(), lambda: self.harvest.add_batch(self._call([item], context), 1))  # noqa: B023  # called at once
+                if self.postponed is not None:
+                    return
             self.at = index + 1
             if self.decided:
                 return
@@ -173,27 +243,54 @@ class Work:
     # --- many in flight -----------------------------------------------------------------------------
 
     async def _many_in_flight(self) -> None:
-        """Keep up to `concurrency` items in flight; start none once a boundary has said stop."""
+        """Keep up to `concurrency` items in flight; start none once a boundary has said stop.
+
+        What waits for another try sleeps among the others; when nothing else is in flight, or nothing is to be started
+        any more, it leaves the slot and comes back later.
+        """
         began = self._clock()
-        waiting: dict[int, asyncio.Task[Any]] = {}
+        self._in_flight: dict[int, asyncio.Task[Any]] = {}
+        self._sleeping: set[int] = set()
+        self._hurry = asyncio.Event()
+        self._refused: Postponed | None = None
+        self._not_before = 0.0
         outcomes: dict[int, Any] = {}
         launched = self.at
-        while waiting or (launched < self.until and not self.stopped):
-            launched = self._launch(waiting, outcomes, launched)
-            if waiting:
-                self._page.start_item(next(iter(waiting)) if len(waiting) == 1 else SEVERAL_ITEMS)
-                patience = max(0.001, self._pace.slice_ms / 1000)
-                await asyncio.wait(waiting.values(), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-            for index in [index for index, task in waiting.items() if task.done()]:
-                outcomes[index] = waiting.pop(index)
+        while self._in_flight or (launched < self.until and not self.stopped):
+            launched = self._launch(outcomes, launched)
+            await self._some_end()
+            for index in [index for index, task in self._in_flight.items() if task.done()]:
+                outcomes[index] = self._in_flight.pop(index)
             self._collect(outcomes)
             if not self.stopped:
                 self._look_up(self._clock())
+            self._leave_slot(outcomes, launched)
+        for task in outcomes.values():
+            if isinstance(task, asyncio.Task) and not task.cancelled():
+                task.exception()  # seen: what stands behind an item that waits is done again
         self.busy_s += self._clock() - began
 
-    def _launch(self, waiting: dict[int, asyncio.Task[Any]], outcomes: dict[int, Any], launched: int) -> int:
-        room = min(self._most, self._operation.concurrency) - len(waiting)
-        if room <= 0 or self.stopped or launched >= self.until:
+    def _leave_slot(self, outcomes: dict[int, Any], launched: int) -> None:
+        """Hurry when the slot does nothing but wait, and no item would be done again for leaving it."""
+        waiting = self._not_before - self._clock() > PATIENCE_S
+        if self._refused is not None and waiting and not self._in_flight and not self.stopped:
+            self._refused.wait_s = self._not_before - self._clock()
+            self._postpone(self._refused)
+        idle = len(self._sleeping) == len(self._in_flight) > 0 and not outcomes
+        if self.stopped or (idle and (launched >= self.until or waiting)):
+            self._hurry.set()
+
+    async def _some_end(self) -> None:
+        patience_s = max(0.001, self._pace.slice_ms / 1000)
+        if self._in_flight:
+            self._page.start_item(next(iter(self._in_flight)) if len(self._in_flight) == 1 else SEVERAL_ITEMS)
+            await asyncio.wait(self._in_flight.values(), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+        elif not self.stopped:
+            await asyncio.sleep(max(0.0, min(patience_s, self._not_before - self._clock())))
+
+    def _launch(self, outcomes: dict[int, Any], launched: int) -> int:
+        room = min(self._most, self._operation.concurrency) - len(self._in_flight)
+        if room <= 0 or self.stopped or launched >= self.until or self._clock() < self._not_before:
             return launched
         try:
             window = self._read(launched, min(launched + room, self.until))
@@ -203,22 +300,80 @@ class Work:
         for index, item in enumerate(window, launched):
             if self._leaves_out(index, item):
                 outcomes[index] = None
-            else:
-                waiting[index] = asyncio.ensure_future(self._operation.apply(item, self._context(index)))
+            elif not self._start(index, item):
+                return index
         return launched + len(window)
+
+    def _start(self, index: int, item: Any) -> bool:
+        """Start an item, unless a guard says not yet."""
+        context = self._context(index)
+        context.tries = self._tries(index)
+        run: Callable[[], Awaitable[Any]] = functools.partial(self._bounded, item, context)
+        if self._guarded is not None:
+            try:
+                entry = self._guarded.enter(item, context, self._waiter(index))
+                run = functools.partial(self._guarded.call_async, item, context, entry, run=run, pause=self._pauses(index))
+            except Denied as denied:
+                fallback = self._guarded.instead_of(denied)
+                if fallback is None:
+                    self._refused, self._not_before = postponed(denied, context.tries), self._clock() + denied.retry_after_s
+                    return False
+                run = functools.partial(self._instead, fallback, item, context)
+        self._in_flight[index] = asyncio.ensure_future(self._timed(index, run))
+        return True
+
+    async def _timed(self, index: int, run: Callable[[], Awaitable[Any]]) -> Any:
+        began = self._clock()
+        output = await run()
+        self._ended_well(index, began)
+        return output
+
+    async def _bounded(self, item: Any, context: Context) -> Any:
+        try:
+            async with asyncio.timeout(self._limit_s or None) as limit:
+                return await self._operation.apply(item, context)
+        except TimeoutError as error:
+            if limit.expired():
+                raise CallTimeout("the item", self._limit_s) from error
+            raise
+
+    async def _instead(self, fallback: Callable[..., Any], item: Any, context: Context) -> Any:
+        output = self._operation.with_context(fallback, item, context)
+        return await output if inspect.isawaitable(output) else output
+
+    def _pauses(self, index: int) -> Callable[[Postponed], Awaitable[None]]:
+        async def pause(wait: Postponed) -> None:
+            """Sleep among the others, until the slot is to be left."""
+            due = self._clock() + wait.wait_s
+            self._sleeping.add(index)
+            try:
+                await asyncio.wait_for(self._hurry.wait(), wait.wait_s)
+            except TimeoutError:
+                return
+            finally:
+                self._sleeping.discard(index)
+            wait.wait_s = max(0.0, due - self._clock())
+            raise wait
+
+        return pause
 
     def _collect(self, outcomes: dict[int, Any]) -> None:
         """Take outcomes over in item order: what is done must be one range without a gap."""
-        while self.at in outcomes:
+        while self.at in outcomes and self.postponed is None:
             outcome = outcomes.pop(self.at)
             if isinstance(outcome, asyncio.Task):
                 try:
                     self.harvest.add(outcome.result())
+                except Postponed as wait:
+                    return self._postpone(wait)
+                except Denied as denied:
+                    return self._postpone(postponed(denied, self._tries(self.at)))
                 except (Exception, SystemExit, asyncio.CancelledError) as error:
                     self.harvest.fail(self.at, error)
             elif isinstance(outcome, Exception):
                 self.harvest.fail(self.at, outcome)
             self.at += 1
+        return None
 
 
 _runners: dict[int, asyncio.Runner] = {}

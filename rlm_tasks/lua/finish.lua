@@ -73,8 +73,8 @@ else
     kids[i] = kid.id
     deepest = math.max(deepest, kid.d)
     local record = {lo = kid.lo, hi = kid.hi, d = kid.d, p = id, sp = kid.sp, ix = kid.ix, t = kid.t,
-      why = kid.why, rs = 0}
-    queue_node(kid.id, record)
+      why = kid.why, rs = 0, tr = kid.tries > 0 and kid.tries or nil}
+    if kid.wait_ms >= 0 then park_node(kid.id, record, now + kid.wait_ms) else queue_node(kid.id, record) end
   end
   for _, split in ipairs(r.splits) do call('HSET', splits, split.id, cjson.encode(split)) end
   if #r.splits > 0 then

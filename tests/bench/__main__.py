@@ -30,6 +30,7 @@ from rich.table import Table
 from rlm_tasks import Adaptive, Client, embedded, handwritten
 from rlm_tasks.code_metrics import measure_file, python_files, standard_library
 from rlm_tasks.handwritten import compute
+from tests.bench.guards import guards
 from tests.integration.conftest import client_of
 
 SLOTS = 2
@@ -347,7 +348,7 @@ def starting(bench: Bench) -> Iterator[Row]:
 # --- the table ---------------------------------------------------------------------------------------
 
 COLUMNS = ("what", "ours", "compared with", "ratio", "figure", "met")
-GROUPS = ("splitting", "small", "leaves", "growth", "submitting", "starting")
+GROUPS = ("splitting", "small", "leaves", "growth", "submitting", "starting", "guards")
 
 
 def show(rows: list[Row]) -> None:
@@ -356,7 +357,7 @@ def show(rows: list[Row]) -> None:
     for column in COLUMNS:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(row.what, row.ours, row.compared, row.ratio, row.figure, "yes" if row.met else "NO")
+        table.add_row(row.what, row.ours, row.compared, row.ratio, row.figure, {True: "yes", False: "NO", None: ""}[row.met])
     Console(width=140).print(table)
 
 
@@ -367,7 +368,8 @@ def markdown(rows: list[Row], pairs: int) -> str:
         "",
     ]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += [f"| {r.what} | {r.ours} | {r.compared} | {r.ratio} | {r.figure} | {'yes' if r.met else '**no**'} |" for r in rows]
+    said = {True: "yes", False: "**no**", None: ""}
+    lines += [f"| {r.what} | {r.ours} | {r.compared} | {r.ratio} | {r.figure} | {said[r.met]} |" for r in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -389,6 +391,7 @@ def main() -> None:
             "growth": lambda: cost_growth(bench, asked.most),
             "submitting": lambda: submitting(bench),
             "starting": lambda: starting(bench),
+            "guards": lambda: (Row(*each) for each in guards(bench.pairs)),
         }
         for group in asked.groups:
             for row in runs[group]():

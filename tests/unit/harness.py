@@ -14,11 +14,15 @@ from typing import Any
 import fakeredis
 import msgspec
 
+from resilience.fault_log import FaultLog
 from resilience.keys import Keys
 from resilience.store import Store
+from resilience.timeouts import Timeouts
 from rlm_tasks import operations
 from rlm_tasks import spec as specs
 from rlm_tasks.dispatch import group_id
+from rlm_tasks.guards import Guards
+from rlm_tasks.item_limits import ItemLimits
 from rlm_tasks.ledger import ROOT, Child, Ledger, Split
 from rlm_tasks.merging import compact_split
 from rlm_tasks.node import run_node
@@ -62,7 +66,8 @@ class Mailbox:
         self.splits += splits if merges else []
         for child in children:
             assert child.t != ""
-            self._post(spec.job, child.id)
+            if child.wait_ms < 0:
+                self._post(spec.job, child.id)
 
     def resend(self, job: str, nodes: Sequence[str], *, merges: bool) -> None:
         for record in self._ledger.records(job, nodes):
@@ -88,6 +93,9 @@ class Platform:
             ItemReader(self.store),
             self.mailbox,  # type: ignore[arg-type]  # has the dispatcher's verbs
             Page(),
+            Guards(self.store, self.settings.breakers, lambda waiters: None),
+            ItemLimits(Timeouts(self.store), self.settings.node, self.clock),
+            FaultLog(self.store),
             worker="unit",
             clock=self.clock,
         )

@@ -55,11 +55,12 @@ def test_the_page_tells_what_each_process_holds() -> None:
     second.hold(12, "job-b", "node-b", "ff" * 8, 2.5)
 
     second.start_item(42)
+    second.limit(30.0)
     first.start_item(41)
     first.boundary(9.5)
 
     held = {each.pid: each for each in page.held()}
-    assert held[11] == Held(11, "job-a", "node-a", "00112233aabbccdd", -1, 9.5)
+    assert held[11] == Held(11, "job-a", "node-a", "00112233aabbccdd", -1, 9.5, 0.0)
     assert held[12].item == 42
     first.let_go()
     assert [each.pid for each in page.held()] == [12]

@@ -1,0 +1,327 @@
+"""What a guard costs: microseconds and round trips of a call, against the libraries one would use instead.
+
+Decides what is compared with what.  Contestants take turns on a server of their own; the server counts the round trips,
+as the reads it has made.  Microseconds are medians over the turns, round trips are means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from statistics import mean, median
+from typing import NamedTuple
+
+import limits
+import pybreaker
+import redis
+import throttled
+from limits.storage import RedisStorage
+
+from resilience import BreakerConfig, Bulkhead, CircuitBreaker, LeasedBucket, Rate, RetryBudget, Store, TokenBucket
+from resilience.bucket import PROVIDER, ROUTER
+from rlm_tasks import embedded
+
+TURN_S = 0.15
+PACE_S = 1 / 900
+ROUND_TRIPS = "total_reads_processed"
+
+PLENTY = {
+    "requests": Rate(1_000_000_000, per_s=60, burst=1_000_000_000),
+    "tokens": Rate(1_000_000_000, per_s=60, burst=1_000_000_000),
+}
+SPENT = {"requests": PLENTY["requests"], "tokens": Rate(PROVIDER["tokens"].limit, per_s=86_400, burst=PROVIDER["tokens"].limit)}
+AMOUNTS = {"requests": 1, "tokens": 800}
+
+Ask = Callable[[], object]
+
+
+class Measured(NamedTuple):
+    """One line of the table."""
+
+    what: str
+    ours: str
+    compared: str
+    ratio: str
+    figure: str
+    met: bool | None
+
+
+class Cost(NamedTuple):
+    """What a call costs."""
+
+    us: float
+    trips: float
+
+    def __str__(self) -> str:
+        trips = f"{self.trips:.0f}" if abs(self.trips - round(self.trips)) < 0.02 <= self.trips else f"{self.trips:.2g}"
+        return f"{self.us:,.1f} us, {trips} round trips"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A server, and the connection that counts its reads."""
+
+    url: str
+    control: redis.Redis
+    pairs: int
+
+    def trips(self) -> int:
+        """Return how many requests the server has read, not counting this one."""
+        return int(self.control.info("stats")[ROUND_TRIPS]) - 1
+
+    def store(self) -> Store:
+        """Return a store of ours; an answer that comes late must not turn into one without Redis."""
+        return Store.from_url(self.url, timeout_s=5.0)
+
+
+Turn = Callable[[Bench], Cost]
+
+
+# --- one turn ----------------------------------------------------------------------------------------
+
+
+def running(ask: Ask, *, says: bool = True) -> Turn:
+    """Return a turn of calls one after the other, as many as last about TURN_S."""
+    began = time.perf_counter()
+    for _ in range(20):
+        ask()
+    calls = max(20, int(TURN_S / (time.perf_counter() - began) * 20))
+
+    def turn(bench: Bench) -> Cost:
+        trips, began = bench.trips(), time.perf_counter()
+        said = {bool(ask()) for _ in range(calls)}
+        took = time.perf_counter() - began
+        if said != {says}:
+            raise RuntimeError(f"answers were {said}, not {says}")
+        return Cost(took / calls * 1e6, (bench.trips() - trips - 1) / calls)
+
+    return turn
+
+
+def prepared(prepare: Ask, ask: Ask, calls: int = 20) -> Turn:
+    """Return a turn of calls that each need something made ready first, which is not counted."""
+
+    def turn(bench: Bench) -> Cost:
+        took = trips = 0.0
+        for _ in range(calls):
+            prepare()
+            before, began = bench.trips(), time.perf_counter()
+            ask()
+            took += time.perf_counter() - began
+            trips += bench.trips() - before - 1
+        return Cost(took / calls * 1e6, trips / calls)
+
+    return turn
+
+
+def paced(ask: Ask, seconds: float = 0.6) -> Turn:
+    """Return a turn of calls at a steady rate; only the calls are timed, and all of them must be granted."""
+
+    def turn(bench: Bench) -> Cost:
+        trips, took, calls = bench.trips(), 0.0, 0
+        began = time.perf_counter()
+        while (now := time.perf_counter()) < began + seconds:
+            if not ask():
+                raise RuntimeError(f"call {calls} was denied")
+            took, calls = took + time.perf_counter() - now, calls + 1
+            time.sleep(max(0.0, now + PACE_S - time.perf_counter()))
+        return Cost(took / calls * 1e6, (bench.trips() - trips - 1) / calls)
+
+    return turn
+
+
+def contest(
+    bench: Bench, what: str, ours: Turn, others: Mapping[str, Turn], figure: str = "", met: Callable[[Cost], bool] | None = None
+) -> Iterator[Measured]:
+    """Let all take turns, and compare ours with each of the others."""
+    turns = {"": ours, **others}
+    costs: dict[str, list[Cost]] = {name: [] for name in turns}
+    for _ in range(bench.pairs):
+        for name, turn in turns.items():
+            costs[name].append(turn(bench))
+    total = {name: Cost(median(each.us for each in them), mean(each.trips for each in them)) for name, them in costs.items()}
+    verdict = met(total[""]) if met else None
+    if not others:
+        yield Measured(what, str(total[""]), "", "", figure, verdict)
+    for name in others:
+        ratio = median(mine.us / theirs.us for mine, theirs in zip(costs[""], costs[name], strict=True))
+        yield Measured(f"{what}, against {name}", str(total[""]), str(total[name]), f"{ratio:.3f}", figure, verdict)
+
+
+# --- breakers ----------------------------------------------------------------------------------------
+
+
+def answer() -> bool:
+    """Be the service that is called."""
+    return True
+
+
+def fail() -> bool:
+    """Be a service that does not answer."""
+    raise TimeoutError
+
+
+def _failing(breaker: CircuitBreaker | pybreaker.CircuitBreaker) -> Ask:
+    def ask() -> None:
+        with contextlib.suppress(TimeoutError, pybreaker.CircuitBreakerError):
+            breaker.call(fail)
+
+    return ask
+
+
+def _theirs(bench: Bench, name: str) -> pybreaker.CircuitBreaker:
+    storage = pybreaker.CircuitRedisStorage(pybreaker.STATE_CLOSED, redis.Redis.from_url(bench.url), namespace=name)
+    return pybreaker.CircuitBreaker(fail_max=5, reset_timeout=600, state_storage=storage)
+
+
+def breakers(bench: Bench) -> Iterator[Measured]:
+    """The closed path, a failure that is counted, the failure that trips, and a refusal."""
+    store, storage = bench.store(), "pybreaker's CircuitRedisStorage"
+    ours, theirs, memory = CircuitBreaker("closed", store), _theirs(bench, "closed"), pybreaker.CircuitBreaker()
+    others = {
+        storage: running(lambda: theirs.call(answer)),
+        "pybreaker in memory, shared with nobody": running(lambda: memory.call(answer)),
+    }
+    under = "< 10 us"
+    yield from contest(
+        bench, "breaker, closed, a call succeeds", running(lambda: ours.call(answer)), others, under, lambda cost: cost.us < 10
+    )
+
+    config = BreakerConfig(failure_threshold=5, recovery_timeout_s=600)
+    mine, other = CircuitBreaker("failing", store, config), _theirs(bench, "failing")
+    fail_mine, fail_other = _failing(mine), _failing(other)
+
+    def after(failures: int, breaker: CircuitBreaker | pybreaker.CircuitBreaker) -> Ask:
+        return lambda: (breaker.close(), *(_failing(breaker)() for _ in range(failures)))
+
+    for what, failures in (("a failure is counted", 1), ("the failure that trips it", 4)):
+        rival = {storage: prepared(after(failures, other), fail_other)}
+        yield from contest(
+            bench,
+            f"breaker, {what}",
+            prepared(after(failures, mine), fail_mine),
+            rival,
+            "1 round trip",
+            lambda cost: round(cost.trips, 1) == 1,
+        )
+    mine.open(), other.open()
+    rival = {storage: running(lambda: fail_other() is None)}
+    yield from contest(
+        bench, "breaker, open, a call is refused", running(lambda: fail_mine() is None), rival, under, lambda cost: cost.us < 10
+    )
+
+
+# --- buckets -----------------------------------------------------------------------------------------
+
+
+def _taking(bench: Bench, name: str, rates: Mapping[str, Rate]) -> Ask:
+    bucket, amounts = TokenBucket(name, bench.store(), **rates), {each: AMOUNTS[each] for each in rates}
+    return lambda: bucket.acquire(**amounts)
+
+
+def _hitting(limiter: limits.strategies.RateLimiter, name: str, rates: Mapping[str, Rate]) -> Ask:
+    """Hit one limit after the other, as with `limits`: who is denied by the second has paid the first."""
+    items = [
+        (limits.RateLimitItemPerSecond(int(rate.limit), int(rate.per_s)), f"{name}:{each}", AMOUNTS[each])
+        for each, rate in rates.items()
+    ]
+    return lambda: all(limiter.hit(item, key, cost=amount) for item, key, amount in items)
+
+
+def _throttling(bench: Bench, algorithm: str, name: str, rates: Mapping[str, Rate]) -> Ask:
+    """Ask one limit after the other, as with throttled-py."""
+    store = throttled.RedisStore(server=bench.url)
+    throttles = [
+        (
+            throttled.Throttled(
+                key=f"{name}:{each}",
+                using=algorithm,
+                store=store,
+                quota=throttled.per_duration(timedelta(seconds=rate.per_s), int(rate.limit), int(rate.capacity)),
+            ),
+            AMOUNTS[each],
+        )
+        for each, rate in rates.items()
+    ]
+    return lambda: all(not throttle.limit(cost=amount).limited for throttle, amount in throttles)
+
+
+def rivals(bench: Bench, name: str, rates: Mapping[str, Rate]) -> dict[str, Ask]:
+    """Return the same limits in other libraries."""
+    storage = RedisStorage(bench.url)
+    return {
+        "limits, moving window": _hitting(limits.strategies.MovingWindowRateLimiter(storage), name, rates),
+        "limits, sliding window counter": _hitting(limits.strategies.SlidingWindowCounterRateLimiter(storage), name, rates),
+        "throttled-py, token bucket": _throttling(bench, "token_bucket", name, rates),
+        "throttled-py, GCRA": _throttling(bench, "gcra", name, rates),
+    }
+
+
+def buckets(bench: Bench) -> Iterator[Measured]:
+    """A take of two limits, of one limit, and a denial."""
+    for what, name, rates, says in (
+        ("bucket, requests and tokens taken", "two", PLENTY, True),
+        ("bucket, requests taken", "one", {"requests": PLENTY["requests"]}, True),
+        ("bucket, requests and tokens denied", "spent", SPENT, False),
+    ):
+        asks = {"": _taking(bench, name, rates), **rivals(bench, name, rates)}
+        if not says:
+            for ask in asks.values():
+                while ask():
+                    pass
+        turns = {rival: running(ask, says=says) for rival, ask in asks.items()}
+        yield from contest(bench, what, turns.pop(""), turns, "1 round trip", lambda cost: round(cost.trips, 2) == 1)
+
+
+def leases(bench: Bench) -> Iterator[Measured]:
+    """A router's bucket, at nine tenths of its rate."""
+    leased = LeasedBucket(TokenBucket("router", bench.store(), requests=ROUTER))
+    others = rivals(bench, "router", {"requests": ROUTER})
+    names = ("limits, sliding window counter", "throttled-py, GCRA")
+    turns = {name: paced(others[name]) for name in names}
+    yield from contest(
+        bench,
+        "leased bucket, 1,000/s asked at 900/s",
+        paced(leased.acquire),
+        turns,
+        "< 0.1 round trips",
+        lambda cost: cost.trips < 0.1,
+    )
+
+
+# --- the rest ----------------------------------------------------------------------------------------
+
+
+def others(bench: Bench) -> Iterator[Measured]:
+    """Bulkhead and retry budget, for the record."""
+    bulkhead, budget = Bulkhead("llm", bench.store()), RetryBudget("llm", bench.store())
+
+    def permit() -> bool:
+        permit = bulkhead.acquire()
+        found = bool(permit)
+        permit.release()
+        return found
+
+    def spend() -> bool:
+        for _ in range(10):
+            budget.attempted()
+        return budget.spend()
+
+    yield from contest(bench, "bulkhead, a permit taken and given back", running(permit), {})
+    yield from contest(bench, "retry budget, ten first attempts and a retry", running(spend), {})
+
+
+def guards(pairs: int) -> Iterator[Measured]:
+    """Measure all guards."""
+    logger = logging.getLogger("resilience")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # a breaker that opens says so
+    with embedded.server() as server, redis.Redis.from_url(server.url) as control:
+        bench = Bench(server.url, control, pairs)
+        for group in (breakers, buckets, leases, others):
+            yield from group(bench)
+    logger.setLevel(level)

@@ -1,0 +1,319 @@
+"""The processes that the tests of the guards start, and the long run of a bucket against a fake provider.
+
+``python -m tests.faults.guards --window 60`` runs eight processes against a provider with the true limits of
+`resilience.PROVIDER`, prints how much of them was used, and exits with 1 on a 429, a window over its limit, or too
+little use.  With the name of a role and its arguments it is one of the processes: it writes what happens to it line by
+line, and does what it reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from resilience import PROVIDER, BreakerConfig, Bulkhead, CircuitBreaker, CircuitOpen, Rate, Store, TokenBucket
+from rlm_tasks import embedded
+from tests.faults import provider
+
+ROOT = Path(__file__).parents[2]
+NAMESPACE = "guards"
+PROCESSES, WINDOWS = 8, 4
+LEAST_USE = 0.97
+TOKENS = {"tokens": (1, 99), "requests": (1, 19)}
+"""The limit that binds -> smallest and largest request in tokens: the true limits are met at 25.7 tokens a request."""
+AT_MOST = 1.5
+"""A request reserves up to this many times the tokens it uses, and settles to them."""
+TROUBLE = ConnectionError("the service is away")
+
+
+# --- starting processes ----------------------------------------------------------------------------------
+
+
+class Child:
+    """A process of ours, which is told and tells one line at a time."""
+
+    def __init__(self, module: str, *arguments: object) -> None:
+        command = [sys.executable, "-m", module, *map(str, arguments)]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._lines: queue.Queue[str] = queue.Queue()
+        self._ear = threading.Thread(target=self._listen, daemon=True)
+        self._ear.start()
+
+    def _listen(self) -> None:
+        for line in self.process.stdout or ():
+            self._lines.put(line)
+
+    def say(self, *words: object) -> None:
+        """Tell it a line."""
+        assert self.process.stdin is not None
+        print(*words, file=self.process.stdin, flush=True)
+
+    def hear(self, first: str, within_s: float = 20.0) -> list[str]:
+        """Return the words of its next line, which starts with a word that is left out."""
+        found, *words = self._lines.get(timeout=within_s).split(maxsplit=1 if first == "done" else -1)
+        assert found == first, (found, words)
+        return words
+
+    def kill(self) -> None:
+        """End it as the kernel ends what is out of memory."""
+        with suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        self.kill()
+        self._ear.join()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+
+
+@contextmanager
+def children(count: int, *arguments: object) -> Iterator[list[Child]]:
+    """Run some processes of a role for the length of a block; each has its number as the last argument."""
+    with ExitStack() as stack:
+        found = [Child("tests.faults.guards", *arguments, number) for number in range(count)]
+        for each in found:
+            stack.callback(each.close)
+        for each in found:
+            each.hear("ready")
+        yield found
+
+
+@contextmanager
+def fake_provider(*options: object) -> Iterator[int]:
+    """Run a provider for the length of a block; return its port."""
+    with closing(Child("tests.faults.provider", *options)) as child:
+        yield int(child.hear("at")[0])
+
+
+# --- what they do ----------------------------------------------------------------------------------------
+
+
+def tell(*words: object) -> None:
+    """Tell the test a line."""
+    print(*words, flush=True)
+
+
+def stopping() -> threading.Event:
+    """Return what is set when the test says something, or is gone."""
+    said = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.readline(), said.set()), daemon=True).start()
+    return said
+
+
+def spend(store: Store, port: str, window_s: str, guard_s: str, binds: str, number: str) -> None:
+    """Send as many requests as a bucket grants, for as long as the test says; tell what was granted, and used."""
+    bucket = TokenBucket("llm", store, guard_s=float(guard_s) if guard_s else None, **rates(float(window_s)))
+    random, grants, late_s = Random(number), [], 0.0
+    with closing(provider.Line(int(port))) as line:
+        tell("ready")
+        until = time.monotonic() + float(sys.stdin.readline())
+        while time.monotonic() < until:
+            used = random.randint(*TOKENS[binds])
+            reserved = round(used * random.uniform(1.0, AT_MOST))
+            grant = bucket.acquire(requests=1, tokens=reserved, max_wait_s=2 * float(window_s))
+            if grant:
+                late_s = max(late_s, time.time() - grant.at)
+                line.ask(f"take {used}")
+                grant.settle(tokens=used)
+                grants.append((grant.at, used))
+    tell("done", json.dumps({"grants": grants, "late_s": late_s}))
+
+
+def probe(store: Store, port: str, config: str, _number: str) -> None:
+    """Call a dependency as often as a breaker lets us, until the test says stop."""
+    breaker = CircuitBreaker("dependency", store, BreakerConfig(**json.loads(config)))
+    with closing(provider.Line(int(port))) as line:
+        tell("ready")
+        stop = stopping()
+        while not stop.is_set():
+            try:
+                admission = breaker.admit()
+            except CircuitOpen:
+                time.sleep(0.002)  # the rate of the calls
+                continue
+            answer = line.ask(f"call {'probe' if admission.probe else 'free'}")
+            breaker.ended(admission, None if answer == "200" else TROUBLE)
+    tell("done")
+
+
+def observe(store: Store, config: str, _number: str) -> None:
+    """Call through a breaker all the time; tell when calls are refused, and when they pass again."""
+    breaker = CircuitBreaker("tripped", store, BreakerConfig(**json.loads(config)))
+    tell("ready")
+    stop, before = stopping(), ""
+    while not stop.is_set():
+        try:
+            breaker.call(lambda: None)
+            found = "passes"
+        except CircuitOpen:
+            found = "refused"
+        if found != before:
+            tell(found, time.time())
+            before = found
+        time.sleep(0.005)  # the rate of the calls
+
+
+def trip(store: Store, config: str, _number: str) -> None:
+    """Fail until a breaker opens whenever the test says so; tell when the failure that opened it began."""
+    breaker = CircuitBreaker("tripped", store, BreakerConfig(**json.loads(config)))
+
+    def fail() -> None:
+        raise TROUBLE
+
+    tell("ready")
+    for _ in sys.stdin:
+        began = time.time()
+        with suppress(CircuitOpen):
+            while True:
+                began, last = time.time(), began
+                with suppress(ConnectionError):
+                    breaker.call(fail)
+        tell("tripped", last)
+
+
+def hold_probe(store: Store, config: str, _number: str) -> None:
+    """Take the place of a probe, and keep it."""
+    breaker = CircuitBreaker("held", store, BreakerConfig(**json.loads(config)))
+    tell("ready")
+    admission = breaker.admit()
+    tell("holds", time.monotonic(), admission.probe)
+    signal.pause()
+
+
+def hold_permits(store: Store, count: str, lease_s: str, _number: str) -> None:
+    """Take permits of a bulkhead, and keep them."""
+    bulkhead = Bulkhead("held", store, limit=int(count), per_host=None, lease_s=float(lease_s))
+    tell("ready")
+    taken = [bulkhead.acquire() for _ in range(int(count))]
+    tell("holds", time.monotonic(), sum(map(bool, taken)), bulkhead.owner)
+    signal.pause()
+
+
+ROLES: dict[str, Callable[..., None]] = {role.__name__: role for role in (spend, probe, observe, trip, hold_probe, hold_permits)}
+
+
+# --- a bucket against a provider -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Use:
+    """What became of the limits of a provider; shares of a limit are 1.0 when all of it was used."""
+
+    window_s: float
+    binds: str
+    requests: int
+    refused: int  # by the provider, with a 429
+    used: dict[str, float]  # share used of each limit, over the windows after the first
+    most: dict[str, float]  # largest share of each limit in any window, by the server's time of the grants
+    late_s: float  # longest way from a grant to the sending of its request
+
+    @property
+    def kept(self) -> bool:
+        """Whether every promise was kept."""
+        return not self.refused and max(self.most.values()) <= 1 and self.used[self.binds] >= LEAST_USE
+
+
+def rates(window_s: float) -> dict[str, Rate]:
+    """Return a provider's limits, scaled to a window: the same flow in a shorter time."""
+    return {name: Rate(rate.limit * window_s / rate.per_s, per_s=window_s) for name, rate in PROVIDER.items()}
+
+
+def fullest(uses: Iterable[tuple[float, float]], window_s: float) -> float:
+    """Return the most that was used in any window; uses are (when, how much)."""
+    window: deque[tuple[float, float]] = deque()
+    inside = most = 0.0
+    for at, amount in sorted(uses):
+        window.append((at, amount))
+        inside += amount
+        while window[0][0] <= at - window_s:
+            inside -= window.popleft()[1]
+        most = max(most, inside)
+    return most
+
+
+def against_provider(url: str, window_s: float, binds: str, guard_s: float | None = None) -> Use:
+    """Let eight processes send all that a bucket grants, for four windows, and return what became of the limits."""
+    limits = {name: rate.limit for name, rate in rates(window_s).items()}
+    told = ["--window", window_s, "--requests", limits["requests"], "--tokens", limits["tokens"]]
+    with fake_provider(*told) as port, children(PROCESSES, "spend", url, port, window_s, guard_s or "", binds) as senders:
+        for each in senders:
+            each.say(WINDOWS * window_s + 0.5)
+        found = [json.loads(each.hear("done", (WINDOWS + 3) * window_s + 20)[0]) for each in senders]
+        seen = provider.report(port)
+    grants = [(at, tokens) for each in found for at, tokens in each["grants"]]
+    return use_of(seen, grants, window_s, binds, max(each["late_s"] for each in found))
+
+
+def use_of(seen: dict[str, Any], grants: Sequence[tuple[float, int]], window_s: float, binds: str, late_s: float) -> Use:
+    """Count what the provider has seen, and what was granted."""
+    first = seen["taken"][0][0]
+    later = [tokens for at, tokens in seen["taken"] if first + window_s <= at < first + WINDOWS * window_s]
+    limits = {name: rate.limit for name, rate in rates(window_s).items()}
+    windows = {name: (WINDOWS - 1) * limit for name, limit in limits.items()}
+    most = {"requests": fullest(((at, 1) for at, _ in grants), window_s), "tokens": fullest(grants, window_s)}
+    return Use(
+        window_s,
+        binds,
+        len(seen["taken"]),
+        seen["refused"],
+        {"requests": len(later) / windows["requests"], "tokens": sum(later) / windows["tokens"]},
+        {name: amount / limits[name] for name, amount in most.items()},
+        late_s,
+    )
+
+
+def show(uses: Sequence[Use]) -> None:
+    """Print what became of the limits."""
+    title = f"{PROCESSES} processes, {WINDOWS} windows"
+    table = Table("binds", "window", "requests", "429", "used", "fullest window", "latest", title=title, title_justify="left")
+    for each in uses:
+        used, most = ([f"{share[name]:.2%}" for name in PROVIDER] for share in (each.used, each.most))
+        row = (f"{each.requests:,}", str(each.refused), " / ".join(used), " / ".join(most), f"{each.late_s * 1000:.1f} ms")
+        table.add_row(each.binds, f"{each.window_s:g} s", *row)
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    print("used and fullest: requests / tokens; used over the windows after the first, fullest by the server's time")
+
+
+def main() -> int:
+    """Run the windows, or be one of the processes."""
+    if len(sys.argv) > 1 and sys.argv[1] in ROLES:
+        role, url, *words = sys.argv[1:]
+        ROLES[role](Store.from_url(url, namespace=NAMESPACE), *words)
+        return 0
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--window", type=float, default=60.0, help="seconds")
+    options.add_argument("--binds", choices=sorted(TOKENS), action="append", help="the limit that binds; both when left out")
+    options.add_argument("--guard", type=float, help="seconds a window is counted longer; that of TokenBucket when left out")
+    asked = options.parse_args()
+    embedded.clean_up_on_sigterm()
+    uses = []
+    for binds in asked.binds or sorted(TOKENS, reverse=True):
+        with embedded.server() as server:
+            uses.append(against_provider(server.url, asked.window, binds, asked.guard))
+    show(uses)
+    return 0 if all(each.kept for each in uses) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
