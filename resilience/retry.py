@@ -141,13 +141,13 @@ class Course:
         if retry.budget is not None and not failures:
             retry.budget.attempted()
 
-    def wait_s(self, error: BaseException) -> float:
-        """Return in how many seconds to try again; raise the error when it is final.
+    def wait_s(self, error: BaseException, fault: Fault | None = None) -> float:
+        """Return in how many seconds to try again; raise the error when it is final.  A `fault` says what it means.
 
         A service's own word on when to come back wins over a shorter wait of ours, with up to a tenth more, so that
         not all come back at once.
         """
-        policy, fault = self._retry.policy, classify(error)
+        policy, fault = self._retry.policy, fault or classify(error)
         if not policy.wants(error, fault):
             raise error
         self.failures += not fault.free

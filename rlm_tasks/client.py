@@ -9,7 +9,8 @@ import functools
 import logging
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from celery import Celery
@@ -18,21 +19,28 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from resilience.fault_log import FaultLog, Pattern
+from resilience.faults import Fault, classify
 from resilience.keys import Keys
-from resilience.store import Store
+from resilience.retry import RetryPolicy
+from resilience.store import Store, guard_store
 from rlm_tasks import operations
 from rlm_tasks import spec as specs
 from rlm_tasks.celery import app as default_app
 from rlm_tasks.celery import queue_name
 from rlm_tasks.dispatch import Dispatcher, mint
-from rlm_tasks.errors import InvalidRequest, JobNotFound
+from rlm_tasks.errors import InvalidRequest, JobEnded, JobNotFound
 from rlm_tasks.job import Job
 from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report
 from rlm_tasks.requests import Conditions, JobRequest, Options
 from rlm_tasks.results import JobResult, QuarantinedItem, Status
+from rlm_tasks.runtime import wake
 from rlm_tasks.settings import Settings
 from rlm_tasks.sources import ItemReader, ItemWriter, Source
 from rlm_tasks.spec import Spec
+
+if TYPE_CHECKING:
+    from resilience.breaker import CircuitBreaker, CircuitBreakers
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +80,43 @@ class Client:
         """Raise StoreUnavailable, naming the URL without its password, unless Redis answers."""
         self._store.check()
 
+    # --- what all workers share ----------------------------------------------------------------------
+
+    @functools.cached_property
+    def store(self) -> Store:
+        """The store of the guards that workers use: for a breaker or bucket of one's own beside theirs."""
+        return guard_store(self.settings)
+
+    @functools.cached_property
+    def breakers(self) -> CircuitBreakers:
+        """All breakers: `can_execute(name)`, `status()`, `reset(name)` or `reset()` for all."""
+        from resilience.breaker import CircuitBreakers
+
+        return CircuitBreakers(self.store, wake=lambda waiters: wake(self.ledger, self._dispatcher, waiters))
+
+    def create_circuit_breaker(
+        self, name: str | Mapping[str, Any] = "client", /, config: Any = None, **fields: Any
+    ) -> CircuitBreaker:
+        """Return the breaker of a service, shared by all clients and workers that name it.
+
+        ``create_circuit_breaker("llm", failure_threshold=5)``; a preset's name or a BreakerConfig may come second, the
+        preset ``client`` (5 failures, 30 s, 3 probes) is the default.  A plain dict alone works as in the source
+        documents.  Raises InvalidValue.
+        """
+        from resilience.breaker_storage import configured
+
+        if isinstance(name, Mapping):
+            fields, name = {**name, **fields}, "client"
+        return self.breakers.get(name, configured(config or "client", **fields))
+
+    def fault_patterns(self) -> list[Pattern]:
+        """Return the recurring faults of all workers, the latest first.  Raises StoreUnavailable."""
+        return FaultLog(self.store).patterns()
+
+    def recovery_success_rate(self) -> float | None:
+        """Return the share of retried items that ended well, 0 to 1; None while nothing was retried."""
+        return FaultLog(self.store).recovery_success_rate()
+
     # --- submitting ---------------------------------------------------------------------------------
 
     def submit(self, request: Request | None = None, /, *, idempotency_key: str = "", **fields: Any) -> Job:
@@ -87,6 +132,26 @@ class Client:
     def execute(self, request: Request | None = None, /, *, timeout: float | None = None, **fields: Any) -> JobResult:
         """Submit and wait: `submit` followed by `Job.result`."""
         return self.submit(request, **fields).result(timeout=timeout)
+
+    def execute_with_retry(
+        self, request: Request | None = None, /, policy: RetryPolicy | Mapping[str, Any] | None = None, **fields: Any
+    ) -> JobResult:
+        """Execute, and again when the job or its items failed of something that a retry may help.
+
+        The policy takes the names of the source documents, too (``maxRetries``, ``initialDelayMs``,
+        ``retryableErrors``).  Raises what the last attempt raised.  A policy on the *operation* tries again by item,
+        and is the better choice where one item of many may fail.
+        """
+        from resilience.retry import Course, retrying
+
+        settled = RetryPolicy(**policy) if isinstance(policy, Mapping) else policy
+        retry = retrying(settled)
+        course = Course(retry)
+        while True:
+            try:
+                return self.execute(request, **fields)
+            except JobEnded as ended:
+                retry.sleep(course.wait_s(ended, _fault_of(ended, retry.policy)))
 
     def batch_submit(self, requests: Iterable[Request]) -> list[Job]:
         """Open several independent jobs; their ledger calls and messages are pipelined."""
@@ -229,6 +294,12 @@ class Client:
             return ask()
         except (RedisConnectionError, RedisTimeoutError) as error:
             raise self._store.unavailable(error) from None
+
+
+def _fault_of(ended: JobEnded, policy: RetryPolicy) -> Fault:
+    """Return what a job's end means: that of its items which is worth another try, if there is one."""
+    codes = [code for code in (ended.code, *(each.code for each in ended.failures)) if code in policy.retryable_errors]
+    return replace(classify(ended), code=codes[0] if codes else ended.code)
 
 
 def _keyed(request: JobRequest, idempotency_key: str) -> JobRequest:

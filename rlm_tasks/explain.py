@@ -30,12 +30,13 @@ def explain(facts: Mapping[str, str], nodes: Sequence[NodeRecord], now_ms: int) 
     if state == "pending":
         waited = (now_ms - int(facts["opened_ms"])) / 1000
         return f"It has waited {waited:.1f} s in queue {facts['queue']} for a worker; is one consuming that queue?"
+    reasons = Counter(node.why for node in nodes if node.state == "p")
+    because = "; ".join(why for why, _ in reasons.most_common(3))
     if not states["r"] and states["p"]:
-        reasons = sorted({node.why for node in nodes if node.state == "p"})
-        return f"It waits: {states['p']} nodes are parked because {'; '.join(reasons)}."
+        return f"It waits: {states['p']} nodes are parked ({because})."
     if not states["r"]:
         return f"It waits for a free worker: {states['q']} nodes are in queue {facts['queue']}."
-    return f"It runs on {states['r']} slots, with {states['q']} nodes queued and {states['p']} parked."
+    return f"It runs on {states['r']} slots, with {states['q']} nodes queued and {states['p']} parked{f' ({because})' if because else ''}."
 
 
 def _ended(facts: Mapping[str, str]) -> str:

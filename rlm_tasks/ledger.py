@@ -128,6 +128,7 @@ class Claim:
     slot: Slot = Slot()
     phase: str = PROCESS
     tries: int = 0  # how often its first item has failed
+    waited: bool = False  # its first item has waited for its turn already
     spec: Spec | None = None
     losses: int = 0  # how often a holder was lost, nobody knows at which item
     lost_by: str = ""  # what the last of them died of
@@ -182,6 +183,7 @@ class NodeRecord:
     lost_by: str
     one_by_one: bool
     tries: int
+    waited: bool
     message: int  # number of its latest message
 
     @classmethod
@@ -192,7 +194,7 @@ class NodeRecord:
         return cls(
             id, lo, hi, int(r["d"]), Slot(r["sp"], int(r["ix"]), r["t"]), r["s"], int(r["e"]),
             r["p"], int(r.get("mid", lo)), r["why"], r.get("w", ""), int(r.get("ms", 0)), int(r.get("x", 0)),
-            r.get("by", ""), bool(r.get("one")), int(r.get("tr", 0)), int(r.get("m", 0)),
+            r.get("by", ""), bool(r.get("one")), int(r.get("tr", 0)), bool(r.get("wt")), int(r.get("m", 0)),
         )  # fmt: skip
 
 
@@ -289,7 +291,7 @@ class Ledger:
             return Claim(answer, job, node, token, waiting=tuple(each.decode() for each in a[1:] if each))
         r = NodeRecord.parse(node, a[2])
         return Claim(
-            "run", job, node, token, int(a[1]), r.lo, r.hi, r.depth, r.slot, a[3].decode(), r.tries, specs.load(a[4]),
+            "run", job, node, token, int(a[1]), r.lo, r.hi, r.depth, r.slot, a[3].decode(), r.tries, r.waited, specs.load(a[4]),
             r.losses, r.lost_by, r.one_by_one, tuple(Suspect(*each) for each in msgspec.json.decode(a[5])), frozenset(map(int, a[6])), int(a[7]),
         )  # fmt: skip
 

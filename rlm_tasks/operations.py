@@ -34,6 +34,7 @@ class Context:
     attempt: int = 1
     index: int = 0  # of the item being worked on; of the first item in a batch
     tries: int = 0  # how often this item has failed before
+    waited: bool = False  # this item comes back from waiting for a guard
     grant: Grant | None = None  # what this call took of its rate limit
 
     @property

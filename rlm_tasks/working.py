@@ -176,9 +176,12 @@ class Work:
     def _tries(self, index: int) -> int:
         return self._claim.tries if index == self._claim.lo else 0
 
+    def _has_waited(self, index: int) -> bool:
+        return self._claim.waited and index == self._claim.lo
+
     def _call(self, value: Any, context: Context) -> Any:
         """Call the operation behind its guards."""
-        context.tries = self._tries(context.index)
+        context.tries, context.waited = self._tries(context.index), self._has_waited(context.index)
         if self._guarded is None:
             return self._operation.apply(value, context)
         return self._guarded.call(value, context, tries=context.tries, waiter=self._waiter(context.index))
@@ -307,7 +310,7 @@ class Work:
     def _start(self, index: int, item: Any) -> bool:
         """Start an item, unless a guard says not yet."""
         context = self._context(index)
-        context.tries = self._tries(index)
+        context.tries, context.waited = self._tries(index), self._has_waited(index)
         run: Callable[[], Awaitable[Any]] = functools.partial(self._bounded, item, context)
         if self._guarded is not None:
             try:

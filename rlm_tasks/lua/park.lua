@@ -3,7 +3,7 @@
 local id, node = ARGV[1], held(ARGV[1], ARGV[2])
 if not node then return 0 end
 node.s, node.why, node.lost = 'p', ARGV[4], nil
-node.tr = tonumber(ARGV[5]) > 0 and tonumber(ARGV[5]) or nil
+node.wt, node.tr = 1, tonumber(ARGV[5]) > 0 and tonumber(ARGV[5]) or nil
 write(id, node)
 call('HDEL', inflight, id)
 call('ZREM', waiting, id)

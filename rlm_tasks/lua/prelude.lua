@@ -8,6 +8,7 @@
 --   m  number of its latest message     rs  how often that was sent again for being late     lost  its holder is gone, nobody has claimed it since
 --   x  how often its holder was lost outside of an item     by  of what, the last time
 --   tr  how often its first item has failed, and was left for another try
+--   wt  it was parked: it has waited for its turn
 --   one  how often its process died with several items in flight: the next holder runs one at a time
 local job, nodes, due, waiting, splits, pieces, blobs = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local failed, empty, failures, deaths, quarantine = KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12]
@@ -143,7 +144,7 @@ end
 
 -- A node is registered that may run later: a sweep sends its message when its time has come.
 local function park_node(id, node, at)
-  node.e, node.s = 0, 'p'
+  node.e, node.s, node.wt = 0, 'p', 1
   write(id, node)
   call('ZADD', due, at, id)
   return call('HINCRBY', job, 'pending', 1)

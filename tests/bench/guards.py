@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from statistics import mean, median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import limits
 import pybreaker
@@ -57,8 +57,8 @@ class Cost(NamedTuple):
     trips: float
 
     def __str__(self) -> str:
-        trips = f"{self.trips:.0f}" if abs(self.trips - round(self.trips)) < 0.02 <= self.trips else f"{self.trips:.2g}"
-        return f"{self.us:,.1f} us, {trips} round trips"
+        trips = "< 0.001" if 0 < self.trips < 0.001 else f"{self.trips:.3f}".rstrip("0").rstrip(".")
+        return f"{self.us:,.1f} us, {trips} round trip{'s' * (trips != '1')}"
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,10 @@ class Bench:
 
 
 Turn = Callable[[Bench], Cost]
+Figure = tuple[str, Callable[[Cost], bool]]
+FAST: Figure = ("< 10 us", lambda cost: cost.us < 10)
+ONE_TRIP: Figure = ("1 round trip", lambda cost: round(cost.trips, 2) == 1)
+SELDOM: Figure = ("< 0.1 round trips", lambda cost: cost.trips < 0.1)
 
 
 # --- one turn ----------------------------------------------------------------------------------------
@@ -165,12 +169,24 @@ def fail() -> bool:
     raise TimeoutError
 
 
-def _failing(breaker: CircuitBreaker | pybreaker.CircuitBreaker) -> Ask:
-    def ask() -> None:
+def _failing(breaker: pybreaker.CircuitBreaker) -> Ask:
+    def ask() -> bool:
         with contextlib.suppress(TimeoutError, pybreaker.CircuitBreakerError):
             breaker.call(fail)
+        return True
 
     return ask
+
+
+def _failing_after(failures: int, breaker: pybreaker.CircuitBreaker) -> Ask:
+    fail_once = _failing(breaker)
+
+    def prepare() -> None:
+        breaker.close()
+        for _ in range(failures):
+            fail_once()
+
+    return prepare
 
 
 def _theirs(bench: Bench, name: str) -> pybreaker.CircuitBreaker:
@@ -180,46 +196,30 @@ def _theirs(bench: Bench, name: str) -> pybreaker.CircuitBreaker:
 
 def breakers(bench: Bench) -> Iterator[Measured]:
     """The closed path, a failure that is counted, the failure that trips, and a refusal."""
-    store, storage = bench.store(), "pybreaker's CircuitRedisStorage"
-    ours, theirs, memory = CircuitBreaker("closed", store), _theirs(bench, "closed"), pybreaker.CircuitBreaker()
+    store, name = bench.store(), "pybreaker's CircuitRedisStorage"
+    closed, theirs, memory = CircuitBreaker("closed", store), _theirs(bench, "closed"), pybreaker.CircuitBreaker()
     others = {
-        storage: running(lambda: theirs.call(answer)),
+        name: running(lambda: theirs.call(answer)),
         "pybreaker in memory, shared with nobody": running(lambda: memory.call(answer)),
     }
-    under = "< 10 us"
-    yield from contest(
-        bench, "breaker, closed, a call succeeds", running(lambda: ours.call(answer)), others, under, lambda cost: cost.us < 10
-    )
+    yield from contest(bench, "breaker, closed, a call succeeds", running(lambda: closed.call(answer)), others, *FAST)
 
-    config = BreakerConfig(failure_threshold=5, recovery_timeout_s=600)
-    mine, other = CircuitBreaker("failing", store, config), _theirs(bench, "failing")
-    fail_mine, fail_other = _failing(mine), _failing(other)
-
-    def after(failures: int, breaker: CircuitBreaker | pybreaker.CircuitBreaker) -> Ask:
-        return lambda: (breaker.close(), *(_failing(breaker)() for _ in range(failures)))
-
+    mine, other = CircuitBreaker("failing", store, BreakerConfig(recovery_timeout_s=600)), _theirs(bench, "failing")
     for what, failures in (("a failure is counted", 1), ("the failure that trips it", 4)):
-        rival = {storage: prepared(after(failures, other), fail_other)}
-        yield from contest(
-            bench,
-            f"breaker, {what}",
-            prepared(after(failures, mine), fail_mine),
-            rival,
-            "1 round trip",
-            lambda cost: round(cost.trips, 1) == 1,
-        )
+        turns = [prepared(_failing_after(failures, each), _failing(each)) for each in (mine, other)]
+        yield from contest(bench, f"breaker, {what}", turns[0], {name: turns[1]}, *ONE_TRIP)
     mine.open(), other.open()
-    rival = {storage: running(lambda: fail_other() is None)}
-    yield from contest(
-        bench, "breaker, open, a call is refused", running(lambda: fail_mine() is None), rival, under, lambda cost: cost.us < 10
-    )
+    turns = [running(_failing(each)) for each in (mine, other)]
+    yield from contest(bench, "breaker, open, a call is refused", turns[0], {name: turns[1]}, *FAST)
 
 
 # --- buckets -----------------------------------------------------------------------------------------
 
 
 def _taking(bench: Bench, name: str, rates: Mapping[str, Rate]) -> Ask:
-    bucket, amounts = TokenBucket(name, bench.store(), **rates), {each: AMOUNTS[each] for each in rates}
+    named: dict[str, Any] = dict(rates)
+    amounts: dict[str, Any] = {each: AMOUNTS[each] for each in rates}
+    bucket = TokenBucket(name, bench.store(), **named)
     return lambda: bucket.acquire(**amounts)
 
 
@@ -274,7 +274,7 @@ def buckets(bench: Bench) -> Iterator[Measured]:
                 while ask():
                     pass
         turns = {rival: running(ask, says=says) for rival, ask in asks.items()}
-        yield from contest(bench, what, turns.pop(""), turns, "1 round trip", lambda cost: round(cost.trips, 2) == 1)
+        yield from contest(bench, what, turns.pop(""), turns, *ONE_TRIP)
 
 
 def leases(bench: Bench) -> Iterator[Measured]:
@@ -283,20 +283,13 @@ def leases(bench: Bench) -> Iterator[Measured]:
     others = rivals(bench, "router", {"requests": ROUTER})
     names = ("limits, sliding window counter", "throttled-py, GCRA")
     turns = {name: paced(others[name]) for name in names}
-    yield from contest(
-        bench,
-        "leased bucket, 1,000/s asked at 900/s",
-        paced(leased.acquire),
-        turns,
-        "< 0.1 round trips",
-        lambda cost: cost.trips < 0.1,
-    )
+    yield from contest(bench, "leased bucket, 1,000/s asked at 900/s", paced(leased.acquire), turns, *SELDOM)
 
 
 # --- the rest ----------------------------------------------------------------------------------------
 
 
-def others(bench: Bench) -> Iterator[Measured]:
+def rest(bench: Bench) -> Iterator[Measured]:
     """Bulkhead and retry budget, for the record."""
     bulkhead, budget = Bulkhead("llm", bench.store()), RetryBudget("llm", bench.store())
 
@@ -322,6 +315,6 @@ def guards(pairs: int) -> Iterator[Measured]:
     logger.setLevel(logging.CRITICAL)  # a breaker that opens says so
     with embedded.server() as server, redis.Redis.from_url(server.url) as control:
         bench = Bench(server.url, control, pairs)
-        for group in (breakers, buckets, leases, others):
+        for group in (breakers, buckets, leases, rest):
             yield from group(bench)
     logger.setLevel(level)

@@ -1,0 +1,135 @@
+"""Operations behind guards, and the service they call: files in a folder that a test shares with its worker."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from resilience.breaker_storage import BreakerConfig
+from resilience.bucket import Rate
+from resilience.retry import RetryPolicy
+from rlm_tasks import Context, operation
+
+QUICK = RetryPolicy(max_attempts=4, initial_delay_s=0.2, max_delay_s=0.4)
+
+
+def _listed(parts: Iterable[list[Any]]) -> list[Any]:
+    return [item for part in parts for item in part]
+
+
+def _journal(ctx: Context, word: str) -> None:
+    """Note a call; lines this short are appended whole."""
+    with (Path(ctx.params["folder"]) / "journal").open("a", encoding="utf-8") as file:
+        file.write(f"{word} {ctx.index} {ctx.tries} {time.time()} {os.getpid()}\n")
+
+
+@operation("metered", merge=_listed, rate_limit=Rate(20, per_s=1, burst=5))
+def metered(item: int, ctx: Context) -> list[int]:
+    """Call a provider that allows 20 calls a second."""
+    _journal(ctx, "call")
+    return [item]
+
+
+@operation(
+    "fragile", merge=_listed, breaker=BreakerConfig(failure_threshold=3, recovery_timeout_s=0.5, success_threshold=1), retry=QUICK
+)
+def fragile(item: int, ctx: Context) -> list[int]:
+    """Call a service that is down while the file `down` is there."""
+    _journal(ctx, "call")
+    if (Path(ctx.params["folder"]) / "down").exists():
+        raise ConnectionError("the service is down")
+    return [item]
+
+
+@operation(
+    "stubborn",
+    merge=_listed,
+    service="reset-by-hand",
+    breaker=BreakerConfig(failure_threshold=1, recovery_timeout_s=60),
+    retry=QUICK,
+)
+def stubborn(item: int, ctx: Context) -> list[int]:
+    """The same, with a breaker that nobody waits for."""
+    return fragile(item, ctx)  # type: ignore[no-any-return]  # calling an operation calls its function
+
+
+@operation("second_best", breaker=BreakerConfig(failure_threshold=2, recovery_timeout_s=60), fallback=lambda item: -item)
+def second_best(item: int, ctx: Context) -> int:
+    """Answer by a fallback once the breaker is open."""
+    raise ConnectionError("never there")
+
+
+@operation("third_time", merge=_listed, retry=QUICK)
+def third_time(item: int, ctx: Context) -> list[int]:
+    """Fail twice where the item is a multiple of ten, and for good where it is 15."""
+    _journal(ctx, "call")
+    if item == 15 or (item % 10 == 0 and ctx.tries < 2):
+        raise TimeoutError(f"item {item}, try {ctx.tries}")
+    return [item]
+
+
+@operation("third_time_async", merge=_listed, retry=QUICK, concurrency=10)
+async def third_time_async(item: int, ctx: Context) -> list[int]:
+    """The same, with ten in flight."""
+    _journal(ctx, "call")
+    await asyncio.sleep(0.01)
+    if item == 15 or (item % 10 == 0 and ctx.tries < 2):
+        raise TimeoutError(f"item {item}, try {ctx.tries}")
+    return [item]
+
+
+@operation("metered_async", merge=_listed, service="metered-async", rate_limit=Rate(50, per_s=1, burst=5), concurrency=20)
+async def metered_async(item: int, ctx: Context) -> list[int]:
+    """Call a provider that allows 50 calls a second, with many in flight."""
+    _journal(ctx, "call")
+    await asyncio.sleep(0.05)
+    return [item]
+
+
+@operation("narrow", merge=_listed, bulkhead=1)
+def narrow(item: int, ctx: Context) -> list[int]:
+    """Call something that bears one call at a time."""
+    _journal(ctx, "begin")
+    time.sleep(0.01)
+    _journal(ctx, "end")
+    return [item]
+
+
+@operation("sleepy", merge=_listed, timeout_s=0.5)
+def sleepy(item: float) -> list[float]:
+    """Take so many seconds, in Python."""
+    until = time.monotonic() + item
+    while time.monotonic() < until:
+        time.sleep(0.001)
+    return [item]
+
+
+@operation("sleepy_async", merge=_listed, timeout_s=0.5, concurrency=5)
+async def sleepy_async(item: float) -> list[float]:
+    """Take so many seconds among others."""
+    await asyncio.sleep(item)
+    return [item]
+
+
+@operation("deaf", merge=_listed, timeout_s=0.5)
+def deaf(item: int) -> list[int]:
+    """Never return to Python where the item is 13."""
+    if item == 13:
+        sum(range(10**15))  # one call of C that takes months, and hears no signal
+    return [item]
+
+
+@operation(
+    "accounted",
+    service="accounted",
+    rate_limit={"requests": Rate(1000), "tokens": Rate(1000, per_s=1)},
+    cost=lambda item: {"requests": 1, "tokens": 500},
+)
+def accounted(item: int, ctx: Context) -> int:
+    """Reserve much and use little."""
+    ctx.settle(tokens=1)
+    return item

@@ -1,0 +1,305 @@
+"""The shared breaker against an oracle: three processes, calls that end late, twice or never, and a clock.
+
+The oracle is what the breaker means, in plain Python: one state, one generation for each transition, leased probes.
+A process may know less than the oracle: it believes what it read for up to FRESH_S.  Where that leaves a choice, the
+oracle names all outcomes that are right, and takes over the one that came.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from resilience.breaker import CircuitBreaker, CircuitOpen
+from resilience.breaker_storage import ASK_AGAIN_S, CLOSED, FRESH_S, HALF_OPEN, OPEN, Admission, BreakerConfig
+from resilience.keys import Keys
+from tests.unit.world import World
+
+FAILURES, RECOVERY_S, PROBES, LEASE_S, SUCCESSES = 2, 2.0, 2, 1.0, 3
+CONFIG = BreakerConfig(
+    failure_threshold=FAILURES,
+    recovery_timeout_s=RECOVERY_S,
+    half_open_max_calls=PROBES,
+    half_open_timeout_s=LEASE_S,
+    success_threshold=SUCCESSES,
+)
+PAUSES = (0.0625, 0.125, 0.3125, LEASE_S, RECOVERY_S, 2.5)
+"""Shorter than what a process believes, longer, and the timeouts; sixteenths, so that no sum of them is rounded."""
+MS = 0.001
+"""The server counts in milliseconds."""
+ERRORS: dict[str, BaseException | None] = {"ok": None, "failed": RuntimeError("boom"), "ignored": KeyboardInterrupt()}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a breaker is, for somebody who knows everything."""
+
+    state: str = CLOSED
+    turn: int = 0  # counts transitions
+    changed_at: float = 0.0
+    failures: int = 0  # in a row
+    failed_at: float = 0.0
+    successes: int = 0  # of probes of this turn
+    probes: dict[str, float] = field(default_factory=dict)  # permit -> end of its lease
+
+    def moved(self, state: str, now: float) -> Truth:
+        failures = 0 if state == CLOSED else self.failures
+        return replace(self, state=state, turn=self.turn + 1, changed_at=now, failures=failures, successes=0, probes={})
+
+    def due(self, now: float) -> Truth:
+        """Half-open, once it has been open for as long as it must."""
+        over = self.state == OPEN and now >= self.changed_at + RECOVERY_S
+        return self.moved(HALF_OPEN, now) if over else self
+
+    def live(self, now: float) -> int:
+        return sum(until > now for until in self.probes.values())
+
+    def without(self, permit: str) -> Truth:
+        return replace(self, probes={each: until for each, until in self.probes.items() if each != permit})
+
+    def probed(self, permit: str, outcome: str, now: float) -> Truth:
+        """A probe of this turn has ended."""
+        if outcome == "failed":
+            return self.moved(OPEN, now)
+        after = replace(self.without(permit), successes=self.successes + (outcome == "ok"))
+        return after.moved(CLOSED, now) if after.successes >= SUCCESSES else after
+
+    def called(self, outcome: str, now: float) -> Truth:
+        """A call of this turn has ended, while it is closed."""
+        if outcome == "ignored":
+            return self
+        after = replace(self, failures=self.failures + 1, failed_at=now) if outcome == "failed" else replace(self, failures=0)
+        return after.moved(OPEN, now) if after.failures >= FAILURES else after
+
+
+@dataclass
+class Taken:
+    """An admission, by which process and when; it may end more than once."""
+
+    number: int
+    admission: Admission
+    at: float
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is stored, as the header of breaker.lua names it."""
+
+    state: str = CLOSED
+    generation: int = 0
+    until: float = 0.0
+    failures: int = 0
+    successes: int = 0
+
+
+class BreakerMachine(RuleBasedStateMachine):
+    """Breakers of three processes beside the oracle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.world = pytest.MonkeyPatch(), World()
+        self.world.install(self.patch)
+        self.client, self.key = self.world.client(), Keys("unit").breaker("llm")[0]
+        self.truth, self.generation = Truth(), 0
+        self.closed_until: dict[str, float] = {}  # generation -> when it ended, for those in which it was closed
+        self.processes = [self.process() for _ in range(3)]
+        self.refused_at = [float("-inf")] * 3
+        self.taken: list[Taken] = []
+
+    def process(self) -> CircuitBreaker:
+        return CircuitBreaker("llm", self.world.store(), CONFIG)
+
+    # --- what is seen -----------------------------------------------------------------------------------
+
+    def stored(self) -> Stored:
+        raw: dict[Any, Any] = self.client.hgetall(self.key)
+        found = {name.decode(): value.decode() for name, value in raw.items()}
+        if not found:
+            return Stored()
+        return Stored(found["st"], int(found["gen"]), float(found["till"]) / 1000, int(found["f"]), int(found["hs"]))
+
+    def settled(self) -> bool:
+        """Every process knows of the last transition, if it has asked since."""
+        return self.world.now - self.truth.changed_at > FRESH_S
+
+    def become(self, *right: Truth) -> None:
+        """Take over the one of the right outcomes that is stored."""
+        found, now = self.stored(), self.world.now
+        fits = [
+            each
+            for each in right
+            if (each.state, each.failures, each.successes) == (found.state, found.failures, found.successes)
+        ]
+        assert fits, f"{found} is none of {right}"
+        before, self.truth = self.truth, fits[0]
+        if self.truth.turn == before.turn:
+            assert found.generation == self.generation
+            return
+        assert found.generation > self.generation, "each transition is a new generation"
+        if before.state == CLOSED:
+            self.closed_until[str(self.generation)] = now
+        self.generation = found.generation
+        till = now + RECOVERY_S if found.state == OPEN else 0
+        assert found.until == pytest.approx(till, abs=MS), "open for exactly as long as it must"
+
+    # --- rules ------------------------------------------------------------------------------------------
+
+    @rule(number=st.integers(0, 2))
+    def admit(self, number: int) -> None:
+        try:
+            admission = self.processes[number].admit()
+        except CircuitOpen as refusal:
+            self.refused(number, refusal)
+            return
+        self.taken.append(Taken(number, admission, self.world.now))
+        if admission.probe:
+            self.probe(admission)
+        else:
+            self.passed(admission)
+
+    def refused(self, number: int, refusal: CircuitOpen) -> None:
+        now, due = self.world.now, self.truth.due(self.world.now)
+        just_refused = now - self.refused_at[number] < ASK_AGAIN_S
+        rightly = due.state == OPEN or (due.state == HALF_OPEN and due.live(now) == PROBES)
+        assert rightly or just_refused or not self.settled(), f"refused, although it is {due}"
+        assert 0 < refusal.retry_after_s <= RECOVERY_S
+        if due.state == OPEN and self.settled():
+            assert refusal.retry_after_s == pytest.approx(self.truth.changed_at + RECOVERY_S - now, abs=MS)
+        self.refused_at[number] = now
+        self.become(self.truth)
+
+    def probe(self, admission: Admission) -> None:
+        now, due = self.world.now, self.truth.due(self.world.now)
+        assert due.state == HALF_OPEN, f"no probe is to be made, it is {due}"
+        assert due.live(now) < PROBES, "more probes than may be"
+        live = {permit: until for permit, until in due.probes.items() if until > now}
+        self.become(replace(due, probes={**live, admission.probe: now + LEASE_S}))
+        assert admission.generation == str(self.generation)
+
+    def passed(self, admission: Admission) -> None:
+        if self.truth.state == CLOSED and admission.generation == str(self.generation):
+            return
+        assert self.world.now - self.closed_until[admission.generation] <= FRESH_S, "it is not closed, and that is known"
+
+    @precondition(lambda self: self.taken)
+    @rule(at=st.integers(0, 20), outcome=st.sampled_from(["ok", "ok", "failed", "ignored"]), again=st.integers(0, 3))
+    def end(self, at: int, outcome: str, again: int) -> None:
+        """A call ends, early or late; one in four stays and will end again."""
+        at = max(0, len(self.taken) - 1 - at)
+        taken = self.taken[at]
+        if again:
+            del self.taken[at]
+        self.processes[taken.number].ended(taken.admission, ERRORS[outcome])
+        self.become(*self.outcomes(taken, outcome))
+
+    def outcomes(self, taken: Taken, outcome: str) -> list[Truth]:
+        truth, now, permit = self.truth, self.world.now, taken.admission.probe
+        if permit:
+            until = truth.probes.get(permit)
+            if until is None:
+                return [truth]
+            # Whether a lease that is over still counts is decided by whether somebody asked since.
+            return [truth.probed(permit, outcome, now)] + ([truth, truth.without(permit)] if until <= now else [])
+        if truth.state != CLOSED or taken.admission.generation != str(self.generation):
+            return [truth]
+        # A success is told only by who knows of failures: for certain if they were there before the call began.
+        knew = outcome != "ok" or taken.at - truth.failed_at > FRESH_S
+        return [truth.called(outcome, now)] + ([] if knew else [truth])
+
+    @rule(number=st.integers(0, 2), times=st.integers(1, FAILURES))
+    def calls_fail(self, number: int, times: int) -> None:
+        for _ in range(times):
+            self.call(number, "failed")
+
+    @rule(number=st.integers(0, 2))
+    def a_call_succeeds(self, number: int) -> None:
+        self.call(number, "ok")
+
+    def call(self, number: int, outcome: str) -> None:
+        before = len(self.taken)
+        self.admit(number)
+        if len(self.taken) > before:
+            self.end(0, outcome, 1)
+
+    @precondition(lambda self: self.truth.state != CLOSED)
+    @rule(numbers=st.lists(st.integers(0, 2), min_size=2, max_size=5))
+    def several_ask_once_its_time_is_over(self, numbers: list[int]) -> None:
+        self.world.sleep(max(0.0, self.truth.changed_at + RECOVERY_S - self.world.now) if self.truth.state == OPEN else 0.0)
+        for number in numbers:
+            self.admit(number)
+
+    @precondition(lambda self: any(each.admission.probe for each in self.taken))
+    @rule(outcome=st.sampled_from(["ok", "ok", "ok", "failed", "ignored"]), again=st.integers(0, 2), late=st.integers(0, 5))
+    def a_probe_ends(self, outcome: str, again: int, late: int) -> None:
+        """In time, or when its lease is over."""
+        if not late:
+            self.world.sleep(LEASE_S)
+        at = next(at for at, each in enumerate(reversed(self.taken)) if each.admission.probe)
+        self.end(at, outcome, again)
+
+    @precondition(lambda self: self.truth.state == CLOSED and self.taken)
+    @rule(at=st.integers(0, 5), outcome=st.sampled_from(["ok", "failed", "failed"]))
+    def old_calls_end(self, at: int, outcome: str) -> None:
+        """It opened and closed while they ran."""
+        for _ in range(FAILURES):
+            self.end(len(self.taken) - 1 - at % len(self.taken), outcome, 0)
+
+    @precondition(lambda self: any(each.admission.probe for each in self.taken))
+    @rule()
+    def a_process_dies_with_its_probe(self) -> None:
+        dead = next(each.number for each in reversed(self.taken) if each.admission.probe)
+        self.taken = [each for each in self.taken if each.number != dead]
+        self.processes[dead], self.refused_at[dead] = self.process(), float("-inf")
+
+    @rule(seconds=st.sampled_from(PAUSES))
+    def time_passes(self, seconds: float) -> None:
+        self.world.sleep(seconds)
+
+    @rule(number=st.integers(0, 2), state=st.sampled_from([CLOSED, OPEN, HALF_OPEN]), really=st.integers(0, 3))
+    def by_hand(self, number: int, state: str, really: int) -> None:
+        if really:
+            return  # rare: most of what is to be seen takes a while to happen
+        breaker = self.processes[number]
+        {CLOSED: breaker.reset, OPEN: breaker.open, HALF_OPEN: breaker.half_open}[state]()
+        self.refused_at[number] = float("-inf")
+        self.become(self.truth.moved(state, self.world.now))
+
+    # --- always -----------------------------------------------------------------------------------------
+
+    @invariant()
+    def nothing_else_changed(self) -> None:
+        self.become(self.truth)
+
+    @precondition(lambda self: self.settled())
+    @invariant()
+    def looking_changes_nothing_and_tells_the_truth(self) -> None:
+        breaker = self.processes[self.truth.turn % 3]
+        assert breaker.state == self.truth.state
+        self.become(self.truth)
+
+    def teardown(self) -> None:
+        """The service answers again: it closes, whatever was before."""
+        try:
+            self.heal()
+        finally:
+            self.patch.undo()
+
+    def heal(self) -> None:
+        for turn in range(40):
+            if self.truth.state == CLOSED:
+                break
+            self.world.sleep(0.3125)
+            self.call(turn % 3, "ok")
+        assert self.truth.state == CLOSED
+        self.world.sleep(2 * FRESH_S)
+        for breaker in self.processes:
+            assert breaker.call(lambda: "answered") == "answered"
+
+
+TestBreakerAgainstAnOracle = BreakerMachine.TestCase
+TestBreakerAgainstAnOracle.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

@@ -1,0 +1,456 @@
+"""The shared bulkhead: who is let in, who is turned away and until when, and how a limit moves."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from resilience.bulkhead import PRESETS, Aimd, Bulkhead, Elastic, Permit
+from resilience.errors import BulkheadFull, CallTimeout, Category, InvalidValue, NeverSatisfiable
+from tests.unit.world import World, world
+
+__all__ = ["world"]
+
+
+def used(bulkhead: Bulkhead) -> float:
+    return bulkhead.status()["used"]
+
+
+def test_by_default_50_are_in_flight_over_all_hosts_and_10_on_each(world: World) -> None:
+    hosts = [Bulkhead("llm", world.store(), host=f"host-{i}") for i in range(6)]
+
+    first = [bool(hosts[0].acquire()) for _ in range(11)]
+    others = [sum(bool(host.acquire()) for _ in range(11)) for host in hosts[1:]]
+
+    assert first == [*[True] * 10, False]
+    assert others == [10, 10, 10, 10, 0], "the fifty are given out"
+
+
+def test_processes_share_a_limit_and_names_do_not(world: World) -> None:
+    ours, theirs, other = (Bulkhead(name, world.store(), limit=2) for name in ("llm", "llm", "db"))
+    held = [ours.acquire(), theirs.acquire()]
+
+    assert all(held)
+    assert not theirs.acquire()
+    assert other.acquire()
+    held[0].release()
+    assert theirs.acquire()
+
+
+def test_a_host_may_be_anything_that_is_counted_by(world: World) -> None:
+    bulkhead = Bulkhead("llm", world.store(), per_host=1)
+
+    assert [bool(bulkhead.acquire(host=endpoint)) for endpoint in ("a", "b", "a", "")] == [True, True, False, True]
+
+
+def test_a_permit_is_given_back_once(world: World) -> None:
+    bulkhead = Bulkhead("llm", world.store(), limit=2)
+    first, second = bulkhead.acquire(), bulkhead.acquire()
+    first.release()
+    first.release()
+
+    assert not first, "it is spent"
+    assert used(bulkhead) == 1
+    second.release()
+    assert used(bulkhead) == 0
+
+
+def test_a_dead_holders_permit_is_free_when_its_lease_ends(world: World) -> None:
+    dead, alive = (Bulkhead("llm", world.store(), limit=1, lease_s=60) for _ in range(2))
+    late = dead.acquire()
+    world.sleep(10)
+    denied = alive.acquire()
+    assert denied.wait_s == pytest.approx(50, abs=0.01), "until then"
+    world.sleep(denied.wait_s)
+
+    assert alive.acquire()
+    late.release()
+    assert used(alive) == 1, "who comes late gives back what is no longer its own: nothing"
+
+
+def test_all_permits_of_a_process_known_to_be_dead_are_free_at_once(world: World) -> None:
+    dead, alive = Bulkhead("llm", world.store(), limit=3, host="a"), Bulkhead("llm", world.store(), limit=3, host="ab")
+    assert all([dead.acquire(), dead.acquire(weight=1, host="endpoint"), alive.acquire()])
+
+    assert alive.forget(dead.owner) == 2
+    assert alive.forget(dead.owner) == 0
+    assert used(alive) == 1, "a name that starts alike is another's"
+    assert alive.acquire(weight=2)
+
+
+def test_a_heavy_call_takes_the_room_of_several(world: World) -> None:
+    bulkhead = Bulkhead("pool", world.store(), limit=10)
+    heavy = bulkhead.acquire(weight=7)
+
+    assert [bool(bulkhead.acquire(weight=each)) for each in (4, 2.5, 0.5)] == [False, True, True]
+    assert used(bulkhead) == 10
+    heavy.release()
+    assert used(bulkhead) == 3
+
+
+@pytest.mark.parametrize(("weight", "per_host", "bound"), [(21, None, 20), (6, 5, 5)])
+def test_what_no_room_can_hold_is_refused_at_once(world: World, weight: float, per_host: float | None, bound: int) -> None:
+    bulkhead = Bulkhead("pool", world.store(), limit=20, per_host=per_host)
+
+    with pytest.raises(NeverSatisfiable, match=f"bulkhead pool: {weight} at once can never be granted, the limit is {bound}"):
+        bulkhead.acquire(weight=weight, max_wait_s=1000)
+
+
+@pytest.mark.parametrize("wrong", [{"limit": 0}, {"limit": -1}, {"per_host": -1}, {"lease_s": 0}, {"limit": Aimd(start=0)}])
+def test_a_wrong_bound_is_told(world: World, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidValue, match=f"{next(iter(wrong))}=.*: must be above 0"):
+        Bulkhead("llm", world.store(), **wrong)
+
+
+def test_it_waits_for_room_as_long_as_asked(world: World) -> None:
+    bulkhead = Bulkhead("llm", world.store(), limit=1, lease_s=5, sleep=world.sleep)
+    began = world.now
+    assert bulkhead.acquire()
+
+    assert not bulkhead.acquire(max_wait_s=2)
+    assert world.now - began == pytest.approx(2, abs=0.02)
+    assert bulkhead.acquire(max_wait_s=100)
+    assert world.now - began == pytest.approx(5, abs=0.02), "as soon as the lease is over"
+
+
+def test_who_waits_is_woken_by_urgency_and_then_by_age_one_for_each_that_leaves(world: World) -> None:
+    woken: list[str] = []
+    bulkhead = Bulkhead("llm", world.store(), limit=2, wake=woken.extend)
+    held = [bulkhead.acquire(), bulkhead.acquire()]
+    for waiter, urgency in [("low", 3), ("normal", 2), ("normal 2", 2), ("critical", 0), ("low", 3)]:
+        assert not bulkhead.acquire(waiter=waiter, urgency=urgency)
+        world.sleep(0.01)
+    assert bulkhead.status()["waiting"] == 4
+
+    held[0].release()
+    assert woken == ["critical"]
+    assert bulkhead.acquire(waiter="critical")
+    held[1].release()
+    assert woken == ["critical", "normal"]
+    assert bulkhead.status()["waiting"] == 2
+
+
+def test_who_came_in_meanwhile_is_not_woken(world: World) -> None:
+    woken: list[str] = []
+    bulkhead = Bulkhead("llm", world.store(), limit=1, lease_s=1, wake=woken.extend)
+    assert bulkhead.acquire()
+    assert not bulkhead.acquire(waiter="mine")
+    world.sleep(1)
+    mine = bulkhead.acquire(waiter="mine")
+    mine.release()
+
+    assert woken == []
+
+
+def test_as_many_are_woken_as_a_dead_process_held(world: World) -> None:
+    woken: list[str] = []
+    dead, alive = (Bulkhead("llm", world.store(), limit=2, host=host, wake=woken.extend) for host in ("a", "b"))
+    assert all([dead.acquire(), dead.acquire()])
+    for waiter in "xyz":
+        alive.acquire(waiter=waiter)
+        world.sleep(0.01)
+    alive.forget(dead.owner)
+
+    assert woken == ["x", "y"]
+
+
+def limit_of(bulkhead: Bulkhead) -> float:
+    return bulkhead.status()["limit"]
+
+
+def test_a_limit_that_is_used_grows_by_one_for_each_round(world: World) -> None:
+    bulkhead = Bulkhead("llm", world.store(), limit=Aimd(start=10, most=12), per_host=None)
+    in_flight = [bulkhead.acquire() for _ in range(10)]
+    found = []
+    for _ in range(4):
+        for _ in range(len(in_flight)):
+            in_flight.pop(0).release()
+            while permit := bulkhead.acquire():
+                in_flight.append(permit)
+        found.append(limit_of(bulkhead))
+
+    assert found == [pytest.approx(11, abs=0.2), pytest.approx(12, abs=0.2), 12, 12]
+    assert len(in_flight) == 12
+
+
+def test_a_limit_that_is_not_used_does_not_grow(world: World) -> None:
+    bulkhead = Bulkhead("llm", world.store(), limit=None, per_host=None)
+    for _ in range(50):
+        bulkhead.acquire().release()
+
+    assert limit_of(bulkhead) == Aimd().start == 20
+
+
+def test_a_round_with_drops_costs_a_tenth_however_many_there_are(world: World) -> None:
+    processes = [Bulkhead("llm", world.store(), limit=Aimd(20), per_host=None, lease_s=60) for _ in range(2)]
+    in_flight = [processes[i % 2].acquire() for i in range(12)]
+    world.sleep(1)
+    for permit in in_flight:
+        permit.release(TimeoutError())
+    assert limit_of(processes[0]) == pytest.approx(18)
+
+    next_round = [processes[0].acquire() for _ in range(3)]
+    world.sleep(1)
+    next_round[0].release(CallTimeout("call", 1))
+    assert limit_of(processes[1]) == pytest.approx(18), "it began in the millisecond of the cut, at the old speed"
+    later = processes[1].acquire()
+    world.sleep(1)
+    later.release(ConnectionError())
+    assert limit_of(processes[1]) == pytest.approx(16.2)
+
+
+@pytest.mark.parametrize("error", [ValueError("theirs"), KeyError(1), KeyboardInterrupt()])
+def test_what_does_not_speak_of_load_costs_nothing(world: World, error: BaseException) -> None:
+    bulkhead = Bulkhead("llm", world.store(), limit=Aimd(20), per_host=None)
+    permit = bulkhead.acquire()
+    world.sleep(1)
+    permit.release(error)
+
+    assert limit_of(bulkhead) == 20
+
+
+def test_a_found_limit_is_everyones_and_never_below_one(world: World) -> None:
+    ours, theirs = (Bulkhead("llm", world.store(), limit=Aimd(2), per_host=None) for _ in range(2))
+    for _ in range(20):
+        world.sleep(1)
+        permit = ours.acquire()
+        world.sleep(1)
+        permit.release(TimeoutError())
+
+    assert limit_of(theirs) == 1
+    assert [bool(theirs.acquire()) for _ in range(2)] == [True, False]
+
+
+def test_a_pool_grows_when_more_is_asked_for_and_shrinks_when_that_has_long_ended(world: World) -> None:
+    pool = Bulkhead("memory", world.store(), limit=Elastic(500, 2048, 900), per_host=None, lease_s=3600)
+    small = pool.acquire(weight=400)
+    assert limit_of(pool) == 500
+    large = pool.acquire(weight=1600)
+    assert (used(pool), limit_of(pool)) == (2000, 2000)
+    assert not pool.acquire(weight=49)
+    assert pool.acquire(weight=48)
+    large.release()
+    world.sleep(899)
+    pool.acquire(weight=1).release()
+    assert limit_of(pool) == 2048, "not yet"
+
+    world.sleep(2)
+    small.release()
+    assert pool.acquire(weight=1)
+    assert limit_of(pool) == 500
+    assert pool.acquire(weight=2047 - 48)
+    assert limit_of(pool) == 2048, "and grows again"
+
+
+def test_the_presets_of_the_source_document() -> None:
+    assert PRESETS == {"throughput": 20, "default": 10, "constrained": 5}
+
+
+def test_without_redis_a_process_holds_as_many_as_it_did(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    store = world.store()
+    bulkhead, other = Bulkhead("llm", store, limit=10), Bulkhead("llm", world.store(), limit=10)
+    held = [bulkhead.acquire() for _ in range(3)]
+    store.lost = True
+    denied = bulkhead.acquire()
+    assert not denied
+    assert denied.wait_s > 0
+    held.pop().release()
+    held.append(bulkhead.acquire())
+    assert [bool(bulkhead.acquire()) for _ in range(2)] == [False, False]
+    for permit in held:
+        permit.release()
+    again = [bulkhead.acquire() for _ in range(4)]
+    assert [bool(permit) for permit in again] == [True, True, True, False]
+
+    store.lost = False
+    world.sleep(2)
+    assert bulkhead.acquire(), "shared again"
+    assert used(other) == 4, "what could not be given back is until its lease is over"
+    for permit in again:
+        permit.release()
+    assert used(other) == 4, "a permit of its own is no business of the others"
+    assert len([record for record in caplog.records if "Redis" in record.message]) == 2
+
+
+def test_without_redis_a_process_that_held_nothing_may_hold_one(world: World) -> None:
+    store = world.store()
+    store.lost = True
+    bulkhead = Bulkhead("llm", store)
+    first = bulkhead.acquire()
+
+    assert first
+    assert not bulkhead.acquire()
+    first.release()
+    assert bulkhead.acquire()
+    assert bulkhead.forget("host:1") == 0
+
+
+def test_it_guards_functions_coroutines_and_blocks(world: World) -> None:
+    bulkhead = Bulkhead("llm", world.store(), limit=1)
+
+    @bulkhead
+    def double(number: int) -> int:
+        """Say how much is in flight."""
+        assert used(bulkhead) == 1
+        return 2 * number
+
+    @bulkhead
+    async def triple(number: int) -> int:
+        assert used(bulkhead) == 1
+        return 3 * number
+
+    assert (double(2), asyncio.run(triple(2))) == (4, 6)
+    assert double.__doc__ == "Say how much is in flight."
+    assert bulkhead.call(lambda: 1) == 1
+    with bulkhead.permit(weight=1) as permit:
+        assert permit
+    assert used(bulkhead) == 0
+
+
+def test_a_full_bulkhead_is_told_and_runs_nothing(world: World) -> None:
+    ran: list[int] = []
+    bulkhead = Bulkhead("llm", world.store(), limit=1, lease_s=60)
+
+    async def run() -> None:
+        ran.append(1)
+
+    with bulkhead.permit():
+        with pytest.raises(
+            BulkheadFull, match="bulkhead llm: as many calls are in flight as may be; come back in 60 s"
+        ) as caught:
+            bulkhead.call(ran.append, 1)
+        with pytest.raises(BulkheadFull):
+            asyncio.run(bulkhead.call_async(run))
+    assert ran == []
+    assert (caught.value.code, caught.value.category) == ("BULKHEAD_FULL", Category.BULKHEAD_FULL)
+    assert caught.value.retry_after_s == pytest.approx(60)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, asyncio.CancelledError])
+def test_whatever_ends_a_call_gives_its_permit_back(world: World, error: type[BaseException]) -> None:
+    bulkhead = Bulkhead("llm", world.store(), limit=1)
+
+    async def fail() -> None:
+        raise error
+
+    for _ in range(2):
+        with pytest.raises(error), bulkhead.permit():
+            raise error
+        with pytest.raises(error):
+            asyncio.run(bulkhead.call_async(fail))
+
+
+# --- against an oracle ----------------------------------------------------------------------------------
+
+
+LIMIT, PER_HOST, LEASE_S = 8, 5, 4.0
+HOSTS = ("left", "left", "right", "right")
+"""Four processes on two hosts."""
+
+
+class Process(Bulkhead):
+    """A process by its number, since all of them are one in a test."""
+
+    number = 0
+
+    @property
+    def owner(self) -> str:
+        return f"{self._host}:{self.number}"
+
+
+@dataclass
+class Held:
+    """A permit as the oracle sees it."""
+
+    permit: Permit
+    name: str
+    owner: int
+    host: str
+    weight: int
+    until: float
+
+
+class BulkheadMachine(RuleBasedStateMachine):
+    """Bulkheads of several processes, beside a list of who holds what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.world = pytest.MonkeyPatch(), World()
+        self.world.install(self.patch)
+        self.processes = [self.process(number) for number in range(len(HOSTS))]
+        self.held: list[Held] = []
+        self.past: list[Held] = []  # given back, forgotten or expired
+
+    def teardown(self) -> None:
+        self.patch.undo()
+
+    def process(self, number: int) -> Process:
+        made = Process("llm", self.world.store(), limit=LIMIT, per_host=PER_HOST, lease_s=LEASE_S, host=HOSTS[number])
+        made.number = number
+        return made
+
+    def expire(self) -> None:
+        over = [each for each in self.held if each.until <= self.world.now]
+        self.past += over
+        self.held = [each for each in self.held if each not in over]
+
+    def weight(self, host: str = "") -> int:
+        return sum(each.weight for each in self.held if not host or each.host == host)
+
+    @rule(number=st.integers(0, 3), weight=st.integers(1, PER_HOST), endpoint=st.sampled_from(["", "", "left", "api"]))
+    def take(self, number: int, weight: int, endpoint: str) -> None:
+        host = endpoint or HOSTS[number]
+        room = self.weight() + weight <= LIMIT and self.weight(host) + weight <= PER_HOST
+        permit = self.processes[number].acquire(weight=weight, host=endpoint)
+        assert bool(permit) is room
+        if permit:
+            until = self.world.now + LEASE_S
+            self.held.append(Held(Permit(self.processes[number], permit.name), permit.name, number, host, weight, until))
+        else:
+            first = min(each.until for each in self.held)
+            assert permit.wait_s == pytest.approx(max(0.02, first - self.world.now), abs=0.001)
+
+    @precondition(lambda self: self.held)
+    @rule(at=st.integers(0, 20))
+    def release(self, at: int) -> None:
+        each = self.held.pop(at % len(self.held))
+        each.permit.release()
+        self.past.append(each)
+
+    @precondition(lambda self: self.past)
+    @rule(at=st.integers(0, 20))
+    def release_again_or_late(self, at: int) -> None:
+        each = self.past[at % len(self.past)]
+        Permit(self.processes[each.owner], each.name).release()
+
+    @rule(number=st.integers(0, 3))
+    def a_process_dies_and_is_forgotten(self, number: int) -> None:
+        gone = [each for each in self.held if each.owner == number]
+        assert self.processes[(number + 1) % 4].forget(self.processes[number].owner) == len(gone)
+        self.past += gone
+        self.held = [each for each in self.held if each.owner != number]
+        self.processes[number] = self.process(number)
+
+    @rule(seconds=st.sampled_from([0.125, 0.5, 1.0, LEASE_S / 2, LEASE_S]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.sleep(seconds)
+        self.expire()
+
+    @invariant()
+    def never_more_than_may_be(self) -> None:
+        assert self.weight() <= LIMIT
+        assert all(self.weight(host) <= PER_HOST for host in ("left", "right", "api"))
+
+    @invariant()
+    def it_knows_what_is_used(self) -> None:
+        assert self.processes[0].status() == {"used": self.weight(), "limit": LIMIT, "waiting": 0}
+
+
+TestBulkheadAgainstAnOracle = BulkheadMachine.TestCase
+TestBulkheadAgainstAnOracle.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
