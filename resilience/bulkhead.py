@@ -105,8 +105,12 @@ class Bulkhead:
 
     @property
     def owner(self) -> str:
-        """The process that takes permits here: all of its permits can be given back at once when it has died."""
-        return f"{self._host}:{os.getpid()}"
+        """The process that takes permits here."""
+        return self.owner_of(os.getpid())
+
+    def owner_of(self, pid: int) -> str:
+        """Return the name of a process of this machine: when it has died, `forget` gives back all that it held."""
+        return f"{self._host}:{pid}"
 
     # --- taking --------------------------------------------------------------------------------------
 

@@ -14,15 +14,14 @@ from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-ALIASES: dict[str, tuple[str, str, float]] = {
-    "CIRCUIT_BREAKER_ENABLED": ("breakers", "enabled", 1),
-    "CIRCUIT_BREAKER_FAILURE_THRESHOLD": ("breakers", "failure_threshold", 1),
-    "ENABLE_ADAPTIVE_TIMEOUTS": ("node", "adaptive_timeouts", 1),
-    "WORKFLOW_ACTIVITY_TIMEOUT_MINUTES": ("node", "item_limit_s", 60),
-    "WORKFLOW_MAX_CONCURRENT_ACTIVITIES": ("node", "max_running", 1),
-    "WORKFLOW_MAX_CONCURRENT_WORKFLOWS": ("node", "max_jobs", 1),
+ALIASES: dict[str, tuple[tuple[str, ...], float]] = {
+    "CIRCUIT_BREAKER_ENABLED": (("breakers", "enabled"), 1),
+    "CIRCUIT_BREAKER_FAILURE_THRESHOLD": (("breakers", "failure_threshold"), 1),
+    "ENABLE_ADAPTIVE_TIMEOUTS": (("node", "adaptive_timeouts"), 1),
+    "WORKFLOW_ACTIVITY_TIMEOUT_MINUTES": (("node", "item_limit_s"), 60),
+    "WORKFLOW_MAX_CONCURRENT_ACTIVITIES": (("slots",), 1),
 }
-"""Variable -> section, field, and the factor from its unit to ours."""
+"""Variable -> where it stands among the settings, and the factor from its unit to ours."""
 
 
 class BreakerSettings(BaseModel, frozen=True, extra="forbid"):
@@ -73,12 +72,13 @@ class _Aliases(PydanticBaseSettingsSource):
         raise NotImplementedError
 
     def __call__(self) -> dict[str, Any]:
-        found: dict[str, dict[str, Any]] = {}
-        for variable, (section, field, factor) in ALIASES.items():
+        found: dict[str, Any] = {}
+        for variable, ((*sections, field), factor) in ALIASES.items():
             told = os.environ.get(variable, "")
-            if told and section in self.settings_cls.model_fields:
+            if told and [*sections, field][0] in self.settings_cls.model_fields:
                 is_number = factor != 1 and told.replace(".", "", 1).isdigit()
-                found.setdefault(section, {})[field] = float(told) * factor if is_number else told
+                into = functools.reduce(lambda inner, name: inner.setdefault(name, {}), sections, found)
+                into[field] = float(told) * factor if is_number else told
         return found
 
 

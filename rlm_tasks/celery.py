@@ -65,6 +65,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
         "task_retry_on_worker_lost": False,
+        **({"worker_concurrency": settings.slots} if settings.slots else {}),
         "worker_prefetch_multiplier": 1,
         "worker_disable_rate_limits": True,
         "worker_deduplicate_successful_tasks": False,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from resilience.errors import Denied, RateLimited, RetryBudgetExhausted, StoreUnavailable
 from resilience.faults import classify
+from rlm_tasks import operations
 from rlm_tasks.protection import Protection
 
 if TYPE_CHECKING:
@@ -302,6 +303,12 @@ class Guards:
                 about.service, self._store, limit=about.bulkhead, per_host=about.per_host, lease_s=lease_s, wake=self._wake
             )
         return self._bulkheads[about.service]
+
+    def forget(self, pid: int) -> None:
+        """Give back what a process of this machine held of any bulkhead: it has died."""
+        for name in operations.names():
+            if (bulkhead := self.bulkhead(operations.get(name).protection)) is not None:
+                bulkhead.forget(bulkhead.owner_of(pid))
 
     def _retry(self, operation: str, about: Protection) -> Retry | None:
         if about.retry is None:

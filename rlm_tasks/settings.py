@@ -43,12 +43,6 @@ class NodeSettings(BaseModel, frozen=True, extra="forbid"):
         ge=0,
         description="No item may run longer, whatever was learned; 0: as `adaptive_timeouts` says. Also `WORKFLOW_ACTIVITY_TIMEOUT_MINUTES`.",
     )
-    max_running: int = Field(
-        0, ge=0, description="Nodes at work at once, over all workers; 0: no bound. Also `WORKFLOW_MAX_CONCURRENT_ACTIVITIES`."
-    )
-    max_jobs: int = Field(
-        0, ge=0, description="Jobs at work at once, over all workers; 0: no bound. Also `WORKFLOW_MAX_CONCURRENT_WORKFLOWS`."
-    )
     adaptive_timeouts: bool = Field(
         True,
         description="Stop an item that runs longer than its complexity and its operation's p99 allow, 3 h at most. Also `ENABLE_ADAPTIVE_TIMEOUTS`.",
@@ -66,6 +60,9 @@ class Settings(StoreSettings):
     result_ttl_s: int = Field(7 * 86_400, gt=0, description="Results and ledger entries of a job live this long.")
     max_result_bytes: int = Field(64 * 2**20, gt=0, description="Largest packed output that result() builds in memory.")
     max_item_bytes: int = Field(16 * 2**20, gt=0, description="Largest single packed item.")
+    slots: int = Field(
+        0, ge=0, description="Pool processes of a worker; 0: as many as it has CPUs. Also `WORKFLOW_MAX_CONCURRENT_ACTIVITIES`."
+    )
     ready_file: str = Field("", description="A file that a worker touches when it is ready, for probes; empty: none.")
     ledger: LedgerSettings = LedgerSettings()
     node: NodeSettings = NodeSettings()

@@ -191,6 +191,8 @@ def give_back(runtime: Runtime, held: Held, died_of: str, *, condemned: bool = F
         logger.warning("Node %s of job %s is not given back yet: %s", held.node, held.job, error)
         return False
     runtime.page.forget(held.pid)
+    if died_of:
+        runtime.guards.forget(held.pid)
     return waits
 
 

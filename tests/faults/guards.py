@@ -40,6 +40,8 @@ TOKENS = {"tokens": (1, 99), "requests": (1, 19)}
 """The limit that binds -> smallest and largest request in tokens: the true limits are met at 25.7 tokens a request."""
 AT_MOST = 1.5
 """A request reserves up to this many times the tokens it uses, and settles to them."""
+PATIENCE_S = 2.0
+"""More than the 0.1 s of `Store.from_url`: on a busy machine a process that waits for its turn would take Redis for away."""
 TROUBLE = ConnectionError("the service is away")
 
 
@@ -117,13 +119,20 @@ def tell(*words: object) -> None:
 def stopping() -> threading.Event:
     """Return what is set when the test says something, or is gone."""
     said = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.readline(), said.set()), daemon=True).start()
+
+    def listen() -> None:
+        sys.stdin.readline()
+        said.set()
+
+    threading.Thread(target=listen, daemon=True).start()
     return said
 
 
 def spend(store: Store, port: str, window_s: str, guard_s: str, binds: str, number: str) -> None:
     """Send as many requests as a bucket grants, for as long as the test says; tell what was granted, and used."""
-    bucket = TokenBucket("llm", store, guard_s=float(guard_s) if guard_s else None, **rates(float(window_s)))
+    limits = rates(float(window_s))
+    guard = float(guard_s) if guard_s else None
+    bucket = TokenBucket("llm", store, guard_s=guard, requests=limits["requests"], tokens=limits["tokens"])
     random, grants, late_s = Random(number), [], 0.0
     with closing(provider.Line(int(port))) as line:
         tell("ready")
@@ -299,7 +308,7 @@ def main() -> int:
     """Run the windows, or be one of the processes."""
     if len(sys.argv) > 1 and sys.argv[1] in ROLES:
         role, url, *words = sys.argv[1:]
-        ROLES[role](Store.from_url(url, namespace=NAMESPACE), *words)
+        ROLES[role](Store.from_url(url, namespace=NAMESPACE, timeout_s=PATIENCE_S), *words)
         return 0
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--window", type=float, default=60.0, help="seconds")

@@ -38,6 +38,7 @@ class Node:
     lost: bool = False  # swept from its holder, and nobody else has claimed it
     aged: bool = False  # its message was sent long ago
     epoch: int = 0
+    tries: int = 0  # how often its first item has failed
     kids: list[str] = field(default_factory=list)
 
     def is_held_by(self, token: str) -> bool:
@@ -107,7 +108,7 @@ class LedgerMachine(RuleBasedStateMachine):
             if not (node.state == RUNNING and node.token == token):
                 node.epoch += 1
             node.state, node.token, node.lapsed, node.lost, node.aged = RUNNING, token, False, False, False
-            assert (answer.epoch, answer.lo, answer.hi) == (node.epoch, node.lo, node.hi)
+            assert (answer.epoch, answer.lo, answer.hi, answer.tries) == (node.epoch, node.lo, node.hi, node.tries)
             self.state = "merging" if id == MERGE else "running"
             self.claims.append(answer)
 
@@ -151,6 +152,8 @@ class LedgerMachine(RuleBasedStateMachine):
             for i, (a, b) in enumerate(itertools.pairwise(edges))
             if a < b
         ]
+        if kids and data.draw(st.booleans(), "the first has to wait"):
+            kids[0].wait_ms, kids[0].tries = int(LONG_S * 1000), data.draw(st.integers(0, 3), "tries")
         report = Report(mid=mid, done=mid - node.lo, kids=kids)
         finished = self.ledger.finish(claim, report, b"partial" if mid > node.lo else b"")
 
@@ -170,7 +173,7 @@ class LedgerMachine(RuleBasedStateMachine):
         node.state, node.lost = (CUT if registered else DONE), False
         node.kids = [kid.id for kid in registered]
         for kid in registered:
-            self.nodes[kid.id] = Node(kid.lo, kid.hi)
+            self.nodes[kid.id] = Node(kid.lo, kid.hi, PARKED if kid.wait_ms >= 0 else QUEUED, tries=kid.tries)
         if self.stopped:
             self.skip_waiting()
         if self.unfinished():
@@ -234,14 +237,25 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.deaths[item] = self.deaths.get(item, 0) + 1
 
     @precondition(lambda self: any(claim.node != MERGE for claim in self.claims))
-    @rule(data=st.data())
-    def park(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), tries=st.integers(0, 3))
+    def park(self, data: st.DataObject, tries: int) -> None:
         """Somebody who once held a node lets it wait."""
         claim = data.draw(st.sampled_from([each for each in self.claims if each.node != MERGE]), "claim")
         node = self.nodes[claim.node]
-        self.ledger.park(claim, int(LONG_S * 1000), "a test says so")
+        self.ledger.park(claim, int(LONG_S * 1000), "a test says so", tries)
         if node.is_held_by(claim.token):
+            node.tries = tries
             node.state, node.lost, node.lapsed, node.aged = PARKED, False, False, False
+
+    @rule(data=st.data())
+    def call(self, data: st.DataObject) -> None:
+        """A guard calls a node, which may be parked or anything else."""
+        id = self.pick(data)
+        node = self.nodes[id]
+        called = self.ledger.unpark("job", id)
+        assert called == (node.state == PARKED and self.state != "closed")
+        if called:
+            node.state, node.lapsed, node.aged = QUEUED, False, False
 
     # --- what time does -------------------------------------------------------------------------------
 

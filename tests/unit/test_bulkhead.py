@@ -18,6 +18,16 @@ from tests.unit.world import World, world
 __all__ = ["world"]
 
 
+class Process(Bulkhead):
+    """A process by its number, since all of them are one in a test."""
+
+    number = 0
+
+    @property
+    def owner(self) -> str:
+        return f"{self._host}:{self.number}"
+
+
 def used(bulkhead: Bulkhead) -> float:
     return bulkhead.status()["used"]
 
@@ -75,7 +85,8 @@ def test_a_dead_holders_permit_is_free_when_its_lease_ends(world: World) -> None
 
 
 def test_all_permits_of_a_process_known_to_be_dead_are_free_at_once(world: World) -> None:
-    dead, alive = Bulkhead("llm", world.store(), limit=3, host="a"), Bulkhead("llm", world.store(), limit=3, host="ab")
+    dead, alive = (Process("llm", world.store(), limit=3, host="a") for _ in range(2))
+    dead.number, alive.number = 1, 12
     assert all([dead.acquire(), dead.acquire(weight=1, host="endpoint"), alive.acquire()])
 
     assert alive.forget(dead.owner) == 2
@@ -96,7 +107,7 @@ def test_a_heavy_call_takes_the_room_of_several(world: World) -> None:
 
 @pytest.mark.parametrize(("weight", "per_host", "bound"), [(21, None, 20), (6, 5, 5)])
 def test_what_no_room_can_hold_is_refused_at_once(world: World, weight: float, per_host: float | None, bound: int) -> None:
-    bulkhead = Bulkhead("pool", world.store(), limit=20, per_host=per_host)
+    bulkhead = Bulkhead("pool", world.store(), limit=20, per_host=per_host, sleep=world.sleep)
 
     with pytest.raises(NeverSatisfiable, match=f"bulkhead pool: {weight} at once can never be granted, the limit is {bound}"):
         bulkhead.acquire(weight=weight, max_wait_s=1000)
@@ -352,16 +363,6 @@ def test_whatever_ends_a_call_gives_its_permit_back(world: World, error: type[Ba
 LIMIT, PER_HOST, LEASE_S = 8, 5, 4.0
 HOSTS = ("left", "left", "right", "right")
 """Four processes on two hosts."""
-
-
-class Process(Bulkhead):
-    """A process by its number, since all of them are one in a test."""
-
-    number = 0
-
-    @property
-    def owner(self) -> str:
-        return f"{self._host}:{self.number}"
 
 
 @dataclass
