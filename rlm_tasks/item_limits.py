@@ -79,5 +79,6 @@ class ItemAlarm:
     def _rings(self, _signal: int, _frame: FrameType | None) -> None:
         if self.in_item:
             self.in_item = False
+            self.set()
             raise CallTimeout("the item", self._limit_s)
         signal.setitimer(signal.ITIMER_REAL, LOOK_AGAIN_S)

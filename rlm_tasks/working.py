@@ -10,6 +10,7 @@ import asyncio
 import functools
 import inspect
 import os
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -234,7 +235,9 @@ class Work:
         """A batch that raised is run again item by item, so that the failure has a name."""
         for item in window:
             index, context = self.at, self._context(self.at)
+            self._page.boundary(time.monotonic())  # each has the whole limit for itself
             self._page.start_item(index)
+            self._alarm.set()
             if index not in self.harvest.left_out:
                 self._attempt(index, self._clock(), lambda: self.harvest.add_batch(self._call([item], context), 1))  # noqa: B023  # called at once
                 if self.postponed is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import queue
 import signal
 import subprocess
@@ -69,14 +68,13 @@ class Child:
 
     def hear(self, first: str, within_s: float = 20.0) -> list[str]:
         """Return the words of its next line, which starts with a word that is left out."""
-        found, *words = self._lines.get(timeout=within_s).split(maxsplit=1 if first == "done" else -1)
+        found, *words = self._lines.get(timeout=within_s).split()
         assert found == first, (found, words)
         return words
 
     def kill(self) -> None:
         """End it as the kernel ends what is out of memory."""
-        with suppress(ProcessLookupError):
-            os.kill(self.process.pid, signal.SIGKILL)
+        self.process.send_signal(signal.SIGKILL)  # to nobody when it has ended before: its pid may be another's
         self.process.wait()
 
     def close(self) -> None:
@@ -93,9 +91,7 @@ class Child:
 def children(count: int, *arguments: object) -> Iterator[list[Child]]:
     """Run some processes of a role for the length of a block; each has its number as the last argument."""
     with ExitStack() as stack:
-        found = [Child("tests.faults.guards", *arguments, number) for number in range(count)]
-        for each in found:
-            stack.callback(each.close)
+        found = [stack.enter_context(closing(Child("tests.faults.guards", *arguments, number))) for number in range(count)]
         for each in found:
             each.hear("ready")
         yield found
@@ -146,7 +142,7 @@ def spend(store: Store, port: str, window_s: str, guard_s: str, binds: str, numb
                 line.ask(f"take {used}")
                 grant.settle(tokens=used)
                 grants.append((grant.at, used))
-    tell("done", json.dumps({"grants": grants, "late_s": late_s}))
+    tell("done", json.dumps({"grants": grants, "late_s": late_s}, separators=(",", ":")))
 
 
 def probe(store: Store, port: str, config: str, _number: str) -> None:
@@ -207,7 +203,7 @@ def hold_probe(store: Store, config: str, _number: str) -> None:
     tell("ready")
     admission = breaker.admit()
     tell("holds", time.monotonic(), admission.probe)
-    signal.pause()
+    sys.stdin.readline()  # until the test kills us, or is gone
 
 
 def hold_permits(store: Store, count: str, lease_s: str, _number: str) -> None:
@@ -216,7 +212,7 @@ def hold_permits(store: Store, count: str, lease_s: str, _number: str) -> None:
     tell("ready")
     taken = [bulkhead.acquire() for _ in range(int(count))]
     tell("holds", time.monotonic(), sum(map(bool, taken)), bulkhead.owner)
-    signal.pause()
+    sys.stdin.readline()  # until the test kills us, or is gone
 
 
 ROLES: dict[str, Callable[..., None]] = {role.__name__: role for role in (spend, probe, observe, trip, hold_probe, hold_permits)}

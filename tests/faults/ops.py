@@ -68,6 +68,8 @@ def poison_batch(items: list[int], ctx: Context) -> list[int]:
     """End the process when a batch has a poisonous item, or hold it up when it has a slow one."""
     if set(items) & set(ctx.params.get("poison", ())):
         os.kill(os.getpid(), signal.SIGKILL)
+    if set(items) & set(ctx.params.get("deaf", ())):
+        sum(range(10**15))  # one call of C: no signal is heard before it ends
     if set(items) & set(ctx.params.get("slow", ())):
         time.sleep(60)
     return list(items)

@@ -57,7 +57,18 @@ def test_poison_among_several_items_in_flight_is_found_within_three_deaths(on_sh
     assert [(item.index, item.attempts) for item in job.quarantined()] == [(170, 3)]
 
 
-def test_a_slow_item_of_a_batch_is_found_and_quarantined_alone(on_shared: Cell) -> None:
+def test_an_item_of_a_batch_that_hears_no_signal_is_found_and_quarantined_alone(on_shared: Cell) -> None:
+    on_shared.environment["RLM_NODE__ITEM_LIMIT_S"] = "1"
+    on_shared.worker()
+    job = on_shared.client.submit(operation="poison_batch", items=range(400), params={"deaf": [170]}, continue_on_error=True)
+
+    result = job.result(timeout=60)
+
+    assert result.output == [i for i in range(400) if i != 170]
+    assert [(item.index, item.last_signal) for item in job.quarantined()] == [(170, "its item limit of 1 s")]
+
+
+def test_a_slow_item_of_a_batch_is_found_and_fails_alone(on_shared: Cell) -> None:
     on_shared.environment["RLM_NODE__ITEM_LIMIT_S"] = "1"
     on_shared.worker()
     job = on_shared.client.submit(operation="poison_batch", items=range(400), params={"slow": [170]}, continue_on_error=True)
@@ -65,7 +76,8 @@ def test_a_slow_item_of_a_batch_is_found_and_quarantined_alone(on_shared: Cell) 
     result = job.result(timeout=60)
 
     assert result.output == [i for i in range(400) if i != 170]
-    assert [(item.index, item.last_signal) for item in job.quarantined()] == [(170, "the item limit of 1 s")]
+    assert [(each.index, each.code) for each in result.failed] == [(170, "TIMEOUT")]
+    assert job.quarantined() == []
 
 
 def test_poison_without_tolerance_fails_the_job_and_names_the_item(on_shared: Cell) -> None:

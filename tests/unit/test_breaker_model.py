@@ -229,9 +229,12 @@ class BreakerMachine(RuleBasedStateMachine):
             self.end(0, outcome, 1)
 
     @precondition(lambda self: self.truth.state != CLOSED)
-    @rule(numbers=st.lists(st.integers(0, 2), min_size=2, max_size=5))
-    def several_ask_once_its_time_is_over(self, numbers: list[int]) -> None:
-        self.world.sleep(max(0.0, self.truth.changed_at + RECOVERY_S - self.world.now) if self.truth.state == OPEN else 0.0)
+    @rule(numbers=st.lists(st.integers(0, 2), min_size=2, max_size=5), early=st.sampled_from([0.0, 0.0, 0.125]))
+    def several_ask_once_its_time_is_over(self, numbers: list[int], early: float) -> None:
+        """Or, just before, somebody who will not take a process's word for it."""
+        until = self.truth.changed_at + RECOVERY_S - early
+        self.world.sleep(max(0.0, until - self.world.now) if self.truth.state == OPEN else 0.0)
+        self.admit(numbers[0], "somebody")
         for number in numbers:
             self.admit(number)
 
