@@ -148,6 +148,11 @@ class LocalBreaker:
         self.failures = seen.failures if seen.state == CLOSED else threshold
         self.until = seen.until if seen.state == OPEN else 0.0
         self._probing = False
+        self._move()
+
+    def _move(self) -> None:
+        """Begin a generation: what was admitted in another one tells nothing about this one."""
+        self._generation = secrets.token_hex(4)
 
     @property
     def state(self) -> str:
@@ -159,20 +164,27 @@ class LocalBreaker:
     def admit(self, now: float) -> Admission | Refusal:
         """Let calls pass; when open, one probe at a time after its time is over."""
         if self.state == CLOSED:
-            return Admission("", local=True)
+            return Admission(self._generation, local=True)
         if now < self.until or self._probing:
             return Refusal(self.state, max(self.until - now, ASK_AGAIN_S), f"its circuit is {self.state} here, and Redis is away")
         self._probing = True
-        return Admission("", local=True)
+        return Admission(self._generation, local=True)
 
-    def report(self, outcome: str, now: float) -> None:
-        """Count a failure; one success closes."""
+    def report(self, outcome: str, now: float, generation: str = "") -> None:
+        """Count a failure; one success closes.  Without a generation it was admitted before Redis was lost."""
+        was_open = self.failures >= self._threshold
+        if generation != self._generation if generation else was_open:
+            return
         self._probing = False
         if outcome == "failed":
             self.failures += 1
-            self.until = now + self._recovery_s if self.failures >= self._threshold else 0.0
         elif outcome == "ok":
             self.failures = 0
+        if self.failures >= self._threshold and outcome == "failed":
+            self.until = now + self._recovery_s
+            self._move()
+        elif was_open and not self.failures:
+            self._move()
 
 
 class SharedStorage(pybreaker.CircuitBreakerStorage):
@@ -237,6 +249,8 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         """Take over a script's answer."""
         verdict, state, generation, open_ms, failures, successes, at, wait_ms, *woken = answer
         now = self._clock()
+        if _text(generation) != self.snapshot.generation:
+            self._unreported = 0
         self.snapshot = Snapshot(
             _text(state), _text(generation), now + int(open_ms) / 1000, int(failures), int(successes), int(at), now
         )
@@ -295,10 +309,12 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         A success that changes nothing costs no round trip.
         """
         if admission.local:
-            self.cut_off().report(outcome, self._clock())
+            if self._local is not None:  # else Redis is back, and what was done meanwhile is not its news
+                self._local.report(outcome, self._clock(), admission.generation)
             return Verdict("kept")
         if not admission.probe and outcome != "failed" and (outcome == "ignored" or not self.snapshot.failures):
-            self._unreported += outcome == "ok" and self._config.failure_rate is not None
+            counts = self._config.failure_rate is not None and admission.generation == self.snapshot.generation
+            self._unreported += outcome == "ok" and counts
             return Verdict("kept")
         try:
             [answer] = self._store.ask(self._call(_REPORT, admission.probe, admission.generation, outcome))

@@ -187,7 +187,9 @@ class TokenBucket:
         told: list[Argument] = [self._me, int(KEEP_S * 1000), int(max_wait_s * 1e6), URGENCY[priority] if in_line else "", most]
         for each in limits:
             owed = self._shares[each.key].owed if each.key in self._shares else 0.0
-            told += [*self._about(each), each.amount, FLOORS[priority] * each.rate.capacity, owed]
+            numbers = (*self._about(each), each.amount, FLOORS[priority] * each.rate.capacity, owed)
+            # As one argument: each costs the client 0.7 us.
+            told.append(f"[{','.join([repr(float(number)) for number in numbers])}]")
         try:
             [[granted, wait, at, leased, takers]] = self._store.ask(self._call(_TAKE, limits, id, *told))
         except StoreUnavailable:

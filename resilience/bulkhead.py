@@ -98,7 +98,7 @@ class Bulkhead:
             if not value > 0:
                 raise InvalidValue(field, value, "must be above 0")
         self._limit, self._per_host = moving, per_host or 0
-        self._host, self._wake, self._sleep = host or os.uname().nodename, wake, sleep
+        self._host, self._wake, self._sleep = _plain(host or os.uname().nodename), wake, sleep
         self._keys = Keys(self._store.namespace).bulkhead(name)
         self._held = 0  # by this process
         self._alone: int | None = None  # how many it may hold while Redis is away
@@ -122,6 +122,8 @@ class Bulkhead:
         A `waiter` is noted when denied, by its urgency (0 is the most urgent), and handed to `wake` when there is
         room.  Raises NeverSatisfiable for a weight above the limit.
         """
+        if not weight > 0:
+            raise InvalidValue("weight", weight, "must be above 0")
         if weight > _most(self._limit) or 0 < self._per_host < weight:
             raise NeverSatisfiable(f"bulkhead {self.name}", weight, min(_most(self._limit), self._per_host or float("inf")))
         until = self._store.clock() + max_wait_s
@@ -138,8 +140,9 @@ class Bulkhead:
         return BulkheadFull(f"bulkhead {self.name}", permit.wait_s, "as many calls are in flight as may be", noted=permit.noted)
 
     def _take(self, weight: float, host: str, waiter: str, urgency: int) -> Permit:
-        name = f"{self.owner}|{host or self._host}|{weight:g}|{secrets.token_hex(6)}".replace(" ", "_")
-        told: tuple[Argument, ...] = (name, host or self._host, f"{weight:g}", int(self._lease_s * 1000), _base(self._limit))
+        host, size = _plain(host or self._host), f"{weight:.15g}"
+        name = f"{self.owner}|{host}|{size}|{secrets.token_hex(6)}"
+        told: tuple[Argument, ...] = (name, host, size, int(self._lease_s * 1000), _base(self._limit))
         shrink_ms = int(self._limit.shrink_after_s * 1000) if isinstance(self._limit, Elastic) else 0
         more = (self._per_host, self._kind, _most(self._limit), shrink_ms, waiter, urgency)
         try:
@@ -221,11 +224,27 @@ class Bulkhead:
 
     def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:
         """Decorate a function or a coroutine function."""
-        call = self.call_async if inspect.iscoroutinefunction(func) else self.call
-        return functools.wraps(func)(functools.partial(call, func))
+        if inspect.iscoroutinefunction(func):
+
+            @functools.wraps(func)
+            async def awaiting(*args: Any, **kwargs: Any) -> Any:
+                return await self.call_async(func, *args, **kwargs)
+
+            return awaiting
+
+        @functools.wraps(func)
+        def calling(*args: Any, **kwargs: Any) -> Any:
+            return self.call(func, *args, **kwargs)
+
+        return calling
 
 
 _STATUS = Script.load("resilience", "bulkhead_status")
+
+
+def _plain(host: str) -> str:
+    """Return a host's name without what separates the parts of a permit's."""
+    return host.replace("|", "_")
 
 
 def _base(limit: float | Aimd | Elastic) -> float:

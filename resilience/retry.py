@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from resilience.bucket import LocalShare, Rate
 from resilience.checked import Seconds
-from resilience.errors import RetryBudgetExhausted, StoreUnavailable
+from resilience.errors import Denied, RetryBudgetExhausted, StoreUnavailable
 from resilience.faults import Fault, classify
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store, default_store
@@ -43,7 +43,7 @@ class RetryPolicy(Seconds):
 
     max_attempts: int = Field(5, ge=1, description="Calls in all, the first one included.")
     initial_delay_s: float = Field(1.0, ge=0, description="Longest wait before the first retry.")
-    backoff_multiplier: float = Field(2.0, ge=1, description="Each longest wait is this many times the one before.")
+    backoff_multiplier: float = Field(2.0, ge=1, le=1000, description="Each longest wait is this many times the one before.")
     max_delay_s: float = Field(30.0, ge=0, description="No wait of our own is longer.")
     deadline_s: float = Field(300.0, gt=0, description="No retry starts later than this after the first attempt.")
     retryable_errors: tuple[str, ...] = Field(
@@ -136,7 +136,7 @@ class Course:
     """The attempts at one call, so far."""
 
     def __init__(self, retry: Retry, *, failures: int = 0) -> None:
-        self._retry, self.failures = retry, failures
+        self._retry, self.failures, self._put_off = retry, failures, 0
         self._until = retry.clock() + retry.policy.deadline_s
         if retry.budget is not None and not failures:
             retry.budget.attempted()
@@ -151,10 +151,12 @@ class Course:
         if not policy.wants(error, fault):
             raise error
         self.failures += not fault.free
+        self._put_off = self._put_off + 1 if fault.free else 0
         if self.failures >= policy.max_attempts:
             raise error
         asked_s = (fault.retry_after_s or 0.0) * self._retry.random.uniform(1.0, 1.1)
-        wait_s = max(asked_s, 0.0 if fault.retry_after_s is not None and fault.free else self._own_delay_s())
+        exact = isinstance(error, Denied) and asked_s > 0
+        wait_s = max(asked_s, 0.0 if exact else self._own_delay_s(told=fault.retry_after_s is not None))
         if self._retry.clock() + wait_s > self._until:
             raise error
         budget = self._retry.budget
@@ -162,14 +164,23 @@ class Course:
             raise RetryBudgetExhausted(budget.service, error) from error
         return wait_s
 
-    def _own_delay_s(self) -> float:
-        return self._retry.policy.delay_s(max(1, self.failures), self._retry.random)
+    def _own_delay_s(self, *, told: bool) -> float:
+        """Return our own wait: longer each time for a service that only says no, and not when."""
+        times = self.failures + (0 if told else self._put_off)
+        return self._retry.policy.delay_s(max(1, times), self._retry.random)
 
 
 def retrying(policy: RetryPolicy | None = None, *, service: str = "", store: Store | None = None, **fields: Any) -> Retry:
     """Return a policy, applied; a `service` has a retry budget that all workers share.  Raises InvalidValue."""
-    settled = RetryPolicy(**{**(policy or DEFAULT).model_dump(), **fields}) if fields else policy or DEFAULT
-    return Retry(settled, RetryBudget(service, store) if service else None)
+    changed = RetryPolicy(**fields).model_dump(exclude_unset=True)  # by our names, whichever they came by
+    settled = RetryPolicy(**{**(policy or DEFAULT).model_dump(), **changed}) if fields else policy or DEFAULT
+    return Retry(settled, _budget(service, store or default_store()) if service else None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _budget(service: str, store: Store) -> RetryBudget:
+    """Return a service's budget in this process: one, which has counted the first attempts of all its calls."""
+    return RetryBudget(service, store)
 
 
 def execute_with_retry(

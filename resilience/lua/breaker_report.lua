@@ -3,6 +3,7 @@
 local b, outcome = read(), ARGV[5]
 if outcome == 'failed' then b.at = now end
 if b.st == HALF_OPEN then
+  call('ZREMRANGEBYSCORE', probes, '-inf', now)
   if call('ZREM', probes, ARGV[3]) == 0 then return answer('dropped', b, 0, 0) end
   if outcome == 'failed' then
     move(b, OPEN)

@@ -1,44 +1,49 @@
 -- The shared steps of a bucket's limits.  KEYS: the reservation, the takers, then one hash for each limit.
 --
 -- A limit's hash:  v  level of the pacing bucket at time t (negative: booked ahead)    hold  nothing passes before
---   sum  what the cells hold    tail  oldest cell that counts    c<k>  taken in cell k: a slice of time, k * width
---   turn<class>  when the last of those who wait will be served
+--   sum  what the cells hold    tail  oldest cell that counts    head  newest cell there is    c<k>  taken in cell k: a slice
+--   of time, k * width    turn<class>  when the last of those who wait will be served    till  the hash does not expire before
 -- A cell stays until all of it is older than the window and its guard.  Times are microseconds of the server.
-local call, CELLS = redis.call, 256
+local call, floor, format, CELLS = redis.call, math.floor, string.format, 256
 local t = call('TIME')
 local now = tonumber(t[1]) * 1000000 + tonumber(t[2])
 
-local function exact(number) return string.format('%.17g', number) end
+local function exact(number) return format('%.17g', number) end
+local function name(cell) return format('c%.0f', cell) end
 
 local function read(key, limit, window, capacity, guard)
-  local v = call('HMGET', key, 'v', 't', 'hold', 'sum', 'tail')
-  local b = {key = key, limit = limit, capacity = capacity, rate = limit / window, width = window / CELLS,
-             window = window + guard, hold = tonumber(v[3] or '0'), sum = tonumber(v[4] or '0'), gone = {}}
+  local width = window / CELLS
+  local b = {key = key, limit = limit, capacity = capacity, rate = limit / window, width = width, window = window + guard,
+             here = name(floor(now / width)), gone = {}}
+  local v = call('HMGET', key, 'v', 't', 'hold', 'sum', 'tail', 'head', 'till', b.here)
+  b.hold, b.sum, b.till, b.taken = tonumber(v[3] or 0), tonumber(v[4] or 0), tonumber(v[7] or 0), tonumber(v[8] or 0)
   b.v = math.min(capacity, tonumber(v[1] or capacity) + math.max(0, now - tonumber(v[2] or now)) * b.rate)
-  b.tail = math.floor((now - b.window) / b.width)
+  b.tail, b.head = floor((now - b.window) / width), tonumber(v[6] or -1)
   if v[5] then
     -- What has left the window since the last take.
-    for k = tonumber(v[5]), b.tail - 1 do b.gone[#b.gone + 1] = 'c' .. k end
+    for k = tonumber(v[5]), math.min(b.tail - 1, b.head) do b.gone[#b.gone + 1] = name(k) end
     for from = 1, #b.gone, 200 do
       local left = call('HMGET', key, unpack(b.gone, from, math.min(from + 199, #b.gone)))
       for _, amount in ipairs(left) do b.sum = b.sum - tonumber(amount or 0) end
     end
     b.tail = math.max(b.tail, tonumber(v[5]))
   end
+  -- No cell counts: the next one is the oldest.
+  if b.head < b.tail then b.tail, b.sum = floor(now / width), 0 end
   return b
 end
 
 -- When the window has room: as many of its oldest cells must leave as hold what is too much.
 local function leaves(b, room)
-  local left, k = b.sum, b.tail
-  while left > room + 1e-9 do
+  local left, k, more = b.sum, b.tail, 8
+  while left > room + 1e-9 and k <= b.head do
     local fields = {}
-    for i = 0, 31 do fields[#fields + 1] = 'c' .. (k + i) end
+    for i = 1, more do fields[i] = name(k + i - 1) end
     for _, amount in ipairs(call('HMGET', b.key, unpack(fields))) do
       left, k = left - tonumber(amount or 0), k + 1
       if left <= room + 1e-9 then break end
     end
-    if k > (now + 86400000000) / b.width then break end
+    more = math.min(2 * more, 128)
   end
   return k == b.tail and now or k * b.width + b.window
 end
@@ -46,12 +51,19 @@ end
 local function put(b, amount, at)
   b.v = b.v - amount
   b.sum = b.sum + amount
-  local cell = math.floor(at / b.width)
+  local cell = floor(at / b.width)
+  local field, taken = name(cell), b.taken
+  if field ~= b.here then taken = tonumber(call('HGET', b.key, field) or 0) else b.taken = b.taken + amount end
+  b.tail, b.head = math.min(b.tail, cell), math.max(b.head, cell)
   for from = 1, #b.gone, 200 do call('HDEL', b.key, unpack(b.gone, from, math.min(from + 199, #b.gone))) end
   b.gone = {}
-  call('HINCRBYFLOAT', b.key, 'c' .. string.format('%.0f', cell), exact(amount))
-  call('HSET', b.key, 'v', exact(b.v), 't', exact(now), 'sum', exact(b.sum), 'tail', exact(b.tail))
-  local full = at + (b.capacity - b.v) / b.rate
-  call('PEXPIRE', b.key, math.ceil((math.max(full, at + b.window, b.hold) - now) / 1000) + 60000)
+  call('HSET', b.key, field, taken + amount, 'v', b.v, 't', now, 'sum', b.sum, 'tail', b.tail, 'head', b.head)
+  -- It may expire a minute after it is full and its window empty; that is put off by half a minute at a time.
+  local till = math.max(at + (b.capacity - b.v) / b.rate, at + b.window, b.hold) + 30000000
+  if till > b.till then
+    b.till = till + 30000000
+    call('HSET', b.key, 'till', b.till)
+    call('PEXPIRE', b.key, math.ceil((b.till - now) / 1000))
+  end
   return cell
 end

@@ -1,18 +1,19 @@
 -- Take from all limits at once, or from none.
 -- ARGV: who takes, ms a reservation is kept, longest wait, class of a waiter ('' : nobody waits), most to lease, then for
--- each limit: limit, window, capacity, guard, amount, what lower classes must leave, owed (taken while Redis was away).
+-- each limit in JSON: limit, window, capacity, guard, amount, what lower classes must leave, owed (taken while Redis was away).
 -- Returns {1, wait, at, leased, takers} or {0, wait, number of the limit that says no, 0, takers}.
-local FIELDS, limits, wait, binding = 7, {}, 0, 0
-call('ZADD', KEYS[2], now, ARGV[1])
-call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - 60000000)
-call('EXPIRE', KEYS[2], 3600)
+local limits, wait, binding = {}, 0, 0
+if math.abs(now - tonumber(call('ZSCORE', KEYS[2], ARGV[1]) or 0)) > 1000000 then
+  call('ZADD', KEYS[2], now, ARGV[1])
+  call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - 60000000)
+  call('EXPIRE', KEYS[2], 3600)
+end
 local takers = call('ZCARD', KEYS[2])
 local taken = call('HGET', KEYS[1], 'at')
 if taken then return {1, math.max(0, tonumber(taken) - now), tonumber(taken), 0, takers} end
 
 for i = 3, #KEYS do
-  local a = {}
-  for j = 1, FIELDS do a[j] = tonumber(ARGV[5 + (i - 3) * FIELDS + j]) end
+  local a = cjson.decode(ARGV[3 + i])
   local b = read(KEYS[i], a[1], a[2], a[3], a[4])
   b.amount, b.left = a[5], a[6]
   if a[7] > 0 then put(b, a[7], now) end
@@ -46,10 +47,11 @@ if wait == 0 and tonumber(ARGV[5]) > 0 then
   leased = math.max(0, math.min(tonumber(ARGV[5]), math.floor(room)))
   first.amount = first.amount + leased
 end
+local about = {'at', at}
 for i, b in ipairs(limits) do
   local cell = put(b, b.amount, at)
-  call('HSET', KEYS[1], 'a' .. i, exact(b.amount), 'c' .. i, string.format('%.0f', cell))
+  for _, each in ipairs({'a' .. i, b.amount, 'c' .. i, cell}) do about[#about + 1] = each end
 end
-call('HSET', KEYS[1], 'at', exact(at))
+call('HSET', KEYS[1], unpack(about))
 call('PEXPIRE', KEYS[1], tonumber(ARGV[2]) + math.ceil(wait / 1000))
 return {1, wait, at, leased, takers}

@@ -9,6 +9,7 @@ if ARGV[1] == '' then
     if string.sub(permit, 1, #ARGV[2] + 1) == ARGV[2] .. '|' then chosen[#chosen + 1] = permit end
   end
 end
+if ARGV[5] == 'elastic' and used > tonumber(ARGV[6]) then call('HSET', about, 'above', now) end
 local held, limit = 0, tonumber(call('HGET', about, 'limit') or ARGV[6])
 for _, permit in ipairs(chosen) do
   local till = tonumber(call('ZSCORE', permits, permit) or '0')

@@ -5,9 +5,9 @@ local host, weight, limit, per_host = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[
 local base, kind = limit, ARGV[7]
 if kind ~= 'fixed' then limit = tonumber(call('HGET', about, 'limit') or ARGV[5]) end
 if kind == 'elastic' then
-  if used + weight > limit then limit = math.min(tonumber(ARGV[8]), used + weight) end
   if used > base then call('HSET', about, 'above', now) end
-  if used <= base and now - tonumber(call('HGET', about, 'above') or '0') > tonumber(ARGV[9]) then limit = math.max(base, used + weight) end
+  if used <= base and now - tonumber(call('HGET', about, 'above') or '0') > tonumber(ARGV[9]) then limit = base end
+  if used + weight > limit then limit = math.min(tonumber(ARGV[8]), used + weight) end
 end
 local here = tonumber(call('HGET', hosts, host) or '0')
 local room = used + weight <= limit and (per_host == 0 or here + weight <= per_host)

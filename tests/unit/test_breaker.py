@@ -335,6 +335,61 @@ def test_without_redis_it_goes_on_by_what_it_knew(world: World, caplog: pytest.L
     ]
 
 
+def test_a_probe_whose_lease_is_over_tells_nothing(world: World) -> None:
+    breaker = CircuitBreaker("llm", world.store(), CONFIG)
+    breaker.half_open()
+    probes = [breaker.admit(), breaker.admit()]
+    world.sleep(5)
+    for probe in probes:
+        breaker.ended(probe)
+
+    assert (breaker.state, breaker.success_counter) == ("half-open", 0)
+
+
+def test_successes_of_another_generation_do_not_count_in_a_window(world: World) -> None:
+    config = BreakerConfig(failure_threshold=100, failure_rate=0.5, min_calls=4, success_threshold=1)
+    breaker = CircuitBreaker("llm", world.store(), config)
+    early = [breaker.admit() for _ in range(100)]
+    breaker.half_open()
+    breaker.call(lambda: 1)
+    for admission in early:
+        breaker.ended(admission)
+    world.sleep(0.3)
+    trip(breaker, 4)
+
+    assert breaker.state == "open"
+
+
+def test_without_redis_too_what_was_admitted_before_tells_nothing_after(world: World) -> None:
+    store = world.store()
+    store.lost = True
+    breaker = CircuitBreaker("llm", store, CONFIG)
+    calls = [breaker.admit() for _ in range(6)]
+    for admission in calls[:3]:
+        breaker.ended(admission, RuntimeError())
+    breaker.ended(calls[3])
+    breaker.ended(calls[4], RuntimeError())
+
+    assert breaker.state == "open"
+    with pytest.raises(CircuitOpen) as caught:
+        breaker.admit()
+    assert caught.value.retry_after_s == pytest.approx(10)
+
+
+def test_what_was_admitted_without_redis_tells_nothing_once_it_is_back(world: World) -> None:
+    store = world.store()
+    store.lost = True
+    ours, theirs = CircuitBreaker("llm", store, CONFIG), CircuitBreaker("llm", world.store(), CONFIG)
+    alone = ours.admit()
+    store.lost = False
+    world.sleep(2)
+    theirs.open()
+    assert ours.state == "open"
+    ours.ended(alone)
+
+    assert ours.state == "open"
+
+
 def test_a_waiter_is_named_when_the_breaker_closes(world: World) -> None:
     woken: list[str] = []
     breaker = CircuitBreaker("llm", world.store(), CONFIG, wake=woken.extend)

@@ -259,6 +259,60 @@ def test_a_pool_grows_when_more_is_asked_for_and_shrinks_when_that_has_long_ende
     assert limit_of(pool) == 2048, "and grows again"
 
 
+def test_a_pool_at_rest_never_grows_beyond_its_largest(world: World) -> None:
+    pool = Bulkhead("memory", world.store(), limit=Elastic(500, 2048, 900), per_host=None)
+    assert pool.acquire(weight=400)
+
+    assert not pool.acquire(weight=2000)
+
+
+def test_a_pool_shrinks_when_its_last_large_use_has_long_ended_not_begun(world: World) -> None:
+    pool = Bulkhead("memory", world.store(), limit=Elastic(500, 2048, 900), per_host=None, lease_s=3600)
+    large = pool.acquire(weight=1500)
+    world.sleep(1000)
+    large.release()
+    world.sleep(1)
+    pool.acquire(weight=1).release()
+
+    assert limit_of(pool) == 1500
+
+
+@pytest.mark.parametrize("host", ["my host", "a|b", "http://x/?q=1|2|3|"])
+def test_any_name_may_be_a_host(world: World, host: str) -> None:
+    bulkhead = Bulkhead("llm", world.store(), per_host=1, lease_s=60)
+    for _ in range(2):
+        permit = bulkhead.acquire(host=host)
+        assert permit
+        assert not bulkhead.acquire(host=host)
+        permit.release()
+    assert bulkhead.acquire(host=host)
+    world.sleep(60)
+    assert bulkhead.acquire(host=host)
+    assert used(bulkhead) == 1
+
+
+@pytest.mark.parametrize("weight", [0, -5, float("nan")])
+def test_a_weight_that_is_none_is_told(world: World, weight: float) -> None:
+    with pytest.raises(InvalidValue, match=r"weight=.*: must be above 0"):
+        Bulkhead("llm", world.store()).acquire(weight=weight)
+
+
+def test_a_weight_is_counted_exactly(world: World) -> None:
+    bulkhead = Bulkhead("bytes", world.store(), limit=1e9, per_host=None)
+    assert bulkhead.acquire(weight=123_456_789)
+
+    assert used(bulkhead) == 123_456_789
+
+
+def test_it_guards_methods(world: World) -> None:
+    class Client:
+        @Bulkhead("llm", world.store())
+        def ask(self, what: str) -> str:
+            return what
+
+    assert Client().ask("this") == "this"
+
+
 def test_the_presets_of_the_source_document() -> None:
     assert PRESETS == {"throughput": 20, "default": 10, "constrained": 5}
 

@@ -43,6 +43,10 @@ class CountingRedis(fakeredis.FakeRedis):
         self.trips += 1
         return super().pipeline(*args, **options)
 
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        self.trips += 1
+        return super().execute_command(*args, **options)
+
 
 @contextmanager
 def server_clock() -> Iterator[Clock]:

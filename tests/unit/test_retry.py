@@ -255,6 +255,22 @@ def test_a_hint_beyond_the_deadline_is_not_waited_for(world: World) -> None:
     assert len(service.calls) == 1
 
 
+def test_a_service_that_says_at_once_is_not_asked_without_end(world: World) -> None:
+    service = Service(world, Http(429, Retry_After="0"))
+
+    with pytest.raises(Http):
+        retry(world, deadline_s=100).call(service)
+    assert len(service.calls) < 2.5 * 100
+
+
+def test_a_service_that_says_no_and_not_when_is_asked_less_and_less(world: World) -> None:
+    service = Service(world, Http(429))
+
+    with pytest.raises(Http):
+        retry(world).call(service)
+    assert len(service.calls) < 50
+
+
 # --- the budget -----------------------------------------------------------------------------------------
 
 
@@ -481,6 +497,30 @@ def test_a_function_is_called_as_a_policy_says_with_the_budget_of_the_default_st
         service = Service(world, Http(503), Http(503), "fine")
         assert execute_with_retry(add, 1, policy=policy, service=service_name, second=2, then=service) == (3, "fine")
         assert store.round_trips == trips
+
+
+def test_calls_that_went_well_count_for_the_budget_of_their_service(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = world.store()
+    monkeypatch.setattr(resilience.retry, "default_store", lambda: store)
+    spendable(RetryBudget("llm", store))
+    for _ in range(100):
+        execute_with_retry(lambda: 1, service="llm")
+
+    policy = RetryPolicy(initial_delay_s=0)
+    assert execute_with_retry(Service(world, Http(503), "fine"), policy=policy, service="llm") == "fine"
+    assert spendable(RetryBudget("llm", store)) == 9
+
+
+def test_a_decorator_takes_the_names_of_other_houses_too(world: World) -> None:
+    service = Service(world, Http(503))
+
+    @with_retry(maxAttempts=3, initialDelayMs=0)
+    def call() -> object:
+        return service()
+
+    with pytest.raises(Http):
+        call()
+    assert len(service.calls) == 3
 
 
 def test_a_retry_is_one_round_trip_and_a_success_none(world: World) -> None:
