@@ -39,6 +39,9 @@ class Aimd:
     start: float = 20.0
     most: float = 200.0
 
+    def __post_init__(self) -> None:
+        _ordered("start", self.start, self.most)
+
 
 @dataclass(frozen=True, slots=True)
 class Elastic:
@@ -51,9 +54,17 @@ class Elastic:
     most: float
     shrink_after_s: float = 900.0
 
+    def __post_init__(self) -> None:
+        _ordered("base", self.base, self.most)
+
 
 PRESETS = {"throughput": 20, "default": 10, "constrained": 5}
-"""Concurrent executions of source document 2; leaving the limit out finds one: `Aimd`."""
+"""Concurrent executions of source document 2; None finds a limit by itself: `Aimd`."""
+
+
+def _ordered(name: str, least: float, most: float) -> None:
+    if not 0 < least <= most:
+        raise InvalidValue(name, least, f"must be above 0 and at most {most:g}")
 
 
 class Permit:
@@ -81,19 +92,21 @@ class Bulkhead:
         name: str,
         store: Store | None = None,
         *,
-        limit: float | Aimd | Elastic | None = 50,
+        limit: float | str | Aimd | Elastic | None = 50,
         per_host: float | None = 10,
         lease_s: float = LEASE_S,
         host: str = "",
         wake: Callable[[Sequence[str]], None] = lambda _: None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`limit` None finds a limit by itself, as ``Aimd()`` does; `per_host` None sets no bound for a host.
+        """`limit` may be a preset's name; None finds a limit by itself, as ``Aimd()`` does; `per_host` None bounds no host.
 
         A host is the machine, unless the caller of `acquire` names another thing to count by, such as an endpoint.
         """
         self.name, self._store, self._lease_s = name, store or default_store(), lease_s
-        moving = Aimd() if limit is None else limit
+        if isinstance(limit, str) and limit not in PRESETS:
+            raise InvalidValue("limit", limit, f"must be a number, Aimd, Elastic, or one of {', '.join(PRESETS)}")
+        moving = Aimd() if limit is None else PRESETS[limit] if isinstance(limit, str) else limit
         for field, value in (("limit", _base(moving)), ("per_host", per_host or 1), ("lease_s", lease_s)):
             if not value > 0:
                 raise InvalidValue(field, value, "must be above 0")

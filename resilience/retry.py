@@ -113,9 +113,15 @@ class Retry:
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
+    def begin(self) -> Course:
+        """Return the course of a call that is about to be tried first."""
+        if self.budget is not None:
+            self.budget.attempted()
+        return Course(self)
+
     def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call until it succeeds; raises what the last attempt raised, or RetryBudgetExhausted from it."""
-        course = Course(self)
+        course = self.begin()
         while True:
             try:
                 return func(*args, **kwargs)
@@ -124,7 +130,7 @@ class Retry:
 
     async def call_async(self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """Do as `call` does, for a coroutine function."""
-        course = Course(self)
+        course = self.begin()
         while True:
             try:
                 return await func(*args, **kwargs)
@@ -138,8 +144,6 @@ class Course:
     def __init__(self, retry: Retry, *, failures: int = 0) -> None:
         self._retry, self.failures, self._put_off = retry, failures, 0
         self._until = retry.clock() + retry.policy.deadline_s
-        if retry.budget is not None and not failures:
-            retry.budget.attempted()
 
     def wait_s(self, error: BaseException, fault: Fault | None = None) -> float:
         """Return in how many seconds to try again; raise the error when it is final.  A `fault` says what it means.

@@ -142,11 +142,11 @@ class Client:
         ``retryableErrors``).  Raises what the last attempt raised.  A policy on the *operation* tries again by item,
         and is the better choice where one item of many may fail.
         """
-        from resilience.retry import Course, retrying
+        from resilience.retry import retrying
 
         settled = RetryPolicy(**policy) if isinstance(policy, Mapping) else policy
         retry = retrying(settled)
-        course = Course(retry)
+        course = retry.begin()
         while True:
             try:
                 return self.execute(request, **fields)

@@ -109,6 +109,8 @@ class Guarded:
         except Denied:
             self._withdraw(entry)
             raise
+        if self._retry is not None and self._retry.budget is not None and not context.tries:
+            self._retry.budget.attempted()
         context.grant = entry.grant
         entry.cpu_s = time.process_time()
         return entry

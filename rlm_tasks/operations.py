@@ -134,7 +134,7 @@ def operation(
     breaker: BreakerConfig | str | bool | None = None,
     rate_limit: Rate | Mapping[str, Rate] | None = None,
     cost: Callable[..., Mapping[str, float]] | None = None,
-    bulkhead: float | Aimd | Elastic | None = None,
+    bulkhead: float | str | Aimd | Elastic | None = None,
     per_host: float | None = None,
     retry: RetryPolicy | int | None = None,
     fallback: Callable[..., Any] | None = None,

@@ -27,7 +27,7 @@ class Protection:
     breaker: BreakerConfig | str | None = None
     rate_limit: Mapping[str, Rate] = field(default_factory=dict)
     cost: Callable[..., Mapping[str, float]] | None = None
-    bulkhead: float | Aimd | Elastic | None = None
+    bulkhead: float | str | Aimd | Elastic | None = None
     per_host: float | None = None
     retry: RetryPolicy | None = None
     fallback: Callable[..., Any] | None = None

@@ -113,9 +113,9 @@ def test_what_no_room_can_hold_is_refused_at_once(world: World, weight: float, p
         bulkhead.acquire(weight=weight, max_wait_s=10)
 
 
-@pytest.mark.parametrize("wrong", [{"limit": 0}, {"limit": -1}, {"per_host": -1}, {"lease_s": 0}, {"limit": Aimd(start=0)}])
+@pytest.mark.parametrize("wrong", [{"limit": 0}, {"limit": -1}, {"per_host": -1}, {"lease_s": 0}, {"limit": "fast"}])
 def test_a_wrong_bound_is_told(world: World, wrong: dict[str, Any]) -> None:
-    with pytest.raises(InvalidValue, match=f"{next(iter(wrong))}=.*: must be above 0"):
+    with pytest.raises(InvalidValue, match=f"{next(iter(wrong))}=.*: must be "):
         Bulkhead("llm", world.store(), **wrong)
 
 
@@ -293,7 +293,7 @@ def test_any_name_may_be_a_host(world: World, host: str) -> None:
 
 @pytest.mark.parametrize("weight", [0, -5, float("nan")])
 def test_a_weight_that_is_none_is_told(world: World, weight: float) -> None:
-    with pytest.raises(InvalidValue, match=r"weight=.*: must be above 0"):
+    with pytest.raises(InvalidValue, match=r"weight=.*: must be "):
         Bulkhead("llm", world.store()).acquire(weight=weight)
 
 

@@ -360,7 +360,7 @@ class Outage:
             self._world.now, number, course = heapq.heappop(due)
             self.first, self.retries = self.first + (course is None), self.retries + (course is not None)
             budget = self._budgets[number % len(self._budgets)]
-            course = course or Course(retry(self._world, budget, seed=number))
+            course = course or retry(self._world, budget, seed=number).begin()
             try:
                 heapq.heappush(due, (self._world.now + course.wait_s(Http(503)), number, course))
             except (Http, RetryBudgetExhausted):
