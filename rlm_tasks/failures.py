@@ -1,4 +1,4 @@
-"""Turn an exception into data that can be stored and shown."""
+"""Turn an exception into data that can be stored and shown; and say what Celery's own exceptions mean."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from resilience.faults import classify
+from billiard.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
+from celery.exceptions import TaskPredicate
+
+from resilience.faults import CANCELLED, TIMEOUT, WORKER_LOST, classify, register
+
+for _error, _fault in {
+    SoftTimeLimitExceeded: TIMEOUT,
+    TimeLimitExceeded: TIMEOUT,
+    WorkerLostError: WORKER_LOST,
+    TaskPredicate: CANCELLED,  # Retry, Ignore, Reject: control flow
+}.items():
+    register(_error, _fault)
 
 TRACEBACK_CHARS = 4000
 MESSAGE_CHARS = 1000
