@@ -17,6 +17,7 @@ EXAMPLES = {
     "README.md": ["succeeded", "nodes open"],
     "docs/examples/word_count.py": ["10000", "nodes"],
     "docs/examples/partial_failures.py": ["[1, 2, 4] 25% failed", "2 ValueError invalid literal", "1 failed again"],
+    "docs/examples/rate_limited.py": ["70210 0 failed", "closed"],
 }
 
 

@@ -6,17 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import resilience
 import rlm_tasks
 
 
 def test_the_public_names_are_those_of_the_file() -> None:
     kept = Path(__file__).with_name("public_names.txt").read_text(encoding="utf-8").split()
 
-    assert sorted(rlm_tasks.__all__) == sorted(kept)
+    assert sorted([*rlm_tasks.__all__, *(f"resilience.{name}" for name in resilience.__all__)]) == sorted(kept)
 
 
 def test_every_public_name_can_be_imported() -> None:
-    assert [name for name in rlm_tasks.__all__ if not hasattr(rlm_tasks, name)] == []
+    assert [name for package in (rlm_tasks, resilience) for name in package.__all__ if not hasattr(package, name)] == []
 
 
 def test_importing_the_package_connects_to_nothing_and_starts_nothing() -> None:

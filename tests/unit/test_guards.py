@@ -1,0 +1,147 @@
+"""An operation behind its guards: the order they are asked in, and what is given back when an inner one refuses."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from resilience.breaker_storage import BreakerConfig
+from resilience.bucket import Rate
+from resilience.errors import BulkheadFull, InvalidValue, RateLimited
+from resilience.retry import RetryPolicy
+from resilience.settings import BreakerSettings
+from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.guards import Guarded, Guards, Postponed
+from rlm_tasks.operations import Context, Operation
+from rlm_tasks.protection import protection
+from tests.unit.world import World, world
+
+__all__ = ["world"]
+
+
+def guards(world: World, **settings: Any) -> Guards:
+    return Guards(world.store(), BreakerSettings(**settings), lambda waiters: None)
+
+
+def guarded(on: Guards, function: Any = lambda item: item, **about: Any) -> Guarded:
+    found = on.of(Operation("op", function, protection=protection("op", about)), "critical")
+    assert found is not None
+    return found
+
+
+def context(**about: Any) -> Context:
+    return Context("job", {}, **about)
+
+
+def test_what_an_inner_guard_refuses_is_given_back_to_the_outer_ones(world: World) -> None:
+    on = guards(world)
+    one = guarded(on, rate_limit=Rate(10), breaker=BreakerConfig(failure_threshold=1, recovery_timeout_s=5), bulkhead=1)
+    entry = one.enter(1, context(), "")
+    used = on._buckets["op"].status()["requests"]["used"]
+
+    with pytest.raises(BulkheadFull):
+        one.enter(2, context(), "")
+    assert on._buckets["op"].status()["requests"]["used"] == used == 1
+
+    one.leave(entry, ConnectionError())
+    world.sleep(5.01)
+    held = on._bulkheads["op"].acquire()
+    with pytest.raises(BulkheadFull):
+        one.enter(3, context(), "")
+    assert on._breakers["op"].state == "half-open"
+    held.release()
+    for _ in range(3):
+        permit = one.enter(4, context(), "").permit  # the probe that was not used did not take a place
+        assert permit is not None
+        permit.release()
+
+
+def test_an_empty_bucket_asks_nobody_further_in(world: World) -> None:
+    on = guards(world)
+    one = guarded(on, rate_limit=Rate(1), bulkhead=1)
+    one.leave(one.enter(1, context(), ""))
+
+    with pytest.raises(RateLimited):
+        one.enter(2, context(), "")
+    assert on._bulkheads["op"].status()["used"] == 0
+
+
+def test_a_refusal_costs_no_try_and_a_failure_costs_one(world: World) -> None:
+    def fail(_: int) -> None:
+        raise ConnectionError("gone")
+
+    one = guarded(guards(world), fail, rate_limit=Rate(1), retry=RetryPolicy(max_attempts=3, initial_delay_s=1))
+    with pytest.raises(Postponed) as failed:
+        one.call(1, context(tries=1), tries=1, waiter="")
+    with pytest.raises(Postponed) as refused:
+        one.call(1, context(tries=1), tries=1, waiter="")
+
+    assert (failed.value.tries, failed.value.isolates, refused.value.tries, refused.value.isolates) == (2, True, 1, False)
+    world.sleep(2)
+    with pytest.raises(ConnectionError):
+        one.call(1, context(tries=2), tries=2, waiter="")
+
+
+def test_a_providers_429_holds_its_bucket_and_costs_nothing(world: World) -> None:
+    class TooMany(Exception):
+        status_code = 429
+        headers = {"Retry-After": "7"}
+
+    def fail(_: int) -> None:
+        raise TooMany
+
+    on = guards(world)
+    one = guarded(on, fail, rate_limit=Rate(100), breaker="client", retry=5)
+    with pytest.raises(Postponed) as put_off:
+        one.call(1, context(), tries=0, waiter="")
+
+    assert put_off.value.tries == 0
+    assert 7 <= put_off.value.wait_s <= 7.7
+    assert on._breakers["op"].failure_count == 0
+    with pytest.raises(Postponed) as held:
+        one.call(2, context(), tries=0, waiter="")
+    assert held.value.wait_s == pytest.approx(7)
+
+
+def test_processor_time_is_counted_by_itself(world: World) -> None:
+    def compute(_: int) -> None:
+        until = time.process_time() + 0.05
+        while time.process_time() < until:
+            pass
+
+    on = guards(world)
+    one = guarded(on, compute, rate_limit={"cpu_s": Rate(12, per_s=60, burst=0.5)})
+    one.call(1, context(), tries=0, waiter="")
+
+    assert on._buckets["op"].status()["cpu_s"]["used"] == pytest.approx(0.05, rel=0.3)
+
+
+def test_breakers_can_be_switched_off(world: World) -> None:
+    def fail(_: int) -> None:
+        raise ConnectionError
+
+    one = guarded(guards(world, enabled=False), fail, breaker=BreakerConfig(failure_threshold=1), bulkhead=5)
+    for _ in range(5):
+        with pytest.raises(ConnectionError):
+            one.call(1, context(), tries=0, waiter="")
+
+
+def test_an_operation_without_guards_has_none(world: World) -> None:
+    assert guards(world).of(Operation("op", len), "normal") is None
+
+
+@pytest.mark.parametrize(
+    ("about", "error", "told"),
+    [
+        ({"breaker": "fast"}, InvalidValue, "preset='fast': unknown"),
+        ({"cost": len}, InvalidRequest, "declare that, too"),
+        ({"fallback": len}, InvalidRequest, "declare breaker"),
+        ({"timeout_s": 0}, InvalidRequest, "timeout_s=0"),
+        ({"retry": 0}, InvalidValue, "max_attempts=0"),
+    ],
+)
+def test_a_declaration_that_makes_no_sense_is_told_when_it_is_made(about: dict[str, Any], error: type, told: str) -> None:
+    with pytest.raises(error, match=told):
+        protection("op", about)
