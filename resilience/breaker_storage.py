@@ -135,6 +135,7 @@ class _Board:
     def __init__(self) -> None:
         self.known: weakref.WeakSet[SharedStorage] = weakref.WeakSet()
         self.reading = threading.Lock()
+        self.naming = threading.Lock()  # a set that grows while it is read raises
 
 
 _boards: weakref.WeakKeyDictionary[Store, _Board] = weakref.WeakKeyDictionary()
@@ -216,7 +217,8 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         self._refused_until = 0.0
         self._memory_mb, self._weigh_at, self._bloated_until = memory_mb, float("-inf"), 0.0
         self._board = _boards.setdefault(store, _Board())
-        self._board.known.add(self)
+        with self._board.naming:
+            self._board.known.add(self)
 
     # --- reading -------------------------------------------------------------------------------------
 
@@ -230,7 +232,8 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         return self.snapshot
 
     def _read_all(self) -> None:
-        storages = list(self._board.known)
+        with self._board.naming:
+            storages = list(self._board.known)
         try:
             answers = self._store.ask(*(each.look() for each in storages))
         except StoreUnavailable:
@@ -297,11 +300,11 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
             return self.cut_off().admit(now)
         verdict = self.absorb(answer)
         if verdict.word == "no":
-            self._refused_until = now + ASK_AGAIN_S
             state = self.snapshot.state
+            self._refused_until = now + ASK_AGAIN_S if state == HALF_OPEN else 0.0
             return Refusal(state, verdict.wait_s, f"its circuit is {state}", noted=bool(waiter))
         self._refused_until = 0.0
-        return Admission(self.snapshot.generation, permit if verdict.word == "probe" else "")
+        return Admission(_text(answer[2]), permit if verdict.word == "probe" else "")
 
     def report(self, admission: Admission, outcome: str) -> Verdict:
         """Tell how an admitted call ended: ok, failed or ignored.

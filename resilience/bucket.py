@@ -109,7 +109,7 @@ class TokenBucket:
         self.name, self.rates, self.scoped = name, rates, dict(scoped or {})
         self._store = store or default_store()
         self._keys, self._guard_s, self._sleep = Keys(self._store.namespace), guard_s, sleep
-        self._me = f"{os.uname().nodename}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._me = f"{os.uname().nodename}:{secrets.token_hex(4)}"
         self._takers = 1
         self._shares: dict[str, LocalShare] = {}
 
@@ -184,12 +184,13 @@ class TokenBucket:
         if priority not in FLOORS:
             raise InvalidValue("priority", priority, f"must be one of {', '.join(FLOORS)}")
         limits, id = self._limits(amounts or {self._only(): 1}, scope), id or secrets.token_hex(8)
-        told: list[Argument] = [self._me, int(KEEP_S * 1000), int(max_wait_s * 1e6), URGENCY[priority] if in_line else "", most]
+        me = f"{self._me}:{os.getpid()}"  # a bucket made before a fork is another taker in each child
+        told: list[Argument] = [me, int(KEEP_S * 1000), int(max_wait_s * 1e6), URGENCY[priority] if in_line else "", most]
         for each in limits:
-            owed = self._shares[each.key].owed if each.key in self._shares else 0.0
-            numbers = (*self._about(each), each.amount, FLOORS[priority] * each.rate.capacity, owed)
+            owed, hold_us = self._shares[each.key].told() if each.key in self._shares else ("[]", 0)
+            numbers = (*self._about(each), each.amount, FLOORS[priority] * each.rate.capacity)
             # As one argument: each costs the client 0.7 us.
-            told.append(f"[{','.join([repr(float(number)) for number in numbers])}]")
+            told.append(f"[{','.join([repr(float(number)) for number in numbers])},{owed},{hold_us}]")
         try:
             [[granted, wait, at, leased, takers]] = self._store.ask(self._call(_TAKE, limits, id, *told))
         except StoreUnavailable:
@@ -287,15 +288,18 @@ class TokenBucket:
 class LocalShare:
     """One process's part of a limit while Redis is away: the rate over the takers that were known last.
 
-    It starts empty, since what the window holds already is not known here, and what it gives is owed to the
-    shared limit when Redis is back.
+    It starts empty, since what the window holds already is not known here.  What it gave in its last window, and what is
+    left of a hold, is told to the shared limit when Redis is back.
     """
+
+    SLICES = 32
 
     def __init__(self, rate: Rate, takers: int, clock: Callable[[], float]) -> None:
         self._per_s, self._clock = rate.limit / rate.per_s / takers, clock
         self._capacity = max(1.0, rate.capacity / takers)
-        self._level, self._at = 0.0, clock()
-        self.owed = 0.0
+        self._level, self._at, self._held_until = 0.0, clock(), 0.0
+        self._slice_s = rate.per_s / self.SLICES
+        self._given: dict[int, float] = {}  # slice of time -> amount
 
     def wait_s(self, amount: float) -> float:
         """Return in how many seconds so much may be taken."""
@@ -307,11 +311,21 @@ class LocalShare:
     def take(self, amount: float) -> None:
         """Take; the level may become negative."""
         self._level -= amount
-        self.owed += amount
+        now = int(self._clock() / self._slice_s)
+        self._given = {at: given for at, given in self._given.items() if at >= now - self.SLICES}
+        self._given[now] = self._given.get(now, 0.0) + amount
+
+    def told(self) -> tuple[str, int]:
+        """Return what it gave in its last window (JSON: [age, amount] ...), and for how long nothing may pass, in us."""
+        now = self._clock()
+        ages = ((max(0.0, now - (at + 1) * self._slice_s), given) for at, given in sorted(self._given.items()))
+        owed = [f"[{int(age * 1e6)},{given!r}]" for age, given in ages if age < self.SLICES * self._slice_s]
+        return f"[{','.join(owed)}]", int(max(0.0, self._held_until - now) * 1e6)
 
     def hold(self, seconds: float) -> None:
         """Let nothing pass for a while."""
-        self._level, self._at = 0.0, self._clock() + seconds
+        self._held_until = max(self._held_until, self._clock() + seconds)
+        self._level, self._at = 0.0, self._held_until
 
 
 class LeasedBucket:

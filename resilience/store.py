@@ -154,8 +154,10 @@ class Store:
 
         An outage is logged once, and its end once; in between Redis is tried about once a second.
         """
-        if self._away.is_set() and self.clock() < self._away_until:
-            raise StoreUnavailable(self.url, "it did not a moment ago")
+        if self._away.is_set():
+            if self.clock() < self._away_until:
+                raise StoreUnavailable(self.url, "it did not a moment ago")
+            self._away_until = self.clock() + BACK_OFF_S  # one caller looks; other threads need not wait with it
         try:
             answers = self.run(*calls)
         except (*LOST, ResponseError) as error:

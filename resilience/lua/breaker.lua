@@ -27,13 +27,13 @@ local function write(b)
   call('EXPIRE', names, 30 * KEEP_S)
 end
 
--- A new state is a new generation: what was admitted in another one tells nothing about this one.
+-- A new state is a new generation: what was admitted in another one tells nothing about this one.  Its probes keep their
+-- places until they end, or their leases do: they are still in flight.
 local function move(b, st)
   b.gen = math.max(b.gen + 1, tonumber(t[1]) * 1000000 + tonumber(t[2]))
   b.st, b.hs, b.w = st, 0, {}
   b.till = st == OPEN and now + c.recovery_ms or 0
   if st == CLOSED then b.f = 0 end
-  call('DEL', probes)
   write(b)
 end
 

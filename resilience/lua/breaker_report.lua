@@ -2,9 +2,13 @@
 -- Verdicts: kept, dropped (it was admitted in another generation, or its probe's lease is over), opened, closed.
 local b, outcome = read(), ARGV[5]
 if outcome == 'failed' then b.at = now end
+call('ZREMRANGEBYSCORE', probes, '-inf', now)
+local held = call('ZREM', probes, ARGV[3]) == 1
+if b.st == OPEN or string.format('%.0f', b.gen) ~= ARGV[4] then
+  return answer('dropped', b, 0, held and b.st == HALF_OPEN and 1 or 0)
+end
 if b.st == HALF_OPEN then
-  call('ZREMRANGEBYSCORE', probes, '-inf', now)
-  if call('ZREM', probes, ARGV[3]) == 0 then return answer('dropped', b, 0, 0) end
+  if not held then return answer('dropped', b, 0, 0) end
   if outcome == 'failed' then
     move(b, OPEN)
     return answer('opened', b, 0, 0)
@@ -17,7 +21,6 @@ if b.st == HALF_OPEN then
   write(b)
   return answer('kept', b, 0, 1)
 end
-if b.st == OPEN or string.format('%.0f', b.gen) ~= ARGV[4] then return answer('dropped', b, 0, 0) end
 if outcome == 'ignored' then return answer('kept', b, 0, 0) end
 local failed = outcome == 'failed'
 b.f = failed and b.f + 1 or 0

@@ -1,6 +1,7 @@
 -- Take from all limits at once, or from none.
 -- ARGV: who takes, ms a reservation is kept, longest wait, class of a waiter ('' : nobody waits), most to lease, then for
--- each limit in JSON: limit, window, capacity, guard, amount, what lower classes must leave, owed (taken while Redis was away).
+-- each limit in JSON: limit, window, capacity, guard, amount, what lower classes must leave, what was taken in the
+-- last window while Redis was away ([age, amount] ...), microseconds of a hold that was asked for meanwhile.
 -- Returns {1, wait, at, leased, takers} or {0, wait, number of the limit that says no, 0, takers}.
 local limits, wait, binding = {}, 0, 0
 if math.abs(now - tonumber(call('ZSCORE', KEYS[2], ARGV[1]) or 0)) > 1000000 then
@@ -16,7 +17,21 @@ for i = 3, #KEYS do
   local a = cjson.decode(ARGV[3 + i])
   local b = read(KEYS[i], a[1], a[2], a[3], a[4])
   b.amount, b.left = a[5], a[6]
-  if a[7] > 0 then put(b, a[7], now) end
+  -- It was paced already: it fills the window at the times at which it was taken, and at most empties the bucket.
+  local before, given = b.v, 0
+  for _, each in ipairs(a[7]) do
+    put(b, each[2], now - each[1])
+    given = given + each[2]
+  end
+  if given > 0 then
+    b.v = math.max(math.min(before, 0), before - given)
+    call('HSET', b.key, 'v', exact(b.v))
+  end
+  if a[8] > 0 then
+    b.hold = math.max(b.hold, now + a[8])
+    call('HSET', b.key, 'hold', exact(b.hold))
+    if call('PTTL', b.key) * 1000 < a[8] then call('PEXPIRE', b.key, math.ceil(a[8] / 1000) + 60000) end
+  end
   -- More than the bucket holds passes when it is full, and leaves a debt.
   local short = math.min(b.amount, b.capacity - b.left) + b.left - b.v
   local ready = math.max(b.hold, leaves(b, math.max(0, b.limit - b.left - b.amount)))

@@ -49,7 +49,7 @@ class Truth:
 
     def moved(self, state: str, now: float) -> Truth:
         failures = 0 if state == CLOSED else self.failures
-        return replace(self, state=state, turn=self.turn + 1, changed_at=now, failures=failures, successes=0, probes={})
+        return replace(self, state=state, turn=self.turn + 1, changed_at=now, failures=failures, successes=0)
 
     def due(self, now: float) -> Truth:
         """Half-open, once it has been open for as long as it must."""
@@ -65,7 +65,7 @@ class Truth:
     def probed(self, permit: str, outcome: str, now: float) -> Truth:
         """A probe of this turn has ended."""
         if outcome == "failed":
-            return self.moved(OPEN, now)
+            return self.without(permit).moved(OPEN, now)
         after = replace(self.without(permit), successes=self.successes + (outcome == "ok"))
         return after.moved(CLOSED, now) if after.successes >= SUCCESSES else after
 
@@ -204,8 +204,9 @@ class BreakerMachine(RuleBasedStateMachine):
             until = truth.probes.get(permit)
             if until is None:
                 return [truth]
-            # Whether a lease that is over still counts is decided by whether somebody asked since.
-            return [truth.probed(permit, outcome, now)] + ([truth, truth.without(permit)] if until <= now else [])
+            if until <= now or truth.state != HALF_OPEN or taken.admission.generation != str(self.generation):
+                return [truth.without(permit)]  # it was in flight, and that is all that is over
+            return [truth.probed(permit, outcome, now)]
         if truth.state != CLOSED or taken.admission.generation != str(self.generation):
             return [truth]
         # A success is told only by who knows of failures: for certain if they were there before the call began.

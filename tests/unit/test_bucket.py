@@ -208,7 +208,7 @@ def test_a_saturated_provider_is_used_and_never_exceeded(world: World) -> None:
     assert min(after_the_first) >= 0.97 * 3500
 
 
-def test_without_redis_each_process_takes_its_share_and_owes_it(world: World) -> None:
+def test_without_redis_each_process_takes_its_share_and_tells_it_afterwards(world: World) -> None:
     stores = [world.store() for _ in range(4)]
     buckets = [TokenBucket("llm", store, calls=Rate(40, per_s=1)) for store in stores]
     for bucket in buckets * 2:
@@ -227,8 +227,25 @@ def test_without_redis_each_process_takes_its_share_and_owes_it(world: World) ->
     assert pumped(4) == pytest.approx(160, abs=4), "the rate holds: each of four takes a quarter"
     for store in stores:
         store.lost = False
+    pumped(1.6)  # each looks for Redis again within a second and a half
+    used = buckets[0].status()["calls"]["used"]
+    assert 35 <= used <= 45, "what was taken in the last window is in it"
+    world.sleep(1.1)
+    assert buckets[0].acquire(), "and what was taken before is over: it was paced already"
+
+
+def test_a_pause_that_was_asked_for_while_redis_was_away_holds_for_all_afterwards(world: World) -> None:
+    stores = [world.store() for _ in range(2)]
+    ours, theirs = (TokenBucket("llm", store, calls=Rate(40, per_s=1)) for store in stores)
+    ours.acquire()
+    stores[0].lost = True
+    ours.hold(60)
+    ours.hold(5)
+    stores[0].lost = False
     world.sleep(2)
-    assert not buckets[0].acquire(), "what was taken meanwhile counts now"
+
+    assert ours.acquire().wait_s == pytest.approx(58)
+    assert theirs.acquire().wait_s == pytest.approx(58)
 
 
 def test_a_lease_spends_at_home(world: World) -> None:

@@ -1,0 +1,321 @@
+"""Items that wait or are tried again, at random: each counts once, in order, and no try is lost or counted twice."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from random import Random
+from typing import Any
+
+import pytest
+
+from resilience.bucket import Rate
+from resilience.errors import RateLimited
+from resilience.retry import RetryPolicy
+from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, Options, operation
+from rlm_tasks.guards import Guards
+from rlm_tasks.results import Status
+from rlm_tasks.runtime import wake
+from rlm_tasks.spec import Spec
+from tests.unit.harness import Platform
+
+ATTEMPTS = 4
+QUICK = RetryPolicy(max_attempts=ATTEMPTS, initial_delay_s=0.002, max_delay_s=0.004)
+NEVER_ENDS = 99
+
+
+class Weather:
+    """What each item of one job meets: how often it is refused, how often it fails; and what was run."""
+
+    def __init__(self, seed: int, n: int, hopeless: frozenset[int] = frozenset()) -> None:
+        self.random = Random(seed)
+        rough = self.random.choice([0.0, 0.1, 0.4])
+        self.refusals = [self.random.choice([1, 1, 2, 5]) if self.random.random() < rough else 0 for _ in range(n)]
+        self.failures = [self.random.choice([1, 2, 3]) if self.random.random() < rough / 2 else 0 for _ in range(n)]
+        for index in hopeless:
+            self.failures[index] = NEVER_ENDS
+        self.hopeless = hopeless
+        self.runs: Counter[int] = Counter()
+        self.wrong_tries: list[tuple[int, int, int]] = []
+
+    def meet(self, index: int, tries: int) -> list[int]:
+        """Refuse, fail or answer."""
+        if self.refusals[index]:
+            self.refusals[index] -= 1
+            raise RateLimited("x", self.random.choice([0.0, 0.001, 0.005, 0.03]), "not yet")
+        if tries != self.runs[index]:
+            self.wrong_tries.append((index, tries, self.runs[index]))
+        self.runs[index] += 1
+        if self.failures[index]:
+            self.failures[index] -= 1
+            raise ConnectionError(f"item {index}")
+        return [index]
+
+
+_weather: list[Weather] = []
+
+
+def _concatenated(parts: Iterable[list[Any]]) -> list[Any]:
+    return [item for part in parts for item in part]
+
+
+def _valid(item: Any) -> None:
+    """Validation sees each item once, and waits for nothing."""
+    assert item is None or item >= 0
+
+
+@operation("unit_waits", merge=_concatenated, retry=QUICK, validate=_valid)
+def unit_waits(item: int, ctx: Context) -> list[int]:
+    """Answer, when the weather allows."""
+    return _weather[-1].meet(item, ctx.tries)
+
+
+@operation("unit_waits_batch", merge=_concatenated, batch=True, retry=QUICK)
+def unit_waits_batch(items: list[int], ctx: Context) -> list[int]:
+    """Answer for several, or for none."""
+    return [index for item in items for index in _weather[-1].meet(item, ctx.tries)]
+
+
+@operation("unit_waits_async", merge=_concatenated, concurrency=5, retry=QUICK)
+async def unit_waits_async(item: int, ctx: Context) -> list[int]:
+    """Answer among others."""
+    return _weather[-1].meet(item, ctx.tries)
+
+
+class WaitingPlatform(Platform):
+    """A platform whose parked nodes are woken by time or by name, as the random chooses."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.runtime.guards = Guards(
+            self.store,
+            self.settings.breakers,
+            lambda waiters: wake(self.ledger, self.mailbox, waiters),  # type: ignore[arg-type]  # has the dispatcher's verbs
+        )
+        self.parked = 0
+
+    def run_all(self, spec: Spec) -> dict[str, str]:
+        """Run until the job is final; fail when nothing moves and nothing waits."""
+        while not Status((facts := self.run(spec))["state"]).final:
+            waiting = [record.id for record in self.ledger.all_records(spec.job) if record.state == "p"]
+            assert waiting, ("neither a message nor a parked node is left", facts)
+            self.parked += len(waiting)
+            self._wake_some(spec.job, self.random.sample(waiting, self.random.randint(1, len(waiting))))
+        return facts
+
+    def _wake_some(self, job: str, nodes: list[str]) -> None:
+        """By name, or by a time that has come; twice must not matter."""
+        if self.random.random() < 0.5:
+            wake(self.ledger, self.mailbox, [f"{job} {node}" for node in (*nodes, *nodes[:1])])  # type: ignore[arg-type]  # as above
+            return
+        self.store.client.zadd(self.keys.of(job).due, dict.fromkeys(nodes, 1))
+        for _ in range(2):
+            sent = self.ledger.sweep(job).send
+            self.mailbox.resend(job, sent, merges=True)
+
+
+SHAPES: list[dict[str, Any]] = [
+    {"type": "sequential"},
+    {"type": "parallel", "chunk_size": 1},
+    {"type": "parallel", "chunk_size": 7},
+    {"type": "recursive"},
+    {"strategy": Binary(min_chunk_size=3, max_depth=3)},
+    {"strategy": Binary(min_chunk_size=1, max_depth=1)},
+    {"strategy": NWay(split_factor=5, min_chunk_size=2)},
+    {"strategy": Adaptive(min_chunk_size=2, max_chunk_size=9)},
+]
+
+
+def _job(seed: int, name: str) -> tuple[WaitingPlatform, Spec, Weather, list[int | None]]:
+    random = Random(seed)
+    n = random.choice([1, 2, 9, 40, 70])
+    hopeless = frozenset(random.sample(range(n), min(n, random.choice([0, 0, 2]))))
+    weather = Weather(seed, n, hopeless)
+    _weather.append(weather)
+    holes = {i for i in range(n) if i not in hopeless and random.random() < random.choice([0.0, 0.2])}
+    items = [None if i in holes else i for i in range(n)]
+    conditions = Conditions(skip_if_empty=True, validate_before_process=name == "unit_waits" and seed % 3 == 0)
+    platform = WaitingPlatform(seed)
+    shape = SHAPES[seed % len(SHAPES)]
+    request = JobRequest(operation=name, items=items, options=Options(continue_on_error=True), conditions=conditions, **shape)
+    return platform, platform.submit(request), weather, items
+
+
+def _is_exact(platform: WaitingPlatform, spec: Spec, weather: Weather, items: list[int | None]) -> None:
+    facts = platform.run_all(spec)
+    good = [item for item in items if item is not None and item not in weather.hopeless]
+    assert facts["state"] == Status.SUCCEEDED, facts
+    assert platform.output(spec) == (good or None) or not good
+    counts = tuple(int(facts[name]) for name in ("done", "failed", "skipped"))
+    assert counts == (len(good), len(weather.hopeless), items.count(None))
+    assert platform.ledger.failed_items(spec.job) == sorted(weather.hopeless)
+
+
+@pytest.mark.parametrize("seed", range(64))
+def test_items_that_wait_at_random_are_counted_once_and_tried_as_often_as_allowed(seed: int) -> None:
+    platform, spec, weather, items = _job(seed, "unit_waits")
+
+    _is_exact(platform, spec, weather, items)
+
+    assert weather.wrong_tries == [], "index, tries told, tries made"
+    assert all(weather.runs[index] == ATTEMPTS for index in weather.hopeless)
+
+
+@pytest.mark.parametrize("seed", range(64))
+@pytest.mark.parametrize("name", ["unit_waits_batch", "unit_waits_async"])
+def test_items_that_wait_among_others_are_counted_once_and_in_order(seed: int, name: str) -> None:
+    platform, spec, weather, items = _job(seed, name)
+
+    _is_exact(platform, spec, weather, items)
+
+
+def test_something_has_waited_in_most_of_these_jobs() -> None:
+    waited = 0
+    for seed in range(20):
+        platform, spec, weather, items = _job(seed, "unit_waits")
+        platform.run_all(spec)
+        waited += platform.parked > 0
+
+    assert waited >= 10
+
+
+# --- one by one: what the random seldom meets -----------------------------------------------------------
+
+
+def _run(name: str, items: list[Any], **fields: Any) -> tuple[dict[str, str], Any]:
+    platform = WaitingPlatform(1)
+    spec = platform.submit(JobRequest(operation=name, items=items, options=Options(continue_on_error=True), **fields))
+    facts = platform.run_all(spec)
+    return facts, platform.output(spec)
+
+
+def _calm(n: int) -> Weather:
+    """A weather in which nothing happens by chance."""
+    weather = Weather(0, n)
+    weather.refusals, weather.failures = [0] * n, [0] * n
+    _weather.append(weather)
+    return weather
+
+
+@pytest.mark.parametrize("name", ["unit_waits_batch", "unit_waits_async"])
+def test_an_empty_item_behind_one_that_waits_is_skipped_once(name: str) -> None:
+    weather = _calm(30)
+    weather.refusals[5] = 1
+
+    facts, output = _run(
+        name, [None if i in (6, 7) else i for i in range(30)], type="sequential", conditions=Conditions(skip_if_empty=True)
+    )
+
+    assert (facts["state"], facts["done"], facts["skipped"]) == (Status.SUCCEEDED, "28", "2"), facts.get("error")
+    assert output == [i for i in range(30) if i not in (6, 7)]
+
+
+def test_a_batch_of_one_that_fails_is_one_attempt() -> None:
+    weather = _calm(1)
+    weather.failures[0] = NEVER_ENDS
+
+    facts, _ = _run("unit_waits_batch", [0], type="sequential")
+
+    assert facts["failed"] == "1"
+    assert weather.runs[0] == ATTEMPTS
+
+
+def test_several_async_items_that_wait_when_a_node_ends_keep_their_tries() -> None:
+    weather = _calm(5)
+    weather.failures = [NEVER_ENDS] * 5
+
+    facts, _ = _run("unit_waits_async", list(range(5)), type="sequential")
+
+    assert facts["failed"] == "5"
+    assert weather.runs == dict.fromkeys(range(5), ATTEMPTS)
+
+
+@operation("unit_dear", merge=_concatenated, rate_limit=Rate(10, per_s=1), cost=lambda item: {"requests": item})
+def unit_dear(item: int) -> list[int]:
+    """Cost as much as the item says."""
+    return [item]
+
+
+@operation(
+    "unit_dear_async", merge=_concatenated, concurrency=4, rate_limit=Rate(10, per_s=1), cost=lambda item: {"requests": item}
+)
+async def unit_dear_async(item: int) -> list[int]:
+    """Cost as much as the item says, among others."""
+    return [item]
+
+
+@pytest.mark.parametrize("name", ["unit_dear", "unit_dear_async"])
+def test_an_item_that_costs_more_than_a_bucket_ever_grants_fails_alone(name: str) -> None:
+    facts, output = _run(name, [0, 0, 11, 0])
+
+    assert (facts["state"], facts["done"], facts["failed"]) == (Status.SUCCEEDED, "3", "1"), facts.get("error")
+    assert output == [0, 0, 0]
+
+
+@operation("unit_narrow", merge=_concatenated, bulkhead=1)
+def unit_narrow(item: int) -> list[int]:
+    """Bear one call at a time."""
+    return [item]
+
+
+def _parked_at_a_full_bulkhead(platform: WaitingPlatform, jobs: int) -> tuple[Any, Any, list[Spec]]:
+    from rlm_tasks import operations
+
+    bulkhead = platform.runtime.guards.bulkhead(operations.get("unit_narrow").protection)
+    assert bulkhead is not None
+    permit = bulkhead.acquire()
+    specs = []
+    for _ in range(jobs):
+        specs.append(platform.submit(JobRequest(operation="unit_narrow", items=[1, 2], type="sequential")))
+        platform.run(specs[-1])
+        assert [record.state for record in platform.ledger.all_records(specs[-1].job)] == ["p"]
+    return bulkhead, permit, specs
+
+
+def test_a_permit_that_comes_back_wakes_the_first_who_waits() -> None:
+    platform = WaitingPlatform(2)
+    _, permit, [spec] = _parked_at_a_full_bulkhead(platform, 1)
+
+    permit.release()
+
+    assert platform.run(spec)["state"] == Status.SUCCEEDED, "called, without any time having passed"
+
+
+def test_a_waiter_whose_job_was_cancelled_takes_nobodys_turn() -> None:
+    platform = WaitingPlatform(3)
+    _, permit, [first, second] = _parked_at_a_full_bulkhead(platform, 2)
+    assert platform.ledger.stop(first.job, "cancelled") == Status.CANCELLED
+
+    permit.release()
+
+    assert platform.run(second)["state"] == Status.SUCCEEDED, "called, although a dead one stood before it"
+
+
+def test_a_node_that_parks_after_its_job_was_stopped_is_skipped_at_once() -> None:
+    platform = WaitingPlatform(4)
+    spec = platform.submit(JobRequest(operation="unit_waits", items=[0], type="sequential"))
+    claim = platform.ledger.claim(spec.job, "root", "00" * 8, "somebody")
+    platform.ledger.stop(spec.job, "cancelled")
+
+    platform.ledger.park(claim, 60_000, "a test says so")
+
+    assert platform.ledger.facts(spec.job)["state"] == Status.CANCELLED
+
+
+def test_a_node_that_meets_a_worker_which_does_not_know_its_operation_keeps_its_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlm_tasks import operations
+
+    platform, weather = WaitingPlatform(5), _calm(1)
+    weather.failures[0] = NEVER_ENDS
+    spec = platform.submit(JobRequest(operation="unit_waits", items=[0], type="sequential"))
+    platform.run(spec)
+    node = platform.store.client.hget(platform.keys.of(spec.job).nodes, "root")
+    assert json.loads(node)["tr"] == 1
+    wake(platform.ledger, platform.mailbox, [f"{spec.job} root"])  # type: ignore[arg-type]  # as above
+    with monkeypatch.context() as patch:
+        patch.delitem(operations._registry, "unit_waits")
+        platform.run(spec)
+
+    node = platform.store.client.hget(platform.keys.of(spec.job).nodes, "root")
+    assert (json.loads(node)["s"], json.loads(node).get("tr")) == ("p", 1)
