@@ -37,8 +37,9 @@ docs: $(VENV)/.ready ## Check that generated documentation is up to date (make d
 bench: $(VENV)/.ready ## Measure against what one would write by hand, and print the table
 	$(BIN)/python -m tests.bench $(ARGS)
 
-soak: $(VENV)/.ready ## Kill, stop and restart everything at random for SOAK_S seconds (600), and print what became of the jobs
+soak: $(VENV)/.ready ## Kill, stop and restart everything at random for SOAK_S seconds (600), print what became of the jobs; then use a provider up for four minutes a limit
 	$(BIN)/python -m tests.faults.soak $(ARGS)
+	$(BIN)/python -m tests.faults.guards --window 60
 
 worker: $(VENV)/.ready ## Start a worker on RLM_REDIS_URL
 	$(BIN)/celery -A rlm_tasks worker -l info $(ARGS)

@@ -14,13 +14,16 @@ from typing import Any
 import psutil
 import pytest
 
+from resilience.breaker_storage import BreakerConfig
+from resilience.bulkhead import Bulkhead
+from resilience.store import guard_store
 from rlm_tasks import Binary, Job, Status, embedded
 from tests.faults import waiting_ops
 from tests.faults.conftest import Cell, cell, name_of
 from tests.faults.test_redis import restart
 from tests.support import wait_until
 
-MODULES = "tests.integration.ops,tests.faults.ops,tests.faults.waiting_ops"
+MODULES = f"tests.integration.ops,tests.faults.ops,{waiting_ops.__name__}"
 
 
 def _knowing(own: Cell) -> Cell:
@@ -59,15 +62,7 @@ def words(own: Cell) -> list[tuple[str, int, int]]:
 
 def no_permit_is_held(own: Cell, service: str) -> bool:
     """Say whether everybody has given back what was taken of a bulkhead."""
-    from resilience.bulkhead import Bulkhead
-
-    return Bulkhead(service, own.client.guards_store if hasattr(own.client, "guards_store") else _store(own)).status()["used"] == 0
-
-
-def _store(own: Cell) -> Any:
-    from resilience.store import guard_store
-
-    return guard_store(own.client.settings)
+    return Bulkhead(service, guard_store(own.client.settings)).status()["used"] == 0
 
 
 # --- kills ----------------------------------------------------------------------------------------------
@@ -92,7 +87,7 @@ def test_a_guarded_job_is_exact_whoever_is_killed(waiting: Cell, seed: int) -> N
         waiting.worker()
     job = submit(waiting, "w_flaky", range(n), params={"ms": 8}, chunk_size=6)
     for step, kill in enumerate([_kill_a_pool_process, _kill_a_worker, _kill_a_pool_process, _kill_a_worker], 1):
-        wait_until(lambda step=step: len(waiting.journal(job)) > step * n // 6)  # type: ignore[misc]  # mypy and defaults
+        wait_until(lambda step=step: len(waiting.journal(job)) > step * n // 6)
         kill(waiting, random)
 
     waiting.check(job, within_s=60)
@@ -105,9 +100,7 @@ def test_a_guarded_job_is_exact_whoever_is_killed(waiting: Cell, seed: int) -> N
 
 
 @pytest.mark.parametrize("operation", ["w_gate", "w_gate_guarded"])
-def test_parked_nodes_wake_after_redis_was_killed(
-    durable: embedded.Server, on_durable: Cell, operation: str
-) -> None:
+def test_parked_nodes_wake_after_redis_was_killed(durable: embedded.Server, on_durable: Cell, operation: str) -> None:
     own = _knowing(on_durable)
     (own.folder / "shut").touch()
     worker = own.worker()
@@ -204,6 +197,16 @@ def test_many_in_flight_behind_a_narrow_bulkhead_wait_for_permits_and_not_for_le
     assert no_permit_is_held(waiting, "w_narrow_async")
 
 
+def test_items_that_are_tried_again_wait_for_permits_and_not_for_leases(waiting: Cell) -> None:
+    waiting.worker(options=["-c", "2"])
+    jobs = [submit(waiting, "w_narrow_flaky", range(8), type="sequential") for _ in range(2)]
+
+    for job in jobs:
+        waiting.check(job, within_s=15)  # 32 calls of 10 ms, one at a time
+
+    assert no_permit_is_held(waiting, "w_narrow_flaky")
+
+
 # --- drains ---------------------------------------------------------------------------------------------
 
 
@@ -230,7 +233,9 @@ def test_a_worker_whose_nodes_wait_is_gone_within_two_seconds(waiting: Cell) -> 
 
 def test_a_worker_with_sleepers_among_items_in_flight_is_gone_within_two_seconds(waiting: Cell) -> None:
     waiting.worker()
-    job = submit(waiting, "w_sleepers", range(40), params={"wait_s": 1.5}, type="sequential", continue_on_error=True)
+    job = submit(
+        waiting, "w_sleepers", range(40), params={"wait_s": 1.5}, strategy=Binary(min_chunk_size=40), continue_on_error=True
+    )
     wait_until(lambda: {5, 25} <= set(waiting.journal(job)))
 
     assert _drained(waiting) < 2.0
@@ -275,6 +280,16 @@ def test_many_in_flight_run_once_whatever_waits_among_them(waiting: Cell) -> Non
     assert "was destroyed" not in log
 
 
+@pytest.mark.parametrize("kind", ["sequential", "recursive"])
+def test_what_has_ended_behind_a_sleeper_is_not_done_again_when_its_node_has_run_long(waiting: Cell, kind: str) -> None:
+    waiting.worker(options=["-c", "2"])
+    job = submit(waiting, "w_sleepers", range(25), params={"wait_s": 1.5}, type=kind)
+
+    waiting.check(job)
+
+    assert {index: count for index, count in Counter(waiting.journal(job)).items() if count > 1} == {5: 2}
+
+
 # --- every way to work through a range -------------------------------------------------------------------
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -302,7 +317,7 @@ def test_what_waits_and_is_tried_again_stays_in_order(waiting: Cell, operation: 
 
 def test_guards_of_ones_own_park_until_they_allow(waiting: Cell) -> None:
     waiting.worker()
-    breaker = waiting.client.breakers.get("own", waiting_ops.BreakerConfig(recovery_timeout_s=1))
+    breaker = waiting.client.breakers.get("own", BreakerConfig(recovery_timeout_s=1))
     breaker.open()
     began = time.monotonic()
     job = submit(waiting, "w_own_guards", range(40), chunk_size=5)

@@ -65,7 +65,9 @@ def _accepts(index: int) -> None:
 operation("w_flaky", merge=_listed, service="w", rate_limit=WIDE, retry=QUICK, validate=_accepts)(_flaky)
 
 
-@operation("w_flaky_batch", merge=_listed, batch=True, service="w-batch", rate_limit=WIDE, retry=QUICK, validate=lambda item: None)
+@operation(
+    "w_flaky_batch", merge=_listed, batch=True, service="w-batch", rate_limit=WIDE, retry=QUICK, validate=lambda item: None
+)
 def w_flaky_batch(items: list[int], ctx: Context) -> list[int]:
     """Fail a batch the first time that it holds one of some items."""
     _ran(ctx)
@@ -125,6 +127,16 @@ async def w_sleepers(index: int, ctx: Context) -> list[int]:
     return [index]
 
 
+@operation("w_narrow_flaky", merge=_listed, bulkhead=1, concurrency=4, retry=QUICK)
+async def w_narrow_flaky(index: int, ctx: Context) -> list[int]:
+    """Bear one call at a time, and fail the first call of each item."""
+    _ran(ctx)
+    await asyncio.sleep(0.01)
+    if ctx.tries < 1:
+        raise ConnectionError(f"item {index}")
+    return [index]
+
+
 @operation(
     "w_many",
     merge=_listed,
@@ -152,7 +164,9 @@ def _word(ctx: Context, word: str) -> None:
 @functools.cache
 def own_guards() -> tuple[TokenBucket, CircuitBreaker]:
     """Return a user's own guards, as a library of his would make them: one set in each process."""
-    return TokenBucket("own", requests=Rate(40, per_s=1, burst=5)), CircuitBreaker("own", config=BreakerConfig(recovery_timeout_s=1))
+    return TokenBucket("own", requests=Rate(40, per_s=1, burst=5)), CircuitBreaker(
+        "own", config=BreakerConfig(recovery_timeout_s=1)
+    )
 
 
 @operation("w_own_guards", merge=_listed)

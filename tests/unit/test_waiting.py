@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from random import Random
 from typing import Any
 
 import pytest
 
 from resilience.bucket import Rate
+from resilience.bulkhead import Bulkhead
 from resilience.errors import RateLimited
 from resilience.retry import RetryPolicy
-from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, Options, operation
+from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, Options, operation, operations
 from rlm_tasks.guards import Guards
+from rlm_tasks.harvest import Harvest
 from rlm_tasks.results import Status
 from rlm_tasks.runtime import wake
 from rlm_tasks.spec import Spec
@@ -23,6 +27,13 @@ from tests.unit.harness import Platform
 ATTEMPTS = 4
 QUICK = RetryPolicy(max_attempts=ATTEMPTS, initial_delay_s=0.002, max_delay_s=0.004)
 NEVER_ENDS = 99
+
+
+class Busy(ConnectionError):
+    """HTTP 503 with a time that is longer than a slice: whoever is told so sleeps, or leaves its node."""
+
+    status_code = 503
+    headers = {"retry-after": "0.08"}  # as an HTTP client has it
 
 
 class Weather:
@@ -35,7 +46,7 @@ class Weather:
         self.failures = [self.random.choice([1, 2, 3]) if self.random.random() < rough / 2 else 0 for _ in range(n)]
         for index in hopeless:
             self.failures[index] = NEVER_ENDS
-        self.hopeless = hopeless
+        self.hopeless, self.slow = hopeless, seed % 8 == 0
         self.runs: Counter[int] = Counter()
         self.wrong_tries: list[tuple[int, int, int]] = []
 
@@ -49,7 +60,7 @@ class Weather:
         self.runs[index] += 1
         if self.failures[index]:
             self.failures[index] -= 1
-            raise ConnectionError(f"item {index}")
+            raise Busy(f"item {index}") if self.slow else ConnectionError(f"item {index}")
         return [index]
 
 
@@ -80,6 +91,12 @@ def unit_waits_batch(items: list[int], ctx: Context) -> list[int]:
 @operation("unit_waits_async", merge=_concatenated, concurrency=5, retry=QUICK)
 async def unit_waits_async(item: int, ctx: Context) -> list[int]:
     """Answer among others."""
+    return _weather[-1].meet(item, ctx.tries)
+
+
+@operation("unit_waits_bare", merge=_concatenated, concurrency=5)
+async def unit_waits_bare(item: int, ctx: Context) -> list[int]:
+    """Answer among others, without guards."""
     return _weather[-1].meet(item, ctx.tries)
 
 
@@ -173,7 +190,7 @@ def test_items_that_wait_among_others_are_counted_once_and_in_order(seed: int, n
 def test_something_has_waited_in_most_of_these_jobs() -> None:
     waited = 0
     for seed in range(20):
-        platform, spec, weather, items = _job(seed, "unit_waits")
+        platform, spec, _, _ = _job(seed, "unit_waits")
         platform.run_all(spec)
         waited += platform.parked > 0
 
@@ -193,12 +210,12 @@ def _run(name: str, items: list[Any], **fields: Any) -> tuple[dict[str, str], An
 def _calm(n: int) -> Weather:
     """A weather in which nothing happens by chance."""
     weather = Weather(0, n)
-    weather.refusals, weather.failures = [0] * n, [0] * n
+    weather.refusals, weather.failures, weather.slow = [0] * n, [0] * n, False
     _weather.append(weather)
     return weather
 
 
-@pytest.mark.parametrize("name", ["unit_waits_batch", "unit_waits_async"])
+@pytest.mark.parametrize("name", ["unit_waits_batch", "unit_waits_bare"])
 def test_an_empty_item_behind_one_that_waits_is_skipped_once(name: str) -> None:
     weather = _calm(30)
     weather.refusals[5] = 1
@@ -223,9 +240,9 @@ def test_a_batch_of_one_that_fails_is_one_attempt() -> None:
 
 def test_several_async_items_that_wait_when_a_node_ends_keep_their_tries() -> None:
     weather = _calm(5)
-    weather.failures = [NEVER_ENDS] * 5
+    weather.failures, weather.slow = [NEVER_ENDS] * 5, True
 
-    facts, _ = _run("unit_waits_async", list(range(5)), type="sequential")
+    facts, _ = _run("unit_waits_async", list(range(5)), strategy=Binary(min_chunk_size=5, max_depth=64))
 
     assert facts["failed"] == "5"
     assert weather.runs == dict.fromkeys(range(5), ATTEMPTS)
@@ -253,6 +270,72 @@ def test_an_item_that_costs_more_than_a_bucket_ever_grants_fails_alone(name: str
     assert output == [0, 0, 0]
 
 
+@operation("unit_limited", merge=_concatenated, service="unit_limited", bulkhead=1, timeout_s=0.06)
+def unit_limited(item: float) -> list[float]:
+    """Take so many seconds, and never more than the limit."""
+    time.sleep(item)
+    return [item]
+
+
+def _limited(items: list[float], prepare: Callable[[WaitingPlatform], None] = lambda _: None) -> dict[str, str]:
+    platform = WaitingPlatform(6)
+    platform.runtime.clock = time.perf_counter
+    spec = platform.submit(JobRequest(operation="unit_limited", items=items, type="sequential"))
+    prepare(platform)
+    facts = platform.run_all(spec)
+    bulkhead = platform.runtime.guards.bulkhead(operations.get("unit_limited").protection)
+    assert bulkhead is not None
+    assert bulkhead.status()["used"] == 0, "every permit was given back"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0), "no alarm is left armed"
+    return facts
+
+
+def test_each_item_has_its_whole_limit_however_long_a_slice_is() -> None:
+    assert _limited([0.035] * 6)["done"] == "6"
+
+
+def test_an_item_that_begins_after_a_slow_read_has_its_whole_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(platform: WaitingPlatform) -> None:
+        read = platform.runtime.items.read
+        monkeypatch.setattr(platform.runtime.items, "read", lambda *about: (time.sleep(0.1), read(*about))[1])
+
+    assert _limited([0.02] * 3, prepare)["done"] == "3"
+
+
+@pytest.mark.parametrize("verb", ["acquire", "give_back"])
+def test_an_alarm_never_rings_in_a_guard(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    stock = getattr(Bulkhead, verb)
+
+    def slow(*args: Any, **more: Any) -> Any:
+        """Do it, while Redis is slow to answer."""
+        done = stock(*args, **more)
+        time.sleep(0.1)
+        return done
+
+    monkeypatch.setattr(Bulkhead, verb, slow)
+
+    assert _limited([0.001] * 3)["done"] == "3"
+
+
+def test_an_alarm_never_rings_while_what_an_item_did_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = Harvest.add
+    monkeypatch.setattr(Harvest, "add", lambda harvest, output: (stock(harvest, output), time.sleep(0.1))[0])
+
+    facts = _limited([0.001] * 3)
+
+    assert (facts["state"], facts["done"]) == (Status.SUCCEEDED, "3"), facts.get("error")
+
+
+def test_an_item_past_its_limit_fails_and_gives_its_permit_back() -> None:
+    platform = WaitingPlatform(7)
+    spec = platform.submit(
+        JobRequest(operation="unit_limited", items=[0.0, 5.0, 0.0], type="sequential", options=Options(continue_on_error=True))
+    )
+    facts = platform.run_all(spec)
+
+    assert (facts["done"], platform.ledger.failed_items(spec.job)) == ("2", [1])
+
+
 @operation("unit_narrow", merge=_concatenated, bulkhead=1)
 def unit_narrow(item: int) -> list[int]:
     """Bear one call at a time."""
@@ -260,8 +343,6 @@ def unit_narrow(item: int) -> list[int]:
 
 
 def _parked_at_a_full_bulkhead(platform: WaitingPlatform, jobs: int) -> tuple[Any, Any, list[Spec]]:
-    from rlm_tasks import operations
-
     bulkhead = platform.runtime.guards.bulkhead(operations.get("unit_narrow").protection)
     assert bulkhead is not None
     permit = bulkhead.acquire()
@@ -304,8 +385,6 @@ def test_a_node_that_parks_after_its_job_was_stopped_is_skipped_at_once() -> Non
 
 
 def test_a_node_that_meets_a_worker_which_does_not_know_its_operation_keeps_its_tries(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlm_tasks import operations
-
     platform, weather = WaitingPlatform(5), _calm(1)
     weather.failures[0] = NEVER_ENDS
     spec = platform.submit(JobRequest(operation="unit_waits", items=[0], type="sequential"))
