@@ -30,6 +30,7 @@ from resilience.breaker_storage import (
 )
 from resilience.errors import Category, Denied
 from resilience.faults import classify
+from resilience.line import Wake, call_up
 from resilience.settings import store_settings
 from resilience.store import Call, Store, default_store
 
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 Excluded = type[BaseException] | Callable[[BaseException], bool]
-Wake = Callable[[Sequence[str]], None]
 
 
 class CircuitOpen(Denied, pybreaker.CircuitBreakerError):
@@ -78,7 +78,8 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         memory_mb: Callable[[], float] = resident_mb,
     ) -> None:
         self.config = configured(config)
-        self._storage = SharedStorage(name, store or default_store(), self.config, memory_mb)
+        self._store = store or default_store()
+        self._storage = SharedStorage(name, self._store, self.config, memory_mb)
         self._wake, self._seen = wake, State(CLOSED)
         super().__init__(
             self.config.failure_threshold,
@@ -152,8 +153,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
             )
         elif verdict.word == "closed":
             logger.warning("Breaker %s closed: its service answers again", self.name)
-        if verdict.waiters:
-            self._wake(verdict.waiters)
+        call_up(self._store, self._storage.line, self._wake, verdict.waiters)
         for listener in self._listeners if outcome != "ignored" else ():
             listener.success(self) if error is None else listener.failure(self, error)
         if self._listeners:
@@ -165,7 +165,8 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
 
     def withdraw(self, admission: Admission) -> None:
         """Give back leave that was not used."""
-        self._storage.report(admission, "ignored")
+        verdict = self._storage.report(admission, "ignored")
+        call_up(self._store, self._storage.line, self._wake, verdict.waiters)
 
     def is_system_error(self, exception: BaseException) -> bool:
         """Say whether an exception speaks against the service: not when excluded, a 429, a 4xx, or control flow."""
@@ -229,8 +230,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         verdict = self._storage.put(state)
         logger.warning("Breaker %s was put to %s by hand", self.name, state)
         self._notice(state)
-        if verdict.waiters:
-            self._wake(verdict.waiters)
+        call_up(self._store, self._storage.line, self._wake, verdict.waiters)
 
     def _notice(self, state: str) -> State:
         """Tell listeners of a change, also of one that another process made."""

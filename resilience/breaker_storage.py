@@ -23,6 +23,7 @@ from pydantic import Field, model_validator
 from resilience.checked import Seconds
 from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.keys import Keys
+from resilience.line import IN_LINE
 from resilience.settings import store_settings
 from resilience.store import Argument, Call, Script, Store
 
@@ -84,7 +85,6 @@ def configured(config: BreakerConfig | str | None = None, **fields: Any) -> Brea
     return BreakerConfig(**{**base.model_dump(), **BreakerConfig(**fields).model_dump(exclude_unset=True)})
 
 
-_IN_LINE = Script.load("resilience", "in_line")
 _NAMES = Script.load("resilience", "breaker_names")
 
 
@@ -326,9 +326,14 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
             return Verdict("kept")
         return self.absorb(answer)
 
+    @property
+    def line(self) -> str:
+        """The key of those who wait for it to close."""
+        return self._keys[2]
+
     def waits(self, waiter: str) -> Call:
         """Return the call that answers whether a waiter still stands in line."""
-        return Call(_IN_LINE, (self._keys[2],), (waiter,))
+        return Call(IN_LINE, (self.line,), (waiter,))
 
     def put(self, state: str) -> Verdict:
         """Put the breaker into a state.  Raises StoreUnavailable."""

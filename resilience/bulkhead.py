@@ -11,7 +11,7 @@ import inspect
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 from resilience.errors import BulkheadFull, Category, InvalidValue, NeverSatisfiable, StoreUnavailable
 from resilience.faults import classify
 from resilience.keys import Keys
+from resilience.line import IN_LINE, Wake, call_up
 from resilience.store import Argument, Call, Script, Store, default_store
 
 P = ParamSpec("P")
@@ -28,7 +29,6 @@ LEASE_S = 60.0
 """A permit that was not given back by then is free: the longest a provider's call may take (source document 3)."""
 LOOK_AGAIN_S = 0.02
 _DROPS = frozenset({Category.TIMEOUT, Category.RATE_LIMITED, Category.TRANSIENT, Category.RESOURCE})
-_IN_LINE = Script.load("resilience", "in_line")
 _TAKE, _RELEASE = (Script.load("resilience", f"bulkhead_{verb}", prelude="bulkhead") for verb in ("take", "release"))
 
 
@@ -96,7 +96,7 @@ class Bulkhead:
         per_host: float | None = 10,
         lease_s: float = LEASE_S,
         host: str = "",
-        wake: Callable[[Sequence[str]], None] = lambda _: None,
+        wake: Wake = lambda _: None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`limit` may be a preset's name; None finds a limit by itself, as ``Aimd()`` does; `per_host` None bounds no host.
@@ -146,7 +146,7 @@ class Bulkhead:
 
     def waits(self, waiter: str) -> Call:
         """Return the call that answers whether a waiter still stands in line."""
-        return Call(_IN_LINE, (self._keys[3],), (waiter,))
+        return Call(IN_LINE, (self._keys[3],), (waiter,))
 
     def full(self, permit: Permit) -> BulkheadFull:
         """Return what a caller is told that got no permit."""
@@ -200,8 +200,7 @@ class Bulkhead:
             [[held, _, *waiters]] = self._store.ask(Call(_RELEASE, self._keys, told))
         except StoreUnavailable:
             return 0
-        if waiters:
-            self._wake([each.decode() for each in waiters])
+        call_up(self._store, self._keys[3], self._wake, [each.decode() for each in waiters])
         return int(held)
 
     def status(self) -> dict[str, float]:

@@ -41,6 +41,7 @@ guard refuses is given back to the outer ones: it costs no token, no probe, no a
 PATIENCE_S = 0.02
 """A shorter wait is slept: handing the rest of a node over costs about as much."""
 _CPU = "cpu_s"
+Within = Callable[[Callable[[], Any]], Any]
 
 
 class Postponed(Exception):
@@ -106,7 +107,7 @@ class Guarded:
                 entry.permit = self._bulkhead.acquire(waiter=waiter, urgency=self._urgency)
                 if not entry.permit:
                     raise self._bulkhead.full(entry.permit)
-        except Denied:
+        except Exception:  # refused, or its cost cannot be told: nothing was called
             self._withdraw(entry)
             raise
         if self._retry is not None and self._retry.budget is not None and not context.tries:
@@ -151,16 +152,19 @@ class Guarded:
 
     # --- one item ------------------------------------------------------------------------------------
 
-    def call(self, item: Any, context: Context, *, tries: int, waiter: str) -> Any:
-        """Call the operation; raises Postponed for an item that comes back, or what finally went wrong with it."""
+    def call(self, item: Any, context: Context, *, tries: int, waiter: str, within: Within = lambda run: run()) -> Any:
+        """Call the operation; raises Postponed for an item that comes back, or what finally went wrong with it.
+
+        `within` runs the operation's own code, and may interrupt that, but never what is done for the guards.
+        """
         try:
             entry = self._enter_soon(item, context, waiter)
         except Denied as denied:
             if (fallback := self.instead_of(denied)) is not None:
-                return self._operation.with_context(fallback, item, context)
+                return within(lambda: self._operation.with_context(fallback, item, context))
             raise postponed(denied, tries) from None
         try:
-            output = self._operation.apply(item, context)
+            output = within(lambda: self._operation.apply(item, context))
         except BaseException as error:
             self.leave(entry, error)
             if isinstance(error, Exception):
@@ -218,6 +222,7 @@ class Guarded:
         entry: Entry,
         *,
         run: Callable[[], Awaitable[Any]],
+        waiter: str,
         pause: Callable[[Postponed], Awaitable[None]],
     ) -> Any:
         """Await one item, entered already, by `run`; between attempts `pause` sleeps, or raises the postponement."""
@@ -237,12 +242,14 @@ class Guarded:
             else:
                 self.leave(entry)
                 return output
-            entry = await self._reenter(item, context, tries, pause)
+            entry = await self._reenter(item, context, tries, pause, waiter)
 
-    async def _reenter(self, item: Any, context: Context, tries: int, pause: Callable[[Postponed], Awaitable[None]]) -> Entry:
+    async def _reenter(
+        self, item: Any, context: Context, tries: int, pause: Callable[[Postponed], Awaitable[None]], waiter: str
+    ) -> Entry:
         while True:
             try:
-                return self.enter(item, context, "")
+                return self.enter(item, context, waiter)
             except Denied as denied:
                 await pause(postponed(denied, tries))
 
@@ -250,7 +257,7 @@ class Guarded:
 class Guards:
     """The guards of one process, by service; built when an operation first needs them."""
 
-    def __init__(self, store: Store, settings: BreakerSettings, wake: Callable[[Sequence[str]], None]) -> None:
+    def __init__(self, store: Store, settings: BreakerSettings, wake: Callable[[Sequence[str]], int | None]) -> None:
         self._store, self._settings, self._wake = store, settings, wake
         self._breakers: dict[str, CircuitBreaker] = {}
         self._buckets: dict[str, TokenBucket] = {}

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from resilience.errors import CallTimeout
 from resilience.timeouts import Timeouts
@@ -19,8 +20,8 @@ from rlm_tasks.settings import NodeSettings
 TELL_EVERY_S = 10.0
 """A process tells what items took about this often; telling after each node cost a small node 5 % more time."""
 MOST_SAMPLES = 1000
-LOOK_AGAIN_S = 0.01
 _UNLIMITED = 0.0
+_T = TypeVar("_T")
 
 
 class ItemLimits:
@@ -51,19 +52,21 @@ class ItemLimits:
 
 
 class ItemAlarm:
-    """Interrupts an item by SIGALRM; set for a node, and again at each of its slices.
+    """Interrupts an item by SIGALRM: in the operation's own code and nowhere else.
 
-    Python runs signal handlers in a process's main thread only: in a pool of threads items cannot be interrupted.
+    It is set for a node and rings on; when it rings early it is set again to the end of the item that runs, so an item
+    costs no system call.  Python runs signal handlers in a process's main thread only: in a pool of threads items cannot
+    be interrupted.
     """
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s if threading.current_thread() is threading.main_thread() else _UNLIMITED
-        self.in_item = False
+        self._until = 0.0  # when the item that runs is to be over; 0: none runs
 
     def __enter__(self) -> ItemAlarm:
         if self._limit_s:
             self._before: Any = signal.signal(signal.SIGALRM, self._rings)
-            self.set()
+            signal.setitimer(signal.ITIMER_REAL, self._limit_s)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,14 +74,20 @@ class ItemAlarm:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._before)
 
-    def set(self) -> None:
-        """Start counting anew."""
-        if self._limit_s:
-            signal.setitimer(signal.ITIMER_REAL, self._limit_s)
+    def within(self, run: Callable[[], _T]) -> _T:
+        """Run what may be interrupted.  Raises CallTimeout."""
+        if not self._limit_s:
+            return run()
+        self._until = time.monotonic() + self._limit_s
+        try:
+            return run()
+        finally:
+            self._until = 0.0
 
     def _rings(self, _signal: int, _frame: FrameType | None) -> None:
-        if self.in_item:
-            self.in_item = False
-            self.set()
+        left_s = self._until - time.monotonic() if self._until else self._limit_s
+        over = left_s <= 0
+        signal.setitimer(signal.ITIMER_REAL, self._limit_s if over else left_s)
+        if over:
+            self._until = 0.0
             raise CallTimeout("the item", self._limit_s)
-        signal.setitimer(signal.ITIMER_REAL, LOOK_AGAIN_S)

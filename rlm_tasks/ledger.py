@@ -317,9 +317,13 @@ class Ledger:
         pipe.expire(self.keys.quarantined, QUARANTINE_TTL_S)
         pipe.execute()
 
-    def park(self, claim: Claim, wait_ms: int, why: str, tries: int = 0) -> None:
-        """Let a claimed node wait; whoever sweeps sends it again when its time has come."""
-        self._waking(claim.job, self._call("park", claim.job, claim.node, claim.token, wait_ms, why, tries), wait_ms)
+    def park(self, claim: Claim, wait_ms: int, why: str, tries: int = 0) -> str:
+        """Let a claimed node wait; whoever sweeps sends it again when its time has come.
+
+        Return the node that waits for its message instead, when the job was ending and this was its last node.
+        """
+        call = self._call("park", claim.job, claim.node, claim.token, wait_ms, why, tries)
+        return cast(bytes, self._waking(claim.job, call, wait_ms)).decode()
 
     def unpark(self, job: str, node: str) -> bool:
         """Let a parked node wait no longer; say whether it now waits for a message."""

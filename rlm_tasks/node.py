@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 PARK_MS = 5000
 """How long a node waits that this worker cannot run: another one may know its operation."""
+LONGEST_WAIT_S = 86_400.0
+"""A node that waits for longer looks again once a day."""
 MAX_FAILURES_TOLD = 1000
 
 
@@ -96,7 +98,7 @@ def _work(runtime: Runtime, claim: Claim, page: PageSlot) -> bool:
     try:
         operation = operations.get(spec.operation)
     except UnknownOperation as error:
-        runtime.ledger.park(claim, PARK_MS, str(error))
+        runtime.ledger.park(claim, PARK_MS, str(error), claim.tries)
         return False
     if claim.node == MERGE:
         merge_root(runtime.ledger, claim, spec, operation, runtime.reached)
@@ -151,15 +153,21 @@ class NodeRun:
     def _may_part(self, wait: Postponed) -> bool:
         """Whether the item that waits can leave its neighbours, which need not."""
         shape, claim, rest = self._spec.shape, self._claim, self._claim.hi - self._work.at
-        return wait.isolates and rest > 1 and shape.mode != "sequential" and claim.depth < shape.max_depth
+        return (
+            (wait.isolates or bool(self._work.others))
+            and rest > 1
+            and shape.mode != "sequential"
+            and claim.depth < shape.max_depth
+        )
 
     def _parted(self) -> Fork:
         at, hi = self._work.at, self._claim.hi
-        return isolate(at, hi, self._claim.depth, [at])
+        return isolate(at, hi, self._claim.depth, [at, *self._work.others])
 
     def _park(self, wait: Postponed) -> bool:
         """Let the node itself wait: it has done nothing yet."""
-        self._runtime.ledger.park(self._claim, _ms(wait), wait.why, wait.tries)
+        if waits := self._runtime.ledger.park(self._claim, _ms(wait), wait.why, wait.tries):
+            self._runtime.resend(self._spec.job, [waits])
         self._tell_faults()
         self._wake_if_called(wait, self._claim.node)
         return False
@@ -219,12 +227,16 @@ class NodeRun:
         self._runtime.reached(CrashPoint.MID_SLICE)
         self._work.harvest.fold()
         shape, at = self._spec.shape, self._standing("go")
-        sharable = may_fan_out(shape, at)
+        put_off = self._work.would_repeat and self._pace.elapsed_ms < 4 * shape.target_ms
+        sharable = may_fan_out(shape, at) and not put_off
         taken = slots = 0
         if self._pace.wants_pulse(sharable=sharable):
             order, taken, slots = self._pulse(shape.factor if sharable and not at.draining else 0)
             at = self._standing(order)
         reason = Reason.STOPPED if self._work.harvest.fatal else should_yield(shape, at)
+        if put_off and reason in (Reason.TARGET, Reason.FULL):
+            reason = None
+        self._work.urgent = reason in (Reason.STOPPED, Reason.DRAINING, Reason.FLUSH)
         self._reason = reason or self._reason
         if reason is None and sharable and slots > 1:
             self._fan_out(at, taken, slots)
@@ -295,7 +307,7 @@ class NodeRun:
         report = Report(
             mid=at,
             done=harvest.done,
-            skipped=harvest.empty,
+            skipped=[index for index in harvest.empty if index < at],  # what lies beyond is another node's
             failed=[failure["index"] for failure in harvest.failures],
             failures=[(failure["index"], msgspec.json.encode(failure).decode()) for failure in told],
             why=self._reason or "",
@@ -325,8 +337,11 @@ class NodeRun:
         else:
             slot = claim.slot
             report.kids = [Child(self._next, at, claim.hi, claim.depth, slot.split, slot.index, slot.task, reason)]
-        if (wait := self._work.postponed) is not None:
-            report.kids[0].wait_ms, report.kids[0].tries, report.kids[0].why = _ms(wait), wait.tries, wait.why
+        if (first := self._work.postponed) is not None:
+            waits = {at: first, **(self._work.others if len(report.kids) > 1 else {})}
+            for kid in report.kids:
+                if (wait := waits.get(kid.lo)) is not None:
+                    kid.wait_ms, kid.tries, kid.why = _ms(wait), wait.tries, wait.why
 
     def _follow(self, finished: Finished, report: Report) -> bool:
         """Do what FINISH's answer asks for; return whether this message fills its chord slot."""
@@ -347,7 +362,7 @@ class NodeRun:
 
 
 def _ms(wait: Postponed) -> int:
-    return max(0, math.ceil(wait.wait_s * 1000))
+    return math.ceil(1000 * min(max(wait.wait_s, 0.0), LONGEST_WAIT_S))
 
 
 def _peak_kb() -> int:

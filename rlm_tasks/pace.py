@@ -34,6 +34,11 @@ class Pace:
         """Time since the node began."""
         return (self._clock() - self.began) * 1000
 
+    @property
+    def draining(self) -> bool:
+        """Whether the worker is shutting down."""
+        return self._page.draining
+
     def slice_is_over(self, now: float) -> bool:
         """At the boundary; at once when recalled; soon when a slot of this worker is hungry."""
         if now >= self._boundary_at or self._page.recalls != self._recalls:

@@ -90,12 +90,15 @@ def resend(ledger: Ledger, dispatcher: Dispatcher, job: str, nodes: Sequence[str
         dispatcher.resend(job, nodes, merges=merges)
 
 
-def wake(ledger: Ledger, dispatcher: Dispatcher, waiters: Sequence[str]) -> None:
-    """Let nodes go on that a guard has named: each is "job node", as it was noted."""
+def wake(ledger: Ledger, dispatcher: Dispatcher, waiters: Sequence[str]) -> int:
+    """Let nodes go on that a guard has named: each is "job node", as it was noted.  Return how many have waited."""
+    woken = 0
     for waiter in waiters:
         job, _, node = waiter.partition(" ")
         try:
             if ledger.unpark(job, node):
+                woken += 1
                 resend(ledger, dispatcher, job, [node])
         except StoreUnavailable as error:
             logger.info("Node %s of job %s is not woken, it wakes by its time: %s", node, job, error)
+    return woken

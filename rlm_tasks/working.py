@@ -30,6 +30,10 @@ BATCH_GROWTH = 8
 """A batch starts with one item and grows at most this much at a time towards the length of a slice."""
 LARGEST_BATCH = 65_536
 """Items of the largest batch: they are all in memory at once."""
+LOOK_AGAIN_S = 0.1
+"""An item among others asks a guard again after this, should nobody have called its node."""
+SLEEPERS_S = 1.0
+"""A node that is to hand over its rest waits so long for sleepers, rather than do again what has ended behind them."""
 _EMPTY: tuple[Any, ...] = (None, "", b"", [], {})
 
 Read = Callable[[int, int], Sequence[Any]]
@@ -67,6 +71,9 @@ class Work:
         self.busy_s = 0.0
         self.stopped = False  # a boundary has said so: no further item is started
         self.postponed: Postponed | None = None  # the item at `at` has to wait
+        self.others: dict[int, Postponed] = {}  # items behind it that have to wait, too
+        self.urgent = False  # what has stopped it waits for nobody
+        self.would_repeat = False  # items have ended behind one that sleeps: to stop now is to do them again
         self.took_s: list[float] = []  # of items that ended well at their first try
         self.recovered = 0  # items that ended well at a later try
 
@@ -99,6 +106,7 @@ class Work:
             except _UNREADABLE as error:
                 self._fail_rest(error)
                 return
+            self._page.boundary(time.monotonic())  # reading is not the items' time
             began = self._clock()
             work(window)
             self.busy_s += self._clock() - began
@@ -110,7 +118,6 @@ class Work:
         elif self._pace.slice_is_over(now):
             self.stopped = self._boundary()
             self.busy_s -= self._clock() - now
-            self._alarm.set()
 
     def _fail_rest(self, error: Exception) -> None:
         """Items that cannot be read fail, each by itself: nothing is left out silently."""
@@ -150,7 +157,6 @@ class Work:
 
     def _attempt(self, index: int, began: float, run: Callable[[], None]) -> None:
         """Run one item: it ends well, fails, or has to wait."""
-        self._alarm.in_item = True
         try:
             run()
         except Postponed as wait:
@@ -161,8 +167,6 @@ class Work:
             self.harvest.fail(index, error)
         else:
             self._ended_well(index, began)
-        finally:
-            self._alarm.in_item = False
 
     def _ended_well(self, index: int, began: float) -> None:
         if self._tries(index):
@@ -184,12 +188,13 @@ class Work:
         """Call the operation behind its guards."""
         context.tries, context.waited = self._tries(context.index), self._has_waited(context.index)
         if self._guarded is None:
-            return self._operation.apply(value, context)
-        return self._guarded.call(value, context, tries=context.tries, waiter=self._waiter(context.index))
+            return self._alarm.within(lambda: self._operation.apply(value, context))
+        waiter = self._waiter(context.index)
+        return self._guarded.call(value, context, tries=context.tries, waiter=waiter, within=self._alarm.within)
 
     def _validate(self, item: Any, _context: Context) -> None:
-        if self._operation.validate is not None:
-            self._operation.validate(item)
+        if (validate := self._operation.validate) is not None:
+            self._alarm.within(lambda: validate(item))
 
     def _context(self, index: int = 0) -> Context:
         return Context(self._spec.job, self._spec.params, self._claim.depth, self._claim.epoch, index)
@@ -202,7 +207,7 @@ class Work:
         if self._filtered:
             kept = [item for index, item in enumerate(window, self.at) if not self._leaves_out(index, item)]
         self._page.start_item(self.at if len(window) == 1 else SEVERAL_ITEMS)
-        if not kept or self._whole(kept, began):
+        if not kept or (len(window) > 1 and self._whole(kept, began)):
             self.at += len(window)
         elif self.postponed is None:
             self._again_one_by_one(window)
@@ -214,7 +219,6 @@ class Work:
 
     def _whole(self, kept: Sequence[Any], began: float) -> bool:
         """Run a batch as one call; False when its items have to be run by themselves, or to wait."""
-        self._alarm.in_item = True
         try:
             self.harvest.add_batch(self._call(kept, self._context(self.at)), len(kept))
         except Denied as denied:
@@ -227,8 +231,6 @@ class Work:
         else:
             self.took_s.append(self._clock() - began)
             return True
-        finally:
-            self._alarm.in_item = False
         return False
 
     def _again_one_by_one(self, window: Sequence[Any]) -> None:
@@ -237,7 +239,6 @@ class Work:
             index, context = self.at, self._context(self.at)
             self._page.boundary(time.monotonic())  # each has the whole limit for itself
             self._page.start_item(index)
-            self._alarm.set()
             if index not in self.harvest.left_out:
                 self._attempt(index, self._clock(), lambda: self.harvest.add_batch(self._call([item], context), 1))  # noqa: B023  # called at once
                 if self.postponed is not None:
@@ -260,6 +261,7 @@ class Work:
         self._hurry = asyncio.Event()
         self._refused: Postponed | None = None
         self._not_before = 0.0
+        self._stopped_at = float("inf")
         outcomes: dict[int, Any] = {}
         launched = self.at
         while self._in_flight or (launched < self.until and not self.stopped):
@@ -268,12 +270,14 @@ class Work:
             for index in [index for index, task in self._in_flight.items() if task.done()]:
                 outcomes[index] = self._in_flight.pop(index)
             self._collect(outcomes)
+            self.would_repeat = bool(self._sleeping) and (bool(outcomes) or len(self._in_flight) > len(self._sleeping))
             if not self.stopped:
                 self._look_up(self._clock())
             self._leave_slot(outcomes, launched)
-        for task in outcomes.values():
-            if isinstance(task, asyncio.Task) and not task.cancelled():
-                task.exception()  # seen: what stands behind an item that waits is done again
+        for index, task in outcomes.items():
+            # What stands behind an item that waits is done again; but what waits, too, keeps its tries.
+            if isinstance(task, asyncio.Task) and not task.cancelled() and isinstance(wait := task.exception(), Postponed):
+                self.others[index] = wait
         self.busy_s += self._clock() - began
 
     def _leave_slot(self, outcomes: dict[int, Any], launched: int) -> None:
@@ -283,7 +287,12 @@ class Work:
             self._refused.wait_s = self._not_before - self._clock()
             self._postpone(self._refused)
         idle = len(self._sleeping) == len(self._in_flight) > 0 and not outcomes
-        if self.stopped or (idle and (launched >= self.until or waiting)):
+        if self.stopped:
+            self._stopped_at = min(self._stopped_at, self._clock())
+            patient = self.would_repeat and self.postponed is None and not (self.urgent or self._pace.draining)
+            if not patient or self._clock() - self._stopped_at > SLEEPERS_S:
+                self._hurry.set()
+        elif idle and (launched >= self.until or waiting):
             self._hurry.set()
 
     async def _some_end(self) -> None:
@@ -318,13 +327,17 @@ class Work:
         if self._guarded is not None:
             try:
                 entry = self._guarded.enter(item, context, self._waiter(index))
-                run = functools.partial(self._guarded.call_async, item, context, entry, run=run, pause=self._pauses(index))
+                run = functools.partial(
+                    self._guarded.call_async, item, context, entry, run=run, waiter=self._waiter(index), pause=self._pauses(index)
+                )
             except Denied as denied:
                 fallback = self._guarded.instead_of(denied)
                 if fallback is None:
                     self._refused, self._not_before = postponed(denied, context.tries), self._clock() + denied.retry_after_s
                     return False
                 run = functools.partial(self._instead, fallback, item, context)
+            except Exception as error:  # what it costs cannot be told, or never be granted: its own failure
+                run = functools.partial(_fails, error)
         self._in_flight[index] = asyncio.ensure_future(self._timed(index, run))
         return True
 
@@ -353,7 +366,8 @@ class Work:
             due = self._clock() + wait.wait_s
             self._sleeping.add(index)
             try:
-                await asyncio.wait_for(self._hurry.wait(), wait.wait_s)
+                # Who stands in line is called as a node, and not here: look again.
+                await asyncio.wait_for(self._hurry.wait(), min(wait.wait_s, LOOK_AGAIN_S) if wait.noted else wait.wait_s)
             except TimeoutError:
                 return
             finally:
@@ -380,6 +394,10 @@ class Work:
                 self.harvest.fail(self.at, outcome)
             self.at += 1
         return None
+
+
+async def _fails(error: Exception) -> Any:
+    raise error
 
 
 _runners: dict[int, asyncio.Runner] = {}

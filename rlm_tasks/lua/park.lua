@@ -1,11 +1,19 @@
 -- Let a claimed node wait.  ARGV: node, token, ms to wait, reason, how often its first item has failed.
--- Returns 1, or 0 when the caller was replaced.
-local id, node = ARGV[1], held(ARGV[1], ARGV[2])
-if not node then return 0 end
+-- A node of a job that is ending is skipped.   Returns '', or the node that now waits for its message.
+local id, f, node = ARGV[1], facts(), held(ARGV[1], ARGV[2])
+if not f or not node then return '' end
+judge(f)
+if f.stop ~= '' then
+  skip_node(f, id, node)
+  skip_waiting(f, false)
+  if f.pending > 0 then return '' end
+  local _, waits = finish_tree(f, call('HGET', job, 'task'))
+  return waits
+end
 node.s, node.why, node.lost = 'p', ARGV[4], nil
 node.wt, node.tr = 1, tonumber(ARGV[5]) > 0 and tonumber(ARGV[5]) or nil
 write(id, node)
 call('HDEL', inflight, id)
 call('ZREM', waiting, id)
 call('ZADD', due, now + tonumber(ARGV[3]), id)
-return 1
+return ''
