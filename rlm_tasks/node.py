@@ -22,6 +22,7 @@ from rlm_tasks.crashpoints import CrashPoint
 from rlm_tasks.dispatch import freeze, mint
 from rlm_tasks.errors import Quarantined, UnknownOperation
 from rlm_tasks.guards import Postponed
+from rlm_tasks.in_flight import WorkInFlight
 from rlm_tasks.ledger import MERGE, PROCESS, ROOT, Child, Claim, Finished, Report, Suspect
 from rlm_tasks.merging import merge_root
 from rlm_tasks.operations import Operation
@@ -121,7 +122,8 @@ class NodeRun:
         page.limit(limit_s)
         self._guarded = runtime.guards.of(operation, spec.priority)
         self._next = mint()  # the node that comes after this one, should it have to wait
-        self._work = Work(
+        in_flight = operation.is_async and claim.phase == PROCESS
+        self._work = (WorkInFlight if in_flight else Work)(
             claim, spec, operation, read, page, self._pace, runtime.clock,  # type: ignore[arg-type]  # patiently returns what read does
             guarded=self._guarded, waiter=self._waiter, limit_s=limit_s,
         )  # fmt: skip
