@@ -243,7 +243,11 @@ class LedgerMachine(RuleBasedStateMachine):
         claim = data.draw(st.sampled_from([each for each in self.claims if each.node != MERGE]), "claim")
         node = self.nodes[claim.node]
         self.ledger.park(claim, int(LONG_S * 1000), "a test says so", tries)
-        if node.is_held_by(claim.token):
+        if node.is_held_by(claim.token) and self.stopped:
+            node.lost = False
+            self.skip(node)
+            self.skip_waiting()
+        elif node.is_held_by(claim.token):
             node.tries = tries
             node.state, node.lost, node.lapsed, node.aged = PARKED, False, False, False
 
