@@ -220,7 +220,8 @@ class NodeRun:
         return self._claim.node in (ROOT, PROCESS) and known_ms * (self._claim.hi - self._claim.lo) >= WORTH_PLANNING_MS
 
     def _live_slots(self) -> int:
-        [[_, total]] = self._runtime.ledger.store.run(self._runtime.slots.take(self._spec.queue, 0))
+        ledger, look = self._runtime.ledger, self._runtime.slots.take(self._spec.queue, 0)
+        [[_, total]] = ledger.patiently(lambda: ledger.store.run(look))
         return max(1, int(total))
 
     def _boundary(self) -> bool:

@@ -154,13 +154,23 @@ def on_durable(durable: embedded.Server, request: pytest.FixtureRequest, tmp_pat
         yield own
 
 
+@pytest.fixture(autouse=True)
+def tell_recovery(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let the summary know, which is written by another process when several run the tests."""
+    RECOVERED.clear()
+    yield
+    request.node.user_properties += [("recovered", list(each)) for each in RECOVERED]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print how long recovery took, by what died; docs/reliability.md quotes it."""
-    if not RECOVERED:
+    ended = [report for report in terminalreporter.stats.get("", []) if report.when == "teardown"]
+    recovered = [value for report in ended for name, value in report.user_properties if name == "recovered"]
+    if not recovered:
         return
     terminalreporter.section("recovery, seconds from the fault to the end of the job")
-    for what in dict.fromkeys(what for what, _, _ in RECOVERED):
-        took = sorted(seconds for each, _, seconds in RECOVERED if each == what)
+    for what in dict.fromkeys(what for what, _, _ in recovered):
+        took = sorted(seconds for each, _, seconds in recovered if each == what)
         terminalreporter.write_line(
             f"{what:42} {len(took):3} cells   median {took[len(took) // 2]:5.2f}   slowest {took[-1]:5.2f}"
         )
