@@ -159,7 +159,7 @@ def tell_recovery(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let the summary know, which is written by another process when several run the tests."""
     RECOVERED.clear()
     yield
-    request.node.user_properties += [("recovered", list(each)) for each in RECOVERED]
+    request.node.user_properties += [("recovered", [what, str(point), took]) for what, point, took in RECOVERED]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
