@@ -41,7 +41,7 @@ guard refuses is given back to the outer ones: it costs no token, no probe, no a
 PATIENCE_S = 0.02
 """A shorter wait is slept: handing the rest of a node over costs about as much."""
 _CPU = "cpu_s"
-Within = Callable[[Callable[[], Any]], Any]
+Within = Callable[..., Any]
 
 
 class Postponed(Exception):
@@ -152,7 +152,9 @@ class Guarded:
 
     # --- one item ------------------------------------------------------------------------------------
 
-    def call(self, item: Any, context: Context, *, tries: int, waiter: str, within: Within = lambda run: run()) -> Any:
+    def call(
+        self, item: Any, context: Context, *, tries: int, waiter: str, within: Within = lambda run, *args: run(*args)
+    ) -> Any:
         """Call the operation; raises Postponed for an item that comes back, or what finally went wrong with it.
 
         `within` runs the operation's own code, and may interrupt that, but never what is done for the guards.
@@ -161,10 +163,10 @@ class Guarded:
             entry = self._enter_soon(item, context, waiter)
         except Denied as denied:
             if (fallback := self.instead_of(denied)) is not None:
-                return within(lambda: self._operation.with_context(fallback, item, context))
+                return within(self._operation.with_context, fallback, item, context)
             raise postponed(denied, tries) from None
         try:
-            output = within(lambda: self._operation.apply(item, context))
+            output = within(self._operation.apply, item, context)
         except BaseException as error:
             self.leave(entry, error)
             if isinstance(error, Exception):

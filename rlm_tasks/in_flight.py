@@ -107,7 +107,7 @@ class WorkInFlight(Work):
     def _start(self, index: int, item: Any) -> bool:
         """Start an item, unless a guard says not yet."""
         context = self._context(index)
-        context.tries, context.waited = self._tries(index), self._has_waited(index)
+        self._remember(context)
         run: Callable[[], Awaitable[Any]] = functools.partial(self._bounded, item, context)
         if self._guarded is not None:
             try:
@@ -123,13 +123,13 @@ class WorkInFlight(Work):
                 run = functools.partial(self._instead, fallback, item, context)
             except Exception as error:  # what it costs cannot be told, or never be granted: its own failure
                 run = functools.partial(_fails, error)
-        self._in_flight[index] = asyncio.ensure_future(self._timed(index, run))
+        self._in_flight[index] = asyncio.ensure_future(self._timed(context, run))
         return True
 
-    async def _timed(self, index: int, run: Callable[[], Awaitable[Any]]) -> Any:
+    async def _timed(self, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
         began = self._clock()
         output = await run()
-        self._ended_well(index, began)
+        self._ended_well(context.tries, began)
         return output
 
     async def _bounded(self, item: Any, context: Context) -> Any:
@@ -172,7 +172,7 @@ class WorkInFlight(Work):
                 except Postponed as wait:
                     return self._postpone(wait)
                 except Denied as denied:
-                    return self._postpone(postponed(denied, self._tries(self.at)))
+                    return self._postpone(postponed(denied, self._claim.tries if self.at == self._claim.lo else 0))
                 except (Exception, SystemExit, asyncio.CancelledError) as error:
                     self.harvest.fail(self.at, error)
             elif isinstance(outcome, Exception):

@@ -74,13 +74,13 @@ class ItemAlarm:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._before)
 
-    def within(self, run: Callable[[], _T]) -> _T:
-        """Run what may be interrupted.  Raises CallTimeout."""
+    def within(self, run: Callable[..., _T], *args: Any) -> _T:
+        """Run what may be interrupted, with its arguments.  Raises CallTimeout."""
         if not self._limit_s:
-            return run()
+            return run(*args)
         self._until = time.monotonic() + self._limit_s
         try:
-            return run()
+            return run(*args)
         finally:
             self._until = 0.0
 

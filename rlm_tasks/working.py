@@ -135,7 +135,7 @@ class Work:
             index = context.index = self.at
             self._page.start_item(index)
             if not (self._filtered and self._leaves_out(index, item)):
-                self._attempt(index, began, lambda: keep(call(item, context)))  # noqa: B023  # called at once
+                self._attempt(keep, call, item, context, began)
                 if self.postponed is not None:
                     return
             self.at = index + 1
@@ -144,21 +144,23 @@ class Work:
             if self.stopped:
                 return
 
-    def _attempt(self, index: int, began: float, run: Callable[[], None]) -> None:
+    def _attempt(
+        self, keep: Callable[[Any], None], call: Callable[[Any, Context], Any], value: Any, context: Context, began: float
+    ) -> None:
         """Run one item: it ends well, fails, or has to wait."""
         try:
-            run()
+            keep(call(value, context))
         except Postponed as wait:
             self._postpone(wait)
         except Denied as denied:
-            self._postpone(postponed(denied, self._tries(index)))
+            self._postpone(postponed(denied, context.tries))
         except (Exception, SystemExit) as error:
-            self.harvest.fail(index, error)
+            self.harvest.fail(context.index, error)
         else:
-            self._ended_well(index, began)
+            self._ended_well(context.tries, began)
 
-    def _ended_well(self, index: int, began: float) -> None:
-        if self._tries(index):
+    def _ended_well(self, tries: int, began: float) -> None:
+        if tries:
             self.recovered += 1  # and no sample: Karn's algorithm
         else:
             self.took_s.append(self._clock() - began)
@@ -167,23 +169,22 @@ class Work:
         """Stop before the item at `at`."""
         self.postponed, self.stopped = wait, True
 
-    def _tries(self, index: int) -> int:
-        return self._claim.tries if index == self._claim.lo else 0
-
-    def _has_waited(self, index: int) -> bool:
-        return self._claim.waited and index == self._claim.lo
+    def _remember(self, context: Context) -> None:
+        """Say of an item what the ledger remembers of it: only the first of a node has a past."""
+        is_first = context.index == self._claim.lo
+        context.tries, context.waited = (self._claim.tries, self._claim.waited) if is_first else (0, False)
 
     def _call(self, value: Any, context: Context) -> Any:
         """Call the operation behind its guards."""
-        context.tries, context.waited = self._tries(context.index), self._has_waited(context.index)
+        self._remember(context)
         if self._guarded is None:
-            return self._alarm.within(lambda: self._operation.apply(value, context))
+            return self._alarm.within(self._operation.apply, value, context)
         waiter = self._waiter(context.index)
         return self._guarded.call(value, context, tries=context.tries, waiter=waiter, within=self._alarm.within)
 
     def _validate(self, item: Any, _context: Context) -> None:
-        if (validate := self._operation.validate) is not None:
-            self._alarm.within(lambda: validate(item))
+        if self._operation.validate is not None:
+            self._alarm.within(self._operation.validate, item)
 
     def _context(self, index: int = 0) -> Context:
         return Context(self._spec.job, self._spec.params, self._claim.depth, self._claim.epoch, index)
@@ -222,6 +223,9 @@ class Work:
             return True
         return False
 
+    def _keep_one(self, output: Any) -> None:
+        self.harvest.add_batch(output, 1)
+
     def _again_one_by_one(self, window: Sequence[Any]) -> None:
         """A batch that raised is run again item by item, so that the failure has a name."""
         for item in window:
@@ -229,7 +233,7 @@ class Work:
             self._page.boundary(time.monotonic())  # each has the whole limit for itself
             self._page.start_item(index)
             if index not in self.harvest.left_out:
-                self._attempt(index, self._clock(), lambda: self.harvest.add_batch(self._call([item], context), 1))  # noqa: B023  # called at once
+                self._attempt(self._keep_one, self._call, [item], context, self._clock())
                 if self.postponed is not None:
                     return
             self.at = index + 1
