@@ -60,7 +60,7 @@ class Runtime:
         ledger = Ledger(store, keys, settings.ledger, patience_s=patience_s)
         dispatcher, shared = Dispatcher(app, ledger), guard_store(settings)
         guards = Guards(shared, settings.breakers, lambda waiters: wake(ledger.hasty(), dispatcher, waiters))
-        limits = ItemLimits(Timeouts(shared), settings.node, time.monotonic)
+        limits = ItemLimits(Timeouts(shared, multipliers=settings.node.timeout_multipliers), settings.node, time.monotonic)
         return cls(
             settings, ledger, SlotBoard(store, keys), ItemReader(store), dispatcher, Page(), guards, limits, FaultLog(shared)
         )  # fmt: skip

@@ -43,6 +43,9 @@ class NodeSettings(BaseModel, frozen=True, extra="forbid"):
         ge=0,
         description="No item may run longer, whatever was learned; 0: as `adaptive_timeouts` says. Also `WORKFLOW_ACTIVITY_TIMEOUT_MINUTES`.",
     )
+    timeout_multipliers: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="Operations whose items may take longer, or less long, than their complexity says: JSON, name -> factor."
+    )
     adaptive_timeouts: bool = Field(
         True,
         description="Stop an item that runs longer than its complexity and its operation's p99 allow, 3 h at most. Also `ENABLE_ADAPTIVE_TIMEOUTS`.",

@@ -6,12 +6,17 @@ import time
 from typing import Any
 
 import pytest
+from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
+from celery.exceptions import Ignore, Retry
 
+from resilience.breaker import CircuitBreaker
 from resilience.breaker_storage import BreakerConfig
 from resilience.bucket import Rate
-from resilience.errors import BulkheadFull, InvalidValue, RateLimited
+from resilience.errors import BulkheadFull, Category, InvalidValue, RateLimited
+from resilience.faults import classify
 from resilience.retry import RetryPolicy
 from resilience.settings import BreakerSettings
+from rlm_tasks import failures as failures  # it says what Celery's exceptions mean
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.guards import Guarded, Guards, Postponed
 from rlm_tasks.operations import Context, Operation
@@ -130,6 +135,20 @@ def test_breakers_can_be_switched_off(world: World) -> None:
 
 def test_an_operation_without_guards_has_none(world: World) -> None:
     assert guards(world).of(Operation("op", len), "normal") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "category", "counts"),
+    [
+        (SoftTimeLimitExceeded(), Category.TIMEOUT, True),
+        (WorkerLostError(), Category.WORKER_LOST, False),
+        (Retry(), Category.CANCELLED, False),
+        (Ignore(), Category.CANCELLED, False),
+    ],
+)
+def test_celerys_own_exceptions_are_known(world: World, error: Exception, category: Category, counts: bool) -> None:
+    assert classify(error).category == category
+    assert CircuitBreaker("any", world.store()).is_system_error(error) == counts
 
 
 @pytest.mark.parametrize(
