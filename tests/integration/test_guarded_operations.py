@@ -41,13 +41,19 @@ def test_what_waits_for_tokens_holds_no_slot(guarded: Client, tmp_path: Path) ->
     beside = guarded.execute(unlimited).metrics.execution_time_ms
     assert limited.result(timeout=30).output == list(range(60))
 
-    # 20 calls a second take a claim and a parking each: a few per cent of two slots; the rest is a busy machine's.
-    assert beside <= 2 * alone, (alone, beside)
-    times = [at for _, _, _, at in journal(tmp_path)]
-    assert 0.97 * 55 / 20 <= times[-1] - times[0] <= 2 * 55 / 20, "and it comes back when it may, and not before"
-    assert len(times) == 60, "a refusal runs nothing"
+    # 20 calls a second take a claim and a parking each: a few per cent of two slots.
+    assert beside <= 1.5 * alone, (alone, beside)
+    assert len(journal(tmp_path)) == 60, "a refusal runs nothing"
     held_s = limited.result().metrics.busy_ms / 1000
     assert held_s < 1.0, "60 nodes have waited for 80 s in all, and held no slot meanwhile"
+
+
+def test_what_waits_for_tokens_comes_back_when_it_may_and_not_before(guarded: Client, tmp_path: Path) -> None:
+    """With the slots for itself: behind other work it would wait for a slot, too."""
+    guarded.execute(operation="metered", items=range(60), chunk_size=1, params={"folder": str(tmp_path)}, timeout=30)
+
+    times = [at for _, _, _, at in journal(tmp_path)]
+    assert 0.97 * 55 / 20 <= times[-1] - times[0] <= 1.2 * 60 / 20
 
 
 def test_an_open_breaker_parks_its_nodes_and_costs_no_attempt(guarded: Client, tmp_path: Path) -> None:
@@ -105,7 +111,7 @@ def test_many_in_flight_keep_to_the_rate(guarded: Client, tmp_path: Path) -> Non
     assert result.output == list(range(100))
     times = [at for _, _, _, at in journal(tmp_path)]
     assert len(times) == 100
-    assert 0.97 * 95 / 50 <= times[-1] - times[0] <= 2 * 95 / 50
+    assert 0.97 * 95 / 50 <= times[-1] - times[0] <= 1.3 * 95 / 50
 
 
 def test_a_bulkhead_holds_over_all_slots(guarded: Client, tmp_path: Path) -> None:
