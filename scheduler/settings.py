@@ -30,7 +30,7 @@ class PressureSettings(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _rising(self) -> PressureSettings:
-        if list(self.thresholds) != sorted(set(self.thresholds)) or not 0 < self.thresholds[0] or self.thresholds[3] > 100:
+        if list(self.thresholds) != sorted(set(self.thresholds)) or not self.thresholds[0] > 0 or self.thresholds[3] > 100:
             raise ValueError("must rise, between 0 and 100")
         return self
 
