@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 
 from resilience.errors import InvalidValue, NeverSatisfiable, StoreUnavailable
 from resilience.keys import Keys
+from resilience.line import URGENCY
 from resilience.store import Argument, Call, Script, Store, default_store
 
 FLOORS = {"critical": 0.0, "high": 0.05, "normal": 0.15, "low": 0.30}
 """The share of a bucket's burst that a class must leave to more urgent ones."""
-URGENCY = {priority: urgency for urgency, priority in enumerate(FLOORS)}
 GUARD_SHARE, GUARD_S = 0.005, 0.3
 """A window is counted this much longer (the smaller of both), for requests that are longer on their way than others."""
 KEEP_S = 600.0

@@ -71,6 +71,13 @@ class Keys:
         tagged = f"{self.namespace}:{{bulkhead:{name}}}:"
         return tagged + "permits", tagged + "about", tagged + "hosts", tagged + "waiting"
 
+    def preemption(self, queue: str) -> tuple[str, str]:
+        """Return which urgent nodes wait in a queue for a slot (ZSET node -> ms until which it counts), and how many
+        yields have been made for them (STRING).
+        """
+        tagged = f"{self.namespace}:{{preemption:{queue}}}:"
+        return tagged + "waiting", tagged + "won"
+
     def budget(self, service: str) -> str:
         """Return the retry budget of a service.  HASH balance, time."""
         return f"{self.namespace}:{{budget:{service}}}"

@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from resilience.errors import StoreUnavailable
 from resilience.store import Call, Script, Store
 
+URGENCY = {"critical": 0, "high": 1, "normal": 2, "low": 3}
+"""Who goes first; 0 is the most urgent."""
+
 Wake = Callable[[Sequence[str]], int | None]
 """Calls waiters, and answers how many of them have waited indeed; None: all of them."""
 

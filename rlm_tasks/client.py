@@ -9,6 +9,7 @@ import functools
 import logging
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,12 @@ from rlm_tasks.job import Job
 from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report
 from rlm_tasks.requests import Conditions, JobRequest, Options
 from rlm_tasks.results import JobResult, QuarantinedItem, Status
-from rlm_tasks.runtime import wake
+from rlm_tasks.runtime import making_room, wake
 from rlm_tasks.settings import Settings
 from rlm_tasks.sources import ItemReader, ItemWriter, Source
 from rlm_tasks.spec import Spec
+from scheduler.preemption import Preemption
+from scheduler.slots import SlotBoard
 
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker, CircuitBreakers
@@ -63,6 +66,7 @@ class Client:
         self._store = Store(self.settings.redis_url)
         self.ledger = Ledger(self._store, Keys(self.settings.namespace), self.settings.ledger)
         self._dispatcher = Dispatcher(self._app, self.ledger)
+        self._preemption = Preemption(self._store, self.ledger.keys, SlotBoard(self._store, self.ledger.keys))
         self.reader = ItemReader(self._store)
         operations.import_operations(self.settings.operations)
 
@@ -211,11 +215,22 @@ class Client:
             else:
                 waiting.append(spec)
         if waiting:
-            self._dispatcher.send_root(waiting, ROOT)
+            self._send(waiting)
         for spec in known:
             # What is open has its message by now: one mistaken key delays no other job of a batch.
             self._refuse_another(spec)
         return [Job(self, spec.job) for spec, _ in stored]
+
+    def _send(self, specs: Sequence[Spec]) -> None:
+        """Send first messages, and have less urgent work make room for those that may ask for it."""
+        urgent: dict[str, list[str]] = {}
+        for spec in specs:
+            if spec.preempts:
+                urgent.setdefault(spec.queue, []).append(f"{spec.job} {ROOT}")
+        with ExitStack() as stack:
+            for queue, nodes in urgent.items():
+                stack.enter_context(making_room(self._preemption, self._dispatcher, queue, nodes))
+            self._dispatcher.send_root(specs, ROOT)
 
     def _refuse_another(self, spec: Spec) -> None:
         """A key names one request; what else it is used for is a mistake."""
@@ -249,6 +264,7 @@ class Client:
             skip_if_empty=conditions.skip_if_empty, validate=conditions.validate_before_process,
             early_termination_threshold=conditions.early_termination_threshold, timeout_ms=options.timeout_ms,
             description=request.description, complexity=request.complexity, idempotency_key=options.idempotency_key,
+            preempts=options.preempts,
         ), staged  # fmt: skip
 
     def _id_for(self, idempotency_key: str) -> str:

@@ -104,6 +104,13 @@ class Dispatcher:
         bodies = {id: self._ledger.split(job, id) for id in wanted}
         self._publish((spec, r.id, r.message, r.slot, bodies.get(r.slot.split)) for r in records)
 
+    def ask_to_yield(self, queue: str) -> None:
+        """Tell workers that urgent work waits in a queue; who is not reached learns of it within a second."""
+        try:
+            self._app.control.broadcast("rlm_yield", arguments={"queue": queue})
+        except (KombuError, RedisError, OSError) as error:
+            logger.info("Workers were not told to make room, they will see it by themselves: %s", error)
+
     def _set_sizes(self, job: str, splits: Iterable[Split]) -> None:
         backend = self._app.backend
         pipe = backend.client.pipeline(transaction=False)

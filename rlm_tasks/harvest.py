@@ -5,9 +5,11 @@ Decides how outputs become one packed partial; refuses to know how items are run
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from resilience.degradation import Degradation, Level, Strategy
 from resilience.faults import Fault, classify
 from rlm_tasks import codec
 from rlm_tasks.failures import failure_of
@@ -32,6 +34,7 @@ class Harvest:
         self.failures: list[dict[str, Any]] = []
         self.faults: list[tuple[Fault, str]] = []  # of the first MOST_FAULTS: for the log of recurring faults
         self.given_up = 0  # items that failed although they were worth another try
+        self.shaped: Counter[tuple[Strategy, Level]] = Counter()  # items whose outcome a strategy has shaped
         self.fatal: dict[str, Any] | None = None  # what a merge raised: it fails the job, not an item
 
     @property
@@ -65,6 +68,12 @@ class Harvest:
         self.given_up += fault.retryable
         if len(self.faults) < MOST_FAULTS:
             self.faults.append((fault, str(error)))
+
+    def shape(self, degradation: Degradation, items: int) -> None:
+        """Count which strategies have shaped the outcome of items, and let the next ones begin anew."""
+        for strategy in degradation.shaped:
+            self.shaped[strategy, degradation.level] += items
+        degradation.shaped.clear()
 
     def leave_out(self, index: int, *, empty: bool) -> None:
         """Note an item that is not worked on."""

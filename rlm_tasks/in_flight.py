@@ -14,6 +14,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from resilience.degradation import IN_FORCE, Degradation
 from resilience.errors import CallTimeout, Denied
 from rlm_tasks.guards import PATIENCE_S, Postponed, postponed
 from rlm_tasks.operations import Context
@@ -38,6 +39,7 @@ class WorkInFlight(Work):
         began = self._clock()
         self._in_flight: dict[int, asyncio.Task[Any]] = {}
         self._sleeping: set[int] = set()
+        self._asked: dict[int, Degradation] = {}
         self._hurry = asyncio.Event()
         self._refused: Postponed | None = None
         self._not_before = 0.0
@@ -108,6 +110,7 @@ class WorkInFlight(Work):
         """Start an item, unless a guard says not yet."""
         context = self._context(index)
         self._remember(context)
+        context.degradation = self._asked[index] = Degradation(self.degradation.level)
         run: Callable[[], Awaitable[Any]] = functools.partial(self._bounded, item, context)
         if self._guarded is not None:
             try:
@@ -128,6 +131,7 @@ class WorkInFlight(Work):
 
     async def _timed(self, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
         began = self._clock()
+        IN_FORCE.set(context.degradation)
         output = await run()
         self._ended_well(context.tries, began)
         return output
@@ -177,6 +181,8 @@ class WorkInFlight(Work):
                     self.harvest.fail(self.at, error)
             elif isinstance(outcome, Exception):
                 self.harvest.fail(self.at, outcome)
+            if self.at in self._asked:
+                self.harvest.shape(self._asked.pop(self.at), 1)
             self.at += 1
         return None
 

@@ -35,6 +35,8 @@ from rlm_tasks.results import (
     Partial,
     Progress,
     QuarantinedItem,
+    Receipt,
+    Shaped,
     Status,
     SuccessfulItems,
     TreeNode,
@@ -192,6 +194,10 @@ class Job:
         covered = sum(hi - lo for lo, hi in ranges)
         return Partial(operation.shaped(output) if values else output, covered / spec.n if spec.n else 1.0, ranges)
 
+    def receipt(self) -> Receipt:
+        """Return what pressure has made the job leave out so far; empty when nothing."""
+        return _receipt(self._facts())
+
     def outputs(self) -> Iterator[Any]:
         """Yield the outputs of a job without a merge, in item order, a page at a time."""
         return flattened(partials(self._ledger, self.id, 0, self._spec().n))
@@ -323,6 +329,7 @@ class Job:
             total, done, failed, skipped, self._failures(), SuccessfulItems(ranges, left_out), _metrics(facts),
             stopped=facts.get("stop", ""),
             error=ItemFailure(-1, error["type"], error["message"], error.get("traceback", "")) if error else None,
+            receipt=_receipt(facts),
         )  # fmt: skip
 
     def _failures(self) -> list[ItemFailure]:
@@ -362,3 +369,8 @@ def _metrics(facts: dict[str, str]) -> Metrics:
         max_depth=int(facts["depth"]), execution_time_ms=float(closed - started), busy_ms=int(facts["busy_us"]) / 1000,
         peak_memory_mb=int(facts["peak_kb"]) / 1024, waited_ms=float(started - opened),
     )  # fmt: skip
+
+
+def _receipt(facts: dict[str, str]) -> Receipt:
+    told = [(name.split(":"), int(count)) for name, count in facts.items() if name.startswith("shaped:")]
+    return Receipt(Shaped(strategy, level, items) for (_, strategy, level), items in sorted(told))

@@ -98,6 +98,7 @@ class Report(msgspec.Struct):
     quarantined: list[tuple[int, str]] = []  # index, JSON of its record
     kids: list[Child] = []
     splits: list[Split] = []
+    shaped: list[tuple[str, str, int]] = []  # strategy, level, items whose outcome it has shaped
     why: str = ""
     busy_us: int = 0
     peak_kb: int = 0

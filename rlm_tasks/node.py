@@ -17,6 +17,7 @@ import time
 
 import msgspec
 
+from resilience.degradation import Level
 from rlm_tasks import operations
 from rlm_tasks.crashpoints import CrashPoint
 from rlm_tasks.dispatch import freeze, mint
@@ -46,6 +47,7 @@ from rlm_tasks.splitting import (
     should_yield,
 )
 from rlm_tasks.working import Work
+from scheduler.preemption import more_urgent
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,8 @@ def run_node(runtime: Runtime, job: str, node: str, message: int = 0) -> bool:
         claim = runtime.ledger.claim(job, node, token, runtime.worker, message)
         if claim.answer == "run":
             runtime.reached(CrashPoint.AFTER_CLAIM)
+            if claim.spec is not None and claim.spec.preempts:
+                runtime.preemption.settle(claim.spec.queue, f"{job} {node}")
             return _work(runtime, claim, page)
     except MemoryError:
         _give_up_for_memory(runtime, job, node, token)
@@ -125,11 +129,12 @@ class NodeRun:
         in_flight = operation.is_async and claim.phase == PROCESS
         self._work = (WorkInFlight if in_flight else Work)(
             claim, spec, operation, read, page, self._pace, runtime.clock,  # type: ignore[arg-type]  # patiently returns what read does
-            guarded=self._guarded, waiter=self._waiter, limit_s=limit_s,
+            guarded=self._guarded, waiter=self._waiter, limit_s=limit_s, level=runtime.page.level,
         )  # fmt: skip
         self._reason: Reason | None = None
         self._fork: Fork | None = None
         self._quarantined: Suspect | None = None
+        self._preempted = False  # it has won the right to make room
 
     def run(self) -> bool:
         """Work, then finish; return whether this message fills its chord slot."""
@@ -229,6 +234,8 @@ class NodeRun:
         self._page.boundary(time.monotonic())
         self._runtime.reached(CrashPoint.MID_SLICE)
         self._work.harvest.fold()
+        if self._runtime.page.level is Level.EMERGENCY > self._work.degradation.level:
+            self._work.press(Level.EMERGENCY)
         shape, at = self._spec.shape, self._standing("go")
         put_off = self._work.would_repeat and self._pace.elapsed_ms < 4 * shape.target_ms
         sharable = may_fan_out(shape, at) and not put_off
@@ -239,7 +246,7 @@ class NodeRun:
         reason = Reason.STOPPED if self._work.harvest.fatal else should_yield(shape, at)
         if put_off and reason in (Reason.TARGET, Reason.FULL):
             reason = None
-        self._work.urgent = reason in (Reason.STOPPED, Reason.DRAINING, Reason.FLUSH)
+        self._work.urgent = reason in (Reason.STOPPED, Reason.PREEMPTED, Reason.DRAINING, Reason.FLUSH)
         self._reason = reason or self._reason
         if reason is None and sharable and slots > 1:
             self._fan_out(at, taken, slots)
@@ -251,15 +258,19 @@ class NodeRun:
         if order == "go" and self._work.harvest.full:
             order = "flush"
         rest = self._claim.hi - self._work.at
-        return Standing(done, rest, self._pace.elapsed_ms, self._claim.depth, order, self._runtime.page.draining)
+        draining = self._runtime.page.draining
+        return Standing(done, rest, self._pace.elapsed_ms, self._claim.depth, order, draining, self._preempted)
 
     def _pulse(self, most: int) -> tuple[str, int, int]:
-        """Tell the ledger where this node stands, and take free slots: one round trip."""
+        """Tell the ledger where this node stands, take free slots, ask whether to make room: one round trip."""
         ledger, harvest = self._runtime.ledger, self._work.harvest
         pulse = ledger.pulse(self._claim, harvest.done, len(harvest.failures), len(harvest.empty))
         take = self._runtime.slots.take(self._spec.queue, most)
-        word, (taken, slots) = ledger.patiently(lambda: ledger.store.run(pulse, take))
+        urgent = more_urgent(self._runtime.page.urgent, self._spec.priority)
+        win = [self._runtime.preemption.win(f"{self._spec.queue.rpartition('.')[0]}.{urgent}")] if urgent else []
+        word, (taken, slots), *won = ledger.patiently(lambda: ledger.store.run(pulse, take, *win))
         self._pace.pulsed()
+        self._preempted = bool(won and won[0])
         # A fenced node hands in at once; FINISH will call it stale.
         order = word.decode()
         return ("flush" if order == "fenced" else order), int(taken), int(slots)
@@ -316,6 +327,7 @@ class NodeRun:
             why=self._reason or "",
             busy_us=int(self._work.busy_s * 1e6),
             peak_kb=_peak_kb(),
+            shaped=[(strategy, level.label, items) for (strategy, level), items in harvest.shaped.items()],
         )
         if self._quarantined is not None:
             report.quarantined = [(self._quarantined.index, self._record_of(self._quarantined))]
@@ -351,7 +363,9 @@ class NodeRun:
         runtime, spec = self._runtime, self._spec
         if finished.registered:
             runtime.reached(CrashPoint.BEFORE_PUBLISH)
-            runtime.dispatcher.send_children(spec, report.kids, report.splits, merges=self._operation.merge is not None)
+            now = [f"{spec.job} {kid.id}" for kid in report.kids if kid.wait_ms < 0]
+            with runtime.making_room(spec.queue, now if spec.preempts and len(now) > 1 else (), freed=1):
+                runtime.dispatcher.send_children(spec, report.kids, report.splits, merges=self._operation.merge is not None)
             if self._work.postponed is not None:
                 self._wake_if_called(self._work.postponed, report.kids[0].id)
             return False

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
+from resilience.degradation import Degradation
 from rlm_tasks.errors import InvalidRequest, UnknownOperation
 from rlm_tasks.protection import UNPROTECTED, Protection, protection
 
@@ -36,6 +37,7 @@ class Context:
     tries: int = 0  # how often this item has failed before
     waited: bool = False  # this item comes back from waiting for a guard
     grant: Grant | None = None  # what this call took of its rate limit
+    degradation: Degradation = field(default_factory=Degradation)  # what this item is asked to leave out
 
     @property
     def attempt_key(self) -> str:
@@ -50,6 +52,36 @@ class Context:
         """Correct what this call took of its rate limit to what it really used: ``ctx.settle(tokens=730)``."""
         if self.grant is not None:
             self.grant.settle(**used)
+
+    # --- doing less under pressure: what is asked here is told in the job's receipt ------------------
+
+    def limit(self, most: int) -> int:
+        """Return how many of `most` entities to look at: all, 80 %, 50 % (critical) or 30 % (emergency)."""
+        return self.degradation.limit(most)
+
+    def embedding_dimensions(self, full: int) -> int:
+        """Return how many of `full` dimensions an embedding is to have: half from critical pressure on."""
+        return self.degradation.embedding_dimensions(full)
+
+    @property
+    def skip_optional(self) -> bool:
+        """Whether to leave out what the answer can do without: from high pressure on."""
+        return self.degradation.skip_optional
+
+    @property
+    def skip_expensive(self) -> bool:
+        """Whether to leave out what costs much: from high pressure on."""
+        return self.degradation.skip_expensive
+
+    @property
+    def simplified(self) -> bool:
+        """Whether to use the simple method: from critical pressure on."""
+        return self.degradation.simplified
+
+    @property
+    def quality(self) -> str:
+        """What a cache key of one's own must contain, so that a degraded answer is not kept as a full one; '' is full."""
+        return self.degradation.constraints.fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +99,7 @@ class Operation:
     batch: bool = False
     concurrency: int = 1
     version: int = 1
+    simplified: Callable[..., Any] | None = None
     protection: Protection = UNPROTECTED
     is_async: bool = field(init=False)
     takes_context: bool = field(init=False)
@@ -79,7 +112,12 @@ class Operation:
         return self.function(*args, **kwargs)
 
     def apply(self, value: Any, context: Context) -> Any:
-        """Call the function with an item (or a batch), and the context if it takes one."""
+        """Call the function with an item (or a batch), and the context if it takes one.
+
+        Under critical pressure its simplified implementation is called instead, where there is one.
+        """
+        if self.simplified is not None and context.degradation.simplified:
+            return self.with_context(self.simplified, value, context)
         return self.function(value, context) if self.takes_context else self.function(value)
 
     def with_context(self, function: Callable[..., Any], value: Any, context: Context) -> Any:
@@ -130,6 +168,7 @@ def operation(
     batch: bool = False,
     concurrency: int = 1,
     version: int = 1,
+    simplified: Callable[..., Any] | None = None,
     service: str = "",
     breaker: BreakerConfig | str | bool | None = None,
     rate_limit: Rate | Mapping[str, Rate] | None = None,
@@ -147,7 +186,8 @@ def operation(name: Any = None, **about: Any) -> Any:
     With ``batch=True`` it takes a list of items and returns one partial, or, without a merge, a list
     with one output per item.  An ``async def`` keeps up to ``concurrency`` items in flight.
     ``merge`` takes an iterable of partials in item order and returns one partial; it must be
-    associative.  ``validate`` raises for an item that must not be processed.
+    associative.  ``validate`` raises for an item that must not be processed.  ``simplified`` is called in its place from
+    critical pressure on; it takes and returns the same.
 
     What protects its calls is shared by all workers, under the name of the `service` (the operation's, if left out):
     ``breaker`` (a preset's name, a BreakerConfig, or True), ``rate_limit`` (a Rate of requests, or several by name) with
@@ -171,6 +211,8 @@ def _register(new: Operation) -> Operation:
         raise InvalidRequest("concurrency", new.concurrency, "must be at least 1, and above 1 needs an async def")
     if new.batch and new.is_async:
         raise InvalidRequest("batch", new.name, "an async def takes one item; leave batch out")
+    if new.simplified is not None and inspect.iscoroutinefunction(new.simplified) != new.is_async:
+        raise InvalidRequest("simplified", new.name, "must be an async def exactly if the operation is one")
     _registry[new.name] = new
     return new
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import mmap
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from resilience.degradation import Level
 
 SLOTS = 1024
 NO_ITEM, SEVERAL_ITEMS = -1, -2
@@ -21,7 +24,9 @@ _ITEM = struct.Struct("<q")
 _TIME = struct.Struct("<d")
 _GENERATION = struct.Struct("<I")
 _PID_AT, _ITEM_AT, _TIME_AT, _LIMIT_AT, _DOOMED_AT = 4, 16, 24, 32, 96
-_DRAINING_AT, _HUNGRY_AT, _RECALLS_AT, _TERMINATING_AT = 0, 1, 2, 3
+_DRAINING_AT, _HUNGRY_AT, _RECALLS_AT, _TERMINATING_AT, _URGENT_AT, _LEVEL_AT = 0, 1, 2, 3, 4, 8
+_LEVEL = struct.Struct("<Q")  # monotonic ms << 8 | level, in one aligned word: a reader never sees half of a write
+_LEVELS: tuple[Level, ...] = tuple(Level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +45,32 @@ class Held:
 class Page:
     """The shared page; made before the pool forks."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, stale_s: float = 15.0) -> None:
         self._memory = mmap.mmap(-1, _HEADER + SLOTS * _SLOT.size)
+        self._stale_ms = int(stale_s * 1000)
+
+    @property
+    def level(self) -> Level:
+        """The pressure to act on.  One that nobody renews is not trusted, nor called normal: ELEVATED."""
+        told: int = _LEVEL.unpack_from(self._memory, _LEVEL_AT)[0]
+        if not told:
+            return Level.NORMAL  # nobody measures here
+        if time.monotonic() * 1000 - (told >> 8) > self._stale_ms:
+            return Level.ELEVATED
+        return _LEVELS[told & 0xFF]
+
+    @level.setter
+    def level(self, level: Level) -> None:
+        _LEVEL.pack_into(self._memory, _LEVEL_AT, int(time.monotonic() * 1000) << 8 | level)
+
+    @property
+    def urgent(self) -> int:
+        """Which ranks of priority have work that waits for a slot of this worker, as bits: see scheduler.preemption."""
+        return self._memory[_URGENT_AT]
+
+    @urgent.setter
+    def urgent(self, ranks: int) -> None:
+        self._memory[_URGENT_AT] = ranks
 
     @property
     def draining(self) -> bool:

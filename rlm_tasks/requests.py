@@ -79,7 +79,15 @@ class Options(_Checked):
     continue_on_error: bool = False
     error_threshold: float | None = Field(None, ge=0, le=1, description="The job fails when more than this share fails.")
 
+    preempt_lower_priority: bool | None = Field(
+        None, description="Running nodes of less urgent jobs make room for this job's; empty: for a critical one's."
+    )
     idempotency_key: str = Field("", max_length=512, description="Submitting twice with one key gives one job.")
+
+    @property
+    def preempts(self) -> bool:
+        """Whether less urgent nodes make room."""
+        return self.priority is Priority.CRITICAL if self.preempt_lower_priority is None else self.preempt_lower_priority
 
     @model_validator(mode="before")
     @classmethod

@@ -118,6 +118,27 @@ class Metrics:
 
 
 @dataclass(frozen=True, slots=True)
+class Shaped:
+    """Items whose outcome was shaped by one strategy at one pressure level."""
+
+    strategy: str  # reduce_entity_limits, skip_optional_analysis, ...: see docs/pressure.md
+    level: str  # elevated, high, critical, emergency
+    items: int
+
+
+class Receipt(tuple[Shaped, ...]):
+    """What was left out of a job's answer, under which pressure; empty when nothing was."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "; ".join(f"{each.strategy} at {each.level}: {each.items} items" for each in self) or "nothing was left out"
+
+
+NOTHING_LEFT_OUT = Receipt()
+
+
+@dataclass(frozen=True, slots=True)
 class JobResult:
     """How a job ended."""
 
@@ -133,6 +154,7 @@ class JobResult:
     metrics: Metrics
     stopped: str = ""  # why the job ended before its items did: early, failed, expired, cancelled
     error: ItemFailure | None = None  # what its merge raised
+    receipt: Receipt = NOTHING_LEFT_OUT  # what pressure has shaped of it
 
     @property
     def failure_rate(self) -> float:
@@ -143,6 +165,7 @@ class JobResult:
         """Return the result as plain data, without the list of successful indexes."""
         shown = {name: getattr(self, name) for name in self.__slots__ if name != "successful"}
         shown |= {"failed": [asdict(each) for each in self.failed], "metrics": asdict(self.metrics)}
+        shown |= {"receipt": [asdict(each) for each in self.receipt]}
         shown |= {"error": asdict(self.error) if self.error else None, "failure_rate": self.failure_rate}
         return shown
 

@@ -9,7 +9,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 from billiard.process import current_process
@@ -29,6 +30,7 @@ from rlm_tasks.ledger import Ledger
 from rlm_tasks.page import Page, PageSlot
 from rlm_tasks.settings import Settings
 from rlm_tasks.sources import ItemReader
+from scheduler.preemption import Preemption
 from scheduler.slots import SlotBoard
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ class Runtime:
     settings: Settings
     ledger: Ledger
     slots: SlotBoard
+    preemption: Preemption
     items: ItemReader
     dispatcher: Dispatcher
     page: Page
@@ -61,8 +64,10 @@ class Runtime:
         dispatcher, shared = Dispatcher(app, ledger), guard_store(settings)
         guards = Guards(shared, settings.breakers, lambda waiters: wake(ledger.hasty(), dispatcher, waiters))
         limits = ItemLimits(Timeouts(shared, multipliers=settings.node.timeout_multipliers), settings.node, time.monotonic)
+        slots = SlotBoard(store, keys)
         return cls(
-            settings, ledger, SlotBoard(store, keys), ItemReader(store), dispatcher, Page(), guards, limits, FaultLog(shared)
+            settings, ledger, slots, Preemption(store, keys, slots), ItemReader(store), dispatcher, Page(), guards, limits,
+            FaultLog(shared),
         )  # fmt: skip
 
     def resend(self, job: str, nodes: Sequence[str]) -> None:
@@ -73,6 +78,10 @@ class Runtime:
         """Let nodes go on that a guard has named."""
         wake(self.ledger, self.dispatcher, waiters)
 
+    def making_room(self, queue: str, nodes: Sequence[str], *, freed: int) -> AbstractContextManager[None]:
+        """Have less urgent nodes yield for urgent ones that are sent within the block, as far as there is no slot."""
+        return making_room(self.preemption, self.dispatcher, queue, nodes, freed=freed)
+
     def page_slot(self) -> PageSlot:
         """Return where this pool process, or this thread of a threads pool, says what it holds."""
         here = os.getpid(), threading.get_ident()
@@ -80,6 +89,22 @@ class Runtime:
             index = getattr(current_process(), "index", None)
             self._page_slots[here] = self.page.slot(len(self._page_slots) if index is None else index)
         return self._page_slots[here]
+
+
+@contextmanager
+def making_room(
+    preemption: Preemption, dispatcher: Dispatcher, queue: str, nodes: Sequence[str], *, freed: int = 0
+) -> Iterator[None]:
+    """Have less urgent nodes yield for urgent ones that are sent within the block, as far as there is no slot.
+
+    They are counted before, so that a claim finds them, and asked for after, so that a slot that is given up finds them.
+    """
+    without = preemption.announce(queue, nodes, freed=freed) if nodes else ()
+    yield
+    if without:
+        preemption.insist(queue, without)
+    if nodes:
+        dispatcher.ask_to_yield(queue)
 
 
 def resend(ledger: Ledger, dispatcher: Dispatcher, job: str, nodes: Sequence[str]) -> None:

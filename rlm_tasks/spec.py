@@ -39,6 +39,7 @@ class Spec(msgspec.Struct, frozen=True, omit_defaults=True):
     description: str = ""
     complexity: str = ""
     idempotency_key: str = ""
+    preempts: bool = False  # less urgent nodes make room for its nodes
 
 
 _encoder = msgspec.json.Encoder()

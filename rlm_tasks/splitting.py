@@ -32,6 +32,7 @@ class Reason(StrEnum):
     HUNGRY = "a free slot wants work"
     TARGET = "it has run its target time"
     FULL = "it has run its largest chunk"
+    PREEMPTED = "more urgent work waits for a slot"
     DRAINING = "its worker is draining"
     FLUSH = "what runs may decide the job"
     WAITING = "a bucket is empty, a breaker is open or a bulkhead is full"
@@ -54,6 +55,7 @@ RULES: dict[Reason, Rule] = {
     Reason.HUNGRY: Rule("many", "now", deeper=True),
     Reason.TARGET: Rule("one", "now", deeper=False),
     Reason.FULL: Rule("one", "now", deeper=False),
+    Reason.PREEMPTED: Rule("one", "now", deeper=False),
     Reason.DRAINING: Rule("one", "now", deeper=False),
     Reason.FLUSH: Rule("one", "now", deeper=False),
     Reason.WAITING: Rule("one", "later", deeper=False),
@@ -201,6 +203,7 @@ class Standing:
     depth: int
     order: str = "go"  # the ledger's word: go, stop, flush
     draining: bool = False
+    preempted: bool = False  # it has won the right to make room
 
     @property
     def rest_ms(self) -> float:
@@ -218,6 +221,8 @@ def should_yield(shape: Shape, at: Standing) -> Reason | None:
         return Reason.FLUSH
     if at.draining:
         return Reason.DRAINING
+    if at.preempted:
+        return Reason.PREEMPTED
     if shape.max_chunk and at.done >= shape.max_chunk:
         return Reason.FULL
     overdue = at.elapsed_ms >= shape.target_ms and at.done >= shape.min_chunk

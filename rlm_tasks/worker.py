@@ -12,7 +12,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
@@ -23,11 +23,13 @@ from celery.worker.request import Request
 from redis.exceptions import RedisError
 
 from resilience.errors import StoreUnavailable
+from resilience.store import Call
 from rlm_tasks.dispatch import NODE_TASK
 from rlm_tasks.page import NO_ITEM, Held
 from rlm_tasks.preflight import dangers
 from rlm_tasks.runtime import Runtime
 from rlm_tasks.upstream import handle_sigterm
+from scheduler.preemption import rank_of
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,14 @@ class Guard(threading.Thread):
         """Say that a slot became free or busy, or that the worker drains."""
         self._woken.set()
 
+    def make_room(self, queue: str) -> bool:
+        """Have running nodes ask whether they are to yield to what waits in a queue; False: not served here."""
+        if queue not in self._queues():
+            return False
+        self._runtime.page.urgent |= rank_of(priority_of(queue))
+        self._runtime.page.recall()
+        return True
+
     def _sleep_s(self) -> float:
         return min(REFRESH_S, max(0.0, min(self._due.values()) - time.monotonic())) if not self._lost else BACK_OFF_S
 
@@ -133,10 +143,22 @@ class Guard(threading.Thread):
         free = max(0, total - len(state.reserved_requests))
         if (total, free) != self._offered or now >= self._due["offer"]:
             offer = self._runtime.slots.publish(self._runtime.worker, total, free, self._queues())
-            _, next_ms = self._ledger.store.run(offer, self._ledger.next_look())
+            _, next_ms, *tokens = self._ledger.store.run(offer, self._ledger.next_look(), *self._tokens())
             self._look_ahead(next_ms)
+            self._see_urgent(tokens)
             self._runtime.page.hungry = free > 0
             self._offered, self._due["offer"] = (total, free), now + REFRESH_S
+
+    def _tokens(self) -> list[Call]:
+        return [self._runtime.preemption.open(queue) for queue in self._queues() if rank_of(priority_of(queue))]
+
+    def _see_urgent(self, tokens: Sequence[int]) -> None:
+        """Know of urgent work also when nobody has told, and forget what is done."""
+        served = [rank_of(priority_of(queue)) for queue in self._queues() if rank_of(priority_of(queue))]
+        urgent = sum(rank for rank, waiting in zip(served, tokens, strict=False) if waiting)
+        if urgent & ~self._runtime.page.urgent:
+            self._runtime.page.recall()
+        self._runtime.page.urgent = urgent
 
     def _look_ahead(self, next_ms: int) -> None:
         """Wake when the first job is due: parked nodes wait for a time, not for a tick."""
@@ -207,6 +229,11 @@ def cause_of_death(pid: int) -> str:
     if found.si_code == os.CLD_EXITED:
         return f"exit code {found.si_status}"
     return signal.Signals(found.si_status).name
+
+
+def priority_of(queue: str) -> str:
+    """Return the priority that a queue serves, as its name ends."""
+    return queue.rpartition(".")[2]
 
 
 class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from resilience.degradation import IN_FORCE, Degradation, Level
 from resilience.errors import Denied
 from rlm_tasks.guards import Guarded, Postponed, postponed
 from rlm_tasks.harvest import Harvest
@@ -48,6 +49,7 @@ class Work:
         guarded: Guarded | None = None,
         waiter: Callable[[int], str] = lambda _: "",
         limit_s: float = 0.0,
+        level: Level = Level.NORMAL,
     ) -> None:
         self._guarded, self._waiter, self._limit_s = guarded, waiter, limit_s
         self._alarm = ItemAlarm(limit_s)
@@ -58,6 +60,7 @@ class Work:
         self._batch = 1
         self._most = 1 if claim.one_by_one else LARGEST_BATCH
         self.harvest = Harvest(operation)
+        self.degradation = Degradation(level)
         self.at = claim.lo
         self.until = claim.hi  # less when the rest must be another node's, whatever happens here
         self.busy_s = 0.0
@@ -72,6 +75,7 @@ class Work:
     def run(self, boundary: Callable[[], bool]) -> None:
         """Work until the range or a boundary ends it, or an item has to wait."""
         self._boundary = boundary
+        IN_FORCE.set(self.degradation)
         with self._alarm:
             if self._operation.batch and not self._validating:
                 self._windows(self._one_batch, lambda: self._batch)
@@ -82,6 +86,11 @@ class Work:
         """Fail an item without running it."""
         self.harvest.fail(index, error)
         self.at = index + 1
+
+    def press(self, level: Level) -> None:
+        """Ask something else of the items to come: an emergency does not wait for the next node."""
+        self.degradation = Degradation(level)
+        IN_FORCE.set(self.degradation)
 
     @property
     def decided(self) -> bool:
@@ -158,6 +167,8 @@ class Work:
             self.harvest.fail(context.index, error)
         else:
             self._ended_well(context.tries, began)
+        if context.degradation.shaped:
+            self.harvest.shape(context.degradation, 1)
 
     def _ended_well(self, tries: int, began: float) -> None:
         if tries:
@@ -167,10 +178,12 @@ class Work:
 
     def _postpone(self, wait: Postponed) -> None:
         """Stop before the item at `at`."""
+        self.degradation.shaped.clear()  # it will be asked again
         self.postponed, self.stopped = wait, True
 
     def _remember(self, context: Context) -> None:
-        """Say of an item what the ledger remembers of it: only the first of a node has a past."""
+        """Say of an item what is asked of it, and what the ledger remembers: only the first of a node has a past."""
+        context.degradation = self.degradation
         is_first = context.index == self._claim.lo
         context.tries, context.waited = (self._claim.tries, self._claim.waited) if is_first else (0, False)
 
@@ -217,8 +230,10 @@ class Work:
             if not wait.isolates:
                 self._postpone(wait)
         except (Exception, SystemExit):
+            self.degradation.shaped.clear()
             return False
         else:
+            self.harvest.shape(self.degradation, len(kept))
             self.took_s.append(self._clock() - began)
             return True
         return False

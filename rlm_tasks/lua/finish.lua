@@ -1,5 +1,5 @@
 -- Close a node: store its partial, register its children, answer 'last' to exactly one caller.
--- ARGV: node, token, report (JSON: mid, done, failed, skipped, failures, quarantined, kids, splits, why, busy_us,
+-- ARGV: node, token, report (JSON: mid, done, failed, skipped, failures, quarantined, kids, splits, shaped, why, busy_us,
 -- peak_kb), partial ('' when there is none), lease_ms.
 -- Returns {answer, children registered, outcome, waiting node}: answer ok | stale;
 -- outcome '' | merge | process | closed.  A root merge is claimed for the caller at once.
@@ -58,6 +58,9 @@ if f.phase == 'process' then
   call('HINCRBY', job, 'skipped', #r.skipped)
 else
   call('HINCRBY', job, 'validated', r.mid - node.lo)
+end
+for _, entry in ipairs(r.shaped or {}) do
+  call('HINCRBY', job, 'shaped:' .. entry[1] .. ':' .. entry[2], entry[3])
 end
 call('HINCRBY', job, 'nodes', 1)
 call('HINCRBY', job, 'busy_us', r.busy_us)

@@ -32,6 +32,7 @@ from rlm_tasks.runtime import Runtime
 from rlm_tasks.settings import Settings
 from rlm_tasks.sources import ItemReader, ItemWriter
 from rlm_tasks.spec import Spec
+from scheduler.preemption import Preemption
 from scheduler.slots import SlotBoard
 
 
@@ -78,6 +79,7 @@ class Platform:
     """Run jobs to their end, in any order the random chooses."""
 
     def __init__(self, seed: int = 0, *, slots: int = 4, settings: Settings | None = None) -> None:
+        operations.import_operations(())
         self.random, self.clock = Random(seed), Clock()
         self.settings = settings or Settings(namespace="unit")
         client = fakeredis.FakeRedis(server=fakeredis.FakeServer())
@@ -90,6 +92,7 @@ class Platform:
             self.settings,
             self.ledger,
             self.slots,
+            Preemption(self.store, self.keys, self.slots),
             ItemReader(self.store),
             self.mailbox,  # type: ignore[arg-type]  # has the dispatcher's verbs
             Page(),

@@ -1,0 +1,2 @@
+-- Returns the tokens nobody has taken yet.
+return waiting - won
