@@ -148,6 +148,13 @@ class Bulkhead:
         """Return the call that answers whether a waiter still stands in line."""
         return Call(IN_LINE, (self._keys[3],), (waiter,))
 
+    def stands(self, waiter: str) -> bool:
+        """Whether a waiter that was noted still stands in line; yes while Redis is away."""
+        try:
+            return bool(self._store.ask(self.waits(waiter))[0])
+        except StoreUnavailable:
+            return True
+
     def full(self, permit: Permit) -> BulkheadFull:
         """Return what a caller is told that got no permit."""
         return BulkheadFull(f"bulkhead {self.name}", permit.wait_s, "as many calls are in flight as may be", noted=permit.noted)

@@ -30,6 +30,18 @@ class JobKeys(NamedTuple):
     blocks: str  # HASH    "lo:hi" -> packed block of items
 
 
+class PressureKeys(NamedTuple):
+    """What is known of the platform's load, under one hash tag."""
+
+    hosts: str  # HASH    worker -> ms, and its report as JSON
+    cluster: str  # STRING  the monitor's report as JSON, gone when nobody renews it
+    forced: str  # STRING  a level that is ordered for a drill
+    history: str  # STREAM  the monitor's reports, bounded
+    state: str  # STRING  what the monitor must remember from one look to the next
+    turn: str  # STRING  who looks; nobody else does in the meantime
+    changes: str  # channel on which each level is told
+
+
 class Keys:
     """Key names under one namespace, so that several platforms can share a Redis."""
 
@@ -70,6 +82,14 @@ class Keys:
         """
         tagged = f"{self.namespace}:{{bulkhead:{name}}}:"
         return tagged + "permits", tagged + "about", tagged + "hosts", tagged + "waiting"
+
+    def pressure(self) -> PressureKeys:
+        """Return the keys of the platform's load."""
+        return PressureKeys(*(f"{self.namespace}:{{pressure}}:{field}" for field in PressureKeys._fields))
+
+    def usage(self, operation: str) -> tuple[str, str]:
+        """Return the names of all operations that have run (SET), and the counts of one (HASH)."""
+        return f"{self.namespace}:{{usage}}:names", f"{self.namespace}:{{usage}}:of:{operation}"
 
     def preemption(self, queue: str) -> tuple[str, str]:
         """Return which urgent nodes wait in a queue for a slot (ZSET node -> ms until which it counts), and how many

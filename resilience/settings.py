@@ -20,6 +20,7 @@ ALIASES: dict[str, tuple[tuple[str, ...], float]] = {
     "ENABLE_ADAPTIVE_TIMEOUTS": (("node", "adaptive_timeouts"), 1),
     "WORKFLOW_ACTIVITY_TIMEOUT_MINUTES": (("node", "item_limit_s"), 60),
     "WORKFLOW_MAX_CONCURRENT_ACTIVITIES": (("slots",), 1),
+    "WORKFLOW_MAX_BATCH_SIZE": (("batch", "max_size"), 1),
 }
 """Variable -> where it stands among the settings, and the factor from its unit to ours."""
 

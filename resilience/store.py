@@ -169,6 +169,13 @@ class Store:
             logger.warning("Redis at %s answers again; state is shared again", self.url)
         return answers
 
+    def reached(self, command: Callable[[redis.Redis], Any]) -> Any:
+        """Run plain commands.  Raises StoreUnavailable."""
+        try:
+            return command(self.client)
+        except LOST as error:
+            raise self.unavailable(error) from None
+
     def _lost(self, error: Exception) -> StoreUnavailable:
         self._away_until = self.clock() + BACK_OFF_S * self.random.uniform(1.0, 1.5)
         unavailable = self.unavailable(error)

@@ -6,6 +6,7 @@ Decides every Celery setting; refuses to know what the tasks do.  ``celery -A rl
 from __future__ import annotations
 
 import functools
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "broker_transport_options": {
             **connection,
             "visibility_timeout": VISIBILITY_TIMEOUT_S,
-            "queue_order_strategy": "priority",
+            "queue_order_strategy": "rlm_tasks.queue_order:QueueOrder",
             "priority_steps": [0],
             "global_keyprefix": prefix,
         },
@@ -66,10 +67,30 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "task_reject_on_worker_lost": True,
         "task_retry_on_worker_lost": False,
         **({"worker_concurrency": settings.slots} if settings.slots else {}),
+        "worker_autoscaler": "rlm_tasks.autoscaler:PressureAutoscaler",
         "worker_prefetch_multiplier": 1,
         "worker_disable_rate_limits": True,
         "worker_deduplicate_successful_tasks": False,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
+        **beat_configuration(settings),
+    }
+
+
+def beat_configuration(settings: Settings) -> dict[str, Any]:
+    """Return the settings of beat; with celery-redbeat installed any number of beats may run, and one of them acts."""
+    every = {"rlm.monitor": {"task": tasks.MONITOR_TASK, "schedule": settings.pressure.monitor_s}}
+    if importlib.util.find_spec("redbeat") is None:
+        # Nothing here is worth a file: what is due is due every few seconds.
+        return {"beat_schedule": every, "beat_scheduler": "celery.beat:Scheduler"}
+    return {
+        "beat_schedule": every,
+        "beat_scheduler": "redbeat.RedBeatScheduler",
+        # redbeat waits 25 minutes for a beat that has died, by default; this is 12 s at most.
+        "beat_max_loop_interval": 3,
+        "redbeat_lock_timeout": 9,
+        "redbeat_redis_url": settings.redis_url,
+        "redbeat_redis_options": {},
+        "redbeat_key_prefix": f"{settings.namespace}:redbeat:",
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -31,19 +31,25 @@ from rlm_tasks.celery import app as default_app
 from rlm_tasks.celery import queue_name
 from rlm_tasks.dispatch import Dispatcher, mint
 from rlm_tasks.errors import InvalidRequest, JobEnded, JobNotFound
+from rlm_tasks.intake import Intake
 from rlm_tasks.job import Job
 from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report
 from rlm_tasks.requests import Conditions, JobRequest, Options
 from rlm_tasks.results import JobResult, QuarantinedItem, Status
 from rlm_tasks.runtime import making_room, wake
 from rlm_tasks.settings import Settings
+from rlm_tasks.shares import policies, priority_for
 from rlm_tasks.sources import ItemReader, ItemWriter, Source
 from rlm_tasks.spec import Spec
 from scheduler.preemption import Preemption
 from scheduler.slots import SlotBoard
+from scheduler.usage import Usage
 
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker, CircuitBreakers
+    from rlm_tasks.pressure import PlatformStatus, Pressure
+    from scheduler.alerts import Alerts
+    from scheduler.events import Event, Events, Listener
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +72,9 @@ class Client:
         self._store = Store(self.settings.redis_url)
         self.ledger = Ledger(self._store, Keys(self.settings.namespace), self.settings.ledger)
         self._dispatcher = Dispatcher(self._app, self.ledger)
+        self._listener: Listener | None = None
+        self._policies = policies(self.settings)
+        self._intake = Intake(self._app, self._store, self.settings)
         self._preemption = Preemption(self._store, self.ledger.keys, SlotBoard(self._store, self.ledger.keys))
         self.reader = ItemReader(self._store)
         operations.import_operations(self.settings.operations)
@@ -77,7 +86,9 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Give the connections back, and listen no more."""
+        if self._listener is not None:
+            self._listener.close()
         self._store.client.close()
 
     def check(self) -> None:
@@ -113,6 +124,51 @@ class Client:
             fields, name = {**name, **fields}, "client"
         return self.breakers.get(name, configured(config or "client", **fields))
 
+    @functools.cached_property
+    def pressure(self) -> Pressure:
+        """The platform's pressure: `level()`, `history()`, and `force(level)` and `release()` for a drill."""
+        from rlm_tasks.pressure import Pressure
+
+        return Pressure(self)
+
+    def status(self) -> PlatformStatus:
+        """Return one picture of the platform: level, hosts, usage, active work, operations, breakers, events, trend.
+
+        Raises StoreUnavailable.
+        """
+        return self.pressure.status()
+
+    @functools.cached_property
+    def usage(self) -> Usage:
+        """What operations have cost: `of(operation)` and `all()`."""
+        return Usage(self._store, self.ledger.keys)
+
+    @functools.cached_property
+    def events(self) -> Events:
+        """What has happened on the platform: `recent(limit)`; to be told of it, see `on`."""
+        from scheduler.events import Events
+
+        return Events(self._store, self.settings.alerts.history)
+
+    @functools.cached_property
+    def alerts(self) -> Alerts:
+        """What has been alerted: `history()`, `summary()`."""
+        from scheduler.alerts import Alerts
+
+        return Alerts(self._store, self.settings.alerts, self.events)
+
+    def on(self, name: str, callback: Callable[[Event], object]) -> None:
+        """Call a function with each event of a name from now on: ``execution.slow``, ``breaker.opened``, ``pressure.*``.
+
+        It runs in a thread of this client, until `close`.  Raises InvalidValue.
+        """
+        from scheduler.events import Listener
+
+        if self._listener is None:
+            self._listener = Listener(self.events).on(name, callback).start()
+        else:
+            self._listener.on(name, callback)
+
     def fault_patterns(self) -> list[Pattern]:
         """Return the recurring faults of all workers, the latest first.  Raises StoreUnavailable."""
         return FaultLog(self.store).patterns()
@@ -129,7 +185,7 @@ class Client:
         Takes a JobRequest, a plain dict in snake_case or camelCase, or the fields themselves; fields of
         Options and Conditions may be given flat (``priority="high"``).  Submitting twice with one
         `idempotency_key` gives one job, for as long as its result lives, whatever dies in between.
-        Raises InvalidRequest before anything is enqueued, and StoreUnavailable.
+        Raises InvalidRequest, Overloaded and QueueFull before anything is enqueued, and StoreUnavailable.
         """
         return self._open([_keyed(self._request(request, fields), idempotency_key)])[0]
 
@@ -202,17 +258,33 @@ class Client:
         for request in requests:
             self._check(request)
         self._store.check()
-        return self._start([self._reachable(functools.partial(self._stored, request)) for request in requests])
+        delays = [self._delay_of(request) for request in requests]  # all are asked for before any is stored
+        stored = [self._reachable(functools.partial(self._stored, request)) for request in requests]
+        return self._start(stored, {spec.job: delay for (spec, _), delay in zip(stored, delays, strict=True) if delay})
 
-    def _start(self, stored: Sequence[tuple[Spec, str]]) -> list[Job]:
-        opened = self._reachable(lambda: self.ledger.open(stored, self.settings.result_ttl_s))
+    def _delay_of(self, request: JobRequest) -> tuple[int, str] | None:
+        """Return how long a job has to wait to be taken in, in ms, and why.  Raises Overloaded, QueueFull."""
+        priority = self._priority(request)
+        refused = self._intake.refusal(queue_name(self.settings.namespace, priority), priority)
+        if refused is not None and not self._is_patient(request):
+            raise refused
+        return (int(refused.retry_after_s * 1000), refused.why) if refused is not None else None
+
+    def _priority(self, request: JobRequest) -> str:
+        return priority_for(operations.get(request.operation), self._policies, request.options.priority)
+
+    def _is_patient(self, request: JobRequest) -> bool:
+        return (request.options.overload or self.settings.admission.overload) == "delay"
+
+    def _start(self, stored: Sequence[tuple[Spec, str]], waits: Mapping[str, tuple[int, str]] | None = None) -> list[Job]:
+        opened = self._reachable(lambda: self.ledger.open(stored, self.settings.result_ttl_s, waits))
         waiting, known = [], []
         for (spec, _), is_new in zip(stored, opened, strict=True):
             if not is_new:
                 known.append(spec)
             elif spec.n == 0 and spec.skip_if_empty:
                 self._close_empty(spec)
-            else:
+            elif spec.job not in (waits or {}):
                 waiting.append(spec)
         if waiting:
             self._send(waiting)
@@ -253,18 +325,18 @@ class Client:
 
     def _stored(self, request: JobRequest) -> tuple[Spec, str]:
         """Store the items whole, then settle the request: a generator that raises leaves no job behind."""
-        options, conditions = request.options, request.conditions
+        options, conditions, priority = request.options, request.conditions, self._priority(request)
         job = self._id_for(options.idempotency_key)
         source, n, staged = self._write_items(job, request.items)
         return Spec(
             job=job, operation=request.operation, source=source, n=n,
-            shape=request.shape(self.settings.node.target_ms), queue=queue_name(self.settings.namespace, options.priority),
-            version=operations.get(request.operation).version, params=request.params, priority=options.priority,
+            shape=request.shape(self.settings.node.target_ms), queue=queue_name(self.settings.namespace, priority),
+            version=operations.get(request.operation).version, params=request.params, priority=priority,
             kind=request.kind, continue_on_error=options.continue_on_error, error_threshold=options.error_threshold,
             skip_if_empty=conditions.skip_if_empty, validate=conditions.validate_before_process,
             early_termination_threshold=conditions.early_termination_threshold, timeout_ms=options.timeout_ms,
             description=request.description, complexity=request.complexity, idempotency_key=options.idempotency_key,
-            preempts=options.preempts,
+            preempts=options.preempts(priority), patient=self._is_patient(request),
         ), staged  # fmt: skip
 
     def _id_for(self, idempotency_key: str) -> str:

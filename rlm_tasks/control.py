@@ -10,6 +10,16 @@ from typing import Any
 from celery.worker.control import control_command
 
 
+@control_command()  # type: ignore[untyped-decorator]  # Celery ships no types
+def rlm_monitor(state: Any, **_: Any) -> dict[str, str]:
+    """Work out the cluster's level, unless another worker does: beat asks this of all workers."""
+    monitor = getattr(state.app, "rlm_monitor", None)
+    if monitor is None:
+        return {"error": "the platform is not installed in this app"}
+    monitor.ask()
+    return {"ok": "asked"}
+
+
 @control_command(args=[("queue", str)], signature="<queue>")  # type: ignore[untyped-decorator]  # Celery ships no types
 def rlm_yield(state: Any, queue: str, **_: Any) -> dict[str, str]:
     """Let running nodes make room for urgent work that waits in a queue, if this worker serves it."""

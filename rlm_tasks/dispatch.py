@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from celery import Celery
@@ -71,16 +72,20 @@ def body_of(job: str, queue: str, split: Split) -> dict[str, Any]:
     }
 
 
-def told(spec: Spec, message: int) -> dict[str, Any]:
-    """Return the header by which a worker knows, before it claims, whether it can run a node, and which copy it got."""
-    return {"rlm": {"schema": spec.schema, "operation": spec.operation, "version": spec.version, "message": message}}
+def told(spec: Spec, message: int, at: float) -> dict[str, Any]:
+    """Return the header by which a worker knows, before it claims, whether it can run a node, and which copy it got.
+
+    When it was sent (in seconds, by the sender's clock) tells how long its queue makes work wait.
+    """
+    about = {"schema": spec.schema, "operation": spec.operation, "version": spec.version, "message": message}
+    return {"rlm": {**about, "at": round(at, 3)}}
 
 
 class Dispatcher:
     """Send nodes to their queue."""
 
-    def __init__(self, app: Celery, ledger: Ledger) -> None:
-        self._app, self._ledger = app, ledger
+    def __init__(self, app: Celery, ledger: Ledger, clock: Callable[[], float] = time.time) -> None:
+        self._app, self._ledger, self._clock = app, ledger, clock
 
     def send_root(self, specs: Sequence[Spec], node: str) -> None:
         """Send the first node of each job."""
@@ -141,7 +146,7 @@ class Dispatcher:
 
     def _send(self, producer: Any, spec: Spec, node: str, message: int, slot: Slot, body: Split | None) -> None:
         job = spec.job
-        options: dict[str, Any] = {"headers": told(spec, message)}
+        options: dict[str, Any] = {"headers": told(spec, message, self._clock())}
         if slot.split:
             options |= {"group_id": group_id(job, slot.split), "group_index": slot.index}
         if body is not None:

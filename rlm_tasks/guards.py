@@ -270,7 +270,7 @@ class Guards:
         """Return an operation behind its guards, or None when it declares none."""
         if not operation.protection.guards_calls:
             return None
-        from resilience.bucket import URGENCY
+        from resilience.line import URGENCY
 
         about = operation.protection
         return Guarded(

@@ -133,7 +133,7 @@ class WorkInFlight(Work):
         began = self._clock()
         IN_FORCE.set(context.degradation)
         output = await run()
-        self._ended_well(context.tries, began)
+        self._ended_well(context, began)
         return output
 
     async def _bounded(self, item: Any, context: Context) -> Any:

@@ -250,14 +250,15 @@ class Ledger:
 
     # --- the life of a job --------------------------------------------------------------------------
 
-    def open(self, new: Sequence[tuple[Spec, str]], ttl_s: int) -> list[bool]:
+    def open(self, new: Sequence[tuple[Spec, str]], ttl_s: int, waits: Mapping[str, tuple[int, str]] | None = None) -> list[bool]:
         """Open jobs whose items are stored under a token; say of each whether it is new.
 
-        The index of due jobs is written first: nothing is forgotten.
+        `waits` says by job how many ms its first node is parked for, and why.  The index of due jobs is written first:
+        nothing is forgotten.
         """
-        return self.patiently(lambda: self._open(new, ttl_s))
+        return self.patiently(lambda: self._open(new, ttl_s, waits or {}))
 
-    def _open(self, new: Sequence[tuple[Spec, str]], ttl_s: int) -> list[bool]:
+    def _open(self, new: Sequence[tuple[Spec, str]], ttl_s: int, waits: Mapping[str, tuple[int, str]]) -> list[bool]:
         now_ms = self.store.now_ms()
         pipe = self.store.client.pipeline(transaction=False)
         pipe.zadd(self.keys.due, {spec.job: now_ms + self._first_look_ms(spec) for spec, _ in new}, nx=True)
@@ -266,13 +267,13 @@ class Ledger:
         pipe.expire(self.keys.due, ttl_s)
         pipe.expire(self.keys.jobs, ttl_s)
         pipe.execute()
-        opened = self.store.run(*(self._opening(spec, ttl_s, staged) for spec, staged in new))
+        opened = self.store.run(*(self._opening(spec, ttl_s, staged, *waits.get(spec.job, (0, ""))) for spec, staged in new))
         return [bool(each) for each in opened]
 
     def _first_look_ms(self, spec: Spec) -> int:
         return min(self._grace_ms, int(spec.timeout_ms or self._grace_ms))
 
-    def _opening(self, spec: Spec, ttl_s: int, staged: str) -> Call:
+    def _opening(self, spec: Spec, ttl_s: int, staged: str, wait_ms: int, why: str) -> Call:
         if not spec.continue_on_error:
             fail_limit: float = 0
         else:
@@ -281,7 +282,7 @@ class Ledger:
         early = max(1, -int(-spec.n * share // 1)) if share else 0
         return Call(_SCRIPTS["open"], (*self.keys.of(spec.job), *self.keys.staged(spec.job, staged)), (
             specs.dump(spec), spec.n, spec.queue, fail_limit, early, int(spec.timeout_ms or 0), ttl_s,
-            "validate" if spec.validate else PROCESS, ROOT, spec.job, spec.schema,
+            "validate" if spec.validate else PROCESS, ROOT, spec.job, spec.schema, wait_ms, why,
         ))  # fmt: skip
 
     def claim(self, job: str, node: str, token: str, worker: str, message: int = 0) -> Claim:
@@ -300,13 +301,17 @@ class Ledger:
         """Return the call that reports a running node and asks whether to go on."""
         return self._call("pulse", claim.job, claim.node, claim.token, done, failed, skipped)
 
-    def finish(self, claim: Claim, report: Report, partial: bytes) -> Finished:
-        """Close a node: its partial, its children and its counts become true at once, or not at all."""
+    def finish(self, claim: Claim, report: Report, partial: bytes, *beside: Call) -> Finished:
+        """Close a node: its partial, its children and its counts become true at once, or not at all.
+
+        What is to be told `beside` shares the round trip.
+        """
         if report.quarantined:
             self.patiently(lambda: self._index_quarantine(claim.job))
         finish = self._call("finish", claim.job, claim.node, claim.token, _json.encode(report), partial, self._lease_ms)
         waits = [kid.wait_ms for kid in report.kids if kid.wait_ms >= 0]
-        a = self._waking(claim.job, finish, min(waits)) if waits else self.patiently(lambda: self.store.run(finish)[0])
+        wake = [self._wake(claim.job, min(waits))] if waits else []
+        a = self.patiently(lambda: self.store.run(*wake, finish, *wake, *beside)[len(wake)])
         return Finished(a[0].decode(), bool(a[1]), a[2].decode(), a[3].decode())
 
     def _index_quarantine(self, job: str) -> None:

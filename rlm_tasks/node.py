@@ -14,10 +14,14 @@ import resource
 import secrets
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 
+from resilience.bulkhead import Bulkhead, Permit
 from resilience.degradation import Level
+from resilience.line import URGENCY
+from resilience.store import Call
 from rlm_tasks import operations
 from rlm_tasks.crashpoints import CrashPoint
 from rlm_tasks.dispatch import freeze, mint
@@ -47,6 +51,7 @@ from rlm_tasks.splitting import (
     should_yield,
 )
 from rlm_tasks.working import Work
+from scheduler.admission import sheds
 from scheduler.preemption import more_urgent
 
 logger = logging.getLogger(__name__)
@@ -55,7 +60,10 @@ PARK_MS = 5000
 """How long a node waits that this worker cannot run: another one may know its operation."""
 LONGEST_WAIT_S = 86_400.0
 """A node that waits for longer looks again once a day."""
+CALM_MS = 15_000
+"""A job that is not taken in yet looks again after this."""
 MAX_FAILURES_TOLD = 1000
+_STATM = Path("/proc/self/statm")
 
 
 def run_node(runtime: Runtime, job: str, node: str, message: int = 0) -> bool:
@@ -105,6 +113,12 @@ def _work(runtime: Runtime, claim: Claim, page: PageSlot) -> bool:
     except UnknownOperation as error:
         runtime.ledger.park(claim, PARK_MS, str(error), claim.tries)
         return False
+    if claim.node == ROOT and spec.patient and sheds(spec.priority, level := runtime.page.level):
+        runtime.ledger.park(claim, CALM_MS, f"pressure is {level.label}, and {spec.priority} work waits", claim.tries)
+        return False
+    if claim.node != MERGE and (why := runtime.shares.obstacle(operation)):
+        runtime.ledger.park(claim, PARK_MS, why, claim.tries)
+        return False
     if claim.node == MERGE:
         merge_root(runtime.ledger, claim, spec, operation, runtime.reached)
         return True
@@ -125,11 +139,14 @@ class NodeRun:
         limit_s = runtime.limits.limit_s(operation.name, operation.protection.timeout_s, spec.complexity, claim.tries)
         page.limit(limit_s)
         self._guarded = runtime.guards.of(operation, spec.priority)
+        level = runtime.page.level
+        self._share = runtime.shares.of(operation, spec.priority, level, spec.shape.target_ms / 1000)
+        self._me = f"{spec.job} {claim.node}"
         self._next = mint()  # the node that comes after this one, should it have to wait
         in_flight = operation.is_async and claim.phase == PROCESS
         self._work = (WorkInFlight if in_flight else Work)(
             claim, spec, operation, read, page, self._pace, runtime.clock,  # type: ignore[arg-type]  # patiently returns what read does
-            guarded=self._guarded, waiter=self._waiter, limit_s=limit_s, level=runtime.page.level,
+            guarded=self._guarded, waiter=self._waiter, limit_s=limit_s, level=level, slow_s=runtime.notices.slow_s,
         )  # fmt: skip
         self._reason: Reason | None = None
         self._fork: Fork | None = None
@@ -137,7 +154,19 @@ class NodeRun:
         self._preempted = False  # it has won the right to make room
 
     def run(self) -> bool:
-        """Work, then finish; return whether this message fills its chord slot."""
+        """Work in a place of one's own, if places are counted; return whether this message fills its chord slot."""
+        if self._share is None:
+            return self._run()
+        place = self._share.acquire(waiter=self._me, urgency=URGENCY[self._spec.priority])
+        if not place:
+            return self._wait_for(self._share, place)
+        try:
+            return self._run()
+        finally:
+            place.release()
+
+    def _run(self) -> bool:
+        """Work, then finish."""
         if not self._cut_before_work():
             if self._quarantined is not None:
                 self._work.give_up(self._claim.lo, self._condemnation(self._quarantined))
@@ -155,7 +184,7 @@ class NodeRun:
 
     def _waiter(self, index: int) -> str:
         """Return by which name a guard knows the node that will begin with an item."""
-        return f"{self._spec.job} {self._claim.node if index == self._claim.lo else self._next}"
+        return self._me if index == self._claim.lo else f"{self._spec.job} {self._next}"
 
     def _may_part(self, wait: Postponed) -> bool:
         """Whether the item that waits can leave its neighbours, which need not."""
@@ -170,6 +199,15 @@ class NodeRun:
     def _parted(self) -> Fork:
         at, hi = self._work.at, self._claim.hi
         return isolate(at, hi, self._claim.depth, [at, *self._work.others])
+
+    def _wait_for(self, share: Bulkhead, denied: Permit) -> bool:
+        """Let the node wait for a place among its operation's nodes."""
+        why = f"as many nodes of {self._operation.name} run as may now"
+        if waits := self._runtime.ledger.park(self._claim, math.ceil(denied.wait_s * 1000), why, self._claim.tries):
+            self._runtime.resend(self._spec.job, [waits])
+        elif denied.noted and not share.stands(self._me):
+            self._runtime.wake([self._me])  # it was called before it lay down
+        return False
 
     def _park(self, wait: Postponed) -> bool:
         """Let the node itself wait: it has done nothing yet."""
@@ -300,11 +338,21 @@ class NodeRun:
             self._runtime.limits.took(self._spec.operation, self._work.took_s)
             self._runtime.item_ms[self._spec.operation] = self._work.busy_s * 1000 / (report.mid - claim.lo)
         self._runtime.reached(CrashPoint.BEFORE_FINISH)
-        finished = self._runtime.ledger.finish(claim, report, partial)
+        held_kb = _held_kb()
+        tally = [] if validating else [self._tally(report, held_kb)]
+        self._runtime.notices.of_node(
+            self._spec.operation, claim.job, self._runtime.worker, slow=self._work.slow, memory_mb=held_kb / 1024
+        )
+        finished = self._runtime.ledger.finish(claim, report, partial, *tally)
         if finished.answer == "stale":
             logger.info("Node %s of job %s was given to another worker; its work is discarded", claim.node, claim.job)
             return False
         return self._follow(finished, report)
+
+    def _tally(self, report: Report, held_kb: int) -> Call:
+        return self._runtime.usage.tally(
+            self._spec.operation, done=report.done, failed=len(report.failed), busy_us=report.busy_us, memory_kb=held_kb
+        )
 
     def _tell_faults(self) -> None:
         """Tell what went wrong here, for those who operate the platform: one round trip for a node that had faults."""
@@ -380,6 +428,14 @@ class NodeRun:
 
 def _ms(wait: Postponed) -> int:
     return math.ceil(1000 * min(max(wait.wait_s, 0.0), LONGEST_WAIT_S))
+
+
+def _held_kb() -> int:
+    """Return how much memory this process holds now; its peak where the system does not say."""
+    try:
+        return int(_STATM.read_text(encoding="ascii").split()[1]) * resource.getpagesize() // 1024
+    except OSError:
+        return _peak_kb()
 
 
 def _peak_kb() -> int:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from resilience.bulkhead import Aimd, Elastic
     from resilience.retry import RetryPolicy
     from rlm_tasks.job import Job
+    from scheduler.allocation import ResourceAllocationPolicy
 
 _PROTECTING = frozenset({"service", "breaker", "rate_limit", "cost", "bulkhead", "per_host", "retry", "fallback", "timeout_s"})
 
@@ -100,6 +101,7 @@ class Operation:
     concurrency: int = 1
     version: int = 1
     simplified: Callable[..., Any] | None = None
+    allocation: ResourceAllocationPolicy | None = None
     protection: Protection = UNPROTECTED
     is_async: bool = field(init=False)
     takes_context: bool = field(init=False)
@@ -169,6 +171,7 @@ def operation(
     concurrency: int = 1,
     version: int = 1,
     simplified: Callable[..., Any] | None = None,
+    allocation: ResourceAllocationPolicy | Mapping[str, Any] | None = None,
     service: str = "",
     breaker: BreakerConfig | str | bool | None = None,
     rate_limit: Rate | Mapping[str, Rate] | None = None,
@@ -187,7 +190,8 @@ def operation(name: Any = None, **about: Any) -> Any:
     with one output per item.  An ``async def`` keeps up to ``concurrency`` items in flight.
     ``merge`` takes an iterable of partials in item order and returns one partial; it must be
     associative.  ``validate`` raises for an item that must not be processed.  ``simplified`` is called in its place from
-    critical pressure on; it takes and returns the same.
+    critical pressure on; it takes and returns the same.  ``allocation`` bounds how many of its nodes run at once, and on
+    which hosts: a ResourceAllocationPolicy, or its fields.
 
     What protects its calls is shared by all workers, under the name of the `service` (the operation's, if left out):
     ``breaker`` (a preset's name, a BreakerConfig, or True), ``rate_limit`` (a Rate of requests, or several by name) with
@@ -200,6 +204,10 @@ def operation(name: Any = None, **about: Any) -> Any:
 
     def decorate(function: Callable[..., Any]) -> Operation:
         known = name or function.__name__
+        if isinstance(about.get("allocation"), Mapping):
+            from scheduler.allocation import ResourceAllocationPolicy
+
+            about["allocation"] = ResourceAllocationPolicy(**{"executor_id": known, **about["allocation"]})
         guards = protection(known, {field: about.pop(field) for field in _PROTECTING & set(about)})
         return _register(Operation(known, function, **about, protection=guards))
 

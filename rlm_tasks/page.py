@@ -25,6 +25,7 @@ _TIME = struct.Struct("<d")
 _GENERATION = struct.Struct("<I")
 _PID_AT, _ITEM_AT, _TIME_AT, _LIMIT_AT, _DOOMED_AT = 4, 16, 24, 32, 96
 _DRAINING_AT, _HUNGRY_AT, _RECALLS_AT, _TERMINATING_AT, _URGENT_AT, _LEVEL_AT = 0, 1, 2, 3, 4, 8
+_AVAILABLE_AT, _SLOTS_AT = 16, 24
 _LEVEL = struct.Struct("<Q")  # monotonic ms << 8 | level, in one aligned word: a reader never sees half of a write
 _LEVELS: tuple[Level, ...] = tuple(Level)
 
@@ -107,6 +108,24 @@ class Page:
     def recall(self) -> None:
         """Ask every running node of this worker to look at the ledger before its next item."""
         self._memory[_RECALLS_AT] = (self._memory[_RECALLS_AT] + 1) % 256
+
+    @property
+    def available_mb(self) -> float:
+        """Memory of this host that the platform may fill, with what its nodes hold already; 0: not known."""
+        return float(_TIME.unpack_from(self._memory, _AVAILABLE_AT)[0])
+
+    @available_mb.setter
+    def available_mb(self, megabytes: float) -> None:
+        _TIME.pack_into(self._memory, _AVAILABLE_AT, megabytes)
+
+    @property
+    def slots(self) -> int:
+        """How many slots all workers have together, as last heard; 1 while nothing was."""
+        return max(1, int(_PID.unpack_from(self._memory, _SLOTS_AT)[0]))
+
+    @slots.setter
+    def slots(self, total: int) -> None:
+        _PID.pack_into(self._memory, _SLOTS_AT, total)
 
     def slot(self, index: int) -> PageSlot:
         """Return the writer of one pool process."""

@@ -82,12 +82,14 @@ class Options(_Checked):
     preempt_lower_priority: bool | None = Field(
         None, description="Running nodes of less urgent jobs make room for this job's; empty: for a critical one's."
     )
+    overload: Literal["refuse", "delay"] | None = Field(
+        None, description="What becomes of the job when it does not fit now; empty: as RLM_ADMISSION__OVERLOAD says."
+    )
     idempotency_key: str = Field("", max_length=512, description="Submitting twice with one key gives one job.")
 
-    @property
-    def preempts(self) -> bool:
-        """Whether less urgent nodes make room."""
-        return self.priority is Priority.CRITICAL if self.preempt_lower_priority is None else self.preempt_lower_priority
+    def preempts(self, priority: str) -> bool:
+        """Whether less urgent nodes make room for a job of this priority, which its operation may have raised."""
+        return priority == Priority.CRITICAL if self.preempt_lower_priority is None else self.preempt_lower_priority
 
     @model_validator(mode="before")
     @classmethod

@@ -27,11 +27,16 @@ from rlm_tasks.dispatch import Dispatcher
 from rlm_tasks.guards import Guards
 from rlm_tasks.item_limits import ItemLimits
 from rlm_tasks.ledger import Ledger
+from rlm_tasks.notices import Notices
 from rlm_tasks.page import Page, PageSlot
 from rlm_tasks.settings import Settings
+from rlm_tasks.shares import Shares
 from rlm_tasks.sources import ItemReader
+from scheduler.board import Board
+from scheduler.events import Events
 from scheduler.preemption import Preemption
 from scheduler.slots import SlotBoard
+from scheduler.usage import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +55,10 @@ class Runtime:
     guards: Guards
     limits: ItemLimits
     faults: FaultLog
+    usage: Usage
+    shares: Shares
+    board: Board
+    notices: Notices
     worker: str = ""
     reached: Callable[[CrashPoint], None] = nobody_listens
     clock: Callable[[], float] = time.perf_counter  # seconds; what slices are measured by
@@ -62,12 +71,18 @@ class Runtime:
         store, keys = Store(settings.redis_url), Keys(settings.namespace)
         ledger = Ledger(store, keys, settings.ledger, patience_s=patience_s)
         dispatcher, shared = Dispatcher(app, ledger), guard_store(settings)
-        guards = Guards(shared, settings.breakers, lambda waiters: wake(ledger.hasty(), dispatcher, waiters))
+        page = Page(stale_s=settings.pressure.stale_s)
+
+        def waken(waiters: Sequence[str]) -> int:
+            return wake(ledger.hasty(), dispatcher, waiters)
+
+        guards = Guards(shared, settings.breakers, waken)
         limits = ItemLimits(Timeouts(shared, multipliers=settings.node.timeout_multipliers), settings.node, time.monotonic)
         slots = SlotBoard(store, keys)
         return cls(
-            settings, ledger, slots, Preemption(store, keys, slots), ItemReader(store), dispatcher, Page(), guards, limits,
-            FaultLog(shared),
+            settings, ledger, slots, Preemption(store, keys, slots), ItemReader(store), dispatcher, page, guards, limits,
+            FaultLog(shared), Usage(store, keys), Shares(shared, settings, page, waken), Board(store, keys, settings.pressure),
+            Notices(Events(shared, settings.alerts.history), settings.alerts, time.monotonic),
         )  # fmt: skip
 
     def resend(self, job: str, nodes: Sequence[str]) -> None:

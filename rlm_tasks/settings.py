@@ -13,6 +13,14 @@ from pydantic_settings import NoDecode
 
 from resilience.settings import StoreSettings
 from rlm_tasks.errors import InvalidRequest
+from scheduler.settings import (
+    AdmissionSettings,
+    AlertSettings,
+    AllocationSettings,
+    AutoscaleSettings,
+    BatchSettings,
+    PressureSettings,
+)
 
 
 class LedgerSettings(BaseModel, frozen=True, extra="forbid"):
@@ -69,6 +77,12 @@ class Settings(StoreSettings):
     ready_file: str = Field("", description="A file that a worker touches when it is ready, for probes; empty: none.")
     ledger: LedgerSettings = LedgerSettings()
     node: NodeSettings = NodeSettings()
+    pressure: PressureSettings = PressureSettings()
+    admission: AdmissionSettings = AdmissionSettings()
+    allocation: AllocationSettings = AllocationSettings()
+    batch: BatchSettings = BatchSettings()
+    autoscale: AutoscaleSettings = AutoscaleSettings()
+    alerts: AlertSettings = AlertSettings()
 
     def model_post_init(self, _context: Any) -> None:
         """Let the broker and the result backend default to the ledger's Redis."""

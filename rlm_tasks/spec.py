@@ -39,6 +39,7 @@ class Spec(msgspec.Struct, frozen=True, omit_defaults=True):
     description: str = ""
     complexity: str = ""
     idempotency_key: str = ""
+    patient: bool = False  # it waits while work of its priority is not taken in
     preempts: bool = False  # less urgent nodes make room for its nodes
 
 

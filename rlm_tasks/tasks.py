@@ -1,4 +1,4 @@
-"""The two Celery tasks: doorbells that parse, call and return.
+"""The Celery tasks: doorbells that parse, call and return.
 
 An item's error is data and a node's crash is the ledger's business, so nothing a node meets ever enters a
 chord as an exception.
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from celery import Celery
+from celery import Celery, Task
 
 from resilience.errors import StoreUnavailable
 from rlm_tasks import operations
@@ -27,6 +27,7 @@ from rlm_tasks.runtime import Runtime
 logger = logging.getLogger(__name__)
 
 PUT_BACK_S = 0.25
+MONITOR_TASK = "rlm.monitor"
 
 _OPTIONS: dict[str, Any] = {
     "bind": True,
@@ -40,6 +41,17 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
+class Broadcast(Task):  # type: ignore[misc]  # Celery ships no types
+    """What beat sends to have a look taken: a question to all workers, of whom the first looks.
+
+    A message in a queue would wait behind the very overload that is to be seen; and one that nobody takes would pile up.
+    """
+
+    def apply_async(self, *_: Any, **__: Any) -> None:
+        """Ask all workers."""
+        self.app.control.broadcast("rlm_monitor")
+
+
 def register(app: Celery, runtime: Callable[[], Runtime]) -> None:
     """Add the tasks to an app; `runtime` gives the parts of the process that runs them."""
 
@@ -51,6 +63,11 @@ def register(app: Celery, runtime: Callable[[], Runtime]) -> None:
             _put_back(self, why)
         elif not _guarded(runtime(), job, lambda: run_node(runtime(), job, node, told.get("message", 0))):
             _leave_slot(self.request)
+
+    @app.task(name=MONITOR_TASK, base=Broadcast, ignore_result=True)  # type: ignore[untyped-decorator]  # Celery ships no types
+    def monitor() -> None:
+        """Have the cluster's level worked out; beat sends it every few seconds."""
+        monitor.apply_async()
 
     @app.task(name=MERGE_TASK, **_OPTIONS)  # type: ignore[untyped-decorator]  # Celery ships no types
     def merge(self: Any, job: str, split: str) -> None:

@@ -25,11 +25,13 @@ from redis.exceptions import RedisError
 from resilience.errors import StoreUnavailable
 from resilience.store import Call
 from rlm_tasks.dispatch import NODE_TASK
+from rlm_tasks.host import Host
 from rlm_tasks.page import NO_ITEM, Held
 from rlm_tasks.preflight import dangers
 from rlm_tasks.runtime import Runtime
 from rlm_tasks.upstream import handle_sigterm
 from scheduler.preemption import rank_of
+from scheduler.queues import priority_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,8 @@ class Guard(threading.Thread):
         self._stopping = False
         self._woken = threading.Event()
         self._offered: tuple[int, int] | None = None
-        self._due = {"offer": 0.0, "look": 0.0, "beat": 0.0, "sweep": 0.0}
+        self._due = {"measure": 0.0, "offer": 0.0, "look": 0.0, "beat": 0.0, "sweep": 0.0}
+        self._host = Host(runtime, pool_size, queues)
         self._lost = False
 
     def run(self) -> None:
@@ -109,17 +112,23 @@ class Guard(threading.Thread):
         self.join(timeout=5)
         try:
             self._runtime.slots.withdraw(self._runtime.worker)
+            self._runtime.board.withdraw(self._runtime.worker)
         except _UNREACHABLE as error:
             logger.info("Slots were not withdrawn, they expire: %s", error)
 
     def _tick(self, now: float) -> None:
         ledger = self._runtime.settings.ledger
+        if measured := now >= self._due["measure"]:
+            self._due["measure"] = now + REFRESH_S
+            self._host.measure(now)
         if self._lost:
             # Leases ran out while nobody could beat; give every worker the time to renew its own.
             self._sweep_not_before = now + ledger.lease_s / 3
         if not self._warned:
             self._warn()
         self._offer(now)
+        if measured:
+            self._host.heard(self._ledger.store.run(*self._host.exchange()), now)
         if now >= self._due["look"]:
             self._due["look"] = now + REFRESH_S
             self._reap(now)
@@ -215,6 +224,7 @@ def give_back(runtime: Runtime, held: Held, died_of: str, *, condemned: bool = F
     runtime.page.forget(held.pid)
     if died_of:
         runtime.guards.forget(held.pid)
+        runtime.shares.forget(held.pid)
     return waits
 
 
@@ -231,11 +241,6 @@ def cause_of_death(pid: int) -> str:
     return signal.Signals(found.si_status).name
 
 
-def priority_of(queue: str) -> str:
-    """Return the priority that a queue serves, as its name ends."""
-    return queue.rpartition(".")[2]
-
-
 class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
     """Run the guard, and drain before the pool is asked to stop: by signal, remote control or error alike."""
 
@@ -243,6 +248,7 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
 
     def start(self, worker: Any) -> None:
         """Start once the pool has forked."""
+        from rlm_tasks.monitoring import monitor_thread  # alerts and webhooks are of no use to clients
 
         def queues() -> list[str]:
             consumer = getattr(worker.consumer, "task_consumer", None)
@@ -252,6 +258,10 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
         worker.app.rlm_guard = guard
         guard.start()
         signals.worker_shutdown.connect(lambda **_: guard.stop(), weak=False)
+        monitor = monitor_thread(worker.app, worker.app.rlm_runtime())
+        worker.app.rlm_monitor = monitor
+        monitor.start()
+        signals.worker_shutdown.connect(lambda **_: monitor.stop(), weak=False)
 
     def stop(self, worker: Any) -> None:
         """Let running nodes cut; the pool is asked to stop after this."""

@@ -50,6 +50,7 @@ class Work:
         waiter: Callable[[int], str] = lambda _: "",
         limit_s: float = 0.0,
         level: Level = Level.NORMAL,
+        slow_s: float = float("inf"),
     ) -> None:
         self._guarded, self._waiter, self._limit_s = guarded, waiter, limit_s
         self._alarm = ItemAlarm(limit_s)
@@ -61,6 +62,8 @@ class Work:
         self._most = 1 if claim.one_by_one else LARGEST_BATCH
         self.harvest = Harvest(operation)
         self.degradation = Degradation(level)
+        self._slow_s = slow_s
+        self.slow: list[tuple[int, float]] = []  # items that took long: index, seconds
         self.at = claim.lo
         self.until = claim.hi  # less when the rest must be another node's, whatever happens here
         self.busy_s = 0.0
@@ -166,15 +169,18 @@ class Work:
         except (Exception, SystemExit) as error:
             self.harvest.fail(context.index, error)
         else:
-            self._ended_well(context.tries, began)
+            self._ended_well(context, began)
         if context.degradation.shaped:
             self.harvest.shape(context.degradation, 1)
 
-    def _ended_well(self, tries: int, began: float) -> None:
-        if tries:
+    def _ended_well(self, context: Context, began: float) -> None:
+        took_s = self._clock() - began
+        if took_s >= self._slow_s:
+            self.slow.append((context.index, took_s))
+        if context.tries:
             self.recovered += 1  # and no sample: Karn's algorithm
         else:
-            self.took_s.append(self._clock() - began)
+            self.took_s.append(took_s)
 
     def _postpone(self, wait: Postponed) -> None:
         """Stop before the item at `at`."""

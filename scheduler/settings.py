@@ -56,7 +56,7 @@ class AllocationSettings(BaseModel, frozen=True, extra="forbid"):
     """How many nodes may run at once."""
 
     max_workers: int = Field(32, ge=1, description="Nodes of one operation at once, without a policy of its own.")
-    min_workers: int = Field(4, ge=1, description="... that are left to it under any pressure.")
+    min_workers: int = Field(4, ge=1, description="... that are left to it under pressure; one to low work in an emergency.")
     policies: str = Field(
         "", description="A JSON file of allocation policies, a list of objects as in docs/pressure.md; empty: none."
     )
@@ -93,8 +93,8 @@ class AlertSettings(BaseModel, frozen=True, extra="forbid"):
     """Who is told what goes wrong."""
 
     channels: tuple[Literal["log", "webhook", "stdout"], ...] = Field(("log",), description="JSON list of log, webhook, stdout.")
-    webhook_url: str = Field("", description="Alerts are POSTed here as JSON.")
-    webhook_secret: str = Field("", repr=False, description="Signs webhooks: HMAC-SHA256 of the body, in X-RLM-Signature.")
+    webhook_url: str = Field("", repr=False, description="Alerts are POSTed here as JSON, when `webhook` is a channel.")
+    webhook_secret: str = Field("", repr=False, description="Signs webhooks: HMAC-SHA256 of the time and the body, in X-RLM-Signature.")
     slow_execution_ms: float = Field(30_000.0, gt=0, description="An item that takes longer is told as `execution.slow`.")
     memory_mb: float = Field(500.0, gt=0, description="A pool process above this is told as `memory.high`.")
     cpu_pct: float = Field(80.0, gt=0, description="A host above this is told as `cpu.high`.")

@@ -1,5 +1,6 @@
 -- Open a job whose items are stored, under keys of their own until now.  KEYS: also the staged items and blocks.
--- ARGV: spec, n, queue, fail_limit, early_limit, timeout_ms (0: none), ttl_s, phase, root node id, task id, schema.
+-- ARGV: spec, n, queue, fail_limit, early_limit, timeout_ms (0: none), ttl_s, phase, root node id, task id, schema,
+-- ms for which the first node is parked (0: none), why.
 -- Returns 1, or 0 when the job was open already.
 local staged = {[KEYS[17]] = items, [KEYS[18]] = blocks}
 if call('EXISTS', job) == 1 then
@@ -15,7 +16,9 @@ call('HSET', job, 'spec', ARGV[1], 'n', ARGV[2], 'queue', ARGV[3], 'state', 'pen
   'ttl_s', ARGV[7], 'stop', '', 'opened_ms', now, 'done', 0, 'failed', 0, 'skipped', 0, 'pending', 0,
   'nodes', 0, 'splits', 0, 'yields', 0, 'depth', 0, 'busy_us', 0, 'peak_kb', 0, 'validated', 0, 'task', ARGV[10],
   'schema', ARGV[11], 'seen_ms', 0, 'claimed_ms', 0, 'probed_ms', 0, 'probes', 0)
-queue_node(ARGV[9], {lo = 0, hi = tonumber(ARGV[2]), d = 0, p = '', sp = '', ix = 0, t = ARGV[10], why = '', rs = 0})
+local root = {lo = 0, hi = tonumber(ARGV[2]), d = 0, p = '', sp = '', ix = 0, t = ARGV[10], why = ARGV[13], rs = 0}
+local wait = tonumber(ARGV[12])
+if wait > 0 then park_node(ARGV[9], root, now + wait) else queue_node(ARGV[9], root) end
 note('opened')
 keep_all(tonumber(ARGV[7]))
 return 1

@@ -26,14 +26,19 @@ from rlm_tasks.item_limits import ItemLimits
 from rlm_tasks.ledger import ROOT, Child, Ledger, Split
 from rlm_tasks.merging import compact_split
 from rlm_tasks.node import run_node
+from rlm_tasks.notices import Notices
 from rlm_tasks.page import Page
 from rlm_tasks.requests import JobRequest
 from rlm_tasks.runtime import Runtime
 from rlm_tasks.settings import Settings
+from rlm_tasks.shares import Shares
 from rlm_tasks.sources import ItemReader, ItemWriter
 from rlm_tasks.spec import Spec
+from scheduler.board import Board
+from scheduler.events import Events
 from scheduler.preemption import Preemption
 from scheduler.slots import SlotBoard
+from scheduler.usage import Usage
 
 
 class Clock:
@@ -88,6 +93,7 @@ class Platform:
         self.ledger = Ledger(self.store, self.keys, self.settings.ledger)
         self.slots = SlotBoard(self.store, self.keys)
         self.mailbox = Mailbox(self.ledger)
+        page = Page()
         self.runtime = Runtime(
             self.settings,
             self.ledger,
@@ -95,10 +101,14 @@ class Platform:
             Preemption(self.store, self.keys, self.slots),
             ItemReader(self.store),
             self.mailbox,  # type: ignore[arg-type]  # has the dispatcher's verbs
-            Page(),
+            page,
             Guards(self.store, self.settings.breakers, lambda waiters: None),
             ItemLimits(Timeouts(self.store), self.settings.node, self.clock),
             FaultLog(self.store),
+            Usage(self.store, self.keys),
+            Shares(self.store, self.settings, page, lambda waiters: None),
+            Board(self.store, self.keys, self.settings.pressure),
+            Notices(Events(self.store), self.settings.alerts, self.clock),
             worker="unit",
             clock=self.clock,
         )

@@ -1,0 +1,112 @@
+"""What a worker tells of its host, and what it is told to act on; once a second, in its main process.
+
+Decides what reaches the shared page: the worse of the own host's level and the cluster's, or what a drill orders.  Refuses
+to know how a level follows from a measurement, and what nodes make of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from celery.worker import state
+
+from resilience.degradation import Level
+from resilience.store import Call
+from rlm_tasks.queue_order import QueueOrder, running
+from rlm_tasks.runtime import Runtime
+from scheduler.board import Board, HostReport, Orders, acted_on
+from scheduler.cycle import Facts
+from scheduler.ladder import HostLadder, Verdict
+from scheduler.queues import ages
+from scheduler.sampling import Sample, Sampler
+
+logger = logging.getLogger(__name__)
+
+_PAGES_PER_MB = 2**20 / os.sysconf("SC_PAGE_SIZE")
+
+
+class Host:
+    """The host of one worker."""
+
+    def __init__(self, runtime: Runtime, pool_size: Callable[[], int], queues: Callable[[], list[str]]) -> None:
+        self._runtime, self._pool_size, self._queues = runtime, pool_size, queues
+        settings = runtime.settings.pressure
+        self._sampler, self._ladder = Sampler(settings), HostLadder(settings)
+        self._sample: Sample | None = None
+        self._own: Verdict | None = None
+        self._orders: Orders | None = None
+        self._heard_at = float("-inf")
+        QueueOrder.facts = Facts(ages=self._ages, running=running, slots=pool_size, target_s=runtime.settings.admission.wait_s)
+
+    def measure(self, now: float) -> None:
+        """Take a sample, and act on it at once; whatever becomes of Redis."""
+        try:
+            self._sample = self._sampler.sample()
+            self._own = self._ladder.step(self._sample, now) if self._sample is not None else None
+        except Exception:
+            logger.exception("This host could not be measured; its level is taken for elevated")
+            self._own = None
+        self._act(now)
+
+    def exchange(self) -> list[Call]:
+        """Return the calls that tell of this host, and ask what to act on."""
+        board = self._runtime.board
+        queue = next(iter(self._queues()), "")
+        return [board.publish(self._report()), board.look(), self._runtime.slots.take(queue, 0)]
+
+    def heard(self, answers: Sequence[Any], now: float) -> None:
+        """Act on what was answered."""
+        _, told, (_, slots) = answers
+        self._orders, self._heard_at = Board.read(told), now
+        self._runtime.page.slots = slots
+        self._act(now)
+
+    def _act(self, now: float) -> None:
+        """Write what nodes act on into the page.  What was heard long ago counts no more."""
+        page = self._runtime.page
+        if not self._runtime.settings.pressure.enabled:
+            return
+        if now - self._heard_at > self._runtime.settings.pressure.stale_s:
+            self._orders = None
+        level = acted_on(self._own.level if self._own is not None else None, self._orders)
+        if level != page.level:
+            logger.warning("Pressure is %s%s", level.label, f": {why}" if (why := self._why(level)) else "")
+        page.level = level
+        if self._sample is not None:
+            page.available_mb = self._sample.available_mb + sum(_held_mb(held.pid) for held in page.held())
+
+    def _why(self, level: Level) -> str:
+        if self._orders is not None and self._orders.forced is not None:
+            return "it is forced"
+        if self._own is not None and self._own.level == level:
+            return self._own.why
+        return self._orders.cluster.why if self._orders is not None and self._orders.cluster is not None else ""
+
+    def _report(self) -> HostReport:
+        own = self._own or Verdict(Level.ELEVATED, 0.0, "it could not be measured")
+        return HostReport(
+            self._runtime.worker, own.level, round(own.percent, 1), own.why, self._pool_size(), len(state.reserved_requests),
+            tuple(self._queues()), dict(_active()), self._sample,
+        )  # fmt: skip
+
+    def _ages(self) -> dict[str, float]:
+        cluster = self._orders.cluster if self._orders is not None else None
+        return ages(cluster.queues) if cluster is not None else {}
+
+
+def _active() -> Counter[str]:
+    """Return how many nodes of each operation this worker's pool runs."""
+    told = ((request.request_dict.get("rlm") or {}).get("operation", "") for request in list(state.active_requests))
+    return Counter(operation for operation in told if operation)
+
+
+def _held_mb(pid: int) -> float:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) / _PAGES_PER_MB
+    except (OSError, IndexError, ValueError):  # it has just ended
+        return 0.0

@@ -1,0 +1,88 @@
+"""Whether a job is taken in now: asked once, at submit, before anything is stored.
+
+Decides what is looked at, and how often.  The rules are the scheduler's; what becomes of a job that does not fit is the
+client's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from celery import Celery
+from kombu.exceptions import KombuError
+from redis.exceptions import RedisError
+
+from resilience.degradation import Level
+from resilience.errors import Denied
+from resilience.keys import Keys
+from resilience.store import Store
+from rlm_tasks.queues import QueueGauge
+from rlm_tasks.settings import Settings
+from scheduler.admission import full, shed
+from scheduler.board import Board, acted_on, prevailing
+from scheduler.queues import QueueReport
+from scheduler.slots import SlotBoard
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0
+"""What was seen holds for this long: a loop of submissions asks once a second, not once a job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """How pressed the platform is."""
+
+    level: Level = Level.NORMAL
+    queues: Mapping[str, QueueReport] = field(default_factory=dict)
+    slots: Mapping[str, int] = field(default_factory=dict)  # queue -> slots that serve it
+
+
+class Intake:
+    """The door of one client."""
+
+    def __init__(self, app: Celery, store: Store, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        keys = Keys(settings.namespace)
+        self._store, self._settings, self._clock = store, settings, clock
+        self._board, self._slots = Board(store, keys, settings.pressure), SlotBoard(store, keys)
+        self._gauge = QueueGauge(app)
+        self._queues: tuple[str, ...] = ()
+        self._seen, self._seen_at = Seen(), float("-inf")
+
+    def refusal(self, queue: str, priority: str) -> Denied | None:
+        """Return why a job is not taken in now, and when to come back; None: it is.
+
+        A queue that nobody serves keeps what it is given, up to its depth: that is what a broker is for.
+        """
+        seen = self._look(queue)
+        if refused := shed(priority, seen.level, self._settings.pressure.release_s):
+            return refused
+        report = seen.queues.get(queue, QueueReport(0))
+        if not seen.slots.get(queue):
+            report = QueueReport(report.depth)
+        return full(queue, priority, report, self._settings.admission)
+
+    def _look(self, queue: str) -> Seen:
+        now = self._clock()
+        if queue not in self._queues or now - self._seen_at >= LOOK_EVERY_S:
+            self._queues = tuple(dict.fromkeys((*self._queues, queue)))
+            self._seen, self._seen_at = self._fresh(), now
+        return self._seen
+
+    def _fresh(self) -> Seen:
+        looks = [self._board.look(), *(self._slots.take(each, 0) for each in self._queues)]
+        answer, *slots = self._store.ask(*looks)
+        orders = self._board.read(answer)
+        own = None if orders.cluster or orders.forced is not None else prevailing(self._board.hosts())
+        level = acted_on(own or Level.NORMAL, orders) if self._settings.pressure.enabled else Level.NORMAL
+        return Seen(level, self._depths(), dict(zip(self._queues, (total for _, total in slots), strict=True)))
+
+    def _depths(self) -> Mapping[str, QueueReport]:
+        try:
+            return self._gauge.read(self._queues)
+        except (KombuError, RedisError, OSError) as error:
+            logger.info("Queues are taken for empty, the broker does not answer: %s", error)
+            return {}

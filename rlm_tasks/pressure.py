@@ -1,0 +1,135 @@
+"""How the platform stands, for those who operate it, and how its pressure is forced for a drill.
+
+Decides what belongs to one picture of it.  Refuses to know how any of it is measured.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from resilience.degradation import CONSTRAINTS, Level
+from scheduler.board import Board, ClusterReport, HostReport, Orders, acted_on, prevailing
+from scheduler.queues import QueueReport
+from scheduler.usage import OperationUsage
+
+if TYPE_CHECKING:
+    from rlm_tasks.client import Client
+
+TREND = 60
+"""Looks of the monitor that a status carries: five minutes of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlatformStatus:
+    """One picture of the platform."""
+
+    level: str
+    why: str
+    forced: str  # the level of a drill, '' for none
+    monitored: bool  # beat has the monitor look; without it each host acts on its own
+    hosts: list[HostReport]
+    resource_usage: dict[str, float]  # cpu_percent, memory_mb, memory_percent, worker_count
+    active: dict[str, int]  # operation -> nodes that run now
+    strategies: list[str]
+    operations: list[dict[str, Any]]  # executions, success rate, memory, duration, breaker: one for each operation
+    circuit_breakers: dict[str, dict[str, Any]]
+    queues: dict[str, QueueReport]
+    recent_pressure_events: list[dict[str, Any]]  # timestamp, level, message
+    recent_events: list[dict[str, Any]]
+    rising_to: str  # the level expected within a minute, '' for none
+    desired_workers: int  # 0: not known
+    trend: list[dict[str, Any]]  # of the cluster, oldest first: at, level, cpu_pct, memory_pct, depth
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return msgspec.to_builtins(asdict(self))  # type: ignore[no-any-return]  # a dataclass becomes a dict
+
+
+class Pressure:
+    """What is known of one platform's pressure.  Every method raises StoreUnavailable."""
+
+    def __init__(self, client: Client) -> None:
+        self._client, settings = client, client.settings
+        self._board = Board(client.ledger.store, client.ledger.keys, settings.pressure)
+
+    def level(self) -> Level:
+        """Return the level that holds for the cluster: forced, as the monitor found it, or as most hosts say."""
+        return self._level(self._board.orders(), self._board.hosts())
+
+    @staticmethod
+    def _level(orders: Orders, hosts: list[HostReport]) -> Level:
+        return acted_on(Level.NORMAL if orders.cluster is not None else prevailing(hosts), orders)
+
+    def force(self, level: Level | str | int, for_s: float = 600.0) -> None:
+        """Make all workers act on a level, for a drill: within a second, and for `for_s` seconds at most.
+
+        Raises InvalidValue.
+        """
+        self._board.force(level, for_s)
+
+    def release(self) -> bool:
+        """End a drill; say whether there was one."""
+        return self._board.release()
+
+    def history(self, limit: int = 100) -> list[ClusterReport]:
+        """Return what the monitor has seen, the newest first."""
+        return self._board.history(limit)
+
+    def status(self) -> PlatformStatus:
+        """Return one picture of everything."""
+        orders, hosts, events = self._board.orders(), self._board.hosts(), self._client.events.recent(50)
+        level, cluster = self._level(orders, hosts), orders.cluster
+        breakers = self._client.breakers.status()
+        why = "it is forced" if orders.forced is not None else cluster.why if cluster else ""
+        return PlatformStatus(
+            level=level.label, why=why, forced=orders.forced.label if orders.forced is not None else "",
+            monitored=cluster is not None, hosts=hosts, resource_usage=_resources(hosts),
+            active=dict(sum((Counter(host.active) for host in hosts), Counter())),
+            strategies=list(CONSTRAINTS[level].strategies),
+            operations=[_figures(each, breakers) for each in self._client.usage.all()], circuit_breakers=breakers,
+            queues=cluster.queues if cluster else {},
+            recent_pressure_events=[
+                {"timestamp": _time(each.at), "level": each.data.get("level", ""), "message": each.message}
+                for each in events if each.name == "pressure.changed"
+            ],
+            recent_events=[each.fields() for each in events], rising_to=cluster.rising_to if cluster else "",
+            desired_workers=cluster.desired_workers if cluster else 0, trend=[_point(each) for each in self.history(TREND)][::-1],
+        )  # fmt: skip
+
+
+def _resources(hosts: list[HostReport]) -> dict[str, float]:
+    samples = [(host.sample, host.slots) for host in hosts if host.sample is not None]
+    slots = sum(each for _, each in samples)
+    return {
+        "cpu_percent": round(sum(sample.cpu_pct * each for sample, each in samples) / slots, 1) if slots else 0.0,
+        "memory_mb": round(sum(sample.memory_mb for sample, _ in samples), 1),
+        "memory_percent": round(sum(sample.memory_pct * each for sample, each in samples) / slots, 1) if slots else 0.0,
+        "worker_count": sum(host.slots for host in hosts),
+    }
+
+
+def _figures(usage: OperationUsage, breakers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    state = breakers.get(usage.executor_id, {}).get("state", "closed")
+    return {**usage.to_dict(), "circuit_breaker_state": str(state)}
+
+
+def _point(report: ClusterReport) -> dict[str, Any]:
+    depth = sum(queue.depth for queue in report.queues.values())
+    level = Level(report.level).label
+    return {
+        "at": report.at,
+        "level": level,
+        "cpu_pct": report.cpu_pct,
+        "memory_pct": report.memory_pct,
+        "depth": depth,
+        "busy": report.busy,
+    }
+
+
+def _time(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")

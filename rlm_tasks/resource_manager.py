@@ -1,0 +1,355 @@
+"""The hooks of source document 1, for an orchestrator that runs executors in its own process.
+
+Decides nothing: breakers, pressure, policies, metrics and alerts are those of the platform, which workers use as well;
+this gives them the names that document 1 has for them.  An executor's id is the name of its breaker and of its metrics.
+Refuses to know what an executor computes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
+from typing import Any, Protocol, TypedDict, cast
+
+from resilience.breaker import CircuitBreaker, CircuitBreakers
+from resilience.breaker_storage import CLOSED, OPEN, resident_mb
+from resilience.degradation import CONSTRAINTS, Level
+from resilience.errors import InvalidValue, StoreUnavailable
+from resilience.settings import store_settings
+from scheduler.alerts import ResourcePressureEvent
+from scheduler.allocation import Policies, ResourceAllocationPolicy, ResourceLimits, workers_for
+from scheduler.settings import AllocationSettings
+
+logger = logging.getLogger(__name__)
+
+AlertCallback = Callable[[ResourcePressureEvent], object]
+
+
+# --- what is asked of the platform ---------------------------------------------------------------------
+
+
+class Figures(TypedDict):
+    """What executions of one operation came to."""
+
+    total_executions: int
+    successful_executions: int
+    failed_executions: int
+    avg_memory_mb: float
+    peak_memory_mb: float
+    avg_duration_ms: float
+
+
+class Usage(Protocol):
+    """What executions took, over all processes."""
+
+    def record(self, operation: str, *, ok: bool, duration_s: float, memory_mb: float) -> object:
+        """Count one execution; raises nothing while Redis is away."""
+
+    def read(self, operation: str) -> Figures:
+        """Return what is known of an operation, all zero for one that never ran.  Raises StoreUnavailable."""
+
+
+class AlertManager(Protocol):
+    """Whoever alerts people: `scheduler.alerts.Alerts`."""
+
+    def process_event(self, event: ResourcePressureEvent) -> Sequence[object]:
+        """Raise the alerts of an event; raises nothing while Redis is away."""
+
+
+class ResourceUsage(TypedDict):
+    """How loaded the platform is."""
+
+    cpu_percent: float
+    memory_mb: float
+    memory_percent: float
+    worker_count: int
+
+
+class PlatformStatus(TypedDict):
+    """What the platform tells of itself; it may tell more."""
+
+    resource_usage: ResourceUsage
+    recent_pressure_events: Sequence[Mapping[str, Any]]  # timestamp, level, message
+
+
+class Platform(Protocol):
+    """What stands behind the hooks: a `Client`."""
+
+    @property
+    def breakers(self) -> CircuitBreakers:
+        """All breakers."""
+
+    @property
+    def usage(self) -> Usage:
+        """What executions took."""
+
+    @property
+    def alerts(self) -> AlertManager:
+        """Whoever alerts people."""
+
+    def level(self) -> Level:
+        """Return the pressure to act on; raises nothing while Redis is away."""
+
+    def status(self) -> PlatformStatus:
+        """Return how the platform stands.  Raises StoreUnavailable."""
+
+
+# --- the manager ---------------------------------------------------------------------------------------
+
+
+class AdaptiveResourceManager:
+    """What an orchestrator asks before, while and after it runs an executor."""
+
+    def __init__(
+        self,
+        resource_limits: ResourceLimits | None = None,
+        enable_circuit_breakers: bool = True,
+        enable_degradation: bool = True,
+        alert_callback: AlertCallback | None = None,
+        *,
+        client: Platform | None = None,
+        alerts: AlertManager | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        memory_mb: Callable[[], float] = resident_mb,
+    ) -> None:
+        """Without a client it is the platform that the environment names.
+
+        `alerts` and `alert_callback` are told when the pressure that this manager acts on has changed.
+        """
+        self.resource_limits = resource_limits or ResourceLimits()
+        self._platform = client or _platform()
+        self._guards = enable_circuit_breakers and store_settings().breakers.enabled
+        self._degrades, self._callback, self._alerts = enable_degradation, alert_callback, alerts
+        self._clock, self._now, self._memory_mb = clock, now, memory_mb
+        workers = {"max_workers": self.resource_limits.max_workers, "min_workers": self.resource_limits.min_workers}
+        self._policies = Policies(AllocationSettings(**workers))
+        self._running: Counter[str] = Counter()
+        self._known: set[str] = set()  # executors that were run here
+        self._seen = Level.NORMAL
+
+    # --- pressure and allocation ---------------------------------------------------------------------
+
+    @property
+    def current_pressure(self) -> str:
+        """The pressure to act on, by its name: ``high``."""
+        return self._look().label
+
+    def register_allocation_policy(self, policy: ResourceAllocationPolicy) -> None:
+        """Let a policy hold in this process; workers read theirs from the file that RLM_ALLOCATION__POLICIES names."""
+        self._policies.register(policy)
+
+    def worker_budget(self, executor_id: str) -> int:
+        """Return how many of an executor may run at once under the pressure there is, within the resource limits."""
+        return self._budget(executor_id, self._look())
+
+    def _budget(self, executor_id: str, level: Level) -> int:
+        policy, limits = self._policies.of(executor_id), self.resource_limits
+        return workers_for(policy, level, slots=limits.max_workers, available_mb=limits.max_memory_mb, priority=policy.priority)
+
+    def constrained(self, context: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a copy of a context that tells the pressure to `ResourceConstraints`."""
+        level = self._look()
+        return {**context, "pressure_level": level.label} if self._degrades else dict(context)
+
+    # --- breakers ------------------------------------------------------------------------------------
+
+    @property
+    def circuit_breakers(self) -> dict[str, CircuitBreaker]:
+        """The breakers of the platform, by name: state, failure_count, last_failure_time.  Raises StoreUnavailable."""
+        breakers = self._platform.breakers
+        return {name: breakers.get(name) for name in breakers.names()} if self._guards else {}
+
+    def can_execute(self, executor_id: str) -> tuple[bool, str]:
+        """Say whether an executor would be run now, and why not."""
+        return self._platform.breakers.can_execute(executor_id) if self._guards else (True, "")
+
+    def reset_circuit_breaker(self, executor_id: str) -> bool:
+        """Close the breaker of an executor; false when there is none.  Raises StoreUnavailable."""
+        known = self._guards and executor_id in self._platform.breakers.names()
+        return known and bool(self._platform.breakers.reset(executor_id))
+
+    def reset_all_circuit_breakers(self) -> dict[str, bool]:
+        """Close all breakers of the platform, also those of its services.  Raises StoreUnavailable."""
+        return dict.fromkeys(self._platform.breakers.reset(), True) if self._guards else {}
+
+    # --- executions ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def executing(self, executor_id: str) -> Generator[None, None, None]:
+        """Guard and measure one execution of a block of code.  Raises CircuitOpen.
+
+        Its memory is what this process occupies when it has ended.  One that is cancelled is not counted.
+        """
+        self._known.add(executor_id)
+        with self._platform.breakers.get(executor_id).calling() if self._guards else nullcontext():
+            began = self._clock()
+            self._running[executor_id] += 1
+            try:
+                yield
+            except Exception:
+                self._record(executor_id, began, ok=False)
+                raise
+            finally:
+                self._running[executor_id] -= 1
+            self._record(executor_id, began, ok=True)
+
+    def _record(self, executor_id: str, began: float, *, ok: bool) -> None:
+        self._platform.usage.record(executor_id, ok=ok, duration_s=self._clock() - began, memory_mb=self._memory_mb())
+
+    def get_executor_metrics(self, executor_id: str) -> dict[str, Any]:
+        """Return what executions of an executor came to, in the words of source document 1.  Raises StoreUnavailable."""
+        found = self._platform.usage.read(executor_id)
+        total, ok = found["total_executions"], found["successful_executions"]
+        return {
+            "executor_id": executor_id,
+            "total_executions": total,
+            "successful_executions": ok,
+            "failed_executions": found["failed_executions"],
+            "success_rate_percent": round(100 * ok / total, 2) if total else 0.0,
+            "avg_memory_mb": found["avg_memory_mb"],
+            "peak_memory_mb": found["peak_memory_mb"],
+            "avg_duration_ms": found["avg_duration_ms"],
+            "circuit_breaker_state": str(self._platform.breakers.get(executor_id).state) if self._guards else CLOSED,
+        }
+
+    # --- status --------------------------------------------------------------------------------------
+
+    def get_resource_status(self) -> dict[str, Any]:
+        """Return the platform's status, and what is known of the executors that were run here.  Raises StoreUnavailable."""
+        level, known = self._look(), sorted(self._known)
+        return {
+            **self._platform.status(),
+            "current_pressure": level.label,
+            "resource_limits": self.resource_limits.model_dump(),
+            "active_executors": sorted(+self._running),
+            "worker_budgets": {each: self._budget(each, level) for each in known},
+            "executor_metrics": {each: self.get_executor_metrics(each) for each in known},
+            "active_degradation_strategies": self._strategies(level),
+            "circuit_breakers": self._platform.breakers.status() if self._guards else {},
+        }
+
+    def _strategies(self, level: Level) -> list[str]:
+        return [str(each) for each in CONSTRAINTS[level].strategies] if self._degrades else []
+
+    # --- alerts --------------------------------------------------------------------------------------
+
+    def _look(self) -> Level:
+        """Return the pressure, and tell of it when it has changed since it was looked at last."""
+        level, before = self._platform.level(), self._seen
+        if level != before and (self._alerts or self._callback):
+            self._seen = level
+            try:
+                self._tell(self._event(level))
+            except StoreUnavailable:
+                self._seen = before  # told as soon as Redis answers
+        return level
+
+    def _event(self, level: Level) -> ResourcePressureEvent:
+        load = self._platform.status()["resource_usage"]
+        breakers = self._platform.breakers.status() if self._guards else {}
+        return ResourcePressureEvent(
+            timestamp=self._now(),
+            pressure_level=level.label,
+            cpu_percent=load["cpu_percent"],
+            memory_mb=load["memory_mb"],
+            memory_percent=load["memory_percent"],
+            worker_count=load["worker_count"],
+            active_executors=self._running.total(),
+            degradation_applied=self._strategies(level),
+            circuit_breakers_open=[name for name, each in breakers.items() if each["state"] == OPEN],
+            message=f"pressure is {level.label}",
+        )
+
+    def _tell(self, event: ResourcePressureEvent) -> None:
+        if self._alerts:
+            self._alerts.process_event(event)
+        if self._callback:
+            try:
+                self._callback(event)
+            except Exception:
+                logger.exception("the alert callback failed: %s", event.message)
+
+
+class ResourceAwareExecutor:
+    """A method executor behind the platform's breakers, told of its pressure, and measured."""
+
+    def __init__(self, method_executor: Any, resource_manager: AdaptiveResourceManager) -> None:
+        run = getattr(method_executor, "execute", method_executor)
+        if not callable(run):
+            raise InvalidValue("method_executor", method_executor, "must be callable, or have execute(executor_id, context)")
+        self._run, self._manager = run, resource_manager
+
+    async def execute_with_resource_management(self, executor_id: str, context: Mapping[str, Any], **kwargs: Any) -> Any:
+        """Run an executor, and return what it returns; raises what it raises, or CircuitOpen instead of running it.
+
+        A plain function runs in the caller's thread.
+        """
+        with self._manager.executing(executor_id):
+            found = self._run(executor_id, self._manager.constrained(context), **kwargs)
+            return await found if inspect.isawaitable(found) else found
+
+
+# --- the hooks -----------------------------------------------------------------------------------------
+
+
+def create_resource_manager(
+    resource_limits: ResourceLimits | None = None,
+    enable_circuit_breakers: bool = True,
+    enable_degradation: bool = True,
+    enable_alerts: bool = True,
+    alert_callback: AlertCallback | None = None,
+    client: Platform | None = None,
+) -> tuple[AdaptiveResourceManager, AlertManager | None]:
+    """Return a manager, and the platform's alerts, None when they are not enabled."""
+    platform = client or _platform()
+    alerts = platform.alerts if enable_alerts else None
+    manager = AdaptiveResourceManager(
+        resource_limits, enable_circuit_breakers, enable_degradation, alert_callback, client=platform, alerts=alerts
+    )
+    return manager, alerts
+
+
+def integrate_with_orchestrator(orchestrator: Any, **options: Any) -> None:
+    """Give an orchestrator its `resource_manager` and `alert_manager`; options are those of `create_resource_manager`.
+
+    Its own `resource_limits` hold unless others are given.
+    """
+    options.setdefault("resource_limits", getattr(orchestrator, "resource_limits", None))
+    orchestrator.resource_manager, orchestrator.alert_manager = create_resource_manager(**options)
+
+
+def wrap_method_executor(method_executor: Any, resource_manager: AdaptiveResourceManager) -> ResourceAwareExecutor:
+    """Return an executor's runner behind the manager: a function, or an object with ``execute(executor_id, context)``.
+
+    Raises InvalidValue for anything else.
+    """
+    return ResourceAwareExecutor(method_executor, resource_manager)
+
+
+def get_resource_status(orchestrator: Any) -> dict[str, Any]:
+    """Return `AdaptiveResourceManager.get_resource_status` of an orchestrator.  Raises InvalidValue, StoreUnavailable."""
+    return _manager_of(orchestrator).get_resource_status()
+
+
+def reset_circuit_breakers(orchestrator: Any) -> dict[str, bool]:
+    """Close all breakers; return name -> whether it was closed.  Raises InvalidValue, StoreUnavailable."""
+    return _manager_of(orchestrator).reset_all_circuit_breakers()
+
+
+def _manager_of(orchestrator: Any) -> AdaptiveResourceManager:
+    manager = getattr(orchestrator, "resource_manager", None)
+    if not isinstance(manager, AdaptiveResourceManager):
+        raise InvalidValue("orchestrator", orchestrator, "has no resource manager; call integrate_with_orchestrator first")
+    return manager
+
+
+def _platform() -> Platform:
+    from rlm_tasks.client import Client
+
+    return cast("Platform", Client())

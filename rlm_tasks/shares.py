@@ -1,0 +1,84 @@
+"""How many nodes of an operation run at once, held over all workers: its share of the slots.
+
+Decides whose policy counts (the operator's file, the operation's own, or none) and when it is asked for: without a policy
+and without high pressure a node pays no round trip.  How large a share is the scheduler's business.
+"""
+
+from __future__ import annotations
+
+from resilience.bulkhead import LEASE_S, Bulkhead
+from resilience.degradation import Level
+from resilience.line import Wake
+from resilience.store import Store
+from rlm_tasks import operations
+from rlm_tasks.operations import Operation
+from rlm_tasks.page import Page
+from rlm_tasks.settings import Settings
+from scheduler.allocation import Policies, ResourceAllocationPolicy, may_start, priority_of, workers_for
+
+RUNS_AT_MOST = 4
+"""A node hands over its rest after at most this many times its target: see splitting."""
+
+
+class Shares:
+    """The shares of one process's nodes."""
+
+    def __init__(self, store: Store, settings: Settings, page: Page, wake: Wake) -> None:
+        self._store, self._settings, self._page, self._wake = store, settings, page, wake
+        self._policies = policies(settings)
+        self._known: dict[tuple[str, int, int], Bulkhead] = {}
+
+    def of(self, operation: Operation, priority: str, level: Level, target_s: float) -> Bulkhead | None:
+        """Return what a node takes its place from, or None when nothing bounds its operation now."""
+        if not self._bounds(operation, level):
+            return None
+        policy, slots = policy_of(operation, self._policies), self._page.slots
+        most = workers_for(policy, level, slots=slots, available_mb=None, priority=priority)
+        here = max(1, int(self._page.available_mb // policy.max_memory_mb)) if self._page.available_mb else 0
+        found = self._known.get((operation.name, most, here))
+        if found is None:
+            found = Bulkhead(
+                f"nodes:{operation.name}", self._store, limit=most, per_host=min(most, here) or None,
+                lease_s=LEASE_S + RUNS_AT_MOST * target_s, wake=self._wake,
+            )  # fmt: skip
+            self._known[operation.name, most, here] = found
+        return found
+
+    def obstacle(self, operation: Operation) -> str:
+        """Return why a node of an operation must not start on this host now, '' when it may."""
+        if not self._declared(operation):
+            return ""
+        return may_start(policy_of(operation, self._policies), self._page.available_mb or None)
+
+    def forget(self, pid: int) -> None:
+        """Give back the places of a process of this machine that has died."""
+        for name in operations.names():
+            if self._bounds(operations.get(name), self._page.level):
+                place = Bulkhead(f"nodes:{name}", self._store, limit=1, per_host=None, wake=self._wake)
+                place.forget(place.owner_of(pid))
+
+    def _bounds(self, operation: Operation, level: Level) -> bool:
+        return level >= Level.HIGH or self._declared(operation)
+
+    def _declared(self, operation: Operation) -> bool:
+        return operation.allocation is not None or self._policies.declares(operation.name)
+
+
+def policies(settings: Settings) -> Policies:
+    """Return the operator's policies.  Raises InvalidValue naming the file, the entry and the field."""
+    found = Policies(settings.allocation)
+    if settings.allocation.policies:
+        found.load(settings.allocation.policies)
+    return found
+
+
+def policy_of(operation: Operation, known: Policies) -> ResourceAllocationPolicy:
+    """Return the policy of an operation: the operator's word counts, then its own, then the one for all others."""
+    if operation.allocation is not None and not known.declares(operation.name):
+        return operation.allocation
+    return known.of(operation.name)
+
+
+def priority_for(operation: Operation, known: Policies, asked: str) -> str:
+    """Return how urgent a job of an operation is."""
+    return str(priority_of(policy_of(operation, known), asked))

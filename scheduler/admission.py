@@ -1,0 +1,65 @@
+"""What is taken in under load: less urgent work is turned away first, and a queue that is full takes nothing.
+
+Decides whether a job fits now, and when to come back if it does not.  What was taken in once is never dropped.  Refuses to
+know how a job is opened and what becomes of one that does not fit.
+"""
+
+from __future__ import annotations
+
+import math
+
+from resilience.degradation import Level
+from resilience.errors import Category, Denied
+from scheduler.queues import QueueReport
+from scheduler.settings import AdmissionSettings
+
+SHED_FROM = {"low": Level.HIGH, "normal": Level.CRITICAL, "high": Level.EMERGENCY}
+"""The level from which work of a priority is turned away; critical work never is (Google's SRE book, Handling Overload)."""
+SOONEST_S, LATEST_S = 1.0, 300.0
+
+
+class Overloaded(Denied):
+    """The platform is pressed too hard for work that is not more urgent; nothing was enqueued."""
+
+    code = "OVERLOADED"
+    category = Category.RESOURCE
+
+
+class QueueFull(Denied):
+    """A queue holds too much, or its work waits too long; nothing was enqueued."""
+
+    code = "QUEUE_FULL"
+    category = Category.RESOURCE
+
+
+def sheds(priority: str, level: Level) -> bool:
+    """Whether work of a priority is turned away at a level."""
+    return priority in SHED_FROM and level >= SHED_FROM[priority]
+
+
+def shed(priority: str, level: Level, step_s: float) -> Overloaded | None:
+    """Return why a job of a priority is not taken in at a level; a level falls by one step in `step_s` at the soonest."""
+    if not sheds(priority, level):
+        return None
+    steps = level - SHED_FROM[priority] + 1
+    why = f"pressure is {level.label}, and {priority} work is taken in below {SHED_FROM[priority].label}"
+    return Overloaded("admission", _between(steps * step_s), why)
+
+
+def full(queue: str, priority: str, report: QueueReport, settings: AdmissionSettings) -> QueueFull | None:
+    """Return why a queue takes no further job.
+
+    When to come back is an estimate: the queue goes on being served as fast as its oldest message came to the front.
+    """
+    depth, age, most, longest = report.depth, report.oldest_s or 0.0, settings.queue_depth, settings.wait_s(priority)
+    if most and depth >= most:
+        each_s = age / depth
+        return QueueFull(f"queue {queue}", _between((depth - most + 1) * each_s), f"{depth} messages wait, of at most {most}")
+    if longest and age > longest:
+        why = f"its oldest message waits for {age:.0f} s, of at most {longest:g} s"
+        return QueueFull(f"queue {queue}", _between(age - longest), why)
+    return None
+
+
+def _between(seconds: float) -> float:
+    return float(math.ceil(min(LATEST_S, max(SOONEST_S, seconds))))

@@ -1,0 +1,207 @@
+"""From measurements to a level: up at once, down one step at a time, and later where a step down has proved premature.
+
+Decides what of a sample is pressure, and how long a level lasts after its cause.  Refuses to know how a sample is taken and
+what is done at a level.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from resilience.degradation import Level, level_of
+from scheduler.sampling import Sample
+from scheduler.settings import PressureSettings
+
+WAITING_PCT = 40.0
+"""CPU counts where some task waited for one for so much of the time.
+
+Measured on 2 CPUs with as many computing processes: 1 to 14 %, and up to 36 % when two more woke 500 times a second and used
+60 % of a CPU between them, as a main process and a Redis may; 3 computing processes: 51 %, 4: 88 to 100 %.  From
+there on it says no more, so that the run queue says how bad it is.
+"""
+CROWDED = (2.0, 3.0, 4.0, 6.0)
+"""Tasks per CPU at which CPU is ELEVATED to EMERGENCY: work takes so many times as long.
+
+Measured, on 2 CPUs: 2 computing processes 1.0 to 1.1, 3: 1.5, 4: 2.0 to 2.4, 6: 3.0 to 3.8, 8: 4.5 to 5.4, 12: 6.7.
+"""
+THROTTLED_PCT = (50.0, 67.0)
+"""Waiting and throttled for so much of the time at which a quota that is used up is ELEVATED and HIGH; it is never worse.
+
+Of n tasks on a quota of q CPUs some wait for 1 - q/n of the time: work takes twice and three times as long.
+"""
+STALLED_PCT = (10.0, 40.0, 60.0)
+"""All tasks waiting for memory for so much of the time is HIGH to EMERGENCY; at 60 % systemd-oomd kills (oomd.conf)."""
+TAU_S = 10.0
+"""Load is smoothed over this before it may count as gone."""
+RELAPSE_S = 900.0
+"""A step down that is undone within this was premature, and one that was is tried again after so long."""
+
+
+# --- what counts -------------------------------------------------------------------------------------
+
+
+def signals(sample: Sample, settings: PressureSettings) -> dict[str, float]:
+    """Return each signal's name and how bad it is, in percent on the scale of `settings.thresholds`.
+
+    ``memory`` is that of the sample.  ``memory stalls`` is 0 where the kernel does not tell.  ``cpu`` is how busy it is, or,
+    unless settings say so, what its queue comes to while work waits for it; 0 while it does not.
+    """
+    scale = (0.0, *settings.thresholds)
+    stalls = _between((0.0, *STALLED_PCT), (0.0, *settings.thresholds[1:]), sample.memory_stall_pct or 0.0)
+    cpu = sample.cpu_pct if settings.cpu == "utilisation" else _waiting(sample, scale)
+    return {"memory": sample.memory_pct, "cpu": cpu, "memory stalls": stalls}
+
+
+def _waiting(sample: Sample, scale: Sequence[float]) -> float:
+    waiting = 100.0 if sample.cpu_waiting_pct is None else sample.cpu_waiting_pct
+    if waiting < WAITING_PCT:
+        return 0.0
+    crowded = _between((0.0, *CROWDED), scale, sample.load_per_cpu or 0.0)
+    return max(crowded, _between((0.0, *THROTTLED_PCT), scale[:3], min(waiting, sample.throttled_pct)))
+
+
+def _between(points: Sequence[float], values: Sequence[float], at: float) -> float:
+    """Return the value at a point, on straight lines between those given, and the last one beyond them."""
+    after = bisect_right(points, at)
+    if after == len(points):
+        return values[-1]
+    start, end = points[after - 1], points[after]
+    return values[after - 1] + (values[after] - values[after - 1]) * (at - start) / (end - start)
+
+
+def in_words(signal: str, sample: Sample, settings: PressureSettings) -> str:
+    """Return a signal and its value as a sentence's part: ``memory 87 % of 2048 MB``."""
+    if signal == "memory":
+        return f"memory {sample.memory_pct:.0f} % of {sample.memory_limit_mb:.0f} MB"
+    if signal == "memory stalls":
+        return f"all work waits for memory {sample.memory_stall_pct or 0:.0f} % of the time"
+    if settings.cpu == "utilisation":
+        return f"CPU {sample.cpu_pct:.0f} % busy"
+    tasks = f"{sample.load_per_cpu or 0:.1f} tasks on each CPU"
+    return f"{tasks}, {sample.throttled_pct:.0f} % of the quota's periods cut short" if sample.throttled_pct else tasks
+
+
+# --- how long it lasts -------------------------------------------------------------------------------
+
+
+class LadderState(msgspec.Struct):
+    """What a ladder must know of the steps before; plain data, to be kept elsewhere between two."""
+
+    level: int = 0
+    before: int = 0
+    """The last load's level, by itself."""
+    smooth: float = 0.0
+    at: float | None = None
+    low_since: float | None = None
+    """Since when load is below what releases the level, for all that is known now ..."""
+    calm_since: float | None = None
+    """... and below what has proved premature, too."""
+    released: int = 0
+    """The level that was last stepped down from, when, and at what load."""
+    released_at: float = -math.inf
+    released_load: float = 0.0
+    premature: dict[int, float] = msgspec.field(default_factory=dict)
+    """Level -> load at which stepping down from it proved premature."""
+
+
+class Ladder:
+    """The level of one percentage over time; a host's is the worst of its signals.
+
+    Up: in one step of any height, at once to CRITICAL and EMERGENCY, to ELEVATED and HIGH with the second sample in a row.
+    Down: by one level when the load, itself and smoothed, was `release_pct` below the level's threshold for `release_s`.  When
+    it is back up within `RELAPSE_S` this was premature, because degraded work loads less, or because load varies: then
+    it must fall `release_pct` further than it had, or be below the threshold for `RELAPSE_S`.
+    """
+
+    def __init__(self, settings: PressureSettings, state: LadderState | None = None) -> None:
+        """`state` is changed by each step."""
+        self._settings, self.state = settings, state if state is not None else LadderState()
+
+    def step(self, percent: float | None, now: float) -> Level:
+        """Return the level after a load at a time in seconds; a missing one (None, NaN) keeps it."""
+        state = self.state
+        if not self._settings.enabled:
+            state.level = Level.NORMAL
+        elif percent is not None and not math.isnan(percent):
+            load = min(100.0, max(0.0, percent))
+            self._smooth(load, now)
+            self._move(load, now)
+        return Level(state.level)
+
+    def _smooth(self, load: float, now: float) -> None:
+        state = self.state
+        weight = 1.0 if state.at is None else -math.expm1(-max(0.0, now - state.at) / TAU_S)
+        state.smooth += (load - state.smooth) * weight
+        state.at = now
+
+    def _move(self, load: float, now: float) -> None:
+        state = self.state
+        own = level_of(load, self._settings.thresholds)
+        reached = own if own >= Level.CRITICAL else min(own, state.before)
+        state.before = own
+        if reached > state.level:
+            self._rise(reached, now)
+        elif state.level and self._is_over(max(load, state.smooth), now):
+            self._fall(now)
+
+    def _rise(self, level: int, now: float) -> None:
+        state = self.state
+        if now - state.released_at >= RELAPSE_S:
+            state.premature = {}
+        elif level >= state.released:
+            state.premature[state.released] = state.released_load
+        state.level, state.low_since, state.calm_since = level, None, None
+
+    def _is_over(self, load: float, now: float) -> bool:
+        state, margin = self.state, self._settings.release_pct
+        threshold = self._settings.thresholds[state.level - 1]
+        premature = state.premature.get(state.level, threshold)
+        state.low_since = _since(state.low_since, load < threshold - margin, now)
+        state.calm_since = _since(state.calm_since, load < min(threshold, premature) - margin, now)
+        return _lasted(state.calm_since, self._settings.release_s, now) or _lasted(state.low_since, RELAPSE_S, now)
+
+    def _fall(self, now: float) -> None:
+        state = self.state
+        state.released, state.released_at, state.released_load = state.level, now, state.smooth
+        state.level, state.low_since, state.calm_since = state.level - 1, None, None
+
+
+def _since(since: float | None, holds: bool, now: float) -> float | None:
+    """Return since when something holds; a clock that was set back starts anew."""
+    return (now if since is None else min(since, now)) if holds else None
+
+
+def _lasted(since: float | None, for_s: float, now: float) -> bool:
+    return since is not None and now - since >= for_s
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """A host's level, how bad its worst signal is now, in percent, and what the level came from; '' for NORMAL."""
+
+    level: Level
+    percent: float
+    why: str
+
+
+class HostLadder:
+    """A host's level: that of the worst of its signals."""
+
+    def __init__(self, settings: PressureSettings) -> None:
+        self._settings, self._ladder = settings, Ladder(settings)
+        self._last = Verdict(Level.NORMAL, 0.0, "")
+
+    def step(self, sample: Sample | None, now: float) -> Verdict:
+        """Return the level after a sample; a missing one keeps it."""
+        if sample is None:
+            return self._last
+        found: Mapping[str, float] = signals(sample, self._settings)
+        worst = max(found, key=lambda name: found[name])
+        level = self._ladder.step(found[worst], now)
+        causes = level_of(found[worst], self._settings.thresholds) >= level or level > self._last.level
+        why = in_words(worst, sample, self._settings) if causes else self._last.why
+        self._last = Verdict(level, found[worst], why if level else "")
+        return self._last

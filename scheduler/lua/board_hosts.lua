@@ -1,0 +1,13 @@
+-- KEYS[1]: hosts (HASH).  ARGV: stale_ms.   Returns the reports that are younger, and forgets the others.
+local t = redis.call('TIME')
+local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+local found, all = {}, redis.call('HGETALL', KEYS[1])
+for i = 1, #all, 2 do
+  local at, report = string.match(all[i + 1], '^(%d+) (.*)$')
+  if now - tonumber(at) > tonumber(ARGV[1]) then
+    redis.call('HDEL', KEYS[1], all[i])
+  else
+    found[#found + 1] = report
+  end
+end
+return found

@@ -1,0 +1,81 @@
+"""What operations have cost and how they ended, over all workers: executions, memory, time.
+
+Decides what is counted: an item that runs twice is two executions.  Refuses to know what is made of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from resilience.keys import Keys
+from resilience.store import Call, Script, Store
+
+_TALLY, _READ = Script.load("scheduler", "usage_tally"), Script.load("scheduler", "usage_read")
+
+
+@dataclass(frozen=True, slots=True)
+class OperationUsage:
+    """One operation's executions, in the names of source document 1."""
+
+    executor_id: str
+    total_executions: int = 0
+    successful_executions: int = 0
+    failed_executions: int = 0
+    avg_memory_mb: float = 0.0  # of the process, at the end of each node
+    peak_memory_mb: float = 0.0
+    avg_duration_ms: float = 0.0  # of an item
+
+    @property
+    def success_rate_percent(self) -> float:
+        """Successful of all executions, in percent with two decimals; 100 while there are none."""
+        share = self.successful_executions / self.total_executions if self.total_executions else 1.0
+        return round(100 * share, 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {**asdict(self), "success_rate_percent": self.success_rate_percent}
+
+
+class Usage:
+    """The executions of one platform, by operation."""
+
+    def __init__(self, store: Store, keys: Keys) -> None:
+        self._store, self._keys = store, keys
+
+    def tally(self, operation: str, *, done: int, failed: int, busy_us: int, memory_kb: int) -> Call:
+        """Return the call that counts what one node has done; `memory_kb` is what its process holds."""
+        return Call(_TALLY, self._keys.usage(operation), (operation, done, failed, busy_us, memory_kb))
+
+    def of(self, operation: str) -> OperationUsage:
+        """Return what one operation has cost.  Raises StoreUnavailable."""
+        return self._read(operation)[0]
+
+    def all(self) -> list[OperationUsage]:
+        """Return what each operation has cost, by name.  Raises StoreUnavailable."""
+        names = self._names()
+        return self._read(*names) if names else []
+
+    def totals(self) -> tuple[int, int]:
+        """Return how many nodes have ended, and how long their items took together, in us.  Raises StoreUnavailable."""
+        names = self._names()
+        found = self._store.ask(*(Call(_READ, self._keys.usage(name)[1:], ()) for name in names)) if names else []
+        return sum(int(each[3]) for each in found), sum(int(each[2]) for each in found)
+
+    def _names(self) -> list[str]:
+        names = self._store.reached(lambda client: client.smembers(self._keys.usage("")[0]))
+        return sorted(name.decode() for name in names)
+
+    def _read(self, *operations: str) -> list[OperationUsage]:
+        calls = [Call(_READ, self._keys.usage(name)[1:], ()) for name in operations]
+        return [_usage(name, *map(int, found)) for name, found in zip(operations, self._store.ask(*calls), strict=True)]
+
+
+def _usage(name: str, done: int, failed: int, busy_us: int, nodes: int, memory_kb: int, peak_kb: int) -> OperationUsage:
+    total = done + failed
+    return OperationUsage(
+        name, total, done, failed,
+        avg_memory_mb=round(memory_kb / 1024 / max(nodes, 1), 1),
+        peak_memory_mb=round(peak_kb / 1024, 1),
+        avg_duration_ms=round(busy_us / 1000 / max(total, 1), 3),
+    )  # fmt: skip

@@ -1,0 +1,322 @@
+"""Events: a bounded stream that all processes share, a log line each, and listeners that miss nothing."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from resilience.errors import InvalidValue, StoreUnavailable
+from resilience.retry import RetryPolicy
+from scheduler.events import Event, Events, Listener, Severity
+from tests.support import wait_until
+from tests.unit.world import CountingStore, World, world
+
+__all__ = ["world"]
+
+SOON = RetryPolicy(initial_delay_s=0.01, max_delay_s=0.01)
+
+
+def slow(operation: str = "scan", **data: Any) -> Event:
+    return Event("execution.slow", f"{operation} took 31 s", Severity.WARNING, {"operation": operation, **data})
+
+
+def numbered(*numbers: int) -> list[Event]:
+    return [Event("job.shed", f"number {number}", data={"number": number}) for number in numbers]
+
+
+def numbers(events: list[Event]) -> list[int]:
+    return [event.data["number"] for event in events]
+
+
+# --- the stream ----------------------------------------------------------------------------------------
+
+
+def test_what_one_process_emits_another_reads_with_the_servers_time(world: World) -> None:
+    world.now += 0.25
+    Events(world.store()).emit(slow(ms=31_000, nested={"a": [1, None]}))
+
+    [event] = Events(world.store()).recent()
+
+    assert (event.name, event.message, event.severity) == ("execution.slow", "scan took 31 s", Severity.WARNING)
+    assert event.data == {"operation": "scan", "ms": 31_000, "nested": {"a": [1, None]}}
+    assert event.at == pytest.approx(world.now, abs=1e-5)
+    assert event.id
+
+
+def test_platforms_of_other_names_do_not_hear_them(world: World) -> None:
+    other = CountingStore("redis://fake", namespace="other", client=world.client(), clock=lambda: world.now)
+    Events(other).emit(slow())
+
+    assert Events(world.store()).recent() == []
+
+
+def test_several_events_are_one_round_trip_and_none_is_none(world: World) -> None:
+    store = world.store()
+    Events(store).emit()
+    Events(store).emit(*numbered(1, 2, 3))
+
+    assert store.round_trips == 1
+    assert numbers(Events(world.store()).recent()) == [3, 2, 1], "newest first"
+
+
+def test_the_stream_is_bounded(world: World) -> None:
+    events = Events(world.store(), history=10)
+    for number in range(25):
+        events.emit(*numbered(number))
+
+    assert numbers(events.recent(100)) == list(range(24, 14, -1))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        (None, ["breaker.closed", "breakers.open", "breaker.opened", "execution.slow"]),
+        ("breaker.opened", ["breaker.opened"]),
+        ("breaker.*", ["breaker.closed", "breaker.opened"]),
+        ("breaker", []),
+        ("memory.high", []),
+    ],
+)
+def test_recent_events_are_found_by_name(world: World, name: str | None, found: list[str]) -> None:
+    events = Events(world.store())
+    events.emit(*(Event(each, "") for each in ("execution.slow", "breaker.opened", "breakers.open", "breaker.closed")))
+
+    assert [event.name for event in events.recent(name=name)] == found
+
+
+def test_a_limit_counts_events_of_the_name(world: World) -> None:
+    events = Events(world.store())
+    events.emit(*numbered(1, 2), slow(), slow(), slow())
+
+    assert numbers(events.recent(1, name="job.shed")) == [2]
+    assert len(events.recent(2)) == 2
+
+
+def test_reading_goes_on_after_the_last_seen(world: World) -> None:
+    events = Events(world.store())
+    events.emit(*numbered(1, 2))
+    first = events.read("0-0")
+    events.emit(*numbered(3))
+
+    assert numbers(first) == [1, 2], "oldest first"
+    assert numbers(events.read(first[-1].id)) == [3]
+    assert events.read(events.recent(1)[0].id) == [], "there is nothing to wait for"
+
+
+class Noted:
+    """A client of which only the wait is looked at."""
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self.connection_pool = self
+        self.connection_kwargs = {"socket_timeout": timeout_s}
+        self.block: int | None = -1
+
+    def xread(self, _streams: object, *, count: int, block: int | None) -> list[object]:
+        self.block = block
+        return []
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "asked", "waited"),
+    [(5.0, 1000, 1000), (1.2, 1000, 700), (0.5, 1000, None), (0.1, 1000, None), (None, 1000, 1000), (5.0, 0, None)],
+)
+def test_a_reader_never_waits_until_the_connection_counts_as_lost(
+    timeout_s: float | None, asked: int, waited: int | None
+) -> None:
+    client = Noted(timeout_s)
+    store = CountingStore("redis://fake", client=client)  # type: ignore[arg-type]
+
+    assert Events(store).read("0-0", asked) == []
+    assert client.block == waited
+
+
+# --- without Redis -------------------------------------------------------------------------------------
+
+
+def test_while_redis_is_away_events_are_logged_and_nothing_is_raised(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    store = world.store()
+    store.lost = True
+    events = Events(store)
+    events.emit(slow("a"))
+    events.emit(slow("b"))
+    with pytest.raises(StoreUnavailable):
+        events.recent()
+
+    assert len([each for each in caplog.records if each.name == "rlm.events"]) == 2
+    assert len([each for each in caplog.records if each.name == "scheduler.events"]) == 1, "an outage is told once"
+    store.lost = False
+    world.sleep(5)
+    events.emit(slow("c"))
+    assert [event.data["operation"] for event in events.recent()] == ["c"]
+    store.lost = True
+    events.emit(slow("d"))
+    assert len([each for each in caplog.records if each.name == "scheduler.events"]) == 2, "and the next one again"
+
+
+# --- the log -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("severity", "level"),
+    [
+        (Severity.INFO, logging.INFO),
+        (Severity.WARNING, logging.WARNING),
+        (Severity.ERROR, logging.ERROR),
+        (Severity.CRITICAL, logging.CRITICAL),
+    ],
+)
+def test_every_event_is_a_line_of_the_log(world: World, caplog: pytest.LogCaptureFixture, severity: Severity, level: int) -> None:
+    caplog.set_level(logging.INFO)
+    Events(world.store()).emit(Event("cpu.high", "CPU is 91 % in use", severity, {"host": "a", "message": "b", "name": "c"}))
+
+    [record] = [each for each in caplog.records if each.name == "rlm.events"]
+    assert record.levelno == level
+    assert record.getMessage() == f"{severity.label} cpu.high: CPU is 91 % in use"
+    told = record.__dict__["event"]
+    assert (told["name"], told["severity"], told["data"]["host"]) == ("cpu.high", severity.label, "a")
+
+
+def test_a_message_forges_no_second_line() -> None:
+    event = Event("execution.slow", "scan\nCRITICAL all is lost\x1b[31m\r" + "x" * 1000)
+
+    assert event.message.startswith("scan CRITICAL all is lost [31m xxx")
+    assert len(event.message) <= 500
+
+
+# --- listeners -----------------------------------------------------------------------------------------
+
+
+Listening = Callable[[Events], Listener]
+
+
+@pytest.fixture
+def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listening]:
+    """Make listeners that are closed in the end, which they soon notice."""
+    monkeypatch.setattr("scheduler.events.BLOCK_MS", 20)
+    monkeypatch.setattr("scheduler.events.PAUSE_S", 0.001)
+    made: list[Listener] = []
+
+    def make(events: Events) -> Listener:
+        made.append(Listener(events, back_off=SOON))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_a_listener_hears_what_it_asked_for_from_now_on_and_in_order(world: World, listening: Listening) -> None:
+    events, all_slow, breakers = Events(world.store()), list[Event](), list[str]()
+    events.emit(slow("before"))
+    listener = listening(Events(world.store())).on("execution.slow", all_slow.append)
+    listener.on("breaker.*", lambda event: breakers.append(event.name)).start()
+
+    events.emit(slow("a"), Event("breaker.opened", ""), Event("cpu.high", ""), slow("b"))
+    events.emit(Event("breaker.closed", ""))
+    wait_until(lambda: len(breakers) == 2)
+
+    assert [event.data["operation"] for event in all_slow] == ["a", "b"]
+    assert breakers == ["breaker.opened", "breaker.closed"]
+
+
+def test_a_listener_of_an_empty_stream_hears_the_first_event(world: World, listening: Listening) -> None:
+    heard: list[Event] = []
+    listening(Events(world.store())).on("job.shed", heard.append).start()
+
+    Events(world.store()).emit(*numbered(1))
+
+    wait_until(lambda: numbers(heard) == [1])
+
+
+def test_a_callback_that_raises_is_logged_by_its_name_and_ends_nothing(
+    world: World, listening: Listening, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[Event] = []
+
+    def broken(event: Event) -> None:
+        raise ValueError("mine")
+
+    listening(Events(world.store())).on("job.shed", broken).on("job.shed", heard.append).start()
+    Events(world.store()).emit(*numbered(1))
+    Events(world.store()).emit(*numbered(2))
+    wait_until(lambda: numbers(heard) == [1, 2])
+
+    failed = [each.getMessage() for each in caplog.records if each.exc_info]
+    assert len(failed) == 2
+    assert all("broken failed on job.shed" in each for each in failed)
+
+
+def test_callbacks_run_in_the_listeners_thread_which_they_may_close(world: World, listening: Listening) -> None:
+    heard: list[tuple[int, str]] = []
+    listener = listening(Events(world.store()))
+
+    def last(event: Event) -> None:
+        listener.close()
+        heard.append((event.data["number"], threading.current_thread().name))
+
+    listener.on("job.shed", last).start()
+    Events(world.store()).emit(*numbered(1, 2))
+    wait_until(lambda: all(each.name != "rlm-events" for each in threading.enumerate()))
+
+    assert heard == [(1, "rlm-events")]
+
+
+def test_after_an_outage_a_listener_hears_what_it_missed_once(
+    world: World, listening: Listening, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[Event] = []
+    store, asked, lost = world.store(), threading.Event(), threading.Event()
+    xread = store.client.xread
+
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        if lost.is_set():
+            asked.set()
+            raise RedisConnectionError("cut off by the test")
+        return xread(*args, **kwargs)
+
+    monkeypatch.setattr(store.client, "xread", cut)
+    listening(Events(store)).on("job.shed", heard.append).start()
+    Events(world.store()).emit(*numbered(1))
+    wait_until(lambda: numbers(heard) == [1])
+
+    lost.set()
+    wait_until(asked.is_set)
+    Events(world.store()).emit(*numbered(2, 3))
+    asked.clear()
+    wait_until(asked.is_set)
+    assert numbers(heard) == [1]
+    lost.clear()
+
+    wait_until(lambda: numbers(heard) == [1, 2, 3])
+    assert len([each for each in caplog.records if "no events are heard" in each.getMessage()]) == 1
+
+
+def test_a_listener_starts_without_redis_and_hears_from_when_it_answers(world: World, listening: Listening) -> None:
+    heard: list[Event] = []
+    store = world.store()
+    store.lost = True
+    listening(Events(store)).on("job.shed", heard.append).start()
+    store.lost = False
+    world.sleep(5)
+
+    def told() -> bool:
+        Events(world.store()).emit(*numbered(1))
+        return bool(heard)
+
+    wait_until(told)
+
+
+@pytest.mark.parametrize("name", ["", "*", "exec*", "*.slow", "execution.*.slow"])
+def test_a_name_that_would_never_be_heard_is_refused(world: World, name: str) -> None:
+    with pytest.raises(InvalidValue, match=r"breaker\.\*"):
+        Listener(Events(world.store())).on(name, print)
+
+
+def test_a_listener_that_never_started_can_be_closed(world: World) -> None:
+    Listener(Events(world.store())).close()
