@@ -87,6 +87,10 @@ class Keys:
         """Return the keys of the platform's load."""
         return PressureKeys(*(f"{self.namespace}:{{pressure}}:{field}" for field in PressureKeys._fields))
 
+    def admission(self, queue: str) -> str:
+        """Return who waits to be taken in by a queue.  ZSET "job node" -> ms since which."""
+        return f"{self.namespace}:{{admission}}:{queue}"
+
     def usage(self, operation: str) -> tuple[str, str]:
         """Return the names of all operations that have run (SET), and the counts of one (HASH)."""
         return f"{self.namespace}:{{usage}}:names", f"{self.namespace}:{{usage}}:of:{operation}"

@@ -41,6 +41,7 @@ from rlm_tasks.settings import Settings
 from rlm_tasks.shares import policies, priority_for
 from rlm_tasks.sources import ItemReader, ItemWriter, Source
 from rlm_tasks.spec import Spec
+from scheduler.admission import WaitingRoom
 from scheduler.preemption import Preemption
 from scheduler.slots import SlotBoard
 from scheduler.usage import Usage
@@ -75,6 +76,7 @@ class Client:
         self._listener: Listener | None = None
         self._policies = policies(self.settings)
         self._intake = Intake(self._app, self._store, self.settings)
+        self._waiting_room = WaitingRoom(self._store, self.ledger.keys)
         self._preemption = Preemption(self._store, self.ledger.keys, SlotBoard(self._store, self.ledger.keys))
         self.reader = ItemReader(self._store)
         operations.import_operations(self.settings.operations)
@@ -286,12 +288,18 @@ class Client:
                 self._close_empty(spec)
             elif spec.job not in (waits or {}):
                 waiting.append(spec)
+        self._let_wait([spec for (spec, _), is_new in zip(stored, opened, strict=True) if is_new and spec.job in (waits or {})])
         if waiting:
             self._send(waiting)
         for spec in known:
             # What is open has its message by now: one mistaken key delays no other job of a batch.
             self._refuse_another(spec)
         return [Job(self, spec.job) for spec, _ in stored]
+
+    def _let_wait(self, specs: Sequence[Spec]) -> None:
+        """Have jobs that are not taken in yet called as soon as there is room."""
+        for spec in specs:
+            self._waiting_room.enter(spec.queue, {f"{spec.job} {ROOT}": self._store.now_ms()})
 
     def _send(self, specs: Sequence[Spec]) -> None:
         """Send first messages, and have less urgent work make room for those that may ask for it."""

@@ -29,6 +29,8 @@ def explain(facts: Mapping[str, str], nodes: Sequence[NodeRecord], now_ms: int) 
         return f"It is stopping because {_STOPPED.get(facts['stop'], facts['stop'])}; {states['r']} nodes are still in a slice."
     if state == "pending":
         waited = (now_ms - int(facts["opened_ms"])) / 1000
+        if parked := next((node.why for node in nodes if node.state == "p"), ""):
+            return f"It has waited {waited:.1f} s to be started: {parked}."
         return f"It has waited {waited:.1f} s in queue {facts['queue']} for a worker; is one consuming that queue?"
     reasons = Counter(node.why for node in nodes if node.state == "p")
     because = "; ".join(why for why, _ in reasons.most_common(3))

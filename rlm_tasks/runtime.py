@@ -89,9 +89,9 @@ class Runtime:
         """Send registered nodes again; the splits of an operation nobody knows here get no chord."""
         resend(self.ledger, self.dispatcher, job, nodes)
 
-    def wake(self, waiters: Sequence[str]) -> None:
-        """Let nodes go on that a guard has named."""
-        wake(self.ledger, self.dispatcher, waiters)
+    def wake(self, waiters: Sequence[str]) -> int:
+        """Let nodes go on that a guard has named; return how many have waited."""
+        return wake(self.ledger, self.dispatcher, waiters)
 
     def making_room(self, queue: str, nodes: Sequence[str], *, freed: int) -> AbstractContextManager[None]:
         """Have less urgent nodes yield for urgent ones that are sent within the block, as far as there is no slot."""

@@ -7,15 +7,19 @@ know how a job is opened and what becomes of one that does not fit.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from resilience.degradation import Level
 from resilience.errors import Category, Denied
+from resilience.keys import Keys
+from resilience.store import Store
 from scheduler.queues import QueueReport
 from scheduler.settings import AdmissionSettings
 
 SHED_FROM = {"low": Level.HIGH, "normal": Level.CRITICAL, "high": Level.EMERGENCY}
 """The level from which work of a priority is turned away; critical work never is (Google's SRE book, Handling Overload)."""
 SOONEST_S, LATEST_S = 1.0, 300.0
+ROOM_TTL_S = 7 * 86_400
 
 
 class Overloaded(Denied):
@@ -59,6 +63,23 @@ def full(queue: str, priority: str, report: QueueReport, settings: AdmissionSett
         why = f"its oldest message waits for {age:.0f} s, of at most {longest:g} s"
         return QueueFull(f"queue {queue}", _between(age - longest), why)
     return None
+
+
+class WaitingRoom:
+    """Jobs that were opened and are not taken in yet; their own time wakes them, should nobody call."""
+
+    def __init__(self, store: Store, keys: Keys) -> None:
+        self._store, self._keys = store, keys
+
+    def enter(self, queue: str, waiters: Mapping[str, int]) -> None:
+        """Let jobs wait to be called, each named by its job and first node, with the time in ms when it came."""
+        key = self._keys.admission(queue)
+        self._store.reached(lambda client: (client.zadd(key, dict(waiters)), client.expire(key, ROOM_TTL_S)))
+
+    def call(self, queue: str, most: int) -> list[str]:
+        """Take those out who came first.  Raises StoreUnavailable."""
+        key = self._keys.admission(queue)
+        return [name.decode() for name, _ in self._store.reached(lambda client: client.zpopmin(key, most))]
 
 
 def _between(seconds: float) -> float:

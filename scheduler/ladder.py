@@ -17,16 +17,17 @@ from scheduler.sampling import Sample
 from scheduler.settings import PressureSettings
 
 WAITING_PCT = 40.0
-"""CPU counts where some task waited for one for so much of the time.
+"""CPU counts where some task waited for one for so much of the time, or the kernel does not tell.
 
-Measured on 2 CPUs with as many computing processes: 1 to 14 %, and up to 36 % when two more woke 500 times a second and used
-60 % of a CPU between them, as a main process and a Redis may; 3 computing processes: 51 %, 4: 88 to 100 %.  From
-there on it says no more, so that the run queue says how bad it is.
+Measured on 2 CPUs: 1 % with 2 computing processes, 8 to 36 % with one or two more that wake often, as a main process and a
+Redis do, and use 10 to 60 % of a CPU; 51 % with 3 that compute, 88 to 100 % with 4, and no more with 12.
+So this says that work waits, and the run queue how badly; single seconds of a healthy host come to 65 %, too.
 """
 CROWDED = (2.0, 3.0, 4.0, 6.0)
 """Tasks per CPU at which CPU is ELEVATED to EMERGENCY: work takes so many times as long.
 
-Measured, on 2 CPUs: 2 computing processes 1.0 to 1.1, 3: 1.5, 4: 2.0 to 2.4, 6: 3.0 to 3.8, 8: 4.5 to 5.4, 12: 6.7.
+Measured on 2 CPUs, the larger with other work on the machine: 1.0 to 1.1 with 2 computing processes, up to 1.6 with two
+more that wake often, 1.5 to 1.6 with 3, 2.0 to 2.4 with 4, 3.0 to 3.8 with 6, 4.5 to 5.4 with 8, 6.7 with 12.
 """
 THROTTLED_PCT = (50.0, 67.0)
 """Waiting and throttled for so much of the time at which a quota that is used up is ELEVATED and HIGH; it is never worse.
@@ -37,7 +38,7 @@ STALLED_PCT = (10.0, 40.0, 60.0)
 """All tasks waiting for memory for so much of the time is HIGH to EMERGENCY; at 60 % systemd-oomd kills (oomd.conf)."""
 TAU_S = 10.0
 """Load is smoothed over this before it may count as gone."""
-RELAPSE_S = 900.0
+RELAPSE_S = 1200.0
 """A step down that is undone within this was premature, and one that was is tried again after so long."""
 
 
@@ -57,11 +58,12 @@ def signals(sample: Sample, settings: PressureSettings) -> dict[str, float]:
 
 
 def _waiting(sample: Sample, scale: Sequence[float]) -> float:
-    waiting = 100.0 if sample.cpu_waiting_pct is None else sample.cpu_waiting_pct
-    if waiting < WAITING_PCT:
+    waiting = sample.cpu_waiting_pct
+    if waiting is not None and waiting < WAITING_PCT:
         return 0.0
     crowded = _between((0.0, *CROWDED), scale, sample.load_per_cpu or 0.0)
-    return max(crowded, _between((0.0, *THROTTLED_PCT), scale[:3], min(waiting, sample.throttled_pct)))
+    throttled = min(waiting or 0.0, sample.throttled_pct)  # a period also ends early for lack of its last millisecond
+    return max(crowded, _between((0.0, *THROTTLED_PCT), scale[:3], throttled))
 
 
 def _between(points: Sequence[float], values: Sequence[float], at: float) -> float:
@@ -101,8 +103,8 @@ class LadderState(msgspec.Struct):
     calm_since: float | None = None
     """... and below what has proved premature, too."""
     released: int = 0
-    """The level that was last stepped down from, when, and at what load."""
-    released_at: float = -math.inf
+    """The level that was last stepped down from, when, and at what load; 0 after a step up."""
+    released_at: float = 0.0
     released_load: float = 0.0
     premature: dict[int, float] = msgspec.field(default_factory=dict)
     """Level -> load at which stepping down from it proved premature."""
@@ -140,7 +142,7 @@ class Ladder:
 
     def _move(self, load: float, now: float) -> None:
         state = self.state
-        own = level_of(load, self._settings.thresholds)
+        own = int(level_of(load, self._settings.thresholds))
         reached = own if own >= Level.CRITICAL else min(own, state.before)
         state.before = own
         if reached > state.level:
@@ -150,11 +152,11 @@ class Ladder:
 
     def _rise(self, level: int, now: float) -> None:
         state = self.state
-        if now - state.released_at >= RELAPSE_S:
-            state.premature = {}
-        elif level >= state.released:
+        if state.released and now - state.released_at < RELAPSE_S:
             state.premature[state.released] = state.released_load
-        state.level, state.low_since, state.calm_since = level, None, None
+        elif state.released:  # that step has held, and so have those before it
+            state.premature = {each: at for each, at in state.premature.items() if each < state.released}
+        state.level, state.released, state.low_since, state.calm_since = level, 0, None, None
 
     def _is_over(self, load: float, now: float) -> bool:
         state, margin = self.state, self._settings.release_pct

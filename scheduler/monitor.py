@@ -15,7 +15,9 @@ import msgspec
 
 from resilience.breaker import CircuitBreakers
 from resilience.degradation import CONSTRAINTS, Level
+from resilience.line import URGENCY, Wake
 from resilience.store import Store
+from scheduler.admission import WaitingRoom, full, sheds
 from scheduler.alerts import Alerts, ResourcePressureEvent, Webhook
 from scheduler.autoscale import Advice, ClusterAdvice, Load
 from scheduler.board import Board, ClusterReport, HostReport, prevailing
@@ -30,6 +32,8 @@ ALERTING = frozenset({"execution.slow", "memory.high"})
 """Events of workers that may be alerted; the monitor's own it alerts itself."""
 AT_BOUND_PCT, DOUBLED_PCT = 65.0, 10.0
 """A queue that waits as long as it may counts as much as memory at 65 %, and each doubling is a level more."""
+CALLED_PER_SLOT = 4
+"""Jobs that are let in at a look, for each slot: as many as a first fan-out makes nodes."""
 MOST_OF_QUEUES_PCT = 84.9
 """Waiting alone reaches HIGH: what is optional is left out, but nothing is simplified while machines are fine."""
 
@@ -81,9 +85,12 @@ class Monitor:
         gauge: Callable[[Sequence[str]], Mapping[str, QueueReport]],
         events: Events,
         alerts: Alerts,
+        room: WaitingRoom,
+        wake: Wake,
         webhook: Webhook | None = None,
         worker: str = "",
     ) -> None:
+        self._room, self._wake = room, wake
         self._board, self._store, self._settings, self._usage = board, store, settings, usage
         self._gauge, self._events, self._alerts, self._webhook, self._worker = gauge, events, alerts, webhook, worker
         self._breakers = breakers
@@ -104,7 +111,18 @@ class Monitor:
         self._tell_breakers(memory)
         self._pass_on(memory)
         self._board.announce(report, msgspec.msgpack.encode(memory))
+        self._call_up(report)
         return report
+
+    def _call_up(self, report: ClusterReport) -> None:
+        """Let jobs begin that were not taken in before, the most urgent first, as many as there are slots for."""
+        forced = self._board.orders().forced
+        level = Level(report.level) if forced is None else forced
+        for queue, depth in sorted(report.queues.items(), key=lambda item: URGENCY.get(priority_of(item[0]), 0)):
+            priority = priority_of(queue)
+            fits = not sheds(priority, level) and not full(queue, priority, depth, self._settings.admission)
+            if fits and (waiters := self._room.call(queue, CALLED_PER_SLOT * report.slots)):
+                self._wake(waiters)
 
     def _remembered(self) -> Memory:
         kept = self._board.memory()

@@ -4,9 +4,10 @@
 local t = redis.call('TIME')
 local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
 local ttl = tonumber(ARGV[1])
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ttl)
+local void = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ttl)
 local waiting = redis.call('ZCARD', KEYS[1])
-local won = math.min(waiting, tonumber(redis.call('GET', KEYS[2]) or '0'))
+-- A token that is void takes its yield with it, as a claim does: else a node that came later would wait for that.
+local won = math.min(waiting, math.max(0, tonumber(redis.call('GET', KEYS[2]) or '0') - void))
 
 local function keep()
   if waiting == 0 then
@@ -16,3 +17,5 @@ local function keep()
     redis.call('SET', KEYS[2], won, 'PX', ttl)
   end
 end
+
+if void > 0 then keep() end

@@ -22,7 +22,7 @@ from rlm_tasks.settings import Settings
 from scheduler.cycle import WEIGHTS, Facts
 from scheduler.queues import QueueReport
 from tests.integration.conftest import SLOTS, client_of, environment_of
-from tests.integration.ordered_app import note
+from tests.integration.ordered_ops import note
 from tests.support import wait_until
 
 NOW = 1_800_000_000.0
@@ -86,8 +86,8 @@ class Turns:
 @pytest.fixture(scope="module")
 def ordered(server: embedded.Server, logs: Path) -> Iterator[Client]:
     """A client of a worker that orders its queues."""
-    environment = environment_of(server.url, "ordered", RLM_OPERATIONS="tests.integration.ordered_app")
-    worker = embedded.worker(environment, log=logs / "ordered.log", slots=SLOTS, app="tests.integration.ordered_app")
+    environment = environment_of(server.url, "ordered", RLM_OPERATIONS="tests.integration.ordered_ops")
+    worker = embedded.worker(environment, log=logs / "ordered.log", slots=SLOTS)
     with worker, client_of(environment) as own:
         yield own
 

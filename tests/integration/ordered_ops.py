@@ -1,4 +1,4 @@
-"""The platform's app with queues in their order, a worker's facts for it, and an operation that notes when it begins."""
+"""An operation that notes when it begins."""
 
 from __future__ import annotations
 
@@ -6,22 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from celery import signals
-
 from rlm_tasks import Context, operation
-from rlm_tasks.celery import app as app
-from rlm_tasks.queue_order import QueueOrder, running
-from scheduler.cycle import Facts
-from tests.integration.conftest import SLOTS
 
 ITEM_S = 0.01
-
-app.conf.broker_transport_options["queue_order_strategy"] = "rlm_tasks.queue_order:QueueOrder"
-
-
-@signals.worker_init.connect
-def _know_the_slots(**_: Any) -> None:
-    QueueOrder.facts = Facts(running=running, slots=lambda: SLOTS)
 
 
 @operation("take_turns")

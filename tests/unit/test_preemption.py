@@ -1,0 +1,405 @@
+"""Who yields for urgent work: never more than wait for it, and nobody for work that has got its slot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from resilience.keys import Keys
+from resilience.store import Call
+from scheduler.preemption import GRACE_MS, TTL_MS, Preemption, more_urgent, rank_of
+from scheduler.slots import TTL_MS as SLOTS_TTL_MS
+from scheduler.slots import SlotBoard
+from tests.unit.world import CountingStore, World, world
+
+__all__ = ["world"]
+
+QUEUE = "rlm.critical"
+ENOUGH = 15
+"""Attempts to win, more than any test has tokens."""
+
+
+class Process:
+    """One process of a platform: its connection, the slots that all see, and how it asks for room."""
+
+    def __init__(self, world: World) -> None:
+        self.store: CountingStore = world.store()
+        self.slots = SlotBoard(self.store, Keys("unit"))
+        self.preemption = Preemption(self.store, Keys("unit"), self.slots)
+
+    def do(self, call: Call) -> Any:
+        [answer] = self.store.run(call)
+        return answer
+
+    def has_slots(self, total: int, *, free: int = 0, queue: str = QUEUE) -> None:
+        self.do(self.slots.publish("worker", total, free, [queue]))
+
+    def wins(self, queue: str = QUEUE) -> int:
+        """Have everybody try to yield; return how many may."""
+        return sum(self.do(self.preemption.win(queue)) for _ in range(ENOUGH))
+
+    def open(self, queue: str = QUEUE) -> int:
+        return int(self.do(self.preemption.open(queue)))
+
+
+@pytest.fixture
+def process(world: World) -> Process:
+    """A process of a platform with eight slots, all of them taken."""
+    made = Process(world)
+    made.has_slots(8)
+    return made
+
+
+def after_the_grace(world: World) -> None:
+    world.sleep((GRACE_MS + 1) / 1000)
+
+
+# --- how urgent -----------------------------------------------------------------------------------------
+
+
+def test_the_most_urgent_priority_is_the_lowest_bit_and_a_strange_one_has_none() -> None:
+    ranks = {name: rank_of(name) for name in ("critical", "high", "normal", "low", "control", "")}
+
+    assert ranks == {"critical": 1, "high": 2, "normal": 4, "low": 8, "control": 0, "": 0}
+
+
+@pytest.mark.parametrize(
+    ("waiting", "critical", "high", "normal", "low"),
+    [
+        ((), "", "", "", ""),
+        (("critical",), "", "critical", "critical", "critical"),
+        (("high",), "", "", "high", "high"),
+        (("normal",), "", "", "", "normal"),
+        (("low",), "", "", "", ""),
+        (("high", "low"), "", "", "high", "high"),
+        (("normal", "high"), "", "", "high", "high"),
+        (("critical", "high", "normal", "low"), "", "critical", "critical", "critical"),
+    ],
+)
+def test_a_node_makes_room_for_the_most_urgent_of_those_above_it(
+    waiting: tuple[str, ...], critical: str, high: str, normal: str, low: str
+) -> None:
+    ranks = sum(rank_of(name) for name in waiting)
+
+    assert [more_urgent(ranks, name) for name in ("critical", "high", "normal", "low")] == [critical, high, normal, low]
+
+
+# --- announcing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "freed", "counted", "without"),
+    [
+        (8, 0, 0, 5, "abcde"),
+        (8, 2, 0, 5, "cde"),
+        (8, 2, 1, 5, "de"),
+        (8, 0, 1, 5, "bcde"),
+        (8, 8, 0, 5, ""),
+        (8, 0, 9, 5, ""),
+        (3, 0, 0, 3, "abc"),  # more than there are slots would wait for each other
+        (3, 1, 1, 3, "c"),
+        (0, 0, 0, 0, ""),  # no worker serves the queue: nobody could run it, nobody yields
+    ],
+)
+def test_free_slots_and_those_about_to_be_go_to_the_first_and_the_rest_is_without(
+    world: World, total: int, free: int, freed: int, counted: int, without: str
+) -> None:
+    process = Process(world)
+    process.has_slots(total, free=free)
+
+    assert "".join(process.preemption.announce(QUEUE, list("abcde"), freed=freed)) == without
+    assert process.open() == counted
+
+
+def test_a_free_slot_is_promised_once(process: Process) -> None:
+    process.has_slots(8, free=3)
+
+    assert process.preemption.announce(QUEUE, ["a", "b"]) == []
+    assert process.preemption.announce(QUEUE, ["c", "d"]) == ["d"]
+
+
+def test_slots_of_another_queue_are_of_no_use(process: Process) -> None:
+    process.has_slots(8, free=8, queue="rlm.low")
+
+    assert process.preemption.announce(QUEUE, ["a"]) == []
+    assert process.open() == 0
+
+
+def test_nothing_is_counted_for_nothing(world: World, process: Process) -> None:
+    before = world.dump()
+
+    assert process.preemption.announce(QUEUE, []) == []
+    assert world.dump() == before
+
+
+# --- yielding -------------------------------------------------------------------------------------------
+
+
+def test_nobody_yields_within_the_grace_unless_it_is_insisted_on(world: World, process: Process) -> None:
+    process.preemption.announce(QUEUE, ["a", "b"])
+    world.sleep(GRACE_MS / 2000)
+
+    assert (process.wins(), process.open()) == (0, 2), "it is known that somebody waits"
+    process.preemption.insist(QUEUE, ["b", "a stranger"])
+    assert (process.wins(), process.open()) == (1, 1)
+    after_the_grace(world)
+    assert (process.wins(), process.open()) == (1, 0)
+
+
+@given(
+    n=st.integers(0, 12), total=st.integers(0, 10), free=st.integers(0, 10), freed=st.integers(0, 3), claim_first=st.booleans()
+)
+@settings(max_examples=60, deadline=None)
+def test_k_nodes_without_a_slot_cause_at_most_k_yields(n: int, total: int, free: int, freed: int, claim_first: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        (world := World()).install(patch)
+        process = Process(world)
+        process.has_slots(total, free=min(free, total))
+        nodes = [f"job {i}" for i in range(n)]
+
+        without = process.preemption.announce(QUEUE, nodes, freed=freed)
+        with_slot = [node for node in nodes[:total] if node not in without]
+        if claim_first:
+            for node in with_slot:
+                process.preemption.settle(QUEUE, node)
+        process.preemption.insist(QUEUE, without)
+
+        assert process.wins() == len(without)
+        after_the_grace(world)
+        assert process.wins() == (0 if claim_first else len(with_slot)), "their slots did not come: others must yield"
+
+
+def test_a_claim_uses_up_a_yield_whichever_node_it_was_for(world: World, process: Process) -> None:
+    process.preemption.announce(QUEUE, ["a", "b", "c"])
+    after_the_grace(world)
+    assert process.do(process.preemption.win(QUEUE)) == 1
+
+    process.preemption.settle(QUEUE, "c")
+
+    assert process.open() == 2
+    assert process.wins() == 2, "the slot that was given up is taken, and two nodes wait still"
+
+
+def test_a_claim_by_a_slot_that_nobody_gave_up_takes_a_token_away(world: World, process: Process) -> None:
+    process.preemption.announce(QUEUE, ["a", "b"])
+    after_the_grace(world)
+
+    process.preemption.settle(QUEUE, "a")
+
+    assert process.wins() == 1
+
+
+@pytest.mark.parametrize("stranger", ["z", "", "a"], ids=["never counted", "without a name", "claimed before"])
+def test_a_claim_of_a_node_that_does_not_count_changes_nothing(world: World, process: Process, stranger: str) -> None:
+    process.preemption.announce(QUEUE, ["a", "b", "c"])
+    after_the_grace(world)
+    process.do(process.preemption.win(QUEUE))
+    process.preemption.settle(QUEUE, "a")
+    process.do(process.preemption.win(QUEUE))
+    before = world.dump()
+
+    assert process.do(process.preemption.claimed(QUEUE, stranger)) == 1
+    assert world.dump() == before
+
+
+def test_who_announces_twice_counts_once(world: World, process: Process) -> None:
+    for _ in range(2):
+        process.preemption.announce(QUEUE, ["a", "b"])
+    after_the_grace(world)
+
+    assert process.wins() == 2
+
+
+def test_each_queue_has_its_own_tokens(world: World, process: Process) -> None:
+    process.do(process.slots.publish("another", 8, 0, ["rlm.high"]))
+    process.preemption.announce(QUEUE, ["a"])
+    process.preemption.announce("rlm.high", ["a", "b"])
+    after_the_grace(world)
+
+    process.preemption.settle("rlm.high", "a")
+
+    assert (process.wins(QUEUE), process.wins("rlm.high")) == (1, 1)
+
+
+def test_nothing_is_left_when_everybody_has_a_slot(world: World, process: Process) -> None:
+    before = set(world.dump())
+    process.preemption.announce(QUEUE, ["a", "b"])
+    after_the_grace(world)
+    process.do(process.preemption.win(QUEUE))
+
+    for node in "ab":
+        process.preemption.settle(QUEUE, node)
+
+    assert (process.wins(), process.open(), set(world.dump())) == (0, 0, before)
+
+
+def test_a_token_nobody_claims_is_void_after_a_minute_and_leaves_nothing(world: World, process: Process) -> None:
+    process.preemption.announce(QUEUE, ["a"])
+    world.sleep(TTL_MS / 1000 - 0.01)
+    assert process.open() == 1
+    world.sleep(0.01 + GRACE_MS / 1000)
+
+    assert (process.wins(), process.open()) == (0, 0)
+    assert not [key for key in world.dump() if b"preemption" in key]
+
+
+def test_a_void_token_takes_its_yield_along_and_does_not_keep_the_next_node_waiting(world: World, process: Process) -> None:
+    process.preemption.announce(QUEUE, ["cancelled"])
+    after_the_grace(world)
+    assert process.wins() == 1
+    world.sleep(TTL_MS / 1000 - 1)
+    process.has_slots(8)
+    process.preemption.announce(QUEUE, ["next"])
+    world.sleep(1)
+
+    assert process.open() == 1
+    assert process.wins() == 1
+
+
+# --- while Redis is away --------------------------------------------------------------------------------
+
+
+def test_without_redis_nobody_is_asked_and_nothing_is_raised(process: Process) -> None:
+    process.store.lost = True
+
+    assert process.preemption.announce(QUEUE, ["a", "b"]) == ()
+    process.preemption.insist(QUEUE, ["a"])
+    process.preemption.settle(QUEUE, "a")
+
+
+def test_redis_that_goes_away_between_two_questions_is_no_error_either(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(queue: str, nodes: object) -> Call:
+        process.store.lost = True
+        return asked(queue, nodes)  # type: ignore[arg-type]  # what announce has given
+
+    asked = process.preemption.ask
+    monkeypatch.setattr(process.preemption, "ask", ask)
+
+    assert process.preemption.announce(QUEUE, ["a"]) == ()
+
+
+# --- against an oracle ----------------------------------------------------------------------------------
+
+
+class Oracle:
+    """What the script should know, in plain Python; times are the server's, in ms."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, int] = {}  # node -> when its grace ends
+        self.yields = 0  # made, and not followed by a claim
+        self.slots, self.free, self.slots_at = 0, 0, 0
+
+    def now_is(self, now: int) -> None:
+        """Forget what is void."""
+        for node in [node for node, ripe in self.waiting.items() if now - ripe >= TTL_MS]:
+            self.leave(node)
+        if now - self.slots_at > SLOTS_TTL_MS:
+            self.slots = self.free = 0
+
+    def leave(self, node: str) -> None:
+        """A node waits no longer, and with it goes a yield."""
+        del self.waiting[node]
+        self.yields = max(0, self.yields - 1)
+
+    def wins(self, now: int) -> bool:
+        """Whether somebody who asks now is to yield."""
+        return sum(ripe <= now for ripe in self.waiting.values()) > self.yields
+
+    def without(self, nodes: list[str], freed: int) -> list[str]:
+        """Take free slots; return the nodes that find none."""
+        taken = min(self.free, max(0, len(nodes) - freed))
+        self.free -= taken
+        return nodes[: self.slots][freed + taken :]
+
+
+class PreemptionMachine(RuleBasedStateMachine):
+    """Several processes that ask for room and make it, beside the oracle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.world = pytest.MonkeyPatch(), World()
+        self.world.install(self.patch)
+        self.processes = [Process(self.world) for _ in range(3)]
+        self.oracle = Oracle()
+        self.counted: list[str] = []  # ever
+        self.won = 0  # ever
+
+    def teardown(self) -> None:
+        self.patch.undo()
+
+    @property
+    def now(self) -> int:
+        return self.processes[0].store.now_ms()
+
+    def any(self) -> Process:
+        """One process after the other: it must not matter which."""
+        self.processes.append(self.processes.pop(0))
+        return self.processes[0]
+
+    @rule(total=st.integers(1, 8), free=st.integers(0, 8))
+    def a_worker_publishes(self, total: int, free: int) -> None:
+        self.oracle.slots, self.oracle.free, self.oracle.slots_at = total, min(free, total), self.now
+        self.any().has_slots(total, free=min(free, total))
+
+    @rule(n=st.integers(1, 5), freed=st.integers(0, 2))
+    def nodes_are_announced(self, n: int, freed: int) -> None:
+        nodes = [f"job {len(self.counted) + i}" for i in range(n)]
+        counted = nodes[: self.oracle.slots]
+        expected = self.oracle.without(nodes, freed)
+        assert self.any().preemption.announce(QUEUE, nodes, freed=freed) == expected
+        self.counted += counted
+        self.oracle.waiting.update(dict.fromkeys(counted, self.now + GRACE_MS))
+
+    @precondition(lambda self: self.counted)
+    @rule(at=st.integers(0, 20), count=st.integers(1, 3))
+    def it_is_insisted(self, at: int, count: int) -> None:
+        nodes = self.counted[-at - 1 :][:count]
+        self.any().preemption.insist(QUEUE, nodes)
+        self.oracle.waiting.update(dict.fromkeys((node for node in nodes if node in self.oracle.waiting), self.now))
+
+    @rule()
+    def somebody_tries_to_yield(self) -> None:
+        expected = self.oracle.wins(self.now)
+        process = self.any()
+        assert process.do(process.preemption.win(QUEUE)) == int(expected)
+        self.oracle.yields += expected
+        self.won += expected
+
+    @precondition(lambda self: self.counted)
+    @rule(at=st.integers(0, 20))
+    def a_node_is_claimed_perhaps_again_or_late(self, at: int) -> None:
+        node = self.counted[-(at % len(self.counted)) - 1]
+        self.any().preemption.settle(QUEUE, node)
+        if node in self.oracle.waiting:
+            self.oracle.leave(node)
+
+    @rule()
+    def redis_is_away_for_one(self) -> None:
+        process = self.any()
+        process.store.lost = True
+        assert process.preemption.announce(QUEUE, ["lost"]) == ()
+        process.preemption.insist(QUEUE, self.counted[-1:])
+        process.preemption.settle(QUEUE, "lost")
+        process.store.lost = False
+
+    @rule(seconds=st.sampled_from([1 / 64, 1 / 16, 1 / 16, 1.0, TTL_MS / 2000, TTL_MS / 1000]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.sleep(seconds)
+        self.oracle.now_is(self.now)
+
+    @invariant()
+    def it_knows_how_many_tokens_are_open(self) -> None:
+        assert self.processes[0].open() == len(self.oracle.waiting) - self.oracle.yields
+
+    @invariant()
+    def nobody_yields_for_nothing(self) -> None:
+        assert self.oracle.yields <= len(self.oracle.waiting), "made for nodes that wait still"
+        assert self.won <= len(self.counted), "ever"
+
+
+TestPreemptionAgainstAnOracle = PreemptionMachine.TestCase
+TestPreemptionAgainstAnOracle.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
