@@ -56,30 +56,14 @@ def full(queue: str, priority: str, report: QueueReport, settings: AdmissionSett
     When to come back is an estimate: the queue goes on being served as fast as its oldest message came to the front.
     """
     depth, age, most, longest = report.depth, report.oldest_s or 0.0, settings.queue_depth, settings.wait_s(priority)
+    lasts_s: dict[str, float] = {}
     if most and depth >= most:
-        each_s = age / depth
-        return QueueFull(f"queue {queue}", _between((depth - most + 1) * each_s), f"{depth} messages wait, of at most {most}")
+        lasts_s[f"{depth} messages wait, of at most {most}"] = (depth - most + 1) * age / depth
     if longest and age > longest:
-        why = f"its oldest message waits for {age:.0f} s, of at most {longest:g} s"
-        return QueueFull(f"queue {queue}", _between(age - longest), why)
-    return None
-
-
-class WaitingRoom:
-    """Jobs that were opened and are not taken in yet; their own time wakes them, should nobody call."""
-
-    def __init__(self, store: Store, keys: Keys) -> None:
-        self._store, self._keys = store, keys
-
-    def enter(self, queue: str, waiters: Mapping[str, int]) -> None:
-        """Let jobs wait to be called, each named by its job and first node, with the time in ms when it came."""
-        key = self._keys.admission(queue)
-        self._store.reached(lambda client: (client.zadd(key, dict(waiters)), client.expire(key, ROOM_TTL_S)))
-
-    def call(self, queue: str, most: int) -> list[str]:
-        """Take those out who came first.  Raises StoreUnavailable."""
-        key = self._keys.admission(queue)
-        return [name.decode() for name, _ in self._store.reached(lambda client: client.zpopmin(key, most))]
+        lasts_s[f"its oldest message waits for {age:.0f} s, of at most {longest:g} s"] = age - longest
+    if not lasts_s:
+        return None
+    return QueueFull(f"queue {queue}", _between(max(lasts_s.values())), "; ".join(lasts_s))
 
 
 def _between(seconds: float) -> float:

@@ -1,0 +1,183 @@
+"""What is taken in: by level and priority, by what waits already, and when to come back."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resilience.degradation import Level
+from resilience.errors import Category, Denied
+from scheduler.admission import LATEST_S, SOONEST_S, Overloaded, QueueFull, full, shed, sheds
+from scheduler.queues import QueueReport
+from scheduler.settings import AdmissionSettings
+
+PRIORITIES = ("critical", "high", "normal", "low")
+DEFAULTS = AdmissionSettings()
+UNBOUNDED = AdmissionSettings(queue_depth=0, wait_critical_s=0, wait_high_s=0, wait_normal_s=0, wait_low_s=0)
+LEVELS = st.sampled_from(Level)
+SECONDS = st.floats(0, 10_000)
+
+
+def refusal(depth: int, age: float | None, priority: str = "normal", settings: AdmissionSettings = DEFAULTS) -> QueueFull | None:
+    return full(f"rlm.{priority}", priority, QueueReport(depth, age), settings)
+
+
+# --- by level -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("level", "refused"),
+    [
+        (Level.NORMAL, []),
+        (Level.ELEVATED, []),
+        (Level.HIGH, ["low"]),
+        (Level.CRITICAL, ["normal", "low"]),
+        (Level.EMERGENCY, ["high", "normal", "low"]),
+    ],
+)
+def test_the_less_urgent_is_turned_away_first_and_critical_work_never(level: Level, refused: list[str]) -> None:
+    assert [priority for priority in PRIORITIES if sheds(priority, level)] == refused
+    assert [priority for priority in PRIORITIES if shed(priority, level, 20.0)] == refused
+
+
+def test_the_platforms_own_work_is_taken_in_at_every_level() -> None:
+    assert not any(sheds("control", level) for level in Level)
+
+
+@pytest.mark.parametrize(
+    ("priority", "level", "step_s", "retry_after_s"),
+    [
+        ("low", Level.HIGH, 20.0, 20.0),
+        ("low", Level.CRITICAL, 20.0, 40.0),
+        ("low", Level.EMERGENCY, 20.0, 60.0),
+        ("normal", Level.EMERGENCY, 20.0, 40.0),
+        ("high", Level.EMERGENCY, 20.0, 20.0),
+        ("low", Level.EMERGENCY, 0.1, SOONEST_S),
+        ("low", Level.EMERGENCY, 1000.0, LATEST_S),
+        ("low", Level.HIGH, 1.2, 2.0),  # whole seconds, as HTTP's Retry-After has them
+    ],
+)
+def test_it_says_to_come_back_when_the_level_can_have_fallen_far_enough(
+    priority: str, level: Level, step_s: float, retry_after_s: float
+) -> None:
+    error = shed(priority, level, step_s)
+
+    assert error is not None
+    assert error.retry_after_s == retry_after_s
+
+
+def test_an_overload_says_what_it_is_and_from_when_on_work_is_taken_in() -> None:
+    error = shed("normal", Level.EMERGENCY, 20.0)
+
+    assert isinstance(error, Overloaded)
+    assert isinstance(error, Denied)
+    assert (error.code, error.category, error.retryable, error.guard) == ("OVERLOADED", Category.RESOURCE, True, "admission")
+    assert str(error) == (
+        "admission: pressure is emergency, and normal work is taken in below critical; come back in 40 s"
+    )  # fmt: skip
+
+
+@given(priority=st.sampled_from(PRIORITIES), lower=LEVELS, higher=LEVELS, step_s=st.floats(0.001, 1000))
+def test_the_higher_the_level_the_later_to_come_back(priority: str, lower: Level, higher: Level, step_s: float) -> None:
+    sooner, later = (shed(priority, level, step_s) for level in sorted((lower, higher)))
+
+    if sooner:
+        assert later is not None, "what is refused at one level is at each above it"
+        assert SOONEST_S <= sooner.retry_after_s <= later.retry_after_s <= LATEST_S
+
+
+# --- by what waits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("priority", "age", "refused"),
+    [
+        ("critical", 1e6, False),
+        ("high", 10.0, False),
+        ("high", 10.1, True),
+        ("normal", 30.0, False),
+        ("normal", 30.1, True),
+        ("low", 60.0, False),
+        ("low", 60.1, True),
+        ("low", None, False),  # nobody can say
+    ],
+)
+def test_a_queue_takes_nothing_while_its_work_waits_for_longer_than_its_priority_may(
+    priority: str, age: float | None, refused: bool
+) -> None:
+    assert bool(refusal(1, age, priority)) is refused
+
+
+@pytest.mark.parametrize("priority", PRIORITIES)
+@pytest.mark.parametrize(("depth", "refused"), [(0, False), (9_999, False), (10_000, True), (10_001, True)])
+def test_a_queue_of_any_priority_holds_so_much_and_no_more(priority: str, depth: int, refused: bool) -> None:
+    assert bool(refusal(depth, None, priority)) is refused
+
+
+@pytest.mark.parametrize("priority", PRIORITIES)
+def test_a_bound_of_0_does_not_bound(priority: str) -> None:
+    assert refusal(10**9, 10**9, priority, UNBOUNDED) is None
+
+
+def test_each_bound_can_be_set() -> None:
+    own = AdmissionSettings(queue_depth=3, wait_critical_s=2)
+
+    assert refusal(2, 2.0, "critical", own) is None
+    assert refusal(3, 0.0, "critical", own)
+    assert refusal(2, 2.1, "critical", own)
+
+
+@pytest.mark.parametrize(
+    ("depth", "age", "retry_after_s"),
+    [
+        (10_000, None, SOONEST_S),
+        (10_000, 20.0, SOONEST_S),  # one message too many, 500 of them a second
+        (20_000, 20.0, 11.0),  # 10,001 too many, 1,000 a second
+        (5, 45.0, 15.0),
+        (5, 30.2, SOONEST_S),
+        (5, 1e6, LATEST_S),
+        (10_000, 100.0, 70.0),  # too many and too old: who comes back for the one would meet the other
+        (1_000_000, 100.0, 100.0),
+    ],
+)
+def test_it_says_to_come_back_when_enough_has_been_served(depth: int, age: float | None, retry_after_s: float) -> None:
+    error = refusal(depth, age)
+
+    assert error is not None
+    assert error.retry_after_s == retry_after_s
+
+
+@pytest.mark.parametrize(
+    ("depth", "age", "why"),
+    [
+        (12_000, 3.0, "12000 messages wait, of at most 10000"),
+        (7, 45.4, "its oldest message waits for 45 s, of at most 30 s"),
+        (12_000, 45.4, "12000 messages wait, of at most 10000; its oldest message waits for 45 s, of at most 30 s"),
+    ],
+)
+def test_a_full_queue_says_which_it_is_and_what_is_too_much(depth: int, age: float, why: str) -> None:
+    error = refusal(depth, age)
+
+    assert error is not None
+    assert isinstance(error, Denied)
+    assert (error.code, error.category, error.retryable, error.guard) == (
+        "QUEUE_FULL", Category.RESOURCE, True, "queue rlm.normal",
+    )  # fmt: skip
+    assert str(error) == f"queue rlm.normal: {why}; come back in {error.retry_after_s:g} s"
+
+
+_REPORTS = st.tuples(st.integers(0, 50_000), st.none() | SECONDS)
+
+
+@given(reports=st.tuples(_REPORTS, _REPORTS), priority=st.sampled_from(PRIORITIES))
+def test_the_fuller_a_queue_the_later_to_come_back(
+    reports: tuple[tuple[int, float | None], ...], priority: str
+) -> None:
+    (d1, a1), (d2, a2) = reports
+    less = refusal(min(d1, d2), min(a1 or 0.0, a2 or 0.0), priority)
+    more = refusal(max(d1, d2), max(a1 or 0.0, a2 or 0.0), priority)
+
+    if less:
+        assert more is not None
+        assert SOONEST_S <= less.retry_after_s <= more.retry_after_s <= LATEST_S

@@ -1,0 +1,306 @@
+"""Levels and what each asks of code, as source document 1's tables have it; and that nothing is recorded but what was asked."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resilience.degradation import (
+    CONSTRAINTS,
+    IN_FORCE,
+    THRESHOLDS,
+    Degradation,
+    Level,
+    ResourceConstraints,
+    Strategy,
+    as_level,
+    level_of,
+)
+from rlm_tasks.operations import Context
+
+LIMITS, OPTIONAL, EXPENSIVE, SIMPLIFIED, EMBEDDINGS = Strategy
+ALL = set(Strategy)
+
+QUESTIONS: dict[str, tuple[Strategy, Callable[[Any], Any]]] = {
+    "limit": (LIMITS, lambda asked: asked.limit(1000)),
+    "skip_optional": (OPTIONAL, lambda asked: asked.skip_optional),
+    "skip_expensive": (EXPENSIVE, lambda asked: asked.skip_expensive),
+    "simplified": (SIMPLIFIED, lambda asked: asked.simplified),
+    "embedding_dimensions": (EMBEDDINGS, lambda asked: asked.embedding_dimensions(768)),
+}
+"""What code may ask, of a Degradation or of an operation's ctx, and the strategy that answers."""
+SAME_IN_THE_SOURCES_WORDS: dict[str, Callable[[Any], Any]] = {
+    "limit": ResourceConstraints.get_entity_limit,
+    "skip_optional": ResourceConstraints.should_skip_optional_analysis,
+    "skip_expensive": ResourceConstraints.should_skip_expensive_computation,
+    "simplified": ResourceConstraints.should_use_simplified_methods,
+    "embedding_dimensions": ResourceConstraints.get_embedding_dimensions,
+}
+ANSWERS: list[tuple[Level, tuple[int, bool, bool, bool, int]]] = [
+    (Level.NORMAL, (1000, False, False, False, 768)),
+    (Level.ELEVATED, (800, False, False, False, 768)),
+    (Level.HIGH, (800, True, True, False, 768)),
+    (Level.CRITICAL, (500, True, True, True, 384)),
+    (Level.EMERGENCY, (300, True, True, True, 384)),
+]
+"""Source document 1: what each question of QUESTIONS is answered at a level."""
+
+
+# --- levels ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("percent", "level"),
+    [
+        (0, Level.NORMAL), (64.9, Level.NORMAL), (65, Level.ELEVATED), (74.9, Level.ELEVATED), (75, Level.HIGH),
+        (84.9, Level.HIGH), (85, Level.CRITICAL), (94.9, Level.CRITICAL), (95.1, Level.EMERGENCY), (250, Level.EMERGENCY),
+    ],
+)  # fmt: skip
+def test_a_percentage_has_the_level_of_the_table(percent: float, level: Level) -> None:
+    assert level_of(percent) is level
+
+
+def test_thresholds_may_be_ones_own() -> None:
+    assert THRESHOLDS == (65.0, 75.0, 85.0, 95.0)
+    assert [level_of(percent, (10, 20, 30, 40)) for percent in (9, 10, 25, 39, 40)] == [
+        Level.NORMAL, Level.ELEVATED, Level.HIGH, Level.CRITICAL, Level.EMERGENCY,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("level", Level)
+def test_a_level_is_known_by_its_name_its_number_and_itself(level: Level) -> None:
+    assert [as_level(each) for each in (level, level.label, level.name, level.label.title(), int(level))] == [level] * 5
+
+
+@pytest.mark.parametrize("wrong", ["severe", "", "3", 5, -1, 1.5, None, [], "high "])
+def test_what_is_no_level_is_told_with_all_that_are(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="there are normal, elevated, high, critical, emergency$") as caught:
+        as_level(wrong)
+    assert str(caught.value).startswith(f"{wrong!r} is no pressure level")
+
+
+# --- what each level asks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("level", "strategies"),
+    [
+        (Level.NORMAL, set()),
+        (Level.ELEVATED, {"reduce_entity_limits"}),
+        (Level.HIGH, {"reduce_entity_limits", "skip_optional_analysis", "disable_expensive_computations"}),
+        (
+            Level.CRITICAL,
+            {
+                "reduce_entity_limits", "skip_optional_analysis", "disable_expensive_computations", "use_simplified_methods",
+                "reduce_embedding_dimensions",
+            },
+        ),
+        (Level.EMERGENCY, ALL),
+    ],
+)  # fmt: skip
+def test_each_level_has_the_strategies_of_the_table(level: Level, strategies: set[str]) -> None:
+    assert set(CONSTRAINTS[level].strategies) == strategies
+
+
+@pytest.mark.parametrize(
+    ("level", "factor", "of_1000", "of_1", "of_2", "of_3", "of_10"),
+    [
+        (Level.NORMAL, 1.0, 1000, 1, 2, 3, 10),
+        (Level.ELEVATED, 0.8, 800, 1, 1, 2, 8),
+        (Level.HIGH, 0.8, 800, 1, 1, 2, 8),
+        (Level.CRITICAL, 0.5, 500, 1, 1, 1, 5),
+        (Level.EMERGENCY, 0.3, 300, 1, 1, 1, 3),
+    ],
+)
+def test_entity_limits_fall_by_the_tables_factors_and_never_to_nothing(
+    level: Level, factor: float, of_1000: int, of_1: int, of_2: int, of_3: int, of_10: int
+) -> None:
+    asked = Degradation(level)
+
+    assert asked.constraints.entity_limit_factor == factor
+    assert [asked.limit(most) for most in (1000, 1, 2, 3, 10, 0)] == [of_1000, of_1, of_2, of_3, of_10, 0]
+
+
+@pytest.mark.parametrize(("level", "answers"), ANSWERS)
+def test_each_question_has_the_levels_answer(level: Level, answers: tuple[Any, ...]) -> None:
+    assert tuple(ask(Degradation(level)) for _, ask in QUESTIONS.values()) == answers
+
+
+@given(full=st.integers(0, 10**9), level=st.sampled_from(Level))
+def test_a_limit_is_never_more_never_below_one_and_falls_as_the_level_rises(full: int, level: Level) -> None:
+    limits = [Degradation(each).limit(full) for each in Level]
+
+    assert limits == sorted(limits, reverse=True)
+    assert all(min(full, 1) <= limit <= full for limit in limits)
+    assert Degradation(level).limit(full) <= max(min(full, 1), full * CONSTRAINTS[level].entity_limit_factor + 1e-6)
+
+
+@given(level=st.sampled_from(Level), wholes=st.integers(1, 10**6))
+def test_a_share_that_is_whole_loses_nothing_to_rounding(level: Level, wholes: int) -> None:
+    tenths = round(CONSTRAINTS[level].entity_limit_factor * 10)
+
+    assert Degradation(level).limit(10 * wholes) == tenths * wholes
+
+
+def test_constraints_are_one_for_all_and_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        CONSTRAINTS[Level.NORMAL].entity_limit_factor = 0.1  # type: ignore[misc]  # that is what is tested
+
+
+# --- what is recorded -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", Level)
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_strategy_is_recorded_when_it_is_asked_for_and_in_force(question: str, level: Level) -> None:
+    strategy, ask = QUESTIONS[question]
+    asked = Degradation(level)
+    assert asked.shaped == set()
+
+    for _ in range(2):
+        ask(asked)
+
+    assert asked.shaped == {strategy} & set(CONSTRAINTS[level].strategies)
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_what_cannot_be_less_is_not_recorded(most: int) -> None:
+    asked = Degradation(Level.EMERGENCY)
+
+    assert (asked.limit(most), asked.embedding_dimensions(most), asked.shaped) == (most, most, set())
+
+
+_QUESTIONS = st.lists(
+    st.one_of(
+        st.sampled_from([ask for _, ask in QUESTIONS.values()]),
+        st.integers(-5, 10**6).map(lambda most: lambda asked: (asked.limit(most), asked.embedding_dimensions(most))),
+    ),
+    max_size=20,
+)
+
+
+@given(questions=_QUESTIONS)
+def test_at_normal_nothing_is_ever_recorded_whatever_is_asked(questions: list[Callable[[Any], Any]]) -> None:
+    asked = Degradation()
+
+    for ask in questions:
+        ask(asked)
+
+    assert (asked.level, asked.shaped) == (Level.NORMAL, set())
+
+
+@given(questions=_QUESTIONS, level=st.sampled_from(Level))
+def test_nothing_is_recorded_that_is_not_in_force(questions: list[Callable[[Any], Any]], level: Level) -> None:
+    asked = Degradation(level)
+
+    for ask in questions:
+        ask(asked)
+
+    assert asked.shaped <= set(CONSTRAINTS[level].strategies)
+
+
+# --- what a cache key must contain ----------------------------------------------------------------------
+
+
+def test_a_fingerprint_is_nothing_at_normal_and_differs_where_levels_ask_different_things() -> None:
+    prints = {level: CONSTRAINTS[level].fingerprint for level in Level}
+
+    assert prints[Level.NORMAL] == ""
+    assert len(set(prints.values())) == len({CONSTRAINTS[level] for level in Level}) == len(Level)
+
+
+def test_an_operation_has_it_as_its_quality() -> None:
+    assert Context("job", {}).quality == ""
+    assert Context("job", {}, degradation=Degradation(Level.HIGH)).quality == CONSTRAINTS[Level.HIGH].fingerprint
+
+
+# --- the words of source document 1 ---------------------------------------------------------------------
+
+
+@pytest.fixture(params=["ctx", "dict", "nothing", "a dict without a level", "an object of one's own"])
+def source(request: pytest.FixtureRequest) -> Iterator[Callable[[Level], tuple[Any, Degradation | None]]]:
+    """Return what makes a context of a level, and the record that asking it leaves traces in: a dict has none."""
+    token = IN_FORCE.set(None)
+
+    def context(level: Level) -> tuple[Any, Degradation | None]:
+        record = Degradation(level)
+        if request.param == "ctx":
+            return Context("job", {}, degradation=record), record
+        if request.param == "dict":
+            return {"pressure_level": level, "document_text": "..."}, None
+        IN_FORCE.set(record)
+        return {"nothing": None, "a dict without a level": {"tables": []}}.get(request.param, object()), record
+
+    yield context
+    IN_FORCE.reset(token)
+
+
+@pytest.mark.parametrize(("level", "answers"), ANSWERS)
+def test_the_sources_words_ask_the_same(source: Any, level: Level, answers: tuple[Any, ...]) -> None:
+    context, record = source(level)
+
+    assert tuple(ask(context) for ask in SAME_IN_THE_SOURCES_WORDS.values()) == answers
+    assert record is None or record.shaped == set(CONSTRAINTS[level].strategies)
+
+
+@pytest.mark.parametrize("level", Level)
+def test_everything_at_once_is_a_dict_and_leaves_no_trace(source: Any, level: Level) -> None:
+    context, record = source(level)
+    factor, skip, expensive, simplified, embeddings = {
+        Level.NORMAL: (1.0, False, False, False, 1.0),
+        Level.ELEVATED: (0.8, False, False, False, 1.0),
+        Level.HIGH: (0.8, True, True, False, 1.0),
+        Level.CRITICAL: (0.5, True, True, True, 0.5),
+        Level.EMERGENCY: (0.3, True, True, True, 0.5),
+    }[level]
+
+    assert ResourceConstraints.get_constraints(context) == {
+        "pressure_level": level.label,
+        "entity_limit_factor": factor,
+        "skip_optional_analysis": skip,
+        "skip_expensive_computation": expensive,
+        "use_simplified_methods": simplified,
+        "embedding_dimensions_factor": embeddings,
+    }
+    assert record is None or record.shaped == set()
+
+
+@pytest.mark.parametrize("told", [Level.CRITICAL, "critical", "CRITICAL", 3])
+def test_a_dict_may_tell_the_level_in_any_way_and_is_not_overruled(told: Any) -> None:
+    def ask() -> tuple[int, set[Strategy]]:
+        running = Degradation(Level.EMERGENCY)
+        IN_FORCE.set(running)
+        return ResourceConstraints.get_entity_limit({"pressure_level": told}, default=10), running.shaped
+
+    assert contextvars.copy_context().run(ask) == (5, set())
+
+
+def test_a_dict_with_a_level_that_is_none_is_told() -> None:
+    with pytest.raises(ValueError, match="'severe' is no pressure level"):
+        ResourceConstraints.should_skip_optional_analysis({"pressure_level": "severe"})
+
+
+def test_what_get_constraints_says_can_be_handed_on_as_a_context() -> None:
+    handed_on = ResourceConstraints.get_constraints({"pressure_level": "high"})
+
+    assert ResourceConstraints.get_constraints(handed_on) == handed_on
+
+
+def test_outside_of_an_item_nothing_is_asked() -> None:
+    def ask() -> tuple[Any, ...]:
+        return tuple(ask(None) for ask in SAME_IN_THE_SOURCES_WORDS.values())
+
+    assert contextvars.Context().run(ask) == ANSWERS[0][1]
+
+
+def test_defaults_are_the_callers() -> None:
+    context = {"pressure_level": "emergency"}
+
+    assert ResourceConstraints.get_entity_limit(context, default=10) == 3
+    assert ResourceConstraints.get_embedding_dimensions(context, default=100) == 50
