@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,8 +31,8 @@ def rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
         if isinstance(field.default, BaseModel):
             yield from rows(type(field.default), f"{prefix}{name.upper()}__")
         else:
-            default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
-            default = "" if default is None else default
+            default = json.dumps(field.default) if isinstance(field.default, tuple) else field.default
+            default = "" if default in (None, "[]") else default
             yield f"| `{prefix}{name.upper()}` | `{default}` | {field.description} |".replace("``", "(empty)")
 
 

@@ -11,6 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from resilience.degradation import Level as Level
+    from resilience.degradation import ResourceConstraints as ResourceConstraints
     from rlm_tasks.celery import app as app
     from rlm_tasks.celery import install as install
     from rlm_tasks.client import Client as Client
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from rlm_tasks.errors import JobExpired as JobExpired
     from rlm_tasks.errors import JobFailed as JobFailed
     from rlm_tasks.errors import JobNotFound as JobNotFound
+    from rlm_tasks.errors import Overloaded as Overloaded
+    from rlm_tasks.errors import QueueFull as QueueFull
     from rlm_tasks.errors import ResultTimeout as ResultTimeout
     from rlm_tasks.errors import ResultTooLarge as ResultTooLarge
     from rlm_tasks.errors import RlmError as RlmError
@@ -34,26 +38,37 @@ if TYPE_CHECKING:
     from rlm_tasks.requests import NWay as NWay
     from rlm_tasks.requests import Options as Options
     from rlm_tasks.requests import Priority as Priority
+    from rlm_tasks.resource_manager import create_resource_manager as create_resource_manager
+    from rlm_tasks.resource_manager import get_resource_status as get_resource_status
+    from rlm_tasks.resource_manager import integrate_with_orchestrator as integrate_with_orchestrator
+    from rlm_tasks.resource_manager import reset_circuit_breakers as reset_circuit_breakers
+    from rlm_tasks.resource_manager import wrap_method_executor as wrap_method_executor
     from rlm_tasks.results import ItemFailure as ItemFailure
     from rlm_tasks.results import JobResult as JobResult
     from rlm_tasks.results import Partial as Partial
     from rlm_tasks.results import Progress as Progress
+    from rlm_tasks.results import Receipt as Receipt
     from rlm_tasks.results import Status as Status
     from rlm_tasks.sources import Files as Files
     from rlm_tasks.sources import Lines as Lines
     from rlm_tasks.splitting import estimate_optimal_chunk_size as estimate_optimal_chunk_size
+    from scheduler.allocation import ResourceAllocationPolicy as ResourceAllocationPolicy
 
 _HOMES = {
     "celery": "app install",
     "client": "Client",
-    "errors": "InvalidRequest JobCancelled JobExpired JobFailed JobNotFound ResultTimeout ResultTooLarge RlmError "
-    "StoreUnavailable UnknownOperation",
+    "errors": "InvalidRequest JobCancelled JobExpired JobFailed JobNotFound Overloaded QueueFull ResultTimeout "
+    "ResultTooLarge RlmError StoreUnavailable UnknownOperation",
     "job": "Job",
     "operations": "Context operation",
     "requests": "Adaptive Binary Conditions JobRequest NWay Options Priority",
-    "results": "ItemFailure JobResult Partial Progress Status",
+    "results": "ItemFailure JobResult Partial Progress Receipt Status",
+    "resource_manager": "create_resource_manager get_resource_status integrate_with_orchestrator reset_circuit_breakers "
+    "wrap_method_executor",
     "sources": "Files Lines",
     "splitting": "estimate_optimal_chunk_size",
+    "resilience.degradation": "Level ResourceConstraints",
+    "scheduler.allocation": "ResourceAllocationPolicy",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -64,7 +79,8 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"rlm_tasks.{_HOME_OF[name]}"), name)
+    home = _HOME_OF[name]
+    return getattr(importlib.import_module(home if "." in home else f"rlm_tasks.{home}"), name)
 
 
 def __dir__() -> list[str]:

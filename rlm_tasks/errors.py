@@ -9,6 +9,8 @@ RlmError
 │   ├── JobExpired
 │   └── JobCancelled
 ├── Quarantined             an item, or a merge, that kills its process every time
+├── Overloaded              not taken in now, by its priority; a Denied: has `retry_after_s`
+├── QueueFull               not taken in now, by its queue; a Denied: has `retry_after_s`
 ├── ResultTimeout           the job goes on, the wait is over (also a TimeoutError)
 └── ResultTooLarge          iterate, or raise RLM_MAX_RESULT_BYTES
 """
@@ -20,6 +22,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from resilience.errors import Category, InvalidValue, RlmError, Severity, StoreUnavailable
+from scheduler.admission import Overloaded, QueueFull
 
 if TYPE_CHECKING:
     from rlm_tasks.results import JobResult
@@ -31,7 +34,9 @@ __all__ = [
     "JobExpired",
     "JobFailed",
     "JobNotFound",
+    "Overloaded",
     "Quarantined",
+    "QueueFull",
     "ResultTimeout",
     "ResultTooLarge",
     "RlmError",

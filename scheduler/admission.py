@@ -66,5 +66,22 @@ def full(queue: str, priority: str, report: QueueReport, settings: AdmissionSett
     return QueueFull(f"queue {queue}", _between(max(lasts_s.values())), "; ".join(lasts_s))
 
 
+class WaitingRoom:
+    """Jobs that were opened and are not taken in yet; their own time wakes them, should nobody call."""
+
+    def __init__(self, store: Store, keys: Keys) -> None:
+        self._store, self._keys = store, keys
+
+    def enter(self, queue: str, waiters: Mapping[str, int]) -> None:
+        """Let jobs wait to be called, each named by its job and first node, with the time in ms when it came."""
+        key = self._keys.admission(queue)
+        self._store.reached(lambda client: (client.zadd(key, dict(waiters)), client.expire(key, ROOM_TTL_S)))
+
+    def call(self, queue: str, most: int) -> list[str]:
+        """Take those out who came first.  Raises StoreUnavailable."""
+        key = self._keys.admission(queue)
+        return [name.decode() for name, _ in self._store.reached(lambda client: client.zpopmin(key, most))]
+
+
 def _between(seconds: float) -> float:
     return float(math.ceil(min(LATEST_S, max(SOONEST_S, seconds))))

@@ -24,7 +24,7 @@ Redis do, and use 10 to 60 % of a CPU; 51 % with 3 that compute, 88 to 100 % wit
 So this says that work waits, and the run queue how badly; single seconds of a healthy host come to 65 %, too.
 """
 CROWDED = (2.0, 3.0, 4.0, 6.0)
-"""Tasks per CPU at which CPU is ELEVATED to EMERGENCY: work takes so many times as long.
+"""Beyond so many tasks per CPU it is ELEVATED to EMERGENCY: work takes so many times as long.
 
 Measured on 2 CPUs, the larger with other work on the machine: 1.0 to 1.1 with 2 computing processes, up to 1.6 with two
 more that wake often, 1.5 to 1.6 with 3, 2.0 to 2.4 with 4, 3.0 to 3.8 with 6, 4.5 to 5.4 with 8, 6.7 with 12.
