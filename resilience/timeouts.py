@@ -92,10 +92,12 @@ class Timeouts:
         *,
         estimate_s: float = 0.0,
         retries: int = 0,
+        stretch: float = 1.0,
         remaining_s: float | None = None,
     ) -> float:
         """Return how many seconds an item may take: 0 if none remain, and never more than the cap.
 
+        `stretch` is the factor by which urgent work gets more.
         `estimate_s` is how long the caller expects it to take, which counts until enough was learned; `retries` is
         how often the item was tried before; `remaining_s` is what is left of its job's time.  Asks Redis at most
         every 30 s for each operation, and raises nothing if it is away: then what was last read counts, or the
@@ -104,7 +106,7 @@ class Timeouts:
         its = self._settings
         base_s, p99_s = its.base_s(complexity) * self._multipliers.get(operation, 1.0), self._p99_s(operation)
         first_s = max(base_s, 2 * estimate_s) if p99_s is None else max(p99_s * its.factor, its.floor * base_s)
-        limit_s = min(first_s * its.retry_penalty ** min(retries, MOST_RETRIES), its.cap_s)
+        limit_s = min(stretch * first_s * its.retry_penalty ** min(retries, MOST_RETRIES), its.cap_s)
         return limit_s if remaining_s is None else max(0.0, min(limit_s, remaining_s))
 
     def learn(self, operation: str, durations_s: Sequence[float]) -> None:

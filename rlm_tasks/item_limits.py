@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from resilience.errors import CallTimeout
 from resilience.timeouts import Timeouts
 from rlm_tasks.settings import NodeSettings
+from scheduler.allocation import timeout_factor
 
 TELL_EVERY_S = 10.0
 """A process tells what items took about this often; telling after each node cost a small node 5 % more time."""
@@ -32,12 +33,15 @@ class ItemLimits:
         self._took: dict[str, list[float]] = {}
         self._told_at = clock()
 
-    def limit_s(self, operation: str, declared_s: float | None, complexity: str, tries: int) -> float:
-        """Return the seconds an item may take, 0 for no limit; a word of the user's wins over what was learned."""
+    def limit_s(self, operation: str, declared_s: float | None, complexity: str, tries: int, priority: str = "normal") -> float:
+        """Return the seconds an item may take, 0 for no limit; a word of the user's wins over what was learned.
+
+        What was learned is stretched for urgent work.
+        """
         fixed_s = declared_s or self._settings.item_limit_s
         if fixed_s or not self._settings.adaptive_timeouts:
             return fixed_s or _UNLIMITED
-        return self._timeouts.limit_s(operation, complexity, retries=tries)
+        return self._timeouts.limit_s(operation, complexity, retries=tries, stretch=timeout_factor(priority))
 
     def took(self, operation: str, seconds: list[float]) -> None:
         """Keep what items of an operation took, to be told before long."""

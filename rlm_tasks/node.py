@@ -136,7 +136,9 @@ class NodeRun:
         def read(lo: int, hi: int) -> object:
             return runtime.ledger.patiently(lambda: runtime.items.read(spec.source, keys.items, keys.blocks, lo, hi))
 
-        limit_s = runtime.limits.limit_s(operation.name, operation.protection.timeout_s, spec.complexity, claim.tries)
+        limit_s = runtime.limits.limit_s(
+            operation.name, operation.protection.timeout_s, spec.complexity, claim.tries, spec.priority
+        )
         page.limit(limit_s)
         self._guarded = runtime.guards.of(operation, spec.priority)
         level = runtime.page.level

@@ -142,7 +142,7 @@ class Sampler:
             fields = _text(self._proc / process / "statm").split()
             if len(fields) > 2 and fields[1].isdecimal() and fields[2].isdecimal():
                 pages += max(0, int(fields[1]) - int(fields[2]))
-        return _Memory(pages * _PAGE / _MB, self._max_memory_mb, "processes")
+        return _Memory(pages * _PAGE / _MB, self._max_memory_mb, "processes") if pages else None
 
     def _family(self, process: str) -> Iterator[str]:
         yield process
