@@ -111,6 +111,7 @@ class WorkInFlight(Work):
         context = self._context(index)
         self._remember(context)
         context.degradation = self._asked[index] = Degradation(self.degradation.level)
+        IN_FORCE.set(context.degradation)  # here and in the task, which begins with a copy
         run: Callable[[], Awaitable[Any]] = functools.partial(self._bounded, item, context)
         if self._guarded is not None:
             try:
@@ -131,7 +132,6 @@ class WorkInFlight(Work):
 
     async def _timed(self, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
         began = self._clock()
-        IN_FORCE.set(context.degradation)
         output = await run()
         self._ended_well(context, began)
         return output

@@ -78,12 +78,15 @@ class Work:
     def run(self, boundary: Callable[[], bool]) -> None:
         """Work until the range or a boundary ends it, or an item has to wait."""
         self._boundary = boundary
-        IN_FORCE.set(self.degradation)
-        with self._alarm:
-            if self._operation.batch and not self._validating:
-                self._windows(self._one_batch, lambda: self._batch)
-            else:
-                self._windows(self._each_item, lambda: WINDOW)
+        outside = IN_FORCE.set(self.degradation)
+        try:
+            with self._alarm:
+                if self._operation.batch and not self._validating:
+                    self._windows(self._one_batch, lambda: self._batch)
+                else:
+                    self._windows(self._each_item, lambda: WINDOW)
+        finally:
+            IN_FORCE.reset(outside)
 
     def give_up(self, index: int, error: BaseException) -> None:
         """Fail an item without running it."""
@@ -236,12 +239,12 @@ class Work:
             if not wait.isolates:
                 self._postpone(wait)
         except (Exception, SystemExit):
-            self.degradation.shaped.clear()
-            return False
+            pass  # it is raised again, by the item it belongs to
         else:
             self.harvest.shape(self.degradation, len(kept))
             self.took_s.append(self._clock() - began)
             return True
+        self.degradation.shaped.clear()  # each of them is asked again
         return False
 
     def _keep_one(self, output: Any) -> None:

@@ -44,7 +44,7 @@ DATE = "Wed, 21 Oct 2015 07:28:00 GMT"
 def ours(root: type[RlmError] = RlmError) -> list[type[RlmError]]:
     """Return an error and all that are derived from it, but for those of tests."""
     below = [found for each in root.__subclasses__() for found in ours(each)]
-    return ([root] if root.__module__.startswith(("resilience.", "rlm_tasks.")) else []) + below
+    return ([root] if root.__module__.startswith(("resilience.", "scheduler.", "rlm_tasks.")) else []) + below
 
 
 def made(error: type[RlmError]) -> RlmError:

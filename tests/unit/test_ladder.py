@@ -116,11 +116,11 @@ def test_work_that_waits_for_memory_is_high_at_once(settings: PressureSettings, 
 
 
 def test_signals_follow_other_thresholds() -> None:
-    settings = PressureSettings(thresholds=(10.1, 20.2, 30.3, 40.4))
+    settings = PressureSettings(thresholds=(5.9, 27.3, 27.6, 52.7))
 
     found = signals(sampled(cpu_waiting_pct=90.0, load_per_cpu=3.0, memory_stall_pct=40.0), settings)
 
-    assert found == {"memory": 20.0, "cpu": 20.2, "memory stalls": 30.3}
+    assert found == {"memory": 20.0, "cpu": 27.3, "memory stalls": 27.6}, "to the last digit: a level begins at its threshold"
 
 
 @given(st.floats(0, 100), st.floats(0, 100), st.floats(0, 64), st.floats(0, 100), st.floats(0, 64))
@@ -225,6 +225,10 @@ def test_a_missing_load_keeps_the_level() -> None:
     assert levels(90, *[10] * 60, math.nan)[-1] is ELEVATED, "and what a ladder knows is not spoilt"
 
 
+def test_load_beyond_100_percent_lasts_no_longer_than_100_percent() -> None:
+    assert levels(*[100] * 30, *[10] * 120) == levels(*[900, math.inf] * 15, *[10, -math.inf] * 60)
+
+
 def test_switched_off_every_level_is_normal() -> None:
     assert levels(99, 99, settings=PressureSettings(enabled=False)) == [NORMAL, NORMAL]
 
@@ -317,13 +321,13 @@ def test_even_after_an_hour_of_noise_all_is_normal_two_minutes_after_its_end(mea
 @pytest.mark.parametrize("noise", [0, 3])
 @pytest.mark.parametrize("base", [70, 80, 90, 100, 110, 120, 150, 200, 300])
 def test_load_that_falls_because_work_is_degraded_makes_few_swings(base: float, noise: float) -> None:
-    """Without memory of premature steps a load of 110 % changes the level 320 times in this hour."""
+    """Without memory of premature steps a load of 110 % changes the level 326 times in this hour."""
     random, ladder, level, found = Random(1), Ladder(SETTINGS), NORMAL, []
     for second in range(3600):
         load = base * CONSTRAINTS[level].entity_limit_factor + random.gauss(0, noise)
         found.append(level := ladder.step(load, second))
 
-    assert changes(found) <= 14
+    assert changes(found) <= 12
     assert level is not NORMAL
 
 
@@ -343,7 +347,7 @@ def test_a_premature_step_is_tried_again_when_load_was_below_the_threshold_for_l
 def test_a_step_that_held_is_forgiven() -> None:
     ladder = Ladder(SETTINGS)
     times = iter(range(10_000))
-    for load in (96, *[70] * 30, 96, *[50] * 30, *[70] * int(RELAPSE_S)):
+    for load in (96, *[70] * 30, 96, *[50] * 30, *[70] * int(RELAPSE_S + 60)):
         ladder.step(load, next(times))
     assert ladder.state.premature, "for now"
 

@@ -173,12 +173,14 @@ def test_a_limit_above_the_host_s_memory_is_none(host: Host) -> None:
     assert host.sample().source == "host"
 
 
-@pytest.mark.parametrize("path", ["/docker/4f1c", "/../../kubepods/pod7"])
+@pytest.mark.parametrize("path", ["/docker/4f1c", "/../../kubepods/pod7", "/.."])
 def test_in_a_container_whose_path_is_not_below_the_mount_the_mount_is_the_own_cgroup(host: Host, path: str) -> None:
     in_cgroup2(host, path)
-    cgroup2(host, "/", used_mb=512, most=str(1024 * MB))
+    host.pressure("cpu", 0, folder=cgroup2(host, "/", used_mb=512, most=str(1024 * MB)))
 
-    assert (host.sample().memory_pct, host.sample().source) == (50, "cgroup2")
+    sample = host.sample()
+
+    assert (sample.memory_pct, sample.source, sample.cpu_waiting_pct) == (50, "cgroup2", 0)
 
 
 def test_version_1_counts_its_working_set_against_its_limit(host: Host) -> None:
@@ -346,10 +348,14 @@ def test_another_quota_makes_no_nonsense_of_one_sample(host: Host) -> None:
     folder = cgroup2(host, "/worker", cpu="100000 100000")
     sampler = host.sampler()
     sampler.sample()
-    host.write(f"{folder}/cpu.max", "50000 100000\n")
+    host.write(f"{folder}/cpu.max", "200000 100000\n")
     usage2(host, folder, used_s=0.3, throttled=5, periods=10)
 
-    assert (second(host, sampler).cpu_pct, second(host, sampler).throttled_pct) == (0, 0)
+    sample = second(host, sampler)
+
+    assert (sample.cpu_pct, sample.throttled_pct) == (0, 0)
+    usage2(host, folder, used_s=1.3, throttled=5, periods=20)
+    assert second(host, sampler).cpu_pct == pytest.approx(50), "from then on it is compared again"
 
 
 def test_the_run_queue_is_without_ourselves_for_each_cpu_of_the_host_and_smoothed(host: Host) -> None:
@@ -470,7 +476,8 @@ def test_a_limit_without_a_usage_is_not_there_nor_the_other_way_round(host: Host
 
 
 def test_nothing_is_told_of_a_machine_without_proc(tmp_path: Path) -> None:
-    assert Sampler(PressureSettings(), root=tmp_path, cpus=lambda: {0}).sample() is None
+    for most in (0, 100):
+        assert Sampler(PressureSettings(max_memory_mb=most), root=tmp_path, cpus=lambda: {0}).sample() is None
 
 
 def test_a_clock_that_stands_still_divides_nothing_by_zero(host: Host) -> None:

@@ -341,8 +341,8 @@ def test_a_broken_script_is_not_taken_for_an_outage() -> None:
         Timeouts(store).learn("op", [1.0])
 
 
-def test_urgent_work_gets_more_time_and_never_more_than_the_cap(world: World) -> None:
-    timeouts = Timeouts(world.store())
+def test_urgent_work_gets_more_time_and_never_more_than_the_cap() -> None:
+    timeouts = taught([])
 
     assert timeouts.limit_s("parse", "simple", stretch=2.0) == 2 * timeouts.limit_s("parse", "simple")
     assert timeouts.limit_s("parse", "very_complex", stretch=2.0) == 10_800
