@@ -70,7 +70,7 @@ class Client:
     def __init__(self, app: Celery | None = None) -> None:
         self._app = app or default_app
         self.settings: Settings = self._app.rlm_settings
-        self._store = Store(self.settings.redis_url)
+        self._store = Store(self.settings.redis_url, namespace=self.settings.namespace)
         self.ledger = Ledger(self._store, Keys(self.settings.namespace), self.settings.ledger)
         self._dispatcher = Dispatcher(self._app, self.ledger)
         self._listener: Listener | None = None

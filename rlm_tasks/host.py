@@ -63,7 +63,8 @@ class Host:
         """Act on what was answered."""
         _, told, (_, slots) = answers
         self._orders, self._heard_at = Board.read(told), now
-        self._runtime.page.slots = slots
+        if slots:  # a consumer that reconnects has no queue for a moment; what was heard before holds
+            self._runtime.page.slots = slots
         self._act(now)
 
     def _act(self, now: float) -> None:
@@ -95,13 +96,15 @@ class Host:
         )  # fmt: skip
 
     def _ages(self) -> dict[str, float]:
-        cluster = self._orders.cluster if self._orders is not None else None
-        return ages(cluster.queues) if cluster is not None else {}
+        orders = self._orders  # the event loop asks, while the guard's thread may forget them
+        return ages(orders.cluster.queues) if orders is not None and orders.cluster is not None else {}
 
 
 def _active() -> Counter[str]:
     """Return how many nodes of each operation this worker's pool runs."""
-    told = ((request.request_dict.get("rlm") or {}).get("operation", "") for request in list(state.active_requests))
+    # The bare set is copied in one step, while the event loop changes it; as in `queue_order`.
+    held = (reference() for reference in state.active_requests.data.copy())
+    told = ((request.request_dict.get("rlm") or {}).get("operation", "") for request in held if request is not None)
     return Counter(operation for operation in told if operation)
 
 

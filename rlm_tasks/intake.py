@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from celery import Celery
@@ -38,7 +38,7 @@ class Seen:
 
     level: Level = Level.NORMAL
     queues: Mapping[str, QueueReport] = field(default_factory=dict)
-    slots: Mapping[str, int] = field(default_factory=dict)  # queue -> slots that serve it
+    slots: Mapping[str, int] = field(default_factory=dict)  # each queue that was looked at -> slots that serve it
 
 
 class Intake:
@@ -49,8 +49,7 @@ class Intake:
         self._store, self._settings, self._clock = store, settings, clock
         self._board, self._slots = Board(store, keys, settings.pressure), SlotBoard(store, keys)
         self._gauge = QueueGauge(app)
-        self._queues: tuple[str, ...] = ()
-        self._seen, self._seen_at = Seen(), float("-inf")
+        self._last = Seen(), float("-inf")  # what was seen, and when: one object, for threads
 
     def refusal(self, queue: str, priority: str) -> Denied | None:
         """Return why a job is not taken in now, and when to come back; None: it is.
@@ -66,23 +65,23 @@ class Intake:
         return full(queue, priority, report, self._settings.admission)
 
     def _look(self, queue: str) -> Seen:
-        now = self._clock()
-        if queue not in self._queues or now - self._seen_at >= LOOK_EVERY_S:
-            self._queues = tuple(dict.fromkeys((*self._queues, queue)))
-            self._seen, self._seen_at = self._fresh(), now
-        return self._seen
+        now, (seen, seen_at) = self._clock(), self._last
+        if queue not in seen.slots or now - seen_at >= LOOK_EVERY_S:
+            seen = self._fresh(tuple(dict.fromkeys((*seen.slots, queue))))
+            self._last = seen, now
+        return seen
 
-    def _fresh(self) -> Seen:
-        looks = [self._board.look(), *(self._slots.take(each, 0) for each in self._queues)]
+    def _fresh(self, queues: Sequence[str]) -> Seen:
+        looks = [self._board.look(), *(self._slots.take(each, 0) for each in queues)]
         answer, *slots = self._store.ask(*looks)
         orders = self._board.read(answer)
         own = None if orders.cluster or orders.forced is not None else prevailing(self._board.hosts())
         level = acted_on(own or Level.NORMAL, orders) if self._settings.pressure.enabled else Level.NORMAL
-        return Seen(level, self._depths(), dict(zip(self._queues, (total for _, total in slots), strict=True)))
+        return Seen(level, self._depths(queues), dict(zip(queues, (total for _, total in slots), strict=True)))
 
-    def _depths(self) -> Mapping[str, QueueReport]:
+    def _depths(self, queues: Sequence[str]) -> Mapping[str, QueueReport]:
         try:
-            return self._gauge.read(self._queues)
+            return self._gauge.read(queues)
         except (KombuError, RedisError, OSError) as error:
             logger.info("Queues are taken for empty, the broker does not answer: %s", error)
             return {}

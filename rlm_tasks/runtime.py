@@ -68,7 +68,7 @@ class Runtime:
     @classmethod
     def of(cls, app: Celery, settings: Settings, *, patience_s: float) -> Runtime:
         """Build the parts for one Celery app."""
-        store, keys = Store(settings.redis_url), Keys(settings.namespace)
+        store, keys = Store(settings.redis_url, namespace=settings.namespace), Keys(settings.namespace)
         ledger = Ledger(store, keys, settings.ledger, patience_s=patience_s)
         dispatcher, shared = Dispatcher(app, ledger), guard_store(settings)
         page = Page(stale_s=settings.pressure.stale_s)

@@ -6,6 +6,7 @@ a level follows from many hosts'.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -133,8 +134,8 @@ class Board:
             forced = as_level(level)
         except ValueError as error:
             raise InvalidValue("level", level, str(error)) from None
-        if not for_s > 0:
-            raise InvalidValue("for_s", for_s, "must be above 0 seconds")
+        if not 0.001 <= for_s < math.inf:
+            raise InvalidValue("for_s", for_s, "must be a number of seconds above 0")
         self._store.reached(lambda client: client.set(self._keys.forced, forced.label, px=int(for_s * 1000)))
 
     def release(self) -> bool:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import msgspec
+from redis.exceptions import ResponseError
 
 from resilience.breaker import CircuitBreakers
 from resilience.degradation import CONSTRAINTS, Level
@@ -22,7 +23,7 @@ from scheduler.alerts import Alerts, ResourcePressureEvent, Webhook
 from scheduler.autoscale import Advice, ClusterAdvice, Load
 from scheduler.board import Board, ClusterReport, HostReport, prevailing
 from scheduler.events import Event, Events, Severity
-from scheduler.forecast import Holt, will_rise
+from scheduler.forecast import LOAD_BUCKET_S, Holt, Rise, will_rise
 from scheduler.ladder import Ladder, LadderState
 from scheduler.queues import QueueReport, priority_of
 from scheduler.settings import AdmissionSettings, AlertSettings, AutoscaleSettings, PressureSettings
@@ -30,12 +31,10 @@ from scheduler.usage import Usage
 
 ALERTING = frozenset({"execution.slow", "memory.high"})
 """Events of workers that may be alerted; the monitor's own it alerts itself."""
-AT_BOUND_PCT, DOUBLED_PCT = 65.0, 10.0
-"""A queue that waits as long as it may counts as much as memory at 65 %, and each doubling is a level more."""
 CALLED_PER_SLOT = 4
 """Jobs that are let in at a look, for each slot: as many as a first fan-out makes nodes."""
-MOST_OF_QUEUES_PCT = 84.9
-"""Waiting alone reaches HIGH: what is optional is left out, but nothing is simplified while machines are fine."""
+BELOW_CRITICAL_PCT = 0.1
+"""Waiting alone reaches HIGH, and no more: what is optional is left out, but nothing is simplified while machines are fine."""
 
 
 class Memory(msgspec.Struct):
@@ -43,7 +42,7 @@ class Memory(msgspec.Struct):
 
     queues: LadderState = msgspec.field(default_factory=LadderState)
     redis: LadderState = msgspec.field(default_factory=LadderState)
-    pressure: Holt = msgspec.field(default_factory=Holt)
+    pressure: Holt = msgspec.field(default_factory=lambda: Holt(bucket_s=LOAD_BUCKET_S))
     advice: ClusterAdvice = msgspec.field(default_factory=ClusterAdvice)
     level: int = 0
     open: list[str] = []  # breakers
@@ -144,8 +143,7 @@ class Monitor:
         ]
         worst = max(signals, key=lambda signal: (signal.level, signal.percent))
         percent = max(signal.percent for signal in signals)
-        memory.pressure.observe(percent, now)
-        rise = will_rise(memory.pressure, percent, thresholds=self._settings.pressure.thresholds)
+        rise = self._rise(memory, percent, worst.level, now)
         load = self._load(memory, hosts, queues, now)
         advice = memory.advice.decide(load, self._settings.autoscale, now)
         self._advise(advice)
@@ -159,22 +157,36 @@ class Monitor:
     def _laddered(self, state: LadderState, percent: float, why: str, now: float) -> Signal:
         return Signal(Ladder(self._settings.pressure, state).step(percent, now), percent, why)
 
+    def _rise(self, memory: Memory, percent: float, level: Level, now: float) -> Rise | None:
+        """Return the level that is expected soon; one that still lasts from before is no news."""
+        memory.pressure.observe(percent, now)
+        rise = will_rise(memory.pressure, percent, thresholds=self._settings.pressure.thresholds)
+        return rise if rise and rise.level > level else None
+
     def _of_queues(self, queues: Mapping[str, QueueReport]) -> tuple[float, str]:
-        """Return how pressed queues are, in percent.  Low work is there to wait."""
+        """Return how pressed queues are, in percent.  Low work is there to wait.
+
+        A queue that waits as long as it may is ELEVATED, and one that waits twice as long is HIGH.
+        """
+        elevated, high, critical, _ = self._settings.pressure.thresholds
         found = [(0.0, "")]
         for name, report in queues.items():
             priority, most = priority_of(name), self._settings.admission.queue_depth
             if priority == "low" or not report.depth:
                 continue
             bound_s, age = self._settings.admission.wait_s(priority), report.oldest_s or 0.0
-            waits = AT_BOUND_PCT + DOUBLED_PCT * math.log2(age / bound_s) if bound_s and age > 0 else 0.0
+            waits = elevated + (high - elevated) * math.log2(age / bound_s) if bound_s and age > 0 else 0.0
             deep = 100.0 * report.depth / most if most else 0.0
             why = f"{report.depth} messages wait in {name}" + (f", the oldest for {age:.0f} s" if age >= 1 else "")
-            found.append((min(MOST_OF_QUEUES_PCT, max(waits, deep, 0.0)), why))
+            found.append((min(critical - BELOW_CRITICAL_PCT, max(waits, deep, 0.0)), why))
         return max(found)
 
     def _redis_pct(self) -> float | None:
-        about = self._store.reached(lambda client: client.info("memory"))
+        """Return how full Redis is; None where it has no limit, or must not be asked."""
+        try:
+            about = self._store.reached(lambda client: client.info("memory"))
+        except ResponseError:
+            return None
         most = int(about.get("maxmemory", 0))
         return round(100 * int(about["used_memory"]) / most, 1) if most else None
 

@@ -24,7 +24,7 @@ _MB = 2**20
 _UNLIMITED_MB = 2**40
 """A limit from here on is none; of version 1 it is near 2^63 bytes then."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_TOTAL = re.compile(r"^(some|full) .*\btotal=(\d+)", re.MULTILINE | re.ASCII)
+_TOTAL = re.compile(r"^(some|full) .*\btotal=(\d{1,19})$", re.MULTILINE | re.ASCII)
 
 Source = Literal["cgroup2", "cgroup1", "host", "processes"]
 
@@ -132,16 +132,15 @@ class Sampler:
     def _host_memory(self) -> _Memory | None:
         told = _numbers(_text(self._proc / "meminfo"))
         total, available = told.get("MemTotal:", 0), told.get("MemAvailable:")
-        return _Memory((total - available) / 1024, total / 1024, "host") if total > 0 and available is not None else None
+        return _Memory(max(0, total - available) / 1024, total / 1024, "host") if total > 0 and available is not None else None
 
     def _own_memory(self) -> _Memory | None:
         if not self._max_memory_mb:
             return None
         pages = 0
         for process in self._family("self"):
-            fields = _text(self._proc / process / "statm").split()
-            if len(fields) > 2 and fields[1].isdecimal() and fields[2].isdecimal():
-                pages += max(0, int(fields[1]) - int(fields[2]))
+            _, resident, shared, *_ = [*(_int(each) or 0 for each in _text(self._proc / process / "statm").split()), 0, 0, 0]
+            pages += max(0, resident - shared)
         return _Memory(pages * _PAGE / _MB, self._max_memory_mb, "processes") if pages else None
 
     def _family(self, process: str) -> Iterator[str]:

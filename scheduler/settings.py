@@ -48,8 +48,8 @@ class AdmissionSettings(BaseModel, frozen=True, extra="forbid"):
     )
 
     def wait_s(self, priority: str) -> float:
-        """Return the longest wait of a priority's queue, in seconds; 0: none."""
-        return float(getattr(self, f"wait_{priority}_s"))
+        """Return the longest wait of a priority's queue, in seconds; 0: none, as for the platform's own work."""
+        return float(getattr(self, f"wait_{priority}_s", 0.0))
 
 
 class AllocationSettings(BaseModel, frozen=True, extra="forbid"):

@@ -5,7 +5,6 @@ It starts a server, a worker and beat, and stops them.  A quarter of the time is
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -14,141 +13,115 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 from rlm_tasks import Overloaded, QueueFull, embedded, operation
 
-PRIORITIES = ("critical", "high", "normal", "low")
 SETTINGS = {
     "RLM_OPERATIONS": "under_pressure",
-    "RLM_PRESSURE__MAX_MEMORY_MB": "512",  # of the worker and its two processes; idle they hold a good third of it
+    "RLM_PRESSURE__MAX_MEMORY_MB": "512",  # of the worker and its two processes, which hold a third of it when idle
     "RLM_PRESSURE__MONITOR_S": "1",
     "RLM_PRESSURE__RELEASE_S": "3",
     "RLM_ADMISSION__WAIT_HIGH_S": "8",
     "RLM_ADMISSION__WAIT_NORMAL_S": "10",
-    "RLM_ADMISSION__WAIT_LOW_S": "15",
+    "RLM_ADMISSION__WAIT_LOW_S": "12",
 }
+PRIORITIES = ("critical", "high", "normal", "low")
+MB = 2**20
 
 
 @operation("look_up")
 def look_up(item, ctx):
-    """A small item: it waits for somebody, and looks at up to 40 entities."""
+    """A small item: wait for somebody, and look at up to 40 entities."""
     time.sleep(0.02)
-    return [hashlib.sha256(f"{item} {entity}".encode()).hexdigest()[:8] for entity in range(ctx.limit(40))]
+    return [hashlib.sha256(b"%d" % entity).hexdigest()[:8] for entity in range(ctx.limit(40))]
 
 
 def skim(item, ctx):
-    """The same as `digest`, of an abstract."""
-    return fingerprint(40)
+    """Digest an abstract of 60 MB."""
+    return hashlib.blake2b(b"x" * (60 * MB)).hexdigest()
 
 
 @operation("digest", simplified=skim)
 def digest(item, ctx):
-    """A large item: 130 MB while it is looked at, and less when it is asked for less."""
-    return fingerprint(ctx.limit(130), passes=1 if ctx.skip_expensive else 2)
-
-
-def fingerprint(megabytes, passes=1):
-    """Hold so much memory, and work on it."""
-    text = b"x" * (megabytes * 2**20)
-    return [hashlib.blake2b(text).hexdigest() for _ in range(passes)][0]
+    """A large item: 180 MB are read at once, or as many as there may be; reading twice is better, and expensive."""
+    text = b"x" * (ctx.limit(180) * MB)
+    return [hashlib.blake2b(text).hexdigest() for _ in range(1 if ctx.skip_expensive else 2)]
 
 
 @operation("knock")
 def knock(item):
-    """Say when the item has begun."""
+    """Say when the item begins."""
     return time.time()
 
 
 class Run:
-    """The load of one run, and what is seen of it once a second."""
+    """What is asked of the platform, second by second, and what is seen of it."""
 
     def __init__(self, client, seconds):
-        self.client, self.seconds, self.second = client, seconds, 0
+        self.client, self.seconds, self.second, self.phase = client, seconds, 0, "calm"
         self.jobs = {"calm": [], "overload": [], "recovery": []}
-        self.refused, self.knocks, self.starts = Counter(), [], []
-        self.executed = 0
-
-    @property
-    def phase(self):
-        """What is asked of the platform now."""
-        quarter = int(4 * self.second / self.seconds)
-        return ("calm", "overload", "recovery", "recovery")[quarter]
+        self.refused, self.knocks, self.starts, self.executed = Counter(), [], [], Counter()
 
     def ask(self):
-        """Submit what comes in this second: small jobs always, large ones in the overload, a critical one now and then."""
+        """Submit what comes in this second: small jobs, large ones in the overload, a critical one every other second."""
+        overload, recovery = self.seconds // 4, self.seconds // 2
+        self.phase = "calm" if self.second < overload else "overload" if self.second < recovery else "recovery"
+        large = {"calm": 0, "overload": 10 if self.second == overload else 1, "recovery": 0}[self.phase]
         for priority in PRIORITIES[1:]:
-            self.submit(priority, "look_up", 12)
-        if self.phase == "overload":
-            starts = self.second == 0 or self.second * 4 // self.seconds != (self.second - 1) * 4 // self.seconds
-            for priority in PRIORITIES[1:] * (10 if starts else 1):
-                self.submit(priority, "digest", 6)
+            for name in ["look_up", *["digest"] * large]:
+                self.submit(name, priority)
         if self.second % 2:
-            self.knocks.append((self.second, time.time(), self.client.submit(operation="knock", items=[0], priority="critical")))
+            asked, job = time.time(), self.client.submit(operation="knock", items=[0], priority="critical")
+            self.knocks.append((self.second, asked, job))
 
-    def submit(self, priority, name, items):
-        """Submit a job, or note that it was refused."""
+    def submit(self, name, priority):
+        """Submit a job of six items, or note that it is refused."""
         try:
-            job = self.client.submit(operation=name, items=range(items), priority=priority)
+            self.jobs[self.phase].append(self.client.submit(operation=name, items=range(6), priority=priority))
         except (Overloaded, QueueFull) as refused:
-            self.refused[refused.code] += 1
-        else:
-            self.jobs[self.phase].append(job)
+            self.refused[f"{refused.code} {priority}"] += 1
 
     def look(self):
         """Return what is seen now, as plain data."""
-        status = self.client.status()
-        for each in [knock for knock in self.knocks if knock[2].ready()]:
+        status, before = self.client.status(), self.executed
+        self.executed = Counter({each.executor_id: each.total_executions for each in self.client.usage.all()})
+        for each in [each for each in self.knocks if each[2].ready()]:
             self.knocks.remove(each)
             second, asked, job = each
-            self.starts.append({"at": second, "after_s": round(job.get()[0] - asked, 3)})
-        executed = sum(usage.total_executions for usage in self.client.usage.all())
-        before, self.executed = self.executed, executed
+            self.starts.append({"second": second, "after_s": round(job.get()[0] - asked, 3)})
         queues = {name.rpartition(".")[2]: report for name, report in status.queues.items()}
         return {
-            "second": self.second, "phase": self.phase, "level": status.level, "why": status.why,
+            "second": self.second, "phase": self.phase, "level": status.level, "why": status.why.partition(" on ")[0],
             "queued": {priority: queues[priority].depth for priority in PRIORITIES},
             "oldest_s": round(max(report.oldest_s or 0.0 for report in queues.values()), 1),
-            "items": executed - before, "memory_pct": status.resource_usage["memory_percent"], "refused": dict(self.refused),
+            "items": {name: self.executed[name] - before[name] for name in ("look_up", "digest")},
+            "memory_pct": status.resource_usage["memory_percent"], "refused": dict(self.refused),
         }  # fmt: skip
 
     def receipts(self):
         """Return what was left out of the answers, by the phase in which they were asked for."""
-        return {phase: told(jobs) for phase, jobs in self.jobs.items()}
-
-
-def told(jobs):
-    """Add the receipts of jobs up."""
-    items = Counter()
-    for job in jobs:
-        items.update({(each.strategy, each.level): each.items for each in job.receipt()})
-    shaped = [{"strategy": strategy, "level": level, "items": n} for (strategy, level), n in sorted(items.items())]
-    return {"jobs": len(jobs), "shaped": shaped}
+        found = {}
+        for phase, jobs in self.jobs.items():
+            items = Counter()
+            for job in jobs:
+                items.update({f"{each.strategy} at {each.level}": each.items for each in job.receipt()})
+            found[phase] = {"jobs": len(jobs), "items": dict(sorted(items.items()))}
+        return found
 
 
 def in_words(row):
     """Return one second as a line."""
-    queued = "  ".join(f"{priority} {row['queued'][priority]:2}" for priority in PRIORITIES)
+    queued = "  ".join(f"{priority} {row['queued'][priority]:3}" for priority in PRIORITIES)
     return (
-        f"{row['second']:3} s  {row['level']:<9}  waiting: {queued}  oldest {row['oldest_s']:4} s  {row['items']:3} items/s  "
-        f"memory {row['memory_pct']:3.0f} %  refused {sum(row['refused'].values())}"
+        f"{row['second']:3} s  {row['level']:<9}  memory {row['memory_pct']:3.0f} %  waiting: {queued}, {row['oldest_s']:4} s"
+        f"  {sum(row['items'].values()):3} items/s  refused {sum(row['refused'].values()):3}"
     )
 
 
-@contextlib.contextmanager
-def beat(environment, log):
-    """Run beat for the length of a block: it has the monitor look at the whole platform."""
-    command = [sys.executable, "-m", "celery", "-A", "rlm_tasks", "beat", "-l", "WARNING"]
-    with log.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
-    try:
-        yield
-    finally:
-        embedded.end(process)
-
-
 def record(client, seconds):
-    """Run the load; return what was seen."""
+    """Run, and return what was seen."""
     while not client.status().monitored:
         time.sleep(0.1)
     run, rows, began = Run(client, seconds), [], time.monotonic()
@@ -158,6 +131,17 @@ def record(client, seconds):
         rows.append(run.look())
         print(in_words(rows[-1]), flush=True)
     return {"rows": rows, "critical": run.starts, "receipts": run.receipts()}
+
+
+@contextmanager
+def beat(environment):
+    """Run beat for the length of a block: it has the whole platform looked at."""
+    command = [sys.executable, "-m", "celery", "-A", "rlm_tasks", "beat", "-l", "ERROR"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, **environment})
+    try:
+        yield
+    finally:
+        embedded.end(process)
 
 
 def main():
@@ -172,11 +156,10 @@ def main():
         os.environ.update(environment)
         from rlm_tasks import Client  # it reads the environment when it is imported
 
-        log = Path(folder) / "log"
-        with embedded.worker(environment, log=log), beat(environment, log), Client() as client:
+        with embedded.worker(environment, log=Path(folder) / "log"), beat(environment), Client() as client:
             seen = record(client, asked.seconds)
     for phase, about in seen["receipts"].items():
-        left_out = "; ".join("{strategy} at {level}: {items} items".format(**each) for each in about["shaped"])
+        left_out = "; ".join(f"{what}: {items} items" for what, items in about["items"].items())
         print(f"{phase}: {about['jobs']} jobs, {left_out or 'nothing was left out'}")
     if asked.out:
         asked.out.write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")

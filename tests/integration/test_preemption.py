@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -73,6 +74,12 @@ def goes_on(job: Job, items: int) -> None:
     wait_until(lambda: job.progress().done >= done + items)
 
 
+def free(client: Client) -> int:
+    """Return how many slots are on offer."""
+    offers = client.ledger.store.client.hvals(client.ledger.keys.slots)
+    return sum(json.loads(each)["free"] for each in offers)
+
+
 def at_once(intervals: Sequence[tuple[int, float, float]]) -> int:
     """Return how many items ran at the same time, at most."""
     edges = sorted([(began, 1) for _, began, _ in intervals] + [(ended, -1) for _, _, ended in intervals])
@@ -132,11 +139,6 @@ def test_a_free_slot_is_used_before_anybody_yields(wide: Client, critical: int, 
         low.cancel()
 
 
-def free(client: Client) -> int:
-    """Return how many slots are on offer."""
-    return sum(host["free"] for host in offers(client))
-
-
 def test_a_critical_job_takes_all_slots_it_can_use_and_gives_them_back(wide: Client) -> None:
     low = busy(wide, 3000, slots=MANY_SLOTS, item_s=0.02)
 
@@ -157,4 +159,239 @@ def test_a_critical_job_that_finds_free_slots_as_it_grows_makes_nobody_yield(wid
 
     assert at_once(critical.get(timeout=20)) == MANY_SLOTS - 1
     assert yields(low) == 0
+    low.cancel()
+
+
+def test_a_critical_job_makes_room_for_itself_also_beside_another(wide: Client) -> None:
+    low = busy(wide, 3000, slots=MANY_SLOTS, item_s=0.02)
+
+    jobs = []
+    for nth in range(1, MANY_SLOTS + 1):
+        jobs.append(wide.submit(operation="nap", items=[30.0], priority="critical"))
+        fills(jobs[-1], 1)
+        assert (yields(low), running(low)) == (nth, MANY_SLOTS - nth)
+
+    for job in jobs:
+        job.cancel()
+    fills(low, MANY_SLOTS)
+    assert yields(low) == MANY_SLOTS
+    low.cancel()
+
+
+# --- who makes room -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("urgent", "asks", "makes_room"),
+    [
+        ("critical", None, {"high", "normal", "low"}),
+        ("critical", False, set()),
+        ("high", None, set()),
+        ("high", True, {"normal", "low"}),
+        ("normal", None, set()),
+        ("normal", True, {"low"}),
+        ("low", True, set()),
+    ],
+)
+def test_only_less_urgent_nodes_make_room_and_only_for_jobs_that_may_ask(
+    own: Client, urgent: str, asks: bool | None, makes_room: set[str]
+) -> None:
+    for priority in ("critical", "high", "normal", "low"):
+        runs = busy(own, 2000, item_s=0.01, priority=priority, preempt_lower_priority=False)
+        job = own.submit(operation="stamp", items=[0], priority=urgent, preempt_lower_priority=asks)
+        if priority in makes_room:
+            wait_until(job.ready)
+        else:
+            goes_on(runs, 100)
+            assert not job.ready()
+        assert yields(runs) == (priority in makes_room), priority
+        runs.cancel()
+        wait_until(job.ready)
+
+
+def test_the_least_urgent_are_not_sought_out_but_the_urgent_stay(wide: Client) -> None:
+    priorities = ("critical", "normal", "low")
+    jobs = {each: busy(wide, 2000, slots=1, item_s=0.01, type="sequential", strategy=None, priority=each) for each in priorities}
+
+    critical = wide.batch_submit([{"operation": "nap", "items": [30.0], "options": {"priority": "critical"}}] * 2)
+    for job in critical:
+        fills(job, 1)
+    goes_on(jobs["critical"], 100)
+
+    assert {priority: yields(job) for priority, job in jobs.items()} == {"critical": 0, "normal": 1, "low": 1}
+    for job in (*critical, *jobs.values()):
+        job.cancel()
+
+
+def test_a_worker_that_does_not_serve_the_queue_does_not_make_room(server: embedded.Server, tmp_path: Path) -> None:
+    name = "preempt-two"
+    environment = environment_of(server.url, name, RLM_OPERATIONS=OPERATIONS)
+    with (
+        embedded.worker(environment, log=tmp_path / "all.log", options=["-n", "all@test"]),
+        embedded.worker(environment, log=tmp_path / "low.log", options=["-n", "low@test", "-Q", f"{name}.low"]),
+        client_of(environment) as client,
+    ):
+        low = busy(client, 4000, slots=4, item_s=0.02)
+        for _ in range(3):
+            fills(low, 4)
+            assert client.submit(operation="nap", items=[0.05], priority="critical").get(timeout=20) == 1
+        fills(low, 4)
+        jobs = client.batch_submit([{"operation": "nap", "items": [0.5], "options": {"priority": "critical"}}] * 3)
+        for job in jobs:
+            assert job.get(timeout=20) == 1
+
+        assert Counter(cut(low)) == {"all@test": 3 + 2}
+        low.cancel()
+
+
+# --- nothing is lost by it ------------------------------------------------------------------------------
+
+
+def preempted(client: Client, low: Job, times: int) -> None:
+    """Have a job make room so many times, each time with all slots busy."""
+    for _ in range(times):
+        fills(low, SLOTS)
+        client.submit(operation="stamp", items=[0], priority="critical").get(timeout=20)
+
+
+def journal(path: Path) -> list[tuple[int, float]]:
+    """Return what ran: index and seconds."""
+    return [(int(index), float(seconds)) for index, seconds in (line.split() for line in path.read_text().splitlines())]
+
+
+def is_exact(low: Job, n: int, path: Path) -> float:
+    """Wait for the end, hold the job against what ran, and return the seconds its items took by themselves."""
+    result = low.result(timeout=60)
+    assert result.output == list(range(n))
+    assert (result.done, result.failed_count, result.skipped) == (n, 0, 0)
+    ran = journal(path)
+    assert sorted(index for index, _ in ran) == list(range(n)), "each once"
+    return sum(seconds for _, seconds in ran)
+
+
+@pytest.mark.parametrize(
+    ("operation", "n", "item_s", "times"),
+    [
+        ("p_each", 600, 0.02, 30),
+        ("p_each", 4000, 0.001, 8),
+        ("p_batch", 300, 0.02, 8),
+        ("p_async", 1000, 0.02, 8),
+    ],
+)
+def test_every_item_runs_once_however_often_its_node_makes_room(
+    own: Client, tmp_path: Path, operation: str, n: int, item_s: float, times: int
+) -> None:
+    path = tmp_path / "journal"
+    low = busy(own, n, operation=operation, items=range(n), params={"s": item_s, "journal": str(path)})
+
+    preempted(own, low, times)
+    made_room = yields(low)
+    alone_s = is_exact(low, n, path)
+
+    assert times * 0.5 <= made_room <= times
+    if operation != "p_async":  # what overlaps has no time of its own
+        assert low.result().metrics.busy_ms <= alone_s * 1000 + 50 * low.result().metrics.nodes
+
+
+def test_sequential_items_keep_their_order_however_often_they_make_room(own: Client, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in "ab"]
+    lows = [
+        busy(
+            own, 0, slots=1, operation="p_each", items=range(150), params={"s": 0.02, "journal": str(path)},
+            type="sequential", strategy=None, priority=priority,
+        )
+        for path, priority in zip(paths, ("low", "normal"), strict=True)
+    ]  # fmt: skip
+
+    for _ in range(8):
+        wait_until(lambda: sum(running(low) for low in lows) == SLOTS)
+        own.submit(operation="stamp", items=[0], priority="critical").get(timeout=20)
+    made_room = sum(yields(low) for low in lows)
+
+    for low, path in zip(lows, paths, strict=True):
+        is_exact(low, 150, path)
+        assert [index for index, _ in journal(path)] == list(range(150)), "in order"
+    assert made_room == 8
+
+
+def test_a_job_that_is_still_validating_makes_room(own: Client, tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    low = busy(
+        own, 0, operation="p_checked", items=range(200), params={"s": 0.002, "journal": str(path)}, validate_before_process=True
+    )
+
+    preempted(own, low, 4)
+    assert low.progress().phase == "validate"
+
+    assert yields(low) == 4
+    is_exact(low, 200, path)
+
+
+# --- long items -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("item_s", "times"), [(0.001, 10), (1.5, 3)])
+def test_critical_work_waits_for_one_item_and_half_a_second_at_most(own: Client, item_s: float, times: int) -> None:
+    low = busy(own, int(20 / item_s), item_s=item_s)
+    started = []
+    for _ in range(times):
+        fills(low, SLOTS)
+        asked = time.time()
+        [began] = own.submit(operation="stamp", items=[0], priority="critical").get(timeout=30)
+        started.append(began - asked)
+
+    assert max(started) <= item_s + 0.5
+    low.cancel()
+
+
+def test_critical_work_waits_for_the_end_of_nodes_that_cannot_be_cut(own: Client, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in "ab"]
+    lows = [own.submit(operation="p_each", items=[0], params={"s": 1.5, "journal": str(path)}, priority="low") for path in paths]
+    for low in lows:
+        fills(low, 1)
+
+    critical = own.submit(operation="stamp", items=[0], priority="critical")
+    [began] = critical.get(timeout=20)
+
+    ended = [low.result(timeout=20).metrics for low in lows]
+    assert all(metrics.nodes == 1 for metrics in ended), "nothing was cut"
+    assert [len(journal(path)) for path in paths] == [1, 1], "nothing was done again"
+    first_end = min(int(own.ledger.facts(low.id)["closed_ms"]) for low in lows) / 1000
+    assert -0.1 < began - first_end < 0.5
+    assert all(yields(low) == 0 for low in lows)
+
+
+# --- when nobody is told --------------------------------------------------------------------------------
+
+
+def test_nodes_make_room_within_a_second_when_the_call_for_it_is_lost(own: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    low = busy(own, 2000)
+    monkeypatch.setattr(Dispatcher, "ask_to_yield", lambda *_: None)
+    started = []
+
+    for _ in range(5):
+        fills(low, SLOTS)
+        asked = time.time()
+        [began] = own.submit(operation="stamp", items=[0], priority="critical").get(timeout=30)
+        started.append(began - asked)
+
+    assert max(started) <= 1.0 + ITEM_S + 0.5
+    assert yields(low) == 5
+    low.cancel()
+
+
+def test_a_critical_job_cancelled_before_it_starts_costs_one_yield_and_leaves_the_next_its_own(own: Client) -> None:
+    low = busy(own, 2000)
+
+    own.submit(operation="stamp", items=[0], priority="critical").cancel()
+    goes_on(low, 40)
+    after_the_first = yields(low)
+    assert after_the_first <= 1
+    fills(low, SLOTS)
+    began = time.time()
+    [started] = own.submit(operation="stamp", items=[0], priority="critical").get(timeout=20)
+
+    assert started - began <= ITEM_S + 0.5
+    goes_on(low, 40)
+    assert yields(low) == after_the_first + 1
     low.cancel()

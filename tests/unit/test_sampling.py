@@ -432,6 +432,9 @@ BROKEN = (
     "9" * 5000,
     "some",
     "some total=",
+    "some total=" + "9" * 5000,
+    "1 " + "9" * 5000 + " 1",
+    "MemTotal: 1 kB\nMemAvailable: 9 kB",
     "cpu0",
     "cpu 1",
     "a:b",
@@ -463,6 +466,7 @@ def test_broken_files_never_raise_and_give_no_nonsense(host: Host, broken: dict[
         assert all(math.isfinite(each) for each in msgspec.structs.astuple(sample) if isinstance(each, int | float))
         assert 0 <= sample.cpu_pct <= 100
         assert sample.memory_limit_mb > 0
+        assert sample.memory_pct >= 0
     (host.root / "proc/self/statm").unlink(missing_ok=True)
 
 

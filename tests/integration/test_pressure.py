@@ -1,0 +1,521 @@
+"""Pressure on real workers: what raises a level, what follows from it, and who is told.
+
+A machine that others load, too, is honestly pressed: where it matters a drill holds the level, or the test says what it bears.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resilience.degradation import Level
+from resilience.errors import InvalidValue
+from rlm_tasks import Client, Status, embedded, operations
+from rlm_tasks.job import Job
+from rlm_tasks.results import Shaped
+from rlm_tasks.shares import policies, policy_of
+from scheduler.admission import Overloaded, QueueFull
+from scheduler.allocation import workers_for
+from scheduler.board import ClusterReport, HostReport
+from scheduler.events import Event
+from tests.integration.conftest import SLOTS, client_of, environment_of
+from tests.support import wait_until
+
+ALL_LEVELS = ("normal", "elevated", "high", "critical", "emergency")
+REFUSED = {
+    "normal": [],
+    "elevated": [],
+    "high": ["low"],
+    "critical": ["normal", "low"],
+    "emergency": ["high", "normal", "low"],
+}
+"""Whose work is not taken in at each level."""
+MONITOR_S = 1
+LIMIT_MB = 1000
+SLOW_MS = 200
+
+
+@pytest.fixture(scope="module")
+def settings_of(server: embedded.Server) -> Callable[..., dict[str, str]]:
+    """Return the environment of a platform of this module, by name."""
+
+    def settings_of(name: str, **more: str) -> dict[str, str]:
+        return environment_of(server.url, f"pressure-{name}", RLM_OPERATIONS="tests.integration.pressed_ops", **more)
+
+    return settings_of
+
+
+@pytest.fixture(scope="module")
+def plain(settings_of: Callable[..., dict[str, str]]) -> dict[str, str]:
+    """The environment of a platform that nobody monitors, with the default rules of pressure."""
+    return settings_of("plain", RLM_ALLOCATION__MIN_WORKERS="1")
+
+
+@pytest.fixture(scope="module")
+def own(plain: dict[str, str], logs: Path) -> Iterator[Client]:
+    """A client of a worker without beat."""
+    with embedded.worker(plain, log=logs / "pressure.log", slots=SLOTS), client_of(plain) as client:
+        yield client
+
+
+@pytest.fixture
+def drilled(own: Client) -> Iterator[Client]:
+    """The same client, under a level that the test decides: normal, to begin with."""
+    order(own, "normal")
+    yield own
+    own.pressure.force("normal")
+
+
+@pytest.fixture(scope="module")
+def watched(settings_of: Callable[..., dict[str, str]], logs: Path) -> Iterator[Client]:
+    """A client of a worker with two beats, neither of which knows of the other."""
+    environment = settings_of(
+        "watched", RLM_PRESSURE__MONITOR_S=str(MONITOR_S), RLM_PRESSURE__RELEASE_S="1",
+        RLM_PRESSURE__MAX_MEMORY_MB=str(LIMIT_MB), RLM_ALERTS__SLOW_EXECUTION_MS=str(SLOW_MS),
+    )  # fmt: skip
+    plain_beat = ("-S", "celery.beat:Scheduler")
+    with (
+        beat(environment, logs / "beat-1.log", *plain_beat),
+        beat(environment, logs / "beat-2.log", *plain_beat),
+        embedded.worker(environment, log=logs / "watched.log", slots=SLOTS),
+        client_of(environment) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def beat(environment: Mapping[str, str], log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a beat for the length of a block."""
+    command = [sys.executable, "-m", "celery", "-A", "rlm_tasks", "beat", "-l", "INFO", *options]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, start_new_session=True, env={**os.environ, **environment}
+        )
+    try:
+        yield process
+    finally:
+        embedded.end(process)
+
+
+@contextmanager
+def door(environment: Mapping[str, str], **more: str) -> Iterator[Client]:
+    """Return a client that has seen nothing yet; what one has seen holds for a second."""
+    with client_of({**environment, **more}) as client:
+        yield client
+
+
+def order(client: Client, level: str) -> None:
+    """Force a level, and wait until nodes run under it."""
+    client.pressure.force(level)
+    wait_until(lambda: run_under(client) == level)
+
+
+def run_under(client: Client) -> str:
+    [level] = client.execute(operation="under_level", items=[0], priority="critical", timeout=20).output
+    return str(level)
+
+
+def host(client: Client) -> HostReport:
+    [only] = client.status().hosts
+    return only
+
+
+def all_slots_run(client: Client, operation: str) -> None:
+    wait_until(lambda: client.status().active == {operation: SLOTS})
+
+
+# --- what raises a level -----------------------------------------------------------------------------
+
+
+def test_a_host_that_computes_on_every_slot_is_not_pressed(own: Client) -> None:
+    """As far as the machine is ours: where items get a processor for 90 % of their time nobody can say that work waits."""
+    job = own.submit(operation="compute", items=[0.1] * 160)
+
+    levels = {own.status().level for _ in job.watch()}
+
+    result = job.result()
+    took_s, used_s, looked_at = (sum(each) for each in zip(*result.output, strict=True))
+    unpressed = levels == {"normal"} and result.receipt == () and looked_at == 100 * 160
+    assert took_s >= 16
+    assert unpressed or used_s < 0.9 * took_s, (levels, result.receipt, used_s / took_s)
+
+
+def test_memory_that_is_really_filled_shapes_what_runs_until_it_is_free_again(watched: Client, tmp_path: Path) -> None:
+    heard: list[Event] = []
+    watched.on("pressure.*", heard.append)
+    wait_until(lambda: bool(watched.status().hosts) and host(watched).sample is not None)
+    beside = watched.submit(operation="limited", items=[0.05] * 2000)
+    wait_until(lambda: beside.progress().done >= 5)
+
+    sample = host(watched).sample
+    assert sample is not None
+    assert sample.source == "processes"
+    filling = watched.submit(
+        operation="fill",
+        items=[int(0.82 * LIMIT_MB - sample.memory_mb)],
+        priority="high",
+        params={"until": str(tmp_path / "over")},
+    )
+    wait_until(lambda: host(watched).level >= Level.HIGH and "memory" in host(watched).why)
+    wait_until(lambda: any(each.level in ("high", "critical", "emergency") for each in beside.receipt()))
+    wait_until(lambda: any(each.data["level"] == "high" for each in heard))
+    assert watched.status().level in ("high", "critical", "emergency")
+    (tmp_path / "over").touch()
+    filling.result(timeout=20)
+    beside.cancel()
+    beside.wait(timeout=20)
+
+    looked_at = beside.partial().output
+    shaped = [each.items for each in beside.receipt() if each.strategy == "reduce_entity_limits"]
+    assert looked_at[:5] == [100] * 5
+    assert sum(shaped) == sum(each < 100 for each in looked_at) > 0
+    report = next(each for each in watched.pressure.history() if each.level >= Level.HIGH)
+    assert report.why.startswith("memory 8")
+    assert report.why.endswith(f"of {LIMIT_MB} MB on {host(watched).worker}")
+    wait_until(lambda: host(watched).level == Level.NORMAL or "tasks on each CPU" in host(watched).why)
+    wait_until(lambda: any(Level[each.data["level"].upper()] < Level.HIGH for each in heard if each.data["before"] == "high"))
+
+
+def test_a_cpu_in_full_use_simplifies_work_where_utilisation_counts(
+    settings_of: Callable[..., dict[str, str]], logs: Path
+) -> None:
+    environment = settings_of("utilised", RLM_PRESSURE__CPU="utilisation", RLM_PRESSURE__RELEASE_S="1")
+    with embedded.worker(environment, log=logs / "utilised.log", slots=SLOTS), client_of(environment) as client:
+        job = client.submit(operation="thorough", items=[0.05] * 400)
+        wait_until(lambda: bool(client.status().hosts) and host(client).level >= Level.CRITICAL)
+        pressed = host(client)
+        result = job.result(timeout=40)
+
+        simple = [each for each in result.receipt if each.strategy == "use_simplified_methods"]
+        assert pressed.why.startswith("CPU ")
+        assert {each.level for each in simple} <= {"critical", "emergency"}
+        assert sum(each.items for each in simple) == result.output.count("simple") > 0
+        assert result.output.count("full") + result.output.count("simple") == 400
+        wait_until(lambda: host(client).level < Level.CRITICAL, within_s=60)
+
+
+# --- drills ------------------------------------------------------------------------------------------
+
+
+def test_a_drill_reaches_nodes_soon_and_its_release_does_too(drilled: Client) -> None:
+    began = time.monotonic()
+    order(drilled, "critical")
+    assert time.monotonic() - began < 3
+
+    status = drilled.status()
+    assert (status.level, status.forced, status.why) == ("critical", "critical", "it is forced")
+    assert drilled.pressure.release()
+    assert not drilled.pressure.release()
+    wait_until(lambda: run_under(drilled) != "critical")
+
+
+def test_a_drill_ends_by_itself(drilled: Client) -> None:
+    drilled.pressure.force("emergency", for_s=1.5)
+    assert drilled.status().forced == "emergency"
+
+    wait_until(lambda: drilled.status().forced == "", within_s=5)
+    assert drilled.pressure.level() != Level.EMERGENCY
+
+
+def test_an_emergency_acts_within_a_running_node(drilled: Client, plain: dict[str, str]) -> None:
+    with door(plain, RLM_NODE__TARGET_MS="60000") as client:
+        job = client.submit(operation="limited", type="sequential", items=[0.05] * 80)
+        wait_until(lambda: job.progress().done >= 5)
+        drilled.pressure.force("emergency")
+        result = job.result(timeout=30)
+
+    before = result.output.count(100)
+    assert result.metrics.nodes == 1
+    assert result.output == [100] * before + [30] * (80 - before)
+    assert 5 <= before < 80
+    assert result.receipt == (Shaped("reduce_entity_limits", "emergency", 80 - before),)
+
+
+def test_a_level_that_there_is_not_is_refused_with_those_that_there_are(drilled: Client) -> None:
+    with pytest.raises(InvalidValue) as refused:
+        drilled.pressure.force("panic")
+
+    assert (refused.value.field, refused.value.value) == ("level", "panic")
+    assert ", ".join(ALL_LEVELS) in str(refused.value)
+    assert drilled.status().forced == "normal"
+
+
+# --- what is taken in --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ALL_LEVELS)
+def test_less_urgent_work_is_turned_away_first(drilled: Client, plain: dict[str, str], level: str) -> None:
+    drilled.pressure.force(level)
+    refused: dict[str, Overloaded] = {}
+    with door(plain) as client:
+        for priority in ("critical", "high", "normal", "low"):
+            try:
+                client.execute(operation="stamp", items=[0], priority=priority, timeout=20)
+            except Overloaded as error:
+                refused[priority] = error
+
+    assert list(refused) == REFUSED[level]
+    assert all(each.code == "OVERLOADED" and each.retry_after_s > 0 for each in refused.values())
+
+
+def test_a_batch_of_which_one_is_refused_enqueues_nothing(drilled: Client, plain: dict[str, str]) -> None:
+    drilled.pressure.force("high")
+    before = {job.id for job in drilled.jobs()}
+    with door(plain) as client, pytest.raises(Overloaded):
+        client.batch_submit(
+            {"operation": "stamp", "items": [0], "options": {"priority": priority}} for priority in ("critical", "low", "high")
+        )
+
+    assert {job.id for job in drilled.jobs()} == before
+
+
+def delayed(client: Client, **fields: Any) -> Job:
+    """Open a job that is not taken in yet, because of a drill."""
+    client.pressure.force("high")
+    return client.submit(operation="stamp", items=[0], priority="low", overload="delay", **fields)
+
+
+def test_a_delayed_job_says_why_and_starts_by_its_own_time(drilled: Client, plain: dict[str, str]) -> None:
+    with door(plain, RLM_PRESSURE__RELEASE_S="2") as client:
+        job = delayed(client)
+        assert job.status is Status.PENDING
+        assert "pressure is high, and low work is taken in below high" in job.explain()
+        drilled.pressure.force("normal")
+
+        assert job.result(timeout=20).metrics.waited_ms >= 2000
+
+
+def test_a_key_names_one_job_also_while_it_is_delayed(drilled: Client, plain: dict[str, str]) -> None:
+    with door(plain, RLM_PRESSURE__RELEASE_S="2") as client:
+        job = delayed(client, idempotency_key="one")
+        again = delayed(client, idempotency_key="one")
+        drilled.pressure.force("normal")
+
+        assert again.id == job.id
+        assert job.result(timeout=20).metrics.nodes == 1
+
+
+def test_a_delayed_job_starts_with_the_monitors_next_look(watched: Client) -> None:
+    """Its own time would be a step of the default release, twenty seconds."""
+    environment = {"RLM_REDIS_URL": watched.settings.redis_url, "RLM_NAMESPACE": watched.settings.namespace}
+    environment["RLM_OPERATIONS"] = ",".join(watched.settings.operations)
+    wait_until(lambda: watched.status().monitored)
+    with door(environment) as client:
+        job = delayed(client)
+        wait_until(lambda: run_under(watched) == "high")
+        order(client, "normal")
+        ordered = time.monotonic()
+        job.result(timeout=20)
+        assert time.monotonic() - ordered < 4 * MONITOR_S
+        watched.pressure.release()
+
+
+def full(client: Client, **fields: Any) -> QueueFull | None:
+    """Return why a queue takes nothing further; one more job is in it when it does."""
+    try:
+        client.submit(operation="stamp", items=[0], **fields)
+    except QueueFull as error:
+        return error
+    return None
+
+
+def test_a_queue_takes_as_many_as_it_may_hold(settings_of: Callable[..., dict[str, str]]) -> None:
+    nobody = settings_of("nobody", RLM_ADMISSION__QUEUE_DEPTH="3", RLM_ADMISSION__WAIT_NORMAL_S="0.01")
+    for _ in range(3):
+        with door(nobody) as client:
+            assert full(client) is None, "however long others wait: nobody serves the queue"
+
+    with door(nobody) as client:
+        refused = full(client)
+        assert refused is not None
+        assert full(client, priority="high") is None, "each priority has a queue of its own"
+        assert len(client.jobs()) == 4
+    assert (refused.code, refused.why) == ("QUEUE_FULL", "3 messages wait, of at most 3")
+    assert refused.retry_after_s >= 1
+
+
+def test_a_queue_whose_work_waits_too_long_takes_no_more(drilled: Client, plain: dict[str, str]) -> None:
+    with door(plain) as client:
+        busy = client.submit(operation="nap", items=[5.0] * SLOTS, chunk_size=1)
+        all_slots_run(client, "nap")
+        client.submit(operation="nap", items=[0.0])
+        waits_since = time.time()
+
+    wait_until(lambda: time.time() - waits_since > 2.5)
+    with door(plain, RLM_ADMISSION__WAIT_NORMAL_S="0.5") as client:
+        refused, age_s = full(client), time.time() - waits_since
+    busy.cancel()
+
+    assert refused is not None
+    assert refused.code == "QUEUE_FULL"
+    assert refused.why.startswith("its oldest message waits for")
+    assert abs(refused.retry_after_s - (age_s - 0.5)) <= 1, "as long as the queue is served as it is"
+
+
+# --- the monitor -------------------------------------------------------------------------------------
+
+
+def test_without_beat_hosts_act_on_their_own(drilled: Client) -> None:
+    status = drilled.status()
+
+    assert not status.monitored
+    assert drilled.pressure.history() == []
+    assert [each.slots for each in status.hosts] == [SLOTS]
+    drilled.pressure.release()
+    wait_until(lambda: run_under(drilled) == drilled.status().level == Level(host(drilled).level).label)
+
+
+def test_two_beats_have_one_look_taken_in_a_period_also_while_every_slot_is_busy(watched: Client) -> None:
+    job = watched.submit(operation="nap", items=[10.0] * SLOTS, chunk_size=1)
+    all_slots_run(watched, "nap")
+    waiting = watched.batch_submit([{"operation": "nap", "items": [0.0]}] * 3)
+
+    def looks() -> list[ClusterReport]:
+        return [each for each in watched.pressure.history()[::-1] if each.queues["pressure-watched.normal"].depth == 3]
+
+    wait_until(lambda: len(looks()) > 1 and looks()[-1].at - looks()[0].at >= 5 * MONITOR_S)
+    found = looks()
+    assert watched.status().active == {"nap": SLOTS}
+    job.cancel()
+    for each in waiting:
+        each.cancel()
+
+    apart_s = [later.at - earlier.at for earlier, later in pairwise(found)]
+    assert min(apart_s) >= 0.8 * MONITOR_S
+    assert 0.8 <= (found[-1].at - found[0].at) / len(apart_s) / MONITOR_S <= 1.5
+    assert {(each.hosts, each.slots) for each in found} == {(1, SLOTS)}
+    assert set(found[0].queues) == {f"pressure-watched.{each}" for each in ("critical", "high", "normal", "low")}
+    assert watched.status().monitored
+
+
+def test_a_slow_item_is_told_and_alerted(watched: Client) -> None:
+    heard: list[Event] = []
+    watched.on("execution.slow", heard.append)
+
+    job = watched.submit(operation="dawdle", items=[0.0, 0.3, 0.0])
+    job.result(timeout=20)
+
+    def alerts() -> list[dict[str, Any]]:
+        return [each for each in watched.alerts.summary()["recent_alerts"] if each["subject"] == "dawdle"]
+
+    wait_until(lambda: any(each.data["job"] == job.id for each in heard) and bool(alerts()))
+    [told] = [each.data for each in heard if each.data["job"] == job.id]
+    assert (told["operation"], told["index"]) == ("dawdle", 1)
+    assert 300 <= told["duration_ms"] < 2000
+    assert [(each["kind"], each["severity"]) for each in alerts()] == [("execution.slow", "warning")]
+    assert watched.alerts.summary()["total_alerts"] >= 1
+
+
+def test_a_beat_that_stands_by_takes_over_from_one_that_was_killed(
+    settings_of: Callable[..., dict[str, str]], logs: Path
+) -> None:
+    environment = settings_of("redbeat", RLM_PRESSURE__MONITOR_S=str(MONITOR_S))
+    acting, standing_by = logs / "redbeat-1.log", logs / "redbeat-2.log"
+    with (
+        embedded.worker(environment, log=logs / "redbeat.log", slots=1),
+        client_of(environment) as client,
+        beat(environment, acting) as first,
+    ):
+        wait_until(lambda: bool(client.pressure.history(1)))
+        with beat(environment, standing_by):
+            wait_until(lambda: "Acquiring lock" in standing_by.read_text(encoding="utf-8"))
+            assert "Acquired lock" not in standing_by.read_text(encoding="utf-8")
+            first.send_signal(signal.SIGKILL)
+            first.wait()
+            last = client.pressure.history(1)[0].at
+            wait_until(lambda: client.pressure.history(1)[0].at > last + 3 * MONITOR_S, within_s=15)
+
+
+# --- one picture -------------------------------------------------------------------------------------
+
+
+def test_an_operations_figures_are_those_of_its_job(drilled: Client) -> None:
+    result = drilled.execute(operation="every_third_fails", items=range(30), continue_on_error=True, timeout=20)
+    assert result.failed_count == 10
+
+    [figures] = [each for each in drilled.status().operations if each["executor_id"] == "every_third_fails"]
+    counted = {name: figures[name] for name in ("total_executions", "successful_executions", "failed_executions")}
+    assert counted == {"total_executions": 30, "successful_executions": 20, "failed_executions": 10}
+    assert (figures["success_rate_percent"], figures["circuit_breaker_state"]) == (66.67, "closed")
+    assert 1 < figures["avg_memory_mb"] <= figures["peak_memory_mb"]
+
+
+def test_the_picture_shows_what_runs_and_what_is_left_out(drilled: Client) -> None:
+    job = drilled.submit(operation="nap", items=[2.0] * SLOTS, chunk_size=1)
+    all_slots_run(drilled, "nap")
+    drilled.pressure.force("critical")
+
+    status = drilled.status()
+
+    assert status.strategies == [
+        "reduce_entity_limits", "skip_optional_analysis", "disable_expensive_computations", "use_simplified_methods",
+        "reduce_embedding_dimensions",
+    ]  # fmt: skip
+    assert status.resource_usage["worker_count"] == SLOTS
+    told = json.loads(json.dumps(status.to_dict()))
+    assert (told["level"], told["active"], told["hosts"][0]["slots"]) == ("critical", {"nap": SLOTS}, SLOTS)
+    job.result(timeout=20)
+    wait_until(lambda: drilled.status().active == {})
+
+
+# --- how many run at once ----------------------------------------------------------------------------
+
+
+def at_once(spans: Sequence[Sequence[float]]) -> int:
+    """Return how many of several times from begin to end overlap at most."""
+    return max(sum(began <= at < ended for began, ended in spans) for at, _ in spans)
+
+
+def test_one_node_at_once_is_one_and_all_come_to_their_turn(drilled: Client) -> None:
+    result = drilled.execute(operation="one_at_a_time", items=[0.1] * 10, chunk_size=1, timeout=30)
+
+    assert result.done == 10
+    assert at_once(result.output) == 1
+
+
+def test_the_place_of_a_killed_process_is_given_back(drilled: Client, tmp_path: Path) -> None:
+    hangs = tmp_path / "pid"
+    job = drilled.submit(operation="one_at_a_time", items=[-0.1] + [0.1] * 5, chunk_size=1, params={"hangs": str(hangs)})
+    wait_until(lambda: hangs.exists() and hangs.read_text(encoding="ascii") != "")
+
+    os.kill(int(hangs.read_text(encoding="ascii")), signal.SIGKILL)
+    killed = time.time()
+
+    result = job.result(timeout=30)  # its lease would last for a minute
+    assert result.done == 6
+    assert at_once(result.output) == 1
+    assert max(ended for _, ended in result.output) - killed < 20
+
+
+@pytest.mark.parametrize(("priority", "most"), [("normal", 1), ("critical", 2)])
+def test_under_high_pressure_an_operation_has_the_nodes_that_its_urgency_leaves_it(
+    drilled: Client, priority: str, most: int
+) -> None:
+    """Of two slots and the settings' bounds of 32 and 1."""
+    order(drilled, "high")
+
+    items = drilled.execute(operation="where_and_when", items=[0.2] * 8, chunk_size=1, priority=priority, timeout=30).output
+
+    policy = policy_of(operations.get("where_and_when"), policies(drilled.settings))
+    allowed = workers_for(policy, Level.HIGH, slots=SLOTS, available_mb=None, priority=priority)
+    assert at_once([span for _, *span in items]) == allowed == most
+
+
+def test_a_node_that_needs_more_memory_than_a_host_has_waits_and_says_so(drilled: Client) -> None:
+    job = drilled.submit(operation="huge", items=[0])
+
+    wait_until(lambda: "huge starts with 1e+09 MB free (min_memory_mb), and this host has" in job.explain())
+    assert [node.state for node in job.tree()] == ["parked"]
+    job.cancel()
+    assert job.wait(timeout=20) is Status.CANCELLED
