@@ -7,10 +7,8 @@ to know how a level follows from a measurement, and what nodes make of it.
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from celery.worker import state
@@ -19,6 +17,7 @@ from resilience.degradation import Level
 from resilience.store import Call
 from rlm_tasks.queue_order import QueueOrder, running
 from rlm_tasks.runtime import Runtime
+from rlm_tasks.shares import held_mb
 from scheduler.board import Board, HostReport, Orders, acted_on
 from scheduler.cycle import Facts
 from scheduler.ladder import HostLadder, Verdict
@@ -26,8 +25,6 @@ from scheduler.queues import ages
 from scheduler.sampling import Sample, Sampler
 
 logger = logging.getLogger(__name__)
-
-_PAGES_PER_MB = 2**20 / os.sysconf("SC_PAGE_SIZE")
 
 
 class Host:
@@ -79,7 +76,9 @@ class Host:
             logger.warning("Pressure is %s%s", level.label, f": {why}" if (why := self._why(level)) else "")
         page.level = level
         if self._sample is not None:
-            page.available_mb = self._sample.available_mb + sum(_held_mb(held.pid) for held in page.held())
+            processes = {held.pid for held in page.held()}  # threads of a pool share one
+            page.free_mb = self._sample.available_mb
+            page.available_mb = self._sample.available_mb + sum(map(held_mb, processes))
 
     def _why(self, level: Level) -> str:
         if self._orders is not None and self._orders.forced is not None:
@@ -89,7 +88,8 @@ class Host:
         return self._orders.cluster.why if self._orders is not None and self._orders.cluster is not None else ""
 
     def _report(self) -> HostReport:
-        own = self._own or Verdict(Level.ELEVATED, 0.0, "it could not be measured")
+        unknown = Level.ELEVATED if self._runtime.settings.pressure.enabled else Level.NORMAL
+        own = self._own or Verdict(unknown, 0.0, "it could not be measured")
         return HostReport(
             self._runtime.worker, own.level, round(own.percent, 1), own.why, self._pool_size(), len(state.reserved_requests),
             tuple(self._queues()), dict(_active()), self._sample,
@@ -106,10 +106,3 @@ def _active() -> Counter[str]:
     held = (reference() for reference in state.active_requests.data.copy())
     told = ((request.request_dict.get("rlm") or {}).get("operation", "") for request in held if request is not None)
     return Counter(operation for operation in told if operation)
-
-
-def _held_mb(pid: int) -> float:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) / _PAGES_PER_MB
-    except (OSError, IndexError, ValueError):  # it has just ended
-        return 0.0

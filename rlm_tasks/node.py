@@ -111,18 +111,22 @@ def _work(runtime: Runtime, claim: Claim, page: PageSlot) -> bool:
     try:
         operation = operations.get(spec.operation)
     except UnknownOperation as error:
-        runtime.ledger.park(claim, PARK_MS, str(error), claim.tries)
-        return False
+        return _put_off(runtime, claim, PARK_MS, str(error))
     if claim.node == ROOT and spec.patient and sheds(spec.priority, level := runtime.page.level):
-        runtime.ledger.park(claim, CALM_MS, f"pressure is {level.label}, and {spec.priority} work waits", claim.tries)
-        return False
+        return _put_off(runtime, claim, CALM_MS, f"pressure is {level.label}, and {spec.priority} work waits")
     if claim.node != MERGE and (why := runtime.shares.obstacle(operation)):
-        runtime.ledger.park(claim, PARK_MS, why, claim.tries)
-        return False
+        return _put_off(runtime, claim, PARK_MS, why)
     if claim.node == MERGE:
         merge_root(runtime.ledger, claim, spec, operation, runtime.reached)
         return True
     return NodeRun(runtime, claim, spec, operation, page).run()
+
+
+def _put_off(runtime: Runtime, claim: Claim, wait_ms: int, why: str) -> bool:
+    """Park a node that must not begin here now; of a job that has just ended, send what is left to do."""
+    if waits := runtime.ledger.park(claim, wait_ms, why, claim.tries):
+        runtime.resend(claim.job, [waits])
+    return False
 
 
 class NodeRun:

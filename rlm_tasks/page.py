@@ -25,7 +25,7 @@ _TIME = struct.Struct("<d")
 _GENERATION = struct.Struct("<I")
 _PID_AT, _ITEM_AT, _TIME_AT, _LIMIT_AT, _DOOMED_AT = 4, 16, 24, 32, 96
 _DRAINING_AT, _HUNGRY_AT, _RECALLS_AT, _TERMINATING_AT, _URGENT_AT, _LEVEL_AT = 0, 1, 2, 3, 4, 8
-_AVAILABLE_AT, _SLOTS_AT = 16, 24
+_AVAILABLE_AT, _SLOTS_AT, _FREE_AT = 16, 24, 32
 _LEVEL = struct.Struct("<Q")  # monotonic ms << 8 | level, in one aligned word: a reader never sees half of a write
 _LEVELS: tuple[Level, ...] = tuple(Level)
 
@@ -117,6 +117,16 @@ class Page:
     @available_mb.setter
     def available_mb(self, megabytes: float) -> None:
         _TIME.pack_into(self._memory, _AVAILABLE_AT, megabytes)
+
+    @property
+    def free_mb(self) -> float | None:
+        """Memory of this host that nobody holds; None: not known."""
+        told: float = _TIME.unpack_from(self._memory, _FREE_AT)[0]
+        return told - 1 if told else None
+
+    @free_mb.setter
+    def free_mb(self, megabytes: float) -> None:
+        _TIME.pack_into(self._memory, _FREE_AT, megabytes + 1)  # a page begins with zeros, and 0 MB is an answer
 
     @property
     def slots(self) -> int:

@@ -6,6 +6,9 @@ and without high pressure a node pays no round trip.  How large a share is the s
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from resilience.bulkhead import LEASE_S, Bulkhead
 from resilience.degradation import Level
 from resilience.line import Wake
@@ -20,13 +23,16 @@ RUNS_AT_MOST = 4
 """A node hands over its rest after at most this many times its target: see splitting."""
 
 
+_PAGES_PER_MB = 2**20 / os.sysconf("SC_PAGE_SIZE")
+
+
 class Shares:
     """The shares of one process's nodes."""
 
     def __init__(self, store: Store, settings: Settings, page: Page, wake: Wake) -> None:
         self._store, self._settings, self._page, self._wake = store, settings, page, wake
         self._policies = policies(settings)
-        self._known: dict[tuple[str, int, int], Bulkhead] = {}
+        self._known: dict[tuple[str, int, int | None, float], Bulkhead] = {}
 
     def of(self, operation: Operation, priority: str, level: Level, target_s: float) -> Bulkhead | None:
         """Return what a node takes its place from, or None when nothing bounds its operation now."""
@@ -35,20 +41,23 @@ class Shares:
         policy, slots = policy_of(operation, self._policies), self._page.slots
         most = workers_for(policy, level, slots=slots, available_mb=None, priority=priority)
         here = max(1, int(self._page.available_mb // policy.max_memory_mb)) if self._page.available_mb else 0
-        found = self._known.get((operation.name, most, here))
-        if found is None:
-            found = Bulkhead(
-                f"nodes:{operation.name}", self._store, limit=most, per_host=min(most, here) or None,
-                lease_s=LEASE_S + RUNS_AT_MOST * target_s, wake=self._wake,
-            )  # fmt: skip
-            self._known[operation.name, most, here] = found
-        return found
+        bounds = operation.name, most, min(most, here) or None, LEASE_S + RUNS_AT_MOST * target_s
+        if bounds not in self._known:
+            name, limit, per_host, lease_s = bounds
+            self._known[bounds] = Bulkhead(
+                f"nodes:{name}", self._store, limit=limit, per_host=per_host, lease_s=lease_s, wake=self._wake
+            )
+        return self._known[bounds]
 
     def obstacle(self, operation: Operation) -> str:
-        """Return why a node of an operation must not start on this host now, '' when it may."""
+        """Return why a node of an operation must not start on this host now, '' when it may.
+
+        What this process holds from nodes before is there for this one.
+        """
         if not self._declared(operation):
             return ""
-        return may_start(policy_of(operation, self._policies), self._page.available_mb or None)
+        free_mb = self._page.free_mb
+        return may_start(policy_of(operation, self._policies), None if free_mb is None else free_mb + held_mb(os.getpid()))
 
     def forget(self, pid: int) -> None:
         """Give back the places of a process of this machine that has died."""
@@ -62,6 +71,14 @@ class Shares:
 
     def _declared(self, operation: Operation) -> bool:
         return operation.allocation is not None or self._policies.declares(operation.name)
+
+
+def held_mb(pid: int) -> float:
+    """Return how much memory a process of this machine holds, in MB; 0 when it has just ended, or nobody can say."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) / _PAGES_PER_MB
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def policies(settings: Settings) -> Policies:

@@ -1,7 +1,8 @@
 """How hard a host is pressed, as numbers: memory against its limit, CPU against its quota, and how long work waited.
 
 Decides whose figures count: those of the cgroup that bounds this process, and the host's where none does; never the usage
-of one against the limit of the other.  Refuses to know what is too much.  Reads Linux' /proc and /sys only: 0.3 ms a sample.
+of one against the limit of the other.  Refuses to know what is too much.  Reads Linux' /proc and /sys, 0.3 ms a
+sample; psutil tells of other systems.
 """
 
 from __future__ import annotations
@@ -95,16 +96,19 @@ class Sampler:
         root: Path = Path("/"),
         clock: Callable[[], float] = time.monotonic,
         cpus: Callable[[], Collection[int]] = lambda: os.sched_getaffinity(0),
+        elsewhere: Callable[[], Sample | None] = lambda: of_any_system(),
     ) -> None:
+        """`elsewhere` measures where there is no /proc."""
+        self._elsewhere = elsewhere
         self._max_memory_mb, self._clock, self._cpus = settings.max_memory_mb, clock, cpus
         self._proc, self._cgroup = root / "proc", _Cgroup(root)
         self._before: _Counters | None = None
         self._load: float | None = None
 
     def sample(self) -> Sample | None:
-        """Return what is measured now and since the call before; None where not even memory can be (no Linux)."""
+        """Return what is measured now and since the call before; None where not even memory can be."""
         if (memory := self._memory()) is None:
-            return None
+            return self._elsewhere()
         stat = _text(self._proc / "stat")
         now = self._counters(stat)
         before, self._before = self._before or now, now
@@ -308,6 +312,22 @@ def _run_queue(stat: str) -> float | None:
     cpus = len(re.findall(r"^cpu\d", stat, re.MULTILINE))
     running = _numbers(stat).get("procs_running")
     return max(0, running - 1) / cpus if cpus and running is not None else None
+
+
+def of_any_system() -> Sample:
+    """Return what psutil knows of a host without /proc: no limits of containers, and no waiting but the load average."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return Sample(
+        memory_pct=memory.percent,
+        memory_mb=(memory.total - memory.available) / _MB,
+        memory_limit_mb=memory.total / _MB,
+        available_mb=memory.available / _MB,
+        source="host",
+        cpu_pct=psutil.cpu_percent(),
+        load_per_cpu=psutil.getloadavg()[0] / (psutil.cpu_count() or 1),
+    )
 
 
 def _share(before: tuple[float, float], now: tuple[float, float]) -> float:

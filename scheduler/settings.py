@@ -94,7 +94,9 @@ class AlertSettings(BaseModel, frozen=True, extra="forbid"):
 
     channels: tuple[Literal["log", "webhook", "stdout"], ...] = Field(("log",), description="JSON list of log, webhook, stdout.")
     webhook_url: str = Field("", repr=False, description="Alerts are POSTed here as JSON, when `webhook` is a channel.")
-    webhook_secret: str = Field("", repr=False, description="Signs webhooks: HMAC-SHA256 of the time and the body, in X-RLM-Signature.")
+    webhook_secret: str = Field(
+        "", repr=False, description="Signs webhooks: HMAC-SHA256 of the time and the body, in X-RLM-Signature."
+    )
     slow_execution_ms: float = Field(30_000.0, gt=0, description="An item that takes longer is told as `execution.slow`.")
     memory_mb: float = Field(500.0, gt=0, description="A pool process above this is told as `memory.high`.")
     cpu_pct: float = Field(80.0, gt=0, description="A host above this is told as `cpu.high`.")

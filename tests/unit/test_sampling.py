@@ -49,7 +49,9 @@ class Host:
         self.write(path, f"some {averages} total={some_us}\nfull {averages} total={full_us}\n")
 
     def sampler(self, **chosen: Any) -> Sampler:
-        return Sampler(PressureSettings(**chosen), root=self.root, clock=lambda: self.now, cpus=lambda: self.cpus)
+        return Sampler(
+            PressureSettings(**chosen), root=self.root, clock=lambda: self.now, cpus=lambda: self.cpus, elsewhere=lambda: None
+        )
 
     def sample(self, **chosen: Any) -> Sample:
         found = self.sampler(**chosen).sample()
@@ -481,7 +483,17 @@ def test_a_limit_without_a_usage_is_not_there_nor_the_other_way_round(host: Host
 
 def test_nothing_is_told_of_a_machine_without_proc(tmp_path: Path) -> None:
     for most in (0, 100):
-        assert Sampler(PressureSettings(max_memory_mb=most), root=tmp_path, cpus=lambda: {0}).sample() is None
+        sampler = Sampler(PressureSettings(max_memory_mb=most), root=tmp_path, cpus=lambda: {0}, elsewhere=lambda: None)
+        assert sampler.sample() is None
+
+
+def test_psutil_tells_of_a_machine_without_proc(tmp_path: Path) -> None:
+    sample = Sampler(PressureSettings(), root=tmp_path, cpus=lambda: {0}).sample()
+
+    assert sample is not None
+    assert 0 < sample.memory_pct < 100
+    assert sample.memory_mb + sample.available_mb == pytest.approx(sample.memory_limit_mb)
+    assert (sample.cpu_waiting_pct, sample.throttled_pct, sample.source) == (None, 0, "host")
 
 
 def test_a_clock_that_stands_still_divides_nothing_by_zero(host: Host) -> None:
