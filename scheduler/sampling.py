@@ -76,6 +76,22 @@ class _Counters(NamedTuple):
     at: float
 
 
+def of_any_system() -> Sample:
+    """Return what psutil knows of a host without /proc: no limits of containers, and no waiting but the load average."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return Sample(
+        memory_pct=memory.percent,
+        memory_mb=(memory.total - memory.available) / _MB,
+        memory_limit_mb=memory.total / _MB,
+        available_mb=memory.available / _MB,
+        source="host",
+        cpu_pct=psutil.cpu_percent(),
+        load_per_cpu=psutil.getloadavg()[0] / (psutil.cpu_count() or 1),
+    )
+
+
 class Sampler:
     """Measures the host of this process; once a second, from one thread.
 
@@ -96,7 +112,7 @@ class Sampler:
         root: Path = Path("/"),
         clock: Callable[[], float] = time.monotonic,
         cpus: Callable[[], Collection[int]] = lambda: os.sched_getaffinity(0),
-        elsewhere: Callable[[], Sample | None] = lambda: of_any_system(),
+        elsewhere: Callable[[], Sample | None] = of_any_system,
     ) -> None:
         """`elsewhere` measures where there is no /proc."""
         self._elsewhere = elsewhere
@@ -312,22 +328,6 @@ def _run_queue(stat: str) -> float | None:
     cpus = len(re.findall(r"^cpu\d", stat, re.MULTILINE))
     running = _numbers(stat).get("procs_running")
     return max(0, running - 1) / cpus if cpus and running is not None else None
-
-
-def of_any_system() -> Sample:
-    """Return what psutil knows of a host without /proc: no limits of containers, and no waiting but the load average."""
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return Sample(
-        memory_pct=memory.percent,
-        memory_mb=(memory.total - memory.available) / _MB,
-        memory_limit_mb=memory.total / _MB,
-        available_mb=memory.available / _MB,
-        source="host",
-        cpu_pct=psutil.cpu_percent(),
-        load_per_cpu=psutil.getloadavg()[0] / (psutil.cpu_count() or 1),
-    )
 
 
 def _share(before: tuple[float, float], now: tuple[float, float]) -> float:
