@@ -124,10 +124,8 @@ class Degradation:
     def _reduced(self, full: int, factor: float, strategy: Strategy) -> int:
         if factor >= 1 or full <= 1:
             return full
-        reduced = max(1, math.floor(full * factor + 1e-9))
-        if reduced < full:
-            self.shaped.add(strategy)
-        return reduced
+        self.shaped.add(strategy)
+        return max(1, math.floor(full * factor))
 
     def _asked(self, strategy: Strategy, asked: bool) -> bool:
         if asked:

@@ -74,7 +74,7 @@ class PressureAutoscaler(Autoscaler):  # type: ignore[misc]  # Celery ships no t
 
     @property
     def _level(self) -> Level:
-        return Level(getattr(self.worker.app.rlm_runtime().page, "level", Level.NORMAL))
+        return self.worker.app.rlm_runtime().page.level  # type: ignore[no-any-return]  # set by install
 
     @property
     def _ready(self) -> Callable[[], int] | None:

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from celery import Celery, signals
 from kombu.entity import Queue
@@ -82,16 +83,27 @@ def beat_configuration(settings: Settings) -> dict[str, Any]:
     if importlib.util.find_spec("redbeat") is None:
         # Nothing here is worth a file: what is due is due every few seconds.
         return {"beat_schedule": every, "beat_scheduler": "celery.beat:Scheduler"}
+    url, options = _password_apart(settings.redis_url)
     return {
         "beat_schedule": every,
         "beat_scheduler": "redbeat.RedBeatScheduler",
         # redbeat waits 25 minutes for a beat that has died, by default; this is 12 s at most.
         "beat_max_loop_interval": 3,
         "redbeat_lock_timeout": 9,
-        "redbeat_redis_url": settings.redis_url,
-        "redbeat_redis_options": {},
+        "redbeat_redis_url": url,
+        "redbeat_redis_options": options,
         "redbeat_key_prefix": f"{settings.namespace}:redbeat:",
     }
+
+
+def _password_apart(url: str) -> tuple[str, dict[str, str]]:
+    """Return a URL without its password, and that as an option: ``celery inspect conf`` shows the one and hides the other."""
+    parts = urlsplit(url)
+    if not parts.password:
+        return url, {}
+    who, _, where = parts.netloc.rpartition("@")
+    user = who.partition(":")[0]
+    return parts._replace(netloc=f"{user}@{where}" if user else where).geturl(), {"password": unquote(parts.password)}
 
 
 def install(app: Celery, settings: Settings | None = None) -> Celery:

@@ -20,6 +20,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from resilience.errors import StoreUnavailable
 from resilience.fault_log import FaultLog, Pattern
 from resilience.faults import Fault, classify
 from resilience.keys import Keys
@@ -299,7 +300,11 @@ class Client:
     def _let_wait(self, specs: Sequence[Spec]) -> None:
         """Have jobs that are not taken in yet called as soon as there is room."""
         for spec in specs:
-            self._waiting_room.enter(spec.queue, {f"{spec.job} {ROOT}": self._store.now_ms()})
+            try:
+                now_ms = self._reachable(self._store.now_ms)
+                self._waiting_room.enter(spec.queue, {f"{spec.job} {ROOT}": now_ms})
+            except StoreUnavailable as error:
+                logger.info("Job %s is not called when there is room, its own time wakes it: %s", spec.job, error)
 
     def _send(self, specs: Sequence[Spec]) -> None:
         """Send first messages, and have less urgent work make room for those that may ask for it."""

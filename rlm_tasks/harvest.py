@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from resilience.degradation import Degradation, Level, Strategy
+from resilience.degradation import IN_FORCE, Degradation, Level, Strategy
 from resilience.faults import Fault, classify
 from rlm_tasks import codec
 from rlm_tasks.failures import failure_of
@@ -85,12 +85,15 @@ class Harvest:
         """Merge the outputs into one when there are `at` of them."""
         if self._operation.merge is None or len(self._outputs) < at or self.fatal:
             return
+        asked = IN_FORCE.set(None)  # a merge is whole at any level
         try:
             self._outputs = [self._operation.merge(iter(self._outputs))]
         except MemoryError:
             raise  # a smaller range may fit
         except Exception as error:
             self.fatal = failure_of(-1, error)
+        finally:
+            IN_FORCE.reset(asked)
 
     def packed(self, indexes: Iterable[int]) -> bytes:
         """Return the partial, packed; nothing when no item succeeded.

@@ -17,7 +17,6 @@ from resilience.breaker import CircuitBreakers
 from resilience.errors import StoreUnavailable
 from rlm_tasks.queues import QueueGauge
 from rlm_tasks.runtime import Runtime
-from scheduler.admission import WaitingRoom
 from scheduler.alerts import Alerts, Webhook
 from scheduler.events import Events
 from scheduler.monitor import Monitor, MonitorSettings
@@ -65,7 +64,7 @@ def monitor_thread(app: Celery, runtime: Runtime) -> MonitorThread:
     monitor = Monitor(
         runtime.board, store, MonitorSettings(settings.pressure, settings.admission, settings.autoscale, settings.alerts),
         usage=runtime.usage, breakers=CircuitBreakers(store), gauge=QueueGauge(app).read, events=events, alerts=alerts,
-        room=WaitingRoom(store, runtime.ledger.keys), wake=runtime.wake,
+        room=runtime.room, wake=runtime.wake,
         webhook=Webhook(advised, settings.alerts.webhook_secret) if advised else None, worker=runtime.worker,
     )  # fmt: skip
     return MonitorThread(monitor, alerts)

@@ -113,7 +113,10 @@ def _work(runtime: Runtime, claim: Claim, page: PageSlot) -> bool:
     except UnknownOperation as error:
         return _put_off(runtime, claim, PARK_MS, str(error))
     if claim.node == ROOT and spec.patient and sheds(spec.priority, level := runtime.page.level):
-        return _put_off(runtime, claim, CALM_MS, f"pressure is {level.label}, and {spec.priority} work waits")
+        put_off = _put_off(runtime, claim, CALM_MS, f"pressure is {level.label}, and {spec.priority} work waits")
+        # The monitor calls it as soon as there is room, and this host may hear of that later than the job.
+        runtime.room.enter(spec.queue, {f"{spec.job} {ROOT}": runtime.ledger.store.now_ms()})
+        return put_off
     if claim.node != MERGE and (why := runtime.shares.obstacle(operation)):
         return _put_off(runtime, claim, PARK_MS, why)
     if claim.node == MERGE:
@@ -158,6 +161,7 @@ class NodeRun:
         self._fork: Fork | None = None
         self._quarantined: Suspect | None = None
         self._preempted = False  # it has won the right to make room
+        self._taken = 0  # slots of others that its latest look has promised to its children
 
     def run(self) -> bool:
         """Work in a place of one's own, if places are counted; return whether this message fills its chord slot."""
@@ -283,9 +287,9 @@ class NodeRun:
         shape, at = self._spec.shape, self._standing("go")
         put_off = self._work.would_repeat and self._pace.elapsed_ms < 4 * shape.target_ms
         sharable = may_fan_out(shape, at) and not put_off
-        taken = slots = 0
+        slots = 0
         if self._pace.wants_pulse(sharable=sharable):
-            order, taken, slots = self._pulse(shape.factor if sharable and not at.draining else 0)
+            order, slots = self._pulse(shape.factor if sharable and not at.draining else 0)
             at = self._standing(order)
         reason = Reason.STOPPED if self._work.harvest.fatal else should_yield(shape, at)
         if put_off and reason in (Reason.TARGET, Reason.FULL):
@@ -293,7 +297,7 @@ class NodeRun:
         self._work.urgent = reason in (Reason.STOPPED, Reason.PREEMPTED, Reason.DRAINING, Reason.FLUSH)
         self._reason = reason or self._reason
         if reason is None and sharable and slots > 1:
-            self._fan_out(at, taken, slots)
+            self._fan_out(at, slots)
         self._pace.next_slice()
         return reason is not None or self._fork is not None
 
@@ -305,7 +309,7 @@ class NodeRun:
         draining = self._runtime.page.draining
         return Standing(done, rest, self._pace.elapsed_ms, self._claim.depth, order, draining, self._preempted)
 
-    def _pulse(self, most: int) -> tuple[str, int, int]:
+    def _pulse(self, most: int) -> tuple[str, int]:
         """Tell the ledger where this node stands, take free slots, ask whether to make room: one round trip."""
         ledger, harvest = self._runtime.ledger, self._work.harvest
         pulse = ledger.pulse(self._claim, harvest.done, len(harvest.failures), len(harvest.empty))
@@ -314,12 +318,12 @@ class NodeRun:
         win = [self._runtime.preemption.win(f"{self._spec.queue.rpartition('.')[0]}.{urgent}")] if urgent else []
         word, (taken, slots), *won = ledger.patiently(lambda: ledger.store.run(pulse, take, *win))
         self._pace.pulsed()
-        self._preempted = bool(won and won[0])
+        self._preempted, self._taken = bool(won and won[0]), int(taken)
         # A fenced node hands in at once; FINISH will call it stale.
         order = word.decode()
-        return ("flush" if order == "fenced" else order), int(taken), int(slots)
+        return ("flush" if order == "fenced" else order), int(slots)
 
-    def _fan_out(self, at: Standing, taken: int, slots: int) -> None:
+    def _fan_out(self, at: Standing, slots: int) -> None:
         """Cut for free slots; a root that was not planned ahead is now, from what is left."""
         claim, shape, lo = self._claim, self._spec.shape, self._work.at
         if claim.node in (ROOT, PROCESS) and not shape.eager:
@@ -327,8 +331,8 @@ class NodeRun:
             if isinstance(planned, Fork):
                 self._reason, self._fork = Reason.PLANNED, planned
                 return
-        if taken:
-            self._reason, self._fork = Reason.HUNGRY, share_out(shape, at, lo, claim.hi, taken)
+        if self._taken:
+            self._reason, self._fork = Reason.HUNGRY, share_out(shape, at, lo, claim.hi, self._taken)
 
     # --- finishing ----------------------------------------------------------------------------------
 
@@ -418,7 +422,7 @@ class NodeRun:
         if finished.registered:
             runtime.reached(CrashPoint.BEFORE_PUBLISH)
             now = [f"{spec.job} {kid.id}" for kid in report.kids if kid.wait_ms < 0]
-            with runtime.making_room(spec.queue, now if spec.preempts and len(now) > 1 else (), freed=1):
+            with runtime.making_room(spec.queue, now if spec.preempts and len(now) > 1 else (), freed=1 + self._taken):
                 runtime.dispatcher.send_children(spec, report.kids, report.splits, merges=self._operation.merge is not None)
             if self._work.postponed is not None:
                 self._wake_if_called(self._work.postponed, report.kids[0].id)

@@ -12,9 +12,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
-from typing import Any, Protocol, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, cast
 
 from resilience.breaker import CircuitBreaker, CircuitBreakers
 from resilience.breaker_storage import CLOSED, OPEN, resident_mb
@@ -24,6 +24,9 @@ from resilience.settings import store_settings
 from scheduler.alerts import ResourcePressureEvent
 from scheduler.allocation import Policies, ResourceAllocationPolicy, ResourceLimits, workers_for
 from scheduler.settings import AllocationSettings
+
+if TYPE_CHECKING:
+    from rlm_tasks.client import Client
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +81,7 @@ class PlatformStatus(TypedDict):
 
 
 class Platform(Protocol):
-    """What stands behind the hooks: a `Client`."""
+    """What stands behind the hooks: a `Client`, by way of `ClientPlatform`."""
 
     @property
     def breakers(self) -> CircuitBreakers:
@@ -99,6 +102,42 @@ class Platform(Protocol):
         """Return how the platform stands.  Raises StoreUnavailable."""
 
 
+class ClientUsage:
+    """What executions took, counted beside those of the platform's own operations."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def record(self, operation: str, *, ok: bool, duration_s: float, memory_mb: float) -> None:
+        """Count one execution; while Redis is away it is not counted."""
+        about = {"done": int(ok), "failed": int(not ok), "busy_us": int(duration_s * 1e6), "memory_kb": int(memory_mb * 1024)}
+        with suppress(StoreUnavailable):
+            self._client.store.ask(self._client.usage.tally(operation, **about))
+
+    def read(self, operation: str) -> Figures:
+        """Return what is known of an operation.  Raises StoreUnavailable."""
+        return cast("Figures", self._client.usage.of(operation).to_dict())
+
+
+class ClientPlatform:
+    """A client as what stands behind the hooks."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.breakers, self.alerts, self.usage = client.breakers, client.alerts, ClientUsage(client)
+
+    def level(self) -> Level:
+        """Return the pressure to act on; while Redis is away nothing good is assumed, as on a host that cannot be measured."""
+        try:
+            return self._client.pressure.level()
+        except StoreUnavailable:
+            return Level.ELEVATED
+
+    def status(self) -> PlatformStatus:
+        """Return how the platform stands.  Raises StoreUnavailable."""
+        return cast("PlatformStatus", self._client.status().to_dict())
+
+
 # --- the manager ---------------------------------------------------------------------------------------
 
 
@@ -112,7 +151,7 @@ class AdaptiveResourceManager:
         enable_degradation: bool = True,
         alert_callback: AlertCallback | None = None,
         *,
-        client: Platform | None = None,
+        client: Client | Platform | None = None,
         alerts: AlertManager | None = None,
         clock: Callable[[], float] = time.perf_counter,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -123,7 +162,7 @@ class AdaptiveResourceManager:
         `alerts` and `alert_callback` are told when the pressure that this manager acts on has changed.
         """
         self.resource_limits = resource_limits or ResourceLimits()
-        self._platform = client or _platform()
+        self._platform = _platform(client)
         self._guards = enable_circuit_breakers and store_settings().breakers.enabled
         self._degrades, self._callback, self._alerts = enable_degradation, alert_callback, alerts
         self._clock, self._now, self._memory_mb = clock, now, memory_mb
@@ -304,10 +343,10 @@ def create_resource_manager(
     enable_degradation: bool = True,
     enable_alerts: bool = True,
     alert_callback: AlertCallback | None = None,
-    client: Platform | None = None,
+    client: Client | Platform | None = None,
 ) -> tuple[AdaptiveResourceManager, AlertManager | None]:
     """Return a manager, and the platform's alerts, None when they are not enabled."""
-    platform = client or _platform()
+    platform = _platform(client)
     alerts = platform.alerts if enable_alerts else None
     manager = AdaptiveResourceManager(
         resource_limits, enable_circuit_breakers, enable_degradation, alert_callback, client=platform, alerts=alerts
@@ -349,7 +388,9 @@ def _manager_of(orchestrator: Any) -> AdaptiveResourceManager:
     return manager
 
 
-def _platform() -> Platform:
+def _platform(behind: Client | Platform | None) -> Platform:
     from rlm_tasks.client import Client
 
-    return cast("Platform", Client())
+    if behind is None or isinstance(behind, Client):
+        return ClientPlatform(behind or Client())
+    return behind

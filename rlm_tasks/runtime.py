@@ -32,6 +32,7 @@ from rlm_tasks.page import Page, PageSlot
 from rlm_tasks.settings import Settings
 from rlm_tasks.shares import Shares
 from rlm_tasks.sources import ItemReader
+from scheduler.admission import WaitingRoom
 from scheduler.board import Board
 from scheduler.events import Events
 from scheduler.preemption import Preemption
@@ -58,6 +59,7 @@ class Runtime:
     usage: Usage
     shares: Shares
     board: Board
+    room: WaitingRoom
     notices: Notices
     worker: str = ""
     reached: Callable[[CrashPoint], None] = nobody_listens
@@ -82,7 +84,7 @@ class Runtime:
         return cls(
             settings, ledger, slots, Preemption(store, keys, slots), ItemReader(store), dispatcher, page, guards, limits,
             FaultLog(shared), Usage(store, keys), Shares(shared, settings, page, waken), Board(store, keys, settings.pressure),
-            Notices(Events(shared, settings.alerts.history), settings.alerts, time.monotonic),
+            WaitingRoom(store, keys), Notices(Events(shared, settings.alerts.history), settings.alerts, time.monotonic),
         )  # fmt: skip
 
     def resend(self, job: str, nodes: Sequence[str]) -> None:

@@ -239,12 +239,11 @@ class Work:
             if not wait.isolates:
                 self._postpone(wait)
         except (Exception, SystemExit):
-            pass  # it is raised again, by the item it belongs to
+            return False
         else:
             self.harvest.shape(self.degradation, len(kept))
             self.took_s.append(self._clock() - began)
             return True
-        self.degradation.shaped.clear()  # each of them is asked again
         return False
 
     def _keep_one(self, output: Any) -> None:
@@ -252,6 +251,7 @@ class Work:
 
     def _again_one_by_one(self, window: Sequence[Any]) -> None:
         """A batch that raised is run again item by item, so that the failure has a name."""
+        self.degradation.shaped.clear()  # each is asked again
         for item in window:
             index, context = self.at, self._context(self.at)
             self._page.boundary(time.monotonic())  # each has the whole limit for itself

@@ -156,7 +156,7 @@ class Board:
     def announce(self, report: ClusterReport, memory: bytes) -> None:
         """Publish the cluster's level, keep it in the history, tell who listens, and remember."""
         keys = (self._keys.cluster, self._keys.history, self._keys.state, self._keys.changes)
-        told = (_json.encode(report), memory, self._stale_ms, self._settings.history, report.level)
+        told = (_json.encode(report), memory, self._stale_ms, self._settings.history, int(report.level))
         self._store.ask(Call(_ANNOUNCE, keys, told))
 
     def history(self, limit: int = 100) -> list[ClusterReport]:

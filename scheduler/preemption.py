@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from redis.exceptions import RedisError
+
 from resilience.keys import Keys
 from resilience.line import URGENCY
-from resilience.store import LOST, Call, Script, Store
+from resilience.store import Call, Script, Store
 from scheduler.slots import SlotBoard
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class Preemption:
             counted = nodes[:total]
             if counted:
                 self._store.run(self.ask(queue, counted))
-        except LOST as error:
+        except RedisError as error:
             logger.info("Nobody was asked to yield, urgent work waits for slots to become free: %s", error)
             return ()
         return counted[freed + taken :]
@@ -61,14 +63,14 @@ class Preemption:
         """Have others yield at once for nodes that have been sent and find no free slot."""
         try:
             self._store.run(Call(_INSIST, self._keys.preemption(queue), (TTL_MS, *nodes)))
-        except LOST as error:
+        except RedisError as error:
             logger.info("Nodes yield for urgent work a little later: %s", error)
 
     def settle(self, queue: str, node: str) -> None:
         """Say that a node has been claimed; its token is void then."""
         try:
             self._store.run(self.claimed(queue, node))
-        except LOST as error:
+        except RedisError as error:
             logger.info("A token is left over, it expires: %s", error)
 
     def ask(self, queue: str, nodes: Sequence[str]) -> Call:

@@ -1,7 +1,7 @@
 """What happens when too much is asked of two slots: levels rise, less is done for each item, less urgent work is refused.
 
 One command, nothing else is needed:  python docs/examples/under_pressure.py
-It starts a server, a worker and beat, and stops them.  A quarter of the time is calm, a quarter is overload, then it is calm.
+It starts a server, a worker and beat, and stops them.  A sixth of the time is calm, a sixth is overload, the rest recovery.
 """
 
 import argparse
@@ -62,19 +62,18 @@ class Run:
     def __init__(self, client, seconds):
         self.client, self.seconds, self.second, self.phase = client, seconds, 0, "calm"
         self.jobs = {"calm": [], "overload": [], "recovery": []}
-        self.refused, self.knocks, self.starts, self.executed = Counter(), [], [], Counter()
+        self.knocks, self.refused, self.executed = [], Counter(), Counter()
 
     def ask(self):
         """Submit what comes in this second: small jobs, large ones in the overload, a critical one every other second."""
-        overload, recovery = self.seconds // 4, self.seconds // 2
+        overload, recovery = self.seconds // 6, self.seconds // 3
         self.phase = "calm" if self.second < overload else "overload" if self.second < recovery else "recovery"
         large = {"calm": 0, "overload": 10 if self.second == overload else 1, "recovery": 0}[self.phase]
         for priority in PRIORITIES[1:]:
             for name in ["look_up", *["digest"] * large]:
                 self.submit(name, priority)
         if self.second % 2:
-            asked, job = time.time(), self.client.submit(operation="knock", items=[0], priority="critical")
-            self.knocks.append((self.second, asked, job))
+            self.knocks.append((time.time(), self.client.submit(operation="knock", items=[0], priority="critical")))
 
     def submit(self, name, priority):
         """Submit a job of six items, or note that it is refused."""
@@ -87,28 +86,22 @@ class Run:
         """Return what is seen now, as plain data."""
         status, before = self.client.status(), self.executed
         self.executed = Counter({each.executor_id: each.total_executions for each in self.client.usage.all()})
-        for each in [each for each in self.knocks if each[2].ready()]:
-            self.knocks.remove(each)
-            second, asked, job = each
-            self.starts.append({"second": second, "after_s": round(job.get()[0] - asked, 3)})
         queues = {name.rpartition(".")[2]: report for name, report in status.queues.items()}
         return {
-            "second": self.second, "phase": self.phase, "level": status.level, "why": status.why.partition(" on ")[0],
+            "second": self.second, "phase": self.phase, "level": status.level,
             "queued": {priority: queues[priority].depth for priority in PRIORITIES},
             "oldest_s": round(max(report.oldest_s or 0.0 for report in queues.values()), 1),
             "items": {name: self.executed[name] - before[name] for name in ("look_up", "digest")},
             "memory_pct": status.resource_usage["memory_percent"], "refused": dict(self.refused),
         }  # fmt: skip
 
-    def receipts(self):
-        """Return what was left out of the answers, by the phase in which they were asked for."""
-        found = {}
-        for phase, jobs in self.jobs.items():
-            items = Counter()
-            for job in jobs:
-                items.update({f"{each.strategy} at {each.level}": each.items for each in job.receipt()})
-            found[phase] = {"jobs": len(jobs), "items": dict(sorted(items.items()))}
-        return found
+    def told(self):
+        """Return how long critical items waited for a slot, and what was left out, by the phase in which it was asked for."""
+        waits = [round(job.get(timeout=30)[0] - asked, 3) for asked, job in self.knocks]
+        receipts = {phase: Counter() for phase in self.jobs}
+        for phase, shaped in ((phase, each) for phase, jobs in self.jobs.items() for job in jobs for each in job.receipt()):
+            receipts[phase][f"{shaped.strategy} at {shaped.level}"] += shaped.items
+        return {"critical_waits_s": waits, "receipts": receipts}
 
 
 def in_words(row):
@@ -130,7 +123,7 @@ def record(client, seconds):
         time.sleep(max(0.0, began + run.second + 1 - time.monotonic()))
         rows.append(run.look())
         print(in_words(rows[-1]), flush=True)
-    return {"rows": rows, "critical": run.starts, "receipts": run.receipts()}
+    return {"rows": rows, **run.told()}
 
 
 @contextmanager
@@ -146,7 +139,7 @@ def beat(environment):
 
 def main():
     """Start what is needed, run, and print the receipts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="a JSON file for what was seen")
     parser.add_argument("--seconds", type=int, default=60)
     asked = parser.parse_args()
@@ -158,11 +151,11 @@ def main():
 
         with embedded.worker(environment, log=Path(folder) / "log"), beat(environment), Client() as client:
             seen = record(client, asked.seconds)
-    for phase, about in seen["receipts"].items():
-        left_out = "; ".join(f"{what}: {items} items" for what, items in about["items"].items())
-        print(f"{phase}: {about['jobs']} jobs, {left_out or 'nothing was left out'}")
+    print(f"critical items waited {max(seen['critical_waits_s'])} s at most")
+    for phase, receipt in seen["receipts"].items():
+        print(f"{phase}:", "; ".join(f"{what}: {n} items" for what, n in receipt.items()) or "nothing was left out")
     if asked.out:
-        asked.out.write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
+        asked.out.write_text(json.dumps(seen) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

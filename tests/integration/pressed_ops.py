@@ -69,9 +69,9 @@ def thorough(seconds: float) -> str:
     return "full"
 
 
-@operation("fill")
-def fill(megabytes: int, ctx: Context) -> int:
-    """Hold memory, every page of it written, until a file is there, and 20 s at most."""
+@operation("hold")
+def hold(megabytes: int, ctx: Context) -> int:
+    """Hold a slot, and memory of which every page is written, until a file is there, and 20 s at most."""
     held, until = b"\1" * (megabytes << 20), time.monotonic() + 20
     while not Path(ctx.params["until"]).exists() and time.monotonic() < until:
         time.sleep(0.05)

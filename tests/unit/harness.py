@@ -34,6 +34,7 @@ from rlm_tasks.settings import Settings
 from rlm_tasks.shares import Shares
 from rlm_tasks.sources import ItemReader, ItemWriter
 from rlm_tasks.spec import Spec
+from scheduler.admission import WaitingRoom
 from scheduler.board import Board
 from scheduler.events import Events
 from scheduler.preemption import Preemption
@@ -108,6 +109,7 @@ class Platform:
             Usage(self.store, self.keys),
             Shares(self.store, self.settings, page, lambda waiters: None),
             Board(self.store, self.keys, self.settings.pressure),
+            WaitingRoom(self.store, self.keys),
             Notices(Events(self.store), self.settings.alerts, self.clock),
             worker="unit",
             clock=self.clock,

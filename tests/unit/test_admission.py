@@ -171,9 +171,7 @@ _REPORTS = st.tuples(st.integers(0, 50_000), st.none() | SECONDS)
 
 
 @given(reports=st.tuples(_REPORTS, _REPORTS), priority=st.sampled_from(PRIORITIES))
-def test_the_fuller_a_queue_the_later_to_come_back(
-    reports: tuple[tuple[int, float | None], ...], priority: str
-) -> None:
+def test_the_fuller_a_queue_the_later_to_come_back(reports: tuple[tuple[int, float | None], ...], priority: str) -> None:
     (d1, a1), (d2, a2) = reports
     less = refusal(min(d1, d2), min(a1 or 0.0, a2 or 0.0), priority)
     more = refusal(max(d1, d2), max(a1 or 0.0, a2 or 0.0), priority)

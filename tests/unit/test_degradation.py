@@ -80,7 +80,7 @@ def test_a_level_is_known_by_its_name_its_number_and_itself(level: Level) -> Non
 
 @pytest.mark.parametrize("wrong", ["severe", "", "3", 5, -1, 1.5, None, [], "high "])
 def test_what_is_no_level_is_told_with_all_that_are(wrong: Any) -> None:
-    with pytest.raises(ValueError, match="there are normal, elevated, high, critical, emergency$") as caught:
+    with pytest.raises(ValueError, match=r"there are normal, elevated, high, critical, emergency$") as caught:
         as_level(wrong)
     assert str(caught.value).startswith(f"{wrong!r} is no pressure level")
 

@@ -68,7 +68,9 @@ def test_an_operation_that_never_ran_has_cost_nothing_and_failed_nothing(worker:
     assert worker.usage.all() == [], "to ask does not make it known"
 
 
-@pytest.mark.parametrize(("done", "failed", "percent"), [(1, 0, 100.0), (0, 1, 0.0), (1, 2, 33.33), (2, 1, 66.67), (1, 10**6, 0.0)])
+@pytest.mark.parametrize(
+    ("done", "failed", "percent"), [(1, 0, 100.0), (0, 1, 0.0), (1, 2, 33.33), (2, 1, 66.67), (1, 10**6, 0.0)]
+)
 def test_the_success_rate_has_two_decimals(done: int, failed: int, percent: float) -> None:
     assert OperationUsage("x", done + failed, done, failed).success_rate_percent == percent
 

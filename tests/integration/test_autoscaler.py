@@ -1,0 +1,143 @@
+"""A real pool between one and four processes: it grows with work, shrinks when idle and under pressure, and kills nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rlm_tasks import Client, embedded
+from rlm_tasks.job import Job
+from tests.integration.conftest import client_of, environment_of
+from tests.support import wait_until
+
+MOST, LEAST = 4, 1
+
+
+@dataclass
+class Pool:
+    """A worker, and the client whose jobs it runs."""
+
+    client: Client
+    process: psutil.Process
+    log: Path
+
+    @property
+    def size(self) -> int:
+        return len(self.process.children())
+
+    def drill(self, level: str) -> None:
+        """Force a level, and wait until the worker has heard of it."""
+        if self.told() != level:
+            self.client.pressure.force(level)
+            wait_until(lambda: self.told() == level)
+
+    def told(self) -> str:
+        """Return the level that the worker has spoken of last."""
+        _, _, said = self.log.read_text().rpartition("Pressure is ")
+        return said.splitlines()[0].partition(":")[0] if said else ""
+
+    def wait_for(self, size: int) -> None:
+        wait_until(lambda: self.size == size)
+
+    def naps(self, count: int, milliseconds: float) -> Job:
+        return self.client.submit(
+            operation="nap", items=[milliseconds] * count, type="parallel", chunk_size=1, priority="critical"
+        )
+
+    def stats(self) -> dict[str, Any]:
+        [only] = self.client._app.control.inspect(timeout=5).stats().values()
+        return dict(only)
+
+
+@pytest.fixture(scope="module")
+def shared(server: embedded.Server, logs: Path) -> Iterator[Pool]:
+    """The module's worker."""
+    environment, log = environment_of(server.url, "autoscaled"), logs / "autoscaled.log"
+    options, app = [f"--autoscale={MOST},{LEAST}"], "tests.integration.autoscaled_app:app"
+    with client_of(environment) as client, embedded.worker(environment, log=log, app=app, options=options) as worker:
+        pool = Pool(client, psutil.Process(worker.pid), log)
+        pool.drill("high")  # it says nothing of a normal level before it was another
+        yield pool
+
+
+@pytest.fixture
+def pool(shared: Pool) -> Pool:
+    """The same, calm and idle."""
+    shared.drill("normal")
+    shared.wait_for(LEAST)
+    return shared
+
+
+def test_it_grows_while_messages_wait_and_shrinks_when_none_do(pool: Pool) -> None:
+    job = pool.naps(40, 200)
+    pool.wait_for(MOST)
+
+    assert job.result(timeout=30).output == [200.0] * 40
+    pool.wait_for(LEAST)
+    assert pool.stats()["pool"]["processes"] == [pool.process.children()[0].pid]
+
+
+def test_it_grows_for_a_job_that_is_cut_when_slots_are_free(pool: Pool) -> None:
+    job = pool.client.submit(operation="nap", items=[50.0] * 200)
+    pool.wait_for(MOST)
+
+    assert job.result(timeout=30).output == [50.0] * 200
+
+
+def test_at_high_pressure_it_holds_and_takes_no_messages_that_others_could_run(pool: Pool) -> None:
+    pool.drill("high")
+    job = pool.naps(40, 100)
+    sizes = set()
+    while job.progress().done < 20:
+        sizes.add(pool.size)
+
+    assert sizes == {LEAST}
+    assert pool.stats()["prefetch_count"] == LEAST
+    pool.drill("normal")
+    pool.wait_for(MOST)
+    assert pool.stats()["prefetch_count"] == MOST
+    assert job.result(timeout=30).output == [100.0] * 40
+
+
+def test_no_process_that_has_work_is_ended_when_it_shrinks(pool: Pool) -> None:
+    seen = set()
+    job = pool.naps(1500, 20)
+    for _ in range(2):
+        pool.wait_for(MOST)
+        seen |= {child.pid for child in pool.process.children()}
+        pool.drill("critical")
+        pool.wait_for(LEAST)
+        pool.drill("normal")
+
+    assert job.result(timeout=60).output == [20.0] * 1500
+    assert len(seen) > MOST, "it has grown again"
+    assert not {word for word in ("Traceback", "WorkerLost", "died of", "exited with") if word in pool.log.read_text()}
+
+
+def test_in_an_emergency_processes_leave_as_soon_as_they_are_done(pool: Pool) -> None:
+    job = pool.naps(4, 3000)
+    pool.wait_for(MOST)
+    wait_until(lambda: pool.client.status().active == {"nap": MOST})
+    pool.drill("emergency")
+    busy = pool.size
+    pool.wait_for(LEAST)
+
+    assert busy == MOST
+    assert job.result(timeout=30).output == [3000.0] * 4
+
+
+def test_its_bounds_may_be_moved_while_it_runs(pool: Pool) -> None:
+    control = pool.client._app.control
+    control.autoscale(3, 2)
+    pool.wait_for(2)
+    job = pool.naps(60, 100)
+    pool.wait_for(3)
+
+    assert job.result(timeout=30).output == [100.0] * 60
+    control.autoscale(MOST, LEAST)
+    pool.wait_for(LEAST)

@@ -1,0 +1,241 @@
+"""What is published of load and ordered for a drill: who still reports, what all act on, whose turn it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import fakeredis._socket._base as server_keys
+import pytest
+
+from resilience.degradation import Level
+from resilience.errors import InvalidValue, StoreUnavailable
+from resilience.keys import Keys
+from scheduler.board import Board, ClusterReport, HostReport, Orders, acted_on, prevailing
+from scheduler.queues import QueueReport
+from scheduler.sampling import Sample
+from scheduler.settings import PressureSettings
+from tests.unit.world import CountingStore, World
+
+SETTINGS = PressureSettings()
+SAMPLE = Sample(memory_pct=50.0, memory_mb=500.0, memory_limit_mb=1000.0, available_mb=500.0, source="host")
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    """A world whose keys expire by its own clock, too."""
+    own = World()
+    own.install(monkeypatch)
+    monkeypatch.setattr(server_keys, "time", own)
+    return own
+
+
+def board(world: World, namespace: str = "unit") -> tuple[Board, CountingStore]:
+    """Return the board as one more process sees it."""
+    store = world.store()
+    return Board(store, Keys(namespace), SETTINGS), store
+
+
+def host(worker: str = "a", level: Level = Level.NORMAL, slots: int = 2, **changed: Any) -> HostReport:
+    about: dict[str, Any] = {"percent": 10.0, "why": "", "busy": 1, "queues": ("unit.normal",), "active": {"sum": 1}}
+    return HostReport(worker, level, slots=slots, **about | {"sample": SAMPLE} | changed)
+
+
+def cluster(level: Level = Level.NORMAL, at: float = 0.0, **more: Any) -> ClusterReport:
+    return ClusterReport(level, "a test", at, **more)
+
+
+# --- rules ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("own", "seen", "forced", "expected"),
+    [
+        (Level.NORMAL, None, None, Level.NORMAL),
+        (Level.HIGH, Level.ELEVATED, None, Level.HIGH),
+        (Level.ELEVATED, Level.CRITICAL, None, Level.CRITICAL),
+        (None, None, None, Level.ELEVATED),
+        (None, Level.NORMAL, None, Level.ELEVATED),
+        (None, Level.HIGH, None, Level.HIGH),
+        (Level.EMERGENCY, Level.EMERGENCY, Level.NORMAL, Level.NORMAL),
+        (None, None, Level.NORMAL, Level.NORMAL),
+        (Level.NORMAL, None, Level.EMERGENCY, Level.EMERGENCY),
+    ],
+)
+def test_a_worker_acts_on_the_worse_of_host_and_cluster_unless_a_drill_says_otherwise(
+    own: Level | None, seen: Level | None, forced: Level | None, expected: Level
+) -> None:
+    assert acted_on(own, Orders(None if seen is None else cluster(seen), forced)) is expected
+
+
+def test_without_orders_a_worker_acts_on_its_own_host() -> None:
+    assert acted_on(Level.HIGH, None) is Level.HIGH
+    assert acted_on(None, None) is Level.ELEVATED
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        ([], Level.NORMAL),
+        ([(Level.CRITICAL, 0)], Level.NORMAL),
+        ([(Level.CRITICAL, 1)], Level.CRITICAL),
+        ([(Level.CRITICAL, 1), (Level.NORMAL, 1)], Level.CRITICAL),
+        ([(Level.CRITICAL, 1), (Level.NORMAL, 2)], Level.NORMAL),
+        ([(Level.CRITICAL, 1), (Level.HIGH, 1), (Level.NORMAL, 2)], Level.HIGH),
+        ([(Level.EMERGENCY, 1), (Level.ELEVATED, 8), (Level.NORMAL, 9)], Level.ELEVATED),
+        ([(Level.EMERGENCY, 16), (Level.NORMAL, 1), (Level.NORMAL, 1)], Level.EMERGENCY),
+    ],
+)
+def test_the_level_of_many_hosts_is_what_half_of_the_slots_have_reached(
+    hosts: Sequence[tuple[Level, int]], expected: Level
+) -> None:
+    assert prevailing([host(str(n), level, slots) for n, (level, slots) in enumerate(hosts)]) is expected
+
+
+# --- hosts ----------------------------------------------------------------------------------------------
+
+
+def test_each_host_is_told_of_once_and_as_it_was_told_last(world: World) -> None:
+    here, store = board(world)
+    for report in (host("b"), host("a"), host("b", Level.HIGH, why="memory 80 % of 1000 MB")):
+        store.run(here.publish(report))
+
+    assert board(world)[0].hosts() == [host("a"), host("b", Level.HIGH, why="memory 80 % of 1000 MB")]
+
+
+def test_a_host_that_reports_no_more_is_forgotten(world: World) -> None:
+    here, store = board(world)
+    store.run(here.publish(host("gone")))
+    world.sleep(SETTINGS.stale_s - 1)
+    store.run(here.publish(host("there")))
+    assert [each.worker for each in here.hosts()] == ["gone", "there"]
+
+    world.sleep(1.1)
+
+    assert [each.worker for each in here.hosts()] == ["there"]
+    assert store.client.hkeys(Keys("unit").pressure().hosts) == [b"there"]
+
+
+def test_a_worker_that_ends_takes_its_host_off_the_board(world: World) -> None:
+    here, store = board(world)
+    store.run(here.publish(host("a")))
+    here.withdraw("a")
+    assert here.hosts() == []
+
+
+# --- what all act on ------------------------------------------------------------------------------------
+
+
+def test_what_the_monitor_announces_is_what_all_act_on_until_nobody_renews_it(world: World) -> None:
+    here, store = board(world)
+    report = cluster(Level.HIGH, world.now, queues={"unit.normal": QueueReport(3, 1.5)}, redis_pct=None)
+
+    here.announce(report, b"remembered")
+
+    there = board(world)[0]
+    assert there.orders() == Orders(report, None)
+    assert there.memory() == b"remembered"
+    world.sleep(SETTINGS.stale_s + 0.1)
+    assert there.orders() == Orders(None, None)
+    assert there.memory() == b"remembered", "it outlasts an outage of all beats"
+    assert store.client.exists(Keys("unit").pressure().state)
+
+
+def test_each_level_is_told_to_who_listens(world: World) -> None:
+    here, store = board(world)
+    listening = store.client.pubsub()
+    listening.subscribe(Keys("unit").pressure().changes)
+    assert listening.get_message(timeout=1)
+
+    here.announce(cluster(Level.CRITICAL), b"")
+
+    message = listening.get_message(timeout=1)
+    assert message is not None
+    assert message["data"] == b"3"
+
+
+def test_the_history_is_bounded_and_tells_the_newest_first(world: World) -> None:
+    store = world.store()
+    here = Board(store, Keys("unit"), PressureSettings(history=10))
+    for at in range(300):
+        here.announce(cluster(at=float(at)), b"")
+
+    assert [report.at for report in here.history(3)] == [299.0, 298.0, 297.0]
+    assert store.client.xlen(Keys("unit").pressure().history) < 300
+
+
+def test_platforms_of_one_redis_know_nothing_of_each_other(world: World) -> None:
+    mine, store = board(world)
+    store.run(mine.publish(host()))
+    mine.announce(cluster(Level.HIGH), b"")
+    mine.force("critical")
+    assert mine.take_turn("a", 1000)
+
+    other, _ = board(world, "other")
+
+    assert (other.hosts(), other.orders(), other.memory(), other.history()) == ([], Orders(None, None), None, [])
+    assert other.take_turn("a", 1000)
+
+
+def test_all_that_a_script_touches_shares_a_hash_tag() -> None:
+    assert {key.partition("{")[2].partition("}")[0] for key in Keys("unit").pressure()} == {"pressure"}
+
+
+# --- drills ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["critical", "CRITICAL", 3, Level.CRITICAL])
+def test_a_drill_holds_for_its_time_or_until_it_is_released(world: World, level: Level | str | int) -> None:
+    here, _ = board(world)
+    here.force(level, 60)
+
+    orders = board(world)[0].orders()
+    assert orders.forced is Level.CRITICAL
+    assert 59 < orders.forced_for_s <= 60
+    assert here.release() is True
+    assert here.orders() == Orders(None, None)
+    assert here.release() is False
+    here.force(level, 60)
+    world.sleep(60.1)
+    assert here.orders().forced is None
+
+
+def test_a_drill_may_order_that_there_is_no_pressure(world: World) -> None:
+    here, _ = board(world)
+    here.announce(cluster(Level.EMERGENCY), b"")
+    here.force("normal")
+    assert acted_on(Level.EMERGENCY, here.orders()) is Level.NORMAL
+
+
+@pytest.mark.parametrize(
+    ("level", "for_s", "field"),
+    [("hihg", 60.0, "level"), (5, 60.0, "level"), (-1, 60.0, "level")]
+    + [("high", for_s, "for_s") for for_s in (0.0, -1.0, 1e-9, math.nan, math.inf)],
+)
+def test_a_mistaken_drill_is_named_and_orders_nothing(world: World, level: str | int, for_s: float, field: str) -> None:
+    here, _ = board(world)
+    with pytest.raises(InvalidValue) as error:
+        here.force(level, for_s)
+    assert error.value.field == field
+    assert here.orders().forced is None
+
+
+# --- whose turn -----------------------------------------------------------------------------------------
+
+
+def test_of_all_who_ask_at_once_one_looks_and_is_told_the_servers_time(world: World) -> None:
+    asked = [board(world)[0].take_turn(worker, 4000) for worker in "abc"]
+    assert asked == [world.now, None, None]
+    world.sleep(3.9)
+    assert board(world)[0].take_turn("d", 4000) is None
+    world.sleep(0.2)
+    assert board(world)[0].take_turn("d", 4000) == pytest.approx(world.now, abs=0.001)
+
+
+def test_while_redis_is_away_who_asks_is_told_so(world: World) -> None:
+    here, store = board(world)
+    store.lost = True
+    for ask in (here.hosts, here.orders, lambda: here.take_turn("a", 4000), lambda: here.announce(cluster(), b"")):
+        with pytest.raises(StoreUnavailable):
+            ask()

@@ -1,0 +1,546 @@
+"""One look at the whole platform: what becomes of hosts, queues and Redis, and what is told of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import pytest
+from kombu.exceptions import OperationalError
+from redis.exceptions import ResponseError
+
+from resilience.degradation import Level
+from resilience.errors import StoreUnavailable
+from resilience.keys import Keys
+from rlm_tasks.monitoring import MonitorThread
+from scheduler.admission import WaitingRoom
+from scheduler.alerts import Alerts
+from scheduler.board import Board, ClusterReport, HostReport
+from scheduler.events import Event, Events, Severity
+from scheduler.monitor import CALLED_PER_SLOT, Monitor, MonitorSettings
+from scheduler.queues import QueueReport
+from scheduler.sampling import Sample
+from scheduler.settings import AdmissionSettings, AlertSettings, AutoscaleSettings, PressureSettings
+from scheduler.usage import Usage
+from tests.support import wait_until
+from tests.unit.test_board import world
+from tests.unit.world import CountingStore, World
+
+__all__ = ["world"]
+
+QUEUES = tuple(f"unit.{priority}" for priority in ("critical", "high", "normal", "low"))
+
+
+class Breakers:
+    """Stands where the breakers do."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, str] = {}
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        return {name: {"state": state} for name, state in self.states.items()}
+
+
+class Webhook:
+    """Stands where the webhook of the advice does."""
+
+    def __init__(self) -> None:
+        self.sent: list[Mapping[str, Any]] = []
+
+    def send(self, _id: str, fields: Mapping[str, Any]) -> None:
+        self.sent.append(fields)
+
+
+class Platform:
+    """Hosts, queues and a Redis of our making, and as many monitors as one likes."""
+
+    def __init__(self, world: World, **pressure: Any) -> None:
+        self.world, self.keys = world, Keys("unit")
+        self.settings = PressureSettings(**pressure)
+        self.hosts: dict[str, HostReport] = {}
+        self.queues: dict[str, QueueReport] = {}
+        self.memory: dict[str, int] | Exception = {"maxmemory": 0, "used_memory": 1}
+        self.broker_is_away = False
+        self.breakers, self.webhook = Breakers(), Webhook()
+        self.woken: list[str] = []
+        self.asked: list[Sequence[str]] = []
+        self.host()
+
+    def host(self, worker: str = "w1", level: Level = Level.NORMAL, *, slots: int = 2, **changed: Any) -> None:
+        """Say how a host is, until told otherwise."""
+        about = {"memory_pct": 20.0, "memory_mb": 200.0, "memory_limit_mb": 1000.0, "available_mb": 800.0, "source": "host"}
+        sample = Sample(**about | {name: changed.pop(name) for name in ("memory_pct", "cpu_pct") if name in changed})
+        told: dict[str, Any] = {"percent": 20.0, "why": "memory" if level else "", "busy": 1, "queues": QUEUES, "active": {}}
+        self.hosts[worker] = HostReport(worker, level, slots=slots, sample=sample, **told | changed)
+
+    def monitor(self, worker: str = "m1") -> tuple[Monitor, CountingStore]:
+        """Return the monitor of one more worker, and its store."""
+        store = self.world.store()
+        store.client.info = lambda _section: self._info()  # type: ignore[method-assign, assignment, misc]
+        events = Events(store)
+        monitor = Monitor(
+            Board(store, self.keys, self.settings), store,
+            MonitorSettings(self.settings, AdmissionSettings(queue_depth=1000), AutoscaleSettings(), AlertSettings(channels=())),
+            usage=Usage(store, self.keys), breakers=self.breakers, gauge=self._gauge, events=events,  # type: ignore[arg-type]
+            alerts=Alerts(store, AlertSettings(channels=()), events), room=WaitingRoom(store, self.keys),
+            wake=self._wake, webhook=self.webhook, worker=worker,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return monitor, store
+
+    def look(self, monitor: Monitor | None = None, *, after_s: float | None = None) -> ClusterReport:
+        """Let time pass and have a look, by a monitor that knows nothing but what is stored."""
+        self.world.sleep(self.settings.monitor_s if after_s is None else after_s)
+        store = self.world.store()
+        for report in self.hosts.values():
+            store.run(Board(store, self.keys, self.settings).publish(report))
+        found = (monitor or self.monitor()[0]).look()
+        assert found is not None
+        return found
+
+    def looks(self, times: int) -> ClusterReport:
+        return [self.look() for _ in range(times)][-1]
+
+    def events(self, *names: str) -> list[Event]:
+        """Return what was told, oldest first."""
+        return [each for each in reversed(Events(self.world.store()).recent(1000)) if not names or each.name in names]
+
+    def alerts(self) -> list[tuple[str, str, Severity]]:
+        found = Alerts(self.world.store(), AlertSettings(channels=())).history(1000)
+        return [(each.kind, each.subject, each.severity) for each in reversed(found)]
+
+    def waiting(self, queue: str, *names: str) -> None:
+        """Have jobs wait to be taken in, in this order."""
+        WaitingRoom(self.world.store(), self.keys).enter(queue, {name: at for at, name in enumerate(names)})
+
+    def _info(self) -> dict[str, int]:
+        if isinstance(self.memory, Exception):
+            raise self.memory
+        return self.memory
+
+    def _gauge(self, names: Sequence[str]) -> dict[str, QueueReport]:
+        self.asked.append(tuple(names))
+        if self.broker_is_away:
+            raise OperationalError("cut off by the test")
+        return {name: self.queues.get(name, QueueReport(0)) for name in names}
+
+    def _wake(self, waiters: Sequence[str]) -> int:
+        self.woken += waiters
+        return len(waiters)
+
+
+@pytest.fixture
+def platform(world: World) -> Platform:
+    return Platform(world)
+
+
+# --- the level ------------------------------------------------------------------------------------------
+
+
+def test_a_platform_with_nothing_to_tell_is_normal(platform: Platform, world: World) -> None:
+    report = platform.looks(5)
+    assert (report.level, report.why, report.rising_to, report.redis_pct) == (Level.NORMAL, "", "", None)
+    assert (report.hosts, report.slots, report.busy, report.memory_pct, report.at) == (1, 2, 1, 20.0, world.now)
+    assert platform.events("pressure.changed") == []
+    assert platform.alerts() == []
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        ([(Level.CRITICAL, 1), (Level.NORMAL, 3)], Level.NORMAL),
+        ([(Level.CRITICAL, 2), (Level.NORMAL, 2)], Level.CRITICAL),
+        ([(Level.EMERGENCY, 1), (Level.HIGH, 1), (Level.NORMAL, 2)], Level.HIGH),
+    ],
+)
+def test_hosts_count_by_their_slots(world: World, hosts: Sequence[tuple[Level, int]], expected: Level) -> None:
+    platform = Platform(world)
+    platform.hosts.clear()
+    for n, (level, slots) in enumerate(hosts):
+        platform.host(f"w{n}", level, slots=slots)
+    report = platform.look()
+    assert report.level == expected
+    assert bool(report.why) == bool(expected)
+    assert report.slots == 4
+
+
+def test_means_are_by_slots(platform: Platform) -> None:
+    platform.host("w1", slots=3, memory_pct=10.0, cpu_pct=40.0)
+    platform.host("w2", slots=1, memory_pct=50.0, cpu_pct=80.0)
+    report = platform.look()
+    assert (report.memory_pct, report.cpu_pct) == (20.0, 50.0)
+
+
+SCALES = [(65.0, 75.0, 85.0, 95.0), (40.0, 50.0, 60.0, 70.0), (90.0, 92.0, 94.0, 96.0)]
+
+
+@pytest.mark.parametrize("thresholds", SCALES)
+@pytest.mark.parametrize(
+    ("times_its_bound", "expected"),
+    [
+        (0.01, Level.NORMAL),
+        (0.99, Level.NORMAL),
+        (1.0, Level.ELEVATED),
+        (1.99, Level.ELEVATED),
+        (2.0, Level.HIGH),
+        (10_000.0, Level.HIGH),
+    ],
+)
+@pytest.mark.parametrize(("priority", "bound_s"), [("high", 10.0), ("normal", 30.0)])
+def test_a_wait_counts_from_its_bound_and_more_with_each_doubling_but_never_beyond_high(
+    world: World, thresholds: tuple[float, ...], times_its_bound: float, expected: Level, priority: str, bound_s: float
+) -> None:
+    platform = Platform(world, thresholds=thresholds)
+    platform.queues[f"unit.{priority}"] = QueueReport(3, times_its_bound * bound_s)
+    report = platform.looks(3)
+    assert report.level == expected
+    assert ("3 messages wait in unit." in report.why) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("depth", "expected"),
+    [(649, Level.NORMAL), (650, Level.ELEVATED), (750, Level.HIGH), (1000, Level.HIGH), (50_000, Level.HIGH)],
+)
+def test_a_deep_queue_counts_by_its_bound_whatever_its_age(platform: Platform, depth: int, expected: Level) -> None:
+    platform.queues["unit.critical"] = QueueReport(depth)
+    assert platform.looks(3).level == expected
+
+
+@pytest.mark.parametrize(
+    ("queue", "report"),
+    [
+        ("unit.low", QueueReport(100_000, 86_400.0)),
+        ("unit.critical", QueueReport(1, 86_400.0)),
+        ("unit.high", QueueReport(0, 86_400.0)),
+    ],
+)
+def test_low_work_and_what_has_no_bound_may_wait(platform: Platform, queue: str, report: QueueReport) -> None:
+    platform.queues[queue] = report
+    assert platform.looks(3).level == Level.NORMAL
+
+
+@pytest.mark.parametrize("queue", ["control", "unit.control"])
+def test_a_queue_of_the_platforms_own_work_has_no_bound(platform: Platform, queue: str) -> None:
+    platform.host("w1", queues=(*QUEUES, queue))
+    platform.queues[queue] = QueueReport(3, 500.0)
+    assert platform.looks(3).level == Level.NORMAL
+
+
+def test_only_queues_that_somebody_serves_are_looked_at(platform: Platform) -> None:
+    platform.host("w1", queues=("unit.low",))
+    platform.host("w2", queues=("unit.low", "celery"))
+    platform.look()
+    assert platform.asked == [("celery", "unit.low")]
+
+
+@pytest.mark.parametrize(
+    ("used", "most", "expected", "told"),
+    [
+        (96, 100, Level.EMERGENCY, 96.0),
+        (85, 100, Level.CRITICAL, 85.0),
+        (64, 100, Level.NORMAL, 64.0),
+        (2000, 100, Level.EMERGENCY, 2000.0),
+        (96, 0, Level.NORMAL, None),
+    ],
+)
+def test_a_full_redis_is_pressure_at_once(platform: Platform, used: int, most: int, expected: Level, told: float | None) -> None:
+    platform.memory = {"maxmemory": most, "used_memory": used}
+    report = platform.look()
+    assert (report.level, report.redis_pct) == (expected, told)
+
+
+def test_a_redis_that_may_not_be_asked_of_its_memory_counts_for_nothing(platform: Platform) -> None:
+    platform.memory = ResponseError("NOPERM this user has no permissions to run the 'info' command")
+    platform.host("w1", Level.HIGH)
+    assert (platform.look().level, platform.look().redis_pct) == (Level.HIGH, None)
+
+
+def test_the_level_of_queues_lasts_as_a_hosts_does(platform: Platform) -> None:
+    platform.queues["unit.normal"] = QueueReport(3, 60.0)
+    assert [platform.look().level for _ in range(3)] == [Level.NORMAL, Level.HIGH, Level.HIGH], "with the second in a row"
+    platform.queues.clear()
+    course = [platform.look().level for _ in range(24)]
+    assert course[0] == Level.HIGH
+    assert course == sorted(course, reverse=True)
+    assert set(course) == {Level.HIGH, Level.ELEVATED, Level.NORMAL}, "one step at a time"
+
+
+# --- who looks, and what is remembered ------------------------------------------------------------------
+
+
+def test_of_two_that_are_asked_at_once_one_looks(platform: Platform) -> None:
+    (first, _), (second, store) = platform.monitor("m1"), platform.monitor("m2")
+    assert platform.look(first) is not None
+    store.round_trips = 0
+    assert second.look() is None
+    assert store.round_trips == 1, "to be told that it is another's turn"
+    assert len(Board(store, platform.keys, platform.settings).history()) == 1
+    assert platform.look(second) is not None, "the next look may be another's"
+
+
+def test_a_monitor_goes_on_where_another_one_stopped(platform: Platform) -> None:
+    platform.queues["unit.normal"] = QueueReport(3, 60.0)
+    (first, _), (second, _) = platform.monitor("m1"), platform.monitor("m2")
+    assert platform.look(first).level == Level.NORMAL
+    assert platform.look(second).level == Level.HIGH, "the second in a row, though the first that this one saw"
+
+
+@pytest.mark.parametrize("kept", [b"\xc1", b"{}", msgspec.msgpack.encode({"queues": 7}), msgspec.msgpack.encode([1, 2]), b"\x81"])
+def test_a_memory_of_another_release_is_begun_anew(platform: Platform, kept: bytes) -> None:
+    platform.look()
+    platform.world.client().set(platform.keys.pressure().state, kept)
+    assert platform.look().level == Level.NORMAL
+    assert platform.world.client().get(platform.keys.pressure().state) != kept
+
+
+def test_a_memory_of_an_older_release_keeps_what_is_still_known(platform: Platform) -> None:
+    platform.world.client().set(platform.keys.pressure().state, msgspec.msgpack.encode({"level": 3, "gone": True}))
+    platform.look()
+    [changed] = platform.events("pressure.changed")
+    assert changed.data["before"] == "critical"
+
+
+def test_a_server_whose_clock_is_set_back_is_looked_at_all_the_same(platform: Platform) -> None:
+    platform.memory = {"maxmemory": 100, "used_memory": 96}
+    platform.looks(3)
+    platform.world.now -= 3600
+    platform.world.client().delete(platform.keys.pressure().turn)
+    assert platform.look().level == Level.EMERGENCY
+
+
+def test_a_lost_broker_ends_the_look_before_anything_is_told(platform: Platform) -> None:
+    platform.broker_is_away = True
+    with pytest.raises(OperationalError):
+        platform.look()
+    store = platform.world.store()
+    assert Board(store, platform.keys, platform.settings).orders().cluster is None
+
+
+def test_a_lost_redis_ends_the_look(platform: Platform) -> None:
+    monitor, store = platform.monitor()
+    store.lost = True
+    with pytest.raises(StoreUnavailable):
+        platform.look(monitor)
+
+
+# --- what is told ---------------------------------------------------------------------------------------
+
+
+def test_a_change_is_told_once_and_what_follows_from_it(platform: Platform) -> None:
+    platform.host("w1", Level.CRITICAL, why="memory 90 % of 1000 MB")
+    platform.looks(4)
+    platform.host("w1", Level.HIGH)
+    platform.looks(2)
+    platform.host("w1")
+    platform.looks(2)
+
+    names = ("pressure.changed", "degradation.started", "degradation.ended")
+    told = [(each.name.partition(".")[2], each.data.get("level"), each.severity) for each in platform.events(*names)]
+    assert told == [
+        ("changed", "critical", Severity.ERROR),
+        ("started", None, Severity.INFO),
+        ("changed", "high", Severity.WARNING),
+        ("changed", "normal", Severity.INFO),
+        ("ended", None, Severity.INFO),
+    ]
+    first = platform.events("pressure.changed")[0]
+    assert first.message == "pressure went from normal to critical: memory 90 % of 1000 MB on w1"
+    assert "use_simplified_methods" in platform.events("degradation.started")[0].data["strategies"]
+
+
+def test_a_host_and_the_cluster_are_alerted_each_by_itself_and_not_at_every_look(platform: Platform) -> None:
+    platform.host("w1", Level.CRITICAL, memory_pct=90.0)
+    platform.looks(10)
+    assert sorted(each for each in platform.alerts() if each[0] == "pressure.changed") == [
+        ("pressure.changed", "cluster", Severity.ERROR),
+        ("pressure.changed", "w1", Severity.ERROR),
+    ]
+    assert ("memory.high", "w1", Severity.WARNING) in platform.alerts()
+
+
+def test_a_breaker_is_told_when_it_opens_and_when_it_closes(platform: Platform) -> None:
+    platform.breakers.states = {"llm": "closed", "web": "closed"}
+    platform.look()
+    platform.breakers.states["llm"] = "open"
+    platform.looks(2)
+    platform.breakers.states["llm"] = "half_open"
+    platform.look()
+    assert [(each.name, each.data["breaker"]) for each in platform.events("breaker.opened", "breaker.closed")] == [
+        ("breaker.opened", "llm")
+    ]
+    platform.breakers.states["llm"] = "closed"
+    platform.looks(2)
+    assert [each.name for each in platform.events("breaker.opened", "breaker.closed")] == ["breaker.opened", "breaker.closed"]
+    assert platform.alerts() == [("breaker.opened", "llm", Severity.WARNING)]
+
+
+def test_what_workers_tell_is_alerted_once_and_what_is_older_than_the_first_look_is_history(platform: Platform) -> None:
+    def slow(operation: str) -> Event:
+        return Event("execution.slow", f"an item of {operation} took 60 s", Severity.WARNING, {"operation": operation})
+
+    events = Events(platform.world.store())
+    events.emit(slow("before"))
+    platform.look()
+    events.emit(slow("after"), Event("execution.odd", "not to be alerted", Severity.WARNING, {"operation": "odd"}))
+    platform.looks(3)
+    assert platform.alerts() == [("execution.slow", "after", Severity.WARNING)]
+
+
+def test_a_storm_of_events_is_alerted_by_operation(platform: Platform) -> None:
+    platform.look()
+    Events(platform.world.store()).emit(
+        *(Event("execution.slow", "slow", Severity.WARNING, {"operation": f"op{n % 3}"}) for n in range(300))
+    )
+    platform.looks(5)
+    assert sorted(subject for _, subject, _ in platform.alerts()) == ["op0", "op1", "op2"]
+
+
+def test_advice_is_told_when_it_changes(platform: Platform) -> None:
+    assert platform.look().desired_workers == 2, "the fewest there may be"
+    platform.host("w2")
+    platform.queues["unit.normal"] = QueueReport(5000)
+    platform.look(after_s=601)
+    platform.looks(3)
+    told = [each["desired_workers"] for each in platform.webhook.sent]
+    assert told == [2, 3]
+    assert [each.data["desired_workers"] for each in platform.events("scaling.advised")] == told
+    assert "5000 messages wait" in str(platform.webhook.sent[-1]["why"])
+
+
+# --- what is expected -----------------------------------------------------------------------------------
+
+
+def test_a_rise_is_foretold_half_a_minute_ahead(platform: Platform, world: World) -> None:
+    began, foretold, reached = world.now, None, None
+    for _ in range(240):
+        percent = 30 + 5 * (world.now - began) / 60
+        platform.host("w1", Level.ELEVATED if percent >= 65 else Level.NORMAL, percent=percent)
+        report = platform.look()
+        if foretold is None and report.rising_to:
+            assert report.rising_to == "elevated"
+            foretold = world.now
+        if reached is None and report.level:
+            reached = world.now
+    assert foretold is not None
+    assert reached is not None
+    assert 30 <= reached - foretold <= 75
+
+
+def test_steady_load_foretells_nothing(platform: Platform) -> None:
+    platform.host("w1", percent=64.0)
+    assert {platform.look().rising_to for _ in range(60)} == {""}
+
+
+def test_no_level_is_foretold_that_still_lasts(platform: Platform) -> None:
+    """The load climbs to ELEVATED, while the level is still HIGH from before."""
+    told = set()
+    for step in range(60):
+        platform.host("w1", Level.HIGH, percent=40 + 0.4 * step)
+        told.add(platform.look().rising_to)
+    assert told == {""}
+
+
+# --- jobs that wait to be taken in ----------------------------------------------------------------------
+
+
+def test_who_waits_is_called_by_urgency_as_many_as_there_are_slots_for(platform: Platform) -> None:
+    platform.waiting("unit.low", "low 0")
+    platform.waiting("unit.normal", *(f"normal {n}" for n in range(20)))
+    platform.waiting("unit.high", "high 0")
+    platform.look()
+    most = 2 * CALLED_PER_SLOT
+    assert platform.woken == ["high 0", *(f"normal {n}" for n in range(most)), "low 0"]
+    platform.woken.clear()
+    platform.look()
+    assert platform.woken == [f"normal {n}" for n in range(most, 2 * most)]
+
+
+@pytest.mark.parametrize(
+    ("level", "forced", "called"),
+    [
+        (Level.NORMAL, None, ["high", "normal", "low"]),
+        (Level.HIGH, None, ["high", "normal"]),
+        (Level.CRITICAL, None, ["high"]),
+        (Level.EMERGENCY, None, []),
+        (Level.NORMAL, "emergency", []),
+        (Level.EMERGENCY, "normal", ["high", "normal", "low"]),
+    ],
+)
+def test_who_would_not_be_taken_in_is_not_called(platform: Platform, level: Level, forced: str | None, called: list[str]) -> None:
+    platform.host("w1", level)
+    for priority in ("low", "normal", "high"):
+        platform.waiting(f"unit.{priority}", f"{priority} root")
+    if forced is not None:
+        Board(platform.world.store(), platform.keys, platform.settings).force(forced)
+    platform.look()
+    assert [each.partition(" ")[0] for each in platform.woken] == called
+
+
+@pytest.mark.parametrize("report", [QueueReport(1000), QueueReport(3, 31.0)])
+def test_nobody_is_called_into_a_queue_that_is_full(platform: Platform, report: QueueReport) -> None:
+    platform.queues["unit.normal"] = report
+    platform.waiting("unit.normal", "normal root")
+    platform.waiting("unit.high", "high root")
+    platform.look()
+    assert platform.woken == ["high root"]
+    platform.queues.clear()
+    platform.look(after_s=120)
+    assert platform.woken == ["high root", "normal root"]
+
+
+# --- the thread -----------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A monitor that does as it is told, and lets the next look be waited for."""
+
+    def __init__(self, *outcomes: Exception | None) -> None:
+        self.outcomes, self.looked = list(outcomes), 0
+
+    def look(self) -> None:
+        self.looked += 1
+        if self.outcomes and (outcome := self.outcomes.pop(0)):
+            raise outcome
+
+
+class Quiet:
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_the_thread_looks_when_asked_survives_what_a_look_meets_and_ends(caplog: pytest.LogCaptureFixture) -> None:
+    monitor, alerts = Scripted(OperationalError("no broker"), ValueError("unexpected"), None), Quiet()
+    thread = MonitorThread(monitor, alerts)  # type: ignore[arg-type]
+    thread.start()
+    for asked in range(1, 4):
+        thread.ask()
+        wait_until(lambda asked=asked: monitor.looked == asked)  # type: ignore[misc]
+    assert "not known" in caplog.text
+    assert "unexpected" in caplog.text
+    thread.stop()
+    assert (thread.is_alive(), alerts.closed, monitor.looked) == (False, True, 3)
+
+
+def test_who_asks_a_thread_that_looks_already_is_not_kept_waiting() -> None:
+    going, go_on = threading.Event(), threading.Event()
+
+    class Slow(Scripted):
+        def look(self) -> None:
+            super().look()
+            going.set()
+            assert go_on.wait(20)
+
+    monitor = Slow()
+    thread = MonitorThread(monitor, Quiet())  # type: ignore[arg-type]
+    thread.start()
+    thread.ask()
+    assert going.wait(20)
+    for _ in range(5):
+        thread.ask()
+    go_on.set()
+    wait_until(lambda: monitor.looked == 2)
+    thread.stop()
+    assert monitor.looked == 2, "what was asked meanwhile is one look"

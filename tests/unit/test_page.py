@@ -1,0 +1,127 @@
+"""What the main process tells its pool by the shared page: the level, urgent work, slots and memory."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resilience.degradation import Level
+from rlm_tasks.page import Page
+
+
+class Watch:
+    """A monotonic clock of ours."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        patch.setattr("rlm_tasks.page.time.monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    return Watch(monkeypatch)
+
+
+# --- the level ------------------------------------------------------------------------------------------
+
+
+def test_where_nobody_measures_there_is_no_pressure() -> None:
+    assert Page().level is Level.NORMAL
+
+
+@pytest.mark.parametrize("level", Level)
+def test_a_level_is_read_as_it_was_written_until_nobody_renews_it(watch: Watch, level: Level) -> None:
+    page = Page(stale_s=15)
+    page.level = level
+    assert page.level is level
+    watch.now += 15
+    assert page.level is level
+    watch.now += 0.01
+    assert page.level is Level.ELEVATED, "not trusted, and not called normal"
+    page.level = level
+    assert page.level is level
+
+
+@given(st.floats(0.001, 1e9), st.sampled_from(Level), st.floats(0, 14.9))
+def test_a_level_holds_on_a_host_of_any_age(uptime_s: float, level: Level, later_s: float) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        watch = Watch(patch)
+        watch.now = uptime_s
+        page = Page(stale_s=15)
+        page.level = level
+        watch.now += later_s
+        assert page.level is level
+
+
+def test_a_child_reads_what_its_parent_writes_after_the_fork() -> None:
+    page = Page()
+    asked, answer = os.pipe(), os.pipe()
+    if (pid := os.fork()) == 0:
+        os.read(asked[0], 1)
+        os.write(answer[1], bytes([page.level, page.urgent, page.slots, int(page.available_mb), int(page.free_mb or 0)]))
+        os._exit(0)
+    page.level, page.urgent, page.slots, page.available_mb, page.free_mb = Level.CRITICAL, 0b11, 7, 64.0, 32.0
+    os.write(asked[1], b"!")
+    told = os.read(answer[0], 5)
+    os.waitpid(pid, 0)
+    for end in (*asked, *answer):
+        os.close(end)
+    assert list(told) == [Level.CRITICAL, 0b11, 7, 64, 32]
+
+
+def median_ns(read: Callable[[], object], *, rounds: int = 51, reads: int = 1000) -> float:
+    def once() -> float:
+        began = time.perf_counter_ns()
+        for _ in range(reads):
+            read()
+        return (time.perf_counter_ns() - began) / reads
+
+    return statistics.median(once() for _ in range(rounds))
+
+
+def test_reading_the_level_costs_little(capsys: pytest.CaptureFixture[str]) -> None:
+    class Plain:
+        level = Level.HIGH
+
+    page, plain = Page(), Plain()
+    page.level = Level.HIGH
+
+    shared, attribute = median_ns(lambda: page.level), median_ns(lambda: plain.level)
+
+    with capsys.disabled():
+        print(f"\n  level from the page: {shared:.0f} ns; a plain attribute: {attribute:.0f} ns")
+    assert page.level is plain.level
+
+
+# --- the rest -------------------------------------------------------------------------------------------
+
+
+def test_what_was_not_heard_is_not_known() -> None:
+    page = Page()
+    assert (page.urgent, page.slots, page.available_mb, page.free_mb) == (0, 1, 0.0, None)
+
+
+def test_no_field_of_the_page_touches_another() -> None:
+    page = Page()
+    page.level, page.urgent, page.slots, page.available_mb, page.free_mb = Level.HIGH, 0b1111, 1024, 123.5, 0.0
+    page.draining = page.hungry = page.terminating = True
+    page.recall()
+    held = page.slot(0)
+    held.hold(os.getpid(), "job", "node", "00" * 8, 0.0)
+
+    assert (page.level, page.urgent, page.slots) == (Level.HIGH, 0b1111, 1024)
+    assert (page.available_mb, page.free_mb) == (123.5, 0.0), "a host without free memory is known"
+    assert (page.draining, page.hungry, page.terminating, page.recalls) == (True, True, True, 1)
+    assert [each.job for each in page.held()] == ["job"]
+
+
+def test_a_platform_without_slots_is_never_told() -> None:
+    page = Page()
+    page.slots = 0
+    assert page.slots == 1
