@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench soak worker beat flower lint types docs clean
+.PHONY: help demo test check bench soak pressure worker beat flower lint types docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -40,6 +40,10 @@ bench: $(VENV)/.ready ## Measure against what one would write by hand, and print
 soak: $(VENV)/.ready ## Kill, stop and restart everything at random for SOAK_S seconds (600), print what became of the jobs; then use a provider up for four minutes a limit
 	$(BIN)/python -m tests.faults.soak $(ARGS)
 	$(BIN)/python -m tests.faults.guards --window 60
+
+pressure: $(VENV)/.ready ## Ask two slots for more than they can do for a minute, and draw docs/pressure.svg
+	$(BIN)/python docs/examples/under_pressure.py --out docs/pressure.json $(ARGS)
+	$(BIN)/python -m docs.plot_pressure
 
 worker: $(VENV)/.ready ## Start a worker on RLM_REDIS_URL
 	$(BIN)/celery -A rlm_tasks worker -l info $(ARGS)

@@ -42,7 +42,9 @@ class PressureAutoscaler(Autoscaler):  # type: ignore[misc]  # Celery ships no t
 
     @property
     def reach(self) -> int:
-        """How many processes there may soon be: the slots to offer."""
+        """How many processes there may soon be: the slots to offer.  A pool that stops offers none."""
+        if not self.pool.active:
+            return 0
         return self._scaler.reach(running=self.processes, level=self._level, most=self.max_concurrency)
 
     def update(self, max: int | None = None, min: int | None = None) -> tuple[int, int]:

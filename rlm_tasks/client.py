@@ -269,9 +269,15 @@ class Client:
         """Return how long a job has to wait to be taken in, in ms, and why.  Raises Overloaded, QueueFull."""
         priority = self._priority(request)
         refused = self._intake.refusal(queue_name(self.settings.namespace, priority), priority)
-        if refused is not None and not self._is_patient(request):
+        if refused is None or self._is_open(request.options.idempotency_key):
+            return None
+        if not self._is_patient(request):
             raise refused
-        return (int(refused.retry_after_s * 1000), refused.why) if refused is not None else None
+        return int(refused.retry_after_s * 1000), refused.why
+
+    def _is_open(self, idempotency_key: str) -> bool:
+        """Whether a key names a job already: to submit that again adds no load."""
+        return bool(idempotency_key and self._reachable(lambda: self.ledger.facts(self._id_for(idempotency_key))))
 
     def _priority(self, request: JobRequest) -> str:
         return priority_for(operations.get(request.operation), self._policies, request.options.priority)

@@ -20,6 +20,7 @@ import msgspec
 
 from resilience.bulkhead import Bulkhead, Permit
 from resilience.degradation import Level
+from resilience.errors import StoreUnavailable
 from resilience.line import URGENCY
 from resilience.store import Call
 from rlm_tasks import operations
@@ -52,7 +53,7 @@ from rlm_tasks.splitting import (
 )
 from rlm_tasks.working import Work
 from scheduler.admission import sheds
-from scheduler.preemption import more_urgent
+from scheduler.preemption import more_urgent, rank_of
 
 logger = logging.getLogger(__name__)
 
@@ -286,7 +287,7 @@ class NodeRun:
             self._work.press(Level.EMERGENCY)
         shape, at = self._spec.shape, self._standing("go")
         put_off = self._work.would_repeat and self._pace.elapsed_ms < 4 * shape.target_ms
-        sharable = may_fan_out(shape, at) and not put_off
+        sharable = may_fan_out(shape, at) and not put_off and self._leaves_room()
         slots = 0
         if self._pace.wants_pulse(sharable=sharable):
             order, slots = self._pulse(shape.factor if sharable and not at.draining else 0)
@@ -301,6 +302,16 @@ class NodeRun:
         self._pace.next_slice()
         return reason is not None or self._fork is not None
 
+    def _leaves_room(self) -> bool:
+        """Whether one more node of the operation would get a place: a free slot is of no use to one that would wait."""
+        if self._share is None:
+            return True
+        try:
+            places = self._share.status()
+        except StoreUnavailable:
+            return False
+        return places["used"] < places["limit"]
+
     def _standing(self, order: str) -> Standing:
         done = self._work.at - self._claim.lo
         if order == "go" and self._work.harvest.full:
@@ -314,14 +325,25 @@ class NodeRun:
         ledger, harvest = self._runtime.ledger, self._work.harvest
         pulse = ledger.pulse(self._claim, harvest.done, len(harvest.failures), len(harvest.empty))
         take = self._runtime.slots.take(self._spec.queue, most)
-        urgent = more_urgent(self._runtime.page.urgent, self._spec.priority)
-        win = [self._runtime.preemption.win(f"{self._spec.queue.rpartition('.')[0]}.{urgent}")] if urgent else []
-        word, (taken, slots), *won = ledger.patiently(lambda: ledger.store.run(pulse, take, *win))
+        ranks = self._runtime.page.urgent
+        urgent = more_urgent(ranks, self._spec.priority)
+        word, (taken, slots), *won = ledger.patiently(lambda: ledger.store.run(pulse, take, *self._win(urgent)))
         self._pace.pulsed()
-        self._preempted, self._taken = bool(won and won[0]), int(taken)
+        self._preempted, self._taken = bool(won and (won[0] or self._wins(ranks & ~rank_of(urgent)))), int(taken)
         # A fenced node hands in at once; FINISH will call it stale.
         order = word.decode()
         return ("flush" if order == "fenced" else order), int(slots)
+
+    def _win(self, urgent: str) -> list[Call]:
+        return [self._runtime.preemption.win(f"{self._spec.queue.rpartition('.')[0]}.{urgent}")] if urgent else []
+
+    def _wins(self, ranks: int) -> bool:
+        """Ask for less urgent work, too: the most urgent may have its slots, and the page not know it yet."""
+        if not (urgent := more_urgent(ranks, self._spec.priority)):
+            return False
+        ledger = self._runtime.ledger
+        [won] = ledger.patiently(lambda: ledger.store.run(*self._win(urgent)))
+        return bool(won) or self._wins(ranks & ~rank_of(urgent))
 
     def _fan_out(self, at: Standing, slots: int) -> None:
         """Cut for free slots; a root that was not planned ahead is now, from what is left."""

@@ -125,11 +125,17 @@ def making_room(
 
 
 def resend(ledger: Ledger, dispatcher: Dispatcher, job: str, nodes: Sequence[str]) -> None:
-    """Send registered nodes again; the splits of an operation nobody knows here get no chord."""
+    """Send registered nodes again; the splits of an operation nobody knows here get no chord.
+
+    Urgent ones need room as at first: what was lost or has waited has no slot.
+    """
     spec = ledger.spec(job)
     if spec is not None:
         merges = spec.operation in operations.names() and operations.get(spec.operation).merge is not None
-        dispatcher.resend(job, nodes, merges=merges)
+        urgent = [f"{job} {node}" for node in nodes] if spec.preempts else ()
+        preemption = Preemption(ledger.store, ledger.keys, SlotBoard(ledger.store, ledger.keys))
+        with making_room(preemption, dispatcher, spec.queue, urgent):
+            dispatcher.resend(job, nodes, merges=merges)
 
 
 def wake(ledger: Ledger, dispatcher: Dispatcher, waiters: Sequence[str]) -> int:

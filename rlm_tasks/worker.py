@@ -73,6 +73,7 @@ class Guard(threading.Thread):
         self._due = {"measure": 0.0, "offer": 0.0, "look": 0.0, "beat": 0.0, "sweep": 0.0}
         self._host = Host(runtime, pool_size, queues)
         self._lost = False
+        self._told = 0  # ranks that somebody has asked room for since the latest look began
 
     def run(self) -> None:
         """Tick on each event, when a job is due, and once a second until stopped."""
@@ -98,6 +99,7 @@ class Guard(threading.Thread):
         """Have running nodes ask whether they are to yield to what waits in a queue; False: not served here."""
         if queue not in self._queues():
             return False
+        self._told |= rank_of(priority_of(queue))
         self._runtime.page.urgent |= rank_of(priority_of(queue))
         self._runtime.page.recall()
         return True
@@ -151,6 +153,7 @@ class Guard(threading.Thread):
         total = 0 if self._runtime.page.draining else self._pool_size()
         free = max(0, total - len(state.reserved_requests))
         if (total, free) != self._offered or now >= self._due["offer"]:
+            self._told = 0
             offer = self._runtime.slots.publish(self._runtime.worker, total, free, self._queues())
             _, next_ms, *tokens = self._ledger.store.run(offer, self._ledger.next_look(), *self._tokens())
             self._look_ahead(next_ms)
@@ -162,12 +165,14 @@ class Guard(threading.Thread):
         return [self._runtime.preemption.open(queue) for queue in self._queues() if rank_of(priority_of(queue))]
 
     def _see_urgent(self, tokens: Sequence[int]) -> None:
-        """Know of urgent work also when nobody has told, and forget what is done."""
+        """Know of urgent work also when nobody has told, and forget what is done; what was told meanwhile is news."""
         served = [rank_of(priority_of(queue)) for queue in self._queues() if rank_of(priority_of(queue))]
         urgent = sum(rank for rank, waiting in zip(served, tokens, strict=False) if waiting)
         if urgent & ~self._runtime.page.urgent:
             self._runtime.page.recall()
         self._runtime.page.urgent = urgent
+        if self._told:
+            self._runtime.page.urgent |= self._told
 
     def _look_ahead(self, next_ms: int) -> None:
         """Wake when the first job is due: parked nodes wait for a time, not for a tick."""

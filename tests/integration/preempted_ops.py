@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rlm_tasks import Context, operation
@@ -55,4 +56,13 @@ def _slowly(index: int) -> None:
 def p_checked(index: int, ctx: Context) -> list[int]:
     """Take a while, after every item was looked at."""
     p_each(index, ctx)
+    return [index]
+
+
+@operation("p_until_told", merge=_listed)
+def p_until_told(index: int, ctx: Context) -> list[int]:
+    """Take a while, until a file says that it is enough."""
+    if not Path(ctx.params["enough"]).exists():
+        time.sleep(ctx.params["s"])
+    note(f"{ctx.params['journal']}.{ctx.job_id}", index)
     return [index]

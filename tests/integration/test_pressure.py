@@ -34,13 +34,13 @@ from tests.support import wait_until
 
 ALL_LEVELS = ("normal", "elevated", "high", "critical", "emergency")
 REFUSED = {
-    "normal": [],
-    "elevated": [],
-    "high": ["low"],
-    "critical": ["normal", "low"],
-    "emergency": ["high", "normal", "low"],
+    "normal": {},
+    "elevated": {},
+    "high": {"low": 20},
+    "critical": {"normal": 20, "low": 40},
+    "emergency": {"high": 20, "normal": 40, "low": 60},
 }
-"""Whose work is not taken in at each level."""
+"""Whose work is not taken in at each level, and for how many seconds: a level falls by a step in 20 at the soonest."""
 MONITOR_S = 1
 LIMIT_MB = 1000
 SLOW_MS = 200
@@ -138,17 +138,36 @@ def all_slots_run(client: Client, operation: str) -> None:
 # --- what raises a level -----------------------------------------------------------------------------
 
 
+def least_share(spans: Sequence[Sequence[float]]) -> float:
+    """Return how much of a processor items had at worst, over a second each: ten items of (seconds, seconds with one)."""
+    seconds = [spans[at : at + 10] for at in range(0, len(spans), 10)]
+    return min(sum(each[1] for each in second) / sum(each[0] for each in second) for second in seconds)
+
+
 def test_a_host_that_computes_on_every_slot_is_not_pressed(own: Client) -> None:
-    """As far as the machine is ours: where items get a processor for 90 % of their time nobody can say that work waits."""
+    """As far as the machine is ours: while items get a processor for 70 % of each second, work does not wait."""
     job = own.submit(operation="compute", items=[0.1] * 160)
 
     levels = {own.status().level for _ in job.watch()}
 
-    result = job.result()
-    took_s, used_s, looked_at = (sum(each) for each in zip(*result.output, strict=True))
-    unpressed = levels == {"normal"} and result.receipt == () and looked_at == 100 * 160
-    assert took_s >= 16
-    assert unpressed or used_s < 0.9 * took_s, (levels, result.receipt, used_s / took_s)
+    result, unpressed = job.result(), levels == {"normal"}
+    assert {looked_at for _, _, looked_at in result.output} == {100} or not unpressed
+    assert (unpressed and result.receipt == ()) or least_share(result.output) < 0.7, (levels, result.receipt)
+
+
+@contextmanager
+def memory_filled(client: Client, percent: float, until: Path) -> Iterator[None]:
+    """Have a pool process hold what is missing to so much of the worker's memory, for the length of a block."""
+    sample = host(client).sample
+    assert sample is not None
+    assert sample.source == "processes"
+    missing_mb = int(percent / 100 * LIMIT_MB - sample.memory_mb)
+    job = client.submit(operation="hold", items=[missing_mb], priority="high", params={"until": str(until)})
+    try:
+        yield
+    finally:
+        until.touch()
+        job.result(timeout=20)
 
 
 def test_memory_that_is_really_filled_shapes_what_runs_until_it_is_free_again(watched: Client, tmp_path: Path) -> None:
@@ -158,21 +177,11 @@ def test_memory_that_is_really_filled_shapes_what_runs_until_it_is_free_again(wa
     beside = watched.submit(operation="limited", items=[0.05] * 2000)
     wait_until(lambda: beside.progress().done >= 5)
 
-    sample = host(watched).sample
-    assert sample is not None
-    assert sample.source == "processes"
-    filling = watched.submit(
-        operation="hold",
-        items=[int(0.82 * LIMIT_MB - sample.memory_mb)],
-        priority="high",
-        params={"until": str(tmp_path / "over")},
-    )
-    wait_until(lambda: host(watched).level >= Level.HIGH and "memory" in host(watched).why)
-    wait_until(lambda: any(each.level in ("high", "critical", "emergency") for each in beside.receipt()))
-    wait_until(lambda: any(each.data["level"] == "high" for each in heard))
-    assert watched.status().level in ("high", "critical", "emergency")
-    (tmp_path / "over").touch()
-    filling.result(timeout=20)
+    with memory_filled(watched, 82, tmp_path / "over"):
+        wait_until(lambda: host(watched).level >= Level.HIGH and "memory" in host(watched).why)
+        wait_until(lambda: any(Level[each.level.upper()] >= Level.HIGH for each in beside.receipt()))
+        wait_until(lambda: any(each.data["level"] == "high" for each in heard))
+        assert Level[watched.status().level.upper()] >= Level.HIGH
     beside.cancel()
     beside.wait(timeout=20)
 
@@ -180,11 +189,10 @@ def test_memory_that_is_really_filled_shapes_what_runs_until_it_is_free_again(wa
     shaped = [each.items for each in beside.receipt() if each.strategy == "reduce_entity_limits"]
     assert looked_at[:5] == [100] * 5
     assert sum(shaped) == sum(each < 100 for each in looked_at) > 0
-    report = next(each for each in watched.pressure.history() if each.level >= Level.HIGH)
-    assert report.why.startswith("memory 8")
-    assert report.why.endswith(f"of {LIMIT_MB} MB on {host(watched).worker}")
     wait_until(lambda: host(watched).level == Level.NORMAL or "tasks on each CPU" in host(watched).why)
     wait_until(lambda: any(Level[each.data["level"].upper()] < Level.HIGH for each in heard if each.data["before"] == "high"))
+    report = next(each for each in watched.pressure.history() if each.level >= Level.HIGH and each.why.startswith("memory"))
+    assert report.why.endswith(f" % of {LIMIT_MB} MB on {host(watched).worker}")
 
 
 def test_a_cpu_in_full_use_simplifies_work_where_utilisation_counts(
@@ -265,8 +273,8 @@ def test_less_urgent_work_is_turned_away_first(drilled: Client, plain: dict[str,
             except Overloaded as error:
                 refused[priority] = error
 
-    assert list(refused) == REFUSED[level]
-    assert all(each.code == "OVERLOADED" and each.retry_after_s > 0 for each in refused.values())
+    assert {priority: each.retry_after_s for priority, each in refused.items()} == REFUSED[level]
+    assert all(each.code == "OVERLOADED" for each in refused.values())
 
 
 def test_a_batch_of_which_one_is_refused_enqueues_nothing(drilled: Client, plain: dict[str, str]) -> None:
@@ -304,6 +312,18 @@ def test_a_key_names_one_job_also_while_it_is_delayed(drilled: Client, plain: di
 
         assert again.id == job.id
         assert job.result(timeout=20).metrics.nodes == 1
+
+
+def test_a_key_that_names_a_job_already_is_not_turned_away(drilled: Client, plain: dict[str, str]) -> None:
+    request = {"operation": "stamp", "items": [0], "options": {"priority": "low", "idempotency_key": "taken in"}}
+    job = drilled.submit(request)
+    job.result(timeout=20)
+    drilled.pressure.force("high")
+
+    with door(plain) as client:
+        assert client.submit(request).id == job.id
+        with pytest.raises(Overloaded):
+            client.submit({**request, "options": {"priority": "low", "idempotency_key": "another"}})
 
 
 def test_a_delayed_job_starts_with_the_monitors_next_look(watched: Client) -> None:
@@ -486,6 +506,13 @@ def test_one_node_at_once_is_one_and_all_come_to_their_turn(drilled: Client) -> 
 
     assert result.done == 10
     assert at_once(result.output) == 1
+
+
+def test_a_slot_that_no_further_node_may_use_has_none_cut(drilled: Client) -> None:
+    result = drilled.execute(operation="one_at_a_time", items=[0.05] * 60, timeout=30)
+
+    assert at_once(result.output) == 1
+    assert result.metrics.splits == 0
 
 
 def test_the_place_of_a_killed_process_is_given_back(drilled: Client, tmp_path: Path) -> None:

@@ -1,0 +1,195 @@
+"""Work that makes room, and work that has got room, survive what befalls processes and Redis."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlm_tasks import Adaptive, Job, embedded
+from rlm_tasks.crashpoints import CrashPoint
+from tests.faults.conftest import Cell, cell, name_of
+from tests.faults.test_redis import restart
+from tests.integration import preempted_ops
+from tests.support import wait_until
+
+MODULES = f"tests.integration.ops,tests.faults.ops,{preempted_ops.__name__}"
+LONG = {
+    "RLM_NODE__TARGET_MS": "60000",
+    "RLM_PRESSURE__ENABLED": "0",  # a busy machine would run fewer nodes than there are slots
+}
+PREEMPTED = "more urgent work waits for a slot"
+SOON_S = 10.0
+"""A lease, a sweep, or the 5 s in which Celery notices a death, and what a busy machine adds; a low node would run for a minute."""
+
+
+@pytest.fixture
+def pressed(server: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cell]:
+    """A cell on the shared server whose workers know operations that make room."""
+    with cell(server, name_of(request), tmp_path, tmp_path / "worker.log", **LONG) as own:
+        own.environment |= {"RLM_OPERATIONS": MODULES}
+        yield own
+
+
+@pytest.fixture
+def pressed_durable(durable: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cell]:
+    """The same on the durable server."""
+    with cell(durable, name_of(request), tmp_path, tmp_path / "worker.log", **LONG) as own:
+        own.environment |= {"RLM_OPERATIONS": MODULES}
+        yield own
+
+
+def submit(own: Cell, items: int, priority: str, *, s: float = 0.02, **fields: Any) -> Job:
+    """Open a job whose items take their time until `enough`."""
+    params = {"s": s, "journal": str(own.folder / "journal"), "enough": str(own.folder / "enough")}
+    return own.client.submit(operation="p_until_told", items=range(items), params=params, priority=priority, **fields)
+
+
+def enough(own: Cell) -> None:
+    """Let all that is left of all jobs be done at once."""
+    (own.folder / "enough").touch()
+
+
+def running(job: Job, worker: str = "") -> int:
+    return sum(node.state == "running" and node.worker.startswith(worker) for node in job.tree())
+
+
+def one_on_each_slot(own: Cell, slots: int = 2) -> list[Job]:
+    """Fill slots with jobs that are one node each: the first finish is that of the node that makes room."""
+    jobs = [submit(own, 5000, "low", type="sequential") for _ in range(slots)]
+    wait_until(lambda: sum(running(job) for job in jobs) == slots)
+    return jobs
+
+
+def over_all_slots(own: Cell, slots: int = 2, s: float = 0.02) -> Job:
+    """Fill slots with one job, each of whose nodes would run for a minute."""
+    job = submit(own, 12_000, "low", s=s, strategy=Adaptive())
+    wait_until(lambda: running(job) == slots)
+    return job
+
+
+def yields(job: Job) -> int:
+    return sum(node.state == "cut" and node.why == PREEMPTED for node in job.tree())
+
+
+def repeated(own: Cell, job: Job) -> int:
+    """Return how many items were run once more than needed."""
+    return sum(times - 1 for times in Counter(own.journal(job)).values())
+
+
+def tokens(own: Cell) -> tuple[str, str]:
+    """Return the keys under which it is known who waits for room."""
+    return own.client.ledger.keys.preemption(f"{own.client.settings.namespace}.critical")
+
+
+def nobody_waits_for_room(own: Cell) -> bool:
+    return own.client.ledger.store.client.exists(*tokens(own)) == 0
+
+
+# --- kills ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", [CrashPoint.BEFORE_FINISH, CrashPoint.BEFORE_PUBLISH])
+@pytest.mark.parametrize("deed", ["kill_process", "kill_worker"])
+def test_critical_work_starts_although_who_makes_room_for_it_dies(pressed: Cell, point: CrashPoint, deed: str) -> None:
+    pressed.worker(fault=(point, deed))
+    lows = one_on_each_slot(pressed)
+    critical = submit(pressed, 1, "critical")
+
+    since = pressed.wait_for_fault()
+    if deed == "kill_worker":
+        pressed.worker()
+    pressed.check(critical, since=since, what=f"{deed} of who makes room", point=point, within_s=SOON_S)
+
+    wait_until(lambda: nobody_waits_for_room(pressed))
+    enough(pressed)
+    for low in lows:
+        pressed.check(low)
+
+
+def test_a_process_that_dies_while_it_makes_room_costs_what_it_had_done_and_no_more(pressed: Cell) -> None:
+    pressed.worker(fault=(CrashPoint.BEFORE_FINISH, "kill_process"))
+    lows = one_on_each_slot(pressed)
+    for _ in range(6):
+        wait_until(lambda: sum(running(low) for low in lows) == 2)
+        submit(pressed, 1, "critical").result(timeout=SOON_S)
+
+    assert sum(yields(low) for low in lows) == 5, "and once a death has made room"
+    enough(pressed)
+    for low in lows:
+        pressed.check(low)
+    assert min(repeated(pressed, low) for low in lows) == 0, "the other job has lost nothing"
+
+
+def test_critical_work_of_a_killed_worker_makes_room_on_another(pressed: Cell) -> None:
+    pressed.worker(options=["-n", "first@test"])
+    low = over_all_slots(pressed)
+    critical = submit(pressed, 60, "critical", s=0.1, type="sequential")
+    wait_until(lambda: running(critical) == 1)
+    assert yields(low) == 1
+    pressed.worker(options=["-n", "second@test"])
+    wait_until(lambda: running(low, "second") == 2)
+
+    os.killpg(pressed.workers[0].pid, signal.SIGKILL)
+    since = time.time()
+
+    wait_until(lambda: running(critical, "second") == 1, SOON_S)
+    assert yields(low) == 2
+    enough(pressed)
+    pressed.check(critical, since=since, what="kill -9 of a worker with critical work, others busy")
+    pressed.check(low)
+    assert nobody_waits_for_room(pressed)
+
+
+def test_critical_work_whose_process_was_killed_gets_a_slot_again(pressed: Cell) -> None:
+    pressed.worker(fault=(CrashPoint.BEFORE_FINISH, "kill_process"), nth=2)  # the first finish is the yield
+    lows = one_on_each_slot(pressed)
+
+    critical = submit(pressed, 1, "critical")
+    since = pressed.wait_for_fault()
+    pressed.check(critical, since=since, what="SIGKILL of critical work, others busy", within_s=SOON_S)
+
+    assert sum(yields(low) for low in lows) <= 2, "one for each time that it was sent"
+    enough(pressed)
+    for low in lows:
+        pressed.check(low)
+        assert repeated(pressed, low) == 0
+
+
+# --- Redis ----------------------------------------------------------------------------------------------
+
+
+def test_critical_work_makes_room_after_redis_was_killed(durable: embedded.Server, pressed_durable: Cell) -> None:
+    own = pressed_durable
+    worker = own.worker()
+    low = over_all_slots(own)
+    critical = [submit(own, 1, "critical") for _ in range(3)]
+    since = time.time()
+    restart(durable)
+
+    for job in critical:
+        own.check(job, since=since, what="kill -9 of Redis while critical work waits", within_s=SOON_S)
+
+    assert worker.poll() is None
+    enough(own)
+    own.check(low)
+    wait_until(lambda: nobody_waits_for_room(own))
+
+
+def test_critical_work_makes_room_although_it_was_forgotten_that_it_waits(pressed: Cell) -> None:
+    pressed.worker()
+    low = over_all_slots(pressed, s=0.5)
+
+    critical = submit(pressed, 1, "critical")
+    assert pressed.client.ledger.store.client.delete(*tokens(pressed)), "before the end of an item"
+
+    pressed.check(critical, within_s=SOON_S)
+    enough(pressed)
+    pressed.check(low)
+    assert repeated(pressed, low) == 0

@@ -1,0 +1,315 @@
+"""What a worker measures, tells and hears, and which level its nodes act on then."""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery.worker import state
+
+from resilience.degradation import Level
+from rlm_tasks.host import Host
+from rlm_tasks.queue_order import QueueOrder
+from rlm_tasks.settings import Settings
+from rlm_tasks.shares import held_mb
+from scheduler.board import Board, ClusterReport, HostReport, Orders
+from scheduler.queues import QueueReport
+from scheduler.sampling import Sample
+from scheduler.settings import PressureSettings
+from tests.unit.harness import Platform
+
+QUEUES = ["unit.normal", "unit.low"]
+
+
+class Sensor:
+    """Stands where the sampler does."""
+
+    def __init__(self) -> None:
+        self.memory_pct: float | None = 20.0
+        self.broken = False
+
+    def sample(self) -> Sample | None:
+        if self.broken:
+            raise RuntimeError("the sensor is broken")
+        if self.memory_pct is None:
+            return None
+        return Sample(self.memory_pct, 10 * self.memory_pct, 1000.0, 1000 - 10 * self.memory_pct, "host")
+
+
+class Machine:
+    """One worker's host, at times of our choosing."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, **pressure: Any) -> None:
+        self.sensor, self.queues = Sensor(), list(QUEUES)
+        patch.setattr("rlm_tasks.host.Sampler", lambda _settings: self.sensor)
+        patch.setattr(QueueOrder, "facts", QueueOrder.facts)
+        self.platform = Platform(settings=Settings(namespace="unit", pressure=PressureSettings(**pressure)))
+        self.runtime = self.platform.runtime
+        self.page, self.board = self.runtime.page, self.runtime.board
+        self.host = Host(self.runtime, lambda: 4, lambda: self.queues)
+        self.now = 1000.0
+
+    def measure(self, memory_pct: float | None = 20.0, times: int = 2) -> Level:
+        """Take so many samples, a second apart, and return what nodes act on."""
+        self.sensor.memory_pct = memory_pct
+        for _ in range(times):
+            self.now += 1
+            self.host.measure(self.now)
+        return self.page.level
+
+    def exchange(self) -> Level:
+        """Tell and hear once, as the guard does."""
+        store, runtime = self.platform.store, self.runtime
+        store.run(runtime.slots.publish("unit", 4, 4, self.queues))
+        self.host.heard(store.run(*self.host.exchange()), self.now)
+        return self.page.level
+
+    def announce(self, level: Level, **about: Any) -> None:
+        self.board.announce(ClusterReport(level, "a test", 0.0, **about), b"")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+# --- the level ------------------------------------------------------------------------------------------
+
+
+def test_before_the_first_sample_there_is_no_pressure(machine: Machine) -> None:
+    assert machine.page.level is Level.NORMAL
+
+
+def test_a_host_acts_on_its_own_sample_before_and_without_redis(machine: Machine) -> None:
+    assert machine.measure(20.0) is Level.NORMAL
+    assert machine.measure(80.0, times=1) is Level.NORMAL, "one sample is none, below critical"
+    assert machine.measure(80.0, times=1) is Level.HIGH
+    assert machine.measure(99.0, times=1) is Level.EMERGENCY
+
+
+def test_a_host_that_cannot_be_measured_is_taken_for_elevated_until_it_can(
+    machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.measure(20.0)
+    machine.sensor.broken = True
+    assert machine.measure(20.0) is Level.ELEVATED
+    assert "could not be measured" in caplog.text
+    machine.exchange()
+    assert [host.level for host in machine.board.hosts()] == [Level.ELEVATED]
+    machine.sensor.broken = False
+    assert machine.measure(20.0) is Level.NORMAL
+
+
+def test_a_system_that_tells_nothing_is_taken_for_elevated(machine: Machine) -> None:
+    assert machine.measure(None) is Level.ELEVATED
+
+
+def test_the_worse_of_host_and_cluster_counts(machine: Machine) -> None:
+    machine.announce(Level.CRITICAL)
+    machine.measure(20.0)
+    assert machine.exchange() is Level.CRITICAL
+    assert machine.measure(99.0) is Level.EMERGENCY, "between two exchanges, too"
+    machine.announce(Level.NORMAL)
+    assert machine.exchange() is Level.EMERGENCY
+
+
+def test_what_was_heard_long_ago_counts_no_more(machine: Machine) -> None:
+    stale_s = machine.runtime.settings.pressure.stale_s
+    machine.announce(Level.CRITICAL)
+    machine.measure(20.0)
+    machine.exchange()
+    machine.now += stale_s - 1.5
+    assert machine.measure(20.0, times=1) is Level.CRITICAL
+    assert machine.measure(20.0, times=1) is Level.NORMAL, "its own sample is trusted"
+
+
+def test_a_drill_that_was_heard_ends_with_the_outage_that_hides_its_end(machine: Machine) -> None:
+    machine.board.force("emergency")
+    machine.measure(20.0)
+    machine.exchange()
+    machine.now += machine.runtime.settings.pressure.stale_s + 1
+    assert machine.measure(20.0) is Level.NORMAL
+
+
+def test_a_drill_holds_whatever_is_measured_and_is_released(machine: Machine) -> None:
+    machine.measure(99.0)
+    machine.board.force("normal")
+    assert machine.exchange() is Level.NORMAL
+    assert machine.measure(99.0) is Level.NORMAL
+    machine.board.force("high")
+    assert machine.exchange() is Level.HIGH
+    machine.board.release()
+    assert machine.exchange() is Level.EMERGENCY
+
+
+def test_a_change_is_logged_once_with_its_cause(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
+    machine.measure(90.0, times=5)
+    machine.announce(Level.EMERGENCY)
+    machine.exchange()
+    machine.board.force("high")
+    machine.exchange()
+    machine.exchange()
+    assert [record.message for record in caplog.records if record.message.startswith("Pressure is")] == [
+        "Pressure is critical: memory 90 % of 1000 MB",
+        "Pressure is emergency: a test",
+        "Pressure is high: it is forced",
+    ]
+
+
+def test_switched_off_nothing_is_acted_on_nor_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, enabled=False)
+    machine.announce(Level.CRITICAL)
+    machine.board.force("emergency")
+    machine.measure(99.0)
+    assert machine.exchange() is Level.NORMAL
+    machine.sensor.broken = True
+    machine.measure()
+    machine.exchange()
+    assert [host.level for host in machine.board.hosts()] == [Level.NORMAL]
+
+
+# --- what is told ---------------------------------------------------------------------------------------
+
+
+def test_a_host_tells_what_it_is_and_does(machine: Machine) -> None:
+    machine.measure(80.0)
+    machine.exchange()
+    [report] = machine.board.hosts()
+    assert report == HostReport(
+        "unit", Level.HIGH, 80.0, "memory 80 % of 1000 MB", 4, 0, tuple(QUEUES), {}, machine.sensor.sample()
+    )
+
+
+def test_one_exchange_is_one_round_trip(machine: Machine) -> None:
+    machine.measure()
+    trips: list[int] = []
+    pipelined = machine.platform.store._pipelined
+    machine.platform.store._pipelined = lambda *args, **kwargs: (trips.append(1), pipelined(*args, **kwargs))[1]  # type: ignore[method-assign]
+    machine.platform.store.run(*machine.host.exchange())
+    assert len(trips) == 2, "one, and one more for scripts that the server has not seen before"
+    trips.clear()
+    machine.platform.store.run(*machine.host.exchange())
+    assert len(trips) == 1
+
+
+def request(operation: str | None) -> Any:
+    headers = {} if operation is None else {"rlm": {"operation": operation}}
+    return SimpleNamespace(request_dict=headers)
+
+
+class Requests:
+    """Stands where Celery's weak set does: a bare set of weak references."""
+
+    def __init__(self, *held: Any) -> None:
+        self.kept = list(held)
+        self.data = {self._reference(each) for each in held}
+
+    @staticmethod
+    def _reference(each: Any) -> Any:
+        return lambda: each
+
+
+def test_the_operations_that_run_are_counted_and_tasks_of_others_are_not(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = Requests(request("sum"), request("sum"), request("llm"), request(None), None)
+    monkeypatch.setattr(state, "active_requests", running)
+    machine.measure()
+    machine.exchange()
+    assert machine.board.hosts()[0].active == {"sum": 2, "llm": 1}
+
+
+def test_requests_may_come_and_go_while_they_are_counted(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weakref import WeakSet
+
+    class Request:
+        request_dict: dict[str, Any] = {"rlm": {"operation": "sum"}}
+
+    held: WeakSet[Request] = WeakSet()
+    monkeypatch.setattr(state, "active_requests", held)
+    kept, stop = [Request() for _ in range(200)], threading.Event()
+    for each in kept:
+        held.add(each)
+
+    def churn() -> None:
+        while not stop.is_set():
+            for each in [Request() for _ in range(50)]:
+                held.add(each)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        counts = [machine.host._report().active["sum"] for _ in range(300)]
+    finally:
+        stop.set()
+        thread.join()
+    assert min(counts) >= 200
+
+
+def test_orders_may_be_forgotten_while_the_event_loop_asks_for_ages(machine: Machine) -> None:
+    """The guard's thread forgets stale orders between any two steps of the event loop."""
+    report = ClusterReport(0, "", 0.0, queues={"unit.low": QueueReport(2, 5.0), "unit.high": QueueReport(1)})
+
+    class Forgetful(Host):
+        answers = [Orders(report, None)]
+
+        @property
+        def _orders(self) -> Orders | None:
+            return self.answers.pop() if self.answers else None
+
+        @_orders.setter
+        def _orders(self, value: Orders | None) -> None:
+            pass
+
+    host = Forgetful(machine.runtime, lambda: 4, lambda: QUEUES)
+    assert host._ages() == {"unit.low": 5.0}
+    assert host._ages() == {}
+
+
+def test_the_order_of_queues_knows_ages_and_slots_from_here(machine: Machine) -> None:
+    assert QueueOrder.facts.ages() == {}
+    machine.announce(Level.NORMAL, queues={"unit.low": QueueReport(2, 90.0)})
+    machine.measure()
+    machine.exchange()
+    facts = QueueOrder.facts
+    assert (facts.ages(), facts.slots(), facts.target_s("high")) == ({"unit.low": 90.0}, 4, 10.0)
+
+
+# --- slots and memory -----------------------------------------------------------------------------------
+
+
+def test_slots_of_all_workers_are_heard(machine: Machine) -> None:
+    machine.platform.store.run(machine.runtime.slots.publish("another", 6, 0, ["unit.normal"]))
+    machine.measure()
+    machine.exchange()
+    assert machine.page.slots == 10
+
+
+def test_a_worker_whose_consumer_reconnects_keeps_what_it_has_heard(machine: Machine) -> None:
+    machine.measure()
+    machine.exchange()
+    machine.queues.clear()
+    machine.exchange()
+    assert machine.page.slots == 4
+
+
+def test_memory_that_the_platform_may_fill_is_what_is_free_and_what_its_nodes_hold(machine: Machine) -> None:
+    for index in range(3):  # three threads of one process
+        machine.page.slot(index).hold(os.getpid(), "job", f"node{index}", "00" * 8, 0.0)
+    machine.measure(20.0)
+    assert machine.page.free_mb == 800.0
+    assert machine.page.available_mb == pytest.approx(800 + held_mb(os.getpid()), rel=0.05)
+
+
+def test_nobody_holds_memory_that_has_ended() -> None:
+    assert held_mb(2**22 - 1) == 0.0
+    assert held_mb(os.getpid()) > 10
+
+
+def test_board_reads_what_it_was_told(machine: Machine) -> None:
+    machine.board.force("critical")
+    [answer] = machine.platform.store.run(machine.board.look())
+    assert Board.read(answer).forced is Level.CRITICAL

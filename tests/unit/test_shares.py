@@ -1,0 +1,253 @@
+"""Which nodes need a place among those of their operation, of how many, and on which hosts they may start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resilience.bulkhead import LEASE_S
+from resilience.degradation import Level
+from rlm_tasks import JobRequest, operations
+from rlm_tasks.ledger import ROOT
+from rlm_tasks.node import run_node
+from rlm_tasks.operations import Operation
+from rlm_tasks.page import Page
+from rlm_tasks.settings import Settings
+from rlm_tasks.shares import RUNS_AT_MOST, Shares, held_mb, policies, policy_of, priority_for
+from scheduler.allocation import ResourceAllocationPolicy
+from scheduler.settings import AllocationSettings
+from tests.unit.harness import Platform
+from tests.unit.world import CountingStore, World, world
+
+__all__ = ["world"]
+
+
+def operation(name: str = "op", **policy: Any) -> Operation:
+    allocation = ResourceAllocationPolicy(executor_id=name, **policy) if policy else None
+    return Operation(name, lambda item: item, allocation=allocation)
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let operations that a test registers end with it."""
+    operations.import_operations(())
+    monkeypatch.setattr(operations, "_registry", dict(operations._registry))
+    return
+
+
+class Worker:
+    """One process: its page, its store, its shares."""
+
+    def __init__(self, world: World, settings: Settings | None = None, *, slots: int = 100) -> None:
+        self.page, self.store = Page(), world.store()
+        self.page.slots = slots
+        self.woken: list[str] = []
+        self.shares = Shares(self.store, settings or Settings(namespace="unit"), self.page, self._wake)
+
+    def _wake(self, waiters: Any) -> None:
+        self.woken += waiters
+
+    def of(self, operation: Operation, level: Level = Level.NORMAL, priority: str = "normal", target_s: float = 1.0) -> Any:
+        return self.shares.of(operation, priority, level, target_s)
+
+
+# --- when a place is needed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("level", "declared", "bounded"),
+    [
+        (Level.NORMAL, False, False),
+        (Level.ELEVATED, False, False),
+        (Level.HIGH, False, True),
+        (Level.EMERGENCY, False, True),
+        (Level.NORMAL, True, True),
+        (Level.CRITICAL, True, True),
+    ],
+)
+def test_without_a_policy_nothing_is_bounded_below_high(world: World, level: Level, declared: bool, bounded: bool) -> None:
+    worker = Worker(world)
+    found = worker.of(operation(max_workers=4) if declared else operation(), level)
+    assert (found is not None) == bounded
+    assert worker.store.round_trips == 0, "asking whether costs nothing"
+
+
+@pytest.mark.parametrize(
+    ("level", "priority", "slots", "places"),
+    [
+        (Level.HIGH, "normal", 100, 18),
+        (Level.EMERGENCY, "normal", 100, 4),
+        (Level.EMERGENCY, "low", 100, 1),
+        (Level.EMERGENCY, "critical", 100, 32),
+        (Level.HIGH, "normal", 2, 2),
+    ],
+)
+def test_places_shrink_with_pressure_and_never_beyond_the_slots(
+    world: World, level: Level, priority: str, slots: int, places: int
+) -> None:
+    share = Worker(world, slots=slots).of(operation(), level, priority)
+    granted = [share.acquire() for _ in range(places + 1)]
+    assert [bool(each) for each in granted] == [True] * places + [False]
+
+
+def test_a_share_is_held_over_all_workers(world: World) -> None:
+    bounded = operation(min_workers=1, max_workers=2)
+    first, second = Worker(world).of(bounded), Worker(world).of(bounded)
+    places = [first.acquire(), second.acquire(), second.acquire()]
+    assert [bool(each) for each in places] == [True, True, False]
+    places[0].release()
+    assert second.acquire()
+
+
+def test_memory_bounds_the_nodes_of_one_host(world: World) -> None:
+    worker = Worker(world)
+    worker.page.available_mb = 2500.0
+    share = worker.of(operation(max_workers=6, max_memory_mb=1000.0))
+    assert [bool(share.acquire()) for _ in range(3)] == [True, True, False]
+    assert share.acquire(host="elsewhere"), "another host has room"
+
+
+def test_one_node_may_run_where_memory_is_short(world: World) -> None:
+    worker = Worker(world)
+    worker.page.available_mb = 1.0
+    share = worker.of(operation(max_workers=6, max_memory_mb=1000.0))
+    assert [bool(share.acquire()) for _ in range(2)] == [True, False]
+
+
+def test_a_place_lasts_as_long_as_a_node_of_its_job_may_run(world: World) -> None:
+    """Two jobs of one operation: the lease of one is not that of the other."""
+    bounded, worker = operation(min_workers=1, max_workers=1), Worker(world)
+    assert worker.of(bounded, target_s=1.0).acquire()
+    world.sleep(LEASE_S + RUNS_AT_MOST + 1)
+    assert worker.of(bounded, target_s=60.0).acquire()
+    world.sleep(LEASE_S + RUNS_AT_MOST + 1)
+    assert not worker.of(bounded, target_s=1.0).acquire(), "the node of the other job still runs"
+
+
+def test_what_a_process_remembers_does_not_grow_with_the_figures_of_its_host(world: World) -> None:
+    worker = Worker(world)
+    for megabytes in range(1000, 3000):
+        worker.page.available_mb = float(megabytes)
+        worker.of(operation(), Level.HIGH)
+    assert len(worker.shares._known) == 1
+
+
+def test_while_redis_is_away_a_process_runs_one_node_at_a_time(world: World) -> None:
+    worker = Worker(world)
+    share = worker.of(operation(max_workers=6))
+    worker.store.lost = True
+    place = share.acquire()
+    assert place
+    assert not share.acquire()
+    place.release()
+
+
+def test_the_dead_give_their_places_back(world: World) -> None:
+    operations._register(bounded := operation("bounded", min_workers=1, max_workers=1))
+    worker = Worker(world)
+    share = worker.of(bounded)
+    assert share.acquire()
+    assert not share.acquire(waiter="job node")
+    import os
+
+    worker.shares.forget(os.getpid())
+    assert worker.woken == ["job node"]
+    assert share.acquire()
+
+
+# --- where a node may start -----------------------------------------------------------------------------
+
+
+def test_a_node_starts_where_enough_is_free_and_what_its_process_holds_counts(world: World) -> None:
+    import os
+
+    own = held_mb(os.getpid())
+    bounded, worker = operation("bounded", min_memory_mb=own + 500, max_memory_mb=own + 1000), Worker(world)
+    assert worker.shares.obstacle(bounded) == "", "nobody has measured"
+    worker.page.free_mb = 600.0
+    assert worker.shares.obstacle(bounded) == ""
+    worker.page.free_mb = 300.0
+    assert "min_memory_mb" in worker.shares.obstacle(bounded)
+    worker.page.free_mb = 0.0
+    assert "min_memory_mb" in worker.shares.obstacle(bounded), "nothing free is not the same as nothing known"
+    assert worker.shares.obstacle(operation()) == "", "without a policy nobody asks"
+
+
+def test_memory_that_other_nodes_hold_is_not_free(world: World) -> None:
+    worker = Worker(world)
+    worker.page.free_mb, worker.page.available_mb = 10.0, 8000.0
+    assert worker.shares.obstacle(operation(min_memory_mb=4000.0, max_memory_mb=4000.0))
+
+
+def test_a_node_that_must_not_start_here_is_parked_with_the_reason() -> None:
+    platform = Platform()
+    operations._register(operation("hungry", min_memory_mb=1e6, max_memory_mb=1e6))
+    platform.runtime.page.free_mb = 10.0
+    spec = platform.submit(JobRequest(operation="hungry", items=range(10)))
+    assert run_node(platform.runtime, spec.job, ROOT) is False
+    [record] = platform.ledger.records(spec.job, [ROOT])
+    assert (record.state, "min_memory_mb" in record.why) == ("p", True)
+
+
+# --- whose policy counts --------------------------------------------------------------------------------
+
+
+def with_file(tmp_path: Path, *entries: dict[str, Any]) -> Settings:
+    path = tmp_path / "policies.json"
+    path.write_text(json.dumps(entries))
+    return Settings(namespace="unit", allocation=AllocationSettings(policies=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("in_file", "own", "expected"), [(True, True, 3), (True, False, 3), (False, True, 5), (False, False, 32)]
+)
+def test_the_operators_word_counts_then_the_operations_own(tmp_path: Path, in_file: bool, own: bool, expected: int) -> None:
+    settings = with_file(tmp_path, {"operation": "op", "max_workers": 3}) if in_file else Settings(namespace="unit")
+    asked = operation(max_workers=5) if own else operation()
+    assert policy_of(asked, policies(settings)).max_workers == expected
+
+
+def test_a_policy_for_all_others_bounds_from_high_pressure_on(world: World, tmp_path: Path) -> None:
+    worker = Worker(world, with_file(tmp_path, {"operation": "*", "max_workers": 2, "min_workers": 1}))
+    assert worker.of(operation(), Level.NORMAL) is None
+    share = worker.of(operation(), Level.EMERGENCY)
+    assert [bool(share.acquire()) for _ in range(2)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "expected"),
+    [("critical", "low", "critical"), ("low", "critical", "low"), ("normal", "high", "high"), ("high", "critical", "critical")],
+)
+def test_an_operations_priority_lifts_or_holds_down_its_jobs(own: str, asked: str, expected: str) -> None:
+    assert priority_for(operation(priority=own), policies(Settings(namespace="unit")), asked) == expected
+
+
+# --- what a node pays -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("level", "extra"), [(Level.NORMAL, 0), (Level.ELEVATED, 0), (Level.HIGH, 2)])
+def test_a_node_without_a_policy_pays_a_round_trip_more_from_high_pressure_on_alone(
+    world: World, level: Level, extra: int
+) -> None:
+    """CLAIM, the items, FINISH, and what the root merge does: nothing was added to these."""
+
+    def trips(at: Level) -> int:
+        platform, store = Platform(), CountingStore("redis://fake", client=world.client())
+        platform.runtime.shares = Shares(store, platform.settings, platform.runtime.page, lambda _: None)
+        commands: list[int] = []
+        pipelined = platform.store._pipelined
+        platform.store._pipelined = lambda *args, **kwargs: (commands.append(1), pipelined(*args, **kwargs))[1]  # type: ignore[method-assign]
+        platform.runtime.page.level = at
+        for _ in range(2):  # scripts are known to the server from the second job on
+            spec = platform.submit(JobRequest(operation="sum", items=range(10)))
+            commands.clear()
+            store.round_trips = 0
+            run_node(platform.runtime, spec.job, ROOT)
+            platform.mailbox.messages.clear()
+        return len(commands) + store.round_trips
+
+    assert trips(level) == trips(Level.NORMAL) + extra
