@@ -238,6 +238,10 @@ class Alerts:
         [entries] = self._store.ask(self._newest(limit))
         return _read(entries)
 
+    def get_alert_summary(self) -> dict[str, Any]:
+        """Return the `summary`, by its name in source document 1."""
+        return self.summary()
+
     def summary(self) -> dict[str, Any]:
         """Return how many alerts there were, in all and of late, and the last ten (source document 1).
 

@@ -190,10 +190,15 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class HostLadder:
-    """A host's level: that of the worst of its signals."""
+    """A host's level: that of the worst of its signals, each on a ladder of its own.
+
+    What one has taught of premature steps is not asked of another: a busy CPU says nothing of memory.
+    """
 
     def __init__(self, settings: PressureSettings) -> None:
-        self._settings, self._ladder = settings, Ladder(settings)
+        self._settings = settings
+        self._ladders = {name: Ladder(settings) for name in ("memory", "cpu", "memory stalls")}
+        self._whys = dict.fromkeys(self._ladders, "")
         self._last = Verdict(Level.NORMAL, 0.0, "")
 
     def step(self, sample: Sample | None, now: float) -> Verdict:
@@ -201,9 +206,15 @@ class HostLadder:
         if sample is None:
             return self._last
         found: Mapping[str, float] = signals(sample, self._settings)
-        worst = max(found, key=lambda name: found[name])
-        level = self._ladder.step(found[worst], now)
-        causes = level_of(found[worst], self._settings.thresholds) >= level or level > self._last.level
-        why = in_words(worst, sample, self._settings) if causes else self._last.why
-        self._last = Verdict(level, found[worst], why if level else "")
+        levels = {name: self._step(name, found[name], sample, now) for name in self._ladders}
+        worst = max(self._ladders, key=lambda name: (levels[name], found[name]))
+        self._last = Verdict(levels[worst], max(found.values()), self._whys[worst] if levels[worst] else "")
         return self._last
+
+    def _step(self, name: str, percent: float, sample: Sample, now: float) -> Level:
+        """Move one signal's ladder; what its level came from is said until something as bad is seen."""
+        before = self._ladders[name].state.level
+        level = self._ladders[name].step(percent, now)
+        if level > before or level_of(percent, self._settings.thresholds) >= level:
+            self._whys[name] = in_words(name, sample, self._settings)
+        return level

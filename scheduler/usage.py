@@ -11,6 +11,9 @@ from typing import Any
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
 
+TTL_S = 30 * 86_400
+"""What an operation has cost is known for so long after it ran last."""
+
 _TALLY, _READ = Script.load("scheduler", "usage_tally"), Script.load("scheduler", "usage_read")
 
 
@@ -45,7 +48,7 @@ class Usage:
 
     def tally(self, operation: str, *, done: int, failed: int, busy_us: int, memory_kb: int) -> Call:
         """Return the call that counts what one node has done; `memory_kb` is what its process holds."""
-        return Call(_TALLY, self._keys.usage(operation), (operation, done, failed, busy_us, memory_kb))
+        return Call(_TALLY, self._keys.usage(operation), (operation, done, failed, busy_us, memory_kb, TTL_S))
 
     def of(self, operation: str) -> OperationUsage:
         """Return what one operation has cost.  Raises StoreUnavailable."""

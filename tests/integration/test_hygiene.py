@@ -48,7 +48,7 @@ def test_results_and_ledgers_expire(server: embedded.Server, logs: Any) -> None:
     with client_of(environment) as client, embedded.worker(environment, log=logs / "brief.log"):
         job = client.submit(operation="sum", items=[1, 2, 3])
         assert job.get(timeout=10) == 6
-        wait_until(lambda: not list(client.ledger.store.client.scan_iter("brief:{*")), 10)
+        wait_until(lambda: not list(client.ledger.store.client.scan_iter(f"brief:{{{job.id}}}*")), 10)
         with pytest.raises(JobNotFound):
             job.result()
 

@@ -509,7 +509,7 @@ def test_one_node_at_once_is_one_and_all_come_to_their_turn(drilled: Client) -> 
 
 
 def test_a_slot_that_no_further_node_may_use_has_none_cut(drilled: Client) -> None:
-    result = drilled.execute(operation="one_at_a_time", items=[0.05] * 60, timeout=30)
+    result = drilled.execute(operation="one_at_a_time", items=[0.05] * 30, timeout=30)
 
     assert at_once(result.output) == 1
     assert result.metrics.splits == 0

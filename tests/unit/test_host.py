@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -239,11 +240,13 @@ def test_requests_may_come_and_go_while_they_are_counted(machine: Machine, monke
             for each in [Request() for _ in range(50)]:
                 held.add(each)
 
-    thread = threading.Thread(target=churn)
+    thread, interval = threading.Thread(target=churn), sys.getswitchinterval()
     thread.start()
+    sys.setswitchinterval(1e-6)
     try:
         counts = [machine.host._report().active["sum"] for _ in range(300)]
     finally:
+        sys.setswitchinterval(interval)
         stop.set()
         thread.join()
     assert min(counts) >= 200

@@ -9,16 +9,20 @@ from typing import Any
 import pytest
 from celery import Celery
 from kombu.exceptions import OperationalError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from resilience.degradation import Level
 from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
+from rlm_tasks import JobRequest
+from rlm_tasks.client import Client
 from rlm_tasks.intake import LOOK_EVERY_S, Intake
 from rlm_tasks.settings import Settings
 from scheduler.board import Board, ClusterReport, HostReport
 from scheduler.queues import QueueReport
 from scheduler.settings import PressureSettings
 from scheduler.slots import SlotBoard
+from tests.unit.harness import Platform
 from tests.unit.world import World, world
 
 __all__ = ["world"]
@@ -206,3 +210,23 @@ def test_who_comes_while_another_looks_at_a_queue_does_not_take_it_for_empty(doo
     first.join()
     second.join()
     assert answers == ["QUEUE_FULL", "QUEUE_FULL"]
+
+
+# --- jobs that wait to be taken in ----------------------------------------------------------------------
+
+
+def test_a_job_that_cannot_be_noted_as_waiting_is_open_and_wakes_by_its_own_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was opened, parked, before: an error would tell its user that it was not."""
+    caplog.set_level("INFO")
+    app = Celery("unit", set_as_current=False)
+    app.rlm_settings = Settings(namespace="unit")
+    client = Client(app)
+
+    def lost() -> int:
+        raise RedisConnectionError("cut off by the test")
+
+    monkeypatch.setattr(client._store, "now_ms", lost)
+    client._let_wait([Platform().submit(JobRequest(operation="sum", items=range(10)))])
+    assert "its own time wakes it" in caplog.text

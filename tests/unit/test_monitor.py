@@ -412,9 +412,10 @@ def test_advice_is_told_when_it_changes(platform: Platform) -> None:
 
 
 def test_a_rise_is_foretold_half_a_minute_ahead(platform: Platform, world: World) -> None:
-    began, foretold, reached = world.now, None, None
-    for _ in range(240):
-        percent = 30 + 5 * (world.now - began) / 60
+    """After calm: of buckets of half a minute the forecast would lag behind by most of the minute."""
+    began, foretold, reached = world.now + 600, None, None
+    for _ in range(400):
+        percent = 50 + max(0.0, 5 * (world.now - began) / 60)
         platform.host("w1", Level.ELEVATED if percent >= 65 else Level.NORMAL, percent=percent)
         report = platform.look()
         if foretold is None and report.rising_to:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from resilience.bulkhead import LEASE_S
 from resilience.degradation import Level
 from rlm_tasks import JobRequest, operations
-from rlm_tasks.ledger import ROOT
+from rlm_tasks.crashpoints import CrashPoint
+from rlm_tasks.ledger import MERGE, ROOT
 from rlm_tasks.node import run_node
 from rlm_tasks.operations import Operation
 from rlm_tasks.page import Page
@@ -152,8 +154,6 @@ def test_the_dead_give_their_places_back(world: World) -> None:
     share = worker.of(bounded)
     assert share.acquire()
     assert not share.acquire(waiter="job node")
-    import os
-
     worker.shares.forget(os.getpid())
     assert worker.woken == ["job node"]
     assert share.acquire()
@@ -163,8 +163,6 @@ def test_the_dead_give_their_places_back(world: World) -> None:
 
 
 def test_a_node_starts_where_enough_is_free_and_what_its_process_holds_counts(world: World) -> None:
-    import os
-
     own = held_mb(os.getpid())
     bounded, worker = operation("bounded", min_memory_mb=own + 500, max_memory_mb=own + 1000), Worker(world)
     assert worker.shares.obstacle(bounded) == "", "nobody has measured"
@@ -191,6 +189,22 @@ def test_a_node_that_must_not_start_here_is_parked_with_the_reason() -> None:
     assert run_node(platform.runtime, spec.job, ROOT) is False
     [record] = platform.ledger.records(spec.job, [ROOT])
     assert (record.state, "min_memory_mb" in record.why) == ("p", True)
+
+
+def test_a_node_that_is_put_off_in_a_job_that_has_just_ended_sends_what_is_left_to_do() -> None:
+    platform = Platform()
+    operations._register(operation("hungry", min_memory_mb=1e6, max_memory_mb=1e6))
+    platform.runtime.page.free_mb = 10.0
+    spec = platform.submit(JobRequest(operation="hungry", items=range(10)))
+    platform.mailbox.messages.clear()
+
+    def cancel(at: CrashPoint) -> None:
+        if at is CrashPoint.AFTER_CLAIM:
+            platform.ledger.stop(spec.job, "cancelled")
+
+    platform.runtime.reached = cancel
+    run_node(platform.runtime, spec.job, ROOT)
+    assert platform.mailbox.messages == [(spec.job, MERGE)]
 
 
 # --- whose policy counts --------------------------------------------------------------------------------
