@@ -31,7 +31,7 @@ from rlm_tasks import spec as specs
 from rlm_tasks.celery import app as default_app
 from rlm_tasks.celery import queue_name
 from rlm_tasks.dispatch import Dispatcher, mint
-from rlm_tasks.errors import InvalidRequest, JobEnded, JobNotFound
+from rlm_tasks.errors import InvalidRequest, JobEnded, JobNotFound, Overloaded, QueueFull
 from rlm_tasks.intake import Intake
 from rlm_tasks.job import Job
 from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report
@@ -202,22 +202,28 @@ class Client:
         """Execute, and again when the job or its items failed of something that a retry may help.
 
         The policy takes the names of the source documents, too (``maxRetries``, ``initialDelayMs``,
-        ``retryableErrors``).  Raises what the last attempt raised.  A policy on the *operation* tries again by item,
+        ``retryableErrors``).  A job that is not taken in is tried when there may be room, which costs no attempt.
+        Raises what the last attempt raised.  A policy on the *operation* tries again by item,
         and is the better choice where one item of many may fail.
         """
         from resilience.retry import retrying
 
-        settled = RetryPolicy(**policy) if isinstance(policy, Mapping) else policy
-        retry = retrying(settled)
+        settled = RetryPolicy(**policy) if isinstance(policy, Mapping) else policy or RetryPolicy()
+        retry = retrying(settled.model_copy(update={"retry_on": (*settled.retry_on, Overloaded, QueueFull)}))
         course = retry.begin()
         while True:
             try:
                 return self.execute(request, **fields)
+            except (Overloaded, QueueFull) as refused:
+                retry.sleep(course.wait_s(refused))
             except JobEnded as ended:
                 retry.sleep(course.wait_s(ended, _fault_of(ended, retry.policy)))
 
     def batch_submit(self, requests: Iterable[Request]) -> list[Job]:
-        """Open several independent jobs; their ledger calls and messages are pipelined."""
+        """Open several independent jobs; their ledger calls and messages are pipelined, for as many as load allows.
+
+        All are checked before the first is opened.  Raises as `submit` does.
+        """
         return self._open([JobRequest.parse(request) for request in requests])
 
     def batch_execute(self, requests: Iterable[Request], *, timeout: float | None = None) -> list[JobResult]:
@@ -262,6 +268,11 @@ class Client:
             self._check(request)
         self._store.check()
         delays = [self._delay_of(request) for request in requests]  # all are asked for before any is stored
+        size = self._intake.batch_size()
+        parts = [slice(at, at + size) for at in range(0, len(requests), size)]
+        return [job for part in parts for job in self._open_part(requests[part], delays[part])]
+
+    def _open_part(self, requests: Sequence[JobRequest], delays: Sequence[tuple[int, str] | None]) -> list[Job]:
         stored = [self._reachable(functools.partial(self._stored, request)) for request in requests]
         return self._start(stored, {spec.job: delay for (spec, _), delay in zip(stored, delays, strict=True) if delay})
 

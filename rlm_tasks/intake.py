@@ -22,7 +22,8 @@ from resilience.store import Store
 from rlm_tasks.queues import QueueGauge
 from rlm_tasks.settings import Settings
 from scheduler.admission import full, shed
-from scheduler.board import Board, acted_on, prevailing
+from scheduler.allocation import calculate_optimal_batch_size
+from scheduler.board import Board, acted_on, mean, prevailing
 from scheduler.queues import QueueReport
 from scheduler.slots import SlotBoard
 
@@ -39,6 +40,8 @@ class Seen:
     level: Level = Level.NORMAL
     queues: Mapping[str, QueueReport] = field(default_factory=dict)
     slots: Mapping[str, int] = field(default_factory=dict)  # each queue that was looked at -> slots that serve it
+    cpu_pct: float = 0.0
+    memory_pct: float = 0.0
 
 
 class Intake:
@@ -64,6 +67,11 @@ class Intake:
             report = QueueReport(report.depth)
         return full(queue, priority, report, self._settings.admission)
 
+    def batch_size(self) -> int:
+        """Return how many jobs to open at a time, by what was seen when they were let in."""
+        seen, _ = self._last
+        return calculate_optimal_batch_size(seen.cpu_pct, seen.memory_pct, self._settings.batch.max_size)
+
     def _look(self, queue: str) -> Seen:
         now, (seen, seen_at) = self._clock(), self._last
         if queue not in seen.slots or now - seen_at >= LOOK_EVERY_S:
@@ -75,9 +83,12 @@ class Intake:
         looks = [self._board.look(), *(self._slots.take(each, 0) for each in queues)]
         answer, *slots = self._store.ask(*looks)
         orders = self._board.read(answer)
-        own = None if orders.cluster or orders.forced is not None else prevailing(self._board.hosts())
-        level = acted_on(own or Level.NORMAL, orders) if self._settings.pressure.enabled else Level.NORMAL
-        return Seen(level, self._depths(queues), dict(zip(queues, (total for _, total in slots), strict=True)))
+        cluster, hosts = orders.cluster, [] if orders.cluster else self._board.hosts()
+        level = acted_on(prevailing(hosts), orders) if self._settings.pressure.enabled else Level.NORMAL
+        cpu_pct = cluster.cpu_pct if cluster else mean(hosts, "cpu_pct")
+        memory_pct = cluster.memory_pct if cluster else mean(hosts, "memory_pct")
+        serving = dict(zip(queues, (total for _, total in slots), strict=True))
+        return Seen(level, self._depths(queues), serving, cpu_pct, memory_pct)
 
     def _depths(self, queues: Sequence[str]) -> Mapping[str, QueueReport]:
         try:

@@ -86,6 +86,13 @@ def prevailing(hosts: Sequence[HostReport]) -> Level:
     return max((level for level in Level if slots and 2 * reached[level] >= slots), default=Level.NORMAL)
 
 
+def mean(hosts: Sequence[HostReport], field: str) -> float:
+    """Return the mean of a figure of the hosts' samples, by their slots."""
+    told: list[tuple[float, int]] = [(getattr(host.sample, field), host.slots) for host in hosts if host.sample]
+    slots = sum(each for _, each in told)
+    return sum(value * each for value, each in told) / slots if slots else 0.0
+
+
 class Board:
     """What is published of one platform's pressure."""
 

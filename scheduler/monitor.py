@@ -21,7 +21,7 @@ from resilience.store import Store
 from scheduler.admission import WaitingRoom, full, sheds
 from scheduler.alerts import Alerts, ResourcePressureEvent, Webhook
 from scheduler.autoscale import Advice, ClusterAdvice, Load
-from scheduler.board import Board, ClusterReport, HostReport, prevailing
+from scheduler.board import Board, ClusterReport, HostReport, mean, prevailing
 from scheduler.events import Event, Events, Severity
 from scheduler.forecast import LOAD_BUCKET_S, Holt, Rise, will_rise
 from scheduler.ladder import Ladder, LadderState
@@ -199,7 +199,7 @@ class Monitor:
         service_s = (busy_us - memory.busy_us) / 1e6 / ended if ended and memory.at else 0.0
         memory.at, memory.depth, memory.nodes, memory.busy_us = now, depth, nodes, busy_us
         return Load(
-            workers=len(hosts), cpu_pct=_mean(hosts, "cpu_pct"), memory_pct=_mean(hosts, "memory_pct"), queue_depth=depth,
+            workers=len(hosts), cpu_pct=mean(hosts, "cpu_pct"), memory_pct=mean(hosts, "memory_pct"), queue_depth=depth,
             oldest_wait_s=max((report.oldest_s or 0.0 for report in queues.values()), default=0.0),
             arrivals_per_s=arrivals, service_s=max(0.0, service_s), slots=sum(host.slots for host in hosts),
         )  # fmt: skip
@@ -249,13 +249,6 @@ def _of_hosts(hosts: Sequence[HostReport]) -> Signal:
     percent = max((host.percent for host in hosts if host.level == level), default=0.0)
     why = next((f"{host.why} on {host.worker}" for host in hosts if host.level == level and host.why), "")
     return Signal(level, percent, why)
-
-
-def _mean(hosts: Iterable[HostReport], field: str) -> float:
-    """Return the mean of a figure of the hosts' samples, by their slots."""
-    told: list[tuple[float, int]] = [(getattr(host.sample, field), host.slots) for host in hosts if host.sample]
-    slots = sum(each for _, each in told)
-    return sum(value * each for value, each in told) / slots if slots else 0.0
 
 
 def _changes(report: ClusterReport, level: Level, before: Level) -> Iterable[Event]:

@@ -28,7 +28,7 @@ from rlm_tasks.merging import compact_split
 from rlm_tasks.node import run_node
 from rlm_tasks.notices import Notices
 from rlm_tasks.page import Page
-from rlm_tasks.requests import JobRequest
+from rlm_tasks.requests import JobRequest, Priority
 from rlm_tasks.runtime import Runtime
 from rlm_tasks.settings import Settings
 from rlm_tasks.shares import Shares
@@ -59,6 +59,7 @@ class Mailbox:
         self._ledger = ledger
         self.messages: list[tuple[str, str]] = []
         self.splits: list[Split] = []
+        self.asked: list[str] = []
         self.sent = 0
 
     def _post(self, job: str, node: str) -> None:
@@ -79,6 +80,9 @@ class Mailbox:
     def resend(self, job: str, nodes: Sequence[str], *, merges: bool) -> None:
         for record in self._ledger.records(job, nodes):
             self._post(job, record.id)
+
+    def ask_to_yield(self, queue: str) -> None:
+        self.asked.append(queue)
 
 
 class Platform:
@@ -115,6 +119,7 @@ class Platform:
             clock=self.clock,
         )
         self.slot_count = slots
+        self.queues = [f"unit.{priority}" for priority in Priority]
 
     def submit(self, request: JobRequest) -> Spec:
         """Open a job as the client does, without Celery."""
@@ -128,8 +133,10 @@ class Platform:
             source=source,
             n=n,
             shape=request.shape(self.settings.node.target_ms),
-            queue="unit.normal",
+            queue=f"unit.{request.options.priority}",
             params=request.params,
+            priority=request.options.priority,
+            preempts=request.options.preempts(request.options.priority),
             kind=request.kind,
             continue_on_error=request.options.continue_on_error,
             error_threshold=request.options.error_threshold,
@@ -138,13 +145,14 @@ class Platform:
             early_termination_threshold=request.conditions.early_termination_threshold,
         )
         self.ledger.open([(spec, "token")], 3600)
-        self.mailbox.send_root([spec], ROOT)
+        with self.runtime.making_room(spec.queue, [f"{job} {ROOT}"] if spec.preempts else (), freed=0):
+            self.mailbox.send_root([spec], ROOT)
         return spec
 
     def step(self) -> None:
         """Deliver one message, sometimes twice, with some slots free."""
         free = self.random.randint(0, self.slot_count)
-        self.store.run(self.slots.publish("unit", self.slot_count, free, ["unit.normal"]))
+        self.store.run(self.slots.publish("unit", self.slot_count, free, self.queues))
         at = self.random.randrange(len(self.mailbox.messages))
         job, node = self.mailbox.messages.pop(at)
         if self.random.random() < 0.05:

@@ -198,11 +198,11 @@ def test_a_node_that_is_put_off_in_a_job_that_has_just_ended_sends_what_is_left_
     spec = platform.submit(JobRequest(operation="hungry", items=range(10)))
     platform.mailbox.messages.clear()
 
-    def cancel(at: CrashPoint) -> None:
+    def end_early(at: CrashPoint) -> None:
         if at is CrashPoint.AFTER_CLAIM:
-            platform.ledger.stop(spec.job, "cancelled")
+            platform.ledger.stop(spec.job, "early")
 
-    platform.runtime.reached = cancel
+    platform.runtime.reached = end_early
     run_node(platform.runtime, spec.job, ROOT)
     assert platform.mailbox.messages == [(spec.job, MERGE)]
 
