@@ -79,8 +79,10 @@ class StrideCycle:
         return critical + 1 <= STRICT_SHARE * self.facts.slots()
 
     def _place(self, queue: str) -> tuple[float, float]:
-        """Sort by pass, and by urgency where passes are equal."""
-        return -math.inf if queue in self._first else self._start(queue), -WEIGHTS.get(priority_of(queue), math.inf)
+        """Sort by where the pass would be afterwards, and by urgency where that is equal."""
+        if queue in self._first:
+            return -math.inf, -WEIGHTS.get(priority_of(queue), math.inf)
+        return self._start(queue) + 1 / self._weight(queue), -WEIGHTS[priority_of(queue)]
 
     def _start(self, queue: str) -> float:
         """Return a queue's pass; who had nothing to give for long has saved up one unit of virtual time, and no more."""

@@ -31,6 +31,7 @@ from rlm_tasks import Adaptive, Client, embedded, handwritten
 from rlm_tasks.code_metrics import measure_file, python_files, standard_library
 from rlm_tasks.handwritten import compute
 from tests.bench.guards import guards
+from tests.bench.preemption import preemption
 from tests.integration.conftest import client_of
 
 SLOTS = 2
@@ -348,7 +349,7 @@ def starting(bench: Bench) -> Iterator[Row]:
 # --- the table ---------------------------------------------------------------------------------------
 
 COLUMNS = ("what", "ours", "compared with", "ratio", "figure", "met")
-GROUPS = ("splitting", "small", "leaves", "growth", "submitting", "starting", "guards")
+GROUPS = ("splitting", "small", "leaves", "growth", "submitting", "starting", "guards", "preemption")
 
 
 def show(rows: list[Row]) -> None:
@@ -392,6 +393,7 @@ def main() -> None:
             "submitting": lambda: submitting(bench),
             "starting": lambda: starting(bench),
             "guards": lambda: (Row(*each) for each in guards(bench.pairs)),
+            "preemption": lambda: (Row(*each) for each in preemption()),
         }
         for group in asked.groups:
             for row in runs[group]():

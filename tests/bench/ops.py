@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from rlm_tasks import operation
 from rlm_tasks.handwritten import compute
 
@@ -10,6 +12,19 @@ from rlm_tasks.handwritten import compute
 def bench_noop(_: int) -> int:
     """Do nothing, and count."""
     return 1
+
+
+@operation("bench_nap", merge=sum)
+def bench_nap(seconds: float) -> int:
+    """Take a while, and no processor."""
+    time.sleep(seconds)
+    return 1
+
+
+@operation("bench_began")
+def bench_began(_: int) -> float:
+    """Say when the item began."""
+    return time.time()
 
 
 operation("bench_compute", merge=sum)(compute)

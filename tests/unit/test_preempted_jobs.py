@@ -20,9 +20,9 @@ from rlm_tasks.worker import Guard
 from scheduler.preemption import Preemption, rank_of
 from tests.unit.harness import Platform
 
-SEEDS = 240
+SEEDS, AT_ONCE = 200, 25
 SLOTS = 3
-URGENT_JOBS = 3
+URGENT_JOBS = 2
 
 
 class PressedPlatform(Platform):
@@ -46,9 +46,9 @@ class PressedPlatform(Platform):
     def meanwhile(self) -> None:
         """Let something happen, as often as not."""
         random = self.random
-        if random.random() < 0.05 and len(self.jobs) <= URGENT_JOBS:
+        if random.random() < 0.15 and len(self.jobs) <= URGENT_JOBS:
             priority, preempts = random.choice([("critical", None), ("critical", False), ("high", True), ("normal", True)])
-            self.open(random.choice([1, 1, 5, 20]), priority, preempts, strategy=random.choice([None, Adaptive()]))
+            self.open(random.choice([1, 1, 3, 8]), priority, preempts, strategy=random.choice([None, Adaptive()]))
         if self.mailbox.asked and random.random() < 0.3:
             self.guard.make_room(self.mailbox.asked.pop())
         if random.random() < 0.1:
@@ -79,10 +79,10 @@ def unit_pressed(item: int, ctx: Context) -> list[int]:
 SHAPES: list[dict[str, Any]] = [
     {"type": "sequential"},
     {"type": "parallel"},
-    {"type": "parallel", "chunk_size": 9},
+    {"type": "parallel", "chunk_size": 10},
     {"strategy": Adaptive(target_execution_time_ms=60_000)},
-    {"strategy": Binary(min_chunk_size=8)},
-    {"strategy": NWay(split_factor=3, min_chunk_size=5)},
+    {"strategy": Binary(min_chunk_size=16)},
+    {"strategy": NWay(split_factor=3, min_chunk_size=12)},
 ]
 
 
@@ -119,8 +119,8 @@ def pressed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def run(platform: PressedPlatform, seed: int) -> None:
     """Run a job or two of little urgency, and whatever comes between."""
     random = Random(seed)
-    for _ in range(random.choice([1, 2])):
-        n, priority = random.choice([30, 90, 200]), random.choice(["low", "low", "normal", "high"])
+    for _ in range(random.choice([1, 1, 2])):
+        n, priority = random.choice([6, 16, 30]), random.choice(["low", "low", "normal", "high"])
         platform.open(n, priority, None, **random.choice(SHAPES))
     while platform.mailbox.messages:
         platform.step()
@@ -136,11 +136,12 @@ def tiles(platform: PressedPlatform, spec: Spec) -> bool:
     return [lo for lo, _ in done] + [spec.n] == [0] + [mid for _, mid in done]
 
 
-@pytest.mark.parametrize("block", range(0, SEEDS, 40))
+@pytest.mark.parametrize("block", range(0, SEEDS, AT_ONCE))
 def test_jobs_that_make_room_at_random_are_exact_and_nobody_yields_for_nothing(
     pressed: Any, counted: dict[str, set[str]], block: int
 ) -> None:
-    for seed in range(block, block + 40):
+    made_room = 0
+    for seed in range(block, block + AT_ONCE):
         counted.clear()
         platform = pressed(seed)
         run(platform, seed)
@@ -151,20 +152,13 @@ def test_jobs_that_make_room_at_random_are_exact_and_nobody_yields_for_nothing(
             assert tiles(platform, spec), seed
         assert set(platform.runs.values()) == {1}, (seed, "each item once")
         made = {spec.job: yields(platform, spec) for spec in platform.jobs}
+        made_room += any(made.values())
         assert sum(made.values()) <= sum(map(len, counted.values())), seed
         for spec in platform.jobs:
             above = [queue for queue in counted if rank_of(queue.rpartition(".")[2]) < rank_of(spec.priority)]
             assert made[spec.job] <= sum(len(counted[queue]) for queue in above), (seed, "only to more urgent work")
         assert platform.store.run(*platform.guard._tokens()) == [0] * len(platform.queues), (seed, "nobody waits")
-
-
-def test_somebody_has_made_room_in_most_of_these_runs(pressed: Any, counted: dict[str, set[str]]) -> None:
-    made_room = 0
-    for seed in range(40):
-        run(platform := pressed(seed), seed)
-        made_room += any(yields(platform, spec) for spec in platform.jobs)
-
-    assert made_room >= 10
+    assert made_room >= AT_ONCE / 5, "it happens"
 
 
 # --- what the guard knows -------------------------------------------------------------------------------

@@ -1,0 +1,94 @@
+"""How long critical work waits for a slot while all of them are busy, here and in plain Celery with queues by priority.
+
+Decides what keeps the slots busy: the same items of 100 ms on both sides, in nodes that may run for a minute and in chunks
+of 2 s.  A start is the time from the call that submits to the first item; nothing asserts.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+from rlm_tasks import Adaptive, Client, Job, embedded
+from tests.bench import by_priority
+from tests.bench.guards import Measured
+from tests.integration.conftest import client_of
+from tests.support import wait_until
+
+SUBMISSIONS = 100
+SLOTS = 2
+ITEM_S, CHUNK = 0.1, 20
+TARGET_MS = 60_000
+FIGURE_S = ITEM_S + 0.5
+ENOUGH = 20_000
+"""Items of patient work that nobody gets done meanwhile."""
+
+Start = Callable[[], float]
+
+
+def starts(start: Start) -> list[float]:
+    """Return how long each submission took to start, in order of time; they come at any moment of an item."""
+    random, found = Random(5), []
+    for _ in range(SUBMISSIONS):
+        time.sleep(random.uniform(0, 3 * ITEM_S))
+        asked = time.time()
+        found.append(start() - asked)
+    return sorted(found)
+
+
+def ours(client: Client) -> Iterator[Start]:
+    """Keep all slots busy with a low job of long nodes, and start critical jobs."""
+    low = client.submit(
+        operation="bench_nap", items=[ITEM_S] * ENOUGH, priority="low", strategy=Adaptive(target_execution_time_ms=TARGET_MS)
+    )
+
+    def start() -> float:
+        wait_until(lambda: running(low) == SLOTS)
+        [began] = client.submit(operation="bench_began", items=[0], priority="critical").get(timeout=120)
+        return float(began)
+
+    yield start
+    low.cancel()
+
+
+def running(job: Job) -> int:
+    """Return how many slots a job has."""
+    return sum(node.state == "running" for node in job.tree())
+
+
+def plain(url: str) -> Iterator[Start]:
+    """Keep all slots busy with chunks, and start urgent tasks."""
+    by_priority.app.conf.update(broker_url=url, result_backend=url)
+    for _ in range(ENOUGH // CHUNK):
+        by_priority.chunk.apply_async((CHUNK, ITEM_S), priority=by_priority.PATIENT)
+    yield lambda: float(by_priority.began.apply_async(priority=by_priority.URGENT).get(timeout=120))
+    by_priority.app.control.purge()
+
+
+def preemption() -> Iterator[Measured]:
+    """Measure both, one after the other: each has the machine for itself."""
+    with embedded.server() as server, tempfile.TemporaryDirectory() as folder:
+        environment = {
+            "RLM_REDIS_URL": server.url,
+            "RLM_NAMESPACE": "preemption",
+            "RLM_OPERATIONS": "tests.bench.ops",
+            "RLM_PRESSURE__ENABLED": "0",  # whatever else the machine does
+            "PYTHONPATH": str(Path.cwd()),
+        }
+        with client_of(environment) as client, embedded.worker(environment, log=Path(folder) / "ours.log", slots=SLOTS):
+            [mine] = [starts(start) for start in ours(client)]
+        with embedded.worker(environment, log=Path(folder) / "plain.log", app="tests.bench.by_priority", slots=SLOTS):
+            [theirs] = [starts(start) for start in plain(server.url)]
+    for name, nth in (("p50", 50), ("p95", 95), ("p99", 99)):
+        a, b = mine[nth * SUBMISSIONS // 100 - 1], theirs[nth * SUBMISSIONS // 100 - 1]
+        yield Measured(
+            f"start of critical work, all slots busy, {name}, against queues by priority and chunks of {CHUNK * ITEM_S:g} s",
+            f"{a * 1000:.0f} ms",
+            f"{b * 1000:.0f} ms",
+            f"{a / b:.3f}",
+            f"<= {FIGURE_S * 1000:.0f} ms" if name == "p99" else "",
+            a <= FIGURE_S if name == "p99" else None,
+        )
