@@ -169,6 +169,13 @@ class Store:
             logger.warning("Redis at %s answers again; state is shared again", self.url)
         return answers
 
+    def answered(self, *calls: Call) -> list[Any]:
+        """Do as `run` does, for callers who have no answer of their own.  Raises StoreUnavailable."""
+        try:
+            return self.run(*calls)
+        except LOST as error:
+            raise self.unavailable(error) from None
+
     def reached(self, command: Callable[[redis.Redis], Any]) -> Any:
         """Run plain commands.  Raises StoreUnavailable."""
         try:

@@ -274,7 +274,8 @@ class Client:
 
     def _open_part(self, requests: Sequence[JobRequest], delays: Sequence[tuple[int, str] | None]) -> list[Job]:
         stored = [self._reachable(functools.partial(self._stored, request)) for request in requests]
-        return self._start(stored, {spec.job: delay for (spec, _), delay in zip(stored, delays, strict=True) if delay})
+        waits = {spec.job: delay for (spec, _), delay in zip(stored, delays, strict=True) if delay and not spec.empty}
+        return self._start(stored, waits)
 
     def _delay_of(self, request: JobRequest) -> tuple[int, str] | None:
         """Return how long a job has to wait to be taken in, in ms, and why.  Raises Overloaded, QueueFull."""
@@ -302,7 +303,7 @@ class Client:
         for (spec, _), is_new in zip(stored, opened, strict=True):
             if not is_new:
                 known.append(spec)
-            elif spec.n == 0 and spec.skip_if_empty:
+            elif spec.empty:
                 self._close_empty(spec)
             elif spec.job not in (waits or {}):
                 waiting.append(spec)

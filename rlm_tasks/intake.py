@@ -81,7 +81,7 @@ class Intake:
 
     def _fresh(self, queues: Sequence[str]) -> Seen:
         looks = [self._board.look(), *(self._slots.take(each, 0) for each in queues)]
-        answer, *slots = self._store.ask(*looks)
+        answer, *slots = self._store.answered(*looks)
         orders = self._board.read(answer)
         cluster, hosts = orders.cluster, [] if orders.cluster else self._board.hosts()
         level = acted_on(prevailing(hosts), orders) if self._settings.pressure.enabled else Level.NORMAL

@@ -7,7 +7,9 @@ overload it is to report; a broadcast does not, and one that nobody hears does n
 from __future__ import annotations
 
 import logging
+import math
 import threading
+from collections.abc import Callable
 
 from celery import Celery
 from kombu.exceptions import KombuError
@@ -23,14 +25,22 @@ from scheduler.monitor import Monitor, MonitorSettings
 
 logger = logging.getLogger(__name__)
 
+COUNT_EVERY_S = 1.0
+
 
 class MonitorThread(threading.Thread):
-    """Waits in a worker's main process to be asked."""
+    """Waits in a worker's main process to be asked, and counts what waits for a pool that may grow.
 
-    def __init__(self, monitor: Monitor, alerts: Alerts) -> None:
+    A broker that hangs is waited for here, and not where leases are beaten.
+    """
+
+    def __init__(
+        self, monitor: Monitor, alerts: Alerts, webhook: Webhook | None = None, count: Callable[[], int] | None = None
+    ) -> None:
         super().__init__(name="rlm-monitor", daemon=True)
-        self._monitor, self._alerts = monitor, alerts
+        self._monitor, self._alerts, self._webhook, self._count = monitor, alerts, webhook, count
         self._asked, self._stopping = threading.Event(), False
+        self.queued = 0  # messages that wait for this worker, if it counts them
 
     def ask(self) -> None:
         """Have a look, unless another worker does."""
@@ -38,10 +48,14 @@ class MonitorThread(threading.Thread):
 
     def run(self) -> None:
         """Look each time somebody asks, until stopped."""
-        while self._asked.wait() and not self._stopping:
+        while not self._stopping:
+            asked = self._asked.wait(COUNT_EVERY_S if self._count else None)
             self._asked.clear()
             try:
-                self._monitor.look()
+                if self._count and not self._stopping:
+                    self.queued = self._count()
+                if asked and not self._stopping:
+                    self._monitor.look()
             except (KombuError, RedisError, OSError, StoreUnavailable) as error:
                 logger.warning("The cluster's level is not known, hosts act on their own: %s", error)
             except Exception:
@@ -53,18 +67,27 @@ class MonitorThread(threading.Thread):
         self._asked.set()
         self.join(timeout=5)
         self._alerts.close()
+        if self._webhook is not None:
+            self._webhook.close()
 
 
-def monitor_thread(app: Celery, runtime: Runtime) -> MonitorThread:
-    """Build the monitor of one worker."""
+def monitor_thread(
+    app: Celery, runtime: Runtime, slots: Callable[[], int] | None, queues: Callable[[], list[str]]
+) -> MonitorThread:
+    """Build the monitor of one worker; with `slots` it counts what waits for them, as a growing pool must know."""
     settings, store = runtime.settings, runtime.ledger.store
     events = Events(store, settings.alerts.history)
     alerts = Alerts(store, settings.alerts, events)
-    advised = settings.autoscale.webhook_url
+    advised, gauge = settings.autoscale.webhook_url, QueueGauge(app)
+    webhook = Webhook(advised, settings.alerts.webhook_secret) if advised else None
     monitor = Monitor(
         runtime.board, store, MonitorSettings(settings.pressure, settings.admission, settings.autoscale, settings.alerts),
-        usage=runtime.usage, breakers=CircuitBreakers(store), gauge=QueueGauge(app).read, events=events, alerts=alerts,
-        room=runtime.room, wake=runtime.wake,
-        webhook=Webhook(advised, settings.alerts.webhook_secret) if advised else None, worker=runtime.worker,
+        usage=runtime.usage, breakers=CircuitBreakers(store), gauge=gauge.read, events=events, alerts=alerts,
+        room=runtime.room, wake=runtime.wake, webhook=webhook, worker=runtime.worker,
     )  # fmt: skip
-    return MonitorThread(monitor, alerts)
+
+    def count() -> int:
+        waiting = sum(report.depth for report in gauge.read(queues()).values())
+        return math.ceil(waiting * slots() / max(runtime.page.slots, slots(), 1)) if slots else 0
+
+    return MonitorThread(monitor, alerts, webhook, count if slots else None)

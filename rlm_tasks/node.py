@@ -214,7 +214,9 @@ class NodeRun:
     def _wait_for(self, share: Bulkhead, denied: Permit) -> bool:
         """Let the node wait for a place among its operation's nodes."""
         why = f"as many nodes of {self._operation.name} run as may now"
-        if waits := self._runtime.ledger.park(self._claim, math.ceil(denied.wait_s * 1000), why, self._claim.tries):
+        # When pressure has gone nobody takes places any more, so nobody gives one back and calls.
+        wait_ms = min(CALM_MS, math.ceil(denied.wait_s * 1000))
+        if waits := self._runtime.ledger.park(self._claim, wait_ms, why, self._claim.tries):
             self._runtime.resend(self._spec.job, [waits])
         elif denied.noted and not share.stands(self._me):
             self._runtime.wake([self._me])  # it was called before it lay down

@@ -61,8 +61,9 @@ class Pressure:
         """Return the level that holds for the cluster: forced, as the monitor found it, or as most hosts say."""
         return self._level(self._board.orders(), self._board.hosts())
 
-    @staticmethod
-    def _level(orders: Orders, hosts: list[HostReport]) -> Level:
+    def _level(self, orders: Orders, hosts: list[HostReport]) -> Level:
+        if not self._client.settings.pressure.enabled:
+            return Level.NORMAL
         return acted_on(Level.NORMAL if orders.cluster is not None else prevailing(hosts), orders)
 
     def force(self, level: Level | str | int, for_s: float = 600.0) -> None:

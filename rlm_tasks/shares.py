@@ -61,10 +61,9 @@ class Shares:
 
     def forget(self, pid: int) -> None:
         """Give back the places of a process of this machine that has died."""
-        for name in operations.names():
-            if self._bounds(operations.get(name), self._page.level):
-                place = Bulkhead(f"nodes:{name}", self._store, limit=1, per_host=None, wake=self._wake)
-                place.forget(place.owner_of(pid))
+        for name in operations.names():  # also of those that nothing bounds any more
+            place = Bulkhead(f"nodes:{name}", self._store, limit=1, per_host=None, wake=self._wake)
+            place.forget(place.owner_of(pid))
 
     def _bounds(self, operation: Operation, level: Level) -> bool:
         return level >= Level.HIGH or self._declared(operation)

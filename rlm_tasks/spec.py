@@ -42,6 +42,11 @@ class Spec(msgspec.Struct, frozen=True, omit_defaults=True):
     patient: bool = False  # it waits while work of its priority is not taken in
     preempts: bool = False  # less urgent nodes make room for its nodes
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to do, and that was asked to be left out."""
+        return self.n == 0 and self.skip_if_empty
+
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Spec)

@@ -259,12 +259,22 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
             consumer = getattr(worker.consumer, "task_consumer", None)
             return [queue.name for queue in consumer.queues] if consumer else []
 
-        guard = Guard(worker.app.rlm_runtime(), worker.app.conf, lambda: worker.pool.num_processes or 1, queues)
+        autoscaler = getattr(worker, "autoscaler", None)
+
+        def slots() -> int:
+            """Those there may soon be: what is cut on demand waits for a free slot to be on offer."""
+            if not worker.pool.active:
+                return 0
+            return getattr(autoscaler, "reach", None) or worker.pool.num_processes or 1
+
+        guard = Guard(worker.app.rlm_runtime(), worker.app.conf, slots, queues)
         worker.app.rlm_guard = guard
         guard.start()
         signals.worker_shutdown.connect(lambda **_: guard.stop(), weak=False)
-        monitor = monitor_thread(worker.app, worker.app.rlm_runtime())
+        monitor = monitor_thread(worker.app, worker.app.rlm_runtime(), slots if autoscaler else None, queues)
         worker.app.rlm_monitor = monitor
+        if autoscaler:
+            worker.app.rlm_queued = lambda: monitor.queued
         monitor.start()
         signals.worker_shutdown.connect(lambda **_: monitor.stop(), weak=False)
 

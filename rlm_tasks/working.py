@@ -62,6 +62,7 @@ class Work:
         self._most = 1 if claim.one_by_one else LARGEST_BATCH
         self.harvest = Harvest(operation)
         self.degradation = Degradation(level)
+        self._shown: Context | None = None  # what the items of this window see
         self._slow_s = slow_s
         self.slow: list[tuple[int, float]] = []  # items that took long: index, seconds
         self.at = claim.lo
@@ -97,6 +98,8 @@ class Work:
         """Ask something else of the items to come: an emergency does not wait for the next node."""
         self.degradation = Degradation(level)
         IN_FORCE.set(self.degradation)
+        if self._shown is not None:
+            self._shown.degradation = self.degradation
 
     @property
     def decided(self) -> bool:
@@ -146,6 +149,7 @@ class Work:
         call: Callable[[Any, Context], Any] = self._validate if self._validating else self._call
         keep: Callable[[Any], None] = self.harvest.count if self._validating else self.harvest.add
         context, began = self._context(), self._clock()
+        self._shown = context
         for item in window:
             index = context.index = self.at
             self._page.start_item(index)
@@ -191,8 +195,7 @@ class Work:
         self.postponed, self.stopped = wait, True
 
     def _remember(self, context: Context) -> None:
-        """Say of an item what is asked of it, and what the ledger remembers: only the first of a node has a past."""
-        context.degradation = self.degradation
+        """Say of an item what the ledger remembers of it: only the first of a node has a past."""
         is_first = context.index == self._claim.lo
         context.tries, context.waited = (self._claim.tries, self._claim.waited) if is_first else (0, False)
 
@@ -209,7 +212,8 @@ class Work:
             self._alarm.within(self._operation.validate, item)
 
     def _context(self, index: int = 0) -> Context:
-        return Context(self._spec.job, self._spec.params, self._claim.depth, self._claim.epoch, index)
+        spec, claim = self._spec, self._claim
+        return Context(spec.job, spec.params, claim.depth, claim.epoch, index, degradation=self.degradation)
 
     # --- in batches ---------------------------------------------------------------------------------
 

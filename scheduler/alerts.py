@@ -230,7 +230,7 @@ class Alerts:
         for alert in raised:
             self._hand_out(alert)
         if self._events:
-            self._events.emit(*(Event("alert.raised", each.message, each.severity, each.fields()) for each in raised))
+            self._events.keep(*(Event("alert.raised", each.message, each.severity, each.fields()) for each in raised))
         return raised
 
     def history(self, limit: int = 50) -> list[Alert]:

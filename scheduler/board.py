@@ -108,7 +108,7 @@ class Board:
 
     def hosts(self) -> list[HostReport]:
         """Return what the hosts that still report have said.  Raises StoreUnavailable."""
-        [found] = self._store.ask(Call(_HOSTS, (self._keys.hosts,), (self._stale_ms,)))
+        [found] = self._store.answered(Call(_HOSTS, (self._keys.hosts,), (self._stale_ms,)))
         return sorted((msgspec.json.decode(each, type=HostReport) for each in found), key=lambda host: host.worker)
 
     def withdraw(self, worker: str) -> None:
@@ -130,7 +130,7 @@ class Board:
 
     def orders(self) -> Orders:
         """Return what every worker acts on.  Raises StoreUnavailable."""
-        return self.read(self._store.ask(self.look())[0])
+        return self.read(self._store.answered(self.look())[0])
 
     def force(self, level: Level | str | int, for_s: float = 600.0) -> None:
         """Make all workers act on a level, for a drill, until it is released or `for_s` seconds are over.
@@ -153,7 +153,7 @@ class Board:
 
     def take_turn(self, worker: str, for_ms: int) -> float | None:
         """Say to one of all who ask within `for_ms` that it is to look; it gets the server's time in seconds."""
-        [now_ms] = self._store.ask(Call(_TURN, (self._keys.turn,), (worker, for_ms)))
+        [now_ms] = self._store.answered(Call(_TURN, (self._keys.turn,), (worker, for_ms)))
         return int(now_ms) / 1000 if int(now_ms) else None
 
     def memory(self) -> bytes | None:
@@ -164,7 +164,7 @@ class Board:
         """Publish the cluster's level, keep it in the history, tell who listens, and remember."""
         keys = (self._keys.cluster, self._keys.history, self._keys.state, self._keys.changes)
         told = (_json.encode(report), memory, self._stale_ms, self._settings.history, int(report.level))
-        self._store.ask(Call(_ANNOUNCE, keys, told))
+        self._store.answered(Call(_ANNOUNCE, keys, told))
 
     def history(self, limit: int = 100) -> list[ClusterReport]:
         """Return the latest reports, the newest first.  Raises StoreUnavailable."""

@@ -94,10 +94,14 @@ class Events:
 
     def emit(self, *events: Event) -> None:
         """Log events and add them to the stream, in one round trip; raises nothing while Redis is away."""
-        if not events:
-            return
         for each in events:
             log.log(each.severity, "%s %s: %s", each.severity.label, each.name, each.message, extra={"event": each.fields()})
+        self.keep(*events)
+
+    def keep(self, *events: Event) -> None:
+        """Add events to the stream that were logged elsewhere, in one round trip; raises nothing while Redis is away."""
+        if not events:
+            return
         told = [json.dumps(each.fields(), default=str) for each in events]
         try:
             self._store.ask(Call(_EMIT, (self._key,), (self._history, *told)))

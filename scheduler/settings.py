@@ -32,13 +32,21 @@ class PressureSettings(BaseModel, frozen=True, extra="forbid"):
     def _rising(self) -> PressureSettings:
         if list(self.thresholds) != sorted(set(self.thresholds)) or not self.thresholds[0] > 0 or self.thresholds[3] > 100:
             raise ValueError("must rise, between 0 and 100")
+        if self.monitor_s >= self.stale_s:
+            raise ValueError(
+                f"monitor_s must be less than stale_s={self.stale_s:g}: a level would be forgotten before it is renewed"
+            )
         return self
 
 
 class AdmissionSettings(BaseModel, frozen=True, extra="forbid"):
     """What is taken in under load.  A bound of 0 does not bound."""
 
-    queue_depth: int = Field(10_000, ge=0, description="A queue with so many messages takes no new job of its priority.")
+    queue_depth: int = Field(
+        10_000,
+        ge=0,
+        description="A queue with so many messages, copies that recovery has sent included, takes no new job of its priority.",
+    )
     wait_critical_s: float = Field(0.0, ge=0, description="... nor one whose oldest message waits longer than this, by priority.")
     wait_high_s: float = Field(10.0, ge=0, description="... of high work.")
     wait_normal_s: float = Field(30.0, ge=0, description="... of normal work.")
@@ -82,11 +90,17 @@ class AutoscaleSettings(BaseModel, frozen=True, extra="forbid"):
     sustained_s: float = Field(300.0, gt=0, description="... for this long,")
     queue_depth: int = Field(1000, ge=1, description="or so many messages wait,")
     wait_s: float = Field(30.0, gt=0, description="or one waits longer than this.")
-    min_workers: int = Field(2, ge=0, description="Fewest workers.")
+    min_workers: int = Field(2, ge=1, description="Fewest workers.")
     max_workers: int = Field(10, ge=1, description="Most workers.")
     increment: int = Field(1, ge=1, description="Workers more, or fewer, in one step.")
     cooldown_s: float = Field(600.0, ge=0, description="No second step within this.")
     webhook_url: str = Field("", description="Told of each change of the advice, as JSON; empty: nobody.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AutoscaleSettings:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"min_workers must be at most max_workers={self.max_workers}")
+        return self
 
 
 class AlertSettings(BaseModel, frozen=True, extra="forbid"):

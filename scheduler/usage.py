@@ -62,7 +62,7 @@ class Usage:
     def totals(self) -> tuple[int, int]:
         """Return how many nodes have ended, and how long their items took together, in us.  Raises StoreUnavailable."""
         names = self._names()
-        found = self._store.ask(*(Call(_READ, self._keys.usage(name)[1:], ()) for name in names)) if names else []
+        found = self._store.answered(*(Call(_READ, self._keys.usage(name)[1:], ()) for name in names)) if names else []
         return sum(int(each[3]) for each in found), sum(int(each[2]) for each in found)
 
     def _names(self) -> list[str]:
@@ -71,7 +71,7 @@ class Usage:
 
     def _read(self, *operations: str) -> list[OperationUsage]:
         calls = [Call(_READ, self._keys.usage(name)[1:], ()) for name in operations]
-        return [_usage(name, *map(int, found)) for name, found in zip(operations, self._store.ask(*calls), strict=True)]
+        return [_usage(name, *map(int, found)) for name, found in zip(operations, self._store.answered(*calls), strict=True)]
 
 
 def _usage(name: str, done: int, failed: int, busy_us: int, nodes: int, memory_kb: int, peak_kb: int) -> OperationUsage:
