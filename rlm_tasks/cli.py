@@ -365,6 +365,7 @@ def _show_run(outcome: Outcome, others: list[Compared]) -> None:
         ("slots' busy share", f"{outcome.busy_share:.0%}"),
         ("speed-up (summed item time over wall time)", f"{outcome.speed_up:.2f}"),
         ("largest worker process", f"{metrics.peak_memory_mb:.0f} MB"),
+        ("under pressure", str(outcome.result.receipt)),
     ]
     _table("How it ran", ("what", "figure"), rows)
     if others:

@@ -81,6 +81,7 @@ def test_the_demo_measures_any_folder(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert (report["output"]["files"], report["output"]["functions"], report["failed_count"]) == (40, 40, 1)
     assert report["failed"][0]["type"] == "SyntaxError"
+    assert report["receipt"] == []
     assert 0 < report["busy_share"] <= 1
 
 

@@ -201,6 +201,21 @@ def test_a_critical_job_makes_room_for_itself_also_beside_another(wide: Client) 
     assert yields(low) == MANY_SLOTS
 
 
+def test_work_that_is_less_urgent_than_what_has_just_got_its_slot_waits_no_longer(own: Client) -> None:
+    low = busy(own, 2000, item_s=0.02)
+    started = []
+
+    for _ in range(5):
+        for priority in ("critical", "high"):
+            fills(low, SLOTS)
+            asked = time.time()
+            job = own.submit(operation="stamp", items=[0], priority=priority, preempt_lower_priority=True)
+            started.append(job.get(timeout=20)[0] - asked)
+
+    assert sorted(started)[-2] <= 0.02 + 0.5, "one may meet a busy machine"
+    assert yields(low) == 10
+
+
 # --- who makes room -------------------------------------------------------------------------------------
 
 
