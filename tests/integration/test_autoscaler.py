@@ -58,7 +58,7 @@ class Pool:
 @pytest.fixture(scope="module")
 def shared(server: embedded.Server, logs: Path) -> Iterator[Pool]:
     """The module's worker."""
-    environment, log = environment_of(server.url, "autoscaled"), logs / "autoscaled.log"
+    environment, log = environment_of(server.url, "autoscaled", pressed=True), logs / "autoscaled.log"
     options, app = [f"--autoscale={MOST},{LEAST}"], "tests.integration.autoscaled_app:app"
     with client_of(environment) as client, embedded.worker(environment, log=log, app=app, options=options) as worker:
         pool = Pool(client, psutil.Process(worker.pid), log)

@@ -51,7 +51,9 @@ def settings_of(server: embedded.Server) -> Callable[..., dict[str, str]]:
     """Return the environment of a platform of this module, by name."""
 
     def settings_of(name: str, **more: str) -> dict[str, str]:
-        return environment_of(server.url, f"pressure-{name}", RLM_OPERATIONS="tests.integration.pressed_ops", **more)
+        return environment_of(
+            server.url, f"pressure-{name}", pressed=True, RLM_OPERATIONS="tests.integration.pressed_ops", **more
+        )
 
     return settings_of
 

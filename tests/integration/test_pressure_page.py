@@ -41,7 +41,9 @@ def beat(environment: dict[str, str], log: Path) -> Iterator[None]:
 def environment(server: embedded.Server, tmp_path: Path) -> dict[str, str]:
     """The environment of the page's reader."""
     paths = os.pathsep.join((str(tmp_path), str(ROOT)))
-    return environment_of(server.url, "page-pressure", RLM_OPERATIONS="analysis", RLM_PRESSURE__MONITOR_S="1", PYTHONPATH=paths)
+    return environment_of(
+        server.url, "page-pressure", pressed=True, RLM_OPERATIONS="analysis", RLM_PRESSURE__MONITOR_S="1", PYTHONPATH=paths
+    )
 
 
 def test_every_example_prints_what_it_says(environment: dict[str, str], tmp_path: Path) -> None:
