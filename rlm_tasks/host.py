@@ -17,12 +17,11 @@ from resilience.degradation import Level
 from resilience.store import Call
 from rlm_tasks.queue_order import QueueOrder, running
 from rlm_tasks.runtime import Runtime
-from rlm_tasks.shares import held_mb
 from scheduler.board import Board, HostReport, Orders, acted_on
 from scheduler.cycle import Facts
 from scheduler.ladder import HostLadder, Verdict
 from scheduler.queues import ages
-from scheduler.sampling import Sample, Sampler
+from scheduler.sampling import Sample, Sampler, held_mb
 
 logger = logging.getLogger(__name__)
 

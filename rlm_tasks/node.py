@@ -14,7 +14,6 @@ import resource
 import secrets
 import sys
 import time
-from pathlib import Path
 
 import msgspec
 
@@ -54,6 +53,7 @@ from rlm_tasks.splitting import (
 from rlm_tasks.working import Work
 from scheduler.admission import sheds
 from scheduler.preemption import more_urgent, rank_of
+from scheduler.sampling import held_mb
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,6 @@ LONGEST_WAIT_S = 86_400.0
 CALM_MS = 15_000
 """A job that is not taken in yet looks again after this."""
 MAX_FAILURES_TOLD = 1000
-_STATM = Path("/proc/self/statm")
 
 
 def run_node(runtime: Runtime, job: str, node: str, message: int = 0) -> bool:
@@ -372,7 +371,7 @@ class NodeRun:
             self._runtime.limits.took(self._spec.operation, self._work.took_s)
             self._runtime.item_ms[self._spec.operation] = self._work.busy_s * 1000 / (report.mid - claim.lo)
         self._runtime.reached(CrashPoint.BEFORE_FINISH)
-        held_kb = _held_kb()
+        held_kb = int(held_mb(os.getpid()) * 1024) or _peak_kb()  # where the system does not say
         tally = [] if validating else [self._tally(report, held_kb)]
         self._runtime.notices.of_node(
             self._spec.operation, claim.job, self._runtime.worker, slow=self._work.slow, memory_mb=held_kb / 1024
@@ -462,14 +461,6 @@ class NodeRun:
 
 def _ms(wait: Postponed) -> int:
     return math.ceil(1000 * min(max(wait.wait_s, 0.0), LONGEST_WAIT_S))
-
-
-def _held_kb() -> int:
-    """Return how much memory this process holds now; its peak where the system does not say."""
-    try:
-        return int(_STATM.read_text(encoding="ascii").split()[1]) * resource.getpagesize() // 1024
-    except OSError:
-        return _peak_kb()
 
 
 def _peak_kb() -> int:

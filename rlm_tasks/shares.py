@@ -7,7 +7,6 @@ and without high pressure a node pays no round trip.  How large a share is the s
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from resilience.bulkhead import LEASE_S, Bulkhead
 from resilience.degradation import Level
@@ -18,12 +17,10 @@ from rlm_tasks.operations import Operation
 from rlm_tasks.page import Page
 from rlm_tasks.settings import Settings
 from scheduler.allocation import Policies, ResourceAllocationPolicy, may_start, priority_of, workers_for
+from scheduler.sampling import held_mb
 
 RUNS_AT_MOST = 4
 """A node hands over its rest after at most this many times its target: see splitting."""
-
-
-_PAGES_PER_MB = 2**20 / os.sysconf("SC_PAGE_SIZE")
 
 
 class Shares:
@@ -70,14 +67,6 @@ class Shares:
 
     def _declared(self, operation: Operation) -> bool:
         return operation.allocation is not None or self._policies.declares(operation.name)
-
-
-def held_mb(pid: int) -> float:
-    """Return how much memory a process of this machine holds, in MB; 0 when it has just ended, or nobody can say."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) / _PAGES_PER_MB
-    except (OSError, IndexError, ValueError):
-        return 0.0
 
 
 def policies(settings: Settings) -> Policies:

@@ -93,6 +93,14 @@ def mean(hosts: Sequence[HostReport], field: str) -> float:
     return sum(value * each for value, each in told) / slots if slots else 0.0
 
 
+def _readable(report: bytes) -> list[HostReport]:
+    """Return a report; none that another release wrote in a way this one does not know."""
+    try:
+        return [msgspec.json.decode(report, type=HostReport)]
+    except msgspec.MsgspecError:
+        return []
+
+
 class Board:
     """What is published of one platform's pressure."""
 
@@ -109,7 +117,7 @@ class Board:
     def hosts(self) -> list[HostReport]:
         """Return what the hosts that still report have said.  Raises StoreUnavailable."""
         [found] = self._store.answered(Call(_HOSTS, (self._keys.hosts,), (self._stale_ms,)))
-        return sorted((msgspec.json.decode(each, type=HostReport) for each in found), key=lambda host: host.worker)
+        return sorted((report for each in found for report in _readable(each)), key=lambda host: host.worker)
 
     def withdraw(self, worker: str) -> None:
         """Take a worker's host off the board."""

@@ -333,3 +333,11 @@ def _run_queue(stat: str) -> float | None:
 def _share(before: tuple[float, float], now: tuple[float, float]) -> float:
     part, whole = now[0] - before[0], now[1] - before[1]
     return min(100.0, max(0.0, 100 * part / whole)) if whole > 0 else 0.0
+
+
+def held_mb(pid: int) -> float:
+    """Return how much memory a process of this machine holds, in MB; 0 when it has just ended, or nobody can say."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) / (_MB / _PAGE)
+    except (OSError, IndexError, ValueError):
+        return 0.0

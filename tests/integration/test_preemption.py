@@ -213,7 +213,7 @@ def test_work_that_is_less_urgent_than_what_has_just_got_its_slot_waits_no_longe
             started.append(job.get(timeout=20)[0] - asked)
 
     assert sorted(started)[-2] <= 0.02 + 0.5, "one may meet a busy machine"
-    assert yields(low) == 10
+    assert 8 <= yields(low) <= 10, "a slot may become free by itself, and more are never asked for"
 
 
 # --- who makes room -------------------------------------------------------------------------------------

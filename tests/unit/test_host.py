@@ -15,10 +15,9 @@ from resilience.degradation import Level
 from rlm_tasks.host import Host
 from rlm_tasks.queue_order import QueueOrder
 from rlm_tasks.settings import Settings
-from rlm_tasks.shares import held_mb
 from scheduler.board import Board, ClusterReport, HostReport, Orders
 from scheduler.queues import QueueReport
-from scheduler.sampling import Sample
+from scheduler.sampling import Sample, held_mb
 from scheduler.settings import PressureSettings
 from tests.unit.harness import Platform
 

@@ -266,8 +266,9 @@ def test_without_facts_weights_alone_order_the_queues() -> None:
     order.update(NAMES[::-1])
     order.consume(4)
     order.rotate("unit.critical")
+    order.rotate("unit.critical")
 
-    assert order.consume(4) == ["unit.high", "unit.normal", "unit.low", "unit.critical"]
+    assert order.consume(4) == ["unit.high", "unit.critical", "unit.normal", "unit.low"]
 
 
 def test_facts_hold_for_a_channel_that_is_older_than_they(monkeypatch: pytest.MonkeyPatch) -> None:
