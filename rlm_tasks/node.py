@@ -14,6 +14,8 @@ import resource
 import secrets
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import msgspec
 
@@ -84,9 +86,8 @@ def run_node(runtime: Runtime, job: str, node: str, message: int = 0) -> bool:
         claim = runtime.ledger.claim(job, node, token, runtime.worker, message)
         if claim.answer == "run":
             runtime.reached(CrashPoint.AFTER_CLAIM)
-            if claim.spec is not None and claim.spec.preempts:
-                runtime.preemption.settle(claim.spec.queue, f"{job} {node}")
-            return _work(runtime, claim, page)
+            with _in_its_slot(runtime, claim):
+                return _work(runtime, claim, page)
     except MemoryError:
         _give_up_for_memory(runtime, job, node, token)
         return False
@@ -95,6 +96,18 @@ def run_node(runtime: Runtime, job: str, node: str, message: int = 0) -> bool:
     if claim.waiting:
         runtime.resend(job, claim.waiting)
     return claim.answer in ("done", "closed")
+
+
+@contextmanager
+def _in_its_slot(runtime: Runtime, claim: Claim) -> Iterator[None]:
+    """Let nobody make room for an urgent node that has its slot; a copy of its message may be announced meanwhile."""
+    spec = claim.spec
+    urgent = spec.queue if spec is not None and spec.preempts else ""
+    if urgent:
+        runtime.preemption.settle(urgent, f"{claim.job} {claim.node}")
+    yield
+    if urgent:
+        runtime.preemption.settle(urgent, f"{claim.job} {claim.node}")
 
 
 def _give_up_for_memory(runtime: Runtime, job: str, node: str, token: str) -> None:

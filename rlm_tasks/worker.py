@@ -44,7 +44,7 @@ BACK_OFF_S = 1.0
 GROUP_SIGNAL_S = 0.5
 """A SIGTERM to the process group has reached the main process, too, within this time."""
 REAPED = "a cause unknown"
-REAPED_S = 0.5
+REAPED_S = 2.0
 """Celery has told what a process died of within this time of having reaped it."""
 DEAF_S, DEAF_SHARE = 1.0, 0.05
 """An item past its limit has this long to hear its alarm (the greater of both) before its process is killed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -100,11 +101,10 @@ def test_chord_bodies_at_any_time_leave_one_result(on_shared: Cell, when: str) -
         fire()
     if when == "never":
         for split in splits:
-            keys = client.ledger.store.client.keys(f"*{group_id(job.id, split['id'])}*")
-            assert keys or job.progress().done, "a small split may have been merged already"
-            if not keys:
-                continue
-            client.ledger.store.client.delete(*keys)
+            counters = functools.partial(client.ledger.store.client.keys, f"*{group_id(job.id, split['id'])}*")
+            wait_until(lambda counters=counters: counters() or job.progress().done)  # they are set after the split is known
+            if keys := counters():  # a small one may have been merged already
+                client.ledger.store.client.delete(*keys)
     on_shared.check(job)
     if when == "late":
         for split in splits:

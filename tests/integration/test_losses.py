@@ -104,8 +104,9 @@ def test_a_stopping_worker_hands_its_nodes_over(server: embedded.Server, logs: P
         assert any("draining" in node.why for node in job.tree())
         with embedded.worker(environment, log=logs / "drained.log"):
             result = job.result(timeout=30)
+            attempts = {node.attempts for node in job.tree()}
     assert result.output == list(range(1200))
-    assert result.metrics.busy_ms < 1200 * 5 * 1.5
+    assert attempts == {1}, "nothing is done again"
 
 
 def test_a_worker_stopped_in_a_stream_of_small_nodes_is_gone_in_seconds(server: embedded.Server, logs: Path) -> None:
