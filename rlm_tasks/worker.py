@@ -59,10 +59,16 @@ class Guard(threading.Thread):
     """
 
     def __init__(
-        self, runtime: Runtime, celery: Mapping[str, Any], pool_size: Callable[[], int], queues: Callable[[], list[str]]
+        self,
+        runtime: Runtime,
+        celery: Mapping[str, Any],
+        pool_size: Callable[[], int],
+        queues: Callable[[], list[str]],
+        exit_code: Callable[[int], int | None] = lambda _pid: None,
     ) -> None:
         super().__init__(name="rlm-guard", daemon=True)
         self._runtime, self._celery, self._pool_size, self._queues = runtime, celery, pool_size, queues
+        self._exit_code = exit_code
         self._ledger = runtime.ledger.hasty()  # an outage is seen at once, and what was missed is done after it
         self._warned = False
         self._reaped: dict[int, float] = {}
@@ -184,6 +190,8 @@ class Guard(threading.Thread):
         """Redo the nodes of dead pool processes at once: Celery may need 5 s to notice."""
         for held in self._runtime.page.held():
             died_of = cause_of_death(held.pid) if held.pid != os.getpid() else ""
+            if died_of == REAPED:
+                died_of = self._reaped_by_pool(held.pid)
             if died_of == REAPED and now - self._reaped.setdefault(held.pid, now) < REAPED_S:
                 continue  # Celery has noticed, and will say what it died of
             if died_of:
@@ -191,6 +199,11 @@ class Guard(threading.Thread):
                 self._reaped.pop(held.pid, None)
                 if give_back(self._runtime, held, died_of):
                     self._runtime.resend(held.job, [held.node])
+
+    def _reaped_by_pool(self, pid: int) -> str:
+        """Return what a process died of that was reaped on the way, when another was started: Celery may not notice for 5 s."""
+        code = self._exit_code(pid)
+        return REAPED if code is None else signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     def _sweep(self) -> None:
         for job in self._ledger.take_due():
@@ -267,7 +280,12 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
                 return 0
             return getattr(autoscaler, "reach", None) or worker.pool.num_processes or 1
 
-        guard = Guard(worker.app.rlm_runtime(), worker.app.conf, slots, queues)
+        def exit_code(pid: int) -> int | None:
+            processes = getattr(getattr(worker.pool, "_pool", None), "_pool", None) or ()
+            found = next((each._popen for each in list(processes) if each.pid == pid), None)
+            return found.returncode if found is not None else None
+
+        guard = Guard(worker.app.rlm_runtime(), worker.app.conf, slots, queues, exit_code)
         worker.app.rlm_guard = guard
         guard.start()
         signals.worker_shutdown.connect(lambda **_: guard.stop(), weak=False)
