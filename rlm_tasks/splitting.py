@@ -159,9 +159,9 @@ def plan(shape: Shape, lo: int, hi: int, depth: int, slots: int) -> Part:
         return Leaf(lo, hi, depth)
     if shape.mode == "flat":
         return _flat(shape, lo, hi, depth, slots)
-    wanted = MAX_FANOUT if shape.eager else ROOT_PARTS_PER_SLOT * slots
-    levels = math.log(max(wanted, 2), shape.factor)
-    return _tree(shape, lo, hi, depth, max(1, math.floor(levels + 1e-9) if shape.eager else math.ceil(levels - 1e-9)))
+    most = max(1, math.floor(math.log(MAX_FANOUT, shape.factor) + 1e-9))
+    wanted = math.ceil(math.log(max(ROOT_PARTS_PER_SLOT * slots, 2), shape.factor) - 1e-9)
+    return _tree(shape, lo, hi, depth, most if shape.eager else min(most, max(1, wanted)))
 
 
 def _tree(shape: Shape, lo: int, hi: int, depth: int, levels: int) -> Part:

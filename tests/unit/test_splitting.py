@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlm_tasks import estimate_optimal_chunk_size
@@ -50,6 +50,7 @@ def tiles(part: Part) -> bool:
 
 
 @given(shape=SHAPES, lo=st.integers(0, 1000), size=st.integers(1, 100_000), depth=st.integers(0, 9), slots=st.integers(1, 64))
+@example(shape=Shape("tree", factor=11, max_depth=3), lo=0, size=1001, depth=0, slots=31)
 def test_a_plan_tiles_its_range_within_its_bounds(shape: Shape, lo: int, size: int, depth: int, slots: int) -> None:
     planned = plan(shape, lo, lo + size, depth, slots)
 
