@@ -136,7 +136,7 @@ class Guard(threading.Thread):
             self._warn()
         self._offer(now)
         if measured:
-            self._host.heard(self._ledger.store.run(*self._host.exchange()), now)
+            self._exchange(now)
         if now >= self._due["look"]:
             self._due["look"] = now + REFRESH_S
             self._reap(now)
@@ -159,13 +159,18 @@ class Guard(threading.Thread):
         total = 0 if self._runtime.page.draining else self._pool_size()
         free = max(0, total - len(state.reserved_requests))
         if (total, free) != self._offered or now >= self._due["offer"]:
-            self._told = 0
             offer = self._runtime.slots.publish(self._runtime.worker, total, free, self._queues())
-            _, next_ms, *tokens = self._ledger.store.run(offer, self._ledger.next_look(), *self._tokens())
+            _, next_ms = self._ledger.store.run(offer, self._ledger.next_look())
             self._look_ahead(next_ms)
-            self._see_urgent(tokens)
             self._runtime.page.hungry = free > 0
             self._offered, self._due["offer"] = (total, free), now + REFRESH_S
+
+    def _exchange(self, now: float) -> None:
+        """Tell of this host, and hear what to act on and who waits; once a second, for slots become free more often."""
+        self._told, exchange = 0, self._host.exchange()
+        answers = self._ledger.store.run(*exchange, *self._tokens())
+        self._host.heard(answers[: len(exchange)], now)
+        self._see_urgent(answers[len(exchange) :])
 
     def _tokens(self) -> list[Call]:
         return [self._runtime.preemption.open(queue) for queue in self._queues() if rank_of(priority_of(queue))]

@@ -177,8 +177,8 @@ def test_who_asks_for_room_while_the_guard_looks_is_not_forgotten(
 
     with monkeypatch.context() as patch:
         patch.setattr(platform.guard._ledger.store, "run", run_and_be_asked)
-        platform.guard._offer(0.0)
+        platform.guard._exchange(0.0)
     assert platform.runtime.page.urgent == rank_of("critical"), "it was asked for after the look"
 
-    platform.guard._offer(10.0)
+    platform.guard._exchange(10.0)
     assert platform.runtime.page.urgent == 0, "nobody waits any more"
