@@ -11,12 +11,12 @@ import inspect
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, cast
+from typing import TYPE_CHECKING, Any
 
-from resilience.breaker import CircuitBreaker, CircuitBreakers
+from resilience.breaker import CircuitBreaker
 from resilience.breaker_storage import CLOSED, OPEN, resident_mb
 from resilience.degradation import CONSTRAINTS, Level
 from resilience.errors import InvalidValue, StoreUnavailable
@@ -27,115 +27,11 @@ from scheduler.settings import AllocationSettings
 
 if TYPE_CHECKING:
     from rlm_tasks.client import Client
+    from scheduler.alerts import Alerts
 
 logger = logging.getLogger(__name__)
 
 AlertCallback = Callable[[ResourcePressureEvent], object]
-
-
-# --- what is asked of the platform ---------------------------------------------------------------------
-
-
-class Figures(TypedDict):
-    """What executions of one operation came to."""
-
-    total_executions: int
-    successful_executions: int
-    failed_executions: int
-    avg_memory_mb: float
-    peak_memory_mb: float
-    avg_duration_ms: float
-
-
-class Usage(Protocol):
-    """What executions took, over all processes."""
-
-    def record(self, operation: str, *, ok: bool, duration_s: float, memory_mb: float) -> object:
-        """Count one execution; raises nothing while Redis is away."""
-
-    def read(self, operation: str) -> Figures:
-        """Return what is known of an operation, all zero for one that never ran.  Raises StoreUnavailable."""
-
-
-class AlertManager(Protocol):
-    """Whoever alerts people: `scheduler.alerts.Alerts`."""
-
-    def process_event(self, event: ResourcePressureEvent) -> Sequence[object]:
-        """Raise the alerts of an event; raises nothing while Redis is away."""
-
-
-class ResourceUsage(TypedDict):
-    """How loaded the platform is."""
-
-    cpu_percent: float
-    memory_mb: float
-    memory_percent: float
-    worker_count: int
-
-
-class PlatformStatus(TypedDict):
-    """What the platform tells of itself; it may tell more."""
-
-    resource_usage: ResourceUsage
-    recent_pressure_events: Sequence[Mapping[str, Any]]  # timestamp, level, message
-
-
-class Platform(Protocol):
-    """What stands behind the hooks: a `Client`, by way of `ClientPlatform`."""
-
-    @property
-    def breakers(self) -> CircuitBreakers:
-        """All breakers."""
-
-    @property
-    def usage(self) -> Usage:
-        """What executions took."""
-
-    @property
-    def alerts(self) -> AlertManager:
-        """Whoever alerts people."""
-
-    def level(self) -> Level:
-        """Return the pressure to act on; raises nothing while Redis is away."""
-
-    def status(self) -> PlatformStatus:
-        """Return how the platform stands.  Raises StoreUnavailable."""
-
-
-class ClientUsage:
-    """What executions took, counted beside those of the platform's own operations."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-
-    def record(self, operation: str, *, ok: bool, duration_s: float, memory_mb: float) -> None:
-        """Count one execution; while Redis is away it is not counted."""
-        about = {"done": int(ok), "failed": int(not ok), "busy_us": int(duration_s * 1e6), "memory_kb": int(memory_mb * 1024)}
-        with suppress(StoreUnavailable):
-            self._client.store.ask(self._client.usage.tally(operation, **about))
-
-    def read(self, operation: str) -> Figures:
-        """Return what is known of an operation.  Raises StoreUnavailable."""
-        return cast("Figures", self._client.usage.of(operation).to_dict())
-
-
-class ClientPlatform:
-    """A client as what stands behind the hooks."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self.breakers, self.alerts, self.usage = client.breakers, client.alerts, ClientUsage(client)
-
-    def level(self) -> Level:
-        """Return the pressure to act on; while Redis is away nothing good is assumed, as on a host that cannot be measured."""
-        try:
-            return self._client.pressure.level()
-        except StoreUnavailable:
-            return Level.ELEVATED
-
-    def status(self) -> PlatformStatus:
-        """Return how the platform stands.  Raises StoreUnavailable."""
-        return cast("PlatformStatus", self._client.status().to_dict())
 
 
 # --- the manager ---------------------------------------------------------------------------------------
@@ -151,8 +47,8 @@ class AdaptiveResourceManager:
         enable_degradation: bool = True,
         alert_callback: AlertCallback | None = None,
         *,
-        client: Client | Platform | None = None,
-        alerts: AlertManager | None = None,
+        client: Client | None = None,
+        alerts: Alerts | None = None,
         clock: Callable[[], float] = time.perf_counter,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         memory_mb: Callable[[], float] = resident_mb,
@@ -162,7 +58,7 @@ class AdaptiveResourceManager:
         `alerts` and `alert_callback` are told when the pressure that this manager acts on has changed.
         """
         self.resource_limits = resource_limits or ResourceLimits()
-        self._platform = _platform(client)
+        self._client = client or _default()
         self._guards = enable_circuit_breakers and store_settings().breakers.enabled
         self._degrades, self._callback, self._alerts = enable_degradation, alert_callback, alerts
         self._clock, self._now, self._memory_mb = clock, now, memory_mb
@@ -201,21 +97,21 @@ class AdaptiveResourceManager:
     @property
     def circuit_breakers(self) -> dict[str, CircuitBreaker]:
         """The breakers of the platform, by name: state, failure_count, last_failure_time.  Raises StoreUnavailable."""
-        breakers = self._platform.breakers
+        breakers = self._client.breakers
         return {name: breakers.get(name) for name in breakers.names()} if self._guards else {}
 
     def can_execute(self, executor_id: str) -> tuple[bool, str]:
         """Say whether an executor would be run now, and why not."""
-        return self._platform.breakers.can_execute(executor_id) if self._guards else (True, "")
+        return self._client.breakers.can_execute(executor_id) if self._guards else (True, "")
 
     def reset_circuit_breaker(self, executor_id: str) -> bool:
         """Close the breaker of an executor; false when there is none.  Raises StoreUnavailable."""
-        known = self._guards and executor_id in self._platform.breakers.names()
-        return known and bool(self._platform.breakers.reset(executor_id))
+        known = self._guards and executor_id in self._client.breakers.names()
+        return known and bool(self._client.breakers.reset(executor_id))
 
     def reset_all_circuit_breakers(self) -> dict[str, bool]:
         """Close all breakers of the platform, also those of its services.  Raises StoreUnavailable."""
-        return dict.fromkeys(self._platform.breakers.reset(), True) if self._guards else {}
+        return dict.fromkeys(self._client.breakers.reset(), True) if self._guards else {}
 
     # --- executions ----------------------------------------------------------------------------------
 
@@ -226,7 +122,7 @@ class AdaptiveResourceManager:
         Its memory is what this process occupies when it has ended.  One that is cancelled is not counted.
         """
         self._known.add(executor_id)
-        with self._platform.breakers.get(executor_id).calling() if self._guards else nullcontext():
+        with self._client.breakers.get(executor_id).calling() if self._guards else nullcontext():
             began = self._clock()
             self._running[executor_id] += 1
             try:
@@ -239,23 +135,12 @@ class AdaptiveResourceManager:
             self._record(executor_id, began, ok=True)
 
     def _record(self, executor_id: str, began: float, *, ok: bool) -> None:
-        self._platform.usage.record(executor_id, ok=ok, duration_s=self._clock() - began, memory_mb=self._memory_mb())
+        self._client.usage.record(executor_id, ok=ok, duration_s=self._clock() - began, memory_mb=self._memory_mb())
 
     def get_executor_metrics(self, executor_id: str) -> dict[str, Any]:
         """Return what executions of an executor came to, in the words of source document 1.  Raises StoreUnavailable."""
-        found = self._platform.usage.read(executor_id)
-        total, ok = found["total_executions"], found["successful_executions"]
-        return {
-            "executor_id": executor_id,
-            "total_executions": total,
-            "successful_executions": ok,
-            "failed_executions": found["failed_executions"],
-            "success_rate_percent": round(100 * ok / total, 2) if total else 0.0,
-            "avg_memory_mb": found["avg_memory_mb"],
-            "peak_memory_mb": found["peak_memory_mb"],
-            "avg_duration_ms": found["avg_duration_ms"],
-            "circuit_breaker_state": str(self._platform.breakers.get(executor_id).state) if self._guards else CLOSED,
-        }
+        breaker = str(self._client.breakers.get(executor_id).state) if self._guards else CLOSED
+        return {**self._client.usage.of(executor_id).to_dict(), "circuit_breaker_state": breaker}
 
     # --- status --------------------------------------------------------------------------------------
 
@@ -263,14 +148,14 @@ class AdaptiveResourceManager:
         """Return the platform's status, and what is known of the executors that were run here.  Raises StoreUnavailable."""
         level, known = self._look(), sorted(self._known)
         return {
-            **self._platform.status(),
+            **self._client.status().to_dict(),
             "current_pressure": level.label,
             "resource_limits": self.resource_limits.model_dump(),
             "active_executors": sorted(+self._running),
             "worker_budgets": {each: self._budget(each, level) for each in known},
             "executor_metrics": {each: self.get_executor_metrics(each) for each in known},
             "active_degradation_strategies": self._strategies(level),
-            "circuit_breakers": self._platform.breakers.status() if self._guards else {},
+            "circuit_breakers": self._client.breakers.status() if self._guards else {},
         }
 
     def _strategies(self, level: Level) -> list[str]:
@@ -280,7 +165,7 @@ class AdaptiveResourceManager:
 
     def _look(self) -> Level:
         """Return the pressure, and tell of it when it has changed since it was looked at last."""
-        level, before = self._platform.level(), self._seen
+        level, before = self._level(), self._seen
         if level != before and (self._alerts or self._callback):
             self._seen = level
             try:
@@ -289,16 +174,22 @@ class AdaptiveResourceManager:
                 self._seen = before  # told as soon as Redis answers
         return level
 
+    def _level(self) -> Level:
+        try:
+            return self._client.pressure.level()
+        except StoreUnavailable:
+            return Level.ELEVATED  # as on a host that cannot be measured
+
     def _event(self, level: Level) -> ResourcePressureEvent:
-        load = self._platform.status()["resource_usage"]
-        breakers = self._platform.breakers.status() if self._guards else {}
+        load = self._client.status().resource_usage
+        breakers = self._client.breakers.status() if self._guards else {}
         return ResourcePressureEvent(
             timestamp=self._now(),
             pressure_level=level.label,
             cpu_percent=load["cpu_percent"],
             memory_mb=load["memory_mb"],
             memory_percent=load["memory_percent"],
-            worker_count=load["worker_count"],
+            worker_count=int(load["worker_count"]),
             active_executors=self._running.total(),
             degradation_applied=self._strategies(level),
             circuit_breakers_open=[name for name, each in breakers.items() if each["state"] == OPEN],
@@ -343,13 +234,13 @@ def create_resource_manager(
     enable_degradation: bool = True,
     enable_alerts: bool = True,
     alert_callback: AlertCallback | None = None,
-    client: Client | Platform | None = None,
-) -> tuple[AdaptiveResourceManager, AlertManager | None]:
+    client: Client | None = None,
+) -> tuple[AdaptiveResourceManager, Alerts | None]:
     """Return a manager, and the platform's alerts, None when they are not enabled."""
-    platform = _platform(client)
-    alerts = platform.alerts if enable_alerts else None
+    client = client or _default()
+    alerts = client.alerts if enable_alerts else None
     manager = AdaptiveResourceManager(
-        resource_limits, enable_circuit_breakers, enable_degradation, alert_callback, client=platform, alerts=alerts
+        resource_limits, enable_circuit_breakers, enable_degradation, alert_callback, client=client, alerts=alerts
     )
     return manager, alerts
 
@@ -388,9 +279,7 @@ def _manager_of(orchestrator: Any) -> AdaptiveResourceManager:
     return manager
 
 
-def _platform(behind: Client | Platform | None) -> Platform:
-    from rlm_tasks.client import Client
+def _default() -> Client:
+    from rlm_tasks.client import default_client
 
-    if behind is None or isinstance(behind, Client):
-        return ClientPlatform(behind or Client())
-    return behind
+    return default_client()

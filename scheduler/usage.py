@@ -5,9 +5,11 @@ Decides what is counted: an item that runs twice is two executions.  Refuses to 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
 
@@ -31,9 +33,8 @@ class OperationUsage:
 
     @property
     def success_rate_percent(self) -> float:
-        """Successful of all executions, in percent with two decimals; 100 while there are none."""
-        share = self.successful_executions / self.total_executions if self.total_executions else 1.0
-        return round(100 * share, 2)
+        """Successful of all executions, in percent with two decimals; 0 while there are none."""
+        return round(100 * self.successful_executions / max(self.total_executions, 1), 2)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -49,6 +50,12 @@ class Usage:
     def tally(self, operation: str, *, done: int, failed: int, busy_us: int, memory_kb: int) -> Call:
         """Return the call that counts what one node has done; `memory_kb` is what its process holds."""
         return Call(_TALLY, self._keys.usage(operation), (operation, done, failed, busy_us, memory_kb, TTL_S))
+
+    def record(self, operation: str, *, ok: bool, duration_s: float, memory_mb: float) -> None:
+        """Count one execution that was no node's; while Redis is away it is not counted."""
+        counts = {"done": int(ok), "failed": int(not ok), "busy_us": int(duration_s * 1e6), "memory_kb": int(memory_mb * 1024)}
+        with suppress(StoreUnavailable):
+            self._store.answered(self.tally(operation, **counts))
 
     def of(self, operation: str) -> OperationUsage:
         """Return what one operation has cost.  Raises StoreUnavailable."""

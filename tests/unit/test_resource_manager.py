@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +12,11 @@ import pytest
 from resilience.breaker import CircuitBreakers, CircuitOpen
 from resilience.degradation import Level, ResourceConstraints
 from resilience.errors import InvalidValue, StoreUnavailable
+from resilience.keys import Keys
 from resilience.settings import StoreSettings
 from rlm_tasks import resource_manager
 from rlm_tasks.resource_manager import (
     AdaptiveResourceManager,
-    Figures,
     ResourceAwareExecutor,
     create_resource_manager,
     get_resource_status,
@@ -27,6 +26,7 @@ from rlm_tasks.resource_manager import (
 )
 from scheduler.alerts import Alerts, ResourcePressureEvent
 from scheduler.allocation import ExecutorPriority, ResourceAllocationPolicy, ResourceLimits
+from scheduler.usage import Usage
 from tests.unit.world import World, world
 
 __all__ = ["world"]
@@ -34,51 +34,28 @@ __all__ = ["world"]
 EVENTS = [{"timestamp": "2027-01-15T08:00:00+00:00", "level": "high", "message": "pressure is high"}]
 
 
-class MemoryUsage:
-    """What executions took, in this process."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, list[tuple[bool, float, float]]] = {}
-
-    def record(self, operation: str, *, ok: bool, duration_s: float, memory_mb: float) -> None:
-        self.kept.setdefault(operation, []).append((ok, duration_s, memory_mb))
-
-    def read(self, operation: str) -> Figures:
-        runs = self.kept.get(operation, [])
-        ok, n = sum(run[0] for run in runs), max(1, len(runs))
-        return Figures(
-            total_executions=len(runs),
-            successful_executions=ok,
-            failed_executions=len(runs) - ok,
-            avg_memory_mb=sum(run[2] for run in runs) / n,
-            peak_memory_mb=max((run[2] for run in runs), default=0.0),
-            avg_duration_ms=1000 * sum(run[1] for run in runs) / n,
-        )
+LOAD = {"cpu_percent": 70.0, "memory_mb": 3000.0, "memory_percent": 72.0, "worker_count": 8}
 
 
-@dataclass
 class Stage:
-    """A platform whose pressure we set."""
+    """A client whose pressure we set; what it counts and guards is real."""
 
-    breakers: CircuitBreakers
-    alerts: Alerts
-    pressure: Level = Level.NORMAL
-    lost: bool = False
-    usage: MemoryUsage = field(default_factory=MemoryUsage)
-
-    def level(self) -> Level:
-        return self.pressure
+    def __init__(self, world: World) -> None:
+        self.breakers, self.usage = CircuitBreakers(world.store()), Usage(world.store(), Keys("unit"))
+        self.alerts = Alerts(world.store(), clock=world.time)
+        self.pressed, self.lost = Level.NORMAL, False
+        self.pressure = SimpleNamespace(level=lambda: self.pressed)
 
     def status(self) -> Any:
         if self.lost:
             raise StoreUnavailable("redis://fake", "cut off by the test")
-        load = {"cpu_percent": 70.0, "memory_mb": 3000.0, "memory_percent": 72.0, "worker_count": 8}
-        return {"resource_usage": load, "recent_pressure_events": EVENTS}
+        picture = {"resource_usage": LOAD, "recent_pressure_events": EVENTS}
+        return SimpleNamespace(**picture, to_dict=lambda: picture)
 
 
 @pytest.fixture
 def stage(world: World) -> Stage:
-    return Stage(CircuitBreakers(world.store()), Alerts(world.store(), clock=world.time))
+    return Stage(world)
 
 
 def manager(stage: Stage, **options: Any) -> AdaptiveResourceManager:
@@ -128,7 +105,7 @@ def test_what_cannot_be_called_is_refused_at_once(stage: Stage) -> None:
 
 @pytest.mark.parametrize(("enabled", "limit"), [(True, 500), (False, 1000)])
 def test_the_pressure_reaches_constraints_by_a_copy_of_the_context(stage: Stage, enabled: bool, limit: int) -> None:
-    stage.pressure = Level.CRITICAL
+    stage.pressed = Level.CRITICAL
     context = {"text": "t"}
     executor = wrap_method_executor(
         lambda _id, seen: ResourceConstraints.get_entity_limit(seen), manager(stage, enable_degradation=enabled)
@@ -238,7 +215,7 @@ def test_metrics_are_those_of_source_document_1(world: World, stage: Stage) -> N
         "successful_executions": 2,
         "failed_executions": 1,
         "success_rate_percent": 66.67,
-        "avg_memory_mb": pytest.approx(597.33, abs=0.01),
+        "avg_memory_mb": 597.3,
         "peak_memory_mb": 1024.0,
         "avg_duration_ms": pytest.approx(2000),
         "circuit_breaker_state": "closed",
@@ -281,8 +258,8 @@ def test_a_registered_policy_and_the_limits_bound_the_workers_under_pressure(sta
     )
 
     budgets = {}
-    for stage.pressure in Level:
-        budgets[stage.pressure.label] = (ours.worker_budget("D5-Q2"), ours.worker_budget("other"))
+    for stage.pressed in Level:
+        budgets[stage.pressed.label] = (ours.worker_budget("D5-Q2"), ours.worker_budget("other"))
 
     assert budgets == {"normal": (5, 32), "elevated": (5, 26), "high": (4, 20), "critical": (3, 14), "emergency": (2, 8)}
 
@@ -291,7 +268,7 @@ def test_the_status_has_all_that_source_document_1_lists(stage: Stage) -> None:
     ours = manager(stage)
     fail(stage, 5, "D4-Q2")
     run(wrap_method_executor(lambda *_: None, ours), "D3-Q3")
-    stage.pressure = Level.HIGH
+    stage.pressed = Level.HIGH
 
     status = ours.get_resource_status()
 
@@ -318,7 +295,7 @@ def test_a_change_of_pressure_is_told_once_to_alerts_and_callback(stage: Stage) 
     ours, alerts = create_resource_manager(alert_callback=told.append, client=stage)
     fail(stage, 5)
     fail(stage, 1, "D4-Q2")
-    for stage.pressure in (Level.NORMAL, Level.CRITICAL, Level.CRITICAL, Level.NORMAL):
+    for stage.pressed in (Level.NORMAL, Level.CRITICAL, Level.CRITICAL, Level.NORMAL):
         run(wrap_method_executor(lambda *_: None, ours), "D1-Q1")
 
     assert [event.pressure_level for event in told] == ["critical", "normal"]
@@ -334,7 +311,7 @@ def test_a_change_of_pressure_is_told_once_to_alerts_and_callback(stage: Stage) 
 def test_without_alerts_only_the_callback_is_told(stage: Stage) -> None:
     told: list[ResourcePressureEvent] = []
     ours, alerts = create_resource_manager(enable_alerts=False, alert_callback=told.append, client=stage)
-    stage.pressure = Level.EMERGENCY
+    stage.pressed = Level.EMERGENCY
 
     assert ours.current_pressure == "emergency"
     assert alerts is None
@@ -345,7 +322,7 @@ def test_a_callback_that_fails_fails_no_execution(stage: Stage, caplog: pytest.L
     def callback(_event: ResourcePressureEvent) -> None:
         raise RuntimeError("no pager")
 
-    stage.pressure = Level.HIGH
+    stage.pressed = Level.HIGH
     executor = wrap_method_executor(lambda *_: "done", manager(stage, alert_callback=callback))
 
     with caplog.at_level(logging.ERROR):
@@ -357,7 +334,7 @@ def test_a_change_while_redis_is_away_is_told_when_it_answers(stage: Stage) -> N
     told: list[ResourcePressureEvent] = []
     ours = manager(stage, alert_callback=told.append)
     executor = wrap_method_executor(lambda *_: "done", ours)
-    stage.pressure, stage.lost = Level.HIGH, True
+    stage.pressed, stage.lost = Level.HIGH, True
 
     assert run(executor) == "done"
     assert told == []

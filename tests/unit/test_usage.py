@@ -53,14 +53,14 @@ def test_an_operations_usage_has_the_names_and_numbers_of_the_source_document(wo
     }
 
 
-def test_an_operation_that_never_ran_has_cost_nothing_and_failed_nothing(worker: Worker) -> None:
+def test_an_operation_that_never_ran_has_cost_nothing_and_has_no_successes(worker: Worker) -> None:
     assert worker.usage.of("nobody's") == OperationUsage("nobody's")
     assert worker.usage.of("nobody's").to_dict() == {
         "executor_id": "nobody's",
         "total_executions": 0,
         "successful_executions": 0,
         "failed_executions": 0,
-        "success_rate_percent": 100.0,
+        "success_rate_percent": 0.0,
         "avg_memory_mb": 0.0,
         "peak_memory_mb": 0.0,
         "avg_duration_ms": 0.0,
