@@ -87,7 +87,7 @@ def beat_configuration(settings: Settings) -> dict[str, Any]:
     return {
         "beat_schedule": every,
         "beat_scheduler": "redbeat.RedBeatScheduler",
-        # redbeat waits 25 minutes for a beat that has died, by default; this is 12 s at most.
+        # redbeat waits 25 minutes for a beat that has died, by default; this is 12 s, and the next tick.
         "beat_max_loop_interval": 3,
         "redbeat_lock_timeout": 9,
         "redbeat_redis_url": url,

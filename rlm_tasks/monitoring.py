@@ -81,7 +81,7 @@ def monitor_thread(
     advised, gauge = settings.autoscale.webhook_url, QueueGauge(app)
     webhook = Webhook(advised, settings.alerts.webhook_secret) if advised else None
     monitor = Monitor(
-        runtime.board, store, MonitorSettings(settings.pressure, settings.admission, settings.autoscale, settings.alerts),
+        runtime.board, store, MonitorSettings(settings.pressure, settings.admission, settings.autoscale),
         usage=runtime.usage, breakers=CircuitBreakers(store), gauge=gauge.read, events=events, alerts=alerts,
         room=runtime.room, wake=runtime.wake, webhook=webhook, worker=runtime.worker,
     )  # fmt: skip

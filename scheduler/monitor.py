@@ -26,7 +26,7 @@ from scheduler.events import Event, Events, Severity
 from scheduler.forecast import LOAD_BUCKET_S, Holt, Rise, will_rise
 from scheduler.ladder import Ladder, LadderState
 from scheduler.queues import QueueReport, priority_of
-from scheduler.settings import AdmissionSettings, AlertSettings, AutoscaleSettings, PressureSettings
+from scheduler.settings import AdmissionSettings, AutoscaleSettings, PressureSettings
 from scheduler.usage import Usage
 
 ALERTING = frozenset({"execution.slow", "memory.high"})
@@ -67,7 +67,6 @@ class MonitorSettings(NamedTuple):
     pressure: PressureSettings
     admission: AdmissionSettings
     autoscale: AutoscaleSettings
-    alerts: AlertSettings
 
 
 class Monitor:

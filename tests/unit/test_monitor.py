@@ -82,7 +82,7 @@ class Platform:
         events = Events(store)
         monitor = Monitor(
             Board(store, self.keys, self.settings), store,
-            MonitorSettings(self.settings, AdmissionSettings(queue_depth=1000), AutoscaleSettings(), AlertSettings(channels=())),
+            MonitorSettings(self.settings, AdmissionSettings(queue_depth=1000), AutoscaleSettings()),
             usage=Usage(store, self.keys), breakers=self.breakers, gauge=self._gauge, events=events,  # type: ignore[arg-type]
             alerts=Alerts(store, AlertSettings(channels=()), events), room=WaitingRoom(store, self.keys),
             wake=self._wake, webhook=self.webhook, worker=worker,  # type: ignore[arg-type]
