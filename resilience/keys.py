@@ -95,12 +95,12 @@ class Keys:
         """Return the names of all operations that have run (SET), and the counts of one (HASH)."""
         return f"{self.namespace}:{{usage}}:names", f"{self.namespace}:{{usage}}:of:{operation}"
 
-    def preemption(self, queue: str) -> tuple[str, str]:
-        """Return which urgent nodes wait in a queue for a slot (ZSET node -> ms until which it counts), and how many
-        yields have been made for them (STRING).
+    def preemption(self, queue: str) -> tuple[str, str, str]:
+        """Return which urgent nodes wait in a queue for a slot (ZSET node -> ms from which somebody may yield for it), how
+        many are about to yield (STRING), and which slots are coming (ZSET slot -> ms until which that is believed).
         """
         tagged = f"{self.namespace}:{{preemption:{queue}}}:"
-        return tagged + "waiting", tagged + "won"
+        return tagged + "waiting", tagged + "won", tagged + "coming"
 
     def budget(self, service: str) -> str:
         """Return the retry budget of a service.  HASH balance, time."""

@@ -14,7 +14,7 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import msgspec
@@ -173,7 +173,7 @@ class NodeRun:
         self._reason: Reason | None = None
         self._fork: Fork | None = None
         self._quarantined: Suspect | None = None
-        self._preempted = False  # it has won the right to make room
+        self._yields_to = ""  # the queue for whose urgent work it has won the right to make room
         self._taken = 0  # slots of others that its latest look has promised to its children
 
     def run(self) -> bool:
@@ -332,7 +332,7 @@ class NodeRun:
             order = "flush"
         rest = self._claim.hi - self._work.at
         draining = self._runtime.page.draining
-        return Standing(done, rest, self._pace.elapsed_ms, self._claim.depth, order, draining, self._preempted)
+        return Standing(done, rest, self._pace.elapsed_ms, self._claim.depth, order, draining, bool(self._yields_to))
 
     def _pulse(self, most: int) -> tuple[str, int]:
         """Tell the ledger where this node stands, take free slots, ask whether to make room: one round trip."""
@@ -343,21 +343,26 @@ class NodeRun:
         urgent = more_urgent(ranks, self._spec.priority)
         word, (taken, slots), *won = ledger.patiently(lambda: ledger.store.run(pulse, take, *self._win(urgent)))
         self._pace.pulsed()
-        self._preempted, self._taken = bool(won and (won[0] or self._wins(ranks & ~rank_of(urgent)))), int(taken)
+        self._taken = int(taken)
+        self._yields_to = self._follows(ranks, urgent, won)
         # A fenced node hands in at once; FINISH will call it stale.
         order = word.decode()
         return ("flush" if order == "fenced" else order), int(slots)
 
-    def _win(self, urgent: str) -> list[Call]:
-        return [self._runtime.preemption.win(f"{self._spec.queue.rpartition('.')[0]}.{urgent}")] if urgent else []
+    def _queue_of(self, priority: str) -> str:
+        return f"{self._spec.queue.rpartition('.')[0]}.{priority}"
 
-    def _wins(self, ranks: int) -> bool:
-        """Ask for less urgent work, too: the most urgent may have its slots, and the page not know it yet."""
-        if not (urgent := more_urgent(ranks, self._spec.priority)):
-            return False
-        ledger = self._runtime.ledger
-        [won] = ledger.patiently(lambda: ledger.store.run(*self._win(urgent)))
-        return bool(won) or self._wins(ranks & ~rank_of(urgent))
+    def _win(self, urgent: str) -> list[Call]:
+        return [self._runtime.preemption.win(self._queue_of(urgent))] if urgent else []
+
+    def _follows(self, ranks: int, urgent: str, won: Sequence[int]) -> str:
+        """Return the queue this node makes room for, asking for less urgent work, too: the most urgent may have its slots."""
+        if not won or won[0]:
+            return self._queue_of(urgent) if won else ""
+        ledger, ranks = self._runtime.ledger, ranks & ~rank_of(urgent)
+        urgent = more_urgent(ranks, self._spec.priority)
+        won = ledger.patiently(lambda: ledger.store.run(*self._win(urgent))) if urgent else ()
+        return self._follows(ranks, urgent, won)
 
     def _fan_out(self, at: Standing, slots: int) -> None:
         """Cut for free slots; a root that was not planned ahead is now, from what is left."""
@@ -385,11 +390,13 @@ class NodeRun:
             self._runtime.item_ms[self._spec.operation] = self._work.busy_s * 1000 / (report.mid - claim.lo)
         self._runtime.reached(CrashPoint.BEFORE_FINISH)
         held_kb = int(held_mb(os.getpid()) * 1024) or _peak_kb()  # where the system does not say
-        tally = [] if validating else [self._tally(report, held_kb)]
+        told = [] if validating else [self._tally(report, held_kb)]
+        if self._yields_to:
+            told.append(self._runtime.preemption.yielded(self._yields_to, self._me))
         self._runtime.notices.of_node(
             self._spec.operation, claim.job, self._runtime.worker, slow=self._work.slow, memory_mb=held_kb / 1024
         )
-        finished = self._runtime.ledger.finish(claim, report, partial, *tally)
+        finished = self._runtime.ledger.finish(claim, report, partial, *told)
         if finished.answer == "stale":
             logger.info("Node %s of job %s was given to another worker; its work is discarded", claim.node, claim.job)
             return False

@@ -20,11 +20,13 @@ logger = logging.getLogger(__name__)
 
 TTL_MS = 60_000
 """A token whose node was never claimed is void after this: longer than most items take, for a node yields between two."""
-GRACE_MS = 50
-"""Nobody yields sooner for a node that seems to find a free slot, or whose message may not have been sent yet."""
+GRACE_MS = 200
+"""So long a slot that is free is believed to take a node, and a message to be on its way."""
 
-_VERBS = ("ask", "insist", "win", "claimed", "open")
-_ASK, _INSIST, _WIN, _CLAIMED, _OPEN = (Script.load("scheduler", f"preempt_{verb}", prelude="preempt") for verb in _VERBS)
+_VERBS = ("ask", "insist", "win", "yielded", "claimed", "open")
+_ASK, _INSIST, _WIN, _YIELDED, _CLAIMED, _OPEN = (
+    Script.load("scheduler", f"preempt_{verb}", prelude="preempt") for verb in _VERBS
+)
 
 
 def more_urgent(ranks: int, priority: str) -> str:
@@ -53,7 +55,7 @@ class Preemption:
             [[taken, total]] = self._store.run(self._slots.take(queue, max(0, len(nodes) - freed)))
             counted = nodes[:total]
             if counted:
-                self._store.run(self.ask(queue, counted))
+                self._store.run(self.ask(queue, counted, promised=freed + taken))
         except RedisError as error:
             logger.info("Nobody was asked to yield, urgent work waits for slots to become free: %s", error)
             return ()
@@ -73,13 +75,17 @@ class Preemption:
         except RedisError as error:
             logger.info("A token is left over, it expires: %s", error)
 
-    def ask(self, queue: str, nodes: Sequence[str]) -> Call:
-        """Return the call that adds a token for each node that waits, named by its job and itself."""
-        return Call(_ASK, self._keys.preemption(queue), (TTL_MS, GRACE_MS, *nodes))
+    def ask(self, queue: str, nodes: Sequence[str], *, promised: int) -> Call:
+        """Return the call that adds a token for each node that waits; the first `promised` of them have a free slot."""
+        return Call(_ASK, self._keys.preemption(queue), (TTL_MS, GRACE_MS, promised, *nodes))
 
     def win(self, queue: str) -> Call:
         """Return the call that takes a token; it answers 1 to as many callers as there are tokens."""
         return Call(_WIN, self._keys.preemption(queue), (TTL_MS,))
+
+    def yielded(self, queue: str, who: str) -> Call:
+        """Return the call that says that the slot of somebody who has won a token is free."""
+        return Call(_YIELDED, self._keys.preemption(queue), (TTL_MS, who))
 
     def claimed(self, queue: str, node: str) -> Call:
         """Return the call that says that a node has got its slot, by a yield or otherwise."""

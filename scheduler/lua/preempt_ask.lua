@@ -1,4 +1,9 @@
--- Count nodes that are about to wait.  ARGV: ttl_ms, grace_ms, node ...   Returns the tokens nobody has taken yet.
-for i = 3, #ARGV do waiting = waiting + redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[i]) end
+-- Count nodes that are about to wait; free slots are promised to the first of them.
+-- ARGV: ttl_ms, grace_ms, promised, node ...   Returns the tokens nobody has taken yet.
+for i = 4, #ARGV do
+  local promised = i - 3 <= tonumber(ARGV[3])
+  waiting = waiting + redis.call('ZADD', KEYS[1], promised and now or now + ARGV[2], ARGV[i])
+  if promised then redis.call('ZADD', KEYS[3], now + ARGV[2], ARGV[i]) end
+end
 keep()
 return waiting - won

@@ -1,5 +1,5 @@
--- Take a token, for which the caller yields.  Returns 1, or 0 when there is none whose grace is over.
-if redis.call('ZCOUNT', KEYS[1], '-inf', now) - won <= 0 then return 0 end
+-- Take a token, for which the caller yields.  Returns 1, or 0 when there is a slot for each whose grace is over.
+if redis.call('ZCOUNT', KEYS[1], '-inf', now) - won - coming <= 0 then return 0 end
 won = won + 1
 keep()
 return 1

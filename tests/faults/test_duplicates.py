@@ -191,20 +191,19 @@ def test_deleted_queues_of_a_thousand_messages_are_published_again(on_shared: Ce
 
 def test_parked_nodes_wake_in_time_at_default_settings(on_shared: Cell) -> None:
     """Fifty nodes wait for times of their own; any live worker wakes them, without an ETA message."""
-    client = on_shared.client
     for name in ("LEASE_S", "SWEEP_S"):
         del on_shared.environment[f"RLM_LEDGER__{name}"]
+    client = on_shared.stack.enter_context(client_of(on_shared.environment))
     jobs = client.batch_submit([{"operation": "echo", "items": [i]} for i in range(50)])
     store = client.ledger.store.client
     store.delete(f"{client.settings.namespace}:{client.settings.namespace}.normal")
+    claims = [client.ledger.claim(job.id, "root", "00" * 8, "somebody") for job in jobs]
+    on_shared.worker()
+    on_shared.worker()
     due = {}
-    for at, job in enumerate(jobs):
-        claim = client.ledger.claim(job.id, "root", "00" * 8, "somebody")
-        wait_ms = 1500 + 37 * at
-        client.ledger.park(claim, wait_ms, "a test says so")
+    for at, (job, claim) in enumerate(zip(jobs, claims, strict=True)):
+        client.ledger.park(claim, 500 + 37 * at, "a test says so")
         due[job.id] = store.zscore(client.ledger.keys.of(job.id).due, "root")
-    on_shared.worker()
-    on_shared.worker()
 
     late = sorted(
         json.loads(store.hget(client.ledger.keys.of(job.id).nodes, "root"))["at"] - due[job.id]
