@@ -194,7 +194,8 @@ def test_a_critical_job_makes_room_for_itself_also_beside_another(wide: Client) 
     for nth in range(1, MANY_SLOTS + 1):
         jobs.append(wide.submit(operation="nap", items=[0.05] * 600, type="sequential", priority="critical"))
         fills(jobs[-1], 1)
-        assert (yields(low), running(low)) == (nth, MANY_SLOTS - nth)
+        fills(low, MANY_SLOTS - nth)  # one may have just ended, and its slot takes the next
+        assert yields(low) == nth
 
     for job in jobs:
         job.cancel()
@@ -236,7 +237,7 @@ def test_only_less_urgent_nodes_make_room_and_only_for_jobs_that_may_ask(
     own: Client, urgent: str, asks: bool | None, makes_room: set[str]
 ) -> None:
     for priority in ("critical", "high", "normal", "low"):
-        runs = busy(own, 2000, item_s=0.01, priority=priority, preempt_lower_priority=False)
+        runs = busy(own, 8000, item_s=0.01, priority=priority, preempt_lower_priority=False)
         job = own.submit(operation="stamp", items=[0], priority=urgent, preempt_lower_priority=asks)
         if priority in makes_room:
             wait_until(job.ready)

@@ -71,7 +71,7 @@ def unit_pressed(item: int, ctx: Context) -> list[int]:
     """Take a time of our clock, in which other things happen."""
     platform = _platforms[-1]
     platform.runs[ctx.job_id, item] += 1
-    platform.clock.now += platform.random.choice([0.001, 0.01, 0.06])
+    platform.clock.now += platform.random.choice([0.001, 0.01, 0.1])
     platform.meanwhile()
     return [item]
 
@@ -92,9 +92,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     nodes_of: dict[str, set[str]] = {}
     ask = Preemption.ask
 
-    def counting(self: Preemption, queue: str, nodes: Sequence[str]) -> Call:
+    def counting(self: Preemption, queue: str, nodes: Sequence[str], *, promised: int) -> Call:
         nodes_of.setdefault(queue, set()).update(nodes)
-        return ask(self, queue, nodes)
+        return ask(self, queue, nodes, promised=promised)
 
     monkeypatch.setattr(Preemption, "ask", counting)
     monkeypatch.setattr(QueueOrder, "facts", QueueOrder.facts)  # a guard tells it of its worker
