@@ -20,7 +20,7 @@ demo: $(VENV)/.ready ## Measure Python's standard library with a self-splitting 
 	@$(BIN)/celery -A rlm_tasks rlm demo $(ARGS)
 
 test: $(VENV)/.ready ## Run all tests, with a real server and real workers
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: lint types docs ## What CI runs before the tests: lint, types, docs that drift
 
