@@ -6,7 +6,7 @@ Names: ``RLM_<FIELD>`` and ``RLM_<SECTION>__<FIELD>``.  Refuses to know what the
 from __future__ import annotations
 
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_settings import NoDecode
@@ -75,6 +75,7 @@ class Settings(StoreSettings):
         0, ge=0, description="Pool processes of a worker; 0: as many as it has CPUs. Also `WORKFLOW_MAX_CONCURRENT_ACTIVITIES`."
     )
     ready_file: str = Field("", description="A file that a worker touches when it is ready, for probes; empty: none.")
+    log_format: Literal["text", "json"] = Field("text", description="How workers and beat write their log: lines to read, or JSON.")
     ledger: LedgerSettings = LedgerSettings()
     node: NodeSettings = NodeSettings()
     pressure: PressureSettings = PressureSettings()
