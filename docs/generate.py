@@ -10,14 +10,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import BaseModel
-
-from rlm_tasks.settings import Settings
+from rlm_tasks.configuration import fields, variable
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
 
 Every setting, read from the environment once per process. Clients and workers of one platform need the same values.
+An unknown `RLM_` variable or a value that cannot be used stops the process when it starts, with the nearest that would do.
+`celery -A rlm_tasks rlm config show` prints what holds, `config check` what is wrong; `config export` and `config import`
+carry settings from one deployment to another, without secrets.
 This page is generated: `make docs ARGS=--write`.
 
 | variable | default | what it does |
@@ -25,20 +26,17 @@ This page is generated: `make docs ARGS=--write`.
 """
 
 
-def rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
+def rows() -> Iterator[str]:
     """Yield a table row per setting, sections last."""
-    for name, field in model.model_fields.items():
-        if isinstance(field.default, BaseModel):
-            yield from rows(type(field.default), f"{prefix}{name.upper()}__")
-        else:
-            default = json.dumps(field.default) if isinstance(field.default, tuple) else field.default
-            default = "" if default in (None, "[]") else default
-            yield f"| `{prefix}{name.upper()}` | `{default}` | {field.description} |".replace("``", "(empty)")
+    for place, field in fields():
+        default = json.dumps(field.default) if isinstance(field.default, tuple) else field.default
+        default = "" if default in (None, "[]") else default
+        yield f"| `{variable(place)}` | `{default}` | {field.description} |".replace("``", "(empty)")
 
 
 def main() -> int:
     """Write or check the page."""
-    wanted = HEAD + "\n".join(rows(Settings, "RLM_")) + "\n"
+    wanted = HEAD + "\n".join(rows()) + "\n"
     if "--write" in sys.argv:
         PAGE.write_text(wanted, encoding="utf-8")
         return 0

@@ -10,7 +10,7 @@ import functools
 import os
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -23,6 +23,10 @@ ALIASES: dict[str, tuple[tuple[str, ...], float]] = {
     "WORKFLOW_MAX_BATCH_SIZE": (("batch", "max_size"), 1),
 }
 """Variable -> where it stands among the settings, and the factor from its unit to ours."""
+
+
+URLS = ("redis://", "rediss://", "unix://")
+"""How the URL of a Redis begins."""
 
 
 class BreakerSettings(BaseModel, frozen=True, extra="forbid"):
@@ -47,6 +51,14 @@ class StoreSettings(BaseSettings):
     namespace: str = Field(
         "rlm", pattern=r"^[A-Za-z0-9_-]+$", description="Starts every key and queue; platforms with different ones do not meet."
     )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_a_url(cls, value: str) -> str:
+        if not value.startswith(URLS):
+            raise ValueError(f"must start with {', '.join(URLS)}")
+        return value
+
     guard_timeout_s: float = Field(
         0.1,
         gt=0,

@@ -2,6 +2,7 @@
 
 RlmError
 ├── InvalidRequest          a resilience.errors.InvalidValue: a field, its value, and what to do
+│   ├── InvalidSettings     all that is wrong with the configuration
 │   └── UnknownOperation    names the nearest known one
 ├── JobNotFound             no such job, or its results have expired
 ├── JobEnded                a job without a full answer; carries its result
@@ -18,7 +19,7 @@ RlmError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from resilience.errors import Category, InvalidValue, RlmError, Severity, StoreUnavailable
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "InvalidRequest",
+    "InvalidSettings",
     "JobCancelled",
     "JobEnded",
     "JobExpired",
@@ -49,6 +51,17 @@ class InvalidRequest(InvalidValue):
     """A request that cannot be carried out; nothing was enqueued."""
 
     code = "INVALID_REQUEST"
+
+
+class InvalidSettings(InvalidRequest):
+    """A configuration that cannot be used: `issues` has a sentence for each mistake."""
+
+    code = "INVALID_SETTINGS"
+
+    def __init__(self, issues: Sequence[str]) -> None:
+        self.issues = list(issues)
+        super().__init__("configuration", "", "")
+        self.args = ("\n".join(self.issues),)
 
 
 class UnknownOperation(InvalidRequest):

@@ -5,14 +5,15 @@ Names: ``RLM_<FIELD>`` and ``RLM_<SECTION>__<FIELD>``.  Refuses to know what the
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, field_validator
 from pydantic_settings import NoDecode
 
 from resilience.settings import StoreSettings
-from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.errors import InvalidSettings
 from scheduler.settings import (
     AdmissionSettings,
     AlertSettings,
@@ -75,7 +76,9 @@ class Settings(StoreSettings):
         0, ge=0, description="Pool processes of a worker; 0: as many as it has CPUs. Also `WORKFLOW_MAX_CONCURRENT_ACTIVITIES`."
     )
     ready_file: str = Field("", description="A file that a worker touches when it is ready, for probes; empty: none.")
-    log_format: Literal["text", "json"] = Field("text", description="How workers and beat write their log: lines to read, or JSON.")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="How workers and beat write their log: lines to read, or JSON."
+    )
     ledger: LedgerSettings = LedgerSettings()
     node: NodeSettings = NodeSettings()
     pressure: PressureSettings = PressureSettings()
@@ -100,11 +103,10 @@ class Settings(StoreSettings):
 def settings() -> Settings:
     """Return the settings of this process, read from the environment once.
 
-    Raises InvalidRequest naming the variable when a value is out of its range.
+    Raises InvalidSettings naming each variable that is unknown, or whose value cannot be used.
     """
-    try:
-        return Settings()
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "RLM_" + "__".join(str(part) for part in first["loc"]).upper()
-        raise InvalidRequest(name, first["input"], first["msg"]) from None
+    from rlm_tasks.configuration import validate
+
+    if issues := validate(os.environ):
+        raise InvalidSettings(issues)
+    return Settings()

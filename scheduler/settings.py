@@ -31,7 +31,7 @@ class PressureSettings(BaseModel, frozen=True, extra="forbid"):
     @model_validator(mode="after")
     def _rising(self) -> PressureSettings:
         if list(self.thresholds) != sorted(set(self.thresholds)) or not self.thresholds[0] > 0 or self.thresholds[3] > 100:
-            raise ValueError("must rise, between 0 and 100")
+            raise ValueError("thresholds must rise, between 0 and 100")
         if self.monitor_s >= self.stale_s:
             raise ValueError(
                 f"monitor_s must be less than stale_s={self.stale_s:g}: a level would be forgotten before it is renewed"
@@ -94,7 +94,7 @@ class AutoscaleSettings(BaseModel, frozen=True, extra="forbid"):
     max_workers: int = Field(10, ge=1, description="Most workers.")
     increment: int = Field(1, ge=1, description="Workers more, or fewer, in one step.")
     cooldown_s: float = Field(600.0, ge=0, description="No second step within this.")
-    webhook_url: str = Field("", description="Told of each change of the advice, as JSON; empty: nobody.")
+    webhook_url: str = Field("", repr=False, description="Told of each change of the advice, as JSON; empty: nobody.")
 
     @model_validator(mode="after")
     def _ordered(self) -> AutoscaleSettings:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from typing import Any
 
 import pytest
 
 from rlm_tasks.celery import configuration
-from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.configuration import as_environment, export_config, import_config, to_dict, validate
+from rlm_tasks.errors import InvalidRequest, InvalidSettings
 from rlm_tasks.settings import Settings, settings
 
 
@@ -44,3 +47,134 @@ def test_a_wrong_value_is_told_by_its_variable(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(InvalidRequest, match="RLM_NODE__TIMEOUT_MULTIPLIERS__PARSE=0: Input should be greater than 0"):
         settings()
     settings.cache_clear()
+
+
+# --- mistakes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        (
+            {"RLM_LEDGER__LEASES_S": "3"},
+            ["RLM_LEDGER__LEASES_S='3': there is no such setting; did you mean RLM_LEDGER__LEASE_S?"],
+        ),
+        ({"RLM_OPERATION": "a"}, ["RLM_OPERATION='a': there is no such setting; did you mean RLM_OPERATIONS?"]),
+        ({"RLM_ZZZ": "1"}, ["RLM_ZZZ='1': there is no such setting; docs/configuration.md lists all; unset it"]),
+        ({"RLM_LOG_FORMAT": "jsn"}, ["RLM_LOG_FORMAT='jsn': must be one of text, json; did you mean json?"]),
+        ({"RLM_NODE__TARGET_MS": "-4"}, ["RLM_NODE__TARGET_MS='-4': Input should be greater than 0"]),
+        ({"RLM_PRESSURE__THRESHOLDS": "x"}, ["RLM_PRESSURE__THRESHOLDS='x': is not JSON"]),
+        ({"RLM_PRESSURE__THRESHOLDS": "[5,4,3,2]"}, ["RLM_PRESSURE: thresholds must rise, between 0 and 100"]),
+        (
+            {"RLM_REDIS_URL": "localhost:6379"},
+            ["RLM_REDIS_URL='localhost:6379': must start with redis://, rediss://, unix://"],
+        ),
+        ({"CIRCUIT_BREAKER_FAILURE_THRESHOLD": "x"}, ["CIRCUIT_BREAKER_FAILURE_THRESHOLD='x': Input should be a valid integer"]),
+        (
+            {"RLM_SLOTS": "x", "RLM_SLOT": "3"},
+            ["RLM_SLOT='3': there is no such", "RLM_SLOTS='x': Input should be a valid integer"],
+        ),
+    ],
+)
+def test_each_mistake_is_told_with_its_variable_its_value_and_what_would_do(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], told: list[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    found = validate(os.environ)
+
+    assert [each[: len(words)] for each, words in zip(found, told, strict=True)] == told
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RLM_REDIS_URI", "redis://:geheim@host"), ("RLM_WEBHOOK_SECRET", "geheim"), ("RLM_REDIS_URL", "http://me:geheim@host")],
+)
+def test_no_secret_is_told_with_a_mistake(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+
+    [told] = validate(os.environ)
+
+    assert name in told
+    assert "geheim" not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("RLM_NODE__TIMEOUT_MULTIPLIERS__PARSE", "2"), ("RLM_NODE", '{"target_ms": 5}'), ("RELMS", "1")]
+)
+def test_every_way_to_say_a_setting_is_known(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+
+    assert validate(os.environ) == []
+
+
+# --- as a document -----------------------------------------------------------------------------------
+
+
+SECRETIVE = {
+    "redis_url": "redis://:geheim@host/1",
+    "operations": "shop.operations,shop.more",
+    "node": {"target_ms": 5, "timeout_multipliers": {"parse": 2.0}},
+    "alerts": {"webhook_url": "https://hooks/geheim", "webhook_secret": "geheim", "channels": ("log", "webhook")},
+    "autoscale": {"webhook_url": "https://hooks/geheim"},
+}
+
+
+def test_a_document_tells_everything_but_secrets() -> None:
+    document = to_dict(Settings(**SECRETIVE))
+
+    assert "geheim" not in json.dumps(document)
+    assert (document["redis_url"], document["alerts"]["webhook_secret"]) == ("redis://:***@host/1", "***")
+    assert (document["operations"], document["node"]["target_ms"]) == (["shop.operations", "shop.more"], 5.0)
+    assert set(document) == set(Settings.model_fields)
+
+
+def test_what_is_exported_is_imported_and_secrets_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = export_config(Settings(**SECRETIVE))
+    assert "geheim" not in text
+    assert "***" not in text
+
+    monkeypatch.setenv("RLM_REDIS_URL", "redis://:another@host/2")
+    monkeypatch.setenv("RLM_ALERTS__WEBHOOK_SECRET", "another")
+    settings = import_config(text)
+
+    assert settings.operations == ("shop.operations", "shop.more")
+    assert settings.node.timeout_multipliers == {"parse": 2.0}
+    assert settings.alerts.channels == ("log", "webhook")
+    assert (settings.redis_url, settings.alerts.webhook_secret) == ("redis://:another@host/2", "another")
+
+
+def test_as_variables_it_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(**{**SECRETIVE, "redis_url": "redis://host/1"})
+    variables = as_environment(settings)
+    assert "geheim" not in json.dumps(variables)
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    assert validate(os.environ) == []
+    again = Settings()
+    assert to_dict(again)["node"] == to_dict(settings)["node"]
+    assert (again.operations, again.redis_url, again.alerts.channels) == (
+        settings.operations,
+        settings.redis_url,
+        ("log", "webhook"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "the configuration is not JSON"),
+        ("[]", "the configuration is list; give an object"),
+        ('{"node": {"target": 3}}', "RLM_NODE__TARGET='3': there is no such setting; did you mean RLM_NODE__TARGET_MS?"),
+        ('{"node": {"target_ms": "x"}}', "RLM_NODE__TARGET_MS='x': Input should be a valid number"),
+        ('{"log_format": "jso"}', "RLM_LOG_FORMAT='jso': must be one of text, json; did you mean json?"),
+    ],
+)
+def test_a_wrong_document_is_refused_in_the_same_words(text: str, told: str) -> None:
+    with pytest.raises(InvalidSettings) as raised:
+        import_config(text)
+
+    assert str(raised.value).startswith(told)
