@@ -8,7 +8,7 @@ local ttl = tonumber(ARGV[1])
 local void = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ttl)
 redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
 local waiting, coming = redis.call('ZCARD', KEYS[1]), redis.call('ZCARD', KEYS[3])
-local won = math.min(waiting, tonumber(redis.call('GET', KEYS[2]) or '0'))
+local won = tonumber(redis.call('GET', KEYS[2]) or '0')
 
 local function keep()
   if waiting == 0 then
@@ -32,4 +32,5 @@ end
 
 -- A token that is void takes its yield with it: else a node that came later would wait for that.
 for _ = 1, void do use() end
+won = math.min(waiting, won)
 if void > 0 then keep() end

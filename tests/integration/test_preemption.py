@@ -69,6 +69,11 @@ def running(job: Job) -> int:
     return sum(node.state == "running" for node in job.tree())
 
 
+def plans(job: Job) -> bool:
+    """Say whether a job's root still runs: it is about to hand over, and its slot to go to whoever is first."""
+    return any(node.id == "root" and node.state == "running" for node in job.tree())
+
+
 def fills(job: Job, slots: int) -> None:
     """Wait until a job runs on so many slots."""
     wait_until(lambda: running(job) == slots)
@@ -78,7 +83,7 @@ def busy(client: Client, items: int | range, *, slots: int = SLOTS, item_s: floa
     """Fill slots with nodes that would run for a minute each."""
     each = [item_s] * items if isinstance(items, int) else items
     job = client.submit(**{"operation": "nap", "items": each, "priority": "low", "strategy": Adaptive(), **fields})
-    fills(job, slots)
+    wait_until(lambda: running(job) == slots and (slots == 1 or not plans(job)))
     wait_until(lambda: offered(client, "free") <= offered(client, "total") - slots)  # a worker may tell of it a little later
     return job
 

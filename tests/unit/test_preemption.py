@@ -285,6 +285,17 @@ def test_a_void_token_takes_its_yield_along_and_does_not_keep_the_next_node_wait
     assert process.wins() == 1
 
 
+def test_of_two_that_have_yielded_one_stays_when_one_token_is_void(world: World, process: Process) -> None:
+    process.preemption.announce(QUEUE, ["a", "b"])
+    after_the_grace(world)
+    assert process.wins() == 2
+    world.sleep(TTL_MS / 1000 - 1)
+    process.preemption.insist(QUEUE, ["b"])
+    world.sleep(1)
+
+    assert (process.open(), process.wins()) == (0, 0)
+
+
 # --- while Redis is away --------------------------------------------------------------------------------
 
 
