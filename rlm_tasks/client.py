@@ -25,17 +25,17 @@ from resilience.fault_log import FaultLog, Pattern
 from resilience.faults import Fault, classify
 from resilience.keys import Keys
 from resilience.retry import RetryPolicy
-from resilience.store import Store, guard_store
+from resilience.store import Store, guard_store, masked
 from rlm_tasks import operations
 from rlm_tasks import spec as specs
 from rlm_tasks.celery import app as default_app
 from rlm_tasks.celery import queue_name
 from rlm_tasks.dispatch import Dispatcher, mint
-from rlm_tasks.errors import InvalidRequest, JobEnded, JobNotFound, Overloaded, QueueFull
+from rlm_tasks.errors import BrokerUnavailable, InvalidRequest, JobEnded, JobNotFound, Overloaded, QueueFull
 from rlm_tasks.intake import Intake
 from rlm_tasks.job import Job
 from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report
-from rlm_tasks.requests import Conditions, JobRequest, Options
+from rlm_tasks.requests import Conditions, JobRequest, Options, Priority
 from rlm_tasks.results import JobResult, QuarantinedItem, Status
 from rlm_tasks.runtime import making_room, wake
 from rlm_tasks.settings import Settings
@@ -49,9 +49,11 @@ from scheduler.usage import Usage
 
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker, CircuitBreakers
+    from rlm_tasks.limits import LimitReport
     from rlm_tasks.pressure import PlatformStatus, Pressure
     from scheduler.alerts import Alerts
     from scheduler.events import Event, Events, Listener
+    from scheduler.queues import QueueReport
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +102,11 @@ class Client:
 
     # --- what all workers share ----------------------------------------------------------------------
 
+    @property
+    def app(self) -> Celery:
+        """The Celery app that this client sends with."""
+        return self._app
+
     @functools.cached_property
     def store(self) -> Store:
         """The store of the guards that workers use: for a breaker or bucket of one's own beside theirs."""
@@ -110,7 +117,11 @@ class Client:
         """All breakers: `can_execute(name)`, `status()`, `reset(name)` or `reset()` for all."""
         from resilience.breaker import CircuitBreakers
 
-        return CircuitBreakers(self.store, wake=lambda waiters: wake(self.ledger, self._dispatcher, waiters))
+        found = CircuitBreakers(self.store, wake=lambda waiters: wake(self.ledger, self._dispatcher, waiters))
+        for about in (operations.get(name).protection for name in operations.names()):
+            if about.breaker is not None:
+                found.get(about.service, about.breaker)  # it stands among the others before anything has gone wrong
+        return found
 
     def create_circuit_breaker(
         self, name: str | Mapping[str, Any] = "client", /, config: Any = None, **fields: Any
@@ -159,6 +170,22 @@ class Client:
         from scheduler.alerts import Alerts
 
         return Alerts(self._store, self.settings.alerts, self.events)
+
+    def limits(self) -> list[LimitReport]:
+        """Return how full the rate limits and bulkheads are that operations declare.  Raises StoreUnavailable."""
+        from rlm_tasks.guards import Guards
+        from rlm_tasks.limits import reports
+
+        return reports(Guards(self.store, self.settings.breakers, lambda waiters: wake(self.ledger, self._dispatcher, waiters)))
+
+    def queues(self) -> dict[str, QueueReport]:
+        """Return how many messages wait in each queue of the platform, and for how long.  Raises BrokerUnavailable."""
+        names = [queue_name(self.settings.namespace, each) for each in Priority]
+        try:
+            return self._intake.gauge.read(names)
+        except (KombuError, RedisError, OSError) as error:
+            url = masked(str(self._app.conf.broker_url))
+            raise BrokerUnavailable(url, f"{type(error).__name__}: {error}"[:200]) from None
 
     def on(self, name: str, callback: Callable[[Event], object]) -> None:
         """Call a function with each event of a name from now on: ``execution.slow``, ``breaker.opened``, ``pressure.*``.

@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -48,6 +49,28 @@ def variable(place: Sequence[str]) -> str:
 
 def _names() -> dict[str, FieldInfo]:
     return {variable(place): field for place, field in fields()}
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """One setting, for a person: secrets are hidden."""
+
+    variable: str
+    value: Any
+    default: Any
+    about: str
+    changed: bool
+
+
+def described(settings: Settings) -> list[Described]:
+    """Return every setting, in the order of the model, sections last."""
+    return [
+        Described(
+            variable(place), _without_secret(field, value := _value(settings, place)), _without_secret(field, field.default),
+            field.description or "", value != field.default,
+        )
+        for place, field in fields()
+    ]  # fmt: skip
 
 
 # --- what is wrong -----------------------------------------------------------------------------------

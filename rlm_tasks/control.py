@@ -1,39 +1,193 @@
-"""Remote control commands: what ``celery control`` can ask of the platform's workers.
+"""Remote control commands: what ``celery inspect`` and ``celery control`` can ask of the platform's workers.
 
-Decides names and answers; a handler runs in the worker's main process and must not block.
+Decides names, arguments and answers.  A handler runs in the worker's main process, in its event loop, so it must not wait:
+what it asks of Redis is given up after ``RLM_GUARD_TIMEOUT_S``.  A wrong argument is refused where it was typed.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
-from celery.worker.control import control_command
+import click
+from celery.worker import state as worker_state
+from celery.worker.control import control_command, inspect_command
+
+from resilience.degradation import as_level
+from resilience.errors import InvalidValue, StoreUnavailable
+
+NOT_INSTALLED = {"error": "the platform is not installed in this app"}
+
+
+def _ours(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Answer in words where the platform is missing, or Redis away."""
+
+    @functools.wraps(handler)
+    def answering(state: Any, **arguments: Any) -> Any:
+        if getattr(state.app, "rlm_runtime", None) is None:
+            return NOT_INSTALLED
+        try:
+            return handler(state, **arguments)
+        except (InvalidValue, StoreUnavailable) as error:
+            return {"error": str(error)}
+
+    return answering
+
+
+# --- arguments, checked in the command line's process ------------------------------------------------
+
+
+def _level(value: str) -> str:
+    try:
+        return as_level(value).label
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _seconds(value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise click.BadParameter(f"for_s={value!r}: give a number of seconds above 0")
+    return seconds
+
+
+# --- looking -----------------------------------------------------------------------------------------
+
+
+@inspect_command()  # type: ignore[untyped-decorator]  # Celery ships no types
+@_ours
+def pressure(state: Any, **_: Any) -> dict[str, Any]:
+    """The pressure level this worker acts on, and how pressed its own host is."""
+    from msgspec import to_builtins
+
+    own = state.app.rlm_guard.host.report()
+    return {"acts_on": state.app.rlm_runtime().page.level.label, "host": to_builtins(own)}
+
+
+@inspect_command()  # type: ignore[untyped-decorator]  # Celery ships no types
+@_ours
+def breakers(state: Any, **_: Any) -> dict[str, Any]:
+    """All circuit breakers, as this worker sees them."""
+    from resilience.breaker import CircuitBreakers
+    from resilience.store import guard_store
+
+    return CircuitBreakers(guard_store(state.app.rlm_settings)).status()
+
+
+@inspect_command()  # type: ignore[untyped-decorator]  # Celery ships no types
+@_ours
+def limits(state: Any, **_: Any) -> list[dict[str, Any]]:
+    """How full the rate limits and bulkheads are that operations declare."""
+    from dataclasses import asdict
+
+    from rlm_tasks.limits import reports
+
+    return [asdict(each) for each in reports(state.app.rlm_runtime().guards)]
+
+
+@inspect_command()  # type: ignore[untyped-decorator]  # Celery ships no types
+@_ours
+def slots(state: Any, **_: Any) -> dict[str, Any]:
+    """This worker's slots, and what runs in them."""
+    runtime, report = state.app.rlm_runtime(), state.app.rlm_guard.host.report()
+    held = [{"pid": each.pid, "job": each.job, "node": each.node} for each in runtime.page.held()]
+    free = max(0, report.slots - len(worker_state.reserved_requests))
+    return {
+        "total": report.slots,
+        "free": 0 if runtime.page.draining else free,
+        "draining": runtime.page.draining,
+        "queues": list(report.queues),
+        "nodes": held,
+    }
+
+
+# --- acting on all workers ---------------------------------------------------------------------------
+
+
+@control_command(  # type: ignore[untyped-decorator]  # Celery ships no types
+    args=[("level", _level), ("for_s", _seconds)], signature="<normal|elevated|high|critical|emergency> [seconds=600]"
+)
+@_ours
+def force_pressure(state: Any, level: str = "", for_s: float = 600.0, **_: Any) -> dict[str, str]:
+    """Make all workers act on a level, for a drill; it ends by itself."""
+    state.app.rlm_runtime().board.force(level, for_s)
+    return {"ok": f"all workers act on {level}, for {for_s:g} s"}
 
 
 @control_command()  # type: ignore[untyped-decorator]  # Celery ships no types
+@_ours
+def release_pressure(state: Any, **_: Any) -> dict[str, str]:
+    """End a drill."""
+    state.app.rlm_runtime().board.release()
+    return {"ok": "there is no drill any more"}
+
+
+@control_command(args=[("name", str)], signature="<service>")  # type: ignore[untyped-decorator]  # Celery ships no types
+@_ours
+def reset_breaker(state: Any, name: str = "", **_: Any) -> dict[str, str]:
+    """Close a circuit breaker: calls go through at once."""
+    from resilience.breaker import CircuitBreakers
+    from resilience.store import guard_store
+
+    known = CircuitBreakers(guard_store(state.app.rlm_settings), wake=state.app.rlm_runtime().wake)
+    if name not in (names := known.names()):
+        return {"error": f"there is no breaker {name!r}; there are: {', '.join(names) or 'none'}"}
+    known.reset(name)
+    return {"ok": f"{name} is closed"}
+
+
+# --- acting on one worker ----------------------------------------------------------------------------
+
+
+@control_command()  # type: ignore[untyped-decorator]  # Celery ships no types
+@_ours
+def rlm_drain(state: Any, **_: Any) -> dict[str, str]:
+    """Take no more nodes, and hand over those that run; the worker stays until rlm_resume."""
+    guard = state.app.rlm_guard
+    queues = [queue for queue in guard.queues() if queue.startswith(f"{state.app.rlm_settings.namespace}.")]
+    for queue in queues:
+        state.consumer.call_soon(state.consumer.cancel_task_queue, queue)
+    guard.drain(queues)
+    return {"ok": f"it drains; it no longer consumes {', '.join(queues) or 'anything of ours'}"}
+
+
+@control_command()  # type: ignore[untyped-decorator]  # Celery ships no types
+@_ours
+def rlm_resume(state: Any, **_: Any) -> dict[str, str]:
+    """Take nodes again after rlm_drain."""
+    if worker_state.should_stop is not None and worker_state.should_stop is not False:
+        return {"error": "it is stopping"}
+    queues = state.app.rlm_guard.resume()
+    for queue in queues:
+        state.consumer.call_soon(state.consumer.add_task_queue, queue)
+    return {"ok": f"it consumes {', '.join(queues)} again" if queues else "it was not drained"}
+
+
+@control_command()  # type: ignore[untyped-decorator]  # Celery ships no types
+@_ours
+def rlm_recall(state: Any, **_: Any) -> dict[str, str]:
+    """Make running nodes look at the ledger before their next item."""
+    state.app.rlm_runtime().page.recall()
+    return {"ok": "recalled"}
+
+
+# --- what the platform asks of its own workers -------------------------------------------------------
+
+
+@control_command()  # type: ignore[untyped-decorator]  # Celery ships no types
+@_ours
 def rlm_monitor(state: Any, **_: Any) -> dict[str, str]:
     """Work out the cluster's level, unless another worker does: beat asks this of all workers."""
-    monitor = getattr(state.app, "rlm_monitor", None)
-    if monitor is None:
-        return {"error": "the platform is not installed in this app"}
-    monitor.ask()
+    state.app.rlm_monitor.ask()
     return {"ok": "asked"}
 
 
 @control_command(args=[("queue", str)], signature="<queue>")  # type: ignore[untyped-decorator]  # Celery ships no types
-def rlm_yield(state: Any, queue: str, **_: Any) -> dict[str, str]:
+@_ours
+def rlm_yield(state: Any, queue: str = "", **_: Any) -> dict[str, str]:
     """Let running nodes make room for urgent work that waits in a queue, if this worker serves it."""
-    guard = getattr(state.app, "rlm_guard", None)
-    if guard is None:
-        return {"error": "the platform is not installed in this app"}
-    return {"ok": "told" if guard.make_room(queue) else f"this worker does not serve {queue}"}
-
-
-@control_command()  # type: ignore[untyped-decorator]  # Celery ships no types
-def rlm_recall(state: Any, **_: Any) -> dict[str, str]:
-    """Make running nodes look at the ledger before their next item."""
-    runtime = getattr(state.app, "rlm_runtime", None)
-    if runtime is None:
-        return {"error": "the platform is not installed in this app"}
-    runtime().page.recall()
-    return {"ok": "recalled"}
+    return {"ok": "told" if state.app.rlm_guard.make_room(queue) else f"this worker does not serve {queue!r}"}

@@ -4,6 +4,7 @@ RlmError
 ├── InvalidRequest          a resilience.errors.InvalidValue: a field, its value, and what to do
 │   ├── InvalidSettings     all that is wrong with the configuration
 │   └── UnknownOperation    names the nearest known one
+├── BrokerUnavailable       a resilience.errors.StoreUnavailable, of messages
 ├── JobNotFound             no such job, or its results have expired
 ├── JobEnded                a job without a full answer; carries its result
 │   ├── JobFailed
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from rlm_tasks.results import JobResult
 
 __all__ = [
+    "BrokerUnavailable",
     "InvalidRequest",
     "InvalidSettings",
     "JobCancelled",
@@ -74,6 +76,14 @@ class UnknownOperation(InvalidRequest):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
         super().__init__("operation", name, f"unknown; {hint} Own operations are imported from RLM_OPERATIONS")
+
+
+class BrokerUnavailable(StoreUnavailable):
+    """The broker cannot be reached; with its own settings it is another server than the ledger's Redis."""
+
+    def __init__(self, url: str, cause: str) -> None:
+        super().__init__(url, cause)
+        self.args = (f"the broker at {url} does not answer ({cause}); start it, or set RLM_BROKER_URL",)
 
 
 class JobNotFound(RlmError):

@@ -276,7 +276,7 @@ class Guards:
         return Guarded(
             operation,
             breaker=self._breaker(about),
-            bucket=self._bucket(about),
+            bucket=self.bucket(about),
             bulkhead=self.bulkhead(about),
             retry=self._retry(operation.name, about),
             priority=priority,
@@ -293,7 +293,8 @@ class Guards:
             self._breakers[about.service] = CircuitBreaker(about.service, self._store, about.breaker, wake=self._wake)
         return self._breakers[about.service]
 
-    def _bucket(self, about: Protection) -> TokenBucket | None:
+    def bucket(self, about: Protection) -> TokenBucket | None:
+        """Return the bucket of a service, or None when it has none."""
         if not about.rate_limit:
             return None
         from resilience.bucket import TokenBucket

@@ -7,6 +7,7 @@ to know how a level follows from a measurement, and what nodes make of it.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +16,10 @@ from celery.worker import state
 
 from resilience.degradation import Level
 from resilience.store import Call
+from rlm_tasks import __version__
 from rlm_tasks.queue_order import QueueOrder, running
 from rlm_tasks.runtime import Runtime
+from rlm_tasks.spec import SCHEMA
 from scheduler.board import Board, HostReport, Orders, acted_on
 from scheduler.cycle import Facts
 from scheduler.ladder import HostLadder, Verdict
@@ -29,8 +32,15 @@ logger = logging.getLogger(__name__)
 class Host:
     """The host of one worker."""
 
-    def __init__(self, runtime: Runtime, pool_size: Callable[[], int], queues: Callable[[], list[str]]) -> None:
-        self._runtime, self._pool_size, self._queues = runtime, pool_size, queues
+    def __init__(
+        self,
+        runtime: Runtime,
+        pool_size: Callable[[], int],
+        queues: Callable[[], list[str]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`clock` gives seconds of the day's time; others compare it with the server's."""
+        self._runtime, self._pool_size, self._queues, self._clock = runtime, pool_size, queues, clock
         settings = runtime.settings.pressure
         self._sampler, self._ladder = Sampler(settings), HostLadder(settings)
         self._sample: Sample | None = None
@@ -53,7 +63,7 @@ class Host:
         """Return the calls that tell of this host, and ask what to act on."""
         board = self._runtime.board
         queue = next(iter(self._queues()), "")
-        return [board.publish(self._report()), board.look(), self._runtime.slots.take(queue, 0)]
+        return [board.publish(self.report()), board.look(), self._runtime.slots.take(queue, 0)]
 
     def heard(self, answers: Sequence[Any], now: float) -> None:
         """Act on what was answered."""
@@ -86,12 +96,13 @@ class Host:
             return self._own.why
         return self._orders.cluster.why if self._orders is not None and self._orders.cluster is not None else ""
 
-    def _report(self) -> HostReport:
+    def report(self) -> HostReport:
+        """Return how this host stands."""
         unknown = Level.ELEVATED if self._runtime.settings.pressure.enabled else Level.NORMAL
         own = self._own or Verdict(unknown, 0.0, "it could not be measured")
         return HostReport(
             self._runtime.worker, own.level, round(own.percent, 1), own.why, self._pool_size(), len(state.reserved_requests),
-            tuple(self._queues()), dict(_active()), self._sample,
+            tuple(self._queues()), dict(_active()), self._sample, __version__, SCHEMA, round(self._clock(), 3),
         )  # fmt: skip
 
     def _ages(self) -> dict[str, float]:

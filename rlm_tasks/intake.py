@@ -51,7 +51,7 @@ class Intake:
         keys = Keys(settings.namespace)
         self._store, self._settings, self._clock = store, settings, clock
         self._board, self._slots = Board(store, keys, settings.pressure), SlotBoard(store, keys)
-        self._gauge = QueueGauge(app)
+        self.gauge = QueueGauge(app)
         self._last = Seen(), float("-inf")  # what was seen, and when: one object, for threads
 
     def refusal(self, queue: str, priority: str) -> Denied | None:
@@ -92,7 +92,7 @@ class Intake:
 
     def _depths(self, queues: Sequence[str]) -> Mapping[str, QueueReport]:
         try:
-            return self._gauge.read(queues)
+            return self.gauge.read(queues)
         except (KombuError, RedisError, OSError) as error:
             logger.info("Queues are taken for empty, the broker does not answer: %s", error)
             return {}

@@ -30,6 +30,7 @@ from rlm_tasks.merging import flattened, partials
 from rlm_tasks.results import (
     CELERY_STATES,
     ItemFailure,
+    JobEvent,
     JobResult,
     Metrics,
     Partial,
@@ -129,6 +130,10 @@ class Job:
                      _NODE_STATES[r.state], r.why, r.worker, float(r.ms), r.epoch)
             for r in records
         ]  # fmt: skip
+
+    def events(self) -> list[JobEvent]:
+        """Return what has happened to the job, the oldest first; of a long one the newest thousand."""
+        return self._reachable(lambda: self._ledger.events(self.id))
 
     def explain(self) -> str:
         """Say in one sentence why the job is waiting, what it is doing, or how it ended."""

@@ -17,7 +17,7 @@ import msgspec
 from resilience.keys import Keys
 from resilience.store import LOST, Argument, Call, Script, Store
 from rlm_tasks import spec as specs
-from rlm_tasks.results import QuarantinedItem
+from rlm_tasks.results import JobEvent, QuarantinedItem
 from rlm_tasks.settings import LedgerSettings
 from rlm_tasks.spec import Spec
 
@@ -423,6 +423,14 @@ class Ledger:
         """Return every counter and state of a job; empty for an unknown one."""
         found = self.patiently(lambda: self.store.client.hgetall(self.keys.of(job).job))
         return {k.decode(): v.decode() for k, v in cast(dict[bytes, bytes], found).items()}
+
+    def events(self, job: str) -> list[JobEvent]:
+        """Return what has happened to a job, the oldest first."""
+        found = self.patiently(lambda: self.store.client.xrange(self.keys.of(job).events))
+        return [
+            JobEvent(int(told[b"ms"]) / 1000, told[b"event"].decode(), told[b"detail"].decode())
+            for _, told in cast(list[tuple[bytes, dict[bytes, bytes]]], found)
+        ]
 
     def inflight(self, job: str) -> tuple[int, int, int]:
         """Return what running nodes have done, failed and skipped so far."""

@@ -77,6 +77,14 @@ class Pressure:
         """End a drill; say whether there was one."""
         return self._board.release()
 
+    def consumers(self) -> dict[str, list[str]]:
+        """Return the workers of each queue that has any."""
+        found: dict[str, list[str]] = {}
+        for host in self._board.hosts():
+            for queue in host.queues:
+                found.setdefault(queue, []).append(host.worker)
+        return found
+
     def history(self, limit: int = 100) -> list[ClusterReport]:
         """Return what the monitor has seen, the newest first."""
         return self._board.history(limit)

@@ -203,6 +203,15 @@ class Partial:
 
 
 @dataclass(frozen=True, slots=True)
+class JobEvent:
+    """Something that has happened to a job."""
+
+    at: float  # seconds since the epoch, by the server's clock
+    event: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class TreeNode:
     """One node of a job's tree."""
 

@@ -67,7 +67,7 @@ class Guard(threading.Thread):
         exit_code: Callable[[int], int | None] = lambda _pid: None,
     ) -> None:
         super().__init__(name="rlm-guard", daemon=True)
-        self._runtime, self._celery, self._pool_size, self._queues = runtime, celery, pool_size, queues
+        self._runtime, self._celery, self._pool_size, self.queues = runtime, celery, pool_size, queues
         self._exit_code = exit_code
         self._ledger = runtime.ledger.hasty()  # an outage is seen at once, and what was missed is done after it
         self._warned = False
@@ -77,8 +77,9 @@ class Guard(threading.Thread):
         self._woken = threading.Event()
         self._offered: tuple[int, int] | None = None
         self._due = {"measure": 0.0, "offer": 0.0, "look": 0.0, "beat": 0.0, "sweep": 0.0}
-        self._host = Host(runtime, pool_size, queues)
+        self.host = Host(runtime, pool_size, queues)
         self._lost = False
+        self._left: list[str] = []  # queues that are not consumed while it drains
         self._told = 0  # ranks that somebody has asked room for since the latest look began
 
     def run(self) -> None:
@@ -101,9 +102,23 @@ class Guard(threading.Thread):
         """Say that a slot became free or busy, or that the worker drains."""
         self._woken.set()
 
+    def drain(self, queues: list[str]) -> None:
+        """Have running nodes hand over, and offer no slot, until `resume`; these queues are no longer consumed."""
+        self._left += [queue for queue in queues if queue not in self._left]
+        self._runtime.page.draining = True
+        self.wake()
+
+    def resume(self) -> list[str]:
+        """Offer slots again; return the queues that are to be consumed again."""
+        left, self._left = self._left, []
+        if left:
+            self._runtime.page.draining = False
+            self.wake()
+        return left
+
     def make_room(self, queue: str) -> bool:
         """Have running nodes ask whether they are to yield to what waits in a queue; False: not served here."""
-        if queue not in self._queues():
+        if queue not in self.queues():
             return False
         self._told |= rank_of(priority_of(queue))
         self._runtime.page.urgent |= rank_of(priority_of(queue))
@@ -128,7 +143,7 @@ class Guard(threading.Thread):
         ledger = self._runtime.settings.ledger
         if measured := now >= self._due["measure"]:
             self._due["measure"] = now + REFRESH_S
-            self._host.measure(now)
+            self.host.measure(now)
         if self._lost:
             # Leases ran out while nobody could beat; give every worker the time to renew its own.
             self._sweep_not_before = now + ledger.lease_s / 3
@@ -159,7 +174,7 @@ class Guard(threading.Thread):
         total = 0 if self._runtime.page.draining else self._pool_size()
         free = max(0, total - len(state.reserved_requests))
         if (total, free) != self._offered or now >= self._due["offer"]:
-            offer = self._runtime.slots.publish(self._runtime.worker, total, free, self._queues())
+            offer = self._runtime.slots.publish(self._runtime.worker, total, free, self.queues())
             _, next_ms = self._ledger.store.run(offer, self._ledger.next_look())
             self._look_ahead(next_ms)
             self._runtime.page.hungry = free > 0
@@ -167,17 +182,17 @@ class Guard(threading.Thread):
 
     def _exchange(self, now: float) -> None:
         """Tell of this host, and hear what to act on and who waits; once a second, for slots become free more often."""
-        self._told, exchange = 0, self._host.exchange()
+        self._told, exchange = 0, self.host.exchange()
         answers = self._ledger.store.run(*exchange, *self._tokens())
-        self._host.heard(answers[: len(exchange)], now)
+        self.host.heard(answers[: len(exchange)], now)
         self._see_urgent(answers[len(exchange) :])
 
     def _tokens(self) -> list[Call]:
-        return [self._runtime.preemption.open(queue) for queue in self._queues() if rank_of(priority_of(queue))]
+        return [self._runtime.preemption.open(queue) for queue in self.queues() if rank_of(priority_of(queue))]
 
     def _see_urgent(self, tokens: Sequence[int]) -> None:
         """Know of urgent work also when nobody has told, and forget what is done; what was told meanwhile is news."""
-        served = [rank_of(priority_of(queue)) for queue in self._queues() if rank_of(priority_of(queue))]
+        served = [rank_of(priority_of(queue)) for queue in self.queues() if rank_of(priority_of(queue))]
         urgent = sum(rank for rank, waiting in zip(served, tokens, strict=False) if waiting)
         if urgent & ~self._runtime.page.urgent:
             self._runtime.page.recall()

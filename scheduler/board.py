@@ -38,6 +38,9 @@ class HostReport(msgspec.Struct, frozen=True):
     queues: tuple[str, ...]
     active: dict[str, int]  # operation -> nodes that run here
     sample: Sample | None = None
+    version: str = ""  # of its release; '' from one that did not tell
+    schema: int = 0  # of the jobs it reads, beside those of the one before; 0: it does not tell
+    at: float = 0.0  # seconds of its own clock as it told this; 0: it does not tell
 
 
 class ClusterReport(msgspec.Struct, frozen=True):
@@ -118,6 +121,16 @@ class Board:
         """Return what the hosts that still report have said.  Raises StoreUnavailable."""
         [found] = self._store.answered(Call(_HOSTS, (self._keys.hosts,), (self._stale_ms,)))
         return sorted((report for each in found for report in _readable(each)), key=lambda host: host.worker)
+
+    def clocks(self) -> dict[str, float]:
+        """Return by how many seconds each worker's clock is ahead of the server's, less what its report was on its way.
+
+        Raises StoreUnavailable.
+        """
+        found = self._store.reached(lambda client: client.hgetall(self._keys.hosts))
+        entries = [entry.partition(b" ") for entry in found.values()]
+        told = [(int(at_ms) / 1000, host) for at_ms, _, report in entries for host in _readable(report)]
+        return {host.worker: host.at - at for at, host in told if host.at}
 
     def withdraw(self, worker: str) -> None:
         """Take a worker's host off the board."""

@@ -12,9 +12,11 @@ import pytest
 from celery.worker import state
 
 from resilience.degradation import Level
+from rlm_tasks import __version__
 from rlm_tasks.host import Host
 from rlm_tasks.queue_order import QueueOrder
 from rlm_tasks.settings import Settings
+from rlm_tasks.spec import SCHEMA
 from scheduler.board import Board, ClusterReport, HostReport, Orders
 from scheduler.queues import QueueReport
 from scheduler.sampling import Sample, held_mb
@@ -179,8 +181,10 @@ def test_a_host_tells_what_it_is_and_does(machine: Machine) -> None:
     machine.exchange()
     [report] = machine.board.hosts()
     assert report == HostReport(
-        "unit", Level.HIGH, 80.0, "memory 80 % of 1000 MB", 4, 0, tuple(QUEUES), {}, machine.sensor.sample()
-    )
+        "unit", Level.HIGH, 80.0, "memory 80 % of 1000 MB", 4, 0, tuple(QUEUES), {}, machine.sensor.sample(),
+        __version__, SCHEMA, report.at,
+    )  # fmt: skip
+    assert abs(machine.board.clocks()["unit"]) < 5, "its clock is the server's here"
 
 
 def test_one_exchange_is_one_round_trip(machine: Machine) -> None:
@@ -243,7 +247,7 @@ def test_requests_may_come_and_go_while_they_are_counted(machine: Machine, monke
     thread.start()
     sys.setswitchinterval(1e-6)
     try:
-        counts = [machine.host._report().active["sum"] for _ in range(300)]
+        counts = [machine.host.report().active["sum"] for _ in range(300)]
     finally:
         sys.setswitchinterval(interval)
         stop.set()

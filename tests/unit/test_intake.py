@@ -39,7 +39,7 @@ class Door:
         self.queues: dict[str, QueueReport] = {}
         self.reads: list[tuple[str, ...]] = []
         self.broker_is_away = False
-        self.intake._gauge = self  # type: ignore[assignment]  # it reads
+        self.intake.gauge = self  # type: ignore[assignment]  # it reads
         self.serve()
 
     def read(self, names: Sequence[str]) -> dict[str, QueueReport]:

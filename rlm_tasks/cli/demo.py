@@ -1,0 +1,118 @@
+"""The demo: a real job on a server and a worker of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rlm_tasks.cli.output import as_json_option, print_json, table
+
+if TYPE_CHECKING:
+    from rlm_tasks.demo import Compared, Outcome
+
+
+@click.command()
+@click.option(
+    "--path",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A folder of Python files; default: the standard library.",
+)
+@click.option("--slots", default=2, show_default=True, type=click.IntRange(1), help="Processes of the demo's worker.")
+@click.option("--compare", is_flag=True, help="Also run it serially and with a plain Celery chord.")
+@as_json_option
+def demo(path: Path | None, slots: int, compare: bool, as_json: bool) -> None:
+    """Measure a folder of Python files with a worker of the demo's own."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from rlm_tasks import demo as main_job
+    from rlm_tasks import embedded
+    from rlm_tasks.code_metrics import standard_library
+
+    embedded.clean_up_on_sigterm()
+
+    notes = Console(stderr=True)
+    folder = path or standard_library()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("files"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with notes.status("starting a server and a worker"):
+        platform = main_job.platform(slots)
+        client, environment, logs = platform.__enter__()
+    try:
+        with Progress(*columns, console=notes) as bar:
+            line = bar.add_task("measuring", total=None)
+
+            def show(seen: Any) -> None:
+                done = seen.done + seen.failed + seen.skipped
+                bar.update(line, total=seen.total, completed=done, description=f"{seen.nodes} nodes, {seen.splits} splits")
+
+            outcome, paths = main_job.run(client, folder, slots, show)
+        others = []
+        if compare:
+            with notes.status("comparing"):
+                others = list(main_job.compare(environment, logs, outcome, paths))
+    finally:
+        platform.__exit__(*sys.exc_info())
+    if as_json:
+        print_json({**outcome.to_dict(), "compared": [_row(each) for each in others]})
+        return
+    _show_report(outcome)
+    _show_run(outcome, others)
+
+
+def _row(each: Compared) -> dict[str, Any]:
+    return {"name": each.name, "wall_s": each.wall_s, "same_report": each.same_report}
+
+
+def _show_report(outcome: Outcome) -> None:
+    report, folder = outcome.result.output, Path(outcome.folder)
+    deepest, where = report["deepest"]
+    names = ("files", "lines", "functions", "classes", "branches")
+    click.echo(f"Python files below {folder}")
+    table("", ("what", "count"), [(name, report[name]) for name in names])
+    click.echo(f"Deepest nesting: {deepest} levels, in {_short(where, folder)}\n")
+    rows = ((count, name, f"{_short(path, folder)}:{line}") for count, path, line, name in report["complex"])
+    table("The ten most complex functions", ("branches + 1", "function", "where"), rows)
+    if outcome.result.failed_count:
+        click.echo(f"{outcome.result.failed_count} files could not be parsed:")
+        for failure in outcome.result.failed[:5]:
+            click.echo(f"  item {failure.index}: {failure.type}: {failure.message.replace(str(folder), '...')}")
+        click.echo("  ..." if outcome.result.failed_count > 5 else "")
+
+
+def _short(path: str, folder: Path) -> str:
+    return str(Path(path).relative_to(folder)) if path else "-"
+
+
+def _show_run(outcome: Outcome, others: list[Compared]) -> None:
+    metrics = outcome.result.metrics
+    rows: list[tuple[str, Any]] = [
+        ("wall time", f"{outcome.wall_s:.2f} s on {outcome.slots} slots"),
+        ("nodes", metrics.nodes),
+        ("splits, and tail calls", f"{metrics.splits}, and {metrics.yields}"),
+        ("deepest node", metrics.max_depth),
+        ("slots' busy share", f"{outcome.busy_share:.0%}"),
+        ("speed-up (summed item time over wall time)", f"{outcome.speed_up:.2f}"),
+        ("largest worker process", f"{metrics.peak_memory_mb:.0f} MB"),
+        ("under pressure", str(outcome.result.receipt)),
+    ]
+    table("How it ran", ("what", "figure"), rows)
+    if others:
+        mine = ("RLM Tasks, no chunk size given", f"{outcome.wall_s:.2f} s", "1.00", "yes")
+        compared = (
+            (each.name, f"{each.wall_s:.2f} s", f"{each.wall_s / outcome.wall_s:.2f}", "yes" if each.same_report else "NO")
+            for each in others
+        )
+        table("The same work, done another way", ("how", "wall time", "times ours", "same report"), [mine, *compared])
+
+
+COMMANDS = (demo,)

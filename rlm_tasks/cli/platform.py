@@ -1,0 +1,254 @@
+"""The platform: its level, breakers, limits, queues, operations and alerts; and drills."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rlm_tasks.cli.output import ago, answer, as_json_option, client_of, print_json, table
+
+if TYPE_CHECKING:
+    from rlm_tasks.pressure import PlatformStatus
+
+
+@click.command()
+@as_json_option
+@click.pass_context
+def status(ctx: click.Context, as_json: bool) -> None:
+    """Show the platform in one picture: level, hosts, active work, operations."""
+    found = client_of(ctx).status()
+    if as_json:
+        print_json(found.to_dict())
+        return
+    click.echo(_sentence(found))
+    _show_hosts(found)
+    table("At work", ("operation", "nodes"), sorted(found.active.items()))
+    _show_operations(found.operations)
+
+
+def _sentence(found: PlatformStatus) -> str:
+    why = f": {found.why}" if found.why else ""
+    rising = f"; {found.rising_to} is expected within a minute" if found.rising_to else ""
+    blind = "" if found.monitored else ". No beat: each host acts on its own; start celery beat"
+    return f"Pressure is {found.level}{why}{rising}{blind}"
+
+
+def _show_hosts(found: PlatformStatus) -> None:
+    columns = ("worker", "level", "why", "slots", "busy", "CPU %", "memory %", "queues")
+    rows = (
+        (
+            host.worker, _label(host.level), host.why, host.slots, host.busy,
+            f"{host.sample.cpu_pct:.0f}" if host.sample else "?", f"{host.sample.memory_pct:.0f}" if host.sample else "?",
+            ", ".join(host.queues),
+        )
+        for host in found.hosts
+    )  # fmt: skip
+    table("Workers", columns, rows)
+
+
+def _label(level: int) -> str:
+    from resilience.degradation import Level
+
+    return Level(level).label
+
+
+# --- pressure ----------------------------------------------------------------------------------------
+
+
+@click.group(invoke_without_command=True)
+@as_json_option
+@click.pass_context
+def pressure(ctx: click.Context, as_json: bool) -> None:
+    """Show the level and why; see `force`, `release` and `history`."""
+    if ctx.invoked_subcommand is not None:
+        return
+    found = client_of(ctx).status()
+    if as_json:
+        names = ("level", "why", "forced", "monitored", "rising_to", "desired_workers", "strategies", "hosts")
+        print_json({name: value for name, value in found.to_dict().items() if name in names})
+        return
+    click.echo(_sentence(found))
+    click.echo(f"What it leaves out: {', '.join(found.strategies) or 'nothing'}")
+    _show_hosts(found)
+
+
+@pressure.command()
+@click.argument("level")
+@click.option("--for", "for_s", default=600.0, show_default=True, help="Seconds after which it ends by itself.")
+@as_json_option
+@click.pass_context
+def force(ctx: click.Context, level: str, for_s: float, as_json: bool) -> None:
+    """Make all workers act on a level, for a drill: normal, elevated, high, critical, emergency."""
+    client_of(ctx).pressure.force(level, for_s)
+    answer({"forced": level, "for_s": for_s}, f"All workers act on {level}, within a second, for {for_s:g} s", as_json)
+
+
+@pressure.command()
+@as_json_option
+@click.pass_context
+def release(ctx: click.Context, as_json: bool) -> None:
+    """End a drill."""
+    was = client_of(ctx).pressure.release()
+    answer({"released": was}, "The drill has ended" if was else "There was no drill", as_json)
+
+
+@pressure.command()
+@click.option("--limit", default=20, show_default=True, help="How many looks of the monitor, the newest first.")
+@as_json_option
+@click.pass_context
+def history(ctx: click.Context, limit: int, as_json: bool) -> None:
+    """Show what the monitor has seen of late."""
+    from msgspec import to_builtins
+
+    found = client_of(ctx).pressure.history(limit)
+    if as_json:
+        print_json(to_builtins(found))
+        return
+    columns = ("when", "level", "why", "slots", "busy", "CPU %", "memory %", "messages")
+    now = time.time()
+    rows = (
+        (
+            ago(each.at, now), _label(each.level), each.why, each.slots, each.busy, f"{each.cpu_pct:.0f}",
+            f"{each.memory_pct:.0f}", sum(queue.depth for queue in each.queues.values()),
+        )
+        for each in found
+    )  # fmt: skip
+    table("Pressure of late", columns, rows)
+
+
+# --- breakers, limits, queues ------------------------------------------------------------------------
+
+
+@click.group(invoke_without_command=True)
+@as_json_option
+@click.pass_context
+def breakers(ctx: click.Context, as_json: bool) -> None:
+    """Show all circuit breakers; see `reset`."""
+    if ctx.invoked_subcommand is not None:
+        return
+    found = client_of(ctx).breakers.status()
+    if as_json:
+        print_json(found)
+        return
+    now = time.time()
+    rows = (
+        (
+            name, at["state"], at["failure_count"], ago(at["last_failure_time"], now) if at["last_failure_time"] else "never",
+            f"in {at['retry_after_s']:.0f} s" if at["retry_after_s"] else "",
+        )
+        for name, at in found.items()
+    )  # fmt: skip
+    table("Breakers", ("service", "state", "failures", "last failure", "next probe"), rows)
+
+
+@breakers.command()
+@click.argument("name", required=False)
+@click.option("--all", "every", is_flag=True, help="All breakers.")
+@as_json_option
+@click.pass_context
+def reset(ctx: click.Context, name: str | None, every: bool, as_json: bool) -> None:
+    """Close a breaker, or all: calls go through at once."""
+    from rlm_tasks.errors import InvalidRequest
+
+    client = client_of(ctx)
+    if bool(name) == every:
+        raise InvalidRequest("name", name, "name one breaker, or say --all")
+    if name and name not in (known := client.breakers.names()):
+        raise InvalidRequest("name", name, f"there is no such breaker; there are: {', '.join(known) or 'none'}")
+    closed = client.breakers.reset(name)
+    answer({"closed": closed}, f"Closed: {', '.join(closed) or 'none'}", as_json)
+
+
+@click.command()
+@as_json_option
+@click.pass_context
+def limits(ctx: click.Context, as_json: bool) -> None:
+    """Show how full rate limits and bulkheads are, those that operations of RLM_OPERATIONS declare."""
+    found = client_of(ctx).limits()
+    if as_json:
+        print_json([{**asdict(each), "fill": each.fill} for each in found])
+        return
+    rows = (
+        (
+            each.service, each.name, f"{each.used:g}", f"{each.limit:g}", f"in {each.per_s:g} s" if each.per_s else "at once",
+            f"{each.fill:.0%}", each.waiting, f"for {each.hold_s:.1f} s" if each.hold_s else "",
+        )
+        for each in found
+    )  # fmt: skip
+    table("Limits", ("service", "of", "used", "limit", "per", "full", "in line", "held by the provider"), rows)
+
+
+@click.command()
+@as_json_option
+@click.pass_context
+def queues(ctx: click.Context, as_json: bool) -> None:
+    """Show how many messages wait, and for how long."""
+    client = client_of(ctx)
+    found, consumers = client.queues(), client.pressure.consumers()
+    if as_json:
+        print_json(
+            [
+                {"queue": name, "depth": at.depth, "oldest_s": at.oldest_s, "workers": consumers.get(name, [])}
+                for name, at in found.items()
+            ]
+        )
+        return
+    rows = (
+        (name, at.depth, "" if at.oldest_s is None else f"{at.oldest_s:.1f} s", ", ".join(consumers.get(name, [])) or "NOBODY")
+        for name, at in found.items()
+    )
+    table("Queues", ("queue", "messages", "the oldest waits", "consumed by"), rows)
+
+
+# --- operations and alerts ---------------------------------------------------------------------------
+
+
+@click.command()
+@as_json_option
+@click.pass_context
+def operations(ctx: click.Context, as_json: bool) -> None:
+    """Show what operations have cost: executions, success, memory, duration."""
+    found = client_of(ctx).status().operations
+    if as_json:
+        print_json(found)
+    else:
+        _show_operations(found)
+
+
+def _show_operations(found: list[dict[str, Any]]) -> None:
+    columns = ("operation", "items", "failed", "succeed", "avg ms", "avg MB", "peak MB", "breaker")
+    rows = (
+        (
+            each["executor_id"], each["total_executions"], each["failed_executions"], f"{each['success_rate_percent']:g} %",
+            f"{each['avg_duration_ms']:.1f}", f"{each['avg_memory_mb']:.0f}", f"{each['peak_memory_mb']:.0f}",
+            each["circuit_breaker_state"],
+        )
+        for each in found
+    )  # fmt: skip
+    table("Operations", columns, rows)
+
+
+@click.command()
+@click.option("--limit", default=20, show_default=True, help="How many, the newest first.")
+@as_json_option
+@click.pass_context
+def alerts(ctx: click.Context, limit: int, as_json: bool) -> None:
+    """Show alerts, the newest first, and how many there were."""
+    known = client_of(ctx).alerts
+    found, summary = known.history(limit), known.summary()
+    if as_json:
+        counts = {name: value for name, value in summary.items() if name != "recent_alerts"}
+        print_json({**counts, "alerts": [each.fields() for each in found]})
+        return
+    now = time.time()
+    rows = ((ago(each.at, now), each.severity.label, each.kind, each.subject, each.message) for each in found)
+    table("Alerts", ("when", "severity", "kind", "about", "what"), rows)
+    click.echo(
+        f"{summary['total_alerts']:,} in all, {summary['last_24_hours']:,} in the last day, {summary['last_hour']:,} in the last hour"
+    )
+
+
+COMMANDS = (status, pressure, breakers, limits, queues, operations, alerts)

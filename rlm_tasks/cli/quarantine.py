@@ -1,0 +1,78 @@
+"""Items that are not run again: list, show, replay, drop."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, table
+
+
+@click.group()
+def quarantine() -> None:
+    """Items that are not run again, because their process died too often while they ran."""
+
+
+@quarantine.command("list")
+@click.option("--job", "job_id", help="Of one job only.")
+@as_json_option
+@click.pass_context
+def list_quarantine(ctx: click.Context, job_id: str | None, as_json: bool) -> None:
+    """List quarantined items, those of the newest job first."""
+    client = client_of(ctx)
+    items = client.job(job_id).quarantined() if job_id else client.quarantine()
+    if as_json:
+        print_json([asdict(item) for item in items])
+        return
+    if not items:
+        click.echo("Nothing is in quarantine.")
+        return
+    columns = ("job", "index", "operation", "item", "attempts", "died of")
+    rows = ((i.job_id, str(i.index), i.operation, i.item, i.attempts, i.last_signal) for i in items)
+    table("Quarantine", columns, rows)
+    click.echo("Once the cause is mended: rlm quarantine replay JOB [INDEX ...]; to forget: rlm quarantine drop JOB [INDEX ...]")
+
+
+@quarantine.command("show")
+@click.argument("job_id")
+@click.argument("index", type=int)
+@as_json_option
+@click.pass_context
+def show_quarantined(ctx: click.Context, job_id: str, index: int, as_json: bool) -> None:
+    """Show one quarantined item: where it lies, how often it was tried, what it did."""
+    from rlm_tasks.errors import InvalidRequest
+
+    items = {item.index: item for item in client_of(ctx).job(job_id).quarantined()}
+    if index not in items:
+        raise InvalidRequest("index", index, f"is not in quarantine; in job {job_id} there are {sorted(items)}")
+    about = asdict(items[index])
+    click.echo(
+        json.dumps(about) if as_json else "\n".join(f"{name.replace('_', ' '):12} {value}" for name, value in about.items())
+    )
+
+
+@quarantine.command()
+@click.argument("job_id")
+@click.argument("indexes", type=int, nargs=-1)
+@as_json_option
+@click.pass_context
+def replay(ctx: click.Context, job_id: str, indexes: tuple[int, ...], as_json: bool) -> None:
+    """Open a new job on quarantined items, all of them or those named, and take them out of quarantine."""
+    again = client_of(ctx).job(job_id).replay_quarantined(*indexes)
+    answer({"id": again.id}, again.id, as_json)
+
+
+@quarantine.command()
+@click.argument("job_id")
+@click.argument("indexes", type=int, nargs=-1)
+@as_json_option
+@click.pass_context
+def drop(ctx: click.Context, job_id: str, indexes: tuple[int, ...], as_json: bool) -> None:
+    """Forget quarantined items, all of them or those named."""
+    dropped = client_of(ctx).job(job_id).drop_quarantined(*indexes)
+    answer({"dropped": dropped}, f"{len(dropped)} dropped", as_json)
+
+
+COMMANDS = (quarantine,)
