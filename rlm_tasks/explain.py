@@ -38,7 +38,8 @@ def explain(facts: Mapping[str, str], nodes: Sequence[NodeRecord], now_ms: int) 
         return f"It waits: {states['p']} nodes are parked ({because})."
     if not states["r"]:
         return f"It waits for a free worker: {states['q']} nodes are in queue {facts['queue']}."
-    return f"It runs on {states['r']} slots, with {states['q']} nodes queued and {states['p']} parked{f' ({because})' if because else ''}."
+    slots = f"{states['r']} slot{'s' if states['r'] > 1 else ''}"
+    return f"It runs on {slots}, with {states['q']} nodes queued and {states['p']} parked{f' ({because})' if because else ''}."
 
 
 def _ended(facts: Mapping[str, str]) -> str:

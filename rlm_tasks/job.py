@@ -331,13 +331,14 @@ class Job:
         ranges = [(0, total)] if status is Status.SUCCEEDED and not skipped else self._ledger.ranges(self.id)
         return JobResult(
             self.id, status, self._output(facts, spec) if status is Status.SUCCEEDED else None,
-            total, done, failed, skipped, self._failures(), SuccessfulItems(ranges, left_out), _metrics(facts),
+            total, done, failed, skipped, self.failures(), SuccessfulItems(ranges, left_out), _metrics(facts),
             stopped=facts.get("stop", ""),
             error=ItemFailure(-1, error["type"], error["message"], error.get("traceback", "")) if error else None,
             receipt=_receipt(facts),
         )  # fmt: skip
 
-    def _failures(self) -> list[ItemFailure]:
+    def failures(self) -> list[ItemFailure]:
+        """Return the first 1,000 failed items, of a job at work so far, in order."""
         found = cast(list[bytes], self._reachable(lambda: self._ledger.store.client.hvals(self._keys.failures)))
         decoded = [msgspec.json.decode(each, type=ItemFailure) for each in found]
         return sorted(decoded, key=lambda failure: failure.index)

@@ -7,6 +7,7 @@ round trip, idempotent, on the server's clock.  Refuses to know how work is move
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -26,6 +27,8 @@ MERGE = "merge"
 PROCESS = "process"
 PIECES_AT_ONCE = 256
 SWEEP_AT_ONCE = 200
+NODES_LOOKED_AT = 1000
+"""So many running and parked nodes of a job are counted, to tell how it stands."""
 QUARANTINE_TTL_S = 30 * 86_400
 
 _SCRIPTS = {
@@ -197,6 +200,22 @@ class NodeRecord:
             r["p"], int(r.get("mid", lo)), r["why"], r.get("w", ""), int(r.get("ms", 0)), int(r.get("x", 0)),
             r.get("by", ""), bool(r.get("one")), int(r.get("tr", 0)), bool(r.get("wt")), int(r.get("m", 0)),
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How the nodes of an open job stand."""
+
+    job: str
+    queue: str
+    queued: int
+    running: int
+    parked: int
+
+
+def _standing(job: str, queue: bytes, queued: int, records: Sequence[bytes | None]) -> Standing:
+    states = Counter(NodeRecord.parse("", text).state for text in records if text)
+    return Standing(job, queue.decode(), queued, states["r"], states["p"])
 
 
 class Ledger:
@@ -492,6 +511,23 @@ class Ledger:
         self.patiently(lambda: self.store.client.hdel(self.keys.of(job).quarantine, *map(str, indexes)))
         if not self.quarantined(job):
             self.patiently(lambda: self.store.client.zrem(self.keys.quarantined, job))
+
+    def at_work(self, limit: int) -> list[Standing]:
+        """Return how the nodes of open jobs stand, of so many jobs at most; two round trips for all of them."""
+        client = self.store.client
+        jobs = [each.decode() for each in cast(list[bytes], self.patiently(lambda: client.zrange(self.keys.due, 0, limit - 1)))]
+        keys = [self.keys.of(job) for job in jobs]
+        pipe = client.pipeline(transaction=False)
+        for each in keys:
+            pipe.hget(each.job, "queue")
+            pipe.zcard(each.waiting)
+            pipe.zrange(each.due, 0, NODES_LOOKED_AT - 1)
+        first = pipe.execute()
+        pipe = client.pipeline(transaction=False)
+        for each, held in zip(keys, first[2::3], strict=True):
+            pipe.hmget(each.nodes, held or ["none"])
+        found = zip(jobs, first[::3], first[1::3], pipe.execute(), strict=True)
+        return [_standing(job, queue, queued, records) for job, queue, queued, records in found if queue]
 
     def jobs(self, limit: int) -> list[tuple[str, int]]:
         """Return (job, ms opened), the newest first."""

@@ -1,0 +1,58 @@
+"""Tabs of the platform in Flower: Jobs, Pressure, Breakers, Limits, Queues.
+
+Decides how they get into Flower (which has no interface for it) and what is safe by default.  `pages` says what they show,
+`views` answers the browser; their look, login and prefix are Flower's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flower import urls
+from flower.options import default_options
+from tornado.web import StaticFileHandler, TemplateModule, url
+
+from rlm_tasks.flower.pages import TABS
+from rlm_tasks.flower.views import ActionView, JobView, PageView
+
+HERE = Path(__file__).parent
+LOOPBACK = "127.0.0.1"
+
+
+class TabbedBar(TemplateModule):
+    """Flower's own templates, with our tabs in its bar."""
+
+    def render(self, path: str, **values: Any) -> bytes:
+        """Return a template; the bar's first list is Flower's tabs, and ours follow.  Without it they are missing."""
+        html: bytes = super().render(path, **values)
+        head, end, tail = html.partition(b"</ul>")
+        return head + self._tabs(values.get("active_tab")) + end + tail if path == "navbar.html" and end else html
+
+    def _tabs(self, active: object) -> bytes:
+        return "".join(self._tab(f"rlm-{name}", title, f"rlm-{name}" == active) for name, title in TABS.items()).encode()
+
+    def _tab(self, name: str, title: str, is_active: bool) -> str:
+        shown = 'active" aria-current="page"' if is_active else '"'
+        return f'<li class="nav-item"><a class="nav-link {shown} href="{self.handler.reverse_url(name)}">{title}</a></li>'
+
+
+def install() -> None:
+    """Add the tabs to the Flower that is about to be made in this process; a second call changes nothing."""
+    if any(getattr(each, "name", None) == "rlm-job" for each in urls.handlers):
+        return
+    urls.handlers[0:0] = [
+        url(r"/rlm/job/([^/]+)", JobView, name="rlm-job"),
+        url(r"/rlm/do/([a-z-]+)", ActionView, name="rlm-do"),
+        url(r"/rlm/static/(.*)", StaticFileHandler, {"path": str(HERE / "static")}, name="rlm-static"),
+        *(url(rf"/rlm/{name}", PageView, {"name": name}, name=f"rlm-{name}") for name in TABS),
+    ]
+    urls.settings.setdefault("ui_modules", {})["Template"] = TabbedBar
+    default_options.add_parse_callback(_stay_on_loopback)
+
+
+def _stay_on_loopback() -> None:
+    """Be seen from this machine alone, unless somebody asked for more or everybody has to log in."""
+    options = default_options
+    if not (options.address or options.unix_socket or options.basic_auth or options.auth):
+        options.address = LOOPBACK

@@ -1,0 +1,254 @@
+"""The platform's tabs in a real Flower: what they show, who may look and act, and where Flower listens."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rlm_tasks import Client, embedded
+from rlm_tasks.flower.pages import TABS
+from tests.integration.conftest import ROOT, client_of, environment_of
+from tests.support import wait_until
+
+USER = "me:secret-of-me"
+
+
+@dataclass(frozen=True)
+class Flower:
+    """A Flower of the tests, as a browser sees it."""
+
+    url: str
+    pid: int
+
+    def get(self, path: str, user: str = "") -> tuple[int, str]:
+        return self._ask(urllib.request.Request(self.url + path), user)  # noqa: S310  # of this machine
+
+    def data(self, path: str, user: str = "") -> dict[str, Any]:
+        status, text = self.get(f"{path}?json=1", user)
+        assert status == 200, text
+        return json.loads(text)  # type: ignore[no-any-return]
+
+    def post(self, action: str, user: str = "", *, site: str = "same-origin", **about: str) -> tuple[int, dict[str, str]]:
+        body = urllib.parse.urlencode(about).encode()
+        headers = {"Sec-Fetch-Site": site}
+        request = urllib.request.Request(f"{self.url}/rlm/do/{action}", body, headers)  # noqa: S310  # of this machine
+        status, text = self._ask(request, user)
+        return status, json.loads(text)
+
+    def _ask(self, request: urllib.request.Request, user: str) -> tuple[int, str]:
+        if user:
+            request.add_header("Authorization", f"Basic {base64.b64encode(user.encode()).decode()}")
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310  # of this machine
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+
+@contextmanager
+def flower(environment: Mapping[str, str], log: Path, *options: str, prefix: str = "") -> Iterator[Flower]:
+    """Run a Flower for the length of a block; it answers when the block begins."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "celery", "-A", "rlm_tasks", "flower", f"--port={port}", *options]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT, env={**os.environ, **environment})
+    own = Flower(f"http://127.0.0.1:{port}{prefix}", process.pid)
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()
+        try:
+            return own.get("/healthcheck")[0] == 200
+        except OSError:
+            return False
+
+    try:
+        wait_until(answers)
+        yield own
+    finally:
+        embedded.end(process)
+
+
+@pytest.fixture(scope="module")
+def shown(server: embedded.Server) -> dict[str, str]:
+    modules = "tests.integration.ops,tests.integration.guarded_ops"
+    return environment_of(server.url, "shown", RLM_OPERATIONS=modules)
+
+
+@pytest.fixture(scope="module")
+def platform(shown: dict[str, str], logs: Path) -> Iterator[Client]:
+    with embedded.worker(shown, log=logs / "shown.log"), client_of(shown) as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def plain(shown: dict[str, str], logs: Path) -> Iterator[Flower]:
+    """A Flower as one starts it first: nobody has to log in."""
+    with flower(shown, logs / "flower-plain.log") as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def locked(shown: dict[str, str], logs: Path) -> Iterator[Flower]:
+    """A Flower behind a login, and under a prefix."""
+    options = (f"--basic_auth={USER}", "--url_prefix=ops")
+    with flower(shown, logs / "flower-locked.log", *options, prefix="/ops") as own:
+        yield own
+
+
+def texts(table: dict[str, Any]) -> list[list[str]]:
+    return [[cell if isinstance(cell, str) else cell["text"] for cell in row] for row in table["rows"]]
+
+
+# --- what is shown -----------------------------------------------------------------------------------
+
+
+def test_the_tabs_stand_in_flowers_own_bar_and_the_page_is_flowers(plain: Flower) -> None:
+    for path in ("/workers", *(f"/rlm/{tab}" for tab in TABS)):
+        status, page = plain.get(path)
+        assert status == 200
+        for tab, title in TABS.items():
+            assert re.search(rf'href="/rlm/{tab}">{title}</a>', page)
+        assert "css/flower.css" in page
+    assert 'nav-link active" aria-current="page" href="/rlm/limits"' in plain.get("/rlm/limits")[1]
+
+
+def test_a_job_is_seen_from_its_start_to_its_failures(plain: Flower, platform: Client) -> None:
+    job = platform.submit(operation="fail_odd", items=[2, 3, 4, 5], continue_on_error=True)
+    job.wait(timeout=20)
+
+    [row] = [row for row in texts(plain.data("/rlm/jobs")["tables"][0]) if row[0] == job.id]
+    assert row[:5] == [job.id, "succeeded", "100%", "4", "2"]
+    picture = plain.data(f"/rlm/job/{job.id}")
+
+    tables = {table["title"].partition(":")[0]: table for table in picture["tables"]}
+    assert picture["sentence"].startswith("It succeeded: 2 of 4 items done, 2 failed")
+    assert [row[0] for row in texts(tables["Tree"])] == ["root", "merge"]
+    assert [row[0] for row in texts(tables["Failures"])] == ["1", "3"]
+    assert tables["Receipt"]["rows"] == []
+    assert texts(tables["What happened"])[-1][1:] == ["closed", "succeeded"]
+
+
+def test_what_went_wrong_with_an_item_is_not_shown_in_its_own_words(plain: Flower, platform: Client) -> None:
+    job = platform.submit(operation="fail_odd", items=[734_211], continue_on_error=True)
+    job.wait(timeout=20)
+
+    assert "734211" not in json.dumps(plain.data(f"/rlm/job/{job.id}")).replace(",", "")
+
+
+def test_every_tab_tells_of_the_platform(plain: Flower, platform: Client) -> None:
+    platform.create_circuit_breaker("broken", failure_threshold=1).open()
+    wait_until(lambda: len(platform.pressure.consumers()) == 4)
+
+    pressure, breakers, limits, queues = (plain.data(f"/rlm/{tab}") for tab in ("pressure", "breakers", "limits", "queues"))
+
+    assert "No beat is alive" in pressure["sentence"]
+    assert pressure["chart"]["levels"] == ["normal", "elevated", "high", "critical", "emergency"]
+    assert [row[3] for row in texts(pressure["tables"][0])] == ["0 of 2"]
+    assert texts(breakers["tables"][0])[0][:2] == ["broken", "open"]
+    assert ["metered", "requests", "0 of 20", "in 1 s"] in [row[:4] for row in texts(limits["tables"][0])]
+    assert {row[0] for row in texts(queues["tables"][0])} == {f"shown.{each}" for each in ("critical", "high", "normal", "low")}
+    assert all("@" in row[5] for row in texts(queues["tables"][0]))
+
+
+def test_what_runs_and_what_is_parked_is_counted_by_queue(plain: Flower, platform: Client) -> None:
+    runs = platform.submit(operation="nap", items=[100] * 100, type="sequential", priority="low")
+    wait_until(lambda: runs.progress().done >= 1)
+
+    counted = {row[0]: row[3:5] for row in texts(plain.data("/rlm/queues")["tables"][0])}
+
+    assert counted["shown.low"] == ["0", "1"]
+    runs.cancel()
+    runs.wait(timeout=10)
+
+
+def test_a_job_that_is_not_there_is_told_in_words(plain: Flower) -> None:
+    status, text = plain.get("/rlm/job/nothing?json=1")
+
+    assert status == 404
+    assert "job nothing is unknown" in json.loads(text)["error"]
+    assert plain.get("/rlm/nothing")[0] == 404
+
+
+# --- who may look and act ----------------------------------------------------------------------------
+
+
+def test_without_a_login_flower_is_seen_from_this_machine_alone_and_nobody_acts(plain: Flower) -> None:
+    listening = [each.laddr.ip for each in psutil.Process(plain.pid).net_connections() if each.status == psutil.CONN_LISTEN]
+    assert set(listening) == {"127.0.0.1"}
+
+    assert plain.data("/rlm/jobs")["may_act"] is False
+    assert "--basic_auth" in plain.data("/rlm/jobs")["hint"]
+    assert plain.post("release")[0] == 401
+
+
+def test_behind_a_login_and_a_prefix_nothing_is_seen_without_it(locked: Flower) -> None:
+    for path in (*(f"/rlm/{tab}" for tab in TABS), "/rlm/job/nothing"):
+        assert locked.get(path)[0] == 401
+        assert locked.get(f"{path}?json=1")[0] == 401
+    page = locked.get("/rlm/jobs", USER)[1]
+    assert 'href="/ops/rlm/pressure"' in page
+    script = re.search(r'src="(/ops/rlm/static/rlm.js)"', page)
+    assert script is not None
+    assert locked.get("/rlm/static/rlm.js")[1].startswith("/* Draws a page")
+
+
+@pytest.mark.parametrize(
+    ("user", "site", "status"), [("", "same-origin", 401), ("me:wrong", "same-origin", 401), (USER, "cross-site", 403)]
+)
+def test_who_may_not_act_does_not(locked: Flower, platform: Client, user: str, site: str, status: int) -> None:
+    assert locked.post("force", user, site=site, level="critical")[0] == status
+    assert platform.status().forced == ""
+
+
+def test_who_has_logged_in_acts(locked: Flower, platform: Client) -> None:
+    job = platform.submit(operation="nap", items=[100] * 200)
+    platform.create_circuit_breaker("to-close", failure_threshold=1).open()
+    assert locked.data("/rlm/jobs", USER)["may_act"] is True
+
+    assert locked.post("cancel", USER, job=job.id) == (200, {"done": "It is cancelled"})
+    assert locked.post("reset", USER, breaker="to-close") == (200, {"done": "Breaker to-close is closed"})
+    assert locked.post("force", USER, level="high")[0] == 200
+    assert platform.status().forced == "high"
+    assert locked.post("release", USER) == (200, {"done": "The drill has ended"})
+
+    assert job.wait(timeout=10) == "cancelled"
+    wait_until(lambda: platform.breakers.status()["to-close"]["state"] == "closed")
+
+
+@pytest.mark.parametrize(
+    ("action", "about", "status", "words"),
+    [
+        ("cancel", {"job": "nothing"}, 404, "job nothing is unknown"),
+        ("reset", {"breaker": "nobody"}, 400, "there is no such breaker"),
+        ("force", {"level": "hihg"}, 400, "no pressure level"),
+        ("fly", {}, 404, "There is no such action"),
+    ],
+)
+def test_a_mistake_is_told_in_words(locked: Flower, action: str, about: dict[str, str], status: int, words: str) -> None:
+    answered, told = locked.post(action, USER, **about)
+
+    assert (answered, words in told["error"]) == (status, True), told
+
+
+def test_a_flower_that_is_read_only_shows_everything_and_does_nothing(shown: dict[str, str], logs: Path) -> None:
+    with flower(shown, logs / "flower-readonly.log", f"--basic_auth={USER}", "--read_only") as own:
+        assert own.data("/rlm/jobs", USER)["hint"] == "This Flower is read-only."
+        assert own.post("release", USER)[0] == 403
