@@ -38,14 +38,14 @@ BACK_OFF_S = 1.0
 """A Redis that did not answer is asked again after this, and up to half of it more."""
 _UNABLE = ("READONLY", "OOM", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "MASTERDOWN")
 """Answers of a Redis that is there and cannot write; what a script raises starts otherwise."""
-_PASSWORD = re.compile(r"(://[^:@/]*:)[^@/]*@")
+_PASSWORD = re.compile(r"(://[^:@/\s]*:)\S*@|([?&]password=)[^&\s]*")
 
 Argument = str | int | float | bytes
 
 
 def masked(url: str) -> str:
     """Return the URL with its password replaced, fit for messages and logs."""
-    return _PASSWORD.sub(r"\1***@", url)
+    return _PASSWORD.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", url)
 
 
 @dataclass(frozen=True, slots=True)

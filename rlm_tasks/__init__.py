@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from resilience.degradation import Level as Level
     from resilience.degradation import ResourceConstraints as ResourceConstraints
     from rlm_tasks.celery import app as app
-    from rlm_tasks.celery import install as install
     from rlm_tasks.client import Client as Client
     from rlm_tasks.errors import InvalidRequest as InvalidRequest
     from rlm_tasks.errors import JobCancelled as JobCancelled
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from rlm_tasks.errors import RlmError as RlmError
     from rlm_tasks.errors import StoreUnavailable as StoreUnavailable
     from rlm_tasks.errors import UnknownOperation as UnknownOperation
+    from rlm_tasks.installation import install as install
     from rlm_tasks.job import Job as Job
     from rlm_tasks.operations import Context as Context
     from rlm_tasks.operations import operation as operation
@@ -55,10 +55,11 @@ if TYPE_CHECKING:
     from scheduler.allocation import ResourceAllocationPolicy as ResourceAllocationPolicy
 
 _HOMES = {
-    "celery": "app install",
+    "celery": "app",
     "client": "Client",
     "errors": "InvalidRequest JobCancelled JobExpired JobFailed JobNotFound Overloaded QueueFull ResultTimeout "
     "ResultTooLarge RlmError StoreUnavailable UnknownOperation",
+    "installation": "install",
     "job": "Job",
     "operations": "Context operation",
     "requests": "Adaptive Binary Conditions JobRequest NWay Options Priority",
@@ -80,7 +81,17 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOME_OF[name]
-    return getattr(importlib.import_module(home if "." in home else f"rlm_tasks.{home}"), name)
+    try:
+        module = importlib.import_module(home if "." in home else f"rlm_tasks.{home}")
+    except (ImportError, OSError) as error:
+        from rlm_tasks.import_path import HOME, in_our_place
+
+        if not (found := in_our_place()):
+            raise
+        stranger, file = next(iter(found.items()))
+        advice = f"rename that package, or set PYTHONPATH={HOME} before its folder"
+        raise ImportError(f"`import {stranger}` finds {file}, not the platform's own in {HOME}; {advice}") from error
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -167,6 +167,31 @@ def test_alerts_are_shown_the_newest_first(idle: Client) -> None:
     assert "2 in all" in run(idle, "alerts").stdout
 
 
+# --- the deployment ----------------------------------------------------------------------------------
+
+
+def test_the_doctor_says_what_is_wrong_and_what_to_do(idle: Client) -> None:
+    done = run(idle, "doctor")
+
+    assert done.exit_code == 1
+    assert "FAULT  workers" in done.stdout
+    assert "celery -A rlm_tasks worker" in done.stdout
+    found = {each["check"]: each["state"] for each in json.loads(run(idle, "doctor", "--json").stdout)}
+    assert (found["redis"], found["packages"]) == ("ok", "ok")
+
+
+def test_a_bundle_is_one_document_on_the_screen_or_in_a_file(idle: Client, tmp_path: Path) -> None:
+    job = idle.submit(operation="sum", items=[734_211])
+
+    told = json.loads(run(idle, "bundle", "--job", job.id).stdout)
+    assert told["job"]["id"] == job.id
+    assert "734211" not in json.dumps(told)
+
+    assert "look at it before you send it" in run(idle, "bundle", str(tmp_path / "bundle.json")).stdout
+    assert json.loads((tmp_path / "bundle.json").read_text(encoding="utf-8"))["settings"]["namespace"] == "commands"
+    job.cancel()
+
+
 # --- configuration -----------------------------------------------------------------------------------
 
 

@@ -10,15 +10,17 @@ from redis.exceptions import ResponseError
 
 from resilience.store import Store
 from rlm_tasks.celery import configuration
-from rlm_tasks.preflight import dangers
+from rlm_tasks.preflight import dangers, of_celery, of_redis
 from rlm_tasks.settings import NodeSettings, Settings
 
 
 class Server:
     """Answers as a server with these settings does."""
 
-    def __init__(self, *, policy: str = "noeviction", aof: int = 1, save: str | None = "", tells: bool = True) -> None:
-        self._info = {"maxmemory_policy": policy, "aof_enabled": aof}
+    def __init__(
+        self, *, policy: str = "noeviction", aof: int = 1, save: str | None = "", tells: bool = True, **more: Any
+    ) -> None:
+        self._info = {"maxmemory_policy": policy, "aof_enabled": aof, **more}
         self._save, self._tells = save, tells
 
     def info(self) -> dict[str, Any]:
@@ -55,6 +57,12 @@ def test_a_server_that_keeps_its_data_is_not_mentioned() -> None:
         ),
         (Server(policy="volatile-ttl"), "maxmemory-policy volatile-ttl"),
         (Server(aof=0), "keeps nothing on disk: a restart loses every job. Set appendonly yes"),
+        (Server(aof_last_write_status="err"), "could not write to its disk the last time"),
+        (Server(redis_version="6.0.9"), "does not know commands of Redis 6.2 that are sent to it. Install Redis 7.2"),
+        (Server(redis_version="6.2.14"), "is older than what redis-py is tested with. Install Redis 7.2"),
+        (Server(redis_version="8.0.1", role="slave"), "is a replica: it takes no writes. Set RLM_REDIS_URL to its primary"),
+        (Server(redis_version="8.0.1", redis_mode="cluster"), "is one node of a cluster"),
+        (Server(used_memory=80 * 2**20, maxmemory=100 * 2**20), "80 of 100 MB are used (80 %). Raise maxmemory"),
     ],
 )
 def test_what_would_lose_jobs_is_said_with_what_to_do(server: Server, said: str) -> None:
@@ -62,6 +70,43 @@ def test_what_would_lose_jobs_is_said_with_what_to_do(server: Server, said: str)
 
     assert said in danger
     assert "secret" not in danger
+
+
+def test_states_say_how_bad_it_is_and_what_is_well_needs_no_advice() -> None:
+    def states(server: Server) -> dict[str, str]:
+        store = Store("redis://host/0", client=cast(redis.Redis, server))
+        looked_at = list(of_redis(store, Settings()))
+        assert all((each.state == "ok") == (not each.advice) for each in looked_at)
+        return {each.check: each.state for each in looked_at}
+
+    well = {"redis": "ok", "eviction": "ok", "persistence": "ok", "memory": "ok"}
+    assert states(Server(redis_version="7.2.4", used_memory=74, maxmemory=100)) == well
+    assert states(Server(redis_version="10.0.0", used_memory=10**9)) == well, "a limit that is not set is not reached"
+    assert states(Server(redis_version="6.2.0"))["redis"] == "warning"
+    assert states(Server(redis_version="5.0.7"))["redis"] == "fault"
+    assert states(Server(used_memory=75, maxmemory=100))["memory"] == "warning"
+    assert states(Server(used_memory=95, maxmemory=100))["memory"] == "fault"
+    assert states(Server(tells=False)) == {"redis": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("celery", "said"),
+    [
+        ({"accept_content": ["json", "pickle"]}, "takes pickle, too"),
+        ({"worker_cancel_long_running_tasks_on_connection_loss": True}, "running nodes are ended"),
+    ],
+)
+def test_what_celery_must_not_do_with_nodes_is_said(celery: dict[str, Any], said: str) -> None:
+    [danger] = found(Server(), **celery)
+
+    assert said in danger
+
+
+def test_an_app_that_takes_no_json_is_at_fault() -> None:
+    wrong = of_celery(Settings(), {**configuration(Settings()), "accept_content": ["yaml"]})
+
+    assert [each.state for each in wrong] == ["fault", "warning"]
+    assert "refuses nodes, which are JSON" in wrong[0].found
 
 
 def test_a_visibility_timeout_shorter_than_a_node_is_said() -> None:

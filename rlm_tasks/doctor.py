@@ -1,0 +1,291 @@
+"""What is wrong with a platform, or soon will be: findings in words, each with what to do.
+
+Decides what is looked at, and what of it is a fault.  It only looks, needs no worker, and says what can be said while
+Redis is away.  Rules on settings are preflight's and conflicts'; refuses to know how findings are shown.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from packaging.requirements import Requirement
+from redis.exceptions import RedisError
+
+from resilience.errors import StoreUnavailable
+from resilience.store import Store
+from rlm_tasks import __version__, import_path, operations
+from rlm_tasks.preflight import Finding as Finding
+from rlm_tasks.preflight import State, of_celery, of_redis
+from rlm_tasks.spec import SCHEMA
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from rlm_tasks.client import Client
+    from scheduler.board import Board, HostReport
+    from scheduler.queues import QueueReport
+
+DISTRIBUTION = "rlm-tasks"
+SKEW_WARNING_S, SKEW_FAULT_S = 0.5, 5.0
+"""Clocks that differ by more make ages of queues wrong: a message says when it was sent by its sender's clock."""
+_LOOKS = 3
+_COMMAND = "celery -A rlm_tasks"
+
+
+def examine(client: Client, app: Celery, *, clock: Callable[[], float] = time.time) -> list[Finding]:
+    """Return what was found, the machine at hand first, then what is shared; one fault stands for a Redis that is away.
+
+    `app` is the Celery app that jobs are sent with; `clock` gives seconds of the day's time.  Raises nothing of what
+    Redis and the broker raise.
+    """
+    here = (*packages(), *versions(requirements()), _operations(client), *_settings(client, app))
+    try:
+        return [*here, *_shared(client, app, clock)]
+    except StoreUnavailable as error:
+        away = f"Redis at {error.url} does not answer ({error.cause})"
+    except RedisError as error:
+        away = f"Redis at {client.ledger.store.url} refuses what is asked ({error})"
+    fault = Finding("redis", "fault", away, "Start it, or set RLM_REDIS_URL")
+    return [*here, fault, *([_broker(client)[0]] if _has_own_broker(client, app) else [])]
+
+
+def _shared(client: Client, app: Celery, clock: Callable[[], float]) -> Iterator[Finding]:
+    """Yield what Redis, the broker and the workers tell.  Raises what Redis raises."""
+    from scheduler.board import Board
+
+    store = client.ledger.store
+    board = Board(store, client.ledger.keys, client.settings.pressure)
+    _reach(store)
+    yield from of_redis(store, client.settings)
+    hosts = board.hosts()
+    yield _clock_here(store, clock)
+    broker, depths = _broker(client)
+    yield broker
+    yield from _workers(hosts)
+    yield from _clocks_there(board, hosts)
+    yield from _releases(hosts)
+    yield from _queues(_names(client), hosts, depths)
+    yield from _monitor(board, hosts, client)
+    yield _quarantine(client)
+    yield _breakers(store)
+
+
+def _reach(store: Store) -> None:
+    """Raise StoreUnavailable unless Redis answers, also when its URL is none."""
+    try:
+        store.check()
+    except ValueError:  # its text may hold a part of the password
+        raise StoreUnavailable(store.url, "that is no URL of a Redis") from None
+
+
+# --- the machine at hand -----------------------------------------------------------------------------
+
+
+def packages() -> Iterator[Finding]:
+    """Yield whose packages stand beside `rlm_tasks` on the import path."""
+    wrong, hidden = import_path.in_our_place(), import_path.behind_ours()
+    for name, file in wrong.items():
+        found = f"`import {name}` finds {file}, not the platform's own in {import_path.HOME}"
+        yield Finding("packages", "fault", found, f"Rename that package, or set PYTHONPATH={import_path.HOME} before its folder")
+    for name, file in hidden.items():
+        if name not in wrong:
+            found = f"there is another {name}, hidden by the platform's: {file}. With another path it is the other way round"
+            yield Finding("packages", "warning", found, "Rename it, or take its folder off PYTHONPATH")
+    if not wrong and not hidden:
+        yield Finding("packages", "ok", f"{' and '.join(import_path.NAMES)} are the platform's own")
+
+
+def requirements() -> Sequence[str] | None:
+    """Return what our distribution asks for, as pip writes it; None when it is not installed."""
+    try:
+        return metadata.requires(DISTRIBUTION) or ()
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions(requirements: Sequence[str] | None) -> Iterator[Finding]:
+    """Yield which installed versions are not those that are asked for; None: nobody knows what to ask for."""
+    if requirements is None:
+        found = f"{DISTRIBUTION} {__version__} is not installed, only on the import path: what it needs is not known"
+        yield Finding("versions", "warning", found, "Type: pip install -e . in its folder")
+        return
+    wanted = [each for each in map(Requirement, requirements) if each.marker is None or each.marker.evaluate({"extra": ""})]
+    wrong = [f"{each.name} {installed(each.name) or 'is missing'}" for each in wanted if not _fits(each)]
+    if wrong:
+        asked = " ".join(f"'{each.name}{each.specifier}'" for each in wanted if not _fits(each))
+        found = f"not the versions that RLM Tasks {__version__} is made for: {', '.join(wrong)}"
+        yield Finding("versions", "fault", found, f"Type: pip install {asked}")
+    elif (told := installed(DISTRIBUTION)) not in ("", __version__):
+        found = f"RLM Tasks {__version__} runs, but {told} is what is installed: there are two copies"
+        yield Finding("versions", "warning", found, f"Type: pip install --force-reinstall {DISTRIBUTION}=={__version__}")
+    else:
+        named = ", ".join(f"{name} {installed(name)}" for name in ("celery", "kombu", "redis"))
+        yield Finding("versions", "ok", f"RLM Tasks {__version__}, {named}")
+
+
+def installed(name: str) -> str:
+    """Return the version of a distribution; '' when there is none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _fits(wanted: Requirement) -> bool:
+    return bool(found := installed(wanted.name)) and wanted.specifier.contains(found, prereleases=True)
+
+
+def _operations(client: Client) -> Finding:
+    modules = client.settings.operations
+    told = f"from RLM_OPERATIONS={','.join(modules)} and the built-in ones" if modules else "RLM_OPERATIONS is empty"
+    return Finding("operations", "ok", f"{len(operations.names())} operations are known here ({told})")
+
+
+def _settings(client: Client, app: Celery) -> Iterator[Finding]:
+    from rlm_tasks.conflicts import conflicts
+
+    yield from of_celery(client.settings, app.conf)
+    for sentence in conflicts(app):
+        found, _, advice = sentence.partition("; ")
+        yield Finding("celery", "warning", found, advice[:1].upper() + advice[1:])
+
+
+# --- clocks ------------------------------------------------------------------------------------------
+
+
+def _clock_here(store: Store, clock: Callable[[], float]) -> Finding:
+    ahead_s, within_s = min((_compared(store, clock) for _ in range(_LOOKS)), key=lambda look: look[1])
+    return _clock("this machine's clock", ahead_s, f", give or take {within_s:.3f} s", abs(ahead_s) - within_s)
+
+
+def _compared(store: Store, clock: Callable[[], float]) -> tuple[float, float]:
+    """Return by how much a clock is ahead of the server's, and how far that may be off: half of the round trip."""
+    before = clock()
+    seconds, micros = store.reached(lambda client: client.time())
+    after = clock()
+    return (before + after) / 2 - seconds - micros / 1e6, (after - before) / 2
+
+
+def _clocks_there(board: Board, hosts: Sequence[HostReport]) -> Iterator[Finding]:
+    """Yield the worst of the workers' clocks, as their latest reports show them."""
+    known = {host.worker for host in hosts}
+    told = [(abs(ahead_s), ahead_s, worker) for worker, ahead_s in board.clocks().items() if worker in known]
+    if told:
+        apart_s, ahead_s, worker = max(told)
+        late = ", or its report was on its way for so long" if ahead_s < 0 else ""
+        yield _clock(f"the worst of the workers' clocks, {worker}'s,", ahead_s, late, apart_s)
+
+
+def _clock(whose: str, ahead_s: float, precision: str, least_s: float) -> Finding:
+    found = f"{whose} is {abs(ahead_s):.3f} s {'ahead of' if ahead_s > 0 else 'behind'} Redis'{precision}"
+    state: State = "fault" if least_s > SKEW_FAULT_S else "warning" if least_s > SKEW_WARNING_S else "ok"
+    return Finding("clock", state, found, "" if state == "ok" else "Set both by NTP: timedatectl set-ntp true")
+
+
+# --- who is there ------------------------------------------------------------------------------------
+
+
+def _broker(client: Client) -> tuple[Finding, Mapping[str, QueueReport] | None]:
+    """Say whether the broker answers, and return what waits in it; None when nobody knows."""
+    try:
+        return Finding("broker", "ok", "the broker answers"), client.queues()
+    except StoreUnavailable as error:
+        found = f"the broker at {error.url} does not answer ({error.cause})"
+    except Exception as error:  # each transport has errors of its own, and their text may hold its password
+        found = f"the broker does not answer ({type(error).__name__})"
+    return Finding("broker", "fault", found, "Start it, or set RLM_BROKER_URL"), None
+
+
+def _has_own_broker(client: Client, app: Celery) -> bool:
+    """Whether the broker is another server than the ledger's Redis, as far as can be told."""
+    try:
+        ledger: dict[str, Any] = client.ledger.store.client.connection_pool.connection_kwargs
+        broker = app.connection_for_read()
+        here = (broker.transport.driver_type, broker.hostname or "localhost", broker.port or 6379)
+    except Exception:  # one of them cannot be read: they differ
+        return True
+    return here != ("redis", ledger.get("host", "localhost"), ledger.get("port", 6379))
+
+
+def _workers(hosts: Sequence[HostReport]) -> Iterator[Finding]:
+    if hosts:
+        slots = sum(host.slots for host in hosts)
+        yield Finding("workers", "ok", f"{len(hosts)} reporting, with {slots} slots")
+        return
+    advice = (
+        f"Type: {_COMMAND} worker; if one runs, it must have the same RLM_REDIS_URL and RLM_NAMESPACE: {_COMMAND} inspect ping"
+    )
+    yield Finding("workers", "fault", "no worker reports: nothing runs", advice)
+
+
+def _releases(hosts: Sequence[HostReport]) -> Iterator[Finding]:
+    """Yield which workers are not of this release."""
+    older = [host.worker for host in hosts if 0 < host.schema < SCHEMA]
+    others = [f"{host.worker} ({host.version or 'an older release'})" for host in hosts if host.version != __version__]
+    if older:
+        found = f"jobs from here (schema {SCHEMA}) are not read by {', '.join(older)}"
+        yield Finding("releases", "fault", found, "Upgrade workers before clients: install this release there, and restart them")
+    elif others:
+        found = f"RLM Tasks {__version__} here, and others on {', '.join(others)}"
+        yield Finding("releases", "warning", found, "Install one release everywhere, and restart workers one after the other")
+    elif hosts:
+        yield Finding("releases", "ok", f"all workers run RLM Tasks {__version__}, and read jobs of schema {SCHEMA}")
+
+
+def _names(client: Client) -> list[str]:
+    from rlm_tasks.installation import queue_names
+
+    return queue_names(client.settings)
+
+
+def _queues(names: Iterable[str], hosts: Sequence[HostReport], depths: Mapping[str, QueueReport] | None) -> Iterator[Finding]:
+    """Yield which queues nobody consumes, a fault where messages wait in them."""
+    left = [name for name in names if not any(name in host.queues for host in hosts)]
+    waiting = {name: depths[name].depth for name in left if depths and name in depths and depths[name].depth}
+    advice = f"Type: {_COMMAND} worker -Q {','.join(left)}"
+    if waiting:
+        told = ", ".join(f"{depth} in {name}" for name, depth in waiting.items())
+        yield Finding("queues", "fault", f"messages wait that nobody consumes: {told}", advice)
+    elif left and hosts:
+        yield Finding("queues", "warning", f"no worker consumes {', '.join(left)}", advice)
+    elif hosts:
+        yield Finding("queues", "ok", "each has a worker")
+
+
+def _monitor(board: Board, hosts: Sequence[HostReport], client: Client) -> Iterator[Finding]:
+    """Yield whether beat has the cluster looked at, and whether a drill holds."""
+    orders, stale_s = board.orders(), client.settings.pressure.stale_s
+    if orders.cluster is not None:
+        yield Finding("beat", "ok", f"it has had the cluster looked at within {stale_s:g} s")
+    elif hosts:
+        found = f"nobody has had the cluster looked at for {stale_s:g} s: no alerts, and jobs that were put off stay so"
+        yield Finding("beat", "warning", found, f"Type: {_COMMAND} beat")
+    else:
+        yield Finding("beat", "warning", "not known: it shows in what workers do", f"Start a worker, then: {_COMMAND} beat")
+    if orders.forced is not None:
+        found = f"a drill holds level {orders.forced.label} for {orders.forced_for_s:.0f} s more"
+        yield Finding(
+            "pressure", "warning", found, f"To end it: {_COMMAND} control release_pressure; to look: {_COMMAND} rlm pressure"
+        )
+
+
+def _quarantine(client: Client) -> Finding:
+    items = client.quarantine()
+    if not items:
+        return Finding("quarantine", "ok", "it is empty")
+    found = f"items that are not run again: {len(items)}, in jobs: {len({item.job_id for item in items})}"
+    return Finding("quarantine", "warning", found, f"Type: {_COMMAND} rlm quarantine list")
+
+
+def _breakers(store: Store) -> Finding:
+    """Ask through the ledger's connection: that of guards gives up after a tenth of a second."""
+    from resilience.breaker import CircuitBreakers
+
+    states = {name: str(about["state"]) for name, about in CircuitBreakers(store).status().items()}
+    shut = [f"{name} ({state})" for name, state in sorted(states.items()) if state != "closed"]
+    if not shut:
+        return Finding("breakers", "ok", f"{len(states)} are known, all closed")
+    return Finding("breakers", "warning", f"calls are held back: {', '.join(shut)}", f"Type: {_COMMAND} rlm breakers")
