@@ -93,6 +93,7 @@ class Dispatcher:
 
     def send_children(self, spec: Spec, children: Sequence[Child], splits: Sequence[Split], *, merges: bool) -> None:
         """Send what a cut has registered; without a merge, a split is a group and needs no chord."""
+        merges = merges and self._counts_chords()
         if merges and splits:
             self._set_sizes(spec.job, splits)
         bodies = {split.id: split for split in splits} if merges else {}
@@ -105,6 +106,7 @@ class Dispatcher:
         records = self._ledger.records(job, nodes)
         if spec is None:
             return
+        merges = merges and self._counts_chords()
         wanted = {record.slot.split for record in records if record.slot.split} if merges else set()
         bodies = {id: self._ledger.split(job, id) for id in wanted}
         self._publish((spec, r.id, r.message, r.slot, bodies.get(r.slot.split)) for r in records)
@@ -115,6 +117,12 @@ class Dispatcher:
             self._app.control.broadcast("rlm_yield", arguments={"queue": queue})
         except (KombuError, RedisError, OSError) as error:
             logger.info("Workers were not told to make room, they will see it by themselves: %s", error)
+
+    def _counts_chords(self) -> bool:
+        """Whether the app's result backend counts parts; if not, the root merge does all of the work."""
+        from celery.backends.redis import RedisBackend  # clients need none
+
+        return isinstance(self._app.backend, RedisBackend)
 
     def _set_sizes(self, job: str, splits: Iterable[Split]) -> None:
         backend = self._app.backend

@@ -29,16 +29,24 @@ logger = logging.getLogger(__name__)
 PUT_BACK_S = 0.25
 MONITOR_TASK = "rlm.monitor"
 
-_OPTIONS: dict[str, Any] = {
-    "bind": True,
-    "ignore_result": True,
-    "acks_late": True,
-    "reject_on_worker_lost": True,
-    "retry_on_worker_lost": False,
-    "max_retries": 0,
-    "typing": False,
-    "Request": "rlm_tasks.worker:NodeRequest",
-}
+OURS = (NODE_TASK, MERGE_TASK)
+
+
+class Doorbell(Task):  # type: ignore[misc]  # Celery ships no types
+    """What nodes and merges are, whatever an app's owner has set for all of his tasks."""
+
+    ignore_result = True
+    acks_late = True
+    acks_on_failure = True
+    acks_on_timeout = True
+    reject_on_worker_lost = True
+    retry_on_worker_lost = False
+    max_retries = 0
+    rate_limit = 0  # none
+    serializer = "json"
+    priority = 0  # there is a queue for each priority: within it, first come, first served
+    typing = False
+    Request = "rlm_tasks.worker:NodeRequest"
 
 
 class Broadcast(Task):  # type: ignore[misc]  # Celery ships no types
@@ -53,9 +61,9 @@ class Broadcast(Task):  # type: ignore[misc]  # Celery ships no types
 
 
 def register(app: Celery, runtime: Callable[[], Runtime]) -> None:
-    """Add the tasks to an app; `runtime` gives the parts of the process that runs them."""
+    """Add the tasks to an app, and to no other of its process; `runtime` gives the parts of the process that runs them."""
 
-    @app.task(name=NODE_TASK, **_OPTIONS)  # type: ignore[untyped-decorator]  # Celery ships no types
+    @app.task(name=NODE_TASK, base=Doorbell, bind=True, shared=False)  # type: ignore[untyped-decorator]  # Celery ships no types
     def node(self: Any, job: str, node: str) -> None:
         """Run one node of a job."""
         told = self.request.get("rlm") or {}
@@ -64,12 +72,12 @@ def register(app: Celery, runtime: Callable[[], Runtime]) -> None:
         elif not _guarded(runtime(), job, lambda: run_node(runtime(), job, node, told.get("message", 0))):
             _leave_slot(self.request)
 
-    @app.task(name=MONITOR_TASK, base=Broadcast, ignore_result=True)  # type: ignore[untyped-decorator]  # Celery ships no types
+    @app.task(name=MONITOR_TASK, base=Broadcast, ignore_result=True, shared=False)  # type: ignore[untyped-decorator]  # Celery ships no types
     def monitor() -> None:
         """Have the cluster's level worked out; beat sends it every few seconds."""
         monitor.apply_async()
 
-    @app.task(name=MERGE_TASK, **_OPTIONS)  # type: ignore[untyped-decorator]  # Celery ships no types
+    @app.task(name=MERGE_TASK, base=Doorbell, bind=True, shared=False)  # type: ignore[untyped-decorator]  # Celery ships no types
     def merge(self: Any, job: str, split: str) -> None:
         """Compact the partials of one split, as the body of its chord."""
         _guarded(runtime(), job, lambda: _merge(runtime(), self.request, job, split))

@@ -1,0 +1,1 @@
+"""A shop with a Celery app of its own, into which the platform is installed."""

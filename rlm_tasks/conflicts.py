@@ -1,0 +1,82 @@
+"""What of an app's own settings stands in the way of jobs, in sentences for its owner.
+
+Decides which settings make jobs slow or late, and says what to do.  Refuses to change them, and to stop anybody for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from celery import Celery
+
+from rlm_tasks import tasks
+
+QUEUE_ORDER = "rlm_tasks.queue_order:QueueOrder"
+_PROMISED = ("ignore_result", "acks_late", "reject_on_worker_lost", "retry_on_worker_lost", "rate_limit", "serializer")
+
+_UNWANTED: tuple[tuple[str, bool, str], ...] = (
+    ("task_always_eager", True, "jobs do not run where they are submitted; start a worker, or call the operation itself"),
+    (
+        "worker_deduplicate_successful_tasks",
+        True,
+        "parts of a job share a task id, so a part that is delivered again waits for the sweep; set False",
+    ),
+    (
+        "worker_enable_remote_control",
+        False,
+        "workers do not hear the monitor, a cancel or urgent work; set True",
+    ),
+)
+
+
+def conflicts(app: Celery) -> list[str]:
+    """Return a sentence for each setting of an app that makes its jobs slow or late: its name, its value, what to do.
+
+    The app must have been installed into.  Nothing is connected to; all of an owner's settings hold nevertheless.
+    """
+    found = [f"{name}={value!r}: {advice}" for name, unwanted, advice in _UNWANTED if (value := app.conf.get(name)) is unwanted]
+    return [*found, *_few_at_a_time(app), *_order(app), *_chords(app), *_limits(app), *_annotations(app)]
+
+
+def speaks_redis(url: Any) -> bool:
+    """Whether a ``broker_url`` (the first, if several) or a ``result_backend`` is a Redis."""
+    return str(url[0] if isinstance(url, list | tuple) and url else url).startswith(("redis", "valkey", "sentinel"))
+
+
+def _few_at_a_time(app: Celery) -> Iterator[str]:
+    value = app.conf.worker_prefetch_multiplier
+    if app.conf.value_set_for("worker_prefetch_multiplier") and value != 1:
+        yield (
+            f"worker_prefetch_multiplier={value!r}: nodes wait in a busy worker while another has free slots; set 1, "
+            "or start the workers of jobs with --prefetch-multiplier=1"
+        )
+
+
+def _order(app: Celery) -> Iterator[str]:
+    order = (app.conf.broker_transport_options or {}).get("queue_order_strategy", QUEUE_ORDER)
+    if speaks_redis(app.conf.broker_url) and order != QUEUE_ORDER:
+        yield f"broker_transport_options queue_order_strategy={order!r}: priorities of jobs have no weight; leave it out"
+
+
+def _chords(app: Celery) -> Iterator[str]:
+    if not speaks_redis(app.conf.result_backend):
+        yield "result_backend is no Redis: partial answers are merged when a job ends, not while it runs; set a redis:// URL"
+
+
+def _limits(app: Celery) -> Iterator[str]:
+    longest = 4 * app.rlm_settings.node.target_ms / 1000
+    for name in ("task_soft_time_limit", "task_time_limit"):
+        if (limit := app.conf.get(name)) and limit <= longest:
+            yield (
+                f"{name}={limit!r}: shorter than a node may run ({longest:g} s); raise it, set it for your own tasks, "
+                "or lower RLM_NODE__TARGET_MS"
+            )
+
+
+def _annotations(app: Celery) -> Iterator[str]:
+    for name in tasks.OURS:
+        task = app.tasks[name]
+        for option in _PROMISED:
+            if (value := getattr(task, option)) != getattr(tasks.Doorbell, option):
+                yield f"task_annotations {option}={value!r} for {name}: its recovery needs the platform's own; name your tasks, not '*'"

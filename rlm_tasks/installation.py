@@ -1,0 +1,213 @@
+"""Put the platform into a Celery app: its owner's, or our own.
+
+Decides what is added to an app, and when, so that it stays whatever is configured before or after.  Refuses to overrule:
+what the app's owner has set holds, also where it stands in the way of jobs (see `conflicts`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+from celery import Celery, signals
+from celery.app.amqp import AMQP, Queues
+from kombu.utils.imports import symbol_by_name
+
+from rlm_tasks import control as control  # its commands register themselves
+from rlm_tasks import logs, operations, tasks, tracing
+from rlm_tasks.conflicts import QUEUE_ORDER, conflicts, speaks_redis
+from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.requests import Priority
+from rlm_tasks.runtime import Runtime
+from rlm_tasks.settings import Settings
+from rlm_tasks.settings import settings as environment
+from rlm_tasks.upstream import leave_promptly, survive_restarts_of_redis
+from rlm_tasks.worker import GuardStep, HealthStep, drain_when_told_to_stop
+
+logger = logging.getLogger(__name__)
+
+AUTOSCALER = "rlm_tasks.autoscaler:PressureAutoscaler"
+EX_USAGE = 2
+
+
+class WorkerOption(click.Option):
+    """An option of ours; Celery's own class would import its whole command line into clients."""
+
+    help_group = "RLM Options"
+
+
+_METRICS_PORT = WorkerOption(
+    ("--metrics-port",),
+    type=click.IntRange(0, 65_535),
+    default=8000,
+    show_default=True,
+    help="Port of /metrics, /livez, /readyz and /health; 0: none. Also CELERY_WORKER_METRICS_PORT.",
+)
+
+
+def install(app: Celery, settings: Settings | None = None) -> Celery:
+    """Add the platform to a Celery app, and return it: its tasks, queues, schedule and worker steps.
+
+    Before or after the app is configured.  Whatever its owner has set stays, `conflicts` names what stands in the way; a
+    second call changes nothing.  Settings are those of the environment unless given.  Raises InvalidRequest when a variable
+    cannot be used, and when the app has been installed into with other settings.
+    """
+    if installed := getattr(app, "rlm_settings", None):
+        if settings not in (None, installed):
+            differing = [name for name in Settings.model_fields if getattr(settings, name) != getattr(installed, name)]
+            raise InvalidRequest("settings", differing, "the app was installed into with other values of these; install it once")
+        return app
+    wanted = settings or _settings_of_process()
+
+    @functools.cache
+    def runtime() -> Runtime:
+        return Runtime.of(app, wanted, patience_s=wanted.ledger.lease_s)
+
+    app.rlm_runtime = runtime
+    app.rlm_settings = wanted
+    tasks.register(app, runtime)
+    app.steps["worker"] |= {GuardStep, HealthStep}
+    app.user_options["worker"].add(_METRICS_PORT)
+    _add_queues(app)
+    _complete_when_configured(app)
+    signals.worker_init.connect(_prepare, weak=False)  # once, however many apps there are
+    signals.worker_ready.connect(_say_ready, weak=False)
+    tracing.install(app, wanted)
+    logs.install(app, wanted)
+    _add_tabs(app)
+    return app
+
+
+def _add_tabs(app: Celery) -> None:
+    """Have Flower show the platform, if it is what this process is about to run."""
+    context = click.get_current_context(silent=True)
+    if context is not None and context.find_root().invoked_subcommand == "flower":
+        from rlm_tasks import flower
+
+        flower.install(app)
+
+
+def queue_name(namespace: str, priority: str) -> str:
+    """Return the queue of a priority."""
+    return f"{namespace}.{priority}"
+
+
+def queue_names(settings: Settings) -> list[str]:
+    """Return all queues of jobs, the most urgent first."""
+    return [queue_name(settings.namespace, each) for each in Priority]
+
+
+def _settings_of_process() -> Settings:
+    """Read the environment; a mistake in it ends a celery command with a sentence, for Celery would print a traceback."""
+    try:
+        return environment()
+    except InvalidRequest as error:
+        context = click.get_current_context(silent=True)
+        if context is None or context.find_root().command.name != "celery":
+            raise
+        click.echo(f"Error: {error}", err=True)
+        raise SystemExit(EX_USAGE) from None
+
+
+# --- what is added -----------------------------------------------------------------------------------
+
+
+class PlatformAMQP(AMQP):  # type: ignore[misc]  # Celery ships no types
+    """An app's own queues and routes, and ours beside them.
+
+    Not in ``task_queues``: a worker of an app that sets them would no longer consume its default queue.
+    """
+
+    def Queues(self, *args: Any, **options: Any) -> Queues:  # noqa: N802  # Celery's name
+        """Declare the queues of jobs as Celery declares those that are missing, and consume them without ``-Q``."""
+        queues = super().Queues(*args, **options)
+        for name in queue_names(self.app.rlm_settings):
+            if name not in queues:
+                queues.select_add(queues.new_missing(name))
+        return queues
+
+    def flush_routes(self) -> None:
+        """Ask ours first: a message of a job says itself where it goes, whatever a route for all tasks says."""
+        super().flush_routes()
+        self._rtable: list[Any] = [_route, *self._rtable]
+
+
+def _route(name: str, *_: Any, **__: Any) -> dict[str, Any] | None:
+    # A client may send before its app is finalized: what the class of the tasks says is not known then.
+    return {"serializer": tasks.Doorbell.serializer, "priority": tasks.Doorbell.priority} if name in tasks.OURS else None
+
+
+def _add_queues(app: Celery) -> None:
+    theirs = symbol_by_name(app.amqp_cls)  # type: ignore[no-untyped-call]  # kombu is partly typed
+    app.amqp_cls = PlatformAMQP if theirs is AMQP else type(theirs.__name__, (PlatformAMQP, theirs), {})
+    vars(app).pop("amqp", None)  # made anew when it is next used
+
+
+def _complete_when_configured(app: Celery) -> None:
+    """Complete the configuration each time it is loaded, and once more at the start of a worker or a beat.
+
+    In between, ``app.conf.beat_schedule = ...`` may have replaced what was added.
+    """
+
+    def complete(**_: Any) -> None:
+        _complete(app)
+
+    app.on_after_configure.connect(complete, weak=False)
+    signals.import_modules.connect(complete, sender=app, weak=False)
+    if app.configured:
+        _complete(app)
+
+
+def _complete(app: Celery) -> None:
+    """Add what the app's owner leaves open."""
+    conf = app.conf
+    if tasks.MONITOR_TASK not in (conf.beat_schedule or {}):
+        conf.beat_schedule = {**(conf.beat_schedule or {}), **monitoring(app.rlm_settings)}
+    options = conf.broker_transport_options or {}
+    if speaks_redis(conf.broker_url) and "queue_order_strategy" not in options:
+        conf.broker_transport_options = {**options, "queue_order_strategy": QUEUE_ORDER}
+    if not conf.value_set_for("worker_autoscaler"):
+        conf.worker_autoscaler = AUTOSCALER
+
+
+def monitoring(settings: Settings) -> dict[str, Any]:
+    """Return the entry of beat's schedule by which the cluster's level is worked out."""
+    return {tasks.MONITOR_TASK: {"task": tasks.MONITOR_TASK, "schedule": settings.pressure.monitor_s}}
+
+
+# --- what a worker does ------------------------------------------------------------------------------
+
+
+def _prepare(sender: Any, **_: Any) -> None:
+    """Make a worker ready before its pool forks: the page is shared, and operations are imported once."""
+    app = sender.app
+    if not hasattr(app, "rlm_settings"):
+        return
+    try:
+        operations.import_operations(app.rlm_settings.operations)
+    except InvalidRequest as error:
+        raise SystemExit(f"Error: {error}") from None
+    runtime = app.rlm_runtime()
+    runtime.worker = sender.hostname
+    if _serves_jobs(app) and not app.conf.value_set_for("worker_prefetch_multiplier"):
+        sender.prefetch_multiplier = 1
+    leave_promptly(lambda: runtime.page.draining)
+    survive_restarts_of_redis()
+    drain_when_told_to_stop(app)
+
+
+def _say_ready(sender: Any, **_: Any) -> None:
+    app = sender.app
+    if not hasattr(app, "rlm_settings"):
+        return
+    for conflict in conflicts(app) if _serves_jobs(app) else ():
+        logger.warning("%s", conflict)
+    if app.rlm_settings.ready_file:
+        Path(app.rlm_settings.ready_file).touch()
+
+
+def _serves_jobs(app: Celery) -> bool:
+    return not {*queue_names(app.rlm_settings)}.isdisjoint(app.amqp.queues.consume_from)

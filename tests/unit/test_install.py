@@ -1,0 +1,346 @@
+"""What `install` adds to somebody's Celery app, in whatever order it is configured, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, Task
+from celery.app.amqp import AMQP
+from kombu import Exchange, Queue
+
+from rlm_tasks import InvalidRequest, install
+from rlm_tasks.celery import app as own_app
+from rlm_tasks.conflicts import conflicts
+from rlm_tasks.settings import NodeSettings, Settings
+
+SETTINGS = Settings(namespace="jobs")
+OURS = ["jobs.critical", "jobs.high", "jobs.normal", "jobs.low"]
+THEIRS = {
+    "broker_url": "redis://nowhere/3",
+    "result_backend": "redis://nowhere/4",
+    "broker_transport_options": {"global_keyprefix": "shop:", "visibility_timeout": 60},
+    "beat_schedule": {"stock": {"task": "stock", "schedule": 60.0}},
+    "task_routes": {"*": {"queue": "else", "exchange": "else", "routing_key": "else", "serializer": "pickle", "priority": 9}},
+    "task_default_queue": "orders",
+    "task_default_priority": 5,
+    "worker_concurrency": 3,
+}
+MONITOR = {"task": "rlm.monitor", "schedule": 5.0}
+
+
+def made(**config: Any) -> Celery:
+    """Return an app of somebody's, configured and installed into."""
+    app = Celery("shop", set_as_current=False)
+    app.config_from_object({**THEIRS, **config})
+    return install(app, SETTINGS)
+
+
+def stock() -> None:
+    """A task of theirs."""
+
+
+def start_worker_or_beat(app: Celery) -> None:
+    """Do what a worker and a beat do first."""
+    app.loader.import_default_modules()
+
+
+# --- orders ------------------------------------------------------------------------------------------
+
+
+def after(app: Celery) -> None:
+    app.config_from_object(THEIRS)
+    install(app, SETTINGS)
+
+
+def before(app: Celery) -> None:
+    install(app, SETTINGS)
+    app.config_from_object(THEIRS)
+
+
+def forced(app: Celery) -> None:
+    app.config_from_object(THEIRS, force=True)
+    install(app, SETTINGS)
+
+
+def twice(app: Celery) -> None:
+    app.config_from_object({"task_default_queue": "first", "beat_schedule": {"gone": {"task": "gone", "schedule": 1.0}}})
+    install(app, SETTINGS)
+    assert "gone" in app.conf.beat_schedule
+    assert "first" in app.amqp.queues
+    vars(app).pop("amqp")  # Celery itself keeps the queues that it has read
+    app.config_from_object(THEIRS)
+
+
+def by_attribute(app: Celery) -> None:
+    for name, value in THEIRS.items():
+        setattr(app.conf, name, value)
+    install(app, SETTINGS)
+
+
+def by_attribute_after(app: Celery) -> None:
+    install(app, SETTINGS)
+    for name, value in THEIRS.items():
+        setattr(app.conf, name, value)
+
+
+def by_attribute_after_it_was_read(app: Celery) -> None:
+    install(app, SETTINGS)
+    assert app.conf.timezone is None
+    for name, value in THEIRS.items():
+        setattr(app.conf, name, value)
+    start_worker_or_beat(app)
+
+
+def by_update(app: Celery) -> None:
+    app.conf.update(THEIRS)
+    install(app, SETTINGS)
+    app.conf.update(task_default_queue="orders")
+
+
+def by_update_after_it_was_read(app: Celery) -> None:
+    assert app.conf.timezone is None
+    install(app, SETTINGS)
+    app.conf.update(THEIRS)
+    start_worker_or_beat(app)
+
+
+def with_a_second_call(app: Celery) -> None:
+    install(app, SETTINGS)
+    app.config_from_object(THEIRS)
+    assert install(app) is app
+    assert install(app, Settings(namespace="jobs")) is app
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        after,
+        before,
+        forced,
+        twice,
+        by_attribute,
+        by_attribute_after,
+        by_attribute_after_it_was_read,
+        by_update,
+        by_update_after_it_was_read,
+        with_a_second_call,
+    ],
+    ids=lambda order: order.__name__,
+)
+def test_the_app_is_the_same_whatever_is_configured_first(order: Callable[[Celery], None]) -> None:
+    app = Celery("shop", set_as_current=False)
+    order(app)
+
+    assert app.conf.beat_schedule == {**THEIRS["beat_schedule"], "rlm.monitor": MONITOR}
+    assert app.conf.broker_transport_options == {
+        **THEIRS["broker_transport_options"],
+        "queue_order_strategy": "rlm_tasks.queue_order:QueueOrder",
+    }
+    assert app.conf.worker_autoscaler == "rlm_tasks.autoscaler:PressureAutoscaler"
+    assert list(app.amqp.queues.consume_from) == ["orders", *OURS]
+    assert {name: app.conf[name] for name in THEIRS if name not in ("beat_schedule", "broker_transport_options")} == {
+        name: value for name, value in THEIRS.items() if name not in ("beat_schedule", "broker_transport_options")
+    }
+    assert {"rlm.node", "rlm.merge", "rlm.monitor"} <= {*app.tasks}
+    assert THEIRS["beat_schedule"] == {"stock": {"task": "stock", "schedule": 60.0}}, "what is theirs is copied, not changed"
+
+
+def test_installing_reads_no_configuration() -> None:
+    app = install(Celery("shop", set_as_current=False), SETTINGS)
+
+    assert not app.configured
+    assert not app.finalized
+
+
+def test_old_names_and_prefixed_names_are_theirs_too() -> None:
+    app = Celery("django", set_as_current=False)
+    app.config_from_object({"CELERY_BEAT_SCHEDULE": THEIRS["beat_schedule"]}, namespace="CELERY")
+    install(app, SETTINGS)
+
+    assert {*app.conf.beat_schedule} == {"stock", "rlm.monitor"}
+
+
+def test_periodic_tasks_of_their_own_stay() -> None:
+    app = Celery("shop", set_as_current=False)
+    task = app.task(name="stock", shared=False)(stock)
+    app.add_periodic_task(10.0, task.s(), name="before")
+    install(app, SETTINGS)
+    assert {*app.conf.beat_schedule} == {"before", "rlm.monitor"}
+    app.add_periodic_task(10.0, task.s(), name="after")
+    start_worker_or_beat(app)
+
+    assert {*app.conf.beat_schedule} == {"before", "after", "rlm.monitor"}
+
+
+# --- a second call -----------------------------------------------------------------------------------
+
+
+def test_a_second_call_changes_nothing() -> None:
+    app = made()
+    connected = _everything_about(app)
+    install(app)
+    install(app, SETTINGS)
+
+    assert _everything_about(app) == connected
+
+
+def _everything_about(app: Celery) -> Any:
+    from celery import signals
+
+    receivers = {name: len(getattr(signals, name).receivers) for name in ("worker_init", "worker_ready", "import_modules")}
+    return receivers, app.steps["worker"].copy(), app.conf.table(), {*app.tasks}, app.amqp_cls, app.rlm_runtime
+
+
+def test_a_second_call_with_other_settings_names_them() -> None:
+    app = made()
+
+    with pytest.raises(InvalidRequest, match=r"settings=\['redis_url', .*, 'result_ttl_s'\]: the app was") as error:
+        install(app, Settings(namespace="jobs", redis_url="redis://:s3cret@elsewhere/0", result_ttl_s=5))
+    assert "s3cret" not in str(error.value)
+
+
+# --- queues, routes and tasks ------------------------------------------------------------------------
+
+
+def test_queues_of_theirs_stay_and_a_selection_is_a_selection() -> None:
+    app = made(task_queues=[Queue("mail"), Queue("jobs.high", Exchange("mine"), routing_key="mine")])
+    assert list(app.amqp.queues.consume_from) == ["mail", "jobs.high", "jobs.critical", "jobs.normal", "jobs.low"]
+    assert app.amqp.queues["jobs.high"].exchange.name == "mine"
+    app.amqp.queues.select("mail")
+    assert [*app.amqp.queues.consume_from] == ["mail"]
+
+
+def test_jobs_can_be_sent_where_queues_are_not_made_when_missing() -> None:
+    app = made(task_create_missing_queues=False, task_default_exchange_type="topic", task_routes=None)
+
+    routed = app.amqp.router.route({"queue": "jobs.low"}, "rlm.node")["queue"]
+    assert (routed.name, routed.routing_key, routed.exchange.name) == ("jobs.low", "jobs.low", "jobs.low")
+
+
+def test_an_amqp_class_of_theirs_is_kept() -> None:
+    class Theirs(AMQP):
+        argsrepr_maxsize = 7
+
+    app = install(Celery("shop", set_as_current=False, amqp=Theirs), SETTINGS)
+
+    assert isinstance(app.amqp, Theirs)
+    assert app.amqp.argsrepr_maxsize == 7
+    assert "jobs.low" in app.amqp.queues
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Celery]:
+    """An app of somebody's on a broker in this process."""
+    app = made(broker_url="memory://", broker_transport_options={}, task_serializer="yaml", accept_content=["json", "yaml"])
+    yield app
+    app.close()
+
+
+@pytest.mark.parametrize("finalized", [False, True])
+def test_a_route_for_all_tasks_does_not_lead_nodes_astray(in_memory: Celery, finalized: bool) -> None:
+    if finalized:
+        in_memory.finalize()
+    in_memory.send_task("rlm.node", ["job", "root"], queue="jobs.low", ignore_result=True)
+
+    with in_memory.connection_for_read() as connection, connection.SimpleQueue(in_memory.amqp.queues["jobs.low"]) as queue:
+        message = queue.get(timeout=5)
+    assert (message.content_type, message.properties["priority"]) == ("application/json", 0)
+    assert json.loads(message.body)[0] == ["job", "root"]
+    assert in_memory.amqp.router.route({}, "stock")["queue"].name == "else", "theirs go where they went"
+
+
+def test_nodes_are_what_they_must_be_whatever_all_tasks_are() -> None:
+    app = Celery("shop", set_as_current=False, task_cls="tests.unit.test_install:Impatient")
+    app.conf.update(
+        task_acks_late=False, task_reject_on_worker_lost=False, task_acks_on_failure_or_timeout=False, task_ignore_result=False,
+        task_retry_on_worker_lost=True, task_default_rate_limit="1/m", task_default_priority=5, task_serializer="pickle",
+    )  # fmt: skip
+    install(app, SETTINGS)
+
+    for name in ("rlm.node", "rlm.merge"):
+        task = app.tasks[name]
+        assert (task.acks_late, task.reject_on_worker_lost, task.ignore_result) == (True, True, True)
+        assert (task.acks_on_failure, task.acks_on_timeout, task.retry_on_worker_lost) == (True, True, False)
+        assert (task.rate_limit, task.priority, task.serializer) == (0, 0, "json")
+        assert not hasattr(task, "autoretry_for")
+    assert conflicts(app) == ["result_backend is no Redis: " + NO_CHORDS]
+    theirs = app.task(name="stock", shared=False)(stock)
+    assert (theirs.acks_late, theirs.rate_limit, theirs.serializer) == (False, "1/m", "pickle")
+
+
+class Impatient(Task):
+    """A base class of theirs."""
+
+    autoretry_for = (Exception,)
+
+
+# --- what stands in the way --------------------------------------------------------------------------
+
+NO_CHORDS = "partial answers are merged when a job ends, not while it runs; set a redis:// URL"
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"worker_prefetch_multiplier": 4}, "worker_prefetch_multiplier=4: nodes wait"),
+        ({"task_always_eager": True}, "task_always_eager=True: jobs do not run"),
+        ({"worker_deduplicate_successful_tasks": True}, "worker_deduplicate_successful_tasks=True: "),
+        ({"worker_enable_remote_control": False}, "worker_enable_remote_control=False: "),
+        ({"result_backend": "rpc://"}, "result_backend is no Redis: "),
+        ({"task_time_limit": 3}, "task_time_limit=3: shorter than a node may run (4 s)"),
+        ({"task_soft_time_limit": 4}, "task_soft_time_limit=4: shorter than"),
+        ({"broker_transport_options": {"queue_order_strategy": "sorted"}}, "queue_order_strategy='sorted': priorities"),
+        ({"task_annotations": {"rlm.node": {"acks_late": False}}}, "task_annotations acks_late=False for rlm.node: "),
+    ],
+)
+def test_a_setting_that_stands_in_the_way_stays_and_is_named(config: dict[str, Any], said: str) -> None:
+    app = made(**config)
+
+    (sentence,) = conflicts(app)
+    assert said in sentence
+    assert {name: app.conf[name] for name in config} == config, "it is theirs"
+
+
+def test_settings_that_do_no_harm_are_not_mentioned() -> None:
+    assert conflicts(made(worker_prefetch_multiplier=1, task_time_limit=60, task_annotations={"stock": {"rate_limit": 1}})) == []
+    assert conflicts(own_app) == []
+    app = install(Celery("shop", set_as_current=False), Settings(node=NodeSettings(target_ms=10_000)))
+    app.conf.update(result_backend="redis://nowhere/0", task_time_limit=30)
+
+    assert "shorter than a node may run (40 s)" in conflicts(app)[0]
+
+
+def test_an_autoscaler_and_a_monitor_of_theirs_stay() -> None:
+    schedule = {"rlm.monitor": {"task": "rlm.monitor", "schedule": 60.0}}
+    app = made(worker_autoscaler="shop.scaling:Theirs", beat_schedule=schedule)
+
+    assert app.conf.worker_autoscaler == "shop.scaling:Theirs"
+    assert app.conf.beat_schedule == schedule
+
+
+def test_another_broker_is_not_told_of_the_order_of_redis() -> None:
+    assert made(broker_url="amqp://nowhere", broker_transport_options={}).conf.broker_transport_options == {}
+
+
+# --- the page ----------------------------------------------------------------------------------------
+
+
+def test_the_code_of_the_page_is_that_of_the_example() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    example = "".join(each.read_text(encoding="utf-8") for each in (docs / "examples/existing_app/shop").glob("*.py"))
+    blocks = (docs / "existing_apps.md").read_text(encoding="utf-8").split("```python\n")[1:]
+
+    assert len(blocks) >= 2
+    assert [block for block in (each.split("```")[0] for each in blocks) if block not in example] == []
+
+
+def test_two_apps_of_a_process_have_tasks_of_their_own() -> None:
+    one, other, without = made(), made(), Celery("without", set_as_current=False)
+
+    assert one.tasks["rlm.node"].app is one
+    assert other.tasks["rlm.node"].app is other
+    assert "rlm.node" not in without.tasks
