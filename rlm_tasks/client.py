@@ -34,7 +34,7 @@ from rlm_tasks.dispatch import Dispatcher, mint
 from rlm_tasks.errors import BrokerUnavailable, InvalidRequest, JobEnded, JobNotFound, Overloaded, QueueFull
 from rlm_tasks.intake import Intake
 from rlm_tasks.job import Job
-from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report
+from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report, Standing
 from rlm_tasks.requests import Conditions, JobRequest, Options, Priority
 from rlm_tasks.results import JobResult, QuarantinedItem, Status
 from rlm_tasks.runtime import making_room, wake
@@ -42,6 +42,7 @@ from rlm_tasks.settings import Settings
 from rlm_tasks.shares import policies, priority_for
 from rlm_tasks.sources import ItemReader, ItemWriter, Source
 from rlm_tasks.spec import Spec
+from rlm_tasks.tracing import current_traceparent
 from scheduler.admission import WaitingRoom
 from scheduler.preemption import Preemption
 from scheduler.slots import SlotBoard
@@ -115,13 +116,9 @@ class Client:
     @functools.cached_property
     def breakers(self) -> CircuitBreakers:
         """All breakers: `can_execute(name)`, `status()`, `reset(name)` or `reset()` for all."""
-        from resilience.breaker import CircuitBreakers
+        from rlm_tasks.guards import breakers_of
 
-        found = CircuitBreakers(self.store, wake=lambda waiters: wake(self.ledger, self._dispatcher, waiters))
-        for about in (operations.get(name).protection for name in operations.names()):
-            if about.breaker is not None:
-                found.get(about.service, about.breaker)  # it stands among the others before anything has gone wrong
-        return found
+        return breakers_of(self.store, lambda waiters: wake(self.ledger, self._dispatcher, waiters))
 
     def create_circuit_breaker(
         self, name: str | Mapping[str, Any] = "client", /, config: Any = None, **fields: Any
@@ -170,6 +167,11 @@ class Client:
         from scheduler.alerts import Alerts
 
         return Alerts(self._store, self.settings.alerts, self.events)
+
+    def at_work(self, limit: int = 200) -> list[Standing]:
+        """Return how the nodes of open jobs stand: queued, running, parked.  Raises StoreUnavailable."""
+        found: list[Standing] = self._reachable(lambda: self.ledger.at_work(limit))
+        return found
 
     def limits(self) -> list[LimitReport]:
         """Return how full the rate limits and bulkheads are that operations declare.  Raises StoreUnavailable."""
@@ -394,8 +396,13 @@ class Client:
             skip_if_empty=conditions.skip_if_empty, validate=conditions.validate_before_process,
             early_termination_threshold=conditions.early_termination_threshold, timeout_ms=options.timeout_ms,
             description=request.description, complexity=request.complexity, idempotency_key=options.idempotency_key,
-            preempts=options.preempts(priority), patient=self._is_patient(request),
+            preempts=options.preempts(priority), patient=self._is_patient(request), trace=self._trace(options),
         ), staged  # fmt: skip
+
+    def _trace(self, options: Options) -> str:
+        if options.trace_context is not None:
+            return options.trace_context.traceparent
+        return current_traceparent() if self.settings.tracing.enabled else ""
 
     def _id_for(self, idempotency_key: str) -> str:
         """Return the id of a new job; the same key gives the same id, so OPEN sees that it is open already."""

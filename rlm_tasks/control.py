@@ -72,10 +72,10 @@ def pressure(state: Any, **_: Any) -> dict[str, Any]:
 @_ours
 def breakers(state: Any, **_: Any) -> dict[str, Any]:
     """All circuit breakers, as this worker sees them."""
-    from resilience.breaker import CircuitBreakers
     from resilience.store import guard_store
+    from rlm_tasks.guards import breakers_of
 
-    return CircuitBreakers(guard_store(state.app.rlm_settings)).status()
+    return breakers_of(guard_store(state.app.rlm_settings)).status()
 
 
 @inspect_command()  # type: ignore[untyped-decorator]  # Celery ships no types
@@ -130,10 +130,10 @@ def release_pressure(state: Any, **_: Any) -> dict[str, str]:
 @_ours
 def reset_breaker(state: Any, name: str = "", **_: Any) -> dict[str, str]:
     """Close a circuit breaker: calls go through at once."""
-    from resilience.breaker import CircuitBreakers
     from resilience.store import guard_store
+    from rlm_tasks.guards import breakers_of
 
-    known = CircuitBreakers(guard_store(state.app.rlm_settings), wake=state.app.rlm_runtime().wake)
+    known = breakers_of(guard_store(state.app.rlm_settings), state.app.rlm_runtime().wake)
     if name not in (names := known.names()):
         return {"error": f"there is no breaker {name!r}; there are: {', '.join(names) or 'none'}"}
     known.reset(name)

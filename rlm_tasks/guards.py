@@ -19,7 +19,7 @@ from rlm_tasks import operations
 from rlm_tasks.protection import Protection
 
 if TYPE_CHECKING:
-    from resilience.breaker import CircuitBreaker
+    from resilience.breaker import CircuitBreaker, CircuitBreakers
     from resilience.breaker_storage import Admission
     from resilience.bucket import Grant, TokenBucket
     from resilience.bulkhead import Bulkhead, Permit
@@ -254,6 +254,17 @@ class Guarded:
                 return self.enter(item, context, waiter)
             except Denied as denied:
                 await pause(postponed(denied, tries))
+
+
+def breakers_of(store: Store, wake: Callable[[Sequence[str]], int | None] = lambda _: None) -> CircuitBreakers:
+    """Return all breakers, those that operations of this process declare also before anything has gone wrong."""
+    from resilience.breaker import CircuitBreakers
+
+    found = CircuitBreakers(store, wake=wake)
+    for about in (operations.get(name).protection for name in operations.names()):
+        if about.breaker is not None:
+            found.get(about.service, about.breaker)
+    return found
 
 
 class Guards:

@@ -208,14 +208,15 @@ class Standing:
 
     job: str
     queue: str
+    state: str  # of the job: pending, running, merging
     queued: int
     running: int
     parked: int
 
 
-def _standing(job: str, queue: bytes, queued: int, records: Sequence[bytes | None]) -> Standing:
+def _standing(job: str, queue: bytes, state: bytes, queued: int, records: Sequence[bytes | None]) -> Standing:
     states = Counter(NodeRecord.parse("", text).state for text in records if text)
-    return Standing(job, queue.decode(), queued, states["r"], states["p"])
+    return Standing(job, queue.decode(), state.decode(), queued, states["r"], states["p"])
 
 
 class Ledger:
@@ -519,7 +520,7 @@ class Ledger:
         keys = [self.keys.of(job) for job in jobs]
         pipe = client.pipeline(transaction=False)
         for each in keys:
-            pipe.hget(each.job, "queue")
+            pipe.hmget(each.job, "queue", "state")
             pipe.zcard(each.waiting)
             pipe.zrange(each.due, 0, NODES_LOOKED_AT - 1)
         first = pipe.execute()
@@ -527,7 +528,7 @@ class Ledger:
         for each, held in zip(keys, first[2::3], strict=True):
             pipe.hmget(each.nodes, held or ["none"])
         found = zip(jobs, first[::3], first[1::3], pipe.execute(), strict=True)
-        return [_standing(job, queue, queued, records) for job, queue, queued, records in found if queue]
+        return [_standing(job, facts[0], facts[1], queued, records) for job, facts, queued, records in found if facts[0]]
 
     def jobs(self, limit: int) -> list[tuple[str, int]]:
         """Return (job, ms opened), the newest first."""

@@ -7,14 +7,20 @@ Decides how they get into Flower (which has no interface for it) and what is saf
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from celery import Celery
 from flower import urls
 from flower.options import default_options
+from prometheus_client import REGISTRY
 from tornado.web import StaticFileHandler, TemplateModule, url
 
+from rlm_tasks.flower.gauges import Gauges
 from rlm_tasks.flower.pages import TABS
 from rlm_tasks.flower.views import ActionView, JobView, PageView
+
+if TYPE_CHECKING:
+    from rlm_tasks.client import Client
 
 HERE = Path(__file__).parent
 LOOPBACK = "127.0.0.1"
@@ -37,8 +43,8 @@ class TabbedBar(TemplateModule):
         return f'<li class="nav-item"><a class="nav-link {shown} href="{self.handler.reverse_url(name)}">{title}</a></li>'
 
 
-def install() -> None:
-    """Add the tabs to the Flower that is about to be made in this process; a second call changes nothing."""
+def install(app: Celery) -> None:
+    """Add tabs and metrics to the Flower that is about to be made in this process; a second call changes nothing."""
     if any(getattr(each, "name", None) == "rlm-job" for each in urls.handlers):
         return
     urls.handlers[0:0] = [
@@ -49,6 +55,13 @@ def install() -> None:
     ]
     urls.settings.setdefault("ui_modules", {})["Template"] = TabbedBar
     default_options.add_parse_callback(_stay_on_loopback)
+    REGISTRY.register(Gauges(lambda: _client(app)))
+
+
+def _client(app: Celery) -> Client:
+    from rlm_tasks.client import Client  # it needs the app, which is being made while this is installed
+
+    return Client(app)
 
 
 def _stay_on_loopback() -> None:

@@ -1,0 +1,128 @@
+"""The whole platform in Prometheus' terms, on Flower's ``/metrics``: one process tells of it, so that nothing counts twice.
+
+Decides what is told of the cluster; what a worker does it tells itself (`rlm_tasks.metrics`).  A thread looks every few seconds,
+so that a scrape never waits for Redis; without Redis only ``rlm_up`` is told.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from resilience.degradation import Level
+from rlm_tasks.errors import RlmError
+
+if TYPE_CHECKING:
+    from rlm_tasks.client import Client
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 5.0
+FIRST_LOOK_S = 1.0
+"""The first scrape waits so long at most for the first look."""
+_STATES = ("closed", "half-open", "open")
+
+
+class Gauges(Collector):
+    """What Prometheus is told when it asks."""
+
+    def __init__(self, client: Callable[[], Client]) -> None:
+        self._client, self._lock = client, threading.Lock()
+        self._looked = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._seen: list[GaugeMetricFamily] = []
+
+    def describe(self) -> Iterable[GaugeMetricFamily]:
+        """Name nothing: to be registered must not mean to be asked."""
+        return []
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Tell what was seen last."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._look_again_and_again, name="rlm-gauges", daemon=True)
+                self._thread.start()
+        self._looked.wait(FIRST_LOOK_S)
+        yield GaugeMetricFamily("rlm_up", "1 when the platform's Redis answers.", value=float(bool(self._seen)))
+        yield from self._seen
+
+    def _look_again_and_again(self) -> None:
+        client, pause = self._client(), threading.Event()
+        while True:
+            try:
+                self._seen = list(families(client))
+            except RlmError as error:
+                logger.info("Nothing can be told of the platform: %s", error)
+                self._seen = []
+            except Exception:
+                logger.exception("The platform's metrics are not told")
+                self._seen = []
+            self._looked.set()
+            pause.wait(LOOK_EVERY_S)
+
+
+def families(client: Client) -> Iterator[GaugeMetricFamily]:
+    """Yield every metric of the cluster.  Raises StoreUnavailable and BrokerUnavailable."""
+    yield from _of_pressure(client)
+    yield from _of_work(client)
+    yield _family("rlm_breaker_state", "0 closed, 1 half open, 2 open.", ("service",), [
+        ((name,), _STATES.index(at["state"])) for name, at in client.breakers.status().items()
+    ])  # fmt: skip
+    limits = client.limits()
+    yield _family("rlm_limit_fill", "Used of a rate limit or a bulkhead, 0 to 1.", ("service", "limit"), [
+        ((each.service, each.name), each.fill) for each in limits
+    ])  # fmt: skip
+    yield _family("rlm_limit_waiting_nodes", "Nodes in line for a bulkhead.", ("service", "limit"), [
+        ((each.service, each.name), each.waiting) for each in limits
+    ])  # fmt: skip
+
+
+def _of_pressure(client: Client) -> Iterator[GaugeMetricFamily]:
+    status = client.status()
+    slots, busy = sum(each.slots for each in status.hosts), sum(each.busy for each in status.hosts)
+    yield _one("rlm_cluster_pressure_level", "0 normal to 4 emergency.", Level[status.level.upper()])
+    yield _one("rlm_cluster_monitored", "1 while beat has the monitor look.", status.monitored)
+    yield _one("rlm_cluster_workers", "Workers that tell of themselves.", len(status.hosts))
+    yield _one("rlm_cluster_desired_workers", "Workers that would do; 0: not known.", status.desired_workers)
+    yield _family(
+        "rlm_cluster_slots", "Slots of all workers.", ("state",), [(("busy",), busy), (("free",), max(0, slots - busy))]
+    )
+    yield _family("rlm_operation_items", "Items an operation has run, since it ran last after a month's rest.", ("operation", "outcome"), [
+        ((each["executor_id"], outcome), each[f"{outcome}_executions"])
+        for each in status.operations for outcome in ("successful", "failed")
+    ])  # fmt: skip
+
+
+def _of_work(client: Client) -> Iterator[GaugeMetricFamily]:
+    queues, standing = client.queues(), client.at_work()
+    ages = [((name,), at.oldest_s) for name, at in queues.items() if at.oldest_s is not None]
+    yield _family("rlm_queue_messages", "Messages that wait.", ("queue",), [((name,), at.depth) for name, at in queues.items()])
+    yield _family("rlm_queue_oldest_seconds", "How long the oldest message has waited.", ("queue",), ages)
+    nodes = Counter[tuple[str, str]]()
+    for each in standing:
+        nodes.update(
+            {(each.queue, "queued"): each.queued, (each.queue, "running"): each.running, (each.queue, "parked"): each.parked}
+        )
+    yield _family("rlm_nodes_open", "Nodes of open jobs, the first 200 of them.", ("queue", "state"), nodes.items())
+    yield _family("rlm_jobs", "Open jobs, the first 200 of them.", ("state",), [
+        ((state,), count) for state, count in Counter(each.state for each in standing).items()
+    ])  # fmt: skip
+
+
+def _one(name: str, about: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, about, value=float(value))
+
+
+def _family(
+    name: str, about: str, labels: tuple[str, ...], samples: Iterable[tuple[tuple[str, ...], float]]
+) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, about, labels=labels)
+    for values, value in samples:
+        family.add_metric(values, float(value))
+    return family
