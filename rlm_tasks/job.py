@@ -42,6 +42,7 @@ from rlm_tasks.results import (
     SuccessfulItems,
     TreeNode,
 )
+from rlm_tasks.tracing import trace_id_of
 
 if TYPE_CHECKING:
     from rlm_tasks.client import Client
@@ -138,6 +139,11 @@ class Job:
     def explain(self) -> str:
         """Say in one sentence why the job is waiting, what it is doing, or how it ended."""
         return explain(self._facts(), self._ledger.all_records(self.id), self._now_ms())
+
+    @property
+    def trace_id(self) -> str:
+        """By which id its trace is found where workers trace, 32 hex digits.  Raises JobNotFound, StoreUnavailable."""
+        return trace_id_of(self._spec())
 
     # --- what came out ------------------------------------------------------------------------------
 

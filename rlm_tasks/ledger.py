@@ -141,6 +141,7 @@ class Claim:
     known_failed: frozenset[int] = frozenset()
     remaining_ms: int = -1
     waiting: tuple[str, ...] = ()  # nodes whose message may be missing
+    parent: str = ""  # the node that has handed it over, '' for the first one
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +316,7 @@ class Ledger:
         return Claim(
             "run", job, node, token, int(a[1]), r.lo, r.hi, r.depth, r.slot, a[3].decode(), r.tries, r.waited, specs.load(a[4]),
             r.losses, r.lost_by, r.one_by_one, tuple(Suspect(*each) for each in msgspec.json.decode(a[5])), frozenset(map(int, a[6])), int(a[7]),
+            parent=r.parent,
         )  # fmt: skip
 
     def pulse(self, claim: Claim, done: int, failed: int, skipped: int) -> Call:

@@ -6,12 +6,13 @@ Field names are snake_case; the camelCase names of the source documents are acce
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from enum import StrEnum
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from resilience.checked import Checked
 from rlm_tasks.errors import InvalidRequest
@@ -19,6 +20,9 @@ from rlm_tasks.splitting import Shape
 
 DEFAULT_MIN_CHUNK = 100
 """Smallest part of a planned binary or n-way tree (source document 0, minChunkSize)."""
+
+
+_TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
 
 
 class Priority(StrEnum):
@@ -70,6 +74,27 @@ Strategy = Binary | NWay | Adaptive
 STRATEGIES: dict[str, type[Strategy]] = {"binary": Binary, "n_way": NWay, "adaptive": Adaptive}
 
 
+class TraceContext(_Checked):
+    """The trace that a job is part of; ids are hex digits, zeros on the left may be missing."""
+
+    trace_id: str
+    parent_span_id: str = Field("", description="The span that the job hangs under; empty: none yet.")
+    sampled: bool = Field(True, description="Whether its spans are kept.")
+
+    @field_validator("trace_id", "parent_span_id")
+    @classmethod
+    def _is_hex(cls, value: str, info: ValidationInfo) -> str:
+        most = 32 if info.field_name == "trace_id" else 16
+        if not re.fullmatch(f"[0-9a-fA-F]{{0,{most}}}", value) or (most == 32 and not value.strip("0")):
+            raise InvalidRequest(str(info.field_name), value, f"must be 1 to {most} hex digits, as W3C Trace Context has them")
+        return value
+
+    @property
+    def traceparent(self) -> str:
+        """As W3C Trace Context writes it."""
+        return f"00-{self.trace_id.lower():0>32}-{self.parent_span_id.lower():0>16}-{int(self.sampled):02x}"
+
+
 class Options(_Checked):
     """How a job is run, whatever it computes."""
 
@@ -86,6 +111,9 @@ class Options(_Checked):
         None, description="What becomes of the job when it does not fit now; empty: as RLM_ADMISSION__OVERLOAD says."
     )
     idempotency_key: str = Field("", max_length=512, description="Submitting twice with one key gives one job.")
+    trace_context: TraceContext | None = Field(
+        None, description="The trace that the job is part of; also as a `traceparent`. Empty: that of the submitting thread."
+    )
 
     def preempts(self, priority: str) -> bool:
         """Whether less urgent nodes make room for a job of this priority, which its operation may have raised."""
@@ -103,6 +131,16 @@ class Options(_Checked):
                 raise InvalidRequest("timeout", timeout, "must be seconds or a timedelta")
             fields["timeout_ms"] = seconds * 1000
         return fields
+
+    @field_validator("trace_context", mode="before")
+    @classmethod
+    def _traceparent(cls, value: Any) -> Any:
+        """Accept the header ``traceparent`` as it comes."""
+        if not isinstance(value, str):
+            return value
+        if (found := _TRACEPARENT.fullmatch(value.strip())) is None:
+            raise InvalidRequest("trace_context", value, "must be a traceparent (00-<32 hex>-<16 hex>-<2 hex>), or its ids")
+        return TraceContext(trace_id=found[1], parent_span_id=found[2], sampled=bool(int(found[3], 16) & 1))
 
     @field_validator("priority", mode="before")
     @classmethod

@@ -61,6 +61,26 @@ class NodeSettings(BaseModel, frozen=True, extra="forbid"):
     )
 
 
+class MetricsSettings(BaseModel, frozen=True, extra="forbid"):
+    """Where a worker answers for itself; its port is an option of ``celery worker``, for each has its own."""
+
+    address: str = Field(
+        "127.0.0.1",
+        description="Address of a worker's `--metrics-port`; `0.0.0.0`: every interface, where nobody is asked for a password.",
+    )
+
+
+class TracingSettings(BaseModel, frozen=True, extra="forbid"):
+    """Which jobs become traces; where those go is said by OpenTelemetry's own variables."""
+
+    enabled: bool = Field(
+        False, description="Workers tell of jobs and nodes in OpenTelemetry spans (docs/tracing.md); needs the extra `otel`."
+    )
+    sample_rate: float = Field(
+        0.1, ge=0, le=1, description="Share of jobs that are traced; one that is submitted under a trace follows that."
+    )
+
+
 class Settings(StoreSettings):
     """The whole configuration of one process."""
 
@@ -87,6 +107,8 @@ class Settings(StoreSettings):
     batch: BatchSettings = BatchSettings()
     autoscale: AutoscaleSettings = AutoscaleSettings()
     alerts: AlertSettings = AlertSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    tracing: TracingSettings = TracingSettings()
 
     def model_post_init(self, _context: Any) -> None:
         """Let the broker and the result backend default to the ledger's Redis."""
@@ -97,6 +119,17 @@ class Settings(StoreSettings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+_OTLP = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
+
+
+def traces_exporters() -> list[str]:
+    """Return the exporters that OpenTelemetry's variables name; its packages read the others, this one is for their launcher."""
+    protocol = os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf"
+    otlp = _OTLP.get(os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or protocol, protocol)
+    names = (os.environ.get("OTEL_TRACES_EXPORTER") or "otlp").replace(" ", "").split(",")
+    return [otlp if name == "otlp" else name for name in names if name != "none"]
 
 
 @cache

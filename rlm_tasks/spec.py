@@ -41,6 +41,7 @@ class Spec(msgspec.Struct, frozen=True, omit_defaults=True):
     idempotency_key: str = ""
     patient: bool = False  # it waits while work of its priority is not taken in
     preempts: bool = False  # less urgent nodes make room for its nodes
+    trace: str = ""  # the trace it was submitted under, as W3C Trace Context writes it
 
     @property
     def empty(self) -> bool:

@@ -1,0 +1,386 @@
+"""Which spans a job becomes, under which ids, whatever dies; which jobs are sampled, and what is never in a span."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from random import Random
+from typing import Any
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from rlm_tasks import Binary, JobRequest, NWay, Options, operation
+from rlm_tasks import spec as specs
+from rlm_tasks.crashpoints import CrashPoint
+from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.ledger import Ledger
+from rlm_tasks.settings import traces_exporters
+from rlm_tasks.sources import RangeSource
+from rlm_tasks.spans import Export, HandOver, Spans, packed, unpacked
+from rlm_tasks.spec import Spec
+from rlm_tasks.tracing import TracedLedger, Tracing, origin, span_id, trace_id_of
+from tests.unit.harness import Platform
+
+_sent = InMemorySpanExporter()
+_spans = Spans([SimpleSpanProcessor(_sent)])  # one for the process, as in a worker: OpenTelemetry takes its provider once
+
+
+@pytest.fixture
+def sent() -> Iterator[InMemorySpanExporter]:
+    _sent.clear()
+    yield _sent
+    _spans.leave()
+
+
+class Died(BaseException):
+    """What ends a process, in a test that has only one."""
+
+
+def _concatenated(parts: Iterable[list[int]]) -> list[int]:
+    return [item for part in parts for item in part]
+
+
+@operation("unit_looking", merge=_concatenated)
+def unit_looking(item: int) -> list[int]:
+    """Work within a span of the user's."""
+    with trace.get_tracer("theirs").start_as_current_span("looking"):
+        if item < 0:
+            raise ValueError(f"the secret of item {item}")
+        return [item]
+
+
+def traced(seed: int = 0, sample_rate: float = 1.0) -> Platform:
+    platform = Platform(seed)
+    tracing = Tracing(_spans, sample_rate, lambda: "normal")
+    platform.runtime.ledger = platform.ledger = TracedLedger(platform.ledger, tracing)
+    return platform
+
+
+def request(items: Any, **fields: Any) -> JobRequest:
+    return JobRequest(operation="unit_looking", items=items, **fields)
+
+
+def ids(spans: Iterable[ReadableSpan]) -> dict[int, ReadableSpan]:
+    found = {each.context.span_id: each for each in spans if each.context}
+    assert len(found) == len(list(spans)), "an id was used twice"
+    return found
+
+
+# --- one trace ---------------------------------------------------------------------------------------
+
+
+def test_a_job_and_its_nodes_are_one_trace(sent: InMemorySpanExporter) -> None:
+    platform = traced()
+
+    spec = platform.submit(request(list(range(40)), strategy=Binary(min_chunk_size=5)))
+    platform.run(spec)
+
+    spans = ids(sent.get_finished_spans())
+    assert {each.context.trace_id for each in spans.values() if each.context} == {uuid.UUID(spec.job).int}
+    of_job = spans[span_id(spec.job)]
+    assert (of_job.name, of_job.parent, of_job.status.is_ok) == ("job unit_looking", None, True)
+    assert of_job.attributes is not None
+    assert {"rlm.state": "succeeded", "rlm.done": 40, "rlm.items": 40}.items() <= of_job.attributes.items()
+    assert [event.name for event in of_job.events] == ["started"]
+    for record in platform.ledger.all_records(spec.job):
+        node = spans[span_id(spec.job, record.id)]
+        assert node.parent is not None
+        assert node.parent.span_id == span_id(spec.job, *record.parent.split())
+        assert node.attributes is not None
+        told = {"job_id": spec.job, "node_id": record.id, "parent_id": record.parent, "depth": record.depth, "lo": record.lo}
+        assert {f"rlm.{name}": value for name, value in told.items()}.items() <= node.attributes.items()
+        assert node.start_time is not None
+        assert node.end_time is not None
+        assert node.start_time <= node.end_time
+    theirs = [each for each in spans.values() if each.name == "looking"]
+    assert len(theirs) == 40
+    assert all(each.parent and spans[each.parent.span_id].name == "node unit_looking" for each in theirs)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_parent_is_missing_whatever_dies(sent: InMemorySpanExporter, seed: int) -> None:
+    """Processes die at every point, messages come twice: whatever has finished hangs under what has been told."""
+    platform, random = traced(seed), Random(seed)
+    platform.runtime.reached = lambda _: die_of(random)
+
+    spec = platform.submit(request(list(range(30)), strategy=NWay(split_factor=3, min_chunk_size=2)))
+    while (facts := platform.ledger.facts(spec.job))["state"] != "succeeded":
+        run_until_death(platform, spec)
+        recover(platform, spec)
+
+    assert (facts["done"], platform.output(spec)) == ("30", list(range(30)))
+    spans = ids(sent.get_finished_spans())
+    finished = {span_id(spec.job, record.id) for record in platform.ledger.all_records(spec.job)}
+    assert finished | {span_id(spec.job)} <= set(spans)
+    assert [each.name for each in spans.values() if each.parent and each.parent.span_id not in spans] == []
+    attempts = [each.attributes["rlm.attempt"] for each in spans.values() if each.attributes and "rlm.attempt" in each.attributes]
+    assert len(attempts) >= len(finished)
+    if seed == 0:
+        assert max(attempts) > 1, "nothing has died"
+
+
+def die_of(random: Random) -> None:
+    if random.random() < 0.1:
+        raise Died
+
+
+def run_until_death(platform: Platform, spec: Spec) -> None:
+    try:
+        platform.run(spec)
+    except Died:
+        _spans.leave()
+
+
+def recover(platform: Platform, spec: Spec) -> None:
+    """Give back what dead processes have held, and send what waits, as the guard and the sweep do."""
+    nodes = platform.store.client.hgetall(platform.keys.of(spec.job).nodes)
+    for id, text in nodes.items():
+        record = json.loads(text)
+        if record["s"] == "r":
+            platform.ledger.release(spec.job, id.decode(), record["k"], -1, "")
+        if record["s"] in "rq":
+            platform.mailbox.resend(spec.job, [id.decode()], merges=True)
+
+
+def test_an_attempt_that_came_to_nothing_stands_beside_the_one_that_did(sent: InMemorySpanExporter) -> None:
+    platform = traced()
+    spec = platform.submit(request([1, 2, 3]))
+    first = platform.ledger.claim(spec.job, "root", "first", "w1")
+    platform.ledger.park(first, 0, "the bucket is empty")
+    platform.ledger.unpark(spec.job, "root")
+
+    platform.run(spec)
+
+    spans = ids(sent.get_finished_spans())
+    attempt, node = spans[span_id(spec.job, "root", 1)], spans[span_id(spec.job, "root")]
+    assert attempt.parent == node.parent
+    assert attempt.attributes is not None
+    assert node.attributes is not None
+    assert (attempt.attributes["rlm.attempt"], attempt.attributes["rlm.reason"]) == (1, "the bucket is empty")
+    assert node.attributes["rlm.attempt"] == 2
+
+
+def test_work_that_another_has_done_is_told_as_such(sent: InMemorySpanExporter) -> None:
+    platform = traced()
+    spec = platform.submit(request([1, 2, 3]))
+
+    def given_away(point: CrashPoint) -> None:
+        if point is CrashPoint.BEFORE_FINISH:
+            platform.runtime.reached = lambda _: None
+            [text] = platform.store.client.hvals(platform.keys.of(spec.job).nodes)
+            guard = Ledger(platform.store, platform.keys, platform.settings.ledger)
+            guard.release(spec.job, "root", json.loads(text)["k"], -1, "")
+            platform.mailbox.send_root([spec], "root")
+
+    platform.runtime.reached = given_away
+    platform.run(spec)
+
+    spans = sent.get_finished_spans()
+    assert Counter(each.name for each in spans)["node unit_looking"] == 2
+    assert {span_id(spec.job, "root"), span_id(spec.job, "root", 1)} <= set(ids(spans))
+
+
+# --- what went wrong, and what is never told ---------------------------------------------------------
+
+
+def test_a_failure_is_told_by_type_and_code_and_nothing_of_the_user_s_is(sent: InMemorySpanExporter) -> None:
+    platform = traced()
+
+    spec = platform.submit(request([7_654_321, -1_234_567], params={"key": "hush-hush"}))
+    platform.run(spec)
+
+    spans = ids(sent.get_finished_spans())
+    node, job = spans[span_id(spec.job, "root")], spans[span_id(spec.job)]
+    assert node.attributes is not None
+    assert job.attributes is not None
+    assert (node.attributes["error.type"], node.attributes["rlm.failed"], node.status.is_ok) == ("ValueError", 1, False)
+    assert (job.attributes["rlm.state"], job.attributes["rlm.code"], job.status.is_ok) == ("failed", "FAILED", False)
+    ours = [each.to_json() for each in spans.values() if each.name != "looking"]
+    assert not [each for each in ours if "hush" in each or "1234567" in each or "7654321" in each or "secret" in each]
+
+
+@pytest.mark.parametrize("ended_by", ["a cancellation", "a sweep"])
+def test_a_job_that_ends_while_it_waits_is_told_once(sent: InMemorySpanExporter, ended_by: str) -> None:
+    platform = traced()
+    spec = platform.submit(request([1, 2]))
+
+    if ended_by == "a sweep":
+        Ledger(platform.store, platform.keys, platform.settings.ledger).stop(spec.job, "cancelled")  # as a client does
+        platform.ledger.sweep(spec.job)
+    else:
+        platform.ledger.stop(spec.job, "cancelled")
+    platform.ledger.sweep(spec.job)
+    platform.ledger.claim(spec.job, "root", "late", "w")
+
+    [span] = sent.get_finished_spans()
+    assert span.attributes is not None
+    assert (span.name, span.attributes["rlm.state"], span.status.is_ok) == ("job unit_looking", "cancelled", True)
+
+
+# --- which jobs --------------------------------------------------------------------------------------
+
+
+def spec_of(job: str, trace_context: Any = None) -> Spec:
+    options = Options(trace_context=trace_context)
+    shape = request([1]).shape(1000)
+    told = options.trace_context.traceparent if options.trace_context else ""
+    return specs.load(
+        specs.dump(Spec(job=job, operation="sum", source=RangeSource(0, 1), n=1, shape=shape, queue="q", trace=told))
+    )
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
+def test_a_share_of_all_jobs_is_sampled_and_every_process_agrees(rate: float) -> None:
+    random = Random(1)
+    drawn = [uuid.UUID(int=random.getrandbits(128), version=4) for _ in range(2000)]
+    for names in (drawn, [uuid.uuid5(uuid.NAMESPACE_X500, str(each)) for each in drawn]):
+        jobs = [spec_of(str(each)) for each in names]
+
+        sampled = [origin(spec, rate).sampled for spec in jobs]
+
+        assert abs(sum(sampled) / 2000 - rate) < (0.04 if rate % 1 else 1e-9)
+        more = [origin(spec, min(1.0, rate + 0.2)).sampled for spec in jobs]
+        assert all(now for before, now in zip(sampled, more, strict=True) if before)
+
+
+def test_a_job_that_is_not_sampled_leaves_out_the_user_s_spans_too(sent: InMemorySpanExporter) -> None:
+    platform = traced(sample_rate=0.0)
+
+    platform.run(platform.submit(request([1, 2, 3])))
+
+    assert sent.get_finished_spans() == ()
+
+
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+@pytest.mark.parametrize(
+    ("told", "trace", "parent", "sampled"),
+    [
+        (PARENT, 0x4BF92F3577B34DA6A3CE929D0E0E4736, 0xF067AA0BA902B7, True),
+        (PARENT[:-2] + "00", 0x4BF92F3577B34DA6A3CE929D0E0E4736, 0xF067AA0BA902B7, False),
+        ({"traceId": "abc123", "parentSpanId": "5EA456"}, 0xABC123, 0x5EA456, True),
+        ({"trace_id": "abc123", "sampled": False}, 0xABC123, 0, False),
+    ],
+)
+def test_a_trace_context_is_continued_and_decides(told: Any, trace: int, parent: int, sampled: bool) -> None:
+    spec = spec_of(str(uuid.uuid4()), told)
+
+    assert origin(spec, 0.0) == origin(spec, 1.0) == (trace, parent, sampled)
+    assert trace_id_of(spec) == f"{trace:032x}"
+
+
+@pytest.mark.parametrize(
+    ("told", "field"),
+    [
+        ("00-xyz", "trace_context"),
+        ("00-" + "0" * 32 + "-00f067aa0ba902b7-01", "trace_id"),
+        ({"traceId": "0"}, "trace_id"),
+        ({"traceId": "abc", "parentSpanId": "span456"}, "parent_span_id"),
+        ({"traceId": "a" * 33}, "trace_id"),
+    ],
+)
+def test_a_wrong_trace_context_is_told(told: Any, field: str) -> None:
+    with pytest.raises(InvalidRequest, match=field):
+        Options(trace_context=told)
+
+
+def test_a_request_without_a_trace_does_not_grow() -> None:
+    assert b"trace" not in specs.dump(spec_of(str(uuid.uuid4())))
+
+
+# --- how it gets out ---------------------------------------------------------------------------------
+
+
+def test_a_span_travels_whole(sent: InMemorySpanExporter) -> None:
+    platform = traced()
+    platform.run(platform.submit(request([1, -2])))
+
+    for span in sent.get_finished_spans():
+        assert unpacked(packed(span), span.resource).to_json() == span.to_json()
+
+
+@pytest.mark.parametrize(
+    ("variables", "names"),
+    [
+        ({}, ["otlp_proto_http"]),
+        ({"OTEL_TRACES_EXPORTER": "console, otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, ["console", "otlp_proto_grpc"]),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}, ["otlp_proto_http"]),
+        ({"OTEL_TRACES_EXPORTER": "none"}, []),
+    ],
+)
+def test_exporters_are_those_of_the_standard_variables(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], names: list[str]
+) -> None:
+    for name in ("OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    assert traces_exporters() == names
+
+
+class Stuck(SpanExporter):
+    """Waits for a collector that does not answer."""
+
+    def __init__(self) -> None:
+        self.asked, self.answered = threading.Event(), threading.Event()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.asked.set()
+        self.answered.wait()
+        return SpanExportResult.FAILURE
+
+
+def test_a_collector_that_does_not_answer_holds_nobody_up(sent: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlm_tasks.spans.FLUSH_S", 0.1)
+    platform = traced()
+    platform.run(platform.submit(request([1])))
+    stuck = Stuck()
+    export = Export([stuck])
+    export.start()
+    for span in sent.get_finished_spans():
+        HandOver(export.way).on_end(span)
+
+    export.stop()
+
+    assert stuck.asked.wait(10)
+    assert export.is_alive(), "the worker has not waited for it"
+    stuck.answered.set()
+    export.join(20)
+
+
+def test_a_span_that_nobody_takes_is_lost_and_said_once(
+    sent: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("rlm_tasks.spans.HAND_OVER_S", 0.001)
+    platform = traced()
+    platform.run(platform.submit(request([1])))
+    export = Export([])  # as one whose main process is stopped
+    hand_over = HandOver(export.way)
+
+    for _ in range(1000):
+        hand_over.on_end(sent.get_finished_spans()[0])
+
+    assert caplog.text.count("A span is lost") == 1
+    export.start()
+    export.stop()
+
+
+def test_what_traces_is_not_imported_where_tracing_is_off() -> None:
+    """redis-py imports OpenTelemetry's metrics wherever they are installed; we import nothing."""
+    program = """if True:
+        import sys, rlm_tasks.node, rlm_tasks.client, rlm_tasks.worker
+        sys.exit("rlm_tasks.spans" in sys.modules or "opentelemetry.exporter" in sys.modules)
+    """
+
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
