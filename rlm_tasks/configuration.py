@@ -27,6 +27,8 @@ PREFIX, DELIMITER = "RLM_", "__"
 HIDDEN = "***"
 _TELLING = re.compile(r"SECRET|PASSWORD|TOKEN|KEY")
 """An unknown variable of such a name is not shown with its value."""
+_LINK = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT(_\d+_(TCP|UDP)(_\w+)?)?$")
+"""Variables by which Kubernetes and Docker tell where a service is: one named ``rlm-...`` begins them with RLM_."""
 _CHOICE = re.compile(r"'([^']*)'")
 
 
@@ -95,7 +97,7 @@ def _is_known(name: str) -> bool:
     names = _names()
     mappings = tuple(each + DELIMITER for each, field in names.items() if get_origin(field.annotation) is dict)
     sections = {variable(place[:-1]) for place, _ in fields() if len(place) > 1}
-    return name in names or name in sections or name.startswith(mappings)
+    return name in names or name in sections or name.startswith(mappings) or bool(_LINK.search(name))
 
 
 def _unknown(name: str, value: str) -> str:

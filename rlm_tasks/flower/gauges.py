@@ -90,6 +90,9 @@ def _of_pressure(client: Client) -> Iterator[GaugeMetricFamily]:
     yield _one("rlm_cluster_monitored", "1 while beat has the monitor look.", status.monitored)
     yield _one("rlm_cluster_workers", "Workers that tell of themselves.", len(status.hosts))
     yield _one("rlm_cluster_desired_workers", "Workers that would do; 0: not known.", status.desired_workers)
+    if status.monitored and (latest := client.pressure.history(1)) and latest[0].redis_pct is not None:
+        about = "Used of Redis' maxmemory, in percent; nothing where it sets no limit."
+        yield _one("rlm_redis_memory_pct", about, latest[0].redis_pct)
     yield _family(
         "rlm_cluster_slots", "Slots of all workers.", ("state",), [(("busy",), busy), (("free",), max(0, slots - busy))]
     )
@@ -100,9 +103,12 @@ def _of_pressure(client: Client) -> Iterator[GaugeMetricFamily]:
 
 
 def _of_work(client: Client) -> Iterator[GaugeMetricFamily]:
-    queues, standing = client.queues(), client.at_work()
+    queues, consumers, standing = client.queues(), client.pressure.consumers(), client.at_work()
     ages = [((name,), at.oldest_s) for name, at in queues.items() if at.oldest_s is not None]
     yield _family("rlm_queue_messages", "Messages that wait.", ("queue",), [((name,), at.depth) for name, at in queues.items()])
+    yield _family("rlm_queue_workers", "Workers that consume it.", ("queue",), [
+        ((name,), len(consumers.get(name, []))) for name in queues
+    ])  # fmt: skip
     yield _family("rlm_queue_oldest_seconds", "How long the oldest message has waited.", ("queue",), ages)
     nodes = Counter[tuple[str, str]]()
     for each in standing:

@@ -101,7 +101,15 @@ def test_no_secret_is_told_with_a_mistake(monkeypatch: pytest.MonkeyPatch, name:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("RLM_NODE__TIMEOUT_MULTIPLIERS__PARSE", "2"), ("RLM_NODE", '{"target_ms": 5}'), ("RELMS", "1")]
+    ("name", "value"),
+    [
+        ("RLM_NODE__TIMEOUT_MULTIPLIERS__PARSE", "2"),
+        ("RLM_NODE", '{"target_ms": 5}'),
+        ("RELMS", "1"),
+        ("RLM_WORKER_SERVICE_HOST", "10.0.0.1"),
+        ("RLM_WORKER_PORT_8000_TCP_ADDR", "10.0.0.1"),
+        ("RLM_WORKER_PORT", "tcp://10.0.0.1:8000"),
+    ],
 )
 def test_every_way_to_say_a_setting_is_known(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)

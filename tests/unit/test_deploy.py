@@ -1,0 +1,415 @@
+"""What is shipped for deployment fits the code: settings, commands, metrics, alerts; and it is safe as it stands.
+
+Nothing is started here, and no tool but Python is needed.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+from celery.bin.celery import celery
+from flower.command import flower
+from flower.options import default_options
+
+from rlm_tasks import metrics
+from rlm_tasks.celery import app
+from rlm_tasks.configuration import validate
+from rlm_tasks.metrics import DECLARED, Histogram, Standing, registry
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "docs" / "deploy"
+PAGE = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+SHIPPED = [ROOT / "compose.yaml", ROOT / "Dockerfile", *sorted(each for each in DEPLOY.rglob("*") if each.is_file())]
+SECRET = re.compile(r"PASSWORD|SECRET|AUTH|TOKEN|_URL$")
+REQUIRED = re.compile(r"\$\{\w+:\?[^}]+\}")
+
+
+def read(path: str) -> Any:
+    return yaml.safe_load((DEPLOY / path).read_text(encoding="utf-8"))
+
+
+MANIFESTS = [
+    document
+    for path in sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+    for document in yaml.safe_load_all(path.read_text(encoding="utf-8"))
+]
+PODS = {each["metadata"]["name"]: each["spec"]["template"]["spec"] for each in MANIFESTS if each["kind"] == "Deployment"}
+RULES = [rule for group in read("prometheus/alerts.yaml")["groups"] for rule in group["rules"]]
+DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/rlm.json").read_text(encoding="utf-8"))
+PANELS = [each for each in DASHBOARD["panels"] if each["type"] != "row"]
+SCALED = next(each for each in MANIFESTS if each["kind"] == "ScaledObject")
+
+
+def of_kind(kind: str) -> dict[str, dict[str, Any]]:
+    return {each["metadata"]["name"]: each for each in MANIFESTS if each["kind"] == kind}
+
+
+# --- settings ----------------------------------------------------------------------------------------
+
+
+def interpolated(text: str) -> str:
+    """Return a value as Compose makes it: a default, or something for what must be given."""
+    return re.sub(r"\$\{\w+:([-?])([^}]*)\}", lambda found: found[2] if found[1] == "-" else "given", text)
+
+
+def environments() -> Iterator[tuple[str, dict[str, str]]]:
+    for name, service in SERVICES.items():
+        yield f"compose: {name}", {key: interpolated(str(value)) for key, value in service.get("environment", {}).items()}
+    settings = of_kind("ConfigMap")["settings"]["data"]
+    for name, pod in PODS.items():
+        own = {each["name"]: "redis://redis:6379/0" for each in pod["containers"][0]["env"] if each["name"] == "RLM_REDIS_URL"}
+        yield f"kubernetes: {name}", settings | own
+    yield "Dockerfile", dict(re.findall(r"\b([A-Z][A-Z0-9_]*)=(\S+)", DOCKERFILE))
+
+
+@pytest.mark.parametrize(("where", "environment"), list(environments()))
+def test_every_variable_is_a_setting(where: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        assert isinstance(value, str), f"{where}: {name} must be quoted"
+        monkeypatch.setenv(name, value)
+
+    assert validate(os.environ) == []
+
+
+def test_no_secret_is_in_the_clear() -> None:
+    for path in SHIPPED:
+        text = path.read_text(encoding="utf-8")
+        assert re.findall(r"://[^/\s@]*:(?!\$\{)[^/\s@]+@", text) == [], path
+        assert re.findall(r"requirepass (?!\$\$)\S+", text) == [], path
+    for name, service in SERVICES.items():
+        for variable, value in service.get("environment", {}).items():
+            assert not SECRET.search(variable) or REQUIRED.search(str(value)), f"{name}: {variable}"
+    for pod in PODS.values():
+        for each in pod["containers"][0]["env"]:
+            assert "secretKeyRef" in each["valueFrom"]
+    assert not of_kind("Secret")
+    assert not any(SECRET.search(name) for name in of_kind("ConfigMap")["settings"]["data"])
+
+
+def test_the_image_is_built_from_what_is_sent_and_sends_no_secret() -> None:
+    sent = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+
+    copied = {name for line in re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, re.MULTILINE) for name in line.split()}
+
+    assert "*" in sent
+    assert copied == {line[1:] for line in sent if line.startswith("!")}
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+
+
+# --- commands ----------------------------------------------------------------------------------------
+
+
+def commands() -> Iterator[str]:
+    """Yield every command of ours, as it is written."""
+    for service in SERVICES.values():
+        yield from in_container(service.get("command", []))
+        yield from in_container(service["healthcheck"]["test"])
+    for pod in PODS.values():
+        container = pod["containers"][0]
+        yield from in_container(container["args"])
+        yield from in_container(container.get("readinessProbe", {}).get("exec", {}).get("command", []))
+    yield from in_container(json.loads(re.findall(r"^CMD (.*)$", DOCKERFILE, re.MULTILINE)[0]))
+    yield from (begin_with(rule) for rule in RULES)
+    yield from re.findall(r"celery -A rlm_tasks [^`|\n]*", PAGE)
+
+
+def in_container(words: list[str]) -> Iterator[str]:
+    if words[:1] == ["celery"]:
+        yield shlex.join(words)
+    for word in words:
+        yield from re.findall(r"celery -A rlm_tasks [^|]*", word)
+
+
+def begin_with(rule: dict[str, Any]) -> str:
+    """Return the command that an alert ends with."""
+    _, command, arguments = rule["annotations"]["description"].rpartition("celery -A rlm_tasks ")
+    return str(command + arguments)
+
+
+def parse(line: str) -> None:
+    """Raise click's errors for what the program would not understand; nothing is run."""
+    program, option, name, *words = shlex.split(line)
+    assert (program, option, name) == ("celery", "-A", "rlm_tasks")
+    command, context = found(line, words)
+    if command is flower:
+        assert [word for word in words if word[:2] != "--" or word[2:].partition("=")[0] not in default_options] == []
+        return
+    known = [*command.params, *app.user_options.get(command.name, ())]
+    values, rest, _ = click.Command(command.name, params=known).make_parser(context).parse_args(words)
+    assert rest == [], line
+    for each in known:
+        if each.name in values and isinstance(each.type, click.INT.__class__ | click.FLOAT.__class__ | click.Choice):
+            each.type_cast_value(context, values[each.name])
+
+
+def found(line: str, words: list[str]) -> tuple[click.Command, click.Context]:
+    """Return the command a line ends at, and take the words that lead to it."""
+    command: click.Command = celery
+    context = click.Context(celery)
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        inner = command.get_command(context, words.pop(0))
+        assert inner is not None, f"{line}: there is no such command"
+        command, context = inner, click.Context(inner, parent=context, info_name=inner.name)
+    return command, context
+
+
+@pytest.mark.parametrize("line", sorted(set(commands())))
+def test_every_command_is_understood(line: str) -> None:
+    parse(line)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["worker --slots 4", "rlm presure", "flower --adress=0.0.0.0", "rlm pressure history --limit x"]
+)
+def test_a_command_that_does_not_exist_is_found(wrong: str) -> None:
+    with pytest.raises((click.UsageError, AssertionError)):
+        parse(f"celery -A rlm_tasks {wrong}")
+
+
+def test_files_that_the_page_names_exist() -> None:
+    named = re.findall(r"\bdocs/deploy/[\w./-]+", PAGE) + [
+        f"docs/deploy/kubernetes/{each}" for each in re.findall(r"`(\w+\.yaml)`", PAGE)
+    ]
+
+    assert named
+    assert [each for each in named if not (ROOT / each).exists()] == []
+
+
+def test_the_page_lists_every_alert_with_its_command() -> None:
+    rows = dict(re.findall(r"^\| `(Rlm\w+)`[^|]*\| [^|]* \| `([^`]+)` \|$", PAGE, re.MULTILINE))
+
+    assert rows == {rule["alert"]: begin_with(rule) for rule in RULES}
+
+
+# --- Compose -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_service_is_watched_limited_and_private(name: str) -> None:
+    service = SERVICES[name]
+
+    assert service["healthcheck"]["test"][0] in ("CMD", "CMD-SHELL")
+    assert set(service["deploy"]["resources"]["limits"]) == {"cpus", "memory"}
+    assert re.fullmatch(r"[\w./-]+:\d[\w.-]*|[\w./-]+:v\d[\w.-]*", service["image"])
+    assert [port for port in service.get("ports", []) if not port.startswith("127.0.0.1:")] == []
+    for volume in service.get("volumes", []):
+        source = interpolated(volume).split(":")[0]
+        assert (ROOT / source).exists() if source.startswith(".") else source in COMPOSE["volumes"]
+
+
+def test_all_queues_are_consumed_and_redis_keeps_what_it_is_given() -> None:
+    consumed = {queue for each in SERVICES.values() if "-Q" in each.get("command", ()) for queue in _queues(each["command"])}
+    redis = " ".join(SERVICES["redis"]["command"])
+
+    assert consumed == set(_queues(PODS["worker"]["containers"][0]["args"])) == {queue.name for queue in app.conf.task_queues}
+    for option in ("--appendonly yes", "--appendfsync everysec", "--maxmemory-policy noeviction"):
+        assert option in redis
+
+
+def _queues(words: list[str]) -> list[str]:
+    return words[words.index("-Q") + 1].split(",")
+
+
+def test_images_have_tags() -> None:
+    images = [container["image"] for pod in PODS.values() for container in pod["containers"]]
+    images += re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
+
+    assert [each for each in images if not re.search(r":\d", each)] == []
+    assert {container["image"] for pod in PODS.values() for container in pod["containers"]} == {SERVICES["worker"]["image"]}
+
+
+# --- Kubernetes --------------------------------------------------------------------------------------
+
+
+def test_the_kustomization_has_every_manifest() -> None:
+    listed = read("kubernetes/kustomization.yaml")["resources"]
+
+    assert sorted(listed) == sorted({each.name for each in (DEPLOY / "kubernetes").glob("*.yaml")} - {"kustomization.yaml"})
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_pods_are_probed_limited_and_confined(name: str) -> None:
+    pod = PODS[name]
+    (container,) = pod["containers"]
+
+    assert container["resources"]["limits"].keys() == container["resources"]["requests"].keys() == {"cpu", "memory"}
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert f"USER {pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}" in DOCKERFILE
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert container["volumeMounts"] == [{"name": "tmp", "mountPath": "/tmp"}]
+    assert pod["terminationGracePeriodSeconds"] >= 30
+    # A Service in the namespace would become FLOWER_PORT, which Flower reads, or RLM_..., which stops the process.
+    assert pod["enableServiceLinks"] is False
+    assert "readinessProbe" in container
+
+
+def test_a_worker_is_restarted_for_its_own_sake_alone_and_waited_for_until_it_is_ready() -> None:
+    (container,) = PODS["worker"]["containers"]
+
+    assert container["livenessProbe"]["httpGet"] == {"path": "/livez", "port": "metrics"}
+    assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "metrics"}
+    assert container["ports"] == [{"name": "metrics", "containerPort": _default("worker", "metrics_port")}]
+
+
+def _default(command: str, option: str) -> Any:
+    return next(each.default for each in app.user_options[command] if each.name == option)
+
+
+def test_selectors_find_their_pods_and_monitors_their_ports() -> None:
+    labels = {each["metadata"]["name"]: each["spec"]["template"]["metadata"]["labels"] for each in of_kind("Deployment").values()}
+
+    for kind in ("Deployment", "PodDisruptionBudget", "PodMonitor"):
+        for name, each in of_kind(kind).items():
+            assert each["spec"]["selector"]["matchLabels"] == labels[name]
+    for name, each in of_kind("PodMonitor").items():
+        assert each["spec"]["podMetricsEndpoints"][0]["port"] in {port["name"] for port in PODS[name]["containers"][0]["ports"]}
+
+
+def test_keda_and_the_platform_s_advice_have_the_same_bounds() -> None:
+    settings, spec = of_kind("ConfigMap")["settings"]["data"], SCALED["spec"]
+
+    assert spec["scaleTargetRef"]["name"] in PODS
+    assert "replicas" not in of_kind("Deployment")["worker"]["spec"]
+    assert str(spec["minReplicaCount"]) == settings["RLM_AUTOSCALE__MIN_WORKERS"]
+    assert str(spec["maxReplicaCount"]) == settings["RLM_AUTOSCALE__MAX_WORKERS"]
+    assert spec["minReplicaCount"] >= 1
+    assert all(isinstance(value, str) for value in spec["triggers"][0]["metadata"].values())
+
+
+# --- metrics -----------------------------------------------------------------------------------------
+
+DURATION = re.compile(r"(\d+(ms|s|m|h|d))+")
+TARGET_LABELS = {"job", "instance"}
+
+
+@cache
+def exposed() -> dict[str, set[str]]:
+    """Return the labels of every metric that there is, by the names that Prometheus knows."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = registry(Path(folder), lambda: Standing(1, 0, False, 0, 0.0, 0, {"mail": "closed"}))
+        gauges = {sample.name: set(sample.labels) for family in told.collect() for sample in family.samples}
+    found = {"up": set[str]()} | gauges
+    ours = [each for each in DECLARED.values() if each in vars(metrics).values()]  # others are tests' and users'
+    for each in ours:
+        if isinstance(each, Histogram):
+            found |= {f"{each.name}_bucket": {*each.labels, "le"}, f"{each.name}_sum": set(each.labels)}
+            found[f"{each.name}_count"] = set(each.labels)
+        else:
+            found[each.name] = set(each.labels)
+    return found | dict(of_cluster())
+
+
+def of_cluster() -> Iterator[tuple[str, set[str]]]:
+    source = (ROOT / "rlm_tasks" / "flower" / "gauges.py").read_text(encoding="utf-8")
+    for call in ast.walk(ast.parse(source)):
+        match call:
+            case ast.Call(args=[ast.Constant(value=str(name)), _, ast.Tuple(elts=labels), *_]) if name.startswith("rlm_"):
+                yield name, {each.value for each in labels if isinstance(each, ast.Constant)}
+            case ast.Call(args=[ast.Constant(value=str(name)), *_]) if name.startswith("rlm_"):
+                yield name, set()
+
+
+def check(expression: str) -> set[str]:
+    """Fail for a query whose brackets do not match, or that asks for a metric or a label that there is not.
+
+    Return the labels of what it answers.
+    """
+    for opening, closing in ("()", "[]", "{}"):
+        assert expression.count(opening) == expression.count(closing), expression
+    bare = re.sub(r'"[^"]*"', "", expression)
+    for inner in re.findall(r"\[([^\]]*)\]", bare):
+        assert inner == "$__rate_interval" or DURATION.fullmatch(inner), expression
+    bare = re.sub(r"\[[^\]]*\]", "", bare)
+    matched = {label for inner in re.findall(r"\{([^}]*)\}", bare) for label in re.findall(r"(\w+)\s*[=!]", inner)}
+    bare = re.sub(r"\{[^}]*\}", "", bare)
+    grouped = {label for inner in re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", bare) for label in re.findall(r"\w+", inner)}
+    bare = re.sub(r"\b(by|on)\s*\([^)]*\)", "", bare)
+    names = set(re.findall(r"\b[a-zA-Z_]\w*\b(?!\s*\()", bare)) - {"and", "or", "unless"}
+    assert names, expression
+    assert names <= exposed().keys(), f"{expression}: there is no {', '.join(names - exposed().keys())}"
+    labels = TARGET_LABELS.union(*(exposed()[name] for name in names))
+    assert matched | grouped <= labels, expression
+    return grouped or labels
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_alerts_are_well_formed_and_end_with_a_command(rule: dict[str, Any]) -> None:
+    labels = check(rule["expr"])
+    assert set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"])) <= labels
+    assert rule.keys() == {"alert", "expr", "for", "labels", "annotations"}
+    assert re.fullmatch(r"Rlm[A-Za-z]+", rule["alert"])
+    assert DURATION.fullmatch(rule["for"])
+    assert rule["labels"]["severity"] in ("critical", "warning")
+    assert rule["annotations"].keys() == {"summary", "description"}
+    assert begin_with(rule).startswith("celery -A rlm_tasks rlm ")
+
+
+def test_alerts_have_names_of_their_own() -> None:
+    assert len({rule["alert"] for rule in RULES}) == len(RULES)
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
+def test_every_panel_asks_for_what_exists(panel: dict[str, Any]) -> None:
+    assert panel["targets"]
+    for target in panel["targets"]:
+        assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= check(target["expr"])
+
+
+def test_the_dashboard_has_its_rows_and_nothing_overlaps() -> None:
+    rows = [each["title"] for each in DASHBOARD["panels"] if each["type"] == "row"]
+    cells = [
+        (x, y)
+        for at in (each["gridPos"] for each in DASHBOARD["panels"])
+        for x in range(at["x"], at["x"] + at["w"])
+        for y in range(at["y"], at["y"] + at["h"])
+    ]
+
+    assert rows == ["Overview", "Queues", "Pressure", "Workers", "Operations", "Limits and breakers"]
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) < 24
+    assert len({each["id"] for each in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+
+
+def test_scaling_asks_for_what_exists() -> None:
+    check(SCALED["spec"]["triggers"][0]["metadata"]["query"])
+
+
+@pytest.mark.parametrize(
+    "wrong", ["rlm_presure", "sum by (flavour) (rlm_jobs)", 'rlm_jobs{stat="open"}', "rate(rlm_items_total[5])", "sum(rlm_jobs"]
+)
+def test_a_query_for_what_is_not_there_is_found(wrong: str) -> None:
+    with pytest.raises(AssertionError):
+        check(wrong)
+
+
+def test_prometheus_and_grafana_find_each_other_and_their_files() -> None:
+    prometheus, datasource = read("prometheus/prometheus.yaml"), read("grafana/provisioning/datasources/prometheus.yaml")
+    jobs = {each["job_name"] for each in prometheus["scrape_configs"]}
+    workers = next(each for each in prometheus["scrape_configs"] if each["job_name"] == "rlm-workers")["dns_sd_configs"][0]
+    monitors = [
+        each["spec"]["podMetricsEndpoints"][0]["relabelings"][0]["replacement"] for each in of_kind("PodMonitor").values()
+    ]
+    (provider,) = read("grafana/provisioning/dashboards/rlm.yaml")["providers"]
+
+    assert set(monitors) == jobs
+    assert set(re.findall(r'job="([^"]+)"', " ".join(rule["expr"] for rule in RULES))) <= jobs
+    assert workers["names"] == [name for name, each in SERVICES.items() if "worker" in each.get("command", ())]
+    assert workers["port"] == _default("worker", "metrics_port")
+    assert datasource["datasources"][0]["url"] == "http://prometheus:9090"
+    assert f"./docs/deploy/grafana/dashboards:{provider['options']['path']}:ro" in SERVICES["grafana"]["volumes"]
+    assert [Path(each).name for each in prometheus["rule_files"]] == ["alerts.yaml"]
