@@ -24,7 +24,7 @@ from resilience.degradation import Level
 from resilience.errors import StoreUnavailable
 from resilience.line import URGENCY
 from resilience.store import Call
-from rlm_tasks import operations
+from rlm_tasks import metrics, operations
 from rlm_tasks.crashpoints import CrashPoint
 from rlm_tasks.dispatch import freeze, mint
 from rlm_tasks.errors import Quarantined, UnknownOperation
@@ -140,9 +140,17 @@ def _work(runtime: Runtime, claim: Claim, page: PageSlot) -> bool:
 
 def _put_off(runtime: Runtime, claim: Claim, wait_ms: int, why: str) -> bool:
     """Park a node that must not begin here now; of a job that has just ended, send what is left to do."""
-    if waits := runtime.ledger.park(claim, wait_ms, why, claim.tries):
+    if waits := _lie_down(runtime, claim, wait_ms, why, claim.tries):
         runtime.resend(claim.job, [waits])
     return False
+
+
+def _lie_down(runtime: Runtime, claim: Claim, wait_ms: int, why: str, tries: int) -> str:
+    """Park a node; return what of its job waits for its message instead, because the job was ending."""
+    waits = runtime.ledger.park(claim, wait_ms, why, tries)
+    if not waits:
+        logger.info("Waits for %.1f s, or until it is called: %s", wait_ms / 1000, why)
+    return waits
 
 
 class NodeRun:
@@ -228,7 +236,7 @@ class NodeRun:
         why = f"as many nodes of {self._operation.name} run as may now"
         # When pressure has gone nobody takes places any more, so nobody gives one back and calls.
         wait_ms = min(CALM_MS, math.ceil(denied.wait_s * 1000))
-        if waits := self._runtime.ledger.park(self._claim, wait_ms, why, self._claim.tries):
+        if waits := _lie_down(self._runtime, self._claim, wait_ms, why, self._claim.tries):
             self._runtime.resend(self._spec.job, [waits])
         elif denied.noted and not share.stands(self._me):
             self._runtime.wake([self._me])  # it was called before it lay down
@@ -236,7 +244,7 @@ class NodeRun:
 
     def _park(self, wait: Postponed) -> bool:
         """Let the node itself wait: it has done nothing yet."""
-        if waits := self._runtime.ledger.park(self._claim, _ms(wait), wait.why, wait.tries):
+        if waits := _lie_down(self._runtime, self._claim, _ms(wait), wait.why, wait.tries):
             self._runtime.resend(self._spec.job, [waits])
         self._tell_faults()
         self._wake_if_called(wait, self._claim.node)
@@ -400,7 +408,25 @@ class NodeRun:
         if finished.answer == "stale":
             logger.info("Node %s of job %s was given to another worker; its work is discarded", claim.node, claim.job)
             return False
+        self._say(report)
+        metrics.count_node(
+            self._spec.operation, report, claim.hi, took_s=self._pace.elapsed_ms / 1000,
+            recovered=self._work.recovered, given_up=harvest.given_up, validating=validating,
+        )  # fmt: skip
         return self._follow(finished, report)
+
+    def _say(self, report: Report) -> None:
+        """Tell in one line what has been done; Celery's two lines per message are for DEBUG (logs)."""
+        claim, name, left = self._claim, self._spec.operation, self._claim.hi - report.mid
+        if report.mid == claim.lo:
+            logger.info("Items %d to %d of %s are for other nodes: %s", claim.lo, claim.hi - 1, name, report.why)
+            return
+        word = "done" if claim.phase == PROCESS else "validated"
+        rest = f"; {left} left to other nodes: {report.why}" if left else ""
+        logger.info(
+            "Items %d to %d of %s %s in %.2f s, %d failed%s",
+            claim.lo, report.mid - 1, name, word, self._work.busy_s, len(report.failed), rest,
+        )  # fmt: skip
 
     def _tally(self, report: Report, held_kb: int) -> Call:
         return self._runtime.usage.tally(

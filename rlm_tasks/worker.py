@@ -79,6 +79,7 @@ class Guard(threading.Thread):
         self._due = {"measure": 0.0, "offer": 0.0, "look": 0.0, "beat": 0.0, "sweep": 0.0}
         self.host = Host(runtime, pool_size, queues)
         self._lost = False
+        self.ticked_at = self.answered_at = time.monotonic()  # when it last went round, and last heard of the ledger
         self._left: list[str] = []  # queues that are not consumed while it drains
         self._told = 0  # ranks that somebody has asked room for since the latest look began
 
@@ -90,13 +91,14 @@ class Guard(threading.Thread):
                 time.sleep(SETTLE_S)
             try:
                 self._tick(time.monotonic())
-                self._lost = False
+                self._lost, self.answered_at = False, time.monotonic()
             except _UNREACHABLE as error:
                 if not self._lost:
                     logger.warning("The ledger does not answer: %s", error)
                 self._lost, self._offered, self._due["beat"] = True, None, 0.0
             except Exception:
                 logger.exception("The guard met something unexpected, and goes on")
+            self.ticked_at = time.monotonic()
 
     def wake(self) -> None:
         """Say that a slot became free or busy, or that the worker drains."""
@@ -215,7 +217,11 @@ class Guard(threading.Thread):
             if died_of == REAPED and now - self._reaped.setdefault(held.pid, now) < REAPED_S:
                 continue  # Celery has noticed, and will say what it died of
             if died_of:
-                logger.warning("Pool process %d died of %s; its node is given to another", held.pid, died_of)
+                about = {"job": held.job, "node": held.node}
+                logger.warning(
+                    "Pool process %d died of %s; node %s of job %s is given to another",
+                    held.pid, died_of, held.node, held.job, extra=about,
+                )  # fmt: skip
                 self._reaped.pop(held.pid, None)
                 if give_back(self._runtime, held, died_of):
                     self._runtime.resend(held.job, [held.node])
@@ -324,6 +330,35 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
         """Let nobody cling to life: a cold shutdown ends pool processes by signal."""
         worker.app.rlm_runtime().page.terminating = True
         drain(worker.app)
+
+
+class HealthStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
+    """Count what the pool does, and answer for the worker on its port, until the pool has ended."""
+
+    requires = {GuardStep}
+
+    def __init__(self, worker: Any, metrics_port: int | None = None, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._port = metrics_port or 0
+        self.enabled = self._port > 0
+
+    def create(self, worker: Any) -> Any:
+        """Make the folder that pool processes are to find."""
+        from rlm_tasks.health import Station  # a server is of no use to clients
+
+        return Station(worker, self._port)
+
+    def start(self, worker: Any) -> None:
+        """Open the port once the pool has forked."""
+        self.obj.start()
+        signals.worker_shutdown.connect(lambda **_: self.obj.stop(), weak=False)
+
+    def stop(self, worker: Any) -> None:
+        """Go on: a worker that waits for its last items is alive."""
+
+    def terminate(self, worker: Any) -> None:
+        """Wait for nobody; Celery does not tell of the end of a cold shutdown."""
+        self.obj.stop()
 
 
 def drain(app: Any) -> None:

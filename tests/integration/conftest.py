@@ -31,6 +31,7 @@ def environment_of(url: str, namespace: str, *, pressed: bool = False, **more: s
     """Return the environment of a worker on a server of ours; `pressed` lets pressure have its way."""
     return {
         **({} if pressed else CALM),
+        "CELERY_WORKER_METRICS_PORT": "0",  # many workers run here at once
         "RLM_REDIS_URL": url,
         "RLM_NAMESPACE": namespace,
         "RLM_OPERATIONS": "tests.integration.ops",

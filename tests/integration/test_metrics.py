@@ -1,0 +1,205 @@
+"""Real workers are scraped and probed, while their processes are recycled and killed and their server goes away."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from rlm_tasks import Binary, Client, NWay, embedded
+from tests.integration.conftest import client_of, environment_of
+from tests.support import wait_until
+
+SLOTS = 2
+
+
+@dataclass
+class Scraped:
+    """One worker with a port."""
+
+    port: int
+    client: Client
+    environment: dict[str, str]
+    process: subprocess.Popen[bytes]
+    log: Path
+    temporary: Path
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Return status and body of an answer."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def samples(self, name: str) -> Counter[tuple[str, ...]]:
+        """Return the values of a sample by those of its labels, in the order of their names."""
+        text = self.get("/metrics")[1]
+        found = [sample for family in text_string_to_metric_families(text) for sample in family.samples if sample.name == name]
+        return Counter({tuple(value for _, value in sorted(each.labels.items())): each.value for each in found})
+
+    def says(self, path: str, status: int, body: str) -> bool:
+        """Whether an answer is this one."""
+        return self.get(path) == (status, body + "\n")
+
+
+class Workers:
+    """Workers with a port each, on one server."""
+
+    def __init__(self, server: embedded.Server, folder: Path, stack: ExitStack) -> None:
+        self.server, self._folder, self._stack, self._started = server, folder, stack, 0
+
+    def start(self, *options: str, port: int = 0, slots: int = SLOTS) -> Scraped:
+        """Start one in a namespace of its own, on a free port unless one is given."""
+        self._started += 1
+        name, port = f"scraped-{self._started}", port or embedded.free_port()
+        temporary, log = self._folder / name, self._folder / f"{name}.log"
+        temporary.mkdir()
+        operations = ",".join(f"tests.integration.{each}" for each in ("ops", "guarded_ops", "scraped_ops"))
+        environment = environment_of(self.server.url, name, RLM_OPERATIONS=operations, TMPDIR=str(temporary))
+        options = (f"--metrics-port={port}", *options)
+        client = self._stack.enter_context(client_of(environment))
+        process = self._stack.enter_context(embedded.worker(environment, log=log, options=options, slots=slots))
+        return Scraped(port, client, environment, process, log, temporary)
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """What starts workers, on a server that a test may stop."""
+    with embedded.server() as own, ExitStack() as stack:
+        yield Workers(own, tmp_path_factory.mktemp("scraped"), stack)
+
+
+@pytest.fixture(scope="module")
+def scraped(workers: Workers) -> Scraped:
+    """A worker whose pool processes are recycled after each third node."""
+    return workers.start("--max-tasks-per-child=3")
+
+
+def test_sums_are_what_jobs_did_through_recycled_and_killed_processes(scraped: Scraped, tmp_path: Path) -> None:
+    client, seen = scraped.client, Counter[tuple[str, ...]]()
+    deadly = [{"i": i, "marker": str(tmp_path / "died") if i == 9 else ""} for i in range(20)]
+    for _ in range(2):
+        client.execute(operation="fail_odd", items=range(10), continue_on_error=True, timeout=60)
+        client.execute(operation="collect", items=range(40), strategy=NWay(split_factor=4, min_chunk_size=10), timeout=60)
+        now = scraped.samples("rlm_items_total")
+        assert all(now[each] >= value for each, value in seen.items()), "no counter falls"
+        seen = now
+    client.execute(operation="die_once", items=deadly, strategy=Binary(min_chunk_size=5), timeout=60)
+    client.execute(operation="checked", items=[1, 0, 2], validate_before_process=True, continue_on_error=True, timeout=60)
+    client.execute(operation="echo", items=[None, 1, "", 2], skip_if_empty=True, timeout=60)
+
+    done = {
+        ("collect", "done"): 80, ("fail_odd", "done"): 10, ("fail_odd", "failed"): 10, ("die_once", "done"): 20,
+        ("checked", "done"): 2, ("checked", "failed"): 1, ("echo", "done"): 2, ("echo", "skipped"): 2,
+    }  # fmt: skip
+    wait_until(lambda: scraped.samples("rlm_items_total") == done)
+    assert (tmp_path / "died").exists()
+    ran = scraped.samples("rlm_execution_time_ms_count")
+    assert (ran["collect",], ran["fail_odd",], ran["die_once",]) == (80, 20, 20)
+    nodes = scraped.samples("rlm_nodes_total")
+    assert nodes["collect", "planned"] == 2
+    assert nodes["collect", "done"] >= 8
+    assert scraped.samples("rlm_node_duration_seconds_count").total() == nodes.total()
+    assert scraped.samples("rlm_peak_memory_mb")[()] > 10
+    [folder] = scraped.temporary.glob("rlm-metrics-*")
+    assert len(list(folder.iterdir())) <= 3 * SLOTS, "a file for each slot, however many processes there were"
+
+
+def test_health_tells_of_quotas_latency_and_slots(scraped: Scraped) -> None:
+    status, body = scraped.get("/health")
+    told = json.loads(body)
+
+    assert (status, told["status"], told["why"]) == (200, "ok", [])
+    assert 0 < told["latency"]["redis_ms"] < 10_000
+    assert told["slots"]["total"] == SLOTS
+    assert told["pressure"]["level"] == "normal"
+    [metered] = [each for each in told["quotas"] if each["service"] == "metered"]
+    assert (metered["name"], metered["limit"], metered["used"], metered["fill"]) == ("requests", 20.0, 0.0, 0.0)
+    assert told["circuit_breakers"]["fragile"] == "closed"
+    assert scraped.samples("rlm_circuit_breaker_state")["fragile",] == 0
+    assert json.loads(scraped.get("/health?detailed=false")[1]) == {"status": "ok", "why": []}
+    assert scraped.get("/") == (404, "there are /metrics, /livez, /readyz, /health\n")
+
+
+def test_a_worker_that_drains_is_alive_and_not_ready(scraped: Scraped) -> None:
+    assert scraped.get("/readyz") == (200, "ok\n")
+    control = scraped.client.app.control
+
+    control.broadcast("rlm_drain")
+    wait_until(lambda: scraped.says("/readyz", 503, "it drains"))
+    assert scraped.get("/livez") == (200, "ok\n")
+    assert scraped.samples("rlm_slots") == {("busy",): 0, ("free",): 0}
+    control.broadcast("rlm_resume")
+    wait_until(lambda: scraped.says("/readyz", 200, "ok"))
+
+
+def test_a_taken_port_is_told_once_and_the_worker_works_and_ends(workers: Workers, scraped: Scraped) -> None:
+    other = workers.start(port=scraped.port, slots=1)
+
+    assert other.client.execute(operation="sum", items=range(10), timeout=30).output == 45
+    told = [line for line in other.log.read_text().splitlines() if "metrics" in line]
+    assert len(told) == 1
+    assert f"Port {scraped.port} of 127.0.0.1 is taken: this worker goes on without metrics and probes" in told[0]
+    assert "CELERY_WORKER_METRICS_PORT" in told[0]
+    assert len(list(other.temporary.glob("rlm-metrics-*"))) == 1
+    other.process.send_signal(signal.SIGQUIT)
+    other.process.wait(30)
+    assert list(other.temporary.glob("rlm-metrics-*")) == [], "nor does a cold shutdown leave anything"
+    assert scraped.get("/livez") == (200, "ok\n"), "the port is still its owner's"
+
+
+def test_a_worker_answers_until_its_last_item_has_ended(workers: Workers, tmp_path: Path) -> None:
+    ending, end = workers.start(slots=1), tmp_path / "end"
+    job = ending.client.submit(operation="wait_for_file", items=[str(end)])
+    wait_until(lambda: ending.samples("rlm_concurrency_level")[()] == 1)
+
+    ending.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: ending.says("/readyz", 503, "it drains"))
+    assert ending.get("/livez") == (200, "ok\n")
+    end.touch()
+    assert job.get(timeout=30) == [str(end)]
+    ending.process.wait(30)
+    assert list(ending.temporary.glob("rlm-metrics-*")) == []
+    with pytest.raises(urllib.error.URLError):
+        ending.get("/livez")
+
+
+def test_what_operations_count_of_their_own_is_there(scraped: Scraped) -> None:
+    assert scraped.client.execute(operation="read_letters", items=["abc", "de", "αβγδ"], timeout=30).output == [3, 2, 4]
+
+    wait_until(lambda: scraped.samples("scraped_letters_total") == {("latin",): 5, ("other",): 4})
+
+
+def test_a_pool_of_one_process_counts_too_beside_what_its_owner_counts(workers: Workers) -> None:
+    solo = workers.start("-P", "solo", slots=1)
+    solo.client.execute(operation="sum", items=range(10), timeout=30)
+
+    wait_until(lambda: solo.samples("rlm_items_total") == {("sum", "done"): 10})
+    assert solo.samples("process_resident_memory_bytes")[()] > 10 * 2**20
+    assert solo.get("/livez") == (200, "ok\n")
+
+
+def test_a_worker_is_not_ready_while_its_server_is_away_and_lives(workers: Workers, scraped: Scraped) -> None:
+    away = "it is not connected to its broker, or does not consume yet"
+
+    workers.server.stop()
+    wait_until(lambda: scraped.says("/readyz", 503, away))
+    assert scraped.get("/livez") == (200, "ok\n")
+    status, body = scraped.get("/health")
+    assert (status, json.loads(body)["status"]) == (503, "failing")
+    assert scraped.samples("rlm_items_total")["collect", "done"] == 80, "what was counted is told without Redis"
+    workers.server.start()
+
+    wait_until(lambda: scraped.says("/readyz", 200, "ok"), 60)
+    assert scraped.client.execute(operation="sum", items=range(10), timeout=60).output == 45
