@@ -396,6 +396,7 @@ class Client:
             skip_if_empty=conditions.skip_if_empty, validate=conditions.validate_before_process,
             early_termination_threshold=conditions.early_termination_threshold, timeout_ms=options.timeout_ms,
             description=request.description, complexity=request.complexity, idempotency_key=options.idempotency_key,
+            emits=options.emit_metrics,
             preempts=options.preempts(priority), patient=self._is_patient(request), trace=self._trace(options),
         ), staged  # fmt: skip
 

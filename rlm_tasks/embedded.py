@@ -143,7 +143,8 @@ def worker(
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env={**os.environ, **environment, "RLM_READY_FILE": str(ready)},
+            # Several may run at once: none has a port that is not asked for.
+            env={**os.environ, "CELERY_WORKER_METRICS_PORT": "0", **environment, "RLM_READY_FILE": str(ready)},
         )
     try:
         until = time.monotonic() + START_S

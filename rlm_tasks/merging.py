@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rlm_tasks import codec
+from rlm_tasks import codec, metrics
 from rlm_tasks.crashpoints import CrashPoint, nobody_listens
 from rlm_tasks.errors import Quarantined
 from rlm_tasks.failures import failure_of
@@ -69,7 +69,10 @@ def merge_root(
         logger.warning("The merge of job %s raised %s", spec.job, type(error).__name__)
         return ledger.close(spec.job, claim.token, Status.FAILED, error=failure_of(-1, error))
     reached(CrashPoint.BEFORE_CLOSE)
-    return ledger.close(spec.job, claim.token, Status.SUCCEEDED, answer)
+    ended = ledger.close(spec.job, claim.token, Status.SUCCEEDED, answer)
+    if ended == Status.SUCCEEDED:
+        metrics.emit(spec.emits)
+    return ended
 
 
 def _answer(ledger: Ledger, spec: Spec, operation: Operation) -> bytes:

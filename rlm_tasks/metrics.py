@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from billiard.process import current_process
 
 from resilience.errors import InvalidValue
+from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.splitting import Reason
 
 if TYPE_CHECKING:
@@ -261,13 +262,27 @@ RETRIED = Counter(
     "Items that were worth another try, by how they ended: recovered, or given up.",
     {"operation": None, "outcome": ("recovered", "given_up")},
 )
+CACHED = Counter(
+    "rlm_cache_reads_total", "Reads of stored items, by whether their block was still in memory.", {"outcome": ("hit", "miss")}
+)
 PEAK_MEMORY = Peak("rlm_peak_memory_mb", "The most memory that one pool process has held.")
 
 
 def count_node(
-    operation: str, report: Report, hi: int, *, took_s: float, recovered: int, given_up: int, validating: bool
+    operation: str,
+    report: Report,
+    hi: int,
+    *,
+    took_s: float,
+    recovered: int = 0,
+    given_up: int = 0,
+    validating: bool = False,
+    cache: tuple[int, int] = (0, 0),
 ) -> None:
-    """Count one finished node: the items it reports, and how it ended; `hi` is where its range ended."""
+    """Count one finished node: the items it reports, and how it ended; `hi` is where its range ended.
+
+    `cache` is how often the items it read were in memory, and how often not.
+    """
     if _files is None:
         return
     reason = Reason(report.why).name.lower() if report.mid < hi and report.why else "done"
@@ -287,6 +302,47 @@ def count_node(
     for outcome, number in (("recovered", recovered), ("given_up", given_up)):
         if number:
             RETRIED.inc(number, operation=operation, outcome=outcome)
+    for outcome, number in zip(("hit", "miss"), cache, strict=True):
+        if number:
+            CACHED.inc(number, outcome=outcome)
+
+
+# --- what a request counts ----------------------------------------------------------------------------
+
+
+Told = Mapping[str, float | str]
+
+
+def emission(told: Told) -> list[tuple[Counter, float, dict[str, str]]]:
+    """Return the counters that a request's numbers are for, with what is added to each, and its labels.
+
+    ``business.records`` is the counter ``business_records_total``; a text is the label of its name.  Raises InvalidRequest
+    for a counter that no module has declared, and for labels that it does not have.
+    """
+    labels = {name.replace(".", "_"): value for name, value in told.items() if isinstance(value, str)}
+    found = []
+    for name, amount in told.items():
+        if isinstance(amount, str):
+            continue
+        total = f"{name.replace('.', '_')}_total"
+        counter = DECLARED.get(total)
+        if not isinstance(counter, Counter) or total.startswith("rlm_"):
+            raise InvalidRequest("emit_metrics", name, f"declare it beside your operations: Counter({total!r}, ...)")
+        if amount < 0 or labels.keys() != counter.labels.keys():
+            raise InvalidRequest(
+                "emit_metrics", dict(told), f"{name} only grows, by labels {', '.join(counter.labels) or 'none'}"
+            )
+        found.append((counter, amount, labels))
+    return found
+
+
+def emit(told: Told) -> None:
+    """Count what the request of a job says, now that it has succeeded."""
+    try:
+        for counter, amount, labels in emission(told):
+            counter.inc(amount, **labels)
+    except InvalidRequest as error:
+        logger.warning("Not counted, its declaration is another here than where it was submitted: %s", error)
 
 
 # --- functions of a user's own -----------------------------------------------------------------------
@@ -368,6 +424,7 @@ GAUGES = {
     "rlm_pressure_level": "Level that this worker acts on: 0 normal to 4 emergency.",
     "rlm_error_rate": "Failed share of the items that ended in the last five minutes, 0 to 1.",
     "rlm_recovery_success_rate": "Share of the items worth another try that ended well, 0 to 1, since the worker started.",
+    "rlm_cache_hit_rate": "Share of the reads of stored items whose block was in memory, 0 to 1, since the worker started.",
     "rlm_circuit_breaker_state": "State of each service's breaker: 0 closed, 1 half-open, 2 open. None while Redis is away.",
     "rlm_draining": "Whether the worker drains: 1, else 0.",
 }
@@ -417,6 +474,7 @@ class _Exposed:
 
     def _gauges(self, found: Mapping[str, Family]) -> dict[str, list[tuple[dict[str, str], float]]]:
         at, retried = self._standing(), _by_outcome(found.get(RETRIED.family))
+        cached = _by_outcome(found.get(CACHED.family))
         rate = self._errors.of(_by_outcome(found.get(ITEMS.family)))
         return {
             "rlm_slots": [({"state": "busy"}, at.busy), ({"state": "free"}, at.free)],
@@ -427,6 +485,7 @@ class _Exposed:
             "rlm_pressure_level": [({}, at.level)],
             "rlm_error_rate": [({}, rate)],
             "rlm_recovery_success_rate": [({}, retried["recovered"] / retried.total())] if retried.total() else [],
+            "rlm_cache_hit_rate": [({}, cached["hit"] / cached.total())] if cached.total() else [],
             "rlm_circuit_breaker_state": [({"service": name}, _BREAKER[state]) for name, state in at.breakers.items()],
             "rlm_draining": [({}, float(at.draining))],
         }

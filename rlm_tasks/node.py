@@ -412,6 +412,7 @@ class NodeRun:
         metrics.count_node(
             self._spec.operation, report, claim.hi, took_s=self._pace.elapsed_ms / 1000,
             recovered=self._work.recovered, given_up=harvest.given_up, validating=validating,
+            cache=self._runtime.items.looked_up(),
         )  # fmt: skip
         return self._follow(finished, report)
 

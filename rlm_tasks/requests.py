@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from resilience.checked import Checked
+from rlm_tasks import metrics
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.splitting import Shape
 
@@ -110,6 +111,9 @@ class Options(_Checked):
     overload: Literal["refuse", "delay"] | None = Field(
         None, description="What becomes of the job when it does not fit now; empty: as RLM_ADMISSION__OVERLOAD says."
     )
+    emit_metrics: dict[str, float | str] = Field(
+        default_factory=dict, description="Numbers for declared counters, and texts for their labels: counted when it succeeds."
+    )
     idempotency_key: str = Field("", max_length=512, description="Submitting twice with one key gives one job.")
     trace_context: TraceContext | None = Field(
         None, description="The trace that the job is part of; also as a `traceparent`. Empty: that of the submitting thread."
@@ -141,6 +145,12 @@ class Options(_Checked):
         if (found := _TRACEPARENT.fullmatch(value.strip())) is None:
             raise InvalidRequest("trace_context", value, "must be a traceparent (00-<32 hex>-<16 hex>-<2 hex>), or its ids")
         return TraceContext(trace_id=found[1], parent_span_id=found[2], sampled=bool(int(found[3], 16) & 1))
+
+    @field_validator("emit_metrics")
+    @classmethod
+    def _declared(cls, value: dict[str, float | str]) -> dict[str, float | str]:
+        metrics.emission(value)
+        return value
 
     @field_validator("priority", mode="before")
     @classmethod

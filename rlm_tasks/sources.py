@@ -176,6 +176,12 @@ class ItemReader:
         self._store = store
         self._cache: OrderedDict[tuple[str, int], list[Any]] = OrderedDict()
         self._sizes: dict[tuple[str, int], int] = {}
+        self._hits = self._misses = 0
+
+    def looked_up(self) -> tuple[int, int]:
+        """Return how often a block was in memory, and how often it was not, since this was asked last."""
+        told, self._hits, self._misses = (self._hits, self._misses), 0, 0
+        return told
 
     def read(self, source: Source, index: str, blocks: str, lo: int, hi: int) -> Sequence[Any]:
         """Return the items of [lo, hi).  Raises LookupError when some are gone or the file has changed."""
@@ -195,7 +201,9 @@ class ItemReader:
     def _block(self, source: Source, index: str, blocks: str, at: int) -> tuple[int, list[Any]]:
         for (key, start), items in reversed(self._cache.items()):
             if key == blocks and start <= at < start + len(items):
+                self._hits += 1
                 return start, items
+        self._misses += 1
         name = cast(
             list[bytes],
             self._store.client.zrange(index, at, "-inf", desc=True, byscore=True, offset=0, num=1),

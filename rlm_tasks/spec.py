@@ -40,6 +40,7 @@ class Spec(msgspec.Struct, frozen=True, omit_defaults=True):
     complexity: str = ""
     idempotency_key: str = ""
     patient: bool = False  # it waits while work of its priority is not taken in
+    emits: dict[str, float | str] = {}  # counted when the job has succeeded
     preempts: bool = False  # less urgent nodes make room for its nodes
     trace: str = ""  # the trace it was submitted under, as W3C Trace Context writes it
 

@@ -13,6 +13,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
@@ -74,7 +76,7 @@ class Guard(threading.Thread):
         self._reaped: dict[int, float] = {}
         self._sweep_not_before = 0.0
         self._stopping = False
-        self._woken = threading.Event()
+        self._woken: SimpleQueue[None] = SimpleQueue()  # an Event would lock up when a signal's handler wakes it during a wake
         self._offered: tuple[int, int] | None = None
         self._due = {"measure": 0.0, "offer": 0.0, "look": 0.0, "beat": 0.0, "sweep": 0.0}
         self.host = Host(runtime, pool_size, queues)
@@ -86,9 +88,11 @@ class Guard(threading.Thread):
     def run(self) -> None:
         """Tick on each event, when a job is due, and once a second until stopped."""
         while not self._stopping:
-            if self._woken.wait(self._sleep_s()):
-                self._woken.clear()
+            with suppress(Empty):
+                self._woken.get(timeout=self._sleep_s())
                 time.sleep(SETTLE_S)
+                while True:  # whoever else has woken it meanwhile
+                    self._woken.get_nowait()
             try:
                 self._tick(time.monotonic())
                 self._lost, self.answered_at = False, time.monotonic()
@@ -102,7 +106,7 @@ class Guard(threading.Thread):
 
     def wake(self) -> None:
         """Say that a slot became free or busy, or that the worker drains."""
-        self._woken.set()
+        self._woken.put(None)
 
     def drain(self, queues: list[str]) -> None:
         """Have running nodes hand over, and offer no slot, until `resume`; these queues are no longer consumed."""
@@ -133,7 +137,7 @@ class Guard(threading.Thread):
     def stop(self) -> None:
         """End the thread and take this worker's slots off the board."""
         self._stopping = True
-        self._woken.set()
+        self._woken.put(None)
         self.join(timeout=5)
         try:
             self._runtime.slots.withdraw(self._runtime.worker)

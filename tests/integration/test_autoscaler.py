@@ -122,7 +122,7 @@ def test_no_process_that_has_work_is_ended_when_it_shrinks(pool: Pool) -> None:
 
 
 def test_in_an_emergency_processes_leave_as_soon_as_they_are_done(pool: Pool) -> None:
-    job = pool.naps(4, 3000)
+    job = pool.naps(4, 8000)
     pool.wait_for(MOST)
     wait_until(lambda: pool.client.status().active == {"nap": MOST})
     pool.drill("emergency")
@@ -130,7 +130,7 @@ def test_in_an_emergency_processes_leave_as_soon_as_they_are_done(pool: Pool) ->
     pool.wait_for(LEAST)
 
     assert busy == MOST
-    assert job.result(timeout=30).output == [3000.0] * 4
+    assert job.result(timeout=40).output == [8000.0] * 4
 
 
 def test_its_bounds_may_be_moved_while_it_runs(pool: Pool) -> None:

@@ -42,7 +42,7 @@ def test_a_job_from_stdin_to_its_tree(client: Client, environment: dict[str, str
     job = result["job_id"]
     assert json.loads(rlm(environment, "job", job, "--json").stdout)["status"] == "succeeded"
     assert rlm(environment, "explain", job).stdout == "It succeeded: 2 of 3 items done, 1 failed, 0 skipped.\n"
-    assert [node["id"] for node in json.loads(rlm(environment, "tree", job, "--json").stdout)] == ["root", "merge"]
+    assert {"root", "merge"} <= {node["id"] for node in json.loads(rlm(environment, "tree", job, "--json").stdout)}
     assert job in rlm(environment, "jobs").stdout.replace("\n", "")
     assert job in {each["id"] for each in json.loads(rlm(environment, "jobs", "--json").stdout)}
     again = rlm(environment, "retry", job).stdout.strip()

@@ -17,10 +17,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from resilience.errors import InvalidValue
 from rlm_tasks import metrics
+from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.health import STUCK_S, UNHEARD_S, Vitals, not_alive, not_ready
 from rlm_tasks.installation import install
 from rlm_tasks.ledger import Child, Report
 from rlm_tasks.metrics import Counter, Histogram, SlotFiles, Standing, count_node, counted, timed
+from rlm_tasks.requests import Options
 from rlm_tasks.settings import Settings
 from rlm_tasks.splitting import Reason
 
@@ -119,6 +121,35 @@ def test_the_error_rate_is_that_of_the_last_five_minutes(seen: Seen) -> None:
     assert seen["rlm_error_rate"] == {"": 0.25}
     seen.now = 370.0
     assert seen["rlm_error_rate"] == {"": 0.0}, "the failures are older than five minutes"
+
+
+def test_a_cache_is_told_by_its_hits_and_misses(seen: Seen) -> None:
+    assert seen["rlm_cache_hit_rate"] == {}
+    count_node("sum", REPORT, 100, took_s=0.5, cache=(9, 1))
+
+    assert seen["rlm_cache_reads_total"] == {"outcome=hit": 9, "outcome=miss": 1}
+    assert seen["rlm_cache_hit_rate"] == {"": 0.9}
+
+
+def test_a_request_counts_what_it_says_in_declared_counters(seen: Seen) -> None:
+    options = Options(emitMetrics={"unit.records": 12, "domain": "billing"})
+    metrics.emit(options.emit_metrics)
+
+    assert seen["unit_records_total"] == {"domain=billing": 12}
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({"unit.recrods": 1}, "emit_metrics='unit.recrods': declare it beside your operations"),
+        ({"rlm.items": 1}, "emit_metrics='rlm.items': declare it beside your operations"),
+        ({"unit.records": 1}, "unit.records only grows, by labels domain"),
+        ({"unit.records": -1, "domain": "billing"}, "unit.records only grows, by labels domain"),
+    ],
+)
+def test_a_request_that_would_count_elsewhere_is_refused(told: dict[str, float | str], why: str) -> None:
+    with pytest.raises(InvalidRequest, match=why):
+        Options(emit_metrics=told)
 
 
 # --- slots -------------------------------------------------------------------------------------------
@@ -322,7 +353,7 @@ def test_the_page_lists_every_metric_with_its_labels(seen: Seen) -> None:
 
 
 def test_every_metric_of_source_document_2_has_its_name() -> None:
-    named = "object_pool_utilization memory_usage_mb memory_pressure_level execution_time_ms concurrency_level error_rate"
+    named = "object_pool_utilization memory_usage_mb memory_pressure_level execution_time_ms cache_hit_rate concurrency_level error_rate"
     named += " circuit_breaker_state recovery_success_rate"
 
     assert {f"rlm_{each}" for each in named.split()} <= {*metrics.GAUGES, *metrics.DECLARED}
