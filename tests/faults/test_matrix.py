@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from rlm_tasks.crashpoints import CrashPoint
+from rlm_tasks.job import Job
 from tests.faults.conftest import LEASE_S, SWEEP_S, Cell
 from tests.support import wait_until
 
@@ -27,10 +28,15 @@ def faulted(cell: Cell, point: CrashPoint, deed: str, options: Sequence[str] = (
     return cell.worker(fault=(point, deed), nth=NTH.get(point, 1), options=options)
 
 
+def submitted(cell: Cell, point: CrashPoint) -> Job:
+    """Open the job; where it is to be caught between two slices, with nodes that are longer than one."""
+    return cell.submit(ms=8.0 if point == CrashPoint.MID_SLICE else 2.0)
+
+
 @points
 def test_a_pool_process_is_killed(on_shared: Cell, point: CrashPoint) -> None:
     faulted(on_shared, point, "kill_process")
-    job = on_shared.submit()
+    job = submitted(on_shared, point)
 
     assert on_shared.check(job, since=on_shared.wait_for_fault(), what="SIGKILL of a pool process", point=point) < 6.0
 
@@ -38,7 +44,7 @@ def test_a_pool_process_is_killed(on_shared: Cell, point: CrashPoint) -> None:
 @points
 def test_a_process_runs_out_of_memory_outside_of_items(on_shared: Cell, point: CrashPoint) -> None:
     faulted(on_shared, point, "starve")
-    job = on_shared.submit()
+    job = submitted(on_shared, point)
 
     assert on_shared.check(job, since=on_shared.wait_for_fault(), what="MemoryError outside of items", point=point) < BOUND_S
 
@@ -46,7 +52,7 @@ def test_a_process_runs_out_of_memory_outside_of_items(on_shared: Cell, point: C
 @points
 def test_a_whole_worker_is_killed(on_shared: Cell, point: CrashPoint) -> None:
     worker = faulted(on_shared, point, "kill_worker")
-    job = on_shared.submit()
+    job = submitted(on_shared, point)
     since = on_shared.wait_for_fault()
     worker.wait(5)
     on_shared.worker()
@@ -57,7 +63,7 @@ def test_a_whole_worker_is_killed(on_shared: Cell, point: CrashPoint) -> None:
 @points
 def test_a_worker_is_stopped_for_longer_than_its_lease_and_goes_on(on_shared: Cell, point: CrashPoint) -> None:
     worker = psutil.Process(faulted(on_shared, point, "stop_worker").pid)
-    job = on_shared.submit()
+    job = submitted(on_shared, point)
     since = on_shared.wait_for_fault()
     everyone = [worker, *worker.children()]
     wait_until(lambda: all(each.status() == psutil.STATUS_STOPPED for each in everyone))
@@ -80,7 +86,7 @@ def test_a_worker_is_stopped_for_longer_than_its_lease_and_goes_on(on_shared: Ce
 @pytest.mark.parametrize("deed", ["term_worker", "term_group"])
 def test_a_worker_is_told_to_stop(on_shared: Cell, point: CrashPoint, deed: str) -> None:
     worker = faulted(on_shared, point, deed)
-    job = on_shared.submit()
+    job = submitted(on_shared, point)
     since = on_shared.wait_for_fault()
     assert worker.wait(5) == 0
     on_shared.worker()
@@ -96,6 +102,6 @@ def test_a_worker_is_told_to_stop(on_shared: Cell, point: CrashPoint, deed: str)
 @points
 def test_a_process_runs_into_the_hard_time_limit(on_shared: Cell, point: CrashPoint) -> None:
     faulted(on_shared, point, "exceed", options=["--time-limit", "2"])
-    job = on_shared.submit()
+    job = submitted(on_shared, point)
 
     on_shared.check(job, since=on_shared.wait_for_fault(), what="hard time limit of 2 s", point=point)

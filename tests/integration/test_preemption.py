@@ -26,6 +26,8 @@ LONG = {
     "RLM_OPERATIONS": "tests.integration.pressed_ops,tests.integration.preempted_ops",
     "RLM_NODE__TARGET_MS": "60000",
     "RLM_PRESSURE__ENABLED": "0",  # a busy machine would run fewer nodes than there are slots
+    "RLM_LEDGER__LEASE_S": "15",  # nor does it lose a node here, whose slot would be anybody's
+    "RLM_LEDGER__GRACE_S": "5",
 }
 
 
