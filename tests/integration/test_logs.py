@@ -58,7 +58,8 @@ def test_every_line_is_json_and_knows_its_job_and_node(server: embedded.Server, 
         assert "unheard" not in line
     of_operations = [line for line in lines if line["logger"] == APP]
     of_told = [line for line in of_operations if line["job"] == told.id]
-    assert [(line["message"], line["squared"]) for line in of_told] == [("item 3", 9), ("item -1", 1), ("item 5", 25)]
+    squares = [("item -1", 1), ("item 3", 9), ("item 5", 25)]  # another process may have taken some of them
+    assert sorted((line["message"], line["squared"]) for line in of_told) == squares
     assert {line["node"] for line in of_told} <= nodes
     assert {(line["operation"], line["task"], line["level"]) for line in of_told} == {("tell", "rlm.node", "INFO")}
     for job in in_flight:

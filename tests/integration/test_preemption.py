@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from tests.integration.conftest import SLOTS, client_of, environment_of
 from tests.support import wait_until
 
 ITEM_S = 0.1
+SETTLED_S = 0.6
+"""Running nodes have pulsed twice."""
 SUBMISSIONS = 100
 MANY_SLOTS = 3
 PREEMPTED = "more urgent work waits for a slot"
@@ -87,6 +90,10 @@ def busy(client: Client, items: int | range, *, slots: int = SLOTS, item_s: floa
     job = client.submit(**{"operation": "nap", "items": each, "priority": "low", "strategy": Adaptive(), **fields})
     wait_until(lambda: running(job) == slots and (slots == 1 or not plans(job)))
     wait_until(lambda: offered(client, "free") <= offered(client, "total") - slots)  # a worker may tell of it a little later
+    while (nodes := len(job.tree())) and slots > 1:
+        goes_on(job, math.ceil(SETTLED_S / item_s) * slots)
+        if len(job.tree()) == nodes and running(job) == slots:  # nobody cuts any more for a slot that was free a moment ago
+            break
     return job
 
 
