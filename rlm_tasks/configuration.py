@@ -27,7 +27,7 @@ PREFIX, DELIMITER = "RLM_", "__"
 HIDDEN = "***"
 _TELLING = re.compile(r"SECRET|PASSWORD|TOKEN|KEY")
 """An unknown variable of such a name is not shown with its value."""
-_LINK = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT(_\d+_(TCP|UDP)(_\w+)?)?$")
+_LINK = re.compile(r"\w+_(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT(_\d+_(TCP|UDP)(_\w+)?=.*|=(tcp|udp)://.*))")
 """Variables by which Kubernetes and Docker tell where a service is: one named ``rlm-...`` begins them with RLM_."""
 _CHOICE = re.compile(r"'([^']*)'")
 
@@ -83,7 +83,11 @@ def validate(environ: Mapping[str, str], build: Callable[[], Settings] = Setting
 
     `build` makes the settings of that environment, and raises what pydantic raises.
     """
-    found = [_unknown(name, environ[name]) for name in sorted(environ) if name.startswith(PREFIX) and not _is_known(name)]
+    found = [
+        _unknown(name, environ[name])
+        for name in sorted(environ)
+        if name.startswith(PREFIX) and not (_is_known(name) or _LINK.fullmatch(f"{name}={environ[name]}"))
+    ]
     try:
         build()
     except ValidationError as error:
@@ -97,7 +101,7 @@ def _is_known(name: str) -> bool:
     names = _names()
     mappings = tuple(each + DELIMITER for each, field in names.items() if get_origin(field.annotation) is dict)
     sections = {variable(place[:-1]) for place, _ in fields() if len(place) > 1}
-    return name in names or name in sections or name.startswith(mappings) or bool(_LINK.search(name))
+    return name in names or name in sections or name.startswith(mappings)
 
 
 def _unknown(name: str, value: str) -> str:

@@ -208,7 +208,7 @@ def application(health: Health, exposed: Callable[[Environ, Respond], Iterable[b
             if environ["PATH_INFO"] == "/metrics":
                 return exposed(environ, respond)
             status, kind, body = _answer(health, environ["PATH_INFO"], environ.get("QUERY_STRING", ""))
-        except Exception:
+        except Exception:  # who asks is answered, whatever is wrong; the log says what
             logger.exception("A question for %s could not be answered", environ["PATH_INFO"])
             status, kind, body = 500, "text/plain", "it failed; the worker's log says why"
         respond(_STATUS[status], [("Content-Type", f"{kind}; charset=utf-8"), ("Cache-Control", "no-store")])

@@ -429,7 +429,7 @@ GAUGES = {
     "rlm_draining": "Whether the worker drains: 1, else 0.",
 }
 """Read from the main process when somebody asks, not counted."""
-_BREAKER = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
+BREAKER_STATES = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
 
 
 def registry(folder: Path, standing: Callable[[], Standing], clock: Callable[[], float] = time.monotonic) -> CollectorRegistry:
@@ -486,7 +486,7 @@ class _Exposed:
             "rlm_error_rate": [({}, rate)],
             "rlm_recovery_success_rate": [({}, retried["recovered"] / retried.total())] if retried.total() else [],
             "rlm_cache_hit_rate": [({}, cached["hit"] / cached.total())] if cached.total() else [],
-            "rlm_circuit_breaker_state": [({"service": name}, _BREAKER[state]) for name, state in at.breakers.items()],
+            "rlm_circuit_breaker_state": [({"service": name}, BREAKER_STATES[state]) for name, state in at.breakers.items()],
             "rlm_draining": [({}, float(at.draining))],
         }
 

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from resilience.degradation import Level
 from rlm_tasks.errors import RlmError
+from rlm_tasks.metrics import BREAKER_STATES
 
 if TYPE_CHECKING:
     from rlm_tasks.client import Client
@@ -26,7 +27,6 @@ logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 5.0
 FIRST_LOOK_S = 1.0
 """The first scrape waits so long at most for the first look."""
-_STATES = ("closed", "half-open", "open")
 
 
 class Gauges(Collector):
@@ -60,7 +60,7 @@ class Gauges(Collector):
             except RlmError as error:
                 logger.info("Nothing can be told of the platform: %s", error)
                 self._seen = []
-            except Exception:
+            except Exception:  # the next look may succeed, and the log says why this one did not
                 logger.exception("The platform's metrics are not told")
                 self._seen = []
             self._looked.set()
@@ -72,7 +72,7 @@ def families(client: Client) -> Iterator[GaugeMetricFamily]:
     yield from _of_pressure(client)
     yield from _of_work(client)
     yield _family("rlm_breaker_state", "0 closed, 1 half open, 2 open.", ("service",), [
-        ((name,), _STATES.index(at["state"])) for name, at in client.breakers.status().items()
+        ((name,), BREAKER_STATES[at["state"]]) for name, at in client.breakers.status().items()
     ])  # fmt: skip
     limits = client.limits()
     yield _family("rlm_limit_fill", "Used of a rate limit or a bulkhead, 0 to 1.", ("service", "limit"), [

@@ -388,7 +388,7 @@ class PreemptionMachine(RuleBasedStateMachine):
         self.processes = [Process(self.world) for _ in range(3)]
         self.oracle = Oracle()
         self.counted: list[str] = []  # ever
-        self.won, self.gone = 0, 0  # ever
+        self.won, self.gone, self.renewed = 0, 0, 0  # ever
 
     def teardown(self) -> None:
         self.patch.undo()
@@ -419,7 +419,9 @@ class PreemptionMachine(RuleBasedStateMachine):
     def it_is_insisted(self, at: int, count: int) -> None:
         nodes = self.counted[-at - 1 :][:count]
         self.any().preemption.insist(QUEUE, nodes)
-        self.oracle.waiting.update(dict.fromkeys((node for node in nodes if node in self.oracle.waiting), self.now))
+        waiting = [node for node in nodes if node in self.oracle.waiting]
+        self.renewed += len(waiting)
+        self.oracle.waiting.update(dict.fromkeys(waiting, self.now))
 
     @rule()
     def somebody_tries_to_yield(self) -> None:
@@ -465,6 +467,7 @@ class PreemptionMachine(RuleBasedStateMachine):
     @invariant()
     def nobody_yields_for_nothing(self) -> None:
         assert self.oracle.yields <= len(self.oracle.waiting), "made for nodes that wait still"
+        assert self.won <= len(self.counted) + self.renewed, "ever: one for each time that a node has asked"
 
 
 TestPreemptionAgainstAnOracle = PreemptionMachine.TestCase
