@@ -166,7 +166,7 @@ def test_permits_of_a_killed_process_are_free_after_their_lease(own: embedded.Se
         assert bulkhead.acquire(max_wait_s=10)
 
     assert 1.9 <= time.monotonic() - float(began) <= 3.0
-    assert bulkhead.status()["used"] == 1
+    wait_until(lambda: bulkhead.status()["used"] == 1)  # the others were taken, and expire, a moment after the first
 
 
 def test_permits_of_a_killed_process_are_free_at_once_when_somebody_says_so(own: embedded.Server, store: Store) -> None:
