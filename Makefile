@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench soak pressure worker beat flower lint types docs clean
+.PHONY: help demo test browser system check bench soak pressure pictures site worker beat flower lint types docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -22,6 +22,12 @@ demo: $(VENV)/.ready ## Measure Python's standard library with a self-splitting 
 test: $(VENV)/.ready ## Run all tests, with a real server and real workers
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+browser: $(VENV)/.ready ## Click through Flower's pages in Chromium, which has to be installed
+	$(BIN)/python -m pytest tests/browser $(ARGS)
+
+system: $(VENV)/.ready ## Run jobs over RabbitMQ, which has to be installed
+	$(BIN)/python -m pytest tests/system $(ARGS)
+
 check: lint types docs ## What CI runs before the tests: lint, types, docs that drift
 
 lint: $(VENV)/.ready ## Check style and layout
@@ -31,8 +37,12 @@ lint: $(VENV)/.ready ## Check style and layout
 types: $(VENV)/.ready ## Check types, strictly
 	$(BIN)/mypy
 
-docs: $(VENV)/.ready ## Check that generated documentation is up to date (make docs ARGS=--write to renew it)
+docs: $(VENV)/.ready ## Check that generated documentation is up to date and builds (make docs ARGS=--write to renew it)
 	$(BIN)/python -m docs.generate $(ARGS)
+	$(BIN)/mkdocs build --strict --quiet
+
+site: $(VENV)/.ready ## Serve the documentation on http://127.0.0.1:8001
+	$(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
 
 bench: $(VENV)/.ready ## Measure against what one would write by hand, and print the table
 	$(BIN)/python -m tests.bench $(ARGS)
@@ -44,6 +54,9 @@ soak: $(VENV)/.ready ## Kill, stop and restart everything at random for SOAK_S s
 pressure: $(VENV)/.ready ## Ask two slots for more than they can do for a minute, and draw docs/pressure.svg
 	$(BIN)/python docs/examples/under_pressure.py --out docs/pressure.json $(ARGS)
 	$(BIN)/python -m docs.plot_pressure
+
+pictures: $(VENV)/.ready ## Draw the pictures of Flower's pages in docs/, with Chromium
+	$(BIN)/python -m docs.pictures $(ARGS)
 
 worker: $(VENV)/.ready ## Start a worker on RLM_REDIS_URL
 	$(BIN)/celery -A rlm_tasks worker -l info $(ARGS)

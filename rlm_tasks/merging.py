@@ -70,6 +70,8 @@ def merge_root(
         return ledger.close(spec.job, claim.token, Status.FAILED, error=failure_of(-1, error))
     reached(CrashPoint.BEFORE_CLOSE)
     ended = ledger.close(spec.job, claim.token, Status.SUCCEEDED, answer)
+    if ended:
+        logger.info("Job ended as %s: %s items of %s", ended, f"{spec.n:,}", operation.name)
     if ended == Status.SUCCEEDED:
         metrics.emit(spec.emits)
     return ended

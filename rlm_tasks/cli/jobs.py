@@ -79,10 +79,12 @@ def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
     progress, sentence, events = found.progress(), found.explain(), found.events()
     if as_json:
         log = [asdict(event) for event in events]
-        print_json({"id": job_id, **_progress(progress), "explain": sentence, "events": log})
+        print_json({"id": job_id, **_progress(progress), "explain": sentence, "trace_id": found.trace_id, "events": log})
         return
     click.echo(f"{job_id}  {progress.status}  {progress.fraction:.0%} of {progress.total:,} items, {progress.nodes} nodes")
     click.echo(sentence)
+    if client_of(ctx).settings.tracing.enabled:
+        click.echo(f"Its trace: {found.trace_id}")
     _show_events(events)
 
 

@@ -79,13 +79,15 @@ def test_a_line_of_text_ends_with_job_and_node(server: embedded.Server, logs: Pa
     log = logs / "logged-text.log"
     with logging_worker(server, log) as client:
         job = finished(client, "tell", [3])
+        wait_until(lambda: "Job ended" in log.read_text())
         text = log.read_text()
 
     header = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}: INFO/ForkPoolWorker-\d\] "
     where = rf" \[job {job.id} root\]$"
     assert re.search(rf"^{header}item 3{where}", text, re.MULTILINE)
     assert re.search(rf"^{header}Items 0 to 0 of tell done in \d\.\d\d s, 0 failed{where}", text, re.MULTILINE)
-    assert text.count(job.id) == 2, "Celery's lines per message are for DEBUG"
+    assert re.search(rf"^{header}Job ended as succeeded: 1 items of tell{where}", text, re.MULTILINE)
+    assert text.count(job.id) == 3, "Celery's lines per message are for DEBUG"
     assert re.search(r"^\[[^]]+INFO/MainProcess\] celery@\S+ ready\.$", text, re.MULTILINE)
 
 
