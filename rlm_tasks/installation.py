@@ -24,7 +24,11 @@ from rlm_tasks.requests import Priority
 from rlm_tasks.runtime import Runtime
 from rlm_tasks.settings import Settings
 from rlm_tasks.settings import settings as environment
-from rlm_tasks.upstream import leave_promptly, survive_restarts_of_redis
+from rlm_tasks.upstream import (
+    leave_promptly,
+    survive_reconnects_while_processes_are_recycled,
+    survive_restarts_of_redis,
+)
 from rlm_tasks.worker import GuardStep, HealthStep, drain_when_told_to_stop
 
 logger = logging.getLogger(__name__)
@@ -196,6 +200,7 @@ def _prepare(sender: Any, **_: Any) -> None:
         sender.prefetch_multiplier = 1
     leave_promptly(lambda: runtime.page.draining)
     survive_restarts_of_redis()
+    survive_reconnects_while_processes_are_recycled()
     drain_when_told_to_stop(app)
 
 

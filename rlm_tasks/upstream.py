@@ -6,6 +6,7 @@ gone, so that the mending can go, too.  Refuses to know anything of jobs.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -63,13 +64,31 @@ def survive_restarts_of_redis() -> None:
     AttributeError ends the worker (kombu 5.7, Celery 5.7).  A connection error is what its callers expect.
     """
     stock = Channel._connparams
-    if getattr(stock, "mended", False):
+    if hasattr(stock, "__wrapped__"):
         return
 
+    @functools.wraps(stock)
     def parameters(channel: Channel, asynchronous: bool = False) -> dict[str, object]:
         if channel.connection is None or channel.connection.client is None:
             raise RedisConnectionError("the channel's connection to the broker is closed")
         return stock(channel, asynchronous)  # type: ignore[no-any-return,no-untyped-call]  # kombu is partly typed
 
-    parameters.mended = True  # type: ignore[attr-defined]  # marks it as done
     Channel._connparams = parameters  # type: ignore[method-assign]  # on purpose
+
+
+def survive_reconnects_while_processes_are_recycled() -> None:
+    """Let a worker reconnect when one of its pool processes has just ended, by `--max-tasks-per-child` for one.
+
+    The pool watches all its processes anew; of one that ended and is not replaced yet it has nothing to watch,
+    and the ValueError ends the worker (Celery 5.7).  The pool is looked after a moment later anyway.
+    """
+    stock = asynpool.AsynPool._track_child_process
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @functools.wraps(stock)
+    def track(pool: Any, process: Any, hub: Any) -> None:
+        if getattr(process, "_sentinel_poll", process) is not None:
+            stock(pool, process, hub)
+
+    asynpool.AsynPool._track_child_process = track

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import billiard.pool
 import pytest
 from celery.concurrency import asynpool
 from kombu import Connection
+from kombu.asynchronous import Hub
 
 from rlm_tasks import embedded
-from rlm_tasks.upstream import survive_restarts_of_redis
+from rlm_tasks.upstream import survive_reconnects_while_processes_are_recycled, survive_restarts_of_redis
 from tests.support import wait_until
 
 STOCK = """
@@ -62,6 +65,28 @@ def test_a_closed_channel_raises_what_its_callers_expect(durable: embedded.Serve
 
     with pytest.raises(connection.connection_errors):
         channel._connparams()
+
+
+def test_a_process_that_has_ended_is_not_watched_when_a_worker_reconnects(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, hub = SimpleNamespace(_sentinel_poll=None), Hub()
+    pool = SimpleNamespace(_event_process_exit=lambda *_: None)
+    mended = asynpool.AsynPool._track_child_process
+    stock = getattr(mended, "__wrapped__", mended)
+    monkeypatch.setattr(asynpool.AsynPool, "_track_child_process", stock)
+    with pytest.raises(ValueError, match="file descriptor is None"):
+        asynpool.AsynPool._track_child_process(pool, ended, hub)
+
+    survive_reconnects_while_processes_are_recycled()
+
+    asynpool.AsynPool._track_child_process(pool, ended, hub)
+    assert not hub.readers
+    reading, writing = os.pipe()
+    running = SimpleNamespace(_popen=SimpleNamespace(sentinel=reading))
+    asynpool.AsynPool._track_child_process(pool, running, hub)
+    assert list(hub.readers) == [running._sentinel_poll]
+    hub.close()
+    for each in (reading, writing, running._sentinel_poll):
+        os.close(each)
 
 
 def test_billiard_still_waits_for_receipts_and_sleeps_before_it_exits() -> None:
