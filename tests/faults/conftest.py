@@ -89,8 +89,7 @@ class Cell:
     def check_keys(self, job: Job) -> None:
         """No key of the job is without an expiry, and none that only a running job needs is left."""
         client, keys = self.client.ledger.store.client, self.client.ledger.keys.of(job.id)
-        prefix = self.client.settings.namespace
-        own = [key for key in client.scan_iter(f"{prefix}:*") if job.id.encode() in key]
+        own = list(client.scan_iter(f"{self.client.settings.namespace}:*{job.id}*", count=10_000))
         assert [key for key in own if client.ttl(key) == -1] == [], "no key without expiry"
         assert client.exists(keys.due, keys.waiting, keys.inflight, keys.splits, keys.deaths) == 0
 

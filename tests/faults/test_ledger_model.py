@@ -21,7 +21,6 @@ def test_the_ledger_agrees_with_the_oracle_on_a_real_server(durable: embedded.Se
         settings=settings(
             max_examples=300,
             stateful_step_count=50,
-            deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
         ),
     )

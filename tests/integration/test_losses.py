@@ -113,12 +113,12 @@ def test_a_worker_stopped_in_a_stream_of_small_nodes_is_gone_in_seconds(server: 
     environment = environment_of(server.url, "prompt")
     with client_of(environment) as client:
         with embedded.worker(environment, log=logs / "prompt.log") as process:
-            job = client.submit(operation="collect", items=list(range(3000)), type="parallel", chunk_size=1)
+            job = client.submit(operation="collect", items=list(range(1500)), type="parallel", chunk_size=1)
             wait_until(lambda: job.progress().nodes > 200)
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=5)
         with embedded.worker(environment, log=logs / "prompt.log"):
-            assert job.get(timeout=60) == list(range(3000))
+            assert job.get(timeout=60) == list(range(1500))
 
 
 def test_lost_messages_are_sent_again(server: embedded.Server, logs: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlm_tasks import Adaptive, Binary, Client, NWay
 
-JOBS, AT_ONCE = 240, 30
+JOBS, AT_ONCE = 210, 30
 
 
 def _shape(random: Random) -> dict[str, Any]:

@@ -314,4 +314,4 @@ class BreakerMachine(RuleBasedStateMachine):
 
 
 TestBreakerAgainstAnOracle = BreakerMachine.TestCase
-TestBreakerAgainstAnOracle.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBreakerAgainstAnOracle.settings = settings(max_examples=60, stateful_step_count=40)

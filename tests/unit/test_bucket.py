@@ -294,7 +294,7 @@ class Oracle:
         )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     limit=st.integers(2, 50),
     per_s=st.sampled_from([0.5, 1.0, 7.0, 60.0]),

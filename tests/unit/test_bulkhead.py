@@ -508,4 +508,4 @@ class BulkheadMachine(RuleBasedStateMachine):
 
 
 TestBulkheadAgainstAnOracle = BulkheadMachine.TestCase
-TestBulkheadAgainstAnOracle.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBulkheadAgainstAnOracle.settings = settings(max_examples=60, stateful_step_count=40)

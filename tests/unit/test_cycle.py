@@ -49,7 +49,7 @@ def test_full_queues_share_by_weight_exactly() -> None:
     assert served == {CRITICAL: 8000, HIGH: 4000, NORMAL: 2000, LOW: 1000}
 
 
-@settings(max_examples=25, deadline=None)  # each looks at thousands of messages
+@settings(max_examples=25)  # each looks at thousands of messages
 @given(st.sets(st.sampled_from(QUEUES), min_size=1), st.lists(st.sets(st.sampled_from(QUEUES), min_size=1), max_size=60))
 def test_whatever_was_before_shares_are_within_2_percent(full: set[str], before: list[set[str]]) -> None:
     cycle = cycle_of()

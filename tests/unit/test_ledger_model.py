@@ -18,6 +18,5 @@ TestLedgerOnFakeredis = OnFakeredis.TestCase
 TestLedgerOnFakeredis.settings = settings(
     max_examples=100,
     stateful_step_count=50,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

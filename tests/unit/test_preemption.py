@@ -153,7 +153,7 @@ def test_nobody_yields_within_the_grace_unless_it_is_insisted_on(world: World, p
 @given(
     n=st.integers(0, 12), total=st.integers(0, 10), free=st.integers(0, 10), freed=st.integers(0, 3), claim_first=st.booleans()
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_k_nodes_without_a_slot_cause_at_most_k_yields(n: int, total: int, free: int, freed: int, claim_first: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         (world := World()).install(patch)
@@ -471,4 +471,4 @@ class PreemptionMachine(RuleBasedStateMachine):
 
 
 TestPreemptionAgainstAnOracle = PreemptionMachine.TestCase
-TestPreemptionAgainstAnOracle.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPreemptionAgainstAnOracle.settings = settings(max_examples=60, stateful_step_count=40)

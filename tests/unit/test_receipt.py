@@ -181,7 +181,7 @@ def _items(draw: st.DrawFn, then: tuple[str, ...]) -> list[dict[str, Any]]:
     return made
 
 
-_AT_RANDOM = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+_AT_RANDOM = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 @_AT_RANDOM

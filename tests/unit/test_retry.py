@@ -108,7 +108,7 @@ def test_a_wrong_policy_is_told_when_a_function_is_decorated(fields: dict[str, A
         with_retry(**fields)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     failures=st.integers(1, 5000),
     initial=st.floats(0, 1e6, allow_subnormal=False),  # what multiplies exactly

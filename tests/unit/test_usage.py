@@ -137,7 +137,7 @@ _NODES = st.lists(
 
 
 @given(nodes=_NODES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_sums_are_exact_over_any_workers_in_any_order(nodes: list[dict[str, int]]) -> None:
     workers = [Worker(world) for world in [World()] for _ in range(2)]
     for at, node in enumerate(nodes):
