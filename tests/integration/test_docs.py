@@ -1,9 +1,10 @@
-"""The README's example and every example of the docs run as they are written."""
+"""Every program of docs/examples runs as it is written; links lead somewhere, and the Makefile tells of itself."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,9 @@ import pytest
 
 from rlm_tasks import embedded
 from tests.integration.conftest import ROOT, environment_of
+from tests.integration.pages import PAGES, read
 
 EXAMPLES = {
-    "README.md": ["succeeded", "nodes open"],
     "docs/examples/word_count.py": ["10000", "nodes"],
     "docs/examples/partial_failures.py": ["[1, 2, 4] 25% failed", "2 ValueError invalid literal", "1 failed again"],
     "docs/examples/rate_limited.py": ["70210 0 failed", "closed"],
@@ -23,16 +24,8 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_run_as_written(example: str, server: embedded.Server, tmp_path: Path, logs: Path) -> None:
-    text = (ROOT / example).read_text(encoding="utf-8")
-    name = "example"
-    if example.endswith(".md"):
-        found = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-        assert found is not None
-        text = found[1]
-        assert len([line for line in text.splitlines() if line.strip()]) <= 12
-    else:
-        name = Path(example).stem
-    (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    name = Path(example).stem
+    shutil.copy(ROOT / example, tmp_path)
     environment = environment_of(server.url, f"docs-{name}", RLM_OPERATIONS=name, PYTHONPATH=str(tmp_path))
 
     with embedded.worker(environment, log=logs / f"{name}.log"):
@@ -51,13 +44,19 @@ def test_examples_run_as_written(example: str, server: embedded.Server, tmp_path
         assert expected in done.stdout
 
 
+def test_the_example_of_the_readme_is_short() -> None:
+    first = read("README.md", PAGES["README.md"])[0]
+
+    assert first.language == "python"
+    assert len([line for line in first.text.splitlines() if line.strip()]) <= 12
+
+
 def test_links_of_the_documentation_lead_somewhere() -> None:
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     broken = [
-        f"{page.name}: {target}"
-        for page in pages
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
-        if not (page.parent / target).exists()
+        f"{name}: {target}"
+        for name, text in PAGES.items()
+        for target in re.findall(r"\]\(([^)#:]+)\)", text)
+        if not ((ROOT / name).parent / target).exists()
     ]
     assert broken == []
 

@@ -27,10 +27,12 @@ from rlm_tasks import metrics
 from rlm_tasks.celery import app
 from rlm_tasks.configuration import validate
 from rlm_tasks.metrics import DECLARED, Histogram, Standing, registry
+from tests.integration.pages import PAGES, steps
+from tests.integration.pages import read as read_page
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "docs" / "deploy"
-PAGE = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+PAGE = PAGES["docs/deployment.md"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
@@ -125,7 +127,15 @@ def commands() -> Iterator[str]:
         yield from in_container(container.get("readinessProbe", {}).get("exec", {}).get("command", []))
     yield from in_container(json.loads(re.findall(r"^CMD (.*)$", DOCKERFILE, re.MULTILINE)[0]))
     yield from (begin_with(rule) for rule in RULES)
-    yield from re.findall(r"celery -A rlm_tasks [^`|\n]*", PAGE)
+
+
+def of_page(name: str) -> Iterator[str]:
+    """Yield the commands that a page names, or hands to another program; what else its blocks hold is run elsewhere."""
+    yield from re.findall(r"`(celery -A rlm_tasks [^`|\n]*[^`|\n.])`", PAGES[name])
+    for block in read_page(name, PAGES[name]):
+        for step in steps(block) if block.language == "sh" else ():
+            if step.elsewhere:
+                yield from re.findall(r"celery -A rlm_tasks [^|#'\n]*", step.text)
 
 
 def in_container(words: list[str]) -> Iterator[str]:
@@ -171,6 +181,12 @@ def found(line: str, words: list[str]) -> tuple[click.Command, click.Context]:
 @pytest.mark.parametrize("line", sorted(set(commands())))
 def test_every_command_is_understood(line: str) -> None:
     parse(line)
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_every_command_of_a_page_is_understood(name: str) -> None:
+    for line in of_page(name):
+        parse(line)
 
 
 @pytest.mark.parametrize(
@@ -355,12 +371,45 @@ def test_alerts_are_well_formed_and_end_with_a_command(rule: dict[str, Any]) -> 
     assert re.fullmatch(r"Rlm[A-Za-z]+", rule["alert"])
     assert DURATION.fullmatch(rule["for"])
     assert rule["labels"]["severity"] in ("critical", "warning")
-    assert rule["annotations"].keys() == {"summary", "description"}
+    assert rule["annotations"].keys() == {"summary", "description", "runbook"}
     assert begin_with(rule).startswith("celery -A rlm_tasks rlm ")
+
+
+def recipes() -> dict[str, str]:
+    """Return the runbook's sections: each anchor, as GitHub makes it, with its text."""
+    text = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+    _, *sections = re.split(r"^## (.*)$", text, flags=re.MULTILINE)
+    anchors = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in sections[::2]]
+    return dict(zip(anchors, sections[1::2], strict=True))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_alerts_name_a_recipe_that_ends_with_a_command(rule: dict[str, Any]) -> None:
+    page, _, anchor = rule["annotations"]["runbook"].partition("#")
+
+    assert page == "docs/runbook.md"
+    assert recipes()[anchor].rstrip().endswith("```")
+    assert "\ncelery -A rlm_tasks " in recipes()[anchor]
+
+
+def test_the_runbook_lists_every_alert_with_its_recipe() -> None:
+    text = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`Rlm[^|]*) \| \[[^]]*\]\(#([\w-]+)\) \|$", text, re.MULTILINE)
+    listed = {alert: anchor for alerts, anchor in rows for alert in re.findall(r"`(\w+)`", alerts)}
+
+    assert listed == {rule["alert"]: rule["annotations"]["runbook"].partition("#")[2] for rule in RULES}
 
 
 def test_alerts_have_names_of_their_own() -> None:
     assert len({rule["alert"] for rule in RULES}) == len(RULES)
+
+
+def test_queries_of_the_pages_ask_for_what_exists() -> None:
+    queries = [block.text for name, text in PAGES.items() for block in read_page(name, text) if block.language == "promql"]
+
+    assert queries
+    for query in queries:
+        check(query)
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
