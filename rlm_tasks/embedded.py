@@ -53,16 +53,19 @@ def free_port() -> int:
 
 
 class Server:
-    """A private server on a free port; with `durable`, it keeps an append-only file between restarts."""
+    """A private server on a port, a free one by default; with `durable`, it keeps an append-only file between restarts."""
 
-    def __init__(self, folder: Path, *, durable: bool = False) -> None:
-        self.port = free_port()
+    def __init__(self, folder: Path, *, durable: bool = False, port: int = 0) -> None:
+        self.port = port or free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._folder, self._durable = folder, durable
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start and wait until it answers."""
+        """Start and wait until it answers.  Raises NotStarted, also where somebody else listens on its port."""
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                raise NotStarted(f"something listens on 127.0.0.1:{self.port} already: use that, or another port")
         durable = "yes" if self._durable else "no"
         command = [
             server_binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder),
@@ -83,6 +86,11 @@ class Server:
                     raise NotStarted((self._folder / "server.log").read_text()[-2000:]) from None
                 time.sleep(0.01)
         client.close()
+
+    def wait(self) -> None:
+        """Return when it has ended by itself."""
+        if self.process is not None:
+            self.process.wait()
 
     def stop(self, *, kill: bool = False) -> None:
         """Stop it, or kill it as a power failure would."""
@@ -110,7 +118,10 @@ def clean_up_on_sigterm() -> None:
 
 @contextlib.contextmanager
 def server(*, durable: bool = False) -> Iterator[Server]:
-    """Run a server in a folder of its own for the length of a block."""
+    """Run a server in a folder of its own for the length of a block; its `url` is for ``RLM_REDIS_URL``.
+
+    Raises NotStarted.
+    """
     with tempfile.TemporaryDirectory(prefix="rlm-") as folder:
         own = Server(Path(folder), durable=durable)
         own.start()
@@ -130,7 +141,11 @@ def worker(
     options: Sequence[str] = (),
     level: str = "WARNING",
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a prefork worker for the length of a block; it is ready when the block begins."""
+    """Run a prefork worker for the length of a block; it is ready when the block begins.
+
+    `environment` stands beside the variables of this process, `log` is the file it writes to, `app` is as for
+    ``celery -A``, `slots` are its pool processes, `options` go on its command line.  Raises NotStarted.
+    """
     command = [
         sys.executable, "-m", "celery", "-A", app, "worker", "-c", str(slots), "-l", level,
         "--without-gossip", "--without-mingle", *options,

@@ -49,6 +49,8 @@ def _ended(facts: Mapping[str, str]) -> str:
         error = msgspec.json.decode(facts["error"])
         return f"It {facts['state']} because {error['type']}: {error['message']} ({counts})."
     why = f" because {_STOPPED[facts['stop']]}" if facts.get("stop") in _STOPPED else ""
+    if facts.get("stop") == "failed" and failed == "1":
+        why = " because an item failed"
     return f"It {_VERBS[facts['state']]}{why}: {counts}."
 
 

@@ -5,11 +5,12 @@ Decides how a function is called; refuses to know where items come from and wher
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
+
+from celery.utils.imports import import_from_cwd
 
 from resilience.degradation import Degradation
 from rlm_tasks.errors import InvalidRequest, UnknownOperation
@@ -31,9 +32,9 @@ class Context:
     """What an operation may ask about the run it is part of."""
 
     job_id: str
-    params: dict[str, Any]
-    depth: int = 0
-    attempt: int = 1
+    params: dict[str, Any]  # those of the request
+    depth: int = 0  # of the node in the tree
+    attempt: int = 1  # at this node, from 1
     index: int = 0  # of the item being worked on; of the first item in a batch
     tries: int = 0  # how often this item has failed before
     waited: bool = False  # this item comes back from waiting for a guard
@@ -239,10 +240,13 @@ def names() -> list[str]:
 
 
 def import_operations(modules: Sequence[str]) -> None:
-    """Import the built-in operations and the user's modules.  Raises InvalidRequest for a missing one."""
+    """Import the built-in operations and the user's modules, as Celery finds tasks: in the current folder, too.
+
+    Raises InvalidRequest for a missing one.
+    """
     for module in ("rlm_tasks.builtins", *modules):
         try:
-            importlib.import_module(module)
+            import_from_cwd(module)
         except ModuleNotFoundError as error:
             if error.name and module.startswith(error.name):
                 raise InvalidRequest("RLM_OPERATIONS", module, "no such module on the import path") from None

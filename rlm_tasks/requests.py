@@ -43,16 +43,15 @@ class Binary(_Checked):
     """Halve a range until its parts are small."""
 
     min_chunk_size: int | None = Field(None, ge=1, description="Items; set, the plan is carried out as written.")
-    max_depth: int = Field(10, ge=1, le=64)
-    branching_factor: int = Field(2, ge=2, le=1000, description="Most children of one cut.")
+    max_depth: int = Field(10, ge=1, le=64, description="Most levels of the tree.")
 
 
 class NWay(_Checked):
     """Cut a range into `split_factor` parts, and those again."""
 
-    split_factor: int = Field(8, ge=2, le=1000)
+    split_factor: int = Field(8, ge=2, le=1000, description="Parts of one cut.")
     min_chunk_size: int | None = Field(None, ge=1, description="Items; set, the plan is carried out as written.")
-    max_depth: int = Field(10, ge=1, le=64)
+    max_depth: int = Field(10, ge=1, le=64, description="Most levels of the tree.")
 
 
 class Adaptive(_Checked):
@@ -61,7 +60,7 @@ class Adaptive(_Checked):
     min_chunk_size: int = Field(1, ge=1, description="Items of the smallest part.")
     max_chunk_size: int | None = Field(None, ge=1, description="Items of the largest node.")
     target_execution_time_ms: float | None = Field(None, gt=0, description="A node hands over its rest after this.")
-    max_depth: int = Field(10, ge=1, le=64)
+    max_depth: int = Field(10, ge=1, le=64, description="Most levels of the tree.")
     branching_factor: int = Field(4, ge=2, le=1000, description="Most children of one cut.")
 
     @model_validator(mode="after")
@@ -78,7 +77,7 @@ STRATEGIES: dict[str, type[Strategy]] = {"binary": Binary, "n_way": NWay, "adapt
 class TraceContext(_Checked):
     """The trace that a job is part of; ids are hex digits, zeros on the left may be missing."""
 
-    trace_id: str
+    trace_id: str = Field(description="1 to 32 hex digits.")
     parent_span_id: str = Field("", description="The span that the job hangs under; empty: none yet.")
     sampled: bool = Field(True, description="Whether its spans are kept.")
 
@@ -99,10 +98,12 @@ class TraceContext(_Checked):
 class Options(_Checked):
     """How a job is run, whatever it computes."""
 
-    priority: Priority = Priority.NORMAL
-    timeout_ms: float | None = Field(None, gt=0, description="The job ends as `expired` after this.")
-    max_depth: int | None = Field(None, ge=1, le=64)
-    continue_on_error: bool = False
+    priority: Priority = Field(Priority.NORMAL, description="Its urgency, also as a text.")
+    timeout_ms: float | None = Field(
+        None, gt=0, description="The job ends as `expired` after this. Also `timeout`, in seconds or as a timedelta."
+    )
+    max_depth: int | None = Field(None, ge=1, le=64, description="Most levels of the tree; empty: as its strategy says.")
+    continue_on_error: bool = Field(False, description="Failed items do not end the job; they are in its result.")
     error_threshold: float | None = Field(None, ge=0, le=1, description="The job fails when more than this share fails.")
 
     preempt_lower_priority: bool | None = Field(
@@ -177,16 +178,22 @@ class Conditions(_Checked):
 class JobRequest(_Checked):
     """One job: items, an operation, and how to go about it."""
 
-    operation: str = Field(min_length=1)
-    items: Any
-    type: Literal["sequential", "parallel", "recursive"] | None = None
-    strategy: Strategy | None = None
+    operation: str = Field(min_length=1, description="The name it is registered by.")
+    items: Any = Field(description="A range, `Lines`, `Files`, or any iterable of plain data, which is stored.")
+    type: Literal["sequential", "parallel", "recursive"] | None = Field(
+        None, description="Empty: as the strategy says, `parallel` with a chunk size, else `recursive`."
+    )
+    strategy: Strategy | None = Field(
+        None, description="`Binary`, `NWay` or `Adaptive`, also by name (`binary`, `n_way`, `adaptive`); empty: `Binary`."
+    )
     chunk_size: int | None = Field(None, ge=1, description="Items per node of a parallel job.")
     params: dict[str, Any] = Field(default_factory=dict, description="Handed to the operation as ctx.params.")
-    options: Options = Field(default_factory=Options)
-    conditions: Conditions = Field(default_factory=Conditions)
-    description: str = ""
-    complexity: str = ""
+    options: Options = Field(default_factory=Options, description="How it is run.")
+    conditions: Conditions = Field(default_factory=Conditions, description="When items are worked on at all.")
+    description: str = Field("", description="For people; shown where jobs are listed.")
+    complexity: str = Field(
+        "", description="Of its items: `simple`, `medium`, `complex`, or `very_complex`, which empty stands for. See time limits."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -249,14 +256,26 @@ class JobRequest(_Checked):
     def parse(cls, request: JobRequest | Mapping[str, Any]) -> JobRequest:
         """Return a request as it is, or make one of a plain dict in snake_case or camelCase.
 
-        ``input`` may hold ``items``, ``operation`` and the strategy's sizes, as in the source documents,
-        or be the items themselves.  Raises InvalidRequest.
+        ``input`` may hold ``items``, ``operation`` and the strategy's sizes, or be the items themselves; fields of
+        `Options` and `Conditions` may be given flat.  Raises InvalidRequest.
         """
         if isinstance(request, JobRequest):
             return request
         if not isinstance(request, Mapping):
             raise InvalidRequest("request", request, "must be a JobRequest or a dict")
-        return cls(**_flattened(dict(request)))
+        return cls(**_grouped(_flattened(dict(request))))
+
+
+def _grouped(fields: dict[str, Any]) -> dict[str, Any]:
+    """Sort flat fields into the request, its options and its conditions."""
+    grouped = dict(fields)
+    for part, model in (("options", Options), ("conditions", Conditions)):
+        names = {name for name in fields if name in model.model_fields or (part == "options" and name == "timeout")}
+        if names:
+            if part in fields:
+                raise InvalidRequest(part, sorted(names), f"given beside {part}=...; keep one of both")
+            grouped[part] = model(**{name: grouped.pop(name) for name in names})
+    return grouped
 
 
 def _fields(shape: Shape) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The demo: a real job on a server and a worker of its own."""
+"""For trying things out: a server without an installation, and a real job with a worker of its own."""
 
 from __future__ import annotations
 
@@ -115,4 +115,28 @@ def _show_run(outcome: Outcome, others: list[Compared]) -> None:
         table("The same work, done another way", ("how", "wall time", "times ours", "same report"), [mine, *compared])
 
 
-COMMANDS = (demo,)
+@click.command()
+@click.option("--port", default=6379, show_default=True, type=click.IntRange(1, 65_535), help="Of the loopback interface.")
+@click.option("--dir", "folder", type=click.Path(path_type=Path, file_okay=False), help="Keep its data here; default: nowhere.")
+def serve(port: int, folder: Path | None) -> None:
+    """Run a Redis or Valkey server of this machine, or the embedded one, until Ctrl-C: to try things, not to live on."""
+    import tempfile
+
+    from rlm_tasks import embedded
+
+    embedded.clean_up_on_sigterm()
+    with tempfile.TemporaryDirectory(prefix="rlm-") as passing:
+        kept = folder or Path(passing)
+        kept.mkdir(parents=True, exist_ok=True)
+        own = embedded.Server(kept, durable=folder is not None, port=port)
+        try:
+            own.start()
+            click.echo(f"{own.url} answers; Ctrl-C ends it.")
+            own.wait()
+        except KeyboardInterrupt:
+            click.echo("Stopped.")
+        finally:
+            own.stop()
+
+
+COMMANDS = (demo, serve)

@@ -57,8 +57,11 @@ def _brief(value: Any) -> str:
 @click.pass_context
 def check(ctx: click.Context, as_json: bool) -> None:
     """Say what is wrong with the settings; a process with a wrong one does not start, and neither would this."""
-    _settings(ctx)
-    answer({"issues": []}, "Nothing is wrong with the settings; what runs with them: rlm doctor", as_json)
+    from rlm_tasks.preflight import of_urls
+
+    warnings = [f"{each.found}. {each.advice}" for each in of_urls(_settings(ctx)) if each.state != "ok"]
+    told = ["Nothing is wrong with the settings; what runs with them: rlm doctor", *(f"Warning: {each}" for each in warnings)]
+    answer({"issues": [], "warnings": warnings}, "\n".join(told), as_json)
 
 
 @config.command()
@@ -84,6 +87,26 @@ def import_(file: Any, as_json: bool) -> None:
 
     variables = as_environment(import_config(file.read()))
     answer(variables, "\n".join(f"{name}={value}" for name, value in variables.items()), as_json)
+
+
+@config.command()
+@click.argument("file", type=click.File("rb"), required=False)
+@as_json_option
+def optimization(file: Any, as_json: bool) -> None:
+    """Show what the keys of an OptimizationConfig set here, those of a JSON file or the defaults."""
+    from dataclasses import asdict
+
+    from rlm_tasks.optimization import OptimizationConfig
+
+    found = (OptimizationConfig.import_config(file.read()) if file else OptimizationConfig()).effects()
+    if as_json:
+        print_json([asdict(each) for each in found])
+        return
+    table(
+        "Optimization",
+        ("key", "value", "sets", "why nothing, or what to know"),
+        ((each.key, json.dumps(each.value), each.sets or "nothing", each.why) for each in found),
+    )
 
 
 # --- health ------------------------------------------------------------------------------------------

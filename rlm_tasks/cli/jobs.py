@@ -12,11 +12,15 @@ import click
 from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, table
 
 if TYPE_CHECKING:
+    from rlm_tasks.client import Client
     from rlm_tasks.job import Job
-    from rlm_tasks.results import JobEvent, JobResult, Progress
+    from rlm_tasks.results import ItemFailure, JobEvent, JobResult, Progress
+    from rlm_tasks.spec import Spec
 
 SHOWN = 20
 """So many of a job's events are shown to people, the last."""
+NAMED = 8
+"""So many of the items that failed alike are named."""
 
 
 @click.command()
@@ -41,25 +45,38 @@ def submit(ctx: click.Context, request_file: Any, timeout: float | None, as_json
 
 @click.command()
 @click.option("--limit", default=20, show_default=True, help="How many, the newest first.")
+@click.option("--open", "only_open", is_flag=True, help="Only those of them that have not ended.")
+@click.option("-q", "--quiet", is_flag=True, help="Only their ids, one a line.")
 @as_json_option
 @click.pass_context
-def jobs(ctx: click.Context, limit: int, as_json: bool) -> None:
+def jobs(ctx: click.Context, limit: int, only_open: bool, quiet: bool, as_json: bool) -> None:
     """List jobs, the newest first."""
+    client = client_of(ctx)
+    found = [each for job in client.jobs(limit) if (each := _seen(client, job)) is not None]
+    rows = [(spec, at) for spec, at in found if not (only_open and at.status.final)]
+    if as_json:
+        print_json([{"id": s.job, "operation": s.operation, "priority": s.priority, **_progress(at)} for s, at in rows])
+    elif quiet:
+        click.echo("".join(f"{spec.job}\n" for spec, _ in rows), nl=False)
+    else:
+        columns = ("job", "operation", "priority", "status", "items", "done", "failed", "skipped", "nodes", "seconds")
+        table("Jobs", columns, (_row(spec, at) for spec, at in rows))
+
+
+def _seen(client: Client, job: Job) -> tuple[Spec, Progress] | None:
+    """Return what a listed job is and how far; None when its ledger has expired since it was listed."""
     from rlm_tasks.errors import JobNotFound
 
-    rows = []
-    for job in client_of(ctx).jobs(limit):
-        try:
-            rows.append((job.id, job.progress()))
-        except JobNotFound:
-            continue  # its ledger has expired between two reads
-    if as_json:
-        print_json([{"id": id, **_progress(progress)} for id, progress in rows])
-        return
-    columns = ("job", "status", "items", "done", "failed", "skipped", "nodes", "seconds")
-    table(
-        "Jobs", columns, ((id, p.status, p.total, p.done, p.failed, p.skipped, p.nodes, f"{p.elapsed_s:.1f}") for id, p in rows)
-    )
+    spec = client.ledger.spec(job.id)
+    try:
+        return None if spec is None else (spec, job.progress())
+    except JobNotFound:
+        return None
+
+
+def _row(spec: Spec, at: Progress) -> tuple[Any, ...]:
+    counts = (at.total, at.done, at.failed, at.skipped, at.nodes)
+    return (spec.job, spec.operation, spec.priority, at.status, *counts, f"{at.elapsed_s:.1f}")
 
 
 def _progress(progress: Progress) -> dict[str, Any]:
@@ -72,20 +89,40 @@ def _progress(progress: Progress) -> dict[str, Any]:
 @as_json_option
 @click.pass_context
 def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
-    """Show one job: how far it is, why it waits or how it ended, and what has happened to it."""
+    """Show one job: how far it is, why it waits or how it ended, what failed, and what has happened to it."""
     found = client_of(ctx).job(job_id)
     if watch:
         _watch(found)
-    progress, sentence, events = found.progress(), found.explain(), found.events()
+    progress, sentence, events, failures = found.progress(), found.explain(), found.events(), found.failures()
     if as_json:
         log = [asdict(event) for event in events]
-        print_json({"id": job_id, **_progress(progress), "explain": sentence, "trace_id": found.trace_id, "events": log})
+        failed = [{"index": each.index, "type": each.type, "code": each.code} for each in failures]
+        about = {"explain": sentence, "trace_id": found.trace_id, "failures": failed, "events": log}
+        print_json({"id": job_id, **_progress(progress), **about})
         return
     click.echo(f"{job_id}  {progress.status}  {progress.fraction:.0%} of {progress.total:,} items, {progress.nodes} nodes")
     click.echo(sentence)
     if client_of(ctx).settings.tracing.enabled:
         click.echo(f"Its trace: {found.trace_id}")
+    if failures:
+        _show_failures(failures)
     _show_events(events)
+
+
+def _show_failures(failures: list[ItemFailure]) -> None:
+    """Print failures, alike ones in one row: what they raised may hold an item, and is in the result alone."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for each in failures:
+        alike.setdefault((each.type, each.code), []).append(each.index)
+    rows = sorted(alike.items(), key=lambda row: -len(row[1]))
+    table(
+        "What failed", ("raised", "code", "items", "index"),
+        ((type, code, len(indexes), _first_of(indexes)) for (type, code), indexes in rows),
+    )  # fmt: skip
+
+
+def _first_of(indexes: list[int]) -> str:
+    return ", ".join(map(str, indexes[:NAMED])) + (", ..." if len(indexes) > NAMED else "")
 
 
 def _show_events(events: list[JobEvent]) -> None:

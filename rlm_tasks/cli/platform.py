@@ -219,16 +219,22 @@ def operations(ctx: click.Context, as_json: bool) -> None:
 
 
 def _show_operations(found: list[dict[str, Any]]) -> None:
-    columns = ("operation", "items", "failed", "succeed", "avg ms", "avg MB", "peak MB", "breaker")
+    columns = ("operation", "items", "failed", "succeed", "avg ms", "trend", "avg MB", "peak MB", "breaker")
     rows = (
         (
             each["executor_id"], each["total_executions"], each["failed_executions"], f"{each['success_rate_percent']:g} %",
-            f"{each['avg_duration_ms']:.1f}", f"{each['avg_memory_mb']:.0f}", f"{each['peak_memory_mb']:.0f}",
+            f"{each['avg_duration_ms']:.1f}", _trend(each), f"{each['avg_memory_mb']:.0f}", f"{each['peak_memory_mb']:.0f}",
             each["circuit_breaker_state"],
         )
         for each in found
     )  # fmt: skip
     table("Operations", columns, rows)
+
+
+def _trend(operation: dict[str, Any]) -> str:
+    """Return how much longer items take than before, '' while there is no past."""
+    change = operation["change_percent"]
+    return "" if change is None else f"{change:+.0f} %" + (" SLOWER" if operation["slower"] else "")
 
 
 @click.command()

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import redis
 
-from rlm_tasks import Client
+from rlm_tasks import Client, embedded
 from tests.integration.conftest import ROOT
 from tests.support import wait_until
 
@@ -40,10 +41,16 @@ def test_a_job_from_stdin_to_its_tree(client: Client, environment: dict[str, str
     assert (result["output"], result["failed_count"], result["failure_rate"]) == (6, 1, 1 / 3)
 
     job = result["job_id"]
-    assert json.loads(rlm(environment, "job", job, "--json").stdout)["status"] == "succeeded"
+    told = json.loads(rlm(environment, "job", job, "--json").stdout)
+    assert (told["status"], told["trace_id"]) == ("succeeded", client.job(job).trace_id)
+    assert told["failures"] == [{"index": 1, "type": "ValueError", "code": "OPERATION_FAILED"}]
+    [row] = [line for line in rlm(environment, "job", job).stdout.splitlines() if "ValueError" in line]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["ValueError", "OPERATION_FAILED", "1", "1"]
     assert rlm(environment, "explain", job).stdout == "It succeeded: 2 of 3 items done, 1 failed, 0 skipped.\n"
     assert {"root", "merge"} <= {node["id"] for node in json.loads(rlm(environment, "tree", job, "--json").stdout)}
-    assert job in rlm(environment, "jobs").stdout.replace("\n", "")
+    [row] = [line for line in rlm(environment, "jobs").stdout.splitlines() if job in line]
+    assert [cell.strip() for cell in row.split("│")[2:6]] == ["fail_odd", "normal", "succeeded", "3"]
+    assert job not in rlm(environment, "jobs", "--open", "-q").stdout.split()
     assert job in {each["id"] for each in json.loads(rlm(environment, "jobs", "--json").stdout)}
     again = rlm(environment, "retry", job).stdout.strip()
     assert client.job(again).result(timeout=30).failed_count == 1
@@ -118,6 +125,26 @@ def test_an_interrupted_demo_leaves_no_process_behind(how: signal.Signals) -> No
 
     demo.wait(timeout=30)
     wait_until(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in started))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_served_server_answers_until_it_is_told_to_stop(how: signal.Signals, tmp_path: Path) -> None:
+    port = str(embedded.free_port())
+    command = [sys.executable, "-m", "celery", "-A", "rlm_tasks", "rlm", "serve", "--port", port, "--dir", str(tmp_path)]
+    served = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert served.stdout is not None
+    assert served.stdout.readline() == f"redis://127.0.0.1:{port}/0 answers; Ctrl-C ends it.\n"
+    with redis.Redis(port=int(port)) as store:
+        assert store.ping()
+    taken = rlm({}, "serve", "--port", port)
+    assert (taken.returncode, f"127.0.0.1:{port} already" in taken.stderr) == (1, True)
+
+    served.send_signal(how)
+
+    served.wait(timeout=30)
+    served.stdout.close()
+    with redis.Redis(port=int(port)) as store, pytest.raises(redis.ConnectionError):
+        store.ping()
 
 
 def test_the_demo_of_an_empty_folder_says_so(tmp_path: Path) -> None:
