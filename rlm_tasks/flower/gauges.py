@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from resilience.degradation import Level
 from rlm_tasks.errors import RlmError
-from rlm_tasks.metrics import BREAKER_STATES
+from rlm_tasks.metrics import BREAKER_STATES, GAUGES
 
 if TYPE_CHECKING:
     from rlm_tasks.client import Client
@@ -71,7 +71,7 @@ def families(client: Client) -> Iterator[GaugeMetricFamily]:
     """Yield every metric of the cluster.  Raises StoreUnavailable and BrokerUnavailable."""
     yield from _of_pressure(client)
     yield from _of_work(client)
-    yield _family("rlm_breaker_state", "0 closed, 1 half open, 2 open.", ("service",), [
+    yield _family("rlm_circuit_breaker_state", GAUGES["rlm_circuit_breaker_state"], ("service",), [
         ((name,), BREAKER_STATES[at["state"]]) for name, at in client.breakers.status().items()
     ])  # fmt: skip
     limits = client.limits()
@@ -97,8 +97,8 @@ def _of_pressure(client: Client) -> Iterator[GaugeMetricFamily]:
         "rlm_cluster_slots", "Slots of all workers.", ("state",), [(("busy",), busy), (("free",), max(0, slots - busy))]
     )
     yield _family("rlm_operation_items", "Items an operation has run, since it ran last after a month's rest.", ("operation", "outcome"), [
-        ((each["executor_id"], outcome), each[f"{outcome}_executions"])
-        for each in status.operations for outcome in ("successful", "failed")
+        ((each["executor_id"], outcome), each[counted])
+        for each in status.operations for outcome, counted in (("done", "successful_executions"), ("failed", "failed_executions"))
     ])  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """What each tab shows, as cards and tables: plain data that one script in the browser draws.
 
-Decides what a person who operates the platform wants to see first.  Refuses to know Flower, HTML and who is looking; no item,
-parameter, result or failure's message is on any page.
+Decides what a person who operates the platform wants to see first.  Refuses to know Flower, HTML and who is looking.  Of a
+request its operation, priority and description are shown; no item, parameter, result or failure's message is on any page.
 """
 
 from __future__ import annotations
@@ -14,21 +14,33 @@ from typing import TYPE_CHECKING, Any
 
 from resilience.degradation import Level
 from rlm_tasks.errors import JobNotFound
+from rlm_tasks.metrics import BREAKER_STATES
 from rlm_tasks.results import Progress, Status
 
 if TYPE_CHECKING:
     from rlm_tasks.client import Client
     from rlm_tasks.job import Job
+    from rlm_tasks.limits import LimitReport
     from rlm_tasks.pressure import PlatformStatus
     from rlm_tasks.results import TreeNode
+    from rlm_tasks.spec import Spec
+    from scheduler.board import HostReport
 
 TABS = {"jobs": "Jobs", "pressure": "Pressure", "breakers": "Breakers", "limits": "Limits", "queues": "Queues"}
-JOBS, NODES, LOOKS = 50, 300, 120
-"""So many are shown: of jobs, of one job's nodes, of the monitor's looks."""
+JOBS, NODES, EVENTS, LOOKS = 50, 300, 30, 120
+"""So many are shown: of jobs; of one job's nodes and events; of the monitor's looks."""
+FAILURES, INDEXES = 1000, 20
+"""So many failures are counted, and so many of each kind named."""
 
-Tone = str  # "", active, success, danger: the colours of Flower's own cards
-_TONES = {Status.SUCCEEDED: "success", Status.FAILED: "danger", Status.EXPIRED: "danger", Status.RUNNING: "active"}
-_LEVEL_TONES = {Level.NORMAL: "success", Level.ELEVATED: "", Level.HIGH: "active"}
+Tone = str  # "", active, success, warning, danger: Flower's own colours
+_TONES = {
+    Status.RUNNING: "active",
+    Status.MERGING: "active",
+    Status.SUCCEEDED: "success",
+    Status.FAILED: "danger",
+    Status.EXPIRED: "danger",
+}
+_LEVEL_TONES = {Level.NORMAL: "success", Level.ELEVATED: "active", Level.HIGH: "warning"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +49,7 @@ class Action:
 
     name: str
     title: str
+    label: str = ""  # its whole name, for those who do not see what it stands beside
     about: dict[str, str] = field(default_factory=dict)
     confirm: str = ""
 
@@ -47,6 +60,8 @@ class Cell:
 
     text: str
     tone: Tone = ""
+    note: str = ""  # a smaller line below
+    badge: bool = False  # a state
     link: str = ""  # the id of a job
     bar: float | None = None  # 0 to 1
     indent: int = 0
@@ -70,6 +85,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
     empty: str
+    minor: Sequence[str] = ()  # columns that a narrow screen has no room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +95,7 @@ class Chart:
     title: str
     levels: Sequence[str]
     points: Sequence[tuple[float, int]]
+    drill: str = ""  # the level that is forced now
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +103,8 @@ class Picture:
     """One page."""
 
     sentence: str
+    heading: str = ""
+    about: str = ""
     cards: Sequence[Card] = ()
     tables: Sequence[Table] = ()
     chart: Chart | None = None
@@ -101,94 +120,139 @@ class Picture:
 
 def jobs(client: Client) -> Picture:
     """Return the newest jobs, the newest first."""
-    found = [(job, progress) for job in client.jobs(JOBS) if (progress := _progress(job)) is not None]
+    found = [each for job in client.jobs(JOBS) if (each := _seen(client, job)) is not None]
     count = Counter(progress.status for _, progress in found)
-    standing = client.at_work()
+    standing, failed = client.at_work(), count[Status.FAILED] + count[Status.EXPIRED]
     cards = [
         Card("At work", str(len(standing)), "active"),
         Card("Nodes running", str(sum(each.running for each in standing))),
         Card("Succeeded", str(count[Status.SUCCEEDED]), "success"),
-        Card("Failed", str(count[Status.FAILED] + count[Status.EXPIRED]), "danger"),
+        Card("Failed", str(failed), "danger" if failed else ""),
     ]
-    rows = [_job_row(job, progress) for job, progress in found]
-    columns = ("Job", "Status", "Progress", "Items", "Failed", "Nodes", "Time", "")
-    return Picture(f"The newest {len(found)} jobs", cards, [Table("", columns, rows, "No job has been submitted yet.")])
+    columns = ("Job", "Id", "Priority", "Status", "Progress", "Items", "Failed", "Nodes", "Time", "")
+    minor = ("Id", "Priority", "Items", "Failed", "Nodes", "Time", "")
+    rows = [_job_row(spec, progress) for spec, progress in found]
+    table = Table("", columns, rows, "No job has been submitted yet.", minor)
+    return Picture(f"The newest {len(found)} jobs.", cards=cards, tables=[table])
 
 
-def _progress(job: Job) -> Progress | None:
+def _seen(client: Client, job: Job) -> tuple[Spec, Progress] | None:
+    spec = client.ledger.spec(job.id)
     try:
-        return job.progress()
+        return None if spec is None else (spec, job.progress())
     except JobNotFound:
         return None  # it has expired since it was listed
 
 
-def _job_row(job: Job, at: Progress) -> list[str | Cell]:
+def _job_row(spec: Spec, at: Progress) -> list[str | Cell]:
     return [
-        Cell(job.id, link=job.id),
-        Cell(str(at.status), _TONES.get(at.status, "")),
-        Cell(f"{at.fraction:.0%}", bar=at.fraction),
+        Cell(spec.operation, note=spec.description, link=spec.job),
+        _short(spec.job),
+        spec.priority,
+        Cell(str(at.status), _TONES.get(at.status, ""), badge=True),
+        _share(at),
         f"{at.total:,}",
         Cell(f"{at.failed:,}", "danger" if at.failed else ""),
         f"{at.nodes:,}",
-        _seconds(at.elapsed_s),
-        "" if at.status.final else Cell("", action=_cancel(job.id)),
+        Cell(_seconds(at.elapsed_s), note=_to_go(at)),
+        "" if at.status.final else Cell("", action=_cancel(spec.job)),
     ]
 
 
+def _share(at: Progress) -> Cell:
+    """Return how much has been worked on: what was skipped, as a cancelled job's rest, is no progress."""
+    share = (at.done + at.failed) / at.total if at.total else 1.0
+    return Cell(f"{share:.0%}", _TONES.get(at.status, ""), bar=share)
+
+
+def _to_go(at: Progress) -> str:
+    return "" if at.status.final or at.eta_s is None else f"{_seconds(at.eta_s)} to go"
+
+
 def _cancel(job: str) -> Action:
-    return Action("cancel", "Cancel", {"job": job}, f"Cancel job {job} with all of its nodes?")
+    return Action("cancel", "Cancel", f"Cancel job {_short(job)}", {"job": job}, f"Cancel job {job} with all of its nodes?")
+
+
+def _retry(job: str) -> Action:
+    return Action("retry", "Retry what failed", "", {"job": job}, "Open a new job on the failed items?")
 
 
 def job(client: Client, job_id: str) -> Picture:
     """Return one job: how far it is, why it waits, its tree, its failures, its receipt.  Raises JobNotFound."""
     found = client.job(job_id)
-    at, tree = found.progress(), found.tree()
-    pace = f" {at.rate:,.1f} items a second" if at.rate else ""
-    eta = "" if at.status.final or at.eta_s is None else f", about {_seconds(at.eta_s)} to go"
+    if (spec := client.ledger.spec(job_id)) is None:
+        raise JobNotFound(job_id)
+    at = found.progress()
     cards = [
         Card("Status", str(at.status), _TONES.get(at.status, "")),
-        Card("Items", f"{at.done + at.failed + at.skipped:,} of {at.total:,}", "active"),
+        Card(f"Done, of {at.total:,} items", f"{at.done:,}"),
         Card("Failed", f"{at.failed:,}", "danger" if at.failed else ""),
         Card("Time", _seconds(at.elapsed_s)),
     ]
     actions = [] if at.status.final else [_cancel(job_id)]
     if at.status.final and at.failed:
-        actions.append(Action("retry", "Retry what failed", {"job": job_id}, "Open a new job on the failed items?"))
-    sentence = found.explain() + (f"{pace}{eta}." if pace else "")
-    return Picture(sentence, cards, [_tree(tree), *_outcome(found), _log(found)], actions=actions)
+        actions.append(_retry(job_id))
+    return Picture(
+        f"{found.explain()}{_pace(at)}", spec.description or spec.operation, f"{spec.operation} · {spec.priority} priority · {job_id}",
+        cards, [_failures(found, at), _receipt(found), _tree(found.tree()), _log(found)], actions=actions,
+    )  # fmt: skip
+
+
+def _pace(at: Progress) -> str:
+    """Say how fast it is, and for how long; nothing while nothing is known."""
+    return f" {', '.join(filter(None, (f'{at.rate:,.1f} items a second', _to_go(at))))}." if at.rate else ""
 
 
 def _tree(tree: Sequence[TreeNode]) -> Table:
     rows: list[list[str | Cell]] = [
         [
             Cell(node.id, indent=node.depth), f"{node.lo:,} to {node.hi:,}", f"{node.worked:,}",
-            Cell(node.state, _NODE_TONES.get(node.state, "")), f"{node.duration_ms:,.0f} ms" if node.duration_ms else "",
-            node.worker, node.why,
+            Cell(node.state, _NODE_TONES.get(node.state, ""), badge=True), _seconds(node.duration_ms / 1000), node.worker, node.why,
         ]
         for node in tree[:NODES]
     ]  # fmt: skip
-    more = f", the first {NODES}" if len(tree) > NODES else ""
     columns = ("Node", "Items", "Worked", "State", "Time", "Worker", "Why")
-    return Table(f"Tree: {len(tree):,} nodes{more}", columns, rows, "No node yet.")
+    return Table(_counted("Tree", len(tree), "node", NODES), columns, rows, "No node yet.", ("Worked", "Time", "Worker"))
 
 
-_NODE_TONES = {"running": "active", "done": "success", "cut": "success"}
+_NODE_TONES = {"running": "active", "parked": "warning", "done": "success", "cut": "success"}
 
 
-def _outcome(found: Job) -> list[Table]:
-    failures = [[f"{each.index:,}", each.type, each.code] for each in found.failures()]
-    shaped = [[each.strategy, each.level, f"{each.items:,}"] for each in found.receipt()]
-    receipt = "Nothing was left out: no pressure has shaped this job."
-    return [
-        Table("Failures", ("Item", "Type", "Code"), failures, "No item has failed."),
-        Table("Receipt", ("Left out", "Under", "Items"), shaped, receipt),
+def _failures(found: Job, at: Progress) -> Table:
+    """Return what failed, alike failures in one row; of very many the first thousand."""
+    alike = dict[tuple[str, str], list[int]]()
+    for each in found.failures():
+        alike.setdefault((each.type, each.code), []).append(each.index)
+    rows = [
+        [
+            type,
+            code,
+            f"{len(indexes):,}",
+            ", ".join(f"{each:,}" for each in indexes[:INDEXES]) + (", …" if len(indexes) > INDEXES else ""),
+        ]
+        for (type, code), indexes in alike.items()
     ]
+    return Table(
+        _counted("Failures", at.failed, "item", FAILURES), ("Type", "Code", "Items", "Which"), rows, "No item has failed."
+    )
+
+
+def _receipt(found: Job) -> Table:
+    rows = [[each.strategy, each.level, f"{each.items:,}"] for each in found.receipt()]
+    return Table("Receipt", ("Left out", "Under", "Items"), rows, "Nothing was left out: no pressure has shaped this job.")
 
 
 def _log(found: Job) -> Table:
     events = found.events()
-    rows = [[_clock(each.at), each.event, each.detail] for each in events[-30:]]
-    return Table("What happened", ("At", "Event", "About"), rows, "Nothing yet.")
+    rows = [[_clock(each.at), each.event, each.detail] for each in events[-EVENTS:]]
+    return Table(_counted("What happened", len(events), "event", EVENTS, "last"), ("At", "Event", "About"), rows, "Nothing yet.")
+
+
+def _counted(title: str, count: int, noun: str, most: int, which: str = "first") -> str:
+    """Return a title that says how many there are, and how many of them are shown."""
+    if not count:
+        return title
+    return f"{title}: {count:,} {noun}{'s' if count > 1 else ''}" + (f", the {which} {most}" if count > most else "")
 
 
 # --- the platform ------------------------------------------------------------------------------------
@@ -197,37 +261,39 @@ def _log(found: Job) -> Table:
 def pressure(client: Client) -> Picture:
     """Return the level now and over time, and the hosts."""
     status = client.status()
-    level = Level[status.level.upper()]
-    used = status.resource_usage
+    level, used = Level[status.level.upper()], status.resource_usage
     cards = [
         Card("Level", status.level, _level_tone(level)),
         Card("CPU", f"{used['cpu_percent']:.0f} %"),
         Card("Memory", f"{used['memory_percent']:.0f} %"),
-        Card("Slots", f"{sum(each.busy for each in status.hosts)} of {sum(each.slots for each in status.hosts)} busy", "active"),
+        Card("Slots", f"{sum(each.busy for each in status.hosts)} of {sum(each.slots for each in status.hosts)} busy"),
     ]
-    hosts: list[list[str | Cell]] = [
+    events = [[_clock_of(each["timestamp"]), each["level"], each["message"]] for each in status.recent_pressure_events]
+    changes = Table("Changes", ("At", "Level", "What"), events, "The level has not changed of late.")
+    chart = Chart("Level over time, as the monitor found it", [each.label for each in Level], _points(client), status.forced)
+    return Picture(_sentence(status), cards=cards, chart=chart, tables=[_hosts(status.hosts), changes], actions=_drills(status))
+
+
+def _hosts(hosts: Sequence[HostReport]) -> Table:
+    rows: list[list[str | Cell]] = [
         [
-            host.worker, Cell(Level(host.level).label, _level_tone(Level(host.level))), host.why,
+            host.worker, Cell(Level(host.level).label, _level_tone(Level(host.level)), badge=True), host.why,
             f"{host.busy} of {host.slots}", f"{host.sample.cpu_pct:.0f} %" if host.sample else "?",
             f"{host.sample.memory_pct:.0f} %" if host.sample else "?", ", ".join(host.queues),
         ]
-        for host in status.hosts
+        for host in hosts
     ]  # fmt: skip
     columns = ("Worker", "Level", "Why", "Busy slots", "CPU", "Memory", "Queues")
-    events = [[_clock_of(each["timestamp"]), each["level"], each["message"]] for each in status.recent_pressure_events]
-    return Picture(
-        _sentence(status), cards,
-        [
-            Table("Hosts", columns, hosts, "No worker is alive: start one with celery worker."),
-            Table("Of late", ("At", "Level", "Why"), events, "The level has not changed of late."),
-        ],
-        Chart("Level over time", [each.label for each in Level], _points(client)),
-        [
-            *(Action("force", f"Drill: {each.label}", {"level": each.label}, f"Make all workers act on {each.label} for 10 minutes?")
-              for each in (Level.HIGH, Level.CRITICAL)),
-            *([Action("release", "End the drill")] if status.forced else []),
-        ],
-    )  # fmt: skip
+    return Table("Hosts", columns, rows, "No worker is alive: start one with celery worker.", ("CPU", "Memory", "Queues"))
+
+
+def _drills(status: PlatformStatus) -> list[Action]:
+    levels = [each.label for each in (Level.HIGH, Level.CRITICAL)]
+    begin = [
+        Action("force", f"Drill: {each}", "", {"level": each}, f"Make all workers act on {each} for 10 minutes?")
+        for each in levels
+    ]
+    return [*begin, Action("release", "End the drill")] if status.forced else begin
 
 
 def _sentence(status: PlatformStatus) -> str:
@@ -247,30 +313,35 @@ def _level_tone(level: Level) -> Tone:
 
 
 def breakers(client: Client) -> Picture:
-    """Return all circuit breakers, those that are not closed first."""
+    """Return all circuit breakers, open ones first."""
     found = client.breakers.status()
     now = time.time()
     rows: list[list[str | Cell]] = [
         [
-            name, Cell(at["state"], _BREAKER_TONES[at["state"]]), f"{at['failure_count']:,}",
+            name, Cell(at["state"], _BREAKER_TONES[at["state"]], badge=True), f"{at['failure_count']:,}",
             _ago(now - at["last_failure_time"]) if at["last_failure_time"] else "never",
             f"in {_seconds(at['retry_after_s'])}" if at["retry_after_s"] else "",
-            "" if at["state"] == "closed" else Cell("", action=Action("reset", "Close", {"breaker": name}, f"Close breaker {name}?")),
+            "" if at["state"] == "closed" else Cell("", action=_close(name)),
         ]
-        for name, at in sorted(found.items(), key=lambda each: (each[1]["state"] == "closed", each[0]))
+        for name, at in sorted(found.items(), key=lambda each: (-BREAKER_STATES[each[1]["state"]], each[0]))
     ]  # fmt: skip
     count = Counter(str(at["state"]) for at in found.values())
     cards = [
         Card("Open", str(count["open"]), "danger" if count["open"] else ""),
-        Card("Half open", str(count["half-open"]), "active"),
+        Card("Half open", str(count["half-open"]), "warning" if count["half-open"] else ""),
         Card("Closed", str(count["closed"]), "success"),
     ]
     columns = ("Service", "State", "Failures", "Last failure", "Next probe", "")
-    sentence = f"{count['open']} of {len(found)} breakers are open; what they guard waits, or takes its fallback."
-    return Picture(sentence, cards, [Table("", columns, rows, "No operation declares a breaker, and none was used.")])
+    table = Table("", columns, rows, "No operation declares a breaker, and none was used.", ("Failures", "Last failure"))
+    sentence = f"Open: {count['open']} of {len(found)}. What an open breaker guards waits, or takes its fallback."
+    return Picture(sentence, cards=cards, tables=[table])
 
 
-_BREAKER_TONES = {"closed": "success", "half-open": "active", "open": "danger"}
+_BREAKER_TONES = {"closed": "success", "half-open": "warning", "open": "danger"}
+
+
+def _close(name: str) -> Action:
+    return Action("reset", "Close", f"Close breaker {name}", {"breaker": name}, f"Close breaker {name}?")
 
 
 def limits(client: Client) -> Picture:
@@ -278,21 +349,27 @@ def limits(client: Client) -> Picture:
     found = sorted(client.limits(), key=lambda each: -each.fill)
     rows: list[list[str | Cell]] = [
         [
-            each.service, each.name, Cell(f"{each.used:g} of {each.limit:g}", bar=min(1.0, each.fill)),
-            f"in {each.per_s:g} s" if each.per_s else "at once", f"{each.waiting:,}" if each.waiting else "",
+            each.service, each.name, _fill(each),
+            f"{each.per_s:g} s" if each.per_s else "at once", f"{each.waiting:,}" if each.waiting else "",
             f"for {_seconds(each.hold_s)}" if each.hold_s else "",
         ]
         for each in found
     ]  # fmt: skip
-    full = sum(each.fill >= 1 for each in found)
+    full, held = sum(each.fill >= 1 for each in found), sum(each.hold_s > 0 for each in found)
     cards = [
-        Card("Full", str(full), "active" if full else ""),
+        Card("Full", str(full), "warning" if full else ""),
         Card("In line", str(sum(each.waiting for each in found))),
-        Card("Held by a provider", str(sum(each.hold_s > 0 for each in found)), "danger"),
+        Card("Held by a provider", str(held), "danger" if held else ""),
     ]
-    columns = ("Service", "Limit", "Used", "Per", "Nodes in line", "Held by the provider")
-    table = Table("", columns, rows, "No operation that this Flower imports (RLM_OPERATIONS) declares a limit.")
-    return Picture("What has no token is parked, and holds no slot.", cards, [table])
+    columns = ("Service", "Limit", "Used", "Within", "Nodes in line", "Held by the provider")
+    empty = "No operation that this Flower imports (RLM_OPERATIONS) declares a limit."
+    table = Table("", columns, rows, empty, ("Nodes in line", "Held by the provider"))
+    return Picture("What has no token is parked, and holds no slot.", cards=cards, tables=[table])
+
+
+def _fill(at: LimitReport) -> Cell:
+    tone = "warning" if at.fill >= 1 else "active"
+    return Cell(f"{_figure(at.used)} of {_figure(at.limit)}", tone, bar=min(1.0, at.fill))
 
 
 def queues(client: Client) -> Picture:
@@ -305,21 +382,20 @@ def queues(client: Client) -> Picture:
     rows: list[list[str | Cell]] = [
         [
             name, f"{at.depth:,}", "" if at.oldest_s is None else _seconds(at.oldest_s), f"{parked[name]:,}", f"{running[name]:,}",
-            ", ".join(consumers[name]) if name in consumers else Cell("nobody", "danger"),
+            ", ".join(consumers[name]) if name in consumers else Cell("nobody", "danger", badge=True),
         ]
         for name, at in found.items()
     ]  # fmt: skip
-    oldest = max((at.oldest_s or 0.0 for at in found.values()), default=0.0)
+    ages = [at.oldest_s for at in found.values() if at.oldest_s is not None]
     cards = [
-        Card("Messages", f"{sum(at.depth for at in found.values()):,}", "active"),
-        Card("The oldest waits", _seconds(oldest)),
+        Card("Messages", f"{sum(at.depth for at in found.values()):,}"),
+        Card("The oldest waits", _seconds(max(ages)) if ages else "none"),
         Card("Parked nodes", f"{parked.total():,}"),
-        Card("In flight", f"{running.total():,}", "success"),
+        Card("In flight", f"{running.total():,}", "active"),
     ]
     columns = ("Queue", "Messages", "The oldest waits", "Parked", "In flight", "Consumed by")
-    return Picture(
-        "A message is one node; a parked node has none, and waits for a time or an event.", cards, [Table("", columns, rows, "")]
-    )
+    sentence = "A message is one node; a parked node has none, and waits for a time or an event."
+    return Picture(sentence, cards=cards, tables=[Table("", columns, rows, "", ("The oldest waits", "Consumed by"))])
 
 
 PAGES: dict[str, Callable[[Client], Picture]] = {
@@ -334,10 +410,21 @@ PAGES: dict[str, Callable[[Client], Picture]] = {
 # --- figures for people ------------------------------------------------------------------------------
 
 
+def _short(job: str) -> str:
+    return job.partition("-")[0]
+
+
+def _figure(value: float) -> str:
+    return f"{round(value, 1):,.10g}"
+
+
 def _seconds(seconds: float) -> str:
-    if seconds >= 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
+    if not seconds:
+        return "0 s"
+    for unit, length in (("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds * 1000:.0f} ms"
 
 
 def _ago(seconds: float) -> str:

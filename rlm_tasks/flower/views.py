@@ -99,7 +99,7 @@ class PageView(_Ours):
     async def show(self, title: str, page: Callable[..., pages.Picture], *about: Any) -> None:
         """Draw a page, or tell what is on it."""
         if not self.get_argument("json", default=False, type=bool):
-            self.render("page.html", title=title, tab=f"rlm-{self._name}")
+            self.render("page.html", title=title, eyebrow=pages.TABS[self._name], tab=f"rlm-{self._name}")
             return
         picture = await self.ask(page, *about)
         self.set_header("Cache-Control", "no-store")
@@ -145,6 +145,9 @@ class ActionView(_Ours, BaseApiHandler):  # type: ignore[misc]  # Flower ships n
 
     def write_error(self, status_code: int, **about: Any) -> None:
         """Tell the script in words."""
+        if status_code == 401 and self.application.options.basic_auth:
+            # A browser sends a password unasked only below the path for which it was given.
+            self.set_header("WWW-Authenticate", 'Basic realm="flower"')
         error = (about.get("exc_info") or (None, None))[1]
         told = error.get_message() if isinstance(error, HTTPError) and hasattr(error, "get_message") else ""
         self.finish({"error": getattr(error, "reason", None) or told or self._reason})

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,67 +13,9 @@ import pytest
 
 from rlm_tasks import Client, embedded
 from rlm_tasks.flower.pages import TABS
-from tests.integration.conftest import ROOT, client_of, environment_of
+from tests.integration.conftest import client_of, environment_of
+from tests.integration.flowers import USER, Flower, flower
 from tests.support import wait_until
-
-USER = "me:secret-of-me"
-
-
-@dataclass(frozen=True)
-class Flower:
-    """A Flower of the tests, as a browser sees it."""
-
-    url: str
-    pid: int
-
-    def get(self, path: str, user: str = "") -> tuple[int, str]:
-        return self._ask(urllib.request.Request(self.url + path), user)  # noqa: S310  # of this machine
-
-    def data(self, path: str, user: str = "") -> dict[str, Any]:
-        status, text = self.get(f"{path}?json=1", user)
-        assert status == 200, text
-        return json.loads(text)  # type: ignore[no-any-return]
-
-    def post(self, action: str, user: str = "", *, site: str = "same-origin", **about: str) -> tuple[int, dict[str, str]]:
-        body = urllib.parse.urlencode(about).encode()
-        headers = {"Sec-Fetch-Site": site}
-        request = urllib.request.Request(f"{self.url}/rlm/do/{action}", body, headers)  # noqa: S310  # of this machine
-        status, text = self._ask(request, user)
-        return status, json.loads(text)
-
-    def _ask(self, request: urllib.request.Request, user: str) -> tuple[int, str]:
-        if user:
-            request.add_header("Authorization", f"Basic {base64.b64encode(user.encode()).decode()}")
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310  # of this machine
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-
-@contextmanager
-def flower(environment: Mapping[str, str], log: Path, *options: str, prefix: str = "") -> Iterator[Flower]:
-    """Run a Flower for the length of a block; it answers when the block begins."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "celery", "-A", "rlm_tasks", "flower", f"--port={port}", *options]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT, env={**os.environ, **environment})
-    own = Flower(f"http://127.0.0.1:{port}{prefix}", process.pid)
-
-    def answers() -> bool:
-        assert process.poll() is None, log.read_text()
-        try:
-            return own.get("/healthcheck")[0] == 200
-        except OSError:
-            return False
-
-    try:
-        wait_until(answers)
-        yield own
-    finally:
-        embedded.end(process)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +40,7 @@ def plain(shown: dict[str, str], logs: Path) -> Iterator[Flower]:
 @pytest.fixture(scope="module")
 def locked(shown: dict[str, str], logs: Path) -> Iterator[Flower]:
     """A Flower behind a login, and under a prefix."""
-    options = (f"--basic_auth={USER}", "--url_prefix=ops")
-    with flower(shown, logs / "flower-locked.log", *options, prefix="/ops") as own:
+    with flower(shown, logs / "flower-locked.log", f"--basic_auth={USER}", prefix="/ops") as own:
         yield own
 
 
@@ -131,17 +62,18 @@ def test_the_tabs_stand_in_flowers_own_bar_and_the_page_is_flowers(plain: Flower
 
 
 def test_a_job_is_seen_from_its_start_to_its_failures(plain: Flower, platform: Client) -> None:
-    job = platform.submit(operation="fail_odd", items=[2, 3, 4, 5], continue_on_error=True)
+    job = platform.submit(operation="fail_odd", items=[2, 3, 4, 5], continue_on_error=True, description="half are odd")
     job.wait(timeout=20)
 
-    [row] = [row for row in texts(plain.data("/rlm/jobs")["tables"][0]) if row[0] == job.id]
-    assert row[:5] == [job.id, "succeeded", "100%", "4", "2"]
+    [row] = [row for row in texts(plain.data("/rlm/jobs")["tables"][0]) if row[1] == job.id[:8]]
+    assert row[:7] == ["fail_odd", job.id[:8], "normal", "succeeded", "100%", "4", "2"]
     picture = plain.data(f"/rlm/job/{job.id}")
+    assert (picture["heading"], picture["about"]) == ("half are odd", f"fail_odd · normal priority · {job.id}")
 
     tables = {table["title"].partition(":")[0]: table for table in picture["tables"]}
     assert picture["sentence"].startswith("It succeeded: 2 of 4 items done, 2 failed")
     assert {"root", "merge"} <= {row[0] for row in texts(tables["Tree"])}, "it may have been shared"
-    assert [row[0] for row in texts(tables["Failures"])] == ["1", "3"]
+    assert texts(tables["Failures"]) == [["ValueError", "OPERATION_FAILED", "2", "1, 3"]]
     assert tables["Receipt"]["rows"] == []
     assert texts(tables["What happened"])[-1][1:] == ["closed", "succeeded"]
 
@@ -163,7 +95,7 @@ def test_every_tab_tells_of_the_platform(plain: Flower, platform: Client) -> Non
     assert pressure["chart"]["levels"] == ["normal", "elevated", "high", "critical", "emergency"]
     assert [row[3] for row in texts(pressure["tables"][0])] == ["0 of 2"]
     assert texts(breakers["tables"][0])[0][:2] == ["broken", "open"]
-    assert ["metered", "requests", "0 of 20", "in 1 s"] in [row[:4] for row in texts(limits["tables"][0])]
+    assert ["metered", "requests", "0 of 20", "1 s"] in [row[:4] for row in texts(limits["tables"][0])]
     assert {row[0] for row in texts(queues["tables"][0])} == {f"shown.{each}" for each in ("critical", "high", "normal", "low")}
     assert all("@" in row[5] for row in texts(queues["tables"][0]))
 
@@ -197,7 +129,7 @@ def test_the_cluster_is_on_flowers_own_metrics(plain: Flower, platform: Client) 
     for line in (
         "rlm_up 1.0",
         "rlm_cluster_workers 1.0",
-        'rlm_breaker_state{service="measured"} 2.0',
+        'rlm_circuit_breaker_state{service="measured"} 2.0',
         'rlm_limit_fill{limit="requests",service="metered"} 0.0',
         'rlm_queue_messages{queue="shown.critical"} 0.0',
         'rlm_nodes_open{queue="shown.high",state="running"} 1.0',
