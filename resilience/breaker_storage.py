@@ -11,7 +11,7 @@ import logging
 import secrets
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -72,16 +72,21 @@ PRESETS = {
 """Named configurations, from source documents 1 (default), 0 (client) and 2 (executor, realtime)."""
 
 
-def configured(config: BreakerConfig | str | None = None, **fields: Any) -> BreakerConfig:
-    """Return a configuration: one as it is, a preset by its name, or the default; with some fields changed.
+def configured(config: BreakerConfig | Mapping[str, Any] | str | None = None, **fields: Any) -> BreakerConfig:
+    """Return a configuration: one as it is or as a dict, a preset by its name, or the default; with some fields changed.
 
     Raises InvalidValue for a name or a field that does not exist.
     """
+    if isinstance(config, Mapping):
+        return configured(None, **{**config, **fields})
     if isinstance(config, str) and config not in PRESETS:
         raise InvalidValue("preset", config, f"unknown; must be one of {', '.join(PRESETS)}")
+    if config is not None and not isinstance(config, BreakerConfig | str):
+        raise InvalidValue("breaker", config, "must be a preset's name, a BreakerConfig or a dict of its fields")
     base = config if isinstance(config, BreakerConfig) else PRESETS[config or "default"]
-    if config is None and (threshold := store_settings().breakers.failure_threshold) is not None:
-        base = base.model_copy(update={"failure_threshold": threshold})
+    if config is None:
+        told = store_settings().breakers.model_dump(include={"failure_threshold", "recovery_timeout_s"}, exclude_none=True)
+        base = base.model_copy(update=told)
     return BreakerConfig(**{**base.model_dump(), **BreakerConfig(**fields).model_dump(exclude_unset=True)})
 
 

@@ -155,6 +155,8 @@ def test_celerys_own_exceptions_are_known(world: World, error: Exception, catego
     ("about", "error", "told"),
     [
         ({"breaker": "fast"}, InvalidValue, "preset='fast': unknown"),
+        ({"breaker": 5}, InvalidValue, "breaker=5: must be a preset's name, a BreakerConfig or a dict of its fields"),
+        ({"breaker": {"failure_treshold": 3}}, InvalidValue, "failure_treshold=3: unknown field"),
         ({"cost": len}, InvalidRequest, "declare that, too"),
         ({"fallback": len}, InvalidRequest, "declare breaker"),
         ({"timeout_s": 0}, InvalidRequest, "timeout_s=0"),
