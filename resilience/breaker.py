@@ -64,7 +64,11 @@ def _nobody(_waiters: Sequence[str]) -> None:
 
 
 class CircuitBreaker(pybreaker.CircuitBreaker):
-    """One service's breaker; the same name on the same store is the same breaker, in every process of every host."""
+    """One service's breaker; the same name on the same store is the same breaker, in every process of every host.
+
+    Without a `store` it is on that of ``RLM_REDIS_URL``.  A `config` may be a preset's name: ``default``, ``client``,
+    ``executor``, ``realtime``.  What `exclude` names, exceptions or functions of one, is neither a failure nor a success.
+    """
 
     def __init__(
         self,
@@ -97,7 +101,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
 
     @property  # type: ignore[misc]  # read-only
     def state(self) -> State:  # type: ignore[override]  # a name, where pybreaker has an object with behaviour
-        """``closed``, ``open`` or ``half-open``, as others left it at most FRESH_S ago."""
+        """``closed``, ``open`` or ``half-open``, as others left it at most a quarter of a second ago (FRESH_S)."""
         return self._notice(self._storage.state)
 
     @property
@@ -179,7 +183,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
 
     @contextmanager
     def calling(self) -> Generator[None, None, None]:
-        """Guard a block of code."""
+        """Guard a block of code.  Raises CircuitOpen."""
         admission = self.admit()
         try:
             yield
@@ -196,14 +200,14 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
             return func(*args, **kwargs)
 
     async def call_async(self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Await a coroutine function, guarded."""
+        """Await a coroutine function; raises what it raises, or CircuitOpen instead of calling it."""
         with self.calling():
             for listener in self._listeners:
                 listener.before_call(self, func, *args, **kwargs)
             return await func(*args, **kwargs)
 
     execute = call
-    """The word of source document 0."""
+    """The same as `call`."""
 
     def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:  # type: ignore[override]  # no Tornado
         """Decorate a function or a coroutine function."""
@@ -225,6 +229,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         self._put(CLOSED)
 
     reset = close
+    """The same as `close`."""
 
     def _put(self, state: str) -> None:
         verdict = self._storage.put(state)

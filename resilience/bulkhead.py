@@ -101,7 +101,8 @@ class Bulkhead:
     ) -> None:
         """`limit` may be a preset's name; None finds a limit by itself, as ``Aimd()`` does; `per_host` None bounds no host.
 
-        A host is the machine, unless the caller of `acquire` names another thing to count by, such as an endpoint.
+        A permit that was not given back is free after `lease_s` seconds.  A host is the machine, unless the caller of
+        `acquire` names another thing to count by, such as an endpoint.  Raises InvalidValue.
         """
         self.name, self._store, self._lease_s = name, store or default_store(), lease_s
         if isinstance(limit, str) and limit not in PRESETS:

@@ -2,6 +2,7 @@
 
     RlmError
     ├── StoreUnavailable        Redis does not answer
+    │   └── StoreUntrusted      its certificate is not trusted, or ours is not
     ├── InvalidValue            a field, its value, and what to do (also a ValueError)
     ├── NeverSatisfiable        asks for more than a limit can ever grant (also a ValueError)
     ├── CallTimeout             a call ran into its limit (also a TimeoutError)
@@ -50,7 +51,7 @@ class Category(StrEnum):
 
 
 class RlmError(Exception):
-    """Base of every error this platform raises on purpose."""
+    """Base of every error this platform raises on purpose; each says by its class what may be done about it."""
 
     code = "RLM_ERROR"
     category = Category.OPERATION
@@ -59,7 +60,7 @@ class RlmError(Exception):
 
 
 class StoreUnavailable(RlmError):
-    """Redis cannot be reached, or stopped answering."""
+    """Redis cannot be reached, or stopped answering.  Has its `url`, without a password, and the `cause`."""
 
     code = "SERVICE_UNAVAILABLE"
     category = Category.TRANSIENT
@@ -71,8 +72,21 @@ class StoreUnavailable(RlmError):
         super().__init__(f"Redis at {url} does not answer ({cause}); start it, or set RLM_REDIS_URL")
 
 
+class StoreUntrusted(StoreUnavailable):
+    """Redis and this process do not agree on TLS: it will not heal by itself."""
+
+    code = "UNAUTHORISED"
+    category = Category.AUTH
+    severity = Severity.CRITICAL
+    retryable = False
+
+    def __init__(self, url: str, cause: str) -> None:
+        super().__init__(url, cause)
+        self.args = (f"Redis at {url} is not trusted ({cause}); see its certificate, and port and ssl_ca_certs in RLM_REDIS_URL",)
+
+
 class InvalidValue(RlmError, ValueError):
-    """A value that cannot be used: which field, what it was, what to do."""
+    """A value that cannot be used.  Has the `field`, its `value`, and `advice` on what to do."""
 
     code = "INVALID_VALUE"
     category = Category.VALIDATION
@@ -86,7 +100,7 @@ class InvalidValue(RlmError, ValueError):
 
 
 class NeverSatisfiable(RlmError, ValueError):
-    """Asks a limit for more than it can ever grant at once."""
+    """Asks a limit for more than it can ever grant at once.  Has `what` was asked, the `amount` and the `limit`."""
 
     code = "NEVER_SATISFIABLE"
     category = Category.QUOTA
@@ -97,7 +111,7 @@ class NeverSatisfiable(RlmError, ValueError):
 
 
 class CallTimeout(RlmError, TimeoutError):
-    """A call was stopped because it ran into its limit."""
+    """A call was stopped because it ran into its limit.  Has `what` ran, and `limit_s`."""
 
     code = "TIMEOUT"
     category = Category.TIMEOUT
@@ -109,7 +123,7 @@ class CallTimeout(RlmError, TimeoutError):
 
 
 class RetryBudgetExhausted(RlmError):
-    """A retry was not made, because too many of the calls to its service are retries."""
+    """A retry was not made, because too many of the calls to its `service` are retries; `last` is the error before."""
 
     code = "RETRY_BUDGET_EXHAUSTED"
     category = Category.TRANSIENT
@@ -121,7 +135,7 @@ class RetryBudgetExhausted(RlmError):
 
 
 class Denied(RlmError):
-    """A guard said no before anything ran; come back after `retry_after_s` seconds."""
+    """A `guard` said no before anything ran, and `why`; come back after `retry_after_s` seconds."""
 
     severity = Severity.LOW
     retryable = True

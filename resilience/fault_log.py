@@ -67,7 +67,7 @@ def fingerprint(message: str) -> str:
 class FaultLogSettings(Seconds):
     """How many patterns are kept, for how long, and how often one may be seen."""
 
-    size: int = Field(50, ge=1, description="Patterns kept; beyond it the one seen longest ago goes.")
+    size: int = Field(50, ge=0, description="Patterns kept; beyond it the one seen longest ago goes. 0: nothing is counted.")
     window_s: float = Field(60, ge=1, description="Faults are counted within fixed windows of this length.")
     rate: int = Field(10, ge=1, description="A pattern seen more often than this in a window is escalated by one severity.")
     keep_s: float = Field(7 * 86400, ge=1, description="A pattern that was not seen for this long is forgotten.")
@@ -104,7 +104,7 @@ class FaultLog:
         `recovered` items failed and succeeded on a retry, `given_up` items used up their retries.  While Redis is
         away nothing is kept, and nothing is raised.
         """
-        if not (faults or recovered or given_up):
+        if not self._settings.size or not (faults or recovered or given_up):
             return
         named = [(json.dumps([service, fault.code, fingerprint(message)]), fault) for fault, message in faults]
         counts, latest = Counter(name for name, _ in named), dict(named)

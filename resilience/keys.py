@@ -48,6 +48,7 @@ class Keys:
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
         self.due = f"{namespace}:due"  # ZSET    open job -> earliest ms at which it wants a sweep
+        self.places = f"{namespace}:due:places"  # ZSET    job that is at work, while their number is bound -> ms since which
         self.jobs = f"{namespace}:jobs"  # ZSET    job -> ms at which it was opened
         self.slots = f"{namespace}:slots"  # HASH    worker -> JSON: total, free, queues, at
         self.quarantined = f"{namespace}:quarantine"  # ZSET    job with quarantined items -> ms of the last one
@@ -94,6 +95,10 @@ class Keys:
     def usage(self, operation: str) -> tuple[str, str]:
         """Return the names of all operations that have run (SET), and the counts of one (HASH)."""
         return f"{self.namespace}:{{usage}}:names", f"{self.namespace}:{{usage}}:of:{operation}"
+
+    def snapshots(self, operation: str) -> tuple[str, str]:
+        """Return the snapshots of an operation (LIST of JSON, newest first), and which became slower (HASH operation -> s)."""
+        return f"{self.namespace}:{{usage}}:snapshots:{operation}", f"{self.namespace}:{{usage}}:slower"
 
     def preemption(self, queue: str) -> tuple[str, str, str]:
         """Return which urgent nodes wait in a queue for a slot (ZSET node -> ms from which somebody may yield for it), how

@@ -10,23 +10,23 @@ import functools
 import os
 from typing import Any
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from resilience.address import SENTINEL, URLS, Address, check
 
 ALIASES: dict[str, tuple[tuple[str, ...], float]] = {
     "CIRCUIT_BREAKER_ENABLED": (("breakers", "enabled"), 1),
     "CIRCUIT_BREAKER_FAILURE_THRESHOLD": (("breakers", "failure_threshold"), 1),
     "ENABLE_ADAPTIVE_TIMEOUTS": (("node", "adaptive_timeouts"), 1),
+    "ENABLE_DYNAMIC_SCALING": (("autoscale", "enabled"), 1),
     "WORKFLOW_ACTIVITY_TIMEOUT_MINUTES": (("node", "item_limit_s"), 60),
     "WORKFLOW_MAX_CONCURRENT_ACTIVITIES": (("slots",), 1),
     "WORKFLOW_MAX_BATCH_SIZE": (("batch", "max_size"), 1),
+    "WORKFLOW_MAX_CONCURRENT_WORKFLOWS": (("admission", "max_jobs"), 1),
 }
 """Variable -> where it stands among the settings, and the factor from its unit to ours."""
-
-
-URLS = ("redis://", "rediss://", "unix://")
-"""How the URL of a Redis begins."""
 
 
 class BreakerSettings(BaseModel, frozen=True, extra="forbid"):
@@ -38,6 +38,9 @@ class BreakerSettings(BaseModel, frozen=True, extra="forbid"):
         ge=1,
         description="Opens after so many failures where nothing else is said. Also `CIRCUIT_BREAKER_FAILURE_THRESHOLD`.",
     )
+    recovery_timeout_s: float | None = Field(
+        None, gt=0, description="... and lets probes pass after this, where nothing else is said; empty: 60 s."
+    )
 
 
 class StoreSettings(BaseSettings):
@@ -47,7 +50,16 @@ class StoreSettings(BaseSettings):
         frozen=True, env_prefix="RLM_", env_nested_delimiter="__", extra="ignore", populate_by_name=True
     )
 
-    redis_url: str = Field("redis://localhost:6379/0", description="Redis of the ledger and of what all workers share.")
+    redis_url: str = Field(
+        "redis://localhost:6379/0",
+        description="Redis of the ledger and of what all workers share; `rediss://`: over TLS; `sentinel://`: where sentinels say (docs/transports.md).",
+    )
+    sentinel_master: str = Field(
+        "", validate_default=True, description="Name of the primary that the sentinels of a `sentinel://` URL watch."
+    )
+    sentinel_password: str = Field(
+        "", repr=False, description="Password of the sentinels themselves; that of Redis is in the URL."
+    )
     namespace: str = Field(
         "rlm", pattern=r"^[A-Za-z0-9_-]+$", description="Starts every key and queue; platforms with different ones do not meet."
     )
@@ -57,7 +69,20 @@ class StoreSettings(BaseSettings):
     def _is_a_url(cls, value: str) -> str:
         if not value.startswith(URLS):
             raise ValueError(f"must start with {', '.join(URLS)}")
+        check(value)
         return value
+
+    @field_validator("sentinel_master")
+    @classmethod
+    def _is_named(cls, value: str, told: ValidationInfo) -> str:
+        if not value and told.data.get("redis_url", "").startswith(SENTINEL):
+            raise ValueError("give the name that the sentinels watch the primary by, as in `sentinel monitor NAME ...`")
+        return value
+
+    @property
+    def address(self) -> Address:
+        """Where Redis is."""
+        return Address(self.redis_url, self.sentinel_master, self.sentinel_password)
 
     guard_timeout_s: float = Field(
         0.1,

@@ -28,7 +28,8 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from resilience.errors import StoreUnavailable
+from resilience.address import Address, is_untrusted
+from resilience.errors import StoreUnavailable, StoreUntrusted
 from resilience.settings import StoreSettings, store_settings
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ BACK_OFF_S = 1.0
 """A Redis that did not answer is asked again after this, and up to half of it more."""
 _UNABLE = ("READONLY", "OOM", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "MASTERDOWN")
 """Answers of a Redis that is there and cannot write; what a script raises starts otherwise."""
-_PASSWORD = re.compile(r"(://[^:@/\s]*:)\S*@|([?&]password=)[^&\s]*")
+_PASSWORD = re.compile(r"(://[^:@/\s]*:)\S*@|([?&]\w*password=)[^&\s]*")
 
 Argument = str | int | float | bytes
 
@@ -79,7 +80,7 @@ class Store:
 
     def __init__(
         self,
-        url: str,
+        where: str | Address,
         *,
         namespace: str = "rlm",
         client: redis.Redis | None = None,
@@ -87,14 +88,15 @@ class Store:
         clock: Callable[[], float] = time.monotonic,
         random: Random | None = None,
     ) -> None:
-        self.url, self.namespace, self.clock = masked(url), namespace, clock
+        self.address = Address(where) if isinstance(where, str) else where
+        self.url, self.namespace, self.clock = masked(self.address.url), namespace, clock
         self.random = random or Random()
-        self._raw_url, self._timeout_s = url, timeout_s
+        self._timeout_s = timeout_s
         self._client, self._given, self._pid = client, client is not None, os.getpid()
         self._away_until, self._away = 0.0, threading.Event()
 
     @classmethod
-    def from_url(cls, url: str, *, namespace: str = "rlm", timeout_s: float = 0.1) -> Store:
+    def from_url(cls, url: str | Address, *, namespace: str = "rlm", timeout_s: float = 0.1) -> Store:
         """Return a store for guards: a Redis that takes longer than `timeout_s` counts as away.
 
         Nothing connects before the first call.
@@ -109,14 +111,19 @@ class Store:
         return self._client
 
     def _connect(self) -> redis.Redis:
-        return redis.Redis.from_url(
-            self._raw_url,
+        return self.address.client(
             socket_timeout=self._timeout_s,
             socket_connect_timeout=min(1.0, self._timeout_s),
             socket_keepalive=True,
             health_check_interval=0,
             retry=Retry(NoBackoff(), 0),
         )
+
+    def close(self) -> None:
+        """Give the connections back, those to sentinels as well; a later call opens new ones."""
+        self.client.close()
+        if (watch := getattr(self.client.connection_pool, "sentinel_manager", None)) is not None:
+            watch.close()
 
     def check(self) -> None:
         """Raise StoreUnavailable, naming the URL without its password, unless Redis answers."""
@@ -132,7 +139,8 @@ class Store:
 
     def unavailable(self, error: Exception) -> StoreUnavailable:
         """Return the error a user sees for a lost or refused connection."""
-        return StoreUnavailable(self.url, f"{type(error).__name__}: {error}"[:200])
+        kind = StoreUntrusted if is_untrusted(error) else StoreUnavailable
+        return kind(self.url, f"{type(error).__name__}: {error}"[:200])
 
     def run(self, *calls: Call) -> list[Any]:
         """Run scripts in one round trip and return their answers; raise the first error.
@@ -215,4 +223,4 @@ def default_store() -> Store:
 
 def guard_store(settings: StoreSettings) -> Store:
     """Return a store for guards, as settings name it."""
-    return Store.from_url(settings.redis_url, namespace=settings.namespace, timeout_s=settings.guard_timeout_s)
+    return Store.from_url(settings.address, namespace=settings.namespace, timeout_s=settings.guard_timeout_s)

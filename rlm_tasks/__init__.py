@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rlm_tasks.job import Job as Job
     from rlm_tasks.operations import Context as Context
     from rlm_tasks.operations import operation as operation
+    from rlm_tasks.optimization import OptimizationConfig as OptimizationConfig
     from rlm_tasks.requests import Adaptive as Adaptive
     from rlm_tasks.requests import Binary as Binary
     from rlm_tasks.requests import Conditions as Conditions
@@ -62,6 +63,7 @@ _HOMES = {
     "installation": "install",
     "job": "Job",
     "operations": "Context operation",
+    "optimization": "OptimizationConfig",
     "requests": "Adaptive Binary Conditions JobRequest NWay Options Priority",
     "results": "ItemFailure JobResult Partial Progress Receipt Status",
     "resource_manager": "create_resource_manager get_resource_status integrate_with_orchestrator reset_circuit_breakers "

@@ -58,15 +58,13 @@ class PressureAutoscaler(Autoscaler):  # type: ignore[misc]  # Celery ships no t
         if not self.pool.active:  # the worker is stopping
             return False
         running, busy = self.processes, len(state.active_requests)
-        wanted = self._scaler.wanted(
-            time.monotonic(),
-            running=running,
-            busy=busy,
-            queued=max(0, len(state.reserved_requests) - busy) + (self._ready() if self._ready else 0),
-            level=self._level,
-            most=self.max_concurrency,
-            least=self.min_concurrency,
-        )
+        queued = max(0, len(state.reserved_requests) - busy) + (self._ready() if self._ready else 0)
+        wanted = self.max_concurrency
+        if self.worker.app.rlm_settings.autoscale.enabled:
+            wanted = self._scaler.wanted(
+                time.monotonic(), running=running, busy=busy, queued=queued, level=self._level,
+                most=self.max_concurrency, least=self.min_concurrency,
+            )  # fmt: skip
         if wanted > running:
             self._grow(wanted - running)
         elif wanted < running:

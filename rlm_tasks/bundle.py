@@ -18,6 +18,7 @@ from urllib.parse import unquote
 
 import msgspec
 from packaging.requirements import Requirement
+from pydantic import SecretStr
 
 from resilience.breaker import CircuitBreakers
 from rlm_tasks import __version__, doctor
@@ -223,8 +224,9 @@ def _secrets(settings: Mapping[str, Any], telling: bool = False) -> Iterator[str
 
     They are looked for in the finished document, whatever was left out on the way: an event may quote one.
     """
-    for name, value in settings.items():
+    for name, told in settings.items():
         is_telling = telling or bool(_TELLING.search(str(name)))
+        value = told.get_secret_value() if isinstance(told, SecretStr) else told
         if isinstance(value, Mapping):
             yield from _secrets(value, is_telling)
         elif isinstance(value, str) and value:

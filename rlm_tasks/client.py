@@ -9,15 +9,13 @@ import functools
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from celery import Celery
-from kombu.exceptions import KombuError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from resilience.errors import StoreUnavailable
@@ -28,6 +26,7 @@ from resilience.retry import RetryPolicy
 from resilience.store import Store, guard_store, masked
 from rlm_tasks import operations
 from rlm_tasks import spec as specs
+from rlm_tasks.broker import AWAY
 from rlm_tasks.celery import app as default_app
 from rlm_tasks.celery import queue_name
 from rlm_tasks.dispatch import Dispatcher, mint
@@ -35,7 +34,7 @@ from rlm_tasks.errors import BrokerUnavailable, InvalidRequest, JobEnded, JobNot
 from rlm_tasks.intake import Intake
 from rlm_tasks.job import Job
 from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report, Standing
-from rlm_tasks.requests import Conditions, JobRequest, Options, Priority
+from rlm_tasks.requests import JobRequest, Options, Priority
 from rlm_tasks.results import JobResult, QuarantinedItem, Status
 from rlm_tasks.runtime import making_room, wake
 from rlm_tasks.settings import Settings
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from scheduler.alerts import Alerts
     from scheduler.events import Event, Events, Listener
     from scheduler.queues import QueueReport
+    from scheduler.snapshots import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +74,13 @@ class Client:
     def __init__(self, app: Celery | None = None) -> None:
         self._app = app or default_app
         self.settings: Settings = self._app.rlm_settings
-        self._store = Store(self.settings.redis_url, namespace=self.settings.namespace)
+        self._store = Store(self.settings.address, namespace=self.settings.namespace)
         self.ledger = Ledger(self._store, Keys(self.settings.namespace), self.settings.ledger)
         self._dispatcher = Dispatcher(self._app, self.ledger)
         self._listener: Listener | None = None
         self._policies = policies(self.settings)
         self._intake = Intake(self._app, self._store, self.settings)
-        self._waiting_room = WaitingRoom(self._store, self.ledger.keys)
+        self._waiting_room = WaitingRoom(self._store, self.ledger.keys, self.settings.admission.max_jobs)
         self._preemption = Preemption(self._store, self.ledger.keys, SlotBoard(self._store, self.ledger.keys))
         self.reader = ItemReader(self._store)
         operations.import_operations(self.settings.operations)
@@ -95,7 +95,9 @@ class Client:
         """Give the connections back, and listen no more."""
         if self._listener is not None:
             self._listener.close()
-        self._store.client.close()
+        self._store.close()
+        if "store" in vars(self):  # it is made when it is first asked for
+            self.store.close()
 
     def check(self) -> None:
         """Raise StoreUnavailable, naming the URL without its password, unless Redis answers."""
@@ -126,8 +128,8 @@ class Client:
         """Return the breaker of a service, shared by all clients and workers that name it.
 
         ``create_circuit_breaker("llm", failure_threshold=5)``; a preset's name or a BreakerConfig may come second, the
-        preset ``client`` (5 failures, 30 s, 3 probes) is the default.  A plain dict alone works as in the source
-        documents.  Raises InvalidValue.
+        preset ``client`` (5 failures, 30 s, 3 probes) is the default.  A plain dict of fields works alone, too.
+        Raises InvalidValue.
         """
         from resilience.breaker_storage import configured
 
@@ -149,10 +151,47 @@ class Client:
         """
         return self.pressure.status()
 
+    def health_check(self, detailed: bool | Mapping[str, Any] = False) -> dict[str, Any]:
+        """Return how the platform is: ``status`` (ok, degraded, failing), ``why``, and Redis's ``latency_ms``.
+
+        Detailed it has the parts of a worker's ``/health`` for all workers: ``pressure``, ``slots``, ``memory_mb``,
+        ``workers``, ``queues``, ``quotas`` (limits that operations declare) and ``circuit_breakers``, which count for the
+        status as well.  ``health_check({"detailed": True})`` works as in source document 0.  Raises nothing for what is away.
+        """
+        from rlm_tasks.wellbeing import of_platform
+
+        return of_platform(self, detailed=bool(detailed.get("detailed") if isinstance(detailed, Mapping) else detailed))
+
+    def get_optimization_stats(self) -> dict[str, Any]:
+        """Return what is known of the platform's performance, in the words of source document 2.
+
+        - ``memory``: ``usage_mb`` of all hosts that report, ``pressure_level``, ``object_pool_utilization`` (busy share of
+          pool processes, 0 to 1)
+        - ``cache``: ``hit_rate`` and ``lookups``, both 0 for there is no result cache, as ``note`` says
+        - ``execution``: ``avg_time_ms`` of an item and ``executions`` since operations were first seen, ``concurrency_level``
+          (nodes that run now)
+        - ``errors``: ``error_rate`` of items, 0 to 1; ``recovery_success_rate`` of retries, None before there was one;
+          ``circuit_breakers``: name -> state
+
+        Raises StoreUnavailable.
+        """
+        from rlm_tasks.optimization import stats
+
+        return stats(self.status(), self.recovery_success_rate())
+
     @functools.cached_property
     def usage(self) -> Usage:
         """What operations have cost: `of(operation)` and `all()`."""
         return Usage(self._store, self.ledger.keys)
+
+    def snapshots(self, operation: str) -> list[Snapshot]:
+        """Return what an operation did minute by minute, the newest first: `at`, `executions`, `failures`, `avg_ms`, `version`.
+
+        The monitor takes them (``RLM_SNAPSHOTS__EVERY_S``), so beat must run.  Raises StoreUnavailable.
+        """
+        from scheduler.snapshots import Snapshots
+
+        return Snapshots(self._store, self.ledger.keys, self.settings.snapshots).of(operation)
 
     @functools.cached_property
     def events(self) -> Events:
@@ -185,7 +224,7 @@ class Client:
         names = [queue_name(self.settings.namespace, each) for each in Priority]
         try:
             return self._intake.gauge.read(names)
-        except (KombuError, RedisError, OSError) as error:
+        except AWAY as error:
             url = masked(str(self._app.conf.broker_url))
             raise BrokerUnavailable(url, f"{type(error).__name__}: {error}"[:200]) from None
 
@@ -206,7 +245,10 @@ class Client:
         return FaultLog(self.store).patterns()
 
     def recovery_success_rate(self) -> float | None:
-        """Return the share of retried items that ended well, 0 to 1; None while nothing was retried."""
+        """Return the share of retried items that ended well, 0 to 1; None while nothing was retried.
+
+        Raises StoreUnavailable.
+        """
         return FaultLog(self.store).recovery_success_rate()
 
     # --- submitting ---------------------------------------------------------------------------------
@@ -222,16 +264,29 @@ class Client:
         return self._open([_keyed(self._request(request, fields), idempotency_key)])[0]
 
     def execute(self, request: Request | None = None, /, *, timeout: float | None = None, **fields: Any) -> JobResult:
-        """Submit and wait: `submit` followed by `Job.result`."""
+        """Submit and wait: `submit` followed by `Job.result`.
+
+        `timeout` is how long to wait, in seconds; the job's own limit is ``timeout`` of its options.  Raises as those two do.
+        """
         return self.submit(request, **fields).result(timeout=timeout)
+
+    def execute_with_monitoring(
+        self, request: Request | None = None, /, *, timeout: float | None = None, **fields: Any
+    ) -> tuple[JobResult, dict[str, Any]]:
+        """Execute, and return beside the result what it cost: `JobResult.metrics` as a dict.
+
+        In it are ``execution_time_ms``, ``busy_ms``, ``waited_ms``, ``items``, ``nodes``, and ``memory_usage_mb`` (source document
+        2's name): the largest worker process seen.
+        """
+        result = self.execute(request, timeout=timeout, **fields)
+        return result, {**asdict(result.metrics), "memory_usage_mb": result.metrics.peak_memory_mb}
 
     def execute_with_retry(
         self, request: Request | None = None, /, policy: RetryPolicy | Mapping[str, Any] | None = None, **fields: Any
     ) -> JobResult:
         """Execute, and again when the job or its items failed of something that a retry may help.
 
-        The policy takes the names of the source documents, too (``maxRetries``, ``initialDelayMs``,
-        ``retryableErrors``).  A job that is not taken in is tried when there may be room, which costs no attempt.
+        A policy may be a dict in camelCase, too (``maxRetries``, ``initialDelayMs``, ``retryableErrors``).  A job that is not taken in is tried when there may be room, which costs no attempt.
         Raises what the last attempt raised.  A policy on the *operation* tries again by item,
         and is the better choice where one item of many may fail.
         """
@@ -256,14 +311,17 @@ class Client:
         return self._open([JobRequest.parse(request) for request in requests])
 
     def batch_execute(self, requests: Iterable[Request], *, timeout: float | None = None) -> list[JobResult]:
-        """Submit several jobs and wait for all; results come in the order of the requests."""
+        """Submit several jobs and wait for all; results come in the order of the requests.
+
+        `timeout` is in seconds, for each.  Raises as `submit` and `Job.result` do, for the first that ends without an answer.
+        """
         return [job.result(timeout=timeout) for job in self.batch_submit(requests)]
 
     def recall(self) -> None:
         """Make running nodes of all workers look at the ledger at once, instead of at their next pulse."""
         try:
-            self._app.control.broadcast("rlm_recall")
-        except (KombuError, RedisError, OSError) as error:
+            self._dispatcher.tell("rlm_recall")
+        except AWAY as error:
             logger.info("Workers were not told, they will see it at their next pulse: %s", error)
 
     # --- finding again ------------------------------------------------------------------------------
@@ -275,11 +333,11 @@ class Client:
         return Job(self, job_id)
 
     def jobs(self, limit: int = 100) -> list[Job]:
-        """Return the newest jobs of this platform, the newest first."""
+        """Return the newest jobs of this platform, the newest first.  Raises StoreUnavailable."""
         return [Job(self, id) for id, _ in self._reachable(lambda: self.ledger.jobs(limit))]
 
     def quarantine(self) -> list[QuarantinedItem]:
-        """Return the quarantined items of all jobs, the newest job first."""
+        """Return the quarantined items of all jobs, the newest job first.  Raises StoreUnavailable."""
         jobs = self._reachable(self.ledger.quarantined_jobs)
         return [item for job in jobs for item in self._reachable(functools.partial(self.ledger.quarantined, job))]
 
@@ -287,7 +345,7 @@ class Client:
 
     def _request(self, request: Request | None, fields: dict[str, Any]) -> JobRequest:
         if request is None:
-            return JobRequest.parse(_grouped(fields))
+            return JobRequest.parse(fields)
         if fields:
             raise InvalidRequest("fields", sorted(fields), "give a request or fields, not both")
         return JobRequest.parse(request)
@@ -296,21 +354,35 @@ class Client:
         for request in requests:
             self._check(request)
         self._store.check()
-        delays = [self._delay_of(request) for request in requests]  # all are asked for before any is stored
-        size = self._intake.batch_size()
-        parts = [slice(at, at + size) for at in range(0, len(requests), size)]
-        return [job for part in parts for job in self._open_part(requests[part], delays[part])]
+        named = [(request, self._id_for(request.options.idempotency_key)) for request in requests]
+        try:
+            delays = [self._delay_of(*each) for each in named]  # all are asked for before any is stored
+            size = self._intake.batch_size()
+            parts = [slice(at, at + size) for at in range(0, len(requests), size)]
+            return [job for part in parts for job in self._open_part(named[part], delays[part])]
+        except BaseException:
+            self._leave([job for _, job in named])
+            raise
 
-    def _open_part(self, requests: Sequence[JobRequest], delays: Sequence[tuple[int, str] | None]) -> list[Job]:
-        stored = [self._reachable(functools.partial(self._stored, request)) for request in requests]
+    def _leave(self, jobs: Sequence[str]) -> None:
+        """Give back the places of jobs that were not opened; those of a client that has died are free again by their time."""
+        if self.settings.admission.max_jobs:
+            with suppress(StoreUnavailable):
+                self._waiting_room.leave([job for job in jobs if not self._reachable(functools.partial(self.ledger.facts, job))])
+
+    def _open_part(self, named: Sequence[tuple[JobRequest, str]], delays: Sequence[tuple[int, str] | None]) -> list[Job]:
+        stored = [self._reachable(functools.partial(self._stored, *each)) for each in named]
         waits = {spec.job: delay for (spec, _), delay in zip(stored, delays, strict=True) if delay and not spec.empty}
         return self._start(stored, waits)
 
-    def _delay_of(self, request: JobRequest) -> tuple[int, str] | None:
+    def _delay_of(self, request: JobRequest, job: str) -> tuple[int, str] | None:
         """Return how long a job has to wait to be taken in, in ms, and why.  Raises Overloaded, QueueFull."""
         priority = self._priority(request)
         refused = self._intake.refusal(queue_name(self.settings.namespace, priority), priority)
-        if refused is None or self._is_open(request.options.idempotency_key):
+        if (refused or self.settings.admission.max_jobs) and self._is_open(request.options.idempotency_key):
+            return None
+        refused = refused or self._waiting_room.crowded(job, priority)
+        if refused is None:
             return None
         if not self._is_patient(request):
             raise refused
@@ -383,10 +455,10 @@ class Client:
                 "validate_before_process", True, f"operation {operation.name!r} has no validate; give it one, or leave this out"
             )
 
-    def _stored(self, request: JobRequest) -> tuple[Spec, str]:
+    def _stored(self, request: JobRequest, job: str = "") -> tuple[Spec, str]:
         """Store the items whole, then settle the request: a generator that raises leaves no job behind."""
         options, conditions, priority = request.options, request.conditions, self._priority(request)
-        job = self._id_for(options.idempotency_key)
+        job = job or self._id_for(options.idempotency_key)
         source, n, staged = self._write_items(job, request.items)
         return Spec(
             job=job, operation=request.operation, source=source, n=n,
@@ -461,20 +533,6 @@ def _keyed(request: JobRequest, idempotency_key: str) -> JobRequest:
         return request
     options = Options(**{**dict(request.options), "idempotency_key": idempotency_key})
     return request.model_copy(update={"options": options})
-
-
-def _grouped(fields: dict[str, Any]) -> dict[str, Any]:
-    """Sort flat fields into the request, its options and its conditions."""
-    if "input" in fields:
-        return fields
-    grouped = dict(fields)
-    for part, model in (("options", Options), ("conditions", Conditions)):
-        names = {name for name in fields if name in model.model_fields or (part == "options" and name == "timeout")}
-        if names:
-            if part in fields:
-                raise InvalidRequest(part, sorted(names), f"given beside {part}=...; keep one of both")
-            grouped[part] = model(**{name: grouped.pop(name) for name in names})
-    return grouped
 
 
 @functools.cache

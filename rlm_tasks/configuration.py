@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import NoDecode, SettingsError
@@ -217,6 +217,8 @@ def _is_secret(place: tuple[str, ...], value: Any) -> bool:
 def _without_secret(field: FieldInfo, value: Any) -> Any:
     if not field.repr and value:
         return HIDDEN
+    if isinstance(value, SecretStr):
+        return ""
     return masked(value) if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
 
 

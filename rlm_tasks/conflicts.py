@@ -6,13 +6,12 @@ Decides which settings make jobs slow or late, and says what to do.  Refuses to 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from celery import Celery
 
 from rlm_tasks import tasks
+from rlm_tasks.transports import QUEUE_ORDER, speaks_redis
 
-QUEUE_ORDER = "rlm_tasks.queue_order:QueueOrder"
 _PROMISED = ("ignore_result", "acks_late", "reject_on_worker_lost", "retry_on_worker_lost", "rate_limit", "serializer")
 
 _UNWANTED: tuple[tuple[str, bool, str], ...] = (
@@ -37,11 +36,6 @@ def conflicts(app: Celery) -> list[str]:
     """
     found = [f"{name}={value!r}: {advice}" for name, unwanted, advice in _UNWANTED if (value := app.conf.get(name)) is unwanted]
     return [*found, *_few_at_a_time(app), *_order(app), *_chords(app), *_limits(app), *_annotations(app)]
-
-
-def speaks_redis(url: Any) -> bool:
-    """Whether a ``broker_url`` (the first, if several) or a ``result_backend`` is a Redis."""
-    return str(url[0] if isinstance(url, list | tuple) and url else url).startswith(("redis", "valkey", "sentinel"))
 
 
 def _few_at_a_time(app: Celery) -> Iterator[str]:

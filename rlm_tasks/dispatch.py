@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from celery import Celery
-from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
+from rlm_tasks.broker import AWAY, spoken
 from rlm_tasks.ledger import Child, Ledger, Slot, Split
 from rlm_tasks.spec import Spec
 from rlm_tasks.splitting import Fork, Leaf
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 NODE_TASK, MERGE_TASK = "rlm.node", "rlm.merge"
 BATCH = 500
+ACQUIRE_S = 10
+"""How long one waits for a connection that other threads of the process use."""
 
 
 def mint() -> str:
@@ -114,9 +116,20 @@ class Dispatcher:
     def ask_to_yield(self, queue: str) -> None:
         """Tell workers that urgent work waits in a queue; who is not reached learns of it within a second."""
         try:
-            self._app.control.broadcast("rlm_yield", arguments={"queue": queue})
-        except (KombuError, RedisError, OSError) as error:
+            self.tell("rlm_yield", queue=queue)
+        except AWAY as error:
             logger.info("Workers were not told to make room, they will see it by themselves: %s", error)
+
+    def tell(self, command: str, **arguments: Any) -> None:
+        """Broadcast a command to all workers.  Raises what is in `broker.AWAY`."""
+
+        def say(connection: Any) -> None:
+            mailbox = self._app.control.mailbox(connection)
+            mailbox.producer_pool = None  # its connections may have died as well
+            mailbox.abcast(command, arguments)
+
+        with self._app.pool.acquire(block=True, timeout=ACQUIRE_S) as connection:
+            spoken(connection, say)
 
     def _counts_chords(self) -> bool:
         """Whether the app's result backend counts parts; if not, the root merge does all of the work."""
@@ -140,17 +153,21 @@ class Dispatcher:
         if not messages:
             return
         try:
-            with self._app.producer_pool.acquire(block=True, timeout=10) as producer:
-                if len(messages) == 1:
-                    self._send(producer, *messages[0])
-                    return
-                with producer.batch(BATCH):
-                    for message in messages:
-                        self._send(producer, *message)
-        except (KombuError, RedisError, OSError) as error:
+            with self._app.producer_pool.acquire(block=True, timeout=ACQUIRE_S) as producer:
+                spoken(producer.connection, lambda connection: self._send_all(producer, connection, messages))
+        except AWAY as error:
             logger.warning(
                 "%d node messages of job %s were not sent (%s); the sweep sends them", len(messages), messages[0][0].job, error
             )
+
+    def _send_all(self, producer: Any, connection: Any, messages: Sequence[tuple[Spec, str, int, Slot, Split | None]]) -> None:
+        producer.revive(connection)
+        if len(messages) == 1:
+            self._send(producer, *messages[0])
+            return
+        with producer.batch(BATCH):
+            for message in messages:
+                self._send(producer, *message)
 
     def _send(self, producer: Any, spec: Spec, node: str, message: int, slot: Slot, body: Split | None) -> None:
         job = spec.job

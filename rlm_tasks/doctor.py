@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 from redis.exceptions import RedisError
 
+from resilience.address import SENTINEL, SENTINEL_TIMEOUT_S
 from resilience.errors import StoreUnavailable
-from resilience.store import Store
+from resilience.store import Store, masked
 from rlm_tasks import __version__, import_path, operations
 from rlm_tasks.preflight import Finding as Finding
-from rlm_tasks.preflight import State, of_celery, of_redis
+from rlm_tasks.preflight import State, of_celery, of_redis, of_urls
 from rlm_tasks.spec import SCHEMA
 
 if TYPE_CHECKING:
@@ -41,14 +43,15 @@ def examine(client: Client, app: Celery, *, clock: Callable[[], float] = time.ti
     `app` is the Celery app that jobs are sent with; `clock` gives seconds of the day's time.  Raises nothing of what
     Redis and the broker raise.
     """
-    here = (*packages(), *versions(requirements()), _operations(client), *_settings(client, app))
+    store = client.ledger.store
+    here = (*packages(), *versions(requirements()), _operations(client), *_settings(client, app), *_sentinels(store))
     try:
         return [*here, *_shared(client, app, clock)]
     except StoreUnavailable as error:
-        away = f"Redis at {error.url} does not answer ({error.cause})"
+        away = str(error)
     except RedisError as error:
-        away = f"Redis at {client.ledger.store.url} refuses what is asked ({error})"
-    fault = Finding("redis", "fault", away, "Start it, or set RLM_REDIS_URL")
+        away = f"Redis at {store.url} refuses what is asked ({error}); start it, or set RLM_REDIS_URL"
+    fault = _in_two("redis", "fault", away)
     return [*here, fault, *([_broker(client)[0]] if _has_own_broker(client, app) else [])]
 
 
@@ -147,10 +150,44 @@ def _operations(client: Client) -> Finding:
 def _settings(client: Client, app: Celery) -> Iterator[Finding]:
     from rlm_tasks.conflicts import conflicts
 
+    yield from of_urls(client.settings)
     yield from of_celery(client.settings, app.conf)
     for sentence in conflicts(app):
-        found, _, advice = sentence.partition("; ")
-        yield Finding("celery", "warning", found, advice[:1].upper() + advice[1:])
+        yield _in_two("celery", "warning", sentence)
+
+
+def _in_two(check: str, state: State, sentence: str) -> Finding:
+    found, _, advice = sentence.partition("; ")
+    return Finding(check, state, found, advice[:1].upper() + advice[1:])
+
+
+# --- sentinels ---------------------------------------------------------------------------------------
+
+
+def _sentinels(store: Store) -> Iterator[Finding]:
+    """Yield whether sentinels answer, know the primary, and could agree on another."""
+    address = store.address
+    if not address.is_watched:
+        return
+    with closing(address.sentinels(socket_connect_timeout=SENTINEL_TIMEOUT_S)) as watch:
+        said = [_said(each, address.master) for each in tuple(watch.sentinels)]
+    wrong = sorted({told for told in said if told})
+    well = said.count("")
+    found = f"{well} of {len(said)} answer, watch {address.master!r} and could agree on another{': ' if wrong else ''}{'; '.join(wrong)}"
+    advice = "Start them, or set RLM_REDIS_URL, RLM_SENTINEL_MASTER and RLM_SENTINEL_PASSWORD" if wrong else ""
+    yield Finding("sentinels", "ok" if not wrong else "warning" if well else "fault", found, advice)
+
+
+def _said(sentinel: Any, master: str) -> str:
+    """Return what is wrong with what one sentinel answers; '' when nothing is."""
+    try:
+        known = sentinel.sentinel_masters()
+        if master not in known:
+            return f"they watch {', '.join(sorted(known)) or 'nobody'}"
+        sentinel.sentinel_ckquorum(master)
+    except (RedisError, OSError) as error:
+        return str(error)
+    return ""
 
 
 # --- clocks ------------------------------------------------------------------------------------------
@@ -191,7 +228,7 @@ def _clock(whose: str, ahead_s: float, precision: str, least_s: float) -> Findin
 def _broker(client: Client) -> tuple[Finding, Mapping[str, QueueReport] | None]:
     """Say whether the broker answers, and return what waits in it; None when nobody knows."""
     try:
-        return Finding("broker", "ok", "the broker answers"), client.queues()
+        return Finding("broker", "ok", f"the broker at {masked(str(client.app.conf.broker_url))} answers"), client.queues()
     except StoreUnavailable as error:
         found = f"the broker at {error.url} does not answer ({error.cause})"
     except Exception as error:  # each transport has errors of its own, and their text may hold its password
@@ -204,6 +241,8 @@ def _has_own_broker(client: Client, app: Celery) -> bool:
     try:
         ledger: dict[str, Any] = client.ledger.store.client.connection_pool.connection_kwargs
         broker = app.connection_for_read()
+        if client.ledger.store.address.is_watched:
+            return not str(app.conf.broker_url).startswith(SENTINEL)
         here = (broker.transport.driver_type, broker.hostname or "localhost", broker.port or 6379)
     except Exception:  # one of them cannot be read: they differ
         return True

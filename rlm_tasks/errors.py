@@ -87,7 +87,7 @@ class BrokerUnavailable(StoreUnavailable):
 
 
 class JobNotFound(RlmError):
-    """The ledger has no such job."""
+    """The ledger has no such job.  Has the `job_id` that was asked for."""
 
     code = "JOB_NOT_FOUND"
 
@@ -97,7 +97,7 @@ class JobNotFound(RlmError):
 
 
 class JobEnded(RlmError):
-    """A job that ended without its full answer.  ``result`` holds failures and counts."""
+    """A job that ended without its full answer.  Its `result` has counts and `failures`, as in `JobResult.failed`."""
 
     code = "JOB_ENDED"
 
@@ -126,7 +126,7 @@ class JobCancelled(JobEnded):
 
 
 class Quarantined(RlmError):
-    """Work that is not tried again, because its process died too often while it ran."""
+    """Work that is not tried again, because its process died too often while it ran: `deaths` times, at last `by` a signal."""
 
     code = "QUARANTINED"
     category = Category.POISON
@@ -139,7 +139,7 @@ class Quarantined(RlmError):
 
 
 class ResultTimeout(RlmError, TimeoutError):
-    """The caller's patience ended before the job did."""
+    """The caller's patience ended before the job did, which goes on.  Has `job_id` and `waited_s`."""
 
     code = "RESULT_TIMEOUT"
     retryable = True
@@ -150,7 +150,7 @@ class ResultTimeout(RlmError, TimeoutError):
 
 
 class ResultTooLarge(RlmError):
-    """An answer too large to be built in memory."""
+    """An answer too large to be built in memory.  Has `job_id`, and `size` and `limit` in bytes."""
 
     code = "RESULT_TOO_LARGE"
 

@@ -1,12 +1,13 @@
 """How a worker answers for itself, on one port: ``/metrics``, ``/livez``, ``/readyz`` and ``/health``.
 
-Decides when a worker counts as alive and as ready, and what is told of it; nothing secret is.  It runs in threads of the
+Decides when a worker counts as alive and as ready, what is told of it, and to whom; nothing secret is.  It runs in threads of the
 worker's main process and never waits in its event loop.  Refuses to know what is counted (`metrics`).
 """
 
 from __future__ import annotations
 
 import errno
+import hmac
 import json
 import logging
 import os
@@ -16,8 +17,8 @@ import socketserver
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -31,7 +32,7 @@ from prometheus_client import REGISTRY, make_wsgi_app
 from resilience.degradation import Level, level_of
 from resilience.errors import StoreUnavailable
 from resilience.store import guard_store
-from rlm_tasks import __version__, limits, metrics
+from rlm_tasks import __version__, limits, metrics, wellbeing
 from rlm_tasks.guards import breakers_of
 from rlm_tasks.metrics import Standing
 from scheduler.sampling import held_mb
@@ -149,11 +150,9 @@ class Health:
     def detailed(self) -> dict[str, Any]:
         """Return all there is to tell of the worker, as plain data."""
         report, at = self._worker.app.rlm_guard.host.report(), self.standing()
-        redis_ms, quotas = self._latency_ms(), self._quotas()
-        failing = ["Redis does not answer"] if redis_ms is None else []
-        unwell = [f"the breaker of {name} is {each}" for name, each in at.breakers.items() if each != "closed"]
+        redis_ms = wellbeing.latency_ms(self._store)
         return {
-            **self._judged(failing, unwell),
+            **self._judged(wellbeing.silent(redis_ms), wellbeing.shut(at.breakers)),
             "worker": self._runtime.worker,
             "version": __version__,
             "uptime_s": round(self._clock() - self._began, 1),
@@ -162,30 +161,20 @@ class Health:
             "slots": {"total": at.total, "busy": at.busy, "free": at.free},
             "memory_mb": round(at.memory_mb, 1),
             "latency": {"redis_ms": redis_ms},
-            "quotas": quotas,
+            "quotas": self._quotas(),
             "circuit_breakers": at.breakers,
         }
 
-    def _judged(self, failing: list[str], unwell: list[str]) -> dict[str, Any]:
-        vitals, level = self.vitals(), self._runtime.page.level
+    def _judged(self, failing: Sequence[str], unwell: Sequence[str]) -> dict[str, Any]:
+        vitals = self.vitals()
         failing = [*filter(None, [not_alive(vitals)]), *failing]
-        unwell = [*filter(None, [not_ready(vitals)]), *unwell]
-        if level >= Level.HIGH:
-            unwell.append(f"pressure is {level.label}")
-        status = "failing" if failing else "degraded" if unwell else "ok"
-        return {"status": status, "why": list(dict.fromkeys(failing + unwell))}
-
-    def _latency_ms(self) -> float | None:
-        began = time.perf_counter()
-        try:
-            self._store.reached(lambda client: client.ping())
-        except StoreUnavailable:
-            return None
-        return round(1000 * (time.perf_counter() - began), 2)
+        return wellbeing.judged(
+            failing, [*filter(None, [not_ready(vitals)]), *unwell, *wellbeing.pressed(self._runtime.page.level)]
+        )
 
     def _quotas(self) -> list[dict[str, Any]]:
         try:
-            return [{**asdict(each), "fill": round(each.fill, 3)} for each in limits.reports(self._runtime.guards)]
+            return wellbeing.quotas(limits.reports(self._runtime.guards))
         except StoreUnavailable:
             return []
 
@@ -196,25 +185,44 @@ class Health:
 Environ = dict[str, Any]
 Respond = Callable[..., Any]
 Answer = tuple[int, str, str]  # status, content type, body
-_STATUS = {200: "200 OK", 404: "404 Not Found", 500: "500 Internal Server Error", 503: "503 Service Unavailable"}
+_STATUS = {
+    200: "200 OK", 401: "401 Unauthorized", 404: "404 Not Found", 500: "500 Internal Server Error", 503: "503 Service Unavailable",
+}  # fmt: skip
 _PATHS = "/metrics, /livez, /readyz, /health"
+_PROBES = ("/livez", "/readyz")
+"""Asked by who starts and stops workers, and answered without a key: they tell of nothing but that worker's state."""
 
 
-def application(health: Health, exposed: Callable[[Environ, Respond], Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
-    """Return the WSGI application of one worker; `exposed` answers ``/metrics``."""
+def application(
+    health: Health, exposed: Callable[[Environ, Respond], Iterable[bytes]], api_key: str = ""
+) -> Callable[..., Iterable[bytes]]:
+    """Return the WSGI application of one worker; `exposed` answers ``/metrics``; with an `api_key` who asks shows it."""
 
     def answered(environ: Environ, respond: Respond) -> Iterable[bytes]:
+        path, headers = environ["PATH_INFO"], []
         try:
-            if environ["PATH_INFO"] == "/metrics":
+            if path not in _PROBES and not _shows(environ, api_key):
+                status, kind, body = 401, "text/plain", "show the key of RLM_API_KEY: Authorization: Bearer, or X-API-Key"
+                headers = [("WWW-Authenticate", 'Bearer realm="rlm"')]
+            elif path == "/metrics":
                 return exposed(environ, respond)
-            status, kind, body = _answer(health, environ["PATH_INFO"], environ.get("QUERY_STRING", ""))
+            else:
+                status, kind, body = _answer(health, path, environ.get("QUERY_STRING", ""))
         except Exception:  # who asks is answered, whatever is wrong; the log says what
-            logger.exception("A question for %s could not be answered", environ["PATH_INFO"])
+            logger.exception("A question for %s could not be answered", path)
             status, kind, body = 500, "text/plain", "it failed; the worker's log says why"
-        respond(_STATUS[status], [("Content-Type", f"{kind}; charset=utf-8"), ("Cache-Control", "no-store")])
+        respond(_STATUS[status], [("Content-Type", f"{kind}; charset=utf-8"), ("Cache-Control", "no-store"), *headers])
         return [f"{body}\n".encode()]
 
     return answered
+
+
+def _shows(environ: Environ, api_key: str) -> bool:
+    """Whether a request shows the key, if there is one; how long that takes tells nothing of it."""
+    scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+    shown = token.strip() if scheme.lower() == "bearer" else environ.get("HTTP_X_API_KEY", "")
+    # WSGI reads the bytes of a header as Latin-1.
+    return not api_key or hmac.compare_digest(shown.encode("latin-1", "replace"), api_key.encode())
 
 
 def _answer(health: Health, path: str, query: str) -> Answer:
@@ -290,7 +298,8 @@ class Station:
                 "is taken" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error.strerror or error})",
             )  # fmt: skip
             return
-        server.set_app(application(health, make_wsgi_app(registry)))
+        api_key = self._worker.app.rlm_settings.api_key.get_secret_value()
+        server.set_app(application(health, make_wsgi_app(registry), api_key))
         self._server = server
         threading.Thread(target=server.serve_forever, name="rlm-health", daemon=True).start()
 

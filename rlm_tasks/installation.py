@@ -16,14 +16,19 @@ from celery import Celery, signals
 from celery.app.amqp import AMQP, Queues
 from kombu.utils.imports import symbol_by_name
 
+from resilience.address import is_untrusted, tls
+from resilience.errors import StoreUnavailable, StoreUntrusted
+from resilience.store import masked
 from rlm_tasks import control as control  # its commands register themselves
 from rlm_tasks import logs, operations, tasks, tracing
-from rlm_tasks.conflicts import QUEUE_ORDER, conflicts, speaks_redis
+from rlm_tasks.broker import AWAY, spoken
+from rlm_tasks.conflicts import conflicts
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.requests import Priority
 from rlm_tasks.runtime import Runtime
 from rlm_tasks.settings import Settings
 from rlm_tasks.settings import settings as environment
+from rlm_tasks.transports import QUEUE_ORDER, speaks_redis
 from rlm_tasks.upstream import (
     leave_promptly,
     survive_reconnects_while_processes_are_recycled,
@@ -173,6 +178,9 @@ def _complete(app: Celery) -> None:
     options = conf.broker_transport_options or {}
     if speaks_redis(conf.broker_url) and "queue_order_strategy" not in options:
         conf.broker_transport_options = {**options, "queue_order_strategy": QUEUE_ORDER}
+    if not conf.value_set_for("broker_channel_error_retry"):
+        # An item that runs for longer than RabbitMQ waits for its message would end the worker.
+        conf.broker_channel_error_retry = True
     if not conf.value_set_for("worker_autoscaler"):
         conf.worker_autoscaler = AUTOSCALER
 
@@ -194,6 +202,7 @@ def _prepare(sender: Any, **_: Any) -> None:
         operations.import_operations(app.rlm_settings.operations)
     except InvalidRequest as error:
         raise SystemExit(f"Error: {error}") from None
+    _refuse_strangers(app)
     runtime = app.rlm_runtime()
     runtime.worker = sender.hostname
     if _serves_jobs(app) and not app.conf.value_set_for("worker_prefetch_multiplier"):
@@ -202,6 +211,25 @@ def _prepare(sender: Any, **_: Any) -> None:
     survive_restarts_of_redis()
     survive_reconnects_while_processes_are_recycled()
     drain_when_told_to_stop(app)
+
+
+def _refuse_strangers(app: Celery) -> None:
+    """End a worker that does not agree on TLS with Redis or the broker: Celery would try for ever."""
+    url = masked(str(app.conf.broker_url))
+    try:
+        if tls(app.rlm_settings.redis_url):
+            app.rlm_runtime().ledger.store.check()
+        if app.conf.broker_use_ssl:
+            with app.connection_for_read() as connection:
+                spoken(connection, lambda _: None)
+    except StoreUntrusted as error:
+        raise SystemExit(f"Error: {error}") from None
+    except (StoreUnavailable, *AWAY) as error:
+        if is_untrusted(error):
+            told = (
+                f"the broker at {url} is not trusted ({error}); see its certificate, and port and ssl_ca_certs in RLM_BROKER_URL"
+            )
+            raise SystemExit(f"Error: {told}") from None
 
 
 def _say_ready(sender: Any, **_: Any) -> None:

@@ -12,13 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from celery import Celery
-from kombu.exceptions import KombuError
-from redis.exceptions import RedisError
 
 from resilience.degradation import Level
 from resilience.errors import Denied
 from resilience.keys import Keys
 from resilience.store import Store
+from rlm_tasks.broker import AWAY
 from rlm_tasks.queues import QueueGauge
 from rlm_tasks.settings import Settings
 from scheduler.admission import full, shed
@@ -68,9 +67,9 @@ class Intake:
         return full(queue, priority, report, self._settings.admission)
 
     def batch_size(self) -> int:
-        """Return how many jobs to open at a time, by what was seen when they were let in."""
-        seen, _ = self._last
-        return calculate_optimal_batch_size(seen.cpu_pct, seen.memory_pct, self._settings.batch.max_size)
+        """Return how many jobs to open at a time, by what was seen when they were let in, if load is to count."""
+        (seen, _), most = self._last, self._settings.batch.max_size
+        return calculate_optimal_batch_size(seen.cpu_pct, seen.memory_pct, most) if self._settings.autoscale.enabled else most
 
     def _look(self, queue: str) -> Seen:
         now, (seen, seen_at) = self._clock(), self._last
@@ -93,6 +92,6 @@ class Intake:
     def _depths(self, queues: Sequence[str]) -> Mapping[str, QueueReport]:
         try:
             return self.gauge.read(queues)
-        except (KombuError, RedisError, OSError) as error:
+        except AWAY as error:
             logger.info("Queues are taken for empty, the broker does not answer: %s", error)
             return {}

@@ -94,7 +94,7 @@ class Job:
         return self.status is Status.SUCCEEDED
 
     def progress(self) -> Progress:
-        """Return how far the whole tree is, running nodes included."""
+        """Return how far the whole tree is, running nodes included.  Raises JobNotFound, StoreUnavailable."""
         facts = self._facts()
         status = Status(facts["state"])
         done, failed, skipped = (int(facts[name]) for name in ("done", "failed", "skipped"))
@@ -115,7 +115,10 @@ class Job:
         )  # fmt: skip
 
     def watch(self, interval_s: float = 0.2) -> Iterator[Progress]:
-        """Yield the progress until the job has ended; the last one is final.  Rides through outages."""
+        """Yield the progress until the job has ended; the last one is final.  Rides through outages.
+
+        `interval_s` is the longest time between two, in seconds; what happens to the job comes at once.  Raises JobNotFound.
+        """
         while True:
             progress = self._patiently(self.progress, None)
             yield progress
@@ -124,7 +127,7 @@ class Job:
             self._wait(min(interval_s, _BLOCK_MS / 1000))
 
     def tree(self) -> list[TreeNode]:
-        """Return every node, parents before their children, siblings in item order."""
+        """Return every node, parents before their children, siblings in item order.  Empty for an unknown job."""
         records = sorted(self._ledger.all_records(self.id), key=lambda r: (r.depth, r.lo, -r.hi, r.id == MERGE))
         return [
             TreeNode(r.id, r.parent, r.lo, r.hi, max(0, r.mid - r.lo) if r.state in "dck" else 0, r.depth,
@@ -137,7 +140,10 @@ class Job:
         return self._reachable(lambda: self._ledger.events(self.id))
 
     def explain(self) -> str:
-        """Say in one sentence why the job is waiting, what it is doing, or how it ended."""
+        """Say in one sentence why the job is waiting, what it is doing, or how it ended.
+
+        Raises JobNotFound, StoreUnavailable.
+        """
         return explain(self._facts(), self._ledger.all_records(self.id), self._now_ms())
 
     @property
@@ -164,7 +170,7 @@ class Job:
         return result
 
     def get(self, timeout: float | None = None) -> Any:
-        """Wait for the end and return the output, as Celery's ``AsyncResult.get`` does."""
+        """Wait for the end and return the output, as Celery's ``AsyncResult.get`` does.  Raises as `result` does."""
         return self.result(timeout).output
 
     def wait(self, timeout: float | None = None) -> Status:
@@ -206,7 +212,7 @@ class Job:
         return Partial(operation.shaped(output) if values else output, covered / spec.n if spec.n else 1.0, ranges)
 
     def receipt(self) -> Receipt:
-        """Return what pressure has made the job leave out so far; empty when nothing."""
+        """Return what pressure has made the job leave out so far; empty when nothing.  Raises JobNotFound, StoreUnavailable."""
         return _receipt(self._facts())
 
     def outputs(self) -> Iterator[Any]:
@@ -216,7 +222,10 @@ class Job:
     # --- what may be done about it ------------------------------------------------------------------
 
     def cancel(self) -> Status:
-        """End the job: waiting nodes are skipped now, running ones end after the item they are at."""
+        """End the job: waiting nodes are skipped now, running ones end after the item they are at.
+
+        Returns its status, which stays as it is for a job that has ended.  Raises JobNotFound, StoreUnavailable.
+        """
         state = self._reachable(lambda: self._ledger.stop(self.id, "cancelled"))
         if state == "unknown":
             raise JobNotFound(self.id)

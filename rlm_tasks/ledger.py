@@ -207,10 +207,10 @@ class NodeRecord:
 class Standing:
     """How the nodes of an open job stand."""
 
-    job: str
+    job: str  # its id
     queue: str
     state: str  # of the job: pending, running, merging
-    queued: int
+    queued: int  # nodes
     running: int
     parked: int
 
@@ -282,7 +282,7 @@ class Ledger:
     def _open(self, new: Sequence[tuple[Spec, str]], ttl_s: int, waits: Mapping[str, tuple[int, str]]) -> list[bool]:
         now_ms = self.store.now_ms()
         pipe = self.store.client.pipeline(transaction=False)
-        pipe.zadd(self.keys.due, {spec.job: now_ms + self._first_look_ms(spec) for spec, _ in new}, nx=True)
+        pipe.zadd(self.keys.due, {spec.job: now_ms + self._first_look_ms(spec) for spec, _ in new}, lt=True)
         pipe.zadd(self.keys.jobs, {spec.job: now_ms for spec, _ in new}, nx=True)
         pipe.zremrangebyscore(self.keys.jobs, "-inf", now_ms - ttl_s * 1000)
         pipe.expire(self.keys.due, ttl_s)

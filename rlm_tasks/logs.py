@@ -109,9 +109,10 @@ def ids_of(task: Task | None) -> dict[str, str]:
 
 
 def demote(record: logging.LogRecord) -> bool:
-    """Leave Celery's two lines per message of ours to DEBUG: a node says in one what it has done."""
+    """Leave Celery's lines per message of ours to DEBUG: a node says in one what it has done, and may stand aside unheard."""
     message = getattr(record, "data", None) or {}
-    if record.levelno != logging.INFO or message.get("name", "") not in OURS:
+    is_usual = record.levelno == logging.INFO or message.get("description") == "rejected"
+    if not is_usual or message.get("name", "") not in OURS:
         return True
     record.levelno, record.levelname = logging.DEBUG, "DEBUG"
     return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)

@@ -179,7 +179,10 @@ class Metric:
 
 
 class Counter(Metric):
-    """A number that only grows.  Its name ends in ``_total``."""
+    """A number that only grows.  Its name ends in ``_total``; each of its `labels` is declared with the values it may take.
+
+    Raises InvalidValue for a name or a label that cannot be.
+    """
 
     type = "counter"
 
@@ -203,7 +206,10 @@ class Counter(Metric):
 
 
 class Histogram(Metric):
-    """How values are spread over buckets, each with its upper bound."""
+    """How values are spread over `buckets`, given by their upper bounds; `labels` as for a Counter.
+
+    Raises InvalidValue for a name or a label that cannot be.
+    """
 
     type = "histogram"
 

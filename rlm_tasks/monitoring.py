@@ -12,16 +12,16 @@ import threading
 from collections.abc import Callable
 
 from celery import Celery
-from kombu.exceptions import KombuError
-from redis.exceptions import RedisError
 
 from resilience.breaker import CircuitBreakers
 from resilience.errors import StoreUnavailable
+from rlm_tasks.broker import AWAY
 from rlm_tasks.queues import QueueGauge
 from rlm_tasks.runtime import Runtime
 from scheduler.alerts import Alerts, Webhook
 from scheduler.events import Events
 from scheduler.monitor import Monitor, MonitorSettings
+from scheduler.snapshots import Snapshots
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class MonitorThread(threading.Thread):
                     self.queued = self._count()
                 if asked and not self._stopping:
                     self._monitor.look()
-            except (KombuError, RedisError, OSError, StoreUnavailable) as error:
+            except (*AWAY, StoreUnavailable) as error:
                 logger.warning("The cluster's level is not known, hosts act on their own: %s", error)
             except Exception:
                 logger.exception("The monitor met something unexpected, and looks again when asked")
@@ -79,11 +79,13 @@ def monitor_thread(
     events = Events(store, settings.alerts.history)
     alerts = Alerts(store, settings.alerts, events)
     advised, gauge = settings.autoscale.webhook_url, QueueGauge(app)
+    snapshots = Snapshots(store, runtime.ledger.keys, settings.snapshots) if settings.snapshots.enabled else None
     webhook = Webhook(advised, settings.alerts.webhook_secret) if advised else None
     monitor = Monitor(
         runtime.board, store, MonitorSettings(settings.pressure, settings.admission, settings.autoscale),
         usage=runtime.usage, breakers=CircuitBreakers(store), gauge=gauge.read, events=events, alerts=alerts,
-        room=runtime.room, wake=runtime.wake, webhook=webhook, worker=runtime.worker,
+        room=runtime.room, wake=runtime.wake, webhook=webhook, snapshots=snapshots,
+        worker=runtime.worker,
     )  # fmt: skip
 
     def count() -> int:

@@ -125,8 +125,8 @@ def _work(runtime: Runtime, claim: Claim, page: PageSlot) -> bool:
         operation = operations.get(spec.operation)
     except UnknownOperation as error:
         return _put_off(runtime, claim, PARK_MS, str(error))
-    if claim.node == ROOT and spec.patient and sheds(spec.priority, level := runtime.page.level):
-        put_off = _put_off(runtime, claim, CALM_MS, f"pressure is {level.label}, and {spec.priority} work waits")
+    if claim.node == ROOT and spec.patient and (why := _not_taken_in(runtime, spec)):
+        put_off = _put_off(runtime, claim, CALM_MS, why)
         # The monitor calls it as soon as there is room, and this host may hear of that later than the job.
         runtime.room.enter(spec.queue, {f"{spec.job} {ROOT}": runtime.ledger.store.now_ms()})
         return put_off
@@ -136,6 +136,14 @@ def _work(runtime: Runtime, claim: Claim, page: PageSlot) -> bool:
         merge_root(runtime.ledger, claim, spec, operation, runtime.reached)
         return True
     return NodeRun(runtime, claim, spec, operation, page).run()
+
+
+def _not_taken_in(runtime: Runtime, spec: Spec) -> str:
+    """Return why a job that may wait must not begin yet, '' when it may; it then has its place."""
+    if sheds(spec.priority, level := runtime.page.level):
+        return f"pressure is {level.label}, and {spec.priority} work waits"
+    refused = runtime.room.crowded(spec.job, spec.priority)
+    return refused.why if refused else ""
 
 
 def _put_off(runtime: Runtime, claim: Claim, wait_ms: int, why: str) -> bool:
@@ -431,8 +439,9 @@ class NodeRun:
 
     def _tally(self, report: Report, held_kb: int) -> Call:
         return self._runtime.usage.tally(
-            self._spec.operation, done=report.done, failed=len(report.failed), busy_us=report.busy_us, memory_kb=held_kb
-        )
+            self._spec.operation, done=report.done, failed=len(report.failed), busy_us=report.busy_us, memory_kb=held_kb,
+            version=self._spec.version,
+        )  # fmt: skip
 
     def _tell_faults(self) -> None:
         """Tell what went wrong here, for those who operate the platform: one round trip for a node that had faults."""

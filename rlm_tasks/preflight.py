@@ -7,15 +7,17 @@ that was looked at.  Refuses to stop anybody for them, and to know who is alive.
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from redis.exceptions import ResponseError
 
+from resilience.address import tls
 from resilience.store import Store
-from rlm_tasks.conflicts import speaks_redis
 from rlm_tasks.settings import Settings
+from rlm_tasks.transports import speaks_redis
 
 OLDEST_REDIS, OLDEST_TESTED = (6, 2), (7, 2)
 """Redis 6.2 brought what is sent to it: ZADD LT (`wake.lua`), ZRANGE REV (`breaker_names.lua`) and BYSCORE (`sources`, and
@@ -42,7 +44,7 @@ def dangers(store: Store, settings: Settings, celery: Mapping[str, Any]) -> list
 
     `celery` is the app's configuration.  Raises what Redis raises when it does not answer.
     """
-    found = (*of_redis(store, settings), *of_celery(settings, celery))
+    found = (*of_redis(store, settings), *of_urls(settings), *of_celery(settings, celery))
     return [f"{each.found}. {each.advice}" for each in found if each.state != "ok"]
 
 
@@ -125,6 +127,22 @@ def _memory(store: Store, info: Mapping[str, Any], settings: Settings) -> Findin
         return Finding("memory", "ok", found)
     state: State = "fault" if share >= emergency else "warning"
     return Finding("memory", state, f"Redis at {store.url}: {found}", "Raise maxmemory, or lower RLM_RESULT_TTL_S")
+
+
+def of_urls(settings: Settings) -> Iterator[Finding]:
+    """Yield which connections are encrypted for whoever is at the other end."""
+    told_by = {
+        settings.result_backend: "RLM_RESULT_BACKEND",
+        settings.broker_url: "RLM_BROKER_URL",
+        settings.redis_url: "RLM_REDIS_URL",
+    }
+    secured = {name: options for url, name in told_by.items() if (options := tls(url))}
+    open_to_all = [name for name, options in secured.items() if options["ssl_cert_reqs"] == ssl.CERT_NONE]
+    if open_to_all:
+        found = f"{', '.join(open_to_all)}: TLS without verification, whoever is in between can read and change everything"
+        yield Finding("tls", "warning", found, "Leave out ssl_cert_reqs=none, and name the authority by ssl_ca_certs")
+    elif secured:
+        yield Finding("tls", "ok", f"{', '.join(secured)}: encrypted, and certificates are verified")
 
 
 # --- Celery ------------------------------------------------------------------------------------------

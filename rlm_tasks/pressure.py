@@ -15,6 +15,7 @@ import msgspec
 from resilience.degradation import CONSTRAINTS, Level
 from scheduler.board import Board, ClusterReport, HostReport, Orders, acted_on, prevailing
 from scheduler.queues import QueueReport
+from scheduler.snapshots import Snapshots, Trend
 from scheduler.usage import OperationUsage
 
 if TYPE_CHECKING:
@@ -28,19 +29,19 @@ TREND = 60
 class PlatformStatus:
     """One picture of the platform."""
 
-    level: str
-    why: str
+    level: str  # normal, elevated, high, critical, emergency
+    why: str  # which signal decides, in words
     forced: str  # the level of a drill, '' for none
     monitored: bool  # beat has the monitor look; without it each host acts on its own
-    hosts: list[HostReport]
+    hosts: list[HostReport]  # one for each worker that told of its host lately
     resource_usage: dict[str, float]  # cpu_percent, memory_mb, memory_percent, worker_count
     active: dict[str, int]  # operation -> nodes that run now
-    strategies: list[str]
-    operations: list[dict[str, Any]]  # executions, success rate, memory, duration, breaker: one for each operation
-    circuit_breakers: dict[str, dict[str, Any]]
-    queues: dict[str, QueueReport]
+    strategies: list[str]  # what operations are asked to leave out
+    operations: list[dict[str, Any]]  # executions, success rate, memory, duration, breaker, trend: one for each operation
+    circuit_breakers: dict[str, dict[str, Any]]  # name -> as `CircuitBreaker.status` tells
+    queues: dict[str, QueueReport]  # name -> how deep; empty when nobody has looked
     recent_pressure_events: list[dict[str, Any]]  # timestamp, level, message
-    recent_events: list[dict[str, Any]]
+    recent_events: list[dict[str, Any]]  # the newest fifty, the newest first
     rising_to: str  # the level expected within a minute, '' for none
     desired_workers: int  # 0: not known
     trend: list[dict[str, Any]]  # of the cluster, oldest first: at, level, cpu_pct, memory_pct, depth
@@ -93,14 +94,17 @@ class Pressure:
         """Return one picture of everything."""
         orders, hosts, events = self._board.orders(), self._board.hosts(), self._client.events.recent(50)
         level, cluster = self._level(orders, hosts), orders.cluster
-        breakers = self._client.breakers.status()
+        breakers, usage = self._client.breakers.status(), self._client.usage.all()
+        trends = Snapshots(self._client.ledger.store, self._client.ledger.keys, self._client.settings.snapshots).trends(
+            [each.executor_id for each in usage]
+        )
         why = "it is forced" if orders.forced is not None else cluster.why if cluster else ""
         return PlatformStatus(
             level=level.label, why=why, forced=orders.forced.label if orders.forced is not None else "",
             monitored=cluster is not None, hosts=hosts, resource_usage=_resources(hosts),
             active=dict(sum((Counter(host.active) for host in hosts), Counter())),
             strategies=list(CONSTRAINTS[level].strategies),
-            operations=[_figures(each, breakers) for each in self._client.usage.all()], circuit_breakers=breakers,
+            operations=[_figures(each, breakers, at) for each, at in zip(usage, trends, strict=True)], circuit_breakers=breakers,
             queues=cluster.queues if cluster else {},
             recent_pressure_events=[
                 {"timestamp": _time(each.at), "level": each.data.get("level", ""), "message": each.message}
@@ -122,9 +126,10 @@ def _resources(hosts: list[HostReport]) -> dict[str, float]:
     }
 
 
-def _figures(usage: OperationUsage, breakers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _figures(usage: OperationUsage, breakers: dict[str, dict[str, Any]], at: Trend) -> dict[str, Any]:
     state = breakers.get(usage.executor_id, {}).get("state", "closed")
-    return {**usage.to_dict(), "circuit_breaker_state": str(state)}
+    change = None if at.change is None else round(100 * at.change, 1)
+    return {**usage.to_dict(), "circuit_breaker_state": str(state), "change_percent": change, "slower": at.slower}
 
 
 def _point(report: ClusterReport) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import redis
 from celery import Celery
 from kombu.exceptions import ChannelError
 
+from rlm_tasks.broker import spoken
 from scheduler.queues import QueueReport
 
 _NOT_FOUND = "404"
@@ -53,16 +54,14 @@ class QueueGauge:
     def read(self, names: Sequence[str]) -> dict[str, QueueReport]:
         """Return depth and age by queue; one that does not exist is empty.
 
-        On Redis this is one round trip; other brokers know no ages.  Raises what kombu and redis-py raise.
+        On Redis this is one round trip; other brokers know no ages.  Raises what is in `broker.AWAY`.
         """
         here = os.getpid(), threading.get_ident()
         connection = self._connections.get(here) or self._app.connection_for_read()
         self._connections[here] = connection
         try:
-            # Twice, at once: by itself kombu waits between tries, and to ask for a default channel is to wait for ever.
-            connection.ensure_connection(max_retries=1, interval_start=0, reraise_as_library_errors=False)
             read = self._of_redis if connection.transport.driver_type == "redis" else _of_others
-            return read(connection, names)
+            return spoken(connection, lambda own: read(own, names))
         except BaseException:
             self._connections.pop(here).release()
             raise

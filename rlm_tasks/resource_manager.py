@@ -236,7 +236,11 @@ def create_resource_manager(
     alert_callback: AlertCallback | None = None,
     client: Client | None = None,
 ) -> tuple[AdaptiveResourceManager, Alerts | None]:
-    """Return a manager, and the platform's alerts, None when they are not enabled."""
+    """Return a manager, and the platform's alerts, None when they are not enabled.
+
+    `alert_callback` is called with a ResourcePressureEvent when the pressure has changed.  Without a `client` it is the
+    platform that the environment names.
+    """
     client = client or _default()
     alerts = client.alerts if enable_alerts else None
     manager = AdaptiveResourceManager(

@@ -41,8 +41,8 @@ CELERY_STATES = {
 class ItemFailure:
     """An item whose operation raised: which one, and what it raised."""
 
-    index: int
-    type: str
+    index: int  # of the item, from 0; -1: the merge
+    type: str  # the exception's class
     message: str
     traceback: str = field(default="", repr=False)
     code: str = ""  # what the error means: TIMEOUT, RATE_LIMITED, OPERATION_FAILED, ...
@@ -56,7 +56,7 @@ class QuarantinedItem:
     index: int
     operation: str
     item: str  # where it lies; never the item itself
-    attempts: int
+    attempts: int  # how often it was tried
     last_signal: str  # what its process died of the last time
 
 
@@ -106,11 +106,11 @@ class SuccessfulItems(Sequence[int]):
 class Metrics:
     """What a job cost."""
 
-    items: int
+    items: int  # of the whole job
     nodes: int  # finished nodes, the root included
     splits: int  # cuts into two or more children
     yields: int  # cuts into one
-    max_depth: int
+    max_depth: int  # of the tree; 0: it was never cut in two
     execution_time_ms: float  # from the first claim to the end
     busy_ms: float  # summed time inside the operation, over all nodes
     peak_memory_mb: float  # largest worker process seen
@@ -123,7 +123,7 @@ class Shaped:
 
     strategy: str  # reduce_entity_limits, skip_optional_analysis, ...: see docs/pressure.md
     level: str  # elevated, high, critical, emergency
-    items: int
+    items: int  # how many
 
 
 class Receipt(tuple[Shaped, ...]):
@@ -144,14 +144,14 @@ class JobResult:
 
     job_id: str
     status: Status
-    output: Any
-    total: int
-    done: int
+    output: Any  # of the merge; without one a list in item order; None unless it succeeded
+    total: int  # items
+    done: int  # items that succeeded
     failed_count: int
-    skipped: int
+    skipped: int  # items that were not run: empty ones, or all that were left when the job ended early
     failed: list[ItemFailure]  # the first 1,000; failed_count counts all
-    successful: SuccessfulItems
-    metrics: Metrics
+    successful: SuccessfulItems  # their indexes
+    metrics: Metrics  # what it cost
     stopped: str = ""  # why the job ended before its items did: early, failed, expired, cancelled
     error: ItemFailure | None = None  # what its merge raised
     receipt: Receipt = NOTHING_LEFT_OUT  # what pressure has shaped of it
@@ -175,16 +175,16 @@ class Progress:
     """How far a job's whole tree is, as one figure."""
 
     status: Status
-    total: int
-    done: int
+    total: int  # items
+    done: int  # items that succeeded
     failed: int
     skipped: int
     nodes: int  # finished
     pending: int  # nodes queued, running or parked
-    splits: int
-    elapsed_s: float
+    splits: int  # cuts into two or more nodes
+    elapsed_s: float  # since the first claim, until the end
     rate: float  # items a second since the first claim
-    eta_s: float | None  # None while nothing is known
+    eta_s: float | None  # seconds to the end at that rate; None while nothing is known
     phase: str = "process"  # validate: items are being validated, done counts those
 
     @property
@@ -197,7 +197,7 @@ class Progress:
 class Partial:
     """The best answer so far: what it is and how much of the job it covers."""
 
-    output: Any
+    output: Any  # shaped as the job's will be
     coverage: float  # share of items whose outcome is in the output, 0 to 1
     ranges: list[tuple[int, int]]  # item ranges that are in it
 
@@ -207,7 +207,7 @@ class JobEvent:
     """Something that has happened to a job."""
 
     at: float  # seconds since the epoch, by the server's clock
-    event: str
+    event: str  # opened, started, released, merging, closed, ...
     detail: str
 
 
@@ -216,13 +216,13 @@ class TreeNode:
     """One node of a job's tree."""
 
     id: str
-    parent: str
-    lo: int
-    hi: int
+    parent: str  # the id of the node that cut it
+    lo: int  # its first item
+    hi: int  # the first item after it
     worked: int  # items it worked through itself
-    depth: int
+    depth: int  # 0: the root
     state: str  # queued, running, parked, done, cut, skipped
-    why: str
-    worker: str
+    why: str  # the reason it was cut, or waits
+    worker: str  # that ran it last
     duration_ms: float
-    attempts: int
+    attempts: int  # claims

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 
 from billiard.process import current_process
 from celery import Celery
+from redis.exceptions import RedisError
 
 from resilience.errors import StoreUnavailable
-from resilience.fault_log import FaultLog
+from resilience.fault_log import FaultLog, FaultLogSettings
 from resilience.keys import Keys
+from resilience.line import URGENCY
 from resilience.store import Store, guard_store
 from resilience.timeouts import Timeouts
 from rlm_tasks import operations
@@ -32,10 +34,11 @@ from rlm_tasks.page import Page, PageSlot
 from rlm_tasks.settings import Settings
 from rlm_tasks.shares import Shares
 from rlm_tasks.sources import ItemReader
+from rlm_tasks.transports import speaks_redis
 from scheduler.admission import WaitingRoom
 from scheduler.board import Board
 from scheduler.events import Events
-from scheduler.preemption import Preemption
+from scheduler.preemption import Preemption, more_urgent, rank_of
 from scheduler.slots import SlotBoard
 from scheduler.usage import Usage
 
@@ -62,6 +65,7 @@ class Runtime:
     room: WaitingRoom
     notices: Notices
     worker: str = ""
+    in_order: bool = True  # the broker hands over what is more urgent first
     reached: Callable[[CrashPoint], None] = nobody_listens
     clock: Callable[[], float] = time.perf_counter  # seconds; what slices are measured by
     item_ms: dict[str, float] = field(default_factory=dict)  # operation -> time of an item, as last seen by this process
@@ -70,7 +74,7 @@ class Runtime:
     @classmethod
     def of(cls, app: Celery, settings: Settings, *, patience_s: float) -> Runtime:
         """Build the parts for one Celery app."""
-        store, keys = Store(settings.redis_url, namespace=settings.namespace), Keys(settings.namespace)
+        store, keys = Store(settings.address, namespace=settings.namespace), Keys(settings.namespace)
         ledger = Ledger(store, keys, settings.ledger, patience_s=patience_s)
         dispatcher, shared = Dispatcher(app, ledger), guard_store(settings)
         page = Page(stale_s=settings.pressure.stale_s)
@@ -83,8 +87,9 @@ class Runtime:
         slots = SlotBoard(store, keys)
         return cls(
             settings, ledger, slots, Preemption(store, keys, slots), ItemReader(store), dispatcher, page, guards, limits,
-            FaultLog(shared), Usage(store, keys), Shares(shared, settings, page, waken), Board(store, keys, settings.pressure),
-            WaitingRoom(store, keys), Notices(Events(shared, settings.alerts.history), settings.alerts, time.monotonic),
+            FaultLog(shared, FaultLogSettings(size=settings.fault_patterns)), Usage(store, keys), Shares(shared, settings, page, waken), Board(store, keys, settings.pressure),
+            WaitingRoom(store, keys, settings.admission.max_jobs), Notices(Events(shared, settings.alerts.history), settings.alerts, time.monotonic),
+            in_order=speaks_redis(app.conf.broker_url),
         )  # fmt: skip
 
     def resend(self, job: str, nodes: Sequence[str]) -> None:
@@ -94,6 +99,21 @@ class Runtime:
     def wake(self, waiters: Sequence[str]) -> int:
         """Let nodes go on that a guard has named; return how many have waited."""
         return wake(self.ledger, self.dispatcher, waiters)
+
+    def stands_aside(self, queue: str) -> bool:
+        """Whether a message of a queue has got a slot that was given up for what is more urgent, and goes back for it.
+
+        Redis hands over what is more urgent first; RabbitMQ hands over what it likes.
+        """
+        namespace, _, priority = queue.rpartition(".")
+        first = [each for each in URGENCY if more_urgent(self.page.urgent & rank_of(each), priority)]
+        if self.in_order or not first:
+            return False
+        try:
+            return any(self.ledger.store.run(*(self.preemption.awaited(f"{namespace}.{each}") for each in first)))
+        except RedisError as error:
+            logger.info("A node takes the slot that it has got: %s", error)
+            return False
 
     def making_room(self, queue: str, nodes: Sequence[str], *, freed: int) -> AbstractContextManager[None]:
         """Have less urgent nodes yield for urgent ones that are sent within the block, as far as there is no slot."""

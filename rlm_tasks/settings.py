@@ -9,9 +9,10 @@ import os
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
+from resilience.address import SENTINEL, check
 from resilience.settings import StoreSettings
 from rlm_tasks.errors import InvalidSettings
 from scheduler.settings import (
@@ -21,6 +22,7 @@ from scheduler.settings import (
     AutoscaleSettings,
     BatchSettings,
     PressureSettings,
+    SnapshotSettings,
 )
 
 
@@ -66,7 +68,7 @@ class MetricsSettings(BaseModel, frozen=True, extra="forbid"):
 
     address: str = Field(
         "127.0.0.1",
-        description="Address of a worker's `--metrics-port`; `0.0.0.0`: every interface, where nobody is asked for a password.",
+        description="Address of a worker's `--metrics-port`; `0.0.0.0`: every interface, where only `RLM_API_KEY` asks who it is.",
     )
 
 
@@ -84,14 +86,22 @@ class TracingSettings(BaseModel, frozen=True, extra="forbid"):
 class Settings(StoreSettings):
     """The whole configuration of one process."""
 
-    broker_url: str = Field("", description="Celery's broker; empty: the ledger's Redis.")
+    broker_url: str = Field(
+        "", description="Celery's broker, such as `amqp://USER:PASSWORD@HOST:5672/VHOST`; empty: the ledger's Redis."
+    )
     result_backend: str = Field("", description="Celery's result backend, which counts chords; empty: the ledger's Redis.")
+    api_key: SecretStr = Field(
+        SecretStr(""),
+        repr=False,
+        description="Who asks a worker's port for /metrics or /health shows this key (docs/metrics.md); empty: nobody is asked.",
+    )
     operations: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Modules with operations, separated by commas; imported by clients and workers."
     )
     result_ttl_s: int = Field(7 * 86_400, gt=0, description="Results and ledger entries of a job live this long.")
     max_result_bytes: int = Field(64 * 2**20, gt=0, description="Largest packed output that result() builds in memory.")
     max_item_bytes: int = Field(16 * 2**20, gt=0, description="Largest single packed item.")
+    fault_patterns: int = Field(50, ge=0, description="Recurring faults that are kept; 0: none, nor whether retries have helped.")
     slots: int = Field(
         0, ge=0, description="Pool processes of a worker; 0: as many as it has CPUs. Also `WORKFLOW_MAX_CONCURRENT_ACTIVITIES`."
     )
@@ -106,6 +116,7 @@ class Settings(StoreSettings):
     allocation: AllocationSettings = AllocationSettings()
     batch: BatchSettings = BatchSettings()
     autoscale: AutoscaleSettings = AutoscaleSettings()
+    snapshots: SnapshotSettings = SnapshotSettings()
     alerts: AlertSettings = AlertSettings()
     metrics: MetricsSettings = MetricsSettings()
     tracing: TracingSettings = TracingSettings()
@@ -114,6 +125,19 @@ class Settings(StoreSettings):
         """Let the broker and the result backend default to the ledger's Redis."""
         object.__setattr__(self, "broker_url", self.broker_url or self.redis_url)
         object.__setattr__(self, "result_backend", self.result_backend or self.redis_url)
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return value.strip() if isinstance(value, str) else value  # files end in a line end, headers never do
+
+    @field_validator("broker_url", "result_backend")
+    @classmethod
+    def _can_be_used(cls, value: str, told: ValidationInfo) -> str:
+        check(value)
+        if value.startswith(SENTINEL) and not told.data.get("sentinel_master"):
+            raise ValueError("give the name that the sentinels watch the primary by as RLM_SENTINEL_MASTER")
+        return value
 
     @field_validator("operations", mode="before")
     @classmethod

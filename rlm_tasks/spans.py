@@ -177,7 +177,12 @@ class Export(threading.Thread):
 
     def run(self) -> None:
         """Take spans until the empty message, then export the last ones."""
-        batches, of = [BatchSpanProcessor(each) for each in self._exporters], resource()
+        try:
+            batches, of = [BatchSpanProcessor(each) for each in self._exporters], resource()
+        except ValueError as error:
+            logger.error("Jobs are not traced, see OTEL_BSP_*: %s", error)
+            self._taken.close()
+            return
         while data := self._taken.recv(LONGEST):
             span = unpacked(data, of)
             for batch in batches:

@@ -249,7 +249,7 @@ def share_out(shape: Shape, at: Standing, lo: int, hi: int, wants: int) -> Fork:
 def estimate_optimal_chunk_size(total_items: int, estimated_item_processing_time_ms: float, target_parallelism: int) -> int:
     """Return a chunk size that keeps every slot busy and still pays for its message.
 
-    10,000 items of 5 ms on 8 slots give 1,250.  Chunks hold at least MIN_CHUNK_MS of work.
+    10,000 items of 5 ms on 8 slots give 1,250.  Chunks hold at least 20 ms of work (MIN_CHUNK_MS).
     Raises ValueError for sizes below one and times that are not positive.
     """
     if total_items < 1 or target_parallelism < 1 or estimated_item_processing_time_ms <= 0:

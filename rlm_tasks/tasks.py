@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from celery import Celery, Task
+from celery.exceptions import Reject
 
 from resilience.errors import StoreUnavailable
 from rlm_tasks import operations
@@ -69,6 +70,8 @@ def register(app: Celery, runtime: Callable[[], Runtime]) -> None:
         told = self.request.get("rlm") or {}
         if why := beyond_this_worker(told):
             _put_back(self, why)
+        elif runtime().stands_aside((self.request.delivery_info or {}).get("routing_key", "")):
+            raise Reject(requeue=True)
         elif not _guarded(runtime(), job, lambda: run_node(runtime(), job, node, told.get("message", 0))):
             _leave_slot(self.request)
 

@@ -7,19 +7,26 @@ know how a job is opened and what becomes of one that does not fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from resilience.degradation import Level
 from resilience.errors import Category, Denied
 from resilience.keys import Keys
-from resilience.store import Store
+from resilience.store import Call, Script, Store
 from scheduler.queues import QueueReport
 from scheduler.settings import AdmissionSettings
 
 SHED_FROM = {"low": Level.HIGH, "normal": Level.CRITICAL, "high": Level.EMERGENCY}
 """The level from which work of a priority is turned away; critical work never is (Google's SRE book, Handling Overload)."""
 SOONEST_S, LATEST_S = 1.0, 300.0
+PLACE_S = 5.0
+"""When to come back for a place: nobody knows when a job will end."""
+_FIRST_LOOK_MS = 60_000
+"""A place whose job is not opened by then is free again: its client has died."""
+_UNBOUNDED = 2**31
 ROOM_TTL_S = 7 * 86_400
+
+_PLACE = Script.load("scheduler", "place")
 
 
 class Overloaded(Denied):
@@ -67,15 +74,38 @@ def full(queue: str, priority: str, report: QueueReport, settings: AdmissionSett
 
 
 class WaitingRoom:
-    """Jobs that were opened and are not taken in yet; their own time wakes them, should nobody call."""
+    """Jobs that were opened and are not taken in yet; their own time wakes them, should nobody call.
 
-    def __init__(self, store: Store, keys: Keys) -> None:
-        self._store, self._keys = store, keys
+    With `max_jobs` it knows the places as well: so many jobs are at work at once, and critical ones beside them.
+    """
+
+    def __init__(self, store: Store, keys: Keys, max_jobs: int = 0) -> None:
+        self._store, self._keys, self._max_jobs = store, keys, max_jobs
+
+    def crowded(self, job: str, priority: str) -> QueueFull | None:
+        """Give a job its place, which it leaves when it ends; or return why it has to wait.  Raises StoreUnavailable."""
+        if not self._max_jobs or priority not in SHED_FROM or self._place(job)[0]:
+            return None
+        return QueueFull("jobs", PLACE_S, f"as many are at work as may be: {self._max_jobs}")
+
+    def leave(self, jobs: Sequence[str]) -> None:
+        """Give back the places of jobs that do not begin after all.  Raises StoreUnavailable."""
+        if jobs:
+            self._store.reached(lambda client: client.zrem(self._keys.places, *jobs))
+
+    def places(self) -> int:
+        """Return how many jobs may begin now.  Raises StoreUnavailable."""
+        return self._place("")[1] if self._max_jobs else _UNBOUNDED
+
+    def _place(self, job: str) -> tuple[int, int]:
+        call = Call(_PLACE, (self._keys.places, self._keys.due), (job, self._max_jobs, _FIRST_LOOK_MS, ROOM_TTL_S))
+        [(has, left)] = self._store.answered(call)
+        return has, left
 
     def enter(self, queue: str, waiters: Mapping[str, int]) -> None:
         """Let jobs wait to be called, each named by its job and first node, with the time in ms when it came."""
         key = self._keys.admission(queue)
-        self._store.reached(lambda client: (client.zadd(key, dict(waiters)), client.expire(key, ROOM_TTL_S)))
+        self._store.reached(lambda client: (client.zadd(key, dict(waiters), nx=True), client.expire(key, ROOM_TTL_S)))
 
     def call(self, queue: str, most: int) -> list[str]:
         """Take those out who came first.  Raises StoreUnavailable."""

@@ -95,8 +95,10 @@ RULES: dict[str, Rule] = {
     "breakers.open": Rule(Severity.ERROR, 5 * _MINUTE),
     "degradation.started": Rule(Severity.INFO, 10 * _MINUTE, "host"),
     "execution.slow": Rule(Severity.WARNING, 5 * _MINUTE, "operation"),
+    "performance.degraded": Rule(Severity.WARNING, 10 * _MINUTE, "operation"),
 }
-"""Severities and intervals of source document 1; it gives pressure 2 to 10 minutes "based on level".
+"""Severities and intervals of source document 1, which knows no comparison with the past; it gives pressure 2 to 10 minutes
+"based on level".
 
 An event ``pressure.changed`` is looked up by the level in its data.  All levels of a host are one kind: a worse one than
 the last is told at once.

@@ -29,13 +29,13 @@ _json = msgspec.json.Encoder()
 class HostReport(msgspec.Struct, frozen=True):
     """One worker's host, as that worker sees it."""
 
-    worker: str
-    level: int
+    worker: str  # as -n names it
+    level: int  # 0 normal to 4 emergency
     percent: float  # of the signal that decides, on the scale of the thresholds
-    why: str
-    slots: int
-    busy: int
-    queues: tuple[str, ...]
+    why: str  # which signal decides, in words; '' at normal
+    slots: int  # of its pool
+    busy: int  # of those
+    queues: tuple[str, ...]  # that it consumes
     active: dict[str, int]  # operation -> nodes that run here
     sample: Sample | None = None
     version: str = ""  # of its release; '' from one that did not tell
@@ -46,20 +46,20 @@ class HostReport(msgspec.Struct, frozen=True):
 class ClusterReport(msgspec.Struct, frozen=True):
     """The whole platform, as the monitor has last seen it."""
 
-    level: int
-    why: str
+    level: int  # 0 normal to 4 emergency
+    why: str  # which signal decides, in words; '' at normal
     at: float  # seconds of the server's clock
-    hosts: int = 0
-    slots: int = 0
-    busy: int = 0
+    hosts: int = 0  # workers that told of theirs
+    slots: int = 0  # of all of them
+    busy: int = 0  # of those
     cpu_pct: float = 0.0  # mean of the hosts, by their slots
-    memory_pct: float = 0.0
+    memory_pct: float = 0.0  # the same
     redis_pct: float | None = None  # None: Redis has no limit
     queues: dict[str, QueueReport] = {}
     rising_to: str = ""  # the level that is expected within a minute
     rising_in_s: float = 0.0
-    desired_workers: int = 0
-    desired_why: str = ""
+    desired_workers: int = 0  # 0: not known
+    desired_why: str = ""  # the trigger
 
 
 class Orders(msgspec.Struct, frozen=True):

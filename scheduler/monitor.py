@@ -18,7 +18,7 @@ from resilience.breaker import CircuitBreakers
 from resilience.degradation import CONSTRAINTS, Level
 from resilience.line import URGENCY, Wake
 from resilience.store import Store
-from scheduler.admission import WaitingRoom, full, sheds
+from scheduler.admission import SHED_FROM, WaitingRoom, full, sheds
 from scheduler.alerts import Alerts, ResourcePressureEvent, Webhook
 from scheduler.autoscale import Advice, ClusterAdvice, Load
 from scheduler.board import Board, ClusterReport, HostReport, mean, prevailing
@@ -27,12 +27,14 @@ from scheduler.forecast import LOAD_BUCKET_S, Holt, Rise, will_rise
 from scheduler.ladder import Ladder, LadderState
 from scheduler.queues import QueueReport, priority_of
 from scheduler.settings import AdmissionSettings, AutoscaleSettings, PressureSettings
+from scheduler.snapshots import Snapshots
 from scheduler.usage import Usage
 
 ALERTING = frozenset({"execution.slow", "memory.high"})
 """Events of workers that may be alerted; the monitor's own it alerts itself."""
 CALLED_PER_SLOT = 4
 """Jobs that are let in at a look, for each slot: as many as a first fan-out makes nodes."""
+NO_ADVICE = Advice(desired=0, why="", changed=False)
 BELOW_CRITICAL_PCT = 0.1
 """Waiting alone reaches HIGH, and no more: what is optional is left out, but nothing is simplified while machines are fine."""
 
@@ -51,6 +53,7 @@ class Memory(msgspec.Struct):
     depth: int = 0
     nodes: int = 0
     busy_us: int = 0
+    snapped: float = 0.0  # when operations were last compared with their past
 
 
 class Signal(NamedTuple):
@@ -86,12 +89,13 @@ class Monitor:
         room: WaitingRoom,
         wake: Wake,
         webhook: Webhook | None = None,
+        snapshots: Snapshots | None = None,
         worker: str = "",
     ) -> None:
         self._room, self._wake = room, wake
         self._board, self._store, self._settings, self._usage = board, store, settings, usage
         self._gauge, self._events, self._alerts, self._webhook, self._worker = gauge, events, alerts, webhook, worker
-        self._breakers = breakers
+        self._breakers, self._snapshots = breakers, snapshots
 
     def look(self) -> ClusterReport | None:
         """Look at everything and publish what follows; None when another has, a moment ago.
@@ -107,20 +111,25 @@ class Monitor:
         before, memory.level = Level(memory.level), report.level
         self._tell(report, before, hosts)
         self._tell_breakers(memory)
+        self._compare(memory, now)
         self._pass_on(memory)
         self._board.announce(report, msgspec.msgpack.encode(memory))
         self._call_up(report)
         return report
 
     def _call_up(self, report: ClusterReport) -> None:
-        """Let jobs begin that were not taken in before, the most urgent first, as many as there are slots for."""
+        """Let jobs begin that were not taken in before, the most urgent first, as many as there are slots and places for."""
         forced = self._board.orders().forced
         level = Level(report.level) if forced is None else forced
+        most, places = CALLED_PER_SLOT * report.slots, self._room.places()
         for queue, depth in sorted(report.queues.items(), key=lambda item: URGENCY.get(priority_of(item[0]), 0)):
             priority = priority_of(queue)
             fits = not sheds(priority, level) and not full(queue, priority, depth, self._settings.admission)
-            if fits and (waiters := self._room.call(queue, CALLED_PER_SLOT * report.slots)):
+            takes_place = priority in SHED_FROM
+            free = min(most, places) if takes_place else most
+            if fits and free and (waiters := self._room.call(queue, free)):
                 self._wake(waiters)
+                places -= len(waiters) if takes_place else 0
 
     def _remembered(self) -> Memory:
         kept = self._board.memory()
@@ -144,7 +153,8 @@ class Monitor:
         percent = max(signal.percent for signal in signals)
         rise = self._rise(memory, percent, worst.level, now)
         load = self._load(memory, hosts, queues, now)
-        advice = memory.advice.decide(load, self._settings.autoscale, now)
+        settings = self._settings.autoscale
+        advice = memory.advice.decide(load, settings, now) if settings.enabled else NO_ADVICE
         self._advise(advice)
         return ClusterReport(
             level=worst.level, why=worst.why if worst.level else "", at=now, hosts=len(hosts), slots=load.slots,
@@ -222,6 +232,15 @@ class Monitor:
         for event in changes:
             self._alerts.process_event(event)
         memory.open = now_open
+
+    def _compare(self, memory: Memory, now: float) -> None:
+        """Take a snapshot of each operation when it is time, and tell which became slower."""
+        if self._snapshots is None or now - memory.snapped < self._snapshots.every_s:
+            return
+        memory.snapped, changes = now, self._snapshots.take(now)
+        self._events.emit(*changes)
+        for event in changes:
+            self._alerts.process_event(event)
 
     def _pass_on(self, memory: Memory) -> None:
         """Alert what workers have told since the last look; what was told before the first is history."""

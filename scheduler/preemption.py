@@ -23,8 +23,11 @@ TTL_MS = 60_000
 GRACE_MS = 200
 """So long a slot that is free is believed to take a node, and a message to be on its way."""
 
-_VERBS = ("ask", "insist", "win", "yielded", "claimed", "open")
-_ASK, _INSIST, _WIN, _YIELDED, _CLAIMED, _OPEN = (
+PATIENCE_MS = 1000
+"""So long less urgent work leaves a slot alone that was given up, where the broker does not say what goes first."""
+
+_VERBS = ("ask", "insist", "win", "yielded", "claimed", "open", "awaited")
+_ASK, _INSIST, _WIN, _YIELDED, _CLAIMED, _OPEN, _AWAITED = (
     Script.load("scheduler", f"preempt_{verb}", prelude="preempt") for verb in _VERBS
 )
 
@@ -90,6 +93,10 @@ class Preemption:
     def claimed(self, queue: str, node: str) -> Call:
         """Return the call that says that a node has got its slot, by a yield or otherwise."""
         return Call(_CLAIMED, self._keys.preemption(queue), (TTL_MS, node))
+
+    def awaited(self, queue: str) -> Call:
+        """Return the call by which somebody less urgent asks whether the slot it has got is for a node that waits: 1 or 0."""
+        return Call(_AWAITED, self._keys.preemption(queue), (TTL_MS, PATIENCE_MS))
 
     def open(self, queue: str) -> Call:
         """Return the call that answers how many tokens nobody has taken yet, those in their grace included."""

@@ -42,6 +42,12 @@ class PressureSettings(BaseModel, frozen=True, extra="forbid"):
 class AdmissionSettings(BaseModel, frozen=True, extra="forbid"):
     """What is taken in under load.  A bound of 0 does not bound."""
 
+    max_jobs: int = Field(
+        0,
+        ge=0,
+        description="At most so many jobs are at work at once, critical ones aside; the same in clients and workers. Also "
+        "`WORKFLOW_MAX_CONCURRENT_WORKFLOWS`.",
+    )
     queue_depth: int = Field(
         10_000,
         ge=0,
@@ -85,6 +91,11 @@ class BatchSettings(BaseModel, frozen=True, extra="forbid"):
 class AutoscaleSettings(BaseModel, frozen=True, extra="forbid"):
     """When the cluster should have more workers, or fewer (source document 3)."""
 
+    enabled: bool = Field(
+        True,
+        description="Off: batches are of `RLM_BATCH__MAX_SIZE` whatever the load, a pool of `--autoscale` is as large as it may "
+        "be, no number of workers is advised. Also `ENABLE_DYNAMIC_SCALING`.",
+    )
     cpu_pct: float = Field(75.0, gt=0, description="More workers when CPU is above this ...")
     memory_pct: float = Field(80.0, gt=0, description="... or memory above this ...")
     sustained_s: float = Field(300.0, gt=0, description="... for this long,")
@@ -101,6 +112,17 @@ class AutoscaleSettings(BaseModel, frozen=True, extra="forbid"):
         if self.min_workers > self.max_workers:
             raise ValueError(f"min_workers must be at most max_workers={self.max_workers}")
         return self
+
+
+class SnapshotSettings(BaseModel, frozen=True, extra="forbid"):
+    """How operations are compared with their own past; the monitor does it, so beat must run."""
+
+    enabled: bool = Field(True, description="Off: no snapshots are taken, and nobody is told that an operation became slower.")
+    every_s: float = Field(60.0, gt=0, description="A snapshot of each operation that ran is taken this often.")
+    keep: int = Field(240, ge=20, description="Snapshots of an operation that are kept; its past is what they know.")
+    threshold: float = Field(
+        0.2, gt=0, description="An operation whose items take so much longer than before is told as `performance.degraded`."
+    )
 
 
 class AlertSettings(BaseModel, frozen=True, extra="forbid"):

@@ -23,12 +23,12 @@ _TALLY, _READ = Script.load("scheduler", "usage_tally"), Script.load("scheduler"
 class OperationUsage:
     """One operation's executions, in the names of source document 1."""
 
-    executor_id: str
-    total_executions: int = 0
+    executor_id: str  # the operation's name
+    total_executions: int = 0  # items, also those that ran twice
     successful_executions: int = 0
     failed_executions: int = 0
     avg_memory_mb: float = 0.0  # of the process, at the end of each node
-    peak_memory_mb: float = 0.0
+    peak_memory_mb: float = 0.0  # of the largest process
     avg_duration_ms: float = 0.0  # of an item
 
     @property
@@ -47,9 +47,9 @@ class Usage:
     def __init__(self, store: Store, keys: Keys) -> None:
         self._store, self._keys = store, keys
 
-    def tally(self, operation: str, *, done: int, failed: int, busy_us: int, memory_kb: int) -> Call:
+    def tally(self, operation: str, *, done: int, failed: int, busy_us: int, memory_kb: int, version: int = 1) -> Call:
         """Return the call that counts what one node has done; `memory_kb` is what its process holds."""
-        return Call(_TALLY, self._keys.usage(operation), (operation, done, failed, busy_us, memory_kb, TTL_S))
+        return Call(_TALLY, self._keys.usage(operation), (operation, done, failed, busy_us, memory_kb, TTL_S, version))
 
     def record(self, operation: str, *, ok: bool, duration_s: float, memory_mb: float) -> None:
         """Count one execution that was no node's; while Redis is away it is not counted."""
@@ -63,16 +63,17 @@ class Usage:
 
     def all(self) -> list[OperationUsage]:
         """Return what each operation has cost, by name.  Raises StoreUnavailable."""
-        names = self._names()
+        names = self.names()
         return self._read(*names) if names else []
 
     def totals(self) -> tuple[int, int]:
         """Return how many nodes have ended, and how long their items took together, in us.  Raises StoreUnavailable."""
-        names = self._names()
+        names = self.names()
         found = self._store.answered(*(Call(_READ, self._keys.usage(name)[1:], ()) for name in names)) if names else []
         return sum(int(each[3]) for each in found), sum(int(each[2]) for each in found)
 
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
+        """Return the operations that have run.  Raises StoreUnavailable."""
         names = self._store.reached(lambda client: client.smembers(self._keys.usage("")[0]))
         return sorted(name.decode() for name in names)
 

@@ -1,8 +1,11 @@
 -- Count what a node has done.  KEYS: names (SET), the operation's counts (HASH).
--- ARGV: operation, done, failed, busy_us, memory_kb, ttl_s.   Returns 1.
+-- ARGV: operation, done, failed, busy_us, memory_kb, ttl_s, version.   Returns 1.
 redis.call('SADD', KEYS[1], ARGV[1])
 for i, field in ipairs({'done', 'failed', 'busy_us', 'memory_kb'}) do redis.call('HINCRBY', KEYS[2], field, ARGV[i + 1]) end
 redis.call('HINCRBY', KEYS[2], 'nodes', 1)
-if tonumber(ARGV[5]) > tonumber(redis.call('HGET', KEYS[2], 'peak_kb') or '0') then redis.call('HSET', KEYS[2], 'peak_kb', ARGV[5]) end
+for _, field in ipairs({'peak_kb', 'lately_kb'}) do  -- ever, and since the last snapshot
+  if tonumber(ARGV[5]) > tonumber(redis.call('HGET', KEYS[2], field) or '0') then redis.call('HSET', KEYS[2], field, ARGV[5]) end
+end
+redis.call('HSET', KEYS[2], 'version', ARGV[7])
 for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ARGV[6]) end
 return 1

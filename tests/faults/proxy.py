@@ -1,11 +1,15 @@
-"""A TCP proxy whose connections can be reset, and whose target can be moved, as an address that fails over does."""
+"""A TCP proxy whose connections can be reset, and whose target can be moved, as an address that fails over does; one with TLS."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import ssl
 import struct
 import threading
+from collections.abc import Coroutine
 from contextlib import suppress
+from typing import Any
 
 
 class Proxy:
@@ -58,3 +62,45 @@ class Proxy:
         self._listener.close()
         self._accepting.join()
         self.reset()
+
+
+class TlsProxy:
+    """A port that speaks TLS, before a server that does not."""
+
+    def __init__(self, target: int, context: ssl.SSLContext) -> None:
+        self._target, self._open = target, set[asyncio.StreamWriter]()
+        self._loop = asyncio.new_event_loop()
+        self._running = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._running.start()
+        self._server = self._in_loop(asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=context))
+        self.port: int = self._server.sockets[0].getsockname()[1]
+
+    def _in_loop(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=10)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answers, asked = await asyncio.open_connection("127.0.0.1", self._target)
+        self._open |= {writer, asked}
+        await asyncio.gather(_pump(reader, asked), _pump(answers, writer))
+        self._open -= {writer, asked}
+
+    def close(self) -> None:
+        """Stop listening, and end what is open."""
+        self._in_loop(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._running.join()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        self._server.close()
+        for each in self._open:
+            each.transport.abort()
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
+
+
+async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    with suppress(OSError):
+        while data := await source.read(65536):
+            sink.write(data)
+            await sink.drain()
+    sink.close()

@@ -150,8 +150,9 @@ def test_one_lost_message_of_many_is_found_while_the_others_run(on_shared: Cell)
     job = on_shared.submit(600, ms=4)
     queue = f"{prefix}:{prefix}.normal"
     wait_until(lambda: store.llen(queue) >= 4)
-    lost = json.loads(store.lindex(queue, -3))["headers"]["id"]
-    assert store.lrem(queue, 1, store.lindex(queue, -3)) == 1
+    message = store.lindex(queue, -3)
+    lost = json.loads(message)["headers"]["id"]
+    assert store.lrem(queue, 1, message) == 1
 
     on_shared.check(job)
 

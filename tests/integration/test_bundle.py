@@ -17,6 +17,7 @@ from tests.integration.conftest import client_of, environment_of
 SECRETS = {
     "the password of Redis": "p%40ss-word",
     "the webhook's secret": "hook-signing-key",
+    "the key of the platform's own ports": "port-api-key",
     "the webhook's path": "T0KEN-in-a-path",
     "a password of the broker's options": "sentinel-pass",
     "the path of another webhook": "T0KEN-for-scaling",
@@ -44,6 +45,7 @@ def told(server: embedded.Server, worker_pid: int) -> Iterator[Client]:
             RLM_ALERTS__WEBHOOK_URL="https://hooks.example.com/" + SECRETS["the webhook's path"],
             RLM_AUTOSCALE__WEBHOOK_URL="https://hooks.example.com/" + SECRETS["the path of another webhook"],
             RLM_ALERTS__WEBHOOK_SECRET=SECRETS["the webhook's secret"],
+            RLM_API_KEY=SECRETS["the key of the platform's own ports"],
         )
         with client_of(environment) as client:
             conf = client.app.conf
@@ -82,7 +84,7 @@ def raising(client: Client) -> str:
 
 def test_nothing_secret_and_nothing_of_a_users_data_is_in_it(told: Client, lonely_client: Client) -> None:
     job, ended = failing(told), raising(lonely_client)
-    quoted = f"could not reach {told.app.conf.broker_url}, nor {told.settings.alerts.webhook_url}"
+    quoted = f"could not reach {told.app.conf.broker_url}, nor {told.settings.alerts.webhook_url}, by {told.settings.api_key.get_secret_value()}"
     told.events.emit(Event("service.lost", quoted))
 
     document = collect(told, told.app, job)

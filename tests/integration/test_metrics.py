@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -34,10 +35,11 @@ class Scraped:
     log: Path
     temporary: Path
 
-    def get(self, path: str) -> tuple[int, str]:
+    def get(self, path: str, **headers: Any) -> tuple[int, str]:
         """Return status and body of an answer."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
+            with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310  # our own
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -59,14 +61,14 @@ class Workers:
     def __init__(self, server: embedded.Server, folder: Path, stack: ExitStack) -> None:
         self.server, self._folder, self._stack, self._started = server, folder, stack, 0
 
-    def start(self, *options: str, port: int = 0, slots: int = SLOTS) -> Scraped:
+    def start(self, *options: str, port: int = 0, slots: int = SLOTS, **variables: str) -> Scraped:
         """Start one in a namespace of its own, on a free port unless one is given."""
         self._started += 1
         name, port = f"scraped-{self._started}", port or embedded.free_port()
         temporary, log = self._folder / name, self._folder / f"{name}.log"
         temporary.mkdir()
         operations = ",".join(f"tests.integration.{each}" for each in ("ops", "guarded_ops", "scraped_ops"))
-        environment = environment_of(self.server.url, name, RLM_OPERATIONS=operations, TMPDIR=str(temporary))
+        environment = environment_of(self.server.url, name, RLM_OPERATIONS=operations, TMPDIR=str(temporary), **variables)
         options = (f"--metrics-port={port}", *options)
         client = self._stack.enter_context(client_of(environment))
         process = self._stack.enter_context(embedded.worker(environment, log=log, options=options, slots=slots))
@@ -132,6 +134,26 @@ def test_health_tells_of_quotas_latency_and_slots(scraped: Scraped) -> None:
     assert scraped.samples("rlm_circuit_breaker_state")["fragile",] == 0
     assert json.loads(scraped.get("/health?detailed=false")[1]) == {"status": "ok", "why": []}
     assert scraped.get("/") == (404, "there are /metrics, /livez, /readyz, /health\n")
+
+
+def test_who_asks_shows_the_key_but_for_probes(workers: Workers) -> None:
+    key = "geheimer-schlüssel"
+    guarded = workers.start(slots=1, RLM_API_KEY=f"{key}\n")
+    shown = {"Authorization": f"Bearer {key}".encode()}
+
+    refused = (401, "show the key of RLM_API_KEY: Authorization: Bearer, or X-API-Key\n")
+    wrong: list[dict[str, Any]] = [
+        {},
+        {"Authorization": "Bearer geheim"},
+        {"Authorization": f"Basic {key}".encode()},
+        {"X-API-Key": ""},
+    ]
+    for path in ("/metrics", "/health", "/health?detailed=false", "/elsewhere"):
+        assert [guarded.get(path, **headers) for headers in wrong] == [refused] * len(wrong)
+    assert [guarded.get(path) for path in ("/livez", "/readyz")] == [(200, "ok\n")] * 2
+    assert "rlm_slots" in guarded.get("/metrics", **shown)[1]
+    assert json.loads(guarded.get("/health", **{"X-API-Key": key.encode()})[1])["status"] == "ok"
+    assert key not in guarded.log.read_text()
 
 
 def test_a_worker_that_drains_is_alive_and_not_ready(scraped: Scraped) -> None:

@@ -208,7 +208,8 @@ def autoscaled(
 ) -> tuple[PressureAutoscaler, list[int]]:
     """Return an autoscaler and the list of changes it makes to the number of messages its worker takes."""
     changes: list[int] = []
-    app: Any = SimpleNamespace(rlm_runtime=lambda: SimpleNamespace(page=SimpleNamespace(level=level)))
+    runtime = SimpleNamespace(page=SimpleNamespace(level=level))
+    app: Any = SimpleNamespace(rlm_runtime=lambda: runtime, rlm_settings=SimpleNamespace(autoscale=AutoscaleSettings()))
     if ready is not None:
         app.rlm_queued = lambda: ready
     worker = SimpleNamespace(app=app, consumer=SimpleNamespace(_update_prefetch_count=changes.append))

@@ -17,7 +17,7 @@ pytest.importorskip("redbeat")
     [
         ("redis://localhost:6379/0", "redis://localhost:6379/0", None),
         ("redis://:s3cret@host:6380/1", "redis://host:6380/1", "s3cret"),
-        ("rediss://user:s3%40cret@host/1?ssl_cert_reqs=none", "rediss://user@host/1?ssl_cert_reqs=none", "s3@cret"),
+        ("rediss://user:s3%40cret@host/1?ssl_cert_reqs=none", "rediss://user@host/1", "s3@cret"),
         ("redis://user@host/0", "redis://user@host/0", None),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from rlm_tasks import InvalidRequest, install
 from rlm_tasks.celery import app as own_app
 from rlm_tasks.conflicts import conflicts
 from rlm_tasks.settings import NodeSettings, Settings
+from tests.integration.pages import PAGES, ROOT, read
 
 SETTINGS = Settings(namespace="jobs")
 OURS = ["jobs.critical", "jobs.high", "jobs.normal", "jobs.low"]
@@ -329,13 +329,13 @@ def test_another_broker_is_not_told_of_the_order_of_redis() -> None:
 # --- the page ----------------------------------------------------------------------------------------
 
 
-def test_the_code_of_the_page_is_that_of_the_example() -> None:
-    docs = Path(__file__).parents[2] / "docs"
-    example = "".join(each.read_text(encoding="utf-8") for each in (docs / "examples/existing_app/shop").glob("*.py"))
-    blocks = (docs / "existing_apps.md").read_text(encoding="utf-8").split("```python\n")[1:]
+def test_the_files_of_the_page_are_those_of_the_example() -> None:
+    name = "docs/existing_apps.md"
+    files = {block.title: block.text for block in read(name, PAGES[name]) if block.language == "python"}
+    example = {each: (ROOT / "docs/examples/existing_app" / each).read_text(encoding="utf-8") for each in files}
 
-    assert len(blocks) >= 2
-    assert [block for block in (each.split("```")[0] for each in blocks) if block not in example] == []
+    assert len(files) == 5
+    assert [name for name, text in files.items() if not example[name].endswith(text)] == []
 
 
 def test_two_apps_of_a_process_have_tasks_of_their_own() -> None:

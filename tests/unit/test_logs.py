@@ -205,6 +205,17 @@ def test_celerys_lines_per_message_are_for_debug(caplog: pytest.LogCaptureFixtur
     ]
 
 
+def test_a_node_that_stands_aside_is_for_debug_and_other_warnings_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    logs.mark_records()
+    trace = logging.getLogger(logs.EACH_MESSAGE[1])
+
+    with caplog.at_level(logging.INFO, trace.name):
+        for description in ("rejected", "raised unexpected"):
+            trace.warning("Task", extra={"data": {"name": NODE_TASK, "id": "j1", "description": description}})
+
+    assert [vars(each)["data"]["description"] for each in caplog.records] == ["raised unexpected"]
+
+
 def test_nothing_changes_but_in_a_worker_of_the_app() -> None:
     before = logging.getLogRecordFactory()
     own = handler(ColorFormatter(DEFAULT_PROCESS_LOG_FMT, use_color=False))

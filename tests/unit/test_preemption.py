@@ -11,9 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from resilience.keys import Keys
 from resilience.store import Call
-from scheduler.preemption import GRACE_MS, TTL_MS, Preemption, more_urgent, rank_of
+from scheduler.preemption import GRACE_MS, PATIENCE_MS, TTL_MS, Preemption, more_urgent, rank_of
 from scheduler.slots import TTL_MS as SLOTS_TTL_MS
 from scheduler.slots import SlotBoard
+from tests.unit.harness import Platform
 from tests.unit.world import CountingStore, World, world
 
 __all__ = ["world"]
@@ -294,6 +295,63 @@ def test_of_two_that_have_yielded_one_stays_when_one_token_is_void(world: World,
     world.sleep(1)
 
     assert (process.open(), process.wins()) == (0, 0)
+
+
+# --- where the broker does not say what goes first ------------------------------------------------------
+
+
+def given_up(process: Process, *slots: str) -> None:
+    """Have as many nodes wait as others have yielded for."""
+    process.preemption.insist(QUEUE, process.preemption.announce(QUEUE, [f"urgent {slot}" for slot in slots]))
+    assert process.wins() == len(slots)
+    for slot in slots:
+        process.do(process.preemption.yielded(QUEUE, slot))
+
+
+def test_a_slot_that_was_given_up_is_left_alone_for_a_moment(world: World, process: Process) -> None:
+    assert process.do(process.preemption.awaited(QUEUE)) == 0, "nobody waits"
+    given_up(process, "a")
+
+    for _ in range(2):
+        assert process.do(process.preemption.awaited(QUEUE)) == 1
+    process.preemption.settle(QUEUE, "urgent a")
+    assert process.do(process.preemption.awaited(QUEUE)) == 0
+
+
+def test_who_takes_a_slot_that_nobody_came_for_has_another_yield(world: World, process: Process) -> None:
+    given_up(process, "a", "b")
+    world.sleep(PATIENCE_MS / 1000)
+    assert process.wins() == 0, "both are still believed to come"
+
+    assert process.do(process.preemption.awaited(QUEUE)) == 0
+    assert process.wins() == 1, "it has taken one of them"
+
+
+def test_a_slot_that_was_promised_is_left_alone_as_well(world: World, process: Process) -> None:
+    process.has_slots(8, free=1)
+    process.preemption.announce(QUEUE, ["a"])
+
+    assert process.do(process.preemption.awaited(QUEUE)) == 1
+    after_the_grace(world)
+    assert process.do(process.preemption.awaited(QUEUE)) == 0
+
+
+@pytest.mark.parametrize(("mine", "asked"), [("critical", 0), ("high", 1), ("low", 2)])
+def test_only_for_what_is_more_urgent_and_waits_for_this_worker_a_message_goes_back(mine: str, asked: int) -> None:
+    platform = Platform()
+    runtime, store = platform.runtime, platform.store
+    runtime.page.urgent = rank_of("critical") | rank_of("high")
+    platform.store.run(platform.slots.publish("unit", 8, 0, ["unit.critical", "unit.high"]))
+    for queue in ("unit.critical", "unit.high"):
+        runtime.preemption.insist(queue, runtime.preemption.announce(queue, [f"a node of {queue}"]))
+        store.run(runtime.preemption.win(queue), runtime.preemption.yielded(queue, "somebody"))
+
+    assert not runtime.stands_aside(f"unit.{mine}"), "Redis hands over what is more urgent first"
+    runtime.in_order = False
+    assert runtime.stands_aside(f"unit.{mine}") == (asked > 0)
+    for queue in ("unit.critical", "unit.high")[:asked]:
+        runtime.preemption.settle(queue, f"a node of {queue}")
+    assert not runtime.stands_aside(f"unit.{mine}")
 
 
 # --- while Redis is away --------------------------------------------------------------------------------

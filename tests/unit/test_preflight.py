@@ -10,7 +10,7 @@ from redis.exceptions import ResponseError
 
 from resilience.store import Store
 from rlm_tasks.celery import configuration
-from rlm_tasks.preflight import dangers, of_celery, of_redis
+from rlm_tasks.preflight import dangers, of_celery, of_redis, of_urls
 from rlm_tasks.settings import NodeSettings, Settings
 
 
@@ -118,3 +118,21 @@ def test_a_visibility_timeout_shorter_than_a_node_is_said() -> None:
     [danger] = found(Server(), task_time_limit=7200, broker_transport_options={})
     assert "visibility_timeout=3600 s" in danger
     assert found(Server(), broker_url="amqp://host", broker_transport_options={"visibility_timeout": 1}) == []
+
+
+def test_tls_without_verification_is_said_of_each_url_that_asks_for_it() -> None:
+    careless = Settings(redis_url="rediss://:secret@host?ssl_cert_reqs=none", broker_url="amqps://host//?ssl_cert_reqs=none")
+
+    [finding] = of_urls(careless)
+    assert finding.state == "warning"
+    assert finding.found.startswith("RLM_REDIS_URL, RLM_BROKER_URL: TLS without verification")
+    [danger] = found(Server(), careless)
+    assert danger.endswith("Leave out ssl_cert_reqs=none, and name the authority by ssl_ca_certs"), "a worker says it at its start"
+
+
+def test_tls_that_verifies_is_well_and_none_is_not_mentioned() -> None:
+    [finding] = of_urls(Settings(redis_url="rediss://host", broker_url="amqp://host//"))
+
+    assert (finding.check, finding.state) == ("tls", "ok")
+    assert finding.found == "RLM_REDIS_URL: encrypted, and certificates are verified"
+    assert list(of_urls(Settings(redis_url="redis://host"))) == []

@@ -10,7 +10,7 @@ from typing import Any
 
 import fakeredis
 import pytest
-from amqp.exceptions import AccessRefused, NotFound
+from amqp.exceptions import AccessRefused, ConnectionForced, NotFound
 from celery import Celery
 from celery.worker import state
 from fakeredis import FakeRedisConnection
@@ -19,6 +19,7 @@ from kombu.utils.scheduling import cycle_by_name
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from rlm_tasks import queue_order
+from rlm_tasks.broker import ANSWER_S
 from rlm_tasks.celery import configuration
 from rlm_tasks.queue_order import QueueOrder
 from rlm_tasks.queues import QueueGauge
@@ -167,26 +168,39 @@ def test_other_brokers_tell_the_depth_alone() -> None:
 
 
 class Amqp:
-    """A broker that closes a channel on which something was wrong, as RabbitMQ does."""
+    """A broker that closes a channel on which something was wrong, as RabbitMQ does, and now and then the connection."""
 
     transport = SimpleNamespace(driver_type="amqp")
-    opened = 0
-    released = False
+    alt = ()
+    opened = attempts = 0
+    connected = released = False
+    patience_s = 0.0
 
     def __init__(self, **queues: int | Exception) -> None:
         self._queues = queues
+        self.errors: list[Exception] = []  # what the next uses of the connection end with
+        self.connection = SimpleNamespace(sock=SimpleNamespace(settimeout=self._wait_at_most))
+
+    def _wait_at_most(self, seconds: float) -> None:
+        self.patience_s = seconds
 
     def connection_for_read(self) -> Amqp:
         self.opened += 1
         return self
 
     def ensure_connection(self, **_: Any) -> None:
-        pass
+        self.attempts += 1
+        self.connected = True
+
+    def collect(self) -> None:
+        self.connected = False
 
     def release(self) -> None:
         self.released = True
 
     def channel(self) -> AmqpChannel:
+        if self.errors:
+            raise self.errors.pop(0)
         return AmqpChannel(self._queues)
 
 
@@ -240,6 +254,31 @@ def test_each_process_and_each_thread_has_one_connection(monkeypatch: pytest.Mon
     monkeypatch.setattr("os.getpid", lambda: 1)  # as after a fork
     assert opened_by_reading() == 1
     assert not amqp.released, "the parent goes on with its own"
+
+
+@pytest.mark.parametrize("error", [ConnectionForced("CONNECTION_FORCED"), OSError("Server unexpectedly closed connection")])
+def test_a_connection_that_the_broker_has_closed_meanwhile_is_opened_again(error: Exception) -> None:
+    amqp = Amqp(low=7)
+    gauge = QueueGauge(amqp)  # type: ignore[arg-type]  # as above
+    gauge.read(["low"])
+    amqp.errors, amqp.attempts = [error], 0
+
+    assert gauge.read(["low"]) == {"low": QueueReport(7, None)}
+    assert (amqp.attempts, amqp.released) == (1, False)
+
+
+@pytest.mark.parametrize("errors", [[ConnectionForced("a"), ConnectionForced("b")], [TimeoutError("no answer")]])
+def test_a_broker_that_is_away_is_tried_once_more_and_one_that_hangs_is_not(errors: list[Exception]) -> None:
+    amqp = Amqp(low=7)
+    gauge = QueueGauge(amqp)  # type: ignore[arg-type]  # as above
+    gauge.read(["low"])
+    last, amqp.errors = errors[-1], errors
+
+    with pytest.raises(type(last), match=str(last)):
+        gauge.read(["low"])
+    assert amqp.errors == []
+    assert amqp.released
+    assert amqp.patience_s == ANSWER_S, "who hangs is not waited for without end"
 
 
 # --- the order's facts -------------------------------------------------------------------------------

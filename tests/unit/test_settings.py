@@ -25,6 +25,8 @@ from rlm_tasks.settings import Settings, settings
         ("WORKFLOW_MAX_CONCURRENT_ACTIVITIES", "100", lambda its: configuration(its)["worker_concurrency"] == 100),
         ("RLM_NODE__TIMEOUT_MULTIPLIERS", '{"parse": 2}', lambda its: its.node.timeout_multipliers == {"parse": 2.0}),
         ("RLM_GUARD_TIMEOUT_S", "0.5", lambda its: its.guard_timeout_s == 0.5),
+        ("WORKFLOW_MAX_CONCURRENT_WORKFLOWS", "50", lambda its: its.admission.max_jobs == 50),
+        ("ENABLE_DYNAMIC_SCALING", "false", lambda its: its.autoscale.enabled is False),
     ],
 )
 def test_a_variable_is_read(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, found: Any) -> None:
@@ -123,6 +125,7 @@ def test_every_way_to_say_a_setting_is_known(monkeypatch: pytest.MonkeyPatch, na
 
 SECRETIVE = {
     "redis_url": "redis://:geheim@host/1",
+    "api_key": "geheim",
     "operations": "shop.operations,shop.more",
     "node": {"target_ms": 5, "timeout_multipliers": {"parse": 2.0}},
     "alerts": {"webhook_url": "https://hooks/geheim", "webhook_secret": "geheim", "channels": ("log", "webhook")},
@@ -135,6 +138,8 @@ def test_a_document_tells_everything_but_secrets() -> None:
 
     assert "geheim" not in json.dumps(document)
     assert (document["redis_url"], document["alerts"]["webhook_secret"]) == ("redis://:***@host/1", "***")
+    assert (document["api_key"], to_dict(Settings())["api_key"]) == ("***", "")
+    assert "geheim" not in f"{Settings(api_key='geheim')!r} {Settings(api_key='geheim').api_key}"
     assert (document["operations"], document["node"]["target_ms"]) == (["shop.operations", "shop.more"], 5.0)
     assert set(document) == set(Settings.model_fields)
 
@@ -146,12 +151,14 @@ def test_what_is_exported_is_imported_and_secrets_stay(monkeypatch: pytest.Monke
 
     monkeypatch.setenv("RLM_REDIS_URL", "redis://:another@host/2")
     monkeypatch.setenv("RLM_ALERTS__WEBHOOK_SECRET", "another")
+    monkeypatch.setenv("RLM_API_KEY", "another\n")
     settings = import_config(text)
 
     assert settings.operations == ("shop.operations", "shop.more")
     assert settings.node.timeout_multipliers == {"parse": 2.0}
     assert settings.alerts.channels == ("log", "webhook")
     assert (settings.redis_url, settings.alerts.webhook_secret) == ("redis://:another@host/2", "another")
+    assert settings.api_key.get_secret_value() == "another"
 
 
 def test_as_variables_it_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

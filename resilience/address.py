@@ -1,0 +1,171 @@
+"""Where Redis is: at a URL, over TLS or not, or wherever sentinels say that its primary is.
+
+Decides which URLs there are, what is wrong with one in a sentence, and how a client is made of it.  Refuses to know what is
+asked of Redis.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
+
+if TYPE_CHECKING:
+    import redis
+    from redis.sentinel import Sentinel
+
+SENTINEL = "sentinel://"
+URLS = ("redis://", "rediss://", "unix://", SENTINEL)
+"""How the URL of a Redis begins."""
+SECURE = ("rediss", "amqps")
+SENTINEL_PORT = 26_379
+SENTINEL_TIMEOUT_S = 1.0
+"""A sentinel that does not answer within this is passed over: there are others."""
+VERIFICATION = {"required": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "none": ssl.CERT_NONE}
+_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+_OPTIONS = (*_FILES, "ssl_cert_reqs", "ssl_check_hostname")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A URL of Redis, and what finds the primary when it names sentinels."""
+
+    url: str = field(repr=False)
+    master: str = ""
+    sentinel_password: str = field(default="", repr=False)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether sentinels say where the primary is."""
+        return self.url.startswith(SENTINEL)
+
+    def client(self, **options: Any) -> redis.Redis:
+        """Return a client with these options of redis-py.  Nothing connects before its first command.
+
+        It follows a fail-over: each new connection asks the sentinels.
+        """
+        import redis
+
+        if not self.is_watched:
+            return redis.Redis.from_url(self.url, **options)
+        return self.sentinels(**options).master_for(self.master)  # type: ignore[no-untyped-call,no-any-return]  # redis-py leaves it untyped
+
+    def sentinels(self, **options: Any) -> Sentinel:
+        """Return the sentinels of a watched address, as clients that give up soon."""
+        from redis.sentinel import Sentinel
+
+        return Sentinel(  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+            hosts(self.url),
+            sentinel_kwargs=self.sentinel_options(options.get("socket_connect_timeout", SENTINEL_TIMEOUT_S)),
+            **credentials(self.url), **_encrypted(self.url), **options,
+        )  # fmt: skip
+
+    def sentinel_options(self, timeout_s: float = SENTINEL_TIMEOUT_S) -> dict[str, Any]:
+        """Return the options of connections to the sentinels themselves."""
+        # Without `retry` redis-py would try a sentinel that is gone for seconds, before it asks the next.
+        patience = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": None}
+        password = {"password": self.sentinel_password} if self.sentinel_password else {}
+        return {**patience, **password, **_encrypted(self.url)}
+
+
+# --- what a URL says ---------------------------------------------------------------------------------
+
+
+def _parts(url: str) -> list[SplitResult]:
+    """Return the parts of a list of URLs as Celery writes it; a single one is one part."""
+    return [urlsplit(each) for each in url.split(";")] if url.count("://") > 1 else [urlsplit(url)]
+
+
+def hosts(url: str) -> list[tuple[str, int]]:
+    """Return host and port of each sentinel."""
+    return [(part.hostname or "localhost", part.port or SENTINEL_PORT) for part in _parts(url)]
+
+
+def credentials(url: str) -> dict[str, Any]:
+    """Return database, name and password that a list of sentinels gives with its first part."""
+    first = _parts(url)[0]
+    named = {"username": first.username, "password": first.password}
+    return {"db": int(first.path.strip("/") or 0), **{name: unquote(value) for name, value in named.items() if value}}
+
+
+def tls(url: str) -> dict[str, Any] | None:
+    """Return redis-py's options of TLS, the verification named by `ssl`'s constant; None: the connection is plain.
+
+    Certificates are verified unless the URL says otherwise.
+    """
+    first = _parts(url)[0]
+    told = {name: value for name, value in parse_qsl(first.query) if name.startswith("ssl_")}
+    if first.scheme not in SECURE and not told:
+        return None
+    verification = VERIFICATION[told.pop("ssl_cert_reqs", "required")]
+    by_name = told.pop("ssl_check_hostname", "true").lower() != "false"
+    return {"ssl_cert_reqs": verification, "ssl_check_hostname": by_name and verification != ssl.CERT_NONE, **told}
+
+
+def _encrypted(url: str) -> dict[str, Any]:
+    return {} if (options := tls(url)) is None else {"ssl": True, **options}
+
+
+def without_tls_options(url: str) -> str:
+    """Return a URL, or a list of them, without the options of TLS."""
+
+    def plain(part: SplitResult) -> str:
+        kept = [(name, value) for name, value in parse_qsl(part.query, keep_blank_values=True) if not name.startswith("ssl_")]
+        return part._replace(query=urlencode(kept)).geturl()
+
+    return ";".join(map(plain, _parts(url))) if "ssl_" in url else url
+
+
+def is_untrusted(error: BaseException) -> bool:
+    """Whether a connection failed for its TLS, by the server's certificate or by ours; who hung up may have other reasons."""
+    cause = error.__cause__ or error.__context__ or error
+    return isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+
+
+# --- what is wrong with one --------------------------------------------------------------------------
+
+
+def check(url: str) -> None:
+    """Raise ValueError, with what to write instead, for a URL that cannot be used; no part of a password is in it."""
+    is_watched = url.startswith(SENTINEL)
+    try:
+        first, *others = _parts(url)
+        if is_watched:
+            names = [host for host, _ in hosts(url)]
+            credentials(url)
+    except ValueError:  # its text may hold a part of the password
+        advice = "a port and a database are numbers, and special characters of a password are percent-encoded"
+        raise ValueError(f"cannot be read: {advice}") from None
+    if is_watched and ("," in "".join(names) or {each.scheme for each in others} - {first.scheme}):
+        raise ValueError("write each sentinel as Celery does: sentinel://:PASSWORD@HOST1:26379/0;sentinel://HOST2:26379")
+    for name, value in parse_qsl(first.query):
+        if name.startswith("ssl_"):
+            _check_option(first.scheme, name, value)
+    if not all(_repeats(first, each, is_watched) for each in others):
+        raise ValueError("what is said of the first host holds for all: leave it out for the others")
+
+
+def _repeats(first: SplitResult, other: SplitResult, is_watched: bool) -> bool:
+    """Whether a further host says nothing that the first has not said; each RabbitMQ may have a user and host of its own."""
+    told = [(each.path.strip("/"), each.username, each.password) for each in (first, other)]
+    return other.query in ("", first.query) and (not is_watched or all(b in ("", None, a) for a, b in zip(*told, strict=True)))
+
+
+def _check_option(scheme: str, name: str, value: str) -> None:
+    if name not in _OPTIONS:
+        near = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0)
+        raise ValueError(f"{name} is no option of TLS here; did you mean {near[0]}?")
+    if scheme not in (*SECURE, "sentinel"):
+        raise ValueError(f"{name} is an option of TLS; that begins with rediss:// or amqps://")
+    if name == "ssl_cert_reqs" and value not in VERIFICATION:
+        raise ValueError(f"ssl_cert_reqs={value!r}: must be {_either(tuple(VERIFICATION))}")
+    if name in _FILES and not Path(value).is_file():
+        raise ValueError(f"{name}: there is no file {value}")
+
+
+def _either(choices: Sequence[str]) -> str:
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"

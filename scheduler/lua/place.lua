@@ -1,0 +1,17 @@
+-- Let a job be at work, unless as many are as may be.  What is no longer open has left its place.
+-- KEYS: jobs with a place (ZSET job -> ms), index of open jobs (ZSET job -> ms at which it is looked at).
+-- ARGV: job ('': none, just count), most, ms until its first look, ttl_s.   Returns {1 when it has a place, places left}.
+local t = redis.call('TIME')
+local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+for _, job in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+  if not redis.call('ZSCORE', KEYS[2], job) then redis.call('ZREM', KEYS[1], job) end
+end
+local left = tonumber(ARGV[2]) - redis.call('ZCARD', KEYS[1])
+local has = redis.call('ZSCORE', KEYS[1], ARGV[1]) and 1 or 0
+if has == 0 and left > 0 and ARGV[1] ~= '' then
+  redis.call('ZADD', KEYS[1], now, ARGV[1])
+  redis.call('ZADD', KEYS[2], 'NX', now + tonumber(ARGV[3]), ARGV[1])
+  has, left = 1, left - 1
+end
+redis.call('EXPIRE', KEYS[1], ARGV[4])
+return {has, math.max(left, 0)}

@@ -1,0 +1,76 @@
+"""A real worker whose items begin to take longer: it is told, alerted and shown, and told again when it is over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from rlm_tasks import Client, embedded
+from rlm_tasks.cli import rlm
+from scheduler.snapshots import MIN_ITEMS, MIN_PAST, RECENT
+from tests.integration.conftest import client_of, environment_of
+from tests.support import wait_until
+
+
+class Watched:
+    """A platform that is looked at after each job, without beat."""
+
+    def __init__(self, client: Client, speed: Path) -> None:
+        self.client, self._speed = client, speed
+
+    def run(self, ms: float, jobs: int = 1) -> None:
+        """Run jobs whose items take so long, each a snapshot of its own."""
+        self._speed.write_text(str(ms))
+        for _ in range(jobs):
+            known = self._latest()
+            self.client.execute(operation="as_slow_as", items=[str(self._speed)] * MIN_ITEMS, timeout=30)
+            wait_until(lambda known=known: self._look() != known)  # type: ignore[misc]  # bound now
+
+    def told(self) -> list[str]:
+        """Return what was told of performance, oldest first."""
+        return [each.name for each in self.client.events.recent(100, "performance.*")][::-1]
+
+    def _latest(self) -> float:
+        return max((each.at for each in self.client.snapshots("as_slow_as")), default=0.0)
+
+    def _look(self) -> float:
+        self.client.app.control.broadcast("rlm_monitor")  # as beat does
+        return self._latest()
+
+
+@pytest.fixture(scope="module")
+def watched(server: embedded.Server, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    environment = environment_of(
+        server.url, "windows", RLM_OPERATIONS="tests.integration.windows_ops", RLM_GUARD_TIMEOUT_S="5",
+        RLM_PRESSURE__MONITOR_S="0.05", RLM_SNAPSHOTS__EVERY_S="0.01", RLM_SNAPSHOTS__THRESHOLD="1",
+    )  # fmt: skip
+    with embedded.worker(environment, log=logs / "windows.log"), client_of(environment) as client:
+        yield Watched(client, tmp_path_factory.mktemp("windows") / "ms")
+
+
+def test_an_operation_that_becomes_slower_is_told_and_alerted(watched: Watched) -> None:
+    client = watched.client
+    watched.run(4.0, jobs=MIN_PAST + RECENT)
+    assert watched.told() == []
+    while not watched.told():
+        watched.run(20.0)
+
+    assert watched.told() == ["performance.degraded"]
+    [alert] = [each for each in client.alerts.history() if each.kind == "performance.degraded"]
+    assert (alert.subject, alert.severity.label) == ("as_slow_as", "warning")
+    [operation] = client.status().operations
+    assert (operation["slower"], operation["change_percent"] > 100) == (True, True)
+    assert " % SLOWER" in CliRunner().invoke(rlm, ["operations"], obj=SimpleNamespace(app=client.app)).stdout
+    latest = client.snapshots("as_slow_as")[0].to_dict()
+    assert (latest["executions"], latest["failures"], latest["version"]) == (MIN_ITEMS, 0, 1)
+    assert latest["peak_memory_mb"] > 10
+    json.dumps(latest)
+
+    while len(watched.told()) < 2:
+        watched.run(4.0)
+    assert watched.told() == ["performance.degraded", "performance.recovered"]

@@ -1,0 +1,176 @@
+"""Which URLs of Redis there are, what is wrong with one, and what is made of it; no part of a password is ever shown."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.connection import SSLConnection
+from redis.sentinel import SentinelConnectionPool
+
+from resilience.address import SENTINEL_TIMEOUT_S, Address, check, credentials, hosts, is_untrusted, tls, without_tls_options
+from resilience.settings import StoreSettings
+from resilience.store import Store
+from rlm_tasks.configuration import export_config, to_dict, validate
+from rlm_tasks.settings import Settings
+
+WATCHED = "sentinel://me:s3%40cret@one:26380/2;sentinel://two"
+SECURE = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> str:
+    """A file that is there; what is in it is read when somebody connects."""
+    (tmp_path / "ca.pem").touch()
+    return str(tmp_path / "ca.pem")
+
+
+# --- what a URL says ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("redis://host", None),
+        ("unix:///tmp/redis.sock", None),
+        ("sentinel://host", None),
+        ("rediss://host", SECURE),
+        ("amqps://host", SECURE),
+        ("rediss://host?ssl_cert_reqs=required&ssl_ca_certs=/ca", {**SECURE, "ssl_ca_certs": "/ca"}),
+        ("rediss://host?ssl_check_hostname=false", {**SECURE, "ssl_check_hostname": False}),
+        ("rediss://host?ssl_cert_reqs=none", {"ssl_cert_reqs": ssl.CERT_NONE, "ssl_check_hostname": False}),
+        ("sentinel://one/0?ssl_ca_certs=/ca;sentinel://two", {**SECURE, "ssl_ca_certs": "/ca"}),
+    ],
+)
+def test_certificates_are_verified_unless_the_url_says_otherwise(url: str, told: dict[str, Any] | None) -> None:
+    assert tls(url) == told
+
+
+@pytest.mark.parametrize(
+    ("url", "plain"),
+    [
+        ("rediss://:p%40w@host/1?ssl_ca_certs=/ca&db=3", "rediss://:p%40w@host/1?db=3"),
+        ("amqps://a/v?ssl_cert_reqs=none;amqps://b/v?ssl_cert_reqs=none", "amqps://a/v;amqps://b/v"),
+        ("redis://:a;b@host/0", "redis://:a;b@host/0"),
+    ],
+)
+def test_the_options_of_tls_can_be_taken_off_a_url(url: str, plain: str) -> None:
+    assert without_tls_options(url) == plain
+
+
+def test_a_list_of_sentinels_gives_password_and_database_once() -> None:
+    assert hosts(WATCHED) == [("one", 26380), ("two", 26379)]
+    assert credentials(WATCHED) == {"username": "me", "password": "s3@cret", "db": 2}
+
+
+def test_a_client_asks_the_sentinels_and_speaks_to_each_as_it_has_to() -> None:
+    pool = Address(WATCHED, "primary", "theirs").client(socket_timeout=5.0).connection_pool
+    assert isinstance(pool, SentinelConnectionPool)
+    assert pool.service_name == "primary"
+    assert pool.connection_kwargs["password"] == "s3@cret"
+    assert pool.connection_kwargs["db"] == 2
+
+    [one, two] = [each.connection_pool for each in pool.sentinel_manager.sentinels]
+    assert (one.connection_kwargs["host"], two.connection_kwargs["host"]) == ("one", "two")
+    assert {each.connection_kwargs["password"] for each in (one, two)} == {"theirs"}
+    assert one.connection_kwargs["socket_timeout"] == SENTINEL_TIMEOUT_S, "there are others"
+
+
+def test_sentinels_and_primary_are_spoken_to_over_tls_alike() -> None:
+    pool = Address("sentinel://one/0?ssl_ca_certs=/ca;sentinel://two", "primary").client().connection_pool
+    sentinels = [each.connection_pool for each in pool.sentinel_manager.sentinels]
+
+    for each in (pool, *sentinels):
+        assert issubclass(each.connection_class, SSLConnection)
+        assert each.connection_kwargs["ssl_ca_certs"] == "/ca"
+
+
+def test_what_tls_says_is_told_from_a_server_that_hangs_up() -> None:
+    def failed(cause: Exception) -> Exception:
+        error = ConnectionError("Error 1 connecting")
+        error.__context__ = cause
+        return error
+
+    assert is_untrusted(failed(ssl.SSLCertVerificationError("self-signed certificate")))
+    assert is_untrusted(ssl.SSLError("wrong version number"))
+    assert not is_untrusted(failed(ssl.SSLEOFError("EOF occurred in violation of protocol")))
+    assert not is_untrusted(failed(ConnectionRefusedError()))
+
+
+# --- what is wrong with one --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "advice"),
+    [
+        ("sentinel://one,two/0", "write each sentinel as Celery does: sentinel://:PASSWORD@HOST1:26379/0;sentinel://HOST2:26379"),
+        ("sentinel://one;redis://two", "write each sentinel as Celery does"),
+        ("sentinel://:hush@one:x/0", "cannot be read: a port and a database are numbers"),
+        ("sentinel://one/0;sentinel://two?ssl_ca_certs=/ca", "what is said of the first host holds for all"),
+        ("sentinel://one/0;sentinel://two/1", "what is said of the first host holds for all"),
+        ("sentinel://:a@one/0;sentinel://:hush@two/0", "what is said of the first host holds for all"),
+        ("amqps://one;amqps://two?ssl_cert_reqs=none", "what is said of the first host holds for all"),
+        ("sentinel://:hush@one/main", "cannot be read: a port and a database are numbers"),
+        ("rediss://:hush@host?ssl_cert_req=none", "ssl_cert_req is no option of TLS here; did you mean ssl_cert_reqs?"),
+        ("rediss://:hush@host?ssl_cert_reqs=CERT_NONE", "ssl_cert_reqs='CERT_NONE': must be required, optional or none"),
+        ("redis://:hush@host?ssl_cert_reqs=none", "ssl_cert_reqs is an option of TLS; that begins with rediss:// or amqps://"),
+        ("amqp://me:hush@host?ssl_cert_reqs=none", "ssl_cert_reqs is an option of TLS; that begins with rediss:// or amqps://"),
+        ("rediss://:hush@host?ssl_ca_certs=/nowhere/ca.pem", "ssl_ca_certs: there is no file /nowhere/ca.pem"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_told_with_what_to_write(url: str, advice: str) -> None:
+    with pytest.raises(ValueError, match="^" + advice.replace("?", r"\?")) as raised:
+        check(url)
+    assert "hush" not in str(raised.value)
+
+
+def test_urls_that_can_be_used_pass(authority: str) -> None:
+    for url in ("redis://host", "unix:///tmp/s", WATCHED, f"rediss://host/0?ssl_ca_certs={authority}", "amqp://host//", ""):
+        check(url)
+    for url in ("sentinel://:a@one/1;sentinel://:a@two/1", "amqps://a:b@one/v;amqps://c:d@two/w"):
+        check(url)
+
+
+@pytest.mark.parametrize(
+    ("environment", "issue"),
+    [
+        (
+            {"RLM_REDIS_URL": "sentinel://host"},
+            "RLM_SENTINEL_MASTER='': give the name that the sentinels watch the primary by, as in `sentinel monitor NAME ...`",
+        ),
+        (
+            {"RLM_BROKER_URL": "sentinel://:hush@host"},
+            "RLM_BROKER_URL='sentinel://:***@host': give the name that the sentinels watch the primary by as RLM_SENTINEL_MASTER",
+        ),
+        (
+            {"RLM_RESULT_BACKEND": "rediss://:hush@host?ssl_password=hush"},
+            "RLM_RESULT_BACKEND='rediss://:***@host?ssl_password=***': ssl_password is no option of TLS here; did you mean ",
+        ),
+    ],
+)
+def test_a_process_does_not_start_with_half_of_an_address(
+    environment: dict[str, str], issue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    [told] = validate(environment)
+
+    assert told.startswith(issue)
+    assert "hush" not in told
+
+
+def test_passwords_of_sentinels_are_hidden_and_do_not_travel() -> None:
+    own = Settings(redis_url="sentinel://:hush@host", sentinel_master="primary", sentinel_password="hush")
+
+    assert to_dict(own)["sentinel_password"] == "***"
+    assert "hush" not in str(to_dict(own)) + export_config(own) + repr(own.address) + Store(own.address).url
+
+
+def test_guards_follow_the_same_address() -> None:
+    own = StoreSettings(redis_url=WATCHED, sentinel_master="primary")
+
+    assert own.address.is_watched
+    assert not StoreSettings(redis_url="redis://host").address.is_watched

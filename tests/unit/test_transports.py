@@ -1,0 +1,138 @@
+"""What Celery is told of broker, result backend and redbeat for each kind of URL; what it shows of that has no password in it."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.app.utils import filter_hidden_settings
+from celery.backends.redis import RedisBackend, SentinelBackend
+from redis.connection import SSLConnection
+
+from rlm_tasks import transports
+from rlm_tasks.celery import beat_configuration, configuration
+from rlm_tasks.settings import Settings
+from rlm_tasks.transports import ANSWER_S, WATCHED_ANSWER_S, speaks_redis
+
+VERIFIED = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}
+WATCHED = "sentinel://:hush@one:26380/2;sentinel://two"
+
+
+def app_of(**settings: Any) -> Celery:
+    app = Celery("transports", set_as_current=False)
+    app.config_from_object(configuration(Settings(**settings)))
+    return app
+
+
+def watched(**more: str) -> Settings:
+    return Settings(redis_url=WATCHED, sentinel_master="primary", sentinel_password="hush-too", **more)
+
+
+# --- one URL is enough -------------------------------------------------------------------------------
+
+
+def test_one_url_over_tls_is_enough_for_broker_and_result_backend() -> None:
+    app = app_of(redis_url="rediss://:hush@host:6390/1")
+    backend: RedisBackend = app.backend
+
+    assert app.conf.broker_use_ssl == app.conf.redis_backend_use_ssl == VERIFIED
+    assert app.connection_for_read().transport.driver_type == "redis"
+    assert backend.connparams["connection_class"] is SSLConnection
+    assert {name: backend.connparams[name] for name in ("host", "port", "db", "password")} == {
+        "host": "host", "port": 6390, "db": 1, "password": "hush",
+    }  # fmt: skip
+
+
+def test_without_tls_celery_is_told_nothing_of_it() -> None:
+    conf = app_of(redis_url="redis://host").conf
+
+    assert not conf.broker_use_ssl
+    assert not conf.redis_backend_use_ssl
+    assert conf.broker_transport_options["socket_timeout"] == conf.redis_socket_timeout == ANSWER_S
+
+
+def test_each_sentinel_may_be_asked_first_so_each_has_password_and_database() -> None:
+    found = transports.broker(watched())
+
+    assert found["broker_url"] == "sentinel://:hush@one:26380/2;sentinel://:hush@two:26379/2"
+    options = found["broker_transport_options"]
+    assert options["master_name"] == "primary"
+    assert options["sentinel_kwargs"]["password"] == "hush-too"
+    assert options["socket_timeout"] == WATCHED_ANSWER_S, "one that hangs is left for another"
+
+
+def test_the_result_backend_finds_the_primary_by_the_same_sentinels() -> None:
+    app = Celery("watched", set_as_current=False)
+    app.config_from_object(configuration(watched()))
+    backend: SentinelBackend = app.backend
+
+    pool = backend.client.connection_pool
+    assert pool.service_name == "primary"
+    assert [each.connection_pool.connection_kwargs["host"] for each in pool.sentinel_manager.sentinels] == ["one", "two"]
+    assert (pool.connection_kwargs["db"], pool.connection_kwargs["password"]) == (2, "hush")
+
+
+# --- RabbitMQ ----------------------------------------------------------------------------------------
+
+
+def test_platforms_on_one_rabbitmq_do_not_hear_each_other() -> None:
+    found = transports.broker(Settings(broker_url="amqp://host//", namespace="second"))
+
+    assert found == {"broker_url": "amqp://host//", "control_exchange": "second", "event_exchange": "second.events"}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("", {"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": None}),
+        ("?ssl_check_hostname=false", {"cert_reqs": ssl.CERT_REQUIRED}),
+        ("?ssl_cert_reqs=none", {"cert_reqs": ssl.CERT_NONE}),
+    ],
+)
+def test_rabbitmqs_client_is_told_of_tls_in_its_own_words(options: str, told: dict[str, Any]) -> None:
+    found = transports.broker(Settings(broker_url=f"amqps://host//{options}"))
+
+    assert found["broker_url"] == "amqps://host//"
+    assert found["broker_use_ssl"] == told
+
+
+def test_each_queue_is_bound_by_its_own_name() -> None:
+    assert {each.name: each.routing_key for each in app_of(namespace="q").conf.task_queues} == {
+        name: name for name in ("q.critical", "q.high", "q.normal", "q.low")
+    }
+
+
+@pytest.mark.parametrize(
+    ("url", "is_redis"),
+    [("redis://h", True), ("rediss://h", True), (WATCHED, True), (["redis://h"], True), ("amqp://h", False), ([], False)],
+)
+def test_brokers_that_are_a_redis_are_known(url: Any, is_redis: bool) -> None:
+    assert speaks_redis(url) is is_redis
+
+
+# --- beat, and what is shown -------------------------------------------------------------------------
+
+
+def test_beat_has_its_lock_where_the_sentinels_say() -> None:
+    pytest.importorskip("redbeat")
+    found = beat_configuration(watched(broker_url="amqp://elsewhere"))
+
+    assert found["redbeat_redis_url"] == "redis-sentinel://"
+    options = found["redbeat_redis_options"]
+    assert (options["sentinels"], options["service_name"]) == ([("one", 26380), ("two", 26379)], "primary")
+    assert (options["db"], options["password"]) == (2, "hush")
+
+
+def test_beat_verifies_the_certificate_as_everybody_does() -> None:
+    pytest.importorskip("redbeat")
+    found = beat_configuration(Settings(redis_url="rediss://host", broker_url="amqp://elsewhere"))
+
+    assert found["redbeat_redis_use_ssl"] == VERIFIED
+
+
+def test_what_celery_shows_of_it_has_no_password() -> None:
+    shown = filter_hidden_settings({**configuration(watched()), "deprecated_settings": None})
+
+    assert "hush" not in str(shown), "as `celery report` and `inspect conf` show it"
