@@ -39,10 +39,10 @@ types: $(VENV)/.ready ## Check types, strictly
 
 docs: $(VENV)/.ready ## Check that generated documentation is up to date and builds (make docs ARGS=--write to renew it)
 	$(BIN)/python -m docs.generate $(ARGS)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 site: $(VENV)/.ready ## Serve the documentation on http://127.0.0.1:8001
-	$(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
 
 bench: $(VENV)/.ready ## Measure against what one would write by hand, and print the table
 	$(BIN)/python -m tests.bench $(ARGS)

@@ -7,6 +7,7 @@ asked of Redis.
 from __future__ import annotations
 
 import difflib
+import functools
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -52,7 +53,8 @@ class Address:
 
         if not self.is_watched:
             return redis.Redis.from_url(self.url, **options)
-        return self.sentinels(**options).master_for(self.master)  # type: ignore[no-untyped-call,no-any-return]  # redis-py leaves it untyped
+        following = _following(secured=tls(self.url) is not None)
+        return self.sentinels(**options).master_for(self.master, connection_class=following)  # type: ignore[no-untyped-call,no-any-return]  # redis-py leaves it untyped
 
     def sentinels(self, **options: Any) -> Sentinel:
         """Return the sentinels of a watched address, as clients that give up soon."""
@@ -70,6 +72,29 @@ class Address:
         patience = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": None}
         password = {"password": self.sentinel_password} if self.sentinel_password else {}
         return {**patience, **password, **_encrypted(self.url)}
+
+
+@functools.cache
+def _following(*, secured: bool) -> Any:
+    """Return a connection that leaves a primary which may not write any more, as redis-py's leaves one that became a replica.
+
+    With ``min-replicas-to-write`` set, one that was replaced says so at once: sentinels make it a replica seconds later.
+    """
+    from redis.exceptions import ConnectionError as RedisConnectionError
+    from redis.exceptions import ResponseError
+    from redis.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
+
+    class Following(SentinelManagedSSLConnection if secured else SentinelManagedConnection):  # type: ignore[misc]  # one of two
+        def read_response(self, *args: Any, **options: Any) -> Any:
+            try:
+                return super().read_response(*args, **options)
+            except ResponseError as error:
+                if not str(error).startswith("NOREPLICAS"):
+                    raise
+                self.disconnect()
+                raise RedisConnectionError(f"{error} Another may have taken its place.") from None
+
+    return Following
 
 
 # --- what a URL says ---------------------------------------------------------------------------------

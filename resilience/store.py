@@ -120,10 +120,12 @@ class Store:
         )
 
     def close(self) -> None:
-        """Give the connections back, those to sentinels as well; a later call opens new ones."""
-        self.client.close()
-        if (watch := getattr(self.client.connection_pool, "sentinel_manager", None)) is not None:
-            watch.close()
+        """Give the connections of this process back, those to sentinels as well; a later call opens others."""
+        if self._client is None or (self._pid != os.getpid() and not self._given):
+            return
+        self._client.close()
+        if (sentinels := getattr(self._client.connection_pool, "sentinel_manager", None)) is not None:
+            sentinels.close()
 
     def check(self) -> None:
         """Raise StoreUnavailable, naming the URL without its password, unless Redis answers."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import redis
 
@@ -39,31 +40,37 @@ class Watched:
 
     @property
     def primary(self) -> embedded.Server:
-        """The server that is written to now."""
-        return next(each for each in self.servers if role(each) == "master")
+        """The server that is written to, as soon as there is one."""
+        found: list[embedded.Server] = []
+
+        def one_is() -> bool:
+            found[:] = [each for each in self.servers if replication(each).get("role") == "master"]
+            return len(found) == 1
+
+        wait_until(one_is)
+        return found[0]
 
     def settle(self) -> None:
         """Wait until the other server has all that was written so far, and could take over."""
-        [other] = [each for each in self.servers if role(each) == "slave"]
-        wait_until(lambda: asked(other).info("replication")["master_link_status"] == "up")
-        wait_until(lambda: asked(self.primary).wait(1, 1000) == 1)
-
-    def fail_over(self) -> None:
-        """Have the sentinels promote the other server while the primary lives, as one does before maintenance."""
-        self.sentinels[0].execute_command("SENTINEL", "FAILOVER", MASTER)  # type: ignore[no-untyped-call]  # redis-py's own
+        primary = self.primary
+        [other] = {*self.servers} - {primary}
+        wait_until(lambda: replication(other).get("master_link_status") == "up")
+        with asked(primary) as client:
+            wait_until(lambda: client.wait(1, 1000) == 1)
 
 
 def asked(server: embedded.Server) -> redis.Redis:
-    """Return a client of one of the two servers."""
+    """Return a client of one of the two servers, for the length of a block."""
     return redis.Redis(port=server.port, password=PASSWORD)
 
 
-def role(server: embedded.Server) -> str:
-    """Return what a server is at the moment, '' while it is away."""
-    try:
-        return str(asked(server).info("replication")["role"])
-    except redis.ConnectionError:
-        return ""
+def replication(server: embedded.Server) -> dict[str, Any]:
+    """Return what a server says of its part in replication, {} while it is away."""
+    with asked(server) as client:
+        try:
+            return client.info("replication")  # type: ignore[no-any-return]  # redis-py does not say
+        except redis.ConnectionError:
+            return {}
 
 
 @contextmanager
@@ -71,8 +78,9 @@ def watched(folder: Path) -> Iterator[Watched]:
     """Run all of them for the length of a block; it begins when the sentinels know each other and both servers."""
     with ExitStack() as stack:
         primary, replica = (_server(stack, folder / name) for name in ("primary", "replica"))
-        asked(replica).replicaof("127.0.0.1", primary.port)
-        wait_until(lambda: asked(replica).info("replication")["master_link_status"] == "up")
+        with asked(replica) as client:
+            client.replicaof("127.0.0.1", primary.port)
+        wait_until(lambda: replication(replica).get("master_link_status") == "up")
         sentinels = [_sentinel(stack, folder / f"sentinel{n}", primary) for n in range(3)]
         wait_until(lambda: all(map(_is_ready, sentinels)))
         first, *others = [each.connection_pool.connection_kwargs["port"] for each in sentinels]
@@ -85,10 +93,10 @@ def _server(stack: ExitStack, folder: Path) -> embedded.Server:
     own = embedded.Server(folder, durable=True)
     own.start()
     stack.callback(own.stop)
-    client = redis.Redis(port=own.port)
-    client.config_set("repl-diskless-sync-delay", 0)
-    client.config_set("masterauth", PASSWORD)
-    client.config_set("requirepass", PASSWORD)
+    with redis.Redis(port=own.port) as client:
+        client.config_set("repl-diskless-sync-delay", 0)
+        client.config_set("masterauth", PASSWORD)
+        client.config_set("requirepass", PASSWORD)
     return own
 
 
@@ -101,7 +109,7 @@ def _sentinel(stack: ExitStack, folder: Path, primary: embedded.Server) -> redis
         command = [embedded.server_binary(), str(file), "--sentinel"]
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     stack.callback(embedded.end, process)
-    return redis.Redis(port=port, password=SENTINEL_PASSWORD)
+    return stack.enter_context(redis.Redis(port=port, password=SENTINEL_PASSWORD))
 
 
 def _is_ready(sentinel: redis.Redis) -> bool:

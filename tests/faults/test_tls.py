@@ -1,0 +1,108 @@
+"""Redis over TLS, told by one URL: ledger, broker and result backend alike; who is not trusted is refused, in a sentence."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trustme
+
+from resilience.errors import StoreUntrusted
+from rlm_tasks import embedded
+from rlm_tasks.doctor import examine
+from tests.faults.conftest import Cell, cell
+from tests.faults.proxy import TlsProxy
+from tests.integration.conftest import client_of, environment_of
+
+
+@dataclass(frozen=True)
+class Secured:
+    """A port with TLS before the server, and the certificates of who is trusted there, and of who is not."""
+
+    port: int
+    folder: Path
+
+    def url(self, options: str = "ssl_ca_certs={0}/ca.pem&ssl_certfile={0}/client.pem", host: str = "127.0.0.1") -> str:
+        """Return a URL with these options; the default ones are all that is asked for."""
+        return f"rediss://{host}:{self.port}/0?{options.format(self.folder)}"
+
+
+@pytest.fixture(scope="module")
+def secured(server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    """Its certificate is for 127.0.0.1, and it wants one of its clients."""
+    folder, authority = tmp_path_factory.mktemp("certificates"), trustme.CA()
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    trustme.CA().cert_pem.write_to_path(str(folder / "stranger.pem"))
+    authority.issue_cert("worker@example.com").private_key_and_cert_chain_pem.write_to_path(str(folder / "client.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.configure_trust(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    proxy = TlsProxy(server.port, context)
+    yield Secured(proxy.port, folder)
+    proxy.close()
+
+
+@pytest.fixture
+def over_tls(server: embedded.Server, secured: Secured, tmp_path: Path) -> Iterator[Cell]:
+    with cell(server, "tls", tmp_path, tmp_path / "worker.log", RLM_REDIS_URL=secured.url()) as own:
+        yield own
+
+
+def test_one_url_is_enough_for_a_job_over_tls(over_tls: Cell) -> None:
+    over_tls.worker()
+
+    over_tls.check(over_tls.submit())
+
+    findings = {each.check: each for each in examine(over_tls.client, over_tls.client.app)}
+    assert findings["tls"].found == "RLM_REDIS_URL: encrypted, and certificates are verified"
+    assert findings["broker"].state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("host", "options"),
+    [
+        ("127.0.0.1", "ssl_ca_certs={0}/stranger.pem&ssl_certfile={0}/client.pem"),
+        ("127.0.0.1", "ssl_certfile={0}/client.pem"),
+        ("localhost", "ssl_ca_certs={0}/ca.pem&ssl_certfile={0}/client.pem"),
+    ],
+    ids=["an authority nobody knows", "none but the system's", "the name of another"],
+)
+def test_who_is_not_trusted_is_refused(secured: Secured, host: str, options: str) -> None:
+    with (
+        client_of(environment_of(secured.url(options, host), "untrusted")) as client,
+        pytest.raises(
+            StoreUntrusted, match=r"is not trusted \(.*; see its certificate, and port and ssl_ca_certs in RLM_REDIS_URL"
+        ),
+    ):
+        client.submit(operation="echo", items=[1])
+
+
+@pytest.mark.parametrize("options", ["ssl_check_hostname=false&ssl_ca_certs={0}/ca.pem", "ssl_cert_reqs=none"])
+def test_less_is_verified_where_it_is_asked_for(secured: Secured, options: str) -> None:
+    url = secured.url(f"{options}&ssl_certfile={{0}}/client.pem", "localhost")
+    with client_of(environment_of(url, "careless")) as client:
+        client.check()
+        assert client.queues()["careless.normal"].depth == 0
+
+
+def test_a_worker_that_does_not_trust_redis_ends_with_a_sentence(secured: Secured) -> None:
+    url = secured.url("ssl_ca_certs={0}/stranger.pem").replace("rediss://", "rediss://:hush@")
+    worker = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "rlm_tasks", "worker"],
+        env={**os.environ, **environment_of(url, "untrusted")},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    said = worker.stdout + worker.stderr
+
+    assert worker.returncode == 1
+    assert "Error: Redis at rediss://:***@127.0.0.1" in said
+    assert "CERTIFICATE_VERIFY_FAILED" in said
+    assert "Traceback" not in said
+    assert "hush" not in said
