@@ -7,6 +7,7 @@ what the app's owner has set holds, also where it stands in the way of jobs (see
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,7 @@ def _prepare(sender: Any, **_: Any) -> None:
     survive_restarts_of_redis()
     survive_reconnects_while_processes_are_recycled()
     drain_when_told_to_stop(app)
+    gc.freeze()  # what is imported by now stays: pool processes share it, and an exit does not look through it
 
 
 def _refuse_strangers(app: Celery) -> None:

@@ -11,10 +11,11 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import billiard.pool
-from celery.concurrency import asynpool
+from celery.concurrency import asynpool, prefork
 from kombu.transport.redis import Channel
 from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -25,8 +26,8 @@ def leave_promptly(draining: Callable[[], bool]) -> None:
     A message that was handed to a pool process but not yet accepted is dropped from billiard's cache, so its
     result is never counted, and the process waits 30 s for that count (billiard 4.3).  The ledger needs no
     receipt: unacknowledged messages return to their queue, and a claim answers `done`.  The main process meanwhile
-    looks at its processes' results one after the other, half a second each (Celery 5.7), and each process
-    sleeps a second before it exits (billiard 4.3).
+    looks at its processes' results one after the other, half a second each, and at its timers as seldom (Celery 5.7), and
+    each process sleeps a second before it exits (billiard 4.3).
     """
     stock = billiard.pool.Worker._do_exit
 
@@ -39,7 +40,12 @@ def leave_promptly(draining: Callable[[], bool]) -> None:
 
     billiard.pool.Worker._do_exit = exit_at_once
     billiard.pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT = 2  # times 0.1 s
-    asynpool.sleep = lambda seconds: time.sleep(min(seconds, 0.02))
+    asynpool.sleep = _nap
+    prefork.time = SimpleNamespace(sleep=_nap)
+
+
+def _nap(seconds: float) -> None:
+    time.sleep(min(seconds, 0.02))
 
 
 def handle_sigterm(handler: Callable[..., None]) -> None:

@@ -67,10 +67,12 @@ class Guard(threading.Thread):
         pool_size: Callable[[], int],
         queues: Callable[[], list[str]],
         exit_code: Callable[[int], int | None] = lambda _pid: None,
+        stir: Callable[[], object] = lambda: None,
     ) -> None:
+        """`stir` has the event loop go round: by itself it sees only within a second that the worker was told to stop."""
         super().__init__(name="rlm-guard", daemon=True)
         self._runtime, self._celery, self._pool_size, self.queues = runtime, celery, pool_size, queues
-        self._exit_code = exit_code
+        self._exit_code, self._stir = exit_code, stir
         self._ledger = runtime.ledger.hasty()  # an outage is seen at once, and what was missed is done after it
         self._warned = False
         self._reaped: dict[int, float] = {}
@@ -94,6 +96,8 @@ class Guard(threading.Thread):
                 while True:  # whoever else has woken it meanwhile
                     self._woken.get_nowait()
             try:
+                if self._runtime.page.draining:
+                    self._stir()
                 self._tick(time.monotonic())
                 self._lost, self.answered_at = False, time.monotonic()
             except _UNREACHABLE as error:
@@ -315,7 +319,11 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
             found = next((each._popen for each in list(processes) if each.pid == pid), None)
             return found.returncode if found is not None else None
 
-        guard = Guard(worker.app.rlm_runtime(), worker.app.conf, slots, queues, exit_code)
+        def stir() -> None:
+            if (hub := getattr(worker, "hub", None)) is not None:
+                hub.call_soon(int)
+
+        guard = Guard(worker.app.rlm_runtime(), worker.app.conf, slots, queues, exit_code, stir)
         worker.app.rlm_guard = guard
         guard.start()
         signals.worker_shutdown.connect(lambda **_: guard.stop(), weak=False)

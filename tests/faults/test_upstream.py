@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import billiard.pool
 import pytest
-from celery.concurrency import asynpool
+from celery.concurrency import asynpool, prefork
 from kombu import Connection
 from kombu.asynchronous import Hub
 
@@ -100,3 +100,5 @@ def test_billiard_still_waits_for_receipts_and_sleeps_before_it_exits() -> None:
 
 def test_the_main_process_still_looks_at_results_half_a_second_each() -> None:
     assert "sleep(0.5)" in inspect.getsource(asynpool.ResultHandler._flush_outqueue)
+    assert "time.sleep(0.5)" in inspect.getsource(prefork.TaskPool.on_stop)
+    assert inspect.getsource(prefork).count("time.") == 1, "nothing else there asks for the time"

@@ -127,7 +127,9 @@ def test_tls_without_verification_is_said_of_each_url_that_asks_for_it() -> None
     assert finding.state == "warning"
     assert finding.found.startswith("RLM_REDIS_URL, RLM_BROKER_URL: TLS without verification")
     [danger] = found(Server(), careless)
-    assert danger.endswith("Leave out ssl_cert_reqs=none, and name the authority by ssl_ca_certs"), "a worker says it at its start"
+    assert danger.endswith("Leave out ssl_cert_reqs=none, and name the authority by ssl_ca_certs"), (
+        "a worker says it at its start"
+    )
 
 
 def test_tls_that_verifies_is_well_and_none_is_not_mentioned() -> None:
