@@ -148,7 +148,7 @@ def test_critical_work_starts_within_an_item_while_every_slot_runs_long_nodes(
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 def test_as_many_nodes_yield_as_critical_jobs_find_no_slot(wide: Client, k: int) -> None:
-    low = busy(wide, 3000, slots=MANY_SLOTS, item_s=0.02)
+    low = busy(wide, 30_000, slots=MANY_SLOTS, item_s=0.02)
 
     jobs = wide.batch_submit([{"operation": "nap", "items": [0.6], "options": {"priority": "critical"}}] * k)
 
@@ -174,7 +174,7 @@ def test_a_free_slot_is_used_before_anybody_yields(wide: Client, critical: int, 
 
 
 def test_a_critical_job_takes_all_slots_it_can_use_and_gives_them_back(wide: Client) -> None:
-    low = busy(wide, 3000, slots=MANY_SLOTS, item_s=0.02)
+    low = busy(wide, 30_000, slots=MANY_SLOTS, item_s=0.02)
 
     critical = wide.submit(operation="where_and_when", items=[0.2] * 15, strategy=Adaptive(), priority="critical")
     intervals = critical.get(timeout=20)
@@ -202,7 +202,7 @@ def test_a_critical_job_that_grows_uses_free_slots_before_anybody_yields(
 
 
 def test_a_critical_job_makes_room_for_itself_also_beside_another(wide: Client) -> None:
-    low = busy(wide, 3000, slots=MANY_SLOTS, item_s=0.02)
+    low = busy(wide, 30_000, slots=MANY_SLOTS, item_s=0.02)
 
     jobs = []
     for nth in range(1, MANY_SLOTS + 1):
@@ -218,7 +218,7 @@ def test_a_critical_job_makes_room_for_itself_also_beside_another(wide: Client) 
 
 
 def test_work_that_is_less_urgent_than_what_has_just_got_its_slot_waits_no_longer(own: Client) -> None:
-    low = busy(own, 2000, item_s=0.02)
+    low = busy(own, 20_000, item_s=0.02)
     started = []
 
     for _ in range(5):
@@ -285,7 +285,7 @@ def test_a_worker_that_does_not_serve_the_queue_does_not_make_room(server: embed
         embedded.worker(environment, log=tmp_path / "low.log", options=["-n", "low@test", "-Q", f"{name}.low"]),
         client_of(environment) as client,
     ):
-        low = busy(client, 4000, slots=4, item_s=0.02)
+        low = busy(client, 40_000, slots=4, item_s=0.02)  # so many that no node ends by itself, and leaves a slot free
         for _ in range(3):
             fills(low, 4)
             assert client.submit(operation="nap", items=[0.05], priority="critical").get(timeout=20) == 1
