@@ -95,6 +95,7 @@ class Client:
         """Give the connections back, and listen no more."""
         if self._listener is not None:
             self._listener.close()
+        self._intake.gauge.close()
         self._store.close()
         if "store" in vars(self):  # it is made when it is first asked for
             self.store.close()

@@ -71,7 +71,7 @@ def _jobs(draw: st.DrawFn) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
     return items, draw(_SHAPES), name
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(job=_jobs(), seed=st.integers(0, 10_000))
 def test_every_item_is_counted_once_and_merged_in_order(job: Any, seed: int) -> None:
     items, shape, name = job
@@ -90,7 +90,7 @@ def test_every_item_is_counted_once_and_merged_in_order(job: Any, seed: int) -> 
     assert platform.ledger.failed_items(spec.job) == [item["i"] for item in items if item["fails"]]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(job=_jobs(), seed=st.integers(0, 10_000), stop_after=st.integers(0, 30), threshold=st.floats(0, 0.3))
 def test_a_job_that_ends_early_still_accounts_for_every_item(job: Any, seed: int, stop_after: int, threshold: float) -> None:
     items, shape, name = job
@@ -112,7 +112,7 @@ def test_a_job_that_ends_early_still_accounts_for_every_item(job: Any, seed: int
         assert int(facts["failed"]) > threshold * len(items)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(job=_jobs(), seed=st.integers(0, 10_000), share=st.floats(0.1, 1.0))
 def test_validation_and_early_termination_account_for_every_item(job: Any, seed: int, share: float) -> None:
     items, shape, _ = job

@@ -20,7 +20,7 @@ from rlm_tasks.worker import Guard
 from scheduler.preemption import Preemption, rank_of
 from tests.unit.harness import Platform
 
-SEEDS, AT_ONCE = 200, 25
+SEEDS, AT_ONCE = 125, 25
 SLOTS = 3
 URGENT_JOBS = 2
 

@@ -256,6 +256,18 @@ def test_each_process_and_each_thread_has_one_connection(monkeypatch: pytest.Mon
     assert not amqp.released, "the parent goes on with its own"
 
 
+def test_a_gauge_that_is_closed_gives_its_connection_back_and_may_be_read_again() -> None:
+    amqp = Amqp(low=7)
+    gauge = QueueGauge(amqp)  # type: ignore[arg-type]  # as above
+    gauge.read(["low"])
+
+    gauge.close()
+
+    assert amqp.released
+    assert gauge.read(["low"]) == {"low": QueueReport(7, None)}
+    assert amqp.opened == 2
+
+
 @pytest.mark.parametrize("error", [ConnectionForced("CONNECTION_FORCED"), OSError("Server unexpectedly closed connection")])
 def test_a_connection_that_the_broker_has_closed_meanwhile_is_opened_again(error: Exception) -> None:
     amqp = Amqp(low=7)

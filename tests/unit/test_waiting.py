@@ -169,7 +169,7 @@ def _is_exact(platform: WaitingPlatform, spec: Spec, weather: Weather, items: li
     assert platform.ledger.failed_items(spec.job) == sorted(weather.hopeless)
 
 
-@pytest.mark.parametrize("seed", range(64))
+@pytest.mark.parametrize("seed", range(40))
 def test_items_that_wait_at_random_are_counted_once_and_tried_as_often_as_allowed(seed: int) -> None:
     platform, spec, weather, items = _job(seed, "unit_waits")
 
@@ -179,7 +179,7 @@ def test_items_that_wait_at_random_are_counted_once_and_tried_as_often_as_allowe
     assert all(weather.runs[index] == ATTEMPTS for index in weather.hopeless)
 
 
-@pytest.mark.parametrize("seed", range(64))
+@pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("name", ["unit_waits_batch", "unit_waits_async"])
 def test_items_that_wait_among_others_are_counted_once_and_in_order(seed: int, name: str) -> None:
     platform, spec, weather, items = _job(seed, name)
