@@ -97,15 +97,13 @@ class Cell:
 @contextmanager
 def cell(server: embedded.Server, name: str, folder: Path, log: Path, **more: str) -> Iterator[Cell]:
     """A cell on a server, in a namespace of its own."""
-    environment = environment_of(
-        server.url,
-        name,
-        RLM_OPERATIONS="tests.integration.ops,tests.faults.ops",
-        RLM_LEDGER__LEASE_S=str(LEASE_S),
-        RLM_LEDGER__SWEEP_S=str(SWEEP_S),
-        RLM_NODE__SLICE_MS="5",
-        **more,
-    )
+    usual = {
+        "RLM_OPERATIONS": "tests.integration.ops,tests.faults.ops",
+        "RLM_LEDGER__LEASE_S": str(LEASE_S),
+        "RLM_LEDGER__SWEEP_S": str(SWEEP_S),
+        "RLM_NODE__SLICE_MS": "5",
+    }
+    environment = environment_of(server.url, name, **{**usual, **more})
     del environment["RLM_LEDGER__GRACE_S"]
     with client_of(environment) as client, ExitStack() as stack:
         own = Cell(client, environment, folder, log, stack)

@@ -1,172 +1,246 @@
-"""Jobs over RabbitMQ, with Redis for the ledger: exact, whoever dies, and urgent work first."""
+"""RabbitMQ as the broker, Redis for state: the whole platform on a real node, and what becomes of jobs when it goes away."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import kombu.pools
 import pytest
+import trustme
 
-from rlm_tasks import Adaptive, Client, Job, NWay, embedded
-from rlm_tasks.doctor import examine
+from rlm_tasks import Adaptive, Client, NWay, QueueFull, embedded
 from rlm_tasks.errors import BrokerUnavailable
+from tests.faults.conftest import Cell, cell
+from tests.faults.proxy import TlsProxy
 from tests.integration.conftest import client_of, environment_of
+from tests.integration.flowers import flower
 from tests.support import wait_until
-from tests.system.rabbitmq import Rabbit, rabbit
+from tests.system.rabbitmq import Missing, Node
 
-OPERATIONS = "tests.integration.ops,tests.faults.ops,tests.integration.pressed_ops,tests.integration.preempted_ops"
-SLOTS = 2
-
-
-@pytest.fixture(scope="module")
-def broker() -> Iterator[Rabbit]:
-    with rabbit() as own:
-        yield own
+MODULES = "tests.integration.ops,tests.integration.guarded_ops,tests.faults.ops"
+LONG_MS = 60_000
+"""A node that may run for so long does not end in time by itself."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    node = Node(tmp_path_factory.mktemp("rabbitmq"))
+    try:
+        node.start()
+    except Missing as error:
+        pytest.fail(str(error), pytrace=False)
+    yield node
+    node.stop()
+
+
+@pytest.fixture(scope="session")
 def server() -> Iterator[embedded.Server]:
     with embedded.server() as own:
         yield own
 
 
-@pytest.fixture
-def environment(server: embedded.Server, broker: Rabbit, request: pytest.FixtureRequest) -> dict[str, str]:
-    name = f"r{abs(hash(request.node.nodeid)) % 10**8}"
-    return environment_of(server.url, name, RLM_BROKER_URL=broker.url, RLM_OPERATIONS=OPERATIONS)
-
-
-@pytest.fixture
-def client(environment: dict[str, str]) -> Iterator[Client]:
-    with client_of(environment) as own:
+@pytest.fixture(scope="module")
+def platform(rabbitmq: Node, server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cell]:
+    """A client, and a worker that lives through all that befalls RabbitMQ."""
+    folder = tmp_path_factory.mktemp("platform")
+    with cell(server, "rabbit", folder, folder / "worker.log", RLM_BROKER_URL=rabbitmq.url, RLM_OPERATIONS=MODULES) as own:
+        own.worker()
         yield own
 
 
-@pytest.fixture
-def worker(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
-    """Start a worker; all of them end with the test."""
-    with ExitStack() as stack:
-        started: list[subprocess.Popen[bytes]] = []
-
-        def start() -> subprocess.Popen[bytes]:
-            name = f"w{len(started)}"
-            process = stack.enter_context(
-                embedded.worker(environment, log=tmp_path / f"{name}.log", slots=SLOTS, options=["-n", f"{name}@test"])
-            )
-            started.append(process)
-            return process
-
-        yield start
+@pytest.fixture(autouse=True)
+def the_worker_keeps_its_process(platform: Cell) -> Iterator[None]:
+    yield
+    assert platform.workers[0].poll() is None
 
 
-def journalled(client: Client, tmp_path: Path, items: int = 400) -> Job:
-    return client.submit(
-        operation="journalled", items=range(items), params={"ms": 5, "journal": str(tmp_path / "journal")},
-        strategy=NWay(split_factor=3, min_chunk_size=items // 6),
-    )  # fmt: skip
+def depth(client: Client, priority: str) -> int:
+    """Return how many messages wait."""
+    return client.queues()[f"{client.settings.namespace}.{priority}"].depth
 
 
-def is_exact(job: Job, items: int = 400) -> None:
-    result = job.result(timeout=40)
-    assert result.output == list(range(items))
-    assert (result.done, result.failed_count, result.skipped) == (items, 0, 0)
+# --- jobs --------------------------------------------------------------------------------------------
 
 
-Worker = Callable[[], "subprocess.Popen[bytes]"]
+def test_jobs_split_and_merge_and_nothing_is_left_in_a_queue(platform: Cell) -> None:
+    for _ in range(3):
+        platform.check(platform.submit())
+
+    wait_until(lambda: not any(report.depth for report in platform.client.queues().values()))
+    assert {report.oldest_s for report in platform.client.queues().values()} == {None}, "RabbitMQ does not tell ages"
 
 
-def test_a_job_splits_merges_and_is_seen(client: Client, worker: Worker, environment: dict[str, str]) -> None:
-    before = client.submit(operation="sum", items=range(10), priority="low")
-    assert client.queues()[f"{environment['RLM_NAMESPACE']}.low"].depth == 1
-    worker()
-    job = client.submit(operation="collect", items=range(600), strategy=NWay(split_factor=4, min_chunk_size=10))
+def test_what_waits_for_a_rate_limit_is_parked_and_woken(platform: Cell, tmp_path: Path) -> None:
+    job = platform.client.submit(operation="metered", items=range(20), params={"folder": str(tmp_path)})
 
-    assert (before.get(timeout=20), job.get(timeout=20)) == (45, list(range(600)))
-    assert job.result().metrics.splits > 3
+    result = job.result(timeout=30)
 
-    waiting = client.queues()
-    assert {report.depth for report in waiting.values()} == {0}
-    assert {report.oldest_s for report in waiting.values()} == {None}
-    [found] = [each for each in examine(client, client.app) if each.check == "broker"]
-    assert (found.state, found.advice) == ("ok", ""), found
-    told = subprocess.run(
-        [sys.executable, "-m", "celery", "-A", "rlm_tasks", "inspect", "slots", "--json"],
-        env={**os.environ, **environment}, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    assert list(json.loads(told)) == ["w0@test"]
+    assert result.output == list(range(20))
+    assert result.metrics.yields > 0
 
 
-def test_a_worker_killed_outright_loses_nothing(client: Client, worker: Worker, tmp_path: Path) -> None:
-    first, _ = worker(), worker()
-    job = journalled(client, tmp_path)
-    wait_until(lambda: job.progress().done > 60)
+def test_a_killed_workers_nodes_are_done_by_another(platform: Cell) -> None:
+    lost = platform.worker()
+    job = platform.submit(300, ms=10)
+    wait_until(lambda: job.progress().done > 30)
+    since = time.time()
+    os.killpg(lost.pid, signal.SIGKILL)
 
-    os.killpg(first.pid, signal.SIGKILL)
-
-    is_exact(job)
-
-
-def test_a_worker_told_to_stop_hands_over_and_goes(client: Client, worker: Worker, tmp_path: Path) -> None:
-    first = worker()
-    job = journalled(client, tmp_path)
-    wait_until(lambda: job.progress().done > 60)
-
-    first.terminate()
-
-    assert first.wait(20) == 0
-    worker()
-    is_exact(job)
-    ran = (tmp_path / f"journal.{job.id}").read_text().split()
-    assert len(ran) == len(set(ran)) == 400, "nothing is computed again"
+    platform.check(job, since=since)
 
 
-def test_messages_that_the_broker_has_lost_are_sent_again(
-    client: Client, worker: Worker, broker: Rabbit, environment: dict[str, str], tmp_path: Path
-) -> None:
-    worker()
-    job = journalled(client, tmp_path)
-    wait_until(lambda: job.progress().done > 60)
+def test_a_worker_that_drains_takes_nothing_until_it_resumes(platform: Cell) -> None:
+    control = platform.client.app.control
+    assert control.broadcast("rlm_drain", reply=True, limit=1, timeout=10)
+    job = platform.submit()
+    wait_until(lambda: depth(platform.client, "normal") > 0)
 
-    broker.ctl("purge_queue", f"{environment['RLM_NAMESPACE']}.normal")
-
-    is_exact(job)
+    assert control.broadcast("rlm_resume", reply=True, limit=1, timeout=10)
+    platform.check(job)
 
 
-def test_critical_work_takes_the_slots_of_low_work(client: Client, worker: Worker) -> None:
-    worker()
-    low = client.submit(operation="nap", items=[0.05] * 4000, priority="low", strategy=Adaptive())
-    wait_until(lambda: sum(node.state == "running" for node in low.tree()) == SLOTS)
+# --- urgent work -------------------------------------------------------------------------------------
 
-    started = []
-    for _ in range(5):
-        asked = time.time()
-        [began] = client.submit(operation="stamp", items=[0], priority="critical").get(timeout=30)
-        started.append(began - asked)
 
-    assert sorted(started)[-2] <= 0.05 + 0.5, "one may meet a busy machine"
+def urgent_work_starts(client: Client) -> None:
+    """Have all slots taken by nodes that only yield, more of them waiting, and urgent work get its turn each time."""
+    low = client.submit(operation="nap", items=[100] * 5000, priority="low", strategy=Adaptive(target_execution_time_ms=LONG_MS))
+    for _ in range(10):
+        wait_until(lambda: sum(node.state == "running" for node in low.tree()) == 2)
+        assert client.submit(operation="echo", items=[1], priority="critical").result(timeout=LONG_MS / 2000).output == [1]
+    assert low.progress().done < 5000
     low.cancel()
+    wait_until(low.ready)
 
 
-def test_a_broker_that_goes_and_comes_back_loses_no_job(
-    client: Client, worker: Worker, broker: Rabbit, environment: dict[str, str], tmp_path: Path
+def test_a_slot_that_was_given_up_goes_to_urgent_work_though_rabbitmq_knows_no_order(platform: Cell) -> None:
+    urgent_work_starts(platform.client)
+
+
+def test_so_it_does_where_each_queue_has_messages_at_the_worker(rabbitmq: Node, server: embedded.Server, tmp_path: Path) -> None:
+    environment = environment_of(server.url, "consumers", RLM_BROKER_URL=rabbitmq.url, RLM_NODE__SLICE_MS="5")
+    log = tmp_path / "worker.log"
+    with client_of(environment) as client, embedded.worker(environment, log=log, app="tests.system.per_consumer"):
+        urgent_work_starts(client)
+
+
+# --- what befalls RabbitMQ ---------------------------------------------------------------------------
+
+
+def test_a_connection_that_was_closed_meanwhile_costs_nothing(
+    platform: Cell, rabbitmq: Node, caplog: pytest.LogCaptureFixture
 ) -> None:
-    process = worker()
-    job = journalled(client, tmp_path, 600)
-    wait_until(lambda: job.progress().done > 60)
+    platform.check(platform.submit())
+    rabbitmq.ctl("close_all_connections", "by the test")
 
-    broker.ctl("stop_app")
-    meanwhile = client.submit(operation="sum", items=range(10))
-    with pytest.raises(BrokerUnavailable, match=r"amqp://guest:\*\*\*@127\.0\.0\.1"):
-        client.queues()
-    broker.ctl("start_app")
+    with caplog.at_level(logging.INFO, "rlm_tasks"):
+        job = platform.submit()
+        assert depth(platform.client, "normal") >= 0
+    assert caplog.messages == [], "the message was sent, and not left to the sweep"
+    platform.check(job)
 
-    is_exact(job, 600)
-    assert meanwhile.get(timeout=30) == 45
-    assert process.poll() is None
+
+def test_jobs_go_on_after_rabbitmq_was_away(platform: Cell, rabbitmq: Node) -> None:
+    job = platform.submit(300, ms=10)
+    wait_until(lambda: job.progress().done > 30)
+    rabbitmq.ctl("stop_app")
+    another = platform.submit()
+    with pytest.raises(BrokerUnavailable, match=r"amqp://guest:\*\*\*@.* does not answer"):
+        platform.client.queues()
+    rabbitmq.ctl("start_app")
+
+    platform.check(job)
+    platform.check(another)
+
+
+def test_an_item_that_runs_longer_than_rabbitmq_waits_runs_once(platform: Cell, rabbitmq: Node) -> None:
+    rabbitmq.ctl(
+        "eval", "application:set_env(rabbit, consumer_timeout, 1500), application:set_env(rabbit, channel_tick_interval, 500)."
+    )
+    rabbitmq.ctl("close_all_connections", "for the new time-out to hold")
+    try:
+        params = {"ms": 4000, "journal": str(platform.folder / "journal")}
+        job = platform.client.submit(
+            operation="journalled", items=range(2), params=params, strategy=NWay(split_factor=2, min_chunk_size=1)
+        )
+        platform.check(job)
+        assert sorted(platform.journal(job)) == [0, 1]
+    finally:
+        rabbitmq.ctl(
+            "eval",
+            "application:set_env(rabbit, consumer_timeout, 1800000), application:set_env(rabbit, channel_tick_interval, 60000).",
+        )
+        rabbitmq.ctl("close_all_connections", "for the old time-out to hold")
+    assert "PRECONDITION_FAILED" in platform.log.read_text(encoding="utf-8")
+
+
+# --- who else is there -------------------------------------------------------------------------------
+
+
+def test_platforms_on_one_rabbitmq_do_not_hear_each_other(platform: Cell) -> None:
+    kombu.pools.reset()  # Celery itself does not see that RabbitMQ has closed its connections
+    with client_of(platform.environment) as one, client_of({**platform.environment, "RLM_NAMESPACE": "another"}) as another:
+        assert len(one.app.control.ping(timeout=10, limit=1)) == 1
+        assert another.app.control.ping(timeout=0.5) == []
+
+
+def test_a_queue_that_is_deep_takes_no_more(platform: Cell) -> None:
+    environment = {**platform.environment, "RLM_NAMESPACE": "deep", "RLM_ADMISSION__QUEUE_DEPTH": "3"}
+    with client_of(environment) as first:
+        first.batch_submit([{"operation": "echo", "items": [1]}] * 3)
+        wait_until(lambda: depth(first, "normal") == 3)
+    with client_of(environment) as second, pytest.raises(QueueFull):
+        second.submit(operation="echo", items=[1])
+
+
+def test_it_is_spoken_to_over_tls_if_its_certificate_is_trusted(platform: Cell, rabbitmq: Node, tmp_path: Path) -> None:
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    proxy = TlsProxy(rabbitmq.port, context)
+    url = f"amqps://guest:guest@127.0.0.1:{proxy.port}//"
+    try:
+        with client_of({**platform.environment, "RLM_BROKER_URL": f"{url}?ssl_ca_certs={tmp_path}/ca.pem"}) as client:
+            assert depth(client, "normal") >= 0
+        careless = client_of({**platform.environment, "RLM_BROKER_URL": url})
+        with careless as client, pytest.raises(BrokerUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+            client.queues()
+    finally:
+        proxy.close()
+
+
+# --- who looks ---------------------------------------------------------------------------------------
+
+
+def asked(environment: dict[str, str], *words: str) -> Any:
+    """Return what a command of ours prints as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "rlm_tasks", "rlm", *words, "--json"],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stderr == "", done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_command_line_and_flower_know_its_queues(platform: Cell, tmp_path: Path) -> None:
+    names = [f"rabbit.{each}" for each in ("critical", "high", "normal", "low")]
+
+    assert [each["queue"] for each in asked(platform.environment, "queues")] == names
+    [broker] = [each for each in asked(platform.environment, "doctor") if each["check"] == "broker"]
+    assert (broker["state"], broker["found"]) == (
+        "ok",
+        f"the broker at {platform.environment['RLM_BROKER_URL'].replace(':guest@', ':***@')} answers",
+    )
+    with flower(platform.environment, tmp_path / "flower.log") as shown:
+        page = json.dumps(shown.data("/rlm/queues"))
+    assert all(name in page for name in names)
