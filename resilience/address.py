@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import redis
     from redis.sentinel import Sentinel
 
-SENTINEL = "sentinel://"
-URLS = ("redis://", "rediss://", "unix://", SENTINEL)
+SOCKET, SENTINEL = "unix://", "sentinel://"
+URLS = ("redis://", "rediss://", SOCKET, SENTINEL)
 """How the URL of a Redis begins."""
 SECURE = ("rediss", "amqps")
 SENTINEL_PORT = 26_379
@@ -51,6 +51,10 @@ class Address:
         """
         import redis
 
+        if self.url.startswith(SOCKET):
+            options = {
+                name: value for name, value in options.items() if name not in ("socket_keepalive", "socket_connect_timeout")
+            }
         if not self.is_watched:
             return redis.Redis.from_url(self.url, **options)
         following = _following(secured=tls(self.url) is not None)

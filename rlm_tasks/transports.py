@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from resilience.address import SENTINEL, credentials, hosts, tls, without_tls_options
+from resilience.address import SENTINEL, SOCKET, credentials, hosts, tls, without_tls_options
 from rlm_tasks.settings import Settings
 
 VISIBILITY_TIMEOUT_S = 4 * 3600
@@ -33,7 +33,7 @@ def broker(settings: Settings) -> dict[str, Any]:
     """Return Celery's settings of the broker."""
     url, prefix = settings.broker_url, f"{settings.namespace}:"
     secured = {"broker_use_ssl": _in_words_of(url)} if tls(url) else {}
-    if not speaks_redis(url):
+    if not speaks_redis(_celerys(url)):
         # Redis puts a prefix before each key; here what all apps of a virtual host would share has a name of its own.
         apart = {"control_exchange": settings.namespace, "event_exchange": f"{settings.namespace}.events"}
         return {"broker_url": without_tls_options(url), **secured, **apart}
@@ -63,7 +63,7 @@ def result_backend(settings: Settings) -> dict[str, Any]:
         "result_backend_transport_options": {"global_keyprefix": f"{settings.namespace}:", **_watched(settings, url)},
         "redis_socket_timeout": _answer_s(url),
         "redis_socket_connect_timeout": 5,
-        "redis_socket_keepalive": True,
+        "redis_socket_keepalive": not url.startswith(SOCKET),
     }
 
 
@@ -82,6 +82,8 @@ def _in_words_of(url: str) -> dict[str, Any]:
 
 def _celerys(url: str) -> str:
     """Return a URL as Celery takes it: each sentinel has the password and the database, for it may be asked first."""
+    if url.startswith(SOCKET):
+        return url.replace(SOCKET, "redis+socket://", 1).replace("?db=", "?virtual_host=", 1)
     if not url.startswith(SENTINEL):
         return without_tls_options(url)
     first = urlsplit(without_tls_options(url.split(";")[0]))

@@ -78,6 +78,12 @@ def test_a_client_asks_the_sentinels_and_speaks_to_each_as_it_has_to() -> None:
     assert one.connection_kwargs["socket_timeout"] == SENTINEL_TIMEOUT_S, "there are others"
 
 
+def test_a_socket_is_connected_to_without_options_of_tcp() -> None:
+    pool = Address("unix:///run/redis.sock?db=3").client(socket_keepalive=True, socket_connect_timeout=1.0).connection_pool
+
+    assert pool.make_connection().path == "/run/redis.sock"
+
+
 def test_sentinels_and_primary_are_spoken_to_over_tls_alike() -> None:
     pool = Address("sentinel://one/0?ssl_ca_certs=/ca;sentinel://two", "primary").client().connection_pool
     sentinels = [each.connection_pool for each in pool.sentinel_manager.sentinels]

@@ -326,6 +326,11 @@ def test_another_broker_is_not_told_of_the_order_of_redis() -> None:
     assert made(broker_url="amqp://nowhere", broker_transport_options={}).conf.broker_transport_options == {}
 
 
+def test_a_worker_survives_a_channel_that_its_broker_closes_unless_its_owner_will_not_have_it() -> None:
+    assert made(broker_url="amqp://nowhere").conf.broker_channel_error_retry is True
+    assert made(broker_url="amqp://nowhere", broker_channel_error_retry=False).conf.broker_channel_error_retry is False
+
+
 # --- the page ----------------------------------------------------------------------------------------
 
 

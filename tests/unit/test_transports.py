@@ -53,6 +53,16 @@ def test_without_tls_celery_is_told_nothing_of_it() -> None:
     assert conf.broker_transport_options["socket_timeout"] == conf.redis_socket_timeout == ANSWER_S
 
 
+def test_a_socket_of_this_machine_is_said_in_celerys_words() -> None:
+    app = app_of(redis_url="unix:///run/redis.sock?db=3")
+    backend: RedisBackend = app.backend
+
+    assert app.conf.broker_url == "redis+socket:///run/redis.sock?virtual_host=3"
+    assert app.connection_for_read().transport.driver_type == "redis"
+    assert backend.client.connection_pool.make_connection().path == "/run/redis.sock"
+    assert backend.connparams["db"] == 3
+
+
 def test_each_sentinel_may_be_asked_first_so_each_has_password_and_database() -> None:
     found = transports.broker(watched())
 
