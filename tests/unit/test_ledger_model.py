@@ -16,7 +16,7 @@ class OnFakeredis(LedgerMachine):
 
 TestLedgerOnFakeredis = OnFakeredis.TestCase
 TestLedgerOnFakeredis.settings = settings(
-    max_examples=100,
+    max_examples=60,
     stateful_step_count=50,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
