@@ -35,7 +35,7 @@ from rlm_tasks.intake import Intake
 from rlm_tasks.job import Job
 from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report, Standing
 from rlm_tasks.requests import JobRequest, Options, Priority
-from rlm_tasks.results import JobResult, QuarantinedItem, Status
+from rlm_tasks.results import JobResult, Progress, QuarantinedItem, Status
 from rlm_tasks.runtime import making_room, wake
 from rlm_tasks.settings import Settings
 from rlm_tasks.shares import policies, priority_for
@@ -337,6 +337,15 @@ class Client:
         """Return the newest jobs of this platform, the newest first.  Raises StoreUnavailable."""
         return [Job(self, id) for id, _ in self._reachable(lambda: self.ledger.jobs(limit))]
 
+    def listed(self, limit: int = 100) -> list[tuple[Spec, Progress]]:
+        """Return what the newest jobs are and how far, but for those that expire meanwhile.  Raises StoreUnavailable."""
+        found = []
+        for job in self.jobs(limit):
+            spec = self._reachable(functools.partial(self.ledger.spec, job.id))
+            with suppress(JobNotFound):
+                found += [(spec, job.progress())] if spec is not None else []
+        return found
+
     def quarantine(self) -> list[QuarantinedItem]:
         """Return the quarantined items of all jobs, the newest job first.  Raises StoreUnavailable."""
         jobs = self._reachable(self.ledger.quarantined_jobs)
@@ -361,7 +370,7 @@ class Client:
             size = self._intake.batch_size()
             parts = [slice(at, at + size) for at in range(0, len(requests), size)]
             return [job for part in parts for job in self._open_part(named[part], delays[part])]
-        except BaseException:
+        except BaseException:  # also when it is interrupted: nobody else would give the places back
             self._leave([job for _, job in named])
             raise
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from billiard.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
 from celery.exceptions import TaskPredicate
 
 from resilience.faults import CANCELLED, TIMEOUT, WORKER_LOST, classify, register
+
+if TYPE_CHECKING:
+    from rlm_tasks.results import ItemFailure
 
 for _error, _fault in {
     SoftTimeLimitExceeded: TIMEOUT,
@@ -36,3 +40,11 @@ def failure_of(index: int, error: BaseException, code: str = "") -> dict[str, An
         "message": str(error)[:MESSAGE_CHARS],
         "traceback": text[-TRACEBACK_CHARS:],
     }
+
+
+def alike(failures: Iterable[ItemFailure]) -> list[tuple[str, str, list[int]]]:
+    """Return type, code and the items' indexes of failures that are alike, the most frequent first."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for each in failures:
+        found.setdefault((each.type, each.code), []).append(each.index)
+    return sorted(((*kind, indexes) for kind, indexes in found.items()), key=lambda row: -len(row[2]))

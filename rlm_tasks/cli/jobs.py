@@ -12,7 +12,6 @@ import click
 from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, table
 
 if TYPE_CHECKING:
-    from rlm_tasks.client import Client
     from rlm_tasks.job import Job
     from rlm_tasks.results import ItemFailure, JobEvent, JobResult, Progress
     from rlm_tasks.spec import Spec
@@ -51,9 +50,7 @@ def submit(ctx: click.Context, request_file: Any, timeout: float | None, as_json
 @click.pass_context
 def jobs(ctx: click.Context, limit: int, only_open: bool, quiet: bool, as_json: bool) -> None:
     """List jobs, the newest first."""
-    client = client_of(ctx)
-    found = [each for job in client.jobs(limit) if (each := _seen(client, job)) is not None]
-    rows = [(spec, at) for spec, at in found if not (only_open and at.status.final)]
+    rows = [(spec, at) for spec, at in client_of(ctx).listed(limit) if not (only_open and at.status.final)]
     if as_json:
         print_json([{"id": s.job, "operation": s.operation, "priority": s.priority, **_progress(at)} for s, at in rows])
     elif quiet:
@@ -61,17 +58,6 @@ def jobs(ctx: click.Context, limit: int, only_open: bool, quiet: bool, as_json: 
     else:
         columns = ("job", "operation", "priority", "status", "items", "done", "failed", "skipped", "nodes", "seconds")
         table("Jobs", columns, (_row(spec, at) for spec, at in rows))
-
-
-def _seen(client: Client, job: Job) -> tuple[Spec, Progress] | None:
-    """Return what a listed job is and how far; None when its ledger has expired since it was listed."""
-    from rlm_tasks.errors import JobNotFound
-
-    spec = client.ledger.spec(job.id)
-    try:
-        return None if spec is None else (spec, job.progress())
-    except JobNotFound:
-        return None
 
 
 def _row(spec: Spec, at: Progress) -> tuple[Any, ...]:
@@ -111,14 +97,10 @@ def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
 
 def _show_failures(failures: list[ItemFailure]) -> None:
     """Print failures, alike ones in one row: what they raised may hold an item, and is in the result alone."""
-    alike: dict[tuple[str, str], list[int]] = {}
-    for each in failures:
-        alike.setdefault((each.type, each.code), []).append(each.index)
-    rows = sorted(alike.items(), key=lambda row: -len(row[1]))
-    table(
-        "What failed", ("raised", "code", "items", "index"),
-        ((type, code, len(indexes), _first_of(indexes)) for (type, code), indexes in rows),
-    )  # fmt: skip
+    from rlm_tasks.failures import alike
+
+    rows = ((type, code, len(indexes), _first_of(indexes)) for type, code, indexes in alike(failures))
+    table("What failed", ("raised", "code", "items", "index"), rows)
 
 
 def _first_of(indexes: list[int]) -> str:

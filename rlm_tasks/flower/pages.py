@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from resilience.degradation import Level
 from rlm_tasks.errors import JobNotFound
+from rlm_tasks.failures import alike
 from rlm_tasks.metrics import BREAKER_STATES
 from rlm_tasks.results import Progress, Status
 
@@ -120,7 +121,7 @@ class Picture:
 
 def jobs(client: Client) -> Picture:
     """Return the newest jobs, the newest first."""
-    found = [each for job in client.jobs(JOBS) if (each := _seen(client, job)) is not None]
+    found = client.listed(JOBS)
     count = Counter(progress.status for _, progress in found)
     standing, failed = client.at_work(), count[Status.FAILED] + count[Status.EXPIRED]
     cards = [
@@ -134,14 +135,6 @@ def jobs(client: Client) -> Picture:
     rows = [_job_row(spec, progress) for spec, progress in found]
     table = Table("", columns, rows, "No job has been submitted yet.", minor)
     return Picture(f"The newest {len(found)} jobs.", cards=cards, tables=[table])
-
-
-def _seen(client: Client, job: Job) -> tuple[Spec, Progress] | None:
-    spec = client.ledger.spec(job.id)
-    try:
-        return None if spec is None else (spec, job.progress())
-    except JobNotFound:
-        return None  # it has expired since it was listed
 
 
 def _job_row(spec: Spec, at: Progress) -> list[str | Cell]:
@@ -220,9 +213,6 @@ _NODE_TONES = {"running": "active", "parked": "warning", "done": "success", "cut
 
 def _failures(found: Job, at: Progress) -> Table:
     """Return what failed, alike failures in one row; of very many the first thousand."""
-    alike = dict[tuple[str, str], list[int]]()
-    for each in found.failures():
-        alike.setdefault((each.type, each.code), []).append(each.index)
     rows = [
         [
             type,
@@ -230,7 +220,7 @@ def _failures(found: Job, at: Progress) -> Table:
             f"{len(indexes):,}",
             ", ".join(f"{each:,}" for each in indexes[:INDEXES]) + (", …" if len(indexes) > INDEXES else ""),
         ]
-        for (type, code), indexes in alike.items()
+        for type, code, indexes in alike(found.failures())
     ]
     return Table(
         _counted("Failures", at.failed, "item", FAILURES), ("Type", "Code", "Items", "Which"), rows, "No item has failed."
