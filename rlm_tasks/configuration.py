@@ -159,12 +159,7 @@ def import_config(text: str) -> Settings:
 
     Raises InvalidSettings, which names the place, the value and the nearest that would do.
     """
-    try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise InvalidSettings([f"the configuration is not JSON: {error}"]) from None
-    if not isinstance(document, dict):
-        raise InvalidSettings([f"the configuration is {type(document).__name__}; give an object of settings, as `export` does"])
+    document = document_of(text)
     told = {variable(place): value for place, value in _leaves(document)}
     if found := [_unknown(name, str(value)) for name, value in told.items() if not _is_known(name)]:
         raise InvalidSettings(found)
@@ -172,6 +167,17 @@ def import_config(text: str) -> Settings:
         return Settings(**document)
     except ValidationError as error:
         raise InvalidSettings([_invalid(each, told) for each in error.errors()]) from None
+
+
+def document_of(text: str | bytes) -> dict[str, Any]:
+    """Return the object that a configuration's text is.  Raises InvalidSettings."""
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise InvalidSettings([f"the configuration is not JSON: {error}"]) from None
+    if not isinstance(document, dict):
+        raise InvalidSettings([f"the configuration is {type(document).__name__}; give an object, as `export` does"])
+    return document
 
 
 def as_environment(settings: Settings) -> dict[str, str]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rlm_tasks.configuration import document_of
 from rlm_tasks.errors import InvalidRequest, InvalidSettings
 
 if TYPE_CHECKING:
@@ -154,12 +155,7 @@ class OptimizationConfig:
         Raises InvalidSettings for what is no JSON object or has unknown keys; wrong values are told by `validate`.
         """
         _refuse_format(format)
-        try:
-            document = json.loads(text)
-        except ValueError as error:
-            raise InvalidSettings([f"the optimization config is not JSON: {error}"]) from None
-        if not isinstance(document, dict):
-            raise InvalidSettings([f"the optimization config is {type(document).__name__}; give an object of keys"])
+        document = document_of(text)
         if unknown := [f"{name}={value!r}: {advice}" for name, value in document.items() if (advice := _unknown(cls, name))]:
             raise InvalidSettings(unknown)
         return cls(**document)

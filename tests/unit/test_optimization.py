@@ -122,8 +122,8 @@ def test_a_document_may_leave_keys_out() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("{", "the optimization config is not JSON"),
-        ("[1]", "the optimization config is list; give an object of keys"),
+        ("{", "the configuration is not JSON"),
+        ("[1]", "the configuration is list; give an object"),
         (
             '{"cache_size": 1, "zz": 2}',
             "cache_size=1: there is no such key; did you mean cache_max_size?\nzz=2: there is no such key",
