@@ -51,7 +51,7 @@ class Address:
         """
         import redis
 
-        if self.url.startswith(SOCKET):
+        if self.url.startswith(SOCKET):  # which has neither
             options = {
                 name: value for name, value in options.items() if name not in ("socket_keepalive", "socket_connect_timeout")
             }

@@ -231,9 +231,11 @@ def test_it_is_seen_how_full_a_limit_is(page: Page, platform: Client, tmp_path: 
     job.wait(timeout=20)
 
 
-def test_queues_tell_by_priority_what_waits_runs_and_is_parked(page: Page, platform: Client, hold: Callable[..., Job]) -> None:
+def test_queues_tell_by_priority_what_waits_runs_and_is_parked(
+    page: Page, platform: Client, hold: Callable[..., Job], tmp_path: Path
+) -> None:
     platform.breakers.get("reset-by-hand").open()
-    parked = platform.submit(operation="stubborn", items=[1], params={"folder": "."}, priority="low")
+    parked = platform.submit(operation="stubborn", items=[1], params={"folder": str(tmp_path)}, priority="low")
     wait_until(lambda: any(each.queue == "browser.low" and each.parked for each in platform.at_work()))
     running = [hold(1, priority="critical") for _ in range(2)]
     wait_until(lambda: all(each.status == "running" for each in running))

@@ -40,7 +40,7 @@ class Flower:
         """Return what is on a page."""
         status, text = self.get(f"{path}?json=1", user)
         assert status == 200, text
-        return json.loads(text)  # type: ignore[no-any-return]
+        return json.loads(text)  # type: ignore[no-any-return]  # JSON has no types
 
     def post(self, action: str, user: str = "", *, site: str = "same-origin", **about: str) -> tuple[int, dict[str, str]]:
         """Do what a button does; return the status and what is told."""

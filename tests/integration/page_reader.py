@@ -197,7 +197,7 @@ class Reader:
         state, output, errors = (self._apart / f"sh.{name}" for name in ("state", "out", "err"))
         traps = f"""trap 'echo "line $LINENO: $BASH_COMMAND" >&2' ERR; trap 'env -0 > {shlex.quote(str(state))}' EXIT"""
         # As many empty lines as stand before the commands make bash name the page's own lines.
-        script = traps + "\n" * (step.line - 1) + self._here(step.text)
+        script = traps + ";" + "\n" * (step.line - 1) + self._here(step.text)
         with output.open("wb") as out, errors.open("wb") as err:
             process = self._popen(script, out, err)
         try:

@@ -32,7 +32,7 @@ def test_the_readmes_job_is_in_flower_the_metrics_the_command_line_and_the_trace
 
         # the command line
         assert job.id in (reader.printed or "")
-        reader.carry_out([Block("look", 2, "sh", "", f"{LOOK} job {job.id} --json\n{LOOK} status --json\n")])
+        reader.carry_out([Block("look", 1, "sh", "", f"{LOOK} job {job.id} --json\n{LOOK} status --json\n")])
         told, status = map(json.loads, (reader.printed or "").splitlines())
         assert (told["status"], told["done"], told["failed"], told["trace_id"]) == ("succeeded", lines, 0, job.trace_id)
         assert (status["monitored"], len(status["hosts"])) == (True, 1)
