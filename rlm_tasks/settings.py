@@ -15,6 +15,7 @@ from pydantic_settings import NoDecode
 from resilience.address import SENTINEL, check
 from resilience.settings import StoreSettings
 from rlm_tasks.errors import InvalidSettings
+from rlm_tasks.llm.settings import LlmSettings
 from scheduler.settings import (
     AdmissionSettings,
     AlertSettings,
@@ -120,6 +121,7 @@ class Settings(StoreSettings):
     alerts: AlertSettings = AlertSettings()
     metrics: MetricsSettings = MetricsSettings()
     tracing: TracingSettings = TracingSettings()
+    llm: LlmSettings = LlmSettings()
 
     def model_post_init(self, _context: Any) -> None:
         """Let the broker and the result backend default to the ledger's Redis."""
@@ -154,6 +156,11 @@ def traces_exporters() -> list[str]:
     otlp = _OTLP.get(os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or protocol, protocol)
     names = (os.environ.get("OTEL_TRACES_EXPORTER") or "otlp").replace(" ", "").split(",")
     return [otlp if name == "otlp" else name for name in names if name != "none"]
+
+
+def key_of(variable: str) -> str:
+    """Return the key of a provider, which its own variable holds; '' when that is not set."""
+    return os.environ.get(variable, "").strip()
 
 
 @cache

@@ -1,0 +1,105 @@
+"""Which models and providers there are, what they allow and what they cost: records, no decisions.
+
+Keys are not here: an endpoint names the variable that holds its key, and `rlm_tasks.settings` reads that.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+Tier = Literal["small", "medium", "large"]
+TIERS: tuple[Tier, ...] = ("small", "medium", "large")
+
+
+class ModelSettings(BaseModel, frozen=True, extra="forbid"):
+    """One model: how much it takes at once, what a million of its tokens costs, what its provider allows."""
+
+    context_tokens: int = Field(128_000, gt=0)
+    max_output_tokens: int = Field(16_384, gt=0)
+    input_price: float = Field(0.0, ge=0)  # money for a million tokens of a prompt
+    output_price: float = Field(0.0, ge=0)  # money for a million tokens of an answer
+    requests: float | None = Field(None, gt=0)  # in any window; None: as `LlmSettings.requests`
+    tokens: float | None = Field(None, gt=0)  # in any window; None: as `LlmSettings.tokens`
+
+
+class EndpointSettings(BaseModel, frozen=True, extra="forbid"):
+    """One place that answers as OpenAI's does."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    base_url: str = ""  # such as https://HOST/v1; empty: as OPENAI_BASE_URL says
+    key_env: str = "OPENAI_API_KEY"  # the variable that holds its key
+    weight: Annotated[float, Field(gt=0)] = 1.0  # its share of the calls, where `routing` is weighted
+    models: dict[str, str] = {}  # our name of a model -> its name there; empty: it has all, under our names
+    stream: bool = False  # read answers while they are made: a time limit then bounds each pause, not the whole
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_a_url(cls, value: str) -> str:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://")
+        if "@" in value:
+            raise ValueError("must hold no user or password; name the variable of its key as key_env")
+        return value.rstrip("/")
+
+
+PRICES = {
+    "gpt-4.1-nano": ModelSettings(context_tokens=1_047_576, max_output_tokens=32_768, input_price=0.10, output_price=0.40),
+    "gpt-4.1-mini": ModelSettings(context_tokens=1_047_576, max_output_tokens=32_768, input_price=0.40, output_price=1.60),
+    "gpt-4.1": ModelSettings(context_tokens=1_047_576, max_output_tokens=32_768, input_price=2.00, output_price=8.00),
+}
+"""What the models of the default tiers cost by their provider's list of 2025, in US dollars; `LlmSettings.models` comes first."""
+
+
+class LlmSettings(BaseModel, frozen=True, extra="forbid"):
+    """Calls to language models."""
+
+    endpoints: tuple[EndpointSettings, ...] = Field(
+        (),
+        description='Providers, as JSON: `[{"name": "main", "base_url": "https://HOST/v1", "key_env": "MAIN_KEY"}, ...]`; empty: one, as `OPENAI_BASE_URL` and `OPENAI_API_KEY` say (docs/llm.md).',
+    )
+    small: str = Field("gpt-4.1-nano", min_length=1, description="Model of the small tier.")
+    medium: str = Field("gpt-4.1-mini", min_length=1, description="Model of the medium tier.")
+    large: str = Field("gpt-4.1", min_length=1, description="Model of the large tier.")
+    models: dict[str, ModelSettings] = Field(
+        {},
+        description='What models take, cost and may: JSON, name -> `{"context_tokens": 128000, "max_output_tokens": 16384, "input_price": 0.4, "output_price": 1.6, "requests": 3500, "tokens": 90000}`; prices for a million tokens.',
+    )
+    requests: float = Field(3500.0, gt=0, description="Requests in any window, of each model and key.")
+    tokens: float = Field(90_000.0, gt=0, description="Tokens in any window, of each model and key.")
+    window_s: float = Field(60.0, gt=0, description="The window that providers count by, in seconds.")
+    bytes_per_s: float = Field(10e6, gt=0, description="Bytes a second to and from each endpoint, of all workers.")
+    routing: Literal["round_robin", "least_connections", "weighted", "consistent_hash"] = Field(
+        "round_robin", description="Which endpoint a call goes to, of those that have its model and are well."
+    )
+    pool: int = Field(50, gt=0, description="Calls in flight of one worker process.")
+    per_host: int = Field(10, gt=0, description="... of them to one endpoint.")
+    timeout_s: float = Field(60.0, gt=0, description="A call that takes longer is given up.")
+    idle_s: float = Field(300.0, gt=0, description="A connection nobody uses is kept open for this long.")
+    health_every_s: float = Field(30.0, gt=0, description="Endpoints are asked this often how they are.")
+    health_timeout_s: float = Field(5.0, gt=0, description="... and are ill when they do not answer in time.")
+    health_strikes: int = Field(3, ge=1, description="An endpoint that was ill so often in a row gets no calls until it is well.")
+    attempts: int = Field(4, ge=1, description="Attempts at a call that fails; 429 and an open breaker cost none.")
+    repairs: int = Field(2, ge=0, description="How often an answer of the wrong form is sent back to be put right.")
+    merge_share: float = Field(0.2, ge=0, lt=1, description="Share of a budget that is kept for the rounds that merge.")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> LlmSettings:
+        names = [each.name for each in self.endpoints]
+        if len(set(names)) < len(names):
+            raise ValueError(f"endpoints must have names of their own, there are {', '.join(names)}")
+        return self
+
+    @property
+    def places(self) -> tuple[EndpointSettings, ...]:
+        """The endpoints, or the one that the provider's own variables describe."""
+        return self.endpoints or (EndpointSettings(name="default"),)
+
+    def model(self, name: str) -> ModelSettings:
+        """Return what is known of a model."""
+        return self.models.get(name) or PRICES.get(name) or ModelSettings()
+
+    def of_tier(self, tier: Tier) -> str:
+        """Return the name of a tier's model."""
+        return str(getattr(self, tier))
