@@ -34,7 +34,7 @@ from rlm_tasks.errors import BrokerUnavailable, InvalidRequest, JobEnded, JobNot
 from rlm_tasks.intake import Intake
 from rlm_tasks.job import Job
 from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report, Standing
-from rlm_tasks.requests import JobRequest, Options, Priority
+from rlm_tasks.requests import Budget, JobRequest, Options, Priority
 from rlm_tasks.results import JobResult, Progress, QuarantinedItem, Status
 from rlm_tasks.runtime import making_room, wake
 from rlm_tasks.settings import Settings
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker, CircuitBreakers
     from rlm_tasks.limits import LimitReport
     from rlm_tasks.pressure import PlatformStatus, Pressure
+    from rlm_tasks.spending import Purse
     from scheduler.alerts import Alerts
     from scheduler.events import Event, Events, Listener
     from scheduler.queues import QueueReport
@@ -181,6 +182,13 @@ class Client:
         return stats(self.status(), self.recovery_success_rate())
 
     @functools.cached_property
+    def purse(self) -> Purse:
+        """What jobs that call models may spend, and have spent."""
+        from rlm_tasks.spending import Purse
+
+        return Purse(self._store, ttl_s=self.settings.result_ttl_s, merge_share=self.settings.llm.merge_share)
+
+    @functools.cached_property
     def usage(self) -> Usage:
         """What operations have cost: `of(operation)` and `all()`."""
         return Usage(self._store, self.ledger.keys)
@@ -218,7 +226,7 @@ class Client:
         from rlm_tasks.guards import Guards
         from rlm_tasks.limits import reports
 
-        return reports(Guards(self.store, self.settings.breakers, lambda waiters: wake(self.ledger, self._dispatcher, waiters)))
+        return reports(Guards(self.store, self.settings, lambda waiters: wake(self.ledger, self._dispatcher, waiters)))
 
     def queues(self) -> dict[str, QueueReport]:
         """Return how many messages wait in each queue of the platform, and for how long.  Raises BrokerUnavailable."""
@@ -361,8 +369,7 @@ class Client:
         return JobRequest.parse(request)
 
     def _open(self, requests: Sequence[JobRequest]) -> list[Job]:
-        for request in requests:
-            self._check(request)
+        requests = [self._checked(request) for request in requests]
         self._store.check()
         named = [(request, self._id_for(request.options.idempotency_key)) for request in requests]
         try:
@@ -458,29 +465,40 @@ class Client:
                 f"names job {spec.job}, which differs in {', '.join(differs)}; use another",
             )
 
-    def _check(self, request: JobRequest) -> None:
+    def _checked(self, request: JobRequest) -> JobRequest:
+        """Return a request as its operation wants it.  Raises InvalidRequest."""
         operation = operations.get(request.operation)
         if request.conditions.validate_before_process and operation.validate is None:
             raise InvalidRequest(
                 "validate_before_process", True, f"operation {operation.name!r} has no validate; give it one, or leave this out"
             )
+        for name in ("budget", "cache_results"):
+            if operation.gate is None and (value := getattr(request.options, name)):
+                raise InvalidRequest(name, value, f"operation {operation.name!r} calls no models; leave it out")
+        return request if operation.prepare is None else operation.prepare(request, self.settings)
 
     def _stored(self, request: JobRequest, job: str = "") -> tuple[Spec, str]:
         """Store the items whole, then settle the request: a generator that raises leaves no job behind."""
         options, conditions, priority = request.options, request.conditions, self._priority(request)
         job = job or self._id_for(options.idempotency_key)
         source, n, staged = self._write_items(job, request.items)
-        return Spec(
+        operation = operations.get(request.operation)
+        spends = operation.gate is not None
+        spec = Spec(
             job=job, operation=request.operation, source=source, n=n,
             shape=request.shape(self.settings.node.target_ms), queue=queue_name(self.settings.namespace, priority),
-            version=operations.get(request.operation).version, params=request.params, priority=priority,
+            version=operation.version, params=request.params, priority=priority,
             kind=request.kind, continue_on_error=options.continue_on_error, error_threshold=options.error_threshold,
             skip_if_empty=conditions.skip_if_empty, validate=conditions.validate_before_process,
             early_termination_threshold=conditions.early_termination_threshold, timeout_ms=options.timeout_ms,
             description=request.description, complexity=request.complexity, idempotency_key=options.idempotency_key,
             emits=options.emit_metrics,
             preempts=options.preempts(priority), patient=self._is_patient(request), trace=self._trace(options),
-        ), staged  # fmt: skip
+            budget=(options.budget or Budget()).limits if spends else None,
+            cache_ttl_s=options.cache_ttl_seconds if options.cache_results else 0.0,
+        )  # fmt: skip
+        self.purse.open(spec, last=operation.then is None)
+        return spec, staged
 
     def _trace(self, options: Options) -> str:
         if options.trace_context is not None:
@@ -508,7 +526,9 @@ class Client:
         """Open a job like another one on other items."""
         job = self._id_for("")
         source, n, staged = self._write_items(job, items)
-        return self._start([(msgspec.structs.replace(spec, job=job, source=source, n=n, idempotency_key=""), staged)])[0]
+        again = msgspec.structs.replace(spec, job=job, source=source, n=n, idempotency_key="")
+        self.purse.open(again, last=operations.get(spec.operation).then is None)
+        return self._start([(again, staged)])[0]
 
     def _forget(self, *keys: str) -> None:
         try:

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from rlm_tasks.ledger import NodeRecord
+from rlm_tasks.ledger import MERGE, NodeRecord
 
 _STOPPED = {
     "early": "it ended early, as asked",
+    "budget": "its budget is spent",
     "failed": "too many items failed",
     "expired": "its timeout passed",
     "cancelled": "it was cancelled",
@@ -23,7 +24,8 @@ def explain(facts: Mapping[str, str], nodes: Sequence[NodeRecord], now_ms: int) 
     if state in ("succeeded", "failed", "expired", "cancelled"):
         return _ended(facts)
     if state == "merging":
-        return "Every item is accounted for; the answer is being merged."
+        waits = next((node.why for node in nodes if node.id == MERGE and node.state == "p"), "the answer is being merged")
+        return f"Every item is accounted for; {waits}."
     states = Counter(node.state for node in nodes)
     if facts.get("stop"):
         return f"It is stopping because {_STOPPED.get(facts['stop'], facts['stop'])}; {states['r']} nodes are still in a slice."

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from resilience.bucket import Grant, TokenBucket
     from resilience.bulkhead import Bulkhead, Permit
     from resilience.retry import Retry
-    from resilience.settings import BreakerSettings
     from resilience.store import Store
     from rlm_tasks.operations import Context, Operation
+    from rlm_tasks.settings import Settings
+    from rlm_tasks.spec import Spec
 
 ORDER = ("deadline", "retry", "rate_limit", "breaker", "bulkhead")
 """The guards of a call, outermost first.
@@ -76,6 +77,7 @@ class Guarded:
     def __init__(
         self,
         operation: Operation,
+        about: Protection,
         *,
         breaker: CircuitBreaker | None,
         bucket: TokenBucket | None,
@@ -85,7 +87,7 @@ class Guarded:
         urgency: int,
         store: Store,
     ) -> None:
-        self._operation, self._about = operation, operation.protection
+        self._operation, self._about = operation, about
         self._breaker, self._bucket, self._bulkhead, self._retry = breaker, bucket, bulkhead, retry
         self._priority, self._urgency = priority, urgency
         self._store, self._random, self._cpu_s = store, Random(), 0.01
@@ -270,38 +272,51 @@ def breakers_of(store: Store, wake: Callable[[Sequence[str]], int | None] = lamb
 class Guards:
     """The guards of one process, by service; built when an operation first needs them."""
 
-    def __init__(self, store: Store, settings: BreakerSettings, wake: Callable[[Sequence[str]], int | None]) -> None:
-        self._store, self._settings, self._wake = store, settings, wake
+    def __init__(
+        self,
+        store: Store,
+        settings: Settings,
+        wake: Callable[[Sequence[str]], int | None],
+        stop: Callable[..., object] = lambda *_, **__: None,
+    ) -> None:
+        """`stop` ends a job's items by its id and a reason, as `Ledger.stop` does."""
+        self.store, self.settings, self.stop = store, settings, stop
+        self._wake = wake
         self._breakers: dict[str, CircuitBreaker] = {}
         self._buckets: dict[str, TokenBucket] = {}
         self._bulkheads: dict[str, Bulkhead] = {}
         self._retries: dict[str, Retry] = {}
 
-    def of(self, operation: Operation, priority: str) -> Guarded | None:
-        """Return an operation behind its guards, or None when it declares none."""
-        if not operation.protection.guards_calls:
-            return None
+    def of(self, operation: Operation, spec: Spec) -> Guarded | None:
+        """Return an operation behind its guards, for one job, or None when it declares none."""
+        if operation.gate is not None:
+            return operation.gate(self, operation, spec)
+        return self.guarded(operation, operation.protection, spec.priority) if operation.protection.guards_calls else None
+
+    def guarded(self, operation: Operation, about: Protection, priority: str) -> Guarded:
+        """Return an operation behind the guards of a service."""
         from resilience.line import URGENCY
 
-        about = operation.protection
         return Guarded(
             operation,
-            breaker=self._breaker(about),
+            about,
+            breaker=self.breaker(about),
             bucket=self.bucket(about),
             bulkhead=self.bulkhead(about),
             retry=self._retry(operation.name, about),
             priority=priority,
             urgency=URGENCY[priority],
-            store=self._store,
+            store=self.store,
         )
 
-    def _breaker(self, about: Protection) -> CircuitBreaker | None:
-        if about.breaker is None or not self._settings.enabled:
+    def breaker(self, about: Protection) -> CircuitBreaker | None:
+        """Return the breaker of a service, or None when it has none."""
+        if about.breaker is None or not self.settings.breakers.enabled:
             return None
         from resilience.breaker import CircuitBreaker
 
         if about.service not in self._breakers:
-            self._breakers[about.service] = CircuitBreaker(about.service, self._store, about.breaker, wake=self._wake)
+            self._breakers[about.service] = CircuitBreaker(about.service, self.store, about.breaker, wake=self._wake)
         return self._breakers[about.service]
 
     def bucket(self, about: Protection) -> TokenBucket | None:
@@ -311,7 +326,7 @@ class Guards:
         from resilience.bucket import TokenBucket
 
         if about.service not in self._buckets:
-            self._buckets[about.service] = TokenBucket(about.service, self._store, **dict(about.rate_limit))  # type: ignore[arg-type]  # rates by their names
+            self._buckets[about.service] = TokenBucket(about.service, self.store, **dict(about.rate_limit))  # type: ignore[arg-type]  # rates by their names
         return self._buckets[about.service]
 
     def bulkhead(self, about: Protection) -> Bulkhead | None:
@@ -323,7 +338,7 @@ class Guards:
         if about.service not in self._bulkheads:
             lease_s = max(LEASE_S, about.timeout_s or 0.0)
             self._bulkheads[about.service] = Bulkhead(
-                about.service, self._store, limit=about.bulkhead, per_host=about.per_host, lease_s=lease_s, wake=self._wake
+                about.service, self.store, limit=about.bulkhead, per_host=about.per_host, lease_s=lease_s, wake=self._wake
             )
         return self._bulkheads[about.service]
 
@@ -341,5 +356,5 @@ class Guards:
         if operation not in self._retries:
             # What bounds an item that waits is its job's own time: nothing accepted is given up for waiting.
             policy = about.retry.model_copy(update={"deadline_s": float("inf")})
-            self._retries[operation] = Retry(policy, RetryBudget(about.service, self._store))
+            self._retries[operation] = Retry(policy, RetryBudget(about.service, self.store))
         return self._retries[operation]

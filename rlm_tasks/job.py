@@ -6,8 +6,9 @@ Reads the ledger and waits on it, never on a Celery result; refuses to know how 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -42,9 +43,11 @@ from rlm_tasks.results import (
     SuccessfulItems,
     TreeNode,
 )
+from rlm_tasks.rounds import opened
 from rlm_tasks.tracing import trace_id_of
 
 if TYPE_CHECKING:
+    from resilience.budget import Spending
     from rlm_tasks.client import Client
     from rlm_tasks.spec import Spec
 
@@ -96,23 +99,41 @@ class Job:
     def progress(self) -> Progress:
         """Return how far the whole tree is, running nodes included.  Raises JobNotFound, StoreUnavailable."""
         facts = self._facts()
+        parts = [(self.id, facts), *self._rounds(facts)]
         status = Status(facts["state"])
-        done, failed, skipped = (int(facts[name]) for name in ("done", "failed", "skipped"))
-        if facts["phase"] == "validate":
-            done = int(facts["validated"]) - failed
-        if not status.final:
-            more = self._ledger.inflight(self.id)
-            done, failed, skipped = done + more[0], failed + more[1], skipped + more[2]
+        done, failed, skipped = (sum(each) for each in zip(*(self._counts(*part) for part in parts), strict=True))
         began, ended = int(facts.get("started_ms", 0)), int(facts.get("closed_ms", 0))
         elapsed = max(0.0, ((ended or self._now_ms()) - began) / 1000) if began else 0.0
-        worked, total = done + failed, int(facts["n"])
+        worked, total = done + failed, _summed(parts, "n")
         rate = worked / elapsed if elapsed else 0.0
         left = total - worked - skipped
         eta = 0.0 if status.final else (left / rate if rate else None)
         return Progress(
-            status, total, done, failed, skipped, int(facts["nodes"]), int(facts["pending"]), int(facts["splits"]),
-            elapsed, rate, eta, facts["phase"],
+            status, total, done, failed, skipped, _summed(parts, "nodes"), _summed(parts, "pending"), _summed(parts, "splits"),
+            elapsed, rate, eta, facts["phase"], round=len(parts) - 1,
         )  # fmt: skip
+
+    def _counts(self, id: str, facts: dict[str, str]) -> tuple[int, int, int]:
+        """Return done, failed and skipped of a job or a round, with what its running nodes have told."""
+        done, failed, skipped = (int(facts[name]) for name in ("done", "failed", "skipped"))
+        if facts["phase"] == "validate":
+            done = int(facts["validated"]) - failed
+        more = (0, 0, 0) if Status(facts["state"]).final else self._ledger.inflight(id)
+        return done + more[0], failed + more[1], skipped + more[2]
+
+    def _rounds(self, facts: dict[str, str]) -> list[tuple[str, dict[str, str]]]:
+        return self._reachable(lambda: opened(self._ledger, self.id)) if facts.get("rounds") else []
+
+    def rounds(self) -> list[Job]:
+        """Return the rounds that it has gone on in so far, each a job of its own.  Raises JobNotFound, StoreUnavailable."""
+        return [Job(self._client, id) for id, _ in self._rounds(self._facts())]
+
+    def spent(self) -> Spending | None:
+        """Return what the job and its rounds have spent on calls to models, None for a job that makes none.
+
+        Raises JobNotFound, StoreUnavailable.
+        """
+        return self._client.purse.spent(self._spec())
 
     def watch(self, interval_s: float = 0.2) -> Iterator[Progress]:
         """Yield the progress until the job has ended; the last one is final.  Rides through outages.
@@ -213,7 +234,8 @@ class Job:
 
     def receipt(self) -> Receipt:
         """Return what pressure has made the job leave out so far; empty when nothing.  Raises JobNotFound, StoreUnavailable."""
-        return _receipt(self._facts())
+        facts = self._facts()
+        return _receipt([facts, *(told for _, told in self._rounds(facts))])
 
     def outputs(self) -> Iterator[Any]:
         """Yield the outputs of a job without a merge, in item order, a page at a time."""
@@ -229,6 +251,8 @@ class Job:
         state = self._reachable(lambda: self._ledger.stop(self.id, "cancelled"))
         if state == "unknown":
             raise JobNotFound(self.id)
+        for each in self.rounds():
+            each.cancel()
         if not Status(state).final:
             self._client.recall()
         return Status(state)
@@ -339,27 +363,25 @@ class Job:
         self._wait(0.1)
 
     def _result(self, facts: dict[str, str], status: Status) -> JobResult:
-        spec = self._spec()
+        spec, rounds = self._spec(), [facts, *(told for _, told in self._rounds(facts))]
         total, done, failed, skipped = (int(facts[name]) for name in ("n", "done", "failed", "skipped"))
         error = msgspec.json.decode(facts["error"]) if facts.get("error") else None
         left_out = (self._ledger.failed_items(self.id) if failed else []) + (self._ledger.empty_items(self.id) if skipped else [])
         ranges = [(0, total)] if status is Status.SUCCEEDED and not skipped else self._ledger.ranges(self.id)
         return JobResult(
             self.id, status, self._output(facts, spec) if status is Status.SUCCEEDED else None,
-            total, done, failed, skipped, self.failures(), SuccessfulItems(ranges, left_out), _metrics(facts),
-            stopped=facts.get("stop", ""),
+            total, done, failed, skipped, self.failures(), SuccessfulItems(ranges, left_out), _metrics(rounds),
+            stopped=next((each["stop"] for each in rounds if each.get("stop")), ""),
             error=ItemFailure(-1, error["type"], error["message"], error.get("traceback", "")) if error else None,
-            receipt=_receipt(facts),
+            receipt=_receipt(rounds), spent=self._client.purse.spent(spec),
         )  # fmt: skip
 
     def failures(self) -> list[ItemFailure]:
         """Return the first 1,000 failed items, of a job at work so far, in order."""
-        found = cast(list[bytes], self._reachable(lambda: self._ledger.store.client.hvals(self._keys.failures)))
-        decoded = [msgspec.json.decode(each, type=ItemFailure) for each in found]
-        return sorted(decoded, key=lambda failure: failure.index)
+        return self._reachable(lambda: self._ledger.failures(self.id))
 
     def _output(self, facts: dict[str, str], spec: Spec) -> Any:
-        packed = cast(bytes | None, self._reachable(lambda: self._ledger.store.client.hget(self._keys.blobs, "output")))
+        packed = self._reachable(lambda: self._ledger.answer(self.id))
         if packed is not None:
             self._refuse_larger(len(packed))
             return codec.unpack(packed)
@@ -382,16 +404,28 @@ class Job:
             raise ResultTooLarge(self.id, size, limit)
 
 
-def _metrics(facts: dict[str, str]) -> Metrics:
+def _summed(parts: Sequence[tuple[str, dict[str, str]]], name: str) -> int:
+    return sum(int(facts[name]) for _, facts in parts)
+
+
+def _metrics(rounds: Sequence[dict[str, str]]) -> Metrics:
+    """Return what a job and its rounds cost; times are the job's, which spans them."""
+    facts = rounds[0]
+    nodes, splits, yields, busy_us = (
+        sum(int(each[name]) for each in rounds) for name in ("nodes", "splits", "yields", "busy_us")
+    )
     opened, started, closed = (int(facts.get(name, 0)) for name in ("opened_ms", "started_ms", "closed_ms"))
     started = started or closed
     return Metrics(
-        items=int(facts["n"]), nodes=int(facts["nodes"]), splits=int(facts["splits"]), yields=int(facts["yields"]),
-        max_depth=int(facts["depth"]), execution_time_ms=float(closed - started), busy_ms=int(facts["busy_us"]) / 1000,
-        peak_memory_mb=int(facts["peak_kb"]) / 1024, waited_ms=float(started - opened),
+        items=int(facts["n"]), nodes=nodes, splits=splits, yields=yields,
+        max_depth=max(int(each["depth"]) for each in rounds), execution_time_ms=float(closed - started), busy_ms=busy_us / 1000,
+        peak_memory_mb=max(int(each["peak_kb"]) for each in rounds) / 1024, waited_ms=float(started - opened),
     )  # fmt: skip
 
 
-def _receipt(facts: dict[str, str]) -> Receipt:
-    told = [(name.split(":"), int(count)) for name, count in facts.items() if name.startswith("shaped:")]
-    return Receipt(Shaped(strategy, level, items) for (_, strategy, level), items in sorted(told))
+def _receipt(rounds: Sequence[dict[str, str]]) -> Receipt:
+    told: Counter[tuple[str, str]] = Counter()
+    for name, count in (each for facts in rounds for each in facts.items() if each[0].startswith("shaped:")):
+        _, strategy, level = name.split(":")
+        told[strategy, level] += int(count)
+    return Receipt(Shaped(strategy, level, items) for (strategy, level), items in sorted(told.items()))

@@ -18,7 +18,7 @@ import msgspec
 from resilience.keys import Keys
 from resilience.store import LOST, Argument, Call, Script, Store
 from rlm_tasks import spec as specs
-from rlm_tasks.results import JobEvent, QuarantinedItem
+from rlm_tasks.results import ItemFailure, JobEvent, QuarantinedItem
 from rlm_tasks.settings import LedgerSettings
 from rlm_tasks.spec import Spec
 
@@ -283,7 +283,8 @@ class Ledger:
         now_ms = self.store.now_ms()
         pipe = self.store.client.pipeline(transaction=False)
         pipe.zadd(self.keys.due, {spec.job: now_ms + self._first_look_ms(spec) for spec, _ in new}, lt=True)
-        pipe.zadd(self.keys.jobs, {spec.job: now_ms for spec, _ in new}, nx=True)
+        if listed := {spec.job: now_ms for spec, _ in new if not spec.parent}:  # rounds are found by their jobs
+            pipe.zadd(self.keys.jobs, listed, nx=True)
         pipe.zremrangebyscore(self.keys.jobs, "-inf", now_ms - ttl_s * 1000)
         pipe.expire(self.keys.due, ttl_s)
         pipe.expire(self.keys.jobs, ttl_s)
@@ -445,6 +446,20 @@ class Ledger:
         """Return every counter and state of a job; empty for an unknown one."""
         found = self.patiently(lambda: self.store.client.hgetall(self.keys.of(job).job))
         return {k.decode(): v.decode() for k, v in cast(dict[bytes, bytes], found).items()}
+
+    def told_round(self, job: str, number: int) -> None:
+        """Note that a job has so many rounds, for those who want to know how far it is."""
+        self.patiently(lambda: self.store.client.hset(self.keys.of(job).job, "rounds", str(number)))
+
+    def answer(self, job: str) -> bytes | None:
+        """Return the packed answer of a job, None where its outputs stay pages, or there is none."""
+        return cast(bytes | None, self.patiently(lambda: self.store.client.hget(self.keys.of(job).blobs, "output")))
+
+    def failures(self, job: str) -> list[ItemFailure]:
+        """Return the first 1,000 failed items, in order."""
+        found = self.patiently(lambda: self.store.client.hvals(self.keys.of(job).failures))
+        decoded = [msgspec.json.decode(each, type=ItemFailure) for each in cast(list[bytes], found)]
+        return sorted(decoded, key=lambda failure: failure.index)
 
     def events(self, job: str) -> list[JobEvent]:
         """Return what has happened to a job, the oldest first."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from resilience.errors import StoreUnavailable
 from rlm_tasks import codec, metrics
 from rlm_tasks.crashpoints import CrashPoint, nobody_listens
 from rlm_tasks.errors import Quarantined
@@ -18,6 +19,9 @@ from rlm_tasks.ledger import Claim, Ledger
 from rlm_tasks.operations import Operation
 from rlm_tasks.results import Status
 from rlm_tasks.spec import Spec
+
+if TYPE_CHECKING:
+    from rlm_tasks.rounds import Rounds
 
 logger = logging.getLogger(__name__)
 
@@ -55,21 +59,33 @@ def compact_split(ledger: Ledger, job: str, operation: Operation, lo: int, hi: i
 
 
 def merge_root(
-    ledger: Ledger, claim: Claim, spec: Spec, operation: Operation, reached: Callable[[CrashPoint], None] = nobody_listens
+    ledger: Ledger,
+    claim: Claim,
+    spec: Spec,
+    operation: Operation,
+    rounds: Rounds,
+    reached: Callable[[CrashPoint], None] = nobody_listens,
 ) -> str:
-    """Make the answer of a job and close it; return its final state, '' when another process holds the merge."""
+    """Make the answer of a job and close it; return its final state, '' when another process holds the merge, or a round
+    has to end first.
+    """
     try:
         if claim.losses >= ledger.settings.death_limit:
             raise Quarantined("the merge", claim.losses, claim.lost_by)
         reached(CrashPoint.DURING_MERGE)
-        answer = _answer(ledger, spec, operation)
-    except MemoryError:
+        answer = (
+            _answer(ledger, spec, operation) if operation.then is None or spec.parent else rounds.advance(claim, spec, operation)
+        )
+        if answer is None:
+            return ""
+    except (MemoryError, StoreUnavailable):
         raise  # another process, or another hour, may have more; a third loss fails the job
     except Exception as error:
         logger.warning("The merge of job %s raised %s", spec.job, type(error).__name__)
-        return ledger.close(spec.job, claim.token, Status.FAILED, error=failure_of(-1, error))
+        return ledger.close(spec.job, claim.token, getattr(error, "ends_as", Status.FAILED), error=failure_of(-1, error))
     reached(CrashPoint.BEFORE_CLOSE)
     ended = ledger.close(spec.job, claim.token, Status.SUCCEEDED, answer)
+    rounds.call(spec)
     if ended:
         logger.info("Job ended as %s: %s items of %s", ended, f"{spec.n:,}", operation.name)
     if ended == Status.SUCCEEDED:
@@ -79,15 +95,19 @@ def merge_root(
 
 def _answer(ledger: Ledger, spec: Spec, operation: Operation) -> bytes:
     """Return the packed answer, or nothing when the outputs stay where they are, as pages."""
+    if operation.merge is None and operation.finalize is None:
+        return b""
+    return codec.pack(merged(ledger, spec, operation))
+
+
+def merged(ledger: Ledger, spec: Spec, operation: Operation) -> Any:
+    """Return what the partials of a job come to: its merged and shaped partial, or, without a merge, its outputs one by one."""
     found = partials(ledger, spec.job, 0, spec.n)
     if operation.merge is not None:
         first = next(found, None)
-        if first is None:
-            return codec.pack(operation.shaped(_of_nothing(operation)))
-        return codec.pack(operation.shaped(operation.merge(_chained(first, found))))
-    if operation.finalize is not None:
-        return codec.pack(operation.finalize(list(flattened(found))))
-    return b""
+        return operation.shaped(_of_nothing(operation) if first is None else operation.merge(_chained(first, found)))
+    outputs = flattened(found)
+    return outputs if operation.finalize is None else operation.finalize(list(outputs))
 
 
 def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:

@@ -133,7 +133,7 @@ def _work(runtime: Runtime, claim: Claim, page: PageSlot) -> bool:
     if claim.node != MERGE and (why := runtime.shares.obstacle(operation)):
         return _put_off(runtime, claim, PARK_MS, why)
     if claim.node == MERGE:
-        merge_root(runtime.ledger, claim, spec, operation, runtime.reached)
+        merge_root(runtime.ledger, claim, spec, operation, runtime.rounds, runtime.reached)
         return True
     return NodeRun(runtime, claim, spec, operation, page).run()
 
@@ -176,7 +176,7 @@ class NodeRun:
             operation.name, operation.protection.timeout_s, spec.complexity, claim.tries, spec.priority
         )
         page.limit(limit_s)
-        self._guarded = runtime.guards.of(operation, spec.priority)
+        self._guarded = runtime.guards.of(operation, spec)
         level = runtime.page.level
         self._share = runtime.shares.of(operation, spec.priority, level, spec.shape.target_ms / 1000)
         self._me = f"{spec.job} {claim.node}"
@@ -509,7 +509,9 @@ class NodeRun:
         if finished.outcome == MERGE:
             held = Claim("run", spec.job, MERGE, self._claim.token, 1, 0, spec.n, spec=spec)
             self._page.hold(os.getpid(), spec.job, MERGE, held.token, time.monotonic())
-            merge_root(runtime.ledger, held, spec, self._operation, runtime.reached)
+            merge_root(runtime.ledger, held, spec, self._operation, runtime.rounds, runtime.reached)
+        elif finished.outcome == "closed":
+            runtime.rounds.call(spec)
         elif finished.waits:
             runtime.dispatcher.send_root([spec], finished.waits)
         return True

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from resilience.bucket import Grant, Rate
     from resilience.bulkhead import Aimd, Elastic
     from resilience.retry import RetryPolicy
+    from rlm_tasks.guards import Guarded, Guards
     from rlm_tasks.job import Job
+    from rlm_tasks.requests import JobRequest
+    from rlm_tasks.rounds import Round
+    from rlm_tasks.settings import Settings
+    from rlm_tasks.spec import Spec
     from scheduler.allocation import ResourceAllocationPolicy
 
 _PROTECTING = frozenset({"service", "breaker", "rate_limit", "cost", "bulkhead", "per_host", "retry", "fallback", "timeout_s"})
@@ -39,6 +44,7 @@ class Context:
     tries: int = 0  # how often this item has failed before
     waited: bool = False  # this item comes back from waiting for a guard
     grant: Grant | None = None  # what this call took of its rate limit
+    entry: Any = None  # what its gate has given this call, where the operation has a gate of its own
     degradation: Degradation = field(default_factory=Degradation)  # what this item is asked to leave out
 
     @property
@@ -104,6 +110,9 @@ class Operation:
     simplified: Callable[..., Any] | None = None
     allocation: ResourceAllocationPolicy | None = None
     protection: Protection = UNPROTECTED
+    then: Callable[[Any, Round], Any] | None = None
+    prepare: Callable[[JobRequest, Settings], JobRequest] | None = None  # settles a request before it is stored, or refuses it
+    gate: Callable[[Guards, Operation, Spec], Guarded] | None = None  # guards that depend on the item
     is_async: bool = field(init=False)
     takes_context: bool = field(init=False)
 
@@ -173,6 +182,7 @@ def operation(
     version: int = 1,
     simplified: Callable[..., Any] | None = None,
     allocation: ResourceAllocationPolicy | Mapping[str, Any] | None = None,
+    then: Callable[[Any, Round], Any] | None = None,
     service: str = "",
     breaker: BreakerConfig | str | bool | None = None,
     rate_limit: Rate | Mapping[str, Rate] | None = None,
@@ -192,7 +202,8 @@ def operation(name: Any = None, **about: Any) -> Any:
     ``merge`` takes an iterable of partials in item order and returns one partial; it must be
     associative.  ``validate`` raises for an item that must not be processed.  ``simplified`` is called in its place from
     critical pressure on; it takes and returns the same.  ``allocation`` bounds how many of its nodes run at once, and on
-    which hosts: a ResourceAllocationPolicy, or its fields.
+    which hosts: a ResourceAllocationPolicy, or its fields.  ``then`` takes what a job has come to and a `Round`, and returns the
+    answer, or a `NextRound` whose items the job goes on with (docs/guide.md, Rounds).
 
     What protects its calls is shared by all workers, under the name of the `service` (the operation's, if left out):
     ``breaker`` (a preset's name, a BreakerConfig, or True), ``rate_limit`` (a Rate of requests, or several by name) with
@@ -201,7 +212,7 @@ def operation(name: Any = None, **about: Any) -> Any:
     An item that has to wait for one of them costs no attempt and no slot: the rest of its node comes back when it is due.
     """
     if callable(name):
-        return _register(Operation(getattr(name, "__name__", "operation"), name))
+        return register(Operation(getattr(name, "__name__", "operation"), name))
 
     def decorate(function: Callable[..., Any]) -> Operation:
         known = name or function.__name__
@@ -210,12 +221,13 @@ def operation(name: Any = None, **about: Any) -> Any:
 
             about["allocation"] = ResourceAllocationPolicy(**{"executor_id": known, **about["allocation"]})
         guards = protection(known, {field: about.pop(field) for field in _PROTECTING & set(about)})
-        return _register(Operation(known, function, **about, protection=guards))
+        return register(Operation(known, function, **about, protection=guards))
 
     return decorate
 
 
-def _register(new: Operation) -> Operation:
+def register(new: Operation) -> Operation:
+    """Make an operation known in this process.  Raises InvalidRequest for one that contradicts itself."""
     if new.concurrency < 1 or (new.concurrency > 1 and not new.is_async):
         raise InvalidRequest("concurrency", new.concurrency, "must be at least 1, and above 1 needs an async def")
     if new.batch and new.is_async:

@@ -115,6 +115,9 @@ class Options(_Checked):
     emit_metrics: dict[str, float | str] = Field(
         default_factory=dict, description="Numbers for declared counters, and texts for their labels: counted when it succeeds."
     )
+    budget: Budget | None = Field(None, description="What calls to models may cost in all; empty: they are only counted.")
+    cache_results: bool = Field(False, description="Answers of models are kept, and taken from those kept by others.")
+    cache_ttl_seconds: float = Field(3600.0, gt=0, description="... for so long.")
     idempotency_key: str = Field("", max_length=512, description="Submitting twice with one key gives one job.")
     trace_context: TraceContext | None = Field(
         None, description="The trace that the job is part of; also as a `traceparent`. Empty: that of the submitting thread."
@@ -165,6 +168,19 @@ class Options(_Checked):
         if self.error_threshold is not None and not self.continue_on_error:
             raise InvalidRequest("error_threshold", self.error_threshold, "needs continue_on_error=True")
         return self
+
+
+class Budget(_Checked):
+    """What a job and its rounds may spend in all; what is left out is not limited."""
+
+    tokens: float | None = Field(None, gt=0, description="Of prompts and answers together.")
+    money: float | None = Field(None, gt=0, description="By the prices of `RLM_LLM__MODELS`, in their currency.")
+    calls: float | None = Field(None, gt=0, description="To providers, repeated ones as well.")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Unit -> how much of it."""
+        return {unit: float(amount) for unit, amount in self if amount is not None}
 
 
 class Conditions(_Checked):

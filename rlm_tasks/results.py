@@ -6,7 +6,10 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
+
+if TYPE_CHECKING:
+    from resilience.budget import Spending
 
 
 class Status(StrEnum):
@@ -152,9 +155,10 @@ class JobResult:
     failed: list[ItemFailure]  # the first 1,000; failed_count counts all
     successful: SuccessfulItems  # their indexes
     metrics: Metrics  # what it cost
-    stopped: str = ""  # why the job ended before its items did: early, failed, expired, cancelled
+    stopped: str = ""  # why the job ended before its items did: early, budget, failed, expired, cancelled
     error: ItemFailure | None = None  # what its merge raised
     receipt: Receipt = NOTHING_LEFT_OUT  # what pressure has shaped of it
+    spent: Spending | None = None  # on calls to models, by it and its rounds; None: it makes none
 
     @property
     def failure_rate(self) -> float:
@@ -166,6 +170,7 @@ class JobResult:
         shown = {name: getattr(self, name) for name in self.__slots__ if name != "successful"}
         shown |= {"failed": [asdict(each) for each in self.failed], "metrics": asdict(self.metrics)}
         shown |= {"receipt": [asdict(each) for each in self.receipt]}
+        shown |= {"spent": asdict(self.spent) if self.spent else None}
         shown |= {"error": asdict(self.error) if self.error else None, "failure_rate": self.failure_rate}
         return shown
 
@@ -186,6 +191,7 @@ class Progress:
     rate: float  # items a second since the first claim
     eta_s: float | None  # seconds to the end at that rate; None while nothing is known
     phase: str = "process"  # validate: items are being validated, done counts those
+    round: int = 0  # it is in; the items of all rounds so far are counted
 
     @property
     def fraction(self) -> float:

@@ -31,9 +31,11 @@ from rlm_tasks.item_limits import ItemLimits
 from rlm_tasks.ledger import Ledger
 from rlm_tasks.notices import Notices
 from rlm_tasks.page import Page, PageSlot
+from rlm_tasks.rounds import Rounds
 from rlm_tasks.settings import Settings
 from rlm_tasks.shares import Shares
 from rlm_tasks.sources import ItemReader
+from rlm_tasks.spending import Purse
 from rlm_tasks.transports import speaks_redis
 from scheduler.admission import WaitingRoom
 from scheduler.board import Board
@@ -64,6 +66,7 @@ class Runtime:
     board: Board
     room: WaitingRoom
     notices: Notices
+    rounds: Rounds
     worker: str = ""
     in_order: bool = True  # the broker hands over what is more urgent first
     reached: Callable[[CrashPoint], None] = nobody_listens
@@ -82,14 +85,15 @@ class Runtime:
         def waken(waiters: Sequence[str]) -> int:
             return wake(ledger.hasty(), dispatcher, waiters)
 
-        guards = Guards(shared, settings.breakers, waken)
+        guards = Guards(shared, settings, waken, ledger.stop)
+        purse = Purse(shared, ttl_s=settings.result_ttl_s, merge_share=settings.llm.merge_share)
         limits = ItemLimits(Timeouts(shared, multipliers=settings.node.timeout_multipliers), settings.node, time.monotonic)
         slots = SlotBoard(store, keys)
         return cls(
             settings, ledger, slots, Preemption(store, keys, slots), ItemReader(store), dispatcher, page, guards, limits,
             FaultLog(shared, FaultLogSettings(size=settings.fault_patterns)), Usage(store, keys), Shares(shared, settings, page, waken), Board(store, keys, settings.pressure),
             WaitingRoom(store, keys, settings.admission.max_jobs), Notices(Events(shared, settings.alerts.history), settings.alerts, time.monotonic),
-            in_order=speaks_redis(app.conf.broker_url),
+            Rounds(ledger, dispatcher, settings, purse, waken), in_order=speaks_redis(app.conf.broker_url),
         )  # fmt: skip
 
     def resend(self, job: str, nodes: Sequence[str]) -> None:

@@ -42,7 +42,16 @@ class Spec(msgspec.Struct, frozen=True, omit_defaults=True):
     patient: bool = False  # it waits while work of its priority is not taken in
     emits: dict[str, float | str] = {}  # counted when the job has succeeded
     preempts: bool = False  # less urgent nodes make room for its nodes
+    parent: str = ""  # the job whose round it is
+    round: int = 0  # which
+    budget: dict[str, float] | None = None  # what it may spend in all, by unit; {}: it is only counted; None: it spends nothing
+    cache_ttl_s: float = 0.0  # results are kept, and found, for so long; 0: they are not
     trace: str = ""  # the trace it was submitted under, as W3C Trace Context writes it
+
+    @property
+    def tree(self) -> str:
+        """The job whose budget this one spends: itself, or the one it is a round of."""
+        return self.parent or self.job
 
     @property
     def empty(self) -> bool:

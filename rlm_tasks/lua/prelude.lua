@@ -45,6 +45,8 @@ local function facts()
 end
 
 local TERMINAL = {succeeded = true, failed = true, expired = true, cancelled = true}
+-- Reasons that end the items and not the job: what is there is merged.
+local MERGES = {[''] = true, early = true, budget = true}
 
 local function keep_all(ttl_s)
   for _, key in ipairs(KEYS) do call('EXPIRE', key, ttl_s) end
@@ -153,7 +155,7 @@ end
 -- Called when nothing is pending: the next phase, the root merge, or the end.
 -- Returns the outcome and, when a node now waits for its message, that node's id.
 local function finish_tree(f, root_task)
-  if f.stop ~= '' and f.stop ~= 'early' then
+  if not MERGES[f.stop] then
     close(f, f.stop)
     return 'closed', ''
   end

@@ -1,11 +1,11 @@
--- End a job early.  ARGV: reason (cancelled, expired, failed), detail, error JSON (''), force (1: fence running nodes).
+-- End a job early.  ARGV: reason (cancelled, expired, failed, budget), detail, error JSON (''), force (1: fence running nodes).
 -- Returns {state, stop reason, how many nodes still run or wait}.
 local f = facts()
 if not f then return {'unknown', '', 0} end
 if TERMINAL[f.state] then return {f.state, f.stop, 0} end
 local too_early = f.deadline == 0 or now < f.deadline or f.state == 'merging'
-if ARGV[1] == 'expired' and too_early then return {f.state, f.stop, f.pending} end
-if f.stop == '' or f.stop == 'early' then
+if (ARGV[1] == 'expired' and too_early) or (MERGES[ARGV[1]] and f.state == 'merging') then return {f.state, f.stop, f.pending} end
+if MERGES[f.stop] and f.stop ~= ARGV[1] then
   stop(f, ARGV[1], ARGV[2])
   if ARGV[3] ~= '' then call('HSET', job, 'error', ARGV[3]) end
 end

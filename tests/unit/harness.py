@@ -29,11 +29,13 @@ from rlm_tasks.node import run_node
 from rlm_tasks.notices import Notices
 from rlm_tasks.page import Page
 from rlm_tasks.requests import JobRequest, Priority
-from rlm_tasks.runtime import Runtime
+from rlm_tasks.rounds import Rounds
+from rlm_tasks.runtime import Runtime, wake
 from rlm_tasks.settings import Settings
 from rlm_tasks.shares import Shares
 from rlm_tasks.sources import ItemReader, ItemWriter
 from rlm_tasks.spec import Spec
+from rlm_tasks.spending import Purse
 from scheduler.admission import WaitingRoom
 from scheduler.board import Board
 from scheduler.events import Events
@@ -107,7 +109,7 @@ class Platform:
             ItemReader(self.store),
             self.mailbox,  # type: ignore[arg-type]  # has the dispatcher's verbs
             page,
-            Guards(self.store, self.settings.breakers, lambda waiters: None),
+            Guards(self.store, self.settings, lambda waiters: None),
             ItemLimits(Timeouts(self.store), self.settings.node, self.clock),
             FaultLog(self.store),
             Usage(self.store, self.keys),
@@ -115,11 +117,20 @@ class Platform:
             Board(self.store, self.keys, self.settings.pressure),
             WaitingRoom(self.store, self.keys),
             Notices(Events(self.store), self.settings.alerts, self.clock),
+            self._rounds(),
             worker="unit",
             clock=self.clock,
         )
         self.slot_count = slots
         self.queues = [f"unit.{priority}" for priority in Priority]
+
+    def _rounds(self) -> Rounds:
+        purse = Purse(self.store, ttl_s=3600, merge_share=self.settings.llm.merge_share)
+
+        def waken(waiters: Sequence[str]) -> int:
+            return wake(self.ledger, self.mailbox, waiters)  # type: ignore[arg-type]  # has the dispatcher's verbs
+
+        return Rounds(self.ledger, self.mailbox, self.settings, purse, waken)  # type: ignore[arg-type]  # has the dispatcher's verbs
 
     def submit(self, request: JobRequest) -> Spec:
         """Open a job as the client does, without Celery."""

@@ -21,17 +21,24 @@ from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.guards import Guarded, Guards, Postponed
 from rlm_tasks.operations import Context, Operation
 from rlm_tasks.protection import protection
+from rlm_tasks.settings import Settings
+from rlm_tasks.sources import RangeSource
+from rlm_tasks.spec import Spec
+from rlm_tasks.splitting import Shape
 from tests.unit.world import World, world
 
 __all__ = ["world"]
 
 
+SPEC = Spec("job", "op", RangeSource(0, 1), 1, Shape("flat"), "unit.critical", priority="critical")
+
+
 def guards(world: World, **settings: Any) -> Guards:
-    return Guards(world.store(), BreakerSettings(**settings), lambda waiters: None)
+    return Guards(world.store(), Settings(breakers=BreakerSettings(**settings)), lambda waiters: None)
 
 
 def guarded(on: Guards, function: Any = lambda item: item, **about: Any) -> Guarded:
-    found = on.of(Operation("op", function, protection=protection("op", about)), "critical")
+    found = on.of(Operation("op", function, protection=protection("op", about)), SPEC)
     assert found is not None
     return found
 
@@ -134,7 +141,7 @@ def test_breakers_can_be_switched_off(world: World) -> None:
 
 
 def test_an_operation_without_guards_has_none(world: World) -> None:
-    assert guards(world).of(Operation("op", len), "normal") is None
+    assert guards(world).of(Operation("op", len), SPEC) is None
 
 
 @pytest.mark.parametrize(

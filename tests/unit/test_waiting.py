@@ -107,7 +107,7 @@ class WaitingPlatform(Platform):
         super().__init__(seed)
         self.runtime.guards = Guards(
             self.store,
-            self.settings.breakers,
+            self.settings,
             lambda waiters: wake(self.ledger, self.mailbox, waiters),  # type: ignore[arg-type]  # has the dispatcher's verbs
         )
         self.parked = 0

@@ -1,0 +1,149 @@
+"""Jobs that go on in rounds: each round is a job of its own, opened once, whatever is lost or comes twice in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from rlm_tasks import operations
+from rlm_tasks.explain import explain
+from rlm_tasks.ledger import MERGE
+from rlm_tasks.node import run_node
+from rlm_tasks.operations import operation
+from rlm_tasks.requests import JobRequest, Options
+from rlm_tasks.results import Status
+from rlm_tasks.rounds import NextRound, Round, opened, round_id
+from tests.unit.harness import Platform
+
+FAN_IN = 3
+
+
+def _by_three(outputs: Iterable[Any], round: Round) -> Any:
+    found = list(outputs)
+    if len(found) <= 1 or round.number >= round.params.get("rounds", 9):
+        return {"found": found, "rounds": round.number, "short": round.short, "done": round.done}
+    return NextRound("unit_add_three", [found[at : at + FAN_IN] for at in range(0, len(found), FAN_IN)], {"of": round.number})
+
+
+@operation("unit_in_rounds", then=_by_three)
+def unit_in_rounds(item: int) -> int:
+    """Double a number."""
+    return 2 * item
+
+
+@operation("unit_add_three")
+def unit_add_three(items: list[int]) -> int:
+    """Add a few; a negative sum is refused."""
+    if sum(items) < 0:
+        raise ValueError("a sum below zero")
+    return sum(items)
+
+
+def run(platform: Platform, items: list[int], **fields: Any) -> tuple[dict[str, str], str]:
+    """Run a job and its rounds until nothing is left to do."""
+    spec = platform.submit(JobRequest(operation="unit_in_rounds", items=items, **fields))
+    return platform.run(spec), spec.job
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_answer_of_a_round_is_the_next_ones_items_in_any_order_of_messages(seed: int) -> None:
+    platform = Platform(seed)
+    n = platform.random.choice([1, 3, 10, 100, 700])
+
+    facts, job = run(platform, list(range(n)))
+
+    answer = platform.output(platform.ledger.spec(job))  # type: ignore[arg-type]  # it is there
+    rounds = opened(platform.ledger, job)
+    assert facts["state"] == "succeeded"
+    assert answer["found"] == [sum(range(n)) * 2]
+    assert len(rounds) == answer["rounds"] == int(facts.get("rounds", 0))
+    assert [int(told["n"]) for _, told in rounds] == [-(-n // FAN_IN**k) for k in range(1, len(rounds) + 1)]
+    assert {told["state"] for _, told in rounds} <= {"succeeded"}
+
+
+def test_a_round_is_opened_once_though_the_merge_that_opened_it_is_done_again() -> None:
+    platform = Platform(1)
+    spec = platform.submit(JobRequest(operation="unit_in_rounds", items=[1, 2, 3, 4]))
+    while (platform.ledger.facts(spec.job))["state"] != "merging" or not opened(platform.ledger, spec.job):
+        platform.step()
+    sent = platform.mailbox.sent
+
+    for _ in range(3):  # woken for nothing: its round is still at work
+        platform.runtime.wake([f"{spec.job} {MERGE}"])
+        platform.mailbox.messages.remove((spec.job, MERGE))
+        run_node(platform.runtime, spec.job, MERGE)
+
+    assert platform.mailbox.sent == sent + 3
+    assert len(opened(platform.ledger, spec.job)) == 1
+    assert platform.run(spec)["state"] == "succeeded"
+
+
+def test_a_round_that_fails_fails_its_job_and_says_which_item_of_which_round() -> None:
+    platform = Platform(2)
+
+    facts, job = run(platform, [1, -9, 1, 5, 5, 5])
+
+    assert facts["state"] == "failed"
+    assert f"round 1, job {round_id(job, 1)}, failed" in facts["error"]
+    assert "a sum below zero" in facts["error"]
+
+
+def test_a_job_goes_on_with_what_a_round_has_done_where_errors_are_tolerated() -> None:
+    platform = Platform(2)
+
+    facts, job = run(platform, [1, -9, 1, 5, 5, 5], options=Options(continue_on_error=True))
+
+    assert facts["state"] == "succeeded"
+    assert platform.output(platform.ledger.spec(job))["found"] == [30]  # type: ignore[arg-type]  # it is there
+
+
+def test_who_asks_is_told_which_round_is_at_work() -> None:
+    platform = Platform(3)
+    spec = platform.submit(JobRequest(operation="unit_in_rounds", items=[1, 2, 3, 4]))
+    while not opened(platform.ledger, spec.job):
+        platform.step()
+
+    told = explain(platform.ledger.facts(spec.job), platform.ledger.all_records(spec.job), platform.store.now_ms())
+
+    assert told == f"Every item is accounted for; its round 1 is at work: job {round_id(spec.job, 1)}."
+
+
+def test_a_job_that_was_cancelled_while_it_opened_a_round_takes_the_round_with_it() -> None:
+    platform = Platform(4)
+    spec = platform.submit(JobRequest(operation="unit_in_rounds", items=[1, 2, 3, 4]))
+    then = operations.get("unit_in_rounds").then
+    assert then is not None
+
+    def cancelled_meanwhile(outputs: Iterable[Any], round: Round) -> Any:
+        platform.ledger.stop(spec.job, "cancelled")
+        return then(outputs, round)
+
+    operations.register(operations.Operation("unit_in_rounds", lambda item: item, then=cancelled_meanwhile))
+    try:
+        facts = platform.run(spec)
+    finally:
+        operations.register(operations.Operation("unit_in_rounds", lambda item: 2 * item, then=then))
+
+    assert facts["state"] == "cancelled"
+    assert platform.ledger.facts(round_id(spec.job, 1))["state"] == "cancelled"
+    assert platform.mailbox.messages == []
+
+
+def test_what_a_budget_has_stopped_is_merged_and_the_next_rounds_know_it() -> None:
+    platform = Platform(5)
+    spec = platform.submit(JobRequest(operation="unit_in_rounds", items=list(range(100)), chunk_size=5))
+    while int(platform.ledger.facts(spec.job)["done"]) < 20:
+        platform.step()
+    platform.ledger.stop(spec.job, "budget", detail="tokens")
+    platform.mailbox.resend(spec.job, [MERGE], merges=False)  # as a sweep does
+
+    facts = platform.run(spec)
+    answer = platform.output(spec)
+
+    assert Status(facts["state"]) is Status.SUCCEEDED
+    assert facts["stop"] == "budget"
+    assert int(facts["done"]) + int(facts["skipped"]) == 100
+    assert answer["short"] is True
+    assert len(answer["found"]) == 1
