@@ -46,6 +46,10 @@ class Strategy(StrEnum):
     EXPENSIVE = "disable_expensive_computations"
     SIMPLIFIED = "use_simplified_methods"
     EMBEDDINGS = "reduce_embedding_dimensions"
+    # Of calls to models, and no part of source document 1:
+    SMALLER_MODEL = "use_smaller_model"  # by pressure
+    OTHER_MODEL = "use_other_model"  # no endpoint of the one asked for was well
+    NO_MODEL = "merge_without_model"  # the budget was spent: parts were put one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,14 @@ class Degradation:
     def simplified(self) -> bool:
         """Whether to use the simple method."""
         return self._asked(Strategy.SIMPLIFIED, self.constraints.use_simplified_methods)
+
+    def size(self, full: int) -> int:
+        """Return which of the sizes 0 to `full` to use: one less from high pressure on, the smallest from critical."""
+        its = self.constraints
+        size = 0 if its.use_simplified_methods else max(0, full - 1) if its.skip_expensive_computation else full
+        if size < full:
+            self.shaped.add(Strategy.SMALLER_MODEL)
+        return size
 
     def _reduced(self, full: int, factor: float, strategy: Strategy) -> int:
         if factor >= 1 or full <= 1:

@@ -75,6 +75,8 @@ class UnknownOperation(InvalidRequest):
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
+        if name.startswith("llm.") and not any(each.startswith("llm.") for each in known):
+            hint = "it needs pip install 'rlm-tasks[llm]'."
         super().__init__("operation", name, f"unknown; {hint} Own operations are imported from RLM_OPERATIONS")
 
 

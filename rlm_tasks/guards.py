@@ -7,16 +7,18 @@ Decides when a call may start, what its end means for what it called, and whethe
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from resilience.errors import Denied, RateLimited, RetryBudgetExhausted, StoreUnavailable
 from resilience.faults import classify
 from rlm_tasks import operations
 from rlm_tasks.protection import Protection
+from rlm_tasks.spending import Purse
 
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker, CircuitBreakers
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from resilience.bucket import Grant, TokenBucket
     from resilience.bulkhead import Bulkhead, Permit
     from resilience.retry import Retry
-    from resilience.store import Store
+    from resilience.store import Call, Store
     from rlm_tasks.operations import Context, Operation
     from rlm_tasks.settings import Settings
     from rlm_tasks.spec import Spec
@@ -43,6 +45,7 @@ PATIENCE_S = 0.02
 """A shorter wait is slept: handing the rest of a node over costs about as much."""
 _CPU = "cpu_s"
 Within = Callable[..., Any]
+T = TypeVar("T")
 
 
 class Postponed(Exception):
@@ -189,6 +192,10 @@ class Guarded:
         except StoreUnavailable:
             return True
 
+    def forgetting(self, until: int) -> list[Call]:
+        """Return what is to be told when the node's items before `until` are safe in its partial."""
+        return []
+
     def _enter_soon(self, item: Any, context: Context, waiter: str) -> Entry:
         while True:
             try:
@@ -286,6 +293,16 @@ class Guards:
         self._buckets: dict[str, TokenBucket] = {}
         self._bulkheads: dict[str, Bulkhead] = {}
         self._retries: dict[str, Retry] = {}
+        self._kept: dict[tuple[Callable[[Guards], Any], int], Any] = {}
+        self.purse = Purse(store, ttl_s=settings.result_ttl_s, merge_share=settings.llm.merge_share)
+
+    def kept(self, make: Callable[[Guards], T]) -> T:
+        """Return what gates of operations share in this process, made when it is first asked for."""
+        key = make, os.getpid()
+        if key not in self._kept:
+            self._kept[key] = make(self)
+        found: T = self._kept[key]
+        return found
 
     def of(self, operation: Operation, spec: Spec) -> Guarded | None:
         """Return an operation behind its guards, for one job, or None when it declares none."""
@@ -303,7 +320,7 @@ class Guards:
             breaker=self.breaker(about),
             bucket=self.bucket(about),
             bulkhead=self.bulkhead(about),
-            retry=self._retry(operation.name, about),
+            retry=self.retry(operation.name, about),
             priority=priority,
             urgency=URGENCY[priority],
             store=self.store,
@@ -348,7 +365,8 @@ class Guards:
             if (bulkhead := self.bulkhead(operations.get(name).protection)) is not None:
                 bulkhead.forget(bulkhead.owner_of(pid))
 
-    def _retry(self, operation: str, about: Protection) -> Retry | None:
+    def retry(self, operation: str, about: Protection) -> Retry | None:
+        """Return how an operation's items are tried again, or None when they are not."""
         if about.retry is None:
             return None
         from resilience.retry import Retry, RetryBudget

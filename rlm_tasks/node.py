@@ -412,6 +412,8 @@ class NodeRun:
         self._runtime.notices.of_node(
             self._spec.operation, claim.job, self._runtime.worker, slow=self._work.slow, memory_mb=held_kb / 1024
         )
+        if self._guarded is not None:
+            told += self._guarded.forgetting(report.mid)
         finished = self._runtime.ledger.finish(claim, report, partial, *told)
         if finished.answer == "stale":
             logger.info("Node %s of job %s was given to another worker; its work is discarded", claim.node, claim.job)

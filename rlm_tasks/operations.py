@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, overload
 
 from celery.utils.imports import import_from_cwd
@@ -256,7 +257,8 @@ def import_operations(modules: Sequence[str]) -> None:
 
     Raises InvalidRequest for a missing one.
     """
-    for module in ("rlm_tasks.builtins", *modules):
+    own = ("rlm_tasks.builtins", *(("rlm_tasks.llm.operations",) if find_spec("openai") else ()))
+    for module in (*own, *modules):
         try:
             import_from_cwd(module)
         except ModuleNotFoundError as error:

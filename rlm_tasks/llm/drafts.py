@@ -1,0 +1,66 @@
+"""What a call asks, before it is known of which model and where.
+
+Decides which tier a call is worth, and by how much pressure lowers that; refuses to know providers and their limits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import msgspec
+from pydantic import BaseModel
+
+from resilience.degradation import Degradation
+from rlm_tasks.llm.endpoints import Question
+from rlm_tasks.llm.settings import TIERS, LlmSettings, Tier
+
+WORTH: dict[str, Tier] = {"simple": "small", "linear": "small", "medium": "medium", "": "medium"}
+"""The tier of a job's complexity, where the request names none; whatever is not here is worth the large one."""
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Messages (role and content each) and what the answer may be: so long, of so high a tier, of this form."""
+
+    messages: tuple[Message, ...]
+    max_tokens: int
+    tier: Tier
+    temperature: float | None = None
+    form: type[BaseModel] | None = None  # the answer is JSON of this model
+
+    def question(self, model: str) -> Question:
+        """Return it as it is asked of a model."""
+        schema = self.form.model_json_schema() if self.form is not None else None
+        return Question(model, self.messages, self.max_tokens, self.temperature, schema)
+
+    def repaired(self, text: str, why: str) -> Draft:
+        """Return it with an answer of the wrong form, and the request to put that right."""
+        asked: tuple[Message, ...] = (
+            {"role": "assistant", "content": text},
+            {"role": "user", "content": f"That is not of the form asked for: {why}\nAnswer again, with the JSON alone."},
+        )
+        return Draft((*self.messages, *asked), self.max_tokens, self.tier, self.temperature, self.form)
+
+
+def digest(question: Question) -> str:
+    """Return by which name identical calls know each other: model, messages and parameters, and nothing to read them from."""
+    return hashlib.blake2b(msgspec.json.encode(question), digest_size=20).hexdigest()
+
+
+def tier_for(asked: Tier | None, complexity: str) -> Tier:
+    """Return the tier a request names, or that of its complexity."""
+    return asked or WORTH.get(complexity, "large")
+
+
+def models_for(tier: Tier, settings: LlmSettings, degradation: Degradation) -> list[str]:
+    """Return the models to try, the one to try first first.
+
+    High pressure asks for one tier less, critical pressure for the smallest.  Behind it come the nearest tiers, the smaller one
+    first: for when no endpoint of it is well.
+    """
+    at = degradation.size(TIERS.index(tier))
+    nearest = sorted(range(len(TIERS)), key=lambda each: (abs(each - at), each))
+    return list(dict.fromkeys(settings.of_tier(TIERS[each]) for each in nearest))

@@ -1,0 +1,332 @@
+"""What a call to a model must pass: who else asks it, what it may cost, where it goes, when.
+
+The guards of other operations are the operation's; those of a model follow from each item: from its tier, and from which
+endpoints are well.  Order, outermost first: the deadline and retry (as for every item), *single flight* with memos and
+cache (what is known or being asked costs nothing), the *budget* of the job, then for one endpoint after the other its *rate
+limit* and *breaker*.  What an inner one refuses is given back to the outer ones.  Refuses to know what is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from resilience.degradation import Strategy
+from resilience.errors import BulkheadFull, Category, Denied, RateLimited, StoreUnavailable
+from resilience.retry import RetryPolicy
+from resilience.store import Call
+from rlm_tasks import codec
+from rlm_tasks.guards import PATIENCE_S, Guarded, Guards
+from rlm_tasks.llm.drafts import Draft, digest, models_for
+from rlm_tasks.llm.endpoints import Answer, ProviderDown, ProviderRefused, Question, UnusableAnswer, estimated_prompt
+from rlm_tasks.llm.forms import Misformed, read
+from rlm_tasks.llm.provider import Provider
+from rlm_tasks.protection import Protection
+from rlm_tasks.spending import account_of
+
+if TYPE_CHECKING:
+    from resilience.breaker_storage import Admission
+    from resilience.bucket import Grant
+    from resilience.budget import Budget, Charge
+    from resilience.single_flight import Flight
+    from rlm_tasks.operations import Context, Operation
+    from rlm_tasks.spec import Spec
+
+MEMO_S = 3600.0
+"""An answer that was paid for is known to its item for so long, should the item be done again before its node has ended."""
+SOON_S = 0.5
+"""What calls in flight will leave of a budget is looked at again after this."""
+ILL_S = 5.0
+MARGIN = 1.05
+"""A prompt is estimated this much larger than such prompts were: a provider that counts more answers 429."""
+BYTES_PER_TOKEN = 4
+
+
+class BudgetSpent(Denied):
+    """What is left of a job's budget is less than a call may cost."""
+
+    code = "BUDGET_SPENT"
+    category = Category.QUOTA
+
+
+@dataclass(slots=True)
+class Pass:
+    """What one call holds."""
+
+    draft: Draft
+    gate: Gate
+    flight: Flight
+    index: int  # of its item
+    question: Question | None = None  # None: somebody else asks it, or has asked
+    endpoint: str = ""
+    charge: Charge | None = None
+    grant: Grant | None = None
+    admission: Admission | None = None
+    estimated: int = 0  # tokens of the prompt, before what was learned
+    other: bool = False  # it goes to another model than it would, because none of its endpoints is well
+    answer: Answer | None = None
+
+
+class Gate(Guarded):
+    """The calls of one operation's items, for one job, in one process."""
+
+    def __init__(
+        self, guards: Guards, operation: Operation, spec: Spec, compose: Callable[[Any, dict[str, Any], str], Draft]
+    ) -> None:
+        its = guards.settings.llm
+        about = Protection(operation.name, retry=RetryPolicy(max_attempts=its.attempts), fallback=operation.protection.fallback)
+        super().__init__(
+            operation, about, breaker=None, bucket=None, bulkhead=None, retry=guards.retry(operation.name, about),
+            priority=spec.priority, urgency=0, store=guards.store,
+        )  # fmt: skip
+        self._guards, self._spec, self._compose = guards, spec, compose
+        self._provider = guards.kept(Provider)
+        self._memos: list[tuple[int, str]] = []
+
+    # --- entering ------------------------------------------------------------------------------------
+
+    def enter(self, item: Any, context: Context, waiter: str) -> Any:
+        """Take what an item's first call needs, all or nothing.  Raises Denied, saying when to come back."""
+        context.entry = self._admit(self._compose(item, context.params, self._spec.complexity), context, waiter)
+        return context.entry
+
+    def _admit(self, draft: Draft, context: Context, waiter: str = "") -> Pass:
+        provider = self._provider
+        if provider.in_flight >= provider.settings.pool:
+            raise BulkheadFull("pool", PATIENCE_S, f"{provider.settings.pool} calls of this process are in flight")
+        models = models_for(draft.tier, provider.settings, context.degradation)
+        question = draft.question(models[0])
+        flight = provider.flights.begin(digest(question), cached=self._spec.cache_ttl_s > 0, memo=self._memo(context.index))
+        held = Pass(draft, self, flight, context.index)
+        if flight.state != "mine":
+            return held
+        try:
+            self._go(held, models, context, waiter)
+        except BaseException:
+            self._give_back(held)
+            raise
+        if held.other:
+            context.degradation.shaped.add(Strategy.OTHER_MODEL)
+        return held
+
+    def _memo(self, index: int) -> str:
+        return f"{self._spec.job}:{index}"
+
+    def _go(self, held: Pass, models: Sequence[str], context: Context, waiter: str) -> None:
+        """Find a model and an endpoint that take the call now."""
+        held.estimated = estimated_prompt(held.draft.messages)
+        refused: Denied = Denied("endpoints", ILL_S, f"none is well that has {models[0]}")
+        for model in models:
+            held.question, held.other = held.draft.question(model), model != models[0]
+            self._charge(held)
+            for place in self._provider.order(model, held.flight.key):
+                try:
+                    self._through(held, place.name, waiter, in_line=not context.waited)
+                except Denied as denied:
+                    refused = min(refused, denied, key=_how_bad)
+                else:
+                    return
+            if refused.code != "CIRCUIT_OPEN" and refused.guard != "endpoints":
+                break  # it waits for its turn rather than go to another model
+            self._withdraw_charge(held)
+        raise refused
+
+    def _tokens(self, held: Pass) -> float:
+        assert held.question is not None  # it is asked when a model has been chosen
+        ratio = self._provider.learned.of(held.question.model).prompt_ratio
+        return round(held.estimated * ratio * MARGIN + held.draft.max_tokens)
+
+    def _cost(self, model: str, prompt: float, completion: float) -> dict[str, float]:
+        its = self._provider.settings.model(model)
+        money = (prompt * its.input_price + completion * its.output_price) / 1e6
+        return {"calls": 1.0, "tokens": float(prompt + completion), "money": money}
+
+    def _charge(self, held: Pass) -> None:
+        """Reserve what the call may cost.  Raises BudgetSpent; where nothing else can be done it ends the job's items."""
+        assert held.question is not None
+        most = held.draft.max_tokens
+        amounts = self._cost(held.question.model, self._tokens(held) - most, most)
+        charge = self._budget.charge(secrets.token_hex(8), amounts, account=account_of(self._spec))
+        if charge.state == "wait":
+            raise BudgetSpent("budget", SOON_S, f"calls in flight may leave enough {charge.limited_by}")
+        if charge.state == "exhausted":
+            if self._about.fallback is None:
+                self._guards.stop(self._spec.job, "budget", detail=charge.limited_by)
+            raise BudgetSpent("budget", ILL_S, f"its {charge.limited_by} are spent")
+        held.charge = charge
+
+    @property
+    def _budget(self) -> Budget:
+        return self._guards.purse.budget(self._spec.tree)
+
+    def _through(self, held: Pass, name: str, waiter: str, *, in_line: bool) -> None:
+        """Take the rate limit and the breaker of one endpoint, or neither."""
+        assert held.question is not None
+        provider, place = self._provider, self._provider.places[name]
+        if provider.router.in_flight[name] >= provider.settings.per_host:
+            raise BulkheadFull(
+                f"endpoint {name}", PATIENCE_S, f"{provider.settings.per_host} calls of this process are in flight"
+            )
+        bucket, tokens = provider.bucket(place, held.question.model), self._tokens(held)
+        grant = bucket.reserve(
+            priority=self._priority, in_line=in_line, requests=1, tokens=tokens, bytes=tokens * BYTES_PER_TOKEN
+        )
+        if not grant:
+            raise RateLimited(f"bucket {bucket.name}", grant.wait_s, f"its limit of {grant.limited_by} is used up")
+        try:
+            breaker = provider.breaker(name)
+            held.admission = breaker.admit(waiter, self._urgency) if breaker is not None else None
+        except Denied:
+            grant.settle(requests=0, tokens=0, bytes=0)
+            raise
+        held.grant, held.endpoint = grant, name
+        provider.router.began(name)
+
+    # --- leaving -------------------------------------------------------------------------------------
+
+    def _withdraw_charge(self, held: Pass) -> None:
+        if held.charge is not None:
+            self._budget.withdraw(held.charge.id)
+            held.charge = None
+
+    def _give_back(self, held: Pass) -> None:
+        """Nothing was called."""
+        self._withdraw_charge(held)
+        self._provider.flights.abandon(held.flight)
+
+    def leave(self, entry: Any, error: BaseException | None = None) -> None:
+        """Tell everybody how a call ended; what it has really used is settled."""
+        held: Pass = entry
+        if not held.endpoint:
+            return
+        self._provider.router.ended(held.endpoint)
+        breaker = self._provider.breaker(held.endpoint)
+        if held.admission is not None and breaker is not None:
+            # Garbage speaks against its endpoint as much as a 500 does.
+            breaker.ended(held.admission, ProviderDown(held.endpoint, error.why) if isinstance(error, UnusableAnswer) else error)
+        if held.answer is not None:
+            self._settle(held, held.answer)
+        else:
+            self._failed(held, error)
+        held.endpoint = ""
+
+    def _settle(self, held: Pass, answer: Answer) -> None:
+        """Pay, and let those know who wait for the answer: one round trip, and one for the rate limit."""
+        assert held.question is not None
+        assert held.charge is not None
+        assert held.grant is not None
+        model, its, memo = held.question.model, self._provider, self._memo(held.index)
+        used = self._cost(model, answer.prompt_tokens, answer.completion_tokens)
+        lands = its.flights.landing(
+            held.flight, codec.pack(msgspec.to_builtins(answer)), memo=memo, memo_ttl_s=MEMO_S,
+            cache_ttl_s=0 if held.other else self._spec.cache_ttl_s,
+        )  # fmt: skip
+        self._memos.append((held.index, held.flight.key))
+        with suppress(StoreUnavailable):  # it stays charged as it was reserved: the safe side
+            self._store.ask(
+                lands,
+                self._budget.settling(held.charge.id, used, label=model),
+                its.learned.learning(model, held.estimated, held.draft.max_tokens, answer),
+            )
+        held.grant.settle(tokens=used["tokens"], bytes=used["tokens"] * BYTES_PER_TOKEN)
+
+    def _failed(self, held: Pass, error: BaseException | None) -> None:
+        """Give the flight to others; a provider that may have begun to answer is paid for the prompt."""
+        assert held.question is not None
+        assert held.charge is not None
+        if isinstance(error, Denied | ProviderDown | ProviderRefused):
+            self._withdraw_charge(held)
+        else:
+            self._budget.settle(held.charge.id, self._cost(held.question.model, held.estimated, 0), label=held.question.model)
+        self._provider.flights.abandon(held.flight)
+        if isinstance(error, RateLimited):
+            place = self._provider.places[held.endpoint]
+            self._provider.bucket(place, held.question.model).hold(error.retry_after_s)
+
+    def instead_of(self, denied: Denied) -> Callable[..., Any] | None:
+        """Return what is done without a model, when the budget is spent for good."""
+        return self._about.fallback if isinstance(denied, BudgetSpent) and denied.retry_after_s == ILL_S else None
+
+    def still_waits(self, waiter: str) -> bool:
+        """Say whether a waiter that was noted is still in line at some endpoint's breaker."""
+        breakers = [self._provider.breaker(name) for name in self._provider.places]
+        try:
+            return any(self._store.ask(*(each.waits(waiter) for each in breakers if each is not None)))
+        except StoreUnavailable:
+            return True
+
+    def forgetting(self, until: int) -> list[Call]:
+        """Return what drops the memos of items that are safe in their node's partial: those before `until`."""
+        return self._provider.flights.forgetting([(key, self._memo(index)) for index, key in self._memos if index < until])
+
+    # --- asking --------------------------------------------------------------------------------------
+
+    async def reply(self, context: Context) -> Any:
+        """Return the answer to an item that was let in: its text, or what its form makes of it.
+
+        An answer of the wrong form is sent back, and that call passes what the first one did.  Raises Misformed, what the
+        endpoint raises, and Denied when it has to come back.
+        """
+        held: Pass = context.entry
+        answer = await self._ask(held)
+        for _ in range(self._provider.settings.repairs if held.draft.form is not None else 0):
+            try:
+                return self._shaped(held.draft, answer)
+            except Misformed as wrong:
+                answer = await self._further(draft := held.draft.repaired(answer.text, wrong.why), context)
+                held = Pass(draft, self, held.flight, held.index)
+        return self._shaped(held.draft, answer)
+
+    @staticmethod
+    def _shaped(draft: Draft, answer: Answer) -> Any:
+        return answer.text if draft.form is None else read(answer.text, draft.form)
+
+    async def _ask(self, held: Pass) -> Answer:
+        if held.question is None:
+            return _known(await self._landed(held))
+        held.answer = await self._provider.endpoint(held.endpoint).ask(held.question)
+        self._provider.learn(self._provider.places[held.endpoint], held.question.model, held.answer.told)
+        return held.answer
+
+    async def _landed(self, held: Pass) -> bytes:
+        """Wait for a call that somebody else makes.  Raises Denied when that one is gone: the item enters again."""
+        while held.flight.state == "others":
+            await asyncio.sleep(held.flight.wait_s)
+            held.flight = self._provider.flights.look(held.flight)
+        if held.flight.state == "mine":
+            self._provider.flights.abandon(held.flight)
+            raise Denied("flight", 0.0, "who made the call is gone")
+        return held.flight.value
+
+    async def _further(self, draft: Draft, context: Context) -> Answer:
+        """Make another call for the same item; it waits among the others for its turn, or comes back."""
+        while True:
+            try:
+                held = self._admit(draft, context)
+                break
+            except Denied as denied:
+                if denied.retry_after_s > SOON_S:
+                    raise
+                await asyncio.sleep(denied.retry_after_s)
+        try:
+            answer = await self._ask(held)
+        except BaseException as error:
+            self.leave(held, error)
+            raise
+        self.leave(held)
+        return answer
+
+
+def _known(packed: bytes) -> Answer:
+    return msgspec.convert(codec.unpack(packed), Answer)
+
+
+def _how_bad(denied: Denied) -> tuple[bool, float]:
+    """Order refusals: the one to wait for is the soonest; that an endpoint is away counts only when all are."""
+    return denied.code == "CIRCUIT_OPEN" or denied.guard == "endpoints", denied.retry_after_s

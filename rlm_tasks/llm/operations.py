@@ -1,0 +1,317 @@
+"""The operations that call models: a prompt per item, a tree of merges, a question over more than a context holds.
+
+Decides what is asked in each, and what the rounds of a job make of the answers.  Refuses to know limits, budgets and
+providers, which are the gate's.  Registered where the `openai` client is installed (the extra ``llm``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from rlm_tasks import operations
+from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.llm.drafts import Draft, Message, tier_for
+from rlm_tasks.llm.endpoints import estimated_tokens
+from rlm_tasks.llm.params import Ask, Map, MapReduce, Params, parsed
+from rlm_tasks.llm.settings import LlmSettings
+from rlm_tasks.operations import Context, Operation
+from rlm_tasks.protection import Protection
+from rlm_tasks.requests import JobRequest
+from rlm_tasks.rounds import NextRound, Round
+from rlm_tasks.sources import Files, Lines
+
+P = TypeVar("P", bound=Params)
+Compose = Callable[[Any, dict[str, Any], str], Draft]
+MOST_IN_FLIGHT = 1000
+"""The pool of the worker's settings bounds the calls in flight; this never does."""
+
+
+def _register(
+    name: str,
+    compose: Compose,
+    conclude: Callable[[Any, Any], Any],
+    *,
+    prepare: Callable[[JobRequest, Any], JobRequest] | None = None,
+    then: Callable[[Any, Round], Any] | None = None,
+    fallback: Callable[..., Any] | None = None,
+) -> None:
+    """Register an operation whose items each become one answer; `conclude` makes the item's output of item and answer."""
+
+    async def answer(item: Any, context: Context) -> Any:
+        if context.entry is None:
+            raise InvalidRequest("operation", name, "calls a model, and runs in a job only: submit it")
+        return conclude(item, await context.entry.gate.reply(context))
+
+    def gate(guards: Any, operation: Operation, spec: Any) -> Any:
+        from rlm_tasks.llm.gate import Gate
+
+        return Gate(guards, operation, spec, compose)
+
+    operations.register(
+        Operation(
+            name, answer, concurrency=MOST_IN_FLIGHT, gate=gate, prepare=prepare, then=then,
+            protection=Protection(name, fallback=fallback),
+        )
+    )  # fmt: skip
+
+
+def _messages(system: str, prompt: str) -> tuple[Message, ...]:
+    told: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
+    return (*told, {"role": "user", "content": prompt})
+
+
+def _draft(its: Params, complexity: str, prompt: str, form: type[BaseModel] | None = None) -> Draft:
+    tier = tier_for(its.tier, complexity)
+    return Draft(_messages(its.system, prompt), its.max_tokens, tier, its.temperature, form)
+
+
+def _plain(answer: Any) -> Any:
+    return answer.model_dump(mode="json") if isinstance(answer, BaseModel) else answer
+
+
+def _settled(model: type[P], request: JobRequest, settings: Any) -> tuple[JobRequest, P]:
+    """Return a request with its params checked, and as plain data."""
+    its = parsed(model, request.params)
+    its.fits(settings.llm, tier_for(its.tier, request.complexity))
+    return request.model_copy(update={"params": its.model_dump(mode="json", exclude_defaults=True)}), its
+
+
+# --- llm.map -----------------------------------------------------------------------------------------
+
+
+def _map(item: Any, params: dict[str, Any], complexity: str) -> Draft:
+    its = parsed(Map, params)
+    return _draft(its, complexity, its.filled(item), its.form)
+
+
+_register(
+    "llm.map", _map, lambda item, answer: _plain(answer), prepare=lambda request, settings: _settled(Map, request, settings)[0]
+)
+
+
+# --- llm.map_reduce ----------------------------------------------------------------------------------
+
+
+def _map_first(item: Any, params: dict[str, Any], complexity: str) -> Draft:
+    its = parsed(MapReduce, params)
+    return _draft(its, complexity, its.filled(item), its.form)
+
+
+def _merge(parts: list[Any], params: dict[str, Any], complexity: str) -> Draft:
+    its = parsed(MapReduce, params)
+    listed = "\n".join(f"- {_text(part)}" for part in parts)
+    return _draft(its, complexity, f"{its.merge_prompt}\nMERGE:\n{listed}", its.form)
+
+
+def _text(part: Any) -> str:
+    return part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
+
+
+def _merge_next(outputs: Iterable[Any], round: Round) -> Any:
+    """Merge what there is, a few at a time, until one is left."""
+    its = parsed(MapReduce, round.params)
+    few = list(itertools.islice(found := iter(outputs), 2))
+    if len(few) < 2:
+        return few[0] if few else None
+    return NextRound(
+        "llm.merge", _in_groups(itertools.chain(few, found), its.fan_in), round.params, last=_fits(round, its.fan_in)
+    )
+
+
+def _fits(round: Round, fan_in: int) -> bool:
+    return round.done <= fan_in
+
+
+def _in_groups(parts: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while group := list(itertools.islice(parts, size)):
+        yield group
+
+
+def _side_by_side(parts: list[Any]) -> Any:
+    """Put parts one after the other: what is done with them when no model can be paid."""
+    return parts[0] if len(parts) == 1 else "\n\n".join(_text(part) for part in parts)
+
+
+_register(
+    "llm.map_reduce", _map_first, lambda item, answer: _plain(answer),
+    prepare=lambda request, settings: _settled(MapReduce, request, settings)[0], then=_merge_next,
+)  # fmt: skip
+_register("llm.merge", _merge, lambda parts, answer: _plain(answer), fallback=_side_by_side)
+
+
+# --- llm.ask -----------------------------------------------------------------------------------------
+
+
+class Found(BaseModel):
+    """What a model found among the passages that it has read."""
+
+    found: list[int]  # numbers of the passages that help to answer
+    answer: str = ""  # what they say
+
+
+class Reply(BaseModel):
+    """A model's answer to the question, and the passages that it rests on."""
+
+    answer: str
+    found: list[int] = []
+
+
+OVERHEAD_TOKENS = 300
+"""Of the words around a question and its passages."""
+Passage = list[Any]  # number, text
+
+
+def _reading(item: dict[str, Any], params: dict[str, Any], complexity: str) -> Draft:
+    its = parsed(Ask, params)
+    asked = (
+        "Below are numbered passages. Which of them help to answer the question? Give their numbers as `found`, the most helpful "
+        "first, and in `answer` what they say about it, in short. Give an empty list when none does."
+    )
+    return _draft(its, complexity, f"{asked}\n{_listed(its.question, item)}", Found)
+
+
+def _answering(item: dict[str, Any], params: dict[str, Any], complexity: str) -> Draft:
+    its = parsed(Ask, params)
+    asked = (
+        "Answer the question from the numbered passages alone. Give the numbers of those that your answer rests on as `found`. "
+        "Say so when they do not answer it."
+    )
+    return _draft(its, complexity, f"{asked}\n{_listed(its.question, item)}", Reply)
+
+
+def _listed(question: str, item: dict[str, Any]) -> str:
+    passages = "\n".join(f"[{number}] {' '.join(text.split())}" for number, text in item["passages"])
+    return f"QUESTION: {' '.join(question.split())}\n{passages}"
+
+
+def _read(item: dict[str, Any], answer: Found) -> dict[str, Any]:
+    """Keep the passages that were found, best first; a number that was not among them is no passage."""
+    texts: dict[int, list[str]] = {}
+    for number, text in item["passages"]:
+        texts.setdefault(number, []).append(text)
+    kept = [[number, text] for number in dict.fromkeys(answer.found) for text in texts.get(number, ())]
+    return {"kept": kept, "note": answer.answer, "read": item.get("read") or len(texts)}
+
+
+def _answered(item: dict[str, Any], answer: Reply) -> dict[str, Any]:
+    known = {number for number, _ in item["passages"]}
+    return {**item["about"], "answer": answer.answer, "citations": _ranges(known & set(answer.found))}
+
+
+def _notes_alone(item: dict[str, Any]) -> dict[str, Any]:
+    """Answer with what was noted on the way: when no model can be paid any more."""
+    known = {number for number, _ in item["passages"]}
+    return {**item["about"], "answer": "\n\n".join(filter(None, item["notes"])), "citations": _ranges(known), "complete": False}
+
+
+def _ranges(numbers: Iterable[int]) -> list[list[int]]:
+    """Return half-open ranges of item numbers."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and ranges[-1][1] == number:
+            ranges[-1][1] += 1
+        else:
+            ranges.append([number, number + 1])
+    return ranges
+
+
+def _narrow(outputs: Iterable[dict[str, Any]], round: Round) -> Any:
+    """Answer from what was found when that fits; else have it read again, until it does or has to."""
+    its, found = parsed(Ask, round.params), list(outputs)
+    if found and "answer" in found[0]:
+        return found[0]
+    read = sum(each["read"] for each in found) if round.number == 0 else max((each["read"] for each in found), default=0)
+    about = {"read": read, "found": sum(len(each["kept"]) for each in found), "rounds": round.number, "complete": not round.short}
+    if not about["found"]:
+        return {**about, "answer": "", "citations": []}
+    kept = [passage for each in found for passage in each["kept"]]
+    if sum(map(_size, kept)) > its.group_tokens:
+        if round.number + 1 < its.max_rounds:
+            groups = ({"passages": group, "read": read} for group in _packed(sorted(kept), its.group_tokens))
+            return NextRound("llm.ask", groups, round.params)
+        kept, about["complete"] = _best(found, its.group_tokens), False
+    last = {"passages": sorted(kept), "notes": [each["note"] for each in found], "about": about}
+    return NextRound("llm.answer", [last], round.params, last=True)
+
+
+def _size(passage: Sequence[Any]) -> int:
+    return estimated_tokens(passage[1]) + 3  # its number, in brackets
+
+
+def _best(found: list[dict[str, Any]], room: int) -> list[Passage]:
+    """Return the best passages of all groups, in turns, as many as fit."""
+    turns = (each for each in itertools.chain(*itertools.zip_longest(*(each["kept"] for each in found))) if each is not None)
+    kept: list[Passage] = []
+    for passage in turns:
+        if (room := room - _size(passage)) < 0:
+            break
+        kept.append(passage)
+    return kept
+
+
+def _packed(passages: Iterable[Passage], room: int) -> Iterator[list[Passage]]:
+    """Put passages together, in order, as many as a model reads at once; one that is too long is cut."""
+    group: list[Passage] = []
+    left = room
+    for passage in (piece for each in passages for piece in _pieces(each, room)):
+        if group and _size(passage) > left:
+            yield group
+            group, left = [], room
+        group.append(passage)
+        left -= _size(passage)
+    if group:
+        yield group
+
+
+def _pieces(passage: Passage, room: int) -> Iterator[Passage]:
+    number, text = passage
+    step = max(
+        1, (room - 3) * 4 // max(1, -(-len(text.encode(errors="replace")) // max(1, len(text))))
+    )  # characters, by the bytes each has
+    for at in range(0, max(1, len(text)), step):
+        yield [number, text[at : at + step]]
+
+
+def _grouped(request: JobRequest, settings: Any) -> JobRequest:
+    """Return a request whose items are groups of what it was given: a model reads many of them at once."""
+    request, its = _settled(Ask, request, settings)
+    its = its.model_copy(update={"group_tokens": _room(its, request.complexity, settings.llm)})
+    passages = ([number, _text(item)] for number, item in enumerate(_each(request.items)))
+    groups = ({"passages": group} for group in _packed(passages, its.group_tokens))
+    return request.model_copy(update={"items": groups, "params": its.model_dump(mode="json", exclude_defaults=True)})
+
+
+def _room(its: Ask, complexity: str, settings: LlmSettings) -> int:
+    """Return how many tokens of passages go into one call, of those the request allows.  Raises InvalidRequest."""
+    model = settings.model(settings.of_tier(tier_for(its.tier, complexity)))
+    besides = its.max_tokens + OVERHEAD_TOKENS + estimated_tokens(its.question) + estimated_tokens(its.system)
+    most = min(model.context_tokens, int((model.tokens or settings.tokens) * 0.8)) - besides
+    if most < 100:
+        raise InvalidRequest("max_tokens", its.max_tokens, "leaves no room for passages; ask for less, or for a larger tier")
+    return min(its.group_tokens, most)
+
+
+def _each(items: Any) -> Iterable[Any]:
+    if isinstance(items, Lines):
+        return _lines(items)
+    if isinstance(items, str | bytes | Files) or not isinstance(items, Iterable):
+        raise InvalidRequest("items", items, "must be an iterable of texts, or Lines(...)")
+    return items
+
+
+def _lines(items: Lines) -> Iterator[str]:
+    try:
+        with Path(items.path).open(encoding=items.encoding) as file:
+            yield from (line.rstrip("\r\n") for line in file)
+    except OSError as error:
+        raise InvalidRequest("items", str(items.path), f"cannot be read: {error.strerror}") from None
+
+
+_register("llm.ask", _reading, _read, prepare=_grouped, then=_narrow)
+_register("llm.answer", _answering, _answered, fallback=_notes_alone)

@@ -1,0 +1,108 @@
+"""What a request of each operation may say in its `params`, checked before anything is enqueued.
+
+Decides defaults and what a prompt does with an item; refuses to know how it is asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from resilience.checked import Checked
+from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.llm.forms import form_of, path_of
+from rlm_tasks.llm.settings import LlmSettings, Tier
+
+P = TypeVar("P", bound="Params")
+ITEM = "{item}"
+
+
+class Params(Checked):
+    """What all operations that call models take."""
+
+    invalid = InvalidRequest
+
+    system: str = Field("", description="What the model is told before each prompt: what all items share.")
+    tier: Tier | None = Field(None, description="small, medium or large; empty: as the request's complexity says.")
+    max_tokens: int = Field(1024, ge=1, description="Of one answer.")
+    temperature: float | None = Field(None, ge=0, le=2, description="Empty: the provider's own.")
+
+    def fits(self, settings: LlmSettings, tier: Tier) -> None:
+        """Raise InvalidRequest when no answer can be as long as asked for."""
+        name = settings.of_tier(self.tier or tier)
+        its = settings.model(name)
+        most = min(its.max_output_tokens, int((its.tokens or settings.tokens) * 0.9))
+        if self.max_tokens > most:
+            raise InvalidRequest("max_tokens", self.max_tokens, f"model {name} answers with {most} at most; ask for less")
+
+
+class Map(Params):
+    """``llm.map``: a prompt for each item."""
+
+    prompt: str = Field(min_length=1, description="`{item}` stands for the item, `{name}` for a field of an item that has it.")
+    output: str = Field("", description="A pydantic model, or its `module:Name`, that answers have to fit.")
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _is_a_model(cls, value: Any) -> Any:
+        path = path_of(value) if isinstance(value, type) and issubclass(value, BaseModel) else value
+        if path:
+            form_of(path)
+        return path
+
+    @property
+    def form(self) -> type[BaseModel] | None:
+        """The model that answers have to fit."""
+        return form_of(self.output) if self.output else None
+
+    def filled(self, item: Any) -> str:
+        """Return the prompt for an item."""
+        text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False, default=str)
+        fields = {f"{{{name}}}": str(value) for name, value in item.items()} if isinstance(item, Mapping) else {}
+        if not any(name in self.prompt for name in (ITEM, *fields)):
+            return f"{self.prompt}\n\n{text}"
+        return _replaced(self.prompt, {ITEM: text, **fields})
+
+
+class MapReduce(Map):
+    """``llm.map_reduce``: a prompt for each item, then merges by the model, until one answer is left."""
+
+    merge_prompt: str = Field(
+        "Merge these into one text of the same kind. Keep what matters, say nothing twice, add nothing.",
+        min_length=1,
+        description="What the model is asked of the answers that it merges.",
+    )
+    fan_in: int = Field(8, ge=2, le=100, description="Answers of one merge, if so many fit.")
+
+
+class Ask(Params):
+    """``llm.ask``: a question about items that do not fit into a context together."""
+
+    question: str = Field(min_length=1, description="In plain words.")
+    group_tokens: int = Field(8000, ge=100, description="Of the items that a model reads at once.")
+    max_rounds: int = Field(4, ge=1, le=20, description="How often what was found is narrowed before it must do.")
+
+    @model_validator(mode="after")
+    def _has_room(self) -> Ask:
+        if len(self.question) > self.group_tokens:
+            raise InvalidRequest("question", self.question, f"is longer than group_tokens={self.group_tokens} leaves room for")
+        return self
+
+
+def parsed(model: type[P], params: Mapping[str, Any] | BaseModel) -> P:
+    """Return checked params.  Raises InvalidRequest naming the field."""
+    return params if isinstance(params, model) else model(**dict(params))
+
+
+def _replaced(text: str, values: Mapping[str, str]) -> str:
+    """Replace names all at once: what an item says is never taken for a name."""
+    found: list[str] = []
+    at = 0
+    while at < len(text):
+        name = next((each for each in values if text.startswith(each, at)), "")
+        found.append(values[name] if name else text[at])
+        at += len(name) or 1
+    return "".join(found)

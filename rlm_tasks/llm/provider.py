@@ -1,0 +1,112 @@
+"""What one process knows of its providers: endpoints, who is next, what limits them, what is in flight.
+
+Built once in each pool process.  Decides which limit belongs to which model and key, and lowers it to what a provider says;
+refuses to know what is asked and who pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pydantic import SecretStr
+
+from resilience.bucket import Rate, TokenBucket
+from resilience.single_flight import SingleFlight
+from rlm_tasks.llm.endpoints import Endpoint, Told
+from rlm_tasks.llm.health import Health
+from rlm_tasks.llm.learned import Learned
+from rlm_tasks.protection import Protection
+from rlm_tasks.settings import key_of
+from scheduler.routing import Router
+
+if TYPE_CHECKING:
+    from resilience.breaker import CircuitBreaker
+    from rlm_tasks.guards import Guards
+    from rlm_tasks.llm.settings import EndpointSettings, LlmSettings
+
+BREAKER = "client"
+"""The preset of endpoints' breakers: 5 failures in a row, 30 s, 3 probes (source document 0)."""
+
+
+def service_of(endpoint: str) -> str:
+    """Return the name of an endpoint's breaker."""
+    return f"llm:{endpoint}"
+
+
+def rates(settings: LlmSettings, model: str) -> dict[str, Rate]:
+    """Return what a provider allows of a model in any window."""
+    its = settings.model(model)
+    return {
+        "requests": Rate(its.requests or settings.requests, per_s=settings.window_s),
+        "tokens": Rate(its.tokens or settings.tokens, per_s=settings.window_s),
+        "bytes": Rate(settings.bytes_per_s),
+    }
+
+
+def protections(settings: LlmSettings) -> Iterator[Protection]:
+    """Yield what protects the calls to each endpoint, and to each model by each key, to show it."""
+    tiers = dict.fromkeys((settings.small, settings.medium, settings.large))
+    for each in settings.places:
+        yield Protection(service_of(each.name), breaker=BREAKER)
+        for model in tiers:
+            if not each.models or model in each.models:
+                yield Protection(f"llm:{each.key_env}:{model}", rate_limit=rates(settings, model))
+
+
+class Provider:
+    """All endpoints of one process."""
+
+    def __init__(self, guards: Guards) -> None:
+        self.settings: LlmSettings = guards.settings.llm
+        self._guards = guards
+        self.places = {each.name: each for each in self.settings.places}
+        self.router = Router({each.name: each.weight for each in self.places.values()}, self.settings.routing)
+        self.flights = SingleFlight("llm", guards.store, lease_s=2 * self.settings.timeout_s)
+        self.learned = Learned(guards.store, guards.store.clock)
+        self.health = Health(guards.store, self.settings)
+        self._endpoints: dict[str, Endpoint] = {}
+        self._buckets: dict[str, TokenBucket] = {}
+
+    def endpoint(self, name: str) -> Endpoint:
+        """Return where to ask."""
+        if name not in self._endpoints:
+            its, place = self.settings, self.places[name]
+            self._endpoints[name] = Endpoint(
+                place, SecretStr(key_of(place.key_env)), timeout_s=its.timeout_s, per_host=its.per_host, idle_s=its.idle_s
+            )
+        return self._endpoints[name]
+
+    def order(self, model: str, key: str) -> list[EndpointSettings]:
+        """Return the endpoints that have a model and are well, the one to try first first."""
+        ill = self.health.ill()
+        found = [self.places[name] for name in self.router.order(key) if name not in ill]
+        return [each for each in found if not each.models or model in each.models]
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that this process has in flight."""
+        return sum(self.router.in_flight.values())
+
+    def breaker(self, name: str) -> CircuitBreaker | None:
+        """Return the breaker of an endpoint, None where breakers are off."""
+        return self._guards.breaker(Protection(service_of(name), breaker=BREAKER))
+
+    def bucket(self, place: EndpointSettings, model: str) -> TokenBucket:
+        """Return the limits of a model by an endpoint's key."""
+        name = f"llm:{place.key_env}:{model}"
+        if name not in self._buckets:
+            self._limit(name, rates(self.settings, model))
+        return self._buckets[name]
+
+    def _limit(self, name: str, limits: dict[str, Rate]) -> None:
+        self._buckets[name] = TokenBucket(name, self._guards.store, **limits)  # type: ignore[arg-type]  # rates by their names
+
+    def learn(self, place: EndpointSettings, model: str, told: Told) -> None:
+        """Lower a limit to what a provider says it is; one that it says is higher stays as it was set."""
+        bucket = self.bucket(place, model)
+        said = {"requests": told.requests.limit, "tokens": told.tokens.limit}
+        lower = {name: limit for name, limit in said.items() if limit and limit < bucket.rates[name].limit}
+        if lower:
+            limits = {**bucket.rates, **{name: Rate(limit, bucket.rates[name].per_s) for name, limit in lower.items()}}
+            self._limit(bucket.name, limits)
