@@ -57,6 +57,7 @@ class RlmError(Exception):
     category = Category.OPERATION
     severity = Severity.MEDIUM
     retryable = False
+    trips = False  # it speaks against the service that was called: a breaker counts it
 
 
 class StoreUnavailable(RlmError):
@@ -116,6 +117,7 @@ class CallTimeout(RlmError, TimeoutError):
     code = "TIMEOUT"
     category = Category.TIMEOUT
     retryable = True
+    trips = True
 
     def __init__(self, what: str, limit_s: float) -> None:
         self.what, self.limit_s = what, limit_s

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from resilience.errors import CallTimeout, Category, Denied, RlmError, Severity
+from resilience.errors import Category, Denied, RlmError, Severity
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +100,15 @@ def classify(error: BaseException) -> Fault:
 
 
 def _of_ours(error: RlmError) -> Fault:
-    """Our own errors tell of guards, requests and jobs; only a call that was stopped speaks against its service."""
+    """Our own errors tell of guards, requests and jobs; few speak against a service."""
     return Fault(
         error.code,
         error.category,
         error.severity,
         error.retryable,
         free=isinstance(error, Denied),
-        trips=isinstance(error, CallTimeout),
-        ignored=not isinstance(error, CallTimeout),
+        trips=error.trips,
+        ignored=not error.trips,
         retry_after_s=error.retry_after_s if isinstance(error, Denied) else None,
     )
 

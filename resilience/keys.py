@@ -84,6 +84,13 @@ class Keys:
         tagged = f"{self.namespace}:{{bulkhead:{name}}}:"
         return tagged + "permits", tagged + "about", tagged + "hosts", tagged + "waiting"
 
+    def flight(self, name: str, key: str) -> tuple[str, ...]:
+        """Return who makes a call and how many wait for it (HASH), the last value that was landed for those (HASH), its
+        value in the cache (STRING), and what the names of memos are put behind (STRING each).
+        """
+        tagged = f"{self.namespace}:{{flight:{name}:{key}}}:"
+        return tagged + "made", tagged + "landed", tagged + "cache", tagged + "memo:"
+
     def pressure(self) -> PressureKeys:
         """Return the keys of the platform's load."""
         return PressureKeys(*(f"{self.namespace}:{{pressure}}:{field}" for field in PressureKeys._fields))
@@ -111,9 +118,24 @@ class Keys:
         """Return the retry budget of a service.  HASH balance, time."""
         return f"{self.namespace}:{{budget:{service}}}"
 
+    def spending(self, name: str) -> tuple[str, ...]:
+        """Return a budget's open accounts (HASH account -> JSON) and folded ones (HASH account -> JSON), its charges (HASH id
+        -> JSON), when their leases end (ZSET id -> ms), and what was spent by label (HASH label -> JSON).
+        """
+        tagged = f"{self.namespace}:{{spending:{name}}}:"
+        return tuple(tagged + field for field in ("accounts", "folded", "charges", "leases", "labels"))
+
     def timing(self, operation: str) -> str:
         """Return how long items of an operation have taken.  HASH bucket -> weight."""
         return f"{self.namespace}:{{timing:{operation}}}"
+
+    def model(self, name: str) -> str:
+        """Return what calls to a model have taken.  HASH of sums."""
+        return f"{self.namespace}:{{models}}:{name}"
+
+    def endpoints(self) -> str:
+        """Return how endpoints of models are.  HASH endpoint -> JSON."""
+        return f"{self.namespace}:{{models}}:endpoints"
 
     def faults(self) -> tuple[str, str]:
         """Return the recurring faults (HASH pattern -> JSON) and when each was last seen (ZSET pattern -> ms)."""

@@ -320,7 +320,7 @@ class Guards:
             breaker=self.breaker(about),
             bucket=self.bucket(about),
             bulkhead=self.bulkhead(about),
-            retry=self.retry(operation.name, about),
+            retry=self.retry_of(operation.name, about),
             priority=priority,
             urgency=URGENCY[priority],
             store=self.store,
@@ -365,7 +365,7 @@ class Guards:
             if (bulkhead := self.bulkhead(operations.get(name).protection)) is not None:
                 bulkhead.forget(bulkhead.owner_of(pid))
 
-    def retry(self, operation: str, about: Protection) -> Retry | None:
+    def retry_of(self, operation: str, about: Protection) -> Retry | None:
         """Return how an operation's items are tried again, or None when they are not."""
         if about.retry is None:
             return None

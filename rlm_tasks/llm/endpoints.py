@@ -78,6 +78,7 @@ class UnusableAnswer(RlmError):
     code = "UNUSABLE_ANSWER"
     category = Category.TRANSIENT
     retryable = True
+    trips = True
 
     def __init__(self, endpoint: str, why: str) -> None:
         self.endpoint, self.why = endpoint, why
@@ -193,7 +194,7 @@ class Endpoint:
         request: dict[str, Any] = {
             "model": self.settings.models.get(question.model, question.model),
             "messages": list(question.messages),
-            "max_tokens": question.max_tokens,
+            self.settings.max_tokens_as: question.max_tokens,
         }
         if question.temperature is not None:
             request["temperature"] = question.temperature

@@ -24,7 +24,7 @@ from resilience.store import Call
 from rlm_tasks import codec
 from rlm_tasks.guards import PATIENCE_S, Guarded, Guards
 from rlm_tasks.llm.drafts import Draft, digest, models_for
-from rlm_tasks.llm.endpoints import Answer, ProviderDown, ProviderRefused, Question, UnusableAnswer, estimated_prompt
+from rlm_tasks.llm.endpoints import Answer, ProviderDown, ProviderRefused, Question, estimated_prompt
 from rlm_tasks.llm.forms import Misformed, read
 from rlm_tasks.llm.provider import Provider
 from rlm_tasks.protection import Protection
@@ -82,7 +82,7 @@ class Gate(Guarded):
         its = guards.settings.llm
         about = Protection(operation.name, retry=RetryPolicy(max_attempts=its.attempts), fallback=operation.protection.fallback)
         super().__init__(
-            operation, about, breaker=None, bucket=None, bulkhead=None, retry=guards.retry(operation.name, about),
+            operation, about, breaker=None, bucket=None, bulkhead=None, retry=guards.retry_of(operation.name, about),
             priority=spec.priority, urgency=0, store=guards.store,
         )  # fmt: skip
         self._guards, self._spec, self._compose = guards, spec, compose
@@ -208,8 +208,7 @@ class Gate(Guarded):
         self._provider.router.ended(held.endpoint)
         breaker = self._provider.breaker(held.endpoint)
         if held.admission is not None and breaker is not None:
-            # Garbage speaks against its endpoint as much as a 500 does.
-            breaker.ended(held.admission, ProviderDown(held.endpoint, error.why) if isinstance(error, UnusableAnswer) else error)
+            breaker.ended(held.admission, error)
         if held.answer is not None:
             self._settle(held, held.answer)
         else:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 BREAKER = "client"
 """The preset of endpoints' breakers: 5 failures in a row, 30 s, 3 probes (source document 0)."""
+BURST_SHARE = 1 / 6
+"""The share of a window's limit that may go at once: calls reserve far more than most of them use."""
 
 
 def service_of(endpoint: str) -> str:
@@ -37,11 +39,9 @@ def service_of(endpoint: str) -> str:
 def rates(settings: LlmSettings, model: str) -> dict[str, Rate]:
     """Return what a provider allows of a model in any window."""
     its = settings.model(model)
-    return {
-        "requests": Rate(its.requests or settings.requests, per_s=settings.window_s),
-        "tokens": Rate(its.tokens or settings.tokens, per_s=settings.window_s),
-        "bytes": Rate(settings.bytes_per_s),
-    }
+    windows = {"requests": its.requests or settings.requests, "tokens": its.tokens or settings.tokens}
+    found = {name: Rate(limit, settings.window_s, max(1.0, limit * BURST_SHARE)) for name, limit in windows.items()}
+    return {**found, "bytes": Rate(settings.bytes_per_s)}
 
 
 def protections(settings: LlmSettings) -> Iterator[Protection]:
@@ -108,5 +108,6 @@ class Provider:
         said = {"requests": told.requests.limit, "tokens": told.tokens.limit}
         lower = {name: limit for name, limit in said.items() if limit and limit < bucket.rates[name].limit}
         if lower:
-            limits = {**bucket.rates, **{name: Rate(limit, bucket.rates[name].per_s) for name, limit in lower.items()}}
-            self._limit(bucket.name, limits)
+            window_s = self.settings.window_s
+            limits = {name: Rate(limit, window_s, max(1.0, limit * BURST_SHARE)) for name, limit in lower.items()}
+            self._limit(bucket.name, {**bucket.rates, **limits})

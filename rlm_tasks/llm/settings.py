@@ -32,6 +32,7 @@ class EndpointSettings(BaseModel, frozen=True, extra="forbid"):
     key_env: str = "OPENAI_API_KEY"  # the variable that holds its key
     weight: Annotated[float, Field(gt=0)] = 1.0  # its share of the calls, where `routing` is weighted
     models: dict[str, str] = {}  # our name of a model -> its name there; empty: it has all, under our names
+    max_tokens_as: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # reasoning models know the second name only
     stream: bool = False  # read answers while they are made: a time limit then bounds each pause, not the whole
 
     @field_validator("base_url")

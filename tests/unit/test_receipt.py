@@ -83,7 +83,7 @@ _platform: list[PressedPlatform] = []
 
 def told(facts: dict[str, str]) -> Told:
     """Return a job's receipt as a table."""
-    return {(each.strategy, each.level): each.items for each in _receipt(facts)}
+    return {(each.strategy, each.level): each.items for each in _receipt([facts])}
 
 
 def item(i: int, *asks: str, ms: float = 0, fails: str = "", then: str = "") -> dict[str, Any]:
@@ -458,8 +458,8 @@ def test_what_is_asked_on_behalf_of_an_item_is_told_with_it(name: str) -> None:
 def test_a_receipt_is_in_the_order_of_its_words_and_says_what_it_means() -> None:
     facts = {"state": "running", "shaped:use_simplified_methods:critical": "2", "shaped:reduce_entity_limits:high": "20"}
 
-    receipt = _receipt(facts)
+    receipt = _receipt([facts])
 
     assert receipt == Receipt([Shaped("reduce_entity_limits", "high", 20), Shaped("use_simplified_methods", "critical", 2)])
     assert str(receipt) == "reduce_entity_limits at high: 20 items; use_simplified_methods at critical: 2 items"
-    assert str(_receipt({"state": "running"})) == "nothing was left out"
+    assert str(_receipt([{"state": "running"}])) == "nothing was left out"

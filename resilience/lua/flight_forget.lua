@@ -1,0 +1,2 @@
+-- Drop what is kept.  KEYS: it.
+redis.call('DEL', KEYS[1])

@@ -1,0 +1,24 @@
+-- Reserve all amounts, or none.  ARGV: ms to keep, id, account, amounts (JSON: unit -> amount), ms of its lease.
+-- Returns {id, {why not, unit}, ...}: granted when there is no reason not to; nothing when there is no such account.
+local id, times = ARGV[2], 1
+while call('HEXISTS', charges, id) == 1 do
+  if call('ZSCORE', leases, id) then return {id} end
+  -- A charge of this name has lapsed, and may still be settled: the new one has a name of its own.
+  times = times + 1
+  id = ARGV[2] .. '~' .. times
+end
+local account, amounts, answer = find(ARGV[3]), cjson.decode(ARGV[4]), {id}
+if not account then return false end
+for unit, amount in pairs(amounts) do
+  local free, least = account.free[unit], amount * (1 - CLOSE)
+  if free and amount > 0 and least > free then
+    answer[#answer + 1] = {least > free + (account.held[unit] or 0) and 'exhausted' or 'wait', unit}
+  end
+end
+if #answer > 1 then return answer end
+move(account, amounts, 'free', 'held')
+put(account)
+call('HSET', charges, id, '{"account":' .. text(account.name) .. ',"amounts":' .. exact(amounts) .. '}')
+call('ZADD', leases, now + tonumber(ARGV[5]), id)
+keep()
+return answer

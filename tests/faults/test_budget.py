@@ -1,0 +1,129 @@
+"""A budget that sixteen processes spend as fast as they can, some of them killed with a reservation in hand."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Container, Iterator, Sequence
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from random import Random
+
+import pytest
+import redis
+
+from resilience.budget import Budget, Charge
+from resilience.store import Store
+from rlm_tasks import embedded
+from tests.support import wait_until
+
+PROCESSES, KILLED = 16, range(1, 7)
+TOKENS = 48_000
+MOST = 100
+"""Tokens that the largest call reserves; one call uses as many more than it has reserved."""
+PRICE = 0.1
+NAMESPACE = "budget"
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[embedded.Server]:
+    """A server without the keys of others."""
+    with embedded.server() as server:
+        yield server
+
+
+@pytest.fixture
+def store(own: embedded.Server) -> Iterator[Store]:
+    """An empty store, with a timeout that a busy machine does not exceed."""
+    with redis.Redis.from_url(own.url) as client:
+        client.flushall()
+    found = Store(own.url, namespace=NAMESPACE)
+    yield found
+    found.client.close()
+
+
+def spend(budget: Budget, number: int, account: str, dies_at: int, journal: Path, start: Barrier) -> None:
+    """Use tokens until there are none; write down each use, and what was reserved for it, when it is made."""
+    random, made = Random(number), 0
+    start.wait()
+    with journal.open("w", buffering=1) as told:
+        for _ in ("its own", "what others have left"):
+            while charge := reserve(budget, f"{number}:{made}", reserved := random.randint(1, MOST), account):
+                made += 1
+                used = reserved + MOST if number == 0 and made == 1 else reserved - random.randint(0, reserved // 3)
+                if made == dies_at and number % 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                print(used, file=told)
+                if made == dies_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                assert budget.settle(charge.id, {"tokens": used, "calls": 1, "money": used * PRICE}, label="model")
+            if account:
+                budget.fold(account)
+
+
+def reserve(budget: Budget, id: str, tokens: int, account: str) -> Charge:
+    """Ask until the answer is final."""
+    while (charge := budget.charge(id, {"tokens": tokens, "calls": 1}, account=account)).state == "wait":
+        time.sleep(0.002)  # the rate of the asking
+    return charge
+
+
+def run(budget: Budget, accounts: Sequence[str], killed: Container[int], folder: Path) -> list[int]:
+    """Let a process spend from each account; return what was used by each call that was made."""
+    fork = multiprocessing.get_context("fork")
+    start, journals = fork.Barrier(len(accounts)), [folder / str(number) for number in range(len(accounts))]
+    deaths = [2 + number if number in killed else 0 for number in range(len(accounts))]
+    told = zip(range(len(accounts)), accounts, deaths, journals, strict=True)
+    spenders = [fork.Process(target=spend, args=(budget, *each, start), daemon=True) for each in told]
+    for each in spenders:
+        each.start()
+    for each in spenders:
+        each.join()
+    assert [each.exitcode for each in spenders] == [-signal.SIGKILL if dies_at else 0 for dies_at in deaths]
+    return [int(line) for journal in journals for line in journal.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("killed", [(), KILLED], ids=["nobody killed", "some killed"])
+@pytest.mark.parametrize("apart", [True, False], ids=["own accounts", "one account"])
+def test_sixteen_processes_spend_a_budget_up_and_never_more(
+    store: Store, tmp_path: Path, apart: bool, killed: Container[int]
+) -> None:
+    budget = Budget("tree", store, lease_s=0.5 if killed else 120.0)
+    budget.open({"tokens": TOKENS})
+    accounts = [f"child-{number}" if apart else "" for number in range(PROCESSES)]
+    for left, account in zip(range(PROCESSES, 0, -1), filter(None, accounts), strict=False):
+        assert budget.carve(account, 1 / left) == {"tokens": TOKENS / PROCESSES}
+
+    used = run(budget, accounts, killed, tmp_path)
+    wait_until(lambda: budget.status().held["tokens"] == 0)
+    for account in filter(None, accounts):
+        budget.fold(account)  # a dead process does not
+
+    really, found = sum(used), budget.status()
+    print(f"{len(used)} calls used {really} of {TOKENS} tokens, {found.spent['tokens']:g} are counted")
+    assert really <= TOKENS + MOST, "one call may use more than it has reserved"
+    assert found.spent["tokens"] + found.left["tokens"] == TOKENS
+    assert found.accounts == {"": found.left}
+    if killed:
+        assert really <= found.spent["tokens"] <= really + len(KILLED) * MOST
+    else:
+        assert really >= 0.95 * TOKENS
+        assert (found.spent["tokens"], found.spent["calls"]) == (really, len(used))
+        assert found.spent["money"] == pytest.approx(really * PRICE, rel=1e-12)
+        assert found.by_label == {"model": pytest.approx(found.spent, rel=1e-12)}
+
+
+def test_a_charge_costs_as_much_with_many_in_flight_as_with_none(store: Store) -> None:
+    budget, costs = Budget("tree", store), []
+    budget.open({"calls": 10_000})
+    for in_flight in (0, 400):
+        for number in range(in_flight):
+            assert budget.charge(str(number), {"calls": 1})
+        store.client.config_resetstat()
+        assert budget.charge("one more", {"calls": 1})
+        assert budget.settle("one more", {"calls": 1})
+        costs.append(sum(about["calls"] for about in store.client.info("commandstats").values()))
+
+    assert costs[0] == costs[1], "commands that the server ran, those of the scripts included"
