@@ -98,15 +98,15 @@ class Budget:
 
     # --- charges -------------------------------------------------------------------------------------
 
-    def charge(self, id: str, amounts: Mapping[str, float], *, account: str = "") -> Charge:
+    def charge(self, id: str, amounts: Mapping[str, float], *, account: str = "", again: bool = False) -> Charge:
         """Reserve all amounts of an account, or nothing, before a call.
 
         Asking again with the id of a charge in flight is the same charge; when that has lapsed it is a new one, whose id
-        the charge tells.  `wait`: it fits when charges in flight on this account use less than they reserved; come back
+        the charge tells; `again` says that it has: who asked before is gone, and may have used it.  `wait`: it fits when charges in flight on this account use less than they reserved; come back
         soon.  `exhausted`: what was spent leaves too little whatever they use.  What was carved out of the account is not
         in it until it is folded.  Raises InvalidValue, StoreUnavailable.
         """
-        told = (_named("id", id), account, _amounts(amounts), self._lease_ms)
+        told = (_named("id", id), account, _amounts(amounts), self._lease_ms, int(again))
         [answer] = self._store.ask(self._call(_CHARGE, *told))
         name, *reasons = self._known(answer, account)
         if not reasons:

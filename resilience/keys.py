@@ -137,6 +137,10 @@ class Keys:
         """Return how endpoints of models are.  HASH endpoint -> JSON."""
         return f"{self.namespace}:{{models}}:endpoints"
 
+    def endpoints_turn(self) -> str:
+        """Return who asks endpoints of models how they are; nobody else does in the meantime.  STRING worker."""
+        return f"{self.namespace}:{{models}}:turn"
+
     def faults(self) -> tuple[str, str]:
         """Return the recurring faults (HASH pattern -> JSON) and when each was last seen (ZSET pattern -> ms)."""
         return f"{self.namespace}:{{faults}}:patterns", f"{self.namespace}:{{faults}}:seen"

@@ -21,6 +21,7 @@ from resilience.keys import Keys
 from resilience.store import Call, Script, Store
 
 LOOK_AGAIN_S = 0.05
+"""More or less by a fifth, so that those who wait do not all look at once."""
 _BEGIN, _LOOK, _LAND, _ABANDON = (
     Script.load("resilience", f"flight_{verb}", prelude="flight") for verb in ("begin", "look", "land", "abandon")
 )
@@ -38,6 +39,8 @@ class Flight:
     source: Literal["", "memo", "cache", "flight"] = ""  # where the value was found
     wait_s: float = 0.0  # until it is worth another look, while others make it
     seen: str = ""  # the last landing when it began
+    by: str = ""  # on whose behalf
+    again: bool = False  # who made it before did so on the same behalf, and is gone
 
 
 class SingleFlight:
@@ -52,23 +55,24 @@ class SingleFlight:
 
     # --- asking ----------------------------------------------------------------------------------------
 
-    def begin(self, key: str, *, cached: bool = False, memo: str = "") -> Flight:
+    def begin(self, key: str, *, cached: bool = False, memo: str = "", by: str = "") -> Flight:
         """Ask for a call, in one round trip: what a memo of this name holds, or (`cached`) the cache, else a flight.
 
-        Who is told ``mine`` makes the call, then calls `land` or `abandon`; so does everybody while Redis is away.
+        Who is told ``mine`` makes the call, then calls `land` or `abandon`; so does everybody while Redis is away.  `by` says on
+        whose behalf: of those only one can be at it, so who asks again takes over from itself, and waits for no lease.
         """
         made, landed, cache, memos = self._keys.flight(self.name, key)
         kept = ({"memo": memos + memo} if memo else {}) | ({"cache": cache} if cached else {})
         id = secrets.token_hex(8)
-        return self._asked(key, id, Call(_BEGIN, (made, landed, *kept.values()), (id, self._lease_ms, *kept)))
+        return self._asked(key, id, by, Call(_BEGIN, (made, landed, *kept.values()), (id, self._lease_ms, by, *kept)))
 
     def look(self, flight: Flight) -> Flight:
         """Look again at a flight of ``others``: has it landed, and if its holder gave up or died, is it ``mine`` now?"""
         made, landed, *_ = self._keys.flight(self.name, flight.key)
-        told = (flight.id, self._lease_ms, flight.seen)
-        return self._asked(flight.key, flight.id, Call(_LOOK, (made, landed), told))
+        told = (flight.id, self._lease_ms, flight.by, flight.seen)
+        return self._asked(flight.key, flight.id, flight.by, Call(_LOOK, (made, landed), told))
 
-    def _asked(self, key: str, id: str, call: Call) -> Flight:
+    def _asked(self, key: str, id: str, by: str, call: Call) -> Flight:
         try:
             [[state, found, source]] = self._store.ask(call)
         except StoreUnavailable:
@@ -77,8 +81,8 @@ class SingleFlight:
             return Flight(key, id, "landed", found, source.decode())
         if state == b"others":
             wait_s = LOOK_AGAIN_S * self._store.random.uniform(0.8, 1.2)
-            return Flight(key, id, "others", wait_s=wait_s, seen=found.decode())
-        return Flight(key, id)
+            return Flight(key, id, "others", wait_s=wait_s, seen=found.decode(), by=by)
+        return Flight(key, id, by=by, again=state == b"again")
 
     # --- ending ----------------------------------------------------------------------------------------
 
@@ -111,7 +115,7 @@ class SingleFlight:
         return [Call(_FORGET, (self._keys.flight(self.name, key)[3] + memo,), ()) for key, memo in memos]
 
 
-def _ms(field: str, seconds: float) -> int:
+def _ms(name: str, seconds: float) -> int:
     if not seconds > 0:
-        raise InvalidValue(field, seconds, "must be above 0: nothing is kept for ever")
+        raise InvalidValue(name, seconds, "must be above 0: nothing is kept for ever")
     return math.ceil(seconds * 1000)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -265,12 +265,25 @@ class Guarded:
                 await pause(postponed(denied, tries))
 
 
-def breakers_of(store: Store, wake: Callable[[Sequence[str]], int | None] = lambda _: None) -> CircuitBreakers:
-    """Return all breakers, those that operations of this process declare also before anything has gone wrong."""
+def declared(settings: Settings) -> Iterator[Protection]:
+    """Yield what protects the calls of this process' operations, and those to models where an endpoint is configured."""
+    from rlm_tasks.llm.health import configured
+
+    yield from (operations.get(name).protection for name in operations.names())
+    if configured(settings.llm):
+        from rlm_tasks.llm.provider import protections
+
+        yield from protections(settings.llm)
+
+
+def breakers_of(
+    store: Store, settings: Settings, wake: Callable[[Sequence[str]], int | None] = lambda _: None
+) -> CircuitBreakers:
+    """Return all breakers, those that are `declared` also before anything has gone wrong."""
     from resilience.breaker import CircuitBreakers
 
     found = CircuitBreakers(store, wake=wake)
-    for about in (operations.get(name).protection for name in operations.names()):
+    for about in declared(settings):
         if about.breaker is not None:
             found.get(about.service, about.breaker)
     return found

@@ -83,7 +83,7 @@ class _Smooth:
         for name, weight in self._weights.items():
             self._credit[name] += weight
         order = sorted(self._credit, key=self._credit.__getitem__, reverse=True)
-        for first in order[:1]:
+        for first in order[:1]:  # of none, when an only endpoint has nobody to stand in
             self._credit[first] -= self._all
         return order
 

@@ -55,12 +55,15 @@ local function keep()
   for _, key in ipairs(KEYS) do call('PEXPIRE', key, ARGV[1]) end
 end
 
--- Whoever held it may have used it: it is spent.  A hundred at a time, so that no caller pays for the death of a thousand;
--- those that wait for their turn are held, which binds as much.
-for _, id in ipairs(call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0, 100)) do
+-- Whoever held it may have used it: it is spent.
+local function lapse(id)
   call('ZREM', leases, id)
   local charge = cjson.decode(call('HGET', charges, id))
   local account = find(charge.account)
   move(account, charge.amounts, 'held', 'spent')
   put(account)
 end
+
+-- A hundred at a time, so that no caller pays for the death of a thousand; those that wait for their turn are held, which
+-- binds as much.
+for _, id in ipairs(call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0, 100)) do lapse(id) end

@@ -1,8 +1,12 @@
--- Reserve all amounts, or none.  ARGV: ms to keep, id, account, amounts (JSON: unit -> amount), ms of its lease.
+-- Reserve all amounts, or none.  ARGV: ms to keep, id, account, amounts (JSON: unit -> amount), ms of its lease, 1 when who
+-- asked before under this id is gone.
 -- Returns {id, {why not, unit}, ...}: granted when there is no reason not to; nothing when there is no such account.
 local id, times = ARGV[2], 1
 while call('HEXISTS', charges, id) == 1 do
-  if call('ZSCORE', leases, id) then return {id} end
+  if call('ZSCORE', leases, id) then
+    if ARGV[6] ~= '1' then return {id} end
+    lapse(id)
+  end
   -- A charge of this name has lapsed, and may still be settled: the new one has a name of its own.
   times = times + 1
   id = ARGV[2] .. '~' .. times

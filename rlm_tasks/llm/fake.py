@@ -50,6 +50,8 @@ class Model:
     - a line ``MERGE:`` and lines ``- <text>`` below it: it answers with the texts, each once, sorted, joined by "; ";
     - ``SUM:``: it answers with the sum of the integers behind it;
     - nothing of that: it answers with the first twelve words.
+
+    It puts more than one property into an object only when it is asked again.
     """
 
     def __init__(self, behaviour: str = "reader") -> None:
@@ -61,7 +63,8 @@ class Model:
             text = f"echo: {messages[-1]['content']}"
         else:
             text = _read(next((each["content"] for each in reversed(messages) if each.get("role") == "user"), ""))
-        return text if schema is None else _shaped(text, schema)
+        again = any(each.get("role") == "assistant" for each in messages)
+        return text if schema is None else _shaped(text, schema, again=again)
 
 
 def _read(text: str) -> str:
@@ -88,12 +91,16 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w{4,}", text.lower()))
 
 
-def _shaped(text: str, schema: Mapping[str, Any]) -> str:
+def _shaped(text: str, schema: Mapping[str, Any], *, again: bool) -> str:
     with suppress(msgspec.DecodeError):
         if isinstance(msgspec.json.decode(text), dict):
             return text
+    properties = schema.get("properties", {})
+    if again:
+        fillers = {"string": text, "integer": 0, "number": 0.0, "boolean": False, "array": []}
+        return msgspec.json.encode({name: fillers.get(about.get("type")) for name, about in properties.items()}).decode()
     with suppress(ValueError, KeyError):
-        [(name, about)] = schema.get("properties", {}).items()
+        [(name, about)] = properties.items()
         as_asked = {"string": str, "integer": int, "number": float}[about["type"]]
         return msgspec.json.encode({name: as_asked(text)}).decode()
     return text
@@ -368,7 +375,8 @@ class Provider:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer what comes over one connection."""
         connection = Connection(reader, writer)
-        with suppress(ConnectionError, EOFError, asyncio.LimitOverrunError, ValueError):
+        # Cancelled: the server ends, and asyncio would tell of each connection.
+        with suppress(ConnectionError, EOFError, asyncio.LimitOverrunError, ValueError, asyncio.CancelledError):
             while True:
                 await self._answer(await connection.request(), connection)
         self._connections -= connection.counted

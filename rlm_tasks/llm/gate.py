@@ -9,7 +9,6 @@ limit* and *breaker*.  What an inner one refuses is given back to the outer ones
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,10 +22,12 @@ from resilience.retry import RetryPolicy
 from resilience.store import Call
 from rlm_tasks import codec
 from rlm_tasks.guards import PATIENCE_S, Guarded, Guards
+from rlm_tasks.llm import counts
 from rlm_tasks.llm.drafts import Draft, digest, models_for
 from rlm_tasks.llm.endpoints import Answer, ProviderDown, ProviderRefused, Question, estimated_prompt
 from rlm_tasks.llm.forms import Misformed, read
 from rlm_tasks.llm.provider import Provider
+from rlm_tasks.metrics import LLM_REFUSED, LLM_SHARED
 from rlm_tasks.protection import Protection
 from rlm_tasks.spending import account_of
 
@@ -102,7 +103,8 @@ class Gate(Guarded):
             raise BulkheadFull("pool", PATIENCE_S, f"{provider.settings.pool} calls of this process are in flight")
         models = models_for(draft.tier, provider.settings, context.degradation)
         question = draft.question(models[0])
-        flight = provider.flights.begin(digest(question), cached=self._spec.cache_ttl_s > 0, memo=self._memo(context.index))
+        memo = self._memo(context.index)
+        flight = provider.flights.begin(digest(question), cached=self._spec.cache_ttl_s > 0, memo=memo, by=memo)
         held = Pass(draft, self, flight, context.index)
         if flight.state != "mine":
             return held
@@ -152,10 +154,12 @@ class Gate(Guarded):
         assert held.question is not None
         most = held.draft.max_tokens
         amounts = self._cost(held.question.model, self._tokens(held) - most, most)
-        charge = self._budget.charge(secrets.token_hex(8), amounts, account=account_of(self._spec))
+        id = f"{self._memo(held.index)}:{held.flight.key}"
+        charge = self._budget.charge(id, amounts, account=account_of(self._spec), again=held.flight.again)
         if charge.state == "wait":
             raise BudgetSpent("budget", SOON_S, f"calls in flight may leave enough {charge.limited_by}")
         if charge.state == "exhausted":
+            LLM_REFUSED.inc()
             if self._about.fallback is None:
                 self._guards.stop(self._spec.job, "budget", detail=charge.limited_by)
             raise BudgetSpent("budget", ILL_S, f"its {charge.limited_by} are spent")
@@ -227,6 +231,7 @@ class Gate(Guarded):
             cache_ttl_s=0 if held.other else self._spec.cache_ttl_s,
         )  # fmt: skip
         self._memos.append((held.index, held.flight.key))
+        counts.answered(model, held.endpoint, answer, used["money"])
         with suppress(StoreUnavailable):  # it stays charged as it was reserved: the safe side
             self._store.ask(
                 lands,
@@ -239,10 +244,13 @@ class Gate(Guarded):
         """Give the flight to others; a provider that may have begun to answer is paid for the prompt."""
         assert held.question is not None
         assert held.charge is not None
+        counts.failed(held.question.model, held.endpoint, error)
         if isinstance(error, Denied | ProviderDown | ProviderRefused):
             self._withdraw_charge(held)
         else:
-            self._budget.settle(held.charge.id, self._cost(held.question.model, held.estimated, 0), label=held.question.model)
+            used = self._cost(held.question.model, held.estimated, 0)
+            counts.paid(held.question.model, held.estimated, 0, used["money"])
+            self._budget.settle(held.charge.id, used, label=held.question.model)
         self._provider.flights.abandon(held.flight)
         if isinstance(error, RateLimited):
             place = self._provider.places[held.endpoint]
@@ -301,7 +309,16 @@ class Gate(Guarded):
         if held.flight.state == "mine":
             self._provider.flights.abandon(held.flight)
             raise Denied("flight", 0.0, "who made the call is gone")
+        if held.flight.source == "flight":
+            self._remember(held)
+        LLM_SHARED.inc(source=held.flight.source)
         return held.flight.value
+
+    def _remember(self, held: Pass) -> None:
+        """Keep another's answer for the item, should that be done again."""
+        its = held.flight
+        self._provider.flights.land(its, its.value, memo=self._memo(held.index), memo_ttl_s=MEMO_S)
+        self._memos.append((held.index, its.key))
 
     async def _further(self, draft: Draft, context: Context) -> Answer:
         """Make another call for the same item; it waits among the others for its turn, or comes back."""

@@ -15,6 +15,7 @@ from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Store
 from rlm_tasks.llm.settings import LlmSettings
+from rlm_tasks.settings import key_of
 
 READ_EVERY_S = 1.0
 BELIEVED = 3
@@ -32,6 +33,11 @@ class Checkup:
     why: str  # it did not pass
 
 
+def configured(settings: LlmSettings) -> bool:
+    """Whether this process knows an endpoint: one is named, or the key of the default one is set."""
+    return bool(settings.endpoints) or any(key_of(each.key_env) for each in settings.places)
+
+
 class Health:
     """The word of all endpoints."""
 
@@ -46,10 +52,14 @@ class Health:
         if now - self._read_at >= READ_EVERY_S:
             self._read_at = now
             try:
-                self._ill = frozenset(each.name for each in self.checkups() if each.strikes >= self._settings.health_strikes)
+                self._ill = frozenset(each.name for each in self.checkups() if self.is_ill(each))
             except StoreUnavailable:
                 self._ill = frozenset()
         return self._ill
+
+    def is_ill(self, checkup: Checkup) -> bool:
+        """Whether an endpoint gets no calls after this."""
+        return checkup.strikes >= self._settings.health_strikes
 
     def checkups(self) -> list[Checkup]:
         """Return the latest word of each endpoint; what is too old is left out.  Raises StoreUnavailable."""

@@ -14,15 +14,17 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from resilience.degradation import Strategy
 from rlm_tasks import operations
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.llm.drafts import Draft, Message, tier_for
 from rlm_tasks.llm.endpoints import estimated_tokens
+from rlm_tasks.llm.forecast import Forecast, by_item, merging, narrowing
 from rlm_tasks.llm.params import Ask, Map, MapReduce, Params, parsed
 from rlm_tasks.llm.settings import LlmSettings
 from rlm_tasks.operations import Context, Operation
 from rlm_tasks.protection import Protection
-from rlm_tasks.requests import JobRequest
+from rlm_tasks.requests import Adaptive, JobRequest
 from rlm_tasks.rounds import NextRound, Round
 from rlm_tasks.sources import Files, Lines
 
@@ -40,8 +42,12 @@ def _register(
     prepare: Callable[[JobRequest, Any], JobRequest] | None = None,
     then: Callable[[Any, Round], Any] | None = None,
     fallback: Callable[..., Any] | None = None,
+    forecast: Forecast | None = None,
 ) -> None:
-    """Register an operation whose items each become one answer; `conclude` makes the item's output of item and answer."""
+    """Register an operation whose items each become one answer; `conclude` makes the item's output of item and answer.
+
+    Its `forecast` says what its rounds ask; left out: one round.
+    """
 
     async def answer(item: Any, context: Context) -> Any:
         if context.entry is None:
@@ -56,7 +62,7 @@ def _register(
     operations.register(
         Operation(
             name, answer, concurrency=MOST_IN_FLIGHT, gate=gate, prepare=prepare, then=then,
-            protection=Protection(name, fallback=fallback),
+            protection=Protection(name, fallback=fallback), forecast=forecast or by_item(compose),
         )
     )  # fmt: skip
 
@@ -79,7 +85,11 @@ def _settled(model: type[P], request: JobRequest, settings: Any) -> tuple[JobReq
     """Return a request with its params checked, and as plain data."""
     its = parsed(model, request.params)
     its.fits(settings.llm, tier_for(its.tier, request.complexity))
-    return request.model_copy(update={"params": its.model_dump(mode="json", exclude_defaults=True)}), its
+    found: dict[str, Any] = {"params": its.model_dump(mode="json", exclude_defaults=True)}
+    if request.kind == "recursive" and request.strategy is None:
+        # A smaller node would leave connections of its process idle.
+        found["strategy"] = Adaptive(min_chunk_size=min(settings.llm.pool, settings.llm.per_host * len(settings.llm.places)))
+    return request.model_copy(update=found), its
 
 
 # --- llm.map -----------------------------------------------------------------------------------------
@@ -133,14 +143,16 @@ def _in_groups(parts: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def _side_by_side(parts: list[Any]) -> Any:
+def _side_by_side(parts: list[Any], context: Context) -> Any:
     """Put parts one after the other: what is done with them when no model can be paid."""
+    context.degradation.shaped.add(Strategy.NO_MODEL)
     return parts[0] if len(parts) == 1 else "\n\n".join(_text(part) for part in parts)
 
 
 _register(
     "llm.map_reduce", _map_first, lambda item, answer: _plain(answer),
     prepare=lambda request, settings: _settled(MapReduce, request, settings)[0], then=_merge_next,
+    forecast=merging(_map_first, _merge),
 )  # fmt: skip
 _register("llm.merge", _merge, lambda parts, answer: _plain(answer), fallback=_side_by_side)
 
@@ -204,8 +216,9 @@ def _answered(item: dict[str, Any], answer: Reply) -> dict[str, Any]:
     return {**item["about"], "answer": answer.answer, "citations": _ranges(known & set(answer.found))}
 
 
-def _notes_alone(item: dict[str, Any]) -> dict[str, Any]:
+def _notes_alone(item: dict[str, Any], context: Context) -> dict[str, Any]:
     """Answer with what was noted on the way: when no model can be paid any more."""
+    context.degradation.shaped.add(Strategy.NO_MODEL)
     known = {number for number, _ in item["passages"]}
     return {**item["about"], "answer": "\n\n".join(filter(None, item["notes"])), "citations": _ranges(known), "complete": False}
 
@@ -227,7 +240,12 @@ def _narrow(outputs: Iterable[dict[str, Any]], round: Round) -> Any:
     if found and "answer" in found[0]:
         return found[0]
     read = sum(each["read"] for each in found) if round.number == 0 else max((each["read"] for each in found), default=0)
-    about = {"read": read, "found": sum(len(each["kept"]) for each in found), "rounds": round.number, "complete": not round.short}
+    about = {
+        "read": read,
+        "found": sum(len(each["kept"]) for each in found),
+        "rounds": round.number + 1,
+        "complete": not round.short,
+    }
     if not about["found"]:
         return {**about, "answer": "", "citations": []}
     kept = [passage for each in found for passage in each["kept"]]
@@ -313,5 +331,8 @@ def _lines(items: Lines) -> Iterator[str]:
         raise InvalidRequest("items", str(items.path), f"cannot be read: {error.strerror}") from None
 
 
-_register("llm.ask", _reading, _read, prepare=_grouped, then=_narrow)
+_register(
+    "llm.ask", _reading, _read, prepare=_grouped, then=_narrow,
+    forecast=narrowing(_reading, _answering, passage=lambda number, item: [number, _text(item)], packed=_packed, size=_size),
+)  # fmt: skip
 _register("llm.answer", _answering, _answered, fallback=_notes_alone)

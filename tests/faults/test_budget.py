@@ -45,7 +45,7 @@ def store(own: embedded.Server) -> Iterator[Store]:
 
 
 def spend(budget: Budget, number: int, account: str, dies_at: int, journal: Path, start: Barrier) -> None:
-    """Use tokens until there are none; write down each use, and what was reserved for it, when it is made."""
+    """Use tokens until there are none; write down each use when it is made."""
     random, made = Random(number), 0
     start.wait()
     with journal.open("w", buffering=1) as told:

@@ -414,3 +414,29 @@ class SingleFlightMachine(RuleBasedStateMachine):
 
 TestSingleFlightAgainstAnOracle = SingleFlightMachine.TestCase
 TestSingleFlightAgainstAnOracle.settings = settings(max_examples=60, stateful_step_count=40)
+
+
+# --- on whose behalf -------------------------------------------------------------------------------------
+
+
+def test_who_begins_again_on_its_own_behalf_takes_over_from_its_dead_self_and_serves_those_who_wait(world: World) -> None:
+    first, second, others = process(world), process(world), process(world)
+    dead, waits = first.begin("key", by="item 7"), others.begin("key", by="item 8")
+
+    again = second.begin("key", by="item 7")
+    assert (dead.again, again.state, again.again) == (False, "mine", True)
+    assert (others.look(waits).state, second.begin("key", by="item 9").state) == ("others", "others")
+
+    second.land(again, b"1")
+    assert landed(others.look(waits)) == (b"1", "flight")
+
+
+def test_who_waits_and_takes_over_does_so_on_its_own_behalf(world: World) -> None:
+    ours, theirs = process(world), process(world)
+    mine, waits = ours.begin("key", by="item 7"), theirs.begin("key", by="item 8")
+    ours.abandon(mine)
+
+    taken = theirs.look(waits)
+    assert (taken.state, taken.again) == ("mine", False)
+    assert ours.begin("key", by="item 7").state == "others"
+    assert theirs.begin("key", by="item 8").again is True

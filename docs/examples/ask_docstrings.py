@@ -1,0 +1,80 @@
+"""Ask Python's own documentation strings a question: they do not fit into a context, so they are read in groups and narrowed.
+
+    python docs/examples/ask_docstrings.py "What returns the longest common path of several path names?"
+
+It starts a server, a worker and a fake provider (a plain reader that costs nothing), and stops them.  With OPENAI_API_KEY,
+and OPENAI_BASE_URL for any other provider that answers as OpenAI's does, it asks that one, and spends 50 cents at most.
+"""
+
+import argparse
+import ast
+import os
+import sys
+import sysconfig
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.progress import Progress
+
+from rlm_tasks import embedded
+from rlm_tasks.llm import fake
+
+QUESTION = "What returns the longest common path of several path names?"
+
+
+def docstrings(most):
+    """Yield a name and a documentation string for each function and class of the standard library."""
+    found = 0
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)):
+                yield f"{path.stem}.{node.name}", text
+                if (found := found + 1) == most:
+                    return
+
+
+def ask(client, question, texts, budget):
+    """Plan, ask, and show how far it is; return the job's result."""
+    request = {
+        "operation": "llm.ask",
+        "items": texts,
+        "params": {"question": question, "group_tokens": 4000, "max_tokens": 300},
+        "options": {"budget": budget, "continueOnError": True},
+    }
+    print(client.plan(request))
+    job = client.submit(request)
+    with Progress(disable=not sys.stdout.isatty()) as progress:
+        bar = progress.add_task("reading")
+        for seen in job.watch():
+            progress.update(bar, total=seen.total, completed=seen.done + seen.failed + seen.skipped)
+    return job.result()
+
+
+def main():
+    """Start what is needed, ask, and print the answer with its sources and its bill."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("question", nargs="?", default=QUESTION)
+    parser.add_argument("--items", type=int, default=10_000, help="documentation strings to ask")
+    asked = parser.parse_args()
+    embedded.clean_up_on_sigterm()
+    with ExitStack() as stack:
+        os.environ["RLM_REDIS_URL"] = stack.enter_context(embedded.server()).url
+        if "OPENAI_API_KEY" not in os.environ:
+            provider = stack.enter_context(fake.running(latency=0.05))
+            os.environ.update(OPENAI_API_KEY="none is needed", OPENAI_BASE_URL=provider.base_url, RLM_LLM__TOKENS="10000000")
+        from rlm_tasks import Client  # it reads the environment when it is imported
+
+        names, texts = zip(*docstrings(asked.items), strict=True)
+        stack.enter_context(embedded.worker(dict(os.environ), log=Path(os.devnull), slots=2))
+        with Client() as client:
+            result = ask(client, asked.question, texts, {"money": 0.50})
+    print(f"\n{asked.question}\n{result.output['answer']}\n")
+    for lo, hi in result.output["citations"]:
+        print("  from", ", ".join(names[lo:hi]))
+    spent = result.spent.spent
+    print(f"{result.output['read']:,} texts read in {result.output['rounds']} rounds and {spent['calls']:.0f} calls,", end=" ")
+    print(f"{spent['tokens']:,.0f} tokens, {spent['money']:.4f} in money")
+
+
+if __name__ == "__main__":
+    main()
