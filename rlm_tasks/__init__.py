@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from resilience.budget import Spending as Spending
     from resilience.degradation import Level as Level
     from resilience.degradation import ResourceConstraints as ResourceConstraints
     from rlm_tasks.celery import app as app
@@ -32,8 +33,13 @@ if TYPE_CHECKING:
     from rlm_tasks.operations import Context as Context
     from rlm_tasks.operations import operation as operation
     from rlm_tasks.optimization import OptimizationConfig as OptimizationConfig
+    from rlm_tasks.planning import Estimate as Estimate
+    from rlm_tasks.planning import Plan as Plan
+    from rlm_tasks.planning import PlannedRound as PlannedRound
+    from rlm_tasks.planning import Sufficiency as Sufficiency
     from rlm_tasks.requests import Adaptive as Adaptive
     from rlm_tasks.requests import Binary as Binary
+    from rlm_tasks.requests import Budget as Budget
     from rlm_tasks.requests import Conditions as Conditions
     from rlm_tasks.requests import JobRequest as JobRequest
     from rlm_tasks.requests import NWay as NWay
@@ -50,6 +56,8 @@ if TYPE_CHECKING:
     from rlm_tasks.results import Progress as Progress
     from rlm_tasks.results import Receipt as Receipt
     from rlm_tasks.results import Status as Status
+    from rlm_tasks.rounds import NextRound as NextRound
+    from rlm_tasks.rounds import Round as Round
     from rlm_tasks.sources import Files as Files
     from rlm_tasks.sources import Lines as Lines
     from rlm_tasks.splitting import estimate_optimal_chunk_size as estimate_optimal_chunk_size
@@ -64,12 +72,15 @@ _HOMES = {
     "job": "Job",
     "operations": "Context operation",
     "optimization": "OptimizationConfig",
-    "requests": "Adaptive Binary Conditions JobRequest NWay Options Priority",
+    "planning": "Estimate Plan PlannedRound Sufficiency",
+    "requests": "Adaptive Binary Budget Conditions JobRequest NWay Options Priority",
     "results": "ItemFailure JobResult Partial Progress Receipt Status",
     "resource_manager": "create_resource_manager get_resource_status integrate_with_orchestrator reset_circuit_breakers "
     "wrap_method_executor",
+    "rounds": "NextRound Round",
     "sources": "Files Lines",
     "splitting": "estimate_optimal_chunk_size",
+    "resilience.budget": "Spending",
     "resilience.degradation": "Level ResourceConstraints",
     "scheduler.allocation": "ResourceAllocationPolicy",
 }

@@ -50,6 +50,8 @@ from scheduler.usage import Usage
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker, CircuitBreakers
     from rlm_tasks.limits import LimitReport
+    from rlm_tasks.llm.reports import EndpointReport
+    from rlm_tasks.planning import Plan
     from rlm_tasks.pressure import PlatformStatus, Pressure
     from rlm_tasks.spending import Purse
     from scheduler.alerts import Alerts
@@ -122,7 +124,7 @@ class Client:
         """All breakers: `can_execute(name)`, `status()`, `reset(name)` or `reset()` for all."""
         from rlm_tasks.guards import breakers_of
 
-        return breakers_of(self.store, lambda waiters: wake(self.ledger, self._dispatcher, waiters))
+        return breakers_of(self.store, self.settings, lambda waiters: wake(self.ledger, self._dispatcher, waiters))
 
     def create_circuit_breaker(
         self, name: str | Mapping[str, Any] = "client", /, config: Any = None, **fields: Any
@@ -186,7 +188,7 @@ class Client:
         """What jobs that call models may spend, and have spent."""
         from rlm_tasks.spending import Purse
 
-        return Purse(self._store, ttl_s=self.settings.result_ttl_s, merge_share=self.settings.llm.merge_share)
+        return Purse(self._store, self.settings)
 
     @functools.cached_property
     def usage(self) -> Usage:
@@ -222,11 +224,23 @@ class Client:
         return found
 
     def limits(self) -> list[LimitReport]:
-        """Return how full the rate limits and bulkheads are that operations declare.  Raises StoreUnavailable."""
+        """Return how full the rate limits and bulkheads are that operations declare, and the limits of models.
+
+        Raises StoreUnavailable.
+        """
         from rlm_tasks.guards import Guards
         from rlm_tasks.limits import reports
 
         return reports(Guards(self.store, self.settings, lambda waiters: wake(self.ledger, self._dispatcher, waiters)))
+
+    def endpoints(self) -> list[EndpointReport]:
+        """Return how the endpoints of models are, as workers have seen them; none where none is configured.
+
+        Raises StoreUnavailable.
+        """
+        from rlm_tasks.llm.reports import reports
+
+        return reports(self)
 
     def queues(self) -> dict[str, QueueReport]:
         """Return how many messages wait in each queue of the platform, and for how long.  Raises BrokerUnavailable."""
@@ -261,6 +275,18 @@ class Client:
         return FaultLog(self.store).recovery_success_rate()
 
     # --- submitting ---------------------------------------------------------------------------------
+
+    def plan(self, request: Request | None = None, /, **fields: Any) -> Plan:
+        """Return what a request would take under today's limits: nodes, calls, tokens, money and time, at p50 and p90.
+
+        Takes what `submit` does, opens no job and calls no provider.  Of many items it looks at a thousand, so the items
+        must be there to look at: not an iterator.  Raises InvalidRequest as `submit` does, and StoreUnavailable.
+        """
+        from rlm_tasks import planning
+
+        asked = self._request(request, fields)
+        settled = self._checked(asked)
+        return planning.plan(self, asked, settled, queue_name(self.settings.namespace, self._priority(asked)))
 
     def submit(self, request: Request | None = None, /, *, idempotency_key: str = "", **fields: Any) -> Job:
         """Open a job and return its handle.

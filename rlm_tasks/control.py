@@ -75,7 +75,7 @@ def breakers(state: Any, **_: Any) -> dict[str, Any]:
     from resilience.store import guard_store
     from rlm_tasks.guards import breakers_of
 
-    return breakers_of(guard_store(state.app.rlm_settings)).status()
+    return breakers_of(guard_store(state.app.rlm_settings), state.app.rlm_settings).status()
 
 
 @inspect_command()  # type: ignore[untyped-decorator]  # Celery ships no types
@@ -133,7 +133,8 @@ def reset_breaker(state: Any, name: str = "", **_: Any) -> dict[str, str]:
     from resilience.store import guard_store
     from rlm_tasks.guards import breakers_of
 
-    known = breakers_of(guard_store(state.app.rlm_settings), state.app.rlm_runtime().wake)
+    settings = state.app.rlm_settings
+    known = breakers_of(guard_store(settings), settings, state.app.rlm_runtime().wake)
     if name not in (names := known.names()):
         return {"error": f"there is no breaker {name!r}; there are: {', '.join(names) or 'none'}"}
     known.reset(name)

@@ -307,7 +307,7 @@ class Guards:
         self._bulkheads: dict[str, Bulkhead] = {}
         self._retries: dict[str, Retry] = {}
         self._kept: dict[tuple[Callable[[Guards], Any], int], Any] = {}
-        self.purse = Purse(store, ttl_s=settings.result_ttl_s, merge_share=settings.llm.merge_share)
+        self.purse = Purse(store, settings)
 
     def kept(self, make: Callable[[Guards], T]) -> T:
         """Return what gates of operations share in this process, made when it is first asked for."""

@@ -94,7 +94,7 @@ class Health:
         self._worker, self._clock = worker, clock
         self._runtime, self._store = worker.app.rlm_runtime(), guard_store(worker.app.rlm_settings)
         self._began = self._looped_at = clock()
-        self._breakers = breakers_of(self._store)
+        self._breakers = breakers_of(self._store, worker.app.rlm_settings)
         self._asking, self._asked_at = threading.Lock(), float("-inf")
         self._states: dict[str, str] = {}
         # Elsewhere an item may keep the loop for as long as it likes.

@@ -32,6 +32,7 @@ from rlm_tasks.settings import settings as environment
 from rlm_tasks.transports import QUEUE_ORDER, speaks_redis
 from rlm_tasks.upstream import (
     leave_promptly,
+    leave_when_retiring,
     survive_reconnects_while_processes_are_recycled,
     survive_restarts_of_redis,
 )
@@ -209,6 +210,7 @@ def _prepare(sender: Any, **_: Any) -> None:
     if _serves_jobs(app) and not app.conf.value_set_for("worker_prefetch_multiplier"):
         sender.prefetch_multiplier = 1
     leave_promptly(lambda: runtime.page.draining)
+    leave_when_retiring(lambda: runtime.retiring)
     survive_restarts_of_redis()
     survive_reconnects_while_processes_are_recycled()
     drain_when_told_to_stop(app)

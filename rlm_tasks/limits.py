@@ -1,7 +1,7 @@
 """Which limits hold for the calls of operations, and how full they are.
 
 Decides what is told of a bucket and of a bulkhead, side by side.  It knows the limits that operations declare, which every
-process that imports them shares; refuses to know how they are kept.
+process that imports them shares, and those of models; refuses to know how they are kept.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlm_tasks import operations
-from rlm_tasks.guards import Guards
+from rlm_tasks.guards import Guards, declared
 
 if TYPE_CHECKING:
     from resilience.bucket import TokenBucket
@@ -37,10 +36,10 @@ class LimitReport:
 
 
 def reports(guards: Guards) -> list[LimitReport]:
-    """Return what operations of this process declare, by service, each limit once.  Raises StoreUnavailable."""
-    declared = {about.service: about for about in (operations.get(name).protection for name in operations.names())}
+    """Return what is declared in this process, by service, each limit once.  Raises StoreUnavailable."""
+    services = {about.service: about for about in declared(guards.settings)}
     found: list[LimitReport] = []
-    for _, about in sorted(declared.items()):
+    for _, about in sorted(services.items()):
         if (bucket := guards.bucket(about)) is not None:
             found += _rates(bucket)
         if (bulkhead := guards.bulkhead(about)) is not None:

@@ -272,6 +272,20 @@ CACHED = Counter(
     "rlm_cache_reads_total", "Reads of stored items, by whether their block was still in memory.", {"outcome": ("hit", "miss")}
 )
 PEAK_MEMORY = Peak("rlm_peak_memory_mb", "The most memory that one pool process has held.")
+LLM_CALLS = Counter(
+    "rlm_llm_calls_total",
+    "Calls to models, by how they ended.",
+    {"model": None, "endpoint": None, "outcome": ("ok", "rate_limited", "timeout", "failed", "refused", "unusable")},
+)
+LLM_SECONDS = Histogram("rlm_llm_call_seconds", "From a call to a model to its answer.", {"model": None})
+LLM_TOKENS = Counter(
+    "rlm_llm_tokens_total", "Tokens that calls to models were paid for.", {"model": None, "kind": ("prompt", "completion")}
+)
+LLM_MONEY = Counter("rlm_llm_money_total", "What calls to models have cost, by the prices of the settings.", {"model": None})
+LLM_SHARED = Counter(
+    "rlm_llm_shared_total", "Answers that were not paid again, by where they were.", {"source": ("memo", "cache", "flight")}
+)
+LLM_REFUSED = Counter("rlm_llm_budget_refusals_total", "Calls to models that were not made, because a job's budget is spent.")
 
 
 def count_node(

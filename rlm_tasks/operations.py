@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from resilience.retry import RetryPolicy
     from rlm_tasks.guards import Guarded, Guards
     from rlm_tasks.job import Job
+    from rlm_tasks.llm.forecast import Forecast
     from rlm_tasks.requests import JobRequest
     from rlm_tasks.rounds import Round
     from rlm_tasks.settings import Settings
@@ -114,6 +115,7 @@ class Operation:
     then: Callable[[Any, Round], Any] | None = None
     prepare: Callable[[JobRequest, Settings], JobRequest] | None = None  # settles a request before it is stored, or refuses it
     gate: Callable[[Guards, Operation, Spec], Guarded] | None = None  # guards that depend on the item
+    forecast: Forecast | None = None  # says what its rounds will ask of models
     is_async: bool = field(init=False)
     takes_context: bool = field(init=False)
 

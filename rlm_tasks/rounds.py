@@ -148,7 +148,7 @@ class Rounds:
         self._ledger.told_round(spec.job, number)
         child = msgspec.structs.replace(
             spec, job=id, operation=operation.name, version=operation.version, source=source, n=n, params=asked.params,
-            shape=Shape("flat", target_ms=settings.node.target_ms), kind="recursive", parent=spec.job, round=number,
+            shape=Shape("flat", min_chunk=spec.shape.min_chunk, target_ms=spec.shape.target_ms), kind="recursive", parent=spec.job, round=number,
             skip_if_empty=False, validate=False, early_termination_threshold=None, idempotency_key="", patient=False, emits={},
             timeout_ms=max(1.0, deadline_ms - self._ledger.store.now_ms()) if deadline_ms else None,
         )  # fmt: skip

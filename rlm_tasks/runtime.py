@@ -35,7 +35,6 @@ from rlm_tasks.rounds import Rounds
 from rlm_tasks.settings import Settings
 from rlm_tasks.shares import Shares
 from rlm_tasks.sources import ItemReader
-from rlm_tasks.spending import Purse
 from rlm_tasks.transports import speaks_redis
 from scheduler.admission import WaitingRoom
 from scheduler.board import Board
@@ -69,6 +68,7 @@ class Runtime:
     rounds: Rounds
     worker: str = ""
     in_order: bool = True  # the broker hands over what is more urgent first
+    retiring: bool = False  # this pool process ends before its next message, and another takes its place
     reached: Callable[[CrashPoint], None] = nobody_listens
     clock: Callable[[], float] = time.perf_counter  # seconds; what slices are measured by
     item_ms: dict[str, float] = field(default_factory=dict)  # operation -> time of an item, as last seen by this process
@@ -86,14 +86,13 @@ class Runtime:
             return wake(ledger.hasty(), dispatcher, waiters)
 
         guards = Guards(shared, settings, waken, ledger.stop)
-        purse = Purse(shared, ttl_s=settings.result_ttl_s, merge_share=settings.llm.merge_share)
         limits = ItemLimits(Timeouts(shared, multipliers=settings.node.timeout_multipliers), settings.node, time.monotonic)
         slots = SlotBoard(store, keys)
         return cls(
             settings, ledger, slots, Preemption(store, keys, slots), ItemReader(store), dispatcher, page, guards, limits,
             FaultLog(shared, FaultLogSettings(size=settings.fault_patterns)), Usage(store, keys), Shares(shared, settings, page, waken), Board(store, keys, settings.pressure),
             WaitingRoom(store, keys, settings.admission.max_jobs), Notices(Events(shared, settings.alerts.history), settings.alerts, time.monotonic),
-            Rounds(ledger, dispatcher, settings, purse, waken), in_order=speaks_redis(app.conf.broker_url),
+            Rounds(ledger, dispatcher, settings, guards.purse, waken), in_order=speaks_redis(app.conf.broker_url),
         )  # fmt: skip
 
     def resend(self, job: str, nodes: Sequence[str]) -> None:

@@ -178,6 +178,11 @@ class ItemReader:
         self._sizes: dict[tuple[str, int], int] = {}
         self._hits = self._misses = 0
 
+    def forget(self) -> None:
+        """Keep no block in memory."""
+        self._cache.clear()
+        self._sizes.clear()
+
     def looked_up(self) -> tuple[int, int]:
         """Return how often a block was in memory, and how often it was not, since this was asked last."""
         told, self._hits, self._misses = (self._hits, self._misses), 0, 0

@@ -13,6 +13,7 @@ from rlm_tasks.spec import Spec
 
 if TYPE_CHECKING:
     from resilience.budget import Budget, Spending
+    from rlm_tasks.settings import Settings
 
 
 def account_of(spec: Spec) -> str:
@@ -23,14 +24,15 @@ def account_of(spec: Spec) -> str:
 class Purse:
     """The budgets of one platform's jobs."""
 
-    def __init__(self, store: Store, *, ttl_s: float, merge_share: float) -> None:
-        self._store, self._ttl_s, self._merge_share = store, ttl_s, merge_share
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store, self._ttl_s, self._merge_share = store, settings.result_ttl_s, settings.llm.merge_share
+        self._lease_s = 2 * settings.llm.timeout_s
 
     def budget(self, tree: str) -> Budget:
         """Return the budget of a job and its rounds."""
         from resilience.budget import Budget  # clients of jobs that call no models need none
 
-        return Budget(tree, self._store, ttl_s=self._ttl_s)
+        return Budget(tree, self._store, ttl_s=self._ttl_s, lease_s=self._lease_s)
 
     def open(self, spec: Spec, *, last: bool) -> None:
         """Put aside what a job may spend, before it begins; `last` says that it has no rounds.  Raises StoreUnavailable."""

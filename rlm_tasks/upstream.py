@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -42,6 +43,29 @@ def leave_promptly(draining: Callable[[], bool]) -> None:
     billiard.pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT = 2  # times 0.1 s
     asynpool.sleep = _nap
     prefork.time = SimpleNamespace(sleep=_nap)
+
+
+def leave_when_retiring(retiring: Callable[[], bool]) -> None:
+    """Let a pool process end between two tasks, as one ends that has run all it may (`--max-tasks-per-child`).
+
+    billiard decides that by settings of the whole pool alone (billiard 4.3).  It ends a process that way also when waiting
+    for a task raises SystemExit, and notes the code of a call of `sys.exit`.
+    """
+    stock = getattr(billiard.pool.Worker._make_child_methods, "__wrapped__", billiard.pool.Worker._make_child_methods)
+
+    @functools.wraps(stock)
+    def make(process: Any, *args: Any, **options: Any) -> None:
+        stock(process, *args, **options)
+        receive = process.wait_for_job
+
+        def receive_or_leave(*args: Any, **options: Any) -> Any:
+            if retiring():
+                sys.exit(billiard.pool.EX_RECYCLE)
+            return receive(*args, **options)
+
+        process.wait_for_job = receive_or_leave
+
+    billiard.pool.Worker._make_child_methods = make
 
 
 def _nap(seconds: float) -> None:

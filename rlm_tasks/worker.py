@@ -298,6 +298,12 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
 
     requires = {"celery.worker.components:Pool"}
 
+    def create(self, worker: Any) -> None:
+        """Import what pool processes are to share."""
+        from rlm_tasks.llm.checks import checks_of
+
+        self._checks = checks_of(worker.app.rlm_runtime())
+
     def start(self, worker: Any) -> None:
         """Start once the pool has forked."""
         from rlm_tasks.monitoring import monitor_thread  # alerts and webhooks are of no use to clients
@@ -333,6 +339,9 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
             worker.app.rlm_queued = lambda: monitor.queued
         monitor.start()
         signals.worker_shutdown.connect(lambda **_: monitor.stop(), weak=False)
+        if (checks := self._checks) is not None:
+            checks.start()
+            signals.worker_shutdown.connect(lambda **_: checks.stop(), weak=False)
 
     def stop(self, worker: Any) -> None:
         """Let running nodes cut; the pool is asked to stop after this."""

@@ -1,4 +1,4 @@
-"""Jobs: submit, watch, explain, cancel, retry."""
+"""Jobs: plan, submit, watch, explain, cancel, retry."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, 
 
 if TYPE_CHECKING:
     from rlm_tasks.job import Job
+    from rlm_tasks.planning import PlannedRound
     from rlm_tasks.results import ItemFailure, JobEvent, JobResult, Progress
     from rlm_tasks.spec import Spec
 
@@ -29,17 +30,41 @@ NAMED = 8
 @click.pass_context
 def submit(ctx: click.Context, request_file: Any, timeout: float | None, as_json: bool) -> None:
     """Submit a request from a JSON file, or from stdin."""
-    from rlm_tasks.errors import InvalidRequest
-
-    try:
-        request = json.load(request_file)
-    except ValueError as error:
-        raise InvalidRequest("request", getattr(request_file, "name", "-"), f"is not JSON: {error}") from None
-    job = client_of(ctx).submit(request)
+    job = client_of(ctx).submit(_read(request_file))
     if timeout is None:
         answer({"id": job.id}, job.id, as_json)
         return
     _print_result(job.result(timeout), as_json)
+
+
+def _read(request_file: Any) -> Any:
+    from rlm_tasks.errors import InvalidRequest
+
+    try:
+        return json.load(request_file)
+    except ValueError as error:
+        raise InvalidRequest("request", getattr(request_file, "name", "-"), f"is not JSON: {error}") from None
+
+
+@click.command()
+@click.argument("request_file", type=click.File("r"), default="-")
+@as_json_option
+@click.pass_context
+def plan(ctx: click.Context, request_file: Any, as_json: bool) -> None:
+    """Say what a request from a JSON file, or from stdin, would take: calls, tokens, money and time.  Nothing is submitted."""
+    planned = client_of(ctx).plan(_read(request_file))
+    if as_json:
+        print_json(planned.to_dict())
+        return
+    if planned.calls.p90:
+        columns = ("round", "operation", "items", "calls", "calls p90", "tokens", "tokens p90", "money", "money p90")
+        table("Rounds", columns, map(_round, planned.rounds))
+    click.echo(str(planned))
+
+
+def _round(its: PlannedRound) -> tuple[Any, ...]:
+    money = (f"{amount:,.4f}" for amount in (its.money.p50, its.money.p90))
+    return (its.number, its.operation, its.items, its.calls.p50, its.calls.p90, its.tokens.p50, its.tokens.p90, *money)
 
 
 @click.command()
@@ -178,4 +203,4 @@ def _watch(job: Job) -> None:
             bar.update(line, total=seen.total, completed=seen.done + seen.failed + seen.skipped)
 
 
-COMMANDS = (submit, jobs, job, tree, explain, cancel, retry)
+COMMANDS = (submit, plan, jobs, job, tree, explain, cancel, retry)

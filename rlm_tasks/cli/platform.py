@@ -1,4 +1,4 @@
-"""The platform: its level, breakers, limits, queues, operations and alerts; and drills."""
+"""The platform: its level, breakers, limits, endpoints, queues, operations and alerts; and drills."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def reset(ctx: click.Context, name: str | None, every: bool, as_json: bool) -> N
 @as_json_option
 @click.pass_context
 def limits(ctx: click.Context, as_json: bool) -> None:
-    """Show how full rate limits and bulkheads are, those that operations of RLM_OPERATIONS declare."""
+    """Show how full rate limits and bulkheads are: those that operations of RLM_OPERATIONS declare, and those of models."""
     found = client_of(ctx).limits()
     if as_json:
         print_json([{**asdict(each), "fill": each.fill} for each in found])
@@ -179,6 +179,33 @@ def limits(ctx: click.Context, as_json: bool) -> None:
         for each in found
     )  # fmt: skip
     table("Limits", ("service", "of", "used", "limit", "per", "full", "in line", "held by the provider"), rows)
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Ask them now, from this machine and with its keys; workers hear nothing of it.")
+@as_json_option
+@click.pass_context
+def endpoints(ctx: click.Context, check: bool, as_json: bool) -> None:
+    """Show the endpoints of models: how workers have found them, and their breakers."""
+    client = client_of(ctx)
+    found = client.endpoints()
+    if check:
+        from rlm_tasks.llm.reports import asked_now
+
+        found = asked_now(client.settings.llm, found)
+    if as_json:
+        print_json([asdict(each) for each in found])
+        return
+    rows = (
+        (
+            each.name, each.host or "as OPENAI_BASE_URL says", ", ".join(each.models) or "all", f"{each.weight:g}",
+            "well" if each.healthy else "ILL", each.strikes, "" if each.latency_ms is None else f"{each.latency_ms:.0f} ms",
+            "never" if each.checked_s_ago is None else f"{each.checked_s_ago:.0f} s ago", each.breaker, each.why,
+        )
+        for each in found
+    )  # fmt: skip
+    columns = ("endpoint", "host", "models", "weight", "is", "strikes", "answered in", "checked", "breaker", "why")
+    table("Endpoints", columns, rows)
 
 
 @click.command()
@@ -257,4 +284,4 @@ def alerts(ctx: click.Context, limit: int, as_json: bool) -> None:
     )
 
 
-COMMANDS = (status, pressure, breakers, limits, queues, operations, alerts)
+COMMANDS = (status, pressure, breakers, limits, endpoints, queues, operations, alerts)

@@ -74,6 +74,9 @@ def families(client: Client) -> Iterator[GaugeMetricFamily]:
     yield _family("rlm_circuit_breaker_state", GAUGES["rlm_circuit_breaker_state"], ("service",), [
         ((name,), BREAKER_STATES[at["state"]]) for name, at in client.breakers.status().items()
     ])  # fmt: skip
+    yield _family("rlm_llm_endpoint_healthy", "1 while an endpoint of models gets calls, 0 while it is ill.", ("endpoint",), [
+        ((each.name,), each.healthy) for each in client.endpoints()
+    ])  # fmt: skip
     limits = client.limits()
     yield _family("rlm_limit_fill", "Used of a rate limit or a bulkhead, 0 to 1.", ("service", "limit"), [
         ((each.service, each.name), each.fill) for each in limits

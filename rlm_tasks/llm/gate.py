@@ -18,6 +18,7 @@ import msgspec
 
 from resilience.degradation import Strategy
 from resilience.errors import BulkheadFull, Category, Denied, RateLimited, StoreUnavailable
+from resilience.line import URGENCY
 from resilience.retry import RetryPolicy
 from resilience.store import Call
 from rlm_tasks import codec
@@ -26,6 +27,7 @@ from rlm_tasks.llm import counts
 from rlm_tasks.llm.drafts import Draft, digest, models_for
 from rlm_tasks.llm.endpoints import Answer, ProviderDown, ProviderRefused, Question, estimated_prompt
 from rlm_tasks.llm.forms import Misformed, read
+from rlm_tasks.llm.profile import watched
 from rlm_tasks.llm.provider import Provider
 from rlm_tasks.metrics import LLM_REFUSED, LLM_SHARED
 from rlm_tasks.protection import Protection
@@ -34,7 +36,7 @@ from rlm_tasks.spending import account_of
 if TYPE_CHECKING:
     from resilience.breaker_storage import Admission
     from resilience.bucket import Grant
-    from resilience.budget import Budget, Charge
+    from resilience.budget import Charge
     from resilience.single_flight import Flight
     from rlm_tasks.operations import Context, Operation
     from rlm_tasks.spec import Spec
@@ -84,10 +86,12 @@ class Gate(Guarded):
         about = Protection(operation.name, retry=RetryPolicy(max_attempts=its.attempts), fallback=operation.protection.fallback)
         super().__init__(
             operation, about, breaker=None, bucket=None, bulkhead=None, retry=guards.retry_of(operation.name, about),
-            priority=spec.priority, urgency=0, store=guards.store,
+            priority=spec.priority, urgency=URGENCY[spec.priority], store=guards.store,
         )  # fmt: skip
         self._guards, self._spec, self._compose = guards, spec, compose
         self._provider = guards.kept(Provider)
+        guards.kept(watched)
+        self._budget = guards.purse.budget(spec.tree)
         self._memos: list[tuple[int, str]] = []
 
     # --- entering ------------------------------------------------------------------------------------
@@ -99,8 +103,8 @@ class Gate(Guarded):
 
     def _admit(self, draft: Draft, context: Context, waiter: str = "") -> Pass:
         provider = self._provider
-        if provider.in_flight >= provider.settings.pool:
-            raise BulkheadFull("pool", PATIENCE_S, f"{provider.settings.pool} calls of this process are in flight")
+        if provider.is_full:
+            raise BulkheadFull("pool", PATIENCE_S, "as many calls of this process are in flight as may be")
         models = models_for(draft.tier, provider.settings, context.degradation)
         question = draft.question(models[0])
         memo = self._memo(context.index)
@@ -155,7 +159,10 @@ class Gate(Guarded):
         most = held.draft.max_tokens
         amounts = self._cost(held.question.model, self._tokens(held) - most, most)
         id = f"{self._memo(held.index)}:{held.flight.key}"
-        charge = self._budget.charge(id, amounts, account=account_of(self._spec), again=held.flight.again)
+        try:
+            charge = self._budget.charge(id, amounts, account=account_of(self._spec), again=held.flight.again)
+        except StoreUnavailable:  # what cannot be counted is not spent
+            raise Denied("budget", SOON_S, "Redis does not answer") from None
         if charge.state == "wait":
             raise BudgetSpent("budget", SOON_S, f"calls in flight may leave enough {charge.limited_by}")
         if charge.state == "exhausted":
@@ -164,10 +171,6 @@ class Gate(Guarded):
                 self._guards.stop(self._spec.job, "budget", detail=charge.limited_by)
             raise BudgetSpent("budget", ILL_S, f"its {charge.limited_by} are spent")
         held.charge = charge
-
-    @property
-    def _budget(self) -> Budget:
-        return self._guards.purse.budget(self._spec.tree)
 
     def _through(self, held: Pass, name: str, waiter: str, *, in_line: bool) -> None:
         """Take the rate limit and the breaker of one endpoint, or neither."""

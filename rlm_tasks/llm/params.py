@@ -6,6 +6,7 @@ Decides defaults and what a prompt does with an item; refuses to know how it is 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -99,10 +100,4 @@ def parsed(model: type[P], params: Mapping[str, Any] | BaseModel) -> P:
 
 def _replaced(text: str, values: Mapping[str, str]) -> str:
     """Replace names all at once: what an item says is never taken for a name."""
-    found: list[str] = []
-    at = 0
-    while at < len(text):
-        name = next((each for each in values if text.startswith(each, at)), "")
-        found.append(values[name] if name else text[at])
-        at += len(name) or 1
-    return "".join(found)
+    return re.sub("|".join(map(re.escape, values)), lambda found: values[found[0]], text)

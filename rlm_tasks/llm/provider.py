@@ -84,9 +84,10 @@ class Provider:
         return [each for each in found if not each.models or model in each.models]
 
     @property
-    def in_flight(self) -> int:
-        """Calls that this process has in flight."""
-        return sum(self.router.in_flight.values())
+    def is_full(self) -> bool:
+        """Whether this process has as many calls in flight as it may, in all or at each endpoint."""
+        found = self.router.in_flight.values()
+        return sum(found) >= self.settings.pool or min(found) >= self.settings.per_host
 
     def breaker(self, name: str) -> CircuitBreaker | None:
         """Return the breaker of an endpoint, None where breakers are off."""

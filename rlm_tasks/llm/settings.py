@@ -81,6 +81,14 @@ class LlmSettings(BaseModel, frozen=True, extra="forbid"):
     health_every_s: float = Field(30.0, gt=0, description="Endpoints are asked this often how they are.")
     health_timeout_s: float = Field(5.0, gt=0, description="... and are ill when they do not answer in time.")
     health_strikes: int = Field(3, ge=1, description="An endpoint that was ill so often in a row gets no calls until it is well.")
+    memory_warn_mb: float = Field(
+        120.0, gt=0, description="A process that has grown by so much since it first called a model clears its caches."
+    )
+    memory_critical_mb: float = Field(
+        140.0,
+        gt=0,
+        description="... and is replaced after its node when it has still grown by so much. What it held before does not count: Celery and the client of models alone may be more than that.",
+    )
     attempts: int = Field(4, ge=1, description="Attempts at a call that fails; 429 and an open breaker cost none.")
     repairs: int = Field(2, ge=0, description="How often an answer of the wrong form is sent back to be put right.")
     merge_share: float = Field(0.2, ge=0, lt=1, description="Share of a budget that is kept for the rounds that merge.")

@@ -28,7 +28,7 @@ from tests.integration.pages import PAGES, SAID, Block, Step, Wrong, alike, miss
 
 BLOCK_S = 60.0
 """How long a block may take."""
-PORTS = (5555, 5556, *range(8000, 8004))
+PORTS = (5555, 5556, *range(8000, 8004), 8089)
 """Ports that pages name: of Flowers, and of workers."""
 
 
@@ -83,7 +83,7 @@ class Interpreter:
 
 @dataclass
 class Running:
-    """A worker, beat or Flower that a page has started, by a line of it."""
+    """A worker, beat, Flower or provider that a page has started, by a line of it."""
 
     place: str
     kind: str
@@ -225,7 +225,12 @@ class Reader:
             process = self._popen(f"exec env {command}", output, output, RLM_READY_FILE=str(ready))
         self._stopping.callback(embedded.end, process)
         port = int(told[1] if (told := re.search(r"--port[= ](\d+)", command)) else self.environment["FLOWER_PORT"])
-        how = {"worker": ready.exists, "flower": lambda: _answers(port), "beat": lambda: b"starting" in log.read_bytes()}
+        how: dict[str, Callable[[], bool]] = {
+            "worker": ready.exists,
+            "flower": lambda: _answers(port),
+            "provider": lambda: _answers(port),
+            "beat": lambda: b"starting" in log.read_bytes(),
+        }
         running = Running(place, step.starts, process, log, how[step.starts])
         self._running.append(running)
         self._unsettled.append(running)

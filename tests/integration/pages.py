@@ -4,7 +4,7 @@ What becomes of a block is decided here, once for all pages, by its language and
 
 - with a file's name as title it becomes that file;
 - ``python`` runs in one interpreter for the whole page; a line ``print(...)  # x`` has to print x;
-- ``sh`` is run by bash; a worker, beat or Flower goes on until the page ends; exports and ``cd`` last;
+- ``sh`` is run by bash; a worker, beat, Flower or fake provider goes on until the page ends; exports and ``cd`` last;
 - ``text title="prints"`` is what the block before it has printed; plain ``text`` is a picture;
 - ``json``, ``yaml``, ``ini`` and ``promql`` are parsed.
 
@@ -38,6 +38,7 @@ INFO = re.compile(r'(\w+)(?: title="([^"]+)")?')
 SAID = re.compile(r"^\s*print\(.*\)  # (.+)$")
 NAMED_FILE = re.compile(r"\.(ya?ml|json|txt|toml|py|md)$")
 STAYING = ("worker", "beat", "flower")
+PROVIDER = "rlm_tasks.llm.fake"
 ELSEWHERE = {
     *("docker", "kubectl", "helm", "redis-server", "redis-cli", "valkey-cli"),  # no test machine has them
     *("pip", "venv", "apt-get", "git", "source", "."),  # they change the machine, or ask the network
@@ -143,7 +144,7 @@ class Step:
 
     line: int
     text: str
-    starts: str = ""  # worker, beat or flower
+    starts: str = ""  # worker, beat, flower or provider
     elsewhere: str = ""  # the program
 
 
@@ -192,7 +193,9 @@ def _program(words: list[str]) -> str:
 
 
 def _starts(words: list[str]) -> str:
-    """Return which of STAYING a command starts, or nothing."""
+    """Return which of STAYING a command starts, or a provider, or nothing."""
+    if _program(words) == PROVIDER:
+        return "provider"
     if _program(words) != "celery":
         return ""
     rest = iter(words[words.index("celery") + 1 :])

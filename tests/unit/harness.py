@@ -125,7 +125,7 @@ class Platform:
         self.queues = [f"unit.{priority}" for priority in Priority]
 
     def _rounds(self) -> Rounds:
-        purse = Purse(self.store, ttl_s=3600, merge_share=self.settings.llm.merge_share)
+        purse = Purse(self.store, self.settings)
 
         def waken(waiters: Sequence[str]) -> int:
             return wake(self.ledger, self.mailbox, waiters)  # type: ignore[arg-type]  # has the dispatcher's verbs

@@ -1,0 +1,80 @@
+"""How much memory a pool process that calls models may take beyond what it began with.
+
+Decides when its caches are cleared, and when it is to be replaced.  Refuses to know how a process ends.  Source document 3 gives
+such figures for components of one program each; a process that has Celery and the client of models in it holds more than
+that before its first call, so here they bound what it has grown by.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from celery import signals
+
+from scheduler.sampling import held_mb
+
+if TYPE_CHECKING:
+    from rlm_tasks.guards import Guards
+    from rlm_tasks.llm.settings import LlmSettings
+    from rlm_tasks.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a component takes, by source document 3 (section 1.1); None: it does not say."""
+
+    baseline_mb: float
+    peak_mb: float
+    warn_mb: float | None = None
+    critical_mb: float | None = None
+    buffer_mb: float | None = None
+    cpu_baseline_pct: float | None = None
+    cpu_peak_pct: float | None = None
+
+
+PROFILES = {
+    "agent": Profile(50.0, 150.0, warn_mb=120.0, critical_mb=140.0, cpu_baseline_pct=5.0, cpu_peak_pct=25.0),
+    "provider": Profile(100.0, 300.0, buffer_mb=50.0),
+}
+"""`LlmSettings.memory_warn_mb` and `memory_critical_mb` are the agent's."""
+
+
+class Growth:
+    """What one process has grown by since its first node that calls models."""
+
+    def __init__(self, settings: LlmSettings, held: Callable[[], float]) -> None:
+        """`held` returns how many MB the process holds."""
+        self._settings, self._held, self._began_mb = settings, held, held()
+        self._cleared_at_mb = 0.0
+
+    def look(self, runtime: Runtime) -> None:
+        """Clear caches, once for each new height, and have the process replaced where that does not help."""
+        its, grown_mb = self._settings, self._held() - self._began_mb
+        if grown_mb < max(its.memory_warn_mb, self._cleared_at_mb):
+            return
+        if not self._cleared_at_mb:
+            logger.warning("This process has grown by %.0f MB since it first called a model; its caches are cleared", grown_mb)
+        runtime.items.forget()
+        gc.collect()
+        self._cleared_at_mb = grown_mb = self._held() - self._began_mb
+        if grown_mb >= its.memory_critical_mb and not runtime.retiring:
+            logger.warning("This process has grown by %.0f MB since it first called a model; it is to be replaced", grown_mb)
+            runtime.retiring = True
+
+
+def watched(guards: Guards) -> Growth:
+    """Return the growth of this process, looked at after each of its nodes from now on."""
+    growth = Growth(guards.settings.llm, lambda: held_mb(os.getpid()))
+
+    def look(task: Any, **_: Any) -> None:
+        growth.look(task.app.rlm_runtime())
+
+    signals.task_postrun.connect(look, weak=False)
+    return growth

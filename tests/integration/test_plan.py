@@ -1,0 +1,176 @@
+"""A plan is told before anything is paid; what was then really paid is held against it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from resilience.bucket import TokenBucket
+from rlm_tasks import embedded
+from rlm_tasks.client import Client
+from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.llm import fake
+from rlm_tasks.llm.provider import rates
+from rlm_tasks.planning import Plan
+from scheduler.slots import SlotBoard
+from tests.integration.conftest import client_of, environment_of
+from tests.integration.test_cli import rlm
+from tests.support import wait_until
+
+SLOTS = 2
+
+
+class World:
+    """A provider, a worker, its client, and the environment of both."""
+
+    def __init__(self, client: Client, provider: fake.Running, environment: dict[str, str]) -> None:
+        self.client, self.provider, self.environment = client, provider, environment
+
+    def spent(self) -> tuple[int, int]:
+        """Return the calls and tokens that the provider has counted."""
+        told = self.provider.report()
+        return told["answered"], told["prompt_tokens"] + told["completion_tokens"]
+
+
+@pytest.fixture(scope="module")
+def world(server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with ExitStack() as stack:
+        provider = stack.enter_context(fake.running(latency=0.05))
+        environment = environment_of(
+            server.url, "plan", OPENAI_API_KEY="sk-none", OPENAI_BASE_URL=provider.base_url, RLM_LLM__TOKENS="10000000"
+        )
+        client = stack.enter_context(client_of(environment))
+        log = tmp_path_factory.mktemp("plan") / "worker.log"
+        stack.enter_context(embedded.worker(environment, log=log, slots=SLOTS))
+        wait_until(lambda: client.plan(operation="nap", items=[1]).slots == SLOTS)
+        yield World(client, provider, environment)
+
+
+def merged(n: int) -> dict[str, Any]:
+    """Return a request whose answers are merged, of so many items."""
+    items = [f"item {at} of {n} speaks of {at % 7} things, and {'of many more, ' * (at % 5)}then it ends" for at in range(n)]
+    params = {"prompt": "What does this say?\n{item}", "fanIn": 5, "maxTokens": 400}
+    return {"operation": "llm.map_reduce", "items": items, "params": params}
+
+
+def test_a_plan_is_kept_to_the_call_and_after_the_first_job_to_a_tenth_of_the_tokens(world: World) -> None:
+    blind = world.client.plan(merged(60))
+
+    assert (blind.based_on, blind.slots) == (0, SLOTS)
+    assert "gpt-4.1-mini" in blind.notes[0]
+    assert blind.time_s is not None
+    assert world.spent() == (0, 0)
+    world.client.execute(merged(60), timeout=60)
+    calls, tokens = world.spent()
+    assert blind.calls.p50 == blind.calls.p90 == calls == 60 + 12 + 3 + 1
+    assert blind.tokens.p90 >= tokens
+
+    world.provider.reset()
+    learned = world.client.plan(merged(100))
+    result = world.client.execute(merged(100), timeout=60)
+    calls, tokens = world.spent()
+
+    assert (learned.based_on, learned.notes) == (76, ())
+    assert learned.calls.p50 == calls == 100 + 20 + 4 + 1
+    assert learned.tokens.p50 == pytest.approx(tokens, rel=0.1)
+    assert learned.tokens.p50 < learned.tokens.p90
+    assert learned.time_s is not None
+    print(f"\n{learned}\nspent: {tokens:,} tokens, took {result.metrics.execution_time_ms / 1000:.2f} s")
+
+
+def test_a_plan_of_a_question_covers_what_it_takes(world: World) -> None:
+    items = [f"Passage {at}: the {'lighthouse' if at % 40 == 0 else 'garden'} was built in {1800 + at}." for at in range(400)]
+    request = {
+        "operation": "llm.ask",
+        "items": items,
+        "params": {"question": "When was the lighthouse built?", "groupTokens": 600},
+    }
+    world.provider.reset()
+
+    planned = world.client.plan(request)
+    world.client.execute(request, timeout=60)
+
+    calls, tokens = world.spent()
+    assert (planned.rounds[0].operation, planned.rounds[-1].operation) == ("llm.ask", "llm.answer")
+    assert planned.rounds[0].calls.p50 <= calls <= planned.calls.p90
+    assert tokens <= planned.tokens.p90 * 1.1
+    print(f"\n{planned}\nspent: {calls} calls, {tokens:,} tokens")
+
+
+def test_a_plan_leaves_nothing_behind(lonely_client: Client) -> None:
+    redis = lonely_client.ledger.store.client
+    mine = f"{lonely_client.settings.namespace}:*"
+
+    planned = lonely_client.plan(merged(1000))
+
+    assert (planned.time_s, planned.limited_by, planned.calls.p50) == (None, "no worker", 1000 + 200 + 40 + 8 + 2 + 1)
+    assert list(redis.scan_iter(mine)) == []
+
+
+def test_a_plan_knows_what_the_limits_have_given_lately_and_how_hard_the_platform_is_pressed(server: embedded.Server) -> None:
+    with client_of(environment_of(server.url, "plan-pressed", pressed=True)) as client:
+        board = SlotBoard(client.ledger.store, client.ledger.keys)
+        limit = rates(client.settings.llm, "gpt-4.1-mini")["tokens"]
+
+        def planned() -> Plan:
+            client.ledger.store.run(board.publish("a worker", 2, 2, ["plan-pressed.normal"]))
+            return client.plan(merged(1000))
+
+        calm = planned()
+        TokenBucket("llm:OPENAI_API_KEY:gpt-4.1-mini", client.store, tokens=limit).acquire(tokens=15_000)
+        used = planned()
+        client.pressure.force("critical", for_s=60)
+        pressed = planned()
+
+    assert calm.time_s is not None
+    assert used.time_s is not None
+    assert 0 < used.time_s.p50 - calm.time_s.p50 <= 10.1  # 15,000 of 90,000 a minute, but for what has flowed in meanwhile
+    assert (used.limited_by, used.models) == ("tokens", {"medium": "gpt-4.1-mini"})
+    assert (pressed.level, pressed.models) == ("critical", {"medium": "gpt-4.1-nano"})
+    assert pressed.money.p50 < used.money.p50
+
+
+def test_what_submit_refuses_a_plan_refuses_in_the_same_words(lonely_client: Client) -> None:
+    for request in (
+        {"operation": "llm.map", "items": [1], "params": {"prompt": "Say it", "max_tokens": 10**6}},
+        {"operation": "llm.ask", "items": "a text", "params": {"question": "Who?"}},
+        {"operation": "echo", "items": [1], "budget": {"calls": 3}},
+        {"operation": "nothing", "items": [1]},
+    ):
+        with pytest.raises(InvalidRequest) as planned:
+            lonely_client.plan(request)
+        with pytest.raises(InvalidRequest) as submitted:
+            lonely_client.submit(request)
+        assert str(planned.value) == str(submitted.value)
+    with pytest.raises(InvalidRequest, match="must not use them up"):
+        lonely_client.plan(operation="llm.map", items=iter("abc"), params={"prompt": "Say it"})
+
+
+def test_what_an_operation_without_models_takes_is_known_when_it_has_run(world: World) -> None:
+    request = {"operation": "nap", "items": [10] * 40}
+
+    before = world.client.plan(request)
+    world.client.execute(request, timeout=60)
+    after = world.client.plan(request)
+
+    assert (before.time_s, before.based_on) == (None, 0)
+    assert "nap" in before.notes[0]
+    assert after.time_s is not None
+    assert after.time_s.p90 > after.time_s.p50 >= 0.2
+    assert (after.limited_by, after.based_on, after.calls.p90) == ("slots", 40, 0)
+
+
+def test_the_command_line_tells_a_plan_to_people_and_to_programs(world: World) -> None:
+    request = json.dumps({**merged(12), "budget": {"calls": 8}})
+
+    told = rlm(world.environment, "plan", stdin=request)
+    plain = rlm(world.environment, "plan", "--json", stdin=request)
+
+    assert told.returncode == 0, told.stderr
+    assert [line.split("│")[2].strip() for line in told.stdout.splitlines() if "llm.merge" in line] == ["llm.merge"] * 2
+    assert "its calls pay for 53% of the items" in told.stdout
+    assert json.loads(plain.stdout)["calls"] == {"p50": 12 + 3 + 1, "p90": 12 + 3 + 1}

@@ -1,0 +1,50 @@
+"""What a process that calls models does when it has grown."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from celery import Celery
+
+from rlm_tasks.installation import install
+from rlm_tasks.llm.profile import PROFILES, Growth, Profile
+from rlm_tasks.llm.settings import LlmSettings
+from rlm_tasks.settings import Settings
+
+
+def test_the_figures_are_those_of_source_document_3() -> None:
+    assert PROFILES["agent"] == Profile(50, 150, warn_mb=120, critical_mb=140, cpu_baseline_pct=5, cpu_peak_pct=25)
+    assert PROFILES["provider"] == Profile(100, 300, buffer_mb=50)
+    settings = LlmSettings()
+    assert (settings.memory_warn_mb, settings.memory_critical_mb) == (PROFILES["agent"].warn_mb, PROFILES["agent"].critical_mb)
+
+
+def test_a_process_that_grows_clears_its_caches_at_each_new_height_and_retires_when_that_does_not_help(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    runtime = install(Celery("unit", set_as_current=False), Settings()).rlm_runtime()
+    held_mb, freed_mb = 500.0, 0.0
+    cleared: list[float] = []
+
+    def forget() -> None:
+        nonlocal held_mb
+        cleared.append(held_mb)
+        held_mb -= freed_mb
+
+    runtime.items.forget = forget
+    growth = Growth(LlmSettings(), lambda: held_mb)
+    for held_mb, freed_mb in ((619.0, 0.0), (645.0, 20.0), (624.0, 0.0), (639.0, 0.0), (639.0, 0.0)):  # noqa: B007  # forget reads it
+        growth.look(runtime)
+        assert runtime.retiring is False
+
+    held_mb = 640.0
+    growth.look(runtime)
+
+    assert cleared == [645.0, 639.0, 639.0, 640.0]
+    assert runtime.retiring is True
+    assert [each.getMessage().partition(";")[2] for each in caplog.records] == [
+        " its caches are cleared",
+        " it is to be replaced",
+    ]

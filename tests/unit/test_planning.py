@@ -1,0 +1,385 @@
+"""What a plan is made of: samples, forecasts of rounds, and how amounts become time, nodes and shares of a budget."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlm_tasks import operations
+from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.llm.endpoints import estimated_prompt
+from rlm_tasks.llm.forecast import Z90, Outlook, RoundForecast, mean_and_error
+from rlm_tasks.llm.learned import Known
+from rlm_tasks.llm.operations import _reading
+from rlm_tasks.planning import (
+    BLOCK_BYTES,
+    LOOKED_AT,
+    Estimate,
+    Flow,
+    Plan,
+    PlannedRound,
+    Stage,
+    duration,
+    in_waves,
+    nodes_of,
+    paid_for,
+    sampled,
+    sufficiency,
+)
+from rlm_tasks.requests import Adaptive, Binary, JobRequest, NWay
+from rlm_tasks.settings import Settings
+from rlm_tasks.sources import Files, Lines
+from tests.unit.harness import Platform
+
+operations.import_operations(())
+SETTLED = Known(calls=400, prompt_ratio=1.2, share=0.4, share_sd=0.2, seconds=3.0, seconds_sd=1.0)
+knowns = st.builds(
+    Known,
+    calls=st.sampled_from([0.0, 1.0, 30.0, 700.0]),
+    prompt_ratio=st.floats(0.5, 2),
+    share=st.floats(0, 1),
+    share_sd=st.floats(0, 0.5),
+    seconds=st.floats(0, 60),
+    seconds_sd=st.floats(0, 60),
+)
+
+
+def forecast(operation: str, items: Any, params: dict[str, Any], known: Known = SETTLED) -> tuple[list[RoundForecast], ...]:
+    """Return the rounds of a request at p50 and at p90."""
+    about = operations.get(operation)
+    asked = JobRequest(operation=operation, items=items, params=params)
+    assert about.forecast is not None
+    assert about.prepare is not None
+    rounds = about.forecast(about.prepare(asked, Settings()), sampled(items, Random(1)))
+    return tuple(rounds(Outlook(lambda _: known, z)) for z in (0.0, Z90))
+
+
+# --- samples -----------------------------------------------------------------------------------------
+
+
+class Counted(Sequence[str]):
+    """A million items, that counts how often it was asked for one."""
+
+    asked = 0
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def __getitem__(self, at: Any) -> Any:
+        self.asked += 1
+        return f"item {at}"
+
+
+@given(st.integers(0, 5000), st.integers(0, 9))
+def test_a_sample_lies_evenly_over_the_items(n: int, seed: int) -> None:
+    found = sampled(range(n), Random(seed))
+
+    indexes = [index for index, _ in found.items]
+    assert found.total == n
+    assert len(indexes) == min(n, LOOKED_AT)
+    assert [item for _, item in found.items] == indexes == sorted(set(indexes))
+    strides = [range(at * n // len(indexes), (at + 1) * n // len(indexes)) for at in range(len(indexes))]
+    assert all(index in stride for index, stride in zip(indexes, strides, strict=True))
+
+
+def test_a_list_of_a_million_is_not_walked() -> None:
+    items = Counted()
+
+    assert sampled(items, Random(0)).total == 1_000_000
+    assert items.asked == LOOKED_AT
+
+
+@pytest.mark.parametrize("make", [set, dict.fromkeys, deque, tuple])
+def test_whatever_knows_its_length_can_be_looked_at(make: Callable[[Any], Any]) -> None:
+    found = sampled(items := make(range(3000)), Random(0))
+
+    assert found.total == 3000
+    assert len(found.items) == LOOKED_AT
+    assert list(items) == list(range(3000))
+
+
+def test_files_are_their_paths(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).touch()
+
+    assert sampled(Files(f"{tmp_path}/*.txt"), Random(0)).items == [(0, f"{tmp_path}/a.txt"), (1, f"{tmp_path}/b.txt")]
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ((at for at in range(3)), "must not use them up"),
+        (map(str, range(3)), "must not use them up"),
+        ("text", "must be an iterable of items"),
+        (7, "must be an iterable of items"),
+        (Lines("/no/such/file"), "cannot be read"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_refused(items: Any, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as refused:
+        sampled(items, Random(0))
+
+    assert refused.value.field == "items"
+
+
+@pytest.mark.parametrize("text", ["", "one", "one\n", "one\r\ntwo", "\n\n", "one\n\ntwo\n"])
+def test_lines_of_a_short_file_are_counted_as_they_are_read(tmp_path: Path, text: str) -> None:
+    (path := tmp_path / "lines").write_bytes(text.encode())
+
+    found = sampled(Lines(path), Random(0))
+
+    with path.open() as file:
+        assert [line for _, line in found.items] == [line.rstrip("\n") for line in file]
+    assert (found.total, found.exact) == (len(found.items), True)
+
+
+def test_lines_of_a_long_file_are_estimated_from_some_blocks(tmp_path: Path) -> None:
+    random = Random(3)
+    lines = ["x" * random.randrange(200) for _ in range(40_000)]
+    (path := tmp_path / "lines").write_text("\n".join(lines))
+
+    found = sampled(Lines(path), Random(0))
+
+    assert found.exact is False
+    assert found.total == pytest.approx(len(lines), rel=0.03)
+    assert len(found.items) == LOOKED_AT
+    assert sum(len(line) for _, line in found.items) / LOOKED_AT == pytest.approx(99.5, rel=0.1)
+    (path := tmp_path / "line").write_text("x" * 20 * BLOCK_BYTES)
+    assert sampled(Lines(path), Random(0)).total == 1
+
+
+# --- what rounds ask ---------------------------------------------------------------------------------
+
+
+def test_each_item_is_asked_with_the_operations_own_prompt() -> None:
+    params = {"prompt": "Say it again: {item}", "system": "You are an echo.", "max_tokens": 100}
+
+    [likely], _ = forecast("llm.map", items := ["a", "bb" * 20, "ccc" * 50], params)
+
+    prompts = [[{"content": "You are an echo."}, {"content": f"Say it again: {item}"}] for item in items]
+    assert (likely.operation, likely.tier, likely.calls) == ("llm.map", "medium", 3)
+    assert likely.prompt_tokens == pytest.approx(sum(map(estimated_prompt, prompts)) * 1.2)
+    assert likely.answer_tokens == pytest.approx(3 * 100 * 0.4)
+
+
+@given(st.integers(1, 3000), st.integers(2, 100))
+def test_answers_are_merged_until_one_is_left(n: int, fan_in: int) -> None:
+    likely, bad = forecast("llm.map_reduce", range(n), {"prompt": "{item}", "fan_in": fan_in, "max_tokens": 16})
+
+    expected = [n]
+    while expected[-1] > 1:
+        expected.append(-(-expected[-1] // fan_in))
+    assert [each.calls for each in likely] == [each.calls for each in bad] == expected
+    assert [each.operation for each in likely] == ["llm.map_reduce"] + ["llm.merge"] * (len(expected) - 1)
+
+
+def test_a_merge_reads_what_was_answered_before() -> None:
+    params = {"prompt": "{item}", "fan_in": 4, "max_tokens": 1000}
+
+    likely, _ = forecast("llm.map_reduce", range(64), params)
+
+    answers = [each.answer_tokens for each in likely]
+    assert [each.prompt_tokens for each in likely[1:]] == [pytest.approx(1.2 * told, rel=0.1) for told in answers[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("n", "length"), [(5, 3), (5, 60_000), (900, 3), (900, 60), (900, 900), (900, 9000), (30_000, 3), (30_000, 60), (9000, 900)]
+)
+def test_a_question_reads_as_many_groups_as_its_passages_are_packed_into(n: int, length: int) -> None:
+    random = Random(n + length)
+    texts = ["x" * random.randrange(length // 2, 2 * length) for _ in range(n)]
+    about = operations.get("llm.ask")
+    assert about.prepare is not None
+    params = {"question": "Who?", "group_tokens": 4000}
+
+    (first, *_, last), bad = forecast("llm.ask", texts, params)
+    groups = list(about.prepare(JobRequest(operation="llm.ask", items=texts, params=params), Settings()).items)
+
+    assert first.calls == pytest.approx(len(groups), rel=0.06 if n > LOOKED_AT else 0.001)
+    assert (last.operation, last.calls) == ("llm.answer", 1)
+    prompts = sum(estimated_prompt(_reading(group, params, "").messages) for group in groups)
+    assert first.prompt_tokens == pytest.approx(SETTLED.prompt_ratio * prompts, rel=0.06)
+    assert sum(each.calls for each in bad) <= first.calls * 4 + 1
+
+
+@given(known=knowns, n=st.integers(1, 300), operation=st.sampled_from(["llm.map", "llm.map_reduce", "llm.ask"]))
+def test_p90_is_never_below_p50_and_no_answer_longer_than_it_may_be(known: Known, n: int, operation: str) -> None:
+    asks = {"question": "Who?", "group_tokens": 200} if operation == "llm.ask" else {"prompt": "Say {item}"}
+
+    likely, bad = forecast(
+        operation, [f"{at} is " + "many words " * (at % 9) for at in range(n)], {**asks, "max_tokens": 100}, known
+    )
+
+    for what in ("calls", "prompt_tokens", "answer_tokens"):
+        assert sum(getattr(each, what) for each in bad) >= sum(getattr(each, what) for each in likely) * (1 - 1e-9)
+    for each in (*likely, *bad):
+        assert each.answer_tokens <= each.calls * 100
+    assert known.calls or sum(each.answer_tokens for each in bad) == sum(each.calls for each in bad) * 100
+    assert [Outlook(lambda _: known, Z90).seconds("small", n)] >= [Outlook(lambda _: known).seconds("small", n)]
+
+
+def test_ten_times_the_items_are_ten_times_the_tokens() -> None:
+    items = [f"{at} " + "words " * (at % 9) for at in range(900)]
+
+    few, many = (forecast("llm.map", part, {"prompt": "Say {item}"})[0][0] for part in (items, items * 10))
+
+    assert many.calls == 10 * few.calls
+    assert many.prompt_tokens == pytest.approx(10 * few.prompt_tokens, rel=0.06)
+    assert many.answer_tokens == pytest.approx(10 * few.answer_tokens)
+
+
+def test_nine_of_ten_sums_are_below_p90() -> None:
+    random = Random(5)
+    known = Known(calls=2000, prompt_ratio=1.0, share=0.5, share_sd=0.2)
+    [_], [bad] = forecast("llm.map", range(100), {"prompt": "{item}", "max_tokens": 1000}, known)
+
+    sums = [sum(random.gauss(500, 200) for _ in range(100)) for _ in range(2000)]
+
+    assert 0.88 < sum(each < bad.answer_tokens for each in sums) / len(sums) < 0.95
+
+
+def test_the_more_of_the_items_was_seen_the_less_their_mean_may_be_wrong() -> None:
+    sizes = [1.0, 2.0, 3.0, 4.0]
+
+    assert mean_and_error(sizes, 4) == (2.5, 0.0)
+    assert mean_and_error(sizes, 8)[1] < mean_and_error(sizes, 1000)[1] == pytest.approx((5 / 3 / 4) ** 0.5, rel=0.01)
+
+
+# --- time --------------------------------------------------------------------------------------------
+
+
+def stage(tokens: float, seconds: float, room: float = 20.0) -> Stage:
+    """Return a stage that may take 10 tokens a second, and 40 at once."""
+    return Stage(seconds, "latency", seconds, "m", {"tokens": tokens}, {"tokens": Flow(10, room, 40)})
+
+
+def test_the_slowest_limit_makes_the_time() -> None:
+    assert duration([stage(100, 3.0)]) == (8.0, "tokens")
+    assert duration([stage(100, 9.0)]) == (9.0, "latency")
+    assert duration([stage(100, 3.0, room=-50)]) == (15.0, "tokens")  # nothing passes for 5 s
+    assert duration([]) == (0.0, "")
+
+
+def test_a_limit_fills_up_while_something_else_is_slower_and_no_further() -> None:
+    assert duration([stage(0, 1.0), stage(50, 0.0)]) == (3.0, "tokens")  # 20 + 10 of 50
+    assert duration([stage(0, 60.0), stage(50, 0.0)]) == (61.0, "latency")  # 40 of 50
+    assert duration([stage(20, 0.0), stage(20, 0.0)]) == (2.0, "tokens")  # the room is there once
+
+
+@given(st.lists(st.tuples(st.floats(0, 500), st.floats(0, 50), st.floats(1, 3), st.floats(1, 3)), min_size=1, max_size=5))
+def test_more_tokens_and_slower_answers_never_take_less_time(rounds: list[tuple[float, float, float, float]]) -> None:
+    less, _ = duration([stage(tokens, seconds) for tokens, seconds, _, _ in rounds])
+    more, _ = duration([stage(tokens * a, seconds * b) for tokens, seconds, a, b in rounds])
+
+    assert more >= less - 1e-6
+
+
+def test_calls_in_flight_go_in_waves_and_one_takes_as_long_as_it_takes() -> None:
+    assert in_waves(100, 2.0, 20) == (10.0, "in flight")
+    assert in_waves(3, 2.0, 20) == (2.0, "latency")
+
+
+# --- nodes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"chunk_size": 10},
+        {"strategy": Binary(min_chunk_size=7)},
+        {"strategy": NWay(split_factor=3, min_chunk_size=5)},
+        {"strategy": NWay(split_factor=2, min_chunk_size=1, max_depth=3)},
+        {"strategy": Adaptive(max_chunk_size=30)},
+        {"type": "sequential"},
+    ],
+    ids=str,
+)
+def test_a_job_that_is_planned_from_sizes_has_the_nodes_that_were_told(about: dict[str, Any]) -> None:
+    platform = Platform(1)
+    request = JobRequest(**{"operation": "sum", "items": range(500), **about})
+
+    told = nodes_of(request.shape(1000.0), len(request.items), platform.slot_count, 0.0)
+
+    assert told == int(platform.run(platform.submit(request))["nodes"])
+
+
+def test_other_jobs_are_cut_by_how_long_they_take() -> None:
+    shape = JobRequest(operation="sum", items=[], strategy=Adaptive()).shape(1000.0)
+
+    assert nodes_of(shape, 1000, 2, 100.0) == 1
+    assert nodes_of(shape, 1000, 2, 900.0) == nodes_of(shape, 1000, 2, None) == 1 + 8
+    assert nodes_of(shape, 1000, 2, 60_000.0) == 60
+
+
+def test_a_million_nodes_are_counted_without_making_them() -> None:
+    shape = JobRequest(operation="sum", items=[], chunk_size=1).shape(1000.0)
+
+    assert nodes_of(shape, 1_000_000, 2, None) == 1 + 1000 + 1_000_000
+
+
+# --- money -------------------------------------------------------------------------------------------
+
+
+def test_a_budget_keeps_a_share_for_the_rounds_to_come() -> None:
+    assert paid_for(100, [100], 0.2, goes_on=False) == (1.0, True)
+    assert paid_for(100, [100], 0.2, goes_on=True) == (0.8, False)
+    assert paid_for(100, [80, 16, 4], 0.2, goes_on=True) == (1.0, True)
+    assert paid_for(100, [80, 17, 3], 0.2, goes_on=True) == (1.0, False)
+    assert paid_for(100, [0], 0.2, goes_on=True) == (1.0, True)
+
+
+@given(st.floats(1, 1000), st.lists(st.floats(0, 500), min_size=1, max_size=4), st.booleans())
+def test_a_larger_budget_never_pays_for_less(limit: float, needs: list[float], goes_on: bool) -> None:
+    share, enough = paid_for(limit, needs, 0.2, goes_on=goes_on)
+    larger, still = paid_for(2 * limit, needs, 0.2, goes_on=goes_on)
+
+    assert 0 <= share <= larger <= 1
+    assert still >= enough
+
+
+def planned(**fields: Any) -> Plan:
+    """Return a plan of one round that asks 10 times, or at p90 20 times."""
+    amounts = Estimate(10, 20), Estimate(1000, 3000), Estimate(0.5, 1.5)
+    about = {"operation": "llm.map", "items": 10}
+    made = {
+        **about, "nodes": 2, "time_s": Estimate(75.0, 7300.0), "limited_by": "tokens", "models": {"small": "a-model"},
+        "rounds": (PlannedRound(0, "llm.map", 10, *amounts),), "level": "high", "slots": 2, "budget": None, "based_on": 3,
+    }  # fmt: skip
+    return Plan(**{**made, **dict(zip(("calls", "tokens", "money"), amounts, strict=True)), **fields})
+
+
+def test_the_unit_that_pays_for_the_least_is_named() -> None:
+    rounds = planned().rounds
+
+    found = sufficiency({"tokens": 1500.0, "calls": 100.0, "money": 0.9}, rounds, 0.2, goes_on=False)
+
+    assert (found.suffices, found.suffices_p90, found.limited_by) == (True, False, "tokens")
+    assert found.items_share == Estimate(1.0, 0.5)
+    assert sufficiency({"calls": 20.0}, rounds, 0.2, goes_on=False).limited_by == ""
+
+
+def test_a_plan_reads_well_and_is_plain_data() -> None:
+    budget = sufficiency({"tokens": 1500.0}, planned().rounds, 0.2, goes_on=False)
+
+    told = planned(budget=budget, notes=("A note",))
+
+    assert str(told).splitlines() == [
+        "llm.map over 10 items",
+        "Calls: 10, at p90 20, in 1 round, to a-model (small tier), pressure is high",
+        "Tokens: 1,000, at p90 3,000",
+        "Money: 0.5, at p90 1.50",
+        "Time: 1 min 15 s, at p90 2 h 1 min, limited by tokens",
+        "Nodes: about 2, slots: 2",
+        "Budget: suffices, but not at p90; its tokens pay for 100% of the items, at p90 50%",
+        "A note",
+    ]
+    assert json.loads(json.dumps(told.to_dict()))["rounds"][0]["tokens"] == {"p50": 1000, "p90": 3000}
+    assert "Time: not known, there is no worker" in str(planned(time_s=None, limited_by="no worker"))
