@@ -105,10 +105,12 @@ def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
     if watch:
         _watch(found)
     progress, sentence, events, failures = found.progress(), found.explain(), found.events(), found.failures()
+    spent = found.spent()
     if as_json:
         log = [asdict(event) for event in events]
         failed = [{"index": each.index, "type": each.type, "code": each.code} for each in failures]
-        about = {"explain": sentence, "trace_id": found.trace_id, "failures": failed, "events": log}
+        about: dict[str, Any] = {"explain": sentence, "trace_id": found.trace_id, "failures": failed, "events": log}
+        about |= {"rounds": [each.id for each in found.rounds()], "spent": asdict(spent) if spent else None}
         print_json({"id": job_id, **_progress(progress), **about})
         return
     click.echo(f"{job_id}  {progress.status}  {progress.fraction:.0%} of {progress.total:,} items, {progress.nodes} nodes")
@@ -117,6 +119,10 @@ def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
         click.echo(f"Its trace: {found.trace_id}")
     if failures:
         _show_failures(failures)
+    if spent:
+        from rlm_tasks.spending import COLUMNS, rows
+
+        table("Calls to models", COLUMNS, rows(spent))
     _show_events(events)
 
 

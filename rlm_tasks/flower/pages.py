@@ -17,6 +17,7 @@ from rlm_tasks.errors import JobNotFound
 from rlm_tasks.failures import alike
 from rlm_tasks.metrics import BREAKER_STATES
 from rlm_tasks.results import Progress, Status
+from rlm_tasks.spending import COLUMNS, rows
 
 if TYPE_CHECKING:
     from rlm_tasks.client import Client
@@ -187,7 +188,7 @@ def job(client: Client, job_id: str) -> Picture:
         actions.append(_retry(job_id))
     return Picture(
         f"{found.explain()}{_pace(at)}", spec.description or spec.operation, f"{spec.operation} · {spec.priority} priority · {job_id}",
-        cards, [_failures(found, at), _receipt(found), _tree(found.tree()), _log(found)], actions=actions,
+        cards, [_failures(found, at), _receipt(found), *_spent(found), _tree(found.tree()), _log(found)], actions=actions,
     )  # fmt: skip
 
 
@@ -230,6 +231,12 @@ def _failures(found: Job, at: Progress) -> Table:
 def _receipt(found: Job) -> Table:
     rows = [[each.strategy, each.level, f"{each.items:,}"] for each in found.receipt()]
     return Table("Receipt", ("Left out", "Under", "Items"), rows, "Nothing was left out: no pressure has shaped this job.")
+
+
+def _spent(found: Job) -> list[Table]:
+    """Return what calls to models have cost; nothing for a job that makes none."""
+    told = found.spent()
+    return [Table("Calls to models", [each.capitalize() for each in COLUMNS], rows(told), "None yet.")] if told else []
 
 
 def _log(found: Job) -> Table:
