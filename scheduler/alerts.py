@@ -92,6 +92,7 @@ RULES: dict[str, Rule] = {
     "pressure.critical": Rule(Severity.ERROR, 4 * _MINUTE, "host"),
     "pressure.emergency": Rule(Severity.CRITICAL, 2 * _MINUTE, "host"),
     "breaker.opened": Rule(Severity.WARNING, 5 * _MINUTE, "breaker"),
+    "endpoint.ill": Rule(Severity.WARNING, 5 * _MINUTE, "endpoint"),
     "breakers.open": Rule(Severity.ERROR, 5 * _MINUTE),
     "degradation.started": Rule(Severity.INFO, 10 * _MINUTE, "host"),
     "execution.slow": Rule(Severity.WARNING, 5 * _MINUTE, "operation"),

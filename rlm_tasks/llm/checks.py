@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
 
-from resilience.errors import CallTimeout, RateLimited, StoreUnavailable
+from resilience.errors import CallTimeout, Category, RateLimited, StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Store
 from rlm_tasks import operations
@@ -34,8 +34,6 @@ logger = logging.getLogger(__name__)
 BACK_OFF_S = 1.0
 """A Redis that did not answer is asked again for the turn after this."""
 STOP_S = 1.0
-_ANSWERED = "refuses the question ("
-"""How the reason of a `ProviderRefused` begins where a server has answered: it is there, and does not list its models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,9 @@ async def _ask(place: EndpointSettings, settings: LlmSettings) -> Found:
     except CallTimeout:
         why = f"does not answer within {limit_s:g} s"
     except (ProviderDown, ProviderRefused) as error:
-        why = "" if error.why.startswith(_ANSWERED) else error.why
+        # One that does not list its models has answered, and is there.
+        listens = isinstance(error, ProviderRefused) and error.category is Category.VALIDATION and error.status
+        why = "" if listens else error.why
     finally:
         await endpoint.close()
     return Found(place.name, 0.0 if why else time.monotonic() - began, why)

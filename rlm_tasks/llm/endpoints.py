@@ -86,13 +86,14 @@ class UnusableAnswer(RlmError):
 
 
 class ProviderRefused(RlmError):
-    """An answer that will be the same the next time: a person has to act.  Has the `endpoint` and `why`.
+    """An answer that will be the same the next time: a person has to act.  Has the `endpoint`, `why`, and HTTP's `status`.
 
     `category` is AUTH, QUOTA or VALIDATION; `code` is CONTEXT_LENGTH_EXCEEDED where a prompt is too long.
     """
 
-    def __init__(self, endpoint: str, category: Category, code: str, why: str) -> None:
+    def __init__(self, endpoint: str, category: Category, code: str, why: str, status: int = 0) -> None:
         self.endpoint, self.category, self.code, self.why = endpoint, category, code, why
+        self.status = status  # 0: nothing was asked
         super().__init__(f"endpoint {endpoint}: {why}")
 
 
@@ -242,17 +243,17 @@ class Endpoint:
         name, status = self.settings.name, error.status_code
         if status == 402 or "insufficient_quota" in (error.code, error.type):
             why = f"its account is used up ({status}); no waiting helps, see its plan and billing"
-            return ProviderRefused(name, Category.QUOTA, "INSUFFICIENT_QUOTA", why)
+            return ProviderRefused(name, Category.QUOTA, "INSUFFICIENT_QUOTA", why, status)
         if status == 429:
             return RateLimited(f"endpoint {name}", _wait_s(error), "the provider answered 429")
         if status in (401, 403):
             why = f"it does not accept its key ({status}); see {self.settings.key_env}"
-            return ProviderRefused(name, Category.AUTH, "UNAUTHORISED", why)
+            return ProviderRefused(name, Category.AUTH, "UNAUTHORISED", why, status)
         if status in _TOO_EARLY or status >= 500:
             return ProviderDown(name, f"answers {status}", retry_after_s(error))
         code = "CONTEXT_LENGTH_EXCEEDED" if error.code == "context_length_exceeded" else "INVALID_REQUEST"
         why = f"refuses the question ({status}): {self._reason(error, question)}"
-        return ProviderRefused(name, Category.VALIDATION, code, why)
+        return ProviderRefused(name, Category.VALIDATION, code, why, status)
 
     def _reason(self, error: APIStatusError, question: Question | None) -> str:
         """Return what the provider said, up to 200 characters, unless it quotes what no message may hold."""

@@ -259,7 +259,13 @@ class Spent:
 
 
 def on_a_budget(
-    unit: str, budget: float, kills: Mapping[float, str], *, nodes: int = 16, schedule: Sequence[Mapping[str, Any]] = (), **more: Any
+    unit: str,
+    budget: float,
+    kills: Mapping[float, str],
+    *,
+    nodes: int = 16,
+    schedule: Sequence[Mapping[str, Any]] = (),
+    **more: Any,
 ) -> Spent:
     """Let as many nodes as there are processes spend a budget, and be killed when a share of it is spent."""
     with stage(WINDOW_S, UNLIMITED, UNLIMITED, **more) as on:
@@ -356,7 +362,9 @@ def show(uses: Sequence[Use], answers: Sequence[Answers], spent: Sequence[Spent]
         shown = (str(each.items), str(each.wrong), str(each.failed), faults, str(each.kills), str(each.again))
         tables[-1].add_row(each.operation, *shown, f"{each.seconds:.1f} s", f"{each.slowest_s:.1f} s")
     if spent:
-        tables.append(Table("unit", "budget", "counted", "told", "used", "stopped", "done", "merged", "kills", "took", title="budgets"))
+        tables.append(
+            Table("unit", "budget", "counted", "told", "used", "stopped", "done", "merged", "kills", "took", title="budgets")
+        )
     for one in spent:
         shown = (f"{one.budget:g}", f"{one.counted:g}", f"{one.told:g}", f"{one.counted / one.budget:.1%}", one.stopped)
         tables[-1].add_row(one.unit, *shown, str(one.done), str(one.merged), str(one.kills), f"{one.seconds:.1f} s")
