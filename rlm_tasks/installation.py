@@ -242,6 +242,8 @@ def _say_ready(sender: Any, **_: Any) -> None:
         return
     for conflict in conflicts(app) if _serves_jobs(app) else ():
         logger.warning("%s", conflict)
+    if (guard := getattr(app, "rlm_guard", None)) is not None:
+        guard.begin()
     if app.rlm_settings.ready_file:
         Path(app.rlm_settings.ready_file).touch()
 

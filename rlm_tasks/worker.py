@@ -112,6 +112,11 @@ class Guard(threading.Thread):
         """Say that a slot became free or busy, or that the worker drains."""
         self._woken.put(None)
 
+    def begin(self) -> None:
+        """Offer slots for the queues that are consumed from now on, rather than a second later."""
+        self._offered = None
+        self.wake()
+
     def drain(self, queues: list[str]) -> None:
         """Have running nodes hand over, and offer no slot, until `resume`; these queues are no longer consumed."""
         self._left += [queue for queue in queues if queue not in self._left]

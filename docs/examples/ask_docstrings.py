@@ -11,6 +11,7 @@ import ast
 import os
 import sys
 import sysconfig
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,7 +26,7 @@ QUESTION = "What returns the longest common path of several path names?"
 def docstrings(most):
     """Yield a name and a documentation string for each function and class of the standard library."""
     found = 0
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)):
                 yield f"{path.stem}.{node.name}", text
@@ -65,7 +66,8 @@ def main():
         from rlm_tasks import Client  # it reads the environment when it is imported
 
         names, texts = zip(*docstrings(asked.items), strict=True)
-        stack.enter_context(embedded.worker(dict(os.environ), log=Path(os.devnull), slots=2))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(embedded.worker(dict(os.environ), log=folder / "worker.log", slots=2))
         with Client() as client:
             result = ask(client, asked.question, texts, {"money": 0.50})
     print(f"\n{asked.question}\n{result.output['answer']}\n")

@@ -44,6 +44,20 @@ def test_examples_run_as_written(example: str, server: embedded.Server, tmp_path
         assert expected in done.stdout
 
 
+def test_the_example_of_models_needs_nothing_but_itself() -> None:
+    asked = "Which functions return the index where to insert an item into a sorted list?"
+    program = [sys.executable, str(ROOT / "docs/examples/ask_docstrings.py"), asked, "--items", "400"]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
+
+    done = subprocess.run(program, env=own, capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "llm.ask over 400 items" in done.stdout
+    assert "Return the index where to insert item x in list a, assuming a is sorted." in done.stdout
+    assert "bisect.bisect" in done.stdout
+    assert "400 texts read" in done.stdout
+
+
 def test_the_example_of_the_readme_is_short() -> None:
     first = read("README.md", PAGES["README.md"])[0]
 
