@@ -256,8 +256,7 @@ class Gate(Guarded):
             self._budget.settle(held.charge.id, used, label=held.question.model)
         self._provider.flights.abandon(held.flight)
         if isinstance(error, RateLimited):
-            place = self._provider.places[held.endpoint]
-            self._provider.bucket(place, held.question.model).hold(error.retry_after_s)
+            self._provider.hold(self._provider.places[held.endpoint], held.question.model, error.retry_after_s)
 
     def instead_of(self, denied: Denied) -> Callable[..., Any] | None:
         """Return what is done without a model, when the budget is spent for good."""

@@ -29,6 +29,8 @@ BREAKER = "client"
 """The preset of endpoints' breakers: 5 failures in a row, 30 s, 3 probes (source document 0)."""
 BURST_SHARE = 1 / 6
 """The share of a window's limit that may go at once: calls reserve far more than most of them use."""
+MOST_DOUBLINGS = 5
+"""A provider that answers 429 again and again is left alone up to 32 times as long as it asks (source document 3)."""
 
 
 def service_of(endpoint: str) -> str:
@@ -67,6 +69,7 @@ class Provider:
         self.health = Health(guards.store, self.settings)
         self._endpoints: dict[str, Endpoint] = {}
         self._buckets: dict[str, TokenBucket] = {}
+        self._refused: dict[str, tuple[int, float]] = {}  # bucket -> 429s in a row, and until when the last one holds
 
     def endpoint(self, name: str) -> Endpoint:
         """Return where to ask."""
@@ -103,9 +106,19 @@ class Provider:
     def _limit(self, name: str, limits: dict[str, Rate]) -> None:
         self._buckets[name] = TokenBucket(name, self._guards.store, **limits)  # type: ignore[arg-type]  # rates by their names
 
+    def hold(self, place: EndpointSettings, model: str, wait_s: float) -> None:
+        """Let nothing pass a limit for as long as a 429 says, and twice as long for each that follows at once."""
+        bucket, now = self.bucket(place, model), self._guards.store.clock()
+        count, until = self._refused.get(bucket.name, (0, now))
+        count += now >= until  # those that were in flight with it tell the same
+        held_s = wait_s * 2.0 ** min(count - 1, MOST_DOUBLINGS)
+        self._refused[bucket.name] = count, max(until, now + held_s)
+        bucket.hold(held_s)
+
     def learn(self, place: EndpointSettings, model: str, told: Told) -> None:
         """Lower a limit to what a provider says it is; one that it says is higher stays as it was set."""
         bucket = self.bucket(place, model)
+        self._refused.pop(bucket.name, None)
         said = {"requests": told.requests.limit, "tokens": told.tokens.limit}
         lower = {name: limit for name, limit in said.items() if limit and limit < bucket.rates[name].limit}
         if lower:
