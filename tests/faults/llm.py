@@ -21,14 +21,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import psutil
 from rich.console import Console
 from rich.table import Table
 
-from rlm_tasks import Client, Job, embedded
+from rlm_tasks import Client, Job, JobResult, embedded
 from rlm_tasks.llm import fake
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
@@ -39,7 +38,11 @@ LATENCY_S = 0.05
 """What a provider takes to answer, about: 1.5 s where a window is a minute."""
 LEAST_USE, MOST_HINDRANCE = 0.97, 1.1
 UNLIMITED = 1e9
-LIMITS = {"tokens": {"requests": UNLIMITED, "tokens": 700.0}, "requests": {"requests": 45.0, "tokens": UNLIMITED}}
+LIMITS = {
+    "tokens": {"requests": UNLIMITED, "tokens": 700.0},
+    "requests": {"requests": 45.0, "tokens": UNLIMITED},
+    "": {"requests": UNLIMITED, "tokens": UNLIMITED},
+}
 """The limit that binds -> limits for each second: forty to fifty calls, of which two cores bear more."""
 SCHEDULE = [
     {"kind": kind, "every": every, "seconds": 0.2, "headers": {"retry-after-ms": "100"}}
@@ -48,6 +51,8 @@ SCHEDULE = [
 ATTEMPTS = 8
 """So often an item is tried, that none fails for good by chance: more than one call in ten goes wrong."""
 TIMEOUT_S = 1.0
+LATE = [{"kind": "slow", "every": 5, "seconds": TIMEOUT_S}]
+"""Answers that are given, and counted, when nobody waits for them any more."""
 
 
 # --- the stage ---------------------------------------------------------------------------------------
@@ -62,6 +67,7 @@ class Stage:
     start: Callable[[int], subprocess.Popen[bytes]]
     workers: list[subprocess.Popen[bytes]]
     slots: int
+    binds: str  # the limit that is met first, '' when none is
     window_s: float
 
     def warm_up(self) -> None:
@@ -70,19 +76,24 @@ class Stage:
         while self.provider.report()["connections"] < processes:
             # A node of one item has one connection of its own process, which is kept.
             self.map(range(2 * processes), priority="critical", type="parallel", chunk_size=1).result(timeout=60)
-        time.sleep(self.window_s)  # what was taken leaves the shared window, as it leaves the provider's
+        self.reset()
+
+    def reset(self, *schedule: Mapping[str, Any]) -> None:
+        """Begin anew: nothing is counted, and no window holds anything; calls go wrong by a schedule from now on."""
+        time.sleep(1.1 * self.window_s)  # what was taken leaves the shared window, as it leaves the provider's
         self.provider.reset()
+        self.provider.schedule(*schedule)
 
     def map(self, numbers: Sequence[int], **more: Any) -> Job:
         """Open a job that asks for the sum of a number and its double, for each."""
         items = [f"{number} {2 * number}" for number in numbers]
         return self.client.submit(operation="llm.map", items=items, params=ASKED, **more)
 
-    def kill_process(self, random: Random) -> None:
-        """End one pool process as the kernel ends what is out of memory."""
+    def kill_process(self) -> None:
+        """End a pool process as the kernel ends what is out of memory: the one that has worked most."""
         children = [each for worker in self.workers for each in psutil.Process(worker.pid).children()]
         with suppress(psutil.NoSuchProcess):
-            random.choice(children).kill()
+            max(children, key=lambda each: each.cpu_times().user).kill()
 
     def kill_worker(self) -> None:
         """Lose a whole machine, and start another."""
@@ -97,27 +108,32 @@ ASKED = {"prompt": "What is the sum of these two? SUM: {item}", "max_tokens": 4}
 
 @contextmanager
 def stage(
-    window_s: float, requests: float, tokens: float, *, slots: int = SLOTS, workers: int = WORKERS, **more: str
+    binds: str = "", window_s: float = WINDOW_S, *, guard_s: float = 0.0, slots: int = SLOTS, workers: int = WORKERS, **more: str
 ) -> Iterator[Stage]:
-    """Run a provider with limits for each second, and workers that know them, for the length of a block."""
-    limits = {"window": window_s, "requests": round(requests * window_s), "tokens": round(tokens * window_s)}
+    """Run a provider with a limit, and workers that know it, for the length of a block; every process is warm when it begins.
+
+    Workers count windows `guard_s` longer than the provider: for requests that a busy machine delays on their way.
+    """
+    limits: dict[str, float] = {name: round(rate * window_s) for name, rate in LIMITS[binds].items()}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rlm-llm-")))
         server = stack.enter_context(embedded.server())
-        provider = stack.enter_context(fake.running(**limits, latency=LATENCY_S))
-        told = {f"RLM_LLM__{'WINDOW_S' if name == 'window' else name.upper()}": str(limit) for name, limit in limits.items()}
+        provider = stack.enter_context(fake.running((), **limits, window=window_s, latency=LATENCY_S))
+        told = {f"RLM_LLM__{name.upper()}": str(limit) for name, limit in limits.items()}
         usual = {
-            "OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": "any", "RLM_LLM__TIMEOUT_S": str(TIMEOUT_S),
-            "RLM_LLM__ATTEMPTS": str(ATTEMPTS), "RLM_LEDGER__LEASE_S": "2", "RLM_LEDGER__SWEEP_S": "0.5",
+            "RLM_LLM__WINDOW_S": str(window_s + guard_s), "OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": "any",
+            "RLM_LLM__TIMEOUT_S": str(TIMEOUT_S), "RLM_LLM__ATTEMPTS": str(ATTEMPTS), "RLM_LEDGER__LEASE_S": "2", "RLM_LEDGER__SWEEP_S": "0.5",
         }  # fmt: skip
-        environment = environment_of(server.url, "llm", **{**told, **usual, **more})
+        environment = {**environment_of(server.url, "llm"), **told, **usual, **more}
 
         def start(number: int) -> subprocess.Popen[bytes]:
             log, name = folder / f"w{number}.log", f"w{number}@llm"
             return stack.enter_context(embedded.worker(environment, log=log, slots=slots, options=["-n", name]))
 
         client = stack.enter_context(client_of(environment))
-        yield Stage(provider, client, start, [start(number) for number in range(workers)], slots, window_s)
+        found = Stage(provider, client, start, [start(number) for number in range(workers)], slots, binds, window_s)
+        found.warm_up()
+        yield found
 
 
 # --- a. the limits are used up, and never exceeded ------------------------------------------------------
@@ -140,27 +156,35 @@ class Use:
         return statistics.fmean(self.shares)
 
     @property
+    def row(self) -> dict[str, str]:
+        """What is shown of it."""
+        return {
+            "binds": self.binds, "window": f"{self.window_s:g} s", "calls": f"{self.calls:,}", "429 at first": str(self.early),
+            "429": str(self.refused), "used": f"{self.used:.2%}", "least": f"{min(self.shares):.2%}",
+        }  # fmt: skip
+
+    @property
     def kept(self) -> bool:
         """Whether every promise was kept."""
         return not self.refused and self.used >= LEAST_USE
 
 
-def against_limits(binds: str, windows: int, window_s: float, *, priority: str = "normal", **more: Any) -> Use:
+def against_limits(on: Stage, windows: int, *, priority: str = "normal") -> Use:
     """Let a job call as often as it may, for some windows, and return what the provider has seen."""
-    limits = LIMITS[binds]
-    with stage(window_s, **limits, **more) as on:
-        on.warm_up()
-        job = on.map(range(int(60 * windows * window_s)), priority=priority)
-        wait_until(lambda: bool(on.provider.report()["taken"]))
-        began = on.provider.report()["taken"][0][0]
-        early = _report_at(on, began + window_s)["refused"]
-        seen = _report_at(on, began + windows * window_s)
-        job.cancel()
+    on.reset()
+    job = on.map(range(int(60 * windows * on.window_s)), priority=priority)
+    wait_until(lambda: bool(on.provider.report()["taken"]))
+    began = on.provider.report()["taken"][0][0]
+    early = _report_at(on, began + on.window_s)["refused"]
+    seen = _report_at(on, began + windows * on.window_s)
+    job.cancel()
+    job.wait(20)
     used: Counter[int] = Counter()
     for at, tokens in seen["taken"]:
-        used[int((at - began) / window_s)] += tokens if binds == "tokens" else 1
-    shares = [used[number] / round(limits[binds] * window_s) for number in range(1, windows)]
-    return Use(binds, window_s, len(seen["taken"]), early, seen["refused"] - early, shares)
+        used[int((at - began) / on.window_s)] += tokens if on.binds == "tokens" else 1
+    limit = round(LIMITS[on.binds][on.binds] * on.window_s)
+    shares = [used[number] / limit for number in range(1, windows)]
+    return Use(on.binds, on.window_s, len(seen["taken"]), early, seen["refused"] - early, shares)
 
 
 def _report_at(on: Stage, moment: float) -> dict[str, Any]:
@@ -186,27 +210,37 @@ class Answers:
     slowest_s: float  # longest time without a new answer
 
     @property
+    def row(self) -> dict[str, str]:
+        """What is shown of it."""
+        faults = ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items()))
+        return {
+            "operation": self.operation, "items": f"{self.items:,}", "wrong": str(self.wrong), "failed": str(self.failed),
+            "faults": faults, "kills": str(self.kills), "paid again": str(self.again), "took": f"{self.seconds:.1f} s",
+            "longest pause": f"{self.slowest_s:.1f} s",
+        }  # fmt: skip
+
+    @property
     def kept(self) -> bool:
         """Whether every promise was kept."""
         return not (self.wrong or self.failed)
 
 
-def through_faults(operation: str, items: int, kills: Mapping[float, str], **more: Any) -> Answers:
+def through_faults(on: Stage, operation: str, items: int, kills: Mapping[float, str]) -> Answers:
     """Run a job while calls fail by a schedule, and processes die when a share of the items is done."""
-    with stage(WINDOW_S, 60.0, UNLIMITED, **more) as on:
-        on.warm_up()
-        on.provider.schedule(*SCHEDULE)
-        numbers, began, random = list(range(1000, 1000 + items)), time.monotonic(), Random(1)
-        merges = {} if operation == "llm.map" else {"fan_in": FAN_IN, "max_tokens": 4 * items}
-        asked = [f"{number} {2 * number}" for number in numbers]
-        job = on.client.submit(operation=operation, items=asked, params={**ASKED, **merges}, continue_on_error=True)
-        slowest_s = _kill_on_the_way(on, job, kills, random)
-        result, seen = job.result(timeout=120), on.provider.report()
-        took_s = time.monotonic() - began
-    texts = [str(3 * numbers[index]) for index in result.successful]
+    on.reset(*SCHEDULE)
+    numbers, began = range(1000, 1000 + items), time.monotonic()
+    merges = {} if operation == "llm.map" else {"fan_in": FAN_IN, "max_tokens": 4 * items}
+    job = on.client.submit(
+        operation=operation, items=[f"{number} {2 * number}" for number in numbers], params={**ASKED, **merges},
+        continue_on_error=True,
+    )  # fmt: skip
+    slowest_s = _kill_on_the_way(on, job, kills)
+    result, seen = job.result(timeout=120), on.provider.report()
+    texts = [str(3 * number) for number in numbers]
     right, got = (texts, result.output) if operation == "llm.map" else ([merged(texts)], [result.output])
     wrong = sum(one != other for one, other in zip(right, got, strict=False)) + abs(len(right) - len(got))
     again = seen["answered"] - seen["prompts"]["distinct"]
+    took_s = time.monotonic() - began
     return Answers(operation, items, wrong, result.failed_count, seen["faults"], len(kills), again, took_s, slowest_s)
 
 
@@ -221,7 +255,7 @@ def merged(texts: list[str]) -> str:
     return texts[0]
 
 
-def _kill_on_the_way(on: Stage, job: Job, kills: Mapping[float, str], random: Random) -> float:
+def _kill_on_the_way(on: Stage, job: Job, kills: Mapping[float, str]) -> float:
     """Kill what is to die at some shares of the items; return the longest time in seconds without a new answer."""
     left, done, since, slowest_s = dict(sorted(kills.items())), 0, time.monotonic(), 0.0
     for progress in job.watch(0.05):
@@ -229,7 +263,7 @@ def _kill_on_the_way(on: Stage, job: Job, kills: Mapping[float, str], random: Ra
             slowest_s, done, since = max(slowest_s, time.monotonic() - since), progress.done, time.monotonic()
         if left and progress.fraction >= next(iter(left)):
             what = left.pop(next(iter(left)))
-            on.kill_worker() if what == "worker" else on.kill_process(random)
+            on.kill_worker() if what == "worker" else on.kill_process()
     return max(slowest_s, time.monotonic() - since)
 
 
@@ -252,51 +286,63 @@ class Spent:
     seconds: float
 
     @property
+    def row(self) -> dict[str, str]:
+        """What is shown of it."""
+        return {
+            "budget": f"{self.budget:g} {self.unit}", "counted": f"{self.counted:g}", "told": f"{self.told:g}",
+            "used": f"{self.counted / self.budget:.1%}", "stopped": self.stopped, "done": str(self.done),
+            "merged": str(self.merged), "kills": str(self.kills), "took": f"{self.seconds:.1f} s",
+        }  # fmt: skip
+
+    @property
     def kept(self) -> bool:
         """Whether every promise was kept."""
         held = self.counted <= self.budget + self.one_call and self.told >= self.counted
         return held and self.stopped == "budget" and self.merged
 
 
-def on_a_budget(
-    unit: str,
-    budget: float,
-    kills: Mapping[float, str],
-    *,
-    nodes: int = 16,
-    schedule: Sequence[Mapping[str, Any]] = (),
-    **more: Any,
-) -> Spent:
-    """Let as many nodes as there are processes spend a budget, and be killed when a share of it is spent."""
-    with stage(WINDOW_S, UNLIMITED, UNLIMITED, **more) as on:
-        on.warm_up()
-        on.provider.schedule(*schedule)
-        items = round(2 * budget / (1 if unit == "calls" else 15))
-        numbers, began = list(range(1000, 1000 + items)), time.monotonic()
-        asked = [f"{number % KINDS} {number} -{number}" for number in numbers]
-        job = on.client.submit(
-            operation="llm.map_reduce", items=asked, params={**ASKED, "max_tokens": MOST_TOKENS, "fan_in": 50}, type="parallel",
-            chunk_size=-(-items // nodes), budget={unit: budget},
-        )  # fmt: skip
-        left, random = dict(sorted(kills.items())), Random(1)
-        for _ in job.watch(0.05):
-            spent = job.spent()
-            if left and spent and spent.spent[unit] + spent.held[unit] >= budget * next(iter(left)):
-                left.pop(next(iter(left)))
-                on.kill_process(random)
-        result, seen = job.result(timeout=150), on.provider.report()
-        took_s = time.monotonic() - began
-    counted = seen["answered"] if unit == "calls" else seen["prompt_tokens"] + seen["completion_tokens"]
-    right = {str(numbers[index] % KINDS) for index in result.successful}
-    told = result.spent.spent[unit] if result.spent else 0.0
-    one_call = 1 if unit == "calls" else MOST_TOKENS + 13
-    parts = set(re.split("; |\n\n", result.output or ""))
-    return Spent(unit, budget, counted, told, one_call, result.stopped, result.done, parts == right, len(kills), took_s)
+def on_a_budget(on: Stage, unit: str, budget: float, kills: Sequence[float] = (), *, late: bool = False) -> Spent:
+    """Let 16 nodes spend a budget at once, and kill processes when some shares of it are spent.
+
+    Where answers are `late`, many are given when nobody waits for them any more.
+    """
+    on.reset(*LATE if late else ())
+    items, began = round(2 * budget / (1 if unit == "calls" else PROMPT_TOKENS)), time.monotonic()
+    asked, right = _long(items) if late else _alike(items)
+    job = on.client.submit(**asked, type="parallel", chunk_size=-(-items // 16), budget={unit: budget})
+    left = sorted(kills)
+    for _ in job.watch(0.02):
+        spent = job.spent()
+        if left and spent and spent.spent[unit] + spent.held[unit] >= budget * left[0]:
+            left.pop(0)
+            on.kill_process()
+    result, seen = job.result(timeout=150), on.provider.report()
+    told, counted = result.spent, seen["answered"] if unit == "calls" else seen["prompt_tokens"] + seen["completion_tokens"]
+    one_call = 1 if unit == "calls" else PROMPT_TOKENS + MOST_TOKENS
+    return Spent(
+        f"{unit}, late" if late else unit, budget, counted, told.spent[unit] if told else 0.0, one_call, result.stopped,
+        result.done, right(result), len(kills) - len(left), time.monotonic() - began,
+    )  # fmt: skip
 
 
-MOST_TOKENS = 30
+PROMPT_TOKENS, MOST_TOKENS = 30, 30
 KINDS = 8
 """So many different answers there are: merged, they are no longer than an answer may be."""
+Right = Callable[[JobResult], bool]
+
+
+def _alike(items: int) -> tuple[dict[str, Any], Right]:
+    """Return a job of few different answers, which are merged, and what tells whether it has merged what was done."""
+    texts = [f"{number % KINDS} {number} -{number}" for number in range(items)]
+    asked = {"operation": "llm.map_reduce", "params": {**ASKED, "max_tokens": MOST_TOKENS, "fan_in": 50}, "items": texts}
+    return asked, lambda it: set(re.split("; |\n\n", it.output)) == {str(index % KINDS) for index in it.successful}
+
+
+def _long(items: int) -> tuple[dict[str, Any], Right]:
+    """Return a job whose answers are as long as its prompts, and what tells whether it has what was done."""
+    texts = [f"{number} of a number of considerations" for number in range(items)]
+    asked = {"operation": "llm.map", "params": {"prompt": "{item}", "max_tokens": MOST_TOKENS}, "items": texts}
+    return asked, lambda it: it.output == [texts[index] for index in it.successful]
 
 
 # --- d. work beside it is not hindered -------------------------------------------------------------------
@@ -308,11 +354,21 @@ class Beside:
 
     alone: list[float]
     beside: list[float]  # while a job waits for its limits
+    nodes: int  # that job's, which run or wait at the end
 
     @property
     def hindrance(self) -> float:
         """By how much the 95th percentile is longer beside the other job."""
         return p95(self.beside) / p95(self.alone)
+
+    @property
+    def row(self) -> dict[str, str]:
+        """What is shown of it."""
+        return {
+            "jobs": str(len(self.beside)), "median alone": _ms(statistics.median(self.alone)), "p95 alone": _ms(p95(self.alone)),
+            "median beside": _ms(statistics.median(self.beside)), "p95 beside": _ms(p95(self.beside)),
+            "x": f"{self.hindrance:.2f}", "nodes": f"{self.nodes:,}",
+        }  # fmt: skip
 
     @property
     def kept(self) -> bool:
@@ -325,58 +381,45 @@ def p95(values: Sequence[float]) -> float:
     return statistics.quantiles(values, n=20)[-1]
 
 
-def beside_others(rounds: int, jobs: int, every_s: float = 0.05, **more: Any) -> Beside:
+def _ms(value: float) -> str:
+    return f"{value:.1f} ms"
+
+
+def beside_others(on: Stage, rounds: int, jobs: int, every_s: float = 0.05) -> Beside:
     """Start small jobs one after the other, in turns alone and beside a job that waits for its limits."""
     waits: dict[bool, list[float]] = {False: [], True: []}
-    with stage(WINDOW_S, **LIMITS["tokens"], **more) as on:
-        on.warm_up()
-        for number in range(2 * rounds):
-            limited = on.map(range(100_000)) if number % 2 else None
-            if limited is not None:
-                wait_until(lambda job=limited: "used up" in job.explain())  # type: ignore[misc]  # it is called at once
-            for _ in range(jobs):
-                small = on.client.submit(operation="sum", items=range(10))
-                waits[limited is not None].append(small.result(timeout=20).metrics.waited_ms)
-                time.sleep(every_s)  # the rate of the jobs
-            if limited is not None:
-                limited.cancel()
-                limited.wait(20)
-    return Beside(waits[False], waits[True])
+    most = 0
+    for number in range(2 * rounds):
+        on.reset()
+        limited = on.map(range(100_000)) if number % 2 else None
+        if limited is not None:
+            wait_until(lambda job=limited: "used up" in job.explain())  # type: ignore[misc]  # it is called at once
+            time.sleep(on.window_s)  # its first nodes are sent all at once
+        for _ in range(jobs):
+            small = on.client.submit(operation="sum", items=range(10))
+            waits[limited is not None].append(small.result(timeout=20).metrics.waited_ms)
+            time.sleep(every_s)  # the rate of the jobs
+        if limited is not None:
+            most = max(most, limited.progress().pending)
+            limited.cancel()
+            limited.wait(20)
+    return Beside(waits[False], waits[True], most)
 
 
 # --- all of it -------------------------------------------------------------------------------------------
 
 
-def show(uses: Sequence[Use], answers: Sequence[Answers], spent: Sequence[Spent], beside: Sequence[Beside]) -> None:
-    """Print what became of the promises."""
-    tables = []
-    if uses:
-        tables.append(Table("binds", "window", "calls", "429 at first", "429", "used", "least", title="limits"))
-    for use in uses:
-        shown = (f"{use.calls:,}", str(use.early), str(use.refused), f"{use.used:.2%}", f"{min(use.shares):.2%}")
-        tables[-1].add_row(use.binds, f"{use.window_s:g} s", *shown)
-    if answers:
-        tables.append(Table("operation", "items", "wrong", "failed", "faults", "kills", "again", "took", "gap", title="answers"))
-    for each in answers:
-        faults = ", ".join(f"{count} {kind}" for kind, count in sorted(each.faults.items()))
-        shown = (str(each.items), str(each.wrong), str(each.failed), faults, str(each.kills), str(each.again))
-        tables[-1].add_row(each.operation, *shown, f"{each.seconds:.1f} s", f"{each.slowest_s:.1f} s")
-    if spent:
-        tables.append(
-            Table("unit", "budget", "counted", "told", "used", "stopped", "done", "merged", "kills", "took", title="budgets")
-        )
-    for one in spent:
-        shown = (f"{one.budget:g}", f"{one.counted:g}", f"{one.told:g}", f"{one.counted / one.budget:.1%}", one.stopped)
-        tables[-1].add_row(one.unit, *shown, str(one.done), str(one.merged), str(one.kills), f"{one.seconds:.1f} s")
-    if beside:
-        tables.append(Table("jobs", "p95 alone", "p95 beside", "x", "medians", title="beside"))
-    for it in beside:
-        medians = f"{statistics.median(it.alone):.1f} / {statistics.median(it.beside):.1f} ms"
-        shown = (f"{p95(it.alone):.1f} ms", f"{p95(it.beside):.1f} ms", f"{it.hindrance:.2f}", medians)
-        tables[-1].add_row(str(len(it.beside)), *shown)
+Found = Use | Answers | Spent | Beside
+
+
+def show(*found: Found) -> None:
+    """Print what became of the promises, a table for each kind."""
     console = Console(width=None if sys.stdout.isatty() else 150)
-    for table in tables:
-        table.title_justify = "left"
+    for kind in dict.fromkeys(map(type, found)):
+        rows = [each.row for each in found if type(each) is kind]
+        table = Table(*rows[0], "kept", title=kind.__name__.lower(), title_justify="left")
+        for row, kept in zip(rows, (each.kept for each in found if type(each) is kind), strict=True):
+            table.add_row(*row.values(), "yes" if kept else "[bold]no")
         console.print(table)
 
 
@@ -384,31 +427,32 @@ KILLS = {0.15: "process", 0.3: "process", 0.45: "worker", 0.7: "process"}
 
 
 def main() -> int:
-    """Run all parts, or the one that is asked for."""
+    """Run all parts, or those that are asked for."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--windows", type=int, default=WINDOWS)
     options.add_argument("--window", type=float, default=WINDOW_S, help="seconds that stand for a minute")
-    options.add_argument("--part", choices=["use", "answers", "budgets", "beside"], action="append", help="all when left out")
-    options.add_argument("--binds", choices=sorted(LIMITS), action="append", help="the limit that binds; both when left out")
+    options.add_argument("--guard", type=float, default=0.0, help="seconds that workers count a window longer")
     options.add_argument("--priority", default="normal", help="of the job that uses the limits up")
+    options.add_argument("--part", choices=["use", "answers", "budgets", "beside"], action="append", help="all when left out")
+    options.add_argument("--binds", choices=["tokens", "requests"], action="append", help="both when left out")
     asked = options.parse_args()
     embedded.clean_up_on_sigterm()
-    parts = asked.part or ["use", "answers", "budgets", "beside"]
-    uses = [
-        against_limits(binds, asked.windows, asked.window, priority=asked.priority)
-        for binds in (asked.binds or sorted(LIMITS, reverse=True) if "use" in parts else ())
-    ]
-    answers = [
-        through_faults(operation, items, KILLS)
-        for operation, items in ([("llm.map", 1000), ("llm.map_reduce", 200)] if "answers" in parts else ())
-    ]
-    spent = [
-        on_a_budget(unit, budget, {0.3: "process", 0.6: "process"}, slots=8)
-        for unit, budget in ([("tokens", 6000.0), ("calls", 400.0)] if "budgets" in parts else ())
-    ]
-    beside = [beside_others(4, 60)] if "beside" in parts else []
-    show(uses, answers, spent, beside)
-    return 0 if all(each.kept for each in (*uses, *answers, *spent, *beside)) else 1
+    parts, found = asked.part or ["use", "answers", "budgets", "beside"], list[Found]()
+    for binds in (asked.binds or ["tokens", "requests"]) if "use" in parts else ():
+        with stage(binds, asked.window, guard_s=asked.guard) as on:
+            found.append(against_limits(on, asked.windows, priority=asked.priority))
+    if "answers" in parts:
+        with stage("requests") as on:
+            found += [through_faults(on, "llm.map", 1000, KILLS), through_faults(on, "llm.map_reduce", 200, KILLS)]
+    if "budgets" in parts:
+        with stage(slots=8) as on:
+            found += [on_a_budget(on, unit, budget, (0.3, 0.6)) for unit, budget in (("tokens", 6000.0), ("calls", 400.0))]
+            found.append(on_a_budget(on, "tokens", 2000.0, late=True))
+    if "beside" in parts:
+        with stage("tokens") as on:
+            found.append(beside_others(on, 4, 60))
+    show(*found)
+    return 0 if all(each.kept for each in found) else 1
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from resilience.degradation import (
 )
 from rlm_tasks.operations import Context
 
-LIMITS, OPTIONAL, EXPENSIVE, SIMPLIFIED, EMBEDDINGS = Strategy
-ALL = set(Strategy)
+LIMITS, OPTIONAL, EXPENSIVE, SIMPLIFIED, EMBEDDINGS, *_ = Strategy
+ALL = {LIMITS, OPTIONAL, EXPENSIVE, SIMPLIFIED, EMBEDDINGS}
 
 QUESTIONS: dict[str, tuple[Strategy, Callable[[Any], Any]]] = {
     "limit": (LIMITS, lambda asked: asked.limit(1000)),

@@ -150,7 +150,7 @@ def test_while_redis_is_away_a_process_runs_one_node_at_a_time(world: World) -> 
 
 
 def test_the_dead_give_their_places_back(world: World) -> None:
-    operations._register(bounded := operation("bounded", min_workers=1, max_workers=1))
+    operations.register(bounded := operation("bounded", min_workers=1, max_workers=1))
     worker = Worker(world)
     share = worker.of(bounded)
     assert share.acquire()
@@ -184,7 +184,7 @@ def test_memory_that_other_nodes_hold_is_not_free(world: World) -> None:
 
 def test_a_node_that_must_not_start_here_is_parked_with_the_reason() -> None:
     platform = Platform()
-    operations._register(operation("hungry", min_memory_mb=1e6, max_memory_mb=1e6))
+    operations.register(operation("hungry", min_memory_mb=1e6, max_memory_mb=1e6))
     platform.runtime.page.free_mb = 10.0
     spec = platform.submit(JobRequest(operation="hungry", items=range(10)))
     assert run_node(platform.runtime, spec.job, ROOT) is False
@@ -194,7 +194,7 @@ def test_a_node_that_must_not_start_here_is_parked_with_the_reason() -> None:
 
 def test_a_node_that_is_put_off_in_a_job_that_has_just_ended_sends_what_is_left_to_do() -> None:
     platform = Platform()
-    operations._register(operation("hungry", min_memory_mb=1e6, max_memory_mb=1e6))
+    operations.register(operation("hungry", min_memory_mb=1e6, max_memory_mb=1e6))
     platform.runtime.page.free_mb = 10.0
     spec = platform.submit(JobRequest(operation="hungry", items=range(10)))
     platform.mailbox.messages.clear()
