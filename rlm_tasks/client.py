@@ -552,7 +552,7 @@ class Client:
         """Open a job like another one on other items."""
         job = self._id_for("")
         source, n, staged = self._write_items(job, items)
-        again = msgspec.structs.replace(spec, job=job, source=source, n=n, idempotency_key="")
+        again = msgspec.structs.replace(spec, job=job, source=source, n=n, idempotency_key="", parent="", round=0)
         self.purse.open(again, last=operations.get(spec.operation).then is None)
         return self._start([(again, staged)])[0]
 

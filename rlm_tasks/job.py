@@ -5,6 +5,7 @@ Reads the ledger and waits on it, never on a Celery result; refuses to know how 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -122,7 +123,8 @@ class Job:
         return done + more[0], failed + more[1], skipped + more[2]
 
     def _rounds(self, facts: dict[str, str]) -> list[tuple[str, dict[str, str]]]:
-        return self._reachable(lambda: opened(self._ledger, self.id)) if facts.get("rounds") else []
+        found = self._reachable(lambda: opened(self._ledger, self.id)) if facts.get("rounds") else []
+        return [each for each in found if each[1]]
 
     def rounds(self) -> list[Job]:
         """Return the rounds that it has gone on in so far, each a job of its own.  Raises JobNotFound, StoreUnavailable."""
@@ -359,7 +361,10 @@ class Job:
             self._wait(due_in_s)
             return
         since = (self._now_ms() - int(facts.get("stop_ms", self._now_ms()))) / 1000
-        self._reachable(lambda: self._ledger.stop(self.id, "expired", force=since > self._client.settings.ledger.stop_grace_s))
+        for id in (self.id, *(id for id, _ in self._rounds(facts))):
+            self._reachable(
+                functools.partial(self._ledger.stop, id, "expired", force=since > self._client.settings.ledger.stop_grace_s)
+            )
         self._wait(0.1)
 
     def _result(self, facts: dict[str, str], status: Status) -> JobResult:

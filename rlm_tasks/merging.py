@@ -82,7 +82,9 @@ def merge_root(
         raise  # another process, or another hour, may have more; a third loss fails the job
     except Exception as error:
         logger.warning("The merge of job %s raised %s", spec.job, type(error).__name__)
-        return ledger.close(spec.job, claim.token, getattr(error, "ends_as", Status.FAILED), error=failure_of(-1, error))
+        ended = ledger.close(spec.job, claim.token, getattr(error, "ends_as", Status.FAILED), error=failure_of(-1, error))
+        rounds.call(spec)
+        return ended
     reached(CrashPoint.BEFORE_CLOSE)
     ended = ledger.close(spec.job, claim.token, Status.SUCCEEDED, answer)
     rounds.call(spec)

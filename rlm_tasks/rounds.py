@@ -47,17 +47,22 @@ class Round:
     total: int  # items of the round
     done: int  # of them
     stopped: str  # why the round ended before its items did: '', early, budget
-    short: bool  # some round before it, or this one, was stopped by the budget
+    short: bool  # it, or a round before it, has left items out: failed ones, or those that were not run
 
 
 @dataclass(frozen=True, slots=True)
 class NextRound:
-    """The items to go on with, and by which operation; `params` go to it, `last` says that no round is to follow."""
+    """The items to go on with, and by which operation; `params` go to it.
+
+    `last` says that no round is to follow: it may spend all that is left.  `strict` that none of its items may fail, whatever the
+    request says of errors: an answer without it would be wrong.
+    """
 
     operation: str
     items: Iterable[Any]
     params: dict[str, Any]
     last: bool = False
+    strict: bool = False
 
 
 class RoundFailed(RlmError):
@@ -77,11 +82,10 @@ def round_id(job: str, number: int) -> str:
 
 
 def opened(ledger: Ledger, job: str) -> list[tuple[str, dict[str, str]]]:
-    """Return the rounds of a job that there are, in order: id and facts."""
-    found: list[tuple[str, dict[str, str]]] = []
-    while facts := ledger.facts(id := round_id(job, len(found) + 1)):
-        found.append((id, facts))
-    return found
+    """Return the rounds of a job that there are, in order: id and facts, which are empty for one that has expired."""
+    count = int(ledger.facts(job).get("rounds", 0))
+    found = [(id, ledger.facts(id)) for id in (round_id(job, number) for number in range(1, count + 1))]
+    return found if not found or found[-1][1] else found[:-1]  # whoever was to open the last one has died before
 
 
 class Rounds:
@@ -150,6 +154,8 @@ class Rounds:
             spec, job=id, operation=operation.name, version=operation.version, source=source, n=n, params=asked.params,
             shape=Shape("flat", min_chunk=spec.shape.min_chunk, target_ms=spec.shape.target_ms), kind="recursive", parent=spec.job, round=number,
             skip_if_empty=False, validate=False, early_termination_threshold=None, idempotency_key="", patient=False, emits={},
+            continue_on_error=spec.continue_on_error and not asked.strict,
+            error_threshold=None if asked.strict else spec.error_threshold,
             timeout_ms=max(1.0, deadline_ms - self._ledger.store.now_ms()) if deadline_ms else None,
         )  # fmt: skip
         [is_new] = self._ledger.open([(child, token)], settings.result_ttl_s)
@@ -160,9 +166,9 @@ class Rounds:
 
 
 def _ended(spec: Spec, facts: dict[str, str], rounds: Sequence[tuple[str, dict[str, str]]]) -> Round:
-    all_facts = [facts, *(told for _, told in rounds)]
+    all_facts = [facts, *(told for _, told in rounds if told)]
     last = all_facts[-1]
     return Round(
         len(rounds), spec.params, int(last["n"]), int(last["done"]), last.get("stop", ""),
-        any(each.get("stop") == "budget" for each in all_facts),
+        any(int(each["done"]) < int(each["n"]) for each in all_facts),
     )  # fmt: skip

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 import msgspec
 from pydantic import BaseModel
 
-from resilience.degradation import Degradation
-from rlm_tasks.llm.endpoints import Question
+from resilience.degradation import Degradation, Strategy
+from rlm_tasks.llm.endpoints import Question, estimated_prompt, estimated_tokens
 from rlm_tasks.llm.settings import TIERS, LlmSettings, Tier
 
 WORTH: dict[str, Tier] = {"simple": "small", "linear": "small", "medium": "medium", "": "medium"}
 """The tier of a job's complexity, where the request names none; whatever is not here is worth the large one."""
+
+ROOM = 1.3
+"""A prompt may have so many times the tokens that it is estimated to have."""
 
 Message = dict[str, str]
 
@@ -30,6 +33,12 @@ class Draft:
     tier: Tier
     temperature: float | None = None
     form: type[BaseModel] | None = None  # the answer is JSON of this model
+
+    @property
+    def estimated(self) -> int:
+        """About how many tokens a provider counts of it, before what is known of such prompts."""
+        schema = 0 if self.form is None else estimated_tokens(msgspec.json.encode(self.form.model_json_schema()).decode())
+        return estimated_prompt(self.messages) + schema
 
     def question(self, model: str) -> Question:
         """Return it as it is asked of a model."""
@@ -55,12 +64,22 @@ def tier_for(asked: Tier | None, complexity: str) -> Tier:
     return asked or WORTH.get(complexity, "large")
 
 
-def models_for(tier: Tier, settings: LlmSettings, degradation: Degradation) -> list[str]:
+def models_for(tier: Tier, settings: LlmSettings, degradation: Degradation, *, prompt: float = 0, answer: int = 0) -> list[str]:
     """Return the models to try, the one to try first first.
 
     High pressure asks for one tier less, critical pressure for the smallest.  Behind it come the nearest tiers, the smaller one
-    first: for when no endpoint of it is well.
+    first: for when no endpoint of it is well.  Models that cannot take so many tokens are left out,
+    but for the one that is asked for.
     """
-    at = degradation.size(TIERS.index(tier))
-    nearest = sorted(range(len(TIERS)), key=lambda each: (abs(each - at), each))
+    asked = TIERS.index(tier)
+    fitting = [at for at, each in enumerate(TIERS) if at == asked or _takes(prompt, answer, settings, settings.of_tier(each))]
+    if (at := degradation.size(asked)) not in fitting:
+        at = asked
+        degradation.shaped.discard(Strategy.SMALLER_MODEL)
+    nearest = sorted(fitting, key=lambda each: (abs(each - at), each))
     return list(dict.fromkeys(settings.of_tier(TIERS[each]) for each in nearest))
+
+
+def _takes(prompt: float, answer: int, settings: LlmSettings, model: str) -> bool:
+    its, needs = settings.model(model), ROOM * prompt + answer
+    return answer <= its.max_output_tokens and needs <= min(its.context_tokens, its.tokens or settings.tokens)

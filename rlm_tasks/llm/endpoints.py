@@ -206,6 +206,8 @@ class Endpoint:
         return request
 
     def _answer(self, question: Question, said: _Said, told: Told, began: float) -> Answer:
+        if not said.text:
+            raise UnusableAnswer(self.settings.name, f"it is empty, and ended by {said.finish!r}")
         usage = said.usage or _Usage()
         return Answer(
             said.text,
@@ -226,7 +228,7 @@ class Endpoint:
         import openai
 
         name = self.settings.name
-        if isinstance(error, ProviderRefused):
+        if isinstance(error, (ProviderRefused, UnusableAnswer)):
             return error
         if isinstance(error, (TimeoutError, openai.APITimeoutError, httpx2.TimeoutException)):
             return CallTimeout(f"endpoint {name}", limit_s)
@@ -331,7 +333,9 @@ async def _streamed(response: AsyncAPIResponse[Any]) -> _Said:
                 parts.append(part.delta.content)
     if finish is None or not parts:
         raise msgspec.ValidationError("it ended before it was finished")
-    return _Said("".join(parts), finish, usage)
+    # Halves of one character may come apart; a half without its other is none.
+    text = "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return _Said(text, finish, usage)
 
 
 def told(headers: Mapping[str, str]) -> Told:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,7 +25,7 @@ from rlm_tasks import codec
 from rlm_tasks.guards import PATIENCE_S, Guarded, Guards
 from rlm_tasks.llm import counts
 from rlm_tasks.llm.drafts import Draft, digest, models_for
-from rlm_tasks.llm.endpoints import Answer, ProviderDown, ProviderRefused, Question, estimated_prompt
+from rlm_tasks.llm.endpoints import Answer, ProviderDown, ProviderRefused, Question, UnusableAnswer
 from rlm_tasks.llm.forms import Misformed, read
 from rlm_tasks.llm.profile import watched
 from rlm_tasks.llm.provider import Provider
@@ -57,6 +57,10 @@ class BudgetSpent(Denied):
     code = "BUDGET_SPENT"
     category = Category.QUOTA
 
+    def __init__(self, guard: str, retry_after_s: float, why: str, *, final: bool = False) -> None:
+        self.final = final  # whatever the calls in flight will leave
+        super().__init__(guard, retry_after_s, why)
+
 
 @dataclass(slots=True)
 class Pass:
@@ -68,6 +72,7 @@ class Pass:
     index: int  # of its item
     question: Question | None = None  # None: somebody else asks it, or has asked
     endpoint: str = ""
+    reserved: dict[str, float] = field(default_factory=dict)
     charge: Charge | None = None
     grant: Grant | None = None
     admission: Admission | None = None
@@ -105,11 +110,12 @@ class Gate(Guarded):
         provider = self._provider
         if provider.is_full:
             raise BulkheadFull("pool", PATIENCE_S, "as many calls of this process are in flight as may be")
-        models = models_for(draft.tier, provider.settings, context.degradation)
+        estimated = draft.estimated
+        models = models_for(draft.tier, provider.settings, context.degradation, prompt=estimated, answer=draft.max_tokens)
         question = draft.question(models[0])
         memo = self._memo(context.index)
         flight = provider.flights.begin(digest(question), cached=self._spec.cache_ttl_s > 0, memo=memo, by=memo)
-        held = Pass(draft, self, flight, context.index)
+        held = Pass(draft, self, flight, context.index, estimated=estimated)
         if flight.state != "mine":
             return held
         try:
@@ -126,22 +132,24 @@ class Gate(Guarded):
 
     def _go(self, held: Pass, models: Sequence[str], context: Context, waiter: str) -> None:
         """Find a model and an endpoint that take the call now."""
-        held.estimated = estimated_prompt(held.draft.messages)
-        refused: Denied = Denied("endpoints", ILL_S, f"none is well that has {models[0]}")
+        refused: Denied | None = None
         for model in models:
             held.question, held.other = held.draft.question(model), model != models[0]
-            self._charge(held)
+            try:
+                self._charge(held)
+            except BudgetSpent:
+                if not held.other:
+                    raise
+                break  # what cannot pay for another model waits for its own
             for place in self._provider.order(model, held.flight.key):
                 try:
-                    self._through(held, place.name, waiter, in_line=not context.waited)
+                    return self._through(held, place.name, waiter, in_line=not context.waited)
                 except Denied as denied:
-                    refused = min(refused, denied, key=_how_bad)
-                else:
-                    return
-            if refused.code != "CIRCUIT_OPEN" and refused.guard != "endpoints":
+                    refused = denied if refused is None else min(refused, denied, key=_how_bad)
+            if refused is not None and refused.code != "CIRCUIT_OPEN":
                 break  # it waits for its turn rather than go to another model
             self._withdraw_charge(held)
-        raise refused
+        raise refused or Denied("endpoints", ILL_S, f"none is well that has {models[0]}")
 
     def _tokens(self, held: Pass) -> float:
         assert held.question is not None  # it is asked when a model has been chosen
@@ -157,19 +165,19 @@ class Gate(Guarded):
         """Reserve what the call may cost.  Raises BudgetSpent; where nothing else can be done it ends the job's items."""
         assert held.question is not None
         most = held.draft.max_tokens
-        amounts = self._cost(held.question.model, self._tokens(held) - most, most)
+        held.reserved = self._cost(held.question.model, self._tokens(held) - most, most)
         id = f"{self._memo(held.index)}:{held.flight.key}"
         try:
-            charge = self._budget.charge(id, amounts, account=account_of(self._spec), again=held.flight.again)
+            charge = self._budget.charge(id, held.reserved, account=account_of(self._spec), again=held.flight.again)
+            if charge.state == "exhausted" and self._about.fallback is None and not held.other:
+                self._guards.stop(self._spec.job, "budget", detail=charge.limited_by)
         except StoreUnavailable:  # what cannot be counted is not spent
             raise Denied("budget", SOON_S, "Redis does not answer") from None
         if charge.state == "wait":
             raise BudgetSpent("budget", SOON_S, f"calls in flight may leave enough {charge.limited_by}")
         if charge.state == "exhausted":
             LLM_REFUSED.inc()
-            if self._about.fallback is None:
-                self._guards.stop(self._spec.job, "budget", detail=charge.limited_by)
-            raise BudgetSpent("budget", ILL_S, f"its {charge.limited_by} are spent")
+            raise BudgetSpent("budget", ILL_S, f"its {charge.limited_by} are spent", final=True)
         held.charge = charge
 
     def _through(self, held: Pass, name: str, waiter: str, *, in_line: bool) -> None:
@@ -244,15 +252,16 @@ class Gate(Guarded):
         held.grant.settle(tokens=used["tokens"], bytes=used["tokens"] * BYTES_PER_TOKEN)
 
     def _failed(self, held: Pass, error: BaseException | None) -> None:
-        """Give the flight to others; a provider that may have begun to answer is paid for the prompt."""
+        """Give the flight to others.  What a provider may have answered unheard is paid as reserved, garbage by its prompt."""
         assert held.question is not None
         assert held.charge is not None
         counts.failed(held.question.model, held.endpoint, error)
         if isinstance(error, Denied | ProviderDown | ProviderRefused):
             self._withdraw_charge(held)
         else:
-            used = self._cost(held.question.model, held.estimated, 0)
-            counts.paid(held.question.model, held.estimated, 0, used["money"])
+            prompt = self._tokens(held) - held.draft.max_tokens
+            used = self._cost(held.question.model, prompt, 0) if isinstance(error, UnusableAnswer) else held.reserved
+            counts.paid(held.question.model, prompt, used["tokens"] - prompt, used["money"])
             self._budget.settle(held.charge.id, used, label=held.question.model)
         self._provider.flights.abandon(held.flight)
         if isinstance(error, RateLimited):
@@ -260,7 +269,7 @@ class Gate(Guarded):
 
     def instead_of(self, denied: Denied) -> Callable[..., Any] | None:
         """Return what is done without a model, when the budget is spent for good."""
-        return self._about.fallback if isinstance(denied, BudgetSpent) and denied.retry_after_s == ILL_S else None
+        return self._about.fallback if isinstance(denied, BudgetSpent) and denied.final else None
 
     def still_waits(self, waiter: str) -> bool:
         """Say whether a waiter that was noted is still in line at some endpoint's breaker."""
@@ -282,15 +291,14 @@ class Gate(Guarded):
         An answer of the wrong form is sent back, and that call passes what the first one did.  Raises Misformed, what the
         endpoint raises, and Denied when it has to come back.
         """
-        held: Pass = context.entry
-        answer = await self._ask(held)
-        for _ in range(self._provider.settings.repairs if held.draft.form is not None else 0):
+        draft, answer = context.entry.draft, await self._ask(context.entry)
+        for _ in range(self._provider.settings.repairs if draft.form is not None else 0):
             try:
-                return self._shaped(held.draft, answer)
+                return self._shaped(draft, answer)
             except Misformed as wrong:
-                answer = await self._further(draft := held.draft.repaired(answer.text, wrong.why), context)
-                held = Pass(draft, self, held.flight, held.index)
-        return self._shaped(held.draft, answer)
+                draft = draft.repaired(answer.text, wrong.why)
+                answer = await self._further(draft, context)
+        return self._shaped(draft, answer)
 
     @staticmethod
     def _shaped(draft: Draft, answer: Answer) -> Any:
@@ -301,6 +309,7 @@ class Gate(Guarded):
             return _known(await self._landed(held))
         held.answer = await self._provider.endpoint(held.endpoint).ask(held.question)
         self._provider.learn(self._provider.places[held.endpoint], held.question.model, held.answer.told)
+        self.leave(held)  # now: what comes of the answer holds nothing
         return held.answer
 
     async def _landed(self, held: Pass) -> bytes:
@@ -333,12 +342,10 @@ class Gate(Guarded):
                     raise
                 await asyncio.sleep(denied.retry_after_s)
         try:
-            answer = await self._ask(held)
+            return await self._ask(held)
         except BaseException as error:
             self.leave(held, error)
             raise
-        self.leave(held)
-        return answer
 
 
 def _known(packed: bytes) -> Answer:
@@ -347,4 +354,4 @@ def _known(packed: bytes) -> Answer:
 
 def _how_bad(denied: Denied) -> tuple[bool, float]:
     """Order refusals: the one to wait for is the soonest; that an endpoint is away counts only when all are."""
-    return denied.code == "CIRCUIT_OPEN" or denied.guard == "endpoints", denied.retry_after_s
+    return denied.code == "CIRCUIT_OPEN", denied.retry_after_s

@@ -52,7 +52,14 @@ def _register(
     async def answer(item: Any, context: Context) -> Any:
         if context.entry is None:
             raise InvalidRequest("operation", name, "calls a model, and runs in a job only: submit it")
-        return conclude(item, await context.entry.gate.reply(context))
+        from rlm_tasks.llm.gate import BudgetSpent
+
+        try:
+            return conclude(item, await context.entry.gate.reply(context))
+        except BudgetSpent as spent:
+            if fallback is None or not spent.final:
+                raise
+            return fallback(item, context)
 
     def gate(guards: Any, operation: Operation, spec: Any) -> Any:
         from rlm_tasks.llm.gate import Gate
@@ -120,7 +127,12 @@ def _merge(parts: list[Any], params: dict[str, Any], complexity: str) -> Draft:
 
 
 def _text(part: Any) -> str:
-    return part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
+    if isinstance(part, str):
+        return part
+    try:
+        return json.dumps(part, ensure_ascii=False, default=str)
+    except TypeError:  # its keys are no texts
+        return str(part)
 
 
 def _merge_next(outputs: Iterable[Any], round: Round) -> Any:
@@ -129,18 +141,37 @@ def _merge_next(outputs: Iterable[Any], round: Round) -> Any:
     few = list(itertools.islice(found := iter(outputs), 2))
     if len(few) < 2:
         return few[0] if few else None
-    return NextRound(
-        "llm.merge", _in_groups(itertools.chain(few, found), its.fan_in), round.params, last=_fits(round, its.fan_in)
-    )
+    groups = _in_groups(itertools.chain(few, found), its.fan_in, its.group_tokens)
+    return NextRound("llm.merge", groups, round.params, last=round.done <= its.fan_in, strict=True)
 
 
-def _fits(round: Round, fan_in: int) -> bool:
-    return round.done <= fan_in
-
-
-def _in_groups(parts: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while group := list(itertools.islice(parts, size)):
+def _in_groups(parts: Iterator[Any], most: int, room: int) -> Iterator[list[Any]]:
+    """Put parts together that one merge reads; at least two, or it would merge nothing."""
+    group: list[Any] = []
+    left = room
+    for part in parts:
+        size = estimated_tokens(_text(part)) + 1  # its dash
+        if len(group) >= most or (len(group) >= 2 and size > left):
+            yield group
+            group, left = [], room
+        group.append(part)
+        left -= size
+    if group:
         yield group
+
+
+def _mergeable(request: JobRequest, settings: Any) -> JobRequest:
+    """Return a request whose merges fit into a context.  Raises InvalidRequest when not even two answers do."""
+    request, its = _settled(MapReduce, request, settings)
+    room = _room(its, request.complexity, settings.llm, its.merge_prompt)
+    if 2 * its.max_tokens > room:
+        raise InvalidRequest(
+            "max_tokens",
+            its.max_tokens,
+            f"two answers as long do not fit into one merge, which has room for {room}; ask for less",
+        )
+    its = its.model_copy(update={"group_tokens": min(its.group_tokens or room, room)})
+    return request.model_copy(update={"params": its.model_dump(mode="json", exclude_defaults=True)})
 
 
 def _side_by_side(parts: list[Any], context: Context) -> Any:
@@ -151,7 +182,7 @@ def _side_by_side(parts: list[Any], context: Context) -> Any:
 
 _register(
     "llm.map_reduce", _map_first, lambda item, answer: _plain(answer),
-    prepare=lambda request, settings: _settled(MapReduce, request, settings)[0], then=_merge_next,
+    prepare=_mergeable, then=_merge_next,
     forecast=merging(_map_first, _merge),
 )  # fmt: skip
 _register("llm.merge", _merge, lambda parts, answer: _plain(answer), fallback=_side_by_side)
@@ -208,7 +239,7 @@ def _read(item: dict[str, Any], answer: Found) -> dict[str, Any]:
     for number, text in item["passages"]:
         texts.setdefault(number, []).append(text)
     kept = [[number, text] for number in dict.fromkeys(answer.found) for text in texts.get(number, ())]
-    return {"kept": kept, "note": answer.answer, "read": item.get("read") or len(texts)}
+    return {"kept": kept, "note": answer.answer, "read": item.get("read") or [min(texts), max(texts) + 1]}
 
 
 def _answered(item: dict[str, Any], answer: Reply) -> dict[str, Any]:
@@ -239,7 +270,7 @@ def _narrow(outputs: Iterable[dict[str, Any]], round: Round) -> Any:
     its, found = parsed(Ask, round.params), list(outputs)
     if found and "answer" in found[0]:
         return found[0]
-    read = sum(each["read"] for each in found) if round.number == 0 else max((each["read"] for each in found), default=0)
+    read = _read_in(each["read"] for each in found) if round.number == 0 else max((each["read"] for each in found), default=0)
     about = {
         "read": read,
         "found": sum(len(each["kept"]) for each in found),
@@ -255,7 +286,15 @@ def _narrow(outputs: Iterable[dict[str, Any]], round: Round) -> Any:
             return NextRound("llm.ask", groups, round.params)
         kept, about["complete"] = _best(found, its.group_tokens), False
     last = {"passages": sorted(kept), "notes": [each["note"] for each in found], "about": about}
-    return NextRound("llm.answer", [last], round.params, last=True)
+    return NextRound("llm.answer", [last], round.params, last=True, strict=True)
+
+
+def _read_in(ranges: Iterable[tuple[int, int]]) -> int:
+    """Return how many items are in ranges that follow each other; a long item may be in several."""
+    read = end = 0
+    for lo, hi in ranges:
+        read, end = read + max(0, hi - max(lo, end)), hi
+    return read
 
 
 def _size(passage: Sequence[Any]) -> int:
@@ -267,9 +306,9 @@ def _best(found: list[dict[str, Any]], room: int) -> list[Passage]:
     turns = (each for each in itertools.chain(*itertools.zip_longest(*(each["kept"] for each in found))) if each is not None)
     kept: list[Passage] = []
     for passage in turns:
-        if (room := room - _size(passage)) < 0:
-            break
-        kept.append(passage)
+        if _size(passage) <= room:
+            kept.append(passage)
+            room -= _size(passage)
     return kept
 
 
@@ -289,30 +328,34 @@ def _packed(passages: Iterable[Passage], room: int) -> Iterator[list[Passage]]:
 
 def _pieces(passage: Passage, room: int) -> Iterator[Passage]:
     number, text = passage
-    step = max(
-        1, (room - 3) * 4 // max(1, -(-len(text.encode(errors="replace")) // max(1, len(text))))
-    )  # characters, by the bytes each has
-    for at in range(0, max(1, len(text)), step):
-        yield [number, text[at : at + step]]
+    data, most, at = text.encode(errors="replace"), (room - 3) * 4, 0
+    while len(data) - at > most:
+        end = at + most
+        while data[end] & 0xC0 == 0x80:  # in the middle of a character
+            end -= 1
+        yield [number, data[at:end].decode()]
+        at = end
+    yield [number, data[at:].decode()]
 
 
 def _grouped(request: JobRequest, settings: Any) -> JobRequest:
     """Return a request whose items are groups of what it was given: a model reads many of them at once."""
     request, its = _settled(Ask, request, settings)
-    its = its.model_copy(update={"group_tokens": _room(its, request.complexity, settings.llm)})
+    room = _room(its, request.complexity, settings.llm, its.question)
+    its = its.model_copy(update={"group_tokens": min(its.group_tokens, room)})
     passages = ([number, _text(item)] for number, item in enumerate(_each(request.items)))
     groups = ({"passages": group} for group in _packed(passages, its.group_tokens))
     return request.model_copy(update={"items": groups, "params": its.model_dump(mode="json", exclude_defaults=True)})
 
 
-def _room(its: Ask, complexity: str, settings: LlmSettings) -> int:
-    """Return how many tokens of passages go into one call, of those the request allows.  Raises InvalidRequest."""
+def _room(its: Params, complexity: str, settings: LlmSettings, asked: str) -> int:
+    """Return how many tokens go into one call beside what is asked.  Raises InvalidRequest."""
     model = settings.model(settings.of_tier(tier_for(its.tier, complexity)))
-    besides = its.max_tokens + OVERHEAD_TOKENS + estimated_tokens(its.question) + estimated_tokens(its.system)
+    besides = its.max_tokens + OVERHEAD_TOKENS + estimated_tokens(asked) + estimated_tokens(its.system)
     most = min(model.context_tokens, int((model.tokens or settings.tokens) * 0.8)) - besides
     if most < 100:
-        raise InvalidRequest("max_tokens", its.max_tokens, "leaves no room for passages; ask for less, or for a larger tier")
-    return min(its.group_tokens, most)
+        raise InvalidRequest("max_tokens", its.max_tokens, "and what is asked leave no room; ask for less, or for a larger tier")
+    return most
 
 
 def _each(items: Any) -> Iterable[Any]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator
 
 from resilience.checked import Checked
 from rlm_tasks.errors import InvalidRequest
@@ -36,6 +36,8 @@ class Params(Checked):
         name = settings.of_tier(self.tier or tier)
         its = settings.model(name)
         most = min(its.max_output_tokens, int((its.tokens or settings.tokens) * 0.9))
+        if not any(not each.models or name in each.models for each in settings.places):
+            raise InvalidRequest("tier", self.tier or tier, f"no endpoint of RLM_LLM__ENDPOINTS has its model {name}")
         if self.max_tokens > most:
             raise InvalidRequest("max_tokens", self.max_tokens, f"model {name} answers with {most} at most; ask for less")
 
@@ -77,6 +79,7 @@ class MapReduce(Map):
         description="What the model is asked of the answers that it merges.",
     )
     fan_in: int = Field(8, ge=2, le=100, description="Answers of one merge, if so many fit.")
+    group_tokens: int = Field(0, ge=0, description="Of the answers of one merge; 0: as many as fit.")
 
 
 class Ask(Params):
@@ -85,12 +88,6 @@ class Ask(Params):
     question: str = Field(min_length=1, description="In plain words.")
     group_tokens: int = Field(8000, ge=100, description="Of the items that a model reads at once.")
     max_rounds: int = Field(4, ge=1, le=20, description="How often what was found is narrowed before it must do.")
-
-    @model_validator(mode="after")
-    def _has_room(self) -> Ask:
-        if len(self.question) > self.group_tokens:
-            raise InvalidRequest("question", self.question, f"is longer than group_tokens={self.group_tokens} leaves room for")
-        return self
 
 
 def parsed(model: type[P], params: Mapping[str, Any] | BaseModel) -> P:

@@ -3,7 +3,8 @@
 local f = facts()
 if not f then return {'unknown', '', 0} end
 if TERMINAL[f.state] then return {f.state, f.stop, 0} end
-local too_early = f.deadline == 0 or now < f.deadline or f.state == 'merging'
+local merge = f.state == 'merging' and read('merge')
+local too_early = f.deadline == 0 or now < f.deadline or (merge and merge.s ~= 'p')  -- parked: it waits for a round
 if (ARGV[1] == 'expired' and too_early) or (MERGES[ARGV[1]] and f.state == 'merging') then return {f.state, f.stop, f.pending} end
 if MERGES[f.stop] and f.stop ~= ARGV[1] then
   stop(f, ARGV[1], ARGV[2])

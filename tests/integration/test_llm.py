@@ -148,6 +148,31 @@ def test_an_answer_of_the_wrong_form_is_put_right_in_another_call(world: World) 
     assert world.calls() == 4
 
 
+def test_repairs_wait_for_nobody_when_all_calls_in_flight_need_one(world: World) -> None:
+    items = [f"animal {number}" for number in range(60)]
+
+    result = world.client.execute(operation="llm.map", items=items, params={"prompt": "{item}", "output": Animal}, timeout=30)
+
+    assert result.done == 60
+    assert world.calls() == 120
+
+
+def test_a_repair_that_cannot_be_paid_ends_the_items_or_is_done_without(world: World) -> None:
+    one = world.client.execute(
+        operation="llm.map", items=["otter"], budget={"calls": 1}, params={"prompt": "{item}", "output": Animal}, timeout=30
+    )
+    two = world.client.execute(
+        operation="llm.map_reduce", items=["otter", "lynx"], budget={"calls": 5}, timeout=30,
+        params={"prompt": "{item}", "output": Animal},
+    )  # fmt: skip
+
+    assert (one.stopped, one.done, one.output) == ("budget", 0, [])
+    assert (two.stopped, two.done, [each.strategy for each in two.receipt]) == ("", 2, ["merge_without_model"])
+    assert [json.loads(part)["legs"] for part in two.output.split("\n\n")] == [0, 0]
+    assert two.spent is not None
+    assert two.spent.spent["calls"] == 5
+
+
 def test_repairs_are_bounded_and_what_cannot_be_put_right_is_the_items_failure(world: World) -> None:
     with pytest.raises(JobFailed) as failed:
         world.client.execute(operation="llm.map", items=["otter"], params={"prompt": "{item}", "output": Impossible}, timeout=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -147,3 +148,56 @@ def test_what_a_budget_has_stopped_is_merged_and_the_next_rounds_know_it() -> No
     assert int(facts["done"]) + int(facts["skipped"]) == 100
     assert answer["short"] is True
     assert len(answer["found"]) == 1
+
+
+def test_a_round_whose_items_must_not_fail_fails_its_job_though_errors_are_tolerated() -> None:
+    platform = Platform(6)
+    then = operations.get("unit_in_rounds").then
+    assert then is not None
+
+    def strictly(outputs: Iterable[Any], round: Round) -> Any:
+        found = then(outputs, round)
+        return replace(found, strict=True) if isinstance(found, NextRound) else found
+
+    operations.register(operations.Operation("unit_strictly", lambda item: 2 * item, then=strictly))
+    spec = platform.submit(
+        JobRequest(operation="unit_strictly", items=[1, -9, 1, 5, 5, 5], options=Options(continue_on_error=True))
+    )
+
+    facts = platform.run(spec)
+
+    assert facts["state"] == "failed"
+    assert "a sum below zero" in facts["error"]
+
+
+def test_what_a_round_leaves_out_is_known_to_all_that_follow() -> None:
+    platform = Platform(7)
+
+    _, job = run(platform, [1, -9, 1, *[5] * 24], options=Options(continue_on_error=True))
+
+    assert len(opened(platform.ledger, job)) == 3
+    assert platform.output(platform.ledger.spec(job))["short"] is True  # type: ignore[arg-type]  # it is there
+
+
+def test_a_job_that_waits_for_a_round_expires_at_its_time() -> None:
+    platform = Platform(8)
+    spec = platform.submit(JobRequest(operation="unit_in_rounds", items=[1, 2, 3, 4]))
+    while not opened(platform.ledger, spec.job):
+        platform.step()
+    assert platform.ledger.stop(spec.job, "expired") == "merging"
+
+    platform.store.client.hset(platform.keys.of(spec.job).job, "deadline", "1")  # long ago
+
+    assert platform.ledger.stop(spec.job, "expired") == "expired"
+
+
+def test_a_round_that_has_expired_is_not_opened_again() -> None:
+    platform = Platform(9)
+    spec = platform.submit(JobRequest(operation="unit_in_rounds", items=list(range(27))))
+    while len(opened(platform.ledger, spec.job)) < 2:
+        platform.step()
+    platform.store.client.delete(*platform.keys.of(round_id(spec.job, 1)))
+
+    assert platform.run(spec)["state"] == "succeeded"
+    assert platform.output(spec)["found"] == [2 * sum(range(27))]
+    assert platform.ledger.facts(round_id(spec.job, 1)) == {}

@@ -1,0 +1,176 @@
+"""What a call must pass, and what is given back when one of its guards says no, or the call ends otherwise than well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from resilience.errors import BulkheadFull, CallTimeout, Denied, RateLimited
+from rlm_tasks import operations
+from rlm_tasks.guards import Guards
+from rlm_tasks.llm.endpoints import Allowance, Answer, ProviderDown, Told, UnusableAnswer
+from rlm_tasks.llm.gate import BudgetSpent, Gate, Pass
+from rlm_tasks.llm.provider import Provider
+from rlm_tasks.llm.settings import EndpointSettings, LlmSettings
+from rlm_tasks.operations import Context
+from rlm_tasks.settings import Settings
+from rlm_tasks.sources import RangeSource
+from rlm_tasks.spec import Spec
+from rlm_tasks.splitting import Shape
+from tests.unit.world import World, world
+
+__all__ = ["world"]
+
+operations.import_operations(())
+MODEL = "gpt-4.1-mini"
+ANSWER = Answer("so", 10, 5, "stop", Told(Allowance(), Allowance()), 0.5)
+
+
+class Door:
+    """The gate of one job, and what it keeps."""
+
+    def __init__(self, world: World, budget: dict[str, float], *, params: dict[str, Any] | None = None, **llm: Any) -> None:
+        self.store = world.store()
+        self.stopped: list[tuple[str, str]] = []
+        settings = LlmSettings(**{"endpoints": (EndpointSettings(name="one"),), **llm})
+        self.guards = Guards(
+            self.store, Settings(llm=settings), lambda waiters: None, lambda job, why, **_: self.stopped.append((job, why))
+        )
+        spec = Spec("job", "llm.map", RangeSource(0, 1), 9, Shape("flat"), "unit.normal", budget=budget)
+        self.guards.purse.open(spec, last=True)
+        found = operations.get("llm.map").gate(self.guards, operations.get("llm.map"), spec)  # type: ignore[misc]  # it has one
+        assert isinstance(found, Gate)
+        self.gate, self.params = found, {"prompt": "Say {item}", "max_tokens": 100, **(params or {})}
+        self.provider = self.guards.kept(Provider)
+
+    def enter(self, index: int = 0, item: str = "") -> Pass:
+        entry = self.gate.enter(item or f"item {index}", Context("job", self.params, index=index), "")
+        assert isinstance(entry, Pass)
+        return entry
+
+    def answered(self, entry: Pass, answer: Answer = ANSWER) -> None:
+        entry.answer = answer
+        self.gate.leave(entry)
+
+    @property
+    def nothing_is_held(self) -> bool:
+        place = self.provider.places["one"]
+        used = self.provider.bucket(place, MODEL).status()
+        held = self.guards.purse.budget("job").status().held
+        return (
+            not any(self.provider.router.in_flight.values())
+            and not any(held.values())
+            and all(used[name]["used"] == 0 for name in ("requests", "tokens"))
+        )
+
+
+def spent(door: Door) -> dict[str, float]:
+    return door.guards.purse.budget("job").status().spent
+
+
+def test_a_call_reserves_what_it_may_cost_and_is_settled_to_what_it_did(world: World) -> None:
+    door = Door(world, {"tokens": 1000})
+    entry = door.enter()
+    held = door.guards.purse.budget("job").status().held
+
+    assert held["calls"] == 1
+    assert 100 < held["tokens"] < 110
+    door.answered(entry)
+    assert spent(door) == pytest.approx({"calls": 1, "tokens": 15, "money": (10 * 0.4 + 5 * 1.6) / 1e6})
+    assert door.provider.bucket(door.provider.places["one"], MODEL).status()["tokens"]["used"] == 15
+    door.answered(entry)  # once
+    assert spent(door)["calls"] == 1
+
+
+def test_who_finds_no_room_gives_back_what_it_has_taken(world: World) -> None:
+    door = Door(world, {"tokens": 10_000}, requests=6.0, tokens=700.0)
+    first = door.enter(0)
+    with pytest.raises(RateLimited):  # a sixth of the window goes at once
+        door.enter(1)
+    door.gate.leave(first, ProviderDown("one", "answers 500"))
+    first.grant.settle(requests=0, tokens=0)  # type: ignore[union-attr]  # it was granted
+
+    assert door.nothing_is_held
+    world.sleep(60)
+    assert door.enter(1).flight.state == "mine"  # and no flight was left behind
+
+
+def test_a_process_takes_no_more_than_its_pool(world: World) -> None:
+    door = Door(world, {}, per_host=2)
+    for index in (0, 1):
+        door.enter(index)
+
+    with pytest.raises(BulkheadFull):
+        door.enter(2)
+
+
+def test_a_budget_that_is_spent_ends_the_items_once_nothing_in_flight_may_leave_enough(world: World) -> None:
+    door = Door(world, {"calls": 1})
+    entry = door.enter(0)
+    with pytest.raises(BudgetSpent) as waits:
+        door.enter(1)
+    assert (waits.value.final, door.stopped) == (False, [])
+
+    door.answered(entry)
+    with pytest.raises(BudgetSpent) as ends:
+        door.enter(1)
+    assert (ends.value.final, door.stopped) == (True, [("job", "budget")])
+
+
+def test_an_outage_does_not_end_a_job_that_could_not_pay_a_dearer_model(world: World) -> None:
+    one_call = (20 * 0.4 + 100 * 1.6) / 1e6
+    models = {"gpt-4.1-nano": {"context_tokens": 50}}
+    door = Door(world, {"money": 2 * one_call}, models=models)
+    breaker = door.provider.breaker("one")
+    assert breaker is not None
+    breaker.open()
+
+    with pytest.raises(Denied) as refused:
+        door.enter()
+
+    assert refused.value.code == "CIRCUIT_OPEN"
+    assert door.stopped == []
+    assert door.nothing_is_held
+
+
+@pytest.mark.parametrize(
+    ("error", "tokens"),
+    [
+        (CallTimeout("endpoint one", 60), 104),  # it may have been answered unheard: as reserved
+        (UnusableAnswer("one", "it is empty"), 4),  # the prompt was read
+        (ProviderDown("one", "answers 500"), 0),
+        (RateLimited("endpoint one", 1.0, "the provider answered 429"), 0),
+    ],
+)
+def test_what_a_call_that_ended_badly_costs(world: World, error: Exception, tokens: float) -> None:
+    door = Door(world, {"tokens": 1000})
+
+    door.gate.leave(door.enter(), error)
+
+    assert spent(door).get("tokens", 0) == pytest.approx(tokens, abs=1)
+    assert not any(door.guards.purse.budget("job").status().held.values())
+    assert not any(door.provider.router.in_flight.values())
+
+
+def test_what_cannot_be_counted_is_not_spent(world: World) -> None:
+    door = Door(world, {"tokens": 1000})
+    door.store.lost = True
+
+    with pytest.raises(Denied, match="Redis does not answer"):
+        door.enter()
+
+    assert not any(door.provider.router.in_flight.values())
+
+
+def test_a_paid_answer_is_found_again_by_its_item_until_its_node_has_ended(world: World) -> None:
+    door, again = Door(world, {"calls": 9}), Door(world, {"calls": 9})
+    entry = door.enter(3, "same")
+    door.answered(entry)
+
+    assert again.enter(3, "same").flight.source == "memo"
+    assert again.enter(4, "same").flight.state == "mine"
+    door.store.run(*door.gate.forgetting(3))
+    assert again.enter(3, "same").flight.state == "landed"
+    door.store.run(*door.gate.forgetting(4))
+    assert again.enter(3, "same").flight.state != "landed"

@@ -1,0 +1,200 @@
+"""What the operations that call models ask, and what their rounds make of the answers; nothing is called."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resilience.degradation import Degradation, Level, Strategy
+from rlm_tasks import operations
+from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.llm.drafts import models_for
+from rlm_tasks.llm.endpoints import estimated_tokens
+from rlm_tasks.llm.operations import Found, _best, _in_groups, _merge_next, _narrow, _packed, _ranges, _read
+from rlm_tasks.llm.params import Map
+from rlm_tasks.llm.settings import LlmSettings, ModelSettings
+from rlm_tasks.requests import JobRequest
+from rlm_tasks.rounds import NextRound, Round
+from rlm_tasks.settings import Settings
+
+operations.import_operations(())
+ROOM = 100
+
+
+def ended(number: int = 0, *, done: int = 1, short: bool = False, **params: Any) -> Round:
+    return Round(number, params, done, done, "", short)
+
+
+def prepared(operation: str, items: Any, params: dict[str, Any], **llm: Any) -> JobRequest:
+    prepare = operations.get(operation).prepare
+    assert prepare is not None
+    return prepare(JobRequest(operation=operation, items=items, params=params), Settings(llm=LlmSettings(**llm)))
+
+
+# --- prompts -----------------------------------------------------------------------------------------
+
+
+def test_names_in_a_prompt_are_replaced_all_at_once_and_nothing_an_item_says_is_a_name() -> None:
+    item = {"a": "{b} {item}", "b": "{a}", "c": 3}
+
+    assert Map(prompt="{a}|{b}|{c}|{d}|{a}").filled(item) == "{b} {item}|{a}|3|{d}|{b} {item}"
+    assert Map(prompt="<{item}>").filled("{item} {a}") == "<{item} {a}>"
+
+
+def test_a_prompt_without_a_name_gets_the_item_behind_it() -> None:
+    assert Map(prompt="Shorten this.").filled("{item}") == "Shorten this.\n\n{item}"
+    assert Map(prompt="Shorten this.").filled({"a": date(2026, 1, 2)}) == 'Shorten this.\n\n{"a": "2026-01-02"}'
+
+
+# --- tiers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("level", "tier", "models", "shaped"),
+    [
+        (Level.NORMAL, "large", ["L", "M", "S"], set()),
+        (Level.ELEVATED, "medium", ["M", "S", "L"], set()),
+        (Level.HIGH, "large", ["M", "S", "L"], {Strategy.SMALLER_MODEL}),
+        (Level.CRITICAL, "large", ["S", "M", "L"], {Strategy.SMALLER_MODEL}),
+        (Level.EMERGENCY, "small", ["S", "M", "L"], set()),
+    ],
+)
+def test_pressure_lowers_a_tier_and_the_nearest_stand_in(
+    level: Level, tier: Any, models: list[str], shaped: set[Strategy]
+) -> None:
+    degradation = Degradation(level)
+
+    assert models_for(tier, LlmSettings(small="S", medium="M", large="L"), degradation) == models
+    assert degradation.shaped == shaped
+
+
+def test_a_model_that_cannot_take_a_call_is_no_stand_in_and_pressure_does_not_choose_it() -> None:
+    tiny, short = ModelSettings(context_tokens=1000), ModelSettings(max_output_tokens=200)
+    settings = LlmSettings(small="S", medium="M", large="L", models={"S": tiny, "L": short})
+    degradation = Degradation(Level.CRITICAL)
+
+    assert models_for("medium", settings, degradation, prompt=600, answer=300) == ["M"]
+    assert degradation.shaped == set()
+    assert models_for("medium", settings, degradation, prompt=500, answer=200) == ["S", "M", "L"]
+
+
+# --- merging -----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 400), max_size=30), st.integers(2, 8))
+def test_groups_keep_to_number_and_room_in_order_and_have_two_at_least(sizes: list[int], most: int) -> None:
+    parts = ["x" * size for size in sizes]
+
+    groups = list(_in_groups(iter(parts), most, ROOM))
+
+    assert [part for group in groups for part in group] == parts
+    assert all(len(group) <= most for group in groups)
+    assert all(len(group) >= 2 for group in groups[:-1])
+    for group in groups:
+        assert len(group) <= 2 or sum(estimated_tokens(part) + 1 for part in group) <= ROOM
+
+
+def test_one_answer_is_the_answer_and_none_is_none() -> None:
+    assert _merge_next(iter(["only"]), ended(prompt="x")) == "only"
+    assert _merge_next(iter([]), ended(prompt="x")) is None
+    merged = _merge_next(iter("abc"), ended(done=3, prompt="x", group_tokens=ROOM))
+    assert isinstance(merged, NextRound)
+    assert (merged.operation, list(merged.items), merged.last, merged.strict) == ("llm.merge", [["a", "b", "c"]], True, True)
+
+
+def test_answers_too_long_for_two_of_them_to_be_merged_are_refused_before_anything_is_paid() -> None:
+    with pytest.raises(InvalidRequest, match="max_tokens=80: two answers as long do not fit into one merge"):
+        prepared("llm.map_reduce", ["a"], {"prompt": "x", "max_tokens": 80}, tokens=650)
+
+    assert prepared("llm.map_reduce", ["a"], {"prompt": "x", "max_tokens": 20}, tokens=700).params["group_tokens"] > 40
+
+
+def test_a_tier_that_no_endpoint_has_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="no endpoint of RLM_LLM__ENDPOINTS has its model gpt"):
+        prepared("llm.map", ["a"], {"prompt": "x"}, endpoints=[{"name": "a", "models": {"other": "o"}}])
+
+
+# --- asking ------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.text(max_size=900), max_size=12))
+def test_passages_are_packed_whole_or_cut_between_characters_and_always_fit(texts: list[str]) -> None:
+    groups = list(_packed(([number, text] for number, text in enumerate(texts)), ROOM))
+
+    back: dict[int, str] = {}
+    for number, text in (passage for group in groups for passage in group):
+        back[number] = back.get(number, "") + text
+    assert back == {number: text.encode(errors="replace").decode() for number, text in enumerate(texts)}
+    assert all(sum(estimated_tokens(text) + 3 for _, text in group) <= ROOM for group in groups)
+
+
+def test_only_passages_that_were_read_are_found_once_each() -> None:
+    item = {"passages": [[3, "c"], [4, "d"], [4, "D"]]}
+
+    assert _read(item, Found(found=[4, 9, 4, 3], answer="so")) == {
+        "kept": [[4, "d"], [4, "D"], [3, "c"]],
+        "note": "so",
+        "read": [3, 5],
+    }
+
+
+def test_what_was_found_is_answered_when_it_fits_and_read_again_when_not() -> None:
+    found = [{"kept": [[n, "x" * 100]], "note": f"n{n}", "read": [n, n + 1]} for n in range(3)]
+
+    answer = _narrow(found, ended(question="why?", group_tokens=ROOM))
+    more = [{"kept": [[n, "x" * 100]], "note": f"n{n}", "read": [n, n + 1]} for n in range(9)]
+    again = _narrow(more, ended(question="why?", group_tokens=ROOM))
+
+    assert (answer.operation, answer.last, answer.strict) == ("llm.answer", True, True)
+    assert next(iter(answer.items))["about"] == {"read": 3, "found": 3, "rounds": 1, "complete": True}
+    assert again.operation == "llm.ask"
+    assert [group["read"] for group in again.items] == [9, 9, 9]
+
+
+def test_the_last_narrowing_takes_the_best_of_all_groups_that_fit_and_says_that_it_left_some_out() -> None:
+    found = [{"kept": [[n, "x" * 100], [n + 10, "y" * 600]], "note": "", "read": 9} for n in range(3)]
+
+    answer = _narrow(found, ended(3, question="why?", group_tokens=ROOM, max_rounds=4))
+
+    [item] = answer.items
+    assert [number for number, _ in item["passages"]] == [0, 1, 2]
+    assert item["about"]["complete"] is False
+    assert _best([{"kept": [[1, "z" * 1000], [2, "short"]]}], ROOM) == [[2, "short"]]
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_nothing_found_is_an_answer_which_says_whether_all_was_read(short: bool) -> None:
+    found = [{"kept": [], "note": "", "read": [0, 40]}, {"kept": [], "note": "", "read": [39, 60]}]
+
+    assert _narrow(found, ended(short=short, question="why?")) == {
+        "read": 60, "found": 0, "rounds": 1, "complete": not short, "answer": "", "citations": [],
+    }  # fmt: skip
+
+
+def test_citations_are_half_open_ranges() -> None:
+    assert _ranges([7, 3, 4, 9, 8]) == [[3, 5], [7, 10]]
+    assert _ranges([]) == []
+
+
+def test_items_of_any_kind_can_be_asked_and_those_that_are_no_texts_are_named() -> None:
+    request = prepared("llm.ask", ["a", 7, {"b": date(2026, 1, 2)}, {(1, 2): "t"}], {"question": "why?"})
+
+    [group] = request.items
+    assert group["passages"] == [[0, "a"], [1, "7"], [2, '{"b": "2026-01-02"}'], [3, "{(1, 2): 't'}"]]
+    for wrong in ("a text", b"bytes", 5):
+        with pytest.raises(InvalidRequest, match="items"):
+            prepared("llm.ask", wrong, {"question": "why?"})
+
+
+def test_a_question_that_leaves_no_room_is_refused_and_not_repeated() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        prepared(
+            "llm.ask", ["a"], {"question": "secret " * 500, "max_tokens": 100}, models={"gpt-4.1-mini": {"context_tokens": 1200}}
+        )
+
+    assert "max_tokens=100" in str(refused.value)
+    assert "secret" not in str(refused.value)
