@@ -333,7 +333,9 @@ class NodeRun:
         return reason is not None or self._fork is not None
 
     def _leaves_room(self) -> bool:
-        """Whether one more node of the operation would get a place: a free slot is of no use to one that would wait."""
+        """Whether one more node of the operation would get on: a free slot is of no use to one that would wait."""
+        if self._claim.waited or self._work.refused:
+            return False  # its guards have said that there is too much of it already
         if self._share is None:
             return True
         try:

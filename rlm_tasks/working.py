@@ -72,6 +72,7 @@ class Work:
         self.postponed: Postponed | None = None  # the item at `at` has to wait
         self.others: dict[int, Postponed] = {}  # items behind it that have to wait, too
         self.urgent = False  # what has stopped it waits for nobody
+        self.refused = False  # a guard has said not yet
         self.would_repeat = False  # items have ended behind one that sleeps: to stop now is to do them again
         self.took_s: list[float] = []  # of items that ended well at their first try
         self.recovered = 0  # items that ended well at a later try
@@ -192,7 +193,7 @@ class Work:
     def _postpone(self, wait: Postponed) -> None:
         """Stop before the item at `at`."""
         self.degradation.shaped.clear()  # it will be asked again
-        self.postponed, self.stopped = wait, True
+        self.postponed, self.stopped, self.refused = wait, True, True
 
     def _remember(self, context: Context) -> None:
         """Say of an item what the ledger remembers of it: only the first of a node has a past."""

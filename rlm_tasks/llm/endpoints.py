@@ -13,6 +13,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -133,6 +134,11 @@ class Endpoint:
         self._key, self._timeout_s, self._per_host, self._idle_s, self._clock = key, timeout_s, per_host, idle_s, clock
         self._room = asyncio.Semaphore(per_host)  # who waits for a connection does not wait for the provider: no time-out
         self._client: AsyncOpenAI | None = None
+
+    def open(self) -> None:
+        """Make what calls need, which takes a while; what is wrong with the key is told by the first call."""
+        with suppress(ProviderRefused):
+            self._opened()
 
     async def ask(self, question: Question) -> Answer:
         """Ask once, when one of `per_host` connections is free.
@@ -366,5 +372,5 @@ def _number(text: str) -> float | None:
 def _wait_s(error: APIStatusError) -> float:
     """Return for how many seconds a provider that answered 429 wants to be left alone."""
     said = told(error.response.headers)
-    spent = [each for each in (said.requests, said.tokens) if each.remaining == 0] or [said.requests, said.tokens]
-    return retry_after_s(error) or max(each.reset_s or 0.0 for each in spent) or UNSAID_S
+    spent = [each.reset_s or 0.0 for each in (said.requests, said.tokens) if each.remaining == 0]
+    return retry_after_s(error) or max(spent, default=0.0) or UNSAID_S

@@ -88,13 +88,17 @@ class Gate(Guarded):
         self, guards: Guards, operation: Operation, spec: Spec, compose: Callable[[Any, dict[str, Any], str], Draft]
     ) -> None:
         its = guards.settings.llm
-        about = Protection(operation.name, retry=RetryPolicy(max_attempts=its.attempts), fallback=operation.protection.fallback)
+        about = Protection(
+            operation.name,
+            retry=RetryPolicy(max_attempts=its.attempts, retry_on=(UnusableAnswer,)),
+            fallback=operation.protection.fallback,
+        )
         super().__init__(
             operation, about, breaker=None, bucket=None, bulkhead=None, retry=guards.retry_of(operation.name, about),
             priority=spec.priority, urgency=URGENCY[spec.priority], store=guards.store,
         )  # fmt: skip
         self._guards, self._spec, self._compose = guards, spec, compose
-        self._provider = guards.kept(Provider)
+        self._provider = guards.kept(_ready)
         guards.kept(watched)
         self._budget = guards.purse.budget(spec.tree)
         self._memos: list[tuple[int, str]] = []
@@ -346,6 +350,10 @@ class Gate(Guarded):
         except BaseException as error:
             self.leave(held, error)
             raise
+
+
+def _ready(guards: Guards) -> Provider:
+    return Provider(guards).open()
 
 
 def _known(packed: bytes) -> Answer:

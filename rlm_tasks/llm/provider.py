@@ -80,6 +80,12 @@ class Provider:
             )
         return self._endpoints[name]
 
+    def open(self) -> Provider:
+        """Get ready to ask, before anything is granted: to make a client takes longer than a grant should wait."""
+        for name in self.places:
+            self.endpoint(name).open()
+        return self
+
     def order(self, model: str, key: str) -> list[EndpointSettings]:
         """Return the endpoints that have a model and are well, the one to try first first."""
         ill = self.health.ill()

@@ -6,23 +6,26 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.llm import Stage, against_limits, beside_others, on_a_budget, p95, show, stage, through_faults
+from rlm_tasks.splitting import ROOT_PARTS_PER_SLOT
+from tests.faults.llm import Stage, against_limits, on_a_budget, show, stage, through_faults
+from tests.support import wait_until
 
-WINDOW_S = 1.0
+WINDOW_S = 1.5
 GUARD_S = 0.1
-"""A tenth of a short window, because two busy cores delay a request by more than the share that is left by default."""
+"""A short window is counted this much longer: a busy machine delays a request by more than the share that is left by default."""
 LEAST_USE = 0.7
-"""Of nine tenths: the calls in flight, and what is left to more urgent ones, weigh more in a short window."""
+"""Calls in flight, the guard, and what is left to more urgent calls weigh more in a short window."""
+SLOTS = 2
 
 
 @pytest.fixture(scope="module")
 def on() -> Iterator[Stage]:
-    """A provider that counts tokens, and two workers of two processes."""
-    with stage("tokens", WINDOW_S, guard_s=GUARD_S, slots=2) as own:
+    """A provider that counts requests, so few that a busy machine can make them, and a worker of two processes."""
+    with stage("requests", WINDOW_S, scale=0.4, guard_s=GUARD_S, workers=1, slots=SLOTS) as own:
         yield own
 
 
-def test_a_limit_of_tokens_is_used_up_and_never_exceeded(on: Stage) -> None:
+def test_a_limit_is_used_up_and_never_exceeded(on: Stage) -> None:
     use = against_limits(on, 3)
     show(use)
 
@@ -30,16 +33,19 @@ def test_a_limit_of_tokens_is_used_up_and_never_exceeded(on: Stage) -> None:
     assert use.used >= LEAST_USE
 
 
-def test_work_beside_a_job_that_waits_for_its_limits_finds_free_slots(on: Stage) -> None:
-    found = beside_others(on, 1, 15, every_s=0.03)
-    show(found)
+def test_free_slots_do_not_cut_a_job_that_waits_for_its_limits(on: Stage) -> None:
+    job = on.map(range(5000))
+    wait_until(lambda: job.progress().done >= 40)
+    nodes = job.progress().pending
+    job.cancel()
+    job.wait(20)
+    print(f"{nodes} nodes run or wait")
 
-    assert found.nodes <= 4 * 4 + 4, "free slots do not cut what waits for a limit: four parts a slot, as at first"
-    assert p95(found.beside) <= 10 * p95(found.alone) + 50
+    assert nodes <= (ROOT_PARTS_PER_SLOT + 1) * SLOTS, "more nodes take slots from others, and get no more tokens"
 
 
 def test_a_budget_holds_to_within_one_call_when_processes_die(on: Stage) -> None:
-    spent = on_a_budget(on, "tokens", 1200.0, [0.4])
+    spent = on_a_budget(on, "tokens", 700.0, [0.4])
     show(spent)
 
     assert spent.counted <= spent.budget + spent.one_call
@@ -57,13 +63,11 @@ def test_answers_that_come_too_late_are_paid_from_the_budget(on: Stage) -> None:
     assert spent.merged
 
 
-@pytest.mark.parametrize(
-    ("operation", "items", "kills"), [("llm.map", 150, {0.2: "process", 0.5: "worker"}), ("llm.map_reduce", 40, {0.5: "process"})]
-)
-def test_answers_are_exact_after_faults_and_kills(on: Stage, operation: str, items: int, kills: dict[float, str]) -> None:
-    answers = through_faults(on, operation, items, kills)
+@pytest.mark.parametrize(("operation", "items"), [("llm.map", 60), ("llm.map_reduce", 24)])
+def test_answers_are_exact_after_faults_and_kills(on: Stage, operation: str, items: int) -> None:
+    answers = through_faults(on, operation, items, {0.4: "process"}, every=15)
     show(answers)
 
     assert (answers.wrong, answers.failed) == (0, 0)
-    assert answers.kills == len(kills)
+    assert answers.kills == 1
     assert len(answers.faults) >= 3, "calls have failed"

@@ -217,7 +217,7 @@ WAITS: list[tuple[dict[str, str], float]] = [
     ({"Retry-After": "1", "retry-after-ms": "250"}, 0.25),
     (DATES, 42.0),
     (SPENT, 360.0),
-    ({"x-ratelimit-reset-requests": "12ms", "x-ratelimit-reset-tokens": "1.5s"}, 1.5),
+    ({"x-ratelimit-reset-requests": "12ms", "x-ratelimit-reset-tokens": "1.5s"}, 1.0),  # nothing is used up
     ({"Retry-After": "soon"}, 1.0),
     ({"Retry-After": "0"}, 1.0),  # else it would be asked again at once, for ever
     ({}, 1.0),

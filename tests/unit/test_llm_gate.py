@@ -8,10 +8,9 @@ import pytest
 
 from resilience.errors import BulkheadFull, CallTimeout, Denied, RateLimited
 from rlm_tasks import operations
-from rlm_tasks.guards import Guards
+from rlm_tasks.guards import Guards, Postponed
 from rlm_tasks.llm.endpoints import Allowance, Answer, ProviderDown, Told, UnusableAnswer
 from rlm_tasks.llm.gate import BudgetSpent, Gate, Pass
-from rlm_tasks.llm.provider import Provider
 from rlm_tasks.llm.settings import EndpointSettings, LlmSettings
 from rlm_tasks.operations import Context
 from rlm_tasks.settings import Settings
@@ -42,7 +41,7 @@ class Door:
         found = operations.get("llm.map").gate(self.guards, operations.get("llm.map"), spec)  # type: ignore[misc]  # it has one
         assert isinstance(found, Gate)
         self.gate, self.params = found, {"prompt": "Say {item}", "max_tokens": 100, **(params or {})}
-        self.provider = self.guards.kept(Provider)
+        self.provider = found._provider
 
     def enter(self, index: int = 0, item: str = "") -> Pass:
         entry = self.gate.enter(item or f"item {index}", Context("job", self.params, index=index), "")
@@ -174,3 +173,12 @@ def test_a_paid_answer_is_found_again_by_its_item_until_its_node_has_ended(world
     assert again.enter(3, "same").flight.state == "landed"
     door.store.run(*door.gate.forgetting(4))
     assert again.enter(3, "same").flight.state != "landed"
+
+
+def test_garbage_is_asked_again_and_costs_an_attempt_but_not_for_ever(world: World) -> None:
+    gate = Door(world, {}, attempts=3).gate
+
+    first = gate._again(UnusableAnswer("one", "it is empty"), 0)
+    assert isinstance(first, Postponed)
+    assert first.tries == 1
+    assert isinstance(gate._again(UnusableAnswer("one", "it is empty"), 2), UnusableAnswer)
