@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 BREAKER = "client"
 """The preset of endpoints' breakers: 5 failures in a row, 30 s, 3 probes (source document 0)."""
-BURST_SHARE = 1 / 6
+BURST_SHARE = 1 / 12
 """The share of a window's limit that may go at once: calls reserve far more than most of them use."""
 MOST_DOUBLINGS = 5
 """A provider that answers 429 again and again is left alone up to 32 times as long as it asks (source document 3)."""
