@@ -222,19 +222,19 @@ class Gate(Guarded):
     def leave(self, entry: Any, error: BaseException | None = None) -> None:
         """Tell everybody how a call ended; what it has really used is settled."""
         held: Pass = entry
-        if not held.endpoint:
+        endpoint, held.endpoint = held.endpoint, ""  # first: whatever goes wrong below, it is left once
+        if not endpoint:
             return
-        self._provider.router.ended(held.endpoint)
-        breaker = self._provider.breaker(held.endpoint)
+        self._provider.router.ended(endpoint)
+        breaker = self._provider.breaker(endpoint)
         if held.admission is not None and breaker is not None:
             breaker.ended(held.admission, error)
         if held.answer is not None:
-            self._settle(held, held.answer)
+            self._settle(held, endpoint, held.answer)
         else:
-            self._failed(held, error)
-        held.endpoint = ""
+            self._failed(held, endpoint, error)
 
-    def _settle(self, held: Pass, answer: Answer) -> None:
+    def _settle(self, held: Pass, endpoint: str, answer: Answer) -> None:
         """Pay, and let those know who wait for the answer: one round trip, and one for the rate limit."""
         assert held.question is not None
         assert held.charge is not None
@@ -246,7 +246,7 @@ class Gate(Guarded):
             cache_ttl_s=0 if held.other else self._spec.cache_ttl_s,
         )  # fmt: skip
         self._memos.append((held.index, held.flight.key))
-        counts.answered(model, held.endpoint, answer, used["money"])
+        counts.answered(model, endpoint, answer, used["money"])
         with suppress(StoreUnavailable):  # it stays charged as it was reserved: the safe side
             self._store.ask(
                 lands,
@@ -255,11 +255,11 @@ class Gate(Guarded):
             )
         held.grant.settle(tokens=used["tokens"], bytes=used["tokens"] * BYTES_PER_TOKEN)
 
-    def _failed(self, held: Pass, error: BaseException | None) -> None:
+    def _failed(self, held: Pass, endpoint: str, error: BaseException | None) -> None:
         """Give the flight to others.  What a provider may have answered unheard is paid as reserved, garbage by its prompt."""
         assert held.question is not None
         assert held.charge is not None
-        counts.failed(held.question.model, held.endpoint, error)
+        counts.failed(held.question.model, endpoint, error)
         if isinstance(error, Denied | ProviderDown | ProviderRefused):
             self._withdraw_charge(held)
         else:
@@ -269,7 +269,7 @@ class Gate(Guarded):
             self._budget.settle(held.charge.id, used, label=held.question.model)
         self._provider.flights.abandon(held.flight)
         if isinstance(error, RateLimited):
-            self._provider.hold(self._provider.places[held.endpoint], held.question.model, error.retry_after_s)
+            self._provider.hold(self._provider.places[endpoint], held.question.model, error.retry_after_s)
 
     def instead_of(self, denied: Denied) -> Callable[..., Any] | None:
         """Return what is done without a model, when the budget is spent for good."""

@@ -102,22 +102,23 @@ def _settled(model: type[P], request: JobRequest, settings: Any) -> tuple[JobReq
 # --- llm.map -----------------------------------------------------------------------------------------
 
 
-def _map(item: Any, params: dict[str, Any], complexity: str) -> Draft:
-    its = parsed(Map, params)
-    return _draft(its, complexity, its.filled(item), its.form)
+def _prompted(model: type[Map]) -> Compose:
+    """Return what asks an item's own prompt, as params of a model have it."""
+
+    def compose(item: Any, params: dict[str, Any], complexity: str) -> Draft:
+        its = parsed(model, params)
+        return _draft(its, complexity, its.filled(item), its.form)
+
+    return compose
 
 
+_map, _map_first = _prompted(Map), _prompted(MapReduce)
 _register(
     "llm.map", _map, lambda item, answer: _plain(answer), prepare=lambda request, settings: _settled(Map, request, settings)[0]
 )
 
 
 # --- llm.map_reduce ----------------------------------------------------------------------------------
-
-
-def _map_first(item: Any, params: dict[str, Any], complexity: str) -> Draft:
-    its = parsed(MapReduce, params)
-    return _draft(its, complexity, its.filled(item), its.form)
 
 
 def _merge(parts: list[Any], params: dict[str, Any], complexity: str) -> Draft:
@@ -210,22 +211,26 @@ OVERHEAD_TOKENS = 300
 Passage = list[Any]  # number, text
 
 
-def _reading(item: dict[str, Any], params: dict[str, Any], complexity: str) -> Draft:
-    its = parsed(Ask, params)
-    asked = (
-        "Below are numbered passages. Which of them help to answer the question? Give their numbers as `found`, the most helpful "
-        "first, and in `answer` what they say about it, in short. Give an empty list when none does."
-    )
-    return _draft(its, complexity, f"{asked}\n{_listed(its.question, item)}", Found)
+def _about(asked: str, form: type[BaseModel]) -> Compose:
+    """Return what asks something of the question and numbered passages."""
+
+    def compose(item: dict[str, Any], params: dict[str, Any], complexity: str) -> Draft:
+        its = parsed(Ask, params)
+        return _draft(its, complexity, f"{asked}\n{_listed(its.question, item)}", form)
+
+    return compose
 
 
-def _answering(item: dict[str, Any], params: dict[str, Any], complexity: str) -> Draft:
-    its = parsed(Ask, params)
-    asked = (
-        "Answer the question from the numbered passages alone. Give the numbers of those that your answer rests on as `found`. "
-        "Say so when they do not answer it."
-    )
-    return _draft(its, complexity, f"{asked}\n{_listed(its.question, item)}", Reply)
+_reading = _about(
+    "Below are numbered passages. Which of them help to answer the question? Give their numbers as `found`, the most helpful "
+    "first, and in `answer` what they say about it, in short. Give an empty list when none does.",
+    Found,
+)
+_answering = _about(
+    "Answer the question from the numbered passages alone. Give the numbers of those that your answer rests on as `found`. "
+    "Say so when they do not answer it.",
+    Reply,
+)
 
 
 def _listed(question: str, item: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ refuses to know what is asked and who pays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
@@ -42,8 +42,11 @@ def rates(settings: LlmSettings, model: str) -> dict[str, Rate]:
     """Return what a provider allows of a model in any window."""
     its = settings.model(model)
     windows = {"requests": its.requests or settings.requests, "tokens": its.tokens or settings.tokens}
-    found = {name: Rate(limit, settings.window_s, max(1.0, limit * BURST_SHARE)) for name, limit in windows.items()}
-    return {**found, "bytes": Rate(settings.bytes_per_s)}
+    return {**_in_windows(settings, windows), "bytes": Rate(settings.bytes_per_s)}
+
+
+def _in_windows(settings: LlmSettings, limits: Mapping[str, float]) -> dict[str, Rate]:
+    return {name: Rate(limit, settings.window_s, max(1.0, limit * BURST_SHARE)) for name, limit in limits.items()}
 
 
 def protections(settings: LlmSettings) -> Iterator[Protection]:
@@ -128,6 +131,4 @@ class Provider:
         said = {"requests": told.requests.limit, "tokens": told.tokens.limit}
         lower = {name: limit for name, limit in said.items() if limit and limit < bucket.rates[name].limit}
         if lower:
-            window_s = self.settings.window_s
-            limits = {name: Rate(limit, window_s, max(1.0, limit * BURST_SHARE)) for name, limit in lower.items()}
-            self._limit(bucket.name, {**bucket.rates, **limits})
+            self._limit(bucket.name, {**bucket.rates, **_in_windows(self.settings, lower)})

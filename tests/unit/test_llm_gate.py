@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,18 +31,18 @@ ANSWER = Answer("so", 10, 5, "stop", Told(Allowance(), Allowance()), 0.5)
 class Door:
     """The gate of one job, and what it keeps."""
 
-    def __init__(self, world: World, budget: dict[str, float], *, params: dict[str, Any] | None = None, **llm: Any) -> None:
+    def __init__(self, world: World, budget: dict[str, float], *, priority: str = "normal", **llm: Any) -> None:
         self.store = world.store()
         self.stopped: list[tuple[str, str]] = []
         settings = LlmSettings(**{"endpoints": (EndpointSettings(name="one"),), **llm})
         self.guards = Guards(
             self.store, Settings(llm=settings), lambda waiters: None, lambda job, why, **_: self.stopped.append((job, why))
         )
-        spec = Spec("job", "llm.map", RangeSource(0, 1), 9, Shape("flat"), "unit.normal", budget=budget)
+        spec = Spec("job", "llm.map", RangeSource(0, 1), 9, Shape("flat"), "unit.normal", priority=priority, budget=budget)
         self.guards.purse.open(spec, last=True)
         found = operations.get("llm.map").gate(self.guards, operations.get("llm.map"), spec)  # type: ignore[misc]  # it has one
         assert isinstance(found, Gate)
-        self.gate, self.params = found, {"prompt": "Say {item}", "max_tokens": 100, **(params or {})}
+        self.gate, self.params = found, {"prompt": "Say {item}", "max_tokens": 100}
         self.provider = found._provider
 
     def enter(self, index: int = 0, item: str = "") -> Pass:
@@ -182,3 +184,26 @@ def test_garbage_is_asked_again_and_costs_an_attempt_but_not_for_ever(world: Wor
     assert isinstance(first, Postponed)
     assert first.tries == 1
     assert isinstance(gate._again(UnusableAnswer("one", "it is empty"), 2), UnusableAnswer)
+
+
+def test_a_call_whose_settling_goes_wrong_is_left_once(world: World) -> None:
+    door = Door(world, {"tokens": 1000})
+    entry = door.enter()
+    entry.answer = replace(ANSWER, text="\ud83d")  # half of a character cannot be stored
+
+    for _ in range(2):
+        with suppress(TypeError):
+            door.gate.leave(entry)
+
+    assert dict(door.provider.router.in_flight) == {"one": 0}
+
+
+def test_critical_calls_find_what_others_must_leave(world: World) -> None:
+    limits = {"requests": 120.0, "tokens": 1e6}  # ten at once, of which normal work leaves one and a half
+    normal, critical = Door(world, {}, **limits), Door(world, {}, priority="critical", **limits)
+    for index in range(8):
+        normal.enter(index)
+
+    with pytest.raises(RateLimited):
+        normal.enter(8)
+    assert critical.enter(8).endpoint == "one"
