@@ -11,7 +11,6 @@ import gc
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from celery import signals
@@ -26,28 +25,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """What a component takes, by source document 3 (section 1.1); None: it does not say."""
-
-    baseline_mb: float
-    peak_mb: float
-    warn_mb: float | None = None
-    critical_mb: float | None = None
-    buffer_mb: float | None = None
-    cpu_baseline_pct: float | None = None
-    cpu_peak_pct: float | None = None
-
-
-PROFILES = {
-    "agent": Profile(50.0, 150.0, warn_mb=120.0, critical_mb=140.0, cpu_baseline_pct=5.0, cpu_peak_pct=25.0),
-    "provider": Profile(100.0, 300.0, buffer_mb=50.0),
-}
-"""`LlmSettings.memory_warn_mb` and `memory_critical_mb` are the agent's."""
-
-
 class Growth:
-    """What one process has grown by since its first node that calls models."""
+    """What one process has grown by since its first node that calls models.
+
+    An agent of source document 3 (section 1.1) warns at 120 MB and is critical at 140 MB: the defaults of the settings.
+    """
 
     def __init__(self, settings: LlmSettings, held: Callable[[], float]) -> None:
         """`held` returns how many MB the process holds."""

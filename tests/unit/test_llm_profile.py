@@ -8,16 +8,15 @@ import pytest
 from celery import Celery
 
 from rlm_tasks.installation import install
-from rlm_tasks.llm.profile import PROFILES, Growth, Profile
+from rlm_tasks.llm.profile import Growth
 from rlm_tasks.llm.settings import LlmSettings
 from rlm_tasks.settings import Settings
 
 
 def test_the_figures_are_those_of_source_document_3() -> None:
-    assert PROFILES["agent"] == Profile(50, 150, warn_mb=120, critical_mb=140, cpu_baseline_pct=5, cpu_peak_pct=25)
-    assert PROFILES["provider"] == Profile(100, 300, buffer_mb=50)
     settings = LlmSettings()
-    assert (settings.memory_warn_mb, settings.memory_critical_mb) == (PROFILES["agent"].warn_mb, PROFILES["agent"].critical_mb)
+
+    assert (settings.memory_warn_mb, settings.memory_critical_mb) == (120, 140)
 
 
 def test_a_process_that_grows_clears_its_caches_at_each_new_height_and_retires_when_that_does_not_help(
