@@ -156,14 +156,18 @@ class TokenBucket:
         priority: str = "critical",
         scope: str = "",
         id: str = "",
-        in_line: bool = False,
+        in_line: int = 0,
+        returns: bool = False,
         **amounts: float,
     ) -> Grant:
         """Do as `acquire` does, and leave the waiting to the caller: the grant may be used after `wait_s`.
 
-        Who is denied `in_line` is told a time of its own, behind those of its priority that were told before.
+        Who is denied `in_line` is told a time of its own, behind those of its priority that were told before: when it may
+        take so much that many times, or as often as flows in within 0.1 s and as a third of a full bucket is good for.
+        Who `returns` from waiting is told one before those who are new.
         """
-        grant, _ = self._take(amounts, scope, priority, id, max_wait_s, in_line=in_line)
+        line = f"{'back' if returns else 'new'}{URGENCY[priority]}" if in_line else ""
+        grant, _ = self._take(amounts, scope, priority, id, max_wait_s, line=line, times=in_line)
         return grant
 
     def lease(self, amount: float, most: float, *, priority: str = "critical") -> tuple[Grant, float]:
@@ -178,14 +182,15 @@ class TokenBucket:
         id: str,
         max_wait_s: float,
         *,
-        in_line: bool = False,
+        line: str = "",
+        times: int = 0,
         most: float = 0.0,
     ) -> tuple[Grant, float]:
         if priority not in FLOORS:
             raise InvalidValue("priority", priority, f"must be one of {', '.join(FLOORS)}")
         limits, id = self._limits(amounts or {self._only(): 1}, scope), id or secrets.token_hex(8)
         me = f"{self._me}:{os.getpid()}"  # a bucket made before a fork is another taker in each child
-        told: list[Argument] = [me, int(KEEP_S * 1000), int(max_wait_s * 1e6), URGENCY[priority] if in_line else "", most]
+        told: list[Argument] = [me, int(KEEP_S * 1000), int(max_wait_s * 1e6), line, times, most]
         for each in limits:
             owed, hold_us = self._shares[each.key].told() if each.key in self._shares else ("[]", 0)
             numbers = (*self._about(each), each.amount, FLOORS[priority] * each.rate.capacity)

@@ -100,12 +100,12 @@ class Guarded:
     def enter(self, item: Any, context: Context, waiter: str) -> Entry:
         """Take what one call needs, all or nothing.  Raises Denied, saying when to come back.
 
-        Who comes back from waiting is told the next time there is; who is new stands behind those who wait.
+        Who comes back from waiting stands before those who are new.
         """
         entry = Entry()
         try:
             if self._bucket is not None:
-                entry.grant = self._pay(item, context, self._bucket, in_line=not context.waited)
+                entry.grant = self._pay(item, context, self._bucket)
             if self._breaker is not None:
                 entry.admission = self._breaker.admit(waiter, self._urgency)
             if self._bulkhead is not None:
@@ -121,14 +121,14 @@ class Guarded:
         entry.cpu_s = time.process_time()
         return entry
 
-    def _pay(self, item: Any, context: Context, bucket: TokenBucket, *, in_line: bool) -> Grant:
+    def _pay(self, item: Any, context: Context, bucket: TokenBucket) -> Grant:
         cost = self._about.cost
         amounts = dict(self._operation.with_context(cost, item, context)) if cost else {}
         if _CPU in bucket.rates:
             amounts.setdefault(_CPU, self._cpu_s)
         if not amounts:
             amounts = dict.fromkeys([name for name in bucket.rates if name == "requests"] or list(bucket.rates), 1.0)
-        grant = bucket.reserve(priority=self._priority, in_line=in_line, **amounts)
+        grant = bucket.reserve(priority=self._priority, in_line=context.rest, returns=context.waited, **amounts)
         if not grant:
             raise RateLimited(f"bucket {bucket.name}", grant.wait_s, f"its limit of {grant.limited_by} is used up")
         return grant

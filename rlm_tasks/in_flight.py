@@ -106,23 +106,24 @@ class WorkInFlight(Work):
         for index, item in enumerate(window, launched):
             if self._leaves_out(index, item):
                 outcomes[index] = None
-            elif not self._start(index, item):
+            elif not self._start(index, item, len(window) - (index - launched)):
                 return index
             elif self._guarded is not None:
                 for _ in range(STEPS_TO_SEND):
                     await asyncio.sleep(0)
         return launched + len(window)
 
-    def _start(self, index: int, item: Any) -> bool:
-        """Start an item, unless a guard says not yet."""
+    def _start(self, index: int, item: Any, rest: int) -> bool:
+        """Start an item, unless a guard says not yet; so many would be started now."""
         context = self._context(index)
-        self._remember(context)
+        self._remember(context, rest)
         context.degradation = self._asked[index] = Degradation(self.degradation.level)
         IN_FORCE.set(context.degradation)  # here and in the task, which begins with a copy
         run: Callable[[], Awaitable[Any]] = functools.partial(self._bounded, item, context)
         if self._guarded is not None:
             try:
                 entry = self._guarded.enter(item, context, self._waiter(index))
+                context.rest = 1  # should it ask again, it asks for itself
                 run = functools.partial(
                     self._guarded.call_async, item, context, entry, run=run, waiter=self._waiter(index), pause=self._pauses(index)
                 )

@@ -45,6 +45,7 @@ class Context:
     index: int = 0  # of the item being worked on; of the first item in a batch
     tries: int = 0  # how often this item has failed before
     waited: bool = False  # this item comes back from waiting for a guard
+    rest: int = 1  # so many calls its node would make at once, were they granted: this item's, and of those behind it
     grant: Grant | None = None  # what this call took of its rate limit
     entry: Any = None  # what its gate has given this call, where the operation has a gate of its own
     degradation: Degradation = field(default_factory=Degradation)  # what this item is asked to leave out

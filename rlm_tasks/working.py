@@ -195,14 +195,15 @@ class Work:
         self.degradation.shaped.clear()  # it will be asked again
         self.postponed, self.stopped, self.refused = wait, True, True
 
-    def _remember(self, context: Context) -> None:
+    def _remember(self, context: Context, rest: int) -> None:
         """Say of an item what the ledger remembers of it: only the first of a node has a past."""
         is_first = context.index == self._claim.lo
         context.tries, context.waited = (self._claim.tries, self._claim.waited) if is_first else (0, False)
+        context.rest = rest
 
     def _call(self, value: Any, context: Context) -> Any:
         """Call the operation behind its guards."""
-        self._remember(context)
+        self._remember(context, 1 if self._operation.batch else self.until - context.index)
         if self._guarded is None:
             return self._alarm.within(self._operation.apply, value, context)
         waiter = self._waiter(context.index)

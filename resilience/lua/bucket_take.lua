@@ -1,9 +1,13 @@
 -- Take from all limits at once, or from none.
--- ARGV: who takes, ms a reservation is kept, longest wait, class of a waiter ('' : nobody waits), most to lease, then for
--- each limit in JSON: limit, window, capacity, guard, amount, what lower classes must leave, what was taken in the
--- last window while Redis was away ([age, amount] ...), microseconds of a hold that was asked for meanwhile.
+-- ARGV: who takes, ms a reservation is kept, longest wait, the line of a waiter ('' : nobody waits), how often it would take so
+-- much, most to lease, then for each limit in JSON: limit, window, capacity, guard, amount, what lower classes must leave, what
+-- was taken in the last window while Redis was away ([age, amount] ...), microseconds of a hold that was asked for meanwhile.
 -- Returns {1, wait, at, leased, takers} or {0, wait, number of the limit that says no, 0, takers}.
-local limits, wait, binding = {}, 0, 0
+
+-- Who waits takes what flows in within TURN, so that many are not woken for little; and no more than SHARE of a full bucket,
+-- so that it does not overflow when somebody comes late.  When it has been full for LATE, those in LINES are gone.
+local TURN, SHARE, LATE, LINES = 100000, 1 / 3, 500000, {'new0', 'new1', 'new2', 'new3', 'back0', 'back1', 'back2', 'back3'}
+local limits, wait, binding, full = {}, 0, 0, math.huge
 if math.abs(now - tonumber(call('ZSCORE', KEYS[2], ARGV[1]) or 0)) > 1000000 then
   call('ZADD', KEYS[2], now, ARGV[1])
   call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - 60000000)
@@ -14,8 +18,9 @@ local taken = call('HGET', KEYS[1], 'at')
 if taken then return {1, math.max(0, tonumber(taken) - now), tonumber(taken), 0, takers} end
 
 for i = 3, #KEYS do
-  local a = cjson.decode(ARGV[3 + i])
+  local a = cjson.decode(ARGV[4 + i])
   local b = read(KEYS[i], a[1], a[2], a[3], a[4])
+  full = math.min(full, b.full)
   b.amount, b.left = a[5], a[6]
   -- It was paced already: it fills the window at the times at which it was taken, and at most empties the bucket.
   local before, given = b.v, 0
@@ -44,22 +49,26 @@ if wait > 0 then wait = math.ceil(wait) + 1 end
 
 if wait > tonumber(ARGV[3]) then
   if ARGV[4] ~= '' then
-    -- Those who wait are served one after the other, so each is told a time of its own.
-    local turn, takes = 'turn' .. ARGV[4], 0
-    for _, b in ipairs(limits) do takes = math.max(takes, b.amount / b.rate) end
-    local mine = math.max(now + wait, tonumber(call('HGET', limits[1].key, turn) or '0'))
-    call('HSET', limits[1].key, turn, exact(mine + takes))
+    -- Those who wait are served one after the other, so each is told a time of its own: when all that it takes is there.
+    local times, once = tonumber(ARGV[5]), 0
+    for _, b in ipairs(limits) do
+      once = math.max(once, b.amount / b.rate)
+      if b.amount > 0 then times = math.min(times, math.max(1, floor(math.min(TURN * b.rate, SHARE * b.capacity) / b.amount))) end
+    end
+    local mine = math.max(now + wait, tonumber(call('HGET', limits[1].key, ARGV[4]) or '0')) + (times - 1) * once
+    call('HSET', limits[1].key, ARGV[4], exact(mine + once))
     if call('PTTL', limits[1].key) < 60000 then call('PEXPIRE', limits[1].key, 60000) end
     wait = math.ceil(mine - now)
   end
   return {0, wait, binding, 0, takers}
 end
 
+if full > LATE then call('HDEL', limits[1].key, unpack(LINES)) end
 local at, leased = now + wait, 0
 local first = limits[1]
-if wait == 0 and tonumber(ARGV[5]) > 0 then
+if wait == 0 and tonumber(ARGV[6]) > 0 then
   local room = math.min(first.v, first.limit - first.sum) - first.left - first.amount
-  leased = math.max(0, math.min(tonumber(ARGV[5]), math.floor(room)))
+  leased = math.max(0, math.min(tonumber(ARGV[6]), math.floor(room)))
   first.amount = first.amount + leased
 end
 local about = {'at', at}

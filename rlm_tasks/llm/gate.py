@@ -147,7 +147,7 @@ class Gate(Guarded):
                 break  # what cannot pay for another model waits for its own
             for place in self._provider.order(model, held.flight.key):
                 try:
-                    return self._through(held, place.name, waiter, in_line=not context.waited)
+                    return self._through(held, place.name, waiter, context)
                 except Denied as denied:
                     refused = denied if refused is None else min(refused, denied, key=_how_bad)
             if refused is not None and refused.code != "CIRCUIT_OPEN":
@@ -184,7 +184,7 @@ class Gate(Guarded):
             raise BudgetSpent("budget", ILL_S, f"its {charge.limited_by} are spent", final=True)
         held.charge = charge
 
-    def _through(self, held: Pass, name: str, waiter: str, *, in_line: bool) -> None:
+    def _through(self, held: Pass, name: str, waiter: str, context: Context) -> None:
         """Take the rate limit and the breaker of one endpoint, or neither."""
         assert held.question is not None
         provider, place = self._provider, self._provider.places[name]
@@ -194,8 +194,9 @@ class Gate(Guarded):
             )
         bucket, tokens = provider.bucket(place, held.question.model), self._tokens(held)
         grant = bucket.reserve(
-            priority=self._priority, in_line=in_line, requests=1, tokens=tokens, bytes=tokens * BYTES_PER_TOKEN
-        )
+            priority=self._priority, in_line=context.rest, returns=context.waited,
+            requests=1, tokens=tokens, bytes=tokens * BYTES_PER_TOKEN,
+        )  # fmt: skip
         if not grant:
             raise RateLimited(f"bucket {bucket.name}", grant.wait_s, f"its limit of {grant.limited_by} is used up")
         try:

@@ -88,13 +88,52 @@ def test_several_that_book_ahead_are_served_one_after_the_other(world: World) ->
 def test_who_waits_in_line_is_told_a_time_of_its_own(world: World) -> None:
     bucket = provider(world, calls=Rate(10, per_s=1, burst=1))
     assert bucket.acquire()
-    waits = [bucket.reserve(in_line=True, priority="low").wait_s for _ in range(4)]
-    urgent = bucket.reserve(in_line=True).wait_s
+    waits = [bucket.reserve(in_line=1, priority="low").wait_s for _ in range(4)]
+    urgent = bucket.reserve(in_line=1).wait_s
 
     assert waits == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=1e-3)
     assert urgent == pytest.approx(0.1, abs=1e-3)
     world.sleep(urgent)
     assert bucket.acquire()
+
+
+def test_who_waits_is_told_when_all_that_it_takes_at_once_is_there(world: World) -> None:
+    bucket = provider(world, calls=Rate(40, per_s=1, burst=30))
+    assert bucket.acquire(calls=30)
+    waits = [bucket.reserve(in_line=times).wait_s for times in (3, 1, 100)]
+
+    assert waits == pytest.approx([0.075, 0.1, 0.2], abs=1e-3), "at most what flows in within 0.1 s"
+    world.sleep(waits[0])
+    assert all(bucket.acquire() for _ in range(3))
+    assert not bucket.acquire()
+
+
+def test_a_turn_leaves_room_in_the_bucket(world: World) -> None:
+    bucket = provider(world, calls=Rate(100, per_s=1, burst=9))
+    assert bucket.acquire(calls=9)
+
+    assert bucket.reserve(in_line=100).wait_s == pytest.approx(0.03, abs=1e-3)
+
+
+def test_who_returns_is_told_a_time_before_those_who_are_new(world: World) -> None:
+    bucket = provider(world, calls=Rate(10, per_s=1, burst=1))
+    assert bucket.acquire()
+    new = [bucket.reserve(in_line=1).wait_s for _ in range(3)]
+    returned = [bucket.reserve(in_line=1, returns=True).wait_s for _ in range(2)]
+
+    assert new == pytest.approx([0.1, 0.2, 0.3], abs=1e-3)
+    assert returned == pytest.approx([0.1, 0.2], abs=1e-3), "each has its own, too"
+
+
+def test_a_line_is_forgotten_when_nobody_comes(world: World) -> None:
+    bucket = provider(world, calls=Rate(10, per_s=1, burst=1))
+    assert bucket.acquire()
+    waits = [bucket.reserve(in_line=1).wait_s for _ in range(50)]  # of a job that is cancelled now
+    assert waits[-1] == pytest.approx(5.0, abs=1e-3)
+
+    world.sleep(0.7)
+    assert bucket.acquire()
+    assert bucket.reserve(in_line=1).wait_s == pytest.approx(0.1, abs=1e-3)
 
 
 def test_the_same_id_is_the_same_grant(world: World) -> None:
