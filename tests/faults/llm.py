@@ -1,6 +1,6 @@
 """Calls to models through the whole platform, against a provider that enforces true sliding windows and counts every token.
 
-``python -m tests.faults.llm`` lets two workers of four processes go against the fake provider: a window of 2 s stands for
+``python -m tests.faults.llm`` lets two workers of four processes go against the fake provider: a window of 6 s stands for
 a minute.  It prints how much of the limits was used, whether answers were exact after faults and kills, whether budgets
 held, and how work beside it fared; it exits with 1 when a promise is broken.
 """
@@ -32,11 +32,13 @@ from rlm_tasks.llm import fake
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
 
-WINDOWS, WINDOW_S = 30, 2.0
+WINDOWS, WINDOW_S = 30, 6.0
 WORKERS, SLOTS = 2, 4
 LATENCY_S = 0.05
-"""What a provider takes to answer, about: 1.5 s where a window is a minute."""
+"""What a provider takes to answer: 0.5 s where a window is a minute."""
 LEAST_USE, MOST_HINDRANCE = 0.97, 1.1
+SCALES = (0.25, 1.0)
+"""Work beside calls is looked at where the machine is hardly busy, and where the calls keep it half busy."""
 TICK_MS = 1.0
 """Waits are told in whole milliseconds, and last a few."""
 UNLIMITED = 1e9
@@ -103,6 +105,7 @@ class Stage:
 
 ASKED = {"prompt": "What is the sum of these two? SUM: {item}", "max_tokens": 4}
 """What every item is asked: a prompt of 11 to 13 tokens, an answer of one or two."""
+PAID_TOKENS = 13.5
 
 
 @contextmanager
@@ -372,28 +375,27 @@ def _long(items: int) -> tuple[dict[str, Any], Right]:
 class Beside:
     """How long jobs without limits waited to be started, in ms."""
 
+    rate: float  # calls in a second
     alone: list[float]
-    beside: list[float]  # while a job waits for its limits
+    by_hand: list[float]  # beside a script that makes such calls, for which no worker does anything
+    beside: list[float]  # beside a job that makes them, and waits for its limits
     nodes: int  # that job's, which run or wait at the end
-
-    @property
-    def hindrance(self) -> float:
-        """By how much the 95th percentile is longer beside the other job."""
-        return p95(self.beside) / p95(self.alone)
 
     @property
     def row(self) -> dict[str, str]:
         """What is shown of it."""
+        lists = {"alone": self.alone, "by hand": self.by_hand, "beside": self.beside}
         return {
-            "jobs": str(len(self.beside)), "median alone": _ms(statistics.median(self.alone)), "p95 alone": _ms(p95(self.alone)),
-            "median beside": _ms(statistics.median(self.beside)), "p95 beside": _ms(p95(self.beside)),
-            "x": f"{self.hindrance:.2f}", "nodes": f"{self.nodes:,}",
+            "calls": f"{self.rate:.0f}/s", "jobs": str(len(self.beside)),
+            **{f"median {name}": _ms(statistics.median(waits)) for name, waits in lists.items()},
+            **{f"p95 {name}": _ms(p95(waits)) for name, waits in lists.items()},
+            "nodes": f"{self.nodes:,}",
         }  # fmt: skip
 
     @property
     def kept(self) -> bool:
-        """Whether every promise was kept."""
-        return p95(self.beside) - TICK_MS <= MOST_HINDRANCE * p95(self.alone)
+        """Whether jobs wait no longer than the calls themselves make them wait, whoever makes those."""
+        return p95(self.beside) - TICK_MS <= MOST_HINDRANCE * p95(self.by_hand)
 
 
 def p95(values: Sequence[float]) -> float:
@@ -406,24 +408,43 @@ def _ms(value: float) -> str:
 
 
 def beside_others(on: Stage, rounds: int, jobs: int, every_s: float = 0.05) -> Beside:
-    """Start small jobs one after the other, in turns alone and beside a job that waits for its limits."""
-    waits: dict[bool, list[float]] = {False: [], True: []}
-    most = 0
-    for number in range(2 * rounds):
-        on.reset()
-        limited = on.map(range(100_000)) if number % 2 else None
-        if limited is not None:
-            wait_until(lambda job=limited: "used up" in job.explain())  # type: ignore[misc]  # it is called at once
-            time.sleep(on.window_s)  # its first nodes are sent all at once
+    """Start small jobs one after the other, in turns alone, beside a job that waits for its limits, and beside its calls alone."""
+    rate, most = on.limit / on.window_s / PAID_TOKENS, 0
+    alone, beside, by_hand = list[float](), list[float](), list[float]()
+
+    def start_small_ones(waits: list[float]) -> None:
         for _ in range(jobs):
             small = on.client.submit(operation="sum", items=range(10))
-            waits[limited is not None].append(small.result(timeout=20).metrics.waited_ms)
+            waits.append(small.result(timeout=20).metrics.waited_ms)
             time.sleep(every_s)  # the rate of the jobs
-        if limited is not None:
-            most = max(most, limited.progress().pending)
-            limited.cancel()
-            limited.wait(20)
-    return Beside(waits[False], waits[True], most)
+
+    for _ in range(rounds):
+        start_small_ones(alone)
+        on.reset()
+        limited = on.map(range(100_000))
+        wait_until(lambda job=limited: "used up" in job.explain())  # type: ignore[misc]  # it is called at once
+        time.sleep(on.window_s)  # its first nodes are sent all at once
+        start_small_ones(beside)
+        most = max(most, limited.progress().pending)
+        limited.cancel()
+        limited.wait(20)
+        on.reset()
+        with calls_by_hand(on, 0.9 * rate):  # or some would be refused
+            start_small_ones(by_hand)
+    return Beside(rate, alone, by_hand, beside, most)
+
+
+@contextmanager
+def calls_by_hand(on: Stage, rate: float) -> Iterator[None]:
+    """Make so many calls in a second for the length of a block, by a process that knows nothing of the platform."""
+    command = [sys.executable, "-m", "tests.faults.by_hand", on.provider.base_url, str(rate)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    try:
+        wait_until(lambda: bool(on.provider.report()["taken"]))
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 # --- all of it -------------------------------------------------------------------------------------------
@@ -469,8 +490,9 @@ def main() -> int:
             found += [on_a_budget(on, unit, budget, (0.3, 0.6)) for unit, budget in (("tokens", 6000.0), ("calls", 400.0))]
             found.append(on_a_budget(on, "tokens", 2000.0, late=True))
     if "beside" in parts:
-        with stage("tokens") as on:
-            found.append(beside_others(on, 4, 60))
+        for scale in SCALES:
+            with stage("tokens", asked.window, scale=scale) as on:
+                found.append(beside_others(on, 4, 60))
     show(*found)
     return 0 if all(each.kept for each in found) else 1
 
