@@ -50,6 +50,7 @@ class Strategy(StrEnum):
     SMALLER_MODEL = "use_smaller_model"  # by pressure
     OTHER_MODEL = "use_other_model"  # no endpoint of the one asked for was well
     NO_MODEL = "merge_without_model"  # the budget was spent: parts were put one after the other
+    CUT_ANSWER = "cut_answer"  # it was as long as it might be, and went on
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ class Told:
 class Answer:
     """What a model said, and what it cost; `finish` is "stop", or "length" where `max_tokens` cut it."""
 
+    model: str
     text: str
     prompt_tokens: int
     completion_tokens: int
@@ -216,6 +217,7 @@ class Endpoint:
             raise UnusableAnswer(self.settings.name, f"it is empty, and ended by {said.finish!r}")
         usage = said.usage or _Usage()
         return Answer(
+            question.model,
             said.text,
             estimated_prompt(question.messages) if usage.prompt_tokens is None else usage.prompt_tokens,
             estimated_tokens(said.text) if usage.completion_tokens is None else usage.completion_tokens,

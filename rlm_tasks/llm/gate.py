@@ -70,6 +70,7 @@ class Pass:
     gate: Gate
     flight: Flight
     index: int  # of its item
+    model: str  # that it is meant for
     question: Question | None = None  # None: somebody else asks it, or has asked
     endpoint: str = ""
     reserved: dict[str, float] = field(default_factory=dict)
@@ -77,7 +78,6 @@ class Pass:
     grant: Grant | None = None
     admission: Admission | None = None
     estimated: int = 0  # tokens of the prompt, before what was learned
-    other: bool = False  # it goes to another model than it would, because none of its endpoints is well
     answer: Answer | None = None
 
 
@@ -119,7 +119,7 @@ class Gate(Guarded):
         question = draft.question(models[0])
         memo = self._memo(context.index)
         flight = provider.flights.begin(digest(question), cached=self._spec.cache_ttl_s > 0, memo=memo, by=memo)
-        held = Pass(draft, self, flight, context.index, estimated=estimated)
+        held = Pass(draft, self, flight, context.index, models[0], estimated=estimated)
         if flight.state != "mine":
             return held
         try:
@@ -127,8 +127,6 @@ class Gate(Guarded):
         except BaseException:
             self._give_back(held)
             raise
-        if held.other:
-            context.degradation.shaped.add(Strategy.OTHER_MODEL)
         return held
 
     def _memo(self, index: int) -> str:
@@ -138,11 +136,11 @@ class Gate(Guarded):
         """Find a model and an endpoint that take the call now."""
         refused: Denied | None = None
         for model in models:
-            held.question, held.other = held.draft.question(model), model != models[0]
+            held.question = held.draft.question(model)
             try:
                 self._charge(held)
             except BudgetSpent:
-                if not held.other:
+                if model == held.model:
                     raise
                 break  # what cannot pay for another model waits for its own
             for place in self._provider.order(model, held.flight.key):
@@ -173,7 +171,7 @@ class Gate(Guarded):
         id = f"{self._memo(held.index)}:{held.flight.key}"
         try:
             charge = self._budget.charge(id, held.reserved, account=account_of(self._spec), again=held.flight.again)
-            if charge.state == "exhausted" and self._about.fallback is None and not held.other:
+            if charge.state == "exhausted" and self._about.fallback is None and held.question.model == held.model:
                 self._guards.stop(self._spec.job, "budget", detail=charge.limited_by)
         except StoreUnavailable:  # what cannot be counted is not spent
             raise Denied("budget", SOON_S, "Redis does not answer") from None
@@ -244,7 +242,7 @@ class Gate(Guarded):
         used = self._cost(model, answer.prompt_tokens, answer.completion_tokens)
         lands = its.flights.landing(
             held.flight, codec.pack(msgspec.to_builtins(answer)), memo=memo, memo_ttl_s=MEMO_S,
-            cache_ttl_s=0 if held.other else self._spec.cache_ttl_s,
+            cache_ttl_s=self._cache_s(held, answer),
         )  # fmt: skip
         self._memos.append((held.index, held.flight.key))
         counts.answered(model, endpoint, answer, used["money"])
@@ -255,6 +253,10 @@ class Gate(Guarded):
                 its.learned.learning(model, held.estimated, held.draft.max_tokens, answer),
             )
         held.grant.settle(tokens=used["tokens"], bytes=used["tokens"] * BYTES_PER_TOKEN)
+
+    def _cache_s(self, held: Pass, answer: Answer) -> float:
+        """Return for how long others find an answer; another model's is none to what they ask."""
+        return self._spec.cache_ttl_s if answer.model == held.model else 0
 
     def _failed(self, held: Pass, endpoint: str, error: BaseException | None) -> None:
         """Give the flight to others.  What a provider may have answered unheard is paid as reserved, garbage by its prompt."""
@@ -296,28 +298,29 @@ class Gate(Guarded):
         An answer of the wrong form is sent back, and that call passes what the first one did.  Raises Misformed, what the
         endpoint raises, and Denied when it has to come back.
         """
-        draft, answer = context.entry.draft, await self._ask(context.entry)
-        for _ in range(self._provider.settings.repairs if draft.form is not None else 0):
+        held, repairs = context.entry, self._provider.settings.repairs
+        answer = await self._ask(held)
+        while True:
             try:
-                return self._shaped(draft, answer)
+                output = answer.text if held.draft.form is None else read(answer.text, held.draft.form)
             except Misformed as wrong:
-                draft = draft.repaired(answer.text, wrong.why)
-                answer = await self._further(draft, context)
-        return self._shaped(draft, answer)
-
-    @staticmethod
-    def _shaped(draft: Draft, answer: Answer) -> Any:
-        return answer.text if draft.form is None else read(answer.text, draft.form)
+                if not repairs:
+                    raise
+                repairs -= 1
+                held, answer = await self._further(held.draft.repaired(answer.text, wrong.why), context)
+            else:
+                context.degradation.shaped |= _less(held, answer)
+                return output
 
     async def _ask(self, held: Pass) -> Answer:
         if held.question is None:
-            return _known(await self._landed(held))
+            return await self._landed(held)
         held.answer = await self._provider.endpoint(held.endpoint).ask(held.question)
         self._provider.learn(self._provider.places[held.endpoint], held.question.model, held.answer.told)
         self.leave(held)  # now: what comes of the answer holds nothing
         return held.answer
 
-    async def _landed(self, held: Pass) -> bytes:
+    async def _landed(self, held: Pass) -> Answer:
         """Wait for a call that somebody else makes.  Raises Denied when that one is gone: the item enters again."""
         while held.flight.state == "others":
             await asyncio.sleep(held.flight.wait_s)
@@ -325,18 +328,21 @@ class Gate(Guarded):
         if held.flight.state == "mine":
             self._provider.flights.abandon(held.flight)
             raise Denied("flight", 0.0, "who made the call is gone")
+        answer = msgspec.convert(codec.unpack(held.flight.value), Answer)
         if held.flight.source == "flight":
-            self._remember(held)
+            self._remember(held, answer)
         LLM_SHARED.inc(source=held.flight.source)
-        return held.flight.value
+        return answer
 
-    def _remember(self, held: Pass) -> None:
-        """Keep another's answer for the item, should that be done again."""
+    def _remember(self, held: Pass, answer: Answer) -> None:
+        """Keep another's answer for the item, should that be done again, and for those who ask for what is kept."""
         its = held.flight
-        self._provider.flights.land(its, its.value, memo=self._memo(held.index), memo_ttl_s=MEMO_S)
+        self._provider.flights.land(
+            its, its.value, memo=self._memo(held.index), memo_ttl_s=MEMO_S, cache_ttl_s=self._cache_s(held, answer)
+        )
         self._memos.append((held.index, its.key))
 
-    async def _further(self, draft: Draft, context: Context) -> Answer:
+    async def _further(self, draft: Draft, context: Context) -> tuple[Pass, Answer]:
         """Make another call for the same item; it waits among the others for its turn, or comes back."""
         while True:
             try:
@@ -347,7 +353,7 @@ class Gate(Guarded):
                     raise
                 await asyncio.sleep(denied.retry_after_s)
         try:
-            return await self._ask(held)
+            return held, await self._ask(held)
         except BaseException as error:
             self.leave(held, error)
             raise
@@ -357,8 +363,10 @@ def _ready(guards: Guards) -> Provider:
     return Provider(guards).open()
 
 
-def _known(packed: bytes) -> Answer:
-    return msgspec.convert(codec.unpack(packed), Answer)
+def _less(held: Pass, answer: Answer) -> set[Strategy]:
+    """Return in what an answer is less than what was asked for."""
+    found = {Strategy.OTHER_MODEL: answer.model != held.model, Strategy.CUT_ANSWER: answer.finish == "length"}
+    return {strategy for strategy, is_so in found.items() if is_so}
 
 
 def _how_bad(denied: Denied) -> tuple[bool, float]:

@@ -216,6 +216,21 @@ def test_identical_calls_in_flight_are_made_once_and_kept_only_where_asked(world
     assert kept[1].spent.spent.get("calls", 0) == 0
 
 
+def test_answers_that_were_cut_are_told_in_the_receipt(world: World) -> None:
+    whole = {"prompt": "{item}", "max_tokens": 20}
+    items = ["short", "a good deal longer than that"]
+
+    cut = world.client.execute(operation="llm.map", items=items, params={**whole, "max_tokens": 3}, timeout=60)
+    merged = world.client.execute(
+        operation="llm.map_reduce", items=[f"number {i}" for i in range(12)], params={**whole, "fan_in": 12}, timeout=60
+    )
+
+    assert cut.output[0] == items[0]
+    assert [vars_of(each) for each in cut.receipt] == [("cut_answer", "normal", 1)]
+    assert [vars_of(each) for each in merged.receipt] == [("cut_answer", "normal", 1)]
+    assert world.client.execute(operation="llm.map", items=items, params=whole, timeout=60).receipt == []
+
+
 def test_another_endpoint_takes_over_while_one_is_down_and_nothing_fails(world: World) -> None:
     world.main.schedule({"kind": "503", "every": 1})
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from resilience.degradation import Strategy
 from resilience.errors import BulkheadFull, CallTimeout, Denied, RateLimited
 from rlm_tasks import operations
 from rlm_tasks.guards import Guards, Postponed
@@ -25,20 +27,25 @@ __all__ = ["world"]
 
 operations.import_operations(())
 MODEL = "gpt-4.1-mini"
-ANSWER = Answer("so", 10, 5, "stop", Told(Allowance(), Allowance()), 0.5)
+ANSWER = Answer(MODEL, "so", 10, 5, "stop", Told(Allowance(), Allowance()), 0.5)
 
 
 class Door:
     """The gate of one job, and what it keeps."""
 
-    def __init__(self, world: World, budget: dict[str, float], *, priority: str = "normal", **llm: Any) -> None:
+    def __init__(
+        self, world: World, budget: dict[str, float], *, priority: str = "normal", cache_ttl_s: float = 0, **llm: Any
+    ) -> None:
         self.store = world.store()
         self.stopped: list[tuple[str, str]] = []
         settings = LlmSettings(**{"endpoints": (EndpointSettings(name="one"),), **llm})
         self.guards = Guards(
             self.store, Settings(llm=settings), lambda waiters: None, lambda job, why, **_: self.stopped.append((job, why))
         )
-        spec = Spec("job", "llm.map", RangeSource(0, 1), 9, Shape("flat"), "unit.normal", priority=priority, budget=budget)
+        spec = Spec(
+            "job", "llm.map", RangeSource(0, 1), 9, Shape("flat"), "unit.normal",
+            priority=priority, budget=budget, cache_ttl_s=cache_ttl_s,
+        )  # fmt: skip
         self.guards.purse.open(spec, last=True)
         found = operations.get("llm.map").gate(self.guards, operations.get("llm.map"), spec)  # type: ignore[misc]  # it has one
         assert isinstance(found, Gate)
@@ -117,6 +124,23 @@ def test_a_budget_that_is_spent_ends_the_items_once_nothing_in_flight_may_leave_
     with pytest.raises(BudgetSpent) as ends:
         door.enter(1)
     assert (ends.value.final, door.stopped) == (True, [("job", "budget")])
+
+
+@pytest.mark.parametrize(("model", "found"), [(MODEL, "cache"), ("another", "")])
+def test_who_waits_for_anothers_call_keeps_its_answer_for_those_who_ask_for_that_and_only_of_the_model_it_asked(
+    world: World, model: str, found: str
+) -> None:
+    makes, waits = Door(world, {}), Door(world, {}, cache_ttl_s=60)
+    first = makes.enter(0, "the same")
+    second = waits.enter(1, "the same")
+    assert second.flight.state == "others"
+
+    makes.answered(first, replace(ANSWER, model=model))
+    context = Context("job", {}, entry=second)
+    assert asyncio.run(waits.gate.reply(context)) == "so"
+
+    assert (Strategy.OTHER_MODEL in context.degradation.shaped) == (model != MODEL)
+    assert waits.enter(2, "the same").flight.source == found
 
 
 def test_an_outage_does_not_end_a_job_that_could_not_pay_a_dearer_model(world: World) -> None:

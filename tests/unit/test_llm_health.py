@@ -282,7 +282,7 @@ def test_models_are_protected_where_an_endpoint_is_configured(monkeypatch: pytes
 
 def test_calls_are_counted_by_how_they_ended_and_answers_by_what_they_took(tmp_path: Path) -> None:
     unsaid = Allowance()
-    answer = Answer("four", 30, 20, "stop", Told(unsaid, unsaid), 0.3)
+    answer = Answer("some", "four", 30, 20, "stop", Told(unsaid, unsaid), 0.3)
     ends: dict[str, BaseException | None] = {
         "rate_limited": RateLimited("endpoint", 1.0, "429"),
         "timeout": CallTimeout("endpoint", 60.0),
