@@ -228,7 +228,7 @@ def test_answers_that_were_cut_are_told_in_the_receipt(world: World) -> None:
     assert cut.output[0] == items[0]
     assert [vars_of(each) for each in cut.receipt] == [("cut_answer", "normal", 1)]
     assert [vars_of(each) for each in merged.receipt] == [("cut_answer", "normal", 1)]
-    assert world.client.execute(operation="llm.map", items=items, params=whole, timeout=60).receipt == []
+    assert world.client.execute(operation="llm.map", items=items, params=whole, timeout=60).receipt == ()
 
 
 def test_another_endpoint_takes_over_while_one_is_down_and_nothing_fails(world: World) -> None:
