@@ -7,6 +7,14 @@
 -- Who waits takes what flows in within TURN, so that many are not woken for little; and no more than SHARE of a full bucket,
 -- so that it does not overflow when somebody comes late.  When it has been full for LATE, those in LINES are gone.
 local TURN, SHARE, LATE, LINES = 100000, 1 / 3, 500000, {'new0', 'new1', 'new2', 'new3', 'back0', 'back1', 'back2', 'back3'}
+
+-- In how many microseconds so much may be taken.  More than the bucket holds passes when it is full, and leaves a debt.
+local function needs(b, amount)
+  local short = math.min(amount, b.capacity - b.left) + b.left - b.v
+  local ready = math.max(b.hold, leaves(b, math.max(0, b.limit - b.left - amount)))
+  return math.max(ready - now, short > 1e-9 and short / b.rate or 0)
+end
+
 local limits, wait, binding, full = {}, 0, 0, math.huge
 if math.abs(now - tonumber(call('ZSCORE', KEYS[2], ARGV[1]) or 0)) > 1000000 then
   call('ZADD', KEYS[2], now, ARGV[1])
@@ -37,11 +45,8 @@ for i = 3, #KEYS do
     call('HSET', b.key, 'hold', exact(b.hold))
     if call('PTTL', b.key) * 1000 < a[8] then call('PEXPIRE', b.key, math.ceil(a[8] / 1000) + 60000) end
   end
-  -- More than the bucket holds passes when it is full, and leaves a debt.
-  local short = math.min(b.amount, b.capacity - b.left) + b.left - b.v
-  local ready = math.max(b.hold, leaves(b, math.max(0, b.limit - b.left - b.amount)))
-  local needs = math.max(ready - now, short > 1e-9 and short / b.rate or 0)
-  if needs > wait then wait, binding = needs, i - 2 end
+  local mine = needs(b, b.amount)
+  if mine > wait then wait, binding = mine, i - 2 end
   limits[#limits + 1] = b
 end
 -- A microsecond more than computed: then it is granted whatever was rounded.
@@ -55,8 +60,9 @@ if wait > tonumber(ARGV[3]) then
       once = math.max(once, b.amount / b.rate)
       if b.amount > 0 then times = math.min(times, math.max(1, floor(math.min(TURN * b.rate, SHARE * b.capacity) / b.amount))) end
     end
-    local mine = math.max(now + wait, tonumber(call('HGET', limits[1].key, ARGV[4]) or '0')) + (times - 1) * once
-    call('HSET', limits[1].key, ARGV[4], exact(mine + once))
+    for _, b in ipairs(limits) do wait = math.max(wait, needs(b, times * b.amount)) end
+    local mine = math.max(now + wait, tonumber(call('HGET', limits[1].key, ARGV[4]) or '0') + times * once)
+    call('HSET', limits[1].key, ARGV[4], exact(mine))
     if call('PTTL', limits[1].key) < 60000 then call('PEXPIRE', limits[1].key, 60000) end
     wait = math.ceil(mine - now)
   end
