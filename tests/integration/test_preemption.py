@@ -194,6 +194,7 @@ def test_a_critical_job_that_grows_uses_free_slots_before_anybody_yields(
     wide: Client, strategy: Adaptive | None, uses: int, needed: int
 ) -> None:
     low = busy(wide, 2000, slots=1, item_s=0.005, type="sequential", strategy=None)
+    wait_until(lambda: offered(wide, "free") == MANY_SLOTS - 1)  # what was busy before may be told as free a little later
 
     critical = wide.submit(operation="where_and_when", items=[0.2] * 10, strategy=strategy, priority="critical")
 
