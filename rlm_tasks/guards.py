@@ -262,6 +262,7 @@ class Guarded:
             try:
                 return self.enter(item, context, waiter)
             except Denied as denied:
+                context.waited = True
                 await pause(postponed(denied, tries))
 
 

@@ -46,6 +46,7 @@ class WorkInFlight(Work):
         self._asked: dict[int, Degradation] = {}
         self._hurry = asyncio.Event()
         self._refused: Postponed | None = None
+        self._refused_at = -1
         self._not_before = 0.0
         self._stopped_at = float("inf")
         outcomes: dict[int, Any] = {}
@@ -117,6 +118,7 @@ class WorkInFlight(Work):
         """Start an item, unless a guard says not yet; so many would be started now."""
         context = self._context(index)
         self._remember(context, rest)
+        context.waited |= index == self._refused_at
         context.degradation = self._asked[index] = Degradation(self.degradation.level)
         IN_FORCE.set(context.degradation)  # here and in the task, which begins with a copy
         run: Callable[[], Awaitable[Any]] = functools.partial(self._bounded, item, context)
@@ -131,7 +133,7 @@ class WorkInFlight(Work):
                 fallback = self._guarded.instead_of(denied)
                 if fallback is None:
                     self._refused, self._not_before = postponed(denied, context.tries), self._clock() + denied.retry_after_s
-                    self.refused = True
+                    self.refused, self._refused_at = True, index
                     return False
                 run = functools.partial(self._instead, fallback, item, context)
             except Exception as error:  # what it costs cannot be told, or never be granted: its own failure

@@ -2,7 +2,8 @@
 --
 -- A limit's hash:  v  level of the pacing bucket at time t (negative: booked ahead)    hold  nothing passes before
 --   sum  what the cells hold    tail  oldest cell that counts    head  newest cell there is    c<k>  taken in cell k: a slice
---   of time, k * width    new<class>, back<class>  when the last of those who wait, or wait again, is served    till  the hash does not expire before
+--   of time, k * width    new<class>, back<class>  when the last of those who wait, or wait again, has what it takes, or has paid for it
+--   ratio  what was used of what was taken, on average    till  the hash does not expire before
 -- A cell stays until all of it is older than the window and its guard.  Times are microseconds of the server.
 local call, floor, format, CELLS = redis.call, math.floor, string.format, 256
 local t = call('TIME')
@@ -15,8 +16,9 @@ local function read(key, limit, window, capacity, guard)
   local width = window / CELLS
   local b = {key = key, limit = limit, capacity = capacity, rate = limit / window, width = width, window = window + guard,
              here = name(floor(now / width)), gone = {}}
-  local v = call('HMGET', key, 'v', 't', 'hold', 'sum', 'tail', 'head', 'till', b.here)
+  local v = call('HMGET', key, 'v', 't', 'hold', 'sum', 'tail', 'head', 'till', b.here, 'ratio')
   b.hold, b.sum, b.till, b.taken = tonumber(v[3] or 0), tonumber(v[4] or 0), tonumber(v[7] or 0), tonumber(v[8] or 0)
+  b.ratio = tonumber(v[9] or 1)
   b.v = tonumber(v[1] or capacity) + math.max(0, now - tonumber(v[2] or now)) * b.rate
   b.full, b.v = (b.v - capacity) / b.rate, math.min(capacity, b.v)
   b.tail, b.head = floor((now - b.window) / width), tonumber(v[6] or -1)

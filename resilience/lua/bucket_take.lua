@@ -5,8 +5,9 @@
 -- Returns {1, wait, at, leased, takers} or {0, wait, number of the limit that says no, 0, takers}.
 
 -- Who waits takes what flows in within TURN, so that many are not woken for little; and no more than SHARE of a full bucket,
--- so that it does not overflow when somebody comes late.  When it has been full for LATE, those in LINES are gone.
-local TURN, SHARE, LATE, LINES = 100000, 1 / 3, 500000, {'new0', 'new1', 'new2', 'new3', 'back0', 'back1', 'back2', 'back3'}
+-- so that it does not overflow when somebody comes late.  Who comes back too early by less than SOON of its turn keeps that.  When
+-- a bucket has been full for LATE, those in its LINES are gone.
+local TURN, SHARE, SOON, LATE, LINES = 100000, 1 / 3, 1 / 4, 500000, {'new0', 'new1', 'new2', 'new3', 'back0', 'back1', 'back2', 'back3'}
 
 -- In how many microseconds so much may be taken.  More than the bucket holds passes when it is full, and leaves a debt.
 local function needs(b, amount)
@@ -15,7 +16,7 @@ local function needs(b, amount)
   return math.max(ready - now, short > 1e-9 and short / b.rate or 0)
 end
 
-local limits, wait, binding, full = {}, 0, 0, math.huge
+local limits, wait, binding = {}, 0, 0
 if math.abs(now - tonumber(call('ZSCORE', KEYS[2], ARGV[1]) or 0)) > 1000000 then
   call('ZADD', KEYS[2], now, ARGV[1])
   call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - 60000000)
@@ -28,7 +29,7 @@ if taken then return {1, math.max(0, tonumber(taken) - now), tonumber(taken), 0,
 for i = 3, #KEYS do
   local a = cjson.decode(ARGV[4 + i])
   local b = read(KEYS[i], a[1], a[2], a[3], a[4])
-  full = math.min(full, b.full)
+  if b.full > LATE then call('HDEL', b.key, unpack(LINES)) end
   b.amount, b.left = a[5], a[6]
   -- It was paced already: it fills the window at the times at which it was taken, and at most empties the bucket.
   local before, given = b.v, 0
@@ -54,22 +55,28 @@ if wait > 0 then wait = math.ceil(wait) + 1 end
 
 if wait > tonumber(ARGV[3]) then
   if ARGV[4] ~= '' then
-    -- Those who wait are served one after the other, so each is told a time of its own: when all that it takes is there.
-    local times, once = tonumber(ARGV[5]), 0
+    -- Those who wait are served one after the other, so each is told a time of its own: when all that it takes is there.  What it
+    -- takes beyond a full bucket is paid afterwards, by who comes next.
+    local line, times, all, soon, paid = limits[binding], tonumber(ARGV[5]), wait, 0, 0
     for _, b in ipairs(limits) do
-      once = math.max(once, b.amount / b.rate)
       if b.amount > 0 then times = math.min(times, math.max(1, floor(math.min(TURN * b.rate, SHARE * b.capacity) / b.amount))) end
     end
-    for _, b in ipairs(limits) do wait = math.max(wait, needs(b, times * b.amount)) end
-    local mine = math.max(now + wait, tonumber(call('HGET', limits[1].key, ARGV[4]) or '0') + times * once)
-    call('HSET', limits[1].key, ARGV[4], exact(mine))
-    if call('PTTL', limits[1].key) < 60000 then call('PEXPIRE', limits[1].key, 60000) end
-    wait = math.ceil(mine - now)
+    for _, b in ipairs(limits) do
+      local uses = times * b.amount * b.ratio
+      all = math.max(all, needs(b, times * b.amount))
+      soon, paid = math.max(soon, math.min(uses, b.capacity) / b.rate), math.max(paid, uses / b.rate)
+    end
+    if ARGV[4]:find('new', 1, true) or wait > SOON * paid then
+      local mine = math.max(now + all, tonumber(call('HGET', line.key, ARGV[4]) or '0') + soon)
+      call('HSET', line.key, ARGV[4], exact(mine + paid - soon))
+      local left_ms = math.ceil((mine + paid - now) / 1000) + 60000
+      if call('PTTL', line.key) < left_ms then call('PEXPIRE', line.key, left_ms) end
+      wait = math.ceil(mine - now)
+    end
   end
   return {0, wait, binding, 0, takers}
 end
 
-if full > LATE then call('HDEL', limits[1].key, unpack(LINES)) end
 local at, leased = now + wait, 0
 local first = limits[1]
 if wait == 0 and tonumber(ARGV[6]) > 0 then

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from resilience.bucket import Grant
     from resilience.budget import Charge
     from resilience.single_flight import Flight
+    from rlm_tasks.llm.settings import EndpointSettings
     from rlm_tasks.operations import Context, Operation
     from rlm_tasks.spec import Spec
 
@@ -143,15 +144,33 @@ class Gate(Guarded):
                 if model == held.model:
                     raise
                 break  # what cannot pay for another model waits for its own
-            for place in self._provider.order(model, held.flight.key):
+            if places := self._provider.order(model, held.flight.key):
                 try:
-                    return self._through(held, place.name, waiter, context)
+                    return self._somewhere(held, places, waiter, context)
                 except Denied as denied:
                     refused = denied if refused is None else min(refused, denied, key=_how_bad)
-            if refused is not None and refused.code != "CIRCUIT_OPEN":
-                break  # it waits for its turn rather than go to another model
+                if refused.code != "CIRCUIT_OPEN":
+                    break  # it waits for its turn rather than go to another model
             self._withdraw_charge(held)
         raise refused or Denied("endpoints", ILL_S, f"none is well that has {models[0]}")
+
+    def _somewhere(self, held: Pass, places: Sequence[EndpointSettings], waiter: str, context: Context) -> None:
+        """Take the first endpoint that takes the call now.  Where none does it stands in line at one limit: in two it would
+        keep others waiting for what it leaves.
+        """
+        assert held.question is not None
+        limits = [self._provider.bucket(place, held.question.model).name for place in places]
+        refused: dict[str, tuple[Denied, EndpointSettings]] = {}
+        for place, limit in zip(places, limits, strict=True):
+            if limit not in refused:
+                try:
+                    return self._through(held, place.name, waiter, context, in_line=len(set(limits)) == 1)
+                except Denied as denied:
+                    refused[limit if isinstance(denied, RateLimited) else place.name] = denied, place
+        soonest, place = min(refused.values(), key=lambda each: _how_bad(each[0]))
+        if len(set(limits)) > 1 and isinstance(soonest, RateLimited):
+            return self._through(held, place.name, waiter, context, in_line=True)
+        raise soonest
 
     def _tokens(self, held: Pass) -> float:
         assert held.question is not None  # it is asked when a model has been chosen
@@ -182,7 +201,7 @@ class Gate(Guarded):
             raise BudgetSpent("budget", ILL_S, f"its {charge.limited_by} are spent", final=True)
         held.charge = charge
 
-    def _through(self, held: Pass, name: str, waiter: str, context: Context) -> None:
+    def _through(self, held: Pass, name: str, waiter: str, context: Context, *, in_line: bool) -> None:
         """Take the rate limit and the breaker of one endpoint, or neither."""
         assert held.question is not None
         provider, place = self._provider, self._provider.places[name]
@@ -192,7 +211,7 @@ class Gate(Guarded):
             )
         bucket, tokens = provider.bucket(place, held.question.model), self._tokens(held)
         grant = bucket.reserve(
-            priority=self._priority, in_line=context.rest, returns=context.waited,
+            priority=self._priority, in_line=context.rest if in_line else 0, returns=context.waited,
             requests=1, tokens=tokens, bytes=tokens * BYTES_PER_TOKEN,
         )  # fmt: skip
         if not grant:

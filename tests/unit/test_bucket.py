@@ -136,6 +136,45 @@ def test_a_line_is_forgotten_when_nobody_comes(world: World) -> None:
     assert bucket.reserve(in_line=1).wait_s == pytest.approx(0.1, abs=1e-3)
 
 
+def test_who_comes_back_a_little_early_keeps_its_turn(world: World) -> None:
+    bucket = provider(world, calls=Rate(10, per_s=1, burst=1))
+    assert bucket.acquire()
+    world.sleep(0.09)
+    early = [bucket.reserve(in_line=1, returns=True).wait_s for _ in range(2)]
+    world.sleep(0.011)
+    assert bucket.acquire()
+
+    assert early == pytest.approx([0.01, 0.01], abs=1e-3)
+    assert bucket.reserve(in_line=1, returns=True).wait_s == pytest.approx(0.1, abs=2e-3), "nobody stands in line before it"
+
+
+def test_a_call_larger_than_the_bucket_is_paid_by_who_comes_next(world: World) -> None:
+    bucket = provider(world, tokens=Rate(600, per_s=60, burst=50))
+    assert bucket.acquire(tokens=50)
+    waits = [bucket.reserve(in_line=1, tokens=tokens).wait_s for tokens in (200, 10)]
+
+    assert waits == pytest.approx([5.0, 21.0], abs=1e-3), "it passes when the bucket is full, and leaves a debt of 15 s"
+
+
+def test_a_line_moves_by_what_calls_really_use(world: World) -> None:
+    bucket = provider(world, tokens=Rate(1000, per_s=1, burst=100))
+    for _ in range(60):
+        world.sleep(1)
+        bucket.acquire(tokens=50).settle(tokens=10)
+    world.sleep(1)
+    assert bucket.acquire(tokens=100)
+    waits = [bucket.reserve(in_line=1, tokens=50).wait_s for _ in range(3)]
+
+    assert waits == pytest.approx([0.05, 0.06, 0.07], abs=2e-3)
+
+
+def test_a_line_at_a_scope_keeps_nobody_else_waiting(world: World) -> None:
+    bucket = TokenBucket("llm", world.store(), sleep=world.sleep, calls=Rate(1000), scoped={"mine": Rate(2, burst=1)})
+    waits = {scope: [bucket.reserve(in_line=1, scope=scope, calls=1, mine=1).wait_s for _ in range(4)] for scope in "ab"}
+
+    assert waits["a"] == waits["b"] == pytest.approx([0, 0.5, 1.0, 1.5], abs=1e-3)
+
+
 def test_the_same_id_is_the_same_grant(world: World) -> None:
     bucket = provider(world, calls=Rate(10, per_s=1))
     for _ in range(3):

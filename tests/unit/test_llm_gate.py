@@ -104,6 +104,26 @@ def test_who_finds_no_room_gives_back_what_it_has_taken(world: World) -> None:
     assert door.enter(1).flight.state == "mine"  # and no flight was left behind
 
 
+@pytest.mark.parametrize(("keys", "turn_s"), [(["A"], 10.0), (["A", "A"], 10.0), (["A", "B"], 5.0)])
+def test_who_finds_no_room_stands_in_one_line_however_many_endpoints_there_are(
+    world: World, monkeypatch: pytest.MonkeyPatch, keys: list[str], turn_s: float
+) -> None:
+    for key in keys:
+        monkeypatch.setenv(key, "any")
+    places = tuple(EndpointSettings(name=f"at-{number}", key_env=key) for number, key in enumerate(keys))
+    door = Door(world, {}, endpoints=places, requests=6.0, tokens=1e6)
+    for index in range(len(set(keys))):
+        door.enter(index)
+
+    waits = []
+    for index in range(10, 18):
+        with pytest.raises(RateLimited) as refused:
+            door.enter(index)
+        waits.append(refused.value.retry_after_s)
+
+    assert (max(waits) - min(waits)) / 7 == pytest.approx(turn_s, rel=0.2), "a call takes 10 s of a limit of 6 in a minute"
+
+
 def test_a_process_takes_no_more_than_its_pool(world: World) -> None:
     door = Door(world, {}, per_host=2)
     for index in (0, 1):
