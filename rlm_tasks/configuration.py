@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
@@ -91,7 +91,7 @@ def validate(environ: Mapping[str, str], build: Callable[[], Settings] = Setting
     try:
         build()
     except ValidationError as error:
-        found += [_invalid(each, environ) for each in error.errors() if each["type"] != "extra_forbidden"]  # those are unknown
+        found += [_invalid(each, environ) for each in error.errors() if not _is_unknown(each)]  # those stand there already
     except SettingsError as error:
         found.append(_unreadable(error, environ))
     return found
@@ -116,7 +116,33 @@ def _shown(name: str, value: Any) -> str:
     return HIDDEN if secret else repr(masked(value) if isinstance(value, str) else value)
 
 
+def _is_unknown(error: ErrorDetails) -> bool:
+    return error["type"] == "extra_forbidden" and not _holder(error)
+
+
+def _holder(error: ErrorDetails) -> str:
+    """Return the setting whose JSON has what is wrong inside of it, '' where it is a setting itself."""
+    place = [str(part) for part in error["loc"]]
+    outer = (variable(place[:end]) for end in range(1, len(place)))
+    return next((name for name in outer if name in _names()), "")
+
+
+def _models_of(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_of(inner)
+
+
+def _no_such_field(holder: str, error: ErrorDetails) -> str:
+    """Say which fields there are, and nothing of the value: it may be a key that its owner put there."""
+    known = [name for model in _models_of(_names()[holder].annotation) for name in model.model_fields]
+    return f"{holder}: {error['loc'][-1]!r} is no field of it; there are {', '.join(known)}"
+
+
 def _invalid(error: ErrorDetails, environ: Mapping[str, str]) -> str:
+    if error["type"] == "extra_forbidden" and (holder := _holder(error)):
+        return _no_such_field(holder, error)
     place = [str(part) for part in error["loc"]]
     name = variable(place)
     alias = next((alias for alias, (path, _) in ALIASES.items() if list(path) == place and alias in environ), name)

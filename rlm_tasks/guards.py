@@ -130,7 +130,7 @@ class Guarded:
             amounts = dict.fromkeys([name for name in bucket.rates if name == "requests"] or list(bucket.rates), 1.0)
         grant = bucket.reserve(priority=self._priority, in_line=context.rest, returns=context.waited, **amounts)
         if not grant:
-            raise RateLimited(f"bucket {bucket.name}", grant.wait_s, f"its limit of {grant.limited_by} is used up")
+            raise RateLimited(f"bucket {bucket.name}", grant.wait_s, f"its limit of {grant.limited_by} has no room for it yet")
         return grant
 
     def _withdraw(self, entry: Entry) -> None:

@@ -175,7 +175,7 @@ class Budget(_Checked):
 
     tokens: float | None = Field(None, gt=0, description="Of prompts and answers together.")
     money: float | None = Field(None, gt=0, description="By the prices of `RLM_LLM__MODELS`, in their currency.")
-    calls: float | None = Field(None, gt=0, description="To providers, repeated ones as well.")
+    calls: float | None = Field(None, ge=1, description="To providers, repeated ones as well.")
 
     @property
     def limits(self) -> dict[str, float]:

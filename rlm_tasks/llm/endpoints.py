@@ -262,7 +262,8 @@ class Endpoint:
         if status in _TOO_EARLY or status >= 500:
             return ProviderDown(name, f"answers {status}", retry_after_s(error))
         code = "CONTEXT_LENGTH_EXCEEDED" if error.code == "context_length_exceeded" else "INVALID_REQUEST"
-        why = f"refuses the question ({status}): {self._reason(error, question)}"
+        where = f"; does {self.settings.base_url or 'OPENAI_BASE_URL'} end as it should, such as in /v1?" if status == 404 else ""
+        why = f"refuses the question ({status}): {self._reason(error, question)}{where}"
         return ProviderRefused(name, Category.VALIDATION, code, why, status)
 
     def _reason(self, error: APIStatusError, question: Question | None) -> str:

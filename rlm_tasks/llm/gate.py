@@ -215,7 +215,11 @@ class Gate(Guarded):
             requests=1, tokens=tokens, bytes=tokens * BYTES_PER_TOKEN,
         )  # fmt: skip
         if not grant:
-            raise RateLimited(f"bucket {bucket.name}", grant.wait_s, f"its limit of {grant.limited_by} is used up")
+            raise RateLimited(
+                f"bucket {bucket.name}",
+                grant.wait_s,
+                f"its limit of {grant.limited_by} has no room yet for a call of up to {tokens:,.0f} tokens",
+            )
         try:
             breaker = provider.breaker(name)
             held.admission = breaker.admit(waiter, self._urgency) if breaker is not None else None

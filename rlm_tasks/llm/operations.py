@@ -91,7 +91,10 @@ def _plain(answer: Any) -> Any:
 def _settled(model: type[P], request: JobRequest, settings: Any) -> tuple[JobRequest, P]:
     """Return a request with its params checked, and as plain data."""
     its = parsed(model, request.params)
-    its.fits(settings.llm, tier_for(its.tier, request.complexity))
+    tier = tier_for(its.tier, request.complexity)
+    its.fits(settings.llm, tier)
+    if request.options.budget is not None:
+        its.pays(request.options.budget.limits, settings.llm.of_tier(tier), settings.llm)
     found: dict[str, Any] = {"params": its.model_dump(mode="json", exclude_defaults=True)}
     if request.kind == "recursive" and request.strategy is None:
         # A smaller node would leave connections of its process idle.

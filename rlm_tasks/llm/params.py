@@ -41,6 +41,15 @@ class Params(Checked):
         if self.max_tokens > most:
             raise InvalidRequest("max_tokens", self.max_tokens, f"model {name} answers with {most} at most; ask for less")
 
+    def pays(self, budget: Mapping[str, float], model: str, settings: LlmSettings) -> None:
+        """Raise InvalidRequest when a budget pays no call, or cannot be counted."""
+        if budget.get("tokens", self.max_tokens) < self.max_tokens:
+            why = f"an answer alone may take {self.max_tokens} tokens; give more, or ask for a smaller max_tokens"
+            raise InvalidRequest("budget", {"tokens": budget["tokens"]}, why)
+        if "money" in budget and not settings.is_priced(model):
+            why = f"model {model} has no price; give it one in RLM_LLM__MODELS, 0 if it costs nothing"
+            raise InvalidRequest("budget", {"money": budget["money"]}, why)
+
 
 class Map(Params):
     """``llm.map``: a prompt for each item."""
@@ -51,8 +60,8 @@ class Map(Params):
     @field_validator("output", mode="before")
     @classmethod
     def _is_a_model(cls, value: Any) -> Any:
-        path = path_of(value) if isinstance(value, type) and issubclass(value, BaseModel) else value
-        if path:
+        path = path_of(value) if isinstance(value, type) else value
+        if path and isinstance(path, str):
             form_of(path)
         return path
 

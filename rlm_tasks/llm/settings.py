@@ -109,6 +109,10 @@ class LlmSettings(BaseModel, frozen=True, extra="forbid"):
         """Return what is known of a model."""
         return self.models.get(name) or PRICES.get(name) or ModelSettings()
 
+    def is_priced(self, name: str) -> bool:
+        """Say whether it is known what a model costs."""
+        return bool({"input_price", "output_price"} & self.model(name).model_fields_set)
+
     def of_tier(self, tier: Tier) -> str:
         """Return the name of a tier's model."""
         return str(getattr(self, tier))

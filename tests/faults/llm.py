@@ -422,7 +422,7 @@ def beside_others(on: Stage, rounds: int, jobs: int, every_s: float = 0.05) -> B
         start_small_ones(alone)
         on.reset()
         limited = on.map(range(100_000))
-        wait_until(lambda job=limited: "used up" in job.explain())  # type: ignore[misc]  # it is called at once
+        wait_until(lambda job=limited: "no room" in job.explain())  # type: ignore[misc]  # it is called at once
         time.sleep(on.window_s)  # its first nodes are sent all at once
         start_small_ones(beside)
         most = max(most, limited.progress().pending)

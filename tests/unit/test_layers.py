@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,15 @@ def test_imports_go_one_way(package: str) -> None:
 
     assert modules
     assert {name: bad for name, bad in wrong.items() if bad} == {}
+
+
+def test_an_installed_package_has_all_its_scripts() -> None:
+    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    found = {script.parents[1] for package in FORBIDDEN for script in (ROOT / package).rglob("*.lua")}
+
+    assert {".".join(folder.relative_to(ROOT).parts) for folder in found} == {
+        package for package, patterns in shipped.items() if "lua/*.lua" in patterns
+    }
 
 
 def test_every_module_says_what_it_is_for() -> None:

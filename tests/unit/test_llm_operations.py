@@ -35,6 +35,22 @@ def prepared(operation: str, items: Any, params: dict[str, Any], **llm: Any) -> 
     return prepare(JobRequest(operation=operation, items=items, params=params), Settings(llm=LlmSettings(**llm)))
 
 
+@pytest.mark.parametrize(
+    ("budget", "llm", "why"),
+    [
+        ({"tokens": 1000}, {}, "an answer alone may take 1024 tokens; give more, or ask for a smaller max_tokens"),
+        ({"money": 1}, {"medium": "own"}, "model own has no price; give it one in RLM_LLM__MODELS, 0 if it costs nothing"),
+    ],
+)
+def test_a_budget_that_pays_nothing_or_cannot_be_counted_is_refused(budget: Any, llm: Any, why: str) -> None:
+    request = JobRequest(operation="llm.map", items=["a"], params={"prompt": "{item}"}, options={"budget": budget})  # type: ignore[arg-type]  # as a user writes it
+    prepare = operations.get("llm.map").prepare
+    assert prepare is not None
+
+    with pytest.raises(InvalidRequest, match=why):
+        prepare(request, Settings(llm=LlmSettings(**llm)))
+
+
 # --- prompts -----------------------------------------------------------------------------------------
 
 

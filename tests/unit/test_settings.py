@@ -63,6 +63,12 @@ def test_a_wrong_value_is_told_by_its_variable(monkeypatch: pytest.MonkeyPatch) 
         ),
         ({"RLM_OPERATION": "a"}, ["RLM_OPERATION='a': there is no such setting; did you mean RLM_OPERATIONS?"]),
         ({"RLM_REDIS_PORT": "6380"}, ["RLM_REDIS_PORT='6380': there is no such setting"]),
+        (
+            {"RLM_LLM__ENDPOINTS": '[{"name": "main", "api_key": "sk-1234567890"}]'},
+            [
+                "RLM_LLM__ENDPOINTS: 'api_key' is no field of it; there are name, base_url, key_env, weight, models, max_tokens_as, stream"
+            ],
+        ),
         ({"RLM_ZZZ": "1"}, ["RLM_ZZZ='1': there is no such setting; docs/configuration.md lists all; unset it"]),
         ({"RLM_LOG_FORMAT": "jsn"}, ["RLM_LOG_FORMAT='jsn': must be one of text, json; did you mean json?"]),
         ({"RLM_NODE__TARGET_MS": "-4"}, ["RLM_NODE__TARGET_MS='-4': Input should be greater than 0"]),
