@@ -1,5 +1,6 @@
 -- Correct a reservation to what was really used, once.  ARGV: for each limit its capacity and the real amount ('': as taken).
--- The average of what is used goes by the last dozen of calls, a withdrawn one is none.   Returns 1, or 0 when it was settled before or is too old.
+-- The average of what is used goes by the last dozen of calls; one that was withdrawn is none.
+-- Returns 1, or 0 when it was settled before or is too old.
 local about = call('HGETALL', KEYS[1])
 if #about == 0 then return 0 end
 call('DEL', KEYS[1])
@@ -7,14 +8,14 @@ local taken = {}
 for i = 1, #about, 2 do taken[about[i]] = tonumber(about[i + 1]) end
 for i = 3, #KEYS do
   local n, real = i - 2, tonumber(ARGV[2 * (i - 2)])
+  if real and real > 0 and taken['a' .. n] and taken['a' .. n] > 0 then
+    local ratio = tonumber(call('HGET', KEYS[i], 'ratio') or '1')
+    call('HSET', KEYS[i], 'ratio', exact(ratio + (math.min(1, real / taken['a' .. n]) - ratio) / 12))
+  end
   if real and taken['a' .. n] and real ~= taken['a' .. n] then
     local back, cell = taken['a' .. n] - real, 'c' .. string.format('%.0f', taken['c' .. n])
     local v = call('HGET', KEYS[i], 'v')
     if v then call('HSET', KEYS[i], 'v', exact(math.min(tonumber(ARGV[2 * n - 1]), tonumber(v) + back))) end
-    if real > 0 then
-      local ratio = tonumber(call('HGET', KEYS[i], 'ratio') or '1')
-      call('HSET', KEYS[i], 'ratio', exact(ratio + (math.min(1, real / taken['a' .. n]) - ratio) / 12))
-    end
     if call('HEXISTS', KEYS[i], cell) == 1 then
       call('HINCRBYFLOAT', KEYS[i], cell, exact(-back))
       call('HINCRBYFLOAT', KEYS[i], 'sum', exact(-back))

@@ -155,20 +155,16 @@ class Gate(Guarded):
         raise refused or Denied("endpoints", ILL_S, f"none is well that has {models[0]}")
 
     def _somewhere(self, held: Pass, places: Sequence[EndpointSettings], waiter: str, context: Context) -> None:
-        """Take the first endpoint that takes the call now.  Where none does it stands in line at one limit: in two it would
-        keep others waiting for what it leaves.
-        """
+        """Take the first endpoint that takes the call now; where none does, stand in one line: a second would stand still."""
         assert held.question is not None
-        limits = [self._provider.bucket(place, held.question.model).name for place in places]
-        refused: dict[str, tuple[Denied, EndpointSettings]] = {}
-        for place, limit in zip(places, limits, strict=True):
-            if limit not in refused:
-                try:
-                    return self._through(held, place.name, waiter, context, in_line=len(set(limits)) == 1)
-                except Denied as denied:
-                    refused[limit if isinstance(denied, RateLimited) else place.name] = denied, place
-        soonest, place = min(refused.values(), key=lambda each: _how_bad(each[0]))
-        if len(set(limits)) > 1 and isinstance(soonest, RateLimited):
+        refused: list[tuple[Denied, EndpointSettings]] = []
+        for place in places:
+            try:
+                return self._through(held, place.name, waiter, context, in_line=len(places) == 1)
+            except Denied as denied:
+                refused.append((denied, place))
+        soonest, place = min(refused, key=lambda each: _how_bad(each[0]))
+        if len(places) > 1 and isinstance(soonest, RateLimited):
             return self._through(held, place.name, waiter, context, in_line=True)
         raise soonest
 

@@ -19,7 +19,7 @@ def test_the_ledger_agrees_with_the_oracle_on_a_real_server(durable: embedded.Se
     run_state_machine_as_test(
         OnRealServer,
         settings=settings(
-            max_examples=120,
+            max_examples=200,
             stateful_step_count=50,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
         ),

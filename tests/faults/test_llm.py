@@ -63,11 +63,13 @@ def test_answers_that_come_too_late_are_paid_from_the_budget(on: Stage) -> None:
     assert spent.merged
 
 
-@pytest.mark.parametrize(("operation", "items"), [("llm.map", 60), ("llm.map_reduce", 24)])
-def test_answers_are_exact_after_faults_and_kills(on: Stage, operation: str, items: int) -> None:
-    answers = through_faults(on, operation, items, {0.4: "process"}, every=15)
+@pytest.mark.parametrize(
+    ("operation", "items", "kills"), [("llm.map", 60, {0.2: "process", 0.5: "worker"}), ("llm.map_reduce", 24, {0.4: "process"})]
+)
+def test_answers_are_exact_after_faults_and_kills(on: Stage, operation: str, items: int, kills: dict[float, str]) -> None:
+    answers = through_faults(on, operation, items, kills, every=15)
     show(answers)
 
     assert (answers.wrong, answers.failed) == (0, 0)
-    assert answers.kills == 1
+    assert answers.kills == len(kills)
     assert len(answers.faults) >= 3, "calls have failed"

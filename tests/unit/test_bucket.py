@@ -166,6 +166,13 @@ def test_a_line_moves_by_what_calls_really_use(world: World) -> None:
     waits = [bucket.reserve(in_line=1, tokens=50).wait_s for _ in range(3)]
 
     assert waits == pytest.approx([0.05, 0.06, 0.07], abs=2e-3)
+    for _ in range(60):
+        world.sleep(1)
+        bucket.acquire(tokens=50).settle(tokens=50)
+    world.sleep(1)
+    assert bucket.acquire(tokens=100)
+    waits = [bucket.reserve(in_line=1, tokens=50).wait_s for _ in range(3)]
+    assert waits == pytest.approx([0.05, 0.1, 0.15], abs=2e-3), "calls use all they take now"
 
 
 def test_a_line_at_a_scope_keeps_nobody_else_waiting(world: World) -> None:

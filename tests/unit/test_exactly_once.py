@@ -71,7 +71,7 @@ def _jobs(draw: st.DrawFn) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
     return items, draw(_SHAPES), name
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(job=_jobs(), seed=st.integers(0, 10_000))
 def test_every_item_is_counted_once_and_merged_in_order(job: Any, seed: int) -> None:
     items, shape, name = job

@@ -17,7 +17,7 @@ from rlm_tasks.llm.endpoints import estimated_tokens
 from rlm_tasks.llm.operations import Found, _best, _in_groups, _merge_next, _narrow, _packed, _ranges, _read
 from rlm_tasks.llm.params import Map
 from rlm_tasks.llm.settings import LlmSettings, ModelSettings
-from rlm_tasks.requests import JobRequest
+from rlm_tasks.requests import Budget, JobRequest, Options
 from rlm_tasks.rounds import NextRound, Round
 from rlm_tasks.settings import Settings
 
@@ -29,26 +29,23 @@ def ended(number: int = 0, *, done: int = 1, short: bool = False, **params: Any)
     return Round(number, params, done, done, "", short)
 
 
-def prepared(operation: str, items: Any, params: dict[str, Any], **llm: Any) -> JobRequest:
+def prepared(operation: str, items: Any, params: dict[str, Any], budget: Budget | None = None, **llm: Any) -> JobRequest:
     prepare = operations.get(operation).prepare
     assert prepare is not None
-    return prepare(JobRequest(operation=operation, items=items, params=params), Settings(llm=LlmSettings(**llm)))
+    request = JobRequest(operation=operation, items=items, params=params, options=Options(budget=budget))
+    return prepare(request, Settings(llm=LlmSettings(**llm)))
 
 
 @pytest.mark.parametrize(
     ("budget", "llm", "why"),
     [
-        ({"tokens": 1000}, {}, "an answer alone may take 1024 tokens; give more, or ask for a smaller max_tokens"),
-        ({"money": 1}, {"medium": "own"}, "model own has no price; give it one in RLM_LLM__MODELS, 0 if it costs nothing"),
+        (Budget(tokens=1000), {}, "an answer alone may take 1024 tokens; give more, or ask for a smaller max_tokens"),
+        (Budget(money=1), {"medium": "own"}, "model own has no price; give it one in RLM_LLM__MODELS, 0 if it costs nothing"),
     ],
 )
-def test_a_budget_that_pays_nothing_or_cannot_be_counted_is_refused(budget: Any, llm: Any, why: str) -> None:
-    request = JobRequest(operation="llm.map", items=["a"], params={"prompt": "{item}"}, options={"budget": budget})  # type: ignore[arg-type]  # as a user writes it
-    prepare = operations.get("llm.map").prepare
-    assert prepare is not None
-
+def test_a_budget_that_pays_nothing_or_cannot_be_counted_is_refused(budget: Budget, llm: dict[str, Any], why: str) -> None:
     with pytest.raises(InvalidRequest, match=why):
-        prepare(request, Settings(llm=LlmSettings(**llm)))
+        prepared("llm.map", ["a"], {"prompt": "{item}"}, budget, **llm)
 
 
 # --- prompts -----------------------------------------------------------------------------------------
