@@ -2,7 +2,7 @@
 --
 -- A limit's hash:  v  level of the pacing bucket at time t (negative: booked ahead)    hold  nothing passes before
 --   sum  what the cells hold    tail  oldest cell that counts    head  newest cell there is    c<k>  taken in cell k: a slice
---   of time, k * width    new<class>, back<class>  when the last of those who wait, or wait again, has what it takes, or has paid for it
+--   of time, k * width    new<class>, back<class>  when the last of those who wait, or wait again, will have paid for what it takes
 --   ratio  what was used of what was taken, on average    till  the hash does not expire before
 -- A cell stays until all of it is older than the window and its guard.  Times are microseconds of the server.
 local call, floor, format, CELLS = redis.call, math.floor, string.format, 256

@@ -8,13 +8,14 @@ local taken = {}
 for i = 1, #about, 2 do taken[about[i]] = tonumber(about[i + 1]) end
 for i = 3, #KEYS do
   local n, real = i - 2, tonumber(ARGV[2 * (i - 2)])
-  if real and real > 0 and taken['a' .. n] and taken['a' .. n] > 0 then
+  local v = call('HGET', KEYS[i], 'v')
+  -- A limit that has expired is not begun again here: it would stay for ever.
+  if v and real and real > 0 and (taken['a' .. n] or 0) > 0 then
     local ratio = tonumber(call('HGET', KEYS[i], 'ratio') or '1')
     call('HSET', KEYS[i], 'ratio', exact(ratio + (math.min(1, real / taken['a' .. n]) - ratio) / 12))
   end
   if real and taken['a' .. n] and real ~= taken['a' .. n] then
     local back, cell = taken['a' .. n] - real, 'c' .. string.format('%.0f', taken['c' .. n])
-    local v = call('HGET', KEYS[i], 'v')
     if v then call('HSET', KEYS[i], 'v', exact(math.min(tonumber(ARGV[2 * n - 1]), tonumber(v) + back))) end
     if call('HEXISTS', KEYS[i], cell) == 1 then
       call('HINCRBYFLOAT', KEYS[i], cell, exact(-back))

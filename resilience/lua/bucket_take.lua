@@ -5,9 +5,10 @@
 -- Returns {1, wait, at, leased, takers} or {0, wait, number of the limit that says no, 0, takers}.
 
 -- Who waits takes what flows in within TURN, so that many are not woken for little; and no more than SHARE of a full bucket,
--- so that it does not overflow when somebody comes late.  Who comes back too early by less than SOON of its turn keeps that.  When
--- a bucket has been full for LATE, those in its LINES are gone.
-local TURN, SHARE, SOON, LATE, LINES = 100000, 1 / 3, 1 / 4, 500000, {'new0', 'new1', 'new2', 'new3', 'back0', 'back1', 'back2', 'back3'}
+-- so that it does not overflow when somebody comes late.  Who comes back too early by less than EARLY of its turn stands in no line
+-- again.  When a bucket has been full for LATE, its LINES begin anew.
+local TURN, SHARE, EARLY, LATE = 100000, 1 / 3, 1 / 4, 500000
+local LINES = {'new0', 'new1', 'new2', 'new3', 'back0', 'back1', 'back2', 'back3'}
 
 -- In how many microseconds so much may be taken.  More than the bucket holds passes when it is full, and leaves a debt.
 local function needs(b, amount)
@@ -57,18 +58,18 @@ if wait > tonumber(ARGV[3]) then
   if ARGV[4] ~= '' then
     -- Those who wait are served one after the other, so each is told a time of its own: when all that it takes is there.  What it
     -- takes beyond a full bucket is paid afterwards, by who comes next.
-    local line, times, all, soon, paid = limits[binding], tonumber(ARGV[5]), wait, 0, 0
+    local line, times, all, full, paid = limits[binding], tonumber(ARGV[5]), wait, 0, 0
     for _, b in ipairs(limits) do
       if b.amount > 0 then times = math.min(times, math.max(1, floor(math.min(TURN * b.rate, SHARE * b.capacity) / b.amount))) end
     end
     for _, b in ipairs(limits) do
       local uses = times * b.amount * b.ratio
       all = math.max(all, needs(b, times * b.amount))
-      soon, paid = math.max(soon, math.min(uses, b.capacity) / b.rate), math.max(paid, uses / b.rate)
+      full, paid = math.max(full, math.min(uses, b.capacity) / b.rate), math.max(paid, uses / b.rate)
     end
-    if ARGV[4]:find('new', 1, true) or wait > SOON * paid then
-      local mine = math.max(now + all, tonumber(call('HGET', line.key, ARGV[4]) or '0') + soon)
-      call('HSET', line.key, ARGV[4], exact(mine + paid - soon))
+    if ARGV[4]:find('new', 1, true) or wait > EARLY * paid then
+      local mine = math.max(now + all, tonumber(call('HGET', line.key, ARGV[4]) or '0') + full)
+      call('HSET', line.key, ARGV[4], exact(mine + paid - full))
       local left_ms = math.ceil((mine + paid - now) / 1000) + 60000
       if call('PTTL', line.key) < left_ms then call('PEXPIRE', line.key, left_ms) end
       wait = math.ceil(mine - now)

@@ -5,6 +5,7 @@ Keys are not here: an endpoint names the variable that holds its key, and `rlm_t
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -34,6 +35,13 @@ class EndpointSettings(BaseModel, frozen=True, extra="forbid"):
     models: dict[str, str] = {}  # our name of a model -> its name there; empty: it has all, under our names
     max_tokens_as: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # reasoning models know the second name only
     stream: bool = False  # read answers while they are made: a time limit then bounds each pause, not the whole
+
+    @field_validator("key_env")
+    @classmethod
+    def _is_a_variable(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+            raise ValueError("must be the name of a variable, in capitals; the key itself is what that variable holds")
+        return value
 
     @field_validator("base_url")
     @classmethod

@@ -69,6 +69,12 @@ def test_a_wrong_value_is_told_by_its_variable(monkeypatch: pytest.MonkeyPatch) 
                 "RLM_LLM__ENDPOINTS: 'api_key' is no field of it; there are name, base_url, key_env, weight, models, max_tokens_as, stream"
             ],
         ),
+        (
+            {"RLM_LLM__ENDPOINTS": '[{"name": "main", "key_env": "sk-1234567890"}]'},
+            [
+                "RLM_LLM__ENDPOINTS__0__KEY_ENV=***: must be the name of a variable, in capitals; the key itself is what that variable holds"
+            ],
+        ),
         ({"RLM_ZZZ": "1"}, ["RLM_ZZZ='1': there is no such setting; docs/configuration.md lists all; unset it"]),
         ({"RLM_LOG_FORMAT": "jsn"}, ["RLM_LOG_FORMAT='jsn': must be one of text, json; did you mean json?"]),
         ({"RLM_NODE__TARGET_MS": "-4"}, ["RLM_NODE__TARGET_MS='-4': Input should be greater than 0"]),
