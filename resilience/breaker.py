@@ -30,9 +30,9 @@ from resilience.breaker_storage import (
 )
 from resilience.errors import Category, Denied
 from resilience.faults import classify
-from resilience.line import Wake, call_up
 from resilience.settings import store_settings
 from resilience.store import Call, Store, default_store
+from resilience.waiters import Wake, call_up
 
 logger = logging.getLogger(__name__)
 

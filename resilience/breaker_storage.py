@@ -20,12 +20,12 @@ import psutil
 import pybreaker
 from pydantic import Field, model_validator
 
-from resilience.checked import Seconds
 from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.keys import Keys
-from resilience.line import IN_LINE
 from resilience.settings import store_settings
 from resilience.store import Argument, Call, Script, Store
+from resilience.validation import Seconds
+from resilience.waiters import IN_LINE
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 from resilience.errors import InvalidValue, NeverSatisfiable, StoreUnavailable
 from resilience.keys import Keys
-from resilience.line import URGENCY
 from resilience.store import Argument, Call, Script, Store, default_store
+from resilience.waiters import URGENCY
 
 FLOORS = {"critical": 0.0, "high": 0.05, "normal": 0.15, "low": 0.30}
 """The share of a bucket's burst that a class must leave to more urgent ones."""

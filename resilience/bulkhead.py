@@ -19,8 +19,8 @@ from typing import Any, ParamSpec, TypeVar
 from resilience.errors import BulkheadFull, Category, InvalidValue, NeverSatisfiable, StoreUnavailable
 from resilience.faults import classify
 from resilience.keys import Keys
-from resilience.line import IN_LINE, Wake, call_up
 from resilience.store import Argument, Call, Script, Store, default_store
+from resilience.waiters import IN_LINE, Wake, call_up
 
 P = ParamSpec("P")
 T = TypeVar("T")

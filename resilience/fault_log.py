@@ -17,11 +17,11 @@ from typing import Any
 
 from pydantic import Field
 
-from resilience.checked import Seconds
 from resilience.errors import Category, Severity, StoreUnavailable
 from resilience.faults import Fault
 from resilience.keys import Keys
 from resilience.store import Argument, Call, Script, Store
+from resilience.validation import Seconds
 
 logger = logging.getLogger(__name__)
 

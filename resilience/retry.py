@@ -19,11 +19,11 @@ from typing import Any, ParamSpec, TypeVar
 from pydantic import Field, model_validator
 
 from resilience.bucket import LocalShare, Rate
-from resilience.checked import Seconds
 from resilience.errors import Denied, RetryBudgetExhausted, StoreUnavailable
 from resilience.faults import Fault, classify
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store, default_store
+from resilience.validation import Seconds
 
 P = ParamSpec("P")
 T = TypeVar("T")

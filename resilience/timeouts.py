@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import Field
 
-from resilience.checked import Seconds
 from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
+from resilience.validation import Seconds
 
 BUCKETS = 256
 RATIO = 1.1

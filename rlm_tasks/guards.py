@@ -326,7 +326,7 @@ class Guards:
 
     def guarded(self, operation: Operation, about: Protection, priority: str) -> Guarded:
         """Return an operation behind the guards of a service."""
-        from resilience.line import URGENCY
+        from resilience.waiters import URGENCY
 
         return Guarded(
             operation,

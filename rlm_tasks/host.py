@@ -21,10 +21,10 @@ from rlm_tasks.queue_order import QueueOrder, running
 from rlm_tasks.runtime import Runtime
 from rlm_tasks.spec import SCHEMA
 from scheduler.board import Board, HostReport, Orders, acted_on
-from scheduler.cycle import Facts
 from scheduler.ladder import HostLadder, Verdict
 from scheduler.queues import ages
 from scheduler.sampling import Sample, Sampler, held_mb
+from scheduler.stride import Facts
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ import msgspec
 from resilience.bulkhead import Bulkhead, Permit
 from resilience.degradation import Level
 from resilience.errors import StoreUnavailable
-from resilience.line import URGENCY
 from resilience.store import Call
+from resilience.waiters import URGENCY
 from rlm_tasks import metrics, operations
 from rlm_tasks.crashpoints import CrashPoint
 from rlm_tasks.dispatch import freeze, mint

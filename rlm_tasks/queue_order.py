@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from celery.worker import state
 
-from scheduler.cycle import Facts, StrideCycle
+from scheduler.stride import Facts, StrideCycle
 
 
 def running(queue: str) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from resilience.checked import Checked
+from resilience.validation import Checked
 from rlm_tasks import metrics
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.splitting import Shape

@@ -20,9 +20,9 @@ from redis.exceptions import RedisError
 from resilience.errors import StoreUnavailable
 from resilience.fault_log import FaultLog, FaultLogSettings
 from resilience.keys import Keys
-from resilience.line import URGENCY
 from resilience.store import Store, guard_store
 from resilience.timeouts import Timeouts
+from resilience.waiters import URGENCY
 from rlm_tasks import operations
 from rlm_tasks.crashpoints import CrashPoint, nobody_listens
 from rlm_tasks.dispatch import Dispatcher

@@ -10,8 +10,8 @@ import os
 
 from resilience.bulkhead import LEASE_S, Bulkhead
 from resilience.degradation import Level
-from resilience.line import Wake
 from resilience.store import Store
+from resilience.waiters import Wake
 from rlm_tasks import operations
 from rlm_tasks.operations import Operation
 from rlm_tasks.page import Page

@@ -14,10 +14,10 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from resilience.checked import Checked
 from resilience.degradation import Level
 from resilience.errors import InvalidValue
-from resilience.line import URGENCY
+from resilience.validation import Checked
+from resilience.waiters import URGENCY
 from scheduler.settings import AllocationSettings
 
 OTHERS = "*"

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from redis.exceptions import RedisError
 
 from resilience.keys import Keys
-from resilience.line import URGENCY
 from resilience.store import Call, Script, Store
+from resilience.waiters import URGENCY
 from scheduler.slots import SlotBoard
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from resilience.line import URGENCY
+from resilience.waiters import URGENCY
 
 CONTROL = "control"
 """The queue of the platform's own work, ``<namespace>.control``: short, and nothing else is right without it."""

@@ -18,9 +18,9 @@ import msgspec
 
 from resilience.degradation import Strategy
 from resilience.errors import BulkheadFull, Category, Denied, RateLimited, StoreUnavailable
-from resilience.line import URGENCY
 from resilience.retry import RetryPolicy
 from resilience.store import Call
+from resilience.waiters import URGENCY
 from rlm_tasks import codec
 from rlm_tasks.guards import PATIENCE_S, Guarded, Guards
 from rlm_tasks.llm import counts

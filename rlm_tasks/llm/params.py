@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, field_validator
 
-from resilience.checked import Checked
+from resilience.validation import Checked
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.llm.forms import form_of, path_of
 from rlm_tasks.llm.settings import LlmSettings, Tier

@@ -19,8 +19,8 @@ from rlm_tasks.celery import configuration
 from rlm_tasks.queue_order import QueueOrder
 from rlm_tasks.queues import QueueGauge
 from rlm_tasks.settings import Settings
-from scheduler.cycle import WEIGHTS, Facts
 from scheduler.queues import QueueReport
+from scheduler.stride import WEIGHTS, Facts
 from tests.integration.conftest import SLOTS, client_of, environment_of
 from tests.integration.ordered_ops import note
 from tests.support import wait_until

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from resilience.degradation import Level
 from resilience.errors import InvalidValue
-from resilience.line import URGENCY
+from resilience.waiters import URGENCY
 from scheduler.allocation import (
     TIMEOUT_FACTORS,
     ExecutorPriority,

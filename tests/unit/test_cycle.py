@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kombu.utils.scheduling import priority_cycle
 
-from scheduler.cycle import WEIGHTS, Facts, StrideCycle
 from scheduler.queues import QueueReport, ages, priority_of
+from scheduler.stride import WEIGHTS, Facts, StrideCycle
 
 CRITICAL, HIGH, NORMAL, LOW = QUEUES = [f"rlm.{priority}" for priority in WEIGHTS]
 

@@ -24,8 +24,8 @@ from rlm_tasks.celery import configuration
 from rlm_tasks.queue_order import QueueOrder
 from rlm_tasks.queues import QueueGauge
 from rlm_tasks.settings import Settings
-from scheduler.cycle import Facts
 from scheduler.queues import QueueReport
+from scheduler.stride import Facts
 
 NOW = 1_800_000_000.0
 NAMES = ["unit.critical", "unit.high", "unit.normal", "unit.low"]
