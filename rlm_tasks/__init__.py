@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from rlm_tasks.errors import UnknownOperation as UnknownOperation
     from rlm_tasks.installation import install as install
     from rlm_tasks.job import Job as Job
+    from rlm_tasks.jobs.items import Files as Files
+    from rlm_tasks.jobs.items import Lines as Lines
+    from rlm_tasks.jobs.splitting import estimate_optimal_chunk_size as estimate_optimal_chunk_size
     from rlm_tasks.operations import Context as Context
     from rlm_tasks.operations import operation as operation
     from rlm_tasks.optimization import OptimizationConfig as OptimizationConfig
@@ -58,9 +61,6 @@ if TYPE_CHECKING:
     from rlm_tasks.results import Status as Status
     from rlm_tasks.rounds import NextRound as NextRound
     from rlm_tasks.rounds import Round as Round
-    from rlm_tasks.sources import Files as Files
-    from rlm_tasks.sources import Lines as Lines
-    from rlm_tasks.splitting import estimate_optimal_chunk_size as estimate_optimal_chunk_size
     from scheduler.allocation import ResourceAllocationPolicy as ResourceAllocationPolicy
 
 _HOMES = {
@@ -78,8 +78,8 @@ _HOMES = {
     "resource_manager": "create_resource_manager get_resource_status integrate_with_orchestrator reset_circuit_breakers "
     "wrap_method_executor",
     "rounds": "NextRound Round",
-    "sources": "Files Lines",
-    "splitting": "estimate_optimal_chunk_size",
+    "jobs.items": "Files Lines",
+    "jobs.splitting": "estimate_optimal_chunk_size",
     "resilience.budget": "Spending",
     "resilience.degradation": "Level ResourceConstraints",
     "scheduler.allocation": "ResourceAllocationPolicy",
@@ -95,7 +95,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOME_OF[name]
     try:
-        module = importlib.import_module(home if "." in home else f"rlm_tasks.{home}")
+        module = importlib.import_module(home if home.startswith(("resilience.", "scheduler.")) else f"rlm_tasks.{home}")
     except (ImportError, OSError) as error:
         from rlm_tasks.import_path import HOME, in_our_place
 

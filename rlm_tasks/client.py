@@ -25,7 +25,6 @@ from resilience.keys import Keys
 from resilience.retry import RetryPolicy
 from resilience.store import Store, guard_store, masked
 from rlm_tasks import operations
-from rlm_tasks import spec as specs
 from rlm_tasks.broker import AWAY
 from rlm_tasks.celery import app as default_app
 from rlm_tasks.celery import queue_name
@@ -33,14 +32,15 @@ from rlm_tasks.dispatch import Dispatcher, mint
 from rlm_tasks.errors import BrokerUnavailable, InvalidRequest, JobEnded, JobNotFound, Overloaded, QueueFull
 from rlm_tasks.intake import Intake
 from rlm_tasks.job import Job
+from rlm_tasks.jobs import spec as specs
+from rlm_tasks.jobs.items import ItemReader, ItemWriter, Source
+from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report, Standing
 from rlm_tasks.requests import Budget, JobRequest, Options, Priority
 from rlm_tasks.results import JobResult, Progress, QuarantinedItem, Status
 from rlm_tasks.runtime import making_room, wake
 from rlm_tasks.settings import Settings
 from rlm_tasks.shares import policies, priority_for
-from rlm_tasks.sources import ItemReader, ItemWriter, Source
-from rlm_tasks.spec import Spec
 from rlm_tasks.tracing import current_traceparent
 from scheduler.admission import WaitingRoom
 from scheduler.preemption import Preemption

@@ -17,9 +17,9 @@ from celery import Celery
 from redis.exceptions import RedisError
 
 from rlm_tasks.broker import AWAY, spoken
+from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.splitting import Fork, Leaf
 from rlm_tasks.ledger import Child, Ledger, Slot, Split
-from rlm_tasks.spec import Spec
-from rlm_tasks.splitting import Fork, Leaf
 
 logger = logging.getLogger(__name__)
 

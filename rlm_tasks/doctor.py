@@ -19,9 +19,9 @@ from resilience.address import SENTINEL, SENTINEL_TIMEOUT_S
 from resilience.errors import StoreUnavailable
 from resilience.store import Store, masked
 from rlm_tasks import __version__, import_path, operations
+from rlm_tasks.jobs.spec import SCHEMA
 from rlm_tasks.preflight import Finding as Finding
 from rlm_tasks.preflight import State, of_celery, of_redis, of_urls
-from rlm_tasks.spec import SCHEMA
 
 if TYPE_CHECKING:
     from celery import Celery

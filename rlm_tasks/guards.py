@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from resilience.bulkhead import Bulkhead, Permit
     from resilience.retry import Retry
     from resilience.store import Call, Store
+    from rlm_tasks.jobs.spec import Spec
     from rlm_tasks.operations import Context, Operation
     from rlm_tasks.settings import Settings
-    from rlm_tasks.spec import Spec
 
 ORDER = ("deadline", "retry", "rate_limit", "breaker", "bulkhead")
 """The guards of a call, outermost first.

@@ -11,8 +11,8 @@ from typing import Any
 
 from resilience.degradation import IN_FORCE, Degradation, Level, Strategy
 from resilience.faults import Fault, classify
-from rlm_tasks import codec
-from rlm_tasks.failures import failure_of
+from rlm_tasks.jobs import codec
+from rlm_tasks.jobs.item_failures import failure_of
 from rlm_tasks.operations import Operation
 
 FOLD_AT = 4096

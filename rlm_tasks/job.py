@@ -15,7 +15,7 @@ import msgspec
 
 from resilience.errors import StoreUnavailable
 from resilience.store import LOST
-from rlm_tasks import codec, operations
+from rlm_tasks import operations
 from rlm_tasks.errors import (
     InvalidRequest,
     JobCancelled,
@@ -27,6 +27,7 @@ from rlm_tasks.errors import (
     ResultTooLarge,
 )
 from rlm_tasks.explain import explain
+from rlm_tasks.jobs import codec
 from rlm_tasks.ledger import MERGE
 from rlm_tasks.merging import flattened, partials
 from rlm_tasks.results import (
@@ -50,7 +51,7 @@ from rlm_tasks.tracing import trace_id_of
 if TYPE_CHECKING:
     from resilience.budget import Spending
     from rlm_tasks.client import Client
-    from rlm_tasks.spec import Spec
+    from rlm_tasks.jobs.spec import Spec
 
 _T = TypeVar("_T")
 _BLOCK_MS = 1000

@@ -17,10 +17,10 @@ import msgspec
 
 from resilience.keys import Keys
 from resilience.store import LOST, Argument, Call, Script, Store
-from rlm_tasks import spec as specs
+from rlm_tasks.jobs import spec as specs
+from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.results import ItemFailure, JobEvent, QuarantinedItem
 from rlm_tasks.settings import LedgerSettings
-from rlm_tasks.spec import Spec
 
 ROOT = "root"
 MERGE = "merge"

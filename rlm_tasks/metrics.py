@@ -26,7 +26,7 @@ from billiard.process import current_process
 
 from resilience.errors import InvalidValue
 from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.splitting import Reason
+from rlm_tasks.jobs.splitting import Reason
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry

@@ -30,16 +30,9 @@ from rlm_tasks.dispatch import freeze, mint
 from rlm_tasks.errors import Quarantined, UnknownOperation
 from rlm_tasks.guards import Postponed
 from rlm_tasks.in_flight import WorkInFlight
-from rlm_tasks.ledger import MERGE, PROCESS, ROOT, Child, Claim, Finished, Report, Suspect
-from rlm_tasks.merging import merge_root
-from rlm_tasks.operations import Operation
-from rlm_tasks.pace import Pace
-from rlm_tasks.page import PageSlot
-from rlm_tasks.results import QuarantinedItem
-from rlm_tasks.runtime import Runtime
-from rlm_tasks.sources import reference
-from rlm_tasks.spec import Spec
-from rlm_tasks.splitting import (
+from rlm_tasks.jobs.items import reference
+from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.splitting import (
     RULES,
     WORTH_PLANNING_MS,
     Fork,
@@ -52,6 +45,13 @@ from rlm_tasks.splitting import (
     share_out,
     should_yield,
 )
+from rlm_tasks.ledger import MERGE, PROCESS, ROOT, Child, Claim, Finished, Report, Suspect
+from rlm_tasks.merging import merge_root
+from rlm_tasks.operations import Operation
+from rlm_tasks.pace import Pace
+from rlm_tasks.page import PageSlot
+from rlm_tasks.results import QuarantinedItem
+from rlm_tasks.runtime import Runtime
 from rlm_tasks.working import Work
 from scheduler.admission import sheds
 from scheduler.preemption import more_urgent, rank_of

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from resilience.retry import RetryPolicy
     from rlm_tasks.guards import Guarded, Guards
     from rlm_tasks.job import Job
+    from rlm_tasks.jobs.spec import Spec
     from rlm_tasks.llm.forecast import Forecast
     from rlm_tasks.requests import JobRequest
     from rlm_tasks.rounds import Round
     from rlm_tasks.settings import Settings
-    from rlm_tasks.spec import Spec
     from scheduler.allocation import ResourceAllocationPolicy
 
 _PROTECTING = frozenset({"service", "breaker", "rate_limit", "cost", "bulkhead", "per_host", "retry", "fallback", "timeout_s"})

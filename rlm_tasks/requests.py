@@ -17,7 +17,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from resilience.validation import Checked
 from rlm_tasks import metrics
 from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.splitting import Shape
+from rlm_tasks.jobs.splitting import Shape
 
 DEFAULT_MIN_CHUNK = 100
 """Smallest part of a planned binary or n-way tree (source document 0, minChunkSize)."""

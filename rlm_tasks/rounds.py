@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from resilience.errors import RlmError
-from rlm_tasks import codec, operations
+from rlm_tasks import operations
 from rlm_tasks.dispatch import Dispatcher, mint
+from rlm_tasks.jobs import codec
+from rlm_tasks.jobs.items import ItemWriter
+from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.ledger import MERGE, ROOT, Claim, Ledger
 from rlm_tasks.merging import flattened, merged, partials
 from rlm_tasks.results import Status
-from rlm_tasks.sources import ItemWriter
-from rlm_tasks.spec import Spec
-from rlm_tasks.splitting import Shape
 
 if TYPE_CHECKING:
     from rlm_tasks.operations import Operation

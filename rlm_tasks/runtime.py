@@ -28,13 +28,13 @@ from rlm_tasks.crashpoints import CrashPoint, nobody_listens
 from rlm_tasks.dispatch import Dispatcher
 from rlm_tasks.guards import Guards
 from rlm_tasks.item_limits import ItemLimits
+from rlm_tasks.jobs.items import ItemReader
 from rlm_tasks.ledger import Ledger
 from rlm_tasks.notices import Notices
 from rlm_tasks.page import Page, PageSlot
 from rlm_tasks.rounds import Rounds
 from rlm_tasks.settings import Settings
 from rlm_tasks.shares import Shares
-from rlm_tasks.sources import ItemReader
 from rlm_tasks.transports import speaks_redis
 from scheduler.admission import WaitingRoom
 from scheduler.board import Board

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from resilience.store import Store
-from rlm_tasks.spec import Spec
+from rlm_tasks.jobs.spec import Spec
 
 if TYPE_CHECKING:
     from resilience.budget import Budget, Spending

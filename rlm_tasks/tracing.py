@@ -27,11 +27,11 @@ from celery import Celery, signals
 from resilience.errors import StoreUnavailable
 from resilience.store import LOST, Call
 from rlm_tasks import operations
-from rlm_tasks import spec as specs
+from rlm_tasks.jobs import spec as specs
+from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger import MERGE, PROCESS, Claim, Finished, Ledger, Report, Swept
 from rlm_tasks.results import Status
 from rlm_tasks.settings import Settings, traces_exporters
-from rlm_tasks.spec import Spec
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span

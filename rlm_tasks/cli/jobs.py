@@ -13,9 +13,9 @@ from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, 
 
 if TYPE_CHECKING:
     from rlm_tasks.job import Job
+    from rlm_tasks.jobs.spec import Spec
     from rlm_tasks.planning import PlannedRound
     from rlm_tasks.results import ItemFailure, JobEvent, JobResult, Progress
-    from rlm_tasks.spec import Spec
 
 SHOWN = 20
 """So many of a job's events are shown to people, the last."""
@@ -128,7 +128,7 @@ def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
 
 def _show_failures(failures: list[ItemFailure]) -> None:
     """Print failures, alike ones in one row: what they raised may hold an item, and is in the result alone."""
-    from rlm_tasks.failures import alike
+    from rlm_tasks.jobs.item_failures import alike
 
     rows = ((type, code, len(indexes), _first_of(indexes)) for type, code, indexes in alike(failures))
     table("What failed", ("raised", "code", "items", "index"), rows)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from resilience.degradation import Level
 from rlm_tasks.errors import JobNotFound
-from rlm_tasks.failures import alike
+from rlm_tasks.jobs.item_failures import alike
 from rlm_tasks.metrics import BREAKER_STATES
 from rlm_tasks.results import Progress, Status
 from rlm_tasks.spending import COLUMNS, rows
@@ -22,10 +22,10 @@ from rlm_tasks.spending import COLUMNS, rows
 if TYPE_CHECKING:
     from rlm_tasks.client import Client
     from rlm_tasks.job import Job
+    from rlm_tasks.jobs.spec import Spec
     from rlm_tasks.limits import LimitReport
     from rlm_tasks.pressure import PlatformStatus
     from rlm_tasks.results import TreeNode
-    from rlm_tasks.spec import Spec
     from scheduler.board import HostReport
 
 TABS = {"jobs": "Jobs", "pressure": "Pressure", "breakers": "Breakers", "limits": "Limits", "queues": "Queues"}

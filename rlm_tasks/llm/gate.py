@@ -21,8 +21,8 @@ from resilience.errors import BulkheadFull, Category, Denied, RateLimited, Store
 from resilience.retry import RetryPolicy
 from resilience.store import Call
 from resilience.waiters import URGENCY
-from rlm_tasks import codec
 from rlm_tasks.guards import PATIENCE_S, Guarded, Guards
+from rlm_tasks.jobs import codec
 from rlm_tasks.llm import counts
 from rlm_tasks.llm.drafts import Draft, digest, models_for
 from rlm_tasks.llm.endpoints import Answer, ProviderDown, ProviderRefused, Question, UnusableAnswer
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from resilience.bucket import Grant
     from resilience.budget import Charge
     from resilience.single_flight import Flight
+    from rlm_tasks.jobs.spec import Spec
     from rlm_tasks.llm.settings import EndpointSettings
     from rlm_tasks.operations import Context, Operation
-    from rlm_tasks.spec import Spec
 
 MEMO_S = 3600.0
 """An answer that was paid for is known to its item for so long, should the item be done again before its node has ended."""

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from resilience.degradation import Strategy
 from rlm_tasks import operations
 from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.jobs.items import Files, Lines
 from rlm_tasks.llm.drafts import Draft, Message, tier_for
 from rlm_tasks.llm.endpoints import estimated_tokens
 from rlm_tasks.llm.forecast import Forecast, by_item, merging, narrowing
@@ -26,7 +27,6 @@ from rlm_tasks.operations import Context, Operation
 from rlm_tasks.protection import Protection
 from rlm_tasks.requests import Adaptive, JobRequest
 from rlm_tasks.rounds import NextRound, Round
-from rlm_tasks.sources import Files, Lines
 
 P = TypeVar("P", bound=Params)
 Compose = Callable[[Any, dict[str, Any], str], Draft]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlm_tasks import spec
+from rlm_tasks.jobs import spec
 
 spec.SCHEMA -= 1
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rlm_tasks.splitting import ROOT_PARTS_PER_SLOT
+from rlm_tasks.jobs.splitting import ROOT_PARTS_PER_SLOT
 from tests.faults.llm import Stage, against_limits, on_a_budget, show, stage, through_faults
 from tests.support import wait_until
 

@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from rlm_tasks import Adaptive, Binary, Client, JobRequest, NWay
-from rlm_tasks.splitting import leaves, plan
+from rlm_tasks.jobs.splitting import leaves, plan
 
 JOBS, AT_ONCE = 210, 30
 

@@ -19,10 +19,12 @@ from resilience.keys import Keys
 from resilience.store import Store
 from resilience.timeouts import Timeouts
 from rlm_tasks import operations
-from rlm_tasks import spec as specs
 from rlm_tasks.dispatch import group_id
 from rlm_tasks.guards import Guards
 from rlm_tasks.item_limits import ItemLimits
+from rlm_tasks.jobs import spec as specs
+from rlm_tasks.jobs.items import ItemReader, ItemWriter
+from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger import ROOT, Child, Ledger, Split
 from rlm_tasks.merging import compact_split
 from rlm_tasks.node import run_node
@@ -33,8 +35,6 @@ from rlm_tasks.rounds import Rounds
 from rlm_tasks.runtime import Runtime, wake
 from rlm_tasks.settings import Settings
 from rlm_tasks.shares import Shares
-from rlm_tasks.sources import ItemReader, ItemWriter
-from rlm_tasks.spec import Spec
 from rlm_tasks.spending import Purse
 from scheduler.admission import WaitingRoom
 from scheduler.board import Board
@@ -189,7 +189,7 @@ class Platform:
 
     def output(self, spec: Spec) -> Any:
         """Return the packed answer, or the pages of a job without a merge."""
-        from rlm_tasks import codec
+        from rlm_tasks.jobs import codec
         from rlm_tasks.merging import flattened, partials
 
         packed = self.store.client.hget(self.keys.of(spec.job).blobs, "output")

@@ -15,11 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from resilience.keys import Keys
 from resilience.store import Store
+from rlm_tasks.jobs.items import RangeSource
+from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger import MERGE, ROOT, Child, Claim, Ledger, Report
 from rlm_tasks.requests import JobRequest
 from rlm_tasks.settings import LedgerSettings
-from rlm_tasks.sources import RangeSource
-from rlm_tasks.spec import Spec
 
 LONG_S = 10_000.0
 GRACE_S = 1000.0

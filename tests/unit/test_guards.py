@@ -16,15 +16,15 @@ from resilience.errors import BulkheadFull, Category, InvalidValue, RateLimited
 from resilience.faults import classify
 from resilience.retry import RetryPolicy
 from resilience.settings import BreakerSettings
-from rlm_tasks import failures as failures  # it says what Celery's exceptions mean
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.guards import Guarded, Guards, Postponed
+from rlm_tasks.jobs import item_failures as item_failures  # it says what Celery's exceptions mean
+from rlm_tasks.jobs.items import RangeSource
+from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.operations import Context, Operation
 from rlm_tasks.protection import protection
 from rlm_tasks.settings import Settings
-from rlm_tasks.sources import RangeSource
-from rlm_tasks.spec import Spec
-from rlm_tasks.splitting import Shape
 from tests.unit.world import World, world
 
 __all__ = ["world"]

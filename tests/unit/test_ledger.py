@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from redis.exceptions import ResponseError
 
-from rlm_tasks import JobRequest, NWay, codec
+from rlm_tasks import JobRequest, NWay
 from rlm_tasks.dispatch import mint
+from rlm_tasks.jobs import codec
+from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger import MERGE, ROOT, Child, Claim, Report, Split, Suspect
-from rlm_tasks.spec import Spec
 from tests.unit.harness import Platform
 
 

@@ -13,14 +13,14 @@ from resilience.degradation import Strategy
 from resilience.errors import BulkheadFull, CallTimeout, Denied, RateLimited
 from rlm_tasks import operations
 from rlm_tasks.guards import Guards, Postponed
+from rlm_tasks.jobs.items import RangeSource
+from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.llm.endpoints import Allowance, Answer, ProviderDown, Told, UnusableAnswer
 from rlm_tasks.llm.gate import BudgetSpent, Gate, Pass
 from rlm_tasks.llm.settings import EndpointSettings, LlmSettings
 from rlm_tasks.operations import Context
 from rlm_tasks.settings import Settings
-from rlm_tasks.sources import RangeSource
-from rlm_tasks.spec import Spec
-from rlm_tasks.splitting import Shape
 from tests.unit.world import World, world
 
 __all__ = ["world"]

@@ -20,11 +20,11 @@ from rlm_tasks import metrics
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.health import STUCK_S, UNHEARD_S, Vitals, not_alive, not_ready
 from rlm_tasks.installation import install
+from rlm_tasks.jobs.splitting import Reason
 from rlm_tasks.ledger import Child, Report
 from rlm_tasks.metrics import Counter, Histogram, SlotFiles, Standing, count_node, counted, timed
 from rlm_tasks.requests import Options
 from rlm_tasks.settings import Settings
-from rlm_tasks.splitting import Reason
 
 ROOT = Path(__file__).parents[2]
 IDLE = Standing(total=4, busy=0, draining=False, level=0, memory_mb=100.0, memory_level=0)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from rlm_tasks import operations
 from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.jobs.items import Files, Lines
 from rlm_tasks.llm.endpoints import estimated_prompt
 from rlm_tasks.llm.forecast import Z90, Outlook, RoundForecast, mean_and_error
 from rlm_tasks.llm.learned import Known
@@ -36,7 +37,6 @@ from rlm_tasks.planning import (
 )
 from rlm_tasks.requests import Adaptive, Binary, JobRequest, NWay
 from rlm_tasks.settings import Settings
-from rlm_tasks.sources import Files, Lines
 from tests.unit.harness import Platform
 
 operations.import_operations(())

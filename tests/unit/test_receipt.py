@@ -16,8 +16,8 @@ from resilience.degradation import CONSTRAINTS, IN_FORCE, Level, ResourceConstra
 from resilience.retry import RetryPolicy
 from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, Options, operation
 from rlm_tasks.job import _receipt
+from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.results import Receipt, Shaped, Status
-from rlm_tasks.spec import Spec
 from tests.unit.test_degradation import EMBEDDINGS, EXPENSIVE, LIMITS, OPTIONAL, QUESTIONS, SAME_IN_THE_SOURCES_WORDS, SIMPLIFIED
 from tests.unit.test_waiting import WaitingPlatform
 

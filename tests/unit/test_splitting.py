@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlm_tasks import estimate_optimal_chunk_size
-from rlm_tasks.splitting import (
+from rlm_tasks.jobs.splitting import (
     MAX_FANOUT,
     RULES,
     Fork,

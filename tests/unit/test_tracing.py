@@ -19,14 +19,14 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, Sp
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from rlm_tasks import Binary, JobRequest, NWay, Options, operation
-from rlm_tasks import spec as specs
 from rlm_tasks.crashpoints import CrashPoint
 from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.jobs import spec as specs
+from rlm_tasks.jobs.items import RangeSource
+from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger import Ledger
 from rlm_tasks.settings import traces_exporters
-from rlm_tasks.sources import RangeSource
 from rlm_tasks.spans import Export, HandOver, Spans, packed, unpacked
-from rlm_tasks.spec import Spec
 from rlm_tasks.tracing import TracedLedger, Tracing, origin, span_id, trace_id_of
 from tests.unit.harness import Platform
 

@@ -19,9 +19,9 @@ from resilience.retry import RetryPolicy
 from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, Options, operation, operations
 from rlm_tasks.guards import Guards
 from rlm_tasks.harvest import Harvest
+from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.results import Status
 from rlm_tasks.runtime import wake
-from rlm_tasks.spec import Spec
 from tests.unit.harness import Platform
 
 ATTEMPTS = 4

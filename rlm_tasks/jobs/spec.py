@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from rlm_tasks.sources import Source
-from rlm_tasks.splitting import Shape
+from rlm_tasks.jobs.items import Source
+from rlm_tasks.jobs.splitting import Shape
 
 SCHEMA = 1
 

@@ -18,8 +18,8 @@ from typing import Any, cast
 import msgspec
 
 from resilience.store import Store
-from rlm_tasks import codec
 from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.jobs import codec
 
 BLOCK_ITEMS = 1024
 BLOCK_BYTES = 1 << 20
