@@ -32,9 +32,10 @@ from prometheus_client import REGISTRY, make_wsgi_app
 from resilience.degradation import Level, level_of
 from resilience.errors import StoreUnavailable
 from resilience.store import guard_store
-from rlm_tasks import __version__, limits, metrics, wellbeing
+from rlm_tasks import __version__, limits, wellbeing
 from rlm_tasks.guards import breakers_of
-from rlm_tasks.metrics import Standing
+from rlm_tasks.metrics import declared as metrics
+from rlm_tasks.metrics.declared import Standing
 from scheduler.sampling import held_mb
 
 logger = logging.getLogger(__name__)

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from resilience.errors import StoreUnavailable
-from rlm_tasks import metrics
 from rlm_tasks.crashpoints import CrashPoint, nobody_listens
 from rlm_tasks.errors import Quarantined
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.item_failures import failure_of
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger import Claim, Ledger
+from rlm_tasks.metrics import declared as metrics
 from rlm_tasks.operations import Operation
 from rlm_tasks.results import Status
 

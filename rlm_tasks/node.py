@@ -24,7 +24,7 @@ from resilience.degradation import Level
 from resilience.errors import StoreUnavailable
 from resilience.store import Call
 from resilience.waiters import URGENCY
-from rlm_tasks import metrics, operations
+from rlm_tasks import operations
 from rlm_tasks.crashpoints import CrashPoint
 from rlm_tasks.dispatch import freeze, mint
 from rlm_tasks.errors import Quarantined, UnknownOperation
@@ -47,6 +47,7 @@ from rlm_tasks.jobs.splitting import (
 )
 from rlm_tasks.ledger import MERGE, PROCESS, ROOT, Child, Claim, Finished, Report, Suspect
 from rlm_tasks.merging import merge_root
+from rlm_tasks.metrics import declared as metrics
 from rlm_tasks.operations import Operation
 from rlm_tasks.pace import Pace
 from rlm_tasks.page import PageSlot

@@ -15,9 +15,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from resilience.validation import Checked
-from rlm_tasks import metrics
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.splitting import Shape
+from rlm_tasks.metrics import declared as metrics
 
 DEFAULT_MIN_CHUNK = 100
 """Smallest part of a planned binary or n-way tree (source document 0, minChunkSize)."""

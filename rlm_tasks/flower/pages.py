@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from resilience.degradation import Level
 from rlm_tasks.errors import JobNotFound
 from rlm_tasks.jobs.item_failures import alike
-from rlm_tasks.metrics import BREAKER_STATES
+from rlm_tasks.metrics.declared import BREAKER_STATES
 from rlm_tasks.results import Progress, Status
 from rlm_tasks.spending import COLUMNS, rows
 

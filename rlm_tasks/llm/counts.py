@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from resilience.errors import CallTimeout, RateLimited
 from rlm_tasks.llm.endpoints import Answer, ProviderRefused, UnusableAnswer
-from rlm_tasks.metrics import LLM_CALLS, LLM_MONEY, LLM_SECONDS, LLM_TOKENS
+from rlm_tasks.metrics.declared import LLM_CALLS, LLM_MONEY, LLM_SECONDS, LLM_TOKENS
 
 OUTCOMES: dict[type, str] = {
     RateLimited: "rate_limited",

@@ -29,7 +29,7 @@ from rlm_tasks.llm.endpoints import Answer, ProviderDown, ProviderRefused, Quest
 from rlm_tasks.llm.forms import Misformed, read
 from rlm_tasks.llm.profile import watched
 from rlm_tasks.llm.provider import Provider
-from rlm_tasks.metrics import LLM_REFUSED, LLM_SHARED
+from rlm_tasks.metrics.declared import LLM_REFUSED, LLM_SHARED
 from rlm_tasks.protection import Protection
 from rlm_tasks.spending import account_of
 

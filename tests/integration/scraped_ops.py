@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from rlm_tasks import operation
-from rlm_tasks.metrics import Counter
+from rlm_tasks.metrics.declared import Counter
 
 LETTERS = Counter("scraped_letters_total", "Letters read.", {"script": ("latin",)})
 

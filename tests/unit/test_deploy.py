@@ -23,10 +23,10 @@ from celery.bin.celery import celery
 from flower.command import flower
 from flower.options import default_options
 
-from rlm_tasks import metrics
 from rlm_tasks.celery import app
 from rlm_tasks.configuration import validate
-from rlm_tasks.metrics import DECLARED, Histogram, Standing, registry
+from rlm_tasks.metrics import declared as metrics
+from rlm_tasks.metrics.declared import DECLARED, Histogram, Standing, registry
 from tests.integration.pages import PAGES, steps
 from tests.integration.pages import read as read_page
 

@@ -16,13 +16,13 @@ import fakeredis._socket._base as server_keys
 import pytest
 
 from resilience.errors import CallTimeout, Category, RateLimited
-from rlm_tasks import metrics
 from rlm_tasks.guards import declared
 from rlm_tasks.llm import counts
 from rlm_tasks.llm.checks import Checks, Found, ask
 from rlm_tasks.llm.endpoints import Allowance, Answer, ProviderDown, ProviderRefused, Told, UnusableAnswer
 from rlm_tasks.llm.health import Health
 from rlm_tasks.llm.settings import EndpointSettings, LlmSettings
+from rlm_tasks.metrics import declared as metrics
 from rlm_tasks.settings import Settings
 from scheduler.events import Events
 from tests.support import wait_until

@@ -16,13 +16,13 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from resilience.errors import InvalidValue
-from rlm_tasks import metrics
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.health import STUCK_S, UNHEARD_S, Vitals, not_alive, not_ready
 from rlm_tasks.installation import install
 from rlm_tasks.jobs.splitting import Reason
 from rlm_tasks.ledger import Child, Report
-from rlm_tasks.metrics import Counter, Histogram, SlotFiles, Standing, count_node, counted, timed
+from rlm_tasks.metrics import declared as metrics
+from rlm_tasks.metrics.declared import Counter, Histogram, SlotFiles, Standing, count_node, counted, timed
 from rlm_tasks.requests import Options
 from rlm_tasks.settings import Settings
 
