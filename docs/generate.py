@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlm_tasks.configuration import fields, variable
+from rlm_tasks.settings.document import fields, variable
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration

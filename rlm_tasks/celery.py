@@ -17,7 +17,7 @@ from rlm_tasks.installation import AUTOSCALER, monitoring, queue_names
 from rlm_tasks.installation import install as install
 from rlm_tasks.installation import queue_name as queue_name
 from rlm_tasks.requests import Priority
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 
 
 def configuration(settings: Settings) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report, Standing
 from rlm_tasks.requests import Budget, JobRequest, Options, Priority
 from rlm_tasks.results import JobResult, Progress, QuarantinedItem, Status
 from rlm_tasks.runtime import making_room, wake
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from rlm_tasks.shares import policies, priority_for
 from rlm_tasks.tracing import current_traceparent
 from scheduler.admission import WaitingRoom

@@ -22,8 +22,8 @@ from rlm_tasks.client import Client
 from rlm_tasks.code_metrics import python_files
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.results import JobResult, Progress
-from rlm_tasks.settings import Settings
-from rlm_tasks.settings import settings as environment_settings
+from rlm_tasks.settings.model import Settings
+from rlm_tasks.settings.model import settings as environment_settings
 
 TTL_S = 3600
 CHUNKS = (5, 20, 50, 200)

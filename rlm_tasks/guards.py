@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from resilience.store import Call, Store
     from rlm_tasks.jobs.spec import Spec
     from rlm_tasks.operations import Context, Operation
-    from rlm_tasks.settings import Settings
+    from rlm_tasks.settings.model import Settings
 
 ORDER = ("deadline", "retry", "rate_limit", "breaker", "bulkhead")
 """The guards of a call, outermost first.

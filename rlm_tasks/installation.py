@@ -27,8 +27,8 @@ from rlm_tasks.conflicts import conflicts
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.requests import Priority
 from rlm_tasks.runtime import Runtime
-from rlm_tasks.settings import Settings
-from rlm_tasks.settings import settings as environment
+from rlm_tasks.settings.model import Settings
+from rlm_tasks.settings.model import settings as environment
 from rlm_tasks.transports import QUEUE_ORDER, speaks_redis
 from rlm_tasks.upstream import (
     leave_promptly,

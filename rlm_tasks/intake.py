@@ -19,7 +19,7 @@ from resilience.keys import Keys
 from resilience.store import Store
 from rlm_tasks.broker import AWAY
 from rlm_tasks.queues import QueueGauge
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from scheduler.admission import full, shed
 from scheduler.allocation import calculate_optimal_batch_size
 from scheduler.board import Board, acted_on, mean, prevailing

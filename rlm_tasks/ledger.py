@@ -20,7 +20,7 @@ from resilience.store import LOST, Argument, Call, Script, Store
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.results import ItemFailure, JobEvent, QuarantinedItem
-from rlm_tasks.settings import LedgerSettings
+from rlm_tasks.settings.model import LedgerSettings
 
 ROOT = "root"
 MERGE = "merge"

@@ -19,7 +19,7 @@ from celery.app.defaults import DEFAULT_PROCESS_LOG_FMT, DEFAULT_TASK_LOG_FMT
 from celery.app.log import TaskFormatter
 from celery.utils.log import ColorFormatter, get_multiprocessing_logger
 
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from rlm_tasks.tasks import OURS
 
 IDS = ("job", "node", "operation", "task", "task_id")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rlm_tasks.llm.forecast import Forecast
     from rlm_tasks.requests import JobRequest
     from rlm_tasks.rounds import Round
-    from rlm_tasks.settings import Settings
+    from rlm_tasks.settings.model import Settings
     from scheduler.allocation import ResourceAllocationPolicy
 
 _PROTECTING = frozenset({"service", "breaker", "rate_limit", "cost", "bulkhead", "per_host", "retry", "fallback", "timeout_s"})

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rlm_tasks.configuration import document_of
 from rlm_tasks.errors import InvalidRequest, InvalidSettings
+from rlm_tasks.settings.document import document_of
 
 if TYPE_CHECKING:
     from rlm_tasks.pressure import PlatformStatus

@@ -32,9 +32,9 @@ from scheduler.slots import SlotBoard
 if TYPE_CHECKING:
     from rlm_tasks.client import Client
     from rlm_tasks.llm.learned import Known
-    from rlm_tasks.llm.settings import EndpointSettings, Tier
     from rlm_tasks.operations import Operation
     from rlm_tasks.requests import JobRequest
+    from rlm_tasks.settings.llm import EndpointSettings, Tier
 
 LOOKED_AT = 1000
 """Items of the largest sample."""

@@ -16,7 +16,7 @@ from redis.exceptions import ResponseError
 
 from resilience.address import tls
 from resilience.store import Store
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from rlm_tasks.transports import speaks_redis
 
 OLDEST_REDIS, OLDEST_TESTED = (6, 2), (7, 2)

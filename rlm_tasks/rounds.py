@@ -28,7 +28,7 @@ from rlm_tasks.results import Status
 
 if TYPE_CHECKING:
     from rlm_tasks.operations import Operation
-    from rlm_tasks.settings import Settings
+    from rlm_tasks.settings.model import Settings
     from rlm_tasks.spending import Purse
 
 logger = logging.getLogger(__name__)

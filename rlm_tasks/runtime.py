@@ -33,7 +33,7 @@ from rlm_tasks.ledger import Ledger
 from rlm_tasks.notices import Notices
 from rlm_tasks.page import Page, PageSlot
 from rlm_tasks.rounds import Rounds
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from rlm_tasks.shares import Shares
 from rlm_tasks.transports import speaks_redis
 from scheduler.admission import WaitingRoom

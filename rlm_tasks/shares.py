@@ -15,7 +15,7 @@ from resilience.waiters import Wake
 from rlm_tasks import operations
 from rlm_tasks.operations import Operation
 from rlm_tasks.page import Page
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from scheduler.allocation import Policies, ResourceAllocationPolicy, may_start, priority_of, workers_for
 from scheduler.sampling import held_mb
 

@@ -14,7 +14,7 @@ from rlm_tasks.jobs.spec import Spec
 
 if TYPE_CHECKING:
     from resilience.budget import Budget, Spending
-    from rlm_tasks.settings import Settings
+    from rlm_tasks.settings.model import Settings
 
 
 def account_of(spec: Spec) -> str:

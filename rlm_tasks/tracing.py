@@ -31,7 +31,7 @@ from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger import MERGE, PROCESS, Claim, Finished, Ledger, Report, Swept
 from rlm_tasks.results import Status
-from rlm_tasks.settings import Settings, traces_exporters
+from rlm_tasks.settings.model import Settings, traces_exporters
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from resilience.address import SENTINEL, SOCKET, credentials, hosts, tls, without_tls_options
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 
 VISIBILITY_TIMEOUT_S = 4 * 3600
 """Longer than any node runs: lost work is recovered by the ledger's sweep, not by redelivery."""

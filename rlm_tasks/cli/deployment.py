@@ -11,7 +11,7 @@ import click
 from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, table
 
 if TYPE_CHECKING:
-    from rlm_tasks.settings import Settings
+    from rlm_tasks.settings.model import Settings
 
 
 # --- configuration -----------------------------------------------------------------------------------
@@ -23,7 +23,7 @@ def config() -> None:
 
 
 def _settings(ctx: click.Context) -> Settings:
-    from rlm_tasks.settings import settings
+    from rlm_tasks.settings.model import settings
 
     own = getattr(getattr(ctx.obj, "app", None), "rlm_settings", None)
     return own or settings()
@@ -35,7 +35,7 @@ def _settings(ctx: click.Context) -> Settings:
 @click.pass_context
 def show(ctx: click.Context, changed: bool, as_json: bool) -> None:
     """Show every setting and its default; secrets are hidden."""
-    from rlm_tasks.configuration import described
+    from rlm_tasks.settings.document import described
 
     rows = [each for each in described(_settings(ctx)) if each.changed or not changed]
     if as_json:
@@ -69,7 +69,7 @@ def check(ctx: click.Context, as_json: bool) -> None:
 @click.pass_context
 def export(ctx: click.Context, file: Path | None) -> None:
     """Write all settings as JSON, to a file or to the screen; what holds a secret is left out."""
-    from rlm_tasks.configuration import export_config
+    from rlm_tasks.settings.document import export_config
 
     text = export_config(_settings(ctx))
     if file is None:
@@ -83,7 +83,7 @@ def export(ctx: click.Context, file: Path | None) -> None:
 @as_json_option
 def import_(file: Any, as_json: bool) -> None:
     """Check exported settings, and print the environment variables that say the same (for an env file)."""
-    from rlm_tasks.configuration import as_environment, import_config
+    from rlm_tasks.settings.document import as_environment, import_config
 
     variables = as_environment(import_config(file.read()))
     answer(variables, "\n".join(f"{name}={value}" for name, value in variables.items()), as_json)

@@ -22,12 +22,12 @@ from resilience.store import Store
 from rlm_tasks import operations
 from rlm_tasks.llm.endpoints import Endpoint, ProviderDown, ProviderRefused
 from rlm_tasks.llm.health import Checkup, Health, configured
-from rlm_tasks.settings import key_of
+from rlm_tasks.settings.model import key_of
 from scheduler.events import Event, Events, Severity
 
 if TYPE_CHECKING:
-    from rlm_tasks.llm.settings import EndpointSettings, LlmSettings
     from rlm_tasks.runtime import Runtime
+    from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from resilience.degradation import Degradation, Strategy
 from rlm_tasks.llm.endpoints import Question, estimated_prompt, estimated_tokens
-from rlm_tasks.llm.settings import TIERS, LlmSettings, Tier
+from rlm_tasks.settings.llm import TIERS, LlmSettings, Tier
 
 WORTH: dict[str, Tier] = {"simple": "small", "linear": "small", "medium": "medium", "": "medium"}
 """The tier of a job's complexity, where the request names none; whatever is not here is worth the large one."""

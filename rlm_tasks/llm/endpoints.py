@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from openai import APIStatusError, AsyncAPIResponse, AsyncOpenAI
     from pydantic import SecretStr
 
-    from rlm_tasks.llm.settings import EndpointSettings
+    from rlm_tasks.settings.llm import EndpointSettings
 
 UNSAID_S = 1.0
 """A provider that answers 429 and does not say until when is left alone for this long."""

@@ -18,9 +18,9 @@ from rlm_tasks.llm.params import Ask, MapReduce, parsed
 
 if TYPE_CHECKING:
     from rlm_tasks.llm.drafts import Draft
-    from rlm_tasks.llm.settings import Tier
     from rlm_tasks.planning import Sample
     from rlm_tasks.requests import JobRequest
+    from rlm_tasks.settings.llm import Tier
 
 Z90 = 1.2816
 """Nine of ten values of a normal distribution lie below its mean and this many standard deviations."""

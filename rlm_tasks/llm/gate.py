@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from resilience.budget import Charge
     from resilience.single_flight import Flight
     from rlm_tasks.jobs.spec import Spec
-    from rlm_tasks.llm.settings import EndpointSettings
     from rlm_tasks.operations import Context, Operation
+    from rlm_tasks.settings.llm import EndpointSettings
 
 MEMO_S = 3600.0
 """An answer that was paid for is known to its item for so long, should the item be done again before its node has ended."""

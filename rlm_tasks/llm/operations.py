@@ -22,11 +22,11 @@ from rlm_tasks.llm.drafts import Draft, Message, tier_for
 from rlm_tasks.llm.endpoints import estimated_tokens
 from rlm_tasks.llm.forecast import Forecast, by_item, merging, narrowing
 from rlm_tasks.llm.params import Ask, Map, MapReduce, Params, parsed
-from rlm_tasks.llm.settings import LlmSettings
 from rlm_tasks.operations import Context, Operation
 from rlm_tasks.protection import Protection
 from rlm_tasks.requests import Adaptive, JobRequest
 from rlm_tasks.rounds import NextRound, Round
+from rlm_tasks.settings.llm import LlmSettings
 
 P = TypeVar("P", bound=Params)
 Compose = Callable[[Any, dict[str, Any], str], Draft]

@@ -19,8 +19,8 @@ from scheduler.sampling import held_mb
 
 if TYPE_CHECKING:
     from rlm_tasks.guards import Guards
-    from rlm_tasks.llm.settings import LlmSettings
     from rlm_tasks.runtime import Runtime
+    from rlm_tasks.settings.llm import LlmSettings
 
 logger = logging.getLogger(__name__)
 

@@ -17,13 +17,13 @@ from rlm_tasks.llm.endpoints import Endpoint, Told
 from rlm_tasks.llm.health import Health
 from rlm_tasks.llm.learned import Learned
 from rlm_tasks.protection import Protection
-from rlm_tasks.settings import key_of
+from rlm_tasks.settings.model import key_of
 from scheduler.routing import Router
 
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker
     from rlm_tasks.guards import Guards
-    from rlm_tasks.llm.settings import EndpointSettings, LlmSettings
+    from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
 
 BREAKER = "client"
 """The preset of endpoints' breakers: 5 failures in a row, 30 s, 3 probes (source document 0)."""

@@ -19,7 +19,7 @@ from rlm_tasks.llm.provider import BREAKER, service_of
 
 if TYPE_CHECKING:
     from rlm_tasks.client import Client
-    from rlm_tasks.llm.settings import EndpointSettings, LlmSettings
+    from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from rlm_tasks.llm.endpoints import (
     told,
 )
 from rlm_tasks.llm.fake import Running, running
-from rlm_tasks.llm.settings import EndpointSettings
+from rlm_tasks.settings.llm import EndpointSettings
 from tests.support import wait_until
 
 T = TypeVar("T")

@@ -33,7 +33,7 @@ from rlm_tasks.page import Page
 from rlm_tasks.requests import JobRequest, Priority
 from rlm_tasks.rounds import Rounds
 from rlm_tasks.runtime import Runtime, wake
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from rlm_tasks.shares import Shares
 from rlm_tasks.spending import Purse
 from scheduler.admission import WaitingRoom

@@ -19,7 +19,7 @@ from rlm_tasks.jobs.items import RangeSource
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger import MERGE, ROOT, Child, Claim, Ledger, Report
 from rlm_tasks.requests import JobRequest
-from rlm_tasks.settings import LedgerSettings
+from rlm_tasks.settings.model import LedgerSettings
 
 LONG_S = 10_000.0
 GRACE_S = 1000.0

@@ -13,8 +13,8 @@ from redis.sentinel import SentinelConnectionPool
 from resilience.address import SENTINEL_TIMEOUT_S, Address, check, credentials, hosts, is_untrusted, tls, without_tls_options
 from resilience.settings import StoreSettings
 from resilience.store import Store
-from rlm_tasks.configuration import export_config, to_dict, validate
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.document import export_config, to_dict, validate
+from rlm_tasks.settings.model import Settings
 
 WATCHED = "sentinel://me:s3%40cret@one:26380/2;sentinel://two"
 SECURE = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}

@@ -6,7 +6,7 @@ import pytest
 from celery.app.utils import filter_hidden_settings
 
 from rlm_tasks.celery import beat_configuration
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from scheduler.settings import PressureSettings
 
 pytest.importorskip("redbeat")

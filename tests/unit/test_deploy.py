@@ -24,9 +24,9 @@ from flower.command import flower
 from flower.options import default_options
 
 from rlm_tasks.celery import app
-from rlm_tasks.configuration import validate
 from rlm_tasks.metrics import declared as metrics
 from rlm_tasks.metrics.declared import DECLARED, Histogram, Standing, registry
+from rlm_tasks.settings.document import validate
 from tests.integration.pages import PAGES, steps
 from tests.integration.pages import read as read_page
 

@@ -9,7 +9,7 @@ import pytest
 
 from resilience.degradation import Level
 from rlm_tasks.autoscaler import PressureAutoscaler
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from scheduler.monitor import MonitorSettings
 from scheduler.queues import QueueReport
 from scheduler.settings import AdmissionSettings, AutoscaleSettings

@@ -24,7 +24,7 @@ from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.operations import Context, Operation
 from rlm_tasks.protection import protection
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from tests.unit.world import World, world
 
 __all__ = ["world"]

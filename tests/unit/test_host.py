@@ -16,7 +16,7 @@ from rlm_tasks import __version__
 from rlm_tasks.host import Host
 from rlm_tasks.jobs.spec import SCHEMA
 from rlm_tasks.queue_order import QueueOrder
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from scheduler.board import Board, ClusterReport, HostReport, Orders
 from scheduler.queues import QueueReport
 from scheduler.sampling import Sample, held_mb

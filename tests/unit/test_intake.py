@@ -17,7 +17,7 @@ from resilience.keys import Keys
 from rlm_tasks import JobRequest
 from rlm_tasks.client import Client
 from rlm_tasks.intake import LOOK_EVERY_S, Intake
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from scheduler.board import Board, ClusterReport, HostReport
 from scheduler.queues import QueueReport
 from scheduler.settings import PressureSettings

@@ -18,9 +18,9 @@ from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.llm.endpoints import Allowance, Answer, ProviderDown, Told, UnusableAnswer
 from rlm_tasks.llm.gate import BudgetSpent, Gate, Pass
-from rlm_tasks.llm.settings import EndpointSettings, LlmSettings
 from rlm_tasks.operations import Context
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
+from rlm_tasks.settings.model import Settings
 from tests.unit.world import World, world
 
 __all__ = ["world"]

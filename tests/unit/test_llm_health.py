@@ -21,9 +21,9 @@ from rlm_tasks.llm import counts
 from rlm_tasks.llm.checks import Checks, Found, ask
 from rlm_tasks.llm.endpoints import Allowance, Answer, ProviderDown, ProviderRefused, Told, UnusableAnswer
 from rlm_tasks.llm.health import Health
-from rlm_tasks.llm.settings import EndpointSettings, LlmSettings
 from rlm_tasks.metrics import declared as metrics
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
+from rlm_tasks.settings.model import Settings
 from scheduler.events import Events
 from tests.support import wait_until
 from tests.unit.world import World

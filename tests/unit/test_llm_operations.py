@@ -16,10 +16,10 @@ from rlm_tasks.llm.drafts import models_for
 from rlm_tasks.llm.endpoints import estimated_tokens
 from rlm_tasks.llm.operations import Found, _best, _in_groups, _merge_next, _narrow, _packed, _ranges, _read
 from rlm_tasks.llm.params import Map
-from rlm_tasks.llm.settings import LlmSettings, ModelSettings
 from rlm_tasks.requests import Budget, JobRequest, Options
 from rlm_tasks.rounds import NextRound, Round
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.llm import LlmSettings, ModelSettings
+from rlm_tasks.settings.model import Settings
 
 operations.import_operations(())
 ROOM = 100

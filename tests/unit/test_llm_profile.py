@@ -9,8 +9,8 @@ from celery import Celery
 
 from rlm_tasks.installation import install
 from rlm_tasks.llm.profile import Growth
-from rlm_tasks.llm.settings import LlmSettings
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.llm import LlmSettings
+from rlm_tasks.settings.model import Settings
 
 
 def test_the_figures_are_those_of_source_document_3() -> None:

@@ -7,8 +7,8 @@ import pytest
 from rlm_tasks.guards import Guards
 from rlm_tasks.llm.endpoints import Allowance, Told
 from rlm_tasks.llm.provider import Provider, protections
-from rlm_tasks.llm.settings import EndpointSettings, LlmSettings, ModelSettings
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.llm import EndpointSettings, LlmSettings, ModelSettings
+from rlm_tasks.settings.model import Settings
 from tests.unit.world import World, world
 
 __all__ = ["world"]

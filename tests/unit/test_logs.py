@@ -19,7 +19,7 @@ from rlm_tasks import logs
 from rlm_tasks.celery import app
 from rlm_tasks.dispatch import NODE_TASK
 from rlm_tasks.logs import JsonFormatter, WorkerLog, demote
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 
 
 @pytest.fixture(autouse=True)

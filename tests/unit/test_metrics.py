@@ -24,7 +24,7 @@ from rlm_tasks.ledger import Child, Report
 from rlm_tasks.metrics import declared as metrics
 from rlm_tasks.metrics.declared import Counter, Histogram, SlotFiles, Standing, count_node, counted, timed
 from rlm_tasks.requests import Options
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 
 ROOT = Path(__file__).parents[2]
 IDLE = Standing(total=4, busy=0, draining=False, level=0, memory_mb=100.0, memory_level=0)

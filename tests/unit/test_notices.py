@@ -8,7 +8,7 @@ from celery import Celery
 from rlm_tasks.client import Client
 from rlm_tasks.notices import MEMORY_EVERY_S, MOST_SLOW, Notices
 from rlm_tasks.runtime import Runtime
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from scheduler.events import Events, Severity
 from scheduler.settings import AlertSettings
 from tests.unit.world import World, world

@@ -20,9 +20,9 @@ from resilience.breaker_storage import configured
 from resilience.settings import store_settings
 from rlm_tasks import OptimizationConfig
 from rlm_tasks.celery import configuration
-from rlm_tasks.configuration import fields, validate, variable
 from rlm_tasks.errors import InvalidRequest, InvalidSettings
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.document import fields, validate, variable
+from rlm_tasks.settings.model import Settings
 from rlm_tasks.spans import Export, HandOver, Ids, Spans
 from tests.support import wait_until
 

@@ -21,7 +21,7 @@ from rlm_tasks.jobs.item_failures import failure_of
 from rlm_tasks.operations import Context, get
 from rlm_tasks.page import Held, Page
 from rlm_tasks.results import SuccessfulItems
-from rlm_tasks.settings import Settings, settings
+from rlm_tasks.settings.model import Settings, settings
 from scheduler.slots import SlotBoard
 
 PLAIN = st.recursive(

@@ -36,7 +36,7 @@ from rlm_tasks.planning import (
     sufficiency,
 )
 from rlm_tasks.requests import Adaptive, Binary, JobRequest, NWay
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from tests.unit.harness import Platform
 
 operations.import_operations(())

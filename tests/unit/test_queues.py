@@ -23,7 +23,7 @@ from rlm_tasks.broker import ANSWER_S
 from rlm_tasks.celery import configuration
 from rlm_tasks.queue_order import QueueOrder
 from rlm_tasks.queues import QueueGauge
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from scheduler.queues import QueueReport
 from scheduler.stride import Facts
 

@@ -18,7 +18,7 @@ from rlm_tasks.ledger import MERGE, ROOT
 from rlm_tasks.node import run_node
 from rlm_tasks.operations import Operation
 from rlm_tasks.page import Page
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from rlm_tasks.shares import RUNS_AT_MOST, Shares, policies, policy_of, priority_for
 from scheduler.allocation import ResourceAllocationPolicy
 from scheduler.sampling import held_mb

@@ -13,7 +13,7 @@ from redis.connection import SSLConnection
 
 from rlm_tasks import transports
 from rlm_tasks.celery import beat_configuration, configuration
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 from rlm_tasks.transports import ANSWER_S, WATCHED_ANSWER_S, speaks_redis
 
 VERIFIED = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}

@@ -15,7 +15,7 @@ from pydantic_settings import NoDecode
 from resilience.address import SENTINEL, check
 from resilience.settings import StoreSettings
 from rlm_tasks.errors import InvalidSettings
-from rlm_tasks.llm.settings import LlmSettings
+from rlm_tasks.settings.llm import LlmSettings
 from scheduler.settings import (
     AdmissionSettings,
     AlertSettings,
@@ -169,7 +169,7 @@ def settings() -> Settings:
 
     Raises InvalidSettings naming each variable that is unknown, or whose value cannot be used.
     """
-    from rlm_tasks.configuration import validate
+    from rlm_tasks.settings.document import validate
 
     if issues := validate(os.environ):
         raise InvalidSettings(issues)

@@ -21,7 +21,7 @@ from pydantic_settings import NoDecode, SettingsError
 from resilience.settings import ALIASES
 from resilience.store import masked
 from rlm_tasks.errors import InvalidSettings
-from rlm_tasks.settings import Settings
+from rlm_tasks.settings.model import Settings
 
 PREFIX, DELIMITER = "RLM_", "__"
 HIDDEN = "***"
