@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from rlm_tasks.jobs.items import Files as Files
     from rlm_tasks.jobs.items import Lines as Lines
     from rlm_tasks.jobs.splitting import estimate_optimal_chunk_size as estimate_optimal_chunk_size
-    from rlm_tasks.operations import Context as Context
-    from rlm_tasks.operations import operation as operation
+    from rlm_tasks.operations.registry import Context as Context
+    from rlm_tasks.operations.registry import operation as operation
     from rlm_tasks.optimization import OptimizationConfig as OptimizationConfig
     from rlm_tasks.planning import Estimate as Estimate
     from rlm_tasks.planning import Plan as Plan
@@ -70,7 +70,7 @@ _HOMES = {
     "ResultTooLarge RlmError StoreUnavailable UnknownOperation",
     "installation": "install",
     "job": "Job",
-    "operations": "Context operation",
+    "operations.registry": "Context operation",
     "optimization": "OptimizationConfig",
     "planning": "Estimate Plan PlannedRound Sufficiency",
     "requests": "Adaptive Binary Budget Conditions JobRequest NWay Options Priority",

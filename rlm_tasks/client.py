@@ -24,7 +24,6 @@ from resilience.faults import Fault, classify
 from resilience.keys import Keys
 from resilience.retry import RetryPolicy
 from resilience.store import Store, guard_store, masked
-from rlm_tasks import operations
 from rlm_tasks.broker import AWAY
 from rlm_tasks.celery import app as default_app
 from rlm_tasks.celery import queue_name
@@ -36,6 +35,7 @@ from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.items import ItemReader, ItemWriter, Source
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report, Standing
+from rlm_tasks.operations import registry
 from rlm_tasks.requests import Budget, JobRequest, Options, Priority
 from rlm_tasks.results import JobResult, Progress, QuarantinedItem, Status
 from rlm_tasks.runtime import making_room, wake
@@ -86,7 +86,7 @@ class Client:
         self._waiting_room = WaitingRoom(self._store, self.ledger.keys, self.settings.admission.max_jobs)
         self._preemption = Preemption(self._store, self.ledger.keys, SlotBoard(self._store, self.ledger.keys))
         self.reader = ItemReader(self._store)
-        operations.import_operations(self.settings.operations)
+        registry.import_operations(self.settings.operations)
 
     def __enter__(self) -> Client:
         return self
@@ -436,7 +436,7 @@ class Client:
         return bool(idempotency_key and self._reachable(lambda: self.ledger.facts(self._id_for(idempotency_key))))
 
     def _priority(self, request: JobRequest) -> str:
-        return priority_for(operations.get(request.operation), self._policies, request.options.priority)
+        return priority_for(registry.get(request.operation), self._policies, request.options.priority)
 
     def _is_patient(self, request: JobRequest) -> bool:
         return (request.options.overload or self.settings.admission.overload) == "delay"
@@ -493,7 +493,7 @@ class Client:
 
     def _checked(self, request: JobRequest) -> JobRequest:
         """Return a request as its operation wants it.  Raises InvalidRequest."""
-        operation = operations.get(request.operation)
+        operation = registry.get(request.operation)
         if request.conditions.validate_before_process and operation.validate is None:
             raise InvalidRequest(
                 "validate_before_process", True, f"operation {operation.name!r} has no validate; give it one, or leave this out"
@@ -508,7 +508,7 @@ class Client:
         options, conditions, priority = request.options, request.conditions, self._priority(request)
         job = job or self._id_for(options.idempotency_key)
         source, n, staged = self._write_items(job, request.items)
-        operation = operations.get(request.operation)
+        operation = registry.get(request.operation)
         spends = operation.gate is not None
         spec = Spec(
             job=job, operation=request.operation, source=source, n=n,
@@ -553,7 +553,7 @@ class Client:
         job = self._id_for("")
         source, n, staged = self._write_items(job, items)
         again = msgspec.structs.replace(spec, job=job, source=source, n=n, idempotency_key="", parent="", round=0)
-        self.purse.open(again, last=operations.get(spec.operation).then is None)
+        self.purse.open(again, last=registry.get(spec.operation).then is None)
         return self._start([(again, staged)])[0]
 
     def _forget(self, *keys: str) -> None:

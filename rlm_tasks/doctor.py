@@ -18,8 +18,9 @@ from redis.exceptions import RedisError
 from resilience.address import SENTINEL, SENTINEL_TIMEOUT_S
 from resilience.errors import StoreUnavailable
 from resilience.store import Store, masked
-from rlm_tasks import __version__, import_path, operations
+from rlm_tasks import __version__, import_path
 from rlm_tasks.jobs.spec import SCHEMA
+from rlm_tasks.operations import registry
 from rlm_tasks.preflight import Finding as Finding
 from rlm_tasks.preflight import State, of_celery, of_redis, of_urls
 
@@ -144,7 +145,7 @@ def _fits(wanted: Requirement) -> bool:
 def _operations(client: Client) -> Finding:
     modules = client.settings.operations
     told = f"from RLM_OPERATIONS={','.join(modules)} and the built-in ones" if modules else "RLM_OPERATIONS is empty"
-    return Finding("operations", "ok", f"{len(operations.names())} operations are known here ({told})")
+    return Finding("operations", "ok", f"{len(registry.names())} operations are known here ({told})")
 
 
 def _settings(client: Client, app: Celery) -> Iterator[Finding]:

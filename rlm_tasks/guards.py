@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from resilience.errors import Denied, RateLimited, RetryBudgetExhausted, StoreUnavailable
 from resilience.faults import classify
-from rlm_tasks import operations
-from rlm_tasks.protection import Protection
+from rlm_tasks.operations import registry
+from rlm_tasks.operations.protection import Protection
 from rlm_tasks.spending import Purse
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from resilience.retry import Retry
     from resilience.store import Call, Store
     from rlm_tasks.jobs.spec import Spec
-    from rlm_tasks.operations import Context, Operation
+    from rlm_tasks.operations.registry import Context, Operation
     from rlm_tasks.settings.model import Settings
 
 ORDER = ("deadline", "retry", "rate_limit", "breaker", "bulkhead")
@@ -270,7 +270,7 @@ def declared(settings: Settings) -> Iterator[Protection]:
     """Yield what protects the calls of this process' operations, and those to models where an endpoint is configured."""
     from rlm_tasks.llm.health import configured
 
-    yield from (operations.get(name).protection for name in operations.names())
+    yield from (registry.get(name).protection for name in registry.names())
     if configured(settings.llm):
         from rlm_tasks.llm.provider import protections
 
@@ -375,8 +375,8 @@ class Guards:
 
     def forget(self, pid: int) -> None:
         """Give back what a process of this machine held of any bulkhead: it has died."""
-        for name in operations.names():
-            if (bulkhead := self.bulkhead(operations.get(name).protection)) is not None:
+        for name in registry.names():
+            if (bulkhead := self.bulkhead(registry.get(name).protection)) is not None:
                 bulkhead.forget(bulkhead.owner_of(pid))
 
     def retry_of(self, operation: str, about: Protection) -> Retry | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from celery import Celery, chord, signals
 
-from rlm_tasks.code_metrics import measure_file, merge_reports
+from rlm_tasks.operations.code_metrics import measure_file, merge_reports
 
 _url = os.environ.get("RLM_REDIS_URL", "redis://localhost:6379/0")
 app = Celery("handwritten", broker=_url, backend=_url, set_as_current=False)

@@ -13,7 +13,7 @@ from resilience.degradation import IN_FORCE, Degradation, Level, Strategy
 from resilience.faults import Fault, classify
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.item_failures import failure_of
-from rlm_tasks.operations import Operation
+from rlm_tasks.operations.registry import Operation
 
 FOLD_AT = 4096
 """Outputs after which a node with a merge folds them into one, so that its memory stays flat."""

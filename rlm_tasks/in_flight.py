@@ -17,7 +17,7 @@ from typing import Any
 from resilience.degradation import IN_FORCE, Degradation
 from resilience.errors import CallTimeout, Denied
 from rlm_tasks.guards import PATIENCE_S, Postponed, postponed
-from rlm_tasks.operations import Context
+from rlm_tasks.operations.registry import Context
 from rlm_tasks.page import SEVERAL_ITEMS
 from rlm_tasks.working import UNREADABLE, Work
 

@@ -21,10 +21,11 @@ from resilience.address import is_untrusted, tls
 from resilience.errors import StoreUnavailable, StoreUntrusted
 from resilience.store import masked
 from rlm_tasks import control as control  # its commands register themselves
-from rlm_tasks import logs, operations, tasks, tracing
+from rlm_tasks import logs, tasks, tracing
 from rlm_tasks.broker import AWAY, spoken
 from rlm_tasks.conflicts import conflicts
 from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.operations import registry
 from rlm_tasks.requests import Priority
 from rlm_tasks.runtime import Runtime
 from rlm_tasks.settings.model import Settings
@@ -201,7 +202,7 @@ def _prepare(sender: Any, **_: Any) -> None:
     if not hasattr(app, "rlm_settings"):
         return
     try:
-        operations.import_operations(app.rlm_settings.operations)
+        registry.import_operations(app.rlm_settings.operations)
     except InvalidRequest as error:
         raise SystemExit(f"Error: {error}") from None
     _refuse_strangers(app)

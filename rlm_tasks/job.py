@@ -15,7 +15,6 @@ import msgspec
 
 from resilience.errors import StoreUnavailable
 from resilience.store import LOST
-from rlm_tasks import operations
 from rlm_tasks.errors import (
     InvalidRequest,
     JobCancelled,
@@ -30,6 +29,7 @@ from rlm_tasks.explain import explain
 from rlm_tasks.jobs import codec
 from rlm_tasks.ledger import MERGE
 from rlm_tasks.merging import flattened, partials
+from rlm_tasks.operations import registry
 from rlm_tasks.results import (
     CELERY_STATES,
     ItemFailure,
@@ -224,7 +224,7 @@ class Job:
             n = int(facts["n"])
             ranges = self._ledger.ranges(self.id) if int(facts["skipped"]) else [(0, n)]
             return Partial(self._output(facts, spec), (n - int(facts["skipped"])) / n if n else 1.0, ranges)
-        operation = operations.get(spec.operation)
+        operation = registry.get(spec.operation)
         ranges = self._ledger.ranges(self.id)
         self._refuse_too_large()
         values = list(partials(self._ledger, self.id, 0, spec.n))

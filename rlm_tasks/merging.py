@@ -18,7 +18,7 @@ from rlm_tasks.jobs.item_failures import failure_of
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger import Claim, Ledger
 from rlm_tasks.metrics import declared as metrics
-from rlm_tasks.operations import Operation
+from rlm_tasks.operations.registry import Operation
 from rlm_tasks.results import Status
 
 if TYPE_CHECKING:

@@ -24,7 +24,6 @@ from resilience.degradation import Level
 from resilience.errors import StoreUnavailable
 from resilience.store import Call
 from resilience.waiters import URGENCY
-from rlm_tasks import operations
 from rlm_tasks.crashpoints import CrashPoint
 from rlm_tasks.dispatch import freeze, mint
 from rlm_tasks.errors import Quarantined, UnknownOperation
@@ -48,7 +47,8 @@ from rlm_tasks.jobs.splitting import (
 from rlm_tasks.ledger import MERGE, PROCESS, ROOT, Child, Claim, Finished, Report, Suspect
 from rlm_tasks.merging import merge_root
 from rlm_tasks.metrics import declared as metrics
-from rlm_tasks.operations import Operation
+from rlm_tasks.operations import registry
+from rlm_tasks.operations.registry import Operation
 from rlm_tasks.pace import Pace
 from rlm_tasks.page import PageSlot
 from rlm_tasks.results import QuarantinedItem
@@ -123,7 +123,7 @@ def _work(runtime: Runtime, claim: Claim, page: PageSlot) -> bool:
     spec = claim.spec
     assert spec is not None  # CLAIM answers `run` with a spec, always
     try:
-        operation = operations.get(spec.operation)
+        operation = registry.get(spec.operation)
     except UnknownOperation as error:
         return _put_off(runtime, claim, PARK_MS, str(error))
     if claim.node == ROOT and spec.patient and (why := _not_taken_in(runtime, spec)):

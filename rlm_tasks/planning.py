@@ -17,7 +17,6 @@ from random import Random
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from resilience.degradation import Degradation
-from rlm_tasks import operations
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.guards import Guards
 from rlm_tasks.jobs.items import Files, Lines
@@ -27,12 +26,13 @@ from rlm_tasks.llm.drafts import models_for
 from rlm_tasks.llm.forecast import Z90, Outlook, RoundForecast
 from rlm_tasks.llm.gate import BYTES_PER_TOKEN
 from rlm_tasks.llm.provider import Provider
+from rlm_tasks.operations import registry
 from scheduler.slots import SlotBoard
 
 if TYPE_CHECKING:
     from rlm_tasks.client import Client
     from rlm_tasks.llm.learned import Known
-    from rlm_tasks.operations import Operation
+    from rlm_tasks.operations.registry import Operation
     from rlm_tasks.requests import JobRequest
     from rlm_tasks.settings.llm import EndpointSettings, Tier
 
@@ -408,7 +408,7 @@ def plan(client: Client, asked: JobRequest, settled: JobRequest, queue: str) -> 
 
     Raises InvalidRequest for items that cannot be looked at, StoreUnavailable.
     """
-    operation, sample = operations.get(asked.operation), sampled(asked.items, Random(0))
+    operation, sample = registry.get(asked.operation), sampled(asked.items, Random(0))
     client.check()
     today, shape = Today(client, queue), settled.shape(client.settings.node.target_ms)
     calls = operation.forecast is not None and sample.total > 0

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from resilience.errors import RlmError
-from rlm_tasks import operations
 from rlm_tasks.dispatch import Dispatcher, mint
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.items import ItemWriter
@@ -24,10 +23,11 @@ from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.ledger import MERGE, ROOT, Claim, Ledger
 from rlm_tasks.merging import flattened, merged, partials
+from rlm_tasks.operations import registry
 from rlm_tasks.results import Status
 
 if TYPE_CHECKING:
-    from rlm_tasks.operations import Operation
+    from rlm_tasks.operations.registry import Operation
     from rlm_tasks.settings.model import Settings
     from rlm_tasks.spending import Purse
 
@@ -149,7 +149,7 @@ class Rounds:
             self._ledger.store, index, blocks, ttl_s=settings.result_ttl_s, max_item_bytes=settings.max_item_bytes
         )
         source, n = self._ledger.store.reached(lambda _: writer.write(asked.items))
-        operation = operations.get(asked.operation)
+        operation = registry.get(asked.operation)
         self._ledger.told_round(spec.job, number)
         child = msgspec.structs.replace(
             spec, job=id, operation=operation.name, version=operation.version, source=source, n=n, params=asked.params,

@@ -23,7 +23,6 @@ from resilience.keys import Keys
 from resilience.store import Store, guard_store
 from resilience.timeouts import Timeouts
 from resilience.waiters import URGENCY
-from rlm_tasks import operations
 from rlm_tasks.crashpoints import CrashPoint, nobody_listens
 from rlm_tasks.dispatch import Dispatcher
 from rlm_tasks.guards import Guards
@@ -31,6 +30,7 @@ from rlm_tasks.item_limits import ItemLimits
 from rlm_tasks.jobs.items import ItemReader
 from rlm_tasks.ledger import Ledger
 from rlm_tasks.notices import Notices
+from rlm_tasks.operations import registry
 from rlm_tasks.page import Page, PageSlot
 from rlm_tasks.rounds import Rounds
 from rlm_tasks.settings.model import Settings
@@ -154,7 +154,7 @@ def resend(ledger: Ledger, dispatcher: Dispatcher, job: str, nodes: Sequence[str
     """
     spec = ledger.spec(job)
     if spec is not None:
-        merges = spec.operation in operations.names() and operations.get(spec.operation).merge is not None
+        merges = spec.operation in registry.names() and registry.get(spec.operation).merge is not None
         urgent = [f"{job} {node}" for node in nodes] if spec.preempts else ()
         preemption = Preemption(ledger.store, ledger.keys, SlotBoard(ledger.store, ledger.keys))
         with making_room(preemption, dispatcher, spec.queue, urgent):

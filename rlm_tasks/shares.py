@@ -12,8 +12,8 @@ from resilience.bulkhead import LEASE_S, Bulkhead
 from resilience.degradation import Level
 from resilience.store import Store
 from resilience.waiters import Wake
-from rlm_tasks import operations
-from rlm_tasks.operations import Operation
+from rlm_tasks.operations import registry
+from rlm_tasks.operations.registry import Operation
 from rlm_tasks.page import Page
 from rlm_tasks.settings.model import Settings
 from scheduler.allocation import Policies, ResourceAllocationPolicy, may_start, priority_of, workers_for
@@ -58,7 +58,7 @@ class Shares:
 
     def forget(self, pid: int) -> None:
         """Give back the places of a process of this machine that has died."""
-        for name in operations.names():  # also of those that nothing bounds any more
+        for name in registry.names():  # also of those that nothing bounds any more
             place = Bulkhead(f"nodes:{name}", self._store, limit=1, per_host=None, wake=self._wake)
             place.forget(place.owner_of(pid))
 

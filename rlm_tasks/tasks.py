@@ -16,13 +16,13 @@ from celery import Celery, Task
 from celery.exceptions import Reject
 
 from resilience.errors import StoreUnavailable
-from rlm_tasks import operations
 from rlm_tasks.dispatch import MERGE_TASK, NODE_TASK, body_of, group_id
 from rlm_tasks.errors import UnknownOperation
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.item_failures import failure_of
 from rlm_tasks.merging import compact_split
 from rlm_tasks.node import run_node
+from rlm_tasks.operations import registry
 from rlm_tasks.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def beyond_this_worker(told: Mapping[str, Any]) -> str:
     schema, name, version = told.get("schema", specs.SCHEMA), told.get("operation", ""), told.get("version", 1)
     if schema > specs.SCHEMA:
         return f"jobs of schema {schema}; this worker reads {specs.SCHEMA}"
-    if name in operations.names() and version > (mine := operations.get(name).version):
+    if name in registry.names() and version > (mine := registry.get(name).version):
         return f"version {version} of operation {name!r}; this worker has {mine}"
     return ""
 
@@ -141,7 +141,7 @@ def _merge(runtime: Runtime, request: Any, job: str, split_id: str) -> bool:
         # Its process may have died of it: what kills here is met, counted and named by the root merge.
         return True
     try:
-        compact_split(runtime.ledger, job, operations.get(spec.operation), split.lo, split.hi)
+        compact_split(runtime.ledger, job, registry.get(spec.operation), split.lo, split.hi)
     except (StoreUnavailable, UnknownOperation) as error:
         logger.info("Split %s of job %s is left to the root merge: %s", split_id, job, error)
     except Exception as error:

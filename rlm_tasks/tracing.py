@@ -26,10 +26,10 @@ from celery import Celery, signals
 
 from resilience.errors import StoreUnavailable
 from resilience.store import LOST, Call
-from rlm_tasks import operations
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger import MERGE, PROCESS, Claim, Finished, Ledger, Report, Swept
+from rlm_tasks.operations import registry
 from rlm_tasks.results import Status
 from rlm_tasks.settings.model import Settings, traces_exporters
 
@@ -196,7 +196,7 @@ def _close(span: Span | None, about: Mapping[str, Any], failure: Mapping[str, An
 
 
 def _is_async(operation: str) -> bool:
-    return operation in operations.names() and operations.get(operation).is_async
+    return operation in registry.names() and registry.get(operation).is_async
 
 
 # --- what is told ------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def demo(path: Path | None, slots: int, compare: bool, as_json: bool) -> None:
 
     from rlm_tasks import demo as main_job
     from rlm_tasks import embedded
-    from rlm_tasks.code_metrics import standard_library
+    from rlm_tasks.operations.code_metrics import standard_library
 
     embedded.clean_up_on_sigterm()
 

@@ -19,9 +19,9 @@ from pydantic import SecretStr
 from resilience.errors import CallTimeout, Category, RateLimited, StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Store
-from rlm_tasks import operations
 from rlm_tasks.llm.endpoints import Endpoint, ProviderDown, ProviderRefused
 from rlm_tasks.llm.health import Checkup, Health, configured
+from rlm_tasks.operations import registry
 from rlm_tasks.settings.model import key_of
 from scheduler.events import Event, Events, Severity
 
@@ -74,7 +74,7 @@ async def _ask(place: EndpointSettings, settings: LlmSettings) -> Found:
 def checks_of(runtime: Runtime) -> Checks | None:
     """Return what asks a worker's endpoints, before its pool forks; None for a worker that calls no models."""
     settings = runtime.settings.llm
-    if not configured(settings) or all(operations.get(name).gate is None for name in operations.names()):
+    if not configured(settings) or all(registry.get(name).gate is None for name in registry.names()):
         return None
     import openai  # noqa: F401  # now, for pool processes to share it: none may be forked while a thread imports it
 

@@ -30,7 +30,7 @@ from rlm_tasks.llm.forms import Misformed, read
 from rlm_tasks.llm.profile import watched
 from rlm_tasks.llm.provider import Provider
 from rlm_tasks.metrics.declared import LLM_REFUSED, LLM_SHARED
-from rlm_tasks.protection import Protection
+from rlm_tasks.operations.protection import Protection
 from rlm_tasks.spending import account_of
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from resilience.budget import Charge
     from resilience.single_flight import Flight
     from rlm_tasks.jobs.spec import Spec
-    from rlm_tasks.operations import Context, Operation
+    from rlm_tasks.operations.registry import Context, Operation
     from rlm_tasks.settings.llm import EndpointSettings
 
 MEMO_S = 3600.0

@@ -15,15 +15,15 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from resilience.degradation import Strategy
-from rlm_tasks import operations
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.items import Files, Lines
 from rlm_tasks.llm.drafts import Draft, Message, tier_for
 from rlm_tasks.llm.endpoints import estimated_tokens
 from rlm_tasks.llm.forecast import Forecast, by_item, merging, narrowing
 from rlm_tasks.llm.params import Ask, Map, MapReduce, Params, parsed
-from rlm_tasks.operations import Context, Operation
-from rlm_tasks.protection import Protection
+from rlm_tasks.operations import registry
+from rlm_tasks.operations.protection import Protection
+from rlm_tasks.operations.registry import Context, Operation
 from rlm_tasks.requests import Adaptive, JobRequest
 from rlm_tasks.rounds import NextRound, Round
 from rlm_tasks.settings.llm import LlmSettings
@@ -66,7 +66,7 @@ def _register(
 
         return Gate(guards, operation, spec, compose)
 
-    operations.register(
+    registry.register(
         Operation(
             name, answer, concurrency=MOST_IN_FLIGHT, gate=gate, prepare=prepare, then=then,
             protection=Protection(name, fallback=fallback), forecast=forecast or by_item(compose),

@@ -16,7 +16,7 @@ from resilience.single_flight import SingleFlight
 from rlm_tasks.llm.endpoints import Endpoint, Told
 from rlm_tasks.llm.health import Health
 from rlm_tasks.llm.learned import Learned
-from rlm_tasks.protection import Protection
+from rlm_tasks.operations.protection import Protection
 from rlm_tasks.settings.model import key_of
 from scheduler.routing import Router
 

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rlm_tasks import Adaptive, Client, embedded, handwritten
-from rlm_tasks.code_metrics import measure_file, python_files, standard_library
 from rlm_tasks.handwritten import compute
+from rlm_tasks.operations.code_metrics import measure_file, python_files, standard_library
 from tests.bench.guards import guards
 from tests.bench.preemption import preemption
 from tests.integration.conftest import client_of

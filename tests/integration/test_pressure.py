@@ -22,8 +22,9 @@ import pytest
 
 from resilience.degradation import Level
 from resilience.errors import InvalidValue
-from rlm_tasks import Client, Status, embedded, operations
+from rlm_tasks import Client, Status, embedded
 from rlm_tasks.job import Job
+from rlm_tasks.operations import registry
 from rlm_tasks.results import Shaped
 from rlm_tasks.shares import policies, policy_of
 from scheduler.admission import Overloaded, QueueFull
@@ -551,7 +552,7 @@ def test_under_high_pressure_an_operation_has_the_nodes_that_its_urgency_leaves_
 
     items = drilled.execute(operation="where_and_when", items=[0.2] * 8, chunk_size=1, priority=priority, timeout=30).output
 
-    policy = policy_of(operations.get("where_and_when"), policies(drilled.settings))
+    policy = policy_of(registry.get("where_and_when"), policies(drilled.settings))
     allowed = workers_for(policy, Level.HIGH, slots=SLOTS, available_mb=None, priority=priority)
     assert at_once([span for _, *span in items]) == allowed == most
 

@@ -18,7 +18,6 @@ from resilience.fault_log import FaultLog
 from resilience.keys import Keys
 from resilience.store import Store
 from resilience.timeouts import Timeouts
-from rlm_tasks import operations
 from rlm_tasks.dispatch import group_id
 from rlm_tasks.guards import Guards
 from rlm_tasks.item_limits import ItemLimits
@@ -29,6 +28,7 @@ from rlm_tasks.ledger import ROOT, Child, Ledger, Split
 from rlm_tasks.merging import compact_split
 from rlm_tasks.node import run_node
 from rlm_tasks.notices import Notices
+from rlm_tasks.operations import registry
 from rlm_tasks.page import Page
 from rlm_tasks.requests import JobRequest, Priority
 from rlm_tasks.rounds import Rounds
@@ -91,7 +91,7 @@ class Platform:
     """Run jobs to their end, in any order the random chooses."""
 
     def __init__(self, seed: int = 0, *, slots: int = 4, settings: Settings | None = None) -> None:
-        operations.import_operations(())
+        registry.import_operations(())
         self.random, self.clock = Random(seed), Clock()
         self.settings = settings or Settings(namespace="unit")
         client = fakeredis.FakeRedis(server=fakeredis.FakeServer())
@@ -178,7 +178,7 @@ class Platform:
             assert group_id(job, split.id)
             spec = self.ledger.spec(job)
             assert spec is not None
-            compact_split(self.ledger, job, operations.get(spec.operation), split.lo, split.hi)
+            compact_split(self.ledger, job, registry.get(spec.operation), split.lo, split.hi)
 
     def run(self, spec: Spec, between: Callable[[], None] = lambda: None) -> dict[str, str]:
         """Run until no message is left; return the job's facts."""

@@ -11,21 +11,21 @@ import pytest
 
 from resilience.degradation import Strategy
 from resilience.errors import BulkheadFull, CallTimeout, Denied, RateLimited
-from rlm_tasks import operations
 from rlm_tasks.guards import Guards, Postponed
 from rlm_tasks.jobs.items import RangeSource
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.llm.endpoints import Allowance, Answer, ProviderDown, Told, UnusableAnswer
 from rlm_tasks.llm.gate import BudgetSpent, Gate, Pass
-from rlm_tasks.operations import Context
+from rlm_tasks.operations import registry
+from rlm_tasks.operations.registry import Context
 from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
 from rlm_tasks.settings.model import Settings
 from tests.unit.world import World, world
 
 __all__ = ["world"]
 
-operations.import_operations(())
+registry.import_operations(())
 MODEL = "gpt-4.1-mini"
 ANSWER = Answer(MODEL, "so", 10, 5, "stop", Told(Allowance(), Allowance()), 0.5)
 
@@ -47,7 +47,7 @@ class Door:
             priority=priority, budget=budget, cache_ttl_s=cache_ttl_s,
         )  # fmt: skip
         self.guards.purse.open(spec, last=True)
-        found = operations.get("llm.map").gate(self.guards, operations.get("llm.map"), spec)  # type: ignore[misc]  # it has one
+        found = registry.get("llm.map").gate(self.guards, registry.get("llm.map"), spec)  # type: ignore[misc]  # it has one
         assert isinstance(found, Gate)
         self.gate, self.params = found, {"prompt": "Say {item}", "max_tokens": 100}
         self.provider = found._provider

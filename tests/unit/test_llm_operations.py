@@ -10,18 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilience.degradation import Degradation, Level, Strategy
-from rlm_tasks import operations
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.llm.drafts import models_for
 from rlm_tasks.llm.endpoints import estimated_tokens
 from rlm_tasks.llm.operations import Found, _best, _in_groups, _merge_next, _narrow, _packed, _ranges, _read
 from rlm_tasks.llm.params import Map
+from rlm_tasks.operations import registry
 from rlm_tasks.requests import Budget, JobRequest, Options
 from rlm_tasks.rounds import NextRound, Round
 from rlm_tasks.settings.llm import LlmSettings, ModelSettings
 from rlm_tasks.settings.model import Settings
 
-operations.import_operations(())
+registry.import_operations(())
 ROOM = 100
 
 
@@ -30,7 +30,7 @@ def ended(number: int = 0, *, done: int = 1, short: bool = False, **params: Any)
 
 
 def prepared(operation: str, items: Any, params: dict[str, Any], budget: Budget | None = None, **llm: Any) -> JobRequest:
-    prepare = operations.get(operation).prepare
+    prepare = registry.get(operation).prepare
     assert prepare is not None
     request = JobRequest(operation=operation, items=items, params=params, options=Options(budget=budget))
     return prepare(request, Settings(llm=LlmSettings(**llm)))

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlm_tasks import operations
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.items import Files, Lines
 from rlm_tasks.llm.endpoints import estimated_prompt
 from rlm_tasks.llm.forecast import Z90, Outlook, RoundForecast, mean_and_error
 from rlm_tasks.llm.learned import Known
 from rlm_tasks.llm.operations import _reading
+from rlm_tasks.operations import registry
 from rlm_tasks.planning import (
     BLOCK_BYTES,
     LOOKED_AT,
@@ -39,7 +39,7 @@ from rlm_tasks.requests import Adaptive, Binary, JobRequest, NWay
 from rlm_tasks.settings.model import Settings
 from tests.unit.harness import Platform
 
-operations.import_operations(())
+registry.import_operations(())
 SETTLED = Known(calls=400, prompt_ratio=1.2, share=0.4, share_sd=0.2, seconds=3.0, seconds_sd=1.0)
 knowns = st.builds(
     Known,
@@ -54,7 +54,7 @@ knowns = st.builds(
 
 def forecast(operation: str, items: Any, params: dict[str, Any], known: Known = SETTLED) -> tuple[list[RoundForecast], ...]:
     """Return the rounds of a request at p50 and at p90."""
-    about = operations.get(operation)
+    about = registry.get(operation)
     asked = JobRequest(operation=operation, items=items, params=params)
     assert about.forecast is not None
     assert about.prepare is not None
@@ -196,7 +196,7 @@ def test_a_merge_reads_what_was_answered_before() -> None:
 def test_a_question_reads_as_many_groups_as_its_passages_are_packed_into(n: int, length: int) -> None:
     random = Random(n + length)
     texts = ["x" * random.randrange(length // 2, 2 * length) for _ in range(n)]
-    about = operations.get("llm.ask")
+    about = registry.get("llm.ask")
     assert about.prepare is not None
     params = {"question": "Who?", "group_tokens": 4000}
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from rlm_tasks import operations
 from rlm_tasks.explain import explain
 from rlm_tasks.ledger import MERGE
 from rlm_tasks.node import run_node
-from rlm_tasks.operations import operation
+from rlm_tasks.operations import registry
+from rlm_tasks.operations.registry import operation
 from rlm_tasks.requests import JobRequest, Options
 from rlm_tasks.results import Status
 from rlm_tasks.rounds import NextRound, Round, opened, round_id
@@ -114,18 +114,18 @@ def test_who_asks_is_told_which_round_is_at_work() -> None:
 def test_a_job_that_was_cancelled_while_it_opened_a_round_takes_the_round_with_it() -> None:
     platform = Platform(4)
     spec = platform.submit(JobRequest(operation="unit_in_rounds", items=[1, 2, 3, 4]))
-    then = operations.get("unit_in_rounds").then
+    then = registry.get("unit_in_rounds").then
     assert then is not None
 
     def cancelled_meanwhile(outputs: Iterable[Any], round: Round) -> Any:
         platform.ledger.stop(spec.job, "cancelled")
         return then(outputs, round)
 
-    operations.register(operations.Operation("unit_in_rounds", lambda item: item, then=cancelled_meanwhile))
+    registry.register(registry.Operation("unit_in_rounds", lambda item: item, then=cancelled_meanwhile))
     try:
         facts = platform.run(spec)
     finally:
-        operations.register(operations.Operation("unit_in_rounds", lambda item: 2 * item, then=then))
+        registry.register(registry.Operation("unit_in_rounds", lambda item: 2 * item, then=then))
 
     assert facts["state"] == "cancelled"
     assert platform.ledger.facts(round_id(spec.job, 1))["state"] == "cancelled"
@@ -152,14 +152,14 @@ def test_what_a_budget_has_stopped_is_merged_and_the_next_rounds_know_it() -> No
 
 def test_a_round_whose_items_must_not_fail_fails_its_job_though_errors_are_tolerated() -> None:
     platform = Platform(6)
-    then = operations.get("unit_in_rounds").then
+    then = registry.get("unit_in_rounds").then
     assert then is not None
 
     def strictly(outputs: Iterable[Any], round: Round) -> Any:
         found = then(outputs, round)
         return replace(found, strict=True) if isinstance(found, NextRound) else found
 
-    operations.register(operations.Operation("unit_strictly", lambda item: 2 * item, then=strictly))
+    registry.register(registry.Operation("unit_strictly", lambda item: 2 * item, then=strictly))
     spec = platform.submit(
         JobRequest(operation="unit_strictly", items=[1, -9, 1, 5, 5, 5], options=Options(continue_on_error=True))
     )

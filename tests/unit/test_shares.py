@@ -12,11 +12,12 @@ import pytest
 
 from resilience.bulkhead import LEASE_S
 from resilience.degradation import Level
-from rlm_tasks import JobRequest, operations
+from rlm_tasks import JobRequest
 from rlm_tasks.crashpoints import CrashPoint
 from rlm_tasks.ledger import MERGE, ROOT
 from rlm_tasks.node import run_node
-from rlm_tasks.operations import Operation
+from rlm_tasks.operations import registry
+from rlm_tasks.operations.registry import Operation
 from rlm_tasks.page import Page
 from rlm_tasks.settings.model import Settings
 from rlm_tasks.shares import RUNS_AT_MOST, Shares, policies, policy_of, priority_for
@@ -35,10 +36,10 @@ def operation(name: str = "op", **policy: Any) -> Operation:
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let operations that a test registers end with it."""
-    operations.import_operations(())
-    monkeypatch.setattr(operations, "_registry", dict(operations._registry))
+    registry.import_operations(())
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
     return
 
 
@@ -150,7 +151,7 @@ def test_while_redis_is_away_a_process_runs_one_node_at_a_time(world: World) -> 
 
 
 def test_the_dead_give_their_places_back(world: World) -> None:
-    operations.register(bounded := operation("bounded", min_workers=1, max_workers=1))
+    registry.register(bounded := operation("bounded", min_workers=1, max_workers=1))
     worker = Worker(world)
     share = worker.of(bounded)
     assert share.acquire()
@@ -184,7 +185,7 @@ def test_memory_that_other_nodes_hold_is_not_free(world: World) -> None:
 
 def test_a_node_that_must_not_start_here_is_parked_with_the_reason() -> None:
     platform = Platform()
-    operations.register(operation("hungry", min_memory_mb=1e6, max_memory_mb=1e6))
+    registry.register(operation("hungry", min_memory_mb=1e6, max_memory_mb=1e6))
     platform.runtime.page.free_mb = 10.0
     spec = platform.submit(JobRequest(operation="hungry", items=range(10)))
     assert run_node(platform.runtime, spec.job, ROOT) is False
@@ -194,7 +195,7 @@ def test_a_node_that_must_not_start_here_is_parked_with_the_reason() -> None:
 
 def test_a_node_that_is_put_off_in_a_job_that_has_just_ended_sends_what_is_left_to_do() -> None:
     platform = Platform()
-    operations.register(operation("hungry", min_memory_mb=1e6, max_memory_mb=1e6))
+    registry.register(operation("hungry", min_memory_mb=1e6, max_memory_mb=1e6))
     platform.runtime.page.free_mb = 10.0
     spec = platform.submit(JobRequest(operation="hungry", items=range(10)))
     platform.mailbox.messages.clear()

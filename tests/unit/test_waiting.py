@@ -16,10 +16,11 @@ from resilience.bucket import Rate
 from resilience.bulkhead import Bulkhead
 from resilience.errors import RateLimited
 from resilience.retry import RetryPolicy
-from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, Options, operation, operations
+from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, Options, operation
 from rlm_tasks.guards import Guards
 from rlm_tasks.harvest import Harvest
 from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.operations import registry
 from rlm_tasks.results import Status
 from rlm_tasks.runtime import wake
 from tests.unit.harness import Platform
@@ -283,7 +284,7 @@ def _limited(items: list[float], prepare: Callable[[WaitingPlatform], None] = la
     spec = platform.submit(JobRequest(operation="unit_limited", items=items, type="sequential"))
     prepare(platform)
     facts = platform.run_all(spec)
-    bulkhead = platform.runtime.guards.bulkhead(operations.get("unit_limited").protection)
+    bulkhead = platform.runtime.guards.bulkhead(registry.get("unit_limited").protection)
     assert bulkhead is not None
     assert bulkhead.status()["used"] == 0, "every permit was given back"
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0), "no alarm is left armed"
@@ -343,7 +344,7 @@ def unit_narrow(item: int) -> list[int]:
 
 
 def _parked_at_a_full_bulkhead(platform: WaitingPlatform, jobs: int) -> tuple[Any, Any, list[Spec]]:
-    bulkhead = platform.runtime.guards.bulkhead(operations.get("unit_narrow").protection)
+    bulkhead = platform.runtime.guards.bulkhead(registry.get("unit_narrow").protection)
     assert bulkhead is not None
     permit = bulkhead.acquire()
     specs = []
@@ -393,7 +394,7 @@ def test_a_node_that_meets_a_worker_which_does_not_know_its_operation_keeps_its_
     assert json.loads(node)["tr"] == 1
     wake(platform.ledger, platform.mailbox, [f"{spec.job} root"])  # type: ignore[arg-type]  # as above
     with monkeypatch.context() as patch:
-        patch.delitem(operations._registry, "unit_waits")
+        patch.delitem(registry._registry, "unit_waits")
         platform.run(spec)
 
     node = platform.store.client.hget(platform.keys.of(spec.job).nodes, "root")

@@ -15,7 +15,7 @@ from celery.utils.imports import import_from_cwd
 
 from resilience.degradation import Degradation
 from rlm_tasks.errors import InvalidRequest, UnknownOperation
-from rlm_tasks.protection import UNPROTECTED, Protection, protection
+from rlm_tasks.operations.protection import UNPROTECTED, Protection, protection
 
 if TYPE_CHECKING:
     from resilience.breaker_storage import BreakerConfig
@@ -260,7 +260,7 @@ def import_operations(modules: Sequence[str]) -> None:
 
     Raises InvalidRequest for a missing one.
     """
-    own = ("rlm_tasks.builtins", *(("rlm_tasks.llm.operations",) if find_spec("openai") else ()))
+    own = ("rlm_tasks.operations.builtin", *(("rlm_tasks.llm.operations",) if find_spec("openai") else ()))
     for module in (*own, *modules):
         try:
             import_from_cwd(module)

@@ -10,8 +10,8 @@ from fractions import Fraction
 from heapq import merge as merge_sorted
 from typing import Any
 
-from rlm_tasks.code_metrics import measure_file, merge_reports
-from rlm_tasks.operations import Context, operation
+from rlm_tasks.operations.code_metrics import measure_file, merge_reports
+from rlm_tasks.operations.registry import Context, operation
 
 _WORD = re.compile(r"\w+")
 
