@@ -38,13 +38,20 @@ def test_imports_go_one_way(package: str) -> None:
     assert {name: bad for name, bad in wrong.items() if bad} == {}
 
 
-def test_an_installed_package_has_all_its_scripts() -> None:
-    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    found = {script.parents[1] for package in FORBIDDEN for script in (ROOT / package).rglob("*.lua")}
+def test_a_wheel_has_all_packages_and_their_files() -> None:
+    """Setuptools looks for packages by name; each file that is no module needs a pattern of package data."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = setuptools["packages"]["find"]["include"]
+    data = setuptools["package-data"]
 
-    assert {".".join(folder.relative_to(ROOT).parts) for folder in found} == {
-        package for package, patterns in shipped.items() if "lua/*.lua" in patterns
-    }
+    assert found == [f"{package}*" for package in ("rlm_tasks", "resilience", "scheduler")]
+    for package in FORBIDDEN:
+        folders = {module.parent for module in (ROOT / package).rglob("*.py")}
+        assert [str(each) for each in folders if not (each / "__init__.py").exists()] == []
+        for file in (each for each in (ROOT / package).rglob("*.*") if each.suffix not in (".py", ".pyc")):
+            owner = next(each for each in file.parents if each in folders)
+            patterns = [*data["*"], *data.get(".".join(owner.relative_to(ROOT).parts), [])]
+            assert any(file.relative_to(owner).match(each) for each in patterns), file
 
 
 def test_every_module_says_what_it_is_for() -> None:
