@@ -23,8 +23,8 @@ from pydantic import SecretStr
 from resilience.breaker import CircuitBreakers
 from rlm_tasks import __version__, doctor
 from rlm_tasks.errors import JobNotFound
-from rlm_tasks.explain import explain
-from rlm_tasks.ledger import NodeRecord
+from rlm_tasks.ledger.explain import explain
+from rlm_tasks.ledger.ledger import NodeRecord
 from rlm_tasks.settings.document import HIDDEN, to_dict
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from rlm_tasks.job import Job
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.items import ItemReader, ItemWriter, Source
 from rlm_tasks.jobs.spec import Spec
-from rlm_tasks.ledger import PROCESS, ROOT, Ledger, Report, Standing
+from rlm_tasks.ledger.ledger import PROCESS, ROOT, Ledger, Report, Standing
 from rlm_tasks.operations import registry
 from rlm_tasks.requests import Budget, JobRequest, Options, Priority
 from rlm_tasks.results import JobResult, Progress, QuarantinedItem, Status
@@ -49,11 +49,11 @@ from scheduler.usage import Usage
 
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker, CircuitBreakers
+    from rlm_tasks.ledger.budgets import Purse
     from rlm_tasks.limits import LimitReport
     from rlm_tasks.llm.reports import EndpointReport
     from rlm_tasks.planning import Plan
     from rlm_tasks.pressure import PlatformStatus, Pressure
-    from rlm_tasks.spending import Purse
     from scheduler.alerts import Alerts
     from scheduler.events import Event, Events, Listener
     from scheduler.queues import QueueReport
@@ -186,7 +186,7 @@ class Client:
     @functools.cached_property
     def purse(self) -> Purse:
         """What jobs that call models may spend, and have spent."""
-        from rlm_tasks.spending import Purse
+        from rlm_tasks.ledger.budgets import Purse
 
         return Purse(self._store, self.settings)
 

@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 from rlm_tasks.broker import AWAY, spoken
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.jobs.splitting import Fork, Leaf
-from rlm_tasks.ledger import Child, Ledger, Slot, Split
+from rlm_tasks.ledger.ledger import Child, Ledger, Slot, Split
 
 logger = logging.getLogger(__name__)
 

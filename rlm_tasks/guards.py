@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from resilience.errors import Denied, RateLimited, RetryBudgetExhausted, StoreUnavailable
 from resilience.faults import classify
+from rlm_tasks.ledger.budgets import Purse
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.protection import Protection
-from rlm_tasks.spending import Purse
 
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker, CircuitBreakers

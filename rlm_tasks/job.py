@@ -25,10 +25,10 @@ from rlm_tasks.errors import (
     ResultTimeout,
     ResultTooLarge,
 )
-from rlm_tasks.explain import explain
 from rlm_tasks.jobs import codec
-from rlm_tasks.ledger import MERGE
-from rlm_tasks.merging import flattened, partials
+from rlm_tasks.ledger.explain import explain
+from rlm_tasks.ledger.ledger import MERGE
+from rlm_tasks.ledger.partials import flattened, partials
 from rlm_tasks.operations import registry
 from rlm_tasks.results import (
     CELERY_STATES,

@@ -44,8 +44,8 @@ from rlm_tasks.jobs.splitting import (
     share_out,
     should_yield,
 )
-from rlm_tasks.ledger import MERGE, PROCESS, ROOT, Child, Claim, Finished, Report, Suspect
-from rlm_tasks.merging import merge_root
+from rlm_tasks.ledger.ledger import MERGE, PROCESS, ROOT, Child, Claim, Finished, Report, Suspect
+from rlm_tasks.ledger.partials import merge_root
 from rlm_tasks.metrics import declared as metrics
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.registry import Operation

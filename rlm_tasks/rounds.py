@@ -21,15 +21,15 @@ from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.items import ItemWriter
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.jobs.splitting import Shape
-from rlm_tasks.ledger import MERGE, ROOT, Claim, Ledger
-from rlm_tasks.merging import flattened, merged, partials
+from rlm_tasks.ledger.ledger import MERGE, ROOT, Claim, Ledger
+from rlm_tasks.ledger.partials import flattened, merged, partials
 from rlm_tasks.operations import registry
 from rlm_tasks.results import Status
 
 if TYPE_CHECKING:
+    from rlm_tasks.ledger.budgets import Purse
     from rlm_tasks.operations.registry import Operation
     from rlm_tasks.settings.model import Settings
-    from rlm_tasks.spending import Purse
 
 logger = logging.getLogger(__name__)
 

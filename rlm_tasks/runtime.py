@@ -28,7 +28,7 @@ from rlm_tasks.dispatch import Dispatcher
 from rlm_tasks.guards import Guards
 from rlm_tasks.item_limits import ItemLimits
 from rlm_tasks.jobs.items import ItemReader
-from rlm_tasks.ledger import Ledger
+from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.notices import Notices
 from rlm_tasks.operations import registry
 from rlm_tasks.page import Page, PageSlot

@@ -28,7 +28,7 @@ from resilience.errors import StoreUnavailable
 from resilience.store import LOST, Call
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import Spec
-from rlm_tasks.ledger import MERGE, PROCESS, Claim, Finished, Ledger, Report, Swept
+from rlm_tasks.ledger.ledger import MERGE, PROCESS, Claim, Finished, Ledger, Report, Swept
 from rlm_tasks.operations import registry
 from rlm_tasks.results import Status
 from rlm_tasks.settings.model import Settings, traces_exporters

@@ -16,7 +16,7 @@ from rlm_tasks.guards import Guarded, Postponed, postponed
 from rlm_tasks.harvest import Harvest
 from rlm_tasks.item_limits import ItemAlarm
 from rlm_tasks.jobs.spec import Spec
-from rlm_tasks.ledger import PROCESS, Claim
+from rlm_tasks.ledger.ledger import PROCESS, Claim
 from rlm_tasks.operations.registry import Context, Operation
 from rlm_tasks.pace import Pace
 from rlm_tasks.page import SEVERAL_ITEMS, PageSlot

@@ -23,6 +23,7 @@ from resilience.store import Call
 from resilience.waiters import URGENCY
 from rlm_tasks.guards import PATIENCE_S, Guarded, Guards
 from rlm_tasks.jobs import codec
+from rlm_tasks.ledger.budgets import account_of
 from rlm_tasks.llm import counts
 from rlm_tasks.llm.drafts import Draft, digest, models_for
 from rlm_tasks.llm.endpoints import Answer, ProviderDown, ProviderRefused, Question, UnusableAnswer
@@ -31,7 +32,6 @@ from rlm_tasks.llm.profile import watched
 from rlm_tasks.llm.provider import Provider
 from rlm_tasks.metrics.declared import LLM_REFUSED, LLM_SHARED
 from rlm_tasks.operations.protection import Protection
-from rlm_tasks.spending import account_of
 
 if TYPE_CHECKING:
     from resilience.breaker_storage import Admission

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric as Family
     from prometheus_client.mmap_dict import MmapedDict
 
-    from rlm_tasks.ledger import Report
+    from rlm_tasks.ledger.ledger import Report
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import pytest
 
 from rlm_tasks import NWay
 from rlm_tasks.dispatch import body_of, group_id
-from rlm_tasks.ledger import Ledger, NodeRecord
+from rlm_tasks.ledger.ledger import Ledger, NodeRecord
 from tests.faults.conftest import Cell
 from tests.integration.conftest import client_of
 from tests.support import wait_until

@@ -13,7 +13,7 @@ from resilience.degradation import Level
 from rlm_tasks import Client, __version__, embedded
 from rlm_tasks.doctor import Finding, examine
 from rlm_tasks.jobs.spec import SCHEMA
-from rlm_tasks.ledger import ROOT, Report
+from rlm_tasks.ledger.ledger import ROOT, Report
 from rlm_tasks.results import QuarantinedItem
 from scheduler.board import Board, ClusterReport, HostReport
 from tests.integration.conftest import client_of, environment_of

@@ -24,8 +24,9 @@ from rlm_tasks.item_limits import ItemLimits
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.items import ItemReader, ItemWriter
 from rlm_tasks.jobs.spec import Spec
-from rlm_tasks.ledger import ROOT, Child, Ledger, Split
-from rlm_tasks.merging import compact_split
+from rlm_tasks.ledger.budgets import Purse
+from rlm_tasks.ledger.ledger import ROOT, Child, Ledger, Split
+from rlm_tasks.ledger.partials import compact_split
 from rlm_tasks.node import run_node
 from rlm_tasks.notices import Notices
 from rlm_tasks.operations import registry
@@ -35,7 +36,6 @@ from rlm_tasks.rounds import Rounds
 from rlm_tasks.runtime import Runtime, wake
 from rlm_tasks.settings.model import Settings
 from rlm_tasks.shares import Shares
-from rlm_tasks.spending import Purse
 from scheduler.admission import WaitingRoom
 from scheduler.board import Board
 from scheduler.events import Events
@@ -190,7 +190,7 @@ class Platform:
     def output(self, spec: Spec) -> Any:
         """Return the packed answer, or the pages of a job without a merge."""
         from rlm_tasks.jobs import codec
-        from rlm_tasks.merging import flattened, partials
+        from rlm_tasks.ledger.partials import flattened, partials
 
         packed = self.store.client.hget(self.keys.of(spec.job).blobs, "output")
         if packed is not None:

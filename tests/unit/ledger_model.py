@@ -17,7 +17,7 @@ from resilience.keys import Keys
 from resilience.store import Store
 from rlm_tasks.jobs.items import RangeSource
 from rlm_tasks.jobs.spec import Spec
-from rlm_tasks.ledger import MERGE, ROOT, Child, Claim, Ledger, Report
+from rlm_tasks.ledger.ledger import MERGE, ROOT, Child, Claim, Ledger, Report
 from rlm_tasks.requests import JobRequest
 from rlm_tasks.settings.model import LedgerSettings
 

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from rlm_tasks.ledger import ROOT
+from rlm_tasks.ledger.ledger import ROOT
 from rlm_tasks.requests import JobRequest
 from rlm_tasks.worker import REAPED, Guard
 from tests.unit.harness import Platform

@@ -20,7 +20,7 @@ from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.health import STUCK_S, UNHEARD_S, Vitals, not_alive, not_ready
 from rlm_tasks.installation import install
 from rlm_tasks.jobs.splitting import Reason
-from rlm_tasks.ledger import Child, Report
+from rlm_tasks.ledger.ledger import Child, Report
 from rlm_tasks.metrics import declared as metrics
 from rlm_tasks.metrics.declared import Counter, Histogram, SlotFiles, Standing, count_node, counted, timed
 from rlm_tasks.requests import Options

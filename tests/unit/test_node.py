@@ -7,7 +7,7 @@ import pytest
 
 from rlm_tasks import JobRequest, NWay
 from rlm_tasks.jobs.spec import SCHEMA, Spec
-from rlm_tasks.ledger import ROOT
+from rlm_tasks.ledger.ledger import ROOT
 from rlm_tasks.node import run_node
 from rlm_tasks.tasks import beyond_this_worker
 from tests.unit.harness import Platform

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from rlm_tasks.explain import explain
-from rlm_tasks.ledger import MERGE
+from rlm_tasks.ledger.explain import explain
+from rlm_tasks.ledger.ledger import MERGE
 from rlm_tasks.node import run_node
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.registry import operation

@@ -14,7 +14,7 @@ from resilience.bulkhead import LEASE_S
 from resilience.degradation import Level
 from rlm_tasks import JobRequest
 from rlm_tasks.crashpoints import CrashPoint
-from rlm_tasks.ledger import MERGE, ROOT
+from rlm_tasks.ledger.ledger import MERGE, ROOT
 from rlm_tasks.node import run_node
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.registry import Operation

@@ -24,7 +24,7 @@ from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.items import RangeSource
 from rlm_tasks.jobs.spec import Spec
-from rlm_tasks.ledger import Ledger
+from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.settings.model import traces_exporters
 from rlm_tasks.spans import Export, HandOver, Spans, packed, unpacked
 from rlm_tasks.tracing import TracedLedger, Tracing, origin, span_id, trace_id_of

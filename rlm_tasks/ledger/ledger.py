@@ -32,7 +32,7 @@ NODES_LOOKED_AT = 1000
 QUARANTINE_TTL_S = 30 * 86_400
 
 _SCRIPTS = {
-    name: Script.load("rlm_tasks", name, prelude="prelude")
+    name: Script.load("rlm_tasks.ledger", name, prelude="prelude")
     for name in [
         "open",
         "claim",
@@ -49,7 +49,7 @@ _SCRIPTS = {
         "sweep",
     ]
 }
-_TAKE_DUE, _LOOK_AGAIN, _WAKE, _NEXT = (Script.load("rlm_tasks", n) for n in ("take_due", "look_again", "wake", "next"))
+_TAKE_DUE, _LOOK_AGAIN, _WAKE, _NEXT = (Script.load("rlm_tasks.ledger", n) for n in ("take_due", "look_again", "wake", "next"))
 _json = msgspec.json.Encoder()
 _Answer = TypeVar("_Answer")
 

@@ -16,7 +16,7 @@ from rlm_tasks.errors import Quarantined
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.item_failures import failure_of
 from rlm_tasks.jobs.spec import Spec
-from rlm_tasks.ledger import Claim, Ledger
+from rlm_tasks.ledger.ledger import Claim, Ledger
 from rlm_tasks.metrics import declared as metrics
 from rlm_tasks.operations.registry import Operation
 from rlm_tasks.results import Status
