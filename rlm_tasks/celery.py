@@ -12,10 +12,10 @@ from typing import Any
 from celery import Celery
 from kombu.entity import Queue
 
-from rlm_tasks import transports
 from rlm_tasks.installation import AUTOSCALER, monitoring, queue_names
 from rlm_tasks.installation import install as install
 from rlm_tasks.installation import queue_name as queue_name
+from rlm_tasks.messaging import transports
 from rlm_tasks.requests import Priority
 from rlm_tasks.settings.model import Settings
 

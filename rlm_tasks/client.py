@@ -24,10 +24,8 @@ from resilience.faults import Fault, classify
 from resilience.keys import Keys
 from resilience.retry import RetryPolicy
 from resilience.store import Store, guard_store, masked
-from rlm_tasks.broker import AWAY
 from rlm_tasks.celery import app as default_app
 from rlm_tasks.celery import queue_name
-from rlm_tasks.dispatch import Dispatcher, mint
 from rlm_tasks.errors import BrokerUnavailable, InvalidRequest, JobEnded, JobNotFound, Overloaded, QueueFull
 from rlm_tasks.intake import Intake
 from rlm_tasks.job import Job
@@ -35,6 +33,8 @@ from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.items import ItemReader, ItemWriter, Source
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger.ledger import PROCESS, ROOT, Ledger, Report, Standing
+from rlm_tasks.messaging.broker import AWAY
+from rlm_tasks.messaging.dispatch import Dispatcher, mint
 from rlm_tasks.operations import registry
 from rlm_tasks.requests import Budget, JobRequest, Options, Priority
 from rlm_tasks.results import JobResult, Progress, QuarantinedItem, Status

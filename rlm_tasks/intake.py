@@ -17,8 +17,8 @@ from resilience.degradation import Level
 from resilience.errors import Denied
 from resilience.keys import Keys
 from resilience.store import Store
-from rlm_tasks.broker import AWAY
-from rlm_tasks.queues import QueueGauge
+from rlm_tasks.messaging.broker import AWAY
+from rlm_tasks.messaging.queue_depths import QueueGauge
 from rlm_tasks.settings.model import Settings
 from scheduler.admission import full, shed
 from scheduler.allocation import calculate_optimal_batch_size

@@ -25,7 +25,6 @@ from resilience.errors import StoreUnavailable
 from resilience.store import Call
 from resilience.waiters import URGENCY
 from rlm_tasks.crashpoints import CrashPoint
-from rlm_tasks.dispatch import freeze, mint
 from rlm_tasks.errors import Quarantined, UnknownOperation
 from rlm_tasks.guards import Postponed
 from rlm_tasks.in_flight import WorkInFlight
@@ -46,6 +45,7 @@ from rlm_tasks.jobs.splitting import (
 )
 from rlm_tasks.ledger.ledger import MERGE, PROCESS, ROOT, Child, Claim, Finished, Report, Suspect
 from rlm_tasks.ledger.partials import merge_root
+from rlm_tasks.messaging.dispatch import freeze, mint
 from rlm_tasks.metrics import declared as metrics
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.registry import Operation

@@ -16,8 +16,8 @@ from redis.exceptions import ResponseError
 
 from resilience.address import tls
 from resilience.store import Store
+from rlm_tasks.messaging.transports import speaks_redis
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.transports import speaks_redis
 
 OLDEST_REDIS, OLDEST_TESTED = (6, 2), (7, 2)
 """Redis 6.2 brought what is sent to it: ZADD LT (`wake.lua`), ZRANGE REV (`breaker_names.lua`) and BYSCORE (`sources`, and

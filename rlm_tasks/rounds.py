@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from resilience.errors import RlmError
-from rlm_tasks.dispatch import Dispatcher, mint
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.items import ItemWriter
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.ledger.ledger import MERGE, ROOT, Claim, Ledger
 from rlm_tasks.ledger.partials import flattened, merged, partials
+from rlm_tasks.messaging.dispatch import Dispatcher, mint
 from rlm_tasks.operations import registry
 from rlm_tasks.results import Status
 

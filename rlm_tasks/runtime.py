@@ -24,18 +24,18 @@ from resilience.store import Store, guard_store
 from resilience.timeouts import Timeouts
 from resilience.waiters import URGENCY
 from rlm_tasks.crashpoints import CrashPoint, nobody_listens
-from rlm_tasks.dispatch import Dispatcher
 from rlm_tasks.guards import Guards
 from rlm_tasks.item_limits import ItemLimits
 from rlm_tasks.jobs.items import ItemReader
 from rlm_tasks.ledger.ledger import Ledger
+from rlm_tasks.messaging.dispatch import Dispatcher
+from rlm_tasks.messaging.transports import speaks_redis
 from rlm_tasks.notices import Notices
 from rlm_tasks.operations import registry
 from rlm_tasks.page import Page, PageSlot
 from rlm_tasks.rounds import Rounds
 from rlm_tasks.settings.model import Settings
 from rlm_tasks.shares import Shares
-from rlm_tasks.transports import speaks_redis
 from scheduler.admission import WaitingRoom
 from scheduler.board import Board
 from scheduler.events import Events

@@ -26,8 +26,8 @@ from redis.exceptions import RedisError
 
 from resilience.errors import StoreUnavailable
 from resilience.store import Call
-from rlm_tasks.dispatch import NODE_TASK
 from rlm_tasks.host import Host
+from rlm_tasks.messaging.dispatch import NODE_TASK
 from rlm_tasks.page import NO_ITEM, Held
 from rlm_tasks.preflight import dangers
 from rlm_tasks.runtime import Runtime

@@ -16,8 +16,8 @@ from celery import Celery
 
 from rlm_tasks import Client, embedded
 from rlm_tasks.celery import configuration
+from rlm_tasks.messaging.queue_depths import QueueGauge
 from rlm_tasks.queue_order import QueueOrder
-from rlm_tasks.queues import QueueGauge
 from rlm_tasks.settings.model import Settings
 from scheduler.queues import QueueReport
 from scheduler.stride import WEIGHTS, Facts

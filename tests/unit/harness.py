@@ -18,7 +18,6 @@ from resilience.fault_log import FaultLog
 from resilience.keys import Keys
 from resilience.store import Store
 from resilience.timeouts import Timeouts
-from rlm_tasks.dispatch import group_id
 from rlm_tasks.guards import Guards
 from rlm_tasks.item_limits import ItemLimits
 from rlm_tasks.jobs import spec as specs
@@ -27,6 +26,7 @@ from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger.budgets import Purse
 from rlm_tasks.ledger.ledger import ROOT, Child, Ledger, Split
 from rlm_tasks.ledger.partials import compact_split
+from rlm_tasks.messaging.dispatch import group_id
 from rlm_tasks.node import run_node
 from rlm_tasks.notices import Notices
 from rlm_tasks.operations import registry

@@ -17,8 +17,8 @@ from celery.utils.log import ColorFormatter
 
 from rlm_tasks import logs
 from rlm_tasks.celery import app
-from rlm_tasks.dispatch import NODE_TASK
 from rlm_tasks.logs import JsonFormatter, WorkerLog, demote
+from rlm_tasks.messaging.dispatch import NODE_TASK
 from rlm_tasks.settings.model import Settings
 
 

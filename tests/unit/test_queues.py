@@ -19,10 +19,10 @@ from kombu.utils.scheduling import cycle_by_name
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from rlm_tasks import queue_order
-from rlm_tasks.broker import ANSWER_S
 from rlm_tasks.celery import configuration
+from rlm_tasks.messaging.broker import ANSWER_S
+from rlm_tasks.messaging.queue_depths import QueueGauge
 from rlm_tasks.queue_order import QueueOrder
-from rlm_tasks.queues import QueueGauge
 from rlm_tasks.settings.model import Settings
 from scheduler.queues import QueueReport
 from scheduler.stride import Facts

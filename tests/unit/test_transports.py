@@ -11,10 +11,10 @@ from celery.app.utils import filter_hidden_settings
 from celery.backends.redis import RedisBackend, SentinelBackend
 from redis.connection import SSLConnection
 
-from rlm_tasks import transports
 from rlm_tasks.celery import beat_configuration, configuration
+from rlm_tasks.messaging import transports
+from rlm_tasks.messaging.transports import ANSWER_S, WATCHED_ANSWER_S, speaks_redis
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.transports import ANSWER_S, WATCHED_ANSWER_S, speaks_redis
 
 VERIFIED = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}
 WATCHED = "sentinel://:hush@one:26380/2;sentinel://two"

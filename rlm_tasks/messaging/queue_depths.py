@@ -16,7 +16,7 @@ import redis
 from celery import Celery
 from kombu.exceptions import ChannelError
 
-from rlm_tasks.broker import spoken
+from rlm_tasks.messaging.broker import spoken
 from scheduler.queues import QueueReport
 
 _NOT_FOUND = "404"

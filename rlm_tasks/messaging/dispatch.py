@@ -16,10 +16,10 @@ from typing import Any
 from celery import Celery
 from redis.exceptions import RedisError
 
-from rlm_tasks.broker import AWAY, spoken
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.jobs.splitting import Fork, Leaf
 from rlm_tasks.ledger.ledger import Child, Ledger, Slot, Split
+from rlm_tasks.messaging.broker import AWAY, spoken
 
 logger = logging.getLogger(__name__)
 
