@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from resilience.degradation import ResourceConstraints as ResourceConstraints
     from rlm_tasks.celery import app as app
     from rlm_tasks.client import Client as Client
+    from rlm_tasks.engine.rounds import NextRound as NextRound
+    from rlm_tasks.engine.rounds import Round as Round
     from rlm_tasks.errors import InvalidRequest as InvalidRequest
     from rlm_tasks.errors import JobCancelled as JobCancelled
     from rlm_tasks.errors import JobExpired as JobExpired
@@ -59,8 +61,6 @@ if TYPE_CHECKING:
     from rlm_tasks.results import Progress as Progress
     from rlm_tasks.results import Receipt as Receipt
     from rlm_tasks.results import Status as Status
-    from rlm_tasks.rounds import NextRound as NextRound
-    from rlm_tasks.rounds import Round as Round
     from scheduler.allocation import ResourceAllocationPolicy as ResourceAllocationPolicy
 
 _HOMES = {
@@ -77,7 +77,7 @@ _HOMES = {
     "results": "ItemFailure JobResult Partial Progress Receipt Status",
     "resource_manager": "create_resource_manager get_resource_status integrate_with_orchestrator reset_circuit_breakers "
     "wrap_method_executor",
-    "rounds": "NextRound Round",
+    "engine.rounds": "NextRound Round",
     "jobs.items": "Files Lines",
     "jobs.splitting": "estimate_optimal_chunk_size",
     "resilience.budget": "Spending",

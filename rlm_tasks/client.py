@@ -26,6 +26,8 @@ from resilience.retry import RetryPolicy
 from resilience.store import Store, guard_store, masked
 from rlm_tasks.celery import app as default_app
 from rlm_tasks.celery import queue_name
+from rlm_tasks.engine.runtime import making_room, wake
+from rlm_tasks.engine.slot_shares import policies, priority_for
 from rlm_tasks.errors import BrokerUnavailable, InvalidRequest, JobEnded, JobNotFound, Overloaded, QueueFull
 from rlm_tasks.intake import Intake
 from rlm_tasks.job import Job
@@ -38,9 +40,7 @@ from rlm_tasks.messaging.dispatch import Dispatcher, mint
 from rlm_tasks.operations import registry
 from rlm_tasks.requests import Budget, JobRequest, Options, Priority
 from rlm_tasks.results import JobResult, Progress, QuarantinedItem, Status
-from rlm_tasks.runtime import making_room, wake
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.shares import policies, priority_for
 from rlm_tasks.tracing import current_traceparent
 from scheduler.admission import WaitingRoom
 from scheduler.preemption import Preemption
@@ -122,7 +122,7 @@ class Client:
     @functools.cached_property
     def breakers(self) -> CircuitBreakers:
         """All breakers: `can_execute(name)`, `status()`, `reset(name)` or `reset()` for all."""
-        from rlm_tasks.guards import breakers_of
+        from rlm_tasks.engine.guards import breakers_of
 
         return breakers_of(self.store, self.settings, lambda waiters: wake(self.ledger, self._dispatcher, waiters))
 
@@ -228,7 +228,7 @@ class Client:
 
         Raises StoreUnavailable.
         """
-        from rlm_tasks.guards import Guards
+        from rlm_tasks.engine.guards import Guards
         from rlm_tasks.limits import reports
 
         return reports(Guards(self.store, self.settings, lambda waiters: wake(self.ledger, self._dispatcher, waiters)))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from celery import Celery
 
-from rlm_tasks import tasks
+from rlm_tasks.engine import tasks
 from rlm_tasks.messaging.transports import QUEUE_ORDER, speaks_redis
 
 _PROMISED = ("ignore_result", "acks_late", "reject_on_worker_lost", "retry_on_worker_lost", "rate_limit", "serializer")

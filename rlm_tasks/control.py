@@ -73,7 +73,7 @@ def pressure(state: Any, **_: Any) -> dict[str, Any]:
 def breakers(state: Any, **_: Any) -> dict[str, Any]:
     """All circuit breakers, as this worker sees them."""
     from resilience.store import guard_store
-    from rlm_tasks.guards import breakers_of
+    from rlm_tasks.engine.guards import breakers_of
 
     return breakers_of(guard_store(state.app.rlm_settings), state.app.rlm_settings).status()
 
@@ -131,7 +131,7 @@ def release_pressure(state: Any, **_: Any) -> dict[str, str]:
 def reset_breaker(state: Any, name: str = "", **_: Any) -> dict[str, str]:
     """Close a circuit breaker: calls go through at once."""
     from resilience.store import guard_store
-    from rlm_tasks.guards import breakers_of
+    from rlm_tasks.engine.guards import breakers_of
 
     settings = state.app.rlm_settings
     known = breakers_of(guard_store(settings), settings, state.app.rlm_runtime().wake)

@@ -33,7 +33,7 @@ from resilience.degradation import Level, level_of
 from resilience.errors import StoreUnavailable
 from resilience.store import guard_store
 from rlm_tasks import __version__, limits, wellbeing
-from rlm_tasks.guards import breakers_of
+from rlm_tasks.engine.guards import breakers_of
 from rlm_tasks.metrics import declared as metrics
 from rlm_tasks.metrics.declared import Standing
 from scheduler.sampling import held_mb

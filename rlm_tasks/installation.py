@@ -21,14 +21,15 @@ from resilience.address import is_untrusted, tls
 from resilience.errors import StoreUnavailable, StoreUntrusted
 from resilience.store import masked
 from rlm_tasks import control as control  # its commands register themselves
-from rlm_tasks import logs, tasks, tracing
+from rlm_tasks import logs, tracing
 from rlm_tasks.conflicts import conflicts
+from rlm_tasks.engine import tasks
+from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.messaging.broker import AWAY, spoken
 from rlm_tasks.messaging.transports import QUEUE_ORDER, speaks_redis
 from rlm_tasks.operations import registry
 from rlm_tasks.requests import Priority
-from rlm_tasks.runtime import Runtime
 from rlm_tasks.settings.model import Settings
 from rlm_tasks.settings.model import settings as environment
 from rlm_tasks.upstream import (

@@ -15,6 +15,7 @@ import msgspec
 
 from resilience.errors import StoreUnavailable
 from resilience.store import LOST
+from rlm_tasks.engine.rounds import opened
 from rlm_tasks.errors import (
     InvalidRequest,
     JobCancelled,
@@ -45,7 +46,6 @@ from rlm_tasks.results import (
     SuccessfulItems,
     TreeNode,
 )
-from rlm_tasks.rounds import opened
 from rlm_tasks.tracing import trace_id_of
 
 if TYPE_CHECKING:

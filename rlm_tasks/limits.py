@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlm_tasks.guards import Guards, declared
+from rlm_tasks.engine.guards import Guards, declared
 
 if TYPE_CHECKING:
     from resilience.bucket import TokenBucket

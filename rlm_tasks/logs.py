@@ -19,8 +19,8 @@ from celery.app.defaults import DEFAULT_PROCESS_LOG_FMT, DEFAULT_TASK_LOG_FMT
 from celery.app.log import TaskFormatter
 from celery.utils.log import ColorFormatter, get_multiprocessing_logger
 
+from rlm_tasks.engine.tasks import OURS
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.tasks import OURS
 
 IDS = ("job", "node", "operation", "task", "task_id")
 """A record carries them as ``rlm_job``, ``rlm_node`` ..., '' where there is none; a JSON line by these names."""

@@ -15,9 +15,9 @@ from celery import Celery
 
 from resilience.breaker import CircuitBreakers
 from resilience.errors import StoreUnavailable
+from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.messaging.broker import AWAY
 from rlm_tasks.messaging.queue_depths import QueueGauge
-from rlm_tasks.runtime import Runtime
 from scheduler.alerts import Alerts, Webhook
 from scheduler.events import Events
 from scheduler.monitor import Monitor, MonitorSettings

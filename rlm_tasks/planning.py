@@ -17,8 +17,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from resilience.degradation import Degradation
+from rlm_tasks.engine.guards import Guards
 from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.guards import Guards
 from rlm_tasks.jobs.items import Files, Lines
 from rlm_tasks.jobs.splitting import WORTH_PLANNING_MS, Fork, Shape, leaves
 from rlm_tasks.jobs.splitting import plan as split

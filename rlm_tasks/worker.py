@@ -26,11 +26,11 @@ from redis.exceptions import RedisError
 
 from resilience.errors import StoreUnavailable
 from resilience.store import Call
+from rlm_tasks.engine.runtime import Runtime
+from rlm_tasks.engine.shared_page import NO_ITEM, Held
 from rlm_tasks.host import Host
 from rlm_tasks.messaging.dispatch import NODE_TASK
-from rlm_tasks.page import NO_ITEM, Held
 from rlm_tasks.preflight import dangers
-from rlm_tasks.runtime import Runtime
 from rlm_tasks.upstream import handle_sigterm
 from scheduler.preemption import rank_of
 from scheduler.queues import priority_of

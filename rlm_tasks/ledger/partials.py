@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from resilience.errors import StoreUnavailable
-from rlm_tasks.crashpoints import CrashPoint, nobody_listens
+from rlm_tasks.engine.crashpoints import CrashPoint, nobody_listens
 from rlm_tasks.errors import Quarantined
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.item_failures import failure_of
@@ -22,7 +22,7 @@ from rlm_tasks.operations.registry import Operation
 from rlm_tasks.results import Status
 
 if TYPE_CHECKING:
-    from rlm_tasks.rounds import Rounds
+    from rlm_tasks.engine.rounds import Rounds
 
 logger = logging.getLogger(__name__)
 

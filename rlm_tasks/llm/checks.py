@@ -26,7 +26,7 @@ from rlm_tasks.settings.model import key_of
 from scheduler.events import Event, Events, Severity
 
 if TYPE_CHECKING:
-    from rlm_tasks.runtime import Runtime
+    from rlm_tasks.engine.runtime import Runtime
     from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
 
 logger = logging.getLogger(__name__)

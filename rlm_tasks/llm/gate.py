@@ -21,7 +21,7 @@ from resilience.errors import BulkheadFull, Category, Denied, RateLimited, Store
 from resilience.retry import RetryPolicy
 from resilience.store import Call
 from resilience.waiters import URGENCY
-from rlm_tasks.guards import PATIENCE_S, Guarded, Guards
+from rlm_tasks.engine.guards import PATIENCE_S, Guarded, Guards
 from rlm_tasks.jobs import codec
 from rlm_tasks.ledger.budgets import account_of
 from rlm_tasks.llm import counts

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from resilience.degradation import Strategy
+from rlm_tasks.engine.rounds import NextRound, Round
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.items import Files, Lines
 from rlm_tasks.llm.drafts import Draft, Message, tier_for
@@ -25,7 +26,6 @@ from rlm_tasks.operations import registry
 from rlm_tasks.operations.protection import Protection
 from rlm_tasks.operations.registry import Context, Operation
 from rlm_tasks.requests import Adaptive, JobRequest
-from rlm_tasks.rounds import NextRound, Round
 from rlm_tasks.settings.llm import LlmSettings
 
 P = TypeVar("P", bound=Params)

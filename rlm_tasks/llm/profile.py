@@ -18,8 +18,8 @@ from celery import signals
 from scheduler.sampling import held_mb
 
 if TYPE_CHECKING:
-    from rlm_tasks.guards import Guards
-    from rlm_tasks.runtime import Runtime
+    from rlm_tasks.engine.guards import Guards
+    from rlm_tasks.engine.runtime import Runtime
     from rlm_tasks.settings.llm import LlmSettings
 
 logger = logging.getLogger(__name__)

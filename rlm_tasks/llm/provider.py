@@ -22,7 +22,7 @@ from scheduler.routing import Router
 
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker
-    from rlm_tasks.guards import Guards
+    from rlm_tasks.engine.guards import Guards
     from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
 
 BREAKER = "client"

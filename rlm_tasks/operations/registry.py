@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from resilience.bucket import Grant, Rate
     from resilience.bulkhead import Aimd, Elastic
     from resilience.retry import RetryPolicy
-    from rlm_tasks.guards import Guarded, Guards
+    from rlm_tasks.engine.guards import Guarded, Guards
+    from rlm_tasks.engine.rounds import Round
     from rlm_tasks.job import Job
     from rlm_tasks.jobs.spec import Spec
     from rlm_tasks.llm.forecast import Forecast
     from rlm_tasks.requests import JobRequest
-    from rlm_tasks.rounds import Round
     from rlm_tasks.settings.model import Settings
     from scheduler.allocation import ResourceAllocationPolicy
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from rlm_tasks.celery import app
-from rlm_tasks.crashpoints import CrashPoint
+from rlm_tasks.engine.crashpoints import CrashPoint
 from tests.faults.ops import kill_worker
 
 _POINT, _DO = os.environ["FAULT_POINT"], os.environ["FAULT_DO"]

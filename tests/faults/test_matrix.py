@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import psutil
 import pytest
 
-from rlm_tasks.crashpoints import CrashPoint
+from rlm_tasks.engine.crashpoints import CrashPoint
 from rlm_tasks.job import Job
 from tests.faults.conftest import LEASE_S, SWEEP_S, Cell
 from tests.support import wait_until

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rlm_tasks import Adaptive, Job, embedded
-from rlm_tasks.crashpoints import CrashPoint
+from rlm_tasks.engine.crashpoints import CrashPoint
 from tests.faults.conftest import Cell, cell, name_of
 from tests.faults.test_redis import restart
 from tests.integration import preempted_ops

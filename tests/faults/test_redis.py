@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from rlm_tasks import Job, JobNotFound, embedded
-from rlm_tasks.crashpoints import CrashPoint
+from rlm_tasks.engine.crashpoints import CrashPoint
 from tests.faults.conftest import LEASE_S, Cell, cell
 from tests.faults.proxy import Proxy
 from tests.faults.test_matrix import NTH, points

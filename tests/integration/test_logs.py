@@ -71,7 +71,7 @@ def test_every_line_is_json_and_knows_its_job_and_node(server: embedded.Server, 
     [printed] = [line for line in lines if line["logger"] == "celery.redirected"]
     assert (printed["message"], printed["job"], printed["level"]) == ("printed\nin two lines", erred.id, "WARNING")
     assert [line["level"] for line in lines if "exited with 'signal 9" in line["message"]] == ["ERROR"]
-    of_nodes = [line for line in lines if line["logger"] == "rlm_tasks.node" and line["job"] == told.id]
+    of_nodes = [line for line in lines if line["logger"] == "rlm_tasks.engine.node" and line["job"] == told.id]
     assert sum("1 failed" in line["message"] for line in of_nodes) == 1
 
 

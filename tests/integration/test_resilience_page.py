@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlm_tasks.guards import ORDER
+from rlm_tasks.engine.guards import ORDER
 from tests.integration.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "resilience.md").read_text(encoding="utf-8")

@@ -18,8 +18,14 @@ from resilience.fault_log import FaultLog
 from resilience.keys import Keys
 from resilience.store import Store
 from resilience.timeouts import Timeouts
-from rlm_tasks.guards import Guards
-from rlm_tasks.item_limits import ItemLimits
+from rlm_tasks.engine.guards import Guards
+from rlm_tasks.engine.item_timeouts import ItemLimits
+from rlm_tasks.engine.node import run_node
+from rlm_tasks.engine.node_events import Notices
+from rlm_tasks.engine.rounds import Rounds
+from rlm_tasks.engine.runtime import Runtime, wake
+from rlm_tasks.engine.shared_page import Page
+from rlm_tasks.engine.slot_shares import Shares
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.items import ItemReader, ItemWriter
 from rlm_tasks.jobs.spec import Spec
@@ -27,15 +33,9 @@ from rlm_tasks.ledger.budgets import Purse
 from rlm_tasks.ledger.ledger import ROOT, Child, Ledger, Split
 from rlm_tasks.ledger.partials import compact_split
 from rlm_tasks.messaging.dispatch import group_id
-from rlm_tasks.node import run_node
-from rlm_tasks.notices import Notices
 from rlm_tasks.operations import registry
-from rlm_tasks.page import Page
 from rlm_tasks.requests import JobRequest, Priority
-from rlm_tasks.rounds import Rounds
-from rlm_tasks.runtime import Runtime, wake
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.shares import Shares
 from scheduler.admission import WaitingRoom
 from scheduler.board import Board
 from scheduler.events import Events

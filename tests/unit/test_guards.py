@@ -16,8 +16,8 @@ from resilience.errors import BulkheadFull, Category, InvalidValue, RateLimited
 from resilience.faults import classify
 from resilience.retry import RetryPolicy
 from resilience.settings import BreakerSettings
+from rlm_tasks.engine.guards import Guarded, Guards, Postponed
 from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.guards import Guarded, Guards, Postponed
 from rlm_tasks.jobs import item_failures as item_failures  # it says what Celery's exceptions mean
 from rlm_tasks.jobs.items import RangeSource
 from rlm_tasks.jobs.spec import Spec

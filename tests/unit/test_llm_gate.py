@@ -11,7 +11,7 @@ import pytest
 
 from resilience.degradation import Strategy
 from resilience.errors import BulkheadFull, CallTimeout, Denied, RateLimited
-from rlm_tasks.guards import Guards, Postponed
+from rlm_tasks.engine.guards import Guards, Postponed
 from rlm_tasks.jobs.items import RangeSource
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.jobs.splitting import Shape

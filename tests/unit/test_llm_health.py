@@ -16,7 +16,7 @@ import fakeredis._socket._base as server_keys
 import pytest
 
 from resilience.errors import CallTimeout, Category, RateLimited
-from rlm_tasks.guards import declared
+from rlm_tasks.engine.guards import declared
 from rlm_tasks.llm import counts
 from rlm_tasks.llm.checks import Checks, Found, ask
 from rlm_tasks.llm.endpoints import Allowance, Answer, ProviderDown, ProviderRefused, Told, UnusableAnswer

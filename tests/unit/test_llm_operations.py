@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilience.degradation import Degradation, Level, Strategy
+from rlm_tasks.engine.rounds import NextRound, Round
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.llm.drafts import models_for
 from rlm_tasks.llm.endpoints import estimated_tokens
@@ -17,7 +18,6 @@ from rlm_tasks.llm.operations import Found, _best, _in_groups, _merge_next, _nar
 from rlm_tasks.llm.params import Map
 from rlm_tasks.operations import registry
 from rlm_tasks.requests import Budget, JobRequest, Options
-from rlm_tasks.rounds import NextRound, Round
 from rlm_tasks.settings.llm import LlmSettings, ModelSettings
 from rlm_tasks.settings.model import Settings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlm_tasks.guards import Guards
+from rlm_tasks.engine.guards import Guards
 from rlm_tasks.llm.endpoints import Allowance, Told
 from rlm_tasks.llm.provider import Provider, protections
 from rlm_tasks.settings.llm import EndpointSettings, LlmSettings, ModelSettings

@@ -6,8 +6,8 @@ import pytest
 from celery import Celery
 
 from rlm_tasks.client import Client
-from rlm_tasks.notices import MEMORY_EVERY_S, MOST_SLOW, Notices
-from rlm_tasks.runtime import Runtime
+from rlm_tasks.engine.node_events import MEMORY_EVERY_S, MOST_SLOW, Notices
+from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.settings.model import Settings
 from scheduler.events import Events, Severity
 from scheduler.settings import AlertSettings

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilience.degradation import Level
-from rlm_tasks.page import Page
+from rlm_tasks.engine.shared_page import Page
 
 
 class Watch:
@@ -20,7 +20,7 @@ class Watch:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        patch.setattr("rlm_tasks.page.time.monotonic", lambda: self.now)
+        patch.setattr("rlm_tasks.engine.shared_page.time.monotonic", lambda: self.now)
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store, masked
 from rlm_tasks import InvalidRequest, operation
+from rlm_tasks.engine.shared_page import Held, Page
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.item_failures import failure_of
 from rlm_tasks.operations.builtin import aggregate, sum_items
 from rlm_tasks.operations.code_metrics import measure_file, merge_reports
 from rlm_tasks.operations.registry import Context, get
-from rlm_tasks.page import Held, Page
 from rlm_tasks.results import SuccessfulItems
 from rlm_tasks.settings.model import Settings, settings
 from scheduler.slots import SlotBoard

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
+from rlm_tasks.engine.node import run_node
+from rlm_tasks.engine.rounds import NextRound, Round, opened, round_id
 from rlm_tasks.ledger.explain import explain
 from rlm_tasks.ledger.ledger import MERGE
-from rlm_tasks.node import run_node
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.registry import operation
 from rlm_tasks.requests import JobRequest, Options
 from rlm_tasks.results import Status
-from rlm_tasks.rounds import NextRound, Round, opened, round_id
 from tests.unit.harness import Platform
 
 FAN_IN = 3

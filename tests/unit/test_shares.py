@@ -13,14 +13,14 @@ import pytest
 from resilience.bulkhead import LEASE_S
 from resilience.degradation import Level
 from rlm_tasks import JobRequest
-from rlm_tasks.crashpoints import CrashPoint
+from rlm_tasks.engine.crashpoints import CrashPoint
+from rlm_tasks.engine.node import run_node
+from rlm_tasks.engine.shared_page import Page
+from rlm_tasks.engine.slot_shares import RUNS_AT_MOST, Shares, policies, policy_of, priority_for
 from rlm_tasks.ledger.ledger import MERGE, ROOT
-from rlm_tasks.node import run_node
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.registry import Operation
-from rlm_tasks.page import Page
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.shares import RUNS_AT_MOST, Shares, policies, policy_of, priority_for
 from scheduler.allocation import ResourceAllocationPolicy
 from scheduler.sampling import held_mb
 from scheduler.settings import AllocationSettings

@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, Sp
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from rlm_tasks import Binary, JobRequest, NWay, Options, operation
-from rlm_tasks.crashpoints import CrashPoint
+from rlm_tasks.engine.crashpoints import CrashPoint
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.items import RangeSource

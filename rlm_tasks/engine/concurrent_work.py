@@ -16,10 +16,10 @@ from typing import Any
 
 from resilience.degradation import IN_FORCE, Degradation
 from resilience.errors import CallTimeout, Denied
-from rlm_tasks.guards import PATIENCE_S, Postponed, postponed
+from rlm_tasks.engine.guards import PATIENCE_S, Postponed, postponed
+from rlm_tasks.engine.shared_page import SEVERAL_ITEMS
+from rlm_tasks.engine.work import UNREADABLE, Work
 from rlm_tasks.operations.registry import Context
-from rlm_tasks.page import SEVERAL_ITEMS
-from rlm_tasks.working import UNREADABLE, Work
 
 LOOK_AGAIN_S = 0.1
 """An item among others asks a guard again after this, should nobody have called its node."""

@@ -12,9 +12,9 @@ from resilience.bulkhead import LEASE_S, Bulkhead
 from resilience.degradation import Level
 from resilience.store import Store
 from resilience.waiters import Wake
+from rlm_tasks.engine.shared_page import Page
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.registry import Operation
-from rlm_tasks.page import Page
 from rlm_tasks.settings.model import Settings
 from scheduler.allocation import Policies, ResourceAllocationPolicy, may_start, priority_of, workers_for
 from scheduler.sampling import held_mb

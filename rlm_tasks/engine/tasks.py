@@ -16,14 +16,14 @@ from celery import Celery, Task
 from celery.exceptions import Reject
 
 from resilience.errors import StoreUnavailable
+from rlm_tasks.engine.node import run_node
+from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.errors import UnknownOperation
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.item_failures import failure_of
 from rlm_tasks.ledger.partials import compact_split
 from rlm_tasks.messaging.dispatch import MERGE_TASK, NODE_TASK, body_of, group_id
-from rlm_tasks.node import run_node
 from rlm_tasks.operations import registry
-from rlm_tasks.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

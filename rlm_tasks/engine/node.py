@@ -24,10 +24,14 @@ from resilience.degradation import Level
 from resilience.errors import StoreUnavailable
 from resilience.store import Call
 from resilience.waiters import URGENCY
-from rlm_tasks.crashpoints import CrashPoint
+from rlm_tasks.engine.concurrent_work import WorkInFlight
+from rlm_tasks.engine.crashpoints import CrashPoint
+from rlm_tasks.engine.guards import Postponed
+from rlm_tasks.engine.pace import Pace
+from rlm_tasks.engine.runtime import Runtime
+from rlm_tasks.engine.shared_page import PageSlot
+from rlm_tasks.engine.work import Work
 from rlm_tasks.errors import Quarantined, UnknownOperation
-from rlm_tasks.guards import Postponed
-from rlm_tasks.in_flight import WorkInFlight
 from rlm_tasks.jobs.items import reference
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.jobs.splitting import (
@@ -49,11 +53,7 @@ from rlm_tasks.messaging.dispatch import freeze, mint
 from rlm_tasks.metrics import declared as metrics
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.registry import Operation
-from rlm_tasks.pace import Pace
-from rlm_tasks.page import PageSlot
 from rlm_tasks.results import QuarantinedItem
-from rlm_tasks.runtime import Runtime
-from rlm_tasks.working import Work
 from scheduler.admission import sheds
 from scheduler.preemption import more_urgent, rank_of
 from scheduler.sampling import held_mb

@@ -12,14 +12,14 @@ from typing import Any
 
 from resilience.degradation import IN_FORCE, Degradation, Level
 from resilience.errors import Denied
-from rlm_tasks.guards import Guarded, Postponed, postponed
-from rlm_tasks.harvest import Harvest
-from rlm_tasks.item_limits import ItemAlarm
+from rlm_tasks.engine.guards import Guarded, Postponed, postponed
+from rlm_tasks.engine.item_timeouts import ItemAlarm
+from rlm_tasks.engine.outcome import Harvest
+from rlm_tasks.engine.pace import Pace
+from rlm_tasks.engine.shared_page import SEVERAL_ITEMS, PageSlot
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger.ledger import PROCESS, Claim
 from rlm_tasks.operations.registry import Context, Operation
-from rlm_tasks.pace import Pace
-from rlm_tasks.page import SEVERAL_ITEMS, PageSlot
 
 WINDOW = 1024
 """Items held in memory at a time."""

@@ -23,19 +23,19 @@ from resilience.keys import Keys
 from resilience.store import Store, guard_store
 from resilience.timeouts import Timeouts
 from resilience.waiters import URGENCY
-from rlm_tasks.crashpoints import CrashPoint, nobody_listens
-from rlm_tasks.guards import Guards
-from rlm_tasks.item_limits import ItemLimits
+from rlm_tasks.engine.crashpoints import CrashPoint, nobody_listens
+from rlm_tasks.engine.guards import Guards
+from rlm_tasks.engine.item_timeouts import ItemLimits
+from rlm_tasks.engine.node_events import Notices
+from rlm_tasks.engine.rounds import Rounds
+from rlm_tasks.engine.shared_page import Page, PageSlot
+from rlm_tasks.engine.slot_shares import Shares
 from rlm_tasks.jobs.items import ItemReader
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.messaging.dispatch import Dispatcher
 from rlm_tasks.messaging.transports import speaks_redis
-from rlm_tasks.notices import Notices
 from rlm_tasks.operations import registry
-from rlm_tasks.page import Page, PageSlot
-from rlm_tasks.rounds import Rounds
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.shares import Shares
 from scheduler.admission import WaitingRoom
 from scheduler.board import Board
 from scheduler.events import Events

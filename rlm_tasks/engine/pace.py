@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rlm_tasks.page import Page
+from rlm_tasks.engine.shared_page import Page
 from rlm_tasks.settings.model import NodeSettings
 
 FIRST_SLICE_MS = 10.0
