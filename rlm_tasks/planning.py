@@ -22,10 +22,10 @@ from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.items import Files, Lines
 from rlm_tasks.jobs.splitting import WORTH_PLANNING_MS, Fork, Shape, leaves
 from rlm_tasks.jobs.splitting import plan as split
-from rlm_tasks.llm.drafts import models_for
+from rlm_tasks.llm.draft import models_for
+from rlm_tasks.llm.endpoint_pool import Provider
 from rlm_tasks.llm.forecast import Z90, Outlook, RoundForecast
 from rlm_tasks.llm.gate import BYTES_PER_TOKEN
-from rlm_tasks.llm.provider import Provider
 from rlm_tasks.operations import registry
 from scheduler.slots import SlotBoard
 

@@ -305,7 +305,7 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
 
     def create(self, worker: Any) -> None:
         """Import what pool processes are to share."""
-        from rlm_tasks.llm.checks import checks_of
+        from rlm_tasks.llm.endpoint_checks import checks_of
 
         self._checks = checks_of(worker.app.rlm_runtime())
 

@@ -268,11 +268,11 @@ class Guarded:
 
 def declared(settings: Settings) -> Iterator[Protection]:
     """Yield what protects the calls of this process' operations, and those to models where an endpoint is configured."""
-    from rlm_tasks.llm.health import configured
+    from rlm_tasks.llm.endpoint_health import configured
 
     yield from (registry.get(name).protection for name in registry.names())
     if configured(settings.llm):
-        from rlm_tasks.llm.provider import protections
+        from rlm_tasks.llm.endpoint_pool import protections
 
         yield from protections(settings.llm)
 

@@ -31,8 +31,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from rlm_tasks.llm.endpoints import estimated_prompt
-from rlm_tasks.llm.endpoints import estimated_tokens as tokens  # so that here, estimates are exact
+from rlm_tasks.llm.endpoint import estimated_prompt
+from rlm_tasks.llm.endpoint import estimated_tokens as tokens  # so that here, estimates are exact
 
 MOST_BYTES = 64 * 2**20
 """No request is longer."""

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from rlm_tasks.llm.endpoints import estimated_prompt
+from rlm_tasks.llm.endpoint import estimated_prompt
 from rlm_tasks.llm.learned import Known
 from rlm_tasks.llm.params import Ask, MapReduce, parsed
 
 if TYPE_CHECKING:
-    from rlm_tasks.llm.drafts import Draft
+    from rlm_tasks.llm.draft import Draft
     from rlm_tasks.planning import Sample
     from rlm_tasks.requests import JobRequest
     from rlm_tasks.settings.llm import Tier

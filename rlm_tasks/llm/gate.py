@@ -24,12 +24,12 @@ from resilience.waiters import URGENCY
 from rlm_tasks.engine.guards import PATIENCE_S, Guarded, Guards
 from rlm_tasks.jobs import codec
 from rlm_tasks.ledger.budgets import account_of
-from rlm_tasks.llm import counts
-from rlm_tasks.llm.drafts import Draft, digest, models_for
-from rlm_tasks.llm.endpoints import Answer, ProviderDown, ProviderRefused, Question, UnusableAnswer
-from rlm_tasks.llm.forms import Misformed, read
-from rlm_tasks.llm.profile import watched
-from rlm_tasks.llm.provider import Provider
+from rlm_tasks.llm import metrics
+from rlm_tasks.llm.draft import Draft, digest, models_for
+from rlm_tasks.llm.endpoint import Answer, ProviderDown, ProviderRefused, Question, UnusableAnswer
+from rlm_tasks.llm.endpoint_pool import Provider
+from rlm_tasks.llm.process_memory import watched
+from rlm_tasks.llm.structured_output import Misformed, read
 from rlm_tasks.metrics.declared import LLM_REFUSED, LLM_SHARED
 from rlm_tasks.operations.protection import Protection
 
@@ -264,7 +264,7 @@ class Gate(Guarded):
             cache_ttl_s=self._cache_s(held, answer),
         )  # fmt: skip
         self._memos.append((held.index, held.flight.key))
-        counts.answered(model, endpoint, answer, used["money"])
+        metrics.answered(model, endpoint, answer, used["money"])
         with suppress(StoreUnavailable):  # it stays charged as it was reserved: the safe side
             self._store.ask(
                 lands,
@@ -281,13 +281,13 @@ class Gate(Guarded):
         """Give the flight to others.  What a provider may have answered unheard is paid as reserved, garbage by its prompt."""
         assert held.question is not None
         assert held.charge is not None
-        counts.failed(held.question.model, endpoint, error)
+        metrics.failed(held.question.model, endpoint, error)
         if isinstance(error, Denied | ProviderDown | ProviderRefused):
             self._withdraw_charge(held)
         else:
             prompt = self._tokens(held) - held.draft.max_tokens
             used = self._cost(held.question.model, prompt, 0) if isinstance(error, UnusableAnswer) else held.reserved
-            counts.paid(held.question.model, prompt, used["tokens"] - prompt, used["money"])
+            metrics.paid(held.question.model, prompt, used["tokens"] - prompt, used["money"])
             self._budget.settle(held.charge.id, used, label=held.question.model)
         self._provider.flights.abandon(held.flight)
         if isinstance(error, RateLimited):

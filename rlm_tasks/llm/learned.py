@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
-from rlm_tasks.llm.endpoints import Answer
+from rlm_tasks.llm.endpoint import Answer
 
 HALVE_AT = 1000
 """After so many calls all sums are halved, so that about the last thousand count."""

@@ -18,8 +18,8 @@ from resilience.degradation import Strategy
 from rlm_tasks.engine.rounds import NextRound, Round
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.items import Files, Lines
-from rlm_tasks.llm.drafts import Draft, Message, tier_for
-from rlm_tasks.llm.endpoints import estimated_tokens
+from rlm_tasks.llm.draft import Draft, Message, tier_for
+from rlm_tasks.llm.endpoint import estimated_tokens
 from rlm_tasks.llm.forecast import Forecast, by_item, merging, narrowing
 from rlm_tasks.llm.params import Ask, Map, MapReduce, Params, parsed
 from rlm_tasks.operations import registry

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, field_validator
 
 from resilience.validation import Checked
 from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.llm.forms import form_of, path_of
+from rlm_tasks.llm.structured_output import form_of, path_of
 from rlm_tasks.settings.llm import LlmSettings, Tier
 
 P = TypeVar("P", bound="Params")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.llm.health import Checkup, Health, configured
-from rlm_tasks.llm.provider import BREAKER, service_of
+from rlm_tasks.llm.endpoint_health import Checkup, Health, configured
+from rlm_tasks.llm.endpoint_pool import BREAKER, service_of
 
 if TYPE_CHECKING:
     from rlm_tasks.client import Client
@@ -78,7 +78,7 @@ def asked_now(settings: LlmSettings, known: Sequence[EndpointReport]) -> list[En
     """
     if find_spec("openai") is None:
         raise InvalidRequest("check", True, "needs the openai client: pip install 'rlm-tasks[llm]'")
-    from rlm_tasks.llm.checks import ask
+    from rlm_tasks.llm.endpoint_checks import ask
 
     found = asyncio.run(ask(settings)) if known else []
     return [

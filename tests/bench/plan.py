@@ -12,7 +12,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from rlm_tasks import Lines, embedded
-from rlm_tasks.llm.endpoints import estimated_tokens
+from rlm_tasks.llm.endpoint import estimated_tokens
 from tests.integration.conftest import client_of, environment_of
 
 ITEMS = 1_000_000

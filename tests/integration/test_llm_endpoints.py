@@ -19,7 +19,7 @@ from pydantic import SecretStr
 from resilience.errors import CallTimeout, Category, RateLimited, RlmError
 from resilience.faults import classify
 from rlm_tasks import embedded
-from rlm_tasks.llm.endpoints import (
+from rlm_tasks.llm.endpoint import (
     Allowance,
     Answer,
     Endpoint,

@@ -15,7 +15,7 @@ from rlm_tasks.engine.guards import Guards, Postponed
 from rlm_tasks.jobs.items import RangeSource
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.jobs.splitting import Shape
-from rlm_tasks.llm.endpoints import Allowance, Answer, ProviderDown, Told, UnusableAnswer
+from rlm_tasks.llm.endpoint import Allowance, Answer, ProviderDown, Told, UnusableAnswer
 from rlm_tasks.llm.gate import BudgetSpent, Gate, Pass
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.registry import Context

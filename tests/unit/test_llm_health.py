@@ -16,12 +16,12 @@ import fakeredis._socket._base as server_keys
 import pytest
 
 from resilience.errors import CallTimeout, Category, RateLimited
-from rlm_tasks.engine.guards import declared
-from rlm_tasks.llm import counts
-from rlm_tasks.llm.checks import Checks, Found, ask
-from rlm_tasks.llm.endpoints import Allowance, Answer, ProviderDown, ProviderRefused, Told, UnusableAnswer
-from rlm_tasks.llm.health import Health
-from rlm_tasks.metrics import declared as metrics
+from rlm_tasks.engine import guards
+from rlm_tasks.llm import metrics
+from rlm_tasks.llm.endpoint import Allowance, Answer, ProviderDown, ProviderRefused, Told, UnusableAnswer
+from rlm_tasks.llm.endpoint_checks import Checks, Found, ask
+from rlm_tasks.llm.endpoint_health import Health
+from rlm_tasks.metrics import declared
 from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
 from rlm_tasks.settings.model import Settings
 from scheduler.events import Events
@@ -215,7 +215,7 @@ def test_who_asks_stops_in_the_middle_of_a_round(world: World, provider: Provide
 def test_who_asks_waits_for_its_turn_and_for_a_redis_that_is_away(
     world: World, provider: Provider, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("rlm_tasks.llm.checks.BACK_OFF_S", 0.01)
+    monkeypatch.setattr("rlm_tasks.llm.endpoint_checks.BACK_OFF_S", 0.01)
     store, tries = world.store(), []
     server = store.client.connection_pool.connection_kwargs["server"]
     server.connected = False
@@ -242,7 +242,7 @@ BARE = """
 import sys
 from celery import Celery
 from rlm_tasks.installation import install
-from rlm_tasks.llm.checks import checks_of
+from rlm_tasks.llm.endpoint_checks import checks_of
 from rlm_tasks.operations import import_operations
 from rlm_tasks.settings import settings
 import rlm_tasks.worker
@@ -271,7 +271,7 @@ def test_models_are_protected_where_an_endpoint_is_configured(monkeypatch: pytes
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
     def services(settings: LlmSettings) -> set[str]:
-        return {each.service for each in declared(Settings(llm=settings)) if each.service.startswith("llm:")}
+        return {each.service for each in guards.declared(Settings(llm=settings)) if each.service.startswith("llm:")}
 
     models = {SETTINGS.small, SETTINGS.medium, SETTINGS.large}
     assert services(SETTINGS) == set()
@@ -290,13 +290,13 @@ def test_calls_are_counted_by_how_they_ended_and_answers_by_what_they_took(tmp_p
         "refused": ProviderRefused("main", Category.AUTH, "UNAUTHORISED", "no"),
         "unusable": UnusableAnswer("main", "empty"),
     }
-    metrics.begin(tmp_path)
+    declared.begin(tmp_path)
     try:
-        counts.answered("small", "main", answer, 0.5)
+        metrics.answered("small", "main", answer, 0.5)
         for error in ends.values():
-            counts.failed("small", "main", error)
-        counts.failed("small", "main", asyncio.CancelledError())
-        registry = metrics.registry(tmp_path, lambda: metrics.Standing(1, 0, False, 0, 1.0))
+            metrics.failed("small", "main", error)
+        metrics.failed("small", "main", asyncio.CancelledError())
+        registry = declared.registry(tmp_path, lambda: declared.Standing(1, 0, False, 0, 1.0))
 
         def counted(name: str, **labels: str) -> float | None:
             return registry.get_sample_value(name, {"model": "small", **labels})
@@ -307,4 +307,4 @@ def test_calls_are_counted_by_how_they_ended_and_answers_by_what_they_took(tmp_p
         assert [counted("rlm_llm_tokens_total", kind=kind) for kind in ("prompt", "completion")] == [30, 20]
         assert counted("rlm_llm_money_total") == 0.5
     finally:
-        metrics.end()
+        declared.end()

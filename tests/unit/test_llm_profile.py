@@ -8,7 +8,7 @@ import pytest
 from celery import Celery
 
 from rlm_tasks.installation import install
-from rlm_tasks.llm.profile import Growth
+from rlm_tasks.llm.process_memory import Growth
 from rlm_tasks.settings.llm import LlmSettings
 from rlm_tasks.settings.model import Settings
 

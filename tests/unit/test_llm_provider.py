@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rlm_tasks.engine.guards import Guards
-from rlm_tasks.llm.endpoints import Allowance, Told
-from rlm_tasks.llm.provider import Provider, protections
+from rlm_tasks.llm.endpoint import Allowance, Told
+from rlm_tasks.llm.endpoint_pool import Provider, protections
 from rlm_tasks.settings.llm import EndpointSettings, LlmSettings, ModelSettings
 from rlm_tasks.settings.model import Settings
 from tests.unit.world import World, world

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.items import Files, Lines
-from rlm_tasks.llm.endpoints import estimated_prompt
+from rlm_tasks.llm.endpoint import estimated_prompt
 from rlm_tasks.llm.forecast import Z90, Outlook, RoundForecast, mean_and_error
 from rlm_tasks.llm.learned import Known
 from rlm_tasks.llm.operations import _reading

@@ -12,7 +12,7 @@ import msgspec
 from pydantic import BaseModel
 
 from resilience.degradation import Degradation, Strategy
-from rlm_tasks.llm.endpoints import Question, estimated_prompt, estimated_tokens
+from rlm_tasks.llm.endpoint import Question, estimated_prompt, estimated_tokens
 from rlm_tasks.settings.llm import TIERS, LlmSettings, Tier
 
 WORTH: dict[str, Tier] = {"simple": "small", "linear": "small", "medium": "medium", "": "medium"}

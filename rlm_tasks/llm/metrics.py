@@ -7,7 +7,7 @@ labels are models and endpoints of the settings.
 from __future__ import annotations
 
 from resilience.errors import CallTimeout, RateLimited
-from rlm_tasks.llm.endpoints import Answer, ProviderRefused, UnusableAnswer
+from rlm_tasks.llm.endpoint import Answer, ProviderRefused, UnusableAnswer
 from rlm_tasks.metrics.declared import LLM_CALLS, LLM_MONEY, LLM_SECONDS, LLM_TOKENS
 
 OUTCOMES: dict[type, str] = {

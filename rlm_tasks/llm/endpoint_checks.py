@@ -19,8 +19,8 @@ from pydantic import SecretStr
 from resilience.errors import CallTimeout, Category, RateLimited, StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Store
-from rlm_tasks.llm.endpoints import Endpoint, ProviderDown, ProviderRefused
-from rlm_tasks.llm.health import Checkup, Health, configured
+from rlm_tasks.llm.endpoint import Endpoint, ProviderDown, ProviderRefused
+from rlm_tasks.llm.endpoint_health import Checkup, Health, configured
 from rlm_tasks.operations import registry
 from rlm_tasks.settings.model import key_of
 from scheduler.events import Event, Events, Severity

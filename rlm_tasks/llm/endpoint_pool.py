@@ -13,8 +13,8 @@ from pydantic import SecretStr
 
 from resilience.bucket import Rate, TokenBucket
 from resilience.single_flight import SingleFlight
-from rlm_tasks.llm.endpoints import Endpoint, Told
-from rlm_tasks.llm.health import Health
+from rlm_tasks.llm.endpoint import Endpoint, Told
+from rlm_tasks.llm.endpoint_health import Health
 from rlm_tasks.llm.learned import Learned
 from rlm_tasks.operations.protection import Protection
 from rlm_tasks.settings.model import key_of
