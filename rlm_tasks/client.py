@@ -41,7 +41,7 @@ from rlm_tasks.operations import registry
 from rlm_tasks.requests import Budget, JobRequest, Options, Priority
 from rlm_tasks.results import JobResult, Progress, QuarantinedItem, Status
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.tracing import current_traceparent
+from rlm_tasks.telemetry.tracing import current_traceparent
 from scheduler.admission import WaitingRoom
 from scheduler.preemption import Preemption
 from scheduler.slots import SlotBoard
@@ -50,10 +50,10 @@ from scheduler.usage import Usage
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker, CircuitBreakers
     from rlm_tasks.ledger.budgets import Purse
-    from rlm_tasks.limits import LimitReport
     from rlm_tasks.llm.reports import EndpointReport
     from rlm_tasks.planning import Plan
     from rlm_tasks.pressure import PlatformStatus, Pressure
+    from rlm_tasks.telemetry.limit_reports import LimitReport
     from scheduler.alerts import Alerts
     from scheduler.events import Event, Events, Listener
     from scheduler.queues import QueueReport
@@ -162,7 +162,7 @@ class Client:
         ``workers``, ``queues``, ``quotas`` (limits that operations declare) and ``circuit_breakers``, which count for the
         status as well.  ``health_check({"detailed": True})`` works as in source document 0.  Raises nothing for what is away.
         """
-        from rlm_tasks.wellbeing import of_platform
+        from rlm_tasks.telemetry.health import of_platform
 
         return of_platform(self, detailed=bool(detailed.get("detailed") if isinstance(detailed, Mapping) else detailed))
 
@@ -229,7 +229,7 @@ class Client:
         Raises StoreUnavailable.
         """
         from rlm_tasks.engine.guards import Guards
-        from rlm_tasks.limits import reports
+        from rlm_tasks.telemetry.limit_reports import reports
 
         return reports(Guards(self.store, self.settings, lambda waiters: wake(self.ledger, self._dispatcher, waiters)))
 

@@ -84,7 +84,7 @@ def limits(state: Any, **_: Any) -> list[dict[str, Any]]:
     """How full the rate limits and bulkheads are that operations declare."""
     from dataclasses import asdict
 
-    from rlm_tasks.limits import reports
+    from rlm_tasks.telemetry.limit_reports import reports
 
     return [asdict(each) for each in reports(state.app.rlm_runtime().guards)]
 

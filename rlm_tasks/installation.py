@@ -21,7 +21,6 @@ from resilience.address import is_untrusted, tls
 from resilience.errors import StoreUnavailable, StoreUntrusted
 from resilience.store import masked
 from rlm_tasks import control as control  # its commands register themselves
-from rlm_tasks import logs, tracing
 from rlm_tasks.conflicts import conflicts
 from rlm_tasks.engine import tasks
 from rlm_tasks.engine.runtime import Runtime
@@ -32,6 +31,7 @@ from rlm_tasks.operations import registry
 from rlm_tasks.requests import Priority
 from rlm_tasks.settings.model import Settings
 from rlm_tasks.settings.model import settings as environment
+from rlm_tasks.telemetry import logs, tracing
 from rlm_tasks.upstream import (
     leave_promptly,
     leave_when_retiring,

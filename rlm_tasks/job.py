@@ -46,7 +46,7 @@ from rlm_tasks.results import (
     SuccessfulItems,
     TreeNode,
 )
-from rlm_tasks.tracing import trace_id_of
+from rlm_tasks.telemetry.tracing import trace_id_of
 
 if TYPE_CHECKING:
     from resilience.budget import Spending

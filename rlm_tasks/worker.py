@@ -370,7 +370,7 @@ class HealthStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
 
     def create(self, worker: Any) -> Any:
         """Make the folder that pool processes are to find."""
-        from rlm_tasks.health import Station  # a server is of no use to clients
+        from rlm_tasks.telemetry.worker_port import Station  # a server is of no use to clients
 
         return Station(worker, self._port)
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from rlm_tasks.client import Client
     from rlm_tasks.job import Job
     from rlm_tasks.jobs.spec import Spec
-    from rlm_tasks.limits import LimitReport
     from rlm_tasks.pressure import PlatformStatus
     from rlm_tasks.results import TreeNode
+    from rlm_tasks.telemetry.limit_reports import LimitReport
     from scheduler.board import HostReport
 
 TABS = {"jobs": "Jobs", "pressure": "Pressure", "breakers": "Breakers", "limits": "Limits", "queues": "Queues"}

@@ -17,7 +17,7 @@ from unittest import mock
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
 from rlm_tasks import OptimizationConfig
-from rlm_tasks.spans import Export, HandOver, Ids, Spans
+from rlm_tasks.telemetry.spans import Export, HandOver, Ids, Spans
 from tests.integration.traced_app import collector
 
 RUNS, SPANS = 9, 1000

@@ -15,11 +15,11 @@ from celery._state import pop_current_task, push_current_task
 from celery.app.defaults import DEFAULT_PROCESS_LOG_FMT
 from celery.utils.log import ColorFormatter
 
-from rlm_tasks import logs
 from rlm_tasks.celery import app
-from rlm_tasks.logs import JsonFormatter, WorkerLog, demote
 from rlm_tasks.messaging.dispatch import NODE_TASK
 from rlm_tasks.settings.model import Settings
+from rlm_tasks.telemetry import logs
+from rlm_tasks.telemetry.logs import JsonFormatter, WorkerLog, demote
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from resilience.errors import InvalidValue
 from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.health import STUCK_S, UNHEARD_S, Vitals, not_alive, not_ready
 from rlm_tasks.installation import install
 from rlm_tasks.jobs.splitting import Reason
 from rlm_tasks.ledger.ledger import Child, Report
@@ -25,6 +24,7 @@ from rlm_tasks.metrics import declared as metrics
 from rlm_tasks.metrics.declared import Counter, Histogram, SlotFiles, Standing, count_node, counted, timed
 from rlm_tasks.requests import Options
 from rlm_tasks.settings.model import Settings
+from rlm_tasks.telemetry.worker_port import STUCK_S, UNHEARD_S, Vitals, not_alive, not_ready
 
 ROOT = Path(__file__).parents[2]
 IDLE = Standing(total=4, busy=0, draining=False, level=0, memory_mb=100.0, memory_level=0)

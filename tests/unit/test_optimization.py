@@ -23,7 +23,7 @@ from rlm_tasks.celery import configuration
 from rlm_tasks.errors import InvalidRequest, InvalidSettings
 from rlm_tasks.settings.document import fields, validate, variable
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.spans import Export, HandOver, Ids, Spans
+from rlm_tasks.telemetry.spans import Export, HandOver, Ids, Spans
 from tests.support import wait_until
 
 DOCUMENT_2 = {

@@ -26,8 +26,8 @@ from rlm_tasks.jobs.items import RangeSource
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.settings.model import traces_exporters
-from rlm_tasks.spans import Export, HandOver, Spans, packed, unpacked
-from rlm_tasks.tracing import TracedLedger, Tracing, origin, span_id, trace_id_of
+from rlm_tasks.telemetry.spans import Export, HandOver, Spans, packed, unpacked
+from rlm_tasks.telemetry.tracing import TracedLedger, Tracing, origin, span_id, trace_id_of
 from tests.unit.harness import Platform
 
 _sent = InMemorySpanExporter()
@@ -342,7 +342,7 @@ class Stuck(SpanExporter):
 
 
 def test_a_collector_that_does_not_answer_holds_nobody_up(sent: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlm_tasks.spans.FLUSH_S", 0.1)
+    monkeypatch.setattr("rlm_tasks.telemetry.spans.FLUSH_S", 0.1)
     platform = traced()
     platform.run(platform.submit(request([1])))
     stuck = Stuck()
@@ -362,7 +362,7 @@ def test_a_collector_that_does_not_answer_holds_nobody_up(sent: InMemorySpanExpo
 def test_a_span_that_nobody_takes_is_lost_and_said_once(
     sent: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("rlm_tasks.spans.HAND_OVER_S", 0.001)
+    monkeypatch.setattr("rlm_tasks.telemetry.spans.HAND_OVER_S", 0.001)
     platform = traced()
     platform.run(platform.submit(request([1])))
     export = Export([])  # as one whose main process is stopped
@@ -380,7 +380,7 @@ def test_what_traces_is_not_imported_where_tracing_is_off() -> None:
     """redis-py imports OpenTelemetry's metrics wherever they are installed; we import nothing."""
     program = """if True:
         import sys, rlm_tasks.node, rlm_tasks.client, rlm_tasks.worker
-        sys.exit("rlm_tasks.spans" in sys.modules or "opentelemetry.exporter" in sys.modules)
+        sys.exit("rlm_tasks.telemetry.spans" in sys.modules or "opentelemetry.exporter" in sys.modules)
     """
 
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

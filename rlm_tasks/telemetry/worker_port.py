@@ -32,10 +32,11 @@ from prometheus_client import REGISTRY, make_wsgi_app
 from resilience.degradation import Level, level_of
 from resilience.errors import StoreUnavailable
 from resilience.store import guard_store
-from rlm_tasks import __version__, limits, wellbeing
+from rlm_tasks import __version__
 from rlm_tasks.engine.guards import breakers_of
 from rlm_tasks.metrics import declared as metrics
 from rlm_tasks.metrics.declared import Standing
+from rlm_tasks.telemetry import health, limit_reports
 from scheduler.sampling import held_mb
 
 logger = logging.getLogger(__name__)
@@ -151,9 +152,9 @@ class Health:
     def detailed(self) -> dict[str, Any]:
         """Return all there is to tell of the worker, as plain data."""
         report, at = self._worker.app.rlm_guard.host.report(), self.standing()
-        redis_ms = wellbeing.latency_ms(self._store)
+        redis_ms = health.latency_ms(self._store)
         return {
-            **self._judged(wellbeing.silent(redis_ms), wellbeing.shut(at.breakers)),
+            **self._judged(health.silent(redis_ms), health.shut(at.breakers)),
             "worker": self._runtime.worker,
             "version": __version__,
             "uptime_s": round(self._clock() - self._began, 1),
@@ -169,13 +170,11 @@ class Health:
     def _judged(self, failing: Sequence[str], unwell: Sequence[str]) -> dict[str, Any]:
         vitals = self.vitals()
         failing = [*filter(None, [not_alive(vitals)]), *failing]
-        return wellbeing.judged(
-            failing, [*filter(None, [not_ready(vitals)]), *unwell, *wellbeing.pressed(self._runtime.page.level)]
-        )
+        return health.judged(failing, [*filter(None, [not_ready(vitals)]), *unwell, *health.pressed(self._runtime.page.level)])
 
     def _quotas(self) -> list[dict[str, Any]]:
         try:
-            return wellbeing.quotas(limits.reports(self._runtime.guards))
+            return health.quotas(limit_reports.reports(self._runtime.guards))
         except StoreUnavailable:
             return []
 

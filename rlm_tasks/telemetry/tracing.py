@@ -36,7 +36,7 @@ from rlm_tasks.settings.model import Settings, traces_exporters
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
-    from rlm_tasks.spans import Ids, Spans
+    from rlm_tasks.telemetry.spans import Ids, Spans
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class Tracing:
         self, spans: Spans, sample_rate: float, level: Callable[[], str], now_ns: Callable[[], int] = time.time_ns
     ) -> None:
         """`level` says at which pressure this process works."""
-        from rlm_tasks.spans import Ids
+        from rlm_tasks.telemetry.spans import Ids
 
         self._spans, self._sample_rate, self._level, self._now_ns, self._ids = spans, sample_rate, level, now_ns, Ids
         self._here = threading.local()
@@ -304,7 +304,7 @@ def _begin(app: Celery, settings: Settings, sender: Any, **_: Any) -> None:
     if sender.app is not app:
         return
     try:
-        from rlm_tasks.spans import Export, HandOver, NoExporter, Spans, exporter
+        from rlm_tasks.telemetry.spans import Export, HandOver, NoExporter, Spans, exporter
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("opentelemetry"):
             raise

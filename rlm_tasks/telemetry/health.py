@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from resilience.degradation import Level
 from resilience.errors import StoreUnavailable
 from resilience.store import Store
-from rlm_tasks import __version__, limits
+from rlm_tasks import __version__
+from rlm_tasks.telemetry import limit_reports
 
 if TYPE_CHECKING:
     from rlm_tasks.client import Client
@@ -55,7 +56,7 @@ def latency_ms(store: Store) -> float | None:
     return round(1000 * (time.perf_counter() - began), 2)
 
 
-def quotas(reports: Sequence[limits.LimitReport]) -> list[dict[str, Any]]:
+def quotas(reports: Sequence[limit_reports.LimitReport]) -> list[dict[str, Any]]:
     """Return limits as plain data, each with how full it is."""
     return [{**asdict(each), "fill": round(each.fill, 3)} for each in reports]
 
