@@ -21,8 +21,8 @@ from resilience.store import Store, masked
 from rlm_tasks import __version__, import_path
 from rlm_tasks.jobs.spec import SCHEMA
 from rlm_tasks.operations import registry
-from rlm_tasks.preflight import Finding as Finding
-from rlm_tasks.preflight import State, of_celery, of_redis, of_urls
+from rlm_tasks.worker.preflight import Finding as Finding
+from rlm_tasks.worker.preflight import State, of_celery, of_redis, of_urls
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -20,7 +20,6 @@ from kombu.utils.imports import symbol_by_name
 from resilience.address import is_untrusted, tls
 from resilience.errors import StoreUnavailable, StoreUntrusted
 from resilience.store import masked
-from rlm_tasks import control as control  # its commands register themselves
 from rlm_tasks.conflicts import conflicts
 from rlm_tasks.engine import tasks
 from rlm_tasks.engine.runtime import Runtime
@@ -32,17 +31,18 @@ from rlm_tasks.requests import Priority
 from rlm_tasks.settings.model import Settings
 from rlm_tasks.settings.model import settings as environment
 from rlm_tasks.telemetry import logs, tracing
-from rlm_tasks.upstream import (
+from rlm_tasks.worker import control as control  # its commands register themselves
+from rlm_tasks.worker.supervisor import GuardStep, HealthStep, drain_when_told_to_stop
+from rlm_tasks.worker.upstream import (
     leave_promptly,
     leave_when_retiring,
     survive_reconnects_while_processes_are_recycled,
     survive_restarts_of_redis,
 )
-from rlm_tasks.worker import GuardStep, HealthStep, drain_when_told_to_stop
 
 logger = logging.getLogger(__name__)
 
-AUTOSCALER = "rlm_tasks.autoscaler:PressureAutoscaler"
+AUTOSCALER = "rlm_tasks.worker.autoscaler:PressureAutoscaler"
 EX_USAGE = 2
 
 

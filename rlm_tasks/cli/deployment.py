@@ -57,7 +57,7 @@ def _brief(value: Any) -> str:
 @click.pass_context
 def check(ctx: click.Context, as_json: bool) -> None:
     """Say what is wrong with the settings; a process with a wrong one does not start, and neither would this."""
-    from rlm_tasks.preflight import of_urls
+    from rlm_tasks.worker.preflight import of_urls
 
     warnings = [f"{each.found}. {each.advice}" for each in of_urls(_settings(ctx)) if each.state != "ok"]
     told = ["Nothing is wrong with the settings; what runs with them: rlm doctor", *(f"Warning: {each}" for each in warnings)]

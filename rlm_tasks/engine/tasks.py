@@ -47,7 +47,7 @@ class Doorbell(Task):  # type: ignore[misc]  # Celery ships no types
     serializer = "json"
     priority = 0  # there is a queue for each priority: within it, first come, first served
     typing = False
-    Request = "rlm_tasks.worker:NodeRequest"
+    Request = "rlm_tasks.worker.supervisor:NodeRequest"
 
 
 class Broadcast(Task):  # type: ignore[misc]  # Celery ships no types

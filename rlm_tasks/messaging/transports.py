@@ -15,7 +15,7 @@ from rlm_tasks.settings.model import Settings
 
 VISIBILITY_TIMEOUT_S = 4 * 3600
 """Longer than any node runs: lost work is recovered by the ledger's sweep, not by redelivery."""
-QUEUE_ORDER = "rlm_tasks.queue_order:QueueOrder"
+QUEUE_ORDER = "rlm_tasks.worker.queue_order:QueueOrder"
 ANSWER_S, WATCHED_ANSWER_S = 30, 5
 """A Redis may take so long to answer; where sentinels can name another, one that hangs is left sooner."""
 _AMQP_NAMES = {"ssl_ca_certs": "ca_certs", "ssl_certfile": "certfile", "ssl_keyfile": "keyfile", "ssl_cert_reqs": "cert_reqs"}

@@ -17,8 +17,8 @@ from celery import Celery
 from rlm_tasks import Client, embedded
 from rlm_tasks.celery import configuration
 from rlm_tasks.messaging.queue_depths import QueueGauge
-from rlm_tasks.queue_order import QueueOrder
 from rlm_tasks.settings.model import Settings
+from rlm_tasks.worker.queue_order import QueueOrder
 from scheduler.queues import QueueReport
 from scheduler.stride import WEIGHTS, Facts
 from tests.integration.conftest import SLOTS, client_of, environment_of
@@ -146,7 +146,7 @@ def test_of_two_slots_one_is_for_critical_work_and_one_is_shared(turns: Turns) -
 def test_a_channel_of_kombu_takes_8_4_2_1(server: embedded.Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QueueOrder, "facts", Facts())
     app = app_on(server.url, "channel")
-    app.conf.broker_transport_options["queue_order_strategy"] = "rlm_tasks.queue_order:QueueOrder"
+    app.conf.broker_transport_options["queue_order_strategy"] = "rlm_tasks.worker.queue_order:QueueOrder"
     names, taken = [f"channel.{priority}" for priority in WEIGHTS], list[str]()
 
     def took(message: Any) -> None:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilience.degradation import Level
-from rlm_tasks.autoscaler import PressureAutoscaler
+from rlm_tasks.worker.autoscaler import PressureAutoscaler
 from scheduler.autoscale import GROW_BY, GROW_EVERY_S, IDLE_S, SHRINK_EVERY_S, Advice, ClusterAdvice, Load, PoolScaler
 from scheduler.forecast import HORIZON_S
 from scheduler.settings import AutoscaleSettings

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from resilience.degradation import Level
-from rlm_tasks.autoscaler import PressureAutoscaler
 from rlm_tasks.settings.model import Settings
+from rlm_tasks.worker.autoscaler import PressureAutoscaler
 from scheduler.monitor import MonitorSettings
 from scheduler.queues import QueueReport
 from scheduler.settings import AdmissionSettings, AutoscaleSettings

@@ -9,7 +9,7 @@ import pytest
 
 from rlm_tasks.ledger.ledger import ROOT
 from rlm_tasks.requests import JobRequest
-from rlm_tasks.worker import REAPED, Guard
+from rlm_tasks.worker.supervisor import REAPED, Guard
 from tests.unit.harness import Platform
 
 TOKEN = "00112233aabbccdd"

@@ -13,10 +13,10 @@ from celery.worker import state
 
 from resilience.degradation import Level
 from rlm_tasks import __version__
-from rlm_tasks.host import Host
 from rlm_tasks.jobs.spec import SCHEMA
-from rlm_tasks.queue_order import QueueOrder
 from rlm_tasks.settings.model import Settings
+from rlm_tasks.worker.host import Host
+from rlm_tasks.worker.queue_order import QueueOrder
 from scheduler.board import Board, ClusterReport, HostReport, Orders
 from scheduler.queues import QueueReport
 from scheduler.sampling import Sample, held_mb
@@ -46,7 +46,7 @@ class Machine:
 
     def __init__(self, patch: pytest.MonkeyPatch, **pressure: Any) -> None:
         self.sensor, self.queues = Sensor(), list(QUEUES)
-        patch.setattr("rlm_tasks.host.Sampler", lambda _settings: self.sensor)
+        patch.setattr("rlm_tasks.worker.host.Sampler", lambda _settings: self.sensor)
         patch.setattr(QueueOrder, "facts", QueueOrder.facts)
         self.platform = Platform(settings=Settings(namespace="unit", pressure=PressureSettings(**pressure)))
         self.runtime = self.platform.runtime

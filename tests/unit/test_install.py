@@ -138,9 +138,9 @@ def test_the_app_is_the_same_whatever_is_configured_first(order: Callable[[Celer
     assert app.conf.beat_schedule == {**THEIRS["beat_schedule"], "rlm.monitor": MONITOR}
     assert app.conf.broker_transport_options == {
         **THEIRS["broker_transport_options"],
-        "queue_order_strategy": "rlm_tasks.queue_order:QueueOrder",
+        "queue_order_strategy": "rlm_tasks.worker.queue_order:QueueOrder",
     }
-    assert app.conf.worker_autoscaler == "rlm_tasks.autoscaler:PressureAutoscaler"
+    assert app.conf.worker_autoscaler == "rlm_tasks.worker.autoscaler:PressureAutoscaler"
     assert list(app.amqp.queues.consume_from) == ["orders", *OURS]
     assert {name: app.conf[name] for name in THEIRS if name not in ("beat_schedule", "broker_transport_options")} == {
         name: value for name, value in THEIRS.items() if name not in ("beat_schedule", "broker_transport_options")

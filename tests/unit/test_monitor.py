@@ -14,7 +14,7 @@ from redis.exceptions import ResponseError
 from resilience.degradation import Level
 from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
-from rlm_tasks.monitoring import MonitorThread
+from rlm_tasks.worker.monitor_thread import MonitorThread
 from scheduler.admission import WaitingRoom
 from scheduler.alerts import Alerts
 from scheduler.board import Board, ClusterReport, HostReport

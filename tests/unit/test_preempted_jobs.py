@@ -14,9 +14,9 @@ from resilience.store import Call
 from rlm_tasks import Adaptive, Binary, Context, JobRequest, NWay, Options, operation
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.jobs.splitting import Reason
-from rlm_tasks.queue_order import QueueOrder
 from rlm_tasks.results import Status
-from rlm_tasks.worker import Guard
+from rlm_tasks.worker.queue_order import QueueOrder
+from rlm_tasks.worker.supervisor import Guard
 from scheduler.preemption import Preemption, rank_of
 from tests.unit.harness import Platform
 

@@ -18,12 +18,12 @@ from kombu.transport import redis as redis_transport
 from kombu.utils.scheduling import cycle_by_name
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from rlm_tasks import queue_order
 from rlm_tasks.celery import configuration
 from rlm_tasks.messaging.broker import ANSWER_S
 from rlm_tasks.messaging.queue_depths import QueueGauge
-from rlm_tasks.queue_order import QueueOrder
 from rlm_tasks.settings.model import Settings
+from rlm_tasks.worker import queue_order
+from rlm_tasks.worker.queue_order import QueueOrder
 from scheduler.queues import QueueReport
 from scheduler.stride import Facts
 
@@ -313,7 +313,7 @@ def test_what_runs_is_counted_by_queue(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_facts_weights_alone_order_the_queues() -> None:
-    order = cycle_by_name("rlm_tasks.queue_order:QueueOrder")()
+    order = cycle_by_name("rlm_tasks.worker.queue_order:QueueOrder")()
     order.update(NAMES[::-1])
     order.consume(4)
     order.rotate("unit.critical")

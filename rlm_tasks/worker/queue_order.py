@@ -19,7 +19,7 @@ def running(queue: str) -> int:
 
 
 class QueueOrder(StrideCycle):
-    """What kombu makes for each channel: ``queue_order_strategy="rlm_tasks.queue_order:QueueOrder"``.
+    """What kombu makes for each channel: ``queue_order_strategy="rlm_tasks.worker.queue_order:QueueOrder"``.
 
     A worker says what it knows by ``QueueOrder.facts = Facts(...)``, which holds for channels that exist and for
     those to come.  In a process that says nothing weights alone decide.

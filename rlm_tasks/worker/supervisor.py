@@ -28,10 +28,10 @@ from resilience.errors import StoreUnavailable
 from resilience.store import Call
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.engine.shared_page import NO_ITEM, Held
-from rlm_tasks.host import Host
 from rlm_tasks.messaging.dispatch import NODE_TASK
-from rlm_tasks.preflight import dangers
-from rlm_tasks.upstream import handle_sigterm
+from rlm_tasks.worker.host import Host
+from rlm_tasks.worker.preflight import dangers
+from rlm_tasks.worker.upstream import handle_sigterm
 from scheduler.preemption import rank_of
 from scheduler.queues import priority_of
 
@@ -311,7 +311,7 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
 
     def start(self, worker: Any) -> None:
         """Start once the pool has forked."""
-        from rlm_tasks.monitoring import monitor_thread  # alerts and webhooks are of no use to clients
+        from rlm_tasks.worker.monitor_thread import monitor_thread  # alerts and webhooks are of no use to clients
 
         def queues() -> list[str]:
             consumer = getattr(worker.consumer, "task_consumer", None)
