@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from resilience.degradation import Level as Level
     from resilience.degradation import ResourceConstraints as ResourceConstraints
     from rlm_tasks.celery import app as app
-    from rlm_tasks.client import Client as Client
+    from rlm_tasks.client.client import Client as Client
+    from rlm_tasks.client.job import Job as Job
+    from rlm_tasks.client.planning import Estimate as Estimate
+    from rlm_tasks.client.planning import Plan as Plan
+    from rlm_tasks.client.planning import PlannedRound as PlannedRound
+    from rlm_tasks.client.planning import Sufficiency as Sufficiency
     from rlm_tasks.engine.rounds import NextRound as NextRound
     from rlm_tasks.engine.rounds import Round as Round
     from rlm_tasks.errors import InvalidRequest as InvalidRequest
@@ -31,17 +36,12 @@ if TYPE_CHECKING:
     from rlm_tasks.errors import StoreUnavailable as StoreUnavailable
     from rlm_tasks.errors import UnknownOperation as UnknownOperation
     from rlm_tasks.installation import install as install
-    from rlm_tasks.job import Job as Job
     from rlm_tasks.jobs.items import Files as Files
     from rlm_tasks.jobs.items import Lines as Lines
     from rlm_tasks.jobs.splitting import estimate_optimal_chunk_size as estimate_optimal_chunk_size
     from rlm_tasks.operations.registry import Context as Context
     from rlm_tasks.operations.registry import operation as operation
     from rlm_tasks.optimization import OptimizationConfig as OptimizationConfig
-    from rlm_tasks.planning import Estimate as Estimate
-    from rlm_tasks.planning import Plan as Plan
-    from rlm_tasks.planning import PlannedRound as PlannedRound
-    from rlm_tasks.planning import Sufficiency as Sufficiency
     from rlm_tasks.requests import Adaptive as Adaptive
     from rlm_tasks.requests import Binary as Binary
     from rlm_tasks.requests import Budget as Budget
@@ -65,14 +65,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "celery": "app",
-    "client": "Client",
+    "client.client": "Client",
     "errors": "InvalidRequest JobCancelled JobExpired JobFailed JobNotFound Overloaded QueueFull ResultTimeout "
     "ResultTooLarge RlmError StoreUnavailable UnknownOperation",
     "installation": "install",
-    "job": "Job",
+    "client.job": "Job",
     "operations.registry": "Context operation",
     "optimization": "OptimizationConfig",
-    "planning": "Estimate Plan PlannedRound Sufficiency",
+    "client.planning": "Estimate Plan PlannedRound Sufficiency",
     "requests": "Adaptive Binary Budget Conditions JobRequest NWay Options Priority",
     "results": "ItemFailure JobResult Partial Progress Receipt Status",
     "resource_manager": "create_resource_manager get_resource_status integrate_with_orchestrator reset_circuit_breakers "

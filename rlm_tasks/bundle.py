@@ -30,8 +30,8 @@ from rlm_tasks.settings.document import HIDDEN, to_dict
 if TYPE_CHECKING:
     from celery import Celery
 
-    from rlm_tasks.client import Client
-    from rlm_tasks.job import Job
+    from rlm_tasks.client.client import Client
+    from rlm_tasks.client.job import Job
 
 SCHEMA = 1
 JOBS, NODES, EVENTS, FAILURES = 20, 1000, 100, 100

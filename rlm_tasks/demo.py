@@ -18,7 +18,7 @@ from celery import Celery
 
 from rlm_tasks import embedded, handwritten
 from rlm_tasks.celery import configuration, install
-from rlm_tasks.client import Client
+from rlm_tasks.client.client import Client
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.operations.code_metrics import python_files
 from rlm_tasks.results import JobResult, Progress

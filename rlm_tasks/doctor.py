@@ -27,7 +27,7 @@ from rlm_tasks.worker.preflight import State, of_celery, of_redis, of_urls
 if TYPE_CHECKING:
     from celery import Celery
 
-    from rlm_tasks.client import Client
+    from rlm_tasks.client.client import Client
     from scheduler.board import Board, HostReport
     from scheduler.queues import QueueReport
 

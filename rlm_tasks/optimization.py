@@ -19,7 +19,7 @@ from rlm_tasks.errors import InvalidRequest, InvalidSettings
 from rlm_tasks.settings.document import document_of
 
 if TYPE_CHECKING:
-    from rlm_tasks.pressure import PlatformStatus
+    from rlm_tasks.client.platform_status import PlatformStatus
 
 _POOL = "pool processes are what is reused here, and nothing is allocated for each step that a pool of objects could save"
 _CACHE = "the platform has no result cache"

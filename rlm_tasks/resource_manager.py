@@ -26,7 +26,7 @@ from scheduler.allocation import Policies, ResourceAllocationPolicy, ResourceLim
 from scheduler.settings import AllocationSettings
 
 if TYPE_CHECKING:
-    from rlm_tasks.client import Client
+    from rlm_tasks.client.client import Client
     from scheduler.alerts import Alerts
 
 logger = logging.getLogger(__name__)
@@ -284,6 +284,6 @@ def _manager_of(orchestrator: Any) -> AdaptiveResourceManager:
 
 
 def _default() -> Client:
-    from rlm_tasks.client import default_client
+    from rlm_tasks.client.client import default_client
 
     return default_client()

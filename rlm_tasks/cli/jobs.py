@@ -12,9 +12,9 @@ import click
 from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, table
 
 if TYPE_CHECKING:
-    from rlm_tasks.job import Job
+    from rlm_tasks.client.job import Job
+    from rlm_tasks.client.planning import PlannedRound
     from rlm_tasks.jobs.spec import Spec
-    from rlm_tasks.planning import PlannedRound
     from rlm_tasks.results import ItemFailure, JobEvent, JobResult, Progress
 
 SHOWN = 20

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from rlm_tasks.client import Client
+    from rlm_tasks.client.client import Client
 
 EX_USAGE, EX_UNAVAILABLE, EX_FAILED = 2, 69, 1
 
@@ -38,7 +38,7 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 
 def client_of(ctx: click.Context) -> Client:
     """Return a client of the app that ``-A`` names."""
-    from rlm_tasks.client import Client
+    from rlm_tasks.client.client import Client
 
     app = getattr(ctx.obj, "app", None)
     return Client(app if hasattr(app, "rlm_settings") else None)

@@ -11,7 +11,7 @@ import click
 from rlm_tasks.cli.output import ago, answer, as_json_option, client_of, print_json, table
 
 if TYPE_CHECKING:
-    from rlm_tasks.pressure import PlatformStatus
+    from rlm_tasks.client.platform_status import PlatformStatus
 
 
 @click.command()

@@ -20,7 +20,7 @@ from rlm_tasks.flower.pages import TABS
 from rlm_tasks.flower.views import ActionView, JobView, PageView
 
 if TYPE_CHECKING:
-    from rlm_tasks.client import Client
+    from rlm_tasks.client.client import Client
 
 HERE = Path(__file__).parent
 LOOPBACK = "127.0.0.1"
@@ -59,7 +59,7 @@ def install(app: Celery) -> None:
 
 
 def _client(app: Celery) -> Client:
-    from rlm_tasks.client import Client  # it needs the app, which is being made while this is installed
+    from rlm_tasks.client.client import Client  # it needs the app, which is being made while this is installed
 
     return Client(app)
 

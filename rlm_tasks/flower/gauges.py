@@ -20,7 +20,7 @@ from rlm_tasks.errors import RlmError
 from rlm_tasks.metrics.declared import BREAKER_STATES, GAUGES
 
 if TYPE_CHECKING:
-    from rlm_tasks.client import Client
+    from rlm_tasks.client.client import Client
 
 logger = logging.getLogger(__name__)
 

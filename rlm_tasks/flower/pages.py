@@ -20,10 +20,10 @@ from rlm_tasks.metrics.declared import BREAKER_STATES
 from rlm_tasks.results import Progress, Status
 
 if TYPE_CHECKING:
-    from rlm_tasks.client import Client
-    from rlm_tasks.job import Job
+    from rlm_tasks.client.client import Client
+    from rlm_tasks.client.job import Job
+    from rlm_tasks.client.platform_status import PlatformStatus
     from rlm_tasks.jobs.spec import Spec
-    from rlm_tasks.pressure import PlatformStatus
     from rlm_tasks.results import TreeNode
     from rlm_tasks.telemetry.limit_reports import LimitReport
     from scheduler.board import HostReport

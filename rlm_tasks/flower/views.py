@@ -22,7 +22,7 @@ from rlm_tasks.errors import JobNotFound, RlmError, StoreUnavailable
 from rlm_tasks.flower import pages
 
 if TYPE_CHECKING:
-    from rlm_tasks.client import Client
+    from rlm_tasks.client.client import Client
 
 TEMPLATES = Path(__file__).parent / "templates"
 DRILL_S = 600.0
@@ -46,7 +46,7 @@ class _Ours(BaseHandler):  # type: ignore[misc]  # Flower ships no types
     @property
     def client(self) -> Client:
         """The client of the app that Flower was started for; one for all requests."""
-        from rlm_tasks.client import Client  # it needs the app, which is being made while tabs are installed
+        from rlm_tasks.client.client import Client  # it needs the app, which is being made while tabs are installed
 
         application = self.application
         if not hasattr(application, "rlm_client"):

@@ -17,8 +17,8 @@ from rlm_tasks.llm.learned import Known
 from rlm_tasks.llm.params import Ask, MapReduce, parsed
 
 if TYPE_CHECKING:
+    from rlm_tasks.client.planning import Sample
     from rlm_tasks.llm.draft import Draft
-    from rlm_tasks.planning import Sample
     from rlm_tasks.requests import JobRequest
     from rlm_tasks.settings.llm import Tier
 

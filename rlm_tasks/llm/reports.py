@@ -18,7 +18,7 @@ from rlm_tasks.llm.endpoint_health import Checkup, Health, configured
 from rlm_tasks.llm.endpoint_pool import BREAKER, service_of
 
 if TYPE_CHECKING:
-    from rlm_tasks.client import Client
+    from rlm_tasks.client.client import Client
     from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
 
 

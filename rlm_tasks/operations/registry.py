@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from resilience.bucket import Grant, Rate
     from resilience.bulkhead import Aimd, Elastic
     from resilience.retry import RetryPolicy
+    from rlm_tasks.client.job import Job
     from rlm_tasks.engine.guards import Guarded, Guards
     from rlm_tasks.engine.rounds import Round
-    from rlm_tasks.job import Job
     from rlm_tasks.jobs.spec import Spec
     from rlm_tasks.llm.forecast import Forecast
     from rlm_tasks.requests import JobRequest
@@ -155,7 +155,7 @@ class Operation:
 
         ``word_count.submit(lines, priority="high")``.  Raises InvalidRequest, StoreUnavailable.
         """
-        from rlm_tasks.client import default_client
+        from rlm_tasks.client.client import default_client
 
         return default_client().submit(operation=self.name, items=items, **fields)
 

@@ -18,8 +18,8 @@ from rlm_tasks import __version__
 from rlm_tasks.telemetry import limit_reports
 
 if TYPE_CHECKING:
-    from rlm_tasks.client import Client
-    from rlm_tasks.pressure import PlatformStatus
+    from rlm_tasks.client.client import Client
+    from rlm_tasks.client.platform_status import PlatformStatus
 
 
 # --- one judgement -----------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import psutil
 import pytest
 
+from rlm_tasks.client.job import Job
 from rlm_tasks.engine.crashpoints import CrashPoint
-from rlm_tasks.job import Job
 from tests.faults.conftest import LEASE_S, SWEEP_S, Cell
 from tests.support import wait_until
 

@@ -11,7 +11,7 @@ from celery import Celery
 
 from rlm_tasks import embedded
 from rlm_tasks.celery import configuration, install
-from rlm_tasks.client import Client
+from rlm_tasks.client.client import Client
 from rlm_tasks.settings.model import Settings
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from rlm_tasks import Client, embedded
-from rlm_tasks.job import Job
+from rlm_tasks.client.job import Job
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
 

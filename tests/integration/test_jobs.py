@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlm_tasks import Adaptive, Binary, Client, Files, JobRequest, Lines, NWay, Options, ResultTimeout, ResultTooLarge, Status
-from rlm_tasks.client import Client as PlainClient
+from rlm_tasks.client.client import Client as PlainClient
 from tests.support import wait_until
 
 SHAPES: list[dict[str, Any]] = [

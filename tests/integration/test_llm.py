@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from rlm_tasks import embedded
-from rlm_tasks.client import Client
+from rlm_tasks.client.client import Client
 from rlm_tasks.errors import InvalidRequest, JobFailed
 from rlm_tasks.llm import fake
 from rlm_tasks.requests import Options

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rlm_tasks import embedded
 from rlm_tasks.cli import rlm
-from rlm_tasks.client import Client
+from rlm_tasks.client.client import Client
 from rlm_tasks.flower.gauges import families
 from rlm_tasks.llm import fake
 from rlm_tasks.requests import Budget, Options

@@ -11,11 +11,11 @@ import pytest
 
 from resilience.bucket import TokenBucket
 from rlm_tasks import embedded
-from rlm_tasks.client import Client
+from rlm_tasks.client.client import Client
+from rlm_tasks.client.planning import Plan
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.llm import fake
 from rlm_tasks.llm.endpoint_pool import rates
-from rlm_tasks.planning import Plan
 from scheduler.slots import SlotBoard
 from tests.integration.conftest import client_of, environment_of
 from tests.integration.test_cli import rlm

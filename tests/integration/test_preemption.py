@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rlm_tasks import Adaptive, Client, embedded
-from rlm_tasks.job import Job
+from rlm_tasks.client.job import Job
 from rlm_tasks.messaging.dispatch import Dispatcher
 from tests.integration.conftest import SLOTS, client_of, environment_of
 from tests.support import wait_until

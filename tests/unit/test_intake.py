@@ -15,8 +15,8 @@ from resilience.degradation import Level
 from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
 from rlm_tasks import JobRequest
-from rlm_tasks.client import Client
-from rlm_tasks.intake import LOOK_EVERY_S, Intake
+from rlm_tasks.client.admission import LOOK_EVERY_S, Intake
+from rlm_tasks.client.client import Client
 from rlm_tasks.settings.model import Settings
 from scheduler.board import Board, ClusterReport, HostReport
 from scheduler.queues import QueueReport

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from celery import Celery
 
-from rlm_tasks.client import Client
+from rlm_tasks.client.client import Client
 from rlm_tasks.engine.node_events import MEMORY_EVERY_S, MOST_SLOW, Notices
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.settings.model import Settings

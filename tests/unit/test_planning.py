@@ -13,14 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.jobs.items import Files, Lines
-from rlm_tasks.llm.endpoint import estimated_prompt
-from rlm_tasks.llm.forecast import Z90, Outlook, RoundForecast, mean_and_error
-from rlm_tasks.llm.learned import Known
-from rlm_tasks.llm.operations import _reading
-from rlm_tasks.operations import registry
-from rlm_tasks.planning import (
+from rlm_tasks.client.planning import (
     BLOCK_BYTES,
     LOOKED_AT,
     Estimate,
@@ -35,6 +28,13 @@ from rlm_tasks.planning import (
     sampled,
     sufficiency,
 )
+from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.jobs.items import Files, Lines
+from rlm_tasks.llm.endpoint import estimated_prompt
+from rlm_tasks.llm.forecast import Z90, Outlook, RoundForecast, mean_and_error
+from rlm_tasks.llm.learned import Known
+from rlm_tasks.llm.operations import _reading
+from rlm_tasks.operations import registry
 from rlm_tasks.requests import Adaptive, Binary, JobRequest, NWay
 from rlm_tasks.settings.model import Settings
 from tests.unit.harness import Platform

@@ -15,7 +15,7 @@ from resilience.bucket import Rate
 from resilience.degradation import CONSTRAINTS, IN_FORCE, Level, ResourceConstraints, Strategy
 from resilience.retry import RetryPolicy
 from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, Options, operation
-from rlm_tasks.job import _receipt
+from rlm_tasks.client.job import _receipt
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.results import Receipt, Shaped, Status
 from tests.unit.test_degradation import EMBEDDINGS, EXPENSIVE, LIMITS, OPTIONAL, QUESTIONS, SAME_IN_THE_SOURCES_WORDS, SIMPLIFIED

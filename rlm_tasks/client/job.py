@@ -50,7 +50,7 @@ from rlm_tasks.telemetry.tracing import trace_id_of
 
 if TYPE_CHECKING:
     from resilience.budget import Spending
-    from rlm_tasks.client import Client
+    from rlm_tasks.client.client import Client
     from rlm_tasks.jobs.spec import Spec
 
 _T = TypeVar("_T")

@@ -26,11 +26,11 @@ from resilience.retry import RetryPolicy
 from resilience.store import Store, guard_store, masked
 from rlm_tasks.celery import app as default_app
 from rlm_tasks.celery import queue_name
+from rlm_tasks.client.admission import Intake
+from rlm_tasks.client.job import Job
 from rlm_tasks.engine.runtime import making_room, wake
 from rlm_tasks.engine.slot_shares import policies, priority_for
 from rlm_tasks.errors import BrokerUnavailable, InvalidRequest, JobEnded, JobNotFound, Overloaded, QueueFull
-from rlm_tasks.intake import Intake
-from rlm_tasks.job import Job
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.items import ItemReader, ItemWriter, Source
 from rlm_tasks.jobs.spec import Spec
@@ -49,10 +49,10 @@ from scheduler.usage import Usage
 
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker, CircuitBreakers
+    from rlm_tasks.client.planning import Plan
+    from rlm_tasks.client.platform_status import PlatformStatus, Pressure
     from rlm_tasks.ledger.budgets import Purse
     from rlm_tasks.llm.reports import EndpointReport
-    from rlm_tasks.planning import Plan
-    from rlm_tasks.pressure import PlatformStatus, Pressure
     from rlm_tasks.telemetry.limit_reports import LimitReport
     from scheduler.alerts import Alerts
     from scheduler.events import Event, Events, Listener
@@ -144,7 +144,7 @@ class Client:
     @functools.cached_property
     def pressure(self) -> Pressure:
         """The platform's pressure: `level()`, `history()`, and `force(level)` and `release()` for a drill."""
-        from rlm_tasks.pressure import Pressure
+        from rlm_tasks.client.platform_status import Pressure
 
         return Pressure(self)
 
@@ -282,7 +282,7 @@ class Client:
         Takes what `submit` does, opens no job and calls no provider.  Of many items it looks at a thousand, so the items
         must be there to look at: not an iterator.  Raises InvalidRequest as `submit` does, and StoreUnavailable.
         """
-        from rlm_tasks import planning
+        from rlm_tasks.client import planning
 
         asked = self._request(request, fields)
         settled = self._checked(asked)

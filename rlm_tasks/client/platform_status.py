@@ -19,7 +19,7 @@ from scheduler.snapshots import Snapshots, Trend
 from scheduler.usage import OperationUsage
 
 if TYPE_CHECKING:
-    from rlm_tasks.client import Client
+    from rlm_tasks.client.client import Client
 
 TREND = 60
 """Looks of the monitor that a status carries: five minutes of them."""

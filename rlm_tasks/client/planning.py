@@ -30,7 +30,7 @@ from rlm_tasks.operations import registry
 from scheduler.slots import SlotBoard
 
 if TYPE_CHECKING:
-    from rlm_tasks.client import Client
+    from rlm_tasks.client.client import Client
     from rlm_tasks.llm.learned import Known
     from rlm_tasks.operations.registry import Operation
     from rlm_tasks.requests import JobRequest
