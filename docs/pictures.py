@@ -19,7 +19,8 @@ from playwright.sync_api import Browser
 from resilience.breaker_storage import BreakerConfig
 from resilience.bucket import Rate
 from resilience.degradation import Level
-from rlm_tasks import Adaptive, Context, embedded, operation
+from rlm_tasks import Adaptive, Context, operation
+from rlm_tasks.testing import embedded
 from tests.browser.chromium import chromium
 from tests.integration.flowers import BEAT, USER, Flower, flower
 from tests.support import wait_until

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from rlm_tasks import embedded
-from rlm_tasks.llm import fake
+from rlm_tasks.testing import embedded, fake_provider
 
 QUESTION = "What returns the longest common path of several path names?"
 
@@ -61,7 +60,7 @@ def main():
     with ExitStack() as stack:
         os.environ["RLM_REDIS_URL"] = stack.enter_context(embedded.server()).url
         if "OPENAI_API_KEY" not in os.environ:
-            provider = stack.enter_context(fake.running(latency=0.05))
+            provider = stack.enter_context(fake_provider.running(latency=0.05))
             os.environ.update(OPENAI_API_KEY="none is needed", OPENAI_BASE_URL=provider.base_url, RLM_LLM__TOKENS="10000000")
         from rlm_tasks import Client  # it reads the environment when it is imported
 

@@ -16,7 +16,8 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlm_tasks import Overloaded, QueueFull, embedded, operation
+from rlm_tasks import Overloaded, QueueFull, operation
+from rlm_tasks.testing import embedded
 
 SETTINGS = {
     "RLM_OPERATIONS": "under_pressure",

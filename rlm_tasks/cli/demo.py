@@ -11,7 +11,7 @@ import click
 from rlm_tasks.cli.output import as_json_option, print_json, table
 
 if TYPE_CHECKING:
-    from rlm_tasks.demo import Compared, Outcome
+    from rlm_tasks.testing.demo import Compared, Outcome
 
 
 @click.command()
@@ -28,9 +28,9 @@ def demo(path: Path | None, slots: int, compare: bool, as_json: bool) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from rlm_tasks import demo as main_job
-    from rlm_tasks import embedded
     from rlm_tasks.operations.code_metrics import standard_library
+    from rlm_tasks.testing import demo as main_job
+    from rlm_tasks.testing import embedded
 
     embedded.clean_up_on_sigterm()
 
@@ -122,7 +122,7 @@ def serve(port: int, folder: Path | None) -> None:
     """Run a Redis or Valkey server of this machine, or the embedded one, until Ctrl-C: to try things, not to live on."""
     import tempfile
 
-    from rlm_tasks import embedded
+    from rlm_tasks.testing import embedded
 
     embedded.clean_up_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="rlm-") as passing:

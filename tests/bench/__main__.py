@@ -27,9 +27,10 @@ import redis
 from rich.console import Console
 from rich.table import Table
 
-from rlm_tasks import Adaptive, Client, embedded, handwritten
-from rlm_tasks.handwritten import compute
+from rlm_tasks import Adaptive, Client
 from rlm_tasks.operations.code_metrics import measure_file, python_files, standard_library
+from rlm_tasks.testing import embedded, plain_celery
+from rlm_tasks.testing.plain_celery import compute
 from tests.bench.guards import guards
 from tests.bench.preemption import preemption
 from tests.integration.conftest import client_of
@@ -80,16 +81,16 @@ def set_up(pairs: int) -> Iterator[Bench]:
     """Start a server, a worker of ours and one of plain Celery."""
     with embedded.server() as server, tempfile.TemporaryDirectory() as folder:
         environment = {"RLM_REDIS_URL": server.url, "RLM_OPERATIONS": "tests.bench.ops", "PYTHONPATH": str(Path.cwd())}
-        handwritten.app.conf.update(broker_url=server.url, result_backend=server.url)
+        plain_celery.app.conf.update(broker_url=server.url, result_backend=server.url)
         logs = Path(folder)
         with (
             client_of(environment) as client,
             embedded.worker(environment, log=logs / "ours.log", slots=SLOTS) as worker,
-            embedded.worker(environment, log=logs / "plain.log", app="rlm_tasks.handwritten", slots=SLOTS),
+            embedded.worker(environment, log=logs / "plain.log", app="rlm_tasks.testing.plain_celery", slots=SLOTS),
         ):
             bench = Bench(client, server, worker, pairs, calibrated())
             client.execute(operation="bench_noop", items=range(5000), timeout=60)
-            handwritten.compute_by_chord([1] * 50, 10)
+            plain_celery.compute_by_chord([1] * 50, 10)
             yield bench
 
 
@@ -122,7 +123,7 @@ def splitting(bench: Bench) -> Iterator[Row]:
                 return pool.map(compute, items, chunksize=1)
 
             def plain(chunk: int, items: list[int] = items) -> object:
-                return handwritten.compute_by_chord(items, chunk)
+                return plain_celery.compute_by_chord(items, chunk)
 
             yield from _compared(bench, name, ours, local, plain)
         paths = python_files(standard_library())[::3]
@@ -137,7 +138,7 @@ def splitting(bench: Bench) -> Iterator[Row]:
             f"{len(paths)} real files",
             ours,
             lambda: pool.map(_measured, paths, chunksize=1),
-            lambda c: handwritten.measure_by_chord(paths, c),
+            lambda c: plain_celery.measure_by_chord(paths, c),
         )
 
 
@@ -180,7 +181,7 @@ def noop_chord(count: int) -> object:
     """Run a flat chord of no-ops in plain Celery."""
     from celery import chord
 
-    return chord([handwritten.noop.s(i) for i in range(count)], handwritten.count.s()).apply_async().get(timeout=300)
+    return chord([plain_celery.noop.s(i) for i in range(count)], plain_celery.count.s()).apply_async().get(timeout=300)
 
 
 def small_jobs(bench: Bench) -> Iterator[Row]:
@@ -200,7 +201,7 @@ def small_jobs(bench: Bench) -> Iterator[Row]:
 
     items = [int(2 * bench.rounds_per_ms)] * 1000
     ours = median(timed(lambda: client.execute(operation="bench_compute", items=items, timeout=60)) for _ in range(bench.pairs))
-    plain = median(timed(lambda: handwritten.compute_by_chord(items, 20)) for _ in range(bench.pairs))
+    plain = median(timed(lambda: plain_celery.compute_by_chord(items, 20)) for _ in range(bench.pairs))
     yield Row(
         "1,000 items of 2 ms on two slots, against chunks of 20",
         f"{ours:.2f} s",

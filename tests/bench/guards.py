@@ -23,7 +23,7 @@ from limits.storage import RedisStorage
 
 from resilience import BreakerConfig, Bulkhead, CircuitBreaker, LeasedBucket, Rate, RetryBudget, Store, TokenBucket
 from resilience.bucket import PROVIDER, ROUTER
-from rlm_tasks import embedded
+from rlm_tasks.testing import embedded
 
 TURN_S = 0.15
 PACE_S = 1 / 900

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from rlm_tasks import operation
-from rlm_tasks.handwritten import compute
+from rlm_tasks.testing.plain_celery import compute
 
 
 @operation("bench_noop", merge=sum)

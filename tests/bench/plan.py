@@ -11,8 +11,9 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from rlm_tasks import Lines, embedded
+from rlm_tasks import Lines
 from rlm_tasks.llm.endpoint import estimated_tokens
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
 
 ITEMS = 1_000_000

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
-from rlm_tasks import Adaptive, Client, Job, embedded
+from rlm_tasks import Adaptive, Client, Job
+from rlm_tasks.testing import embedded
 from tests.bench import by_priority
 from tests.bench.guards import Measured
 from tests.integration.conftest import client_of

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from rlm_tasks import Client, Job, embedded
+from rlm_tasks import Client, Job
+from rlm_tasks.testing import embedded
 from tests.browser.chromium import NoChromium, chromium
 from tests.integration.conftest import client_of, environment_of, logs, server
 from tests.integration.flowers import BEAT, USER, Flower, flower

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from rlm_tasks import Client, Job, NWay, embedded
+from rlm_tasks import Client, Job, NWay
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resilience import PROVIDER, BreakerConfig, Bulkhead, CircuitBreaker, CircuitOpen, Rate, Store, TokenBucket
-from rlm_tasks import embedded
+from rlm_tasks.testing import embedded
 from tests.faults import provider
 
 ROOT = Path(__file__).parents[2]

@@ -27,8 +27,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from rlm_tasks import Client, Job, JobResult, embedded
-from rlm_tasks.llm import fake
+from rlm_tasks import Client, Job, JobResult
+from rlm_tasks.testing import embedded, fake_provider
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
 
@@ -61,7 +61,7 @@ LATE = [{"kind": "slow", "every": 5, "seconds": TIMEOUT_S}]
 class Stage:
     """A provider, and workers that are killed and started again."""
 
-    provider: fake.Running
+    provider: fake_provider.Running
     client: Client
     start: Callable[[int], subprocess.Popen[bytes]]
     workers: list[subprocess.Popen[bytes]]
@@ -127,7 +127,7 @@ def stage(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rlm-llm-")))
         server = stack.enter_context(embedded.server())
-        provider = stack.enter_context(fake.running((), **limits, window=window_s, latency=LATENCY_S))
+        provider = stack.enter_context(fake_provider.running((), **limits, window=window_s, latency=LATENCY_S))
         told = {f"RLM_LLM__{name.upper()}": str(limit) for name, limit in limits.items()}
         usual = {
             "RLM_LLM__WINDOW_S": str(window_s + guard_s), "OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": "any",

@@ -11,7 +11,7 @@ from typing import Any
 
 import redis
 
-from rlm_tasks import embedded
+from rlm_tasks.testing import embedded
 from tests.support import wait_until
 
 MASTER = "rlm-primary"

@@ -30,8 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from resilience.errors import StoreUnavailable
-from rlm_tasks import Adaptive, Binary, Client, Job, JobNotFound, NWay, embedded
+from rlm_tasks import Adaptive, Binary, Client, Job, JobNotFound, NWay
 from rlm_tasks.errors import JobEnded
+from rlm_tasks.testing import embedded
 from tests.faults import nested_chords
 from tests.integration.conftest import ROOT, client_of, environment_of
 

@@ -16,7 +16,7 @@ import redis
 
 from resilience.budget import Budget, Charge
 from resilience.store import Store
-from rlm_tasks import embedded
+from rlm_tasks.testing import embedded
 from tests.support import wait_until
 
 PROCESSES, KILLED = 16, range(1, 7)

@@ -34,7 +34,7 @@ from resilience import (
     classify,
 )
 from resilience.store import Call
-from rlm_tasks import embedded
+from rlm_tasks.testing import embedded
 from tests.faults.guards import (
     LEAST_USE,
     NAMESPACE,

@@ -6,7 +6,7 @@ import redis
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from rlm_tasks import embedded
+from rlm_tasks.testing import embedded
 from tests.unit.ledger_model import LedgerMachine
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from rlm_tasks import Adaptive, Job, embedded
+from rlm_tasks import Adaptive, Job
 from rlm_tasks.engine.crashpoints import CrashPoint
+from rlm_tasks.testing import embedded
 from tests.faults.conftest import Cell, cell, name_of
 from tests.faults.test_redis import restart
 from tests.integration import preempted_ops

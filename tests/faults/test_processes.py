@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rlm_tasks import Binary, JobFailed, embedded
+from rlm_tasks import Binary, JobFailed
+from rlm_tasks.testing import embedded
 from tests.faults.conftest import LEASE_S, Cell, cell
 from tests.support import wait_until
 

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
-from rlm_tasks import Binary, Job, Status, embedded
+from rlm_tasks import Binary, Job, Status
+from rlm_tasks.testing import embedded
 from tests.faults.conftest import Cell, cell
 from tests.support import wait_until
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import redis
 
-from rlm_tasks import Job, JobNotFound, embedded
+from rlm_tasks import Job, JobNotFound
 from rlm_tasks.engine.crashpoints import CrashPoint
+from rlm_tasks.testing import embedded
 from tests.faults.conftest import LEASE_S, Cell, cell
 from tests.faults.proxy import Proxy
 from tests.faults.test_matrix import NTH, points

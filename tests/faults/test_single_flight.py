@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing, contextmanager
 import pytest
 import redis
 
-from rlm_tasks import embedded
+from rlm_tasks.testing import embedded
 from tests.faults.flights import MADE, NAMESPACE
 from tests.faults.guards import Child
 

@@ -14,8 +14,8 @@ import pytest
 import trustme
 
 from resilience.errors import StoreUntrusted
-from rlm_tasks import embedded
 from rlm_tasks.doctor import examine
+from rlm_tasks.testing import embedded
 from tests.faults.conftest import Cell, cell
 from tests.faults.proxy import TlsProxy
 from tests.integration.conftest import client_of, environment_of

@@ -7,8 +7,9 @@ import subprocess
 
 import msgspec
 
-from rlm_tasks import Job, JobRequest, NWay, embedded
+from rlm_tasks import Job, JobRequest, NWay
 from rlm_tasks.jobs.spec import SCHEMA
+from rlm_tasks.testing import embedded
 from tests.faults.conftest import Cell
 from tests.support import wait_until
 

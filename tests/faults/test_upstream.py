@@ -16,7 +16,7 @@ from celery.concurrency import asynpool, prefork
 from kombu import Connection
 from kombu.asynchronous import Hub
 
-from rlm_tasks import embedded
+from rlm_tasks.testing import embedded
 from rlm_tasks.worker.upstream import survive_reconnects_while_processes_are_recycled, survive_restarts_of_redis
 from tests.support import wait_until
 

@@ -17,7 +17,8 @@ import pytest
 from resilience.breaker_storage import BreakerConfig
 from resilience.bulkhead import Bulkhead
 from resilience.store import guard_store
-from rlm_tasks import Binary, Job, Status, embedded
+from rlm_tasks import Binary, Job, Status
+from rlm_tasks.testing import embedded
 from tests.faults import waiting_ops
 from tests.faults.conftest import Cell, cell, name_of
 from tests.faults.test_redis import restart

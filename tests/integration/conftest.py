@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from celery import Celery
 
-from rlm_tasks import embedded
 from rlm_tasks.celery import configuration, install
 from rlm_tasks.client.client import Client
 from rlm_tasks.settings.model import Settings
+from rlm_tasks.testing import embedded
 
 ROOT = Path(__file__).parents[2]
 SLOTS = 2

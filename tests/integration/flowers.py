@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlm_tasks import embedded
+from rlm_tasks.testing import embedded
 from tests.support import wait_until
 
 ROOT = Path(__file__).parents[2]

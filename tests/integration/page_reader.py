@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
 
-from rlm_tasks import embedded
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import SLOTS, client_of, environment_of
 from tests.integration.pages import PAGES, SAID, Block, Step, Wrong, alike, missing, parse, steps
 

@@ -38,7 +38,7 @@ INFO = re.compile(r'(\w+)(?: title="([^"]+)")?')
 SAID = re.compile(r"^\s*print\(.*\)  # (.+)$")
 NAMED_FILE = re.compile(r"\.(ya?ml|json|txt|toml|py|md)$")
 STAYING = ("worker", "beat", "flower")
-PROVIDER = "rlm_tasks.llm.fake"
+PROVIDER = "rlm_tasks.testing.fake_provider"
 ELSEWHERE = {
     *("docker", "kubectl", "helm", "redis-server", "redis-cli", "valkey-cli"),  # no test machine has them
     *("pip", "venv", "apt-get", "git", "source", "."),  # they change the machine, or ask the network

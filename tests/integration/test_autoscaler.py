@@ -10,8 +10,9 @@ from typing import Any
 import psutil
 import pytest
 
-from rlm_tasks import Client, embedded
+from rlm_tasks import Client
 from rlm_tasks.client.job import Job
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rlm_tasks import Adaptive, Client, InvalidRequest, JobNotFound, NWay, Options, StoreUnavailable, UnknownOperation
-from rlm_tasks.embedded import free_port
+from rlm_tasks.testing.embedded import free_port
 from tests.integration.conftest import ROOT, client_of, environment_of
 
 CASES: list[tuple[dict[str, Any], str]] = [

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from rlm_tasks import Client, JobNotFound, __version__, embedded
+from rlm_tasks import Client, JobNotFound, __version__
 from rlm_tasks.bundle import collect
+from rlm_tasks.testing import embedded
 from scheduler.events import Event
 from tests.integration.conftest import client_of, environment_of
 

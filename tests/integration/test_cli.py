@@ -13,7 +13,8 @@ import psutil
 import pytest
 import redis
 
-from rlm_tasks import Client, embedded
+from rlm_tasks import Client
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import ROOT
 from tests.support import wait_until
 

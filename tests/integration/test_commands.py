@@ -12,11 +12,12 @@ import pytest
 from celery import Celery
 from click.testing import CliRunner, Result
 
-from rlm_tasks import Client, embedded
+from rlm_tasks import Client
 from rlm_tasks.celery import configuration, install
 from rlm_tasks.cli import rlm
 from rlm_tasks.settings.document import import_config
 from rlm_tasks.settings.model import Settings
+from rlm_tasks.testing import embedded
 from scheduler.events import Event, Severity
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until

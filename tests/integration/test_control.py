@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from rlm_tasks import Client, embedded
+from rlm_tasks import Client
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import ROOT, SLOTS, client_of, environment_of
 from tests.support import wait_until
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlm_tasks import embedded
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import ROOT, environment_of
 from tests.integration.pages import PAGES, read
 

@@ -10,11 +10,12 @@ import msgspec
 import pytest
 
 from resilience.degradation import Level
-from rlm_tasks import Client, __version__, embedded
+from rlm_tasks import Client, __version__
 from rlm_tasks.doctor import Finding, examine
 from rlm_tasks.jobs.spec import SCHEMA
 from rlm_tasks.ledger.ledger import ROOT, Report
 from rlm_tasks.results import QuarantinedItem
+from rlm_tasks.testing import embedded
 from scheduler.board import Board, ClusterReport, HostReport
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until

@@ -11,8 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
-from rlm_tasks import Client, embedded
+from rlm_tasks import Client
 from rlm_tasks.flower.pages import TABS
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
 from tests.integration.flowers import USER, Flower, flower
 from tests.support import wait_until

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rlm_tasks import Client, Status, embedded
+from rlm_tasks import Client, Status
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
 

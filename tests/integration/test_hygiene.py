@@ -9,7 +9,8 @@ from typing import Any
 import psutil
 import pytest
 
-from rlm_tasks import Binary, Client, JobNotFound, NWay, embedded
+from rlm_tasks import Binary, Client, JobNotFound, NWay
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from rlm_tasks import embedded
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import ROOT, SLOTS, environment_of
 from tests.support import wait_until
 

@@ -218,7 +218,7 @@ def test_priorities_have_queues_of_their_own_and_children_stay_in_them(client: C
 
 
 def test_urgent_jobs_are_served_first_and_others_are_not_forgotten(server: Any, logs: Path) -> None:
-    from rlm_tasks import embedded
+    from rlm_tasks.testing import embedded
     from tests.integration.conftest import client_of, environment_of
 
     environment = environment_of(server.url, "order")

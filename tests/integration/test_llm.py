@@ -13,12 +13,11 @@ from typing import Any
 import psutil
 import pytest
 
-from rlm_tasks import embedded
 from rlm_tasks.client.client import Client
 from rlm_tasks.errors import InvalidRequest, JobFailed
-from rlm_tasks.llm import fake
 from rlm_tasks.requests import Options
 from rlm_tasks.results import Shaped
+from rlm_tasks.testing import embedded, fake_provider
 from tests.integration.conftest import CALM, client_of, environment_of
 from tests.integration.llm_ops import Animal, Impossible
 from tests.support import wait_until
@@ -30,7 +29,7 @@ SMALL, MEDIUM = "gpt-4.1-nano", "gpt-4.1-mini"
 class World:
     """Two providers of the same models, a worker with two slots, and its client."""
 
-    def __init__(self, client: Client, main: fake.Running, other: fake.Running, worker: int, log: Path) -> None:
+    def __init__(self, client: Client, main: fake_provider.Running, other: fake_provider.Running, worker: int, log: Path) -> None:
         self.client, self.main, self.other, self.worker, self.log = client, main, other, worker, log
 
     def calls(self) -> int:
@@ -49,7 +48,7 @@ class World:
 @pytest.fixture(scope="module")
 def one_world(server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with ExitStack() as stack:
-        providers = [stack.enter_context(fake.running(latency=0.02)) for _ in range(2)]
+        providers = [stack.enter_context(fake_provider.running(latency=0.02)) for _ in range(2)]
         endpoints = [{"name": name, "base_url": each.base_url} for name, each in zip(("main", "other"), providers, strict=True)]
         environment = environment_of(
             server.url, "llm", pressed=True,
@@ -245,7 +244,7 @@ def test_another_tier_takes_over_when_no_endpoint_of_the_model_is_well_and_the_r
     server: embedded.Server, tmp_path: Path
 ) -> None:
     with ExitStack() as stack:
-        ill, well = (stack.enter_context(fake.running()) for _ in range(2))
+        ill, well = (stack.enter_context(fake_provider.running()) for _ in range(2))
         ill.schedule({"kind": "500", "every": 1})
         endpoints = [
             {"name": "ill", "base_url": ill.base_url, "models": {MEDIUM: MEDIUM}},

@@ -18,7 +18,6 @@ from pydantic import SecretStr
 
 from resilience.errors import CallTimeout, Category, RateLimited, RlmError
 from resilience.faults import classify
-from rlm_tasks import embedded
 from rlm_tasks.llm.endpoint import (
     Allowance,
     Answer,
@@ -33,8 +32,9 @@ from rlm_tasks.llm.endpoint import (
     seconds,
     told,
 )
-from rlm_tasks.llm.fake import Running, running
 from rlm_tasks.settings.llm import EndpointSettings
+from rlm_tasks.testing import embedded
+from rlm_tasks.testing.fake_provider import Running, running
 from tests.support import wait_until
 
 T = TypeVar("T")
@@ -493,7 +493,7 @@ def test_nothing_is_imported_before_the_first_call() -> None:
 
 @pytest.mark.parametrize("how", ["its stdin closes", "SIGTERM"])
 def test_a_fake_provider_ends_quietly(how: str) -> None:
-    command = [sys.executable, "-m", "rlm_tasks.llm.fake", "--stdin"]
+    command = [sys.executable, "-m", "rlm_tasks.testing.fake_provider", "--stdin"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None

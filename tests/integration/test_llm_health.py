@@ -18,12 +18,11 @@ import pytest
 from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
-from rlm_tasks import embedded
 from rlm_tasks.cli import rlm
 from rlm_tasks.client.client import Client
 from rlm_tasks.flower.gauges import families
-from rlm_tasks.llm import fake
 from rlm_tasks.requests import Budget, Options
+from rlm_tasks.testing import embedded, fake_provider
 from tests.integration.conftest import ROOT, client_of, environment_of
 from tests.support import wait_until
 
@@ -38,7 +37,7 @@ class Platform:
     client: Client
     environment: dict[str, str]
     main_port: int
-    other: fake.Running
+    other: fake_provider.Running
     log: Path
 
     def is_well(self, name: str) -> bool:
@@ -62,7 +61,7 @@ class Platform:
 @pytest.fixture(scope="module")
 def platform(server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     with ExitStack() as stack:
-        other, port = stack.enter_context(fake.running()), embedded.free_port()
+        other, port = stack.enter_context(fake_provider.running()), embedded.free_port()
         endpoints = [
             {"name": "main", "base_url": f"http://127.0.0.1:{port}/v1", "key_env": "MAIN_KEY", "weight": 2},
             {"name": "other", "base_url": other.base_url, "key_env": "OTHER_KEY", "models": {MODEL: "theirs"}},
@@ -87,7 +86,7 @@ def test_who_is_ill_gets_no_calls_until_it_is_back(platform: Platform) -> None:
     assert platform.client.breakers.get("llm:main").status()["failure_count"] == 0, "it was not called"
     assert platform.counted("rlm_llm_calls_total") == {f"other {MODEL} ok": 10}
 
-    with fake.running(port=platform.main_port) as main:
+    with fake_provider.running(port=platform.main_port) as main:
         wait_until(lambda: platform.is_well("main"))
         wait_until(lambda: platform.add(1, 2).output == ["2", "3"] and main.report()["requests"] > 0)
 

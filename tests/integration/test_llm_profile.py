@@ -7,14 +7,13 @@ from pathlib import Path
 
 import psutil
 
-from rlm_tasks import embedded
-from rlm_tasks.llm import fake
+from rlm_tasks.testing import embedded, fake_provider
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
 
 
 def test_a_process_that_has_grown_too_much_is_replaced_and_no_call_is_made_twice(server: embedded.Server, tmp_path: Path) -> None:
-    with fake.running() as provider:
+    with fake_provider.running() as provider:
         endpoints = [{"name": "main", "base_url": provider.base_url}]
         environment = environment_of(
             server.url, "llm-profile", OPENAI_API_KEY="sk-unit", RLM_LLM__ENDPOINTS=json.dumps(endpoints),

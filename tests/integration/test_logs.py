@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlm_tasks import Client, Job, embedded
+from rlm_tasks import Client, Job
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlm_tasks import Binary, Client, JobCancelled, NWay, Status, embedded
+from rlm_tasks import Binary, Client, JobCancelled, NWay, Status
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rlm_tasks import Client, embedded
+from rlm_tasks import Client
 from rlm_tasks.errors import QueueFull
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
 

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from rlm_tasks import Binary, Client, NWay, embedded
+from rlm_tasks import Binary, Client, NWay
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
 

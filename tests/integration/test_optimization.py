@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from rlm_tasks import Client, OptimizationConfig, embedded
+from rlm_tasks import Client, OptimizationConfig
 from rlm_tasks.cli import rlm
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import SLOTS, client_of, environment_of
 from tests.support import wait_until
 

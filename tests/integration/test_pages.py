@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlm_tasks import embedded
+from rlm_tasks.testing import embedded
 from tests.integration.page_reader import reader_of
 from tests.integration.pages import PAGES, Wrong, read
 

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from resilience.bucket import TokenBucket
-from rlm_tasks import embedded
 from rlm_tasks.client.client import Client
 from rlm_tasks.client.planning import Plan
 from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.llm import fake
 from rlm_tasks.llm.endpoint_pool import rates
+from rlm_tasks.testing import embedded, fake_provider
 from scheduler.slots import SlotBoard
 from tests.integration.conftest import client_of, environment_of
 from tests.integration.test_cli import rlm
@@ -27,7 +26,7 @@ SLOTS = 2
 class World:
     """A provider, a worker, its client, and the environment of both."""
 
-    def __init__(self, client: Client, provider: fake.Running, environment: dict[str, str]) -> None:
+    def __init__(self, client: Client, provider: fake_provider.Running, environment: dict[str, str]) -> None:
         self.client, self.provider, self.environment = client, provider, environment
 
     def spent(self) -> tuple[int, int]:
@@ -39,7 +38,7 @@ class World:
 @pytest.fixture(scope="module")
 def world(server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with ExitStack() as stack:
-        provider = stack.enter_context(fake.running(latency=0.05))
+        provider = stack.enter_context(fake_provider.running(latency=0.05))
         environment = environment_of(
             server.url, "plan", OPENAI_API_KEY="sk-none", OPENAI_BASE_URL=provider.base_url, RLM_LLM__TOKENS="10000000"
         )

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from rlm_tasks import Adaptive, Client, embedded
+from rlm_tasks import Adaptive, Client
 from rlm_tasks.client.job import Job
 from rlm_tasks.messaging.dispatch import Dispatcher
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import SLOTS, client_of, environment_of
 from tests.support import wait_until
 

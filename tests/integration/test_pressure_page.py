@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from resilience.degradation import CONSTRAINTS, THRESHOLDS, Level
-from rlm_tasks import StoreUnavailable, create_resource_manager, embedded
+from rlm_tasks import StoreUnavailable, create_resource_manager
+from rlm_tasks.testing import embedded
 from scheduler.admission import SHED_FROM
 from scheduler.alerts import RULES
 from tests.integration.conftest import ROOT, client_of, environment_of

@@ -14,10 +14,11 @@ import pytest
 import redis
 from celery import Celery
 
-from rlm_tasks import Client, embedded
+from rlm_tasks import Client
 from rlm_tasks.celery import configuration
 from rlm_tasks.messaging.queue_depths import QueueGauge
 from rlm_tasks.settings.model import Settings
+from rlm_tasks.testing import embedded
 from rlm_tasks.worker.queue_order import QueueOrder
 from scheduler.queues import QueueReport
 from scheduler.stride import WEIGHTS, Facts

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from rlm_tasks import Client, embedded
+from rlm_tasks import Client
 from rlm_tasks.cli import rlm
+from rlm_tasks.testing import embedded
 from scheduler.snapshots import MIN_ITEMS, MIN_PAST, RECENT
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until

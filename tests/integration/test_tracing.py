@@ -15,7 +15,8 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
-from rlm_tasks import Binary, Client, Job, JobFailed, Status, embedded
+from rlm_tasks import Binary, Client, Job, JobFailed, Status
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
 from tests.integration.traced_app import Collector, Received, collector
 from tests.support import wait_until

@@ -7,7 +7,7 @@ import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
-from rlm_tasks import embedded
+from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of
 from tests.integration.flowers import Flower
 from tests.integration.page_reader import reader_of

@@ -10,7 +10,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from rlm_tasks import embedded
+from rlm_tasks.testing import embedded
 from tests.support import wait_until
 
 DEBIAN = Path("/usr/lib/rabbitmq/bin")

@@ -18,8 +18,9 @@ import kombu.pools
 import pytest
 import trustme
 
-from rlm_tasks import Adaptive, Client, NWay, QueueFull, embedded
+from rlm_tasks import Adaptive, Client, NWay, QueueFull
 from rlm_tasks.errors import BrokerUnavailable
+from rlm_tasks.testing import embedded
 from tests.faults.conftest import Cell, cell
 from tests.faults.proxy import TlsProxy
 from tests.integration.conftest import client_of, environment_of

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from rlm_tasks.llm.fake import Model, Rule, Window, cut, tokens
+from rlm_tasks.testing.fake_provider import Model, Rule, Window, cut, tokens
 
 TEXT = """You read passages.
 QUESTION: Which method removes whitespace from strings?

@@ -1,6 +1,6 @@
 """A fake provider, for rehearsals without money: a real HTTP server that speaks OpenAI's wire format.
 
-    python -m rlm_tasks.llm.fake --port 8089 --window 60 --requests 3500 --tokens 90000
+    python -m rlm_tasks.testing.fake_provider --port 8089 --window 60 --requests 3500 --tokens 90000
 
 Decides by its own clock what its limits let in, goes wrong by a schedule, and counts what it was asked and what it
 answered.  Equal questions have equal answers.  Refuses to know who asks: any key will do.
@@ -536,9 +536,9 @@ class Running:
 def running(schedule: Sequence[Mapping[str, Any]] = (), **options: float | str) -> Iterator[Running]:
     """Run a fake provider for the length of a block; `options` are those of the command line.
 
-    Raises rlm_tasks.embedded.NotStarted.
+    Raises rlm_tasks.testing.embedded.NotStarted.
     """
-    from rlm_tasks.embedded import NotStarted, end
+    from rlm_tasks.testing.embedded import NotStarted, end
 
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", __spec__.name, "--stdin", f"--schedule={msgspec.json.encode(schedule).decode()}", *words]

@@ -1,7 +1,7 @@
 """What a user would write by hand: `chunks` and `chord` in plain Celery, to compare with.
 
 Nothing here is used by the platform; the demo's ``--compare`` and the benchmarks run it as
-``celery -A rlm_tasks.handwritten worker`` with Celery's own defaults.
+``celery -A rlm_tasks.testing.plain_celery worker`` with Celery's own defaults.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from typing import Any
 
 from celery import Celery
 
-from rlm_tasks import embedded, handwritten
 from rlm_tasks.celery import configuration, install
 from rlm_tasks.client.client import Client
 from rlm_tasks.errors import InvalidRequest
@@ -24,6 +23,7 @@ from rlm_tasks.operations.code_metrics import python_files
 from rlm_tasks.results import JobResult, Progress
 from rlm_tasks.settings.model import Settings
 from rlm_tasks.settings.model import settings as environment_settings
+from rlm_tasks.testing import embedded, plain_celery
 
 TTL_S = 3600
 CHUNKS = (5, 20, 50, 200)
@@ -110,11 +110,11 @@ def run(client: Client, folder: Path, slots: int, show: Callable[[Progress], Non
 def compare(environment: dict[str, str], logs: Path, outcome: Outcome, paths: list[str]) -> Iterator[Compared]:
     """Do the same serially, and with a plain Celery chord over chunks of several sizes."""
     began = time.perf_counter()
-    report = handwritten.measure_serially(paths)
+    report = plain_celery.measure_serially(paths)
     yield Compared("serial, in one process", time.perf_counter() - began, report == outcome.result.output)
-    handwritten.app.conf.update(broker_url=environment["RLM_REDIS_URL"], result_backend=environment["RLM_REDIS_URL"])
-    with embedded.worker(environment, log=logs / "plain.log", app="rlm_tasks.handwritten", slots=outcome.slots):
+    plain_celery.app.conf.update(broker_url=environment["RLM_REDIS_URL"], result_backend=environment["RLM_REDIS_URL"])
+    with embedded.worker(environment, log=logs / "plain.log", app="rlm_tasks.testing.plain_celery", slots=outcome.slots):
         for chunk in CHUNKS:
             began = time.perf_counter()
-            report = handwritten.measure_by_chord(paths, chunk)
+            report = plain_celery.measure_by_chord(paths, chunk)
             yield Compared(f"plain Celery chord, chunks of {chunk}", time.perf_counter() - began, report == outcome.result.output)
