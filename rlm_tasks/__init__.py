@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from rlm_tasks.client.planning import Plan as Plan
     from rlm_tasks.client.planning import PlannedRound as PlannedRound
     from rlm_tasks.client.planning import Sufficiency as Sufficiency
+    from rlm_tasks.compat.optimization_config import OptimizationConfig as OptimizationConfig
+    from rlm_tasks.compat.resource_manager import create_resource_manager as create_resource_manager
+    from rlm_tasks.compat.resource_manager import get_resource_status as get_resource_status
+    from rlm_tasks.compat.resource_manager import integrate_with_orchestrator as integrate_with_orchestrator
+    from rlm_tasks.compat.resource_manager import reset_circuit_breakers as reset_circuit_breakers
+    from rlm_tasks.compat.resource_manager import wrap_method_executor as wrap_method_executor
     from rlm_tasks.engine.rounds import NextRound as NextRound
     from rlm_tasks.engine.rounds import Round as Round
     from rlm_tasks.errors import InvalidRequest as InvalidRequest
@@ -41,7 +47,6 @@ if TYPE_CHECKING:
     from rlm_tasks.jobs.splitting import estimate_optimal_chunk_size as estimate_optimal_chunk_size
     from rlm_tasks.operations.registry import Context as Context
     from rlm_tasks.operations.registry import operation as operation
-    from rlm_tasks.optimization import OptimizationConfig as OptimizationConfig
     from rlm_tasks.requests import Adaptive as Adaptive
     from rlm_tasks.requests import Binary as Binary
     from rlm_tasks.requests import Budget as Budget
@@ -50,11 +55,6 @@ if TYPE_CHECKING:
     from rlm_tasks.requests import NWay as NWay
     from rlm_tasks.requests import Options as Options
     from rlm_tasks.requests import Priority as Priority
-    from rlm_tasks.resource_manager import create_resource_manager as create_resource_manager
-    from rlm_tasks.resource_manager import get_resource_status as get_resource_status
-    from rlm_tasks.resource_manager import integrate_with_orchestrator as integrate_with_orchestrator
-    from rlm_tasks.resource_manager import reset_circuit_breakers as reset_circuit_breakers
-    from rlm_tasks.resource_manager import wrap_method_executor as wrap_method_executor
     from rlm_tasks.results import ItemFailure as ItemFailure
     from rlm_tasks.results import JobResult as JobResult
     from rlm_tasks.results import Partial as Partial
@@ -71,11 +71,11 @@ _HOMES = {
     "installation": "install",
     "client.job": "Job",
     "operations.registry": "Context operation",
-    "optimization": "OptimizationConfig",
+    "compat.optimization_config": "OptimizationConfig",
     "client.planning": "Estimate Plan PlannedRound Sufficiency",
     "requests": "Adaptive Binary Budget Conditions JobRequest NWay Options Priority",
     "results": "ItemFailure JobResult Partial Progress Receipt Status",
-    "resource_manager": "create_resource_manager get_resource_status integrate_with_orchestrator reset_circuit_breakers "
+    "compat.resource_manager": "create_resource_manager get_resource_status integrate_with_orchestrator reset_circuit_breakers "
     "wrap_method_executor",
     "engine.rounds": "NextRound Round",
     "jobs.items": "Files Lines",

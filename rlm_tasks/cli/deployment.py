@@ -96,7 +96,7 @@ def optimization(file: Any, as_json: bool) -> None:
     """Show what the keys of an OptimizationConfig set here, those of a JSON file or the defaults."""
     from dataclasses import asdict
 
-    from rlm_tasks.optimization import OptimizationConfig
+    from rlm_tasks.compat.optimization_config import OptimizationConfig
 
     found = (OptimizationConfig.import_config(file.read()) if file else OptimizationConfig()).effects()
     if as_json:

@@ -179,7 +179,7 @@ class Client:
 
         Raises StoreUnavailable.
         """
-        from rlm_tasks.optimization import stats
+        from rlm_tasks.compat.optimization_config import stats
 
         return stats(self.status(), self.recovery_success_rate())
 

@@ -268,7 +268,9 @@ def page_rows() -> str:
 
 
 def test_the_package_is_imported_without_it() -> None:
-    code = "import rlm_tasks, sys; assert 'rlm_tasks.optimization' not in sys.modules; rlm_tasks.OptimizationConfig()"
+    code = (
+        "import rlm_tasks, sys; assert 'rlm_tasks.compat.optimization_config' not in sys.modules; rlm_tasks.OptimizationConfig()"
+    )
 
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
 

@@ -14,8 +14,8 @@ from resilience.degradation import Level, ResourceConstraints
 from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.keys import Keys
 from resilience.settings import StoreSettings
-from rlm_tasks import resource_manager
-from rlm_tasks.resource_manager import (
+from rlm_tasks.compat import resource_manager
+from rlm_tasks.compat.resource_manager import (
     AdaptiveResourceManager,
     ResourceAwareExecutor,
     create_resource_manager,
