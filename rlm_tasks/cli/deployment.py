@@ -119,7 +119,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     """Examine the deployment, and say what to do; exit code 1 for a fault."""
     from dataclasses import asdict
 
-    from rlm_tasks.doctor import examine
+    from rlm_tasks.diagnosis.doctor import examine
 
     client = client_of(ctx)
     found = examine(client, client.app)
@@ -143,7 +143,7 @@ _MARKS = {"ok": "     ok ", "warning": "WARNING ", "fault": "  FAULT "}
 @click.pass_context
 def bundle(ctx: click.Context, file: Path | None, job_id: str | None) -> None:
     """Write what a bug report needs as one JSON document: no item, result, parameter or secret is in it."""
-    from rlm_tasks.bundle import collect
+    from rlm_tasks.diagnosis.bundle import collect
 
     client = client_of(ctx)
     text = json.dumps(collect(client, client.app, job_id), indent=2, default=str)

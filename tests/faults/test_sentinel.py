@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from rlm_tasks import StoreUnavailable
-from rlm_tasks.doctor import Finding, examine
+from rlm_tasks.diagnosis.doctor import Finding, examine
 from tests.faults.conftest import Cell, cell
 from tests.faults.sentinels import MASTER, SENTINEL_PASSWORD, Watched, asked, watched
 from tests.integration.conftest import client_of

@@ -14,7 +14,7 @@ import pytest
 import trustme
 
 from resilience.errors import StoreUntrusted
-from rlm_tasks.doctor import examine
+from rlm_tasks.diagnosis.doctor import examine
 from rlm_tasks.testing import embedded
 from tests.faults.conftest import Cell, cell
 from tests.faults.proxy import TlsProxy

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlm_tasks import Client, JobNotFound, __version__
-from rlm_tasks.bundle import collect
+from rlm_tasks.diagnosis.bundle import collect
 from rlm_tasks.testing import embedded
 from scheduler.events import Event
 from tests.integration.conftest import client_of, environment_of

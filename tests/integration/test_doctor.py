@@ -11,7 +11,7 @@ import pytest
 
 from resilience.degradation import Level
 from rlm_tasks import Client, __version__
-from rlm_tasks.doctor import Finding, examine
+from rlm_tasks.diagnosis.doctor import Finding, examine
 from rlm_tasks.jobs.spec import SCHEMA
 from rlm_tasks.ledger.ledger import ROOT, Report
 from rlm_tasks.results import QuarantinedItem
@@ -103,7 +103,7 @@ def test_workers_that_cannot_read_new_jobs_are_a_fault(
     lonely_client: Client, publish: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish()
-    monkeypatch.setattr("rlm_tasks.doctor.SCHEMA", SCHEMA + 1)
+    monkeypatch.setattr("rlm_tasks.diagnosis.doctor.SCHEMA", SCHEMA + 1)
 
     assert examined(lonely_client)["releases"].state == "fault"
 

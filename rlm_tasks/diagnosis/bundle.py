@@ -21,7 +21,8 @@ from packaging.requirements import Requirement
 from pydantic import SecretStr
 
 from resilience.breaker import CircuitBreakers
-from rlm_tasks import __version__, doctor
+from rlm_tasks import __version__
+from rlm_tasks.diagnosis import doctor
 from rlm_tasks.errors import JobNotFound
 from rlm_tasks.ledger.explain import explain
 from rlm_tasks.ledger.ledger import NodeRecord
