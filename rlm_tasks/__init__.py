@@ -7,8 +7,10 @@ Names below are stable.  They load on first use, so importing the package costs 
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from rlm_tasks.lazy import lazy
+from rlm_tasks.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from resilience.budget import Spending as Spending
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from rlm_tasks.compat.resource_manager import integrate_with_orchestrator as integrate_with_orchestrator
     from rlm_tasks.compat.resource_manager import reset_circuit_breakers as reset_circuit_breakers
     from rlm_tasks.compat.resource_manager import wrap_method_executor as wrap_method_executor
-    from rlm_tasks.engine.rounds import NextRound as NextRound
-    from rlm_tasks.engine.rounds import Round as Round
     from rlm_tasks.errors import InvalidRequest as InvalidRequest
     from rlm_tasks.errors import JobCancelled as JobCancelled
     from rlm_tasks.errors import JobExpired as JobExpired
@@ -44,8 +44,10 @@ if TYPE_CHECKING:
     from rlm_tasks.installation import install as install
     from rlm_tasks.jobs.items import Files as Files
     from rlm_tasks.jobs.items import Lines as Lines
+    from rlm_tasks.jobs.rounds import NextRound as NextRound
+    from rlm_tasks.jobs.rounds import Round as Round
     from rlm_tasks.jobs.splitting import estimate_optimal_chunk_size as estimate_optimal_chunk_size
-    from rlm_tasks.operations.registry import Context as Context
+    from rlm_tasks.operations.context import Context as Context
     from rlm_tasks.operations.registry import operation as operation
     from rlm_tasks.requests import Adaptive as Adaptive
     from rlm_tasks.requests import Binary as Binary
@@ -64,38 +66,32 @@ if TYPE_CHECKING:
     from scheduler.allocation import ResourceAllocationPolicy as ResourceAllocationPolicy
 
 _HOMES = {
-    "celery": "app",
-    "client.client": "Client",
-    "errors": "InvalidRequest JobCancelled JobExpired JobFailed JobNotFound Overloaded QueueFull ResultTimeout "
+    "rlm_tasks.celery": "app",
+    "rlm_tasks.client.client": "Client",
+    "rlm_tasks.errors": "InvalidRequest JobCancelled JobExpired JobFailed JobNotFound Overloaded QueueFull ResultTimeout "
     "ResultTooLarge RlmError StoreUnavailable UnknownOperation",
-    "installation": "install",
-    "client.job": "Job",
-    "operations.registry": "Context operation",
-    "compat.optimization_config": "OptimizationConfig",
-    "client.planning": "Estimate Plan PlannedRound Sufficiency",
-    "requests": "Adaptive Binary Budget Conditions JobRequest NWay Options Priority",
-    "results": "ItemFailure JobResult Partial Progress Receipt Status",
-    "compat.resource_manager": "create_resource_manager get_resource_status integrate_with_orchestrator reset_circuit_breakers "
+    "rlm_tasks.installation": "install",
+    "rlm_tasks.client.job": "Job",
+    "rlm_tasks.operations.registry": "Context operation",
+    "rlm_tasks.compat.optimization_config": "OptimizationConfig",
+    "rlm_tasks.client.planning": "Estimate Plan PlannedRound Sufficiency",
+    "rlm_tasks.requests": "Adaptive Binary Budget Conditions JobRequest NWay Options Priority",
+    "rlm_tasks.results": "ItemFailure JobResult Partial Progress Receipt Status",
+    "rlm_tasks.compat.resource_manager": "create_resource_manager get_resource_status integrate_with_orchestrator reset_circuit_breakers "
     "wrap_method_executor",
-    "engine.rounds": "NextRound Round",
-    "jobs.items": "Files Lines",
-    "jobs.splitting": "estimate_optimal_chunk_size",
+    "rlm_tasks.engine.rounds": "NextRound Round",
+    "rlm_tasks.jobs.items": "Files Lines",
+    "rlm_tasks.jobs.splitting": "estimate_optimal_chunk_size",
     "resilience.budget": "Spending",
     "resilience.degradation": "Level ResourceConstraints",
     "scheduler.allocation": "ResourceAllocationPolicy",
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
-
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605  # the list and its loader must not drift apart
-__version__ = "0.1.0"
+_load, __dir__, __all__ = lazy(__name__, _HOMES)  # the list and its loader must not drift apart
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOME_OF[name]
     try:
-        module = importlib.import_module(home if home.startswith(("resilience.", "scheduler.")) else f"rlm_tasks.{home}")
+        return _load(name)
     except (ImportError, OSError) as error:
         from rlm_tasks.import_path import HOME, in_our_place
 
@@ -104,8 +100,3 @@ def __getattr__(name: str) -> Any:
         stranger, file = next(iter(found.items()))
         advice = f"rename that package, or set PYTHONPATH={HOME} before its folder"
         raise ImportError(f"`import {stranger}` finds {file}, not the platform's own in {HOME}; {advice}") from error
-    return getattr(module, name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

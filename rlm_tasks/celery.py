@@ -12,10 +12,11 @@ from typing import Any
 from celery import Celery
 from kombu.entity import Queue
 
-from rlm_tasks.installation import AUTOSCALER, monitoring, queue_names
+from rlm_tasks.installation import AUTOSCALER, monitoring
 from rlm_tasks.installation import install as install
-from rlm_tasks.installation import queue_name as queue_name
 from rlm_tasks.messaging import transports
+from rlm_tasks.messaging.queue_names import queue_name as queue_name
+from rlm_tasks.messaging.queue_names import queue_names
 from rlm_tasks.requests import Priority
 from rlm_tasks.settings.model import Settings
 

@@ -25,14 +25,14 @@ from rlm_tasks.engine import tasks
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.messaging.broker import AWAY, spoken
+from rlm_tasks.messaging.queue_names import queue_names
 from rlm_tasks.messaging.transports import QUEUE_ORDER, speaks_redis
 from rlm_tasks.operations import registry
-from rlm_tasks.requests import Priority
+from rlm_tasks.settings.environment import settings as environment
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.settings.model import settings as environment
 from rlm_tasks.telemetry import logs, tracing
 from rlm_tasks.worker import control as control  # its commands register themselves
-from rlm_tasks.worker.supervisor import GuardStep, HealthStep, drain_when_told_to_stop
+from rlm_tasks.worker.bootsteps import GuardStep, HealthStep, drain_when_told_to_stop
 from rlm_tasks.worker.upstream import (
     leave_promptly,
     leave_when_retiring,
@@ -101,16 +101,6 @@ def _add_tabs(app: Celery) -> None:
         from rlm_tasks import flower
 
         flower.install(app)
-
-
-def queue_name(namespace: str, priority: str) -> str:
-    """Return the queue of a priority."""
-    return f"{namespace}.{priority}"
-
-
-def queue_names(settings: Settings) -> list[str]:
-    """Return all queues of jobs, the most urgent first."""
-    return [queue_name(settings.namespace, each) for each in Priority]
 
 
 def _settings_of_process() -> Settings:

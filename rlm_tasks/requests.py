@@ -17,7 +17,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from resilience.validation import Checked
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.splitting import Shape
-from rlm_tasks.metrics import declared as metrics
+from rlm_tasks.metrics import emission
 
 DEFAULT_MIN_CHUNK = 100
 """Smallest part of a planned binary or n-way tree (source document 0, minChunkSize)."""
@@ -153,7 +153,7 @@ class Options(_Checked):
     @field_validator("emit_metrics")
     @classmethod
     def _declared(cls, value: dict[str, float | str]) -> dict[str, float | str]:
-        metrics.emission(value)
+        emission.emission(value)
         return value
 
     @field_validator("priority", mode="before")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, overload
+
+if TYPE_CHECKING:
+    from resilience.budget import Spending
 
 if TYPE_CHECKING:
     from resilience.budget import Spending
@@ -232,3 +235,19 @@ class TreeNode:
     worker: str  # that ran it last
     duration_ms: float
     attempts: int  # claims
+
+
+COLUMNS = ("model", "calls", "tokens", "money")
+
+
+def rows(spent: Spending) -> list[tuple[str, ...]]:
+    """Return what was spent, for a person: a row for each model, one for all of them, and one for the budget if there is one."""
+    found = [("all", {unit: spent.spent.get(unit, 0.0) + spent.held.get(unit, 0.0) for unit in COLUMNS[1:]})]
+    found += [("budget", spent.limits)] if spent.limits else []
+    return [(name, *(_shown(unit, units) for unit in COLUMNS[1:])) for name, units in [*sorted(spent.by_label.items()), *found]]
+
+
+def _shown(unit: str, units: Mapping[str, float]) -> str:
+    if unit not in units:
+        return ""
+    return f"{units[unit]:,.4f}" if unit == "money" else f"{units[unit]:,.0f}"

@@ -23,7 +23,7 @@ def config() -> None:
 
 
 def _settings(ctx: click.Context) -> Settings:
-    from rlm_tasks.settings.model import settings
+    from rlm_tasks.settings.environment import settings
 
     own = getattr(getattr(ctx.obj, "app", None), "rlm_settings", None)
     return own or settings()

@@ -120,7 +120,7 @@ def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
     if failures:
         _show_failures(failures)
     if spent:
-        from rlm_tasks.ledger.budgets import COLUMNS, rows
+        from rlm_tasks.results import COLUMNS, rows
 
         table("Calls to models", COLUMNS, rows(spent))
     _show_events(events)

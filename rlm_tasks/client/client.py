@@ -28,20 +28,21 @@ from rlm_tasks.celery import app as default_app
 from rlm_tasks.celery import queue_name
 from rlm_tasks.client.admission import Intake
 from rlm_tasks.client.job import Job
-from rlm_tasks.engine.runtime import making_room, wake
-from rlm_tasks.engine.slot_shares import policies, priority_for
 from rlm_tasks.errors import BrokerUnavailable, InvalidRequest, JobEnded, JobNotFound, Overloaded, QueueFull
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.items import ItemReader, ItemWriter, Source
 from rlm_tasks.jobs.spec import Spec
-from rlm_tasks.ledger.ledger import PROCESS, ROOT, Ledger, Report, Standing
+from rlm_tasks.jobs.trace_ids import current_traceparent
+from rlm_tasks.ledger.ledger import Ledger
+from rlm_tasks.ledger.records import PROCESS, ROOT, Report, Standing
 from rlm_tasks.messaging.broker import AWAY
+from rlm_tasks.messaging.delivery import making_room, wake
 from rlm_tasks.messaging.dispatch import Dispatcher, mint
 from rlm_tasks.operations import registry
+from rlm_tasks.operations.policies import policies, priority_for
 from rlm_tasks.requests import Budget, JobRequest, Options, Priority
 from rlm_tasks.results import JobResult, Progress, QuarantinedItem, Status
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.telemetry.tracing import current_traceparent
 from scheduler.admission import WaitingRoom
 from scheduler.preemption import Preemption
 from scheduler.slots import SlotBoard
@@ -162,7 +163,7 @@ class Client:
         ``workers``, ``queues``, ``quotas`` (limits that operations declare) and ``circuit_breakers``, which count for the
         status as well.  ``health_check({"detailed": True})`` works as in source document 0.  Raises nothing for what is away.
         """
-        from rlm_tasks.telemetry.health import of_platform
+        from rlm_tasks.client.platform_health import of_platform
 
         return of_platform(self, detailed=bool(detailed.get("detailed") if isinstance(detailed, Mapping) else detailed))
 
@@ -179,7 +180,7 @@ class Client:
 
         Raises StoreUnavailable.
         """
-        from rlm_tasks.compat.optimization_config import stats
+        from rlm_tasks.client.performance_stats import stats
 
         return stats(self.status(), self.recovery_success_rate())
 

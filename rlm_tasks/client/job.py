@@ -15,7 +15,6 @@ import msgspec
 
 from resilience.errors import StoreUnavailable
 from resilience.store import LOST
-from rlm_tasks.engine.rounds import opened
 from rlm_tasks.errors import (
     InvalidRequest,
     JobCancelled,
@@ -27,9 +26,11 @@ from rlm_tasks.errors import (
     ResultTooLarge,
 )
 from rlm_tasks.jobs import codec
+from rlm_tasks.jobs.trace_ids import trace_id_of
 from rlm_tasks.ledger.explain import explain
-from rlm_tasks.ledger.ledger import MERGE
 from rlm_tasks.ledger.partials import flattened, partials
+from rlm_tasks.ledger.records import MERGE
+from rlm_tasks.ledger.round_ids import opened
 from rlm_tasks.operations import registry
 from rlm_tasks.results import (
     CELERY_STATES,
@@ -46,7 +47,6 @@ from rlm_tasks.results import (
     SuccessfulItems,
     TreeNode,
 )
-from rlm_tasks.telemetry.tracing import trace_id_of
 
 if TYPE_CHECKING:
     from resilience.budget import Spending

@@ -13,16 +13,13 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rlm_tasks.client.performance_stats import _CACHE
 from rlm_tasks.errors import InvalidRequest, InvalidSettings
 from rlm_tasks.settings.document import document_of
 
-if TYPE_CHECKING:
-    from rlm_tasks.client.platform_status import PlatformStatus
-
 _POOL = "pool processes are what is reused here, and nothing is allocated for each step that a pool of objects could save"
-_CACHE = "the platform has no result cache"
 _UNSAID = "of breakers that say nothing else"
 _BATCHED = "spans always leave a worker in batches"
 
@@ -185,32 +182,6 @@ class OptimizationConfig:
             Effect(each.name, getattr(self, each.name), sets.get(each.name, ""), each.metadata["why"])
             for each in dataclasses.fields(self)
         ]
-
-
-def stats(status: PlatformStatus, recovery_success_rate: float | None) -> dict[str, Any]:
-    """Return one picture of the platform as `Client.get_optimization_stats` tells it."""
-    executions = sum(each["total_executions"] for each in status.operations)
-    failures = sum(each["failed_executions"] for each in status.operations)
-    busy_ms = sum(each["avg_duration_ms"] * each["total_executions"] for each in status.operations)
-    slots, busy = sum(host.slots for host in status.hosts), sum(host.busy for host in status.hosts)
-    return {
-        "memory": {
-            "usage_mb": status.resource_usage["memory_mb"],
-            "pressure_level": status.level,
-            "object_pool_utilization": round(min(1.0, busy / slots), 3) if slots else 0.0,
-        },
-        "cache": {"hit_rate": 0.0, "lookups": 0, "note": _CACHE},
-        "execution": {
-            "avg_time_ms": round(busy_ms / executions, 3) if executions else 0.0,
-            "executions": executions,
-            "concurrency_level": busy,
-        },
-        "errors": {
-            "error_rate": round(failures / executions, 4) if executions else 0.0,
-            "recovery_success_rate": recovery_success_rate,
-            "circuit_breakers": {name: str(each["state"]) for name, each in status.circuit_breakers.items()},
-        },
-    }
 
 
 def _unknown(config: type[OptimizationConfig], name: str) -> str:

@@ -21,12 +21,12 @@ from packaging.requirements import Requirement
 from pydantic import SecretStr
 
 from resilience.breaker import CircuitBreakers
-from rlm_tasks import __version__
 from rlm_tasks.diagnosis import doctor
 from rlm_tasks.errors import JobNotFound
 from rlm_tasks.ledger.explain import explain
-from rlm_tasks.ledger.ledger import NodeRecord
+from rlm_tasks.ledger.records import NodeRecord
 from rlm_tasks.settings.document import HIDDEN, to_dict
+from rlm_tasks.version import __version__
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -18,9 +18,10 @@ from redis.exceptions import RedisError
 from resilience.address import SENTINEL, SENTINEL_TIMEOUT_S
 from resilience.errors import StoreUnavailable
 from resilience.store import Store, masked
-from rlm_tasks import __version__, import_path
+from rlm_tasks import import_path
 from rlm_tasks.jobs.spec import SCHEMA
 from rlm_tasks.operations import registry
+from rlm_tasks.version import __version__
 from rlm_tasks.worker.preflight import Finding as Finding
 from rlm_tasks.worker.preflight import State, of_celery, of_redis, of_urls
 
@@ -276,7 +277,7 @@ def _releases(hosts: Sequence[HostReport]) -> Iterator[Finding]:
 
 
 def _names(client: Client) -> list[str]:
-    from rlm_tasks.installation import queue_names
+    from rlm_tasks.messaging.queue_names import queue_names
 
     return queue_names(client.settings)
 

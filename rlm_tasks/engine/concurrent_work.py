@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from resilience.degradation import IN_FORCE, Degradation
 from resilience.errors import CallTimeout, Denied
+from rlm_tasks.engine.event_loop import event_loop
 from rlm_tasks.engine.guards import PATIENCE_S, Postponed, postponed
 from rlm_tasks.engine.shared_page import SEVERAL_ITEMS
 from rlm_tasks.engine.work import UNREADABLE, Work
-from rlm_tasks.operations.registry import Context
+from rlm_tasks.operations.context import Context
 
 LOOK_AGAIN_S = 0.1
 """An item among others asks a guard again after this, should nobody have called its node."""
@@ -200,14 +200,3 @@ class WorkInFlight(Work):
 
 async def _fails(error: Exception) -> Any:
     raise error
-
-
-_runners: dict[int, asyncio.Runner] = {}
-
-
-def event_loop() -> asyncio.Runner:
-    """Return this process's event loop; it outlives nodes, so that users may keep connections open."""
-    if os.getpid() not in _runners:
-        _runners.clear()
-        _runners[os.getpid()] = asyncio.Runner()
-    return _runners[os.getpid()]

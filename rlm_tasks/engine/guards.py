@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from resilience.retry import Retry
     from resilience.store import Call, Store
     from rlm_tasks.jobs.spec import Spec
-    from rlm_tasks.operations.registry import Context, Operation
+    from rlm_tasks.operations.context import Context
+    from rlm_tasks.operations.registry import Operation
     from rlm_tasks.settings.model import Settings
 
 ORDER = ("deadline", "retry", "rate_limit", "breaker", "bulkhead")

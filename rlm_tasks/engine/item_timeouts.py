@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from resilience.errors import CallTimeout
 from resilience.timeouts import Timeouts
-from rlm_tasks.settings.model import NodeSettings
+from rlm_tasks.settings.sections import NodeSettings
 from scheduler.allocation import timeout_factor
 
 TELL_EVERY_S = 10.0

@@ -24,6 +24,8 @@ from resilience.degradation import Level
 from resilience.errors import StoreUnavailable
 from resilience.store import Call
 from resilience.waiters import URGENCY
+from rlm_tasks.engine import counts
+from rlm_tasks.engine.closing import merge_root
 from rlm_tasks.engine.concurrent_work import WorkInFlight
 from rlm_tasks.engine.crashpoints import CrashPoint
 from rlm_tasks.engine.guards import Postponed
@@ -47,10 +49,8 @@ from rlm_tasks.jobs.splitting import (
     share_out,
     should_yield,
 )
-from rlm_tasks.ledger.ledger import MERGE, PROCESS, ROOT, Child, Claim, Finished, Report, Suspect
-from rlm_tasks.ledger.partials import merge_root
+from rlm_tasks.ledger.records import MERGE, PROCESS, ROOT, Child, Claim, Finished, Report, Suspect
 from rlm_tasks.messaging.dispatch import freeze, mint
-from rlm_tasks.metrics import declared as metrics
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.registry import Operation
 from rlm_tasks.results import QuarantinedItem
@@ -422,7 +422,7 @@ class NodeRun:
             logger.info("Node %s of job %s was given to another worker; its work is discarded", claim.node, claim.job)
             return False
         self._say(report)
-        metrics.count_node(
+        counts.count_node(
             self._spec.operation, report, claim.hi, took_s=self._pace.elapsed_ms / 1000,
             recovered=self._work.recovered, given_up=harvest.given_up, validating=validating,
             cache=self._runtime.items.looked_up(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rlm_tasks.engine.shared_page import Page
-from rlm_tasks.settings.model import NodeSettings
+from rlm_tasks.settings.sections import NodeSettings
 
 FIRST_SLICE_MS = 10.0
 """A node's first slices are short, so that a short job is shared in time; each is twice as long as the one before."""

@@ -8,9 +8,7 @@ round begins and what its end means for the job; refuses to know what rounds are
 from __future__ import annotations
 
 import logging
-import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,10 +16,13 @@ import msgspec
 from resilience.errors import RlmError
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.items import ItemWriter
+from rlm_tasks.jobs.rounds import NextRound, Round
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.jobs.splitting import Shape
-from rlm_tasks.ledger.ledger import MERGE, ROOT, Claim, Ledger
+from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.partials import flattened, merged, partials
+from rlm_tasks.ledger.records import MERGE, ROOT, Claim
+from rlm_tasks.ledger.round_ids import opened, round_id
 from rlm_tasks.messaging.dispatch import Dispatcher, mint
 from rlm_tasks.operations import registry
 from rlm_tasks.results import Status
@@ -33,37 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ROUNDS = uuid.UUID("0b0e1a52-6c1f-5b0e-9f0e-5f1d3a3c7b11")
-"""Namespace of the ids of rounds (RFC 4122, name-based)."""
 LOOK_AGAIN_MS = 5000
 """A job looks after its round this often, should nobody have called it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """What `Operation.then` is told of the round that has ended: 0 is the job's own items."""
-
-    number: int
-    params: dict[str, Any]  # of the job's request
-    total: int  # items of the round
-    done: int  # of them
-    stopped: str  # why the round ended before its items did: '', early, budget
-    short: bool  # it, or a round before it, has left items out: failed ones, or those that were not run
-
-
-@dataclass(frozen=True, slots=True)
-class NextRound:
-    """The items to go on with, and by which operation; `params` go to it.
-
-    `last` says that no round is to follow: it may spend all that is left.  `strict` that none of its items may fail, whatever the
-    request says of errors: an answer without it would be wrong.
-    """
-
-    operation: str
-    items: Iterable[Any]
-    params: dict[str, Any]
-    last: bool = False
-    strict: bool = False
 
 
 class RoundFailed(RlmError):
@@ -75,18 +47,6 @@ class RoundFailed(RlmError):
         self.job_id, self.status = job_id, status
         self.ends_as = Status.EXPIRED if status is Status.EXPIRED else Status.FAILED  # what its job ends as
         super().__init__(f"round {number}, job {job_id}, {status}{f': {why}' if why else ''}")
-
-
-def round_id(job: str, number: int) -> str:
-    """Return the id of a job's round, from 1."""
-    return str(uuid.uuid5(_ROUNDS, f"{job}:{number}"))
-
-
-def opened(ledger: Ledger, job: str) -> list[tuple[str, dict[str, str]]]:
-    """Return the rounds of a job that there are, in order: id and facts, which are empty for one that has expired."""
-    count = int(ledger.facts(job).get("rounds", 0))
-    found = [(id, ledger.facts(id)) for id in (round_id(job, number) for number in range(1, count + 1))]
-    return found if not found or found[-1][1] else found[:-1]  # whoever was to open the last one has died before
 
 
 class Rounds:

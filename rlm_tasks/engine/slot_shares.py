@@ -14,9 +14,10 @@ from resilience.store import Store
 from resilience.waiters import Wake
 from rlm_tasks.engine.shared_page import Page
 from rlm_tasks.operations import registry
+from rlm_tasks.operations.policies import policies, policy_of
 from rlm_tasks.operations.registry import Operation
 from rlm_tasks.settings.model import Settings
-from scheduler.allocation import Policies, ResourceAllocationPolicy, may_start, priority_of, workers_for
+from scheduler.allocation import may_start, workers_for
 from scheduler.sampling import held_mb
 
 RUNS_AT_MOST = 4
@@ -67,23 +68,3 @@ class Shares:
 
     def _declared(self, operation: Operation) -> bool:
         return operation.allocation is not None or self._policies.declares(operation.name)
-
-
-def policies(settings: Settings) -> Policies:
-    """Return the operator's policies.  Raises InvalidValue naming the file, the entry and the field."""
-    found = Policies(settings.allocation)
-    if settings.allocation.policies:
-        found.load(settings.allocation.policies)
-    return found
-
-
-def policy_of(operation: Operation, known: Policies) -> ResourceAllocationPolicy:
-    """Return the policy of an operation: the operator's word counts, then its own, then the one for all others."""
-    if operation.allocation is not None and not known.declares(operation.name):
-        return operation.allocation
-    return known.of(operation.name)
-
-
-def priority_for(operation: Operation, known: Policies, asked: str) -> str:
-    """Return how urgent a job of an operation is."""
-    return str(priority_of(policy_of(operation, known), asked))

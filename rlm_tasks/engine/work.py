@@ -18,8 +18,9 @@ from rlm_tasks.engine.outcome import Harvest
 from rlm_tasks.engine.pace import Pace
 from rlm_tasks.engine.shared_page import SEVERAL_ITEMS, PageSlot
 from rlm_tasks.jobs.spec import Spec
-from rlm_tasks.ledger.ledger import PROCESS, Claim
-from rlm_tasks.operations.registry import Context, Operation
+from rlm_tasks.ledger.records import PROCESS, Claim
+from rlm_tasks.operations.context import Context
+from rlm_tasks.operations.registry import Operation
 
 WINDOW = 1024
 """Items held in memory at a time."""

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from resilience.degradation import Level
 from rlm_tasks.errors import RlmError
-from rlm_tasks.metrics.declared import BREAKER_STATES, GAUGES
+from rlm_tasks.telemetry.exposition import BREAKER_STATES, GAUGES
 
 if TYPE_CHECKING:
     from rlm_tasks.client.client import Client

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 from resilience.degradation import Level
 from rlm_tasks.errors import JobNotFound
 from rlm_tasks.jobs.item_failures import alike
-from rlm_tasks.ledger.budgets import COLUMNS, rows
-from rlm_tasks.metrics.declared import BREAKER_STATES
-from rlm_tasks.results import Progress, Status
+from rlm_tasks.results import COLUMNS, Progress, Status, rows
+from rlm_tasks.telemetry.exposition import BREAKER_STATES
 
 if TYPE_CHECKING:
     from rlm_tasks.client.client import Client

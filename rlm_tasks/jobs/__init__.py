@@ -1,3 +1,4 @@
-"""What a job is: its specification, its items, how its range is split, how data is packed.
+"""What a job is: its specification, its items, how its range is cut, how data is packed.
 
-Everything above imports it; it imports no other folder.  Begin with `spec`, then `splitting`."""
+Every folder above imports it; it imports no other folder.  Begin with `spec`, then `splitting`.
+"""

@@ -6,7 +6,6 @@ Refuses to know how a call is priced, and who makes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from resilience.store import Store
@@ -20,22 +19,6 @@ if TYPE_CHECKING:
 def account_of(spec: Spec) -> str:
     """Return the account that a round spends from."""
     return str(spec.round)
-
-
-COLUMNS = ("model", "calls", "tokens", "money")
-
-
-def rows(spent: Spending) -> list[tuple[str, ...]]:
-    """Return what was spent, for a person: a row for each model, one for all of them, and one for the budget if there is one."""
-    found = [("all", {unit: spent.spent.get(unit, 0.0) + spent.held.get(unit, 0.0) for unit in COLUMNS[1:]})]
-    found += [("budget", spent.limits)] if spent.limits else []
-    return [(name, *(_shown(unit, units) for unit in COLUMNS[1:])) for name, units in [*sorted(spent.by_label.items()), *found]]
-
-
-def _shown(unit: str, units: Mapping[str, float]) -> str:
-    if unit not in units:
-        return ""
-    return f"{units[unit]:,.4f}" if unit == "money" else f"{units[unit]:,.0f}"
 
 
 class Purse:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from rlm_tasks.ledger.ledger import MERGE, NodeRecord
+from rlm_tasks.ledger.records import MERGE, NodeRecord
 
 _STOPPED = {
     "early": "it ended early, as asked",

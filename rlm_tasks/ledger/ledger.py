@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from random import Random
 from typing import Any, TypeVar, cast
 
@@ -19,14 +18,23 @@ from resilience.keys import Keys
 from resilience.store import LOST, Argument, Call, Script, Store
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.ledger.records import (
+    PROCESS,
+    ROOT,
+    SWEEP_AT_ONCE,
+    Claim,
+    Finished,
+    NodeRecord,
+    Report,
+    Split,
+    Standing,
+    Suspect,
+    Swept,
+)
 from rlm_tasks.results import ItemFailure, JobEvent, QuarantinedItem
-from rlm_tasks.settings.model import LedgerSettings
+from rlm_tasks.settings.sections import LedgerSettings
 
-ROOT = "root"
-MERGE = "merge"
-PROCESS = "process"
 PIECES_AT_ONCE = 256
-SWEEP_AT_ONCE = 200
 NODES_LOOKED_AT = 1000
 """So many running and parked nodes of a job are counted, to tell how it stands."""
 QUARANTINE_TTL_S = 30 * 86_400
@@ -52,167 +60,6 @@ _SCRIPTS = {
 _TAKE_DUE, _LOOK_AGAIN, _WAKE, _NEXT = (Script.load("rlm_tasks.ledger", n) for n in ("take_due", "look_again", "wake", "next"))
 _json = msgspec.json.Encoder()
 _Answer = TypeVar("_Answer")
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """The place in a chord that a node fills; an empty split is the root's."""
-
-    split: str = ""
-    index: int = 0
-    task: str = ""
-
-
-class Child(msgspec.Struct):
-    """A range handed over by a cut, as FINISH registers it."""
-
-    id: str
-    lo: int
-    hi: int
-    d: int
-    sp: str
-    ix: int
-    t: str
-    why: str
-    wait_ms: int = -1  # it is parked for so long; -1: it may run now
-    tries: int = 0  # how often its first item has failed
-
-
-class Split(msgspec.Struct):
-    """A chord: the range its body merges, and the slot that body fills."""
-
-    id: str
-    lo: int
-    hi: int
-    sp: str
-    ix: int
-    t: str
-    size: int
-
-
-class Report(msgspec.Struct):
-    """What a node did with its range: worked through [lo, mid), handed over the rest."""
-
-    mid: int
-    done: int = 0
-    failed: list[int] = []
-    skipped: list[int] = []  # as empty
-    failures: list[tuple[int, str]] = []  # index, JSON of ItemFailure
-    quarantined: list[tuple[int, str]] = []  # index, JSON of its record
-    kids: list[Child] = []
-    splits: list[Split] = []
-    shaped: list[tuple[str, str, int]] = []  # strategy, level, items whose outcome it has shaped
-    why: str = ""
-    busy_us: int = 0
-    peak_kb: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Suspect:
-    """An item that was in flight when its process died."""
-
-    index: int
-    deaths: int
-    by: str  # what the last process died of
-    condemned: bool  # it must not run again
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """CLAIM's answer.  Only `run` carries the rest."""
-
-    answer: str
-    job: str
-    node: str
-    token: str
-    epoch: int = 0
-    lo: int = 0
-    hi: int = 0
-    depth: int = 0
-    slot: Slot = Slot()
-    phase: str = PROCESS
-    tries: int = 0  # how often its first item has failed
-    waited: bool = False  # its first item has waited for its turn already
-    spec: Spec | None = None
-    losses: int = 0  # how often a holder was lost, nobody knows at which item
-    lost_by: str = ""  # what the last of them died of
-    one_by_one: bool = False  # a process died with several items in flight: find out which
-    suspects: tuple[Suspect, ...] = ()
-    known_failed: frozenset[int] = frozenset()
-    remaining_ms: int = -1
-    waiting: tuple[str, ...] = ()  # nodes whose message may be missing
-    parent: str = ""  # the node that has handed it over, '' for the first one
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """FINISH's answer."""
-
-    answer: str  # ok, stale
-    registered: bool  # the children now wait for their messages
-    outcome: str  # '', merge, process, closed
-    waits: str  # node that now waits for a message, or the merge that the caller holds
-
-
-@dataclass(frozen=True, slots=True)
-class Swept:
-    """SWEEP's answer."""
-
-    state: str
-    again_ms: int
-    send: tuple[str, ...]
-
-    @property
-    def more(self) -> bool:
-        """Whether there may be more to recover at once."""
-        return len(self.send) >= SWEEP_AT_ONCE
-
-
-@dataclass(frozen=True, slots=True)
-class NodeRecord:
-    """A node as the ledger keeps it; enough to send its message again."""
-
-    id: str
-    lo: int
-    hi: int
-    depth: int
-    slot: Slot
-    state: str
-    epoch: int
-    parent: str
-    mid: int
-    why: str
-    worker: str
-    ms: int
-    losses: int
-    lost_by: str
-    one_by_one: bool
-    tries: int
-    waited: bool
-    message: int  # number of its latest message
-
-    @classmethod
-    def parse(cls, id: str, text: bytes) -> NodeRecord:
-        """Return the record of one field of the nodes hash."""
-        r = msgspec.json.decode(text)
-        lo, hi = int(r["lo"]), int(r["hi"])
-        return cls(
-            id, lo, hi, int(r["d"]), Slot(r["sp"], int(r["ix"]), r["t"]), r["s"], int(r["e"]),
-            r["p"], int(r.get("mid", lo)), r["why"], r.get("w", ""), int(r.get("ms", 0)), int(r.get("x", 0)),
-            r.get("by", ""), bool(r.get("one")), int(r.get("tr", 0)), bool(r.get("wt")), int(r.get("m", 0)),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """How the nodes of an open job stand."""
-
-    job: str  # its id
-    queue: str
-    state: str  # of the job: pending, running, merging
-    queued: int  # nodes
-    running: int
-    parked: int
 
 
 def _standing(job: str, queue: bytes, state: bytes, queued: int, records: Sequence[bytes | None]) -> Standing:

@@ -22,7 +22,7 @@ from resilience.store import Store
 from rlm_tasks.llm.endpoint import Endpoint, ProviderDown, ProviderRefused
 from rlm_tasks.llm.endpoint_health import Checkup, Health, configured
 from rlm_tasks.operations import registry
-from rlm_tasks.settings.model import key_of
+from rlm_tasks.settings.environment import key_of
 from scheduler.events import Event, Events, Severity
 
 if TYPE_CHECKING:

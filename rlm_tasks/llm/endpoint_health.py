@@ -14,8 +14,8 @@ from typing import Any
 from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Store
+from rlm_tasks.settings.environment import key_of
 from rlm_tasks.settings.llm import LlmSettings
-from rlm_tasks.settings.model import key_of
 
 READ_EVERY_S = 1.0
 BELIEVED = 3

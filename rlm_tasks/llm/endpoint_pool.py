@@ -17,7 +17,7 @@ from rlm_tasks.llm.endpoint import Endpoint, Told
 from rlm_tasks.llm.endpoint_health import Health
 from rlm_tasks.llm.learned import Learned
 from rlm_tasks.operations.protection import Protection
-from rlm_tasks.settings.model import key_of
+from rlm_tasks.settings.environment import key_of
 from scheduler.routing import Router
 
 if TYPE_CHECKING:

@@ -28,9 +28,9 @@ from rlm_tasks.llm import metrics
 from rlm_tasks.llm.draft import Draft, digest, models_for
 from rlm_tasks.llm.endpoint import Answer, ProviderDown, ProviderRefused, Question, UnusableAnswer
 from rlm_tasks.llm.endpoint_pool import Provider
+from rlm_tasks.llm.metrics import LLM_REFUSED, LLM_SHARED
 from rlm_tasks.llm.process_memory import watched
 from rlm_tasks.llm.structured_output import Misformed, read
-from rlm_tasks.metrics.declared import LLM_REFUSED, LLM_SHARED
 from rlm_tasks.operations.protection import Protection
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from resilience.budget import Charge
     from resilience.single_flight import Flight
     from rlm_tasks.jobs.spec import Spec
-    from rlm_tasks.operations.registry import Context, Operation
+    from rlm_tasks.operations.context import Context
+    from rlm_tasks.operations.registry import Operation
     from rlm_tasks.settings.llm import EndpointSettings
 
 MEMO_S = 3600.0

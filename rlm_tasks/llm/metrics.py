@@ -8,7 +8,22 @@ from __future__ import annotations
 
 from resilience.errors import CallTimeout, RateLimited
 from rlm_tasks.llm.endpoint import Answer, ProviderRefused, UnusableAnswer
-from rlm_tasks.metrics.declared import LLM_CALLS, LLM_MONEY, LLM_SECONDS, LLM_TOKENS
+from rlm_tasks.metrics.declared import Counter, Histogram
+
+LLM_CALLS = Counter(
+    "rlm_llm_calls_total",
+    "Calls to models, by how they ended.",
+    {"model": None, "endpoint": None, "outcome": ("ok", "rate_limited", "timeout", "failed", "refused", "unusable")},
+)
+LLM_SECONDS = Histogram("rlm_llm_call_seconds", "From a call to a model to its answer.", {"model": None})
+LLM_TOKENS = Counter(
+    "rlm_llm_tokens_total", "Tokens that calls to models were paid for.", {"model": None, "kind": ("prompt", "completion")}
+)
+LLM_MONEY = Counter("rlm_llm_money_total", "What calls to models have cost, by the prices of the settings.", {"model": None})
+LLM_SHARED = Counter(
+    "rlm_llm_shared_total", "Answers that were not paid again, by where they were.", {"source": ("memo", "cache", "flight")}
+)
+LLM_REFUSED = Counter("rlm_llm_budget_refusals_total", "Calls to models that were not made, because a job's budget is spent.")
 
 OUTCOMES: dict[type, str] = {
     RateLimited: "rate_limited",

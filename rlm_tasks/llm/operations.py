@@ -15,16 +15,17 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from resilience.degradation import Strategy
-from rlm_tasks.engine.rounds import NextRound, Round
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.items import Files, Lines
+from rlm_tasks.jobs.rounds import NextRound, Round
 from rlm_tasks.llm.draft import Draft, Message, tier_for
 from rlm_tasks.llm.endpoint import estimated_tokens
 from rlm_tasks.llm.forecast import Forecast, by_item, merging, narrowing
 from rlm_tasks.llm.params import Ask, Map, MapReduce, Params, parsed
 from rlm_tasks.operations import registry
+from rlm_tasks.operations.context import Context
 from rlm_tasks.operations.protection import Protection
-from rlm_tasks.operations.registry import Context, Operation
+from rlm_tasks.operations.registry import Operation
 from rlm_tasks.requests import Adaptive, JobRequest
 from rlm_tasks.settings.llm import LlmSettings
 

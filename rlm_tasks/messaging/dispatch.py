@@ -18,7 +18,8 @@ from redis.exceptions import RedisError
 
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.jobs.splitting import Fork, Leaf
-from rlm_tasks.ledger.ledger import Child, Ledger, Slot, Split
+from rlm_tasks.ledger.ledger import Ledger
+from rlm_tasks.ledger.records import Child, Slot, Split
 from rlm_tasks.messaging.broker import AWAY, spoken
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from heapq import merge as merge_sorted
 from typing import Any
 
 from rlm_tasks.operations.code_metrics import measure_file, merge_reports
-from rlm_tasks.operations.registry import Context, operation
+from rlm_tasks.operations.context import Context
+from rlm_tasks.operations.registry import operation
 
 _WORD = re.compile(r"\w+")
 

@@ -32,11 +32,11 @@ from prometheus_client import REGISTRY, make_wsgi_app
 from resilience.degradation import Level, level_of
 from resilience.errors import StoreUnavailable
 from resilience.store import guard_store
-from rlm_tasks import __version__
 from rlm_tasks.engine.guards import breakers_of
-from rlm_tasks.metrics import declared as metrics
-from rlm_tasks.metrics.declared import Standing
-from rlm_tasks.telemetry import health, limit_reports
+from rlm_tasks.metrics import slot_files
+from rlm_tasks.telemetry import exposition, health, limit_reports
+from rlm_tasks.telemetry.exposition import Standing
+from rlm_tasks.version import __version__
 from scheduler.sampling import held_mb
 
 logger = logging.getLogger(__name__)
@@ -278,13 +278,13 @@ class Station:
         self._worker, self._port, self._address = worker, port, worker.app.rlm_settings.metrics.address
         self._folder, self._pid = Path(tempfile.mkdtemp(prefix="rlm-metrics-")), os.getpid()
         self._server: _Server | None = None
-        metrics.begin(self._folder)
+        slot_files.begin(self._folder)
         signals.worker_process_init.connect(self._leave_port, weak=False)
 
     def start(self) -> None:
         """Open the port, if it can be had; a worker without it works all the same."""
         health = Health(self._worker)
-        registry = metrics.registry(self._folder, health.standing)
+        registry = exposition.registry(self._folder, health.standing)
         if not isinstance(self._worker.pool, PreforkPool):
             registry.register(REGISTRY)  # one process: what its owner counts is here, too
         kind = _Server6 if ":" in self._address else _Server
@@ -305,7 +305,7 @@ class Station:
 
     def stop(self) -> None:
         """Close the port and remove the folder."""
-        metrics.end()
+        slot_files.end()
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()

@@ -21,8 +21,8 @@ from rlm_tasks.client.client import Client
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.operations.code_metrics import python_files
 from rlm_tasks.results import JobResult, Progress
+from rlm_tasks.settings.environment import settings as environment_settings
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.settings.model import settings as environment_settings
 from rlm_tasks.testing import embedded, plain_celery
 
 TTL_S = 3600

@@ -1,1 +1,4 @@
-"""worker"""
+"""A worker's main process: it renews leases, returns lost nodes, offers free slots and sweeps.
+
+`installation` adds its boot steps to Celery.  Begin with `supervisor`, then `bootsteps`.
+"""

@@ -16,9 +16,9 @@ from celery.worker import state
 
 from resilience.degradation import Level
 from resilience.store import Call
-from rlm_tasks import __version__
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.jobs.spec import SCHEMA
+from rlm_tasks.version import __version__
 from rlm_tasks.worker.queue_order import QueueOrder, running
 from scheduler.board import Board, HostReport, Orders, acted_on
 from scheduler.ladder import HostLadder, Verdict

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import threading
 import time
@@ -17,21 +16,14 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from billiard.einfo import ExceptionInfo
-from billiard.exceptions import WorkerLostError
-from celery import bootsteps, signals
 from celery.worker import state
-from celery.worker.request import Request
-from redis.exceptions import RedisError
 
-from resilience.errors import StoreUnavailable
 from resilience.store import Call
 from rlm_tasks.engine.runtime import Runtime
-from rlm_tasks.engine.shared_page import NO_ITEM, Held
-from rlm_tasks.messaging.dispatch import NODE_TASK
+from rlm_tasks.engine.shared_page import NO_ITEM
 from rlm_tasks.worker.host import Host
+from rlm_tasks.worker.lost_nodes import _UNREACHABLE, REAPED, cause_of_death, give_back
 from rlm_tasks.worker.preflight import dangers
-from rlm_tasks.worker.upstream import handle_sigterm
 from scheduler.preemption import rank_of
 from scheduler.queues import priority_of
 
@@ -43,14 +35,10 @@ REFRESH_S = 1.0
 """How often the guard looks by itself.  It otherwise wakes on events: ticking every 10 ms slowed computing
 pool processes on two busy cores by 7 % (measured)."""
 BACK_OFF_S = 1.0
-GROUP_SIGNAL_S = 0.5
-"""A SIGTERM to the process group has reached the main process, too, within this time."""
-REAPED = "a cause unknown"
 REAPED_S = 2.0
 """Celery has told what a process died of within this time of having reaped it."""
 DEAF_S, DEAF_SHARE = 1.0, 0.05
 """An item past its limit has this long to hear its alarm (the greater of both) before its process is killed."""
-_UNREACHABLE = (RedisError, StoreUnavailable, OSError)
 
 
 class Guard(threading.Thread):
@@ -265,224 +253,3 @@ class Guard(threading.Thread):
                 os.kill(held.pid, signal.SIGKILL)
                 if given_back:
                     self._runtime.resend(held.job, [held.node])
-
-
-def give_back(runtime: Runtime, held: Held, died_of: str, *, condemned: bool = False) -> bool:
-    """RELEASE a node whose process is gone or about to go; say whether it now waits for a message.
-
-    Its next claim knows the item that was in flight; a `condemned` one is not run again.  While Redis is away
-    the page still tells of it, and the guard comes back to it.
-    """
-    try:
-        waits = runtime.ledger.hasty().release(held.job, held.node, held.token, held.item, died_of, condemned=condemned)
-    except _UNREACHABLE as error:
-        logger.warning("Node %s of job %s is not given back yet: %s", held.node, held.job, error)
-        return False
-    runtime.page.forget(held.pid)
-    if died_of:
-        runtime.guards.forget(held.pid)
-        runtime.shares.forget(held.pid)
-    return waits
-
-
-def cause_of_death(pid: int) -> str:
-    """Return what a pool process died of, '' while it lives; it is left for billiard to reap."""
-    try:
-        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return REAPED
-    if found is None:
-        return ""
-    if found.si_code == os.CLD_EXITED:
-        return f"exit code {found.si_status}"
-    return signal.Signals(found.si_status).name
-
-
-class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
-    """Run the guard, and drain before the pool is asked to stop: by signal, remote control or error alike."""
-
-    requires = {"celery.worker.components:Pool"}
-
-    def create(self, worker: Any) -> None:
-        """Import what pool processes are to share."""
-        from rlm_tasks.llm.endpoint_checks import checks_of
-
-        self._checks = checks_of(worker.app.rlm_runtime())
-
-    def start(self, worker: Any) -> None:
-        """Start once the pool has forked."""
-        from rlm_tasks.worker.monitor_thread import monitor_thread  # alerts and webhooks are of no use to clients
-
-        def queues() -> list[str]:
-            consumer = getattr(worker.consumer, "task_consumer", None)
-            return [queue.name for queue in consumer.queues] if consumer else []
-
-        autoscaler = getattr(worker, "autoscaler", None)
-
-        def slots() -> int:
-            """Those there may soon be: what is cut on demand waits for a free slot to be on offer."""
-            if not worker.pool.active:
-                return 0
-            return getattr(autoscaler, "reach", None) or worker.pool.num_processes or 1
-
-        def exit_code(pid: int) -> int | None:
-            processes = getattr(getattr(worker.pool, "_pool", None), "_pool", None) or ()
-            found = next((each._popen for each in list(processes) if each.pid == pid), None)
-            return found.returncode if found is not None else None
-
-        def stir() -> None:
-            if (hub := getattr(worker, "hub", None)) is not None:
-                hub.call_soon(int)
-
-        guard = Guard(worker.app.rlm_runtime(), worker.app.conf, slots, queues, exit_code, stir)
-        worker.app.rlm_guard = guard
-        guard.start()
-        signals.worker_shutdown.connect(lambda **_: guard.stop(), weak=False)
-        monitor = monitor_thread(worker.app, worker.app.rlm_runtime(), slots if autoscaler else None, queues)
-        worker.app.rlm_monitor = monitor
-        if autoscaler:
-            worker.app.rlm_queued = lambda: monitor.queued
-        monitor.start()
-        signals.worker_shutdown.connect(lambda **_: monitor.stop(), weak=False)
-        if (checks := self._checks) is not None:
-            checks.start()
-            signals.worker_shutdown.connect(lambda **_: checks.stop(), weak=False)
-
-    def stop(self, worker: Any) -> None:
-        """Let running nodes cut; the pool is asked to stop after this."""
-        drain(worker.app)
-
-    def terminate(self, worker: Any) -> None:
-        """Let nobody cling to life: a cold shutdown ends pool processes by signal."""
-        worker.app.rlm_runtime().page.terminating = True
-        drain(worker.app)
-
-
-class HealthStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
-    """Count what the pool does, and answer for the worker on its port, until the pool has ended."""
-
-    requires = {GuardStep}
-
-    def __init__(self, worker: Any, metrics_port: int | None = None, **options: Any) -> None:
-        super().__init__(worker, **options)
-        self._port = metrics_port or 0
-        self.enabled = self._port > 0
-
-    def create(self, worker: Any) -> Any:
-        """Make the folder that pool processes are to find."""
-        from rlm_tasks.telemetry.worker_port import Station  # a server is of no use to clients
-
-        return Station(worker, self._port)
-
-    def start(self, worker: Any) -> None:
-        """Open the port once the pool has forked."""
-        self.obj.start()
-        signals.worker_shutdown.connect(lambda **_: self.obj.stop(), weak=False)
-
-    def stop(self, worker: Any) -> None:
-        """Go on: a worker that waits for its last items is alive."""
-
-    def terminate(self, worker: Any) -> None:
-        """Wait for nobody; Celery does not tell of the end of a cold shutdown."""
-        self.obj.stop()
-
-
-def drain(app: Any) -> None:
-    """Make running nodes cut at their next slice."""
-    app.rlm_runtime().page.draining = True
-    if (guard := getattr(app, "rlm_guard", None)) is not None:
-        guard.wake()
-
-
-def drain_when_told_to_stop(app: Any) -> None:
-    """Drain as soon as the main process gets its signal, and let one to the whole group mean the same.
-
-    docker, systemd and Kubernetes may signal every process of the group; a stock pool process dies of it in the
-    middle of an item.
-    """
-    page = app.rlm_runtime().page
-
-    def on_sigterm(*_: Any) -> None:
-        mine, until = app.rlm_runtime().page_slot(), time.monotonic() + GROUP_SIGNAL_S
-        while not (page.draining or mine.doomed) and time.monotonic() < until:
-            time.sleep(0.01)
-        if page.terminating or mine.doomed or not page.draining:
-            # Meant for this process alone: revoke(terminate=True), a time limit, a cold shutdown.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    signals.worker_shutting_down.connect(lambda **_: drain(app), weak=False)
-    handle_sigterm(on_sigterm)
-
-
-class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
-    """A node's message in the main process, which knows at once when its pool process is free, or gone."""
-
-    def on_accepted(self, pid: int, time_accepted: float) -> None:
-        """A slot is busy."""
-        super().on_accepted(pid, time_accepted)
-        self._wake_guard()
-
-    def acknowledge(self) -> None:
-        """A slot is free: nodes are acknowledged when they end."""
-        super().acknowledge()
-        self._wake_guard()
-
-    def _wake_guard(self) -> None:
-        guard: Guard | None = getattr(self._app, "rlm_guard", None)
-        if guard is not None:
-            guard.wake()
-
-    def on_failure(self, exc_info: ExceptionInfo, send_failed_event: bool = True, return_ok: bool = False) -> Any:
-        """Give the node back when its process was lost; the message is requeued by Celery."""
-        error = getattr(exc_info.exception, "exc", exc_info.exception)
-        if isinstance(error, WorkerLostError | SystemExit):
-            named = re.search(r"SIG[A-Z0-9]+", str(error))
-            self._give_back(named[0] if named else REAPED)
-        return super().on_failure(exc_info, send_failed_event, return_ok)
-
-    def on_timeout(self, soft: bool, timeout: float) -> None:
-        """Fail the item that ran into Celery's hard time limit, and redo the rest of its node.
-
-        Celery notices a lost process within 5 s, so the limit may strike first; that is a death like others.
-        """
-        if soft:
-            super().on_timeout(soft, timeout)
-            return
-        state.task_ready(self)
-        logger.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
-        died_of = cause_of_death(self.worker_pid) if self.worker_pid else ""
-        self._give_back(died_of or f"the hard time limit of {timeout:g} s", condemned=not died_of)
-        self.reject(requeue=True)
-
-    def terminate(self, pool: Any, signal: Any = None) -> None:
-        """Let the pool process know that the signal is meant for it, and not for its group."""
-        if self.worker_pid:
-            self._runtime.page.doom(self.worker_pid)
-        super().terminate(pool, signal)
-
-    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
-        """A revoked node cancels its job: the chord hears nothing, the ledger everything."""
-        state.task_ready(self)
-        self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
-        self.acknowledge()
-        self._already_revoked = True
-        self._give_back("")
-        if self.name == NODE_TASK:
-            try:
-                self._runtime.ledger.hasty().stop(self._job, "cancelled", detail=f"a node's task was {reason}")
-            except _UNREACHABLE as error:
-                logger.warning("Job %s was not cancelled: %s", self._job, error)
-
-    @property
-    def _runtime(self) -> Runtime:
-        return self._app.rlm_runtime()  # type: ignore[no-any-return]  # set by install
-
-    @property
-    def _job(self) -> str:
-        return str(self._args[0] if self._args else self._payload[0][0])
-
-    def _give_back(self, died_of: str, *, condemned: bool = False) -> None:
-        for held in self._runtime.page.held():
-            if held.pid == self.worker_pid and held.job == self._job:
-                give_back(self._runtime, held, died_of, condemned=condemned)

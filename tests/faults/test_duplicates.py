@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from rlm_tasks import NWay
-from rlm_tasks.ledger.ledger import Ledger, NodeRecord
+from rlm_tasks.ledger.ledger import Ledger
+from rlm_tasks.ledger.records import NodeRecord
 from rlm_tasks.messaging.dispatch import body_of, group_id
 from tests.faults.conftest import Cell
 from tests.integration.conftest import client_of

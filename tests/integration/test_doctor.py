@@ -13,7 +13,7 @@ from resilience.degradation import Level
 from rlm_tasks import Client, __version__
 from rlm_tasks.diagnosis.doctor import Finding, examine
 from rlm_tasks.jobs.spec import SCHEMA
-from rlm_tasks.ledger.ledger import ROOT, Report
+from rlm_tasks.ledger.records import ROOT, Report
 from rlm_tasks.results import QuarantinedItem
 from rlm_tasks.testing import embedded
 from scheduler.board import Board, ClusterReport, HostReport

@@ -486,7 +486,7 @@ def test_a_stream_that_is_no_answer_is_unusable(body: str) -> None:
 
 
 def test_nothing_is_imported_before_the_first_call() -> None:
-    code = "import rlm_tasks.llm.endpoints, sys; print({'openai', 'httpx2', 'pydantic', 'celery'} & set(sys.modules))"
+    code = "import rlm_tasks.llm.endpoint, sys; print({'openai', 'httpx2', 'pydantic', 'celery'} & set(sys.modules))"
 
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"set()\n"
 

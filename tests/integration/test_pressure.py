@@ -24,8 +24,8 @@ from resilience.degradation import Level
 from resilience.errors import InvalidValue
 from rlm_tasks import Client, Status
 from rlm_tasks.client.job import Job
-from rlm_tasks.engine.slot_shares import policies, policy_of
 from rlm_tasks.operations import registry
+from rlm_tasks.operations.policies import policies, policy_of
 from rlm_tasks.results import Shaped
 from rlm_tasks.testing import embedded
 from scheduler.admission import Overloaded, QueueFull

@@ -23,15 +23,17 @@ from rlm_tasks.engine.item_timeouts import ItemLimits
 from rlm_tasks.engine.node import run_node
 from rlm_tasks.engine.node_events import Notices
 from rlm_tasks.engine.rounds import Rounds
-from rlm_tasks.engine.runtime import Runtime, wake
+from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.engine.shared_page import Page
 from rlm_tasks.engine.slot_shares import Shares
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.items import ItemReader, ItemWriter
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.ledger.budgets import Purse
-from rlm_tasks.ledger.ledger import ROOT, Child, Ledger, Split
+from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.partials import compact_split
+from rlm_tasks.ledger.records import ROOT, Child, Split
+from rlm_tasks.messaging.delivery import wake
 from rlm_tasks.messaging.dispatch import group_id
 from rlm_tasks.operations import registry
 from rlm_tasks.requests import JobRequest, Priority

@@ -17,9 +17,10 @@ from resilience.keys import Keys
 from resilience.store import Store
 from rlm_tasks.jobs.items import RangeSource
 from rlm_tasks.jobs.spec import Spec
-from rlm_tasks.ledger.ledger import MERGE, ROOT, Child, Claim, Ledger, Report
+from rlm_tasks.ledger.ledger import Ledger
+from rlm_tasks.ledger.records import MERGE, ROOT, Child, Claim, Report
 from rlm_tasks.requests import JobRequest
-from rlm_tasks.settings.model import LedgerSettings
+from rlm_tasks.settings.sections import LedgerSettings
 
 LONG_S = 10_000.0
 GRACE_S = 1000.0

@@ -22,7 +22,7 @@ from resilience.degradation import (
     as_level,
     level_of,
 )
-from rlm_tasks.operations.registry import Context
+from rlm_tasks.operations.context import Context
 
 LIMITS, OPTIONAL, EXPENSIVE, SIMPLIFIED, EMBEDDINGS, *_ = Strategy
 ALL = {LIMITS, OPTIONAL, EXPENSIVE, SIMPLIFIED, EMBEDDINGS}

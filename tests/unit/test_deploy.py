@@ -24,9 +24,9 @@ from flower.command import flower
 from flower.options import default_options
 
 from rlm_tasks.celery import app
-from rlm_tasks.metrics import declared as metrics
-from rlm_tasks.metrics.declared import DECLARED, Histogram, Standing, registry
+from rlm_tasks.metrics.declared import DECLARED, Histogram
 from rlm_tasks.settings.document import validate
+from rlm_tasks.telemetry.exposition import DECLARING, Standing, registry
 from tests.integration.pages import PAGES, steps
 from tests.integration.pages import read as read_page
 
@@ -320,7 +320,9 @@ def exposed() -> dict[str, set[str]]:
         told = registry(Path(folder), lambda: Standing(1, 0, False, 0, 0.0, 0, {"mail": "closed"}))
         gauges = {sample.name: set(sample.labels) for family in told.collect() for sample in family.samples}
     found = {"up": set[str]()} | gauges
-    ours = [each for each in DECLARED.values() if each in vars(metrics).values()]  # others are tests' and users'
+    ours = [
+        each for each in DECLARED.values() if any(each in vars(module).values() for module in DECLARING)
+    ]  # others are tests' and users'
     for each in ours:
         if isinstance(each, Histogram):
             found |= {f"{each.name}_bucket": {*each.labels, "le"}, f"{each.name}_sum": set(each.labels)}

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from rlm_tasks import __version__, import_path
+from rlm_tasks import import_path
 from rlm_tasks.diagnosis import doctor
 from rlm_tasks.diagnosis.doctor import packages, versions
+from rlm_tasks.version import __version__
 
 LOOK = "from rlm_tasks import import_path as look; print(look.in_our_place(), look.behind_ours())"
 

@@ -7,9 +7,10 @@ import os
 
 import pytest
 
-from rlm_tasks.ledger.ledger import ROOT
+from rlm_tasks.ledger.records import ROOT
 from rlm_tasks.requests import JobRequest
-from rlm_tasks.worker.supervisor import REAPED, Guard
+from rlm_tasks.worker.lost_nodes import REAPED
+from rlm_tasks.worker.supervisor import Guard
 from tests.unit.harness import Platform
 
 TOKEN = "00112233aabbccdd"

@@ -22,8 +22,9 @@ from rlm_tasks.jobs import item_failures as item_failures  # it says what Celery
 from rlm_tasks.jobs.items import RangeSource
 from rlm_tasks.jobs.spec import Spec
 from rlm_tasks.jobs.splitting import Shape
+from rlm_tasks.operations.context import Context
 from rlm_tasks.operations.protection import protection
-from rlm_tasks.operations.registry import Context, Operation
+from rlm_tasks.operations.registry import Operation
 from rlm_tasks.settings.model import Settings
 from tests.unit.world import World, world
 

@@ -12,9 +12,9 @@ import pytest
 from celery.worker import state
 
 from resilience.degradation import Level
-from rlm_tasks import __version__
 from rlm_tasks.jobs.spec import SCHEMA
 from rlm_tasks.settings.model import Settings
+from rlm_tasks.version import __version__
 from rlm_tasks.worker.host import Host
 from rlm_tasks.worker.queue_order import QueueOrder
 from scheduler.board import Board, ClusterReport, HostReport, Orders

@@ -14,7 +14,8 @@ from kombu import Exchange, Queue
 from rlm_tasks import InvalidRequest, install
 from rlm_tasks.celery import app as own_app
 from rlm_tasks.conflicts import conflicts
-from rlm_tasks.settings.model import NodeSettings, Settings
+from rlm_tasks.settings.model import Settings
+from rlm_tasks.settings.sections import NodeSettings
 from tests.integration.pages import PAGES, ROOT, read
 
 SETTINGS = Settings(namespace="jobs")

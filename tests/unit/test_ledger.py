@@ -8,7 +8,7 @@ from redis.exceptions import ResponseError
 from rlm_tasks import JobRequest, NWay
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.spec import Spec
-from rlm_tasks.ledger.ledger import MERGE, ROOT, Child, Claim, Report, Split, Suspect
+from rlm_tasks.ledger.records import MERGE, ROOT, Child, Claim, Report, Split, Suspect
 from rlm_tasks.messaging.dispatch import mint
 from tests.unit.harness import Platform
 

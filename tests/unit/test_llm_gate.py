@@ -18,7 +18,7 @@ from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.llm.endpoint import Allowance, Answer, ProviderDown, Told, UnusableAnswer
 from rlm_tasks.llm.gate import BudgetSpent, Gate, Pass
 from rlm_tasks.operations import registry
-from rlm_tasks.operations.registry import Context
+from rlm_tasks.operations.context import Context
 from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
 from rlm_tasks.settings.model import Settings
 from tests.unit.world import World, world

@@ -21,9 +21,10 @@ from rlm_tasks.llm import metrics
 from rlm_tasks.llm.endpoint import Allowance, Answer, ProviderDown, ProviderRefused, Told, UnusableAnswer
 from rlm_tasks.llm.endpoint_checks import Checks, Found, ask
 from rlm_tasks.llm.endpoint_health import Health
-from rlm_tasks.metrics import declared
+from rlm_tasks.metrics import slot_files
 from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
 from rlm_tasks.settings.model import Settings
+from rlm_tasks.telemetry import exposition
 from scheduler.events import Events
 from tests.support import wait_until
 from tests.unit.world import World
@@ -245,7 +246,7 @@ from rlm_tasks.installation import install
 from rlm_tasks.llm.endpoint_checks import checks_of
 from rlm_tasks.operations import import_operations
 from rlm_tasks.settings import settings
-import rlm_tasks.worker
+import rlm_tasks.worker.bootsteps
 import_operations(settings().operations)
 found = checks_of(install(Celery("unit", set_as_current=False)).rlm_runtime())
 print(found is not None, "openai" in sys.modules)
@@ -290,13 +291,13 @@ def test_calls_are_counted_by_how_they_ended_and_answers_by_what_they_took(tmp_p
         "refused": ProviderRefused("main", Category.AUTH, "UNAUTHORISED", "no"),
         "unusable": UnusableAnswer("main", "empty"),
     }
-    declared.begin(tmp_path)
+    slot_files.begin(tmp_path)
     try:
         metrics.answered("small", "main", answer, 0.5)
         for error in ends.values():
             metrics.failed("small", "main", error)
         metrics.failed("small", "main", asyncio.CancelledError())
-        registry = declared.registry(tmp_path, lambda: declared.Standing(1, 0, False, 0, 1.0))
+        registry = exposition.registry(tmp_path, lambda: exposition.Standing(1, 0, False, 0, 1.0))
 
         def counted(name: str, **labels: str) -> float | None:
             return registry.get_sample_value(name, {"model": "small", **labels})
@@ -307,4 +308,4 @@ def test_calls_are_counted_by_how_they_ended_and_answers_by_what_they_took(tmp_p
         assert [counted("rlm_llm_tokens_total", kind=kind) for kind in ("prompt", "completion")] == [30, 20]
         assert counted("rlm_llm_money_total") == 0.5
     finally:
-        declared.end()
+        slot_files.end()

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilience.degradation import Degradation, Level, Strategy
-from rlm_tasks.engine.rounds import NextRound, Round
 from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.jobs.rounds import NextRound, Round
 from rlm_tasks.llm.draft import models_for
 from rlm_tasks.llm.endpoint import estimated_tokens
 from rlm_tasks.llm.operations import Found, _best, _in_groups, _merge_next, _narrow, _packed, _ranges, _read

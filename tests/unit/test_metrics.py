@@ -16,14 +16,18 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from resilience.errors import InvalidValue
+from rlm_tasks.engine.counts import count_node
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.installation import install
 from rlm_tasks.jobs.splitting import Reason
-from rlm_tasks.ledger.ledger import Child, Report
-from rlm_tasks.metrics import declared as metrics
-from rlm_tasks.metrics.declared import Counter, Histogram, SlotFiles, Standing, count_node, counted, timed
+from rlm_tasks.ledger.records import Child, Report
+from rlm_tasks.metrics import emission, slot_files
+from rlm_tasks.metrics.declared import DECLARED, Counter, Histogram, Labels, counted, timed
+from rlm_tasks.metrics.slot_files import SlotFiles
 from rlm_tasks.requests import Options
 from rlm_tasks.settings.model import Settings
+from rlm_tasks.telemetry import exposition
+from rlm_tasks.telemetry.exposition import Standing
 from rlm_tasks.telemetry.worker_port import STUCK_S, UNHEARD_S, Vitals, not_alive, not_ready
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +42,7 @@ class Seen:
 
     def __init__(self, folder: Path) -> None:
         self.standing, self.now = IDLE, 0.0
-        self._registry = metrics.registry(folder, lambda: self.standing, lambda: self.now)
+        self._registry = exposition.registry(folder, lambda: self.standing, lambda: self.now)
 
     def families(self) -> set[str]:
         """Return the names in TYPE lines."""
@@ -53,9 +57,9 @@ class Seen:
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     """A folder that this process counts in."""
-    metrics.begin(tmp_path)
+    slot_files.begin(tmp_path)
     yield tmp_path
-    metrics.end()
+    slot_files.end()
 
 
 @pytest.fixture
@@ -133,7 +137,7 @@ def test_a_cache_is_told_by_its_hits_and_misses(seen: Seen) -> None:
 
 def test_a_request_counts_what_it_says_in_declared_counters(seen: Seen) -> None:
     options = Options(emitMetrics={"unit.records": 12, "domain": "billing"})
-    metrics.emit(options.emit_metrics)
+    emission.emit(options.emit_metrics)
 
     assert seen["unit_records_total"] == {"domain=billing": 12}
 
@@ -157,7 +161,7 @@ def test_a_request_that_would_count_elsewhere_is_refused(told: dict[str, float |
 
 def test_the_process_that_comes_after_goes_on_counting_in_the_same_files(folder: Path, seen: Seen) -> None:
     count(REPORT)
-    metrics.begin(folder)  # as the next process of the slot does
+    slot_files.begin(folder)  # as the next process of the slot does
     count(REPORT)
 
     assert seen["rlm_items_total"]["operation=sum,outcome=done"] == 180
@@ -167,8 +171,8 @@ def test_the_process_that_comes_after_goes_on_counting_in_the_same_files(folder:
 
 def test_slots_count_side_by_side_and_are_one_number(folder: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     for slot, peak_kb in (("0", 2048), ("1", 4096), ("2", 1024)):
-        monkeypatch.setattr(metrics, "_slot", lambda slot=slot: slot)
-        metrics.begin(folder)
+        monkeypatch.setattr(slot_files, "_slot", lambda slot=slot: slot)
+        slot_files.begin(folder)
         count(Report(mid=100, done=100, peak_kb=peak_kb))
 
     assert seen["rlm_items_total"] == {"operation=sum,outcome=done": 300}
@@ -197,7 +201,7 @@ def test_outside_of_a_worker_nothing_is_counted(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_gone_stops_the_counting_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    metrics.begin(tmp_path / "gone")
+    slot_files.begin(tmp_path / "gone")
     count(REPORT)
     count(REPORT)
 
@@ -245,7 +249,7 @@ def test_what_cannot_be_counted_is_refused(labels: Mapping[str, str], amount: fl
         ("rlm_items_total", {}, "is declared already"),
     ],
 )
-def test_what_cannot_be_declared_is_refused(name: str, labels: metrics.Labels, told: str) -> None:
+def test_what_cannot_be_declared_is_refused(name: str, labels: Labels, told: str) -> None:
     with pytest.raises(InvalidValue, match=told):
         Counter(name, "Records.", labels)
 
@@ -348,7 +352,7 @@ def test_the_page_lists_every_metric_with_its_labels(seen: Seen) -> None:
     assert {name.removesuffix("_total") for name in listed} == {
         name.removesuffix("_total") for name in seen.families() if name.startswith("rlm_")
     }
-    declared = {name: ",".join(each.labels) for name, each in metrics.DECLARED.items() if name.startswith("rlm_")}
+    declared = {name: ",".join(each.labels) for name, each in DECLARED.items() if name.startswith("rlm_")}
     assert {name: listed[name] for name in declared} == declared
 
 
@@ -356,7 +360,7 @@ def test_every_metric_of_source_document_2_has_its_name() -> None:
     named = "object_pool_utilization memory_usage_mb memory_pressure_level execution_time_ms cache_hit_rate concurrency_level error_rate"
     named += " circuit_breaker_state recovery_success_rate"
 
-    assert {f"rlm_{each}" for each in named.split()} <= {*metrics.GAUGES, *metrics.DECLARED}
+    assert {f"rlm_{each}" for each in named.split()} <= {*exposition.GAUGES, *DECLARED}
 
 
 def test_every_app_s_workers_have_the_option() -> None:
@@ -367,7 +371,9 @@ def test_every_app_s_workers_have_the_option() -> None:
 
 
 def test_clients_do_without_the_server_and_prometheus() -> None:
-    code = "import sys, rlm_tasks.client; print([each for each in ('prometheus_client', 'wsgiref') if each in sys.modules])"
+    code = (
+        "import sys, rlm_tasks.client.client; print([each for each in ('prometheus_client', 'wsgiref') if each in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == "[]"

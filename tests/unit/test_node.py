@@ -9,7 +9,7 @@ from rlm_tasks import JobRequest, NWay
 from rlm_tasks.engine.node import run_node
 from rlm_tasks.engine.tasks import beyond_this_worker
 from rlm_tasks.jobs.spec import SCHEMA, Spec
-from rlm_tasks.ledger.ledger import ROOT
+from rlm_tasks.ledger.records import ROOT
 from tests.unit.harness import Platform
 
 

@@ -19,9 +19,11 @@ from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.item_failures import failure_of
 from rlm_tasks.operations.builtin import aggregate, sum_items
 from rlm_tasks.operations.code_metrics import measure_file, merge_reports
-from rlm_tasks.operations.registry import Context, get
+from rlm_tasks.operations.context import Context
+from rlm_tasks.operations.registry import get
 from rlm_tasks.results import SuccessfulItems
-from rlm_tasks.settings.model import Settings, settings
+from rlm_tasks.settings.environment import settings
+from rlm_tasks.settings.model import Settings
 from scheduler.slots import SlotBoard
 
 PLAIN = st.recursive(

@@ -11,7 +11,7 @@ from resilience.degradation import Level
 from resilience.keys import Keys
 from rlm_tasks import JobRequest
 from rlm_tasks.engine.node import _not_taken_in, run_node
-from rlm_tasks.ledger.ledger import ROOT
+from rlm_tasks.ledger.records import ROOT
 from scheduler.admission import WaitingRoom
 from scheduler.monitor import CALLED_PER_SLOT
 from tests.unit.harness import Platform

@@ -10,7 +10,8 @@ from redis.exceptions import ResponseError
 
 from resilience.store import Store
 from rlm_tasks.celery import configuration
-from rlm_tasks.settings.model import NodeSettings, Settings
+from rlm_tasks.settings.model import Settings
+from rlm_tasks.settings.sections import NodeSettings
 from rlm_tasks.worker.preflight import dangers, of_celery, of_redis, of_urls
 
 

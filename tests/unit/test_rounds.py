@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from rlm_tasks.engine.node import run_node
-from rlm_tasks.engine.rounds import NextRound, Round, opened, round_id
+from rlm_tasks.jobs.rounds import NextRound, Round
 from rlm_tasks.ledger.explain import explain
-from rlm_tasks.ledger.ledger import MERGE
+from rlm_tasks.ledger.records import MERGE
+from rlm_tasks.ledger.round_ids import opened, round_id
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.registry import operation
 from rlm_tasks.requests import JobRequest, Options

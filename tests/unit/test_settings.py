@@ -11,7 +11,8 @@ import pytest
 from rlm_tasks.celery import configuration
 from rlm_tasks.errors import InvalidRequest, InvalidSettings
 from rlm_tasks.settings.document import as_environment, export_config, import_config, to_dict, validate
-from rlm_tasks.settings.model import Settings, settings
+from rlm_tasks.settings.environment import settings
+from rlm_tasks.settings.model import Settings
 
 
 @pytest.mark.parametrize(

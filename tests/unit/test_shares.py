@@ -16,9 +16,10 @@ from rlm_tasks import JobRequest
 from rlm_tasks.engine.crashpoints import CrashPoint
 from rlm_tasks.engine.node import run_node
 from rlm_tasks.engine.shared_page import Page
-from rlm_tasks.engine.slot_shares import RUNS_AT_MOST, Shares, policies, policy_of, priority_for
-from rlm_tasks.ledger.ledger import MERGE, ROOT
+from rlm_tasks.engine.slot_shares import RUNS_AT_MOST, Shares
+from rlm_tasks.ledger.records import MERGE, ROOT
 from rlm_tasks.operations import registry
+from rlm_tasks.operations.policies import policies, policy_of, priority_for
 from rlm_tasks.operations.registry import Operation
 from rlm_tasks.settings.model import Settings
 from scheduler.allocation import ResourceAllocationPolicy

@@ -24,10 +24,11 @@ from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.items import RangeSource
 from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.trace_ids import origin, span_id, trace_id_of
 from rlm_tasks.ledger.ledger import Ledger
-from rlm_tasks.settings.model import traces_exporters
+from rlm_tasks.settings.environment import traces_exporters
 from rlm_tasks.telemetry.spans import Export, HandOver, Spans, packed, unpacked
-from rlm_tasks.telemetry.tracing import TracedLedger, Tracing, origin, span_id, trace_id_of
+from rlm_tasks.telemetry.tracing import TracedLedger, Tracing
 from tests.unit.harness import Platform
 
 _sent = InMemorySpanExporter()
@@ -379,7 +380,7 @@ def test_a_span_that_nobody_takes_is_lost_and_said_once(
 def test_what_traces_is_not_imported_where_tracing_is_off() -> None:
     """redis-py imports OpenTelemetry's metrics wherever they are installed; we import nothing."""
     program = """if True:
-        import sys, rlm_tasks.node, rlm_tasks.client, rlm_tasks.worker
+        import sys, rlm_tasks.engine.node, rlm_tasks.client.client, rlm_tasks.worker.bootsteps
         sys.exit("rlm_tasks.telemetry.spans" in sys.modules or "opentelemetry.exporter" in sys.modules)
     """
 

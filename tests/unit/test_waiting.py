@@ -19,8 +19,8 @@ from resilience.retry import RetryPolicy
 from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, Options, operation
 from rlm_tasks.engine.guards import Guards
 from rlm_tasks.engine.outcome import Harvest
-from rlm_tasks.engine.runtime import wake
 from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.messaging.delivery import wake
 from rlm_tasks.operations import registry
 from rlm_tasks.results import Status
 from tests.unit.harness import Platform

@@ -1,0 +1,69 @@
+"""The root merge: it makes the answer of a job and closes it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from resilience.errors import StoreUnavailable
+from rlm_tasks.engine.crashpoints import CrashPoint, nobody_listens
+from rlm_tasks.errors import Quarantined
+from rlm_tasks.jobs import codec
+from rlm_tasks.jobs.item_failures import failure_of
+from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.ledger.ledger import Ledger
+from rlm_tasks.ledger.partials import merged
+from rlm_tasks.ledger.records import Claim
+from rlm_tasks.metrics import emission
+from rlm_tasks.operations.registry import Operation
+from rlm_tasks.results import Status
+
+if TYPE_CHECKING:
+    from rlm_tasks.engine.rounds import Rounds
+
+logger = logging.getLogger(__name__)
+
+
+def merge_root(
+    ledger: Ledger,
+    claim: Claim,
+    spec: Spec,
+    operation: Operation,
+    rounds: Rounds,
+    reached: Callable[[CrashPoint], None] = nobody_listens,
+) -> str:
+    """Make the answer of a job and close it; return its final state, '' when another process holds the merge, or a round
+    has to end first.
+    """
+    try:
+        if claim.losses >= ledger.settings.death_limit:
+            raise Quarantined("the merge", claim.losses, claim.lost_by)
+        reached(CrashPoint.DURING_MERGE)
+        answer = (
+            _answer(ledger, spec, operation) if operation.then is None or spec.parent else rounds.advance(claim, spec, operation)
+        )
+        if answer is None:
+            return ""
+    except (MemoryError, StoreUnavailable):
+        raise  # another process, or another hour, may have more; a third loss fails the job
+    except Exception as error:
+        logger.warning("The merge of job %s raised %s", spec.job, type(error).__name__)
+        ended = ledger.close(spec.job, claim.token, getattr(error, "ends_as", Status.FAILED), error=failure_of(-1, error))
+        rounds.call(spec)
+        return ended
+    reached(CrashPoint.BEFORE_CLOSE)
+    ended = ledger.close(spec.job, claim.token, Status.SUCCEEDED, answer)
+    rounds.call(spec)
+    if ended:
+        logger.info("Job ended as %s: %s items of %s", ended, f"{spec.n:,}", operation.name)
+    if ended == Status.SUCCEEDED:
+        emission.emit(spec.emits)
+    return ended
+
+
+def _answer(ledger: Ledger, spec: Spec, operation: Operation) -> bytes:
+    """Return the packed answer, or nothing when the outputs stay where they are, as pages."""
+    if operation.merge is None and operation.finalize is None:
+        return b""
+    return codec.pack(merged(ledger, spec, operation))

@@ -1,0 +1,76 @@
+"""What nodes count for a worker's /metrics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlm_tasks.jobs.splitting import Reason
+from rlm_tasks.metrics.declared import MILLISECONDS, Counter, Histogram, Peak
+from rlm_tasks.metrics.slot_files import is_counting
+
+if TYPE_CHECKING:
+    from rlm_tasks.ledger.records import Report
+
+ITEMS = Counter(
+    "rlm_items_total",
+    "Items that ended: done, failed, or skipped as empty.",
+    {"operation": None, "outcome": ("done", "failed", "skipped")},
+)
+NODES = Counter(
+    "rlm_nodes_total",
+    "Nodes that ended: done with their whole range, or why they handed over the rest.",
+    {"operation": None, "reason": ("done", *(each.name.lower() for each in Reason))},
+)
+NODE_DURATION = Histogram("rlm_node_duration_seconds", "From a node's claim to its finish.", {"operation": None})
+EXECUTION_TIME = Histogram(
+    "rlm_execution_time_ms", "Mean time of an item in each node, counted once for each item.", {"operation": None}, MILLISECONDS
+)
+BUSY = Counter("rlm_item_busy_seconds_total", "Time spent in items.", {"operation": None})
+RETRIED = Counter(
+    "rlm_retries_total",
+    "Items that were worth another try, by how they ended: recovered, or given up.",
+    {"operation": None, "outcome": ("recovered", "given_up")},
+)
+CACHED = Counter(
+    "rlm_cache_reads_total", "Reads of stored items, by whether their block was still in memory.", {"outcome": ("hit", "miss")}
+)
+PEAK_MEMORY = Peak("rlm_peak_memory_mb", "The most memory that one pool process has held.")
+
+
+def count_node(
+    operation: str,
+    report: Report,
+    hi: int,
+    *,
+    took_s: float,
+    recovered: int = 0,
+    given_up: int = 0,
+    validating: bool = False,
+    cache: tuple[int, int] = (0, 0),
+) -> None:
+    """Count one finished node: the items it reports, and how it ended; `hi` is where its range ended.
+
+    `cache` is how often the items it read were in memory, and how often not.
+    """
+    if not is_counting():
+        return
+    reason = Reason(report.why).name.lower() if report.mid < hi and report.why else "done"
+    NODES.inc(operation=operation, reason=reason)
+    NODE_DURATION.observe(took_s, operation=operation)
+    PEAK_MEMORY.reach(report.peak_kb / 1024)
+    outcomes = {"failed": len(report.failed)}
+    if not validating:
+        outcomes |= {"done": report.done, "skipped": len(report.skipped)}
+        busy_s, ran = report.busy_us / 1e6, report.done + len(report.failed)
+        BUSY.inc(busy_s, operation=operation)
+        if ran:
+            EXECUTION_TIME.observe(1000 * busy_s / ran, times=ran, operation=operation)
+    for outcome, number in outcomes.items():
+        if number:
+            ITEMS.inc(number, operation=operation, outcome=outcome)
+    for outcome, number in (("recovered", recovered), ("given_up", given_up)):
+        if number:
+            RETRIED.inc(number, operation=operation, outcome=outcome)
+    for outcome, number in zip(("hit", "miss"), cache, strict=True):
+        if number:
+            CACHED.inc(number, outcome=outcome)

@@ -1,0 +1,92 @@
+"""A node's message in the main process of a worker."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from billiard.einfo import ExceptionInfo
+from billiard.exceptions import WorkerLostError
+from celery.worker import state
+from celery.worker.request import Request
+
+from rlm_tasks.engine.runtime import Runtime
+from rlm_tasks.messaging.dispatch import NODE_TASK
+from rlm_tasks.worker.lost_nodes import _UNREACHABLE, REAPED, cause_of_death, give_back
+from rlm_tasks.worker.supervisor import Guard
+
+logger = logging.getLogger(__name__)
+
+
+class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
+    """A node's message in the main process, which knows at once when its pool process is free, or gone."""
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        """A slot is busy."""
+        super().on_accepted(pid, time_accepted)
+        self._wake_guard()
+
+    def acknowledge(self) -> None:
+        """A slot is free: nodes are acknowledged when they end."""
+        super().acknowledge()
+        self._wake_guard()
+
+    def _wake_guard(self) -> None:
+        guard: Guard | None = getattr(self._app, "rlm_guard", None)
+        if guard is not None:
+            guard.wake()
+
+    def on_failure(self, exc_info: ExceptionInfo, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        """Give the node back when its process was lost; the message is requeued by Celery."""
+        error = getattr(exc_info.exception, "exc", exc_info.exception)
+        if isinstance(error, WorkerLostError | SystemExit):
+            named = re.search(r"SIG[A-Z0-9]+", str(error))
+            self._give_back(named[0] if named else REAPED)
+        return super().on_failure(exc_info, send_failed_event, return_ok)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """Fail the item that ran into Celery's hard time limit, and redo the rest of its node.
+
+        Celery notices a lost process within 5 s, so the limit may strike first; that is a death like others.
+        """
+        if soft:
+            super().on_timeout(soft, timeout)
+            return
+        state.task_ready(self)
+        logger.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
+        died_of = cause_of_death(self.worker_pid) if self.worker_pid else ""
+        self._give_back(died_of or f"the hard time limit of {timeout:g} s", condemned=not died_of)
+        self.reject(requeue=True)
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        """Let the pool process know that the signal is meant for it, and not for its group."""
+        if self.worker_pid:
+            self._runtime.page.doom(self.worker_pid)
+        super().terminate(pool, signal)
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        """A revoked node cancels its job: the chord hears nothing, the ledger everything."""
+        state.task_ready(self)
+        self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
+        self.acknowledge()
+        self._already_revoked = True
+        self._give_back("")
+        if self.name == NODE_TASK:
+            try:
+                self._runtime.ledger.hasty().stop(self._job, "cancelled", detail=f"a node's task was {reason}")
+            except _UNREACHABLE as error:
+                logger.warning("Job %s was not cancelled: %s", self._job, error)
+
+    @property
+    def _runtime(self) -> Runtime:
+        return self._app.rlm_runtime()  # type: ignore[no-any-return]  # set by install
+
+    @property
+    def _job(self) -> str:
+        return str(self._args[0] if self._args else self._payload[0][0])
+
+    def _give_back(self, died_of: str, *, condemned: bool = False) -> None:
+        for held in self._runtime.page.held():
+            if held.pid == self.worker_pid and held.job == self._job:
+                give_back(self._runtime, held, died_of, condemned=condemned)
