@@ -94,7 +94,7 @@ _NAMES = Script.load("resilience", "breaker_names")
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class BreakerSnapshot:
     """A breaker as this process knows it; times are this process's clock."""
 
     state: str = CLOSED
@@ -126,7 +126,7 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class BreakerVerdict:
     """What a script said."""
 
     word: str  # go, probe, no; kept, dropped, opened, closed; set
@@ -149,7 +149,7 @@ _boards: weakref.WeakKeyDictionary[Store, _Board] = weakref.WeakKeyDictionary()
 class LocalBreaker:
     """A breaker of this process alone: what is left of it while Redis is away."""
 
-    def __init__(self, threshold: int, recovery_s: float, seen: Snapshot) -> None:
+    def __init__(self, threshold: int, recovery_s: float, seen: BreakerSnapshot) -> None:
         self._threshold, self._recovery_s = threshold, recovery_s
         self.failures = seen.failures if seen.state == CLOSED else threshold
         self.until = seen.until if seen.state == OPEN else 0.0
@@ -216,7 +216,7 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
                 "calls": config.min_calls,
             }
         )
-        self.snapshot = Snapshot()
+        self.snapshot = BreakerSnapshot()
         self._local: LocalBreaker | None = None
         self._unreported = 0
         self._refused_until = 0.0
@@ -227,7 +227,7 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
 
     # --- reading -------------------------------------------------------------------------------------
 
-    def fresh(self) -> Snapshot:
+    def fresh(self) -> BreakerSnapshot:
         """Return the snapshot, read again with all others of this process when it is too old."""
         if self._clock() - self.snapshot.read_at > FRESH_S and self._board.reading.acquire(blocking=False):
             try:
@@ -253,17 +253,17 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         unreported, self._unreported = self._unreported, 0
         return self._call(_LOOK, unreported, self.snapshot.generation)
 
-    def absorb(self, answer: list[bytes | int]) -> Verdict:
+    def absorb(self, answer: list[bytes | int]) -> BreakerVerdict:
         """Take over a script's answer."""
         verdict, state, generation, open_ms, failures, successes, at, wait_ms, *woken = answer
         now = self._clock()
         if _text(generation) != self.snapshot.generation:
             self._unreported = 0
-        self.snapshot = Snapshot(
+        self.snapshot = BreakerSnapshot(
             _text(state), _text(generation), now + int(open_ms) / 1000, int(failures), int(successes), int(at), now
         )
         self._local = None
-        return Verdict(_text(verdict), int(wait_ms) / 1000, tuple(_text(each) for each in woken))
+        return BreakerVerdict(_text(verdict), int(wait_ms) / 1000, tuple(_text(each) for each in woken))
 
     def cut_off(self) -> LocalBreaker:
         """Go on by what was known last; each process by itself."""
@@ -311,7 +311,7 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         self._refused_until = 0.0
         return Admission(_text(answer[2]), permit if verdict.word == "probe" else "")
 
-    def report(self, admission: Admission, outcome: str) -> Verdict:
+    def report(self, admission: Admission, outcome: str) -> BreakerVerdict:
         """Tell how an admitted call ended: ok, failed or ignored.
 
         A success that changes nothing costs no round trip.
@@ -319,16 +319,16 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         if admission.local:
             if self._local is not None:  # else Redis is back, and what was done meanwhile is not its news
                 self._local.report(outcome, self._clock(), admission.generation)
-            return Verdict("kept")
+            return BreakerVerdict("kept")
         if not admission.probe and outcome != "failed" and (outcome == "ignored" or not self.snapshot.failures):
             counts = self._config.failure_rate is not None and admission.generation == self.snapshot.generation
             self._unreported += outcome == "ok" and counts
-            return Verdict("kept")
+            return BreakerVerdict("kept")
         try:
             [answer] = self._store.ask(self._call(_REPORT, admission.probe, admission.generation, outcome))
         except StoreUnavailable:
             self.cut_off().report(outcome, self._clock())
-            return Verdict("kept")
+            return BreakerVerdict("kept")
         return self.absorb(answer)
 
     @property
@@ -340,7 +340,7 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         """Return the call that answers whether a waiter still stands in line."""
         return Call(IN_LINE, (self.line,), (waiter,))
 
-    def put(self, state: str) -> Verdict:
+    def put(self, state: str) -> BreakerVerdict:
         """Put the breaker into a state.  Raises StoreUnavailable."""
         [answer] = self._store.ask(self._call(_SET, state))
         self._refused_until = self._bloated_until = 0.0

@@ -48,7 +48,7 @@ class Spending:
     accounts: dict[str, dict[str, float]]  # open account -> unit -> amount left in it
 
 
-class Budget:
+class SharedBudget:
     """The accounts of one tree; the same name on the same store is the same budget, in every process.
 
     All of it is forgotten `ttl_s` seconds after its last change.  A charge that is not settled within `lease_s` seconds

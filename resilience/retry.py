@@ -113,11 +113,11 @@ class Retry:
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
-    def begin(self) -> Course:
+    def begin(self) -> RetryState:
         """Return the course of a call that is about to be tried first."""
         if self.budget is not None:
             self.budget.attempted()
-        return Course(self)
+        return RetryState(self)
 
     def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call until it succeeds; raises what the last attempt raised, or RetryBudgetExhausted from it."""
@@ -138,7 +138,7 @@ class Retry:
                 await asyncio.sleep(course.wait_s(error))
 
 
-class Course:
+class RetryState:
     """The attempts at one call, so far."""
 
     def __init__(self, retry: Retry, *, failures: int = 0) -> None:

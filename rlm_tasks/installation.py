@@ -32,7 +32,7 @@ from rlm_tasks.settings.environment import settings as environment
 from rlm_tasks.settings.model import Settings
 from rlm_tasks.telemetry import logs, tracing
 from rlm_tasks.worker import control as control  # its commands register themselves
-from rlm_tasks.worker.bootsteps import GuardStep, HealthStep, drain_when_told_to_stop
+from rlm_tasks.worker.bootsteps import HealthStep, SupervisorStep, drain_when_told_to_stop
 from rlm_tasks.worker.upstream import (
     leave_promptly,
     leave_when_retiring,
@@ -82,7 +82,7 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
     app.rlm_runtime = runtime
     app.rlm_settings = wanted
     tasks.register(app, runtime)
-    app.steps["worker"] |= {GuardStep, HealthStep}
+    app.steps["worker"] |= {SupervisorStep, HealthStep}
     app.user_options["worker"].add(_METRICS_PORT)
     _add_queues(app)
     _complete_when_configured(app)

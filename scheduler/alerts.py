@@ -30,10 +30,10 @@ from resilience.degradation import THRESHOLDS, Level, as_level
 from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.retry import Retry, RetryPolicy
 from resilience.store import Argument, Call, Script, Store
-from scheduler.events import NEWEST, Event, Events, Severity, one_line, paired
+from scheduler.events import NEWEST, Event, Events, EventSeverity, one_line, paired
 from scheduler.settings import AlertSettings
 
-__all__ = ["Alert", "AlertChannel", "Alerts", "ResourcePressureEvent", "Severity", "Webhook", "sign", "verify"]
+__all__ = ["Alert", "AlertChannel", "Alerts", "ResourcePressureEvent", "Webhook", "sign", "verify"]
 
 logger = logging.getLogger(__name__)
 log = logging.getLogger("rlm.alerts")
@@ -76,27 +76,27 @@ class AlertChannel(StrEnum):
     STDOUT = "stdout"
 
 
-class Rule(NamedTuple):
+class AlertRule(NamedTuple):
     """How an event is alerted."""
 
-    severity: Severity
+    severity: EventSeverity
     interval_s: float  # none as bad of its kind and subject within this
     about: str = ""  # the datum of the event that names its subject; without it the subject is the cluster
 
 
-RULES: dict[str, Rule] = {
-    "memory.high": Rule(Severity.WARNING, 5 * _MINUTE, "host"),
-    "cpu.high": Rule(Severity.WARNING, 5 * _MINUTE, "host"),
-    "pressure.elevated": Rule(Severity.INFO, 10 * _MINUTE, "host"),
-    "pressure.high": Rule(Severity.WARNING, 7 * _MINUTE, "host"),
-    "pressure.critical": Rule(Severity.ERROR, 4 * _MINUTE, "host"),
-    "pressure.emergency": Rule(Severity.CRITICAL, 2 * _MINUTE, "host"),
-    "breaker.opened": Rule(Severity.WARNING, 5 * _MINUTE, "breaker"),
-    "endpoint.ill": Rule(Severity.WARNING, 5 * _MINUTE, "endpoint"),
-    "breakers.open": Rule(Severity.ERROR, 5 * _MINUTE),
-    "degradation.started": Rule(Severity.INFO, 10 * _MINUTE, "host"),
-    "execution.slow": Rule(Severity.WARNING, 5 * _MINUTE, "operation"),
-    "performance.degraded": Rule(Severity.WARNING, 10 * _MINUTE, "operation"),
+RULES: dict[str, AlertRule] = {
+    "memory.high": AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "host"),
+    "cpu.high": AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "host"),
+    "pressure.elevated": AlertRule(EventSeverity.INFO, 10 * _MINUTE, "host"),
+    "pressure.high": AlertRule(EventSeverity.WARNING, 7 * _MINUTE, "host"),
+    "pressure.critical": AlertRule(EventSeverity.ERROR, 4 * _MINUTE, "host"),
+    "pressure.emergency": AlertRule(EventSeverity.CRITICAL, 2 * _MINUTE, "host"),
+    "breaker.opened": AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "breaker"),
+    "endpoint.ill": AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "endpoint"),
+    "breakers.open": AlertRule(EventSeverity.ERROR, 5 * _MINUTE),
+    "degradation.started": AlertRule(EventSeverity.INFO, 10 * _MINUTE, "host"),
+    "execution.slow": AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "operation"),
+    "performance.degraded": AlertRule(EventSeverity.WARNING, 10 * _MINUTE, "operation"),
 }
 """Severities and intervals of source document 1, which knows no comparison with the past; it gives pressure 2 to 10 minutes
 "based on level".
@@ -148,7 +148,7 @@ class Alert:
 
     kind: str  # the event's name
     subject: str  # a host, a breaker, an operation, or the cluster
-    severity: Severity
+    severity: EventSeverity
     message: str
     data: Mapping[str, Any] = field(default_factory=dict)
     id: str = ""
@@ -178,7 +178,7 @@ class _Last:
     """The last alert of a kind and subject that this process raised."""
 
     at_s: float
-    severity: Severity
+    severity: EventSeverity
     held_back: int = 0
 
 
@@ -257,7 +257,7 @@ class Alerts:
             "total_alerts": sum(counted.values()),
             "last_hour": hour,
             "last_24_hours": last_day,
-            "by_severity": {each.label: counted.get(each.label, 0) for each in Severity},
+            "by_severity": {each.label: counted.get(each.label, 0) for each in EventSeverity},
             "recent_alerts": [each.fields() for each in _read(entries)],
         }
 
@@ -330,7 +330,7 @@ class Alerts:
         print(f"\x1b[{_COLOURS[alert.severity]}m{line}\x1b[0m" if coloured else line, file=stream, flush=True)
 
 
-_COLOURS = {Severity.INFO: "36", Severity.WARNING: "33", Severity.ERROR: "31", Severity.CRITICAL: "1;37;41"}
+_COLOURS = {EventSeverity.INFO: "36", EventSeverity.WARNING: "33", EventSeverity.ERROR: "31", EventSeverity.CRITICAL: "1;37;41"}
 """Cyan, yellow, red, and white on red."""
 
 
@@ -353,7 +353,7 @@ def _read(entries: Sequence[tuple[bytes, Sequence[bytes]]]) -> list[Alert]:
     found = []
     for _, entry in paired(entries):
         told = json.loads(entry[b"alert"])
-        severity = Severity[told["severity"].upper()]
+        severity = EventSeverity[told["severity"].upper()]
         alert = Alert(told["kind"], told["subject"], severity, told["message"], told["data"], told["id"])
         found.append(_told(alert, float(entry[b"at"]), int(entry[b"held"])))
     return found

@@ -46,7 +46,7 @@ def events_key(namespace: str) -> str:
     return f"{namespace}:events"
 
 
-class Severity(IntEnum):
+class EventSeverity(IntEnum):
     """How much it matters to whoever operates the platform (source document 1); numbers are those of `logging`."""
 
     INFO = logging.INFO
@@ -62,11 +62,11 @@ class Severity(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that has happened: ``Event("breaker.opened", "breaker llm is open", Severity.WARNING, {"breaker": "llm"})``."""
+    """Something that has happened: ``Event("breaker.opened", "breaker llm is open", EventSeverity.WARNING, {"breaker": "llm"})``."""
 
     name: str  # what, in the past tense
     message: str  # one sentence, kept on one line
-    severity: Severity = Severity.INFO
+    severity: EventSeverity = EventSeverity.INFO
     data: Mapping[str, Any] = field(default_factory=dict)  # plain JSON that anybody may see: no secrets
     at: float = 0.0  # seconds of the server's clock; 0 before it is in the stream
     id: str = ""  # its place in the stream
@@ -146,7 +146,7 @@ def paired(entries: Sequence[tuple[bytes, Sequence[bytes]]]) -> Iterator[tuple[b
 def _event(id: bytes, entry: Mapping[bytes, bytes]) -> Event:
     told = json.loads(entry[b"event"])
     return Event(
-        told["name"], told["message"], Severity[told["severity"].upper()], told["data"], float(entry[b"at"]), id.decode()
+        told["name"], told["message"], EventSeverity[told["severity"].upper()], told["data"], float(entry[b"at"]), id.decode()
     )
 
 

@@ -181,7 +181,7 @@ def _lasted(since: float | None, for_s: float, now: float) -> bool:
     return since is not None and now - since >= for_s
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class HostVerdict(msgspec.Struct, frozen=True):
     """A host's level, how bad its worst signal is now, in percent, and what the level came from; '' for NORMAL."""
 
     level: Level
@@ -199,16 +199,16 @@ class HostLadder:
         self._settings = settings
         self._ladders = {name: Ladder(settings) for name in ("memory", "cpu", "memory stalls")}
         self._whys = dict.fromkeys(self._ladders, "")
-        self._last = Verdict(Level.NORMAL, 0.0, "")
+        self._last = HostVerdict(Level.NORMAL, 0.0, "")
 
-    def step(self, sample: Sample | None, now: float) -> Verdict:
+    def step(self, sample: Sample | None, now: float) -> HostVerdict:
         """Return the level after a sample; a missing one keeps it."""
         if sample is None:
             return self._last
         found: Mapping[str, float] = signals(sample, self._settings)
         levels = {name: self._step(name, found[name], sample, now) for name in self._ladders}
         worst = max(self._ladders, key=lambda name: (levels[name], found[name]))
-        self._last = Verdict(levels[worst], max(found.values()), self._whys[worst] if levels[worst] else "")
+        self._last = HostVerdict(levels[worst], max(found.values()), self._whys[worst] if levels[worst] else "")
         return self._last
 
     def _step(self, name: str, percent: float, sample: Sample, now: float) -> Level:

@@ -22,7 +22,7 @@ from scheduler.admission import SHED_FROM, WaitingRoom, full, sheds
 from scheduler.alerts import Alerts, ResourcePressureEvent, Webhook
 from scheduler.autoscale import Advice, ClusterAdvice, Load
 from scheduler.board import Board, ClusterReport, HostReport, mean, prevailing
-from scheduler.events import Event, Events, Severity
+from scheduler.events import Event, Events, EventSeverity
 from scheduler.forecast import LOAD_BUCKET_S, Holt, Rise, will_rise
 from scheduler.ladder import Ladder, LadderState
 from scheduler.queues import QueueReport, priority_of
@@ -225,8 +225,8 @@ class Monitor:
     def _tell_breakers(self, memory: Memory) -> None:
         now_open = [name for name, about in self._breakers.status().items() if about["state"] != "closed"]
         changes = [
-            *(_breaker("breaker.opened", name, Severity.WARNING, now_open) for name in now_open if name not in memory.open),
-            *(_breaker("breaker.closed", name, Severity.INFO, now_open) for name in memory.open if name not in now_open),
+            *(_breaker("breaker.opened", name, EventSeverity.WARNING, now_open) for name in now_open if name not in memory.open),
+            *(_breaker("breaker.closed", name, EventSeverity.INFO, now_open) for name in memory.open if name not in now_open),
         ]
         self._events.emit(*changes)
         for event in changes:
@@ -270,7 +270,7 @@ def _of_hosts(hosts: Sequence[HostReport]) -> Signal:
 
 
 def _changes(report: ClusterReport, level: Level, before: Level) -> Iterable[Event]:
-    severity = (Severity.INFO, Severity.INFO, Severity.WARNING, Severity.ERROR, Severity.CRITICAL)[level]
+    severity = (EventSeverity.INFO, EventSeverity.INFO, EventSeverity.WARNING, EventSeverity.ERROR, EventSeverity.CRITICAL)[level]
     data: dict[str, Any] = {"level": level.label, "before": before.label, "why": report.why}
     because = f": {report.why}" if report.why else ""
     yield Event("pressure.changed", f"pressure went from {before.label} to {level.label}{because}", severity, data)
@@ -281,7 +281,7 @@ def _changes(report: ClusterReport, level: Level, before: Level) -> Iterable[Eve
         yield Event("degradation.ended", "nothing is left out any more", data={"strategies": []})
 
 
-def _breaker(name: str, breaker: str, severity: Severity, now_open: Sequence[str]) -> Event:
+def _breaker(name: str, breaker: str, severity: EventSeverity, now_open: Sequence[str]) -> Event:
     return Event(name, f"breaker {breaker} has {name.partition('.')[2]}", severity, {"breaker": breaker, "open": list(now_open)})
 
 

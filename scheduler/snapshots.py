@@ -16,7 +16,7 @@ import msgspec
 
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
-from scheduler.events import Event, Severity
+from scheduler.events import Event, EventSeverity
 from scheduler.settings import SnapshotSettings
 from scheduler.usage import TTL_S, Usage
 
@@ -147,7 +147,7 @@ def _parsed(answer: Any) -> tuple[list[Snapshot], float | None]:
 
 def _degraded(operation: str, at: Trend) -> Event:
     told = f"items of {operation} take {at.recent_ms:.3g} ms, {100 * (at.change or 0.0):.0f} % longer than before"
-    return Event("performance.degraded", told, Severity.WARNING, _about(operation, at))
+    return Event("performance.degraded", told, EventSeverity.WARNING, _about(operation, at))
 
 
 def _recovered(operation: str, at: Trend) -> Event:

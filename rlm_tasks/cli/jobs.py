@@ -14,7 +14,7 @@ from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, 
 if TYPE_CHECKING:
     from rlm_tasks.client.job import Job
     from rlm_tasks.client.planning import PlannedRound
-    from rlm_tasks.jobs.spec import Spec
+    from rlm_tasks.jobs.spec import JobSpec
     from rlm_tasks.results import ItemFailure, JobEvent, JobResult, Progress
 
 SHOWN = 20
@@ -85,7 +85,7 @@ def jobs(ctx: click.Context, limit: int, only_open: bool, quiet: bool, as_json: 
         table("Jobs", columns, (_row(spec, at) for spec, at in rows))
 
 
-def _row(spec: Spec, at: Progress) -> tuple[Any, ...]:
+def _row(spec: JobSpec, at: Progress) -> tuple[Any, ...]:
     counts = (at.total, at.done, at.failed, at.skipped, at.nodes)
     return (spec.job, spec.operation, spec.priority, at.status, *counts, f"{at.elapsed_s:.1f}")
 

@@ -43,7 +43,7 @@ class Seen:
     memory_pct: float = 0.0
 
 
-class Intake:
+class AdmissionCheck:
     """The door of one client."""
 
     def __init__(self, app: Celery, store: Store, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:

@@ -26,15 +26,15 @@ from resilience.retry import RetryPolicy
 from resilience.store import Store, guard_store, masked
 from rlm_tasks.celery import app as default_app
 from rlm_tasks.celery import queue_name
-from rlm_tasks.client.admission import Intake
+from rlm_tasks.client.admission import AdmissionCheck
 from rlm_tasks.client.job import Job
 from rlm_tasks.errors import BrokerUnavailable, InvalidRequest, JobEnded, JobNotFound, Overloaded, QueueFull
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.items import ItemReader, ItemWriter, Source
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.trace_ids import current_traceparent
 from rlm_tasks.ledger.ledger import Ledger
-from rlm_tasks.ledger.records import PROCESS, ROOT, Report, Standing
+from rlm_tasks.ledger.records import PROCESS, ROOT, JobNodes, Report
 from rlm_tasks.messaging.broker import AWAY
 from rlm_tasks.messaging.delivery import making_room, wake
 from rlm_tasks.messaging.dispatch import Dispatcher, mint
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker, CircuitBreakers
     from rlm_tasks.client.planning import Plan
     from rlm_tasks.client.platform_status import PlatformStatus, Pressure
-    from rlm_tasks.ledger.budgets import Purse
+    from rlm_tasks.ledger.budgets import JobBudgets
     from rlm_tasks.llm.reports import EndpointReport
     from rlm_tasks.telemetry.limit_reports import LimitReport
     from scheduler.alerts import Alerts
@@ -83,7 +83,7 @@ class Client:
         self._dispatcher = Dispatcher(self._app, self.ledger)
         self._listener: Listener | None = None
         self._policies = policies(self.settings)
-        self._intake = Intake(self._app, self._store, self.settings)
+        self._intake = AdmissionCheck(self._app, self._store, self.settings)
         self._waiting_room = WaitingRoom(self._store, self.ledger.keys, self.settings.admission.max_jobs)
         self._preemption = Preemption(self._store, self.ledger.keys, SlotBoard(self._store, self.ledger.keys))
         self.reader = ItemReader(self._store)
@@ -185,11 +185,11 @@ class Client:
         return stats(self.status(), self.recovery_success_rate())
 
     @functools.cached_property
-    def purse(self) -> Purse:
+    def purse(self) -> JobBudgets:
         """What jobs that call models may spend, and have spent."""
-        from rlm_tasks.ledger.budgets import Purse
+        from rlm_tasks.ledger.budgets import JobBudgets
 
-        return Purse(self._store, self.settings)
+        return JobBudgets(self._store, self.settings)
 
     @functools.cached_property
     def usage(self) -> Usage:
@@ -219,9 +219,9 @@ class Client:
 
         return Alerts(self._store, self.settings.alerts, self.events)
 
-    def at_work(self, limit: int = 200) -> list[Standing]:
+    def at_work(self, limit: int = 200) -> list[JobNodes]:
         """Return how the nodes of open jobs stand: queued, running, parked.  Raises StoreUnavailable."""
-        found: list[Standing] = self._reachable(lambda: self.ledger.at_work(limit))
+        found: list[JobNodes] = self._reachable(lambda: self.ledger.at_work(limit))
         return found
 
     def limits(self) -> list[LimitReport]:
@@ -372,7 +372,7 @@ class Client:
         """Return the newest jobs of this platform, the newest first.  Raises StoreUnavailable."""
         return [Job(self, id) for id, _ in self._reachable(lambda: self.ledger.jobs(limit))]
 
-    def listed(self, limit: int = 100) -> list[tuple[Spec, Progress]]:
+    def listed(self, limit: int = 100) -> list[tuple[JobSpec, Progress]]:
         """Return what the newest jobs are and how far, but for those that expire meanwhile.  Raises StoreUnavailable."""
         found = []
         for job in self.jobs(limit):
@@ -442,7 +442,7 @@ class Client:
     def _is_patient(self, request: JobRequest) -> bool:
         return (request.options.overload or self.settings.admission.overload) == "delay"
 
-    def _start(self, stored: Sequence[tuple[Spec, str]], waits: Mapping[str, tuple[int, str]] | None = None) -> list[Job]:
+    def _start(self, stored: Sequence[tuple[JobSpec, str]], waits: Mapping[str, tuple[int, str]] | None = None) -> list[Job]:
         opened = self._reachable(lambda: self.ledger.open(stored, self.settings.result_ttl_s, waits))
         waiting, known = [], []
         for (spec, _), is_new in zip(stored, opened, strict=True):
@@ -460,7 +460,7 @@ class Client:
             self._refuse_another(spec)
         return [Job(self, spec.job) for spec, _ in stored]
 
-    def _let_wait(self, specs: Sequence[Spec]) -> None:
+    def _let_wait(self, specs: Sequence[JobSpec]) -> None:
         """Have jobs that are not taken in yet called as soon as there is room."""
         for spec in specs:
             try:
@@ -469,7 +469,7 @@ class Client:
             except StoreUnavailable as error:
                 logger.info("Job %s is not called when there is room, its own time wakes it: %s", spec.job, error)
 
-    def _send(self, specs: Sequence[Spec]) -> None:
+    def _send(self, specs: Sequence[JobSpec]) -> None:
         """Send first messages, and have less urgent work make room for those that may ask for it."""
         urgent: dict[str, list[str]] = {}
         for spec in specs:
@@ -480,7 +480,7 @@ class Client:
                 stack.enter_context(making_room(self._preemption, self._dispatcher, queue, nodes))
             self._dispatcher.send_root(specs, ROOT)
 
-    def _refuse_another(self, spec: Spec) -> None:
+    def _refuse_another(self, spec: JobSpec) -> None:
         """A key names one request; what else it is used for is a mistake."""
         first = self._reachable(lambda: self.ledger.spec(spec.job))
         asked = specs.load(specs.dump(spec))
@@ -504,14 +504,14 @@ class Client:
                 raise InvalidRequest(name, value, f"operation {operation.name!r} calls no models; leave it out")
         return request if operation.prepare is None else operation.prepare(request, self.settings)
 
-    def _stored(self, request: JobRequest, job: str = "") -> tuple[Spec, str]:
+    def _stored(self, request: JobRequest, job: str = "") -> tuple[JobSpec, str]:
         """Store the items whole, then settle the request: a generator that raises leaves no job behind."""
         options, conditions, priority = request.options, request.conditions, self._priority(request)
         job = job or self._id_for(options.idempotency_key)
         source, n, staged = self._write_items(job, request.items)
         operation = registry.get(request.operation)
         spends = operation.gate is not None
-        spec = Spec(
+        spec = JobSpec(
             job=job, operation=request.operation, source=source, n=n,
             shape=request.shape(self.settings.node.target_ms), queue=queue_name(self.settings.namespace, priority),
             version=operation.version, params=request.params, priority=priority,
@@ -549,7 +549,7 @@ class Client:
             self._forget(index, blocks)
             raise
 
-    def resubmit(self, spec: Spec, items: Iterable[Any]) -> Job:
+    def resubmit(self, spec: JobSpec, items: Iterable[Any]) -> Job:
         """Open a job like another one on other items."""
         job = self._id_for("")
         source, n, staged = self._write_items(job, items)
@@ -563,7 +563,7 @@ class Client:
         except (RedisConnectionError, RedisTimeoutError):
             return  # the keys carry an expiry
 
-    def _close_empty(self, spec: Spec) -> None:
+    def _close_empty(self, spec: JobSpec) -> None:
         """A job without items that asked to be skipped ends here: no message is sent."""
         claim = self.ledger.claim(spec.job, ROOT, "client", "client")
         finished = self.ledger.finish(claim, Report(mid=0), b"")

@@ -51,7 +51,7 @@ from rlm_tasks.results import (
 if TYPE_CHECKING:
     from resilience.budget import Spending
     from rlm_tasks.client.client import Client
-    from rlm_tasks.jobs.spec import Spec
+    from rlm_tasks.jobs.spec import JobSpec
 
 _T = TypeVar("_T")
 _BLOCK_MS = 1000
@@ -306,7 +306,7 @@ class Job:
             raise InvalidRequest("job", self.id, "has no items in quarantine")
         return sorted(indexes) or known
 
-    def _items(self, spec: Spec, indexes: list[int]) -> Iterator[Any]:
+    def _items(self, spec: JobSpec, indexes: list[int]) -> Iterator[Any]:
         for index in indexes:
             yield self._client.reader.read(spec.source, self._keys.items, self._keys.blocks, index, index + 1)[0]
 
@@ -318,7 +318,7 @@ class Job:
             raise JobNotFound(self.id)
         return facts
 
-    def _spec(self) -> Spec:
+    def _spec(self) -> JobSpec:
         spec = self._reachable(lambda: self._ledger.spec(self.id))
         if spec is None:
             raise JobNotFound(self.id)
@@ -386,7 +386,7 @@ class Job:
         """Return the first 1,000 failed items, of a job at work so far, in order."""
         return self._reachable(lambda: self._ledger.failures(self.id))
 
-    def _output(self, facts: dict[str, str], spec: Spec) -> Any:
+    def _output(self, facts: dict[str, str], spec: JobSpec) -> Any:
         packed = self._reachable(lambda: self._ledger.answer(self.id))
         if packed is not None:
             self._refuse_larger(len(packed))

@@ -23,7 +23,7 @@ from rlm_tasks.jobs.items import Files, Lines
 from rlm_tasks.jobs.splitting import WORTH_PLANNING_MS, Fork, Shape, leaves
 from rlm_tasks.jobs.splitting import plan as split
 from rlm_tasks.llm.draft import models_for
-from rlm_tasks.llm.endpoint_pool import Provider
+from rlm_tasks.llm.endpoint_pool import EndpointPool
 from rlm_tasks.llm.forecast import Z90, Outlook, RoundForecast
 from rlm_tasks.llm.gate import BYTES_PER_TOKEN
 from rlm_tasks.operations import registry
@@ -156,7 +156,7 @@ def _lasting(seconds: float) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class ItemSample:
     """Some items, evenly over all of them."""
 
     total: int
@@ -164,7 +164,7 @@ class Sample:
     exact: bool = True  # False: the total is an estimate
 
 
-def sampled(items: Any, random: Random) -> Sample:
+def sampled(items: Any, random: Random) -> ItemSample:
     """Return a sample of a request's items, without walking through them where they have indexes.
 
     Raises InvalidRequest for what cannot be looked at twice.
@@ -180,9 +180,9 @@ def sampled(items: Any, random: Random) -> Sample:
         raise InvalidRequest("items", items, advice)
     indexes = _evenly(len(items), random)
     if isinstance(items, Sequence):
-        return Sample(len(items), [(index, items[index]) for index in indexes])
+        return ItemSample(len(items), [(index, items[index]) for index in indexes])
     wanted = set(indexes)
-    return Sample(len(items), [each for each in enumerate(items) if each[0] in wanted])
+    return ItemSample(len(items), [each for each in enumerate(items) if each[0] in wanted])
 
 
 def _evenly(total: int, random: Random) -> list[int]:
@@ -191,7 +191,7 @@ def _evenly(total: int, random: Random) -> list[int]:
     return [random.randrange(at * total // looked, (at + 1) * total // looked) for at in range(looked)]
 
 
-def _of_lines(lines: Lines, random: Random) -> Sample:
+def _of_lines(lines: Lines, random: Random) -> ItemSample:
     """Look at the lines of a file, or, of a long one, at those that some blocks hold from end to end."""
     size, blocks = _blocks(lines)
     pieces = [block.split(b"\n") for block in blocks]
@@ -203,7 +203,7 @@ def _of_lines(lines: Lines, random: Random) -> Sample:
         ends = sum(len(block) - 1 for block in pieces)
         total = max(1, round(ends * size / (BLOCKS * BLOCK_BYTES)))
     texts = [found[at].decode(lines.encoding, "replace").rstrip("\r\n") for at in _evenly(min(total, len(found)), random)]
-    return Sample(total, [(at * total // len(texts), text) for at, text in enumerate(texts)], exact)
+    return ItemSample(total, [(at * total // len(texts), text) for at, text in enumerate(texts)], exact)
 
 
 def _blocks(lines: Lines) -> tuple[int, list[bytes]]:
@@ -335,7 +335,7 @@ class Today:
         [[_, slots]] = client.ledger.store.answered(board.take(queue, 0))
         self.slots = int(slots)
         self.models: dict[Tier, str] = {}
-        self._provider = Provider(Guards(client.store, client.settings, lambda _: 0))
+        self._provider = EndpointPool(Guards(client.store, client.settings, lambda _: 0))
         self._flows: dict[str, dict[str, Flow]] = {}
 
     @property
@@ -394,7 +394,7 @@ class Today:
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class JobEstimate:
     """How a job would go."""
 
     rounds: list[PlannedRound]
@@ -434,7 +434,7 @@ def plan(client: Client, asked: JobRequest, settled: JobRequest, queue: str) -> 
     )
 
 
-def _of_calls(operation: Operation, request: JobRequest, sample: Sample, today: Today) -> Course:
+def _of_calls(operation: Operation, request: JobRequest, sample: ItemSample, today: Today) -> JobEstimate:
     """Return how a job goes whose operation says what it asks models."""
     assert operation.forecast is not None  # it is what it is planned by
     rounds = operation.forecast(request, sample)
@@ -449,7 +449,7 @@ def _of_calls(operation: Operation, request: JobRequest, sample: Sample, today: 
     unknown = [model for tier, model in today.models.items() if not today.known(tier).calls]
     note = f"No call to {' or '.join(unknown)} has told yet how long answers are: half of max_tokens are assumed, at p90 all"
     based_on = min(round(today.known(tier).calls) for tier in today.models)
-    return Course(planned, (stages[0], stages[1]), based_on, note if unknown else "")
+    return JobEstimate(planned, (stages[0], stages[1]), based_on, note if unknown else "")
 
 
 def _paired(likely: list[RoundForecast], bad: list[RoundForecast]) -> list[tuple[RoundForecast, RoundForecast]]:
@@ -466,7 +466,7 @@ def _planned(number: int, likely: RoundForecast, bad: RoundForecast, today: Toda
     )  # fmt: skip
 
 
-def _of_items(client: Client, operation: Operation, sample: Sample, today: Today, shape: Shape) -> Course:
+def _of_items(client: Client, operation: Operation, sample: ItemSample, today: Today, shape: Shape) -> JobEstimate:
     """Return how a job goes whose operation calls no models, by what its items have taken so far.
 
     Their times are taken to spread as those of an exponential distribution do, by their mean: only that is counted.
@@ -474,22 +474,22 @@ def _of_items(client: Client, operation: Operation, sample: Sample, today: Today
     usage, n = client.usage.of(operation.name), sample.total
     rounds = [PlannedRound(0, operation.name, n, NOTHING, NOTHING, NOTHING)]
     if n and not usage.total_executions:
-        return Course(rounds, None, 0, f"No item of {operation.name} has told yet how long it takes")
+        return JobEstimate(rounds, None, 0, f"No item of {operation.name} has told yet how long it takes")
     each_s, slots = usage.avg_duration_ms / 1000, 1 if shape.mode == "sequential" else max(1, today.slots)
     spread_s = each_s * math.sqrt(n + n**2 / max(1, usage.total_executions))
     work_s = [n * each_s + z * spread_s for z in (0.0, Z90)]
     stages = [[Stage(max(each / slots, min(each, each_s)), "slots", each)] for each in work_s]
-    return Course(rounds, (stages[0], stages[1]), usage.total_executions)
+    return JobEstimate(rounds, (stages[0], stages[1]), usage.total_executions)
 
 
-def _time(course: Course, obstacle: str) -> tuple[Estimate | None, str]:
+def _time(course: JobEstimate, obstacle: str) -> tuple[Estimate | None, str]:
     if obstacle or course.stages is None:
         return None, obstacle
     (likely_s, limited_by), (bad_s, _) = map(duration, course.stages)
     return Estimate(likely_s, bad_s), limited_by
 
 
-def _nodes(course: Course, shape: Shape, slots: int, time_s: Estimate | None) -> int:
+def _nodes(course: JobEstimate, shape: Shape, slots: int, time_s: Estimate | None) -> int:
     """Count the nodes of all rounds; the later ones have the shape that `rounds` gives them."""
     later = Shape("flat", min_chunk=shape.min_chunk, target_ms=shape.target_ms)
     rounds = [each for each in course.rounds if each.items or not each.number]

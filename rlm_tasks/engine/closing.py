@@ -11,7 +11,7 @@ from rlm_tasks.engine.crashpoints import CrashPoint, nobody_listens
 from rlm_tasks.errors import Quarantined
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.item_failures import failure_of
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.partials import merged
 from rlm_tasks.ledger.records import Claim
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def merge_root(
     ledger: Ledger,
     claim: Claim,
-    spec: Spec,
+    spec: JobSpec,
     operation: Operation,
     rounds: Rounds,
     reached: Callable[[CrashPoint], None] = nobody_listens,
@@ -62,7 +62,7 @@ def merge_root(
     return ended
 
 
-def _answer(ledger: Ledger, spec: Spec, operation: Operation) -> bytes:
+def _answer(ledger: Ledger, spec: JobSpec, operation: Operation) -> bytes:
     """Return the packed answer, or nothing when the outputs stay where they are, as pages."""
     if operation.merge is None and operation.finalize is None:
         return b""

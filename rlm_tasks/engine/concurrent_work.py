@@ -31,7 +31,7 @@ SLEEPERS_S = 1.0
 """A node that is to hand over its rest waits so long for sleepers, rather than do again what has ended behind them."""
 
 
-class WorkInFlight(Work):
+class ConcurrentWork(Work):
     """One range being worked through, with up to `concurrency` items at once."""
 
     def run(self, boundary: Callable[[], bool]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from resilience.errors import Denied, RateLimited, RetryBudgetExhausted, StoreUnavailable
 from resilience.faults import classify
-from rlm_tasks.ledger.budgets import Purse
+from rlm_tasks.ledger.budgets import JobBudgets
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.protection import Protection
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from resilience.bulkhead import Bulkhead, Permit
     from resilience.retry import Retry
     from resilience.store import Call, Store
-    from rlm_tasks.jobs.spec import Spec
+    from rlm_tasks.jobs.spec import JobSpec
     from rlm_tasks.operations.context import Context
     from rlm_tasks.operations.registry import Operation
     from rlm_tasks.settings.model import Settings
@@ -208,13 +208,13 @@ class Guarded:
 
     def _again(self, error: Exception, tries: int) -> Exception:
         """Return the item's postponement, or its error where another try is not wanted."""
-        from resilience.retry import Course
+        from resilience.retry import RetryState
 
         if isinstance(error, Denied):
             return postponed(error, tries)
         if self._retry is None:
             return error
-        course = Course(self._retry, failures=tries)
+        course = RetryState(self._retry, failures=tries)
         try:
             wait_s = course.wait_s(error)
         except RetryBudgetExhausted:
@@ -309,7 +309,7 @@ class Guards:
         self._bulkheads: dict[str, Bulkhead] = {}
         self._retries: dict[str, Retry] = {}
         self._kept: dict[tuple[Callable[[Guards], Any], int], Any] = {}
-        self.purse = Purse(store, settings)
+        self.purse = JobBudgets(store, settings)
 
     def kept(self, make: Callable[[Guards], T]) -> T:
         """Return what gates of operations share in this process, made when it is first asked for."""
@@ -319,7 +319,7 @@ class Guards:
         found: T = self._kept[key]
         return found
 
-    def of(self, operation: Operation, spec: Spec) -> Guarded | None:
+    def of(self, operation: Operation, spec: JobSpec) -> Guarded | None:
         """Return an operation behind its guards, for one job, or None when it declares none."""
         if operation.gate is not None:
             return operation.gate(self, operation, spec)

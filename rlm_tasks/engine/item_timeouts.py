@@ -25,7 +25,7 @@ _UNLIMITED = 0.0
 _T = TypeVar("_T")
 
 
-class ItemLimits:
+class ItemTimeouts:
     """The limits of one process's items."""
 
     def __init__(self, timeouts: Timeouts, settings: NodeSettings, clock: Callable[[], float]) -> None:

@@ -26,22 +26,22 @@ from resilience.store import Call
 from resilience.waiters import URGENCY
 from rlm_tasks.engine import counts
 from rlm_tasks.engine.closing import merge_root
-from rlm_tasks.engine.concurrent_work import WorkInFlight
+from rlm_tasks.engine.concurrent_work import ConcurrentWork
 from rlm_tasks.engine.crashpoints import CrashPoint
 from rlm_tasks.engine.guards import Postponed
 from rlm_tasks.engine.pace import Pace
 from rlm_tasks.engine.runtime import Runtime
-from rlm_tasks.engine.shared_page import PageSlot
+from rlm_tasks.engine.shared_page import ProcessEntry
 from rlm_tasks.engine.work import Work
 from rlm_tasks.errors import Quarantined, UnknownOperation
 from rlm_tasks.jobs.items import reference
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import (
     RULES,
     WORTH_PLANNING_MS,
     Fork,
+    NodeProgress,
     Reason,
-    Standing,
     fork,
     isolate,
     may_fan_out,
@@ -119,7 +119,7 @@ def _give_up_for_memory(runtime: Runtime, job: str, node: str, token: str) -> No
             runtime.resend(job, [held])
 
 
-def _work(runtime: Runtime, claim: Claim, page: PageSlot) -> bool:
+def _work(runtime: Runtime, claim: Claim, page: ProcessEntry) -> bool:
     spec = claim.spec
     assert spec is not None  # CLAIM answers `run` with a spec, always
     try:
@@ -139,7 +139,7 @@ def _work(runtime: Runtime, claim: Claim, page: PageSlot) -> bool:
     return NodeRun(runtime, claim, spec, operation, page).run()
 
 
-def _not_taken_in(runtime: Runtime, spec: Spec) -> str:
+def _not_taken_in(runtime: Runtime, spec: JobSpec) -> str:
     """Return why a job that may wait must not begin yet, '' when it may; it then has its place."""
     if sheds(spec.priority, level := runtime.page.level):
         return f"pressure is {level.label}, and {spec.priority} work waits"
@@ -165,7 +165,7 @@ def _lie_down(runtime: Runtime, claim: Claim, wait_ms: int, why: str, tries: int
 class NodeRun:
     """One claimed node, from its first slice to its finish."""
 
-    def __init__(self, runtime: Runtime, claim: Claim, spec: Spec, operation: Operation, page: PageSlot) -> None:
+    def __init__(self, runtime: Runtime, claim: Claim, spec: JobSpec, operation: Operation, page: ProcessEntry) -> None:
         self._runtime, self._claim, self._spec, self._operation, self._page = runtime, claim, spec, operation, page
         self._pace = Pace(runtime.clock, runtime.page, runtime.settings.node, claim.remaining_ms)
         keys = runtime.ledger.keys.of(spec.job)
@@ -183,7 +183,7 @@ class NodeRun:
         self._me = f"{spec.job} {claim.node}"
         self._next = mint()  # the node that comes after this one, should it have to wait
         in_flight = operation.is_async and claim.phase == PROCESS
-        self._work = (WorkInFlight if in_flight else Work)(
+        self._work = (ConcurrentWork if in_flight else Work)(
             claim, spec, operation, read, page, self._pace, runtime.clock,  # type: ignore[arg-type]  # patiently returns what read does
             guarded=self._guarded, waiter=self._waiter, limit_s=limit_s, level=level, slow_s=runtime.notices.slow_s,
         )  # fmt: skip
@@ -345,13 +345,13 @@ class NodeRun:
             return False
         return places["used"] < places["limit"]
 
-    def _standing(self, order: str) -> Standing:
+    def _standing(self, order: str) -> NodeProgress:
         done = self._work.at - self._claim.lo
         if order == "go" and self._work.harvest.full:
             order = "flush"
         rest = self._claim.hi - self._work.at
         draining = self._runtime.page.draining
-        return Standing(done, rest, self._pace.elapsed_ms, self._claim.depth, order, draining, bool(self._yields_to))
+        return NodeProgress(done, rest, self._pace.elapsed_ms, self._claim.depth, order, draining, bool(self._yields_to))
 
     def _pulse(self, most: int) -> tuple[str, int]:
         """Tell the ledger where this node stands, take free slots, ask whether to make room: one round trip."""
@@ -383,7 +383,7 @@ class NodeRun:
         won = ledger.patiently(lambda: ledger.store.run(*self._win(urgent))) if urgent else ()
         return self._follows(ranks, urgent, won)
 
-    def _fan_out(self, at: Standing, slots: int) -> None:
+    def _fan_out(self, at: NodeProgress, slots: int) -> None:
         """Cut for free slots; a root that was not planned ahead is now, from what is left."""
         claim, shape, lo = self._claim, self._spec.shape, self._work.at
         if claim.node in (ROOT, PROCESS) and not shape.eager:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from scheduler.events import Event, Events, Severity
+from scheduler.events import Event, Events, EventSeverity
 from scheduler.settings import AlertSettings
 
 MEMORY_EVERY_S = 300.0
@@ -16,7 +16,7 @@ MOST_SLOW = 10
 """Slow items that one node tells of."""
 
 
-class Notices:
+class NodeEvents:
     """The notices of one process."""
 
     def __init__(self, events: Events, settings: AlertSettings, clock: Callable[[], float]) -> None:
@@ -35,11 +35,11 @@ class Notices:
             self._told_at = self._clock()
             message = f"a process of {host} holds {memory_mb:.0f} MB after a node of {operation}"
             data = {"host": host, "operation": operation, "memory_mb": round(memory_mb, 1)}
-            told.append(Event("memory.high", message, Severity.WARNING, data))
+            told.append(Event("memory.high", message, EventSeverity.WARNING, data))
         if told:
             self._events.emit(*told)
 
 
 def _slow(operation: str, job: str, index: int, seconds: float) -> Event:
     data = {"operation": operation, "job": job, "index": index, "duration_ms": round(seconds * 1000, 1)}
-    return Event("execution.slow", f"item {index} of {operation} took {seconds:.1f} s", Severity.WARNING, data)
+    return Event("execution.slow", f"item {index} of {operation} took {seconds:.1f} s", EventSeverity.WARNING, data)

@@ -22,7 +22,7 @@ PAGE_FULL_AT = 65_536
 """Outputs after which a node without a merge hands its page in."""
 
 
-class Harvest:
+class NodeOutcome:
     """The outcome of a range, item by item."""
 
     def __init__(self, operation: Operation) -> None:

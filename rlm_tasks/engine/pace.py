@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rlm_tasks.engine.shared_page import Page
+from rlm_tasks.engine.shared_page import SharedPage
 from rlm_tasks.settings.sections import NodeSettings
 
 FIRST_SLICE_MS = 10.0
@@ -19,7 +19,7 @@ FIRST_SLICE_MS = 10.0
 class Pace:
     """The timetable of one running node."""
 
-    def __init__(self, clock: Callable[[], float], page: Page, settings: NodeSettings, deadline_in_ms: int) -> None:
+    def __init__(self, clock: Callable[[], float], page: SharedPage, settings: NodeSettings, deadline_in_ms: int) -> None:
         self._clock, self._page, self._settings = clock, page, settings
         self.began = clock()
         self._deadline = self.began + deadline_in_ms / 1000 if deadline_in_ms >= 0 else float("inf")

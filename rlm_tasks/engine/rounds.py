@@ -17,7 +17,7 @@ from resilience.errors import RlmError
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.items import ItemWriter
 from rlm_tasks.jobs.rounds import NextRound, Round
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.partials import flattened, merged, partials
@@ -28,7 +28,7 @@ from rlm_tasks.operations import registry
 from rlm_tasks.results import Status
 
 if TYPE_CHECKING:
-    from rlm_tasks.ledger.budgets import Purse
+    from rlm_tasks.ledger.budgets import JobBudgets
     from rlm_tasks.operations.registry import Operation
     from rlm_tasks.settings.model import Settings
 
@@ -53,11 +53,11 @@ class Rounds:
     """The rounds of one process's jobs."""
 
     def __init__(
-        self, ledger: Ledger, dispatcher: Dispatcher, settings: Settings, purse: Purse, wake: Callable[[Sequence[str]], int]
+        self, ledger: Ledger, dispatcher: Dispatcher, settings: Settings, purse: JobBudgets, wake: Callable[[Sequence[str]], int]
     ) -> None:
         self._ledger, self._dispatcher, self._settings, self._purse, self._wake = ledger, dispatcher, settings, purse, wake
 
-    def advance(self, claim: Claim, spec: Spec, operation: Operation) -> bytes | None:
+    def advance(self, claim: Claim, spec: JobSpec, operation: Operation) -> bytes | None:
         """Return the packed answer of a job whose merge is held here, or None when it waits for a round.  Raises RoundFailed."""
         assert operation.then is not None  # it is what makes a job go in rounds
         rounds = opened(self._ledger, spec.job)
@@ -73,7 +73,7 @@ class Rounds:
         self._wait(claim, number, self._open(spec, number, answer, int(facts["deadline"])))
         return None
 
-    def call(self, spec: Spec) -> None:
+    def call(self, spec: JobSpec) -> None:
         """Let the job of a round that has ended go on."""
         if spec.parent:
             self._wake([f"{spec.parent} {MERGE}"])
@@ -85,7 +85,7 @@ class Rounds:
         elif Status(self._ledger.facts(id)["state"]).final:
             self._wake([f"{claim.job} {MERGE}"])  # it ended before the merge lay down
 
-    def _outputs(self, spec: Spec, operation: Operation, rounds: Sequence[tuple[str, dict[str, str]]]) -> Any:
+    def _outputs(self, spec: JobSpec, operation: Operation, rounds: Sequence[tuple[str, dict[str, str]]]) -> Any:
         """Return what the last round has answered: its merged partial, or its outputs in item order, one by one."""
         if not rounds:
             return merged(self._ledger, spec, operation)
@@ -100,7 +100,7 @@ class Rounds:
         failures = self._ledger.failures(id)
         return f"item {failures[0].index}: {failures[0].message}" if failures else ""
 
-    def _open(self, spec: Spec, number: int, asked: NextRound, deadline_ms: int) -> str:
+    def _open(self, spec: JobSpec, number: int, asked: NextRound, deadline_ms: int) -> str:
         """Open a round, once: whoever does it again finds it open."""
         id, token, settings = round_id(spec.job, number), mint(), self._settings
         self._purse.begin_round(spec, number, last=asked.last)
@@ -126,7 +126,7 @@ class Rounds:
         return id
 
 
-def _ended(spec: Spec, facts: dict[str, str], rounds: Sequence[tuple[str, dict[str, str]]]) -> Round:
+def _ended(spec: JobSpec, facts: dict[str, str], rounds: Sequence[tuple[str, dict[str, str]]]) -> Round:
     all_facts = [facts, *(told for _, told in rounds if told)]
     last = all_facts[-1]
     return Round(

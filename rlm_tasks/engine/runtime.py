@@ -24,11 +24,11 @@ from resilience.timeouts import Timeouts
 from resilience.waiters import URGENCY
 from rlm_tasks.engine.crashpoints import CrashPoint, nobody_listens
 from rlm_tasks.engine.guards import Guards
-from rlm_tasks.engine.item_timeouts import ItemLimits
-from rlm_tasks.engine.node_events import Notices
+from rlm_tasks.engine.item_timeouts import ItemTimeouts
+from rlm_tasks.engine.node_events import NodeEvents
 from rlm_tasks.engine.rounds import Rounds
-from rlm_tasks.engine.shared_page import Page, PageSlot
-from rlm_tasks.engine.slot_shares import Shares
+from rlm_tasks.engine.shared_page import ProcessEntry, SharedPage
+from rlm_tasks.engine.slot_shares import SlotShares
 from rlm_tasks.jobs.items import ItemReader
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.messaging.delivery import making_room, resend, wake
@@ -55,15 +55,15 @@ class Runtime:
     preemption: Preemption
     items: ItemReader
     dispatcher: Dispatcher
-    page: Page
+    page: SharedPage
     guards: Guards
-    limits: ItemLimits
+    limits: ItemTimeouts
     faults: FaultLog
     usage: Usage
-    shares: Shares
+    shares: SlotShares
     board: Board
     room: WaitingRoom
-    notices: Notices
+    notices: NodeEvents
     rounds: Rounds
     worker: str = ""
     in_order: bool = True  # the broker hands over what is more urgent first
@@ -71,7 +71,7 @@ class Runtime:
     reached: Callable[[CrashPoint], None] = nobody_listens
     clock: Callable[[], float] = time.perf_counter  # seconds; what slices are measured by
     item_ms: dict[str, float] = field(default_factory=dict)  # operation -> time of an item, as last seen by this process
-    _page_slots: dict[tuple[int, int], PageSlot] = field(default_factory=dict)
+    _page_slots: dict[tuple[int, int], ProcessEntry] = field(default_factory=dict)
 
     @classmethod
     def of(cls, app: Celery, settings: Settings, *, patience_s: float) -> Runtime:
@@ -79,18 +79,18 @@ class Runtime:
         store, keys = Store(settings.address, namespace=settings.namespace), Keys(settings.namespace)
         ledger = Ledger(store, keys, settings.ledger, patience_s=patience_s)
         dispatcher, shared = Dispatcher(app, ledger), guard_store(settings)
-        page = Page(stale_s=settings.pressure.stale_s)
+        page = SharedPage(stale_s=settings.pressure.stale_s)
 
         def waken(waiters: Sequence[str]) -> int:
             return wake(ledger.hasty(), dispatcher, waiters)
 
         guards = Guards(shared, settings, waken, ledger.stop)
-        limits = ItemLimits(Timeouts(shared, multipliers=settings.node.timeout_multipliers), settings.node, time.monotonic)
+        limits = ItemTimeouts(Timeouts(shared, multipliers=settings.node.timeout_multipliers), settings.node, time.monotonic)
         slots = SlotBoard(store, keys)
         return cls(
             settings, ledger, slots, Preemption(store, keys, slots), ItemReader(store), dispatcher, page, guards, limits,
-            FaultLog(shared, FaultLogSettings(size=settings.fault_patterns)), Usage(store, keys), Shares(shared, settings, page, waken), Board(store, keys, settings.pressure),
-            WaitingRoom(store, keys, settings.admission.max_jobs), Notices(Events(shared, settings.alerts.history), settings.alerts, time.monotonic),
+            FaultLog(shared, FaultLogSettings(size=settings.fault_patterns)), Usage(store, keys), SlotShares(shared, settings, page, waken), Board(store, keys, settings.pressure),
+            WaitingRoom(store, keys, settings.admission.max_jobs), NodeEvents(Events(shared, settings.alerts.history), settings.alerts, time.monotonic),
             Rounds(ledger, dispatcher, settings, guards.purse, waken), in_order=speaks_redis(app.conf.broker_url),
         )  # fmt: skip
 
@@ -121,7 +121,7 @@ class Runtime:
         """Have less urgent nodes yield for urgent ones that are sent within the block, as far as there is no slot."""
         return making_room(self.preemption, self.dispatcher, queue, nodes, freed=freed)
 
-    def page_slot(self) -> PageSlot:
+    def page_slot(self) -> ProcessEntry:
         """Return where this pool process, or this thread of a threads pool, says what it holds."""
         here = os.getpid(), threading.get_ident()
         if here not in self._page_slots:

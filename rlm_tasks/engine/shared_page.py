@@ -43,7 +43,7 @@ class Held:
     limit_s: float  # an item may take so long; 0: no limit
 
 
-class Page:
+class SharedPage:
     """The shared page; made before the pool forks."""
 
     def __init__(self, *, stale_s: float = 15.0) -> None:
@@ -137,9 +137,9 @@ class Page:
     def slots(self, total: int) -> None:
         _PID.pack_into(self._memory, _SLOTS_AT, total)
 
-    def slot(self, index: int) -> PageSlot:
+    def slot(self, index: int) -> ProcessEntry:
         """Return the writer of one pool process."""
-        return PageSlot(self._memory, _HEADER + index % SLOTS * _SLOT.size)
+        return ProcessEntry(self._memory, _HEADER + index % SLOTS * _SLOT.size)
 
     def held(self) -> Iterator[Held]:
         """Yield what each pool process holds now."""
@@ -151,7 +151,7 @@ class Page:
         """Clear what a process held that is gone; its number may soon be another's."""
         for offset in range(_HEADER, len(self._memory), _SLOT.size):
             if (found := self._read(offset)) is not None and found.pid == pid:
-                PageSlot(self._memory, offset).let_go()
+                ProcessEntry(self._memory, offset).let_go()
 
     def doom(self, pid: int) -> None:
         """Say that a process is about to be terminated on purpose: a signal that it gets is meant for it."""
@@ -172,7 +172,7 @@ class Page:
         return None
 
 
-class PageSlot:
+class ProcessEntry:
     """Where one pool process writes what it holds."""
 
     def __init__(self, memory: mmap.mmap, offset: int) -> None:

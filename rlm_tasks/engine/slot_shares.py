@@ -12,7 +12,7 @@ from resilience.bulkhead import LEASE_S, Bulkhead
 from resilience.degradation import Level
 from resilience.store import Store
 from resilience.waiters import Wake
-from rlm_tasks.engine.shared_page import Page
+from rlm_tasks.engine.shared_page import SharedPage
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.policies import policies, policy_of
 from rlm_tasks.operations.registry import Operation
@@ -24,10 +24,10 @@ RUNS_AT_MOST = 4
 """A node hands over its rest after at most this many times its target: see splitting."""
 
 
-class Shares:
+class SlotShares:
     """The shares of one process's nodes."""
 
-    def __init__(self, store: Store, settings: Settings, page: Page, wake: Wake) -> None:
+    def __init__(self, store: Store, settings: Settings, page: SharedPage, wake: Wake) -> None:
         self._store, self._settings, self._page, self._wake = store, settings, page, wake
         self._policies = policies(settings)
         self._known: dict[tuple[str, int, int | None, float], Bulkhead] = {}

@@ -14,10 +14,10 @@ from resilience.degradation import IN_FORCE, Degradation, Level
 from resilience.errors import Denied
 from rlm_tasks.engine.guards import Guarded, Postponed, postponed
 from rlm_tasks.engine.item_timeouts import ItemAlarm
-from rlm_tasks.engine.outcome import Harvest
+from rlm_tasks.engine.outcome import NodeOutcome
 from rlm_tasks.engine.pace import Pace
-from rlm_tasks.engine.shared_page import SEVERAL_ITEMS, PageSlot
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.engine.shared_page import SEVERAL_ITEMS, ProcessEntry
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.records import PROCESS, Claim
 from rlm_tasks.operations.context import Context
 from rlm_tasks.operations.registry import Operation
@@ -40,10 +40,10 @@ class Work:
     def __init__(
         self,
         claim: Claim,
-        spec: Spec,
+        spec: JobSpec,
         operation: Operation,
         read: Read,
-        page: PageSlot,
+        page: ProcessEntry,
         pace: Pace,
         clock: Callable[[], float],
         *,
@@ -61,7 +61,7 @@ class Work:
         self._filtered = bool(claim.known_failed) or spec.skip_if_empty
         self._batch = 1
         self._most = 1 if claim.one_by_one else LARGEST_BATCH
-        self.harvest = Harvest(operation)
+        self.harvest = NodeOutcome(operation)
         self.degradation = Degradation(level)
         self._shown: Context | None = None  # what the items of this window see
         self._slow_s = slow_s

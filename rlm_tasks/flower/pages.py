@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rlm_tasks.client.client import Client
     from rlm_tasks.client.job import Job
     from rlm_tasks.client.platform_status import PlatformStatus
-    from rlm_tasks.jobs.spec import Spec
+    from rlm_tasks.jobs.spec import JobSpec
     from rlm_tasks.results import TreeNode
     from rlm_tasks.telemetry.limit_reports import LimitReport
     from scheduler.board import HostReport
@@ -137,7 +137,7 @@ def jobs(client: Client) -> Picture:
     return Picture(f"The newest {len(found)} jobs.", cards=cards, tables=[table])
 
 
-def _job_row(spec: Spec, at: Progress) -> list[str | Cell]:
+def _job_row(spec: JobSpec, at: Progress) -> list[str | Cell]:
     return [
         Cell(spec.operation, note=spec.description, link=spec.job),
         _short(spec.job),

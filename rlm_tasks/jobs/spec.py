@@ -16,7 +16,7 @@ from rlm_tasks.jobs.splitting import Shape
 SCHEMA = 1
 
 
-class Spec(msgspec.Struct, frozen=True, omit_defaults=True):
+class JobSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """One job, settled."""
 
     job: str
@@ -60,15 +60,15 @@ class Spec(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 _encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(Spec)
+_decoder = msgspec.json.Decoder(JobSpec)
 
 
-def dump(spec: Spec) -> bytes:
+def dump(spec: JobSpec) -> bytes:
     """Return the spec as JSON."""
     return _encoder.encode(spec)
 
 
 @lru_cache(maxsize=256)
-def load(text: bytes) -> Spec:
+def load(text: bytes) -> JobSpec:
     """Return the spec of a job; the same text is decoded once per process."""
     return _decoder.decode(text)

@@ -41,7 +41,7 @@ class Reason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class CutRule:
     """What a reason to cut fixes: how many children, when they may run, whether the tree gets deeper."""
 
     children: Literal["none", "one", "many"]
@@ -49,18 +49,18 @@ class Rule:
     deeper: bool
 
 
-RULES: dict[Reason, Rule] = {
-    Reason.PLANNED: Rule("many", "now", deeper=True),
-    Reason.ISOLATE: Rule("many", "now", deeper=True),
-    Reason.HUNGRY: Rule("many", "now", deeper=True),
-    Reason.TARGET: Rule("one", "now", deeper=False),
-    Reason.FULL: Rule("one", "now", deeper=False),
-    Reason.PREEMPTED: Rule("one", "now", deeper=False),
-    Reason.DRAINING: Rule("one", "now", deeper=False),
-    Reason.FLUSH: Rule("one", "now", deeper=False),
-    Reason.WAITING: Rule("one", "later", deeper=False),
-    Reason.RETRY: Rule("many", "later", deeper=True),  # the item alone waits; its neighbours run now
-    Reason.STOPPED: Rule("none", "never", deeper=False),
+RULES: dict[Reason, CutRule] = {
+    Reason.PLANNED: CutRule("many", "now", deeper=True),
+    Reason.ISOLATE: CutRule("many", "now", deeper=True),
+    Reason.HUNGRY: CutRule("many", "now", deeper=True),
+    Reason.TARGET: CutRule("one", "now", deeper=False),
+    Reason.FULL: CutRule("one", "now", deeper=False),
+    Reason.PREEMPTED: CutRule("one", "now", deeper=False),
+    Reason.DRAINING: CutRule("one", "now", deeper=False),
+    Reason.FLUSH: CutRule("one", "now", deeper=False),
+    Reason.WAITING: CutRule("one", "later", deeper=False),
+    Reason.RETRY: CutRule("many", "later", deeper=True),  # the item alone waits; its neighbours run now
+    Reason.STOPPED: CutRule("none", "never", deeper=False),
 }
 
 
@@ -194,7 +194,7 @@ def _grouped(shape: Shape, lo: int, hi: int, depth: int, needed: int) -> Fork:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class NodeProgress:
     """Where a running node stands at a slice boundary."""
 
     done: int  # items it has worked through
@@ -211,7 +211,7 @@ class Standing:
         return self.elapsed_ms / max(self.done, 1) * self.rest
 
 
-def should_yield(shape: Shape, at: Standing) -> Reason | None:
+def should_yield(shape: Shape, at: NodeProgress) -> Reason | None:
     """Return why a node must hand over its rest now, or None to go on."""
     if at.order == "stop":
         return Reason.STOPPED
@@ -229,13 +229,13 @@ def should_yield(shape: Shape, at: Standing) -> Reason | None:
     return Reason.TARGET if overdue or at.elapsed_ms >= 4 * shape.target_ms else None
 
 
-def may_fan_out(shape: Shape, at: Standing) -> bool:
+def may_fan_out(shape: Shape, at: NodeProgress) -> bool:
     """Say whether the rest is worth more than one child."""
     deep = at.depth >= shape.max_depth or shape.mode == "sequential"
     return not deep and at.rest >= 2 * shape.min_chunk and at.rest >= 2 and at.rest_ms >= MIN_CHUNK_MS
 
 
-def share_out(shape: Shape, at: Standing, lo: int, hi: int, wants: int) -> Fork:
+def share_out(shape: Shape, at: NodeProgress, lo: int, hi: int, wants: int) -> Fork:
     """Cut a rest for `wants` free slots and the slot that cuts it.
 
     Where the rest is long enough it is cut into `factor` parts, so that the next slot to become free finds

@@ -7,7 +7,7 @@ import sys
 import uuid
 from typing import NamedTuple
 
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 
 RANDOM = 2**56
 """W3C Trace Context calls the lower 7 bytes of a trace id random; those of a job's UUID are."""
@@ -21,7 +21,7 @@ class Origin(NamedTuple):
     sampled: bool
 
 
-def origin(spec: Spec, sample_rate: float) -> Origin:
+def origin(spec: JobSpec, sample_rate: float) -> Origin:
     """Return the trace that a job was submitted under, or its own."""
     if spec.trace:
         _, trace, parent, flags = spec.trace.split("-")
@@ -49,6 +49,6 @@ def current_traceparent() -> str:
     return traceparent(current.trace_id, current.span_id, current.trace_flags.sampled) if current.is_valid else ""
 
 
-def trace_id_of(spec: Spec) -> str:
+def trace_id_of(spec: JobSpec) -> str:
     """Return by which id a job's trace is found, as 32 hex digits."""
     return f"{origin(spec, 0).trace:032x}"

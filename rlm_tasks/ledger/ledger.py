@@ -17,17 +17,17 @@ import msgspec
 from resilience.keys import Keys
 from resilience.store import LOST, Argument, Call, Script, Store
 from rlm_tasks.jobs import spec as specs
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.records import (
     PROCESS,
     ROOT,
     SWEEP_AT_ONCE,
     Claim,
     Finished,
+    JobNodes,
     NodeRecord,
     Report,
     Split,
-    Standing,
     Suspect,
     Swept,
 )
@@ -62,9 +62,9 @@ _json = msgspec.json.Encoder()
 _Answer = TypeVar("_Answer")
 
 
-def _standing(job: str, queue: bytes, state: bytes, queued: int, records: Sequence[bytes | None]) -> Standing:
+def _standing(job: str, queue: bytes, state: bytes, queued: int, records: Sequence[bytes | None]) -> JobNodes:
     states = Counter(NodeRecord.parse("", text).state for text in records if text)
-    return Standing(job, queue.decode(), state.decode(), queued, states["r"], states["p"])
+    return JobNodes(job, queue.decode(), state.decode(), queued, states["r"], states["p"])
 
 
 class Ledger:
@@ -118,7 +118,9 @@ class Ledger:
 
     # --- the life of a job --------------------------------------------------------------------------
 
-    def open(self, new: Sequence[tuple[Spec, str]], ttl_s: int, waits: Mapping[str, tuple[int, str]] | None = None) -> list[bool]:
+    def open(
+        self, new: Sequence[tuple[JobSpec, str]], ttl_s: int, waits: Mapping[str, tuple[int, str]] | None = None
+    ) -> list[bool]:
         """Open jobs whose items are stored under a token; say of each whether it is new.
 
         `waits` says by job how many ms its first node is parked for, and why.  The index of due jobs is written first:
@@ -126,7 +128,7 @@ class Ledger:
         """
         return self.patiently(lambda: self._open(new, ttl_s, waits or {}))
 
-    def _open(self, new: Sequence[tuple[Spec, str]], ttl_s: int, waits: Mapping[str, tuple[int, str]]) -> list[bool]:
+    def _open(self, new: Sequence[tuple[JobSpec, str]], ttl_s: int, waits: Mapping[str, tuple[int, str]]) -> list[bool]:
         now_ms = self.store.now_ms()
         pipe = self.store.client.pipeline(transaction=False)
         pipe.zadd(self.keys.due, {spec.job: now_ms + self._first_look_ms(spec) for spec, _ in new}, lt=True)
@@ -139,10 +141,10 @@ class Ledger:
         opened = self.store.run(*(self._opening(spec, ttl_s, staged, *waits.get(spec.job, (0, ""))) for spec, staged in new))
         return [bool(each) for each in opened]
 
-    def _first_look_ms(self, spec: Spec) -> int:
+    def _first_look_ms(self, spec: JobSpec) -> int:
         return min(self._grace_ms, int(spec.timeout_ms or self._grace_ms))
 
-    def _opening(self, spec: Spec, ttl_s: int, staged: str, wait_ms: int, why: str) -> Call:
+    def _opening(self, spec: JobSpec, ttl_s: int, staged: str, wait_ms: int, why: str) -> Call:
         if not spec.continue_on_error:
             fail_limit: float = 0
         else:
@@ -322,7 +324,7 @@ class Ledger:
         counts = [tuple(map(int, each.split(b":"))) for each in cast(list[bytes], values)]
         return cast(tuple[int, int, int], tuple(map(sum, zip(*counts, strict=True))) if counts else (0, 0, 0))
 
-    def spec(self, job: str) -> Spec | None:
+    def spec(self, job: str) -> JobSpec | None:
         """Return what was asked for."""
         text = self.patiently(lambda: self.store.client.hget(self.keys.of(job).job, "spec"))
         return specs.load(cast(bytes, text)) if text else None
@@ -377,7 +379,7 @@ class Ledger:
         if not self.quarantined(job):
             self.patiently(lambda: self.store.client.zrem(self.keys.quarantined, job))
 
-    def at_work(self, limit: int) -> list[Standing]:
+    def at_work(self, limit: int) -> list[JobNodes]:
         """Return how the nodes of open jobs stand, of so many jobs at most; two round trips for all of them."""
         client = self.store.client
         jobs = [each.decode() for each in cast(list[bytes], self.patiently(lambda: client.zrange(self.keys.due, 0, limit - 1)))]

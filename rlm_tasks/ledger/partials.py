@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlm_tasks.jobs import codec
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.operations.registry import Operation
 
@@ -50,7 +50,7 @@ def compact_split(ledger: Ledger, job: str, operation: Operation, lo: int, hi: i
     return ledger.compact(job, [(start, end) for start, end, _ in pieces], merged)
 
 
-def merged(ledger: Ledger, spec: Spec, operation: Operation) -> Any:
+def merged(ledger: Ledger, spec: JobSpec, operation: Operation) -> Any:
     """Return what the partials of a job come to: its merged and shaped partial, or, without a merge, its outputs one by one."""
     found = partials(ledger, spec.job, 0, spec.n)
     if operation.merge is not None:

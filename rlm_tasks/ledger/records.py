@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 
 ROOT = "root"
 MERGE = "merge"
@@ -15,7 +15,7 @@ SWEEP_AT_ONCE = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class ChordSlot:
     """The place in a chord that a node fills; an empty split is the root's."""
 
     split: str = ""
@@ -89,11 +89,11 @@ class Claim:
     lo: int = 0
     hi: int = 0
     depth: int = 0
-    slot: Slot = Slot()
+    slot: ChordSlot = ChordSlot()
     phase: str = PROCESS
     tries: int = 0  # how often its first item has failed
     waited: bool = False  # its first item has waited for its turn already
-    spec: Spec | None = None
+    spec: JobSpec | None = None
     losses: int = 0  # how often a holder was lost, nobody knows at which item
     lost_by: str = ""  # what the last of them died of
     one_by_one: bool = False  # a process died with several items in flight: find out which
@@ -136,7 +136,7 @@ class NodeRecord:
     lo: int
     hi: int
     depth: int
-    slot: Slot
+    slot: ChordSlot
     state: str
     epoch: int
     parent: str
@@ -157,14 +157,14 @@ class NodeRecord:
         r = msgspec.json.decode(text)
         lo, hi = int(r["lo"]), int(r["hi"])
         return cls(
-            id, lo, hi, int(r["d"]), Slot(r["sp"], int(r["ix"]), r["t"]), r["s"], int(r["e"]),
+            id, lo, hi, int(r["d"]), ChordSlot(r["sp"], int(r["ix"]), r["t"]), r["s"], int(r["e"]),
             r["p"], int(r.get("mid", lo)), r["why"], r.get("w", ""), int(r.get("ms", 0)), int(r.get("x", 0)),
             r.get("by", ""), bool(r.get("one")), int(r.get("tr", 0)), bool(r.get("wt")), int(r.get("m", 0)),
         )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class JobNodes:
     """How the nodes of an open job stand."""
 
     job: str  # its id

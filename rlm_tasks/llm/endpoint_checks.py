@@ -20,10 +20,10 @@ from resilience.errors import CallTimeout, Category, RateLimited, StoreUnavailab
 from resilience.keys import Keys
 from resilience.store import Store
 from rlm_tasks.llm.endpoint import Endpoint, ProviderDown, ProviderRefused
-from rlm_tasks.llm.endpoint_health import Checkup, Health, configured
+from rlm_tasks.llm.endpoint_health import Checkup, EndpointHealth, configured
 from rlm_tasks.operations import registry
 from rlm_tasks.settings.environment import key_of
-from scheduler.events import Event, Events, Severity
+from scheduler.events import Event, Events, EventSeverity
 
 if TYPE_CHECKING:
     from rlm_tasks.engine.runtime import Runtime
@@ -37,7 +37,7 @@ STOP_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class CheckResult:
     """How one endpoint was when it was asked."""
 
     name: str
@@ -45,14 +45,14 @@ class Found:
     why: str  # it is not well; '' when it is
 
 
-async def ask(settings: LlmSettings) -> list[Found]:
+async def ask(settings: LlmSettings) -> list[CheckResult]:
     """Return how all endpoints are, asked at once, by connections that are closed afterwards."""
     import openai  # noqa: F401  # before anything is timed: the first import takes half a second
 
     return await asyncio.gather(*(_ask(each, settings) for each in settings.places))
 
 
-async def _ask(place: EndpointSettings, settings: LlmSettings) -> Found:
+async def _ask(place: EndpointSettings, settings: LlmSettings) -> CheckResult:
     limit_s = min(settings.health_timeout_s, settings.health_every_s)  # a round ends before the next one begins
     endpoint = Endpoint(place, SecretStr(key_of(place.key_env)), timeout_s=limit_s, per_host=1, idle_s=settings.idle_s)
     began, why = time.monotonic(), ""
@@ -68,7 +68,7 @@ async def _ask(place: EndpointSettings, settings: LlmSettings) -> Found:
         why = "" if listens else error.why
     finally:
         await endpoint.close()
-    return Found(place.name, 0.0 if why else time.monotonic() - began, why)
+    return CheckResult(place.name, 0.0 if why else time.monotonic() - began, why)
 
 
 def checks_of(runtime: Runtime) -> Checks | None:
@@ -88,9 +88,9 @@ class Checks(threading.Thread):
     def __init__(self, settings: LlmSettings, store: Store, events: Events, worker: str) -> None:
         super().__init__(name="rlm-endpoints", daemon=True)
         self._settings, self._store, self._events, self._worker = settings, store, events, worker
-        self._health, self._key = Health(store, settings), Keys(store.namespace).endpoints_turn()
+        self._health, self._key = EndpointHealth(store, settings), Keys(store.namespace).endpoints_turn()
         self._stopping, self._away = threading.Event(), False
-        self._asking: asyncio.Task[list[Found]] | None = None
+        self._asking: asyncio.Task[list[CheckResult]] | None = None
 
     def run(self) -> None:
         """Ask in turns with other workers, until stopped."""
@@ -132,17 +132,17 @@ class Checks(threading.Thread):
         taken = self._store.reached(lambda client: client.set(self._key, self._worker, nx=True, px=interval_ms))
         return 0.0 if taken else max(1, self._store.reached(lambda client: client.pttl(self._key))) / 1000
 
-    async def _round(self) -> list[Found]:
+    async def _round(self) -> list[CheckResult]:
         self._asking = asyncio.current_task()
         return await ask(self._settings)
 
-    def _tell(self, found: Found, before: Checkup | None) -> None:
+    def _tell(self, found: CheckResult, before: Checkup | None) -> None:
         """Note how an endpoint was, and let people know when that has changed who gets calls."""
         now = self._health.tell(found.name, latency_s=found.latency_s, why=found.why)
         was_ill, is_ill = before is not None and self._health.is_ill(before), self._health.is_ill(now)
         if is_ill and not was_ill:
             message = f"endpoint {now.name} gets no calls, it failed {now.strikes} checks in a row: {now.why}"
-            self._events.emit(Event("endpoint.ill", message, Severity.WARNING, {"endpoint": now.name, "why": now.why}))
+            self._events.emit(Event("endpoint.ill", message, EventSeverity.WARNING, {"endpoint": now.name, "why": now.why}))
         elif was_ill and not is_ill:
             message = f"endpoint {now.name} is well again, and gets calls"
-            self._events.emit(Event("endpoint.well", message, Severity.WARNING, {"endpoint": now.name}))
+            self._events.emit(Event("endpoint.well", message, EventSeverity.WARNING, {"endpoint": now.name}))

@@ -38,7 +38,7 @@ def configured(settings: LlmSettings) -> bool:
     return bool(settings.endpoints) or any(key_of(each.key_env) for each in settings.places)
 
 
-class Health:
+class EndpointHealth:
     """The word of all endpoints."""
 
     def __init__(self, store: Store, settings: LlmSettings) -> None:

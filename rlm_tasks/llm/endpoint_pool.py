@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from resilience.bucket import Rate, TokenBucket
 from resilience.single_flight import SingleFlight
 from rlm_tasks.llm.endpoint import Endpoint, Told
-from rlm_tasks.llm.endpoint_health import Health
+from rlm_tasks.llm.endpoint_health import EndpointHealth
 from rlm_tasks.llm.learned import Learned
 from rlm_tasks.operations.protection import Protection
 from rlm_tasks.settings.environment import key_of
@@ -59,7 +59,7 @@ def protections(settings: LlmSettings) -> Iterator[Protection]:
                 yield Protection(f"llm:{each.key_env}:{model}", rate_limit=rates(settings, model))
 
 
-class Provider:
+class EndpointPool:
     """All endpoints of one process."""
 
     def __init__(self, guards: Guards) -> None:
@@ -69,7 +69,7 @@ class Provider:
         self.router = Router({each.name: each.weight for each in self.places.values()}, self.settings.routing)
         self.flights = SingleFlight("llm", guards.store, lease_s=2 * self.settings.timeout_s)
         self.learned = Learned(guards.store, guards.store.clock)
-        self.health = Health(guards.store, self.settings)
+        self.health = EndpointHealth(guards.store, self.settings)
         self._endpoints: dict[str, Endpoint] = {}
         self._buckets: dict[str, TokenBucket] = {}
         self._refused: dict[str, tuple[int, float]] = {}  # bucket -> 429s in a row, and until when the last one holds
@@ -83,7 +83,7 @@ class Provider:
             )
         return self._endpoints[name]
 
-    def open(self) -> Provider:
+    def open(self) -> EndpointPool:
         """Get ready to ask, before anything is granted: to make a client takes longer than a grant should wait."""
         for name in self.places:
             self.endpoint(name).open()

@@ -17,7 +17,7 @@ from rlm_tasks.llm.learned import Known
 from rlm_tasks.llm.params import Ask, MapReduce, parsed
 
 if TYPE_CHECKING:
-    from rlm_tasks.client.planning import Sample
+    from rlm_tasks.client.planning import ItemSample
     from rlm_tasks.llm.draft import Draft
     from rlm_tasks.requests import JobRequest
     from rlm_tasks.settings.llm import Tier
@@ -93,7 +93,7 @@ class Outlook:
 
 
 Rounds = Callable[[Outlook], list[RoundForecast]]
-Forecast = Callable[["JobRequest", "Sample"], Rounds]
+Forecast = Callable[["JobRequest", "ItemSample"], Rounds]
 """Looks at a sample of a request's items, once, and returns what it makes of an outlook.  The request is a settled one, the
 items are those that were submitted; there is at least one."""
 Compose = Callable[[Any, dict[str, Any], str], "Draft"]
@@ -121,14 +121,14 @@ def _size(draft: Draft) -> int:
 def by_item(compose: Compose) -> Forecast:
     """Forecast an operation that asks once for each item."""
 
-    def forecast(request: JobRequest, sample: Sample) -> Rounds:
+    def forecast(request: JobRequest, sample: ItemSample) -> Rounds:
         prompts = _first(compose, request, sample)
         return lambda outlook: [outlook.round(request.operation, prompts, sample.total)]
 
     return forecast
 
 
-def _first(compose: Compose, request: JobRequest, sample: Sample) -> Prompts:
+def _first(compose: Compose, request: JobRequest, sample: ItemSample) -> Prompts:
     return _prompts((compose(item, request.params, request.complexity) for _, item in sample.items), sample.total)
 
 
@@ -138,7 +138,7 @@ def _first(compose: Compose, request: JobRequest, sample: Sample) -> Prompts:
 def merging(compose: Compose, merge: Compose) -> Forecast:
     """Forecast an operation that asks for each item, and has answers merged a few at a time."""
 
-    def forecast(request: JobRequest, sample: Sample) -> Rounds:
+    def forecast(request: JobRequest, sample: ItemSample) -> Rounds:
         first, fan_in = _first(compose, request, sample), parsed(MapReduce, request.params).fan_in
 
         def rounds(outlook: Outlook) -> list[RoundForecast]:
@@ -189,7 +189,7 @@ def narrowing(
     `passage` makes one of an item, `packed` puts passages together for a room in tokens, of which each takes its `size`.
     """
 
-    def forecast(request: JobRequest, sample: Sample) -> Rounds:
+    def forecast(request: JobRequest, sample: ItemSample) -> Rounds:
         its = parsed(Ask, request.params)
         groups = list(packed((passage(*each) for each in sample.items), its.group_tokens))
         empty = reading({"passages": []}, request.params, request.complexity)

@@ -27,7 +27,7 @@ from rlm_tasks.ledger.budgets import account_of
 from rlm_tasks.llm import metrics
 from rlm_tasks.llm.draft import Draft, digest, models_for
 from rlm_tasks.llm.endpoint import Answer, ProviderDown, ProviderRefused, Question, UnusableAnswer
-from rlm_tasks.llm.endpoint_pool import Provider
+from rlm_tasks.llm.endpoint_pool import EndpointPool
 from rlm_tasks.llm.metrics import LLM_REFUSED, LLM_SHARED
 from rlm_tasks.llm.process_memory import watched
 from rlm_tasks.llm.structured_output import Misformed, read
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from resilience.bucket import Grant
     from resilience.budget import Charge
     from resilience.single_flight import Flight
-    from rlm_tasks.jobs.spec import Spec
+    from rlm_tasks.jobs.spec import JobSpec
     from rlm_tasks.operations.context import Context
     from rlm_tasks.operations.registry import Operation
     from rlm_tasks.settings.llm import EndpointSettings
@@ -87,7 +87,7 @@ class Gate(Guarded):
     """The calls of one operation's items, for one job, in one process."""
 
     def __init__(
-        self, guards: Guards, operation: Operation, spec: Spec, compose: Callable[[Any, dict[str, Any], str], Draft]
+        self, guards: Guards, operation: Operation, spec: JobSpec, compose: Callable[[Any, dict[str, Any], str], Draft]
     ) -> None:
         its = guards.settings.llm
         about = Protection(
@@ -379,8 +379,8 @@ class Gate(Guarded):
             raise
 
 
-def _ready(guards: Guards) -> Provider:
-    return Provider(guards).open()
+def _ready(guards: Guards) -> EndpointPool:
+    return EndpointPool(guards).open()
 
 
 def _less(held: Pass, answer: Answer) -> set[Strategy]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.llm.endpoint_health import Checkup, Health, configured
+from rlm_tasks.llm.endpoint_health import Checkup, EndpointHealth, configured
 from rlm_tasks.llm.endpoint_pool import BREAKER, service_of
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def reports(client: Client) -> list[EndpointReport]:
     settings, store = client.settings.llm, client.ledger.store
     if not configured(settings):
         return []
-    health = Health(store, settings)
+    health = EndpointHealth(store, settings)
     checkups = {each.name: each for each in health.checkups()}
     now_ms = store.reached(lambda _: store.now_ms())
     found = []

@@ -16,10 +16,10 @@ from typing import Any
 from celery import Celery
 from redis.exceptions import RedisError
 
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Fork, Leaf
 from rlm_tasks.ledger.ledger import Ledger
-from rlm_tasks.ledger.records import Child, Slot, Split
+from rlm_tasks.ledger.records import Child, ChordSlot, Split
 from rlm_tasks.messaging.broker import AWAY, spoken
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def mint() -> str:
     return secrets.token_hex(6)
 
 
-def freeze(fork: Fork, job: str, slot: Slot, why: str) -> tuple[list[Split], list[Child]]:
+def freeze(fork: Fork, job: str, slot: ChordSlot, why: str) -> tuple[list[Split], list[Child]]:
     """Give every split and node of a plan its id and the slot it fills.
 
     As with Celery's own ``replace``, the outermost body takes over the task id and the slot of the node
@@ -44,7 +44,7 @@ def freeze(fork: Fork, job: str, slot: Slot, why: str) -> tuple[list[Split], lis
     splits: list[Split] = []
     children: list[Child] = []
 
-    def visit(part: Fork | Leaf, slot: Slot) -> None:
+    def visit(part: Fork | Leaf, slot: ChordSlot) -> None:
         if isinstance(part, Leaf):
             id = mint()
             children.append(Child(id, part.lo, part.hi, part.depth, slot.split, slot.index, slot.task or f"{job}.{id}", why))
@@ -52,7 +52,7 @@ def freeze(fork: Fork, job: str, slot: Slot, why: str) -> tuple[list[Split], lis
         id = mint()
         splits.append(Split(id, part.lo, part.hi, slot.split, slot.index, slot.task or f"{job}.{id}", len(part.parts)))
         for index, inner in enumerate(part.parts):
-            visit(inner, Slot(id, index))
+            visit(inner, ChordSlot(id, index))
 
     visit(fork, slot)
     return splits, children
@@ -75,7 +75,7 @@ def body_of(job: str, queue: str, split: Split) -> dict[str, Any]:
     }
 
 
-def told(spec: Spec, message: int, at: float) -> dict[str, Any]:
+def told(spec: JobSpec, message: int, at: float) -> dict[str, Any]:
     """Return the header by which a worker knows, before it claims, whether it can run a node, and which copy it got.
 
     When it was sent (in seconds, by the sender's clock) tells how long its queue makes work wait.
@@ -90,18 +90,18 @@ class Dispatcher:
     def __init__(self, app: Celery, ledger: Ledger, clock: Callable[[], float] = time.time) -> None:
         self._app, self._ledger, self._clock = app, ledger, clock
 
-    def send_root(self, specs: Sequence[Spec], node: str) -> None:
+    def send_root(self, specs: Sequence[JobSpec], node: str) -> None:
         """Send the first node of each job."""
-        self._publish((spec, node, 0, Slot(task=spec.job), None) for spec in specs)
+        self._publish((spec, node, 0, ChordSlot(task=spec.job), None) for spec in specs)
 
-    def send_children(self, spec: Spec, children: Sequence[Child], splits: Sequence[Split], *, merges: bool) -> None:
+    def send_children(self, spec: JobSpec, children: Sequence[Child], splits: Sequence[Split], *, merges: bool) -> None:
         """Send what a cut has registered; without a merge, a split is a group and needs no chord."""
         merges = merges and self._counts_chords()
         if merges and splits:
             self._set_sizes(spec.job, splits)
         bodies = {split.id: split for split in splits} if merges else {}
         now = [child for child in children if child.wait_ms < 0]  # a sweep sends the others when they are due
-        self._publish((spec, child.id, 0, Slot(child.sp, child.ix, child.t), bodies.get(child.sp)) for child in now)
+        self._publish((spec, child.id, 0, ChordSlot(child.sp, child.ix, child.t), bodies.get(child.sp)) for child in now)
 
     def resend(self, job: str, nodes: Sequence[str], *, merges: bool) -> None:
         """Send the messages of registered nodes again, from their records."""
@@ -149,7 +149,7 @@ class Dispatcher:
         except (RedisError, OSError) as error:
             logger.warning("The chords of job %s are not counted (%s); its root merge does their work", job, error)
 
-    def _publish(self, messages: Iterable[tuple[Spec, str, int, Slot, Split | None]]) -> None:
+    def _publish(self, messages: Iterable[tuple[JobSpec, str, int, ChordSlot, Split | None]]) -> None:
         messages = list(messages)
         if not messages:
             return
@@ -161,7 +161,9 @@ class Dispatcher:
                 "%d node messages of job %s were not sent (%s); the sweep sends them", len(messages), messages[0][0].job, error
             )
 
-    def _send_all(self, producer: Any, connection: Any, messages: Sequence[tuple[Spec, str, int, Slot, Split | None]]) -> None:
+    def _send_all(
+        self, producer: Any, connection: Any, messages: Sequence[tuple[JobSpec, str, int, ChordSlot, Split | None]]
+    ) -> None:
         producer.revive(connection)
         if len(messages) == 1:
             self._send(producer, *messages[0])
@@ -170,7 +172,7 @@ class Dispatcher:
             for message in messages:
                 self._send(producer, *message)
 
-    def _send(self, producer: Any, spec: Spec, node: str, message: int, slot: Slot, body: Split | None) -> None:
+    def _send(self, producer: Any, spec: JobSpec, node: str, message: int, slot: ChordSlot, body: Split | None) -> None:
         job = spec.job
         options: dict[str, Any] = {"headers": told(spec, message, self._clock())}
         if slot.split:

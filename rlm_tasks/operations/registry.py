@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rlm_tasks.client.job import Job
     from rlm_tasks.engine.guards import Guarded, Guards
     from rlm_tasks.jobs.rounds import Round
-    from rlm_tasks.jobs.spec import Spec
+    from rlm_tasks.jobs.spec import JobSpec
     from rlm_tasks.llm.forecast import Forecast
     from rlm_tasks.requests import JobRequest
     from rlm_tasks.settings.model import Settings
@@ -54,7 +54,7 @@ class Operation:
     protection: Protection = UNPROTECTED
     then: Callable[[Any, Round], Any] | None = None
     prepare: Callable[[JobRequest, Settings], JobRequest] | None = None  # settles a request before it is stored, or refuses it
-    gate: Callable[[Guards, Operation, Spec], Guarded] | None = None  # guards that depend on the item
+    gate: Callable[[Guards, Operation, JobSpec], Guarded] | None = None  # guards that depend on the item
     forecast: Forecast | None = None  # says what its rounds will ask of models
     is_async: bool = field(init=False)
     takes_context: bool = field(init=False)

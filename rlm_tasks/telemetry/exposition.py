@@ -27,7 +27,7 @@ ERRORS_OF_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class WorkerState:
     """How a worker stands, as its main process knows."""
 
     total: int  # slots
@@ -63,7 +63,7 @@ DECLARING = (counts, llm_metrics)
 BREAKER_STATES = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
 
 
-def registry(folder: Path, standing: Callable[[], Standing], clock: Callable[[], float] = time.monotonic) -> CollectorRegistry:
+def registry(folder: Path, standing: Callable[[], WorkerState], clock: Callable[[], float] = time.monotonic) -> CollectorRegistry:
     """Return what one worker exposes.
 
     Where its owner runs prometheus_client in its multiprocess mode (``PROMETHEUS_MULTIPROC_DIR``), what that folder has, too.
@@ -83,7 +83,7 @@ def registry(folder: Path, standing: Callable[[], Standing], clock: Callable[[],
 class _Exposed:
     """Everything declared: what was counted in the folder, and how the worker stands."""
 
-    def __init__(self, folder: Path, standing: Callable[[], Standing], clock: Callable[[], float]) -> None:
+    def __init__(self, folder: Path, standing: Callable[[], WorkerState], clock: Callable[[], float]) -> None:
         self._folder, self._standing = folder, standing
         self._errors = _ErrorRate(clock)
 

@@ -24,7 +24,7 @@ from celery import Celery, signals
 from resilience.errors import StoreUnavailable
 from resilience.store import LOST, Call
 from rlm_tasks.jobs import spec as specs
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.trace_ids import origin, span_id
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.records import MERGE, PROCESS, Claim, Finished, Report, Swept
@@ -88,7 +88,7 @@ class Tracing:
             self._here.begun = _Begun(claim, name, ids, span, attributes, start_ns) if span is not None else None
         self._spans.enter(ids, span, in_loop=claim.node != MERGE and _is_async(spec.operation))
 
-    def _about(self, claim: Claim, spec: Spec, worker: str) -> dict[str, Any]:
+    def _about(self, claim: Claim, spec: JobSpec, worker: str) -> dict[str, Any]:
         return {
             "rlm.job_id": spec.job, "rlm.node_id": claim.node, "rlm.parent_id": claim.parent, "rlm.depth": claim.depth,
             "rlm.operation": spec.operation, "rlm.lo": claim.lo, "rlm.hi": claim.hi, "rlm.attempt": claim.epoch,
@@ -115,11 +115,11 @@ class Tracing:
         self._here.begun = None
         self._spans.leave()
 
-    def samples(self, spec: Spec) -> bool:
+    def samples(self, spec: JobSpec) -> bool:
         """Whether a job is traced."""
         return origin(spec, self._sample_rate).sampled
 
-    def job(self, spec: Spec, facts: Mapping[str, str]) -> None:
+    def job(self, spec: JobSpec, facts: Mapping[str, str]) -> None:
         """Tell of a job that has ended: from its opening to its end, by the ledger's clock."""
         where = origin(spec, self._sample_rate)
         opened_ns, closed_ns = _ns(facts["opened_ms"]), _ns(facts["closed_ms"])

@@ -35,7 +35,7 @@ from resilience.store import guard_store
 from rlm_tasks.engine.guards import breakers_of
 from rlm_tasks.metrics import slot_files
 from rlm_tasks.telemetry import exposition, health, limit_reports
-from rlm_tasks.telemetry.exposition import Standing
+from rlm_tasks.telemetry.exposition import WorkerState
 from rlm_tasks.version import __version__
 from scheduler.sampling import held_mb
 
@@ -88,7 +88,7 @@ def not_ready(at: Vitals) -> str:
 # --- what is known of a worker -----------------------------------------------------------------------
 
 
-class Health:
+class WorkerHealth:
     """One worker, asked from other threads than its own."""
 
     def __init__(self, worker: Any, clock: Callable[[], float] = time.monotonic) -> None:
@@ -120,11 +120,11 @@ class Health:
             now - self._looped_at, now - guard.answered_at, consuming, self._runtime.page.draining,
         )  # fmt: skip
 
-    def standing(self) -> Standing:
+    def standing(self) -> WorkerState:
         """Return what gauges tell."""
         report, page = self._worker.app.rlm_guard.host.report(), self._runtime.page
         thresholds = self._runtime.settings.pressure.thresholds
-        return Standing(
+        return WorkerState(
             report.slots, min(len(state.reserved_requests), report.slots), page.draining, int(page.level),
             sum(map(held_mb, self._pids())),
             int(level_of(report.sample.memory_pct, thresholds)) if report.sample is not None else None, self.breakers(),
@@ -194,7 +194,7 @@ _PROBES = ("/livez", "/readyz")
 
 
 def application(
-    health: Health, exposed: Callable[[Environ, Respond], Iterable[bytes]], api_key: str = ""
+    health: WorkerHealth, exposed: Callable[[Environ, Respond], Iterable[bytes]], api_key: str = ""
 ) -> Callable[..., Iterable[bytes]]:
     """Return the WSGI application of one worker; `exposed` answers ``/metrics``; with an `api_key` who asks shows it."""
 
@@ -225,7 +225,7 @@ def _shows(environ: Environ, api_key: str) -> bool:
     return not api_key or hmac.compare_digest(shown.encode("latin-1", "replace"), api_key.encode())
 
 
-def _answer(health: Health, path: str, query: str) -> Answer:
+def _answer(health: WorkerHealth, path: str, query: str) -> Answer:
     match path:
         case "/livez":
             return _probed(not_alive(health.vitals()))
@@ -283,7 +283,7 @@ class Station:
 
     def start(self) -> None:
         """Open the port, if it can be had; a worker without it works all the same."""
-        health = Health(self._worker)
+        health = WorkerHealth(self._worker)
         registry = exposition.registry(self._folder, health.standing)
         if not isinstance(self._worker.pool, PreforkPool):
             registry.register(REGISTRY)  # one process: what its owner counts is here, too

@@ -357,7 +357,7 @@ class Connection:
         self._writer.close()
 
 
-class Provider:
+class FakeProvider:
     """The server: limits, schedule, counts, and a model behind them; an answer takes about `latency_s`."""
 
     def __init__(self, new_window: Callable[[], Window], model: Model, schedule: Sequence[Rule], latency_s: float) -> None:
@@ -554,7 +554,7 @@ def running(schedule: Sequence[Mapping[str, Any]] = (), **options: float | str) 
 
 
 async def _run(options: argparse.Namespace) -> None:
-    provider = Provider(
+    provider = FakeProvider(
         lambda: Window(options.window, options.requests, options.tokens),
         Model(options.model_behaviour),
         options.schedule,

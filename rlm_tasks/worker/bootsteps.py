@@ -9,14 +9,14 @@ from typing import Any
 
 from celery import bootsteps, signals
 
-from rlm_tasks.worker.supervisor import Guard
+from rlm_tasks.worker.supervisor import Supervisor
 from rlm_tasks.worker.upstream import handle_sigterm
 
 GROUP_SIGNAL_S = 0.5
 """A SIGTERM to the process group has reached the main process, too, within this time."""
 
 
-class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
+class SupervisorStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
     """Run the guard, and drain before the pool is asked to stop: by signal, remote control or error alike."""
 
     requires = {"celery.worker.components:Pool"}
@@ -52,7 +52,7 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
             if (hub := getattr(worker, "hub", None)) is not None:
                 hub.call_soon(int)
 
-        guard = Guard(worker.app.rlm_runtime(), worker.app.conf, slots, queues, exit_code, stir)
+        guard = Supervisor(worker.app.rlm_runtime(), worker.app.conf, slots, queues, exit_code, stir)
         worker.app.rlm_guard = guard
         guard.start()
         signals.worker_shutdown.connect(lambda **_: guard.stop(), weak=False)
@@ -79,7 +79,7 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
 class HealthStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
     """Count what the pool does, and answer for the worker on its port, until the pool has ended."""
 
-    requires = {GuardStep}
+    requires = {SupervisorStep}
 
     def __init__(self, worker: Any, metrics_port: int | None = None, **options: Any) -> None:
         super().__init__(worker, **options)

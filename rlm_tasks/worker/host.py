@@ -21,7 +21,7 @@ from rlm_tasks.jobs.spec import SCHEMA
 from rlm_tasks.version import __version__
 from rlm_tasks.worker.queue_order import QueueOrder, running
 from scheduler.board import Board, HostReport, Orders, acted_on
-from scheduler.ladder import HostLadder, Verdict
+from scheduler.ladder import HostLadder, HostVerdict
 from scheduler.queues import ages
 from scheduler.sampling import Sample, Sampler, held_mb
 from scheduler.stride import Facts
@@ -44,7 +44,7 @@ class Host:
         settings = runtime.settings.pressure
         self._sampler, self._ladder = Sampler(settings), HostLadder(settings)
         self._sample: Sample | None = None
-        self._own: Verdict | None = None
+        self._own: HostVerdict | None = None
         self._orders: Orders | None = None
         self._heard_at = float("-inf")
         QueueOrder.facts = Facts(ages=self._ages, running=running, slots=pool_size, target_s=runtime.settings.admission.wait_s)
@@ -99,7 +99,7 @@ class Host:
     def report(self) -> HostReport:
         """Return how this host stands."""
         unknown = Level.ELEVATED if self._runtime.settings.pressure.enabled else Level.NORMAL
-        own = self._own or Verdict(unknown, 0.0, "it could not be measured")
+        own = self._own or HostVerdict(unknown, 0.0, "it could not be measured")
         return HostReport(
             self._runtime.worker, own.level, round(own.percent, 1), own.why, self._pool_size(), len(state.reserved_requests),
             tuple(self._queues()), dict(_active()), self._sample, __version__, SCHEMA, round(self._clock(), 3),

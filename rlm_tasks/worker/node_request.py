@@ -14,7 +14,7 @@ from celery.worker.request import Request
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.messaging.dispatch import NODE_TASK
 from rlm_tasks.worker.lost_nodes import _UNREACHABLE, REAPED, cause_of_death, give_back
-from rlm_tasks.worker.supervisor import Guard
+from rlm_tasks.worker.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
         self._wake_guard()
 
     def _wake_guard(self) -> None:
-        guard: Guard | None = getattr(self._app, "rlm_guard", None)
+        guard: Supervisor | None = getattr(self._app, "rlm_guard", None)
         if guard is not None:
             guard.wake()
 

@@ -41,7 +41,7 @@ DEAF_S, DEAF_SHARE = 1.0, 0.05
 """An item past its limit has this long to hear its alarm (the greater of both) before its process is killed."""
 
 
-class Guard(threading.Thread):
+class Supervisor(threading.Thread):
     """The thread of a worker's main process that speaks to the ledger.
 
     It lives as long as the pool: through reconnections of the consumer, and while a worker that was told to

@@ -14,7 +14,7 @@ from random import Random
 import pytest
 import redis
 
-from resilience.budget import Budget, Charge
+from resilience.budget import Charge, SharedBudget
 from resilience.store import Store
 from rlm_tasks.testing import embedded
 from tests.support import wait_until
@@ -44,7 +44,7 @@ def store(own: embedded.Server) -> Iterator[Store]:
     found.client.close()
 
 
-def spend(budget: Budget, number: int, account: str, dies_at: int, journal: Path, start: Barrier) -> None:
+def spend(budget: SharedBudget, number: int, account: str, dies_at: int, journal: Path, start: Barrier) -> None:
     """Use tokens until there are none; write down each use when it is made."""
     random, made = Random(number), 0
     start.wait()
@@ -63,14 +63,14 @@ def spend(budget: Budget, number: int, account: str, dies_at: int, journal: Path
                 budget.fold(account)
 
 
-def reserve(budget: Budget, id: str, tokens: int, account: str) -> Charge:
+def reserve(budget: SharedBudget, id: str, tokens: int, account: str) -> Charge:
     """Ask until the answer is final."""
     while (charge := budget.charge(id, {"tokens": tokens, "calls": 1}, account=account)).state == "wait":
         time.sleep(0.002)  # the rate of the asking
     return charge
 
 
-def run(budget: Budget, accounts: Sequence[str], killed: Container[int], folder: Path) -> list[int]:
+def run(budget: SharedBudget, accounts: Sequence[str], killed: Container[int], folder: Path) -> list[int]:
     """Let a process spend from each account; return what was used by each call that was made."""
     fork = multiprocessing.get_context("fork")
     start, journals = fork.Barrier(len(accounts)), [folder / str(number) for number in range(len(accounts))]
@@ -90,7 +90,7 @@ def run(budget: Budget, accounts: Sequence[str], killed: Container[int], folder:
 def test_sixteen_processes_spend_a_budget_up_and_never_more(
     store: Store, tmp_path: Path, apart: bool, killed: Container[int]
 ) -> None:
-    budget = Budget("tree", store, lease_s=0.5 if killed else 120.0)
+    budget = SharedBudget("tree", store, lease_s=0.5 if killed else 120.0)
     budget.open({"tokens": TOKENS})
     accounts = [f"child-{number}" if apart else "" for number in range(PROCESSES)]
     for left, account in zip(range(PROCESSES, 0, -1), filter(None, accounts), strict=False):
@@ -116,7 +116,7 @@ def test_sixteen_processes_spend_a_budget_up_and_never_more(
 
 
 def test_a_charge_costs_as_much_with_many_in_flight_as_with_none(store: Store) -> None:
-    budget, costs = Budget("tree", store), []
+    budget, costs = SharedBudget("tree", store), []
     budget.open({"calls": 10_000})
     for in_flight in (0, 400):
         for number in range(in_flight):

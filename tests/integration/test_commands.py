@@ -18,7 +18,7 @@ from rlm_tasks.cli import rlm
 from rlm_tasks.settings.document import import_config
 from rlm_tasks.settings.model import Settings
 from rlm_tasks.testing import embedded
-from scheduler.events import Event, Severity
+from scheduler.events import Event, EventSeverity
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
 
@@ -158,7 +158,7 @@ def test_an_open_breaker_is_seen_and_closed(idle: Client, how: list[str]) -> Non
 
 def test_alerts_are_shown_the_newest_first(idle: Client) -> None:
     for name in ("first", "second"):
-        idle.alerts.process_event(Event("breaker.opened", f"{name} is open", Severity.WARNING, {"breaker": name}))
+        idle.alerts.process_event(Event("breaker.opened", f"{name} is open", EventSeverity.WARNING, {"breaker": name}))
     wait_until(lambda: len(idle.alerts.history()) == 2)
 
     found = told(idle, "alerts")

@@ -19,17 +19,17 @@ from resilience.keys import Keys
 from resilience.store import Store
 from resilience.timeouts import Timeouts
 from rlm_tasks.engine.guards import Guards
-from rlm_tasks.engine.item_timeouts import ItemLimits
+from rlm_tasks.engine.item_timeouts import ItemTimeouts
 from rlm_tasks.engine.node import run_node
-from rlm_tasks.engine.node_events import Notices
+from rlm_tasks.engine.node_events import NodeEvents
 from rlm_tasks.engine.rounds import Rounds
 from rlm_tasks.engine.runtime import Runtime
-from rlm_tasks.engine.shared_page import Page
-from rlm_tasks.engine.slot_shares import Shares
+from rlm_tasks.engine.shared_page import SharedPage
+from rlm_tasks.engine.slot_shares import SlotShares
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.items import ItemReader, ItemWriter
-from rlm_tasks.jobs.spec import Spec
-from rlm_tasks.ledger.budgets import Purse
+from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.ledger.budgets import JobBudgets
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.partials import compact_split
 from rlm_tasks.ledger.records import ROOT, Child, Split
@@ -70,11 +70,11 @@ class Mailbox:
         self.messages.append((job, node))
         self.sent += 1
 
-    def send_root(self, some: Sequence[Spec], node: str) -> None:
+    def send_root(self, some: Sequence[JobSpec], node: str) -> None:
         for spec in some:
             self._post(spec.job, node)
 
-    def send_children(self, spec: Spec, children: Sequence[Child], splits: Sequence[Split], *, merges: bool) -> None:
+    def send_children(self, spec: JobSpec, children: Sequence[Child], splits: Sequence[Split], *, merges: bool) -> None:
         self.splits += splits if merges else []
         for child in children:
             assert child.t != ""
@@ -102,7 +102,7 @@ class Platform:
         self.ledger = Ledger(self.store, self.keys, self.settings.ledger)
         self.slots = SlotBoard(self.store, self.keys)
         self.mailbox = Mailbox(self.ledger)
-        page = Page()
+        page = SharedPage()
         self.runtime = Runtime(
             self.settings,
             self.ledger,
@@ -112,13 +112,13 @@ class Platform:
             self.mailbox,  # type: ignore[arg-type]  # has the dispatcher's verbs
             page,
             Guards(self.store, self.settings, lambda waiters: None),
-            ItemLimits(Timeouts(self.store), self.settings.node, self.clock),
+            ItemTimeouts(Timeouts(self.store), self.settings.node, self.clock),
             FaultLog(self.store),
             Usage(self.store, self.keys),
-            Shares(self.store, self.settings, page, lambda waiters: None),
+            SlotShares(self.store, self.settings, page, lambda waiters: None),
             Board(self.store, self.keys, self.settings.pressure),
             WaitingRoom(self.store, self.keys),
-            Notices(Events(self.store), self.settings.alerts, self.clock),
+            NodeEvents(Events(self.store), self.settings.alerts, self.clock),
             self._rounds(),
             worker="unit",
             clock=self.clock,
@@ -127,20 +127,20 @@ class Platform:
         self.queues = [f"unit.{priority}" for priority in Priority]
 
     def _rounds(self) -> Rounds:
-        purse = Purse(self.store, self.settings)
+        purse = JobBudgets(self.store, self.settings)
 
         def waken(waiters: Sequence[str]) -> int:
             return wake(self.ledger, self.mailbox, waiters)  # type: ignore[arg-type]  # has the dispatcher's verbs
 
         return Rounds(self.ledger, self.mailbox, self.settings, purse, waken)  # type: ignore[arg-type]  # has the dispatcher's verbs
 
-    def submit(self, request: JobRequest) -> Spec:
+    def submit(self, request: JobRequest) -> JobSpec:
         """Open a job as the client does, without Celery."""
         job = str(uuid.UUID(int=self.random.getrandbits(128)))
         index, blocks = self.keys.staged(job, "token")
         writer = ItemWriter(self.store, index, blocks, ttl_s=3600, max_item_bytes=1 << 20)
         source, n = writer.write(request.items)
-        spec = Spec(
+        spec = JobSpec(
             job=job,
             operation=request.operation,
             source=source,
@@ -182,14 +182,14 @@ class Platform:
             assert spec is not None
             compact_split(self.ledger, job, registry.get(spec.operation), split.lo, split.hi)
 
-    def run(self, spec: Spec, between: Callable[[], None] = lambda: None) -> dict[str, str]:
+    def run(self, spec: JobSpec, between: Callable[[], None] = lambda: None) -> dict[str, str]:
         """Run until no message is left; return the job's facts."""
         while self.mailbox.messages:
             self.step()
             between()
         return self.ledger.facts(spec.job)
 
-    def output(self, spec: Spec) -> Any:
+    def output(self, spec: JobSpec) -> Any:
         """Return the packed answer, or the pages of a job without a merge."""
         from rlm_tasks.jobs import codec
         from rlm_tasks.ledger.partials import flattened, partials
@@ -200,6 +200,6 @@ class Platform:
         return list(flattened(partials(self.ledger, spec.job, 0, spec.n)))
 
 
-def reload(spec: Spec) -> Spec:
+def reload(spec: JobSpec) -> JobSpec:
     """Return the spec as a worker reads it."""
     return specs.load(specs.dump(msgspec.structs.replace(spec)))

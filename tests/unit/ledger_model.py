@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from resilience.keys import Keys
 from resilience.store import Store
 from rlm_tasks.jobs.items import RangeSource
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.records import MERGE, ROOT, Child, Claim, Report
 from rlm_tasks.requests import JobRequest
@@ -61,7 +61,7 @@ class LedgerMachine(RuleBasedStateMachine):
         settings = LedgerSettings(lease_s=LONG_S, sweep_s=LONG_S, grace_s=GRACE_S, stop_grace_s=LONG_S, death_limit=3)
         self.ledger = Ledger(Store("redis://model", client=client), keys, settings)
         shape = JobRequest(operation="sum", items=range(n)).shape(1000.0)
-        self.spec = Spec("job", "sum", RangeSource(0, 1), n, shape, "queue")
+        self.spec = JobSpec("job", "sum", RangeSource(0, 1), n, shape, "queue")
         assert self.ledger.open([(self.spec, "t")], 3600) == [True]
         assert self.ledger.open([(self.spec, "t")], 3600) == [False], "once"
         self.keys, self.n = keys.of("job"), n

@@ -25,13 +25,12 @@ from scheduler.alerts import (
     AlertChannel,
     Alerts,
     ResourcePressureEvent,
-    Severity,
     Webhook,
     alert_keys,
     sign,
     verify,
 )
-from scheduler.events import Event, Events
+from scheduler.events import Event, Events, EventSeverity
 from scheduler.settings import AlertSettings
 from tests.support import wait_until
 from tests.unit.world import World, world
@@ -70,21 +69,21 @@ def measured(level: Level | str | int = Level.NORMAL, **fields: Any) -> Resource
 @pytest.mark.parametrize(
     ("event", "severity", "minutes", "subject"),
     [
-        (Event("memory.high", "", data={"host": "a"}), Severity.WARNING, 5, "a"),
-        (Event("cpu.high", "", data={"host": "a"}), Severity.WARNING, 5, "a"),
-        (pressure("elevated"), Severity.INFO, 10, "a"),
-        (pressure("high"), Severity.WARNING, 7, "a"),
-        (pressure("critical"), Severity.ERROR, 4, "a"),
-        (pressure("emergency"), Severity.CRITICAL, 2, "a"),
-        (pressure("critical", host=""), Severity.ERROR, 4, "cluster"),
-        (opened("llm"), Severity.WARNING, 5, "llm"),
-        (Event("degradation.started", ""), Severity.INFO, 10, "cluster"),
-        (slow("scan"), Severity.WARNING, 5, "scan"),
+        (Event("memory.high", "", data={"host": "a"}), EventSeverity.WARNING, 5, "a"),
+        (Event("cpu.high", "", data={"host": "a"}), EventSeverity.WARNING, 5, "a"),
+        (pressure("elevated"), EventSeverity.INFO, 10, "a"),
+        (pressure("high"), EventSeverity.WARNING, 7, "a"),
+        (pressure("critical"), EventSeverity.ERROR, 4, "a"),
+        (pressure("emergency"), EventSeverity.CRITICAL, 2, "a"),
+        (pressure("critical", host=""), EventSeverity.ERROR, 4, "cluster"),
+        (opened("llm"), EventSeverity.WARNING, 5, "llm"),
+        (Event("degradation.started", ""), EventSeverity.INFO, 10, "cluster"),
+        (slow("scan"), EventSeverity.WARNING, 5, "scan"),
     ],
     ids=lambda each: each.name if isinstance(each, Event) else None,
 )
 def test_each_condition_has_its_severity_and_its_interval(
-    world: World, event: Event, severity: Severity, minutes: int, subject: str
+    world: World, event: Event, severity: EventSeverity, minutes: int, subject: str
 ) -> None:
     here = alerts(world)
     [first] = here.process_event(event)
@@ -132,7 +131,7 @@ def test_many_breakers_are_one_error_and_a_warning_each(world: World) -> None:
     raised = [alert for at, name in enumerate(names) for alert in here.process_event(opened(name, *names[:at]))]
 
     assert [alert.subject for alert in raised if alert.kind == "breaker.opened"] == names
-    assert [alert.severity for alert in raised if alert.kind == "breakers.open"] == [Severity.ERROR]
+    assert [alert.severity for alert in raised if alert.kind == "breakers.open"] == [EventSeverity.ERROR]
 
 
 def test_the_example_of_source_document_1(world: World) -> None:
@@ -417,7 +416,7 @@ def test_a_raised_alert_is_an_event_and_a_held_one_is_not(world: World) -> None:
     here.process_event(pressure("critical"))
     [event] = events.recent()
 
-    assert (event.name, event.severity, event.data) == ("alert.raised", Severity.ERROR, alert.fields())
+    assert (event.name, event.severity, event.data) == ("alert.raised", EventSeverity.ERROR, alert.fields())
 
 
 def test_a_callback_gets_the_alert_and_one_that_raises_stops_no_other_channel(

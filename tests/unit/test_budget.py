@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from resilience.budget import Budget, Charge, Spending
+from resilience.budget import Charge, SharedBudget, Spending
 from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.keys import Keys
 from tests.unit.world import World, world
@@ -23,8 +23,8 @@ __all__ = ["world"]
 LEASE_S = 8.0
 
 
-def opened(world: World, **limits: float) -> Budget:
-    budget = Budget("job-7", world.store(), lease_s=LEASE_S)
+def opened(world: World, **limits: float) -> SharedBudget:
+    budget = SharedBudget("job-7", world.store(), lease_s=LEASE_S)
     budget.open(limits)
     return budget
 
@@ -53,7 +53,7 @@ def test_a_reservation_is_replaced_by_what_was_used_once(world: World) -> None:
 
 
 def test_the_first_limits_hold_for_every_process(world: World) -> None:
-    ours, theirs, other = opened(world, tokens=10), opened(world, tokens=1000), Budget("job-8", world.store())
+    ours, theirs, other = opened(world, tokens=10), opened(world, tokens=1000), SharedBudget("job-8", world.store())
     assert ours.charge("a", {"tokens": 10})
 
     assert answer(theirs.charge("b", {"tokens": 1})) == ("wait", "tokens")
@@ -237,7 +237,7 @@ def test_an_account_whose_parents_have_folded_has_the_nearest_that_is_open(world
 
 def test_any_text_may_be_a_name(world: World) -> None:
     odd = 'a "b"/{c}:~|\\ \u00fc\U0001f600'
-    budget = Budget(odd, world.store())
+    budget = SharedBudget(odd, world.store())
     budget.open({odd: 1})
     budget.carve(odd)
     charge = budget.charge(odd, {odd: 1}, account=odd)
@@ -302,7 +302,7 @@ def test_prices_leave_nothing_behind(world: World) -> None:
 # --- the way to Redis --------------------------------------------------------------------------------
 
 
-def every_call(budget: Budget) -> list[Callable[[], object]]:
+def every_call(budget: SharedBudget) -> list[Callable[[], object]]:
     """Return one call of each method, in an order in which all of them do something."""
     return [
         lambda: budget.open({"tokens": 10}),
@@ -318,7 +318,7 @@ def every_call(budget: Budget) -> list[Callable[[], object]]:
 
 def test_each_call_is_one_round_trip(world: World) -> None:
     store = world.store()
-    budget = Budget("job-7", store)
+    budget = SharedBudget("job-7", store)
     calls = [*every_call(budget), budget.status]
     for call in calls:
         call()
@@ -328,7 +328,7 @@ def test_each_call_is_one_round_trip(world: World) -> None:
 
 def test_every_key_is_kept_from_the_last_change_on(world: World) -> None:
     client, keys = world.client(), Keys("unit").spending("job-7")
-    for call in every_call(Budget("job-7", world.store(), ttl_s=3600)):
+    for call in every_call(SharedBudget("job-7", world.store(), ttl_s=3600)):
         call()
         assert [key for key in client.scan_iter() if client.ttl(key) < 3000] == []
         for key in client.scan_iter():
@@ -351,7 +351,7 @@ def test_settling_shares_a_round_trip(world: World) -> None:
 
 def test_while_redis_is_away_nobody_spends_and_what_is_reserved_stays_counted(world: World) -> None:
     store = world.store()
-    budget, other = Budget("job-7", store), opened(world, tokens=10)
+    budget, other = SharedBudget("job-7", store), opened(world, tokens=10)
     budget.charge("a", {"tokens": 5})
     store.lost = True
     for call in (
@@ -378,7 +378,7 @@ def test_a_wrong_amount_is_told(world: World, amount: Any) -> None:
 
 
 def test_what_cannot_be_is_told(world: World) -> None:
-    budget, unopened = opened(world, tokens=10), Budget("job-8", world.store())
+    budget, unopened = opened(world, tokens=10), SharedBudget("job-8", world.store())
     unknown = "account='x': budget job-7 has no such account: open the budget, or carve it, first"
     for told, call in [
         (unknown, lambda: budget.charge("a", {"tokens": 1}, account="x")),
@@ -390,8 +390,8 @@ def test_what_cannot_be_is_told(world: World) -> None:
         ("id='': must not be empty", lambda: budget.charge("", {})),
         ("share=1.5: must be from 0 to 1", lambda: budget.carve("y", 1.5)),
         ("share=nan: must be from 0 to 1", lambda: budget.carve("y", float("nan"))),
-        ("ttl_s=0: must be above 0", lambda: Budget("job-7", world.store(), ttl_s=0)),
-        ("lease_s=-1: must be above 0", lambda: Budget("job-7", world.store(), lease_s=-1)),
+        ("ttl_s=0: must be above 0", lambda: SharedBudget("job-7", world.store(), ttl_s=0)),
+        ("lease_s=-1: must be above 0", lambda: SharedBudget("job-7", world.store(), lease_s=-1)),
     ]:
         with pytest.raises(InvalidValue, match=told):
             call()
@@ -532,7 +532,7 @@ class BudgetMachine(RuleBasedStateMachine):
         self.patch.undo()
 
     @property
-    def budget(self) -> Budget:
+    def budget(self) -> SharedBudget:
         """The budget of each process in turn."""
         self.turn += 1
         return self.budgets[self.turn % 2]

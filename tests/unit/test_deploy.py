@@ -26,7 +26,7 @@ from flower.options import default_options
 from rlm_tasks.celery import app
 from rlm_tasks.metrics.declared import DECLARED, Histogram
 from rlm_tasks.settings.document import validate
-from rlm_tasks.telemetry.exposition import DECLARING, Standing, registry
+from rlm_tasks.telemetry.exposition import DECLARING, WorkerState, registry
 from tests.integration.pages import PAGES, steps
 from tests.integration.pages import read as read_page
 
@@ -317,7 +317,7 @@ TARGET_LABELS = {"job", "instance"}
 def exposed() -> dict[str, set[str]]:
     """Return the labels of every metric that there is, by the names that Prometheus knows."""
     with tempfile.TemporaryDirectory() as folder:
-        told = registry(Path(folder), lambda: Standing(1, 0, False, 0, 0.0, 0, {"mail": "closed"}))
+        told = registry(Path(folder), lambda: WorkerState(1, 0, False, 0, 0.0, 0, {"mail": "closed"}))
         gauges = {sample.name: set(sample.labels) for family in told.collect() for sample in family.samples}
     found = {"up": set[str]()} | gauges
     ours = [

@@ -12,7 +12,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.retry import RetryPolicy
-from scheduler.events import Event, Events, Listener, Severity
+from scheduler.events import Event, Events, EventSeverity, Listener
 from tests.support import wait_until
 from tests.unit.world import CountingStore, World, world
 
@@ -22,7 +22,7 @@ SOON = RetryPolicy(initial_delay_s=0.01, max_delay_s=0.01)
 
 
 def slow(operation: str = "scan", **data: Any) -> Event:
-    return Event("execution.slow", f"{operation} took 31 s", Severity.WARNING, {"operation": operation, **data})
+    return Event("execution.slow", f"{operation} took 31 s", EventSeverity.WARNING, {"operation": operation, **data})
 
 
 def numbered(*numbers: int) -> list[Event]:
@@ -42,7 +42,7 @@ def test_what_one_process_emits_another_reads_with_the_servers_time(world: World
 
     [event] = Events(world.store()).recent()
 
-    assert (event.name, event.message, event.severity) == ("execution.slow", "scan took 31 s", Severity.WARNING)
+    assert (event.name, event.message, event.severity) == ("execution.slow", "scan took 31 s", EventSeverity.WARNING)
     assert event.data == {"operation": "scan", "ms": 31_000, "nested": {"a": [1, None]}}
     assert event.at == pytest.approx(world.now, abs=1e-5)
     assert event.id
@@ -165,13 +165,15 @@ def test_while_redis_is_away_events_are_logged_and_nothing_is_raised(world: Worl
 @pytest.mark.parametrize(
     ("severity", "level"),
     [
-        (Severity.INFO, logging.INFO),
-        (Severity.WARNING, logging.WARNING),
-        (Severity.ERROR, logging.ERROR),
-        (Severity.CRITICAL, logging.CRITICAL),
+        (EventSeverity.INFO, logging.INFO),
+        (EventSeverity.WARNING, logging.WARNING),
+        (EventSeverity.ERROR, logging.ERROR),
+        (EventSeverity.CRITICAL, logging.CRITICAL),
     ],
 )
-def test_every_event_is_a_line_of_the_log(world: World, caplog: pytest.LogCaptureFixture, severity: Severity, level: int) -> None:
+def test_every_event_is_a_line_of_the_log(
+    world: World, caplog: pytest.LogCaptureFixture, severity: EventSeverity, level: int
+) -> None:
     caplog.set_level(logging.INFO)
     Events(world.store()).emit(Event("cpu.high", "CPU is 91 % in use", severity, {"host": "a", "message": "b", "name": "c"}))
 

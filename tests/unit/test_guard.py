@@ -10,7 +10,7 @@ import pytest
 from rlm_tasks.ledger.records import ROOT
 from rlm_tasks.requests import JobRequest
 from rlm_tasks.worker.lost_nodes import REAPED
-from rlm_tasks.worker.supervisor import Guard
+from rlm_tasks.worker.supervisor import Supervisor
 from tests.unit.harness import Platform
 
 TOKEN = "00112233aabbccdd"
@@ -27,7 +27,7 @@ def test_a_process_that_was_reaped_on_the_way_is_known_by_its_exit_code(code: in
     slot.hold(NO_CHILD, spec.job, ROOT, TOKEN, 0.0)
     slot.start_item(3)
 
-    Guard(platform.runtime, {}, lambda: 1, list, lambda _pid: code)._reap(0.0)
+    Supervisor(platform.runtime, {}, lambda: 1, list, lambda _pid: code)._reap(0.0)
 
     assert json.loads(platform.store.client.hget(platform.keys.of(spec.job).deaths, "3"))["by"] == died_of
     assert list(platform.runtime.page.held()) == []
@@ -38,7 +38,7 @@ def test_one_that_celery_has_noticed_is_left_to_it_for_a_while() -> None:
     spec = platform.submit(JobRequest(operation="sum", items=range(10)))
     platform.ledger.claim(spec.job, ROOT, TOKEN, "unit")
     platform.runtime.page.slot(0).hold(NO_CHILD, spec.job, ROOT, TOKEN, 0.0)
-    guard = Guard(platform.runtime, {}, lambda: 1, list)
+    guard = Supervisor(platform.runtime, {}, lambda: 1, list)
 
     guard._reap(100.0)
     assert [held.pid for held in platform.runtime.page.held()] == [NO_CHILD]

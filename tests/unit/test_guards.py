@@ -20,7 +20,7 @@ from rlm_tasks.engine.guards import Guarded, Guards, Postponed
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs import item_failures as item_failures  # it says what Celery's exceptions mean
 from rlm_tasks.jobs.items import RangeSource
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.operations.context import Context
 from rlm_tasks.operations.protection import protection
@@ -31,7 +31,7 @@ from tests.unit.world import World, world
 __all__ = ["world"]
 
 
-SPEC = Spec("job", "op", RangeSource(0, 1), 1, Shape("flat"), "unit.critical", priority="critical")
+SPEC = JobSpec("job", "op", RangeSource(0, 1), 1, Shape("flat"), "unit.critical", priority="critical")
 
 
 def guards(world: World, **settings: Any) -> Guards:

@@ -15,7 +15,7 @@ from resilience.degradation import Level
 from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
 from rlm_tasks import JobRequest
-from rlm_tasks.client.admission import LOOK_EVERY_S, Intake
+from rlm_tasks.client.admission import LOOK_EVERY_S, AdmissionCheck
 from rlm_tasks.client.client import Client
 from rlm_tasks.settings.model import Settings
 from scheduler.board import Board, ClusterReport, HostReport
@@ -35,7 +35,7 @@ class Door:
         self.settings = Settings(namespace="unit", pressure=PressureSettings(**pressure))
         self.world, self.store = world, world.store()
         self.board = Board(self.store, Keys("unit"), self.settings.pressure)
-        self.intake = Intake(Celery("unit", set_as_current=False), self.store, self.settings, world.time)
+        self.intake = AdmissionCheck(Celery("unit", set_as_current=False), self.store, self.settings, world.time)
         self.queues: dict[str, QueueReport] = {}
         self.reads: list[tuple[str, ...]] = []
         self.broker_is_away = False

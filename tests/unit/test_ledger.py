@@ -7,7 +7,7 @@ from redis.exceptions import ResponseError
 
 from rlm_tasks import JobRequest, NWay
 from rlm_tasks.jobs import codec
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.records import MERGE, ROOT, Child, Claim, Report, Split, Suspect
 from rlm_tasks.messaging.dispatch import mint
 from tests.unit.harness import Platform
@@ -20,7 +20,7 @@ def platform() -> Platform:
 
 
 @pytest.fixture
-def spec(platform: Platform) -> Spec:
+def spec(platform: Platform) -> JobSpec:
     """An open job of a hundred items."""
     return platform.submit(JobRequest(operation="sum", items=range(100), strategy=NWay()))
 
@@ -30,7 +30,7 @@ def child(lo: int, hi: int) -> Child:
     return Child(mint(), lo, hi, 1, "", 0, "task", "because")
 
 
-def claimed(platform: Platform, spec: Spec, node: str = ROOT, token: str = "mine") -> Claim:
+def claimed(platform: Platform, spec: JobSpec, node: str = ROOT, token: str = "mine") -> Claim:
     """Claim a node and insist on getting it."""
     claim = platform.ledger.claim(spec.job, node, token, "worker")
     assert claim.answer == "run", claim
@@ -44,7 +44,7 @@ def done(platform: Platform, claim: Claim, mid: int, *kids: Child, **more: objec
     return finished.outcome if finished.answer == "ok" else finished.answer
 
 
-def test_a_node_is_run_by_one_holder(platform: Platform, spec: Spec) -> None:
+def test_a_node_is_run_by_one_holder(platform: Platform, spec: JobSpec) -> None:
     first = claimed(platform, spec)
 
     assert (first.lo, first.hi, first.epoch, first.spec) == (0, 100, 1, spec)
@@ -54,7 +54,7 @@ def test_a_node_is_run_by_one_holder(platform: Platform, spec: Spec) -> None:
     assert platform.ledger.claim("no-such-job", ROOT, "x", "w").answer == "unknown"
 
 
-def test_a_finished_job_has_one_last_caller_and_is_closed_once(platform: Platform, spec: Spec) -> None:
+def test_a_finished_job_has_one_last_caller_and_is_closed_once(platform: Platform, spec: JobSpec) -> None:
     claim = claimed(platform, spec)
 
     assert done(platform, claim, 100) == MERGE
@@ -65,7 +65,7 @@ def test_a_finished_job_has_one_last_caller_and_is_closed_once(platform: Platfor
     assert platform.ledger.facts(spec.job)["state"] == "succeeded"
 
 
-def test_a_cut_registers_its_children_and_they_are_sent_again_while_they_wait(platform: Platform, spec: Spec) -> None:
+def test_a_cut_registers_its_children_and_they_are_sent_again_while_they_wait(platform: Platform, spec: JobSpec) -> None:
     left, right = child(40, 70), child(70, 100)
 
     assert done(platform, claimed(platform, spec), 40, left, right, splits=[Split("s", 40, 100, "", 0, "t", 2)]) == ""
@@ -83,7 +83,7 @@ def test_a_cut_registers_its_children_and_they_are_sent_again_while_they_wait(pl
     [[child(51, 100)], [child(50, 99)], [child(50, 80), child(79, 100)], [child(50, 101)], []],
     ids=["gap", "short", "overlap", "long", "none"],
 )
-def test_parts_that_do_not_tile_the_range_are_refused_whole(platform: Platform, spec: Spec, kids: list[Child]) -> None:
+def test_parts_that_do_not_tile_the_range_are_refused_whole(platform: Platform, spec: JobSpec, kids: list[Child]) -> None:
     claim = claimed(platform, spec)
 
     with pytest.raises(ResponseError, match="TILING"):
@@ -93,7 +93,7 @@ def test_parts_that_do_not_tile_the_range_are_refused_whole(platform: Platform, 
     assert done(platform, claim, 100) == MERGE
 
 
-def test_a_holder_that_was_replaced_is_fenced(platform: Platform, spec: Spec) -> None:
+def test_a_holder_that_was_replaced_is_fenced(platform: Platform, spec: JobSpec) -> None:
     stale = claimed(platform, spec)
     assert platform.ledger.release(spec.job, ROOT, stale.token, 7, "SIGKILL")
     fresh = claimed(platform, spec, token="other")
@@ -106,7 +106,7 @@ def test_a_holder_that_was_replaced_is_fenced(platform: Platform, spec: Spec) ->
     assert done(platform, fresh, 100) == MERGE
 
 
-def test_the_sweep_takes_back_what_is_overdue_and_fences_its_holder(platform: Platform, spec: Spec) -> None:
+def test_the_sweep_takes_back_what_is_overdue_and_fences_its_holder(platform: Platform, spec: JobSpec) -> None:
     stale = claimed(platform, spec)
     platform.store.client.zadd(platform.keys.of(spec.job).due, {ROOT: 1})
 
@@ -119,7 +119,7 @@ def test_the_sweep_takes_back_what_is_overdue_and_fences_its_holder(platform: Pl
     assert done(platform, stale, 100) == "stale"
 
 
-def test_a_lease_that_ran_out_is_its_holders_until_somebody_else_claims(platform: Platform, spec: Spec) -> None:
+def test_a_lease_that_ran_out_is_its_holders_until_somebody_else_claims(platform: Platform, spec: JobSpec) -> None:
     holder = claimed(platform, spec)
     keys = platform.keys.of(spec.job)
     platform.store.client.zadd(keys.due, {ROOT: 1})
@@ -135,7 +135,7 @@ def test_a_lease_that_ran_out_is_its_holders_until_somebody_else_claims(platform
     assert platform.ledger.claim(spec.job, ROOT, "its copy", "w").answer == "done"
 
 
-def test_a_parked_node_waits_and_is_woken_by_the_sweep(platform: Platform, spec: Spec) -> None:
+def test_a_parked_node_waits_and_is_woken_by_the_sweep(platform: Platform, spec: JobSpec) -> None:
     claim = claimed(platform, spec)
     platform.ledger.park(claim, 60_000, "a bucket is empty")
 
@@ -146,7 +146,7 @@ def test_a_parked_node_waits_and_is_woken_by_the_sweep(platform: Platform, spec:
     assert claimed(platform, spec, token="other").epoch == 2
 
 
-def test_a_beat_keeps_the_lease_of_its_holder_only(platform: Platform, spec: Spec) -> None:
+def test_a_beat_keeps_the_lease_of_its_holder_only(platform: Platform, spec: JobSpec) -> None:
     claim = claimed(platform, spec)
     due = platform.keys.of(spec.job).due
     platform.store.client.zadd(due, {ROOT: 1})
@@ -157,7 +157,7 @@ def test_a_beat_keeps_the_lease_of_its_holder_only(platform: Platform, spec: Spe
     assert platform.store.client.zscore(due, ROOT) > 1
 
 
-def test_a_stopped_job_skips_what_waits_and_lets_running_nodes_hand_in(platform: Platform, spec: Spec) -> None:
+def test_a_stopped_job_skips_what_waits_and_lets_running_nodes_hand_in(platform: Platform, spec: JobSpec) -> None:
     left, right = child(10, 50), child(50, 100)
     done(platform, claimed(platform, spec), 10, left, right)
     running = claimed(platform, spec, left.id)
@@ -172,7 +172,7 @@ def test_a_stopped_job_skips_what_waits_and_lets_running_nodes_hand_in(platform:
     assert platform.ledger.stop(spec.job, "expired") == "cancelled"
 
 
-def test_force_ends_a_job_whose_nodes_do_not_hand_in(platform: Platform, spec: Spec) -> None:
+def test_force_ends_a_job_whose_nodes_do_not_hand_in(platform: Platform, spec: JobSpec) -> None:
     stuck = claimed(platform, spec)
 
     assert platform.ledger.stop(spec.job, "cancelled") == "running"
@@ -181,7 +181,7 @@ def test_force_ends_a_job_whose_nodes_do_not_hand_in(platform: Platform, spec: S
     assert platform.ledger.facts(spec.job)["skipped"] == "100"
 
 
-def test_partials_are_compacted_only_while_they_are_all_there(platform: Platform, spec: Spec) -> None:
+def test_partials_are_compacted_only_while_they_are_all_there(platform: Platform, spec: JobSpec) -> None:
     left, right = child(10, 50), child(50, 100)
     done(platform, claimed(platform, spec), 10, left, right)
     done(platform, claimed(platform, spec, right.id), 100)
@@ -193,7 +193,7 @@ def test_partials_are_compacted_only_while_they_are_all_there(platform: Platform
     assert list(platform.ledger.pieces(spec.job, 0, 50)) == [(0, 30, b"one")]
 
 
-def test_every_key_of_a_job_expires(platform: Platform, spec: Spec) -> None:
+def test_every_key_of_a_job_expires(platform: Platform, spec: JobSpec) -> None:
     done(platform, claimed(platform, spec), 40, child(40, 100), failed=[3], failures=[(3, "{}")], skipped=[4])
 
     keys = list(platform.store.client.scan_iter("unit:*"))
@@ -201,7 +201,7 @@ def test_every_key_of_a_job_expires(platform: Platform, spec: Spec) -> None:
     assert [key for key in keys if platform.store.client.ttl(key) == -1] == []
 
 
-def test_an_original_that_arrives_after_its_probe_does_not_make_the_others_lost(platform: Platform, spec: Spec) -> None:
+def test_an_original_that_arrives_after_its_probe_does_not_make_the_others_lost(platform: Platform, spec: JobSpec) -> None:
     left, right = child(0, 50), child(50, 100)
     done(platform, claimed(platform, spec), 0, left, right)
     waiting, store = platform.keys.of(spec.job).waiting, platform.store.client

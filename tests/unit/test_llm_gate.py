@@ -13,7 +13,7 @@ from resilience.degradation import Strategy
 from resilience.errors import BulkheadFull, CallTimeout, Denied, RateLimited
 from rlm_tasks.engine.guards import Guards, Postponed
 from rlm_tasks.jobs.items import RangeSource
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.llm.endpoint import Allowance, Answer, ProviderDown, Told, UnusableAnswer
 from rlm_tasks.llm.gate import BudgetSpent, Gate, Pass
@@ -42,7 +42,7 @@ class Door:
         self.guards = Guards(
             self.store, Settings(llm=settings), lambda waiters: None, lambda job, why, **_: self.stopped.append((job, why))
         )
-        spec = Spec(
+        spec = JobSpec(
             "job", "llm.map", RangeSource(0, 1), 9, Shape("flat"), "unit.normal",
             priority=priority, budget=budget, cache_ttl_s=cache_ttl_s,
         )  # fmt: skip

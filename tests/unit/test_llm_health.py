@@ -19,8 +19,8 @@ from resilience.errors import CallTimeout, Category, RateLimited
 from rlm_tasks.engine import guards
 from rlm_tasks.llm import metrics
 from rlm_tasks.llm.endpoint import Allowance, Answer, ProviderDown, ProviderRefused, Told, UnusableAnswer
-from rlm_tasks.llm.endpoint_checks import Checks, Found, ask
-from rlm_tasks.llm.endpoint_health import Health
+from rlm_tasks.llm.endpoint_checks import CheckResult, Checks, ask
+from rlm_tasks.llm.endpoint_health import EndpointHealth
 from rlm_tasks.metrics import slot_files
 from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
 from rlm_tasks.settings.model import Settings
@@ -102,20 +102,20 @@ def checks(world: World, settings: LlmSettings, worker: str = "a") -> Checks:
 
 
 def test_an_endpoint_is_ill_after_three_checks_in_a_row_and_well_after_one(world: World) -> None:
-    health = Health(world.store(), SETTINGS)
+    health = EndpointHealth(world.store(), SETTINGS)
     for why in ("away", "away", "", "away", "away"):
         health.tell("main", latency_s=0.0 if why else 0.25, why=why)
-    assert Health(world.store(), SETTINGS).ill() == frozenset()
+    assert EndpointHealth(world.store(), SETTINGS).ill() == frozenset()
 
     assert health.tell("main", why="away").strikes == 3
-    assert Health(world.store(), SETTINGS).ill() == {"main"}
+    assert EndpointHealth(world.store(), SETTINGS).ill() == {"main"}
 
     assert health.tell("main", latency_s=0.25).latency_ms == 250
-    assert Health(world.store(), SETTINGS).ill() == frozenset()
+    assert EndpointHealth(world.store(), SETTINGS).ill() == frozenset()
 
 
 def test_word_is_read_once_a_second_and_believed_for_three_intervals(world: World) -> None:
-    asks, told = Health(world.store(), SETTINGS), Health(world.store(), SETTINGS)
+    asks, told = EndpointHealth(world.store(), SETTINGS), EndpointHealth(world.store(), SETTINGS)
     assert asks.ill() == frozenset()
     for _ in range(3):
         told.tell("main", why="away")
@@ -160,7 +160,7 @@ def test_all_are_asked_and_those_that_cannot_be_say_why(world: World, provider: 
 
     away, wrong, well, closed_to_us = asyncio.run(ask(settings))
 
-    assert away == Found("e0", 0.0, "cannot be reached (ConnectError)")
+    assert away == CheckResult("e0", 0.0, "cannot be reached (ConnectError)")
     assert wrong.why
     assert well.why == ""
     assert closed_to_us.why == "UNIT_NO_KEY holds no key; set it, to any word where none is asked for"
@@ -231,7 +231,7 @@ def test_who_asks_waits_for_its_turn_and_for_a_redis_that_is_away(
     thread.start()
     wait_until(lambda: len(tries) >= 3)
     server.connected = True
-    wait_until(lambda: Health(world.store(), SETTINGS).checkups() != [])
+    wait_until(lambda: EndpointHealth(world.store(), SETTINGS).checkups() != [])
     thread.stop()
 
     assert (provider.asked, not thread.is_alive()) == (1, True)
@@ -297,7 +297,7 @@ def test_calls_are_counted_by_how_they_ended_and_answers_by_what_they_took(tmp_p
         for error in ends.values():
             metrics.failed("small", "main", error)
         metrics.failed("small", "main", asyncio.CancelledError())
-        registry = exposition.registry(tmp_path, lambda: exposition.Standing(1, 0, False, 0, 1.0))
+        registry = exposition.registry(tmp_path, lambda: exposition.WorkerState(1, 0, False, 0, 1.0))
 
         def counted(name: str, **labels: str) -> float | None:
             return registry.get_sample_value(name, {"model": "small", **labels})

@@ -6,7 +6,7 @@ import pytest
 
 from rlm_tasks.engine.guards import Guards
 from rlm_tasks.llm.endpoint import Allowance, Told
-from rlm_tasks.llm.endpoint_pool import Provider, protections
+from rlm_tasks.llm.endpoint_pool import EndpointPool, protections
 from rlm_tasks.settings.llm import EndpointSettings, LlmSettings, ModelSettings
 from rlm_tasks.settings.model import Settings
 from tests.unit.world import World, world
@@ -19,9 +19,9 @@ SPARE = EndpointSettings(name="spare", key_env="SPARE_KEY", models={MINI: "mini"
 NOTHING = Allowance()
 
 
-def provider(world: World, **llm: object) -> Provider:
+def provider(world: World, **llm: object) -> EndpointPool:
     settings = LlmSettings(**{"endpoints": (MAIN, SPARE), **llm})  # type: ignore[arg-type]  # fields by their names
-    return Provider(Guards(world.store(), Settings(llm=settings), lambda waiters: None))
+    return EndpointPool(Guards(world.store(), Settings(llm=settings), lambda waiters: None))
 
 
 def test_limits_are_of_each_model_and_key_and_those_of_a_model_come_first(world: World) -> None:

@@ -27,11 +27,11 @@ from rlm_tasks.metrics.slot_files import SlotFiles
 from rlm_tasks.requests import Options
 from rlm_tasks.settings.model import Settings
 from rlm_tasks.telemetry import exposition
-from rlm_tasks.telemetry.exposition import Standing
+from rlm_tasks.telemetry.exposition import WorkerState
 from rlm_tasks.telemetry.worker_port import STUCK_S, UNHEARD_S, Vitals, not_alive, not_ready
 
 ROOT = Path(__file__).parents[2]
-IDLE = Standing(total=4, busy=0, draining=False, level=0, memory_mb=100.0, memory_level=0)
+IDLE = WorkerState(total=4, busy=0, draining=False, level=0, memory_mb=100.0, memory_level=0)
 REPORT = Report(mid=100, done=90, failed=[1, 2, 3, 4, 5, 6], skipped=[7, 8, 9, 10], busy_us=480_000, peak_kb=2048)
 RECORDS = Counter("unit_records_total", "Records.", {"domain": ("analytics", "billing")})
 SIZES = Histogram("unit_sizes", "Sizes.", buckets=(1, 10))
@@ -300,7 +300,7 @@ def test_the_folder_of_the_owner_s_own_multiprocess_mode_is_exposed_too(tmp_path
 
 def test_gauges_tell_how_the_worker_stands(seen: Seen) -> None:
     breakers = {"llm": "open", "mail": "half-open", "search": "closed"}
-    seen.standing = Standing(
+    seen.standing = WorkerState(
         total=4, busy=3, draining=False, level=2, memory_mb=512.5, memory_level=1, breakers=breakers,
     )  # fmt: skip
 

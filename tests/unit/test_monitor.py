@@ -18,7 +18,7 @@ from rlm_tasks.worker.monitor_thread import MonitorThread
 from scheduler.admission import WaitingRoom
 from scheduler.alerts import Alerts
 from scheduler.board import Board, ClusterReport, HostReport
-from scheduler.events import Event, Events, Severity
+from scheduler.events import Event, Events, EventSeverity
 from scheduler.monitor import CALLED_PER_SLOT, Monitor, MonitorSettings
 from scheduler.queues import QueueReport
 from scheduler.sampling import Sample
@@ -106,7 +106,7 @@ class Platform:
         """Return what was told, oldest first."""
         return [each for each in reversed(Events(self.world.store()).recent(1000)) if not names or each.name in names]
 
-    def alerts(self) -> list[tuple[str, str, Severity]]:
+    def alerts(self) -> list[tuple[str, str, EventSeverity]]:
         found = Alerts(self.world.store(), AlertSettings(channels=())).history(1000)
         return [(each.kind, each.subject, each.severity) for each in reversed(found)]
 
@@ -338,11 +338,11 @@ def test_a_change_is_told_once_and_what_follows_from_it(platform: Platform) -> N
     names = ("pressure.changed", "degradation.started", "degradation.ended")
     told = [(each.name.partition(".")[2], each.data.get("level"), each.severity) for each in platform.events(*names)]
     assert told == [
-        ("changed", "critical", Severity.ERROR),
-        ("started", None, Severity.INFO),
-        ("changed", "high", Severity.WARNING),
-        ("changed", "normal", Severity.INFO),
-        ("ended", None, Severity.INFO),
+        ("changed", "critical", EventSeverity.ERROR),
+        ("started", None, EventSeverity.INFO),
+        ("changed", "high", EventSeverity.WARNING),
+        ("changed", "normal", EventSeverity.INFO),
+        ("ended", None, EventSeverity.INFO),
     ]
     first = platform.events("pressure.changed")[0]
     assert first.message == "pressure went from normal to critical: memory 90 % of 1000 MB on w1"
@@ -353,10 +353,10 @@ def test_a_host_and_the_cluster_are_alerted_each_by_itself_and_not_at_every_look
     platform.host("w1", Level.CRITICAL, memory_pct=90.0)
     platform.looks(10)
     assert sorted(each for each in platform.alerts() if each[0] == "pressure.changed") == [
-        ("pressure.changed", "cluster", Severity.ERROR),
-        ("pressure.changed", "w1", Severity.ERROR),
+        ("pressure.changed", "cluster", EventSeverity.ERROR),
+        ("pressure.changed", "w1", EventSeverity.ERROR),
     ]
-    assert ("memory.high", "w1", Severity.WARNING) in platform.alerts()
+    assert ("memory.high", "w1", EventSeverity.WARNING) in platform.alerts()
 
 
 def test_a_breaker_is_told_when_it_opens_and_when_it_closes(platform: Platform) -> None:
@@ -372,25 +372,25 @@ def test_a_breaker_is_told_when_it_opens_and_when_it_closes(platform: Platform) 
     platform.breakers.states["llm"] = "closed"
     platform.looks(2)
     assert [each.name for each in platform.events("breaker.opened", "breaker.closed")] == ["breaker.opened", "breaker.closed"]
-    assert platform.alerts() == [("breaker.opened", "llm", Severity.WARNING)]
+    assert platform.alerts() == [("breaker.opened", "llm", EventSeverity.WARNING)]
 
 
 def test_what_workers_tell_is_alerted_once_and_what_is_older_than_the_first_look_is_history(platform: Platform) -> None:
     def slow(operation: str) -> Event:
-        return Event("execution.slow", f"an item of {operation} took 60 s", Severity.WARNING, {"operation": operation})
+        return Event("execution.slow", f"an item of {operation} took 60 s", EventSeverity.WARNING, {"operation": operation})
 
     events = Events(platform.world.store())
     events.emit(slow("before"))
     platform.look()
-    events.emit(slow("after"), Event("execution.odd", "not to be alerted", Severity.WARNING, {"operation": "odd"}))
+    events.emit(slow("after"), Event("execution.odd", "not to be alerted", EventSeverity.WARNING, {"operation": "odd"}))
     platform.looks(3)
-    assert platform.alerts() == [("execution.slow", "after", Severity.WARNING)]
+    assert platform.alerts() == [("execution.slow", "after", EventSeverity.WARNING)]
 
 
 def test_a_storm_of_events_is_alerted_by_operation(platform: Platform) -> None:
     platform.look()
     Events(platform.world.store()).emit(
-        *(Event("execution.slow", "slow", Severity.WARNING, {"operation": f"op{n % 3}"}) for n in range(300))
+        *(Event("execution.slow", "slow", EventSeverity.WARNING, {"operation": f"op{n % 3}"}) for n in range(300))
     )
     platform.looks(5)
     assert sorted(subject for _, subject, _ in platform.alerts()) == ["op0", "op1", "op2"]

@@ -8,12 +8,12 @@ import pytest
 from rlm_tasks import JobRequest, NWay
 from rlm_tasks.engine.node import run_node
 from rlm_tasks.engine.tasks import beyond_this_worker
-from rlm_tasks.jobs.spec import SCHEMA, Spec
+from rlm_tasks.jobs.spec import SCHEMA, JobSpec
 from rlm_tasks.ledger.records import ROOT
 from tests.unit.harness import Platform
 
 
-def opened(platform: Platform, **changed: object) -> Spec:
+def opened(platform: Platform, **changed: object) -> JobSpec:
     """Open a job whose spec is changed in a way that a client of this version would not."""
     spec = platform.submit(JobRequest(operation="sum", items=range(10)))
     changed_spec = msgspec.structs.replace(spec, job="other", **changed)

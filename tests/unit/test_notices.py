@@ -6,24 +6,24 @@ import pytest
 from celery import Celery
 
 from rlm_tasks.client.client import Client
-from rlm_tasks.engine.node_events import MEMORY_EVERY_S, MOST_SLOW, Notices
+from rlm_tasks.engine.node_events import MEMORY_EVERY_S, MOST_SLOW, NodeEvents
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.settings.model import Settings
-from scheduler.events import Events, Severity
+from scheduler.events import Events, EventSeverity
 from scheduler.settings import AlertSettings
 from tests.unit.world import World, world
 
 __all__ = ["world"]
 
 
-def notices(world: World, **settings: float) -> tuple[Notices, Events]:
+def notices(world: World, **settings: float) -> tuple[NodeEvents, Events]:
     events = Events(world.store())
-    return Notices(events, AlertSettings.model_validate(settings), world.time), events
+    return NodeEvents(events, AlertSettings.model_validate(settings), world.time), events
 
 
 def test_an_ordinary_node_tells_nothing_and_pays_no_round_trip(world: World) -> None:
     store = world.store()
-    told = Notices(Events(store), AlertSettings(), world.time)
+    told = NodeEvents(Events(store), AlertSettings(), world.time)
     told.of_node("sum", "job", "w1", slow=[], memory_mb=499.9)
     assert store.round_trips == 0
 
@@ -35,7 +35,7 @@ def test_slow_items_are_told_with_what_is_known_of_them(world: World) -> None:
     told.of_node("sum", "job", "w1", slow=[(3, 1.5), (7, 0.25)], memory_mb=1)
 
     [second, first] = events.recent()
-    assert (first.name, first.severity) == ("execution.slow", Severity.WARNING)
+    assert (first.name, first.severity) == ("execution.slow", EventSeverity.WARNING)
     assert first.data == {"operation": "sum", "job": "job", "index": 3, "duration_ms": 1500.0}
     assert second.data["index"] == 7
 
@@ -63,7 +63,7 @@ def test_a_large_process_tells_of_its_size_again_after_a_while(world: World) -> 
 def test_a_lost_redis_does_not_fail_the_node(world: World) -> None:
     store = world.store()
     store.lost = True
-    Notices(Events(store), AlertSettings(), world.time).of_node("sum", "job", "w1", slow=[(0, 60.0)], memory_mb=1000)
+    NodeEvents(Events(store), AlertSettings(), world.time).of_node("sum", "job", "w1", slow=[(0, 60.0)], memory_mb=1000)
     assert store.round_trips == 1, "both in one"
 
 

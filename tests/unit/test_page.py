@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilience.degradation import Level
-from rlm_tasks.engine.shared_page import Page
+from rlm_tasks.engine.shared_page import SharedPage
 
 
 class Watch:
@@ -32,12 +32,12 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 
 def test_where_nobody_measures_there_is_no_pressure() -> None:
-    assert Page().level is Level.NORMAL
+    assert SharedPage().level is Level.NORMAL
 
 
 @pytest.mark.parametrize("level", Level)
 def test_a_level_is_read_as_it_was_written_until_nobody_renews_it(watch: Watch, level: Level) -> None:
-    page = Page(stale_s=15)
+    page = SharedPage(stale_s=15)
     page.level = level
     assert page.level is level
     watch.now += 15
@@ -53,14 +53,14 @@ def test_a_level_holds_on_a_host_of_any_age(uptime_s: float, level: Level, later
     with pytest.MonkeyPatch.context() as patch:
         watch = Watch(patch)
         watch.now = uptime_s
-        page = Page(stale_s=15)
+        page = SharedPage(stale_s=15)
         page.level = level
         watch.now += later_s
         assert page.level is level
 
 
 def test_a_child_reads_what_its_parent_writes_after_the_fork() -> None:
-    page = Page()
+    page = SharedPage()
     asked, answer = os.pipe(), os.pipe()
     if (pid := os.fork()) == 0:
         os.read(asked[0], 1)
@@ -89,7 +89,7 @@ def test_reading_the_level_costs_little(capsys: pytest.CaptureFixture[str]) -> N
     class Plain:
         level = Level.HIGH
 
-    page, plain = Page(), Plain()
+    page, plain = SharedPage(), Plain()
     page.level = Level.HIGH
 
     shared, attribute = median_ns(lambda: page.level), median_ns(lambda: plain.level)
@@ -103,12 +103,12 @@ def test_reading_the_level_costs_little(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_what_was_not_heard_is_not_known() -> None:
-    page = Page()
+    page = SharedPage()
     assert (page.urgent, page.slots, page.available_mb, page.free_mb) == (0, 1, 0.0, None)
 
 
 def test_no_field_of_the_page_touches_another() -> None:
-    page = Page()
+    page = SharedPage()
     page.level, page.urgent, page.slots, page.available_mb, page.free_mb = Level.HIGH, 0b1111, 1024, 123.5, 0.0
     page.draining = page.hungry = page.terminating = True
     page.recall()
@@ -122,6 +122,6 @@ def test_no_field_of_the_page_touches_another() -> None:
 
 
 def test_a_platform_without_slots_is_never_told() -> None:
-    page = Page()
+    page = SharedPage()
     page.slots = 0
     assert page.slots == 1

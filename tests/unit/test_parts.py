@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store, masked
 from rlm_tasks import InvalidRequest, operation
-from rlm_tasks.engine.shared_page import Held, Page
+from rlm_tasks.engine.shared_page import Held, SharedPage
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.item_failures import failure_of
 from rlm_tasks.operations.builtin import aggregate, sum_items
@@ -52,7 +52,7 @@ def test_long_data_is_compressed() -> None:
 
 
 def test_the_page_tells_what_each_process_holds() -> None:
-    page = Page()
+    page = SharedPage()
     first, second = page.slot(0), page.slot(7)
     first.hold(11, "job-a", "node-a", "00112233aabbccdd", 1.5)
     second.hold(12, "job-b", "node-b", "ff" * 8, 2.5)
@@ -70,7 +70,7 @@ def test_the_page_tells_what_each_process_holds() -> None:
 
 
 def test_a_forked_process_writes_to_the_same_page() -> None:
-    page = Page()
+    page = SharedPage()
     child = os.fork()
     if child == 0:
         page.slot(1).hold(os.getpid(), "job", "node", "00" * 8, 0.0)

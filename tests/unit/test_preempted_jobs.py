@@ -12,11 +12,11 @@ import pytest
 
 from resilience.store import Call
 from rlm_tasks import Adaptive, Binary, Context, JobRequest, NWay, Options, operation
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Reason
 from rlm_tasks.results import Status
 from rlm_tasks.worker.queue_order import QueueOrder
-from rlm_tasks.worker.supervisor import Guard
+from rlm_tasks.worker.supervisor import Supervisor
 from scheduler.preemption import Preemption, rank_of
 from tests.unit.harness import Platform
 
@@ -30,15 +30,15 @@ class PressedPlatform(Platform):
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed, slots=SLOTS)
-        self.guard = Guard(self.runtime, {}, lambda: SLOTS, lambda: self.queues)
-        self.depth, self.jobs, self.runs = 0, list[Spec](), Counter[tuple[str, int]]()
+        self.guard = Supervisor(self.runtime, {}, lambda: SLOTS, lambda: self.queues)
+        self.depth, self.jobs, self.runs = 0, list[JobSpec](), Counter[tuple[str, int]]()
         self.store.run(self.slots.publish("unit", SLOTS, 0, self.queues))
 
     def time(self) -> float:
         """Stand where the module `time` does in fakeredis."""
         return 1_800_000_000.0 + self.clock.now
 
-    def open(self, n: int, priority: str, preempts: bool | None, **fields: Any) -> Spec:
+    def open(self, n: int, priority: str, preempts: bool | None, **fields: Any) -> JobSpec:
         options = Options(priority=priority, preempt_lower_priority=preempts)  # type: ignore[arg-type]  # it is checked there
         self.jobs.append(self.submit(JobRequest(operation="unit_pressed", items=range(n), options=options, **fields)))
         return self.jobs[-1]
@@ -126,11 +126,11 @@ def run(platform: PressedPlatform, seed: int) -> None:
         platform.step()
 
 
-def yields(platform: PressedPlatform, spec: Spec) -> int:
+def yields(platform: PressedPlatform, spec: JobSpec) -> int:
     return sum(r.state == "c" and r.why == Reason.PREEMPTED for r in platform.ledger.all_records(spec.job))
 
 
-def tiles(platform: PressedPlatform, spec: Spec) -> bool:
+def tiles(platform: PressedPlatform, spec: JobSpec) -> bool:
     """Say whether what the nodes of a job have worked through is every item, once."""
     done = sorted((r.lo, r.mid) for r in platform.ledger.all_records(spec.job) if r.mid > r.lo and r.id != "merge")
     return [lo for lo, _ in done] + [spec.n] == [0] + [mid for _, mid in done]

@@ -16,7 +16,7 @@ from resilience.degradation import CONSTRAINTS, IN_FORCE, Level, ResourceConstra
 from resilience.retry import RetryPolicy
 from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, Options, operation
 from rlm_tasks.client.job import _receipt
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.results import Receipt, Shaped, Status
 from tests.unit.test_degradation import EMBEDDINGS, EXPENSIVE, LIMITS, OPTIONAL, QUESTIONS, SAME_IN_THE_SOURCES_WORDS, SIMPLIFIED
 from tests.unit.test_waiting import WaitingPlatform
@@ -73,7 +73,7 @@ class PressedPlatform(WaitingPlatform):
             told.update((strategy.value, level.label) for strategy in asked & set(CONSTRAINTS[level].strategies))
         return dict(told)
 
-    def job(self, name: str, items: list[dict[str, Any]], **fields: Any) -> Spec:
+    def job(self, name: str, items: list[dict[str, Any]], **fields: Any) -> JobSpec:
         """Open a job in which errors are tolerated."""
         return self.submit(JobRequest(operation=name, items=items, options=Options(continue_on_error=True), **fields))
 

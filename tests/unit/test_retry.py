@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import resilience.retry
 from resilience.errors import BulkheadFull, CallTimeout, InvalidValue, RateLimited, RetryBudgetExhausted
-from resilience.retry import FLOOR_PER_S, Course, Retry, RetryBudget, RetryPolicy, execute_with_retry, with_retry
+from resilience.retry import FLOOR_PER_S, Retry, RetryBudget, RetryPolicy, RetryState, execute_with_retry, with_retry
 from resilience.store import Store
 from tests.unit.world import World, world
 
@@ -136,7 +136,7 @@ def test_the_longest_waits_double_up_to_the_cap_for_any_number_of_failures() -> 
 
 
 def test_a_thousand_that_failed_together_come_back_apart(world: World) -> None:
-    clients = [Course(retry(world, seed=seed)) for seed in range(1000)]
+    clients = [RetryState(retry(world, seed=seed)) for seed in range(1000)]
     for failures in range(1, 5):
         bins = Counter(int(client.wait_s(Http(503)) * 10) for client in clients)
         if failures >= 3:
@@ -223,7 +223,7 @@ def test_who_says_when_to_come_back_is_believed(world: World, error: Exception, 
 
 
 def test_a_hint_shorter_than_our_own_wait_does_not_shorten_it_after_a_failure(world: World) -> None:
-    waits = [Course(retry(world, seed=seed)).wait_s(Http(503, Retry_After="0")) for seed in range(200)]
+    waits = [RetryState(retry(world, seed=seed)).wait_s(Http(503, Retry_After="0")) for seed in range(200)]
 
     assert sum(waits) / 200 == pytest.approx(0.5, abs=0.1)
 
@@ -355,7 +355,7 @@ class Outage:
         self._run()
 
     def _run(self) -> None:
-        due: list[tuple[float, int, Course | None]] = list(self._due)
+        due: list[tuple[float, int, RetryState | None]] = list(self._due)
         while due:
             self._world.now, number, course = heapq.heappop(due)
             self.first, self.retries = self.first + (course is None), self.retries + (course is not None)

@@ -15,8 +15,8 @@ from resilience.degradation import Level
 from rlm_tasks import JobRequest
 from rlm_tasks.engine.crashpoints import CrashPoint
 from rlm_tasks.engine.node import run_node
-from rlm_tasks.engine.shared_page import Page
-from rlm_tasks.engine.slot_shares import RUNS_AT_MOST, Shares
+from rlm_tasks.engine.shared_page import SharedPage
+from rlm_tasks.engine.slot_shares import RUNS_AT_MOST, SlotShares
 from rlm_tasks.ledger.records import MERGE, ROOT
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.policies import policies, policy_of, priority_for
@@ -48,10 +48,10 @@ class Worker:
     """One process: its page, its store, its shares."""
 
     def __init__(self, world: World, settings: Settings | None = None, *, slots: int = 100) -> None:
-        self.page, self.store = Page(), world.store()
+        self.page, self.store = SharedPage(), world.store()
         self.page.slots = slots
         self.woken: list[str] = []
-        self.shares = Shares(self.store, settings or Settings(namespace="unit"), self.page, self._wake)
+        self.shares = SlotShares(self.store, settings or Settings(namespace="unit"), self.page, self._wake)
 
     def _wake(self, waiters: Any) -> None:
         self.woken += waiters
@@ -254,7 +254,7 @@ def test_a_node_without_a_policy_pays_a_round_trip_more_from_high_pressure_on_al
 
     def trips(at: Level) -> int:
         platform, store = Platform(), CountingStore("redis://fake", client=world.client())
-        platform.runtime.shares = Shares(store, platform.settings, platform.runtime.page, lambda _: None)
+        platform.runtime.shares = SlotShares(store, platform.settings, platform.runtime.page, lambda _: None)
         commands: list[int] = []
         pipelined = platform.store._pipelined
         platform.store._pipelined = lambda *args, **kwargs: (commands.append(1), pipelined(*args, **kwargs))[1]  # type: ignore[method-assign]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from resilience.keys import Keys
-from scheduler.events import Severity
+from scheduler.events import EventSeverity
 from scheduler.settings import SnapshotSettings
 from scheduler.snapshots import MIN_ITEMS, MIN_PAST, RECENT, Snapshot, Snapshots, Trend, trend
 from scheduler.usage import Usage
@@ -203,7 +203,7 @@ def test_what_is_told_says_how_much_and_why(operated: Operated) -> None:
     operated.world.sleep(EVERY_S)
     [event] = operated.snapshots.take(operated.world.now)
 
-    assert (event.severity, event.message) == (Severity.WARNING, "items of parse take 12.5 ms, 25 % longer than before")
+    assert (event.severity, event.message) == (EventSeverity.WARNING, "items of parse take 12.5 ms, 25 % longer than before")
     assert event.data == {"operation": "parse", "change_percent": 25.0, "recent_ms": 12.5, "past_ms": 10.0}
 
 
@@ -236,4 +236,4 @@ def test_the_monitor_compares_once_a_minute_and_alerts(world: World) -> None:
 
     assert sizes == list(range(1, 21))
     assert [each.data["operation"] for each in platform.events("performance.degraded")] == ["parse"]
-    assert platform.alerts() == [("performance.degraded", "parse", Severity.WARNING)]
+    assert platform.alerts() == [("performance.degraded", "parse", EventSeverity.WARNING)]

@@ -14,10 +14,10 @@ from rlm_tasks.jobs.splitting import (
     RULES,
     Fork,
     Leaf,
+    NodeProgress,
     Part,
     Reason,
     Shape,
-    Standing,
     evenly,
     isolate,
     leaves,
@@ -124,10 +124,10 @@ def test_suspects_are_isolated() -> None:
     assert [(leaf.lo, leaf.hi) for leaf in leaves(isolate(0, 10, 2, [0, 9]))] == [(0, 1), (1, 9), (9, 10)]
 
 
-def standing(**changed: object) -> Standing:
+def standing(**changed: object) -> NodeProgress:
     """Return a standing in mid-run, with some facts changed."""
     facts: dict[str, object] = {"done": 50, "rest": 50, "elapsed_ms": 100.0, "depth": 1}
-    return Standing(**{**facts, **changed})  # type: ignore[arg-type]  # facts of the right types
+    return NodeProgress(**{**facts, **changed})  # type: ignore[arg-type]  # facts of the right types
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from rlm_tasks.engine.crashpoints import CrashPoint
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.items import RangeSource
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.trace_ids import origin, span_id, trace_id_of
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.settings.environment import traces_exporters
@@ -134,14 +134,14 @@ def die_of(random: Random) -> None:
         raise Died
 
 
-def run_until_death(platform: Platform, spec: Spec) -> None:
+def run_until_death(platform: Platform, spec: JobSpec) -> None:
     try:
         platform.run(spec)
     except Died:
         _spans.leave()
 
 
-def recover(platform: Platform, spec: Spec) -> None:
+def recover(platform: Platform, spec: JobSpec) -> None:
     """Give back what dead processes have held, and send what waits, as the guard and the sweep do."""
     nodes = platform.store.client.hgetall(platform.keys.of(spec.job).nodes)
     for id, text in nodes.items():
@@ -230,12 +230,12 @@ def test_a_job_that_ends_while_it_waits_is_told_once(sent: InMemorySpanExporter,
 # --- which jobs --------------------------------------------------------------------------------------
 
 
-def spec_of(job: str, trace_context: Any = None) -> Spec:
+def spec_of(job: str, trace_context: Any = None) -> JobSpec:
     options = Options(trace_context=trace_context)
     shape = request([1]).shape(1000)
     told = options.trace_context.traceparent if options.trace_context else ""
     return specs.load(
-        specs.dump(Spec(job=job, operation="sum", source=RangeSource(0, 1), n=1, shape=shape, queue="q", trace=told))
+        specs.dump(JobSpec(job=job, operation="sum", source=RangeSource(0, 1), n=1, shape=shape, queue="q", trace=told))
     )
 
 

@@ -18,8 +18,8 @@ from resilience.errors import RateLimited
 from resilience.retry import RetryPolicy
 from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, Options, operation
 from rlm_tasks.engine.guards import Guards
-from rlm_tasks.engine.outcome import Harvest
-from rlm_tasks.jobs.spec import Spec
+from rlm_tasks.engine.outcome import NodeOutcome
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.messaging.delivery import wake
 from rlm_tasks.operations import registry
 from rlm_tasks.results import Status
@@ -113,7 +113,7 @@ class WaitingPlatform(Platform):
         )
         self.parked = 0
 
-    def run_all(self, spec: Spec) -> dict[str, str]:
+    def run_all(self, spec: JobSpec) -> dict[str, str]:
         """Run until the job is final; fail when nothing moves and nothing waits."""
         while not Status((facts := self.run(spec))["state"]).final:
             waiting = [record.id for record in self.ledger.all_records(spec.job) if record.state == "p"]
@@ -145,7 +145,7 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-def _job(seed: int, name: str) -> tuple[WaitingPlatform, Spec, Weather, list[int | None]]:
+def _job(seed: int, name: str) -> tuple[WaitingPlatform, JobSpec, Weather, list[int | None]]:
     random = Random(seed)
     n = random.choice([1, 2, 9, 40, 70])
     hopeless = frozenset(random.sample(range(n), min(n, random.choice([0, 0, 2]))))
@@ -160,7 +160,7 @@ def _job(seed: int, name: str) -> tuple[WaitingPlatform, Spec, Weather, list[int
     return platform, platform.submit(request), weather, items
 
 
-def _is_exact(platform: WaitingPlatform, spec: Spec, weather: Weather, items: list[int | None]) -> None:
+def _is_exact(platform: WaitingPlatform, spec: JobSpec, weather: Weather, items: list[int | None]) -> None:
     facts = platform.run_all(spec)
     good = [item for item in items if item is not None and item not in weather.hopeless]
     assert facts["state"] == Status.SUCCEEDED, facts
@@ -319,8 +319,8 @@ def test_an_alarm_never_rings_in_a_guard(monkeypatch: pytest.MonkeyPatch, verb: 
 
 
 def test_an_alarm_never_rings_while_what_an_item_did_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = Harvest.add
-    monkeypatch.setattr(Harvest, "add", lambda harvest, output: (stock(harvest, output), time.sleep(0.1))[0])
+    stock = NodeOutcome.add
+    monkeypatch.setattr(NodeOutcome, "add", lambda harvest, output: (stock(harvest, output), time.sleep(0.1))[0])
 
     facts = _limited([0.001] * 3)
 
@@ -343,7 +343,7 @@ def unit_narrow(item: int) -> list[int]:
     return [item]
 
 
-def _parked_at_a_full_bulkhead(platform: WaitingPlatform, jobs: int) -> tuple[Any, Any, list[Spec]]:
+def _parked_at_a_full_bulkhead(platform: WaitingPlatform, jobs: int) -> tuple[Any, Any, list[JobSpec]]:
     bulkhead = platform.runtime.guards.bulkhead(registry.get("unit_narrow").protection)
     assert bulkhead is not None
     permit = bulkhead.acquire()
