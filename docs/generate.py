@@ -31,7 +31,9 @@ def rows() -> Iterator[str]:
     for place, field in fields():
         default = json.dumps(field.default) if isinstance(field.default, tuple) else field.default
         default = "" if default in (None, "[]") else default
-        yield f"| `{variable(place)}` | `{default}` | {field.description} |".replace("``", "(empty)")
+        yield f"| `{variable(place)}` | `{default}` | {field.description} |".replace(
+            "``", "(empty)"
+        )
 
 
 def main() -> int:
@@ -41,7 +43,10 @@ def main() -> int:
         PAGE.write_text(wanted, encoding="utf-8")
         return 0
     if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != wanted:
-        print(f"{PAGE.name} has drifted from the settings; run: make docs ARGS=--write", file=sys.stderr)
+        print(
+            f"{PAGE.name} has drifted from the settings; run: make docs ARGS=--write",
+            file=sys.stderr,
+        )
         return 1
     print("docs are up to date")
     return 0

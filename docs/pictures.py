@@ -1,7 +1,8 @@
-"""Draw the pictures of Flower's pages, docs/flower-*.png, from a platform that has something to show: ``make pictures``.
+"""Draw the pictures of Flower's pages, docs/flower-*.png, from a platform that has something to
+show: ``make pictures``.
 
-It starts a server, a worker with a beat within, Flower and Chromium, gives the worker a minute of a shop's work, and stops them.
-"""
+It starts a server, a worker with a beat within, Flower and Chromium, gives the worker a minute of a
+shop's work, and stops them."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ SETTINGS = {
     "PYTHONPATH": str(HERE.parent),
 }
 LOOKS = 30
-"""The monitor has looked so often when the pictures are made: what a report did to the level has passed by then."""
+"""The monitor has looked so often when the pictures are made: what a report did to the level has
+passed by then.
+"""
 TOKENS = {"requests": 1, "tokens": 120}
 
 
@@ -65,7 +68,7 @@ SHOTS = {
 }
 
 
-# --- the shop's work ---------------------------------------------------------------------------------
+# --- the shop's work --------------------------------------------------------------------------
 
 
 @operation
@@ -93,12 +96,18 @@ def report(megabytes: int) -> int:
     return len(pages)
 
 
-@operation(service="llm", rate_limit={"requests": Rate(60, per_s=60), "tokens": Rate(9000, per_s=60)}, cost=lambda _: TOKENS)
+@operation(
+    service="llm",
+    rate_limit={"requests": Rate(60, per_s=60), "tokens": Rate(9000, per_s=60)},
+    cost=lambda _: TOKENS,
+)
 def summarise(review: int) -> None:
     """Ask a model whose provider allows sixty calls a minute."""
 
 
-@operation(service="payments", breaker=BreakerConfig(failure_threshold=3, recovery_timeout_s=300), retry=5)
+@operation(
+    service="payments", breaker=BreakerConfig(failure_threshold=3, recovery_timeout_s=300), retry=5
+)
 def charge(order: int) -> None:
     """Call a service that is down."""
     raise ConnectionError("payments is down")
@@ -111,23 +120,51 @@ def label(parcel: int) -> None:
 
 
 EARLY: tuple[dict[str, Any], ...] = (
-    {"operation": "thumbnail", "description": "Thumbnails, autumn", "items": range(400), "continue_on_error": True},
+    {
+        "operation": "thumbnail",
+        "description": "Thumbnails, autumn",
+        "items": range(400),
+        "continue_on_error": True,
+    },
     {"operation": "thumbnail", "description": "Thumbnails of one supplier", "items": [46, 1, 2, 3]},
     {"operation": "summarise", "description": "Reviews of last week", "items": range(500)},
-    {"operation": "charge", "description": "Orders of 21 November", "items": range(40), "chunk_size": 10},
     {
-        "operation": "thumbnail", "description": "Thumbnails, archive", "items": range(8000), "chunk_size": 100,
-        "continue_on_error": True, "priority": "low",
+        "operation": "charge",
+        "description": "Orders of 21 November",
+        "items": range(40),
+        "chunk_size": 10,
     },
-    {"operation": "report", "description": "Report of the year", "items": [250, 600], "type": "sequential", "priority": "critical"},
-)  # fmt: skip
+    {
+        "operation": "thumbnail",
+        "description": "Thumbnails, archive",
+        "items": range(8000),
+        "chunk_size": 100,
+        "continue_on_error": True,
+        "priority": "low",
+    },
+    {
+        "operation": "report",
+        "description": "Report of the year",
+        "items": [250, 600],
+        "type": "sequential",
+        "priority": "critical",
+    },
+)
 INDEX: dict[str, Any] = {
-    "operation": "embed", "description": "Search index, nightly", "items": range(20_000), "continue_on_error": True,
-    "strategy": Adaptive(target_execution_time_ms=1500), "priority": "high",
-}  # fmt: skip
+    "operation": "embed",
+    "description": "Search index, nightly",
+    "items": range(20_000),
+    "continue_on_error": True,
+    "strategy": Adaptive(target_execution_time_ms=1500),
+    "priority": "high",
+}
 LABELS: dict[str, Any] = {
-    "operation": "label", "items": range(300), "chunk_size": 50, "priority": "critical", "preempt_lower_priority": False,
-}  # fmt: skip
+    "operation": "label",
+    "items": range(300),
+    "chunk_size": 50,
+    "priority": "critical",
+    "preempt_lower_priority": False,
+}
 
 
 def work(client: Client) -> Job:
@@ -145,7 +182,7 @@ def work(client: Client) -> Job:
     return index
 
 
-# --- pictures ----------------------------------------------------------------------------------------
+# --- pictures ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -157,7 +194,12 @@ def shop(folder: Path) -> Iterator[tuple[Client, Flower]]:
         from rlm_tasks import Client  # it reads the environment when it is imported
 
         with (
-            embedded.worker(environment, log=folder / "worker.log", slots=4, options=[*BEAT, "-n", "celery@shop"]),
+            embedded.worker(
+                environment,
+                log=folder / "worker.log",
+                slots=4,
+                options=[*BEAT, "-n", "celery@shop"],
+            ),
             flower(environment, folder / "flower.log", f"--basic_auth={USER}") as own,
             Client() as client,
         ):
@@ -168,9 +210,10 @@ def draw(browser: Browser, url: str, name: str, shot: Shot, into: Path) -> None:
     """Write the picture of a page that has drawn itself."""
     user, password = USER.split(":")
     page = browser.new_page(
-        viewport={"width": shot.width, "height": shot.height}, color_scheme=shot.theme,
+        viewport={"width": shot.width, "height": shot.height},
+        color_scheme=shot.theme,
         http_credentials={"username": user, "password": password},
-    )  # fmt: skip
+    )
     page.goto(url)
     page.locator("#rlm-tables tbody tr").first.wait_for()
     page.screenshot(path=into / f"flower-{name}.png", animations="disabled")
@@ -180,7 +223,11 @@ def draw(browser: Browser, url: str, name: str, shot: Shot, into: Path) -> None:
 def main(into: Path = HERE) -> None:
     """Draw all pictures."""
     embedded.clean_up_on_sigterm()
-    with chromium() as browser, tempfile.TemporaryDirectory() as folder, shop(Path(folder)) as (client, own):
+    with (
+        chromium() as browser,
+        tempfile.TemporaryDirectory() as folder,
+        shop(Path(folder)) as (client, own),
+    ):
         index = work(client)
         client.pressure.force("critical")
         for name, shot in SHOTS.items():

@@ -1,4 +1,5 @@
-"""Draw docs/pressure.svg from docs/pressure.json, a recorded run of docs/examples/under_pressure.py: ``make pressure``.
+"""Draw docs/pressure.svg from docs/pressure.json, a recorded run of
+docs/examples/under_pressure.py: ``make pressure``.
 
 The same data gives the same picture, byte for byte, with one version of matplotlib.
 """
@@ -46,7 +47,13 @@ def draw(rows: Rows) -> Figure:
             fill(panel, rows)
             for edge in overload(rows):
                 panel.axvline(edge, color="#555555", linewidth=0.8, linestyle=":")
-        panels[0].annotate("overload", (sum(overload(rows)) / 2, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
+        panels[0].annotate(
+            "overload",
+            (sum(overload(rows)) / 2, 1),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="bottom",
+        )
         panels[-1].set_xlabel("seconds")
         panels[-1].set_xlim(0, len(rows))
     return figure
@@ -75,15 +82,32 @@ def levels(panel: Axes, rows: Rows) -> None:
 def queues(panel: Axes, rows: Rows) -> None:
     """Draw how many messages wait, by priority, one upon the other."""
     panel.set_title("messages that wait, by priority", loc="left")
-    stack(panel, {name: (colour, [row["queued"][name] for row in rows]) for name, colour in PRIORITIES.items()})
+    stack(
+        panel,
+        {
+            name: (colour, [row["queued"][name] for row in rows])
+            for name, colour in PRIORITIES.items()
+        },
+    )
 
 
 def throughput(panel: Axes, rows: Rows) -> None:
     """Draw the items of each second by operation, and the jobs that were refused in it."""
     panel.set_title("items done and jobs refused, each second", loc="left")
-    stack(panel, {label: (colour, [row["items"][name] for row in rows]) for name, (label, colour) in OPERATIONS.items()})
+    stack(
+        panel,
+        {
+            label: (colour, [row["items"][name] for row in rows])
+            for name, (label, colour) in OPERATIONS.items()
+        },
+    )
     refused = [sum(row["refused"].values()) for row in rows]
-    line(panel, [after - before for before, after in zip([0, *refused], refused, strict=False)], "#a83246", "refused jobs")
+    line(
+        panel,
+        [after - before for before, after in zip([0, *refused], refused, strict=False)],
+        "#a83246",
+        "refused jobs",
+    )
     panel.legend()
 
 
@@ -98,16 +122,26 @@ def stack(panel: Axes, series: Mapping[str, tuple[str, Sequence[float]]]) -> Non
     panel.legend()
 
 
-def steps(panel: Axes, top: Sequence[float], colour: str, below: Sequence[float] = (), label: str = "") -> None:
+def steps(
+    panel: Axes, top: Sequence[float], colour: str, below: Sequence[float] = (), label: str = ""
+) -> None:
     """Fill what lies between figures of each second, over the whole second."""
     edges = range(len(top) + 1)
     floor = [*below, below[-1]] if below else 0
-    panel.fill_between(edges, [*top, top[-1]], floor, step="post", color=colour, linewidth=0, label=label)
+    panel.fill_between(
+        edges, [*top, top[-1]], floor, step="post", color=colour, linewidth=0, label=label
+    )
 
 
 def line(panel: Axes, values: Sequence[float], colour: str, label: str = "") -> None:
     """Join figures of each second, in the middle of it."""
-    panel.plot([second + 0.5 for second in range(len(values))], values, color=colour, linewidth=1.2, label=label)
+    panel.plot(
+        [second + 0.5 for second in range(len(values))],
+        values,
+        color=colour,
+        linewidth=1.2,
+        label=label,
+    )
 
 
 def origin(data: Path) -> str:
@@ -119,7 +153,9 @@ def main(data: Path = DATA, picture: Path = PICTURE) -> None:
     """Draw the picture of a run."""
     figure = draw(json.loads(data.read_text(encoding="utf-8"))["rows"])
     with mpl.rc_context(STYLE):
-        figure.savefig(picture, metadata={"Date": None, "Creator": None, "Description": origin(data)})
+        figure.savefig(
+            picture, metadata={"Date": None, "Creator": None, "Description": origin(data)}
+        )
 
 
 if __name__ == "__main__":

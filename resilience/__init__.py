@@ -2,9 +2,8 @@
 
     from resilience import CircuitBreaker, Store, TokenBucket, with_circuit_breaker, with_retry
 
-Knows Redis; refuses to know Celery, hosts, or who is asking: a web service may use the same breaker and buckets as
-the workers.  Names below are stable, and load on first use.
-"""
+Knows Redis; refuses to know Celery, hosts, or who is asking: a web service may use the same breaker
+and buckets as the workers.  Names below are stable, and load on first use."""
 
 from __future__ import annotations
 

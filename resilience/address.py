@@ -1,8 +1,7 @@
 """Where Redis is: at a URL, over TLS or not, or wherever sentinels say that its primary is.
 
-Decides which URLs there are, what is wrong with one in a sentence, and how a client is made of it.  Refuses to know what is
-asked of Redis.
-"""
+Decides which URLs there are, what is wrong with one in a sentence, and how a client is made of it.
+Refuses to know what is asked of Redis."""
 
 from __future__ import annotations
 
@@ -45,7 +44,8 @@ class Address:
         return self.url.startswith(SENTINEL)
 
     def client(self, **options: Any) -> redis.Redis:
-        """Return a client with these options of redis-py.  Nothing connects before its first command.
+        """Return a client with these options of redis-py.  Nothing connects before its first
+        command.
 
         It follows a fail-over: each new connection asks the sentinels.
         """
@@ -53,7 +53,9 @@ class Address:
 
         if self.url.startswith(SOCKET):  # which has neither
             options = {
-                name: value for name, value in options.items() if name not in ("socket_keepalive", "socket_connect_timeout")
+                name: value
+                for name, value in options.items()
+                if name not in ("socket_keepalive", "socket_connect_timeout")
             }
         if not self.is_watched:
             return redis.Redis.from_url(self.url, **options)
@@ -66,13 +68,18 @@ class Address:
 
         return Sentinel(  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
             hosts(self.url),
-            sentinel_kwargs=self.sentinel_options(options.get("socket_connect_timeout", SENTINEL_TIMEOUT_S)),
-            **credentials(self.url), **_encrypted(self.url), **options,
-        )  # fmt: skip
+            sentinel_kwargs=self.sentinel_options(
+                options.get("socket_connect_timeout", SENTINEL_TIMEOUT_S)
+            ),
+            **credentials(self.url),
+            **_encrypted(self.url),
+            **options,
+        )
 
     def sentinel_options(self, timeout_s: float = SENTINEL_TIMEOUT_S) -> dict[str, Any]:
         """Return the options of connections to the sentinels themselves."""
-        # Without `retry` redis-py would try a sentinel that is gone for seconds, before it asks the next.
+        # Without `retry` redis-py would try a sentinel that is gone for seconds, before it asks the
+        # next.
         patience = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": None}
         password = {"password": self.sentinel_password} if self.sentinel_password else {}
         return {**patience, **password, **_encrypted(self.url)}
@@ -80,10 +87,11 @@ class Address:
 
 @functools.cache
 def _following(*, secured: bool) -> Any:
-    """Return a connection that leaves a primary which may not write any more, as redis-py's leaves one that became a replica.
+    """Return a connection that leaves a primary which may not write any more, as redis-py's leaves
+    one that became a replica.
 
-    With ``min-replicas-to-write`` set, one that was replaced says so at once: sentinels make it a replica seconds later.
-    """
+    With ``min-replicas-to-write`` set, one that was replaced says so at once: sentinels make it a
+    replica seconds later."""
     from redis.exceptions import ConnectionError as RedisConnectionError
     from redis.exceptions import ResponseError
     from redis.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
@@ -101,7 +109,7 @@ def _following(*, secured: bool) -> Any:
     return Following
 
 
-# --- what a URL says ---------------------------------------------------------------------------------
+# --- what a URL says --------------------------------------------------------------------------
 
 
 def _parts(url: str) -> list[SplitResult]:
@@ -118,11 +126,15 @@ def credentials(url: str) -> dict[str, Any]:
     """Return database, name and password that a list of sentinels gives with its first part."""
     first = _parts(url)[0]
     named = {"username": first.username, "password": first.password}
-    return {"db": int(first.path.strip("/") or 0), **{name: unquote(value) for name, value in named.items() if value}}
+    return {
+        "db": int(first.path.strip("/") or 0),
+        **{name: unquote(value) for name, value in named.items() if value},
+    }
 
 
 def tls(url: str) -> dict[str, Any] | None:
-    """Return redis-py's options of TLS, the verification named by `ssl`'s constant; None: the connection is plain.
+    """Return redis-py's options of TLS, the verification named by `ssl`'s constant; None: the
+    connection is plain.
 
     Certificates are verified unless the URL says otherwise.
     """
@@ -132,7 +144,11 @@ def tls(url: str) -> dict[str, Any] | None:
         return None
     verification = VERIFICATION[told.pop("ssl_cert_reqs", "required")]
     by_name = told.pop("ssl_check_hostname", "true").lower() != "false"
-    return {"ssl_cert_reqs": verification, "ssl_check_hostname": by_name and verification != ssl.CERT_NONE, **told}
+    return {
+        "ssl_cert_reqs": verification,
+        "ssl_check_hostname": by_name and verification != ssl.CERT_NONE,
+        **told,
+    }
 
 
 def _encrypted(url: str) -> dict[str, Any]:
@@ -143,23 +159,33 @@ def without_tls_options(url: str) -> str:
     """Return a URL, or a list of them, without the options of TLS."""
 
     def plain(part: SplitResult) -> str:
-        kept = [(name, value) for name, value in parse_qsl(part.query, keep_blank_values=True) if not name.startswith("ssl_")]
+        kept = [
+            (name, value)
+            for name, value in parse_qsl(part.query, keep_blank_values=True)
+            if not name.startswith("ssl_")
+        ]
         return part._replace(query=urlencode(kept)).geturl()
 
     return ";".join(map(plain, _parts(url))) if "ssl_" in url else url
 
 
 def is_untrusted(error: BaseException) -> bool:
-    """Whether a connection failed for its TLS, by the server's certificate or by ours; who hung up may have other reasons."""
+    """Whether a connection failed for its TLS, by the server's certificate or by ours; who hung up
+    may have other reasons.
+    """
     cause = error.__cause__ or error.__context__ or error
-    return isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+    return isinstance(cause, ssl.SSLError) and not isinstance(
+        cause, ssl.SSLEOFError | ssl.SSLZeroReturnError
+    )
 
 
-# --- what is wrong with one --------------------------------------------------------------------------
+# --- what is wrong with one -------------------------------------------------------------------
 
 
 def check(url: str) -> None:
-    """Raise ValueError, with what to write instead, for a URL that cannot be used; no part of a password is in it."""
+    """Raise ValueError, with what to write instead, for a URL that cannot be used; no part of a
+    password is in it.
+    """
     is_watched = url.startswith(SENTINEL)
     try:
         first, *others = _parts(url)
@@ -170,18 +196,26 @@ def check(url: str) -> None:
         advice = "a port and a database are numbers, and special characters of a password are percent-encoded"
         raise ValueError(f"cannot be read: {advice}") from None
     if is_watched and ("," in "".join(names) or {each.scheme for each in others} - {first.scheme}):
-        raise ValueError("write each sentinel as Celery does: sentinel://:PASSWORD@HOST1:26379/0;sentinel://HOST2:26379")
+        raise ValueError(
+            "write each sentinel as Celery does: sentinel://:PASSWORD@HOST1:26379/0;sentinel://HOST2:26379"
+        )
     for name, value in parse_qsl(first.query):
         if name.startswith("ssl_"):
             _check_option(first.scheme, name, value)
     if not all(_repeats(first, each, is_watched) for each in others):
-        raise ValueError("what is said of the first host holds for all: leave it out for the others")
+        raise ValueError(
+            "what is said of the first host holds for all: leave it out for the others"
+        )
 
 
 def _repeats(first: SplitResult, other: SplitResult, is_watched: bool) -> bool:
-    """Whether a further host says nothing that the first has not said; each RabbitMQ may have a user and host of its own."""
+    """Whether a further host says nothing that the first has not said; each RabbitMQ may have a
+    user and host of its own.
+    """
     told = [(each.path.strip("/"), each.username, each.password) for each in (first, other)]
-    return other.query in ("", first.query) and (not is_watched or all(b in ("", None, a) for a, b in zip(*told, strict=True)))
+    return other.query in ("", first.query) and (
+        not is_watched or all(b in ("", None, a) for a, b in zip(*told, strict=True))
+    )
 
 
 def _check_option(scheme: str, name: str, value: str) -> None:

@@ -1,9 +1,10 @@
-"""A circuit breaker that every worker shares, in pybreaker's words: its listeners, exclusions and exceptions.
+"""A circuit breaker that every worker shares, in pybreaker's words: its listeners, exclusions and
+exceptions.
 
-Decides what a call's end means for the breaker, and what a refused caller hears.  Refuses to know how state is
-shared: see `breaker_storage`.  Unlike pybreaker's own, it holds no lock while the called code runs, raises what that
-code raised also when it trips, and counts what is excluded as neither a failure nor a success.
-"""
+Decides what a call's end means for the breaker, and what a refused caller hears.  Refuses to know
+how state is shared: see `breaker_storage`.  Unlike pybreaker's own, it holds no lock while the
+called code runs, raises what that code raised also when it trips, and counts what is excluded as
+neither a failure nor a success."""
 
 from __future__ import annotations
 
@@ -42,14 +43,18 @@ Excluded = type[BaseException] | Callable[[BaseException], bool]
 
 
 class CircuitOpen(Denied, pybreaker.CircuitBreakerError):
-    """A call that was not made, because the breaker of its service is open; come back after `retry_after_s`."""
+    """A call that was not made, because the breaker of its service is open; come back after
+    `retry_after_s`.
+    """
 
     code = "CIRCUIT_OPEN"
     category = Category.CIRCUIT_OPEN
 
 
 class State(str):
-    """``closed``, ``open`` or ``half-open``: compares with those, and has the `name` that pybreaker's listeners read."""
+    """``closed``, ``open`` or ``half-open``: compares with those, and has the `name` that
+    pybreaker's listeners read.
+    """
 
     __slots__ = ()
 
@@ -64,11 +69,12 @@ def _nobody(_waiters: Sequence[str]) -> None:
 
 
 class CircuitBreaker(pybreaker.CircuitBreaker):
-    """One service's breaker; the same name on the same store is the same breaker, in every process of every host.
+    """One service's breaker; the same name on the same store is the same breaker, in every process
+    of every host.
 
-    Without a `store` it is on that of ``RLM_REDIS_URL``.  A `config` may be a preset's name: ``default``, ``client``,
-    ``executor``, ``realtime``.  What `exclude` names, exceptions or functions of one, is neither a failure nor a success.
-    """
+    Without a `store` it is on that of ``RLM_REDIS_URL``.  A `config` may be a preset's name:
+    ``default``, ``client``, ``executor``, ``realtime``.  What `exclude` names, exceptions or
+    functions of one, is neither a failure nor a success."""
 
     def __init__(
         self,
@@ -91,17 +97,21 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
             self.config.success_threshold,
             exclude=exclude,
             listeners=list(listeners),
-            state_storage=pybreaker.CircuitMemoryStorage(CLOSED),  # replaced below: construction must not ask Redis
+            state_storage=pybreaker.CircuitMemoryStorage(
+                CLOSED
+            ),  # replaced below: construction must not ask Redis
             name=name,
             throw_new_error_on_trip=False,
         )
         self._state_storage = self._storage
 
-    # --- asking --------------------------------------------------------------------------------------
+    # --- asking --------------------------------------------------------------------------------
 
     @property  # type: ignore[misc]  # read-only
     def state(self) -> State:  # type: ignore[override]  # a name, where pybreaker has an object with behaviour
-        """``closed``, ``open`` or ``half-open``, as others left it at most a quarter of a second ago (FRESH_S)."""
+        """``closed``, ``open`` or ``half-open``, as others left it at most a quarter of a second
+        ago (FRESH_S).
+        """
         return self._notice(self._storage.state)
 
     @property
@@ -121,7 +131,9 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         return (True, "") if refusal is None else (False, str(self._open(refusal)))
 
     def status(self) -> dict[str, Any]:
-        """Return state, failure_count, last_failure_time (seconds since the epoch, or None) and retry_after_s."""
+        """Return state, failure_count, last_failure_time (seconds since the epoch, or None) and
+        retry_after_s.
+        """
         refusal = self._storage.standing()
         return {
             "state": str(self.state),
@@ -131,16 +143,17 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         }
 
     def _open(self, refusal: Refusal) -> CircuitOpen:
-        return CircuitOpen(f"breaker {self.name}", refusal.retry_after_s, refusal.why, noted=refusal.noted)
+        return CircuitOpen(
+            f"breaker {self.name}", refusal.retry_after_s, refusal.why, noted=refusal.noted
+        )
 
-    # --- calling -------------------------------------------------------------------------------------
+    # --- calling -------------------------------------------------------------------------------
 
     def admit(self, waiter: str = "", urgency: int = 0) -> Admission:
         """Take leave for one call, which `ended` gives back.  Raises CircuitOpen.
 
-        A `waiter` is noted when refused, by its urgency (0 is the most urgent), and handed to `wake` when the
-        breaker closes.
-        """
+        A `waiter` is noted when refused, by its urgency (0 is the most urgent), and handed to
+        `wake` when the breaker closes."""
         found = self._storage.admit(waiter, urgency)
         if isinstance(found, Refusal):
             self._notice(found.state)
@@ -153,7 +166,10 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         verdict = self._storage.report(admission, outcome)
         if verdict.word == "opened":
             logger.warning(
-                "Breaker %s opened for %g s: %s", self.name, self.config.recovery_timeout_s, type(error).__name__ if error else ""
+                "Breaker %s opened for %g s: %s",
+                self.name,
+                self.config.recovery_timeout_s,
+                type(error).__name__ if error else "",
             )
         elif verdict.word == "closed":
             logger.warning("Breaker %s closed: its service answers again", self.name)
@@ -173,7 +189,9 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         call_up(self._store, self._storage.line, self._wake, verdict.waiters)
 
     def is_system_error(self, exception: BaseException) -> bool:
-        """Say whether an exception speaks against the service: not when excluded, a 429, a 4xx, or control flow."""
+        """Say whether an exception speaks against the service: not when excluded, a 429, a 4xx, or
+        control flow.
+        """
         for exclusion in self._excluded_exceptions:
             is_type = isinstance(exclusion, type)
             if isinstance(exception, exclusion) if is_type else exclusion(exception):  # type: ignore[arg-type]
@@ -199,8 +217,12 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
                 listener.before_call(self, func, *args, **kwargs)
             return func(*args, **kwargs)
 
-    async def call_async(self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Await a coroutine function; raises what it raises, or CircuitOpen instead of calling it."""
+    async def call_async(
+        self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Await a coroutine function; raises what it raises, or CircuitOpen instead of calling
+        it.
+        """
         with self.calling():
             for listener in self._listeners:
                 listener.before_call(self, func, *args, **kwargs)
@@ -213,7 +235,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         """Decorate a function or a coroutine function."""
         return _guarded(func, lambda: self)
 
-    # --- by hand -------------------------------------------------------------------------------------
+    # --- by hand -------------------------------------------------------------------------------
 
     def open(self) -> bool:
         """Open it by hand, for the recovery timeout.  Raises StoreUnavailable."""
@@ -264,7 +286,9 @@ def _guarded(func: Callable[..., Any], breaker: Callable[[], CircuitBreaker]) ->
 
 
 class CircuitBreakers:
-    """All breakers of one store, by name: what this process uses, and what others have left there."""
+    """All breakers of one store, by name: what this process uses, and what others have left
+    there.
+    """
 
     def __init__(self, store: Store | None = None, *, wake: Wake = _nobody) -> None:
         self._given, self._wake = store, wake
@@ -274,14 +298,22 @@ class CircuitBreakers:
     def _store(self) -> Store:
         return self._given or default_store()
 
-    def get(self, name: str, config: BreakerConfig | str | None = None, **fields: Any) -> CircuitBreaker:
-        """Return the breaker of a name; the first to name it in this process decides its configuration."""
+    def get(
+        self, name: str, config: BreakerConfig | str | None = None, **fields: Any
+    ) -> CircuitBreaker:
+        """Return the breaker of a name; the first to name it in this process decides its
+        configuration.
+        """
         if name not in self._known:
-            self._known[name] = CircuitBreaker(name, self._store, configured(config, **fields), wake=self._wake)
+            self._known[name] = CircuitBreaker(
+                name, self._store, configured(config, **fields), wake=self._wake
+            )
         return self._known[name]
 
     def names(self) -> list[str]:
-        """Return the names of all breakers that any process has changed lately, or this one has used, sorted."""
+        """Return the names of all breakers that any process has changed lately, or this one has
+        used, sorted.
+        """
         [found] = self._store.ask(names_of(self._store))
         return sorted({*self._known, *(name.decode() for name in found)})
 
@@ -297,18 +329,24 @@ class CircuitBreakers:
         return chosen
 
     def status(self) -> dict[str, dict[str, Any]]:
-        """Return name -> state, failure_count, last_failure_time (seconds since the epoch, or None), retry_after_s."""
+        """Return name -> state, failure_count, last_failure_time (seconds since the epoch, or
+        None), retry_after_s.
+        """
         return {name: self.get(name).status() for name in self.names()}
 
 
 def with_circuit_breaker(
-    name: str, config: BreakerConfig | str | None = None, *, store: Store | None = None, **fields: Any
+    name: str,
+    config: BreakerConfig | str | None = None,
+    *,
+    store: Store | None = None,
+    **fields: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a function, or a coroutine function, with the breaker of a service.
 
-    ``@with_circuit_breaker("agent-factory", failure_threshold=5)``.  Fields are those of BreakerConfig; without a
-    store it is the one that RLM_REDIS_URL names.  Raises InvalidValue for a wrong field at once.
-    """
+    ``@with_circuit_breaker("agent-factory", failure_threshold=5)``.  Fields are those of
+    BreakerConfig; without a store it is the one that RLM_REDIS_URL names.  Raises InvalidValue for
+    a wrong field at once."""
     settled = configured(config, **fields)
 
     @functools.cache

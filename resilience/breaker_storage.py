@@ -1,8 +1,8 @@
 """What all workers know of one breaker, and what one process does by itself while Redis is away.
 
-Decides when a process asks: a closed breaker is believed for a quarter of a second, and then all breakers of the
-process are read in one round trip; failures, probes and openings are single scripts.  Refuses to know what is called.
-"""
+Decides when a process asks: a closed breaker is believed for a quarter of a second, and then all
+breakers of the process are read in one round trip; failures, probes and openings are single
+scripts.  Refuses to know what is called."""
 
 from __future__ import annotations
 
@@ -36,30 +36,48 @@ ASK_AGAIN_S = 0.1
 """A process that was refused a probe asks again after this, unless somebody is named to wait."""
 
 _ADMIT, _REPORT, _LOOK, _SET = (
-    Script.load("resilience", f"breaker_{verb}", prelude="breaker") for verb in ("admit", "report", "look", "set")
+    Script.load("resilience", f"breaker_{verb}", prelude="breaker")
+    for verb in ("admit", "report", "look", "set")
 )
 
 
 class BreakerConfig(Seconds):
-    """When a breaker opens, and when it closes again.  The defaults are those of source document 1."""
+    """When a breaker opens, and when it closes again.  The defaults are those of source document
+    1.
+    """
 
     failure_threshold: int = Field(5, ge=1, description="Opens after this many failures in a row.")
-    recovery_timeout_s: float = Field(60.0, gt=0, description="Stays open for this long, then lets probes pass.")
-    half_open_max_calls: int = Field(3, ge=1, description="Probes in flight at once, over all workers.")
-    half_open_timeout_s: float = Field(30.0, gt=0, description="A probe that has not ended by then frees its place.")
-    success_threshold: int = Field(3, ge=1, description="Closes after this many probes have succeeded.")
+    recovery_timeout_s: float = Field(
+        60.0, gt=0, description="Stays open for this long, then lets probes pass."
+    )
+    half_open_max_calls: int = Field(
+        3, ge=1, description="Probes in flight at once, over all workers."
+    )
+    half_open_timeout_s: float = Field(
+        30.0, gt=0, description="A probe that has not ended by then frees its place."
+    )
+    success_threshold: int = Field(
+        3, ge=1, description="Closes after this many probes have succeeded."
+    )
     memory_threshold_mb: float | None = Field(
         None, gt=0, description="Open in a process whose resident memory is larger; none: never."
     )
-    failure_rate: float | None = Field(None, gt=0, le=1, description="Opens, too, when this share of calls has failed.")
-    window_s: float = Field(30.0, gt=0, description="The failure rate is that of the last calls, for this long.")
+    failure_rate: float | None = Field(
+        None, gt=0, le=1, description="Opens, too, when this share of calls has failed."
+    )
+    window_s: float = Field(
+        30.0, gt=0, description="The failure rate is that of the last calls, for this long."
+    )
     min_calls: int = Field(20, ge=1, description="The failure rate counts from this many calls on.")
 
     @model_validator(mode="before")
     @classmethod
     def _names_of_document_1(cls, fields: Any) -> Any:
         if isinstance(fields, dict) and "timeout_seconds" in fields:
-            return {("recovery_timeout_s" if name == "timeout_seconds" else name): value for name, value in fields.items()}
+            return {
+                ("recovery_timeout_s" if name == "timeout_seconds" else name): value
+                for name, value in fields.items()
+            }
         return fields
 
 
@@ -69,11 +87,16 @@ PRESETS = {
     "executor": BreakerConfig(failure_threshold=10, recovery_timeout_s=60),
     "realtime": BreakerConfig(failure_threshold=3, recovery_timeout_s=30),
 }
-"""Named configurations, from source documents 1 (default), 0 (client) and 2 (executor, realtime)."""
+"""Named configurations, from source documents 1 (default), 0 (client) and 2 (executor,
+realtime).
+"""
 
 
-def configured(config: BreakerConfig | Mapping[str, Any] | str | None = None, **fields: Any) -> BreakerConfig:
-    """Return a configuration: one as it is or as a dict, a preset by its name, or the default; with some fields changed.
+def configured(
+    config: BreakerConfig | Mapping[str, Any] | str | None = None, **fields: Any
+) -> BreakerConfig:
+    """Return a configuration: one as it is or as a dict, a preset by its name, or the default; with
+    some fields changed.
 
     Raises InvalidValue for a name or a field that does not exist.
     """
@@ -82,12 +105,18 @@ def configured(config: BreakerConfig | Mapping[str, Any] | str | None = None, **
     if isinstance(config, str) and config not in PRESETS:
         raise InvalidValue("preset", config, f"unknown; must be one of {', '.join(PRESETS)}")
     if config is not None and not isinstance(config, BreakerConfig | str):
-        raise InvalidValue("breaker", config, "must be a preset's name, a BreakerConfig or a dict of its fields")
+        raise InvalidValue(
+            "breaker", config, "must be a preset's name, a BreakerConfig or a dict of its fields"
+        )
     base = config if isinstance(config, BreakerConfig) else PRESETS[config or "default"]
     if config is None:
-        told = store_settings().breakers.model_dump(include={"failure_threshold", "recovery_timeout_s"}, exclude_none=True)
+        told = store_settings().breakers.model_dump(
+            include={"failure_threshold", "recovery_timeout_s"}, exclude_none=True
+        )
         base = base.model_copy(update=told)
-    return BreakerConfig(**{**base.model_dump(), **BreakerConfig(**fields).model_dump(exclude_unset=True)})
+    return BreakerConfig(
+        **{**base.model_dump(), **BreakerConfig(**fields).model_dump(exclude_unset=True)}
+    )
 
 
 _NAMES = Script.load("resilience", "breaker_names")
@@ -172,12 +201,18 @@ class LocalBreaker:
         if self.state == CLOSED:
             return Admission(self._generation, local=True)
         if now < self.until or self._probing:
-            return Refusal(self.state, max(self.until - now, ASK_AGAIN_S), f"its circuit is {self.state} here, and Redis is away")
+            return Refusal(
+                self.state,
+                max(self.until - now, ASK_AGAIN_S),
+                f"its circuit is {self.state} here, and Redis is away",
+            )
         self._probing = True
         return Admission(self._generation, local=True)
 
     def report(self, outcome: str, now: float, generation: str = "") -> None:
-        """Count a failure; one success closes.  Without a generation it was admitted before Redis was lost."""
+        """Count a failure; one success closes.  Without a generation it was admitted before Redis
+        was lost.
+        """
         was_open = self.failures >= self._threshold
         if generation != self._generation if generation else was_open:
             return
@@ -196,10 +231,12 @@ class LocalBreaker:
 class SharedStorage(pybreaker.CircuitBreakerStorage):
     """State of one breaker in Redis.
 
-    To pybreaker it is read-only: every change is a script's, so that nobody who merely looks resets a counter.
-    """
+    To pybreaker it is read-only: every change is a script's, so that nobody who merely looks resets
+    a counter."""
 
-    def __init__(self, name: str, store: Store, config: BreakerConfig, memory_mb: Callable[[], float]) -> None:
+    def __init__(
+        self, name: str, store: Store, config: BreakerConfig, memory_mb: Callable[[], float]
+    ) -> None:
         super().__init__(name)
         self._store, self._config, self._clock = store, config, store.clock
         keys = Keys(store.namespace)
@@ -225,11 +262,13 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         with self._board.naming:
             self._board.known.add(self)
 
-    # --- reading -------------------------------------------------------------------------------------
+    # --- reading -------------------------------------------------------------------------------
 
     def fresh(self) -> BreakerSnapshot:
         """Return the snapshot, read again with all others of this process when it is too old."""
-        if self._clock() - self.snapshot.read_at > FRESH_S and self._board.reading.acquire(blocking=False):
+        if self._clock() - self.snapshot.read_at > FRESH_S and self._board.reading.acquire(
+            blocking=False
+        ):
             try:
                 self._read_all()
             finally:
@@ -249,7 +288,9 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
             each.absorb(answer)
 
     def look(self) -> Call:
-        """Return the call that reads this breaker and hands in the successes that were only counted."""
+        """Return the call that reads this breaker and hands in the successes that were only
+        counted.
+        """
         unreported, self._unreported = self._unreported, 0
         return self._call(_LOOK, unreported, self.snapshot.generation)
 
@@ -260,35 +301,59 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         if _text(generation) != self.snapshot.generation:
             self._unreported = 0
         self.snapshot = BreakerSnapshot(
-            _text(state), _text(generation), now + int(open_ms) / 1000, int(failures), int(successes), int(at), now
+            state=_text(state),
+            generation=_text(generation),
+            until=now + int(open_ms) / 1000,
+            failures=int(failures),
+            successes=int(successes),
+            last_failure_ms=int(at),
+            read_at=now,
         )
         self._local = None
-        return BreakerVerdict(_text(verdict), int(wait_ms) / 1000, tuple(_text(each) for each in woken))
+        return BreakerVerdict(
+            _text(verdict), int(wait_ms) / 1000, tuple(_text(each) for each in woken)
+        )
 
     def cut_off(self) -> LocalBreaker:
         """Go on by what was known last; each process by itself."""
         if self._local is None:
-            self._local = LocalBreaker(self._config.failure_threshold, self._config.recovery_timeout_s, self.snapshot)
+            self._local = LocalBreaker(
+                self._config.failure_threshold, self._config.recovery_timeout_s, self.snapshot
+            )
         return self._local
 
     def _call(self, script: Script, *args: Argument) -> Call:
         return Call(script, self._keys, (self._name, self._told, *args))
 
-    # --- deciding ------------------------------------------------------------------------------------
+    # --- deciding ------------------------------------------------------------------------------
 
     def standing(self) -> Refusal | None:
         """Return why no call would be made now, as far as this process knows, or None."""
         seen, now = self.fresh(), self._clock()
         if now < self._bloated_until:
             limit = self._config.memory_threshold_mb
-            return Refusal(OPEN, self._bloated_until - now, f"this process uses more memory than memory_threshold_mb={limit:g}")
+            return Refusal(
+                OPEN,
+                self._bloated_until - now,
+                f"this process uses more memory than memory_threshold_mb={limit:g}",
+            )
         if self._local is not None:
-            return Refusal(OPEN, self._local.until - now, "its circuit is open") if now < self._local.until else None
+            return (
+                Refusal(OPEN, self._local.until - now, "its circuit is open")
+                if now < self._local.until
+                else None
+            )
         until = max(seen.until if seen.state == OPEN else 0.0, self._refused_until)
-        return Refusal(seen.state, until - now, f"its circuit is {seen.state}") if now < until else None
+        return (
+            Refusal(seen.state, until - now, f"its circuit is {seen.state}")
+            if now < until
+            else None
+        )
 
     def admit(self, waiter: str = "", urgency: int = 0) -> Admission | Refusal:
-        """Give leave to call, or say when to come back.  A `waiter` is noted, and named when the breaker closes."""
+        """Give leave to call, or say when to come back.  A `waiter` is noted, and named when the
+        breaker closes.
+        """
         seen, now = self.fresh(), self._clock()
         self._weigh(now)
         if seen.state == CLOSED and self._local is None and now >= self._bloated_until:
@@ -317,15 +382,26 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         A success that changes nothing costs no round trip.
         """
         if admission.local:
-            if self._local is not None:  # else Redis is back, and what was done meanwhile is not its news
+            if (
+                self._local is not None
+            ):  # else Redis is back, and what was done meanwhile is not its news
                 self._local.report(outcome, self._clock(), admission.generation)
             return BreakerVerdict("kept")
-        if not admission.probe and outcome != "failed" and (outcome == "ignored" or not self.snapshot.failures):
-            counts = self._config.failure_rate is not None and admission.generation == self.snapshot.generation
+        if (
+            not admission.probe
+            and outcome != "failed"
+            and (outcome == "ignored" or not self.snapshot.failures)
+        ):
+            counts = (
+                self._config.failure_rate is not None
+                and admission.generation == self.snapshot.generation
+            )
             self._unreported += outcome == "ok" and counts
             return BreakerVerdict("kept")
         try:
-            [answer] = self._store.ask(self._call(_REPORT, admission.probe, admission.generation, outcome))
+            [answer] = self._store.ask(
+                self._call(_REPORT, admission.probe, admission.generation, outcome)
+            )
         except StoreUnavailable:
             self.cut_off().report(outcome, self._clock())
             return BreakerVerdict("kept")
@@ -354,9 +430,14 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         self._weigh_at = now + FRESH_S
         if (used := self._memory_mb()) > limit:
             self._bloated_until = now + self._config.recovery_timeout_s
-            logger.warning("Breaker %s opened in this process: it uses %.0f MB, the limit is %g", self._name, used, limit)
+            logger.warning(
+                "Breaker %s opened in this process: it uses %.0f MB, the limit is %g",
+                self._name,
+                used,
+                limit,
+            )
 
-    # --- what pybreaker reads ------------------------------------------------------------------------
+    # --- what pybreaker reads ------------------------------------------------------------------
 
     @property  # type: ignore[misc]  # read-only on purpose
     def state(self) -> str:

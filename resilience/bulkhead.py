@@ -1,8 +1,9 @@
-"""A bulkhead that every worker shares: at most so many calls of a service in flight, over all hosts and on each.
+"""A bulkhead that every worker shares: at most so many calls of a service in flight, over all hosts
+and on each.
 
-Decides who may start a call.  A permit is leased, so that whoever dies with it gives it back; its limit is fixed, or
-moves: with what the service bears (`Aimd`), or with what is asked for (`Elastic`).  Refuses to know what is called.
-"""
+Decides who may start a call.  A permit is leased, so that whoever dies with it gives it back; its
+limit is fixed, or moves: with what the service bears (`Aimd`), or with what is asked for
+(`Elastic`).  Refuses to know what is called."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from resilience.errors import BulkheadFull, Category, InvalidValue, NeverSatisfiable, StoreUnavailable
+from resilience.errors import (
+    BulkheadFull,
+    Category,
+    InvalidValue,
+    NeverSatisfiable,
+    StoreUnavailable,
+)
 from resilience.faults import classify
 from resilience.keys import Keys
 from resilience.store import Argument, Call, Script, Store, default_store
@@ -26,15 +33,22 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 LEASE_S = 60.0
-"""A permit that was not given back by then is free: the longest a provider's call may take (source document 3)."""
+"""A permit that was not given back by then is free: the longest a provider's call may take (source
+document 3).
+"""
 LOOK_AGAIN_S = 0.02
 _DROPS = frozenset({Category.TIMEOUT, Category.RATE_LIMITED, Category.TRANSIENT, Category.RESOURCE})
-_TAKE, _RELEASE = (Script.load("resilience", f"bulkhead_{verb}", prelude="bulkhead") for verb in ("take", "release"))
+_TAKE, _RELEASE = (
+    Script.load("resilience", f"bulkhead_{verb}", prelude="bulkhead")
+    for verb in ("take", "release")
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Aimd:
-    """A limit that finds what a service bears: one more while all goes well, a tenth less on time-outs, 429 and 5xx."""
+    """A limit that finds what a service bears: one more while all goes well, a tenth less on
+    time-outs, 429 and 5xx.
+    """
 
     start: float = 20.0
     most: float = 200.0
@@ -45,10 +59,11 @@ class Aimd:
 
 @dataclass(frozen=True, slots=True)
 class Elastic:
-    """A limit that grows from a base as far as `most` when more is asked for, and shrinks when that has long ended.
+    """A limit that grows from a base as far as `most` when more is asked for, and shrinks when that
+    has long ended.
 
-    A memory pool of 500 MB to 2 GB with a delay of 15 min (source document 3): ``Elastic(500, 2048, 900)``.
-    """
+    A memory pool of 500 MB to 2 GB with a delay of 15 min (source document 3): ``Elastic(500, 2048,
+    900)``."""
 
     base: float
     most: float
@@ -68,9 +83,19 @@ def _ordered(name: str, least: float, most: float) -> None:
 
 
 class Permit:
-    """Leave to have one call in flight; false when there is none.  Give it back with `release`, or by leaving ``with``."""
+    """Leave to have one call in flight; false when there is none.  Give it back with `release`, or
+    by leaving ``with``.
+    """
 
-    def __init__(self, bulkhead: Bulkhead, name: str, wait_s: float = 0.0, *, local: bool = False, noted: bool = False) -> None:
+    def __init__(
+        self,
+        bulkhead: Bulkhead,
+        name: str,
+        wait_s: float = 0.0,
+        *,
+        local: bool = False,
+        noted: bool = False,
+    ) -> None:
         self._bulkhead, self.name, self.wait_s, self.local = bulkhead, name, wait_s, local
         self.noted = noted  # denied, and its waiter stands in line
 
@@ -85,7 +110,9 @@ class Permit:
 
 
 class Bulkhead:
-    """The calls of one service in flight; the same name on the same store is the same bulkhead, in every process."""
+    """The calls of one service in flight; the same name on the same store is the same bulkhead, in
+    every process.
+    """
 
     def __init__(
         self,
@@ -99,16 +126,23 @@ class Bulkhead:
         wake: Wake = lambda _: None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`limit` may be a preset's name; None finds a limit by itself, as ``Aimd()`` does; `per_host` None bounds no host.
+        """`limit` may be a preset's name; None finds a limit by itself, as ``Aimd()`` does;
+        `per_host` None bounds no host.
 
-        A permit that was not given back is free after `lease_s` seconds.  A host is the machine, unless the caller of
-        `acquire` names another thing to count by, such as an endpoint.  Raises InvalidValue.
-        """
+        A permit that was not given back is free after `lease_s` seconds.  A host is the machine,
+        unless the caller of `acquire` names another thing to count by, such as an endpoint.  Raises
+        InvalidValue."""
         self.name, self._store, self._lease_s = name, store or default_store(), lease_s
         if isinstance(limit, str) and limit not in PRESETS:
-            raise InvalidValue("limit", limit, f"must be a number, Aimd, Elastic, or one of {', '.join(PRESETS)}")
+            raise InvalidValue(
+                "limit", limit, f"must be a number, Aimd, Elastic, or one of {', '.join(PRESETS)}"
+            )
         moving = Aimd() if limit is None else PRESETS[limit] if isinstance(limit, str) else limit
-        for field, value in (("limit", _base(moving)), ("per_host", per_host or 1), ("lease_s", lease_s)):
+        for field, value in (
+            ("limit", _base(moving)),
+            ("per_host", per_host or 1),
+            ("lease_s", lease_s),
+        ):
             if not value > 0:
                 raise InvalidValue(field, value, "must be above 0")
         self._limit, self._per_host = moving, per_host or 0
@@ -123,25 +157,40 @@ class Bulkhead:
         return self.owner_of(os.getpid())
 
     def owner_of(self, pid: int) -> str:
-        """Return the name of a process of this machine: when it has died, `forget` gives back all that it held."""
+        """Return the name of a process of this machine: when it has died, `forget` gives back all
+        that it held.
+        """
         return f"{self._host}:{pid}"
 
-    # --- taking --------------------------------------------------------------------------------------
+    # --- taking --------------------------------------------------------------------------------
 
     def acquire(
-        self, *, max_wait_s: float = 0.0, weight: float = 1.0, host: str = "", waiter: str = "", urgency: int = 0
+        self,
+        *,
+        max_wait_s: float = 0.0,
+        weight: float = 1.0,
+        host: str = "",
+        waiter: str = "",
+        urgency: int = 0,
     ) -> Permit:
-        """Take a permit, waiting up to `max_wait_s` seconds; a false one says in `wait_s` when the next lease ends.
+        """Take a permit, waiting up to `max_wait_s` seconds; a false one says in `wait_s` when the
+        next lease ends.
 
-        A `waiter` is noted when denied, by its urgency (0 is the most urgent), and handed to `wake` when there is
-        room.  Raises NeverSatisfiable for a weight above the limit.
-        """
+        A `waiter` is noted when denied, by its urgency (0 is the most urgent), and handed to `wake`
+        when there is room.  Raises NeverSatisfiable for a weight above the limit."""
         if not weight > 0:
             raise InvalidValue("weight", weight, "must be above 0")
         if weight > _most(self._limit) or 0 < self._per_host < weight:
-            raise NeverSatisfiable(f"bulkhead {self.name}", weight, min(_most(self._limit), self._per_host or float("inf")))
+            raise NeverSatisfiable(
+                f"bulkhead {self.name}",
+                weight,
+                min(_most(self._limit), self._per_host or float("inf")),
+            )
         until = self._store.clock() + max_wait_s
-        while not (permit := self._take(weight, host, waiter, urgency)) and self._store.clock() < until:
+        while (
+            not (permit := self._take(weight, host, waiter, urgency))
+            and self._store.clock() < until
+        ):
             self._sleep(LOOK_AGAIN_S * self._store.random.uniform(0.5, 1.0))
         return permit
 
@@ -158,13 +207,26 @@ class Bulkhead:
 
     def full(self, permit: Permit) -> BulkheadFull:
         """Return what a caller is told that got no permit."""
-        return BulkheadFull(f"bulkhead {self.name}", permit.wait_s, "as many calls are in flight as may be", noted=permit.noted)
+        return BulkheadFull(
+            f"bulkhead {self.name}",
+            permit.wait_s,
+            "as many calls are in flight as may be",
+            noted=permit.noted,
+        )
 
     def _take(self, weight: float, host: str, waiter: str, urgency: int) -> Permit:
         host, size = _plain(host or self._host), f"{weight:.15g}"
         name = f"{self.owner}|{host}|{size}|{secrets.token_hex(6)}"
-        told: tuple[Argument, ...] = (name, host, size, int(self._lease_s * 1000), _base(self._limit))
-        shrink_ms = int(self._limit.shrink_after_s * 1000) if isinstance(self._limit, Elastic) else 0
+        told: tuple[Argument, ...] = (
+            name,
+            host,
+            size,
+            int(self._lease_s * 1000),
+            _base(self._limit),
+        )
+        shrink_ms = (
+            int(self._limit.shrink_after_s * 1000) if isinstance(self._limit, Elastic) else 0
+        )
         more = (self._per_host, self._kind, _most(self._limit), shrink_ms, waiter, urgency)
         try:
             [[granted, _, _, wait_ms]] = self._store.ask(Call(_TAKE, self._keys, (*told, *more)))
@@ -177,7 +239,9 @@ class Bulkhead:
         return Permit(self, name)
 
     def _take_alone(self, name: str) -> Permit:
-        """Hold as many as at the moment Redis was lost, and one at least: others do the same, so the sum holds."""
+        """Hold as many as at the moment Redis was lost, and one at least: others do the same, so
+        the sum holds.
+        """
         if self._alone is None:
             self._alone = max(1, self._held)
         if self._held >= self._alone:
@@ -189,9 +253,11 @@ class Bulkhead:
     def _kind(self) -> str:
         return {Aimd: "aimd", Elastic: "elastic"}.get(type(self._limit), "fixed")
 
-    # --- giving back ---------------------------------------------------------------------------------
+    # --- giving back ---------------------------------------------------------------------------
 
-    def give_back(self, permit: str, error: BaseException | None = None, *, local: bool = False) -> None:
+    def give_back(
+        self, permit: str, error: BaseException | None = None, *, local: bool = False
+    ) -> None:
         """Release a permit by its name; while Redis is away its lease does."""
         self._held -= 1
         if not local:
@@ -199,11 +265,21 @@ class Bulkhead:
             self._release(permit, self.owner, "dropped" if dropped else "ok")
 
     def forget(self, owner: str) -> int:
-        """Give back all permits of a process that has died (see `owner`); return how many it held."""
+        """Give back all permits of a process that has died (see `owner`); return how many it
+        held.
+        """
         return self._release("", owner, "ok")
 
     def _release(self, permit: str, owner: str, outcome: str) -> int:
-        told = (permit, owner, outcome, int(self._lease_s * 1000), self._kind, _base(self._limit), _most(self._limit))
+        told = (
+            permit,
+            owner,
+            outcome,
+            int(self._lease_s * 1000),
+            self._kind,
+            _base(self._limit),
+            _most(self._limit),
+        )
         try:
             [[held, _, *waiters]] = self._store.ask(Call(_RELEASE, self._keys, told))
         except StoreUnavailable:
@@ -214,13 +290,17 @@ class Bulkhead:
     def status(self) -> dict[str, float]:
         """Return used, limit and waiting.  Raises StoreUnavailable."""
         permits, about, _, waiting = self._keys
-        [[used, limit, waits]] = self._store.ask(Call(_STATUS, (permits, about, waiting), (_base(self._limit),)))
+        [[used, limit, waits]] = self._store.ask(
+            Call(_STATUS, (permits, about, waiting), (_base(self._limit),))
+        )
         return {"used": float(used), "limit": float(limit), "waiting": int(waits)}
 
-    # --- calling -------------------------------------------------------------------------------------
+    # --- calling -------------------------------------------------------------------------------
 
     @contextmanager
-    def permit(self, *, max_wait_s: float = 0.0, weight: float = 1.0, host: str = "") -> Generator[Permit, None, None]:
+    def permit(
+        self, *, max_wait_s: float = 0.0, weight: float = 1.0, host: str = ""
+    ) -> Generator[Permit, None, None]:
         """Guard a block of code.  Raises BulkheadFull."""
         permit = self.acquire(max_wait_s=max_wait_s, weight=weight, host=host)
         if not permit:
@@ -237,7 +317,9 @@ class Bulkhead:
         with self.permit():
             return func(*args, **kwargs)
 
-    async def call_async(self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def call_async(
+        self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """Await a coroutine function when there is room.  Raises BulkheadFull."""
         with self.permit():
             return await func(*args, **kwargs)
@@ -268,7 +350,13 @@ def _plain(host: str) -> str:
 
 
 def _base(limit: float | Aimd | Elastic) -> float:
-    return limit.start if isinstance(limit, Aimd) else limit.base if isinstance(limit, Elastic) else limit
+    return (
+        limit.start
+        if isinstance(limit, Aimd)
+        else limit.base
+        if isinstance(limit, Elastic)
+        else limit
+    )
 
 
 def _most(limit: float | Aimd | Elastic) -> float:

@@ -1,8 +1,8 @@
 """Pressure levels, and what code leaves out at each: cheaper answers instead of none.
 
-Decides which strategies are in force at a level, and remembers which of them really shaped an answer.  Factors and levels
-are those of source document 1.  Refuses to know where a level comes from and what is computed.
-"""
+Decides which strategies are in force at a level, and remembers which of them really shaped an
+answer.  Factors and levels are those of source document 1.  Refuses to know where a level comes
+from and what is computed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ class Constraints:
 
     @property
     def fingerprint(self) -> str:
-        """What a cache key must contain, so that a degraded answer is never taken for a full one; '' when nothing is."""
+        """What a cache key must contain, so that a degraded answer is never taken for a full one;
+        '' when nothing is.
+        """
         if not self.strategies:
             return ""
         names = ",".join(self.strategies)
@@ -88,8 +90,12 @@ CONSTRAINTS: dict[Level, Constraints] = {
     Level.NORMAL: Constraints(),
     Level.ELEVATED: Constraints(0.8),
     Level.HIGH: Constraints(0.8, skip_optional_analysis=True, skip_expensive_computation=True),
-    Level.CRITICAL: Constraints(0.5, True, True, use_simplified_methods=True, embedding_dimensions_factor=0.5),
-    Level.EMERGENCY: Constraints(0.3, True, True, use_simplified_methods=True, embedding_dimensions_factor=0.5),
+    Level.CRITICAL: Constraints(
+        0.5, True, True, use_simplified_methods=True, embedding_dimensions_factor=0.5
+    ),
+    Level.EMERGENCY: Constraints(
+        0.3, True, True, use_simplified_methods=True, embedding_dimensions_factor=0.5
+    ),
 }
 
 
@@ -109,7 +115,9 @@ class Degradation:
 
     def embedding_dimensions(self, full: int) -> int:
         """Return how many dimensions an embedding of `full` dimensions is to have."""
-        return self._reduced(full, self.constraints.embedding_dimensions_factor, Strategy.EMBEDDINGS)
+        return self._reduced(
+            full, self.constraints.embedding_dimensions_factor, Strategy.EMBEDDINGS
+        )
 
     @property
     def skip_optional(self) -> bool:
@@ -127,9 +135,17 @@ class Degradation:
         return self._asked(Strategy.SIMPLIFIED, self.constraints.use_simplified_methods)
 
     def size(self, full: int) -> int:
-        """Return which of the sizes 0 to `full` to use: one less from high pressure on, the smallest from critical."""
+        """Return which of the sizes 0 to `full` to use: one less from high pressure on, the
+        smallest from critical.
+        """
         its = self.constraints
-        size = 0 if its.use_simplified_methods else max(0, full - 1) if its.skip_expensive_computation else full
+        size = (
+            0
+            if its.use_simplified_methods
+            else max(0, full - 1)
+            if its.skip_expensive_computation
+            else full
+        )
         if size < full:
             self.shaped.add(Strategy.SMALLER_MODEL)
         return size
@@ -153,13 +169,14 @@ IN_FORCE: ContextVar[Degradation | None] = ContextVar("degradation", default=Non
 class ResourceConstraints:
     """The same questions in the words of source document 1, for code that is handed a context.
 
-    `context` is an operation's ``ctx``, or a dict: its ``pressure_level`` (a name, a number or a `Level`) is taken when it
-    has one, and what holds for the running item otherwise.
-    """
+    `context` is an operation's ``ctx``, or a dict: its ``pressure_level`` (a name, a number or a
+    `Level`) is taken when it has one, and what holds for the running item otherwise."""
 
     @staticmethod
     def get_constraints(context: Any = None) -> dict[str, Any]:
-        """Return everything that is asked for, as a dict.  Reading it leaves no trace in the receipt: act on the others."""
+        """Return everything that is asked for, as a dict.  Reading it leaves no trace in the
+        receipt: act on the others.
+        """
         found = _of(context)
         asked = found.constraints
         return {
@@ -210,4 +227,6 @@ def as_level(value: Level | str | int) -> Level:
     try:
         return Level[value.upper()] if isinstance(value, str) else Level(value)
     except (KeyError, ValueError):
-        raise ValueError(f"{value!r} is no pressure level; there are {', '.join(each.label for each in Level)}") from None
+        raise ValueError(
+            f"{value!r} is no pressure level; there are {', '.join(each.label for each in Level)}"
+        ) from None

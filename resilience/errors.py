@@ -1,4 +1,5 @@
-"""The root of every error a user can meet, and what is said about each: code, category, severity, retryable.
+"""The root of every error a user can meet, and what is said about each: code, category, severity,
+retryable.
 
     RlmError
     ├── StoreUnavailable        Redis does not answer
@@ -7,7 +8,8 @@
     ├── NeverSatisfiable        asks for more than a limit can ever grant (also a ValueError)
     ├── CallTimeout             a call ran into its limit (also a TimeoutError)
     ├── RetryBudgetExhausted    too much of the load on a service is retries already
-    ├── Denied                  a guard said no before anything ran: costs no attempt, has `retry_after_s`
+    ├── Denied                  a guard said no before anything ran: costs no attempt, has
+    `retry_after_s`
     │   ├── RateLimited         a bucket is empty, or a provider asked for a pause
     │   ├── BulkheadFull        as many calls are in flight as may be
     │   └── CircuitOpen         (in resilience.breaker, beside pybreaker whose error it is, too)
@@ -51,7 +53,9 @@ class Category(StrEnum):
 
 
 class RlmError(Exception):
-    """Base of every error this platform raises on purpose; each says by its class what may be done about it."""
+    """Base of every error this platform raises on purpose; each says by its class what may be done
+    about it.
+    """
 
     code = "RLM_ERROR"
     category = Category.OPERATION
@@ -61,7 +65,9 @@ class RlmError(Exception):
 
 
 class StoreUnavailable(RlmError):
-    """Redis cannot be reached, or stopped answering.  Has its `url`, without a password, and the `cause`."""
+    """Redis cannot be reached, or stopped answering.  Has its `url`, without a password, and the
+    `cause`.
+    """
 
     code = "SERVICE_UNAVAILABLE"
     category = Category.TRANSIENT
@@ -70,7 +76,9 @@ class StoreUnavailable(RlmError):
 
     def __init__(self, url: str, cause: str) -> None:
         self.url, self.cause = url, cause
-        super().__init__(f"Redis at {url} does not answer ({cause}); start it, or set RLM_REDIS_URL")
+        super().__init__(
+            f"Redis at {url} does not answer ({cause}); start it, or set RLM_REDIS_URL"
+        )
 
 
 class StoreUntrusted(StoreUnavailable):
@@ -83,7 +91,9 @@ class StoreUntrusted(StoreUnavailable):
 
     def __init__(self, url: str, cause: str) -> None:
         super().__init__(url, cause)
-        self.args = (f"Redis at {url} is not trusted ({cause}); see its certificate, and port and ssl_ca_certs in RLM_REDIS_URL",)
+        self.args = (
+            f"Redis at {url} is not trusted ({cause}); see its certificate, and port and ssl_ca_certs in RLM_REDIS_URL",
+        )
 
 
 class InvalidValue(RlmError, ValueError):
@@ -101,14 +111,18 @@ class InvalidValue(RlmError, ValueError):
 
 
 class NeverSatisfiable(RlmError, ValueError):
-    """Asks a limit for more than it can ever grant at once.  Has `what` was asked, the `amount` and the `limit`."""
+    """Asks a limit for more than it can ever grant at once.  Has `what` was asked, the `amount` and
+    the `limit`.
+    """
 
     code = "NEVER_SATISFIABLE"
     category = Category.QUOTA
 
     def __init__(self, what: str, amount: float, limit: float) -> None:
         self.what, self.amount, self.limit = what, amount, limit
-        super().__init__(f"{what}: {amount:g} at once can never be granted, the limit is {limit:g}; ask for less, or raise it")
+        super().__init__(
+            f"{what}: {amount:g} at once can never be granted, the limit is {limit:g}; ask for less, or raise it"
+        )
 
 
 class CallTimeout(RlmError, TimeoutError):
@@ -125,7 +139,9 @@ class CallTimeout(RlmError, TimeoutError):
 
 
 class RetryBudgetExhausted(RlmError):
-    """A retry was not made, because too many of the calls to its `service` are retries; `last` is the error before."""
+    """A retry was not made, because too many of the calls to its `service` are retries; `last` is
+    the error before.
+    """
 
     code = "RETRY_BUDGET_EXHAUSTED"
     category = Category.TRANSIENT
@@ -133,7 +149,9 @@ class RetryBudgetExhausted(RlmError):
 
     def __init__(self, service: str, last: BaseException) -> None:
         self.service, self.last = service, last
-        super().__init__(f"no retry of {service!r}: its retry budget is spent; the last error was {type(last).__name__}: {last}")
+        super().__init__(
+            f"no retry of {service!r}: its retry budget is spent; the last error was {type(last).__name__}: {last}"
+        )
 
 
 class Denied(RlmError):

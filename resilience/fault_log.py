@@ -1,9 +1,10 @@
-"""The recurring faults of all workers: which few keep coming back, how bad they are, whether retries help.
+"""The recurring faults of all workers: which few keep coming back, how bad they are, whether
+retries help.
 
-Decides what counts as the same fault (service, code, fingerprint of the message), which patterns are kept, and
-when one comes so often that it matters more.  Refuses to know what the services are, what is done about a fault,
-and what a message said of the items at hand: a fingerprint leaves that out.
-"""
+Decides what counts as the same fault (service, code, fingerprint of the message), which patterns
+are kept, and when one comes so often that it matters more.  Refuses to know what the services are,
+what is done about a fault, and what a message said of the items at hand: a fingerprint leaves that
+out."""
 
 from __future__ import annotations
 
@@ -28,14 +29,16 @@ logger = logging.getLogger(__name__)
 LENGTH = 120
 """A fingerprint has at most this many characters."""
 _READ = 2000
-"""Characters of a message that are looked at: some messages hold a whole item, and are megabytes long."""
+"""Characters of a message that are looked at: some messages hold a whole item, and are megabytes
+long.
+"""
 
 _RECORD = Script.load("resilience", "fault_log")
 _PATTERNS = Script.load("resilience", "fault_patterns")
 
 _BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
-# An earlier alternative hides what later ones would find inside of it.  A quote that is not closed reaches to the end,
-# because messages are cut; one inside a word is an apostrophe.
+# An earlier alternative hides what later ones would find inside of it.  A quote that is not closed
+# reaches to the end, because messages are cut; one inside a word is an apostrophe.
 _VARYING = re.compile(
     r"""
     (?<!\w) [bru]{0,2} (?: '(?:\\.|.)*?(?:'(?!\w)|\Z) | "(?:\\.|.)*?(?:"(?!\w)|\Z) )
@@ -57,9 +60,9 @@ _RUN = re.compile(r"#(?:\W{0,2}#)+")
 def fingerprint(message: str) -> str:
     """Return what stays the same when a fault comes back: one line of at most `LENGTH` characters.
 
-    ``#`` stands for what varies, or may be secret: numbers, ids, quoted strings, e-mail addresses, long tokens,
-    passwords, queries of URLs; and for several of them in a row, so that lists of any length look alike.
-    """
+    ``#`` stands for what varies, or may be secret: numbers, ids, quoted strings, e-mail addresses,
+    long tokens, passwords, queries of URLs; and for several of them in a row, so that lists of any
+    length look alike."""
     line = _BLANK.sub(" ", message[:_READ]).strip()
     return _RUN.sub("#", _VARYING.sub(lambda found: f"{found['kept'] or ''}#", line))[:LENGTH]
 
@@ -67,10 +70,22 @@ def fingerprint(message: str) -> str:
 class FaultLogSettings(Seconds):
     """How many patterns are kept, for how long, and how often one may be seen."""
 
-    size: int = Field(50, ge=0, description="Patterns kept; beyond it the one seen longest ago goes. 0: nothing is counted.")
-    window_s: float = Field(60, ge=1, description="Faults are counted within fixed windows of this length.")
-    rate: int = Field(10, ge=1, description="A pattern seen more often than this in a window is escalated by one severity.")
-    keep_s: float = Field(7 * 86400, ge=1, description="A pattern that was not seen for this long is forgotten.")
+    size: int = Field(
+        50,
+        ge=0,
+        description="Patterns kept; beyond it the one seen longest ago goes. 0: nothing is counted.",
+    )
+    window_s: float = Field(
+        60, ge=1, description="Faults are counted within fixed windows of this length."
+    )
+    rate: int = Field(
+        10,
+        ge=1,
+        description="A pattern seen more often than this in a window is escalated by one severity.",
+    )
+    keep_s: float = Field(
+        7 * 86400, ge=1, description="A pattern that was not seen for this long is forgotten."
+    )
 
 
 @dataclass(frozen=True)
@@ -96,17 +111,32 @@ class FaultLog:
         self._store, self._settings = store, settings
         self._keys = Keys(store.namespace).faults()
         self._window_ms = round(settings.window_s * 1000)
-        self._limits = (self._window_ms, settings.rate, settings.size, round(settings.keep_s * 1000))
+        self._limits = (
+            self._window_ms,
+            settings.rate,
+            settings.size,
+            round(settings.keep_s * 1000),
+        )
 
-    def record(self, service: str, faults: Sequence[tuple[Fault, str]], *, recovered: int = 0, given_up: int = 0) -> None:
-        """Count faults of a service, each with its message, in one round trip; log those that now exceed their rate.
+    def record(
+        self,
+        service: str,
+        faults: Sequence[tuple[Fault, str]],
+        *,
+        recovered: int = 0,
+        given_up: int = 0,
+    ) -> None:
+        """Count faults of a service, each with its message, in one round trip; log those that now
+        exceed their rate.
 
-        `recovered` items failed and succeeded on a retry, `given_up` items used up their retries.  While Redis is
-        away nothing is kept, and nothing is raised.
-        """
+        `recovered` items failed and succeeded on a retry, `given_up` items used up their retries.
+        While Redis is away nothing is kept, and nothing is raised."""
         if not self._settings.size or not (faults or recovered or given_up):
             return
-        named = [(json.dumps([service, fault.code, fingerprint(message)]), fault) for fault, message in faults]
+        named = [
+            (json.dumps([service, fault.code, fingerprint(message)]), fault)
+            for fault, message in faults
+        ]
         counts, latest = Counter(name for name, _ in named), dict(named)
         args: list[Argument] = [*self._limits, recovered, given_up]
         for name, fault in latest.items():
@@ -119,13 +149,20 @@ class FaultLog:
             self._tell(each, latest[each.decode()].severity)
 
     def patterns(self) -> list[Pattern]:
-        """Return the patterns that are kept, the one seen last first; raise StoreUnavailable while Redis is away."""
+        """Return the patterns that are kept, the one seen last first; raise StoreUnavailable while
+        Redis is away.
+        """
         now_ms, fields = self._read()
-        found = [self._pattern(name, json.loads(value), now_ms) for name, value in fields.items() if name.startswith(b"[")]
+        found = [
+            self._pattern(name, json.loads(value), now_ms)
+            for name, value in fields.items()
+            if name.startswith(b"[")
+        ]
         return sorted(found, key=lambda each: each.last_seen_ms, reverse=True)
 
     def recovery_success_rate(self) -> float | None:
-        """Return which share (0..1) of the items that were retried succeeded in the end, None while none is known.
+        """Return which share (0..1) of the items that were retried succeeded in the end, None while
+        none is known.
 
         Raises StoreUnavailable while Redis is away.
         """
@@ -142,20 +179,22 @@ class FaultLog:
         most = self._most(kept, now_ms)
         escalated = most > self._settings.rate
         return Pattern(
-            service,
-            code,
-            Category(kept["category"]),
-            message,
-            int(kept["count"]),
-            _severity(kept["severity"], escalated=escalated),
-            escalated,
-            most * 60_000 / self._window_ms,
-            int(kept["first"]),
-            int(kept["last"]),
+            service=service,
+            code=code,
+            category=Category(kept["category"]),
+            message=message,
+            count=int(kept["count"]),
+            severity=_severity(kept["severity"], escalated=escalated),
+            escalated=escalated,
+            per_minute=most * 60_000 / self._window_ms,
+            first_seen_ms=int(kept["first"]),
+            last_seen_ms=int(kept["last"]),
         )
 
     def _most(self, kept: dict[str, Any], now_ms: int) -> int:
-        """Return how often a pattern was seen in the current or in the last full window, whichever is more."""
+        """Return how often a pattern was seen in the current or in the last full window, whichever
+        is more.
+        """
         age = now_ms // self._window_ms - kept["window"]
         return int({0: max(kept["here"], kept["before"]), 1: kept["here"]}.get(age, 0))
 

@@ -1,9 +1,8 @@
 """Try again, when that may help: how often, after how long, and not more than a service bears.
 
-Decides whether a failed call is tried again and when.  What was refused before anything ran (an open circuit, an empty
-bucket) and what a service only put off (429) costs no attempt.  Refuses to know how other guards decide: they are inside
-of what is retried, and only one layer retries.
-"""
+Decides whether a failed call is tried again and when.  What was refused before anything ran (an
+open circuit, an empty bucket) and what a service only put off (429) costs no attempt.  Refuses to
+know how other guards decide: they are inside of what is retried, and only one layer retries."""
 
 from __future__ import annotations
 
@@ -29,7 +28,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 DEPOSIT = 0.1
-"""Each first attempt allows for a tenth of a retry (SRE book, Handling Overload: 10 % per client)."""
+"""Each first attempt allows for a tenth of a retry (SRE book, Handling Overload: 10 % per
+client).
+"""
 FLOOR_PER_S = 3.0
 """So many retries a second are allowed whatever the traffic (failsafe-go: 3)."""
 MOST = 100.0
@@ -43,14 +44,20 @@ class RetryPolicy(Seconds):
 
     max_attempts: int = Field(5, ge=1, description="Calls in all, the first one included.")
     initial_delay_s: float = Field(1.0, ge=0, description="Longest wait before the first retry.")
-    backoff_multiplier: float = Field(2.0, ge=1, le=1000, description="Each longest wait is this many times the one before.")
+    backoff_multiplier: float = Field(
+        2.0, ge=1, le=1000, description="Each longest wait is this many times the one before."
+    )
     max_delay_s: float = Field(30.0, ge=0, description="No wait of our own is longer.")
-    deadline_s: float = Field(300.0, gt=0, description="No retry starts later than this after the first attempt.")
+    deadline_s: float = Field(
+        300.0, gt=0, description="No retry starts later than this after the first attempt."
+    )
     retryable_errors: tuple[str, ...] = Field(
         ("TIMEOUT", "RATE_LIMITED", "SERVICE_UNAVAILABLE", "CIRCUIT_OPEN", "BULKHEAD_FULL"),
         description="Codes of faults that are retried.",
     )
-    retry_on: tuple[type[BaseException], ...] = Field((), description="Exceptions that are retried, whatever they mean.")
+    retry_on: tuple[type[BaseException], ...] = Field(
+        (), description="Exceptions that are retried, whatever they mean."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -67,7 +74,9 @@ class RetryPolicy(Seconds):
         return isinstance(error, self.retry_on) or fault.code in self.retryable_errors
 
     def delay_s(self, failures: int, random: Random) -> float:
-        """Return how long to wait after so many failures: full jitter (AWS, Exponential Backoff And Jitter)."""
+        """Return how long to wait after so many failures: full jitter (AWS, Exponential Backoff And
+        Jitter).
+        """
         longest = self.initial_delay_s * self.backoff_multiplier ** min(failures - 1, 64)
         return random.uniform(0.0, min(self.max_delay_s, longest))
 
@@ -76,7 +85,9 @@ DEFAULT = RetryPolicy()
 
 
 class RetryBudget:
-    """How much of the load on a service may be retries, over all workers: a tenth, and a few a second."""
+    """How much of the load on a service may be retries, over all workers: a tenth, and a few a
+    second.
+    """
 
     def __init__(self, service: str, store: Store | None = None) -> None:
         self.service, self._store = service, store or default_store()
@@ -89,10 +100,14 @@ class RetryBudget:
         self._first_attempts += 1
 
     def spend(self, cost: float = COST) -> bool:
-        """Take the cost of a retry, in one round trip; while Redis is away only the floor is allowed."""
+        """Take the cost of a retry, in one round trip; while Redis is away only the floor is
+        allowed.
+        """
         attempts, self._first_attempts = self._first_attempts, 0
         try:
-            [[spent, _]] = self._store.ask(Call(_SPEND, (self._key,), (attempts, DEPOSIT, FLOOR_PER_S, MOST, cost)))
+            [[spent, _]] = self._store.ask(
+                Call(_SPEND, (self._key,), (attempts, DEPOSIT, FLOOR_PER_S, MOST, cost))
+            )
         except StoreUnavailable:
             self._alone = self._alone or LocalShare(Rate(FLOOR_PER_S), 1, self._store.clock)
             if self._alone.wait_s(cost) > 0:
@@ -120,7 +135,9 @@ class Retry:
         return RetryState(self)
 
     def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call until it succeeds; raises what the last attempt raised, or RetryBudgetExhausted from it."""
+        """Call until it succeeds; raises what the last attempt raised, or RetryBudgetExhausted from
+        it.
+        """
         course = self.begin()
         while True:
             try:
@@ -128,7 +145,9 @@ class Retry:
             except Exception as error:
                 self.sleep(course.wait_s(error))
 
-    async def call_async(self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def call_async(
+        self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """Do as `call` does, for a coroutine function."""
         course = self.begin()
         while True:
@@ -146,11 +165,11 @@ class RetryState:
         self._until = retry.clock() + retry.policy.deadline_s
 
     def wait_s(self, error: BaseException, fault: Fault | None = None) -> float:
-        """Return in how many seconds to try again; raise the error when it is final.  A `fault` says what it means.
+        """Return in how many seconds to try again; raise the error when it is final.  A `fault`
+        says what it means.
 
-        A service's own word on when to come back wins over a shorter wait of ours, with up to a tenth more, so that
-        not all come back at once.
-        """
+        A service's own word on when to come back wins over a shorter wait of ours, with up to a
+        tenth more, so that not all come back at once."""
         policy, fault = self._retry.policy, fault or classify(error)
         if not policy.wants(error, fault):
             raise error
@@ -160,11 +179,17 @@ class RetryState:
             raise error
         asked_s = (fault.retry_after_s or 0.0) * self._retry.random.uniform(1.0, 1.1)
         exact = isinstance(error, Denied) and asked_s > 0
-        wait_s = max(asked_s, 0.0 if exact else self._own_delay_s(told=fault.retry_after_s is not None))
+        wait_s = max(
+            asked_s, 0.0 if exact else self._own_delay_s(told=fault.retry_after_s is not None)
+        )
         if self._retry.clock() + wait_s > self._until:
             raise error
         budget = self._retry.budget
-        if budget is not None and not fault.free and not budget.spend(TIMEOUT_COST if fault.code == "TIMEOUT" else COST):
+        if (
+            budget is not None
+            and not fault.free
+            and not budget.spend(TIMEOUT_COST if fault.code == "TIMEOUT" else COST)
+        ):
             raise RetryBudgetExhausted(budget.service, error) from error
         return wait_s
 
@@ -174,21 +199,41 @@ class RetryState:
         return self._retry.policy.delay_s(max(1, times), self._retry.random)
 
 
-def retrying(policy: RetryPolicy | None = None, *, service: str = "", store: Store | None = None, **fields: Any) -> Retry:
-    """Return a policy, applied; a `service` has a retry budget that all workers share.  Raises InvalidValue."""
-    changed = RetryPolicy(**fields).model_dump(exclude_unset=True)  # by our names, whichever they came by
-    settled = RetryPolicy(**{**(policy or DEFAULT).model_dump(), **changed}) if fields else policy or DEFAULT
+def retrying(
+    policy: RetryPolicy | None = None,
+    *,
+    service: str = "",
+    store: Store | None = None,
+    **fields: Any,
+) -> Retry:
+    """Return a policy, applied; a `service` has a retry budget that all workers share.  Raises
+    InvalidValue.
+    """
+    changed = RetryPolicy(**fields).model_dump(
+        exclude_unset=True
+    )  # by our names, whichever they came by
+    settled = (
+        RetryPolicy(**{**(policy or DEFAULT).model_dump(), **changed})
+        if fields
+        else policy or DEFAULT
+    )
     return Retry(settled, _budget(service, store or default_store()) if service else None)
 
 
 @functools.lru_cache(maxsize=1024)
 def _budget(service: str, store: Store) -> RetryBudget:
-    """Return a service's budget in this process: one, which has counted the first attempts of all its calls."""
+    """Return a service's budget in this process: one, which has counted the first attempts of all
+    its calls.
+    """
     return RetryBudget(service, store)
 
 
 def execute_with_retry(
-    func: Callable[..., T], *args: Any, policy: RetryPolicy | None = None, service: str = "", **kwargs: Any
+    func: Callable[..., T],
+    *args: Any,
+    policy: RetryPolicy | None = None,
+    service: str = "",
+    **kwargs: Any,
 ) -> T:
     """Call a function with its arguments until it succeeds, as the policy says.
 
@@ -198,13 +243,17 @@ def execute_with_retry(
 
 
 def with_retry(
-    policy: RetryPolicy | None = None, *, service: str = "", store: Store | None = None, **fields: Any
+    policy: RetryPolicy | None = None,
+    *,
+    service: str = "",
+    store: Store | None = None,
+    **fields: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a function, or a coroutine function: ``@with_retry(max_attempts=5, service="agent-factory")``.
+    """Decorate a function, or a coroutine function: ``@with_retry(max_attempts=5,
+    service="agent-factory")``.
 
-    Fields are those of RetryPolicy.  Put it outside of ``@with_circuit_breaker``: then each attempt asks the breaker.
-    Raises InvalidValue for a wrong field at once.
-    """
+    Fields are those of RetryPolicy.  Put it outside of ``@with_circuit_breaker``: then each attempt
+    asks the breaker. Raises InvalidValue for a wrong field at once."""
     retrying(policy, **fields)
 
     def decorate(func: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,8 +1,9 @@
-"""Where the shared state lives: the settings that a web service needs, too, when it uses the guards alone.
+"""Where the shared state lives: the settings that a web service needs, too, when it uses the guards
+alone.
 
-`rlm_tasks.settings.Settings` extends them; together they are the only place that reads the environment, under
-``RLM_<FIELD>`` and ``RLM_<SECTION>__<FIELD>``, and under the names of the source documents (ALIASES).
-"""
+`rlm_tasks.settings.Settings` extends them; together they are the only place that reads the
+environment, under ``RLM_<FIELD>`` and ``RLM_<SECTION>__<FIELD>``, and under the names of the source
+documents (ALIASES)."""
 
 from __future__ import annotations
 
@@ -32,14 +33,18 @@ ALIASES: dict[str, tuple[tuple[str, ...], float]] = {
 class BreakerSettings(BaseModel, frozen=True, extra="forbid"):
     """What holds for every breaker."""
 
-    enabled: bool = Field(True, description="Off: breakers let every call pass. Also `CIRCUIT_BREAKER_ENABLED`.")
+    enabled: bool = Field(
+        True, description="Off: breakers let every call pass. Also `CIRCUIT_BREAKER_ENABLED`."
+    )
     failure_threshold: int | None = Field(
         None,
         ge=1,
         description="Opens after so many failures where nothing else is said. Also `CIRCUIT_BREAKER_FAILURE_THRESHOLD`.",
     )
     recovery_timeout_s: float | None = Field(
-        None, gt=0, description="... and lets probes pass after this, where nothing else is said; empty: 60 s."
+        None,
+        gt=0,
+        description="... and lets probes pass after this, where nothing else is said; empty: 60 s.",
     )
 
 
@@ -47,7 +52,11 @@ class StoreSettings(BaseSettings):
     """Which Redis, which names in it, and how long guards wait for it."""
 
     model_config = SettingsConfigDict(
-        frozen=True, env_prefix="RLM_", env_nested_delimiter="__", extra="ignore", populate_by_name=True
+        frozen=True,
+        env_prefix="RLM_",
+        env_nested_delimiter="__",
+        extra="ignore",
+        populate_by_name=True,
     )
 
     redis_url: str = Field(
@@ -55,13 +64,19 @@ class StoreSettings(BaseSettings):
         description="Redis of the ledger and of what all workers share; `rediss://`: over TLS; `sentinel://`: where sentinels say (docs/transports.md).",
     )
     sentinel_master: str = Field(
-        "", validate_default=True, description="Name of the primary that the sentinels of a `sentinel://` URL watch."
+        "",
+        validate_default=True,
+        description="Name of the primary that the sentinels of a `sentinel://` URL watch.",
     )
     sentinel_password: str = Field(
-        "", repr=False, description="Password of the sentinels themselves; that of Redis is in the URL."
+        "",
+        repr=False,
+        description="Password of the sentinels themselves; that of Redis is in the URL.",
     )
     namespace: str = Field(
-        "rlm", pattern=r"^[A-Za-z0-9_-]+$", description="Starts every key and queue; platforms with different ones do not meet."
+        "rlm",
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="Starts every key and queue; platforms with different ones do not meet.",
     )
 
     @field_validator("redis_url")
@@ -76,7 +91,9 @@ class StoreSettings(BaseSettings):
     @classmethod
     def _is_named(cls, value: str, told: ValidationInfo) -> str:
         if not value and told.data.get("redis_url", "").startswith(SENTINEL):
-            raise ValueError("give the name that the sentinels watch the primary by, as in `sentinel monitor NAME ...`")
+            raise ValueError(
+                "give the name that the sentinels watch the primary by, as in `sentinel monitor NAME ...`"
+            )
         return value
 
     @property
@@ -115,7 +132,9 @@ class _Aliases(PydanticBaseSettingsSource):
             told = os.environ.get(variable, "")
             if told and [*sections, field][0] in self.settings_cls.model_fields:
                 is_number = factor != 1 and told.replace(".", "", 1).isdigit()
-                into = functools.reduce(lambda inner, name: inner.setdefault(name, {}), sections, found)
+                into = functools.reduce(
+                    lambda inner, name: inner.setdefault(name, {}), sections, found
+                )
                 into[field] = float(told) * factor if is_number else told
         return found
 

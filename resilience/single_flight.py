@@ -1,8 +1,10 @@
-"""Identical calls of all processes are made once while one is in flight, and what they gave may be kept.
+"""Identical calls of all processes are made once while one is in flight, and what they gave may be
+kept.
 
-Decides who makes a call, who waits for it, and whom its value serves: those who began before it landed, and those who
-asked for what is kept, in a cache that all share or as a memo of their own.  Whoever begins later makes the call again:
-nothing is cached unasked.  Refuses to know what is called; a key is a digest that its caller made, a value is bytes.
+Decides who makes a call, who waits for it, and whom its value serves: those who began before it
+landed, and those who asked for what is kept, in a cache that all share or as a memo of their own.
+Whoever begins later makes the call again: nothing is cached unasked.  Refuses to know what is
+called; a key is a digest that its caller made, a value is bytes.
 
 In one process this is Go's ``singleflight``; the lease is what many need, because a holder may die.
 """
@@ -23,14 +25,17 @@ from resilience.store import Call, Script, Store
 LOOK_AGAIN_S = 0.05
 """More or less by a fifth, so that those who wait do not all look at once."""
 _BEGIN, _LOOK, _LAND, _ABANDON = (
-    Script.load("resilience", f"flight_{verb}", prelude="flight") for verb in ("begin", "look", "land", "abandon")
+    Script.load("resilience", f"flight_{verb}", prelude="flight")
+    for verb in ("begin", "look", "land", "abandon")
 )
 _FORGET = Script.load("resilience", "flight_forget")
 
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """One caller's part in a call: it is the caller's to make (``mine``), others make it, or its value is there (``landed``)."""
+    """One caller's part in a call: it is the caller's to make (``mine``), others make it, or its
+    value is there (``landed``).
+    """
 
     key: str
     id: str
@@ -47,27 +52,37 @@ class SingleFlight:
     """Calls by their keys; the same name on the same store is the same, in every process."""
 
     def __init__(self, name: str, store: Store, *, lease_s: float = 120.0) -> None:
-        """Who makes a call is given up after `lease_s` seconds: let it be longer than any call.  Raises InvalidValue."""
+        """Who makes a call is given up after `lease_s` seconds: let it be longer than any call.
+        Raises InvalidValue.
+        """
         if not lease_s > 0:
             raise InvalidValue("lease_s", lease_s, "must be above 0, and longer than any call")
         self.name, self._store, self._lease_ms = name, store, math.ceil(lease_s * 1000)
         self._keys = Keys(store.namespace)
 
-    # --- asking ----------------------------------------------------------------------------------------
+    # --- asking --------------------------------------------------------------------------------
 
     def begin(self, key: str, *, cached: bool = False, memo: str = "", by: str = "") -> Flight:
-        """Ask for a call, in one round trip: what a memo of this name holds, or (`cached`) the cache, else a flight.
+        """Ask for a call, in one round trip: what a memo of this name holds, or (`cached`) the
+        cache, else a flight.
 
-        Who is told ``mine`` makes the call, then calls `land` or `abandon`; so does everybody while Redis is away.  `by` says on
-        whose behalf: of those only one can be at it, so who asks again takes over from itself, and waits for no lease.
-        """
+        Who is told ``mine`` makes the call, then calls `land` or `abandon`; so does everybody while
+        Redis is away.  `by` says on whose behalf: of those only one can be at it, so who asks again
+        takes over from itself, and waits for no lease."""
         made, landed, cache, memos = self._keys.flight(self.name, key)
         kept = ({"memo": memos + memo} if memo else {}) | ({"cache": cache} if cached else {})
         id = secrets.token_hex(8)
-        return self._asked(key, id, by, Call(_BEGIN, (made, landed, *kept.values()), (id, self._lease_ms, by, *kept)))
+        return self._asked(
+            key,
+            id,
+            by,
+            Call(_BEGIN, (made, landed, *kept.values()), (id, self._lease_ms, by, *kept)),
+        )
 
     def look(self, flight: Flight) -> Flight:
-        """Look again at a flight of ``others``: has it landed, and if its holder gave up or died, is it ``mine`` now?"""
+        """Look again at a flight of ``others``: has it landed, and if its holder gave up or died,
+        is it ``mine`` now?
+        """
         made, landed, *_ = self._keys.flight(self.name, flight.key)
         told = (flight.id, self._lease_ms, flight.by, flight.seen)
         return self._asked(flight.key, flight.id, flight.by, Call(_LOOK, (made, landed), told))
@@ -78,24 +93,45 @@ class SingleFlight:
         except StoreUnavailable:
             return Flight(key, id)  # made twice is better than not at all
         if state == b"landed":
-            return Flight(key, id, "landed", found, source.decode())
+            return Flight(key=key, id=id, state="landed", value=found, source=source.decode())
         if state == b"others":
             wait_s = LOOK_AGAIN_S * self._store.random.uniform(0.8, 1.2)
             return Flight(key, id, "others", wait_s=wait_s, seen=found.decode(), by=by)
         return Flight(key, id, by=by, again=state == b"again")
 
-    # --- ending ----------------------------------------------------------------------------------------
+    # --- ending --------------------------------------------------------------------------------
 
-    def land(self, flight: Flight, value: bytes, *, cache_ttl_s: float = 0, memo: str = "", memo_ttl_s: float = 0) -> None:
-        """Tell the value to those who wait (for 60 s), and keep it where asked, for so many seconds; else it is not stored.
+    def land(
+        self,
+        flight: Flight,
+        value: bytes,
+        *,
+        cache_ttl_s: float = 0,
+        memo: str = "",
+        memo_ttl_s: float = 0,
+    ) -> None:
+        """Tell the value to those who wait (for 60 s), and keep it where asked, for so many
+        seconds; else it is not stored.
 
-        It may come late, when somebody else has begun to make the call.  The value of a flight that has ``landed``
-        before is only kept.  While Redis is away it is lost.  Raises InvalidValue.
+        It may come late, when somebody else has begun to make the call.  The value of a flight that
+        has ``landed`` before is only kept.  While Redis is away it is lost.  Raises InvalidValue.
         """
         with suppress(StoreUnavailable):
-            self._store.ask(self.landing(flight, value, cache_ttl_s=cache_ttl_s, memo=memo, memo_ttl_s=memo_ttl_s))
+            self._store.ask(
+                self.landing(
+                    flight, value, cache_ttl_s=cache_ttl_s, memo=memo, memo_ttl_s=memo_ttl_s
+                )
+            )
 
-    def landing(self, flight: Flight, value: bytes, *, cache_ttl_s: float = 0, memo: str = "", memo_ttl_s: float = 0) -> Call:
+    def landing(
+        self,
+        flight: Flight,
+        value: bytes,
+        *,
+        cache_ttl_s: float = 0,
+        memo: str = "",
+        memo_ttl_s: float = 0,
+    ) -> Call:
         """Return what `land` does, to share a round trip with others."""
         made, landed, cache, memos = self._keys.flight(self.name, flight.key)
         kept = {memos + memo: _ms("memo_ttl_s", memo_ttl_s)} if memo else {}
@@ -112,7 +148,9 @@ class SingleFlight:
 
     def forgetting(self, memos: Sequence[tuple[str, str]]) -> list[Call]:
         """Return what drops memos, (key, memo) each, to share a round trip with others."""
-        return [Call(_FORGET, (self._keys.flight(self.name, key)[3] + memo,), ()) for key, memo in memos]
+        return [
+            Call(_FORGET, (self._keys.flight(self.name, key)[3] + memo,), ()) for key, memo in memos
+        ]
 
 
 def _ms(name: str, seconds: float) -> int:

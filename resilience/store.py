@@ -96,7 +96,9 @@ class Store:
         self._away_until, self._away = 0.0, threading.Event()
 
     @classmethod
-    def from_url(cls, url: str | Address, *, namespace: str = "rlm", timeout_s: float = 0.1) -> Store:
+    def from_url(
+        cls, url: str | Address, *, namespace: str = "rlm", timeout_s: float = 0.1
+    ) -> Store:
         """Return a store for guards: a Redis that takes longer than `timeout_s` counts as away.
 
         Nothing connects before the first call.
@@ -120,11 +122,15 @@ class Store:
         )
 
     def close(self) -> None:
-        """Give the connections of this process back, those to sentinels as well; a later call opens others."""
+        """Give the connections of this process back, those to sentinels as well; a later call opens
+        others.
+        """
         if self._client is None or (self._pid != os.getpid() and not self._given):
             return
         self._client.close()
-        if (sentinels := getattr(self._client.connection_pool, "sentinel_manager", None)) is not None:
+        if (
+            sentinels := getattr(self._client.connection_pool, "sentinel_manager", None)
+        ) is not None:
             sentinels.close()
 
     def check(self) -> None:
@@ -152,7 +158,9 @@ class Store:
         answers = self._pipelined(calls, by_sha=True)
         missing = [at for at, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
         if missing:
-            for at, answer in zip(missing, self._pipelined([calls[i] for i in missing], by_sha=False), strict=True):
+            for at, answer in zip(
+                missing, self._pipelined([calls[i] for i in missing], by_sha=False), strict=True
+            ):
                 answers[at] = answer
         for answer in answers:
             if isinstance(answer, ResponseError):
@@ -160,14 +168,17 @@ class Store:
         return answers
 
     def ask(self, *calls: Call) -> list[Any]:
-        """Do as `run` does, for callers with an answer of their own: raise StoreUnavailable at once while Redis is away.
+        """Do as `run` does, for callers with an answer of their own: raise StoreUnavailable at once
+        while Redis is away.
 
         An outage is logged once, and its end once; in between Redis is tried about once a second.
         """
         if self._away.is_set():
             if self.clock() < self._away_until:
                 raise StoreUnavailable(self.url, "it did not a moment ago")
-            self._away_until = self.clock() + BACK_OFF_S  # one caller looks; other threads need not wait with it
+            self._away_until = (
+                self.clock() + BACK_OFF_S
+            )  # one caller looks; other threads need not wait with it
         try:
             answers = self.run(*calls)
         except (*LOST, ResponseError) as error:
@@ -180,7 +191,9 @@ class Store:
         return answers
 
     def answered(self, *calls: Call) -> list[Any]:
-        """Do as `run` does, for callers who have no answer of their own.  Raises StoreUnavailable."""
+        """Do as `run` does, for callers who have no answer of their own.  Raises
+        StoreUnavailable.
+        """
         try:
             return self.run(*calls)
         except LOST as error:
@@ -198,12 +211,20 @@ class Store:
         unavailable = self.unavailable(error)
         if not self._away.is_set():
             self._away.set()
-            logger.warning("%s. Until it does, breakers, buckets and bulkheads of this process answer by themselves", unavailable)
+            logger.warning(
+                "%s. Until it does, breakers, buckets and bulkheads of this process answer by themselves",
+                unavailable,
+            )
         return unavailable
 
     def _pipelined(self, calls: Sequence[Call], *, by_sha: bool) -> list[Any]:
         commands = [
-            (*(("EVALSHA", call.script.sha) if by_sha else ("EVAL", call.script.text)), len(call.keys), *call.keys, *call.args)
+            (
+                *(("EVALSHA", call.script.sha) if by_sha else ("EVAL", call.script.text)),
+                len(call.keys),
+                *call.keys,
+                *call.args,
+            )
             for call in calls
         ]
         if len(commands) == 1:  # a pipeline of one costs 9 us more
@@ -225,4 +246,6 @@ def default_store() -> Store:
 
 def guard_store(settings: StoreSettings) -> Store:
     """Return a store for guards, as settings name it."""
-    return Store.from_url(settings.address, namespace=settings.namespace, timeout_s=settings.guard_timeout_s)
+    return Store.from_url(
+        settings.address, namespace=settings.namespace, timeout_s=settings.guard_timeout_s
+    )

@@ -1,8 +1,8 @@
 """Settings and requests that are checked when they are made.
 
-Decides how a wrong value is told: one sentence that names the field, the value and what to do.  Accepts the
-names of other houses: camelCase, and milliseconds where a field counts seconds.  Refuses to know what is set.
-"""
+Decides how a wrong value is told: one sentence that names the field, the value and what to do.
+Accepts the names of other houses: camelCase, and milliseconds where a field counts seconds.
+Refuses to know what is set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ class Checked(BaseModel):
     """A frozen record whose construction raises InvalidValue."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True, arbitrary_types_allowed=True
+        frozen=True,
+        extra="forbid",
+        alias_generator=to_camel,
+        populate_by_name=True,
+        arbitrary_types_allowed=True,
     )
     invalid: ClassVar[type[InvalidValue]] = InvalidValue
 
@@ -36,12 +40,18 @@ class Checked(BaseModel):
             return problem["ctx"]["error"]  # type: ignore[no-any-return]  # pydantic types ctx as Any
         field = ".".join(str(part) for part in problem["loc"]) or cls.__name__
         if problem["type"] == "extra_forbidden":
-            return cls.invalid(field, problem["input"], f"unknown field; {cls.__name__} has {', '.join(cls.model_fields)}")
+            return cls.invalid(
+                field,
+                problem["input"],
+                f"unknown field; {cls.__name__} has {', '.join(cls.model_fields)}",
+            )
         return cls.invalid(field, problem["input"], problem["msg"].removeprefix("Value error, "))
 
 
 class Seconds(Checked):
-    """A record whose fields ending in ``_s`` also take ``_ms``, ``_seconds``, or no unit (then seconds)."""
+    """A record whose fields ending in ``_s`` also take ``_ms``, ``_seconds``, or no unit (then
+    seconds).
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -57,6 +67,12 @@ class Seconds(Checked):
         snake = to_snake(name)
         for suffix, factor in (("_ms", 0.001), ("_seconds", 1), ("", 1)):
             field = snake.removesuffix(suffix) + "_s"
-            if field in cls.model_fields and snake.endswith(suffix) and snake not in cls.model_fields:
-                return field, value * factor if isinstance(value, int | float) and factor != 1 else value
+            if (
+                field in cls.model_fields
+                and snake.endswith(suffix)
+                and snake not in cls.model_fields
+            ):
+                return field, value * factor if isinstance(
+                    value, int | float
+                ) and factor != 1 else value
         return name, value

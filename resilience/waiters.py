@@ -20,7 +20,9 @@ IN_LINE, _NEXT = Script.load("resilience", "in_line"), Script.load("resilience",
 
 
 def call_up(store: Store, line: str, wake: Wake, waiters: Sequence[str]) -> None:
-    """Call those who were taken out of a line, and as many of the next as do not come: their jobs have ended."""
+    """Call those who were taken out of a line, and as many of the next as do not come: their jobs
+    have ended.
+    """
     while waiters:
         woken = wake(waiters)
         missing = 0 if woken is None else len(waiters) - woken

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from rlm_tasks.compat.optimization_config import OptimizationConfig as OptimizationConfig
     from rlm_tasks.compat.resource_manager import create_resource_manager as create_resource_manager
     from rlm_tasks.compat.resource_manager import get_resource_status as get_resource_status
-    from rlm_tasks.compat.resource_manager import integrate_with_orchestrator as integrate_with_orchestrator
+    from rlm_tasks.compat.resource_manager import (
+        integrate_with_orchestrator as integrate_with_orchestrator,
+    )
     from rlm_tasks.compat.resource_manager import reset_circuit_breakers as reset_circuit_breakers
     from rlm_tasks.compat.resource_manager import wrap_method_executor as wrap_method_executor
     from rlm_tasks.errors import InvalidRequest as InvalidRequest
@@ -99,4 +101,6 @@ def __getattr__(name: str) -> Any:
             raise
         stranger, file = next(iter(found.items()))
         advice = f"rename that package, or set PYTHONPATH={HOME} before its folder"
-        raise ImportError(f"`import {stranger}` finds {file}, not the platform's own in {HOME}; {advice}") from error
+        raise ImportError(
+            f"`import {stranger}` finds {file}, not the platform's own in {HOME}; {advice}"
+        ) from error

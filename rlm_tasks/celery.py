@@ -1,8 +1,7 @@
 """The platform's own Celery app, and its configuration.
 
-Decides every Celery setting of an app that runs jobs and nothing else; refuses to know what the tasks do.
-``celery -A rlm_tasks worker`` finds `app` here.
-"""
+Decides every Celery setting of an app that runs jobs and nothing else; refuses to know what the
+tasks do. ``celery -A rlm_tasks worker`` finds `app` here."""
 
 from __future__ import annotations
 
@@ -30,7 +29,12 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "broker_connection_max_retries": None,
         "broker_channel_error_retry": True,
         "broker_pool_acquire_timeout": 30,
-        "task_publish_retry_policy": {"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5},
+        "task_publish_retry_policy": {
+            "max_retries": 3,
+            "interval_start": 0,
+            "interval_step": 0.2,
+            "interval_max": 0.5,
+        },
         "task_queues": [Queue(each, routing_key=each) for each in queue_names(settings)],  # type: ignore[no-untyped-call]  # kombu ships no types
         "task_default_queue": queue_name(settings.namespace, Priority.NORMAL),
         "task_create_missing_queues": False,
@@ -54,7 +58,9 @@ def configuration(settings: Settings) -> dict[str, Any]:
 
 
 def beat_configuration(settings: Settings) -> dict[str, Any]:
-    """Return the settings of beat; with celery-redbeat installed any number of beats may run, and one of them acts."""
+    """Return the settings of beat; with celery-redbeat installed any number of beats may run, and
+    one of them acts.
+    """
     every = monitoring(settings)
     if importlib.util.find_spec("redbeat") is None:
         # Nothing here is worth a file: what is due is due every few seconds.
@@ -62,7 +68,8 @@ def beat_configuration(settings: Settings) -> dict[str, Any]:
     return {
         "beat_schedule": every,
         "beat_scheduler": "redbeat.RedBeatScheduler",
-        # redbeat waits 25 minutes for a beat that has died, by default; this is 12 s, and the next tick.
+        # redbeat waits 25 minutes for a beat that has died, by default; this is 12 s, and the next
+        # tick.
         "beat_max_loop_interval": 3,
         "redbeat_lock_timeout": 9,
         "redbeat_key_prefix": f"{settings.namespace}:redbeat:",
@@ -71,5 +78,7 @@ def beat_configuration(settings: Settings) -> dict[str, Any]:
 
 
 app = install(Celery("rlm_tasks", set_as_current=False))
-"""The platform's own Celery app, which ``celery -A rlm_tasks`` finds and a `Client` without one sends with."""
+"""The platform's own Celery app, which ``celery -A rlm_tasks`` finds and a `Client` without one
+sends with.
+"""
 app.config_from_object(configuration(app.rlm_settings))

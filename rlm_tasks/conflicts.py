@@ -1,7 +1,7 @@
 """What of an app's own settings stands in the way of jobs, in sentences for its owner.
 
-Decides which settings make jobs slow or late, and says what to do.  Refuses to change them, and to stop anybody for them.
-"""
+Decides which settings make jobs slow or late, and says what to do.  Refuses to change them, and to
+stop anybody for them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,21 @@ from celery import Celery
 from rlm_tasks.engine import tasks
 from rlm_tasks.messaging.transports import QUEUE_ORDER, speaks_redis
 
-_PROMISED = ("ignore_result", "acks_late", "reject_on_worker_lost", "retry_on_worker_lost", "rate_limit", "serializer")
+_PROMISED = (
+    "ignore_result",
+    "acks_late",
+    "reject_on_worker_lost",
+    "retry_on_worker_lost",
+    "rate_limit",
+    "serializer",
+)
 
 _UNWANTED: tuple[tuple[str, bool, str], ...] = (
-    ("task_always_eager", True, "jobs do not run where they are submitted; start a worker, or call the operation itself"),
+    (
+        "task_always_eager",
+        True,
+        "jobs do not run where they are submitted; start a worker, or call the operation itself",
+    ),
     (
         "worker_deduplicate_successful_tasks",
         True,
@@ -30,12 +41,24 @@ _UNWANTED: tuple[tuple[str, bool, str], ...] = (
 
 
 def conflicts(app: Celery) -> list[str]:
-    """Return a sentence for each setting of an app that makes its jobs slow or late: its name, its value, what to do.
+    """Return a sentence for each setting of an app that makes its jobs slow or late: its name, its
+    value, what to do.
 
-    The app must have been installed into.  Nothing is connected to; all of an owner's settings hold nevertheless.
-    """
-    found = [f"{name}={value!r}: {advice}" for name, unwanted, advice in _UNWANTED if (value := app.conf.get(name)) is unwanted]
-    return [*found, *_few_at_a_time(app), *_order(app), *_chords(app), *_limits(app), *_annotations(app)]
+    The app must have been installed into.  Nothing is connected to; all of an owner's settings hold
+    nevertheless."""
+    found = [
+        f"{name}={value!r}: {advice}"
+        for name, unwanted, advice in _UNWANTED
+        if (value := app.conf.get(name)) is unwanted
+    ]
+    return [
+        *found,
+        *_few_at_a_time(app),
+        *_order(app),
+        *_chords(app),
+        *_limits(app),
+        *_annotations(app),
+    ]
 
 
 def _few_at_a_time(app: Celery) -> Iterator[str]:

@@ -77,15 +77,21 @@ class UnknownOperation(InvalidRequest):
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
         if name.startswith("llm.") and not any(each.startswith("llm.") for each in known):
             hint = "it needs pip install 'rlm-tasks[llm]'."
-        super().__init__("operation", name, f"unknown; {hint} Own operations are imported from RLM_OPERATIONS")
+        super().__init__(
+            "operation", name, f"unknown; {hint} Own operations are imported from RLM_OPERATIONS"
+        )
 
 
 class BrokerUnavailable(StoreUnavailable):
-    """The broker cannot be reached; with its own settings it is another server than the ledger's Redis."""
+    """The broker cannot be reached; with its own settings it is another server than the ledger's
+    Redis.
+    """
 
     def __init__(self, url: str, cause: str) -> None:
         super().__init__(url, cause)
-        self.args = (f"the broker at {url} does not answer ({cause}); start it, or set RLM_BROKER_URL",)
+        self.args = (
+            f"the broker at {url} does not answer ({cause}); start it, or set RLM_BROKER_URL",
+        )
 
 
 class JobNotFound(RlmError):
@@ -95,11 +101,15 @@ class JobNotFound(RlmError):
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
-        super().__init__(f"job {job_id} is unknown: a wrong id, another namespace, or its results have expired")
+        super().__init__(
+            f"job {job_id} is unknown: a wrong id, another namespace, or its results have expired"
+        )
 
 
 class JobEnded(RlmError):
-    """A job that ended without its full answer.  Its `result` has counts and `failures`, as in `JobResult.failed`."""
+    """A job that ended without its full answer.  Its `result` has counts and `failures`, as in
+    `JobResult.failed`.
+    """
 
     code = "JOB_ENDED"
 
@@ -128,7 +138,9 @@ class JobCancelled(JobEnded):
 
 
 class Quarantined(RlmError):
-    """Work that is not tried again, because its process died too often while it ran: `deaths` times, at last `by` a signal."""
+    """Work that is not tried again, because its process died too often while it ran: `deaths`
+    times, at last `by` a signal.
+    """
 
     code = "QUARANTINED"
     category = Category.POISON
@@ -137,18 +149,24 @@ class Quarantined(RlmError):
     def __init__(self, what: str, deaths: int, by: str) -> None:
         self.what, self.deaths, self.by = what, deaths, by
         times = "once" if deaths == 1 else f"{deaths} times"
-        super().__init__(f"{what}: its process died {times} while it ran, the last time of {by}; it is not tried again")
+        super().__init__(
+            f"{what}: its process died {times} while it ran, the last time of {by}; it is not tried again"
+        )
 
 
 class ResultTimeout(RlmError, TimeoutError):
-    """The caller's patience ended before the job did, which goes on.  Has `job_id` and `waited_s`."""
+    """The caller's patience ended before the job did, which goes on.  Has `job_id` and
+    `waited_s`.
+    """
 
     code = "RESULT_TIMEOUT"
     retryable = True
 
     def __init__(self, job_id: str, waited_s: float) -> None:
         self.job_id, self.waited_s = job_id, waited_s
-        super().__init__(f"job {job_id} has not ended within {waited_s:g} s; it goes on, ask again by its id")
+        super().__init__(
+            f"job {job_id} has not ended within {waited_s:g} s; it goes on, ask again by its id"
+        )
 
 
 class ResultTooLarge(RlmError):

@@ -1,8 +1,8 @@
 """Put the platform into a Celery app: its owner's, or our own.
 
-Decides what is added to an app, and when, so that it stays whatever is configured before or after.  Refuses to overrule:
-what the app's owner has set holds, also where it stands in the way of jobs (see `conflicts`).
-"""
+Decides what is added to an app, and when, so that it stays whatever is configured before or after.
+Refuses to overrule: what the app's owner has set holds, also where it stands in the way of jobs
+(see `conflicts`)."""
 
 from __future__ import annotations
 
@@ -62,16 +62,25 @@ _METRICS_PORT = WorkerOption(
 
 
 def install(app: Celery, settings: Settings | None = None) -> Celery:
-    """Add the platform to a Celery app, and return it: its tasks, queues, schedule and worker steps.
+    """Add the platform to a Celery app, and return it: its tasks, queues, schedule and worker
+    steps.
 
-    Before or after the app is configured.  Whatever its owner has set stays, `conflicts` names what stands in the way; a
-    second call changes nothing.  Settings are those of the environment unless given.  Raises InvalidRequest when a variable
-    cannot be used, and when the app has been installed into with other settings.
-    """
+    Before or after the app is configured.  Whatever its owner has set stays, `conflicts` names what
+    stands in the way; a second call changes nothing.  Settings are those of the environment unless
+    given.  Raises InvalidRequest when a variable cannot be used, and when the app has been
+    installed into with other settings."""
     if installed := getattr(app, "rlm_settings", None):
         if settings not in (None, installed):
-            differing = [name for name in Settings.model_fields if getattr(settings, name) != getattr(installed, name)]
-            raise InvalidRequest("settings", differing, "the app was installed into with other values of these; install it once")
+            differing = [
+                name
+                for name in Settings.model_fields
+                if getattr(settings, name) != getattr(installed, name)
+            ]
+            raise InvalidRequest(
+                "settings",
+                differing,
+                "the app was installed into with other values of these; install it once",
+            )
         return app
     wanted = settings or _settings_of_process()
 
@@ -104,7 +113,9 @@ def _add_tabs(app: Celery) -> None:
 
 
 def _settings_of_process() -> Settings:
-    """Read the environment; a mistake in it ends a celery command with a sentence, for Celery would print a traceback."""
+    """Read the environment; a mistake in it ends a celery command with a sentence, for Celery would
+    print a traceback.
+    """
     try:
         return environment()
     except InvalidRequest as error:
@@ -115,17 +126,19 @@ def _settings_of_process() -> Settings:
         raise SystemExit(EX_USAGE) from None
 
 
-# --- what is added -----------------------------------------------------------------------------------
+# --- what is added ----------------------------------------------------------------------------
 
 
 class PlatformAMQP(AMQP):  # type: ignore[misc]  # Celery ships no types
     """An app's own queues and routes, and ours beside them.
 
-    Not in ``task_queues``: a worker of an app that sets them would no longer consume its default queue.
-    """
+    Not in ``task_queues``: a worker of an app that sets them would no longer consume its default
+    queue."""
 
     def Queues(self, *args: Any, **options: Any) -> Queues:  # noqa: N802  # Celery's name
-        """Declare the queues of jobs as Celery declares those that are missing, and consume them without ``-Q``."""
+        """Declare the queues of jobs as Celery declares those that are missing, and consume them
+        without ``-Q``.
+        """
         queues = super().Queues(*args, **options)
         for name in queue_names(self.app.rlm_settings):
             if name not in queues:
@@ -133,24 +146,34 @@ class PlatformAMQP(AMQP):  # type: ignore[misc]  # Celery ships no types
         return queues
 
     def flush_routes(self) -> None:
-        """Ask ours first: a message of a job says itself where it goes, whatever a route for all tasks says."""
+        """Ask ours first: a message of a job says itself where it goes, whatever a route for all
+        tasks says.
+        """
         super().flush_routes()
         self._rtable: list[Any] = [_route, *self._rtable]
 
 
 def _route(name: str, *_: Any, **__: Any) -> dict[str, Any] | None:
-    # A client may send before its app is finalized: what the class of the tasks says is not known then.
-    return {"serializer": tasks.Doorbell.serializer, "priority": tasks.Doorbell.priority} if name in tasks.OURS else None
+    # A client may send before its app is finalized: what the class of the tasks says is not known
+    # then.
+    return (
+        {"serializer": tasks.Doorbell.serializer, "priority": tasks.Doorbell.priority}
+        if name in tasks.OURS
+        else None
+    )
 
 
 def _add_queues(app: Celery) -> None:
     theirs = symbol_by_name(app.amqp_cls)  # type: ignore[no-untyped-call]  # kombu is partly typed
-    app.amqp_cls = PlatformAMQP if theirs is AMQP else type(theirs.__name__, (PlatformAMQP, theirs), {})
+    app.amqp_cls = (
+        PlatformAMQP if theirs is AMQP else type(theirs.__name__, (PlatformAMQP, theirs), {})
+    )
     vars(app).pop("amqp", None)  # made anew when it is next used
 
 
 def _complete_when_configured(app: Celery) -> None:
-    """Complete the configuration each time it is loaded, and once more at the start of a worker or a beat.
+    """Complete the configuration each time it is loaded, and once more at the start of a worker or
+    a beat.
 
     In between, ``app.conf.beat_schedule = ...`` may have replaced what was added.
     """
@@ -181,14 +204,18 @@ def _complete(app: Celery) -> None:
 
 def monitoring(settings: Settings) -> dict[str, Any]:
     """Return the entry of beat's schedule by which the cluster's level is worked out."""
-    return {tasks.MONITOR_TASK: {"task": tasks.MONITOR_TASK, "schedule": settings.pressure.monitor_s}}
+    return {
+        tasks.MONITOR_TASK: {"task": tasks.MONITOR_TASK, "schedule": settings.pressure.monitor_s}
+    }
 
 
-# --- what a worker does ------------------------------------------------------------------------------
+# --- what a worker does -----------------------------------------------------------------------
 
 
 def _prepare(sender: Any, **_: Any) -> None:
-    """Make a worker ready before its pool forks: the page is shared, and operations are imported once."""
+    """Make a worker ready before its pool forks: the page is shared, and operations are imported
+    once.
+    """
     app = sender.app
     if not hasattr(app, "rlm_settings"):
         return
@@ -210,7 +237,9 @@ def _prepare(sender: Any, **_: Any) -> None:
 
 
 def _refuse_strangers(app: Celery) -> None:
-    """End a worker that does not agree on TLS with Redis or the broker: Celery would try for ever."""
+    """End a worker that does not agree on TLS with Redis or the broker: Celery would try for
+    ever.
+    """
     url = masked(str(app.conf.broker_url))
     try:
         if tls(app.rlm_settings.redis_url):
@@ -222,9 +251,7 @@ def _refuse_strangers(app: Celery) -> None:
         raise SystemExit(f"Error: {error}") from None
     except (StoreUnavailable, *AWAY) as error:
         if is_untrusted(error):
-            told = (
-                f"the broker at {url} is not trusted ({error}); see its certificate, and port and ssl_ca_certs in RLM_BROKER_URL"
-            )
+            told = f"the broker at {url} is not trusted ({error}); see its certificate, and port and ssl_ca_certs in RLM_BROKER_URL"
             raise SystemExit(f"Error: {told}") from None
 
 

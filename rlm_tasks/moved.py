@@ -20,14 +20,18 @@ MOVED = {
 
 
 def forward(module: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a module that has moved: it warns, and answers from the new place."""
+    """Return the ``__getattr__`` of a module that has moved: it warns, and answers from the new
+    place.
+    """
     home = MOVED[module]
 
     def load(name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         found = getattr(importlib.import_module(home), name)
-        warnings.warn(f"{module} is now {home}; import {name} from there", DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            f"{module} is now {home}; import {name} from there", DeprecationWarning, stacklevel=2
+        )
         return found
 
     return load

@@ -42,7 +42,9 @@ class _Checked(Checked):
 class Binary(_Checked):
     """Halve a range until its parts are small."""
 
-    min_chunk_size: int | None = Field(None, ge=1, description="Items; set, the plan is carried out as written.")
+    min_chunk_size: int | None = Field(
+        None, ge=1, description="Items; set, the plan is carried out as written."
+    )
     max_depth: int = Field(10, ge=1, le=64, description="Most levels of the tree.")
 
 
@@ -50,7 +52,9 @@ class NWay(_Checked):
     """Cut a range into `split_factor` parts, and those again."""
 
     split_factor: int = Field(8, ge=2, le=1000, description="Parts of one cut.")
-    min_chunk_size: int | None = Field(None, ge=1, description="Items; set, the plan is carried out as written.")
+    min_chunk_size: int | None = Field(
+        None, ge=1, description="Items; set, the plan is carried out as written."
+    )
     max_depth: int = Field(10, ge=1, le=64, description="Most levels of the tree.")
 
 
@@ -59,14 +63,20 @@ class Adaptive(_Checked):
 
     min_chunk_size: int = Field(1, ge=1, description="Items of the smallest part.")
     max_chunk_size: int | None = Field(None, ge=1, description="Items of the largest node.")
-    target_execution_time_ms: float | None = Field(None, gt=0, description="A node hands over its rest after this.")
+    target_execution_time_ms: float | None = Field(
+        None, gt=0, description="A node hands over its rest after this."
+    )
     max_depth: int = Field(10, ge=1, le=64, description="Most levels of the tree.")
     branching_factor: int = Field(4, ge=2, le=1000, description="Most children of one cut.")
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
         if self.max_chunk_size is not None and self.min_chunk_size > self.max_chunk_size:
-            raise InvalidRequest("min_chunk_size", self.min_chunk_size, f"must not exceed max_chunk_size={self.max_chunk_size}")
+            raise InvalidRequest(
+                "min_chunk_size",
+                self.min_chunk_size,
+                f"must not exceed max_chunk_size={self.max_chunk_size}",
+            )
         return self
 
 
@@ -78,15 +88,23 @@ class TraceContext(_Checked):
     """The trace that a job is part of; ids are hex digits, zeros on the left may be missing."""
 
     trace_id: str = Field(description="1 to 32 hex digits.")
-    parent_span_id: str = Field("", description="The span that the job hangs under; empty: none yet.")
+    parent_span_id: str = Field(
+        "", description="The span that the job hangs under; empty: none yet."
+    )
     sampled: bool = Field(True, description="Whether its spans are kept.")
 
     @field_validator("trace_id", "parent_span_id")
     @classmethod
     def _is_hex(cls, value: str, info: ValidationInfo) -> str:
         most = 32 if info.field_name == "trace_id" else 16
-        if not re.fullmatch(f"[0-9a-fA-F]{{0,{most}}}", value) or (most == 32 and not value.strip("0")):
-            raise InvalidRequest(str(info.field_name), value, f"must be 1 to {most} hex digits, as W3C Trace Context has them")
+        if not re.fullmatch(f"[0-9a-fA-F]{{0,{most}}}", value) or (
+            most == 32 and not value.strip("0")
+        ):
+            raise InvalidRequest(
+                str(info.field_name),
+                value,
+                f"must be 1 to {most} hex digits, as W3C Trace Context has them",
+            )
         return value
 
     @property
@@ -100,32 +118,56 @@ class Options(_Checked):
 
     priority: Priority = Field(Priority.NORMAL, description="Its urgency, also as a text.")
     timeout_ms: float | None = Field(
-        None, gt=0, description="The job ends as `expired` after this. Also `timeout`, in seconds or as a timedelta."
+        None,
+        gt=0,
+        description="The job ends as `expired` after this. Also `timeout`, in seconds or as a timedelta.",
     )
-    max_depth: int | None = Field(None, ge=1, le=64, description="Most levels of the tree; empty: as its strategy says.")
-    continue_on_error: bool = Field(False, description="Failed items do not end the job; they are in its result.")
-    error_threshold: float | None = Field(None, ge=0, le=1, description="The job fails when more than this share fails.")
+    max_depth: int | None = Field(
+        None, ge=1, le=64, description="Most levels of the tree; empty: as its strategy says."
+    )
+    continue_on_error: bool = Field(
+        False, description="Failed items do not end the job; they are in its result."
+    )
+    error_threshold: float | None = Field(
+        None, ge=0, le=1, description="The job fails when more than this share fails."
+    )
 
     preempt_lower_priority: bool | None = Field(
-        None, description="Running nodes of less urgent jobs make room for this job's; empty: for a critical one's."
+        None,
+        description="Running nodes of less urgent jobs make room for this job's; empty: for a critical one's.",
     )
     overload: Literal["refuse", "delay"] | None = Field(
-        None, description="What becomes of the job when it does not fit now; empty: as RLM_ADMISSION__OVERLOAD says."
+        None,
+        description="What becomes of the job when it does not fit now; empty: as RLM_ADMISSION__OVERLOAD says.",
     )
     emit_metrics: dict[str, float | str] = Field(
-        default_factory=dict, description="Numbers for declared counters, and texts for their labels: counted when it succeeds."
+        default_factory=dict,
+        description="Numbers for declared counters, and texts for their labels: counted when it succeeds.",
     )
-    budget: Budget | None = Field(None, description="What calls to models may cost in all; empty: they are only counted.")
-    cache_results: bool = Field(False, description="Answers of models are kept, and taken from those kept by others.")
+    budget: Budget | None = Field(
+        None, description="What calls to models may cost in all; empty: they are only counted."
+    )
+    cache_results: bool = Field(
+        False, description="Answers of models are kept, and taken from those kept by others."
+    )
     cache_ttl_seconds: float = Field(3600.0, gt=0, description="... for so long.")
-    idempotency_key: str = Field("", max_length=512, description="Submitting twice with one key gives one job.")
+    idempotency_key: str = Field(
+        "", max_length=512, description="Submitting twice with one key gives one job."
+    )
     trace_context: TraceContext | None = Field(
-        None, description="The trace that the job is part of; also as a `traceparent`. Empty: that of the submitting thread."
+        None,
+        description="The trace that the job is part of; also as a `traceparent`. Empty: that of the submitting thread.",
     )
 
     def preempts(self, priority: str) -> bool:
-        """Whether less urgent nodes make room for a job of this priority, which its operation may have raised."""
-        return priority == Priority.CRITICAL if self.preempt_lower_priority is None else self.preempt_lower_priority
+        """Whether less urgent nodes make room for a job of this priority, which its operation may
+        have raised.
+        """
+        return (
+            priority == Priority.CRITICAL
+            if self.preempt_lower_priority is None
+            else self.preempt_lower_priority
+        )
 
     @model_validator(mode="before")
     @classmethod
@@ -147,8 +189,14 @@ class Options(_Checked):
         if not isinstance(value, str):
             return value
         if (found := _TRACEPARENT.fullmatch(value.strip())) is None:
-            raise InvalidRequest("trace_context", value, "must be a traceparent (00-<32 hex>-<16 hex>-<2 hex>), or its ids")
-        return TraceContext(trace_id=found[1], parent_span_id=found[2], sampled=bool(int(found[3], 16) & 1))
+            raise InvalidRequest(
+                "trace_context",
+                value,
+                "must be a traceparent (00-<32 hex>-<16 hex>-<2 hex>), or its ids",
+            )
+        return TraceContext(
+            trace_id=found[1], parent_span_id=found[2], sampled=bool(int(found[3], 16) & 1)
+        )
 
     @field_validator("emit_metrics")
     @classmethod
@@ -166,7 +214,9 @@ class Options(_Checked):
     @model_validator(mode="after")
     def _threshold_needs_patience(self) -> Self:
         if self.error_threshold is not None and not self.continue_on_error:
-            raise InvalidRequest("error_threshold", self.error_threshold, "needs continue_on_error=True")
+            raise InvalidRequest(
+                "error_threshold", self.error_threshold, "needs continue_on_error=True"
+            )
         return self
 
 
@@ -174,7 +224,9 @@ class Budget(_Checked):
     """What a job and its rounds may spend in all; what is left out is not limited."""
 
     tokens: float | None = Field(None, gt=0, description="Of prompts and answers together.")
-    money: float | None = Field(None, gt=0, description="By the prices of `RLM_LLM__MODELS`, in their currency.")
+    money: float | None = Field(
+        None, gt=0, description="By the prices of `RLM_LLM__MODELS`, in their currency."
+    )
     calls: float | None = Field(None, ge=1, description="To providers, repeated ones as well.")
 
     @property
@@ -186,29 +238,44 @@ class Budget(_Checked):
 class Conditions(_Checked):
     """When items are worked on at all."""
 
-    skip_if_empty: bool = Field(False, description="Skip items that are None or empty, and a job without items.")
-    validate_before_process: bool = Field(False, description="Run the operation's validate on every item first.")
-    early_termination_threshold: float | None = Field(None, gt=0, le=1, description="End once this share is done.")
+    skip_if_empty: bool = Field(
+        False, description="Skip items that are None or empty, and a job without items."
+    )
+    validate_before_process: bool = Field(
+        False, description="Run the operation's validate on every item first."
+    )
+    early_termination_threshold: float | None = Field(
+        None, gt=0, le=1, description="End once this share is done."
+    )
 
 
 class JobRequest(_Checked):
     """One job: items, an operation, and how to go about it."""
 
     operation: str = Field(min_length=1, description="The name it is registered by.")
-    items: Any = Field(description="A range, `Lines`, `Files`, or any iterable of plain data, which is stored.")
+    items: Any = Field(
+        description="A range, `Lines`, `Files`, or any iterable of plain data, which is stored."
+    )
     type: Literal["sequential", "parallel", "recursive"] | None = Field(
-        None, description="Empty: as the strategy says, `parallel` with a chunk size, else `recursive`."
+        None,
+        description="Empty: as the strategy says, `parallel` with a chunk size, else `recursive`.",
     )
     strategy: Strategy | None = Field(
-        None, description="`Binary`, `NWay` or `Adaptive`, also by name (`binary`, `n_way`, `adaptive`); empty: `Binary`."
+        None,
+        description="`Binary`, `NWay` or `Adaptive`, also by name (`binary`, `n_way`, `adaptive`); empty: `Binary`.",
     )
     chunk_size: int | None = Field(None, ge=1, description="Items per node of a parallel job.")
-    params: dict[str, Any] = Field(default_factory=dict, description="Handed to the operation as ctx.params.")
+    params: dict[str, Any] = Field(
+        default_factory=dict, description="Handed to the operation as ctx.params."
+    )
     options: Options = Field(default_factory=Options, description="How it is run.")
-    conditions: Conditions = Field(default_factory=Conditions, description="When items are worked on at all.")
+    conditions: Conditions = Field(
+        default_factory=Conditions, description="When items are worked on at all."
+    )
     description: str = Field("", description="For people; shown where jobs are listed.")
     complexity: str = Field(
-        "", description="Of its items: `simple`, `medium`, `complex`, or `very_complex`, which empty stands for. See time limits."
+        "",
+        description="Of its items: `simple`, `medium`, `complex`, or `very_complex`, which empty stands for. See time limits.",
     )
 
     @model_validator(mode="before")
@@ -218,21 +285,29 @@ class JobRequest(_Checked):
             return fields
         name = fields["strategy"]
         if name not in STRATEGIES:
-            raise InvalidRequest("strategy", name, f"unknown; must be one of {', '.join(STRATEGIES)}")
+            raise InvalidRequest(
+                "strategy", name, f"unknown; must be one of {', '.join(STRATEGIES)}"
+            )
         return {**fields, "strategy": STRATEGIES[name]()}
 
     @field_validator("strategy", mode="before")
     @classmethod
     def _known_strategy(cls, value: Any) -> Any:
         if value is not None and not isinstance(value, Binary | NWay | Adaptive):
-            raise InvalidRequest("strategy", value, "must be Binary(...), NWay(...) or Adaptive(...)")
+            raise InvalidRequest(
+                "strategy", value, "must be Binary(...), NWay(...) or Adaptive(...)"
+            )
         return value
 
     @model_validator(mode="after")
     def _type_fits(self) -> Self:
         if self.strategy is not None and self.type in ("sequential", "parallel"):
-            raise InvalidRequest("strategy", self.strategy, f"a {self.type} job takes none; use type='recursive'")
-        if self.chunk_size is not None and (self.type in ("sequential", "recursive") or self.strategy is not None):
+            raise InvalidRequest(
+                "strategy", self.strategy, f"a {self.type} job takes none; use type='recursive'"
+            )
+        if self.chunk_size is not None and (
+            self.type in ("sequential", "recursive") or self.strategy is not None
+        ):
             raise InvalidRequest("chunk_size", self.chunk_size, "belongs to type='parallel'")
         return self
 
@@ -245,7 +320,9 @@ class JobRequest(_Checked):
         """Return the strategy, settled, with the default target where it names none."""
         shape = self._shape(default_target_ms)
         if self.options.max_depth is not None and self.kind == "recursive":
-            return Shape(**{**_fields(shape), "max_depth": min(shape.max_depth, self.options.max_depth)})
+            return Shape(
+                **{**_fields(shape), "max_depth": min(shape.max_depth, self.options.max_depth)}
+            )
         return shape
 
     def _shape(self, target_ms: float) -> Shape:
@@ -253,16 +330,29 @@ class JobRequest(_Checked):
             return Shape("sequential", target_ms=target_ms)
         if self.kind == "parallel":
             exact = self.chunk_size is not None
-            return Shape("flat", max_chunk=self.chunk_size or 0, exact=exact, max_depth=1, eager=exact, target_ms=target_ms)
+            return Shape(
+                "flat",
+                max_chunk=self.chunk_size or 0,
+                exact=exact,
+                max_depth=1,
+                eager=exact,
+                target_ms=target_ms,
+            )
         match self.strategy:
             case Adaptive() as adaptive:
                 return Shape(
-                    "flat", adaptive.branching_factor, adaptive.min_chunk_size, max_chunk=adaptive.max_chunk_size or 0,
-                    max_depth=adaptive.max_depth, eager=adaptive.max_chunk_size is not None,
+                    "flat",
+                    adaptive.branching_factor,
+                    adaptive.min_chunk_size,
+                    max_chunk=adaptive.max_chunk_size or 0,
+                    max_depth=adaptive.max_depth,
+                    eager=adaptive.max_chunk_size is not None,
                     target_ms=adaptive.target_execution_time_ms or target_ms,
-                )  # fmt: skip
+                )
             case NWay() as n_way:
-                return _planned_tree(n_way.split_factor, n_way.min_chunk_size, n_way.max_depth, target_ms)
+                return _planned_tree(
+                    n_way.split_factor, n_way.min_chunk_size, n_way.max_depth, target_ms
+                )
             case Binary() as binary:
                 return _planned_tree(2, binary.min_chunk_size, binary.max_depth, target_ms)
             case _:
@@ -272,8 +362,8 @@ class JobRequest(_Checked):
     def parse(cls, request: JobRequest | Mapping[str, Any]) -> JobRequest:
         """Return a request as it is, or make one of a plain dict in snake_case or camelCase.
 
-        ``input`` may hold ``items``, ``operation`` and the strategy's sizes, or be the items themselves; fields of
-        `Options` and `Conditions` may be given flat.  Raises InvalidRequest.
+        ``input`` may hold ``items``, ``operation`` and the strategy's sizes, or be the items
+        themselves; fields of `Options` and `Conditions` may be given flat.  Raises InvalidRequest.
         """
         if isinstance(request, JobRequest):
             return request
@@ -286,10 +376,16 @@ def _grouped(fields: dict[str, Any]) -> dict[str, Any]:
     """Sort flat fields into the request, its options and its conditions."""
     grouped = dict(fields)
     for part, model in (("options", Options), ("conditions", Conditions)):
-        names = {name for name in fields if name in model.model_fields or (part == "options" and name == "timeout")}
+        names = {
+            name
+            for name in fields
+            if name in model.model_fields or (part == "options" and name == "timeout")
+        }
         if names:
             if part in fields:
-                raise InvalidRequest(part, sorted(names), f"given beside {part}=...; keep one of both")
+                raise InvalidRequest(
+                    part, sorted(names), f"given beside {part}=...; keep one of both"
+                )
             grouped[part] = model(**{name: grouped.pop(name) for name in names})
     return grouped
 
@@ -300,9 +396,14 @@ def _fields(shape: Shape) -> dict[str, Any]:
 
 def _planned_tree(factor: int, min_chunk: int | None, max_depth: int, target_ms: float) -> Shape:
     return Shape(
-        "tree", factor, min_chunk or 1, min_chunk or DEFAULT_MIN_CHUNK,
-        max_depth=max_depth, eager=min_chunk is not None, target_ms=target_ms,
-    )  # fmt: skip
+        "tree",
+        factor,
+        min_chunk or 1,
+        min_chunk or DEFAULT_MIN_CHUNK,
+        max_depth=max_depth,
+        eager=min_chunk is not None,
+        target_ms=target_ms,
+    )
 
 
 def _flattened(fields: dict[str, Any]) -> dict[str, Any]:
@@ -310,7 +411,11 @@ def _flattened(fields: dict[str, Any]) -> dict[str, Any]:
     if "input" not in fields:
         return fields
     given = fields.pop("input")
-    inner = dict(given) if isinstance(given, Mapping) and {"items", "operation"} & set(given) else {"items": given}
+    inner = (
+        dict(given)
+        if isinstance(given, Mapping) and {"items", "operation"} & set(given)
+        else {"items": given}
+    )
     fields.setdefault("operation", inner.pop("operation", "process"))
     sizes = {
         "n_way": inner.pop("splitFactor", None),

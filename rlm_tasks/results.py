@@ -138,7 +138,10 @@ class Receipt(tuple[Shaped, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
-        return "; ".join(f"{each.strategy} at {each.level}: {each.items} items" for each in self) or "nothing was left out"
+        return (
+            "; ".join(f"{each.strategy} at {each.level}: {each.items} items" for each in self)
+            or "nothing was left out"
+        )
 
 
 NOTHING_LEFT_OUT = Receipt()
@@ -154,11 +157,15 @@ class JobResult:
     total: int  # items
     done: int  # items that succeeded
     failed_count: int
-    skipped: int  # items that were not run: empty ones, or all that were left when the job ended early
+    skipped: (
+        int  # items that were not run: empty ones, or all that were left when the job ended early
+    )
     failed: list[ItemFailure]  # the first 1,000; failed_count counts all
     successful: SuccessfulItems  # their indexes
     metrics: Metrics  # what it cost
-    stopped: str = ""  # why the job ended before its items did: early, budget, failed, expired, cancelled
+    stopped: str = (
+        ""  # why the job ended before its items did: early, budget, failed, expired, cancelled
+    )
     error: ItemFailure | None = None  # what its merge raised
     receipt: Receipt = NOTHING_LEFT_OUT  # what pressure has shaped of it
     spent: Spending | None = None  # on calls to models, by it and its rounds; None: it makes none
@@ -174,7 +181,10 @@ class JobResult:
         shown |= {"failed": [asdict(each) for each in self.failed], "metrics": asdict(self.metrics)}
         shown |= {"receipt": [asdict(each) for each in self.receipt]}
         shown |= {"spent": asdict(self.spent) if self.spent else None}
-        shown |= {"error": asdict(self.error) if self.error else None, "failure_rate": self.failure_rate}
+        shown |= {
+            "error": asdict(self.error) if self.error else None,
+            "failure_rate": self.failure_rate,
+        }
         return shown
 
 
@@ -199,7 +209,9 @@ class Progress:
     @property
     def fraction(self) -> float:
         """Share of items that are accounted for, 0 to 1."""
-        return min(1.0, (self.done + self.failed + self.skipped) / self.total) if self.total else 1.0
+        return (
+            min(1.0, (self.done + self.failed + self.skipped) / self.total) if self.total else 1.0
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,10 +253,20 @@ COLUMNS = ("model", "calls", "tokens", "money")
 
 
 def rows(spent: Spending) -> list[tuple[str, ...]]:
-    """Return what was spent, for a person: a row for each model, one for all of them, and one for the budget if there is one."""
-    found = [("all", {unit: spent.spent.get(unit, 0.0) + spent.held.get(unit, 0.0) for unit in COLUMNS[1:]})]
+    """Return what was spent, for a person: a row for each model, one for all of them, and one for
+    the budget if there is one.
+    """
+    found = [
+        (
+            "all",
+            {unit: spent.spent.get(unit, 0.0) + spent.held.get(unit, 0.0) for unit in COLUMNS[1:]},
+        )
+    ]
     found += [("budget", spent.limits)] if spent.limits else []
-    return [(name, *(_shown(unit, units) for unit in COLUMNS[1:])) for name, units in [*sorted(spent.by_label.items()), *found]]
+    return [
+        (name, *(_shown(unit, units) for unit in COLUMNS[1:]))
+        for name, units in [*sorted(spent.by_label.items()), *found]
+    ]
 
 
 def _shown(unit: str, units: Mapping[str, float]) -> str:

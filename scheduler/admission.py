@@ -1,8 +1,8 @@
-"""What is taken in under load: less urgent work is turned away first, and a queue that is full takes nothing.
+"""What is taken in under load: less urgent work is turned away first, and a queue that is full
+takes nothing.
 
-Decides whether a job fits now, and when to come back if it does not.  What was taken in once is never dropped.  Refuses to
-know how a job is opened and what becomes of one that does not fit.
-"""
+Decides whether a job fits now, and when to come back if it does not.  What was taken in once is
+never dropped.  Refuses to know how a job is opened and what becomes of one that does not fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from scheduler.queues import QueueReport
 from scheduler.settings import AdmissionSettings
 
 SHED_FROM = {"low": Level.HIGH, "normal": Level.CRITICAL, "high": Level.EMERGENCY}
-"""The level from which work of a priority is turned away; critical work never is (Google's SRE book, Handling Overload)."""
+"""The level from which work of a priority is turned away; critical work never is (Google's SRE
+book, Handling Overload).
+"""
 SOONEST_S, LATEST_S = 1.0, 300.0
 PLACE_S = 5.0
 """When to come back for a place: nobody knows when a job will end."""
@@ -49,7 +51,9 @@ def sheds(priority: str, level: Level) -> bool:
 
 
 def shed(priority: str, level: Level, step_s: float) -> Overloaded | None:
-    """Return why a job of a priority is not taken in at a level; a level falls by one step in `step_s` at the soonest."""
+    """Return why a job of a priority is not taken in at a level; a level falls by one step in
+    `step_s` at the soonest.
+    """
     if not sheds(priority, level):
         return None
     steps = level - SHED_FROM[priority] + 1
@@ -57,33 +61,45 @@ def shed(priority: str, level: Level, step_s: float) -> Overloaded | None:
     return Overloaded("admission", _between(steps * step_s), why)
 
 
-def full(queue: str, priority: str, report: QueueReport, settings: AdmissionSettings) -> QueueFull | None:
+def full(
+    queue: str, priority: str, report: QueueReport, settings: AdmissionSettings
+) -> QueueFull | None:
     """Return why a queue takes no further job.
 
-    When to come back is an estimate: the queue goes on being served as fast as its oldest message came to the front.
-    """
-    depth, age, most, longest = report.depth, report.oldest_s or 0.0, settings.queue_depth, settings.wait_s(priority)
+    When to come back is an estimate: the queue goes on being served as fast as its oldest message
+    came to the front."""
+    depth, age, most, longest = (
+        report.depth,
+        report.oldest_s or 0.0,
+        settings.queue_depth,
+        settings.wait_s(priority),
+    )
     lasts_s: dict[str, float] = {}
     if most and depth >= most:
         lasts_s[f"{depth} messages wait, of at most {most}"] = (depth - most + 1) * age / depth
     if longest and age > longest:
-        lasts_s[f"its oldest message waits for {age:.0f} s, of at most {longest:g} s"] = age - longest
+        lasts_s[f"its oldest message waits for {age:.0f} s, of at most {longest:g} s"] = (
+            age - longest
+        )
     if not lasts_s:
         return None
     return QueueFull(f"queue {queue}", _between(max(lasts_s.values())), "; ".join(lasts_s))
 
 
 class WaitingRoom:
-    """Jobs that were opened and are not taken in yet; their own time wakes them, should nobody call.
+    """Jobs that were opened and are not taken in yet; their own time wakes them, should nobody
+    call.
 
-    With `max_jobs` it knows the places as well: so many jobs are at work at once, and critical ones beside them.
-    """
+    With `max_jobs` it knows the places as well: so many jobs are at work at once, and critical ones
+    beside them."""
 
     def __init__(self, store: Store, keys: Keys, max_jobs: int = 0) -> None:
         self._store, self._keys, self._max_jobs = store, keys, max_jobs
 
     def crowded(self, job: str, priority: str) -> QueueFull | None:
-        """Give a job its place, which it leaves when it ends; or return why it has to wait.  Raises StoreUnavailable."""
+        """Give a job its place, which it leaves when it ends; or return why it has to wait.  Raises
+        StoreUnavailable.
+        """
         if not self._max_jobs or priority not in SHED_FROM or self._place(job)[0]:
             return None
         return QueueFull("jobs", PLACE_S, f"as many are at work as may be: {self._max_jobs}")
@@ -98,19 +114,33 @@ class WaitingRoom:
         return self._place("")[1] if self._max_jobs else _UNBOUNDED
 
     def _place(self, job: str) -> tuple[int, int]:
-        call = Call(_PLACE, (self._keys.places, self._keys.due), (job, self._max_jobs, _FIRST_LOOK_MS, ROOM_TTL_S))
+        call = Call(
+            _PLACE,
+            (self._keys.places, self._keys.due),
+            (job, self._max_jobs, _FIRST_LOOK_MS, ROOM_TTL_S),
+        )
         [(has, left)] = self._store.answered(call)
         return has, left
 
     def enter(self, queue: str, waiters: Mapping[str, int]) -> None:
-        """Let jobs wait to be called, each named by its job and first node, with the time in ms when it came."""
+        """Let jobs wait to be called, each named by its job and first node, with the time in ms
+        when it came.
+        """
         key = self._keys.admission(queue)
-        self._store.reached(lambda client: (client.zadd(key, dict(waiters), nx=True), client.expire(key, ROOM_TTL_S)))
+        self._store.reached(
+            lambda client: (
+                client.zadd(key, dict(waiters), nx=True),
+                client.expire(key, ROOM_TTL_S),
+            )
+        )
 
     def call(self, queue: str, most: int) -> list[str]:
         """Take those out who came first.  Raises StoreUnavailable."""
         key = self._keys.admission(queue)
-        return [name.decode() for name, _ in self._store.reached(lambda client: client.zpopmin(key, most))]
+        return [
+            name.decode()
+            for name, _ in self._store.reached(lambda client: client.zpopmin(key, most))
+        ]
 
 
 def _between(seconds: float) -> float:

@@ -1,8 +1,8 @@
 """Who is told what goes wrong, how badly, and how often.
 
-Decides which events raise an alert (RULES), lets no two of a kind and subject follow each other too soon over all
-processes, and hands alerts to the channels.  Refuses to know how anything was measured, and who reads an alert.
-"""
+Decides which events raise an alert (RULES), lets no two of a kind and subject follow each other too
+soon over all processes, and hands alerts to the channels.  Refuses to know how anything was
+measured, and who reads an alert."""
 
 from __future__ import annotations
 
@@ -40,9 +40,13 @@ log = logging.getLogger("rlm.alerts")
 """The channel LOG: every alert is one line here; its parts are in the record's ``alert``."""
 
 SEVERAL = 3
-"""So many breakers that are open at once are a problem of their own: source document 1 says "multiple"."""
+"""So many breakers that are open at once are a problem of their own: source document 1 says
+"multiple".
+"""
 MEMORY_PCT = THRESHOLDS[Level.HIGH - 1]
-"""Percent of a host's memory in use that is warned of: where source document 1 begins to leave work out."""
+"""Percent of a host's memory in use that is warned of: where source document 1 begins to leave work
+out.
+"""
 TIMEOUT_S = 5.0
 """A webhook's receiver that is silent for longer has not got the alert."""
 ATTEMPTS = RetryPolicy(max_attempts=3, initial_delay_s=1.0, max_delay_s=10.0, deadline_s=60.0)
@@ -57,7 +61,9 @@ _RAISE, _COUNTS = Script.load("scheduler", "alert"), Script.load("scheduler", "a
 
 
 def alert_keys(namespace: str) -> tuple[str, str, str]:
-    """Return the history (STREAM), the last day's alerts (ZSET id -> ms), and how many there were (HASH severity -> count)."""
+    """Return the history (STREAM), the last day's alerts (ZSET id -> ms), and how many there were
+    (HASH severity -> count).
+    """
     tagged = f"{namespace}:{{alerts}}:"
     return tagged + "history", tagged + "day", tagged + "totals"
 
@@ -81,7 +87,9 @@ class AlertRule(NamedTuple):
 
     severity: EventSeverity
     interval_s: float  # none as bad of its kind and subject within this
-    about: str = ""  # the datum of the event that names its subject; without it the subject is the cluster
+    about: str = (
+        ""  # the datum of the event that names its subject; without it the subject is the cluster
+    )
 
 
 RULES: dict[str, AlertRule] = {
@@ -98,12 +106,11 @@ RULES: dict[str, AlertRule] = {
     "execution.slow": AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "operation"),
     "performance.degraded": AlertRule(EventSeverity.WARNING, 10 * _MINUTE, "operation"),
 }
-"""Severities and intervals of source document 1, which knows no comparison with the past; it gives pressure 2 to 10 minutes
-"based on level".
+"""Severities and intervals of source document 1, which knows no comparison with the past; it gives
+pressure 2 to 10 minutes "based on level".
 
-An event ``pressure.changed`` is looked up by the level in its data.  All levels of a host are one kind: a worse one than
-the last is told at once.
-"""
+An event ``pressure.changed`` is looked up by the level in its data.  All levels of a host are one
+kind: a worse one than the last is told at once. """
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +132,22 @@ class ResourcePressureEvent:
     def events(self, cpu_pct: float, memory_pct: float = MEMORY_PCT) -> Iterator[Event]:
         """Return what is to be said of it.  Raises ValueError for an unknown level."""
         level, host = as_level(self.pressure_level).label, {"host": self.host} if self.host else {}
-        load = {"cpu_percent": self.cpu_percent, "memory_percent": self.memory_percent, "memory_mb": self.memory_mb}
+        load = {
+            "cpu_percent": self.cpu_percent,
+            "memory_percent": self.memory_percent,
+            "memory_mb": self.memory_mb,
+        }
         work = {"worker_count": self.worker_count, "active_executors": self.active_executors}
-        said = self.message or f"pressure is {level}: memory {self.memory_percent:.4g} %, CPU {self.cpu_percent:.4g} %"
+        said = (
+            self.message
+            or f"pressure is {level}: memory {self.memory_percent:.4g} %, CPU {self.cpu_percent:.4g} %"
+        )
         yield Event("pressure.changed", said, data={**host, "level": level, **load, **work})
         if self.memory_percent >= memory_pct:
             yield Event(
-                "memory.high", f"memory is {self.memory_percent:.4g} % in use ({self.memory_mb:.0f} MB)", data=host | load
+                "memory.high",
+                f"memory is {self.memory_percent:.4g} % in use ({self.memory_mb:.0f} MB)",
+                data=host | load,
             )
         if self.cpu_percent >= cpu_pct:
             yield Event("cpu.high", f"CPU is {self.cpu_percent:.4g} % in use", data=host | load)
@@ -139,7 +155,11 @@ class ResourcePressureEvent:
             yield Event("breaker.opened", f"breaker {name} is open", data=host | {"breaker": name})
         if self.degradation_applied:
             strategies = list(self.degradation_applied)
-            yield Event("degradation.started", f"degraded: {', '.join(strategies)}", data=host | {"strategies": strategies})
+            yield Event(
+                "degradation.started",
+                f"degraded: {', '.join(strategies)}",
+                data=host | {"strategies": strategies},
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +182,19 @@ class Alert:
 
     def fields(self) -> dict[str, Any]:
         """Return it as a dict of plain JSON."""
-        about = {"kind": self.kind, "subject": self.subject, "severity": self.severity.label, "message": self.message}
-        return {"id": self.id, "at": self.at, **about, "held_back": self.held_back, "data": dict(self.data)}
+        about = {
+            "kind": self.kind,
+            "subject": self.subject,
+            "severity": self.severity.label,
+            "message": self.message,
+        }
+        return {
+            "id": self.id,
+            "at": self.at,
+            **about,
+            "held_back": self.held_back,
+            "data": dict(self.data),
+        }
 
 
 class _Draft(NamedTuple):
@@ -183,7 +214,9 @@ class _Last:
 
 
 class Alerts:
-    """The alerts of one platform: process an event in every process that sees it, and it is told once."""
+    """The alerts of one platform: process an event in every process that sees it, and it is told
+    once.
+    """
 
     def __init__(
         self,
@@ -197,11 +230,11 @@ class Alerts:
         stream: TextIO | None = None,
         colour: bool | None = None,
     ) -> None:
-        """`callback` runs in the caller's thread, and should be quick; `stream` None is the standard output.
+        """`callback` runs in the caller's thread, and should be quick; `stream` None is the
+        standard output.
 
-        `colour` None colours a terminal; give False where NO_COLOR is set.  `clock` gives seconds of the day's time.
-        Raises InvalidValue for a webhook without a usable URL.
-        """
+        `colour` None colours a terminal; give False where NO_COLOR is set.  `clock` gives seconds
+        of the day's time. Raises InvalidValue for a webhook without a usable URL."""
         self._store, self._settings, self._events, self._clock = store, settings, events, clock
         self._stream, self._colour = stream, colour
         self._last: dict[str, _Last] = {}
@@ -220,20 +253,28 @@ class Alerts:
 
     @property
     def webhook_url(self) -> str:
-        """The webhook's scheme and host, without what may be secret in its URL; empty when there is none."""
+        """The webhook's scheme and host, without what may be secret in its URL; empty when there is
+        none.
+        """
         return self._webhook.shown if self._webhook else ""
 
     def process_event(self, event: Event | ResourcePressureEvent) -> list[Alert]:
-        """Raise the alerts of an event, tell them on all channels, and return them; those held back are only counted.
+        """Raise the alerts of an event, tell them on all channels, and return them; those held back
+        are only counted.
 
-        While Redis is away each process limits its own.  Raises ValueError for an unknown pressure level.
-        """
+        While Redis is away each process limits its own.  Raises ValueError for an unknown pressure
+        level."""
         drafts = [draft for each in self._said(event) if (draft := _draft(each))]
         raised = self._raise(drafts) if drafts else []
         for alert in raised:
             self._hand_out(alert)
         if self._events:
-            self._events.keep(*(Event("alert.raised", each.message, each.severity, each.fields()) for each in raised))
+            self._events.keep(
+                *(
+                    Event("alert.raised", each.message, each.severity, each.fields())
+                    for each in raised
+                )
+            )
         return raised
 
     def history(self, limit: int = 50) -> list[Alert]:
@@ -246,13 +287,18 @@ class Alerts:
         return self.summary()
 
     def summary(self) -> dict[str, Any]:
-        """Return how many alerts there were, in all and of late, and the last ten (source document 1).
+        """Return how many alerts there were, in all and of late, and the last ten (source document
+        1).
 
         Those raised while Redis was away are not among them.  Raises StoreUnavailable.
         """
         _, day, totals = alert_keys(self._store.namespace)
-        (hour, last_day, flat), entries = self._store.ask(Call(_COUNTS, (day, totals), ()), self._newest(RECENT))
-        counted = {name.decode(): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)}
+        (hour, last_day, flat), entries = self._store.ask(
+            Call(_COUNTS, (day, totals), ()), self._newest(RECENT)
+        )
+        counted = {
+            name.decode(): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)
+        }
         return {
             "total_alerts": sum(counted.values()),
             "last_hour": hour,
@@ -265,7 +311,7 @@ class Alerts:
         """Send what waits for the webhook; return whether all of it went out in time."""
         return self._webhook.close(timeout_s) if self._webhook else True
 
-    # --- deciding ------------------------------------------------------------------------------------
+    # --- deciding ------------------------------------------------------------------------------
 
     def _said(self, event: Event | ResourcePressureEvent) -> Iterator[Event]:
         """Yield what an event says; a breaker's may name all that are ``open``."""
@@ -276,20 +322,38 @@ class Alerts:
             yield event
             opened = event.data.get("open", ()) if event.name == "breaker.opened" else ()
         if len(opened) >= SEVERAL:
-            yield Event("breakers.open", f"{len(opened)} breakers are open: {', '.join(opened)}", data={"open": list(opened)})
+            yield Event(
+                "breakers.open",
+                f"{len(opened)} breakers are open: {', '.join(opened)}",
+                data={"open": list(opened)},
+            )
 
     def _raise(self, drafts: Sequence[_Draft]) -> list[Alert]:
-        gates = [gate_key(self._store.namespace, each.alert.kind, each.alert.subject) for each in drafts]
+        gates = [
+            gate_key(self._store.namespace, each.alert.kind, each.alert.subject) for each in drafts
+        ]
         args: list[Argument] = [self._settings.history]
         for alert, interval_s in drafts:
             told = json.dumps(alert.fields(), default=str)
-            args += (alert.id, alert.severity.label, int(alert.severity), round(interval_s * 1000), told)
+            args += (
+                alert.id,
+                alert.severity.label,
+                int(alert.severity),
+                round(interval_s * 1000),
+                told,
+            )
         try:
-            [answers] = self._store.ask(Call(_RAISE, (*alert_keys(self._store.namespace), *gates), args))
+            [answers] = self._store.ask(
+                Call(_RAISE, (*alert_keys(self._store.namespace), *gates), args)
+            )
         except StoreUnavailable:
             return [found for each in drafts if (found := self._raise_alone(*each))]
         verdicts = zip(drafts, answers, strict=True)
-        raised = [_told(draft.alert, float(at), held_back) for draft, (is_raised, held_back, at) in verdicts if is_raised]
+        raised = [
+            _told(draft.alert, float(at), held_back)
+            for draft, (is_raised, held_back, at) in verdicts
+            if is_raised
+        ]
         for alert in raised:
             self._remember(alert)
         return raised
@@ -297,7 +361,11 @@ class Alerts:
     def _raise_alone(self, alert: Alert, interval_s: float) -> Alert | None:
         """Decide as the script does, by what this process has raised itself."""
         last = self._last.get(f"{alert.kind}:{alert.subject}")
-        if last and self._store.clock() - last.at_s < interval_s and alert.severity <= last.severity:
+        if (
+            last
+            and self._store.clock() - last.at_s < interval_s
+            and alert.severity <= last.severity
+        ):
             last.held_back += 1
             return None
         self._remember(alert)
@@ -313,7 +381,7 @@ class Alerts:
     def _newest(self, limit: int) -> Call:
         return Call(NEWEST, alert_keys(self._store.namespace)[:1], (limit,))
 
-    # --- telling -------------------------------------------------------------------------------------
+    # --- telling -------------------------------------------------------------------------------
 
     def _hand_out(self, alert: Alert) -> None:
         for channel, tell in self._tell.items():
@@ -321,26 +389,46 @@ class Alerts:
                 tell(alert)
             except Exception:
                 name = getattr(tell, "__qualname__", tell)
-                logger.exception("alert %s was not told on channel %s (%s)", alert.id, channel.value, name)
+                logger.exception(
+                    "alert %s was not told on channel %s (%s)", alert.id, channel.value, name
+                )
 
     def _print(self, alert: Alert) -> None:
         stream = self._stream or sys.stdout
         coloured = stream.isatty() if self._colour is None else self._colour
         line = f"{alert.severity.name:<8} {alert.kind} [{alert.subject}] {alert.message}"
-        print(f"\x1b[{_COLOURS[alert.severity]}m{line}\x1b[0m" if coloured else line, file=stream, flush=True)
+        print(
+            f"\x1b[{_COLOURS[alert.severity]}m{line}\x1b[0m" if coloured else line,
+            file=stream,
+            flush=True,
+        )
 
 
-_COLOURS = {EventSeverity.INFO: "36", EventSeverity.WARNING: "33", EventSeverity.ERROR: "31", EventSeverity.CRITICAL: "1;37;41"}
+_COLOURS = {
+    EventSeverity.INFO: "36",
+    EventSeverity.WARNING: "33",
+    EventSeverity.ERROR: "31",
+    EventSeverity.CRITICAL: "1;37;41",
+}
 """Cyan, yellow, red, and white on red."""
 
 
 def _draft(event: Event) -> _Draft | None:
-    named = f"pressure.{event.data.get('level')}" if event.name == "pressure.changed" else event.name
+    named = (
+        f"pressure.{event.data.get('level')}" if event.name == "pressure.changed" else event.name
+    )
     rule = RULES.get(named)
     if rule is None:
         return None
     subject = one_line(str(event.data.get(rule.about) or "cluster"))
-    alert = Alert(event.name, subject, rule.severity, event.message, event.data, secrets.token_hex(8))
+    alert = Alert(
+        kind=event.name,
+        subject=subject,
+        severity=rule.severity,
+        message=event.message,
+        data=event.data,
+        id=secrets.token_hex(8),
+    )
     return _Draft(alert, rule.interval_s)
 
 
@@ -354,7 +442,14 @@ def _read(entries: Sequence[tuple[bytes, Sequence[bytes]]]) -> list[Alert]:
     for _, entry in paired(entries):
         told = json.loads(entry[b"alert"])
         severity = EventSeverity[told["severity"].upper()]
-        alert = Alert(told["kind"], told["subject"], severity, told["message"], told["data"], told["id"])
+        alert = Alert(
+            kind=told["kind"],
+            subject=told["subject"],
+            severity=severity,
+            message=told["message"],
+            data=told["data"],
+            id=told["id"],
+        )
         found.append(_told(alert, float(entry[b"at"]), int(entry[b"held"])))
     return found
 
@@ -364,20 +459,22 @@ def _write_log(alert: Alert) -> None:
     log.log(alert.severity, "%s %s [%s]: %s", *told, extra={"alert": alert.fields()})
 
 
-# --- webhooks ----------------------------------------------------------------------------------------
+# --- webhooks ---------------------------------------------------------------------------------
 
 
 def sign(body: bytes, timestamp: str, secret: str) -> str:
     """Return what stands in ``X-RLM-Signature``: the HMAC-SHA256 of ``<timestamp>.<body>``."""
-    return "sha256=" + hmac.new(secret.encode(), timestamp.encode() + b"." + body, hashlib.sha256).hexdigest()
+    return (
+        "sha256="
+        + hmac.new(secret.encode(), timestamp.encode() + b"." + body, hashlib.sha256).hexdigest()
+    )
 
 
 def verify(body: bytes, timestamp: str, signature: str, secret: str) -> bool:
     """Say, in constant time, whether a webhook came from who knows the secret.
 
-    A receiver gives the raw body and the headers ``X-RLM-Timestamp`` and ``X-RLM-Signature``, and should refuse a
-    timestamp (seconds since 1970) that is some minutes old: it may be a replay.
-    """
+    A receiver gives the raw body and the headers ``X-RLM-Timestamp`` and ``X-RLM-Signature``, and
+    should refuse a timestamp (seconds since 1970) that is some minutes old: it may be a replay."""
     return hmac.compare_digest(sign(body, timestamp, secret).encode(), signature.encode())
 
 
@@ -399,9 +496,16 @@ class Webhook:
         timeout_s: float = TIMEOUT_S,
         waiting: int = WAITING,
     ) -> None:
-        """`clock` gives seconds of the day's time; `retry` is three attempts unless told otherwise.  Raises InvalidValue."""
+        """`clock` gives seconds of the day's time; `retry` is three attempts unless told
+        otherwise.  Raises InvalidValue.
+        """
         self.shown, self._url, self._authorization = _parts(url)
-        self._secret, self._clock, self._retry, self._timeout_s = secret, clock, retry or Retry(ATTEMPTS), timeout_s
+        self._secret, self._clock, self._retry, self._timeout_s = (
+            secret,
+            clock,
+            retry or Retry(ATTEMPTS),
+            timeout_s,
+        )
         self._opener = urllib.request.build_opener(_NoRedirects)
         self._waiting: queue.Queue[tuple[str, bytes] | None] = queue.Queue(waiting)
         self._thread: threading.Thread | None = None
@@ -424,7 +528,9 @@ class Webhook:
                 self._thread.start()
 
     def close(self, timeout_s: float = 5.0) -> bool:
-        """Send what waits and end the thread; return whether it was done in time.  A later `send` begins again."""
+        """Send what waits and end the thread; return whether it was done in time.  A later `send`
+        begins again.
+        """
         until = time.monotonic() + timeout_s
         if self._thread is None or not self._thread.is_alive():
             return True
@@ -451,7 +557,11 @@ class Webhook:
 
     def _post(self, id: str, body: bytes) -> None:
         timestamp = str(int(self._clock()))
-        headers = {"Content-Type": "application/json", "Idempotency-Key": id, "X-RLM-Timestamp": timestamp} | self._authorization
+        headers = {
+            "Content-Type": "application/json",
+            "Idempotency-Key": id,
+            "X-RLM-Timestamp": timestamp,
+        } | self._authorization
         if self._secret:
             headers["X-RLM-Signature"] = sign(body, timestamp, self._secret)
         request = urllib.request.Request(self._url, body, headers, method="POST")  # noqa: S310  # http and https: `_parts`
@@ -462,14 +572,21 @@ class Webhook:
             raise
 
     def _gave_up(self, why: str) -> None:
-        """Log the first of an outage; never the URL or an error's text, which may hold what is secret."""
+        """Log the first of an outage; never the URL or an error's text, which may hold what is
+        secret.
+        """
         if not self._failing:
-            logger.warning("webhook at %s fails (%s); what it misses is not sent again", self.shown, why)
+            logger.warning(
+                "webhook at %s fails (%s); what it misses is not sent again", self.shown, why
+            )
         self._failing = True
 
 
 def _webhook(
-    settings: AlertSettings, clock: Callable[[], float], sleep: Callable[[float], None], random: Random
+    settings: AlertSettings,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+    random: Random,
 ) -> Webhook | None:
     if "webhook" not in settings.channels:
         return None
@@ -478,7 +595,9 @@ def _webhook(
 
 
 def _parts(url: str) -> tuple[str, str, dict[str, str]]:
-    """Return a URL as it may be shown, the URL without user and password, and the header that carries these."""
+    """Return a URL as it may be shown, the URL without user and password, and the header that
+    carries these.
+    """
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -486,11 +605,19 @@ def _parts(url: str) -> tuple[str, str, dict[str, str]]:
         parts, host, port = urlsplit(""), None, None
     if parts.scheme not in ("http", "https") or not host or " " in url:
         shown = f"{parts.scheme}://{host or ''}" if parts.scheme else ""
-        raise InvalidValue("alerts.webhook_url", shown, "must be a URL that begins with http:// or https:// and names a host")
+        raise InvalidValue(
+            "alerts.webhook_url",
+            shown,
+            "must be a URL that begins with http:// or https:// and names a host",
+        )
     place = f"[{host}]" if ":" in host else host
     place += f":{port}" if port else ""
     user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
-    secret = {"Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"} if parts.username else {}
+    secret = (
+        {"Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"}
+        if parts.username
+        else {}
+    )
     return f"{parts.scheme}://{place}", parts._replace(netloc=place, fragment="").geturl(), secret
 
 

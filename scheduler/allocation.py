@@ -1,8 +1,9 @@
-"""How many nodes of an operation may run at once: by its policy, by pressure, and by how urgent they are.
+"""How many nodes of an operation may run at once: by its policy, by pressure, and by how urgent
+they are.
 
-Decides shares; urgent work keeps its own when there is little to share.  Records and defaults are those of source
-document 1, the size of a batch that of source document 4.  Refuses to know who runs nodes, and how load is measured.
-"""
+Decides shares; urgent work keeps its own when there is little to share.  Records and defaults are
+those of source document 1, the size of a batch that of source document 4.  Refuses to know who runs
+nodes, and how load is measured."""
 
 from __future__ import annotations
 
@@ -23,10 +24,12 @@ from scheduler.settings import AllocationSettings
 OTHERS = "*"
 """The entry of all operations that have none of their own."""
 _ANY_MB = 1.0
-"""What a node may be taken to need while nobody has said: no bound.  Document 1's 1,024 MB would hold an operation without
-a policy to four nodes on a host with 4 GB free and no pressure at all."""
+"""What a node may be taken to need while nobody has said: no bound.  Document 1's 1,024 MB would
+hold an operation without a policy to four nodes on a host with 4 GB free and no pressure at all."""
 _STEPS = 4
-"""Levels begin at equal distances, so each takes the same: a quarter of what lies between max_workers and min_workers."""
+"""Levels begin at equal distances, so each takes the same: a quarter of what lies between
+max_workers and min_workers.
+"""
 
 
 class ExecutorPriority(StrEnum):
@@ -38,7 +41,12 @@ class ExecutorPriority(StrEnum):
     LOW = "low"
 
 
-_LATER = {ExecutorPriority.CRITICAL: len(Level), ExecutorPriority.HIGH: 1, ExecutorPriority.NORMAL: 0, ExecutorPriority.LOW: -1}
+_LATER = {
+    ExecutorPriority.CRITICAL: len(Level),
+    ExecutorPriority.HIGH: 1,
+    ExecutorPriority.NORMAL: 0,
+    ExecutorPriority.LOW: -1,
+}
 """How many levels later than normal work each shrinks; critical work never does."""
 TIMEOUT_FACTORS = {
     ExecutorPriority.CRITICAL: 2.0,
@@ -46,26 +54,44 @@ TIMEOUT_FACTORS = {
     ExecutorPriority.NORMAL: 1.0,
     ExecutorPriority.LOW: 1.0,
 }
-"""An item's time limit is stretched by this.  Document 1 has priority affect time limits and gives no numbers: an urgent
-item that is stopped early costs most, so it gets more time; low work gets no less, for its items are not shorter."""
+"""An item's time limit is stretched by this.  Document 1 has priority affect time limits and gives
+no numbers: an urgent item that is stopped early costs most, so it gets more time; low work gets no
+less, for its items are not shorter."""
 
 
 class ResourceAllocationPolicy(Checked):
     """What one operation may have (source document 1).  Raises InvalidValue."""
 
-    executor_id: str = Field(min_length=1, description="The operation's name; `operation` is the same.")
-    priority: ExecutorPriority = Field(ExecutorPriority.NORMAL, description="Its urgency; `normal` leaves it to each job.")
-    min_memory_mb: float = Field(256.0, gt=0, allow_inf_nan=False, description="A node starts on a host with so much free.")
-    max_memory_mb: float = Field(1024.0, gt=0, allow_inf_nan=False, description="What each node is taken to need at most.")
-    min_workers: int = Field(2, ge=1, description="Nodes at once that are left to it under any pressure.")
+    executor_id: str = Field(
+        min_length=1, description="The operation's name; `operation` is the same."
+    )
+    priority: ExecutorPriority = Field(
+        ExecutorPriority.NORMAL, description="Its urgency; `normal` leaves it to each job."
+    )
+    min_memory_mb: float = Field(
+        256.0, gt=0, allow_inf_nan=False, description="A node starts on a host with so much free."
+    )
+    max_memory_mb: float = Field(
+        1024.0, gt=0, allow_inf_nan=False, description="What each node is taken to need at most."
+    )
+    min_workers: int = Field(
+        2, ge=1, description="Nodes at once that are left to it under any pressure."
+    )
     max_workers: int = Field(6, ge=1, description="Nodes at once while there is no pressure.")
     is_memory_intensive: bool = Field(False, description="Shrinks one level earlier.")
 
     @model_validator(mode="before")
     @classmethod
     def _named_as_elsewhere(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and "operation" in fields and not {"executor_id", "executorId"} & fields.keys():
-            return {("executor_id" if name == "operation" else name): value for name, value in fields.items()}
+        if (
+            isinstance(fields, dict)
+            and "operation" in fields
+            and not {"executor_id", "executorId"} & fields.keys()
+        ):
+            return {
+                ("executor_id" if name == "operation" else name): value
+                for name, value in fields.items()
+            }
         return fields
 
     @model_validator(mode="after")
@@ -80,7 +106,9 @@ class ResourceLimits(Checked):
 
     max_memory_mb: float = Field(4096.0, gt=0, allow_inf_nan=False, description="Memory of a host.")
     max_cpu_percent: float = Field(85.0, gt=0, le=100, description="CPU that may be busy.")
-    max_workers: int = Field(32, ge=1, description="Nodes of one operation at once, without a policy of its own.")
+    max_workers: int = Field(
+        32, ge=1, description="Nodes of one operation at once, without a policy of its own."
+    )
     min_workers: int = Field(4, ge=1, description="... that are left to it under any pressure.")
 
     @model_validator(mode="after")
@@ -91,7 +119,9 @@ class ResourceLimits(Checked):
 
 def _at_most(record: Checked, least: str, most: str) -> None:
     if getattr(record, least) > getattr(record, most):
-        raise InvalidValue(least, getattr(record, least), f"must be at most {most}={getattr(record, most)}")
+        raise InvalidValue(
+            least, getattr(record, least), f"must be at most {most}={getattr(record, most)}"
+        )
 
 
 class Policies:
@@ -143,7 +173,11 @@ def _read(path: Path) -> Iterator[ResourceAllocationPolicy]:
     for number, entry in enumerate(entries, 1):
         policy = _entry(f"{path}, entry {number}", entry)
         if (earlier := first.setdefault(policy.executor_id, number)) != number:
-            raise InvalidValue(f"{path}, entry {number}: executor_id", policy.executor_id, f"entry {earlier} has it; keep one")
+            raise InvalidValue(
+                f"{path}, entry {number}: executor_id",
+                policy.executor_id,
+                f"entry {earlier} has it; keep one",
+            )
         yield policy
 
 
@@ -159,9 +193,9 @@ def _entry(where: str, entry: Any) -> ResourceAllocationPolicy:
 def priority_of(policy: ResourceAllocationPolicy, priority: str) -> ExecutorPriority:
     """Return how urgent a job's nodes are, from its own `priority` and its operation's.
 
-    An operation of critical or high priority lifts its jobs to at least that, one of low priority holds them all down,
-    and a normal one leaves it to them.  Raises InvalidValue for a priority that does not exist.
-    """
+    An operation of critical or high priority lifts its jobs to at least that, one of low priority
+    holds them all down, and a normal one leaves it to them.  Raises InvalidValue for a priority
+    that does not exist."""
     asked, own = _known(priority), policy.priority
     if own is ExecutorPriority.NORMAL:
         return asked
@@ -174,38 +208,59 @@ def _known(priority: str) -> ExecutorPriority:
     return ExecutorPriority(priority)
 
 
-def workers_for(policy: ResourceAllocationPolicy, level: Level, *, slots: int, available_mb: float | None, priority: str) -> int:
+def workers_for(
+    policy: ResourceAllocationPolicy,
+    level: Level,
+    *,
+    slots: int,
+    available_mb: float | None,
+    priority: str,
+) -> int:
     """Return how many nodes of an operation may run at once; at least 1.
 
-    `slots` is how many nodes the workers can run together, and `available_mb` the memory these nodes may fill, with what
-    they hold already, or None when unknown.  Without pressure it is max_workers; each level takes a quarter of the way
-    down to min_workers.  High work is one level behind, low work and work that needs much memory one ahead; critical work
-    keeps its share, which only memory bounds.  In an emergency low work has one node: nobody waits for it, but it must not stop for ever.
-    Raises InvalidValue for a priority that does not exist.
-    """
+    `slots` is how many nodes the workers can run together, and `available_mb` the memory these
+    nodes may fill, with what they hold already, or None when unknown.  Without pressure it is
+    max_workers; each level takes a quarter of the way down to min_workers.  High work is one level
+    behind, low work and work that needs much memory one ahead; critical work keeps its share, which
+    only memory bounds.  In an emergency low work has one node: nobody waits for it, but it must not
+    stop for ever. Raises InvalidValue for a priority that does not exist."""
     urgency = priority_of(policy, priority)
-    most, least = (max(1, min(workers, slots)) for workers in (policy.max_workers, policy.min_workers))
+    most, least = (
+        max(1, min(workers, slots)) for workers in (policy.max_workers, policy.min_workers)
+    )
     if level == Level.EMERGENCY and urgency is ExecutorPriority.LOW:
         least = 1
     step = level - _LATER[urgency] + policy.is_memory_intensive if level else 0
     allowed = least + (most - least) * (_STEPS - min(max(step, 0), _STEPS)) // _STEPS
-    return allowed if available_mb is None else min(allowed, max(1, int(available_mb // policy.max_memory_mb)))
+    return (
+        allowed
+        if available_mb is None
+        else min(allowed, max(1, int(available_mb // policy.max_memory_mb)))
+    )
 
 
 def may_start(policy: ResourceAllocationPolicy, available_mb: float | None) -> str:
-    """Return '' when a node may start on a host with so much memory free, else why not; None: nobody knows."""
+    """Return '' when a node may start on a host with so much memory free, else why not; None:
+    nobody knows.
+    """
     if available_mb is None or available_mb >= policy.min_memory_mb:
         return ""
     return f"{policy.executor_id} starts with {policy.min_memory_mb:g} MB free (min_memory_mb), and this host has {available_mb:.0f} MB"
 
 
 def timeout_factor(priority: str) -> float:
-    """Return what the time limit of an item is multiplied by.  Raises InvalidValue for a priority that does not exist."""
+    """Return what the time limit of an item is multiplied by.  Raises InvalidValue for a priority
+    that does not exist.
+    """
     return TIMEOUT_FACTORS[_known(priority)]
 
 
-def calculate_optimal_batch_size(cpu_percent: float, memory_percent: float, max_batch_size: int = 50) -> int:
-    """Return how many requests to open at a time, by the formula of source document 4: 12, 50 or 100 of 50."""
+def calculate_optimal_batch_size(
+    cpu_percent: float, memory_percent: float, max_batch_size: int = 50
+) -> int:
+    """Return how many requests to open at a time, by the formula of source document 4: 12, 50 or
+    100 of 50.
+    """
     if cpu_percent > 80 or memory_percent > 80:
         return max(5, max_batch_size // 4)
     if cpu_percent < 50 and memory_percent < 50:

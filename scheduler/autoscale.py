@@ -1,9 +1,8 @@
 """How many processes a worker should have, and how many workers the cluster should.
 
-Two decisions that are never mixed: `PoolScaler` divides the machine it runs on, so pressure makes its pool smaller;
-`ClusterAdvice` adds machines, so pressure makes the cluster larger.  Refuses to know who forks processes, and who
-starts workers.
-"""
+Two decisions that are never mixed: `PoolScaler` divides the machine it runs on, so pressure makes
+its pool smaller; `ClusterAdvice` adds machines, so pressure makes the cluster larger.  Refuses to
+know who forks processes, and who starts workers."""
 
 from __future__ import annotations
 
@@ -21,12 +20,18 @@ GROW_BY, GROW_EVERY_S = 2, 5.0
 SHRINK_EVERY_S = 10.0
 """A pool under critical pressure gives up a process this often."""
 IDLE_S = 30.0
-"""Processes that nobody has needed for this long are given up; Celery's own autoscaler waits as long."""
+"""Processes that nobody has needed for this long are given up; Celery's own autoscaler waits as
+long.
+"""
 
 VOTES, STEADY_S = 3, 300.0
-"""Fewer workers are advised when that many looks in a row found too many, over this time (Kubernetes' HPA)."""
+"""Fewer workers are advised when that many looks in a row found too many, over this time
+(Kubernetes' HPA).
+"""
 CLEARLY = 0.9
-"""Fewer workers must be able to carry the load this far below every trigger (the tolerance of Kubernetes' HPA)."""
+"""Fewer workers must be able to carry the load this far below every trigger (the tolerance of
+Kubernetes' HPA).
+"""
 BUSY = 0.7
 """How busy processes are planned to be: beyond it, queues grow fast."""
 DRAIN_S = 120.0
@@ -42,12 +47,22 @@ class PoolScaler:
         self._grown_at = self._shrunk_at = -math.inf
         self._spare_since, self._needed = math.inf, 0
 
-    def wanted(self, now: float, *, running: int, busy: int, queued: int, level: Level, most: int, least: int) -> int:
+    def wanted(
+        self,
+        now: float,
+        *,
+        running: int,
+        busy: int,
+        queued: int,
+        level: Level,
+        most: int,
+        least: int,
+    ) -> int:
         """Return the number of processes there should be.
 
-        `queued` are the messages that wait for this worker, its share of its queues and what it holds itself.  A busy
-        process is never to be ended, not even one above `most`; below `least` there is no choice.
-        """
+        `queued` are the messages that wait for this worker, its share of its queues and what it
+        holds itself.  A busy process is never to be ended, not even one above `most`; below `least`
+        there is no choice."""
         needed = min(most, busy + queued)
         spare = self._spare(now, needed, running)
         if level == Level.EMERGENCY:
@@ -66,9 +81,9 @@ class PoolScaler:
     def reach(*, running: int, level: Level, most: int) -> int:
         """Return how many processes there may soon be.
 
-        So many slots are to be on offer: a node that is cut on demand sends no message before it sees a free slot,
-        and a pool that offers only the processes it has would never see a reason to grow.
-        """
+        So many slots are to be on offer: a node that is cut on demand sends no message before it
+        sees a free slot, and a pool that offers only the processes it has would never see a reason
+        to grow."""
         return most if level <= Level.ELEVATED else running
 
     def _grows(self, now: float, by: int) -> int:
@@ -107,13 +122,17 @@ class Load:
     queue_depth: int = 0  # messages that wait, of all queues
     oldest_wait_s: float = 0.0
     arrivals_per_s: float = 0.0  # messages, since the last look
-    service_s: float = 0.0  # mean time of a message in a process; 0: not known, and nothing is forecast
+    service_s: float = (
+        0.0  # mean time of a message in a process; 0: not known, and nothing is forecast
+    )
     slots: int = 0  # processes of all workers
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """How many workers there should be, and what speaks for more or for fewer; '' when nothing does."""
+    """How many workers there should be, and what speaks for more or for fewer; '' when nothing
+    does.
+    """
 
     desired: int
     why: str
@@ -121,7 +140,8 @@ class Advice:
 
 
 class ClusterAdvice(msgspec.Struct):
-    """How many workers the cluster should have; plain data, kept in Redis between the looks of whoever watches.
+    """How many workers the cluster should have; plain data, kept in Redis between the looks of
+    whoever watches.
 
     `now` is Redis's clock: looks may come from different hosts.
     """
@@ -138,8 +158,8 @@ class ClusterAdvice(msgspec.Struct):
     def decide(self, load: Load, settings: AutoscaleSettings, now: float) -> Advice:
         """Take in one look at the cluster and say how many workers there should be.
 
-        One step at a time, `cooldown_s` apart.  A step that nobody has carried out is not followed by another.
-        """
+        One step at a time, `cooldown_s` apart.  A step that nobody has carried out is not followed
+        by another."""
         before = load.workers if self.desired is None else self.desired
         desired = _within(settings, before)
         self._look(load, settings, now)
@@ -164,7 +184,9 @@ class ClusterAdvice(msgspec.Struct):
         self.memory_since = _since(self.memory_since, load.memory_pct >= settings.memory_pct, now)
         self.arrivals.observe(load.arrivals_per_s, now)
 
-    def _recommended(self, load: Load, settings: AutoscaleSettings, now: float, desired: int) -> tuple[int, str]:
+    def _recommended(
+        self, load: Load, settings: AutoscaleSettings, now: float, desired: int
+    ) -> tuple[int, str]:
         reasons, needed = self._triggers(load, settings, now), self._needed(load)
         more = max(desired, load.workers + settings.increment if reasons else 0)
         if (forecast := min(needed, MOST_GROWTH * load.workers)) > more:
@@ -179,14 +201,19 @@ class ClusterAdvice(msgspec.Struct):
         lasted = f"for {settings.sustained_s:.0f} s"
         found = {
             f"CPU at {load.cpu_pct:.0f} % {lasted}": _lasted(self.cpu_since, settings, now),
-            f"memory at {load.memory_pct:.0f} % {lasted}": _lasted(self.memory_since, settings, now),
+            f"memory at {load.memory_pct:.0f} % {lasted}": _lasted(
+                self.memory_since, settings, now
+            ),
             f"{load.queue_depth} messages wait": load.queue_depth >= settings.queue_depth,
-            f"a message has waited for {load.oldest_wait_s:.0f} s": load.oldest_wait_s >= settings.wait_s,
+            f"a message has waited for {load.oldest_wait_s:.0f} s": load.oldest_wait_s
+            >= settings.wait_s,
         }
         return [reason for reason, holds in found.items() if holds]
 
     def _needed(self, load: Load) -> int:
-        """Return how many workers the arrivals of the next minute take, and the backlog besides; 0: not known."""
+        """Return how many workers the arrivals of the next minute take, and the backlog besides; 0:
+        not known.
+        """
         if not (self.arrivals.settled and load.service_s and load.slots and load.workers):
             return 0
         arriving = max(0.0, self.arrivals.predict(HORIZON_S)) * load.service_s / BUSY
@@ -198,7 +225,11 @@ class ClusterAdvice(msgspec.Struct):
         self.votes = self.votes + 1 if for_fewer else 0
 
     def _agreed(self, now: float) -> bool:
-        return self.votes >= VOTES and self.spare_since is not None and now - self.spare_since >= STEADY_S
+        return (
+            self.votes >= VOTES
+            and self.spare_since is not None
+            and now - self.spare_since >= STEADY_S
+        )
 
 
 def _within(settings: AutoscaleSettings, workers: int) -> int:
@@ -214,9 +245,14 @@ def _lasted(since: float | None, settings: AutoscaleSettings, now: float) -> boo
 
 
 def _fits(load: Load, settings: AutoscaleSettings, workers: int) -> bool:
-    """Whether so many workers could carry the load; the work of those that leave goes to the others."""
+    """Whether so many workers could carry the load; the work of those that leave goes to the
+    others.
+    """
     if not load.workers:
         return False
     limits = (settings.cpu_pct, settings.memory_pct, settings.queue_depth, settings.wait_s)
     seen = (load.cpu_pct, load.memory_pct, load.queue_depth, load.oldest_wait_s)
-    return all(value * load.workers / workers < CLEARLY * limit for value, limit in zip(seen, limits, strict=True))
+    return all(
+        value * load.workers / workers < CLEARLY * limit
+        for value, limit in zip(seen, limits, strict=True)
+    )

@@ -1,8 +1,7 @@
 """What hosts say of their load, what follows for all of them, and what is ordered for a drill.
 
-Decides which of it is still to be trusted: what nobody has renewed is gone.  Refuses to know how load is measured, and how
-a level follows from many hosts'.
-"""
+Decides which of it is still to be trusted: what nobody has renewed is gone.  Refuses to know how
+load is measured, and how a level follows from many hosts'."""
 
 from __future__ import annotations
 
@@ -21,7 +20,8 @@ from scheduler.sampling import Sample
 from scheduler.settings import PressureSettings
 
 _PUBLISH, _LOOK, _HOSTS, _ANNOUNCE, _TURN = (
-    Script.load("scheduler", f"board_{verb}") for verb in ("publish", "look", "hosts", "announce", "turn")
+    Script.load("scheduler", f"board_{verb}")
+    for verb in ("publish", "look", "hosts", "announce", "turn")
 )
 _json = msgspec.json.Encoder()
 
@@ -78,7 +78,9 @@ def acted_on(own: Level | None, orders: Orders | None) -> Level:
     if orders is not None and orders.forced is not None:
         return orders.forced
     mine = Level.ELEVATED if own is None else own
-    cluster = orders.cluster.level if orders is not None and orders.cluster is not None else Level.NORMAL
+    cluster = (
+        orders.cluster.level if orders is not None and orders.cluster is not None else Level.NORMAL
+    )
     return max(mine, Level(cluster))
 
 
@@ -86,12 +88,16 @@ def prevailing(hosts: Sequence[HostReport]) -> Level:
     """Return the highest level that at least half of the live slots have reached."""
     slots = sum(host.slots for host in hosts)
     reached = {level: sum(host.slots for host in hosts if host.level >= level) for level in Level}
-    return max((level for level in Level if slots and 2 * reached[level] >= slots), default=Level.NORMAL)
+    return max(
+        (level for level in Level if slots and 2 * reached[level] >= slots), default=Level.NORMAL
+    )
 
 
 def mean(hosts: Sequence[HostReport], field: str) -> float:
     """Return the mean of a figure of the hosts' samples, by their slots."""
-    told: list[tuple[float, int]] = [(getattr(host.sample, field), host.slots) for host in hosts if host.sample]
+    told: list[tuple[float, int]] = [
+        (getattr(host.sample, field), host.slots) for host in hosts if host.sample
+    ]
     slots = sum(each for _, each in told)
     return sum(value * each for value, each in told) / slots if slots else 0.0
 
@@ -111,32 +117,39 @@ class Board:
         self._store, self._keys, self._settings = store, keys.pressure(), settings
         self._stale_ms = int(settings.stale_s * 1000)
 
-    # --- hosts ---------------------------------------------------------------------------------------
+    # --- hosts ---------------------------------------------------------------------------------
 
     def publish(self, report: HostReport) -> Call:
         """Return the call by which a worker tells of its host."""
-        return Call(_PUBLISH, (self._keys.hosts,), (report.worker, _json.encode(report), self._stale_ms))
+        return Call(
+            _PUBLISH, (self._keys.hosts,), (report.worker, _json.encode(report), self._stale_ms)
+        )
 
     def hosts(self) -> list[HostReport]:
         """Return what the hosts that still report have said.  Raises StoreUnavailable."""
         [found] = self._store.answered(Call(_HOSTS, (self._keys.hosts,), (self._stale_ms,)))
-        return sorted((report for each in found for report in _readable(each)), key=lambda host: host.worker)
+        return sorted(
+            (report for each in found for report in _readable(each)), key=lambda host: host.worker
+        )
 
     def clocks(self) -> dict[str, float]:
-        """Return by how many seconds each worker's clock is ahead of the server's, less what its report was on its way.
+        """Return by how many seconds each worker's clock is ahead of the server's, less what its
+        report was on its way.
 
         Raises StoreUnavailable.
         """
         found = self._store.reached(lambda client: client.hgetall(self._keys.hosts))
         entries = [entry.partition(b" ") for entry in found.values()]
-        told = [(int(at_ms) / 1000, host) for at_ms, _, report in entries for host in _readable(report)]
+        told = [
+            (int(at_ms) / 1000, host) for at_ms, _, report in entries for host in _readable(report)
+        ]
         return {host.worker: host.at - at for at, host in told if host.at}
 
     def withdraw(self, worker: str) -> None:
         """Take a worker's host off the board."""
         self._store.client.hdel(self._keys.hosts, worker)
 
-    # --- what all act on -----------------------------------------------------------------------------
+    # --- what all act on -----------------------------------------------------------------------
 
     def look(self) -> Call:
         """Return the call that answers what to act on: see `read`."""
@@ -147,14 +160,17 @@ class Board:
         """Return the orders that `look` was answered with."""
         cluster, forced, forced_for_ms = answer
         report = msgspec.json.decode(cluster, type=ClusterReport) if cluster else None
-        return Orders(report, as_level(forced.decode()) if forced else None, max(0, forced_for_ms) / 1000)
+        return Orders(
+            report, as_level(forced.decode()) if forced else None, max(0, forced_for_ms) / 1000
+        )
 
     def orders(self) -> Orders:
         """Return what every worker acts on.  Raises StoreUnavailable."""
         return self.read(self._store.answered(self.look())[0])
 
     def force(self, level: Level | str | int, for_s: float = 600.0) -> None:
-        """Make all workers act on a level, for a drill, until it is released or `for_s` seconds are over.
+        """Make all workers act on a level, for a drill, until it is released or `for_s` seconds are
+        over.
 
         Raises InvalidValue, StoreUnavailable.
         """
@@ -164,16 +180,20 @@ class Board:
             raise InvalidValue("level", level, str(error)) from None
         if not 0.001 <= for_s < math.inf:
             raise InvalidValue("for_s", for_s, "must be a number of seconds above 0")
-        self._store.reached(lambda client: client.set(self._keys.forced, forced.label, px=int(for_s * 1000)))
+        self._store.reached(
+            lambda client: client.set(self._keys.forced, forced.label, px=int(for_s * 1000))
+        )
 
     def release(self) -> bool:
         """End a drill; say whether there was one.  Raises StoreUnavailable."""
         return bool(self._store.reached(lambda client: client.delete(self._keys.forced)))
 
-    # --- the monitor's -------------------------------------------------------------------------------
+    # --- the monitor's -------------------------------------------------------------------------
 
     def take_turn(self, worker: str, for_ms: int) -> float | None:
-        """Say to one of all who ask within `for_ms` that it is to look; it gets the server's time in seconds."""
+        """Say to one of all who ask within `for_ms` that it is to look; it gets the server's time
+        in seconds.
+        """
         [now_ms] = self._store.answered(Call(_TURN, (self._keys.turn,), (worker, for_ms)))
         return int(now_ms) / 1000 if int(now_ms) else None
 
@@ -184,10 +204,18 @@ class Board:
     def announce(self, report: ClusterReport, memory: bytes) -> None:
         """Publish the cluster's level, keep it in the history, tell who listens, and remember."""
         keys = (self._keys.cluster, self._keys.history, self._keys.state, self._keys.changes)
-        told = (_json.encode(report), memory, self._stale_ms, self._settings.history, int(report.level))
+        told = (
+            _json.encode(report),
+            memory,
+            self._stale_ms,
+            self._settings.history,
+            int(report.level),
+        )
         self._store.answered(Call(_ANNOUNCE, keys, told))
 
     def history(self, limit: int = 100) -> list[ClusterReport]:
         """Return the latest reports, the newest first.  Raises StoreUnavailable."""
-        found = self._store.reached(lambda client: client.xrevrange(self._keys.history, count=limit))
+        found = self._store.reached(
+            lambda client: client.xrevrange(self._keys.history, count=limit)
+        )
         return [msgspec.json.decode(entry[b"report"], type=ClusterReport) for _, entry in found]

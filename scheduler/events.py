@@ -1,9 +1,8 @@
 """What has happened on the platform, as a bounded stream that all workers and clients share.
 
-Decides how an event is told: as a line of the log, and as an entry of the stream, which listeners follow.  An event is a
-hint, the ledger is the truth: while Redis is away events are logged, and not kept.  Refuses to know what anybody makes
-of an event.
-"""
+Decides how an event is told: as a line of the log, and as an entry of the stream, which listeners
+follow.  An event is a hint, the ledger is the truth: while Redis is away events are logged, and not
+kept.  Refuses to know what anybody makes of an event."""
 
 from __future__ import annotations
 
@@ -31,7 +30,9 @@ BLOCK_MS = 500
 PAUSE_S = 0.1
 """... and waits this long after silence, since a store of short timeouts does not wait for it."""
 _SPARE_MS = 500
-"""A server ends a wait by its own slow tick; only this much later the connection may count as lost."""
+"""A server ends a wait by its own slow tick; only this much later the connection may count as
+lost.
+"""
 BACK_OFF = RetryPolicy(initial_delay_s=0.5, max_delay_s=5.0)
 _LONGEST = 500
 """Characters of a message: some quote what a service said, and that may be a page."""
@@ -47,7 +48,9 @@ def events_key(namespace: str) -> str:
 
 
 class EventSeverity(IntEnum):
-    """How much it matters to whoever operates the platform (source document 1); numbers are those of `logging`."""
+    """How much it matters to whoever operates the platform (source document 1); numbers are those
+    of `logging`.
+    """
 
     INFO = logging.INFO
     WARNING = logging.WARNING
@@ -62,12 +65,16 @@ class EventSeverity(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that has happened: ``Event("breaker.opened", "breaker llm is open", EventSeverity.WARNING, {"breaker": "llm"})``."""
+    """Something that has happened: ``Event("breaker.opened", "breaker llm is open",
+    EventSeverity.WARNING, {"breaker": "llm"})``.
+    """
 
     name: str  # what, in the past tense
     message: str  # one sentence, kept on one line
     severity: EventSeverity = EventSeverity.INFO
-    data: Mapping[str, Any] = field(default_factory=dict)  # plain JSON that anybody may see: no secrets
+    data: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # plain JSON that anybody may see: no secrets
     at: float = 0.0  # seconds of the server's clock; 0 before it is in the stream
     id: str = ""  # its place in the stream
 
@@ -81,8 +88,12 @@ class Event:
 
 
 def one_line(text: str) -> str:
-    """Return a text without line breaks and control characters, which would forge log lines, and not too long."""
-    return " ".join("".join(each if each.isprintable() else " " for each in text[:_LONGEST]).split())
+    """Return a text without line breaks and control characters, which would forge log lines, and
+    not too long.
+    """
+    return " ".join(
+        "".join(each if each.isprintable() else " " for each in text[:_LONGEST]).split()
+    )
 
 
 class Events:
@@ -93,13 +104,24 @@ class Events:
         self._away = False
 
     def emit(self, *events: Event) -> None:
-        """Log events and add them to the stream, in one round trip; raises nothing while Redis is away."""
+        """Log events and add them to the stream, in one round trip; raises nothing while Redis is
+        away.
+        """
         for each in events:
-            log.log(each.severity, "%s %s: %s", each.severity.label, each.name, each.message, extra={"event": each.fields()})
+            log.log(
+                each.severity,
+                "%s %s: %s",
+                each.severity.label,
+                each.name,
+                each.message,
+                extra={"event": each.fields()},
+            )
         self.keep(*events)
 
     def keep(self, *events: Event) -> None:
-        """Add events to the stream that were logged elsewhere, in one round trip; raises nothing while Redis is away."""
+        """Add events to the stream that were logged elsewhere, in one round trip; raises nothing
+        while Redis is away.
+        """
         if not events:
             return
         told = [json.dumps(each.fields(), default=str) for each in events]
@@ -112,7 +134,8 @@ class Events:
             self._away = True
 
     def recent(self, limit: int = 50, name: str | None = None) -> list[Event]:
-        """Return the newest events, newest first; only those of a name, or of a pattern as `Listener.on` takes it.
+        """Return the newest events, newest first; only those of a name, or of a pattern as
+        `Listener.on` takes it.
 
         Raises StoreUnavailable.
         """
@@ -121,23 +144,27 @@ class Events:
         return [each for each in found if name is None or _matches(name, each.name)][:limit]
 
     def read(self, after_id: str, block_ms: int = 0) -> list[Event]:
-        """Return what came after an event, oldest first and at most a hundred; wait up to `block_ms` for the first.
+        """Return what came after an event, oldest first and at most a hundred; wait up to
+        `block_ms` for the first.
 
-        It waits less, or not at all, for a store whose timeout is not half a second longer: silence is no outage.
-        Raises StoreUnavailable.
-        """
+        It waits less, or not at all, for a store whose timeout is not half a second longer: silence
+        is no outage. Raises StoreUnavailable."""
         client = self._store.client
         timeout_s = client.connection_pool.connection_kwargs.get("socket_timeout")
         if timeout_s:
             block_ms = min(block_ms, int(timeout_s * 1000) - _SPARE_MS)
         try:
-            answer: Any = client.xread({self._key: after_id}, count=_BATCH, block=block_ms if block_ms > 0 else None)
+            answer: Any = client.xread(
+                {self._key: after_id}, count=_BATCH, block=block_ms if block_ms > 0 else None
+            )
         except (RedisError, OSError) as error:
             raise self._store.unavailable(error) from None
         return [_event(*entry) for _, entries in answer or () for entry in entries]
 
 
-def paired(entries: Sequence[tuple[bytes, Sequence[bytes]]]) -> Iterator[tuple[bytes, dict[bytes, bytes]]]:
+def paired(
+    entries: Sequence[tuple[bytes, Sequence[bytes]]],
+) -> Iterator[tuple[bytes, dict[bytes, bytes]]]:
     """Yield the entries of a stream as a script answers them, each with its fields by name."""
     for id, flat in entries:
         yield id, dict(zip(flat[::2], flat[1::2], strict=True))
@@ -146,7 +173,12 @@ def paired(entries: Sequence[tuple[bytes, Sequence[bytes]]]) -> Iterator[tuple[b
 def _event(id: bytes, entry: Mapping[bytes, bytes]) -> Event:
     told = json.loads(entry[b"event"])
     return Event(
-        told["name"], told["message"], EventSeverity[told["severity"].upper()], told["data"], float(entry[b"at"]), id.decode()
+        name=told["name"],
+        message=told["message"],
+        severity=EventSeverity[told["severity"].upper()],
+        data=told["data"],
+        at=float(entry[b"at"]),
+        id=id.decode(),
     )
 
 
@@ -160,7 +192,9 @@ class Listener:
     It survives a lost Redis: what is still in the stream afterwards is handed on, nothing twice.
     """
 
-    def __init__(self, events: Events, *, back_off: RetryPolicy = BACK_OFF, random: Random | None = None) -> None:
+    def __init__(
+        self, events: Events, *, back_off: RetryPolicy = BACK_OFF, random: Random | None = None
+    ) -> None:
         self._events, self._back_off, self._random = events, back_off, random or Random()
         self._callbacks: list[tuple[str, Callable[[Event], object]]] = []
         self._after, self._closed = "", threading.Event()
@@ -172,7 +206,9 @@ class Listener:
         It runs in the listener's thread; what it raises is logged.  Raises InvalidValue.
         """
         if not name or "*" in name.removesuffix(".*"):
-            raise InvalidValue("name", name, "must be the name of an event, or end in .* as breaker.* does")
+            raise InvalidValue(
+                "name", name, "must be the name of an event, or end in .* as breaker.* does"
+            )
         self._callbacks.append((name, callback))
         return self
 
@@ -186,7 +222,9 @@ class Listener:
         return self
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """End the thread, after the callback that runs; returns when it has ended, or after `timeout_s`."""
+        """End the thread, after the callback that runs; returns when it has ended, or after
+        `timeout_s`.
+        """
         self._closed.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)

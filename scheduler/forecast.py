@@ -1,8 +1,8 @@
 """Where a number is going: its level and its trend, for the next minute.
 
-Decides what a value is expected to be soon (Holt's double exponential smoothing), and whether a percentage is about to
-enter the next level.  Refuses to know what is measured, and what is done about it.
-"""
+Decides what a value is expected to be soon (Holt's double exponential smoothing), and whether a
+percentage is about to enter the next level.  Refuses to know what is measured, and what is done
+about it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ ALPHA, BETA = 0.3, 0.1
 """What a bucket weighs against all before it: in the level, and in the trend."""
 BUCKET_S = 30.0
 LOAD_BUCKET_S = 10.0
-"""For percentages of load.  In simulation a rise of 5 % a minute was foretold 55 s ahead with it, 5 s ahead with 30 s;
-5 s foretold no more and raised three times the false alarms."""
+"""For percentages of load.  In simulation a rise of 5 % a minute was foretold 55 s ahead with it, 5
+s ahead with 30 s; 5 s foretold no more and raised three times the false alarms."""
 HORIZON_S = 60.0
 """How far to look ahead: what a new worker needs to start."""
 
 
 class Holt(msgspec.Struct):
-    """One number's past as plain data, to be kept in Redis between the processes that take turns to watch it.
+    """One number's past as plain data, to be kept in Redis between the processes that take turns to
+    watch it.
 
-    Observations may come at any times.  Those within `bucket_s` of the first are one, their mean at the mean of their
-    times; a pause lets what was known before it weigh as little as buckets in that time would have.
-    """
+    Observations may come at any times.  Those within `bucket_s` of the first are one, their mean at
+    the mean of their times; a pause lets what was known before it weigh as little as buckets in
+    that time would have."""
 
     bucket_s: float = BUCKET_S
     level: float = 0.0
@@ -61,7 +62,9 @@ class Holt(msgspec.Struct):
         return self.known > 1
 
     def predict(self, in_s: float) -> float:
-        """Return what is expected so many seconds after the last observation; 0 when there was none."""
+        """Return what is expected so many seconds after the last observation; 0 when there was
+        none.
+        """
         if not self.count:
             return 0.0
         level, trend, at = self._joined()
@@ -73,7 +76,9 @@ class Holt(msgspec.Struct):
         return self._joined()[1] if self.settled else 0.0
 
     def _joined(self) -> tuple[float, float, float]:
-        """Return level, trend and their time with the open bucket in them; its weight is that of its distance."""
+        """Return level, trend and their time with the open bucket in them; its weight is that of
+        its distance.
+        """
         value, at = self.total / self.count, self.opened + self.elapsed / self.count
         if not self.known:
             return value, 0.0, at
@@ -82,7 +87,11 @@ class Holt(msgspec.Struct):
             return value, (value - self.level) / passed, at
         expected = self.level + self.trend * passed
         level = expected + self._weight(ALPHA, passed) * (value - expected)
-        return level, self.trend + self._weight(BETA, passed) * ((level - self.level) / passed - self.trend), at
+        return (
+            level,
+            self.trend + self._weight(BETA, passed) * ((level - self.level) / passed - self.trend),
+            at,
+        )
 
     def _weight(self, of_a_bucket: float, passed_s: float) -> float:
         return 1.0 - math.pow(1.0 - of_a_bucket, passed_s / self.bucket_s)
@@ -96,9 +105,14 @@ class Rise(NamedTuple):
 
 
 def will_rise(
-    load: Holt, percent: float, *, thresholds: tuple[float, ...] = THRESHOLDS, within_s: float = HORIZON_S
+    load: Holt,
+    percent: float,
+    *,
+    thresholds: tuple[float, ...] = THRESHOLDS,
+    within_s: float = HORIZON_S,
 ) -> Rise | None:
-    """Return the level above that of `percent`, the value of now, and when it begins; None: not within `within_s`.
+    """Return the level above that of `percent`, the value of now, and when it begins; None: not
+    within `within_s`.
 
     `load` has seen the same percentages, in buckets of `LOAD_BUCKET_S`.
     """
@@ -106,4 +120,7 @@ def will_rise(
     if level == Level.EMERGENCY or load.slope <= 0 or load.predict(within_s) < thresholds[level]:
         return None
     # The forecast lags behind a rise, the value of now does not.
-    return Rise(Level(level + 1), max(0.0, (thresholds[level] - max(percent, load.predict(0.0))) / load.slope))
+    return Rise(
+        Level(level + 1),
+        max(0.0, (thresholds[level] - max(percent, load.predict(0.0))) / load.slope),
+    )

@@ -1,8 +1,8 @@
-"""From measurements to a level: up at once, down one step at a time, and later where a step down has proved premature.
+"""From measurements to a level: up at once, down one step at a time, and later where a step down
+has proved premature.
 
-Decides what of a sample is pressure, and how long a level lasts after its cause.  Refuses to know how a sample is taken and
-what is done at a level.
-"""
+Decides what of a sample is pressure, and how long a level lasts after its cause.  Refuses to know
+how a sample is taken and what is done at a level."""
 
 from __future__ import annotations
 
@@ -19,40 +19,48 @@ from scheduler.settings import PressureSettings
 WAITING_PCT = 40.0
 """CPU counts where some task waited for one for so much of the time, or the kernel does not tell.
 
-Measured on 2 CPUs: 1 % with 2 computing processes, 8 to 36 % with one or two more that wake often, as a main process and a
-Redis do, and use 10 to 60 % of a CPU; 51 % with 3 that compute, 88 to 100 % with 4, and no more with 12.
-So this says that work waits, and the run queue how badly; single seconds of a healthy host come to 65 %, too.
-"""
+Measured on 2 CPUs: 1 % with 2 computing processes, 8 to 36 % with one or two more that wake often,
+as a main process and a Redis do, and use 10 to 60 % of a CPU; 51 % with 3 that compute, 88 to 100 %
+with 4, and no more with 12. So this says that work waits, and the run queue how badly; single
+seconds of a healthy host come to 65 %, too. """
 CROWDED = (2.0, 3.0, 4.0, 6.0)
 """Beyond so many tasks per CPU it is ELEVATED to EMERGENCY: work takes so many times as long.
 
-Measured on 2 CPUs, the larger with other work on the machine: 1.0 to 1.1 with 2 computing processes, up to 1.6 with two
-more that wake often, 1.5 to 1.6 with 3, 2.0 to 2.4 with 4, 3.0 to 3.8 with 6, 4.5 to 5.4 with 8, 6.7 with 12.
-"""
+Measured on 2 CPUs, the larger with other work on the machine: 1.0 to 1.1 with 2 computing
+processes, up to 1.6 with two more that wake often, 1.5 to 1.6 with 3, 2.0 to 2.4 with 4, 3.0 to 3.8
+with 6, 4.5 to 5.4 with 8, 6.7 with 12. """
 THROTTLED_PCT = (50.0, 67.0)
-"""Waiting and throttled for so much of the time at which a quota that is used up is ELEVATED and HIGH; it is never worse.
+"""Waiting and throttled for so much of the time at which a quota that is used up is ELEVATED and
+HIGH; it is never worse.
 
-Of n tasks on a quota of q CPUs some wait for 1 - q/n of the time: work takes twice and three times as long.
-"""
+Of n tasks on a quota of q CPUs some wait for 1 - q/n of the time: work takes twice and three times
+as long. """
 STALLED_PCT = (10.0, 40.0, 60.0)
-"""All tasks waiting for memory for so much of the time is HIGH to EMERGENCY; at 60 % systemd-oomd kills (oomd.conf)."""
+"""All tasks waiting for memory for so much of the time is HIGH to EMERGENCY; at 60 % systemd-oomd
+kills (oomd.conf).
+"""
 TAU_S = 10.0
 """Load is smoothed over this before it may count as gone."""
 RELAPSE_S = 1200.0
-"""A step down that is undone within this was premature, and one that was is tried again after so long."""
+"""A step down that is undone within this was premature, and one that was is tried again after so
+long.
+"""
 
 
-# --- what counts -------------------------------------------------------------------------------------
+# --- what counts ------------------------------------------------------------------------------
 
 
 def signals(sample: Sample, settings: PressureSettings) -> dict[str, float]:
-    """Return each signal's name and how bad it is, in percent on the scale of `settings.thresholds`.
+    """Return each signal's name and how bad it is, in percent on the scale of
+    `settings.thresholds`.
 
-    ``memory`` is that of the sample.  ``memory stalls`` is 0 where the kernel does not tell.  ``cpu`` is how busy it is, or,
-    unless settings say so, what its queue comes to while work waits for it; 0 while it does not.
-    """
+    ``memory`` is that of the sample.  ``memory stalls`` is 0 where the kernel does not tell.
+    ``cpu`` is how busy it is, or, unless settings say so, what its queue comes to while work waits
+    for it; 0 while it does not."""
     scale = (0.0, *settings.thresholds)
-    stalls = _between((0.0, *STALLED_PCT), (0.0, *settings.thresholds[1:]), sample.memory_stall_pct or 0.0)
+    stalls = _between(
+        (0.0, *STALLED_PCT), (0.0, *settings.thresholds[1:]), sample.memory_stall_pct or 0.0
+    )
     cpu = sample.cpu_pct if settings.cpu == "utilisation" else _waiting(sample, scale)
     return {"memory": sample.memory_pct, "cpu": cpu, "memory stalls": stalls}
 
@@ -62,12 +70,16 @@ def _waiting(sample: Sample, scale: Sequence[float]) -> float:
     if waiting is not None and waiting < WAITING_PCT:
         return 0.0
     crowded = _between((0.0, *CROWDED), scale, sample.load_per_cpu or 0.0)
-    throttled = min(waiting or 0.0, sample.throttled_pct)  # a period also ends early for lack of its last millisecond
+    throttled = min(
+        waiting or 0.0, sample.throttled_pct
+    )  # a period also ends early for lack of its last millisecond
     return max(crowded, _between((0.0, *THROTTLED_PCT), scale[:3], throttled))
 
 
 def _between(points: Sequence[float], values: Sequence[float], at: float) -> float:
-    """Return the value at a point, on straight lines between those given, and the last one beyond them."""
+    """Return the value at a point, on straight lines between those given, and the last one beyond
+    them.
+    """
     after = bisect_right(points, at)
     if after == len(points):
         return values[-1]
@@ -84,10 +96,14 @@ def in_words(signal: str, sample: Sample, settings: PressureSettings) -> str:
     if settings.cpu == "utilisation":
         return f"CPU {sample.cpu_pct:.0f} % busy"
     tasks = f"{sample.load_per_cpu or 0:.1f} tasks on each CPU"
-    return f"{tasks}, {sample.throttled_pct:.0f} % of the quota's periods cut short" if sample.throttled_pct else tasks
+    return (
+        f"{tasks}, {sample.throttled_pct:.0f} % of the quota's periods cut short"
+        if sample.throttled_pct
+        else tasks
+    )
 
 
-# --- how long it lasts -------------------------------------------------------------------------------
+# --- how long it lasts ------------------------------------------------------------------------
 
 
 class LadderState(msgspec.Struct):
@@ -113,18 +129,20 @@ class LadderState(msgspec.Struct):
 class Ladder:
     """The level of one percentage over time; a host's is the worst of its signals.
 
-    Up: in one step of any height, at once to CRITICAL and EMERGENCY, to ELEVATED and HIGH with the second sample in a row.
-    Down: by one level when the load, itself and smoothed, was `release_pct` below the level's threshold for `release_s`.  When
-    it is back up within `RELAPSE_S` this was premature, because degraded work loads less, or because load varies: then
-    it must fall `release_pct` further than it had, or be below the threshold for `RELAPSE_S`.
-    """
+    Up: in one step of any height, at once to CRITICAL and EMERGENCY, to ELEVATED and HIGH with the
+    second sample in a row. Down: by one level when the load, itself and smoothed, was `release_pct`
+    below the level's threshold for `release_s`.  When it is back up within `RELAPSE_S` this was
+    premature, because degraded work loads less, or because load varies: then it must fall
+    `release_pct` further than it had, or be below the threshold for `RELAPSE_S`."""
 
     def __init__(self, settings: PressureSettings, state: LadderState | None = None) -> None:
         """`state` is changed by each step."""
         self._settings, self.state = settings, state if state is not None else LadderState()
 
     def step(self, percent: float | None, now: float) -> Level:
-        """Return the level after a load at a time in seconds; a missing one (None, NaN) keeps it."""
+        """Return the level after a load at a time in seconds; a missing one (None, NaN) keeps
+        it.
+        """
         state = self.state
         if not self._settings.enabled:
             state.level = Level.NORMAL
@@ -155,7 +173,9 @@ class Ladder:
         if state.released and now - state.released_at < RELAPSE_S:
             state.premature[state.released] = state.released_load
         elif state.released:  # that step has held, and so have those before it
-            state.premature = {each: at for each, at in state.premature.items() if each < state.released}
+            state.premature = {
+                each: at for each, at in state.premature.items() if each < state.released
+            }
         state.level, state.released, state.low_since, state.calm_since = level, 0, None, None
 
     def _is_over(self, load: float, now: float) -> bool:
@@ -164,7 +184,9 @@ class Ladder:
         premature = state.premature.get(state.level, threshold)
         state.low_since = _since(state.low_since, load < threshold - margin, now)
         state.calm_since = _since(state.calm_since, load < min(threshold, premature) - margin, now)
-        return _lasted(state.calm_since, self._settings.release_s, now) or _lasted(state.low_since, RELAPSE_S, now)
+        return _lasted(state.calm_since, self._settings.release_s, now) or _lasted(
+            state.low_since, RELAPSE_S, now
+        )
 
     def _fall(self, now: float) -> None:
         state = self.state
@@ -182,7 +204,9 @@ def _lasted(since: float | None, for_s: float, now: float) -> bool:
 
 
 class HostVerdict(msgspec.Struct, frozen=True):
-    """A host's level, how bad its worst signal is now, in percent, and what the level came from; '' for NORMAL."""
+    """A host's level, how bad its worst signal is now, in percent, and what the level came from; ''
+    for NORMAL.
+    """
 
     level: Level
     percent: float
@@ -192,8 +216,8 @@ class HostVerdict(msgspec.Struct, frozen=True):
 class HostLadder:
     """A host's level: that of the worst of its signals, each on a ladder of its own.
 
-    What one has taught of premature steps is not asked of another: a busy CPU says nothing of memory.
-    """
+    What one has taught of premature steps is not asked of another: a busy CPU says nothing of
+    memory."""
 
     def __init__(self, settings: PressureSettings) -> None:
         self._settings = settings
@@ -208,11 +232,15 @@ class HostLadder:
         found: Mapping[str, float] = signals(sample, self._settings)
         levels = {name: self._step(name, found[name], sample, now) for name in self._ladders}
         worst = max(self._ladders, key=lambda name: (levels[name], found[name]))
-        self._last = HostVerdict(levels[worst], max(found.values()), self._whys[worst] if levels[worst] else "")
+        self._last = HostVerdict(
+            levels[worst], max(found.values()), self._whys[worst] if levels[worst] else ""
+        )
         return self._last
 
     def _step(self, name: str, percent: float, sample: Sample, now: float) -> Level:
-        """Move one signal's ladder; what its level came from is said until something as bad is seen."""
+        """Move one signal's ladder; what its level came from is said until something as bad is
+        seen.
+        """
         before = self._ladders[name].state.level
         level = self._ladders[name].step(percent, now)
         if level > before or level_of(percent, self._settings.thresholds) >= level:

@@ -1,8 +1,8 @@
 """One look at the whole platform: hosts, queues and Redis become the level that all act on.
 
-Decides what counts for the cluster's level, what is expected within a minute, how many workers there should be, and what is
-told of it.  Whoever looks continues where the last one stopped.  Refuses to know who asks for a look, and how often.
-"""
+Decides what counts for the cluster's level, what is expected within a minute, how many workers
+there should be, and what is told of it.  Whoever looks continues where the last one stopped.
+Refuses to know who asks for a look, and how often."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ CALLED_PER_SLOT = 4
 """Jobs that are let in at a look, for each slot: as many as a first fan-out makes nodes."""
 NO_ADVICE = Advice(desired=0, why="", changed=False)
 BELOW_CRITICAL_PCT = 0.1
-"""Waiting alone reaches HIGH, and no more: what is optional is left out, but nothing is simplified while machines are fine."""
+"""Waiting alone reaches HIGH, and no more: what is optional is left out, but nothing is simplified
+while machines are fine.
+"""
 
 
 class Memory(msgspec.Struct):
@@ -94,7 +96,13 @@ class Monitor:
     ) -> None:
         self._room, self._wake = room, wake
         self._board, self._store, self._settings, self._usage = board, store, settings, usage
-        self._gauge, self._events, self._alerts, self._webhook, self._worker = gauge, events, alerts, webhook, worker
+        self._gauge, self._events, self._alerts, self._webhook, self._worker = (
+            gauge,
+            events,
+            alerts,
+            webhook,
+            worker,
+        )
         self._breakers, self._snapshots = breakers, snapshots
 
     def look(self) -> ClusterReport | None:
@@ -118,13 +126,19 @@ class Monitor:
         return report
 
     def _call_up(self, report: ClusterReport) -> None:
-        """Let jobs begin that were not taken in before, the most urgent first, as many as there are slots and places for."""
+        """Let jobs begin that were not taken in before, the most urgent first, as many as there are
+        slots and places for.
+        """
         forced = self._board.orders().forced
         level = Level(report.level) if forced is None else forced
         most, places = CALLED_PER_SLOT * report.slots, self._room.places()
-        for queue, depth in sorted(report.queues.items(), key=lambda item: URGENCY.get(priority_of(item[0]), 0)):
+        for queue, depth in sorted(
+            report.queues.items(), key=lambda item: URGENCY.get(priority_of(item[0]), 0)
+        ):
             priority = priority_of(queue)
-            fits = not sheds(priority, level) and not full(queue, priority, depth, self._settings.admission)
+            fits = not sheds(priority, level) and not full(
+                queue, priority, depth, self._settings.admission
+            )
             takes_place = priority in SHED_FROM
             free = min(most, places) if takes_place else most
             if fits and free and (waiters := self._room.call(queue, free)):
@@ -138,16 +152,25 @@ class Monitor:
         except msgspec.MsgspecError:  # of another release
             return Memory()
 
-    # --- what follows --------------------------------------------------------------------------------
+    # --- what follows --------------------------------------------------------------------------
 
     def _judged(
-        self, memory: Memory, hosts: Sequence[HostReport], queues: Mapping[str, QueueReport], now: float
+        self,
+        memory: Memory,
+        hosts: Sequence[HostReport],
+        queues: Mapping[str, QueueReport],
+        now: float,
     ) -> ClusterReport:
         redis_pct = self._redis_pct()
         signals = [
             _of_hosts(hosts),
             self._laddered(memory.queues, *self._of_queues(queues), now),
-            self._laddered(memory.redis, redis_pct or 0.0, f"Redis uses {redis_pct or 0:.0f} % of its memory", now),
+            self._laddered(
+                memory.redis,
+                redis_pct or 0.0,
+                f"Redis uses {redis_pct or 0:.0f} % of its memory",
+                now,
+            ),
         ]
         worst = max(signals, key=lambda signal: (signal.level, signal.percent))
         percent = max(signal.percent for signal in signals)
@@ -157,11 +180,21 @@ class Monitor:
         advice = memory.advice.decide(load, settings, now) if settings.enabled else NO_ADVICE
         self._advise(advice)
         return ClusterReport(
-            level=worst.level, why=worst.why if worst.level else "", at=now, hosts=len(hosts), slots=load.slots,
-            busy=sum(host.busy for host in hosts), cpu_pct=round(load.cpu_pct, 1), memory_pct=round(load.memory_pct, 1),
-            redis_pct=redis_pct, queues=dict(queues), rising_to=rise.level.label if rise else "",
-            rising_in_s=round(rise.in_s, 1) if rise else 0.0, desired_workers=advice.desired, desired_why=advice.why,
-        )  # fmt: skip
+            level=worst.level,
+            why=worst.why if worst.level else "",
+            at=now,
+            hosts=len(hosts),
+            slots=load.slots,
+            busy=sum(host.busy for host in hosts),
+            cpu_pct=round(load.cpu_pct, 1),
+            memory_pct=round(load.memory_pct, 1),
+            redis_pct=redis_pct,
+            queues=dict(queues),
+            rising_to=rise.level.label if rise else "",
+            rising_in_s=round(rise.in_s, 1) if rise else 0.0,
+            desired_workers=advice.desired,
+            desired_why=advice.why,
+        )
 
     def _laddered(self, state: LadderState, percent: float, why: str, now: float) -> Signal:
         return Signal(Ladder(self._settings.pressure, state).step(percent, now), percent, why)
@@ -184,9 +217,15 @@ class Monitor:
             if priority == "low" or not report.depth:
                 continue
             bound_s, age = self._settings.admission.wait_s(priority), report.oldest_s or 0.0
-            waits = elevated + (high - elevated) * math.log2(age / bound_s) if bound_s and age > 0 else 0.0
+            waits = (
+                elevated + (high - elevated) * math.log2(age / bound_s)
+                if bound_s and age > 0
+                else 0.0
+            )
             deep = 100.0 * report.depth / most if most else 0.0
-            why = f"{report.depth} messages wait in {name}" + (f", the oldest for {age:.0f} s" if age >= 1 else "")
+            why = f"{report.depth} messages wait in {name}" + (
+                f", the oldest for {age:.0f} s" if age >= 1 else ""
+            )
             found.append((min(critical - BELOW_CRITICAL_PCT, max(waits, deep, 0.0)), why))
         return max(found)
 
@@ -199,7 +238,13 @@ class Monitor:
         most = int(about.get("maxmemory", 0))
         return round(100 * int(about["used_memory"]) / most, 1) if most else None
 
-    def _load(self, memory: Memory, hosts: Sequence[HostReport], queues: Mapping[str, QueueReport], now: float) -> Load:
+    def _load(
+        self,
+        memory: Memory,
+        hosts: Sequence[HostReport],
+        queues: Mapping[str, QueueReport],
+        now: float,
+    ) -> Load:
         depth = sum(report.depth for report in queues.values())
         nodes, busy_us = self._usage.totals()
         passed = now - memory.at if memory.at else 0.0
@@ -208,25 +253,43 @@ class Monitor:
         service_s = (busy_us - memory.busy_us) / 1e6 / ended if ended and memory.at else 0.0
         memory.at, memory.depth, memory.nodes, memory.busy_us = now, depth, nodes, busy_us
         return Load(
-            workers=len(hosts), cpu_pct=mean(hosts, "cpu_pct"), memory_pct=mean(hosts, "memory_pct"), queue_depth=depth,
+            workers=len(hosts),
+            cpu_pct=mean(hosts, "cpu_pct"),
+            memory_pct=mean(hosts, "memory_pct"),
+            queue_depth=depth,
             oldest_wait_s=max((report.oldest_s or 0.0 for report in queues.values()), default=0.0),
-            arrivals_per_s=arrivals, service_s=max(0.0, service_s), slots=sum(host.slots for host in hosts),
-        )  # fmt: skip
+            arrivals_per_s=arrivals,
+            service_s=max(0.0, service_s),
+            slots=sum(host.slots for host in hosts),
+        )
 
-    # --- what is told of it --------------------------------------------------------------------------
+    # --- what is told of it --------------------------------------------------------------------
 
     def _tell(self, report: ClusterReport, before: Level, hosts: Sequence[HostReport]) -> None:
         level = Level(report.level)
         if level != before:
             self._events.emit(*_changes(report, level, before))
-        for event in (_as_resource_event(report, hosts), *(_of_host(host, report) for host in hosts if host.sample)):
+        for event in (
+            _as_resource_event(report, hosts),
+            *(_of_host(host, report) for host in hosts if host.sample),
+        ):
             self._alerts.process_event(event)
 
     def _tell_breakers(self, memory: Memory) -> None:
-        now_open = [name for name, about in self._breakers.status().items() if about["state"] != "closed"]
+        now_open = [
+            name for name, about in self._breakers.status().items() if about["state"] != "closed"
+        ]
         changes = [
-            *(_breaker("breaker.opened", name, EventSeverity.WARNING, now_open) for name in now_open if name not in memory.open),
-            *(_breaker("breaker.closed", name, EventSeverity.INFO, now_open) for name in memory.open if name not in now_open),
+            *(
+                _breaker("breaker.opened", name, EventSeverity.WARNING, now_open)
+                for name in now_open
+                if name not in memory.open
+            ),
+            *(
+                _breaker("breaker.closed", name, EventSeverity.INFO, now_open)
+                for name in memory.open
+                if name not in now_open
+            ),
         ]
         self._events.emit(*changes)
         for event in changes:
@@ -243,7 +306,9 @@ class Monitor:
             self._alerts.process_event(event)
 
     def _pass_on(self, memory: Memory) -> None:
-        """Alert what workers have told since the last look; what was told before the first is history."""
+        """Alert what workers have told since the last look; what was told before the first is
+        history.
+        """
         if not memory.event:
             newest = self._events.recent(1)
             memory.event = newest[0].id if newest else "0-0"
@@ -257,7 +322,11 @@ class Monitor:
         if not advice.changed:
             return
         told = {"desired_workers": advice.desired, "why": advice.why}
-        self._events.emit(Event("scaling.advised", f"{advice.desired} workers are advised: {advice.why}", data=told))
+        self._events.emit(
+            Event(
+                "scaling.advised", f"{advice.desired} workers are advised: {advice.why}", data=told
+            )
+        )
         if self._webhook is not None:
             self._webhook.send(f"scaling-{advice.desired}", told)
 
@@ -265,39 +334,77 @@ class Monitor:
 def _of_hosts(hosts: Sequence[HostReport]) -> Signal:
     level = prevailing(hosts)
     percent = max((host.percent for host in hosts if host.level == level), default=0.0)
-    why = next((f"{host.why} on {host.worker}" for host in hosts if host.level == level and host.why), "")
+    why = next(
+        (f"{host.why} on {host.worker}" for host in hosts if host.level == level and host.why), ""
+    )
     return Signal(level, percent, why)
 
 
 def _changes(report: ClusterReport, level: Level, before: Level) -> Iterable[Event]:
-    severity = (EventSeverity.INFO, EventSeverity.INFO, EventSeverity.WARNING, EventSeverity.ERROR, EventSeverity.CRITICAL)[level]
+    severity = (
+        EventSeverity.INFO,
+        EventSeverity.INFO,
+        EventSeverity.WARNING,
+        EventSeverity.ERROR,
+        EventSeverity.CRITICAL,
+    )[level]
     data: dict[str, Any] = {"level": level.label, "before": before.label, "why": report.why}
     because = f": {report.why}" if report.why else ""
-    yield Event("pressure.changed", f"pressure went from {before.label} to {level.label}{because}", severity, data)
+    yield Event(
+        "pressure.changed",
+        f"pressure went from {before.label} to {level.label}{because}",
+        severity,
+        data,
+    )
     strategies = list(CONSTRAINTS[level].strategies)
     if level > before:
-        yield Event("degradation.started", f"from now on: {', '.join(strategies)}", data={"strategies": strategies})
+        yield Event(
+            "degradation.started",
+            f"from now on: {', '.join(strategies)}",
+            data={"strategies": strategies},
+        )
     elif not level:
         yield Event("degradation.ended", "nothing is left out any more", data={"strategies": []})
 
 
 def _breaker(name: str, breaker: str, severity: EventSeverity, now_open: Sequence[str]) -> Event:
-    return Event(name, f"breaker {breaker} has {name.partition('.')[2]}", severity, {"breaker": breaker, "open": list(now_open)})
+    return Event(
+        name,
+        f"breaker {breaker} has {name.partition('.')[2]}",
+        severity,
+        {"breaker": breaker, "open": list(now_open)},
+    )
 
 
 def _as_resource_event(report: ClusterReport, hosts: Sequence[HostReport]) -> ResourcePressureEvent:
-    level, memory_mb = Level(report.level), sum(host.sample.memory_mb for host in hosts if host.sample)
+    level, memory_mb = (
+        Level(report.level),
+        sum(host.sample.memory_mb for host in hosts if host.sample),
+    )
     return ResourcePressureEvent(
-        datetime.fromtimestamp(report.at, UTC), level, report.cpu_pct, memory_mb, report.memory_pct, report.slots, report.busy,
-        CONSTRAINTS[level].strategies, message=f"pressure of the cluster is {level.label}: {report.why}" if report.why else "",
-    )  # fmt: skip
+        timestamp=datetime.fromtimestamp(report.at, UTC),
+        pressure_level=level,
+        cpu_percent=report.cpu_pct,
+        memory_mb=memory_mb,
+        memory_percent=report.memory_pct,
+        worker_count=report.slots,
+        active_executors=report.busy,
+        degradation_applied=CONSTRAINTS[level].strategies,
+        message=f"pressure of the cluster is {level.label}: {report.why}" if report.why else "",
+    )
 
 
 def _of_host(host: HostReport, report: ClusterReport) -> ResourcePressureEvent:
     assert host.sample is not None
     level = Level(host.level)
     return ResourcePressureEvent(
-        datetime.fromtimestamp(report.at, UTC), level, host.sample.cpu_pct, host.sample.memory_mb, host.sample.memory_pct,
-        host.slots, host.busy, message=f"pressure of {host.worker} is {level.label}: {host.why}" if host.why else "",
+        timestamp=datetime.fromtimestamp(report.at, UTC),
+        pressure_level=level,
+        cpu_percent=host.sample.cpu_pct,
+        memory_mb=host.sample.memory_mb,
+        memory_percent=host.sample.memory_pct,
+        worker_count=host.slots,
+        active_executors=host.busy,
+        message=f"pressure of {host.worker} is {level.label}: {host.why}" if host.why else "",
         host=host.worker,
-    )  # fmt: skip
+    )

@@ -12,11 +12,15 @@ import msgspec
 from resilience.waiters import URGENCY
 
 CONTROL = "control"
-"""The queue of the platform's own work, ``<namespace>.control``: short, and nothing else is right without it."""
+"""The queue of the platform's own work, ``<namespace>.control``: short, and nothing else is right
+without it.
+"""
 
 
 class QueueReport(msgspec.Struct, frozen=True):
-    """How many messages wait in a queue, and how many seconds the oldest has; None when nobody can say."""
+    """How many messages wait in a queue, and how many seconds the oldest has; None when nobody can
+    say.
+    """
 
     depth: int
     oldest_s: float | None = None
@@ -30,4 +34,6 @@ def priority_of(queue: str) -> str:
 
 def ages(reports: Mapping[str, QueueReport]) -> dict[str, float]:
     """Return the ages that are known, in seconds, by queue."""
-    return {queue: report.oldest_s for queue, report in reports.items() if report.oldest_s is not None}
+    return {
+        queue: report.oldest_s for queue, report in reports.items() if report.oldest_s is not None
+    }

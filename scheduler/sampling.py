@@ -1,9 +1,9 @@
-"""How hard a host is pressed, as numbers: memory against its limit, CPU against its quota, and how long work waited.
+"""How hard a host is pressed, as numbers: memory against its limit, CPU against its quota, and how
+long work waited.
 
-Decides whose figures count: those of the cgroup that bounds this process, and the host's where none does; never the usage
-of one against the limit of the other.  Refuses to know what is too much.  Reads Linux' /proc and /sys, 0.3 ms a
-sample; psutil tells of other systems.
-"""
+Decides whose figures count: those of the cgroup that bounds this process, and the host's where none
+does; never the usage of one against the limit of the other.  Refuses to know what is too much.
+Reads Linux' /proc and /sys, 0.3 ms a sample; psutil tells of other systems."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ import msgspec
 from scheduler.settings import PressureSettings
 
 LOAD_TAU_S = 5.0
-"""The run queue is smoothed over this.  One look at it varies by 0.2 to 0.8 tasks per CPU from second to second (measured)."""
+"""The run queue is smoothed over this.  One look at it varies by 0.2 to 0.8 tasks per CPU from
+second to second (measured).
+"""
 _MB = 2**20
 _UNLIMITED_MB = 2**40
 """A limit from here on is none; of version 1 it is near 2^63 bytes then."""
@@ -43,13 +45,19 @@ class Sample(msgspec.Struct, frozen=True):
     cpu_pct: float = 0.0
     """Of the CPU quota, or of the CPUs this process may run on."""
     cpu_waiting_pct: float | None = None
-    """Share of the time in which some task waited for a CPU; None where the kernel does not tell."""
+    """Share of the time in which some task waited for a CPU; None where the kernel does not
+    tell.
+    """
     memory_stall_pct: float | None = None
-    """Share of the time in which all tasks waited for memory; None where the kernel does not tell."""
+    """Share of the time in which all tasks waited for memory; None where the kernel does not
+    tell.
+    """
     throttled_pct: float = 0.0
     """Share of the quota's periods that ended early."""
     load_per_cpu: float | None = None
-    """Tasks that run or want to, of the host, for each of its CPUs; None where the kernel does not tell."""
+    """Tasks that run or want to, of the host, for each of its CPUs; None where the kernel does not
+    tell.
+    """
 
 
 class _Memory(NamedTuple):
@@ -77,7 +85,9 @@ class _Counters(NamedTuple):
 
 
 def of_any_system() -> Sample:
-    """Return what psutil knows of a host without /proc: no limits of containers, and no waiting but the load average."""
+    """Return what psutil knows of a host without /proc: no limits of containers, and no waiting but
+    the load average.
+    """
     import psutil
 
     memory = psutil.virtual_memory()
@@ -95,14 +105,16 @@ def of_any_system() -> Sample:
 class Sampler:
     """Measures the host of this process; once a second, from one thread.
 
-    Memory is that of the smallest limit that is smaller than the host's memory, among the limits of this process's cgroup
-    and those around it; without one it is the host's.  `settings.max_memory_mb` bounds our own processes, wherever they run:
-    this one and all below it, by their resident memory without what they share with a file or with each other by
-    intent.  Pages that a child has not written since its fork count in each (the exact share costs 3 ms per 300 MB).
-    It needs /proc/*/task/*/children, as distributions' kernels have it.  Of the two, the one closer to its bound is told.
+    Memory is that of the smallest limit that is smaller than the host's memory, among the limits of
+    this process's cgroup and those around it; without one it is the host's.
+    `settings.max_memory_mb` bounds our own processes, wherever they run: this one and all below it,
+    by their resident memory without what they share with a file or with each other by intent.
+    Pages that a child has not written since its fork count in each (the exact share costs 3 ms per
+    300 MB). It needs /proc/*/task/*/children, as distributions' kernels have it.  Of the two, the
+    one closer to its bound is told.
 
-    The run queue is procs_running of /proc/stat, smoothed, not the load average: that is steadier still, but remembers a load
-    for minutes after its end, and counts tasks that wait for a disk.
+    The run queue is procs_running of /proc/stat, smoothed, not the load average: that is steadier
+    still, but remembers a load for minutes after its end, and counts tasks that wait for a disk.
     """
 
     def __init__(
@@ -122,7 +134,9 @@ class Sampler:
         self._load: float | None = None
 
     def sample(self) -> Sample | None:
-        """Return what is measured now and since the call before; None where not even memory can be."""
+        """Return what is measured now and since the call before; None where not even memory can
+        be.
+        """
         if (memory := self._memory()) is None:
             return self._elsewhere()
         stat = _text(self._proc / "stat")
@@ -136,30 +150,46 @@ class Sampler:
             available_mb=max(0.0, memory.limit_mb - memory.used_mb),
             source=memory.source,
             cpu_pct=_share(cpu_before.cpu, now.cpu),
-            cpu_waiting_pct=_share(before.waiting or now.waiting, now.waiting) if now.waiting else None,
-            memory_stall_pct=_share(before.stalled or now.stalled, now.stalled) if now.stalled else None,
+            cpu_waiting_pct=_share(before.waiting or now.waiting, now.waiting)
+            if now.waiting
+            else None,
+            memory_stall_pct=_share(before.stalled or now.stalled, now.stalled)
+            if now.stalled
+            else None,
             throttled_pct=_share(cpu_before.throttling, now.throttling),
             load_per_cpu=self._smoothed(_run_queue(stat), now.at - before.at),
         )
 
-    # --- memory --------------------------------------------------------------------------------------
+    # --- memory --------------------------------------------------------------------------------
 
     def _memory(self) -> _Memory | None:
         host = self._host_memory()
-        found = [self._cgroup.memory(host.limit_mb if host else _UNLIMITED_MB) or host, self._own_memory()]
+        found = [
+            self._cgroup.memory(host.limit_mb if host else _UNLIMITED_MB) or host,
+            self._own_memory(),
+        ]
         return max((each for each in found if each), key=lambda each: each.pct, default=None)
 
     def _host_memory(self) -> _Memory | None:
         told = _numbers(_text(self._proc / "meminfo"))
         total, available = told.get("MemTotal:", 0), told.get("MemAvailable:")
-        return _Memory(max(0, total - available) / 1024, total / 1024, "host") if total > 0 and available is not None else None
+        return (
+            _Memory(max(0, total - available) / 1024, total / 1024, "host")
+            if total > 0 and available is not None
+            else None
+        )
 
     def _own_memory(self) -> _Memory | None:
         if not self._max_memory_mb:
             return None
         pages = 0
         for process in self._family("self"):
-            _, resident, shared, *_ = [*(_int(each) or 0 for each in _text(self._proc / process / "statm").split()), 0, 0, 0]
+            _, resident, shared, *_ = [
+                *(_int(each) or 0 for each in _text(self._proc / process / "statm").split()),
+                0,
+                0,
+                0,
+            ]
             pages += max(0, resident - shared)
         return _Memory(pages * _PAGE / _MB, self._max_memory_mb, "processes") if pages else None
 
@@ -169,7 +199,7 @@ class Sampler:
             for child in _text(children).split():
                 yield from self._family(child)
 
-    # --- time ----------------------------------------------------------------------------------------
+    # --- time ----------------------------------------------------------------------------------
 
     def _counters(self, stat: str) -> _Counters:
         cpus, at = self._cpus(), self._clock()
@@ -184,8 +214,13 @@ class Sampler:
         )
 
     def _pressure(self, resource: str, kind: str, at: float) -> tuple[float, float] | None:
-        """Return the µs of waiting and of time: of the own cgroup, or of the host where the kernel keeps none for cgroups."""
-        for file in (self._cgroup.unified / f"{resource}.pressure", self._proc / "pressure" / resource):
+        """Return the µs of waiting and of time: of the own cgroup, or of the host where the kernel
+        keeps none for cgroups.
+        """
+        for file in (
+            self._cgroup.unified / f"{resource}.pressure",
+            self._proc / "pressure" / resource,
+        ):
             if (waited := dict(_TOTAL.findall(_text(file))).get(kind)) is not None:
                 return int(waited), at * 1e6
         return None
@@ -205,36 +240,69 @@ class _Quota(NamedTuple):
 
 
 class _Cgroup:
-    """The cgroup of this process and those around it, of either version; what a file does not tell is not there."""
+    """The cgroup of this process and those around it, of either version; what a file does not tell
+    is not there.
+    """
 
     def __init__(self, root: Path) -> None:
         mount = root / "sys/fs/cgroup"
-        lines = [line.split(":", 2) for line in _text(root / "proc/self/cgroup").splitlines() if line.count(":") > 1]
-        paths = {controller: path for _, controllers, path in lines for controller in controllers.split(",")}
+        lines = [
+            line.split(":", 2)
+            for line in _text(root / "proc/self/cgroup").splitlines()
+            if line.count(":") > 1
+        ]
+        paths = {
+            controller: path
+            for _, controllers, path in lines
+            for controller in controllers.split(",")
+        }
         mounts = {name: mount / name for name in ("memory", "cpu", "cpuacct")}
         if (both := mount / "cpu,cpuacct").is_dir():
             mounts |= {"cpu": both, "cpuacct": both}
-        own = {name: _upwards(folder, paths[name]) for name, folder in mounts.items() if name in paths and folder.is_dir()}
-        second = _upwards(mount if (mount / "cgroup.controllers").exists() else mount / "unified", paths.get("", "/"))
+        own = {
+            name: _upwards(folder, paths[name])
+            for name, folder in mounts.items()
+            if name in paths and folder.is_dir()
+        }
+        second = _upwards(
+            mount if (mount / "cgroup.controllers").exists() else mount / "unified",
+            paths.get("", "/"),
+        )
         self.unified = second[0]
         self._memory_version = 1 if "memory" in own else 2
         self._cpu_version = 1 if "cpu" in own else 2
-        self._memory, self._cpu, self._mounts = own.get("memory", second), own.get("cpu", second), mounts
+        self._memory, self._cpu, self._mounts = (
+            own.get("memory", second),
+            own.get("cpu", second),
+            mounts,
+        )
 
     def memory(self, below_mb: float) -> _Memory | None:
-        """Return the memory of the smallest limit below the host's; of equal ones the outermost, which holds most."""
+        """Return the memory of the smallest limit below the host's; of equal ones the outermost,
+        which holds most.
+        """
         files = _MEMORY_FILES[self._memory_version]
-        limits = ((limit / _MB, each) for each in reversed(self._memory) if (limit := _least(each, files.limits)))
-        for limit_mb, folder in sorted((each for each in limits if each[0] < below_mb), key=lambda each: each[0]):
+        limits = (
+            (limit / _MB, each)
+            for each in reversed(self._memory)
+            if (limit := _least(each, files.limits))
+        )
+        for limit_mb, folder in sorted(
+            (each for each in limits if each[0] < below_mb), key=lambda each: each[0]
+        ):
             if (used := _number(folder / files.usage)) is not None:
                 droppable = _numbers(_text(folder / "memory.stat")).get(files.droppable, 0)
                 return _Memory(max(0, used - droppable) / _MB, limit_mb, files.source)
         return None
 
     def cpu(self, allowed: int) -> _Quota | None:
-        """Return the smallest quota, in CPUs and at most those `allowed`, and what was used of it."""
+        """Return the smallest quota, in CPUs and at most those `allowed`, and what was used of
+        it.
+        """
         found = (self._quota(each) for each in self._cpu)
-        for folder, cpus, *_ in sorted((each for each in found if each), key=lambda each: each.cpus):
+        for folder, cpus, *_ in sorted(
+            (each for each in found if each), key=lambda each: each.cpus
+        ):
             told = _numbers(_text(folder / "cpu.stat"))
             if (used_s := self._used_s(folder, told)) is not None:
                 throttling = (told.get("nr_throttled", 0), told.get("nr_periods", 0))
@@ -246,13 +314,18 @@ class _Cgroup:
             told = _text(folder / "cpu.max").split()
             quota, period = (_int(each) for each in told) if len(told) == 2 else (None, None)
         else:
-            quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+            quota, period = (
+                _number(folder / "cpu.cfs_quota_us"),
+                _number(folder / "cpu.cfs_period_us"),
+            )
         return _Quota(folder, quota / period) if quota and period else None
 
     def _used_s(self, folder: Path, told: dict[str, int]) -> float | None:
         if self._cpu_version == 2:
             return told["usage_usec"] / 1e6 if "usage_usec" in told else None
-        used = _number(self._mounts["cpuacct"] / folder.relative_to(self._mounts["cpu"]) / "cpuacct.usage")
+        used = _number(
+            self._mounts["cpuacct"] / folder.relative_to(self._mounts["cpu"]) / "cpuacct.usage"
+        )
         return None if used is None else used / 1e9
 
 
@@ -264,13 +337,17 @@ class _MemoryFiles(NamedTuple):
 
 
 _MEMORY_FILES = {
-    1: _MemoryFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file", "cgroup1"),
+    1: _MemoryFiles(
+        ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file", "cgroup1"
+    ),
     2: _MemoryFiles(("memory.max", "memory.high"), "memory.current", "inactive_file", "cgroup2"),
 }
 
 
 def _upwards(mount: Path, path: str) -> list[Path]:
-    """Return a cgroup's folder and those around it; inside a container its path may lie outside the mount, which then is it."""
+    """Return a cgroup's folder and those around it; inside a container its path may lie outside the
+    mount, which then is it.
+    """
     own = mount / path.strip("/")
     if ".." in own.parts or not own.is_dir():
         return [mount]
@@ -282,7 +359,7 @@ def _least(folder: Path, files: tuple[str, ...]) -> int | None:
     return min((number for each in files if (number := _number(folder / each))), default=None)
 
 
-# --- files -------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------
 
 
 def _text(file: Path) -> str:
@@ -307,17 +384,25 @@ def _number(file: Path) -> int | None:
 def _numbers(text: str) -> dict[str, int]:
     """Return the counts of lines such as ``inactive_file 4096`` and ``MemTotal: 16 kB``."""
     words = (line.split() for line in text.splitlines())
-    return {each[0]: count for each in words if len(each) > 1 and (count := _int(each[1])) is not None}
+    return {
+        each[0]: count for each in words if len(each) > 1 and (count := _int(each[1])) is not None
+    }
 
 
 def _ticks(stat: str, cpus: Collection[int]) -> tuple[float, float]:
-    """Return the ticks in which these CPUs were busy, and all; of all CPUs where those have other numbers (LXC)."""
+    """Return the ticks in which these CPUs were busy, and all; of all CPUs where those have other
+    numbers (LXC).
+    """
     names = {f"cpu{each}" for each in cpus}
     lines = [line.split() for line in stat.splitlines() if line.startswith("cpu")]
-    chosen = [each for each in lines if each[0] in names] or [each for each in lines if each[0] == "cpu"]
+    chosen = [each for each in lines if each[0] in names] or [
+        each for each in lines if each[0] == "cpu"
+    ]
     busy = total = 0
     for _, *fields in chosen:
-        ticks = [_int(each) or 0 for each in fields[:8]]  # what follows, guests' time, is contained in user time
+        ticks = [
+            _int(each) or 0 for each in fields[:8]
+        ]  # what follows, guests' time, is contained in user time
         total += sum(ticks)
         busy += sum(ticks) - sum(ticks[3:5])  # idle, and idle with a disk at work
     return busy, total
@@ -336,8 +421,12 @@ def _share(before: tuple[float, float], now: tuple[float, float]) -> float:
 
 
 def held_mb(pid: int) -> float:
-    """Return how much memory a process of this machine holds, in MB; 0 when it has just ended, or nobody can say."""
+    """Return how much memory a process of this machine holds, in MB; 0 when it has just ended, or
+    nobody can say.
+    """
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) / (_MB / _PAGE)
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) / (
+            _MB / _PAGE
+        )
     except (OSError, IndexError, ValueError):
         return 0.0

@@ -1,8 +1,9 @@
-"""In which order a worker asks its queues: by weight, so that urgent work goes first and none waits for ever.
+"""In which order a worker asks its queues: by weight, so that urgent work goes first and none waits
+for ever.
 
-Decides who is next by stride scheduling (Waldspurger and Weihl, 1995): a queue's pass grows with each message by
-one over its weight, and the lowest goes first.  Refuses to know what a message is, and where its facts come from.
-"""
+Decides who is next by stride scheduling (Waldspurger and Weihl, 1995): a queue's pass grows with
+each message by one over its weight, and the lowest goes first.  Refuses to know what a message is,
+and where its facts come from."""
 
 from __future__ import annotations
 
@@ -16,27 +17,37 @@ from scheduler.settings import AdmissionSettings
 WEIGHTS = {"critical": 8.0, "high": 4.0, "normal": 2.0, "low": 1.0}
 """Messages of each priority in a round of 15, while all of them have some."""
 STRICT_SHARE = 0.8
-"""Critical work need not compete for this share of a worker's slots; the others share what is left of them."""
+"""Critical work need not compete for this share of a worker's slots; the others share what is left
+of them.
+"""
 AGEING_S, MOST_AGEING = 30.0, 8.0
-"""A queue gains 1 in weight for so many seconds that its oldest message waits beyond its target, up to so much."""
+"""A queue gains 1 in weight for so many seconds that its oldest message waits beyond its target, up
+to so much.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a worker knows of its queues; all of it is read anew for each message, and must not raise."""
+    """What a worker knows of its queues; all of it is read anew for each message, and must not
+    raise.
+    """
 
     ages: Callable[[], Mapping[str, float]] = dict
     """Seconds that the oldest message of a queue waits, by queue."""
     running: Callable[[str], int] = lambda _queue: 0
     """How many messages of a queue hold a slot."""
     slots: Callable[[], int] = lambda: 0
-    """How many slots the worker has; of 0 none is kept for critical work, and weights alone decide."""
+    """How many slots the worker has; of 0 none is kept for critical work, and weights alone
+    decide.
+    """
     target_s: Callable[[str], float] = AdmissionSettings().wait_s
     """How long a message of a priority may wait; 0: its queue does not age."""
 
 
 class StrideCycle:
-    """The order of one worker's queues.  It speaks kombu's protocol of a cycle: `update`, `consume`, `rotate`."""
+    """The order of one worker's queues.  It speaks kombu's protocol of a cycle: `update`,
+    `consume`, `rotate`.
+    """
 
     facts = Facts()
 
@@ -75,7 +86,9 @@ class StrideCycle:
 
     def _is_strict(self) -> bool:
         """Whether one more critical message keeps within the share that is theirs."""
-        critical = sum(self.facts.running(each) for each in self._queues if priority_of(each) == "critical")
+        critical = sum(
+            self.facts.running(each) for each in self._queues if priority_of(each) == "critical"
+        )
         return critical + 1 <= STRICT_SHARE * self.facts.slots()
 
     def _place(self, queue: str) -> tuple[float, float]:
@@ -85,5 +98,7 @@ class StrideCycle:
         return self._start(queue) + 1 / self._weight(queue), -WEIGHTS[priority_of(queue)]
 
     def _start(self, queue: str) -> float:
-        """Return a queue's pass; who had nothing to give for long has saved up one unit of virtual time, and no more."""
+        """Return a queue's pass; who had nothing to give for long has saved up one unit of virtual
+        time, and no more.
+        """
         return max(self._passes.get(queue, 0.0), self._now - 1)

@@ -1,7 +1,7 @@
 """What operations have cost and how they ended, over all workers: executions, memory, time.
 
-Decides what is counted: an item that runs twice is two executions.  Refuses to know what is made of it.
-"""
+Decides what is counted: an item that runs twice is two executions.  Refuses to know what is made of
+it."""
 
 from __future__ import annotations
 
@@ -47,13 +47,33 @@ class Usage:
     def __init__(self, store: Store, keys: Keys) -> None:
         self._store, self._keys = store, keys
 
-    def tally(self, operation: str, *, done: int, failed: int, busy_us: int, memory_kb: int, version: int = 1) -> Call:
-        """Return the call that counts what one node has done; `memory_kb` is what its process holds."""
-        return Call(_TALLY, self._keys.usage(operation), (operation, done, failed, busy_us, memory_kb, TTL_S, version))
+    def tally(
+        self,
+        operation: str,
+        *,
+        done: int,
+        failed: int,
+        busy_us: int,
+        memory_kb: int,
+        version: int = 1,
+    ) -> Call:
+        """Return the call that counts what one node has done; `memory_kb` is what its process
+        holds.
+        """
+        return Call(
+            _TALLY,
+            self._keys.usage(operation),
+            (operation, done, failed, busy_us, memory_kb, TTL_S, version),
+        )
 
     def record(self, operation: str, *, ok: bool, duration_s: float, memory_mb: float) -> None:
         """Count one execution that was no node's; while Redis is away it is not counted."""
-        counts = {"done": int(ok), "failed": int(not ok), "busy_us": int(duration_s * 1e6), "memory_kb": int(memory_mb * 1024)}
+        counts = {
+            "done": int(ok),
+            "failed": int(not ok),
+            "busy_us": int(duration_s * 1e6),
+            "memory_kb": int(memory_mb * 1024),
+        }
         with suppress(StoreUnavailable):
             self._store.answered(self.tally(operation, **counts))
 
@@ -67,9 +87,15 @@ class Usage:
         return self._read(*names) if names else []
 
     def totals(self) -> tuple[int, int]:
-        """Return how many nodes have ended, and how long their items took together, in us.  Raises StoreUnavailable."""
+        """Return how many nodes have ended, and how long their items took together, in us.  Raises
+        StoreUnavailable.
+        """
         names = self.names()
-        found = self._store.answered(*(Call(_READ, self._keys.usage(name)[1:], ()) for name in names)) if names else []
+        found = (
+            self._store.answered(*(Call(_READ, self._keys.usage(name)[1:], ()) for name in names))
+            if names
+            else []
+        )
         return sum(int(each[3]) for each in found), sum(int(each[2]) for each in found)
 
     def names(self) -> list[str]:
@@ -79,14 +105,22 @@ class Usage:
 
     def _read(self, *operations: str) -> list[OperationUsage]:
         calls = [Call(_READ, self._keys.usage(name)[1:], ()) for name in operations]
-        return [_usage(name, *map(int, found)) for name, found in zip(operations, self._store.answered(*calls), strict=True)]
+        return [
+            _usage(name, *map(int, found))
+            for name, found in zip(operations, self._store.answered(*calls), strict=True)
+        ]
 
 
-def _usage(name: str, done: int, failed: int, busy_us: int, nodes: int, memory_kb: int, peak_kb: int) -> OperationUsage:
+def _usage(
+    name: str, done: int, failed: int, busy_us: int, nodes: int, memory_kb: int, peak_kb: int
+) -> OperationUsage:
     total = done + failed
     return OperationUsage(
-        name, total, done, failed,
+        name,
+        total,
+        done,
+        failed,
         avg_memory_mb=round(memory_kb / 1024 / max(nodes, 1), 1),
         peak_memory_mb=round(peak_kb / 1024, 1),
         avg_duration_ms=round(busy_us / 1000 / max(total, 1), 3),
-    )  # fmt: skip
+    )

@@ -1,4 +1,6 @@
-"""What all tests share: an environment without RLM_* variables, and examples without a bound on wall time."""
+"""What all tests share: an environment without RLM_* variables, and examples without a bound on
+wall time.
+"""
 
 from __future__ import annotations
 

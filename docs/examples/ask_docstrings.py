@@ -1,10 +1,12 @@
-"""Ask Python's own documentation strings a question: they do not fit into a context, so they are read in groups and narrowed.
+"""Ask Python's own documentation strings a question: they do not fit into a context, so they are
+read in groups and narrowed.
 
-    python docs/examples/ask_docstrings.py "What returns the longest common path of several path names?"
+    python docs/examples/ask_docstrings.py "What returns the longest common path of several path
+    names?"
 
-It starts a server, a worker and a fake provider (a plain reader that costs nothing), and stops them.  With OPENAI_API_KEY,
-and OPENAI_BASE_URL for any other provider that answers as OpenAI's does, it asks that one, and spends 50 cents at most.
-"""
+It starts a server, a worker and a fake provider (a plain reader that costs nothing), and stops
+them.  With OPENAI_API_KEY, and OPENAI_BASE_URL for any other provider that answers as OpenAI's
+does, it asks that one, and spends 50 cents at most."""
 
 import argparse
 import ast
@@ -23,11 +25,15 @@ QUESTION = "What returns the longest common path of several path names?"
 
 
 def docstrings(most):
-    """Yield a name and a documentation string for each function and class of the standard library."""
+    """Yield a name and a documentation string for each function and class of the standard
+    library.
+    """
     found = 0
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and (
+                text := ast.get_docstring(node)
+            ):
                 yield f"{path.stem}.{node.name}", text
                 if (found := found + 1) == most:
                     return
@@ -61,7 +67,11 @@ def main():
         os.environ["RLM_REDIS_URL"] = stack.enter_context(embedded.server()).url
         if "OPENAI_API_KEY" not in os.environ:
             provider = stack.enter_context(fake_provider.running(latency=0.05))
-            os.environ.update(OPENAI_API_KEY="none is needed", OPENAI_BASE_URL=provider.base_url, RLM_LLM__TOKENS="10000000")
+            os.environ.update(
+                OPENAI_API_KEY="none is needed",
+                OPENAI_BASE_URL=provider.base_url,
+                RLM_LLM__TOKENS="10000000",
+            )
         from rlm_tasks import Client  # it reads the environment when it is imported
 
         names, texts = zip(*docstrings(asked.items), strict=True)
@@ -73,7 +83,10 @@ def main():
     for lo, hi in result.output["citations"]:
         print("  from", ", ".join(names[lo:hi]))
     spent = result.spent.spent
-    print(f"{result.output['read']:,} texts read in {result.output['rounds']} rounds and {spent['calls']:.0f} calls,", end=" ")
+    print(
+        f"{result.output['read']:,} texts read in {result.output['rounds']} rounds and {spent['calls']:.0f} calls,",
+        end=" ",
+    )
     print(f"{spent['tokens']:,.0f} tokens, {spent['money']:.4f} in money")
 
 

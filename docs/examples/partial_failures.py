@@ -15,7 +15,9 @@ def parse_number(text):
 
 if __name__ == "__main__":
     with Client() as client:
-        job = client.submit(operation="parse_number", items=["1", "2", "three", "4"], continue_on_error=True)
+        job = client.submit(
+            operation="parse_number", items=["1", "2", "three", "4"], continue_on_error=True
+        )
         result = job.result(timeout=60)
         print(result.output, f"{result.failure_rate:.0%} failed")
         for failure in result.failed:

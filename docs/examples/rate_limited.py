@@ -1,4 +1,5 @@
-"""A provider that allows so much a second, and fails now and then: nothing waits in a slot, nothing is lost.
+"""A provider that allows so much a second, and fails now and then: nothing waits in a slot, nothing
+is lost.
 
 Run a worker that knows it:  RLM_OPERATIONS=rate_limited celery -A rlm_tasks worker
 Then:                        python rate_limited.py

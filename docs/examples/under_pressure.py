@@ -1,8 +1,9 @@
-"""What happens when too much is asked of two slots: levels rise, less is done for each item, less urgent work is refused.
+"""What happens when too much is asked of two slots: levels rise, less is done for each item, less
+urgent work is refused.
 
-One command, nothing else is needed:  python docs/examples/under_pressure.py
-It starts a server, a worker and beat, and stops them.  A sixth of the time is calm, a sixth is overload, the rest recovery.
-"""
+One command, nothing else is needed:  python docs/examples/under_pressure.py It starts a server, a
+worker and beat, and stops them.  A sixth of the time is calm, a sixth is overload, the rest
+recovery."""
 
 import argparse
 import hashlib
@@ -46,7 +47,9 @@ def skim(item, ctx):
 
 @operation("digest", simplified=skim)
 def digest(item, ctx):
-    """A large item: 180 MB are read at once, or as many as there may be; reading twice is better, and expensive."""
+    """A large item: 180 MB are read at once, or as many as there may be; reading twice is better,
+    and expensive.
+    """
     text = b"x" * (ctx.limit(180) * MB)
     return [hashlib.blake2b(text).hexdigest() for _ in range(1 if ctx.skip_expensive else 2)]
 
@@ -66,41 +69,67 @@ class Run:
         self.knocks, self.refused, self.executed = [], Counter(), Counter()
 
     def ask(self):
-        """Submit what comes in this second: small jobs, large ones in the overload, a critical one every other second."""
+        """Submit what comes in this second: small jobs, large ones in the overload, a critical one
+        every other second.
+        """
         overload, recovery = self.seconds // 6, self.seconds // 3
-        self.phase = "calm" if self.second < overload else "overload" if self.second < recovery else "recovery"
-        large = {"calm": 0, "overload": 10 if self.second == overload else 1, "recovery": 0}[self.phase]
+        self.phase = (
+            "calm"
+            if self.second < overload
+            else "overload"
+            if self.second < recovery
+            else "recovery"
+        )
+        large = {"calm": 0, "overload": 10 if self.second == overload else 1, "recovery": 0}[
+            self.phase
+        ]
         for priority in PRIORITIES[1:]:
             for name in ["look_up", *["digest"] * large]:
                 self.submit(name, priority)
         if self.second % 2:
-            self.knocks.append((time.time(), self.client.submit(operation="knock", items=[0], priority="critical")))
+            self.knocks.append(
+                (time.time(), self.client.submit(operation="knock", items=[0], priority="critical"))
+            )
 
     def submit(self, name, priority):
         """Submit a job of six items, or note that it is refused."""
         try:
-            self.jobs[self.phase].append(self.client.submit(operation=name, items=range(6), priority=priority))
+            self.jobs[self.phase].append(
+                self.client.submit(operation=name, items=range(6), priority=priority)
+            )
         except (Overloaded, QueueFull) as refused:
             self.refused[f"{refused.code} {priority}"] += 1
 
     def look(self):
         """Return what is seen now, as plain data."""
         status, before = self.client.status(), self.executed
-        self.executed = Counter({each.executor_id: each.total_executions for each in self.client.usage.all()})
+        self.executed = Counter(
+            {each.executor_id: each.total_executions for each in self.client.usage.all()}
+        )
         queues = {name.rpartition(".")[2]: report for name, report in status.queues.items()}
         return {
-            "second": self.second, "phase": self.phase, "level": status.level,
+            "second": self.second,
+            "phase": self.phase,
+            "level": status.level,
             "queued": {priority: queues[priority].depth for priority in PRIORITIES},
             "oldest_s": round(max(report.oldest_s or 0.0 for report in queues.values()), 1),
             "items": {name: self.executed[name] - before[name] for name in ("look_up", "digest")},
-            "memory_pct": status.resource_usage["memory_percent"], "refused": dict(self.refused),
-        }  # fmt: skip
+            "memory_pct": status.resource_usage["memory_percent"],
+            "refused": dict(self.refused),
+        }
 
     def told(self):
-        """Return how long critical items waited for a slot, and what was left out, by the phase in which it was asked for."""
+        """Return how long critical items waited for a slot, and what was left out, by the phase in
+        which it was asked for.
+        """
         waits = [round(job.get(timeout=30)[0] - asked, 3) for asked, job in self.knocks]
         receipts = {phase: Counter() for phase in self.jobs}
-        for phase, shaped in ((phase, each) for phase, jobs in self.jobs.items() for job in jobs for each in job.receipt()):
+        for phase, shaped in (
+            (phase, each)
+            for phase, jobs in self.jobs.items()
+            for job in jobs
+            for each in job.receipt()
+        ):
             receipts[phase][f"{shaped.strategy} at {shaped.level}"] += shaped.items
         return {"critical_waits_s": waits, "receipts": receipts}
 
@@ -131,7 +160,9 @@ def record(client, seconds):
 def beat(environment):
     """Run beat for the length of a block: it has the whole platform looked at."""
     command = [sys.executable, "-m", "celery", "-A", "rlm_tasks", "beat", "-l", "ERROR"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, **environment})
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, env={**os.environ, **environment}
+    )
     try:
         yield
     finally:
@@ -146,15 +177,27 @@ def main():
     asked = parser.parse_args()
     embedded.clean_up_on_sigterm()
     with tempfile.TemporaryDirectory() as folder, embedded.server() as server:
-        environment = {**SETTINGS, "RLM_REDIS_URL": server.url, "PYTHONPATH": str(Path(__file__).parent)}
+        environment = {
+            **SETTINGS,
+            "RLM_REDIS_URL": server.url,
+            "PYTHONPATH": str(Path(__file__).parent),
+        }
         os.environ.update(environment)
         from rlm_tasks import Client  # it reads the environment when it is imported
 
-        with embedded.worker(environment, log=Path(folder) / "log"), beat(environment), Client() as client:
+        with (
+            embedded.worker(environment, log=Path(folder) / "log"),
+            beat(environment),
+            Client() as client,
+        ):
             seen = record(client, asked.seconds)
     print(f"critical items waited {max(seen['critical_waits_s'])} s at most")
     for phase, receipt in seen["receipts"].items():
-        print(f"{phase}:", "; ".join(f"{what}: {n} items" for what, n in receipt.items()) or "nothing was left out")
+        print(
+            f"{phase}:",
+            "; ".join(f"{what}: {n} items" for what, n in receipt.items())
+            or "nothing was left out",
+        )
     if asked.out:
         asked.out.write_text(json.dumps(seen) + "\n", encoding="utf-8")
 

@@ -1,4 +1,6 @@
-"""For trying things out: a server without an installation, and a real job with a worker of its own."""
+"""For trying things out: a server without an installation, and a real job with a worker of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,26 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="A folder of Python files; default: the standard library.",
 )
-@click.option("--slots", default=2, show_default=True, type=click.IntRange(1), help="Processes of the demo's worker.")
+@click.option(
+    "--slots",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Processes of the demo's worker.",
+)
 @click.option("--compare", is_flag=True, help="Also run it serially and with a plain Celery chord.")
 @as_json_option
 def demo(path: Path | None, slots: int, compare: bool, as_json: bool) -> None:
     """Measure a folder of Python files with a worker of the demo's own."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from rlm_tasks.operations.code_metrics import standard_library
     from rlm_tasks.testing import demo as main_job
@@ -53,7 +68,12 @@ def demo(path: Path | None, slots: int, compare: bool, as_json: bool) -> None:
 
             def show(seen: Any) -> None:
                 done = seen.done + seen.failed + seen.skipped
-                bar.update(line, total=seen.total, completed=done, description=f"{seen.nodes} nodes, {seen.splits} splits")
+                bar.update(
+                    line,
+                    total=seen.total,
+                    completed=done,
+                    description=f"{seen.nodes} nodes, {seen.splits} splits",
+                )
 
             outcome, paths = main_job.run(client, folder, slots, show)
         others = []
@@ -80,12 +100,17 @@ def _show_report(outcome: Outcome) -> None:
     click.echo(f"Python files below {folder}")
     table("", ("what", "count"), [(name, report[name]) for name in names])
     click.echo(f"Deepest nesting: {deepest} levels, in {_short(where, folder)}\n")
-    rows = ((count, name, f"{_short(path, folder)}:{line}") for count, path, line, name in report["complex"])
+    rows = (
+        (count, name, f"{_short(path, folder)}:{line}")
+        for count, path, line, name in report["complex"]
+    )
     table("The ten most complex functions", ("branches + 1", "function", "where"), rows)
     if outcome.result.failed_count:
         click.echo(f"{outcome.result.failed_count} files could not be parsed:")
         for failure in outcome.result.failed[:5]:
-            click.echo(f"  item {failure.index}: {failure.type}: {failure.message.replace(str(folder), '...')}")
+            click.echo(
+                f"  item {failure.index}: {failure.type}: {failure.message.replace(str(folder), '...')}"
+            )
         click.echo("  ..." if outcome.result.failed_count > 5 else "")
 
 
@@ -109,17 +134,39 @@ def _show_run(outcome: Outcome, others: list[Compared]) -> None:
     if others:
         mine = ("RLM Tasks, no chunk size given", f"{outcome.wall_s:.2f} s", "1.00", "yes")
         compared = (
-            (each.name, f"{each.wall_s:.2f} s", f"{each.wall_s / outcome.wall_s:.2f}", "yes" if each.same_report else "NO")
+            (
+                each.name,
+                f"{each.wall_s:.2f} s",
+                f"{each.wall_s / outcome.wall_s:.2f}",
+                "yes" if each.same_report else "NO",
+            )
             for each in others
         )
-        table("The same work, done another way", ("how", "wall time", "times ours", "same report"), [mine, *compared])
+        table(
+            "The same work, done another way",
+            ("how", "wall time", "times ours", "same report"),
+            [mine, *compared],
+        )
 
 
 @click.command()
-@click.option("--port", default=6379, show_default=True, type=click.IntRange(1, 65_535), help="Of the loopback interface.")
-@click.option("--dir", "folder", type=click.Path(path_type=Path, file_okay=False), help="Keep its data here; default: nowhere.")
+@click.option(
+    "--port",
+    default=6379,
+    show_default=True,
+    type=click.IntRange(1, 65_535),
+    help="Of the loopback interface.",
+)
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep its data here; default: nowhere.",
+)
 def serve(port: int, folder: Path | None) -> None:
-    """Run a Redis or Valkey server of this machine, or the embedded one, until Ctrl-C: to try things, not to live on."""
+    """Run a Redis or Valkey server of this machine, or the embedded one, until Ctrl-C: to try
+    things, not to live on.
+    """
     import tempfile
 
     from rlm_tasks.testing import embedded

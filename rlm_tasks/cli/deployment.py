@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rlm_tasks.settings.model import Settings
 
 
-# --- configuration -----------------------------------------------------------------------------------
+# --- configuration ----------------------------------------------------------------------------
 
 
 @click.group()
@@ -56,11 +56,18 @@ def _brief(value: Any) -> str:
 @as_json_option
 @click.pass_context
 def check(ctx: click.Context, as_json: bool) -> None:
-    """Say what is wrong with the settings; a process with a wrong one does not start, and neither would this."""
+    """Say what is wrong with the settings; a process with a wrong one does not start, and neither
+    would this.
+    """
     from rlm_tasks.worker.preflight import of_urls
 
-    warnings = [f"{each.found}. {each.advice}" for each in of_urls(_settings(ctx)) if each.state != "ok"]
-    told = ["Nothing is wrong with the settings; what runs with them: rlm doctor", *(f"Warning: {each}" for each in warnings)]
+    warnings = [
+        f"{each.found}. {each.advice}" for each in of_urls(_settings(ctx)) if each.state != "ok"
+    ]
+    told = [
+        "Nothing is wrong with the settings; what runs with them: rlm doctor",
+        *(f"Warning: {each}" for each in warnings),
+    ]
     answer({"issues": [], "warnings": warnings}, "\n".join(told), as_json)
 
 
@@ -82,7 +89,9 @@ def export(ctx: click.Context, file: Path | None) -> None:
 @click.argument("file", type=click.File("r"), default="-")
 @as_json_option
 def import_(file: Any, as_json: bool) -> None:
-    """Check exported settings, and print the environment variables that say the same (for an env file)."""
+    """Check exported settings, and print the environment variables that say the same (for an env
+    file).
+    """
     from rlm_tasks.settings.document import as_environment, import_config
 
     variables = as_environment(import_config(file.read()))
@@ -93,12 +102,16 @@ def import_(file: Any, as_json: bool) -> None:
 @click.argument("file", type=click.File("rb"), required=False)
 @as_json_option
 def optimization(file: Any, as_json: bool) -> None:
-    """Show what the keys of an OptimizationConfig set here, those of a JSON file or the defaults."""
+    """Show what the keys of an OptimizationConfig set here, those of a JSON file or the
+    defaults.
+    """
     from dataclasses import asdict
 
     from rlm_tasks.compat.optimization_config import OptimizationConfig
 
-    found = (OptimizationConfig.import_config(file.read()) if file else OptimizationConfig()).effects()
+    found = (
+        OptimizationConfig.import_config(file.read()) if file else OptimizationConfig()
+    ).effects()
     if as_json:
         print_json([asdict(each) for each in found])
         return
@@ -109,7 +122,7 @@ def optimization(file: Any, as_json: bool) -> None:
     )
 
 
-# --- health ------------------------------------------------------------------------------------------
+# --- health -----------------------------------------------------------------------------------
 
 
 @click.command()
@@ -142,7 +155,9 @@ _MARKS = {"ok": "     ok ", "warning": "WARNING ", "fault": "  FAULT "}
 @click.option("--job", "job_id", help="With the tree and the event log of this job.")
 @click.pass_context
 def bundle(ctx: click.Context, file: Path | None, job_id: str | None) -> None:
-    """Write what a bug report needs as one JSON document: no item, result, parameter or secret is in it."""
+    """Write what a bug report needs as one JSON document: no item, result, parameter or secret is
+    in it.
+    """
     from rlm_tasks.diagnosis.bundle import collect
 
     client = client_of(ctx)

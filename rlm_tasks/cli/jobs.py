@@ -25,7 +25,9 @@ NAMED = 8
 
 @click.command()
 @click.argument("request_file", type=click.File("r"), default="-")
-@click.option("--wait", "timeout", type=float, help="Wait this many seconds for the result and print it.")
+@click.option(
+    "--wait", "timeout", type=float, help="Wait this many seconds for the result and print it."
+)
 @as_json_option
 @click.pass_context
 def submit(ctx: click.Context, request_file: Any, timeout: float | None, as_json: bool) -> None:
@@ -43,7 +45,9 @@ def _read(request_file: Any) -> Any:
     try:
         return json.load(request_file)
     except ValueError as error:
-        raise InvalidRequest("request", getattr(request_file, "name", "-"), f"is not JSON: {error}") from None
+        raise InvalidRequest(
+            "request", getattr(request_file, "name", "-"), f"is not JSON: {error}"
+        ) from None
 
 
 @click.command()
@@ -51,20 +55,41 @@ def _read(request_file: Any) -> Any:
 @as_json_option
 @click.pass_context
 def plan(ctx: click.Context, request_file: Any, as_json: bool) -> None:
-    """Say what a request from a JSON file, or from stdin, would take: calls, tokens, money and time.  Nothing is submitted."""
+    """Say what a request from a JSON file, or from stdin, would take: calls, tokens, money and
+    time.  Nothing is submitted.
+    """
     planned = client_of(ctx).plan(_read(request_file))
     if as_json:
         print_json(planned.to_dict())
         return
     if planned.calls.p90:
-        columns = ("round", "operation", "items", "calls", "calls p90", "tokens", "tokens p90", "money", "money p90")
+        columns = (
+            "round",
+            "operation",
+            "items",
+            "calls",
+            "calls p90",
+            "tokens",
+            "tokens p90",
+            "money",
+            "money p90",
+        )
         table("Rounds", columns, map(_round, planned.rounds))
     click.echo(str(planned))
 
 
 def _round(its: PlannedRound) -> tuple[Any, ...]:
     money = (f"{amount:,.4f}" for amount in (its.money.p50, its.money.p90))
-    return (its.number, its.operation, its.items, its.calls.p50, its.calls.p90, its.tokens.p50, its.tokens.p90, *money)
+    return (
+        its.number,
+        its.operation,
+        its.items,
+        its.calls.p50,
+        its.calls.p90,
+        its.tokens.p50,
+        its.tokens.p90,
+        *money,
+    )
 
 
 @click.command()
@@ -75,13 +100,33 @@ def _round(its: PlannedRound) -> tuple[Any, ...]:
 @click.pass_context
 def jobs(ctx: click.Context, limit: int, only_open: bool, quiet: bool, as_json: bool) -> None:
     """List jobs, the newest first."""
-    rows = [(spec, at) for spec, at in client_of(ctx).listed(limit) if not (only_open and at.status.final)]
+    rows = [
+        (spec, at)
+        for spec, at in client_of(ctx).listed(limit)
+        if not (only_open and at.status.final)
+    ]
     if as_json:
-        print_json([{"id": s.job, "operation": s.operation, "priority": s.priority, **_progress(at)} for s, at in rows])
+        print_json(
+            [
+                {"id": s.job, "operation": s.operation, "priority": s.priority, **_progress(at)}
+                for s, at in rows
+            ]
+        )
     elif quiet:
         click.echo("".join(f"{spec.job}\n" for spec, _ in rows), nl=False)
     else:
-        columns = ("job", "operation", "priority", "status", "items", "done", "failed", "skipped", "nodes", "seconds")
+        columns = (
+            "job",
+            "operation",
+            "priority",
+            "status",
+            "items",
+            "done",
+            "failed",
+            "skipped",
+            "nodes",
+            "seconds",
+        )
         table("Jobs", columns, (_row(spec, at) for spec, at in rows))
 
 
@@ -100,20 +145,37 @@ def _progress(progress: Progress) -> dict[str, Any]:
 @as_json_option
 @click.pass_context
 def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
-    """Show one job: how far it is, why it waits or how it ended, what failed, and what has happened to it."""
+    """Show one job: how far it is, why it waits or how it ended, what failed, and what has happened
+    to it.
+    """
     found = client_of(ctx).job(job_id)
     if watch:
         _watch(found)
-    progress, sentence, events, failures = found.progress(), found.explain(), found.events(), found.failures()
+    progress, sentence, events, failures = (
+        found.progress(),
+        found.explain(),
+        found.events(),
+        found.failures(),
+    )
     spent = found.spent()
     if as_json:
         log = [asdict(event) for event in events]
         failed = [{"index": each.index, "type": each.type, "code": each.code} for each in failures]
-        about: dict[str, Any] = {"explain": sentence, "trace_id": found.trace_id, "failures": failed, "events": log}
-        about |= {"rounds": [each.id for each in found.rounds()], "spent": asdict(spent) if spent else None}
+        about: dict[str, Any] = {
+            "explain": sentence,
+            "trace_id": found.trace_id,
+            "failures": failed,
+            "events": log,
+        }
+        about |= {
+            "rounds": [each.id for each in found.rounds()],
+            "spent": asdict(spent) if spent else None,
+        }
         print_json({"id": job_id, **_progress(progress), **about})
         return
-    click.echo(f"{job_id}  {progress.status}  {progress.fraction:.0%} of {progress.total:,} items, {progress.nodes} nodes")
+    click.echo(
+        f"{job_id}  {progress.status}  {progress.fraction:.0%} of {progress.total:,} items, {progress.nodes} nodes"
+    )
     click.echo(sentence)
     if client_of(ctx).settings.tracing.enabled:
         click.echo(f"Its trace: {found.trace_id}")
@@ -127,10 +189,14 @@ def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
 
 
 def _show_failures(failures: list[ItemFailure]) -> None:
-    """Print failures, alike ones in one row: what they raised may hold an item, and is in the result alone."""
+    """Print failures, alike ones in one row: what they raised may hold an item, and is in the
+    result alone.
+    """
     from rlm_tasks.jobs.item_failures import alike
 
-    rows = ((type, code, len(indexes), _first_of(indexes)) for type, code, indexes in alike(failures))
+    rows = (
+        (type, code, len(indexes), _first_of(indexes)) for type, code, indexes in alike(failures)
+    )
     table("What failed", ("raised", "code", "items", "index"), rows)
 
 
@@ -140,7 +206,11 @@ def _first_of(indexes: list[int]) -> str:
 
 def _show_events(events: list[JobEvent]) -> None:
     began = events[0].at if events else 0.0
-    table("What happened", ("after s", "event", "about"), ((f"{e.at - began:.3f}", e.event, e.detail) for e in events[-SHOWN:]))
+    table(
+        "What happened",
+        ("after s", "event", "about"),
+        ((f"{e.at - began:.3f}", e.event, e.detail) for e in events[-SHOWN:]),
+    )
     if len(events) > SHOWN:
         click.echo(f"{len(events) - SHOWN:,} earlier ones: --json")
 
@@ -156,7 +226,18 @@ def tree(ctx: click.Context, job_id: str, as_json: bool) -> None:
         print_json([asdict(node) for node in nodes])
         return
     columns = ("node", "range", "worked", "state", "ms", "worker", "why")
-    rows = (("  " * n.depth + n.id, f"[{n.lo}, {n.hi})", n.worked, n.state, int(n.duration_ms), n.worker, n.why) for n in nodes)
+    rows = (
+        (
+            "  " * n.depth + n.id,
+            f"[{n.lo}, {n.hi})",
+            n.worked,
+            n.state,
+            int(n.duration_ms),
+            n.worker,
+            n.why,
+        )
+        for n in nodes
+    )
     table(f"Nodes of {job_id}", columns, rows)
 
 
@@ -195,14 +276,29 @@ def _print_result(result: JobResult, as_json: bool) -> None:
     if as_json:
         print_json(result.to_dict())
         return
-    click.echo(f"{result.status}: {result.done:,} done, {result.failed_count:,} failed, {result.skipped:,} skipped")
+    click.echo(
+        f"{result.status}: {result.done:,} done, {result.failed_count:,} failed, {result.skipped:,} skipped"
+    )
     click.echo(str(result.output)[:2000])
 
 
 def _watch(job: Job) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:
         line = bar.add_task(job.id)
         for seen in job.watch():

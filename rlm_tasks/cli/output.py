@@ -1,4 +1,5 @@
-"""How commands answer: tables for people, JSON for programs, one sentence and an exit code for a mistake.
+"""How commands answer: tables for people, JSON for programs, one sentence and an exit code for a
+mistake.
 
 Celery loads the commands at every start, so what is heavy is imported when a command runs.
 """
@@ -19,7 +20,9 @@ EX_USAGE, EX_UNAVAILABLE, EX_FAILED = 2, 69, 1
 
 
 class Polite(click.Group):
-    """Turn our errors into one line and an exit code: 2 bad input, 69 no Redis, 1 a job without its answer."""
+    """Turn our errors into one line and an exit code: 2 bad input, 69 no Redis, 1 a job without its
+    answer.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         from resilience.errors import InvalidValue
@@ -58,7 +61,9 @@ def answer(document: Any, sentence: str, as_json: bool) -> None:
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Print a table, as wide as the terminal, or 200 columns where there is none; without rows a word of that."""
+    """Print a table, as wide as the terminal, or 200 columns where there is none; without rows a
+    word of that.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -75,7 +80,9 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
 
 
 def cell_of(value: Any) -> str:
-    """Return a cell: whole numbers in groups of three, others as they are; what would be markup is text."""
+    """Return a cell: whole numbers in groups of three, others as they are; what would be markup is
+    text.
+    """
     from rich.markup import escape
 
     return f"{value:,}" if isinstance(value, int) else escape(str(value))

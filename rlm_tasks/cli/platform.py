@@ -1,4 +1,6 @@
-"""The platform: its level, breakers, limits, endpoints, queues, operations and alerts; and drills."""
+"""The platform: its level, breakers, limits, endpoints, queues, operations and alerts; and
+drills.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,17 @@ def _show_hosts(found: PlatformStatus) -> None:
     columns = ("worker", "level", "why", "slots", "busy", "CPU %", "memory %", "queues")
     rows = (
         (
-            host.worker, _label(host.level), host.why, host.slots, host.busy,
-            f"{host.sample.cpu_pct:.0f}" if host.sample else "?", f"{host.sample.memory_pct:.0f}" if host.sample else "?",
+            host.worker,
+            _label(host.level),
+            host.why,
+            host.slots,
+            host.busy,
+            f"{host.sample.cpu_pct:.0f}" if host.sample else "?",
+            f"{host.sample.memory_pct:.0f}" if host.sample else "?",
             ", ".join(host.queues),
         )
         for host in found.hosts
-    )  # fmt: skip
+    )
     table("Workers", columns, rows)
 
 
@@ -55,7 +62,7 @@ def _label(level: int) -> str:
     return Level(level).label
 
 
-# --- pressure ----------------------------------------------------------------------------------------
+# --- pressure ---------------------------------------------------------------------------------
 
 
 @click.group(invoke_without_command=True)
@@ -67,7 +74,16 @@ def pressure(ctx: click.Context, as_json: bool) -> None:
         return
     found = client_of(ctx).status()
     if as_json:
-        names = ("level", "why", "forced", "monitored", "rising_to", "desired_workers", "strategies", "hosts")
+        names = (
+            "level",
+            "why",
+            "forced",
+            "monitored",
+            "rising_to",
+            "desired_workers",
+            "strategies",
+            "hosts",
+        )
         print_json({name: value for name, value in found.to_dict().items() if name in names})
         return
     click.echo(_sentence(found))
@@ -77,13 +93,23 @@ def pressure(ctx: click.Context, as_json: bool) -> None:
 
 @pressure.command()
 @click.argument("level")
-@click.option("--for", "for_s", default=600.0, show_default=True, help="Seconds after which it ends by itself.")
+@click.option(
+    "--for",
+    "for_s",
+    default=600.0,
+    show_default=True,
+    help="Seconds after which it ends by itself.",
+)
 @as_json_option
 @click.pass_context
 def force(ctx: click.Context, level: str, for_s: float, as_json: bool) -> None:
     """Make all workers act on a level, for a drill: normal, elevated, high, critical, emergency."""
     client_of(ctx).pressure.force(level, for_s)
-    answer({"forced": level, "for_s": for_s}, f"All workers act on {level}, within a second, for {for_s:g} s", as_json)
+    answer(
+        {"forced": level, "for_s": for_s},
+        f"All workers act on {level}, within a second, for {for_s:g} s",
+        as_json,
+    )
 
 
 @pressure.command()
@@ -96,7 +122,12 @@ def release(ctx: click.Context, as_json: bool) -> None:
 
 
 @pressure.command()
-@click.option("--limit", default=20, show_default=True, help="How many looks of the monitor, the newest first.")
+@click.option(
+    "--limit",
+    default=20,
+    show_default=True,
+    help="How many looks of the monitor, the newest first.",
+)
 @as_json_option
 @click.pass_context
 def history(ctx: click.Context, limit: int, as_json: bool) -> None:
@@ -111,15 +142,21 @@ def history(ctx: click.Context, limit: int, as_json: bool) -> None:
     now = time.time()
     rows = (
         (
-            ago(each.at, now), _label(each.level), each.why, each.slots, each.busy, f"{each.cpu_pct:.0f}",
-            f"{each.memory_pct:.0f}", sum(queue.depth for queue in each.queues.values()),
+            ago(each.at, now),
+            _label(each.level),
+            each.why,
+            each.slots,
+            each.busy,
+            f"{each.cpu_pct:.0f}",
+            f"{each.memory_pct:.0f}",
+            sum(queue.depth for queue in each.queues.values()),
         )
         for each in found
-    )  # fmt: skip
+    )
     table("Pressure of late", columns, rows)
 
 
-# --- breakers, limits, queues ------------------------------------------------------------------------
+# --- breakers, limits, queues -----------------------------------------------------------------
 
 
 @click.group(invoke_without_command=True)
@@ -136,11 +173,14 @@ def breakers(ctx: click.Context, as_json: bool) -> None:
     now = time.time()
     rows = (
         (
-            name, at["state"], at["failure_count"], ago(at["last_failure_time"], now) if at["last_failure_time"] else "never",
+            name,
+            at["state"],
+            at["failure_count"],
+            ago(at["last_failure_time"], now) if at["last_failure_time"] else "never",
             f"in {at['retry_after_s']:.0f} s" if at["retry_after_s"] else "",
         )
         for name, at in found.items()
-    )  # fmt: skip
+    )
     table("Breakers", ("service", "state", "failures", "last failure", "next probe"), rows)
 
 
@@ -157,7 +197,9 @@ def reset(ctx: click.Context, name: str | None, every: bool, as_json: bool) -> N
     if bool(name) == every:
         raise InvalidRequest("name", name, "name one breaker, or say --all")
     if name and name not in (known := client.breakers.names()):
-        raise InvalidRequest("name", name, f"there is no such breaker; there are: {', '.join(known) or 'none'}")
+        raise InvalidRequest(
+            "name", name, f"there is no such breaker; there are: {', '.join(known) or 'none'}"
+        )
     closed = client.breakers.reset(name)
     answer({"closed": closed}, f"Closed: {', '.join(closed) or 'none'}", as_json)
 
@@ -166,23 +208,39 @@ def reset(ctx: click.Context, name: str | None, every: bool, as_json: bool) -> N
 @as_json_option
 @click.pass_context
 def limits(ctx: click.Context, as_json: bool) -> None:
-    """Show how full rate limits and bulkheads are: those that operations of RLM_OPERATIONS declare, and those of models."""
+    """Show how full rate limits and bulkheads are: those that operations of RLM_OPERATIONS declare,
+    and those of models.
+    """
     found = client_of(ctx).limits()
     if as_json:
         print_json([{**asdict(each), "fill": each.fill} for each in found])
         return
     rows = (
         (
-            each.service, each.name, f"{each.used:g}", f"{each.limit:g}", f"in {each.per_s:g} s" if each.per_s else "at once",
-            f"{each.fill:.0%}", each.waiting, f"for {each.hold_s:.1f} s" if each.hold_s else "",
+            each.service,
+            each.name,
+            f"{each.used:g}",
+            f"{each.limit:g}",
+            f"in {each.per_s:g} s" if each.per_s else "at once",
+            f"{each.fill:.0%}",
+            each.waiting,
+            f"for {each.hold_s:.1f} s" if each.hold_s else "",
         )
         for each in found
-    )  # fmt: skip
-    table("Limits", ("service", "of", "used", "limit", "per", "full", "in line", "held by the provider"), rows)
+    )
+    table(
+        "Limits",
+        ("service", "of", "used", "limit", "per", "full", "in line", "held by the provider"),
+        rows,
+    )
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Ask them now, from this machine and with its keys; workers hear nothing of it.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Ask them now, from this machine and with its keys; workers hear nothing of it.",
+)
 @as_json_option
 @click.pass_context
 def endpoints(ctx: click.Context, check: bool, as_json: bool) -> None:
@@ -198,13 +256,31 @@ def endpoints(ctx: click.Context, check: bool, as_json: bool) -> None:
         return
     rows = (
         (
-            each.name, each.host or "as OPENAI_BASE_URL says", ", ".join(each.models) or "all", f"{each.weight:g}",
-            "well" if each.healthy else "ILL", each.strikes, "" if each.latency_ms is None else f"{each.latency_ms:.0f} ms",
-            "never" if each.checked_s_ago is None else f"{each.checked_s_ago:.0f} s ago", each.breaker, each.why,
+            each.name,
+            each.host or "as OPENAI_BASE_URL says",
+            ", ".join(each.models) or "all",
+            f"{each.weight:g}",
+            "well" if each.healthy else "ILL",
+            each.strikes,
+            "" if each.latency_ms is None else f"{each.latency_ms:.0f} ms",
+            "never" if each.checked_s_ago is None else f"{each.checked_s_ago:.0f} s ago",
+            each.breaker,
+            each.why,
         )
         for each in found
-    )  # fmt: skip
-    columns = ("endpoint", "host", "models", "weight", "is", "strikes", "answered in", "checked", "breaker", "why")
+    )
+    columns = (
+        "endpoint",
+        "host",
+        "models",
+        "weight",
+        "is",
+        "strikes",
+        "answered in",
+        "checked",
+        "breaker",
+        "why",
+    )
     table("Endpoints", columns, rows)
 
 
@@ -218,19 +294,29 @@ def queues(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         print_json(
             [
-                {"queue": name, "depth": at.depth, "oldest_s": at.oldest_s, "workers": consumers.get(name, [])}
+                {
+                    "queue": name,
+                    "depth": at.depth,
+                    "oldest_s": at.oldest_s,
+                    "workers": consumers.get(name, []),
+                }
                 for name, at in found.items()
             ]
         )
         return
     rows = (
-        (name, at.depth, "" if at.oldest_s is None else f"{at.oldest_s:.1f} s", ", ".join(consumers.get(name, [])) or "NOBODY")
+        (
+            name,
+            at.depth,
+            "" if at.oldest_s is None else f"{at.oldest_s:.1f} s",
+            ", ".join(consumers.get(name, [])) or "NOBODY",
+        )
         for name, at in found.items()
     )
     table("Queues", ("queue", "messages", "the oldest waits", "consumed by"), rows)
 
 
-# --- operations and alerts ---------------------------------------------------------------------------
+# --- operations and alerts --------------------------------------------------------------------
 
 
 @click.command()
@@ -246,15 +332,31 @@ def operations(ctx: click.Context, as_json: bool) -> None:
 
 
 def _show_operations(found: list[dict[str, Any]]) -> None:
-    columns = ("operation", "items", "failed", "succeed", "avg ms", "trend", "avg MB", "peak MB", "breaker")
+    columns = (
+        "operation",
+        "items",
+        "failed",
+        "succeed",
+        "avg ms",
+        "trend",
+        "avg MB",
+        "peak MB",
+        "breaker",
+    )
     rows = (
         (
-            each["executor_id"], each["total_executions"], each["failed_executions"], f"{each['success_rate_percent']:g} %",
-            f"{each['avg_duration_ms']:.1f}", _trend(each), f"{each['avg_memory_mb']:.0f}", f"{each['peak_memory_mb']:.0f}",
+            each["executor_id"],
+            each["total_executions"],
+            each["failed_executions"],
+            f"{each['success_rate_percent']:g} %",
+            f"{each['avg_duration_ms']:.1f}",
+            _trend(each),
+            f"{each['avg_memory_mb']:.0f}",
+            f"{each['peak_memory_mb']:.0f}",
             each["circuit_breaker_state"],
         )
         for each in found
-    )  # fmt: skip
+    )
     table("Operations", columns, rows)
 
 
@@ -277,7 +379,10 @@ def alerts(ctx: click.Context, limit: int, as_json: bool) -> None:
         print_json({**counts, "alerts": [each.fields() for each in found]})
         return
     now = time.time()
-    rows = ((ago(each.at, now), each.severity.label, each.kind, each.subject, each.message) for each in found)
+    rows = (
+        (ago(each.at, now), each.severity.label, each.kind, each.subject, each.message)
+        for each in found
+    )
     table("Alerts", ("when", "severity", "kind", "about", "what"), rows)
     click.echo(
         f"{summary['total_alerts']:,} in all, {summary['last_24_hours']:,} in the last day, {summary['last_hour']:,} in the last hour"

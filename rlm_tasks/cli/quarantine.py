@@ -32,7 +32,9 @@ def list_quarantine(ctx: click.Context, job_id: str | None, as_json: bool) -> No
     columns = ("job", "index", "operation", "item", "attempts", "died of")
     rows = ((i.job_id, str(i.index), i.operation, i.item, i.attempts, i.last_signal) for i in items)
     table("Quarantine", columns, rows)
-    click.echo("Once the cause is mended: rlm quarantine replay JOB [INDEX ...]; to forget: rlm quarantine drop JOB [INDEX ...]")
+    click.echo(
+        "Once the cause is mended: rlm quarantine replay JOB [INDEX ...]; to forget: rlm quarantine drop JOB [INDEX ...]"
+    )
 
 
 @quarantine.command("show")
@@ -46,10 +48,14 @@ def show_quarantined(ctx: click.Context, job_id: str, index: int, as_json: bool)
 
     items = {item.index: item for item in client_of(ctx).job(job_id).quarantined()}
     if index not in items:
-        raise InvalidRequest("index", index, f"is not in quarantine; in job {job_id} there are {sorted(items)}")
+        raise InvalidRequest(
+            "index", index, f"is not in quarantine; in job {job_id} there are {sorted(items)}"
+        )
     about = asdict(items[index])
     click.echo(
-        json.dumps(about) if as_json else "\n".join(f"{name.replace('_', ' '):12} {value}" for name, value in about.items())
+        json.dumps(about)
+        if as_json
+        else "\n".join(f"{name.replace('_', ' '):12} {value}" for name, value in about.items())
     )
 
 
@@ -59,7 +65,9 @@ def show_quarantined(ctx: click.Context, job_id: str, index: int, as_json: bool)
 @as_json_option
 @click.pass_context
 def replay(ctx: click.Context, job_id: str, indexes: tuple[int, ...], as_json: bool) -> None:
-    """Open a new job on quarantined items, all of them or those named, and take them out of quarantine."""
+    """Open a new job on quarantined items, all of them or those named, and take them out of
+    quarantine.
+    """
     again = client_of(ctx).job(job_id).replay_quarantined(*indexes)
     answer({"id": again.id}, again.id, as_json)
 

@@ -1,8 +1,7 @@
 """Whether a job is taken in now: asked once, at submit, before anything is stored.
 
-Decides what is looked at, and how often.  The rules are the scheduler's; what becomes of a job that does not fit is the
-client's business.
-"""
+Decides what is looked at, and how often.  The rules are the scheduler's; what becomes of a job that
+does not fit is the client's business."""
 
 from __future__ import annotations
 
@@ -38,7 +37,9 @@ class Seen:
 
     level: Level = Level.NORMAL
     queues: Mapping[str, QueueReport] = field(default_factory=dict)
-    slots: Mapping[str, int] = field(default_factory=dict)  # each queue that was looked at -> slots that serve it
+    slots: Mapping[str, int] = field(
+        default_factory=dict
+    )  # each queue that was looked at -> slots that serve it
     cpu_pct: float = 0.0
     memory_pct: float = 0.0
 
@@ -46,7 +47,13 @@ class Seen:
 class AdmissionCheck:
     """The door of one client."""
 
-    def __init__(self, app: Celery, store: Store, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        app: Celery,
+        store: Store,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         keys = Keys(settings.namespace)
         self._store, self._settings, self._clock = store, settings, clock
         self._board, self._slots = Board(store, keys, settings.pressure), SlotBoard(store, keys)
@@ -56,8 +63,8 @@ class AdmissionCheck:
     def refusal(self, queue: str, priority: str) -> Denied | None:
         """Return why a job is not taken in now, and when to come back; None: it is.
 
-        A queue that nobody serves keeps what it is given, up to its depth: that is what a broker is for.
-        """
+        A queue that nobody serves keeps what it is given, up to its depth: that is what a broker is
+        for."""
         seen = self._look(queue)
         if refused := shed(priority, seen.level, self._settings.pressure.release_s):
             return refused
@@ -67,9 +74,15 @@ class AdmissionCheck:
         return full(queue, priority, report, self._settings.admission)
 
     def batch_size(self) -> int:
-        """Return how many jobs to open at a time, by what was seen when they were let in, if load is to count."""
+        """Return how many jobs to open at a time, by what was seen when they were let in, if load
+        is to count.
+        """
         (seen, _), most = self._last, self._settings.batch.max_size
-        return calculate_optimal_batch_size(seen.cpu_pct, seen.memory_pct, most) if self._settings.autoscale.enabled else most
+        return (
+            calculate_optimal_batch_size(seen.cpu_pct, seen.memory_pct, most)
+            if self._settings.autoscale.enabled
+            else most
+        )
 
     def _look(self, queue: str) -> Seen:
         now, (seen, seen_at) = self._clock(), self._last
@@ -83,11 +96,19 @@ class AdmissionCheck:
         answer, *slots = self._store.answered(*looks)
         orders = self._board.read(answer)
         cluster, hosts = orders.cluster, [] if orders.cluster else self._board.hosts()
-        level = acted_on(prevailing(hosts), orders) if self._settings.pressure.enabled else Level.NORMAL
+        level = (
+            acted_on(prevailing(hosts), orders) if self._settings.pressure.enabled else Level.NORMAL
+        )
         cpu_pct = cluster.cpu_pct if cluster else mean(hosts, "cpu_pct")
         memory_pct = cluster.memory_pct if cluster else mean(hosts, "memory_pct")
         serving = dict(zip(queues, (total for _, total in slots), strict=True))
-        return Seen(level, self._depths(queues), serving, cpu_pct, memory_pct)
+        return Seen(
+            level=level,
+            queues=self._depths(queues),
+            slots=serving,
+            cpu_pct=cpu_pct,
+            memory_pct=memory_pct,
+        )
 
     def _depths(self, queues: Sequence[str]) -> Mapping[str, QueueReport]:
         try:

@@ -31,6 +31,8 @@ def stats(status: PlatformStatus, recovery_success_rate: float | None) -> dict[s
         "errors": {
             "error_rate": round(failures / executions, 4) if executions else 0.0,
             "recovery_success_rate": recovery_success_rate,
-            "circuit_breakers": {name: str(each["state"]) for name, each in status.circuit_breakers.items()},
+            "circuit_breakers": {
+                name: str(each["state"]) for name, each in status.circuit_breakers.items()
+            },
         },
     }

@@ -1,9 +1,9 @@
-"""What a request would take, told before anything is paid: nodes, calls, tokens, money and time, under today's limits.
+"""What a request would take, told before anything is paid: nodes, calls, tokens, money and time,
+under today's limits.
 
-Looks at a sample of the items, at what earlier calls have taken, and at what buckets and workers say now; asks no provider,
-stores nothing.  Decides how amounts become time and how a budget is told to suffice.  Refuses to know what an operation asks
-models: that is its forecast.
-"""
+Looks at a sample of the items, at what earlier calls have taken, and at what buckets and workers
+say now; asks no provider, stores nothing.  Decides how amounts become time and how a budget is told
+to suffice.  Refuses to know what an operation asks models: that is its forecast."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BLOCKS, BLOCK_BYTES = 16, 65_536
 """Of a file of lines that is longer than all of them so many blocks are read."""
 
 
-# --- what is told ------------------------------------------------------------------------------------
+# --- what is told -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,9 @@ class Plan:
     calls: Estimate  # to models, repeated ones not counted
     tokens: Estimate
     money: Estimate  # by the prices of RLM_LLM__MODELS, in their currency
-    time_s: Estimate | None  # from the first node's start, when it has all workers to itself; None: not known
+    time_s: (
+        Estimate | None
+    )  # from the first node's start, when it has all workers to itself; None: not known
     limited_by: str  # what makes most of the time: tokens, requests, bytes, in flight, latency, slots, no worker, no endpoint
     rounds: tuple[PlannedRound, ...]
     models: dict[str, str]  # tier that is asked for -> model that answers for it today
@@ -107,8 +109,17 @@ class Plan:
 
     def __str__(self) -> str:
         told = [f"{self.operation} over {_number(self.items)} items", self._calls()]
-        told += [f"Tokens: {_told(self.tokens)}", f"Money: {_told(self.money)}"] if self.calls.p90 else []
-        told += [self._time(), f"Nodes: about {_number(self.nodes)}, slots: {self.slots}", self._budget(), *self.notes]
+        told += (
+            [f"Tokens: {_told(self.tokens)}", f"Money: {_told(self.money)}"]
+            if self.calls.p90
+            else []
+        )
+        told += [
+            self._time(),
+            f"Nodes: about {_number(self.nodes)}, slots: {self.slots}",
+            self._budget(),
+            *self.notes,
+        ]
         return "\n".join(filter(None, told))
 
     def _calls(self) -> str:
@@ -146,13 +157,17 @@ def _number(amount: float) -> str:
 
 def _lasting(seconds: float) -> str:
     """Return a time in its two largest units."""
-    for size, unit, smaller, name in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+    for size, unit, smaller, name in (
+        (86_400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
         if seconds >= size:
             return f"{seconds // size:.0f} {unit} {seconds % size // smaller:.0f} {name}"
     return f"{seconds:.1f} s"
 
 
-# --- what is looked at -------------------------------------------------------------------------------
+# --- what is looked at ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +189,9 @@ def sampled(items: Any, random: Random) -> ItemSample:
     if isinstance(items, Files):
         items = list(items)
     if isinstance(items, str | bytes) or not isinstance(items, Iterable):
-        raise InvalidRequest("items", items, "must be an iterable of items, a range, Lines(...) or Files(...)")
+        raise InvalidRequest(
+            "items", items, "must be an iterable of items, a range, Lines(...) or Files(...)"
+        )
     if not isinstance(items, Sized):
         advice = "a plan looks at items and must not use them up; give a list, or Lines(...)"
         raise InvalidRequest("items", items, advice)
@@ -186,13 +203,19 @@ def sampled(items: Any, random: Random) -> ItemSample:
 
 
 def _evenly(total: int, random: Random) -> list[int]:
-    """Return up to LOOKED_AT indexes, one of each stride; by chance which, for items may repeat themselves."""
+    """Return up to LOOKED_AT indexes, one of each stride; by chance which, for items may repeat
+    themselves.
+    """
     looked = min(total, LOOKED_AT)
-    return [random.randrange(at * total // looked, (at + 1) * total // looked) for at in range(looked)]
+    return [
+        random.randrange(at * total // looked, (at + 1) * total // looked) for at in range(looked)
+    ]
 
 
 def _of_lines(lines: Lines, random: Random) -> ItemSample:
-    """Look at the lines of a file, or, of a long one, at those that some blocks hold from end to end."""
+    """Look at the lines of a file, or, of a long one, at those that some blocks hold from end to
+    end.
+    """
     size, blocks = _blocks(lines)
     pieces = [block.split(b"\n") for block in blocks]
     if exact := len(blocks) == 1:
@@ -202,20 +225,33 @@ def _of_lines(lines: Lines, random: Random) -> ItemSample:
         found = [line for block in pieces for line in block[1:-1]] or blocks
         ends = sum(len(block) - 1 for block in pieces)
         total = max(1, round(ends * size / (BLOCKS * BLOCK_BYTES)))
-    texts = [found[at].decode(lines.encoding, "replace").rstrip("\r\n") for at in _evenly(min(total, len(found)), random)]
-    return ItemSample(total, [(at * total // len(texts), text) for at, text in enumerate(texts)], exact)
+    texts = [
+        found[at].decode(lines.encoding, "replace").rstrip("\r\n")
+        for at in _evenly(min(total, len(found)), random)
+    ]
+    return ItemSample(
+        total, [(at * total // len(texts), text) for at, text in enumerate(texts)], exact
+    )
 
 
 def _blocks(lines: Lines) -> tuple[int, list[bytes]]:
-    """Return the bytes of a file, and all of them in one block, or several blocks of it.  Raises InvalidRequest."""
+    """Return the bytes of a file, and all of them in one block, or several blocks of it.  Raises
+    InvalidRequest.
+    """
     try:
         with Path(lines.path).open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             whole = size <= BLOCKS * BLOCK_BYTES
-            begins = [0] if whole else [at * (size - BLOCK_BYTES) // (BLOCKS - 1) for at in range(BLOCKS)]
+            begins = (
+                [0]
+                if whole
+                else [at * (size - BLOCK_BYTES) // (BLOCKS - 1) for at in range(BLOCKS)]
+            )
             return size, [_block(file, begin, size if whole else BLOCK_BYTES) for begin in begins]
     except OSError as error:
-        raise InvalidRequest("items", str(lines.path), f"cannot be read: {error.strerror}") from None
+        raise InvalidRequest(
+            "items", str(lines.path), f"cannot be read: {error.strerror}"
+        ) from None
 
 
 def _block(file: BinaryIO, begin: int, size: int) -> bytes:
@@ -223,12 +259,14 @@ def _block(file: BinaryIO, begin: int, size: int) -> bytes:
     return file.read(size)
 
 
-# --- how long it takes -------------------------------------------------------------------------------
+# --- how long it takes ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """What a limit lets pass: `room` at once, now, and from then on so much a second; never more than `most` at once."""
+    """What a limit lets pass: `room` at once, now, and from then on so much a second; never more
+    than `most` at once.
+    """
 
     per_s: float
     room: float
@@ -253,18 +291,25 @@ class Stage:
 def duration(stages: Sequence[Stage]) -> tuple[float, str]:
     """Return the seconds of stages, one after the other, and what makes most of them.
 
-    Amounts are taken for a fluid: a limit lets its room pass at once, and fills it again while something else is slower.
-    """
+    Amounts are taken for a fluid: a limit lets its room pass at once, and fills it again while
+    something else is slower."""
     room: dict[tuple[str, str], float] = {}
     by: dict[str, float] = {}
     for stage in stages:
-        left = {name: room.get((stage.model, name), flow.room) for name, flow in stage.flows.items()}
-        waits = {name: max(0.0, stage.amounts[name] - left[name]) / flow.per_s for name, flow in stage.flows.items()}
+        left = {
+            name: room.get((stage.model, name), flow.room) for name, flow in stage.flows.items()
+        }
+        waits = {
+            name: max(0.0, stage.amounts[name] - left[name]) / flow.per_s
+            for name, flow in stage.flows.items()
+        }
         waits[stage.bound] = stage.seconds
         slowest = max(waits, key=lambda name: waits[name])
         by[slowest] = by.get(slowest, 0.0) + waits[slowest]
         for name, flow in stage.flows.items():
-            room[stage.model, name] = min(flow.most, left[name] + waits[slowest] * flow.per_s - stage.amounts[name])
+            room[stage.model, name] = min(
+                flow.most, left[name] + waits[slowest] * flow.per_s - stage.amounts[name]
+            )
     return sum(by.values()), max(by, key=lambda name: by[name], default="")
 
 
@@ -274,32 +319,40 @@ def in_waves(calls: float, seconds: float, at_once: int) -> tuple[float, str]:
 
 
 def nodes_of(shape: Shape, items: int, slots: int, work_ms: float | None) -> int:
-    """Return about how many nodes a job of so many items has, which take so long together; None: that is not known.
+    """Return about how many nodes a job of so many items has, which take so long together; None:
+    that is not known.
 
-    An eager shape is planned from sizes alone; any other is cut when it runs, and not at all when it is short.
-    """
+    An eager shape is planned from sizes alone; any other is cut when it runs, and not at all when
+    it is short."""
 
     @functools.cache
     def planned(size: int, depth: int) -> int:
         part = split(shape, 0, size, depth, max(1, slots))
         if not isinstance(part, Fork):
             return 1
-        return 1 + sum(planned(leaf.hi - leaf.lo, leaf.depth) if shape.eager else 1 for leaf in leaves(part))
+        return 1 + sum(
+            planned(leaf.hi - leaf.lo, leaf.depth) if shape.eager else 1 for leaf in leaves(part)
+        )
 
     if shape.eager or work_ms is None:
         return planned(items, 0)
-    return 1 if work_ms < WORTH_PLANNING_MS else max(planned(items, 0), math.ceil(work_ms / shape.target_ms))
+    return (
+        1
+        if work_ms < WORTH_PLANNING_MS
+        else max(planned(items, 0), math.ceil(work_ms / shape.target_ms))
+    )
 
 
-# --- whether it can be paid --------------------------------------------------------------------------
+# --- whether it can be paid -------------------------------------------------------------------
 
 
-def paid_for(limit: float, needs: Sequence[float], kept: float, *, goes_on: bool) -> tuple[float, bool]:
+def paid_for(
+    limit: float, needs: Sequence[float], kept: float, *, goes_on: bool
+) -> tuple[float, bool]:
     """Return the share of the first round that a budget pays for, and whether it pays for all.
 
-    As in `spending`: each round but the last leaves the share `kept` of what there is to those behind it; the first one
-    of a job that goes in rounds (`goes_on`) does in any case.
-    """
+    As in `spending`: each round but the last leaves the share `kept` of what there is to those
+    behind it; the first one of a job that goes in rounds (`goes_on`) does in any case."""
     left, enough, share = limit, True, 1.0
     for number, need in enumerate(needs):
         last = number == len(needs) - 1 and (number > 0 or not goes_on)
@@ -310,11 +363,18 @@ def paid_for(limit: float, needs: Sequence[float], kept: float, *, goes_on: bool
     return share, enough
 
 
-def sufficiency(limits: Mapping[str, float], rounds: Sequence[PlannedRound], kept: float, *, goes_on: bool) -> Sufficiency:
+def sufficiency(
+    limits: Mapping[str, float], rounds: Sequence[PlannedRound], kept: float, *, goes_on: bool
+) -> Sufficiency:
     """Return whether limits by unit (calls, tokens, money) pay for rounds."""
 
     def paid(unit: str, at: str) -> tuple[float, bool]:
-        return paid_for(limits[unit], [getattr(getattr(each, unit), at) for each in rounds], kept, goes_on=goes_on)
+        return paid_for(
+            limits[unit],
+            [getattr(getattr(each, unit), at) for each in rounds],
+            kept,
+            goes_on=goes_on,
+        )
 
     likely, bad = ({unit: paid(unit, at) for unit in limits} for at in ("p50", "p90"))
     worst = min(limits, key=lambda unit: (likely[unit], bad[unit]))
@@ -323,11 +383,13 @@ def sufficiency(limits: Mapping[str, float], rounds: Sequence[PlannedRound], kep
     return Sufficiency(suffices, suffices_p90, shares, "" if suffices_p90 else worst)
 
 
-# --- what holds today --------------------------------------------------------------------------------
+# --- what holds today -------------------------------------------------------------------------
 
 
 class Today:
-    """What models are asked today, what is known of them, and what they and the workers let pass."""
+    """What models are asked today, what is known of them, and what they and the workers let
+    pass.
+    """
 
     def __init__(self, client: Client, queue: str) -> None:
         self.settings, self.level = client.settings.llm, client.pressure.level()
@@ -346,7 +408,9 @@ class Today:
         return "" if all(map(self.places, self.models.values())) else "no endpoint"
 
     def model(self, tier: Tier) -> str:
-        """Return the model that is asked for a tier: under pressure a smaller one, another where no endpoint of it is well."""
+        """Return the model that is asked for a tier: under pressure a smaller one, another where no
+        endpoint of it is well.
+        """
         if tier not in self.models:
             models = models_for(tier, self.settings, Degradation(self.level))
             self.models[tier] = next((each for each in models if self.places(each)), models[0])
@@ -359,7 +423,11 @@ class Today:
     def places(self, model: str) -> list[EndpointSettings]:
         """Return the endpoints that have a model and are well."""
         ill = self._provider.health.ill()
-        return [each for each in self.settings.places if each.name not in ill and (not each.models or model in each.models)]
+        return [
+            each
+            for each in self.settings.places
+            if each.name not in ill and (not each.models or model in each.models)
+        ]
 
     def flows(self, model: str) -> dict[str, Flow]:
         """Return what the limits of a model let pass, over all keys.  Raises StoreUnavailable."""
@@ -368,7 +436,11 @@ class Today:
             for place in {each.key_env: each for each in self.places(model)}.values():
                 for name, at in self._provider.bucket(place, model).status().items():
                     rate = at["limit"] / at["per_s"]
-                    flow = Flow(rate, min(at["level"], at["limit"] - at["used"]) - at["hold_s"] * rate, at["capacity"])
+                    flow = Flow(
+                        rate,
+                        min(at["level"], at["limit"] - at["used"]) - at["hold_s"] * rate,
+                        at["capacity"],
+                    )
                     found[name] = found[name] + flow if name in found else flow
             self._flows[model] = found
         return self._flows[model]
@@ -380,17 +452,26 @@ class Today:
     def money(self, its: RoundForecast) -> float:
         """Return what a round costs."""
         model = self.settings.model(self.model(its.tier))
-        return (its.prompt_tokens * model.input_price + its.answer_tokens * model.output_price) / 1e6
+        return (
+            its.prompt_tokens * model.input_price + its.answer_tokens * model.output_price
+        ) / 1e6
 
     def stage(self, its: RoundForecast, outlook: Outlook, slots: int) -> Stage:
         """Return a round on so many slots.  Raises StoreUnavailable."""
-        model, tokens, seconds = self.model(its.tier), its.prompt_tokens + its.answer_tokens, outlook.seconds(its.tier, its.calls)
-        at_once, amounts = self.at_once(model), {"requests": its.calls, "tokens": tokens, "bytes": tokens * BYTES_PER_TOKEN}
+        model, tokens, seconds = (
+            self.model(its.tier),
+            its.prompt_tokens + its.answer_tokens,
+            outlook.seconds(its.tier, its.calls),
+        )
+        at_once, amounts = (
+            self.at_once(model),
+            {"requests": its.calls, "tokens": tokens, "bytes": tokens * BYTES_PER_TOKEN},
+        )
         waves = in_waves(its.calls, seconds, at_once * max(1, slots))
         return Stage(*waves, its.calls * seconds / at_once, model, amounts, self.flows(model))
 
 
-# --- putting it together -----------------------------------------------------------------------------
+# --- putting it together ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,13 +479,16 @@ class JobEstimate:
     """How a job would go."""
 
     rounds: list[PlannedRound]
-    stages: tuple[list[Stage], list[Stage]] | None  # at p50, at p90; None: nothing is known of its time
+    stages: (
+        tuple[list[Stage], list[Stage]] | None
+    )  # at p50, at p90; None: nothing is known of its time
     based_on: int
     note: str = ""
 
 
 def plan(client: Client, asked: JobRequest, settled: JobRequest, queue: str) -> Plan:
-    """Return what a request would take: as it was asked, as its operation has settled it, and where it would wait.
+    """Return what a request would take: as it was asked, as its operation has settled it, and where
+    it would wait.
 
     Raises InvalidRequest for items that cannot be looked at, StoreUnavailable.
     """
@@ -412,16 +496,25 @@ def plan(client: Client, asked: JobRequest, settled: JobRequest, queue: str) -> 
     client.check()
     today, shape = Today(client, queue), settled.shape(client.settings.node.target_ms)
     calls = operation.forecast is not None and sample.total > 0
-    course = _of_calls(operation, settled, sample, today) if calls else _of_items(client, operation, sample, today, shape)
+    course = (
+        _of_calls(operation, settled, sample, today)
+        if calls
+        else _of_items(client=client, operation=operation, sample=sample, today=today, shape=shape)
+    )
     time_s, limited_by = _time(course, today.obstacle)
     limits = settled.options.budget.limits if settled.options.budget else {}
     kept, goes_on = client.settings.llm.merge_share, operation.then is not None
-    estimated = "" if sample.exact else "The number of items is an estimate, from blocks of the file"
+    estimated = (
+        "" if sample.exact else "The number of items is an estimate, from blocks of the file"
+    )
     return Plan(
         operation=operation.name,
         items=sample.total,
         nodes=_nodes(course, shape, today.slots, time_s),
-        **{name: sum((getattr(each, name) for each in course.rounds), NOTHING) for name in ("calls", "tokens", "money")},
+        **{
+            name: sum((getattr(each, name) for each in course.rounds), NOTHING)
+            for name in ("calls", "tokens", "money")
+        },
         time_s=time_s,
         limited_by=limited_by,
         rounds=tuple(course.rounds),
@@ -434,7 +527,9 @@ def plan(client: Client, asked: JobRequest, settled: JobRequest, queue: str) -> 
     )
 
 
-def _of_calls(operation: Operation, request: JobRequest, sample: ItemSample, today: Today) -> JobEstimate:
+def _of_calls(
+    operation: Operation, request: JobRequest, sample: ItemSample, today: Today
+) -> JobEstimate:
     """Return how a job goes whose operation says what it asks models."""
     assert operation.forecast is not None  # it is what it is planned by
     rounds = operation.forecast(request, sample)
@@ -443,7 +538,10 @@ def _of_calls(operation: Operation, request: JobRequest, sample: ItemSample, tod
     planned = [_planned(number, *pair, today) for number, pair in enumerate(_paired(likely, bad))]
     first_slots = 1 if request.kind == "sequential" else today.slots
     stages = [
-        [today.stage(each, outlook, today.slots if number else first_slots) for number, each in enumerate(every)]
+        [
+            today.stage(each, outlook, today.slots if number else first_slots)
+            for number, each in enumerate(every)
+        ]
         for every, outlook in zip((likely, bad), outlooks, strict=True)
     ]
     unknown = [model for tier, model in today.models.items() if not today.known(tier).calls]
@@ -452,30 +550,55 @@ def _of_calls(operation: Operation, request: JobRequest, sample: ItemSample, tod
     return JobEstimate(planned, (stages[0], stages[1]), based_on, note if unknown else "")
 
 
-def _paired(likely: list[RoundForecast], bad: list[RoundForecast]) -> list[tuple[RoundForecast, RoundForecast]]:
+def _paired(
+    likely: list[RoundForecast], bad: list[RoundForecast]
+) -> list[tuple[RoundForecast, RoundForecast]]:
     """Put rounds side by side, the last beside the last: at p90 there may be some more between."""
-    more = [replace(each, calls=0, prompt_tokens=0.0, answer_tokens=0.0) for each in bad[len(likely) - 1 : -1]]
+    more = [
+        replace(each, calls=0, prompt_tokens=0.0, answer_tokens=0.0)
+        for each in bad[len(likely) - 1 : -1]
+    ]
     return list(zip([*likely[:-1], *more, likely[-1]], bad, strict=True))
 
 
 def _planned(number: int, likely: RoundForecast, bad: RoundForecast, today: Today) -> PlannedRound:
     both = likely, bad
     return PlannedRound(
-        number, bad.operation, likely.calls, Estimate(likely.calls, bad.calls),
-        Estimate(*(round(each.prompt_tokens + each.answer_tokens) for each in both)), Estimate(*map(today.money, both)),
-    )  # fmt: skip
+        number=number,
+        operation=bad.operation,
+        items=likely.calls,
+        calls=Estimate(likely.calls, bad.calls),
+        tokens=Estimate(*(round(each.prompt_tokens + each.answer_tokens) for each in both)),
+        money=Estimate(*map(today.money, both)),
+    )
 
 
-def _of_items(client: Client, operation: Operation, sample: ItemSample, today: Today, shape: Shape) -> JobEstimate:
+def _of_items(
+    client: Client, operation: Operation, sample: ItemSample, today: Today, shape: Shape
+) -> JobEstimate:
     """Return how a job goes whose operation calls no models, by what its items have taken so far.
 
-    Their times are taken to spread as those of an exponential distribution do, by their mean: only that is counted.
-    """
+    Their times are taken to spread as those of an exponential distribution do, by their mean: only
+    that is counted."""
     usage, n = client.usage.of(operation.name), sample.total
-    rounds = [PlannedRound(0, operation.name, n, NOTHING, NOTHING, NOTHING)]
+    rounds = [
+        PlannedRound(
+            number=0,
+            operation=operation.name,
+            items=n,
+            calls=NOTHING,
+            tokens=NOTHING,
+            money=NOTHING,
+        )
+    ]
     if n and not usage.total_executions:
-        return JobEstimate(rounds, None, 0, f"No item of {operation.name} has told yet how long it takes")
-    each_s, slots = usage.avg_duration_ms / 1000, 1 if shape.mode == "sequential" else max(1, today.slots)
+        return JobEstimate(
+            rounds, None, 0, f"No item of {operation.name} has told yet how long it takes"
+        )
+    each_s, slots = (
+        usage.avg_duration_ms / 1000,
+        1 if shape.mode == "sequential" else max(1, today.slots),
+    )
     spread_s = each_s * math.sqrt(n + n**2 / max(1, usage.total_executions))
     work_s = [n * each_s + z * spread_s for z in (0.0, Z90)]
     stages = [[Stage(max(each / slots, min(each, each_s)), "slots", each)] for each in work_s]

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def of_platform(client: Client, *, detailed: bool) -> dict[str, Any]:
-    """Return how the platform is, as `Client.health_check` tells it; raises nothing of what Redis and the broker raise."""
+    """Return how the platform is, as `Client.health_check` tells it; raises nothing of what Redis
+    and the broker raise.
+    """
     redis_ms = latency_ms(client.ledger.store)
     about = {"latency_ms": redis_ms}
     if redis_ms is None:
@@ -27,16 +29,22 @@ def of_platform(client: Client, *, detailed: bool) -> dict[str, Any]:
         if not detailed:
             return {**judged(failing, unwell), **about}
         return _detailed(client, status, failing, unwell) | about
-    except StoreUnavailable as error:  # it went away meanwhile, or the broker is another server and away
+    except (
+        StoreUnavailable
+    ) as error:  # it went away meanwhile, or the broker is another server and away
         return {**judged([str(error)], []), **about}
 
 
-def _detailed(client: Client, status: PlatformStatus, failing: list[str], unwell: list[str]) -> dict[str, Any]:
+def _detailed(
+    client: Client, status: PlatformStatus, failing: list[str], unwell: list[str]
+) -> dict[str, Any]:
     states = {name: str(each["state"]) for name, each in status.circuit_breakers.items()}
     slots, busy = sum(host.slots for host in status.hosts), sum(host.busy for host in status.hosts)
     served = {queue for host in status.hosts for queue in host.queues}
     depths = client.queues()
-    lonely = [f"nobody consumes {name}" for name, at in depths.items() if name not in served and at.depth]
+    lonely = [
+        f"nobody consumes {name}" for name, at in depths.items() if name not in served and at.depth
+    ]
     return {
         **judged(failing, [*unwell, *shut(states), *lonely]),
         "version": __version__,
@@ -44,10 +52,18 @@ def _detailed(client: Client, status: PlatformStatus, failing: list[str], unwell
         "slots": {"total": slots, "busy": busy, "free": max(0, slots - busy)},
         "memory_mb": status.resource_usage["memory_mb"],
         "workers": {
-            host.worker: {"level": Level(host.level).label, "slots": host.slots, "busy": host.busy, "version": host.version}
+            host.worker: {
+                "level": Level(host.level).label,
+                "slots": host.slots,
+                "busy": host.busy,
+                "version": host.version,
+            }
             for host in status.hosts
         },
-        "queues": {name: {"depth": at.depth, "oldest_s": at.oldest_s, "consumed": name in served} for name, at in depths.items()},
+        "queues": {
+            name: {"depth": at.depth, "oldest_s": at.oldest_s, "consumed": name in served}
+            for name, at in depths.items()
+        },
         "quotas": quotas(client.limits()),
         "circuit_breakers": states,
     }

@@ -37,14 +37,18 @@ class PlatformStatus:
     resource_usage: dict[str, float]  # cpu_percent, memory_mb, memory_percent, worker_count
     active: dict[str, int]  # operation -> nodes that run now
     strategies: list[str]  # what operations are asked to leave out
-    operations: list[dict[str, Any]]  # executions, success rate, memory, duration, breaker, trend: one for each operation
+    operations: list[
+        dict[str, Any]
+    ]  # executions, success rate, memory, duration, breaker, trend: one for each operation
     circuit_breakers: dict[str, dict[str, Any]]  # name -> as `CircuitBreaker.status` tells
     queues: dict[str, QueueReport]  # name -> how deep; empty when nobody has looked
     recent_pressure_events: list[dict[str, Any]]  # timestamp, level, message
     recent_events: list[dict[str, Any]]  # the newest fifty, the newest first
     rising_to: str  # the level expected within a minute, '' for none
     desired_workers: int  # 0: not known
-    trend: list[dict[str, Any]]  # of the cluster, oldest first: at, level, cpu_pct, memory_pct, depth
+    trend: list[
+        dict[str, Any]
+    ]  # of the cluster, oldest first: at, level, cpu_pct, memory_pct, depth
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -59,7 +63,9 @@ class Pressure:
         self._board = Board(client.ledger.store, client.ledger.keys, settings.pressure)
 
     def level(self) -> Level:
-        """Return the level that holds for the cluster: forced, as the monitor found it, or as most hosts say."""
+        """Return the level that holds for the cluster: forced, as the monitor found it, or as most
+        hosts say.
+        """
         return self._level(self._board.orders(), self._board.hosts())
 
     def _level(self, orders: Orders, hosts: list[HostReport]) -> Level:
@@ -68,7 +74,8 @@ class Pressure:
         return acted_on(Level.NORMAL if orders.cluster is not None else prevailing(hosts), orders)
 
     def force(self, level: Level | str | int, for_s: float = 600.0) -> None:
-        """Make all workers act on a level, for a drill: within a second, and for `for_s` seconds at most.
+        """Make all workers act on a level, for a drill: within a second, and for `for_s` seconds at
+        most.
 
         Raises InvalidValue.
         """
@@ -92,44 +99,75 @@ class Pressure:
 
     def status(self) -> PlatformStatus:
         """Return one picture of everything."""
-        orders, hosts, events = self._board.orders(), self._board.hosts(), self._client.events.recent(50)
+        orders, hosts, events = (
+            self._board.orders(),
+            self._board.hosts(),
+            self._client.events.recent(50),
+        )
         level, cluster = self._level(orders, hosts), orders.cluster
         breakers, usage = self._client.breakers.status(), self._client.usage.all()
-        trends = Snapshots(self._client.ledger.store, self._client.ledger.keys, self._client.settings.snapshots).trends(
-            [each.executor_id for each in usage]
-        )
+        trends = Snapshots(
+            self._client.ledger.store, self._client.ledger.keys, self._client.settings.snapshots
+        ).trends([each.executor_id for each in usage])
         why = "it is forced" if orders.forced is not None else cluster.why if cluster else ""
         return PlatformStatus(
-            level=level.label, why=why, forced=orders.forced.label if orders.forced is not None else "",
-            monitored=cluster is not None, hosts=hosts, resource_usage=_resources(hosts),
+            level=level.label,
+            why=why,
+            forced=orders.forced.label if orders.forced is not None else "",
+            monitored=cluster is not None,
+            hosts=hosts,
+            resource_usage=_resources(hosts),
             active=dict(sum((Counter(host.active) for host in hosts), Counter())),
             strategies=list(CONSTRAINTS[level].strategies),
-            operations=[_figures(each, breakers, at) for each, at in zip(usage, trends, strict=True)], circuit_breakers=breakers,
+            operations=[
+                _figures(each, breakers, at) for each, at in zip(usage, trends, strict=True)
+            ],
+            circuit_breakers=breakers,
             queues=cluster.queues if cluster else {},
             recent_pressure_events=[
-                {"timestamp": _time(each.at), "level": each.data.get("level", ""), "message": each.message}
-                for each in events if each.name == "pressure.changed"
+                {
+                    "timestamp": _time(each.at),
+                    "level": each.data.get("level", ""),
+                    "message": each.message,
+                }
+                for each in events
+                if each.name == "pressure.changed"
             ],
-            recent_events=[each.fields() for each in events], rising_to=cluster.rising_to if cluster else "",
-            desired_workers=cluster.desired_workers if cluster else 0, trend=[_point(each) for each in self.history(TREND)][::-1],
-        )  # fmt: skip
+            recent_events=[each.fields() for each in events],
+            rising_to=cluster.rising_to if cluster else "",
+            desired_workers=cluster.desired_workers if cluster else 0,
+            trend=[_point(each) for each in self.history(TREND)][::-1],
+        )
 
 
 def _resources(hosts: list[HostReport]) -> dict[str, float]:
     samples = [(host.sample, host.slots) for host in hosts if host.sample is not None]
     slots = sum(each for _, each in samples)
     return {
-        "cpu_percent": round(sum(sample.cpu_pct * each for sample, each in samples) / slots, 1) if slots else 0.0,
+        "cpu_percent": round(sum(sample.cpu_pct * each for sample, each in samples) / slots, 1)
+        if slots
+        else 0.0,
         "memory_mb": round(sum(sample.memory_mb for sample, _ in samples), 1),
-        "memory_percent": round(sum(sample.memory_pct * each for sample, each in samples) / slots, 1) if slots else 0.0,
+        "memory_percent": round(
+            sum(sample.memory_pct * each for sample, each in samples) / slots, 1
+        )
+        if slots
+        else 0.0,
         "worker_count": sum(host.slots for host in hosts),
     }
 
 
-def _figures(usage: OperationUsage, breakers: dict[str, dict[str, Any]], at: Trend) -> dict[str, Any]:
+def _figures(
+    usage: OperationUsage, breakers: dict[str, dict[str, Any]], at: Trend
+) -> dict[str, Any]:
     state = breakers.get(usage.executor_id, {}).get("state", "closed")
     change = None if at.change is None else round(100 * at.change, 1)
-    return {**usage.to_dict(), "circuit_breaker_state": str(state), "change_percent": change, "slower": at.slower}
+    return {
+        **usage.to_dict(),
+        "circuit_breaker_state": str(state),
+        "change_percent": change,
+        "slower": at.slower,
+    }
 
 
 def _point(report: ClusterReport) -> dict[str, Any]:

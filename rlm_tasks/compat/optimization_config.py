@@ -1,9 +1,9 @@
 """The 28 keys of source document 2, and what each of them sets on this platform.
 
-Decides what a key stands for, and says so of those that stand for nothing.  A configuration is a record that may hold
-anything: what is wrong with it is told when it is asked, and what it sets holds in workers that are started with its
-variables.  Refuses to change a running process, and to know what a setting is used for.
-"""
+Decides what a key stands for, and says so of those that stand for nothing.  A configuration is a
+record that may hold anything: what is wrong with it is told when it is asked, and what it sets
+holds in workers that are started with its variables.  Refuses to change a running process, and to
+know what a setting is used for."""
 
 from __future__ import annotations
 
@@ -43,10 +43,21 @@ def _zero_when_off(value: bool) -> str | None:
 
 
 def _key(
-    default: Any, *, sets: str = "", told: Told = _json, why: str = "", least: float = -math.inf, most: float = math.inf
+    default: Any,
+    *,
+    sets: str = "",
+    told: Told = _json,
+    why: str = "",
+    least: float = -math.inf,
+    most: float = math.inf,
 ) -> Any:
-    """Declare a key: the variable it `sets` and how a value is `told` there, or `why` it sets none; and its bounds."""
-    return field(default=default, metadata={"sets": sets, "told": told, "why": why, "least": least, "most": most})
+    """Declare a key: the variable it `sets` and how a value is `told` there, or `why` it sets none;
+    and its bounds.
+    """
+    return field(
+        default=default,
+        metadata={"sets": sets, "told": told, "why": why, "least": least, "most": most},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,52 +74,106 @@ class Effect:
 class OptimizationConfig:
     """The keys of source document 2, with its defaults; attributes may be changed.
 
-    Raises InvalidRequest, naming the nearest, for a key that does not exist.  Values are not looked at before `validate`.
-    """
+    Raises InvalidRequest, naming the nearest, for a key that does not exist.  Values are not looked
+    at before `validate`."""
 
     enable_object_pool: bool = _key(True, why=_POOL)
     object_pool_max_size: int = _key(50, why=_POOL, least=1)
     object_pool_cleanup_threshold: float = _key(0.9, why=_POOL, least=0, most=1)
-    enable_context_optimization: bool = _key(True, why="an item's context is made of its node's: none is copied or merged")
-    enable_memory_optimization: bool = _key(True, sets="RLM_PRESSURE__ENABLED", why="pressure of memory, and of CPU with it")
-    enable_step_optimization: bool = _key(True, why="an operation is analysed once, when it is declared")
-    enable_algorithm_optimization: bool = _key(True, why="packing is always the fast one: MessagePack, compressed if it pays")
+    enable_context_optimization: bool = _key(
+        True, why="an item's context is made of its node's: none is copied or merged"
+    )
+    enable_memory_optimization: bool = _key(
+        True, sets="RLM_PRESSURE__ENABLED", why="pressure of memory, and of CPU with it"
+    )
+    enable_step_optimization: bool = _key(
+        True, why="an operation is analysed once, when it is declared"
+    )
+    enable_algorithm_optimization: bool = _key(
+        True, why="packing is always the fast one: MessagePack, compressed if it pays"
+    )
     enable_concurrency_optimization: bool = _key(
-        True, sets="RLM_AUTOSCALE__ENABLED", why="for pools that are started with `--autoscale`, and for batches"
+        True,
+        sets="RLM_AUTOSCALE__ENABLED",
+        why="for pools that are started with `--autoscale`, and for batches",
     )
     max_concurrent_executions: int | None = _key(
-        None, sets="RLM_SLOTS", told=_or_zero, why="of each worker; 0: as many as it has CPUs", least=1
+        None,
+        sets="RLM_SLOTS",
+        told=_or_zero,
+        why="of each worker; 0: as many as it has CPUs",
+        least=1,
     )
-    enable_optimized_telemetry: bool = _key(True, why=f"{_BATCHED}; `RLM_TRACING__ENABLED` says whether there are any")
-    enable_performance_monitoring: bool = _key(True, sets="RLM_SNAPSHOTS__ENABLED", why="beat must run")
+    enable_optimized_telemetry: bool = _key(
+        True, why=f"{_BATCHED}; `RLM_TRACING__ENABLED` says whether there are any"
+    )
+    enable_performance_monitoring: bool = _key(
+        True, sets="RLM_SNAPSHOTS__ENABLED", why="beat must run"
+    )
     telemetry_batch_size: int = _key(
-        10, sets="OTEL_BSP_MAX_EXPORT_BATCH_SIZE", why="OpenTelemetry's own variable", least=1, most=2048
+        10,
+        sets="OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
+        why="OpenTelemetry's own variable",
+        least=1,
+        most=2048,
     )
     telemetry_flush_interval_seconds: float = _key(
-        30.0, sets="OTEL_BSP_SCHEDULE_DELAY", told=_milliseconds, why="OpenTelemetry's own variable, in ms", least=0.001
+        30.0,
+        sets="OTEL_BSP_SCHEDULE_DELAY",
+        told=_milliseconds,
+        why="OpenTelemetry's own variable, in ms",
+        least=0.001,
     )
     enable_optimized_error_handling: bool = _key(
-        True, sets="RLM_FAULT_PATTERNS", told=_zero_when_off, why="on: as many faults are kept as `error_cache_size` says"
+        True,
+        sets="RLM_FAULT_PATTERNS",
+        told=_zero_when_off,
+        why="on: as many faults are kept as `error_cache_size` says",
     )
     enable_circuit_breaker: bool = _key(True, sets="RLM_BREAKERS__ENABLED", why="of every breaker")
-    error_cache_size: int = _key(50, sets="RLM_FAULT_PATTERNS", why="0 while `enable_optimized_error_handling` is off", least=1)
-    circuit_breaker_failure_threshold: int = _key(10, sets="RLM_BREAKERS__FAILURE_THRESHOLD", why=_UNSAID, least=1)
-    circuit_breaker_recovery_timeout_seconds: float = _key(60, sets="RLM_BREAKERS__RECOVERY_TIMEOUT_S", why=_UNSAID, least=0.001)
+    error_cache_size: int = _key(
+        50,
+        sets="RLM_FAULT_PATTERNS",
+        why="0 while `enable_optimized_error_handling` is off",
+        least=1,
+    )
+    circuit_breaker_failure_threshold: int = _key(
+        10, sets="RLM_BREAKERS__FAILURE_THRESHOLD", why=_UNSAID, least=1
+    )
+    circuit_breaker_recovery_timeout_seconds: float = _key(
+        60, sets="RLM_BREAKERS__RECOVERY_TIMEOUT_S", why=_UNSAID, least=0.001
+    )
     enable_cache_optimization: bool = _key(False, why=_CACHE)
     cache_compression: bool = _key(False, why=_CACHE)
     cache_ttl_seconds: float = _key(7200, why=_CACHE, least=0.001)
     cache_max_size: int = _key(500, why=_CACHE, least=1)
-    slow_execution_threshold_ms: float = _key(1000.0, sets="RLM_ALERTS__SLOW_EXECUTION_MS", why="of one item", least=0.001)
-    memory_pressure_threshold_mb: float = _key(500.0, sets="RLM_ALERTS__MEMORY_MB", why="of one pool process", least=0.001)
-    cpu_usage_threshold_percent: float = _key(
-        80.0, sets="RLM_ALERTS__CPU_PCT", why="of a host: it is told, nothing is left out for it", least=0.001, most=100
+    slow_execution_threshold_ms: float = _key(
+        1000.0, sets="RLM_ALERTS__SLOW_EXECUTION_MS", why="of one item", least=0.001
     )
-    enable_automatic_optimization: bool = _key(False, why="nothing here changes a setting by itself")
+    memory_pressure_threshold_mb: float = _key(
+        500.0, sets="RLM_ALERTS__MEMORY_MB", why="of one pool process", least=0.001
+    )
+    cpu_usage_threshold_percent: float = _key(
+        80.0,
+        sets="RLM_ALERTS__CPU_PCT",
+        why="of a host: it is told, nothing is left out for it",
+        least=0.001,
+        most=100,
+    )
+    enable_automatic_optimization: bool = _key(
+        False, why="nothing here changes a setting by itself"
+    )
     optimization_analysis_interval_seconds: float = _key(
-        60.0, sets="RLM_SNAPSHOTS__EVERY_S", why="how often operations are compared with their past", least=0.001
+        60.0,
+        sets="RLM_SNAPSHOTS__EVERY_S",
+        why="how often operations are compared with their past",
+        least=0.001,
     )
     performance_degradation_threshold: float = _key(
-        0.2, sets="RLM_SNAPSHOTS__THRESHOLD", why="0.2: items that take 20 % longer than before", least=0.001
+        0.2,
+        sets="RLM_SNAPSHOTS__THRESHOLD",
+        why="0.2: items that take 20 % longer than before",
+        least=0.001,
     )
 
     def __new__(cls, *_: Any, **keys: Any) -> OptimizationConfig:
@@ -124,13 +189,20 @@ class OptimizationConfig:
 
     def validate(self) -> list[str]:
         """Return what is wrong, a sentence for each mistake; none when it can be used."""
-        wrong = [issue for each in dataclasses.fields(self) if (issue := _wrong(each, getattr(self, each.name)))]
+        wrong = [
+            issue
+            for each in dataclasses.fields(self)
+            if (issue := _wrong(each, getattr(self, each.name)))
+        ]
         return [*wrong, *self._contradictions()]
 
     def _contradictions(self) -> Iterator[str]:
         if self.cache_compression is True and self.enable_cache_optimization is False:
             yield "cache_compression=True: there is no cache to compress; set enable_cache_optimization=True, or leave it out"
-        if self.enable_automatic_optimization is True and self.enable_performance_monitoring is False:
+        if (
+            self.enable_automatic_optimization is True
+            and self.enable_performance_monitoring is False
+        ):
             yield (
                 "enable_automatic_optimization=True: nothing is measured to go by; set enable_performance_monitoring=True, "
                 "or leave it out"
@@ -141,7 +213,9 @@ class OptimizationConfig:
         return dataclasses.asdict(self)
 
     def export_config(self, format: str = "json") -> str:
-        """Return all keys as a document.  Raises InvalidRequest for another format than ``json``."""
+        """Return all keys as a document.  Raises InvalidRequest for another format than
+        ``json``.
+        """
         _refuse_format(format)
         return json.dumps(self.to_dict(), indent=2)
 
@@ -149,26 +223,38 @@ class OptimizationConfig:
     def import_config(cls, text: str | bytes, format: str = "json") -> OptimizationConfig:
         """Return what a document says; keys that it leaves out are at their defaults.
 
-        Raises InvalidSettings for what is no JSON object or has unknown keys; wrong values are told by `validate`.
-        """
+        Raises InvalidSettings for what is no JSON object or has unknown keys; wrong values are told
+        by `validate`."""
         _refuse_format(format)
         document = document_of(text)
-        if unknown := [f"{name}={value!r}: {advice}" for name, value in document.items() if (advice := _unknown(cls, name))]:
+        if unknown := [
+            f"{name}={value!r}: {advice}"
+            for name, value in document.items()
+            if (advice := _unknown(cls, name))
+        ]:
             raise InvalidSettings(unknown)
         return cls(**document)
 
     def as_environment(self) -> dict[str, str]:
-        """Return the variables that make workers and clients behave so.  Raises InvalidSettings with what `validate` tells."""
+        """Return the variables that make workers and clients behave so.  Raises InvalidSettings
+        with what `validate` tells.
+        """
         return {variable: value for _, variable, value in self._settings()}
 
     def _settings(self) -> Iterator[tuple[str, str, str]]:
-        """Yield key, variable and value; of two keys of one variable the first that says something."""
+        """Yield key, variable and value; of two keys of one variable the first that says
+        something.
+        """
         if issues := self.validate():
             raise InvalidSettings(issues)
         said: set[str] = set()
         for each in dataclasses.fields(self):
             variable = each.metadata["sets"]
-            if variable and variable not in said and (value := each.metadata["told"](getattr(self, each.name))) is not None:
+            if (
+                variable
+                and variable not in said
+                and (value := each.metadata["told"](getattr(self, each.name))) is not None
+            ):
                 said.add(variable)
                 yield each.name, variable, value
 
@@ -179,7 +265,9 @@ class OptimizationConfig:
         """
         sets = {key: f"{variable}={value}" for key, variable, value in self._settings()}
         return [
-            Effect(each.name, getattr(self, each.name), sets.get(each.name, ""), each.metadata["why"])
+            Effect(
+                each.name, getattr(self, each.name), sets.get(each.name, ""), each.metadata["why"]
+            )
             for each in dataclasses.fields(self)
         ]
 
@@ -190,7 +278,11 @@ def _unknown(config: type[OptimizationConfig], name: str) -> str:
     if name in known:
         return ""
     near = difflib.get_close_matches(name, known, n=1)
-    return f"there is no such key; did you mean {near[0]}?" if near else "there is no such key; docs/optimization.md lists all"
+    return (
+        f"there is no such key; did you mean {near[0]}?"
+        if near
+        else "there is no such key; docs/optimization.md lists all"
+    )
 
 
 def _refuse_unknown(config: type[OptimizationConfig], name: str, value: Any) -> None:
@@ -222,7 +314,11 @@ def _wrong(key: Field[Any], value: Any) -> str:
     if value is None and optional:
         return ""
     fits = isinstance(value, types) and (name == "bool" or not isinstance(value, bool))
-    if fits and (name == "bool" or key.metadata["least"] <= value <= key.metadata["most"]) and value not in (math.inf, -math.inf):
+    if (
+        fits
+        and (name == "bool" or key.metadata["least"] <= value <= key.metadata["most"])
+        and value not in (math.inf, -math.inf)
+    ):
         return ""
     none = ", or none" if optional else ""
     return f"{key.name}={value!r}: must be {kind}{', ' if bounds else ''}{' and '.join(bounds)}{none}; {key.default!r} is the default"

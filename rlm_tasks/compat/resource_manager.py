@@ -1,9 +1,8 @@
 """The hooks of source document 1, for an orchestrator that runs executors in its own process.
 
-Decides nothing: breakers, pressure, policies, metrics and alerts are those of the platform, which workers use as well;
-this gives them the names that document 1 has for them.  An executor's id is the name of its breaker and of its metrics.
-Refuses to know what an executor computes.
-"""
+Decides nothing: breakers, pressure, policies, metrics and alerts are those of the platform, which
+workers use as well; this gives them the names that document 1 has for them.  An executor's id is
+the name of its breaker and of its metrics. Refuses to know what an executor computes."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ logger = logging.getLogger(__name__)
 AlertCallback = Callable[[ResourcePressureEvent], object]
 
 
-# --- the manager ---------------------------------------------------------------------------------------
+# --- the manager ------------------------------------------------------------------------------
 
 
 class AdaptiveResourceManager:
@@ -55,20 +54,23 @@ class AdaptiveResourceManager:
     ) -> None:
         """Without a client it is the platform that the environment names.
 
-        `alerts` and `alert_callback` are told when the pressure that this manager acts on has changed.
-        """
+        `alerts` and `alert_callback` are told when the pressure that this manager acts on has
+        changed."""
         self.resource_limits = resource_limits or ResourceLimits()
         self._client = client or _default()
         self._guards = enable_circuit_breakers and store_settings().breakers.enabled
         self._degrades, self._callback, self._alerts = enable_degradation, alert_callback, alerts
         self._clock, self._now, self._memory_mb = clock, now, memory_mb
-        workers = {"max_workers": self.resource_limits.max_workers, "min_workers": self.resource_limits.min_workers}
+        workers = {
+            "max_workers": self.resource_limits.max_workers,
+            "min_workers": self.resource_limits.min_workers,
+        }
         self._policies = Policies(AllocationSettings(**workers))
         self._running: Counter[str] = Counter()
         self._known: set[str] = set()  # executors that were run here
         self._seen = Level.NORMAL
 
-    # --- pressure and allocation ---------------------------------------------------------------------
+    # --- pressure and allocation ---------------------------------------------------------------
 
     @property
     def current_pressure(self) -> str:
@@ -76,27 +78,39 @@ class AdaptiveResourceManager:
         return self._look().label
 
     def register_allocation_policy(self, policy: ResourceAllocationPolicy) -> None:
-        """Let a policy hold in this process; workers read theirs from the file that RLM_ALLOCATION__POLICIES names."""
+        """Let a policy hold in this process; workers read theirs from the file that
+        RLM_ALLOCATION__POLICIES names.
+        """
         self._policies.register(policy)
 
     def worker_budget(self, executor_id: str) -> int:
-        """Return how many of an executor may run at once under the pressure there is, within the resource limits."""
+        """Return how many of an executor may run at once under the pressure there is, within the
+        resource limits.
+        """
         return self._budget(executor_id, self._look())
 
     def _budget(self, executor_id: str, level: Level) -> int:
         policy, limits = self._policies.of(executor_id), self.resource_limits
-        return workers_for(policy, level, slots=limits.max_workers, available_mb=limits.max_memory_mb, priority=policy.priority)
+        return workers_for(
+            policy,
+            level,
+            slots=limits.max_workers,
+            available_mb=limits.max_memory_mb,
+            priority=policy.priority,
+        )
 
     def constrained(self, context: Mapping[str, Any]) -> dict[str, Any]:
         """Return a copy of a context that tells the pressure to `ResourceConstraints`."""
         level = self._look()
         return {**context, "pressure_level": level.label} if self._degrades else dict(context)
 
-    # --- breakers ------------------------------------------------------------------------------------
+    # --- breakers ------------------------------------------------------------------------------
 
     @property
     def circuit_breakers(self) -> dict[str, CircuitBreaker]:
-        """The breakers of the platform, by name: state, failure_count, last_failure_time.  Raises StoreUnavailable."""
+        """The breakers of the platform, by name: state, failure_count, last_failure_time.  Raises
+        StoreUnavailable.
+        """
         breakers = self._client.breakers
         return {name: breakers.get(name) for name in breakers.names()} if self._guards else {}
 
@@ -110,17 +124,19 @@ class AdaptiveResourceManager:
         return known and bool(self._client.breakers.reset(executor_id))
 
     def reset_all_circuit_breakers(self) -> dict[str, bool]:
-        """Close all breakers of the platform, also those of its services.  Raises StoreUnavailable."""
+        """Close all breakers of the platform, also those of its services.  Raises
+        StoreUnavailable.
+        """
         return dict.fromkeys(self._client.breakers.reset(), True) if self._guards else {}
 
-    # --- executions ----------------------------------------------------------------------------------
+    # --- executions ----------------------------------------------------------------------------
 
     @contextmanager
     def executing(self, executor_id: str) -> Generator[None, None, None]:
         """Guard and measure one execution of a block of code.  Raises CircuitOpen.
 
-        Its memory is what this process occupies when it has ended.  One that is cancelled is not counted.
-        """
+        Its memory is what this process occupies when it has ended.  One that is cancelled is not
+        counted."""
         self._known.add(executor_id)
         with self._client.breakers.get(executor_id).calling() if self._guards else nullcontext():
             began = self._clock()
@@ -135,17 +151,23 @@ class AdaptiveResourceManager:
             self._record(executor_id, began, ok=True)
 
     def _record(self, executor_id: str, began: float, *, ok: bool) -> None:
-        self._client.usage.record(executor_id, ok=ok, duration_s=self._clock() - began, memory_mb=self._memory_mb())
+        self._client.usage.record(
+            executor_id, ok=ok, duration_s=self._clock() - began, memory_mb=self._memory_mb()
+        )
 
     def get_executor_metrics(self, executor_id: str) -> dict[str, Any]:
-        """Return what executions of an executor came to, in the words of source document 1.  Raises StoreUnavailable."""
+        """Return what executions of an executor came to, in the words of source document 1.  Raises
+        StoreUnavailable.
+        """
         breaker = str(self._client.breakers.get(executor_id).state) if self._guards else CLOSED
         return {**self._client.usage.of(executor_id).to_dict(), "circuit_breaker_state": breaker}
 
-    # --- status --------------------------------------------------------------------------------------
+    # --- status --------------------------------------------------------------------------------
 
     def get_resource_status(self) -> dict[str, Any]:
-        """Return the platform's status, and what is known of the executors that were run here.  Raises StoreUnavailable."""
+        """Return the platform's status, and what is known of the executors that were run here.
+        Raises StoreUnavailable.
+        """
         level, known = self._look(), sorted(self._known)
         return {
             **self._client.status().to_dict(),
@@ -161,7 +183,7 @@ class AdaptiveResourceManager:
     def _strategies(self, level: Level) -> list[str]:
         return [str(each) for each in CONSTRAINTS[level].strategies] if self._degrades else []
 
-    # --- alerts --------------------------------------------------------------------------------------
+    # --- alerts --------------------------------------------------------------------------------
 
     def _look(self) -> Level:
         """Return the pressure, and tell of it when it has changed since it was looked at last."""
@@ -192,7 +214,9 @@ class AdaptiveResourceManager:
             worker_count=int(load["worker_count"]),
             active_executors=self._running.total(),
             degradation_applied=self._strategies(level),
-            circuit_breakers_open=[name for name, each in breakers.items() if each["state"] == OPEN],
+            circuit_breakers_open=[
+                name for name, each in breakers.items() if each["state"] == OPEN
+            ],
             message=f"pressure is {level.label}",
         )
 
@@ -212,11 +236,18 @@ class ResourceAwareExecutor:
     def __init__(self, method_executor: Any, resource_manager: AdaptiveResourceManager) -> None:
         run = getattr(method_executor, "execute", method_executor)
         if not callable(run):
-            raise InvalidValue("method_executor", method_executor, "must be callable, or have execute(executor_id, context)")
+            raise InvalidValue(
+                "method_executor",
+                method_executor,
+                "must be callable, or have execute(executor_id, context)",
+            )
         self._run, self._manager = run, resource_manager
 
-    async def execute_with_resource_management(self, executor_id: str, context: Mapping[str, Any], **kwargs: Any) -> Any:
-        """Run an executor, and return what it returns; raises what it raises, or CircuitOpen instead of running it.
+    async def execute_with_resource_management(
+        self, executor_id: str, context: Mapping[str, Any], **kwargs: Any
+    ) -> Any:
+        """Run an executor, and return what it returns; raises what it raises, or CircuitOpen
+        instead of running it.
 
         A plain function runs in the caller's thread.
         """
@@ -225,7 +256,7 @@ class ResourceAwareExecutor:
             return await found if inspect.isawaitable(found) else found
 
 
-# --- the hooks -----------------------------------------------------------------------------------------
+# --- the hooks --------------------------------------------------------------------------------
 
 
 def create_resource_manager(
@@ -238,19 +269,24 @@ def create_resource_manager(
 ) -> tuple[AdaptiveResourceManager, Alerts | None]:
     """Return a manager, and the platform's alerts, None when they are not enabled.
 
-    `alert_callback` is called with a ResourcePressureEvent when the pressure has changed.  Without a `client` it is the
-    platform that the environment names.
-    """
+    `alert_callback` is called with a ResourcePressureEvent when the pressure has changed.  Without
+    a `client` it is the platform that the environment names."""
     client = client or _default()
     alerts = client.alerts if enable_alerts else None
     manager = AdaptiveResourceManager(
-        resource_limits, enable_circuit_breakers, enable_degradation, alert_callback, client=client, alerts=alerts
+        resource_limits,
+        enable_circuit_breakers,
+        enable_degradation,
+        alert_callback,
+        client=client,
+        alerts=alerts,
     )
     return manager, alerts
 
 
 def integrate_with_orchestrator(orchestrator: Any, **options: Any) -> None:
-    """Give an orchestrator its `resource_manager` and `alert_manager`; options are those of `create_resource_manager`.
+    """Give an orchestrator its `resource_manager` and `alert_manager`; options are those of
+    `create_resource_manager`.
 
     Its own `resource_limits` hold unless others are given.
     """
@@ -258,8 +294,11 @@ def integrate_with_orchestrator(orchestrator: Any, **options: Any) -> None:
     orchestrator.resource_manager, orchestrator.alert_manager = create_resource_manager(**options)
 
 
-def wrap_method_executor(method_executor: Any, resource_manager: AdaptiveResourceManager) -> ResourceAwareExecutor:
-    """Return an executor's runner behind the manager: a function, or an object with ``execute(executor_id, context)``.
+def wrap_method_executor(
+    method_executor: Any, resource_manager: AdaptiveResourceManager
+) -> ResourceAwareExecutor:
+    """Return an executor's runner behind the manager: a function, or an object with
+    ``execute(executor_id, context)``.
 
     Raises InvalidValue for anything else.
     """
@@ -267,19 +306,27 @@ def wrap_method_executor(method_executor: Any, resource_manager: AdaptiveResourc
 
 
 def get_resource_status(orchestrator: Any) -> dict[str, Any]:
-    """Return `AdaptiveResourceManager.get_resource_status` of an orchestrator.  Raises InvalidValue, StoreUnavailable."""
+    """Return `AdaptiveResourceManager.get_resource_status` of an orchestrator.  Raises
+    InvalidValue, StoreUnavailable.
+    """
     return _manager_of(orchestrator).get_resource_status()
 
 
 def reset_circuit_breakers(orchestrator: Any) -> dict[str, bool]:
-    """Close all breakers; return name -> whether it was closed.  Raises InvalidValue, StoreUnavailable."""
+    """Close all breakers; return name -> whether it was closed.  Raises InvalidValue,
+    StoreUnavailable.
+    """
     return _manager_of(orchestrator).reset_all_circuit_breakers()
 
 
 def _manager_of(orchestrator: Any) -> AdaptiveResourceManager:
     manager = getattr(orchestrator, "resource_manager", None)
     if not isinstance(manager, AdaptiveResourceManager):
-        raise InvalidValue("orchestrator", orchestrator, "has no resource manager; call integrate_with_orchestrator first")
+        raise InvalidValue(
+            "orchestrator",
+            orchestrator,
+            "has no resource manager; call integrate_with_orchestrator first",
+        )
     return manager
 
 

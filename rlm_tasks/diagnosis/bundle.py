@@ -1,8 +1,8 @@
 """What a bug report needs of a platform, as one document that may be shown to strangers.
 
-Decides what is user data: items, parameters, outputs, descriptions, and what exceptions say.  None of it is read into the
-document; its kinds, sizes and numbers are.  Refuses to judge what it collects: the doctor's findings are part of it.
-"""
+Decides what is user data: items, parameters, outputs, descriptions, and what exceptions say.  None
+of it is read into the document; its kinds, sizes and numbers are.  Refuses to judge what it
+collects: the doctor's findings are part of it."""
 
 from __future__ import annotations
 
@@ -38,9 +38,26 @@ SCHEMA = 1
 JOBS, NODES, EVENTS, FAILURES = 20, 1000, 100, 100
 """At most so many of each are in a document."""
 _COUNTS = (
-    "n", "done", "failed", "skipped", "pending", "nodes", "splits", "yields", "depth", "validated", "busy_us", "peak_kb",
-    "opened_ms", "started_ms", "stop_ms", "closed_ms", "deadline", "ttl_s", "schema",
-)  # fmt: skip
+    "n",
+    "done",
+    "failed",
+    "skipped",
+    "pending",
+    "nodes",
+    "splits",
+    "yields",
+    "depth",
+    "validated",
+    "busy_us",
+    "peak_kb",
+    "opened_ms",
+    "started_ms",
+    "stop_ms",
+    "closed_ms",
+    "deadline",
+    "ttl_s",
+    "schema",
+)
 _WORDS = ("state", "phase", "stop", "queue")
 _CREDENTIALS = (
     re.compile(r"://[^/\s:]*:([^\s;,]+?)@"),
@@ -56,9 +73,11 @@ def collect(client: Client, app: Celery, job_id: str | None = None) -> dict[str,
 
     - ``bundle``: the version of this shape
     - ``at``: when it was made, ISO 8601
-    - ``versions``: ``python``, ``platform``, ``rlm_tasks``, and ``packages``: name -> version of what it needs
+    - ``versions``: ``python``, ``platform``, ``rlm_tasks``, and ``packages``: name -> version of
+      what it needs
     - ``settings``: all settings, as `configuration.to_dict` shows them
-    - ``celery``: the app's settings that differ from Celery's defaults; of those that Celery does not know, the types
+    - ``celery``: the app's settings that differ from Celery's defaults; of those that Celery does
+      not know, the types
     - ``findings``: the doctor's, each with check, state, found and advice
     - ``status``: `Client.status` but for what stands below
     - ``queues``: name -> depth and age of the oldest message in seconds
@@ -67,8 +86,8 @@ def collect(client: Client, app: Celery, job_id: str | None = None) -> dict[str,
     - ``alerts``: how many there were, by severity, and the last ten
     - ``events``: the newest events of the platform
     - ``jobs``: the newest jobs: id, state, counts, and why each waits or how it ended
-    - ``job``: with `job_id`: what was asked for (kinds and sizes), ``tree``, ``events``, ``failures`` by type and code,
-      ``quarantined`` by index; else None
+    - ``job``: with `job_id`: what was asked for (kinds and sizes), ``tree``, ``events``,
+      ``failures`` by type and code, ``quarantined`` by index; else None
 
     What cannot be read, while Redis or the broker is away, is ``{"unknown": <the error's type>}``.
     """
@@ -98,15 +117,19 @@ def _told(read: Callable[[], _T]) -> _T | dict[str, str]:
         return read()
     except JobNotFound:
         raise
-    except Exception as error:  # what is reported must not be able to stop the report; its text may hold user data
+    except (
+        Exception
+    ) as error:  # what is reported must not be able to stop the report; its text may hold user data
         return {"unknown": type(error).__name__}
 
 
-# --- this process ------------------------------------------------------------------------------------
+# --- this process -----------------------------------------------------------------------------
 
 
 def _versions() -> dict[str, Any]:
-    names = sorted({Requirement(each).name for each in doctor.requirements() or ("celery", "kombu", "redis")})
+    names = sorted(
+        {Requirement(each).name for each in doctor.requirements() or ("celery", "kombu", "redis")}
+    )
     return {
         "python": sys.version,
         "platform": platform.platform(),
@@ -116,29 +139,36 @@ def _versions() -> dict[str, Any]:
 
 
 def _celery(app: Celery) -> dict[str, Any]:
-    """Return what an app changes of Celery's settings; what Celery does not know may be anything, and is told by its type."""
+    """Return what an app changes of Celery's settings; what Celery does not know may be anything,
+    and is told by its type.
+    """
     from celery.app.defaults import DEFAULTS
 
     changed = app.conf.table(with_defaults=False, censored=True)
-    shown = {name: value if name in DEFAULTS else f"({type(value).__name__})" for name, value in changed.items()}
+    shown = {
+        name: value if name in DEFAULTS else f"({type(value).__name__})"
+        for name, value in changed.items()
+    }
     if "beat_schedule" in shown:  # entries carry arguments
         shown["beat_schedule"] = sorted(shown["beat_schedule"] or ())
     return {name: shown[name] for name in sorted(shown)}
 
 
-# --- the platform ------------------------------------------------------------------------------------
+# --- the platform -----------------------------------------------------------------------------
 
 
 def _status(client: Client) -> dict[str, Any]:
     elsewhere = {"circuit_breakers", "queues", "recent_events", "recent_pressure_events"}
-    return {name: value for name, value in client.status().to_dict().items() if name not in elsewhere}
+    return {
+        name: value for name, value in client.status().to_dict().items() if name not in elsewhere
+    }
 
 
 def _alerts(client: Client) -> dict[str, Any]:
     return client.alerts.summary()
 
 
-# --- jobs --------------------------------------------------------------------------------------------
+# --- jobs -------------------------------------------------------------------------------------
 
 
 def _outline(client: Client, job_id: str) -> dict[str, Any]:
@@ -157,7 +187,9 @@ def _outline(client: Client, job_id: str) -> dict[str, Any]:
 
 
 def _discreet(record: NodeRecord) -> NodeRecord:
-    """Leave out what an operation may have said itself of why it waits; before the colon stands who makes it wait."""
+    """Leave out what an operation may have said itself of why it waits; before the colon stands who
+    makes it wait.
+    """
     return replace(record, why=record.why.partition(": ")[0])
 
 
@@ -180,13 +212,16 @@ def _whole(client: Client, job_id: str) -> dict[str, Any]:
         "events": [asdict(each) for each in job.events()[-EVENTS:]],
         "failures": _failures(job),
         "quarantined": [
-            {"index": item.index, "attempts": item.attempts, "last_signal": item.last_signal} for item in job.quarantined()
+            {"index": item.index, "attempts": item.attempts, "last_signal": item.last_signal}
+            for item in job.quarantined()
         ],
     }
 
 
 def _request(client: Client, job_id: str) -> dict[str, Any]:
-    """Return what was asked for: the settings of the run, and of what is the user's the kinds and sizes."""
+    """Return what was asked for: the settings of the run, and of what is the user's the kinds and
+    sizes.
+    """
     spec = client.ledger.spec(job_id)
     if spec is None:
         raise JobNotFound(job_id)
@@ -209,22 +244,31 @@ def _failures(job: Job) -> dict[str, Any]:
     found = job.failures()
     kinds = Counter((each.type, each.code) for each in found)
     return {
-        "kinds": [{"type": type, "code": code, "items": count} for (type, code), count in kinds.most_common()],
+        "kinds": [
+            {"type": type, "code": code, "items": count}
+            for (type, code), count in kinds.most_common()
+        ],
         "first": [
-            {"index": each.index, "type": each.type, "code": each.code, "message_characters": len(each.message)}
+            {
+                "index": each.index,
+                "type": each.type,
+                "code": each.code,
+                "message_characters": len(each.message),
+            }
             for each in found[:FAILURES]
         ],
     }
 
 
-# --- secrets -----------------------------------------------------------------------------------------
+# --- secrets ----------------------------------------------------------------------------------
 
 
 def _secrets(settings: Mapping[str, Any], telling: bool = False) -> Iterator[str]:
-    """Yield the secrets of a configuration: passwords in URLs, and what stands under a telling name.
+    """Yield the secrets of a configuration: passwords in URLs, and what stands under a telling
+    name.
 
-    They are looked for in the finished document, whatever was left out on the way: an event may quote one.
-    """
+    They are looked for in the finished document, whatever was left out on the way: an event may
+    quote one."""
     for name, told in settings.items():
         is_telling = telling or bool(_TELLING.search(str(name)))
         value = told.get_secret_value() if isinstance(told, SecretStr) else told
@@ -232,7 +276,11 @@ def _secrets(settings: Mapping[str, Any], telling: bool = False) -> Iterator[str
             yield from _secrets(value, is_telling)
         elif isinstance(value, str) and value:
             found = [each for pattern in _CREDENTIALS for each in pattern.findall(value)]
-            yield from (part for each in (*found, *([value] if is_telling else ())) for part in (each, unquote(each)))
+            yield from (
+                part
+                for each in (*found, *([value] if is_telling else ()))
+                for part in (each, unquote(each))
+            )
 
 
 def _without(secrets: Sequence[str], value: Any) -> Any:

@@ -1,8 +1,8 @@
 """What is wrong with a platform, or soon will be: findings in words, each with what to do.
 
-Decides what is looked at, and what of it is a fault.  It only looks, needs no worker, and says what can be said while
-Redis is away.  Rules on settings are preflight's and conflicts'; refuses to know how findings are shown.
-"""
+Decides what is looked at, and what of it is a fault.  It only looks, needs no worker, and says what
+can be said while Redis is away.  Rules on settings are preflight's and conflicts'; refuses to know
+how findings are shown."""
 
 from __future__ import annotations
 
@@ -34,25 +34,37 @@ if TYPE_CHECKING:
 
 DISTRIBUTION = "rlm-tasks"
 SKEW_WARNING_S, SKEW_FAULT_S = 0.5, 5.0
-"""Clocks that differ by more make ages of queues wrong: a message says when it was sent by its sender's clock."""
+"""Clocks that differ by more make ages of queues wrong: a message says when it was sent by its
+sender's clock.
+"""
 _LOOKS = 3
 _COMMAND = "celery -A rlm_tasks"
 
 
-def examine(client: Client, app: Celery, *, clock: Callable[[], float] = time.time) -> list[Finding]:
-    """Return what was found, the machine at hand first, then what is shared; one fault stands for a Redis that is away.
+def examine(
+    client: Client, app: Celery, *, clock: Callable[[], float] = time.time
+) -> list[Finding]:
+    """Return what was found, the machine at hand first, then what is shared; one fault stands for a
+    Redis that is away.
 
-    `app` is the Celery app that jobs are sent with; `clock` gives seconds of the day's time.  Raises nothing of what
-    Redis and the broker raise.
-    """
+    `app` is the Celery app that jobs are sent with; `clock` gives seconds of the day's time.
+    Raises nothing of what Redis and the broker raise."""
     store = client.ledger.store
-    here = (*packages(), *versions(requirements()), _operations(client), *_settings(client, app), *_sentinels(store))
+    here = (
+        *packages(),
+        *versions(requirements()),
+        _operations(client),
+        *_settings(client, app),
+        *_sentinels(store),
+    )
     try:
         return [*here, *_shared(client, app, clock)]
     except StoreUnavailable as error:
         away = str(error)
     except RedisError as error:
-        away = f"Redis at {store.url} refuses what is asked ({error}); start it, or set RLM_REDIS_URL"
+        away = (
+            f"Redis at {store.url} refuses what is asked ({error}); start it, or set RLM_REDIS_URL"
+        )
     fault = _in_two("redis", "fault", away)
     return [*here, fault, *([_broker(client)[0]] if _has_own_broker(client, app) else [])]
 
@@ -86,7 +98,7 @@ def _reach(store: Store) -> None:
         raise StoreUnavailable(store.url, "that is no URL of a Redis") from None
 
 
-# --- the machine at hand -----------------------------------------------------------------------------
+# --- the machine at hand ----------------------------------------------------------------------
 
 
 def packages() -> Iterator[Finding]:
@@ -94,11 +106,18 @@ def packages() -> Iterator[Finding]:
     wrong, hidden = import_path.in_our_place(), import_path.behind_ours()
     for name, file in wrong.items():
         found = f"`import {name}` finds {file}, not the platform's own in {import_path.HOME}"
-        yield Finding("packages", "fault", found, f"Rename that package, or set PYTHONPATH={import_path.HOME} before its folder")
+        yield Finding(
+            "packages",
+            "fault",
+            found,
+            f"Rename that package, or set PYTHONPATH={import_path.HOME} before its folder",
+        )
     for name, file in hidden.items():
         if name not in wrong:
             found = f"there is another {name}, hidden by the platform's: {file}. With another path it is the other way round"
-            yield Finding("packages", "warning", found, "Rename it, or take its folder off PYTHONPATH")
+            yield Finding(
+                "packages", "warning", found, "Rename it, or take its folder off PYTHONPATH"
+            )
     if not wrong and not hidden:
         yield Finding("packages", "ok", f"{' and '.join(import_path.NAMES)} are the platform's own")
 
@@ -112,20 +131,35 @@ def requirements() -> Sequence[str] | None:
 
 
 def versions(requirements: Sequence[str] | None) -> Iterator[Finding]:
-    """Yield which installed versions are not those that are asked for; None: nobody knows what to ask for."""
+    """Yield which installed versions are not those that are asked for; None: nobody knows what to
+    ask for.
+    """
     if requirements is None:
         found = f"{DISTRIBUTION} {__version__} is not installed, only on the import path: what it needs is not known"
         yield Finding("versions", "warning", found, "Type: pip install -e . in its folder")
         return
-    wanted = [each for each in map(Requirement, requirements) if each.marker is None or each.marker.evaluate({"extra": ""})]
-    wrong = [f"{each.name} {installed(each.name) or 'is missing'}" for each in wanted if not _fits(each)]
+    wanted = [
+        each
+        for each in map(Requirement, requirements)
+        if each.marker is None or each.marker.evaluate({"extra": ""})
+    ]
+    wrong = [
+        f"{each.name} {installed(each.name) or 'is missing'}" for each in wanted if not _fits(each)
+    ]
     if wrong:
         asked = " ".join(f"'{each.name}{each.specifier}'" for each in wanted if not _fits(each))
         found = f"not the versions that RLM Tasks {__version__} is made for: {', '.join(wrong)}"
         yield Finding("versions", "fault", found, f"Type: pip install {asked}")
     elif (told := installed(DISTRIBUTION)) not in ("", __version__):
-        found = f"RLM Tasks {__version__} runs, but {told} is what is installed: there are two copies"
-        yield Finding("versions", "warning", found, f"Type: pip install --force-reinstall {DISTRIBUTION}=={__version__}")
+        found = (
+            f"RLM Tasks {__version__} runs, but {told} is what is installed: there are two copies"
+        )
+        yield Finding(
+            "versions",
+            "warning",
+            found,
+            f"Type: pip install --force-reinstall {DISTRIBUTION}=={__version__}",
+        )
     else:
         named = ", ".join(f"{name} {installed(name)}" for name in ("celery", "kombu", "redis"))
         yield Finding("versions", "ok", f"RLM Tasks {__version__}, {named}")
@@ -140,13 +174,21 @@ def installed(name: str) -> str:
 
 
 def _fits(wanted: Requirement) -> bool:
-    return bool(found := installed(wanted.name)) and wanted.specifier.contains(found, prereleases=True)
+    return bool(found := installed(wanted.name)) and wanted.specifier.contains(
+        found, prereleases=True
+    )
 
 
 def _operations(client: Client) -> Finding:
     modules = client.settings.operations
-    told = f"from RLM_OPERATIONS={','.join(modules)} and the built-in ones" if modules else "RLM_OPERATIONS is empty"
-    return Finding("operations", "ok", f"{len(registry.names())} operations are known here ({told})")
+    told = (
+        f"from RLM_OPERATIONS={','.join(modules)} and the built-in ones"
+        if modules
+        else "RLM_OPERATIONS is empty"
+    )
+    return Finding(
+        "operations", "ok", f"{len(registry.names())} operations are known here ({told})"
+    )
 
 
 def _settings(client: Client, app: Celery) -> Iterator[Finding]:
@@ -163,7 +205,7 @@ def _in_two(check: str, state: State, sentence: str) -> Finding:
     return Finding(check, state, found, advice[:1].upper() + advice[1:])
 
 
-# --- sentinels ---------------------------------------------------------------------------------------
+# --- sentinels --------------------------------------------------------------------------------
 
 
 def _sentinels(store: Store) -> Iterator[Finding]:
@@ -176,7 +218,11 @@ def _sentinels(store: Store) -> Iterator[Finding]:
     wrong = sorted({told for told in said if told})
     well = said.count("")
     found = f"{well} of {len(said)} answer, watch {address.master!r} and could agree on another{': ' if wrong else ''}{'; '.join(wrong)}"
-    advice = "Start them, or set RLM_REDIS_URL, RLM_SENTINEL_MASTER and RLM_SENTINEL_PASSWORD" if wrong else ""
+    advice = (
+        "Start them, or set RLM_REDIS_URL, RLM_SENTINEL_MASTER and RLM_SENTINEL_PASSWORD"
+        if wrong
+        else ""
+    )
     yield Finding("sentinels", "ok" if not wrong else "warning" if well else "fault", found, advice)
 
 
@@ -192,16 +238,22 @@ def _said(sentinel: Any, master: str) -> str:
     return ""
 
 
-# --- clocks ------------------------------------------------------------------------------------------
+# --- clocks -----------------------------------------------------------------------------------
 
 
 def _clock_here(store: Store, clock: Callable[[], float]) -> Finding:
-    ahead_s, within_s = min((_compared(store, clock) for _ in range(_LOOKS)), key=lambda look: look[1])
-    return _clock("this machine's clock", ahead_s, f", give or take {within_s:.3f} s", abs(ahead_s) - within_s)
+    ahead_s, within_s = min(
+        (_compared(store, clock) for _ in range(_LOOKS)), key=lambda look: look[1]
+    )
+    return _clock(
+        "this machine's clock", ahead_s, f", give or take {within_s:.3f} s", abs(ahead_s) - within_s
+    )
 
 
 def _compared(store: Store, clock: Callable[[], float]) -> tuple[float, float]:
-    """Return by how much a clock is ahead of the server's, and how far that may be off: half of the round trip."""
+    """Return by how much a clock is ahead of the server's, and how far that may be off: half of the
+    round trip.
+    """
     before = clock()
     seconds, micros = store.reached(lambda client: client.time())
     after = clock()
@@ -211,7 +263,11 @@ def _compared(store: Store, clock: Callable[[], float]) -> tuple[float, float]:
 def _clocks_there(board: Board, hosts: Sequence[HostReport]) -> Iterator[Finding]:
     """Yield the worst of the workers' clocks, as their latest reports show them."""
     known = {host.worker for host in hosts}
-    told = [(abs(ahead_s), ahead_s, worker) for worker, ahead_s in board.clocks().items() if worker in known]
+    told = [
+        (abs(ahead_s), ahead_s, worker)
+        for worker, ahead_s in board.clocks().items()
+        if worker in known
+    ]
     if told:
         apart_s, ahead_s, worker = max(told)
         late = ", or its report was on its way for so long" if ahead_s < 0 else ""
@@ -220,20 +276,28 @@ def _clocks_there(board: Board, hosts: Sequence[HostReport]) -> Iterator[Finding
 
 def _clock(whose: str, ahead_s: float, precision: str, least_s: float) -> Finding:
     found = f"{whose} is {abs(ahead_s):.3f} s {'ahead of' if ahead_s > 0 else 'behind'} Redis'{precision}"
-    state: State = "fault" if least_s > SKEW_FAULT_S else "warning" if least_s > SKEW_WARNING_S else "ok"
-    return Finding("clock", state, found, "" if state == "ok" else "Set both by NTP: timedatectl set-ntp true")
+    state: State = (
+        "fault" if least_s > SKEW_FAULT_S else "warning" if least_s > SKEW_WARNING_S else "ok"
+    )
+    return Finding(
+        "clock", state, found, "" if state == "ok" else "Set both by NTP: timedatectl set-ntp true"
+    )
 
 
-# --- who is there ------------------------------------------------------------------------------------
+# --- who is there -----------------------------------------------------------------------------
 
 
 def _broker(client: Client) -> tuple[Finding, Mapping[str, QueueReport] | None]:
     """Say whether the broker answers, and return what waits in it; None when nobody knows."""
     try:
-        return Finding("broker", "ok", f"the broker at {masked(str(client.app.conf.broker_url))} answers"), client.queues()
+        return Finding(
+            "broker", "ok", f"the broker at {masked(str(client.app.conf.broker_url))} answers"
+        ), client.queues()
     except StoreUnavailable as error:
         found = f"the broker at {error.url} does not answer ({error.cause})"
-    except Exception as error:  # each transport has errors of its own, and their text may hold its password
+    except (
+        Exception
+    ) as error:  # each transport has errors of its own, and their text may hold its password
         found = f"the broker does not answer ({type(error).__name__})"
     return Finding("broker", "fault", found, "Start it, or set RLM_BROKER_URL"), None
 
@@ -256,24 +320,40 @@ def _workers(hosts: Sequence[HostReport]) -> Iterator[Finding]:
         slots = sum(host.slots for host in hosts)
         yield Finding("workers", "ok", f"{len(hosts)} reporting, with {slots} slots")
         return
-    advice = (
-        f"Type: {_COMMAND} worker; if one runs, it must have the same RLM_REDIS_URL and RLM_NAMESPACE: {_COMMAND} inspect ping"
-    )
+    advice = f"Type: {_COMMAND} worker; if one runs, it must have the same RLM_REDIS_URL and RLM_NAMESPACE: {_COMMAND} inspect ping"
     yield Finding("workers", "fault", "no worker reports: nothing runs", advice)
 
 
 def _releases(hosts: Sequence[HostReport]) -> Iterator[Finding]:
     """Yield which workers are not of this release."""
     older = [host.worker for host in hosts if 0 < host.schema < SCHEMA]
-    others = [f"{host.worker} ({host.version or 'an older release'})" for host in hosts if host.version != __version__]
+    others = [
+        f"{host.worker} ({host.version or 'an older release'})"
+        for host in hosts
+        if host.version != __version__
+    ]
     if older:
         found = f"jobs from here (schema {SCHEMA}) are not read by {', '.join(older)}"
-        yield Finding("releases", "fault", found, "Upgrade workers before clients: install this release there, and restart them")
+        yield Finding(
+            "releases",
+            "fault",
+            found,
+            "Upgrade workers before clients: install this release there, and restart them",
+        )
     elif others:
         found = f"RLM Tasks {__version__} here, and others on {', '.join(others)}"
-        yield Finding("releases", "warning", found, "Install one release everywhere, and restart workers one after the other")
+        yield Finding(
+            "releases",
+            "warning",
+            found,
+            "Install one release everywhere, and restart workers one after the other",
+        )
     elif hosts:
-        yield Finding("releases", "ok", f"all workers run RLM Tasks {__version__}, and read jobs of schema {SCHEMA}")
+        yield Finding(
+            "releases",
+            "ok",
+            f"all workers run RLM Tasks {__version__}, and read jobs of schema {SCHEMA}",
+        )
 
 
 def _names(client: Client) -> list[str]:
@@ -282,10 +362,16 @@ def _names(client: Client) -> list[str]:
     return queue_names(client.settings)
 
 
-def _queues(names: Iterable[str], hosts: Sequence[HostReport], depths: Mapping[str, QueueReport] | None) -> Iterator[Finding]:
+def _queues(
+    names: Iterable[str], hosts: Sequence[HostReport], depths: Mapping[str, QueueReport] | None
+) -> Iterator[Finding]:
     """Yield which queues nobody consumes, a fault where messages wait in them."""
     left = [name for name in names if not any(name in host.queues for host in hosts)]
-    waiting = {name: depths[name].depth for name in left if depths and name in depths and depths[name].depth}
+    waiting = {
+        name: depths[name].depth
+        for name in left
+        if depths and name in depths and depths[name].depth
+    }
     advice = f"Type: {_COMMAND} worker -Q {','.join(left)}"
     if waiting:
         told = ", ".join(f"{depth} in {name}" for name, depth in waiting.items())
@@ -305,11 +391,19 @@ def _monitor(board: Board, hosts: Sequence[HostReport], client: Client) -> Itera
         found = f"nobody has had the cluster looked at for {stale_s:g} s: no alerts, and jobs that were put off stay so"
         yield Finding("beat", "warning", found, f"Type: {_COMMAND} beat")
     else:
-        yield Finding("beat", "warning", "not known: it shows in what workers do", f"Start a worker, then: {_COMMAND} beat")
+        yield Finding(
+            "beat",
+            "warning",
+            "not known: it shows in what workers do",
+            f"Start a worker, then: {_COMMAND} beat",
+        )
     if orders.forced is not None:
         found = f"a drill holds level {orders.forced.label} for {orders.forced_for_s:.0f} s more"
         yield Finding(
-            "pressure", "warning", found, f"To end it: {_COMMAND} control release_pressure; to look: {_COMMAND} rlm pressure"
+            "pressure",
+            "warning",
+            found,
+            f"To end it: {_COMMAND} control release_pressure; to look: {_COMMAND} rlm pressure",
         )
 
 
@@ -329,4 +423,9 @@ def _breakers(store: Store) -> Finding:
     shut = [f"{name} ({state})" for name, state in sorted(states.items()) if state != "closed"]
     if not shut:
         return Finding("breakers", "ok", f"{len(states)} are known, all closed")
-    return Finding("breakers", "warning", f"calls are held back: {', '.join(shut)}", f"Type: {_COMMAND} rlm breakers")
+    return Finding(
+        "breakers",
+        "warning",
+        f"calls are held back: {', '.join(shut)}",
+        f"Type: {_COMMAND} rlm breakers",
+    )

@@ -33,15 +33,16 @@ def merge_root(
     rounds: Rounds,
     reached: Callable[[CrashPoint], None] = nobody_listens,
 ) -> str:
-    """Make the answer of a job and close it; return its final state, '' when another process holds the merge, or a round
-    has to end first.
-    """
+    """Make the answer of a job and close it; return its final state, '' when another process holds
+    the merge, or a round has to end first."""
     try:
         if claim.losses >= ledger.settings.death_limit:
             raise Quarantined("the merge", claim.losses, claim.lost_by)
         reached(CrashPoint.DURING_MERGE)
         answer = (
-            _answer(ledger, spec, operation) if operation.then is None or spec.parent else rounds.advance(claim, spec, operation)
+            _answer(ledger, spec, operation)
+            if operation.then is None or spec.parent
+            else rounds.advance(claim, spec, operation)
         )
         if answer is None:
             return ""
@@ -49,7 +50,12 @@ def merge_root(
         raise  # another process, or another hour, may have more; a third loss fails the job
     except Exception as error:
         logger.warning("The merge of job %s raised %s", spec.job, type(error).__name__)
-        ended = ledger.close(spec.job, claim.token, getattr(error, "ends_as", Status.FAILED), error=failure_of(-1, error))
+        ended = ledger.close(
+            spec.job,
+            claim.token,
+            getattr(error, "ends_as", Status.FAILED),
+            error=failure_of(-1, error),
+        )
         rounds.call(spec)
         return ended
     reached(CrashPoint.BEFORE_CLOSE)

@@ -1,9 +1,9 @@
 """Work through a range with many items in flight, for operations that are coroutine functions.
 
-Decides when an item is started, and when the slot is left.  Guards are asked in item order when an item is started, so that
-what is in flight is always ahead of what waits, and what is done stays one range.  An item that waits for another try
-sleeps among the others; when nothing but sleepers is left, the slot is left to others and the rest comes back later.
-"""
+Decides when an item is started, and when the slot is left.  Guards are asked in item order when an
+item is started, so that what is in flight is always ahead of what waits, and what is done stays one
+range.  An item that waits for another try sleeps among the others; when nothing but sleepers is
+left, the slot is left to others and the rest comes back later."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from rlm_tasks.operations.context import Context
 LOOK_AGAIN_S = 0.1
 """An item among others asks a guard again after this, should nobody have called its node."""
 STEPS_TO_SEND = 6
-"""An item that was let in gets so many turns of the event loop before the next one asks: a call that was granted is to be sent
-now.  Ten that were granted together, and sent afterwards, were up to 115 ms late, and met 429s.
-"""
+"""An item that was let in gets so many turns of the event loop before the next one asks: a call
+that was granted is to be sent now.  Ten that were granted together, and sent afterwards, were up to
+115 ms late, and met 429s. """
 SLEEPERS_S = 1.0
-"""A node that is to hand over its rest waits so long for sleepers, rather than do again what has ended behind them."""
+"""A node that is to hand over its rest waits so long for sleepers, rather than do again what has
+ended behind them.
+"""
 
 
 class ConcurrentWork(Work):
@@ -58,7 +60,9 @@ class ConcurrentWork(Work):
                 for index in [index for index, task in self._in_flight.items() if task.done()]:
                     outcomes[index] = self._in_flight.pop(index)
                 self._collect(outcomes)
-                self.would_repeat = bool(self._sleeping) and (bool(outcomes) or len(self._in_flight) > len(self._sleeping))
+                self.would_repeat = bool(self._sleeping) and (
+                    bool(outcomes) or len(self._in_flight) > len(self._sleeping)
+                )
                 if not self.stopped:
                     self._look_up(self._clock())
                 self._leave_slot(outcomes, launched)
@@ -67,13 +71,20 @@ class ConcurrentWork(Work):
                 task.cancel()  # the node is lost: nothing of it may run on in the next one
             await asyncio.gather(*self._in_flight.values(), return_exceptions=True)
         for index, task in outcomes.items():
-            # What stands behind an item that waits is done again; but what waits, too, keeps its tries.
-            if isinstance(task, asyncio.Task) and not task.cancelled() and isinstance(wait := task.exception(), Postponed):
+            # What stands behind an item that waits is done again; but what waits, too, keeps its
+            # tries.
+            if (
+                isinstance(task, asyncio.Task)
+                and not task.cancelled()
+                and isinstance(wait := task.exception(), Postponed)
+            ):
                 self.others[index] = wait
         self.busy_s += self._clock() - began
 
     def _leave_slot(self, outcomes: dict[int, Any], launched: int) -> None:
-        """Hurry when the slot does nothing but wait, and no item would be done again for leaving it."""
+        """Hurry when the slot does nothing but wait, and no item would be done again for leaving
+        it.
+        """
         waiting = self._not_before - self._clock() > PATIENCE_S
         if self._refused is not None and waiting and not self._in_flight and not self.stopped:
             self._refused.wait_s = self._not_before - self._clock()
@@ -81,7 +92,11 @@ class ConcurrentWork(Work):
         idle = len(self._sleeping) == len(self._in_flight) > 0 and not outcomes
         if self.stopped:
             self._stopped_at = min(self._stopped_at, self._clock())
-            patient = self.would_repeat and self.postponed is None and not (self.urgent or self._pace.draining)
+            patient = (
+                self.would_repeat
+                and self.postponed is None
+                and not (self.urgent or self._pace.draining)
+            )
             if not patient or self._clock() - self._stopped_at > SLEEPERS_S:
                 self._hurry.set()
         elif idle and (launched >= self.until or waiting):
@@ -90,8 +105,12 @@ class ConcurrentWork(Work):
     async def _some_end(self) -> None:
         patience_s = max(0.001, self._pace.slice_ms / 1000)
         if self._in_flight:
-            self._page.start_item(next(iter(self._in_flight)) if len(self._in_flight) == 1 else SEVERAL_ITEMS)
-            await asyncio.wait(self._in_flight.values(), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+            self._page.start_item(
+                next(iter(self._in_flight)) if len(self._in_flight) == 1 else SEVERAL_ITEMS
+            )
+            await asyncio.wait(
+                self._in_flight.values(), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED
+            )
         elif not self.stopped:
             await asyncio.sleep(max(0.0, min(patience_s, self._not_before - self._clock())))
 
@@ -127,16 +146,27 @@ class ConcurrentWork(Work):
                 entry = self._guarded.enter(item, context, self._waiter(index))
                 context.rest = 1  # should it ask again, it asks for itself
                 run = functools.partial(
-                    self._guarded.call_async, item, context, entry, run=run, waiter=self._waiter(index), pause=self._pauses(index)
+                    self._guarded.call_async,
+                    item,
+                    context,
+                    entry,
+                    run=run,
+                    waiter=self._waiter(index),
+                    pause=self._pauses(index),
                 )
             except Denied as denied:
                 fallback = self._guarded.instead_of(denied)
                 if fallback is None:
-                    self._refused, self._not_before = postponed(denied, context.tries), self._clock() + denied.retry_after_s
+                    self._refused, self._not_before = (
+                        postponed(denied, context.tries),
+                        self._clock() + denied.retry_after_s,
+                    )
                     self.refused, self._refused_at = True, index
                     return False
                 run = functools.partial(self._instead, fallback, item, context)
-            except Exception as error:  # what it costs cannot be told, or never be granted: its own failure
+            except (
+                Exception
+            ) as error:  # what it costs cannot be told, or never be granted: its own failure
                 run = functools.partial(_fails, error)
         self._in_flight[index] = asyncio.ensure_future(self._timed(context, run))
         return True
@@ -167,7 +197,10 @@ class ConcurrentWork(Work):
             self._sleeping.add(index)
             try:
                 # Who stands in line is called as a node, and not here: look again.
-                await asyncio.wait_for(self._hurry.wait(), min(wait.wait_s, LOOK_AGAIN_S) if wait.noted else wait.wait_s)
+                await asyncio.wait_for(
+                    self._hurry.wait(),
+                    min(wait.wait_s, LOOK_AGAIN_S) if wait.noted else wait.wait_s,
+                )
             except TimeoutError:
                 return
             finally:
@@ -187,7 +220,9 @@ class ConcurrentWork(Work):
                 except Postponed as wait:
                     return self._postpone(wait)
                 except Denied as denied:
-                    return self._postpone(postponed(denied, self._claim.tries if self.at == self._claim.lo else 0))
+                    return self._postpone(
+                        postponed(denied, self._claim.tries if self.at == self._claim.lo else 0)
+                    )
                 except (Exception, SystemExit, asyncio.CancelledError) as error:
                     self.harvest.fail(self.at, error)
             elif isinstance(outcome, Exception):

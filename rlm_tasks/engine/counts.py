@@ -21,9 +21,14 @@ NODES = Counter(
     "Nodes that ended: done with their whole range, or why they handed over the rest.",
     {"operation": None, "reason": ("done", *(each.name.lower() for each in Reason))},
 )
-NODE_DURATION = Histogram("rlm_node_duration_seconds", "From a node's claim to its finish.", {"operation": None})
+NODE_DURATION = Histogram(
+    "rlm_node_duration_seconds", "From a node's claim to its finish.", {"operation": None}
+)
 EXECUTION_TIME = Histogram(
-    "rlm_execution_time_ms", "Mean time of an item in each node, counted once for each item.", {"operation": None}, MILLISECONDS
+    "rlm_execution_time_ms",
+    "Mean time of an item in each node, counted once for each item.",
+    {"operation": None},
+    MILLISECONDS,
 )
 BUSY = Counter("rlm_item_busy_seconds_total", "Time spent in items.", {"operation": None})
 RETRIED = Counter(
@@ -32,7 +37,9 @@ RETRIED = Counter(
     {"operation": None, "outcome": ("recovered", "given_up")},
 )
 CACHED = Counter(
-    "rlm_cache_reads_total", "Reads of stored items, by whether their block was still in memory.", {"outcome": ("hit", "miss")}
+    "rlm_cache_reads_total",
+    "Reads of stored items, by whether their block was still in memory.",
+    {"outcome": ("hit", "miss")},
 )
 PEAK_MEMORY = Peak("rlm_peak_memory_mb", "The most memory that one pool process has held.")
 
@@ -48,7 +55,8 @@ def count_node(
     validating: bool = False,
     cache: tuple[int, int] = (0, 0),
 ) -> None:
-    """Count one finished node: the items it reports, and how it ended; `hi` is where its range ended.
+    """Count one finished node: the items it reports, and how it ended; `hi` is where its range
+    ended.
 
     `cache` is how often the items it read were in memory, and how often not.
     """

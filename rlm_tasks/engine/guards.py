@@ -1,8 +1,8 @@
 """What protects the calls of an operation, and in which order.
 
-Decides when a call may start, what its end means for what it called, and whether an item comes back later.  Guards are
-`resilience`'s; refuses to know how they decide, and what becomes of the node whose item has to wait.
-"""
+Decides when a call may start, what its end means for what it called, and whether an item comes back
+later.  Guards are `resilience`'s; refuses to know how they decide, and what becomes of the node
+whose item has to wait."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 ORDER = ("deadline", "retry", "rate_limit", "breaker", "bulkhead")
 """The guards of a call, outermost first.
 
-An item's *deadline* bounds one attempt, and the job's own bounds them all.  *Retry* is outside of what may refuse a call,
-so that each attempt asks again.  The *rate limit* comes before the breaker: a call that must wait for tokens takes no
-probe's place; and a 429 is the bucket's news, not the breaker's.  The *breaker* comes before the *bulkhead*: an open
-circuit needs no permit, and a permit is held for the call alone, never while something is waited for.  What an inner
-guard refuses is given back to the outer ones: it costs no token, no probe, no attempt.
-"""
+An item's *deadline* bounds one attempt, and the job's own bounds them all.  *Retry* is outside of
+what may refuse a call, so that each attempt asks again.  The *rate limit* comes before the breaker:
+a call that must wait for tokens takes no probe's place; and a 429 is the bucket's news, not the
+breaker's.  The *breaker* comes before the *bulkhead*: an open circuit needs no permit, and a permit
+is held for the call alone, never while something is waited for.  What an inner guard refuses is
+given back to the outer ones: it costs no token, no probe, no attempt. """
 
 PATIENCE_S = 0.02
 """A shorter wait is slept: handing the rest of a node over costs about as much."""
@@ -52,7 +52,15 @@ T = TypeVar("T")
 class Postponed(Exception):
     """An item that is not done and comes back: control flow between a guard and its node."""
 
-    def __init__(self, wait_s: float, why: str, *, tries: int = 0, isolates: bool = False, noted: bool = False) -> None:
+    def __init__(
+        self,
+        wait_s: float,
+        why: str,
+        *,
+        tries: int = 0,
+        isolates: bool = False,
+        noted: bool = False,
+    ) -> None:
         self.wait_s, self.why = wait_s, why
         self.noted = noted  # its node stands in line at a guard, and will be woken
         self.tries = tries  # attempts that failed so far
@@ -62,7 +70,9 @@ class Postponed(Exception):
 
 def postponed(denied: Denied, tries: int = 0) -> Postponed:
     """Return what a guard's refusal means for an item."""
-    return Postponed(denied.retry_after_s, f"{denied.guard}: {denied.why}", tries=tries, noted=denied.noted)
+    return Postponed(
+        denied.retry_after_s, f"{denied.guard}: {denied.why}", tries=tries, noted=denied.noted
+    )
 
 
 @dataclass(slots=True)
@@ -96,7 +106,7 @@ class Guarded:
         self._priority, self._urgency = priority, urgency
         self._store, self._random, self._cpu_s = store, Random(), 0.01
 
-    # --- entering and leaving ------------------------------------------------------------------------
+    # --- entering and leaving ------------------------------------------------------------------
 
     def enter(self, item: Any, context: Context, waiter: str) -> Entry:
         """Take what one call needs, all or nothing.  Raises Denied, saying when to come back.
@@ -128,10 +138,18 @@ class Guarded:
         if _CPU in bucket.rates:
             amounts.setdefault(_CPU, self._cpu_s)
         if not amounts:
-            amounts = dict.fromkeys([name for name in bucket.rates if name == "requests"] or list(bucket.rates), 1.0)
-        grant = bucket.reserve(priority=self._priority, in_line=context.rest, returns=context.waited, **amounts)
+            amounts = dict.fromkeys(
+                [name for name in bucket.rates if name == "requests"] or list(bucket.rates), 1.0
+            )
+        grant = bucket.reserve(
+            priority=self._priority, in_line=context.rest, returns=context.waited, **amounts
+        )
         if not grant:
-            raise RateLimited(f"bucket {bucket.name}", grant.wait_s, f"its limit of {grant.limited_by} has no room for it yet")
+            raise RateLimited(
+                f"bucket {bucket.name}",
+                grant.wait_s,
+                f"its limit of {grant.limited_by} has no room for it yet",
+            )
         return grant
 
     def _withdraw(self, entry: Entry) -> None:
@@ -149,22 +167,33 @@ class Guarded:
             self._breaker.ended(entry.admission, error)
         if self._bucket is None or entry.grant is None:
             return
-        if error is not None and (fault := classify(error)).code == RateLimited.code and fault.retry_after_s:
+        if (
+            error is not None
+            and (fault := classify(error)).code == RateLimited.code
+            and fault.retry_after_s
+        ):
             self._bucket.hold(fault.retry_after_s)
         if _CPU in self._bucket.rates:
             used_s = time.process_time() - entry.cpu_s
             self._cpu_s += 0.2 * (used_s - self._cpu_s)
             entry.grant.settle(**{_CPU: used_s})
 
-    # --- one item ------------------------------------------------------------------------------------
+    # --- one item ------------------------------------------------------------------------------
 
     def call(
-        self, item: Any, context: Context, *, tries: int, waiter: str, within: Within = lambda run, *args: run(*args)
+        self,
+        item: Any,
+        context: Context,
+        *,
+        tries: int,
+        waiter: str,
+        within: Within = lambda run, *args: run(*args),
     ) -> Any:
-        """Call the operation; raises Postponed for an item that comes back, or what finally went wrong with it.
+        """Call the operation; raises Postponed for an item that comes back, or what finally went
+        wrong with it.
 
-        `within` runs the operation's own code, and may interrupt that, but never what is done for the guards.
-        """
+        `within` runs the operation's own code, and may interrupt that, but never what is done for
+        the guards."""
         try:
             entry = self._enter_soon(item, context, waiter)
         except Denied as denied:
@@ -182,19 +211,27 @@ class Guarded:
         return output
 
     def instead_of(self, denied: Denied) -> Callable[..., Any] | None:
-        """Return what is called while the breaker is open, if it is that and something was declared."""
+        """Return what is called while the breaker is open, if it is that and something was
+        declared.
+        """
         return self._about.fallback if denied.code == "CIRCUIT_OPEN" else None
 
     def still_waits(self, waiter: str) -> bool:
-        """Say whether a waiter that was noted is still in line; one that is not has been woken before it lay down."""
-        lines = [guard.waits(waiter) for guard in (self._breaker, self._bulkhead) if guard is not None]
+        """Say whether a waiter that was noted is still in line; one that is not has been woken
+        before it lay down.
+        """
+        lines = [
+            guard.waits(waiter) for guard in (self._breaker, self._bulkhead) if guard is not None
+        ]
         try:
             return any(self._store.ask(*lines))
         except StoreUnavailable:
             return True
 
     def forgetting(self, until: int) -> list[Call]:
-        """Return what is to be told when the node's items before `until` are safe in its partial."""
+        """Return what is to be told when the node's items before `until` are safe in its
+        partial.
+        """
         return []
 
     def _enter_soon(self, item: Any, context: Context, waiter: str) -> Entry:
@@ -225,7 +262,7 @@ class Guarded:
         why = f"attempt {course.failures + 1} of {self._retry.policy.max_attempts} after {type(error).__name__}"
         return Postponed(wait_s, why, tries=course.failures, isolates=True)
 
-    # --- many in flight ------------------------------------------------------------------------------
+    # --- many in flight ------------------------------------------------------------------------
 
     async def call_async(
         self,
@@ -237,7 +274,9 @@ class Guarded:
         waiter: str,
         pause: Callable[[Postponed], Awaitable[None]],
     ) -> Any:
-        """Await one item, entered already, by `run`; between attempts `pause` sleeps, or raises the postponement."""
+        """Await one item, entered already, by `run`; between attempts `pause` sleeps, or raises the
+        postponement.
+        """
         tries = context.tries
         while True:
             try:
@@ -254,10 +293,17 @@ class Guarded:
             else:
                 self.leave(entry)
                 return output
-            entry = await self._reenter(item, context, tries, pause, waiter)
+            entry = await self._reenter(
+                item=item, context=context, tries=tries, pause=pause, waiter=waiter
+            )
 
     async def _reenter(
-        self, item: Any, context: Context, tries: int, pause: Callable[[Postponed], Awaitable[None]], waiter: str
+        self,
+        item: Any,
+        context: Context,
+        tries: int,
+        pause: Callable[[Postponed], Awaitable[None]],
+        waiter: str,
     ) -> Entry:
         while True:
             try:
@@ -268,7 +314,9 @@ class Guarded:
 
 
 def declared(settings: Settings) -> Iterator[Protection]:
-    """Yield what protects the calls of this process' operations, and those to models where an endpoint is configured."""
+    """Yield what protects the calls of this process' operations, and those to models where an
+    endpoint is configured.
+    """
     from rlm_tasks.llm.endpoint_health import configured
 
     yield from (registry.get(name).protection for name in registry.names())
@@ -312,7 +360,9 @@ class Guards:
         self.purse = JobBudgets(store, settings)
 
     def kept(self, make: Callable[[Guards], T]) -> T:
-        """Return what gates of operations share in this process, made when it is first asked for."""
+        """Return what gates of operations share in this process, made when it is first asked
+        for.
+        """
         key = make, os.getpid()
         if key not in self._kept:
             self._kept[key] = make(self)
@@ -323,7 +373,11 @@ class Guards:
         """Return an operation behind its guards, for one job, or None when it declares none."""
         if operation.gate is not None:
             return operation.gate(self, operation, spec)
-        return self.guarded(operation, operation.protection, spec.priority) if operation.protection.guards_calls else None
+        return (
+            self.guarded(operation, operation.protection, spec.priority)
+            if operation.protection.guards_calls
+            else None
+        )
 
     def guarded(self, operation: Operation, about: Protection, priority: str) -> Guarded:
         """Return an operation behind the guards of a service."""
@@ -348,7 +402,9 @@ class Guards:
         from resilience.breaker import CircuitBreaker
 
         if about.service not in self._breakers:
-            self._breakers[about.service] = CircuitBreaker(about.service, self.store, about.breaker, wake=self._wake)
+            self._breakers[about.service] = CircuitBreaker(
+                about.service, self.store, about.breaker, wake=self._wake
+            )
         return self._breakers[about.service]
 
     def bucket(self, about: Protection) -> TokenBucket | None:
@@ -358,7 +414,8 @@ class Guards:
         from resilience.bucket import TokenBucket
 
         if about.service not in self._buckets:
-            self._buckets[about.service] = TokenBucket(about.service, self.store, **dict(about.rate_limit))  # type: ignore[arg-type]  # rates by their names
+            rates: dict[str, Any] = dict(about.rate_limit)
+            self._buckets[about.service] = TokenBucket(about.service, self.store, **rates)
         return self._buckets[about.service]
 
     def bulkhead(self, about: Protection) -> Bulkhead | None:
@@ -370,7 +427,12 @@ class Guards:
         if about.service not in self._bulkheads:
             lease_s = max(LEASE_S, about.timeout_s or 0.0)
             self._bulkheads[about.service] = Bulkhead(
-                about.service, self.store, limit=about.bulkhead, per_host=about.per_host, lease_s=lease_s, wake=self._wake
+                about.service,
+                self.store,
+                limit=about.bulkhead,
+                per_host=about.per_host,
+                lease_s=lease_s,
+                wake=self._wake,
             )
         return self._bulkheads[about.service]
 
@@ -387,7 +449,8 @@ class Guards:
         from resilience.retry import Retry, RetryBudget
 
         if operation not in self._retries:
-            # What bounds an item that waits is its job's own time: nothing accepted is given up for waiting.
+            # What bounds an item that waits is its job's own time: nothing accepted is given up for
+            # waiting.
             policy = about.retry.model_copy(update={"deadline_s": float("inf")})
             self._retries[operation] = Retry(policy, RetryBudget(about.service, self.store))
         return self._retries[operation]

@@ -1,8 +1,8 @@
 """How long one item may take, and how it is stopped in its own process.
 
-Decides whose word counts (the operation's, the setting's, or what was learned) and raises CallTimeout in an item that
-runs longer.  An item that never returns to Python is beyond this process: the main process replaces it (worker).
-"""
+Decides whose word counts (the operation's, the setting's, or what was learned) and raises
+CallTimeout in an item that runs longer.  An item that never returns to Python is beyond this
+process: the main process replaces it (worker)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from rlm_tasks.settings.sections import NodeSettings
 from scheduler.allocation import timeout_factor
 
 TELL_EVERY_S = 10.0
-"""A process tells what items took about this often; telling after each node cost a small node 5 % more time."""
+"""A process tells what items took about this often; telling after each node cost a small node 5 %
+more time.
+"""
 MOST_SAMPLES = 1000
 _UNLIMITED = 0.0
 _T = TypeVar("_T")
@@ -28,20 +30,32 @@ _T = TypeVar("_T")
 class ItemTimeouts:
     """The limits of one process's items."""
 
-    def __init__(self, timeouts: Timeouts, settings: NodeSettings, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, timeouts: Timeouts, settings: NodeSettings, clock: Callable[[], float]
+    ) -> None:
         self._timeouts, self._settings, self._clock = timeouts, settings, clock
         self._took: dict[str, list[float]] = {}
         self._told_at = clock()
 
-    def limit_s(self, operation: str, declared_s: float | None, complexity: str, tries: int, priority: str = "normal") -> float:
-        """Return the seconds an item may take, 0 for no limit; a word of the user's wins over what was learned.
+    def limit_s(
+        self,
+        operation: str,
+        declared_s: float | None,
+        complexity: str,
+        tries: int,
+        priority: str = "normal",
+    ) -> float:
+        """Return the seconds an item may take, 0 for no limit; a word of the user's wins over what
+        was learned.
 
         What was learned is stretched for urgent work.
         """
         fixed_s = declared_s or self._settings.item_limit_s
         if fixed_s or not self._settings.adaptive_timeouts:
             return fixed_s or _UNLIMITED
-        return self._timeouts.limit_s(operation, complexity, retries=tries, stretch=timeout_factor(priority))
+        return self._timeouts.limit_s(
+            operation, complexity, retries=tries, stretch=timeout_factor(priority)
+        )
 
     def took(self, operation: str, seconds: list[float]) -> None:
         """Keep what items of an operation took, to be told before long."""
@@ -58,13 +72,14 @@ class ItemTimeouts:
 class ItemAlarm:
     """Interrupts an item by SIGALRM: in the operation's own code and nowhere else.
 
-    It is set for a node and rings on; when it rings early it is set again to the end of the item that runs, so an item
-    costs no system call.  Python runs signal handlers in a process's main thread only: in a pool of threads items cannot
-    be interrupted.
-    """
+    It is set for a node and rings on; when it rings early it is set again to the end of the item
+    that runs, so an item costs no system call.  Python runs signal handlers in a process's main
+    thread only: in a pool of threads items cannot be interrupted."""
 
     def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s if threading.current_thread() is threading.main_thread() else _UNLIMITED
+        self._limit_s = (
+            limit_s if threading.current_thread() is threading.main_thread() else _UNLIMITED
+        )
         self._until = 0.0  # when the item that runs is to be over; 0: none runs
 
     def __enter__(self) -> ItemAlarm:

@@ -29,13 +29,21 @@ class NodeOutcome:
         self._operation = operation
         self._outputs: list[Any] = []
         self.done = 0
-        self.left_out: set[int] = set()  # neither done nor failed here: empty, or failed in validation
+        self.left_out: set[int] = (
+            set()
+        )  # neither done nor failed here: empty, or failed in validation
         self.empty: list[int] = []
         self.failures: list[dict[str, Any]] = []
-        self.faults: list[tuple[Fault, str]] = []  # of the first MOST_FAULTS: for the log of recurring faults
+        self.faults: list[
+            tuple[Fault, str]
+        ] = []  # of the first MOST_FAULTS: for the log of recurring faults
         self.given_up = 0  # items that failed although they were worth another try
-        self.shaped: Counter[tuple[Strategy, Level]] = Counter()  # items whose outcome a strategy has shaped
-        self.fatal: dict[str, Any] | None = None  # what a merge raised: it fails the job, not an item
+        self.shaped: Counter[tuple[Strategy, Level]] = (
+            Counter()
+        )  # items whose outcome a strategy has shaped
+        self.fatal: dict[str, Any] | None = (
+            None  # what a merge raised: it fails the job, not an item
+        )
 
     @property
     def full(self) -> bool:
@@ -52,7 +60,9 @@ class NodeOutcome:
         self.done += 1
 
     def add_batch(self, output: Any, count: int) -> None:
-        """Keep what a batch returned: one partial, or one output per item.  Raises TypeError for neither."""
+        """Keep what a batch returned: one partial, or one output per item.  Raises TypeError for
+        neither.
+        """
         if self._operation.merge is not None:
             self._outputs.append(output)
         elif not isinstance(output, Sequence) or len(output) != count:
@@ -70,7 +80,9 @@ class NodeOutcome:
             self.faults.append((fault, str(error)))
 
     def shape(self, degradation: Degradation, items: int) -> None:
-        """Count which strategies have shaped the outcome of items, and let the next ones begin anew."""
+        """Count which strategies have shaped the outcome of items, and let the next ones begin
+        anew.
+        """
         for strategy in degradation.shaped:
             self.shaped[strategy, degradation.level] += items
         degradation.shaped.clear()
@@ -98,9 +110,8 @@ class NodeOutcome:
     def packed(self, indexes: Iterable[int]) -> bytes:
         """Return the partial, packed; nothing when no item succeeded.
 
-        `indexes` are the node's items in order: without a merge, an output that cannot be stored becomes
-        the failure of its item; a merged one fails the job.
-        """
+        `indexes` are the node's items in order: without a merge, an output that cannot be stored
+        becomes the failure of its item; a merged one fails the job."""
         self.fold(at=1)
         if not self._outputs or self.fatal:
             return b""
@@ -116,7 +127,9 @@ class NodeOutcome:
     def _fail_unstorable(self, indexes: Iterable[int]) -> None:
         without = {failure["index"] for failure in self.failures} | self.left_out
         kept = []
-        for index, output in zip((each for each in indexes if each not in without), self._outputs, strict=True):
+        for index, output in zip(
+            (each for each in indexes if each not in without), self._outputs, strict=True
+        ):
             try:
                 codec.encode(output)
                 kept.append(output)

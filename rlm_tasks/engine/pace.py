@@ -1,9 +1,8 @@
 """When a running node looks up from its items, and when it asks the ledger.
 
-Slices end about every 50 ms and cost nothing: the shared page tells of a drain and of a hungry slot.  A
-round trip is made less often, because on busy cores each one slows what computes by far more than the
-round trip takes.  Refuses to know what is decided at a boundary.
-"""
+Slices end about every 50 ms and cost nothing: the shared page tells of a drain and of a hungry
+slot.  A round trip is made less often, because on busy cores each one slows what computes by far
+more than the round trip takes.  Refuses to know what is decided at a boundary."""
 
 from __future__ import annotations
 
@@ -13,13 +12,21 @@ from rlm_tasks.engine.shared_page import SharedPage
 from rlm_tasks.settings.sections import NodeSettings
 
 FIRST_SLICE_MS = 10.0
-"""A node's first slices are short, so that a short job is shared in time; each is twice as long as the one before."""
+"""A node's first slices are short, so that a short job is shared in time; each is twice as long as
+the one before.
+"""
 
 
 class Pace:
     """The timetable of one running node."""
 
-    def __init__(self, clock: Callable[[], float], page: SharedPage, settings: NodeSettings, deadline_in_ms: int) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        page: SharedPage,
+        settings: NodeSettings,
+        deadline_in_ms: int,
+    ) -> None:
         self._clock, self._page, self._settings = clock, page, settings
         self.began = clock()
         self._deadline = self.began + deadline_in_ms / 1000 if deadline_in_ms >= 0 else float("inf")
@@ -56,7 +63,11 @@ class Pace:
         """Whether this boundary is worth a round trip."""
         now = self._clock()
         hungry = sharable and self._page.hungry
-        return hungry or now >= min(self._pulse_at, self._deadline) or self._page.recalls != self._recalls
+        return (
+            hungry
+            or now >= min(self._pulse_at, self._deadline)
+            or self._page.recalls != self._recalls
+        )
 
     def pulsed(self) -> None:
         """Plan the next round trip."""

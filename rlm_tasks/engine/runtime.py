@@ -67,16 +67,23 @@ class Runtime:
     rounds: Rounds
     worker: str = ""
     in_order: bool = True  # the broker hands over what is more urgent first
-    retiring: bool = False  # this pool process ends before its next message, and another takes its place
+    retiring: bool = (
+        False  # this pool process ends before its next message, and another takes its place
+    )
     reached: Callable[[CrashPoint], None] = nobody_listens
     clock: Callable[[], float] = time.perf_counter  # seconds; what slices are measured by
-    item_ms: dict[str, float] = field(default_factory=dict)  # operation -> time of an item, as last seen by this process
+    item_ms: dict[str, float] = field(
+        default_factory=dict
+    )  # operation -> time of an item, as last seen by this process
     _page_slots: dict[tuple[int, int], ProcessEntry] = field(default_factory=dict)
 
     @classmethod
     def of(cls, app: Celery, settings: Settings, *, patience_s: float) -> Runtime:
         """Build the parts for one Celery app."""
-        store, keys = Store(settings.address, namespace=settings.namespace), Keys(settings.namespace)
+        store, keys = (
+            Store(settings.address, namespace=settings.namespace),
+            Keys(settings.namespace),
+        )
         ledger = Ledger(store, keys, settings.ledger, patience_s=patience_s)
         dispatcher, shared = Dispatcher(app, ledger), guard_store(settings)
         page = SharedPage(stale_s=settings.pressure.stale_s)
@@ -85,17 +92,42 @@ class Runtime:
             return wake(ledger.hasty(), dispatcher, waiters)
 
         guards = Guards(shared, settings, waken, ledger.stop)
-        limits = ItemTimeouts(Timeouts(shared, multipliers=settings.node.timeout_multipliers), settings.node, time.monotonic)
+        limits = ItemTimeouts(
+            Timeouts(shared, multipliers=settings.node.timeout_multipliers),
+            settings.node,
+            time.monotonic,
+        )
         slots = SlotBoard(store, keys)
         return cls(
-            settings, ledger, slots, Preemption(store, keys, slots), ItemReader(store), dispatcher, page, guards, limits,
-            FaultLog(shared, FaultLogSettings(size=settings.fault_patterns)), Usage(store, keys), SlotShares(shared, settings, page, waken), Board(store, keys, settings.pressure),
-            WaitingRoom(store, keys, settings.admission.max_jobs), NodeEvents(Events(shared, settings.alerts.history), settings.alerts, time.monotonic),
-            Rounds(ledger, dispatcher, settings, guards.purse, waken), in_order=speaks_redis(app.conf.broker_url),
-        )  # fmt: skip
+            settings,
+            ledger,
+            slots,
+            Preemption(store, keys, slots),
+            ItemReader(store),
+            dispatcher,
+            page,
+            guards,
+            limits,
+            FaultLog(shared, FaultLogSettings(size=settings.fault_patterns)),
+            Usage(store, keys),
+            SlotShares(shared, settings, page, waken),
+            Board(store, keys, settings.pressure),
+            WaitingRoom(store, keys, settings.admission.max_jobs),
+            NodeEvents(Events(shared, settings.alerts.history), settings.alerts, time.monotonic),
+            Rounds(
+                ledger=ledger,
+                dispatcher=dispatcher,
+                settings=settings,
+                purse=guards.purse,
+                wake=waken,
+            ),
+            in_order=speaks_redis(app.conf.broker_url),
+        )
 
     def resend(self, job: str, nodes: Sequence[str]) -> None:
-        """Send registered nodes again; the splits of an operation nobody knows here get no chord."""
+        """Send registered nodes again; the splits of an operation nobody knows here get no
+        chord.
+        """
         resend(self.ledger, self.dispatcher, job, nodes)
 
     def wake(self, waiters: Sequence[str]) -> int:
@@ -103,22 +135,33 @@ class Runtime:
         return wake(self.ledger, self.dispatcher, waiters)
 
     def stands_aside(self, queue: str) -> bool:
-        """Whether a message of a queue has got a slot that was given up for what is more urgent, and goes back for it.
+        """Whether a message of a queue has got a slot that was given up for what is more urgent,
+        and goes back for it.
 
         Redis hands over what is more urgent first; RabbitMQ hands over what it likes.
         """
         namespace, _, priority = queue.rpartition(".")
-        first = [each for each in URGENCY if more_urgent(self.page.urgent & rank_of(each), priority)]
+        first = [
+            each for each in URGENCY if more_urgent(self.page.urgent & rank_of(each), priority)
+        ]
         if self.in_order or not first:
             return False
         try:
-            return any(self.ledger.store.run(*(self.preemption.awaited(f"{namespace}.{each}") for each in first)))
+            return any(
+                self.ledger.store.run(
+                    *(self.preemption.awaited(f"{namespace}.{each}") for each in first)
+                )
+            )
         except RedisError as error:
             logger.info("A node takes the slot that it has got: %s", error)
             return False
 
-    def making_room(self, queue: str, nodes: Sequence[str], *, freed: int) -> AbstractContextManager[None]:
-        """Have less urgent nodes yield for urgent ones that are sent within the block, as far as there is no slot."""
+    def making_room(
+        self, queue: str, nodes: Sequence[str], *, freed: int
+    ) -> AbstractContextManager[None]:
+        """Have less urgent nodes yield for urgent ones that are sent within the block, as far as
+        there is no slot.
+        """
         return making_room(self.preemption, self.dispatcher, queue, nodes, freed=freed)
 
     def page_slot(self) -> ProcessEntry:
@@ -126,5 +169,7 @@ class Runtime:
         here = os.getpid(), threading.get_ident()
         if here not in self._page_slots:
             index = getattr(current_process(), "index", None)
-            self._page_slots[here] = self.page.slot(len(self._page_slots) if index is None else index)
+            self._page_slots[here] = self.page.slot(
+                len(self._page_slots) if index is None else index
+            )
         return self._page_slots[here]

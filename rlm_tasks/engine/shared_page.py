@@ -1,9 +1,9 @@
 """A page of memory that a worker's main process shares with its pool processes.
 
-Each pool process writes what it holds: job, node, token, the item in flight, when its last slice ended.
-The main process beats leases from it and knows what was lost when a process dies; in the other direction
-it sets the flags that running nodes read at slice boundaries.  Refuses to know what is done about either.
-"""
+Each pool process writes what it holds: job, node, token, the item in flight, when its last slice
+ended. The main process beats leases from it and knows what was lost when a process dies; in the
+other direction it sets the flags that running nodes read at slice boundaries.  Refuses to know what
+is done about either."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from resilience.degradation import Level
 SLOTS = 1024
 NO_ITEM, SEVERAL_ITEMS = -1, -2
 _HEADER = 64
-_SLOT = struct.Struct("<II8sqdd40s16sB")  # generation (odd: being written), pid, token, item, time, limit, job, node, doomed
+_SLOT = struct.Struct(
+    "<II8sqdd40s16sB"
+)  # generation (odd: being written), pid, token, item, time, limit, job, node, doomed
 _PID = struct.Struct("<I")
 _ITEM = struct.Struct("<q")
 _TIME = struct.Struct("<d")
@@ -26,7 +28,9 @@ _GENERATION = struct.Struct("<I")
 _PID_AT, _ITEM_AT, _TIME_AT, _LIMIT_AT, _DOOMED_AT = 4, 16, 24, 32, 96
 _DRAINING_AT, _HUNGRY_AT, _RECALLS_AT, _TERMINATING_AT, _URGENT_AT, _LEVEL_AT = 0, 1, 2, 3, 4, 8
 _AVAILABLE_AT, _SLOTS_AT, _FREE_AT = 16, 24, 32
-_LEVEL = struct.Struct("<Q")  # monotonic ms << 8 | level, in one aligned word: a reader never sees half of a write
+_LEVEL = struct.Struct(
+    "<Q"
+)  # monotonic ms << 8 | level, in one aligned word: a reader never sees half of a write
 _LEVELS: tuple[Level, ...] = tuple(Level)
 
 
@@ -52,7 +56,9 @@ class SharedPage:
 
     @property
     def level(self) -> Level:
-        """The pressure to act on.  One that nobody renews is not trusted, nor called normal: ELEVATED."""
+        """The pressure to act on.  One that nobody renews is not trusted, nor called normal:
+        ELEVATED.
+        """
         told: int = _LEVEL.unpack_from(self._memory, _LEVEL_AT)[0]
         if not told:
             return Level.NORMAL  # nobody measures here
@@ -66,7 +72,9 @@ class SharedPage:
 
     @property
     def urgent(self) -> int:
-        """Which ranks of priority have work that waits for a slot of this worker, as bits: see scheduler.preemption."""
+        """Which ranks of priority have work that waits for a slot of this worker, as bits: see
+        scheduler.preemption.
+        """
         return self._memory[_URGENT_AT]
 
     @urgent.setter
@@ -93,7 +101,9 @@ class SharedPage:
 
     @property
     def hungry(self) -> bool:
-        """Whether a slot of this worker wants work: nodes then look at once, not at their next slice."""
+        """Whether a slot of this worker wants work: nodes then look at once, not at their next
+        slice.
+        """
         return self._memory[_HUNGRY_AT] == 1
 
     @hungry.setter
@@ -111,7 +121,9 @@ class SharedPage:
 
     @property
     def available_mb(self) -> float:
-        """Memory of this host that the platform may fill, with what its nodes hold already; 0: not known."""
+        """Memory of this host that the platform may fill, with what its nodes hold already; 0: not
+        known.
+        """
         return float(_TIME.unpack_from(self._memory, _AVAILABLE_AT)[0])
 
     @available_mb.setter
@@ -126,7 +138,9 @@ class SharedPage:
 
     @free_mb.setter
     def free_mb(self, megabytes: float) -> None:
-        _TIME.pack_into(self._memory, _FREE_AT, megabytes + 1)  # a page begins with zeros, and 0 MB is an answer
+        _TIME.pack_into(
+            self._memory, _FREE_AT, megabytes + 1
+        )  # a page begins with zeros, and 0 MB is an answer
 
     @property
     def slots(self) -> int:
@@ -154,7 +168,9 @@ class SharedPage:
                 ProcessEntry(self._memory, offset).let_go()
 
     def doom(self, pid: int) -> None:
-        """Say that a process is about to be terminated on purpose: a signal that it gets is meant for it."""
+        """Say that a process is about to be terminated on purpose: a signal that it gets is meant
+        for it.
+        """
         for offset in range(_HEADER, len(self._memory), _SLOT.size):
             if (found := self._read(offset)) is not None and found.pid == pid:
                 self._memory[offset + _DOOMED_AT] = 1
@@ -164,10 +180,24 @@ class SharedPage:
             return None
         for _ in range(100):
             before = _GENERATION.unpack_from(self._memory, offset)[0]
-            _, pid, token, item, since, limit_s, job, node, _ = _SLOT.unpack_from(self._memory, offset)
+            _, pid, token, item, since, limit_s, job, node, _ = _SLOT.unpack_from(
+                self._memory, offset
+            )
             if before % 2 == 0 and before == _GENERATION.unpack_from(self._memory, offset)[0]:
                 name, id = job.rstrip(b"\0").decode(), node.rstrip(b"\0").decode()
-                return Held(pid, name, id, token.hex(), item, since, limit_s) if name else None
+                return (
+                    Held(
+                        pid=pid,
+                        job=name,
+                        node=id,
+                        token=token.hex(),
+                        item=item,
+                        since=since,
+                        limit_s=limit_s,
+                    )
+                    if name
+                    else None
+                )
         # Its writer died between the two halves of a write: nothing in the slot can be trusted.
         return None
 
@@ -180,11 +210,11 @@ class ProcessEntry:
 
     def hold(self, pid: int, job: str, node: str, token: str, at: float) -> None:
         """Say that a node is being claimed, and worked on."""
-        self._write(pid, job, node, bytes.fromhex(token), at)
+        self._write(pid=pid, job=job, node=node, token=bytes.fromhex(token), at=at)
 
     def let_go(self) -> None:
         """Say that nothing is."""
-        self._write(0, "", "", bytes(8), 0.0)
+        self._write(pid=0, job="", node="", token=bytes(8), at=0.0)
 
     @property
     def doomed(self) -> bool:
@@ -207,5 +237,17 @@ class ProcessEntry:
     def _write(self, pid: int, job: str, node: str, token: bytes, at: float) -> None:
         odd = _GENERATION.unpack_from(self._memory, self._offset)[0] | 1
         _GENERATION.pack_into(self._memory, self._offset, odd)
-        _SLOT.pack_into(self._memory, self._offset, odd, pid, token, NO_ITEM, at, 0.0, job.encode(), node.encode(), 0)
+        _SLOT.pack_into(
+            self._memory,
+            self._offset,
+            odd,
+            pid,
+            token,
+            NO_ITEM,
+            at,
+            0.0,
+            job.encode(),
+            node.encode(),
+            0,
+        )
         _GENERATION.pack_into(self._memory, self._offset, (odd + 1) & 0xFFFFFFFF)

@@ -1,8 +1,8 @@
 """How many nodes of an operation run at once, held over all workers: its share of the slots.
 
-Decides whose policy counts (the operator's file, the operation's own, or none) and when it is asked for: without a policy
-and without high pressure a node pays no round trip.  How large a share is the scheduler's business.
-"""
+Decides whose policy counts (the operator's file, the operation's own, or none) and when it is asked
+for: without a policy and without high pressure a node pays no round trip.  How large a share is the
+scheduler's business."""
 
 from __future__ import annotations
 
@@ -32,18 +32,31 @@ class SlotShares:
         self._policies = policies(settings)
         self._known: dict[tuple[str, int, int | None, float], Bulkhead] = {}
 
-    def of(self, operation: Operation, priority: str, level: Level, target_s: float) -> Bulkhead | None:
-        """Return what a node takes its place from, or None when nothing bounds its operation now."""
+    def of(
+        self, operation: Operation, priority: str, level: Level, target_s: float
+    ) -> Bulkhead | None:
+        """Return what a node takes its place from, or None when nothing bounds its operation
+        now.
+        """
         if not self._bounds(operation, level):
             return None
         policy, slots = policy_of(operation, self._policies), self._page.slots
         most = workers_for(policy, level, slots=slots, available_mb=None, priority=priority)
-        here = max(1, int(self._page.available_mb // policy.max_memory_mb)) if self._page.available_mb else 0
+        here = (
+            max(1, int(self._page.available_mb // policy.max_memory_mb))
+            if self._page.available_mb
+            else 0
+        )
         bounds = operation.name, most, min(most, here) or None, LEASE_S + RUNS_AT_MOST * target_s
         if bounds not in self._known:
             name, limit, per_host, lease_s = bounds
             self._known[bounds] = Bulkhead(
-                f"nodes:{name}", self._store, limit=limit, per_host=per_host, lease_s=lease_s, wake=self._wake
+                f"nodes:{name}",
+                self._store,
+                limit=limit,
+                per_host=per_host,
+                lease_s=lease_s,
+                wake=self._wake,
             )
         return self._known[bounds]
 
@@ -55,7 +68,10 @@ class SlotShares:
         if not self._declared(operation):
             return ""
         free_mb = self._page.free_mb
-        return may_start(policy_of(operation, self._policies), None if free_mb is None else free_mb + held_mb(os.getpid()))
+        return may_start(
+            policy_of(operation, self._policies),
+            None if free_mb is None else free_mb + held_mb(os.getpid()),
+        )
 
     def forget(self, pid: int) -> None:
         """Give back the places of a process of this machine that has died."""

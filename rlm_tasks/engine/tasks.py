@@ -1,8 +1,7 @@
 """The Celery tasks: doorbells that parse, call and return.
 
-An item's error is data and a node's crash is the ledger's business, so nothing a node meets ever enters a
-chord as an exception.
-"""
+An item's error is data and a node's crash is the ledger's business, so nothing a node meets ever
+enters a chord as an exception."""
 
 from __future__ import annotations
 
@@ -53,8 +52,8 @@ class Doorbell(Task):  # type: ignore[misc]  # Celery ships no types
 class Broadcast(Task):  # type: ignore[misc]  # Celery ships no types
     """What beat sends to have a look taken: a question to all workers, of whom the first looks.
 
-    A message in a queue would wait behind the very overload that is to be seen; and one that nobody takes would pile up.
-    """
+    A message in a queue would wait behind the very overload that is to be seen; and one that nobody
+    takes would pile up."""
 
     def apply_async(self, *_: Any, **__: Any) -> None:
         """Ask all workers."""
@@ -62,7 +61,9 @@ class Broadcast(Task):  # type: ignore[misc]  # Celery ships no types
 
 
 def register(app: Celery, runtime: Callable[[], Runtime]) -> None:
-    """Add the tasks to an app, and to no other of its process; `runtime` gives the parts of the process that runs them."""
+    """Add the tasks to an app, and to no other of its process; `runtime` gives the parts of the
+    process that runs them.
+    """
 
     @app.task(name=NODE_TASK, base=Doorbell, bind=True, shared=False)  # type: ignore[untyped-decorator]  # Celery ships no types
     def node(self: Any, job: str, node: str) -> None:
@@ -72,7 +73,9 @@ def register(app: Celery, runtime: Callable[[], Runtime]) -> None:
             _put_back(self, why)
         elif runtime().stands_aside((self.request.delivery_info or {}).get("routing_key", "")):
             raise Reject(requeue=True)
-        elif not _guarded(runtime(), job, lambda: run_node(runtime(), job, node, told.get("message", 0))):
+        elif not _guarded(
+            runtime(), job, lambda: run_node(runtime(), job, node, told.get("message", 0))
+        ):
             _leave_slot(self.request)
 
     @app.task(name=MONITOR_TASK, base=Broadcast, ignore_result=True, shared=False)  # type: ignore[untyped-decorator]  # Celery ships no types
@@ -87,8 +90,14 @@ def register(app: Celery, runtime: Callable[[], Runtime]) -> None:
 
 
 def beyond_this_worker(told: Mapping[str, Any]) -> str:
-    """Say why a message is not for this worker: its job was opened by a newer release of platform or operation."""
-    schema, name, version = told.get("schema", specs.SCHEMA), told.get("operation", ""), told.get("version", 1)
+    """Say why a message is not for this worker: its job was opened by a newer release of platform
+    or operation.
+    """
+    schema, name, version = (
+        told.get("schema", specs.SCHEMA),
+        told.get("operation", ""),
+        told.get("version", 1),
+    )
     if schema > specs.SCHEMA:
         return f"jobs of schema {schema}; this worker reads {specs.SCHEMA}"
     if name in registry.names() and version > (mine := registry.get(name).version):
@@ -102,7 +111,9 @@ def _say_once(why: str) -> None:
 
 
 def _put_back(task: Any, why: str) -> None:
-    """Send a message to the end of its queue as it came, for a newer worker; slowly, should there be none."""
+    """Send a message to the end of its queue as it came, for a newer worker; slowly, should there
+    be none.
+    """
     _say_once(why)
     time.sleep(PUT_BACK_S)
     task.signature_from_request(headers={"rlm": task.request.rlm}).apply_async()
@@ -112,9 +123,9 @@ def _put_back(task: Any, why: str) -> None:
 def _leave_slot(request: Any) -> None:
     """Return without filling this message's slot in its chord: somebody else does, or will.
 
-    Celery's ``Ignore`` says the same, but rebuilding its traceback cost a quarter of a small node's time
-    and made a pool process grow by 100 MB over 500 tail calls (measured with Celery 5.7, billiard 4.3).
-    """
+    Celery's ``Ignore`` says the same, but rebuilding its traceback cost a quarter of a small node's
+    time and made a pool process grow by 100 MB over 500 tail calls (measured with Celery 5.7,
+    billiard 4.3)."""
     request.update(chord=None, group=None)
 
 
@@ -125,7 +136,9 @@ def _guarded(runtime: Runtime, job: str, work: Callable[[], bool]) -> bool:
         logger.warning("A node of job %s is given up, the sweep will redo it: %s", job, error)
     except Exception as error:
         logger.exception("A node of job %s failed outside of its items", job)
-        runtime.ledger.stop(job, "failed", detail="a node failed outside of its items", error=failure_of(-1, error))
+        runtime.ledger.stop(
+            job, "failed", detail="a node failed outside of its items", error=failure_of(-1, error)
+        )
     return False
 
 
@@ -136,15 +149,28 @@ def _merge(runtime: Runtime, request: Any, job: str, split_id: str) -> bool:
     again = (request.delivery_info or {}).get("redelivered")
     if split.sp and (outer := runtime.ledger.split(job, split.sp)):
         # The message does not carry what encloses its chord: see dispatch.
-        request.update(group=group_id(job, split.sp), group_index=split.ix, chord=body_of(job, spec.queue, outer))
+        request.update(
+            group=group_id(job, split.sp),
+            group_index=split.ix,
+            chord=body_of(job, spec.queue, outer),
+        )
     if again:
-        # Its process may have died of it: what kills here is met, counted and named by the root merge.
+        # Its process may have died of it: what kills here is met, counted and named by the root
+        # merge.
         return True
     try:
-        compact_split(runtime.ledger, job, registry.get(spec.operation), split.lo, split.hi)
+        compact_split(
+            ledger=runtime.ledger,
+            job=job,
+            operation=registry.get(spec.operation),
+            lo=split.lo,
+            hi=split.hi,
+        )
     except (StoreUnavailable, UnknownOperation) as error:
         logger.info("Split %s of job %s is left to the root merge: %s", split_id, job, error)
     except Exception as error:
         # The root merge meets the same error, and makes it the job's.
-        logger.info("The merge of split %s of job %s raised %s", split_id, job, type(error).__name__)
+        logger.info(
+            "The merge of split %s of job %s raised %s", split_id, job, type(error).__name__
+        )
     return True

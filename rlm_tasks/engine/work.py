@@ -1,8 +1,7 @@
 """Work through a range: item by item, or in batches; with many items in flight, see `in_flight`.
 
-Decides how an operation is called and that what is done is always one range without a gap.  A boundary is
-offered after each item or batch; what happens there is the node's business.
-"""
+Decides how an operation is called and that what is done is always one range without a gap.  A
+boundary is offered after each item or batch; what happens there is the node's business."""
 
 from __future__ import annotations
 
@@ -25,7 +24,9 @@ from rlm_tasks.operations.registry import Operation
 WINDOW = 1024
 """Items held in memory at a time."""
 BATCH_GROWTH = 8
-"""A batch starts with one item and grows at most this much at a time towards the length of a slice."""
+"""A batch starts with one item and grows at most this much at a time towards the length of a
+slice.
+"""
 LARGEST_BATCH = 65_536
 """Items of the largest batch: they are all in memory at once."""
 _EMPTY: tuple[Any, ...] = (None, "", b"", [], {})
@@ -74,7 +75,9 @@ class Work:
         self.others: dict[int, Postponed] = {}  # items behind it that have to wait, too
         self.urgent = False  # what has stopped it waits for nobody
         self.refused = False  # a guard has said not yet
-        self.would_repeat = False  # items have ended behind one that sleeps: to stop now is to do them again
+        self.would_repeat = (
+            False  # items have ended behind one that sleeps: to stop now is to do them again
+        )
         self.took_s: list[float] = []  # of items that ended well at their first try
         self.recovered = 0  # items that ended well at a later try
 
@@ -136,16 +139,20 @@ class Work:
         self.at = self.until
 
     def _leaves_out(self, index: int, item: Any) -> bool:
-        """Leave out what validation has failed already, and empty items where the request says so."""
+        """Leave out what validation has failed already, and empty items where the request says
+        so.
+        """
         if index in self._claim.known_failed:
             self.harvest.leave_out(index, empty=False)
             return True
-        if self._spec.skip_if_empty and any(type(item) is type(each) and item == each for each in _EMPTY):
+        if self._spec.skip_if_empty and any(
+            type(item) is type(each) and item == each for each in _EMPTY
+        ):
             self.harvest.leave_out(index, empty=True)
             return True
         return False
 
-    # --- one by one ---------------------------------------------------------------------------------
+    # --- one by one ----------------------------------------------------------------------------
 
     def _each_item(self, window: Sequence[Any]) -> None:
         call: Callable[[Any, Context], Any] = self._validate if self._validating else self._call
@@ -156,7 +163,7 @@ class Work:
             index = context.index = self.at
             self._page.start_item(index)
             if not (self._filtered and self._leaves_out(index, item)):
-                self._attempt(keep, call, item, context, began)
+                self._attempt(keep=keep, call=call, value=item, context=context, began=began)
                 if self.postponed is not None:
                     return
             self.at = index + 1
@@ -166,7 +173,12 @@ class Work:
                 return
 
     def _attempt(
-        self, keep: Callable[[Any], None], call: Callable[[Any, Context], Any], value: Any, context: Context, began: float
+        self,
+        keep: Callable[[Any], None],
+        call: Callable[[Any, Context], Any],
+        value: Any,
+        context: Context,
+        began: float,
     ) -> None:
         """Run one item: it ends well, fails, or has to wait."""
         try:
@@ -199,7 +211,9 @@ class Work:
     def _remember(self, context: Context, rest: int) -> None:
         """Say of an item what the ledger remembers of it: only the first of a node has a past."""
         is_first = context.index == self._claim.lo
-        context.tries, context.waited = (self._claim.tries, self._claim.waited) if is_first else (0, False)
+        context.tries, context.waited = (
+            (self._claim.tries, self._claim.waited) if is_first else (0, False)
+        )
         context.rest = rest
 
     def _call(self, value: Any, context: Context) -> Any:
@@ -208,7 +222,9 @@ class Work:
         if self._guarded is None:
             return self._alarm.within(self._operation.apply, value, context)
         waiter = self._waiter(context.index)
-        return self._guarded.call(value, context, tries=context.tries, waiter=waiter, within=self._alarm.within)
+        return self._guarded.call(
+            value, context, tries=context.tries, waiter=waiter, within=self._alarm.within
+        )
 
     def _validate(self, item: Any, _context: Context) -> None:
         if self._operation.validate is not None:
@@ -216,15 +232,26 @@ class Work:
 
     def _context(self, index: int = 0) -> Context:
         spec, claim = self._spec, self._claim
-        return Context(spec.job, spec.params, claim.depth, claim.epoch, index, degradation=self.degradation)
+        return Context(
+            job_id=spec.job,
+            params=spec.params,
+            depth=claim.depth,
+            attempt=claim.epoch,
+            index=index,
+            degradation=self.degradation,
+        )
 
-    # --- in batches ---------------------------------------------------------------------------------
+    # --- in batches ----------------------------------------------------------------------------
 
     def _one_batch(self, window: Sequence[Any]) -> None:
         began = self._clock()
         kept = window  # a range stays a range: its sum needs no list
         if self._filtered:
-            kept = [item for index, item in enumerate(window, self.at) if not self._leaves_out(index, item)]
+            kept = [
+                item
+                for index, item in enumerate(window, self.at)
+                if not self._leaves_out(index, item)
+            ]
         self._page.start_item(self.at if len(window) == 1 else SEVERAL_ITEMS)
         if not kept or (len(window) > 1 and self._whole(kept, began)):
             self.at += len(window)
@@ -232,12 +259,16 @@ class Work:
             self._again_one_by_one(window)
         if self.postponed is None:
             now = self._clock()
-            grown = self._batch * min(BATCH_GROWTH, self._pace.slice_ms / 1000 / max(now - began, 1e-6))
+            grown = self._batch * min(
+                BATCH_GROWTH, self._pace.slice_ms / 1000 / max(now - began, 1e-6)
+            )
             self._batch = min(self._most, max(1, int(grown)))
             self._look_up(now)
 
     def _whole(self, kept: Sequence[Any], began: float) -> bool:
-        """Run a batch as one call; False when its items have to be run by themselves, or to wait."""
+        """Run a batch as one call; False when its items have to be run by themselves, or to
+        wait.
+        """
         try:
             self.harvest.add_batch(self._call(kept, self._context(self.at)), len(kept))
         except Denied as denied:
@@ -264,7 +295,13 @@ class Work:
             self._page.boundary(time.monotonic())  # each has the whole limit for itself
             self._page.start_item(index)
             if index not in self.harvest.left_out:
-                self._attempt(self._keep_one, self._call, [item], context, self._clock())
+                self._attempt(
+                    keep=self._keep_one,
+                    call=self._call,
+                    value=[item],
+                    context=context,
+                    began=self._clock(),
+                )
                 if self.postponed is not None:
                     return
             self.at = index + 1

@@ -1,8 +1,8 @@
 """Tabs of the platform in Flower: Jobs, Pressure, Breakers, Limits, Queues.
 
-Decides how they get into Flower (which has no interface for it) and what is safe by default.  `pages` says what they show,
-`views` answers the browser; their look, login and prefix are Flower's own.
-"""
+Decides how they get into Flower (which has no interface for it) and what is safe by default.
+`pages` says what they show, `views` answers the browser; their look, login and prefix are Flower's
+own."""
 
 from __future__ import annotations
 
@@ -30,13 +30,21 @@ class TabbedBar(TemplateModule):
     """Flower's own templates, with our tabs in its bar."""
 
     def render(self, path: str, **values: Any) -> bytes:
-        """Return a template; the bar's first list is Flower's tabs, and ours follow.  Without it they are missing."""
+        """Return a template; the bar's first list is Flower's tabs, and ours follow.  Without it
+        they are missing.
+        """
         html: bytes = super().render(path, **values)
         head, end, tail = html.partition(b"</ul>")
-        return head + self._tabs(values.get("active_tab")) + end + tail if path == "navbar.html" and end else html
+        return (
+            head + self._tabs(values.get("active_tab")) + end + tail
+            if path == "navbar.html" and end
+            else html
+        )
 
     def _tabs(self, active: object) -> bytes:
-        return "".join(self._tab(f"rlm-{name}", title, f"rlm-{name}" == active) for name, title in TABS.items()).encode()
+        return "".join(
+            self._tab(f"rlm-{name}", title, f"rlm-{name}" == active) for name, title in TABS.items()
+        ).encode()
 
     def _tab(self, name: str, title: str, is_active: bool) -> str:
         shown = 'active" aria-current="page"' if is_active else '"'
@@ -44,13 +52,20 @@ class TabbedBar(TemplateModule):
 
 
 def install(app: Celery) -> None:
-    """Add tabs and metrics to the Flower that is about to be made in this process; a second call changes nothing."""
+    """Add tabs and metrics to the Flower that is about to be made in this process; a second call
+    changes nothing.
+    """
     if any(getattr(each, "name", None) == "rlm-job" for each in urls.handlers):
         return
     urls.handlers[0:0] = [
         url(r"/rlm/job/([^/]+)", JobView, name="rlm-job"),
         url(r"/rlm/do/([a-z-]+)", ActionView, name="rlm-do"),
-        url(r"/rlm/static/(.*)", StaticFileHandler, {"path": str(HERE / "static")}, name="rlm-static"),
+        url(
+            r"/rlm/static/(.*)",
+            StaticFileHandler,
+            {"path": str(HERE / "static")},
+            name="rlm-static",
+        ),
         *(url(rf"/rlm/{name}", PageView, {"name": name}, name=f"rlm-{name}") for name in TABS),
     ]
     urls.settings.setdefault("ui_modules", {})["Template"] = TabbedBar
@@ -59,13 +74,17 @@ def install(app: Celery) -> None:
 
 
 def _client(app: Celery) -> Client:
-    from rlm_tasks.client.client import Client  # it needs the app, which is being made while this is installed
+    from rlm_tasks.client.client import (
+        Client,
+    )  # it needs the app, which is being made while this is installed
 
     return Client(app)
 
 
 def _stay_on_loopback() -> None:
-    """Be seen from this machine alone, unless somebody asked for more or everybody has to log in."""
+    """Be seen from this machine alone, unless somebody asked for more or everybody has to log
+    in.
+    """
     options = default_options
     if not (options.address or options.unix_socket or options.basic_auth or options.auth):
         options.address = LOOPBACK

@@ -1,8 +1,9 @@
-"""The whole platform in Prometheus' terms, on Flower's ``/metrics``: one process tells of it, so that nothing counts twice.
+"""The whole platform in Prometheus' terms, on Flower's ``/metrics``: one process tells of it, so
+that nothing counts twice.
 
-Decides what is told of the cluster; what a worker does it tells itself (`rlm_tasks.metrics`).  A thread looks every few seconds,
-so that a scrape never waits for Redis; without Redis only ``rlm_up`` is told.
-"""
+Decides what is told of the cluster; what a worker does it tells itself (`rlm_tasks.metrics`).  A
+thread looks every few seconds, so that a scrape never waits for Redis; without Redis only
+``rlm_up`` is told."""
 
 from __future__ import annotations
 
@@ -46,10 +47,14 @@ class Gauges(Collector):
         """Tell what was seen last."""
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._look_again_and_again, name="rlm-gauges", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._look_again_and_again, name="rlm-gauges", daemon=True
+                )
                 self._thread.start()
         self._looked.wait(FIRST_LOOK_S)
-        yield GaugeMetricFamily("rlm_up", "1 when the platform's Redis answers.", value=float(bool(self._seen)))
+        yield GaugeMetricFamily(
+            "rlm_up", "1 when the platform's Redis answers.", value=float(bool(self._seen))
+        )
         yield from self._seen
 
     def _look_again_and_again(self) -> None:
@@ -71,57 +76,113 @@ def families(client: Client) -> Iterator[GaugeMetricFamily]:
     """Yield every metric of the cluster.  Raises StoreUnavailable and BrokerUnavailable."""
     yield from _of_pressure(client)
     yield from _of_work(client)
-    yield _family("rlm_circuit_breaker_state", GAUGES["rlm_circuit_breaker_state"], ("service",), [
-        ((name,), BREAKER_STATES[at["state"]]) for name, at in client.breakers.status().items()
-    ])  # fmt: skip
-    yield _family("rlm_llm_endpoint_healthy", "1 while an endpoint of models gets calls, 0 while it is ill.", ("endpoint",), [
-        ((each.name,), each.healthy) for each in client.endpoints()
-    ])  # fmt: skip
+    yield _family(
+        "rlm_circuit_breaker_state",
+        GAUGES["rlm_circuit_breaker_state"],
+        ("service",),
+        [((name,), BREAKER_STATES[at["state"]]) for name, at in client.breakers.status().items()],
+    )
+    yield _family(
+        "rlm_llm_endpoint_healthy",
+        "1 while an endpoint of models gets calls, 0 while it is ill.",
+        ("endpoint",),
+        [((each.name,), each.healthy) for each in client.endpoints()],
+    )
     limits = client.limits()
-    yield _family("rlm_limit_fill", "Used of a rate limit or a bulkhead, 0 to 1.", ("service", "limit"), [
-        ((each.service, each.name), each.fill) for each in limits
-    ])  # fmt: skip
-    yield _family("rlm_limit_waiting_nodes", "Nodes in line for a bulkhead.", ("service", "limit"), [
-        ((each.service, each.name), each.waiting) for each in limits
-    ])  # fmt: skip
+    yield _family(
+        "rlm_limit_fill",
+        "Used of a rate limit or a bulkhead, 0 to 1.",
+        ("service", "limit"),
+        [((each.service, each.name), each.fill) for each in limits],
+    )
+    yield _family(
+        "rlm_limit_waiting_nodes",
+        "Nodes in line for a bulkhead.",
+        ("service", "limit"),
+        [((each.service, each.name), each.waiting) for each in limits],
+    )
 
 
 def _of_pressure(client: Client) -> Iterator[GaugeMetricFamily]:
     status = client.status()
     slots, busy = sum(each.slots for each in status.hosts), sum(each.busy for each in status.hosts)
-    yield _one("rlm_cluster_pressure_level", "0 normal to 4 emergency.", Level[status.level.upper()])
+    yield _one(
+        "rlm_cluster_pressure_level", "0 normal to 4 emergency.", Level[status.level.upper()]
+    )
     yield _one("rlm_cluster_monitored", "1 while beat has the monitor look.", status.monitored)
     yield _one("rlm_cluster_workers", "Workers that tell of themselves.", len(status.hosts))
-    yield _one("rlm_cluster_desired_workers", "Workers that would do; 0: not known.", status.desired_workers)
-    if status.monitored and (latest := client.pressure.history(1)) and latest[0].redis_pct is not None:
+    yield _one(
+        "rlm_cluster_desired_workers",
+        "Workers that would do; 0: not known.",
+        status.desired_workers,
+    )
+    if (
+        status.monitored
+        and (latest := client.pressure.history(1))
+        and latest[0].redis_pct is not None
+    ):
         about = "Used of Redis' maxmemory, in percent; nothing where it sets no limit."
         yield _one("rlm_redis_memory_pct", about, latest[0].redis_pct)
     yield _family(
-        "rlm_cluster_slots", "Slots of all workers.", ("state",), [(("busy",), busy), (("free",), max(0, slots - busy))]
+        "rlm_cluster_slots",
+        "Slots of all workers.",
+        ("state",),
+        [(("busy",), busy), (("free",), max(0, slots - busy))],
     )
-    yield _family("rlm_operation_items", "Items an operation has run, since it ran last after a month's rest.", ("operation", "outcome"), [
-        ((each["executor_id"], outcome), each[counted])
-        for each in status.operations for outcome, counted in (("done", "successful_executions"), ("failed", "failed_executions"))
-    ])  # fmt: skip
+    yield _family(
+        "rlm_operation_items",
+        "Items an operation has run, since it ran last after a month's rest.",
+        ("operation", "outcome"),
+        [
+            ((each["executor_id"], outcome), each[counted])
+            for each in status.operations
+            for outcome, counted in (
+                ("done", "successful_executions"),
+                ("failed", "failed_executions"),
+            )
+        ],
+    )
 
 
 def _of_work(client: Client) -> Iterator[GaugeMetricFamily]:
     queues, consumers, standing = client.queues(), client.pressure.consumers(), client.at_work()
     ages = [((name,), at.oldest_s) for name, at in queues.items() if at.oldest_s is not None]
-    yield _family("rlm_queue_messages", "Messages that wait.", ("queue",), [((name,), at.depth) for name, at in queues.items()])
-    yield _family("rlm_queue_workers", "Workers that consume it.", ("queue",), [
-        ((name,), len(consumers.get(name, []))) for name in queues
-    ])  # fmt: skip
-    yield _family("rlm_queue_oldest_seconds", "How long the oldest message has waited.", ("queue",), ages)
+    yield _family(
+        "rlm_queue_messages",
+        "Messages that wait.",
+        ("queue",),
+        [((name,), at.depth) for name, at in queues.items()],
+    )
+    yield _family(
+        "rlm_queue_workers",
+        "Workers that consume it.",
+        ("queue",),
+        [((name,), len(consumers.get(name, []))) for name in queues],
+    )
+    yield _family(
+        "rlm_queue_oldest_seconds", "How long the oldest message has waited.", ("queue",), ages
+    )
     nodes = Counter[tuple[str, str]]()
     for each in standing:
         nodes.update(
-            {(each.queue, "queued"): each.queued, (each.queue, "running"): each.running, (each.queue, "parked"): each.parked}
+            {
+                (each.queue, "queued"): each.queued,
+                (each.queue, "running"): each.running,
+                (each.queue, "parked"): each.parked,
+            }
         )
-    yield _family("rlm_nodes_open", "Nodes of open jobs, the first 200 of them.", ("queue", "state"), nodes.items())
-    yield _family("rlm_jobs", "Open jobs, the first 200 of them.", ("state",), [
-        ((state,), count) for state, count in Counter(each.state for each in standing).items()
-    ])  # fmt: skip
+    yield _family(
+        "rlm_nodes_open",
+        "Nodes of open jobs, the first 200 of them.",
+        ("queue", "state"),
+        nodes.items(),
+    )
+    yield _family(
+        "rlm_jobs",
+        "Open jobs, the first 200 of them.",
+        ("state",),
+        [((state,), count) for state, count in Counter(each.state for each in standing).items()],
+    )
 
 
 def _one(name: str, about: str, value: float) -> GaugeMetricFamily:

@@ -1,8 +1,8 @@
 """What each tab shows, as cards and tables: plain data that one script in the browser draws.
 
-Decides what a person who operates the platform wants to see first.  Refuses to know Flower, HTML and who is looking.  Of a
-request its operation, priority and description are shown; no item, parameter, result or failure's message is on any page.
-"""
+Decides what a person who operates the platform wants to see first.  Refuses to know Flower, HTML
+and who is looking.  Of a request its operation, priority and description are shown; no item,
+parameter, result or failure's message is on any page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from rlm_tasks.telemetry.limit_reports import LimitReport
     from scheduler.board import HostReport
 
-TABS = {"jobs": "Jobs", "pressure": "Pressure", "breakers": "Breakers", "limits": "Limits", "queues": "Queues"}
+TABS = {
+    "jobs": "Jobs",
+    "pressure": "Pressure",
+    "breakers": "Breakers",
+    "limits": "Limits",
+    "queues": "Queues",
+}
 JOBS, NODES, EVENTS, LOOKS = 50, 300, 30, 120
 """So many are shown: of jobs; of one job's nodes and events; of the monitor's looks."""
 FAILURES, INDEXES = 1000, 20
@@ -116,7 +122,7 @@ class Picture:
         return asdict(self)
 
 
-# --- jobs --------------------------------------------------------------------------------------------
+# --- jobs -------------------------------------------------------------------------------------
 
 
 def jobs(client: Client) -> Picture:
@@ -130,10 +136,23 @@ def jobs(client: Client) -> Picture:
         Card("Succeeded", str(count[Status.SUCCEEDED]), "success"),
         Card("Failed", str(failed), "danger" if failed else ""),
     ]
-    columns = ("Job", "Id", "Priority", "Status", "Progress", "Items", "Failed", "Nodes", "Time", "")
+    columns = (
+        "Job",
+        "Id",
+        "Priority",
+        "Status",
+        "Progress",
+        "Items",
+        "Failed",
+        "Nodes",
+        "Time",
+        "",
+    )
     minor = ("Id", "Priority", "Items", "Failed", "Nodes", "Time", "")
     rows = [_job_row(spec, progress) for spec, progress in found]
-    table = Table("", columns, rows, "No job has been submitted yet.", minor)
+    table = Table(
+        title="", columns=columns, rows=rows, empty="No job has been submitted yet.", minor=minor
+    )
     return Picture(f"The newest {len(found)} jobs.", cards=cards, tables=[table])
 
 
@@ -153,7 +172,9 @@ def _job_row(spec: JobSpec, at: Progress) -> list[str | Cell]:
 
 
 def _share(at: Progress) -> Cell:
-    """Return how much has been worked on: what was skipped, as a cancelled job's rest, is no progress."""
+    """Return how much has been worked on: what was skipped, as a cancelled job's rest, is no
+    progress.
+    """
     share = (at.done + at.failed) / at.total if at.total else 1.0
     return Cell(f"{share:.0%}", _TONES.get(at.status, ""), bar=share)
 
@@ -163,15 +184,29 @@ def _to_go(at: Progress) -> str:
 
 
 def _cancel(job: str) -> Action:
-    return Action("cancel", "Cancel", f"Cancel job {_short(job)}", {"job": job}, f"Cancel job {job} with all of its nodes?")
+    return Action(
+        name="cancel",
+        title="Cancel",
+        label=f"Cancel job {_short(job)}",
+        about={"job": job},
+        confirm=f"Cancel job {job} with all of its nodes?",
+    )
 
 
 def _retry(job: str) -> Action:
-    return Action("retry", "Retry what failed", "", {"job": job}, "Open a new job on the failed items?")
+    return Action(
+        name="retry",
+        title="Retry what failed",
+        label="",
+        about={"job": job},
+        confirm="Open a new job on the failed items?",
+    )
 
 
 def job(client: Client, job_id: str) -> Picture:
-    """Return one job: how far it is, why it waits, its tree, its failures, its receipt.  Raises JobNotFound."""
+    """Return one job: how far it is, why it waits, its tree, its failures, its receipt.  Raises
+    JobNotFound.
+    """
     found = client.job(job_id)
     if (spec := client.ledger.spec(job_id)) is None:
         raise JobNotFound(job_id)
@@ -186,26 +221,51 @@ def job(client: Client, job_id: str) -> Picture:
     if at.status.final and at.failed:
         actions.append(_retry(job_id))
     return Picture(
-        f"{found.explain()}{_pace(at)}", spec.description or spec.operation, f"{spec.operation} · {spec.priority} priority · {job_id}",
-        cards, [_failures(found, at), _receipt(found), *_spent(found), _tree(found.tree()), _log(found)], actions=actions,
-    )  # fmt: skip
+        sentence=f"{found.explain()}{_pace(at)}",
+        heading=spec.description or spec.operation,
+        about=f"{spec.operation} · {spec.priority} priority · {job_id}",
+        cards=cards,
+        tables=[
+            _failures(found, at),
+            _receipt(found),
+            *_spent(found),
+            _tree(found.tree()),
+            _log(found),
+        ],
+        actions=actions,
+    )
 
 
 def _pace(at: Progress) -> str:
     """Say how fast it is, and for how long; nothing while nothing is known."""
-    return f" {', '.join(filter(None, (f'{at.rate:,.1f} items a second', _to_go(at))))}." if at.rate else ""
+    return (
+        f" {', '.join(filter(None, (f'{at.rate:,.1f} items a second', _to_go(at))))}."
+        if at.rate
+        else ""
+    )
 
 
 def _tree(tree: Sequence[TreeNode]) -> Table:
     rows: list[list[str | Cell]] = [
         [
-            Cell(node.id, indent=node.depth), f"{node.lo:,} to {node.hi:,}", f"{node.worked:,}",
-            Cell(node.state, _NODE_TONES.get(node.state, ""), badge=True), _seconds(node.duration_ms / 1000), node.worker, node.why,
+            Cell(node.id, indent=node.depth),
+            f"{node.lo:,} to {node.hi:,}",
+            f"{node.worked:,}",
+            Cell(node.state, _NODE_TONES.get(node.state, ""), badge=True),
+            _seconds(node.duration_ms / 1000),
+            node.worker,
+            node.why,
         ]
         for node in tree[:NODES]
-    ]  # fmt: skip
+    ]
     columns = ("Node", "Items", "Worked", "State", "Time", "Worker", "Why")
-    return Table(_counted("Tree", len(tree), "node", NODES), columns, rows, "No node yet.", ("Worked", "Time", "Worker"))
+    return Table(
+        title=_counted("Tree", len(tree), "node", NODES),
+        columns=columns,
+        rows=rows,
+        empty="No node yet.",
+        minor=("Worked", "Time", "Worker"),
+    )
 
 
 _NODE_TONES = {"running": "active", "parked": "warning", "done": "success", "cut": "success"}
@@ -218,40 +278,60 @@ def _failures(found: Job, at: Progress) -> Table:
             type,
             code,
             f"{len(indexes):,}",
-            ", ".join(f"{each:,}" for each in indexes[:INDEXES]) + (", …" if len(indexes) > INDEXES else ""),
+            ", ".join(f"{each:,}" for each in indexes[:INDEXES])
+            + (", …" if len(indexes) > INDEXES else ""),
         ]
         for type, code, indexes in alike(found.failures())
     ]
     return Table(
-        _counted("Failures", at.failed, "item", FAILURES), ("Type", "Code", "Items", "Which"), rows, "No item has failed."
+        _counted("Failures", at.failed, "item", FAILURES),
+        ("Type", "Code", "Items", "Which"),
+        rows,
+        "No item has failed.",
     )
 
 
 def _receipt(found: Job) -> Table:
     rows = [[each.strategy, each.level, f"{each.items:,}"] for each in found.receipt()]
-    return Table("Receipt", ("Left out", "Under", "Items"), rows, "Nothing was left out: no pressure has shaped this job.")
+    return Table(
+        "Receipt",
+        ("Left out", "Under", "Items"),
+        rows,
+        "Nothing was left out: no pressure has shaped this job.",
+    )
 
 
 def _spent(found: Job) -> list[Table]:
     """Return what calls to models have cost; nothing for a job that makes none."""
     told = found.spent()
-    return [Table("Calls to models", [each.capitalize() for each in COLUMNS], rows(told), "None yet.")] if told else []
+    return (
+        [Table("Calls to models", [each.capitalize() for each in COLUMNS], rows(told), "None yet.")]
+        if told
+        else []
+    )
 
 
 def _log(found: Job) -> Table:
     events = found.events()
     rows = [[_clock(each.at), each.event, each.detail] for each in events[-EVENTS:]]
-    return Table(_counted("What happened", len(events), "event", EVENTS, "last"), ("At", "Event", "About"), rows, "Nothing yet.")
+    return Table(
+        _counted(title="What happened", count=len(events), noun="event", most=EVENTS, which="last"),
+        ("At", "Event", "About"),
+        rows,
+        "Nothing yet.",
+    )
 
 
 def _counted(title: str, count: int, noun: str, most: int, which: str = "first") -> str:
     """Return a title that says how many there are, and how many of them are shown."""
     if not count:
         return title
-    return f"{title}: {count:,} {noun}{'s' if count > 1 else ''}" + (f", the {which} {most}" if count > most else "")
+    return f"{title}: {count:,} {noun}{'s' if count > 1 else ''}" + (
+        f", the {which} {most}" if count > most else ""
+    )
 
 
-# --- the platform ------------------------------------------------------------------------------------
+# --- the platform -----------------------------------------------------------------------------
 
 
 def pressure(client: Client) -> Picture:
@@ -262,31 +342,66 @@ def pressure(client: Client) -> Picture:
         Card("Level", status.level, _level_tone(level)),
         Card("CPU", f"{used['cpu_percent']:.0f} %"),
         Card("Memory", f"{used['memory_percent']:.0f} %"),
-        Card("Slots", f"{sum(each.busy for each in status.hosts)} of {sum(each.slots for each in status.hosts)} busy"),
+        Card(
+            "Slots",
+            f"{sum(each.busy for each in status.hosts)} of {sum(each.slots for each in status.hosts)} busy",
+        ),
     ]
-    events = [[_clock_of(each["timestamp"]), each["level"], each["message"]] for each in status.recent_pressure_events]
-    changes = Table("Changes", ("At", "Level", "What"), events, "The level has not changed of late.")
-    chart = Chart("Level over time, as the monitor found it", [each.label for each in Level], _points(client), status.forced)
-    return Picture(_sentence(status), cards=cards, chart=chart, tables=[_hosts(status.hosts), changes], actions=_drills(status))
+    events = [
+        [_clock_of(each["timestamp"]), each["level"], each["message"]]
+        for each in status.recent_pressure_events
+    ]
+    changes = Table(
+        "Changes", ("At", "Level", "What"), events, "The level has not changed of late."
+    )
+    chart = Chart(
+        "Level over time, as the monitor found it",
+        [each.label for each in Level],
+        _points(client),
+        status.forced,
+    )
+    return Picture(
+        _sentence(status),
+        cards=cards,
+        chart=chart,
+        tables=[_hosts(status.hosts), changes],
+        actions=_drills(status),
+    )
 
 
 def _hosts(hosts: Sequence[HostReport]) -> Table:
     rows: list[list[str | Cell]] = [
         [
-            host.worker, Cell(Level(host.level).label, _level_tone(Level(host.level)), badge=True), host.why,
-            f"{host.busy} of {host.slots}", f"{host.sample.cpu_pct:.0f} %" if host.sample else "?",
-            f"{host.sample.memory_pct:.0f} %" if host.sample else "?", ", ".join(host.queues),
+            host.worker,
+            Cell(Level(host.level).label, _level_tone(Level(host.level)), badge=True),
+            host.why,
+            f"{host.busy} of {host.slots}",
+            f"{host.sample.cpu_pct:.0f} %" if host.sample else "?",
+            f"{host.sample.memory_pct:.0f} %" if host.sample else "?",
+            ", ".join(host.queues),
         ]
         for host in hosts
-    ]  # fmt: skip
+    ]
     columns = ("Worker", "Level", "Why", "Busy slots", "CPU", "Memory", "Queues")
-    return Table("Hosts", columns, rows, "No worker is alive: start one with celery worker.", ("CPU", "Memory", "Queues"))
+    return Table(
+        title="Hosts",
+        columns=columns,
+        rows=rows,
+        empty="No worker is alive: start one with celery worker.",
+        minor=("CPU", "Memory", "Queues"),
+    )
 
 
 def _drills(status: PlatformStatus) -> list[Action]:
     levels = [each.label for each in (Level.HIGH, Level.CRITICAL)]
     begin = [
-        Action("force", f"Drill: {each}", "", {"level": each}, f"Make all workers act on {each} for 10 minutes?")
+        Action(
+            name="force",
+            title=f"Drill: {each}",
+            label="",
+            about={"level": each},
+            confirm=f"Make all workers act on {each} for 10 minutes?",
+        )
         for each in levels
     ]
     return [*begin, Action("release", "End the drill")] if status.forced else begin
@@ -296,7 +411,11 @@ def _sentence(status: PlatformStatus) -> str:
     told = f"Pressure is {status.level}" + (f": {status.why}" if status.why else "")
     rising = f"; {status.rising_to} is expected within a minute" if status.rising_to else ""
     wanted = f" {status.desired_workers} workers would do." if status.desired_workers else ""
-    blind = "" if status.monitored else " No beat is alive, each host acts on its own: start celery beat."
+    blind = (
+        ""
+        if status.monitored
+        else " No beat is alive, each host acts on its own: start celery beat."
+    )
     return f"{told}{rising}.{wanted}{blind}"
 
 
@@ -314,13 +433,17 @@ def breakers(client: Client) -> Picture:
     now = time.time()
     rows: list[list[str | Cell]] = [
         [
-            name, Cell(at["state"], _BREAKER_TONES[at["state"]], badge=True), f"{at['failure_count']:,}",
+            name,
+            Cell(at["state"], _BREAKER_TONES[at["state"]], badge=True),
+            f"{at['failure_count']:,}",
             _ago(now - at["last_failure_time"]) if at["last_failure_time"] else "never",
             f"in {_seconds(at['retry_after_s'])}" if at["retry_after_s"] else "",
             "" if at["state"] == "closed" else Cell("", action=_close(name)),
         ]
-        for name, at in sorted(found.items(), key=lambda each: (-BREAKER_STATES[each[1]["state"]], each[0]))
-    ]  # fmt: skip
+        for name, at in sorted(
+            found.items(), key=lambda each: (-BREAKER_STATES[each[1]["state"]], each[0])
+        )
+    ]
     count = Counter(str(at["state"]) for at in found.values())
     cards = [
         Card("Open", str(count["open"]), "danger" if count["open"] else ""),
@@ -328,7 +451,13 @@ def breakers(client: Client) -> Picture:
         Card("Closed", str(count["closed"]), "success"),
     ]
     columns = ("Service", "State", "Failures", "Last failure", "Next probe", "")
-    table = Table("", columns, rows, "No operation declares a breaker, and none was used.", ("Failures", "Last failure"))
+    table = Table(
+        title="",
+        columns=columns,
+        rows=rows,
+        empty="No operation declares a breaker, and none was used.",
+        minor=("Failures", "Last failure"),
+    )
     sentence = f"Open: {count['open']} of {len(found)}. What an open breaker guards waits, or takes its fallback."
     return Picture(sentence, cards=cards, tables=[table])
 
@@ -337,7 +466,13 @@ _BREAKER_TONES = {"closed": "success", "half-open": "warning", "open": "danger"}
 
 
 def _close(name: str) -> Action:
-    return Action("reset", "Close", f"Close breaker {name}", {"breaker": name}, f"Close breaker {name}?")
+    return Action(
+        name="reset",
+        title="Close",
+        label=f"Close breaker {name}",
+        about={"breaker": name},
+        confirm=f"Close breaker {name}?",
+    )
 
 
 def limits(client: Client) -> Picture:
@@ -345,12 +480,15 @@ def limits(client: Client) -> Picture:
     found = sorted(client.limits(), key=lambda each: -each.fill)
     rows: list[list[str | Cell]] = [
         [
-            each.service, each.name, _fill(each),
-            f"{each.per_s:g} s" if each.per_s else "at once", f"{each.waiting:,}" if each.waiting else "",
+            each.service,
+            each.name,
+            _fill(each),
+            f"{each.per_s:g} s" if each.per_s else "at once",
+            f"{each.waiting:,}" if each.waiting else "",
             f"for {_seconds(each.hold_s)}" if each.hold_s else "",
         ]
         for each in found
-    ]  # fmt: skip
+    ]
     full, held = sum(each.fill >= 1 for each in found), sum(each.hold_s > 0 for each in found)
     cards = [
         Card("Full", str(full), "warning" if full else ""),
@@ -359,7 +497,13 @@ def limits(client: Client) -> Picture:
     ]
     columns = ("Service", "Limit", "Used", "Within", "Nodes in line", "Held by the provider")
     empty = "No operation that this Flower imports (RLM_OPERATIONS) declares a limit."
-    table = Table("", columns, rows, empty, ("Nodes in line", "Held by the provider"))
+    table = Table(
+        title="",
+        columns=columns,
+        rows=rows,
+        empty=empty,
+        minor=("Nodes in line", "Held by the provider"),
+    )
     return Picture("What has no token is parked, and holds no slot.", cards=cards, tables=[table])
 
 
@@ -377,11 +521,17 @@ def queues(client: Client) -> Picture:
         running[each.queue] += each.running
     rows: list[list[str | Cell]] = [
         [
-            name, f"{at.depth:,}", "" if at.oldest_s is None else _seconds(at.oldest_s), f"{parked[name]:,}", f"{running[name]:,}",
-            ", ".join(consumers[name]) if name in consumers else Cell("nobody", "danger", badge=True),
+            name,
+            f"{at.depth:,}",
+            "" if at.oldest_s is None else _seconds(at.oldest_s),
+            f"{parked[name]:,}",
+            f"{running[name]:,}",
+            ", ".join(consumers[name])
+            if name in consumers
+            else Cell("nobody", "danger", badge=True),
         ]
         for name, at in found.items()
-    ]  # fmt: skip
+    ]
     ages = [at.oldest_s for at in found.values() if at.oldest_s is not None]
     cards = [
         Card("Messages", f"{sum(at.depth for at in found.values()):,}"),
@@ -391,7 +541,19 @@ def queues(client: Client) -> Picture:
     ]
     columns = ("Queue", "Messages", "The oldest waits", "Parked", "In flight", "Consumed by")
     sentence = "A message is one node; a parked node has none, and waits for a time or an event."
-    return Picture(sentence, cards=cards, tables=[Table("", columns, rows, "", ("The oldest waits", "Consumed by"))])
+    return Picture(
+        sentence,
+        cards=cards,
+        tables=[
+            Table(
+                title="",
+                columns=columns,
+                rows=rows,
+                empty="",
+                minor=("The oldest waits", "Consumed by"),
+            )
+        ],
+    )
 
 
 PAGES: dict[str, Callable[[Client], Picture]] = {
@@ -403,7 +565,7 @@ PAGES: dict[str, Callable[[Client], Picture]] = {
 }
 
 
-# --- figures for people ------------------------------------------------------------------------------
+# --- figures for people -----------------------------------------------------------------------
 
 
 def _short(job: str) -> str:

@@ -1,8 +1,8 @@
 """What the browser is answered: pages, their data, and actions.
 
-Decides who may look and act, by Flower's own rules: a page needs its login where there is one, an action needs a login always,
-and none with ``--read-only``.  Redis is asked in a thread; refuses to know what a page shows.
-"""
+Decides who may look and act, by Flower's own rules: a page needs its login where there is one, an
+action needs a login always, and none with ``--read-only``.  Redis is asked in a thread; refuses to
+know what a page shows."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class _Ours(BaseHandler):  # type: ignore[misc]  # Flower ships no types
     @property
     def client(self) -> Client:
         """The client of the app that Flower was started for; one for all requests."""
-        from rlm_tasks.client.client import Client  # it needs the app, which is being made while tabs are installed
+        from rlm_tasks.client.client import (
+            Client,
+        )  # it needs the app, which is being made while tabs are installed
 
         application = self.application
         if not hasattr(application, "rlm_client"):
@@ -69,7 +71,10 @@ class _Ours(BaseHandler):  # type: ignore[misc]  # Flower ships no types
     def may_act(self) -> bool:
         """Whether this visitor may do more than look."""
         options = self.application.options
-        return bool(options.basic_auth or options.auth or self.unauthenticated_api) and not options.read_only
+        return (
+            bool(options.basic_auth or options.auth or self.unauthenticated_api)
+            and not options.read_only
+        )
 
 
 def _reason(error: Exception) -> str:
@@ -99,7 +104,9 @@ class PageView(_Ours):
     async def show(self, title: str, page: Callable[..., pages.Picture], *about: Any) -> None:
         """Draw a page, or tell what is on it."""
         if not self.get_argument("json", default=False, type=bool):
-            self.render("page.html", title=title, eyebrow=pages.TABS[self._name], tab=f"rlm-{self._name}")
+            self.render(
+                "page.html", title=title, eyebrow=pages.TABS[self._name], tab=f"rlm-{self._name}"
+            )
             return
         picture = await self.ask(page, *about)
         self.set_header("Cache-Control", "no-store")
@@ -109,7 +116,11 @@ class PageView(_Ours):
         """Say why there are no buttons."""
         if self.application.options.read_only:
             return "This Flower is read-only."
-        return "" if self.may_act else "To cancel jobs, close breakers and drill, start Flower with --basic_auth or --auth."
+        return (
+            ""
+            if self.may_act
+            else "To cancel jobs, close breakers and drill, start Flower with --basic_auth or --auth."
+        )
 
     def write_error(self, status_code: int, **about: Any) -> None:
         """Tell the script in words, a person as Flower does."""
@@ -141,7 +152,11 @@ class ActionView(_Ours, BaseApiHandler):  # type: ignore[misc]  # Flower ships n
         self.write({"done": await self.ask(ACTIONS[name], self._about())})
 
     def _about(self) -> dict[str, str]:
-        return {name: self.get_body_argument(name) for name in self.request.body_arguments if name != "_xsrf"}
+        return {
+            name: self.get_body_argument(name)
+            for name in self.request.body_arguments
+            if name != "_xsrf"
+        }
 
     def write_error(self, status_code: int, **about: Any) -> None:
         """Tell the script in words."""
@@ -149,7 +164,11 @@ class ActionView(_Ours, BaseApiHandler):  # type: ignore[misc]  # Flower ships n
             # A browser sends a password unasked only below the path for which it was given.
             self.set_header("WWW-Authenticate", 'Basic realm="flower"')
         error = (about.get("exc_info") or (None, None))[1]
-        told = error.get_message() if isinstance(error, HTTPError) and hasattr(error, "get_message") else ""
+        told = (
+            error.get_message()
+            if isinstance(error, HTTPError) and hasattr(error, "get_message")
+            else ""
+        )
         self.finish({"error": getattr(error, "reason", None) or told or self._reason})
 
 

@@ -67,7 +67,9 @@ def unpack(data: bytes) -> Any:
 
 def _with_big_integers(value: Any) -> Any:
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
-        return msgspec.msgpack.Ext(_BIG_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
+        return msgspec.msgpack.Ext(
+            _BIG_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True)
+        )
     if isinstance(value, dict):
         return {_with_big_integers(key): _with_big_integers(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

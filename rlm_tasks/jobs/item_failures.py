@@ -1,4 +1,6 @@
-"""Turn an exception into data that can be stored and shown; and say what Celery's own exceptions mean."""
+"""Turn an exception into data that can be stored and shown; and say what Celery's own exceptions
+mean.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,19 @@ for _error, _fault in {
 
 TRACEBACK_CHARS = 4000
 MESSAGE_CHARS = 1000
-_PLATFORM_FRAMES = {("rlm_tasks", "node.py"), ("rlm_tasks", "operations.py"), ("rlm_tasks", "merging.py")}
+_PLATFORM_FRAMES = {
+    ("rlm_tasks", "node.py"),
+    ("rlm_tasks", "operations.py"),
+    ("rlm_tasks", "merging.py"),
+}
 
 
 def failure_of(index: int, error: BaseException, code: str = "") -> dict[str, Any]:
     """Return index, code, type, message and traceback; the frames of this platform are left out."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).parts[-2:] not in _PLATFORM_FRAMES] or frames[-1:]
+    own = [
+        frame for frame in frames if Path(frame.filename).parts[-2:] not in _PLATFORM_FRAMES
+    ] or frames[-1:]
     text = "".join(traceback.format_list(own)) + "".join(traceback.format_exception_only(error))
     return {
         "index": index,
@@ -43,8 +51,12 @@ def failure_of(index: int, error: BaseException, code: str = "") -> dict[str, An
 
 
 def alike(failures: Iterable[ItemFailure]) -> list[tuple[str, str, list[int]]]:
-    """Return type, code and the items' indexes of failures that are alike, the most frequent first."""
+    """Return type, code and the items' indexes of failures that are alike, the most frequent
+    first.
+    """
     found: dict[tuple[str, str], list[int]] = {}
     for each in failures:
         found.setdefault((each.type, each.code), []).append(each.index)
-    return sorted(((*kind, indexes) for kind, indexes in found.items()), key=lambda row: -len(row[2]))
+    return sorted(
+        ((*kind, indexes) for kind, indexes in found.items()), key=lambda row: -len(row[2])
+    )

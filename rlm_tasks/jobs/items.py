@@ -1,8 +1,8 @@
 """Where a job's items come from, and how a worker reads a range of them.
 
-Items never travel in messages: a `range` is described, a file is read where it lies, anything else is
-streamed to Redis in packed blocks before the job opens.  Refuses to know what is done with the items.
-"""
+Items never travel in messages: a `range` is described, a file is read where it lies, anything else
+is streamed to Redis in packed blocks before the job opens.  Refuses to know what is done with the
+items."""
 
 from __future__ import annotations
 
@@ -80,13 +80,16 @@ class Files:
     pattern: str
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(path for path in glob.iglob(self.pattern, recursive=True) if Path(path).is_file()))  # noqa: PTH207  # Path.glob takes no absolute pattern
+        found = glob.iglob(self.pattern, recursive=True)  # noqa: PTH207  # Path.glob: no absolute pattern
+        return iter(sorted(path for path in found if Path(path).is_file()))
 
 
 class ItemWriter:
     """Store the items of one job; `write` returns their source and number."""
 
-    def __init__(self, store: Store, index: str, blocks: str, *, ttl_s: int, max_item_bytes: int) -> None:
+    def __init__(
+        self, store: Store, index: str, blocks: str, *, ttl_s: int, max_item_bytes: int
+    ) -> None:
         self._store, self._index, self._blocks = store, index, blocks
         self._ttl_s, self._max_item_bytes = ttl_s, max_item_bytes
         self._waiting: list[tuple[int, int, bytes]] = []
@@ -99,7 +102,9 @@ class ItemWriter:
         if isinstance(items, Lines):
             return self._write_lines(items)
         if isinstance(items, str | bytes) or not isinstance(items, Iterable):
-            raise InvalidRequest("items", items, "must be an iterable of items, a range, Lines(...) or Files(...)")
+            raise InvalidRequest(
+                "items", items, "must be an iterable of items, a range, Lines(...) or Files(...)"
+            )
         count = 0
         iterator = iter(items)
         while block := list(itertools.islice(iterator, BLOCK_ITEMS)):
@@ -117,7 +122,9 @@ class ItemWriter:
             return
         if len(data) > self._max_item_bytes and len(block) == 1:
             raise InvalidRequest(
-                f"items[{lo}]", block[0], f"packs to {len(data)} bytes, more than RLM_MAX_ITEM_BYTES={self._max_item_bytes}"
+                f"items[{lo}]",
+                block[0],
+                f"packs to {len(data)} bytes, more than RLM_MAX_ITEM_BYTES={self._max_item_bytes}",
             )
         self._queue(lo, lo + len(block), codec.compress(data))
 
@@ -129,7 +136,9 @@ class ItemWriter:
                 try:
                     codec.encode(item)
                 except TypeError as error:
-                    raise InvalidRequest(f"items[{index}]", item, f"cannot be stored as plain data: {error}") from None
+                    raise InvalidRequest(
+                        f"items[{index}]", item, f"cannot be stored as plain data: {error}"
+                    ) from None
             raise
 
     def _queue(self, lo: int, hi: int, data: bytes) -> None:
@@ -155,7 +164,9 @@ class ItemWriter:
             about = path.stat()
             count = self._write_offsets(path)
         except OSError as error:
-            raise InvalidRequest("items", str(lines.path), f"cannot be read: {error.strerror}") from None
+            raise InvalidRequest(
+                "items", str(lines.path), f"cannot be read: {error.strerror}"
+            ) from None
         return LineSource(str(path), lines.encoding, about.st_size, about.st_mtime_ns), count
 
     def _write_offsets(self, path: Path) -> int:
@@ -184,14 +195,20 @@ class ItemReader:
         self._sizes.clear()
 
     def looked_up(self) -> tuple[int, int]:
-        """Return how often a block was in memory, and how often it was not, since this was asked last."""
+        """Return how often a block was in memory, and how often it was not, since this was asked
+        last.
+        """
         told, self._hits, self._misses = (self._hits, self._misses), 0, 0
         return told
 
     def read(self, source: Source, index: str, blocks: str, lo: int, hi: int) -> Sequence[Any]:
-        """Return the items of [lo, hi).  Raises LookupError when some are gone or the file has changed."""
+        """Return the items of [lo, hi).  Raises LookupError when some are gone or the file has
+        changed.
+        """
         if isinstance(source, RangeSource):
-            return range(source.start + lo * source.step, source.start + hi * source.step, source.step)
+            return range(
+                source.start + lo * source.step, source.start + hi * source.step, source.step
+            )
         found: list[Any] = []
         at = lo
         while at < hi:
@@ -213,12 +230,18 @@ class ItemReader:
             list[bytes],
             self._store.client.zrange(index, at, "-inf", desc=True, byscore=True, offset=0, num=1),
         )
-        data = cast(bytes | None, self._store.client.hget(blocks, name[0].decode())) if name else None
+        data = (
+            cast(bytes | None, self._store.client.hget(blocks, name[0].decode())) if name else None
+        )
         if data is None:
             raise LookupError(f"item {at} of this job is not stored")
         start, end = (int(edge) for edge in name[0].split(b":"))
         raw = codec.decompress(data)
-        items = self._lines(source, codec.decode(raw), end - start) if isinstance(source, LineSource) else codec.decode(raw)
+        items = (
+            self._lines(source, codec.decode(raw), end - start)
+            if isinstance(source, LineSource)
+            else codec.decode(raw)
+        )
         self._remember((blocks, start), items, len(raw))
         return start, items
 
@@ -234,4 +257,7 @@ class ItemReader:
             raise LookupError(f"{path} has changed since the job was submitted")
         with path.open("rb") as file:
             file.seek(offset)
-            return [line.decode(source.encoding).rstrip("\r\n") for line in itertools.islice(file, count)]
+            return [
+                line.decode(source.encoding).rstrip("\r\n")
+                for line in itertools.islice(file, count)
+            ]

@@ -23,8 +23,8 @@ class Round:
 class NextRound:
     """The items to go on with, and by which operation; `params` go to it.
 
-    `last` says that no round is to follow: it may spend all that is left.  `strict` that none of its items may fail, whatever the
-    request says of errors: an answer without it would be wrong.
+    `last` says that no round is to follow: it may spend all that is left.  `strict` that none of
+    its items may fail, whatever the request says of errors: an answer without it would be wrong.
     """
 
     operation: str

@@ -1,7 +1,7 @@
 """What a worker must know of a job: the request, settled, as the ledger keeps it.
 
-A record, no decisions.  Its schema number travels with every job: a worker reads its own and the one before.
-"""
+A record, no decisions.  Its schema number travels with every job: a worker reads its own and the
+one before."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class JobSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     preempts: bool = False  # less urgent nodes make room for its nodes
     parent: str = ""  # the job whose round it is
     round: int = 0  # which
-    budget: dict[str, float] | None = None  # what it may spend in all, by unit; {}: it is only counted; None: it spends nothing
+    budget: dict[str, float] | None = (
+        None  # what it may spend in all, by unit; {}: it is only counted; None: it spends nothing
+    )
     cache_ttl_s: float = 0.0  # results are kept, and found, for so long; 0: they are not
     trace: str = ""  # the trace it was submitted under, as W3C Trace Context writes it
 

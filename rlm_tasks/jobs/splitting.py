@@ -15,11 +15,15 @@ from typing import Literal
 import msgspec
 
 ROOT_PARTS_PER_SLOT = 4
-"""A first fan-out of 4 parts per slot comes within 5 % of the ideal makespan: docs/design.md, Splitting."""
+"""A first fan-out of 4 parts per slot comes within 5 % of the ideal makespan: docs/design.md,
+Splitting.
+"""
 MAX_FANOUT = 1000
 """Children one node may publish: it bounds the memory of one chord and the length of one script."""
 WORTH_PLANNING_MS = 200.0
-"""A root that knows its items to take this long in all fans out before it runs the first, which may be a long one."""
+"""A root that knows its items to take this long in all fans out before it runs the first, which may
+be a long one.
+"""
 MIN_CHUNK_MS = 20.0
 """Less work than this is not worth a message of about 2 ms on an idle slot."""
 
@@ -42,7 +46,9 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CutRule:
-    """What a reason to cut fixes: how many children, when they may run, whether the tree gets deeper."""
+    """What a reason to cut fixes: how many children, when they may run, whether the tree gets
+    deeper.
+    """
 
     children: Literal["none", "one", "many"]
     when: Literal["never", "now", "later"]
@@ -59,7 +65,9 @@ RULES: dict[Reason, CutRule] = {
     Reason.DRAINING: CutRule("one", "now", deeper=False),
     Reason.FLUSH: CutRule("one", "now", deeper=False),
     Reason.WAITING: CutRule("one", "later", deeper=False),
-    Reason.RETRY: CutRule("many", "later", deeper=True),  # the item alone waits; its neighbours run now
+    Reason.RETRY: CutRule(
+        "many", "later", deeper=True
+    ),  # the item alone waits; its neighbours run now
     Reason.STOPPED: CutRule("none", "never", deeper=False),
 }
 
@@ -152,8 +160,8 @@ def isolate(lo: int, hi: int, depth: int, suspects: list[int]) -> Fork:
 def plan(shape: Shape, lo: int, hi: int, depth: int, slots: int) -> Part:
     """Return the tree a strategy makes of a range from its size alone.
 
-    An eager shape is planned to its smallest parts, at most MAX_FANOUT at a time: a part that is still
-    too large plans again when it runs.  Others are planned for about 4 parts per live slot.
+    An eager shape is planned to its smallest parts, at most MAX_FANOUT at a time: a part that is
+    still too large plans again when it runs.  Others are planned for about 4 parts per live slot.
     """
     if shape.mode == "sequential":
         return Leaf(lo, hi, depth)
@@ -168,7 +176,12 @@ def _tree(shape: Shape, lo: int, hi: int, depth: int, levels: int) -> Part:
     count = min(shape.factor, (hi - lo) // shape.plan_min)
     if levels == 0 or depth >= shape.max_depth or count < 2:
         return Leaf(lo, hi, depth)
-    return Fork(lo, hi, depth, tuple(_tree(shape, a, b, depth + 1, levels - 1) for a, b in evenly(lo, hi, count)))
+    return Fork(
+        lo,
+        hi,
+        depth,
+        tuple(_tree(shape, a, b, depth + 1, levels - 1) for a, b in evenly(lo, hi, count)),
+    )
 
 
 def _flat(shape: Shape, lo: int, hi: int, depth: int, slots: int) -> Part:
@@ -180,8 +193,12 @@ def _flat(shape: Shape, lo: int, hi: int, depth: int, slots: int) -> Part:
         return Leaf(lo, hi, depth)
     if shape.exact:
         step = shape.max_chunk
-        return Fork(lo, hi, depth, tuple(Leaf(a, min(a + step, hi), depth + 1) for a in range(lo, hi, step)))
-    wished = min(ROOT_PARTS_PER_SLOT * slots, size // shape.min_chunk, MAX_FANOUT) if depth == 0 else 0
+        return Fork(
+            lo, hi, depth, tuple(Leaf(a, min(a + step, hi), depth + 1) for a in range(lo, hi, step))
+        )
+    wished = (
+        min(ROOT_PARTS_PER_SLOT * slots, size // shape.min_chunk, MAX_FANOUT) if depth == 0 else 0
+    )
     count = max(needed, wished)
     return fork(lo, hi, depth, count, bounded=shape.bounded) if count >= 2 else Leaf(lo, hi, depth)
 
@@ -190,7 +207,9 @@ def _grouped(shape: Shape, lo: int, hi: int, depth: int, needed: int) -> Fork:
     """Put a fan-out too wide for one chord under several, each a whole number of chunks."""
     groups = -(-needed // MAX_FANOUT)
     step = -(-needed // groups) * shape.max_chunk
-    return Fork(lo, hi, depth, tuple(Leaf(a, min(a + step, hi), depth + 1) for a in range(lo, hi, step)))
+    return Fork(
+        lo, hi, depth, tuple(Leaf(a, min(a + step, hi), depth + 1) for a in range(lo, hi, step))
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,28 +251,33 @@ def should_yield(shape: Shape, at: NodeProgress) -> Reason | None:
 def may_fan_out(shape: Shape, at: NodeProgress) -> bool:
     """Say whether the rest is worth more than one child."""
     deep = at.depth >= shape.max_depth or shape.mode == "sequential"
-    return not deep and at.rest >= 2 * shape.min_chunk and at.rest >= 2 and at.rest_ms >= MIN_CHUNK_MS
+    return (
+        not deep and at.rest >= 2 * shape.min_chunk and at.rest >= 2 and at.rest_ms >= MIN_CHUNK_MS
+    )
 
 
 def share_out(shape: Shape, at: NodeProgress, lo: int, hi: int, wants: int) -> Fork:
     """Cut a rest for `wants` free slots and the slot that cuts it.
 
-    Where the rest is long enough it is cut into `factor` parts, so that the next slot to become free finds
-    a part in its queue and need not wait for another cut.
-    """
+    Where the rest is long enough it is cut into `factor` parts, so that the next slot to become
+    free finds a part in its queue and need not wait for another cut."""
     spare = min(shape.factor, int(at.rest_ms / (2 * MIN_CHUNK_MS)))
     count = min(max(wants + 1, spare), MAX_FANOUT, (hi - lo) // shape.min_chunk)
     return fork(lo, hi, at.depth, max(2, count), bounded=shape.bounded)
 
 
-def estimate_optimal_chunk_size(total_items: int, estimated_item_processing_time_ms: float, target_parallelism: int) -> int:
+def estimate_optimal_chunk_size(
+    total_items: int, estimated_item_processing_time_ms: float, target_parallelism: int
+) -> int:
     """Return a chunk size that keeps every slot busy and still pays for its message.
 
     10,000 items of 5 ms on 8 slots give 1,250.  Chunks hold at least 20 ms of work (MIN_CHUNK_MS).
     Raises ValueError for sizes below one and times that are not positive.
     """
     if total_items < 1 or target_parallelism < 1 or estimated_item_processing_time_ms <= 0:
-        raise ValueError("total_items and target_parallelism must be at least 1, the item time above 0 ms")
+        raise ValueError(
+            "total_items and target_parallelism must be at least 1, the item time above 0 ms"
+        )
     fair = -(-total_items // target_parallelism)
     worthwhile = math.ceil(MIN_CHUNK_MS / estimated_item_processing_time_ms)
     return min(total_items, max(fair, worthwhile))

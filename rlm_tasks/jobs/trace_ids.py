@@ -31,7 +31,9 @@ def origin(spec: JobSpec, sample_rate: float) -> Origin:
 
 
 def span_id(job: str, *place: object) -> int:
-    """Return the id of a job's span, a node's (job, node), or that of an attempt that came to nothing (job, node, epoch)."""
+    """Return the id of a job's span, a node's (job, node), or that of an attempt that came to
+    nothing (job, node, epoch).
+    """
     told = " ".join(map(str, (job, *place)))
     return int.from_bytes(hashlib.blake2b(told.encode(), digest_size=8).digest()) or 1
 
@@ -42,11 +44,17 @@ def traceparent(trace: int, parent: int, sampled: bool) -> str:
 
 
 def current_traceparent() -> str:
-    """Return the trace that this thread is in, '' where there is none or OpenTelemetry is not even loaded."""
+    """Return the trace that this thread is in, '' where there is none or OpenTelemetry is not even
+    loaded.
+    """
     if (trace := sys.modules.get("opentelemetry.trace")) is None:
         return ""
     current = trace.get_current_span().get_span_context()
-    return traceparent(current.trace_id, current.span_id, current.trace_flags.sampled) if current.is_valid else ""
+    return (
+        traceparent(current.trace_id, current.span_id, current.trace_flags.sampled)
+        if current.is_valid
+        else ""
+    )
 
 
 def trace_id_of(spec: JobSpec) -> str:

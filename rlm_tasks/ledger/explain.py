@@ -1,4 +1,6 @@
-"""Say in one sentence why a job waits, what it does, or how it ended.  Pure: facts in, words out."""
+"""Say in one sentence why a job waits, what it does, or how it ended.  Pure: facts in, words
+out.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ def explain(facts: Mapping[str, str], nodes: Sequence[NodeRecord], now_ms: int) 
     if state in ("succeeded", "failed", "expired", "cancelled"):
         return _ended(facts)
     if state == "merging":
-        waits = next((node.why for node in nodes if node.id == MERGE and node.state == "p"), "the answer is being merged")
+        waits = next(
+            (node.why for node in nodes if node.id == MERGE and node.state == "p"),
+            "the answer is being merged",
+        )
         return f"Every item is accounted for; {waits}."
     states = Counter(node.state for node in nodes)
     if facts.get("stop"):
@@ -56,4 +61,9 @@ def _ended(facts: Mapping[str, str]) -> str:
     return f"It {_VERBS[facts['state']]}{why}: {counts}."
 
 
-_VERBS = {"succeeded": "succeeded", "failed": "failed", "expired": "expired", "cancelled": "was cancelled"}
+_VERBS = {
+    "succeeded": "succeeded",
+    "failed": "failed",
+    "expired": "expired",
+    "cancelled": "was cancelled",
+}

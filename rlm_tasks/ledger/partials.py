@@ -1,8 +1,8 @@
 """Make one partial of many: a chord's body compacts its own split, the root merge makes the answer.
 
-Merging is compaction: adjacent partials that tile a range become one, if they are still there.  A body that
-comes early, late, twice or never costs time and nothing else.  Refuses to know how partials came about.
-"""
+Merging is compaction: adjacent partials that tile a range become one, if they are still there.  A
+body that comes early, late, twice or never costs time and nothing else.  Refuses to know how
+partials came about."""
 
 from __future__ import annotations
 
@@ -51,11 +51,15 @@ def compact_split(ledger: Ledger, job: str, operation: Operation, lo: int, hi: i
 
 
 def merged(ledger: Ledger, spec: JobSpec, operation: Operation) -> Any:
-    """Return what the partials of a job come to: its merged and shaped partial, or, without a merge, its outputs one by one."""
+    """Return what the partials of a job come to: its merged and shaped partial, or, without a
+    merge, its outputs one by one.
+    """
     found = partials(ledger, spec.job, 0, spec.n)
     if operation.merge is not None:
         first = next(found, None)
-        return operation.shaped(_of_nothing(operation) if first is None else operation.merge(_chained(first, found)))
+        return operation.shaped(
+            _of_nothing(operation) if first is None else operation.merge(_chained(first, found))
+        )
     outputs = flattened(found)
     return outputs if operation.finalize is None else operation.finalize(list(outputs))
 

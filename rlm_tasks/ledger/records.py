@@ -157,10 +157,25 @@ class NodeRecord:
         r = msgspec.json.decode(text)
         lo, hi = int(r["lo"]), int(r["hi"])
         return cls(
-            id, lo, hi, int(r["d"]), ChordSlot(r["sp"], int(r["ix"]), r["t"]), r["s"], int(r["e"]),
-            r["p"], int(r.get("mid", lo)), r["why"], r.get("w", ""), int(r.get("ms", 0)), int(r.get("x", 0)),
-            r.get("by", ""), bool(r.get("one")), int(r.get("tr", 0)), bool(r.get("wt")), int(r.get("m", 0)),
-        )  # fmt: skip
+            id,
+            lo,
+            hi,
+            int(r["d"]),
+            ChordSlot(r["sp"], int(r["ix"]), r["t"]),
+            r["s"],
+            int(r["e"]),
+            r["p"],
+            int(r.get("mid", lo)),
+            r["why"],
+            r.get("w", ""),
+            int(r.get("ms", 0)),
+            int(r.get("x", 0)),
+            r.get("by", ""),
+            bool(r.get("one")),
+            int(r.get("tr", 0)),
+            bool(r.get("wt")),
+            int(r.get("m", 0)),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,13 @@ def round_id(job: str, number: int) -> str:
 
 
 def opened(ledger: Ledger, job: str) -> list[tuple[str, dict[str, str]]]:
-    """Return the rounds of a job that there are, in order: id and facts, which are empty for one that has expired."""
+    """Return the rounds of a job that there are, in order: id and facts, which are empty for one
+    that has expired.
+    """
     count = int(ledger.facts(job).get("rounds", 0))
-    found = [(id, ledger.facts(id)) for id in (round_id(job, number) for number in range(1, count + 1))]
-    return found if not found or found[-1][1] else found[:-1]  # whoever was to open the last one has died before
+    found = [
+        (id, ledger.facts(id)) for id in (round_id(job, number) for number in range(1, count + 1))
+    ]
+    return (
+        found if not found or found[-1][1] else found[:-1]
+    )  # whoever was to open the last one has died before

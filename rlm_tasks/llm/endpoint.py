@@ -1,11 +1,11 @@
 """One provider's endpoint: any that answers as OpenAI's does, through the `openai` client.
 
-Decides how a question is sent, what its answer cost, what the provider said of its limits, and what its errors mean here.
-Refuses to know limits, budgets and who tries again: one layer retries, and it is not this one.
+Decides how a question is sent, what its answer cost, what the provider said of its limits, and what
+its errors mean here. Refuses to know limits, budgets and who tries again: one layer retries, and it
+is not this one.
 
-An error of the client holds the key and the prompt.  None leaves here, not as a cause or a context either, and no
-message of ours has a word of them.
-"""
+An error of the client holds the key and the prompt.  None leaves here, not as a cause or a context
+either, and no message of ours has a word of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ _QUOTED = 16  # so many characters in a row are no accident: they were taken fro
 
 
 class Question(msgspec.Struct, frozen=True):
-    """What is asked: `messages` have a role and a content each, `schema` is the JSON schema that the answer is to meet."""
+    """What is asked: `messages` have a role and a content each, `schema` is the JSON schema that
+    the answer is to meet.
+    """
 
     model: str
     messages: tuple[dict[str, str], ...]
@@ -46,7 +48,9 @@ class Question(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """A provider's limit in its window, what is left of it, and in how many seconds it is whole again; None: not said."""
+    """A provider's limit in its window, what is left of it, and in how many seconds it is whole
+    again; None: not said.
+    """
 
     limit: float | None = None
     remaining: float | None = None
@@ -63,7 +67,9 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model said, and what it cost; `finish` is "stop", or "length" where `max_tokens` cut it."""
+    """What a model said, and what it cost; `finish` is "stop", or "length" where `max_tokens` cut
+    it.
+    """
 
     model: str
     text: str
@@ -75,7 +81,9 @@ class Answer:
 
 
 class UnusableAnswer(RlmError):
-    """What came is no answer: not JSON, empty, or cut off.  It may have to be paid for.  Has the `endpoint` and `why`."""
+    """What came is no answer: not JSON, empty, or cut off.  It may have to be paid for.  Has the
+    `endpoint` and `why`.
+    """
 
     code = "UNUSABLE_ANSWER"
     category = Category.TRANSIENT
@@ -88,23 +96,30 @@ class UnusableAnswer(RlmError):
 
 
 class ProviderRefused(RlmError):
-    """An answer that will be the same the next time: a person has to act.  Has the `endpoint`, `why`, and HTTP's `status`.
+    """An answer that will be the same the next time: a person has to act.  Has the `endpoint`,
+    `why`, and HTTP's `status`.
 
-    `category` is AUTH, QUOTA or VALIDATION; `code` is CONTEXT_LENGTH_EXCEEDED where a prompt is too long.
-    """
+    `category` is AUTH, QUOTA or VALIDATION; `code` is CONTEXT_LENGTH_EXCEEDED where a prompt is too
+    long."""
 
-    def __init__(self, endpoint: str, category: Category, code: str, why: str, status: int = 0) -> None:
+    def __init__(
+        self, endpoint: str, category: Category, code: str, why: str, status: int = 0
+    ) -> None:
         self.endpoint, self.category, self.code, self.why = endpoint, category, code, why
         self.status = status  # 0: nothing was asked
         super().__init__(f"endpoint {endpoint}: {why}")
 
 
 class ProviderDown(ConnectionError):
-    """An endpoint that cannot be reached, or fails.  Has the `endpoint`, `why`, and in `headers` for how long to leave it."""
+    """An endpoint that cannot be reached, or fails.  Has the `endpoint`, `why`, and in `headers`
+    for how long to leave it.
+    """
 
     def __init__(self, endpoint: str, why: str, wait_s: float | None = None) -> None:
         self.endpoint, self.why = endpoint, why
-        self.headers = {} if wait_s is None else {"retry-after": f"{wait_s:.3f}"}  # where `classify` looks for it
+        self.headers = (
+            {} if wait_s is None else {"retry-after": f"{wait_s:.3f}"}
+        )  # where `classify` looks for it
         super().__init__(f"endpoint {endpoint}: {why}")
 
 
@@ -119,7 +134,9 @@ def estimated_prompt(messages: Iterable[Mapping[str, str]]) -> int:
 
 
 class Endpoint:
-    """One place to ask, with connections of its own, which live as long as the event loop that asks."""
+    """One place to ask, with connections of its own, which live as long as the event loop that
+    asks.
+    """
 
     def __init__(
         self,
@@ -132,12 +149,22 @@ class Endpoint:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
-        self._key, self._timeout_s, self._per_host, self._idle_s, self._clock = key, timeout_s, per_host, idle_s, clock
-        self._room = asyncio.Semaphore(per_host)  # who waits for a connection does not wait for the provider: no time-out
+        self._key, self._timeout_s, self._per_host, self._idle_s, self._clock = (
+            key,
+            timeout_s,
+            per_host,
+            idle_s,
+            clock,
+        )
+        self._room = asyncio.Semaphore(
+            per_host
+        )  # who waits for a connection does not wait for the provider: no time-out
         self._client: AsyncOpenAI | None = None
 
     def open(self) -> None:
-        """Make what calls need, which takes a while; what is wrong with the key is told by the first call."""
+        """Make what calls need, which takes a while; what is wrong with the key is told by the
+        first call.
+        """
         with suppress(ProviderRefused):
             self._opened()
 
@@ -148,7 +175,10 @@ class Endpoint:
         """
         answering = False
         try:
-            async with self._room, asyncio.timeout(None if self.settings.stream else self._timeout_s):
+            async with (
+                self._room,
+                asyncio.timeout(None if self.settings.stream else self._timeout_s),
+            ):
                 began = self._clock()
                 calls = self._opened().chat.completions.with_streaming_response
                 async with calls.create(**self._request(question)) as response:
@@ -160,7 +190,9 @@ class Endpoint:
         raise meaning
 
     async def check(self, timeout_s: float) -> float:
-        """Return how many seconds the endpoint took to list its models.  Raises what `ask` raises."""
+        """Return how many seconds the endpoint took to list its models.  Raises what `ask`
+        raises.
+        """
         from httpx2 import Response
 
         began = self._clock()
@@ -188,7 +220,9 @@ class Endpoint:
             from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
             most = self._per_host + 1  # a check never waits for calls
-            limits = Limits(max_connections=most, max_keepalive_connections=most, keepalive_expiry=self._idle_s)
+            limits = Limits(
+                max_connections=most, max_keepalive_connections=most, keepalive_expiry=self._idle_s
+            )
             self._client = AsyncOpenAI(
                 api_key=key,
                 base_url=self.settings.base_url or None,
@@ -207,7 +241,10 @@ class Endpoint:
         if question.temperature is not None:
             request["temperature"] = question.temperature
         if question.schema is not None:
-            request["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": question.schema}}
+            request["response_format"] = {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": question.schema},
+            }
         if self.settings.stream:
             request |= {"stream": True, "stream_options": {"include_usage": True}}
         return request
@@ -217,19 +254,28 @@ class Endpoint:
             raise UnusableAnswer(self.settings.name, f"it is empty, and ended by {said.finish!r}")
         usage = said.usage or _Usage()
         return Answer(
-            question.model,
-            said.text,
-            estimated_prompt(question.messages) if usage.prompt_tokens is None else usage.prompt_tokens,
-            estimated_tokens(said.text) if usage.completion_tokens is None else usage.completion_tokens,
-            said.finish,
-            told,
-            self._clock() - began,
+            model=question.model,
+            text=said.text,
+            prompt_tokens=estimated_prompt(question.messages)
+            if usage.prompt_tokens is None
+            else usage.prompt_tokens,
+            completion_tokens=estimated_tokens(said.text)
+            if usage.completion_tokens is None
+            else usage.completion_tokens,
+            finish=said.finish,
+            told=told,
+            latency_s=self._clock() - began,
         )
 
-    # --- what goes wrong -----------------------------------------------------------------------------
+    # --- what goes wrong -----------------------------------------------------------------------
 
     def _meaning(
-        self, error: Exception, limit_s: float, question: Question | None = None, *, answering: bool = False
+        self,
+        error: Exception,
+        limit_s: float,
+        question: Question | None = None,
+        *,
+        answering: bool = False,
     ) -> Exception:
         """Return what an error means here."""
         import httpx2
@@ -241,38 +287,70 @@ class Endpoint:
         if isinstance(error, (TimeoutError, openai.APITimeoutError, httpx2.TimeoutException)):
             return CallTimeout(f"endpoint {name}", limit_s)
         if answering:  # of these, only a decoder's words are of the form alone
-            return UnusableAnswer(name, str(error) if isinstance(error, msgspec.DecodeError) else type(error).__name__)
+            return UnusableAnswer(
+                name, str(error) if isinstance(error, msgspec.DecodeError) else type(error).__name__
+            )
         if isinstance(error, openai.APIStatusError):
             return self._refusal(error, question)
         if isinstance(error, (openai.APIConnectionError, httpx2.HTTPError, OSError)):
-            return ProviderDown(name, f"cannot be reached ({type(error.__cause__ or error).__name__})")
-        return ProviderRefused(name, Category.VALIDATION, "INVALID_REQUEST", f"cannot be asked this ({type(error).__name__})")
+            return ProviderDown(
+                name, f"cannot be reached ({type(error.__cause__ or error).__name__})"
+            )
+        return ProviderRefused(
+            name,
+            Category.VALIDATION,
+            "INVALID_REQUEST",
+            f"cannot be asked this ({type(error).__name__})",
+        )
 
     def _refusal(self, error: APIStatusError, question: Question | None) -> Exception:
         """Return what a status below 200 or above 299 means."""
         name, status = self.settings.name, error.status_code
         if status == 402 or "insufficient_quota" in (error.code, error.type):
             why = f"its account is used up ({status}); no waiting helps, see its plan and billing"
-            return ProviderRefused(name, Category.QUOTA, "INSUFFICIENT_QUOTA", why, status)
+            return ProviderRefused(
+                endpoint=name,
+                category=Category.QUOTA,
+                code="INSUFFICIENT_QUOTA",
+                why=why,
+                status=status,
+            )
         if status == 429:
             return RateLimited(f"endpoint {name}", _wait_s(error), "the provider answered 429")
         if status in (401, 403):
             why = f"it does not accept its key ({status}); see {self.settings.key_env}"
-            return ProviderRefused(name, Category.AUTH, "UNAUTHORISED", why, status)
+            return ProviderRefused(
+                endpoint=name, category=Category.AUTH, code="UNAUTHORISED", why=why, status=status
+            )
         if status in _TOO_EARLY or status >= 500:
             return ProviderDown(name, f"answers {status}", retry_after_s(error))
-        code = "CONTEXT_LENGTH_EXCEEDED" if error.code == "context_length_exceeded" else "INVALID_REQUEST"
-        where = f"; does {self.settings.base_url or 'OPENAI_BASE_URL'} end as it should, such as in /v1?" if status == 404 else ""
+        code = (
+            "CONTEXT_LENGTH_EXCEEDED"
+            if error.code == "context_length_exceeded"
+            else "INVALID_REQUEST"
+        )
+        where = (
+            f"; does {self.settings.base_url or 'OPENAI_BASE_URL'} end as it should, such as in /v1?"
+            if status == 404
+            else ""
+        )
         why = f"refuses the question ({status}): {self._reason(error, question)}{where}"
-        return ProviderRefused(name, Category.VALIDATION, code, why, status)
+        return ProviderRefused(
+            endpoint=name, category=Category.VALIDATION, code=code, why=why, status=status
+        )
 
     def _reason(self, error: APIStatusError, question: Question | None) -> str:
-        """Return what the provider said, up to 200 characters, unless it quotes what no message may hold."""
+        """Return what the provider said, up to 200 characters, unless it quotes what no message may
+        hold.
+        """
         said = error.body.get("message") if isinstance(error.body, dict) else None
         if not isinstance(said, str):
             return "it does not say why"
         said = " ".join(said.split())[:200]
-        private = [self._key.get_secret_value(), *(each["content"] for each in (question.messages if question else ()))]
+        private = [
+            self._key.get_secret_value(),
+            *(each["content"] for each in (question.messages if question else ())),
+        ]
         pieces = {said[at : at + _QUOTED] for at in range(max(1, len(said) - _QUOTED + 1))}
         for text in (" ".join(each.split()) for each in private if each):
             if "\\" in said or text in said or any(piece in text for piece in pieces):
@@ -280,7 +358,7 @@ class Endpoint:
         return said
 
 
-# --- reading what was said ---------------------------------------------------------------------------
+# --- reading what was said --------------------------------------------------------------------
 
 
 class _Usage(msgspec.Struct):
@@ -348,10 +426,15 @@ async def _streamed(response: AsyncAPIResponse[Any]) -> _Said:
 
 
 def told(headers: Mapping[str, str]) -> Told:
-    """Return what headers ``x-ratelimit-{limit,remaining,reset}-{requests,tokens}`` say; lengths of time are as `seconds`."""
+    """Return what headers ``x-ratelimit-{limit,remaining,reset}-{requests,tokens}`` say; lengths of
+    time are as `seconds`.
+    """
 
     def of(what: str) -> Allowance:
-        limit, remaining, reset = (headers.get(f"x-ratelimit-{each}-{what}", "") for each in ("limit", "remaining", "reset"))
+        limit, remaining, reset = (
+            headers.get(f"x-ratelimit-{each}-{what}", "")
+            for each in ("limit", "remaining", "reset")
+        )
         return Allowance(_number(limit), _number(remaining), seconds(reset))
 
     return Told(of("requests"), of("tokens"))
@@ -361,7 +444,9 @@ _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def seconds(text: str) -> float | None:
-    """Return a length of time as providers write it, `3`, `12ms`, `1h2m3.5s`, in seconds; None where it is none."""
+    """Return a length of time as providers write it, `3`, `12ms`, `1h2m3.5s`, in seconds; None
+    where it is none.
+    """
     length = r"(\d{1,9}(?:\.\d{1,9})?)(ms|[smhd])"
     if re.fullmatch(f"(?:{length})+", text.strip()):
         return sum(float(count) * _UNITS[unit] for count, unit in re.findall(length, text))

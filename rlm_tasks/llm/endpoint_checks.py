@@ -1,8 +1,9 @@
-"""Asks endpoints how they are: one worker of the platform at a time, in a thread of its main process.
+"""Asks endpoints how they are: one worker of the platform at a time, in a thread of its main
+process.
 
-Decides who asks, how often, and what counts as an answer.  Refuses to know what becomes of an endpoint that is ill
-(`health`).  Nothing is left open between two rounds, so pool processes that are forked later share no connection.
-"""
+Decides who asks, how often, and what counts as an answer.  Refuses to know what becomes of an
+endpoint that is ill (`health`).  Nothing is left open between two rounds, so pool processes that
+are forked later share no connection."""
 
 from __future__ import annotations
 
@@ -53,8 +54,16 @@ async def ask(settings: LlmSettings) -> list[CheckResult]:
 
 
 async def _ask(place: EndpointSettings, settings: LlmSettings) -> CheckResult:
-    limit_s = min(settings.health_timeout_s, settings.health_every_s)  # a round ends before the next one begins
-    endpoint = Endpoint(place, SecretStr(key_of(place.key_env)), timeout_s=limit_s, per_host=1, idle_s=settings.idle_s)
+    limit_s = min(
+        settings.health_timeout_s, settings.health_every_s
+    )  # a round ends before the next one begins
+    endpoint = Endpoint(
+        place,
+        SecretStr(key_of(place.key_env)),
+        timeout_s=limit_s,
+        per_host=1,
+        idle_s=settings.idle_s,
+    )
     began, why = time.monotonic(), ""
     try:
         await endpoint.check(limit_s)
@@ -64,7 +73,11 @@ async def _ask(place: EndpointSettings, settings: LlmSettings) -> CheckResult:
         why = f"does not answer within {limit_s:g} s"
     except (ProviderDown, ProviderRefused) as error:
         # One that does not list its models has answered, and is there.
-        listens = isinstance(error, ProviderRefused) and error.category is Category.VALIDATION and error.status
+        listens = (
+            isinstance(error, ProviderRefused)
+            and error.category is Category.VALIDATION
+            and error.status
+        )
         why = "" if listens else error.why
     finally:
         await endpoint.close()
@@ -72,9 +85,13 @@ async def _ask(place: EndpointSettings, settings: LlmSettings) -> CheckResult:
 
 
 def checks_of(runtime: Runtime) -> Checks | None:
-    """Return what asks a worker's endpoints, before its pool forks; None for a worker that calls no models."""
+    """Return what asks a worker's endpoints, before its pool forks; None for a worker that calls no
+    models.
+    """
     settings = runtime.settings.llm
-    if not configured(settings) or all(registry.get(name).gate is None for name in registry.names()):
+    if not configured(settings) or all(
+        registry.get(name).gate is None for name in registry.names()
+    ):
         return None
     import openai  # noqa: F401  # now, for pool processes to share it: none may be forked while a thread imports it
 
@@ -88,7 +105,10 @@ class Checks(threading.Thread):
     def __init__(self, settings: LlmSettings, store: Store, events: Events, worker: str) -> None:
         super().__init__(name="rlm-endpoints", daemon=True)
         self._settings, self._store, self._events, self._worker = settings, store, events, worker
-        self._health, self._key = EndpointHealth(store, settings), Keys(store.namespace).endpoints_turn()
+        self._health, self._key = (
+            EndpointHealth(store, settings),
+            Keys(store.namespace).endpoints_turn(),
+        )
         self._stopping, self._away = threading.Event(), False
         self._asking: asyncio.Task[list[CheckResult]] | None = None
 
@@ -102,7 +122,10 @@ class Checks(threading.Thread):
                 self._away = False
             except StoreUnavailable as error:
                 if not self._away:
-                    logger.warning("Nobody knows how endpoints are until Redis answers; all get calls: %s", error)
+                    logger.warning(
+                        "Nobody knows how endpoints are until Redis answers; all get calls: %s",
+                        error,
+                    )
                 self._away = True
             except asyncio.CancelledError:
                 return
@@ -118,7 +141,9 @@ class Checks(threading.Thread):
         self.join(timeout=STOP_S)
 
     def look(self) -> float:
-        """Ask all endpoints, if nobody else does; return in how many seconds to come back.  Raises StoreUnavailable."""
+        """Ask all endpoints, if nobody else does; return in how many seconds to come back.  Raises
+        StoreUnavailable.
+        """
         if wait_s := self._turn_in_s():
             return wait_s
         before = {each.name: each for each in self._health.checkups()}
@@ -127,10 +152,18 @@ class Checks(threading.Thread):
         return 0.0
 
     def _turn_in_s(self) -> float:
-        """Take the turn for one interval, and return 0; or return when somebody may take it next."""
+        """Take the turn for one interval, and return 0; or return when somebody may take it
+        next.
+        """
         interval_ms = max(1, int(1000 * self._settings.health_every_s))
-        taken = self._store.reached(lambda client: client.set(self._key, self._worker, nx=True, px=interval_ms))
-        return 0.0 if taken else max(1, self._store.reached(lambda client: client.pttl(self._key))) / 1000
+        taken = self._store.reached(
+            lambda client: client.set(self._key, self._worker, nx=True, px=interval_ms)
+        )
+        return (
+            0.0
+            if taken
+            else max(1, self._store.reached(lambda client: client.pttl(self._key))) / 1000
+        )
 
     async def _round(self) -> list[CheckResult]:
         self._asking = asyncio.current_task()
@@ -139,10 +172,22 @@ class Checks(threading.Thread):
     def _tell(self, found: CheckResult, before: Checkup | None) -> None:
         """Note how an endpoint was, and let people know when that has changed who gets calls."""
         now = self._health.tell(found.name, latency_s=found.latency_s, why=found.why)
-        was_ill, is_ill = before is not None and self._health.is_ill(before), self._health.is_ill(now)
+        was_ill, is_ill = (
+            before is not None and self._health.is_ill(before),
+            self._health.is_ill(now),
+        )
         if is_ill and not was_ill:
             message = f"endpoint {now.name} gets no calls, it failed {now.strikes} checks in a row: {now.why}"
-            self._events.emit(Event("endpoint.ill", message, EventSeverity.WARNING, {"endpoint": now.name, "why": now.why}))
+            self._events.emit(
+                Event(
+                    "endpoint.ill",
+                    message,
+                    EventSeverity.WARNING,
+                    {"endpoint": now.name, "why": now.why},
+                )
+            )
         elif was_ill and not is_ill:
             message = f"endpoint {now.name} is well again, and gets calls"
-            self._events.emit(Event("endpoint.well", message, EventSeverity.WARNING, {"endpoint": now.name}))
+            self._events.emit(
+                Event("endpoint.well", message, EventSeverity.WARNING, {"endpoint": now.name})
+            )

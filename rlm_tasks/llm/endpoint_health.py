@@ -1,8 +1,7 @@
 """Which endpoints are well, as all workers see it.
 
-Decides after how many strikes an endpoint gets no calls, and for how long such word is believed; refuses to know who asks
-endpoints how they are.
-"""
+Decides after how many strikes an endpoint gets no calls, and for how long such word is believed;
+refuses to know who asks endpoints how they are."""
 
 from __future__ import annotations
 
@@ -34,7 +33,9 @@ class Checkup:
 
 
 def configured(settings: LlmSettings) -> bool:
-    """Whether this process knows an endpoint: one is named, or the key of the default one is set."""
+    """Whether this process knows an endpoint: one is named, or the key of the default one is
+    set.
+    """
     return bool(settings.endpoints) or any(key_of(each.key_env) for each in settings.places)
 
 
@@ -47,7 +48,9 @@ class EndpointHealth:
         self._read_at = -math.inf
 
     def ill(self) -> frozenset[str]:
-        """Return the names of endpoints that get no calls, at most 1 s old; nobody while Redis is away."""
+        """Return the names of endpoints that get no calls, at most 1 s old; nobody while Redis is
+        away.
+        """
         now = self._store.clock()
         if now - self._read_at >= READ_EVERY_S:
             self._read_at = now
@@ -62,22 +65,33 @@ class EndpointHealth:
         return checkup.strikes >= self._settings.health_strikes
 
     def checkups(self) -> list[Checkup]:
-        """Return the latest word of each endpoint; what is too old is left out.  Raises StoreUnavailable."""
+        """Return the latest word of each endpoint; what is too old is left out.  Raises
+        StoreUnavailable.
+        """
         found = self._store.reached(lambda client: client.hvals(self._keys.endpoints()))
-        oldest = self._store.reached(lambda _: self._store.now_ms()) - BELIEVED * 1000 * self._settings.health_every_s
+        oldest = (
+            self._store.reached(lambda _: self._store.now_ms())
+            - BELIEVED * 1000 * self._settings.health_every_s
+        )
         every = [Checkup(**json.loads(each)) for each in found]
         return sorted((each for each in every if each.at_ms >= oldest), key=lambda each: each.name)
 
     def tell(self, name: str, *, latency_s: float = 0.0, why: str = "") -> Checkup:
-        """Note how an endpoint was: what it took to answer, or why it did not.  Raises StoreUnavailable."""
+        """Note how an endpoint was: what it took to answer, or why it did not.  Raises
+        StoreUnavailable.
+        """
         before = next((each for each in self.checkups() if each.name == name), None)
         strikes = (before.strikes if before else 0) + 1 if why else 0
         now_ms = self._store.reached(lambda _: self._store.now_ms())
-        found = Checkup(name, now_ms, latency_s * 1000, strikes, why)
+        found = Checkup(
+            name=name, at_ms=now_ms, latency_ms=latency_s * 1000, strikes=strikes, why=why
+        )
 
         def write(client: Any) -> None:
             client.hset(self._keys.endpoints(), name, json.dumps(asdict(found)))
-            client.pexpire(self._keys.endpoints(), int(BELIEVED * 1000 * self._settings.health_every_s))
+            client.pexpire(
+                self._keys.endpoints(), int(BELIEVED * 1000 * self._settings.health_every_s)
+            )
 
         self._store.reached(write)
         return found

@@ -1,8 +1,8 @@
 """How many calls each round of a job will make, and of how many tokens, from a sample of its items.
 
-Decides which rounds the answers of a job go through, and how far such sums lie from their means.  Prompts are composed by the
-operation's own drafts, a second way to compose them would soon be a wrong one.  Refuses to know prices, limits and time.
-"""
+Decides which rounds the answers of a job go through, and how far such sums lie from their means.
+Prompts are composed by the operation's own drafts, a second way to compose them would soon be a
+wrong one.  Refuses to know prices, limits and time."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ if TYPE_CHECKING:
     from rlm_tasks.settings.llm import Tier
 
 Z90 = 1.2816
-"""Nine of ten values of a normal distribution lie below its mean and this many standard deviations."""
+"""Nine of ten values of a normal distribution lie below its mean and this many standard
+deviations.
+"""
 FOUND = 5
-"""So many passages of those that a model reads at once are taken to help with a question; at p90 four times as many."""
+"""So many passages of those that a model reads at once are taken to help with a question; at p90
+four times as many.
+"""
 FIRST = Known()
 
 
-# --- sums, and how far they lie from their means -----------------------------------------------------
+# --- sums, and how far they lie from their means ----------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,9 @@ class RoundForecast:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """What a sample of a round's drafts says: the tokens of a prompt, before what was learned, and what an answer may have."""
+    """What a sample of a round's drafts says: the tokens of a prompt, before what was learned, and
+    what an answer may have.
+    """
 
     tier: Tier
     max_tokens: int
@@ -63,19 +69,34 @@ class Outlook:
     def round(self, operation: str, prompts: Prompts, calls: int) -> RoundForecast:
         """Return what so many calls with such prompts take."""
         prompt = self.known(prompts.tier).prompt_ratio * (prompts.mean + self.z * prompts.error)
-        return RoundForecast(operation, prompts.tier, calls, calls * prompt, calls * self.answer_tokens(prompts, calls))
+        return RoundForecast(
+            operation=operation,
+            tier=prompts.tier,
+            calls=calls,
+            prompt_tokens=calls * prompt,
+            answer_tokens=calls * self.answer_tokens(prompts, calls),
+        )
 
     def answer_tokens(self, prompts: Prompts, calls: int) -> float:
-        """Return the mean tokens of so many answers; before anything is known, at worst all that they may have."""
+        """Return the mean tokens of so many answers; before anything is known, at worst all that
+        they may have.
+        """
         its = self.known(prompts.tier)
         if self.z and not its.calls:
             return prompts.max_tokens
-        return prompts.max_tokens * min(1.0, self._mean(its.share, its.share_sd, FIRST.share_sd, its, calls))
+        return prompts.max_tokens * min(
+            1.0,
+            self._mean(
+                mean=its.share, sd=its.share_sd, first_sd=FIRST.share_sd, its=its, calls=calls
+            ),
+        )
 
     def seconds(self, tier: Tier, calls: int) -> float:
         """Return the mean seconds of so many calls."""
         its = self.known(tier)
-        return self._mean(its.seconds, its.seconds_sd, FIRST.seconds_sd, its, calls)
+        return self._mean(
+            mean=its.seconds, sd=its.seconds_sd, first_sd=FIRST.seconds_sd, its=its, calls=calls
+        )
 
     @property
     def found(self) -> int:
@@ -85,22 +106,23 @@ class Outlook:
     def _mean(self, mean: float, sd: float, first_sd: float, its: Known, calls: int) -> float:
         """Return the mean of so many values to come.
 
-        They vary, and so does the mean that was learned.  What is assumed before anything is known counts as one value, for
-        the spread of a few values says little.
-        """
+        They vary, and so does the mean that was learned.  What is assumed before anything is known
+        counts as one value, for the spread of a few values says little."""
         spread = math.sqrt((its.calls * sd**2 + first_sd**2) / (its.calls + 1))
         return mean + self.z * spread * math.sqrt(1 / max(1, calls) + 1 / max(1.0, its.calls))
 
 
 Rounds = Callable[[Outlook], list[RoundForecast]]
 Forecast = Callable[["JobRequest", "ItemSample"], Rounds]
-"""Looks at a sample of a request's items, once, and returns what it makes of an outlook.  The request is a settled one, the
-items are those that were submitted; there is at least one."""
+"""Looks at a sample of a request's items, once, and returns what it makes of an outlook.  The
+request is a settled one, the items are those that were submitted; there is at least one."""
 Compose = Callable[[Any, dict[str, Any], str], "Draft"]
 
 
 def mean_and_error(sizes: Sequence[float], of: int) -> tuple[float, float]:
-    """Return the mean of a sample, and its standard error as that of so many: none when all were looked at."""
+    """Return the mean of a sample, and its standard error as that of so many: none when all were
+    looked at.
+    """
     looked = len(sizes)
     unseen = max(0.0, 1 - looked / max(1, of))
     return fmean(sizes), pstdev(sizes) * math.sqrt(unseen / max(1, looked - 1))
@@ -108,14 +130,16 @@ def mean_and_error(sizes: Sequence[float], of: int) -> tuple[float, float]:
 
 def _prompts(drafts: Iterable[Draft], of: int) -> Prompts:
     looked = list(drafts)
-    return Prompts(looked[0].tier, looked[0].max_tokens, *mean_and_error([_size(each) for each in looked], of))
+    return Prompts(
+        looked[0].tier, looked[0].max_tokens, *mean_and_error([_size(each) for each in looked], of)
+    )
 
 
 def _size(draft: Draft) -> int:
     return estimated_prompt(draft.messages)
 
 
-# --- a call for each item ----------------------------------------------------------------------------
+# --- a call for each item ---------------------------------------------------------------------
 
 
 def by_item(compose: Compose) -> Forecast:
@@ -129,10 +153,13 @@ def by_item(compose: Compose) -> Forecast:
 
 
 def _first(compose: Compose, request: JobRequest, sample: ItemSample) -> Prompts:
-    return _prompts((compose(item, request.params, request.complexity) for _, item in sample.items), sample.total)
+    return _prompts(
+        (compose(item, request.params, request.complexity) for _, item in sample.items),
+        sample.total,
+    )
 
 
-# --- then merges, until one answer is left -----------------------------------------------------------
+# --- then merges, until one answer is left ----------------------------------------------------
 
 
 def merging(compose: Compose, merge: Compose) -> Forecast:
@@ -142,14 +169,21 @@ def merging(compose: Compose, merge: Compose) -> Forecast:
         first, fan_in = _first(compose, request, sample), parsed(MapReduce, request.params).fan_in
 
         def rounds(outlook: Outlook) -> list[RoundForecast]:
-            found, prompts, parts = [outlook.round(request.operation, first, sample.total)], first, sample.total
+            found, prompts, parts = (
+                [outlook.round(request.operation, first, sample.total)],
+                first,
+                sample.total,
+            )
             while parts > 1:
                 part = "x" * round(4 * outlook.answer_tokens(prompts, parts))
                 sizes = [
-                    _size(merge([part] * of, request.params, request.complexity)) for of in (fan_in, (parts - 1) % fan_in + 1)
+                    _size(merge([part] * of, request.params, request.complexity))
+                    for of in (fan_in, (parts - 1) % fan_in + 1)
                 ]
                 parts = -(-parts // fan_in)
-                prompts = Prompts(first.tier, first.max_tokens, (sizes[0] * (parts - 1) + sizes[1]) / parts)
+                prompts = Prompts(
+                    first.tier, first.max_tokens, (sizes[0] * (parts - 1) + sizes[1]) / parts
+                )
                 found.append(outlook.round("llm.merge", prompts, parts))
             return found
 
@@ -158,7 +192,7 @@ def merging(compose: Compose, merge: Compose) -> Forecast:
     return forecast
 
 
-# --- or are narrowed, until they fit into a context --------------------------------------------------
+# --- or are narrowed, until they fit into a context -------------------------------------------
 
 
 Passage = list[Any]
@@ -184,27 +218,46 @@ def narrowing(
     packed: Callable[[Iterable[Passage], int], Iterable[list[Passage]]],
     size: Callable[[Passage], int],
 ) -> Forecast:
-    """Forecast an operation that reads all items in groups, and what was found again, until it answers from the rest.
+    """Forecast an operation that reads all items in groups, and what was found again, until it
+    answers from the rest.
 
-    `passage` makes one of an item, `packed` puts passages together for a room in tokens, of which each takes its `size`.
-    """
+    `passage` makes one of an item, `packed` puts passages together for a room in tokens, of which
+    each takes its `size`."""
 
     def forecast(request: JobRequest, sample: ItemSample) -> Rounds:
         its = parsed(Ask, request.params)
         groups = list(packed((passage(*each) for each in sample.items), its.group_tokens))
         empty = reading({"passages": []}, request.params, request.complexity)
-        whole = reading({"passages": [one for group in groups for one in group]}, request.params, request.complexity)
-        all_read = _reading(groups, its.group_tokens, size, _size(empty), _size(whole), sample.total / len(sample.items))
+        whole = reading(
+            {"passages": [one for group in groups for one in group]},
+            request.params,
+            request.complexity,
+        )
+        all_read = _reading(
+            groups=groups,
+            room=its.group_tokens,
+            size=size,
+            overhead=_size(empty),
+            whole=_size(whole),
+            times=sample.total / len(sample.items),
+        )
         last = answering({"passages": []}, request.params, request.complexity)
 
         def prompts(passages: float, overhead: float) -> Prompts:
             """Return the prompts of one round in which each call has so many passages."""
-            return Prompts(empty.tier, empty.max_tokens, overhead + passages * all_read.tokens, passages * all_read.error)
+            return Prompts(
+                empty.tier,
+                empty.max_tokens,
+                overhead + passages * all_read.tokens,
+                passages * all_read.error,
+            )
 
         def rounds(outlook: Outlook) -> list[RoundForecast]:
             left, calls, found = all_read.passages, all_read.groups, []
             for _ in range(its.max_rounds):
-                found.append(outlook.round("llm.ask", prompts(left / calls, all_read.overhead), calls))
+                found.append(
+                    outlook.round("llm.ask", prompts(left / calls, all_read.overhead), calls)
+                )
                 left = min(left, calls * outlook.found)
                 if left <= all_read.room_for:
                     break
@@ -218,11 +271,27 @@ def narrowing(
 
 
 def _reading(
-    groups: list[list[Passage]], room: int, size: Callable[[Passage], int], overhead: int, whole: int, times: float
+    groups: list[list[Passage]],
+    room: int,
+    size: Callable[[Passage], int],
+    overhead: int,
+    whole: int,
+    times: float,
 ) -> Reading:
-    """Return what reading comes to, of a sample's groups; there are `times` as many items as in the sample."""
+    """Return what reading comes to, of a sample's groups; there are `times` as many items as in the
+    sample.
+    """
     sizes = [size(each) for group in groups for each in group]
-    full = len(groups) - 1 + min(1.0, sum(map(size, groups[-1])) / room)  # the last one would have taken more
+    full = (
+        len(groups) - 1 + min(1.0, sum(map(size, groups[-1])) / room)
+    )  # the last one would have taken more
     passages = len(sizes) * times
     _, error = mean_and_error(sizes, round(passages))
-    return Reading(math.ceil(full * times), passages, len(sizes) / full, (whole - overhead) / len(sizes), error, overhead)
+    return Reading(
+        groups=math.ceil(full * times),
+        passages=passages,
+        room_for=len(sizes) / full,
+        tokens=(whole - overhead) / len(sizes),
+        error=error,
+        overhead=overhead,
+    )

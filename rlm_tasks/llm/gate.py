@@ -1,10 +1,10 @@
 """What a call to a model must pass: who else asks it, what it may cost, where it goes, when.
 
-The guards of other operations are the operation's; those of a model follow from each item: from its tier, and from which
-endpoints are well.  Order, outermost first: the deadline and retry (as for every item), *single flight* with memos and
-cache (what is known or being asked costs nothing), the *budget* of the job, then for one endpoint after the other its *rate
-limit* and *breaker*.  What an inner one refuses is given back to the outer ones.  Refuses to know what is asked for.
-"""
+The guards of other operations are the operation's; those of a model follow from each item: from its
+tier, and from which endpoints are well.  Order, outermost first: the deadline and retry (as for
+every item), *single flight* with memos and cache (what is known or being asked costs nothing), the
+*budget* of the job, then for one endpoint after the other its *rate limit* and *breaker*.  What an
+inner one refuses is given back to the outer ones.  Refuses to know what is asked for."""
 
 from __future__ import annotations
 
@@ -44,12 +44,16 @@ if TYPE_CHECKING:
     from rlm_tasks.settings.llm import EndpointSettings
 
 MEMO_S = 3600.0
-"""An answer that was paid for is known to its item for so long, should the item be done again before its node has ended."""
+"""An answer that was paid for is known to its item for so long, should the item be done again
+before its node has ended.
+"""
 SOON_S = 0.5
 """What calls in flight will leave of a budget is looked at again after this."""
 ILL_S = 5.0
 MARGIN = 1.05
-"""A prompt is estimated this much larger than such prompts were: a provider that counts more answers 429."""
+"""A prompt is estimated this much larger than such prompts were: a provider that counts more
+answers 429.
+"""
 BYTES_PER_TOKEN = 4
 
 
@@ -87,7 +91,11 @@ class Gate(Guarded):
     """The calls of one operation's items, for one job, in one process."""
 
     def __init__(
-        self, guards: Guards, operation: Operation, spec: JobSpec, compose: Callable[[Any, dict[str, Any], str], Draft]
+        self,
+        guards: Guards,
+        operation: Operation,
+        spec: JobSpec,
+        compose: Callable[[Any, dict[str, Any], str], Draft],
     ) -> None:
         its = guards.settings.llm
         about = Protection(
@@ -96,32 +104,60 @@ class Gate(Guarded):
             fallback=operation.protection.fallback,
         )
         super().__init__(
-            operation, about, breaker=None, bucket=None, bulkhead=None, retry=guards.retry_of(operation.name, about),
-            priority=spec.priority, urgency=URGENCY[spec.priority], store=guards.store,
-        )  # fmt: skip
+            operation,
+            about,
+            breaker=None,
+            bucket=None,
+            bulkhead=None,
+            retry=guards.retry_of(operation.name, about),
+            priority=spec.priority,
+            urgency=URGENCY[spec.priority],
+            store=guards.store,
+        )
         self._guards, self._spec, self._compose = guards, spec, compose
         self._provider = guards.kept(_ready)
         guards.kept(watched)
         self._budget = guards.purse.budget(spec.tree)
         self._memos: list[tuple[int, str]] = []
 
-    # --- entering ------------------------------------------------------------------------------------
+    # --- entering ------------------------------------------------------------------------------
 
     def enter(self, item: Any, context: Context, waiter: str) -> Any:
-        """Take what an item's first call needs, all or nothing.  Raises Denied, saying when to come back."""
-        context.entry = self._admit(self._compose(item, context.params, self._spec.complexity), context, waiter)
+        """Take what an item's first call needs, all or nothing.  Raises Denied, saying when to come
+        back.
+        """
+        context.entry = self._admit(
+            self._compose(item, context.params, self._spec.complexity), context, waiter
+        )
         return context.entry
 
     def _admit(self, draft: Draft, context: Context, waiter: str = "") -> Pass:
         provider = self._provider
         if provider.is_full:
-            raise BulkheadFull("pool", PATIENCE_S, "as many calls of this process are in flight as may be")
+            raise BulkheadFull(
+                "pool", PATIENCE_S, "as many calls of this process are in flight as may be"
+            )
         estimated = draft.estimated
-        models = models_for(draft.tier, provider.settings, context.degradation, prompt=estimated, answer=draft.max_tokens)
+        models = models_for(
+            draft.tier,
+            provider.settings,
+            context.degradation,
+            prompt=estimated,
+            answer=draft.max_tokens,
+        )
         question = draft.question(models[0])
         memo = self._memo(context.index)
-        flight = provider.flights.begin(digest(question), cached=self._spec.cache_ttl_s > 0, memo=memo, by=memo)
-        held = Pass(draft, self, flight, context.index, models[0], estimated=estimated)
+        flight = provider.flights.begin(
+            digest(question), cached=self._spec.cache_ttl_s > 0, memo=memo, by=memo
+        )
+        held = Pass(
+            draft=draft,
+            gate=self,
+            flight=flight,
+            index=context.index,
+            model=models[0],
+            estimated=estimated,
+        )
         if flight.state != "mine":
             return held
         try:
@@ -155,8 +191,12 @@ class Gate(Guarded):
             self._withdraw_charge(held)
         raise refused or Denied("endpoints", ILL_S, f"none is well that has {models[0]}")
 
-    def _somewhere(self, held: Pass, places: Sequence[EndpointSettings], waiter: str, context: Context) -> None:
-        """Take the first endpoint that takes the call now; where none does, stand in one line: a second would stand still."""
+    def _somewhere(
+        self, held: Pass, places: Sequence[EndpointSettings], waiter: str, context: Context
+    ) -> None:
+        """Take the first endpoint that takes the call now; where none does, stand in one line: a
+        second would stand still.
+        """
         assert held.question is not None
         refused: list[tuple[Denied, EndpointSettings]] = []
         for place in places:
@@ -180,37 +220,55 @@ class Gate(Guarded):
         return {"calls": 1.0, "tokens": float(prompt + completion), "money": money}
 
     def _charge(self, held: Pass) -> None:
-        """Reserve what the call may cost.  Raises BudgetSpent; where nothing else can be done it ends the job's items."""
+        """Reserve what the call may cost.  Raises BudgetSpent; where nothing else can be done it
+        ends the job's items.
+        """
         assert held.question is not None
         most = held.draft.max_tokens
         held.reserved = self._cost(held.question.model, self._tokens(held) - most, most)
         id = f"{self._memo(held.index)}:{held.flight.key}"
         try:
-            charge = self._budget.charge(id, held.reserved, account=account_of(self._spec), again=held.flight.again)
-            if charge.state == "exhausted" and self._about.fallback is None and held.question.model == held.model:
+            charge = self._budget.charge(
+                id, held.reserved, account=account_of(self._spec), again=held.flight.again
+            )
+            if (
+                charge.state == "exhausted"
+                and self._about.fallback is None
+                and held.question.model == held.model
+            ):
                 self._guards.stop(self._spec.job, "budget", detail=charge.limited_by)
         except StoreUnavailable:  # what cannot be counted is not spent
             raise Denied("budget", SOON_S, "Redis does not answer") from None
         if charge.state == "wait":
-            raise BudgetSpent("budget", SOON_S, f"calls in flight may leave enough {charge.limited_by}")
+            raise BudgetSpent(
+                "budget", SOON_S, f"calls in flight may leave enough {charge.limited_by}"
+            )
         if charge.state == "exhausted":
             LLM_REFUSED.inc()
             raise BudgetSpent("budget", ILL_S, f"its {charge.limited_by} are spent", final=True)
         held.charge = charge
 
-    def _through(self, held: Pass, name: str, waiter: str, context: Context, *, in_line: bool) -> None:
+    def _through(
+        self, held: Pass, name: str, waiter: str, context: Context, *, in_line: bool
+    ) -> None:
         """Take the rate limit and the breaker of one endpoint, or neither."""
         assert held.question is not None
         provider, place = self._provider, self._provider.places[name]
         if provider.router.in_flight[name] >= provider.settings.per_host:
             raise BulkheadFull(
-                f"endpoint {name}", PATIENCE_S, f"{provider.settings.per_host} calls of this process are in flight"
+                f"endpoint {name}",
+                PATIENCE_S,
+                f"{provider.settings.per_host} calls of this process are in flight",
             )
         bucket, tokens = provider.bucket(place, held.question.model), self._tokens(held)
         grant = bucket.reserve(
-            priority=self._priority, in_line=context.rest if in_line else 0, returns=context.waited,
-            requests=1, tokens=tokens, bytes=tokens * BYTES_PER_TOKEN,
-        )  # fmt: skip
+            priority=self._priority,
+            in_line=context.rest if in_line else 0,
+            returns=context.waited,
+            requests=1,
+            tokens=tokens,
+            bytes=tokens * BYTES_PER_TOKEN,
+        )
         if not grant:
             raise RateLimited(
                 f"bucket {bucket.name}",
@@ -226,7 +284,7 @@ class Gate(Guarded):
         held.grant, held.endpoint = grant, name
         provider.router.began(name)
 
-    # --- leaving -------------------------------------------------------------------------------------
+    # --- leaving -------------------------------------------------------------------------------
 
     def _withdraw_charge(self, held: Pass) -> None:
         if held.charge is not None:
@@ -241,7 +299,10 @@ class Gate(Guarded):
     def leave(self, entry: Any, error: BaseException | None = None) -> None:
         """Tell everybody how a call ended; what it has really used is settled."""
         held: Pass = entry
-        endpoint, held.endpoint = held.endpoint, ""  # first: whatever goes wrong below, it is left once
+        endpoint, held.endpoint = (
+            held.endpoint,
+            "",
+        )  # first: whatever goes wrong below, it is left once
         if not endpoint:
             return
         self._provider.router.ended(endpoint)
@@ -254,16 +315,21 @@ class Gate(Guarded):
             self._failed(held, endpoint, error)
 
     def _settle(self, held: Pass, endpoint: str, answer: Answer) -> None:
-        """Pay, and let those know who wait for the answer: one round trip, and one for the rate limit."""
+        """Pay, and let those know who wait for the answer: one round trip, and one for the rate
+        limit.
+        """
         assert held.question is not None
         assert held.charge is not None
         assert held.grant is not None
         model, its, memo = held.question.model, self._provider, self._memo(held.index)
         used = self._cost(model, answer.prompt_tokens, answer.completion_tokens)
         lands = its.flights.landing(
-            held.flight, codec.pack(msgspec.to_builtins(answer)), memo=memo, memo_ttl_s=MEMO_S,
+            held.flight,
+            codec.pack(msgspec.to_builtins(answer)),
+            memo=memo,
+            memo_ttl_s=MEMO_S,
             cache_ttl_s=self._cache_s(held, answer),
-        )  # fmt: skip
+        )
         self._memos.append((held.index, held.flight.key))
         metrics.answered(model, endpoint, answer, used["money"])
         with suppress(StoreUnavailable):  # it stays charged as it was reserved: the safe side
@@ -279,7 +345,9 @@ class Gate(Guarded):
         return self._spec.cache_ttl_s if answer.model == held.model else 0
 
     def _failed(self, held: Pass, endpoint: str, error: BaseException | None) -> None:
-        """Give the flight to others.  What a provider may have answered unheard is paid as reserved, garbage by its prompt."""
+        """Give the flight to others.  What a provider may have answered unheard is paid as
+        reserved, garbage by its prompt.
+        """
         assert held.question is not None
         assert held.charge is not None
         metrics.failed(held.question.model, endpoint, error)
@@ -287,12 +355,18 @@ class Gate(Guarded):
             self._withdraw_charge(held)
         else:
             prompt = self._tokens(held) - held.draft.max_tokens
-            used = self._cost(held.question.model, prompt, 0) if isinstance(error, UnusableAnswer) else held.reserved
+            used = (
+                self._cost(held.question.model, prompt, 0)
+                if isinstance(error, UnusableAnswer)
+                else held.reserved
+            )
             metrics.paid(held.question.model, prompt, used["tokens"] - prompt, used["money"])
             self._budget.settle(held.charge.id, used, label=held.question.model)
         self._provider.flights.abandon(held.flight)
         if isinstance(error, RateLimited):
-            self._provider.hold(self._provider.places[endpoint], held.question.model, error.retry_after_s)
+            self._provider.hold(
+                self._provider.places[endpoint], held.question.model, error.retry_after_s
+            )
 
     def instead_of(self, denied: Denied) -> Callable[..., Any] | None:
         """Return what is done without a model, when the budget is spent for good."""
@@ -302,32 +376,41 @@ class Gate(Guarded):
         """Say whether a waiter that was noted is still in line at some endpoint's breaker."""
         breakers = [self._provider.breaker(name) for name in self._provider.places]
         try:
-            return any(self._store.ask(*(each.waits(waiter) for each in breakers if each is not None)))
+            return any(
+                self._store.ask(*(each.waits(waiter) for each in breakers if each is not None))
+            )
         except StoreUnavailable:
             return True
 
     def forgetting(self, until: int) -> list[Call]:
-        """Return what drops the memos of items that are safe in their node's partial: those before `until`."""
-        return self._provider.flights.forgetting([(key, self._memo(index)) for index, key in self._memos if index < until])
+        """Return what drops the memos of items that are safe in their node's partial: those before
+        `until`.
+        """
+        return self._provider.flights.forgetting(
+            [(key, self._memo(index)) for index, key in self._memos if index < until]
+        )
 
-    # --- asking --------------------------------------------------------------------------------------
+    # --- asking --------------------------------------------------------------------------------
 
     async def reply(self, context: Context) -> Any:
         """Return the answer to an item that was let in: its text, or what its form makes of it.
 
-        An answer of the wrong form is sent back, and that call passes what the first one did.  Raises Misformed, what the
-        endpoint raises, and Denied when it has to come back.
-        """
+        An answer of the wrong form is sent back, and that call passes what the first one did.
+        Raises Misformed, what the endpoint raises, and Denied when it has to come back."""
         held, repairs = context.entry, self._provider.settings.repairs
         answer = await self._ask(held)
         while True:
             try:
-                output = answer.text if held.draft.form is None else read(answer.text, held.draft.form)
+                output = (
+                    answer.text if held.draft.form is None else read(answer.text, held.draft.form)
+                )
             except Misformed as wrong:
                 if not repairs:
                     raise
                 repairs -= 1
-                held, answer = await self._further(held.draft.repaired(answer.text, wrong.why), context)
+                held, answer = await self._further(
+                    held.draft.repaired(answer.text, wrong.why), context
+                )
             else:
                 context.degradation.shaped |= _less(held, answer)
                 return output
@@ -336,12 +419,16 @@ class Gate(Guarded):
         if held.question is None:
             return await self._landed(held)
         held.answer = await self._provider.endpoint(held.endpoint).ask(held.question)
-        self._provider.learn(self._provider.places[held.endpoint], held.question.model, held.answer.told)
+        self._provider.learn(
+            self._provider.places[held.endpoint], held.question.model, held.answer.told
+        )
         self.leave(held)  # now: what comes of the answer holds nothing
         return held.answer
 
     async def _landed(self, held: Pass) -> Answer:
-        """Wait for a call that somebody else makes.  Raises Denied when that one is gone: the item enters again."""
+        """Wait for a call that somebody else makes.  Raises Denied when that one is gone: the item
+        enters again.
+        """
         while held.flight.state == "others":
             await asyncio.sleep(held.flight.wait_s)
             held.flight = self._provider.flights.look(held.flight)
@@ -355,15 +442,23 @@ class Gate(Guarded):
         return answer
 
     def _remember(self, held: Pass, answer: Answer) -> None:
-        """Keep another's answer for the item, should that be done again, and for those who ask for what is kept."""
+        """Keep another's answer for the item, should that be done again, and for those who ask for
+        what is kept.
+        """
         its = held.flight
         self._provider.flights.land(
-            its, its.value, memo=self._memo(held.index), memo_ttl_s=MEMO_S, cache_ttl_s=self._cache_s(held, answer)
+            its,
+            its.value,
+            memo=self._memo(held.index),
+            memo_ttl_s=MEMO_S,
+            cache_ttl_s=self._cache_s(held, answer),
         )
         self._memos.append((held.index, its.key))
 
     async def _further(self, draft: Draft, context: Context) -> tuple[Pass, Answer]:
-        """Make another call for the same item; it waits among the others for its turn, or comes back."""
+        """Make another call for the same item; it waits among the others for its turn, or comes
+        back.
+        """
         while True:
             try:
                 held = self._admit(draft, context)
@@ -385,10 +480,15 @@ def _ready(guards: Guards) -> EndpointPool:
 
 def _less(held: Pass, answer: Answer) -> set[Strategy]:
     """Return in what an answer is less than what was asked for."""
-    found = {Strategy.OTHER_MODEL: answer.model != held.model, Strategy.CUT_ANSWER: answer.finish == "length"}
+    found = {
+        Strategy.OTHER_MODEL: answer.model != held.model,
+        Strategy.CUT_ANSWER: answer.finish == "length",
+    }
     return {strategy for strategy, is_so in found.items() if is_so}
 
 
 def _how_bad(denied: Denied) -> tuple[bool, float]:
-    """Order refusals: the one to wait for is the soonest; that an endpoint is away counts only when all are."""
+    """Order refusals: the one to wait for is the soonest; that an endpoint is away counts only when
+    all are.
+    """
     return denied.code == "CIRCUIT_OPEN", denied.retry_after_s

@@ -19,14 +19,18 @@ HALVE_AT = 1000
 TTL_S = 30 * 24 * 3600
 READ_EVERY_S = 10.0
 FIRST_RATIO = 1.1
-"""Tokens of a prompt over their estimate, before anything is known: a little too much is settled, too little is a 429."""
+"""Tokens of a prompt over their estimate, before anything is known: a little too much is settled,
+too little is a 429.
+"""
 FIRST_SECONDS = 2.0
 _LEARN = Script.load("rlm_tasks.llm", "learn")
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What calls to a model take: means, and how far single calls lie from them (standard deviations)."""
+    """What calls to a model take: means, and how far single calls lie from them (standard
+    deviations).
+    """
 
     calls: float = 0.0  # that this was learned from, the older ones counting less
     prompt_ratio: float = FIRST_RATIO  # tokens of a prompt over their estimate
@@ -47,14 +51,21 @@ class Learned:
         """Return the call that adds what one answer took, to share a round trip with others."""
         share = answer.completion_tokens / max_tokens
         sums = {
-            "calls": 1, "estimated": estimated, "prompt": answer.prompt_tokens, "share": share, "share2": share**2,
-            "seconds": answer.latency_s, "seconds2": answer.latency_s**2,
-        }  # fmt: skip
+            "calls": 1,
+            "estimated": estimated,
+            "prompt": answer.prompt_tokens,
+            "share": share,
+            "share2": share**2,
+            "seconds": answer.latency_s,
+            "seconds2": answer.latency_s**2,
+        }
         told = [each for pair in sums.items() for each in pair]
         return Call(_LEARN, (self._keys.model(model),), (HALVE_AT, TTL_S, *told))
 
     def of(self, model: str) -> Known:
-        """Return what is known of a model, at most 10 s old; nothing while Redis is away and it was never asked."""
+        """Return what is known of a model, at most 10 s old; nothing while Redis is away and it was
+        never asked.
+        """
         read_at, known = self._read.get(model, (-math.inf, Known()))
         if self._clock() - read_at < READ_EVERY_S:
             return known

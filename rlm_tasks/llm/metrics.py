@@ -1,8 +1,7 @@
 """What calls to models count for a worker's /metrics.
 
-Decides under which outcome an error is counted.  Refuses to know who reads it, and to name anything that a user sends:
-labels are models and endpoints of the settings.
-"""
+Decides under which outcome an error is counted.  Refuses to know who reads it, and to name anything
+that a user sends: labels are models and endpoints of the settings."""
 
 from __future__ import annotations
 
@@ -13,17 +12,34 @@ from rlm_tasks.metrics.declared import Counter, Histogram
 LLM_CALLS = Counter(
     "rlm_llm_calls_total",
     "Calls to models, by how they ended.",
-    {"model": None, "endpoint": None, "outcome": ("ok", "rate_limited", "timeout", "failed", "refused", "unusable")},
+    {
+        "model": None,
+        "endpoint": None,
+        "outcome": ("ok", "rate_limited", "timeout", "failed", "refused", "unusable"),
+    },
 )
-LLM_SECONDS = Histogram("rlm_llm_call_seconds", "From a call to a model to its answer.", {"model": None})
+LLM_SECONDS = Histogram(
+    "rlm_llm_call_seconds", "From a call to a model to its answer.", {"model": None}
+)
 LLM_TOKENS = Counter(
-    "rlm_llm_tokens_total", "Tokens that calls to models were paid for.", {"model": None, "kind": ("prompt", "completion")}
+    "rlm_llm_tokens_total",
+    "Tokens that calls to models were paid for.",
+    {"model": None, "kind": ("prompt", "completion")},
 )
-LLM_MONEY = Counter("rlm_llm_money_total", "What calls to models have cost, by the prices of the settings.", {"model": None})
+LLM_MONEY = Counter(
+    "rlm_llm_money_total",
+    "What calls to models have cost, by the prices of the settings.",
+    {"model": None},
+)
 LLM_SHARED = Counter(
-    "rlm_llm_shared_total", "Answers that were not paid again, by where they were.", {"source": ("memo", "cache", "flight")}
+    "rlm_llm_shared_total",
+    "Answers that were not paid again, by where they were.",
+    {"source": ("memo", "cache", "flight")},
 )
-LLM_REFUSED = Counter("rlm_llm_budget_refusals_total", "Calls to models that were not made, because a job's budget is spent.")
+LLM_REFUSED = Counter(
+    "rlm_llm_budget_refusals_total",
+    "Calls to models that were not made, because a job's budget is spent.",
+)
 
 OUTCOMES: dict[type, str] = {
     RateLimited: "rate_limited",

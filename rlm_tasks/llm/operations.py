@@ -1,8 +1,9 @@
-"""The operations that call models: a prompt per item, a tree of merges, a question over more than a context holds.
+"""The operations that call models: a prompt per item, a tree of merges, a question over more than a
+context holds.
 
-Decides what is asked in each, and what the rounds of a job make of the answers.  Refuses to know limits, budgets and
-providers, which are the gate's.  Registered where the `openai` client is installed (the extra ``llm``).
-"""
+Decides what is asked in each, and what the rounds of a job make of the answers.  Refuses to know
+limits, budgets and providers, which are the gate's.  Registered where the `openai` client is
+installed (the extra ``llm``)."""
 
 from __future__ import annotations
 
@@ -45,14 +46,17 @@ def _register(
     fallback: Callable[..., Any] | None = None,
     forecast: Forecast | None = None,
 ) -> None:
-    """Register an operation whose items each become one answer; `conclude` makes the item's output of item and answer.
+    """Register an operation whose items each become one answer; `conclude` makes the item's output
+    of item and answer.
 
     Its `forecast` says what its rounds ask; left out: one round.
     """
 
     async def answer(item: Any, context: Context) -> Any:
         if context.entry is None:
-            raise InvalidRequest("operation", name, "calls a model, and runs in a job only: submit it")
+            raise InvalidRequest(
+                "operation", name, "calls a model, and runs in a job only: submit it"
+            )
         from rlm_tasks.llm.gate import BudgetSpent
 
         try:
@@ -69,10 +73,16 @@ def _register(
 
     registry.register(
         Operation(
-            name, answer, concurrency=MOST_IN_FLIGHT, gate=gate, prepare=prepare, then=then,
-            protection=Protection(name, fallback=fallback), forecast=forecast or by_item(compose),
+            name,
+            answer,
+            concurrency=MOST_IN_FLIGHT,
+            gate=gate,
+            prepare=prepare,
+            then=then,
+            protection=Protection(name, fallback=fallback),
+            forecast=forecast or by_item(compose),
         )
-    )  # fmt: skip
+    )
 
 
 def _messages(system: str, prompt: str) -> tuple[Message, ...]:
@@ -82,7 +92,13 @@ def _messages(system: str, prompt: str) -> tuple[Message, ...]:
 
 def _draft(its: Params, complexity: str, prompt: str, form: type[BaseModel] | None = None) -> Draft:
     tier = tier_for(its.tier, complexity)
-    return Draft(_messages(its.system, prompt), its.max_tokens, tier, its.temperature, form)
+    return Draft(
+        messages=_messages(its.system, prompt),
+        max_tokens=its.max_tokens,
+        tier=tier,
+        temperature=its.temperature,
+        form=form,
+    )
 
 
 def _plain(answer: Any) -> Any:
@@ -99,11 +115,13 @@ def _settled(model: type[P], request: JobRequest, settings: Any) -> tuple[JobReq
     found: dict[str, Any] = {"params": its.model_dump(mode="json", exclude_defaults=True)}
     if request.kind == "recursive" and request.strategy is None:
         # A smaller node would leave connections of its process idle.
-        found["strategy"] = Adaptive(min_chunk_size=min(settings.llm.pool, settings.llm.per_host * len(settings.llm.places)))
+        found["strategy"] = Adaptive(
+            min_chunk_size=min(settings.llm.pool, settings.llm.per_host * len(settings.llm.places))
+        )
     return request.model_copy(update=found), its
 
 
-# --- llm.map -----------------------------------------------------------------------------------------
+# --- llm.map ----------------------------------------------------------------------------------
 
 
 def _prompted(model: type[Map]) -> Compose:
@@ -118,11 +136,14 @@ def _prompted(model: type[Map]) -> Compose:
 
 _map, _map_first = _prompted(Map), _prompted(MapReduce)
 _register(
-    "llm.map", _map, lambda item, answer: _plain(answer), prepare=lambda request, settings: _settled(Map, request, settings)[0]
+    "llm.map",
+    _map,
+    lambda item, answer: _plain(answer),
+    prepare=lambda request, settings: _settled(Map, request, settings)[0],
 )
 
 
-# --- llm.map_reduce ----------------------------------------------------------------------------------
+# --- llm.map_reduce ---------------------------------------------------------------------------
 
 
 def _merge(parts: list[Any], params: dict[str, Any], complexity: str) -> Draft:
@@ -166,7 +187,9 @@ def _in_groups(parts: Iterator[Any], most: int, room: int) -> Iterator[list[Any]
 
 
 def _mergeable(request: JobRequest, settings: Any) -> JobRequest:
-    """Return a request whose merges fit into a context.  Raises InvalidRequest when not even two answers do."""
+    """Return a request whose merges fit into a context.  Raises InvalidRequest when not even two
+    answers do.
+    """
     request, its = _settled(MapReduce, request, settings)
     room = _room(its, request.complexity, settings.llm, its.merge_prompt)
     if 2 * its.max_tokens > room:
@@ -186,14 +209,17 @@ def _side_by_side(parts: list[Any], context: Context) -> Any:
 
 
 _register(
-    "llm.map_reduce", _map_first, lambda item, answer: _plain(answer),
-    prepare=_mergeable, then=_merge_next,
+    "llm.map_reduce",
+    _map_first,
+    lambda item, answer: _plain(answer),
+    prepare=_mergeable,
+    then=_merge_next,
     forecast=merging(_map_first, _merge),
-)  # fmt: skip
+)
 _register("llm.merge", _merge, lambda parts, answer: _plain(answer), fallback=_side_by_side)
 
 
-# --- llm.ask -----------------------------------------------------------------------------------------
+# --- llm.ask ----------------------------------------------------------------------------------
 
 
 class Found(BaseModel):
@@ -238,29 +264,48 @@ _answering = _about(
 
 
 def _listed(question: str, item: dict[str, Any]) -> str:
-    passages = "\n".join(f"[{number}] {' '.join(text.split())}" for number, text in item["passages"])
+    passages = "\n".join(
+        f"[{number}] {' '.join(text.split())}" for number, text in item["passages"]
+    )
     return f"QUESTION: {' '.join(question.split())}\n{passages}"
 
 
 def _read(item: dict[str, Any], answer: Found) -> dict[str, Any]:
-    """Keep the passages that were found, best first; a number that was not among them is no passage."""
+    """Keep the passages that were found, best first; a number that was not among them is no
+    passage.
+    """
     texts: dict[int, list[str]] = {}
     for number, text in item["passages"]:
         texts.setdefault(number, []).append(text)
-    kept = [[number, text] for number in dict.fromkeys(answer.found) for text in texts.get(number, ())]
-    return {"kept": kept, "note": answer.answer, "read": item.get("read") or [min(texts), max(texts) + 1]}
+    kept = [
+        [number, text] for number in dict.fromkeys(answer.found) for text in texts.get(number, ())
+    ]
+    return {
+        "kept": kept,
+        "note": answer.answer,
+        "read": item.get("read") or [min(texts), max(texts) + 1],
+    }
 
 
 def _answered(item: dict[str, Any], answer: Reply) -> dict[str, Any]:
     known = {number for number, _ in item["passages"]}
-    return {**item["about"], "answer": answer.answer, "citations": _ranges(known & set(answer.found))}
+    return {
+        **item["about"],
+        "answer": answer.answer,
+        "citations": _ranges(known & set(answer.found)),
+    }
 
 
 def _notes_alone(item: dict[str, Any], context: Context) -> dict[str, Any]:
     """Answer with what was noted on the way: when no model can be paid any more."""
     context.degradation.shaped.add(Strategy.NO_MODEL)
     known = {number for number, _ in item["passages"]}
-    return {**item["about"], "answer": "\n\n".join(filter(None, item["notes"])), "citations": _ranges(known), "complete": False}
+    return {
+        **item["about"],
+        "answer": "\n\n".join(filter(None, item["notes"])),
+        "citations": _ranges(known),
+        "complete": False,
+    }
 
 
 def _ranges(numbers: Iterable[int]) -> list[list[int]]:
@@ -275,11 +320,17 @@ def _ranges(numbers: Iterable[int]) -> list[list[int]]:
 
 
 def _narrow(outputs: Iterable[dict[str, Any]], round: Round) -> Any:
-    """Answer from what was found when that fits; else have it read again, until it does or has to."""
+    """Answer from what was found when that fits; else have it read again, until it does or has
+    to.
+    """
     its, found = parsed(Ask, round.params), list(outputs)
     if found and "answer" in found[0]:
         return found[0]
-    read = _read_in(each["read"] for each in found) if round.number == 0 else max((each["read"] for each in found), default=0)
+    read = (
+        _read_in(each["read"] for each in found)
+        if round.number == 0
+        else max((each["read"] for each in found), default=0)
+    )
     about = {
         "read": read,
         "found": sum(len(each["kept"]) for each in found),
@@ -291,7 +342,10 @@ def _narrow(outputs: Iterable[dict[str, Any]], round: Round) -> Any:
     kept = [passage for each in found for passage in each["kept"]]
     if sum(map(_size, kept)) > its.group_tokens:
         if round.number + 1 < its.max_rounds:
-            groups = ({"passages": group, "read": read} for group in _packed(sorted(kept), its.group_tokens))
+            groups = (
+                {"passages": group, "read": read}
+                for group in _packed(sorted(kept), its.group_tokens)
+            )
             return NextRound("llm.ask", groups, round.params)
         kept, about["complete"] = _best(found, its.group_tokens), False
     last = {"passages": sorted(kept), "notes": [each["note"] for each in found], "about": about}
@@ -312,7 +366,11 @@ def _size(passage: Sequence[Any]) -> int:
 
 def _best(found: list[dict[str, Any]], room: int) -> list[Passage]:
     """Return the best passages of all groups, in turns, as many as fit."""
-    turns = (each for each in itertools.chain(*itertools.zip_longest(*(each["kept"] for each in found))) if each is not None)
+    turns = (
+        each
+        for each in itertools.chain(*itertools.zip_longest(*(each["kept"] for each in found)))
+        if each is not None
+    )
     kept: list[Passage] = []
     for passage in turns:
         if _size(passage) <= room:
@@ -322,7 +380,9 @@ def _best(found: list[dict[str, Any]], room: int) -> list[Passage]:
 
 
 def _packed(passages: Iterable[Passage], room: int) -> Iterator[list[Passage]]:
-    """Put passages together, in order, as many as a model reads at once; one that is too long is cut."""
+    """Put passages together, in order, as many as a model reads at once; one that is too long is
+    cut.
+    """
     group: list[Passage] = []
     left = room
     for passage in (piece for each in passages for piece in _pieces(each, room)):
@@ -348,22 +408,32 @@ def _pieces(passage: Passage, room: int) -> Iterator[Passage]:
 
 
 def _grouped(request: JobRequest, settings: Any) -> JobRequest:
-    """Return a request whose items are groups of what it was given: a model reads many of them at once."""
+    """Return a request whose items are groups of what it was given: a model reads many of them at
+    once.
+    """
     request, its = _settled(Ask, request, settings)
     room = _room(its, request.complexity, settings.llm, its.question)
     its = its.model_copy(update={"group_tokens": min(its.group_tokens, room)})
     passages = ([number, _text(item)] for number, item in enumerate(_each(request.items)))
     groups = ({"passages": group} for group in _packed(passages, its.group_tokens))
-    return request.model_copy(update={"items": groups, "params": its.model_dump(mode="json", exclude_defaults=True)})
+    return request.model_copy(
+        update={"items": groups, "params": its.model_dump(mode="json", exclude_defaults=True)}
+    )
 
 
 def _room(its: Params, complexity: str, settings: LlmSettings, asked: str) -> int:
     """Return how many tokens go into one call beside what is asked.  Raises InvalidRequest."""
     model = settings.model(settings.of_tier(tier_for(its.tier, complexity)))
-    besides = its.max_tokens + OVERHEAD_TOKENS + estimated_tokens(asked) + estimated_tokens(its.system)
+    besides = (
+        its.max_tokens + OVERHEAD_TOKENS + estimated_tokens(asked) + estimated_tokens(its.system)
+    )
     most = min(model.context_tokens, int((model.tokens or settings.tokens) * 0.8)) - besides
     if most < 100:
-        raise InvalidRequest("max_tokens", its.max_tokens, "and what is asked leave no room; ask for less, or for a larger tier")
+        raise InvalidRequest(
+            "max_tokens",
+            its.max_tokens,
+            "and what is asked leave no room; ask for less, or for a larger tier",
+        )
     return most
 
 
@@ -380,11 +450,23 @@ def _lines(items: Lines) -> Iterator[str]:
         with Path(items.path).open(encoding=items.encoding) as file:
             yield from (line.rstrip("\r\n") for line in file)
     except OSError as error:
-        raise InvalidRequest("items", str(items.path), f"cannot be read: {error.strerror}") from None
+        raise InvalidRequest(
+            "items", str(items.path), f"cannot be read: {error.strerror}"
+        ) from None
 
 
 _register(
-    "llm.ask", _reading, _read, prepare=_grouped, then=_narrow,
-    forecast=narrowing(_reading, _answering, passage=lambda number, item: [number, _text(item)], packed=_packed, size=_size),
-)  # fmt: skip
+    "llm.ask",
+    _reading,
+    _read,
+    prepare=_grouped,
+    then=_narrow,
+    forecast=narrowing(
+        _reading,
+        _answering,
+        passage=lambda number, item: [number, _text(item)],
+        packed=_packed,
+        size=_size,
+    ),
+)
 _register("llm.answer", _answering, _answered, fallback=_notes_alone)

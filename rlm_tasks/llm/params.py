@@ -26,8 +26,12 @@ class Params(Checked):
 
     invalid = InvalidRequest
 
-    system: str = Field("", description="What the model is told before each prompt: what all items share.")
-    tier: Tier | None = Field(None, description="small, medium or large; empty: as the request's complexity says.")
+    system: str = Field(
+        "", description="What the model is told before each prompt: what all items share."
+    )
+    tier: Tier | None = Field(
+        None, description="small, medium or large; empty: as the request's complexity says."
+    )
     max_tokens: int = Field(1024, ge=1, description="Of one answer.")
     temperature: float | None = Field(None, ge=0, le=2, description="Empty: the provider's own.")
 
@@ -37,9 +41,15 @@ class Params(Checked):
         its = settings.model(name)
         most = min(its.max_output_tokens, int((its.tokens or settings.tokens) * 0.9))
         if not any(not each.models or name in each.models for each in settings.places):
-            raise InvalidRequest("tier", self.tier or tier, f"no endpoint of RLM_LLM__ENDPOINTS has its model {name}")
+            raise InvalidRequest(
+                "tier", self.tier or tier, f"no endpoint of RLM_LLM__ENDPOINTS has its model {name}"
+            )
         if self.max_tokens > most:
-            raise InvalidRequest("max_tokens", self.max_tokens, f"model {name} answers with {most} at most; ask for less")
+            raise InvalidRequest(
+                "max_tokens",
+                self.max_tokens,
+                f"model {name} answers with {most} at most; ask for less",
+            )
 
     def pays(self, budget: Mapping[str, float], model: str, settings: LlmSettings) -> None:
         """Raise InvalidRequest when a budget pays no call, or cannot be counted."""
@@ -47,15 +57,22 @@ class Params(Checked):
             why = f"an answer alone may take {self.max_tokens} tokens; give more, or ask for a smaller max_tokens"
             raise InvalidRequest("budget", {"tokens": budget["tokens"]}, why)
         if "money" in budget and not settings.is_priced(model):
-            why = f"model {model} has no price; give it one in RLM_LLM__MODELS, 0 if it costs nothing"
+            why = (
+                f"model {model} has no price; give it one in RLM_LLM__MODELS, 0 if it costs nothing"
+            )
             raise InvalidRequest("budget", {"money": budget["money"]}, why)
 
 
 class Map(Params):
     """``llm.map``: a prompt for each item."""
 
-    prompt: str = Field(min_length=1, description="`{item}` stands for the item, `{name}` for a field of an item that has it.")
-    output: str = Field("", description="A pydantic model, or its `module:Name`, that answers have to fit.")
+    prompt: str = Field(
+        min_length=1,
+        description="`{item}` stands for the item, `{name}` for a field of an item that has it.",
+    )
+    output: str = Field(
+        "", description="A pydantic model, or its `module:Name`, that answers have to fit."
+    )
 
     @field_validator("output", mode="before")
     @classmethod
@@ -73,14 +90,20 @@ class Map(Params):
     def filled(self, item: Any) -> str:
         """Return the prompt for an item."""
         text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False, default=str)
-        fields = {f"{{{name}}}": str(value) for name, value in item.items()} if isinstance(item, Mapping) else {}
+        fields = (
+            {f"{{{name}}}": str(value) for name, value in item.items()}
+            if isinstance(item, Mapping)
+            else {}
+        )
         if not any(name in self.prompt for name in (ITEM, *fields)):
             return f"{self.prompt}\n\n{text}"
         return _replaced(self.prompt, {ITEM: text, **fields})
 
 
 class MapReduce(Map):
-    """``llm.map_reduce``: a prompt for each item, then merges by the model, until one answer is left."""
+    """``llm.map_reduce``: a prompt for each item, then merges by the model, until one answer is
+    left.
+    """
 
     merge_prompt: str = Field(
         "Merge these into one text of the same kind. Keep what matters, say nothing twice, add nothing.",
@@ -88,7 +111,9 @@ class MapReduce(Map):
         description="What the model is asked of the answers that it merges.",
     )
     fan_in: int = Field(8, ge=2, le=100, description="Answers of one merge, if so many fit.")
-    group_tokens: int = Field(0, ge=0, description="Of the answers of one merge; 0: as many as fit.")
+    group_tokens: int = Field(
+        0, ge=0, description="Of the answers of one merge; 0: as many as fit."
+    )
 
 
 class Ask(Params):
@@ -96,7 +121,9 @@ class Ask(Params):
 
     question: str = Field(min_length=1, description="In plain words.")
     group_tokens: int = Field(8000, ge=100, description="Of the items that a model reads at once.")
-    max_rounds: int = Field(4, ge=1, le=20, description="How often what was found is narrowed before it must do.")
+    max_rounds: int = Field(
+        4, ge=1, le=20, description="How often what was found is narrowed before it must do."
+    )
 
 
 def parsed(model: type[P], params: Mapping[str, Any] | BaseModel) -> P:

@@ -1,8 +1,7 @@
 """How the endpoints of models stand, for those who operate the platform.
 
-Decides what is told of an endpoint: its settings, what workers have found, its breaker.  Refuses to know who is told; no key
-and no path of a URL is.
-"""
+Decides what is told of an endpoint: its settings, what workers have found, its breaker.  Refuses to
+know who is told; no key and no path of a URL is."""
 
 from __future__ import annotations
 
@@ -50,21 +49,42 @@ def reports(client: Client) -> list[EndpointReport]:
     for place in settings.places:
         breaker = str(client.breakers.get(service_of(place.name), BREAKER).status()["state"])
         at = checkups.get(place.name)
-        found.append(_unseen(place, breaker) if at is None else _seen(place, breaker, at, now_ms, ill=health.is_ill(at)))
+        found.append(
+            _unseen(place, breaker)
+            if at is None
+            else _seen(place, breaker, at, now_ms, ill=health.is_ill(at))
+        )
     return found
 
 
 def _unseen(place: EndpointSettings, breaker: str) -> EndpointReport:
     """Return what there is to tell of an endpoint that nobody has asked: it gets calls."""
     host = urlsplit(place.base_url).netloc
-    return EndpointReport(place.name, host, tuple(place.models), place.weight, True, 0, None, None, breaker, "")
+    return EndpointReport(
+        name=place.name,
+        host=host,
+        models=tuple(place.models),
+        weight=place.weight,
+        healthy=True,
+        strikes=0,
+        latency_ms=None,
+        checked_s_ago=None,
+        breaker=breaker,
+        why="",
+    )
 
 
-def _seen(place: EndpointSettings, breaker: str, at: Checkup, now_ms: int, *, ill: bool) -> EndpointReport:
+def _seen(
+    place: EndpointSettings, breaker: str, at: Checkup, now_ms: int, *, ill: bool
+) -> EndpointReport:
     return replace(
-        _unseen(place, breaker), healthy=not ill, strikes=at.strikes, latency_ms=_latency(at.latency_ms),
-        checked_s_ago=max(0.0, (now_ms - at.at_ms) / 1000), why=at.why,
-    )  # fmt: skip
+        _unseen(place, breaker),
+        healthy=not ill,
+        strikes=at.strikes,
+        latency_ms=_latency(at.latency_ms),
+        checked_s_ago=max(0.0, (now_ms - at.at_ms) / 1000),
+        why=at.why,
+    )
 
 
 def _latency(ms: float) -> float | None:
@@ -82,6 +102,12 @@ def asked_now(settings: LlmSettings, known: Sequence[EndpointReport]) -> list[En
 
     found = asyncio.run(ask(settings)) if known else []
     return [
-        replace(each, healthy=not at.why, latency_ms=_latency(1000 * at.latency_s), checked_s_ago=0.0, why=at.why)
+        replace(
+            each,
+            healthy=not at.why,
+            latency_ms=_latency(1000 * at.latency_s),
+            checked_s_ago=0.0,
+            why=at.why,
+        )
         for each, at in zip(known, found, strict=True)
     ]

@@ -1,7 +1,8 @@
-"""How the broker is spoken to: for how long, and what is done about a connection that it has closed meanwhile.
+"""How the broker is spoken to: for how long, and what is done about a connection that it has closed
+meanwhile.
 
-Decides that nobody waits for a broker that is away: what was not sent is sent by the sweep.  Refuses to know what is said.
-"""
+Decides that nobody waits for a broker that is away: what was not sent is sent by the sweep.
+Refuses to know what is said."""
 
 from __future__ import annotations
 
@@ -15,16 +16,21 @@ from redis.exceptions import RedisError
 _Answer = TypeVar("_Answer")
 
 ANSWER_S = 5.0
-"""RabbitMQ is taken for away when it does not answer for this long; Redis has a setting of its own (`transports`)."""
+"""RabbitMQ is taken for away when it does not answer for this long; Redis has a setting of its own
+(`transports`).
+"""
 AWAY = (KombuError, AMQPError, RedisError, OSError)
-"""What a broker that is away, or refuses, raises by way of kombu: each transport has errors of its own."""
+"""What a broker that is away, or refuses, raises by way of kombu: each transport has errors of its
+own.
+"""
 
 
 def spoken(connection: Any, say: Callable[[Any], _Answer]) -> _Answer:
-    """Say something on a connection, opened first if need be; one that has died meanwhile is opened again, once.
+    """Say something on a connection, opened first if need be; one that has died meanwhile is opened
+    again, once.
 
-    redis-py sees by itself that a connection has died, RabbitMQ's client only when it uses it.  Raises what is in AWAY.
-    """
+    redis-py sees by itself that a connection has died, RabbitMQ's client only when it uses it.
+    Raises what is in AWAY."""
     was_open = connection.connected
     try:
         return say(_opened(connection))
@@ -42,7 +48,9 @@ def _opened(connection: Any) -> Any:
     if not connection.connected:
         # Each host twice at most, at once: by itself kombu waits between tries.
         tries = max(1, len(connection.alt))
-        connection.ensure_connection(max_retries=tries, interval_start=0, reraise_as_library_errors=False)
+        connection.ensure_connection(
+            max_retries=tries, interval_start=0, reraise_as_library_errors=False
+        )
         if connection.transport.driver_type == "amqp":
             connection.connection.sock.settimeout(ANSWER_S)
     return connection

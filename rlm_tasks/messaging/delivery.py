@@ -18,12 +18,18 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def making_room(
-    preemption: Preemption, dispatcher: Dispatcher, queue: str, nodes: Sequence[str], *, freed: int = 0
+    preemption: Preemption,
+    dispatcher: Dispatcher,
+    queue: str,
+    nodes: Sequence[str],
+    *,
+    freed: int = 0,
 ) -> Iterator[None]:
-    """Have less urgent nodes yield for urgent ones that are sent within the block, as far as there is no slot.
+    """Have less urgent nodes yield for urgent ones that are sent within the block, as far as there
+    is no slot.
 
-    They are counted before, so that a claim finds them, and asked for after, so that a slot that is given up finds them.
-    """
+    They are counted before, so that a claim finds them, and asked for after, so that a slot that is
+    given up finds them."""
     without = preemption.announce(queue, nodes, freed=freed) if nodes else ()
     yield
     if without:
@@ -39,7 +45,9 @@ def resend(ledger: Ledger, dispatcher: Dispatcher, job: str, nodes: Sequence[str
     """
     spec = ledger.spec(job)
     if spec is not None:
-        merges = spec.operation in registry.names() and registry.get(spec.operation).merge is not None
+        merges = (
+            spec.operation in registry.names() and registry.get(spec.operation).merge is not None
+        )
         urgent = [f"{job} {node}" for node in nodes] if spec.preempts else ()
         preemption = Preemption(ledger.store, ledger.keys, SlotBoard(ledger.store, ledger.keys))
         with making_room(preemption, dispatcher, spec.queue, urgent):
@@ -47,7 +55,9 @@ def resend(ledger: Ledger, dispatcher: Dispatcher, job: str, nodes: Sequence[str
 
 
 def wake(ledger: Ledger, dispatcher: Dispatcher, waiters: Sequence[str]) -> int:
-    """Let nodes go on that a guard has named: each is "job node", as it was noted.  Return how many have waited."""
+    """Let nodes go on that a guard has named: each is "job node", as it was noted.  Return how many
+    have waited.
+    """
     woken = 0
     for waiter in waiters:
         job, _, node = waiter.partition(" ")
@@ -56,5 +66,7 @@ def wake(ledger: Ledger, dispatcher: Dispatcher, waiters: Sequence[str]) -> int:
                 woken += 1
                 resend(ledger, dispatcher, job, [node])
         except StoreUnavailable as error:
-            logger.info("Node %s of job %s is not woken, it wakes by its time: %s", node, job, error)
+            logger.info(
+                "Node %s of job %s is not woken, it wakes by its time: %s", node, job, error
+            )
     return woken

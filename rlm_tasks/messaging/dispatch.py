@@ -1,9 +1,9 @@
 """Turn the ledger's nodes into Celery messages: groups and chords whose messages carry ids only.
 
-Decides the shape of messages; a message is a function of its node's record, so sending one again sends
-the same task id, group and index.  A header names its chord's body and nothing further out: what encloses
-the body is looked up when it runs, so messages do not grow with depth.  Refuses to know why nodes exist.
-"""
+Decides the shape of messages; a message is a function of its node's record, so sending one again
+sends the same task id, group and index.  A header names its chord's body and nothing further out:
+what encloses the body is looked up when it runs, so messages do not grow with depth.  Refuses to
+know why nodes exist."""
 
 from __future__ import annotations
 
@@ -38,19 +38,39 @@ def mint() -> str:
 def freeze(fork: Fork, job: str, slot: ChordSlot, why: str) -> tuple[list[Split], list[Child]]:
     """Give every split and node of a plan its id and the slot it fills.
 
-    As with Celery's own ``replace``, the outermost body takes over the task id and the slot of the node
-    that is cut.
-    """
+    As with Celery's own ``replace``, the outermost body takes over the task id and the slot of the
+    node that is cut."""
     splits: list[Split] = []
     children: list[Child] = []
 
     def visit(part: Fork | Leaf, slot: ChordSlot) -> None:
         if isinstance(part, Leaf):
             id = mint()
-            children.append(Child(id, part.lo, part.hi, part.depth, slot.split, slot.index, slot.task or f"{job}.{id}", why))
+            children.append(
+                Child(
+                    id=id,
+                    lo=part.lo,
+                    hi=part.hi,
+                    d=part.depth,
+                    sp=slot.split,
+                    ix=slot.index,
+                    t=slot.task or f"{job}.{id}",
+                    why=why,
+                )
+            )
             return
         id = mint()
-        splits.append(Split(id, part.lo, part.hi, slot.split, slot.index, slot.task or f"{job}.{id}", len(part.parts)))
+        splits.append(
+            Split(
+                id=id,
+                lo=part.lo,
+                hi=part.hi,
+                sp=slot.split,
+                ix=slot.index,
+                t=slot.task or f"{job}.{id}",
+                size=len(part.parts),
+            )
+        )
         for index, inner in enumerate(part.parts):
             visit(inner, ChordSlot(id, index))
 
@@ -76,11 +96,17 @@ def body_of(job: str, queue: str, split: Split) -> dict[str, Any]:
 
 
 def told(spec: JobSpec, message: int, at: float) -> dict[str, Any]:
-    """Return the header by which a worker knows, before it claims, whether it can run a node, and which copy it got.
+    """Return the header by which a worker knows, before it claims, whether it can run a node, and
+    which copy it got.
 
     When it was sent (in seconds, by the sender's clock) tells how long its queue makes work wait.
     """
-    about = {"schema": spec.schema, "operation": spec.operation, "version": spec.version, "message": message}
+    about = {
+        "schema": spec.schema,
+        "operation": spec.operation,
+        "version": spec.version,
+        "message": message,
+    }
     return {"rlm": {**about, "at": round(at, 3)}}
 
 
@@ -94,14 +120,23 @@ class Dispatcher:
         """Send the first node of each job."""
         self._publish((spec, node, 0, ChordSlot(task=spec.job), None) for spec in specs)
 
-    def send_children(self, spec: JobSpec, children: Sequence[Child], splits: Sequence[Split], *, merges: bool) -> None:
-        """Send what a cut has registered; without a merge, a split is a group and needs no chord."""
+    def send_children(
+        self, spec: JobSpec, children: Sequence[Child], splits: Sequence[Split], *, merges: bool
+    ) -> None:
+        """Send what a cut has registered; without a merge, a split is a group and needs no
+        chord.
+        """
         merges = merges and self._counts_chords()
         if merges and splits:
             self._set_sizes(spec.job, splits)
         bodies = {split.id: split for split in splits} if merges else {}
-        now = [child for child in children if child.wait_ms < 0]  # a sweep sends the others when they are due
-        self._publish((spec, child.id, 0, ChordSlot(child.sp, child.ix, child.t), bodies.get(child.sp)) for child in now)
+        now = [
+            child for child in children if child.wait_ms < 0
+        ]  # a sweep sends the others when they are due
+        self._publish(
+            (spec, child.id, 0, ChordSlot(child.sp, child.ix, child.t), bodies.get(child.sp))
+            for child in now
+        )
 
     def resend(self, job: str, nodes: Sequence[str], *, merges: bool) -> None:
         """Send the messages of registered nodes again, from their records."""
@@ -115,11 +150,15 @@ class Dispatcher:
         self._publish((spec, r.id, r.message, r.slot, bodies.get(r.slot.split)) for r in records)
 
     def ask_to_yield(self, queue: str) -> None:
-        """Tell workers that urgent work waits in a queue; who is not reached learns of it within a second."""
+        """Tell workers that urgent work waits in a queue; who is not reached learns of it within a
+        second.
+        """
         try:
             self.tell("rlm_yield", queue=queue)
         except AWAY as error:
-            logger.info("Workers were not told to make room, they will see it by themselves: %s", error)
+            logger.info(
+                "Workers were not told to make room, they will see it by themselves: %s", error
+            )
 
     def tell(self, command: str, **arguments: Any) -> None:
         """Broadcast a command to all workers.  Raises what is in `broker.AWAY`."""
@@ -133,7 +172,9 @@ class Dispatcher:
             spoken(connection, say)
 
     def _counts_chords(self) -> bool:
-        """Whether the app's result backend counts parts; if not, the root merge does all of the work."""
+        """Whether the app's result backend counts parts; if not, the root merge does all of the
+        work.
+        """
         from celery.backends.redis import RedisBackend  # clients need none
 
         return isinstance(self._app.backend, RedisBackend)
@@ -147,22 +188,37 @@ class Dispatcher:
         try:
             pipe.execute()
         except (RedisError, OSError) as error:
-            logger.warning("The chords of job %s are not counted (%s); its root merge does their work", job, error)
+            logger.warning(
+                "The chords of job %s are not counted (%s); its root merge does their work",
+                job,
+                error,
+            )
 
-    def _publish(self, messages: Iterable[tuple[JobSpec, str, int, ChordSlot, Split | None]]) -> None:
+    def _publish(
+        self, messages: Iterable[tuple[JobSpec, str, int, ChordSlot, Split | None]]
+    ) -> None:
         messages = list(messages)
         if not messages:
             return
         try:
             with self._app.producer_pool.acquire(block=True, timeout=ACQUIRE_S) as producer:
-                spoken(producer.connection, lambda connection: self._send_all(producer, connection, messages))
+                spoken(
+                    producer.connection,
+                    lambda connection: self._send_all(producer, connection, messages),
+                )
         except AWAY as error:
             logger.warning(
-                "%d node messages of job %s were not sent (%s); the sweep sends them", len(messages), messages[0][0].job, error
+                "%d node messages of job %s were not sent (%s); the sweep sends them",
+                len(messages),
+                messages[0][0].job,
+                error,
             )
 
     def _send_all(
-        self, producer: Any, connection: Any, messages: Sequence[tuple[JobSpec, str, int, ChordSlot, Split | None]]
+        self,
+        producer: Any,
+        connection: Any,
+        messages: Sequence[tuple[JobSpec, str, int, ChordSlot, Split | None]],
     ) -> None:
         producer.revive(connection)
         if len(messages) == 1:
@@ -172,7 +228,15 @@ class Dispatcher:
             for message in messages:
                 self._send(producer, *message)
 
-    def _send(self, producer: Any, spec: JobSpec, node: str, message: int, slot: ChordSlot, body: Split | None) -> None:
+    def _send(
+        self,
+        producer: Any,
+        spec: JobSpec,
+        node: str,
+        message: int,
+        slot: ChordSlot,
+        body: Split | None,
+    ) -> None:
         job = spec.job
         options: dict[str, Any] = {"headers": told(spec, message, self._clock())}
         if slot.split:
@@ -180,6 +244,14 @@ class Dispatcher:
         if body is not None:
             options["chord"] = body_of(job, spec.queue, body)
         self._app.send_task(
-            NODE_TASK, [job, node], task_id=slot.task or job, queue=spec.queue, root_id=job, parent_id=job,
-            ignore_result=True, producer=producer, retry=False, **options,
-        )  # fmt: skip
+            NODE_TASK,
+            [job, node],
+            task_id=slot.task or job,
+            queue=spec.queue,
+            root_id=job,
+            parent_id=job,
+            ignore_result=True,
+            producer=producer,
+            retry=False,
+            **options,
+        )

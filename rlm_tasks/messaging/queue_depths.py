@@ -1,7 +1,8 @@
-"""How deep queues are, and how old their oldest messages: one question to the broker for all of them.
+"""How deep queues are, and how old their oldest messages: one question to the broker for all of
+them.
 
-Decides how each broker is asked.  Refuses to know what is done about the answer, and whether an outage matters.
-"""
+Decides how each broker is asked.  Refuses to know what is done about the answer, and whether an
+outage matters."""
 
 from __future__ import annotations
 
@@ -42,20 +43,21 @@ _DECODER = msgspec.json.Decoder(_Message)
 class QueueGauge:
     """The queues of one app's broker.
 
-    Each process and each thread that reads has a connection of its own, kept between reads and opened again after
-    an error.
-    """
+    Each process and each thread that reads has a connection of its own, kept between reads and
+    opened again after an error."""
 
     def __init__(self, app: Celery, *, clock: Callable[[], float] = time.time) -> None:
         """`clock` is compared with the wall clock of those who send."""
         self._app, self._clock = app, clock
-        self._connections: dict[tuple[int, int], Any] = {}  # after a fork, nobody finds those of the parent
+        self._connections: dict[
+            tuple[int, int], Any
+        ] = {}  # after a fork, nobody finds those of the parent
 
     def read(self, names: Sequence[str]) -> dict[str, QueueReport]:
         """Return depth and age by queue; one that does not exist is empty.
 
-        On Redis this is one round trip; other brokers know no ages.  Raises what is in `broker.AWAY`.
-        """
+        On Redis this is one round trip; other brokers know no ages.  Raises what is in
+        `broker.AWAY`."""
         here = os.getpid(), threading.get_ident()
         connection = self._connections.get(here) or self._app.connection_for_read()
         self._connections[here] = connection
@@ -88,7 +90,9 @@ class QueueGauge:
 
 
 def _age_s(message: bytes | None, now: float) -> float | None:
-    """Return how long ago a message was sent; None when it does not say, as those of other tasks."""
+    """Return how long ago a message was sent; None when it does not say, as those of other
+    tasks.
+    """
     try:
         at = _DECODER.decode(message or b"{}").headers.rlm.at
     except msgspec.DecodeError:
@@ -101,7 +105,9 @@ def _of_others(connection: Any, names: Sequence[str]) -> dict[str, QueueReport]:
 
 
 def _declared_depth(connection: Any, name: str) -> int:
-    """Ask on a channel of its own: AMQP closes the channel that asked for a queue which does not exist."""
+    """Ask on a channel of its own: AMQP closes the channel that asked for a queue which does not
+    exist.
+    """
     with connection.channel() as channel:
         try:
             return int(channel.queue_declare(queue=name, passive=True).message_count)

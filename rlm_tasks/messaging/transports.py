@@ -1,8 +1,7 @@
 """What Celery has to know of the Redis and the RabbitMQ it speaks to, derived from one URL each.
 
-Decides how TLS and sentinels, which a URL of ours says, are said in Celery's settings, and what keeps platforms apart on each
-kind of broker.  Refuses to connect.
-"""
+Decides how TLS and sentinels, which a URL of ours says, are said in Celery's settings, and what
+keeps platforms apart on each kind of broker.  Refuses to connect."""
 
 from __future__ import annotations
 
@@ -17,16 +16,25 @@ VISIBILITY_TIMEOUT_S = 4 * 3600
 """Longer than any node runs: lost work is recovered by the ledger's sweep, not by redelivery."""
 QUEUE_ORDER = "rlm_tasks.worker.queue_order:QueueOrder"
 ANSWER_S, WATCHED_ANSWER_S = 30, 5
-"""A Redis may take so long to answer; where sentinels can name another, one that hangs is left sooner."""
-_AMQP_NAMES = {"ssl_ca_certs": "ca_certs", "ssl_certfile": "certfile", "ssl_keyfile": "keyfile", "ssl_cert_reqs": "cert_reqs"}
+"""A Redis may take so long to answer; where sentinels can name another, one that hangs is left
+sooner.
+"""
+_AMQP_NAMES = {
+    "ssl_ca_certs": "ca_certs",
+    "ssl_certfile": "certfile",
+    "ssl_keyfile": "keyfile",
+    "ssl_cert_reqs": "cert_reqs",
+}
 
 
 def speaks_redis(url: Any) -> bool:
     """Whether a ``broker_url`` (the first, if several) or a ``result_backend`` is a Redis."""
-    return str(url[0] if isinstance(url, list | tuple) and url else url).startswith(("redis", "valkey", "sentinel"))
+    return str(url[0] if isinstance(url, list | tuple) and url else url).startswith(
+        ("redis", "valkey", "sentinel")
+    )
 
 
-# --- broker and result backend -----------------------------------------------------------------------
+# --- broker and result backend ----------------------------------------------------------------
 
 
 def broker(settings: Settings) -> dict[str, Any]:
@@ -34,8 +42,12 @@ def broker(settings: Settings) -> dict[str, Any]:
     url, prefix = settings.broker_url, f"{settings.namespace}:"
     secured = {"broker_use_ssl": _in_words_of(url)} if tls(url) else {}
     if not speaks_redis(_celerys(url)):
-        # Redis puts a prefix before each key; here what all apps of a virtual host would share has a name of its own.
-        apart = {"control_exchange": settings.namespace, "event_exchange": f"{settings.namespace}.events"}
+        # Redis puts a prefix before each key; here what all apps of a virtual host would share has
+        # a name of its own.
+        apart = {
+            "control_exchange": settings.namespace,
+            "event_exchange": f"{settings.namespace}.events",
+        }
         return {"broker_url": without_tls_options(url), **secured, **apart}
     return {
         "broker_url": _celerys(url),
@@ -60,7 +72,10 @@ def result_backend(settings: Settings) -> dict[str, Any]:
     return {
         "result_backend": _celerys(url),
         **({"redis_backend_use_ssl": tls(url)} if tls(url) else {}),
-        "result_backend_transport_options": {"global_keyprefix": f"{settings.namespace}:", **_watched(settings, url)},
+        "result_backend_transport_options": {
+            "global_keyprefix": f"{settings.namespace}:",
+            **_watched(settings, url),
+        },
         "redis_socket_timeout": _answer_s(url),
         "redis_socket_connect_timeout": 5,
         "redis_socket_keepalive": not url.startswith(SOCKET),
@@ -76,19 +91,25 @@ def _in_words_of(url: str) -> dict[str, Any]:
     options = dict(tls(url) or {})
     if speaks_redis(url):
         return options
-    by_name = {"server_hostname": None} if options.pop("ssl_check_hostname") else {}  # None: that of the URL
+    by_name = (
+        {"server_hostname": None} if options.pop("ssl_check_hostname") else {}
+    )  # None: that of the URL
     return {**{_AMQP_NAMES[name]: value for name, value in options.items()}, **by_name}
 
 
 def _celerys(url: str) -> str:
-    """Return a URL as Celery takes it: each sentinel has the password and the database, for it may be asked first."""
+    """Return a URL as Celery takes it: each sentinel has the password and the database, for it may
+    be asked first.
+    """
     if url.startswith(SOCKET):
         return url.replace(SOCKET, "redis+socket://", 1).replace("?db=", "?virtual_host=", 1)
     if not url.startswith(SENTINEL):
         return without_tls_options(url)
     first = urlsplit(without_tls_options(url.split(";")[0]))
     who = f"{first.netloc.rpartition('@')[0]}@" if "@" in first.netloc else ""
-    return ";".join(first._replace(netloc=f"{who}{host}:{port}").geturl() for host, port in hosts(url))
+    return ";".join(
+        first._replace(netloc=f"{who}{host}:{port}").geturl() for host, port in hosts(url)
+    )
 
 
 def _watched(settings: Settings, url: str) -> dict[str, Any]:
@@ -99,14 +120,14 @@ def _watched(settings: Settings, url: str) -> dict[str, Any]:
     return {"master_name": settings.sentinel_master, "sentinel_kwargs": options}
 
 
-# --- redbeat -----------------------------------------------------------------------------------------
+# --- redbeat ----------------------------------------------------------------------------------
 
 
 def redbeat(settings: Settings) -> dict[str, Any]:
     """Return the settings by which celery-redbeat finds the ledger's Redis.
 
-    The password stands apart from the URL: ``celery inspect conf`` shows the one and hides the other.
-    """
+    The password stands apart from the URL: ``celery inspect conf`` shows the one and hides the
+    other."""
     url = settings.redis_url
     secured = {"redbeat_redis_use_ssl": options} if (options := tls(url)) else {}
     if not url.startswith(SENTINEL):
@@ -123,4 +144,6 @@ def _password_apart(url: str) -> tuple[str, dict[str, str]]:
         return url, {}
     who, _, where = parts.netloc.rpartition("@")
     user = who.partition(":")[0]
-    return parts._replace(netloc=f"{user}@{where}" if user else where).geturl(), {"password": unquote(parts.password)}
+    return parts._replace(netloc=f"{user}@{where}" if user else where).geturl(), {
+        "password": unquote(parts.password)
+    }

@@ -1,7 +1,7 @@
 """What a worker counts: metrics as they are declared, and the files that its processes count in.
 
-The engine, `llm` and users' modules declare metrics here; `telemetry` exposes them.  Begin with `declared`.
-"""
+The engine, `llm` and users' modules declare metrics here; `telemetry` exposes them.  Begin with
+`declared`."""
 
 from __future__ import annotations
 
@@ -20,4 +20,6 @@ if TYPE_CHECKING:
 _HOMES = {
     "rlm_tasks.metrics.declared": "Counter Histogram Metric Peak counted timed",
 }
-__getattr__, __dir__, __all__ = lazy(__name__, _HOMES)  # the list and its loader must not drift apart
+__getattr__, __dir__, __all__ = lazy(
+    __name__, _HOMES
+)  # the list and its loader must not drift apart

@@ -1,9 +1,9 @@
 """What a worker counts, so that the numbers of all its pool processes are one.
 
-Each slot of the pool has files of its own, and the process that comes after a recycled or killed one goes on writing in
-them: counters never fall, and there are never more files than slots.  Decides what is counted, by which labels, and what a
-gauge means; refuses to know who reads it (`health`).  Outside of a worker with a metrics port nothing is counted.
-"""
+Each slot of the pool has files of its own, and the process that comes after a recycled or killed
+one goes on writing in them: counters never fall, and there are never more files than slots.
+Decides what is counted, by which labels, and what a gauge means; refuses to know who reads it
+(`health`).  Outside of a worker with a metrics port nothing is counted."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from resilience.errors import InvalidValue
 from rlm_tasks.metrics.slot_files import count
 
 OTHER = "other"
-"""What stands for a label's values that were not declared: a label must not grow with what users send."""
+"""What stands for a label's values that were not declared: a label must not grow with what users
+send.
+"""
 SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 MILLISECONDS = tuple(1000 * each for each in SECONDS)
 _NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-# --- what is declared --------------------------------------------------------------------------------
+# --- what is declared -------------------------------------------------------------------------
 
 
 Labels = Mapping[str, Collection[str] | None]
@@ -34,7 +36,9 @@ DECLARED: dict[str, Metric] = {}
 
 
 class Metric:
-    """A declared metric.  `labels` has the values that each label may take; None for one whose values are few by nature."""
+    """A declared metric.  `labels` has the values that each label may take; None for one whose
+    values are few by nature.
+    """
 
     type = ""
 
@@ -43,10 +47,14 @@ class Metric:
         self.name, self.about, self.labels = name, about, dict(labels or {})
         for each in (name, *self.labels):
             if not _NAME.fullmatch(each):
-                raise InvalidValue("name", each, "must be letters, digits and underscores, and begin with no digit")
+                raise InvalidValue(
+                    "name", each, "must be letters, digits and underscores, and begin with no digit"
+                )
         known = DECLARED.setdefault(name, self)
         if known is not self and (type(known), known.labels) != (type(self), self.labels):
-            raise InvalidValue("name", name, "is declared already, with other labels or as another kind of metric")
+            raise InvalidValue(
+                "name", name, "is declared already, with other labels or as another kind of metric"
+            )
 
     @property
     def family(self) -> str:
@@ -55,19 +63,27 @@ class Metric:
 
     def _values(self, given: Mapping[str, str]) -> tuple[str, ...]:
         if given.keys() != self.labels.keys():
-            raise InvalidValue("labels", sorted(given), f"{self.name} has the labels {', '.join(self.labels) or 'none'}")
+            raise InvalidValue(
+                "labels",
+                sorted(given),
+                f"{self.name} has the labels {', '.join(self.labels) or 'none'}",
+            )
         return tuple(
-            given[label] if allowed is None or given[label] in allowed else OTHER for label, allowed in self.labels.items()
+            given[label] if allowed is None or given[label] in allowed else OTHER
+            for label, allowed in self.labels.items()
         )
 
     def _key(self, sample: str, values: tuple[str, ...], **more: str) -> str:
         from prometheus_client.mmap_dict import mmap_key
 
-        return mmap_key(self.family, sample, [*self.labels, *more], [*values, *more.values()], self.about)
+        return mmap_key(
+            self.family, sample, [*self.labels, *more], [*values, *more.values()], self.about
+        )
 
 
 class Counter(Metric):
-    """A number that only grows.  Its name ends in ``_total``; each of its `labels` is declared with the values it may take.
+    """A number that only grows.  Its name ends in ``_total``; each of its `labels` is declared with
+    the values it may take.
 
     Raises InvalidValue for a name or a label that cannot be.
     """
@@ -86,7 +102,9 @@ class Counter(Metric):
         return self.name.removesuffix("_total")
 
     def inc(self, amount: float = 1.0, **labels: str) -> None:
-        """Add to it.  Raises InvalidValue for other labels than the declared ones, and for less than 0."""
+        """Add to it.  Raises InvalidValue for other labels than the declared ones, and for less
+        than 0.
+        """
         if amount < 0:
             raise InvalidValue("amount", amount, f"{self.name} is a counter: it only grows")
         values = self._values(labels)
@@ -101,21 +119,34 @@ class Histogram(Metric):
 
     type = "histogram"
 
-    def __init__(self, name: str, about: str, labels: Labels | None = None, buckets: Collection[float] = SECONDS) -> None:
+    def __init__(
+        self,
+        name: str,
+        about: str,
+        labels: Labels | None = None,
+        buckets: Collection[float] = SECONDS,
+    ) -> None:
         super().__init__(name, about, labels)
         self._bounds = (*sorted(buckets), float("inf"))
         self._keys = functools.cache(self._keys_of)
 
     def observe(self, value: float, times: int = 1, **labels: str) -> None:
-        """Count a value, as often as it came.  Raises InvalidValue for other labels than the declared ones."""
+        """Count a value, as often as it came.  Raises InvalidValue for other labels than the
+        declared ones.
+        """
         total, *buckets = keys = self._keys(self._values(labels))
         found = buckets[bisect_left(self._bounds, value)]
-        count(lambda files: files.add("histogram", (total, value * times), (found, times), among=keys))
+        count(
+            lambda files: files.add("histogram", (total, value * times), (found, times), among=keys)
+        )
 
     def _keys_of(self, values: tuple[str, ...]) -> list[str]:
         from prometheus_client.utils import floatToGoString
 
-        buckets = [self._key(f"{self.name}_bucket", values, le=floatToGoString(each)) for each in self._bounds]
+        buckets = [
+            self._key(f"{self.name}_bucket", values, le=floatToGoString(each))
+            for each in self._bounds
+        ]
         return [self._key(f"{self.name}_sum", values), *buckets]
 
 
@@ -133,17 +164,19 @@ class Peak(Metric):
         return self._key(self.name, ())
 
 
-# --- what nodes count --------------------------------------------------------------------------------
+# --- what nodes count -------------------------------------------------------------------------
 
 
-# --- what a request counts ----------------------------------------------------------------------------
+# --- what a request counts --------------------------------------------------------------------
 
 
-# --- functions of a user's own -----------------------------------------------------------------------
+# --- functions of a user's own ----------------------------------------------------------------
 
 
 def counted(name: str, about: str) -> Callable[[_F], _F]:
-    """Decorate a function, or a coroutine function: count its calls, by outcome ``ok`` or ``error``."""
+    """Decorate a function, or a coroutine function: count its calls, by outcome ``ok`` or
+    ``error``.
+    """
     calls = Counter(name, about, {"outcome": ("ok", "error")})
     return _watched(lambda _, ok: calls.inc(outcome="ok" if ok else "error"))
 
@@ -188,4 +221,4 @@ class _Watch:
         self._tell(time.perf_counter() - self._began, raised is None)
 
 
-# --- what is told of the worker ----------------------------------------------------------------------
+# --- what is told of the worker ---------------------------------------------------------------

@@ -13,12 +13,15 @@ Told = Mapping[str, float | str]
 
 
 def emission(told: Told) -> list[tuple[Counter, float, dict[str, str]]]:
-    """Return the counters that a request's numbers are for, with what is added to each, and its labels.
+    """Return the counters that a request's numbers are for, with what is added to each, and its
+    labels.
 
-    ``business.records`` is the counter ``business_records_total``; a text is the label of its name.  Raises InvalidRequest
-    for a counter that no module has declared, and for labels that it does not have.
-    """
-    labels = {name.replace(".", "_"): value for name, value in told.items() if isinstance(value, str)}
+    ``business.records`` is the counter ``business_records_total``; a text is the label of its
+    name.  Raises InvalidRequest for a counter that no module has declared, and for labels that it
+    does not have."""
+    labels = {
+        name.replace(".", "_"): value for name, value in told.items() if isinstance(value, str)
+    }
     found = []
     for name, amount in told.items():
         if isinstance(amount, str):
@@ -26,10 +29,14 @@ def emission(told: Told) -> list[tuple[Counter, float, dict[str, str]]]:
         total = f"{name.replace('.', '_')}_total"
         counter = DECLARED.get(total)
         if not isinstance(counter, Counter) or total.startswith("rlm_"):
-            raise InvalidRequest("emit_metrics", name, f"declare it beside your operations: Counter({total!r}, ...)")
+            raise InvalidRequest(
+                "emit_metrics", name, f"declare it beside your operations: Counter({total!r}, ...)"
+            )
         if amount < 0 or labels.keys() != counter.labels.keys():
             raise InvalidRequest(
-                "emit_metrics", dict(told), f"{name} only grows, by labels {', '.join(counter.labels) or 'none'}"
+                "emit_metrics",
+                dict(told),
+                f"{name} only grows, by labels {', '.join(counter.labels) or 'none'}",
             )
         found.append((counter, amount, labels))
     return found
@@ -41,4 +48,6 @@ def emit(told: Told) -> None:
         for counter, amount, labels in emission(told):
             counter.inc(amount, **labels)
     except InvalidRequest as error:
-        logger.warning("Not counted, its declaration is another here than where it was submitted: %s", error)
+        logger.warning(
+            "Not counted, its declaration is another here than where it was submitted: %s", error
+        )

@@ -19,17 +19,20 @@ logger = logging.getLogger(__name__)
 
 
 class SlotFiles:
-    """The files of one worker, in prometheus_client's format: for each kind of metric one by each slot of the pool.
+    """The files of one worker, in prometheus_client's format: for each kind of metric one by each
+    slot of the pool.
 
-    prometheus_client's own values find their folder by an environment variable, which every program that an operation
-    starts would inherit; and count by process, so that each recycled one would leave a file.
-    """
+    prometheus_client's own values find their folder by an environment variable, which every program
+    that an operation starts would inherit; and count by process, so that each recycled one would
+    leave a file."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._pid = folder, os.getpid()
         self._open: dict[str, MmapedDict] = {}
         self._begun: set[str] = set()
-        self._lock = threading.Lock()  # for pools of threads; the main process of others never holds it
+        self._lock = (
+            threading.Lock()
+        )  # for pools of threads; the main process of others never holds it
 
     def add(self, kind: str, *amounts: tuple[str, float], among: Sequence[str] = ()) -> None:
         """Add to the series of these keys; those they are `among` begin with them, at 0."""

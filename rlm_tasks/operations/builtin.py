@@ -27,7 +27,7 @@ def _not_empty(item: Any) -> None:
         raise ValueError("empty item")
 
 
-# --- sum, exact: integers as they are, floats as the ratio of integers that they are ------------------
+# --- sum, exact: integers as they are, floats as the ratio of integers that they are ----------
 
 
 def _exact(value: float) -> list[int]:
@@ -80,7 +80,7 @@ def sum_items(items: Sequence[float]) -> list[Any]:
     return _total(items)
 
 
-# --- aggregate ---------------------------------------------------------------------------------------
+# --- aggregate --------------------------------------------------------------------------------
 
 
 def _summaries(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -101,12 +101,20 @@ def _statistics(part: dict[str, Any]) -> dict[str, Any]:
         return {"count": 0, "mean": None, "min": None, "max": None, "variance": None}
     total, squares = Fraction(*part["sum"]), Fraction(*part["squares"])
     variance = (squares - total * total / count) / count
-    return {"count": count, "mean": float(total / count), "min": part["min"], "max": part["max"], "variance": float(variance)}
+    return {
+        "count": count,
+        "mean": float(total / count),
+        "min": part["min"],
+        "max": part["max"],
+        "variance": float(variance),
+    }
 
 
 @operation("aggregate", batch=True, merge=_summaries, finalize=_statistics, validate=_number)
 def aggregate(items: Sequence[float]) -> dict[str, Any]:
-    """Return count, mean, min, max and population variance of finite numbers, exact under any split."""
+    """Return count, mean, min, max and population variance of finite numbers, exact under any
+    split.
+    """
     total, squares = Fraction(0), Fraction(0)
     for item in items:
         _number(item)
@@ -121,7 +129,7 @@ def aggregate(items: Sequence[float]) -> dict[str, Any]:
     }
 
 
-# --- text and order ----------------------------------------------------------------------------------
+# --- text and order ---------------------------------------------------------------------------
 
 
 def _add_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
@@ -147,7 +155,7 @@ def sort(items: Sequence[Any]) -> list[Any]:
     return sorted(items)
 
 
-# --- samples -----------------------------------------------------------------------------------------
+# --- samples ----------------------------------------------------------------------------------
 
 
 def _burn(item: Any, rounds: int) -> int:
@@ -185,7 +193,11 @@ def conditional_process(item: Any, ctx: Context) -> dict[str, Any]:
     """Process what is there: an item that is not a number or a text passes through untouched."""
     if not isinstance(item, int | float | str):
         return {"item": item, "processed": False}
-    return {"item": item, "processed": True, "digest": _burn(item, int(ctx.params.get("rounds", 100)))}
+    return {
+        "item": item,
+        "processed": True,
+        "digest": _burn(item, int(ctx.params.get("rounds", 100))),
+    }
 
 
 def _merge_extremes(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:

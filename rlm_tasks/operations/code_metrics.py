@@ -16,12 +16,34 @@ from typing import Any
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _BRANCHES = frozenset(
-    (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.IfExp, ast.comprehension, ast.match_case, ast.BoolOp)
+    (
+        ast.If,
+        ast.For,
+        ast.AsyncFor,
+        ast.While,
+        ast.ExceptHandler,
+        ast.IfExp,
+        ast.comprehension,
+        ast.match_case,
+        ast.BoolOp,
+    )
 )
 _NESTING = frozenset(
-    (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match,
-     ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-)  # fmt: skip
+    (
+        ast.If,
+        ast.For,
+        ast.AsyncFor,
+        ast.While,
+        ast.With,
+        ast.AsyncWith,
+        ast.Try,
+        ast.TryStar,
+        ast.Match,
+        ast.FunctionDef,
+        ast.AsyncFunctionDef,
+        ast.ClassDef,
+    )
+)
 _SUMMED = ("files", "lines", "functions", "classes", "branches")
 TOP = 10
 
@@ -33,7 +55,11 @@ def standard_library() -> Path:
 
 def python_files(folder: Path) -> list[str]:
     """Return the Python files below a folder, sorted, without installed packages."""
-    found = (path for path in folder.rglob("*.py") if not {"site-packages", "__pycache__"} & set(path.parts[len(folder.parts) :]))
+    found = (
+        path
+        for path in folder.rglob("*.py")
+        if not {"site-packages", "__pycache__"} & set(path.parts[len(folder.parts) :])
+    )
     return sorted(str(path) for path in found)
 
 
@@ -45,7 +71,9 @@ class _Tally:
         self.classes = self.deepest = 0
 
     def visit(self, node: ast.AST, depth: int) -> int:
-        """Return the branches at and below a node; note functions, classes and nesting on the way."""
+        """Return the branches at and below a node; note functions, classes and nesting on the
+        way.
+        """
         kind = type(node)
         depth += kind in _NESTING
         self.deepest = max(self.deepest, depth)
@@ -53,7 +81,9 @@ class _Tally:
         chained = node.orelse[0] if isinstance(node, ast.If) and len(node.orelse) == 1 else None
         for child in _children(node):
             # An `elif` is an if inside an else, but nests no deeper to its reader.
-            branches += self.visit(child, depth - 1 if child is chained and isinstance(child, ast.If) else depth)
+            branches += self.visit(
+                child, depth - 1 if child is chained and isinstance(child, ast.If) else depth
+            )
         if isinstance(node, _FUNCTIONS):
             self.functions.append((1 + branches, node.lineno, node.name))
         self.classes += kind is ast.ClassDef
@@ -70,7 +100,9 @@ def _children(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def measure_file(path: str) -> dict[str, Any]:
-    """Return the metrics of one file.  Raises SyntaxError, UnicodeError and OSError, which fail that item only."""
+    """Return the metrics of one file.  Raises SyntaxError, UnicodeError and OSError, which fail
+    that item only.
+    """
     with tokenize.open(path) as file:
         text = file.read()
     with warnings.catch_warnings():
@@ -85,16 +117,22 @@ def measure_file(path: str) -> dict[str, Any]:
         "classes": tally.classes,
         "branches": branches,
         "deepest": [tally.deepest, path],
-        "complex": nlargest(TOP, ([count, path, line, name] for count, line, name in tally.functions)),
+        "complex": nlargest(
+            TOP, ([count, path, line, name] for count, line, name in tally.functions)
+        ),
     }
 
 
 def merge_reports(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Return one report of many.  Ties are broken by path and line, so every split gives the same."""
+    """Return one report of many.  Ties are broken by path and line, so every split gives the
+    same.
+    """
     whole: dict[str, Any] = {**dict.fromkeys(_SUMMED, 0), "deepest": [0, ""], "complex": []}
     for report in reports:
         for name in _SUMMED:
             whole[name] += report[name]
         whole["deepest"] = max(whole["deepest"], list(report["deepest"]))
-        whole["complex"] = nlargest(TOP, [list(each) for each in (*whole["complex"], *report["complex"])])
+        whole["complex"] = nlargest(
+            TOP, [list(each) for each in (*whole["complex"], *report["complex"])]
+        )
     return whole

@@ -8,7 +8,9 @@ from scheduler.allocation import Policies, ResourceAllocationPolicy, priority_of
 
 
 def policies(settings: Settings) -> Policies:
-    """Return the operator's policies.  Raises InvalidValue naming the file, the entry and the field."""
+    """Return the operator's policies.  Raises InvalidValue naming the file, the entry and the
+    field.
+    """
     found = Policies(settings.allocation)
     if settings.allocation.policies:
         found.load(settings.allocation.policies)
@@ -16,7 +18,9 @@ def policies(settings: Settings) -> Policies:
 
 
 def policy_of(operation: Operation, known: Policies) -> ResourceAllocationPolicy:
-    """Return the policy of an operation: the operator's word counts, then its own, then the one for all others."""
+    """Return the policy of an operation: the operator's word counts, then its own, then the one for
+    all others.
+    """
     if operation.allocation is not None and not known.declares(operation.name):
         return operation.allocation
     return known.of(operation.name)

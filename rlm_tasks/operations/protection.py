@@ -1,8 +1,7 @@
 """What an operation declares to protect its calls.
 
-Decides which declarations make sense, and settles their defaults when the operation is registered, so that a mistake is
-told at import.  Refuses to know how guards work: see `guards`.
-"""
+Decides which declarations make sense, and settles their defaults when the operation is registered,
+so that a mistake is told at import.  Refuses to know how guards work: see `guards`."""
 
 from __future__ import annotations
 
@@ -21,7 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Protection:
-    """What an operation declares; the guards of one `service` are shared by all operations that name it."""
+    """What an operation declares; the guards of one `service` are shared by all operations that
+    name it.
+    """
 
     service: str = ""
     breaker: BreakerConfig | str | None = None
@@ -56,9 +57,15 @@ def protection(service: str, about: Mapping[str, Any]) -> Protection:
 
         told["retry"] = RetryPolicy(max_attempts=told["retry"])
     if told.get("cost") is not None and not told.get("rate_limit"):
-        raise InvalidRequest("cost", told["cost"], "says what a call takes of rate_limit; declare that, too")
+        raise InvalidRequest(
+            "cost", told["cost"], "says what a call takes of rate_limit; declare that, too"
+        )
     if told.get("fallback") is not None and not told.get("breaker"):
-        raise InvalidRequest("fallback", told["fallback"], "is called while the breaker is open; declare breaker=..., too")
+        raise InvalidRequest(
+            "fallback",
+            told["fallback"],
+            "is called while the breaker is open; declare breaker=..., too",
+        )
     if (limit_s := told.get("timeout_s")) is not None and not limit_s > 0:
         raise InvalidRequest("timeout_s", limit_s, "must be above 0 seconds")
     return Protection(service=told.pop("service", "") or service, **told)

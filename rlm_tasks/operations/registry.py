@@ -31,7 +31,19 @@ if TYPE_CHECKING:
     from rlm_tasks.settings.model import Settings
     from scheduler.allocation import ResourceAllocationPolicy
 
-_PROTECTING = frozenset({"service", "breaker", "rate_limit", "cost", "bulkhead", "per_host", "retry", "fallback", "timeout_s"})
+_PROTECTING = frozenset(
+    {
+        "service",
+        "breaker",
+        "rate_limit",
+        "cost",
+        "bulkhead",
+        "per_host",
+        "retry",
+        "fallback",
+        "timeout_s",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +65,12 @@ class Operation:
     allocation: ResourceAllocationPolicy | None = None
     protection: Protection = UNPROTECTED
     then: Callable[[Any, Round], Any] | None = None
-    prepare: Callable[[JobRequest, Settings], JobRequest] | None = None  # settles a request before it is stored, or refuses it
-    gate: Callable[[Guards, Operation, JobSpec], Guarded] | None = None  # guards that depend on the item
+    prepare: Callable[[JobRequest, Settings], JobRequest] | None = (
+        None  # settles a request before it is stored, or refuses it
+    )
+    gate: Callable[[Guards, Operation, JobSpec], Guarded] | None = (
+        None  # guards that depend on the item
+    )
     forecast: Forecast | None = None  # says what its rounds will ask of models
     is_async: bool = field(init=False)
     takes_context: bool = field(init=False)
@@ -105,7 +121,9 @@ def _positional(function: Callable[..., Any]) -> int:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # some builtins have no signature; they take the item alone
         return 1
-    return sum(1 for each in parameters if each.kind in kinds and each.default is inspect.Parameter.empty)
+    return sum(
+        1 for each in parameters if each.kind in kinds and each.default is inspect.Parameter.empty
+    )
 
 
 _registry: dict[str, Operation] = {}
@@ -140,20 +158,22 @@ def operation(name: Any = None, **about: Any) -> Any:
     """Register a function as an operation, bare or with options.
 
     The function takes an item, and the `Context` if it has a second parameter without a default.
-    With ``batch=True`` it takes a list of items and returns one partial, or, without a merge, a list
-    with one output per item.  An ``async def`` keeps up to ``concurrency`` items in flight.
+    With ``batch=True`` it takes a list of items and returns one partial, or, without a merge, a
+    list with one output per item.  An ``async def`` keeps up to ``concurrency`` items in flight.
     ``merge`` takes an iterable of partials in item order and returns one partial; it must be
-    associative.  ``validate`` raises for an item that must not be processed.  ``simplified`` is called in its place from
-    critical pressure on; it takes and returns the same.  ``allocation`` bounds how many of its nodes run at once, and on
-    which hosts: a ResourceAllocationPolicy, or its fields.  ``then`` takes what a job has come to and a `Round`, and returns the
-    answer, or a `NextRound` whose items the job goes on with (docs/guide.md, Rounds).
+    associative.  ``validate`` raises for an item that must not be processed.  ``simplified`` is
+    called in its place from critical pressure on; it takes and returns the same.  ``allocation``
+    bounds how many of its nodes run at once, and on which hosts: a ResourceAllocationPolicy, or its
+    fields.  ``then`` takes what a job has come to and a `Round`, and returns the answer, or a
+    `NextRound` whose items the job goes on with (docs/guide.md, Rounds).
 
-    What protects its calls is shared by all workers, under the name of the `service` (the operation's, if left out):
-    ``breaker`` (a preset's name, a BreakerConfig, or True), ``rate_limit`` (a Rate of requests, or several by name) with
-    ``cost`` (what a call takes of it, from the item and the context), ``bulkhead`` (calls in flight) with ``per_host``,
-    ``retry`` (attempts, or a RetryPolicy), ``fallback`` (called while the breaker is open), ``timeout_s`` (of one item).
-    An item that has to wait for one of them costs no attempt and no slot: the rest of its node comes back when it is due.
-    """
+    What protects its calls is shared by all workers, under the name of the `service` (the
+    operation's, if left out): ``breaker`` (a preset's name, a BreakerConfig, or True),
+    ``rate_limit`` (a Rate of requests, or several by name) with ``cost`` (what a call takes of it,
+    from the item and the context), ``bulkhead`` (calls in flight) with ``per_host``, ``retry``
+    (attempts, or a RetryPolicy), ``fallback`` (called while the breaker is open), ``timeout_s`` (of
+    one item). An item that has to wait for one of them costs no attempt and no slot: the rest of
+    its node comes back when it is due."""
     if callable(name):
         return register(Operation(getattr(name, "__name__", "operation"), name))
 
@@ -162,7 +182,9 @@ def operation(name: Any = None, **about: Any) -> Any:
         if isinstance(about.get("allocation"), Mapping):
             from scheduler.allocation import ResourceAllocationPolicy
 
-            about["allocation"] = ResourceAllocationPolicy(**{"executor_id": known, **about["allocation"]})
+            about["allocation"] = ResourceAllocationPolicy(
+                **{"executor_id": known, **about["allocation"]}
+            )
         guards = protection(known, {field: about.pop(field) for field in _PROTECTING & set(about)})
         return register(Operation(known, function, **about, protection=guards))
 
@@ -170,13 +192,19 @@ def operation(name: Any = None, **about: Any) -> Any:
 
 
 def register(new: Operation) -> Operation:
-    """Make an operation known in this process.  Raises InvalidRequest for one that contradicts itself."""
+    """Make an operation known in this process.  Raises InvalidRequest for one that contradicts
+    itself.
+    """
     if new.concurrency < 1 or (new.concurrency > 1 and not new.is_async):
-        raise InvalidRequest("concurrency", new.concurrency, "must be at least 1, and above 1 needs an async def")
+        raise InvalidRequest(
+            "concurrency", new.concurrency, "must be at least 1, and above 1 needs an async def"
+        )
     if new.batch and new.is_async:
         raise InvalidRequest("batch", new.name, "an async def takes one item; leave batch out")
     if new.simplified is not None and inspect.iscoroutinefunction(new.simplified) != new.is_async:
-        raise InvalidRequest("simplified", new.name, "must be an async def exactly if the operation is one")
+        raise InvalidRequest(
+            "simplified", new.name, "must be an async def exactly if the operation is one"
+        )
     _registry[new.name] = new
     return new
 
@@ -195,15 +223,21 @@ def names() -> list[str]:
 
 
 def import_operations(modules: Sequence[str]) -> None:
-    """Import the built-in operations and the user's modules, as Celery finds tasks: in the current folder, too.
+    """Import the built-in operations and the user's modules, as Celery finds tasks: in the current
+    folder, too.
 
     Raises InvalidRequest for a missing one.
     """
-    own = ("rlm_tasks.operations.builtin", *(("rlm_tasks.llm.operations",) if find_spec("openai") else ()))
+    own = (
+        "rlm_tasks.operations.builtin",
+        *(("rlm_tasks.llm.operations",) if find_spec("openai") else ()),
+    )
     for module in (*own, *modules):
         try:
             import_from_cwd(module)
         except ModuleNotFoundError as error:
             if error.name and module.startswith(error.name):
-                raise InvalidRequest("RLM_OPERATIONS", module, "no such module on the import path") from None
+                raise InvalidRequest(
+                    "RLM_OPERATIONS", module, "no such module on the import path"
+                ) from None
             raise

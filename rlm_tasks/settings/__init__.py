@@ -1,4 +1,5 @@
-"""Everything that can be tuned, with its default and unit, and the one place that reads the environment.
+"""Everything that can be tuned, with its default and unit, and the one place that reads the
+environment.
 
 Every folder above reads `Settings`; `Client` and `install` make them.  Begin with `model`.
 """
@@ -28,4 +29,6 @@ _HOMES = {
     "rlm_tasks.settings.model": "Settings",
     "rlm_tasks.settings.sections": "LedgerSettings MetricsSettings NodeSettings TracingSettings",
 }
-__getattr__, __dir__, __all__ = lazy(__name__, _HOMES)  # the list and its loader must not drift apart
+__getattr__, __dir__, __all__ = lazy(
+    __name__, _HOMES
+)  # the list and its loader must not drift apart

@@ -12,7 +12,9 @@ _OTLP = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 
 
 def traces_exporters() -> list[str]:
-    """Return the exporters that OpenTelemetry's variables name; its packages read the others, this one is for their launcher."""
+    """Return the exporters that OpenTelemetry's variables name; its packages read the others, this
+    one is for their launcher.
+    """
     protocol = os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf"
     otlp = _OTLP.get(os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or protocol, protocol)
     names = (os.environ.get("OTEL_TRACES_EXPORTER") or "otlp").replace(" ", "").split(",")

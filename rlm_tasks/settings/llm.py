@@ -1,7 +1,7 @@
 """Which models and providers there are, what they allow and what they cost: records, no decisions.
 
-Keys are not here: an endpoint names the variable that holds its key, and `rlm_tasks.settings` reads that.
-"""
+Keys are not here: an endpoint names the variable that holds its key, and `rlm_tasks.settings` reads
+that."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ TIERS: tuple[Tier, ...] = ("small", "medium", "large")
 
 
 class ModelSettings(BaseModel, frozen=True, extra="forbid"):
-    """One model: how much it takes at once, what a million of its tokens costs, what its provider allows."""
+    """One model: how much it takes at once, what a million of its tokens costs, what its provider
+    allows.
+    """
 
     context_tokens: int = Field(128_000, gt=0)
     max_output_tokens: int = Field(16_384, gt=0)
@@ -31,16 +33,24 @@ class EndpointSettings(BaseModel, frozen=True, extra="forbid"):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     base_url: str = ""  # such as https://HOST/v1; empty: as OPENAI_BASE_URL says
     key_env: str = "OPENAI_API_KEY"  # the variable that holds its key
-    weight: Annotated[float, Field(gt=0)] = 1.0  # its share of the calls, where `routing` is weighted
-    models: dict[str, str] = {}  # our name of a model -> its name there; empty: it has all, under our names
-    max_tokens_as: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # reasoning models know the second name only
+    weight: Annotated[float, Field(gt=0)] = (
+        1.0  # its share of the calls, where `routing` is weighted
+    )
+    models: dict[
+        str, str
+    ] = {}  # our name of a model -> its name there; empty: it has all, under our names
+    max_tokens_as: Literal["max_tokens", "max_completion_tokens"] = (
+        "max_tokens"  # reasoning models know the second name only
+    )
     stream: bool = False  # read answers while they are made: a time limit then bounds each pause, not the whole
 
     @field_validator("key_env")
     @classmethod
     def _is_a_variable(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
-            raise ValueError("must be the name of a variable, in capitals; the key itself is what that variable holds")
+            raise ValueError(
+                "must be the name of a variable, in capitals; the key itself is what that variable holds"
+            )
         return value
 
     @field_validator("base_url")
@@ -49,16 +59,26 @@ class EndpointSettings(BaseModel, frozen=True, extra="forbid"):
         if value and not value.startswith(("http://", "https://")):
             raise ValueError("must start with http:// or https://")
         if "@" in value:
-            raise ValueError("must hold no user or password; name the variable of its key as key_env")
+            raise ValueError(
+                "must hold no user or password; name the variable of its key as key_env"
+            )
         return value.rstrip("/")
 
 
 PRICES = {
-    "gpt-4.1-nano": ModelSettings(context_tokens=1_047_576, max_output_tokens=32_768, input_price=0.10, output_price=0.40),
-    "gpt-4.1-mini": ModelSettings(context_tokens=1_047_576, max_output_tokens=32_768, input_price=0.40, output_price=1.60),
-    "gpt-4.1": ModelSettings(context_tokens=1_047_576, max_output_tokens=32_768, input_price=2.00, output_price=8.00),
+    "gpt-4.1-nano": ModelSettings(
+        context_tokens=1_047_576, max_output_tokens=32_768, input_price=0.10, output_price=0.40
+    ),
+    "gpt-4.1-mini": ModelSettings(
+        context_tokens=1_047_576, max_output_tokens=32_768, input_price=0.40, output_price=1.60
+    ),
+    "gpt-4.1": ModelSettings(
+        context_tokens=1_047_576, max_output_tokens=32_768, input_price=2.00, output_price=8.00
+    ),
 }
-"""What the models of the default tiers cost by their provider's list of 2025, in US dollars; `LlmSettings.models` comes first."""
+"""What the models of the default tiers cost by their provider's list of 2025, in US dollars;
+`LlmSettings.models` comes first.
+"""
 
 
 class LlmSettings(BaseModel, frozen=True, extra="forbid"):
@@ -75,37 +95,66 @@ class LlmSettings(BaseModel, frozen=True, extra="forbid"):
         {},
         description='What models take, cost and may: JSON, name -> `{"context_tokens": 128000, "max_output_tokens": 16384, "input_price": 0.4, "output_price": 1.6, "requests": 3500, "tokens": 90000}`; prices for a million tokens.',
     )
-    requests: float = Field(3500.0, gt=0, description="Requests in any window, of each model and key.")
-    tokens: float = Field(90_000.0, gt=0, description="Tokens in any window, of each model and key.")
-    window_s: float = Field(60.0, gt=0, description="The window that providers count by, in seconds.")
-    bytes_per_s: float = Field(10e6, gt=0, description="Bytes a second to and from each endpoint, of all workers.")
+    requests: float = Field(
+        3500.0, gt=0, description="Requests in any window, of each model and key."
+    )
+    tokens: float = Field(
+        90_000.0, gt=0, description="Tokens in any window, of each model and key."
+    )
+    window_s: float = Field(
+        60.0, gt=0, description="The window that providers count by, in seconds."
+    )
+    bytes_per_s: float = Field(
+        10e6, gt=0, description="Bytes a second to and from each endpoint, of all workers."
+    )
     routing: Literal["round_robin", "least_connections", "weighted", "consistent_hash"] = Field(
-        "round_robin", description="Which endpoint a call goes to, of those that have its model and are well."
+        "round_robin",
+        description="Which endpoint a call goes to, of those that have its model and are well.",
     )
     pool: int = Field(50, gt=0, description="Calls in flight of one worker process.")
     per_host: int = Field(10, gt=0, description="... of them to one endpoint.")
     timeout_s: float = Field(60.0, gt=0, description="A call that takes longer is given up.")
-    idle_s: float = Field(300.0, gt=0, description="A connection nobody uses is kept open for this long.")
-    health_every_s: float = Field(30.0, gt=0, description="Endpoints are asked this often how they are.")
-    health_timeout_s: float = Field(5.0, gt=0, description="... and are ill when they do not answer in time.")
-    health_strikes: int = Field(3, ge=1, description="An endpoint that was ill so often in a row gets no calls until it is well.")
+    idle_s: float = Field(
+        300.0, gt=0, description="A connection nobody uses is kept open for this long."
+    )
+    health_every_s: float = Field(
+        30.0, gt=0, description="Endpoints are asked this often how they are."
+    )
+    health_timeout_s: float = Field(
+        5.0, gt=0, description="... and are ill when they do not answer in time."
+    )
+    health_strikes: int = Field(
+        3,
+        ge=1,
+        description="An endpoint that was ill so often in a row gets no calls until it is well.",
+    )
     memory_warn_mb: float = Field(
-        120.0, gt=0, description="A process that has grown by so much since it first called a model clears its caches."
+        120.0,
+        gt=0,
+        description="A process that has grown by so much since it first called a model clears its caches.",
     )
     memory_critical_mb: float = Field(
         140.0,
         gt=0,
         description="... and is replaced after its node when it has still grown by so much. What it held before does not count: Celery and the client of models alone may be more than that.",
     )
-    attempts: int = Field(4, ge=1, description="Attempts at a call that fails; 429 and an open breaker cost none.")
-    repairs: int = Field(2, ge=0, description="How often an answer of the wrong form is sent back to be put right.")
-    merge_share: float = Field(0.2, ge=0, lt=1, description="Share of a budget that is kept for the rounds that merge.")
+    attempts: int = Field(
+        4, ge=1, description="Attempts at a call that fails; 429 and an open breaker cost none."
+    )
+    repairs: int = Field(
+        2, ge=0, description="How often an answer of the wrong form is sent back to be put right."
+    )
+    merge_share: float = Field(
+        0.2, ge=0, lt=1, description="Share of a budget that is kept for the rounds that merge."
+    )
 
     @model_validator(mode="after")
     def _names_differ(self) -> LlmSettings:
         names = [each.name for each in self.endpoints]
         if len(set(names)) < len(names):
-            raise ValueError(f"endpoints must have names of their own, there are {', '.join(names)}")
+            raise ValueError(
+                f"endpoints must have names of their own, there are {', '.join(names)}"
+            )
         return self
 
     @property

@@ -1,7 +1,8 @@
-"""Everything that can be tuned, with its default and unit, and the one place that reads the environment.
+"""Everything that can be tuned, with its default and unit, and the one place that reads the
+environment.
 
-Names: ``RLM_<FIELD>`` and ``RLM_<SECTION>__<FIELD>``.  Refuses to know what the values are used for.
-"""
+Names: ``RLM_<FIELD>`` and ``RLM_<SECTION>__<FIELD>``.  Refuses to know what the values are used
+for."""
 
 from __future__ import annotations
 
@@ -13,7 +14,12 @@ from pydantic_settings import NoDecode
 from resilience.address import SENTINEL, check
 from resilience.settings import StoreSettings
 from rlm_tasks.settings.llm import LlmSettings
-from rlm_tasks.settings.sections import LedgerSettings, MetricsSettings, NodeSettings, TracingSettings
+from rlm_tasks.settings.sections import (
+    LedgerSettings,
+    MetricsSettings,
+    NodeSettings,
+    TracingSettings,
+)
 from scheduler.settings import (
     AdmissionSettings,
     AlertSettings,
@@ -29,25 +35,41 @@ class Settings(StoreSettings):
     """The whole configuration of one process."""
 
     broker_url: str = Field(
-        "", description="Celery's broker, such as `amqp://USER:PASSWORD@HOST:5672/VHOST`; empty: the ledger's Redis."
+        "",
+        description="Celery's broker, such as `amqp://USER:PASSWORD@HOST:5672/VHOST`; empty: the ledger's Redis.",
     )
-    result_backend: str = Field("", description="Celery's result backend, which counts chords; empty: the ledger's Redis.")
+    result_backend: str = Field(
+        "", description="Celery's result backend, which counts chords; empty: the ledger's Redis."
+    )
     api_key: SecretStr = Field(
         SecretStr(""),
         repr=False,
         description="Who asks a worker's port for /metrics or /health shows this key (docs/metrics.md); empty: nobody is asked.",
     )
     operations: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Modules with operations, separated by commas; imported by clients and workers."
+        (),
+        description="Modules with operations, separated by commas; imported by clients and workers.",
     )
-    result_ttl_s: int = Field(7 * 86_400, gt=0, description="Results and ledger entries of a job live this long.")
-    max_result_bytes: int = Field(64 * 2**20, gt=0, description="Largest packed output that result() builds in memory.")
+    result_ttl_s: int = Field(
+        7 * 86_400, gt=0, description="Results and ledger entries of a job live this long."
+    )
+    max_result_bytes: int = Field(
+        64 * 2**20, gt=0, description="Largest packed output that result() builds in memory."
+    )
     max_item_bytes: int = Field(16 * 2**20, gt=0, description="Largest single packed item.")
-    fault_patterns: int = Field(50, ge=0, description="Recurring faults that are kept; 0: none, nor whether retries have helped.")
-    slots: int = Field(
-        0, ge=0, description="Pool processes of a worker; 0: as many as it has CPUs. Also `WORKFLOW_MAX_CONCURRENT_ACTIVITIES`."
+    fault_patterns: int = Field(
+        50,
+        ge=0,
+        description="Recurring faults that are kept; 0: none, nor whether retries have helped.",
     )
-    ready_file: str = Field("", description="A file that a worker touches when it is ready, for probes; empty: none.")
+    slots: int = Field(
+        0,
+        ge=0,
+        description="Pool processes of a worker; 0: as many as it has CPUs. Also `WORKFLOW_MAX_CONCURRENT_ACTIVITIES`.",
+    )
+    ready_file: str = Field(
+        "", description="A file that a worker touches when it is ready, for probes; empty: none."
+    )
     log_format: Literal["text", "json"] = Field(
         "text", description="How workers and beat write their log: lines to read, or JSON."
     )
@@ -72,17 +94,25 @@ class Settings(StoreSettings):
     @field_validator("api_key", mode="before")
     @classmethod
     def _bare(cls, value: Any) -> Any:
-        return value.strip() if isinstance(value, str) else value  # files end in a line end, headers never do
+        return (
+            value.strip() if isinstance(value, str) else value
+        )  # files end in a line end, headers never do
 
     @field_validator("broker_url", "result_backend")
     @classmethod
     def _can_be_used(cls, value: str, told: ValidationInfo) -> str:
         check(value)
         if value.startswith(SENTINEL) and not told.data.get("sentinel_master"):
-            raise ValueError("give the name that the sentinels watch the primary by as RLM_SENTINEL_MASTER")
+            raise ValueError(
+                "give the name that the sentinels watch the primary by as RLM_SENTINEL_MASTER"
+            )
         return value
 
     @field_validator("operations", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        return (
+            tuple(part.strip() for part in value.split(",") if part.strip())
+            if isinstance(value, str)
+            else value
+        )

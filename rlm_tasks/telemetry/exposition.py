@@ -36,7 +36,9 @@ class WorkerState:
     level: int  # of pressure, 0 to 4: what it acts on
     memory_mb: float  # of its processes
     memory_level: int | None = None  # of its host's memory alone; None: it could not be measured
-    breakers: Mapping[str, str] = field(default_factory=dict)  # service -> closed, half-open or open
+    breakers: Mapping[str, str] = field(
+        default_factory=dict
+    )  # service -> closed, half-open or open
 
     @property
     def free(self) -> int:
@@ -59,15 +61,19 @@ GAUGES = {
 }
 """Read from the main process when somebody asks, not counted."""
 DECLARING = (counts, llm_metrics)
-"""The modules that declare the metrics of every worker: they are exposed before anything is counted."""
+"""The modules that declare the metrics of every worker: they are exposed before anything is
+counted.
+"""
 BREAKER_STATES = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
 
 
-def registry(folder: Path, standing: Callable[[], WorkerState], clock: Callable[[], float] = time.monotonic) -> CollectorRegistry:
+def registry(
+    folder: Path, standing: Callable[[], WorkerState], clock: Callable[[], float] = time.monotonic
+) -> CollectorRegistry:
     """Return what one worker exposes.
 
-    Where its owner runs prometheus_client in its multiprocess mode (``PROMETHEUS_MULTIPROC_DIR``), what that folder has, too.
-    """
+    Where its owner runs prometheus_client in its multiprocess mode (``PROMETHEUS_MULTIPROC_DIR``),
+    what that folder has, too."""
     from prometheus_client import CollectorRegistry
     from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -76,14 +82,18 @@ def registry(folder: Path, standing: Callable[[], WorkerState], clock: Callable[
     try:
         MultiProcessCollector(found)
     except ValueError:
-        logger.debug("PROMETHEUS_MULTIPROC_DIR is not set: what is exposed is what is declared here")
+        logger.debug(
+            "PROMETHEUS_MULTIPROC_DIR is not set: what is exposed is what is declared here"
+        )
     return found
 
 
 class _Exposed:
     """Everything declared: what was counted in the folder, and how the worker stands."""
 
-    def __init__(self, folder: Path, standing: Callable[[], WorkerState], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, folder: Path, standing: Callable[[], WorkerState], clock: Callable[[], float]
+    ) -> None:
         self._folder, self._standing = folder, standing
         self._errors = _ErrorRate(clock)
 
@@ -110,14 +120,22 @@ class _Exposed:
         return {
             "rlm_slots": [({"state": "busy"}, at.busy), ({"state": "free"}, at.free)],
             "rlm_concurrency_level": [({}, at.busy)],
-            "rlm_object_pool_utilization": [({}, min(1.0, at.busy / at.total) if at.total else 0.0)],
+            "rlm_object_pool_utilization": [
+                ({}, min(1.0, at.busy / at.total) if at.total else 0.0)
+            ],
             "rlm_memory_usage_mb": [({}, at.memory_mb)],
-            "rlm_memory_pressure_level": [({}, at.memory_level)] if at.memory_level is not None else [],
+            "rlm_memory_pressure_level": [({}, at.memory_level)]
+            if at.memory_level is not None
+            else [],
             "rlm_pressure_level": [({}, at.level)],
             "rlm_error_rate": [({}, rate)],
-            "rlm_recovery_success_rate": [({}, retried["recovered"] / retried.total())] if retried.total() else [],
+            "rlm_recovery_success_rate": [({}, retried["recovered"] / retried.total())]
+            if retried.total()
+            else [],
             "rlm_cache_hit_rate": [({}, cached["hit"] / cached.total())] if cached.total() else [],
-            "rlm_circuit_breaker_state": [({"service": name}, BREAKER_STATES[state]) for name, state in at.breakers.items()],
+            "rlm_circuit_breaker_state": [
+                ({"service": name}, BREAKER_STATES[state]) for name, state in at.breakers.items()
+            ],
             "rlm_draining": [({}, float(at.draining))],
         }
 
@@ -130,7 +148,9 @@ def _by_outcome(family: Family | None) -> Tally[str]:
 
 
 class _ErrorRate:
-    """The failed share of the items between now and the look that is five minutes old, or the oldest there was."""
+    """The failed share of the items between now and the look that is five minutes old, or the
+    oldest there was.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock, self._lock = clock, threading.Lock()

@@ -1,8 +1,8 @@
-"""Whether a worker, or the whole platform, is well: one judgement for the port of a worker and for clients.
+"""Whether a worker, or the whole platform, is well: one judgement for the port of a worker and for
+clients.
 
-Decides what makes something ``failing`` (it is to be replaced, or nothing runs), ``degraded`` (it does less than it could),
-or ``ok``; and measures how far Redis is.  Refuses to know who asks.
-"""
+Decides what makes something ``failing`` (it is to be replaced, or nothing runs), ``degraded`` (it
+does less than it could), or ``ok``; and measures how far Redis is.  Refuses to know who asks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from resilience.errors import StoreUnavailable
 from resilience.store import Store
 from rlm_tasks.telemetry import limit_reports
 
-# --- one judgement -----------------------------------------------------------------------------------
+# --- one judgement -----------------------------------------------------------------------------
 
 
 def judged(failing: Sequence[str], unwell: Sequence[str]) -> dict[str, Any]:
@@ -32,7 +32,9 @@ def pressed(level: Level) -> list[str]:
 
 def shut(breakers: Mapping[str, str]) -> list[str]:
     """Return a reason for each breaker that is not closed."""
-    return [f"the breaker of {name} is {state}" for name, state in breakers.items() if state != "closed"]
+    return [
+        f"the breaker of {name} is {state}" for name, state in breakers.items() if state != "closed"
+    ]
 
 
 def silent(redis_ms: float | None) -> list[str]:
@@ -55,4 +57,4 @@ def quotas(reports: Sequence[limit_reports.LimitReport]) -> list[dict[str, Any]]
     return [{**asdict(each), "fill": round(each.fill, 3)} for each in reports]
 
 
-# --- of the platform ---------------------------------------------------------------------------------
+# --- of the platform --------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Which limits hold for the calls of operations, and how full they are.
 
-Decides what is told of a bucket and of a bulkhead, side by side.  It knows the limits that operations declare, which every
-process that imports them shares, and those of models; refuses to know how they are kept.
-"""
+Decides what is told of a bucket and of a bulkhead, side by side.  It knows the limits that
+operations declare, which every process that imports them shares, and those of models; refuses to
+know how they are kept."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class LimitReport:
     used: float  # in the last window; now, of a bulkhead
     limit: float
     per_s: float  # the window; 0: it holds at any time
-    waiting: int = 0  # nodes in line for a bulkhead; those that wait for tokens are parked until a time
+    waiting: int = (
+        0  # nodes in line for a bulkhead; those that wait for tokens are parked until a time
+    )
     hold_s: float = 0.0  # nothing passes for so long: the provider has asked for it
 
     @property
@@ -36,7 +38,9 @@ class LimitReport:
 
 
 def reports(guards: Guards) -> list[LimitReport]:
-    """Return what is declared in this process, by service, each limit once.  Raises StoreUnavailable."""
+    """Return what is declared in this process, by service, each limit once.  Raises
+    StoreUnavailable.
+    """
     services = {about.service: about for about in declared(guards.settings)}
     found: list[LimitReport] = []
     for _, about in sorted(services.items()):
@@ -49,9 +53,23 @@ def reports(guards: Guards) -> list[LimitReport]:
 
 def _rates(bucket: TokenBucket) -> Iterator[LimitReport]:
     for name, at in bucket.status().items():
-        yield LimitReport(bucket.name, name, at["used"], at["limit"], at["per_s"], hold_s=at["hold_s"])
+        yield LimitReport(
+            service=bucket.name,
+            name=name,
+            used=at["used"],
+            limit=at["limit"],
+            per_s=at["per_s"],
+            hold_s=at["hold_s"],
+        )
 
 
 def _places(service: str, bulkhead: Bulkhead) -> LimitReport:
     at = bulkhead.status()
-    return LimitReport(service, "in flight", at["used"], at["limit"], 0.0, waiting=int(at["waiting"]))
+    return LimitReport(
+        service=service,
+        name="in flight",
+        used=at["used"],
+        limit=at["limit"],
+        per_s=0.0,
+        waiting=int(at["waiting"]),
+    )

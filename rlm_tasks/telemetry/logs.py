@@ -1,9 +1,10 @@
-"""What a worker and beat write to their log: which job and node a line belongs to, and the shape of a line.
+"""What a worker and beat write to their log: which job and node a line belongs to, and the shape of
+a line.
 
-Decides the shape as long as it is Celery's to choose: handlers and formats that somebody else has set stay as they are,
-and find the ids on every record.  Does nothing in a client.  Refuses to know what is logged; of the arguments and
-results that Celery hands along with its own lines, none gets into the log.
-"""
+Decides the shape as long as it is Celery's to choose: handlers and formats that somebody else has
+set stay as they are, and find the ids on every record.  Does nothing in a client.  Refuses to know
+what is logged; of the arguments and results that Celery hands along with its own lines, none gets
+into the log."""
 
 from __future__ import annotations
 
@@ -23,16 +24,29 @@ from rlm_tasks.engine.tasks import OURS
 from rlm_tasks.settings.model import Settings
 
 IDS = ("job", "node", "operation", "task", "task_id")
-"""A record carries them as ``rlm_job``, ``rlm_node`` ..., '' where there is none; a JSON line by these names."""
+"""A record carries them as ``rlm_job``, ``rlm_node`` ..., '' where there is none; a JSON line by
+these names.
+"""
 EACH_MESSAGE = ("celery.worker.strategy", "celery.app.trace")
-"""Loggers of Celery that write a line when a message is received, and one when its task has succeeded."""
+"""Loggers of Celery that write a line when a message is received, and one when its task has
+succeeded.
+"""
 _TOLD = (("task", "name"), ("task_id", "id"), ("runtime_s", "runtime"))
 _OURS = ("rlm_where", *(f"rlm_{name}" for name in IDS))
-_PLAIN = {*vars(logging.LogRecord("", 0, "", 0, "", (), None)), "message", "asctime", "task_name", "task_id", *_OURS}
+_PLAIN = {
+    *vars(logging.LogRecord("", 0, "", 0, "", (), None)),
+    "message",
+    "asctime",
+    "task_name",
+    "task_id",
+    *_OURS,
+}
 
 
 def install(app: Celery, settings: Settings) -> None:
-    """Have this process write its log as the settings say, should it become a worker or beat of the app."""
+    """Have this process write its log as the settings say, should it become a worker or beat of the
+    app.
+    """
     log = WorkerLog(app, settings.log_format)
     signals.celeryd_init.connect(log.worker_begins, weak=False)
     signals.beat_init.connect(log.beat_begins, weak=False)
@@ -60,7 +74,9 @@ class WorkerLog:
             mark_records()
 
     def shape(self, logger: logging.Logger, format: str, colorize: bool, **_: Any) -> None:
-        """Set the shape of lines on handlers that still have the one which Celery has given them."""
+        """Set the shape of lines on handlers that still have the one which Celery has given
+        them.
+        """
         if self._theirs:
             return
         mark_records()  # beat tells that it is there after its first lines
@@ -71,7 +87,9 @@ class WorkerLog:
             if self._json:
                 handler.setFormatter(JsonFormatter(self._worker))
             elif format in (DEFAULT_PROCESS_LOG_FMT, DEFAULT_TASK_LOG_FMT):
-                handler.setFormatter(type(given)(f"{format}%(rlm_where)s", use_color=colorize, datefmt=given.datefmt))
+                handler.setFormatter(
+                    type(given)(f"{format}%(rlm_where)s", use_color=colorize, datefmt=given.datefmt)
+                )
 
     def shape_pool(self, **about: Any) -> None:
         """Set the shape of what the pool itself writes, which no other logger sees."""
@@ -80,7 +98,9 @@ class WorkerLog:
 
 @cache
 def mark_records() -> None:
-    """Put the ids of the task that runs in this thread on every record, whichever logger makes it."""
+    """Put the ids of the task that runs in this thread on every record, whichever logger makes
+    it.
+    """
     made = logging.getLogRecordFactory()
 
     def marked(*args: Any, **kwargs: Any) -> logging.LogRecord:
@@ -96,7 +116,9 @@ def mark_records() -> None:
 
 
 def ids_of(task: Task | None) -> dict[str, str]:
-    """Return those of the IDS that are known of a running task; a merge of part of a job has its split for a node."""
+    """Return those of the IDS that are known of a running task; a merge of part of a job has its
+    split for a node.
+    """
     if task is None:
         return {}
     request = task.request
@@ -109,7 +131,9 @@ def ids_of(task: Task | None) -> dict[str, str]:
 
 
 def demote(record: logging.LogRecord) -> bool:
-    """Leave Celery's lines per message of ours to DEBUG: a node says in one what it has done, and may stand aside unheard."""
+    """Leave Celery's lines per message of ours to DEBUG: a node says in one what it has done, and
+    may stand aside unheard.
+    """
     message = getattr(record, "data", None) or {}
     is_usual = record.levelno == logging.INFO or message.get("description") == "rejected"
     if not is_usual or message.get("name", "") not in OURS:
@@ -119,7 +143,9 @@ def demote(record: logging.LogRecord) -> bool:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per record, in one line of ASCII; what was passed as ``extra`` is part of it, if it is JSON-able."""
+    """One JSON object per record, in one line of ASCII; what was passed as ``extra`` is part of it,
+    if it is JSON-able.
+    """
 
     def __init__(self, worker: str = "") -> None:
         super().__init__()
@@ -128,7 +154,9 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line; a name that has a meaning of ours keeps it, whatever ``extra`` says."""
         line: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "time": datetime.fromtimestamp(record.created, UTC)
+            .isoformat(timespec="milliseconds")
+            .replace("+00:00", "Z"),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
@@ -141,7 +169,9 @@ class JsonFormatter(logging.Formatter):
             line["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
             line["stack"] = self.formatStack(record.stack_info)
-        return json.dumps(line | {name: value for name, value in _extra(record).items() if name not in line})
+        return json.dumps(
+            line | {name: value for name, value in _extra(record).items() if name not in line}
+        )
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""The OpenTelemetry side of tracing: how a span gets the id it must have, and how it leaves a pool process.
+"""The OpenTelemetry side of tracing: how a span gets the id it must have, and how it leaves a pool
+process.
 
-Imported where tracing is on, and nowhere else.  A pool process sends nothing to a collector: it hands each span to the
-main process of its worker when it ends, through a socket that was made before the fork.  What has ended is safe there,
-whatever becomes of the pool process; and a worker has one connection to its collector.  A tracer provider that somebody
-else has set is used as it is, with its own way out.  Refuses to know what is traced.
-"""
+Imported where tracing is on, and nowhere else.  A pool process sends nothing to a collector: it
+hands each span to the main process of its worker when it ends, through a socket that was made
+before the fork.  What has ended is safe there, whatever becomes of the pool process; and a worker
+has one connection to its collector.  A tracer provider that somebody else has set is used as it is,
+with its own way out.  Refuses to know what is traced."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ logger = logging.getLogger(__name__)
 
 SERVICE = "rlm-tasks"
 LONGEST = 2**18
-"""Bytes of the largest span that can be handed over, as far as the system lets a datagram be so long."""
+"""Bytes of the largest span that can be handed over, as far as the system lets a datagram be so
+long.
+"""
 HAND_OVER_S = 0.05
 """A main process that takes no span for this long gets none: work goes on, and the span is lost."""
 FLUSH_S = 3.0
@@ -72,27 +75,45 @@ class Spans:
         self._given = _GivenIds()
         self._here = threading.local()
 
-    def start(self, name: str, ids: Ids, start_ns: int, attributes: Mapping[str, Any]) -> Span | None:
-        """Begin a span under an id that is known; None when the provider in force takes no such ids."""
+    def start(
+        self, name: str, ids: Ids, start_ns: int, attributes: Mapping[str, Any]
+    ) -> Span | None:
+        """Begin a span under an id that is known; None when the provider in force takes no such
+        ids.
+        """
         tracer = self._current_tracer()
         if tracer is None:
             return None
         self._given.next(ids)
-        parent = SpanContext(ids.trace, ids.parent, is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED))
-        within = trace.set_span_in_context(NonRecordingSpan(parent), Context()) if ids.parent else Context()
+        parent = SpanContext(
+            ids.trace, ids.parent, is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED)
+        )
+        within = (
+            trace.set_span_in_context(NonRecordingSpan(parent), Context())
+            if ids.parent
+            else Context()
+        )
         return tracer.start_span(name, within, attributes=dict(attributes), start_time=start_ns)
 
     def enter(self, ids: Ids, span: Span | None, *, in_loop: bool) -> None:
         """Let spans that are begun in this thread hang under this one, or be left out with it."""
         self.leave()
         if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-            trace.set_tracer_provider(self._own)  # not before: whoever sets another does it before the first node
+            trace.set_tracer_provider(
+                self._own
+            )  # not before: whoever sets another does it before the first node
         if span is None:
-            span = NonRecordingSpan(SpanContext(ids.trace, ids.span, is_remote=False, trace_flags=TraceFlags(int(ids.sampled))))
+            span = NonRecordingSpan(
+                SpanContext(
+                    ids.trace, ids.span, is_remote=False, trace_flags=TraceFlags(int(ids.sampled))
+                )
+            )
         within = trace.set_span_in_context(span)
         self._here.token = contexts.attach(within)
         if in_loop:
-            event_loop().run(_attach(within))  # an event loop has one context, made when it ran first
+            event_loop().run(
+                _attach(within)
+            )  # an event loop has one context, made when it ran first
 
     def leave(self) -> None:
         """Let spans of this thread hang under none of ours."""
@@ -105,14 +126,23 @@ class Spans:
         if isinstance(provider, trace.ProxyTracerProvider):
             provider = self._own
         if provider is not self._provider:
-            self._provider, self._tracer = provider, self._with_given_ids(provider.get_tracer("rlm_tasks"))
+            self._provider, self._tracer = (
+                provider,
+                self._with_given_ids(provider.get_tracer("rlm_tasks")),
+            )
         return self._tracer
 
     def _with_given_ids(self, tracer: Any) -> Tracer | None:
         if not isinstance(tracer, Tracer):
-            logger.warning("Jobs are not traced: %s gives no tracer of the OpenTelemetry SDK", type(self._provider).__name__)
+            logger.warning(
+                "Jobs are not traced: %s gives no tracer of the OpenTelemetry SDK",
+                type(self._provider).__name__,
+            )
             return None
-        tracer.id_generator, tracer.sampler = self._given, ALWAYS_ON  # it is our own; what is sampled is decided by job
+        tracer.id_generator, tracer.sampler = (
+            self._given,
+            ALWAYS_ON,
+        )  # it is our own; what is sampled is decided by job
         return tracer
 
 
@@ -143,7 +173,7 @@ def resource() -> Resource:
     return told.merge(Resource({SERVICE_NAME: SERVICE})) if unnamed else told
 
 
-# --- from a pool process to its main process ---------------------------------------------------------
+# --- from a pool process to its main process --------------------------------------------------
 
 
 class HandOver(SpanProcessor):
@@ -161,12 +191,17 @@ class HandOver(SpanProcessor):
             self._to.send(packed(span))
         except OSError as error:
             if not self._lost:
-                logger.warning("A span is lost, and others may be, for the worker's main process does not take it: %s", error)
+                logger.warning(
+                    "A span is lost, and others may be, for the worker's main process does not take it: %s",
+                    error,
+                )
             self._lost = True
 
 
 class Export(threading.Thread):
-    """The other end, in the main process: spans are taken as they come and exported in batches (OTEL_BSP_*)."""
+    """The other end, in the main process: spans are taken as they come and exported in batches
+    (OTEL_BSP_*).
+    """
 
     def __init__(self, exporters: Sequence[SpanExporter]) -> None:
         super().__init__(name="rlm-spans", daemon=True)
@@ -215,7 +250,9 @@ class _Place(msgspec.Struct, array_like=True, frozen=True):
 
     def context(self) -> SpanContext:
         state = TraceState.from_header([self.state]) if self.state else None
-        return SpanContext(int(self.trace, 16), int(self.span, 16), True, TraceFlags(self.flags), state)
+        return SpanContext(
+            int(self.trace, 16), int(self.span, 16), True, TraceFlags(self.flags), state
+        )
 
 
 class _Packed(msgspec.Struct, array_like=True, frozen=True):
@@ -242,12 +279,18 @@ def packed(span: ReadableSpan) -> bytes:
     scope, context = span.instrumentation_scope, span.context
     assert context is not None  # it was begun
     told = _Packed(
-        span.name, _Place.of(context), _Place.of(span.parent) if span.parent else None, dict(span.attributes or {}),
-        [(each.name, each.timestamp, dict(each.attributes or {})) for each in span.events],
-        [(_Place.of(each.context), dict(each.attributes or {})) for each in span.links],
-        span.kind.value, (span.status.status_code.value, span.status.description), span.start_time, span.end_time,
-        (scope.name, scope.version, scope.schema_url) if scope else ("", None, None),
-    )  # fmt: skip
+        name=span.name,
+        place=_Place.of(context),
+        parent=_Place.of(span.parent) if span.parent else None,
+        attributes=dict(span.attributes or {}),
+        events=[(each.name, each.timestamp, dict(each.attributes or {})) for each in span.events],
+        links=[(_Place.of(each.context), dict(each.attributes or {})) for each in span.links],
+        kind=span.kind.value,
+        status=(span.status.status_code.value, span.status.description),
+        start_ns=span.start_time,
+        end_ns=span.end_time,
+        scope=(scope.name, scope.version, scope.schema_url) if scope else ("", None, None),
+    )
     return msgspec.msgpack.encode(told)
 
 
@@ -256,15 +299,22 @@ def unpacked(data: bytes, of: Resource) -> ReadableSpan:
     told = _decoder.decode(data)
     code, description = told.status
     return ReadableSpan(
-        told.name, told.place.context(), told.parent.context() if told.parent else None, of, told.attributes,
+        told.name,
+        told.place.context(),
+        told.parent.context() if told.parent else None,
+        of,
+        told.attributes,
         [Event(name, attributes, timestamp) for name, timestamp, attributes in told.events],
         [Link(place.context(), attributes) for place, attributes in told.links],
-        SpanKind(told.kind), status=Status(StatusCode(code), description), start_time=told.start_ns, end_time=told.end_ns,
+        SpanKind(told.kind),
+        status=Status(StatusCode(code), description),
+        start_time=told.start_ns,
+        end_time=told.end_ns,
         instrumentation_scope=InstrumentationScope(*told.scope),
-    )  # fmt: skip
+    )
 
 
-# --- where to ----------------------------------------------------------------------------------------
+# --- where to ---------------------------------------------------------------------------------
 
 
 class NoExporter(Exception):
@@ -272,9 +322,15 @@ class NoExporter(Exception):
 
 
 def exporter(name: str) -> SpanExporter:
-    """Return an exporter by the name that OpenTelemetry has registered it under.  Raises NoExporter."""
+    """Return an exporter by the name that OpenTelemetry has registered it under.  Raises
+    NoExporter.
+    """
     found = list(entry_points(group="opentelemetry_traces_exporter", name=name))
     if not found:
-        known = ", ".join(sorted({each.name for each in entry_points(group="opentelemetry_traces_exporter")}))
-        raise NoExporter(f"there is no exporter {name!r} here, but {known}; install its package, or set OTEL_TRACES_EXPORTER")
+        known = ", ".join(
+            sorted({each.name for each in entry_points(group="opentelemetry_traces_exporter")})
+        )
+        raise NoExporter(
+            f"there is no exporter {name!r} here, but {known}; install its package, or set OTEL_TRACES_EXPORTER"
+        )
     return found[0].load()()  # type: ignore[no-any-return]  # an entry point may be anything

@@ -1,8 +1,9 @@
-"""How a worker answers for itself, on one port: ``/metrics``, ``/livez``, ``/readyz`` and ``/health``.
+"""How a worker answers for itself, on one port: ``/metrics``, ``/livez``, ``/readyz`` and
+``/health``.
 
-Decides when a worker counts as alive and as ready, what is told of it, and to whom; nothing secret is.  It runs in threads of the
-worker's main process and never waits in its event loop.  Refuses to know what is counted (`metrics`).
-"""
+Decides when a worker counts as alive and as ready, what is told of it, and to whom; nothing secret
+is.  It runs in threads of the worker's main process and never waits in its event loop.  Refuses to
+know what is counted (`metrics`)."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ from scheduler.sampling import held_mb
 logger = logging.getLogger(__name__)
 
 STUCK_S = 120.0
-"""A thread that has been silent for longer will not go on.  A hung Redis keeps the event loop for 30 s, and again."""
+"""A thread that has been silent for longer will not go on.  A hung Redis keeps the event loop for
+30 s, and again.
+"""
 UNHEARD_S = 5.0
 """The guard asks the ledger every second; one that has not answered for so long is away."""
 FRESH_S = 5.0
@@ -51,12 +54,14 @@ CLIENT_S = 5.0
 """Nobody may take longer to send a request."""
 
 
-# --- when a worker is well ---------------------------------------------------------------------------
+# --- when a worker is well --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
-    """Signs of life: how long each part has been silent, in seconds, and what the worker is doing."""
+    """Signs of life: how long each part has been silent, in seconds, and what the worker is
+    doing.
+    """
 
     guard_s: float
     loop_s: float  # 0 where the event loop cannot be watched, or has nothing to go round for
@@ -66,7 +71,9 @@ class Vitals:
 
 
 def not_alive(at: Vitals) -> str:
-    """Return why a worker is to be replaced, '' while it lives.  A broker or ledger that is away is no reason."""
+    """Return why a worker is to be replaced, '' while it lives.  A broker or ledger that is away is
+    no reason.
+    """
     if at.guard_s > STUCK_S:
         return f"its guard has been stuck for {at.guard_s:.0f} s"
     if at.loop_s > STUCK_S:
@@ -85,7 +92,7 @@ def not_ready(at: Vitals) -> str:
     return not_alive(at)
 
 
-# --- what is known of a worker -----------------------------------------------------------------------
+# --- what is known of a worker ----------------------------------------------------------------
 
 
 class WorkerHealth:
@@ -100,7 +107,9 @@ class WorkerHealth:
         self._asking, self._asked_at = threading.Lock(), float("-inf")
         self._states: dict[str, str] = {}
         # Elsewhere an item may keep the loop for as long as it likes.
-        self._watches_loop = isinstance(worker.pool, PreforkPool) and getattr(worker, "hub", None) is not None
+        self._watches_loop = (
+            isinstance(worker.pool, PreforkPool) and getattr(worker, "hub", None) is not None
+        )
         if self._watches_loop:
             worker.hub.on_tick.add(self._tick)
 
@@ -114,32 +123,47 @@ class WorkerHealth:
         connected = connection is not None and bool(connection.connected)
         if not (connected and self._watches_loop):
             self._looped_at = now  # it tries to connect, and goes round afterwards
-        consuming = connected and bool(getattr(consumer, "task_consumer", None) and consumer.task_consumer.queues)
+        consuming = connected and bool(
+            getattr(consumer, "task_consumer", None) and consumer.task_consumer.queues
+        )
         return Vitals(
-            now - guard.ticked_at if guard.is_alive() else float("inf"),
-            now - self._looped_at, now - guard.answered_at, consuming, self._runtime.page.draining,
-        )  # fmt: skip
+            guard_s=now - guard.ticked_at if guard.is_alive() else float("inf"),
+            loop_s=now - self._looped_at,
+            ledger_s=now - guard.answered_at,
+            consuming=consuming,
+            draining=self._runtime.page.draining,
+        )
 
     def standing(self) -> WorkerState:
         """Return what gauges tell."""
         report, page = self._worker.app.rlm_guard.host.report(), self._runtime.page
         thresholds = self._runtime.settings.pressure.thresholds
         return WorkerState(
-            report.slots, min(len(state.reserved_requests), report.slots), page.draining, int(page.level),
-            sum(map(held_mb, self._pids())),
-            int(level_of(report.sample.memory_pct, thresholds)) if report.sample is not None else None, self.breakers(),
-        )  # fmt: skip
+            total=report.slots,
+            busy=min(len(state.reserved_requests), report.slots),
+            draining=page.draining,
+            level=int(page.level),
+            memory_mb=sum(map(held_mb, self._pids())),
+            memory_level=int(level_of(report.sample.memory_pct, thresholds))
+            if report.sample is not None
+            else None,
+            breakers=self.breakers(),
+        )
 
     def _pids(self) -> list[int]:
         processes = getattr(getattr(self._worker.pool, "_pool", None), "_pool", None) or ()
         return [os.getpid(), *(each.pid for each in list(processes) if hasattr(each, "pid"))]
 
     def breakers(self) -> dict[str, str]:
-        """Return service -> state, as known a few seconds ago at most; nothing while Redis is away."""
+        """Return service -> state, as known a few seconds ago at most; nothing while Redis is
+        away.
+        """
         with self._asking:
             if self._clock() - self._asked_at >= FRESH_S:
                 try:
-                    self._states = {name: str(each["state"]) for name, each in self._breakers.status().items()}
+                    self._states = {
+                        name: str(each["state"]) for name, each in self._breakers.status().items()
+                    }
                 except StoreUnavailable:
                     self._states = {}
                 self._asked_at = self._clock()
@@ -159,7 +183,11 @@ class WorkerHealth:
             "version": __version__,
             "uptime_s": round(self._clock() - self._began, 1),
             "draining": at.draining,
-            "pressure": {"level": Level(at.level).label, "host": report.level.label, "why": report.why},
+            "pressure": {
+                "level": Level(at.level).label,
+                "host": report.level.label,
+                "why": report.why,
+            },
             "slots": {"total": at.total, "busy": at.busy, "free": at.free},
             "memory_mb": round(at.memory_mb, 1),
             "latency": {"redis_ms": redis_ms},
@@ -170,7 +198,14 @@ class WorkerHealth:
     def _judged(self, failing: Sequence[str], unwell: Sequence[str]) -> dict[str, Any]:
         vitals = self.vitals()
         failing = [*filter(None, [not_alive(vitals)]), *failing]
-        return health.judged(failing, [*filter(None, [not_ready(vitals)]), *unwell, *health.pressed(self._runtime.page.level)])
+        return health.judged(
+            failing,
+            [
+                *filter(None, [not_ready(vitals)]),
+                *unwell,
+                *health.pressed(self._runtime.page.level),
+            ],
+        )
 
     def _quotas(self) -> list[dict[str, Any]]:
         try:
@@ -179,30 +214,42 @@ class WorkerHealth:
             return []
 
 
-# --- how it is asked ---------------------------------------------------------------------------------
+# --- how it is asked --------------------------------------------------------------------------
 
 
 Environ = dict[str, Any]
 Respond = Callable[..., Any]
 Answer = tuple[int, str, str]  # status, content type, body
 _STATUS = {
-    200: "200 OK", 401: "401 Unauthorized", 404: "404 Not Found", 500: "500 Internal Server Error", 503: "503 Service Unavailable",
-}  # fmt: skip
+    200: "200 OK",
+    401: "401 Unauthorized",
+    404: "404 Not Found",
+    500: "500 Internal Server Error",
+    503: "503 Service Unavailable",
+}
 _PATHS = "/metrics, /livez, /readyz, /health"
 _PROBES = ("/livez", "/readyz")
-"""Asked by who starts and stops workers, and answered without a key: they tell of nothing but that worker's state."""
+"""Asked by who starts and stops workers, and answered without a key: they tell of nothing but that
+worker's state.
+"""
 
 
 def application(
     health: WorkerHealth, exposed: Callable[[Environ, Respond], Iterable[bytes]], api_key: str = ""
 ) -> Callable[..., Iterable[bytes]]:
-    """Return the WSGI application of one worker; `exposed` answers ``/metrics``; with an `api_key` who asks shows it."""
+    """Return the WSGI application of one worker; `exposed` answers ``/metrics``; with an `api_key`
+    who asks shows it.
+    """
 
     def answered(environ: Environ, respond: Respond) -> Iterable[bytes]:
         path, headers = environ["PATH_INFO"], []
         try:
             if path not in _PROBES and not _shows(environ, api_key):
-                status, kind, body = 401, "text/plain", "show the key of RLM_API_KEY: Authorization: Bearer, or X-API-Key"
+                status, kind, body = (
+                    401,
+                    "text/plain",
+                    "show the key of RLM_API_KEY: Authorization: Bearer, or X-API-Key",
+                )
                 headers = [("WWW-Authenticate", 'Bearer realm="rlm"')]
             elif path == "/metrics":
                 return exposed(environ, respond)
@@ -211,7 +258,10 @@ def application(
         except Exception:  # who asks is answered, whatever is wrong; the log says what
             logger.exception("A question for %s could not be answered", path)
             status, kind, body = 500, "text/plain", "it failed; the worker's log says why"
-        respond(_STATUS[status], [("Content-Type", f"{kind}; charset=utf-8"), ("Cache-Control", "no-store"), *headers])
+        respond(
+            _STATUS[status],
+            [("Content-Type", f"{kind}; charset=utf-8"), ("Cache-Control", "no-store"), *headers],
+        )
         return [f"{body}\n".encode()]
 
     return answered
@@ -234,7 +284,11 @@ def _answer(health: WorkerHealth, path: str, query: str) -> Answer:
         case "/health":
             short = parse_qs(query).get("detailed", ["true"])[-1].lower() in ("false", "0", "no")
             told = health.brief() if short else health.detailed()
-            return 503 if told["status"] == "failing" else 200, "application/json", json.dumps(told, indent=2)
+            return (
+                503 if told["status"] == "failing" else 200,
+                "application/json",
+                json.dumps(told, indent=2),
+            )
     return 404, "text/plain", f"there are {_PATHS}"
 
 
@@ -248,7 +302,10 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
     def server_bind(self) -> None:
         """Bind without asking the name service what the address is called."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.server_name, self.server_port = (
+            str(self.server_address[0]),
+            int(self.server_address[1]),
+        )
         self.setup_environ()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -270,12 +327,15 @@ class _Handler(WSGIRequestHandler):
 class Station:
     """The port of one worker, and the folder that its pool counts in.
 
-    Made before the pool forks; the port is opened after, and closed when the pool has ended: a worker that drains for
-    minutes is alive.
-    """
+    Made before the pool forks; the port is opened after, and closed when the pool has ended: a
+    worker that drains for minutes is alive."""
 
     def __init__(self, worker: Any, port: int) -> None:
-        self._worker, self._port, self._address = worker, port, worker.app.rlm_settings.metrics.address
+        self._worker, self._port, self._address = (
+            worker,
+            port,
+            worker.app.rlm_settings.metrics.address,
+        )
         self._folder, self._pid = Path(tempfile.mkdtemp(prefix="rlm-metrics-")), os.getpid()
         self._server: _Server | None = None
         slot_files.begin(self._folder)
@@ -294,9 +354,12 @@ class Station:
             logger.warning(
                 "Port %d of %s %s: this worker goes on without metrics and probes. Give it a port of its own by "
                 "--metrics-port or CELERY_WORKER_METRICS_PORT (0: none), or another address by RLM_METRICS__ADDRESS",
-                self._port, self._address,
-                "is taken" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error.strerror or error})",
-            )  # fmt: skip
+                self._port,
+                self._address,
+                "is taken"
+                if error.errno == errno.EADDRINUSE
+                else f"cannot be opened ({error.strerror or error})",
+            )
             return
         api_key = self._worker.app.rlm_settings.api_key.get_secret_value()
         server.set_app(application(health, make_wsgi_app(registry), api_key))

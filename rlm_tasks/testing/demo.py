@@ -1,4 +1,5 @@
-"""The main job: measure a folder of Python files with a worker of one's own, and show what happened.
+"""The main job: measure a folder of Python files with a worker of one's own, and show what
+happened.
 
 Decides what the demo runs and what it compares with; refuses to know how things look (see cli).
 """
@@ -74,7 +75,11 @@ def platform(slots: int) -> Iterator[tuple[Client, dict[str, str], Path]]:
     """Run a worker of the demo's own, on the Redis of RLM_REDIS_URL or on an embedded server."""
     with contextlib.ExitStack() as stack:
         own = environment_settings()
-        url = own.redis_url if "redis_url" in own.model_fields_set else stack.enter_context(embedded.server()).url
+        url = (
+            own.redis_url
+            if "redis_url" in own.model_fields_set
+            else stack.enter_context(embedded.server()).url
+        )
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rlm-demo-")))
         environment = {
             "RLM_REDIS_URL": url,
@@ -84,7 +89,11 @@ def platform(slots: int) -> Iterator[tuple[Client, dict[str, str], Path]]:
             "RLM_RESULT_TTL_S": str(TTL_S),
         }
         settings = Settings(
-            redis_url=url, broker_url=url, result_backend=url, namespace=environment["RLM_NAMESPACE"], result_ttl_s=TTL_S
+            redis_url=url,
+            broker_url=url,
+            result_backend=url,
+            namespace=environment["RLM_NAMESPACE"],
+            result_ttl_s=TTL_S,
         )
         app = install(Celery("rlm_demo", set_as_current=False), settings)
         app.config_from_object(configuration(settings))
@@ -94,27 +103,51 @@ def platform(slots: int) -> Iterator[tuple[Client, dict[str, str], Path]]:
         yield client, environment, folder
 
 
-def run(client: Client, folder: Path, slots: int, show: Callable[[Progress], None]) -> tuple[Outcome, list[str]]:
-    """Measure a folder, telling the progress on the way.  Raises InvalidRequest when it has no Python files."""
+def run(
+    client: Client, folder: Path, slots: int, show: Callable[[Progress], None]
+) -> tuple[Outcome, list[str]]:
+    """Measure a folder, telling the progress on the way.  Raises InvalidRequest when it has no
+    Python files.
+    """
     paths = python_files(folder)
     if not paths:
         raise InvalidRequest("--path", str(folder), "has no Python files")
     began = time.perf_counter()
-    job = client.submit(operation="code_metrics", items=paths, continue_on_error=True, description=f"metrics of {folder}")
+    job = client.submit(
+        operation="code_metrics",
+        items=paths,
+        continue_on_error=True,
+        description=f"metrics of {folder}",
+    )
     for progress in job.watch():
         show(progress)
     result = job.result()
     return Outcome(str(folder), slots, time.perf_counter() - began, result), paths
 
 
-def compare(environment: dict[str, str], logs: Path, outcome: Outcome, paths: list[str]) -> Iterator[Compared]:
+def compare(
+    environment: dict[str, str], logs: Path, outcome: Outcome, paths: list[str]
+) -> Iterator[Compared]:
     """Do the same serially, and with a plain Celery chord over chunks of several sizes."""
     began = time.perf_counter()
     report = plain_celery.measure_serially(paths)
-    yield Compared("serial, in one process", time.perf_counter() - began, report == outcome.result.output)
-    plain_celery.app.conf.update(broker_url=environment["RLM_REDIS_URL"], result_backend=environment["RLM_REDIS_URL"])
-    with embedded.worker(environment, log=logs / "plain.log", app="rlm_tasks.testing.plain_celery", slots=outcome.slots):
+    yield Compared(
+        "serial, in one process", time.perf_counter() - began, report == outcome.result.output
+    )
+    plain_celery.app.conf.update(
+        broker_url=environment["RLM_REDIS_URL"], result_backend=environment["RLM_REDIS_URL"]
+    )
+    with embedded.worker(
+        environment,
+        log=logs / "plain.log",
+        app="rlm_tasks.testing.plain_celery",
+        slots=outcome.slots,
+    ):
         for chunk in CHUNKS:
             began = time.perf_counter()
             report = plain_celery.measure_by_chord(paths, chunk)
-            yield Compared(f"plain Celery chord, chunks of {chunk}", time.perf_counter() - began, report == outcome.result.output)
+            yield Compared(
+                f"plain Celery chord, chunks of {chunk}",
+                time.perf_counter() - began,
+                report == outcome.result.output,
+            )

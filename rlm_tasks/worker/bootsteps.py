@@ -17,7 +17,9 @@ GROUP_SIGNAL_S = 0.5
 
 
 class SupervisorStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
-    """Run the guard, and drain before the pool is asked to stop: by signal, remote control or error alike."""
+    """Run the guard, and drain before the pool is asked to stop: by signal, remote control or error
+    alike.
+    """
 
     requires = {"celery.worker.components:Pool"}
 
@@ -29,7 +31,9 @@ class SupervisorStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery s
 
     def start(self, worker: Any) -> None:
         """Start once the pool has forked."""
-        from rlm_tasks.worker.monitor_thread import monitor_thread  # alerts and webhooks are of no use to clients
+        from rlm_tasks.worker.monitor_thread import (
+            monitor_thread,
+        )  # alerts and webhooks are of no use to clients
 
         def queues() -> list[str]:
             consumer = getattr(worker.consumer, "task_consumer", None)
@@ -38,7 +42,9 @@ class SupervisorStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery s
         autoscaler = getattr(worker, "autoscaler", None)
 
         def slots() -> int:
-            """Those there may soon be: what is cut on demand waits for a free slot to be on offer."""
+            """Those there may soon be: what is cut on demand waits for a free slot to be on
+            offer.
+            """
             if not worker.pool.active:
                 return 0
             return getattr(autoscaler, "reach", None) or worker.pool.num_processes or 1
@@ -52,11 +58,20 @@ class SupervisorStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery s
             if (hub := getattr(worker, "hub", None)) is not None:
                 hub.call_soon(int)
 
-        guard = Supervisor(worker.app.rlm_runtime(), worker.app.conf, slots, queues, exit_code, stir)
+        guard = Supervisor(
+            runtime=worker.app.rlm_runtime(),
+            celery=worker.app.conf,
+            pool_size=slots,
+            queues=queues,
+            exit_code=exit_code,
+            stir=stir,
+        )
         worker.app.rlm_guard = guard
         guard.start()
         signals.worker_shutdown.connect(lambda **_: guard.stop(), weak=False)
-        monitor = monitor_thread(worker.app, worker.app.rlm_runtime(), slots if autoscaler else None, queues)
+        monitor = monitor_thread(
+            worker.app, worker.app.rlm_runtime(), slots if autoscaler else None, queues
+        )
         worker.app.rlm_monitor = monitor
         if autoscaler:
             worker.app.rlm_queued = lambda: monitor.queued
@@ -113,11 +128,11 @@ def drain(app: Any) -> None:
 
 
 def drain_when_told_to_stop(app: Any) -> None:
-    """Drain as soon as the main process gets its signal, and let one to the whole group mean the same.
+    """Drain as soon as the main process gets its signal, and let one to the whole group mean the
+    same.
 
-    docker, systemd and Kubernetes may signal every process of the group; a stock pool process dies of it in the
-    middle of an item.
-    """
+    docker, systemd and Kubernetes may signal every process of the group; a stock pool process dies
+    of it in the middle of an item."""
     page = app.rlm_runtime().page
 
     def on_sigterm(*_: Any) -> None:

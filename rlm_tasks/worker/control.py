@@ -1,8 +1,9 @@
-"""Remote control commands: what ``celery inspect`` and ``celery control`` can ask of the platform's workers.
+"""Remote control commands: what ``celery inspect`` and ``celery control`` can ask of the platform's
+workers.
 
-Decides names, arguments and answers.  A handler runs in the worker's main process, in its event loop, so it must not wait:
-what it asks of Redis is given up after ``RLM_GUARD_TIMEOUT_S``.  A wrong argument is refused where it was typed.
-"""
+Decides names, arguments and answers.  A handler runs in the worker's main process, in its event
+loop, so it must not wait: what it asks of Redis is given up after ``RLM_GUARD_TIMEOUT_S``.  A wrong
+argument is refused where it was typed."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def _ours(handler: Callable[..., Any]) -> Callable[..., Any]:
     return answering
 
 
-# --- arguments, checked in the command line's process ------------------------------------------------
+# --- arguments, checked in the command line's process -----------------------------------------
 
 
 def _level(value: str) -> str:
@@ -55,7 +56,7 @@ def _seconds(value: str) -> float:
     return seconds
 
 
-# --- looking -----------------------------------------------------------------------------------------
+# --- looking ----------------------------------------------------------------------------------
 
 
 @inspect_command()  # type: ignore[untyped-decorator]  # Celery ships no types
@@ -105,11 +106,12 @@ def slots(state: Any, **_: Any) -> dict[str, Any]:
     }
 
 
-# --- acting on all workers ---------------------------------------------------------------------------
+# --- acting on all workers --------------------------------------------------------------------
 
 
 @control_command(  # type: ignore[untyped-decorator]  # Celery ships no types
-    args=[("level", _level), ("for_s", _seconds)], signature="<normal|elevated|high|critical|emergency> [seconds=600]"
+    args=[("level", _level), ("for_s", _seconds)],
+    signature="<normal|elevated|high|critical|emergency> [seconds=600]",
 )
 @_ours
 def force_pressure(state: Any, level: str = "", for_s: float = 600.0, **_: Any) -> dict[str, str]:
@@ -141,7 +143,7 @@ def reset_breaker(state: Any, name: str = "", **_: Any) -> dict[str, str]:
     return {"ok": f"{name} is closed"}
 
 
-# --- acting on one worker ----------------------------------------------------------------------------
+# --- acting on one worker ---------------------------------------------------------------------
 
 
 @control_command()  # type: ignore[untyped-decorator]  # Celery ships no types
@@ -149,7 +151,11 @@ def reset_breaker(state: Any, name: str = "", **_: Any) -> dict[str, str]:
 def rlm_drain(state: Any, **_: Any) -> dict[str, str]:
     """Take no more nodes, and hand over those that run; the worker stays until rlm_resume."""
     guard = state.app.rlm_guard
-    queues = [queue for queue in guard.queues() if queue.startswith(f"{state.app.rlm_settings.namespace}.")]
+    queues = [
+        queue
+        for queue in guard.queues()
+        if queue.startswith(f"{state.app.rlm_settings.namespace}.")
+    ]
     for queue in queues:
         state.consumer.call_soon(state.consumer.cancel_task_queue, queue)
     guard.drain(queues)
@@ -176,7 +182,7 @@ def rlm_recall(state: Any, **_: Any) -> dict[str, str]:
     return {"ok": "recalled"}
 
 
-# --- what the platform asks of its own workers -------------------------------------------------------
+# --- what the platform asks of its own workers ------------------------------------------------
 
 
 @control_command()  # type: ignore[untyped-decorator]  # Celery ships no types
@@ -190,5 +196,11 @@ def rlm_monitor(state: Any, **_: Any) -> dict[str, str]:
 @control_command(args=[("queue", str)], signature="<queue>")  # type: ignore[untyped-decorator]  # Celery ships no types
 @_ours
 def rlm_yield(state: Any, queue: str = "", **_: Any) -> dict[str, str]:
-    """Let running nodes make room for urgent work that waits in a queue, if this worker serves it."""
-    return {"ok": "told" if state.app.rlm_guard.make_room(queue) else f"this worker does not serve {queue!r}"}
+    """Let running nodes make room for urgent work that waits in a queue, if this worker serves
+    it.
+    """
+    return {
+        "ok": "told"
+        if state.app.rlm_guard.make_room(queue)
+        else f"this worker does not serve {queue!r}"
+    }

@@ -1,7 +1,8 @@
-"""What a worker tells of its host, and what it is told to act on; once a second, in its main process.
+"""What a worker tells of its host, and what it is told to act on; once a second, in its main
+process.
 
-Decides what reaches the shared page: the worse of the own host's level and the cluster's, or what a drill orders.  Refuses
-to know how a level follows from a measurement, and what nodes make of it.
+Decides what reaches the shared page: the worse of the own host's level and the cluster's, or what a
+drill orders.  Refuses to know how a level follows from a measurement, and what nodes make of it.
 """
 
 from __future__ import annotations
@@ -40,14 +41,24 @@ class Host:
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`clock` gives seconds of the day's time; others compare it with the server's."""
-        self._runtime, self._pool_size, self._queues, self._clock = runtime, pool_size, queues, clock
+        self._runtime, self._pool_size, self._queues, self._clock = (
+            runtime,
+            pool_size,
+            queues,
+            clock,
+        )
         settings = runtime.settings.pressure
         self._sampler, self._ladder = Sampler(settings), HostLadder(settings)
         self._sample: Sample | None = None
         self._own: HostVerdict | None = None
         self._orders: Orders | None = None
         self._heard_at = float("-inf")
-        QueueOrder.facts = Facts(ages=self._ages, running=running, slots=pool_size, target_s=runtime.settings.admission.wait_s)
+        QueueOrder.facts = Facts(
+            ages=self._ages,
+            running=running,
+            slots=pool_size,
+            target_s=runtime.settings.admission.wait_s,
+        )
 
     def measure(self, now: float) -> None:
         """Take a sample, and act on it at once; whatever becomes of Redis."""
@@ -69,7 +80,9 @@ class Host:
         """Act on what was answered."""
         _, told, (_, slots) = answers
         self._orders, self._heard_at = Board.read(told), now
-        if slots:  # a consumer that reconnects has no queue for a moment; what was heard before holds
+        if (
+            slots
+        ):  # a consumer that reconnects has no queue for a moment; what was heard before holds
             self._runtime.page.slots = slots
         self._act(now)
 
@@ -82,7 +95,9 @@ class Host:
             self._orders = None
         level = acted_on(self._own.level if self._own is not None else None, self._orders)
         if level != page.level:
-            logger.warning("Pressure is %s%s", level.label, f": {why}" if (why := self._why(level)) else "")
+            logger.warning(
+                "Pressure is %s%s", level.label, f": {why}" if (why := self._why(level)) else ""
+            )
         page.level = level
         if self._sample is not None:
             processes = {held.pid for held in page.held()}  # threads of a pool share one
@@ -94,25 +109,45 @@ class Host:
             return "it is forced"
         if self._own is not None and self._own.level == level:
             return self._own.why
-        return self._orders.cluster.why if self._orders is not None and self._orders.cluster is not None else ""
+        return (
+            self._orders.cluster.why
+            if self._orders is not None and self._orders.cluster is not None
+            else ""
+        )
 
     def report(self) -> HostReport:
         """Return how this host stands."""
         unknown = Level.ELEVATED if self._runtime.settings.pressure.enabled else Level.NORMAL
         own = self._own or HostVerdict(unknown, 0.0, "it could not be measured")
         return HostReport(
-            self._runtime.worker, own.level, round(own.percent, 1), own.why, self._pool_size(), len(state.reserved_requests),
-            tuple(self._queues()), dict(_active()), self._sample, __version__, SCHEMA, round(self._clock(), 3),
-        )  # fmt: skip
+            worker=self._runtime.worker,
+            level=own.level,
+            percent=round(own.percent, 1),
+            why=own.why,
+            slots=self._pool_size(),
+            busy=len(state.reserved_requests),
+            queues=tuple(self._queues()),
+            active=dict(_active()),
+            sample=self._sample,
+            version=__version__,
+            schema=SCHEMA,
+            at=round(self._clock(), 3),
+        )
 
     def _ages(self) -> dict[str, float]:
         orders = self._orders  # the event loop asks, while the guard's thread may forget them
-        return ages(orders.cluster.queues) if orders is not None and orders.cluster is not None else {}
+        return (
+            ages(orders.cluster.queues) if orders is not None and orders.cluster is not None else {}
+        )
 
 
 def _active() -> Counter[str]:
     """Return how many nodes of each operation this worker's pool runs."""
     # The bare set is copied in one step, while the event loop changes it; as in `queue_order`.
     held = (reference() for reference in state.active_requests.data.copy())
-    told = ((request.request_dict.get("rlm") or {}).get("operation", "") for request in held if request is not None)
+    told = (
+        (request.request_dict.get("rlm") or {}).get("operation", "")
+        for request in held
+        if request is not None
+    )
     return Counter(operation for operation in told if operation)

@@ -20,11 +20,17 @@ _UNREACHABLE = (RedisError, StoreUnavailable, OSError)
 def give_back(runtime: Runtime, held: Held, died_of: str, *, condemned: bool = False) -> bool:
     """RELEASE a node whose process is gone or about to go; say whether it now waits for a message.
 
-    Its next claim knows the item that was in flight; a `condemned` one is not run again.  While Redis is away
-    the page still tells of it, and the guard comes back to it.
-    """
+    Its next claim knows the item that was in flight; a `condemned` one is not run again.  While
+    Redis is away the page still tells of it, and the guard comes back to it."""
     try:
-        waits = runtime.ledger.hasty().release(held.job, held.node, held.token, held.item, died_of, condemned=condemned)
+        waits = runtime.ledger.hasty().release(
+            job=held.job,
+            node=held.node,
+            token=held.token,
+            item=held.item,
+            died_of=died_of,
+            condemned=condemned,
+        )
     except _UNREACHABLE as error:
         logger.warning("Node %s of job %s is not given back yet: %s", held.node, held.job, error)
         return False

@@ -1,8 +1,8 @@
 """The beat-scheduled monitor: beat asks, all workers hear it, and the first of them looks.
 
-Decides where the monitor runs: in a thread of a worker's main process.  A message in a queue would wait behind the very
-overload it is to report; a broadcast does not, and one that nobody hears does not pile up.  Refuses to know what is seen.
-"""
+Decides where the monitor runs: in a thread of a worker's main process.  A message in a queue would
+wait behind the very overload it is to report; a broadcast does not, and one that nobody hears does
+not pile up.  Refuses to know what is seen."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ class MonitorThread(threading.Thread):
     """
 
     def __init__(
-        self, monitor: Monitor, alerts: Alerts, webhook: Webhook | None = None, count: Callable[[], int] | None = None
+        self,
+        monitor: Monitor,
+        alerts: Alerts,
+        webhook: Webhook | None = None,
+        count: Callable[[], int] | None = None,
     ) -> None:
         super().__init__(name="rlm-monitor", daemon=True)
         self._monitor, self._alerts, self._webhook, self._count = monitor, alerts, webhook, count
@@ -57,7 +61,9 @@ class MonitorThread(threading.Thread):
                 if asked and not self._stopping:
                     self._monitor.look()
             except (*AWAY, StoreUnavailable) as error:
-                logger.warning("The cluster's level is not known, hosts act on their own: %s", error)
+                logger.warning(
+                    "The cluster's level is not known, hosts act on their own: %s", error
+                )
             except Exception:
                 logger.exception("The monitor met something unexpected, and looks again when asked")
 
@@ -74,19 +80,34 @@ class MonitorThread(threading.Thread):
 def monitor_thread(
     app: Celery, runtime: Runtime, slots: Callable[[], int] | None, queues: Callable[[], list[str]]
 ) -> MonitorThread:
-    """Build the monitor of one worker; with `slots` it counts what waits for them, as a growing pool must know."""
+    """Build the monitor of one worker; with `slots` it counts what waits for them, as a growing
+    pool must know.
+    """
     settings, store = runtime.settings, runtime.ledger.store
     events = Events(store, settings.alerts.history)
     alerts = Alerts(store, settings.alerts, events)
     advised, gauge = settings.autoscale.webhook_url, QueueGauge(app)
-    snapshots = Snapshots(store, runtime.ledger.keys, settings.snapshots) if settings.snapshots.enabled else None
+    snapshots = (
+        Snapshots(store, runtime.ledger.keys, settings.snapshots)
+        if settings.snapshots.enabled
+        else None
+    )
     webhook = Webhook(advised, settings.alerts.webhook_secret) if advised else None
     monitor = Monitor(
-        runtime.board, store, MonitorSettings(settings.pressure, settings.admission, settings.autoscale),
-        usage=runtime.usage, breakers=CircuitBreakers(store), gauge=gauge.read, events=events, alerts=alerts,
-        room=runtime.room, wake=runtime.wake, webhook=webhook, snapshots=snapshots,
+        runtime.board,
+        store,
+        MonitorSettings(settings.pressure, settings.admission, settings.autoscale),
+        usage=runtime.usage,
+        breakers=CircuitBreakers(store),
+        gauge=gauge.read,
+        events=events,
+        alerts=alerts,
+        room=runtime.room,
+        wake=runtime.wake,
+        webhook=webhook,
+        snapshots=snapshots,
         worker=runtime.worker,
-    )  # fmt: skip
+    )
 
     def count() -> int:
         waiting = sum(report.depth for report in gauge.read(queues()).values())

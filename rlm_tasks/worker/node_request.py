@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
-    """A node's message in the main process, which knows at once when its pool process is free, or gone."""
+    """A node's message in the main process, which knows at once when its pool process is free, or
+    gone.
+    """
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """A slot is busy."""
@@ -37,7 +39,9 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
         if guard is not None:
             guard.wake()
 
-    def on_failure(self, exc_info: ExceptionInfo, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+    def on_failure(
+        self, exc_info: ExceptionInfo, send_failed_event: bool = True, return_ok: bool = False
+    ) -> Any:
         """Give the node back when its process was lost; the message is requeued by Celery."""
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(error, WorkerLostError | SystemExit):
@@ -48,8 +52,8 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Fail the item that ran into Celery's hard time limit, and redo the rest of its node.
 
-        Celery notices a lost process within 5 s, so the limit may strike first; that is a death like others.
-        """
+        Celery notices a lost process within 5 s, so the limit may strike first; that is a death
+        like others."""
         if soft:
             super().on_timeout(soft, timeout)
             return
@@ -74,7 +78,9 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
         self._give_back("")
         if self.name == NODE_TASK:
             try:
-                self._runtime.ledger.hasty().stop(self._job, "cancelled", detail=f"a node's task was {reason}")
+                self._runtime.ledger.hasty().stop(
+                    self._job, "cancelled", detail=f"a node's task was {reason}"
+                )
             except _UNREACHABLE as error:
                 logger.warning("Job %s was not cancelled: %s", self._job, error)
 

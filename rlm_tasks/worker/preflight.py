@@ -1,7 +1,7 @@
 """What Redis' and Celery's settings do to jobs: lose them, repeat them, keep them from running.
 
-Decides which settings are dangers and says what to do: a worker names them once when it starts, the doctor tells all
-that was looked at.  Refuses to stop anybody for them, and to know who is alive.
+Decides which settings are dangers and says what to do: a worker names them once when it starts, the
+doctor tells all that was looked at.  Refuses to stop anybody for them, and to know who is alive.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from rlm_tasks.messaging.transports import speaks_redis
 from rlm_tasks.settings.model import Settings
 
 OLDEST_REDIS, OLDEST_TESTED = (6, 2), (7, 2)
-"""Redis 6.2 brought what is sent to it: ZADD LT (`wake.lua`), ZRANGE REV (`breaker_names.lua`) and BYSCORE (`sources`, and
-kombu 5.7, which sends ZADD GT, too).  redis-py 8 is tested with Redis 7.2 and later, which Valkey calls itself, too."""
+"""Redis 6.2 brought what is sent to it: ZADD LT (`wake.lua`), ZRANGE REV (`breaker_names.lua`) and
+BYSCORE (`sources`, and kombu 5.7, which sends ZADD GT, too).  redis-py 8 is tested with Redis 7.2
+and later, which Valkey calls itself, too."""
 KOMBU_VISIBILITY_TIMEOUT_S = 3600
 """What a Redis broker uses when nothing is set (kombu 5.7)."""
 _JSON = {"json", "application/json"}
@@ -48,7 +49,7 @@ def dangers(store: Store, settings: Settings, celery: Mapping[str, Any]) -> list
     return [f"{each.found}. {each.advice}" for each in found if each.state != "ok"]
 
 
-# --- Redis -------------------------------------------------------------------------------------------
+# --- Redis ------------------------------------------------------------------------------------
 
 
 def of_redis(store: Store, settings: Settings) -> Iterator[Finding]:
@@ -59,7 +60,9 @@ def of_redis(store: Store, settings: Settings) -> Iterator[Finding]:
     try:
         info: dict[str, Any] = store.client.info()
     except ResponseError:
-        yield Finding("redis", "ok", f"Redis at {store.url} answers; it may not be asked about itself")
+        yield Finding(
+            "redis", "ok", f"Redis at {store.url} answers; it may not be asked about itself"
+        )
         return
     yield _server(store, info)
     yield _eviction(store, info)
@@ -72,13 +75,26 @@ def _server(store: Store, info: Mapping[str, Any]) -> Finding:
     version = tuple(map(int, re.findall(r"\d+", told)[:2]))
     where = f"Redis {told} at {store.url}" if told else f"Redis at {store.url}"
     if info.get("role", "master") != "master":
-        return Finding("redis", "fault", f"{where} is a replica: it takes no writes", "Set RLM_REDIS_URL to its primary")
+        return Finding(
+            "redis",
+            "fault",
+            f"{where} is a replica: it takes no writes",
+            "Set RLM_REDIS_URL to its primary",
+        )
     if info.get("redis_mode") == "cluster":
         advice = "Set RLM_REDIS_URL to a server outside of a cluster"
-        return Finding("redis", "fault", f"{where} is one node of a cluster: it refuses the keys of others", advice)
+        return Finding(
+            "redis",
+            "fault",
+            f"{where} is one node of a cluster: it refuses the keys of others",
+            advice,
+        )
     if version and version < OLDEST_REDIS:
         return Finding(
-            "redis", "fault", f"{where} does not know commands of Redis 6.2 that are sent to it", "Install Redis 7.2 or later"
+            "redis",
+            "fault",
+            f"{where} does not know commands of Redis 6.2 that are sent to it",
+            "Install Redis 7.2 or later",
         )
     if version and version < OLDEST_TESTED:
         found = f"{where} is older than what redis-py is tested with"
@@ -98,7 +114,10 @@ def _persistence(store: Store, info: Mapping[str, Any]) -> Finding:
     if "err" in (info.get("aof_last_write_status"), info.get("rdb_last_bgsave_status")):
         found = f"Redis at {store.url} could not write to its disk the last time"
         return Finding(
-            "persistence", "fault", found, "Free its disk; its log says why, and redis-cli INFO persistence how it goes"
+            "persistence",
+            "fault",
+            found,
+            "Free its disk; its log says why, and redis-cli INFO persistence how it goes",
         )
     if info.get("aof_enabled") == 0 and not _takes_snapshots(store):
         found = f"Redis at {store.url} keeps nothing on disk: a restart loses every job"
@@ -126,7 +145,12 @@ def _memory(store: Store, info: Mapping[str, Any], settings: Settings) -> Findin
     if share < high:
         return Finding("memory", "ok", found)
     state: State = "fault" if share >= emergency else "warning"
-    return Finding("memory", state, f"Redis at {store.url}: {found}", "Raise maxmemory, or lower RLM_RESULT_TTL_S")
+    return Finding(
+        "memory",
+        state,
+        f"Redis at {store.url}: {found}",
+        "Raise maxmemory, or lower RLM_RESULT_TTL_S",
+    )
 
 
 def of_urls(settings: Settings) -> Iterator[Finding]:
@@ -137,25 +161,38 @@ def of_urls(settings: Settings) -> Iterator[Finding]:
         settings.redis_url: "RLM_REDIS_URL",
     }
     secured = {name: options for url, name in told_by.items() if (options := tls(url))}
-    open_to_all = [name for name, options in secured.items() if options["ssl_cert_reqs"] == ssl.CERT_NONE]
+    open_to_all = [
+        name for name, options in secured.items() if options["ssl_cert_reqs"] == ssl.CERT_NONE
+    ]
     if open_to_all:
         found = f"{', '.join(open_to_all)}: TLS without verification, whoever is in between can read and change everything"
-        yield Finding("tls", "warning", found, "Leave out ssl_cert_reqs=none, and name the authority by ssl_ca_certs")
+        yield Finding(
+            "tls",
+            "warning",
+            found,
+            "Leave out ssl_cert_reqs=none, and name the authority by ssl_ca_certs",
+        )
     elif secured:
-        yield Finding("tls", "ok", f"{', '.join(secured)}: encrypted, and certificates are verified")
+        yield Finding(
+            "tls", "ok", f"{', '.join(secured)}: encrypted, and certificates are verified"
+        )
 
 
-# --- Celery ------------------------------------------------------------------------------------------
+# --- Celery -----------------------------------------------------------------------------------
 
 
 def of_celery(settings: Settings, celery: Mapping[str, Any]) -> list[Finding]:
-    """Return what of an app's configuration loses or repeats work, or lets strangers in; or that nothing does.
+    """Return what of an app's configuration loses or repeats work, or lets strangers in; or that
+    nothing does.
 
-    What makes a node safe to repeat (acks_late and its kin) is set on the tasks themselves; what makes jobs slow or late
-    is told by `conflicts`.
-    """
+    What makes a node safe to repeat (acks_late and its kin) is set on the tasks themselves; what
+    makes jobs slow or late is told by `conflicts`."""
     found = [*_deliveries(settings, celery), *_ends(celery), *_serializers(celery)]
-    return found or [Finding("celery", "ok", "JSON only, and no message is delivered again while its node may run")]
+    return found or [
+        Finding(
+            "celery", "ok", "JSON only, and no message is delivered again while its node may run"
+        )
+    ]
 
 
 def _deliveries(settings: Settings, celery: Mapping[str, Any]) -> Iterator[Finding]:
@@ -169,10 +206,16 @@ def _deliveries(settings: Settings, celery: Mapping[str, Any]) -> Iterator[Findi
 
 
 def _visibility_timeout_s(celery: Mapping[str, Any]) -> float | None:
-    """Return after how long the broker delivers an unacknowledged message again; None where it does not."""
+    """Return after how long the broker delivers an unacknowledged message again; None where it does
+    not.
+    """
     if not speaks_redis(celery.get("broker_url")):
         return None
-    return float((celery.get("broker_transport_options") or {}).get("visibility_timeout", KOMBU_VISIBILITY_TIMEOUT_S))
+    return float(
+        (celery.get("broker_transport_options") or {}).get(
+            "visibility_timeout", KOMBU_VISIBILITY_TIMEOUT_S
+        )
+    )
 
 
 def _longest_s(settings: Settings, celery: Mapping[str, Any]) -> float:
@@ -189,7 +232,12 @@ def _ends(celery: Mapping[str, Any]) -> Iterator[Finding]:
 def _serializers(celery: Mapping[str, Any]) -> Iterator[Finding]:
     accepted = set(celery.get("accept_content") or ["json"])
     if not accepted & _JSON:
-        yield Finding("celery", "fault", f"accept_content={sorted(accepted)} refuses nodes, which are JSON", "Add 'json' to it")
+        yield Finding(
+            "celery",
+            "fault",
+            f"accept_content={sorted(accepted)} refuses nodes, which are JSON",
+            "Add 'json' to it",
+        )
     if others := sorted(accepted - _JSON):
         found = f"accept_content takes {', '.join(others)}, too: whoever reaches the broker may run code, if that is a pickle"
         yield Finding("celery", "warning", found, "Set accept_content=['json']")

@@ -1,8 +1,9 @@
-"""What a worker's main process does for its pool: leases, lost nodes, free slots, the sweep, the drain.
+"""What a worker's main process does for its pool: leases, lost nodes, free slots, the sweep, the
+drain.
 
-Decides when a lease is beaten, when a node is given back, and which slots are on offer.  Pool processes never
-beat, so an item that holds the interpreter for minutes runs once.  Refuses to know what nodes compute.
-"""
+Decides when a lease is beaten, when a node is given back, and which slots are on offer.  Pool
+processes never beat, so an item that holds the interpreter for minutes runs once.  Refuses to know
+what nodes compute."""
 
 from __future__ import annotations
 
@@ -32,21 +33,22 @@ logger = logging.getLogger(__name__)
 SETTLE_S = 0.005
 """A slot that stays free this long is on offer; between two small nodes it is free for less."""
 REFRESH_S = 1.0
-"""How often the guard looks by itself.  It otherwise wakes on events: ticking every 10 ms slowed computing
-pool processes on two busy cores by 7 % (measured)."""
+"""How often the guard looks by itself.  It otherwise wakes on events: ticking every 10 ms slowed
+computing pool processes on two busy cores by 7 % (measured)."""
 BACK_OFF_S = 1.0
 REAPED_S = 2.0
 """Celery has told what a process died of within this time of having reaped it."""
 DEAF_S, DEAF_SHARE = 1.0, 0.05
-"""An item past its limit has this long to hear its alarm (the greater of both) before its process is killed."""
+"""An item past its limit has this long to hear its alarm (the greater of both) before its process
+is killed.
+"""
 
 
 class Supervisor(threading.Thread):
     """The thread of a worker's main process that speaks to the ledger.
 
-    It lives as long as the pool: through reconnections of the consumer, and while a worker that was told to
-    stop waits for its last items.
-    """
+    It lives as long as the pool: through reconnections of the consumer, and while a worker that was
+    told to stop waits for its last items."""
 
     def __init__(
         self,
@@ -57,21 +59,34 @@ class Supervisor(threading.Thread):
         exit_code: Callable[[int], int | None] = lambda _pid: None,
         stir: Callable[[], object] = lambda: None,
     ) -> None:
-        """`stir` has the event loop go round: by itself it sees only within a second that the worker was told to stop."""
+        """`stir` has the event loop go round: by itself it sees only within a second that the
+        worker was told to stop.
+        """
         super().__init__(name="rlm-guard", daemon=True)
-        self._runtime, self._celery, self._pool_size, self.queues = runtime, celery, pool_size, queues
+        self._runtime, self._celery, self._pool_size, self.queues = (
+            runtime,
+            celery,
+            pool_size,
+            queues,
+        )
         self._exit_code, self._stir = exit_code, stir
-        self._ledger = runtime.ledger.hasty()  # an outage is seen at once, and what was missed is done after it
+        self._ledger = (
+            runtime.ledger.hasty()
+        )  # an outage is seen at once, and what was missed is done after it
         self._warned = False
         self._reaped: dict[int, float] = {}
         self._sweep_not_before = 0.0
         self._stopping = False
-        self._woken: SimpleQueue[None] = SimpleQueue()  # an Event would lock up when a signal's handler wakes it during a wake
+        self._woken: SimpleQueue[None] = (
+            SimpleQueue()
+        )  # an Event would lock up when a signal's handler wakes it during a wake
         self._offered: tuple[int, int] | None = None
         self._due = {"measure": 0.0, "offer": 0.0, "look": 0.0, "beat": 0.0, "sweep": 0.0}
         self.host = Host(runtime, pool_size, queues)
         self._lost = False
-        self.ticked_at = self.answered_at = time.monotonic()  # when it last went round, and last heard of the ledger
+        self.ticked_at = self.answered_at = (
+            time.monotonic()
+        )  # when it last went round, and last heard of the ledger
         self._left: list[str] = []  # queues that are not consumed while it drains
         self._told = 0  # ranks that somebody has asked room for since the latest look began
 
@@ -106,7 +121,9 @@ class Supervisor(threading.Thread):
         self.wake()
 
     def drain(self, queues: list[str]) -> None:
-        """Have running nodes hand over, and offer no slot, until `resume`; these queues are no longer consumed."""
+        """Have running nodes hand over, and offer no slot, until `resume`; these queues are no
+        longer consumed.
+        """
         self._left += [queue for queue in queues if queue not in self._left]
         self._runtime.page.draining = True
         self.wake()
@@ -120,7 +137,9 @@ class Supervisor(threading.Thread):
         return left
 
     def make_room(self, queue: str) -> bool:
-        """Have running nodes ask whether they are to yield to what waits in a queue; False: not served here."""
+        """Have running nodes ask whether they are to yield to what waits in a queue; False: not
+        served here.
+        """
         if queue not in self.queues():
             return False
         self._told |= rank_of(priority_of(queue))
@@ -129,7 +148,11 @@ class Supervisor(threading.Thread):
         return True
 
     def _sleep_s(self) -> float:
-        return min(REFRESH_S, max(0.0, min(self._due.values()) - time.monotonic())) if not self._lost else BACK_OFF_S
+        return (
+            min(REFRESH_S, max(0.0, min(self._due.values()) - time.monotonic()))
+            if not self._lost
+            else BACK_OFF_S
+        )
 
     def stop(self) -> None:
         """End the thread and take this worker's slots off the board."""
@@ -161,7 +184,9 @@ class Supervisor(threading.Thread):
             self._kill_overdue(now)
         if now >= self._due["beat"]:
             self._due["beat"] = now + ledger.lease_s / 3
-            self._ledger.beat([(held.job, held.node, held.token) for held in self._runtime.page.held()])
+            self._ledger.beat(
+                [(held.job, held.node, held.token) for held in self._runtime.page.held()]
+            )
         if now >= self._due["sweep"]:
             self._due["sweep"] = now + ledger.sweep_s
             self._sweep()
@@ -173,7 +198,9 @@ class Supervisor(threading.Thread):
         self._warned = True
 
     def _offer(self, now: float) -> None:
-        """Publish this worker's slots, and learn in the same round trip when the next job is due."""
+        """Publish this worker's slots, and learn in the same round trip when the next job is
+        due.
+        """
         total = 0 if self._runtime.page.draining else self._pool_size()
         free = max(0, total - len(state.reserved_requests))
         if (total, free) != self._offered or now >= self._due["offer"]:
@@ -184,18 +211,28 @@ class Supervisor(threading.Thread):
             self._offered, self._due["offer"] = (total, free), now + REFRESH_S
 
     def _exchange(self, now: float) -> None:
-        """Tell of this host, and hear what to act on and who waits; once a second, for slots become free more often."""
+        """Tell of this host, and hear what to act on and who waits; once a second, for slots become
+        free more often.
+        """
         self._told, exchange = 0, self.host.exchange()
         answers = self._ledger.store.run(*exchange, *self._tokens())
         self.host.heard(answers[: len(exchange)], now)
         self._see_urgent(answers[len(exchange) :])
 
     def _tokens(self) -> list[Call]:
-        return [self._runtime.preemption.open(queue) for queue in self.queues() if rank_of(priority_of(queue))]
+        return [
+            self._runtime.preemption.open(queue)
+            for queue in self.queues()
+            if rank_of(priority_of(queue))
+        ]
 
     def _see_urgent(self, tokens: Sequence[int]) -> None:
-        """Know of urgent work also when nobody has told, and forget what is done; what was told meanwhile is news."""
-        served = [rank_of(priority_of(queue)) for queue in self.queues() if rank_of(priority_of(queue))]
+        """Know of urgent work also when nobody has told, and forget what is done; what was told
+        meanwhile is news.
+        """
+        served = [
+            rank_of(priority_of(queue)) for queue in self.queues() if rank_of(priority_of(queue))
+        ]
         urgent = sum(rank for rank, waiting in zip(served, tokens, strict=False) if waiting)
         if urgent & ~self._runtime.page.urgent:
             self._runtime.page.recall()
@@ -221,16 +258,28 @@ class Supervisor(threading.Thread):
                 about = {"job": held.job, "node": held.node}
                 logger.warning(
                     "Pool process %d died of %s; node %s of job %s is given to another",
-                    held.pid, died_of, held.node, held.job, extra=about,
-                )  # fmt: skip
+                    held.pid,
+                    died_of,
+                    held.node,
+                    held.job,
+                    extra=about,
+                )
                 self._reaped.pop(held.pid, None)
                 if give_back(self._runtime, held, died_of):
                     self._runtime.resend(held.job, [held.node])
 
     def _reaped_by_pool(self, pid: int) -> str:
-        """Return what a process died of that was reaped on the way, when another was started: Celery may not notice for 5 s."""
+        """Return what a process died of that was reaped on the way, when another was started:
+        Celery may not notice for 5 s.
+        """
         code = self._exit_code(pid)
-        return REAPED if code is None else signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return (
+            REAPED
+            if code is None
+            else signal.Signals(-code).name
+            if code < 0
+            else f"exit code {code}"
+        )
 
     def _sweep(self) -> None:
         for job in self._ledger.take_due():
@@ -248,8 +297,14 @@ class Supervisor(threading.Thread):
             if not held.limit_s or held.item == NO_ITEM or held.pid == os.getpid():
                 continue
             if now - held.since > held.limit_s + max(DEAF_S, DEAF_SHARE * held.limit_s):
-                logger.error("An item of job %s ran longer than %g s; its process is killed", held.job, held.limit_s)
-                given_back = give_back(self._runtime, held, f"its item limit of {held.limit_s:g} s", condemned=True)
+                logger.error(
+                    "An item of job %s ran longer than %g s; its process is killed",
+                    held.job,
+                    held.limit_s,
+                )
+                given_back = give_back(
+                    self._runtime, held, f"its item limit of {held.limit_s:g} s", condemned=True
+                )
                 os.kill(held.pid, signal.SIGKILL)
                 if given_back:
                     self._runtime.resend(held.job, [held.node])

@@ -1,8 +1,8 @@
 """Measure the platform against what one would write by hand, in one run, and print a table.
 
-Pairs alternate and the median counts; plain Celery gets the best of several chunk sizes.  Nothing here
-asserts: a missed figure is printed as it is.  ``--write`` keeps the table in docs/performance.md.
-"""
+Pairs alternate and the median counts; plain Celery gets the best of several chunk sizes.  Nothing
+here asserts: a missed figure is printed as it is.  ``--write`` keeps the table in
+docs/performance.md."""
 
 from __future__ import annotations
 
@@ -80,13 +80,22 @@ def calibrated() -> float:
 def set_up(pairs: int) -> Iterator[Bench]:
     """Start a server, a worker of ours and one of plain Celery."""
     with embedded.server() as server, tempfile.TemporaryDirectory() as folder:
-        environment = {"RLM_REDIS_URL": server.url, "RLM_OPERATIONS": "tests.bench.ops", "PYTHONPATH": str(Path.cwd())}
+        environment = {
+            "RLM_REDIS_URL": server.url,
+            "RLM_OPERATIONS": "tests.bench.ops",
+            "PYTHONPATH": str(Path.cwd()),
+        }
         plain_celery.app.conf.update(broker_url=server.url, result_backend=server.url)
         logs = Path(folder)
         with (
             client_of(environment) as client,
             embedded.worker(environment, log=logs / "ours.log", slots=SLOTS) as worker,
-            embedded.worker(environment, log=logs / "plain.log", app="rlm_tasks.testing.plain_celery", slots=SLOTS),
+            embedded.worker(
+                environment,
+                log=logs / "plain.log",
+                app="rlm_tasks.testing.plain_celery",
+                slots=SLOTS,
+            ),
         ):
             bench = Bench(client, server, worker, pairs, calibrated())
             client.execute(operation="bench_noop", items=range(5000), timeout=60)
@@ -94,7 +103,7 @@ def set_up(pairs: int) -> Iterator[Bench]:
             yield bench
 
 
-# --- splitting ---------------------------------------------------------------------------------------
+# --- splitting --------------------------------------------------------------------------------
 
 
 def workloads(bench: Bench) -> Iterator[tuple[str, list[int]]]:
@@ -117,7 +126,9 @@ def splitting(bench: Bench) -> Iterator[Row]:
         for name, items in workloads(bench):
 
             def ours(items: list[int] = items) -> object:
-                return bench.client.execute(operation="bench_compute", items=items, strategy=Adaptive(), timeout=120)
+                return bench.client.execute(
+                    operation="bench_compute", items=items, strategy=Adaptive(), timeout=120
+                )
 
             def local(items: list[int] = items) -> object:
                 return pool.map(compute, items, chunksize=1)
@@ -130,7 +141,11 @@ def splitting(bench: Bench) -> Iterator[Row]:
 
         def ours() -> object:
             return bench.client.execute(
-                operation="code_metrics", items=paths, strategy=Adaptive(), continue_on_error=True, timeout=120
+                operation="code_metrics",
+                items=paths,
+                strategy=Adaptive(),
+                continue_on_error=True,
+                timeout=120,
             )
 
         yield from _compared(
@@ -149,7 +164,11 @@ def _measured(path: str) -> object:
 
 
 def _compared(
-    bench: Bench, name: str, ours: Callable[[], object], local: Callable[[], object], plain: Callable[[int], object]
+    bench: Bench,
+    name: str,
+    ours: Callable[[], object],
+    local: Callable[[], object],
+    plain: Callable[[int], object],
 ) -> Iterator[Row]:
     NOTES.print(f"splitting: {name}")
     ours(), local()
@@ -160,9 +179,16 @@ def _compared(
             times.append(timed(lambda chunk=chunk: plain(chunk)))
     mine, pool = median(a for a, _ in pairs), median(b for _, b in pairs)
     ratio = median(a / b for a, b in pairs)
-    chunk, best = min(((chunk, median(times)) for chunk, times in by_chunk.items()), key=lambda pair: pair[1])
+    chunk, best = min(
+        ((chunk, median(times)) for chunk, times in by_chunk.items()), key=lambda pair: pair[1]
+    )
     yield Row(
-        f"adaptive, {name}, against Pool(chunksize=1)", f"{mine:.2f} s", f"{pool:.2f} s", f"{ratio:.3f}", "<= 1.05", ratio <= 1.05
+        f"adaptive, {name}, against Pool(chunksize=1)",
+        f"{mine:.2f} s",
+        f"{pool:.2f} s",
+        f"{ratio:.3f}",
+        "<= 1.05",
+        ratio <= 1.05,
     )
     yield Row(
         f"adaptive, {name}, against the best chord (chunks of {chunk})",
@@ -174,21 +200,28 @@ def _compared(
     )
 
 
-# --- small jobs and many leaves ----------------------------------------------------------------------
+# --- small jobs and many leaves ---------------------------------------------------------------
 
 
 def noop_chord(count: int) -> object:
     """Run a flat chord of no-ops in plain Celery."""
     from celery import chord
 
-    return chord([plain_celery.noop.s(i) for i in range(count)], plain_celery.count.s()).apply_async().get(timeout=300)
+    return (
+        chord([plain_celery.noop.s(i) for i in range(count)], plain_celery.count.s())
+        .apply_async()
+        .get(timeout=300)
+    )
 
 
 def small_jobs(bench: Bench) -> Iterator[Row]:
     """No-op jobs, short items, and the million-item sum."""
     NOTES.print("small jobs")
     client = bench.client
-    ours = median(timed(lambda: client.execute(operation="bench_noop", items=range(1000), timeout=60)) for _ in range(21))
+    ours = median(
+        timed(lambda: client.execute(operation="bench_noop", items=range(1000), timeout=60))
+        for _ in range(21)
+    )
     plain = median(timed(lambda: noop_chord(1000)) for _ in range(3))
     yield Row(
         "1,000 no-op items, submit to result",
@@ -200,8 +233,13 @@ def small_jobs(bench: Bench) -> Iterator[Row]:
     )
 
     items = [int(2 * bench.rounds_per_ms)] * 1000
-    ours = median(timed(lambda: client.execute(operation="bench_compute", items=items, timeout=60)) for _ in range(bench.pairs))
-    plain = median(timed(lambda: plain_celery.compute_by_chord(items, 20)) for _ in range(bench.pairs))
+    ours = median(
+        timed(lambda: client.execute(operation="bench_compute", items=items, timeout=60))
+        for _ in range(bench.pairs)
+    )
+    plain = median(
+        timed(lambda: plain_celery.compute_by_chord(items, 20)) for _ in range(bench.pairs)
+    )
     yield Row(
         "1,000 items of 2 ms on two slots, against chunks of 20",
         f"{ours:.2f} s",
@@ -219,13 +257,16 @@ def million(bench: Bench) -> Iterator[Row]:
     before = [psutil.Process().memory_info().rss, *(each.memory_info().rss for each in children)]
     with spied(bench.server) as sizes:
         took = median(
-            timed(lambda: bench.client.execute(operation="sum", items=range(1_000_000), timeout=60)) for _ in range(bench.pairs)
+            timed(lambda: bench.client.execute(operation="sum", items=range(1_000_000), timeout=60))
+            for _ in range(bench.pairs)
         )
     after = [psutil.Process().memory_info().rss, *(each.memory_info().rss for each in children)]
     grown = max(b - a for a, b in zip(before, after, strict=True)) / 2**20
     yield Row("1,000,000-item sum", f"{took:.3f} s", "", "", "<= 0.5 s", took <= 0.5)
     yield Row("its largest message", f"{max(sizes)} B", "", "", "<= 4096 B", max(sizes) <= 4096)
-    yield Row("growth of the client or a worker process", f"{grown:.1f} MB", "", "", "< 64 MB", grown < 64)
+    yield Row(
+        "growth of the client or a worker process", f"{grown:.1f} MB", "", "", "< 64 MB", grown < 64
+    )
 
 
 @contextlib.contextmanager
@@ -256,7 +297,9 @@ def forced_leaves(bench: Bench) -> Iterator[Row]:
     NOTES.print("forced leaves")
 
     def ours() -> object:
-        return bench.client.execute(operation="bench_noop", items=range(1000), type="parallel", chunk_size=1, timeout=120)
+        return bench.client.execute(
+            operation="bench_noop", items=range(1000), type="parallel", chunk_size=1, timeout=120
+        )
 
     ours(), noop_chord(1000)
     pairs = [(timed(ours), timed(lambda: noop_chord(1000))) for _ in range(bench.pairs)]
@@ -280,9 +323,19 @@ def cost_growth(bench: Bench, most: int) -> Iterator[Row]:
     def per_leaf(leaves: int) -> tuple[float, float]:
         store.config_resetstat()
         took = timed(
-            lambda: bench.client.execute(operation="bench_noop", items=range(leaves), type="parallel", chunk_size=1, timeout=600)
+            lambda: bench.client.execute(
+                operation="bench_noop",
+                items=range(leaves),
+                type="parallel",
+                chunk_size=1,
+                timeout=600,
+            )
         )
-        calls = sum(each["calls"] for name, each in store.info("commandstats").items() if not name.startswith("cmdstat_info"))
+        calls = sum(
+            each["calls"]
+            for name, each in store.info("commandstats").items()
+            if not name.startswith("cmdstat_info")
+        )
         return calls / leaves, took / leaves * 1000
 
     few = [per_leaf(1000) for _ in range(5)]
@@ -307,7 +360,7 @@ def cost_growth(bench: Bench, most: int) -> Iterator[Row]:
     )
 
 
-# --- submitting and starting -------------------------------------------------------------------------
+# --- submitting and starting ------------------------------------------------------------------
 
 
 def submitting(bench: Bench) -> Iterator[Row]:
@@ -320,7 +373,14 @@ def submitting(bench: Bench) -> Iterator[Row]:
     for job in jobs:
         job.wait(60)
     rate, p95 = 100 / median(times), sorted(times)[int(len(times) * 0.95)] * 1000
-    yield Row("submitting in batches of 100", f"{rate:,.0f} messages/s", "", "", ">= 1,000/s", rate >= 1000)
+    yield Row(
+        "submitting in batches of 100",
+        f"{rate:,.0f} messages/s",
+        "",
+        "",
+        ">= 1,000/s",
+        rate >= 1000,
+    )
     yield Row("a batch of 100, p95", f"{p95:.1f} ms", "", "", "< 50 ms", p95 < 50)
 
 
@@ -330,7 +390,10 @@ def starting(bench: Bench) -> Iterator[Row]:
     quiet = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
 
     def run(code: str) -> float:
-        return median(timed(lambda: subprocess.run([sys.executable, "-c", code], check=True, env=quiet)) for _ in range(7))
+        return median(
+            timed(lambda: subprocess.run([sys.executable, "-c", code], check=True, env=quiet))
+            for _ in range(7)
+        )
 
     bare, ours = run("pass"), run("import rlm_tasks; rlm_tasks.Client")
     took = ours - bare
@@ -347,10 +410,19 @@ def starting(bench: Bench) -> Iterator[Row]:
     yield Row("worker ready", f"{took:.2f} s", "", "", "<= 3 s", took <= 3)
 
 
-# --- the table ---------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------
 
 COLUMNS = ("what", "ours", "compared with", "ratio", "figure", "met")
-GROUPS = ("splitting", "small", "leaves", "growth", "submitting", "starting", "guards", "preemption")
+GROUPS = (
+    "splitting",
+    "small",
+    "leaves",
+    "growth",
+    "submitting",
+    "starting",
+    "guards",
+    "preemption",
+)
 
 
 def show(rows: list[Row]) -> None:
@@ -359,7 +431,14 @@ def show(rows: list[Row]) -> None:
     for column in COLUMNS:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(row.what, row.ours, row.compared, row.ratio, row.figure, {True: "yes", False: "NO", None: ""}[row.met])
+        table.add_row(
+            row.what,
+            row.ours,
+            row.compared,
+            row.ratio,
+            row.figure,
+            {True: "yes", False: "NO", None: ""}[row.met],
+        )
     Console(width=140).print(table)
 
 
@@ -371,17 +450,24 @@ def markdown(rows: list[Row], pairs: int) -> str:
     ]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     said = {True: "yes", False: "**no**", None: ""}
-    lines += [f"| {r.what} | {r.ours} | {r.compared} | {r.ratio} | {r.figure} | {said[r.met]} |" for r in rows]
+    lines += [
+        f"| {r.what} | {r.ours} | {r.compared} | {r.ratio} | {r.figure} | {said[r.met]} |"
+        for r in rows
+    ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Run the groups that were asked for."""
     parser = argparse.ArgumentParser(prog="make bench ARGS=", description=__doc__)
-    parser.add_argument("groups", nargs="*", default=list(GROUPS), help=f"of {', '.join(GROUPS)}; default: all")
+    parser.add_argument(
+        "groups", nargs="*", default=list(GROUPS), help=f"of {', '.join(GROUPS)}; default: all"
+    )
     parser.add_argument("--pairs", type=int, default=7, help="alternating pairs per row")
     parser.add_argument("--most", type=int, default=50_000, help="leaves of the cost growth row")
-    parser.add_argument("--write", action="store_true", help="keep the table in docs/performance.md")
+    parser.add_argument(
+        "--write", action="store_true", help="keep the table in docs/performance.md"
+    )
     asked = parser.parse_args()
     embedded.clean_up_on_sigterm()
     rows: list[Row] = []

@@ -1,8 +1,8 @@
-"""What a user would write by hand for urgent work: plain Celery, chunks of 2 s, and kombu's queues by priority.
+"""What a user would write by hand for urgent work: plain Celery, chunks of 2 s, and kombu's queues
+by priority.
 
-An urgent task is the next that a worker takes, and waits until a chunk ends.  Run as ``celery -A tests.bench.by_priority
-worker``; nothing of the platform is imported here.
-"""
+An urgent task is the next that a worker takes, and waits until a chunk ends.  Run as ``celery -A
+tests.bench.by_priority worker``; nothing of the platform is imported here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ app.conf.update(
     task_default_queue="by_priority",
     task_acks_late=True,
     worker_prefetch_multiplier=1,  # else an urgent task would wait behind those that were fetched before it
-    broker_transport_options={"queue_order_strategy": "priority", "priority_steps": [URGENT, PATIENT]},
+    broker_transport_options={
+        "queue_order_strategy": "priority",
+        "priority_steps": [URGENT, PATIENT],
+    },
     broker_connection_retry_on_startup=True,
 )
 

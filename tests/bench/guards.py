@@ -1,8 +1,9 @@
-"""What a guard costs: microseconds and round trips of a call, against the libraries one would use instead.
+"""What a guard costs: microseconds and round trips of a call, against the libraries one would use
+instead.
 
-Decides what is compared with what.  Contestants take turns on a server of their own; the server counts the round trips,
-as the reads it has made.  Microseconds are medians over the turns, round trips are means.
-"""
+Decides what is compared with what.  Contestants take turns on a server of their own; the server
+counts the round trips, as the reads it has made.  Microseconds are medians over the turns, round
+trips are means."""
 
 from __future__ import annotations
 
@@ -21,7 +22,16 @@ import redis
 import throttled
 from limits.storage import RedisStorage
 
-from resilience import BreakerConfig, Bulkhead, CircuitBreaker, LeasedBucket, Rate, RetryBudget, Store, TokenBucket
+from resilience import (
+    BreakerConfig,
+    Bulkhead,
+    CircuitBreaker,
+    LeasedBucket,
+    Rate,
+    RetryBudget,
+    Store,
+    TokenBucket,
+)
 from resilience.bucket import PROVIDER, ROUTER
 from rlm_tasks.testing import embedded
 
@@ -33,7 +43,10 @@ PLENTY = {
     "requests": Rate(1_000_000_000, per_s=60, burst=1_000_000_000),
     "tokens": Rate(1_000_000_000, per_s=60, burst=1_000_000_000),
 }
-SPENT = {"requests": PLENTY["requests"], "tokens": Rate(PROVIDER["tokens"].limit, per_s=86_400, burst=PROVIDER["tokens"].limit)}
+SPENT = {
+    "requests": PLENTY["requests"],
+    "tokens": Rate(PROVIDER["tokens"].limit, per_s=86_400, burst=PROVIDER["tokens"].limit),
+}
 AMOUNTS = {"requests": 1, "tokens": 800}
 
 Ask = Callable[[], object]
@@ -74,7 +87,9 @@ class Bench:
         return int(self.control.info("stats")[ROUND_TRIPS]) - 1
 
     def store(self) -> Store:
-        """Return a store of ours; an answer that comes late must not turn into one without Redis."""
+        """Return a store of ours; an answer that comes late must not turn into one without
+        Redis.
+        """
         return Store.from_url(self.url, timeout_s=5.0)
 
 
@@ -85,7 +100,7 @@ ONE_TRIP: Figure = ("1 round trip", lambda cost: round(cost.trips, 2) == 1)
 SELDOM: Figure = ("< 0.1 round trips", lambda cost: cost.trips < 0.1)
 
 
-# --- one turn ----------------------------------------------------------------------------------------
+# --- one turn ---------------------------------------------------------------------------------
 
 
 def running(ask: Ask, *, says: bool = True) -> Turn:
@@ -123,7 +138,9 @@ def prepared(prepare: Ask, ask: Ask, calls: int = 20) -> Turn:
 
 
 def paced(ask: Ask, seconds: float = 0.6) -> Turn:
-    """Return a turn of calls at a steady rate; only the calls are timed, and all of them must be granted."""
+    """Return a turn of calls at a steady rate; only the calls are timed, and all of them must be
+    granted.
+    """
 
     def turn(bench: Bench) -> Cost:
         trips, took, calls = bench.trips(), 0.0, 0
@@ -139,7 +156,12 @@ def paced(ask: Ask, seconds: float = 0.6) -> Turn:
 
 
 def contest(
-    bench: Bench, what: str, ours: Turn, others: Mapping[str, Turn], figure: str = "", met: Callable[[Cost], bool] | None = None
+    bench: Bench,
+    what: str,
+    ours: Turn,
+    others: Mapping[str, Turn],
+    figure: str = "",
+    met: Callable[[Cost], bool] | None = None,
 ) -> Iterator[Measured]:
     """Let all take turns, and compare ours with each of the others."""
     turns = {"": ours, **others}
@@ -147,16 +169,28 @@ def contest(
     for _ in range(bench.pairs):
         for name, turn in turns.items():
             costs[name].append(turn(bench))
-    total = {name: Cost(median(each.us for each in them), mean(each.trips for each in them)) for name, them in costs.items()}
+    total = {
+        name: Cost(median(each.us for each in them), mean(each.trips for each in them))
+        for name, them in costs.items()
+    }
     verdict = met(total[""]) if met else None
     if not others:
         yield Measured(what, str(total[""]), "", "", figure, verdict)
     for name in others:
-        ratio = median(mine.us / theirs.us for mine, theirs in zip(costs[""], costs[name], strict=True))
-        yield Measured(f"{what}, against {name}", str(total[""]), str(total[name]), f"{ratio:.3f}", figure, verdict)
+        ratio = median(
+            mine.us / theirs.us for mine, theirs in zip(costs[""], costs[name], strict=True)
+        )
+        yield Measured(
+            f"{what}, against {name}",
+            str(total[""]),
+            str(total[name]),
+            f"{ratio:.3f}",
+            figure,
+            verdict,
+        )
 
 
-# --- breakers ----------------------------------------------------------------------------------------
+# --- breakers ---------------------------------------------------------------------------------
 
 
 def answer() -> bool:
@@ -190,21 +224,36 @@ def _failing_after(failures: int, breaker: pybreaker.CircuitBreaker) -> Ask:
 
 
 def _theirs(bench: Bench, name: str) -> pybreaker.CircuitBreaker:
-    storage = pybreaker.CircuitRedisStorage(pybreaker.STATE_CLOSED, redis.Redis.from_url(bench.url), namespace=name)
+    storage = pybreaker.CircuitRedisStorage(
+        pybreaker.STATE_CLOSED, redis.Redis.from_url(bench.url), namespace=name
+    )
     return pybreaker.CircuitBreaker(fail_max=5, reset_timeout=600, state_storage=storage)
 
 
 def breakers(bench: Bench) -> Iterator[Measured]:
     """The closed path, a failure that is counted, the failure that trips, and a refusal."""
     store, name = bench.store(), "pybreaker's CircuitRedisStorage"
-    closed, theirs, memory = CircuitBreaker("closed", store), _theirs(bench, "closed"), pybreaker.CircuitBreaker()
+    closed, theirs, memory = (
+        CircuitBreaker("closed", store),
+        _theirs(bench, "closed"),
+        pybreaker.CircuitBreaker(),
+    )
     others = {
         name: running(lambda: theirs.call(answer)),
         "pybreaker in memory, shared with nobody": running(lambda: memory.call(answer)),
     }
-    yield from contest(bench, "breaker, closed, a call succeeds", running(lambda: closed.call(answer)), others, *FAST)
+    yield from contest(
+        bench,
+        "breaker, closed, a call succeeds",
+        running(lambda: closed.call(answer)),
+        others,
+        *FAST,
+    )
 
-    mine, other = CircuitBreaker("failing", store, BreakerConfig(recovery_timeout_s=600)), _theirs(bench, "failing")
+    mine, other = (
+        CircuitBreaker("failing", store, BreakerConfig(recovery_timeout_s=600)),
+        _theirs(bench, "failing"),
+    )
     for what, failures in (("a failure is counted", 1), ("the failure that trips it", 4)):
         turns = [prepared(_failing_after(failures, each), _failing(each)) for each in (mine, other)]
         yield from contest(bench, f"breaker, {what}", turns[0], {name: turns[1]}, *ONE_TRIP)
@@ -213,7 +262,7 @@ def breakers(bench: Bench) -> Iterator[Measured]:
     yield from contest(bench, "breaker, open, a call is refused", turns[0], {name: turns[1]}, *FAST)
 
 
-# --- buckets -----------------------------------------------------------------------------------------
+# --- buckets ----------------------------------------------------------------------------------
 
 
 def _taking(bench: Bench, name: str, rates: Mapping[str, Rate]) -> Ask:
@@ -224,9 +273,15 @@ def _taking(bench: Bench, name: str, rates: Mapping[str, Rate]) -> Ask:
 
 
 def _hitting(limiter: limits.strategies.RateLimiter, name: str, rates: Mapping[str, Rate]) -> Ask:
-    """Hit one limit after the other, as with `limits`: who is denied by the second has paid the first."""
+    """Hit one limit after the other, as with `limits`: who is denied by the second has paid the
+    first.
+    """
     items = [
-        (limits.RateLimitItemPerSecond(int(rate.limit), int(rate.per_s)), f"{name}:{each}", AMOUNTS[each])
+        (
+            limits.RateLimitItemPerSecond(int(rate.limit), int(rate.per_s)),
+            f"{name}:{each}",
+            AMOUNTS[each],
+        )
         for each, rate in rates.items()
     ]
     return lambda: all(limiter.hit(item, key, cost=amount) for item, key, amount in items)
@@ -241,7 +296,9 @@ def _throttling(bench: Bench, algorithm: str, name: str, rates: Mapping[str, Rat
                 key=f"{name}:{each}",
                 using=algorithm,
                 store=store,
-                quota=throttled.per_duration(timedelta(seconds=rate.per_s), int(rate.limit), int(rate.capacity)),
+                quota=throttled.per_duration(
+                    timedelta(seconds=rate.per_s), int(rate.limit), int(rate.capacity)
+                ),
             ),
             AMOUNTS[each],
         )
@@ -254,8 +311,12 @@ def rivals(bench: Bench, name: str, rates: Mapping[str, Rate]) -> dict[str, Ask]
     """Return the same limits in other libraries."""
     storage = RedisStorage(bench.url)
     return {
-        "limits, moving window": _hitting(limits.strategies.MovingWindowRateLimiter(storage), name, rates),
-        "limits, sliding window counter": _hitting(limits.strategies.SlidingWindowCounterRateLimiter(storage), name, rates),
+        "limits, moving window": _hitting(
+            limits.strategies.MovingWindowRateLimiter(storage), name, rates
+        ),
+        "limits, sliding window counter": _hitting(
+            limits.strategies.SlidingWindowCounterRateLimiter(storage), name, rates
+        ),
         "throttled-py, token bucket": _throttling(bench, "token_bucket", name, rates),
         "throttled-py, GCRA": _throttling(bench, "gcra", name, rates),
     }
@@ -283,10 +344,12 @@ def leases(bench: Bench) -> Iterator[Measured]:
     others = rivals(bench, "router", {"requests": ROUTER})
     names = ("limits, sliding window counter", "throttled-py, GCRA")
     turns = {name: paced(others[name]) for name in names}
-    yield from contest(bench, "leased bucket, 1,000/s asked at 900/s", paced(leased.acquire), turns, *SELDOM)
+    yield from contest(
+        bench, "leased bucket, 1,000/s asked at 900/s", paced(leased.acquire), turns, *SELDOM
+    )
 
 
-# --- the rest ----------------------------------------------------------------------------------------
+# --- the rest ---------------------------------------------------------------------------------
 
 
 def rest(bench: Bench) -> Iterator[Measured]:

@@ -1,7 +1,8 @@
-"""How long it takes to plan work with models over a million items, beside walking through the items by hand.
+"""How long it takes to plan work with models over a million items, beside walking through the items
+by hand.
 
-Run as ``python -m tests.bench.plan``; the median of several turns counts.  No provider is there: none is needed.
-"""
+Run as ``python -m tests.bench.plan``; the median of several turns counts.  No provider is there:
+none is needed."""
 
 from __future__ import annotations
 
@@ -33,16 +34,29 @@ def lasts_ms(run: Callable[[], object]) -> float:
 
 def main() -> None:
     """Print a line for each way to plan."""
-    items = [f"record {number}: " + "a few words about something " * (number % 7) for number in range(ITEMS)]
-    with TemporaryDirectory() as folder, embedded.server() as server, client_of(environment_of(server.url, "bench")) as client:
+    items = [
+        f"record {number}: " + "a few words about something " * (number % 7)
+        for number in range(ITEMS)
+    ]
+    with (
+        TemporaryDirectory() as folder,
+        embedded.server() as server,
+        client_of(environment_of(server.url, "bench")) as client,
+    ):
         file = Path(folder) / "items.txt"
         file.write_text("\n".join(items))
         params = {"prompt": PROMPT}
         ways: dict[str, Callable[[], object]] = {
             "llm.map": lambda: client.plan(operation="llm.map", items=items, params=params),
-            "llm.map_reduce": lambda: client.plan(operation="llm.map_reduce", items=items, params=params),
-            "llm.ask": lambda: client.plan(operation="llm.ask", items=items, params={"question": "Who was where?"}),
-            "llm.map, lines of a file": lambda: client.plan(operation="llm.map", items=Lines(file), params=params),
+            "llm.map_reduce": lambda: client.plan(
+                operation="llm.map_reduce", items=items, params=params
+            ),
+            "llm.ask": lambda: client.plan(
+                operation="llm.ask", items=items, params={"question": "Who was where?"}
+            ),
+            "llm.map, lines of a file": lambda: client.plan(
+                operation="llm.map", items=Lines(file), params=params
+            ),
             "sum of a range": lambda: client.plan(operation="sum", items=range(ITEMS)),
             "by hand: count the tokens of all": lambda: sum(map(estimated_tokens, items)),
         }

@@ -1,8 +1,9 @@
-"""How long critical work waits for a slot while all of them are busy, here and in plain Celery with queues by priority.
+"""How long critical work waits for a slot while all of them are busy, here and in plain Celery with
+queues by priority.
 
-Decides what keeps the slots busy: the same items of 100 ms on both sides, in nodes that may run for a minute and in chunks
-of 2 s.  A start is the time from the call that submits to the first item; nothing asserts.
-"""
+Decides what keeps the slots busy: the same items of 100 ms on both sides, in nodes that may run for
+a minute and in chunks of 2 s.  A start is the time from the call that submits to the first item;
+nothing asserts."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ Start = Callable[[], float]
 
 
 def starts(start: Start, spread_s: float) -> list[float]:
-    """Return how long each submission took to start, the shortest first; they come at any moment of what lasts `spread_s`."""
+    """Return how long each submission took to start, the shortest first; they come at any moment of
+    what lasts `spread_s`.
+    """
     random, found = Random(5), []
     for _ in range(SUBMISSIONS):
         time.sleep(random.uniform(0, spread_s))
@@ -43,12 +46,17 @@ def starts(start: Start, spread_s: float) -> list[float]:
 def ours(client: Client) -> Iterator[Start]:
     """Keep all slots busy with a low job of long nodes, and start critical jobs."""
     low = client.submit(
-        operation="bench_nap", items=[ITEM_S] * ENOUGH, priority="low", strategy=Adaptive(target_execution_time_ms=TARGET_MS)
+        operation="bench_nap",
+        items=[ITEM_S] * ENOUGH,
+        priority="low",
+        strategy=Adaptive(target_execution_time_ms=TARGET_MS),
     )
 
     def start() -> float:
         wait_until(lambda: running(low) == SLOTS)
-        [began] = client.submit(operation="bench_began", items=[0], priority="critical").get(timeout=120)
+        [began] = client.submit(operation="bench_began", items=[0], priority="critical").get(
+            timeout=120
+        )
         return float(began)
 
     yield start
@@ -63,7 +71,10 @@ def running(job: Job) -> int:
 def plain(url: str) -> Iterator[Start]:
     """Keep all slots busy with chunks, and start urgent tasks."""
     by_priority.app.conf.update(broker_url=url, result_backend=url)
-    for items in (CHUNK // 2, *[CHUNK] * (ENOUGH // CHUNK)):  # half a one, for slots that all end at once are no help
+    for items in (
+        CHUNK // 2,
+        *[CHUNK] * (ENOUGH // CHUNK),
+    ):  # half a one, for slots that all end at once are no help
         by_priority.chunk.apply_async((items, ITEM_S), priority=by_priority.PATIENT)
     yield lambda: float(by_priority.began.apply_async(priority=by_priority.URGENT).get(timeout=120))
     by_priority.app.control.purge()
@@ -79,9 +90,14 @@ def preemption() -> Iterator[Measured]:
             "RLM_PRESSURE__ENABLED": "0",  # whatever else the machine does
             "PYTHONPATH": str(Path.cwd()),
         }
-        with client_of(environment) as client, embedded.worker(environment, log=Path(folder) / "ours.log", slots=SLOTS):
+        with (
+            client_of(environment) as client,
+            embedded.worker(environment, log=Path(folder) / "ours.log", slots=SLOTS),
+        ):
             [mine] = [starts(start, 3 * ITEM_S) for start in ours(client)]
-        with embedded.worker(environment, log=Path(folder) / "plain.log", app="tests.bench.by_priority", slots=SLOTS):
+        with embedded.worker(
+            environment, log=Path(folder) / "plain.log", app="tests.bench.by_priority", slots=SLOTS
+        ):
             [theirs] = [starts(start, CHUNK * ITEM_S) for start in plain(server.url)]
     for name, nth in (("p50", 50), ("p95", 95), ("p99", 99)):
         a, b = mine[nth * SUBMISSIONS // 100 - 1], theirs[nth * SUBMISSIONS // 100 - 1]

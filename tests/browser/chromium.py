@@ -30,7 +30,9 @@ class NoChromium(Exception):
 def chromium() -> Iterator[Browser]:
     """Run a Chromium for the length of a block.  Raises NoChromium."""
     if (path := shutil.which("chromium")) is None:
-        raise NoChromium("Flower's pages are looked at in Chromium, which is not on PATH: apt-get install chromium")
+        raise NoChromium(
+            "Flower's pages are looked at in Chromium, which is not on PATH: apt-get install chromium"
+        )
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=FLAGS)
         try:

@@ -1,4 +1,6 @@
-"""One server, one worker with a beat within, one Flower and one browser for all tests; each test has a tab of its own."""
+"""One server, one worker with a beat within, one Flower and one browser for all tests; each test
+has a tab of its own.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,22 @@ expect.set_options(timeout=20_000)
 def environment(server: embedded.Server) -> dict[str, str]:
     """The environment of the worker and of Flower: pressure is on, and decided by the tests."""
     modules = "tests.browser.ops,tests.integration.ops,tests.integration.guarded_ops"
-    return environment_of(server.url, "browser", RLM_PRESSURE__ENABLED="1", RLM_PRESSURE__MONITOR_S="1", RLM_OPERATIONS=modules)
+    return environment_of(
+        server.url,
+        "browser",
+        RLM_PRESSURE__ENABLED="1",
+        RLM_PRESSURE__MONITOR_S="1",
+        RLM_OPERATIONS=modules,
+    )
 
 
 @pytest.fixture(scope="session")
 def platform(environment: dict[str, str], logs: Path) -> Iterator[Client]:
     """A client of the worker."""
-    with embedded.worker(environment, log=logs / "browser.log", options=BEAT), client_of(environment) as own:
+    with (
+        embedded.worker(environment, log=logs / "browser.log", options=BEAT),
+        client_of(environment) as own,
+    ):
         own.pressure.force("normal", 3600)  # whatever else this machine does
         yield own
 
@@ -59,12 +70,16 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser, shown: Flower) -> Iterator[Callable[..., Page]]:
-    """Return a new tab on Flower, of somebody who has logged in; whatever goes wrong on it fails the test."""
+    """Return a new tab on Flower, of somebody who has logged in; whatever goes wrong on it fails
+    the test.
+    """
     with ExitStack() as stack:
         wrong: list[str] = []
 
         def open_page(url: str = shown.url, **options: Any) -> Page:
-            context = stack.enter_context(browser.new_context(base_url=f"{url}/", **{"http_credentials": LOGIN, **options}))
+            context = stack.enter_context(
+                browser.new_context(base_url=f"{url}/", **{"http_credentials": LOGIN, **options})
+            )
             page = context.new_page()
             watch(page, wrong)
             return page
@@ -83,7 +98,12 @@ def watch(page: Page, wrong: list[str]) -> None:
     page.on("console", lambda told: wrong.append(told.text) if told.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("requestfailed", failed)
-    page.on("response", lambda answer: wrong.append(f"{answer.url}: {answer.status}") if answer.status >= 400 else None)
+    page.on(
+        "response",
+        lambda answer: (
+            wrong.append(f"{answer.url}: {answer.status}") if answer.status >= 400 else None
+        ),
+    )
 
 
 @pytest.fixture
@@ -94,12 +114,18 @@ def page(open_page: Callable[..., Page]) -> Page:
 
 @pytest.fixture
 def hold(platform: Client, tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """Submit a job whose items end as files of their names appear in `tmp_path`; those that are left end with the test."""
+    """Submit a job whose items end as files of their names appear in `tmp_path`; those that are
+    left end with the test.
+    """
     jobs: list[Job] = []
 
     def hold(items: int, **fields: Any) -> Job:
         params = {"folder": str(tmp_path)}
-        jobs.append(platform.submit(operation="held", items=range(items), type="sequential", params=params, **fields))
+        jobs.append(
+            platform.submit(
+                operation="held", items=range(items), type="sequential", params=params, **fields
+            )
+        )
         return jobs[-1]
 
     yield hold

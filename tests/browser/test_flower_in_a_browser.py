@@ -1,4 +1,6 @@
-"""Flower's tabs as a person has them: in a real Chromium that clicks, types and waits for what it sees."""
+"""Flower's tabs as a person has them: in a real Chromium that clicks, types and waits for what it
+sees.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ def answer(page: Page, *, yes: bool) -> list[str]:
     return asked
 
 
-# --- finding one's way -------------------------------------------------------------------------------
+# --- finding one's way ------------------------------------------------------------------------
 
 
 def test_the_tabs_stand_in_flowers_own_bar_and_lead_to_pages(page: Page) -> None:
@@ -74,7 +76,9 @@ def test_the_tabs_stand_in_flowers_own_bar_and_lead_to_pages(page: Page) -> None
         bar.get_by_role("link", name=title, exact=True).click()
 
         expect(page.get_by_role("heading", level=1)).to_have_text(title)
-        expect(bar.get_by_role("link", name=title, exact=True)).to_have_attribute("aria-current", "page")
+        expect(bar.get_by_role("link", name=title, exact=True)).to_have_attribute(
+            "aria-current", "page"
+        )
         expect(page.locator("#rlm-refresh")).to_have_text(UPDATED)
         expect(page.locator("#rlm-sentence")).not_to_be_empty()
 
@@ -90,14 +94,16 @@ def test_under_a_prefix_all_links_and_requests_stay_below_it(page: Page, platfor
     expect(page).to_have_url(re.compile(f"{PREFIX}/rlm/job/{job.id}$"))
     expect(page.locator("#rlm-refresh")).to_have_text(UPDATED)
 
-    links = page.locator("a[href^='/']").evaluate_all("links => links.map((link) => link.getAttribute('href'))")
+    links = page.locator("a[href^='/']").evaluate_all(
+        "links => links.map((link) => link.getAttribute('href'))"
+    )
     assert len(links) > len(TABS)
     assert [link for link in links if not link.startswith(PREFIX)] == []
     assert any(f"{PREFIX}/rlm/job/{job.id}?json=1" in url for url in asked)
     assert [url for url in asked if PREFIX not in url] == []
 
 
-# --- jobs --------------------------------------------------------------------------------------------
+# --- jobs -------------------------------------------------------------------------------------
 
 
 def test_a_running_job_is_seen_to_move_and_to_end_and_the_page_stays_as_it_was(
@@ -128,11 +134,20 @@ def test_a_click_on_a_job_shows_why_it_stands_so_its_failures_receipt_tree_and_l
     page: Page, platform: Client, calm: None
 ) -> None:
     platform.pressure.force("high")
-    wait_until(lambda: platform.execute(operation="limited", items=[0], priority="critical", timeout=20).output == [80])
+    wait_until(
+        lambda: (
+            platform.execute(operation="limited", items=[0], priority="critical", timeout=20).output
+            == [80]
+        )
+    )
     job = platform.submit(
-        operation="limited", items=range(40), priority="critical", chunk_size=10, continue_on_error=True,
+        operation="limited",
+        items=range(40),
+        priority="critical",
+        chunk_size=10,
+        continue_on_error=True,
         description="Half of them are odd",
-    )  # fmt: skip
+    )
     job.wait(timeout=20)
 
     open_tab(page, "jobs")
@@ -148,13 +163,17 @@ def test_a_click_on_a_job_shows_why_it_stands_so_its_failures_receipt_tree_and_l
     expect(table_of(page, "What happened")).to_contain_text(re.compile(r"closed.*succeeded"))
 
 
-def test_what_is_cancelled_is_asked_for_first_and_then_really_is(page: Page, hold: Callable[..., Job], tmp_path: Path) -> None:
+def test_what_is_cancelled_is_asked_for_first_and_then_really_is(
+    page: Page, hold: Callable[..., Job], tmp_path: Path
+) -> None:
     job = hold(3)
     open_tab(page, "jobs")
     row = row_of(page, short(job))
     expect(row).to_contain_text("running")
     sent: list[str] = []
-    page.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+    page.on(
+        "request", lambda request: sent.append(request.url) if request.method == "POST" else None
+    )
 
     asked = answer(page, yes=False)
     row.get_by_role("button").click()
@@ -200,7 +219,7 @@ def test_a_description_is_text_whatever_it_says(page: Page, platform: Client) ->
     assert page.evaluate("window.isMine") is None
 
 
-# --- the platform ------------------------------------------------------------------------------------
+# --- the platform -----------------------------------------------------------------------------
 
 
 def test_an_open_breaker_is_seen_and_closed_by_its_button(page: Page, platform: Client) -> None:
@@ -235,8 +254,12 @@ def test_queues_tell_by_priority_what_waits_runs_and_is_parked(
     page: Page, platform: Client, hold: Callable[..., Job], tmp_path: Path
 ) -> None:
     platform.breakers.get("reset-by-hand").open()
-    parked = platform.submit(operation="stubborn", items=[1], params={"folder": str(tmp_path)}, priority="low")
-    wait_until(lambda: any(each.queue == "browser.low" and each.parked for each in platform.at_work()))
+    parked = platform.submit(
+        operation="stubborn", items=[1], params={"folder": str(tmp_path)}, priority="low"
+    )
+    wait_until(
+        lambda: any(each.queue == "browser.low" and each.parked for each in platform.at_work())
+    )
     running = [hold(1, priority="critical") for _ in range(2)]
     wait_until(lambda: all(each.status == "running" for each in running))
     for _ in range(3):
@@ -244,17 +267,23 @@ def test_queues_tell_by_priority_what_waits_runs_and_is_parked(
 
     open_tab(page, "queues")
 
-    expect(row_of(page, "browser.high").locator("td")).to_contain_text(["browser.high", "3", "", "0", "0", "celery@"])
+    expect(row_of(page, "browser.high").locator("td")).to_contain_text(
+        ["browser.high", "3", "", "0", "0", "celery@"]
+    )
     expect(row_of(page, "browser.critical").locator("td").nth(4)).to_have_text("2")
     expect(row_of(page, "browser.low").locator("td").nth(3)).to_have_text("1")
     parked.cancel()
 
 
-def test_pressure_is_seen_over_time_and_forced_for_a_drill(page: Page, platform: Client, calm: None) -> None:
+def test_pressure_is_seen_over_time_and_forced_for_a_drill(
+    page: Page, platform: Client, calm: None
+) -> None:
     platform.pressure.release()
     open_tab(page, "pressure")
     chart = page.get_by_role("img", name="Level over time")
-    expect(chart.locator("text")).to_contain_text(["normal", "elevated", "high", "critical", "emergency"])
+    expect(chart.locator("text")).to_contain_text(
+        ["normal", "elevated", "high", "critical", "emergency"]
+    )
     drawn = chart.locator("path").get_attribute("d") or ""
     expect(chart.locator("path")).not_to_have_attribute("d", drawn)
 
@@ -273,7 +302,7 @@ def test_pressure_is_seen_over_time_and_forced_for_a_drill(page: Page, platform:
     assert platform.status().forced == ""
 
 
-# --- for everybody -----------------------------------------------------------------------------------
+# --- for everybody ----------------------------------------------------------------------------
 
 FAINT = """
 (least) => {
@@ -296,16 +325,22 @@ FAINT = """
     }).filter(([, ratio]) => ratio < least);
 }
 """
-"""Return the texts of a page, and their contrast, that stand out less than so much from what is behind them."""
+"""Return the texts of a page, and their contrast, that stand out less than so much from what is
+behind them.
+"""
 
 
 @pytest.fixture(scope="module")
 def story(platform: Client) -> Job:
     """A platform with a job, or a state, of each kind; return the job with failures and a tree."""
     ended = [
-        platform.submit(operation="limited", items=range(60), continue_on_error=True, chunk_size=10),
+        platform.submit(
+            operation="limited", items=range(60), continue_on_error=True, chunk_size=10
+        ),
         platform.submit(operation="fail_odd", items=[1]),
-        platform.submit(operation="sum", items=[1], description="a short job with a long description " * 4),
+        platform.submit(
+            operation="sum", items=[1], description="a short job with a long description " * 4
+        ),
     ]
     for job in ended:
         job.wait(timeout=20)
@@ -314,7 +349,9 @@ def story(platform: Client) -> Job:
     return ended[0]
 
 
-def test_text_is_readable_in_both_themes(open_page: Callable[..., Page], story: Job, hold: Callable[..., Job]) -> None:
+def test_text_is_readable_in_both_themes(
+    open_page: Callable[..., Page], story: Job, hold: Callable[..., Job]
+) -> None:
     page, running = open_page(reduced_motion="reduce"), hold(1)
     wait_until(lambda: running.status == "running")
     for tab in (*TABS, f"job/{story.id}"):
@@ -328,7 +365,9 @@ def test_text_is_readable_in_both_themes(open_page: Callable[..., Page], story: 
             assert page.evaluate(FAINT, READABLE) == [], (tab, theme)
 
 
-def test_a_narrow_screen_shows_all_pages_without_scrolling_sideways(open_page: Callable[..., Page], story: Job) -> None:
+def test_a_narrow_screen_shows_all_pages_without_scrolling_sideways(
+    open_page: Callable[..., Page], story: Job
+) -> None:
     page = open_page(viewport={"width": 390, "height": 800})
     for tab in (*TABS, f"job/{story.id}"):
         open_tab(page, tab)
@@ -337,25 +376,32 @@ def test_a_narrow_screen_shows_all_pages_without_scrolling_sideways(open_page: C
     open_tab(page, "pressure")
     chart = page.get_by_role("img", name="Level over time")
     boxes = [each.bounding_box() for each in (chart, chart.locator("text").last)]
-    assert [each for each in boxes if not each or each["x"] + each["width"] > 390] == [], "it is drawn for the room there is"
-    assert chart.locator("text").last.evaluate("text => text.getBoundingClientRect().height") > 10, (
-        "words are as large as elsewhere"
+    assert [each for each in boxes if not each or each["x"] + each["width"] > 390] == [], (
+        "it is drawn for the room there is"
     )
+    assert (
+        chart.locator("text").last.evaluate("text => text.getBoundingClientRect().height") > 10
+    ), "words are as large as elsewhere"
 
 
-def test_every_button_has_a_name_of_its_own(page: Page, story: Job, hold: Callable[..., Job]) -> None:
+def test_every_button_has_a_name_of_its_own(
+    page: Page, story: Job, hold: Callable[..., Job]
+) -> None:
     hold(1)
     hold(1)
     for tab in (*ACTING, f"job/{story.id}"):
         open_tab(page, tab)
         for button in page.get_by_role("button").all():
             expect(button).to_have_accessible_name(re.compile(r"\w"))
-        names = [each.get_attribute("aria-label") or each.text_content() for each in page.locator("#rlm-page button").all()]
+        names = [
+            each.get_attribute("aria-label") or each.text_content()
+            for each in page.locator("#rlm-page button").all()
+        ]
         assert names, tab
         assert len(set(names)) == len(names), tab
 
 
-# --- who may look and act ----------------------------------------------------------------------------
+# --- who may look and act ---------------------------------------------------------------------
 
 
 def test_without_a_login_nothing_is_seen(open_page: Callable[..., Page], shown: Flower) -> None:
@@ -368,13 +414,23 @@ def test_without_a_login_nothing_is_seen(open_page: Callable[..., Page], shown: 
 
 @pytest.mark.parametrize(
     ("options", "status", "hint"),
-    [((), 401, "start Flower with --basic_auth"), ((f"--basic_auth={USER}", "--read_only"), 403, "This Flower is read-only.")],
+    [
+        ((), 401, "start Flower with --basic_auth"),
+        ((f"--basic_auth={USER}", "--read_only"), 403, "This Flower is read-only."),
+    ],
     ids=["no login", "read-only"],
 )
 def test_who_may_only_look_has_no_buttons_and_is_refused(
-    open_page: Callable[..., Page], platform: Client, environment: dict[str, str], story: Job, logs: Path, hold: Callable[..., Job],
-    options: tuple[str, ...], status: int, hint: str,
-) -> None:  # fmt: skip
+    open_page: Callable[..., Page],
+    platform: Client,
+    environment: dict[str, str],
+    story: Job,
+    logs: Path,
+    hold: Callable[..., Job],
+    options: tuple[str, ...],
+    status: int,
+    hint: str,
+) -> None:
     job = hold(1)
     wait_until(lambda: job.status == "running")
     with flower(environment, logs / "flower-looked-at.log", *options) as own:
@@ -385,8 +441,15 @@ def test_who_may_only_look_has_no_buttons_and_is_refused(
             expect(page.locator("#rlm-page button")).to_have_count(0)
         expect(page.get_by_text("running", exact=True).first).to_be_visible()
 
-        refused: dict[str, Any] = {"cancel": {"job": job.id}, "reset": {"breaker": "post"}, "force": {"level": "critical"}}
-        answers = [page.request.post(f"rlm/do/{name}", form=about).status for name, about in refused.items()]
+        refused: dict[str, Any] = {
+            "cancel": {"job": job.id},
+            "reset": {"breaker": "post"},
+            "force": {"level": "critical"},
+        }
+        answers = [
+            page.request.post(f"rlm/do/{name}", form=about).status
+            for name, about in refused.items()
+        ]
 
     assert answers == [status] * len(refused)
     assert job.status == "running"

@@ -1,8 +1,8 @@
-"""The platform's app with a hook at its crash points; what happens there comes from the environment.
+"""The platform's app with a hook at its crash points; what happens there comes from the
+environment.
 
-``FAULT_POINT`` names the point, ``FAULT_DO`` what happens when it is reached the ``FAULT_NTH`` time, by any
-process; it happens once.  ``FAULT_FOLDER`` is where processes tell each other.
-"""
+``FAULT_POINT`` names the point, ``FAULT_DO`` what happens when it is reached the ``FAULT_NTH``
+time, by any process; it happens once.  ``FAULT_FOLDER`` is where processes tell each other."""
 
 from __future__ import annotations
 
@@ -63,7 +63,19 @@ def hold() -> None:
         time.sleep(0.005)
 
 
-DEEDS = {each.__name__: each for each in (kill_process, kill_worker, stop_worker, term_worker, term_group, exceed, starve, hold)}
+DEEDS = {
+    each.__name__: each
+    for each in (
+        kill_process,
+        kill_worker,
+        stop_worker,
+        term_worker,
+        term_group,
+        exceed,
+        starve,
+        hold,
+    )
+}
 
 
 def reached(point: CrashPoint) -> None:

@@ -1,4 +1,6 @@
-"""Cells of the fault matrix: a job, a worker with a fault at one crash point, and the oracle that looks at the end."""
+"""Cells of the fault matrix: a job, a worker with a fault at one crash point, and the oracle that
+looks at the end.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +44,20 @@ class Cell:
         environment = dict(self.environment)
         if fault is not None:
             point, deed = fault
-            environment |= {"FAULT_POINT": point, "FAULT_DO": deed, "FAULT_NTH": str(nth), "FAULT_FOLDER": str(self.folder)}
+            environment |= {
+                "FAULT_POINT": point,
+                "FAULT_DO": deed,
+                "FAULT_NTH": str(nth),
+                "FAULT_FOLDER": str(self.folder),
+            }
         app = "rlm_tasks" if fault is None else "tests.faults.app"
         process = self.stack.enter_context(
-            embedded.worker(environment, log=self.log, app=app, options=["-n", f"w{len(self.workers)}@test", *options])
+            embedded.worker(
+                environment,
+                log=self.log,
+                app=app,
+                options=["-n", f"w{len(self.workers)}@test", *options],
+            )
         )
         self.workers.append(process)
         return process
@@ -53,9 +65,11 @@ class Cell:
     def submit(self, items: int = ITEMS, ms: float = 2.0) -> Job:
         """Open the job that every cell runs: chords, tail calls and a journal of what ran."""
         return self.client.submit(
-            operation="journalled", items=range(items), params={"ms": ms, "journal": str(self.folder / "journal")},
+            operation="journalled",
+            items=range(items),
+            params={"ms": ms, "journal": str(self.folder / "journal")},
             strategy=NWay(split_factor=3, min_chunk_size=items // 6),
-        )  # fmt: skip
+        )
 
     def journal(self, job: Job) -> list[int]:
         """Return the index of every item of a job that ran, as often as it ran."""
@@ -71,13 +85,25 @@ class Cell:
         """Let a held process go on."""
         (self.folder / "go").touch()
 
-    def check(self, job: Job, *, since: float | None = None, what: str = "", point: str = "", within_s: float = 30.0) -> float:
-        """Wait for the end and hold the job against the oracle; return the seconds it took since the fault."""
+    def check(
+        self,
+        job: Job,
+        *,
+        since: float | None = None,
+        what: str = "",
+        point: str = "",
+        within_s: float = 30.0,
+    ) -> float:
+        """Wait for the end and hold the job against the oracle; return the seconds it took since
+        the fault.
+        """
         result = job.result(timeout=within_s)
         took = time.time() - since if since is not None else 0.0
         n = result.total
         assert result.output == list(range(n)), "the right answer"
-        assert (result.done, result.failed_count, result.skipped) == (n, 0, 0), "every index counted once"
+        assert (result.done, result.failed_count, result.skipped) == (n, 0, 0), (
+            "every index counted once"
+        )
         assert set(self.journal(job)) == set(range(n)), "every item has run"
         events = self.client.ledger.store.client.xrange(self.client.ledger.keys.of(job.id).events)
         closed = [entry for _, entry in events if entry[b"event"] == b"closed"]
@@ -88,7 +114,9 @@ class Cell:
         return took
 
     def check_keys(self, job: Job) -> None:
-        """No key of the job is without an expiry, and none that only a running job needs is left."""
+        """No key of the job is without an expiry, and none that only a running job needs is
+        left.
+        """
         client, keys = self.client.ledger.store.client, self.client.ledger.keys.of(job.id)
         own = list(client.scan_iter(f"{self.client.settings.namespace}:*{job.id}*", count=10_000))
         assert [key for key in own if client.ttl(key) == -1] == [], "no key without expiry"
@@ -96,7 +124,9 @@ class Cell:
 
 
 @contextmanager
-def cell(server: embedded.Server, name: str, folder: Path, log: Path, **more: str) -> Iterator[Cell]:
+def cell(
+    server: embedded.Server, name: str, folder: Path, log: Path, **more: str
+) -> Iterator[Cell]:
     """A cell on a server, in a namespace of its own."""
     usual = {
         "RLM_OPERATIONS": "tests.integration.ops,tests.faults.ops",
@@ -128,7 +158,9 @@ def server() -> Iterator[embedded.Server]:
 
 
 @pytest.fixture
-def on_shared(server: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cell]:
+def on_shared(
+    server: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[Cell]:
     """A cell on the shared server."""
     with cell(server, name_of(request), tmp_path, tmp_path / "worker.log") as own:
         yield own
@@ -146,7 +178,9 @@ def durable(tmp_path: Path) -> Iterator[embedded.Server]:
 
 
 @pytest.fixture
-def on_durable(durable: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cell]:
+def on_durable(
+    durable: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[Cell]:
     """A cell on the durable server."""
     with cell(durable, name_of(request), tmp_path, tmp_path / "worker.log") as own:
         yield own
@@ -157,13 +191,17 @@ def tell_recovery(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let the summary know, which is written by another process when several run the tests."""
     RECOVERED.clear()
     yield
-    request.node.user_properties += [("recovered", [what, str(point), took]) for what, point, took in RECOVERED]
+    request.node.user_properties += [
+        ("recovered", [what, str(point), took]) for what, point, took in RECOVERED
+    ]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print how long recovery took, by what died; docs/reliability.md quotes it."""
     ended = [report for report in terminalreporter.stats.get("", []) if report.when == "teardown"]
-    recovered = [value for report in ended for name, value in report.user_properties if name == "recovered"]
+    recovered = [
+        value for report in ended for name, value in report.user_properties if name == "recovered"
+    ]
     if not recovered:
         return
     terminalreporter.section("recovery, seconds from the fault to the end of the job")

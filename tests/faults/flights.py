@@ -1,8 +1,9 @@
-"""A process that asks for calls of others, too: ``python -m tests.faults.flights URL LEASE_S KEY ...``, for the tests of single flight.
+"""A process that asks for calls of others, too: ``python -m tests.faults.flights URL LEASE_S KEY
+...``, for the tests of single flight.
 
-It writes what happens to it line by line.  It begins whatever the keys say at the first line it reads, and goes on from
-there at the second: it makes the calls that are its own, and waits for those of others.
-"""
+It writes what happens to it line by line.  It begins whatever the keys say at the first line it
+reads, and goes on from there at the second: it makes the calls that are its own, and waits for
+those of others."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from resilience.store import Store
 
 NAMESPACE, MADE = "flights", "flights:made"
 PATIENCE_S = 5.0
-"""More than the 0.1 s of `Store.from_url`: on a busy machine a process that waits for its turn would take Redis for away."""
+"""More than the 0.1 s of `Store.from_url`: on a busy machine a process that waits for its turn
+would take Redis for away.
+"""
 
 
 def ended(calls: SingleFlight, store: Store, flight: Flight) -> str:
@@ -43,7 +46,10 @@ def main(url: str, lease_s: str, *keys: str) -> None:
     flights = [calls.begin(key) for key in random.sample(keys, len(keys))]
     print("began", *(each.key for each in flights if each.state == "mine"), flush=True)
     if sys.stdin.readline():  # otherwise the test is gone
-        values = {each.key: ended(calls, store, each) for each in sorted(flights, key=lambda each: each.state)}
+        values = {
+            each.key: ended(calls, store, each)
+            for each in sorted(flights, key=lambda each: each.state)
+        }
         print("done", json.dumps(values, separators=(",", ":")), flush=True)
 
 

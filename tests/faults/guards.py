@@ -1,10 +1,10 @@
-"""The processes that the tests of the guards start, and the long run of a bucket against a fake provider.
+"""The processes that the tests of the guards start, and the long run of a bucket against a fake
+provider.
 
-``python -m tests.faults.guards --window 60`` runs eight processes against a provider with the true limits of
-`resilience.PROVIDER`, prints how much of them was used, and exits with 1 on a 429, a window over its limit, or too
-little use.  With the name of a role and its arguments it is one of the processes: it writes what happens to it line by
-line, and does what it reads.
-"""
+``python -m tests.faults.guards --window 60`` runs eight processes against a provider with the true
+limits of `resilience.PROVIDER`, prints how much of them was used, and exits with 1 on a 429, a
+window over its limit, or too little use.  With the name of a role and its arguments it is one of
+the processes: it writes what happens to it line by line, and does what it reads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from resilience import PROVIDER, BreakerConfig, Bulkhead, CircuitBreaker, CircuitOpen, Rate, Store, TokenBucket
+from resilience import (
+    PROVIDER,
+    BreakerConfig,
+    Bulkhead,
+    CircuitBreaker,
+    CircuitOpen,
+    Rate,
+    Store,
+    TokenBucket,
+)
 from rlm_tasks.testing import embedded
 from tests.faults import provider
 
@@ -36,15 +45,19 @@ NAMESPACE = "guards"
 PROCESSES, WINDOWS = 8, 4
 LEAST_USE = 0.97
 TOKENS = {"tokens": (1, 99), "requests": (1, 19)}
-"""The limit that binds -> smallest and largest request in tokens: the true limits are met at 25.7 tokens a request."""
+"""The limit that binds -> smallest and largest request in tokens: the true limits are met at 25.7
+tokens a request.
+"""
 AT_MOST = 1.5
 """A request reserves up to this many times the tokens it uses, and settles to them."""
 PATIENCE_S = 2.0
-"""More than the 0.1 s of `Store.from_url`: on a busy machine a process that waits for its turn would take Redis for away."""
+"""More than the 0.1 s of `Store.from_url`: on a busy machine a process that waits for its turn
+would take Redis for away.
+"""
 TROUBLE = ConnectionError("the service is away")
 
 
-# --- starting processes ----------------------------------------------------------------------------------
+# --- starting processes -----------------------------------------------------------------------
 
 
 class Child:
@@ -52,7 +65,9 @@ class Child:
 
     def __init__(self, module: str, *arguments: object) -> None:
         command = [sys.executable, "-m", module, *map(str, arguments)]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._lines: queue.Queue[str] = queue.Queue()
         self._ear = threading.Thread(target=self._listen, daemon=True)
         self._ear.start()
@@ -74,7 +89,9 @@ class Child:
 
     def kill(self) -> None:
         """End it as the kernel ends what is out of memory."""
-        self.process.send_signal(signal.SIGKILL)  # to nobody when it has ended before: its pid may be another's
+        self.process.send_signal(
+            signal.SIGKILL
+        )  # to nobody when it has ended before: its pid may be another's
         self.process.wait()
 
     def close(self) -> None:
@@ -89,9 +106,14 @@ class Child:
 
 @contextmanager
 def children(count: int, *arguments: object) -> Iterator[list[Child]]:
-    """Run some processes of a role for the length of a block; each has its number as the last argument."""
+    """Run some processes of a role for the length of a block; each has its number as the last
+    argument.
+    """
     with ExitStack() as stack:
-        found = [stack.enter_context(closing(Child("tests.faults.guards", *arguments, number))) for number in range(count)]
+        found = [
+            stack.enter_context(closing(Child("tests.faults.guards", *arguments, number)))
+            for number in range(count)
+        ]
         for each in found:
             each.hear("ready")
         yield found
@@ -104,7 +126,7 @@ def fake_provider(*options: object) -> Iterator[int]:
         yield int(child.hear("at")[0])
 
 
-# --- what they do ----------------------------------------------------------------------------------------
+# --- what they do -----------------------------------------------------------------------------
 
 
 def tell(*words: object) -> None:
@@ -125,10 +147,14 @@ def stopping() -> threading.Event:
 
 
 def spend(store: Store, port: str, window_s: str, guard_s: str, binds: str, number: str) -> None:
-    """Send as many requests as a bucket grants, for as long as the test says; tell what was granted, and used."""
+    """Send as many requests as a bucket grants, for as long as the test says; tell what was
+    granted, and used.
+    """
     limits = rates(float(window_s))
     guard = float(guard_s) if guard_s else None
-    bucket = TokenBucket("llm", store, guard_s=guard, requests=limits["requests"], tokens=limits["tokens"])
+    bucket = TokenBucket(
+        "llm", store, guard_s=guard, requests=limits["requests"], tokens=limits["tokens"]
+    )
     random, grants, late_s = Random(number), [], 0.0
     with closing(provider.Line(int(port))) as line:
         tell("ready")
@@ -163,7 +189,9 @@ def probe(store: Store, port: str, config: str, _number: str) -> None:
 
 
 def observe(store: Store, config: str, _number: str) -> None:
-    """Call through a breaker all the time; tell when calls are refused, and when they pass again."""
+    """Call through a breaker all the time; tell when calls are refused, and when they pass
+    again.
+    """
     breaker = CircuitBreaker("tripped", store, BreakerConfig(**json.loads(config)))
     tell("ready")
     stop, before = stopping(), ""
@@ -180,7 +208,9 @@ def observe(store: Store, config: str, _number: str) -> None:
 
 
 def trip(store: Store, config: str, _number: str) -> None:
-    """Fail until a breaker opens whenever the test says so; tell when the failure that opened it began."""
+    """Fail until a breaker opens whenever the test says so; tell when the failure that opened it
+    began.
+    """
     breaker = CircuitBreaker("tripped", store, BreakerConfig(**json.loads(config)))
 
     def fail() -> None:
@@ -215,33 +245,44 @@ def hold_permits(store: Store, count: str, lease_s: str, _number: str) -> None:
     sys.stdin.readline()  # until the test kills us, or is gone
 
 
-ROLES: dict[str, Callable[..., None]] = {role.__name__: role for role in (spend, probe, observe, trip, hold_probe, hold_permits)}
+ROLES: dict[str, Callable[..., None]] = {
+    role.__name__: role for role in (spend, probe, observe, trip, hold_probe, hold_permits)
+}
 
 
-# --- a bucket against a provider -------------------------------------------------------------------------
+# --- a bucket against a provider --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Use:
-    """What became of the limits of a provider; shares of a limit are 1.0 when all of it was used."""
+    """What became of the limits of a provider; shares of a limit are 1.0 when all of it was
+    used.
+    """
 
     window_s: float
     binds: str
     requests: int
     refused: int  # by the provider, with a 429
     used: dict[str, float]  # share used of each limit, over the windows after the first
-    most: dict[str, float]  # largest share of each limit in any window, by the server's time of the grants
+    most: dict[
+        str, float
+    ]  # largest share of each limit in any window, by the server's time of the grants
     late_s: float  # longest way from a grant to the sending of its request
 
     @property
     def kept(self) -> bool:
         """Whether every promise was kept."""
-        return not self.refused and max(self.most.values()) <= 1 and self.used[self.binds] >= LEAST_USE
+        return (
+            not self.refused and max(self.most.values()) <= 1 and self.used[self.binds] >= LEAST_USE
+        )
 
 
 def rates(window_s: float) -> dict[str, Rate]:
     """Return a provider's limits, scaled to a window: the same flow in a shorter time."""
-    return {name: Rate(rate.limit * window_s / rate.per_s, per_s=window_s) for name, rate in PROVIDER.items()}
+    return {
+        name: Rate(rate.limit * window_s / rate.per_s, per_s=window_s)
+        for name, rate in PROVIDER.items()
+    }
 
 
 def fullest(uses: Iterable[tuple[float, float]], window_s: float) -> float:
@@ -258,25 +299,45 @@ def fullest(uses: Iterable[tuple[float, float]], window_s: float) -> float:
 
 
 def against_provider(url: str, window_s: float, binds: str, guard_s: float | None = None) -> Use:
-    """Let eight processes send all that a bucket grants, for four windows, and return what became of the limits."""
+    """Let eight processes send all that a bucket grants, for four windows, and return what became
+    of the limits.
+    """
     limits = {name: rate.limit for name, rate in rates(window_s).items()}
     told = ["--window", window_s, "--requests", limits["requests"], "--tokens", limits["tokens"]]
-    with fake_provider(*told) as port, children(PROCESSES, "spend", url, port, window_s, guard_s or "", binds) as senders:
+    with (
+        fake_provider(*told) as port,
+        children(PROCESSES, "spend", url, port, window_s, guard_s or "", binds) as senders,
+    ):
         for each in senders:
             each.say(WINDOWS * window_s + 0.5)
-        found = [json.loads(each.hear("done", (WINDOWS + 3) * window_s + 20)[0]) for each in senders]
+        found = [
+            json.loads(each.hear("done", (WINDOWS + 3) * window_s + 20)[0]) for each in senders
+        ]
         seen = provider.report(port)
     grants = [(at, tokens) for each in found for at, tokens in each["grants"]]
     return use_of(seen, grants, window_s, binds, max(each["late_s"] for each in found))
 
 
-def use_of(seen: dict[str, Any], grants: Sequence[tuple[float, int]], window_s: float, binds: str, late_s: float) -> Use:
+def use_of(
+    seen: dict[str, Any],
+    grants: Sequence[tuple[float, int]],
+    window_s: float,
+    binds: str,
+    late_s: float,
+) -> Use:
     """Count what the provider has seen, and what was granted."""
     first = seen["taken"][0][0]
-    later = [tokens for at, tokens in seen["taken"] if first + window_s <= at < first + WINDOWS * window_s]
+    later = [
+        tokens
+        for at, tokens in seen["taken"]
+        if first + window_s <= at < first + WINDOWS * window_s
+    ]
     limits = {name: rate.limit for name, rate in rates(window_s).items()}
     windows = {name: (WINDOWS - 1) * limit for name, limit in limits.items()}
-    most = {"requests": fullest(((at, 1) for at, _ in grants), window_s), "tokens": fullest(grants, window_s)}
+    most = {
+        "requests": fullest(((at, 1) for at, _ in grants), window_s),
+        "tokens": fullest(grants, window_s),
+    }
     return Use(
         window_s,
         binds,
@@ -291,13 +352,33 @@ def use_of(seen: dict[str, Any], grants: Sequence[tuple[float, int]], window_s: 
 def show(uses: Sequence[Use]) -> None:
     """Print what became of the limits."""
     title = f"{PROCESSES} processes, {WINDOWS} windows"
-    table = Table("binds", "window", "requests", "429", "used", "fullest window", "latest", title=title, title_justify="left")
+    table = Table(
+        "binds",
+        "window",
+        "requests",
+        "429",
+        "used",
+        "fullest window",
+        "latest",
+        title=title,
+        title_justify="left",
+    )
     for each in uses:
-        used, most = ([f"{share[name]:.2%}" for name in PROVIDER] for share in (each.used, each.most))
-        row = (f"{each.requests:,}", str(each.refused), " / ".join(used), " / ".join(most), f"{each.late_s * 1000:.1f} ms")
+        used, most = (
+            [f"{share[name]:.2%}" for name in PROVIDER] for share in (each.used, each.most)
+        )
+        row = (
+            f"{each.requests:,}",
+            str(each.refused),
+            " / ".join(used),
+            " / ".join(most),
+            f"{each.late_s * 1000:.1f} ms",
+        )
         table.add_row(each.binds, f"{each.window_s:g} s", *row)
     Console(width=None if sys.stdout.isatty() else 130).print(table)
-    print("used and fullest: requests / tokens; used over the windows after the first, fullest by the server's time")
+    print(
+        "used and fullest: requests / tokens; used over the windows after the first, fullest by the server's time"
+    )
 
 
 def main() -> int:
@@ -308,8 +389,17 @@ def main() -> int:
         return 0
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--window", type=float, default=60.0, help="seconds")
-    options.add_argument("--binds", choices=sorted(TOKENS), action="append", help="the limit that binds; both when left out")
-    options.add_argument("--guard", type=float, help="seconds a window is counted longer; that of TokenBucket when left out")
+    options.add_argument(
+        "--binds",
+        choices=sorted(TOKENS),
+        action="append",
+        help="the limit that binds; both when left out",
+    )
+    options.add_argument(
+        "--guard",
+        type=float,
+        help="seconds a window is counted longer; that of TokenBucket when left out",
+    )
     asked = options.parse_args()
     embedded.clean_up_on_sigterm()
     uses = []

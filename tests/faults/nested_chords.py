@@ -1,8 +1,8 @@
-"""What one would write by hand: nested chords in plain Celery, set up as safely as its settings allow.
+"""What one would write by hand: nested chords in plain Celery, set up as safely as its settings
+allow.
 
-The control of the soak test.  A range halves itself by `self.replace(chord(...))` down to a chunk; late
-acknowledgement, requeueing on loss and a short visibility timeout are on.
-"""
+The control of the soak test.  A range halves itself by `self.replace(chord(...))` down to a chunk;
+late acknowledgement, requeueing on loss and a short visibility timeout are on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ app.conf.update(
     worker_prefetch_multiplier=1,
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
-    broker_transport_options={"visibility_timeout": 5, "unacked_restore_interval": 1, "unacked_restore_throttle": 1},
+    broker_transport_options={
+        "visibility_timeout": 5,
+        "unacked_restore_interval": 1,
+        "unacked_restore_throttle": 1,
+    },
 )
 
 
@@ -39,7 +43,9 @@ def work(self: Any, lo: int, hi: int, chunk: int, ms: float) -> list[int]:
         time.sleep(ms * (hi - lo) / 1000)
         return list(range(lo, hi))
     middle = (lo + hi) // 2
-    raise self.replace(chord([work.si(lo, middle, chunk, ms), work.si(middle, hi, chunk, ms)], merge.s()))
+    raise self.replace(
+        chord([work.si(lo, middle, chunk, ms), work.si(middle, hi, chunk, ms)], merge.s())
+    )
 
 
 @app.task

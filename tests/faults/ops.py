@@ -1,4 +1,6 @@
-"""Operations of the fault tests: they keep a journal of what ran, outside of everything that may die."""
+"""Operations of the fault tests: they keep a journal of what ran, outside of everything that may
+die.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def eats_memory(index: int, ctx: Context) -> list[int]:
 
 @operation("poison", merge=_concatenated)
 def poison(index: int, ctx: Context) -> list[int]:
-    """End the process, or the whole worker, at some items; a file says when they have become harmless."""
+    """End the process, or the whole worker, at some items; a file says when they have become
+    harmless.
+    """
     if index in ctx.params["poison"] and not Path(ctx.params.get("cured", "nowhere")).exists():
         if ctx.params.get("worker"):
             kill_worker()

@@ -1,9 +1,11 @@
-"""A fake provider: a process that judges every request by the time of its own arrival, and tells what it has seen.
+"""A fake provider: a process that judges every request by the time of its own arrival, and tells
+what it has seen.
 
 One line over TCP for each request, one for its answer:
 
     take <tokens>    200, or 429 beyond the requests or the tokens of a true sliding window
-    call <what>      200 or 500 after some 10 ms; the first few fail, and those in flight are counted
+    call <what>      200 or 500 after some 10 ms; the first few fail, and those in flight are
+    counted
     report           what was seen, as JSON
 """
 
@@ -27,12 +29,21 @@ class Provider:
     """What it allows, and what it has seen."""
 
     def __init__(self, window_s: float, requests: float, tokens: float, failing: int) -> None:
-        self._window_s, self._requests, self._tokens, self._failing = window_s, requests, tokens, failing
+        self._window_s, self._requests, self._tokens, self._failing = (
+            window_s,
+            requests,
+            tokens,
+            failing,
+        )
         self._window: deque[tuple[float, int]] = deque()  # what counts still
         self._used = 0
-        self.taken: list[tuple[float, int]] = []  # (when it came, tokens) of all that was answered with 200
+        self.taken: list[
+            tuple[float, int]
+        ] = []  # (when it came, tokens) of all that was answered with 200
         self.refused = 0
-        self.calls: list[tuple[str, int, int]] = []  # (what, calls in flight with it, calls that had gone well before)
+        self.calls: list[
+            tuple[str, int, int]
+        ] = []  # (what, calls in flight with it, calls that had gone well before)
         self._in_flight, self._well, self._random = 0, 0, Random(1)
 
     def take(self, tokens: int) -> int:
@@ -99,7 +110,9 @@ def report(port: int) -> dict[str, Any]:
 
 async def _run(provider: Provider) -> None:
     server = await asyncio.start_server(provider.serve, "127.0.0.1", 0)
-    threading.Thread(target=lambda: sys.stdin.read() or os._exit(0), daemon=True).start()  # the test is gone
+    threading.Thread(
+        target=lambda: sys.stdin.read() or os._exit(0), daemon=True
+    ).start()  # the test is gone
     print("at", server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 

@@ -1,4 +1,6 @@
-"""A TCP proxy whose connections can be reset, and whose target can be moved, as an address that fails over does; one with TLS."""
+"""A TCP proxy whose connections can be reset, and whose target can be moved, as an address that
+fails over does; one with TLS.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A primary, a replica and three sentinels that watch them, all with passwords, as processes of a test's own."""
+"""A primary, a replica and three sentinels that watch them, all with passwords, as processes of a
+test's own.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def replication(server: embedded.Server) -> dict[str, Any]:
 
 @contextmanager
 def watched(folder: Path) -> Iterator[Watched]:
-    """Run all of them for the length of a block; it begins when the sentinels know each other and both servers."""
+    """Run all of them for the length of a block; it begins when the sentinels know each other and
+    both servers.
+    """
     with ExitStack() as stack:
         primary, replica = (_server(stack, folder / name) for name in ("primary", "replica"))
         with asked(replica) as client:
@@ -84,7 +88,9 @@ def watched(folder: Path) -> Iterator[Watched]:
         sentinels = [_sentinel(stack, folder / f"sentinel{n}", primary) for n in range(3)]
         wait_until(lambda: all(map(_is_ready, sentinels)))
         first, *others = [each.connection_pool.connection_kwargs["port"] for each in sentinels]
-        url = f"sentinel://:of%20redis%231@127.0.0.1:{first}/0" + "".join(f";sentinel://127.0.0.1:{port}" for port in others)
+        url = f"sentinel://:of%20redis%231@127.0.0.1:{first}/0" + "".join(
+            f";sentinel://127.0.0.1:{port}" for port in others
+        )
         yield Watched((primary, replica), sentinels, url)
 
 
@@ -103,8 +109,16 @@ def _server(stack: ExitStack, folder: Path) -> embedded.Server:
 def _sentinel(stack: ExitStack, folder: Path, primary: embedded.Server) -> redis.Redis:
     folder.mkdir()
     port, file = embedded.free_port(), folder / "sentinel.conf"
-    told = {"master": MASTER, "quorum": _QUORUM, "password": PASSWORD, "sentinel_password": SENTINEL_PASSWORD}
-    file.write_text(_CONFIGURATION.format(port=port, folder=folder, watched=primary.port, **told), encoding="utf-8")
+    told = {
+        "master": MASTER,
+        "quorum": _QUORUM,
+        "password": PASSWORD,
+        "sentinel_password": SENTINEL_PASSWORD,
+    }
+    file.write_text(
+        _CONFIGURATION.format(port=port, folder=folder, watched=primary.port, **told),
+        encoding="utf-8",
+    )
     with (folder / "log").open("wb") as log:
         command = [embedded.server_binary(), str(file), "--sentinel"]
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)

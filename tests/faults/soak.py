@@ -1,9 +1,9 @@
-"""The storm: several jobs at once, a kill every 2 s, doubled messages, Redis restarted every minute.
+"""The storm: several jobs at once, a kill every 2 s, doubled messages, Redis restarted every
+minute.
 
-``make soak`` runs it for SOAK_S seconds (600 by default), then the same storm against plain nested chords, and
-prints what became of the jobs.  ``--json`` prints it for programs; the exit code is 1 when an answer was wrong,
-a job hung, or somebody innocent was quarantined.
-"""
+``make soak`` runs it for SOAK_S seconds (600 by default), then the same storm against plain nested
+chords, and prints what became of the jobs.  ``--json`` prints it for programs; the exit code is 1
+when an answer was wrong, a job hung, or somebody innocent was quarantined."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ class Report:
     hung: int = 0
     kills: Counter[str] = field(default_factory=Counter)
     redis_restarts: int = 0
-    workers_gone: list[str] = field(default_factory=list)  # the last words of those that ended by themselves
+    workers_gone: list[str] = field(
+        default_factory=list
+    )  # the last words of those that ended by themselves
     doubled: int = 0
     redispatched: int = 0
     poisoned: int = 0
@@ -106,12 +108,21 @@ class Platform:
         """Open a job of some shape; one in six has an item that kills its process."""
         n, ms = random.randint(60, 400), random.choice([1, 3, 8])
         shape = random.choice(
-            [{"strategy": Binary(min_chunk_size=random.choice([5, 40]))}, {"strategy": NWay(split_factor=4, min_chunk_size=15)},
-             {"strategy": Adaptive()}, {"type": "parallel", "chunk_size": 10}, {"type": "sequential"}]
-        )  # fmt: skip
+            [
+                {"strategy": Binary(min_chunk_size=random.choice([5, 40]))},
+                {"strategy": NWay(split_factor=4, min_chunk_size=15)},
+                {"strategy": Adaptive()},
+                {"type": "parallel", "chunk_size": 10},
+                {"type": "sequential"},
+            ]
+        )
         poison = {random.randrange(n)} if random.random() < 1 / 6 else set()
         job = self._client.submit(
-            operation="poison", items=range(n), params={"ms": ms, "poison": sorted(poison)}, continue_on_error=True, **shape
+            operation="poison",
+            items=range(n),
+            params={"ms": ms, "poison": sorted(poison)},
+            continue_on_error=True,
+            **shape,
         )
         self._expected[job.id] = n, poison
         return job
@@ -125,11 +136,21 @@ class Platform:
             result = job.result(timeout=5)
         except (JobEnded, JobNotFound):
             return "failed"
-        exact = (result.done, result.failed_count, result.skipped) == (n - len(poison), len(poison), 0)
-        return "right" if exact and result.output == [i for i in range(n) if i not in poison] else "wrong"
+        exact = (result.done, result.failed_count, result.skipped) == (
+            n - len(poison),
+            len(poison),
+            0,
+        )
+        return (
+            "right"
+            if exact and result.output == [i for i in range(n) if i not in poison]
+            else "wrong"
+        )
 
     def hit(self, worker: str, running: list[Job]) -> None:
-        """Remember what the worker held: recovery is over when somebody else has it, or it is done."""
+        """Remember what the worker held: recovery is over when somebody else has it, or it is
+        done.
+        """
         for job, record in self._running(running):
             if record.worker == worker:
                 self._hit[job.id, record.id, record.epoch] = time.monotonic()
@@ -156,10 +177,18 @@ class Platform:
         for job in jobs:
             _, poison = self._expected[job.id]
             report.poisoned += len(poison)
-            report.innocent_in_quarantine += len({item.index for item in job.quarantined()} - poison)
-            events = self._client.ledger.store.client.xrange(self._client.ledger.keys.of(job.id).events)
-            report.redispatched += sum(entry[b"event"] in (b"lease lost", b"released") for _, entry in events)
-            nodes = self._client.ledger.store.client.hvals(self._client.ledger.keys.of(job.id).nodes)
+            report.innocent_in_quarantine += len(
+                {item.index for item in job.quarantined()} - poison
+            )
+            events = self._client.ledger.store.client.xrange(
+                self._client.ledger.keys.of(job.id).events
+            )
+            report.redispatched += sum(
+                entry[b"event"] in (b"lease lost", b"released") for _, entry in events
+            )
+            nodes = self._client.ledger.store.client.hvals(
+                self._client.ledger.keys.of(job.id).nodes
+            )
             report.redispatched += sum(json.loads(node)["rs"] for node in nodes)
 
     def _running(self, jobs: list[Job]) -> Iterator[tuple[Job, Any]]:
@@ -206,8 +235,20 @@ class NestedChords:
 class Storm:
     """Workers that are kept alive, and what is done to them."""
 
-    def __init__(self, system: System, server: embedded.Server, environment: dict[str, str], folder: Path, seed: int) -> None:
-        self._system, self._server, self._environment, self._folder = system, server, environment, folder
+    def __init__(
+        self,
+        system: System,
+        server: embedded.Server,
+        environment: dict[str, str],
+        folder: Path,
+        seed: int,
+    ) -> None:
+        self._system, self._server, self._environment, self._folder = (
+            system,
+            server,
+            environment,
+            folder,
+        )
         self._random = Random(seed)
         self._workers: dict[str, subprocess.Popen[bytes]] = {}
         self._hit: set[str] = set()
@@ -240,7 +281,9 @@ class Storm:
                 time.sleep(self._random.uniform(0.1, 1.0))  # the outage
                 self._server.start()
                 report.redis_restarts += 1
-            say(f"{now - began:5.0f} s   {report.right} right, {len(open_)} open, {sum(report.kills.values())} kills")
+            say(
+                f"{now - began:5.0f} s   {report.right} right, {len(open_)} open, {sum(report.kills.values())} kills"
+            )
             time.sleep(0.1)  # ten looks a second
         report.jobs, report.hung = len(jobs), len(open_)
         if isinstance(self._system, Platform):
@@ -274,18 +317,34 @@ class Storm:
 
     def _spawn(self, name: str) -> subprocess.Popen[bytes]:
         command = [
-            sys.executable, "-m", "celery", "-A", self._system.app, "worker", "-c", str(SLOTS), "-l", "WARNING", "-n", name,
-            "--without-gossip", "--without-mingle",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "celery",
+            "-A",
+            self._system.app,
+            "worker",
+            "-c",
+            str(SLOTS),
+            "-l",
+            "WARNING",
+            "-n",
+            name,
+            "--without-gossip",
+            "--without-mingle",
+        ]
         ready = self._folder / f"{name}.ready"
         ready.unlink(missing_ok=True)
         environment = {**os.environ, **self._environment, "RLM_READY_FILE": str(ready)}
         with (self._folder / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+            return subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, env=environment
+            )
 
     def _kill(self, open_: list[Any], report: Report) -> None:
         name = self._random.choice(sorted(self._workers))
-        deed = self._random.choice(["pool process", "pool process", "worker", "stop", "term", "term group"])
+        deed = self._random.choice(
+            ["pool process", "pool process", "worker", "stop", "term", "term group"]
+        )
         try:
             main = psutil.Process(self._workers[name].pid)
             children = main.children()
@@ -299,7 +358,9 @@ class Storm:
             self._do(deed, name, main, children)
             report.kills[deed] += 1
 
-    def _do(self, deed: str, name: str, main: psutil.Process, children: list[psutil.Process]) -> None:
+    def _do(
+        self, deed: str, name: str, main: psutil.Process, children: list[psutil.Process]
+    ) -> None:
         if deed == "pool process":
             if children:
                 self._random.choice(children).kill()
@@ -307,7 +368,9 @@ class Storm:
         if deed == "stop":
             for each in (main, *children):
                 each.suspend()
-            self._stopped.append((time.monotonic() + 1.5 * LEASE_S, [main.pid, *(each.pid for each in children)]))
+            self._stopped.append(
+                (time.monotonic() + 1.5 * LEASE_S, [main.pid, *(each.pid for each in children)])
+            )
             return
         self._hit.add(name)
         if deed == "worker":
@@ -329,10 +392,17 @@ class Storm:
 @contextmanager
 def storm(which: str, seed: int) -> Iterator[Storm]:
     """A storm on a durable server of its own."""
-    with tempfile.TemporaryDirectory(prefix="rlm-soak-") as folder, embedded.server(durable=True) as server:
+    with (
+        tempfile.TemporaryDirectory(prefix="rlm-soak-") as folder,
+        embedded.server(durable=True) as server,
+    ):
         environment = environment_of(
-            server.url, "soak", RLM_OPERATIONS="tests.faults.ops", RLM_LEDGER__LEASE_S=str(LEASE_S), RLM_LEDGER__SWEEP_S=str(SWEEP_S)
-        )  # fmt: skip
+            server.url,
+            "soak",
+            RLM_OPERATIONS="tests.faults.ops",
+            RLM_LEDGER__LEASE_S=str(LEASE_S),
+            RLM_LEDGER__SWEEP_S=str(SWEEP_S),
+        )
         del environment["RLM_LEDGER__GRACE_S"]
         with client_of(environment) as client:
             system: System = Platform(client)
@@ -348,12 +418,21 @@ def storm(which: str, seed: int) -> Iterator[Storm]:
 
 def show(reports: list[Report]) -> None:
     """Print what became of the jobs, side by side."""
-    table = Table("what", *(report.system for report in reports), title="The storm", title_justify="left")
+    table = Table(
+        "what", *(report.system for report in reports), title="The storm", title_justify="left"
+    )
     for name in asdict(reports[0]):
         if name not in ("system", "kills", "workers_gone"):
-            table.add_row(name.replace("_", " "), *(f"{getattr(report, name):,.4g}" for report in reports))
-    table.add_row("workers that ended by themselves", *(str(len(report.workers_gone)) for report in reports))
-    table.add_row("kills", *(", ".join(f"{count} {what}" for what, count in sorted(r.kills.items())) for r in reports))
+            table.add_row(
+                name.replace("_", " "), *(f"{getattr(report, name):,.4g}" for report in reports)
+            )
+    table.add_row(
+        "workers that ended by themselves", *(str(len(report.workers_gone)) for report in reports)
+    )
+    table.add_row(
+        "kills",
+        *(", ".join(f"{count} {what}" for what, count in sorted(r.kills.items())) for r in reports),
+    )
     Console(width=None if sys.stdout.isatty() else 150).print(table)
     for words in reports[0].workers_gone:
         print(words)
@@ -363,13 +442,18 @@ def main() -> int:
     """Run the storm, then the control."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--seconds", type=float, default=float(os.environ.get("SOAK_S", "600")))
-    options.add_argument("--control", type=float, default=60.0, help="seconds of the control; 0 leaves it out")
+    options.add_argument(
+        "--control", type=float, default=60.0, help="seconds of the control; 0 leaves it out"
+    )
     options.add_argument("--seed", type=int, default=1)
     options.add_argument("--json", action="store_true")
     asked = options.parse_args()
     reports = []
     console = Console(stderr=True)
-    for which, seconds in (("platform", asked.seconds), ("control", min(asked.control, asked.seconds))):
+    for which, seconds in (
+        ("platform", asked.seconds),
+        ("control", min(asked.control, asked.seconds)),
+    ):
         if seconds:
             with storm(which, asked.seed) as raging, console.status("") as status:
                 reports.append(raging.run(seconds, lambda text, status=status: status.update(text)))

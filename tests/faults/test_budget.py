@@ -1,4 +1,6 @@
-"""A budget that sixteen processes spend as fast as they can, some of them killed with a reservation in hand."""
+"""A budget that sixteen processes spend as fast as they can, some of them killed with a reservation
+in hand.
+"""
 
 from __future__ import annotations
 
@@ -44,44 +46,65 @@ def store(own: embedded.Server) -> Iterator[Store]:
     found.client.close()
 
 
-def spend(budget: SharedBudget, number: int, account: str, dies_at: int, journal: Path, start: Barrier) -> None:
+def spend(
+    budget: SharedBudget, number: int, account: str, dies_at: int, journal: Path, start: Barrier
+) -> None:
     """Use tokens until there are none; write down each use when it is made."""
     random, made = Random(number), 0
     start.wait()
     with journal.open("w", buffering=1) as told:
         for _ in ("its own", "what others have left"):
-            while charge := reserve(budget, f"{number}:{made}", reserved := random.randint(1, MOST), account):
+            while charge := reserve(
+                budget, f"{number}:{made}", reserved := random.randint(1, MOST), account
+            ):
                 made += 1
-                used = reserved + MOST if number == 0 and made == 1 else reserved - random.randint(0, reserved // 3)
+                used = (
+                    reserved + MOST
+                    if number == 0 and made == 1
+                    else reserved - random.randint(0, reserved // 3)
+                )
                 if made == dies_at and number % 2:
                     os.kill(os.getpid(), signal.SIGKILL)
                 print(used, file=told)
                 if made == dies_at:
                     os.kill(os.getpid(), signal.SIGKILL)
-                assert budget.settle(charge.id, {"tokens": used, "calls": 1, "money": used * PRICE}, label="model")
+                assert budget.settle(
+                    charge.id, {"tokens": used, "calls": 1, "money": used * PRICE}, label="model"
+                )
             if account:
                 budget.fold(account)
 
 
 def reserve(budget: SharedBudget, id: str, tokens: int, account: str) -> Charge:
     """Ask until the answer is final."""
-    while (charge := budget.charge(id, {"tokens": tokens, "calls": 1}, account=account)).state == "wait":
+    while (
+        charge := budget.charge(id, {"tokens": tokens, "calls": 1}, account=account)
+    ).state == "wait":
         time.sleep(0.002)  # the rate of the asking
     return charge
 
 
-def run(budget: SharedBudget, accounts: Sequence[str], killed: Container[int], folder: Path) -> list[int]:
+def run(
+    budget: SharedBudget, accounts: Sequence[str], killed: Container[int], folder: Path
+) -> list[int]:
     """Let a process spend from each account; return what was used by each call that was made."""
     fork = multiprocessing.get_context("fork")
-    start, journals = fork.Barrier(len(accounts)), [folder / str(number) for number in range(len(accounts))]
+    start, journals = (
+        fork.Barrier(len(accounts)),
+        [folder / str(number) for number in range(len(accounts))],
+    )
     deaths = [2 + number if number in killed else 0 for number in range(len(accounts))]
     told = zip(range(len(accounts)), accounts, deaths, journals, strict=True)
-    spenders = [fork.Process(target=spend, args=(budget, *each, start), daemon=True) for each in told]
+    spenders = [
+        fork.Process(target=spend, args=(budget, *each, start), daemon=True) for each in told
+    ]
     for each in spenders:
         each.start()
     for each in spenders:
         each.join()
-    assert [each.exitcode for each in spenders] == [-signal.SIGKILL if dies_at else 0 for dies_at in deaths]
+    assert [each.exitcode for each in spenders] == [
+        -signal.SIGKILL if dies_at else 0 for dies_at in deaths
+    ]
     return [int(line) for journal in journals for line in journal.read_text().splitlines()]
 
 
@@ -102,7 +125,9 @@ def test_sixteen_processes_spend_a_budget_up_and_never_more(
         budget.fold(account)  # a dead process does not
 
     really, found = sum(used), budget.status()
-    print(f"{len(used)} calls used {really} of {TOKENS} tokens, {found.spent['tokens']:g} are counted")
+    print(
+        f"{len(used)} calls used {really} of {TOKENS} tokens, {found.spent['tokens']:g} are counted"
+    )
     assert really <= TOKENS + MOST, "one call may use more than it has reserved"
     assert found.spent["tokens"] + found.left["tokens"] == TOKENS
     assert found.accounts == {"": found.left}

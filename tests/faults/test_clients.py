@@ -39,7 +39,11 @@ client.submit(operation="sum", items=list(range(1000)), idempotency_key="once")
 def run(script: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a client in a process of its own that ends by SIGKILL."""
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     return done
@@ -78,7 +82,12 @@ def test_one_key_gives_one_job(on_shared: Cell) -> None:
     client = on_shared.client
     with ThreadPoolExecutor(8) as pool:
         jobs = list(
-            pool.map(lambda _: client.submit(operation="collect", items=list(range(5000)), idempotency_key="k"), range(16))
+            pool.map(
+                lambda _: client.submit(
+                    operation="collect", items=list(range(5000)), idempotency_key="k"
+                ),
+                range(16),
+            )
         )
     assert len({job.id for job in jobs}) == len(client.jobs()) == 1
     on_shared.worker()
@@ -88,7 +97,10 @@ def test_one_key_gives_one_job(on_shared: Cell) -> None:
     request = JobRequest(operation="collect", items=list(range(5000)))
     assert client.submit(request, idempotency_key="k").id == jobs[0].id
     assert (
-        client.submit({"operation": "collect", "items": list(range(5000)), "options": {"idempotencyKey": "k"}}).id == jobs[0].id
+        client.submit(
+            {"operation": "collect", "items": list(range(5000)), "options": {"idempotencyKey": "k"}}
+        ).id
+        == jobs[0].id
     )
     assert client.submit(request, idempotency_key="another").id != jobs[0].id
     assert client.execute(request, idempotency_key="k", timeout=5).output == list(range(5000))
@@ -97,7 +109,10 @@ def test_one_key_gives_one_job(on_shared: Cell) -> None:
 def test_a_key_used_for_another_request_is_refused(on_shared: Cell) -> None:
     first = on_shared.client.submit(operation="sum", items=range(10), idempotency_key="k")
 
-    with pytest.raises(InvalidRequest, match=f"idempotency_key='k': names job {first.id}, which differs in source, n, params"):
+    with pytest.raises(
+        InvalidRequest,
+        match=f"idempotency_key='k': names job {first.id}, which differs in source, n, params",
+    ):
         on_shared.client.submit(operation="sum", items=[1], params={"x": 1}, idempotency_key="k")
     assert len(on_shared.client.jobs()) == 1
     assert on_shared.client.ledger.facts(first.id)["n"] == "10"
@@ -116,4 +131,6 @@ def test_a_mistaken_key_in_a_batch_delays_no_other_job(on_shared: Cell) -> None:
             ]
         )
 
-    assert store.llen(f"{prefix}:{prefix}.normal") == 2, "the message of the job that is open is sent"
+    assert store.llen(f"{prefix}:{prefix}.normal") == 2, (
+        "the message of the job that is open is sent"
+    )

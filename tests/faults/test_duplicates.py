@@ -1,4 +1,6 @@
-"""Messages that come twice or ten times, early, late or never: each index counts once, one result, the right one."""
+"""Messages that come twice or ten times, early, late or never: each index counts once, one result,
+the right one.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def test_messages_doubled_after_the_end_change_nothing(on_shared: Cell) -> None:
 def test_a_copy_of_a_claimed_message_leaves_the_chord_slot_to_the_holder(on_shared: Cell) -> None:
     """The part is counted when the holder returns, not when its copy finds the node busy."""
     on_shared.worker(options=["-c", "3"])
-    job = on_shared.client.submit(operation="pid_after", items=[2.0, 0.0], strategy=NWay(split_factor=2, min_chunk_size=1))
+    job = on_shared.client.submit(
+        operation="pid_after", items=[2.0, 0.0], strategy=NWay(split_factor=2, min_chunk_size=1)
+    )
     ledger = on_shared.client.ledger
 
     def leaves() -> list[NodeRecord]:
@@ -82,12 +86,17 @@ def test_a_copy_of_a_claimed_message_leaves_the_chord_slot_to_the_holder(on_shar
 
 @pytest.mark.parametrize("when", ["early and twice", "late", "never"])
 def test_chord_bodies_at_any_time_leave_one_result(on_shared: Cell, when: str) -> None:
-    """Bodies are fired by hand before, during and after; and the chords' counters are taken away."""
+    """Bodies are fired by hand before, during and after; and the chords' counters are taken
+    away.
+    """
     client = on_shared.client
     on_shared.worker()
     job = on_shared.submit(240, ms=3)
     wait_until(lambda: client.ledger.store.client.hlen(client.ledger.keys.of(job.id).splits) > 0)
-    splits = [json.loads(each) for each in client.ledger.store.client.hvals(client.ledger.keys.of(job.id).splits)]
+    splits = [
+        json.loads(each)
+        for each in client.ledger.store.client.hvals(client.ledger.keys.of(job.id).splits)
+    ]
 
     def fire() -> None:
         for split in splits:
@@ -102,14 +111,20 @@ def test_chord_bodies_at_any_time_leave_one_result(on_shared: Cell, when: str) -
         fire()
     if when == "never":
         for split in splits:
-            counters = functools.partial(client.ledger.store.client.keys, f"*{group_id(job.id, split['id'])}*")
-            wait_until(lambda counters=counters: counters() or job.progress().done)  # they are set after the split is known
+            counters = functools.partial(
+                client.ledger.store.client.keys, f"*{group_id(job.id, split['id'])}*"
+            )
+            wait_until(
+                lambda counters=counters: counters() or job.progress().done
+            )  # they are set after the split is known
             if keys := counters():  # a small one may have been merged already
                 client.ledger.store.client.delete(*keys)
     on_shared.check(job)
     if when == "late":
         for split in splits:
-            client._app.send_task("rlm.merge", [job.id, split["id"]], queue=f"{client.settings.namespace}.normal")
+            client._app.send_task(
+                "rlm.merge", [job.id, split["id"]], queue=f"{client.settings.namespace}.normal"
+            )
         on_shared.check(on_shared.submit())
     on_shared.check(job)
 
@@ -117,9 +132,11 @@ def test_chord_bodies_at_any_time_leave_one_result(on_shared: Cell, when: str) -
 def test_many_sweeps_at_once_do_the_work_once(on_shared: Cell) -> None:
     """Eight ledgers sweep one job with a hundred overdue nodes; each node is sent once."""
     job = on_shared.client.submit(
-        operation="journalled", items=range(100), params={"ms": 0, "journal": str(on_shared.folder / "journal")},
+        operation="journalled",
+        items=range(100),
+        params={"ms": 0, "journal": str(on_shared.folder / "journal")},
         strategy=NWay(split_factor=100, min_chunk_size=1),
-    )  # fmt: skip
+    )
     ledger, keys = on_shared.client.ledger, on_shared.client.ledger.keys.of(job.id)
     with client_of(on_shared.environment) as other:
         worker = on_shared.worker()
@@ -131,7 +148,9 @@ def test_many_sweeps_at_once_do_the_work_once(on_shared: Cell) -> None:
         running = list(store.zrange(keys.due, 0, -1))
         for id in (*queued, *running):
             store.zadd(keys.due, {id: 1})
-        ledgers = [Ledger(other.ledger.store, other.ledger.keys, other.ledger.settings) for _ in range(8)]
+        ledgers = [
+            Ledger(other.ledger.store, other.ledger.keys, other.ledger.settings) for _ in range(8)
+        ]
         with ThreadPoolExecutor(8) as pool:
             swept = list(pool.map(lambda each: each.sweep(job.id).send, ledgers))
     sent = [id for each in swept for id in each]
@@ -145,7 +164,9 @@ def test_many_sweeps_at_once_do_the_work_once(on_shared: Cell) -> None:
 
 
 def test_one_lost_message_of_many_is_found_while_the_others_run(on_shared: Cell) -> None:
-    """A message that was sent before one that has arrived, and has not, is sent again; no other is."""
+    """A message that was sent before one that has arrived, and has not, is sent again; no other
+    is.
+    """
     store, prefix = on_shared.client.ledger.store.client, on_shared.client.settings.namespace
     on_shared.worker(options=["-c", "1"])
     job = on_shared.submit(600, ms=4)
@@ -159,7 +180,9 @@ def test_one_lost_message_of_many_is_found_while_the_others_run(on_shared: Cell)
 
     ran = on_shared.journal(job)
     assert len(ran) == len(set(ran)) == 600
-    again = [json.loads(each) for each in store.hvals(on_shared.client.ledger.keys.of(job.id).nodes)]
+    again = [
+        json.loads(each) for each in store.hvals(on_shared.client.ledger.keys.of(job.id).nodes)
+    ]
     assert [each["t"] for each in again if each["rs"]] == [lost]
 
 
@@ -172,16 +195,22 @@ def test_a_long_queue_is_not_taken_for_a_lost_one(on_shared: Cell) -> None:
     on_shared.check(waiting, within_s=60)
 
     store = on_shared.client.ledger.store.client
-    copies_sent = [json.loads(each)["rs"] for each in store.hvals(on_shared.client.ledger.keys.of(waiting.id).nodes)]
+    copies_sent = [
+        json.loads(each)["rs"]
+        for each in store.hvals(on_shared.client.ledger.keys.of(waiting.id).nodes)
+    ]
     assert sum(copies_sent) <= 5
 
 
 def test_deleted_queues_of_a_thousand_messages_are_published_again(on_shared: Cell) -> None:
     store, prefix = on_shared.client.ledger.store.client, on_shared.client.settings.namespace
     job = on_shared.client.submit(
-        operation="journalled", items=range(1000), params={"ms": 0, "journal": str(on_shared.folder / "journal")},
-        type="parallel", chunk_size=1,
-    )  # fmt: skip
+        operation="journalled",
+        items=range(1000),
+        params={"ms": 0, "journal": str(on_shared.folder / "journal")},
+        type="parallel",
+        chunk_size=1,
+    )
     on_shared.worker()
     queue = f"{prefix}:{prefix}.normal"
     wait_until(lambda: store.llen(queue) > 500)
@@ -192,7 +221,9 @@ def test_deleted_queues_of_a_thousand_messages_are_published_again(on_shared: Ce
 
 
 def test_parked_nodes_wake_in_time_at_default_settings(on_shared: Cell) -> None:
-    """Fifty nodes wait for times of their own; any live worker wakes them, without an ETA message."""
+    """Fifty nodes wait for times of their own; any live worker wakes them, without an ETA
+    message.
+    """
     for name in ("LEASE_S", "SWEEP_S"):
         del on_shared.environment[f"RLM_LEDGER__{name}"]
     client = on_shared.stack.enter_context(client_of(on_shared.environment))
@@ -213,7 +244,9 @@ def test_parked_nodes_wake_in_time_at_default_settings(on_shared: Cell) -> None:
         if job.result(timeout=20).done
     )
 
-    print(f"woken late by ms: median {late[25]:.0f}, 49 of 50 within {late[48]:.0f}, slowest {late[49]:.0f}")
+    print(
+        f"woken late by ms: median {late[25]:.0f}, 49 of 50 within {late[48]:.0f}, slowest {late[49]:.0f}"
+    )
     assert late[0] >= 0
     assert late[25] <= 250
     assert late[48] <= 1000

@@ -1,6 +1,5 @@
-"""Guards that several processes share on a real server: what a provider sees of them, what a kill leaves, what each
-answers while Redis is away.
-"""
+"""Guards that several processes share on a real server: what a provider sees of them, what a kill
+leaves, what each answers while Redis is away."""
 
 from __future__ import annotations
 
@@ -49,7 +48,9 @@ from tests.support import wait_until
 
 WINDOW_S = float(os.environ.get("GUARDS_WINDOW_S", "6"))
 GUARD_S = 0.06 if WINDOW_S < 12 else None
-"""One hundredth of a short window, because two busy cores delay a request by more than the 0.5 % that is left by default."""
+"""One hundredth of a short window, because two busy cores delay a request by more than the 0.5 %
+that is left by default.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def told(config: BreakerConfig) -> str:
     return json.dumps(config.model_dump())
 
 
-# --- what a provider sees --------------------------------------------------------------------------------
+# --- what a provider sees ---------------------------------------------------------------------
 
 
 @pytest.mark.timeout(60 + 8 * WINDOW_S)
@@ -87,11 +88,18 @@ def test_eight_processes_use_a_provider_up_and_never_too_much(own: embedded.Serv
     assert max(use.most.values()) <= 1, "no window has more than its limit, by the server's time"
 
 
-def test_a_half_open_breaker_lets_no_more_probes_pass_than_it_may_and_closes(own: embedded.Server, store: Store) -> None:
-    config = BreakerConfig(recovery_timeout_s=0.4, half_open_max_calls=3, half_open_timeout_s=5, success_threshold=20)
+def test_a_half_open_breaker_lets_no_more_probes_pass_than_it_may_and_closes(
+    own: embedded.Server, store: Store
+) -> None:
+    config = BreakerConfig(
+        recovery_timeout_s=0.4, half_open_max_calls=3, half_open_timeout_s=5, success_threshold=20
+    )
     breaker = CircuitBreaker("dependency", store, config)
     breaker.open()
-    with fake_provider("--failing", 8) as port, children(8, "probe", own.url, port, told(config)) as callers:
+    with (
+        fake_provider("--failing", 8) as port,
+        children(8, "probe", own.url, port, told(config)) as callers,
+    ):
         wait_until(lambda: breaker.state == "closed")
         wait_until(lambda: any(what == "free" for what, _, _ in report(port)["calls"]))
         for each in callers:
@@ -104,17 +112,26 @@ def test_a_half_open_breaker_lets_no_more_probes_pass_than_it_may_and_closes(own
     print(f"probes by how many were in flight: {dict(sorted(at_once.items()))}")
     assert max(at_once) == config.half_open_max_calls, "all places are used, and no other"
     assert at_once.total() >= 8 + config.success_threshold
-    assert min(well for what, _, well in calls if what == "free") >= config.success_threshold, "nobody passes the probes by"
+    assert min(well for what, _, well in calls if what == "free") >= config.success_threshold, (
+        "nobody passes the probes by"
+    )
 
 
-def test_a_trip_is_seen_by_other_processes_within_300_ms(own: embedded.Server, store: Store) -> None:
+def test_a_trip_is_seen_by_other_processes_within_300_ms(
+    own: embedded.Server, store: Store
+) -> None:
     config, random, took = BreakerConfig(recovery_timeout_s=60, failure_threshold=3), Random(1), []
     breaker = CircuitBreaker("tripped", store, config)
-    with children(5, "observe", own.url, told(config)) as others, children(1, "trip", own.url, told(config)) as [tripper]:
+    with (
+        children(5, "observe", own.url, told(config)) as others,
+        children(1, "trip", own.url, told(config)) as [tripper],
+    ):
         for each in others:
             each.hear("passes")
         for _ in range(12):
-            time.sleep(random.uniform(0, 0.25))  # a trip comes at any time since the others have asked
+            time.sleep(
+                random.uniform(0, 0.25)
+            )  # a trip comes at any time since the others have asked
             tripper.say("trip")
             [at] = tripper.hear("tripped")
             took.append(max(float(each.hear("refused")[0]) for each in others) - float(at))
@@ -123,16 +140,22 @@ def test_a_trip_is_seen_by_other_processes_within_300_ms(own: embedded.Server, s
                 each.hear("passes")
 
     median, slowest = statistics.median(took), max(took)
-    print(f"12 trips, until the last of 5 processes knew: median {median * 1000:.0f} ms, max {slowest * 1000:.0f} ms")
+    print(
+        f"12 trips, until the last of 5 processes knew: median {median * 1000:.0f} ms, max {slowest * 1000:.0f} ms"
+    )
     assert median <= 0.3
     assert slowest <= 1.0
 
 
-# --- what a kill leaves ----------------------------------------------------------------------------------
+# --- what a kill leaves -----------------------------------------------------------------------
 
 
-def test_the_place_of_a_killed_probe_is_free_after_its_lease(own: embedded.Server, store: Store) -> None:
-    config = BreakerConfig(half_open_max_calls=1, half_open_timeout_s=2.0, success_threshold=1, recovery_timeout_s=60)
+def test_the_place_of_a_killed_probe_is_free_after_its_lease(
+    own: embedded.Server, store: Store
+) -> None:
+    config = BreakerConfig(
+        half_open_max_calls=1, half_open_timeout_s=2.0, success_threshold=1, recovery_timeout_s=60
+    )
     breaker = CircuitBreaker("held", store, config)
     breaker.half_open()
     with children(1, "hold_probe", own.url, told(config)) as [holder]:
@@ -156,7 +179,9 @@ def passes(breaker: CircuitBreaker) -> bool:
     return False
 
 
-def test_permits_of_a_killed_process_are_free_after_their_lease(own: embedded.Server, store: Store) -> None:
+def test_permits_of_a_killed_process_are_free_after_their_lease(
+    own: embedded.Server, store: Store
+) -> None:
     bulkhead = Bulkhead("held", store, limit=3, per_host=None, lease_s=2.0)
     with children(1, "hold_permits", own.url, 3, 2.0) as [holder]:
         began, count, _ = holder.hear("holds")
@@ -166,10 +191,14 @@ def test_permits_of_a_killed_process_are_free_after_their_lease(own: embedded.Se
         assert bulkhead.acquire(max_wait_s=10)
 
     assert 1.9 <= time.monotonic() - float(began) <= 3.0
-    wait_until(lambda: bulkhead.status()["used"] == 1)  # the others were taken, and expire, a moment after the first
+    wait_until(
+        lambda: bulkhead.status()["used"] == 1
+    )  # the others were taken, and expire, a moment after the first
 
 
-def test_permits_of_a_killed_process_are_free_at_once_when_somebody_says_so(own: embedded.Server, store: Store) -> None:
+def test_permits_of_a_killed_process_are_free_at_once_when_somebody_says_so(
+    own: embedded.Server, store: Store
+) -> None:
     bulkhead = Bulkhead("held", store, limit=3, per_host=None, lease_s=60.0)
     with children(1, "hold_permits", own.url, 3, 60.0) as [holder]:
         _, _, owner = holder.hear("holds")
@@ -181,18 +210,22 @@ def test_permits_of_a_killed_process_are_free_at_once_when_somebody_says_so(own:
     assert [bool(bulkhead.acquire()) for _ in range(4)] == [True, True, True, False]
 
 
-# --- what each guard answers while Redis is away ---------------------------------------------------------
+# --- what each guard answers while Redis is away ----------------------------------------------
 
 CALLS, OVER_S, LEARNED_S = 50, 2.0, 7.0
 
 
 class Counted(Store):
-    """A guards' store that counts how often it really asks Redis, and whose clock can be put forward."""
+    """A guards' store that counts how often it really asks Redis, and whose clock can be put
+    forward.
+    """
 
     asked, ahead_s = 0, 0.0
 
     def __init__(self, url: str) -> None:
-        super().__init__(url, namespace=NAMESPACE, timeout_s=0.1, clock=lambda: time.monotonic() + self.ahead_s)
+        super().__init__(
+            url, namespace=NAMESPACE, timeout_s=0.1, clock=lambda: time.monotonic() + self.ahead_s
+        )
 
     def run(self, *calls: Call) -> list[Any]:
         """Count, and do as a store does."""
@@ -228,7 +261,9 @@ class ClosedBreaker(Guard):
     def before(self) -> None:
         """Leave it closed."""
         config = BreakerConfig(failure_threshold=5, recovery_timeout_s=60)
-        self.breaker, self.others = (CircuitBreaker("closed", store, config) for store in (self.store, self.other))
+        self.breaker, self.others = (
+            CircuitBreaker("closed", store, config) for store in (self.store, self.other)
+        )
         self.breaker.call(lambda: None)
 
     def answer(self, number: int) -> str:
@@ -261,7 +296,9 @@ class OpenBreaker(Guard):
     def before(self) -> None:
         """Open it, from another process."""
         config = BreakerConfig(recovery_timeout_s=60)
-        self.breaker, self.others = (CircuitBreaker("open", store, config) for store in (self.store, self.other))
+        self.breaker, self.others = (
+            CircuitBreaker("open", store, config) for store in (self.store, self.other)
+        )
         self.others.open()
         assert self.breaker.state == "open"
 
@@ -290,7 +327,9 @@ class Bucket(Guard):
 
     def before(self) -> None:
         """Let another process take from it, too."""
-        self.bucket, self.others = (TokenBucket("llm", store, calls=Rate(20)) for store in (self.store, self.other))
+        self.bucket, self.others = (
+            TokenBucket("llm", store, calls=Rate(20)) for store in (self.store, self.other)
+        )
         assert self.others.acquire()
         assert self.bucket.acquire()
         assert self.bucket.takers == 2
@@ -313,7 +352,9 @@ class Permits(Guard):
 
     def before(self) -> None:
         """Hold two of ten."""
-        self.bulkhead, self.others = (Bulkhead("held", store, limit=10, lease_s=3.0) for store in (self.store, self.other))
+        self.bulkhead, self.others = (
+            Bulkhead("held", store, limit=10, lease_s=3.0) for store in (self.store, self.other)
+        )
         self.held = [self.bulkhead.acquire(), self.bulkhead.acquire()]
         assert all(self.held)
 
@@ -331,7 +372,9 @@ class Permits(Guard):
         assert answers == [False] * 25 + [True] * 25
 
     def shared(self) -> bool:
-        """Take: others see it, and what was given back meanwhile has only the length of its lease."""
+        """Take: others see it, and what was given back meanwhile has only the length of its
+        lease.
+        """
         with self.bulkhead.permit() as permit:
             if permit.local:
                 return False
@@ -369,7 +412,9 @@ class Limits(Guard):
     taught = False
 
     def before(self) -> None:
-        """Read the limit of one operation that all have learned; then let what was read grow old."""
+        """Read the limit of one operation that all have learned; then let what was read grow
+        old.
+        """
         self.timeouts, self.others = Timeouts(self.store), Timeouts(self.other)
         self.others.learn("known", [LEARNED_S] * 100)
         self.known_s = self.timeouts.limit_s("known", "simple")
@@ -441,7 +486,9 @@ class Course:
         """Use it 50 times in two seconds."""
         asked, began = self.guard.store.asked, time.monotonic()
         for number in range(CALLS):
-            time.sleep(max(0.0, began + number * OVER_S / CALLS - time.monotonic()))  # the rate of the calls
+            time.sleep(
+                max(0.0, began + number * OVER_S / CALLS - time.monotonic())
+            )  # the rate of the calls
             at = time.monotonic()
             self.answers.append(self.guard.answer(number))
             self.took.append(time.monotonic() - at)
@@ -477,7 +524,9 @@ def at_once(courses: dict[str, Course], step: Callable[[Course], None]) -> None:
         except BaseException as error:
             raised.append(error)
 
-    threads = [threading.Thread(target=run, args=(course,), name=name) for name, course in courses.items()]
+    threads = [
+        threading.Thread(target=run, args=(course,), name=name) for name, course in courses.items()
+    ]
     for each in threads:
         each.start()
     for each in threads:
@@ -503,7 +552,9 @@ def paused(server: embedded.Server, use: Callable[[], None]) -> None:
 
 @pytest.fixture(scope="module", params=[killed, paused], ids=["redis killed", "redis paused"])
 def courses(request: pytest.FixtureRequest) -> Iterator[dict[str, Course]]:
-    """All guards through one outage, side by side: each with a store of its own, as in a process of its own."""
+    """All guards through one outage, side by side: each with a store of its own, as in a process of
+    its own.
+    """
     with embedded.server(durable=True) as server:
         other = Store(server.url, namespace=NAMESPACE)
         found = {name: Course(guard(Counted(server.url), other)) for name, guard in GUARDS.items()}
@@ -524,7 +575,9 @@ each_guard = pytest.mark.parametrize("name", GUARDS)
 
 
 @each_guard
-def test_a_guard_gives_the_stated_answer_while_redis_is_away(courses: dict[str, Course], name: str) -> None:
+def test_a_guard_gives_the_stated_answer_while_redis_is_away(
+    courses: dict[str, Course], name: str
+) -> None:
     course = courses[name]
     course.guard.check(course.answers, course.over_s)
 
@@ -533,7 +586,9 @@ def test_a_guard_gives_the_stated_answer_while_redis_is_away(courses: dict[str, 
 def test_a_guard_without_redis_answers_within_100_ms(courses: dict[str, Course], name: str) -> None:
     course = courses[name]
     median = statistics.median(course.took)
-    print(f"{name}: median {median * 1000:.2f} ms, max {max(course.took) * 1000:.0f} ms, {course.asked} real tries")
+    print(
+        f"{name}: median {median * 1000:.2f} ms, max {max(course.took) * 1000:.0f} ms, {course.asked} real tries"
+    )
 
     assert len(course.took) == CALLS
     assert median <= 0.1
@@ -550,6 +605,8 @@ def test_a_lost_redis_and_its_return_are_logged_once(courses: dict[str, Course],
 
 
 @each_guard
-def test_a_guard_shares_its_state_again_once_redis_is_back(courses: dict[str, Course], name: str) -> None:
+def test_a_guard_shares_its_state_again_once_redis_is_back(
+    courses: dict[str, Course], name: str
+) -> None:
     print(f"{name}: shared again after {courses[name].back_s:.2f} s")
     assert 0 <= courses[name].back_s <= 5.0

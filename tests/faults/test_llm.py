@@ -1,4 +1,6 @@
-"""A short run against a provider that counts; ``python -m tests.faults.llm`` runs for longer, with eight processes."""
+"""A short run against a provider that counts; ``python -m tests.faults.llm`` runs for longer, with
+eight processes.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,21 @@ from tests.support import wait_until
 
 WINDOW_S = 1.5
 GUARD_S = 0.1
-"""A short window is counted this much longer: a busy machine delays a request by more than the share that is left by default."""
+"""A short window is counted this much longer: a busy machine delays a request by more than the
+share that is left by default.
+"""
 LEAST_USE = 0.7
-"""Calls in flight, the guard, and what is left to more urgent calls weigh more in a short window."""
+"""Calls in flight, the guard, and what is left to more urgent calls weigh more in a short
+window.
+"""
 SLOTS = 2
 
 
 @pytest.fixture(scope="module")
 def on() -> Iterator[Stage]:
-    """A provider that counts requests, so few that a busy machine can make them, and a worker of two processes."""
+    """A provider that counts requests, so few that a busy machine can make them, and a worker of
+    two processes.
+    """
     with stage("requests", WINDOW_S, scale=0.4, guard_s=GUARD_S, workers=1, slots=SLOTS) as own:
         yield own
 
@@ -41,7 +49,9 @@ def test_free_slots_do_not_cut_a_job_that_waits_for_its_limits(on: Stage) -> Non
     job.wait(20)
     print(f"{nodes} nodes run or wait")
 
-    assert nodes <= (ROOT_PARTS_PER_SLOT + 1) * SLOTS, "more nodes take slots from others, and get no more tokens"
+    assert nodes <= (ROOT_PARTS_PER_SLOT + 1) * SLOTS, (
+        "more nodes take slots from others, and get no more tokens"
+    )
 
 
 def test_a_budget_holds_to_within_one_call_when_processes_die(on: Stage) -> None:
@@ -64,9 +74,12 @@ def test_answers_that_come_too_late_are_paid_from_the_budget(on: Stage) -> None:
 
 
 @pytest.mark.parametrize(
-    ("operation", "items", "kills"), [("llm.map", 60, {0.2: "process", 0.5: "worker"}), ("llm.map_reduce", 24, {0.4: "process"})]
+    ("operation", "items", "kills"),
+    [("llm.map", 60, {0.2: "process", 0.5: "worker"}), ("llm.map_reduce", 24, {0.4: "process"})],
 )
-def test_answers_are_exact_after_faults_and_kills(on: Stage, operation: str, items: int, kills: dict[float, str]) -> None:
+def test_answers_are_exact_after_faults_and_kills(
+    on: Stage, operation: str, items: int, kills: dict[float, str]
+) -> None:
     answers = through_faults(on, operation, items, kills, every=15)
     show(answers)
 

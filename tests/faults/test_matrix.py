@@ -1,4 +1,6 @@
-"""{what dies} x {crash point}: the answer is exact, every index counts once, one final result, nothing is left."""
+"""{what dies} x {crash point}: the answer is exact, every index counts once, one final result,
+nothing is left.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +17,27 @@ from rlm_tasks.engine.crashpoints import CrashPoint
 from tests.faults.conftest import LEASE_S, SWEEP_S, Cell
 from tests.support import wait_until
 
-# Recovery is bounded by the lease, the sweep and the grace (a sweep by default); the rest is a new worker's start
-# and the job itself.
+# Recovery is bounded by the lease, the sweep and the grace (a sweep by default); the rest is a new
+# worker's start and the job itself.
 BOUND_S = LEASE_S + 2 * SWEEP_S + 4.0
 NTH = {CrashPoint.BEFORE_CLAIM: 3, CrashPoint.AFTER_CLAIM: 3, CrashPoint.BEFORE_FINISH: 3}
 """Not the root, where every node comes by."""
-points = pytest.mark.parametrize("point", list(CrashPoint), ids=lambda point: point.replace(" ", "-"))
+points = pytest.mark.parametrize(
+    "point", list(CrashPoint), ids=lambda point: point.replace(" ", "-")
+)
 
 
-def faulted(cell: Cell, point: CrashPoint, deed: str, options: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+def faulted(
+    cell: Cell, point: CrashPoint, deed: str, options: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
     """Start a worker that will do the deed at the point."""
     return cell.worker(fault=(point, deed), nth=NTH.get(point, 1), options=options)
 
 
 def submitted(cell: Cell, point: CrashPoint) -> Job:
-    """Open the job; where it is to be caught between two slices, with nodes that are longer than one."""
+    """Open the job; where it is to be caught between two slices, with nodes that are longer than
+    one.
+    """
     return cell.submit(ms=8.0 if point == CrashPoint.MID_SLICE else 2.0)
 
 
@@ -38,7 +46,12 @@ def test_a_pool_process_is_killed(on_shared: Cell, point: CrashPoint) -> None:
     faulted(on_shared, point, "kill_process")
     job = submitted(on_shared, point)
 
-    assert on_shared.check(job, since=on_shared.wait_for_fault(), what="SIGKILL of a pool process", point=point) < 6.0
+    assert (
+        on_shared.check(
+            job, since=on_shared.wait_for_fault(), what="SIGKILL of a pool process", point=point
+        )
+        < 6.0
+    )
 
 
 @points
@@ -46,7 +59,12 @@ def test_a_process_runs_out_of_memory_outside_of_items(on_shared: Cell, point: C
     faulted(on_shared, point, "starve")
     job = submitted(on_shared, point)
 
-    assert on_shared.check(job, since=on_shared.wait_for_fault(), what="MemoryError outside of items", point=point) < BOUND_S
+    assert (
+        on_shared.check(
+            job, since=on_shared.wait_for_fault(), what="MemoryError outside of items", point=point
+        )
+        < BOUND_S
+    )
 
 
 @points
@@ -57,11 +75,15 @@ def test_a_whole_worker_is_killed(on_shared: Cell, point: CrashPoint) -> None:
     worker.wait(5)
     on_shared.worker()
 
-    assert on_shared.check(job, since=since, what="SIGKILL of the only worker", point=point) < BOUND_S
+    assert (
+        on_shared.check(job, since=since, what="SIGKILL of the only worker", point=point) < BOUND_S
+    )
 
 
 @points
-def test_a_worker_is_stopped_for_longer_than_its_lease_and_goes_on(on_shared: Cell, point: CrashPoint) -> None:
+def test_a_worker_is_stopped_for_longer_than_its_lease_and_goes_on(
+    on_shared: Cell, point: CrashPoint
+) -> None:
     worker = psutil.Process(faulted(on_shared, point, "stop_worker").pid)
     job = submitted(on_shared, point)
     since = on_shared.wait_for_fault()
@@ -69,7 +91,9 @@ def test_a_worker_is_stopped_for_longer_than_its_lease_and_goes_on(on_shared: Ce
     wait_until(lambda: all(each.status() == psutil.STATUS_STOPPED for each in everyone))
     on_shared.worker()
 
-    took = on_shared.check(job, since=since, what="SIGSTOP of a worker beyond its lease", point=point)
+    took = on_shared.check(
+        job, since=since, what="SIGSTOP of a worker beyond its lease", point=point
+    )
     before = on_shared.client.ledger.facts(job.id)
     for each in everyone:
         os.kill(each.pid, signal.SIGCONT)
@@ -78,7 +102,9 @@ def test_a_worker_is_stopped_for_longer_than_its_lease_and_goes_on(on_shared: Ce
     again = on_shared.submit()
     on_shared.check(again)
     wait_until(lambda: not any(held for held in on_shared.client.jobs() if not held.ready()))
-    assert on_shared.client.ledger.facts(job.id) == before, "what the stale holder hands in is ignored"
+    assert on_shared.client.ledger.facts(job.id) == before, (
+        "what the stale holder hands in is ignored"
+    )
     assert worker.is_running()
 
 
@@ -91,7 +117,9 @@ def test_a_worker_is_told_to_stop(on_shared: Cell, point: CrashPoint, deed: str)
     assert worker.wait(5) == 0
     on_shared.worker()
 
-    what = "SIGTERM to the main process" if deed == "term_worker" else "SIGTERM to the process group"
+    what = (
+        "SIGTERM to the main process" if deed == "term_worker" else "SIGTERM to the process group"
+    )
     took = on_shared.check(job, since=since, what=what, point=point)
 
     assert took < BOUND_S
@@ -104,4 +132,6 @@ def test_a_process_runs_into_the_hard_time_limit(on_shared: Cell, point: CrashPo
     faulted(on_shared, point, "exceed", options=["--time-limit", "2"])
     job = submitted(on_shared, point)
 
-    on_shared.check(job, since=on_shared.wait_for_fault(), what="hard time limit of 2 s", point=point)
+    on_shared.check(
+        job, since=on_shared.wait_for_fault(), what="hard time limit of 2 s", point=point
+    )

@@ -27,11 +27,15 @@ LONG = {
 }
 PREEMPTED = "more urgent work waits for a slot"
 SOON_S = 10.0
-"""A lease, a sweep, or the 5 s in which Celery notices a death, and what a busy machine adds; a low node would run for a minute."""
+"""A lease, a sweep, or the 5 s in which Celery notices a death, and what a busy machine adds; a low
+node would run for a minute.
+"""
 
 
 @pytest.fixture
-def pressed(server: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cell]:
+def pressed(
+    server: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[Cell]:
     """A cell on the shared server whose workers know operations that make room."""
     with cell(server, name_of(request), tmp_path, tmp_path / "worker.log", **LONG) as own:
         own.environment |= {"RLM_OPERATIONS": MODULES}
@@ -39,7 +43,9 @@ def pressed(server: embedded.Server, request: pytest.FixtureRequest, tmp_path: P
 
 
 @pytest.fixture
-def pressed_durable(durable: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cell]:
+def pressed_durable(
+    durable: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[Cell]:
     """The same on the durable server."""
     with cell(durable, name_of(request), tmp_path, tmp_path / "worker.log", **LONG) as own:
         own.environment |= {"RLM_OPERATIONS": MODULES}
@@ -49,7 +55,9 @@ def pressed_durable(durable: embedded.Server, request: pytest.FixtureRequest, tm
 def submit(own: Cell, items: int, priority: str, *, s: float = 0.02, **fields: Any) -> Job:
     """Open a job whose items take their time until `enough`."""
     params = {"s": s, "journal": str(own.folder / "journal"), "enough": str(own.folder / "enough")}
-    return own.client.submit(operation="p_until_told", items=range(items), params=params, priority=priority, **fields)
+    return own.client.submit(
+        operation="p_until_told", items=range(items), params=params, priority=priority, **fields
+    )
 
 
 def enough(own: Cell) -> None:
@@ -62,7 +70,9 @@ def running(job: Job, worker: str = "") -> int:
 
 
 def one_on_each_slot(own: Cell, slots: int = 2) -> list[Job]:
-    """Fill slots with jobs that are one node each: the first finish is that of the node that makes room."""
+    """Fill slots with jobs that are one node each: the first finish is that of the node that makes
+    room.
+    """
     jobs = [submit(own, 5000, "low", type="sequential") for _ in range(slots)]
     wait_until(lambda: sum(running(job) for job in jobs) == slots)
     return jobs
@@ -93,12 +103,14 @@ def nobody_waits_for_room(own: Cell) -> bool:
     return own.client.ledger.store.client.exists(*tokens(own)) == 0
 
 
-# --- kills ----------------------------------------------------------------------------------------------
+# --- kills ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("point", [CrashPoint.BEFORE_FINISH, CrashPoint.BEFORE_PUBLISH])
 @pytest.mark.parametrize("deed", ["kill_process", "kill_worker"])
-def test_critical_work_starts_although_who_makes_room_for_it_dies(pressed: Cell, point: CrashPoint, deed: str) -> None:
+def test_critical_work_starts_although_who_makes_room_for_it_dies(
+    pressed: Cell, point: CrashPoint, deed: str
+) -> None:
     pressed.worker(fault=(point, deed))
     lows = one_on_each_slot(pressed)
     critical = submit(pressed, 1, "critical")
@@ -106,7 +118,9 @@ def test_critical_work_starts_although_who_makes_room_for_it_dies(pressed: Cell,
     since = pressed.wait_for_fault()
     if deed == "kill_worker":
         pressed.worker()
-    pressed.check(critical, since=since, what=f"{deed} of who makes room", point=point, within_s=SOON_S)
+    pressed.check(
+        critical, since=since, what=f"{deed} of who makes room", point=point, within_s=SOON_S
+    )
 
     wait_until(lambda: nobody_waits_for_room(pressed))
     enough(pressed)
@@ -114,7 +128,9 @@ def test_critical_work_starts_although_who_makes_room_for_it_dies(pressed: Cell,
         pressed.check(low)
 
 
-def test_a_process_that_dies_while_it_makes_room_costs_what_it_had_done_and_no_more(pressed: Cell) -> None:
+def test_a_process_that_dies_while_it_makes_room_costs_what_it_had_done_and_no_more(
+    pressed: Cell,
+) -> None:
     pressed.worker(fault=(CrashPoint.BEFORE_FINISH, "kill_process"))
     lows = one_on_each_slot(pressed)
     for _ in range(6):
@@ -149,12 +165,16 @@ def test_critical_work_of_a_killed_worker_makes_room_on_another(pressed: Cell) -
 
 
 def test_critical_work_whose_process_was_killed_gets_a_slot_again(pressed: Cell) -> None:
-    pressed.worker(fault=(CrashPoint.BEFORE_FINISH, "kill_process"), nth=2)  # the first finish is the yield
+    pressed.worker(
+        fault=(CrashPoint.BEFORE_FINISH, "kill_process"), nth=2
+    )  # the first finish is the yield
     lows = one_on_each_slot(pressed)
 
     critical = submit(pressed, 1, "critical")
     since = pressed.wait_for_fault()
-    pressed.check(critical, since=since, what="SIGKILL of critical work, others busy", within_s=SOON_S)
+    pressed.check(
+        critical, since=since, what="SIGKILL of critical work, others busy", within_s=SOON_S
+    )
 
     assert sum(yields(low) for low in lows) <= 2, "one for each time that it was sent"
     enough(pressed)
@@ -163,10 +183,12 @@ def test_critical_work_whose_process_was_killed_gets_a_slot_again(pressed: Cell)
         assert repeated(pressed, low) == 0
 
 
-# --- Redis ----------------------------------------------------------------------------------------------
+# --- Redis ------------------------------------------------------------------------------------
 
 
-def test_critical_work_makes_room_after_redis_was_killed(durable: embedded.Server, pressed_durable: Cell) -> None:
+def test_critical_work_makes_room_after_redis_was_killed(
+    durable: embedded.Server, pressed_durable: Cell
+) -> None:
     own = pressed_durable
     worker = own.worker()
     low = over_all_slots(own)
@@ -175,7 +197,9 @@ def test_critical_work_makes_room_after_redis_was_killed(durable: embedded.Serve
     restart(durable)
 
     for job in critical:
-        own.check(job, since=since, what="kill -9 of Redis while critical work waits", within_s=SOON_S)
+        own.check(
+            job, since=since, what="kill -9 of Redis while critical work waits", within_s=SOON_S
+        )
 
     assert worker.poll() is None
     enough(own)

@@ -1,4 +1,6 @@
-"""What single processes can do to a job: be killed, be poisoned, run long, run out of memory, be told to stop."""
+"""What single processes can do to a job: be killed, be poisoned, run long, run out of memory, be
+told to stop.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +20,31 @@ from tests.faults.conftest import LEASE_S, Cell, cell
 from tests.support import wait_until
 
 
-def test_a_killed_pool_process_is_redone_within_six_seconds_at_default_settings(server: embedded.Server, tmp_path: Path) -> None:
+def test_a_killed_pool_process_is_redone_within_six_seconds_at_default_settings(
+    server: embedded.Server, tmp_path: Path
+) -> None:
     with cell(server, "defaults", tmp_path, tmp_path / "worker.log") as own:
         for name in ("LEASE_S", "SWEEP_S"):
             del own.environment[f"RLM_LEDGER__{name}"]
         own.worker(fault=("before finish", "kill_process"), nth=3, options=["-c", "1"])
         job = own.submit()
 
-        assert own.check(job, since=own.wait_for_fault(), what="SIGKILL of the only pool process, defaults") < 6.0
+        assert (
+            own.check(
+                job, since=own.wait_for_fault(), what="SIGKILL of the only pool process, defaults"
+            )
+            < 6.0
+        )
 
 
 def test_poison_is_named_and_quarantined_after_three_deaths(on_shared: Cell) -> None:
     on_shared.worker()
     job = on_shared.client.submit(
-        operation="poison", items=range(300), params={"poison": [17, 200]}, continue_on_error=True, type="parallel"
+        operation="poison",
+        items=range(300),
+        params={"poison": [17, 200]},
+        continue_on_error=True,
+        type="parallel",
     )
 
     result = job.result(timeout=60)
@@ -40,16 +53,27 @@ def test_poison_is_named_and_quarantined_after_three_deaths(on_shared: Cell) -> 
     assert {failure.type for failure in result.failed} == {"Quarantined"}
     assert result.output == [i for i in range(300) if i not in (17, 200)]
     [first, second] = job.quarantined()
-    assert (first.index, first.item, first.attempts, first.last_signal) == (17, "17 of a range", 3, "SIGKILL")
+    assert (first.index, first.item, first.attempts, first.last_signal) == (
+        17,
+        "17 of a range",
+        3,
+        "SIGKILL",
+    )
     assert (second.index, second.attempts) == (200, 3)
     on_shared.check_keys(job)
 
 
 @pytest.mark.parametrize("operation", ["poison_batch", "poison_async"])
-def test_poison_among_several_items_in_flight_is_found_within_three_deaths(on_shared: Cell, operation: str) -> None:
+def test_poison_among_several_items_in_flight_is_found_within_three_deaths(
+    on_shared: Cell, operation: str
+) -> None:
     on_shared.worker()
     job = on_shared.client.submit(
-        operation=operation, items=range(400), params={"poison": [170]}, continue_on_error=True, type="parallel"
+        operation=operation,
+        items=range(400),
+        params={"poison": [170]},
+        continue_on_error=True,
+        type="parallel",
     )
 
     result = job.result(timeout=60)
@@ -58,21 +82,29 @@ def test_poison_among_several_items_in_flight_is_found_within_three_deaths(on_sh
     assert [(item.index, item.attempts) for item in job.quarantined()] == [(170, 3)]
 
 
-def test_an_item_of_a_batch_that_hears_no_signal_is_found_and_quarantined_alone(on_shared: Cell) -> None:
+def test_an_item_of_a_batch_that_hears_no_signal_is_found_and_quarantined_alone(
+    on_shared: Cell,
+) -> None:
     on_shared.environment["RLM_NODE__ITEM_LIMIT_S"] = "1"
     on_shared.worker()
-    job = on_shared.client.submit(operation="poison_batch", items=range(400), params={"deaf": [170]}, continue_on_error=True)
+    job = on_shared.client.submit(
+        operation="poison_batch", items=range(400), params={"deaf": [170]}, continue_on_error=True
+    )
 
     result = job.result(timeout=60)
 
     assert result.output == [i for i in range(400) if i != 170]
-    assert [(item.index, item.last_signal) for item in job.quarantined()] == [(170, "its item limit of 1 s")]
+    assert [(item.index, item.last_signal) for item in job.quarantined()] == [
+        (170, "its item limit of 1 s")
+    ]
 
 
 def test_a_slow_item_of_a_batch_is_found_and_fails_alone(on_shared: Cell) -> None:
     on_shared.environment["RLM_NODE__ITEM_LIMIT_S"] = "1"
     on_shared.worker()
-    job = on_shared.client.submit(operation="poison_batch", items=range(400), params={"slow": [170]}, continue_on_error=True)
+    job = on_shared.client.submit(
+        operation="poison_batch", items=range(400), params={"slow": [170]}, continue_on_error=True
+    )
 
     result = job.result(timeout=60)
 
@@ -94,7 +126,11 @@ def test_poison_without_tolerance_fails_the_job_and_names_the_item(on_shared: Ce
 def test_poison_in_a_sequential_job_keeps_the_order(on_shared: Cell) -> None:
     on_shared.worker()
     job = on_shared.client.submit(
-        operation="poison", items=range(30), params={"poison": [7]}, type="sequential", continue_on_error=True
+        operation="poison",
+        items=range(30),
+        params={"poison": [7]},
+        type="sequential",
+        continue_on_error=True,
     )
 
     result = job.result(timeout=60)
@@ -106,9 +142,12 @@ def test_poison_in_a_sequential_job_keeps_the_order(on_shared: Cell) -> None:
 def test_poison_that_kills_whole_workers_is_found_by_halving(on_shared: Cell) -> None:
     environment = dict(on_shared.environment)
     job = on_shared.client.submit(
-        operation="poison", items=range(16), params={"poison": [5], "worker": True}, continue_on_error=True,
+        operation="poison",
+        items=range(16),
+        params={"poison": [5], "worker": True},
+        continue_on_error=True,
         strategy=Binary(min_chunk_size=16),
-    )  # fmt: skip
+    )
     deaths = 0
     while not job.ready():
         with embedded.worker(environment, log=on_shared.log) as process:
@@ -123,9 +162,14 @@ def test_poison_that_kills_whole_workers_is_found_by_halving(on_shared: Cell) ->
 
 def test_a_merge_that_kills_its_process_fails_its_job(on_shared: Cell) -> None:
     on_shared.worker()
-    job = on_shared.client.submit(operation="deadly_merge", items=range(10), strategy=Binary(min_chunk_size=5))
+    job = on_shared.client.submit(
+        operation="deadly_merge", items=range(10), strategy=Binary(min_chunk_size=5)
+    )
 
-    with pytest.raises(JobFailed, match="the merge: its process died 3 times while it ran, the last time of SIGKILL"):
+    with pytest.raises(
+        JobFailed,
+        match="the merge: its process died 3 times while it ran, the last time of SIGKILL",
+    ):
         job.result(timeout=60)
     on_shared.check_keys(job)
 
@@ -134,13 +178,31 @@ def test_the_command_line_lists_shows_replays_and_drops(on_shared: Cell, tmp_pat
     on_shared.worker()
     cured = tmp_path / "cured"
     job = on_shared.client.submit(
-        operation="poison", items=range(20), params={"poison": [3, 4, 9], "cured": str(cured)}, continue_on_error=True
+        operation="poison",
+        items=range(20),
+        params={"poison": [3, 4, 9], "cured": str(cured)},
+        continue_on_error=True,
     )
     job.result(timeout=60)
 
     def rlm(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "celery", "-A", "rlm_tasks", "rlm", "quarantine", *arguments]
-        return subprocess.run(command, env={**os.environ, **on_shared.environment}, capture_output=True, text=True, check=False)
+        command = [
+            sys.executable,
+            "-m",
+            "celery",
+            "-A",
+            "rlm_tasks",
+            "rlm",
+            "quarantine",
+            *arguments,
+        ]
+        return subprocess.run(
+            command,
+            env={**os.environ, **on_shared.environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     listed = json.loads(rlm("list", "--json").stdout)
     assert [(each["job_id"], each["index"], each["last_signal"]) for each in listed] == [
@@ -171,7 +233,9 @@ def test_an_item_of_three_leases_that_never_yields_runs_once(on_shared: Cell) ->
     seconds = int(3 * LEASE_S)
     journal = str(on_shared.folder / "long")
     job = on_shared.client.submit(
-        operation="holds_the_interpreter", items=[0, 1], params={"seconds": seconds, "journal": journal}
+        operation="holds_the_interpreter",
+        items=[0, 1],
+        params={"seconds": seconds, "journal": journal},
     )
 
     result = job.result(timeout=6 * seconds)
@@ -185,7 +249,11 @@ def test_an_item_that_asks_for_too_much_memory_fails_alone(on_shared: Cell) -> N
     on_shared.worker()
 
     result = on_shared.client.execute(
-        operation="eats_memory", items=range(20), params={"at": 8}, continue_on_error=True, timeout=30
+        operation="eats_memory",
+        items=range(20),
+        params={"at": 8},
+        continue_on_error=True,
+        timeout=30,
     )
 
     assert [(each.index, each.type) for each in result.failed] == [(8, "MemoryError")]
@@ -212,7 +280,9 @@ def test_remote_shutdown_drains_as_a_signal_does(on_shared: Cell) -> None:
 
 @pytest.mark.parametrize("items", [600, 60_000])
 @pytest.mark.parametrize("group", [False, True], ids=["main process", "process group"])
-def test_a_worker_told_to_stop_is_gone_within_two_seconds(on_shared: Cell, items: int, group: bool) -> None:
+def test_a_worker_told_to_stop_is_gone_within_two_seconds(
+    on_shared: Cell, items: int, group: bool
+) -> None:
     worker = on_shared.worker(options=["-c", "4"])
     job = on_shared.submit(items, ms=5)
     wait_until(lambda: job.progress().done > 60)
@@ -224,7 +294,9 @@ def test_a_worker_told_to_stop_is_gone_within_two_seconds(on_shared: Cell, items
     assert time.monotonic() - began < 2.0
     progress = job.progress()
     ran = on_shared.journal(job)
-    assert len(ran) == len(set(ran)) == progress.done, "all that ran is counted: nothing will be computed again"
+    assert len(ran) == len(set(ran)) == progress.done, (
+        "all that ran is counted: nothing will be computed again"
+    )
     job.cancel()
 
 

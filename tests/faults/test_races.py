@@ -1,4 +1,6 @@
-"""Cancellation, expiry and verdict against trees that are splitting: no node starts after them, none escapes."""
+"""Cancellation, expiry and verdict against trees that are splitting: no node starts after them,
+none escapes.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def race(own: Cell, seed: int) -> tuple[str, Job]:
         more = {"timeout_ms": random.uniform(1, 60)}
     if kind == "verdict":
         items[random.randrange(64)]["fails"] = True
-    job = own.client.submit(operation="spin_then_collect", items=items, strategy=Binary(min_chunk_size=4), **more)
+    job = own.client.submit(
+        operation="spin_then_collect", items=items, strategy=Binary(min_chunk_size=4), **more
+    )
     if kind == "cancel":
         time.sleep(random.uniform(0, 0.06))  # the moment of the race
         job.cancel()
@@ -56,16 +60,22 @@ def test_five_hundred_races(on_shared: Cell) -> None:
         if facts["state"] != Status.SUCCEEDED:
             records = [json.loads(each) for each in store.hvals(ledger.keys.of(job.id).nodes)]
             late = [node["at"] - int(facts["stop_ms"]) for node in records if node.get("at")]
-            assert max(late, default=0) <= SLICE_MS, "no node starts later than one slice after the end was decided"
+            assert max(late, default=0) <= SLICE_MS, (
+                "no node starts later than one slice after the end was decided"
+            )
             assert {node["s"] for node in records} <= {"d", "c", "k"}, "none escapes"
         on_shared.check_keys(job)
-    assert all(count > RACES / 3 * 0.5 for count in ended.values()), f"most races were close: {ended}"
+    assert all(count > RACES / 3 * 0.5 for count in ended.values()), (
+        f"most races were close: {ended}"
+    )
     print(f"races decided by {ended}")
 
 
 def test_a_cancelled_tree_of_many_waiting_nodes_ends_at_once(on_shared: Cell) -> None:
     on_shared.worker()
-    job = on_shared.client.submit(operation="nap", items=[5.0] * 5000, type="parallel", chunk_size=1)
+    job = on_shared.client.submit(
+        operation="nap", items=[5.0] * 5000, type="parallel", chunk_size=1
+    )
     wait_until(lambda: job.progress().done > 20)
 
     job.cancel()
@@ -77,7 +87,9 @@ def test_a_cancelled_tree_of_many_waiting_nodes_ends_at_once(on_shared: Cell) ->
 
 def test_an_item_cannot_hold_up_the_end_of_its_job(server: embedded.Server, tmp_path: Path) -> None:
     """Running nodes of an ended job are fenced after the stop grace, whatever they are in."""
-    with cell(server, "stuck", tmp_path, tmp_path / "worker.log", RLM_LEDGER__STOP_GRACE_S="0.5") as own:
+    with cell(
+        server, "stuck", tmp_path, tmp_path / "worker.log", RLM_LEDGER__STOP_GRACE_S="0.5"
+    ) as own:
         own.worker()
         job = own.client.submit(operation="nap", items=[4000.0, 4000.0])
         wait_until(lambda: any(node.state == "running" for node in job.tree()))

@@ -1,4 +1,6 @@
-"""{what befalls Redis} x {crash point}: workers keep their process, reconnect, and finish with the exact answer."""
+"""{what befalls Redis} x {crash point}: workers keep their process, reconnect, and finish with the
+exact answer.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +36,25 @@ def restart(server: embedded.Server, pause_s: float = 0.3) -> None:
 
 
 @points
-def test_redis_is_killed_and_restarted(durable: embedded.Server, on_durable: Cell, point: CrashPoint) -> None:
+def test_redis_is_killed_and_restarted(
+    durable: embedded.Server, on_durable: Cell, point: CrashPoint
+) -> None:
     worker, job = held(on_durable, point)
     since = time.time()
     restart(durable)
     on_durable.go()
 
-    on_durable.check(job, since=since, what="kill -9 of Redis and restart from its AOF", point=point)
+    on_durable.check(
+        job, since=since, what="kill -9 of Redis and restart from its AOF", point=point
+    )
     on_durable.check(on_durable.submit())
     assert worker.poll() is None, "the worker keeps its process"
 
 
 @points
-def test_redis_does_not_answer_for_a_while(durable: embedded.Server, on_durable: Cell, point: CrashPoint) -> None:
+def test_redis_does_not_answer_for_a_while(
+    durable: embedded.Server, on_durable: Cell, point: CrashPoint
+) -> None:
     worker, job = held(on_durable, point)
     since = time.time()
     on_durable.client.ledger.store.client.client_pause(1500)
@@ -57,7 +65,9 @@ def test_redis_does_not_answer_for_a_while(durable: embedded.Server, on_durable:
 
 
 @points
-def test_scripts_are_flushed_and_connections_killed(durable: embedded.Server, on_durable: Cell, point: CrashPoint) -> None:
+def test_scripts_are_flushed_and_connections_killed(
+    durable: embedded.Server, on_durable: Cell, point: CrashPoint
+) -> None:
     worker, job = held(on_durable, point)
     since = time.time()
     server = on_durable.client.ledger.store.client
@@ -70,13 +80,17 @@ def test_scripts_are_flushed_and_connections_killed(durable: embedded.Server, on
 
 
 @points
-def test_queues_and_delivery_records_are_deleted(durable: embedded.Server, on_durable: Cell, point: CrashPoint) -> None:
+def test_queues_and_delivery_records_are_deleted(
+    durable: embedded.Server, on_durable: Cell, point: CrashPoint
+) -> None:
     worker, job = held(on_durable, point)
     since = time.time()
     name = on_durable.client.settings.namespace
     queues = [f"{name}:{name}.{priority}" for priority in ("critical", "high", "normal", "low")]
     wait_until(lambda: on_durable.client.ledger.store.client.exists(f"{name}:unacked") == 1)
-    on_durable.client.ledger.store.client.delete(*queues, f"{name}:unacked", f"{name}:unacked_index")
+    on_durable.client.ledger.store.client.delete(
+        *queues, f"{name}:unacked", f"{name}:unacked_index"
+    )
     on_durable.go()
 
     on_durable.check(job, since=since, what="queues, unacked, unacked_index deleted", point=point)
@@ -84,14 +98,19 @@ def test_queues_and_delivery_records_are_deleted(durable: embedded.Server, on_du
     assert worker.poll() is None
 
 
-def test_an_outage_longer_than_the_lease_repeats_nothing(durable: embedded.Server, on_durable: Cell) -> None:
+def test_an_outage_longer_than_the_lease_repeats_nothing(
+    durable: embedded.Server, on_durable: Cell
+) -> None:
     worker = on_durable.worker()
     other = on_durable.worker()
     seconds = 3 * LEASE_S
     job = on_durable.client.submit(
-        operation="journalled", items=range(3), params={"ms": seconds * 1000, "journal": str(on_durable.folder / "journal")},
-        type="parallel", chunk_size=1,
-    )  # fmt: skip
+        operation="journalled",
+        items=range(3),
+        params={"ms": seconds * 1000, "journal": str(on_durable.folder / "journal")},
+        type="parallel",
+        chunk_size=1,
+    )
     wait_until(lambda: sum(node.state == "running" for node in job.tree()) == 3)
     restart(durable, pause_s=1.5 * LEASE_S)
 
@@ -126,7 +145,9 @@ def test_connections_are_reset_again_and_again(durable: embedded.Server, tmp_pat
 def test_the_last_second_is_cut_from_the_append_only_file(
     durable: embedded.Server, on_durable: Cell, tmp_path: Path, cut_s: float
 ) -> None:
-    """What a power failure does with `appendfsync everysec`: the answer is right, or the job is unknown; never wrong."""
+    """What a power failure does with `appendfsync everysec`: the answer is right, or the job is
+    unknown; never wrong.
+    """
     worker = on_durable.worker()
     [file] = (tmp_path / "server" / "appendonlydir").glob("*.incr.aof")
     sizes: list[tuple[float, int]] = []

@@ -1,4 +1,6 @@
-"""Redis behind sentinels: its primary is killed in the middle of a job, and everybody follows by himself."""
+"""Redis behind sentinels: its primary is killed in the middle of a job, and everybody follows by
+himself.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def shown(platform: Cell) -> Iterator[Flower]:
 def test_a_primary_that_may_not_write_is_away_until_it_may(redis: Watched, platform: Cell) -> None:
     client = platform.client
     with asked(redis.primary) as primary:
-        primary.config_set("min-replicas-to-write", 2)  # as one that was replaced: its replicas have left
+        primary.config_set(
+            "min-replicas-to-write", 2
+        )  # as one that was replaced: its replicas have left
         with pytest.raises(StoreUnavailable, match="NOREPLICAS"):
             client.submit(operation="echo", items=[1])
         primary.config_set("min-replicas-to-write", 0)
@@ -50,7 +54,9 @@ def test_a_primary_that_may_not_write_is_away_until_it_may(redis: Watched, platf
     assert client.submit(operation="echo", items=[1]).id
 
 
-def test_when_the_primary_is_killed_everybody_follows_to_another(redis: Watched, platform: Cell, shown: Flower) -> None:
+def test_when_the_primary_is_killed_everybody_follows_to_another(
+    redis: Watched, platform: Cell, shown: Flower
+) -> None:
     client, [worker] = platform.client, platform.workers
     client.create_circuit_breaker("service", failure_threshold=1).open()
     job = platform.submit(1200, ms=5)
@@ -61,29 +67,38 @@ def test_when_the_primary_is_killed_everybody_follows_to_another(redis: Watched,
 
     platform.check(job, since=since, what="kill -9 of a primary, fail-over by sentinels")
     platform.check(platform.submit())
-    assert client.breakers.status()["service"]["state"] == "open", "what guards share has come along"
+    assert client.breakers.status()["service"]["state"] == "open", (
+        "what guards share has come along"
+    )
     wait_until(lambda: job.id in shown.get("/rlm/jobs?json=1")[1])
     assert worker.poll() is None, "the worker keeps its process"
 
 
-# --- what the doctor says ----------------------------------------------------------------------------
+# --- what the doctor says ---------------------------------------------------------------------
 
 
 def sentinels_of(environment: dict[str, str], **more: str) -> Finding:
     """Return what the doctor finds of the sentinels, and see that it says no password."""
     with client_of({**environment, **more}) as client:
         findings = examine(client, client.app)
-    assert not any(password in str(findings) for password in (SENTINEL_PASSWORD, "of redis#1", "of%20redis"))
+    assert not any(
+        password in str(findings) for password in (SENTINEL_PASSWORD, "of redis#1", "of%20redis")
+    )
     return next(each for each in findings if each.check == "sentinels")
 
 
 def test_the_doctor_knows_whether_sentinels_answer_and_whom_they_watch(platform: Cell) -> None:
     found = sentinels_of(platform.environment)
-    assert (found.state, found.found) == ("ok", f"3 of 3 answer, watch '{MASTER}' and could agree on another")
+    assert (found.state, found.found) == (
+        "ok",
+        f"3 of 3 answer, watch '{MASTER}' and could agree on another",
+    )
 
     found = sentinels_of(platform.environment, RLM_SENTINEL_MASTER="mymaster")
     assert found.state == "fault"
-    assert found.found.endswith(f"0 of 3 answer, watch 'mymaster' and could agree on another: they watch {MASTER}")
+    assert found.found.endswith(
+        f"0 of 3 answer, watch 'mymaster' and could agree on another: they watch {MASTER}"
+    )
     assert sentinels_of(platform.environment, RLM_SENTINEL_PASSWORD="wrong").state == "fault"
 
 

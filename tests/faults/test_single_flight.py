@@ -1,4 +1,6 @@
-"""Calls that several processes ask for at once, on a real server: each is made once, also when its holder is killed."""
+"""Calls that several processes ask for at once, on a real server: each is made once, also when its
+holder is killed.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def client(server: embedded.Server) -> Iterator[redis.Redis]:
 def asking(url: str, count: int, lease_s: float, *keys: str) -> Iterator[list[Child]]:
     """Run processes that will ask for these keys."""
     with ExitStack() as stack:
-        found = [stack.enter_context(closing(Child("tests.faults.flights", url, lease_s, *keys))) for _ in range(count)]
+        found = [
+            stack.enter_context(closing(Child("tests.faults.flights", url, lease_s, *keys)))
+            for _ in range(count)
+        ]
         for each in found:
             each.hear("ready")
         yield found
@@ -54,19 +59,29 @@ def made(client: redis.Redis) -> Counter[str]:
     return Counter(key.decode() for key in client.lrange(MADE, 0, -1))
 
 
-def test_eight_processes_make_each_of_twenty_calls_once(server: embedded.Server, client: redis.Redis) -> None:
+def test_eight_processes_make_each_of_twenty_calls_once(
+    server: embedded.Server, client: redis.Redis
+) -> None:
     with asking(server.url, 8, 60, *KEYS) as callers:
         theirs = begun(callers)
         got = values(callers)
 
-    assert Counter(key for mine in theirs for key in mine) == Counter(KEYS), "each is somebody's, and nobody else's"
+    assert Counter(key for mine in theirs for key in mine) == Counter(KEYS), (
+        "each is somebody's, and nobody else's"
+    )
     assert made(client) == Counter(KEYS)
     assert all(each == got[0] for each in got), "all have the same values"
-    assert {key: value.partition("/")[0] for key, value in got[0].items()} == dict(zip(KEYS, KEYS, strict=True))
-    assert [key for key in client.scan_iter(f"{NAMESPACE}:{{*") if client.ttl(key) < 0] == [], "all keys expire"
+    assert {key: value.partition("/")[0] for key, value in got[0].items()} == dict(
+        zip(KEYS, KEYS, strict=True)
+    )
+    assert [key for key in client.scan_iter(f"{NAMESPACE}:{{*") if client.ttl(key) < 0] == [], (
+        "all keys expire"
+    )
 
 
-def test_the_call_of_a_killed_process_is_made_by_exactly_one_other(server: embedded.Server, client: redis.Redis) -> None:
+def test_the_call_of_a_killed_process_is_made_by_exactly_one_other(
+    server: embedded.Server, client: redis.Redis
+) -> None:
     with asking(server.url, 3, 3.0, "key") as [holder, *others]:
         assert begun([holder]) == [["key"]]
         begun(others)

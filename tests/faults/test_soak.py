@@ -1,4 +1,6 @@
-"""A minute of the storm, as CI can afford it; `make soak` runs it for longer, and a control beside it."""
+"""A minute of the storm, as CI can afford it; `make soak` runs it for longer, and a control beside
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Redis over TLS, told by one URL: ledger, broker and result backend alike; who is not trusted is refused, in a sentence."""
+"""Redis over TLS, told by one URL: ledger, broker and result backend alike; who is not trusted is
+refused, in a sentence.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,18 @@ from tests.integration.conftest import client_of, environment_of
 
 @dataclass(frozen=True)
 class Secured:
-    """A port with TLS before the server, and the certificates of who is trusted there, and of who is not."""
+    """A port with TLS before the server, and the certificates of who is trusted there, and of who
+    is not.
+    """
 
     port: int
     folder: Path
 
-    def url(self, options: str = "ssl_ca_certs={0}/ca.pem&ssl_certfile={0}/client.pem", host: str = "127.0.0.1") -> str:
+    def url(
+        self,
+        options: str = "ssl_ca_certs={0}/ca.pem&ssl_certfile={0}/client.pem",
+        host: str = "127.0.0.1",
+    ) -> str:
         """Return a URL with these options; the default ones are all that is asked for."""
         return f"rediss://{host}:{self.port}/0?{options.format(self.folder)}"
 
@@ -39,7 +47,9 @@ def secured(server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -
     folder, authority = tmp_path_factory.mktemp("certificates"), trustme.CA()
     authority.cert_pem.write_to_path(str(folder / "ca.pem"))
     trustme.CA().cert_pem.write_to_path(str(folder / "stranger.pem"))
-    authority.issue_cert("worker@example.com").private_key_and_cert_chain_pem.write_to_path(str(folder / "client.pem"))
+    authority.issue_cert("worker@example.com").private_key_and_cert_chain_pem.write_to_path(
+        str(folder / "client.pem")
+    )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     authority.configure_trust(context)
@@ -78,13 +88,16 @@ def test_who_is_not_trusted_is_refused(secured: Secured, host: str, options: str
     with (
         client_of(environment_of(secured.url(options, host), "untrusted")) as client,
         pytest.raises(
-            StoreUntrusted, match=r"is not trusted \(.*; see its certificate, and port and ssl_ca_certs in RLM_REDIS_URL"
+            StoreUntrusted,
+            match=r"is not trusted \(.*; see its certificate, and port and ssl_ca_certs in RLM_REDIS_URL",
         ),
     ):
         client.submit(operation="echo", items=[1])
 
 
-@pytest.mark.parametrize("options", ["ssl_check_hostname=false&ssl_ca_certs={0}/ca.pem", "ssl_cert_reqs=none"])
+@pytest.mark.parametrize(
+    "options", ["ssl_check_hostname=false&ssl_ca_certs={0}/ca.pem", "ssl_cert_reqs=none"]
+)
 def test_less_is_verified_where_it_is_asked_for(secured: Secured, options: str) -> None:
     url = secured.url(f"{options}&ssl_certfile={{0}}/client.pem", "localhost")
     with client_of(environment_of(url, "careless")) as client:
@@ -97,8 +110,11 @@ def test_a_worker_that_does_not_trust_redis_ends_with_a_sentence(secured: Secure
     worker = subprocess.run(
         [sys.executable, "-m", "celery", "-A", "rlm_tasks", "worker"],
         env={**os.environ, **environment_of(url, "untrusted")},
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     said = worker.stdout + worker.stderr
 
     assert worker.returncode == 1

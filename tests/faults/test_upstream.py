@@ -1,4 +1,6 @@
-"""Each mending of Celery, kombu and billiard is still needed: these tests fail when upstream has mended the fault."""
+"""Each mending of Celery, kombu and billiard is still needed: these tests fail when upstream has
+mended the fault.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ from kombu import Connection
 from kombu.asynchronous import Hub
 
 from rlm_tasks.testing import embedded
-from rlm_tasks.worker.upstream import survive_reconnects_while_processes_are_recycled, survive_restarts_of_redis
+from rlm_tasks.worker.upstream import (
+    survive_reconnects_while_processes_are_recycled,
+    survive_restarts_of_redis,
+)
 from tests.support import wait_until
 
 STOCK = """
@@ -33,24 +38,46 @@ def nap(path):
 """
 
 
-def test_a_stock_worker_ends_when_redis_restarts_while_it_works(durable: embedded.Server, tmp_path: Path) -> None:
+def test_a_stock_worker_ends_when_redis_restarts_while_it_works(
+    durable: embedded.Server, tmp_path: Path
+) -> None:
     (tmp_path / "stock.py").write_text(STOCK.format(url=durable.url))
     sys.path.insert(0, str(tmp_path))
     try:
         from stock import app  # type: ignore[import-not-found]  # written above
     finally:
         sys.path.remove(str(tmp_path))
-    command = [sys.executable, "-m", "celery", "-A", "stock", "worker", "-c", "2", "--without-gossip", "--without-mingle"]
+    command = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "stock",
+        "worker",
+        "-c",
+        "2",
+        "--without-gossip",
+        "--without-mingle",
+    ]
     with (tmp_path / "stock.log").open("wb") as log:
-        worker = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+        worker = subprocess.Popen(
+            command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         app.send_task("nap", [str(tmp_path / "started")])
         wait_until((tmp_path / "started").exists)
         durable.stop(kill=True)
-        wait_until(lambda: "Connection to broker lost" in (tmp_path / "stock.log").read_text() or worker.poll() is not None)
+        wait_until(
+            lambda: (
+                "Connection to broker lost" in (tmp_path / "stock.log").read_text()
+                or worker.poll() is not None
+            )
+        )
         durable.start()
         assert worker.wait(30) != 0
-        assert "'NoneType' object has no attribute 'hostname'" in (tmp_path / "stock.log").read_text()
+        assert (
+            "'NoneType' object has no attribute 'hostname'" in (tmp_path / "stock.log").read_text()
+        )
     finally:
         embedded.end(worker, signal.SIGKILL)
         app.close()
@@ -67,7 +94,9 @@ def test_a_closed_channel_raises_what_its_callers_expect(durable: embedded.Serve
         channel._connparams()
 
 
-def test_a_process_that_has_ended_is_not_watched_when_a_worker_reconnects(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_has_ended_is_not_watched_when_a_worker_reconnects(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ended, hub = SimpleNamespace(_sentinel_poll=None), Hub()
     pool = SimpleNamespace(_event_process_exit=lambda *_: None)
     mended = asynpool.AsynPool._track_child_process

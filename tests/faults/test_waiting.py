@@ -1,4 +1,6 @@
-"""What waits survives what befalls processes and Redis, ends when it is told to, and is called when its turn has come."""
+"""What waits survives what befalls processes and Redis, ends when it is told to, and is called when
+its turn has come.
+"""
 
 from __future__ import annotations
 
@@ -28,20 +30,32 @@ MODULES = f"tests.integration.ops,tests.faults.ops,{waiting_ops.__name__}"
 
 
 def _knowing(own: Cell) -> Cell:
-    own.environment |= {"RLM_OPERATIONS": MODULES, "RLM_GUARD_TIMEOUT_S": "1"}  # a busy machine is no outage
+    own.environment |= {
+        "RLM_OPERATIONS": MODULES,
+        "RLM_GUARD_TIMEOUT_S": "1",
+    }  # a busy machine is no outage
     return own
 
 
 @pytest.fixture
-def waiting(server: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cell]:
+def waiting(
+    server: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[Cell]:
     """A cell on the shared server whose workers know operations that wait."""
     with cell(server, name_of(request), tmp_path, tmp_path / "worker.log") as own:
         yield _knowing(own)
 
 
-def submit(own: Cell, operation: str, items: Any, *, params: dict[str, Any] | None = None, **fields: Any) -> Job:
+def submit(
+    own: Cell, operation: str, items: Any, *, params: dict[str, Any] | None = None, **fields: Any
+) -> Job:
     """Open a job whose operation knows the cell's folder."""
-    return own.client.submit(operation=operation, items=items, params={"folder": str(own.folder), **(params or {})}, **fields)
+    return own.client.submit(
+        operation=operation,
+        items=items,
+        params={"folder": str(own.folder), **(params or {})},
+        **fields,
+    )
 
 
 def parked(job: Job) -> int:
@@ -57,7 +71,9 @@ def all_parked(job: Job, at_least: int = 1) -> bool:
 
 def words(own: Cell) -> list[tuple[str, int, int]]:
     """Return what operations said, in order: word, index, process."""
-    lines = (own.folder / "words").read_text().splitlines() if (own.folder / "words").exists() else []
+    lines = (
+        (own.folder / "words").read_text().splitlines() if (own.folder / "words").exists() else []
+    )
     return [(word, int(index), int(pid)) for word, index, pid in map(str.split, lines)]
 
 
@@ -66,11 +82,16 @@ def no_permit_is_held(own: Cell, service: str) -> bool:
     return Bulkhead(service, guard_store(own.client.settings)).status()["used"] == 0
 
 
-# --- kills ----------------------------------------------------------------------------------------------
+# --- kills ------------------------------------------------------------------------------------
 
 
 def _kill_a_pool_process(own: Cell, random: Random) -> None:
-    pids = [child.pid for worker in own.workers if worker.poll() is None for child in psutil.Process(worker.pid).children()]
+    pids = [
+        child.pid
+        for worker in own.workers
+        if worker.poll() is None
+        for child in psutil.Process(worker.pid).children()
+    ]
     if pids:
         os.kill(random.choice(pids), signal.SIGKILL)
 
@@ -87,7 +108,9 @@ def test_a_guarded_job_is_exact_whoever_is_killed(waiting: Cell, seed: int) -> N
     for _ in range(2):
         waiting.worker()
     job = submit(waiting, "w_flaky", range(n), params={"ms": 8}, chunk_size=6)
-    for step, kill in enumerate([_kill_a_pool_process, _kill_a_worker, _kill_a_pool_process, _kill_a_worker], 1):
+    for step, kill in enumerate(
+        [_kill_a_pool_process, _kill_a_worker, _kill_a_pool_process, _kill_a_worker], 1
+    ):
         wait_until(lambda step=step: len(waiting.journal(job)) > step * n // 6)
         kill(waiting, random)
 
@@ -97,11 +120,13 @@ def test_a_guarded_job_is_exact_whoever_is_killed(waiting: Cell, seed: int) -> N
     assert all(runs[index] >= 3 for index in range(0, n, 10)), "two failures and a success each"
 
 
-# --- Redis ----------------------------------------------------------------------------------------------
+# --- Redis ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("operation", ["w_gate", "w_gate_guarded"])
-def test_parked_nodes_wake_after_redis_was_killed(durable: embedded.Server, on_durable: Cell, operation: str) -> None:
+def test_parked_nodes_wake_after_redis_was_killed(
+    durable: embedded.Server, on_durable: Cell, operation: str
+) -> None:
     own = _knowing(on_durable)
     (own.folder / "shut").touch()
     worker = own.worker()
@@ -116,7 +141,7 @@ def test_parked_nodes_wake_after_redis_was_killed(durable: embedded.Server, on_d
     assert worker.poll() is None
 
 
-# --- the end of a job whose nodes wait -------------------------------------------------------------------
+# --- the end of a job whose nodes wait --------------------------------------------------------
 
 
 def test_a_cancelled_job_that_only_waits_ends_at_once(waiting: Cell) -> None:
@@ -167,7 +192,7 @@ def test_the_turn_of_a_cancelled_job_goes_to_the_next_who_waits(waiting: Cell) -
     assert time.monotonic() - began < 3.0, "nobody has waited for the lease of 60 s"
 
 
-# --- permits --------------------------------------------------------------------------------------------
+# --- permits ----------------------------------------------------------------------------------
 
 
 def test_the_permit_of_a_killed_process_goes_to_the_next_who_waits(waiting: Cell) -> None:
@@ -188,7 +213,9 @@ def test_the_permit_of_a_killed_process_goes_to_the_next_who_waits(waiting: Cell
     wait_until(lambda: no_permit_is_held(waiting, "w_narrow"))
 
 
-def test_many_in_flight_behind_a_narrow_bulkhead_wait_for_permits_and_not_for_leases(waiting: Cell) -> None:
+def test_many_in_flight_behind_a_narrow_bulkhead_wait_for_permits_and_not_for_leases(
+    waiting: Cell,
+) -> None:
     waiting.worker(options=["-c", "2"])
     jobs = [submit(waiting, "w_narrow_async", range(45), type="sequential") for _ in range(2)]
 
@@ -208,7 +235,7 @@ def test_items_that_are_tried_again_wait_for_permits_and_not_for_leases(waiting:
     assert no_permit_is_held(waiting, "w_narrow_flaky")
 
 
-# --- drains ---------------------------------------------------------------------------------------------
+# --- drains -----------------------------------------------------------------------------------
 
 
 def _drained(own: Cell) -> float:
@@ -232,10 +259,17 @@ def test_a_worker_whose_nodes_wait_is_gone_within_two_seconds(waiting: Cell) -> 
     assert sorted(waiting.journal(job)) == list(range(60))
 
 
-def test_a_worker_with_sleepers_among_items_in_flight_is_gone_within_two_seconds(waiting: Cell) -> None:
+def test_a_worker_with_sleepers_among_items_in_flight_is_gone_within_two_seconds(
+    waiting: Cell,
+) -> None:
     waiting.worker()
     job = submit(
-        waiting, "w_sleepers", range(40), params={"wait_s": 1.5}, strategy=Binary(min_chunk_size=40), continue_on_error=True
+        waiting,
+        "w_sleepers",
+        range(40),
+        params={"wait_s": 1.5},
+        strategy=Binary(min_chunk_size=40),
+        continue_on_error=True,
     )
     wait_until(lambda: {5, 25} <= set(waiting.journal(job)))
 
@@ -250,7 +284,7 @@ def test_a_worker_with_sleepers_among_items_in_flight_is_gone_within_two_seconds
     waiting.check_keys(job)
 
 
-# --- many in flight -------------------------------------------------------------------------------------
+# --- many in flight ---------------------------------------------------------------------------
 
 
 def _most_in_flight(said: list[tuple[str, int, int]]) -> int:
@@ -274,7 +308,11 @@ def test_many_in_flight_run_once_whatever_waits_among_them(waiting: Cell) -> Non
 
     said = words(waiting)
     assert _most_in_flight(said) in range(2, 21)
-    twice = {index: count for index, count in Counter(index for word, index, _ in said if word == "ok").items() if count > 1}
+    twice = {
+        index: count
+        for index, count in Counter(index for word, index, _ in said if word == "ok").items()
+        if count > 1
+    }
     assert twice == {}, "what has succeeded is not done again"
     log = waiting.log.read_text()
     assert "never retrieved" not in log
@@ -282,16 +320,20 @@ def test_many_in_flight_run_once_whatever_waits_among_them(waiting: Cell) -> Non
 
 
 @pytest.mark.parametrize("kind", ["sequential", "recursive"])
-def test_what_has_ended_behind_a_sleeper_is_not_done_again_when_its_node_has_run_long(waiting: Cell, kind: str) -> None:
+def test_what_has_ended_behind_a_sleeper_is_not_done_again_when_its_node_has_run_long(
+    waiting: Cell, kind: str
+) -> None:
     waiting.worker(options=["-c", "2"])
     job = submit(waiting, "w_sleepers", range(25), params={"wait_s": 1.5}, type=kind)
 
     waiting.check(job)
 
-    assert {index: count for index, count in Counter(waiting.journal(job)).items() if count > 1} == {5: 2}
+    assert {
+        index: count for index, count in Counter(waiting.journal(job)).items() if count > 1
+    } == {5: 2}
 
 
-# --- every way to work through a range -------------------------------------------------------------------
+# --- every way to work through a range --------------------------------------------------------
 
 WAYS: dict[str, dict[str, Any]] = {
     "sequential": {"type": "sequential"},
@@ -309,11 +351,13 @@ def test_what_waits_and_is_tried_again_stays_in_order(waiting: Cell, operation: 
     for way, job in jobs.items():
         result = job.result(timeout=30)
         assert (result.output, result.done) == (list(range(80)), 80), way
-        assert operation != "w_flaky" or Counter(waiting.journal(job)) == Counter({i: 1 if i % 10 else 3 for i in range(80)}), way
+        assert operation != "w_flaky" or Counter(waiting.journal(job)) == Counter(
+            {i: 1 if i % 10 else 3 for i in range(80)}
+        ), way
         waiting.check_keys(job)
 
 
-# --- guards of one's own ---------------------------------------------------------------------------------
+# --- guards of one's own ----------------------------------------------------------------------
 
 
 def test_guards_of_ones_own_park_until_they_allow(waiting: Cell) -> None:

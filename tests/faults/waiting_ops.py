@@ -1,4 +1,5 @@
-"""Operations that wait: behind guards, behind a gate that a test opens, or because their service is busy.
+"""Operations that wait: behind guards, behind a gate that a test opens, or because their service is
+busy.
 
 Each run is noted as ``index`` in a job's journal; what else happened goes to a file of its own.
 """
@@ -62,11 +63,19 @@ def _accepts(index: int) -> None:
         raise ValueError("negative")
 
 
-operation("w_flaky", merge=_listed, service="w", rate_limit=WIDE, retry=QUICK, validate=_accepts)(_flaky)
+operation("w_flaky", merge=_listed, service="w", rate_limit=WIDE, retry=QUICK, validate=_accepts)(
+    _flaky
+)
 
 
 @operation(
-    "w_flaky_batch", merge=_listed, batch=True, service="w-batch", rate_limit=WIDE, retry=QUICK, validate=lambda item: None
+    "w_flaky_batch",
+    merge=_listed,
+    batch=True,
+    service="w-batch",
+    rate_limit=WIDE,
+    retry=QUICK,
+    validate=lambda item: None,
 )
 def w_flaky_batch(items: list[int], ctx: Context) -> list[int]:
     """Fail a batch the first time that it holds one of some items."""
@@ -96,7 +105,9 @@ def w_gate_guarded(index: int, ctx: Context) -> list[int]:
 
 @operation("w_narrow", merge=_listed, bulkhead=1)
 def w_narrow(index: int, ctx: Context) -> list[int]:
-    """Bear one call at a time; the first one ever made never ends by itself while the file `hold` is there."""
+    """Bear one call at a time; the first one ever made never ends by itself while the file `hold`
+    is there.
+    """
     try:
         os.close(os.open(_folder(ctx) / "first", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
@@ -117,7 +128,13 @@ async def w_narrow_async(index: int, ctx: Context) -> list[int]:
     return [index]
 
 
-@operation("w_sleepers", merge=_listed, service="w-sleepers", concurrency=10, retry=RetryPolicy(max_attempts=4))
+@operation(
+    "w_sleepers",
+    merge=_listed,
+    service="w-sleepers",
+    concurrency=10,
+    retry=RetryPolicy(max_attempts=4),
+)
 async def w_sleepers(index: int, ctx: Context) -> list[int]:
     """Have sleepers at 5 and 25 (for good), and others that take their time."""
     _ran(ctx)

@@ -27,8 +27,12 @@ CALM = {
 """What is not about pressure is the same on a machine that others press."""
 
 
-def environment_of(url: str, namespace: str, *, pressed: bool = False, **more: str) -> dict[str, str]:
-    """Return the environment of a worker on a server of ours; `pressed` lets pressure have its way."""
+def environment_of(
+    url: str, namespace: str, *, pressed: bool = False, **more: str
+) -> dict[str, str]:
+    """Return the environment of a worker on a server of ours; `pressed` lets pressure have its
+    way.
+    """
     return {
         **({} if pressed else CALM),
         "CELERY_WORKER_METRICS_PORT": "0",  # many workers run here at once
@@ -93,5 +97,7 @@ def client(environment: dict[str, str], worker_pid: int) -> Iterator[Client]:
 @pytest.fixture
 def lonely_client(server: embedded.Server, request: pytest.FixtureRequest) -> Iterator[Client]:
     """A client in a namespace where no worker lives."""
-    with client_of(environment_of(server.url, f"lonely-{abs(hash(request.node.nodeid)) % 10**8}")) as own:
+    with client_of(
+        environment_of(server.url, f"lonely-{abs(hash(request.node.nodeid)) % 10**8}")
+    ) as own:
         yield own

@@ -22,7 +22,9 @@ from tests.support import wait_until
 ROOT = Path(__file__).parents[2]
 USER = "me:secret-of-me"
 BEAT = ("-B", "--scheduler", "celery.beat:Scheduler")
-"""Options of a worker that has a beat within: one process less, where a test needs the monitor to look."""
+"""Options of a worker that has a beat within: one process less, where a test needs the monitor to
+look.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class Flower:
         assert status == 200, text
         return json.loads(text)  # type: ignore[no-any-return]  # JSON has no types
 
-    def post(self, action: str, user: str = "", *, site: str = "same-origin", **about: str) -> tuple[int, dict[str, str]]:
+    def post(
+        self, action: str, user: str = "", *, site: str = "same-origin", **about: str
+    ) -> tuple[int, dict[str, str]]:
         """Do what a button does; return the status and what is told."""
         body = urllib.parse.urlencode(about).encode()
         headers = {"Sec-Fetch-Site": site}
@@ -61,14 +65,29 @@ class Flower:
 
 
 @contextmanager
-def flower(environment: Mapping[str, str], log: Path, *options: str, prefix: str = "") -> Iterator[Flower]:
-    """Run a Flower for the length of a block; it answers when the block begins.  `prefix` is a first part of all paths, ``/ops``."""
+def flower(
+    environment: Mapping[str, str], log: Path, *options: str, prefix: str = ""
+) -> Iterator[Flower]:
+    """Run a Flower for the length of a block; it answers when the block begins.  `prefix` is a
+    first part of all paths, ``/ops``.
+    """
     port = embedded.free_port()
-    command = [sys.executable, "-m", "celery", "-A", "rlm_tasks", "flower", f"--port={port}", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "rlm_tasks",
+        "flower",
+        f"--port={port}",
+        *options,
+    ]
     if prefix:
         command.append(f"--url_prefix={prefix.strip('/')}")
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT, env={**os.environ, **environment})
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, cwd=ROOT, env={**os.environ, **environment}
+        )
     own = Flower(f"http://127.0.0.1:{port}{prefix}", process.pid)
 
     def answers() -> bool:

@@ -1,4 +1,6 @@
-"""Operations behind guards, and the service they call: files in a folder that a test shares with its worker."""
+"""Operations behind guards, and the service they call: files in a folder that a test shares with
+its worker.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ def metered(item: int, ctx: Context) -> list[int]:
 
 
 @operation(
-    "fragile", merge=_listed, breaker=BreakerConfig(failure_threshold=3, recovery_timeout_s=0.5, success_threshold=1), retry=QUICK
+    "fragile",
+    merge=_listed,
+    breaker=BreakerConfig(failure_threshold=3, recovery_timeout_s=0.5, success_threshold=1),
+    retry=QUICK,
 )
 def fragile(item: int, ctx: Context) -> list[int]:
     """Call a service that is down while the file `down` is there."""
@@ -57,7 +62,11 @@ def stubborn(item: int, ctx: Context) -> list[int]:
     return fragile(item, ctx)  # type: ignore[no-any-return]  # calling an operation calls its function
 
 
-@operation("second_best", breaker=BreakerConfig(failure_threshold=2, recovery_timeout_s=60), fallback=lambda item: -item)
+@operation(
+    "second_best",
+    breaker=BreakerConfig(failure_threshold=2, recovery_timeout_s=60),
+    fallback=lambda item: -item,
+)
 def second_best(item: int, ctx: Context) -> int:
     """Answer by a fallback once the breaker is open."""
     raise ConnectionError("never there")
@@ -82,7 +91,13 @@ async def third_time_async(item: int, ctx: Context) -> list[int]:
     return [item]
 
 
-@operation("metered_async", merge=_listed, service="metered-async", rate_limit=Rate(50, per_s=1, burst=5), concurrency=20)
+@operation(
+    "metered_async",
+    merge=_listed,
+    service="metered-async",
+    rate_limit=Rate(50, per_s=1, burst=5),
+    concurrency=20,
+)
 async def metered_async(item: int, ctx: Context) -> list[int]:
     """Call a provider that allows 50 calls a second, with many in flight."""
     _journal(ctx, "call")

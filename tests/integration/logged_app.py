@@ -1,4 +1,6 @@
-"""The platform's app, with operations that log; with OWN_LOGGING it brings its own configuration of logging."""
+"""The platform's app, with operations that log; with OWN_LOGGING it brings its own configuration of
+logging.
+"""
 
 from __future__ import annotations
 

@@ -66,7 +66,9 @@ def not_storable(number: int) -> Any:
     return {1j} if number % 10 == 3 else number
 
 
-@operation("not_storable_merged", merge=lambda parts: {"worst": max(abs(each) for each in parts) * 1j})
+@operation(
+    "not_storable_merged", merge=lambda parts: {"worst": max(abs(each) for each in parts) * 1j}
+)
 def not_storable_merged(number: int) -> Any:
     """Answer with what a merge turns into something that cannot be stored."""
     return number

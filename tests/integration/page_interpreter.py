@@ -1,9 +1,9 @@
 """The one interpreter of a page's python blocks, as a reader has it open beside the page.
 
-Run as ``python -c`` of this text, so that the folder it is started in is on the import path, as a prompt's is.
-It reads one JSON object a line from stdin and answers each, on the file that its argument numbers, by an error's
-traceback and by what each `print` of the page has written, with its line.  Refuses to know what is right.
-"""
+Run as ``python -c`` of this text, so that the folder it is started in is on the import path, as a
+prompt's is. It reads one JSON object a line from stdin and answers each, on the file that its
+argument numbers, by an error's traceback and by what each `print` of the page has written, with its
+line.  Refuses to know what is right."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from typing import Any, TextIO
 
 
 def run(page: ModuleType, name: str, line: int, text: str) -> str:
-    """Run one block, whose first line is the page's line `line`; return its traceback, or nothing."""
+    """Run one block, whose first line is the page's line `line`; return its traceback, or
+    nothing.
+    """
     source = "\n" * (line - 1) + text
     # Without a time of change the cache is never asked whether the page has changed.
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)

@@ -1,8 +1,8 @@
-"""Who reads a page of the documentation and does all that it says, in an empty folder, with a real server.
+"""Who reads a page of the documentation and does all that it says, in an empty folder, with a real
+server.
 
-Decides how commands and code are run, and when what was started is ready.  Refuses to know what a block is for:
-`tests.integration.pages` says so.
-"""
+Decides how commands and code are run, and when what was started is ready.  Refuses to know what a
+block is for: `tests.integration.pages` says so."""
 
 from __future__ import annotations
 
@@ -54,9 +54,17 @@ class Interpreter:
         os.close(outside)
         self._answers = open(inside, encoding="utf-8")  # noqa: PTH123, SIM115  # a number, not a path; closed by `close`
 
-    def run(self, block: Block, text: str, folder: Path, environment: Mapping[str, str]) -> list[tuple[int, str]]:
+    def run(
+        self, block: Block, text: str, folder: Path, environment: Mapping[str, str]
+    ) -> list[tuple[int, str]]:
         """Run a block; return what its prints have written, by line."""
-        asked = {"name": block.page, "line": block.line, "text": text, "folder": str(folder), "environment": dict(environment)}
+        asked = {
+            "name": block.page,
+            "line": block.line,
+            "text": text,
+            "folder": str(folder),
+            "environment": dict(environment),
+        }
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(asked).encode() + b"\n")
@@ -101,15 +109,23 @@ class Running:
 
 
 class Reader:
-    """Who carries a page out: in a folder, with an environment that exports change, and with what was started so far."""
+    """Who carries a page out: in a folder, with an environment that exports change, and with what
+    was started so far.
+    """
 
     def __init__(
-        self, folder: Path, environment: dict[str, str], apart: Path, stopping: ExitStack, instead: Mapping[str, str]
+        self,
+        folder: Path,
+        environment: dict[str, str],
+        apart: Path,
+        stopping: ExitStack,
+        instead: Mapping[str, str],
     ) -> None:
-        """`apart` is where what the reader does not see is kept, and `instead` how what a page calls localhost is called here.
+        """`apart` is where what the reader does not see is kept, and `instead` how what a page
+        calls localhost is called here.
 
-        `stopping` waits for the end of what is started, which takes its time; the next page may be read meanwhile.
-        """
+        `stopping` waits for the end of what is started, which takes its time; the next page may be
+        read meanwhile."""
         self.folder, self.environment, self._apart = folder, environment, apart
         self._stopping, self._instead = stopping, instead
         self.printed: str | None = None  # by the last block that was run
@@ -130,7 +146,9 @@ class Reader:
             self._interpreter.close()
 
     def carry_out(self, blocks: list[Block]) -> None:
-        """Do what the blocks of a page say.  Raises Wrong at the first that does not do what it says."""
+        """Do what the blocks of a page say.  Raises Wrong at the first that does not do what it
+        says.
+        """
         for block in blocks:
             parse(block)
             if block.title == "prints":
@@ -159,14 +177,18 @@ class Reader:
         if self.printed is None:
             raise Wrong(f"{block}: nothing before it has been run")
         if not alike(self._here(block.text), self.printed):
-            raise Wrong(f"{block}: the page says\n{block.text}but what is printed is\n{self.printed}")
+            raise Wrong(
+                f"{block}: the page says\n{block.text}but what is printed is\n{self.printed}"
+            )
 
     # --- python ---
 
     def _python(self, block: Block) -> None:
         self._settle()
         if self._interpreter is None:
-            self._interpreter = Interpreter(self.folder, self.environment, self._apart / "python.out")
+            self._interpreter = Interpreter(
+                self.folder, self.environment, self._apart / "python.out"
+            )
         text = self._here(block.text)
         for number, line in enumerate(text.splitlines(), start=block.line):
             if (comment := SAID.match(line)) is not None:
@@ -175,7 +197,9 @@ class Reader:
         for number, printed in self._interpreter.run(block, text, self.folder, self.environment):
             self._heard.add(number)
             if number in self._comments and not alike(said := self._comments[number], printed):
-                raise Wrong(f"{block.page}:{number}: the comment says {said!r}, but what is printed is {printed!r}")
+                raise Wrong(
+                    f"{block.page}:{number}: the comment says {said!r}, but what is printed is {printed!r}"
+                )
         self.printed = self._interpreter.output.read_bytes()[before:].decode()
 
     # --- sh ---
@@ -203,7 +227,9 @@ class Reader:
         try:
             code = process.wait(BLOCK_S)
         except subprocess.TimeoutExpired:
-            raise Wrong(f"{place}: still runs after {BLOCK_S:.0f} s:\n{_end_of(output)}{_end_of(errors)}") from None
+            raise Wrong(
+                f"{place}: still runs after {BLOCK_S:.0f} s:\n{_end_of(output)}{_end_of(errors)}"
+            ) from None
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -211,7 +237,9 @@ class Reader:
         if code:
             raise Wrong(f"{place}: exit code {code}:\n{_end_of(output)}{_end_of(errors)}")
         variables = state.read_bytes().decode().rstrip("\0").split("\0")
-        self.environment = {name: value for name, _, value in (each.partition("=") for each in variables)}
+        self.environment = {
+            name: value for name, _, value in (each.partition("=") for each in variables)
+        }
         self.folder = Path(self.environment["PWD"])
         return output.read_text(encoding="utf-8")
 
@@ -221,10 +249,15 @@ class Reader:
         log, ready = self._apart / f"{name}.log", self._apart / f"{name}.ready"
         command = self._here(step.text).strip().removesuffix("&")
         with log.open("wb") as output:
-            # `env` takes the variables that stand before a command; bash itself is gone, so that signals arrive.
+            # `env` takes the variables that stand before a command; bash itself is gone, so that
+            # signals arrive.
             process = self._popen(f"exec env {command}", output, output, RLM_READY_FILE=str(ready))
         self._stopping.callback(embedded.end, process)
-        port = int(told[1] if (told := re.search(r"--port[= ](\d+)", command)) else self.environment["FLOWER_PORT"])
+        port = int(
+            told[1]
+            if (told := re.search(r"--port[= ](\d+)", command))
+            else self.environment["FLOWER_PORT"]
+        )
         how: dict[str, Callable[[], bool]] = {
             "worker": ready.exists,
             "flower": lambda: _answers(port),
@@ -235,7 +268,9 @@ class Reader:
         self._running.append(running)
         self._unsettled.append(running)
 
-    def _popen(self, script: str, out: IO[bytes], err: IO[bytes], **more: str) -> subprocess.Popen[bytes]:
+    def _popen(
+        self, script: str, out: IO[bytes], err: IO[bytes], **more: str
+    ) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             ["bash", "-e", "-c", script],
             cwd=self.folder,
@@ -247,7 +282,9 @@ class Reader:
         )
 
     def _settle(self) -> None:
-        """Wait until all that was started is ready, and a beat's first look at the platform has been taken."""
+        """Wait until all that was started is ready, and a beat's first look at the platform has
+        been taken.
+        """
         if not self._unsettled:
             return
         for each in self._unsettled:
@@ -268,11 +305,15 @@ def _end_of(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")[-3000:]
 
 
-# --- where pages are read ------------------------------------------------------------------------------
+# --- where pages are read ---------------------------------------------------------------------
 
 
-def reader_of(name: str, url: str, folder: Path, stopping: ExitStack, **more: str) -> tuple[Reader, dict[int, int]]:
-    """Return who reads a page in an empty folder, and which ports stand for those that pages name; `more` is set besides."""
+def reader_of(
+    name: str, url: str, folder: Path, stopping: ExitStack, **more: str
+) -> tuple[Reader, dict[int, int]]:
+    """Return who reads a page in an empty folder, and which ports stand for those that pages name;
+    `more` is set besides.
+    """
     ports = {there: embedded.free_port() for there in PORTS}
     for each in ("reader", "apart"):
         (folder / each).mkdir()
@@ -281,7 +322,9 @@ def reader_of(name: str, url: str, folder: Path, stopping: ExitStack, **more: st
 
 
 def _environment(url: str, name: str, ports: dict[int, int]) -> dict[str, str]:
-    """Return what a reader has set before the page begins: nothing, but where things are on this machine."""
+    """Return what a reader has set before the page begins: nothing, but where things are on this
+    machine.
+    """
     # A drill needs pressure; all other pages are the same on a machine that others press.
     pressed = bool(re.search(r"pressure[ .]force", PAGES[name]))
     found = environment_of(
@@ -301,7 +344,9 @@ def _environment(url: str, name: str, ports: dict[int, int]) -> dict[str, str]:
 
 
 def _instead(url: str, ports: dict[int, int]) -> dict[str, str]:
-    """Return what pages call the places of a machine that is theirs alone, and what these are here."""
+    """Return what pages call the places of a machine that is theirs alone, and what these are
+    here.
+    """
     ways = ("localhost:{}", "127.0.0.1:{}", "port={}", "port {}")
     own = {way.format(there): way.format(here) for there, here in ports.items() for way in ways}
     return own | {"redis://localhost:6379": url.removesuffix("/0")}

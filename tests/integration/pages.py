@@ -4,13 +4,14 @@ What becomes of a block is decided here, once for all pages, by its language and
 
 - with a file's name as title it becomes that file;
 - ``python`` runs in one interpreter for the whole page; a line ``print(...)  # x`` has to print x;
-- ``sh`` is run by bash; a worker, beat, Flower or fake provider goes on until the page ends; exports and ``cd`` last;
+- ``sh`` is run by bash; a worker, beat, Flower or fake provider goes on until the page ends;
+  exports and ``cd`` last;
 - ``text title="prints"`` is what the block before it has printed; plain ``text`` is a picture;
 - ``json``, ``yaml``, ``ini`` and ``promql`` are parsed.
 
-In what is printed ``...`` stands for anything, and one space for many.  Commands of ELSEWHERE are not run: the files,
-make targets and extras that they name have to exist.  Refuses to know what is on any page, and runs nothing.
-"""
+In what is printed ``...`` stands for anything, and one space for many.  Commands of ELSEWHERE are
+not run: the files, make targets and extras that they name have to exist.  Refuses to know what is
+on any page, and runs nothing."""
 
 from __future__ import annotations
 
@@ -40,8 +41,22 @@ NAMED_FILE = re.compile(r"\.(ya?ml|json|txt|toml|py|md)$")
 STAYING = ("worker", "beat", "flower")
 PROVIDER = "rlm_tasks.testing.fake_provider"
 ELSEWHERE = {
-    *("docker", "kubectl", "helm", "redis-server", "redis-cli", "valkey-cli"),  # no test machine has them
-    *("pip", "venv", "apt-get", "git", "source", "."),  # they change the machine, or ask the network
+    *(
+        "docker",
+        "kubectl",
+        "helm",
+        "redis-server",
+        "redis-cli",
+        "valkey-cli",
+    ),  # no test machine has them
+    *(
+        "pip",
+        "venv",
+        "apt-get",
+        "git",
+        "source",
+        ".",
+    ),  # they change the machine, or ask the network
     *("pkill", "killall"),  # they reach what others have started
     "make",  # sets up an environment of its own
 }
@@ -67,7 +82,9 @@ class Block:
 
 
 def read(name: str, text: str) -> list[Block]:
-    """Return the blocks of a page in their order.  Raises Wrong for a fence that cannot be read, or has an unknown language."""
+    """Return the blocks of a page in their order.  Raises Wrong for a fence that cannot be read, or
+    has an unknown language.
+    """
     lines = text.splitlines()
     found, at = [], 0
     while at < len(lines):
@@ -87,12 +104,20 @@ def read(name: str, text: str) -> list[Block]:
 
 def _block(name: str, line: int, info: str, body: str) -> Block:
     if (told := INFO.fullmatch(info.strip())) is None:
-        raise Wrong(f'{name}:{line - 1}: a fence is ```language or ```language title="...", not ```{info}; use one of {KNOWN}')
+        raise Wrong(
+            f'{name}:{line - 1}: a fence is ```language or ```language title="...", not ```{info}; use one of {KNOWN}'
+        )
     language, title = told[1], told[2] or ""
     if language not in (*PARSERS, "sh", "text"):
-        raise Wrong(f"{name}:{line - 1}: nobody knows how to run or parse {language!r}; use one of {KNOWN}")
-    if title and (language == "sh" or ("." not in title and (language, title) != ("text", "prints"))):
-        raise Wrong(f'{name}:{line - 1}: title={title!r} is neither a file\'s name nor "prints" of a text block')
+        raise Wrong(
+            f"{name}:{line - 1}: nobody knows how to run or parse {language!r}; use one of {KNOWN}"
+        )
+    if title and (
+        language == "sh" or ("." not in title and (language, title) != ("text", "prints"))
+    ):
+        raise Wrong(
+            f'{name}:{line - 1}: title={title!r} is neither a file\'s name nor "prints" of a text block'
+        )
     return Block(name, line, language, title, body)
 
 
@@ -104,7 +129,9 @@ def _promql(text: str) -> None:
 
 def _ini(text: str) -> None:
     # Lines before the first section are those of an env file.
-    configparser.ConfigParser(strict=False, interpolation=None, allow_no_value=True).read_string("[top]\n" + text)
+    configparser.ConfigParser(strict=False, interpolation=None, allow_no_value=True).read_string(
+        "[top]\n" + text
+    )
 
 
 PARSERS: dict[str, Callable[[str], object]] = {
@@ -135,12 +162,14 @@ def _even(text: str) -> str:
     return "".join(" ".join(line.split()) + "\n" for line in text.strip().splitlines())
 
 
-# --- commands ----------------------------------------------------------------------------------------
+# --- commands ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Step:
-    """Lines of an sh block that are treated in one way: run, started and left running, or not run here."""
+    """Lines of an sh block that are treated in one way: run, started and left running, or not run
+    here.
+    """
 
     line: int
     text: str
@@ -166,7 +195,9 @@ def steps(block: Block) -> Iterator[Step]:
 
 
 def _commands(block: Block) -> Iterator[tuple[int, str]]:
-    """Yield a block's lines with their numbers; those that end with a backslash go with the next."""
+    """Yield a block's lines with their numbers; those that end with a backslash go with the
+    next.
+    """
     command, begin = "", block.line
     for number, line in enumerate(block.text.splitlines(keepends=True), start=block.line):
         command += line
@@ -208,15 +239,33 @@ def _starts(words: list[str]) -> str:
 
 
 def missing(command: str, folder: Path) -> list[str]:
-    """Return what a command that is not run names and there is not: files, make targets, extras of ours."""
+    """Return what a command that is not run names and there is not: files, make targets, extras of
+    ours.
+    """
     words = _words(command)
-    parts = [part for word in words for part in word.split("=") if "://" not in part and not part.startswith("/")]
-    files = [part for part in parts if NAMED_FILE.search(part) or ((ROOT / part.partition("/")[0] / "").is_dir() and "/" in part)]
+    parts = [
+        part
+        for word in words
+        for part in word.split("=")
+        if "://" not in part and not part.startswith("/")
+    ]
+    files = [
+        part
+        for part in parts
+        if NAMED_FILE.search(part)
+        or ((ROOT / part.partition("/")[0] / "").is_dir() and "/" in part)
+    ]
     found = [part for part in files if not any((at / part).exists() for at in (ROOT, folder))]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for extras in re.findall(r"rlm-tasks\[([\w,]+)\]", command):
-        found += [extra for extra in extras.split(",") if extra not in project["optional-dependencies"]]
+        found += [
+            extra for extra in extras.split(",") if extra not in project["optional-dependencies"]
+        ]
     if words[:1] == ["make"]:
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-        found += [word for word in words[1:] if "=" not in word and word[0] != "-" and word not in targets]
+        targets = re.findall(
+            r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+        )
+        found += [
+            word for word in words[1:] if "=" not in word and word[0] != "-" and word not in targets
+        ]
     return found

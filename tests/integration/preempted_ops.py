@@ -1,4 +1,6 @@
-"""Operations that are made to make room: each writes down what it ran, and for how long, outside of everything that may die."""
+"""Operations that are made to make room: each writes down what it ran, and for how long, outside of
+everything that may die.
+"""
 
 from __future__ import annotations
 

@@ -54,7 +54,9 @@ def burn(seconds: float) -> tuple[float, float]:
 
 @operation("compute")
 def compute(seconds: float, ctx: Context) -> tuple[float, float, int]:
-    """Compute; say how long, how much of it with a processor, and how many of 100 entities were looked at."""
+    """Compute; say how long, how much of it with a processor, and how many of 100 entities were
+    looked at.
+    """
     return *burn(seconds), ctx.limit(100)
 
 
@@ -71,7 +73,9 @@ def thorough(seconds: float) -> str:
 
 @operation("hold")
 def hold(megabytes: int, ctx: Context) -> int:
-    """Hold a slot, and memory of which every page is written, until a file is there, and 20 s at most."""
+    """Hold a slot, and memory of which every page is written, until a file is there, and 20 s at
+    most.
+    """
     held, until = b"\1" * (megabytes << 20), time.monotonic() + 20
     while not Path(ctx.params["until"]).exists() and time.monotonic() < until:
         time.sleep(0.05)
@@ -94,7 +98,9 @@ def every_third_fails(number: int) -> int:
 
 @operation("one_at_a_time", allocation={"max_workers": 1, "min_workers": 1})
 def one_at_a_time(seconds: float, ctx: Context) -> tuple[float, float]:
-    """Say from when to when the item ran; the first attempt at a negative one writes down its process, and hangs."""
+    """Say from when to when the item ran; the first attempt at a negative one writes down its
+    process, and hangs.
+    """
     if seconds < 0 and ctx.attempt == 1:
         Path(ctx.params["hangs"]).write_text(str(os.getpid()), encoding="ascii")
         time.sleep(30)

@@ -1,4 +1,6 @@
-"""Operations whose workers are scraped: with a metric of their own, and with an end that a test decides."""
+"""Operations whose workers are scraped: with a metric of their own, and with an end that a test
+decides.
+"""
 
 from __future__ import annotations
 

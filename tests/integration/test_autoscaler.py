@@ -1,4 +1,6 @@
-"""A real pool between one and four processes: it grows with work, shrinks when idle and under pressure, and kills nobody."""
+"""A real pool between one and four processes: it grows with work, shrinks when idle and under
+pressure, and kills nobody.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,11 @@ class Pool:
 
     def naps(self, count: int, milliseconds: float) -> Job:
         return self.client.submit(
-            operation="nap", items=[milliseconds] * count, type="parallel", chunk_size=1, priority="critical"
+            operation="nap",
+            items=[milliseconds] * count,
+            type="parallel",
+            chunk_size=1,
+            priority="critical",
         )
 
     def stats(self) -> dict[str, Any]:
@@ -59,9 +65,15 @@ class Pool:
 @pytest.fixture(scope="module")
 def shared(server: embedded.Server, logs: Path) -> Iterator[Pool]:
     """The module's worker."""
-    environment, log = environment_of(server.url, "autoscaled", pressed=True), logs / "autoscaled.log"
+    environment, log = (
+        environment_of(server.url, "autoscaled", pressed=True),
+        logs / "autoscaled.log",
+    )
     options, app = [f"--autoscale={MOST},{LEAST}"], "tests.integration.autoscaled_app:app"
-    with client_of(environment) as client, embedded.worker(environment, log=log, app=app, options=options) as worker:
+    with (
+        client_of(environment) as client,
+        embedded.worker(environment, log=log, app=app, options=options) as worker,
+    ):
         pool = Pool(client, psutil.Process(worker.pid), log)
         pool.drill("high")  # it says nothing of a normal level before it was another
         yield pool
@@ -74,7 +86,9 @@ def pool(shared: Pool) -> Iterator[Pool]:
     shared.wait_for(LEAST)
     yield shared
     said = shared.log.read_text()
-    assert not [word for word in ("Traceback", "WorkerLost", "died of", "exited with") if word in said]
+    assert not [
+        word for word in ("Traceback", "WorkerLost", "died of", "exited with") if word in said
+    ]
 
 
 def test_it_grows_while_messages_wait_and_shrinks_when_none_do(pool: Pool) -> None:

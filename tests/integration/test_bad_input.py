@@ -1,4 +1,6 @@
-"""Bad input is refused before anything is enqueued, with an error that names field, value and what to do."""
+"""Bad input is refused before anything is enqueued, with an error that names field, value and what
+to do.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +12,69 @@ from typing import Any
 
 import pytest
 
-from rlm_tasks import Adaptive, Client, InvalidRequest, JobNotFound, NWay, Options, StoreUnavailable, UnknownOperation
+from rlm_tasks import (
+    Adaptive,
+    Client,
+    InvalidRequest,
+    JobNotFound,
+    NWay,
+    Options,
+    StoreUnavailable,
+    UnknownOperation,
+)
 from rlm_tasks.testing.embedded import free_port
 from tests.integration.conftest import ROOT, client_of, environment_of
 
 CASES: list[tuple[dict[str, Any], str]] = [
-    ({"operation": "word_cout", "items": []}, "operation='word_cout': unknown; did you mean 'word_count'"),
+    (
+        {"operation": "word_cout", "items": []},
+        "operation='word_cout': unknown; did you mean 'word_count'",
+    ),
     (
         {"operation": "sum", "items": [], "strategy": "zigzag"},
         "strategy='zigzag': unknown; must be one of binary, n_way, adaptive",
     ),
     ({"operation": "sum", "items": [], "strategy": 7}, "strategy=7: must be Binary"),
-    ({"operation": "sum", "items": [], "itms": 1}, "itms=1: unknown field; JobRequest has operation, items"),
+    (
+        {"operation": "sum", "items": [], "itms": 1},
+        "itms=1: unknown field; JobRequest has operation, items",
+    ),
     ({"operation": "sum", "items": [], "type": "circular"}, "type='circular'"),
     ({"operation": "sum", "items": [], "type": "parallel", "chunk_size": 0}, "chunk_size=0"),
-    ({"operation": "sum", "items": [], "type": "recursive", "chunk_size": 10}, "chunk_size=10: belongs to type='parallel'"),
-    ({"operation": "sum", "items": [], "type": "sequential", "strategy": NWay()}, "a sequential job takes none"),
+    (
+        {"operation": "sum", "items": [], "type": "recursive", "chunk_size": 10},
+        "chunk_size=10: belongs to type='parallel'",
+    ),
+    (
+        {"operation": "sum", "items": [], "type": "sequential", "strategy": NWay()},
+        "a sequential job takes none",
+    ),
     ({"operation": "sum", "items": [], "timeout_ms": 0}, "timeout_ms=0"),
     ({"operation": "sum", "items": [], "timeout": 0}, "timeout_ms=0"),
-    ({"operation": "sum", "items": [], "timeout": "soon"}, "timeout='soon': must be seconds or a timedelta"),
-    ({"operation": "sum", "items": [], "priority": "urgent"}, "priority='urgent': must be one of critical, high, normal, low"),
-    ({"operation": "sum", "items": [], "error_threshold": 0.1}, "error_threshold=0.1: needs continue_on_error=True"),
-    ({"operation": "sum", "items": [], "continue_on_error": True, "error_threshold": 2}, "error_threshold=2"),
-    ({"operation": "sum", "items": [], "early_termination_threshold": 0}, "early_termination_threshold=0"),
-    ({"operation": "echo", "items": [], "validate_before_process": True}, "operation 'echo' has no validate"),
+    (
+        {"operation": "sum", "items": [], "timeout": "soon"},
+        "timeout='soon': must be seconds or a timedelta",
+    ),
+    (
+        {"operation": "sum", "items": [], "priority": "urgent"},
+        "priority='urgent': must be one of critical, high, normal, low",
+    ),
+    (
+        {"operation": "sum", "items": [], "error_threshold": 0.1},
+        "error_threshold=0.1: needs continue_on_error=True",
+    ),
+    (
+        {"operation": "sum", "items": [], "continue_on_error": True, "error_threshold": 2},
+        "error_threshold=2",
+    ),
+    (
+        {"operation": "sum", "items": [], "early_termination_threshold": 0},
+        "early_termination_threshold=0",
+    ),
+    (
+        {"operation": "echo", "items": [], "validate_before_process": True},
+        "operation 'echo' has no validate",
+    ),
     ({"operation": "sum", "items": 7}, "items=7: must be an iterable"),
     ({"operation": "sum", "items": "text"}, "items='text': must be an iterable"),
     ({"operation": "echo", "items": [1, 2, {"x": 1j}]}, r"items\[2\]=.* cannot be stored"),
@@ -42,19 +83,28 @@ CASES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "message"), CASES, ids=lambda value: value if isinstance(value, str) else "")
-def test_bad_input_is_refused_before_anything_is_enqueued(lonely_client: Client, fields: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("fields", "message"), CASES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_bad_input_is_refused_before_anything_is_enqueued(
+    lonely_client: Client, fields: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InvalidRequest, match=message):
         lonely_client.submit(**fields)
 
     assert lonely_client.jobs() == []
-    assert not list(lonely_client.ledger.store.client.scan_iter(f"{lonely_client.settings.namespace}:*"))
+    assert not list(
+        lonely_client.ledger.store.client.scan_iter(f"{lonely_client.settings.namespace}:*")
+    )
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Adaptive(min_chunk_size=500, max_chunk_size=50), "min_chunk_size=500: must not exceed max_chunk_size=50"),
+        (
+            lambda: Adaptive(min_chunk_size=500, max_chunk_size=50),
+            "min_chunk_size=500: must not exceed max_chunk_size=50",
+        ),
         (lambda: Adaptive(min_chunk_size=-1), "min_chunk_size=-1"),
         (lambda: NWay(split_factor=1), "split_factor=1"),
         (lambda: Options(timeout=timedelta(0)), "timeout_ms=0"),

@@ -38,13 +38,21 @@ def told(server: embedded.Server, worker_pid: int) -> Iterator[Client]:
     """A client of the session's worker that knows secrets."""
     with client_of(environment_of(server.url, "test")) as own:
         admin = own.ledger.store.client
-        admin.acl_setuser("reporter", enabled=True, passwords=["+p@ss-word"], categories=["+@all"], keys=["*"], channels=["*"])
+        admin.acl_setuser(
+            "reporter",
+            enabled=True,
+            passwords=["+p@ss-word"],
+            categories=["+@all"],
+            keys=["*"],
+            channels=["*"],
+        )
         environment = environment_of(
             server.url.replace("://", f"://reporter:{SECRETS['the password of Redis']}@"),
             "test",
             RLM_GUARD_TIMEOUT_S="5",
             RLM_ALERTS__WEBHOOK_URL="https://hooks.example.com/" + SECRETS["the webhook's path"],
-            RLM_AUTOSCALE__WEBHOOK_URL="https://hooks.example.com/" + SECRETS["the path of another webhook"],
+            RLM_AUTOSCALE__WEBHOOK_URL="https://hooks.example.com/"
+            + SECRETS["the path of another webhook"],
             RLM_ALERTS__WEBHOOK_SECRET=SECRETS["the webhook's secret"],
             RLM_API_KEY=SECRETS["the key of the platform's own ports"],
         )
@@ -76,14 +84,23 @@ def failing(client: Client) -> str:
 
 
 def raising(client: Client) -> str:
-    """Open a job where no worker is, end it of an exception as a merge's does, and return its id."""
+    """Open a job where no worker is, end it of an exception as a merge's does, and return its
+    id.
+    """
     job = client.submit(operation="echo", items=[{"own": SECRETS["an item"]}])
-    error = {"index": -1, "type": "KeyError", "message": SECRETS["what a merge raised"], "traceback": SECRETS["an item"]}
+    error = {
+        "index": -1,
+        "type": "KeyError",
+        "message": SECRETS["what a merge raised"],
+        "traceback": SECRETS["an item"],
+    }
     client.ledger.stop(job.id, "failed", detail="its merge raised", error=error, force=True)
     return job.id
 
 
-def test_nothing_secret_and_nothing_of_a_users_data_is_in_it(told: Client, lonely_client: Client) -> None:
+def test_nothing_secret_and_nothing_of_a_users_data_is_in_it(
+    told: Client, lonely_client: Client
+) -> None:
     job, ended = failing(told), raising(lonely_client)
     quoted = f"could not reach {told.app.conf.broker_url}, nor {told.settings.alerts.webhook_url}, by {told.settings.api_key.get_secret_value()}"
     told.events.emit(Event("service.lost", quoted))
@@ -110,18 +127,27 @@ def test_what_helps_to_find_a_fault_is_in_it(told: Client) -> None:
     assert document["celery"]["beat_schedule"] == ["rlm.monitor"]
     assert {"redis", "workers", "queues"} <= {each["check"] for each in document["findings"]}
     assert document["status"]["hosts"][0]["version"] == __version__
-    assert set(document["queues"]) == {f"test.{each}" for each in ("critical", "high", "normal", "low")}
+    assert set(document["queues"]) == {
+        f"test.{each}" for each in ("critical", "high", "normal", "low")
+    }
     for name in ("breakers", "limits", "alerts", "events"):
         assert "unknown" not in document[name], name
     told_of = {each["id"]: each for each in document["jobs"]}[job]
-    assert (told_of["state"], told_of["n"], told_of["done"], told_of["failed"]) == ("succeeded", 3, 2, 1)
+    assert (told_of["state"], told_of["n"], told_of["done"], told_of["failed"]) == (
+        "succeeded",
+        3,
+        2,
+        1,
+    )
     assert told_of["explain"] == "It succeeded: 2 of 3 items done, 1 failed, 0 skipped."
 
 
 def test_one_job_is_told_in_full_by_its_id(told: Client) -> None:
     document = collect(told, told.app, failing(told))["job"]
 
-    assert document["failures"]["kinds"] == [{"type": "ValueError", "code": "OPERATION_FAILED", "items": 1}]
+    assert document["failures"]["kinds"] == [
+        {"type": "ValueError", "code": "OPERATION_FAILED", "items": 1}
+    ]
     assert [each["index"] for each in document["failures"]["first"]] == [1]
     assert {"root", "merge"} <= {node["id"] for node in document["tree"]}
     assert document["events"][0]["event"] == "opened"
@@ -137,7 +163,9 @@ def test_a_job_that_raised_tells_the_type_and_not_the_words(lonely_client: Clien
     [told] = collect(lonely_client, lonely_client.app)["jobs"]
 
     assert told["id"] == job
-    assert told["explain"].startswith(f"It failed because KeyError: ({len(SECRETS['what a merge raised'])} characters)")
+    assert told["explain"].startswith(
+        f"It failed because KeyError: ({len(SECRETS['what a merge raised'])} characters)"
+    )
 
 
 def test_an_unknown_job_is_a_mistake(told: Client) -> None:

@@ -19,7 +19,9 @@ from tests.integration.conftest import ROOT
 from tests.support import wait_until
 
 
-def rlm(environment: dict[str, str], *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def rlm(
+    environment: dict[str, str], *arguments: str, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Run ``celery -A rlm_tasks rlm`` as a user would."""
     return subprocess.run(
         [sys.executable, "-m", "celery", "-A", "rlm_tasks", "rlm", *arguments],
@@ -34,7 +36,9 @@ def rlm(environment: dict[str, str], *arguments: str, stdin: str = "") -> subpro
 
 
 def test_a_job_from_stdin_to_its_tree(client: Client, environment: dict[str, str]) -> None:
-    request = json.dumps({"operation": "fail_odd", "items": [2, 3, 4], "options": {"continueOnError": True}})
+    request = json.dumps(
+        {"operation": "fail_odd", "items": [2, 3, 4], "options": {"continueOnError": True}}
+    )
 
     submitted = rlm(environment, "submit", "--wait", "30", "--json", stdin=request)
     assert submitted.returncode == 0, submitted.stderr
@@ -45,12 +49,29 @@ def test_a_job_from_stdin_to_its_tree(client: Client, environment: dict[str, str
     told = json.loads(rlm(environment, "job", job, "--json").stdout)
     assert (told["status"], told["trace_id"]) == ("succeeded", client.job(job).trace_id)
     assert told["failures"] == [{"index": 1, "type": "ValueError", "code": "OPERATION_FAILED"}]
-    [row] = [line for line in rlm(environment, "job", job).stdout.splitlines() if "ValueError" in line]
-    assert [cell.strip() for cell in row.strip("│").split("│")] == ["ValueError", "OPERATION_FAILED", "1", "1"]
-    assert rlm(environment, "explain", job).stdout == "It succeeded: 2 of 3 items done, 1 failed, 0 skipped.\n"
-    assert {"root", "merge"} <= {node["id"] for node in json.loads(rlm(environment, "tree", job, "--json").stdout)}
+    [row] = [
+        line for line in rlm(environment, "job", job).stdout.splitlines() if "ValueError" in line
+    ]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [
+        "ValueError",
+        "OPERATION_FAILED",
+        "1",
+        "1",
+    ]
+    assert (
+        rlm(environment, "explain", job).stdout
+        == "It succeeded: 2 of 3 items done, 1 failed, 0 skipped.\n"
+    )
+    assert {"root", "merge"} <= {
+        node["id"] for node in json.loads(rlm(environment, "tree", job, "--json").stdout)
+    }
     [row] = [line for line in rlm(environment, "jobs").stdout.splitlines() if job in line]
-    assert [cell.strip() for cell in row.split("│")[2:6]] == ["fail_odd", "normal", "succeeded", "3"]
+    assert [cell.strip() for cell in row.split("│")[2:6]] == [
+        "fail_odd",
+        "normal",
+        "succeeded",
+        "3",
+    ]
     assert job not in rlm(environment, "jobs", "--open", "-q").stdout.split()
     assert job in {each["id"] for each in json.loads(rlm(environment, "jobs", "--json").stdout)}
     again = rlm(environment, "retry", job).stdout.strip()
@@ -69,7 +90,12 @@ def test_a_job_from_stdin_to_its_tree(client: Client, environment: dict[str, str
     ],
 )
 def test_mistakes_are_one_sentence_and_an_exit_code(
-    environment: dict[str, str], worker_pid: int, arguments: list[str], stdin: str, code: int, words: str
+    environment: dict[str, str],
+    worker_pid: int,
+    arguments: list[str],
+    stdin: str,
+    code: int,
+    words: str,
 ) -> None:
     done = rlm(environment, *arguments, stdin=stdin)
 
@@ -80,20 +106,28 @@ def test_mistakes_are_one_sentence_and_an_exit_code(
 
 def test_the_demo_measures_any_folder(tmp_path: Path) -> None:
     for i in range(40):
-        (tmp_path / f"m{i}.py").write_text("def f(x):\n    return x if x else 0\n", encoding="utf-8")
+        (tmp_path / f"m{i}.py").write_text(
+            "def f(x):\n    return x if x else 0\n", encoding="utf-8"
+        )
     (tmp_path / "bad.py").write_text("def :\n", encoding="utf-8")
 
     done = rlm({}, "demo", "--path", str(tmp_path), "--json")
 
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert (report["output"]["files"], report["output"]["functions"], report["failed_count"]) == (40, 40, 1)
+    assert (report["output"]["files"], report["output"]["functions"], report["failed_count"]) == (
+        40,
+        40,
+        1,
+    )
     assert report["failed"][0]["type"] == "SyntaxError"
     assert report["receipt"] == []
     assert 0 < report["busy_share"] <= 1
 
 
-def test_a_worker_whose_operations_are_missing_says_so_and_ends(environment: dict[str, str]) -> None:
+def test_a_worker_whose_operations_are_missing_says_so_and_ends(
+    environment: dict[str, str],
+) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "celery", "-A", "rlm_tasks", "worker", "-c", "1"],
         capture_output=True,
@@ -105,7 +139,9 @@ def test_a_worker_whose_operations_are_missing_says_so_and_ends(environment: dic
     )
 
     assert done.returncode == 1
-    assert "Error: RLM_OPERATIONS='no_such_module': no such module on the import path" in done.stderr
+    assert (
+        "Error: RLM_OPERATIONS='no_such_module': no such module on the import path" in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -125,13 +161,31 @@ def test_an_interrupted_demo_leaves_no_process_behind(how: signal.Signals) -> No
     demo.send_signal(how)
 
     demo.wait(timeout=30)
-    wait_until(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in started))
+    wait_until(
+        lambda: (
+            not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in started)
+        )
+    )
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_served_server_answers_until_it_is_told_to_stop(how: signal.Signals, tmp_path: Path) -> None:
+def test_a_served_server_answers_until_it_is_told_to_stop(
+    how: signal.Signals, tmp_path: Path
+) -> None:
     port = str(embedded.free_port())
-    command = [sys.executable, "-m", "celery", "-A", "rlm_tasks", "rlm", "serve", "--port", port, "--dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "rlm_tasks",
+        "rlm",
+        "serve",
+        "--port",
+        port,
+        "--dir",
+        str(tmp_path),
+    ]
     served = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert served.stdout is not None
     assert served.stdout.readline() == f"redis://127.0.0.1:{port}/0 answers; Ctrl-C ends it.\n"
@@ -156,7 +210,9 @@ def test_the_demo_of_an_empty_folder_says_so(tmp_path: Path) -> None:
 
 
 def test_the_demo_prints_tables_for_people(tmp_path: Path) -> None:
-    (tmp_path / "one.py").write_text("class A:\n    def f(self):\n        return [i for i in range(3) if i]\n", encoding="utf-8")
+    (tmp_path / "one.py").write_text(
+        "class A:\n    def f(self):\n        return [i for i in range(3) if i]\n", encoding="utf-8"
+    )
 
     done = rlm({}, "demo", "--path", str(tmp_path))
 

@@ -1,4 +1,6 @@
-"""Every command of the group ``rlm``, run in this process on a real server: what it prints, and what it says to mistakes."""
+"""Every command of the group ``rlm``, run in this process on a real server: what it prints, and
+what it says to mistakes.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ WITHOUT_REDIS = "redis://127.0.0.1:1/0"
 
 def run(client: Client, *arguments: str, stdin: str = "") -> Result:
     """Run a command as ``celery -A app rlm ...`` would, on the app of a client."""
-    return CliRunner().invoke(rlm, arguments, obj=SimpleNamespace(app=client.app), input=stdin, catch_exceptions=False)
+    return CliRunner().invoke(
+        rlm, arguments, obj=SimpleNamespace(app=client.app), input=stdin, catch_exceptions=False
+    )
 
 
 def told(client: Client, *arguments: str) -> Any:
@@ -41,11 +45,13 @@ def told(client: Client, *arguments: str) -> Any:
 def idle(server: embedded.Server) -> Iterator[Client]:
     """A client of a platform without any worker."""
     modules = "tests.integration.ops,tests.integration.guarded_ops"
-    with client_of(environment_of(server.url, "commands", pressed=True, RLM_OPERATIONS=modules)) as own:
+    with client_of(
+        environment_of(server.url, "commands", pressed=True, RLM_OPERATIONS=modules)
+    ) as own:
         yield own
 
 
-# --- with no worker alive ----------------------------------------------------------------------------
+# --- with no worker alive ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -65,7 +71,9 @@ def idle(server: embedded.Server) -> Iterator[Client]:
         (["config", "check"], ["Nothing is wrong"]),
     ],
 )
-def test_a_command_works_with_no_worker_alive(idle: Client, arguments: Sequence[str], words: Sequence[str]) -> None:
+def test_a_command_works_with_no_worker_alive(
+    idle: Client, arguments: Sequence[str], words: Sequence[str]
+) -> None:
     done = run(idle, *arguments)
 
     assert done.exit_code == 0, done.output
@@ -75,7 +83,9 @@ def test_a_command_works_with_no_worker_alive(idle: Client, arguments: Sequence[
 
 
 def test_a_job_that_nobody_runs_says_so(idle: Client) -> None:
-    submitted = run(idle, "submit", "--json", stdin=json.dumps({"operation": "sum", "items": [1, 2]}))
+    submitted = run(
+        idle, "submit", "--json", stdin=json.dumps({"operation": "sum", "items": [1, 2]})
+    )
     job = json.loads(submitted.stdout)["id"]
 
     shown = run(idle, "job", job)
@@ -91,16 +101,26 @@ def test_a_job_that_nobody_runs_says_so(idle: Client) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["pressure", "force", "hihg"], 2, "'hihg' is no pressure level; there are normal, elevated"),
+        (
+            ["pressure", "force", "hihg"],
+            2,
+            "'hihg' is no pressure level; there are normal, elevated",
+        ),
         (["pressure", "force", "high", "--for", "-1"], 2, "for_s=-1"),
         (["breakers", "reset"], 2, "name one breaker, or say --all"),
-        (["breakers", "reset", "nobody"], 2, "name='nobody': there is no such breaker; there are: "),
+        (
+            ["breakers", "reset", "nobody"],
+            2,
+            "name='nobody': there is no such breaker; there are: ",
+        ),
         (["job", "nothing"], 1, "job nothing is unknown"),
         (["config", "import", "/no/such/file"], 2, "No such file"),
         (["quarantine", "show", "nothing", "1"], 1, "job nothing is unknown"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_an_exit_code(idle: Client, arguments: Sequence[str], code: int, words: str) -> None:
+def test_a_mistake_is_one_sentence_and_an_exit_code(
+    idle: Client, arguments: Sequence[str], code: int, words: str
+) -> None:
     done = run(idle, *arguments)
 
     assert (done.exit_code, words in done.stderr) == (code, True), done.stderr
@@ -132,11 +152,14 @@ def test_without_redis_each_command_says_where_it_looked(arguments: Sequence[str
     assert WITHOUT_REDIS in done.stderr
 
 
-# --- acting ------------------------------------------------------------------------------------------
+# --- acting -----------------------------------------------------------------------------------
 
 
 def test_a_drill_is_begun_and_ended(idle: Client) -> None:
-    assert "All workers act on critical" in run(idle, "pressure", "force", "critical", "--for", "60").stdout
+    assert (
+        "All workers act on critical"
+        in run(idle, "pressure", "force", "critical", "--for", "60").stdout
+    )
     assert (told(idle, "pressure")["level"], idle.status().forced) == ("critical", "critical")
 
     assert "The drill has ended" in run(idle, "pressure", "release").stdout
@@ -158,7 +181,9 @@ def test_an_open_breaker_is_seen_and_closed(idle: Client, how: list[str]) -> Non
 
 def test_alerts_are_shown_the_newest_first(idle: Client) -> None:
     for name in ("first", "second"):
-        idle.alerts.process_event(Event("breaker.opened", f"{name} is open", EventSeverity.WARNING, {"breaker": name}))
+        idle.alerts.process_event(
+            Event("breaker.opened", f"{name} is open", EventSeverity.WARNING, {"breaker": name})
+        )
     wait_until(lambda: len(idle.alerts.history()) == 2)
 
     found = told(idle, "alerts")
@@ -168,7 +193,7 @@ def test_alerts_are_shown_the_newest_first(idle: Client) -> None:
     assert "2 in all" in run(idle, "alerts").stdout
 
 
-# --- the deployment ----------------------------------------------------------------------------------
+# --- the deployment ---------------------------------------------------------------------------
 
 
 def test_the_doctor_says_what_is_wrong_and_what_to_do(idle: Client) -> None:
@@ -177,7 +202,9 @@ def test_the_doctor_says_what_is_wrong_and_what_to_do(idle: Client) -> None:
     assert done.exit_code == 1
     assert "FAULT  workers" in done.stdout
     assert "celery -A rlm_tasks worker" in done.stdout
-    found = {each["check"]: each["state"] for each in json.loads(run(idle, "doctor", "--json").stdout)}
+    found = {
+        each["check"]: each["state"] for each in json.loads(run(idle, "doctor", "--json").stdout)
+    }
     assert (found["redis"], found["packages"]) == ("ok", "ok")
 
 
@@ -188,12 +215,17 @@ def test_a_bundle_is_one_document_on_the_screen_or_in_a_file(idle: Client, tmp_p
     assert told["job"]["id"] == job.id
     assert "734211" not in json.dumps(told)
 
-    assert "look at it before you send it" in run(idle, "bundle", str(tmp_path / "bundle.json")).stdout
-    assert json.loads((tmp_path / "bundle.json").read_text(encoding="utf-8"))["settings"]["namespace"] == "commands"
+    assert (
+        "look at it before you send it" in run(idle, "bundle", str(tmp_path / "bundle.json")).stdout
+    )
+    assert (
+        json.loads((tmp_path / "bundle.json").read_text(encoding="utf-8"))["settings"]["namespace"]
+        == "commands"
+    )
     job.cancel()
 
 
-# --- configuration -----------------------------------------------------------------------------------
+# --- configuration ----------------------------------------------------------------------------
 
 
 def test_settings_are_carried_by_a_file(idle: Client, tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ def controlled(environment_here: dict[str, str], logs: Path) -> Iterator[Client]
 
 def ask(client: Client, command: str, **arguments: Any) -> Any:
     """Send a command to the worker; return what it answers."""
-    answers = client.app.control.broadcast(command, arguments=arguments, reply=True, timeout=10, limit=1)
+    answers = client.app.control.broadcast(
+        command, arguments=arguments, reply=True, timeout=10, limit=1
+    )
     [[answer]] = [list(each.values()) for each in answers]
     return answer
 
@@ -44,8 +46,13 @@ def celery(environment: Mapping[str, str], *arguments: str) -> subprocess.Comple
     """Run a command line of Celery's."""
     return subprocess.run(
         [sys.executable, "-m", "celery", "-A", "rlm_tasks", *arguments],
-        capture_output=True, text=True, timeout=60, check=False, cwd=ROOT, env={**os.environ, **environment},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,13 +62,19 @@ def celery(environment: Mapping[str, str], *arguments: str) -> subprocess.Comple
         (
             "control",
             [
-                "force_pressure <normal|elevated|high|critical|emergency>", "release_pressure", "reset_breaker <service>",
-                "rlm_drain", "rlm_resume", "rlm_recall",
+                "force_pressure <normal|elevated|high|critical|emergency>",
+                "release_pressure",
+                "reset_breaker <service>",
+                "rlm_drain",
+                "rlm_resume",
+                "rlm_recall",
             ],
         ),
     ],
-)  # fmt: skip
-def test_the_commands_are_listed_with_their_arguments(environment_here: dict[str, str], group: str, commands: list[str]) -> None:
+)
+def test_the_commands_are_listed_with_their_arguments(
+    environment_here: dict[str, str], group: str, commands: list[str]
+) -> None:
     listed = celery(environment_here, group, "--list")
 
     assert listed.returncode == 0, listed.stderr
@@ -114,11 +127,16 @@ def test_a_breaker_is_closed_by_name(controlled: Client) -> None:
     assert ask(controlled, "reset_breaker", name="by-name") == {"ok": "by-name is closed"}
 
     wait_until(lambda: controlled.breakers.status()["by-name"]["state"] == "closed")
-    assert "there is no breaker 'nobody'; there are:" in ask(controlled, "reset_breaker", name="nobody")["error"]
+    assert (
+        "there is no breaker 'nobody'; there are:"
+        in ask(controlled, "reset_breaker", name="nobody")["error"]
+    )
 
 
 def test_a_drill_by_remote_control(controlled: Client) -> None:
-    assert ask(controlled, "force_pressure", level="high", for_s=60) == {"ok": "all workers act on high, for 60 s"}
+    assert ask(controlled, "force_pressure", level="high", for_s=60) == {
+        "ok": "all workers act on high, for 60 s"
+    }
     wait_until(lambda: ask(controlled, "pressure")["acts_on"] == "high")
 
     assert "ok" in ask(controlled, "release_pressure")
@@ -127,7 +145,9 @@ def test_a_drill_by_remote_control(controlled: Client) -> None:
     assert "no pressure level" in ask(controlled, "force_pressure")["error"]
 
 
-def test_a_drained_worker_hands_its_nodes_over_and_takes_them_again_when_it_resumes(controlled: Client) -> None:
+def test_a_drained_worker_hands_its_nodes_over_and_takes_them_again_when_it_resumes(
+    controlled: Client,
+) -> None:
     job = controlled.submit(operation="nap", items=[50] * 200, type="sequential")
     wait_until(lambda: job.progress().done >= 2)
 
@@ -141,6 +161,8 @@ def test_a_drained_worker_hands_its_nodes_over_and_takes_them_again_when_it_resu
     assert "controlled.normal" in ask(controlled, "rlm_resume")["ok"]
     wait_until(lambda: job.progress().done > done)
     assert ask(controlled, "rlm_resume") == {"ok": "it was not drained"}
-    assert set(ask(controlled, "slots")["queues"]) == {f"controlled.{each}" for each in ("critical", "high", "normal", "low")}
+    assert set(ask(controlled, "slots")["queues"]) == {
+        f"controlled.{each}" for each in ("critical", "high", "normal", "low")
+    }
     job.cancel()
     assert job.wait(timeout=10) == "cancelled"

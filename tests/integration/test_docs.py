@@ -1,4 +1,6 @@
-"""Every program of docs/examples runs as it is written; links lead somewhere, and the Makefile tells of itself."""
+"""Every program of docs/examples runs as it is written; links lead somewhere, and the Makefile
+tells of itself.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,24 @@ from tests.integration.pages import PAGES, read
 
 EXAMPLES = {
     "docs/examples/word_count.py": ["10000", "nodes"],
-    "docs/examples/partial_failures.py": ["[1, 2, 4] 25% failed", "2 ValueError invalid literal", "1 failed again"],
+    "docs/examples/partial_failures.py": [
+        "[1, 2, 4] 25% failed",
+        "2 ValueError invalid literal",
+        "1 failed again",
+    ],
     "docs/examples/rate_limited.py": ["70210 0 failed", "closed"],
 }
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_examples_run_as_written(example: str, server: embedded.Server, tmp_path: Path, logs: Path) -> None:
+def test_examples_run_as_written(
+    example: str, server: embedded.Server, tmp_path: Path, logs: Path
+) -> None:
     name = Path(example).stem
     shutil.copy(ROOT / example, tmp_path)
-    environment = environment_of(server.url, f"docs-{name}", RLM_OPERATIONS=name, PYTHONPATH=str(tmp_path))
+    environment = environment_of(
+        server.url, f"docs-{name}", RLM_OPERATIONS=name, PYTHONPATH=str(tmp_path)
+    )
 
     with embedded.worker(environment, log=logs / f"{name}.log"):
         done = subprocess.run(
@@ -46,7 +56,13 @@ def test_examples_run_as_written(example: str, server: embedded.Server, tmp_path
 
 def test_the_example_of_models_needs_nothing_but_itself() -> None:
     asked = "Which functions return the index where to insert an item into a sorted list?"
-    program = [sys.executable, str(ROOT / "docs/examples/ask_docstrings.py"), asked, "--items", "400"]
+    program = [
+        sys.executable,
+        str(ROOT / "docs/examples/ask_docstrings.py"),
+        asked,
+        "--items",
+        "400",
+    ]
     own = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
 
     done = subprocess.run(program, env=own, capture_output=True, text=True, timeout=60, check=False)
@@ -76,8 +92,25 @@ def test_links_of_the_documentation_lead_somewhere() -> None:
 
 
 def test_the_makefile_lists_every_target() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = set(
+        re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    listed = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
 
     assert targets == set(re.findall(r"make ([a-z]+)", listed))
-    assert {"help", "demo", "test", "check", "bench", "worker", "beat", "flower", "lint", "types", "docs", "clean"} <= targets
+    assert {
+        "help",
+        "demo",
+        "test",
+        "check",
+        "bench",
+        "worker",
+        "beat",
+        "flower",
+        "lint",
+        "types",
+        "docs",
+        "clean",
+    } <= targets

@@ -36,22 +36,40 @@ def publish(lonely_client: Client) -> Callable[..., None]:
     board = Board(store, lonely_client.ledger.keys, lonely_client.settings.pressure)
     every = tuple(lonely_client.queues())
 
-    def publish(worker: str = "w1", *, queues: tuple[str, ...] = every, ahead_s: float = 0.0, **more: Any) -> None:
+    def publish(
+        worker: str = "w1", *, queues: tuple[str, ...] = every, ahead_s: float = 0.0, **more: Any
+    ) -> None:
         told = {"version": __version__, "schema": SCHEMA, **more}
         at = store.now_ms() / 1000 + ahead_s
-        store.run(board.publish(HostReport(worker, Level.NORMAL, 0.0, "", 2, 0, queues, {}, at=at, **told)))
+        store.run(
+            board.publish(
+                HostReport(worker, Level.NORMAL, 0.0, "", 2, 0, queues, {}, at=at, **told)
+            )
+        )
 
     return publish
 
 
 def test_a_platform_with_a_worker_is_well_but_for_its_disk_and_beat(client: Client) -> None:
     wait_until(lambda: any(host.queues for host in client.status().hosts))
-    wait_until(lambda: examined(client)["clock"].state == "ok")  # a report may have been late, on a busy machine
+    wait_until(
+        lambda: examined(client)["clock"].state == "ok"
+    )  # a report may have been late, on a busy machine
     found = examined(client)
 
     assert {check for check, each in found.items() if each.state == "fault"} == set()
     assert found["workers"].found == "1 reporting, with 2 slots"
-    for check in ("redis", "eviction", "memory", "broker", "releases", "queues", "packages", "versions", "celery"):
+    for check in (
+        "redis",
+        "eviction",
+        "memory",
+        "broker",
+        "releases",
+        "queues",
+        "packages",
+        "versions",
+        "celery",
+    ):
         assert found[check].state == "ok", found[check]
     assert found["persistence"].state == "warning"
     assert found["beat"].advice == "Type: celery -A rlm_tasks beat"
@@ -59,23 +77,39 @@ def test_a_platform_with_a_worker_is_well_but_for_its_disk_and_beat(client: Clie
 
 
 def test_without_a_worker_the_rest_is_told_and_what_waits_is_a_fault(lonely_client: Client) -> None:
-    assert "queues" not in examined(lonely_client), "nothing waits, and that there is no worker is said once"
+    assert "queues" not in examined(lonely_client), (
+        "nothing waits, and that there is no worker is said once"
+    )
     lonely_client.submit(operation="sum", items=[1])
 
     found = examined(lonely_client)
 
     assert found["workers"].state == "fault"
-    assert found["queues"].found == f"messages wait that nobody consumes: 1 in {lonely_client.settings.namespace}.normal"
+    assert (
+        found["queues"].found
+        == f"messages wait that nobody consumes: 1 in {lonely_client.settings.namespace}.normal"
+    )
     assert found["beat"].state == "warning"
-    assert found["redis"].state == found["broker"].state == found["quarantine"].state == found["breakers"].state == "ok"
+    assert (
+        found["redis"].state
+        == found["broker"].state
+        == found["quarantine"].state
+        == found["breakers"].state
+        == "ok"
+    )
 
 
-def test_a_queue_without_a_worker_is_named(lonely_client: Client, publish: Callable[..., None]) -> None:
+def test_a_queue_without_a_worker_is_named(
+    lonely_client: Client, publish: Callable[..., None]
+) -> None:
     urgent = tuple(name for name in lonely_client.queues() if not name.endswith(".low"))
     publish(queues=urgent)
 
     found = examined(lonely_client)["queues"]
-    assert (found.state, found.found) == ("warning", f"no worker consumes {lonely_client.settings.namespace}.low")
+    assert (found.state, found.found) == (
+        "warning",
+        f"no worker consumes {lonely_client.settings.namespace}.low",
+    )
     assert found.advice.endswith(f"-Q {lonely_client.settings.namespace}.low")
     publish("w2")
     assert examined(lonely_client)["queues"].state == "ok"
@@ -90,7 +124,11 @@ def test_a_queue_without_a_worker_is_named(lonely_client: Client, publish: Calla
     ],
 )
 def test_workers_of_another_release_are_named(
-    lonely_client: Client, publish: Callable[..., None], told: dict[str, Any], state: str, words: str
+    lonely_client: Client,
+    publish: Callable[..., None],
+    told: dict[str, Any],
+    state: str,
+    words: str,
 ) -> None:
     publish(**told)
 
@@ -122,10 +160,14 @@ def test_clocks_are_compared_with_that_of_redis(
         assert "the worst of the workers' clocks, wrong's," in found.found
 
 
-def test_beat_is_known_by_what_it_does_and_a_drill_is_not_forgotten(lonely_client: Client, publish: Callable[..., None]) -> None:
+def test_beat_is_known_by_what_it_does_and_a_drill_is_not_forgotten(
+    lonely_client: Client, publish: Callable[..., None]
+) -> None:
     publish()
     assert "beat" in examined(lonely_client)["beat"].advice
-    board = Board(lonely_client.ledger.store, lonely_client.ledger.keys, lonely_client.settings.pressure)
+    board = Board(
+        lonely_client.ledger.store, lonely_client.ledger.keys, lonely_client.settings.pressure
+    )
     board.announce(ClusterReport(0, "", 0.0), b"")
     lonely_client.pressure.force("high", 60)
 
@@ -137,9 +179,18 @@ def test_beat_is_known_by_what_it_does_and_a_drill_is_not_forgotten(lonely_clien
 
 def test_quarantine_and_open_breakers_are_told_with_their_commands(lonely_client: Client) -> None:
     lonely_client.create_circuit_breaker("llm").open()
-    job, ledger = lonely_client.submit(operation="echo", items=["confidential"]), lonely_client.ledger
-    record = msgspec.json.encode(QuarantinedItem(job.id, 0, "echo", "stored item 0", 3, "SIGKILL")).decode()
-    ledger.finish(ledger.claim(job.id, ROOT, "token", "w1"), Report(1, failed=[0], quarantined=[(0, record)]), b"")
+    job, ledger = (
+        lonely_client.submit(operation="echo", items=["confidential"]),
+        lonely_client.ledger,
+    )
+    record = msgspec.json.encode(
+        QuarantinedItem(job.id, 0, "echo", "stored item 0", 3, "SIGKILL")
+    ).decode()
+    ledger.finish(
+        ledger.claim(job.id, ROOT, "token", "w1"),
+        Report(1, failed=[0], quarantined=[(0, record)]),
+        b"",
+    )
 
     found = examined(lonely_client)
 
@@ -187,7 +238,9 @@ def test_a_broker_of_its_own_is_looked_at_by_itself(server: embedded.Server, now
 
 
 def test_a_url_that_cannot_be_read_is_told_without_its_password(server: embedded.Server) -> None:
-    found = examined(client_of(environment_of("redis://:s3cret@host:port/0", "away", RLM_BROKER_URL=server.url)))
+    found = examined(
+        client_of(environment_of("redis://:s3cret@host:port/0", "away", RLM_BROKER_URL=server.url))
+    )
 
     assert "that is no URL of a Redis" in found["redis"].found
     assert "s3cret" not in repr(found)
@@ -196,7 +249,14 @@ def test_a_url_that_cannot_be_read_is_told_without_its_password(server: embedded
 def test_a_redis_that_refuses_is_told(server: embedded.Server, lonely_client: Client) -> None:
     """A user that may write nothing: the scripts of the board are refused, and INFO is."""
     admin = lonely_client.ledger.store.client
-    admin.acl_setuser("reader", enabled=True, passwords=["+s3cret"], commands=["+ping", "+time"], keys=["*"], reset=True)
+    admin.acl_setuser(
+        "reader",
+        enabled=True,
+        passwords=["+s3cret"],
+        commands=["+ping", "+time"],
+        keys=["*"],
+        reset=True,
+    )
     url = server.url.replace("://", "://reader:s3cret@")
     try:
         with client_of(environment_of(url, "refused")) as client:

@@ -1,4 +1,6 @@
-"""Items that fail, jobs that end early, merges that break: every one leads to a final state with exact counts."""
+"""Items that fail, jobs that end early, merges that break: every one leads to a final state with
+exact counts.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,25 @@ from typing import Any
 
 import pytest
 
-from rlm_tasks import Binary, Client, InvalidRequest, JobCancelled, JobExpired, JobFailed, NWay, Status
+from rlm_tasks import (
+    Binary,
+    Client,
+    InvalidRequest,
+    JobCancelled,
+    JobExpired,
+    JobFailed,
+    NWay,
+    Status,
+)
 from tests.support import wait_until
 
 DEEP: dict[str, Any] = {"strategy": Binary(min_chunk_size=4)}
 
 
 def test_failures_are_data_and_the_rate_is_exact(client: Client) -> None:
-    result = client.execute(operation="fail_odd", items=range(101), continue_on_error=True, timeout=30, **DEEP)
+    result = client.execute(
+        operation="fail_odd", items=range(101), continue_on_error=True, timeout=30, **DEEP
+    )
 
     assert result.output == sum(range(0, 101, 2))
     assert [failure.index for failure in result.failed] == list(range(1, 101, 2))
@@ -35,8 +48,12 @@ def test_without_continue_on_error_the_first_failure_decides(client: Client) -> 
     assert (result.failed_count, result.done + result.skipped) == (1, 499)
 
 
-@pytest.mark.parametrize(("threshold", "status"), [(0.1, Status.SUCCEEDED), (0.09, Status.FAILED), (0.0, Status.FAILED)])
-def test_the_verdict_falls_when_more_than_the_threshold_fails(client: Client, threshold: float, status: Status) -> None:
+@pytest.mark.parametrize(
+    ("threshold", "status"), [(0.1, Status.SUCCEEDED), (0.09, Status.FAILED), (0.0, Status.FAILED)]
+)
+def test_the_verdict_falls_when_more_than_the_threshold_fails(
+    client: Client, threshold: float, status: Status
+) -> None:
     items = [{"i": i, "ms": 1, "fails": i % 10 == 9} for i in range(300)]
     job = client.submit(
         operation="spin_then_collect",
@@ -54,7 +71,9 @@ def test_the_verdict_falls_when_more_than_the_threshold_fails(client: Client, th
 
 def test_a_decided_job_stops_its_running_nodes(client: Client) -> None:
     items = [{"i": i, "ms": 20, "fails": i < 40} for i in range(600)]
-    job = client.submit(operation="spin_then_collect", items=items, continue_on_error=True, error_threshold=0.02)
+    job = client.submit(
+        operation="spin_then_collect", items=items, continue_on_error=True, error_threshold=0.02
+    )
 
     with pytest.raises(JobFailed):
         job.result(timeout=30)
@@ -63,7 +82,9 @@ def test_a_decided_job_stops_its_running_nodes(client: Client) -> None:
 
 
 def test_failures_beyond_a_thousand_are_counted_and_not_stored(client: Client) -> None:
-    result = client.execute(operation="fail_odd", items=range(5000), continue_on_error=True, timeout=60)
+    result = client.execute(
+        operation="fail_odd", items=range(5000), continue_on_error=True, timeout=60
+    )
 
     assert (result.failed_count, len(result.failed)) == (2500, 1000)
     assert len(result.successful) == 2500
@@ -76,7 +97,11 @@ def test_failed_items_can_be_retried_alone(client: Client) -> None:
     again = first.retry_failed()
 
     assert again.result(timeout=30).failed_count == 3
-    assert [failure.message for failure in again.result().failed] == ["3 is odd", "5 is odd", "7 is odd"]
+    assert [failure.message for failure in again.result().failed] == [
+        "3 is odd",
+        "5 is odd",
+        "7 is odd",
+    ]
     good = client.submit(operation="sum", items=[1])
     good.result(timeout=30)
     with pytest.raises(InvalidRequest, match="has no failed items"):
@@ -84,7 +109,9 @@ def test_failed_items_can_be_retried_alone(client: Client) -> None:
 
 
 def test_outputs_that_cannot_be_stored_fail_their_items(client: Client) -> None:
-    result = client.execute(operation="not_storable", items=range(50), continue_on_error=True, timeout=30, **DEEP)
+    result = client.execute(
+        operation="not_storable", items=range(50), continue_on_error=True, timeout=30, **DEEP
+    )
 
     assert [failure.index for failure in result.failed] == [3, 13, 23, 33, 43]
     assert "cannot be stored" in result.failed[0].message
@@ -93,7 +120,9 @@ def test_outputs_that_cannot_be_stored_fail_their_items(client: Client) -> None:
 
 @pytest.mark.parametrize("operation", ["bad_merge", "not_storable_merged"])
 @pytest.mark.parametrize("shape", [{}, DEEP], ids=["one node", "deep"])
-def test_a_merge_that_breaks_fails_the_job(client: Client, operation: str, shape: dict[str, Any]) -> None:
+def test_a_merge_that_breaks_fails_the_job(
+    client: Client, operation: str, shape: dict[str, Any]
+) -> None:
     with pytest.raises(JobFailed) as caught:
         client.execute(operation=operation, items=range(40), timeout=30, **shape)
 
@@ -103,7 +132,9 @@ def test_a_merge_that_breaks_fails_the_job(client: Client, operation: str, shape
 
 
 def test_cancel_stops_the_whole_tree(client: Client) -> None:
-    job = client.submit(operation="spin_then_collect", items=[{"i": i, "ms": 10} for i in range(3000)])
+    job = client.submit(
+        operation="spin_then_collect", items=[{"i": i, "ms": 10} for i in range(3000)]
+    )
     wait_until(lambda: job.progress().done > 50)
 
     job.cancel()
@@ -124,7 +155,11 @@ def test_cancelling_an_ended_job_changes_nothing(client: Client) -> None:
 
 
 def test_a_job_past_its_timeout_is_expired_with_its_partial_answer(client: Client) -> None:
-    job = client.submit(operation="spin_then_collect", items=[{"i": i, "ms": 10} for i in range(1000)], timeout_ms=800)
+    job = client.submit(
+        operation="spin_then_collect",
+        items=[{"i": i, "ms": 10} for i in range(1000)],
+        timeout_ms=800,
+    )
 
     with pytest.raises(JobExpired, match="timeout"):
         job.result(timeout=10)
@@ -146,7 +181,9 @@ def test_a_job_expires_where_no_worker_lives(lonely_client: Client) -> None:
 def test_early_termination_skips_the_rest_and_says_so(client: Client) -> None:
     items = [{"i": i, "ms": 5} for i in range(400)]
 
-    result = client.execute(operation="spin_then_collect", items=items, early_termination_threshold=0.5, timeout=30)
+    result = client.execute(
+        operation="spin_then_collect", items=items, early_termination_threshold=0.5, timeout=30
+    )
 
     assert result.status is Status.SUCCEEDED
     assert 200 <= result.done < 400
@@ -155,23 +192,34 @@ def test_early_termination_skips_the_rest_and_says_so(client: Client) -> None:
 
 
 def test_validation_runs_over_every_item_first(client: Client) -> None:
-    good = client.execute(operation="checked", items=range(1, 60), validate_before_process=True, timeout=30, **DEEP)
+    good = client.execute(
+        operation="checked", items=range(1, 60), validate_before_process=True, timeout=30, **DEEP
+    )
     assert good.output == list(range(1, 60))
 
     with pytest.raises(JobFailed) as caught:
-        client.execute(operation="checked", items=range(60), validate_before_process=True, timeout=30, **DEEP)
+        client.execute(
+            operation="checked", items=range(60), validate_before_process=True, timeout=30, **DEEP
+        )
     assert caught.value.failures[0].message == "0 is not positive"
     assert caught.value.result.done == 0
 
     tolerant = client.execute(
-        operation="checked", items=range(-3, 60), validate_before_process=True, continue_on_error=True, timeout=30, **DEEP
+        operation="checked",
+        items=range(-3, 60),
+        validate_before_process=True,
+        continue_on_error=True,
+        timeout=30,
+        **DEEP,
     )
     assert tolerant.output == list(range(1, 60))
     assert [failure.index for failure in tolerant.failed] == [0, 1, 2, 3]
 
 
 def test_empty_items_are_skipped_where_asked(client: Client) -> None:
-    result = client.execute(operation="echo", items=["a", "", None, 0, [], "b"], skip_if_empty=True, timeout=30)
+    result = client.execute(
+        operation="echo", items=["a", "", None, 0, [], "b"], skip_if_empty=True, timeout=30
+    )
     assert (result.output, result.done, result.skipped) == (["a", 0, "b"], 3, 3)
     assert list(result.successful) == [0, 3, 5]
 

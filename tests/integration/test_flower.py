@@ -1,4 +1,6 @@
-"""The platform's tabs in a real Flower: what they show, who may look and act, and where Flower listens."""
+"""The platform's tabs in a real Flower: what they show, who may look and act, and where Flower
+listens.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +48,12 @@ def locked(shown: dict[str, str], logs: Path) -> Iterator[Flower]:
 
 
 def texts(table: dict[str, Any]) -> list[list[str]]:
-    return [[cell if isinstance(cell, str) else cell["text"] for cell in row] for row in table["rows"]]
+    return [
+        [cell if isinstance(cell, str) else cell["text"] for cell in row] for row in table["rows"]
+    ]
 
 
-# --- what is shown -----------------------------------------------------------------------------------
+# --- what is shown ----------------------------------------------------------------------------
 
 
 def test_the_tabs_stand_in_flowers_own_bar_and_the_page_is_flowers(plain: Flower) -> None:
@@ -63,13 +67,18 @@ def test_the_tabs_stand_in_flowers_own_bar_and_the_page_is_flowers(plain: Flower
 
 
 def test_a_job_is_seen_from_its_start_to_its_failures(plain: Flower, platform: Client) -> None:
-    job = platform.submit(operation="fail_odd", items=[2, 3, 4, 5], continue_on_error=True, description="half are odd")
+    job = platform.submit(
+        operation="fail_odd", items=[2, 3, 4, 5], continue_on_error=True, description="half are odd"
+    )
     job.wait(timeout=20)
 
     [row] = [row for row in texts(plain.data("/rlm/jobs")["tables"][0]) if row[1] == job.id[:8]]
     assert row[:7] == ["fail_odd", job.id[:8], "normal", "succeeded", "100%", "4", "2"]
     picture = plain.data(f"/rlm/job/{job.id}")
-    assert (picture["heading"], picture["about"]) == ("half are odd", f"fail_odd · normal priority · {job.id}")
+    assert (picture["heading"], picture["about"]) == (
+        "half are odd",
+        f"fail_odd · normal priority · {job.id}",
+    )
 
     tables = {table["title"].partition(":")[0]: table for table in picture["tables"]}
     assert picture["sentence"].startswith("It succeeded: 2 of 4 items done, 2 failed")
@@ -79,7 +88,9 @@ def test_a_job_is_seen_from_its_start_to_its_failures(plain: Flower, platform: C
     assert texts(tables["What happened"])[-1][1:] == ["closed", "succeeded"]
 
 
-def test_what_went_wrong_with_an_item_is_not_shown_in_its_own_words(plain: Flower, platform: Client) -> None:
+def test_what_went_wrong_with_an_item_is_not_shown_in_its_own_words(
+    plain: Flower, platform: Client
+) -> None:
     job = platform.submit(operation="fail_odd", items=[734_211], continue_on_error=True)
     job.wait(timeout=20)
 
@@ -90,14 +101,20 @@ def test_every_tab_tells_of_the_platform(plain: Flower, platform: Client) -> Non
     platform.create_circuit_breaker("broken", failure_threshold=1).open()
     wait_until(lambda: len(platform.pressure.consumers()) == 4)
 
-    pressure, breakers, limits, queues = (plain.data(f"/rlm/{tab}") for tab in ("pressure", "breakers", "limits", "queues"))
+    pressure, breakers, limits, queues = (
+        plain.data(f"/rlm/{tab}") for tab in ("pressure", "breakers", "limits", "queues")
+    )
 
     assert "No beat is alive" in pressure["sentence"]
     assert pressure["chart"]["levels"] == ["normal", "elevated", "high", "critical", "emergency"]
     assert [row[3] for row in texts(pressure["tables"][0])] == ["0 of 2"]
     assert texts(breakers["tables"][0])[0][:2] == ["broken", "open"]
-    assert ["metered", "requests", "0 of 20", "1 s"] in [row[:4] for row in texts(limits["tables"][0])]
-    assert {row[0] for row in texts(queues["tables"][0])} == {f"shown.{each}" for each in ("critical", "high", "normal", "low")}
+    assert ["metered", "requests", "0 of 20", "1 s"] in [
+        row[:4] for row in texts(limits["tables"][0])
+    ]
+    assert {row[0] for row in texts(queues["tables"][0])} == {
+        f"shown.{each}" for each in ("critical", "high", "normal", "low")
+    }
     assert all("@" in row[5] for row in texts(queues["tables"][0]))
 
 
@@ -137,16 +154,25 @@ def test_the_cluster_is_on_flowers_own_metrics(plain: Flower, platform: Client) 
         'rlm_jobs{state="running"} 1.0',
     ):
         wait_until(lambda line=line: told(line))  # type: ignore[misc]  # it looks every five seconds
-    assert "flower_worker_online" in plain.get("/metrics")[1] or "flower_events_total" in plain.get("/metrics")[1]
+    assert (
+        "flower_worker_online" in plain.get("/metrics")[1]
+        or "flower_events_total" in plain.get("/metrics")[1]
+    )
     runs.cancel()
     runs.wait(timeout=10)
 
 
-# --- who may look and act ----------------------------------------------------------------------------
+# --- who may look and act ---------------------------------------------------------------------
 
 
-def test_without_a_login_flower_is_seen_from_this_machine_alone_and_nobody_acts(plain: Flower) -> None:
-    listening = [each.laddr.ip for each in psutil.Process(plain.pid).net_connections() if each.status == psutil.CONN_LISTEN]
+def test_without_a_login_flower_is_seen_from_this_machine_alone_and_nobody_acts(
+    plain: Flower,
+) -> None:
+    listening = [
+        each.laddr.ip
+        for each in psutil.Process(plain.pid).net_connections()
+        if each.status == psutil.CONN_LISTEN
+    ]
     assert set(listening) == {"127.0.0.1"}
 
     assert plain.data("/rlm/jobs")["may_act"] is False
@@ -166,9 +192,12 @@ def test_behind_a_login_and_a_prefix_nothing_is_seen_without_it(locked: Flower) 
 
 
 @pytest.mark.parametrize(
-    ("user", "site", "status"), [("", "same-origin", 401), ("me:wrong", "same-origin", 401), (USER, "cross-site", 403)]
+    ("user", "site", "status"),
+    [("", "same-origin", 401), ("me:wrong", "same-origin", 401), (USER, "cross-site", 403)],
 )
-def test_who_may_not_act_does_not(locked: Flower, platform: Client, user: str, site: str, status: int) -> None:
+def test_who_may_not_act_does_not(
+    locked: Flower, platform: Client, user: str, site: str, status: int
+) -> None:
     assert locked.post("force", user, site=site, level="critical")[0] == status
     assert platform.status().forced == ""
 
@@ -179,7 +208,10 @@ def test_who_has_logged_in_acts(locked: Flower, platform: Client) -> None:
     assert locked.data("/rlm/jobs", USER)["may_act"] is True
 
     assert locked.post("cancel", USER, job=job.id) == (200, {"done": "It is cancelled"})
-    assert locked.post("reset", USER, breaker="to-close") == (200, {"done": "Breaker to-close is closed"})
+    assert locked.post("reset", USER, breaker="to-close") == (
+        200,
+        {"done": "Breaker to-close is closed"},
+    )
     assert locked.post("force", USER, level="high")[0] == 200
     assert platform.status().forced == "high"
     assert locked.post("release", USER) == (200, {"done": "The drill has ended"})
@@ -197,13 +229,17 @@ def test_who_has_logged_in_acts(locked: Flower, platform: Client) -> None:
         ("fly", {}, 404, "There is no such action"),
     ],
 )
-def test_a_mistake_is_told_in_words(locked: Flower, action: str, about: dict[str, str], status: int, words: str) -> None:
+def test_a_mistake_is_told_in_words(
+    locked: Flower, action: str, about: dict[str, str], status: int, words: str
+) -> None:
     answered, told = locked.post(action, USER, **about)
 
     assert (answered, words in told["error"]) == (status, True), told
 
 
-def test_a_flower_that_is_read_only_shows_everything_and_does_nothing(shown: dict[str, str], logs: Path) -> None:
+def test_a_flower_that_is_read_only_shows_everything_and_does_nothing(
+    shown: dict[str, str], logs: Path
+) -> None:
     with flower(shown, logs / "flower-readonly.log", f"--basic_auth={USER}", "--read_only") as own:
         assert own.data("/rlm/jobs", USER)["hint"] == "This Flower is read-only."
         assert own.post("release", USER)[0] == 403

@@ -1,4 +1,6 @@
-"""Operations behind guards on a real worker: what has to wait holds no slot, costs no attempt, and nothing is lost."""
+"""Operations behind guards on a real worker: what has to wait holds no slot, costs no attempt, and
+nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +21,35 @@ from tests.support import wait_until
 @pytest.fixture(scope="module")
 def guarded(server: embedded.Server, logs: Path) -> Iterator[Client]:
     """A client of a worker that knows the guarded operations."""
-    environment = environment_of(server.url, "guarded", RLM_OPERATIONS="tests.integration.guarded_ops,tests.integration.ops")
+    environment = environment_of(
+        server.url, "guarded", RLM_OPERATIONS="tests.integration.guarded_ops,tests.integration.ops"
+    )
     environment["RLM_GUARD_TIMEOUT_S"] = "1"  # a busy machine is no outage
-    with embedded.worker(environment, log=logs / "guarded.log", slots=2), client_of(environment) as own:
+    with (
+        embedded.worker(environment, log=logs / "guarded.log", slots=2),
+        client_of(environment) as own,
+    ):
         yield own
 
 
 def journal(folder: Path) -> list[tuple[str, int, int, float]]:
     """Return what operations noted: word, index, tries, time; in order of time."""
     lines = [line.split() for line in (folder / "journal").read_text(encoding="utf-8").splitlines()]
-    return sorted(((word, int(index), int(tries), float(at)) for word, index, tries, at, _ in lines), key=lambda each: each[3])
+    return sorted(
+        ((word, int(index), int(tries), float(at)) for word, index, tries, at, _ in lines),
+        key=lambda each: each[3],
+    )
 
 
 def test_what_waits_for_tokens_holds_no_slot(guarded: Client, tmp_path: Path) -> None:
     unlimited = {"operation": "nap", "items": [10.0] * 200, "chunk_size": 10}
     alone = guarded.execute(unlimited).metrics.execution_time_ms
     limited = guarded.submit(
-        operation="metered", priority="high", items=range(60), chunk_size=1, params={"folder": str(tmp_path)}
+        operation="metered",
+        priority="high",
+        items=range(60),
+        chunk_size=1,
+        params={"folder": str(tmp_path)},
     )
     wait_until(lambda: any(node.state == "parked" for node in limited.tree()))
 
@@ -49,17 +63,29 @@ def test_what_waits_for_tokens_holds_no_slot(guarded: Client, tmp_path: Path) ->
     assert held_s < 1.0, "60 nodes have waited for 80 s in all, and held no slot meanwhile"
 
 
-def test_what_waits_for_tokens_comes_back_when_it_may_and_not_before(guarded: Client, tmp_path: Path) -> None:
+def test_what_waits_for_tokens_comes_back_when_it_may_and_not_before(
+    guarded: Client, tmp_path: Path
+) -> None:
     """With the slots for itself: behind other work it would wait for a slot, too."""
-    guarded.execute(operation="metered", items=range(60), chunk_size=1, params={"folder": str(tmp_path)}, timeout=30)
+    guarded.execute(
+        operation="metered",
+        items=range(60),
+        chunk_size=1,
+        params={"folder": str(tmp_path)},
+        timeout=30,
+    )
 
     times = [at for _, _, _, at in journal(tmp_path)]
     assert 0.97 * 55 / 20 <= times[-1] - times[0] <= 1.2 * 60 / 20
 
 
-def test_an_open_breaker_parks_its_nodes_and_costs_no_attempt(guarded: Client, tmp_path: Path) -> None:
+def test_an_open_breaker_parks_its_nodes_and_costs_no_attempt(
+    guarded: Client, tmp_path: Path
+) -> None:
     (tmp_path / "down").touch()
-    job = guarded.submit(operation="fragile", items=range(40), chunk_size=5, params={"folder": str(tmp_path)})
+    job = guarded.submit(
+        operation="fragile", items=range(40), chunk_size=5, params={"folder": str(tmp_path)}
+    )
     wait_until(lambda: guarded.breakers.get("fragile").state == "open")
     wait_until(lambda: len(journal(tmp_path)) >= 6)  # two probes have failed
     wait_until(lambda: "circuit is open" in job.explain())
@@ -68,13 +94,17 @@ def test_an_open_breaker_parks_its_nodes_and_costs_no_attempt(guarded: Client, t
     result = job.result(timeout=30)
 
     assert (result.status, result.output) == (Status.SUCCEEDED, list(range(40)))
-    assert max(Counter(index for _, index, _, _ in journal(tmp_path)).values()) <= 4, "attempts, not refusals, are counted"
+    assert max(Counter(index for _, index, _, _ in journal(tmp_path)).values()) <= 4, (
+        "attempts, not refusals, are counted"
+    )
     assert guarded.breakers.get("fragile").state in ("closed", "half-open")
 
 
 def test_closing_a_breaker_calls_those_who_wait(guarded: Client, tmp_path: Path) -> None:
     (tmp_path / "down").touch()
-    job = guarded.submit(operation="stubborn", items=range(6), chunk_size=1, params={"folder": str(tmp_path)})
+    job = guarded.submit(
+        operation="stubborn", items=range(6), chunk_size=1, params={"folder": str(tmp_path)}
+    )
     wait_until(lambda: sum(node.state == "parked" for node in job.tree()) >= 5)
     (tmp_path / "down").unlink()
 
@@ -86,7 +116,13 @@ def test_closing_a_breaker_calls_those_who_wait(guarded: Client, tmp_path: Path)
 
 
 def test_a_fallback_answers_while_the_breaker_is_open(guarded: Client) -> None:
-    result = guarded.execute(operation="second_best", items=range(1, 11), type="sequential", continue_on_error=True, timeout=30)
+    result = guarded.execute(
+        operation="second_best",
+        items=range(1, 11),
+        type="sequential",
+        continue_on_error=True,
+        timeout=30,
+    )
 
     assert result.failed_count == 2
     assert result.output == [-item for item in range(3, 11)]
@@ -94,20 +130,35 @@ def test_a_fallback_answers_while_the_breaker_is_open(guarded: Client) -> None:
 
 
 @pytest.mark.parametrize("operation", ["third_time", "third_time_async"])
-def test_an_item_is_tried_again_and_its_neighbours_do_not_wait(guarded: Client, tmp_path: Path, operation: str) -> None:
+def test_an_item_is_tried_again_and_its_neighbours_do_not_wait(
+    guarded: Client, tmp_path: Path, operation: str
+) -> None:
     result = guarded.execute(
-        operation=operation, items=range(40), chunk_size=20, params={"folder": str(tmp_path)}, continue_on_error=True, timeout=60
+        operation=operation,
+        items=range(40),
+        chunk_size=20,
+        params={"folder": str(tmp_path)},
+        continue_on_error=True,
+        timeout=60,
     )
 
     assert result.output == [item for item in range(40) if item != 15]
     assert [(each.index, each.code) for each in result.failed] == [(15, "TIMEOUT")]
     calls = Counter(index for _, index, _, _ in journal(tmp_path))
-    assert {index: count for index, count in calls.items() if count > 1} == {0: 3, 10: 3, 15: 4, 20: 3, 30: 3}
+    assert {index: count for index, count in calls.items() if count > 1} == {
+        0: 3,
+        10: 3,
+        15: 4,
+        20: 3,
+        30: 3,
+    }
     assert guarded.recovery_success_rate() is not None
 
 
 def test_many_in_flight_keep_to_the_rate(guarded: Client, tmp_path: Path) -> None:
-    result = guarded.execute(operation="metered_async", items=range(100), params={"folder": str(tmp_path)}, timeout=60)
+    result = guarded.execute(
+        operation="metered_async", items=range(100), params={"folder": str(tmp_path)}, timeout=60
+    )
 
     assert result.output == list(range(100))
     times = [at for _, _, _, at in journal(tmp_path)]
@@ -116,7 +167,13 @@ def test_many_in_flight_keep_to_the_rate(guarded: Client, tmp_path: Path) -> Non
 
 
 def test_a_bulkhead_holds_over_all_slots(guarded: Client, tmp_path: Path) -> None:
-    result = guarded.execute(operation="narrow", items=range(30), chunk_size=3, params={"folder": str(tmp_path)}, timeout=60)
+    result = guarded.execute(
+        operation="narrow",
+        items=range(30),
+        chunk_size=3,
+        params={"folder": str(tmp_path)},
+        timeout=60,
+    )
 
     assert result.output == list(range(30))
     words = [word for word, _, _, _ in journal(tmp_path)]
@@ -125,15 +182,23 @@ def test_a_bulkhead_holds_over_all_slots(guarded: Client, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("operation", ["sleepy", "sleepy_async"])
 def test_an_item_past_its_limit_is_stopped_and_recorded(guarded: Client, operation: str) -> None:
-    result = guarded.execute(operation=operation, items=[0.01, 5.0, 0.02, 0.03], continue_on_error=True, timeout=30)
+    result = guarded.execute(
+        operation=operation, items=[0.01, 5.0, 0.02, 0.03], continue_on_error=True, timeout=30
+    )
 
     assert result.output == [0.01, 0.02, 0.03]
-    assert [(each.index, each.type, each.code) for each in result.failed] == [(1, "CallTimeout", "TIMEOUT")]
+    assert [(each.index, each.type, each.code) for each in result.failed] == [
+        (1, "CallTimeout", "TIMEOUT")
+    ]
     assert result.metrics.execution_time_ms < 4000
 
 
-def test_an_item_that_never_returns_to_python_costs_its_process_and_nothing_else(guarded: Client) -> None:
-    result = guarded.execute(operation="deaf", items=range(20), chunk_size=5, continue_on_error=True, timeout=60)
+def test_an_item_that_never_returns_to_python_costs_its_process_and_nothing_else(
+    guarded: Client,
+) -> None:
+    result = guarded.execute(
+        operation="deaf", items=range(20), chunk_size=5, continue_on_error=True, timeout=60
+    )
 
     assert result.output == [item for item in range(20) if item != 13]
     assert [(each.index, each.code) for each in result.failed] == [(13, "QUARANTINED")]
@@ -142,7 +207,9 @@ def test_an_item_that_never_returns_to_python_costs_its_process_and_nothing_else
 
 def test_what_was_reserved_and_not_used_flows_back(guarded: Client) -> None:
     began = time.monotonic()
-    assert guarded.execute(operation="accounted", items=range(20), timeout=30).output == list(range(20))
+    assert guarded.execute(operation="accounted", items=range(20), timeout=30).output == list(
+        range(20)
+    )
 
     assert time.monotonic() - began < 8, "20 reservations of 500 at 1,000 a second would take 10 s"
 
@@ -157,8 +224,16 @@ def test_faults_that_come_back_are_counted_by_pattern(guarded: Client) -> None:
 
 
 def test_a_job_is_tried_again_as_the_first_document_says(guarded: Client) -> None:
-    policy = {"maxRetries": 2, "backoffMultiplier": 2, "initialDelayMs": 10, "maxDelayMs": 30, "retryableErrors": ["TIMEOUT"]}
+    policy = {
+        "maxRetries": 2,
+        "backoffMultiplier": 2,
+        "initialDelayMs": 10,
+        "maxDelayMs": 30,
+        "retryableErrors": ["TIMEOUT"],
+    }
     with pytest.raises(Exception, match="expired"):
-        guarded.execute_with_retry({"operation": "nap", "items": [400.0] * 4, "options": {"timeoutMs": 100}}, policy)
+        guarded.execute_with_retry(
+            {"operation": "nap", "items": [400.0] * 4, "options": {"timeoutMs": 100}}, policy
+        )
 
     assert [job.state for job in guarded.jobs(3)] == ["FAILURE"] * 3

@@ -17,12 +17,22 @@ from tests.support import wait_until
 
 def test_a_hundred_jobs_leave_nothing_behind(server: embedded.Server, logs: Any) -> None:
     environment = environment_of(server.url, "tidy")
-    with client_of(environment) as client, embedded.worker(environment, log=logs / "tidy.log") as process:
+    with (
+        client_of(environment) as client,
+        embedded.worker(environment, log=logs / "tidy.log") as process,
+    ):
         store = client.ledger.store.client
 
         def run_some(count: int) -> None:
             for job in client.batch_submit(
-                [{"operation": "collect", "items": list(range(60)), "strategy": Binary(min_chunk_size=10)}] * count
+                [
+                    {
+                        "operation": "collect",
+                        "items": list(range(60)),
+                        "strategy": Binary(min_chunk_size=10),
+                    }
+                ]
+                * count
             ):
                 assert job.get(timeout=60) == list(range(60))
 
@@ -32,16 +42,25 @@ def test_a_hundred_jobs_leave_nothing_behind(server: embedded.Server, logs: Any)
         run_some(100)
 
         assert store.pubsub_channels("tidy*") == channels
-        grown = sum(each.memory_info().rss for each in psutil.Process(process.pid).children()) - memory
+        grown = (
+            sum(each.memory_info().rss for each in psutil.Process(process.pid).children()) - memory
+        )
         assert grown < 16 * 2**20
-        # Celery's own registry of queues and its delivery bookkeeping live as long as the queues do.
+        # Celery's own registry of queues and its delivery bookkeeping live as long as the queues
+        # do.
         own = ("_kombu.binding", "unacked", "tidy.critical", "tidy.high", "tidy.normal", "tidy.low")
         wait_until(lambda: not store.exists("tidy:tidy.normal"))
         keys = [key.decode().removeprefix("tidy:") for key in store.scan_iter("tidy:*")]
-        lasting = [key for key in keys if store.ttl(f"tidy:{key}") == -1 and not key.startswith(own)]
+        lasting = [
+            key for key in keys if store.ttl(f"tidy:{key}") == -1 and not key.startswith(own)
+        ]
         assert lasting == []
         assert store.zcard(client.ledger.keys.due) == 0
-        assert not [key for key in keys if key.endswith((":items", ":blocks", ":due", ":inflight", ":splits"))]
+        assert not [
+            key
+            for key in keys
+            if key.endswith((":items", ":blocks", ":due", ":inflight", ":splits"))
+        ]
 
 
 def test_results_and_ledgers_expire(server: embedded.Server, logs: Any) -> None:
@@ -49,13 +68,19 @@ def test_results_and_ledgers_expire(server: embedded.Server, logs: Any) -> None:
     with client_of(environment) as client, embedded.worker(environment, log=logs / "brief.log"):
         job = client.submit(operation="sum", items=[1, 2, 3])
         assert job.get(timeout=10) == 6
-        wait_until(lambda: not list(client.ledger.store.client.scan_iter(f"brief:{{{job.id}}}*")), 10)
+        wait_until(
+            lambda: not list(client.ledger.store.client.scan_iter(f"brief:{{{job.id}}}*")), 10
+        )
         with pytest.raises(JobNotFound):
             job.result()
 
 
-def test_platforms_with_two_namespaces_do_not_meet(server: embedded.Server, client: Client, lonely_client: Client) -> None:
-    """The session's worker serves namespace `test`; a job of another one on the same database waits."""
+def test_platforms_with_two_namespaces_do_not_meet(
+    server: embedded.Server, client: Client, lonely_client: Client
+) -> None:
+    """The session's worker serves namespace `test`; a job of another one on the same database
+    waits.
+    """
     mine = client.submit(operation="sum", items=range(10))
     other = lonely_client.submit(operation="sum", items=range(10))
 
@@ -92,13 +117,24 @@ class Spy(threading.Thread):
         self._socket.close()
 
 
-def test_two_thousand_cuts_leave_every_message_under_4_kb(client: Client, server: embedded.Server) -> None:
+def test_two_thousand_cuts_leave_every_message_under_4_kb(
+    client: Client, server: embedded.Server
+) -> None:
     spy = Spy(server.port, "test:test.")
 
     flat = client.execute(operation="collect", items=range(1200), type="sequential", timeout=100)
-    deep = client.execute(operation="sum", items=list(range(1024)), strategy=Binary(min_chunk_size=1, max_depth=10), timeout=100)
+    deep = client.execute(
+        operation="sum",
+        items=list(range(1024)),
+        strategy=Binary(min_chunk_size=1, max_depth=10),
+        timeout=100,
+    )
     tails = client.submit(
-        {"operation": "collect", "items": range(600), "strategy": NWay(split_factor=2, min_chunk_size=1, max_depth=10)}
+        {
+            "operation": "collect",
+            "items": range(600),
+            "strategy": NWay(split_factor=2, min_chunk_size=1, max_depth=10),
+        }
     ).result(timeout=100)
     spy.stop()
 
@@ -110,11 +146,20 @@ def test_two_thousand_cuts_leave_every_message_under_4_kb(client: Client, server
     assert max(spy.sizes) < 4096
 
 
-def test_a_job_of_two_thousand_tail_calls_keeps_its_messages_small(server: embedded.Server, logs: Any) -> None:
-    environment = environment_of(server.url, "tails", RLM_NODE__TARGET_MS="0.01", RLM_NODE__SLICE_MS="0.01")
-    with client_of(environment) as client, embedded.worker(environment, log=logs / "tails.log", slots=1):
+def test_a_job_of_two_thousand_tail_calls_keeps_its_messages_small(
+    server: embedded.Server, logs: Any
+) -> None:
+    environment = environment_of(
+        server.url, "tails", RLM_NODE__TARGET_MS="0.01", RLM_NODE__SLICE_MS="0.01"
+    )
+    with (
+        client_of(environment) as client,
+        embedded.worker(environment, log=logs / "tails.log", slots=1),
+    ):
         spy = Spy(server.port, "tails:")
-        result = client.execute(operation="collect", items=range(3000), type="sequential", timeout=100)
+        result = client.execute(
+            operation="collect", items=range(3000), type="sequential", timeout=100
+        )
         spy.stop()
 
     assert result.output == list(range(3000))

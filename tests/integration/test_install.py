@@ -1,4 +1,6 @@
-"""A small app of somebody's, with the platform installed: docs/examples/existing_app, run as docs/existing_apps.md says."""
+"""A small app of somebody's, with the platform installed: docs/examples/existing_app, run as
+docs/existing_apps.md says.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ JOBS = ["shop.critical", "shop.high", "shop.normal", "shop.low"]
 
 @dataclass
 class Shop:
-    """What the tests know of the shop: how its processes are configured, what they write, and whom they hear."""
+    """What the tests know of the shop: how its processes are configured, what they write, and whom
+    they hear.
+    """
 
     environment: dict[str, str]
     folder: Path
@@ -74,9 +78,20 @@ def shop(server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> I
     beat = ["-B", "-s", str(folder / "schedule")]
     with (
         embedded.worker(
-            environment, app="shop", log=folder / "all.log", slots=SLOTS, options=[*beat, "-n", "all@%h"], level="INFO"
+            environment,
+            app="shop",
+            log=folder / "all.log",
+            slots=SLOTS,
+            options=[*beat, "-n", "all@%h"],
+            level="INFO",
         ),
-        embedded.worker(environment, app="shop", log=folder / "own.log", slots=1, options=["-Q", "celery,mail", "-n", "own@%h"]),
+        embedded.worker(
+            environment,
+            app="shop",
+            log=folder / "own.log",
+            slots=1,
+            options=["-Q", "celery,mail", "-n", "own@%h"],
+        ),
     ):
         yield Shop(environment, folder, app)
     app.close()
@@ -88,15 +103,24 @@ def test_the_web_process_sends_tasks_and_submits_jobs_through_the_same_app(shop:
     assert told is not None
     assert int(told[1]) == sum(100 + order % 7 for order in range(20_000))
     assert int(told[2]) > 0, "the job has split, although the shop has no result backend"
-    wait_until(lambda: (shop.folder / "receipt-1.txt").exists() and (shop.folder / "offer-ada.txt").exists())
+    wait_until(
+        lambda: (
+            (shop.folder / "receipt-1.txt").exists() and (shop.folder / "offer-ada.txt").exists()
+        )
+    )
 
 
 def test_workers_consume_their_queues_and_ours_unless_told_otherwise(shop: Shop) -> None:
-    queues = {name: [queue["name"] for queue in found] for name, found in shop.asked("active_queues").items()}
+    queues = {
+        name: [queue["name"] for queue in found]
+        for name, found in shop.asked("active_queues").items()
+    }
 
     assert queues == {"all": ["celery", *JOBS], "own": ["celery", "mail"]}
     prefetch = {name: found["prefetch_count"] for name, found in shop.asked("stats").items()}
-    assert prefetch == {"all": SLOTS, "own": 4}, "one message a slot where jobs run, and Celery's default elsewhere"
+    assert prefetch == {"all": SLOTS, "own": 4}, (
+        "one message a slot where jobs run, and Celery's default elsewhere"
+    )
 
 
 def test_beat_sends_what_their_schedule_says_and_has_the_level_worked_out(shop: Shop) -> None:
@@ -116,7 +140,9 @@ def test_a_worker_names_what_stands_in_the_way_of_jobs_if_it_runs_them(shop: Sho
 
 def test_celery_commands_work_with_their_app(shop: Shop) -> None:
     assert "rlm.node" in shop.run("-m", "celery", "-A", "shop", "inspect", "registered")
-    assert isinstance(json.loads(shop.run("-m", "celery", "-A", "shop", "rlm", "jobs", "--json")), list)
+    assert isinstance(
+        json.loads(shop.run("-m", "celery", "-A", "shop", "rlm", "jobs", "--json")), list
+    )
 
 
 @pytest.mark.parametrize("app", ["shop", "rlm_tasks"])

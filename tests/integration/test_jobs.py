@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 
-from rlm_tasks import Adaptive, Binary, Client, Files, JobRequest, Lines, NWay, Options, ResultTimeout, ResultTooLarge, Status
+from rlm_tasks import (
+    Adaptive,
+    Binary,
+    Client,
+    Files,
+    JobRequest,
+    Lines,
+    NWay,
+    Options,
+    ResultTimeout,
+    ResultTooLarge,
+    Status,
+)
 from rlm_tasks.client.client import Client as PlainClient
 from tests.support import wait_until
 
@@ -27,13 +39,20 @@ SHAPES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("operation", ["echo", "collect"])
-def test_outputs_come_in_item_order_under_every_strategy(client: Client, shape: dict[str, Any], operation: str) -> None:
+def test_outputs_come_in_item_order_under_every_strategy(
+    client: Client, shape: dict[str, Any], operation: str
+) -> None:
     items = [(i * 7919) % 1000 for i in range(200)]
 
     result = client.execute(operation=operation, items=items, timeout=30, **shape)
 
     assert result.output == items
-    assert (result.status, result.done, result.failed_count, result.skipped) == (Status.SUCCEEDED, 200, 0, 0)
+    assert (result.status, result.done, result.failed_count, result.skipped) == (
+        Status.SUCCEEDED,
+        200,
+        0,
+        0,
+    )
     assert list(result.successful) == list(range(200))
 
 
@@ -48,7 +67,9 @@ def test_outputs_come_in_item_order_under_every_strategy(client: Client, shape: 
     ],
     ids=str,
 )
-def test_a_plan_with_bounds_is_carried_out_as_written(client: Client, shape: dict[str, Any], nodes: int, depth: int) -> None:
+def test_a_plan_with_bounds_is_carried_out_as_written(
+    client: Client, shape: dict[str, Any], nodes: int, depth: int
+) -> None:
     result = client.execute(operation="sum", items=list(range(200)), timeout=30, **shape)
 
     assert result.output == sum(range(200))
@@ -82,7 +103,9 @@ def test_a_job_splits_itself_over_the_free_slots(client: Client) -> None:
 def test_a_sequential_job_runs_one_node_at_a_time_in_order(client: Client) -> None:
     items = [{"i": i, "ms": 30} for i in range(70)]
 
-    result = client.execute(operation="spin_then_collect", items=items, type="sequential", timeout=30)
+    result = client.execute(
+        operation="spin_then_collect", items=items, type="sequential", timeout=30
+    )
 
     assert result.output == list(range(70))
     assert (result.metrics.splits, result.metrics.max_depth) == (0, 0)
@@ -126,7 +149,9 @@ def test_lines_and_files_are_read_where_they_lie(client: Client, tmp_path: Path)
     text.write_text("".join(f"alpha {i % 2}\n" for i in range(5000)), encoding="utf-8")
     (tmp_path / "b.txt").touch()
 
-    counted = client.execute(operation="word_count", items=Lines(text), type="parallel", chunk_size=700, timeout=30)
+    counted = client.execute(
+        operation="word_count", items=Lines(text), type="parallel", chunk_size=700, timeout=30
+    )
     found = client.execute(operation="echo", items=Files(str(tmp_path / "*.txt")), timeout=30)
 
     assert counted.output == {"alpha": 5000, "0": 2500, "1": 2500}
@@ -134,7 +159,9 @@ def test_lines_and_files_are_read_where_they_lie(client: Client, tmp_path: Path)
 
 
 def test_progress_partial_tree_and_explain_tell_of_a_running_job(client: Client) -> None:
-    job = client.submit(operation="spin_then_collect", items=[{"i": i, "ms": 10} for i in range(400)])
+    job = client.submit(
+        operation="spin_then_collect", items=[{"i": i, "ms": 10} for i in range(400)]
+    )
     wait_until(lambda: job.progress().done > 20)
 
     seen = list(job.watch(interval_s=0.05))
@@ -150,7 +177,11 @@ def test_progress_partial_tree_and_explain_tell_of_a_running_job(client: Client)
 
 
 def test_a_partial_answer_covers_what_is_done(client: Client) -> None:
-    job = client.submit(operation="spin_then_collect", items=[{"i": i, "ms": 40} for i in range(150)], type="sequential")
+    job = client.submit(
+        operation="spin_then_collect",
+        items=[{"i": i, "ms": 40} for i in range(150)],
+        type="sequential",
+    )
     wait_until(lambda: job.partial().coverage > 0)
 
     partial = job.partial()
@@ -180,15 +211,23 @@ def test_batch_execute_answers_in_the_order_of_the_requests(client: Client) -> N
 def test_the_context_tells_job_index_and_params(client: Client) -> None:
     job = client.submit(operation="where", items=["a", "b"], params={"depth": 3})
 
-    assert [row[:3] for row in job.get(timeout=30)] == [[job.id, 0, {"depth": 3}], [job.id, 1, {"depth": 3}]]
+    assert [row[:3] for row in job.get(timeout=30)] == [
+        [job.id, 0, {"depth": 3}],
+        [job.id, 1, {"depth": 3}],
+    ]
 
 
-def test_large_outputs_are_paged_and_can_be_iterated(server: Any, environment: dict[str, str], worker_pid: int) -> None:
+def test_large_outputs_are_paged_and_can_be_iterated(
+    server: Any, environment: dict[str, str], worker_pid: int
+) -> None:
     from tests.integration.conftest import client_of
 
     with client_of({**environment, "RLM_MAX_RESULT_BYTES": "2000"}) as small:
         job = small.submit(
-            operation="echo", items=[f"item {i * 7919 % 100_003}" for i in range(3000)], type="parallel", chunk_size=500
+            operation="echo",
+            items=[f"item {i * 7919 % 100_003}" for i in range(3000)],
+            type="parallel",
+            chunk_size=500,
         )
         with pytest.raises(ResultTooLarge, match="RLM_MAX_RESULT_BYTES=2000"):
             job.result(timeout=30)
@@ -209,7 +248,11 @@ def test_waiting_ends_when_patience_does(lonely_client: PlainClient) -> None:
 
 def test_priorities_have_queues_of_their_own_and_children_stay_in_them(client: Client) -> None:
     options = Options(priority="high")
-    job = client.submit(JobRequest(operation="sum", items=range(1000), strategy=Binary(min_chunk_size=100), options=options))
+    job = client.submit(
+        JobRequest(
+            operation="sum", items=range(1000), strategy=Binary(min_chunk_size=100), options=options
+        )
+    )
 
     assert job.get(timeout=30) == 499_500
     spec = client.ledger.spec(job.id)
@@ -231,20 +274,30 @@ def test_urgent_jobs_are_served_first_and_others_are_not_forgotten(server: Any, 
         with embedded.worker(environment, log=logs / "order.log", slots=1):
             for job in jobs:
                 job.wait(30)
-        began = [(int(own.ledger.facts(job.id)["started_ms"]), own.ledger.facts(job.id)["queue"]) for job in jobs]
+        began = [
+            (int(own.ledger.facts(job.id)["started_ms"]), own.ledger.facts(job.id)["queue"])
+            for job in jobs
+        ]
 
     served = [queue.removeprefix("order.") for _, queue in sorted(began, key=lambda pair: pair[0])]
-    # By weights 8, 4, 2 and 1: the third high one goes before the first normal, and that before the first low one.
+    # By weights 8, 4, 2 and 1: the third high one goes before the first normal, and that before the
+    # first low one.
     assert served[:2] == ["critical"] * 2
-    last = [max(at for at, each in enumerate(served) if each == priority) for priority in ("critical", "high", "normal", "low")]
+    last = [
+        max(at for at, each in enumerate(served) if each == priority)
+        for priority in ("critical", "high", "normal", "low")
+    ]
     assert last == sorted(last)
 
 
 def test_chord_bodies_merge_finished_subtrees_while_the_rest_still_runs(client: Client) -> None:
     items = [{"i": i, "ms": 2000 if i == 15 else 5} for i in range(16)]
-    job = client.submit(operation="spin_then_collect", items=items, strategy=Binary(min_chunk_size=2))
+    job = client.submit(
+        operation="spin_then_collect", items=items, strategy=Binary(min_chunk_size=2)
+    )
 
-    # Leaves have two items: a wider partial can only come from the body of a chord, and of an outer one.
+    # Leaves have two items: a wider partial can only come from the body of a chord, and of an outer
+    # one.
     wait_until(lambda: (0, 8) in client.ledger.ranges(job.id), within_s=10)
 
     assert not job.ready()

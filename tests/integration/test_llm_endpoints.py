@@ -59,7 +59,14 @@ def provider(shared: Running) -> Running:
 
 
 def question(text: str = PROMPT, **about: Any) -> Question:
-    return Question(**{"model": "small", "messages": ({"role": "user", "content": text},), "max_tokens": 50, **about})
+    return Question(
+        **{
+            "model": "small",
+            "messages": ({"role": "user", "content": text},),
+            "max_tokens": 50,
+            **about,
+        }
+    )
 
 
 def at(
@@ -75,7 +82,9 @@ def at(
 
     async def main() -> T:
         settings = EndpointSettings(name="main", base_url=base_url, key_env="MAIN_KEY", **about)
-        endpoint = Endpoint(settings, SecretStr(key), timeout_s=timeout_s, per_host=per_host, idle_s=60.0)
+        endpoint = Endpoint(
+            settings, SecretStr(key), timeout_s=timeout_s, per_host=per_host, idle_s=60.0
+        )
         try:
             return await run(endpoint)
         finally:
@@ -89,13 +98,23 @@ def asked(base_url: str, about: Question | None = None, **options: Any) -> Answe
 
 
 def error_of(base_url: str, about: Question | None = None, **options: Any) -> Exception:
-    """Return what asking raises; nothing of it, and nothing logged by then, may hold the key or the prompt."""
+    """Return what asking raises; nothing of it, and nothing logged by then, may hold the key or the
+    prompt.
+    """
     with pytest.raises(Exception) as caught:  # noqa: PT011 - it is returned
         asked(base_url, about, **options)
     error = caught.value
     assert error.__cause__ is None
     assert error.__context__ is None
-    shown = "".join([*traceback.format_exception(error), repr(error), str(error), repr(vars(error)), repr(error.args)])
+    shown = "".join(
+        [
+            *traceback.format_exception(error),
+            repr(error),
+            str(error),
+            repr(vars(error)),
+            repr(error.args),
+        ]
+    )
     assert not {word for word in (KEY[:12], "Ada", "Lovelace") if word in shown}
     return error
 
@@ -106,11 +125,17 @@ def test_an_answer_has_its_text_its_cost_and_its_time(provider: Running, stream:
 
     assert answer.text == WORDS
     assert answer.finish == "stop"
-    assert (answer.prompt_tokens, answer.completion_tokens) == (estimated_tokens(PROMPT), estimated_tokens(WORDS))
+    assert (answer.prompt_tokens, answer.completion_tokens) == (
+        estimated_tokens(PROMPT),
+        estimated_tokens(WORDS),
+    )
     assert answer.told == Told(UNSAID, UNSAID)
     assert answer.latency_s > 0.008
     seen = provider.report()
-    assert (seen["prompt_tokens"], seen["completion_tokens"]) == (answer.prompt_tokens, answer.completion_tokens)
+    assert (seen["prompt_tokens"], seen["completion_tokens"]) == (
+        answer.prompt_tokens,
+        answer.completion_tokens,
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -123,7 +148,11 @@ def test_an_answer_that_is_cut_says_so(provider: Running, stream: bool) -> None:
 def test_a_schema_goes_with_the_question_and_a_model_by_its_name_there(provider: Running) -> None:
     schema = {"type": "object", "properties": {"total": {"type": "integer"}}}
 
-    answer = asked(provider.base_url, question("SUM: 1 2", schema=schema, temperature=0.0), models={"small": "theirs-1"})
+    answer = asked(
+        provider.base_url,
+        question("SUM: 1 2", schema=schema, temperature=0.0),
+        models={"small": "theirs-1"},
+    )
 
     assert json.loads(answer.text) == {"total": 3}
     assert list(provider.report()["by_model"]) == ["theirs-1"]
@@ -146,7 +175,9 @@ MEANINGS: list[tuple[str, type[Exception], Category, str]] = [
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("kind", "error", "category", "code"), MEANINGS, ids=[each[0] for each in MEANINGS])
+@pytest.mark.parametrize(
+    ("kind", "error", "category", "code"), MEANINGS, ids=[each[0] for each in MEANINGS]
+)
 def test_whatever_goes_wrong_is_an_error_of_ours_and_tells_no_secret(
     provider: Running,
     caplog: pytest.LogCaptureFixture,
@@ -159,7 +190,9 @@ def test_whatever_goes_wrong_is_an_error_of_ours_and_tells_no_secret(
     caplog.set_level(logging.DEBUG)
     provider.schedule({"kind": kind})
 
-    raised = error_of(provider.base_url, stream=stream, timeout_s=0.3 if kind == "timeout" else 30.0)
+    raised = error_of(
+        provider.base_url, stream=stream, timeout_s=0.3 if kind == "timeout" else 30.0
+    )
 
     assert type(raised) is error
     fault = classify(raised)
@@ -172,25 +205,34 @@ def test_whatever_goes_wrong_is_an_error_of_ours_and_tells_no_secret(
     assert not [word for word in (KEY, "Ada") if word in caplog.text]
 
 
-def test_what_a_provider_says_is_repeated_unless_it_quotes_the_question_or_the_key(provider: Running) -> None:
+def test_what_a_provider_says_is_repeated_unless_it_quotes_the_question_or_the_key(
+    provider: Running,
+) -> None:
     provider.schedule({"kind": "400"})
     assert str(error_of(provider.base_url)) == (
         "endpoint main: refuses the question (400): This model's maximum context length is exceeded."
     )
     provider.schedule({"kind": "422"})
     assert str(error_of(provider.base_url)).endswith("(422): what it says quotes the question")
-    assert str(error_of(provider.base_url, question("Ada"))).endswith("(422): what it says quotes the question")
+    assert str(error_of(provider.base_url, question("Ada"))).endswith(
+        "(422): what it says quotes the question"
+    )
     for long in ("Ada " * 90, "Ada \u0416 " * 90):  # the latter comes back escaped
         assert str(error_of(provider.base_url, question(long))).endswith("quotes the question")
 
 
-@pytest.mark.parametrize("key", ["", " ", "sk-very-secret-0123456789\u2026", "sk-very-secret-0123456789\nb"])
+@pytest.mark.parametrize(
+    "key", ["", " ", "sk-very-secret-0123456789\u2026", "sk-very-secret-0123456789\nb"]
+)
 def test_a_key_that_no_header_can_hold_is_refused_and_its_variable_named(key: str) -> None:
     error = error_of("http://127.0.0.1:1/v1", key=key)
 
     assert isinstance(error, ProviderRefused)
     assert error.category == Category.AUTH
-    assert str(error) == "endpoint main: MAIN_KEY holds no key; set it, to any word where none is asked for"
+    assert (
+        str(error)
+        == "endpoint main: MAIN_KEY holds no key; set it, to any word where none is asked for"
+    )
 
 
 def test_a_question_that_cannot_be_written_down_is_refused(provider: Running) -> None:
@@ -208,16 +250,23 @@ def test_an_endpoint_that_nobody_listens_at_is_down() -> None:
     assert classify(error).trips
 
 
-# --- how long to wait --------------------------------------------------------------------------------
+# --- how long to wait -------------------------------------------------------------------------
 
 DATES = {"Date": "Tue, 01 Jul 2025 10:00:00 GMT", "Retry-After": "Tue, 01 Jul 2025 10:00:42 GMT"}
-SPENT = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s", "x-ratelimit-reset-tokens": "9h"}
+SPENT = {
+    "x-ratelimit-remaining-requests": "0",
+    "x-ratelimit-reset-requests": "6m0s",
+    "x-ratelimit-reset-tokens": "9h",
+}
 WAITS: list[tuple[dict[str, str], float]] = [
     ({"Retry-After": "7"}, 7.0),
     ({"Retry-After": "1", "retry-after-ms": "250"}, 0.25),
     (DATES, 42.0),
     (SPENT, 360.0),
-    ({"x-ratelimit-reset-requests": "12ms", "x-ratelimit-reset-tokens": "1.5s"}, 1.0),  # nothing is used up
+    (
+        {"x-ratelimit-reset-requests": "12ms", "x-ratelimit-reset-tokens": "1.5s"},
+        1.0,
+    ),  # nothing is used up
     ({"Retry-After": "soon"}, 1.0),
     ({"Retry-After": "0"}, 1.0),  # else it would be asked again at once, for ever
     ({}, 1.0),
@@ -225,7 +274,9 @@ WAITS: list[tuple[dict[str, str], float]] = [
 
 
 @pytest.mark.parametrize(("headers", "wait_s"), WAITS)
-def test_a_429_says_how_long_to_wait_in_any_of_its_forms(provider: Running, headers: dict[str, str], wait_s: float) -> None:
+def test_a_429_says_how_long_to_wait_in_any_of_its_forms(
+    provider: Running, headers: dict[str, str], wait_s: float
+) -> None:
     provider.schedule({"kind": "429", "headers": headers})
 
     error = error_of(provider.base_url)
@@ -254,12 +305,18 @@ def test_a_provider_that_fails_may_say_how_long_to_leave_it_alone(provider: Runn
         *((each, None) for each in ("", "-1s", "soon", "1x", "1" * 400, "2025-07-01T10:00:00Z")),
     ],
 )
-def test_lengths_of_time_are_read_as_providers_write_them(text: str, length_s: float | None) -> None:
+def test_lengths_of_time_are_read_as_providers_write_them(
+    text: str, length_s: float | None
+) -> None:
     assert seconds(text) == (None if length_s is None else pytest.approx(length_s))
 
 
 def test_what_headers_say_of_limits_is_told_of_requests_and_tokens() -> None:
-    headers = {"x-ratelimit-limit-requests": "3500", "x-ratelimit-remaining-tokens": "89999.5", "x-ratelimit-reset-tokens": "?"}
+    headers = {
+        "x-ratelimit-limit-requests": "3500",
+        "x-ratelimit-remaining-tokens": "89999.5",
+        "x-ratelimit-reset-tokens": "?",
+    }
 
     assert told(headers) == Told(Allowance(3500.0, None, None), Allowance(None, 89999.5, None))
 
@@ -273,7 +330,11 @@ def test_limits_are_a_true_sliding_window_and_who_waits_as_told_gets_in() -> Non
             refused = 0
             while len(answers) < 4 * most:
                 try:
-                    answers.append(await endpoint.ask(question("one two", max_tokens=100 if len(answers) % 2 else 5)))
+                    answers.append(
+                        await endpoint.ask(
+                            question("one two", max_tokens=100 if len(answers) % 2 else 5)
+                        )
+                    )
                 except RateLimited as limited:
                     refused += 1
                     await asyncio.sleep(limited.retry_after_s)
@@ -285,7 +346,9 @@ def test_limits_are_a_true_sliding_window_and_who_waits_as_told_gets_in() -> Non
     assert (seen["answered"], seen["refused"]) == (len(answers), refused)
     times = [came for came, _ in seen["taken"]]
     assert len(times) == 4 * most
-    assert all(later - earlier >= window_s for earlier, later in zip(times, times[most:], strict=False))
+    assert all(
+        later - earlier >= window_s for earlier, later in zip(times, times[most:], strict=False)
+    )
     assert refused <= len(answers)  # each wait got somebody in
     assert {used for _, used in seen["taken"]} == {4}  # what was asked for, put right
     first = answers[0].told
@@ -305,7 +368,7 @@ def test_too_many_tokens_are_refused_as_too_many_requests_are() -> None:
     assert 0 < error.retry_after_s <= 60
 
 
-# --- connections -------------------------------------------------------------------------------------
+# --- connections ------------------------------------------------------------------------------
 
 
 def test_fifty_calls_at_once_share_ten_connections(provider: Running) -> None:
@@ -337,9 +400,15 @@ def test_a_connection_is_used_again(provider: Running, stream: bool) -> None:
 
 @pytest.mark.parametrize(
     ("stream", "rule"),
-    [(False, {"kind": "timeout"}), (False, {"kind": "slow", "seconds": 60}), (True, {"kind": "slow", "seconds": 60})],
+    [
+        (False, {"kind": "timeout"}),
+        (False, {"kind": "slow", "seconds": 60}),
+        (True, {"kind": "slow", "seconds": 60}),
+    ],
 )
-def test_a_call_that_is_cancelled_leaves_nothing_open(provider: Running, stream: bool, rule: dict[str, Any]) -> None:
+def test_a_call_that_is_cancelled_leaves_nothing_open(
+    provider: Running, stream: bool, rule: dict[str, Any]
+) -> None:
     provider.schedule(rule)
 
     async def cancelled(endpoint: Endpoint) -> list[Answer]:
@@ -347,7 +416,10 @@ def test_a_call_that_is_cancelled_leaves_nothing_open(provider: Running, stream:
         await asyncio.to_thread(wait_until, lambda: provider.report()["in_flight"] == 4)
         for call in calls:
             call.cancel()
-        assert all(isinstance(each, asyncio.CancelledError) for each in await asyncio.gather(*calls, return_exceptions=True))
+        assert all(
+            isinstance(each, asyncio.CancelledError)
+            for each in await asyncio.gather(*calls, return_exceptions=True)
+        )
         await asyncio.to_thread(wait_until, lambda: provider.report()["connections"] == 0)
         provider.schedule()
         return await asyncio.gather(*(endpoint.ask(question()) for _ in range(8)))
@@ -376,7 +448,7 @@ def test_a_stream_may_take_longer_than_the_limit_of_its_pauses(provider: Running
     assert str(error) == "endpoint main ran longer than its limit of 0.3 s and was stopped"
 
 
-# --- whether it is well ------------------------------------------------------------------------------
+# --- whether it is well -----------------------------------------------------------------------
 
 
 def test_a_check_does_not_wait_for_calls(provider: Running) -> None:
@@ -399,7 +471,7 @@ def test_a_check_raises_what_a_call_raises(provider: Running) -> None:
         at(f"http://127.0.0.1:{provider.port}/elsewhere", lambda endpoint: endpoint.check(20.0))
 
 
-# --- servers that answer as none should --------------------------------------------------------------
+# --- servers that answer as none should -------------------------------------------------------
 
 
 def answered_with(body: str, *, stream: bool = False) -> Answer | Exception:
@@ -407,9 +479,13 @@ def answered_with(body: str, *, stream: bool = False) -> Answer | Exception:
 
     async def main() -> Answer:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.readuntil(b'"include_usage":true' if stream else b"}]")  # so much of the question must come
+            await reader.readuntil(
+                b'"include_usage":true' if stream else b"}]"
+            )  # so much of the question must come
             kind = "text/event-stream" if stream else "application/json"
-            writer.write(f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nConnection: close\r\n\r\n{body}".encode())
+            writer.write(
+                f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nConnection: close\r\n\r\n{body}".encode()
+            )
             await writer.drain()
             writer.close()
 
@@ -433,10 +509,16 @@ def test_usage_that_is_not_told_is_estimated(usage: str) -> None:
     whole = '{"choices":[{"message":{"content":"forty-two!"}}]' + usage + "}"
     part = '{"choices":[{"delta":{"content":"forty-two!"},"finish_reason":"stop"}]' + usage + "}"
 
-    for answer in (answered_with(whole), answered_with(f"data: {part}\n\ndata: [DONE]\n\n", stream=True)):
+    for answer in (
+        answered_with(whole),
+        answered_with(f"data: {part}\n\ndata: [DONE]\n\n", stream=True),
+    ):
         assert isinstance(answer, Answer)
         assert (answer.text, answer.finish) == ("forty-two!", "stop")
-        assert (answer.prompt_tokens, answer.completion_tokens) == (estimated_prompt(question().messages), 3)
+        assert (answer.prompt_tokens, answer.completion_tokens) == (
+            estimated_prompt(question().messages),
+            3,
+        )
 
 
 @pytest.mark.parametrize(
@@ -482,19 +564,24 @@ def test_a_stream_that_is_no_answer_is_unusable(body: str) -> None:
     assert "Ada" not in str(error)
 
 
-# --- processes ---------------------------------------------------------------------------------------
+# --- processes --------------------------------------------------------------------------------
 
 
 def test_nothing_is_imported_before_the_first_call() -> None:
     code = "import rlm_tasks.llm.endpoint, sys; print({'openai', 'httpx2', 'pydantic', 'celery'} & set(sys.modules))"
 
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"set()\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+        == b"set()\n"
+    )
 
 
 @pytest.mark.parametrize("how", ["its stdin closes", "SIGTERM"])
 def test_a_fake_provider_ends_quietly(how: str) -> None:
     command = [sys.executable, "-m", "rlm_tasks.testing.fake_provider", "--stdin"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None

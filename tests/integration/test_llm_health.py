@@ -1,4 +1,6 @@
-"""A real worker asks real endpoints how they are: who is ill gets no calls, and what calls do can be seen."""
+"""A real worker asks real endpoints how they are: who is ill gets no calls, and what calls do can
+be seen.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,13 @@ class Platform:
     def add(self, *items: int, **options: Any) -> Any:
         """Have each item added up by a model."""
         params = {"prompt": "SUM: {item} 1", "max_tokens": 20}
-        return self.client.execute(operation="llm.map", items=[*items], params=params, options=Options(**options), timeout=60)
+        return self.client.execute(
+            operation="llm.map",
+            items=[*items],
+            params=params,
+            options=Options(**options),
+            timeout=60,
+        )
 
     def counted(self, sample: str) -> dict[str, float]:
         """Return what the worker's /metrics has of a sample, by the values of its labels."""
@@ -55,25 +63,47 @@ class Platform:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             found = text_string_to_metric_families(answer.read().decode())
             samples = [each for family in found for each in family.samples if each.name == sample]
-        return {" ".join(value for _, value in sorted(each.labels.items())): each.value for each in samples}
+        return {
+            " ".join(value for _, value in sorted(each.labels.items())): each.value
+            for each in samples
+        }
 
 
 @pytest.fixture(scope="module")
-def platform(server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+def platform(
+    server: embedded.Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Platform]:
     with ExitStack() as stack:
         other, port = stack.enter_context(fake_provider.running()), embedded.free_port()
         endpoints = [
-            {"name": "main", "base_url": f"http://127.0.0.1:{port}/v1", "key_env": "MAIN_KEY", "weight": 2},
-            {"name": "other", "base_url": other.base_url, "key_env": "OTHER_KEY", "models": {MODEL: "theirs"}},
+            {
+                "name": "main",
+                "base_url": f"http://127.0.0.1:{port}/v1",
+                "key_env": "MAIN_KEY",
+                "weight": 2,
+            },
+            {
+                "name": "other",
+                "base_url": other.base_url,
+                "key_env": "OTHER_KEY",
+                "models": {MODEL: "theirs"},
+            },
         ]
         environment = environment_of(
-            server.url, "llm-health", RLM_LLM__ENDPOINTS=json.dumps(endpoints), MAIN_KEY=KEY, OTHER_KEY=KEY,
-            RLM_LLM__HEALTH_EVERY_S="1", RLM_LLM__HEALTH_STRIKES="2",
+            server.url,
+            "llm-health",
+            RLM_LLM__ENDPOINTS=json.dumps(endpoints),
+            MAIN_KEY=KEY,
+            OTHER_KEY=KEY,
+            RLM_LLM__HEALTH_EVERY_S="1",
+            RLM_LLM__HEALTH_STRIKES="2",
             CELERY_WORKER_METRICS_PORT=str(embedded.free_port()),
-        )  # fmt: skip
+        )
         log = tmp_path_factory.mktemp("llm-health") / "worker.log"
         client = stack.enter_context(client_of(environment))
-        assert all(each.healthy and each.checked_s_ago is None for each in client.endpoints()), "nobody has asked yet"
+        assert all(each.healthy and each.checked_s_ago is None for each in client.endpoints()), (
+            "nobody has asked yet"
+        )
         stack.enter_context(embedded.worker(environment, log=log, slots=1))
         yield Platform(client, environment, port, other, log)
 
@@ -83,14 +113,22 @@ def test_who_is_ill_gets_no_calls_until_it_is_back(platform: Platform) -> None:
 
     assert platform.add(*range(10)).output == [str(i + 1) for i in range(10)]
     assert platform.other.report()["by_model"]["theirs"]["answered"] == 10
-    assert platform.client.breakers.get("llm:main").status()["failure_count"] == 0, "it was not called"
+    assert platform.client.breakers.get("llm:main").status()["failure_count"] == 0, (
+        "it was not called"
+    )
     assert platform.counted("rlm_llm_calls_total") == {f"other {MODEL} ok": 10}
 
     with fake_provider.running(port=platform.main_port) as main:
         wait_until(lambda: platform.is_well("main"))
-        wait_until(lambda: platform.add(1, 2).output == ["2", "3"] and main.report()["requests"] > 0)
+        wait_until(
+            lambda: platform.add(1, 2).output == ["2", "3"] and main.report()["requests"] > 0
+        )
 
-    told = [each for each in reversed(platform.client.events.recent(name="endpoint.*")) if each.data["endpoint"] == "main"]
+    told = [
+        each
+        for each in reversed(platform.client.events.recent(name="endpoint.*"))
+        if each.data["endpoint"] == "main"
+    ]
     assert [each.name for each in told[:2]] == ["endpoint.ill", "endpoint.well"]
     assert platform.log.read_text().count("endpoint main is well again, and gets calls") == 1
     assert KEY not in platform.log.read_text()
@@ -98,60 +136,98 @@ def test_who_is_ill_gets_no_calls_until_it_is_back(platform: Platform) -> None:
 
 def test_what_was_asked_is_counted_and_what_was_not(platform: Platform) -> None:
     wait_until(lambda: not platform.is_well("main"))
-    before = {name: platform.counted(f"rlm_llm_{name}") for name in ("tokens_total", "money_total", "call_seconds_count")}
+    before = {
+        name: platform.counted(f"rlm_llm_{name}")
+        for name in ("tokens_total", "money_total", "call_seconds_count")
+    }
     calls_before = platform.counted("rlm_llm_calls_total")[f"other {MODEL} ok"]
-    told_before, next_one = platform.other.report()["by_model"]["theirs"], platform.other.report()["requests"] + 1
-    platform.other.schedule({"kind": "429", "from": next_one, "to": next_one, "headers": {"retry-after-ms": "10"}})
+    told_before, next_one = (
+        platform.other.report()["by_model"]["theirs"],
+        platform.other.report()["requests"] + 1,
+    )
+    platform.other.schedule(
+        {"kind": "429", "from": next_one, "to": next_one, "headers": {"retry-after-ms": "10"}}
+    )
 
     for _ in range(2):
         assert platform.add(100, 200, cache_results=True).output == ["101", "201"]
     spent = platform.add(1, 2, 3, budget=Budget(calls=1), continue_on_error=True)
 
     told = platform.other.report()["by_model"]["theirs"]
-    grown = {name: told[name] - told_before[name] for name in ("prompt_tokens", "completion_tokens", "answered")}
+    grown = {
+        name: told[name] - told_before[name]
+        for name in ("prompt_tokens", "completion_tokens", "answered")
+    }
     after = {name: platform.counted(f"rlm_llm_{name}") for name in before}
     for kind in ("prompt", "completion"):
         key = f"{kind} {MODEL}"
         assert after["tokens_total"][key] - before["tokens_total"][key] == grown[f"{kind}_tokens"]
     money = after["money_total"][MODEL] - before["money_total"][MODEL]
-    assert money == pytest.approx(grown["prompt_tokens"] * 0.4e-6 + grown["completion_tokens"] * 1.6e-6)
-    assert after["call_seconds_count"][MODEL] - before["call_seconds_count"][MODEL] == grown["answered"] == 3
+    assert money == pytest.approx(
+        grown["prompt_tokens"] * 0.4e-6 + grown["completion_tokens"] * 1.6e-6
+    )
+    assert (
+        after["call_seconds_count"][MODEL] - before["call_seconds_count"][MODEL]
+        == grown["answered"]
+        == 3
+    )
     calls = platform.counted("rlm_llm_calls_total")
-    assert (calls[f"other {MODEL} ok"] - calls_before, calls[f"other {MODEL} rate_limited"]) == (3, 1)
+    assert (calls[f"other {MODEL} ok"] - calls_before, calls[f"other {MODEL} rate_limited"]) == (
+        3,
+        1,
+    )
     assert platform.counted("rlm_llm_shared_total")["cache"] == 2
     assert platform.counted("rlm_llm_budget_refusals_total")[""] >= 1
     assert spent.output == ["2"]
 
 
-def test_endpoints_are_shown_to_clients_commands_and_flower(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endpoints_are_shown_to_clients_commands_and_flower(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wait_until(lambda: not platform.is_well("main"))
     for name in ("MAIN_KEY", "OTHER_KEY"):
         monkeypatch.setenv(name, KEY)
 
     def told(*arguments: str) -> str:
-        done = CliRunner().invoke(rlm, arguments, obj=SimpleNamespace(app=platform.client.app), catch_exceptions=False)
+        done = CliRunner().invoke(
+            rlm, arguments, obj=SimpleNamespace(app=platform.client.app), catch_exceptions=False
+        )
         assert done.exit_code == 0, done.output
         return done.stdout
 
     main, other = platform.client.endpoints()
     assert (main.host, main.models, main.weight, main.latency_ms, main.breaker) == (
-        f"127.0.0.1:{platform.main_port}", (), 2.0, None, "closed",
-    )  # fmt: skip
+        f"127.0.0.1:{platform.main_port}",
+        (),
+        2.0,
+        None,
+        "closed",
+    )
     assert (main.healthy, main.why) == (False, "cannot be reached (ConnectError)")
     assert main.strikes >= 2
     assert (other.healthy, other.strikes, other.models, other.why) == (True, 0, (MODEL,), "")
     assert other.latency_ms
     assert "ILL" in told("endpoints")
-    for shown in (json.loads(told("endpoints", "--json")), json.loads(told("endpoints", "--check", "--json"))):
+    for shown in (
+        json.loads(told("endpoints", "--json")),
+        json.loads(told("endpoints", "--check", "--json")),
+    ):
         assert [(each["name"], each["healthy"], each["why"]) for each in shown] == [
             ("main", False, main.why),
             ("other", True, ""),
         ]
-    gauge = next(each for each in families(platform.client) if each.name == "rlm_llm_endpoint_healthy")
-    assert {each.labels["endpoint"]: each.value for each in gauge.samples} == {"main": 0, "other": 1}
+    gauge = next(
+        each for each in families(platform.client) if each.name == "rlm_llm_endpoint_healthy"
+    )
+    assert {each.labels["endpoint"]: each.value for each in gauge.samples} == {
+        "main": 0,
+        "other": 1,
+    }
 
 
-def test_limits_and_breakers_of_models_are_shown_without_the_client_of_models(platform: Platform) -> None:
+def test_limits_and_breakers_of_models_are_shown_without_the_client_of_models(
+    platform: Platform,
+) -> None:
     code = """
 import json, sys
 from rlm_tasks import Client
@@ -160,12 +236,22 @@ with Client() as client:
 print(json.dumps([*shown, "openai" in sys.modules]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **platform.environment}, capture_output=True, text=True,
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **platform.environment},
+        capture_output=True,
+        text=True,
         check=True,
-    )  # fmt: skip
+    )
 
     limits, breakers, endpoints, imported = json.loads(done.stdout)
-    assert {f"llm:{key}:{MODEL}" for key in ("MAIN_KEY", "OTHER_KEY")} <= {service for service, _ in limits}
-    assert {name for service, name in limits if service == f"llm:MAIN_KEY:{MODEL}"} == {"requests", "tokens", "bytes"}
+    assert {f"llm:{key}:{MODEL}" for key in ("MAIN_KEY", "OTHER_KEY")} <= {
+        service for service, _ in limits
+    }
+    assert {name for service, name in limits if service == f"llm:MAIN_KEY:{MODEL}"} == {
+        "requests",
+        "tokens",
+        "bytes",
+    }
     assert {"llm:main", "llm:other"} <= {*breakers}
     assert (endpoints, imported) == (2, False)

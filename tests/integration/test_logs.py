@@ -42,7 +42,9 @@ def finished(client: Client, operation: str, items: list[Any]) -> Job:
     return job
 
 
-def test_every_line_is_json_and_knows_its_job_and_node(server: embedded.Server, logs: Path, tmp_path: Path) -> None:
+def test_every_line_is_json_and_knows_its_job_and_node(
+    server: embedded.Server, logs: Path, tmp_path: Path
+) -> None:
     log = logs / "logged-json.log"
     with logging_worker(server, log, RLM_LOG_FORMAT="json") as client:
         told = finished(client, "tell", [3, -1, 5])
@@ -59,20 +61,38 @@ def test_every_line_is_json_and_knows_its_job_and_node(server: embedded.Server, 
         assert "unheard" not in line
     of_operations = [line for line in lines if line["logger"] == APP]
     of_told = [line for line in of_operations if line["job"] == told.id]
-    squares = [("item -1", 1), ("item 3", 9), ("item 5", 25)]  # another process may have taken some of them
+    squares = [
+        ("item -1", 1),
+        ("item 3", 9),
+        ("item 5", 25),
+    ]  # another process may have taken some of them
     assert sorted((line["message"], line["squared"]) for line in of_told) == squares
     assert {line["node"] for line in of_told} <= nodes
-    assert {(line["operation"], line["task"], line["level"]) for line in of_told} == {("tell", "rlm.node", "INFO")}
+    assert {(line["operation"], line["task"], line["level"]) for line in of_told} == {
+        ("tell", "rlm.node", "INFO")
+    }
     for job in in_flight:
-        assert sorted(line["message"] for line in of_operations if line["job"] == job.id) == [f"item {n}" for n in range(7)]
+        assert sorted(line["message"] for line in of_operations if line["job"] == job.id) == [
+            f"item {n}" for n in range(7)
+        ]
     [of_error] = [line for line in of_operations if line["job"] == erred.id]
     assert of_error["message"] == "not found"
     assert of_error["exception"].startswith("Traceback (most recent call last):\n")
     assert of_error["exception"].endswith("KeyError: 'nowhere'")
     [printed] = [line for line in lines if line["logger"] == "celery.redirected"]
-    assert (printed["message"], printed["job"], printed["level"]) == ("printed\nin two lines", erred.id, "WARNING")
-    assert [line["level"] for line in lines if "exited with 'signal 9" in line["message"]] == ["ERROR"]
-    of_nodes = [line for line in lines if line["logger"] == "rlm_tasks.engine.node" and line["job"] == told.id]
+    assert (printed["message"], printed["job"], printed["level"]) == (
+        "printed\nin two lines",
+        erred.id,
+        "WARNING",
+    )
+    assert [line["level"] for line in lines if "exited with 'signal 9" in line["message"]] == [
+        "ERROR"
+    ]
+    of_nodes = [
+        line
+        for line in lines
+        if line["logger"] == "rlm_tasks.engine.node" and line["job"] == told.id
+    ]
     assert sum("1 failed" in line["message"] for line in of_nodes) == 1
 
 
@@ -86,13 +106,19 @@ def test_a_line_of_text_ends_with_job_and_node(server: embedded.Server, logs: Pa
     header = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}: INFO/ForkPoolWorker-\d\] "
     where = rf" \[job {job.id} root\]$"
     assert re.search(rf"^{header}item 3{where}", text, re.MULTILINE)
-    assert re.search(rf"^{header}Items 0 to 0 of tell done in \d\.\d\d s, 0 failed{where}", text, re.MULTILINE)
-    assert re.search(rf"^{header}Job ended as succeeded: 1 items of tell{where}", text, re.MULTILINE)
+    assert re.search(
+        rf"^{header}Items 0 to 0 of tell done in \d\.\d\d s, 0 failed{where}", text, re.MULTILINE
+    )
+    assert re.search(
+        rf"^{header}Job ended as succeeded: 1 items of tell{where}", text, re.MULTILINE
+    )
     assert f"[{job.id}]" not in text, "Celery's lines per message are for DEBUG"
     assert re.search(r"^\[[^]]+INFO/MainProcess\] celery@\S+ ready\.$", text, re.MULTILINE)
 
 
-def test_an_own_configuration_stays_and_may_name_the_ids(server: embedded.Server, logs: Path) -> None:
+def test_an_own_configuration_stays_and_may_name_the_ids(
+    server: embedded.Server, logs: Path
+) -> None:
     log = logs / "logged-own.log"
     with logging_worker(server, log, RLM_LOG_FORMAT="json", OWN_LOGGING="1") as client:
         job = finished(client, "tell", [3])
@@ -104,10 +130,18 @@ def test_an_own_configuration_stays_and_may_name_the_ids(server: embedded.Server
 
 
 def test_the_log_of_beat_is_json_too(server: embedded.Server, tmp_path: Path) -> None:
-    environment = environment_of(server.url, "logged-beat", RLM_LOG_FORMAT="json", RLM_PRESSURE__MONITOR_S="0.2")
+    environment = environment_of(
+        server.url, "logged-beat", RLM_LOG_FORMAT="json", RLM_PRESSURE__MONITOR_S="0.2"
+    )
     command = [sys.executable, "-m", "celery", "-q", "-A", APP, "beat", "-l", "INFO", "--pidfile="]
     with (tmp_path / "beat.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment}, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
     try:
         wait_until(lambda: "rlm.monitor" in (tmp_path / "beat.log").read_text())
     finally:

@@ -26,7 +26,9 @@ def own(server: embedded.Server, logs: Path, request: pytest.FixtureRequest) -> 
     environment = environment_of(server.url, name)
     with (
         client_of(environment) as client,
-        embedded.worker(environment, log=logs / f"{name}.log", options=["--time-limit", "3"]) as process,
+        embedded.worker(
+            environment, log=logs / f"{name}.log", options=["--time-limit", "3"]
+        ) as process,
     ):
         yield client, process
 
@@ -35,7 +37,9 @@ def test_a_killed_pool_process_is_made_up_for(own: Own, tmp_path: Path) -> None:
     client, _ = own
     items = [{"i": i, "marker": str(tmp_path / "died") if i == 37 else ""} for i in range(64)]
 
-    result = client.execute(operation="die_once", items=items, timeout=30, strategy=Binary(min_chunk_size=4))
+    result = client.execute(
+        operation="die_once", items=items, timeout=30, strategy=Binary(min_chunk_size=4)
+    )
 
     assert result.output == list(range(64))
     assert (tmp_path / "died").exists()
@@ -45,7 +49,9 @@ def test_an_item_that_always_kills_its_process_fails_alone(own: Own) -> None:
     client, _ = own
     items = [{"i": i, "poison": i == 20} for i in range(50)]
 
-    result = client.execute(operation="die_always", items=items, continue_on_error=True, timeout=60, type="sequential")
+    result = client.execute(
+        operation="die_always", items=items, continue_on_error=True, timeout=60, type="sequential"
+    )
 
     assert [failure.index for failure in result.failed] == [20]
     assert "its process died 3 times" in result.failed[0].message
@@ -57,7 +63,11 @@ def test_an_item_over_the_hard_time_limit_fails_and_the_others_are_done(own: Own
     items = [1.0] * 10 + [60_000.0] + [1.0] * 10
 
     result = client.execute(
-        operation="nap", items=items, continue_on_error=True, timeout=60, strategy=NWay(split_factor=3, min_chunk_size=7)
+        operation="nap",
+        items=items,
+        continue_on_error=True,
+        timeout=60,
+        strategy=NWay(split_factor=3, min_chunk_size=7),
     )
 
     assert [failure.index for failure in result.failed] == [10]
@@ -69,7 +79,10 @@ def test_a_revoked_leaf_cancels_its_job(own: Own) -> None:
     job = client.submit(operation="nap", items=[50.0] * 100, strategy=Binary(min_chunk_size=10))
     wait_until(lambda: any(node.state == "queued" and node.depth >= 2 for node in job.tree()))
     # The last one in the queue: it cannot have started before the revocation is heard.
-    record = max((each for each in client.ledger.all_records(job.id) if each.state == "q"), key=lambda each: each.lo)
+    record = max(
+        (each for each in client.ledger.all_records(job.id) if each.state == "q"),
+        key=lambda each: each.lo,
+    )
 
     client._app.control.revoke(record.slot.task)
 
@@ -85,7 +98,10 @@ def test_a_worker_killed_outright_loses_nothing(server: embedded.Server, logs: P
         with embedded.worker(environment, log=logs / "killed.log") as process:
             job = client.submit(operation="spin_then_collect", items=items)
             wait_until(lambda: job.progress().done > 60)
-            for each in (*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)):
+            for each in (
+                *psutil.Process(process.pid).children(recursive=True),
+                psutil.Process(process.pid),
+            ):
                 os.kill(each.pid, signal.SIGKILL)
         assert not job.ready()
         with embedded.worker(environment, log=logs / "killed.log"):
@@ -96,7 +112,9 @@ def test_a_stopping_worker_hands_its_nodes_over(server: embedded.Server, logs: P
     environment = environment_of(server.url, "drained", RLM_NODE__TARGET_MS="60000")
     with client_of(environment) as client:
         with embedded.worker(environment, log=logs / "drained.log") as process:
-            job = client.submit(operation="spin_then_collect", items=[{"i": i, "ms": 5} for i in range(1200)])
+            job = client.submit(
+                operation="spin_then_collect", items=[{"i": i, "ms": 5} for i in range(1200)]
+            )
             wait_until(lambda: job.progress().done > 100)
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=5)
@@ -110,11 +128,15 @@ def test_a_stopping_worker_hands_its_nodes_over(server: embedded.Server, logs: P
     assert attempts == {1}, "nothing is done again"
 
 
-def test_a_worker_stopped_in_a_stream_of_small_nodes_is_gone_in_seconds(server: embedded.Server, logs: Path) -> None:
+def test_a_worker_stopped_in_a_stream_of_small_nodes_is_gone_in_seconds(
+    server: embedded.Server, logs: Path
+) -> None:
     environment = environment_of(server.url, "prompt")
     with client_of(environment) as client:
         with embedded.worker(environment, log=logs / "prompt.log") as process:
-            job = client.submit(operation="collect", items=list(range(1500)), type="parallel", chunk_size=1)
+            job = client.submit(
+                operation="collect", items=list(range(1500)), type="parallel", chunk_size=1
+            )
             wait_until(lambda: job.progress().nodes > 200)
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=5)
@@ -133,7 +155,9 @@ def test_lost_messages_are_sent_again(server: embedded.Server, logs: Path) -> No
 
 def test_a_doubled_message_counts_once(client: Client) -> None:
     job = client.submit(
-        operation="spin_then_collect", items=[{"i": i, "ms": 2} for i in range(300)], strategy=Binary(min_chunk_size=20)
+        operation="spin_then_collect",
+        items=[{"i": i, "ms": 2} for i in range(300)],
+        strategy=Binary(min_chunk_size=20),
     )
     for _ in range(3):
         client._dispatcher.resend(job.id, [node.id for node in job.tree()], merges=True)

@@ -1,4 +1,6 @@
-"""A bound on the number of jobs at work, with a real worker and several clients; of those at one moment see the unit tests."""
+"""A bound on the number of jobs at work, with a real worker and several clients; of those at one
+moment see the unit tests.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,12 @@ MOST = 2
 @pytest.fixture(scope="module")
 def environment(server: embedded.Server) -> dict[str, str]:
     return environment_of(
-        server.url, "places", WORKFLOW_MAX_CONCURRENT_WORKFLOWS=str(MOST), RLM_PRESSURE__MONITOR_S="0.1",
+        server.url,
+        "places",
+        WORKFLOW_MAX_CONCURRENT_WORKFLOWS=str(MOST),
+        RLM_PRESSURE__MONITOR_S="0.1",
         RLM_OPERATIONS="tests.integration.windows_ops",
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +38,25 @@ def clients(environment: dict[str, str], logs: Path) -> Iterator[list[Client]]:
 
 
 def all_free(client: Client) -> None:
-    """Wait for a worker to strike ended jobs off the index, a moment after their result is there."""
+    """Wait for a worker to strike ended jobs off the index, a moment after their result is
+    there.
+    """
     wait_until(lambda: client._waiting_room.places() == MOST)
 
 
-def test_a_job_beyond_the_bound_is_refused_and_taken_in_when_one_has_ended(clients: list[Client]) -> None:
+def test_a_job_beyond_the_bound_is_refused_and_taken_in_when_one_has_ended(
+    clients: list[Client],
+) -> None:
     client = clients[0]
     running = [client.submit(operation="stamped", items=[0.6]) for _ in range(MOST)]
 
     with pytest.raises(QueueFull) as raised:
         clients[1].submit(operation="stamped", items=[0.0])
     assert raised.value.code == "QUEUE_FULL"
-    assert clients[1].execute(operation="stamped", items=[0.0], priority="critical", timeout=30).done == 1
+    assert (
+        clients[1].execute(operation="stamped", items=[0.0], priority="critical", timeout=30).done
+        == 1
+    )
     with pytest.raises(QueueFull):
         clients[1].batch_submit([{"operation": "stamped", "items": [0.0]}] * MOST)
     for job in running:
@@ -53,7 +65,9 @@ def test_a_job_beyond_the_bound_is_refused_and_taken_in_when_one_has_ended(clien
     assert clients[1].execute(operation="stamped", items=[0.0], timeout=30).done == 1
 
 
-def test_a_place_is_given_back_when_a_batch_is_refused_or_items_cannot_be_stored(clients: list[Client]) -> None:
+def test_a_place_is_given_back_when_a_batch_is_refused_or_items_cannot_be_stored(
+    clients: list[Client],
+) -> None:
     client = clients[0]
     all_free(client)
     with pytest.raises(QueueFull):
@@ -62,13 +76,20 @@ def test_a_place_is_given_back_when_a_batch_is_refused_or_items_cannot_be_stored
         with pytest.raises(ZeroDivisionError):
             client.submit(operation="stamped", items=(1 / 0 for _ in range(1)))
 
-    assert [each.done for each in client.batch_execute([{"operation": "stamped", "items": [0.0]}] * MOST, timeout=30)] == [
-        1
-    ] * MOST
+    assert [
+        each.done
+        for each in client.batch_execute(
+            [{"operation": "stamped", "items": [0.0]}] * MOST, timeout=30
+        )
+    ] == [1] * MOST
 
 
 def test_no_more_jobs_than_may_be_are_at_work_and_all_are_done(clients: list[Client]) -> None:
-    jobs = [client.submit(operation="stamped", items=[0.05], overload="delay") for _ in range(3) for client in clients]
+    jobs = [
+        client.submit(operation="stamped", items=[0.05], overload="delay")
+        for _ in range(3)
+        for client in clients
+    ]
 
     def all_done() -> bool:
         clients[0].app.control.broadcast("rlm_monitor")  # as beat does

@@ -1,4 +1,6 @@
-"""Real workers are scraped and probed, while their processes are recycled and killed and their server goes away."""
+"""Real workers are scraped and probed, while their processes are recycled and killed and their
+server goes away.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +50,15 @@ class Scraped:
     def samples(self, name: str) -> Counter[tuple[str, ...]]:
         """Return the values of a sample by those of its labels, in the order of their names."""
         text = self.get("/metrics")[1]
-        found = [sample for family in text_string_to_metric_families(text) for sample in family.samples if sample.name == name]
-        return Counter({tuple(value for _, value in sorted(each.labels.items())): each.value for each in found})
+        found = [
+            sample
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name
+        ]
+        return Counter(
+            {tuple(value for _, value in sorted(each.labels.items())): each.value for each in found}
+        )
 
     def says(self, path: str, status: int, body: str) -> bool:
         """Whether an answer is this one."""
@@ -68,11 +77,17 @@ class Workers:
         name, port = f"scraped-{self._started}", port or embedded.free_port()
         temporary, log = self._folder / name, self._folder / f"{name}.log"
         temporary.mkdir()
-        operations = ",".join(f"tests.integration.{each}" for each in ("ops", "guarded_ops", "scraped_ops"))
-        environment = environment_of(self.server.url, name, RLM_OPERATIONS=operations, TMPDIR=str(temporary), **variables)
+        operations = ",".join(
+            f"tests.integration.{each}" for each in ("ops", "guarded_ops", "scraped_ops")
+        )
+        environment = environment_of(
+            self.server.url, name, RLM_OPERATIONS=operations, TMPDIR=str(temporary), **variables
+        )
         options = (f"--metrics-port={port}", *options)
         client = self._stack.enter_context(client_of(environment))
-        process = self._stack.enter_context(embedded.worker(environment, log=log, options=options, slots=slots))
+        process = self._stack.enter_context(
+            embedded.worker(environment, log=log, options=options, slots=slots)
+        )
         return Scraped(port, client, environment, process, log, temporary)
 
 
@@ -89,24 +104,45 @@ def scraped(workers: Workers) -> Scraped:
     return workers.start()
 
 
-def test_sums_are_what_jobs_did_through_recycled_and_killed_processes(workers: Workers, tmp_path: Path) -> None:
+def test_sums_are_what_jobs_did_through_recycled_and_killed_processes(
+    workers: Workers, tmp_path: Path
+) -> None:
     scraped = workers.start("--max-tasks-per-child=3")
     client, seen = scraped.client, Counter[tuple[str, ...]]()
     deadly = [{"i": i, "marker": str(tmp_path / "died") if i == 9 else ""} for i in range(20)]
     for _ in range(2):
         client.execute(operation="fail_odd", items=range(10), continue_on_error=True, timeout=60)
-        client.execute(operation="collect", items=range(40), strategy=NWay(split_factor=4, min_chunk_size=10), timeout=60)
+        client.execute(
+            operation="collect",
+            items=range(40),
+            strategy=NWay(split_factor=4, min_chunk_size=10),
+            timeout=60,
+        )
         now = scraped.samples("rlm_items_total")
         assert all(now[each] >= value for each, value in seen.items()), "no counter falls"
         seen = now
-    client.execute(operation="die_once", items=deadly, strategy=Binary(min_chunk_size=5), timeout=60)
-    client.execute(operation="checked", items=[1, 0, 2], validate_before_process=True, continue_on_error=True, timeout=60)
+    client.execute(
+        operation="die_once", items=deadly, strategy=Binary(min_chunk_size=5), timeout=60
+    )
+    client.execute(
+        operation="checked",
+        items=[1, 0, 2],
+        validate_before_process=True,
+        continue_on_error=True,
+        timeout=60,
+    )
     client.execute(operation="echo", items=[None, 1, "", 2], skip_if_empty=True, timeout=60)
 
     done = {
-        ("collect", "done"): 80, ("fail_odd", "done"): 10, ("fail_odd", "failed"): 10, ("die_once", "done"): 20,
-        ("checked", "done"): 2, ("checked", "failed"): 1, ("echo", "done"): 2, ("echo", "skipped"): 2,
-    }  # fmt: skip
+        ("collect", "done"): 80,
+        ("fail_odd", "done"): 10,
+        ("fail_odd", "failed"): 10,
+        ("die_once", "done"): 20,
+        ("checked", "done"): 2,
+        ("checked", "failed"): 1,
+        ("echo", "done"): 2,
+        ("echo", "skipped"): 2,
+    }
     wait_until(lambda: scraped.samples("rlm_items_total") == done)
     assert (tmp_path / "died").exists()
     ran = scraped.samples("rlm_execution_time_ms_count")
@@ -117,7 +153,9 @@ def test_sums_are_what_jobs_did_through_recycled_and_killed_processes(workers: W
     assert scraped.samples("rlm_node_duration_seconds_count").total() == nodes.total()
     assert scraped.samples("rlm_peak_memory_mb")[()] > 10
     [folder] = scraped.temporary.glob("rlm-metrics-*")
-    assert len(list(folder.iterdir())) <= 3 * SLOTS, "a file for each slot, however many processes there were"
+    assert len(list(folder.iterdir())) <= 3 * SLOTS, (
+        "a file for each slot, however many processes there were"
+    )
     scraped.process.kill()  # it has nothing to do, and the next tests are not about it
 
 
@@ -130,7 +168,12 @@ def test_health_tells_of_quotas_latency_and_slots(scraped: Scraped) -> None:
     assert told["slots"]["total"] == SLOTS
     assert told["pressure"]["level"] == "normal"
     [metered] = [each for each in told["quotas"] if each["service"] == "metered"]
-    assert (metered["name"], metered["limit"], metered["used"], metered["fill"]) == ("requests", 20.0, 0.0, 0.0)
+    assert (metered["name"], metered["limit"], metered["used"], metered["fill"]) == (
+        "requests",
+        20.0,
+        0.0,
+        0.0,
+    )
     assert told["circuit_breakers"]["fragile"] == "closed"
     assert scraped.samples("rlm_circuit_breaker_state")["fragile",] == 0
     assert json.loads(scraped.get("/health?detailed=false")[1]) == {"status": "ok", "why": []}
@@ -169,18 +212,25 @@ def test_a_worker_that_drains_is_alive_and_not_ready(scraped: Scraped) -> None:
     wait_until(lambda: scraped.says("/readyz", 200, "ok"))
 
 
-def test_a_taken_port_is_told_once_and_the_worker_works_and_ends(workers: Workers, scraped: Scraped) -> None:
+def test_a_taken_port_is_told_once_and_the_worker_works_and_ends(
+    workers: Workers, scraped: Scraped
+) -> None:
     other = workers.start(port=scraped.port, slots=1)
 
     assert other.client.execute(operation="sum", items=range(10), timeout=30).output == 45
     told = [line for line in other.log.read_text().splitlines() if "metrics" in line]
     assert len(told) == 1
-    assert f"Port {scraped.port} of 127.0.0.1 is taken: this worker goes on without metrics and probes" in told[0]
+    assert (
+        f"Port {scraped.port} of 127.0.0.1 is taken: this worker goes on without metrics and probes"
+        in told[0]
+    )
     assert "CELERY_WORKER_METRICS_PORT" in told[0]
     assert len(list(other.temporary.glob("rlm-metrics-*"))) == 1
     other.process.send_signal(signal.SIGQUIT)
     other.process.wait(30)
-    assert list(other.temporary.glob("rlm-metrics-*")) == [], "nor does a cold shutdown leave anything"
+    assert list(other.temporary.glob("rlm-metrics-*")) == [], (
+        "nor does a cold shutdown leave anything"
+    )
     assert scraped.get("/livez") == (200, "ok\n"), "the port is still its owner's"
 
 
@@ -203,7 +253,10 @@ def test_a_worker_answers_until_its_last_item_has_ended(workers: Workers, tmp_pa
 def test_what_operations_and_requests_count_of_their_own_is_there(scraped: Scraped) -> None:
     told = {"scraped.letters": 100, "script": "latin"}
     assert scraped.client.execute(
-        operation="read_letters", items=["abc", "de", "αβγδ"], options={"emit_metrics": told}, timeout=30
+        operation="read_letters",
+        items=["abc", "de", "αβγδ"],
+        options={"emit_metrics": told},
+        timeout=30,
     ).output == [3, 2, 4]
 
     wait_until(lambda: scraped.samples("scraped_letters_total") == {("latin",): 105, ("other",): 4})
@@ -219,7 +272,9 @@ def test_a_pool_of_one_process_counts_too_beside_what_its_owner_counts(workers: 
     assert solo.get("/livez") == (200, "ok\n")
 
 
-def test_a_worker_is_not_ready_while_its_server_is_away_and_lives(workers: Workers, scraped: Scraped) -> None:
+def test_a_worker_is_not_ready_while_its_server_is_away_and_lives(
+    workers: Workers, scraped: Scraped
+) -> None:
     away = "it is not connected to its broker, or does not consume yet"
     scraped.client.execute(operation="sum", items=range(10), timeout=60)
 
@@ -228,7 +283,9 @@ def test_a_worker_is_not_ready_while_its_server_is_away_and_lives(workers: Worke
     assert scraped.get("/livez") == (200, "ok\n")
     status, body = scraped.get("/health")
     assert (status, json.loads(body)["status"]) == (503, "failing")
-    assert scraped.samples("rlm_items_total")["sum", "done"] == 10, "what was counted is told without Redis"
+    assert scraped.samples("rlm_items_total")["sum", "done"] == 10, (
+        "what was counted is told without Redis"
+    )
     workers.server.start()
 
     wait_until(lambda: scraped.says("/readyz", 200, "ok"), 60)

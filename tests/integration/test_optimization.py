@@ -1,4 +1,6 @@
-"""What a client tells of the platform's performance and health, with a real worker, without one, and without Redis."""
+"""What a client tells of the platform's performance and health, with a real worker, without one,
+and without Redis.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from tests.support import wait_until
 
 @pytest.fixture(scope="module")
 def patient(environment: dict[str, str], worker_pid: int) -> Iterator[Client]:
-    """A client of the session's worker that takes no slow answer of a busy machine for an outage."""
+    """A client of the session's worker that takes no slow answer of a busy machine for an
+    outage.
+    """
     modules = "tests.integration.ops,tests.integration.guarded_ops"
     with client_of({**environment, "RLM_GUARD_TIMEOUT_S": "5", "RLM_OPERATIONS": modules}) as own:
         yield own
@@ -47,18 +51,28 @@ def test_stats_are_what_the_platform_knows(patient: Client) -> None:
     assert 0 < stats["errors"]["error_rate"] < 1
     assert stats["memory"]["usage_mb"] > 10
     assert stats["memory"]["pressure_level"] == "normal"
-    assert stats["cache"] == {"hit_rate": 0.0, "lookups": 0, "note": "the platform has no result cache"}
+    assert stats["cache"] == {
+        "hit_rate": 0.0,
+        "lookups": 0,
+        "note": "the platform has no result cache",
+    }
     assert f"{stats['cache']['hit_rate']:.2%}" == "0.00%", "as source document 2 prints it"
     json.dumps(stats)
 
 
 def test_health_is_told_of_the_whole_platform(patient: Client) -> None:
     brief = patient.health_check()
-    assert (brief["status"], brief["why"], list(brief)) == ("ok", [], ["status", "why", "latency_ms"])
+    assert (brief["status"], brief["why"], list(brief)) == (
+        "ok",
+        [],
+        ["status", "why", "latency_ms"],
+    )
     assert 0 < brief["latency_ms"] < 60_000
 
     patient.breakers.get("mail").call(lambda: None)
-    wait_until(lambda: patient.health_check(detailed=True)["queues"]["test.normal"]["consumed"])  # its host tells once a second
+    wait_until(
+        lambda: patient.health_check(detailed=True)["queues"]["test.normal"]["consumed"]
+    )  # its host tells once a second
     told = patient.health_check({"detailed": True})
 
     assert told["status"] == "ok", told["why"]
@@ -90,12 +104,16 @@ def test_a_breaker_that_is_open_degrades(server: embedded.Server) -> None:
         assert "the breaker of mail is open" in client.health_check(detailed=True)["why"]
 
 
-# --- on the command line -----------------------------------------------------------------------------
+# --- on the command line ----------------------------------------------------------------------
 
 
-def test_the_command_shows_what_keys_set_and_refuses_what_cannot_be_used(lonely_client: Client, tmp_path: Path) -> None:
+def test_the_command_shows_what_keys_set_and_refuses_what_cannot_be_used(
+    lonely_client: Client, tmp_path: Path
+) -> None:
     def run(*arguments: str) -> tuple[int, str, str]:
-        done = CliRunner().invoke(rlm, ["config", "optimization", *arguments], obj=SimpleNamespace(app=lonely_client.app))
+        done = CliRunner().invoke(
+            rlm, ["config", "optimization", *arguments], obj=SimpleNamespace(app=lonely_client.app)
+        )
         return done.exit_code, done.stdout, done.stderr
 
     good, bad = tmp_path / "good.json", tmp_path / "bad.json"
@@ -103,7 +121,11 @@ def test_the_command_shows_what_keys_set_and_refuses_what_cannot_be_used(lonely_
     bad.write_text('{"cache_compression": true, "error_cache_size": "x"}')
 
     code, out, _ = run(str(good))
-    assert (code, "RLM_FAULT_PATTERNS=33" in out, "the platform has no result cache" in out) == (0, True, True)
+    assert (code, "RLM_FAULT_PATTERNS=33" in out, "the platform has no result cache" in out) == (
+        0,
+        True,
+        True,
+    )
     code, out, _ = run("--json")
     assert (code, len(json.loads(out))) == (0, 28)
     code, out, err = run(str(bad))

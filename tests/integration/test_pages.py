@@ -16,7 +16,8 @@ from tests.integration.page_reader import reader_of
 from tests.integration.pages import PAGES, Wrong, read
 
 LIGHT_FIRST = sorted(
-    PAGES.keys() - {"README.md"}, key=lambda name: (PAGES[name].count("\n```sh"), PAGES[name].count("\n```python"), name)
+    PAGES.keys() - {"README.md"},
+    key=lambda name: (PAGES[name].count("\n```sh"), PAGES[name].count("\n```python"), name),
 )
 
 

@@ -26,7 +26,9 @@ SLOTS = 2
 class World:
     """A provider, a worker, its client, and the environment of both."""
 
-    def __init__(self, client: Client, provider: fake_provider.Running, environment: dict[str, str]) -> None:
+    def __init__(
+        self, client: Client, provider: fake_provider.Running, environment: dict[str, str]
+    ) -> None:
         self.client, self.provider, self.environment = client, provider, environment
 
     def spent(self) -> tuple[int, int]:
@@ -40,7 +42,11 @@ def world(server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> 
     with ExitStack() as stack:
         provider = stack.enter_context(fake_provider.running(latency=0.05))
         environment = environment_of(
-            server.url, "plan", OPENAI_API_KEY="sk-none", OPENAI_BASE_URL=provider.base_url, RLM_LLM__TOKENS="10000000"
+            server.url,
+            "plan",
+            OPENAI_API_KEY="sk-none",
+            OPENAI_BASE_URL=provider.base_url,
+            RLM_LLM__TOKENS="10000000",
         )
         client = stack.enter_context(client_of(environment))
         log = tmp_path_factory.mktemp("plan") / "worker.log"
@@ -51,12 +57,17 @@ def world(server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def merged(n: int) -> dict[str, Any]:
     """Return a request whose answers are merged, of so many items."""
-    items = [f"item {at} of {n} speaks of {at % 7} things, and {'of many more, ' * (at % 5)}then it ends" for at in range(n)]
+    items = [
+        f"item {at} of {n} speaks of {at % 7} things, and {'of many more, ' * (at % 5)}then it ends"
+        for at in range(n)
+    ]
     params = {"prompt": "What does this say?\n{item}", "fanIn": 5, "maxTokens": 400}
     return {"operation": "llm.map_reduce", "items": items, "params": params}
 
 
-def test_a_plan_is_kept_to_the_call_and_after_the_first_job_to_a_tenth_of_the_tokens(world: World) -> None:
+def test_a_plan_is_kept_to_the_call_and_after_the_first_job_to_a_tenth_of_the_tokens(
+    world: World,
+) -> None:
     blind = world.client.plan(merged(60))
 
     assert (blind.based_on, blind.slots) == (0, SLOTS)
@@ -78,11 +89,16 @@ def test_a_plan_is_kept_to_the_call_and_after_the_first_job_to_a_tenth_of_the_to
     assert learned.tokens.p50 == pytest.approx(tokens, rel=0.1)
     assert learned.tokens.p50 < learned.tokens.p90
     assert learned.time_s is not None
-    print(f"\n{learned}\nspent: {tokens:,} tokens, took {result.metrics.execution_time_ms / 1000:.2f} s")
+    print(
+        f"\n{learned}\nspent: {tokens:,} tokens, took {result.metrics.execution_time_ms / 1000:.2f} s"
+    )
 
 
 def test_a_plan_of_a_question_covers_what_it_takes(world: World) -> None:
-    items = [f"Passage {at}: the {'lighthouse' if at % 40 == 0 else 'garden'} was built in {1800 + at}." for at in range(400)]
+    items = [
+        f"Passage {at}: the {'lighthouse' if at % 40 == 0 else 'garden'} was built in {1800 + at}."
+        for at in range(400)
+    ]
     request = {
         "operation": "llm.ask",
         "items": items,
@@ -106,11 +122,17 @@ def test_a_plan_leaves_nothing_behind(lonely_client: Client) -> None:
 
     planned = lonely_client.plan(merged(1000))
 
-    assert (planned.time_s, planned.limited_by, planned.calls.p50) == (None, "no worker", 1000 + 200 + 40 + 8 + 2 + 1)
+    assert (planned.time_s, planned.limited_by, planned.calls.p50) == (
+        None,
+        "no worker",
+        1000 + 200 + 40 + 8 + 2 + 1,
+    )
     assert list(redis.scan_iter(mine)) == []
 
 
-def test_a_plan_knows_what_the_limits_have_given_lately_and_how_hard_the_platform_is_pressed(server: embedded.Server) -> None:
+def test_a_plan_knows_what_the_limits_have_given_lately_and_how_hard_the_platform_is_pressed(
+    server: embedded.Server,
+) -> None:
     with client_of(environment_of(server.url, "plan-pressed", pressed=True)) as client:
         board = SlotBoard(client.ledger.store, client.ledger.keys)
         limit = rates(client.settings.llm, "gpt-4.1-mini")["tokens"]
@@ -120,14 +142,18 @@ def test_a_plan_knows_what_the_limits_have_given_lately_and_how_hard_the_platfor
             return client.plan(merged(1000))
 
         calm = planned()
-        TokenBucket("llm:OPENAI_API_KEY:gpt-4.1-mini", client.store, tokens=limit).acquire(tokens=15_000)
+        TokenBucket("llm:OPENAI_API_KEY:gpt-4.1-mini", client.store, tokens=limit).acquire(
+            tokens=15_000
+        )
         used = planned()
         client.pressure.force("critical", for_s=60)
         pressed = planned()
 
     assert calm.time_s is not None
     assert used.time_s is not None
-    assert 0 < used.time_s.p50 - calm.time_s.p50 <= 10.1  # 15,000 of 90,000 a minute, but for what has flowed in meanwhile
+    assert (
+        0 < used.time_s.p50 - calm.time_s.p50 <= 10.1
+    )  # 15,000 of 90,000 a minute, but for what has flowed in meanwhile
     assert (used.limited_by, used.models) == ("tokens", {"medium": "gpt-4.1-mini"})
     assert (pressed.level, pressed.models) == ("critical", {"medium": "gpt-4.1-nano"})
     assert pressed.money.p50 < used.money.p50
@@ -170,6 +196,8 @@ def test_the_command_line_tells_a_plan_to_people_and_to_programs(world: World) -
     plain = rlm(world.environment, "plan", "--json", stdin=request)
 
     assert told.returncode == 0, told.stderr
-    assert [line.split("│")[2].strip() for line in told.stdout.splitlines() if "llm.merge" in line] == ["llm.merge"] * 2
+    assert [
+        line.split("│")[2].strip() for line in told.stdout.splitlines() if "llm.merge" in line
+    ] == ["llm.merge"] * 2
     assert "its calls pay for 53% of the items" in told.stdout
     assert json.loads(plain.stdout)["calls"] == {"p50": 12 + 3 + 1, "p90": 12 + 3 + 1}

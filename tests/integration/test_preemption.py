@@ -1,4 +1,6 @@
-"""Urgent work starts now: running nodes of less urgent jobs make room, as many as are needed, and nothing is lost by it."""
+"""Urgent work starts now: running nodes of less urgent jobs make room, as many as are needed, and
+nothing is lost by it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ LONG = {
 
 
 @pytest.fixture(scope="module")
-def clients(server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Client]]:
+def clients(
+    server: embedded.Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[int, Client]]:
     """Clients of two platforms of this module's own, by the slots of their workers."""
     with ExitStack() as stack:
         found = {}
@@ -76,7 +80,9 @@ def running(job: Job) -> int:
 
 
 def plans(job: Job) -> bool:
-    """Say whether a job's root still runs: it is about to hand over, and its slot to go to whoever is first."""
+    """Say whether a job's root still runs: it is about to hand over, and its slot to go to whoever
+    is first.
+    """
     return any(node.id == "root" and node.state == "running" for node in job.tree())
 
 
@@ -85,15 +91,23 @@ def fills(job: Job, slots: int) -> None:
     wait_until(lambda: running(job) == slots)
 
 
-def busy(client: Client, items: int | range, *, slots: int = SLOTS, item_s: float = ITEM_S, **fields: Any) -> Job:
+def busy(
+    client: Client, items: int | range, *, slots: int = SLOTS, item_s: float = ITEM_S, **fields: Any
+) -> Job:
     """Fill slots with nodes that would run for a minute each."""
     each = [item_s] * items if isinstance(items, int) else items
-    job = client.submit(**{"operation": "nap", "items": each, "priority": "low", "strategy": Adaptive(), **fields})
+    job = client.submit(
+        **{"operation": "nap", "items": each, "priority": "low", "strategy": Adaptive(), **fields}
+    )
     wait_until(lambda: running(job) == slots and (slots == 1 or not plans(job)))
-    wait_until(lambda: offered(client, "free") <= offered(client, "total") - slots)  # a worker may tell of it a little later
+    wait_until(
+        lambda: offered(client, "free") <= offered(client, "total") - slots
+    )  # a worker may tell of it a little later
     while (nodes := len(job.tree())) and slots > 1:
         goes_on(job, math.ceil(SETTLED_S / item_s) * slots)
-        if len(job.tree()) == nodes and running(job) == slots:  # nobody cuts any more for a slot that was free a moment ago
+        if (
+            len(job.tree()) == nodes and running(job) == slots
+        ):  # nobody cuts any more for a slot that was free a moment ago
             break
     return job
 
@@ -121,7 +135,9 @@ def offered(client: Client, which: str) -> int:
 
 def at_once(intervals: Sequence[tuple[int, float, float]]) -> int:
     """Return how many items ran at the same time, at most."""
-    edges = sorted([(began, 1) for _, began, _ in intervals] + [(ended, -1) for _, _, ended in intervals])
+    edges = sorted(
+        [(began, 1) for _, began, _ in intervals] + [(ended, -1) for _, _, ended in intervals]
+    )
     return max(sum(step for _, step in edges[: i + 1]) for i in range(len(edges)))
 
 
@@ -139,19 +155,23 @@ def test_critical_work_starts_within_an_item_while_every_slot_runs_long_nodes(
 
     late = sorted(started)
     with capsys.disabled():
-        print(f"\ncritical starts: p50 {late[49]:.3f} s, p95 {late[94]:.3f} s, p99 {late[98]:.3f} s, max {late[99]:.3f} s")
+        print(
+            f"\ncritical starts: p50 {late[49]:.3f} s, p95 {late[94]:.3f} s, p99 {late[98]:.3f} s, max {late[99]:.3f} s"
+        )
     assert late[98] <= ITEM_S + 0.5
     assert SUBMISSIONS * 0.9 <= yields(low) <= SUBMISSIONS
 
 
-# --- as many as are needed ------------------------------------------------------------------------------
+# --- as many as are needed --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 def test_as_many_nodes_yield_as_critical_jobs_find_no_slot(wide: Client, k: int) -> None:
     low = busy(wide, 30_000, slots=MANY_SLOTS, item_s=0.02)
 
-    jobs = wide.batch_submit([{"operation": "nap", "items": [0.6], "options": {"priority": "critical"}}] * k)
+    jobs = wide.batch_submit(
+        [{"operation": "nap", "items": [0.6], "options": {"priority": "critical"}}] * k
+    )
 
     for job in jobs:
         assert job.get(timeout=20) == 1
@@ -161,11 +181,18 @@ def test_as_many_nodes_yield_as_critical_jobs_find_no_slot(wide: Client, k: int)
 
 
 @pytest.mark.parametrize(("critical", "needed"), [(1, 0), (2, 1), (3, 2)])
-def test_a_free_slot_is_used_before_anybody_yields(wide: Client, critical: int, needed: int) -> None:
-    lows = [busy(wide, 600, slots=1, item_s=0.02, type="sequential", strategy=None) for _ in range(MANY_SLOTS - 1)]
+def test_a_free_slot_is_used_before_anybody_yields(
+    wide: Client, critical: int, needed: int
+) -> None:
+    lows = [
+        busy(wide, 600, slots=1, item_s=0.02, type="sequential", strategy=None)
+        for _ in range(MANY_SLOTS - 1)
+    ]
     wait_until(lambda: offered(wide, "free") == 1)
 
-    jobs = wide.batch_submit([{"operation": "nap", "items": [0.6], "options": {"priority": "critical"}}] * critical)
+    jobs = wide.batch_submit(
+        [{"operation": "nap", "items": [0.6], "options": {"priority": "critical"}}] * critical
+    )
 
     for job in jobs:
         assert job.get(timeout=20) == 1
@@ -177,7 +204,9 @@ def test_a_free_slot_is_used_before_anybody_yields(wide: Client, critical: int, 
 def test_a_critical_job_takes_all_slots_it_can_use_and_gives_them_back(wide: Client) -> None:
     low = busy(wide, 30_000, slots=MANY_SLOTS, item_s=0.02)
 
-    critical = wide.submit(operation="where_and_when", items=[0.2] * 15, strategy=Adaptive(), priority="critical")
+    critical = wide.submit(
+        operation="where_and_when", items=[0.2] * 15, strategy=Adaptive(), priority="critical"
+    )
     intervals = critical.get(timeout=20)
 
     assert at_once(intervals) == MANY_SLOTS
@@ -195,9 +224,13 @@ def test_a_critical_job_that_grows_uses_free_slots_before_anybody_yields(
     wide: Client, strategy: Adaptive | None, uses: int, needed: int
 ) -> None:
     low = busy(wide, 2000, slots=1, item_s=0.005, type="sequential", strategy=None)
-    wait_until(lambda: offered(wide, "free") == MANY_SLOTS - 1)  # what was busy before may be told as free a little later
+    wait_until(
+        lambda: offered(wide, "free") == MANY_SLOTS - 1
+    )  # what was busy before may be told as free a little later
 
-    critical = wide.submit(operation="where_and_when", items=[0.2] * 10, strategy=strategy, priority="critical")
+    critical = wide.submit(
+        operation="where_and_when", items=[0.2] * 10, strategy=strategy, priority="critical"
+    )
 
     assert at_once(critical.get(timeout=20)) == uses
     assert yields(low) == needed
@@ -208,7 +241,9 @@ def test_a_critical_job_makes_room_for_itself_also_beside_another(wide: Client) 
 
     jobs = []
     for nth in range(1, MANY_SLOTS + 1):
-        jobs.append(wide.submit(operation="nap", items=[0.05] * 600, type="sequential", priority="critical"))
+        jobs.append(
+            wide.submit(operation="nap", items=[0.05] * 600, type="sequential", priority="critical")
+        )
         fills(jobs[-1], 1)
         fills(low, MANY_SLOTS - nth)  # one may have just ended, and its slot takes the next
         assert yields(low) == nth
@@ -219,7 +254,9 @@ def test_a_critical_job_makes_room_for_itself_also_beside_another(wide: Client) 
     assert yields(low) == MANY_SLOTS
 
 
-def test_work_that_is_less_urgent_than_what_has_just_got_its_slot_waits_no_longer(own: Client) -> None:
+def test_work_that_is_less_urgent_than_what_has_just_got_its_slot_waits_no_longer(
+    own: Client,
+) -> None:
     low = busy(own, 20_000, item_s=0.02)
     started = []
 
@@ -227,14 +264,16 @@ def test_work_that_is_less_urgent_than_what_has_just_got_its_slot_waits_no_longe
         for priority in ("critical", "high"):
             fills(low, SLOTS)
             asked = time.time()
-            job = own.submit(operation="stamp", items=[0], priority=priority, preempt_lower_priority=True)
+            job = own.submit(
+                operation="stamp", items=[0], priority=priority, preempt_lower_priority=True
+            )
             started.append(job.get(timeout=20)[0] - asked)
 
     assert sorted(started)[-2] <= 0.02 + 0.5, "one may meet a busy machine"
     assert 8 <= yields(low) <= 10, "a slot may become free by itself, and more are never asked for"
 
 
-# --- who makes room -------------------------------------------------------------------------------------
+# --- who makes room ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -267,32 +306,60 @@ def test_only_less_urgent_nodes_make_room_and_only_for_jobs_that_may_ask(
 
 def test_the_least_urgent_are_not_sought_out_but_the_urgent_stay(wide: Client) -> None:
     priorities = ("critical", "normal", "low")
-    jobs = {each: busy(wide, 2000, slots=1, item_s=0.01, type="sequential", strategy=None, priority=each) for each in priorities}
+    jobs = {
+        each: busy(
+            wide, 2000, slots=1, item_s=0.01, type="sequential", strategy=None, priority=each
+        )
+        for each in priorities
+    }
 
     critical = wide.batch_submit(
-        [{"operation": "nap", "items": [0.05] * 600, "type": "sequential", "options": {"priority": "critical"}}] * 2
+        [
+            {
+                "operation": "nap",
+                "items": [0.05] * 600,
+                "type": "sequential",
+                "options": {"priority": "critical"},
+            }
+        ]
+        * 2
     )
     for job in critical:
         fills(job, 1)
     goes_on(jobs["critical"], 100)
 
-    assert {priority: yields(job) for priority, job in jobs.items()} == {"critical": 0, "normal": 1, "low": 1}
+    assert {priority: yields(job) for priority, job in jobs.items()} == {
+        "critical": 0,
+        "normal": 1,
+        "low": 1,
+    }
 
 
-def test_a_worker_that_does_not_serve_the_queue_does_not_make_room(server: embedded.Server, tmp_path: Path) -> None:
+def test_a_worker_that_does_not_serve_the_queue_does_not_make_room(
+    server: embedded.Server, tmp_path: Path
+) -> None:
     name = "preempt-two"
     environment = environment_of(server.url, name, **LONG)
     with (
         embedded.worker(environment, log=tmp_path / "all.log", options=["-n", "all@test"]),
-        embedded.worker(environment, log=tmp_path / "low.log", options=["-n", "low@test", "-Q", f"{name}.low"]),
+        embedded.worker(
+            environment, log=tmp_path / "low.log", options=["-n", "low@test", "-Q", f"{name}.low"]
+        ),
         client_of(environment) as client,
     ):
-        low = busy(client, 40_000, slots=4, item_s=0.02)  # so many that no node ends by itself, and leaves a slot free
+        low = busy(
+            client, 40_000, slots=4, item_s=0.02
+        )  # so many that no node ends by itself, and leaves a slot free
         for _ in range(3):
             fills(low, 4)
-            assert client.submit(operation="nap", items=[0.05], priority="critical").get(timeout=20) == 1
+            assert (
+                client.submit(operation="nap", items=[0.05], priority="critical").get(timeout=20)
+                == 1
+            )
         fills(low, 4)
-        jobs = client.batch_submit([{"operation": "nap", "items": [0.5], "options": {"priority": "critical"}}] * 3)
+        jobs = client.batch_submit(
+            [{"operation": "nap", "items": [0.5], "options": {"priority": "critical"}}] * 3
+        )
         for job in jobs:
             assert job.get(timeout=20) == 1
 
@@ -300,7 +367,7 @@ def test_a_worker_that_does_not_serve_the_queue_does_not_make_room(server: embed
         low.cancel()
 
 
-# --- nothing is lost by it ------------------------------------------------------------------------------
+# --- nothing is lost by it --------------------------------------------------------------------
 
 
 def preempted(client: Client, low: Job, times: int) -> None:
@@ -312,11 +379,16 @@ def preempted(client: Client, low: Job, times: int) -> None:
 
 def journal(path: Path) -> list[tuple[int, float]]:
     """Return what ran: index and seconds."""
-    return [(int(index), float(seconds)) for index, seconds in (line.split() for line in path.read_text().splitlines())]
+    return [
+        (int(index), float(seconds))
+        for index, seconds in (line.split() for line in path.read_text().splitlines())
+    ]
 
 
 def is_exact(low: Job, n: int, path: Path) -> float:
-    """Wait for the end, hold the job against what ran, and return the seconds its items took by themselves."""
+    """Wait for the end, hold the job against what ran, and return the seconds its items took by
+    themselves.
+    """
     result = low.result(timeout=60)
     assert result.output == list(range(n))
     assert (result.done, result.failed_count, result.skipped) == (n, 0, 0)
@@ -349,15 +421,23 @@ def test_every_item_runs_once_however_often_its_node_makes_room(
         assert low.result().metrics.busy_ms <= alone_s * 1000 + 50 * low.result().metrics.nodes
 
 
-def test_sequential_items_keep_their_order_however_often_they_make_room(own: Client, tmp_path: Path) -> None:
+def test_sequential_items_keep_their_order_however_often_they_make_room(
+    own: Client, tmp_path: Path
+) -> None:
     paths = [tmp_path / name for name in "ab"]
     lows = [
         busy(
-            own, range(150), slots=1, operation="p_each", params={"s": 0.02, "journal": str(path)},
-            type="sequential", strategy=None, priority=priority,
+            own,
+            range(150),
+            slots=1,
+            operation="p_each",
+            params={"s": 0.02, "journal": str(path)},
+            type="sequential",
+            strategy=None,
+            priority=priority,
         )
         for path, priority in zip(paths, ("low", "normal"), strict=True)
-    ]  # fmt: skip
+    ]
 
     for _ in range(8):
         wait_until(lambda: sum(running(low) for low in lows) == SLOTS)
@@ -372,7 +452,13 @@ def test_sequential_items_keep_their_order_however_often_they_make_room(own: Cli
 
 def test_a_job_that_is_still_validating_makes_room(own: Client, tmp_path: Path) -> None:
     path = tmp_path / "journal"
-    low = busy(own, range(200), operation="p_checked", params={"s": 0.002, "journal": str(path)}, validate_before_process=True)
+    low = busy(
+        own,
+        range(200),
+        operation="p_checked",
+        params={"s": 0.002, "journal": str(path)},
+        validate_before_process=True,
+    )
 
     preempted(own, low, 4)
     assert low.progress().phase == "validate"
@@ -381,11 +467,13 @@ def test_a_job_that_is_still_validating_makes_room(own: Client, tmp_path: Path) 
     is_exact(low, 200, path)
 
 
-# --- long items -----------------------------------------------------------------------------------------
+# --- long items -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("item_s", "times"), [(0.001, 10), (1.5, 2)])
-def test_critical_work_waits_for_one_item_and_half_a_second_at_most(own: Client, item_s: float, times: int) -> None:
+def test_critical_work_waits_for_one_item_and_half_a_second_at_most(
+    own: Client, item_s: float, times: int
+) -> None:
     low = busy(own, int(20 / item_s), item_s=item_s)
     started = []
     for _ in range(times):
@@ -397,9 +485,16 @@ def test_critical_work_waits_for_one_item_and_half_a_second_at_most(own: Client,
     assert max(started) <= item_s + 0.5
 
 
-def test_critical_work_waits_for_the_end_of_nodes_that_cannot_be_cut(own: Client, tmp_path: Path) -> None:
+def test_critical_work_waits_for_the_end_of_nodes_that_cannot_be_cut(
+    own: Client, tmp_path: Path
+) -> None:
     paths = [tmp_path / name for name in "ab"]
-    lows = [own.submit(operation="p_each", items=[0], params={"s": 1.5, "journal": str(path)}, priority="low") for path in paths]
+    lows = [
+        own.submit(
+            operation="p_each", items=[0], params={"s": 1.5, "journal": str(path)}, priority="low"
+        )
+        for path in paths
+    ]
     for low in lows:
         fills(low, 1)
 
@@ -414,10 +509,12 @@ def test_critical_work_waits_for_the_end_of_nodes_that_cannot_be_cut(own: Client
     assert all(yields(low) == 0 for low in lows)
 
 
-# --- when nobody is told --------------------------------------------------------------------------------
+# --- when nobody is told ----------------------------------------------------------------------
 
 
-def test_nodes_make_room_within_a_second_when_the_call_for_it_is_lost(own: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_make_room_within_a_second_when_the_call_for_it_is_lost(
+    own: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     low = busy(own, 2000)
     monkeypatch.setattr(Dispatcher, "ask_to_yield", lambda *_: None)
     started = []
@@ -432,7 +529,9 @@ def test_nodes_make_room_within_a_second_when_the_call_for_it_is_lost(own: Clien
     assert yields(low) == 5
 
 
-def test_a_critical_job_cancelled_before_it_starts_costs_one_yield_and_leaves_the_next_its_own(own: Client) -> None:
+def test_a_critical_job_cancelled_before_it_starts_costs_one_yield_and_leaves_the_next_its_own(
+    own: Client,
+) -> None:
     low = busy(own, 2000, item_s=0.05)
 
     own.submit(operation="stamp", items=[0], priority="critical").cancel()

@@ -1,7 +1,7 @@
 """Pressure on real workers: what raises a level, what follows from it, and who is told.
 
-A machine that others load, too, is honestly pressed: where it matters a drill holds the level, or the test says what it bears.
-"""
+A machine that others load, too, is honestly pressed: where it matters a drill holds the level, or
+the test says what it bears."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ REFUSED = {
     "critical": {"normal": 20, "low": 40},
     "emergency": {"high": 20, "normal": 40, "low": 60},
 }
-"""Whose work is not taken in at each level, and for how many seconds: a level falls by a step in 20 at the soonest."""
+"""Whose work is not taken in at each level, and for how many seconds: a level falls by a step in 20
+at the soonest.
+"""
 MONITOR_S = 1
 LIMIT_MB = 1000
 SLOW_MS = 200
@@ -55,7 +57,11 @@ def settings_of(server: embedded.Server) -> Callable[..., dict[str, str]]:
 
     def settings_of(name: str, **more: str) -> dict[str, str]:
         return environment_of(
-            server.url, f"pressure-{name}", pressed=True, RLM_OPERATIONS="tests.integration.pressed_ops", **more
+            server.url,
+            f"pressure-{name}",
+            pressed=True,
+            RLM_OPERATIONS="tests.integration.pressed_ops",
+            **more,
         )
 
     return settings_of
@@ -86,9 +92,12 @@ def drilled(own: Client) -> Iterator[Client]:
 def watched(settings_of: Callable[..., dict[str, str]], logs: Path) -> Iterator[Client]:
     """A client of a worker with two beats, neither of which knows of the other."""
     environment = settings_of(
-        "watched", RLM_PRESSURE__MONITOR_S=str(MONITOR_S), RLM_PRESSURE__RELEASE_S="1",
-        RLM_PRESSURE__MAX_MEMORY_MB=str(LIMIT_MB), RLM_ALERTS__SLOW_EXECUTION_MS=str(SLOW_MS),
-    )  # fmt: skip
+        "watched",
+        RLM_PRESSURE__MONITOR_S=str(MONITOR_S),
+        RLM_PRESSURE__RELEASE_S="1",
+        RLM_PRESSURE__MAX_MEMORY_MB=str(LIMIT_MB),
+        RLM_ALERTS__SLOW_EXECUTION_MS=str(SLOW_MS),
+    )
     plain_beat = ("-S", "celery.beat:Scheduler")
     with (
         beat(environment, logs / "beat-1.log", *plain_beat),
@@ -100,17 +109,25 @@ def watched(settings_of: Callable[..., dict[str, str]], logs: Path) -> Iterator[
 
 
 def others_compute() -> bool:
-    """Say whether this machine has work beside this test: then it is pressed, and rightly says so."""
+    """Say whether this machine has work beside this test: then it is pressed, and rightly says
+    so.
+    """
     return psutil.cpu_percent(interval=1.0) >= 75
 
 
 @contextmanager
-def beat(environment: Mapping[str, str], log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+def beat(
+    environment: Mapping[str, str], log: Path, *options: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a beat for the length of a block."""
     command = [sys.executable, "-m", "celery", "-A", "rlm_tasks", "beat", "-l", "INFO", *options]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, start_new_session=True, env={**os.environ, **environment}
+            command,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env={**os.environ, **environment},
         )
     try:
         yield process
@@ -132,7 +149,9 @@ def order(client: Client, level: str) -> None:
 
 
 def run_under(client: Client) -> str:
-    [level] = client.execute(operation="under_level", items=[0], priority="critical", timeout=20).output
+    [level] = client.execute(
+        operation="under_level", items=[0], priority="critical", timeout=20
+    ).output
     return str(level)
 
 
@@ -145,34 +164,47 @@ def all_slots_run(client: Client, operation: str) -> None:
     wait_until(lambda: client.status().active == {operation: SLOTS})
 
 
-# --- what raises a level -----------------------------------------------------------------------------
+# --- what raises a level ----------------------------------------------------------------------
 
 
 def least_share(spans: Sequence[Sequence[float]]) -> float:
-    """Return how much of a processor items had at worst, over a second each: ten items of (seconds, seconds with one)."""
+    """Return how much of a processor items had at worst, over a second each: ten items of (seconds,
+    seconds with one).
+    """
     seconds = [spans[at : at + 10] for at in range(0, len(spans), 10)]
-    return min(sum(each[1] for each in second) / sum(each[0] for each in second) for second in seconds)
+    return min(
+        sum(each[1] for each in second) / sum(each[0] for each in second) for second in seconds
+    )
 
 
 def test_a_host_that_computes_on_every_slot_is_not_pressed(own: Client) -> None:
-    """As far as the machine is ours: while items get a processor for 70 % of each second, work does not wait."""
+    """As far as the machine is ours: while items get a processor for 70 % of each second, work does
+    not wait.
+    """
     job = own.submit(operation="compute", items=[0.1] * 160)
 
     levels = {own.status().level for _ in job.watch()}
 
     result, unpressed = job.result(), levels == {"normal"}
     assert {looked_at for _, _, looked_at in result.output} == {100} or not unpressed
-    assert (unpressed and result.receipt == ()) or least_share(result.output) < 0.7, (levels, result.receipt)
+    assert (unpressed and result.receipt == ()) or least_share(result.output) < 0.7, (
+        levels,
+        result.receipt,
+    )
 
 
 @contextmanager
 def memory_filled(client: Client, percent: float, until: Path) -> Iterator[None]:
-    """Have a pool process hold what is missing to so much of the worker's memory, for the length of a block."""
+    """Have a pool process hold what is missing to so much of the worker's memory, for the length of
+    a block.
+    """
     sample = host(client).sample
     assert sample is not None
     assert sample.source == "processes"
     missing_mb = int(percent / 100 * LIMIT_MB - sample.memory_mb)
-    job = client.submit(operation="hold", items=[missing_mb], priority="high", params={"until": str(until)})
+    job = client.submit(
+        operation="hold", items=[missing_mb], priority="high", params={"until": str(until)}
+    )
     try:
         yield
     finally:
@@ -180,7 +212,9 @@ def memory_filled(client: Client, percent: float, until: Path) -> Iterator[None]
         job.result(timeout=20)
 
 
-def test_memory_that_is_really_filled_shapes_what_runs_until_it_is_free_again(watched: Client, tmp_path: Path) -> None:
+def test_memory_that_is_really_filled_shapes_what_runs_until_it_is_free_again(
+    watched: Client, tmp_path: Path
+) -> None:
     heard: list[Event] = []
     watched.on("pressure.*", heard.append)
     wait_until(lambda: bool(watched.status().hosts) and host(watched).sample is not None)
@@ -189,7 +223,9 @@ def test_memory_that_is_really_filled_shapes_what_runs_until_it_is_free_again(wa
 
     with memory_filled(watched, 82, tmp_path / "over"):
         wait_until(lambda: host(watched).level >= Level.HIGH and "memory" in host(watched).why)
-        wait_until(lambda: any(Level[each.level.upper()] >= Level.HIGH for each in beside.receipt()))
+        wait_until(
+            lambda: any(Level[each.level.upper()] >= Level.HIGH for each in beside.receipt())
+        )
         wait_until(lambda: any(each.data["level"] == "high" for each in heard))
         assert Level[watched.status().level.upper()] >= Level.HIGH
     beside.cancel()
@@ -199,22 +235,37 @@ def test_memory_that_is_really_filled_shapes_what_runs_until_it_is_free_again(wa
     shaped = [each.items for each in beside.receipt() if each.strategy == "reduce_entity_limits"]
     assert looked_at[:5] == [100] * 5
     assert sum(shaped) == sum(each < 100 for each in looked_at) > 0
-    wait_until(lambda: host(watched).level == Level.NORMAL or "tasks on each CPU" in host(watched).why)
+    wait_until(
+        lambda: host(watched).level == Level.NORMAL or "tasks on each CPU" in host(watched).why
+    )
     wait_until(
         lambda: (
-            any(Level[each.data["level"].upper()] < Level.HIGH for each in heard if each.data["before"] == "high")
+            any(
+                Level[each.data["level"].upper()] < Level.HIGH
+                for each in heard
+                if each.data["before"] == "high"
+            )
             or "tasks on each CPU" in host(watched).why
         )
     )
-    report = next(each for each in watched.pressure.history() if each.level >= Level.HIGH and each.why.startswith("memory"))
+    report = next(
+        each
+        for each in watched.pressure.history()
+        if each.level >= Level.HIGH and each.why.startswith("memory")
+    )
     assert report.why.endswith(f" % of {LIMIT_MB} MB on {host(watched).worker}")
 
 
 def test_a_cpu_in_full_use_simplifies_work_where_utilisation_counts(
     settings_of: Callable[..., dict[str, str]], logs: Path
 ) -> None:
-    environment = settings_of("utilised", RLM_PRESSURE__CPU="utilisation", RLM_PRESSURE__RELEASE_S="1")
-    with embedded.worker(environment, log=logs / "utilised.log", slots=SLOTS), client_of(environment) as client:
+    environment = settings_of(
+        "utilised", RLM_PRESSURE__CPU="utilisation", RLM_PRESSURE__RELEASE_S="1"
+    )
+    with (
+        embedded.worker(environment, log=logs / "utilised.log", slots=SLOTS),
+        client_of(environment) as client,
+    ):
         job = client.submit(operation="thorough", items=[0.05] * 400)
         wait_until(lambda: bool(client.status().hosts) and host(client).level >= Level.CRITICAL)
         pressed = host(client)
@@ -228,7 +279,7 @@ def test_a_cpu_in_full_use_simplifies_work_where_utilisation_counts(
         wait_until(lambda: host(client).level < Level.CRITICAL or others_compute(), within_s=60)
 
 
-# --- drills ------------------------------------------------------------------------------------------
+# --- drills -----------------------------------------------------------------------------------
 
 
 def test_a_drill_reaches_nodes_soon_and_its_release_does_too(drilled: Client) -> None:
@@ -274,11 +325,13 @@ def test_a_level_that_there_is_not_is_refused_with_those_that_there_are(drilled:
     assert drilled.status().forced == "normal"
 
 
-# --- what is taken in --------------------------------------------------------------------------------
+# --- what is taken in -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", ALL_LEVELS)
-def test_less_urgent_work_is_turned_away_first(drilled: Client, plain: dict[str, str], level: str) -> None:
+def test_less_urgent_work_is_turned_away_first(
+    drilled: Client, plain: dict[str, str], level: str
+) -> None:
     drilled.pressure.force(level)
     refused: dict[str, Overloaded] = {}
     with door(plain) as client:
@@ -292,12 +345,15 @@ def test_less_urgent_work_is_turned_away_first(drilled: Client, plain: dict[str,
     assert all(each.code == "OVERLOADED" for each in refused.values())
 
 
-def test_a_batch_of_which_one_is_refused_enqueues_nothing(drilled: Client, plain: dict[str, str]) -> None:
+def test_a_batch_of_which_one_is_refused_enqueues_nothing(
+    drilled: Client, plain: dict[str, str]
+) -> None:
     drilled.pressure.force("high")
     before = {job.id for job in drilled.jobs()}
     with door(plain) as client, pytest.raises(Overloaded):
         client.batch_submit(
-            {"operation": "stamp", "items": [0], "options": {"priority": priority}} for priority in ("critical", "low", "high")
+            {"operation": "stamp", "items": [0], "options": {"priority": priority}}
+            for priority in ("critical", "low", "high")
         )
 
     assert {job.id for job in drilled.jobs()} == before
@@ -309,7 +365,9 @@ def delayed(client: Client, **fields: Any) -> Job:
     return client.submit(operation="stamp", items=[0], priority="low", overload="delay", **fields)
 
 
-def test_a_delayed_job_says_why_and_starts_by_its_own_time(drilled: Client, plain: dict[str, str]) -> None:
+def test_a_delayed_job_says_why_and_starts_by_its_own_time(
+    drilled: Client, plain: dict[str, str]
+) -> None:
     with door(plain, RLM_PRESSURE__RELEASE_S="1") as client:
         job = delayed(client)
         assert job.status is Status.PENDING
@@ -319,7 +377,9 @@ def test_a_delayed_job_says_why_and_starts_by_its_own_time(drilled: Client, plai
         assert job.result(timeout=20).metrics.waited_ms >= 1000
 
 
-def test_a_key_names_one_job_also_while_it_is_delayed(drilled: Client, plain: dict[str, str]) -> None:
+def test_a_key_names_one_job_also_while_it_is_delayed(
+    drilled: Client, plain: dict[str, str]
+) -> None:
     with door(plain, RLM_PRESSURE__RELEASE_S="1") as client:
         job = delayed(client, idempotency_key="one")
         again = delayed(client, idempotency_key="one")
@@ -329,8 +389,14 @@ def test_a_key_names_one_job_also_while_it_is_delayed(drilled: Client, plain: di
         assert job.result(timeout=20).metrics.nodes == 1
 
 
-def test_a_key_that_names_a_job_already_is_not_turned_away(drilled: Client, plain: dict[str, str]) -> None:
-    request = {"operation": "stamp", "items": [0], "options": {"priority": "low", "idempotency_key": "taken in"}}
+def test_a_key_that_names_a_job_already_is_not_turned_away(
+    drilled: Client, plain: dict[str, str]
+) -> None:
+    request = {
+        "operation": "stamp",
+        "items": [0],
+        "options": {"priority": "low", "idempotency_key": "taken in"},
+    }
     job = drilled.submit(request)
     job.result(timeout=20)
     drilled.pressure.force("high")
@@ -343,7 +409,10 @@ def test_a_key_that_names_a_job_already_is_not_turned_away(drilled: Client, plai
 
 def test_a_delayed_job_starts_with_the_monitors_next_look(watched: Client) -> None:
     """Its own time would be a step of the default release, twenty seconds."""
-    environment = {"RLM_REDIS_URL": watched.settings.redis_url, "RLM_NAMESPACE": watched.settings.namespace}
+    environment = {
+        "RLM_REDIS_URL": watched.settings.redis_url,
+        "RLM_NAMESPACE": watched.settings.namespace,
+    }
     environment["RLM_OPERATIONS"] = ",".join(watched.settings.operations)
     wait_until(lambda: watched.status().monitored)
     with door(environment) as client:
@@ -366,7 +435,9 @@ def full(client: Client, **fields: Any) -> QueueFull | None:
 
 
 def test_a_queue_takes_as_many_as_it_may_hold(settings_of: Callable[..., dict[str, str]]) -> None:
-    nobody = settings_of("nobody", RLM_ADMISSION__QUEUE_DEPTH="3", RLM_ADMISSION__WAIT_NORMAL_S="0.01")
+    nobody = settings_of(
+        "nobody", RLM_ADMISSION__QUEUE_DEPTH="3", RLM_ADMISSION__WAIT_NORMAL_S="0.01"
+    )
     for _ in range(3):
         with door(nobody) as client:
             assert full(client) is None, "however long others wait: nobody serves the queue"
@@ -380,7 +451,9 @@ def test_a_queue_takes_as_many_as_it_may_hold(settings_of: Callable[..., dict[st
     assert refused.retry_after_s >= 1
 
 
-def test_a_queue_whose_work_waits_too_long_takes_no_more(drilled: Client, plain: dict[str, str]) -> None:
+def test_a_queue_whose_work_waits_too_long_takes_no_more(
+    drilled: Client, plain: dict[str, str]
+) -> None:
     with door(plain) as client:
         busy = client.submit(operation="nap", items=[4.0] * SLOTS, chunk_size=1)
         all_slots_run(client, "nap")
@@ -395,10 +468,12 @@ def test_a_queue_whose_work_waits_too_long_takes_no_more(drilled: Client, plain:
     assert refused is not None
     assert refused.code == "QUEUE_FULL"
     assert refused.why.startswith("its oldest message waits for")
-    assert abs(refused.retry_after_s - (age_s - 0.5)) <= 1, "as long as the queue is served as it is"
+    assert abs(refused.retry_after_s - (age_s - 0.5)) <= 1, (
+        "as long as the queue is served as it is"
+    )
 
 
-# --- the monitor -------------------------------------------------------------------------------------
+# --- the monitor ------------------------------------------------------------------------------
 
 
 def test_without_beat_hosts_act_on_their_own(drilled: Client) -> None:
@@ -408,12 +483,18 @@ def test_without_beat_hosts_act_on_their_own(drilled: Client) -> None:
     assert drilled.pressure.history() == []
     assert [each.slots for each in status.hosts] == [SLOTS]
     drilled.pressure.release()
-    wait_until(lambda: run_under(drilled) == drilled.status().level == Level(host(drilled).level).label)
+    wait_until(
+        lambda: run_under(drilled) == drilled.status().level == Level(host(drilled).level).label
+    )
 
 
-def test_two_beats_have_one_look_taken_in_a_period_also_while_every_slot_is_busy(watched: Client, tmp_path: Path) -> None:
+def test_two_beats_have_one_look_taken_in_a_period_also_while_every_slot_is_busy(
+    watched: Client, tmp_path: Path
+) -> None:
     over = tmp_path / "over"
-    busy = watched.submit(operation="hold", items=[0] * SLOTS, chunk_size=1, params={"until": str(over)})
+    busy = watched.submit(
+        operation="hold", items=[0] * SLOTS, chunk_size=1, params={"until": str(over)}
+    )
     all_slots_run(watched, "hold")
     before = watched.pressure.history(1)[0].at
     waiting = watched.batch_submit([{"operation": "nap", "items": [0.0]}] * 3)
@@ -433,7 +514,9 @@ def test_two_beats_have_one_look_taken_in_a_period_also_while_every_slot_is_busy
     assert min(apart_s) >= 0.8 * MONITOR_S
     assert 0.8 <= (found[-1].at - found[0].at) / len(apart_s) / MONITOR_S <= 1.5
     assert {(each.hosts, each.slots) for each in found} == {(1, SLOTS)}
-    assert set(found[0].queues) == {f"pressure-watched.{each}" for each in ("critical", "high", "normal", "low")}
+    assert set(found[0].queues) == {
+        f"pressure-watched.{each}" for each in ("critical", "high", "normal", "low")
+    }
     assert watched.status().monitored
 
 
@@ -445,13 +528,19 @@ def test_a_slow_item_is_told_and_alerted(watched: Client) -> None:
     job.result(timeout=20)
 
     def alerts() -> list[dict[str, Any]]:
-        return [each for each in watched.alerts.summary()["recent_alerts"] if each["subject"] == "dawdle"]
+        return [
+            each
+            for each in watched.alerts.summary()["recent_alerts"]
+            if each["subject"] == "dawdle"
+        ]
 
     wait_until(lambda: any(each.data["job"] == job.id for each in heard) and bool(alerts()))
     [told] = [each.data for each in heard if each.data["job"] == job.id]
     assert (told["operation"], told["index"]) == ("dawdle", 1)
     assert 300 <= told["duration_ms"] < 2000
-    assert [(each["kind"], each["severity"]) for each in alerts()] == [("execution.slow", "warning")]
+    assert [(each["kind"], each["severity"]) for each in alerts()] == [
+        ("execution.slow", "warning")
+    ]
     assert watched.alerts.summary()["total_alerts"] >= 1
 
 
@@ -473,18 +562,27 @@ def test_a_beat_that_stands_by_takes_over_from_one_that_was_killed(
             first.wait()
             last = client.pressure.history(1)[0].at
             wait_until(lambda: client.pressure.history(1)[0].at > last, within_s=15)
-            assert client.pressure.history(1)[0].at - last > 3 * MONITOR_S, "nobody else has looked in the meantime"
+            assert client.pressure.history(1)[0].at - last > 3 * MONITOR_S, (
+                "nobody else has looked in the meantime"
+            )
 
 
-# --- one picture -------------------------------------------------------------------------------------
+# --- one picture ------------------------------------------------------------------------------
 
 
 def test_an_operations_figures_are_those_of_its_job(drilled: Client) -> None:
-    result = drilled.execute(operation="every_third_fails", items=range(30), continue_on_error=True, timeout=20)
+    result = drilled.execute(
+        operation="every_third_fails", items=range(30), continue_on_error=True, timeout=20
+    )
     assert result.failed_count == 10
 
-    [figures] = [each for each in drilled.status().operations if each["executor_id"] == "every_third_fails"]
-    counted = {name: figures[name] for name in ("total_executions", "successful_executions", "failed_executions")}
+    [figures] = [
+        each for each in drilled.status().operations if each["executor_id"] == "every_third_fails"
+    ]
+    counted = {
+        name: figures[name]
+        for name in ("total_executions", "successful_executions", "failed_executions")
+    }
     assert counted == {"total_executions": 30, "successful_executions": 20, "failed_executions": 10}
     assert (figures["success_rate_percent"], figures["circuit_breaker_state"]) == (66.67, "closed")
     assert 1 < figures["avg_memory_mb"] <= figures["peak_memory_mb"]
@@ -498,17 +596,24 @@ def test_the_picture_shows_what_runs_and_what_is_left_out(drilled: Client) -> No
     status = drilled.status()
 
     assert status.strategies == [
-        "reduce_entity_limits", "skip_optional_analysis", "disable_expensive_computations", "use_simplified_methods",
+        "reduce_entity_limits",
+        "skip_optional_analysis",
+        "disable_expensive_computations",
+        "use_simplified_methods",
         "reduce_embedding_dimensions",
-    ]  # fmt: skip
+    ]
     assert status.resource_usage["worker_count"] == SLOTS
     told = json.loads(json.dumps(status.to_dict()))
-    assert (told["level"], told["active"], told["hosts"][0]["slots"]) == ("critical", {"nap": SLOTS}, SLOTS)
+    assert (told["level"], told["active"], told["hosts"][0]["slots"]) == (
+        "critical",
+        {"nap": SLOTS},
+        SLOTS,
+    )
     job.result(timeout=20)
     wait_until(lambda: drilled.status().active == {})
 
 
-# --- how many run at once ----------------------------------------------------------------------------
+# --- how many run at once ---------------------------------------------------------------------
 
 
 def at_once(spans: Sequence[Sequence[float]]) -> int:
@@ -532,7 +637,12 @@ def test_a_slot_that_no_further_node_may_use_has_none_cut(drilled: Client) -> No
 
 def test_the_place_of_a_killed_process_is_given_back(drilled: Client, tmp_path: Path) -> None:
     hangs = tmp_path / "pid"
-    job = drilled.submit(operation="one_at_a_time", items=[-0.1] + [0.1] * 5, chunk_size=1, params={"hangs": str(hangs)})
+    job = drilled.submit(
+        operation="one_at_a_time",
+        items=[-0.1] + [0.1] * 5,
+        chunk_size=1,
+        params={"hangs": str(hangs)},
+    )
     wait_until(lambda: hangs.exists() and hangs.read_text(encoding="ascii") != "")
 
     os.kill(int(hangs.read_text(encoding="ascii")), signal.SIGKILL)
@@ -551,7 +661,9 @@ def test_under_high_pressure_an_operation_has_the_nodes_that_its_urgency_leaves_
     """Of two slots and the settings' bounds of 32 and 1."""
     order(drilled, "high")
 
-    items = drilled.execute(operation="where_and_when", items=[0.2] * 8, chunk_size=1, priority=priority, timeout=30).output
+    items = drilled.execute(
+        operation="where_and_when", items=[0.2] * 8, chunk_size=1, priority=priority, timeout=30
+    ).output
 
     policy = policy_of(registry.get("where_and_when"), policies(drilled.settings))
     allowed = workers_for(policy, Level.HIGH, slots=SLOTS, available_mb=None, priority=priority)
@@ -561,7 +673,9 @@ def test_under_high_pressure_an_operation_has_the_nodes_that_its_urgency_leaves_
 def test_a_node_that_needs_more_memory_than_a_host_has_waits_and_says_so(drilled: Client) -> None:
     job = drilled.submit(operation="huge", items=[0])
 
-    wait_until(lambda: "huge starts with 1e+09 MB free (min_memory_mb), and this host has" in job.explain())
+    wait_until(
+        lambda: "huge starts with 1e+09 MB free (min_memory_mb), and this host has" in job.explain()
+    )
     assert [node.state for node in job.tree()] == ["parked"]
     job.cancel()
     assert job.wait(timeout=20) is Status.CANCELLED

@@ -1,4 +1,6 @@
-"""What docs/pressure.md says is the code's: its tables, its picture, and what holds while Redis is away."""
+"""What docs/pressure.md says is the code's: its tables, its picture, and what holds while Redis is
+away.
+"""
 
 from __future__ import annotations
 
@@ -37,26 +39,52 @@ def test_the_table_of_levels_is_the_code_s() -> None:
     begins = dict(re.findall(r"^\| (\w+) \| (\d+) % \|", PAGE, re.MULTILINE))
     assert [float(begins[level.label]) for level in Level if level] == list(THRESHOLDS)
 
-    limits = [int(CONSTRAINTS[level].entity_limit_factor * 100) for level in (Level.ELEVATED, Level.CRITICAL, Level.EMERGENCY)]
+    limits = [
+        int(CONSTRAINTS[level].entity_limit_factor * 100)
+        for level in (Level.ELEVATED, Level.CRITICAL, Level.EMERGENCY)
+    ]
     assert limits == [80, 50, 30]
     assert [f"look at {limit} %" in PAGE for limit in limits] == [True] * 3
     assert SHED_FROM == {"low": Level.HIGH, "normal": Level.CRITICAL, "high": Level.EMERGENCY}
 
 
 def test_the_table_of_alerts_names_every_rule() -> None:
-    named = set(re.findall(r"^\| `([a-z.]+)`", PAGE.partition("| alert |")[2].partition("\n\n")[0], re.MULTILINE))
-    assert named == {name if not name.startswith("pressure.") else "pressure.changed" for name in RULES}
+    named = set(
+        re.findall(
+            r"^\| `([a-z.]+)`", PAGE.partition("| alert |")[2].partition("\n\n")[0], re.MULTILINE
+        )
+    )
+    assert named == {
+        name if not name.startswith("pressure.") else "pressure.changed" for name in RULES
+    }
     told = [RULES[f"pressure.{level.label}"].interval_s / 60 for level in Level if level]
     assert told == [10, 7, 4, 2]
     assert "| 10, 7, 4, 2 min |" in PAGE
 
 
-def test_the_program_of_the_picture_records_what_it_sees_and_stops_what_it_started(tmp_path: Path) -> None:
+def test_the_program_of_the_picture_records_what_it_sees_and_stops_what_it_started(
+    tmp_path: Path,
+) -> None:
     recorded = tmp_path / "run.json"
-    program = [sys.executable, str(ROOT / "docs" / "examples" / "under_pressure.py"), "--out", str(recorded), "--seconds", "6"]
+    program = [
+        sys.executable,
+        str(ROOT / "docs" / "examples" / "under_pressure.py"),
+        "--out",
+        str(recorded),
+        "--seconds",
+        "6",
+    ]
 
     environment = {**os.environ, "STARTED_FROM": str(tmp_path)}
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path)
+    done = subprocess.run(
+        program,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=tmp_path,
+    )
 
     assert done.returncode == 0, done.stderr
     seen = json.loads(recorded.read_text(encoding="utf-8"))
@@ -68,7 +96,9 @@ def test_the_program_of_the_picture_records_what_it_sees_and_stops_what_it_start
 
 
 def started_from(folder: Path) -> list[str]:
-    """Return the processes whose environment, which they inherit, says that a folder's test has started them."""
+    """Return the processes whose environment, which they inherit, says that a folder's test has
+    started them.
+    """
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

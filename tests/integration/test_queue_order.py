@@ -1,4 +1,6 @@
-"""The order of queues on a real server and a real worker: shares by weight, no starvation; and the gauge of queues."""
+"""The order of queues on a real server and a real worker: shares by weight, no starvation; and the
+gauge of queues.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def app_on(url: str, namespace: str) -> Celery:
     return app
 
 
-# --- a worker ----------------------------------------------------------------------------------------
+# --- a worker ---------------------------------------------------------------------------------
 
 
 class Turns:
@@ -51,7 +53,13 @@ class Turns:
     def submit(self, priority: str, *names: str) -> None:
         params = {"journal": str(self._journal)}
         self._client.batch_submit(
-            {"operation": "take_turns", "items": [name], "params": params, "options": {"priority": priority}} for name in names
+            {
+                "operation": "take_turns",
+                "items": [name],
+                "params": params,
+                "options": {"priority": priority},
+            }
+            for name in names
         )
 
     def note(self, word: str) -> None:
@@ -63,7 +71,10 @@ class Turns:
     @contextmanager
     def flood(self, priority: str) -> Iterator[None]:
         """Keep the queue of a priority full for the length of a block, and leave it empty."""
-        queue, gauge = f"ordered.{priority}", QueueGauge(app_on(self._client.settings.redis_url, "ordered"))
+        queue, gauge = (
+            f"ordered.{priority}",
+            QueueGauge(app_on(self._client.settings.redis_url, "ordered")),
+        )
         over, sent = threading.Event(), Counter[str]()
 
         def feed() -> None:
@@ -87,7 +98,9 @@ class Turns:
 @pytest.fixture(scope="module")
 def ordered(server: embedded.Server, logs: Path) -> Iterator[Client]:
     """A client of a worker that orders its queues."""
-    environment = environment_of(server.url, "ordered", RLM_OPERATIONS="tests.integration.ordered_ops")
+    environment = environment_of(
+        server.url, "ordered", RLM_OPERATIONS="tests.integration.ordered_ops"
+    )
     worker = embedded.worker(environment, log=logs / "ordered.log", slots=SLOTS)
     with worker, client_of(environment) as own:
         yield own
@@ -105,7 +118,9 @@ def between(begun: list[str], word: str, *, after: int) -> Counter[str]:
 
 
 def test_low_work_under_a_flood_of_high_work_begins_after_a_few_others(turns: Turns) -> None:
-    """A message is next, at the latest, when its weight's worth of others has gone and the tie with one more."""
+    """A message is next, at the latest, when its weight's worth of others has gone and the tie with
+    one more.
+    """
     with turns.flood("high"):
         for each in range(20):
             turns.submit("low", f"low-{each}")
@@ -113,7 +128,10 @@ def test_low_work_under_a_flood_of_high_work_begins_after_a_few_others(turns: Tu
             wait_until(lambda each=each: f"low-{each}" in turns.begun())  # type: ignore[misc]  # a default binds the value
     begun = turns.begun()
 
-    passed_over = [begun[begun.index(f"sent-{each}") : begun.index(f"low-{each}") + 1].count("high") for each in range(20)]
+    passed_over = [
+        begun[begun.index(f"sent-{each}") : begun.index(f"low-{each}") + 1].count("high")
+        for each in range(20)
+    ]
 
     taken_before = SLOTS  # by processes that had not begun
     assert sum(passed_over) > len(passed_over), "a flood it was"
@@ -133,7 +151,9 @@ def test_full_queues_of_high_and_low_work_are_served_four_to_one(turns: Turns) -
 
 
 def test_of_two_slots_one_is_for_critical_work_and_one_is_shared(turns: Turns) -> None:
-    """While it holds the one, it competes for the other by 8 to 1; while it holds none, it goes first and pays nothing."""
+    """While it holds the one, it competes for the other by 8 to 1; while it holds none, it goes
+    first and pays nothing.
+    """
     turns.submit("critical", *["critical"] * 300)
     turns.submit("low", *["low"] * 20)
     wait_until(lambda: turns.begun().count("critical") == 300)
@@ -141,13 +161,19 @@ def test_of_two_slots_one_is_for_critical_work_and_one_is_shared(turns: Turns) -
     served = between(turns.begun(), "low", after=1)
 
     assert turns.begun()[-1] == "critical", "both queues were full until the last low message"
-    assert served["critical"] >= 9 * (served["low"] + 1) - SLOTS, "eight by weight, and one in the slot of its own"
+    assert served["critical"] >= 9 * (served["low"] + 1) - SLOTS, (
+        "eight by weight, and one in the slot of its own"
+    )
 
 
-def test_a_channel_of_kombu_takes_8_4_2_1(server: embedded.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_channel_of_kombu_takes_8_4_2_1(
+    server: embedded.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(QueueOrder, "facts", Facts())
     app = app_on(server.url, "channel")
-    app.conf.broker_transport_options["queue_order_strategy"] = "rlm_tasks.worker.queue_order:QueueOrder"
+    app.conf.broker_transport_options["queue_order_strategy"] = (
+        "rlm_tasks.worker.queue_order:QueueOrder"
+    )
     names, taken = [f"channel.{priority}" for priority in WEIGHTS], list[str]()
 
     def took(message: Any) -> None:
@@ -163,17 +189,29 @@ def test_a_channel_of_kombu_takes_8_4_2_1(server: embedded.Server, monkeypatch: 
                 connection.drain_events(timeout=5)
             consumer.purge()
 
-    assert Counter(taken[:150]) == {"channel.critical": 80, "channel.high": 40, "channel.normal": 20, "channel.low": 10}
+    assert Counter(taken[:150]) == {
+        "channel.critical": 80,
+        "channel.high": 40,
+        "channel.normal": 20,
+        "channel.low": 10,
+    }
 
 
-# --- the gauge ---------------------------------------------------------------------------------------
+# --- the gauge --------------------------------------------------------------------------------
 
 
 def send(app: Celery, queue: str, *headers: dict[str, Any]) -> None:
     """Send messages that nobody will take."""
     with app.connection_for_write() as connection, app.amqp.Producer(connection) as producer:
         for each in headers:
-            app.send_task("rlm.node", ["job", "node"], queue=queue, headers=each, producer=producer, ignore_result=True)
+            app.send_task(
+                "rlm.node",
+                ["job", "node"],
+                queue=queue,
+                headers=each,
+                producer=producer,
+                ignore_result=True,
+            )
 
 
 @pytest.fixture
@@ -188,7 +226,9 @@ def test_depth_and_age_are_those_of_the_server(app: Celery) -> None:
     send(app, "my-team_1.high", *[{"rlm": {"at": NOW - age_s}} for age_s in (20.25, 5.0, 30.0)])
     send(app, "my-team_1.low", {})
 
-    reports = QueueGauge(app, clock=lambda: NOW).read([f"my-team_1.{priority}" for priority in WEIGHTS])
+    reports = QueueGauge(app, clock=lambda: NOW).read(
+        [f"my-team_1.{priority}" for priority in WEIGHTS]
+    )
 
     assert reports == {
         "my-team_1.critical": QueueReport(0, None),
@@ -206,12 +246,18 @@ def test_all_queues_are_one_round_trip(app: Celery) -> None:
         redis.Redis.from_url(app.server.url),
     )
     gauge.read(names)
-    before = client.info("stats")["total_commands_processed"], client.info("clients")["connected_clients"]
+    before = (
+        client.info("stats")["total_commands_processed"],
+        client.info("clients")["connected_clients"],
+    )
 
     gauge.read(names)
 
     asked = 2 * len(names) + len(("MULTI", "EXEC"))
-    after = client.info("stats")["total_commands_processed"], client.info("clients")["connected_clients"]
+    after = (
+        client.info("stats")["total_commands_processed"],
+        client.info("clients")["connected_clients"],
+    )
     assert (after[0] - before[0] - len(("INFO", "INFO")), after[1] - before[1]) == (asked, 0)
 
 

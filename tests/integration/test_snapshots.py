@@ -1,4 +1,6 @@
-"""A real worker whose items begin to take longer: it is told, alerted and shown, and told again when it is over."""
+"""A real worker whose items begin to take longer: it is told, alerted and shown, and told again
+when it is over.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Watched:
         self._speed.write_text(str(ms))
         for _ in range(jobs):
             known = self._latest()
-            self.client.execute(operation="as_slow_as", items=[str(self._speed)] * MIN_ITEMS, timeout=30)
+            self.client.execute(
+                operation="as_slow_as", items=[str(self._speed)] * MIN_ITEMS, timeout=30
+            )
             wait_until(lambda known=known: self._look() != known)  # type: ignore[misc]  # bound now
 
     def told(self) -> list[str]:
@@ -45,11 +49,18 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def watched(server: embedded.Server, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def watched(
+    server: embedded.Server, logs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Watched]:
     environment = environment_of(
-        server.url, "windows", RLM_OPERATIONS="tests.integration.windows_ops", RLM_GUARD_TIMEOUT_S="5",
-        RLM_PRESSURE__MONITOR_S="0.05", RLM_SNAPSHOTS__EVERY_S="0.01", RLM_SNAPSHOTS__THRESHOLD="1",
-    )  # fmt: skip
+        server.url,
+        "windows",
+        RLM_OPERATIONS="tests.integration.windows_ops",
+        RLM_GUARD_TIMEOUT_S="5",
+        RLM_PRESSURE__MONITOR_S="0.05",
+        RLM_SNAPSHOTS__EVERY_S="0.01",
+        RLM_SNAPSHOTS__THRESHOLD="1",
+    )
     with embedded.worker(environment, log=logs / "windows.log"), client_of(environment) as client:
         yield Watched(client, tmp_path_factory.mktemp("windows") / "ms")
 
@@ -66,7 +77,10 @@ def test_an_operation_that_becomes_slower_is_told_and_alerted(watched: Watched) 
     assert (alert.subject, alert.severity.label) == ("as_slow_as", "warning")
     [operation] = client.status().operations
     assert (operation["slower"], operation["change_percent"] > 100) == (True, True)
-    assert " % SLOWER" in CliRunner().invoke(rlm, ["operations"], obj=SimpleNamespace(app=client.app)).stdout
+    assert (
+        " % SLOWER"
+        in CliRunner().invoke(rlm, ["operations"], obj=SimpleNamespace(app=client.app)).stdout
+    )
     latest = client.snapshots("as_slow_as")[0].to_dict()
     assert (latest["executions"], latest["failures"], latest["version"]) == (MIN_ITEMS, 0, 1)
     assert latest["peak_memory_mb"] > 10

@@ -1,4 +1,6 @@
-"""Each example of source document 0 whose rows are in scope, transcribed from TypeScript to a Python dict."""
+"""Each example of source document 0 whose rows are in scope, transcribed from TypeScript to a
+Python dict.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ def test_custom_decomposition_logic(client: Client) -> None:
             "input": {
                 "items": DATA,
                 "operation": "custom_merge",
-                "decompositionStrategy": {"maxDepth": 10, "minChunkSize": 100, "branchingFactor": 4},
+                "decompositionStrategy": {
+                    "maxDepth": 10,
+                    "minChunkSize": 100,
+                    "branchingFactor": 4,
+                },
             },
             "options": {"maxDepth": 10, "timeoutMs": 300000, "priority": "high"},
         },
@@ -39,7 +45,11 @@ def test_conditional_execution(client: Client) -> None:
             "input": {
                 "items": DATA,
                 "operation": "conditional_process",
-                "conditions": {"skipIfEmpty": True, "validateBeforeProcess": True, "earlyTerminationThreshold": 0.95},
+                "conditions": {
+                    "skipIfEmpty": True,
+                    "validateBeforeProcess": True,
+                    "earlyTerminationThreshold": 0.95,
+                },
             },
         },
         timeout=60,
@@ -52,7 +62,8 @@ def test_conditional_execution(client: Client) -> None:
 
 def test_strategy_1_binary_split_is_the_default(client: Client) -> None:
     result = client.execute(
-        {"type": "recursive", "complexity": "linear", "input": {"items": DATA, "operation": "sum"}}, timeout=60
+        {"type": "recursive", "complexity": "linear", "input": {"items": DATA, "operation": "sum"}},
+        timeout=60,
     )
 
     assert result.output == sum(DATA)
@@ -60,11 +71,19 @@ def test_strategy_1_binary_split_is_the_default(client: Client) -> None:
 
 def test_strategy_2_n_way_split(client: Client) -> None:
     result = client.execute(
-        {"type": "recursive", "complexity": "linear", "input": {"items": DATA, "operation": "aggregate", "splitFactor": 8}},
+        {
+            "type": "recursive",
+            "complexity": "linear",
+            "input": {"items": DATA, "operation": "aggregate", "splitFactor": 8},
+        },
         timeout=60,
     )
 
-    assert (result.output["count"], result.output["mean"], result.output["max"]) == (1200, 600.5, 1200)
+    assert (result.output["count"], result.output["mean"], result.output["max"]) == (
+        1200,
+        600.5,
+        1200,
+    )
     assert result.output["variance"] == pytest.approx((1200**2 - 1) / 12)
 
 
@@ -76,23 +95,35 @@ def test_strategy_3_adaptive_split(client: Client) -> None:
             "input": {
                 "items": DATA,
                 "operation": "complex_process",
-                "adaptiveSplit": {"minChunkSize": 50, "maxChunkSize": 500, "targetExecutionTimeMs": 1000},
+                "adaptiveSplit": {
+                    "minChunkSize": 50,
+                    "maxChunkSize": 500,
+                    "targetExecutionTimeMs": 1000,
+                },
             },
         },
         timeout=60,
     )
 
     assert [each["item"] for each in result.output] == DATA
-    leaves = [node for node in client.job(result.job_id).tree() if node.worked and node.id != "merge"]
+    leaves = [
+        node for node in client.job(result.job_id).tree() if node.worked and node.id != "merge"
+    ]
     assert all(50 <= node.hi - node.lo <= 500 for node in leaves)
 
 
 def test_optimize_chunk_sizes(client: Client) -> None:
-    chunk = estimate_optimal_chunk_size(total_items=10000, estimated_item_processing_time_ms=5, target_parallelism=8)
+    chunk = estimate_optimal_chunk_size(
+        total_items=10000, estimated_item_processing_time_ms=5, target_parallelism=8
+    )
     assert chunk == 1250
 
     result = client.execute(
-        {"type": "parallel", "input": {"items": list(range(10000)), "operation": "process", "chunkSize": chunk}}, timeout=60
+        {
+            "type": "parallel",
+            "input": {"items": list(range(10000)), "operation": "process", "chunkSize": chunk},
+        },
+        timeout=60,
     )
 
     assert len(result.output) == 10000
@@ -103,7 +134,11 @@ def test_batching_multiple_operations(client: Client) -> None:
     data: list[list[Any]] = [[1, 2], ["a"], [{"x": 1}]]
 
     results = client.batch_execute(
-        [{"type": "sequential", "description": f"Task {i}", "input": each} for i, each in enumerate(data, 1)], timeout=60
+        [
+            {"type": "sequential", "description": f"Task {i}", "input": each}
+            for i, each in enumerate(data, 1)
+        ],
+        timeout=60,
     )
 
     assert [[row["item"] for row in result.output] for result in results] == data
@@ -126,7 +161,13 @@ def test_partial_failure_handling(client: Client) -> None:
 
 def test_priority_scheduling(client: Client) -> None:
     result = client.execute(
-        {"type": "recursive", "description": "Critical analysis", "input": DATA, "options": {"priority": "critical"}}, timeout=60
+        {
+            "type": "recursive",
+            "description": "Critical analysis",
+            "input": DATA,
+            "options": {"priority": "critical"},
+        },
+        timeout=60,
     )
 
     assert len(result.output) == 1200
@@ -134,4 +175,6 @@ def test_priority_scheduling(client: Client) -> None:
 
 def test_a_dict_with_two_strategies_is_refused(client: Client) -> None:
     with pytest.raises(InvalidRequest, match="more than one strategy"):
-        client.submit({"input": {"items": [1], "operation": "sum", "splitFactor": 2, "adaptiveSplit": {}}})
+        client.submit(
+            {"input": {"items": [1], "operation": "sum", "splitFactor": 2, "adaptiveSplit": {}}}
+        )

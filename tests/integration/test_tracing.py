@@ -1,4 +1,6 @@
-"""What a collector receives from real workers: whole traces, whatever becomes of the process that worked."""
+"""What a collector receives from real workers: whole traces, whatever becomes of the process that
+worked.
+"""
 
 from __future__ import annotations
 
@@ -36,16 +38,22 @@ def receiver() -> Iterator[Collector]:
 @pytest.fixture(scope="module")
 def traced(server: embedded.Server, logs: Path, receiver: Collector) -> Iterator[Client]:
     """A client of a worker that traces everything."""
-    environment = environment_of(server.url, "traced", RLM_OPERATIONS=OPERATIONS, **receiver.environment)
+    environment = environment_of(
+        server.url, "traced", RLM_OPERATIONS=OPERATIONS, **receiver.environment
+    )
     with client_of(environment) as client, embedded.worker(environment, log=logs / "traced.log"):
         yield client
 
 
 def whole_trace(receiver: Collector, job: Job) -> dict[str, Received]:
-    """Wait for the end of a job's trace, and return its spans by id; each is there once, and so is its parent."""
+    """Wait for the end of a job's trace, and return its spans by id; each is there once, and so is
+    its parent.
+    """
     nodes = {node.id for node in job.tree() if node.state in ("done", "cut")}
     wait_until(lambda: any(each.name.startswith("job ") for each in receiver.of(job.trace_id)))
-    wait_until(lambda: nodes <= {each.about.get("rlm.node_id") for each in receiver.of(job.trace_id)})
+    wait_until(
+        lambda: nodes <= {each.about.get("rlm.node_id") for each in receiver.of(job.trace_id)}
+    )
     found = receiver.of(job.trace_id)
     spans = {each.id: each for each in found}
     assert len(spans) == len(found)
@@ -54,12 +62,18 @@ def whole_trace(receiver: Collector, job: Job) -> dict[str, Received]:
 
 
 def of_nodes(spans: dict[str, Received]) -> dict[str, Received]:
-    return {each.about["rlm.node_id"]: each for each in spans.values() if "rlm.node_id" in each.about}
+    return {
+        each.about["rlm.node_id"]: each for each in spans.values() if "rlm.node_id" in each.about
+    }
 
 
 @pytest.mark.parametrize("operation", ["look", "look_in_flight"])
-def test_a_job_is_one_trace_across_its_splits(traced: Client, receiver: Collector, operation: str) -> None:
-    job = traced.submit(operation=operation, items=list(range(80)), strategy=Binary(min_chunk_size=10))
+def test_a_job_is_one_trace_across_its_splits(
+    traced: Client, receiver: Collector, operation: str
+) -> None:
+    job = traced.submit(
+        operation=operation, items=list(range(80)), strategy=Binary(min_chunk_size=10)
+    )
     assert job.result(timeout=30).output == sum(range(80))
 
     spans = whole_trace(receiver, job)
@@ -72,14 +86,21 @@ def test_a_job_is_one_trace_across_its_splits(traced: Client, receiver: Collecto
     for id, span in nodes.items():
         assert span.parent == (nodes[tree[id].parent].id if tree[id].parent else of_job.id)
         assert span.about["rlm.job_id"] == job.id
-        assert (span.about["rlm.depth"], span.about["rlm.parent_id"]) == (tree[id].depth, tree[id].parent)
+        assert (span.about["rlm.depth"], span.about["rlm.parent_id"]) == (
+            tree[id].depth,
+            tree[id].parent,
+        )
     theirs = Counter(each.parent for each in spans.values() if each.name == "looking")
-    assert theirs == Counter({span.id: span.about["rlm.done"] for span in nodes.values() if span.about.get("rlm.done")})
+    assert theirs == Counter(
+        {span.id: span.about["rlm.done"] for span in nodes.values() if span.about.get("rlm.done")}
+    )
     if operation == "look":
         assert any("looked_at" in each.about for each in nodes.values())
 
 
-def test_what_a_killed_process_had_finished_is_in_the_trace(traced: Client, receiver: Collector, tmp_path: Path) -> None:
+def test_what_a_killed_process_had_finished_is_in_the_trace(
+    traced: Client, receiver: Collector, tmp_path: Path
+) -> None:
     items: list[dict[str, Any]] = [{"i": i} for i in range(60)]
     items[33]["marker"] = str(tmp_path / "died")
 
@@ -94,8 +115,12 @@ def test_what_a_killed_process_had_finished_is_in_the_trace(traced: Client, rece
 
 
 def test_an_incoming_trace_is_continued(traced: Client, receiver: Collector) -> None:
-    told = traced.submit(operation="look", items=[1], trace_context={"traceId": PARENT[0], "parentSpanId": PARENT[1]})
-    not_sampled = traced.submit(operation="look", items=[1], trace_context=f"00-{'5' * 32}-{PARENT[1]}-00")
+    told = traced.submit(
+        operation="look", items=[1], trace_context={"traceId": PARENT[0], "parentSpanId": PARENT[1]}
+    )
+    not_sampled = traced.submit(
+        operation="look", items=[1], trace_context=f"00-{'5' * 32}-{PARENT[1]}-00"
+    )
     within = SpanContext(int("6" * 32, 16), 7, is_remote=False, trace_flags=TraceFlags(1))
     with trace.use_span(NonRecordingSpan(within)):
         here = traced.submit(operation="look", items=[1])
@@ -110,19 +135,26 @@ def test_an_incoming_trace_is_continued(traced: Client, receiver: Collector) -> 
     assert receiver.of(not_sampled.trace_id) == []
 
 
-def test_a_failed_job_says_of_what_and_nothing_of_the_user_s(traced: Client, receiver: Collector) -> None:
+def test_a_failed_job_says_of_what_and_nothing_of_the_user_s(
+    traced: Client, receiver: Collector
+) -> None:
     job = traced.submit(operation="fail_odd", items=[2, 7_654_321], params={"key": "hush"})
     with pytest.raises(JobFailed):
         job.result(timeout=30)
 
     spans = whole_trace(receiver, job)
 
-    assert {each.name: each.failed for each in spans.values()} == {"job fail_odd": True, "node fail_odd": True}
+    assert {each.name: each.failed for each in spans.values()} == {
+        "job fail_odd": True,
+        "node fail_odd": True,
+    }
     assert "ValueError" in {each.about.get("error.type") for each in spans.values()}
     assert not [each for each in spans.values() if "7654321" in str(each) or "hush" in str(each)]
 
 
-def test_a_job_cancelled_by_its_client_is_told_by_a_worker(traced: Client, receiver: Collector) -> None:
+def test_a_job_cancelled_by_its_client_is_told_by_a_worker(
+    traced: Client, receiver: Collector
+) -> None:
     job = traced.submit(operation="nap", items=[300.0] * 40, type="parallel", chunk_size=1)
     wait_until(lambda: job.progress().done > 0)
 
@@ -134,12 +166,21 @@ def test_a_job_cancelled_by_its_client_is_told_by_a_worker(traced: Client, recei
     assert (of_job.about["rlm.state"], of_job.failed) == ("cancelled", False)
 
 
-def test_spans_arrive_when_the_worker_stops_and_only_of_sampled_jobs(server: embedded.Server, logs: Path) -> None:
+def test_spans_arrive_when_the_worker_stops_and_only_of_sampled_jobs(
+    server: embedded.Server, logs: Path
+) -> None:
     with collector() as receiver:
         variables = {**receiver.environment, **LATER, "RLM_TRACING__SAMPLE_RATE": "0"}
-        environment = environment_of(server.url, "traced-stopped", RLM_OPERATIONS=OPERATIONS, **variables)
-        with client_of(environment) as client, embedded.worker(environment, log=logs / "traced-stopped.log") as worker:
-            unseen = client.submit(operation="look", items=list(range(40)), strategy=Binary(min_chunk_size=10))
+        environment = environment_of(
+            server.url, "traced-stopped", RLM_OPERATIONS=OPERATIONS, **variables
+        )
+        with (
+            client_of(environment) as client,
+            embedded.worker(environment, log=logs / "traced-stopped.log") as worker,
+        ):
+            unseen = client.submit(
+                operation="look", items=list(range(40)), strategy=Binary(min_chunk_size=10)
+            )
             assert unseen.result(timeout=30).output == sum(range(40))
             job = client.submit(
                 operation="look",
@@ -161,24 +202,44 @@ def test_spans_arrive_when_the_worker_stops_and_only_of_sampled_jobs(server: emb
 def test_a_provider_of_the_user_s_own_is_used(server: embedded.Server, logs: Path) -> None:
     with collector() as receiver:
         environment = environment_of(
-            server.url, "traced-own", RLM_OPERATIONS=OPERATIONS, OWN_PROVIDER="1", **receiver.environment
+            server.url,
+            "traced-own",
+            RLM_OPERATIONS=OPERATIONS,
+            OWN_PROVIDER="1",
+            **receiver.environment,
         )
-        with client_of(environment) as client, embedded.worker(environment, log=logs / "traced-own.log"):
-            job = client.submit(operation="look", items=list(range(40)), strategy=Binary(min_chunk_size=10))
+        with (
+            client_of(environment) as client,
+            embedded.worker(environment, log=logs / "traced-own.log"),
+        ):
+            job = client.submit(
+                operation="look", items=list(range(40)), strategy=Binary(min_chunk_size=10)
+            )
             assert job.result(timeout=30).output == sum(range(40))
             spans = whole_trace(receiver, job)
 
     assert {each.service for each in spans.values()} == {"their service"}
 
 
-def test_a_worker_that_is_to_trace_and_cannot_says_what_is_missing(server: embedded.Server, tmp_path: Path) -> None:
+def test_a_worker_that_is_to_trace_and_cannot_says_what_is_missing(
+    server: embedded.Server, tmp_path: Path
+) -> None:
     (tmp_path / "opentelemetry").mkdir()
-    (tmp_path / "opentelemetry" / "__init__.py").write_text("raise ModuleNotFoundError('not here', name='opentelemetry')")
+    (tmp_path / "opentelemetry" / "__init__.py").write_text(
+        "raise ModuleNotFoundError('not here', name='opentelemetry')"
+    )
     environment = environment_of(server.url, "traced-without", RLM_TRACING__ENABLED="1")
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
 
     command = [sys.executable, "-m", "celery", "-A", "rlm_tasks", "worker", "-P", "solo"]
-    ran = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run(
+        command,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
     assert ran.returncode != 0
     assert "pip install 'rlm-tasks[otel]'" in ran.stderr

@@ -1,4 +1,6 @@
-"""The README's own commands start the whole platform, and its example's job is found wherever one would look for it."""
+"""The README's own commands start the whole platform, and its example's job is found wherever one
+would look for it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from tests.support import wait_until
 LOOK = "celery -A rlm_tasks rlm"
 
 
-def test_the_readmes_job_is_in_flower_the_metrics_the_command_line_and_the_trace(server: embedded.Server, tmp_path: Path) -> None:
+def test_the_readmes_job_is_in_flower_the_metrics_the_command_line_and_the_trace(
+    server: embedded.Server, tmp_path: Path
+) -> None:
     with ExitStack() as stack:
         receiver = stack.enter_context(collector())
         reader, ports = reader_of("README.md", server.url, tmp_path, stack, **receiver.environment)
@@ -32,9 +36,16 @@ def test_the_readmes_job_is_in_flower_the_metrics_the_command_line_and_the_trace
 
         # the command line
         assert job.id in (reader.printed or "")
-        reader.carry_out([Block("look", 1, "sh", "", f"{LOOK} job {job.id} --json\n{LOOK} status --json\n")])
+        reader.carry_out(
+            [Block("look", 1, "sh", "", f"{LOOK} job {job.id} --json\n{LOOK} status --json\n")]
+        )
         told, status = map(json.loads, (reader.printed or "").splitlines())
-        assert (told["status"], told["done"], told["failed"], told["trace_id"]) == ("succeeded", lines, 0, job.trace_id)
+        assert (told["status"], told["done"], told["failed"], told["trace_id"]) == (
+            "succeeded",
+            lines,
+            0,
+            job.trace_id,
+        )
         assert (status["monitored"], len(status["hosts"])) == (True, 1)
 
         # Flower
@@ -47,12 +58,17 @@ def test_the_readmes_job_is_in_flower_the_metrics_the_command_line_and_the_trace
 
         # the worker's metrics and health
         port = ports[8000]
-        assert f'rlm_items_total{{operation="line_lengths",outcome="done"}} {float(lines)}\n' in got(port, "metrics")
+        assert (
+            f'rlm_items_total{{operation="line_lengths",outcome="done"}} {float(lines)}\n'
+            in got(port, "metrics")
+        )
         assert json.loads(got(port, "health"))["status"] == "ok"
 
         # the trace
         nodes = {node.id for node in job.tree()} - {"merge"}
-        wait_until(lambda: nodes <= {each.about.get("rlm.node_id") for each in receiver.of(job.trace_id)})
+        wait_until(
+            lambda: nodes <= {each.about.get("rlm.node_id") for each in receiver.of(job.trace_id)}
+        )
         assert "job line_lengths" in {each.name for each in receiver.of(job.trace_id)}
 
 

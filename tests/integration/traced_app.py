@@ -116,10 +116,17 @@ def spans_of(request: ExportTraceServiceRequest) -> Iterator[Received]:
         for scope in each.scope_spans:
             for span in scope.spans:
                 yield Received(
-                    span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex(), span.name,
-                    span.start_time_unix_nano, span.end_time_unix_nano, _plain(span.attributes),
-                    span.status.code == 2, span.status.message, service,
-                )  # fmt: skip
+                    span.trace_id.hex(),
+                    span.span_id.hex(),
+                    span.parent_span_id.hex(),
+                    span.name,
+                    span.start_time_unix_nano,
+                    span.end_time_unix_nano,
+                    _plain(span.attributes),
+                    span.status.code == 2,
+                    span.status.message,
+                    service,
+                )
 
 
 def _plain(attributes: Any) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""The platform's app on a RabbitMQ that counts what is prefetched by consumer, as RabbitMQ 4 does and RabbitMQ 3 can."""
+"""The platform's app on a RabbitMQ that counts what is prefetched by consumer, as RabbitMQ 4 does
+and RabbitMQ 3 can.
+"""
 
 from __future__ import annotations
 

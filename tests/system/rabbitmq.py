@@ -1,4 +1,6 @@
-"""A RabbitMQ of a test's own: a node with its own name, ports and folders, and the port mapper of Erlang that belongs to it."""
+"""A RabbitMQ of a test's own: a node with its own name, ports and folders, and the port mapper of
+Erlang that belongs to it.
+"""
 
 from __future__ import annotations
 
@@ -54,13 +56,17 @@ class Node:
 
     def start(self) -> None:
         """Start it, and wait until it takes connections.  Raises Missing."""
-        (self._folder / "rabbitmq.conf").write_text(f"listeners.tcp.default = 127.0.0.1:{self.port}\n", encoding="utf-8")
+        (self._folder / "rabbitmq.conf").write_text(
+            f"listeners.tcp.default = 127.0.0.1:{self.port}\n", encoding="utf-8"
+        )
         (self._folder / "plugins").write_text("[].\n", encoding="utf-8")
         self._run(program("epmd"), "-port", self._environment["ERL_EPMD_PORT"])
         server = self._run(program("rabbitmq-server"))
 
         def listens() -> bool:
-            assert server.poll() is None, (self._folder / "output").read_text(encoding="utf-8")[-2000:]
+            assert server.poll() is None, (self._folder / "output").read_text(encoding="utf-8")[
+                -2000:
+            ]
             with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
                 return True
             return False
@@ -69,14 +75,18 @@ class Node:
 
     def _run(self, *command: str) -> subprocess.Popen[bytes]:
         with (self._folder / "output").open("ab") as output:
-            process = subprocess.Popen(command, env=self._environment, stdout=output, stderr=output, start_new_session=True)
+            process = subprocess.Popen(
+                command, env=self._environment, stdout=output, stderr=output, start_new_session=True
+            )
         self._processes.append(process)
         return process
 
     def ctl(self, *words: str) -> str:
         """Run a command of ``rabbitmqctl``, and return what it prints."""
         command = [program("rabbitmqctl"), "--quiet", *words]
-        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            command, env=self._environment, capture_output=True, text=True, timeout=60, check=True
+        )
         return done.stdout
 
     def stop(self) -> None:

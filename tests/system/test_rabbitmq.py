@@ -1,4 +1,6 @@
-"""RabbitMQ as the broker, Redis for state: the whole platform on a real node, and what becomes of jobs when it goes away."""
+"""RabbitMQ as the broker, Redis for state: the whole platform on a real node, and what becomes of
+jobs when it goes away.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,19 @@ def server() -> Iterator[embedded.Server]:
 
 
 @pytest.fixture(scope="module")
-def platform(rabbitmq: Node, server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cell]:
+def platform(
+    rabbitmq: Node, server: embedded.Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cell]:
     """A client, and a worker that lives through all that befalls RabbitMQ."""
     folder = tmp_path_factory.mktemp("platform")
-    with cell(server, "rabbit", folder, folder / "worker.log", RLM_BROKER_URL=rabbitmq.url, RLM_OPERATIONS=MODULES) as own:
+    with cell(
+        server,
+        "rabbit",
+        folder,
+        folder / "worker.log",
+        RLM_BROKER_URL=rabbitmq.url,
+        RLM_OPERATIONS=MODULES,
+    ) as own:
         own.worker()
         yield own
 
@@ -70,7 +81,7 @@ def depth(client: Client, priority: str) -> int:
     return client.queues()[f"{client.settings.namespace}.{priority}"].depth
 
 
-# --- jobs --------------------------------------------------------------------------------------------
+# --- jobs -------------------------------------------------------------------------------------
 
 
 def test_jobs_split_and_merge_and_nothing_is_left_in_a_queue(platform: Cell) -> None:
@@ -78,11 +89,15 @@ def test_jobs_split_and_merge_and_nothing_is_left_in_a_queue(platform: Cell) -> 
         platform.check(platform.submit())
 
     wait_until(lambda: not any(report.depth for report in platform.client.queues().values()))
-    assert {report.oldest_s for report in platform.client.queues().values()} == {None}, "RabbitMQ does not tell ages"
+    assert {report.oldest_s for report in platform.client.queues().values()} == {None}, (
+        "RabbitMQ does not tell ages"
+    )
 
 
 def test_what_waits_for_a_rate_limit_is_parked_and_woken(platform: Cell, tmp_path: Path) -> None:
-    job = platform.client.submit(operation="metered", items=range(20), params={"folder": str(tmp_path)})
+    job = platform.client.submit(
+        operation="metered", items=range(20), params={"folder": str(tmp_path)}
+    )
 
     result = job.result(timeout=30)
 
@@ -110,32 +125,50 @@ def test_a_worker_that_drains_takes_nothing_until_it_resumes(platform: Cell) -> 
     platform.check(job)
 
 
-# --- urgent work -------------------------------------------------------------------------------------
+# --- urgent work ------------------------------------------------------------------------------
 
 
 def urgent_work_starts(client: Client) -> None:
-    """Have all slots taken by nodes that only yield, more of them waiting, and urgent work get its turn each time."""
-    low = client.submit(operation="nap", items=[100] * 5000, priority="low", strategy=Adaptive(target_execution_time_ms=LONG_MS))
+    """Have all slots taken by nodes that only yield, more of them waiting, and urgent work get its
+    turn each time.
+    """
+    low = client.submit(
+        operation="nap",
+        items=[100] * 5000,
+        priority="low",
+        strategy=Adaptive(target_execution_time_ms=LONG_MS),
+    )
     for _ in range(10):
         wait_until(lambda: sum(node.state == "running" for node in low.tree()) == 2)
-        assert client.submit(operation="echo", items=[1], priority="critical").result(timeout=LONG_MS / 2000).output == [1]
+        assert client.submit(operation="echo", items=[1], priority="critical").result(
+            timeout=LONG_MS / 2000
+        ).output == [1]
     assert low.progress().done < 5000
     low.cancel()
     wait_until(low.ready)
 
 
-def test_a_slot_that_was_given_up_goes_to_urgent_work_though_rabbitmq_knows_no_order(platform: Cell) -> None:
+def test_a_slot_that_was_given_up_goes_to_urgent_work_though_rabbitmq_knows_no_order(
+    platform: Cell,
+) -> None:
     urgent_work_starts(platform.client)
 
 
-def test_so_it_does_where_each_queue_has_messages_at_the_worker(rabbitmq: Node, server: embedded.Server, tmp_path: Path) -> None:
-    environment = environment_of(server.url, "consumers", RLM_BROKER_URL=rabbitmq.url, RLM_NODE__SLICE_MS="5")
+def test_so_it_does_where_each_queue_has_messages_at_the_worker(
+    rabbitmq: Node, server: embedded.Server, tmp_path: Path
+) -> None:
+    environment = environment_of(
+        server.url, "consumers", RLM_BROKER_URL=rabbitmq.url, RLM_NODE__SLICE_MS="5"
+    )
     log = tmp_path / "worker.log"
-    with client_of(environment) as client, embedded.worker(environment, log=log, app="tests.system.per_consumer"):
+    with (
+        client_of(environment) as client,
+        embedded.worker(environment, log=log, app="tests.system.per_consumer"),
+    ):
         urgent_work_starts(client)
 
 
-# --- what befalls RabbitMQ ---------------------------------------------------------------------------
+# --- what befalls RabbitMQ --------------------------------------------------------------------
 
 
 def test_a_connection_that_was_closed_meanwhile_costs_nothing(
@@ -164,15 +197,21 @@ def test_jobs_go_on_after_rabbitmq_was_away(platform: Cell, rabbitmq: Node) -> N
     platform.check(another)
 
 
-def test_an_item_that_runs_longer_than_rabbitmq_waits_runs_once(platform: Cell, rabbitmq: Node) -> None:
+def test_an_item_that_runs_longer_than_rabbitmq_waits_runs_once(
+    platform: Cell, rabbitmq: Node
+) -> None:
     rabbitmq.ctl(
-        "eval", "application:set_env(rabbit, consumer_timeout, 1500), application:set_env(rabbit, channel_tick_interval, 500)."
+        "eval",
+        "application:set_env(rabbit, consumer_timeout, 1500), application:set_env(rabbit, channel_tick_interval, 500).",
     )
     rabbitmq.ctl("close_all_connections", "for the new time-out to hold")
     try:
         params = {"ms": 4000, "journal": str(platform.folder / "journal")}
         job = platform.client.submit(
-            operation="journalled", items=range(2), params=params, strategy=NWay(split_factor=2, min_chunk_size=1)
+            operation="journalled",
+            items=range(2),
+            params=params,
+            strategy=NWay(split_factor=2, min_chunk_size=1),
         )
         platform.check(job)
         assert sorted(platform.journal(job)) == [0, 1]
@@ -185,19 +224,27 @@ def test_an_item_that_runs_longer_than_rabbitmq_waits_runs_once(platform: Cell, 
     assert "PRECONDITION_FAILED" in platform.log.read_text(encoding="utf-8")
 
 
-# --- who else is there -------------------------------------------------------------------------------
+# --- who else is there ------------------------------------------------------------------------
 
 
 def test_platforms_on_one_rabbitmq_do_not_hear_each_other(platform: Cell) -> None:
     kombu.pools.reset()  # Celery itself does not see that RabbitMQ has closed its connections
-    with client_of(platform.environment) as one, client_of({**platform.environment, "RLM_NAMESPACE": "another"}) as another:
-        # The test before has closed the worker's connections: what is broadcast until it is back, it does not hear.
+    with (
+        client_of(platform.environment) as one,
+        client_of({**platform.environment, "RLM_NAMESPACE": "another"}) as another,
+    ):
+        # The test before has closed the worker's connections: what is broadcast until it is back,
+        # it does not hear.
         wait_until(lambda: len(one.app.control.ping(timeout=1, limit=1)) == 1)
         assert another.app.control.ping(timeout=0.5) == []
 
 
 def test_a_queue_that_is_deep_takes_no_more(platform: Cell) -> None:
-    environment = {**platform.environment, "RLM_NAMESPACE": "deep", "RLM_ADMISSION__QUEUE_DEPTH": "3"}
+    environment = {
+        **platform.environment,
+        "RLM_NAMESPACE": "deep",
+        "RLM_ADMISSION__QUEUE_DEPTH": "3",
+    }
     with client_of(environment) as first:
         first.batch_submit([{"operation": "echo", "items": [1]}] * 3)
         wait_until(lambda: depth(first, "normal") == 3)
@@ -205,31 +252,42 @@ def test_a_queue_that_is_deep_takes_no_more(platform: Cell) -> None:
         second.submit(operation="echo", items=[1])
 
 
-def test_it_is_spoken_to_over_tls_if_its_certificate_is_trusted(platform: Cell, rabbitmq: Node, tmp_path: Path) -> None:
+def test_it_is_spoken_to_over_tls_if_its_certificate_is_trusted(
+    platform: Cell, rabbitmq: Node, tmp_path: Path
+) -> None:
     authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     proxy = TlsProxy(rabbitmq.port, context)
     url = f"amqps://guest:guest@127.0.0.1:{proxy.port}//"
     try:
-        with client_of({**platform.environment, "RLM_BROKER_URL": f"{url}?ssl_ca_certs={tmp_path}/ca.pem"}) as client:
+        with client_of(
+            {**platform.environment, "RLM_BROKER_URL": f"{url}?ssl_ca_certs={tmp_path}/ca.pem"}
+        ) as client:
             assert depth(client, "normal") >= 0
         careless = client_of({**platform.environment, "RLM_BROKER_URL": url})
-        with careless as client, pytest.raises(BrokerUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+        with (
+            careless as client,
+            pytest.raises(BrokerUnavailable, match="CERTIFICATE_VERIFY_FAILED"),
+        ):
             client.queues()
     finally:
         proxy.close()
 
 
-# --- who looks ---------------------------------------------------------------------------------------
+# --- who looks --------------------------------------------------------------------------------
 
 
 def asked(environment: dict[str, str], *words: str) -> Any:
     """Return what a command of ours prints as JSON."""
     done = subprocess.run(
         [sys.executable, "-m", "celery", "-A", "rlm_tasks", "rlm", *words, "--json"],
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.stderr == "", done.stderr
     return json.loads(done.stdout)
 

@@ -1,8 +1,8 @@
 """A platform in one process: the real splitting, ledger, node and merge code, without Celery.
 
-Messages go to a list instead of a broker, the ledger's scripts run on fakeredis, and items take as long as
-a clock of ours says.  What moves is chosen by a seeded `Random`, so a failing run can be repeated.
-"""
+Messages go to a list instead of a broker, the ledger's scripts run on fakeredis, and items take as
+long as a clock of ours says.  What moves is chosen by a seeded `Random`, so a failing run can be
+repeated."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ class Mailbox:
         for spec in some:
             self._post(spec.job, node)
 
-    def send_children(self, spec: JobSpec, children: Sequence[Child], splits: Sequence[Split], *, merges: bool) -> None:
+    def send_children(
+        self, spec: JobSpec, children: Sequence[Child], splits: Sequence[Split], *, merges: bool
+    ) -> None:
         self.splits += splits if merges else []
         for child in children:
             assert child.t != ""
@@ -158,7 +160,9 @@ class Platform:
             early_termination_threshold=request.conditions.early_termination_threshold,
         )
         self.ledger.open([(spec, "token")], 3600)
-        with self.runtime.making_room(spec.queue, [f"{job} {ROOT}"] if spec.preempts else (), freed=0):
+        with self.runtime.making_room(
+            spec.queue, [f"{job} {ROOT}"] if spec.preempts else (), freed=0
+        ):
             self.mailbox.send_root([spec], ROOT)
         return spec
 

@@ -1,7 +1,8 @@
-"""The ledger against an oracle in plain Python: claims, finishes, duplicates, expiries and sweeps in any order.
+"""The ledger against an oracle in plain Python: claims, finishes, duplicates, expiries and sweeps
+in any order.
 
-Time does not pass by itself: leases are long, and a rule lets one run out.  A subclass says which Redis it runs on.
-"""
+Time does not pass by itself: leases are long, and a rule lets one run out.  A subclass says which
+Redis it runs on."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ class Node:
 
     def is_held_by(self, token: str) -> bool:
         """Whether a token may still act on it."""
-        return self.token == token and (self.state == RUNNING or (self.state == QUEUED and self.lost))
+        return self.token == token and (
+            self.state == RUNNING or (self.state == QUEUED and self.lost)
+        )
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -58,7 +61,9 @@ class LedgerMachine(RuleBasedStateMachine):
         client = self.connect()
         client.flushdb()
         keys = Keys("model")
-        settings = LedgerSettings(lease_s=LONG_S, sweep_s=LONG_S, grace_s=GRACE_S, stop_grace_s=LONG_S, death_limit=3)
+        settings = LedgerSettings(
+            lease_s=LONG_S, sweep_s=LONG_S, grace_s=GRACE_S, stop_grace_s=LONG_S, death_limit=3
+        )
         self.ledger = Ledger(Store("redis://model", client=client), keys, settings)
         shape = JobRequest(operation="sum", items=range(n)).shape(1000.0)
         self.spec = JobSpec("job", "sum", RangeSource(0, 1), n, shape, "queue")
@@ -74,7 +79,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.deaths: dict[int, int] = {}
         self.merge_last_calls = 0
 
-    # --- what workers do ------------------------------------------------------------------------------
+    # --- what workers do -----------------------------------------------------------------------
 
     def pick(self, data: st.DataObject) -> str:
         """Choose a node."""
@@ -101,15 +106,32 @@ class LedgerMachine(RuleBasedStateMachine):
         answer = self.ledger.claim("job", id, token, "worker", record.message)
         assert answer.answer == self.expected_claim(id, node, token)
         if answer.answer == "cut":
-            assert set(answer.waiting) == {kid for kid in node.kids if self.nodes[kid].state == QUEUED}
-        if answer.answer == "closed" and self.state not in ("closed",) and node.state in (QUEUED, PARKED, RUNNING):
+            assert set(answer.waiting) == {
+                kid for kid in node.kids if self.nodes[kid].state == QUEUED
+            }
+        if (
+            answer.answer == "closed"
+            and self.state not in ("closed",)
+            and node.state in (QUEUED, PARKED, RUNNING)
+        ):
             self.skip(node)
             self.skip_waiting()
         if answer.answer == "run":
             if not (node.state == RUNNING and node.token == token):
                 node.epoch += 1
-            node.state, node.token, node.lapsed, node.lost, node.aged = RUNNING, token, False, False, False
-            assert (answer.epoch, answer.lo, answer.hi, answer.tries) == (node.epoch, node.lo, node.hi, node.tries)
+            node.state, node.token, node.lapsed, node.lost, node.aged = (
+                RUNNING,
+                token,
+                False,
+                False,
+                False,
+            )
+            assert (answer.epoch, answer.lo, answer.hi, answer.tries) == (
+                node.epoch,
+                node.lo,
+                node.hi,
+                node.tries,
+            )
             self.state = "merging" if id == MERGE else "running"
             self.claims.append(answer)
 
@@ -131,30 +153,57 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), parts=st.integers(0, 4))
     def finish_held(self, data: st.DataObject, parts: int) -> None:
         """The holder of a node hands it in."""
-        held = [each for each in self.claims if each.node != MERGE and self.nodes[each.node].is_held_by(each.token)]
+        held = [
+            each
+            for each in self.claims
+            if each.node != MERGE and self.nodes[each.node].is_held_by(each.token)
+        ]
         if held:
             self.hands_in(data, data.draw(st.sampled_from(held), "claim"), parts)
 
     @precondition(lambda self: any(claim.node != MERGE for claim in self.claims))
     @rule(data=st.data(), parts=st.integers(0, 3))
     def finish(self, data: st.DataObject, parts: int) -> None:
-        """Somebody who once held a node hands it in: its holder, a stale one, or one whose answer was lost."""
-        self.hands_in(data, data.draw(st.sampled_from([each for each in self.claims if each.node != MERGE]), "claim"), parts)
+        """Somebody who once held a node hands it in: its holder, a stale one, or one whose answer
+        was lost.
+        """
+        self.hands_in(
+            data,
+            data.draw(
+                st.sampled_from([each for each in self.claims if each.node != MERGE]), "claim"
+            ),
+            parts,
+        )
 
     def hands_in(self, data: st.DataObject, claim: Claim, parts: int) -> None:
         """Finish a node with some parts left, and hold the answer against what it must be."""
         node = self.nodes[claim.node]
         rest = min(parts, node.hi - node.lo)
         mid = node.hi if rest == 0 else data.draw(st.integers(node.lo, node.hi - rest), "mid")
-        edges = [mid, *sorted(data.draw(st.sets(st.integers(mid + 1, node.hi - 1), min_size=rest - 1, max_size=rest - 1), "edges")
-                               if rest > 1 else []), node.hi]  # fmt: skip
+        edges = [
+            mid,
+            *sorted(
+                data.draw(
+                    st.sets(
+                        st.integers(mid + 1, node.hi - 1), min_size=rest - 1, max_size=rest - 1
+                    ),
+                    "edges",
+                )
+                if rest > 1
+                else []
+            ),
+            node.hi,
+        ]
         kids = [
             Child(f"n{len(self.nodes) + i}", a, b, 1, "", i, "task", "")
             for i, (a, b) in enumerate(itertools.pairwise(edges))
             if a < b
         ]
         if kids and data.draw(st.booleans(), "the first has to wait"):
-            kids[0].wait_ms, kids[0].tries = int(LONG_S * 1000), data.draw(st.integers(0, 3), "tries")
+            kids[0].wait_ms, kids[0].tries = (
+                int(LONG_S * 1000),
+                data.draw(st.integers(0, 3), "tries"),
+            )
         report = Report(mid=mid, done=mid - node.lo, kids=kids)
         finished = self.ledger.finish(claim, report, b"partial" if mid > node.lo else b"")
 
@@ -174,7 +223,9 @@ class LedgerMachine(RuleBasedStateMachine):
         node.state, node.lost = (CUT if registered else DONE), False
         node.kids = [kid.id for kid in registered]
         for kid in registered:
-            self.nodes[kid.id] = Node(kid.lo, kid.hi, PARKED if kid.wait_ms >= 0 else QUEUED, tries=kid.tries)
+            self.nodes[kid.id] = Node(
+                kid.lo, kid.hi, PARKED if kid.wait_ms >= 0 else QUEUED, tries=kid.tries
+            )
         if self.stopped:
             self.skip_waiting()
         if self.unfinished():
@@ -193,9 +244,13 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
         """Somebody who once held the root merge closes the job."""
-        claim = data.draw(st.sampled_from([each for each in self.claims if each.node == MERGE]), "claim")
+        claim = data.draw(
+            st.sampled_from([each for each in self.claims if each.node == MERGE]), "claim"
+        )
         merge = self.nodes[MERGE]
-        ended = self.ledger.close("job", claim.token, "succeeded", b"answer " + claim.token.encode())
+        ended = self.ledger.close(
+            "job", claim.token, "succeeded", b"answer " + claim.token.encode()
+        )
         if self.state != "closed" and merge.is_held_by(claim.token):
             assert ended == "succeeded"
             self.state, merge.state = "closed", DONE
@@ -230,10 +285,18 @@ class LedgerMachine(RuleBasedStateMachine):
         claim = data.draw(st.sampled_from(self.claims), "claim")
         node = self.nodes[claim.node]
         item = node.lo if claim.node != MERGE and dies else -1
-        released = self.ledger.release("job", claim.node, claim.token, item, "SIGKILL" if dies else "")
+        released = self.ledger.release(
+            "job", claim.node, claim.token, item, "SIGKILL" if dies else ""
+        )
         assert released == (self.state != "closed" and node.is_held_by(claim.token))
         if released:
-            node.state, node.token, node.lost, node.lapsed, node.aged = QUEUED, "", False, False, False
+            node.state, node.token, node.lost, node.lapsed, node.aged = (
+                QUEUED,
+                "",
+                False,
+                False,
+                False,
+            )
             if item >= 0:
                 self.deaths[item] = self.deaths.get(item, 0) + 1
 
@@ -241,7 +304,9 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), tries=st.integers(0, 3))
     def park(self, data: st.DataObject, tries: int) -> None:
         """Somebody who once held a node lets it wait."""
-        claim = data.draw(st.sampled_from([each for each in self.claims if each.node != MERGE]), "claim")
+        claim = data.draw(
+            st.sampled_from([each for each in self.claims if each.node != MERGE]), "claim"
+        )
         node = self.nodes[claim.node]
         self.ledger.park(claim, int(LONG_S * 1000), "a test says so", tries)
         if node.is_held_by(claim.token) and self.stopped:
@@ -262,7 +327,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if called:
             node.state, node.lapsed, node.aged = QUEUED, False, False
 
-    # --- what time does -------------------------------------------------------------------------------
+    # --- what time does ------------------------------------------------------------------------
 
     @rule(data=st.data())
     def lapse(self, data: st.DataObject) -> None:
@@ -270,7 +335,10 @@ class LedgerMachine(RuleBasedStateMachine):
         timed = [id for id, node in self.nodes.items() if node.state in (RUNNING, PARKED)]
         if timed and self.state != "closed":
             id = data.draw(st.sampled_from(timed), "node")
-            assert self.ledger.store.client.zadd(self.keys.due, {id: 1}, xx=True, ch=True) or self.nodes[id].lapsed
+            assert (
+                self.ledger.store.client.zadd(self.keys.due, {id: 1}, xx=True, ch=True)
+                or self.nodes[id].lapsed
+            )
             self.nodes[id].lapsed = True
 
     @rule(data=st.data())
@@ -294,11 +362,14 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         if self.stopped and before != "merging":
             self.skip_waiting()
-        overdue = {id for id, node in self.nodes.items() if node.state in (RUNNING, PARKED) and node.lapsed}
+        overdue = {
+            id for id, node in self.nodes.items() if node.state in (RUNNING, PARKED) and node.lapsed
+        }
         aged = {id for id, node in self.nodes.items() if node.state == QUEUED and node.aged}
         assert overdue <= set(sent) <= overdue | aged
         if not overdue and aged and self.state != "closed":
-            # Whether one or all are sent depends on what has arrived since; none at all would be a hang.
+            # Whether one or all are sent depends on what has arrived since; none at all would be a
+            # hang.
             waited = self.ledger.facts("job")
             assert sent or max(int(waited["claimed_ms"]), int(waited["probed_ms"])) > 0
         for id in sent:
@@ -318,7 +389,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if not self.unfinished():
             self.state = "closed"
 
-    # --- what must hold always ------------------------------------------------------------------------
+    # --- what must hold always -----------------------------------------------------------------
 
     def skip(self, node: Node) -> None:
         """Nobody will work on it."""
@@ -339,7 +410,11 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def unfinished(self) -> list[Node]:
         """Return the nodes of the tree that still own a range."""
-        return [node for id, node in self.nodes.items() if id != MERGE and node.state in (QUEUED, RUNNING, PARKED)]
+        return [
+            node
+            for id, node in self.nodes.items()
+            if id != MERGE and node.state in (QUEUED, RUNNING, PARKED)
+        ]
 
     @invariant()
     def ranges_tile(self) -> None:
@@ -367,7 +442,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_open_node_is_findable(self) -> None:
-        """A node that waits for a message or a time is in exactly one index: nothing can be forgotten."""
+        """A node that waits for a message or a time is in exactly one index: nothing can be
+        forgotten.
+        """
         if self.state == "closed":
             return
         client = self.ledger.store.client
@@ -393,7 +470,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def drain_one(self) -> None:
         """Claim and finish one open node, whoever seems to hold it."""
-        id, node = next((id, node) for id, node in self.nodes.items() if node.state in (QUEUED, RUNNING, PARKED))
+        id, node = next(
+            (id, node) for id, node in self.nodes.items() if node.state in (QUEUED, RUNNING, PARKED)
+        )
         if node.state in (RUNNING, PARKED):
             self.ledger.store.client.zadd(self.keys.due, {id: 1}, xx=True)
             node.lapsed = True
@@ -408,6 +487,8 @@ class LedgerMachine(RuleBasedStateMachine):
             assert self.ledger.close("job", claim.token, "succeeded", b"answer") == "succeeded"
             self.state, node.state = "closed", DONE
             return
-        finished = self.ledger.finish(claim, Report(mid=node.hi, done=node.hi - node.lo), b"partial")
+        finished = self.ledger.finish(
+            claim, Report(mid=node.hi, done=node.hi - node.lo), b"partial"
+        )
         assert finished.answer == "ok"
         self.finished(claim, node, node.hi, [], finished.outcome)

@@ -1,4 +1,6 @@
-"""Which URLs of Redis there are, what is wrong with one, and what is made of it; no part of a password is ever shown."""
+"""Which URLs of Redis there are, what is wrong with one, and what is made of it; no part of a
+password is ever shown.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ import pytest
 from redis.connection import SSLConnection
 from redis.sentinel import SentinelConnectionPool
 
-from resilience.address import SENTINEL_TIMEOUT_S, Address, check, credentials, hosts, is_untrusted, tls, without_tls_options
+from resilience.address import (
+    SENTINEL_TIMEOUT_S,
+    Address,
+    check,
+    credentials,
+    hosts,
+    is_untrusted,
+    tls,
+    without_tls_options,
+)
 from resilience.settings import StoreSettings
 from resilience.store import Store
 from rlm_tasks.settings.document import export_config, to_dict, validate
@@ -27,7 +38,7 @@ def authority(tmp_path: Path) -> str:
     return str(tmp_path / "ca.pem")
 
 
-# --- what a URL says ---------------------------------------------------------------------------------
+# --- what a URL says --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -38,13 +49,21 @@ def authority(tmp_path: Path) -> str:
         ("sentinel://host", None),
         ("rediss://host", SECURE),
         ("amqps://host", SECURE),
-        ("rediss://host?ssl_cert_reqs=required&ssl_ca_certs=/ca", {**SECURE, "ssl_ca_certs": "/ca"}),
+        (
+            "rediss://host?ssl_cert_reqs=required&ssl_ca_certs=/ca",
+            {**SECURE, "ssl_ca_certs": "/ca"},
+        ),
         ("rediss://host?ssl_check_hostname=false", {**SECURE, "ssl_check_hostname": False}),
-        ("rediss://host?ssl_cert_reqs=none", {"ssl_cert_reqs": ssl.CERT_NONE, "ssl_check_hostname": False}),
+        (
+            "rediss://host?ssl_cert_reqs=none",
+            {"ssl_cert_reqs": ssl.CERT_NONE, "ssl_check_hostname": False},
+        ),
         ("sentinel://one/0?ssl_ca_certs=/ca;sentinel://two", {**SECURE, "ssl_ca_certs": "/ca"}),
     ],
 )
-def test_certificates_are_verified_unless_the_url_says_otherwise(url: str, told: dict[str, Any] | None) -> None:
+def test_certificates_are_verified_unless_the_url_says_otherwise(
+    url: str, told: dict[str, Any] | None
+) -> None:
     assert tls(url) == told
 
 
@@ -52,7 +71,10 @@ def test_certificates_are_verified_unless_the_url_says_otherwise(url: str, told:
     ("url", "plain"),
     [
         ("rediss://:p%40w@host/1?ssl_ca_certs=/ca&db=3", "rediss://:p%40w@host/1?db=3"),
-        ("amqps://a/v?ssl_cert_reqs=none;amqps://b/v?ssl_cert_reqs=none", "amqps://a/v;amqps://b/v"),
+        (
+            "amqps://a/v?ssl_cert_reqs=none;amqps://b/v?ssl_cert_reqs=none",
+            "amqps://a/v;amqps://b/v",
+        ),
         ("redis://:a;b@host/0", "redis://:a;b@host/0"),
     ],
 )
@@ -79,13 +101,21 @@ def test_a_client_asks_the_sentinels_and_speaks_to_each_as_it_has_to() -> None:
 
 
 def test_a_socket_is_connected_to_without_options_of_tcp() -> None:
-    pool = Address("unix:///run/redis.sock?db=3").client(socket_keepalive=True, socket_connect_timeout=1.0).connection_pool
+    pool = (
+        Address("unix:///run/redis.sock?db=3")
+        .client(socket_keepalive=True, socket_connect_timeout=1.0)
+        .connection_pool
+    )
 
     assert pool.make_connection().path == "/run/redis.sock"
 
 
 def test_sentinels_and_primary_are_spoken_to_over_tls_alike() -> None:
-    pool = Address("sentinel://one/0?ssl_ca_certs=/ca;sentinel://two", "primary").client().connection_pool
+    pool = (
+        Address("sentinel://one/0?ssl_ca_certs=/ca;sentinel://two", "primary")
+        .client()
+        .connection_pool
+    )
     sentinels = [each.connection_pool for each in pool.sentinel_manager.sentinels]
 
     for each in (pool, *sentinels):
@@ -105,25 +135,52 @@ def test_what_tls_says_is_told_from_a_server_that_hangs_up() -> None:
     assert not is_untrusted(failed(ConnectionRefusedError()))
 
 
-# --- what is wrong with one --------------------------------------------------------------------------
+# --- what is wrong with one -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("url", "advice"),
     [
-        ("sentinel://one,two/0", "write each sentinel as Celery does: sentinel://:PASSWORD@HOST1:26379/0;sentinel://HOST2:26379"),
+        (
+            "sentinel://one,two/0",
+            "write each sentinel as Celery does: sentinel://:PASSWORD@HOST1:26379/0;sentinel://HOST2:26379",
+        ),
         ("sentinel://one;redis://two", "write each sentinel as Celery does"),
         ("sentinel://:hush@one:x/0", "cannot be read: a port and a database are numbers"),
-        ("sentinel://one/0;sentinel://two?ssl_ca_certs=/ca", "what is said of the first host holds for all"),
+        (
+            "sentinel://one/0;sentinel://two?ssl_ca_certs=/ca",
+            "what is said of the first host holds for all",
+        ),
         ("sentinel://one/0;sentinel://two/1", "what is said of the first host holds for all"),
-        ("sentinel://:a@one/0;sentinel://:hush@two/0", "what is said of the first host holds for all"),
-        ("amqps://one;amqps://two?ssl_cert_reqs=none", "what is said of the first host holds for all"),
+        (
+            "sentinel://:a@one/0;sentinel://:hush@two/0",
+            "what is said of the first host holds for all",
+        ),
+        (
+            "amqps://one;amqps://two?ssl_cert_reqs=none",
+            "what is said of the first host holds for all",
+        ),
         ("sentinel://:hush@one/main", "cannot be read: a port and a database are numbers"),
-        ("rediss://:hush@host?ssl_cert_req=none", "ssl_cert_req is no option of TLS here; did you mean ssl_cert_reqs?"),
-        ("rediss://:hush@host?ssl_cert_reqs=CERT_NONE", "ssl_cert_reqs='CERT_NONE': must be required, optional or none"),
-        ("redis://:hush@host?ssl_cert_reqs=none", "ssl_cert_reqs is an option of TLS; that begins with rediss:// or amqps://"),
-        ("amqp://me:hush@host?ssl_cert_reqs=none", "ssl_cert_reqs is an option of TLS; that begins with rediss:// or amqps://"),
-        ("rediss://:hush@host?ssl_ca_certs=/nowhere/ca.pem", "ssl_ca_certs: there is no file /nowhere/ca.pem"),
+        (
+            "rediss://:hush@host?ssl_cert_req=none",
+            "ssl_cert_req is no option of TLS here; did you mean ssl_cert_reqs?",
+        ),
+        (
+            "rediss://:hush@host?ssl_cert_reqs=CERT_NONE",
+            "ssl_cert_reqs='CERT_NONE': must be required, optional or none",
+        ),
+        (
+            "redis://:hush@host?ssl_cert_reqs=none",
+            "ssl_cert_reqs is an option of TLS; that begins with rediss:// or amqps://",
+        ),
+        (
+            "amqp://me:hush@host?ssl_cert_reqs=none",
+            "ssl_cert_reqs is an option of TLS; that begins with rediss:// or amqps://",
+        ),
+        (
+            "rediss://:hush@host?ssl_ca_certs=/nowhere/ca.pem",
+            "ssl_ca_certs: there is no file /nowhere/ca.pem",
+        ),
     ],
 )
 def test_a_url_that_cannot_be_used_is_told_with_what_to_write(url: str, advice: str) -> None:
@@ -133,7 +190,14 @@ def test_a_url_that_cannot_be_used_is_told_with_what_to_write(url: str, advice: 
 
 
 def test_urls_that_can_be_used_pass(authority: str) -> None:
-    for url in ("redis://host", "unix:///tmp/s", WATCHED, f"rediss://host/0?ssl_ca_certs={authority}", "amqp://host//", ""):
+    for url in (
+        "redis://host",
+        "unix:///tmp/s",
+        WATCHED,
+        f"rediss://host/0?ssl_ca_certs={authority}",
+        "amqp://host//",
+        "",
+    ):
         check(url)
     for url in ("sentinel://:a@one/1;sentinel://:a@two/1", "amqps://a:b@one/v;amqps://c:d@two/w"):
         check(url)
@@ -169,10 +233,15 @@ def test_a_process_does_not_start_with_half_of_an_address(
 
 
 def test_passwords_of_sentinels_are_hidden_and_do_not_travel() -> None:
-    own = Settings(redis_url="sentinel://:hush@host", sentinel_master="primary", sentinel_password="hush")
+    own = Settings(
+        redis_url="sentinel://:hush@host", sentinel_master="primary", sentinel_password="hush"
+    )
 
     assert to_dict(own)["sentinel_password"] == "***"
-    assert "hush" not in str(to_dict(own)) + export_config(own) + repr(own.address) + Store(own.address).url
+    assert (
+        "hush"
+        not in str(to_dict(own)) + export_config(own) + repr(own.address) + Store(own.address).url
+    )
 
 
 def test_guards_follow_the_same_address() -> None:

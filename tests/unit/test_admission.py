@@ -14,16 +14,20 @@ from scheduler.settings import AdmissionSettings
 
 PRIORITIES = ("critical", "high", "normal", "low")
 DEFAULTS = AdmissionSettings()
-UNBOUNDED = AdmissionSettings(queue_depth=0, wait_critical_s=0, wait_high_s=0, wait_normal_s=0, wait_low_s=0)
+UNBOUNDED = AdmissionSettings(
+    queue_depth=0, wait_critical_s=0, wait_high_s=0, wait_normal_s=0, wait_low_s=0
+)
 LEVELS = st.sampled_from(Level)
 SECONDS = st.floats(0, 10_000)
 
 
-def refusal(depth: int, age: float | None, priority: str = "normal", settings: AdmissionSettings = DEFAULTS) -> QueueFull | None:
+def refusal(
+    depth: int, age: float | None, priority: str = "normal", settings: AdmissionSettings = DEFAULTS
+) -> QueueFull | None:
     return full(f"rlm.{priority}", priority, QueueReport(depth, age), settings)
 
 
-# --- by level -------------------------------------------------------------------------------------------
+# --- by level ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -36,7 +40,9 @@ def refusal(depth: int, age: float | None, priority: str = "normal", settings: A
         (Level.EMERGENCY, ["high", "normal", "low"]),
     ],
 )
-def test_the_less_urgent_is_turned_away_first_and_critical_work_never(level: Level, refused: list[str]) -> None:
+def test_the_less_urgent_is_turned_away_first_and_critical_work_never(
+    level: Level, refused: list[str]
+) -> None:
     assert [priority for priority in PRIORITIES if sheds(priority, level)] == refused
     assert [priority for priority in PRIORITIES if shed(priority, level, 20.0)] == refused
 
@@ -72,14 +78,23 @@ def test_an_overload_says_what_it_is_and_from_when_on_work_is_taken_in() -> None
 
     assert isinstance(error, Overloaded)
     assert isinstance(error, Denied)
-    assert (error.code, error.category, error.retryable, error.guard) == ("OVERLOADED", Category.RESOURCE, True, "admission")
+    assert (error.code, error.category, error.retryable, error.guard) == (
+        "OVERLOADED",
+        Category.RESOURCE,
+        True,
+        "admission",
+    )
     assert str(error) == (
         "admission: pressure is emergency, and normal work is taken in below critical; come back in 40 s"
-    )  # fmt: skip
+    )
 
 
-@given(priority=st.sampled_from(PRIORITIES), lower=LEVELS, higher=LEVELS, step_s=st.floats(0.001, 1000))
-def test_the_higher_the_level_the_later_to_come_back(priority: str, lower: Level, higher: Level, step_s: float) -> None:
+@given(
+    priority=st.sampled_from(PRIORITIES), lower=LEVELS, higher=LEVELS, step_s=st.floats(0.001, 1000)
+)
+def test_the_higher_the_level_the_later_to_come_back(
+    priority: str, lower: Level, higher: Level, step_s: float
+) -> None:
     sooner, later = (shed(priority, level, step_s) for level in sorted((lower, higher)))
 
     if sooner:
@@ -87,7 +102,7 @@ def test_the_higher_the_level_the_later_to_come_back(priority: str, lower: Level
         assert SOONEST_S <= sooner.retry_after_s <= later.retry_after_s <= LATEST_S
 
 
-# --- by what waits --------------------------------------------------------------------------------------
+# --- by what waits ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -110,8 +125,12 @@ def test_a_queue_takes_nothing_while_its_work_waits_for_longer_than_its_priority
 
 
 @pytest.mark.parametrize("priority", PRIORITIES)
-@pytest.mark.parametrize(("depth", "refused"), [(0, False), (9_999, False), (10_000, True), (10_001, True)])
-def test_a_queue_of_any_priority_holds_so_much_and_no_more(priority: str, depth: int, refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("depth", "refused"), [(0, False), (9_999, False), (10_000, True), (10_001, True)]
+)
+def test_a_queue_of_any_priority_holds_so_much_and_no_more(
+    priority: str, depth: int, refused: bool
+) -> None:
     assert bool(refusal(depth, None, priority)) is refused
 
 
@@ -137,11 +156,17 @@ def test_each_bound_can_be_set() -> None:
         (5, 45.0, 15.0),
         (5, 30.2, SOONEST_S),
         (5, 1e6, LATEST_S),
-        (10_000, 100.0, 70.0),  # too many and too old: who comes back for the one would meet the other
+        (
+            10_000,
+            100.0,
+            70.0,
+        ),  # too many and too old: who comes back for the one would meet the other
         (1_000_000, 100.0, 100.0),
     ],
 )
-def test_it_says_to_come_back_when_enough_has_been_served(depth: int, age: float | None, retry_after_s: float) -> None:
+def test_it_says_to_come_back_when_enough_has_been_served(
+    depth: int, age: float | None, retry_after_s: float
+) -> None:
     error = refusal(depth, age)
 
     assert error is not None
@@ -153,17 +178,26 @@ def test_it_says_to_come_back_when_enough_has_been_served(depth: int, age: float
     [
         (12_000, 3.0, "12000 messages wait, of at most 10000"),
         (7, 45.4, "its oldest message waits for 45 s, of at most 30 s"),
-        (12_000, 45.4, "12000 messages wait, of at most 10000; its oldest message waits for 45 s, of at most 30 s"),
+        (
+            12_000,
+            45.4,
+            "12000 messages wait, of at most 10000; its oldest message waits for 45 s, of at most 30 s",
+        ),
     ],
 )
-def test_a_full_queue_says_which_it_is_and_what_is_too_much(depth: int, age: float, why: str) -> None:
+def test_a_full_queue_says_which_it_is_and_what_is_too_much(
+    depth: int, age: float, why: str
+) -> None:
     error = refusal(depth, age)
 
     assert error is not None
     assert isinstance(error, Denied)
     assert (error.code, error.category, error.retryable, error.guard) == (
-        "QUEUE_FULL", Category.RESOURCE, True, "queue rlm.normal",
-    )  # fmt: skip
+        "QUEUE_FULL",
+        Category.RESOURCE,
+        True,
+        "queue rlm.normal",
+    )
     assert str(error) == f"queue rlm.normal: {why}; come back in {error.retry_after_s:g} s"
 
 
@@ -171,7 +205,9 @@ _REPORTS = st.tuples(st.integers(0, 50_000), st.none() | SECONDS)
 
 
 @given(reports=st.tuples(_REPORTS, _REPORTS), priority=st.sampled_from(PRIORITIES))
-def test_the_fuller_a_queue_the_later_to_come_back(reports: tuple[tuple[int, float | None], ...], priority: str) -> None:
+def test_the_fuller_a_queue_the_later_to_come_back(
+    reports: tuple[tuple[int, float | None], ...], priority: str
+) -> None:
     (d1, a1), (d2, a2) = reports
     less = refusal(min(d1, d2), min(a1 or 0.0, a2 or 0.0), priority)
     more = refusal(max(d1, d2), max(a1 or 0.0, a2 or 0.0), priority)

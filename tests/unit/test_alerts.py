@@ -51,7 +51,11 @@ def pressure(level: str, host: str = "a") -> Event:
 
 
 def opened(breaker: str, *also: str) -> Event:
-    return Event("breaker.opened", f"breaker {breaker} is open", data={"breaker": breaker, "open": [breaker, *also]})
+    return Event(
+        "breaker.opened",
+        f"breaker {breaker} is open",
+        data={"breaker": breaker, "open": [breaker, *also]},
+    )
 
 
 def slow(operation: str = "scan") -> Event:
@@ -59,11 +63,17 @@ def slow(operation: str = "scan") -> Event:
 
 
 def measured(level: Level | str | int = Level.NORMAL, **fields: Any) -> ResourcePressureEvent:
-    calm = {"cpu_percent": 10.0, "memory_mb": 1000.0, "memory_percent": 10.0, "worker_count": 8, "active_executors": 5}
+    calm = {
+        "cpu_percent": 10.0,
+        "memory_mb": 1000.0,
+        "memory_percent": 10.0,
+        "worker_count": 8,
+        "active_executors": 5,
+    }
     return ResourcePressureEvent(datetime.now(UTC), level, **calm | fields)
 
 
-# --- which ---------------------------------------------------------------------------------------------
+# --- which ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -117,8 +127,13 @@ def test_other_events_raise_none_and_ask_nobody(world: World, event: Event) -> N
     assert store.round_trips == 0
 
 
-@pytest.mark.parametrize(("others", "severities"), [(1, ["warning"]), (2, ["warning", "error"]), (5, ["warning", "error"])])
-def test_three_open_breakers_are_an_error_of_their_own(world: World, others: int, severities: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("others", "severities"),
+    [(1, ["warning"]), (2, ["warning", "error"]), (5, ["warning", "error"])],
+)
+def test_three_open_breakers_are_an_error_of_their_own(
+    world: World, others: int, severities: list[str]
+) -> None:
     raised = alerts(world).process_event(opened("llm", *(f"b{i}" for i in range(others))))
 
     assert [alert.severity.label for alert in raised] == severities
@@ -128,10 +143,16 @@ def test_three_open_breakers_are_an_error_of_their_own(world: World, others: int
 def test_many_breakers_are_one_error_and_a_warning_each(world: World) -> None:
     here, names = alerts(world), ["a", "b", "c", "d", "e"]
 
-    raised = [alert for at, name in enumerate(names) for alert in here.process_event(opened(name, *names[:at]))]
+    raised = [
+        alert
+        for at, name in enumerate(names)
+        for alert in here.process_event(opened(name, *names[:at]))
+    ]
 
     assert [alert.subject for alert in raised if alert.kind == "breaker.opened"] == names
-    assert [alert.severity for alert in raised if alert.kind == "breakers.open"] == [EventSeverity.ERROR]
+    assert [alert.severity for alert in raised if alert.kind == "breakers.open"] == [
+        EventSeverity.ERROR
+    ]
 
 
 def test_the_example_of_source_document_1(world: World) -> None:
@@ -171,18 +192,25 @@ def test_the_example_of_source_document_1(world: World) -> None:
         (measured("elevated"), ["pressure.changed"]),
         (measured(2), ["pressure.changed"]),
         (measured(circuit_breakers_open=["a", "b"]), ["breaker.opened"] * 2),
-        (measured(circuit_breakers_open=["a", "b", "c"]), ["breaker.opened"] * 3 + ["breakers.open"]),
+        (
+            measured(circuit_breakers_open=["a", "b", "c"]),
+            ["breaker.opened"] * 3 + ["breakers.open"],
+        ),
         (measured(degradation_applied=["reduce_entity_limits"]), ["degradation.started"]),
     ],
 )
-def test_a_measurement_is_held_against_its_thresholds(world: World, event: ResourcePressureEvent, kinds: list[str]) -> None:
+def test_a_measurement_is_held_against_its_thresholds(
+    world: World, event: ResourcePressureEvent, kinds: list[str]
+) -> None:
     assert [alert.kind for alert in alerts(world).process_event(event)] == kinds
 
 
 def test_the_cpu_threshold_is_a_setting_and_hosts_are_told_apart(world: World) -> None:
     here = alerts(world, cpu_pct=50)
 
-    [one], [two] = (here.process_event(measured(cpu_percent=50.0, host=host)) for host in ("a", "b"))
+    [one], [two] = (
+        here.process_event(measured(cpu_percent=50.0, host=host)) for host in ("a", "b")
+    )
 
     assert (one.subject, two.subject) == ("a", "b")
 
@@ -192,7 +220,7 @@ def test_an_unknown_level_is_a_mistake_that_is_told(world: World) -> None:
         alerts(world).process_event(measured("terrible"))
 
 
-# --- how often -----------------------------------------------------------------------------------------
+# --- how often --------------------------------------------------------------------------------
 
 
 def test_two_processes_tell_once_and_the_next_says_how_many_were_held_back(world: World) -> None:
@@ -212,16 +240,35 @@ def test_two_processes_tell_once_and_the_next_says_how_many_were_held_back(world
 
 def test_kinds_and_subjects_have_intervals_of_their_own(world: World) -> None:
     here = alerts(world)
-    told = [slow("a"), slow("b"), pressure("high", "a"), pressure("high", "b"), Event("cpu.high", "", data={"host": "a"})]
+    told = [
+        slow("a"),
+        slow("b"),
+        pressure("high", "a"),
+        pressure("high", "b"),
+        Event("cpu.high", "", data={"host": "a"}),
+    ]
 
     assert [len(here.process_event(event)) for event in told * 2] == [1] * 5 + [0] * 5
 
 
 def test_a_worse_level_is_told_at_once_and_a_better_one_is_not(world: World) -> None:
     ours, theirs = alerts(world), alerts(world)
-    seen = ["elevated", "high", "elevated", "critical", "high", "emergency", "critical", "emergency"]
+    seen = [
+        "elevated",
+        "high",
+        "elevated",
+        "critical",
+        "high",
+        "emergency",
+        "critical",
+        "emergency",
+    ]
 
-    told = [level for at, level in enumerate(seen) if (ours, theirs)[at % 2].process_event(pressure(level))]
+    told = [
+        level
+        for at, level in enumerate(seen)
+        if (ours, theirs)[at % 2].process_event(pressure(level))
+    ]
 
     assert told == ["elevated", "high", "critical", "emergency"]
     world.sleep(120)
@@ -242,7 +289,9 @@ LEVELS = st.sampled_from(["elevated", "high", "critical", "emergency"])
 
 
 @given(steps=st.lists(st.tuples(LEVELS, st.floats(0, 400)), max_size=25))
-def test_no_level_is_held_back_that_is_worse_than_the_last_told_or_has_waited(steps: list[tuple[str, float]]) -> None:
+def test_no_level_is_held_back_that_is_worse_than_the_last_told_or_has_waited(
+    steps: list[tuple[str, float]],
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         world = World()
         world.install(patch)
@@ -259,13 +308,15 @@ def test_no_level_is_held_back_that_is_worse_than_the_last_told_or_has_waited(st
 
 def test_one_event_is_one_round_trip_whatever_it_raises(world: World) -> None:
     store = world.store()
-    raised = Alerts(store, SILENT).process_event(measured("emergency", cpu_percent=99.0, memory_percent=99.0))
+    raised = Alerts(store, SILENT).process_event(
+        measured("emergency", cpu_percent=99.0, memory_percent=99.0)
+    )
 
     assert len(raised) == 3
     assert store.round_trips == 1
 
 
-# --- without Redis -------------------------------------------------------------------------------------
+# --- without Redis ----------------------------------------------------------------------------
 
 
 def test_while_redis_is_away_a_process_limits_its_own_alerts(world: World) -> None:
@@ -281,7 +332,9 @@ def test_while_redis_is_away_a_process_limits_its_own_alerts(world: World) -> No
     world.sleep(300)
     [after] = here.process_event(slow())
     assert after.held_back == 1
-    assert [alert.at for alert in (before, other, high, worse)] == pytest.approx([world.now - 300] * 4, abs=1e-5)
+    assert [alert.at for alert in (before, other, high, worse)] == pytest.approx(
+        [world.now - 300] * 4, abs=1e-5
+    )
 
 
 def test_when_redis_answers_again_limits_are_shared_again(world: World) -> None:
@@ -302,12 +355,21 @@ def test_what_a_process_remembers_is_bounded(world: World, monkeypatch: pytest.M
     for operation in "abcd":
         here.process_event(slow(operation))
 
-    assert [bool(here.process_event(slow(operation))) for operation in "dcba"] == [False, False, False, True]
+    assert [bool(here.process_event(slow(operation))) for operation in "dcba"] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     world.sleep(300)
     for operation in "dac":
         here.process_event(slow(operation))
     here.process_event(slow("new"))
-    assert [bool(here.process_event(slow(operation))) for operation in "acd"] == [False, False, True], "d was the oldest"
+    assert [bool(here.process_event(slow(operation))) for operation in "acd"] == [
+        False,
+        False,
+        True,
+    ], "d was the oldest"
 
 
 def test_history_and_summary_say_that_redis_is_away(world: World) -> None:
@@ -320,12 +382,16 @@ def test_history_and_summary_say_that_redis_is_away(world: World) -> None:
         here.summary()
 
 
-# --- what is remembered --------------------------------------------------------------------------------
+# --- what is remembered -----------------------------------------------------------------------
 
 
 def test_the_history_is_what_was_told_newest_first(world: World) -> None:
     here = alerts(world)
-    told = [alert for event in (slow(), pressure("critical"), opened("llm")) for alert in here.process_event(event)]
+    told = [
+        alert
+        for event in (slow(), pressure("critical"), opened("llm"))
+        for alert in here.process_event(event)
+    ]
     here.process_event(slow())
     world.sleep(300)
     told += here.process_event(slow())
@@ -339,9 +405,15 @@ def test_the_history_is_bounded_and_the_total_is_not(world: World) -> None:
     for number in range(15):
         here.process_event(slow(str(number)))
 
-    assert [alert.subject for alert in here.history(100)] == [str(number) for number in range(14, 4, -1)]
+    assert [alert.subject for alert in here.history(100)] == [
+        str(number) for number in range(14, 4, -1)
+    ]
     summary = here.summary()
-    assert (summary["total_alerts"], summary["last_hour"], len(summary["recent_alerts"])) == (15, 15, 10)
+    assert (summary["total_alerts"], summary["last_hour"], len(summary["recent_alerts"])) == (
+        15,
+        15,
+        10,
+    )
 
 
 def test_a_summary_of_nothing_is_zeros(world: World) -> None:
@@ -371,7 +443,14 @@ def test_a_summary_counts_by_severity_and_shows_the_last_as_json(world: World) -
 
 @pytest.mark.parametrize(
     ("later_s", "last_hour", "last_24_hours"),
-    [(0, 1, 1), (HOUR - 0.001, 1, 1), (HOUR, 0, 1), (DAY - 0.001, 0, 1), (DAY, 0, 0), (8 * DAY, 0, 0)],
+    [
+        (0, 1, 1),
+        (HOUR - 0.001, 1, 1),
+        (HOUR, 0, 1),
+        (DAY - 0.001, 0, 1),
+        (DAY, 0, 0),
+        (8 * DAY, 0, 0),
+    ],
 )
 def test_an_alert_leaves_the_last_hour_and_the_last_day_on_time(
     world: World, later_s: float, last_hour: int, last_24_hours: int
@@ -394,13 +473,17 @@ def test_what_is_counted_by_time_is_kept_for_a_day(world: World) -> None:
     assert world.client().zcard(day) == 2
 
 
-# --- who is told ---------------------------------------------------------------------------------------
+# --- who is told ------------------------------------------------------------------------------
 
 
-def test_by_default_alerts_are_logged_by_severity_with_their_parts(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_by_default_alerts_are_logged_by_severity_with_their_parts(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     here = Alerts(world.store(), AlertSettings())
-    raised = [alert for level in ("elevated", "critical") for alert in here.process_event(pressure(level))]
+    raised = [
+        alert for level in ("elevated", "critical") for alert in here.process_event(pressure(level))
+    ]
     records = [record for record in caplog.records if record.name == "rlm.alerts"]
 
     assert here.channels == (AlertChannel.LOG,)
@@ -416,7 +499,11 @@ def test_a_raised_alert_is_an_event_and_a_held_one_is_not(world: World) -> None:
     here.process_event(pressure("critical"))
     [event] = events.recent()
 
-    assert (event.name, event.severity, event.data) == ("alert.raised", EventSeverity.ERROR, alert.fields())
+    assert (event.name, event.severity, event.data) == (
+        "alert.raised",
+        EventSeverity.ERROR,
+        alert.fields(),
+    )
 
 
 def test_a_callback_gets_the_alert_and_one_that_raises_stops_no_other_channel(
@@ -428,7 +515,9 @@ def test_a_callback_gets_the_alert_and_one_that_raises_stops_no_other_channel(
         got.append(alert)
         raise ValueError("mine")
 
-    here = Alerts(world.store(), AlertSettings(channels=("stdout", "log")), callback=pager, stream=out)
+    here = Alerts(
+        world.store(), AlertSettings(channels=("stdout", "log")), callback=pager, stream=out
+    )
     raised = [*here.process_event(slow("a")), *here.process_event(slow("b"))]
 
     assert here.channels == (AlertChannel.STDOUT, AlertChannel.LOG, AlertChannel.SIGNAL)
@@ -442,7 +531,9 @@ def test_a_callback_gets_the_alert_and_one_that_raises_stops_no_other_channel(
 def test_a_broken_channel_does_not_hide_an_alert_from_the_next(world: World) -> None:
     got, out = list[Alert](), io.StringIO()
     out.close()
-    here = Alerts(world.store(), AlertSettings(channels=("stdout",)), callback=got.append, stream=out)
+    here = Alerts(
+        world.store(), AlertSettings(channels=("stdout",)), callback=got.append, stream=out
+    )
 
     assert here.process_event(slow()) == got
 
@@ -454,10 +545,15 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(("level", "colour"), [("elevated", "36"), ("high", "33"), ("critical", "31"), ("emergency", "1;37;41")])
+@pytest.mark.parametrize(
+    ("level", "colour"),
+    [("elevated", "36"), ("high", "33"), ("critical", "31"), ("emergency", "1;37;41")],
+)
 def test_a_terminal_shows_severities_in_colours(world: World, level: str, colour: str) -> None:
     out = Terminal()
-    [alert] = Alerts(world.store(), AlertSettings(channels=("stdout",)), stream=out).process_event(pressure(level))
+    [alert] = Alerts(world.store(), AlertSettings(channels=("stdout",)), stream=out).process_event(
+        pressure(level)
+    )
 
     shown = f"{alert.severity.name:<8} pressure.changed [a] pressure is {level}"
     assert out.getvalue() == f"\x1b[{colour}m{shown}\x1b[0m\n"
@@ -465,24 +561,33 @@ def test_a_terminal_shows_severities_in_colours(world: World, level: str, colour
 
 @pytest.mark.parametrize(
     ("stream", "told", "coloured"),
-    [(io.StringIO, None, False), (io.StringIO, True, True), (Terminal, None, True), (Terminal, False, False)],
+    [
+        (io.StringIO, None, False),
+        (io.StringIO, True, True),
+        (Terminal, None, True),
+        (Terminal, False, False),
+    ],
 )
 def test_colours_can_be_told_and_a_file_has_none(
     world: World, stream: Callable[[], io.StringIO], told: bool | None, coloured: bool
 ) -> None:
     out = stream()
-    Alerts(world.store(), AlertSettings(channels=("stdout",)), stream=out, colour=told).process_event(slow())
+    Alerts(
+        world.store(), AlertSettings(channels=("stdout",)), stream=out, colour=told
+    ).process_event(slow())
 
     assert ("\x1b" in out.getvalue()) is coloured
 
 
-def test_an_operations_name_cannot_paint_the_terminal(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_operations_name_cannot_paint_the_terminal(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     Alerts(world.store(), AlertSettings(channels=("stdout",))).process_event(slow("\x1b[2Jscan\n"))
 
     assert capsys.readouterr().out == "WARNING  execution.slow [[2Jscan] [2Jscan took 31 s\n"
 
 
-# --- webhooks ------------------------------------------------------------------------------------------
+# --- webhooks ---------------------------------------------------------------------------------
 
 
 class Got(NamedTuple):
@@ -506,7 +611,13 @@ class Receiver:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                receiver.got.append(Got(self.path, {name.lower(): value for name, value in self.headers.items()}, body))
+                receiver.got.append(
+                    Got(
+                        self.path,
+                        {name.lower(): value for name, value in self.headers.items()},
+                        body,
+                    )
+                )
                 receiver.go.wait(20)
                 self.send_response(receiver.answers.pop(0) if receiver.answers else 200)
                 self.send_header("Location", receiver.url)
@@ -540,10 +651,17 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
 
 def told_by(world: World, url: str, secret: str = "", waits: list[float] | None = None) -> Alerts:
     settings = AlertSettings(channels=("webhook",), webhook_url=url, webhook_secret=secret)
-    return Alerts(world.store(), settings, clock=lambda: world.now, sleep=(waits if waits is not None else []).append)
+    return Alerts(
+        world.store(),
+        settings,
+        clock=lambda: world.now,
+        sleep=(waits if waits is not None else []).append,
+    )
 
 
-def test_a_webhook_gets_the_alert_signed_with_the_time_and_its_id(world: World, receiver: Receiver) -> None:
+def test_a_webhook_gets_the_alert_signed_with_the_time_and_its_id(
+    world: World, receiver: Receiver
+) -> None:
     here = told_by(world, f"{receiver.url}?team=ops", "s3cret")
     [alert] = here.process_event(slow())
     assert here.close()
@@ -577,7 +695,12 @@ def test_without_a_secret_nothing_is_signed(world: World, receiver: Receiver) ->
     ],
 )
 def test_what_may_help_is_tried_three_times(
-    world: World, receiver: Receiver, caplog: pytest.LogCaptureFixture, answers: list[int], tries: int, fails: bool
+    world: World,
+    receiver: Receiver,
+    caplog: pytest.LogCaptureFixture,
+    answers: list[int],
+    tries: int,
+    fails: bool,
 ) -> None:
     waits: list[float] = []
     receiver.answers = answers
@@ -621,7 +744,9 @@ def test_a_receiver_that_hangs_holds_up_nobody(world: World, receiver: Receiver)
     assert here.close()
 
 
-def test_a_receiver_that_says_nothing_is_given_up(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_receiver_that_says_nothing_is_given_up(
+    receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
     receiver.go.clear()
     webhook = Webhook(receiver.url, timeout_s=0.05, retry=Retry(ATTEMPTS, sleep=lambda _: None))
     webhook.send("1", {})
@@ -632,7 +757,9 @@ def test_a_receiver_that_says_nothing_is_given_up(receiver: Receiver, caplog: py
     assert webhook.close()
 
 
-def test_a_full_queue_takes_no_more_and_says_so_once(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_queue_takes_no_more_and_says_so_once(
+    receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
     receiver.go.clear()
     webhook = Webhook(receiver.url, waiting=2)
     webhook.send("0", {})
@@ -658,11 +785,16 @@ def test_a_closed_webhook_sends_again_when_asked(world: World, receiver: Receive
 
 
 def test_what_is_secret_is_sent_and_never_shown(
-    world: World, receiver: Receiver, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    world: World,
+    receiver: Receiver,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     caplog.set_level(logging.DEBUG)
     receiver.answers = [403]
-    here = told_by(world, f"http://me:p%40ssword@127.0.0.1:{receiver.port}/T0K3N?key=T0K3N", "s3cret")
+    here = told_by(
+        world, f"http://me:p%40ssword@127.0.0.1:{receiver.port}/T0K3N?key=T0K3N", "s3cret"
+    )
     here.process_event(slow())
     here.close()
 
@@ -675,7 +807,9 @@ def test_what_is_secret_is_sent_and_never_shown(
     assert not [secret for secret in ("ssword", "T0K3N", "s3cret") if secret in shown]
 
 
-def test_a_receiver_that_is_not_there_is_no_error(world: World, receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_receiver_that_is_not_there_is_no_error(
+    world: World, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
     receiver.close()
     here = told_by(world, receiver.url)
     here.process_event(slow())
@@ -699,7 +833,9 @@ def test_a_receiver_that_is_not_there_is_no_error(world: World, receiver: Receiv
     ],
 )
 def test_only_urls_of_the_web_are_taken(world: World, url: str) -> None:
-    with pytest.raises(InvalidValue, match=r"alerts\.webhook_url=.*begins with http:// or https://") as raised:
+    with pytest.raises(
+        InvalidValue, match=r"alerts\.webhook_url=.*begins with http:// or https://"
+    ) as raised:
         told_by(world, url)
 
     assert not [secret for secret in ("ssword", "T0K3N") if secret in str(raised.value)]
@@ -725,10 +861,15 @@ def test_a_url_without_its_channel_is_not_called(world: World, receiver: Receive
         (b"{}", "1800000000", "sha256=é", "s", False),
     ],
 )
-def test_a_signature_is_of_body_time_and_secret(body: bytes, timestamp: str, signature: str, secret: str, genuine: bool) -> None:
+def test_a_signature_is_of_body_time_and_secret(
+    body: bytes, timestamp: str, signature: str, secret: str, genuine: bool
+) -> None:
     assert verify(body, timestamp, signature, secret) is genuine
 
 
 def test_a_signature_is_what_other_tools_compute() -> None:
     # printf '1800000000.{"a":1}' | openssl dgst -sha256 -hmac s3cret
-    assert sign(b'{"a":1}', "1800000000", "s3cret") == "sha256=476d445fc5d734bcaf69961f0de38cb8c2ec42450829655895ca5e064c0765c9"
+    assert (
+        sign(b'{"a":1}', "1800000000", "s3cret")
+        == "sha256=476d445fc5d734bcaf69961f0de38cb8c2ec42450829655895ca5e064c0765c9"
+    )

@@ -32,14 +32,20 @@ PRIORITIES = list(URGENCY)
 
 
 def policy(**fields: Any) -> ResourceAllocationPolicy:
-    return ResourceAllocationPolicy(**{"executor_id": "op", "min_workers": 4, "max_workers": 32, **fields})
+    return ResourceAllocationPolicy(
+        **{"executor_id": "op", "min_workers": 4, "max_workers": 32, **fields}
+    )
 
 
-def allowed(about: ResourceAllocationPolicy, level: Level, priority: str = "normal", **host: Any) -> int:
-    return workers_for(about, level, **{"slots": 100, "available_mb": None, "priority": priority, **host})
+def allowed(
+    about: ResourceAllocationPolicy, level: Level, priority: str = "normal", **host: Any
+) -> int:
+    return workers_for(
+        about, level, **{"slots": 100, "available_mb": None, "priority": priority, **host}
+    )
 
 
-# --- shares ------------------------------------------------------------------------------------------
+# --- shares -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -51,7 +57,9 @@ def allowed(about: ResourceAllocationPolicy, level: Level, priority: str = "norm
         ("low", [32, 18, 11, 4, 1]),
     ],
 )
-def test_the_share_of_each_priority_shrinks_from_max_workers_to_min_workers(priority: str, shares: list[int]) -> None:
+def test_the_share_of_each_priority_shrinks_from_max_workers_to_min_workers(
+    priority: str, shares: list[int]
+) -> None:
     assert [allowed(policy(), level, priority) for level in Level] == shares
 
 
@@ -64,7 +72,9 @@ def test_the_share_of_each_priority_shrinks_from_max_workers_to_min_workers(prio
         ("low", [32, 11, 4, 4, 1]),
     ],
 )
-def test_what_needs_much_memory_shrinks_one_level_earlier_but_not_without_pressure(priority: str, shares: list[int]) -> None:
+def test_what_needs_much_memory_shrinks_one_level_earlier_but_not_without_pressure(
+    priority: str, shares: list[int]
+) -> None:
     assert [allowed(policy(is_memory_intensive=True), level, priority) for level in Level] == shares
 
 
@@ -79,16 +89,23 @@ def test_who_asks_has_a_slot_even_if_no_board_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("available_mb", "nodes"), [(None, 32), (40_000.0, 32), (4096.0, 4), (4095.9, 3), (1024.0, 1), (100.0, 1), (0.0, 1)]
+    ("available_mb", "nodes"),
+    [(None, 32), (40_000.0, 32), (4096.0, 4), (4095.9, 3), (1024.0, 1), (100.0, 1), (0.0, 1)],
 )
-def test_memory_bounds_every_priority_but_never_to_nothing(available_mb: float | None, nodes: int) -> None:
+def test_memory_bounds_every_priority_but_never_to_nothing(
+    available_mb: float | None, nodes: int
+) -> None:
     about = policy(max_memory_mb=1024)
 
-    assert {allowed(about, Level.NORMAL, each, available_mb=available_mb) for each in PRIORITIES} == {nodes}
+    assert {
+        allowed(about, Level.NORMAL, each, available_mb=available_mb) for each in PRIORITIES
+    } == {nodes}
 
 
 def test_a_priority_that_does_not_exist_is_named() -> None:
-    with pytest.raises(InvalidValue, match="priority='urgent': must be one of critical, high, normal, low"):
+    with pytest.raises(
+        InvalidValue, match="priority='urgent': must be one of critical, high, normal, low"
+    ):
         allowed(policy(), Level.NORMAL, "urgent")
     with pytest.raises(InvalidValue, match="priority='urgent'"):
         timeout_factor("urgent")
@@ -109,11 +126,15 @@ def test_an_operation_lifts_its_jobs_or_holds_them_down_and_a_normal_one_leaves_
     assert [priority_of(policy(priority=operation), job) for job in PRIORITIES] == by_job
 
 
-# --- what always holds -------------------------------------------------------------------------------
+# --- what always holds ------------------------------------------------------------------------
 
 policies = st.builds(
     lambda workers, memory, **rest: policy(
-        min_workers=workers[0], max_workers=workers[1], min_memory_mb=memory[0], max_memory_mb=memory[1], **rest
+        min_workers=workers[0],
+        max_workers=workers[1],
+        min_memory_mb=memory[0],
+        max_memory_mb=memory[1],
+        **rest,
     ),
     st.tuples(st.integers(1, 100), st.integers(1, 100)).map(sorted),
     st.tuples(st.floats(1, 1e5), st.floats(1, 1e5)).map(sorted),
@@ -139,19 +160,30 @@ def test_it_stays_within_its_bounds(
 
 @given(policies, st.tuples(levels, levels).map(sorted), jobs, slots, memory)
 def test_a_worse_level_never_allows_more(
-    about: ResourceAllocationPolicy, pair: list[Level], job: str, slots: int, available_mb: float | None
+    about: ResourceAllocationPolicy,
+    pair: list[Level],
+    job: str,
+    slots: int,
+    available_mb: float | None,
 ) -> None:
-    better, worse = (allowed(about, level, job, slots=slots, available_mb=available_mb) for level in pair)
+    better, worse = (
+        allowed(about, level, job, slots=slots, available_mb=available_mb) for level in pair
+    )
 
     assert worse <= better
 
 
 @given(policies, levels, st.tuples(jobs, jobs), slots, memory)
 def test_a_more_urgent_job_is_never_allowed_fewer(
-    about: ResourceAllocationPolicy, level: Level, pair: tuple[str, str], slots: int, available_mb: float | None
+    about: ResourceAllocationPolicy,
+    level: Level,
+    pair: tuple[str, str],
+    slots: int,
+    available_mb: float | None,
 ) -> None:
     urgent, patient = (
-        allowed(about, level, job, slots=slots, available_mb=available_mb) for job in sorted(pair, key=URGENCY.__getitem__)
+        allowed(about, level, job, slots=slots, available_mb=available_mb)
+        for job in sorted(pair, key=URGENCY.__getitem__)
     )
 
     assert urgent >= patient
@@ -162,7 +194,13 @@ def test_nor_is_a_more_urgent_operation(
     about: ResourceAllocationPolicy, level: Level, job: str, slots: int, available_mb: float | None
 ) -> None:
     found = [
-        allowed(about.model_copy(update={"priority": each}), level, job, slots=slots, available_mb=available_mb)
+        allowed(
+            about.model_copy(update={"priority": each}),
+            level,
+            job,
+            slots=slots,
+            available_mb=available_mb,
+        )
         for each in ExecutorPriority
     ]
 
@@ -179,27 +217,36 @@ def test_more_memory_never_allows_fewer(
 
 
 @given(policies, levels, jobs, st.tuples(slots, slots).map(sorted))
-def test_nor_do_more_slots(about: ResourceAllocationPolicy, level: Level, job: str, pair: list[int]) -> None:
+def test_nor_do_more_slots(
+    about: ResourceAllocationPolicy, level: Level, job: str, pair: list[int]
+) -> None:
     fewer, more = (allowed(about, level, job, slots=each) for each in pair)
 
     assert fewer <= more
 
 
 @given(policies, levels, slots)
-def test_critical_work_keeps_its_share(about: ResourceAllocationPolicy, level: Level, slots: int) -> None:
+def test_critical_work_keeps_its_share(
+    about: ResourceAllocationPolicy, level: Level, slots: int
+) -> None:
     about = about.model_copy(update={"priority": ExecutorPriority.CRITICAL})
 
-    assert allowed(about, level, "low", slots=slots) == allowed(about, Level.NORMAL, "low", slots=slots)
+    assert allowed(about, level, "low", slots=slots) == allowed(
+        about, Level.NORMAL, "low", slots=slots
+    )
 
 
-# --- starting, time limits, batches ------------------------------------------------------------------
+# --- starting, time limits, batches -----------------------------------------------------------
 
 
 def test_a_node_does_not_start_where_too_little_memory_is_free() -> None:
     about = policy(min_memory_mb=256)
 
     assert [may_start(about, each) for each in (None, 256.0, 4096.0)] == ["", "", ""]
-    assert may_start(about, 190.4) == "op starts with 256 MB free (min_memory_mb), and this host has 190 MB"
+    assert (
+        may_start(about, 190.4)
+        == "op starts with 256 MB free (min_memory_mb), and this host has 190 MB"
+    )
 
 
 def test_urgent_items_have_more_time() -> None:
@@ -221,16 +268,21 @@ def test_urgent_items_have_more_time() -> None:
         (0, 0, 100),
     ],
 )
-def test_a_batch_of_50_is_12_under_load_and_100_without(cpu: float, memory: float, size: int) -> None:
+def test_a_batch_of_50_is_12_under_load_and_100_without(
+    cpu: float, memory: float, size: int
+) -> None:
     assert calculate_optimal_batch_size(cpu, memory) == size
 
 
-@pytest.mark.parametrize(("most", "sizes"), [(5, (5, 5, 10)), (24, (6, 24, 48)), (60, (15, 60, 100)), (200, (50, 200, 100))])
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [(5, (5, 5, 10)), (24, (6, 24, 48)), (60, (15, 60, 100)), (200, (50, 200, 100))],
+)
 def test_other_batches_follow_the_formula_too(most: int, sizes: tuple[int, int, int]) -> None:
     assert tuple(calculate_optimal_batch_size(load, load, most) for load in (90, 60, 10)) == sizes
 
 
-# --- records -----------------------------------------------------------------------------------------
+# --- records ----------------------------------------------------------------------------------
 
 
 def test_a_policy_has_the_defaults_of_source_document_1() -> None:
@@ -248,13 +300,29 @@ def test_a_policy_has_the_defaults_of_source_document_1() -> None:
 def test_limits_have_the_defaults_of_source_document_1() -> None:
     limits = ResourceLimits()
 
-    assert (limits.max_memory_mb, limits.max_cpu_percent, limits.max_workers, limits.min_workers) == (4096, 85, 32, 4)
+    assert (
+        limits.max_memory_mb,
+        limits.max_cpu_percent,
+        limits.max_workers,
+        limits.min_workers,
+    ) == (4096, 85, 32, 4)
     assert ResourceLimits(maxMemoryMb=16384).max_memory_mb == 16384
 
 
 def test_a_policy_takes_other_houses_names() -> None:
-    ours = policy(executor_id="D5-Q2", priority=ExecutorPriority.HIGH, min_memory_mb=1, is_memory_intensive=True)
-    theirs = {"priority": "high", "minMemoryMb": 1, "minWorkers": 4, "maxWorkers": 32, "isMemoryIntensive": True}
+    ours = policy(
+        executor_id="D5-Q2",
+        priority=ExecutorPriority.HIGH,
+        min_memory_mb=1,
+        is_memory_intensive=True,
+    )
+    theirs = {
+        "priority": "high",
+        "minMemoryMb": 1,
+        "minWorkers": 4,
+        "maxWorkers": 32,
+        "isMemoryIntensive": True,
+    }
 
     assert ResourceAllocationPolicy(executorId="D5-Q2", **theirs) == ours
     assert ResourceAllocationPolicy(operation="D5-Q2", **theirs) == ours
@@ -265,16 +333,24 @@ def test_a_policy_takes_other_houses_names() -> None:
     [
         ({"executor_id": ""}, "executor_id='': String should have at least 1 character"),
         ({"operation": "other"}, "operation='other': unknown field"),
-        ({"priority": "urgent"}, "priority='urgent': Input should be 'critical', 'high', 'normal' or 'low'"),
+        (
+            {"priority": "urgent"},
+            "priority='urgent': Input should be 'critical', 'high', 'normal' or 'low'",
+        ),
         ({"min_memory_mb": 0}, "min_memory_mb=0: Input should be greater than 0"),
         ({"max_memory_mb": float("nan")}, "max_memory_mb=nan: Input should be a finite number"),
         ({"min_memory_mb": 2000}, "min_memory_mb=2000.0: must be at most max_memory_mb=1024.0"),
         ({"min_workers": 0}, "min_workers=0: Input should be greater than or equal to 1"),
         ({"min_workers": 33}, "min_workers=33: must be at most max_workers=32"),
-        ({"workers": 3}, "workers=3: unknown field; ResourceAllocationPolicy has executor_id, priority"),
+        (
+            {"workers": 3},
+            "workers=3: unknown field; ResourceAllocationPolicy has executor_id, priority",
+        ),
     ],
 )
-def test_a_wrong_policy_is_told_by_field_value_and_what_to_do(fields: dict[str, Any], said: str) -> None:
+def test_a_wrong_policy_is_told_by_field_value_and_what_to_do(
+    fields: dict[str, Any], said: str
+) -> None:
     with pytest.raises(InvalidValue) as told:
         policy(**fields)
 
@@ -294,7 +370,7 @@ def test_wrong_limits_are_told_likewise(fields: dict[str, Any], said: str) -> No
         ResourceLimits(**fields)
 
 
-# --- the registry ------------------------------------------------------------------------------------
+# --- the registry -----------------------------------------------------------------------------
 
 
 def written(folder: Path, entries: Any) -> Path:
@@ -306,15 +382,28 @@ def written(folder: Path, entries: Any) -> Path:
 def test_without_a_policy_the_settings_decide_and_memory_does_not_bound() -> None:
     found = Policies().of("anything")
 
-    assert (found.executor_id, found.priority, found.min_workers, found.max_workers) == ("anything", "normal", 4, 32)
+    assert (found.executor_id, found.priority, found.min_workers, found.max_workers) == (
+        "anything",
+        "normal",
+        4,
+        32,
+    )
     assert may_start(found, 100.0) == ""
     assert allowed(found, Level.NORMAL, available_mb=4096.0) == 32
-    assert Policies(AllocationSettings(max_workers=8, min_workers=2)).of("anything").max_workers == 8
+    assert (
+        Policies(AllocationSettings(max_workers=8, min_workers=2)).of("anything").max_workers == 8
+    )
 
 
-def test_an_operations_own_policy_wins_over_that_of_all_others_and_the_latest_over_an_earlier_one() -> None:
+def test_an_operations_own_policy_wins_over_that_of_all_others_and_the_latest_over_an_earlier_one() -> (
+    None
+):
     found = Policies()
-    for about in (policy(executor_id="*", max_workers=7), policy(max_workers=8), policy(max_workers=9)):
+    for about in (
+        policy(executor_id="*", max_workers=7),
+        policy(max_workers=8),
+        policy(max_workers=9),
+    ):
         found.register(about)
 
     assert (found.of("op").max_workers, found.of("other").max_workers) == (9, 7)
@@ -325,12 +414,24 @@ def test_the_example_is_the_priority_map_of_source_document_1() -> None:
     found = Policies()
     found.load(EXAMPLE)
 
-    by_priority = {"critical": "D3-Q3 D4-Q2", "high": "D3-Q2 D4-Q1 D2-Q3 D5-Q2 D1-Q3", "normal": "D1-Q1 D6-Q5"}
+    by_priority = {
+        "critical": "D3-Q3 D4-Q2",
+        "high": "D3-Q2 D4-Q1 D2-Q3 D5-Q2 D1-Q3",
+        "normal": "D1-Q1 D6-Q5",
+    }
     for priority, operations in by_priority.items():
         assert {found.of(each).priority for each in operations.split()} == {priority}
     intensive, budget = found.of("D5-Q2"), found.of("D1-Q3")
-    assert (intensive.min_memory_mb, intensive.max_memory_mb, intensive.is_memory_intensive) == (256, 1024, True)
-    assert (budget.min_memory_mb, budget.max_memory_mb, budget.is_memory_intensive) == (256, 768, False)
+    assert (intensive.min_memory_mb, intensive.max_memory_mb, intensive.is_memory_intensive) == (
+        256,
+        1024,
+        True,
+    )
+    assert (budget.min_memory_mb, budget.max_memory_mb, budget.is_memory_intensive) == (
+        256,
+        768,
+        False,
+    )
     assert {(each.min_workers, each.max_workers) for each in (intensive, budget)} == {(2, 6)}
 
 
@@ -340,8 +441,14 @@ def test_the_example_is_the_priority_map_of_source_document_1() -> None:
         ({"operation": "a"}, "policies='{path}': must hold a JSON list of objects"),
         ("[{", "policies='{path}': is not JSON: Expecting property name"),
         (["a"], "{path}, entry 1='a': must be an object"),
-        ([{"operation": "a"}, {"operation": "b", "maxWorkers": 0}], "{path}, entry 2: maxWorkers=0: Input should be greater"),
-        ([{"operation": "a", "workers": 3}], "{path}, entry 1: workers=3: unknown field; ResourceAllocationPolicy has"),
+        (
+            [{"operation": "a"}, {"operation": "b", "maxWorkers": 0}],
+            "{path}, entry 2: maxWorkers=0: Input should be greater",
+        ),
+        (
+            [{"operation": "a", "workers": 3}],
+            "{path}, entry 1: workers=3: unknown field; ResourceAllocationPolicy has",
+        ),
         ([{"priority": "high"}], "{path}, entry 1: executorId="),
         (
             [{"operation": "a"}, {"operation": "b"}, {"executor_id": "a"}],
@@ -349,7 +456,9 @@ def test_the_example_is_the_priority_map_of_source_document_1() -> None:
         ),
     ],
 )
-def test_a_wrong_file_is_told_by_its_name_the_entry_and_the_field(tmp_path: Path, entries: Any, said: str) -> None:
+def test_a_wrong_file_is_told_by_its_name_the_entry_and_the_field(
+    tmp_path: Path, entries: Any, said: str
+) -> None:
     path, found = written(tmp_path, entries), Policies()
 
     with pytest.raises(InvalidValue) as told:

@@ -1,4 +1,6 @@
-"""How many processes a worker should have, and how many workers the cluster: rules, their edges, and an hour of each trace."""
+"""How many processes a worker should have, and how many workers the cluster: rules, their edges,
+and an hour of each trace.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,23 @@ from hypothesis import strategies as st
 
 from resilience.degradation import Level
 from rlm_tasks.worker.autoscaler import PressureAutoscaler
-from scheduler.autoscale import GROW_BY, GROW_EVERY_S, IDLE_S, SHRINK_EVERY_S, Advice, ClusterAdvice, Load, PoolScaler
+from scheduler.autoscale import (
+    GROW_BY,
+    GROW_EVERY_S,
+    IDLE_S,
+    SHRINK_EVERY_S,
+    Advice,
+    ClusterAdvice,
+    Load,
+    PoolScaler,
+)
 from scheduler.forecast import HORIZON_S
 from scheduler.settings import AutoscaleSettings
 
 T0 = 1_800_000_000.0
 LEVELS = list(Level)
 
-# --- one worker's pool -------------------------------------------------------------------------------
+# --- one worker's pool -------------------------------------------------------------------------
 
 
 @dataclass
@@ -59,7 +70,14 @@ class Pool:
 def test_a_pool_grows_with_what_waits_by_two_every_five_seconds(level: Level) -> None:
     pool = Pool(queued=100, level=level)
 
-    assert [pool.look(), pool.look(4.9), pool.look(0.1), pool.look(5), pool.look(5), pool.look(5)] == [3, 3, 5, 7, 8, 8]
+    assert [
+        pool.look(),
+        pool.look(4.9),
+        pool.look(0.1),
+        pool.look(5),
+        pool.look(5),
+        pool.look(5),
+    ] == [3, 3, 5, 7, 8, 8]
 
 
 def test_a_pool_grows_no_further_than_there_is_work() -> None:
@@ -78,7 +96,9 @@ def test_a_pool_grows_no_further_than_there_is_work() -> None:
         (Level.EMERGENCY, 5, [5, 5, 5, 5]),
     ],
 )
-def test_under_pressure_a_pool_of_eight_holds_or_shrinks(level: Level, busy: int, expected: list[int]) -> None:
+def test_under_pressure_a_pool_of_eight_holds_or_shrinks(
+    level: Level, busy: int, expected: list[int]
+) -> None:
     pool = Pool(running=8, busy=busy, queued=100 * (level > Level.NORMAL), level=level)
 
     assert [pool.look(after) for after in (0, 9.9, 0.1, 10)] == expected
@@ -116,7 +136,11 @@ def test_slots_are_offered_for_processes_that_may_still_come() -> None:
     least=st.integers(1, 6),
     more=st.integers(0, 10),
     looks=st.lists(
-        st.tuples(st.sampled_from(LEVELS), st.integers(0, 16), st.integers(0, 50), st.floats(0, 40)), min_size=1, max_size=40
+        st.tuples(
+            st.sampled_from(LEVELS), st.integers(0, 16), st.integers(0, 50), st.floats(0, 40)
+        ),
+        min_size=1,
+        max_size=40,
     ),
 )
 def test_a_pool_stays_within_its_bounds_and_keeps_busy_processes(
@@ -136,7 +160,9 @@ def test_a_pool_stays_within_its_bounds_and_keeps_busy_processes(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_an_hour_of_a_pool_under_changing_levels_and_work(seed: int) -> None:
-    """Work comes and goes, levels too: growth and shrinkage keep their pace, and what waits is worked off."""
+    """Work comes and goes, levels too: growth and shrinkage keep their pace, and what waits is
+    worked off.
+    """
     random, pool, waited = Random(seed), Pool(), 0
     grown, shrunk = -math.inf, -math.inf
     for second in range(3600):
@@ -163,7 +189,7 @@ def test_an_hour_of_a_pool_under_changing_levels_and_work(seed: int) -> None:
     assert pool.running == 1
 
 
-# --- in Celery's hands -------------------------------------------------------------------------------
+# --- in Celery's hands ------------------------------------------------------------------------
 
 
 class FakeProcess:
@@ -184,9 +210,13 @@ class FakePool:
     def __init__(self, size: int, *, starting: int = 0) -> None:
         self.processes = [FakeProcess(number) for number in range(size + starting)]
         self._pool = SimpleNamespace(
-            _pool=self.processes, _all_inqueues=set(range(size)), _busy_workers=set(), _active_writes=set(),
-            _processes=size + starting, _putlock=SimpleNamespace(shrink=lambda: None),
-        )  # fmt: skip
+            _pool=self.processes,
+            _all_inqueues=set(range(size)),
+            _busy_workers=set(),
+            _active_writes=set(),
+            _processes=size + starting,
+            _putlock=SimpleNamespace(shrink=lambda: None),
+        )
 
     @property
     def num_processes(self) -> int:
@@ -204,15 +234,25 @@ class FakePool:
 
 
 def autoscaled(
-    pool: FakePool, *, level: Level = Level.NORMAL, ready: int | None = 0, bounds: tuple[int, int] = (8, 1)
+    pool: FakePool,
+    *,
+    level: Level = Level.NORMAL,
+    ready: int | None = 0,
+    bounds: tuple[int, int] = (8, 1),
 ) -> tuple[PressureAutoscaler, list[int]]:
-    """Return an autoscaler and the list of changes it makes to the number of messages its worker takes."""
+    """Return an autoscaler and the list of changes it makes to the number of messages its worker
+    takes.
+    """
     changes: list[int] = []
     runtime = SimpleNamespace(page=SimpleNamespace(level=level))
-    app: Any = SimpleNamespace(rlm_runtime=lambda: runtime, rlm_settings=SimpleNamespace(autoscale=AutoscaleSettings()))
+    app: Any = SimpleNamespace(
+        rlm_runtime=lambda: runtime, rlm_settings=SimpleNamespace(autoscale=AutoscaleSettings())
+    )
     if ready is not None:
         app.rlm_queued = lambda: ready
-    worker = SimpleNamespace(app=app, consumer=SimpleNamespace(_update_prefetch_count=changes.append))
+    worker = SimpleNamespace(
+        app=app, consumer=SimpleNamespace(_update_prefetch_count=changes.append)
+    )
     return PressureAutoscaler(pool, *bounds, worker=worker), changes
 
 
@@ -226,7 +266,9 @@ def test_no_process_is_asked_to_leave_that_has_work_or_may_have_or_is_not_up_yet
 
     assert pool.left == [0, 4]
     assert pool.num_processes == 5
-    assert all(pool.processes[each]._controlled_termination for each in pool.left), "their end is no error"
+    assert all(pool.processes[each]._controlled_termination for each in pool.left), (
+        "their end is no error"
+    )
     assert pool._pool._busy_workers == {0, 1, 4, 5}, "nothing more is written to them"
     scaler.maybe_scale()
     assert pool.left == [0, 4]
@@ -286,7 +328,7 @@ def test_bounds_set_by_remote_control_hold_from_the_next_look_and_one_process_st
     assert pool.num_processes == 2
 
 
-# --- the cluster -------------------------------------------------------------------------------------
+# --- the cluster ------------------------------------------------------------------------------
 
 CALM = Load(workers=4, cpu_pct=60, memory_pct=60)  # too much for three, no reason for five
 IDLE = replace(CALM, cpu_pct=20, memory_pct=20)
@@ -304,7 +346,9 @@ class Cluster:
     def look(self, after_s: float = 0.0, **changes: float) -> Advice:
         self.now += after_s
         self.load = replace(self.load, **changes)  # type: ignore[arg-type]  # counts are ints
-        state = msgspec.json.decode(self.stored, type=ClusterAdvice) if self.stored else ClusterAdvice()
+        state = (
+            msgspec.json.decode(self.stored, type=ClusterAdvice) if self.stored else ClusterAdvice()
+        )
         advice = state.decide(self.load, self.settings, self.now)
         self.stored = msgspec.json.encode(state)
         return advice
@@ -329,10 +373,17 @@ def test_a_calm_cluster_stays_as_it_is() -> None:
         ({"queue_depth": 1000}, 0, 5, "1000 messages wait"),
         ({"oldest_wait_s": 29.9}, 300, 4, ""),
         ({"oldest_wait_s": 30}, 0, 5, "a message has waited for 30 s"),
-        ({"queue_depth": 2000, "oldest_wait_s": 60}, 0, 5, "2000 messages wait; a message has waited for 60 s"),
+        (
+            {"queue_depth": 2000, "oldest_wait_s": 60},
+            0,
+            5,
+            "2000 messages wait; a message has waited for 60 s",
+        ),
     ],
 )
-def test_the_scaling_plans_triggers(changes: dict[str, float], after_s: float, desired: int, why: str) -> None:
+def test_the_scaling_plans_triggers(
+    changes: dict[str, float], after_s: float, desired: int, why: str
+) -> None:
     cluster = Cluster()
     first = cluster.look(**changes)
     advice = cluster.look(after_s) if after_s else first
@@ -341,7 +392,9 @@ def test_the_scaling_plans_triggers(changes: dict[str, float], after_s: float, d
 
 
 @pytest.mark.parametrize("trigger", [{"cpu_pct": 90.0}, {"memory_pct": 90.0}])
-def test_five_minutes_begin_anew_after_a_dip_and_when_nobody_has_looked(trigger: dict[str, float]) -> None:
+def test_five_minutes_begin_anew_after_a_dip_and_when_nobody_has_looked(
+    trigger: dict[str, float],
+) -> None:
     dipped, unseen = Cluster(), Cluster()
     dipped.look(**trigger)
     dipped.look(295, cpu_pct=60, memory_pct=60)
@@ -370,7 +423,10 @@ def test_workers_stay_within_their_limits() -> None:
 
 
 def test_limits_and_step_are_settings() -> None:
-    cluster = Cluster(replace(CALM, queue_depth=5000), AutoscaleSettings(increment=3, max_workers=8, cooldown_s=60))
+    cluster = Cluster(
+        replace(CALM, queue_depth=5000),
+        AutoscaleSettings(increment=3, max_workers=8, cooldown_s=60),
+    )
 
     assert [cluster.look().desired, cluster.look(60, workers=7).desired] == [7, 8]
 
@@ -408,7 +464,16 @@ def test_three_looks_at_least_must_agree() -> None:
 def test_each_step_down_needs_an_agreement_of_its_own() -> None:
     cluster = Cluster(IDLE, AutoscaleSettings(cooldown_s=0))
 
-    assert [cluster.look(100, workers=workers).desired for workers in (4, 4, 4, 4, 3, 3, 3, 3)] == [4, 4, 4, 3, 3, 3, 3, 2]
+    assert [cluster.look(100, workers=workers).desired for workers in (4, 4, 4, 4, 3, 3, 3, 3)] == [
+        4,
+        4,
+        4,
+        3,
+        3,
+        3,
+        3,
+        2,
+    ]
 
 
 def test_the_last_worker_stays() -> None:
@@ -433,7 +498,9 @@ def test_the_last_worker_stays() -> None:
         ({"workers": 2, "queue_depth": 1000}, 4),  # three could carry it, but a trigger holds
     ],
 )
-def test_fewer_workers_must_be_clearly_able_to_carry_the_load(changes: dict[str, float], desired: int) -> None:
+def test_fewer_workers_must_be_clearly_able_to_carry_the_load(
+    changes: dict[str, float], desired: int
+) -> None:
     cluster = Cluster()
     cluster.look()
     cluster.look(**{"cpu_pct": 20, "memory_pct": 20, **changes})
@@ -449,7 +516,7 @@ def test_a_step_up_is_not_taken_back_within_ten_minutes() -> None:
     assert [cluster.look(after).desired for after in (297, 297, 1)] == [5, 5, 4]
 
 
-# --- what is foretold --------------------------------------------------------------------------------
+# --- what is foretold -------------------------------------------------------------------------
 
 STEADY = Load(workers=2, cpu_pct=50, memory_pct=40, service_s=1.0, slots=8)
 
@@ -466,7 +533,10 @@ def after_minutes(load: Load, minutes: int = 5) -> Advice:
     [
         ({"arrivals_per_s": 5.5}, 2),  # 7.9 of 8 processes
         ({"arrivals_per_s": 5.7}, 3),
-        ({"arrivals_per_s": 5.5, "queue_depth": 120}, 3),  # and one for the backlog, to be gone in 120 s
+        (
+            {"arrivals_per_s": 5.5, "queue_depth": 120},
+            3,
+        ),  # and one for the backlog, to be gone in 120 s
         ({"arrivals_per_s": 2.85, "service_s": 2.0}, 3),
         ({"arrivals_per_s": 100.0}, 4),  # twice as many at most
         ({"arrivals_per_s": 100.0, "service_s": 0.0}, 2),  # what a message takes is not known
@@ -491,18 +561,25 @@ def test_a_single_look_foretells_nothing(arrivals: float) -> None:
     assert Cluster(replace(STEADY, arrivals_per_s=arrivals)).look().desired == 2
 
 
-# --- traces ------------------------------------------------------------------------------------------
+# --- traces -----------------------------------------------------------------------------------
 
 LOOK_S, START_S, SLOTS = 5, 60, 4
 
 
-def played(demand: Callable[[float], float], *, hours: float = 1.0, noise: float = 0.0, seed: int = 0) -> list[tuple[float, int]]:
-    """Return each change of the advice, (second, workers), on a cluster that starts a worker in a minute.
+def played(
+    demand: Callable[[float], float], *, hours: float = 1.0, noise: float = 0.0, seed: int = 0
+) -> list[tuple[float, int]]:
+    """Return each change of the advice, (second, workers), on a cluster that starts a worker in a
+    minute.
 
     `demand` is in processes kept busy; messages take a second each, a worker has four processes.
     """
     random, cluster, backlog = Random(seed), Cluster(), 0.0
-    workers, coming, changes = max(2, math.ceil(demand(0) / 0.7 / SLOTS)), list[tuple[float, int]](), list[tuple[float, int]]()
+    workers, coming, changes = (
+        max(2, math.ceil(demand(0) / 0.7 / SLOTS)),
+        list[tuple[float, int]](),
+        list[tuple[float, int]](),
+    )
     for second in range(0, int(hours * 3600), LOOK_S):
         while coming and coming[0][0] <= second:
             workers = coming.pop(0)[1]
@@ -542,7 +619,9 @@ def test_noise_turns_the_advice_at_most_twice_an_hour(mean: float, noise: float)
 
 
 @pytest.mark.parametrize(("upto", "workers"), [(7.0, 3), (8.3, 3), (11.0, 3)])
-def test_a_step_of_the_demand_is_answered_within_the_horizon_and_a_look(upto: float, workers: int) -> None:
+def test_a_step_of_the_demand_is_answered_within_the_horizon_and_a_look(
+    upto: float, workers: int
+) -> None:
     at, advised = played(lambda second: 4 if second < 603 else upto)[0]
 
     assert advised == workers
@@ -557,7 +636,9 @@ def test_a_step_that_one_worker_more_does_not_carry_is_made_up_for_after_the_coo
 
 
 def test_workers_for_a_ramp_are_there_when_they_are_needed() -> None:
-    """Ten processes more in an hour: each worker is advised before the others are planned to be full."""
+    """Ten processes more in an hour: each worker is advised before the others are planned to be
+    full.
+    """
     changes = played(lambda second: 4 + second / 360)
 
     assert [workers for _, workers in changes] == [3, 4, 5, 6][: len(changes)]

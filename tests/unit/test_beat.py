@@ -21,7 +21,9 @@ pytest.importorskip("redbeat")
         ("redis://user@host/0", "redis://user@host/0", None),
     ],
 )
-def test_the_lock_is_in_the_ledgers_redis_and_nobody_is_shown_its_password(url: str, told: str, password: str | None) -> None:
+def test_the_lock_is_in_the_ledgers_redis_and_nobody_is_shown_its_password(
+    url: str, told: str, password: str | None
+) -> None:
     found = beat_configuration(Settings(redis_url=url, broker_url="amqp://elsewhere"))
     assert found["redbeat_redis_url"] == told
     assert found["redbeat_redis_options"].get("password") == password
@@ -29,6 +31,8 @@ def test_the_lock_is_in_the_ledgers_redis_and_nobody_is_shown_its_password(url: 
 
 
 def test_the_monitor_is_due_as_often_as_settings_say_and_keys_are_the_platforms_own() -> None:
-    found = beat_configuration(Settings(namespace="second", pressure=PressureSettings(monitor_s=2.5)))
+    found = beat_configuration(
+        Settings(namespace="second", pressure=PressureSettings(monitor_s=2.5))
+    )
     assert found["beat_schedule"] == {"rlm.monitor": {"task": "rlm.monitor", "schedule": 2.5}}
     assert found["redbeat_key_prefix"].startswith("second:")

@@ -1,4 +1,6 @@
-"""What is published of load and ordered for a drill: who still reports, what all act on, whose turn it is."""
+"""What is published of load and ordered for a drill: who still reports, what all act on, whose turn
+it is.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from scheduler.settings import PressureSettings
 from tests.unit.world import CountingStore, World
 
 SETTINGS = PressureSettings()
-SAMPLE = Sample(memory_pct=50.0, memory_mb=500.0, memory_limit_mb=1000.0, available_mb=500.0, source="host")
+SAMPLE = Sample(
+    memory_pct=50.0, memory_mb=500.0, memory_limit_mb=1000.0, available_mb=500.0, source="host"
+)
 
 
 @pytest.fixture
@@ -37,8 +41,16 @@ def board(world: World, namespace: str = "unit") -> tuple[Board, CountingStore]:
     return Board(store, Keys(namespace), SETTINGS), store
 
 
-def host(worker: str = "a", level: Level = Level.NORMAL, slots: int = 2, **changed: Any) -> HostReport:
-    about: dict[str, Any] = {"percent": 10.0, "why": "", "busy": 1, "queues": ("unit.normal",), "active": {"sum": 1}}
+def host(
+    worker: str = "a", level: Level = Level.NORMAL, slots: int = 2, **changed: Any
+) -> HostReport:
+    about: dict[str, Any] = {
+        "percent": 10.0,
+        "why": "",
+        "busy": 1,
+        "queues": ("unit.normal",),
+        "active": {"sum": 1},
+    }
     return HostReport(worker, level, slots=slots, **about | {"sample": SAMPLE} | changed)
 
 
@@ -46,7 +58,7 @@ def cluster(level: Level = Level.NORMAL, at: float = 0.0, **more: Any) -> Cluste
     return ClusterReport(level, "a test", at, **more)
 
 
-# --- rules ----------------------------------------------------------------------------------------------
+# --- rules ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -90,10 +102,13 @@ def test_without_orders_a_worker_acts_on_its_own_host() -> None:
 def test_the_level_of_many_hosts_is_what_half_of_the_slots_have_reached(
     hosts: Sequence[tuple[Level, int]], expected: Level
 ) -> None:
-    assert prevailing([host(str(n), level, slots) for n, (level, slots) in enumerate(hosts)]) is expected
+    assert (
+        prevailing([host(str(n), level, slots) for n, (level, slots) in enumerate(hosts)])
+        is expected
+    )
 
 
-# --- hosts ----------------------------------------------------------------------------------------------
+# --- hosts ------------------------------------------------------------------------------------
 
 
 def test_each_host_is_told_of_once_and_as_it_was_told_last(world: World) -> None:
@@ -101,7 +116,10 @@ def test_each_host_is_told_of_once_and_as_it_was_told_last(world: World) -> None
     for report in (host("b"), host("a"), host("b", Level.HIGH, why="memory 80 % of 1000 MB")):
         store.run(here.publish(report))
 
-    assert board(world)[0].hosts() == [host("a"), host("b", Level.HIGH, why="memory 80 % of 1000 MB")]
+    assert board(world)[0].hosts() == [
+        host("a"),
+        host("b", Level.HIGH, why="memory 80 % of 1000 MB"),
+    ]
 
 
 def test_a_host_that_reports_no_more_is_forgotten(world: World) -> None:
@@ -124,12 +142,14 @@ def test_a_worker_that_ends_takes_its_host_off_the_board(world: World) -> None:
     assert here.hosts() == []
 
 
-# --- what all act on ------------------------------------------------------------------------------------
+# --- what all act on --------------------------------------------------------------------------
 
 
 def test_what_the_monitor_announces_is_what_all_act_on_until_nobody_renews_it(world: World) -> None:
     here, store = board(world)
-    report = cluster(Level.HIGH, world.now, queues={"unit.normal": QueueReport(3, 1.5)}, redis_pct=None)
+    report = cluster(
+        Level.HIGH, world.now, queues={"unit.normal": QueueReport(3, 1.5)}, redis_pct=None
+    )
 
     here.announce(report, b"remembered")
 
@@ -174,19 +194,28 @@ def test_platforms_of_one_redis_know_nothing_of_each_other(world: World) -> None
 
     other, _ = board(world, "other")
 
-    assert (other.hosts(), other.orders(), other.memory(), other.history()) == ([], Orders(None, None), None, [])
+    assert (other.hosts(), other.orders(), other.memory(), other.history()) == (
+        [],
+        Orders(None, None),
+        None,
+        [],
+    )
     assert other.take_turn("a", 1000)
 
 
 def test_all_that_a_script_touches_shares_a_hash_tag() -> None:
-    assert {key.partition("{")[2].partition("}")[0] for key in Keys("unit").pressure()} == {"pressure"}
+    assert {key.partition("{")[2].partition("}")[0] for key in Keys("unit").pressure()} == {
+        "pressure"
+    }
 
 
-# --- drills ---------------------------------------------------------------------------------------------
+# --- drills -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", ["critical", "CRITICAL", 3, Level.CRITICAL])
-def test_a_drill_holds_for_its_time_or_until_it_is_released(world: World, level: Level | str | int) -> None:
+def test_a_drill_holds_for_its_time_or_until_it_is_released(
+    world: World, level: Level | str | int
+) -> None:
     here, _ = board(world)
     here.force(level, 60)
 
@@ -213,7 +242,9 @@ def test_a_drill_may_order_that_there_is_no_pressure(world: World) -> None:
     [("hihg", 60.0, "level"), (5, 60.0, "level"), (-1, 60.0, "level")]
     + [("high", for_s, "for_s") for for_s in (0.0, -1.0, 1e-9, math.nan, math.inf)],
 )
-def test_a_mistaken_drill_is_named_and_orders_nothing(world: World, level: str | int, for_s: float, field: str) -> None:
+def test_a_mistaken_drill_is_named_and_orders_nothing(
+    world: World, level: str | int, for_s: float, field: str
+) -> None:
     here, _ = board(world)
     with pytest.raises(InvalidValue) as error:
         here.force(level, for_s)
@@ -221,7 +252,7 @@ def test_a_mistaken_drill_is_named_and_orders_nothing(world: World, level: str |
     assert here.orders().forced is None
 
 
-# --- whose turn -----------------------------------------------------------------------------------------
+# --- whose turn -------------------------------------------------------------------------------
 
 
 def test_of_all_who_ask_at_once_one_looks_and_is_told_the_servers_time(world: World) -> None:
@@ -236,6 +267,11 @@ def test_of_all_who_ask_at_once_one_looks_and_is_told_the_servers_time(world: Wo
 def test_while_redis_is_away_who_asks_is_told_so(world: World) -> None:
     here, store = board(world)
     store.lost = True
-    for ask in (here.hosts, here.orders, lambda: here.take_turn("a", 4000), lambda: here.announce(cluster(), b"")):
+    for ask in (
+        here.hosts,
+        here.orders,
+        lambda: here.take_turn("a", 4000),
+        lambda: here.announce(cluster(), b""),
+    ):
         with pytest.raises(StoreUnavailable):
             ask()

@@ -16,7 +16,11 @@ from tests.unit.world import World, world
 __all__ = ["world"]
 
 CONFIG = BreakerConfig(
-    failure_threshold=3, recovery_timeout_s=10, half_open_max_calls=2, half_open_timeout_s=5, success_threshold=2
+    failure_threshold=3,
+    recovery_timeout_s=10,
+    half_open_max_calls=2,
+    half_open_timeout_s=5,
+    success_threshold=2,
 )
 
 
@@ -121,7 +125,9 @@ def test_what_was_admitted_before_tells_nothing_after(world: World) -> None:
     trip(breaker)
     until = breaker.status()["retry_after_s"]
     breaker.ended(early, RuntimeError())
-    assert breaker.status()["retry_after_s"] == until, "a late failure does not keep it open for longer"
+    assert breaker.status()["retry_after_s"] == until, (
+        "a late failure does not keep it open for longer"
+    )
 
     world.sleep(10.01)
     probes = [breaker.admit(), breaker.admit()]
@@ -141,7 +147,9 @@ def test_a_failed_probe_opens_again(world: World) -> None:
     assert breaker.status()["retry_after_s"] == pytest.approx(10)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, asyncio.CancelledError, MemoryError])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, SystemExit, asyncio.CancelledError, MemoryError]
+)
 def test_control_flow_speaks_against_nobody(world: World, error: type[BaseException]) -> None:
     breaker = CircuitBreaker("llm", world.store(), CONFIG)
     for _ in range(5):
@@ -152,20 +160,36 @@ def test_control_flow_speaks_against_nobody(world: World, error: type[BaseExcept
 
 
 def test_a_429_is_the_buckets_news_and_what_is_excluded_is_nobodys(world: World) -> None:
-    breaker = CircuitBreaker("llm", world.store(), CONFIG, exclude=[LookupError, lambda error: "fine" in str(error)])
+    breaker = CircuitBreaker(
+        "llm", world.store(), CONFIG, exclude=[LookupError, lambda error: "fine" in str(error)]
+    )
 
     def raise_(error: Exception) -> None:
         raise error
 
-    for error in [RateLimited("bucket", 1, "empty"), KeyError(1), ValueError("fine"), InvalidValue("f", 1, "no")] * 3:
+    for error in [
+        RateLimited("bucket", 1, "empty"),
+        KeyError(1),
+        ValueError("fine"),
+        InvalidValue("f", 1, "no"),
+    ] * 3:
         with pytest.raises(type(error)):
             breaker.call(raise_, error)
     assert breaker.failure_count == 0
 
 
 def test_a_failure_rate_opens_it_too(world: World) -> None:
-    breaker = CircuitBreaker("llm", world.store(), configured := BreakerConfig(
-        failure_threshold=100, failure_rate=0.5, window_s=10, min_calls=20, recovery_timeout_s=10))  # fmt: skip
+    breaker = CircuitBreaker(
+        "llm",
+        world.store(),
+        configured := BreakerConfig(
+            failure_threshold=100,
+            failure_rate=0.5,
+            window_s=10,
+            min_calls=20,
+            recovery_timeout_s=10,
+        ),
+    )
     assert configured.failure_rate == 0.5
     for _ in range(12):
         breaker.call(lambda: 1)
@@ -178,7 +202,9 @@ def test_a_failure_rate_opens_it_too(world: World) -> None:
 
 def test_old_calls_leave_the_window(world: World) -> None:
     breaker = CircuitBreaker(
-        "llm", world.store(), BreakerConfig(failure_threshold=100, failure_rate=0.5, window_s=10, min_calls=5)
+        "llm",
+        world.store(),
+        BreakerConfig(failure_threshold=100, failure_rate=0.5, window_s=10, min_calls=5),
     )
     trip(breaker, 4)
     world.sleep(12)
@@ -286,11 +312,21 @@ def test_the_registry_answers_for_all(world: World) -> None:
 
 
 def test_presets_and_the_names_of_the_source_documents() -> None:
-    found = {name: (c.failure_threshold, c.recovery_timeout_s, c.half_open_max_calls) for name, c in PRESETS.items()}
-    assert found == {"default": (5, 60, 3), "client": (5, 30, 3), "executor": (10, 60, 3), "realtime": (3, 30, 3)}
+    found = {
+        name: (c.failure_threshold, c.recovery_timeout_s, c.half_open_max_calls)
+        for name, c in PRESETS.items()
+    }
+    assert found == {
+        "default": (5, 60, 3),
+        "client": (5, 30, 3),
+        "executor": (10, 60, 3),
+        "realtime": (3, 30, 3),
+    }
     assert (PRESETS["default"].half_open_timeout_s, PRESETS["default"].success_threshold) == (30, 3)
     assert PRESETS["default"].memory_threshold_mb == 2048
-    assert BreakerConfig(failureThreshold=5, recoveryTimeoutMs=30000, halfOpenMaxCalls=3) == BreakerConfig(recovery_timeout_s=30)
+    assert BreakerConfig(
+        failureThreshold=5, recoveryTimeoutMs=30000, halfOpenMaxCalls=3
+    ) == BreakerConfig(recovery_timeout_s=30)
     assert BreakerConfig(timeout_seconds=60.0, half_open_timeout=30.0).half_open_timeout_s == 30
 
 
@@ -308,7 +344,9 @@ def test_a_wrong_configuration_is_told_at_once(fields: dict[str, Any], told: str
         with_circuit_breaker("x", **fields)
 
 
-def test_without_redis_it_goes_on_by_what_it_knew(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_redis_it_goes_on_by_what_it_knew(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     store = world.store()
     open_, closed = CircuitBreaker("a", store, CONFIG), CircuitBreaker("b", store, CONFIG)
     trip(open_)
@@ -347,7 +385,9 @@ def test_a_probe_whose_lease_is_over_tells_nothing(world: World) -> None:
 
 
 def test_successes_of_another_generation_do_not_count_in_a_window(world: World) -> None:
-    config = BreakerConfig(failure_threshold=100, failure_rate=0.5, min_calls=4, success_threshold=1)
+    config = BreakerConfig(
+        failure_threshold=100, failure_rate=0.5, min_calls=4, success_threshold=1
+    )
     breaker = CircuitBreaker("llm", world.store(), config)
     early = [breaker.admit() for _ in range(100)]
     breaker.half_open()
@@ -379,7 +419,10 @@ def test_without_redis_too_what_was_admitted_before_tells_nothing_after(world: W
 def test_what_was_admitted_without_redis_tells_nothing_once_it_is_back(world: World) -> None:
     store = world.store()
     store.lost = True
-    ours, theirs = CircuitBreaker("llm", store, CONFIG), CircuitBreaker("llm", world.store(), CONFIG)
+    ours, theirs = (
+        CircuitBreaker("llm", store, CONFIG),
+        CircuitBreaker("llm", world.store(), CONFIG),
+    )
     alone = ours.admit()
     store.lost = False
     world.sleep(2)
@@ -395,10 +438,18 @@ def test_a_waiter_is_named_when_the_breaker_closes(world: World) -> None:
     breaker = CircuitBreaker("llm", world.store(), CONFIG, wake=woken.extend)
     trip(breaker)
     waits = []
-    for waiter, urgency in [("normal", 2), ("normal 2", 2), ("low", 3), ("low 2", 3), ("critical", 0)]:
+    for waiter, urgency in [
+        ("normal", 2),
+        ("normal 2", 2),
+        ("low", 3),
+        ("low 2", 3),
+        ("critical", 0),
+    ]:
         with pytest.raises(CircuitOpen) as caught:
             breaker.admit(waiter, urgency)
         waits.append(caught.value.retry_after_s)
-    assert waits == pytest.approx([10, 10, 11, 11, 10]), "as many come back at once as there are probes"
+    assert waits == pytest.approx([10, 10, 11, 11, 10]), (
+        "as many come back at once as there are probes"
+    )
     breaker.reset()
     assert woken == ["critical", "normal", "normal 2", "low", "low 2"]

@@ -1,9 +1,10 @@
-"""The shared breaker against an oracle: three processes, calls that end late, twice or never, and a clock.
+"""The shared breaker against an oracle: three processes, calls that end late, twice or never, and a
+clock.
 
-The oracle is what the breaker means, in plain Python: one state, one generation for each transition, leased probes.
-A process may know less than the oracle: it believes what it read for up to FRESH_S.  Where that leaves a choice, the
-oracle names all outcomes that are right, and takes over the one that came.
-"""
+The oracle is what the breaker means, in plain Python: one state, one generation for each
+transition, leased probes. A process may know less than the oracle: it believes what it read for up
+to FRESH_S.  Where that leaves a choice, the oracle names all outcomes that are right, and takes
+over the one that came."""
 
 from __future__ import annotations
 
@@ -16,7 +17,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from resilience.breaker import CircuitBreaker, CircuitOpen
-from resilience.breaker_storage import ASK_AGAIN_S, CLOSED, FRESH_S, HALF_OPEN, OPEN, Admission, BreakerConfig
+from resilience.breaker_storage import (
+    ASK_AGAIN_S,
+    CLOSED,
+    FRESH_S,
+    HALF_OPEN,
+    OPEN,
+    Admission,
+    BreakerConfig,
+)
 from resilience.keys import Keys
 from tests.unit.world import World
 
@@ -29,10 +38,16 @@ CONFIG = BreakerConfig(
     success_threshold=SUCCESSES,
 )
 PAUSES = (0.0625, 0.125, 0.3125, LEASE_S, RECOVERY_S, 2.5)
-"""Shorter than what a process believes, longer, and the timeouts; sixteenths, so that no sum of them is rounded."""
+"""Shorter than what a process believes, longer, and the timeouts; sixteenths, so that no sum of
+them is rounded.
+"""
 MS = 0.001
 """The server counts in milliseconds."""
-ERRORS: dict[str, BaseException | None] = {"ok": None, "failed": RuntimeError("boom"), "ignored": KeyboardInterrupt()}
+ERRORS: dict[str, BaseException | None] = {
+    "ok": None,
+    "failed": RuntimeError("boom"),
+    "ignored": KeyboardInterrupt(),
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,9 @@ class Truth:
 
     def moved(self, state: str, now: float) -> Truth:
         failures = 0 if state == CLOSED else self.failures
-        return replace(self, state=state, turn=self.turn + 1, changed_at=now, failures=failures, successes=0)
+        return replace(
+            self, state=state, turn=self.turn + 1, changed_at=now, failures=failures, successes=0
+        )
 
     def due(self, now: float) -> Truth:
         """Half-open, once it has been open for as long as it must."""
@@ -60,7 +77,9 @@ class Truth:
         return sum(until > now for until in self.probes.values())
 
     def without(self, permit: str) -> Truth:
-        return replace(self, probes={each: until for each, until in self.probes.items() if each != permit})
+        return replace(
+            self, probes={each: until for each, until in self.probes.items() if each != permit}
+        )
 
     def probed(self, permit: str, outcome: str, now: float) -> Truth:
         """A probe of this turn has ended."""
@@ -73,7 +92,11 @@ class Truth:
         """A call of this turn has ended, while it is closed."""
         if outcome == "ignored":
             return self
-        after = replace(self, failures=self.failures + 1, failed_at=now) if outcome == "failed" else replace(self, failures=0)
+        after = (
+            replace(self, failures=self.failures + 1, failed_at=now)
+            if outcome == "failed"
+            else replace(self, failures=0)
+        )
         return after.moved(OPEN, now) if after.failures >= FAILURES else after
 
 
@@ -106,7 +129,9 @@ class BreakerMachine(RuleBasedStateMachine):
         self.world.install(self.patch)
         self.client, self.key = self.world.client(), Keys("unit").breaker("llm")[0]
         self.truth, self.generation = Truth(), 0
-        self.closed_until: dict[str, float] = {}  # generation -> when it ended, for those in which it was closed
+        self.closed_until: dict[
+            str, float
+        ] = {}  # generation -> when it ended, for those in which it was closed
         self.processes = [self.process() for _ in range(3)]
         self.refused_at = [float("-inf")] * 3
         self.taken: list[Taken] = []
@@ -114,14 +139,20 @@ class BreakerMachine(RuleBasedStateMachine):
     def process(self) -> CircuitBreaker:
         return CircuitBreaker("llm", self.world.store(), CONFIG)
 
-    # --- what is seen -----------------------------------------------------------------------------------
+    # --- what is seen --------------------------------------------------------------------------
 
     def stored(self) -> Stored:
         raw: dict[Any, Any] = self.client.hgetall(self.key)
         found = {name.decode(): value.decode() for name, value in raw.items()}
         if not found:
             return Stored()
-        return Stored(found["st"], int(found["gen"]), float(found["till"]) / 1000, int(found["f"]), int(found["hs"]))
+        return Stored(
+            found["st"],
+            int(found["gen"]),
+            float(found["till"]) / 1000,
+            int(found["f"]),
+            int(found["hs"]),
+        )
 
     def settled(self) -> bool:
         """Every process knows of the last transition, if it has asked since."""
@@ -133,7 +164,8 @@ class BreakerMachine(RuleBasedStateMachine):
         fits = [
             each
             for each in right
-            if (each.state, each.failures, each.successes) == (found.state, found.failures, found.successes)
+            if (each.state, each.failures, each.successes)
+            == (found.state, found.failures, found.successes)
         ]
         assert fits, f"{found} is none of {right}"
         before, self.truth = self.truth, fits[0]
@@ -147,7 +179,7 @@ class BreakerMachine(RuleBasedStateMachine):
         till = now + RECOVERY_S if found.state == OPEN else 0
         assert found.until == pytest.approx(till, abs=MS), "open for exactly as long as it must"
 
-    # --- rules ------------------------------------------------------------------------------------------
+    # --- rules ---------------------------------------------------------------------------------
 
     @rule(number=st.integers(0, 2), waiter=st.sampled_from(["", "", "somebody"]))
     def admit(self, number: int, waiter: str = "") -> None:
@@ -163,14 +195,18 @@ class BreakerMachine(RuleBasedStateMachine):
             self.passed(admission)
 
     def refused(self, number: int, refusal: CircuitOpen, *, asked: bool) -> None:
-        """Who asks for somebody who waits is answered by the script; others may go by what they know."""
+        """Who asks for somebody who waits is answered by the script; others may go by what they
+        know.
+        """
         now, due = self.world.now, self.truth.due(self.world.now)
         rightly = due.state == OPEN or (due.state == HALF_OPEN and due.live(now) == PROBES)
         believed = not self.settled() or now - self.refused_at[number] < ASK_AGAIN_S
         assert rightly or (believed and not asked), f"refused, although it is {due}"
         assert 0 < refusal.retry_after_s <= RECOVERY_S
         if due.state == OPEN and (asked or self.settled()):
-            assert refusal.retry_after_s == pytest.approx(self.truth.changed_at + RECOVERY_S - now, abs=MS)
+            assert refusal.retry_after_s == pytest.approx(
+                self.truth.changed_at + RECOVERY_S - now, abs=MS
+            )
         self.refused_at[number] = now
         self.become(self.truth)
 
@@ -185,10 +221,16 @@ class BreakerMachine(RuleBasedStateMachine):
     def passed(self, admission: Admission) -> None:
         if self.truth.state == CLOSED and admission.generation == str(self.generation):
             return
-        assert self.world.now - self.closed_until[admission.generation] <= FRESH_S, "it is not closed, and that is known"
+        assert self.world.now - self.closed_until[admission.generation] <= FRESH_S, (
+            "it is not closed, and that is known"
+        )
 
     @precondition(lambda self: self.taken)
-    @rule(at=st.integers(0, 20), outcome=st.sampled_from(["ok", "ok", "failed", "ignored"]), again=st.integers(0, 3))
+    @rule(
+        at=st.integers(0, 20),
+        outcome=st.sampled_from(["ok", "ok", "failed", "ignored"]),
+        again=st.integers(0, 3),
+    )
     def end(self, at: int, outcome: str, again: int) -> None:
         """A call ends, early or late; one in four stays and will end again."""
         at = max(0, len(self.taken) - 1 - at)
@@ -204,12 +246,17 @@ class BreakerMachine(RuleBasedStateMachine):
             until = truth.probes.get(permit)
             if until is None:
                 return [truth]
-            if until <= now or truth.state != HALF_OPEN or taken.admission.generation != str(self.generation):
+            if (
+                until <= now
+                or truth.state != HALF_OPEN
+                or taken.admission.generation != str(self.generation)
+            ):
                 return [truth.without(permit)]  # it was in flight, and that is all that is over
             return [truth.probed(permit, outcome, now)]
         if truth.state != CLOSED or taken.admission.generation != str(self.generation):
             return [truth]
-        # A success is told only by who knows of failures: for certain if they were there before the call began.
+        # A success is told only by who knows of failures: for certain if they were there before the
+        # call began.
         knew = outcome != "ok" or taken.at - truth.failed_at > FRESH_S
         return [truth.called(outcome, now)] + ([] if knew else [truth])
 
@@ -230,7 +277,10 @@ class BreakerMachine(RuleBasedStateMachine):
             self.end(0, outcome, 1)
 
     @precondition(lambda self: self.truth.state != CLOSED)
-    @rule(numbers=st.lists(st.integers(0, 2), min_size=2, max_size=5), early=st.sampled_from([0.0, 0.0, 0.125]))
+    @rule(
+        numbers=st.lists(st.integers(0, 2), min_size=2, max_size=5),
+        early=st.sampled_from([0.0, 0.0, 0.125]),
+    )
     def several_ask_once_its_time_is_over(self, numbers: list[int], early: float) -> None:
         """Or, just before, somebody who will not take a process's word for it."""
         until = self.truth.changed_at + RECOVERY_S - early
@@ -240,7 +290,11 @@ class BreakerMachine(RuleBasedStateMachine):
             self.admit(number)
 
     @precondition(lambda self: any(each.admission.probe for each in self.taken))
-    @rule(outcome=st.sampled_from(["ok", "ok", "ok", "failed", "ignored"]), again=st.integers(0, 2), late=st.integers(0, 5))
+    @rule(
+        outcome=st.sampled_from(["ok", "ok", "ok", "failed", "ignored"]),
+        again=st.integers(0, 2),
+        late=st.integers(0, 5),
+    )
     def a_probe_ends(self, outcome: str, again: int, late: int) -> None:
         """In time, or when its lease is over."""
         if not late:
@@ -272,7 +326,11 @@ class BreakerMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.world.sleep(seconds)
 
-    @rule(number=st.integers(0, 2), state=st.sampled_from([CLOSED, OPEN, HALF_OPEN]), really=st.integers(0, 3))
+    @rule(
+        number=st.integers(0, 2),
+        state=st.sampled_from([CLOSED, OPEN, HALF_OPEN]),
+        really=st.integers(0, 3),
+    )
     def by_hand(self, number: int, state: str, really: int) -> None:
         if really:
             return  # rare: most of what is to be seen takes a while to happen
@@ -281,7 +339,7 @@ class BreakerMachine(RuleBasedStateMachine):
         self.refused_at[number] = float("-inf")
         self.become(self.truth.moved(state, self.world.now))
 
-    # --- always -----------------------------------------------------------------------------------------
+    # --- always --------------------------------------------------------------------------------
 
     @invariant()
     def nothing_else_changed(self) -> None:

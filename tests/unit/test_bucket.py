@@ -30,7 +30,12 @@ class Window:
     """A provider's true sliding window."""
 
     def __init__(self, limit: float, per_s: float) -> None:
-        self.limit, self.per_s, self.calls, self.used = limit, per_s, deque[tuple[float, float]](), 0.0
+        self.limit, self.per_s, self.calls, self.used = (
+            limit,
+            per_s,
+            deque[tuple[float, float]](),
+            0.0,
+        )
 
     def admits(self, at: float, amount: float) -> bool:
         while self.calls and self.calls[0][0] <= at - self.per_s:
@@ -145,7 +150,9 @@ def test_who_comes_back_a_little_early_keeps_its_turn(world: World) -> None:
     assert bucket.acquire()
 
     assert early == pytest.approx([0.01, 0.01], abs=1e-3)
-    assert bucket.reserve(in_line=1, returns=True).wait_s == pytest.approx(0.1, abs=2e-3), "nobody stands in line before it"
+    assert bucket.reserve(in_line=1, returns=True).wait_s == pytest.approx(0.1, abs=2e-3), (
+        "nobody stands in line before it"
+    )
 
 
 def test_a_call_larger_than_the_bucket_is_paid_by_who_comes_next(world: World) -> None:
@@ -153,7 +160,9 @@ def test_a_call_larger_than_the_bucket_is_paid_by_who_comes_next(world: World) -
     assert bucket.acquire(tokens=50)
     waits = [bucket.reserve(in_line=1, tokens=tokens).wait_s for tokens in (200, 10)]
 
-    assert waits == pytest.approx([5.0, 21.0], abs=1e-3), "it passes when the bucket is full, and leaves a debt of 15 s"
+    assert waits == pytest.approx([5.0, 21.0], abs=1e-3), (
+        "it passes when the bucket is full, and leaves a debt of 15 s"
+    )
 
 
 def test_a_line_moves_by_what_calls_really_use(world: World) -> None:
@@ -176,8 +185,13 @@ def test_a_line_moves_by_what_calls_really_use(world: World) -> None:
 
 
 def test_a_line_at_a_scope_keeps_nobody_else_waiting(world: World) -> None:
-    bucket = TokenBucket("llm", world.store(), sleep=world.sleep, calls=Rate(1000), scoped={"mine": Rate(2, burst=1)})
-    waits = {scope: [bucket.reserve(in_line=1, scope=scope, calls=1, mine=1).wait_s for _ in range(4)] for scope in "ab"}
+    bucket = TokenBucket(
+        "llm", world.store(), sleep=world.sleep, calls=Rate(1000), scoped={"mine": Rate(2, burst=1)}
+    )
+    waits = {
+        scope: [bucket.reserve(in_line=1, scope=scope, calls=1, mine=1).wait_s for _ in range(4)]
+        for scope in "ab"
+    }
 
     assert waits["a"] == waits["b"] == pytest.approx([0, 0.5, 1.0, 1.5], abs=1e-3)
 
@@ -218,7 +232,9 @@ def test_more_than_a_burst_passes_when_the_bucket_is_full(world: World) -> None:
 
 @pytest.mark.parametrize("amount", [90_001, 1e9])
 def test_what_no_window_can_hold_is_refused_at_once(world: World, amount: float) -> None:
-    with pytest.raises(NeverSatisfiable, match=r"tokens of bucket llm: .* can never be granted, the limit is 90000"):
+    with pytest.raises(
+        NeverSatisfiable, match=r"tokens of bucket llm: .* can never be granted, the limit is 90000"
+    ):
         provider(world).acquire(requests=1, tokens=amount)
 
 
@@ -228,7 +244,10 @@ def test_what_no_window_can_hold_is_refused_at_once(world: World, amount: float)
         ({"token": 1}, "token=1: bucket llm limits requests, tokens"),
         ({"tokens": -1}, "tokens=-1"),
         ({"tokens": float("nan")}, "tokens=nan"),
-        ({"tokens": 1, "priority": "urgent"}, "priority='urgent': must be one of critical, high, normal, low"),
+        (
+            {"tokens": 1, "priority": "urgent"},
+            "priority='urgent': must be one of critical, high, normal, low",
+        ),
         ({}, "say how much of each: requests, tokens"),
     ],
 )
@@ -237,7 +256,9 @@ def test_a_wrong_amount_is_told(world: World, amounts: dict[str, Any], told: str
         provider(world).acquire(**amounts)
 
 
-@pytest.mark.parametrize(("limit", "per_s", "burst"), [(0, 1, None), (1, 0, None), (10, 1, 11), (10, 1, 0)])
+@pytest.mark.parametrize(
+    ("limit", "per_s", "burst"), [(0, 1, None), (1, 0, None), (10, 1, 11), (10, 1, 0)]
+)
 def test_a_wrong_rate_is_told(limit: float, per_s: float, burst: float | None) -> None:
     with pytest.raises(InvalidValue):
         Rate(limit, per_s, burst)
@@ -277,19 +298,27 @@ def test_scopes_have_limits_of_their_own_beside_the_global_one(world: World) -> 
 
 
 def test_the_presets() -> None:
-    assert {name: (rate.limit, rate.per_s) for name, rate in PROVIDER.items()} == {"requests": (3500, 60), "tokens": (90_000, 60)}
+    assert {name: (rate.limit, rate.per_s) for name, rate in PROVIDER.items()} == {
+        "requests": (3500, 60),
+        "tokens": (90_000, 60),
+    }
     assert (ROUTER.limit, ROUTER.per_s, ROUTER.capacity) == (1000, 1, 100)
 
 
 def test_a_saturated_provider_is_used_and_never_exceeded(world: World) -> None:
-    bucket, window = provider(world, requests=Rate(1750, per_s=30)), Window(1750, 30)  # the flow of 3500 a minute
+    bucket, window = (
+        provider(world, requests=Rate(1750, per_s=30)),
+        Window(1750, 30),
+    )  # the flow of 3500 a minute
     began, granted = world.now, []
     while world.now < began + 120:
         grant = bucket.acquire(max_wait_s=100)
         assert window.admits(grant.at, 1)
         granted.append(grant.at)
 
-    after_the_first = [sum(1 for at in granted if began + 30 * i <= at < began + 30 * (i + 1)) for i in (1, 2, 3)]
+    after_the_first = [
+        sum(1 for at in granted if began + 30 * i <= at < began + 30 * (i + 1)) for i in (1, 2, 3)
+    ]
     assert min(after_the_first) >= 0.97 * 1750
 
 
@@ -319,7 +348,9 @@ def test_without_redis_each_process_takes_its_share_and_tells_it_afterwards(worl
     assert buckets[0].acquire(), "and what was taken before is over: it was paced already"
 
 
-def test_a_pause_that_was_asked_for_while_redis_was_away_holds_for_all_afterwards(world: World) -> None:
+def test_a_pause_that_was_asked_for_while_redis_was_away_holds_for_all_afterwards(
+    world: World,
+) -> None:
     stores = [world.store() for _ in range(2)]
     ours, theirs = (TokenBucket("llm", store, calls=Rate(40, per_s=1)) for store in stores)
     ours.acquire()
@@ -367,15 +398,23 @@ class Oracle:
         self.span, self.width = rate.per_s + guard_s, rate.per_s / 256
 
     def flow(self, now: float) -> None:
-        self.level = min(self.rate.capacity, self.level + (now - self.at) * self.rate.limit / self.rate.per_s)
+        self.level = min(
+            self.rate.capacity, self.level + (now - self.at) * self.rate.limit / self.rate.per_s
+        )
         self.at = now
 
     def bucket_wait(self, amount: float) -> float:
-        return max(0.0, (min(amount, self.rate.capacity) - self.level) * self.rate.per_s / self.rate.limit)
+        return max(
+            0.0, (min(amount, self.rate.capacity) - self.level) * self.rate.per_s / self.rate.limit
+        )
 
     def in_any_window(self) -> float:
         return max(
-            (sum(n for at, n in self.granted if start <= at < start + self.rate.per_s) for start, _ in self.granted), default=0
+            (
+                sum(n for at, n in self.granted if start <= at < start + self.rate.per_s)
+                for start, _ in self.granted
+            ),
+            default=0,
         )
 
 
@@ -385,10 +424,18 @@ class Oracle:
     per_s=st.sampled_from([0.5, 1.0, 7.0, 60.0]),
     burst=st.floats(0.05, 1),
     steps=st.lists(
-        st.tuples(st.floats(0, 0.4), st.integers(1, 8), st.floats(0, 0.5), st.sampled_from([None, 0.0, 0.5, 1.0])), max_size=60
+        st.tuples(
+            st.floats(0, 0.4),
+            st.integers(1, 8),
+            st.floats(0, 0.5),
+            st.sampled_from([None, 0.0, 0.5, 1.0]),
+        ),
+        max_size=60,
     ),
 )
-def test_against_an_oracle(limit: int, per_s: float, burst: float, steps: list[tuple[float, int, float, float | None]]) -> None:
+def test_against_an_oracle(
+    limit: int, per_s: float, burst: float, steps: list[tuple[float, int, float, float | None]]
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         world = World()
         world.install(patch)
@@ -418,7 +465,9 @@ def test_against_an_oracle(limit: int, per_s: float, burst: float, steps: list[t
             assert bucket.status()["calls"]["level"] == pytest.approx(oracle.level, abs=1e-3)
 
 
-def admits_then_and_not_before(world: World, bucket: TokenBucket, amount: int, wait_s: float) -> None:
+def admits_then_and_not_before(
+    world: World, bucket: TokenBucket, amount: int, wait_s: float
+) -> None:
     if wait_s > 0.004:
         with world.future(wait_s - 0.002):
             assert not bucket.acquire(calls=amount)

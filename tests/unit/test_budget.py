@@ -1,4 +1,6 @@
-"""Budgets of a tree: who may spend how much, what a dead holder costs, what carving and folding keep."""
+"""Budgets of a tree: who may spend how much, what a dead holder costs, what carving and folding
+keep.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def test_a_reservation_is_replaced_by_what_was_used_once(world: World) -> None:
     assert charge == Charge("call-1", "granted")
     assert charge
     assert budget.status().held == {"tokens": 800, "money": 0.5, "calls": 1}
-    settled = [budget.settle(charge.id, {"tokens": used, "money": 0.25, "calls": 1}, label="small") for used in (700, 1)]
+    settled = [
+        budget.settle(charge.id, {"tokens": used, "money": 0.25, "calls": 1}, label="small")
+        for used in (700, 1)
+    ]
     assert settled == [True, False]
     assert budget.status() == Spending(
         limits={"tokens": 1000, "money": 2.5},
@@ -53,7 +58,11 @@ def test_a_reservation_is_replaced_by_what_was_used_once(world: World) -> None:
 
 
 def test_the_first_limits_hold_for_every_process(world: World) -> None:
-    ours, theirs, other = opened(world, tokens=10), opened(world, tokens=1000), SharedBudget("job-8", world.store())
+    ours, theirs, other = (
+        opened(world, tokens=10),
+        opened(world, tokens=1000),
+        SharedBudget("job-8", world.store()),
+    )
     assert ours.charge("a", {"tokens": 10})
 
     assert answer(theirs.charge("b", {"tokens": 1})) == ("wait", "tokens")
@@ -81,7 +90,12 @@ def test_without_limits_all_is_granted_and_counted(world: World) -> None:
     assert budget.charge("b", {"tokens": 5})
 
     found = budget.status()
-    assert (found.limits, found.left, found.spent, found.held) == ({}, {}, {"tokens": 2e12}, {"tokens": 5})
+    assert (found.limits, found.left, found.spent, found.held) == (
+        {},
+        {},
+        {"tokens": 2e12},
+        {"tokens": 5},
+    )
 
 
 def test_a_charge_that_is_asked_for_again_is_the_same(world: World) -> None:
@@ -104,7 +118,12 @@ def test_all_or_nothing_and_the_unit_that_will_never_do_is_told_first(world: Wor
 
 @pytest.mark.parametrize(
     ("used", "then"),
-    [(3, ("granted", "")), (10, ("exhausted", "tokens")), (30, ("exhausted", "tokens")), (None, ("granted", ""))],
+    [
+        (3, ("granted", "")),
+        (10, ("exhausted", "tokens")),
+        (30, ("exhausted", "tokens")),
+        (None, ("granted", "")),
+    ],
 )
 def test_who_waits_is_answered_when_the_call_in_flight_has_settled(
     world: World, used: float | None, then: tuple[str, str]
@@ -139,7 +158,10 @@ def test_who_was_taken_for_dead_corrects_what_was_counted(world: World, used: fl
     budget.charge("late", {"tokens": 8})
     world.sleep(5 * 86400)
 
-    assert [budget.settle("late", {"tokens": used}, label="large") for _ in range(2)] == [True, False]
+    assert [budget.settle("late", {"tokens": used}, label="large") for _ in range(2)] == [
+        True,
+        False,
+    ]
     assert budget.status().spent == {"tokens": used}
     assert budget.status().left == {"tokens": 10 - used}
     assert budget.status().by_label == {"large": {"tokens": used}}
@@ -183,7 +205,7 @@ def test_an_account_below_zero_denies_what_costs_and_nothing_else(world: World) 
     assert budget.charge("b", {"tokens": 0, "calls": 1})
 
 
-# --- accounts ----------------------------------------------------------------------------------------
+# --- accounts ---------------------------------------------------------------------------------
 
 
 def test_a_share_is_moved_once(world: World) -> None:
@@ -195,8 +217,14 @@ def test_a_share_is_moved_once(world: World) -> None:
         {"tokens": 20},
         {"tokens": 10},
     ]
-    assert budget.status().accounts == {"": {"tokens": 60}, "x": {"tokens": 10}, "y": {"tokens": 10}}
-    assert answer(budget.charge("b", {"tokens": 11}, account="x")) == ("exhausted", "tokens"), "others have enough: it does not"
+    assert budget.status().accounts == {
+        "": {"tokens": 60},
+        "x": {"tokens": 10},
+        "y": {"tokens": 10},
+    }
+    assert answer(budget.charge("b", {"tokens": 11}, account="x")) == ("exhausted", "tokens"), (
+        "others have enough: it does not"
+    )
     budget.fold("x")
     assert budget.carve("x") == {"tokens": 20}, "as it got the first time"
     assert budget.status().accounts == {"": {"tokens": 70}, "y": {"tokens": 10}}
@@ -226,7 +254,9 @@ def test_an_account_whose_parents_have_folded_has_the_nearest_that_is_open(world
         budget.carve(child, 0.5, of=parent)
     budget.fold("y")
     assert budget.status().accounts == {"": {"tokens": 8}, "x": {"tokens": 6}, "z": {"tokens": 2}}
-    assert answer(budget.charge("a", {"tokens": 7}, account="y")) == ("exhausted", "tokens"), "by the limit of x"
+    assert answer(budget.charge("a", {"tokens": 7}, account="y")) == ("exhausted", "tokens"), (
+        "by the limit of x"
+    )
     budget.fold("x")
     assert budget.carve("w", 0.5, of="y") == {"tokens": 7}
     budget.fold("z")
@@ -248,7 +278,7 @@ def test_any_text_may_be_a_name(world: World) -> None:
     assert (charge.id, budget.status().by_label) == (odd, {odd: {odd: 1}})
 
 
-# --- money -------------------------------------------------------------------------------------------
+# --- money ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("limit", "count"), [(0.3, 3), (1.0, 10), (2.3, 23)])
@@ -299,7 +329,7 @@ def test_prices_leave_nothing_behind(world: World) -> None:
     assert found.held == {"money": 0}
 
 
-# --- the way to Redis --------------------------------------------------------------------------------
+# --- the way to Redis -------------------------------------------------------------------------
 
 
 def every_call(budget: SharedBudget) -> list[Callable[[], object]]:
@@ -335,7 +365,9 @@ def test_every_key_is_kept_from_the_last_change_on(world: World) -> None:
             client.expire(key, 60)
 
     assert sorted(key.decode() for key in client.scan_iter()) == sorted(keys)
-    assert all(key.startswith("unit:{spending:job-7}:") for key in keys), "one script may touch them together"
+    assert all(key.startswith("unit:{spending:job-7}:") for key in keys), (
+        "one script may touch them together"
+    )
 
 
 def test_settling_shares_a_round_trip(world: World) -> None:
@@ -372,7 +404,11 @@ def test_while_redis_is_away_nobody_spends_and_what_is_reserved_stays_counted(wo
 @pytest.mark.parametrize("amount", [-1, float("nan"), float("inf"), "5", None])
 def test_a_wrong_amount_is_told(world: World, amount: Any) -> None:
     budget = opened(world, tokens=10)
-    for call in (budget.open, lambda wrong: budget.charge("a", wrong), lambda wrong: budget.settle("a", wrong)):
+    for call in (
+        budget.open,
+        lambda wrong: budget.charge("a", wrong),
+        lambda wrong: budget.settle("a", wrong),
+    ):
         with pytest.raises(InvalidValue, match=r"tokens=.*: must be a finite number of at least 0"):
             call({"tokens": amount})
 
@@ -398,14 +434,18 @@ def test_what_cannot_be_is_told(world: World) -> None:
     assert unopened.settle("a", {"tokens": 1}) is False
 
 
-# --- against an oracle -------------------------------------------------------------------------------
+# --- against an oracle ------------------------------------------------------------------------
 
 Amounts = dict[str, Fraction]
 CLOSE = Fraction(1, 10**9)
 LIMITS = {"tokens": 64.0, "money": 20.0}
 IDS, NUMBERS = st.sampled_from("abcdefgh"), st.integers(0, 5)
-AMOUNTS = st.dictionaries(st.sampled_from(["tokens", "money", "calls"]), st.integers(0, 96).map(lambda n: Fraction(n, 16)))
-"""Sixteenths, and shares that are halves: no sum of them is rounded within the steps of one example."""
+AMOUNTS = st.dictionaries(
+    st.sampled_from(["tokens", "money", "calls"]), st.integers(0, 96).map(lambda n: Fraction(n, 16))
+)
+"""Sixteenths, and shares that are halves: no sum of them is rounded within the steps of one
+example.
+"""
 
 
 def nothing() -> Amounts:
@@ -437,7 +477,9 @@ class Account:
     folded: bool = False
 
     def add_free(self, amounts: Mapping[str, Fraction], sign: int = 1) -> None:
-        add(self.free, {unit: amount for unit, amount in amounts.items() if unit in self.free}, sign)
+        add(
+            self.free, {unit: amount for unit, amount in amounts.items() if unit in self.free}, sign
+        )
 
 
 @dataclass
@@ -485,17 +527,29 @@ class Oracle:
         account = self.accounts[name]
         account.folded = True
         parent = self.open_account(name)
-        for sums, amounts in ((parent.free, account.free), (parent.held, account.held), (parent.spent, account.spent)):
+        for sums, amounts in (
+            (parent.free, account.free),
+            (parent.held, account.held),
+            (parent.spent, account.spent),
+        ):
             add(sums, amounts)
 
     def next_id(self, id: str) -> str:
-        """Return the id of a charge that is asked for by an id: a charge that has lapsed keeps its own."""
+        """Return the id of a charge that is asked for by an id: a charge that has lapsed keeps its
+        own.
+        """
         names = (id if number == 1 else f"{id}~{number}" for number in range(1, 100))
-        return next(name for name in names if name not in self.charges or not self.charges[name].lapsed)
+        return next(
+            name for name in names if name not in self.charges or not self.charges[name].lapsed
+        )
 
     def reasons(self, amounts: Amounts, account: Account) -> list[tuple[str, str]]:
         """Return what speaks against a charge, the worst first."""
-        short = {unit: amount * (1 - CLOSE) for unit, amount in amounts.items() if unit in account.free and amount}
+        short = {
+            unit: amount * (1 - CLOSE)
+            for unit, amount in amounts.items()
+            if unit in account.free and amount
+        }
         return sorted(
             ("exhausted" if least > account.free[unit] + account.held[unit] else "wait", unit)
             for unit, least in short.items()
@@ -526,7 +580,11 @@ class BudgetMachine(RuleBasedStateMachine):
         super().__init__()
         self.patch, self.world = pytest.MonkeyPatch(), World()
         self.world.install(self.patch)
-        self.budgets, self.oracle, self.turn = [opened(self.world, **LIMITS) for _ in range(2)], Oracle(), 0
+        self.budgets, self.oracle, self.turn = (
+            [opened(self.world, **LIMITS) for _ in range(2)],
+            Oracle(),
+            0,
+        )
 
     def teardown(self) -> None:
         self.patch.undo()
@@ -583,7 +641,10 @@ class BudgetMachine(RuleBasedStateMachine):
 
     @invariant()
     def all_is_as_the_oracle_says(self) -> None:
-        found, open_ones = self.budget.status(), {n: a for n, a in self.oracle.accounts.items() if not a.folded}
+        found, open_ones = (
+            self.budget.status(),
+            {n: a for n, a in self.oracle.accounts.items() if not a.folded},
+        )
         assert found.limits == LIMITS
         assert found.accounts == {name: account.free for name, account in open_ones.items()}
         assert found.by_label == self.oracle.by_label
@@ -591,7 +652,9 @@ class BudgetMachine(RuleBasedStateMachine):
             total = nothing()
             for account in open_ones.values():
                 add(total, getattr(account, part))
-            assert without_zeros(getattr(found, "left" if part == "free" else part)) == without_zeros(total)
+            assert without_zeros(
+                getattr(found, "left" if part == "free" else part)
+            ) == without_zeros(total)
 
     @invariant()
     def nothing_is_lost_and_nothing_is_counted_too_low(self) -> None:
@@ -600,11 +663,19 @@ class BudgetMachine(RuleBasedStateMachine):
             add(counted, charge.amounts)
         for reserved, used in self.oracle.settled:
             add(counted, used)
-            add(beyond, {unit: max(Fraction(0), amount - reserved.get(unit, 0)) for unit, amount in used.items()})
+            add(
+                beyond,
+                {
+                    unit: max(Fraction(0), amount - reserved.get(unit, 0))
+                    for unit, amount in used.items()
+                },
+            )
         for unit, amount in counted.items():
             assert found.spent.get(unit, 0.0) + found.held.get(unit, 0.0) == amount
         for unit, limit in LIMITS.items():
-            assert found.spent[unit] + found.held[unit] + found.left[unit] == limit, "carving and folding keep all of it"
+            assert found.spent[unit] + found.held[unit] + found.left[unit] == limit, (
+                "carving and folding keep all of it"
+            )
             assert counted[unit] <= limit + beyond[unit] + Fraction(1, 10**6)
 
 

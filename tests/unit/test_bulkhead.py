@@ -56,7 +56,12 @@ def test_processes_share_a_limit_and_names_do_not(world: World) -> None:
 def test_a_host_may_be_anything_that_is_counted_by(world: World) -> None:
     bulkhead = Bulkhead("llm", world.store(), per_host=1)
 
-    assert [bool(bulkhead.acquire(host=endpoint)) for endpoint in ("a", "b", "a", "")] == [True, True, False, True]
+    assert [bool(bulkhead.acquire(host=endpoint)) for endpoint in ("a", "b", "a", "")] == [
+        True,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_a_permit_is_given_back_once(world: World) -> None:
@@ -106,14 +111,21 @@ def test_a_heavy_call_takes_the_room_of_several(world: World) -> None:
 
 
 @pytest.mark.parametrize(("weight", "per_host", "bound"), [(21, None, 20), (6, 5, 5)])
-def test_what_no_room_can_hold_is_refused_at_once(world: World, weight: float, per_host: float | None, bound: int) -> None:
+def test_what_no_room_can_hold_is_refused_at_once(
+    world: World, weight: float, per_host: float | None, bound: int
+) -> None:
     bulkhead = Bulkhead("pool", world.store(), limit=20, per_host=per_host, sleep=world.sleep)
 
-    with pytest.raises(NeverSatisfiable, match=f"bulkhead pool: {weight} at once can never be granted, the limit is {bound}"):
+    with pytest.raises(
+        NeverSatisfiable,
+        match=f"bulkhead pool: {weight} at once can never be granted, the limit is {bound}",
+    ):
         bulkhead.acquire(weight=weight, max_wait_s=10)
 
 
-@pytest.mark.parametrize("wrong", [{"limit": 0}, {"limit": -1}, {"per_host": -1}, {"lease_s": 0}, {"limit": "fast"}])
+@pytest.mark.parametrize(
+    "wrong", [{"limit": 0}, {"limit": -1}, {"per_host": -1}, {"lease_s": 0}, {"limit": "fast"}]
+)
 def test_a_wrong_bound_is_told(world: World, wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidValue, match=f"{next(iter(wrong))}=.*: must be "):
         Bulkhead("llm", world.store(), **wrong)
@@ -130,11 +142,19 @@ def test_it_waits_for_room_as_long_as_asked(world: World) -> None:
     assert world.now - began == pytest.approx(5, abs=0.02), "as soon as the lease is over"
 
 
-def test_who_waits_is_woken_by_urgency_and_then_by_age_one_for_each_that_leaves(world: World) -> None:
+def test_who_waits_is_woken_by_urgency_and_then_by_age_one_for_each_that_leaves(
+    world: World,
+) -> None:
     woken: list[str] = []
     bulkhead = Bulkhead("llm", world.store(), limit=2, wake=woken.extend)
     held = [bulkhead.acquire(), bulkhead.acquire()]
-    for waiter, urgency in [("low", 3), ("normal", 2), ("normal 2", 2), ("critical", 0), ("low", 3)]:
+    for waiter, urgency in [
+        ("low", 3),
+        ("normal", 2),
+        ("normal 2", 2),
+        ("critical", 0),
+        ("low", 3),
+    ]:
         assert not bulkhead.acquire(waiter=waiter, urgency=urgency)
         world.sleep(0.01)
     assert bulkhead.status()["waiting"] == 4
@@ -161,7 +181,9 @@ def test_who_came_in_meanwhile_is_not_woken(world: World) -> None:
 
 def test_as_many_are_woken_as_a_dead_process_held(world: World) -> None:
     woken: list[str] = []
-    dead, alive = (Bulkhead("llm", world.store(), limit=2, host=host, wake=woken.extend) for host in ("a", "b"))
+    dead, alive = (
+        Bulkhead("llm", world.store(), limit=2, host=host, wake=woken.extend) for host in ("a", "b")
+    )
     assert all([dead.acquire(), dead.acquire()])
     for waiter in "xyz":
         alive.acquire(waiter=waiter)
@@ -199,7 +221,9 @@ def test_a_limit_that_is_not_used_does_not_grow(world: World) -> None:
 
 
 def test_a_round_with_drops_costs_a_tenth_however_many_there_are(world: World) -> None:
-    processes = [Bulkhead("llm", world.store(), limit=Aimd(20), per_host=None, lease_s=60) for _ in range(2)]
+    processes = [
+        Bulkhead("llm", world.store(), limit=Aimd(20), per_host=None, lease_s=60) for _ in range(2)
+    ]
     in_flight = [processes[i % 2].acquire() for i in range(12)]
     world.sleep(1)
     for permit in in_flight:
@@ -209,7 +233,9 @@ def test_a_round_with_drops_costs_a_tenth_however_many_there_are(world: World) -
     next_round = [processes[0].acquire() for _ in range(3)]
     world.sleep(1)
     next_round[0].release(CallTimeout("call", 1))
-    assert limit_of(processes[1]) == pytest.approx(18), "it began in the millisecond of the cut, at the old speed"
+    assert limit_of(processes[1]) == pytest.approx(18), (
+        "it began in the millisecond of the cut, at the old speed"
+    )
     later = processes[1].acquire()
     world.sleep(1)
     later.release(ConnectionError())
@@ -238,8 +264,12 @@ def test_a_found_limit_is_everyones_and_never_below_one(world: World) -> None:
     assert [bool(theirs.acquire()) for _ in range(2)] == [True, False]
 
 
-def test_a_pool_grows_when_more_is_asked_for_and_shrinks_when_that_has_long_ended(world: World) -> None:
-    pool = Bulkhead("memory", world.store(), limit=Elastic(500, 2048, 900), per_host=None, lease_s=3600)
+def test_a_pool_grows_when_more_is_asked_for_and_shrinks_when_that_has_long_ended(
+    world: World,
+) -> None:
+    pool = Bulkhead(
+        "memory", world.store(), limit=Elastic(500, 2048, 900), per_host=None, lease_s=3600
+    )
     small = pool.acquire(weight=400)
     assert limit_of(pool) == 500
     large = pool.acquire(weight=1600)
@@ -267,7 +297,9 @@ def test_a_pool_at_rest_never_grows_beyond_its_largest(world: World) -> None:
 
 
 def test_a_pool_shrinks_when_its_last_large_use_has_long_ended_not_begun(world: World) -> None:
-    pool = Bulkhead("memory", world.store(), limit=Elastic(500, 2048, 900), per_host=None, lease_s=3600)
+    pool = Bulkhead(
+        "memory", world.store(), limit=Elastic(500, 2048, 900), per_host=None, lease_s=3600
+    )
     large = pool.acquire(weight=1500)
     world.sleep(1000)
     large.release()
@@ -317,7 +349,9 @@ def test_the_presets_of_the_source_document() -> None:
     assert PRESETS == {"throughput": 20, "default": 10, "constrained": 5}
 
 
-def test_without_redis_a_process_holds_as_many_as_it_did(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_redis_a_process_holds_as_many_as_it_did(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     store = world.store()
     bulkhead, other = Bulkhead("llm", store, limit=10), Bulkhead("llm", world.store(), limit=10)
     held = [bulkhead.acquire() for _ in range(3)]
@@ -387,7 +421,8 @@ def test_a_full_bulkhead_is_told_and_runs_nothing(world: World) -> None:
 
     with bulkhead.permit():
         with pytest.raises(
-            BulkheadFull, match="bulkhead llm: as many calls are in flight as may be; come back in 60 s"
+            BulkheadFull,
+            match="bulkhead llm: as many calls are in flight as may be; come back in 60 s",
         ) as caught:
             bulkhead.call(ran.append, 1)
         with pytest.raises(BulkheadFull):
@@ -398,7 +433,9 @@ def test_a_full_bulkhead_is_told_and_runs_nothing(world: World) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, asyncio.CancelledError])
-def test_whatever_ends_a_call_gives_its_permit_back(world: World, error: type[BaseException]) -> None:
+def test_whatever_ends_a_call_gives_its_permit_back(
+    world: World, error: type[BaseException]
+) -> None:
     bulkhead = Bulkhead("llm", world.store(), limit=1)
 
     async def fail() -> None:
@@ -411,7 +448,7 @@ def test_whatever_ends_a_call_gives_its_permit_back(world: World, error: type[Ba
             asyncio.run(bulkhead.call_async(fail))
 
 
-# --- against an oracle ----------------------------------------------------------------------------------
+# --- against an oracle ------------------------------------------------------------------------
 
 
 LIMIT, PER_HOST, LEASE_S = 8, 5, 4.0
@@ -446,7 +483,14 @@ class BulkheadMachine(RuleBasedStateMachine):
         self.patch.undo()
 
     def process(self, number: int) -> Process:
-        made = Process("llm", self.world.store(), limit=LIMIT, per_host=PER_HOST, lease_s=LEASE_S, host=HOSTS[number])
+        made = Process(
+            "llm",
+            self.world.store(),
+            limit=LIMIT,
+            per_host=PER_HOST,
+            lease_s=LEASE_S,
+            host=HOSTS[number],
+        )
         made.number = number
         return made
 
@@ -458,7 +502,11 @@ class BulkheadMachine(RuleBasedStateMachine):
     def weight(self, host: str = "") -> int:
         return sum(each.weight for each in self.held if not host or each.host == host)
 
-    @rule(number=st.integers(0, 3), weight=st.integers(1, PER_HOST), endpoint=st.sampled_from(["", "", "left", "api"]))
+    @rule(
+        number=st.integers(0, 3),
+        weight=st.integers(1, PER_HOST),
+        endpoint=st.sampled_from(["", "", "left", "api"]),
+    )
     def take(self, number: int, weight: int, endpoint: str) -> None:
         host = endpoint or HOSTS[number]
         room = self.weight() + weight <= LIMIT and self.weight(host) + weight <= PER_HOST
@@ -466,7 +514,16 @@ class BulkheadMachine(RuleBasedStateMachine):
         assert bool(permit) is room
         if permit:
             until = self.world.now + LEASE_S
-            self.held.append(Held(Permit(self.processes[number], permit.name), permit.name, number, host, weight, until))
+            self.held.append(
+                Held(
+                    Permit(self.processes[number], permit.name),
+                    permit.name,
+                    number,
+                    host,
+                    weight,
+                    until,
+                )
+            )
         else:
             first = min(each.until for each in self.held)
             assert permit.wait_s == pytest.approx(max(0.02, first - self.world.now), abs=0.001)

@@ -1,4 +1,6 @@
-"""The order of queues: shares by weight, no starvation, no hoarding, slots kept for critical work, and what age adds."""
+"""The order of queues: shares by weight, no starvation, no hoarding, slots kept for critical work,
+and what age adds.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def weight(queue: str) -> float:
     return WEIGHTS[priority_of(queue)]
 
 
-# --- shares ------------------------------------------------------------------------------------------
+# --- shares -----------------------------------------------------------------------------------
 
 
 def test_full_queues_share_by_weight_exactly() -> None:
@@ -50,8 +52,13 @@ def test_full_queues_share_by_weight_exactly() -> None:
 
 
 @settings(max_examples=25)  # each looks at thousands of messages
-@given(st.sets(st.sampled_from(QUEUES), min_size=1), st.lists(st.sets(st.sampled_from(QUEUES), min_size=1), max_size=60))
-def test_whatever_was_before_shares_are_within_2_percent(full: set[str], before: list[set[str]]) -> None:
+@given(
+    st.sets(st.sampled_from(QUEUES), min_size=1),
+    st.lists(st.sets(st.sampled_from(QUEUES), min_size=1), max_size=60),
+)
+def test_whatever_was_before_shares_are_within_2_percent(
+    full: set[str], before: list[set[str]]
+) -> None:
     cycle = cycle_of()
     for waiting in before:
         serve(cycle, waiting)
@@ -59,12 +66,16 @@ def test_whatever_was_before_shares_are_within_2_percent(full: set[str], before:
     served = Counter(serve(cycle, full) for _ in range(3000))
 
     for queue in full:
-        assert served[queue] == pytest.approx(3000 * weight(queue) / sum(map(weight, full)), rel=0.02)
+        assert served[queue] == pytest.approx(
+            3000 * weight(queue) / sum(map(weight, full)), rel=0.02
+        )
 
 
 @pytest.mark.parametrize("queue", QUEUES)
 def test_a_full_queue_among_full_queues_is_served_every_few_messages(queue: str) -> None:
-    """Every sum(w) / w messages: 2, 4, 8 and 15, and up to 2 more where strides of several queues meet."""
+    """Every sum(w) / w messages: 2, 4, 8 and 15, and up to 2 more where strides of several queues
+    meet.
+    """
     cycle = cycle_of()
     picks = [serve(cycle, QUEUES) for _ in range(15_000)]
     served = [at for at, each in enumerate(picks) if each == queue]
@@ -75,11 +86,19 @@ def test_a_full_queue_among_full_queues_is_served_every_few_messages(queue: str)
     assert between <= math.ceil(sum(WEIGHTS.values()) / weight(queue)) + 2
 
 
-@given(st.lists(st.sets(st.sampled_from(QUEUES)), min_size=20, max_size=200), st.sampled_from(QUEUES))
-def test_a_queue_with_work_is_served_in_time_however_others_come_and_go(others: list[set[str]], queue: str) -> None:
-    """Until its turn, at most 1 + 1/w away in virtual time, another takes a message each 1/w of its own."""
+@given(
+    st.lists(st.sets(st.sampled_from(QUEUES)), min_size=20, max_size=200), st.sampled_from(QUEUES)
+)
+def test_a_queue_with_work_is_served_in_time_however_others_come_and_go(
+    others: list[set[str]], queue: str
+) -> None:
+    """Until its turn, at most 1 + 1/w away in virtual time, another takes a message each 1/w of its
+    own.
+    """
     cycle, passed_over = cycle_of(), 0
-    bound = sum(math.floor((1 + 1 / weight(queue)) * weight(each)) + 1 for each in QUEUES if each != queue)
+    bound = sum(
+        math.floor((1 + 1 / weight(queue)) * weight(each)) + 1 for each in QUEUES if each != queue
+    )
 
     for waiting in others:
         passed_over = 0 if serve(cycle, waiting | {queue}) == queue else passed_over + 1
@@ -97,7 +116,9 @@ def test_every_queue_is_asked_every_time(rounds: list[set[str]]) -> None:
 
 @pytest.mark.parametrize("queue", QUEUES)
 def test_an_idle_queue_hoards_nothing(queue: str) -> None:
-    """Back from any absence it may catch up on one round of its own, and then shares as all others."""
+    """Back from any absence it may catch up on one round of its own, and then shares as all
+    others.
+    """
     cycle = cycle_of()
     for _ in range(1000):
         serve(cycle, set(QUEUES) - {queue})
@@ -117,7 +138,7 @@ def test_those_who_wake_together_go_by_urgency() -> None:
     assert cycle.consume(4) == ["rlm.critical", "rlm.high", "rlm.low", "celery"]
 
 
-# --- critical and control ----------------------------------------------------------------------------
+# --- critical and control ---------------------------------------------------------------------
 
 
 @dataclass
@@ -136,7 +157,9 @@ class Worker:
 
 
 @pytest.mark.parametrize(("slots", "kept"), [(0, 0), (1, 0), (2, 1), (4, 3), (5, 4), (10, 8)])
-def test_critical_work_goes_first_while_it_keeps_within_80_percent_of_the_slots(slots: int, kept: int) -> None:
+def test_critical_work_goes_first_while_it_keeps_within_80_percent_of_the_slots(
+    slots: int, kept: int
+) -> None:
     worker = Worker(slots)
     cycle = cycle_of(facts=worker.facts())
     worker.held[:] = [CRITICAL] * slots
@@ -152,7 +175,9 @@ def test_critical_work_goes_first_while_it_keeps_within_80_percent_of_the_slots(
 
 
 @pytest.mark.parametrize(("slots", "kept"), [(1, 0), (2, 1), (4, 3), (5, 4), (10, 8)])
-def test_a_flood_of_critical_work_leaves_the_other_slots_to_be_shared_by_weight(slots: int, kept: int) -> None:
+def test_a_flood_of_critical_work_leaves_the_other_slots_to_be_shared_by_weight(
+    slots: int, kept: int
+) -> None:
     worker, random = Worker(slots), Random(1)
     cycle, by_weight = cycle_of(facts=worker.facts()), Counter[str]()
     for _ in range(slots):
@@ -209,7 +234,7 @@ def test_a_queue_that_is_not_ours_shares_as_normal_work_does() -> None:
     assert served == {"celery": 2000, HIGH: 4000, NORMAL: 2000}
 
 
-# --- ageing ------------------------------------------------------------------------------------------
+# --- ageing -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -228,7 +253,9 @@ def test_a_queue_that_is_not_ours_shares_as_normal_work_does() -> None:
         ("celery", 60, 1),
     ],
 )
-def test_a_queue_gains_weight_by_what_it_waits_beyond_its_target(queue: str, age_s: float, gains: float) -> None:
+def test_a_queue_gains_weight_by_what_it_waits_beyond_its_target(
+    queue: str, age_s: float, gains: float
+) -> None:
     cycle = cycle_of(queue, "other.critical", facts=Facts(ages=lambda: {queue: age_s}))
 
     served = Counter(serve(cycle, [queue, "other.critical"]) for _ in range(20_000))
@@ -243,14 +270,16 @@ def test_only_known_ages_count() -> None:
     assert ages(reports) == {"a.low": 7.5}
 
 
-# --- an hour -----------------------------------------------------------------------------------------
+# --- an hour ----------------------------------------------------------------------------------
 
 TAKE_S = 0.5
 """A worker takes a message this often: two slots, items of a second."""
 
 
 class Hour:
-    """A worker whose high queue is never empty, and whose low queue gets a message each so many seconds."""
+    """A worker whose high queue is never empty, and whose low queue gets a message each so many
+    seconds.
+    """
 
     def __init__(self, apart_s: Callable[[], float]) -> None:
         self.now, self._apart_s, self._low = 0.0, apart_s, deque[float]()
@@ -289,7 +318,9 @@ def test_the_same_trickle_starves_under_strict_priorities() -> None:
 
 
 def test_low_work_beyond_its_share_waits_until_its_age_gives_it_what_it_needs() -> None:
-    """30 % of the slots against a share of 20 %: a weight of 1.7 beside 4, 21 s beyond the target of 60 s."""
+    """30 % of the slots against a share of 20 %: a weight of 1.7 beside 4, 21 s beyond the target
+    of 60 s.
+    """
     needs_s = 60 + 30 * (4 * 0.3 / 0.7 - 1)
 
     aged, ageless = Hour(lambda: TAKE_S / 0.3), Hour(lambda: TAKE_S / 0.3)

@@ -1,4 +1,6 @@
-"""Levels and what each asks of code, as source document 1's tables have it; and that nothing is recorded but what was asked."""
+"""Levels and what each asks of code, as source document 1's tables have it; and that nothing is
+recorded but what was asked.
+"""
 
 from __future__ import annotations
 
@@ -52,16 +54,24 @@ ANSWERS: list[tuple[Level, tuple[int, bool, bool, bool, int]]] = [
 """Source document 1: what each question of QUESTIONS is answered at a level."""
 
 
-# --- levels ---------------------------------------------------------------------------------------------
+# --- levels -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("percent", "level"),
     [
-        (0, Level.NORMAL), (64.9, Level.NORMAL), (65, Level.ELEVATED), (74.9, Level.ELEVATED), (75, Level.HIGH),
-        (84.9, Level.HIGH), (85, Level.CRITICAL), (94.9, Level.CRITICAL), (95.1, Level.EMERGENCY), (250, Level.EMERGENCY),
+        (0, Level.NORMAL),
+        (64.9, Level.NORMAL),
+        (65, Level.ELEVATED),
+        (74.9, Level.ELEVATED),
+        (75, Level.HIGH),
+        (84.9, Level.HIGH),
+        (85, Level.CRITICAL),
+        (94.9, Level.CRITICAL),
+        (95.1, Level.EMERGENCY),
+        (250, Level.EMERGENCY),
     ],
-)  # fmt: skip
+)
 def test_a_percentage_has_the_level_of_the_table(percent: float, level: Level) -> None:
     assert level_of(percent) is level
 
@@ -69,23 +79,31 @@ def test_a_percentage_has_the_level_of_the_table(percent: float, level: Level) -
 def test_thresholds_may_be_ones_own() -> None:
     assert THRESHOLDS == (65.0, 75.0, 85.0, 95.0)
     assert [level_of(percent, (10, 20, 30, 40)) for percent in (9, 10, 25, 39, 40)] == [
-        Level.NORMAL, Level.ELEVATED, Level.HIGH, Level.CRITICAL, Level.EMERGENCY,
-    ]  # fmt: skip
+        Level.NORMAL,
+        Level.ELEVATED,
+        Level.HIGH,
+        Level.CRITICAL,
+        Level.EMERGENCY,
+    ]
 
 
 @pytest.mark.parametrize("level", Level)
 def test_a_level_is_known_by_its_name_its_number_and_itself(level: Level) -> None:
-    assert [as_level(each) for each in (level, level.label, level.name, level.label.title(), int(level))] == [level] * 5
+    assert [
+        as_level(each) for each in (level, level.label, level.name, level.label.title(), int(level))
+    ] == [level] * 5
 
 
 @pytest.mark.parametrize("wrong", ["severe", "", "3", 5, -1, 1.5, None, [], "high "])
 def test_what_is_no_level_is_told_with_all_that_are(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"there are normal, elevated, high, critical, emergency$") as caught:
+    with pytest.raises(
+        ValueError, match=r"there are normal, elevated, high, critical, emergency$"
+    ) as caught:
         as_level(wrong)
     assert str(caught.value).startswith(f"{wrong!r} is no pressure level")
 
 
-# --- what each level asks -------------------------------------------------------------------------------
+# --- what each level asks ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -93,17 +111,23 @@ def test_what_is_no_level_is_told_with_all_that_are(wrong: Any) -> None:
     [
         (Level.NORMAL, set()),
         (Level.ELEVATED, {"reduce_entity_limits"}),
-        (Level.HIGH, {"reduce_entity_limits", "skip_optional_analysis", "disable_expensive_computations"}),
+        (
+            Level.HIGH,
+            {"reduce_entity_limits", "skip_optional_analysis", "disable_expensive_computations"},
+        ),
         (
             Level.CRITICAL,
             {
-                "reduce_entity_limits", "skip_optional_analysis", "disable_expensive_computations", "use_simplified_methods",
+                "reduce_entity_limits",
+                "skip_optional_analysis",
+                "disable_expensive_computations",
+                "use_simplified_methods",
                 "reduce_embedding_dimensions",
             },
         ),
         (Level.EMERGENCY, ALL),
     ],
-)  # fmt: skip
+)
 def test_each_level_has_the_strategies_of_the_table(level: Level, strategies: set[str]) -> None:
     assert set(CONSTRAINTS[level].strategies) == strategies
 
@@ -124,7 +148,14 @@ def test_entity_limits_fall_by_the_tables_factors_and_never_to_nothing(
     asked = Degradation(level)
 
     assert asked.constraints.entity_limit_factor == factor
-    assert [asked.limit(most) for most in (1000, 1, 2, 3, 10, 0)] == [of_1000, of_1, of_2, of_3, of_10, 0]
+    assert [asked.limit(most) for most in (1000, 1, 2, 3, 10, 0)] == [
+        of_1000,
+        of_1,
+        of_2,
+        of_3,
+        of_10,
+        0,
+    ]
 
 
 @pytest.mark.parametrize(("level", "answers"), ANSWERS)
@@ -133,12 +164,16 @@ def test_each_question_has_the_levels_answer(level: Level, answers: tuple[Any, .
 
 
 @given(full=st.integers(0, 10**9), level=st.sampled_from(Level))
-def test_a_limit_is_never_more_never_below_one_and_falls_as_the_level_rises(full: int, level: Level) -> None:
+def test_a_limit_is_never_more_never_below_one_and_falls_as_the_level_rises(
+    full: int, level: Level
+) -> None:
     limits = [Degradation(each).limit(full) for each in Level]
 
     assert limits == sorted(limits, reverse=True)
     assert all(min(full, 1) <= limit <= full for limit in limits)
-    assert Degradation(level).limit(full) <= max(min(full, 1), full * CONSTRAINTS[level].entity_limit_factor + 1e-6)
+    assert Degradation(level).limit(full) <= max(
+        min(full, 1), full * CONSTRAINTS[level].entity_limit_factor + 1e-6
+    )
 
 
 @given(level=st.sampled_from(Level), wholes=st.integers(1, 10**6))
@@ -153,12 +188,14 @@ def test_constraints_are_one_for_all_and_cannot_be_changed() -> None:
         CONSTRAINTS[Level.NORMAL].entity_limit_factor = 0.1  # type: ignore[misc]  # that is what is tested
 
 
-# --- what is recorded -----------------------------------------------------------------------------------
+# --- what is recorded -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", Level)
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_a_strategy_is_recorded_when_it_is_asked_for_and_in_force(question: str, level: Level) -> None:
+def test_a_strategy_is_recorded_when_it_is_asked_for_and_in_force(
+    question: str, level: Level
+) -> None:
     strategy, ask = QUESTIONS[question]
     asked = Degradation(level)
     assert asked.shaped == set()
@@ -173,20 +210,28 @@ def test_a_strategy_is_recorded_when_it_is_asked_for_and_in_force(question: str,
 def test_what_cannot_be_less_is_not_recorded(most: int) -> None:
     asked = Degradation(Level.EMERGENCY)
 
-    assert (asked.limit(most), asked.embedding_dimensions(most), asked.shaped) == (most, most, set())
+    assert (asked.limit(most), asked.embedding_dimensions(most), asked.shaped) == (
+        most,
+        most,
+        set(),
+    )
 
 
 _QUESTIONS = st.lists(
     st.one_of(
         st.sampled_from([ask for _, ask in QUESTIONS.values()]),
-        st.integers(-5, 10**6).map(lambda most: lambda asked: (asked.limit(most), asked.embedding_dimensions(most))),
+        st.integers(-5, 10**6).map(
+            lambda most: lambda asked: (asked.limit(most), asked.embedding_dimensions(most))
+        ),
     ),
     max_size=20,
 )
 
 
 @given(questions=_QUESTIONS)
-def test_at_normal_nothing_is_ever_recorded_whatever_is_asked(questions: list[Callable[[Any], Any]]) -> None:
+def test_at_normal_nothing_is_ever_recorded_whatever_is_asked(
+    questions: list[Callable[[Any], Any]],
+) -> None:
     asked = Degradation()
 
     for ask in questions:
@@ -196,7 +241,9 @@ def test_at_normal_nothing_is_ever_recorded_whatever_is_asked(questions: list[Ca
 
 
 @given(questions=_QUESTIONS, level=st.sampled_from(Level))
-def test_nothing_is_recorded_that_is_not_in_force(questions: list[Callable[[Any], Any]], level: Level) -> None:
+def test_nothing_is_recorded_that_is_not_in_force(
+    questions: list[Callable[[Any], Any]], level: Level
+) -> None:
     asked = Degradation(level)
 
     for ask in questions:
@@ -205,7 +252,7 @@ def test_nothing_is_recorded_that_is_not_in_force(questions: list[Callable[[Any]
     assert asked.shaped <= set(CONSTRAINTS[level].strategies)
 
 
-# --- what a cache key must contain ----------------------------------------------------------------------
+# --- what a cache key must contain ------------------------------------------------------------
 
 
 def test_a_fingerprint_is_nothing_at_normal_and_differs_where_levels_ask_different_things() -> None:
@@ -217,15 +264,24 @@ def test_a_fingerprint_is_nothing_at_normal_and_differs_where_levels_ask_differe
 
 def test_an_operation_has_it_as_its_quality() -> None:
     assert Context("job", {}).quality == ""
-    assert Context("job", {}, degradation=Degradation(Level.HIGH)).quality == CONSTRAINTS[Level.HIGH].fingerprint
+    assert (
+        Context("job", {}, degradation=Degradation(Level.HIGH)).quality
+        == CONSTRAINTS[Level.HIGH].fingerprint
+    )
 
 
-# --- the words of source document 1 ---------------------------------------------------------------------
+# --- the words of source document 1 -----------------------------------------------------------
 
 
-@pytest.fixture(params=["ctx", "dict", "nothing", "a dict without a level", "an object of one's own"])
-def source(request: pytest.FixtureRequest) -> Iterator[Callable[[Level], tuple[Any, Degradation | None]]]:
-    """Return what makes a context of a level, and the record that asking it leaves traces in: a dict has none."""
+@pytest.fixture(
+    params=["ctx", "dict", "nothing", "a dict without a level", "an object of one's own"]
+)
+def source(
+    request: pytest.FixtureRequest,
+) -> Iterator[Callable[[Level], tuple[Any, Degradation | None]]]:
+    """Return what makes a context of a level, and the record that asking it leaves traces in: a
+    dict has none.
+    """
     token = IN_FORCE.set(None)
 
     def context(level: Level) -> tuple[Any, Degradation | None]:
@@ -235,14 +291,18 @@ def source(request: pytest.FixtureRequest) -> Iterator[Callable[[Level], tuple[A
         if request.param == "dict":
             return {"pressure_level": level, "document_text": "..."}, None
         IN_FORCE.set(record)
-        return {"nothing": None, "a dict without a level": {"tables": []}}.get(request.param, object()), record
+        return {"nothing": None, "a dict without a level": {"tables": []}}.get(
+            request.param, object()
+        ), record
 
     yield context
     IN_FORCE.reset(token)
 
 
 @pytest.mark.parametrize(("level", "answers"), ANSWERS)
-def test_the_sources_words_ask_the_same(source: Any, level: Level, answers: tuple[Any, ...]) -> None:
+def test_the_sources_words_ask_the_same(
+    source: Any, level: Level, answers: tuple[Any, ...]
+) -> None:
     context, record = source(level)
 
     assert tuple(ask(context) for ask in SAME_IN_THE_SOURCES_WORDS.values()) == answers
@@ -276,7 +336,9 @@ def test_a_dict_may_tell_the_level_in_any_way_and_is_not_overruled(told: Any) ->
     def ask() -> tuple[int, set[Strategy]]:
         running = Degradation(Level.EMERGENCY)
         IN_FORCE.set(running)
-        return ResourceConstraints.get_entity_limit({"pressure_level": told}, default=10), running.shaped
+        return ResourceConstraints.get_entity_limit(
+            {"pressure_level": told}, default=10
+        ), running.shaped
 
     assert contextvars.copy_context().run(ask) == (5, set())
 

@@ -1,4 +1,5 @@
-"""What is shipped for deployment fits the code: settings, commands, metrics, alerts; and it is safe as it stands.
+"""What is shipped for deployment fits the code: settings, commands, metrics, alerts; and it is safe
+as it stands.
 
 Nothing is started here, and no tool but Python is needed.
 """
@@ -36,7 +37,11 @@ PAGE = PAGES["docs/deployment.md"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-SHIPPED = [ROOT / "compose.yaml", ROOT / "Dockerfile", *sorted(each for each in DEPLOY.rglob("*") if each.is_file())]
+SHIPPED = [
+    ROOT / "compose.yaml",
+    ROOT / "Dockerfile",
+    *sorted(each for each in DEPLOY.rglob("*") if each.is_file()),
+]
 SECRET = re.compile(r"PASSWORD|SECRET|AUTH|TOKEN|_URL$")
 REQUIRED = re.compile(r"\$\{\w+:\?[^}]+\}")
 
@@ -50,7 +55,11 @@ MANIFESTS = [
     for path in sorted((DEPLOY / "kubernetes").glob("*.yaml"))
     for document in yaml.safe_load_all(path.read_text(encoding="utf-8"))
 ]
-PODS = {each["metadata"]["name"]: each["spec"]["template"]["spec"] for each in MANIFESTS if each["kind"] == "Deployment"}
+PODS = {
+    each["metadata"]["name"]: each["spec"]["template"]["spec"]
+    for each in MANIFESTS
+    if each["kind"] == "Deployment"
+}
 RULES = [rule for group in read("prometheus/alerts.yaml")["groups"] for rule in group["rules"]]
 DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/rlm.json").read_text(encoding="utf-8"))
 PANELS = [each for each in DASHBOARD["panels"] if each["type"] != "row"]
@@ -61,26 +70,40 @@ def of_kind(kind: str) -> dict[str, dict[str, Any]]:
     return {each["metadata"]["name"]: each for each in MANIFESTS if each["kind"] == kind}
 
 
-# --- settings ----------------------------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------
 
 
 def interpolated(text: str) -> str:
     """Return a value as Compose makes it: a default, or something for what must be given."""
-    return re.sub(r"\$\{\w+:([-?])([^}]*)\}", lambda found: found[2] if found[1] == "-" else "given", text)
+    return re.sub(
+        r"\$\{\w+:([-?])([^}]*)\}", lambda found: found[2] if found[1] == "-" else "given", text
+    )
 
 
 def environments() -> Iterator[tuple[str, dict[str, str]]]:
     for name, service in SERVICES.items():
-        yield f"compose: {name}", {key: interpolated(str(value)) for key, value in service.get("environment", {}).items()}
+        yield (
+            f"compose: {name}",
+            {
+                key: interpolated(str(value))
+                for key, value in service.get("environment", {}).items()
+            },
+        )
     settings = of_kind("ConfigMap")["settings"]["data"]
     for name, pod in PODS.items():
-        own = {each["name"]: "redis://redis:6379/0" for each in pod["containers"][0]["env"] if each["name"] == "RLM_REDIS_URL"}
+        own = {
+            each["name"]: "redis://redis:6379/0"
+            for each in pod["containers"][0]["env"]
+            if each["name"] == "RLM_REDIS_URL"
+        }
         yield f"kubernetes: {name}", settings | own
     yield "Dockerfile", dict(re.findall(r"\b([A-Z][A-Z0-9_]*)=(\S+)", DOCKERFILE))
 
 
 @pytest.mark.parametrize(("where", "environment"), list(environments()))
-def test_every_variable_is_a_setting(where: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_variable_is_a_setting(
+    where: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in environment.items():
         assert isinstance(value, str), f"{where}: {name} must be quoted"
         monkeypatch.setenv(name, value)
@@ -106,14 +129,18 @@ def test_no_secret_is_in_the_clear() -> None:
 def test_the_image_is_built_from_what_is_sent_and_sends_no_secret() -> None:
     sent = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
 
-    copied = {name for line in re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, re.MULTILINE) for name in line.split()}
+    copied = {
+        name
+        for line in re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, re.MULTILINE)
+        for name in line.split()
+    }
 
     assert "*" in sent
     assert copied == {line[1:] for line in sent if line.startswith("!")}
     assert [name for name in copied if not (ROOT / name).exists()] == []
 
 
-# --- commands ----------------------------------------------------------------------------------------
+# --- commands ---------------------------------------------------------------------------------
 
 
 def commands() -> Iterator[str]:
@@ -124,13 +151,17 @@ def commands() -> Iterator[str]:
     for pod in PODS.values():
         container = pod["containers"][0]
         yield from in_container(container["args"])
-        yield from in_container(container.get("readinessProbe", {}).get("exec", {}).get("command", []))
+        yield from in_container(
+            container.get("readinessProbe", {}).get("exec", {}).get("command", [])
+        )
     yield from in_container(json.loads(re.findall(r"^CMD (.*)$", DOCKERFILE, re.MULTILINE)[0]))
     yield from (begin_with(rule) for rule in RULES)
 
 
 def of_page(name: str) -> Iterator[str]:
-    """Yield the commands that a page names, or hands to another program; what else its blocks hold is run elsewhere."""
+    """Yield the commands that a page names, or hands to another program; what else its blocks hold
+    is run elsewhere.
+    """
     yield from re.findall(r"`(celery -A rlm_tasks [^`|\n]*[^`|\n.])`", PAGES[name])
     for block in read_page(name, PAGES[name]):
         for step in steps(block) if block.language == "sh" else ():
@@ -157,13 +188,21 @@ def parse(line: str) -> None:
     assert (program, option, name) == ("celery", "-A", "rlm_tasks")
     command, context = found(line, words)
     if command is flower:
-        assert [word for word in words if word[:2] != "--" or word[2:].partition("=")[0] not in default_options] == []
+        assert [
+            word
+            for word in words
+            if word[:2] != "--" or word[2:].partition("=")[0] not in default_options
+        ] == []
         return
     known = [*command.params, *app.user_options.get(command.name, ())]
-    values, rest, _ = click.Command(command.name, params=known).make_parser(context).parse_args(words)
+    values, rest, _ = (
+        click.Command(command.name, params=known).make_parser(context).parse_args(words)
+    )
     assert rest == [], line
     for each in known:
-        if each.name in values and isinstance(each.type, click.INT.__class__ | click.FLOAT.__class__ | click.Choice):
+        if each.name in values and isinstance(
+            each.type, click.INT.__class__ | click.FLOAT.__class__ | click.Choice
+        ):
             each.type_cast_value(context, values[each.name])
 
 
@@ -190,7 +229,13 @@ def test_every_command_of_a_page_is_understood(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["worker --slots 4", "rlm presure", "flower --adress=0.0.0.0", "rlm pressure history --limit x"]
+    "wrong",
+    [
+        "worker --slots 4",
+        "rlm presure",
+        "flower --adress=0.0.0.0",
+        "rlm pressure history --limit x",
+    ],
 )
 def test_a_command_that_does_not_exist_is_found(wrong: str) -> None:
     with pytest.raises((click.UsageError, AssertionError)):
@@ -212,7 +257,7 @@ def test_the_page_lists_every_alert_with_its_command() -> None:
     assert rows == {rule["alert"]: begin_with(rule) for rule in RULES}
 
 
-# --- Compose -----------------------------------------------------------------------------------------
+# --- Compose ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -229,10 +274,19 @@ def test_every_service_is_watched_limited_and_private(name: str) -> None:
 
 
 def test_all_queues_are_consumed_and_redis_keeps_what_it_is_given() -> None:
-    consumed = {queue for each in SERVICES.values() if "-Q" in each.get("command", ()) for queue in _queues(each["command"])}
+    consumed = {
+        queue
+        for each in SERVICES.values()
+        if "-Q" in each.get("command", ())
+        for queue in _queues(each["command"])
+    }
     redis = " ".join(SERVICES["redis"]["command"])
 
-    assert consumed == set(_queues(PODS["worker"]["containers"][0]["args"])) == {queue.name for queue in app.conf.task_queues}
+    assert (
+        consumed
+        == set(_queues(PODS["worker"]["containers"][0]["args"]))
+        == {queue.name for queue in app.conf.task_queues}
+    )
     for option in ("--appendonly yes", "--appendfsync everysec", "--maxmemory-policy noeviction"):
         assert option in redis
 
@@ -246,16 +300,20 @@ def test_images_have_tags() -> None:
     images += re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
 
     assert [each for each in images if not re.search(r":\d", each)] == []
-    assert {container["image"] for pod in PODS.values() for container in pod["containers"]} == {SERVICES["worker"]["image"]}
+    assert {container["image"] for pod in PODS.values() for container in pod["containers"]} == {
+        SERVICES["worker"]["image"]
+    }
 
 
-# --- Kubernetes --------------------------------------------------------------------------------------
+# --- Kubernetes -------------------------------------------------------------------------------
 
 
 def test_the_kustomization_has_every_manifest() -> None:
     listed = read("kubernetes/kustomization.yaml")["resources"]
 
-    assert sorted(listed) == sorted({each.name for each in (DEPLOY / "kubernetes").glob("*.yaml")} - {"kustomization.yaml"})
+    assert sorted(listed) == sorted(
+        {each.name for each in (DEPLOY / "kubernetes").glob("*.yaml")} - {"kustomization.yaml"}
+    )
 
 
 @pytest.mark.parametrize("name", PODS)
@@ -263,13 +321,21 @@ def test_pods_are_probed_limited_and_confined(name: str) -> None:
     pod = PODS[name]
     (container,) = pod["containers"]
 
-    assert container["resources"]["limits"].keys() == container["resources"]["requests"].keys() == {"cpu", "memory"}
+    assert (
+        container["resources"]["limits"].keys()
+        == container["resources"]["requests"].keys()
+        == {"cpu", "memory"}
+    )
     assert pod["securityContext"]["runAsNonRoot"]
-    assert f"USER {pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}" in DOCKERFILE
+    assert (
+        f"USER {pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}"
+        in DOCKERFILE
+    )
     assert container["securityContext"]["readOnlyRootFilesystem"]
     assert container["volumeMounts"] == [{"name": "tmp", "mountPath": "/tmp"}]
     assert pod["terminationGracePeriodSeconds"] >= 30
-    # A Service in the namespace would become FLOWER_PORT, which Flower reads, or RLM_..., which stops the process.
+    # A Service in the namespace would become FLOWER_PORT, which Flower reads, or RLM_..., which
+    # stops the process.
     assert pod["enableServiceLinks"] is False
     assert "readinessProbe" in container
 
@@ -279,7 +345,9 @@ def test_a_worker_is_restarted_for_its_own_sake_alone_and_waited_for_until_it_is
 
     assert container["livenessProbe"]["httpGet"] == {"path": "/livez", "port": "metrics"}
     assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "metrics"}
-    assert container["ports"] == [{"name": "metrics", "containerPort": _default("worker", "metrics_port")}]
+    assert container["ports"] == [
+        {"name": "metrics", "containerPort": _default("worker", "metrics_port")}
+    ]
 
 
 def _default(command: str, option: str) -> Any:
@@ -287,13 +355,18 @@ def _default(command: str, option: str) -> Any:
 
 
 def test_selectors_find_their_pods_and_monitors_their_ports() -> None:
-    labels = {each["metadata"]["name"]: each["spec"]["template"]["metadata"]["labels"] for each in of_kind("Deployment").values()}
+    labels = {
+        each["metadata"]["name"]: each["spec"]["template"]["metadata"]["labels"]
+        for each in of_kind("Deployment").values()
+    }
 
     for kind in ("Deployment", "PodDisruptionBudget", "PodMonitor"):
         for name, each in of_kind(kind).items():
             assert each["spec"]["selector"]["matchLabels"] == labels[name]
     for name, each in of_kind("PodMonitor").items():
-        assert each["spec"]["podMetricsEndpoints"][0]["port"] in {port["name"] for port in PODS[name]["containers"][0]["ports"]}
+        assert each["spec"]["podMetricsEndpoints"][0]["port"] in {
+            port["name"] for port in PODS[name]["containers"][0]["ports"]
+        }
 
 
 def test_keda_and_the_platform_s_advice_have_the_same_bounds() -> None:
@@ -307,7 +380,7 @@ def test_keda_and_the_platform_s_advice_have_the_same_bounds() -> None:
     assert all(isinstance(value, str) for value in spec["triggers"][0]["metadata"].values())
 
 
-# --- metrics -----------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------
 
 DURATION = re.compile(r"(\d+(ms|s|m|h|d))+")
 TARGET_LABELS = {"job", "instance"}
@@ -317,15 +390,26 @@ TARGET_LABELS = {"job", "instance"}
 def exposed() -> dict[str, set[str]]:
     """Return the labels of every metric that there is, by the names that Prometheus knows."""
     with tempfile.TemporaryDirectory() as folder:
-        told = registry(Path(folder), lambda: WorkerState(1, 0, False, 0, 0.0, 0, {"mail": "closed"}))
-        gauges = {sample.name: set(sample.labels) for family in told.collect() for sample in family.samples}
+        told = registry(
+            Path(folder), lambda: WorkerState(1, 0, False, 0, 0.0, 0, {"mail": "closed"})
+        )
+        gauges = {
+            sample.name: set(sample.labels)
+            for family in told.collect()
+            for sample in family.samples
+        }
     found = {"up": set[str]()} | gauges
     ours = [
-        each for each in DECLARED.values() if any(each in vars(module).values() for module in DECLARING)
+        each
+        for each in DECLARED.values()
+        if any(each in vars(module).values() for module in DECLARING)
     ]  # others are tests' and users'
     for each in ours:
         if isinstance(each, Histogram):
-            found |= {f"{each.name}_bucket": {*each.labels, "le"}, f"{each.name}_sum": set(each.labels)}
+            found |= {
+                f"{each.name}_bucket": {*each.labels, "le"},
+                f"{each.name}_sum": set(each.labels),
+            }
             found[f"{each.name}_count"] = set(each.labels)
         else:
             found[each.name] = set(each.labels)
@@ -336,14 +420,17 @@ def of_cluster() -> Iterator[tuple[str, set[str]]]:
     source = (ROOT / "rlm_tasks" / "flower" / "gauges.py").read_text(encoding="utf-8")
     for call in ast.walk(ast.parse(source)):
         match call:
-            case ast.Call(args=[ast.Constant(value=str(name)), _, ast.Tuple(elts=labels), *_]) if name.startswith("rlm_"):
+            case ast.Call(args=[ast.Constant(value=str(name)), _, ast.Tuple(elts=labels), *_]) if (
+                name.startswith("rlm_")
+            ):
                 yield name, {each.value for each in labels if isinstance(each, ast.Constant)}
             case ast.Call(args=[ast.Constant(value=str(name)), *_]) if name.startswith("rlm_"):
                 yield name, set()
 
 
 def check(expression: str) -> set[str]:
-    """Fail for a query whose brackets do not match, or that asks for a metric or a label that there is not.
+    """Fail for a query whose brackets do not match, or that asks for a metric or a label that there
+    is not.
 
     Return the labels of what it answers.
     """
@@ -353,13 +440,23 @@ def check(expression: str) -> set[str]:
     for inner in re.findall(r"\[([^\]]*)\]", bare):
         assert inner == "$__rate_interval" or DURATION.fullmatch(inner), expression
     bare = re.sub(r"\[[^\]]*\]", "", bare)
-    matched = {label for inner in re.findall(r"\{([^}]*)\}", bare) for label in re.findall(r"(\w+)\s*[=!]", inner)}
+    matched = {
+        label
+        for inner in re.findall(r"\{([^}]*)\}", bare)
+        for label in re.findall(r"(\w+)\s*[=!]", inner)
+    }
     bare = re.sub(r"\{[^}]*\}", "", bare)
-    grouped = {label for inner in re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", bare) for label in re.findall(r"\w+", inner)}
+    grouped = {
+        label
+        for inner in re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", bare)
+        for label in re.findall(r"\w+", inner)
+    }
     bare = re.sub(r"\b(by|on)\s*\([^)]*\)", "", bare)
     names = set(re.findall(r"\b[a-zA-Z_]\w*\b(?!\s*\()", bare)) - {"and", "or", "unless"}
     assert names, expression
-    assert names <= exposed().keys(), f"{expression}: there is no {', '.join(names - exposed().keys())}"
+    assert names <= exposed().keys(), (
+        f"{expression}: there is no {', '.join(names - exposed().keys())}"
+    )
     labels = TARGET_LABELS.union(*(exposed()[name] for name in names))
     assert matched | grouped <= labels, expression
     return grouped or labels
@@ -399,7 +496,9 @@ def test_the_runbook_lists_every_alert_with_its_recipe() -> None:
     rows = re.findall(r"^\| (`Rlm[^|]*) \| \[[^]]*\]\(#([\w-]+)\) \|$", text, re.MULTILINE)
     listed = {alert: anchor for alerts, anchor in rows for alert in re.findall(r"`(\w+)`", alerts)}
 
-    assert listed == {rule["alert"]: rule["annotations"]["runbook"].partition("#")[2] for rule in RULES}
+    assert listed == {
+        rule["alert"]: rule["annotations"]["runbook"].partition("#")[2] for rule in RULES
+    }
 
 
 def test_alerts_have_names_of_their_own() -> None:
@@ -407,7 +506,12 @@ def test_alerts_have_names_of_their_own() -> None:
 
 
 def test_queries_of_the_pages_ask_for_what_exists() -> None:
-    queries = [block.text for name, text in PAGES.items() for block in read_page(name, text) if block.language == "promql"]
+    queries = [
+        block.text
+        for name, text in PAGES.items()
+        for block in read_page(name, text)
+        if block.language == "promql"
+    ]
 
     assert queries
     for query in queries:
@@ -430,7 +534,14 @@ def test_the_dashboard_has_its_rows_and_nothing_overlaps() -> None:
         for y in range(at["y"], at["y"] + at["h"])
     ]
 
-    assert rows == ["Overview", "Queues", "Pressure", "Workers", "Operations", "Limits and breakers"]
+    assert rows == [
+        "Overview",
+        "Queues",
+        "Pressure",
+        "Workers",
+        "Operations",
+        "Limits and breakers",
+    ]
     assert len(cells) == len(set(cells))
     assert max(x for x, _ in cells) < 24
     assert len({each["id"] for each in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
@@ -441,7 +552,14 @@ def test_scaling_asks_for_what_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["rlm_presure", "sum by (flavour) (rlm_jobs)", 'rlm_jobs{stat="open"}', "rate(rlm_items_total[5])", "sum(rlm_jobs"]
+    "wrong",
+    [
+        "rlm_presure",
+        "sum by (flavour) (rlm_jobs)",
+        'rlm_jobs{stat="open"}',
+        "rate(rlm_items_total[5])",
+        "sum(rlm_jobs",
+    ],
 )
 def test_a_query_for_what_is_not_there_is_found(wrong: str) -> None:
     with pytest.raises(AssertionError):
@@ -449,18 +567,29 @@ def test_a_query_for_what_is_not_there_is_found(wrong: str) -> None:
 
 
 def test_prometheus_and_grafana_find_each_other_and_their_files() -> None:
-    prometheus, datasource = read("prometheus/prometheus.yaml"), read("grafana/provisioning/datasources/prometheus.yaml")
+    prometheus, datasource = (
+        read("prometheus/prometheus.yaml"),
+        read("grafana/provisioning/datasources/prometheus.yaml"),
+    )
     jobs = {each["job_name"] for each in prometheus["scrape_configs"]}
-    workers = next(each for each in prometheus["scrape_configs"] if each["job_name"] == "rlm-workers")["dns_sd_configs"][0]
+    workers = next(
+        each for each in prometheus["scrape_configs"] if each["job_name"] == "rlm-workers"
+    )["dns_sd_configs"][0]
     monitors = [
-        each["spec"]["podMetricsEndpoints"][0]["relabelings"][0]["replacement"] for each in of_kind("PodMonitor").values()
+        each["spec"]["podMetricsEndpoints"][0]["relabelings"][0]["replacement"]
+        for each in of_kind("PodMonitor").values()
     ]
     (provider,) = read("grafana/provisioning/dashboards/rlm.yaml")["providers"]
 
     assert set(monitors) == jobs
     assert set(re.findall(r'job="([^"]+)"', " ".join(rule["expr"] for rule in RULES))) <= jobs
-    assert workers["names"] == [name for name, each in SERVICES.items() if "worker" in each.get("command", ())]
+    assert workers["names"] == [
+        name for name, each in SERVICES.items() if "worker" in each.get("command", ())
+    ]
     assert workers["port"] == _default("worker", "metrics_port")
     assert datasource["datasources"][0]["url"] == "http://prometheus:9090"
-    assert f"./docs/deploy/grafana/dashboards:{provider['options']['path']}:ro" in SERVICES["grafana"]["volumes"]
+    assert (
+        f"./docs/deploy/grafana/dashboards:{provider['options']['path']}:ro"
+        in SERVICES["grafana"]["volumes"]
+    )
     assert [Path(each).name for each in prometheus["rule_files"]] == ["alerts.yaml"]

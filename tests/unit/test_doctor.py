@@ -1,4 +1,6 @@
-"""Whose packages are found, and whether versions fit: what the doctor says of the machine at hand."""
+"""Whose packages are found, and whether versions fit: what the doctor says of the machine at
+hand.
+"""
 
 from __future__ import annotations
 
@@ -41,20 +43,29 @@ def theirs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_package_in_place_of_ours_is_found_where_nothing_of_ours_can_be_imported(theirs: Path) -> None:
+def test_a_package_in_place_of_ours_is_found_where_nothing_of_ours_can_be_imported(
+    theirs: Path,
+) -> None:
     said = looked(theirs, import_path.HOME)
 
     assert str({"scheduler": f"{theirs}/scheduler/__init__.py"}) in said
     assert "resilience" not in said, "a folder without modules takes no package's place"
 
 
-def test_a_package_that_was_imported_in_place_of_ours_is_found_though_the_path_is_mended(theirs: Path) -> None:
+def test_a_package_that_was_imported_in_place_of_ours_is_found_though_the_path_is_mended(
+    theirs: Path,
+) -> None:
     mended = f"import sys, scheduler; sys.path.remove({str(theirs)!r}); sys.path[:] = [each for each in sys.path if each]; "
 
-    assert looked(theirs, import_path.HOME, first=mended) == f"{ {'scheduler': f'{theirs}/scheduler/__init__.py'} } {{}}"
+    assert (
+        looked(theirs, import_path.HOME, first=mended)
+        == f"{ {'scheduler': f'{theirs}/scheduler/__init__.py'} } {{}}"
+    )
 
 
-def test_a_package_behind_ours_may_be_in_front_tomorrow(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_behind_ours_may_be_in_front_tomorrow(
+    theirs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert [each.state for each in packages()] == ["ok"]
     monkeypatch.setattr(sys, "path", [*sys.path, str(theirs)])
 
@@ -64,7 +75,9 @@ def test_a_package_behind_ours_may_be_in_front_tomorrow(theirs: Path, monkeypatc
     assert "PYTHONPATH" in found.advice
 
 
-def test_a_package_in_place_of_ours_is_a_fault_with_what_to_do(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_in_place_of_ours_is_a_fault_with_what_to_do(
+    theirs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "path", [str(theirs), *sys.path])
 
     [found] = packages()
@@ -82,8 +95,18 @@ def test_versions_that_our_own_metadata_asks_for_are_here() -> None:
 @pytest.mark.parametrize(
     ("asked", "state", "found", "advice"),
     [
-        (["celery>=999"], "fault", f"celery {metadata.version('celery')}", "pip install 'celery>=999'"),
-        (["celery<1,>=0.5", "no-such-distribution>=2"], "fault", "no-such-distribution is missing", "'no-such-distribution>=2'"),
+        (
+            ["celery>=999"],
+            "fault",
+            f"celery {metadata.version('celery')}",
+            "pip install 'celery>=999'",
+        ),
+        (
+            ["celery<1,>=0.5", "no-such-distribution>=2"],
+            "fault",
+            "no-such-distribution is missing",
+            "'no-such-distribution>=2'",
+        ),
         (["no-such-distribution>=2; extra == 'plots'"], "ok", "celery", ""),
         (None, "warning", "is not installed, only on the import path", "pip install -e ."),
     ],

@@ -1,4 +1,6 @@
-"""ENABLE_DYNAMIC_SCALING: with it batches, pools and the number of workers follow the load; without it nothing does."""
+"""ENABLE_DYNAMIC_SCALING: with it batches, pools and the number of workers follow the load; without
+it nothing does.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,11 @@ class Pool:
 
 def test_pools(follows: bool) -> None:
     page = SimpleNamespace(level=Level.HIGH)
-    app = SimpleNamespace(rlm_settings=Settings(), rlm_runtime=lambda: SimpleNamespace(page=page), rlm_queued=lambda: 9)
+    app = SimpleNamespace(
+        rlm_settings=Settings(),
+        rlm_runtime=lambda: SimpleNamespace(page=page),
+        rlm_queued=lambda: 9,
+    )
     consumer = SimpleNamespace(_update_prefetch_count=lambda _: None)
     pool: Any = Pool(2)
     scaler = PressureAutoscaler(pool, 8, 2, worker=SimpleNamespace(app=app, consumer=consumer))
@@ -61,9 +67,13 @@ def test_the_number_of_workers(follows: bool, world: World) -> None:
     platform = Platform(world)
     platform.queues["unit.low"] = QueueReport(5000)
     monitor, _ = platform.monitor()
-    monitor._settings = MonitorSettings(platform.settings, AdmissionSettings(), Settings().autoscale)
+    monitor._settings = MonitorSettings(
+        platform.settings, AdmissionSettings(), Settings().autoscale
+    )
 
     report = platform.look(monitor)
 
     assert Settings().autoscale == AutoscaleSettings(enabled=follows)
-    assert (report.desired_workers, bool(platform.events("scaling.advised"))) == ((2, True) if follows else (0, False))
+    assert (report.desired_workers, bool(platform.events("scaling.advised"))) == (
+        (2, True) if follows else (0, False)
+    )

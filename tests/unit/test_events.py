@@ -1,4 +1,6 @@
-"""Events: a bounded stream that all processes share, a log line each, and listeners that miss nothing."""
+"""Events: a bounded stream that all processes share, a log line each, and listeners that miss
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ SOON = RetryPolicy(initial_delay_s=0.01, max_delay_s=0.01)
 
 
 def slow(operation: str = "scan", **data: Any) -> Event:
-    return Event("execution.slow", f"{operation} took 31 s", EventSeverity.WARNING, {"operation": operation, **data})
+    return Event(
+        "execution.slow",
+        f"{operation} took 31 s",
+        EventSeverity.WARNING,
+        {"operation": operation, **data},
+    )
 
 
 def numbered(*numbers: int) -> list[Event]:
@@ -33,7 +40,7 @@ def numbers(events: list[Event]) -> list[int]:
     return [event.data["number"] for event in events]
 
 
-# --- the stream ----------------------------------------------------------------------------------------
+# --- the stream -------------------------------------------------------------------------------
 
 
 def test_what_one_process_emits_another_reads_with_the_servers_time(world: World) -> None:
@@ -42,14 +49,20 @@ def test_what_one_process_emits_another_reads_with_the_servers_time(world: World
 
     [event] = Events(world.store()).recent()
 
-    assert (event.name, event.message, event.severity) == ("execution.slow", "scan took 31 s", EventSeverity.WARNING)
+    assert (event.name, event.message, event.severity) == (
+        "execution.slow",
+        "scan took 31 s",
+        EventSeverity.WARNING,
+    )
     assert event.data == {"operation": "scan", "ms": 31_000, "nested": {"a": [1, None]}}
     assert event.at == pytest.approx(world.now, abs=1e-5)
     assert event.id
 
 
 def test_platforms_of_other_names_do_not_hear_them(world: World) -> None:
-    other = CountingStore("redis://fake", namespace="other", client=world.client(), clock=lambda: world.now)
+    other = CountingStore(
+        "redis://fake", namespace="other", client=world.client(), clock=lambda: world.now
+    )
     Events(other).emit(slow())
 
     assert Events(world.store()).recent() == []
@@ -84,7 +97,12 @@ def test_the_stream_is_bounded(world: World) -> None:
 )
 def test_recent_events_are_found_by_name(world: World, name: str | None, found: list[str]) -> None:
     events = Events(world.store())
-    events.emit(*(Event(each, "") for each in ("execution.slow", "breaker.opened", "breakers.open", "breaker.closed")))
+    events.emit(
+        *(
+            Event(each, "")
+            for each in ("execution.slow", "breaker.opened", "breakers.open", "breaker.closed")
+        )
+    )
 
     assert [event.name for event in events.recent(name=name)] == found
 
@@ -123,7 +141,14 @@ class Noted:
 
 @pytest.mark.parametrize(
     ("timeout_s", "asked", "waited"),
-    [(5.0, 1000, 1000), (1.2, 1000, 700), (0.5, 1000, None), (0.1, 1000, None), (None, 1000, 1000), (5.0, 0, None)],
+    [
+        (5.0, 1000, 1000),
+        (1.2, 1000, 700),
+        (0.5, 1000, None),
+        (0.1, 1000, None),
+        (None, 1000, 1000),
+        (5.0, 0, None),
+    ],
 )
 def test_a_reader_never_waits_until_the_connection_counts_as_lost(
     timeout_s: float | None, asked: int, waited: int | None
@@ -135,10 +160,12 @@ def test_a_reader_never_waits_until_the_connection_counts_as_lost(
     assert client.block == waited
 
 
-# --- without Redis -------------------------------------------------------------------------------------
+# --- without Redis ----------------------------------------------------------------------------
 
 
-def test_while_redis_is_away_events_are_logged_and_nothing_is_raised(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_while_redis_is_away_events_are_logged_and_nothing_is_raised(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     store = world.store()
     store.lost = True
@@ -149,17 +176,21 @@ def test_while_redis_is_away_events_are_logged_and_nothing_is_raised(world: Worl
         events.recent()
 
     assert len([each for each in caplog.records if each.name == "rlm.events"]) == 2
-    assert len([each for each in caplog.records if each.name == "scheduler.events"]) == 1, "an outage is told once"
+    assert len([each for each in caplog.records if each.name == "scheduler.events"]) == 1, (
+        "an outage is told once"
+    )
     store.lost = False
     world.sleep(5)
     events.emit(slow("c"))
     assert [event.data["operation"] for event in events.recent()] == ["c"]
     store.lost = True
     events.emit(slow("d"))
-    assert len([each for each in caplog.records if each.name == "scheduler.events"]) == 2, "and the next one again"
+    assert len([each for each in caplog.records if each.name == "scheduler.events"]) == 2, (
+        "and the next one again"
+    )
 
 
-# --- the log -------------------------------------------------------------------------------------------
+# --- the log ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -175,13 +206,21 @@ def test_every_event_is_a_line_of_the_log(
     world: World, caplog: pytest.LogCaptureFixture, severity: EventSeverity, level: int
 ) -> None:
     caplog.set_level(logging.INFO)
-    Events(world.store()).emit(Event("cpu.high", "CPU is 91 % in use", severity, {"host": "a", "message": "b", "name": "c"}))
+    Events(world.store()).emit(
+        Event(
+            "cpu.high", "CPU is 91 % in use", severity, {"host": "a", "message": "b", "name": "c"}
+        )
+    )
 
     [record] = [each for each in caplog.records if each.name == "rlm.events"]
     assert record.levelno == level
     assert record.getMessage() == f"{severity.label} cpu.high: CPU is 91 % in use"
     told = record.__dict__["event"]
-    assert (told["name"], told["severity"], told["data"]["host"]) == ("cpu.high", severity.label, "a")
+    assert (told["name"], told["severity"], told["data"]["host"]) == (
+        "cpu.high",
+        severity.label,
+        "a",
+    )
 
 
 def test_a_message_forges_no_second_line() -> None:
@@ -191,7 +230,7 @@ def test_a_message_forges_no_second_line() -> None:
     assert len(event.message) <= 500
 
 
-# --- listeners -----------------------------------------------------------------------------------------
+# --- listeners --------------------------------------------------------------------------------
 
 
 Listening = Callable[[Events], Listener]
@@ -213,7 +252,9 @@ def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listening]:
         each.close()
 
 
-def test_a_listener_hears_what_it_asked_for_from_now_on_and_in_order(world: World, listening: Listening) -> None:
+def test_a_listener_hears_what_it_asked_for_from_now_on_and_in_order(
+    world: World, listening: Listening
+) -> None:
     events, all_slow, breakers = Events(world.store()), list[Event](), list[str]()
     events.emit(slow("before"))
     listener = listening(Events(world.store())).on("execution.slow", all_slow.append)
@@ -227,7 +268,9 @@ def test_a_listener_hears_what_it_asked_for_from_now_on_and_in_order(world: Worl
     assert breakers == ["breaker.opened", "breaker.closed"]
 
 
-def test_a_listener_of_an_empty_stream_hears_the_first_event(world: World, listening: Listening) -> None:
+def test_a_listener_of_an_empty_stream_hears_the_first_event(
+    world: World, listening: Listening
+) -> None:
     heard: list[Event] = []
     listening(Events(world.store())).on("job.shed", heard.append).start()
 
@@ -254,7 +297,9 @@ def test_a_callback_that_raises_is_logged_by_its_name_and_ends_nothing(
     assert all("broken failed on job.shed" in each for each in failed)
 
 
-def test_callbacks_run_in_the_listeners_thread_which_they_may_close(world: World, listening: Listening) -> None:
+def test_callbacks_run_in_the_listeners_thread_which_they_may_close(
+    world: World, listening: Listening
+) -> None:
     heard: list[tuple[int, str]] = []
     listener = listening(Events(world.store()))
 
@@ -270,7 +315,10 @@ def test_callbacks_run_in_the_listeners_thread_which_they_may_close(world: World
 
 
 def test_after_an_outage_a_listener_hears_what_it_missed_once(
-    world: World, listening: Listening, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    world: World,
+    listening: Listening,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     heard: list[Event] = []
     store, asked, lost = world.store(), threading.Event(), threading.Event()
@@ -299,7 +347,9 @@ def test_after_an_outage_a_listener_hears_what_it_missed_once(
     assert len([each for each in caplog.records if "no events are heard" in each.getMessage()]) == 1
 
 
-def test_a_listener_starts_without_redis_and_hears_from_when_it_answers(world: World, listening: Listening) -> None:
+def test_a_listener_starts_without_redis_and_hears_from_when_it_answers(
+    world: World, listening: Listening
+) -> None:
     heard: list[Event] = []
     store = world.store()
     store.lost = True

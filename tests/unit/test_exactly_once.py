@@ -1,4 +1,6 @@
-"""Whatever a job looks like, and however its messages arrive, each item counts once and merges in order."""
+"""Whatever a job looks like, and however its messages arrive, each item counts once and merges in
+order.
+"""
 
 from __future__ import annotations
 
@@ -48,12 +50,22 @@ _SHAPES = st.one_of(
     st.builds(lambda size: {"type": "parallel", "chunk_size": size}, st.integers(1, 40)),
     st.builds(lambda: {"type": "recursive"}),
     st.builds(
-        lambda size, depth: {"strategy": Binary(min_chunk_size=size, max_depth=depth)}, st.integers(1, 30), st.integers(1, 10)
+        lambda size, depth: {"strategy": Binary(min_chunk_size=size, max_depth=depth)},
+        st.integers(1, 30),
+        st.integers(1, 10),
     ),
-    st.builds(lambda k, size: {"strategy": NWay(split_factor=k, min_chunk_size=size)}, st.integers(2, 9), st.integers(1, 30)),
+    st.builds(
+        lambda k, size: {"strategy": NWay(split_factor=k, min_chunk_size=size)},
+        st.integers(2, 9),
+        st.integers(1, 30),
+    ),
     st.builds(lambda size: {"strategy": Adaptive(min_chunk_size=size)}, st.integers(1, 10)),
     st.builds(
-        lambda low, more, ms: {"strategy": Adaptive(min_chunk_size=low, max_chunk_size=low + more, target_execution_time_ms=ms)},
+        lambda low, more, ms: {
+            "strategy": Adaptive(
+                min_chunk_size=low, max_chunk_size=low + more, target_execution_time_ms=ms
+            )
+        },
         st.integers(1, 10),
         st.integers(0, 30),
         st.integers(20, 2000),
@@ -66,18 +78,25 @@ def _jobs(draw: st.DrawFn) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
     n = draw(st.integers(0, 160))
     cost = draw(st.sampled_from([0, 1, 15, 120, 700]))
     fails = draw(st.sets(st.integers(0, max(n - 1, 0)), max_size=draw(st.sampled_from([0, 3, 40]))))
-    items = [{"i": i, "ms": draw(st.integers(0, cost)) if cost else 0, "fails": i in fails} for i in range(n)]
+    items = [
+        {"i": i, "ms": draw(st.integers(0, cost)) if cost else 0, "fails": i in fails}
+        for i in range(n)
+    ]
     name = draw(st.sampled_from(["unit_merged", "unit_listed", "unit_batch", "unit_async"]))
     return items, draw(_SHAPES), name
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 @given(job=_jobs(), seed=st.integers(0, 10_000))
 def test_every_item_is_counted_once_and_merged_in_order(job: Any, seed: int) -> None:
     items, shape, name = job
     platform = Platform(seed)
     _platform.append(platform)
-    request = JobRequest(operation=name, items=items, options=Options(continue_on_error=True), **shape)
+    request = JobRequest(
+        operation=name, items=items, options=Options(continue_on_error=True), **shape
+    )
 
     spec = platform.submit(request)
     facts = platform.run(spec)
@@ -85,14 +104,27 @@ def test_every_item_is_counted_once_and_merged_in_order(job: Any, seed: int) -> 
     good = [item["i"] for item in items if not item["fails"]]
     output = platform.output(spec)
     assert facts["state"] == Status.SUCCEEDED, facts
-    assert (output if name != "unit_listed" else [index for part in output for index in part]) == good
-    assert (int(facts["done"]), int(facts["failed"]), int(facts["skipped"])) == (len(good), len(items) - len(good), 0)
+    assert (
+        output if name != "unit_listed" else [index for part in output for index in part]
+    ) == good
+    assert (int(facts["done"]), int(facts["failed"]), int(facts["skipped"])) == (
+        len(good),
+        len(items) - len(good),
+        0,
+    )
     assert platform.ledger.failed_items(spec.job) == [item["i"] for item in items if item["fails"]]
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(job=_jobs(), seed=st.integers(0, 10_000), stop_after=st.integers(0, 30), threshold=st.floats(0, 0.3))
-def test_a_job_that_ends_early_still_accounts_for_every_item(job: Any, seed: int, stop_after: int, threshold: float) -> None:
+@given(
+    job=_jobs(),
+    seed=st.integers(0, 10_000),
+    stop_after=st.integers(0, 30),
+    threshold=st.floats(0, 0.3),
+)
+def test_a_job_that_ends_early_still_accounts_for_every_item(
+    job: Any, seed: int, stop_after: int, threshold: float
+) -> None:
     items, shape, name = job
     platform = Platform(seed)
     _platform.append(platform)
@@ -100,7 +132,10 @@ def test_a_job_that_ends_early_still_accounts_for_every_item(job: Any, seed: int
     spec = platform.submit(JobRequest(operation=name, items=items, options=options, **shape))
     steps = iter(range(10_000))
 
-    facts = platform.run(spec, lambda: next(steps) == stop_after and platform.ledger.stop(spec.job, "cancelled") and None)
+    facts = platform.run(
+        spec,
+        lambda: next(steps) == stop_after and platform.ledger.stop(spec.job, "cancelled") and None,
+    )
 
     failed = sum(item["fails"] for item in items)
     assert Status(facts["state"]).final, facts
@@ -114,13 +149,19 @@ def test_a_job_that_ends_early_still_accounts_for_every_item(job: Any, seed: int
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(job=_jobs(), seed=st.integers(0, 10_000), share=st.floats(0.1, 1.0))
-def test_validation_and_early_termination_account_for_every_item(job: Any, seed: int, share: float) -> None:
+def test_validation_and_early_termination_account_for_every_item(
+    job: Any, seed: int, share: float
+) -> None:
     items, shape, _ = job
     platform = Platform(seed)
     _platform.append(platform)
     conditions = Conditions(validate_before_process=True, early_termination_threshold=share)
     request = JobRequest(
-        operation="unit_validated", items=items, options=Options(continue_on_error=True), conditions=conditions, **shape
+        operation="unit_validated",
+        items=items,
+        options=Options(continue_on_error=True),
+        conditions=conditions,
+        **shape,
     )
 
     spec = platform.submit(request)

@@ -1,4 +1,6 @@
-"""The log of recurring faults: what counts as the same one, how it escalates, and how little is kept."""
+"""The log of recurring faults: what counts as the same one, how it escalates, and how little is
+kept.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def clock() -> Iterator[Clock]:
 
 def log_of(namespace: str = "rlm", **chosen: Any) -> FaultLog:
     client = fakeredis.FakeRedis(server=fakeredis.FakeServer())
-    return FaultLog(Store("redis://fake", namespace=namespace, client=client), FaultLogSettings(**chosen))
+    return FaultLog(
+        Store("redis://fake", namespace=namespace, client=client), FaultLogSettings(**chosen)
+    )
 
 
 def only(log: FaultLog) -> Pattern:
@@ -72,7 +76,7 @@ def only(log: FaultLog) -> Pattern:
     return found
 
 
-# --- fingerprints ------------------------------------------------------------------------------------
+# --- fingerprints -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,10 @@ def only(log: FaultLog) -> Pattern:
         ("can't read b'abc' now", "can't read # now"),
         ("field='it was cut before the qu...: advice", "field=#"),
         ("field \u201cname\u201d is \u2018odd\u2019, isn't it", "field # is #, isn't it"),
-        ("GET https://api.example.com/v1/jobs?key=abc&page=2 failed", "GET https://api.example.com/v#/jobs?# failed"),
+        (
+            "GET https://api.example.com/v1/jobs?key=abc&page=2 failed",
+            "GET https://api.example.com/v#/jobs?# failed",
+        ),
         ("see https://example.com/a#part", "see https://example.com/a#"),
         ("redis://user:pass@host:6379/0 is away", "redis://#@host:# is away"),
         ("/data/2024/part-00017.csv, line 5", "/data/#/part#.csv, line #"),
@@ -119,14 +126,16 @@ def test_a_fingerprint_is_one_short_line_without_numbers(message: str) -> None:
     assert not any(each.isdecimal() or each in "\r\n\t\0" for each in found)
 
 
-@pytest.mark.parametrize("part", ["a", "'", "\\", "'\\", "a-", "a@", "://", "1,", "#", "?", "bearer "])
+@pytest.mark.parametrize(
+    "part", ["a", "'", "\\", "'\\", "a-", "a@", "://", "1,", "#", "?", "bearer "]
+)
 def test_a_huge_message_is_read_in_part_only(part: str) -> None:
     huge = part * 1_000_000
 
     assert fingerprint(huge) == fingerprint(huge[:2000])
 
 
-# --- counting ----------------------------------------------------------------------------------------
+# --- counting ---------------------------------------------------------------------------------
 
 
 def test_the_same_fault_of_other_items_is_one_pattern(clock: Clock) -> None:
@@ -151,7 +160,9 @@ def test_the_same_fault_of_other_items_is_one_pattern(clock: Clock) -> None:
     ]
 
 
-def test_services_codes_and_fingerprints_tell_patterns_apart_and_the_latest_comes_first(clock: Clock) -> None:
+def test_services_codes_and_fingerprints_tell_patterns_apart_and_the_latest_comes_first(
+    clock: Clock,
+) -> None:
     log = log_of()
     for service, fault, message in [
         ("llm", TIMEOUT, "slow"),
@@ -175,9 +186,15 @@ def test_services_codes_and_fingerprints_tell_patterns_apart_and_the_latest_come
 def test_the_latest_fault_says_how_bad_a_pattern_is(clock: Clock) -> None:
     log = log_of()
     log.record("llm", [(OPERATION, "odd")])
-    log.record("llm", [(replace(OPERATION, category=Category.POISON, severity=Severity.HIGH), "odd")])
+    log.record(
+        "llm", [(replace(OPERATION, category=Category.POISON, severity=Severity.HIGH), "odd")]
+    )
 
-    assert (only(log).category, only(log).severity, only(log).count) == (Category.POISON, Severity.HIGH, 2)
+    assert (only(log).category, only(log).severity, only(log).count) == (
+        Category.POISON,
+        Severity.HIGH,
+        2,
+    )
 
 
 def test_beyond_its_size_the_pattern_seen_longest_ago_goes(clock: Clock) -> None:
@@ -220,7 +237,9 @@ def test_a_record_is_one_round_trip_and_nothing_to_tell_is_none() -> None:
     log.record("llm", [(TIMEOUT, "the first time, the script is sent after its digest")])
 
     client.trips = 0
-    log.record("llm", [(TIMEOUT, "slow"), (TRANSIENT, "away"), (TIMEOUT, "slow")], recovered=2, given_up=1)
+    log.record(
+        "llm", [(TIMEOUT, "slow"), (TRANSIENT, "away"), (TIMEOUT, "slow")], recovered=2, given_up=1
+    )
     assert client.trips == 1
     log.record("llm", [])
     assert client.trips == 1
@@ -228,13 +247,16 @@ def test_a_record_is_one_round_trip_and_nothing_to_tell_is_none() -> None:
 
 def test_namespaces_do_not_meet() -> None:
     client = fakeredis.FakeRedis(server=fakeredis.FakeServer())
-    ours, theirs = (FaultLog(Store("redis://fake", namespace=name, client=client)) for name in ("ours", "theirs"))
+    ours, theirs = (
+        FaultLog(Store("redis://fake", namespace=name, client=client))
+        for name in ("ours", "theirs")
+    )
     ours.record("llm", [(TIMEOUT, "slow")], recovered=1)
 
     assert (theirs.patterns(), theirs.recovery_success_rate()) == ([], None)
 
 
-# --- retries -----------------------------------------------------------------------------------------
+# --- retries ----------------------------------------------------------------------------------
 
 
 def test_the_recovery_success_rate_is_unknown_before_it_is_a_share() -> None:
@@ -250,7 +272,7 @@ def test_the_recovery_success_rate_is_unknown_before_it_is_a_share() -> None:
     assert len(log.patterns()) == 2
 
 
-# --- escalation --------------------------------------------------------------------------------------
+# --- escalation -------------------------------------------------------------------------------
 
 
 def test_a_pattern_above_its_rate_is_escalated_until_a_whole_window_stays_below(
@@ -259,21 +281,37 @@ def test_a_pattern_above_its_rate_is_escalated_until_a_whole_window_stays_below(
     log = log_of(rate=3)
     with caplog.at_level(logging.WARNING, "resilience.fault_log"):
         log.record("llm", [(TIMEOUT, "slow")] * 3)
-        assert (only(log).escalated, only(log).severity, caplog.messages) == (False, Severity.MEDIUM, [])
+        assert (only(log).escalated, only(log).severity, caplog.messages) == (
+            False,
+            Severity.MEDIUM,
+            [],
+        )
 
         log.record("llm", [(TIMEOUT, "slow")])
-        assert (only(log).escalated, only(log).severity, only(log).per_minute) == (True, Severity.HIGH, 4.0)
+        assert (only(log).escalated, only(log).severity, only(log).per_minute) == (
+            True,
+            Severity.HIGH,
+            4.0,
+        )
         log.record("llm", [(TIMEOUT, "slow")] * 5)
         clock.ms += 60_000
         log.record("llm", [(TIMEOUT, "slow")] * 3)
         assert (only(log).escalated, only(log).per_minute) == (True, 9.0)
         clock.ms += 60_000
-        assert (only(log).escalated, only(log).severity, only(log).per_minute) == (False, Severity.MEDIUM, 3.0)
+        assert (only(log).escalated, only(log).severity, only(log).per_minute) == (
+            False,
+            Severity.MEDIUM,
+            3.0,
+        )
 
-    assert caplog.messages == ["llm fails with TIMEOUT more than 3 times within 60 s, its severity is HIGH now: slow"]
+    assert caplog.messages == [
+        "llm fails with TIMEOUT more than 3 times within 60 s, its severity is HIGH now: slow"
+    ]
 
 
-def test_an_escalation_that_goes_on_is_logged_once_and_a_new_one_again(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_escalation_that_goes_on_is_logged_once_and_a_new_one_again(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
     log = log_of(rate=1)
     with caplog.at_level(logging.WARNING, "resilience.fault_log"):
         for _ in range(5):
@@ -285,10 +323,14 @@ def test_an_escalation_that_goes_on_is_logged_once_and_a_new_one_again(clock: Cl
     assert len(caplog.messages) == 2
 
 
-def test_only_the_process_that_caused_a_crossing_logs_it(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_process_that_caused_a_crossing_logs_it(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server, logger = fakeredis.FakeServer(), Mock()
     monkeypatch.setattr(fault_log, "logger", logger)
-    first, second, third = (FaultLog(Store("redis://fake", client=fakeredis.FakeRedis(server=server))) for _ in range(3))
+    first, second, third = (
+        FaultLog(Store("redis://fake", client=fakeredis.FakeRedis(server=server))) for _ in range(3)
+    )
 
     first.record("llm", [(TIMEOUT, "slow"), (RESOURCE, "full")] * 10)
     assert logger.warning.call_count == 0
@@ -312,12 +354,16 @@ def test_a_shorter_window_still_counts_by_the_minute(clock: Clock) -> None:
     assert only(log).per_minute == 16.0
 
 
-# --- without Redis -----------------------------------------------------------------------------------
+# --- without Redis ----------------------------------------------------------------------------
 
 
-def test_while_redis_is_away_nothing_is_kept_and_reading_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_while_redis_is_away_nothing_is_kept_and_reading_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     server, now = fakeredis.FakeServer(), [0.0]
-    log = FaultLog(Store("redis://fake", client=fakeredis.FakeRedis(server=server), clock=lambda: now[0]))
+    log = FaultLog(
+        Store("redis://fake", client=fakeredis.FakeRedis(server=server), clock=lambda: now[0])
+    )
     server.connected = False
 
     with caplog.at_level(logging.WARNING, "resilience.fault_log"):
@@ -331,11 +377,16 @@ def test_while_redis_is_away_nothing_is_kept_and_reading_says_so(caplog: pytest.
     assert "resilience.fault_log" not in {each.name for each in caplog.records}
 
 
-# --- settings ----------------------------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------
 
 
 def test_settings_count_in_seconds() -> None:
-    other_house: dict[str, Any] = {"size": 50, "windowMs": 60_000, "rate": 10, "keep_seconds": 7 * 86400}
+    other_house: dict[str, Any] = {
+        "size": 50,
+        "windowMs": 60_000,
+        "rate": 10,
+        "keep_seconds": 7 * 86400,
+    }
 
     assert FaultLogSettings() == FaultLogSettings(**other_house)
 
@@ -348,7 +399,7 @@ def test_a_setting_out_of_range_is_named(wrong: str) -> None:
         FaultLogSettings(**nothing)
 
 
-# --- against a plain model ---------------------------------------------------------------------------
+# --- against a plain model --------------------------------------------------------------------
 
 
 class Model:
@@ -360,7 +411,9 @@ class Model:
         self.crossings = 0
 
     def record(self, messages: list[str], now: int) -> None:
-        self.seen = {each: times for each, times in self.seen.items() if times[-1] > now - self.keep_ms}
+        self.seen = {
+            each: times for each, times in self.seen.items() if times[-1] > now - self.keep_ms
+        }
         for each in set(messages):
             calm = self.most(each, now) <= self.rate
             self.seen.setdefault(each, []).extend([now] * messages.count(each))
@@ -397,7 +450,9 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-def test_the_log_keeps_what_a_plain_model_keeps(steps: list[tuple[int, list[str], int, int]]) -> None:
+def test_the_log_keeps_what_a_plain_model_keeps(
+    steps: list[tuple[int, list[str], int, int]],
+) -> None:
     fault = Fault("ODD", Category.OPERATION, Severity.LOW, retryable=False)
     log, model = log_of(size=4, rate=2, window_s=30, keep_s=3600), Model(4, 2, 30_000, 3_600_000)
     recovered = given_up = 0
@@ -412,10 +467,23 @@ def test_the_log_keeps_what_a_plain_model_keeps(steps: list[tuple[int, list[str]
 
             found = log.patterns()
             assert {
-                each.message: (each.count, each.escalated, each.per_minute, each.first_seen_ms, each.last_seen_ms)
+                each.message: (
+                    each.count,
+                    each.escalated,
+                    each.per_minute,
+                    each.first_seen_ms,
+                    each.last_seen_ms,
+                )
                 for each in found
             } == model.patterns(clock.ms)
-            assert all(each.severity == (Severity.MEDIUM if each.escalated else Severity.LOW) for each in found)
-            assert [each.last_seen_ms for each in found] == sorted((each.last_seen_ms for each in found), reverse=True)
+            assert all(
+                each.severity == (Severity.MEDIUM if each.escalated else Severity.LOW)
+                for each in found
+            )
+            assert [each.last_seen_ms for each in found] == sorted(
+                (each.last_seen_ms for each in found), reverse=True
+            )
             assert logger.warning.call_count == model.crossings
-        assert log.recovery_success_rate() == (recovered / (recovered + given_up) if recovered + given_up else None)
+        assert log.recovery_success_rate() == (
+            recovered / (recovered + given_up) if recovered + given_up else None
+        )

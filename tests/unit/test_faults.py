@@ -1,4 +1,6 @@
-"""What exceptions mean: ours, Python's, and those of HTTP clients, which are made here as those clients make them."""
+"""What exceptions mean: ours, Python's, and those of HTTP clients, which are made here as those
+clients make them.
+"""
 
 from __future__ import annotations
 
@@ -37,18 +39,32 @@ from resilience.faults import (
 
 for _module in pkgutil.iter_modules(resilience.__path__):
     importlib.import_module(f"resilience.{_module.name}")
-KNOWN = [TRANSIENT, TIMEOUT, RATE_LIMITED, RESOURCE, WORKER_LOST, INVALID, UNAUTHORISED, CANCELLED, OPERATION]
+KNOWN = [
+    TRANSIENT,
+    TIMEOUT,
+    RATE_LIMITED,
+    RESOURCE,
+    WORKER_LOST,
+    INVALID,
+    UNAUTHORISED,
+    CANCELLED,
+    OPERATION,
+]
 DATE = "Wed, 21 Oct 2015 07:28:00 GMT"
 
 
 def ours(root: type[RlmError] = RlmError) -> list[type[RlmError]]:
     """Return an error and all that are derived from it, but for those of tests."""
     below = [found for each in root.__subclasses__() for found in ours(each)]
-    return ([root] if root.__module__.startswith(("resilience.", "scheduler.", "rlm_tasks.")) else []) + below
+    return (
+        [root] if root.__module__.startswith(("resilience.", "scheduler.", "rlm_tasks.")) else []
+    ) + below
 
 
 def made(error: type[RlmError]) -> RlmError:
-    """Return an error without the data that its constructor wants; what is said of it belongs to its class."""
+    """Return an error without the data that its constructor wants; what is said of it belongs to
+    its class.
+    """
     found = error.__new__(error)
     if isinstance(found, Denied):
         found.retry_after_s = 2.5
@@ -71,10 +87,12 @@ class Answered(Exception):
 
 def asked(**headers: Any) -> float | None:
     """Return what is read of response headers; underscores stand for hyphens."""
-    return retry_after_s(Answered(503, {name.replace("_", "-"): value for name, value in headers.items()}))
+    return retry_after_s(
+        Answered(503, {name.replace("_", "-"): value for name, value in headers.items()})
+    )
 
 
-# --- this platform's own -----------------------------------------------------------------------------
+# --- this platform's own ----------------------------------------------------------------------
 
 
 def test_all_errors_are_found() -> None:
@@ -88,7 +106,11 @@ def test_all_errors_are_found() -> None:
 def test_an_error_of_ours_says_itself_what_it_means(error: type[RlmError]) -> None:
     fault = classify(made(error))
 
-    assert (fault.code, fault.category, fault.severity) == (error.code, error.category, error.severity)
+    assert (fault.code, fault.category, fault.severity) == (
+        error.code,
+        error.category,
+        error.severity,
+    )
     assert fault.retryable == error.retryable
     assert isinstance(fault.category, Category)
     assert isinstance(fault.severity, Severity)
@@ -103,7 +125,9 @@ def test_a_denial_costs_nothing_and_says_when_to_come_back(error: type[RlmError]
 
 
 # Denied itself is left out: it is there to be derived from, and its category is that of the root.
-@pytest.mark.parametrize("fault", KNOWN + [classify(made(error)) for error in ours() if error is not Denied])
+@pytest.mark.parametrize(
+    "fault", KNOWN + [classify(made(error)) for error in ours() if error is not Denied]
+)
 def test_no_fault_contradicts_itself(fault: Fault) -> None:
     assert not (fault.trips and fault.ignored)
     assert fault.retryable or not fault.free
@@ -118,7 +142,7 @@ def test_an_own_error_is_believed_more_than_the_status_it_carries() -> None:
     assert classify(Unusual()).code == "UNUSUAL"
 
 
-# --- Python's ----------------------------------------------------------------------------------------
+# --- Python's ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -151,7 +175,7 @@ def test_builtin_exceptions(error: BaseException, fault: Fault) -> None:
     assert classify(error) == fault
 
 
-# --- an HTTP status ----------------------------------------------------------------------------------
+# --- an HTTP status ---------------------------------------------------------------------------
 
 STATUSES = [
     (400, INVALID),
@@ -173,7 +197,9 @@ STATUSES = [
 
 
 @pytest.mark.parametrize(("status", "fault"), STATUSES)
-@pytest.mark.parametrize("place", ["status_code", "status", "code", "response.status_code", "response.status"])
+@pytest.mark.parametrize(
+    "place", ["status_code", "status", "code", "response.status_code", "response.status"]
+)
 def test_a_status_is_found_where_clients_keep_it(place: str, status: int, fault: Fault) -> None:
     error, name = ValueError("a type that says nothing"), place.rpartition(".")[2]
     holder: Any = SimpleNamespace() if "." in place else error
@@ -208,7 +234,9 @@ def test_a_code_in_words_hides_no_status() -> None:
 
 @pytest.mark.parametrize(("status", "fault"), STATUSES)
 def test_errors_of_urllib(status: int, fault: Fault) -> None:
-    with urllib.error.HTTPError("http://localhost/", status, "no", email.message.Message(), io.BytesIO()) as error:
+    with urllib.error.HTTPError(
+        "http://localhost/", status, "no", email.message.Message(), io.BytesIO()
+    ) as error:
         assert classify(error) == fault
 
 
@@ -219,7 +247,7 @@ def test_an_error_of_urllib_says_when_to_come_back() -> None:
         assert classify(error).retry_after_s == 7.0
 
 
-# --- names -------------------------------------------------------------------------------------------
+# --- names ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,8 +260,14 @@ def test_an_error_of_urllib_says_when_to_come_back() -> None:
         (named("RequestException", "HTTPError", base=OSError), OPERATION),
         (named("RequestException", "InvalidURL", base=OSError), OPERATION),
         # httpx
-        (named("HTTPError", "RequestError", "TransportError", "NetworkError", "ConnectError"), TRANSIENT),
-        (named("HTTPError", "RequestError", "TransportError", "TimeoutException", "PoolTimeout"), TIMEOUT),
+        (
+            named("HTTPError", "RequestError", "TransportError", "NetworkError", "ConnectError"),
+            TRANSIENT,
+        ),
+        (
+            named("HTTPError", "RequestError", "TransportError", "TimeoutException", "PoolTimeout"),
+            TIMEOUT,
+        ),
         (named("HTTPError", "RequestError", "DecodingError"), OPERATION),
         # openai, anthropic
         (named("APIError", "APIConnectionError"), TRANSIENT),
@@ -248,11 +282,13 @@ def test_an_error_of_urllib_says_when_to_come_back() -> None:
         (named("ClientError", "ClientConnectionError", "ServerDisconnectedError"), TRANSIENT),
     ],
 )
-def test_clients_that_are_not_installed_are_known_by_name(error: type[Exception], fault: Fault) -> None:
+def test_clients_that_are_not_installed_are_known_by_name(
+    error: type[Exception], fault: Fault
+) -> None:
     assert classify(error()) == fault
 
 
-# --- what is registered ------------------------------------------------------------------------------
+# --- what is registered -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -270,7 +306,11 @@ def test_what_is_registered_holds_for_subclasses_and_the_nearest_decides() -> No
 
     assert classify(Odder()) == TRANSIENT
     register(Odd, RESOURCE)
-    assert (classify(Odd()), classify(Odder()), classify(ConnectionError())) == (RESOURCE, RESOURCE, TRANSIENT)
+    assert (classify(Odd()), classify(Odder()), classify(ConnectionError())) == (
+        RESOURCE,
+        RESOURCE,
+        TRANSIENT,
+    )
     register(Odder, WORKER_LOST)
     assert (classify(Odd()), classify(Odder())) == (RESOURCE, WORKER_LOST)
 
@@ -283,7 +323,7 @@ def test_a_type_is_believed_more_than_its_own_name() -> None:
     assert classify(error()) == UNAUTHORISED
 
 
-# --- when to come back -------------------------------------------------------------------------------
+# --- when to come back ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("told", "wait_s"), [("0", 0.0), ("7", 7.0), ("1.5", 1.5), (120, 120.0)])
@@ -307,11 +347,16 @@ def test_retry_after_in_milliseconds_is_the_more_exact() -> None:
         ("Wed, 21 Oct 2015 07:28:30 -0000", DATE, None),  # a date without a zone
     ],
 )
-def test_a_date_is_held_against_the_date_of_the_response(told: str, date: str, wait_s: float | None) -> None:
+def test_a_date_is_held_against_the_date_of_the_response(
+    told: str, date: str, wait_s: float | None
+) -> None:
     assert asked(Retry_After=told, Date=date) == wait_s
 
 
-@pytest.mark.parametrize("told", ["", "soon", "-3", "1.2.3", ".", "\u00b2", "1e3", "nan", "Wed, 99 Oct 2015 07:28:00 GMT", None])
+@pytest.mark.parametrize(
+    "told",
+    ["", "soon", "-3", "1.2.3", ".", "\u00b2", "1e3", "nan", "Wed, 99 Oct 2015 07:28:00 GMT", None],
+)
 def test_garbage_says_nothing(told: Any) -> None:
     assert asked(Retry_After=told, Date=DATE) is None
     assert asked(retry_after_ms="soon") is None
@@ -326,7 +371,10 @@ def test_headers_may_be_on_the_exception_itself_or_missing() -> None:
     assert retry_after_s(error) == 3.0
 
 
-@pytest.mark.parametrize(("status", "wait_s"), [(429, 7.0), (503, 7.0), (504, 7.0), (400, None), (401, None), (404, None)])
+@pytest.mark.parametrize(
+    ("status", "wait_s"),
+    [(429, 7.0), (503, 7.0), (504, 7.0), (400, None), (401, None), (404, None)],
+)
 def test_only_what_may_be_tried_again_says_when(status: int, wait_s: float | None) -> None:
     fault = classify(Answered(status, {"Retry-After": "7"}))
 

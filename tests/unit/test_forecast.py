@@ -1,4 +1,6 @@
-"""Holt's forecast: right at any times of observation, kept as plain data; and whether a level is about to be reached."""
+"""Holt's forecast: right at any times of observation, kept as plain data; and whether a level is
+about to be reached.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def watched(*seen: tuple[float, float], bucket_s: float = BUCKET_S) -> Holt:
 
 
 def textbook(values: list[float], in_buckets: float) -> float:
-    """Return Holt's linear method as it stands in books: evenly spaced, the first trend that of the first two."""
+    """Return Holt's linear method as it stands in books: evenly spaced, the first trend that of the
+    first two.
+    """
     level, trend = values[1], values[1] - values[0]
     for value in values[2:]:
         before, level = level, ALPHA * value + (1 - ALPHA) * (level + trend)
@@ -58,7 +62,9 @@ def test_a_straight_line_is_foretold_whatever_the_times_of_its_points(
     holt = watched(*((at, start + slope * at) for at in times))
 
     assert holt.settled
-    assert holt.predict(in_s) == pytest.approx(start + slope * (times[-1] + in_s), abs=0.01, rel=1e-4)
+    assert holt.predict(in_s) == pytest.approx(
+        start + slope * (times[-1] + in_s), abs=0.01, rel=1e-4
+    )
     assert holt.slope == pytest.approx(slope, abs=1e-4)
 
 
@@ -102,7 +108,9 @@ def test_a_clock_that_is_set_back_stands_still() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(-1e6, 1e6)), max_size=30))
-def test_it_goes_on_in_another_process_as_if_nothing_had_been(steps: list[tuple[float, float]]) -> None:
+def test_it_goes_on_in_another_process_as_if_nothing_had_been(
+    steps: list[tuple[float, float]],
+) -> None:
     here, moved, now = Holt(), Holt(), T0
     for gap, value in steps:
         now += gap
@@ -114,11 +122,13 @@ def test_it_goes_on_in_another_process_as_if_nothing_had_been(steps: list[tuple[
     assert moved.predict(60) == here.predict(60)
 
 
-# --- the next level ----------------------------------------------------------------------------------
+# --- the next level ---------------------------------------------------------------------------
 
 
 def ramp(per_minute: float, upto: float, start: float = 40.0) -> tuple[Holt, float]:
-    """Return five level minutes and then a rise, looked at every 5 s, up to a percentage; and its last value."""
+    """Return five level minutes and then a rise, looked at every 5 s, up to a percentage; and its
+    last value.
+    """
     holt, at, value = Holt(bucket_s=LOAD_BUCKET_S), 0.0, start
     while value < upto:
         value = start + max(0.0, at - 300) * per_minute / 60
@@ -139,7 +149,9 @@ def ramp(per_minute: float, upto: float, start: float = 40.0) -> tuple[Holt, flo
         (10, 61.5, Level.ELEVATED),
     ],
 )
-def test_the_next_level_is_foretold_within_a_minute(per_minute: float, upto: float, expected: Level | None) -> None:
+def test_the_next_level_is_foretold_within_a_minute(
+    per_minute: float, upto: float, expected: Level | None
+) -> None:
     found = will_rise(*ramp(per_minute, upto))
 
     assert (found and found.level) == expected
@@ -169,11 +181,17 @@ def test_thresholds_and_time_are_the_callers() -> None:
     holt, value = ramp(5, 61)
 
     assert will_rise(holt, value, within_s=10) is None
-    assert will_rise(holt, value, thresholds=(30.0, 63.0, 85.0, 95.0)) == Rise(Level.HIGH, pytest.approx(24, abs=10))
+    assert will_rise(holt, value, thresholds=(30.0, 63.0, 85.0, 95.0)) == Rise(
+        Level.HIGH, pytest.approx(24, abs=10)
+    )
 
 
-@pytest.mark.parametrize(("mean", "deviation", "most_share"), [(50, 5, 0.005), (60, 2, 0.005), (62, 2, 0.01)])
-def test_noise_below_a_threshold_raises_few_false_alarms(mean: float, deviation: float, most_share: float) -> None:
+@pytest.mark.parametrize(
+    ("mean", "deviation", "most_share"), [(50, 5, 0.005), (60, 2, 0.005), (62, 2, 0.01)]
+)
+def test_noise_below_a_threshold_raises_few_false_alarms(
+    mean: float, deviation: float, most_share: float
+) -> None:
     alarms, looks = 0, 0
     for seed in range(3):
         random, holt = Random(seed), Holt(bucket_s=LOAD_BUCKET_S)

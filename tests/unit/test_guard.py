@@ -19,7 +19,9 @@ NO_CHILD = os.getppid()
 
 
 @pytest.mark.parametrize(("code", "died_of"), [(-9, "SIGKILL"), (70, "exit code 70")])
-def test_a_process_that_was_reaped_on_the_way_is_known_by_its_exit_code(code: int, died_of: str) -> None:
+def test_a_process_that_was_reaped_on_the_way_is_known_by_its_exit_code(
+    code: int, died_of: str
+) -> None:
     platform = Platform()
     spec = platform.submit(JobRequest(operation="sum", items=range(10)))
     platform.ledger.claim(spec.job, ROOT, TOKEN, "unit")
@@ -29,7 +31,10 @@ def test_a_process_that_was_reaped_on_the_way_is_known_by_its_exit_code(code: in
 
     Supervisor(platform.runtime, {}, lambda: 1, list, lambda _pid: code)._reap(0.0)
 
-    assert json.loads(platform.store.client.hget(platform.keys.of(spec.job).deaths, "3"))["by"] == died_of
+    assert (
+        json.loads(platform.store.client.hget(platform.keys.of(spec.job).deaths, "3"))["by"]
+        == died_of
+    )
     assert list(platform.runtime.page.held()) == []
 
 

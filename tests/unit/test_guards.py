@@ -1,4 +1,6 @@
-"""An operation behind its guards: the order they are asked in, and what is given back when an inner one refuses."""
+"""An operation behind its guards: the order they are asked in, and what is given back when an inner
+one refuses.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,15 @@ from tests.unit.world import World, world
 __all__ = ["world"]
 
 
-SPEC = JobSpec("job", "op", RangeSource(0, 1), 1, Shape("flat"), "unit.critical", priority="critical")
+SPEC = JobSpec(
+    "job", "op", RangeSource(0, 1), 1, Shape("flat"), "unit.critical", priority="critical"
+)
 
 
 def guards(world: World, **settings: Any) -> Guards:
-    return Guards(world.store(), Settings(breakers=BreakerSettings(**settings)), lambda waiters: None)
+    return Guards(
+        world.store(), Settings(breakers=BreakerSettings(**settings)), lambda waiters: None
+    )
 
 
 def guarded(on: Guards, function: Any = lambda item: item, **about: Any) -> Guarded:
@@ -50,7 +56,12 @@ def context(**about: Any) -> Context:
 
 def test_what_an_inner_guard_refuses_is_given_back_to_the_outer_ones(world: World) -> None:
     on = guards(world)
-    one = guarded(on, rate_limit=Rate(10), breaker=BreakerConfig(failure_threshold=1, recovery_timeout_s=5), bulkhead=1)
+    one = guarded(
+        on,
+        rate_limit=Rate(10),
+        breaker=BreakerConfig(failure_threshold=1, recovery_timeout_s=5),
+        bulkhead=1,
+    )
     entry = one.enter(1, context(), "")
     used = on._buckets["op"].status()["requests"]["used"]
 
@@ -66,7 +77,9 @@ def test_what_an_inner_guard_refuses_is_given_back_to_the_outer_ones(world: Worl
     assert on._breakers["op"].state == "half-open"
     held.release()
     for _ in range(3):
-        permit = one.enter(4, context(), "").permit  # the probe that was not used did not take a place
+        permit = one.enter(
+            4, context(), ""
+        ).permit  # the probe that was not used did not take a place
         assert permit is not None
         permit.release()
 
@@ -85,13 +98,23 @@ def test_a_refusal_costs_no_try_and_a_failure_costs_one(world: World) -> None:
     def fail(_: int) -> None:
         raise ConnectionError("gone")
 
-    one = guarded(guards(world), fail, rate_limit=Rate(1), retry=RetryPolicy(max_attempts=3, initial_delay_s=1))
+    one = guarded(
+        guards(world),
+        fail,
+        rate_limit=Rate(1),
+        retry=RetryPolicy(max_attempts=3, initial_delay_s=1),
+    )
     with pytest.raises(Postponed) as failed:
         one.call(1, context(tries=1), tries=1, waiter="")
     with pytest.raises(Postponed) as refused:
         one.call(1, context(tries=1), tries=1, waiter="")
 
-    assert (failed.value.tries, failed.value.isolates, refused.value.tries, refused.value.isolates) == (2, True, 1, False)
+    assert (
+        failed.value.tries,
+        failed.value.isolates,
+        refused.value.tries,
+        refused.value.isolates,
+    ) == (2, True, 1, False)
     world.sleep(2)
     with pytest.raises(ConnectionError):
         one.call(1, context(tries=2), tries=2, waiter="")
@@ -135,7 +158,9 @@ def test_breakers_can_be_switched_off(world: World) -> None:
     def fail(_: int) -> None:
         raise ConnectionError
 
-    one = guarded(guards(world, enabled=False), fail, breaker=BreakerConfig(failure_threshold=1), bulkhead=5)
+    one = guarded(
+        guards(world, enabled=False), fail, breaker=BreakerConfig(failure_threshold=1), bulkhead=5
+    )
     for _ in range(5):
         with pytest.raises(ConnectionError):
             one.call(1, context(), tries=0, waiter="")
@@ -154,7 +179,9 @@ def test_an_operation_without_guards_has_none(world: World) -> None:
         (Ignore(), Category.CANCELLED, False),
     ],
 )
-def test_celerys_own_exceptions_are_known(world: World, error: Exception, category: Category, counts: bool) -> None:
+def test_celerys_own_exceptions_are_known(
+    world: World, error: Exception, category: Category, counts: bool
+) -> None:
     assert classify(error).category == category
     assert CircuitBreaker("any", world.store()).is_system_error(error) == counts
 
@@ -163,7 +190,11 @@ def test_celerys_own_exceptions_are_known(world: World, error: Exception, catego
     ("about", "error", "told"),
     [
         ({"breaker": "fast"}, InvalidValue, "preset='fast': unknown"),
-        ({"breaker": 5}, InvalidValue, "breaker=5: must be a preset's name, a BreakerConfig or a dict of its fields"),
+        (
+            {"breaker": 5},
+            InvalidValue,
+            "breaker=5: must be a preset's name, a BreakerConfig or a dict of its fields",
+        ),
         ({"breaker": {"failure_treshold": 3}}, InvalidValue, "failure_treshold=3: unknown field"),
         ({"cost": len}, InvalidRequest, "declare that, too"),
         ({"fallback": len}, InvalidRequest, "declare breaker"),
@@ -171,6 +202,8 @@ def test_celerys_own_exceptions_are_known(world: World, error: Exception, catego
         ({"retry": 0}, InvalidValue, "max_attempts=0"),
     ],
 )
-def test_a_declaration_that_makes_no_sense_is_told_when_it_is_made(about: dict[str, Any], error: type, told: str) -> None:
+def test_a_declaration_that_makes_no_sense_is_told_when_it_is_made(
+    about: dict[str, Any], error: type, told: str
+) -> None:
     with pytest.raises(error, match=told):
         protection("op", about)

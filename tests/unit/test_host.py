@@ -38,7 +38,9 @@ class Sensor:
             raise RuntimeError("the sensor is broken")
         if self.memory_pct is None:
             return None
-        return Sample(self.memory_pct, 10 * self.memory_pct, 1000.0, 1000 - 10 * self.memory_pct, "host")
+        return Sample(
+            self.memory_pct, 10 * self.memory_pct, 1000.0, 1000 - 10 * self.memory_pct, "host"
+        )
 
 
 class Machine:
@@ -48,7 +50,9 @@ class Machine:
         self.sensor, self.queues = Sensor(), list(QUEUES)
         patch.setattr("rlm_tasks.worker.host.Sampler", lambda _settings: self.sensor)
         patch.setattr(QueueOrder, "facts", QueueOrder.facts)
-        self.platform = Platform(settings=Settings(namespace="unit", pressure=PressureSettings(**pressure)))
+        self.platform = Platform(
+            settings=Settings(namespace="unit", pressure=PressureSettings(**pressure))
+        )
         self.runtime = self.platform.runtime
         self.page, self.board = self.runtime.page, self.runtime.board
         self.host = Host(self.runtime, lambda: 4, lambda: self.queues)
@@ -78,7 +82,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(monkeypatch)
 
 
-# --- the level ------------------------------------------------------------------------------------------
+# --- the level --------------------------------------------------------------------------------
 
 
 def test_before_the_first_sample_there_is_no_pressure(machine: Machine) -> None:
@@ -147,14 +151,18 @@ def test_a_drill_holds_whatever_is_measured_and_is_released(machine: Machine) ->
     assert machine.exchange() is Level.EMERGENCY
 
 
-def test_a_change_is_logged_once_with_its_cause(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_change_is_logged_once_with_its_cause(
+    machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
     machine.measure(90.0, times=5)
     machine.announce(Level.EMERGENCY)
     machine.exchange()
     machine.board.force("high")
     machine.exchange()
     machine.exchange()
-    assert [record.message for record in caplog.records if record.message.startswith("Pressure is")] == [
+    assert [
+        record.message for record in caplog.records if record.message.startswith("Pressure is")
+    ] == [
         "Pressure is critical: memory 90 % of 1000 MB",
         "Pressure is emergency: a test",
         "Pressure is high: it is forced",
@@ -173,7 +181,7 @@ def test_switched_off_nothing_is_acted_on_nor_told(monkeypatch: pytest.MonkeyPat
     assert [host.level for host in machine.board.hosts()] == [Level.NORMAL]
 
 
-# --- what is told ---------------------------------------------------------------------------------------
+# --- what is told -----------------------------------------------------------------------------
 
 
 def test_a_host_tells_what_it_is_and_does(machine: Machine) -> None:
@@ -181,9 +189,19 @@ def test_a_host_tells_what_it_is_and_does(machine: Machine) -> None:
     machine.exchange()
     [report] = machine.board.hosts()
     assert report == HostReport(
-        "unit", Level.HIGH, 80.0, "memory 80 % of 1000 MB", 4, 0, tuple(QUEUES), {}, machine.sensor.sample(),
-        __version__, SCHEMA, report.at,
-    )  # fmt: skip
+        "unit",
+        Level.HIGH,
+        80.0,
+        "memory 80 % of 1000 MB",
+        4,
+        0,
+        tuple(QUEUES),
+        {},
+        machine.sensor.sample(),
+        __version__,
+        SCHEMA,
+        report.at,
+    )
     assert abs(machine.board.clocks()["unit"]) < 5, "its clock is the server's here"
 
 
@@ -191,7 +209,10 @@ def test_one_exchange_is_one_round_trip(machine: Machine) -> None:
     machine.measure()
     trips: list[int] = []
     pipelined = machine.platform.store._pipelined
-    machine.platform.store._pipelined = lambda *args, **kwargs: (trips.append(1), pipelined(*args, **kwargs))[1]  # type: ignore[method-assign]
+    machine.platform.store._pipelined = lambda *args, **kwargs: (
+        trips.append(1),
+        pipelined(*args, **kwargs),
+    )[1]  # type: ignore[method-assign]
     machine.platform.store.run(*machine.host.exchange())
     assert len(trips) == 2, "one, and one more for scripts that the server has not seen before"
     trips.clear()
@@ -226,7 +247,9 @@ def test_the_operations_that_run_are_counted_and_tasks_of_others_are_not(
     assert machine.board.hosts()[0].active == {"sum": 2, "llm": 1}
 
 
-def test_requests_may_come_and_go_while_they_are_counted(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_may_come_and_go_while_they_are_counted(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from weakref import WeakSet
 
     class Request:
@@ -257,7 +280,9 @@ def test_requests_may_come_and_go_while_they_are_counted(machine: Machine, monke
 
 def test_orders_may_be_forgotten_while_the_event_loop_asks_for_ages(machine: Machine) -> None:
     """The guard's thread forgets stale orders between any two steps of the event loop."""
-    report = ClusterReport(0, "", 0.0, queues={"unit.low": QueueReport(2, 5.0), "unit.high": QueueReport(1)})
+    report = ClusterReport(
+        0, "", 0.0, queues={"unit.low": QueueReport(2, 5.0), "unit.high": QueueReport(1)}
+    )
 
     class Forgetful(Host):
         answers = [Orders(report, None)]
@@ -284,7 +309,7 @@ def test_the_order_of_queues_knows_ages_and_slots_from_here(machine: Machine) ->
     assert (facts.ages(), facts.slots(), facts.target_s("high")) == ({"unit.low": 90.0}, 4, 10.0)
 
 
-# --- slots and memory -----------------------------------------------------------------------------------
+# --- slots and memory -------------------------------------------------------------------------
 
 
 def test_slots_of_all_workers_are_heard(machine: Machine) -> None:
@@ -302,7 +327,9 @@ def test_a_worker_whose_consumer_reconnects_keeps_what_it_has_heard(machine: Mac
     assert machine.page.slots == 4
 
 
-def test_memory_that_the_platform_may_fill_is_what_is_free_and_what_its_nodes_hold(machine: Machine) -> None:
+def test_memory_that_the_platform_may_fill_is_what_is_free_and_what_its_nodes_hold(
+    machine: Machine,
+) -> None:
     for index in range(3):  # three threads of one process
         machine.page.slot(index).hold(os.getpid(), "job", f"node{index}", "00" * 8, 0.0)
     machine.measure(20.0)

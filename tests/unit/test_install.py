@@ -1,4 +1,6 @@
-"""What `install` adds to somebody's Celery app, in whatever order it is configured, and what it leaves alone."""
+"""What `install` adds to somebody's Celery app, in whatever order it is configured, and what it
+leaves alone.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,15 @@ THEIRS = {
     "result_backend": "redis://nowhere/4",
     "broker_transport_options": {"global_keyprefix": "shop:", "visibility_timeout": 60},
     "beat_schedule": {"stock": {"task": "stock", "schedule": 60.0}},
-    "task_routes": {"*": {"queue": "else", "exchange": "else", "routing_key": "else", "serializer": "pickle", "priority": 9}},
+    "task_routes": {
+        "*": {
+            "queue": "else",
+            "exchange": "else",
+            "routing_key": "else",
+            "serializer": "pickle",
+            "priority": 9,
+        }
+    },
     "task_default_queue": "orders",
     "task_default_priority": 5,
     "worker_concurrency": 3,
@@ -49,7 +59,7 @@ def start_worker_or_beat(app: Celery) -> None:
     app.loader.import_default_modules()
 
 
-# --- orders ------------------------------------------------------------------------------------------
+# --- orders -----------------------------------------------------------------------------------
 
 
 def after(app: Celery) -> None:
@@ -68,7 +78,12 @@ def forced(app: Celery) -> None:
 
 
 def twice(app: Celery) -> None:
-    app.config_from_object({"task_default_queue": "first", "beat_schedule": {"gone": {"task": "gone", "schedule": 1.0}}})
+    app.config_from_object(
+        {
+            "task_default_queue": "first",
+            "beat_schedule": {"gone": {"task": "gone", "schedule": 1.0}},
+        }
+    )
     install(app, SETTINGS)
     assert "gone" in app.conf.beat_schedule
     assert "first" in app.amqp.queues
@@ -143,11 +158,19 @@ def test_the_app_is_the_same_whatever_is_configured_first(order: Callable[[Celer
     }
     assert app.conf.worker_autoscaler == "rlm_tasks.worker.autoscaler:PressureAutoscaler"
     assert list(app.amqp.queues.consume_from) == ["orders", *OURS]
-    assert {name: app.conf[name] for name in THEIRS if name not in ("beat_schedule", "broker_transport_options")} == {
-        name: value for name, value in THEIRS.items() if name not in ("beat_schedule", "broker_transport_options")
+    assert {
+        name: app.conf[name]
+        for name in THEIRS
+        if name not in ("beat_schedule", "broker_transport_options")
+    } == {
+        name: value
+        for name, value in THEIRS.items()
+        if name not in ("beat_schedule", "broker_transport_options")
     }
     assert {"rlm.node", "rlm.merge", "rlm.monitor"} <= {*app.tasks}
-    assert THEIRS["beat_schedule"] == {"stock": {"task": "stock", "schedule": 60.0}}, "what is theirs is copied, not changed"
+    assert THEIRS["beat_schedule"] == {"stock": {"task": "stock", "schedule": 60.0}}, (
+        "what is theirs is copied, not changed"
+    )
 
 
 def test_installing_reads_no_configuration() -> None:
@@ -177,7 +200,7 @@ def test_periodic_tasks_of_their_own_stay() -> None:
     assert {*app.conf.beat_schedule} == {"before", "after", "rlm.monitor"}
 
 
-# --- a second call -----------------------------------------------------------------------------------
+# --- a second call ----------------------------------------------------------------------------
 
 
 def test_a_second_call_changes_nothing() -> None:
@@ -192,34 +215,62 @@ def test_a_second_call_changes_nothing() -> None:
 def _everything_about(app: Celery) -> Any:
     from celery import signals
 
-    receivers = {name: len(getattr(signals, name).receivers) for name in ("worker_init", "worker_ready", "import_modules")}
-    return receivers, app.steps["worker"].copy(), app.conf.table(), {*app.tasks}, app.amqp_cls, app.rlm_runtime
+    receivers = {
+        name: len(getattr(signals, name).receivers)
+        for name in ("worker_init", "worker_ready", "import_modules")
+    }
+    return (
+        receivers,
+        app.steps["worker"].copy(),
+        app.conf.table(),
+        {*app.tasks},
+        app.amqp_cls,
+        app.rlm_runtime,
+    )
 
 
 def test_a_second_call_with_other_settings_names_them() -> None:
     app = made()
 
-    with pytest.raises(InvalidRequest, match=r"settings=\['redis_url', .*, 'result_ttl_s'\]: the app was") as error:
-        install(app, Settings(namespace="jobs", redis_url="redis://:s3cret@elsewhere/0", result_ttl_s=5))
+    with pytest.raises(
+        InvalidRequest, match=r"settings=\['redis_url', .*, 'result_ttl_s'\]: the app was"
+    ) as error:
+        install(
+            app, Settings(namespace="jobs", redis_url="redis://:s3cret@elsewhere/0", result_ttl_s=5)
+        )
     assert "s3cret" not in str(error.value)
 
 
-# --- queues, routes and tasks ------------------------------------------------------------------------
+# --- queues, routes and tasks -----------------------------------------------------------------
 
 
 def test_queues_of_theirs_stay_and_a_selection_is_a_selection() -> None:
-    app = made(task_queues=[Queue("mail"), Queue("jobs.high", Exchange("mine"), routing_key="mine")])
-    assert list(app.amqp.queues.consume_from) == ["mail", "jobs.high", "jobs.critical", "jobs.normal", "jobs.low"]
+    app = made(
+        task_queues=[Queue("mail"), Queue("jobs.high", Exchange("mine"), routing_key="mine")]
+    )
+    assert list(app.amqp.queues.consume_from) == [
+        "mail",
+        "jobs.high",
+        "jobs.critical",
+        "jobs.normal",
+        "jobs.low",
+    ]
     assert app.amqp.queues["jobs.high"].exchange.name == "mine"
     app.amqp.queues.select("mail")
     assert [*app.amqp.queues.consume_from] == ["mail"]
 
 
 def test_jobs_can_be_sent_where_queues_are_not_made_when_missing() -> None:
-    app = made(task_create_missing_queues=False, task_default_exchange_type="topic", task_routes=None)
+    app = made(
+        task_create_missing_queues=False, task_default_exchange_type="topic", task_routes=None
+    )
 
     routed = app.amqp.router.route({"queue": "jobs.low"}, "rlm.node")["queue"]
-    assert (routed.name, routed.routing_key, routed.exchange.name) == ("jobs.low", "jobs.low", "jobs.low")
+    assert (routed.name, routed.routing_key, routed.exchange.name) == (
+        "jobs.low",
+        "jobs.low",
+        "jobs.low",
+    )
 
 
 def test_an_amqp_class_of_theirs_is_kept() -> None:
@@ -236,36 +287,62 @@ def test_an_amqp_class_of_theirs_is_kept() -> None:
 @pytest.fixture
 def in_memory() -> Iterator[Celery]:
     """An app of somebody's on a broker in this process."""
-    app = made(broker_url="memory://", broker_transport_options={}, task_serializer="yaml", accept_content=["json", "yaml"])
+    app = made(
+        broker_url="memory://",
+        broker_transport_options={},
+        task_serializer="yaml",
+        accept_content=["json", "yaml"],
+    )
     yield app
     app.close()
 
 
 @pytest.mark.parametrize("finalized", [False, True])
-def test_a_route_for_all_tasks_does_not_lead_nodes_astray(in_memory: Celery, finalized: bool) -> None:
+def test_a_route_for_all_tasks_does_not_lead_nodes_astray(
+    in_memory: Celery, finalized: bool
+) -> None:
     if finalized:
         in_memory.finalize()
     in_memory.send_task("rlm.node", ["job", "root"], queue="jobs.low", ignore_result=True)
 
-    with in_memory.connection_for_read() as connection, connection.SimpleQueue(in_memory.amqp.queues["jobs.low"]) as queue:
+    with (
+        in_memory.connection_for_read() as connection,
+        connection.SimpleQueue(in_memory.amqp.queues["jobs.low"]) as queue,
+    ):
         message = queue.get(timeout=5)
     assert (message.content_type, message.properties["priority"]) == ("application/json", 0)
     assert json.loads(message.body)[0] == ["job", "root"]
-    assert in_memory.amqp.router.route({}, "stock")["queue"].name == "else", "theirs go where they went"
+    assert in_memory.amqp.router.route({}, "stock")["queue"].name == "else", (
+        "theirs go where they went"
+    )
 
 
 def test_nodes_are_what_they_must_be_whatever_all_tasks_are() -> None:
     app = Celery("shop", set_as_current=False, task_cls="tests.unit.test_install:Impatient")
     app.conf.update(
-        task_acks_late=False, task_reject_on_worker_lost=False, task_acks_on_failure_or_timeout=False, task_ignore_result=False,
-        task_retry_on_worker_lost=True, task_default_rate_limit="1/m", task_default_priority=5, task_serializer="pickle",
-    )  # fmt: skip
+        task_acks_late=False,
+        task_reject_on_worker_lost=False,
+        task_acks_on_failure_or_timeout=False,
+        task_ignore_result=False,
+        task_retry_on_worker_lost=True,
+        task_default_rate_limit="1/m",
+        task_default_priority=5,
+        task_serializer="pickle",
+    )
     install(app, SETTINGS)
 
     for name in ("rlm.node", "rlm.merge"):
         task = app.tasks[name]
-        assert (task.acks_late, task.reject_on_worker_lost, task.ignore_result) == (True, True, True)
-        assert (task.acks_on_failure, task.acks_on_timeout, task.retry_on_worker_lost) == (True, True, False)
+        assert (task.acks_late, task.reject_on_worker_lost, task.ignore_result) == (
+            True,
+            True,
+            True,
+        )
+        assert (task.acks_on_failure, task.acks_on_timeout, task.retry_on_worker_lost) == (
+            True,
+            True,
+            False,
+        )
         assert (task.rate_limit, task.priority, task.serializer) == (0, 0, "json")
         assert not hasattr(task, "autoretry_for")
     assert conflicts(app) == ["result_backend is no Redis: " + NO_CHORDS]
@@ -279,7 +356,7 @@ class Impatient(Task):
     autoretry_for = (Exception,)
 
 
-# --- what stands in the way --------------------------------------------------------------------------
+# --- what stands in the way -------------------------------------------------------------------
 
 NO_CHORDS = "partial answers are merged when a job ends, not while it runs; set a redis:// URL"
 
@@ -289,16 +366,27 @@ NO_CHORDS = "partial answers are merged when a job ends, not while it runs; set 
     [
         ({"worker_prefetch_multiplier": 4}, "worker_prefetch_multiplier=4: nodes wait"),
         ({"task_always_eager": True}, "task_always_eager=True: jobs do not run"),
-        ({"worker_deduplicate_successful_tasks": True}, "worker_deduplicate_successful_tasks=True: "),
+        (
+            {"worker_deduplicate_successful_tasks": True},
+            "worker_deduplicate_successful_tasks=True: ",
+        ),
         ({"worker_enable_remote_control": False}, "worker_enable_remote_control=False: "),
         ({"result_backend": "rpc://"}, "result_backend is no Redis: "),
         ({"task_time_limit": 3}, "task_time_limit=3: shorter than a node may run (4 s)"),
         ({"task_soft_time_limit": 4}, "task_soft_time_limit=4: shorter than"),
-        ({"broker_transport_options": {"queue_order_strategy": "sorted"}}, "queue_order_strategy='sorted': priorities"),
-        ({"task_annotations": {"rlm.node": {"acks_late": False}}}, "task_annotations acks_late=False for rlm.node: "),
+        (
+            {"broker_transport_options": {"queue_order_strategy": "sorted"}},
+            "queue_order_strategy='sorted': priorities",
+        ),
+        (
+            {"task_annotations": {"rlm.node": {"acks_late": False}}},
+            "task_annotations acks_late=False for rlm.node: ",
+        ),
     ],
 )
-def test_a_setting_that_stands_in_the_way_stays_and_is_named(config: dict[str, Any], said: str) -> None:
+def test_a_setting_that_stands_in_the_way_stays_and_is_named(
+    config: dict[str, Any], said: str
+) -> None:
     app = made(**config)
 
     (sentence,) = conflicts(app)
@@ -307,9 +395,20 @@ def test_a_setting_that_stands_in_the_way_stays_and_is_named(config: dict[str, A
 
 
 def test_settings_that_do_no_harm_are_not_mentioned() -> None:
-    assert conflicts(made(worker_prefetch_multiplier=1, task_time_limit=60, task_annotations={"stock": {"rate_limit": 1}})) == []
+    assert (
+        conflicts(
+            made(
+                worker_prefetch_multiplier=1,
+                task_time_limit=60,
+                task_annotations={"stock": {"rate_limit": 1}},
+            )
+        )
+        == []
+    )
     assert conflicts(own_app) == []
-    app = install(Celery("shop", set_as_current=False), Settings(node=NodeSettings(target_ms=10_000)))
+    app = install(
+        Celery("shop", set_as_current=False), Settings(node=NodeSettings(target_ms=10_000))
+    )
     app.conf.update(result_backend="redis://nowhere/0", task_time_limit=30)
 
     assert "shorter than a node may run (40 s)" in conflicts(app)[0]
@@ -324,21 +423,36 @@ def test_an_autoscaler_and_a_monitor_of_theirs_stay() -> None:
 
 
 def test_another_broker_is_not_told_of_the_order_of_redis() -> None:
-    assert made(broker_url="amqp://nowhere", broker_transport_options={}).conf.broker_transport_options == {}
+    assert (
+        made(broker_url="amqp://nowhere", broker_transport_options={}).conf.broker_transport_options
+        == {}
+    )
 
 
-def test_a_worker_survives_a_channel_that_its_broker_closes_unless_its_owner_will_not_have_it() -> None:
+def test_a_worker_survives_a_channel_that_its_broker_closes_unless_its_owner_will_not_have_it() -> (
+    None
+):
     assert made(broker_url="amqp://nowhere").conf.broker_channel_error_retry is True
-    assert made(broker_url="amqp://nowhere", broker_channel_error_retry=False).conf.broker_channel_error_retry is False
+    assert (
+        made(
+            broker_url="amqp://nowhere", broker_channel_error_retry=False
+        ).conf.broker_channel_error_retry
+        is False
+    )
 
 
-# --- the page ----------------------------------------------------------------------------------------
+# --- the page ---------------------------------------------------------------------------------
 
 
 def test_the_files_of_the_page_are_those_of_the_example() -> None:
     name = "docs/existing_apps.md"
-    files = {block.title: block.text for block in read(name, PAGES[name]) if block.language == "python"}
-    example = {each: (ROOT / "docs/examples/existing_app" / each).read_text(encoding="utf-8") for each in files}
+    files = {
+        block.title: block.text for block in read(name, PAGES[name]) if block.language == "python"
+    }
+    example = {
+        each: (ROOT / "docs/examples/existing_app" / each).read_text(encoding="utf-8")
+        for each in files
+    }
 
     assert len(files) == 5
     assert [name for name, text in files.items() if not example[name].endswith(text)] == []

@@ -1,4 +1,6 @@
-"""The door of a client: what it looks at, how often, and what it answers while something is away."""
+"""The door of a client: what it looks at, how often, and what it answers while something is
+away.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Door:
         self.settings = Settings(namespace="unit", pressure=PressureSettings(**pressure))
         self.world, self.store = world, world.store()
         self.board = Board(self.store, Keys("unit"), self.settings.pressure)
-        self.intake = AdmissionCheck(Celery("unit", set_as_current=False), self.store, self.settings, world.time)
+        self.intake = AdmissionCheck(
+            Celery("unit", set_as_current=False), self.store, self.settings, world.time
+        )
         self.queues: dict[str, QueueReport] = {}
         self.reads: list[tuple[str, ...]] = []
         self.broker_is_away = False
@@ -68,7 +72,7 @@ def door(world: World) -> Door:
     return Door(world)
 
 
-# --- by level -------------------------------------------------------------------------------------------
+# --- by level ---------------------------------------------------------------------------------
 
 
 def test_a_calm_platform_takes_everything_in(door: Door) -> None:
@@ -117,7 +121,7 @@ def test_who_is_turned_away_is_told_when_to_come_back(door: Door) -> None:
     assert "critical" in str(refused)
 
 
-# --- by queue -------------------------------------------------------------------------------------------
+# --- by queue ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,7 +133,12 @@ def test_who_is_turned_away_is_told_when_to_come_back(door: Door) -> None:
         ("high", QueueReport(3, 11.0), True, "QUEUE_FULL"),
         ("low", QueueReport(3, 59.0), True, ""),
         ("critical", QueueReport(3, 9_999.0), True, ""),
-        ("normal", QueueReport(3, 9_999.0), False, ""),  # it keeps what it is given, up to its depth
+        (
+            "normal",
+            QueueReport(3, 9_999.0),
+            False,
+            "",
+        ),  # it keeps what it is given, up to its depth
         ("normal", QueueReport(10_000, 9_999.0), False, "QUEUE_FULL"),
         ("normal", QueueReport(3), True, ""),
     ],
@@ -155,7 +164,7 @@ def test_a_broker_that_does_not_answer_has_empty_queues_and_levels_still_count(
     assert "taken for empty" in caplog.text
 
 
-# --- how often ------------------------------------------------------------------------------------------
+# --- how often --------------------------------------------------------------------------------
 
 
 def test_a_loop_of_submissions_asks_once_a_second(door: Door, world: World) -> None:
@@ -172,11 +181,17 @@ def test_a_loop_of_submissions_asks_once_a_second(door: Door, world: World) -> N
 
 def test_a_queue_that_was_not_looked_at_is_looked_at_with_the_others(door: Door) -> None:
     door.queues["unit.high"] = QueueReport(3, 60.0)
-    assert (door.answer("normal"), door.answer("high"), door.answer("normal")) == ("", "QUEUE_FULL", "")
+    assert (door.answer("normal"), door.answer("high"), door.answer("normal")) == (
+        "",
+        "QUEUE_FULL",
+        "",
+    )
     assert door.reads == [("unit.normal",), ("unit.normal", "unit.high")]
 
 
-def test_while_redis_is_away_a_submission_is_told_so_and_nothing_is_taken_for_seen(door: Door, world: World) -> None:
+def test_while_redis_is_away_a_submission_is_told_so_and_nothing_is_taken_for_seen(
+    door: Door, world: World
+) -> None:
     door.announce(Level.HIGH)
     assert door.answer("normal") == ""
     door.store.lost = True
@@ -212,7 +227,7 @@ def test_who_comes_while_another_looks_at_a_queue_does_not_take_it_for_empty(doo
     assert answers == ["QUEUE_FULL", "QUEUE_FULL"]
 
 
-# --- jobs that wait to be taken in ----------------------------------------------------------------------
+# --- jobs that wait to be taken in ------------------------------------------------------------
 
 
 def test_a_job_that_cannot_be_noted_as_waiting_is_open_and_wakes_by_its_own_time(

@@ -1,4 +1,6 @@
-"""When a level rises, how long it lasts, what of a sample counts, and that neither noise nor our own cure makes it swing."""
+"""When a level rises, how long it lasts, what of a sample counts, and that neither noise nor our
+own cure makes it swing.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,15 @@ NORMAL, ELEVATED, HIGH, CRITICAL, EMERGENCY = Level
 def sampled(**told: Any) -> Sample:
     """A calm host, but for what is told."""
     calm: dict[str, Any] = {
-        "memory_pct": 20.0, "memory_mb": 1600.0, "memory_limit_mb": 8000.0, "available_mb": 6400.0, "source": "host",
-        "cpu_waiting_pct": 0.0, "memory_stall_pct": 0.0, "load_per_cpu": 0.0,
-    }  # fmt: skip
+        "memory_pct": 20.0,
+        "memory_mb": 1600.0,
+        "memory_limit_mb": 8000.0,
+        "available_mb": 6400.0,
+        "source": "host",
+        "cpu_waiting_pct": 0.0,
+        "memory_stall_pct": 0.0,
+        "load_per_cpu": 0.0,
+    }
     return Sample(**(calm | told))
 
 
@@ -38,7 +46,9 @@ def settled(settings: PressureSettings, **told: Any) -> Level:
     return ladder.step(sampled(**told), 1).level
 
 
-def levels(*loads: float | None, settings: PressureSettings = SETTINGS, every_s: float = 1.0) -> list[Level]:
+def levels(
+    *loads: float | None, settings: PressureSettings = SETTINGS, every_s: float = 1.0
+) -> list[Level]:
     ladder = Ladder(settings)
     return [ladder.step(load, number * every_s) for number, load in enumerate(loads)]
 
@@ -47,17 +57,27 @@ def changes(found: list[Level]) -> int:
     return sum(before != after for before, after in pairwise([NORMAL, *found]))
 
 
-# --- the table of source document 1 ----------------------------------------------------------------------
+# --- the table of source document 1 -----------------------------------------------------------
 
 TABLE = [
-    (0.0, NORMAL, 1.0), (64.9, NORMAL, 1.0), (65.0, ELEVATED, 0.8), (74.9, ELEVATED, 0.8), (75.0, HIGH, 0.8), (84.9, HIGH, 0.8),
-    (85.0, CRITICAL, 0.5), (94.9, CRITICAL, 0.5), (95.0, EMERGENCY, 0.3), (100.0, EMERGENCY, 0.3),
-]  # fmt: skip
+    (0.0, NORMAL, 1.0),
+    (64.9, NORMAL, 1.0),
+    (65.0, ELEVATED, 0.8),
+    (74.9, ELEVATED, 0.8),
+    (75.0, HIGH, 0.8),
+    (84.9, HIGH, 0.8),
+    (85.0, CRITICAL, 0.5),
+    (94.9, CRITICAL, 0.5),
+    (95.0, EMERGENCY, 0.3),
+    (100.0, EMERGENCY, 0.3),
+]
 
 
 @pytest.mark.parametrize(("percent", "level", "factor"), TABLE)
 @pytest.mark.parametrize("of", ["memory_pct", "cpu_pct"])
-def test_by_utilisation_a_level_is_the_worse_of_memory_and_cpu(of: str, percent: float, level: Level, factor: float) -> None:
+def test_by_utilisation_a_level_is_the_worse_of_memory_and_cpu(
+    of: str, percent: float, level: Level, factor: float
+) -> None:
     assert settled(LITERAL, **{of: percent}) is level
     assert CONSTRAINTS[level].entity_limit_factor == factor
 
@@ -67,13 +87,19 @@ def test_memory_counts_so_by_default_too(percent: float, level: Level, _: float)
     assert settled(SETTINGS, memory_pct=percent) is level
 
 
-# --- what counts ------------------------------------------------------------------------------------------
+# --- what counts ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("waiting", "load"),
     [(0.0, 1.0), (15.0, 1.0), (36.0, 1.6), (65.0, 1.6), (39.9, 12.0)],
-    ids=["computing", "disturbed", "with a busy Redis", "for a second", "a crowd that does not wait"],
+    ids=[
+        "computing",
+        "disturbed",
+        "with a busy Redis",
+        "for a second",
+        "a crowd that does not wait",
+    ],
 )
 def test_a_host_whose_own_pool_computes_on_all_cpus_is_normal(waiting: float, load: float) -> None:
     assert settled(SETTINGS, cpu_pct=100.0, cpu_waiting_pct=waiting, load_per_cpu=load) is NORMAL
@@ -82,9 +108,19 @@ def test_a_host_whose_own_pool_computes_on_all_cpus_is_normal(waiting: float, lo
 @pytest.mark.parametrize("waiting", [40.0, 100.0, None])
 @pytest.mark.parametrize(
     ("load", "level"),
-    [(1.9, NORMAL), (2.0, ELEVATED), (2.9, ELEVATED), (3.0, HIGH), (4.0, CRITICAL), (6.0, EMERGENCY), (50.0, EMERGENCY)],
+    [
+        (1.9, NORMAL),
+        (2.0, ELEVATED),
+        (2.9, ELEVATED),
+        (3.0, HIGH),
+        (4.0, CRITICAL),
+        (6.0, EMERGENCY),
+        (50.0, EMERGENCY),
+    ],
 )
-def test_while_work_waits_the_run_queue_says_how_badly(waiting: float | None, load: float, level: Level) -> None:
+def test_while_work_waits_the_run_queue_says_how_badly(
+    waiting: float | None, load: float, level: Level
+) -> None:
     assert settled(SETTINGS, cpu_waiting_pct=waiting, load_per_cpu=load) is level
 
 
@@ -103,24 +139,41 @@ def test_while_work_waits_the_run_queue_says_how_badly(waiting: float | None, lo
 def test_a_quota_that_is_used_up_is_high_at_most_and_only_while_work_waits(
     throttled: float, waiting: float | None, level: Level
 ) -> None:
-    assert settled(SETTINGS, throttled_pct=throttled, cpu_waiting_pct=waiting, load_per_cpu=0.5) is level
+    assert (
+        settled(SETTINGS, throttled_pct=throttled, cpu_waiting_pct=waiting, load_per_cpu=0.5)
+        is level
+    )
 
 
 @pytest.mark.parametrize(
     ("stalled", "level"),
-    [(None, NORMAL), (5.0, NORMAL), (10.0, HIGH), (39.0, HIGH), (40.0, CRITICAL), (60.0, EMERGENCY), (100.0, EMERGENCY)],
+    [
+        (None, NORMAL),
+        (5.0, NORMAL),
+        (10.0, HIGH),
+        (39.0, HIGH),
+        (40.0, CRITICAL),
+        (60.0, EMERGENCY),
+        (100.0, EMERGENCY),
+    ],
 )
 @pytest.mark.parametrize("settings", [SETTINGS, LITERAL])
-def test_work_that_waits_for_memory_is_high_at_once(settings: PressureSettings, stalled: float | None, level: Level) -> None:
+def test_work_that_waits_for_memory_is_high_at_once(
+    settings: PressureSettings, stalled: float | None, level: Level
+) -> None:
     assert settled(settings, memory_stall_pct=stalled) is level
 
 
 def test_signals_follow_other_thresholds() -> None:
     settings = PressureSettings(thresholds=(5.9, 27.3, 27.6, 52.7))
 
-    found = signals(sampled(cpu_waiting_pct=90.0, load_per_cpu=3.0, memory_stall_pct=40.0), settings)
+    found = signals(
+        sampled(cpu_waiting_pct=90.0, load_per_cpu=3.0, memory_stall_pct=40.0), settings
+    )
 
-    assert found == {"memory": 20.0, "cpu": 27.3, "memory stalls": 27.6}, "to the last digit: a level begins at its threshold"
+    assert found == {"memory": 20.0, "cpu": 27.3, "memory stalls": 27.6}, (
+        "to the last digit: a level begins at its threshold"
+    )
 
 
 @given(st.floats(0, 100), st.floats(0, 100), st.floats(0, 64), st.floats(0, 100), st.floats(0, 64))
@@ -128,16 +181,26 @@ def test_signals_are_on_the_scale_and_more_waiting_is_never_less(
     waiting: float, stalled: float, load: float, more: float, tasks: float
 ) -> None:
     less = signals(
-        sampled(cpu_waiting_pct=min(waiting, more), memory_stall_pct=min(stalled, more), load_per_cpu=min(load, tasks)), SETTINGS
+        sampled(
+            cpu_waiting_pct=min(waiting, more),
+            memory_stall_pct=min(stalled, more),
+            load_per_cpu=min(load, tasks),
+        ),
+        SETTINGS,
     )
     worse = signals(
-        sampled(cpu_waiting_pct=max(waiting, more), memory_stall_pct=max(stalled, more), load_per_cpu=max(load, tasks)), SETTINGS
+        sampled(
+            cpu_waiting_pct=max(waiting, more),
+            memory_stall_pct=max(stalled, more),
+            load_per_cpu=max(load, tasks),
+        ),
+        SETTINGS,
     )
 
     assert all(0 <= less[name] <= worse[name] <= 100 for name in less)
 
 
-# --- why ----------------------------------------------------------------------------------------------------
+# --- why --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -146,11 +209,17 @@ def test_signals_are_on_the_scale_and_more_waiting_is_never_less(
         (SETTINGS, {"memory_pct": 87.4, "memory_limit_mb": 2048.0}, "memory 87 % of 2048 MB"),
         (LITERAL, {"cpu_pct": 91.0}, "CPU 91 % busy"),
         (SETTINGS, {"cpu_waiting_pct": 100.0, "load_per_cpu": 4.25}, "4.2 tasks on each CPU"),
-        (SETTINGS, {"cpu_waiting_pct": 80.0, "load_per_cpu": 1.0, "throttled_pct": 90.0}, "1.0 tasks on each CPU, 90 % of the quota's periods cut short"),
+        (
+            SETTINGS,
+            {"cpu_waiting_pct": 80.0, "load_per_cpu": 1.0, "throttled_pct": 90.0},
+            "1.0 tasks on each CPU, 90 % of the quota's periods cut short",
+        ),
         (SETTINGS, {"memory_stall_pct": 45.0}, "all work waits for memory 45 % of the time"),
     ],
-)  # fmt: skip
-def test_a_level_says_what_it_came_from(settings: PressureSettings, told: dict[str, float], why: str) -> None:
+)
+def test_a_level_says_what_it_came_from(
+    settings: PressureSettings, told: dict[str, float], why: str
+) -> None:
     ladder = HostLadder(settings)
     ladder.step(sampled(**told), 0)
 
@@ -182,7 +251,7 @@ def test_every_signal_has_words() -> None:
         assert len(words) == 3
 
 
-# --- up and down --------------------------------------------------------------------------------------------
+# --- up and down ------------------------------------------------------------------------------
 
 
 def test_elevated_and_high_take_two_samples_and_what_is_worse_takes_one() -> None:
@@ -199,7 +268,9 @@ def test_after_an_emergency_all_is_normal_within_two_minutes() -> None:
 
     gone = found[60:]
     assert gone[19] is EMERGENCY, "not before the dwell"
-    assert [level for level, before in zip(gone, [EMERGENCY, *gone], strict=False) if level != before] == [
+    assert [
+        level for level, before in zip(gone, [EMERGENCY, *gone], strict=False) if level != before
+    ] == [
         CRITICAL,
         HIGH,
         ELEVATED,
@@ -221,7 +292,13 @@ def test_one_high_sample_starts_the_dwell_anew() -> None:
 
 
 def test_a_missing_load_keeps_the_level() -> None:
-    assert levels(None, math.nan, 90, None, math.nan) == [NORMAL, NORMAL, CRITICAL, CRITICAL, CRITICAL]
+    assert levels(None, math.nan, 90, None, math.nan) == [
+        NORMAL,
+        NORMAL,
+        CRITICAL,
+        CRITICAL,
+        CRITICAL,
+    ]
     assert levels(90, *[10] * 60, math.nan)[-1] is ELEVATED, "and what a ladder knows is not spoilt"
 
 
@@ -244,7 +321,10 @@ def test_a_clock_that_was_set_back_delays_a_step_by_the_dwell_at_most() -> None:
     assert CRITICAL in found
 
 
-@given(st.lists(st.one_of(st.floats(-50, 300), st.floats(90, 97), st.none()), max_size=60), st.integers(0, 60))
+@given(
+    st.lists(st.one_of(st.floats(-50, 300), st.floats(90, 97), st.none()), max_size=60),
+    st.integers(0, 60),
+)
 def test_a_ladder_goes_on_where_another_stopped(loads: list[float | None], stop: int) -> None:
     whole, first = Ladder(SETTINGS), Ladder(SETTINGS)
     expected = [whole.step(load, 10.0 * at) for at, load in enumerate(loads)]
@@ -268,11 +348,18 @@ def test_a_state_in_the_midst_of_a_relapse_survives_json() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.one_of(st.none(), st.just(math.nan), st.floats(0, 100), st.sampled_from([10.0, 50.0])), st.floats(0.1, 30)),
+        st.tuples(
+            st.one_of(
+                st.none(), st.just(math.nan), st.floats(0, 100), st.sampled_from([10.0, 50.0])
+            ),
+            st.floats(0.1, 30),
+        ),
         max_size=120,
     )
 )
-def test_a_level_falls_by_single_steps_after_the_dwell_and_rises_when_it_must(steps: list[tuple[float | None, float]]) -> None:
+def test_a_level_falls_by_single_steps_after_the_dwell_and_rises_when_it_must(
+    steps: list[tuple[float | None, float]],
+) -> None:
     ladder, level, now, since, last = Ladder(SETTINGS), NORMAL, 0.0, 0.0, NORMAL
     for load, passed in steps:
         now += passed
@@ -286,17 +373,24 @@ def test_a_level_falls_by_single_steps_after_the_dwell_and_rises_when_it_must(st
             assert level >= CRITICAL
         if level < before:
             assert level == before - 1
-            assert now - since >= SETTINGS.release_s - 1e-6, "since the last change, and since load was last high"
+            assert now - since >= SETTINGS.release_s - 1e-6, (
+                "since the last change, and since load was last high"
+            )
             assert load is not None
             assert load < SETTINGS.thresholds[before - 1] - SETTINGS.release_pct
-        if not missing and load is not None and last and load >= SETTINGS.thresholds[last - 1] - SETTINGS.release_pct:
+        if (
+            not missing
+            and load is not None
+            and last
+            and load >= SETTINGS.thresholds[last - 1] - SETTINGS.release_pct
+        ):
             since = now
         if level != before:
             since = now
         last = level
 
 
-# --- noise, and our own cure --------------------------------------------------------------------------------
+# --- noise, and our own cure ------------------------------------------------------------------
 
 
 def noisy_hour(mean: float, seed: int) -> tuple[Ladder, list[Level]]:
@@ -320,8 +414,12 @@ def test_even_after_an_hour_of_noise_all_is_normal_two_minutes_after_its_end(mea
 
 @pytest.mark.parametrize("noise", [0, 3])
 @pytest.mark.parametrize("base", [70, 80, 90, 100, 110, 120, 150, 200, 300])
-def test_load_that_falls_because_work_is_degraded_makes_few_swings(base: float, noise: float) -> None:
-    """Without memory of premature steps a load of 110 % changes the level 326 times in this hour."""
+def test_load_that_falls_because_work_is_degraded_makes_few_swings(
+    base: float, noise: float
+) -> None:
+    """Without memory of premature steps a load of 110 % changes the level 326 times in this
+    hour.
+    """
     random, ladder, level, found = Random(1), Ladder(SETTINGS), NORMAL, []
     for second in range(3600):
         load = base * CONSTRAINTS[level].entity_limit_factor + random.gauss(0, noise)
@@ -353,4 +451,6 @@ def test_a_step_that_held_is_forgiven() -> None:
 
     ladder.step(96, next(times))
 
-    assert CRITICAL in [ladder.step(70, next(times)) for _ in range(40)], "as if it were the first time"
+    assert CRITICAL in [ladder.step(70, next(times)) for _ in range(40)], (
+        "as if it were the first time"
+    )

@@ -40,7 +40,9 @@ def claimed(platform: Platform, spec: JobSpec, node: str = ROOT, token: str = "m
 def done(platform: Platform, claim: Claim, mid: int, *kids: Child, **more: object) -> str:
     """Finish a node as a worker does; return what FINISH says happened to the job."""
     report = Report(mid=mid, done=mid - claim.lo, kids=list(kids), **more)  # type: ignore[arg-type]  # fields of a report
-    finished = platform.ledger.finish(claim, report, codec.pack([True, 0, 1, 0.0]) if mid > claim.lo else b"")
+    finished = platform.ledger.finish(
+        claim, report, codec.pack([True, 0, 1, 0.0]) if mid > claim.lo else b""
+    )
     return finished.outcome if finished.answer == "ok" else finished.answer
 
 
@@ -49,12 +51,16 @@ def test_a_node_is_run_by_one_holder(platform: Platform, spec: JobSpec) -> None:
 
     assert (first.lo, first.hi, first.epoch, first.spec) == (0, 100, 1, spec)
     assert platform.ledger.claim(spec.job, ROOT, "other", "w").answer == "busy"
-    assert claimed(platform, spec).epoch == 1, "the same token meets its own claim, whose answer was lost"
+    assert claimed(platform, spec).epoch == 1, (
+        "the same token meets its own claim, whose answer was lost"
+    )
     assert platform.ledger.claim(spec.job, "no-such-node", "x", "w").answer == "unknown"
     assert platform.ledger.claim("no-such-job", ROOT, "x", "w").answer == "unknown"
 
 
-def test_a_finished_job_has_one_last_caller_and_is_closed_once(platform: Platform, spec: JobSpec) -> None:
+def test_a_finished_job_has_one_last_caller_and_is_closed_once(
+    platform: Platform, spec: JobSpec
+) -> None:
     claim = claimed(platform, spec)
 
     assert done(platform, claim, 100) == MERGE
@@ -65,10 +71,22 @@ def test_a_finished_job_has_one_last_caller_and_is_closed_once(platform: Platfor
     assert platform.ledger.facts(spec.job)["state"] == "succeeded"
 
 
-def test_a_cut_registers_its_children_and_they_are_sent_again_while_they_wait(platform: Platform, spec: JobSpec) -> None:
+def test_a_cut_registers_its_children_and_they_are_sent_again_while_they_wait(
+    platform: Platform, spec: JobSpec
+) -> None:
     left, right = child(40, 70), child(70, 100)
 
-    assert done(platform, claimed(platform, spec), 40, left, right, splits=[Split("s", 40, 100, "", 0, "t", 2)]) == ""
+    assert (
+        done(
+            platform,
+            claimed(platform, spec),
+            40,
+            left,
+            right,
+            splits=[Split("s", 40, 100, "", 0, "t", 2)],
+        )
+        == ""
+    )
 
     assert platform.ledger.claim(spec.job, ROOT, "again", "w").waiting == (left.id, right.id)
     assert done(platform, claimed(platform, spec, right.id), 100) == ""
@@ -83,7 +101,9 @@ def test_a_cut_registers_its_children_and_they_are_sent_again_while_they_wait(pl
     [[child(51, 100)], [child(50, 99)], [child(50, 80), child(79, 100)], [child(50, 101)], []],
     ids=["gap", "short", "overlap", "long", "none"],
 )
-def test_parts_that_do_not_tile_the_range_are_refused_whole(platform: Platform, spec: JobSpec, kids: list[Child]) -> None:
+def test_parts_that_do_not_tile_the_range_are_refused_whole(
+    platform: Platform, spec: JobSpec, kids: list[Child]
+) -> None:
     claim = claimed(platform, spec)
 
     with pytest.raises(ResponseError, match="TILING"):
@@ -106,7 +126,9 @@ def test_a_holder_that_was_replaced_is_fenced(platform: Platform, spec: JobSpec)
     assert done(platform, fresh, 100) == MERGE
 
 
-def test_the_sweep_takes_back_what_is_overdue_and_fences_its_holder(platform: Platform, spec: JobSpec) -> None:
+def test_the_sweep_takes_back_what_is_overdue_and_fences_its_holder(
+    platform: Platform, spec: JobSpec
+) -> None:
     stale = claimed(platform, spec)
     platform.store.client.zadd(platform.keys.of(spec.job).due, {ROOT: 1})
 
@@ -119,7 +141,9 @@ def test_the_sweep_takes_back_what_is_overdue_and_fences_its_holder(platform: Pl
     assert done(platform, stale, 100) == "stale"
 
 
-def test_a_lease_that_ran_out_is_its_holders_until_somebody_else_claims(platform: Platform, spec: JobSpec) -> None:
+def test_a_lease_that_ran_out_is_its_holders_until_somebody_else_claims(
+    platform: Platform, spec: JobSpec
+) -> None:
     holder = claimed(platform, spec)
     keys = platform.keys.of(spec.job)
     platform.store.client.zadd(keys.due, {ROOT: 1})
@@ -157,7 +181,9 @@ def test_a_beat_keeps_the_lease_of_its_holder_only(platform: Platform, spec: Job
     assert platform.store.client.zscore(due, ROOT) > 1
 
 
-def test_a_stopped_job_skips_what_waits_and_lets_running_nodes_hand_in(platform: Platform, spec: JobSpec) -> None:
+def test_a_stopped_job_skips_what_waits_and_lets_running_nodes_hand_in(
+    platform: Platform, spec: JobSpec
+) -> None:
     left, right = child(10, 50), child(50, 100)
     done(platform, claimed(platform, spec), 10, left, right)
     running = claimed(platform, spec, left.id)
@@ -181,7 +207,9 @@ def test_force_ends_a_job_whose_nodes_do_not_hand_in(platform: Platform, spec: J
     assert platform.ledger.facts(spec.job)["skipped"] == "100"
 
 
-def test_partials_are_compacted_only_while_they_are_all_there(platform: Platform, spec: JobSpec) -> None:
+def test_partials_are_compacted_only_while_they_are_all_there(
+    platform: Platform, spec: JobSpec
+) -> None:
     left, right = child(10, 50), child(50, 100)
     done(platform, claimed(platform, spec), 10, left, right)
     done(platform, claimed(platform, spec, right.id), 100)
@@ -194,14 +222,24 @@ def test_partials_are_compacted_only_while_they_are_all_there(platform: Platform
 
 
 def test_every_key_of_a_job_expires(platform: Platform, spec: JobSpec) -> None:
-    done(platform, claimed(platform, spec), 40, child(40, 100), failed=[3], failures=[(3, "{}")], skipped=[4])
+    done(
+        platform,
+        claimed(platform, spec),
+        40,
+        child(40, 100),
+        failed=[3],
+        failures=[(3, "{}")],
+        skipped=[4],
+    )
 
     keys = list(platform.store.client.scan_iter("unit:*"))
     assert len(keys) > 8
     assert [key for key in keys if platform.store.client.ttl(key) == -1] == []
 
 
-def test_an_original_that_arrives_after_its_probe_does_not_make_the_others_lost(platform: Platform, spec: JobSpec) -> None:
+def test_an_original_that_arrives_after_its_probe_does_not_make_the_others_lost(
+    platform: Platform, spec: JobSpec
+) -> None:
     left, right = child(0, 50), child(50, 100)
     done(platform, claimed(platform, spec), 0, left, right)
     waiting, store = platform.keys.of(spec.job).waiting, platform.store.client

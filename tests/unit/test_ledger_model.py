@@ -1,4 +1,6 @@
-"""The ledger's scripts against an oracle, on fakeredis; tests/faults runs the same on a real server."""
+"""The ledger's scripts against an oracle, on fakeredis; tests/faults runs the same on a real
+server.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,9 @@ QUESTION: Which method removes whitespace from strings?
 
 
 def answer(text: str, behaviour: str = "reader", schema: dict[str, object] | None = None) -> str:
-    return Model(behaviour).answer([{"role": "system", "content": "SUM: 9"}, {"role": "user", "content": text}], schema)
+    return Model(behaviour).answer(
+        [{"role": "system", "content": "SUM: 9"}, {"role": "user", "content": text}], schema
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,8 +38,14 @@ def test_a_reader_merges_adds_or_repeats(text: str, answered: str) -> None:
 
 def test_a_reader_finds_passages_that_share_half_of_the_questions_words_best_first() -> None:
     # of: which, method, removes, whitespace, from, strings
-    assert json.loads(answer(TEXT)) == {"answer": "The method strip removes leading whitespace.", "found": [12, 7]}
-    assert json.loads(answer(TEXT.replace("Which", "Wherefore quickly never gently"))) == {"answer": "", "found": []}
+    assert json.loads(answer(TEXT)) == {
+        "answer": "The method strip removes leading whitespace.",
+        "found": [12, 7],
+    }
+    assert json.loads(answer(TEXT.replace("Which", "Wherefore quickly never gently"))) == {
+        "answer": "",
+        "found": [],
+    }
     many = "QUESTION: strings\n" + "\n".join(f"[{n}] strings" for n in range(9, 0, -1))
     assert json.loads(answer(many))["found"] == [1, 2, 3, 4, 5]
 
@@ -55,7 +63,9 @@ def test_an_echo_repeats_the_last_message() -> None:
         ("one two", {"a": {"type": "string"}, "b": {"type": "string"}}, "one two"),
     ],
 )
-def test_an_answer_takes_the_form_of_a_schema_of_one_property(text: str, properties: dict[str, object], answered: str) -> None:
+def test_an_answer_takes_the_form_of_a_schema_of_one_property(
+    text: str, properties: dict[str, object], answered: str
+) -> None:
     assert answer(text, schema={"type": "object", "properties": properties}) == answered
 
 
@@ -70,7 +80,9 @@ def test_a_token_is_four_bytes_and_no_character_is_cut_in_two() -> None:
 
 
 def test_a_window_lets_in_what_no_window_has_too_much_of() -> None:
-    """Against a count of all that came, at every step; and after `wait_s`, but not before, there is room."""
+    """Against a count of all that came, at every step; and after `wait_s`, but not before, there is
+    room.
+    """
     random, now = Random(7), 0.0
     window = Window(10.0, 5, 100, lambda: now)
     taken: list[list[float]] = []

@@ -1,4 +1,6 @@
-"""What a call must pass, and what is given back when one of its guards says no, or the call ends otherwise than well."""
+"""What a call must pass, and what is given back when one of its guards says no, or the call ends
+otherwise than well.
+"""
 
 from __future__ import annotations
 
@@ -34,18 +36,34 @@ class Door:
     """The gate of one job, and what it keeps."""
 
     def __init__(
-        self, world: World, budget: dict[str, float], *, priority: str = "normal", cache_ttl_s: float = 0, **llm: Any
+        self,
+        world: World,
+        budget: dict[str, float],
+        *,
+        priority: str = "normal",
+        cache_ttl_s: float = 0,
+        **llm: Any,
     ) -> None:
         self.store = world.store()
         self.stopped: list[tuple[str, str]] = []
         settings = LlmSettings(**{"endpoints": (EndpointSettings(name="one"),), **llm})
         self.guards = Guards(
-            self.store, Settings(llm=settings), lambda waiters: None, lambda job, why, **_: self.stopped.append((job, why))
+            self.store,
+            Settings(llm=settings),
+            lambda waiters: None,
+            lambda job, why, **_: self.stopped.append((job, why)),
         )
         spec = JobSpec(
-            "job", "llm.map", RangeSource(0, 1), 9, Shape("flat"), "unit.normal",
-            priority=priority, budget=budget, cache_ttl_s=cache_ttl_s,
-        )  # fmt: skip
+            "job",
+            "llm.map",
+            RangeSource(0, 1),
+            9,
+            Shape("flat"),
+            "unit.normal",
+            priority=priority,
+            budget=budget,
+            cache_ttl_s=cache_ttl_s,
+        )
         self.guards.purse.open(spec, last=True)
         found = registry.get("llm.map").gate(self.guards, registry.get("llm.map"), spec)  # type: ignore[misc]  # it has one
         assert isinstance(found, Gate)
@@ -53,7 +71,9 @@ class Door:
         self.provider = found._provider
 
     def enter(self, index: int = 0, item: str = "") -> Pass:
-        entry = self.gate.enter(item or f"item {index}", Context("job", self.params, index=index), "")
+        entry = self.gate.enter(
+            item or f"item {index}", Context("job", self.params, index=index), ""
+        )
         assert isinstance(entry, Pass)
         return entry
 
@@ -85,7 +105,9 @@ def test_a_call_reserves_what_it_may_cost_and_is_settled_to_what_it_did(world: W
     assert held["calls"] == 1
     assert 100 < held["tokens"] < 110
     door.answered(entry)
-    assert spent(door) == pytest.approx({"calls": 1, "tokens": 15, "money": (10 * 0.4 + 5 * 1.6) / 1e6})
+    assert spent(door) == pytest.approx(
+        {"calls": 1, "tokens": 15, "money": (10 * 0.4 + 5 * 1.6) / 1e6}
+    )
     assert door.provider.bucket(door.provider.places["one"], MODEL).status()["tokens"]["used"] == 15
     door.answered(entry)  # once
     assert spent(door)["calls"] == 1
@@ -110,7 +132,9 @@ def test_who_finds_no_room_stands_in_one_line_however_many_endpoints_there_are(
 ) -> None:
     for key in keys:
         monkeypatch.setenv(key, "any")
-    places = tuple(EndpointSettings(name=f"at-{number}", key_env=key) for number, key in enumerate(keys))
+    places = tuple(
+        EndpointSettings(name=f"at-{number}", key_env=key) for number, key in enumerate(keys)
+    )
     door = Door(world, {}, endpoints=places, requests=6.0, tokens=1e6)
     for index in range(len(set(keys))):
         door.enter(index)
@@ -121,7 +145,9 @@ def test_who_finds_no_room_stands_in_one_line_however_many_endpoints_there_are(
             door.enter(index)
         waits.append(refused.value.retry_after_s)
 
-    assert (max(waits) - min(waits)) / 7 == pytest.approx(turn_s, rel=0.2), "a call takes 10 s of a limit of 6 in a minute"
+    assert (max(waits) - min(waits)) / 7 == pytest.approx(turn_s, rel=0.2), (
+        "a call takes 10 s of a limit of 6 in a minute"
+    )
 
 
 def test_a_process_takes_no_more_than_its_pool(world: World) -> None:
@@ -133,7 +159,9 @@ def test_a_process_takes_no_more_than_its_pool(world: World) -> None:
         door.enter(2)
 
 
-def test_a_budget_that_is_spent_ends_the_items_once_nothing_in_flight_may_leave_enough(world: World) -> None:
+def test_a_budget_that_is_spent_ends_the_items_once_nothing_in_flight_may_leave_enough(
+    world: World,
+) -> None:
     door = Door(world, {"calls": 1})
     entry = door.enter(0)
     with pytest.raises(BudgetSpent) as waits:
@@ -243,7 +271,10 @@ def test_a_call_whose_settling_goes_wrong_is_left_once(world: World) -> None:
 
 
 def test_critical_calls_find_what_others_must_leave(world: World) -> None:
-    limits = {"requests": 120.0, "tokens": 1e6}  # ten at once, of which normal work leaves one and a half
+    limits = {
+        "requests": 120.0,
+        "tokens": 1e6,
+    }  # ten at once, of which normal work leaves one and a half
     normal, critical = Door(world, {}, **limits), Door(world, {}, priority="critical", **limits)
     for index in range(8):
         normal.enter(index)

@@ -1,4 +1,6 @@
-"""How endpoints are found to be ill and well again, by one worker for all; and what of it is counted and shown."""
+"""How endpoints are found to be ill and well again, by one worker for all; and what of it is
+counted and shown.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,14 @@ import pytest
 from resilience.errors import CallTimeout, Category, RateLimited
 from rlm_tasks.engine import guards
 from rlm_tasks.llm import metrics
-from rlm_tasks.llm.endpoint import Allowance, Answer, ProviderDown, ProviderRefused, Told, UnusableAnswer
+from rlm_tasks.llm.endpoint import (
+    Allowance,
+    Answer,
+    ProviderDown,
+    ProviderRefused,
+    Told,
+    UnusableAnswer,
+)
 from rlm_tasks.llm.endpoint_checks import CheckResult, Checks, ask
 from rlm_tasks.llm.endpoint_health import EndpointHealth
 from rlm_tasks.metrics import slot_files
@@ -88,7 +97,10 @@ def _listening() -> Iterator[Provider]:
 
 
 def settings_of(*urls: str, **more: Any) -> LlmSettings:
-    places = tuple(EndpointSettings(name=f"e{at}", base_url=url, key_env="UNIT_KEY") for at, url in enumerate(urls))
+    places = tuple(
+        EndpointSettings(name=f"e{at}", base_url=url, key_env="UNIT_KEY")
+        for at, url in enumerate(urls)
+    )
     return LlmSettings(endpoints=places, **more)
 
 
@@ -98,7 +110,7 @@ def checks(world: World, settings: LlmSettings, worker: str = "a") -> Checks:
     return Checks(settings, store, Events(store), worker)
 
 
-# --- what is believed -----------------------------------------------------------------------------------
+# --- what is believed -------------------------------------------------------------------------
 
 
 def test_an_endpoint_is_ill_after_three_checks_in_a_row_and_well_after_one(world: World) -> None:
@@ -127,7 +139,7 @@ def test_word_is_read_once_a_second_and_believed_for_three_intervals(world: Worl
     assert asks.ill() == frozenset(), "nobody has looked for a while"
 
 
-# --- what counts as an answer ---------------------------------------------------------------------------
+# --- what counts as an answer -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -143,7 +155,9 @@ def test_word_is_read_once_a_second_and_believed_for_three_intervals(world: Worl
         (0, "does not answer within 0.2 s"),
     ],
 )
-def test_a_server_is_well_when_it_answers_for_its_key(world: World, provider: Provider, status: int, why: str) -> None:
+def test_a_server_is_well_when_it_answers_for_its_key(
+    world: World, provider: Provider, status: int, why: str
+) -> None:
     provider.status = status
     settings = settings_of(provider.base_url, health_timeout_s=5.0 if status else 0.2)
 
@@ -163,15 +177,19 @@ def test_all_are_asked_and_those_that_cannot_be_say_why(world: World, provider: 
     assert away == CheckResult("e0", 0.0, "cannot be reached (ConnectError)")
     assert wrong.why
     assert well.why == ""
-    assert closed_to_us.why == "UNIT_NO_KEY holds no key; set it, to any word where none is asked for"
+    assert (
+        closed_to_us.why == "UNIT_NO_KEY holds no key; set it, to any word where none is asked for"
+    )
     assert provider.asked == 1
 
 
-# --- who asks -------------------------------------------------------------------------------------------
+# --- who asks ---------------------------------------------------------------------------------
 
 
 def test_one_of_all_workers_asks_in_each_interval(world: World, provider: Provider) -> None:
-    first, second = (checks(world, settings_of(provider.base_url), name) for name in ("first", "second"))
+    first, second = (
+        checks(world, settings_of(provider.base_url), name) for name in ("first", "second")
+    )
 
     assert first.look() == 0.0
     world.sleep(10)
@@ -199,12 +217,17 @@ def test_people_are_told_once_that_an_endpoint_is_ill_and_once_that_it_is_well_w
         assert workers[at % 2].look() == 0.0
         world.sleep(30.5)
 
-    assert told() == [("endpoint.ill", {"endpoint": "e0", "why": "answers 503"}), ("endpoint.well", {"endpoint": "e0"})]
+    assert told() == [
+        ("endpoint.ill", {"endpoint": "e0", "why": "answers 503"}),
+        ("endpoint.well", {"endpoint": "e0"}),
+    ]
 
 
 def test_who_asks_stops_in_the_middle_of_a_round(world: World, provider: Provider) -> None:
     provider.status = 0
-    thread = checks(world, settings_of(provider.base_url, health_every_s=600.0, health_timeout_s=600.0))
+    thread = checks(
+        world, settings_of(provider.base_url, health_every_s=600.0, health_timeout_s=600.0)
+    )
     thread.start()
     wait_until(lambda: provider.asked == 1)
 
@@ -214,7 +237,10 @@ def test_who_asks_stops_in_the_middle_of_a_round(world: World, provider: Provide
 
 
 def test_who_asks_waits_for_its_turn_and_for_a_redis_that_is_away(
-    world: World, provider: Provider, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    world: World,
+    provider: Provider,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("rlm_tasks.llm.endpoint_checks.BACK_OFF_S", 0.01)
     store, tries = world.store(), []
@@ -257,22 +283,35 @@ print(found is not None, "openai" in sys.modules)
     ("environment", "said"),
     [({}, "False False"), ({"OPENAI_API_KEY": "sk-unit"}, "True True")],
 )
-def test_a_worker_that_knows_no_endpoint_does_without_the_client(environment: dict[str, str], said: str) -> None:
+def test_a_worker_that_knows_no_endpoint_does_without_the_client(
+    environment: dict[str, str], said: str
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", BARE], cwd=ROOT, env={"PATH": "", **environment}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", BARE],
+        cwd=ROOT,
+        env={"PATH": "", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
     )
 
     assert done.stdout.strip() == said
 
 
-# --- what is shown and counted --------------------------------------------------------------------------
+# --- what is shown and counted ----------------------------------------------------------------
 
 
-def test_models_are_protected_where_an_endpoint_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_are_protected_where_an_endpoint_is_configured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
     def services(settings: LlmSettings) -> set[str]:
-        return {each.service for each in guards.declared(Settings(llm=settings)) if each.service.startswith("llm:")}
+        return {
+            each.service
+            for each in guards.declared(Settings(llm=settings))
+            if each.service.startswith("llm:")
+        }
 
     models = {SETTINGS.small, SETTINGS.medium, SETTINGS.large}
     assert services(SETTINGS) == set()
@@ -297,15 +336,25 @@ def test_calls_are_counted_by_how_they_ended_and_answers_by_what_they_took(tmp_p
         for error in ends.values():
             metrics.failed("small", "main", error)
         metrics.failed("small", "main", asyncio.CancelledError())
-        registry = exposition.registry(tmp_path, lambda: exposition.WorkerState(1, 0, False, 0, 1.0))
+        registry = exposition.registry(
+            tmp_path, lambda: exposition.WorkerState(1, 0, False, 0, 1.0)
+        )
 
         def counted(name: str, **labels: str) -> float | None:
             return registry.get_sample_value(name, {"model": "small", **labels})
 
-        calls = {end: counted("rlm_llm_calls_total", endpoint="main", outcome=end) for end in ("ok", *ends)}
+        calls = {
+            end: counted("rlm_llm_calls_total", endpoint="main", outcome=end)
+            for end in ("ok", *ends)
+        }
         assert calls == {"ok": 1, **dict.fromkeys(ends, 1), "failed": 2}
-        assert (counted("rlm_llm_call_seconds_count"), counted("rlm_llm_call_seconds_sum")) == (1, 0.3)
-        assert [counted("rlm_llm_tokens_total", kind=kind) for kind in ("prompt", "completion")] == [30, 20]
+        assert (counted("rlm_llm_call_seconds_count"), counted("rlm_llm_call_seconds_sum")) == (
+            1,
+            0.3,
+        )
+        assert [
+            counted("rlm_llm_tokens_total", kind=kind) for kind in ("prompt", "completion")
+        ] == [30, 20]
         assert counted("rlm_llm_money_total") == 0.5
     finally:
         slot_files.end()

@@ -1,4 +1,6 @@
-"""What the operations that call models ask, and what their rounds make of the answers; nothing is called."""
+"""What the operations that call models ask, and what their rounds make of the answers; nothing is
+called.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,16 @@ from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.rounds import NextRound, Round
 from rlm_tasks.llm.draft import models_for
 from rlm_tasks.llm.endpoint import estimated_tokens
-from rlm_tasks.llm.operations import Found, _best, _in_groups, _merge_next, _narrow, _packed, _ranges, _read
+from rlm_tasks.llm.operations import (
+    Found,
+    _best,
+    _in_groups,
+    _merge_next,
+    _narrow,
+    _packed,
+    _ranges,
+    _read,
+)
 from rlm_tasks.llm.params import Map
 from rlm_tasks.operations import registry
 from rlm_tasks.requests import Budget, JobRequest, Options
@@ -29,26 +40,40 @@ def ended(number: int = 0, *, done: int = 1, short: bool = False, **params: Any)
     return Round(number, params, done, done, "", short)
 
 
-def prepared(operation: str, items: Any, params: dict[str, Any], budget: Budget | None = None, **llm: Any) -> JobRequest:
+def prepared(
+    operation: str, items: Any, params: dict[str, Any], budget: Budget | None = None, **llm: Any
+) -> JobRequest:
     prepare = registry.get(operation).prepare
     assert prepare is not None
-    request = JobRequest(operation=operation, items=items, params=params, options=Options(budget=budget))
+    request = JobRequest(
+        operation=operation, items=items, params=params, options=Options(budget=budget)
+    )
     return prepare(request, Settings(llm=LlmSettings(**llm)))
 
 
 @pytest.mark.parametrize(
     ("budget", "llm", "why"),
     [
-        (Budget(tokens=1000), {}, "an answer alone may take 1024 tokens; give more, or ask for a smaller max_tokens"),
-        (Budget(money=1), {"medium": "own"}, "model own has no price; give it one in RLM_LLM__MODELS, 0 if it costs nothing"),
+        (
+            Budget(tokens=1000),
+            {},
+            "an answer alone may take 1024 tokens; give more, or ask for a smaller max_tokens",
+        ),
+        (
+            Budget(money=1),
+            {"medium": "own"},
+            "model own has no price; give it one in RLM_LLM__MODELS, 0 if it costs nothing",
+        ),
     ],
 )
-def test_a_budget_that_pays_nothing_or_cannot_be_counted_is_refused(budget: Budget, llm: dict[str, Any], why: str) -> None:
+def test_a_budget_that_pays_nothing_or_cannot_be_counted_is_refused(
+    budget: Budget, llm: dict[str, Any], why: str
+) -> None:
     with pytest.raises(InvalidRequest, match=why):
         prepared("llm.map", ["a"], {"prompt": "{item}"}, budget, **llm)
 
 
-# --- prompts -----------------------------------------------------------------------------------------
+# --- prompts ----------------------------------------------------------------------------------
 
 
 def test_names_in_a_prompt_are_replaced_all_at_once_and_nothing_an_item_says_is_a_name() -> None:
@@ -60,10 +85,13 @@ def test_names_in_a_prompt_are_replaced_all_at_once_and_nothing_an_item_says_is_
 
 def test_a_prompt_without_a_name_gets_the_item_behind_it() -> None:
     assert Map(prompt="Shorten this.").filled("{item}") == "Shorten this.\n\n{item}"
-    assert Map(prompt="Shorten this.").filled({"a": date(2026, 1, 2)}) == 'Shorten this.\n\n{"a": "2026-01-02"}'
+    assert (
+        Map(prompt="Shorten this.").filled({"a": date(2026, 1, 2)})
+        == 'Shorten this.\n\n{"a": "2026-01-02"}'
+    )
 
 
-# --- tiers -------------------------------------------------------------------------------------------
+# --- tiers ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -95,11 +123,13 @@ def test_a_model_that_cannot_take_a_call_is_no_stand_in_and_pressure_does_not_ch
     assert models_for("medium", settings, degradation, prompt=500, answer=200) == ["S", "M", "L"]
 
 
-# --- merging -----------------------------------------------------------------------------------------
+# --- merging ----------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(1, 400), max_size=30), st.integers(2, 8))
-def test_groups_keep_to_number_and_room_in_order_and_have_two_at_least(sizes: list[int], most: int) -> None:
+def test_groups_keep_to_number_and_room_in_order_and_have_two_at_least(
+    sizes: list[int], most: int
+) -> None:
     parts = ["x" * size for size in sizes]
 
     groups = list(_in_groups(iter(parts), most, ROOM))
@@ -116,32 +146,52 @@ def test_one_answer_is_the_answer_and_none_is_none() -> None:
     assert _merge_next(iter([]), ended(prompt="x")) is None
     merged = _merge_next(iter("abc"), ended(done=3, prompt="x", group_tokens=ROOM))
     assert isinstance(merged, NextRound)
-    assert (merged.operation, list(merged.items), merged.last, merged.strict) == ("llm.merge", [["a", "b", "c"]], True, True)
+    assert (merged.operation, list(merged.items), merged.last, merged.strict) == (
+        "llm.merge",
+        [["a", "b", "c"]],
+        True,
+        True,
+    )
 
 
-def test_answers_too_long_for_two_of_them_to_be_merged_are_refused_before_anything_is_paid() -> None:
-    with pytest.raises(InvalidRequest, match="max_tokens=80: two answers as long do not fit into one merge"):
+def test_answers_too_long_for_two_of_them_to_be_merged_are_refused_before_anything_is_paid() -> (
+    None
+):
+    with pytest.raises(
+        InvalidRequest, match="max_tokens=80: two answers as long do not fit into one merge"
+    ):
         prepared("llm.map_reduce", ["a"], {"prompt": "x", "max_tokens": 80}, tokens=650)
 
-    assert prepared("llm.map_reduce", ["a"], {"prompt": "x", "max_tokens": 20}, tokens=700).params["group_tokens"] > 40
+    assert (
+        prepared("llm.map_reduce", ["a"], {"prompt": "x", "max_tokens": 20}, tokens=700).params[
+            "group_tokens"
+        ]
+        > 40
+    )
 
 
 def test_a_tier_that_no_endpoint_has_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="no endpoint of RLM_LLM__ENDPOINTS has its model gpt"):
-        prepared("llm.map", ["a"], {"prompt": "x"}, endpoints=[{"name": "a", "models": {"other": "o"}}])
+        prepared(
+            "llm.map", ["a"], {"prompt": "x"}, endpoints=[{"name": "a", "models": {"other": "o"}}]
+        )
 
 
-# --- asking ------------------------------------------------------------------------------------------
+# --- asking -----------------------------------------------------------------------------------
 
 
 @given(st.lists(st.text(max_size=900), max_size=12))
-def test_passages_are_packed_whole_or_cut_between_characters_and_always_fit(texts: list[str]) -> None:
+def test_passages_are_packed_whole_or_cut_between_characters_and_always_fit(
+    texts: list[str],
+) -> None:
     groups = list(_packed(([number, text] for number, text in enumerate(texts)), ROOM))
 
     back: dict[int, str] = {}
     for number, text in (passage for group in groups for passage in group):
         back[number] = back.get(number, "") + text
-    assert back == {number: text.encode(errors="replace").decode() for number, text in enumerate(texts)}
+    assert back == {
+        number: text.encode(errors="replace").decode() for number, text in enumerate(texts)
+    }
     assert all(sum(estimated_tokens(text) + 3 for _, text in group) <= ROOM for group in groups)
 
 
@@ -163,13 +213,22 @@ def test_what_was_found_is_answered_when_it_fits_and_read_again_when_not() -> No
     again = _narrow(more, ended(question="why?", group_tokens=ROOM))
 
     assert (answer.operation, answer.last, answer.strict) == ("llm.answer", True, True)
-    assert next(iter(answer.items))["about"] == {"read": 3, "found": 3, "rounds": 1, "complete": True}
+    assert next(iter(answer.items))["about"] == {
+        "read": 3,
+        "found": 3,
+        "rounds": 1,
+        "complete": True,
+    }
     assert again.operation == "llm.ask"
     assert [group["read"] for group in again.items] == [9, 9, 9]
 
 
-def test_the_last_narrowing_takes_the_best_of_all_groups_that_fit_and_says_that_it_left_some_out() -> None:
-    found = [{"kept": [[n, "x" * 100], [n + 10, "y" * 600]], "note": "", "read": 9} for n in range(3)]
+def test_the_last_narrowing_takes_the_best_of_all_groups_that_fit_and_says_that_it_left_some_out() -> (
+    None
+):
+    found = [
+        {"kept": [[n, "x" * 100], [n + 10, "y" * 600]], "note": "", "read": 9} for n in range(3)
+    ]
 
     answer = _narrow(found, ended(3, question="why?", group_tokens=ROOM, max_rounds=4))
 
@@ -184,8 +243,13 @@ def test_nothing_found_is_an_answer_which_says_whether_all_was_read(short: bool)
     found = [{"kept": [], "note": "", "read": [0, 40]}, {"kept": [], "note": "", "read": [39, 60]}]
 
     assert _narrow(found, ended(short=short, question="why?")) == {
-        "read": 60, "found": 0, "rounds": 1, "complete": not short, "answer": "", "citations": [],
-    }  # fmt: skip
+        "read": 60,
+        "found": 0,
+        "rounds": 1,
+        "complete": not short,
+        "answer": "",
+        "citations": [],
+    }
 
 
 def test_citations_are_half_open_ranges() -> None:
@@ -194,10 +258,17 @@ def test_citations_are_half_open_ranges() -> None:
 
 
 def test_items_of_any_kind_can_be_asked_and_those_that_are_no_texts_are_named() -> None:
-    request = prepared("llm.ask", ["a", 7, {"b": date(2026, 1, 2)}, {(1, 2): "t"}], {"question": "why?"})
+    request = prepared(
+        "llm.ask", ["a", 7, {"b": date(2026, 1, 2)}, {(1, 2): "t"}], {"question": "why?"}
+    )
 
     [group] = request.items
-    assert group["passages"] == [[0, "a"], [1, "7"], [2, '{"b": "2026-01-02"}'], [3, "{(1, 2): 't'}"]]
+    assert group["passages"] == [
+        [0, "a"],
+        [1, "7"],
+        [2, '{"b": "2026-01-02"}'],
+        [3, "{(1, 2): 't'}"],
+    ]
     for wrong in ("a text", b"bytes", 5):
         with pytest.raises(InvalidRequest, match="items"):
             prepared("llm.ask", wrong, {"question": "why?"})
@@ -206,7 +277,10 @@ def test_items_of_any_kind_can_be_asked_and_those_that_are_no_texts_are_named() 
 def test_a_question_that_leaves_no_room_is_refused_and_not_repeated() -> None:
     with pytest.raises(InvalidRequest) as refused:
         prepared(
-            "llm.ask", ["a"], {"question": "secret " * 500, "max_tokens": 100}, models={"gpt-4.1-mini": {"context_tokens": 1200}}
+            "llm.ask",
+            ["a"],
+            {"question": "secret " * 500, "max_tokens": 100},
+            models={"gpt-4.1-mini": {"context_tokens": 1200}},
         )
 
     assert "max_tokens=100" in str(refused.value)

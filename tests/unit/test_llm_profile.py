@@ -34,7 +34,8 @@ def test_a_process_that_grows_clears_its_caches_at_each_new_height_and_retires_w
 
     runtime.items.forget = forget
     growth = Growth(LlmSettings(), lambda: held_mb)
-    for held_mb, freed_mb in ((619.0, 0.0), (645.0, 20.0), (624.0, 0.0), (639.0, 0.0), (639.0, 0.0)):  # noqa: B007  # forget reads it
+    looks = ((619.0, 0.0), (645.0, 20.0), (624.0, 0.0), (639.0, 0.0), (639.0, 0.0))
+    for held_mb, freed_mb in looks:  # noqa: B007  # forget reads them
         growth.look(runtime)
         assert runtime.retiring is False
 

@@ -1,4 +1,6 @@
-"""What one process knows of its providers: which limit is whose, what a provider's words change, who has a model."""
+"""What one process knows of its providers: which limit is whose, what a provider's words change,
+who has a model.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,20 @@ def provider(world: World, **llm: object) -> EndpointPool:
 
 def test_limits_are_of_each_model_and_key_and_those_of_a_model_come_first(world: World) -> None:
     its = provider(
-        world, models={MINI: ModelSettings(tokens=200_000)}, endpoints=(MAIN, SPARE, MAIN.model_copy(update={"name": "twin"}))
+        world,
+        models={MINI: ModelSettings(tokens=200_000)},
+        endpoints=(MAIN, SPARE, MAIN.model_copy(update={"name": "twin"})),
     )
 
     assert its.bucket(MAIN, MINI) is its.bucket(its.places["twin"], MINI)
     assert its.bucket(MAIN, MINI) is not its.bucket(SPARE, MINI)
-    assert {name: (rate.limit, rate.per_s) for name, rate in its.bucket(MAIN, MINI).rates.items()} == {
-        "requests": (3500, 60), "tokens": (200_000, 60), "bytes": (10e6, 1),
-    }  # fmt: skip
+    assert {
+        name: (rate.limit, rate.per_s) for name, rate in its.bucket(MAIN, MINI).rates.items()
+    } == {
+        "requests": (3500, 60),
+        "tokens": (200_000, 60),
+        "bytes": (10e6, 1),
+    }
     assert its.bucket(MAIN, "gpt-4.1").rates["tokens"].limit == 90_000
 
 
@@ -56,8 +64,13 @@ def test_an_ill_endpoint_gets_no_calls_until_it_is_well(world: World) -> None:
     assert len(its.order(MINI, "key")) == 2
 
 
-@pytest.mark.parametrize(("said", "holds"), [(20_000, 20_000), (90_000, 90_000), (500_000, 90_000), (0, 90_000), (None, 90_000)])
-def test_a_limit_is_lowered_to_what_the_provider_says_and_never_raised(world: World, said: float | None, holds: float) -> None:
+@pytest.mark.parametrize(
+    ("said", "holds"),
+    [(20_000, 20_000), (90_000, 90_000), (500_000, 90_000), (0, 90_000), (None, 90_000)],
+)
+def test_a_limit_is_lowered_to_what_the_provider_says_and_never_raised(
+    world: World, said: float | None, holds: float
+) -> None:
     its = provider(world)
 
     its.learn(MAIN, MINI, Told(NOTHING, Allowance(limit=said, remaining=5, reset_s=1)))
@@ -67,7 +80,9 @@ def test_a_limit_is_lowered_to_what_the_provider_says_and_never_raised(world: Wo
     assert its.bucket(SPARE, MINI).rates["tokens"].limit == 90_000
 
 
-def test_each_429_that_follows_another_at_once_holds_twice_as_long_until_a_call_goes_well(world: World) -> None:
+def test_each_429_that_follows_another_at_once_holds_twice_as_long_until_a_call_goes_well(
+    world: World,
+) -> None:
     its, other = provider(world), provider(world)
 
     def held() -> float:
@@ -99,6 +114,10 @@ def test_what_protects_calls_can_be_shown_without_making_one(world: World) -> No
     names = [each.service for each in protections(LlmSettings(endpoints=(MAIN, SPARE)))]
 
     assert names == [
-        "llm:main", "llm:MAIN_KEY:gpt-4.1-nano", "llm:MAIN_KEY:gpt-4.1-mini", "llm:MAIN_KEY:gpt-4.1",
-        "llm:spare", "llm:SPARE_KEY:gpt-4.1-mini",
-    ]  # fmt: skip
+        "llm:main",
+        "llm:MAIN_KEY:gpt-4.1-nano",
+        "llm:MAIN_KEY:gpt-4.1-mini",
+        "llm:MAIN_KEY:gpt-4.1",
+        "llm:spare",
+        "llm:SPARE_KEY:gpt-4.1-mini",
+    ]

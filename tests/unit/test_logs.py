@@ -27,7 +27,12 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What logging and Celery's signals keep for a whole process is put back."""
     factory = logging.getLogRecordFactory()
     logs.mark_records.cache_clear()
-    for signal in (signals.celeryd_init, signals.beat_init, signals.after_setup_logger, signals.after_setup_task_logger):
+    for signal in (
+        signals.celeryd_init,
+        signals.beat_init,
+        signals.after_setup_logger,
+        signals.after_setup_task_logger,
+    ):
         monkeypatch.setattr(signal, "receivers", [])
         monkeypatch.setattr(signal, "sender_receivers_cache", type(signal.sender_receivers_cache)())
     yield
@@ -41,7 +46,9 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def node() -> Iterator[None]:
     """This thread works on a node."""
     task = app.tasks[NODE_TASK]
-    task.push_request(id="j1.n1", args=["j1", "n1"], rlm={"operation": "count"}, called_directly=False)
+    task.push_request(
+        id="j1.n1", args=["j1", "n1"], rlm={"operation": "count"}, called_directly=False
+    )
     push_current_task(task)
     yield
     pop_current_task()
@@ -49,7 +56,9 @@ def node() -> Iterator[None]:
 
 
 def record(message: str = "said", name: str = "users", **extra: Any) -> logging.LogRecord:
-    return logging.getLogger(name).makeRecord(name, logging.INFO, "f.py", 1, message, (), None, extra=extra)
+    return logging.getLogger(name).makeRecord(
+        name, logging.INFO, "f.py", 1, message, (), None, extra=extra
+    )
 
 
 def told(each: logging.LogRecord) -> dict[str, Any]:
@@ -65,7 +74,9 @@ def handler(formatter: logging.Formatter) -> logging.Handler:
     return own
 
 
-def shaped(own: logging.Handler, log_format: str = "text", format: str = DEFAULT_PROCESS_LOG_FMT) -> logging.Formatter | None:
+def shaped(
+    own: logging.Handler, log_format: str = "text", format: str = DEFAULT_PROCESS_LOG_FMT
+) -> logging.Formatter | None:
     logger = logging.Logger("shaped")
     logger.addHandler(own)
     WorkerLog(app, log_format).shape(logger, format, False)
@@ -107,7 +118,10 @@ def test_whatever_a_node_calls_carries_its_ids() -> None:
 def test_outside_of_nodes_ids_are_empty_and_format_names_may_be_used() -> None:
     logs.mark_records()
 
-    assert logging.Formatter("%(rlm_job)s|%(rlm_node)s|%(rlm_task)s%(rlm_where)s").format(record()) == "||"
+    assert (
+        logging.Formatter("%(rlm_job)s|%(rlm_node)s|%(rlm_task)s%(rlm_where)s").format(record())
+        == "||"
+    )
 
 
 def test_a_factory_of_somebody_else_is_kept() -> None:
@@ -126,14 +140,20 @@ def test_extra_is_kept_as_far_as_it_is_json_and_changes_no_field_of_ours() -> No
     circle: list[Any] = []
     circle.append(circle)
 
-    line = told(record(tags=["a"], level="low", bad=object(), circle=circle, nan=float("nan"), data={"own": 1}))
+    line = told(
+        record(
+            tags=["a"], level="low", bad=object(), circle=circle, nan=float("nan"), data={"own": 1}
+        )
+    )
 
     assert (line["tags"], line["level"], line["data"]) == (["a"], "INFO", {"own": 1})
     assert not {"bad", "circle", "nan"} & set(line)
 
 
 def test_a_line_is_one_line_whatever_is_said() -> None:
-    assert told(record("two\nlines, \ud800 and \u20ac"))["message"] == "two\nlines, \ud800 and \u20ac"
+    assert (
+        told(record("two\nlines, \ud800 and \u20ac"))["message"] == "two\nlines, \ud800 and \u20ac"
+    )
 
 
 def test_an_exception_comes_with_its_traceback() -> None:
@@ -150,7 +170,13 @@ def test_an_exception_comes_with_its_traceback() -> None:
 
 
 def test_arguments_and_results_of_tasks_are_left_out() -> None:
-    data = {"id": "t1", "name": "theirs.pay", "runtime": 0.5, "args": "('secret',)", "return_value": "'secret'"}
+    data = {
+        "id": "t1",
+        "name": "theirs.pay",
+        "runtime": 0.5,
+        "args": "('secret',)",
+        "return_value": "'secret'",
+    }
 
     line = told(record("Task succeeded", name="celery.app.trace", data=data))
 
@@ -205,13 +231,17 @@ def test_celerys_lines_per_message_are_for_debug(caplog: pytest.LogCaptureFixtur
     ]
 
 
-def test_a_node_that_stands_aside_is_for_debug_and_other_warnings_are_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_node_that_stands_aside_is_for_debug_and_other_warnings_are_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     logs.mark_records()
     trace = logging.getLogger(logs.EACH_MESSAGE[1])
 
     with caplog.at_level(logging.INFO, trace.name):
         for description in ("rejected", "raised unexpected"):
-            trace.warning("Task", extra={"data": {"name": NODE_TASK, "id": "j1", "description": description}})
+            trace.warning(
+                "Task", extra={"data": {"name": NODE_TASK, "id": "j1", "description": description}}
+            )
 
     assert [vars(each)["data"]["description"] for each in caplog.records] == ["raised unexpected"]
 
@@ -223,9 +253,16 @@ def test_nothing_changes_but_in_a_worker_of_the_app() -> None:
     logger.addHandler(own)
 
     def start(whose: Celery) -> None:
-        signals.celeryd_init.send(sender="celery@host", instance=SimpleNamespace(app=whose), conf=None, options=None)
+        signals.celeryd_init.send(
+            sender="celery@host", instance=SimpleNamespace(app=whose), conf=None, options=None
+        )
         signals.after_setup_logger.send(
-            sender=None, logger=logger, loglevel=logging.INFO, logfile=None, format=DEFAULT_PROCESS_LOG_FMT, colorize=False
+            sender=None,
+            logger=logger,
+            loglevel=logging.INFO,
+            logfile=None,
+            format=DEFAULT_PROCESS_LOG_FMT,
+            colorize=False,
         )
 
     logs.install(app, Settings(log_format="json"))

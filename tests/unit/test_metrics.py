@@ -32,7 +32,14 @@ from rlm_tasks.telemetry.worker_port import STUCK_S, UNHEARD_S, Vitals, not_aliv
 
 ROOT = Path(__file__).parents[2]
 IDLE = WorkerState(total=4, busy=0, draining=False, level=0, memory_mb=100.0, memory_level=0)
-REPORT = Report(mid=100, done=90, failed=[1, 2, 3, 4, 5, 6], skipped=[7, 8, 9, 10], busy_us=480_000, peak_kb=2048)
+REPORT = Report(
+    mid=100,
+    done=90,
+    failed=[1, 2, 3, 4, 5, 6],
+    skipped=[7, 8, 9, 10],
+    busy_us=480_000,
+    peak_kb=2048,
+)
 RECORDS = Counter("unit_records_total", "Records.", {"domain": ("analytics", "billing")})
 SIZES = Histogram("unit_sizes", "Sizes.", buckets=(1, 10))
 
@@ -46,12 +53,17 @@ class Seen:
 
     def families(self) -> set[str]:
         """Return the names in TYPE lines."""
-        return set(re.findall(r"^# TYPE (\S+)", generate_latest(self._registry).decode(), re.MULTILINE))
+        return set(
+            re.findall(r"^# TYPE (\S+)", generate_latest(self._registry).decode(), re.MULTILINE)
+        )
 
     def __getitem__(self, sample: str) -> dict[str, float]:
         families = text_string_to_metric_families(generate_latest(self._registry).decode())
         found = [each for family in families for each in family.samples if each.name == sample]
-        return {",".join(f"{name}={value}" for name, value in sorted(each.labels.items())): each.value for each in found}
+        return {
+            ",".join(f"{name}={value}" for name, value in sorted(each.labels.items())): each.value
+            for each in found
+        }
 
 
 @pytest.fixture
@@ -68,19 +80,32 @@ def seen(folder: Path) -> Seen:
     return Seen(folder)
 
 
-def count(report: Report, *, hi: int = 100, recovered: int = 0, given_up: int = 0, validating: bool = False) -> None:
-    count_node("sum", report, hi, took_s=0.5, recovered=recovered, given_up=given_up, validating=validating)
+def count(
+    report: Report,
+    *,
+    hi: int = 100,
+    recovered: int = 0,
+    given_up: int = 0,
+    validating: bool = False,
+) -> None:
+    count_node(
+        "sum", report, hi, took_s=0.5, recovered=recovered, given_up=given_up, validating=validating
+    )
 
 
-# --- nodes -------------------------------------------------------------------------------------------
+# --- nodes ------------------------------------------------------------------------------------
 
 
-def test_a_node_counts_its_items_by_outcome_and_their_mean_time_for_each_that_ran(seen: Seen) -> None:
+def test_a_node_counts_its_items_by_outcome_and_their_mean_time_for_each_that_ran(
+    seen: Seen,
+) -> None:
     count(REPORT)
 
     assert seen["rlm_items_total"] == {
-        "operation=sum,outcome=done": 90, "operation=sum,outcome=failed": 6, "operation=sum,outcome=skipped": 4,
-    }  # fmt: skip
+        "operation=sum,outcome=done": 90,
+        "operation=sum,outcome=failed": 6,
+        "operation=sum,outcome=skipped": 4,
+    }
     assert seen["rlm_nodes_total"] == {"operation=sum,reason=done": 1}
     assert seen["rlm_item_busy_seconds_total"] == {"operation=sum": 0.48}
     assert seen["rlm_execution_time_ms_count"] == {"operation=sum": 96}
@@ -104,14 +129,20 @@ def test_a_node_that_hands_over_tells_why(seen: Seen, reason: Reason) -> None:
     count(Report(mid=100, done=100, kids=rest, why=reason), hi=200)
     count(Report(mid=200, done=100, why=reason), hi=200)
 
-    assert seen["rlm_nodes_total"] == {f"operation=sum,reason={reason.name.lower()}": 1, "operation=sum,reason=done": 1}
+    assert seen["rlm_nodes_total"] == {
+        f"operation=sum,reason={reason.name.lower()}": 1,
+        "operation=sum,reason=done": 1,
+    }
 
 
 def test_retried_items_are_counted_by_their_end_and_give_the_recovery_rate(seen: Seen) -> None:
     assert seen["rlm_recovery_success_rate"] == {}
     count(REPORT, recovered=3, given_up=1)
 
-    assert seen["rlm_retries_total"] == {"operation=sum,outcome=recovered": 3, "operation=sum,outcome=given_up": 1}
+    assert seen["rlm_retries_total"] == {
+        "operation=sum,outcome=recovered": 3,
+        "operation=sum,outcome=given_up": 1,
+    }
     assert seen["rlm_recovery_success_rate"] == {"": 0.75}
 
 
@@ -151,15 +182,19 @@ def test_a_request_counts_what_it_says_in_declared_counters(seen: Seen) -> None:
         ({"unit.records": -1, "domain": "billing"}, "unit.records only grows, by labels domain"),
     ],
 )
-def test_a_request_that_would_count_elsewhere_is_refused(told: dict[str, float | str], why: str) -> None:
+def test_a_request_that_would_count_elsewhere_is_refused(
+    told: dict[str, float | str], why: str
+) -> None:
     with pytest.raises(InvalidRequest, match=why):
         Options(emit_metrics=told)
 
 
-# --- slots -------------------------------------------------------------------------------------------
+# --- slots ------------------------------------------------------------------------------------
 
 
-def test_the_process_that_comes_after_goes_on_counting_in_the_same_files(folder: Path, seen: Seen) -> None:
+def test_the_process_that_comes_after_goes_on_counting_in_the_same_files(
+    folder: Path, seen: Seen
+) -> None:
     count(REPORT)
     slot_files.begin(folder)  # as the next process of the slot does
     count(REPORT)
@@ -169,7 +204,9 @@ def test_the_process_that_comes_after_goes_on_counting_in_the_same_files(folder:
     assert len(list(folder.iterdir())) == 3
 
 
-def test_slots_count_side_by_side_and_are_one_number(folder: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_count_side_by_side_and_are_one_number(
+    folder: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for slot, peak_kb in (("0", 2048), ("1", 4096), ("2", 1024)):
         monkeypatch.setattr(slot_files, "_slot", lambda slot=slot: slot)
         slot_files.begin(folder)
@@ -180,10 +217,16 @@ def test_slots_count_side_by_side_and_are_one_number(folder: Path, seen: Seen, m
     assert len(list(folder.iterdir())) == 9
 
 
-def test_a_reader_never_meets_a_file_that_is_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_never_meets_a_file_that_is_being_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     met: list[list[Path]] = []
     stock = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda path, to: (met.append(list(tmp_path.glob("*.db"))), stock(path, to))[1])
+    monkeypatch.setattr(
+        Path,
+        "replace",
+        lambda path, to: (met.append(list(tmp_path.glob("*.db"))), stock(path, to))[1],
+    )
     files = SlotFiles(tmp_path)
     files.add("counter", ("key", 1.0))
     files.close()
@@ -200,22 +243,30 @@ def test_outside_of_a_worker_nothing_is_counted(tmp_path: Path) -> None:
     assert seen["rlm_items_total"] == seen["unit_records_total"] == {}
 
 
-def test_a_folder_that_is_gone_stops_the_counting_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_is_gone_stops_the_counting_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     slot_files.begin(tmp_path / "gone")
     count(REPORT)
     count(REPORT)
 
-    assert [record.message[:50] for record in caplog.records] == ["This process counts no more, its metrics cannot be"]
+    assert [record.message[:50] for record in caplog.records] == [
+        "This process counts no more, its metrics cannot be"
+    ]
 
 
-# --- a user's own ------------------------------------------------------------------------------------
+# --- a user's own -----------------------------------------------------------------------------
 
 
 def test_a_value_that_was_not_declared_is_counted_as_another(seen: Seen) -> None:
     for domain in ("analytics", "billing", "billing", "user-4711", "user-4712"):
         RECORDS.inc(2, domain=domain)
 
-    assert seen["unit_records_total"] == {"domain=analytics": 2, "domain=billing": 4, "domain=other": 4}
+    assert seen["unit_records_total"] == {
+        "domain=analytics": 2,
+        "domain=billing": 4,
+        "domain=other": 4,
+    }
 
 
 def test_a_histogram_shows_all_its_buckets_from_the_first_value_on(seen: Seen) -> None:
@@ -230,11 +281,17 @@ def test_a_histogram_shows_all_its_buckets_from_the_first_value_on(seen: Seen) -
     ("labels", "amount", "told"),
     [
         ({}, 1, r"labels=\[\]: unit_records_total has the labels domain"),
-        ({"domain": "a", "job": "b"}, 1, r"labels=\['domain', 'job'\]: unit_records_total has the labels domain"),
+        (
+            {"domain": "a", "job": "b"},
+            1,
+            r"labels=\['domain', 'job'\]: unit_records_total has the labels domain",
+        ),
         ({"domain": "billing"}, -1, "amount=-1: unit_records_total is a counter: it only grows"),
     ],
 )
-def test_what_cannot_be_counted_is_refused(labels: Mapping[str, str], amount: float, told: str) -> None:
+def test_what_cannot_be_counted_is_refused(
+    labels: Mapping[str, str], amount: float, told: str
+) -> None:
     with pytest.raises(InvalidValue, match=told):
         RECORDS.inc(amount, **labels)
 
@@ -279,30 +336,44 @@ def test_functions_are_counted_and_timed_also_when_they_raise(seen: Seen) -> Non
         with pytest.raises(ZeroDivisionError):
             failing()
 
-    assert seen["unit_orders_total"] == seen["unit_mails_total"] == {"outcome=ok": 1, "outcome=error": 1}
+    assert (
+        seen["unit_orders_total"]
+        == seen["unit_mails_total"]
+        == {"outcome=ok": 1, "outcome=error": 1}
+    )
     assert seen["unit_order_seconds_count"] == {"": 2}
 
 
-def test_the_folder_of_the_owner_s_own_multiprocess_mode_is_exposed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_the_owner_s_own_multiprocess_mode_is_exposed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     ours.mkdir()
     theirs.mkdir()
     environment = {"PROMETHEUS_MULTIPROC_DIR": str(theirs), "PYTHONPATH": str(ROOT)}
-    count_theirs = "from prometheus_client import Counter; Counter('theirs_total', 'Theirs.').inc(7)"
+    count_theirs = (
+        "from prometheus_client import Counter; Counter('theirs_total', 'Theirs.').inc(7)"
+    )
     subprocess.run([sys.executable, "-c", count_theirs], env=environment, check=True)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(theirs))
 
     assert Seen(ours)["theirs_total"] == {"": 7}
 
 
-# --- what is told of the worker ----------------------------------------------------------------------
+# --- what is told of the worker ---------------------------------------------------------------
 
 
 def test_gauges_tell_how_the_worker_stands(seen: Seen) -> None:
     breakers = {"llm": "open", "mail": "half-open", "search": "closed"}
     seen.standing = WorkerState(
-        total=4, busy=3, draining=False, level=2, memory_mb=512.5, memory_level=1, breakers=breakers,
-    )  # fmt: skip
+        total=4,
+        busy=3,
+        draining=False,
+        level=2,
+        memory_mb=512.5,
+        memory_level=1,
+        breakers=breakers,
+    )
 
     assert seen["rlm_slots"] == {"state=busy": 3, "state=free": 1}
     assert seen["rlm_concurrency_level"] == {"": 3}
@@ -310,7 +381,11 @@ def test_gauges_tell_how_the_worker_stands(seen: Seen) -> None:
     assert seen["rlm_memory_usage_mb"] == {"": 512.5}
     assert seen["rlm_memory_pressure_level"] == {"": 1}
     assert seen["rlm_pressure_level"] == {"": 2}
-    assert seen["rlm_circuit_breaker_state"] == {"service=llm": 2, "service=mail": 1, "service=search": 0}
+    assert seen["rlm_circuit_breaker_state"] == {
+        "service=llm": 2,
+        "service=mail": 1,
+        "service=search": 0,
+    }
     assert seen["rlm_draining"] == {"": 0}
 
 
@@ -331,18 +406,36 @@ WELL = Vitals(guard_s=0.5, loop_s=1.0, ledger_s=0.5, consuming=True, draining=Fa
     [
         (WELL, "", ""),
         (replace(WELL, draining=True), "", "it drains"),
-        (replace(WELL, consuming=False), "", "it is not connected to its broker, or does not consume yet"),
+        (
+            replace(WELL, consuming=False),
+            "",
+            "it is not connected to its broker, or does not consume yet",
+        ),
         (replace(WELL, ledger_s=UNHEARD_S + 1), "", "the ledger has not answered for 6 s"),
-        (replace(WELL, loop_s=STUCK_S + 1), "its event loop has been stuck for 121 s", "its event loop has been stuck for 121 s"),
-        (replace(WELL, guard_s=STUCK_S + 1), "its guard has been stuck for 121 s", "its guard has been stuck for 121 s"),
-        (replace(WELL, guard_s=float("inf")), "its guard has been stuck for inf s", "its guard has been stuck for inf s"),
+        (
+            replace(WELL, loop_s=STUCK_S + 1),
+            "its event loop has been stuck for 121 s",
+            "its event loop has been stuck for 121 s",
+        ),
+        (
+            replace(WELL, guard_s=STUCK_S + 1),
+            "its guard has been stuck for 121 s",
+            "its guard has been stuck for 121 s",
+        ),
+        (
+            replace(WELL, guard_s=float("inf")),
+            "its guard has been stuck for inf s",
+            "its guard has been stuck for inf s",
+        ),
     ],
 )
-def test_a_worker_is_alive_while_its_parts_move_and_ready_while_it_takes_work(vitals: Vitals, alive: str, ready: str) -> None:
+def test_a_worker_is_alive_while_its_parts_move_and_ready_while_it_takes_work(
+    vitals: Vitals, alive: str, ready: str
+) -> None:
     assert (not_alive(vitals), not_ready(vitals)) == (alive, ready)
 
 
-# --- where it stands ---------------------------------------------------------------------------------
+# --- where it stands --------------------------------------------------------------------------
 
 
 def test_the_page_lists_every_metric_with_its_labels(seen: Seen) -> None:
@@ -352,7 +445,9 @@ def test_the_page_lists_every_metric_with_its_labels(seen: Seen) -> None:
     assert {name.removesuffix("_total") for name in listed} == {
         name.removesuffix("_total") for name in seen.families() if name.startswith("rlm_")
     }
-    declared = {name: ",".join(each.labels) for name, each in DECLARED.items() if name.startswith("rlm_")}
+    declared = {
+        name: ",".join(each.labels) for name, each in DECLARED.items() if name.startswith("rlm_")
+    }
     assert {name: listed[name] for name in declared} == declared
 
 
@@ -371,9 +466,9 @@ def test_every_app_s_workers_have_the_option() -> None:
 
 
 def test_clients_do_without_the_server_and_prometheus() -> None:
-    code = (
-        "import sys, rlm_tasks.client.client; print([each for each in ('prometheus_client', 'wsgiref') if each in sys.modules])"
+    code = "import sys, rlm_tasks.client.client; print([each for each in ('prometheus_client', 'wsgiref') if each in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == "[]"

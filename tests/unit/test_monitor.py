@@ -1,4 +1,6 @@
-"""One look at the whole platform: what becomes of hosts, queues and Redis, and what is told of it."""
+"""One look at the whole platform: what becomes of hosts, queues and Redis, and what is told of
+it.
+"""
 
 from __future__ import annotations
 
@@ -68,11 +70,28 @@ class Platform:
         self.asked: list[Sequence[str]] = []
         self.host()
 
-    def host(self, worker: str = "w1", level: Level = Level.NORMAL, *, slots: int = 2, **changed: Any) -> None:
+    def host(
+        self, worker: str = "w1", level: Level = Level.NORMAL, *, slots: int = 2, **changed: Any
+    ) -> None:
         """Say how a host is, until told otherwise."""
-        about = {"memory_pct": 20.0, "memory_mb": 200.0, "memory_limit_mb": 1000.0, "available_mb": 800.0, "source": "host"}
-        sample = Sample(**about | {name: changed.pop(name) for name in ("memory_pct", "cpu_pct") if name in changed})
-        told: dict[str, Any] = {"percent": 20.0, "why": "memory" if level else "", "busy": 1, "queues": QUEUES, "active": {}}
+        about = {
+            "memory_pct": 20.0,
+            "memory_mb": 200.0,
+            "memory_limit_mb": 1000.0,
+            "available_mb": 800.0,
+            "source": "host",
+        }
+        sample = Sample(
+            **about
+            | {name: changed.pop(name) for name in ("memory_pct", "cpu_pct") if name in changed}
+        )
+        told: dict[str, Any] = {
+            "percent": 20.0,
+            "why": "memory" if level else "",
+            "busy": 1,
+            "queues": QUEUES,
+            "active": {},
+        }
         self.hosts[worker] = HostReport(worker, level, slots=slots, sample=sample, **told | changed)
 
     def monitor(self, worker: str = "m1") -> tuple[Monitor, CountingStore]:
@@ -81,15 +100,26 @@ class Platform:
         store.client.info = lambda _section: self._info()  # type: ignore[method-assign, assignment, misc]
         events = Events(store)
         monitor = Monitor(
-            Board(store, self.keys, self.settings), store,
-            MonitorSettings(self.settings, AdmissionSettings(queue_depth=1000), AutoscaleSettings()),
-            usage=Usage(store, self.keys), breakers=self.breakers, gauge=self._gauge, events=events,  # type: ignore[arg-type]
-            alerts=Alerts(store, AlertSettings(channels=()), events), room=WaitingRoom(store, self.keys),
-            wake=self._wake, webhook=self.webhook, worker=worker,  # type: ignore[arg-type]
-        )  # fmt: skip
+            Board(store, self.keys, self.settings),
+            store,
+            MonitorSettings(
+                self.settings, AdmissionSettings(queue_depth=1000), AutoscaleSettings()
+            ),
+            usage=Usage(store, self.keys),
+            breakers=self.breakers,
+            gauge=self._gauge,
+            events=events,  # type: ignore[arg-type]
+            alerts=Alerts(store, AlertSettings(channels=()), events),
+            room=WaitingRoom(store, self.keys),
+            wake=self._wake,
+            webhook=self.webhook,
+            worker=worker,  # type: ignore[arg-type]
+        )
         return monitor, store
 
-    def look(self, monitor: Monitor | None = None, *, after_s: float | None = None) -> ClusterReport:
+    def look(
+        self, monitor: Monitor | None = None, *, after_s: float | None = None
+    ) -> ClusterReport:
         """Let time pass and have a look, by a monitor that knows nothing but what is stored."""
         self.world.sleep(self.settings.monitor_s if after_s is None else after_s)
         store = self.world.store()
@@ -104,7 +134,11 @@ class Platform:
 
     def events(self, *names: str) -> list[Event]:
         """Return what was told, oldest first."""
-        return [each for each in reversed(Events(self.world.store()).recent(1000)) if not names or each.name in names]
+        return [
+            each
+            for each in reversed(Events(self.world.store()).recent(1000))
+            if not names or each.name in names
+        ]
 
     def alerts(self) -> list[tuple[str, str, EventSeverity]]:
         found = Alerts(self.world.store(), AlertSettings(channels=())).history(1000)
@@ -112,7 +146,9 @@ class Platform:
 
     def waiting(self, queue: str, *names: str) -> None:
         """Have jobs wait to be taken in, in this order."""
-        WaitingRoom(self.world.store(), self.keys).enter(queue, {name: at for at, name in enumerate(names)})
+        WaitingRoom(self.world.store(), self.keys).enter(
+            queue, {name: at for at, name in enumerate(names)}
+        )
 
     def _info(self) -> dict[str, int]:
         if isinstance(self.memory, Exception):
@@ -135,13 +171,24 @@ def platform(world: World) -> Platform:
     return Platform(world)
 
 
-# --- the level ------------------------------------------------------------------------------------------
+# --- the level --------------------------------------------------------------------------------
 
 
 def test_a_platform_with_nothing_to_tell_is_normal(platform: Platform, world: World) -> None:
     report = platform.looks(5)
-    assert (report.level, report.why, report.rising_to, report.redis_pct) == (Level.NORMAL, "", "", None)
-    assert (report.hosts, report.slots, report.busy, report.memory_pct, report.at) == (1, 2, 1, 20.0, world.now)
+    assert (report.level, report.why, report.rising_to, report.redis_pct) == (
+        Level.NORMAL,
+        "",
+        "",
+        None,
+    )
+    assert (report.hosts, report.slots, report.busy, report.memory_pct, report.at) == (
+        1,
+        2,
+        1,
+        20.0,
+        world.now,
+    )
     assert platform.events("pressure.changed") == []
     assert platform.alerts() == []
 
@@ -154,7 +201,9 @@ def test_a_platform_with_nothing_to_tell_is_normal(platform: Platform, world: Wo
         ([(Level.EMERGENCY, 1), (Level.HIGH, 1), (Level.NORMAL, 2)], Level.HIGH),
     ],
 )
-def test_hosts_count_by_their_slots(world: World, hosts: Sequence[tuple[Level, int]], expected: Level) -> None:
+def test_hosts_count_by_their_slots(
+    world: World, hosts: Sequence[tuple[Level, int]], expected: Level
+) -> None:
     platform = Platform(world)
     platform.hosts.clear()
     for n, (level, slots) in enumerate(hosts):
@@ -189,7 +238,12 @@ SCALES = [(65.0, 75.0, 85.0, 95.0), (40.0, 50.0, 60.0, 70.0), (90.0, 92.0, 94.0,
 )
 @pytest.mark.parametrize(("priority", "bound_s"), [("high", 10.0), ("normal", 30.0)])
 def test_a_wait_counts_from_its_bound_and_more_with_each_doubling_but_never_beyond_high(
-    world: World, thresholds: tuple[float, ...], times_its_bound: float, expected: Level, priority: str, bound_s: float
+    world: World,
+    thresholds: tuple[float, ...],
+    times_its_bound: float,
+    expected: Level,
+    priority: str,
+    bound_s: float,
 ) -> None:
     platform = Platform(world, thresholds=thresholds)
     platform.queues[f"unit.{priority}"] = QueueReport(3, times_its_bound * bound_s)
@@ -200,9 +254,17 @@ def test_a_wait_counts_from_its_bound_and_more_with_each_doubling_but_never_beyo
 
 @pytest.mark.parametrize(
     ("depth", "expected"),
-    [(649, Level.NORMAL), (650, Level.ELEVATED), (750, Level.HIGH), (1000, Level.HIGH), (50_000, Level.HIGH)],
+    [
+        (649, Level.NORMAL),
+        (650, Level.ELEVATED),
+        (750, Level.HIGH),
+        (1000, Level.HIGH),
+        (50_000, Level.HIGH),
+    ],
 )
-def test_a_deep_queue_counts_by_its_bound_whatever_its_age(platform: Platform, depth: int, expected: Level) -> None:
+def test_a_deep_queue_counts_by_its_bound_whatever_its_age(
+    platform: Platform, depth: int, expected: Level
+) -> None:
     platform.queues["unit.critical"] = QueueReport(depth)
     assert platform.looks(3).level == expected
 
@@ -215,7 +277,9 @@ def test_a_deep_queue_counts_by_its_bound_whatever_its_age(platform: Platform, d
         ("unit.high", QueueReport(0, 86_400.0)),
     ],
 )
-def test_low_work_and_what_has_no_bound_may_wait(platform: Platform, queue: str, report: QueueReport) -> None:
+def test_low_work_and_what_has_no_bound_may_wait(
+    platform: Platform, queue: str, report: QueueReport
+) -> None:
     platform.queues[queue] = report
     assert platform.looks(3).level == Level.NORMAL
 
@@ -244,7 +308,9 @@ def test_only_queues_that_somebody_serves_are_looked_at(platform: Platform) -> N
         (96, 0, Level.NORMAL, None),
     ],
 )
-def test_a_full_redis_is_pressure_at_once(platform: Platform, used: int, most: int, expected: Level, told: float | None) -> None:
+def test_a_full_redis_is_pressure_at_once(
+    platform: Platform, used: int, most: int, expected: Level, told: float | None
+) -> None:
     platform.memory = {"maxmemory": most, "used_memory": used}
     report = platform.look()
     assert (report.level, report.redis_pct) == (expected, told)
@@ -258,7 +324,9 @@ def test_a_redis_that_may_not_be_asked_of_its_memory_counts_for_nothing(platform
 
 def test_the_level_of_queues_lasts_as_a_hosts_does(platform: Platform) -> None:
     platform.queues["unit.normal"] = QueueReport(3, 60.0)
-    assert [platform.look().level for _ in range(3)] == [Level.NORMAL, Level.HIGH, Level.HIGH], "with the second in a row"
+    assert [platform.look().level for _ in range(3)] == [Level.NORMAL, Level.HIGH, Level.HIGH], (
+        "with the second in a row"
+    )
     platform.queues.clear()
     course = [platform.look().level for _ in range(24)]
     assert course[0] == Level.HIGH
@@ -266,7 +334,7 @@ def test_the_level_of_queues_lasts_as_a_hosts_does(platform: Platform) -> None:
     assert set(course) == {Level.HIGH, Level.ELEVATED, Level.NORMAL}, "one step at a time"
 
 
-# --- who looks, and what is remembered ------------------------------------------------------------------
+# --- who looks, and what is remembered --------------------------------------------------------
 
 
 def test_of_two_that_are_asked_at_once_one_looks(platform: Platform) -> None:
@@ -283,10 +351,21 @@ def test_a_monitor_goes_on_where_another_one_stopped(platform: Platform) -> None
     platform.queues["unit.normal"] = QueueReport(3, 60.0)
     (first, _), (second, _) = platform.monitor("m1"), platform.monitor("m2")
     assert platform.look(first).level == Level.NORMAL
-    assert platform.look(second).level == Level.HIGH, "the second in a row, though the first that this one saw"
+    assert platform.look(second).level == Level.HIGH, (
+        "the second in a row, though the first that this one saw"
+    )
 
 
-@pytest.mark.parametrize("kept", [b"\xc1", b"{}", msgspec.msgpack.encode({"queues": 7}), msgspec.msgpack.encode([1, 2]), b"\x81"])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        b"\xc1",
+        b"{}",
+        msgspec.msgpack.encode({"queues": 7}),
+        msgspec.msgpack.encode([1, 2]),
+        b"\x81",
+    ],
+)
 def test_a_memory_of_another_release_is_begun_anew(platform: Platform, kept: bytes) -> None:
     platform.look()
     platform.world.client().set(platform.keys.pressure().state, kept)
@@ -295,7 +374,9 @@ def test_a_memory_of_another_release_is_begun_anew(platform: Platform, kept: byt
 
 
 def test_a_memory_of_an_older_release_keeps_what_is_still_known(platform: Platform) -> None:
-    platform.world.client().set(platform.keys.pressure().state, msgspec.msgpack.encode({"level": 3, "gone": True}))
+    platform.world.client().set(
+        platform.keys.pressure().state, msgspec.msgpack.encode({"level": 3, "gone": True})
+    )
     platform.look()
     [changed] = platform.events("pressure.changed")
     assert changed.data["before"] == "critical"
@@ -324,7 +405,7 @@ def test_a_lost_redis_ends_the_look(platform: Platform) -> None:
         platform.look(monitor)
 
 
-# --- what is told ---------------------------------------------------------------------------------------
+# --- what is told -----------------------------------------------------------------------------
 
 
 def test_a_change_is_told_once_and_what_follows_from_it(platform: Platform) -> None:
@@ -336,7 +417,10 @@ def test_a_change_is_told_once_and_what_follows_from_it(platform: Platform) -> N
     platform.looks(2)
 
     names = ("pressure.changed", "degradation.started", "degradation.ended")
-    told = [(each.name.partition(".")[2], each.data.get("level"), each.severity) for each in platform.events(*names)]
+    told = [
+        (each.name.partition(".")[2], each.data.get("level"), each.severity)
+        for each in platform.events(*names)
+    ]
     assert told == [
         ("changed", "critical", EventSeverity.ERROR),
         ("started", None, EventSeverity.INFO),
@@ -349,7 +433,9 @@ def test_a_change_is_told_once_and_what_follows_from_it(platform: Platform) -> N
     assert "use_simplified_methods" in platform.events("degradation.started")[0].data["strategies"]
 
 
-def test_a_host_and_the_cluster_are_alerted_each_by_itself_and_not_at_every_look(platform: Platform) -> None:
+def test_a_host_and_the_cluster_are_alerted_each_by_itself_and_not_at_every_look(
+    platform: Platform,
+) -> None:
     platform.host("w1", Level.CRITICAL, memory_pct=90.0)
     platform.looks(10)
     assert sorted(each for each in platform.alerts() if each[0] == "pressure.changed") == [
@@ -366,23 +452,37 @@ def test_a_breaker_is_told_when_it_opens_and_when_it_closes(platform: Platform) 
     platform.looks(2)
     platform.breakers.states["llm"] = "half_open"
     platform.look()
-    assert [(each.name, each.data["breaker"]) for each in platform.events("breaker.opened", "breaker.closed")] == [
-        ("breaker.opened", "llm")
-    ]
+    assert [
+        (each.name, each.data["breaker"])
+        for each in platform.events("breaker.opened", "breaker.closed")
+    ] == [("breaker.opened", "llm")]
     platform.breakers.states["llm"] = "closed"
     platform.looks(2)
-    assert [each.name for each in platform.events("breaker.opened", "breaker.closed")] == ["breaker.opened", "breaker.closed"]
+    assert [each.name for each in platform.events("breaker.opened", "breaker.closed")] == [
+        "breaker.opened",
+        "breaker.closed",
+    ]
     assert platform.alerts() == [("breaker.opened", "llm", EventSeverity.WARNING)]
 
 
-def test_what_workers_tell_is_alerted_once_and_what_is_older_than_the_first_look_is_history(platform: Platform) -> None:
+def test_what_workers_tell_is_alerted_once_and_what_is_older_than_the_first_look_is_history(
+    platform: Platform,
+) -> None:
     def slow(operation: str) -> Event:
-        return Event("execution.slow", f"an item of {operation} took 60 s", EventSeverity.WARNING, {"operation": operation})
+        return Event(
+            "execution.slow",
+            f"an item of {operation} took 60 s",
+            EventSeverity.WARNING,
+            {"operation": operation},
+        )
 
     events = Events(platform.world.store())
     events.emit(slow("before"))
     platform.look()
-    events.emit(slow("after"), Event("execution.odd", "not to be alerted", EventSeverity.WARNING, {"operation": "odd"}))
+    events.emit(
+        slow("after"),
+        Event("execution.odd", "not to be alerted", EventSeverity.WARNING, {"operation": "odd"}),
+    )
     platform.looks(3)
     assert platform.alerts() == [("execution.slow", "after", EventSeverity.WARNING)]
 
@@ -390,7 +490,10 @@ def test_what_workers_tell_is_alerted_once_and_what_is_older_than_the_first_look
 def test_a_storm_of_events_is_alerted_by_operation(platform: Platform) -> None:
     platform.look()
     Events(platform.world.store()).emit(
-        *(Event("execution.slow", "slow", EventSeverity.WARNING, {"operation": f"op{n % 3}"}) for n in range(300))
+        *(
+            Event("execution.slow", "slow", EventSeverity.WARNING, {"operation": f"op{n % 3}"})
+            for n in range(300)
+        )
     )
     platform.looks(5)
     assert sorted(subject for _, subject, _ in platform.alerts()) == ["op0", "op1", "op2"]
@@ -408,11 +511,13 @@ def test_advice_is_told_when_it_changes(platform: Platform) -> None:
     assert "5000 messages wait" in str(platform.webhook.sent[-1]["why"])
 
 
-# --- what is expected -----------------------------------------------------------------------------------
+# --- what is expected -------------------------------------------------------------------------
 
 
 def test_a_rise_is_foretold_half_a_minute_ahead(platform: Platform, world: World) -> None:
-    """After calm: of buckets of half a minute the forecast would lag behind by most of the minute."""
+    """After calm: of buckets of half a minute the forecast would lag behind by most of the
+    minute.
+    """
     began, foretold, reached = world.now + 600, None, None
     for _ in range(400):
         percent = 50 + max(0.0, 5 * (world.now - began) / 60)
@@ -442,7 +547,7 @@ def test_no_level_is_foretold_that_still_lasts(platform: Platform) -> None:
     assert told == {""}
 
 
-# --- jobs that wait to be taken in ----------------------------------------------------------------------
+# --- jobs that wait to be taken in ------------------------------------------------------------
 
 
 def test_who_waits_is_called_by_urgency_as_many_as_there_are_slots_for(platform: Platform) -> None:
@@ -468,7 +573,9 @@ def test_who_waits_is_called_by_urgency_as_many_as_there_are_slots_for(platform:
         (Level.EMERGENCY, "normal", ["high", "normal", "low"]),
     ],
 )
-def test_who_would_not_be_taken_in_is_not_called(platform: Platform, level: Level, forced: str | None, called: list[str]) -> None:
+def test_who_would_not_be_taken_in_is_not_called(
+    platform: Platform, level: Level, forced: str | None, called: list[str]
+) -> None:
     platform.host("w1", level)
     for priority in ("low", "normal", "high"):
         platform.waiting(f"unit.{priority}", f"{priority} root")
@@ -479,7 +586,9 @@ def test_who_would_not_be_taken_in_is_not_called(platform: Platform, level: Leve
 
 
 @pytest.mark.parametrize("report", [QueueReport(1000), QueueReport(3, 31.0)])
-def test_nobody_is_called_into_a_queue_that_is_full(platform: Platform, report: QueueReport) -> None:
+def test_nobody_is_called_into_a_queue_that_is_full(
+    platform: Platform, report: QueueReport
+) -> None:
     platform.queues["unit.normal"] = report
     platform.waiting("unit.normal", "normal root")
     platform.waiting("unit.high", "high root")
@@ -490,7 +599,7 @@ def test_nobody_is_called_into_a_queue_that_is_full(platform: Platform, report: 
     assert platform.woken == ["high root", "normal root"]
 
 
-# --- the thread -----------------------------------------------------------------------------------------
+# --- the thread -------------------------------------------------------------------------------
 
 
 class Scripted:
@@ -512,8 +621,13 @@ class Quiet:
         self.closed = True
 
 
-def test_the_thread_looks_when_asked_survives_what_a_look_meets_and_ends(caplog: pytest.LogCaptureFixture) -> None:
-    monitor, alerts = Scripted(OperationalError("no broker"), ValueError("unexpected"), None), Quiet()
+def test_the_thread_looks_when_asked_survives_what_a_look_meets_and_ends(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monitor, alerts = (
+        Scripted(OperationalError("no broker"), ValueError("unexpected"), None),
+        Quiet(),
+    )
     thread = MonitorThread(monitor, alerts)  # type: ignore[arg-type]
     thread.start()
     for asked in range(1, 4):

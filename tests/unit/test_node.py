@@ -40,7 +40,10 @@ def test_an_operation_nobody_knows_here_is_parked_with_the_reason() -> None:
         ({"schema": SCHEMA, "operation": "sum", "version": 1}, ""),
         ({"schema": SCHEMA - 1, "operation": "sum", "version": 0}, ""),
         ({"schema": SCHEMA + 1, "operation": "sum", "version": 1}, f"jobs of schema {SCHEMA + 1}"),
-        ({"schema": SCHEMA, "operation": "sum", "version": 2}, "version 2 of operation 'sum'; this worker has 1"),
+        (
+            {"schema": SCHEMA, "operation": "sum", "version": 2},
+            "version 2 of operation 'sum'; this worker has 1",
+        ),
     ],
 )
 def test_a_worker_knows_by_the_header_what_is_beyond_it(told: dict[str, object], why: str) -> None:
@@ -61,7 +64,11 @@ def test_a_job_of_a_newer_schema_is_left_untouched() -> None:
 
 def test_messages_that_find_nothing_to_run_leave_or_fill_their_slot() -> None:
     platform = Platform()
-    spec = platform.submit(JobRequest(operation="sum", items=range(100), strategy=NWay(split_factor=4, min_chunk_size=25)))
+    spec = platform.submit(
+        JobRequest(
+            operation="sum", items=range(100), strategy=NWay(split_factor=4, min_chunk_size=25)
+        )
+    )
 
     assert run_node(platform.runtime, spec.job, "unknown") is False
     assert run_node(platform.runtime, spec.job, ROOT) is False, "cut: its children fill the slot"

@@ -1,4 +1,6 @@
-"""What a node tells those who operate the platform: slow items and large processes, and not too often."""
+"""What a node tells those who operate the platform: slow items and large processes, and not too
+often.
+"""
 
 from __future__ import annotations
 
@@ -63,16 +65,23 @@ def test_a_large_process_tells_of_its_size_again_after_a_while(world: World) -> 
 def test_a_lost_redis_does_not_fail_the_node(world: World) -> None:
     store = world.store()
     store.lost = True
-    NodeEvents(Events(store), AlertSettings(), world.time).of_node("sum", "job", "w1", slow=[(0, 60.0)], memory_mb=1000)
+    NodeEvents(Events(store), AlertSettings(), world.time).of_node(
+        "sum", "job", "w1", slow=[(0, 60.0)], memory_mb=1000
+    )
     assert store.round_trips == 1, "both in one"
 
 
-def test_what_nodes_tell_is_heard_by_the_monitor_and_the_clients_of_the_same_platform_alone() -> None:
+def test_what_nodes_tell_is_heard_by_the_monitor_and_the_clients_of_the_same_platform_alone() -> (
+    None
+):
     settings = Settings(namespace="second")
     app = Celery("unit", set_as_current=False)
     app.rlm_settings = settings
     runtime, client = Runtime.of(app, settings, patience_s=1), Client(app)
-    keys = {events._key for events in (runtime.notices._events, Events(runtime.ledger.store), client.events)}
+    keys = {
+        events._key
+        for events in (runtime.notices._events, Events(runtime.ledger.store), client.events)
+    }
     assert keys == {"second:events"}
     assert client.alerts._store.namespace == "second"
 

@@ -1,4 +1,6 @@
-"""The 28 keys of source document 2: their defaults, what is wrong with them, how they travel, what they set."""
+"""The 28 keys of source document 2: their defaults, what is wrong with them, how they travel, what
+they set.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +29,35 @@ from rlm_tasks.telemetry.spans import Export, HandOver, Ids, Spans
 from tests.support import wait_until
 
 DOCUMENT_2 = {
-    "enable_object_pool": True, "object_pool_max_size": 50, "object_pool_cleanup_threshold": 0.9,
-    "enable_context_optimization": True, "enable_memory_optimization": True, "enable_step_optimization": True,
-    "enable_algorithm_optimization": True, "enable_concurrency_optimization": True, "max_concurrent_executions": None,
-    "enable_optimized_telemetry": True, "enable_performance_monitoring": True, "telemetry_batch_size": 10,
-    "telemetry_flush_interval_seconds": 30.0, "enable_optimized_error_handling": True, "enable_circuit_breaker": True,
-    "error_cache_size": 50, "circuit_breaker_failure_threshold": 10, "circuit_breaker_recovery_timeout_seconds": 60,
-    "enable_cache_optimization": False, "cache_compression": False, "cache_ttl_seconds": 7200, "cache_max_size": 500,
-    "slow_execution_threshold_ms": 1000.0, "memory_pressure_threshold_mb": 500.0, "cpu_usage_threshold_percent": 80.0,
-    "enable_automatic_optimization": False, "optimization_analysis_interval_seconds": 60.0,
+    "enable_object_pool": True,
+    "object_pool_max_size": 50,
+    "object_pool_cleanup_threshold": 0.9,
+    "enable_context_optimization": True,
+    "enable_memory_optimization": True,
+    "enable_step_optimization": True,
+    "enable_algorithm_optimization": True,
+    "enable_concurrency_optimization": True,
+    "max_concurrent_executions": None,
+    "enable_optimized_telemetry": True,
+    "enable_performance_monitoring": True,
+    "telemetry_batch_size": 10,
+    "telemetry_flush_interval_seconds": 30.0,
+    "enable_optimized_error_handling": True,
+    "enable_circuit_breaker": True,
+    "error_cache_size": 50,
+    "circuit_breaker_failure_threshold": 10,
+    "circuit_breaker_recovery_timeout_seconds": 60,
+    "enable_cache_optimization": False,
+    "cache_compression": False,
+    "cache_ttl_seconds": 7200,
+    "cache_max_size": 500,
+    "slow_execution_threshold_ms": 1000.0,
+    "memory_pressure_threshold_mb": 500.0,
+    "cpu_usage_threshold_percent": 80.0,
+    "enable_automatic_optimization": False,
+    "optimization_analysis_interval_seconds": 60.0,
     "performance_degradation_threshold": 0.2,
-}  # fmt: skip
+}
 
 
 def test_keys_and_defaults_are_those_of_the_document() -> None:
@@ -46,32 +66,66 @@ def test_keys_and_defaults_are_those_of_the_document() -> None:
     assert OptimizationConfig().validate() == []
 
 
-# --- what is wrong -----------------------------------------------------------------------------------
+# --- what is wrong ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "change", [lambda keys: OptimizationConfig(**keys), lambda keys: setattr(OptimizationConfig(), *next(iter(keys.items())))]
+    "change",
+    [
+        lambda keys: OptimizationConfig(**keys),
+        lambda keys: setattr(OptimizationConfig(), *next(iter(keys.items()))),
+    ],
 )
 def test_a_key_that_does_not_exist_is_told_with_the_nearest(change: Any) -> None:
-    with pytest.raises(InvalidRequest, match="enable_objectpool=False: there is no such key; did you mean enable_object_pool"):
+    with pytest.raises(
+        InvalidRequest,
+        match="enable_objectpool=False: there is no such key; did you mean enable_object_pool",
+    ):
         change({"enable_objectpool": False})
 
 
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        ({"enable_object_pool": 1}, "enable_object_pool=1: must be true or false; True is the default"),
-        ({"object_pool_max_size": True}, "object_pool_max_size=True: must be a whole number, at least 1; 50 is the default"),
+        (
+            {"enable_object_pool": 1},
+            "enable_object_pool=1: must be true or false; True is the default",
+        ),
+        (
+            {"object_pool_max_size": True},
+            "object_pool_max_size=True: must be a whole number, at least 1; 50 is the default",
+        ),
         ({"object_pool_max_size": 1.5}, "object_pool_max_size=1.5: must be a whole number"),
-        ({"object_pool_cleanup_threshold": 1.1}, "object_pool_cleanup_threshold=1.1: must be a number, at least 0 and at most 1"),
-        ({"max_concurrent_executions": 0}, "max_concurrent_executions=0: must be a whole number, at least 1, or none"),
-        ({"telemetry_batch_size": 2049}, "telemetry_batch_size=2049: must be a whole number, at least 1 and at most 2048"),
-        ({"telemetry_flush_interval_seconds": "30"}, "telemetry_flush_interval_seconds='30': must be a number"),
-        ({"circuit_breaker_failure_threshold": 0}, "circuit_breaker_failure_threshold=0: must be a whole number, at least 1"),
+        (
+            {"object_pool_cleanup_threshold": 1.1},
+            "object_pool_cleanup_threshold=1.1: must be a number, at least 0 and at most 1",
+        ),
+        (
+            {"max_concurrent_executions": 0},
+            "max_concurrent_executions=0: must be a whole number, at least 1, or none",
+        ),
+        (
+            {"telemetry_batch_size": 2049},
+            "telemetry_batch_size=2049: must be a whole number, at least 1 and at most 2048",
+        ),
+        (
+            {"telemetry_flush_interval_seconds": "30"},
+            "telemetry_flush_interval_seconds='30': must be a number",
+        ),
+        (
+            {"circuit_breaker_failure_threshold": 0},
+            "circuit_breaker_failure_threshold=0: must be a whole number, at least 1",
+        ),
         ({"cache_ttl_seconds": math.nan}, "cache_ttl_seconds=nan: must be a number"),
-        ({"slow_execution_threshold_ms": math.inf}, "slow_execution_threshold_ms=inf: must be a number"),
+        (
+            {"slow_execution_threshold_ms": math.inf},
+            "slow_execution_threshold_ms=inf: must be a number",
+        ),
         ({"cpu_usage_threshold_percent": 101}, "cpu_usage_threshold_percent=101: must be a number"),
-        ({"performance_degradation_threshold": None}, "performance_degradation_threshold=None: must be a number"),
+        (
+            {"performance_degradation_threshold": None},
+            "performance_degradation_threshold=None: must be a number",
+        ),
         (
             {"cache_compression": True},
             "cache_compression=True: there is no cache to compress; set enable_cache_optimization=True",
@@ -96,17 +150,22 @@ def test_each_mistake_is_told_when_asked_and_not_before(keys: dict[str, Any], to
 def test_all_mistakes_are_told_at_once_and_mended_one_by_one() -> None:
     config = OptimizationConfig(error_cache_size=-1, cache_max_size=0)
 
-    assert [each.partition("=")[0] for each in config.validate()] == ["error_cache_size", "cache_max_size"]
+    assert [each.partition("=")[0] for each in config.validate()] == [
+        "error_cache_size",
+        "cache_max_size",
+    ]
     config.error_cache_size = 20
     config.cache_max_size = 100
     assert config.validate() == []
 
 
-# --- as a document -----------------------------------------------------------------------------------
+# --- as a document ----------------------------------------------------------------------------
 
 
 def test_what_is_exported_is_imported_as_it_was() -> None:
-    config = OptimizationConfig(max_concurrent_executions=7, telemetry_flush_interval_seconds=0.1, error_cache_size=-3)
+    config = OptimizationConfig(
+        max_concurrent_executions=7, telemetry_flush_interval_seconds=0.1, error_cache_size=-3
+    )
 
     again = OptimizationConfig.import_config(config.export_config(format="json"), format="json")
 
@@ -116,7 +175,9 @@ def test_what_is_exported_is_imported_as_it_was() -> None:
 
 
 def test_a_document_may_leave_keys_out() -> None:
-    assert OptimizationConfig.import_config('{"cache_max_size": 9}') == OptimizationConfig(cache_max_size=9)
+    assert OptimizationConfig.import_config('{"cache_max_size": 9}') == OptimizationConfig(
+        cache_max_size=9
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,12 +199,15 @@ def test_a_document_that_cannot_be_used_is_refused(text: str, told: str) -> None
 
 
 def test_json_is_the_only_format() -> None:
-    for act in (OptimizationConfig().export_config, lambda format: OptimizationConfig.import_config("{}", format)):
+    for act in (
+        OptimizationConfig().export_config,
+        lambda format: OptimizationConfig.import_config("{}", format),
+    ):
         with pytest.raises(InvalidRequest, match="format='yaml': must be json"):
             act(format="yaml")
 
 
-# --- what they set -----------------------------------------------------------------------------------
+# --- what they set ----------------------------------------------------------------------------
 
 
 def environment_of(monkeypatch: pytest.MonkeyPatch, config: OptimizationConfig) -> Settings:
@@ -163,26 +227,44 @@ def _own_store_settings() -> Any:
 
 def test_a_worker_that_is_started_with_them_behaves_so(monkeypatch: pytest.MonkeyPatch) -> None:
     config = OptimizationConfig(
-        max_concurrent_executions=7, enable_memory_optimization=False, enable_concurrency_optimization=False,
-        enable_performance_monitoring=False, error_cache_size=20, circuit_breaker_failure_threshold=3,
-        circuit_breaker_recovery_timeout_seconds=30, enable_circuit_breaker=False, slow_execution_threshold_ms=5.5,
-        memory_pressure_threshold_mb=200, cpu_usage_threshold_percent=70, optimization_analysis_interval_seconds=10,
-        performance_degradation_threshold=0.5, telemetry_batch_size=5, telemetry_flush_interval_seconds=10.0,
-    )  # fmt: skip
+        max_concurrent_executions=7,
+        enable_memory_optimization=False,
+        enable_concurrency_optimization=False,
+        enable_performance_monitoring=False,
+        error_cache_size=20,
+        circuit_breaker_failure_threshold=3,
+        circuit_breaker_recovery_timeout_seconds=30,
+        enable_circuit_breaker=False,
+        slow_execution_threshold_ms=5.5,
+        memory_pressure_threshold_mb=200,
+        cpu_usage_threshold_percent=70,
+        optimization_analysis_interval_seconds=10,
+        performance_degradation_threshold=0.5,
+        telemetry_batch_size=5,
+        telemetry_flush_interval_seconds=10.0,
+    )
 
     settings = environment_of(monkeypatch, config)
 
     assert configuration(settings)["worker_concurrency"] == 7
-    assert [each.enabled for each in (settings.pressure, settings.autoscale, settings.snapshots, settings.breakers)] == [
-        False
-    ] * 4
+    assert [
+        each.enabled
+        for each in (settings.pressure, settings.autoscale, settings.snapshots, settings.breakers)
+    ] == [False] * 4
     assert settings.fault_patterns == 20
     breaker = configured()
     assert (breaker.failure_threshold, breaker.recovery_timeout_s) == (3, 30)
     assert configured("executor").failure_threshold == 10, "what says something else keeps it"
-    assert (settings.alerts.slow_execution_ms, settings.alerts.memory_mb, settings.alerts.cpu_pct) == (5.5, 200, 70)
+    assert (
+        settings.alerts.slow_execution_ms,
+        settings.alerts.memory_mb,
+        settings.alerts.cpu_pct,
+    ) == (5.5, 200, 70)
     assert (settings.snapshots.every_s, settings.snapshots.threshold) == (10, 0.5)
-    assert (os.environ["OTEL_BSP_MAX_EXPORT_BATCH_SIZE"], os.environ["OTEL_BSP_SCHEDULE_DELAY"]) == ("5", "10000")
+    assert (
+        os.environ["OTEL_BSP_MAX_EXPORT_BATCH_SIZE"],
+        os.environ["OTEL_BSP_SCHEDULE_DELAY"],
+    ) == ("5", "10000")
 
 
 def test_the_defaults_of_the_document_can_be_started_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +285,9 @@ class Batches(SpanExporter):
         return SpanExportResult.SUCCESS
 
 
-def test_spans_leave_in_batches_of_that_size_and_the_last_ones_when_the_worker_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spans_leave_in_batches_of_that_size_and_the_last_ones_when_the_worker_stops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     environment_of(monkeypatch, OptimizationConfig())
     batches = Batches()
     export = Export([batches])
@@ -238,7 +322,10 @@ def test_without_error_handling_no_fault_is_kept(monkeypatch: pytest.MonkeyPatch
 
     assert environment_of(monkeypatch, config).fault_patterns == 0
     told = {each.key: each.sets for each in config.effects()}
-    assert (told["enable_optimized_error_handling"], told["error_cache_size"]) == ("RLM_FAULT_PATTERNS=0", "")
+    assert (told["enable_optimized_error_handling"], told["error_cache_size"]) == (
+        "RLM_FAULT_PATTERNS=0",
+        "",
+    )
 
 
 def test_each_key_says_what_it_sets_or_why_it_sets_nothing() -> None:
@@ -250,7 +337,10 @@ def test_each_key_says_what_it_sets_or_why_it_sets_nothing() -> None:
     set_here = {each.sets.partition("=")[0] for each in effects if each.sets}
     assert {each for each in set_here if not each.startswith("OTEL_BSP_")} <= known
     assert sum(bool(each.sets) for each in effects) == 15
-    assert dict(each.sets.split("=") for each in effects if each.sets) == OptimizationConfig().as_environment()
+    assert (
+        dict(each.sets.split("=") for each in effects if each.sets)
+        == OptimizationConfig().as_environment()
+    )
 
 
 def test_the_page_has_a_row_for_each_key() -> None:
@@ -268,9 +358,7 @@ def page_rows() -> str:
 
 
 def test_the_package_is_imported_without_it() -> None:
-    code = (
-        "import rlm_tasks, sys; assert 'rlm_tasks.compat.optimization_config' not in sys.modules; rlm_tasks.OptimizationConfig()"
-    )
+    code = "import rlm_tasks, sys; assert 'rlm_tasks.compat.optimization_config' not in sys.modules; rlm_tasks.OptimizationConfig()"
 
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
 

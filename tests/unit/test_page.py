@@ -1,4 +1,6 @@
-"""What the main process tells its pool by the shared page: the level, urgent work, slots and memory."""
+"""What the main process tells its pool by the shared page: the level, urgent work, slots and
+memory.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     return Watch(monkeypatch)
 
 
-# --- the level ------------------------------------------------------------------------------------------
+# --- the level --------------------------------------------------------------------------------
 
 
 def test_where_nobody_measures_there_is_no_pressure() -> None:
@@ -36,7 +38,9 @@ def test_where_nobody_measures_there_is_no_pressure() -> None:
 
 
 @pytest.mark.parametrize("level", Level)
-def test_a_level_is_read_as_it_was_written_until_nobody_renews_it(watch: Watch, level: Level) -> None:
+def test_a_level_is_read_as_it_was_written_until_nobody_renews_it(
+    watch: Watch, level: Level
+) -> None:
     page = SharedPage(stale_s=15)
     page.level = level
     assert page.level is level
@@ -64,9 +68,26 @@ def test_a_child_reads_what_its_parent_writes_after_the_fork() -> None:
     asked, answer = os.pipe(), os.pipe()
     if (pid := os.fork()) == 0:
         os.read(asked[0], 1)
-        os.write(answer[1], bytes([page.level, page.urgent, page.slots, int(page.available_mb), int(page.free_mb or 0)]))
+        os.write(
+            answer[1],
+            bytes(
+                [
+                    page.level,
+                    page.urgent,
+                    page.slots,
+                    int(page.available_mb),
+                    int(page.free_mb or 0),
+                ]
+            ),
+        )
         os._exit(0)
-    page.level, page.urgent, page.slots, page.available_mb, page.free_mb = Level.CRITICAL, 0b11, 7, 64.0, 32.0
+    page.level, page.urgent, page.slots, page.available_mb, page.free_mb = (
+        Level.CRITICAL,
+        0b11,
+        7,
+        64.0,
+        32.0,
+    )
     os.write(asked[1], b"!")
     told = os.read(answer[0], 5)
     os.waitpid(pid, 0)
@@ -99,7 +120,7 @@ def test_reading_the_level_costs_little(capsys: pytest.CaptureFixture[str]) -> N
     assert page.level is plain.level
 
 
-# --- the rest -------------------------------------------------------------------------------------------
+# --- the rest ---------------------------------------------------------------------------------
 
 
 def test_what_was_not_heard_is_not_known() -> None:
@@ -109,7 +130,13 @@ def test_what_was_not_heard_is_not_known() -> None:
 
 def test_no_field_of_the_page_touches_another() -> None:
     page = SharedPage()
-    page.level, page.urgent, page.slots, page.available_mb, page.free_mb = Level.HIGH, 0b1111, 1024, 123.5, 0.0
+    page.level, page.urgent, page.slots, page.available_mb, page.free_mb = (
+        Level.HIGH,
+        0b1111,
+        1024,
+        123.5,
+        0.0,
+    )
     page.draining = page.hungry = page.terminating = True
     page.recall()
     held = page.slot(0)

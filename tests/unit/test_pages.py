@@ -1,4 +1,6 @@
-"""What reads the documentation's pages: a page that does not do what it says is found, at its line, and why."""
+"""What reads the documentation's pages: a page that does not do what it says is found, at its line,
+and why.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def carry_out(tmp_path: Path) -> Iterator[Read]:
     programs = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     with ExitStack() as stack:
         own = os.environ | {"PATH": programs, "FLOWER_PORT": "1"}
-        reader = stack.enter_context(Reader(folder, own, tmp_path, stack, {"localhost:1": "localhost:2"}))
+        reader = stack.enter_context(
+            Reader(folder, own, tmp_path, stack, {"localhost:1": "localhost:2"})
+        )
         yield lambda text: reader.carry_out(read("page.md", text.replace("'''", "```")))
 
 
@@ -109,31 +113,88 @@ def test_a_page_that_does_what_it_says_is_carried_out(carry_out: Read) -> None:
 
 
 WRONG = {
-    "a language that nobody knows": ("'''cobol\nSTOP RUN.\n'''", "page.md:1: nobody knows how to run or parse 'cobol'; use one of"),
+    "a language that nobody knows": (
+        "'''cobol\nSTOP RUN.\n'''",
+        "page.md:1: nobody knows how to run or parse 'cobol'; use one of",
+    ),
     "a fence without a language": ("'''\nls\n'''", "page.md:1: a fence is ```language"),
     "another attribute": ("'''python linenums\n1\n'''", "page.md:1: a fence is ```language"),
-    "a title that is no file": ("'''text title=\"output\"\n1\n'''", "page.md:1: title='output' is neither"),
+    "a title that is no file": (
+        "'''text title=\"output\"\n1\n'''",
+        "page.md:1: title='output' is neither",
+    ),
     "a fence that is not closed": ("text\n'''sh\nls\n", "page.md:2: this fence is never closed"),
-    "broken json": ("\n'''json\n{'a': 1}\n'''", "page.md:3: this is no json: Expecting property name"),
+    "broken json": (
+        "\n'''json\n{'a': 1}\n'''",
+        "page.md:3: this is no json: Expecting property name",
+    ),
     "broken yaml": ("'''yaml\na: [\n'''", "page.md:2: this is no yaml"),
-    "a broken query": ("'''promql\nsum(rate(x[5m])\n'''", "page.md:2: this is no promql: ( and ) do not match"),
-    "a broken file": ("'''python title=\"a.py\"\ndef\n'''", "page.md:2: this is no python: invalid syntax"),
-    "a command that fails": ("'''sh\ntrue\nls nowhere\necho on\n'''", "page.md:2: exit code 2:\nls:"),
+    "a broken query": (
+        "'''promql\nsum(rate(x[5m])\n'''",
+        "page.md:2: this is no promql: ( and ) do not match",
+    ),
+    "a broken file": (
+        "'''python title=\"a.py\"\ndef\n'''",
+        "page.md:2: this is no python: invalid syntax",
+    ),
+    "a command that fails": (
+        "'''sh\ntrue\nls nowhere\necho on\n'''",
+        "page.md:2: exit code 2:\nls:",
+    ),
     "the line of a command that fails": ("\n\n'''sh\ntrue\n(exit 3)\n'''", "line 5: ( exit 3 )"),
-    "a command that is not there": ("'''sh\nno-such-program\n'''", "no-such-program: command not found"),
-    "a file that is not there": ("'''sh\nkubectl apply -f docs/deploy/none.yaml\n'''", "page.md:2: there is no docs/deploy/none.yaml"),
-    "a target that is not there": ("'''sh\ntrue\nmake nothing ARGS=--all\n'''", "page.md:3: there is no nothing"),
-    "an extra that is not there": ("'''sh\npip install 'rlm-tasks[flower,flour]'\n'''", "page.md:2: there is no flour"),
-    "a worker that does not start": ("'''sh\ncelery -A no_such_app worker\n'''", "page.md:2: the worker did not start:\n"),
-    "code that raises": ("\n'''python\ndef fail():\n    1 / 0\n\nfail()\n'''", 'File "page.md", line 4, in fail\n    1 / 0'),
-    "code that ends the process": ("'''python\nimport os\nos._exit(3)\n'''", "page.md:2: the interpreter has ended"),
-    "a print that prints something else": ("'''python\nprint(1 + 1)  # 3\n'''", "page.md:2: the comment says '3', but what is printed is '2\\n'"),
-    "a print that never happens": ("'''python\nif False:\n    print(1)  # 1\n'''", "page.md:3: this line has not printed anything"),
-    "text that sh has not printed": ("'''sh\necho a\n'''\n'''text title=\"prints\"\nb\n'''", "page.md:5: the page says\nb\nbut what is printed is\na\n"),
-    "text that python has not printed": ("'''python\nprint(True)\n'''\n'''text title=\"prints\"\n1\n'''", "but what is printed is\nTrue\n"),
-    "text that nothing can have printed": ("'''text title=\"prints\"\n1\n'''", "page.md:2: nothing before it has been run"),
-    "text of a command that is not run": ("'''sh\nmake test\n'''\n'''text title=\"prints\"\n1\n'''", "nothing before it has been run"),
-}  # fmt: skip
+    "a command that is not there": (
+        "'''sh\nno-such-program\n'''",
+        "no-such-program: command not found",
+    ),
+    "a file that is not there": (
+        "'''sh\nkubectl apply -f docs/deploy/none.yaml\n'''",
+        "page.md:2: there is no docs/deploy/none.yaml",
+    ),
+    "a target that is not there": (
+        "'''sh\ntrue\nmake nothing ARGS=--all\n'''",
+        "page.md:3: there is no nothing",
+    ),
+    "an extra that is not there": (
+        "'''sh\npip install 'rlm-tasks[flower,flour]'\n'''",
+        "page.md:2: there is no flour",
+    ),
+    "a worker that does not start": (
+        "'''sh\ncelery -A no_such_app worker\n'''",
+        "page.md:2: the worker did not start:\n",
+    ),
+    "code that raises": (
+        "\n'''python\ndef fail():\n    1 / 0\n\nfail()\n'''",
+        'File "page.md", line 4, in fail\n    1 / 0',
+    ),
+    "code that ends the process": (
+        "'''python\nimport os\nos._exit(3)\n'''",
+        "page.md:2: the interpreter has ended",
+    ),
+    "a print that prints something else": (
+        "'''python\nprint(1 + 1)  # 3\n'''",
+        "page.md:2: the comment says '3', but what is printed is '2\\n'",
+    ),
+    "a print that never happens": (
+        "'''python\nif False:\n    print(1)  # 1\n'''",
+        "page.md:3: this line has not printed anything",
+    ),
+    "text that sh has not printed": (
+        "'''sh\necho a\n'''\n'''text title=\"prints\"\nb\n'''",
+        "page.md:5: the page says\nb\nbut what is printed is\na\n",
+    ),
+    "text that python has not printed": (
+        "'''python\nprint(True)\n'''\n'''text title=\"prints\"\n1\n'''",
+        "but what is printed is\nTrue\n",
+    ),
+    "text that nothing can have printed": (
+        "'''text title=\"prints\"\n1\n'''",
+        "page.md:2: nothing before it has been run",
+    ),
+    "text of a command that is not run": (
+        "'''sh\nmake test\n'''\n'''text title=\"prints\"\n1\n'''",
+        "nothing before it has been run",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -146,8 +207,12 @@ def test_what_is_wrong_is_told_with_its_place(name: str, carry_out: Read) -> Non
     assert said in str(wrong.value)
 
 
-@pytest.mark.parametrize("block", ["'''sh\nsleep 60\n'''", "'''python\nimport time\ntime.sleep(60)\n'''"])
-def test_a_block_that_does_not_end_is_told(block: str, carry_out: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "block", ["'''sh\nsleep 60\n'''", "'''python\nimport time\ntime.sleep(60)\n'''"]
+)
+def test_a_block_that_does_not_end_is_told(
+    block: str, carry_out: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(page_reader, "BLOCK_S", 0.2)
 
     with pytest.raises(Wrong, match=r"page\.md:2: still runs after"):

@@ -1,4 +1,6 @@
-"""The small parts that others stand on: packing, the shared page, keys, settings, errors, results."""
+"""The small parts that others stand on: packing, the shared page, keys, settings, errors,
+results.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,16 @@ from rlm_tasks.settings.model import Settings
 from scheduler.slots import SlotBoard
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")) | st.binary(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(codec="utf-8")) | st.integers(0, 9), inner),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8"))
+    | st.binary(),
+    lambda inner: (
+        st.lists(inner)
+        | st.dictionaries(st.text(st.characters(codec="utf-8")) | st.integers(0, 9), inner)
+    ),
     max_leaves=20,
 )
 
@@ -48,7 +58,7 @@ def test_long_data_is_compressed() -> None:
     assert len(codec.pack(["the same"] * 1000)) < 200
 
 
-# --- the shared page ---------------------------------------------------------------------------------
+# --- the shared page --------------------------------------------------------------------------
 
 
 def test_the_page_tells_what_each_process_holds() -> None:
@@ -82,7 +92,7 @@ def test_a_forked_process_writes_to_the_same_page() -> None:
     assert (page.draining, page.hungry) == (True, True)
 
 
-# --- Redis -------------------------------------------------------------------------------------------
+# --- Redis ------------------------------------------------------------------------------------
 
 
 def test_the_password_is_masked_in_every_form_of_url() -> None:
@@ -122,7 +132,7 @@ def test_free_slots_are_taken_once() -> None:
     assert store.run(board.take("normal", 4)) == [[1, 4]]
 
 
-# --- settings ----------------------------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------
 
 
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,15 +142,24 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 
     found = Settings()
 
-    assert (found.redis_url, found.broker_url, found.result_backend) == ("redis://somewhere:1/2",) * 3
+    assert (found.redis_url, found.broker_url, found.result_backend) == (
+        "redis://somewhere:1/2",
+    ) * 3
     assert (found.ledger.lease_s, found.ledger.sweep_s) == (3.0, 5.0)
     assert found.operations == ("a.b", "c")
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("RLM_NAMESPACE", "no spaces"), ("RLM_LEDGER__LEASE_S", "0"), ("RLM_MAX_RESULT_BYTES", "many")]
+    ("name", "value"),
+    [
+        ("RLM_NAMESPACE", "no spaces"),
+        ("RLM_LEDGER__LEASE_S", "0"),
+        ("RLM_MAX_RESULT_BYTES", "many"),
+    ],
 )
-def test_a_setting_out_of_range_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_a_setting_out_of_range_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     monkeypatch.setenv(name, value)
     settings.cache_clear()
 
@@ -148,11 +167,13 @@ def test_a_setting_out_of_range_is_named(monkeypatch: pytest.MonkeyPatch, name: 
         settings()
 
 
-# --- results and failures ----------------------------------------------------------------------------
+# --- results and failures ---------------------------------------------------------------------
 
 
 @given(st.sets(st.integers(0, 60)), st.integers(0, 60), st.integers(0, 60))
-def test_successful_items_behave_as_the_list_they_stand_for(failed: set[int], middle: int, hi: int) -> None:
+def test_successful_items_behave_as_the_list_they_stand_for(
+    failed: set[int], middle: int, hi: int
+) -> None:
     ranges = [(0, middle), (middle, max(middle, hi))]
     wanted = [index for index in range(max(middle, hi)) if index not in failed]
 
@@ -171,12 +192,16 @@ def test_a_failure_tells_the_users_frames_only() -> None:
     except TypeError as error:
         failure = failure_of(4, error)
 
-    assert (failure["index"], failure["type"], failure["message"]) == (4, "TypeError", "not a number: 'one'")
+    assert (failure["index"], failure["type"], failure["message"]) == (
+        4,
+        "TypeError",
+        "not a number: 'one'",
+    )
     assert "operations.py" not in failure["traceback"]
     assert "sum_items" in failure["traceback"]
 
 
-# --- operations --------------------------------------------------------------------------------------
+# --- operations -------------------------------------------------------------------------------
 
 
 def test_a_bare_operation_is_named_after_its_function_and_can_be_called() -> None:
@@ -209,7 +234,9 @@ def test_options_that_make_no_sense_are_refused(about: dict[str, int]) -> None:
 
 
 @given(st.lists(st.integers() | st.floats(-1e12, 1e12), min_size=1), st.data())
-def test_sum_and_aggregate_are_exact_under_any_split(numbers: list[float], data: st.DataObject) -> None:
+def test_sum_and_aggregate_are_exact_under_any_split(
+    numbers: list[float], data: st.DataObject
+) -> None:
     cut = data.draw(st.integers(0, len(numbers)))
     parts = [part for part in (numbers[:cut], numbers[cut:]) if part]
 
@@ -217,7 +244,9 @@ def test_sum_and_aggregate_are_exact_under_any_split(numbers: list[float], data:
         assert each.merge is not None
         whole, split = each(numbers), each.merge([each(part) for part in parts])
         assert each.shaped(each.merge([whole])) == each.shaped(split)
-    assert math.isclose(sum_items.shaped(sum_items(numbers)), math.fsum(numbers), rel_tol=1e-12, abs_tol=1e-300)
+    assert math.isclose(
+        sum_items.shaped(sum_items(numbers)), math.fsum(numbers), rel_tol=1e-12, abs_tol=1e-300
+    )
 
 
 def test_sums_of_what_is_not_finite_follow_arithmetic() -> None:
@@ -238,6 +267,12 @@ def test_code_metrics_do_not_depend_on_the_split(tmp_path: Any) -> None:
     whole = merge_reports(reports)
 
     assert whole == merge_reports([merge_reports(reports[:1]), merge_reports(reports[1:])])
-    assert (whole["files"], whole["lines"], whole["functions"], whole["classes"], whole["branches"]) == (3, 27, 3, 3, 9)
+    assert (
+        whole["files"],
+        whole["lines"],
+        whole["functions"],
+        whole["classes"],
+        whole["branches"],
+    ) == (3, 27, 3, 3, 9)
     assert whole["deepest"] == [2, paths[2]]
     assert whole["complex"][0] == [4, paths[2], 1, "f"]

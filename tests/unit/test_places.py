@@ -1,4 +1,6 @@
-"""How many jobs may be at work at once: who gets a place, who is turned away, and when a place is free again."""
+"""How many jobs may be at work at once: who gets a place, who is turned away, and when a place is
+free again.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +44,18 @@ def test_so_many_have_a_place_and_the_next_is_told_to_come_back(world: World) ->
     assert door.places() == 0
 
 
-def test_a_place_is_free_when_its_job_has_ended_was_given_back_or_was_never_opened(world: World) -> None:
+def test_a_place_is_free_when_its_job_has_ended_was_given_back_or_was_never_opened(
+    world: World,
+) -> None:
     door = room(world, 3)
     assert [door.crowded(job, "low") for job in "abc"] == [None] * 3
 
     ended(world, "b")
     door.leave(["c"])
     assert door.places() == 2
-    assert world.client().zscore(Keys("unit").due, "a") == (world.now + 60) * 1000, "a sweep drops what was not opened by then"
+    assert world.client().zscore(Keys("unit").due, "a") == (world.now + 60) * 1000, (
+        "a sweep drops what was not opened by then"
+    )
 
 
 def test_critical_jobs_are_neither_refused_nor_counted(world: World) -> None:
@@ -73,7 +79,11 @@ def test_of_many_who_ask_at_once_exactly_as_many_get_a_place(world: World) -> No
 
     def ask(client: int) -> None:
         door = room(world, 50)
-        granted.extend(job for job in (f"{client}-{each}" for each in range(20)) if door.crowded(job, "normal") is None)
+        granted.extend(
+            job
+            for job in (f"{client}-{each}" for each in range(20))
+            if door.crowded(job, "normal") is None
+        )
 
     clients = [threading.Thread(target=ask, args=(each,)) for each in range(8)]
     for each in clients:
@@ -98,8 +108,12 @@ def test_a_job_that_waits_begins_when_there_is_a_place(world: World) -> None:
     assert _not_taken_in(platform.runtime, spec) == ""
 
 
-@pytest.mark.parametrize(("at_work", "called"), [(0, 6), (1, 5), (6, 0), (9, 0)])  # 9: the bound was lowered
-def test_the_monitor_calls_no_more_than_there_are_places(world: World, at_work: int, called: int) -> None:
+@pytest.mark.parametrize(
+    ("at_work", "called"), [(0, 6), (1, 5), (6, 0), (9, 0)]
+)  # 9: the bound was lowered
+def test_the_monitor_calls_no_more_than_there_are_places(
+    world: World, at_work: int, called: int
+) -> None:
     monitored = Monitored(world)
     others = room(world, 100)
     assert all(others.crowded(f"busy-{each}", "normal") is None for each in range(at_work))

@@ -1,4 +1,6 @@
-"""What a plan is made of: samples, forecasts of rounds, and how amounts become time, nodes and shares of a budget."""
+"""What a plan is made of: samples, forecasts of rounds, and how amounts become time, nodes and
+shares of a budget.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ knowns = st.builds(
 )
 
 
-def forecast(operation: str, items: Any, params: dict[str, Any], known: Known = SETTLED) -> tuple[list[RoundForecast], ...]:
+def forecast(
+    operation: str, items: Any, params: dict[str, Any], known: Known = SETTLED
+) -> tuple[list[RoundForecast], ...]:
     """Return the rounds of a request at p50 and at p90."""
     about = registry.get(operation)
     asked = JobRequest(operation=operation, items=items, params=params)
@@ -62,7 +66,7 @@ def forecast(operation: str, items: Any, params: dict[str, Any], known: Known = 
     return tuple(rounds(Outlook(lambda _: known, z)) for z in (0.0, Z90))
 
 
-# --- samples -----------------------------------------------------------------------------------------
+# --- samples ----------------------------------------------------------------------------------
 
 
 class Counted(Sequence[str]):
@@ -86,7 +90,9 @@ def test_a_sample_lies_evenly_over_the_items(n: int, seed: int) -> None:
     assert found.total == n
     assert len(indexes) == min(n, LOOKED_AT)
     assert [item for _, item in found.items] == indexes == sorted(set(indexes))
-    strides = [range(at * n // len(indexes), (at + 1) * n // len(indexes)) for at in range(len(indexes))]
+    strides = [
+        range(at * n // len(indexes), (at + 1) * n // len(indexes)) for at in range(len(indexes))
+    ]
     assert all(index in stride for index, stride in zip(indexes, strides, strict=True))
 
 
@@ -110,7 +116,10 @@ def test_files_are_their_paths(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).touch()
 
-    assert sampled(Files(f"{tmp_path}/*.txt"), Random(0)).items == [(0, f"{tmp_path}/a.txt"), (1, f"{tmp_path}/b.txt")]
+    assert sampled(Files(f"{tmp_path}/*.txt"), Random(0)).items == [
+        (0, f"{tmp_path}/a.txt"),
+        (1, f"{tmp_path}/b.txt"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +165,7 @@ def test_lines_of_a_long_file_are_estimated_from_some_blocks(tmp_path: Path) -> 
     assert sampled(Lines(path), Random(0)).total == 1
 
 
-# --- what rounds ask ---------------------------------------------------------------------------------
+# --- what rounds ask --------------------------------------------------------------------------
 
 
 def test_each_item_is_asked_with_the_operations_own_prompt() -> None:
@@ -164,7 +173,9 @@ def test_each_item_is_asked_with_the_operations_own_prompt() -> None:
 
     [likely], _ = forecast("llm.map", items := ["a", "bb" * 20, "ccc" * 50], params)
 
-    prompts = [[{"content": "You are an echo."}, {"content": f"Say it again: {item}"}] for item in items]
+    prompts = [
+        [{"content": "You are an echo."}, {"content": f"Say it again: {item}"}] for item in items
+    ]
     assert (likely.operation, likely.tier, likely.calls) == ("llm.map", "medium", 3)
     assert likely.prompt_tokens == pytest.approx(sum(map(estimated_prompt, prompts)) * 1.2)
     assert likely.answer_tokens == pytest.approx(3 * 100 * 0.4)
@@ -172,13 +183,17 @@ def test_each_item_is_asked_with_the_operations_own_prompt() -> None:
 
 @given(st.integers(1, 3000), st.integers(2, 100))
 def test_answers_are_merged_until_one_is_left(n: int, fan_in: int) -> None:
-    likely, bad = forecast("llm.map_reduce", range(n), {"prompt": "{item}", "fan_in": fan_in, "max_tokens": 16})
+    likely, bad = forecast(
+        "llm.map_reduce", range(n), {"prompt": "{item}", "fan_in": fan_in, "max_tokens": 16}
+    )
 
     expected = [n]
     while expected[-1] > 1:
         expected.append(-(-expected[-1] // fan_in))
     assert [each.calls for each in likely] == [each.calls for each in bad] == expected
-    assert [each.operation for each in likely] == ["llm.map_reduce"] + ["llm.merge"] * (len(expected) - 1)
+    assert [each.operation for each in likely] == ["llm.map_reduce"] + ["llm.merge"] * (
+        len(expected) - 1
+    )
 
 
 def test_a_merge_reads_what_was_answered_before() -> None:
@@ -187,13 +202,28 @@ def test_a_merge_reads_what_was_answered_before() -> None:
     likely, _ = forecast("llm.map_reduce", range(64), params)
 
     answers = [each.answer_tokens for each in likely]
-    assert [each.prompt_tokens for each in likely[1:]] == [pytest.approx(1.2 * told, rel=0.1) for told in answers[:-1]]
+    assert [each.prompt_tokens for each in likely[1:]] == [
+        pytest.approx(1.2 * told, rel=0.1) for told in answers[:-1]
+    ]
 
 
 @pytest.mark.parametrize(
-    ("n", "length"), [(5, 3), (5, 60_000), (900, 3), (900, 60), (900, 900), (900, 9000), (30_000, 3), (30_000, 60), (9000, 900)]
+    ("n", "length"),
+    [
+        (5, 3),
+        (5, 60_000),
+        (900, 3),
+        (900, 60),
+        (900, 900),
+        (900, 9000),
+        (30_000, 3),
+        (30_000, 60),
+        (9000, 900),
+    ],
 )
-def test_a_question_reads_as_many_groups_as_its_passages_are_packed_into(n: int, length: int) -> None:
+def test_a_question_reads_as_many_groups_as_its_passages_are_packed_into(
+    n: int, length: int
+) -> None:
     random = Random(n + length)
     texts = ["x" * random.randrange(length // 2, 2 * length) for _ in range(n)]
     about = registry.get("llm.ask")
@@ -201,7 +231,9 @@ def test_a_question_reads_as_many_groups_as_its_passages_are_packed_into(n: int,
     params = {"question": "Who?", "group_tokens": 4000}
 
     (first, *_, last), bad = forecast("llm.ask", texts, params)
-    groups = list(about.prepare(JobRequest(operation="llm.ask", items=texts, params=params), Settings()).items)
+    groups = list(
+        about.prepare(JobRequest(operation="llm.ask", items=texts, params=params), Settings()).items
+    )
 
     assert first.calls == pytest.approx(len(groups), rel=0.06 if n > LOOKED_AT else 0.001)
     assert (last.operation, last.calls) == ("llm.answer", 1)
@@ -210,26 +242,48 @@ def test_a_question_reads_as_many_groups_as_its_passages_are_packed_into(n: int,
     assert sum(each.calls for each in bad) <= first.calls * 4 + 1
 
 
-@given(known=knowns, n=st.integers(1, 300), operation=st.sampled_from(["llm.map", "llm.map_reduce", "llm.ask"]))
-def test_p90_is_never_below_p50_and_no_answer_longer_than_it_may_be(known: Known, n: int, operation: str) -> None:
-    asks = {"question": "Who?", "group_tokens": 200} if operation == "llm.ask" else {"prompt": "Say {item}"}
+@given(
+    known=knowns,
+    n=st.integers(1, 300),
+    operation=st.sampled_from(["llm.map", "llm.map_reduce", "llm.ask"]),
+)
+def test_p90_is_never_below_p50_and_no_answer_longer_than_it_may_be(
+    known: Known, n: int, operation: str
+) -> None:
+    asks = (
+        {"question": "Who?", "group_tokens": 200}
+        if operation == "llm.ask"
+        else {"prompt": "Say {item}"}
+    )
 
     likely, bad = forecast(
-        operation, [f"{at} is " + "many words " * (at % 9) for at in range(n)], {**asks, "max_tokens": 100}, known
+        operation,
+        [f"{at} is " + "many words " * (at % 9) for at in range(n)],
+        {**asks, "max_tokens": 100},
+        known,
     )
 
     for what in ("calls", "prompt_tokens", "answer_tokens"):
-        assert sum(getattr(each, what) for each in bad) >= sum(getattr(each, what) for each in likely) * (1 - 1e-9)
+        assert sum(getattr(each, what) for each in bad) >= sum(
+            getattr(each, what) for each in likely
+        ) * (1 - 1e-9)
     for each in (*likely, *bad):
         assert each.answer_tokens <= each.calls * 100
-    assert known.calls or sum(each.answer_tokens for each in bad) == sum(each.calls for each in bad) * 100
-    assert [Outlook(lambda _: known, Z90).seconds("small", n)] >= [Outlook(lambda _: known).seconds("small", n)]
+    assert (
+        known.calls
+        or sum(each.answer_tokens for each in bad) == sum(each.calls for each in bad) * 100
+    )
+    assert [Outlook(lambda _: known, Z90).seconds("small", n)] >= [
+        Outlook(lambda _: known).seconds("small", n)
+    ]
 
 
 def test_ten_times_the_items_are_ten_times_the_tokens() -> None:
     items = [f"{at} " + "words " * (at % 9) for at in range(900)]
 
-    few, many = (forecast("llm.map", part, {"prompt": "Say {item}"})[0][0] for part in (items, items * 10))
+    few, many = (
+        forecast("llm.map", part, {"prompt": "Say {item}"})[0][0] for part in (items, items * 10)
+    )
 
     assert many.calls == 10 * few.calls
     assert many.prompt_tokens == pytest.approx(10 * few.prompt_tokens, rel=0.06)
@@ -250,15 +304,21 @@ def test_the_more_of_the_items_was_seen_the_less_their_mean_may_be_wrong() -> No
     sizes = [1.0, 2.0, 3.0, 4.0]
 
     assert mean_and_error(sizes, 4) == (2.5, 0.0)
-    assert mean_and_error(sizes, 8)[1] < mean_and_error(sizes, 1000)[1] == pytest.approx((5 / 3 / 4) ** 0.5, rel=0.01)
+    assert (
+        mean_and_error(sizes, 8)[1]
+        < mean_and_error(sizes, 1000)[1]
+        == pytest.approx((5 / 3 / 4) ** 0.5, rel=0.01)
+    )
 
 
-# --- time --------------------------------------------------------------------------------------------
+# --- time -------------------------------------------------------------------------------------
 
 
 def stage(tokens: float, seconds: float, room: float = 20.0) -> Stage:
     """Return a stage that may take 10 tokens a second, and 40 at once."""
-    return Stage(seconds, "latency", seconds, "m", {"tokens": tokens}, {"tokens": Flow(10, room, 40)})
+    return Stage(
+        seconds, "latency", seconds, "m", {"tokens": tokens}, {"tokens": Flow(10, room, 40)}
+    )
 
 
 def test_the_slowest_limit_makes_the_time() -> None:
@@ -274,8 +334,16 @@ def test_a_limit_fills_up_while_something_else_is_slower_and_no_further() -> Non
     assert duration([stage(20, 0.0), stage(20, 0.0)]) == (2.0, "tokens")  # the room is there once
 
 
-@given(st.lists(st.tuples(st.floats(0, 500), st.floats(0, 50), st.floats(1, 3), st.floats(1, 3)), min_size=1, max_size=5))
-def test_more_tokens_and_slower_answers_never_take_less_time(rounds: list[tuple[float, float, float, float]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 500), st.floats(0, 50), st.floats(1, 3), st.floats(1, 3)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_more_tokens_and_slower_answers_never_take_less_time(
+    rounds: list[tuple[float, float, float, float]],
+) -> None:
     less, _ = duration([stage(tokens, seconds) for tokens, seconds, _, _ in rounds])
     more, _ = duration([stage(tokens * a, seconds * b) for tokens, seconds, a, b in rounds])
 
@@ -287,7 +355,7 @@ def test_calls_in_flight_go_in_waves_and_one_takes_as_long_as_it_takes() -> None
     assert in_waves(3, 2.0, 20) == (2.0, "latency")
 
 
-# --- nodes -------------------------------------------------------------------------------------------
+# --- nodes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -302,7 +370,9 @@ def test_calls_in_flight_go_in_waves_and_one_takes_as_long_as_it_takes() -> None
     ],
     ids=str,
 )
-def test_a_job_that_is_planned_from_sizes_has_the_nodes_that_were_told(about: dict[str, Any]) -> None:
+def test_a_job_that_is_planned_from_sizes_has_the_nodes_that_were_told(
+    about: dict[str, Any],
+) -> None:
     platform = Platform(1)
     request = JobRequest(**{"operation": "sum", "items": range(500), **about})
 
@@ -325,7 +395,7 @@ def test_a_million_nodes_are_counted_without_making_them() -> None:
     assert nodes_of(shape, 1_000_000, 2, None) == 1 + 1000 + 1_000_000
 
 
-# --- money -------------------------------------------------------------------------------------------
+# --- money ------------------------------------------------------------------------------------
 
 
 def test_a_budget_keeps_a_share_for_the_rounds_to_come() -> None:
@@ -337,7 +407,9 @@ def test_a_budget_keeps_a_share_for_the_rounds_to_come() -> None:
 
 
 @given(st.floats(1, 1000), st.lists(st.floats(0, 500), min_size=1, max_size=4), st.booleans())
-def test_a_larger_budget_never_pays_for_less(limit: float, needs: list[float], goes_on: bool) -> None:
+def test_a_larger_budget_never_pays_for_less(
+    limit: float, needs: list[float], goes_on: bool
+) -> None:
     share, enough = paid_for(limit, needs, 0.2, goes_on=goes_on)
     larger, still = paid_for(2 * limit, needs, 0.2, goes_on=goes_on)
 
@@ -350,16 +422,28 @@ def planned(**fields: Any) -> Plan:
     amounts = Estimate(10, 20), Estimate(1000, 3000), Estimate(0.5, 1.5)
     about = {"operation": "llm.map", "items": 10}
     made = {
-        **about, "nodes": 2, "time_s": Estimate(75.0, 7300.0), "limited_by": "tokens", "models": {"small": "a-model"},
-        "rounds": (PlannedRound(0, "llm.map", 10, *amounts),), "level": "high", "slots": 2, "budget": None, "based_on": 3,
-    }  # fmt: skip
-    return Plan(**{**made, **dict(zip(("calls", "tokens", "money"), amounts, strict=True)), **fields})
+        **about,
+        "nodes": 2,
+        "time_s": Estimate(75.0, 7300.0),
+        "limited_by": "tokens",
+        "models": {"small": "a-model"},
+        "rounds": (PlannedRound(0, "llm.map", 10, *amounts),),
+        "level": "high",
+        "slots": 2,
+        "budget": None,
+        "based_on": 3,
+    }
+    return Plan(
+        **{**made, **dict(zip(("calls", "tokens", "money"), amounts, strict=True)), **fields}
+    )
 
 
 def test_the_unit_that_pays_for_the_least_is_named() -> None:
     rounds = planned().rounds
 
-    found = sufficiency({"tokens": 1500.0, "calls": 100.0, "money": 0.9}, rounds, 0.2, goes_on=False)
+    found = sufficiency(
+        {"tokens": 1500.0, "calls": 100.0, "money": 0.9}, rounds, 0.2, goes_on=False
+    )
 
     assert (found.suffices, found.suffices_p90, found.limited_by) == (True, False, "tokens")
     assert found.items_share == Estimate(1.0, 0.5)
@@ -381,5 +465,10 @@ def test_a_plan_reads_well_and_is_plain_data() -> None:
         "Budget: suffices, but not at p90; its tokens pay for 100% of the items, at p90 50%",
         "A note",
     ]
-    assert json.loads(json.dumps(told.to_dict()))["rounds"][0]["tokens"] == {"p50": 1000, "p90": 3000}
-    assert "Time: not known, there is no worker" in str(planned(time_s=None, limited_by="no worker"))
+    assert json.loads(json.dumps(told.to_dict()))["rounds"][0]["tokens"] == {
+        "p50": 1000,
+        "p90": 3000,
+    }
+    assert "Time: not known, there is no worker" in str(
+        planned(time_s=None, limited_by="no worker")
+    )

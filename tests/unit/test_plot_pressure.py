@@ -28,13 +28,15 @@ def reached(rows: list[dict[str, Any]]) -> list[Level]:
     return [Level[row["level"].upper()] for row in rows]
 
 
-# --- the data ----------------------------------------------------------------------------------------
+# --- the data ---------------------------------------------------------------------------------
 
 
 def test_the_level_rose_to_critical_at_least_and_came_back(data: dict[str, Any]) -> None:
     rows = data["rows"]
 
-    assert {level for row, level in zip(rows, reached(rows), strict=True) if row["phase"] == "calm"} == {Level.NORMAL}
+    assert {
+        level for row, level in zip(rows, reached(rows), strict=True) if row["phase"] == "calm"
+    } == {Level.NORMAL}
     assert max(reached(rows)) >= Level.CRITICAL
     assert reached(rows)[-5:] == [Level.NORMAL] * 5
     assert [row["second"] for row in rows] == list(range(60))
@@ -45,10 +47,16 @@ def test_levels_fell_one_step_at_a_time(data: dict[str, Any]) -> None:
     assert min(after - before for before, after in pairwise(levels)) == -1
 
 
-def test_receipts_are_empty_before_the_overload_and_tell_of_every_strategy_that_was_asked_for_in_it(data: dict[str, Any]) -> None:
+def test_receipts_are_empty_before_the_overload_and_tell_of_every_strategy_that_was_asked_for_in_it(
+    data: dict[str, Any],
+) -> None:
     assert data["receipts"]["calm"] == {}
     told = {what.partition(" at ")[0] for what in data["receipts"]["overload"]}
-    assert told == {"reduce_entity_limits", "disable_expensive_computations", "use_simplified_methods"}
+    assert told == {
+        "reduce_entity_limits",
+        "disable_expensive_computations",
+        "use_simplified_methods",
+    }
 
 
 def test_queues_grew_and_emptied_and_less_urgent_jobs_were_refused(data: dict[str, Any]) -> None:
@@ -67,7 +75,7 @@ def test_critical_items_never_waited_for_long(data: dict[str, Any]) -> None:
     assert max(data["critical_waits_s"]) < 1.0
 
 
-# --- the picture -------------------------------------------------------------------------------------
+# --- the picture ------------------------------------------------------------------------------
 
 
 def test_the_picture_has_three_panels_of_one_time(data: dict[str, Any]) -> None:
@@ -75,7 +83,9 @@ def test_the_picture_has_three_panels_of_one_time(data: dict[str, Any]) -> None:
 
     assert tuple(panel.get_gid() for panel in panels) == PANELS
     assert {panel.get_xlim() for panel in panels} == {(0.0, 60.0)}
-    assert [label.get_text() for label in panels[0].get_yticklabels()] == [level.label for level in Level]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == [
+        level.label for level in Level
+    ]
     assert [text.get_text() for text in panels[1].get_legend().get_texts()] == list(PRIORITIES)
 
 
@@ -96,7 +106,13 @@ def test_the_page_shows_the_picture_of_this_data() -> None:
     assert origin(DATA) in "".join(picture.itertext())
     assert {group.get("id") for group in picture.iter(f"{SVG}g")} >= set(PANELS)
     words = {text.text for text in picture.iter(f"{SVG}text")}
-    assert words >= {"pressure level", "overload", "emergency", "messages that wait, by priority", "refused jobs"}
+    assert words >= {
+        "pressure level",
+        "overload",
+        "emergency",
+        "messages that wait, by priority",
+        "refused jobs",
+    }
     assert PICTURE.stat().st_size < 300_000
     assert "](pressure.svg)" in PICTURE.with_suffix(".md").read_text(encoding="utf-8")
 

@@ -1,4 +1,6 @@
-"""Jobs that make room for each other at random, in the middle of their items: each is exact, and nobody yields for nothing."""
+"""Jobs that make room for each other at random, in the middle of their items: each is exact, and
+nobody yields for nothing.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ URGENT_JOBS = 2
 
 
 class PressedPlatform(Platform):
-    """A platform that does something else between two items: another slot works, somebody submits, the guard looks."""
+    """A platform that does something else between two items: another slot works, somebody submits,
+    the guard looks.
+    """
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed, slots=SLOTS)
@@ -40,15 +44,26 @@ class PressedPlatform(Platform):
 
     def open(self, n: int, priority: str, preempts: bool | None, **fields: Any) -> JobSpec:
         options = Options(priority=priority, preempt_lower_priority=preempts)  # type: ignore[arg-type]  # it is checked there
-        self.jobs.append(self.submit(JobRequest(operation="unit_pressed", items=range(n), options=options, **fields)))
+        self.jobs.append(
+            self.submit(
+                JobRequest(operation="unit_pressed", items=range(n), options=options, **fields)
+            )
+        )
         return self.jobs[-1]
 
     def meanwhile(self) -> None:
         """Let something happen, as often as not."""
         random = self.random
         if random.random() < 0.15 and len(self.jobs) <= URGENT_JOBS:
-            priority, preempts = random.choice([("critical", None), ("critical", False), ("high", True), ("normal", True)])
-            self.open(random.choice([1, 1, 3, 8]), priority, preempts, strategy=random.choice([None, Adaptive()]))
+            priority, preempts = random.choice(
+                [("critical", None), ("critical", False), ("high", True), ("normal", True)]
+            )
+            self.open(
+                random.choice([1, 1, 3, 8]),
+                priority,
+                preempts,
+                strategy=random.choice([None, Adaptive()]),
+            )
         if self.mailbox.asked and random.random() < 0.3:
             self.guard.make_room(self.mailbox.asked.pop())
         if random.random() < 0.1:
@@ -127,12 +142,18 @@ def run(platform: PressedPlatform, seed: int) -> None:
 
 
 def yields(platform: PressedPlatform, spec: JobSpec) -> int:
-    return sum(r.state == "c" and r.why == Reason.PREEMPTED for r in platform.ledger.all_records(spec.job))
+    return sum(
+        r.state == "c" and r.why == Reason.PREEMPTED for r in platform.ledger.all_records(spec.job)
+    )
 
 
 def tiles(platform: PressedPlatform, spec: JobSpec) -> bool:
     """Say whether what the nodes of a job have worked through is every item, once."""
-    done = sorted((r.lo, r.mid) for r in platform.ledger.all_records(spec.job) if r.mid > r.lo and r.id != "merge")
+    done = sorted(
+        (r.lo, r.mid)
+        for r in platform.ledger.all_records(spec.job)
+        if r.mid > r.lo and r.id != "merge"
+    )
     return [lo for lo, _ in done] + [spec.n] == [0] + [mid for _, mid in done]
 
 
@@ -155,13 +176,23 @@ def test_jobs_that_make_room_at_random_are_exact_and_nobody_yields_for_nothing(
         made_room += any(made.values())
         assert sum(made.values()) <= sum(map(len, counted.values())), seed
         for spec in platform.jobs:
-            above = [queue for queue in counted if rank_of(queue.rpartition(".")[2]) < rank_of(spec.priority)]
-            assert made[spec.job] <= sum(len(counted[queue]) for queue in above), (seed, "only to more urgent work")
-        assert platform.store.run(*platform.guard._tokens()) == [0] * len(platform.queues), (seed, "nobody waits")
+            above = [
+                queue
+                for queue in counted
+                if rank_of(queue.rpartition(".")[2]) < rank_of(spec.priority)
+            ]
+            assert made[spec.job] <= sum(len(counted[queue]) for queue in above), (
+                seed,
+                "only to more urgent work",
+            )
+        assert platform.store.run(*platform.guard._tokens()) == [0] * len(platform.queues), (
+            seed,
+            "nobody waits",
+        )
     assert made_room >= AT_ONCE / 5, "it happens"
 
 
-# --- what the guard knows -------------------------------------------------------------------------------
+# --- what the guard knows ---------------------------------------------------------------------
 
 
 def test_who_asks_for_room_while_the_guard_looks_is_not_forgotten(

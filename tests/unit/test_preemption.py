@@ -1,4 +1,6 @@
-"""Who yields for urgent work: never more than wait for it, and nobody for work that has got its slot."""
+"""Who yields for urgent work: never more than wait for it, and nobody for work that has got its
+slot.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ ENOUGH = 15
 
 
 class Process:
-    """One process of a platform: its connection, the slots that all see, and how it asks for room."""
+    """One process of a platform: its connection, the slots that all see, and how it asks for
+    room.
+    """
 
     def __init__(self, world: World) -> None:
         self.store: CountingStore = world.store()
@@ -59,7 +63,7 @@ def after_the_grace(world: World) -> None:
     world.sleep((GRACE_MS + 1) / 1000)
 
 
-# --- how urgent -----------------------------------------------------------------------------------------
+# --- how urgent -------------------------------------------------------------------------------
 
 
 def test_the_most_urgent_priority_is_the_lowest_bit_and_a_strange_one_has_none() -> None:
@@ -86,10 +90,15 @@ def test_a_node_makes_room_for_the_most_urgent_of_those_above_it(
 ) -> None:
     ranks = sum(rank_of(name) for name in waiting)
 
-    assert [more_urgent(ranks, name) for name in ("critical", "high", "normal", "low")] == [critical, high, normal, low]
+    assert [more_urgent(ranks, name) for name in ("critical", "high", "normal", "low")] == [
+        critical,
+        high,
+        normal,
+        low,
+    ]
 
 
-# --- announcing -----------------------------------------------------------------------------------------
+# --- announcing -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -137,10 +146,12 @@ def test_nothing_is_counted_for_nothing(world: World, process: Process) -> None:
     assert world.dump() == before
 
 
-# --- yielding -------------------------------------------------------------------------------------------
+# --- yielding ---------------------------------------------------------------------------------
 
 
-def test_nobody_yields_within_the_grace_unless_it_is_insisted_on(world: World, process: Process) -> None:
+def test_nobody_yields_within_the_grace_unless_it_is_insisted_on(
+    world: World, process: Process
+) -> None:
     process.preemption.announce(QUEUE, ["a", "b"])
     world.sleep(GRACE_MS / 2000)
 
@@ -152,10 +163,16 @@ def test_nobody_yields_within_the_grace_unless_it_is_insisted_on(world: World, p
 
 
 @given(
-    n=st.integers(0, 12), total=st.integers(0, 10), free=st.integers(0, 10), freed=st.integers(0, 3), claim_first=st.booleans()
+    n=st.integers(0, 12),
+    total=st.integers(0, 10),
+    free=st.integers(0, 10),
+    freed=st.integers(0, 3),
+    claim_first=st.booleans(),
 )
 @settings(max_examples=60)
-def test_k_nodes_without_a_slot_cause_at_most_k_yields(n: int, total: int, free: int, freed: int, claim_first: bool) -> None:
+def test_k_nodes_without_a_slot_cause_at_most_k_yields(
+    n: int, total: int, free: int, freed: int, claim_first: bool
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         (world := World()).install(patch)
         process = Process(world)
@@ -171,7 +188,9 @@ def test_k_nodes_without_a_slot_cause_at_most_k_yields(n: int, total: int, free:
 
         assert process.wins() == len(without)
         after_the_grace(world)
-        assert process.wins() == (0 if claim_first else len(with_slot)), "their slots did not come: others must yield"
+        assert process.wins() == (0 if claim_first else len(with_slot)), (
+            "their slots did not come: others must yield"
+        )
 
 
 def test_a_claim_uses_up_a_yield_whichever_node_it_was_for(world: World, process: Process) -> None:
@@ -185,7 +204,9 @@ def test_a_claim_uses_up_a_yield_whichever_node_it_was_for(world: World, process
     assert process.wins() == 2, "the slot that was given up is taken, and two nodes wait still"
 
 
-def test_a_claim_by_a_free_slot_leaves_the_yield_of_another_node(world: World, process: Process) -> None:
+def test_a_claim_by_a_free_slot_leaves_the_yield_of_another_node(
+    world: World, process: Process
+) -> None:
     process.has_slots(8, free=1)
     process.preemption.insist(QUEUE, process.preemption.announce(QUEUE, ["a", "b"]))
     assert process.wins() == 1
@@ -193,11 +214,15 @@ def test_a_claim_by_a_free_slot_leaves_the_yield_of_another_node(world: World, p
     process.preemption.settle(QUEUE, "a")
     after_the_grace(world)
 
-    assert (process.wins(), process.open()) == (0, 0), "b gets the slot that is about to be given up"
+    assert (process.wins(), process.open()) == (0, 0), (
+        "b gets the slot that is about to be given up"
+    )
 
 
 @pytest.mark.parametrize("first", ["a", "b"])
-def test_a_slot_that_was_given_up_and_one_that_was_free_are_used_in_any_order(world: World, process: Process, first: str) -> None:
+def test_a_slot_that_was_given_up_and_one_that_was_free_are_used_in_any_order(
+    world: World, process: Process, first: str
+) -> None:
     process.has_slots(8, free=1)
     process.preemption.insist(QUEUE, process.preemption.announce(QUEUE, ["a", "b"]))
     assert process.wins() == 1
@@ -210,7 +235,9 @@ def test_a_slot_that_was_given_up_and_one_that_was_free_are_used_in_any_order(wo
     assert process.wins() == 1, "the other slot has not come"
 
 
-def test_a_claim_by_a_slot_that_nobody_gave_up_takes_a_token_away(world: World, process: Process) -> None:
+def test_a_claim_by_a_slot_that_nobody_gave_up_takes_a_token_away(
+    world: World, process: Process
+) -> None:
     process.preemption.announce(QUEUE, ["a", "b"])
     after_the_grace(world)
 
@@ -219,8 +246,12 @@ def test_a_claim_by_a_slot_that_nobody_gave_up_takes_a_token_away(world: World, 
     assert process.wins() == 1
 
 
-@pytest.mark.parametrize("stranger", ["z", "", "a"], ids=["never counted", "without a name", "claimed before"])
-def test_a_claim_of_a_node_that_does_not_count_changes_nothing(world: World, process: Process, stranger: str) -> None:
+@pytest.mark.parametrize(
+    "stranger", ["z", "", "a"], ids=["never counted", "without a name", "claimed before"]
+)
+def test_a_claim_of_a_node_that_does_not_count_changes_nothing(
+    world: World, process: Process, stranger: str
+) -> None:
     process.preemption.announce(QUEUE, ["a", "b", "c"])
     after_the_grace(world)
     process.do(process.preemption.win(QUEUE))
@@ -263,7 +294,9 @@ def test_nothing_is_left_when_everybody_has_a_slot(world: World, process: Proces
     assert (process.wins(), process.open(), set(world.dump())) == (0, 0, before)
 
 
-def test_a_token_nobody_claims_is_void_after_a_minute_and_leaves_nothing(world: World, process: Process) -> None:
+def test_a_token_nobody_claims_is_void_after_a_minute_and_leaves_nothing(
+    world: World, process: Process
+) -> None:
     process.preemption.announce(QUEUE, ["a"])
     world.sleep(TTL_MS / 1000 - 0.01)
     assert process.open() == 1
@@ -273,7 +306,9 @@ def test_a_token_nobody_claims_is_void_after_a_minute_and_leaves_nothing(world: 
     assert not [key for key in world.dump() if b"preemption" in key]
 
 
-def test_a_void_token_takes_its_yield_along_and_does_not_keep_the_next_node_waiting(world: World, process: Process) -> None:
+def test_a_void_token_takes_its_yield_along_and_does_not_keep_the_next_node_waiting(
+    world: World, process: Process
+) -> None:
     process.preemption.announce(QUEUE, ["cancelled"])
     after_the_grace(world)
     assert process.wins() == 1
@@ -286,7 +321,9 @@ def test_a_void_token_takes_its_yield_along_and_does_not_keep_the_next_node_wait
     assert process.wins() == 1
 
 
-def test_of_two_that_have_yielded_one_stays_when_one_token_is_void(world: World, process: Process) -> None:
+def test_of_two_that_have_yielded_one_stays_when_one_token_is_void(
+    world: World, process: Process
+) -> None:
     process.preemption.announce(QUEUE, ["a", "b"])
     after_the_grace(world)
     assert process.wins() == 2
@@ -297,18 +334,22 @@ def test_of_two_that_have_yielded_one_stays_when_one_token_is_void(world: World,
     assert (process.open(), process.wins()) == (0, 0)
 
 
-# --- where the broker does not say what goes first ------------------------------------------------------
+# --- where the broker does not say what goes first --------------------------------------------
 
 
 def given_up(process: Process, *slots: str) -> None:
     """Have as many nodes wait as others have yielded for."""
-    process.preemption.insist(QUEUE, process.preemption.announce(QUEUE, [f"urgent {slot}" for slot in slots]))
+    process.preemption.insist(
+        QUEUE, process.preemption.announce(QUEUE, [f"urgent {slot}" for slot in slots])
+    )
     assert process.wins() == len(slots)
     for slot in slots:
         process.do(process.preemption.yielded(QUEUE, slot))
 
 
-def test_a_slot_that_was_given_up_is_left_alone_for_a_moment(world: World, process: Process) -> None:
+def test_a_slot_that_was_given_up_is_left_alone_for_a_moment(
+    world: World, process: Process
+) -> None:
     assert process.do(process.preemption.awaited(QUEUE)) == 0, "nobody waits"
     given_up(process, "a")
 
@@ -318,7 +359,9 @@ def test_a_slot_that_was_given_up_is_left_alone_for_a_moment(world: World, proce
     assert process.do(process.preemption.awaited(QUEUE)) == 0
 
 
-def test_who_takes_a_slot_that_nobody_came_for_has_another_yield(world: World, process: Process) -> None:
+def test_who_takes_a_slot_that_nobody_came_for_has_another_yield(
+    world: World, process: Process
+) -> None:
     given_up(process, "a", "b")
     world.sleep(PATIENCE_MS / 1000)
     assert process.wins() == 0, "both are still believed to come"
@@ -337,7 +380,9 @@ def test_a_slot_that_was_promised_is_left_alone_as_well(world: World, process: P
 
 
 @pytest.mark.parametrize(("mine", "asked"), [("critical", 0), ("high", 1), ("low", 2)])
-def test_only_for_what_is_more_urgent_and_waits_for_this_worker_a_message_goes_back(mine: str, asked: int) -> None:
+def test_only_for_what_is_more_urgent_and_waits_for_this_worker_a_message_goes_back(
+    mine: str, asked: int
+) -> None:
     platform = Platform()
     runtime, store = platform.runtime, platform.store
     runtime.page.urgent = rank_of("critical") | rank_of("high")
@@ -354,7 +399,7 @@ def test_only_for_what_is_more_urgent_and_waits_for_this_worker_a_message_goes_b
     assert not runtime.stands_aside(f"unit.{mine}")
 
 
-# --- while Redis is away --------------------------------------------------------------------------------
+# --- while Redis is away ----------------------------------------------------------------------
 
 
 def test_without_redis_nobody_is_asked_and_nothing_is_raised(process: Process) -> None:
@@ -365,7 +410,9 @@ def test_without_redis_nobody_is_asked_and_nothing_is_raised(process: Process) -
     process.preemption.settle(QUEUE, "a")
 
 
-def test_redis_that_goes_away_between_two_questions_is_no_error_either(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redis_that_goes_away_between_two_questions_is_no_error_either(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def ask(queue: str, nodes: list[str], *, promised: int) -> Call:
         process.store.lost = True
         return asked(queue, nodes, promised=promised)
@@ -376,7 +423,7 @@ def test_redis_that_goes_away_between_two_questions_is_no_error_either(process: 
     assert process.preemption.announce(QUEUE, ["a"]) == ()
 
 
-# --- against an oracle ----------------------------------------------------------------------------------
+# --- against an oracle ------------------------------------------------------------------------
 
 
 class Oracle:
@@ -431,7 +478,10 @@ class Oracle:
         taken = min(self.free, max(0, len(nodes) - freed))
         self.free -= taken
         counted, promised = nodes[: self.slots], freed + taken
-        self.waiting.update(dict.fromkeys(counted[:promised], now) | dict.fromkeys(counted[promised:], now + GRACE_MS))
+        self.waiting.update(
+            dict.fromkeys(counted[:promised], now)
+            | dict.fromkeys(counted[promised:], now + GRACE_MS)
+        )
         self.coming.update(dict.fromkeys(counted[:promised], now + GRACE_MS))
         return counted[promised:]
 
@@ -462,7 +512,11 @@ class PreemptionMachine(RuleBasedStateMachine):
 
     @rule(total=st.integers(1, 8), free=st.integers(0, 8))
     def a_worker_publishes(self, total: int, free: int) -> None:
-        self.oracle.slots, self.oracle.free, self.oracle.slots_at = total, min(free, total), self.now
+        self.oracle.slots, self.oracle.free, self.oracle.slots_at = (
+            total,
+            min(free, total),
+            self.now,
+        )
         self.any().has_slots(total, free=min(free, total))
 
     @rule(n=st.integers(1, 5), freed=st.integers(0, 2))
@@ -525,7 +579,9 @@ class PreemptionMachine(RuleBasedStateMachine):
     @invariant()
     def nobody_yields_for_nothing(self) -> None:
         assert self.oracle.yields <= len(self.oracle.waiting), "made for nodes that wait still"
-        assert self.won <= len(self.counted) + self.renewed, "ever: one for each time that a node has asked"
+        assert self.won <= len(self.counted) + self.renewed, (
+            "ever: one for each time that a node has asked"
+        )
 
 
 TestPreemptionAgainstAnOracle = PreemptionMachine.TestCase

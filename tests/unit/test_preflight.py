@@ -19,7 +19,13 @@ class Server:
     """Answers as a server with these settings does."""
 
     def __init__(
-        self, *, policy: str = "noeviction", aof: int = 1, save: str | None = "", tells: bool = True, **more: Any
+        self,
+        *,
+        policy: str = "noeviction",
+        aof: int = 1,
+        save: str | None = "",
+        tells: bool = True,
+        **more: Any,
     ) -> None:
         self._info = {"maxmemory_policy": policy, "aof_enabled": aof, **more}
         self._save, self._tells = save, tells
@@ -59,11 +65,23 @@ def test_a_server_that_keeps_its_data_is_not_mentioned() -> None:
         (Server(policy="volatile-ttl"), "maxmemory-policy volatile-ttl"),
         (Server(aof=0), "keeps nothing on disk: a restart loses every job. Set appendonly yes"),
         (Server(aof_last_write_status="err"), "could not write to its disk the last time"),
-        (Server(redis_version="6.0.9"), "does not know commands of Redis 6.2 that are sent to it. Install Redis 7.2"),
-        (Server(redis_version="6.2.14"), "is older than what redis-py is tested with. Install Redis 7.2"),
-        (Server(redis_version="8.0.1", role="slave"), "is a replica: it takes no writes. Set RLM_REDIS_URL to its primary"),
+        (
+            Server(redis_version="6.0.9"),
+            "does not know commands of Redis 6.2 that are sent to it. Install Redis 7.2",
+        ),
+        (
+            Server(redis_version="6.2.14"),
+            "is older than what redis-py is tested with. Install Redis 7.2",
+        ),
+        (
+            Server(redis_version="8.0.1", role="slave"),
+            "is a replica: it takes no writes. Set RLM_REDIS_URL to its primary",
+        ),
         (Server(redis_version="8.0.1", redis_mode="cluster"), "is one node of a cluster"),
-        (Server(used_memory=80 * 2**20, maxmemory=100 * 2**20), "80 of 100 MB are used (80 %). Raise maxmemory"),
+        (
+            Server(used_memory=80 * 2**20, maxmemory=100 * 2**20),
+            "80 of 100 MB are used (80 %). Raise maxmemory",
+        ),
     ],
 )
 def test_what_would_lose_jobs_is_said_with_what_to_do(server: Server, said: str) -> None:
@@ -82,7 +100,9 @@ def test_states_say_how_bad_it_is_and_what_is_well_needs_no_advice() -> None:
 
     well = {"redis": "ok", "eviction": "ok", "persistence": "ok", "memory": "ok"}
     assert states(Server(redis_version="7.2.4", used_memory=74, maxmemory=100)) == well
-    assert states(Server(redis_version="10.0.0", used_memory=10**9)) == well, "a limit that is not set is not reached"
+    assert states(Server(redis_version="10.0.0", used_memory=10**9)) == well, (
+        "a limit that is not set is not reached"
+    )
     assert states(Server(redis_version="6.2.0"))["redis"] == "warning"
     assert states(Server(redis_version="5.0.7"))["redis"] == "fault"
     assert states(Server(used_memory=75, maxmemory=100))["memory"] == "warning"
@@ -118,19 +138,27 @@ def test_a_visibility_timeout_shorter_than_a_node_is_said() -> None:
     assert "visibility_timeout=300 s is shorter than a node may run (600 s)" in danger
     [danger] = found(Server(), task_time_limit=7200, broker_transport_options={})
     assert "visibility_timeout=3600 s" in danger
-    assert found(Server(), broker_url="amqp://host", broker_transport_options={"visibility_timeout": 1}) == []
+    assert (
+        found(
+            Server(), broker_url="amqp://host", broker_transport_options={"visibility_timeout": 1}
+        )
+        == []
+    )
 
 
 def test_tls_without_verification_is_said_of_each_url_that_asks_for_it() -> None:
-    careless = Settings(redis_url="rediss://:secret@host?ssl_cert_reqs=none", broker_url="amqps://host//?ssl_cert_reqs=none")
+    careless = Settings(
+        redis_url="rediss://:secret@host?ssl_cert_reqs=none",
+        broker_url="amqps://host//?ssl_cert_reqs=none",
+    )
 
     [finding] = of_urls(careless)
     assert finding.state == "warning"
     assert finding.found.startswith("RLM_REDIS_URL, RLM_BROKER_URL: TLS without verification")
     [danger] = found(Server(), careless)
-    assert danger.endswith("Leave out ssl_cert_reqs=none, and name the authority by ssl_ca_certs"), (
-        "a worker says it at its start"
-    )
+    assert danger.endswith(
+        "Leave out ssl_cert_reqs=none, and name the authority by ssl_ca_certs"
+    ), "a worker says it at its start"
 
 
 def test_tls_that_verifies_is_well_and_none_is_not_mentioned() -> None:

@@ -1,4 +1,6 @@
-"""How deep and how old queues are, through kombu's own channels; and where the order of queues gets its facts."""
+"""How deep and how old queues are, through kombu's own channels; and where the order of queues gets
+its facts.
+"""
 
 from __future__ import annotations
 
@@ -76,14 +78,21 @@ def app(broker: FakeBroker) -> Iterator[Celery]:
 
 def send(app: Celery, queue: str, headers: dict[str, Any]) -> None:
     with app.connection_for_write() as connection, app.amqp.Producer(connection) as producer:
-        app.send_task("rlm.node", ["job", "node"], queue=queue, headers=headers, producer=producer, ignore_result=True)
+        app.send_task(
+            "rlm.node",
+            ["job", "node"],
+            queue=queue,
+            headers=headers,
+            producer=producer,
+            ignore_result=True,
+        )
 
 
 def gauge_of(app: Celery, now: float = NOW) -> QueueGauge:
     return QueueGauge(app, clock=lambda: now)
 
 
-# --- the gauge on Redis ------------------------------------------------------------------------------
+# --- the gauge on Redis -----------------------------------------------------------------------
 
 
 def test_a_queue_is_as_old_as_the_message_that_is_taken_next(app: Celery) -> None:
@@ -95,9 +104,18 @@ def test_a_queue_is_as_old_as_the_message_that_is_taken_next(app: Celery) -> Non
 
 @pytest.mark.parametrize(
     "headers",
-    [{}, {"rlm": {"schema": 1}}, {"rlm": {"at": None}}, {"rlm": "theirs"}, {"rlm": {"at": "noon"}}, {"rlm": None}],
+    [
+        {},
+        {"rlm": {"schema": 1}},
+        {"rlm": {"at": None}},
+        {"rlm": "theirs"},
+        {"rlm": {"at": "noon"}},
+        {"rlm": None},
+    ],
 )
-def test_a_message_that_does_not_say_when_it_was_sent_has_no_age(app: Celery, headers: dict[str, Any]) -> None:
+def test_a_message_that_does_not_say_when_it_was_sent_has_no_age(
+    app: Celery, headers: dict[str, Any]
+) -> None:
     send(app, "unit.low", headers)
 
     assert gauge_of(app).read(["unit.low"]) == {"unit.low": QueueReport(1, None)}
@@ -133,7 +151,9 @@ def test_all_queues_are_one_round_trip_on_one_connection(app: Celery, broker: Fa
     assert (broker.round_trips, broker.connections) == (1, 0)
 
 
-def test_an_outage_is_told_at_once_and_over_when_it_is_over(app: Celery, broker: FakeBroker) -> None:
+def test_an_outage_is_told_at_once_and_over_when_it_is_over(
+    app: Celery, broker: FakeBroker
+) -> None:
     gauge = gauge_of(app)
     gauge.read(NAMES)
 
@@ -154,7 +174,7 @@ def test_a_broker_that_was_never_there_is_told_of_at_once() -> None:
     assert time.monotonic() - began < 1, "kombu would wait 2 s between its tries"
 
 
-# --- the gauge elsewhere -----------------------------------------------------------------------------
+# --- the gauge elsewhere ----------------------------------------------------------------------
 
 
 def test_other_brokers_tell_the_depth_alone() -> None:
@@ -164,11 +184,16 @@ def test_other_brokers_tell_the_depth_alone() -> None:
 
         reports = gauge_of(app).read(["unit.high", "unit.never-declared"])
 
-    assert reports == {"unit.high": QueueReport(3, None), "unit.never-declared": QueueReport(0, None)}
+    assert reports == {
+        "unit.high": QueueReport(3, None),
+        "unit.never-declared": QueueReport(0, None),
+    }
 
 
 class Amqp:
-    """A broker that closes a channel on which something was wrong, as RabbitMQ does, and now and then the connection."""
+    """A broker that closes a channel on which something was wrong, as RabbitMQ does, and now and
+    then the connection.
+    """
 
     transport = SimpleNamespace(driver_type="amqp")
     alt = ()
@@ -227,7 +252,10 @@ class AmqpChannel:
 def test_a_queue_that_does_not_exist_spoils_no_other() -> None:
     gauge = QueueGauge(Amqp(low=7))  # type: ignore[arg-type]  # as much of an app as the gauge uses
 
-    assert gauge.read(["high", "low"]) == {"high": QueueReport(0, None), "low": QueueReport(7, None)}
+    assert gauge.read(["high", "low"]) == {
+        "high": QueueReport(0, None),
+        "low": QueueReport(7, None),
+    }
 
 
 def test_what_else_a_broker_says_is_raised_and_the_connection_given_back() -> None:
@@ -268,8 +296,13 @@ def test_a_gauge_that_is_closed_gives_its_connection_back_and_may_be_read_again(
     assert amqp.opened == 2
 
 
-@pytest.mark.parametrize("error", [ConnectionForced("CONNECTION_FORCED"), OSError("Server unexpectedly closed connection")])
-def test_a_connection_that_the_broker_has_closed_meanwhile_is_opened_again(error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionForced("CONNECTION_FORCED"), OSError("Server unexpectedly closed connection")],
+)
+def test_a_connection_that_the_broker_has_closed_meanwhile_is_opened_again(
+    error: Exception,
+) -> None:
     amqp = Amqp(low=7)
     gauge = QueueGauge(amqp)  # type: ignore[arg-type]  # as above
     gauge.read(["low"])
@@ -279,8 +312,12 @@ def test_a_connection_that_the_broker_has_closed_meanwhile_is_opened_again(error
     assert (amqp.attempts, amqp.released) == (1, False)
 
 
-@pytest.mark.parametrize("errors", [[ConnectionForced("a"), ConnectionForced("b")], [TimeoutError("no answer")]])
-def test_a_broker_that_is_away_is_tried_once_more_and_one_that_hangs_is_not(errors: list[Exception]) -> None:
+@pytest.mark.parametrize(
+    "errors", [[ConnectionForced("a"), ConnectionForced("b")], [TimeoutError("no answer")]]
+)
+def test_a_broker_that_is_away_is_tried_once_more_and_one_that_hangs_is_not(
+    errors: list[Exception],
+) -> None:
     amqp = Amqp(low=7)
     gauge = QueueGauge(amqp)  # type: ignore[arg-type]  # as above
     gauge.read(["low"])
@@ -293,7 +330,7 @@ def test_a_broker_that_is_away_is_tried_once_more_and_one_that_hangs_is_not(erro
     assert amqp.patience_s == ANSWER_S, "who hangs is not waited for without end"
 
 
-# --- the order's facts -------------------------------------------------------------------------------
+# --- the order's facts ------------------------------------------------------------------------
 
 
 class Held:
@@ -307,7 +344,11 @@ def test_what_runs_is_counted_by_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     held = [Held("unit.critical"), Held("unit.low"), Held("unit.critical"), Held(None)]
     monkeypatch.setattr(state, "reserved_requests", type(state.reserved_requests)(held))
 
-    assert [queue_order.running(name) for name in ("unit.critical", "unit.low", "unit.high")] == [2, 1, 0]
+    assert [queue_order.running(name) for name in ("unit.critical", "unit.low", "unit.high")] == [
+        2,
+        1,
+        0,
+    ]
     del held[0]
     assert queue_order.running("unit.critical") == 1, "what nobody holds any more has ended"
 

@@ -1,4 +1,6 @@
-"""A job's receipt: each item that pressure has shaped is told once, at its level, whatever happens to its node."""
+"""A job's receipt: each item that pressure has shaped is told once, at its level, whatever happens
+to its node.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,15 @@ from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, O
 from rlm_tasks.client.job import _receipt
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.results import Receipt, Shaped, Status
-from tests.unit.test_degradation import EMBEDDINGS, EXPENSIVE, LIMITS, OPTIONAL, QUESTIONS, SAME_IN_THE_SOURCES_WORDS, SIMPLIFIED
+from tests.unit.test_degradation import (
+    EMBEDDINGS,
+    EXPENSIVE,
+    LIMITS,
+    OPTIONAL,
+    QUESTIONS,
+    SAME_IN_THE_SOURCES_WORDS,
+    SIMPLIFIED,
+)
 from tests.unit.test_waiting import WaitingPlatform
 
 Told = dict[tuple[str, str], int]
@@ -29,13 +39,17 @@ PRESSED = list(Level)[1:]
 
 
 class PressedPlatform(WaitingPlatform):
-    """A platform under pressure, whose operations note what each item was asked last, and may lose their own node."""
+    """A platform under pressure, whose operations note what each item was asked last, and may lose
+    their own node.
+    """
 
     def __init__(self, seed: int = 0, level: Level = Level.NORMAL) -> None:
         super().__init__(seed)
         self.runtime.page.level = level
         self.levels: list[Level] = []  # of which each node to come begins at one; the last stays
-        self.noted: dict[int, tuple[Level, set[Strategy]]] = {}  # item -> what its last run was asked, and at which level
+        self.noted: dict[
+            int, tuple[Level, set[Strategy]]
+        ] = {}  # item -> what its last run was asked, and at which level
         self.failed_once: set[int] = set()
         self.losses = 2  # to come; from three on an item is not run again
         self.wrong: list[tuple[int, Level]] = []
@@ -50,13 +64,17 @@ class PressedPlatform(WaitingPlatform):
         super().step()
 
     def lose(self) -> None:
-        """Give the running node away, as if its process had died or its lease were over; who runs it goes on unaware."""
+        """Give the running node away, as if its process had died or its lease were over; who runs
+        it goes on unaware.
+        """
         if not self.losses:
             return
         self.losses -= 1
         [held] = self.runtime.page.held()
         died_of = self.random.choice(["", "SIGKILL"])
-        assert self.ledger.release(held.job, held.node, held.token, self.random.choice([-1, -2, held.item]), died_of)
+        assert self.ledger.release(
+            held.job, held.node, held.token, self.random.choice([-1, -2, held.item]), died_of
+        )
         self.mailbox.resend(held.job, [held.node], merges=True)
 
     def note(self, items: list[dict[str, Any]], level: Level) -> None:
@@ -70,12 +88,19 @@ class PressedPlatform(WaitingPlatform):
         """Return the receipt by what was noted."""
         told: Counter[tuple[str, str]] = Counter()
         for level, asked in self.noted.values():
-            told.update((strategy.value, level.label) for strategy in asked & set(CONSTRAINTS[level].strategies))
+            told.update(
+                (strategy.value, level.label)
+                for strategy in asked & set(CONSTRAINTS[level].strategies)
+            )
         return dict(told)
 
     def job(self, name: str, items: list[dict[str, Any]], **fields: Any) -> JobSpec:
         """Open a job in which errors are tolerated."""
-        return self.submit(JobRequest(operation=name, items=items, options=Options(continue_on_error=True), **fields))
+        return self.submit(
+            JobRequest(
+                operation=name, items=items, options=Options(continue_on_error=True), **fields
+            )
+        )
 
 
 _platform: list[PressedPlatform] = []
@@ -87,11 +112,13 @@ def told(facts: dict[str, str]) -> Told:
 
 
 def item(i: int, *asks: str, ms: float = 0, fails: str = "", then: str = "") -> dict[str, Any]:
-    """Return an item that asks, takes its time, and fails never, `once` or `always`; `then` it loses its node or presses it."""
+    """Return an item that asks, takes its time, and fails never, `once` or `always`; `then` it
+    loses its node or presses it.
+    """
     return {"i": i, "ms": ms, "asks": asks, "fails": fails, "then": then}
 
 
-# --- operations that ask what their items say -----------------------------------------------------------
+# --- operations that ask what their items say -------------------------------------------------
 
 
 def _ask(one: dict[str, Any], ctx: Context) -> None:
@@ -99,7 +126,11 @@ def _ask(one: dict[str, Any], ctx: Context) -> None:
     platform = _platform[-1]
     platform.clock.now += one["ms"] / 1000
     for at, question in enumerate(one["asks"]):
-        answer = QUESTIONS[question][1](ctx) if (one["i"] + at) % 2 else SAME_IN_THE_SOURCES_WORDS[question](None)
+        answer = (
+            QUESTIONS[question][1](ctx)
+            if (one["i"] + at) % 2
+            else SAME_IN_THE_SOURCES_WORDS[question](None)
+        )
         if question == "limit":
             platform.limits.append(answer)
 
@@ -149,12 +180,14 @@ def _concatenated(parts: Iterable[list[Any]]) -> list[Any]:
 for _suffix, _retry in (("", None), ("_again", QUICK)):
     operation(f"unit_asks{_suffix}", merge=_concatenated, retry=_retry)(_one)
     operation(f"unit_asks_batch{_suffix}", merge=_concatenated, batch=True, retry=_retry)(_several)
-    operation(f"unit_asks_async{_suffix}", merge=_concatenated, concurrency=3, retry=_retry)(_among_others)
+    operation(f"unit_asks_async{_suffix}", merge=_concatenated, concurrency=3, retry=_retry)(
+        _among_others
+    )
 PLAIN = ["unit_asks", "unit_asks_batch", "unit_asks_async"]
 OPERATIONS = [*PLAIN, *(f"{name}_again" for name in PLAIN)]
 
 
-# --- at random ------------------------------------------------------------------------------------------
+# --- at random --------------------------------------------------------------------------------
 
 _SHAPES = st.sampled_from(
     [
@@ -172,8 +205,15 @@ _SHAPES = st.sampled_from(
 @st.composite
 def _items(draw: st.DrawFn, then: tuple[str, ...]) -> list[dict[str, Any]]:
     n, ms = draw(st.integers(0, 60)), draw(st.sampled_from([0, 1, 15, 120]))
-    asks = draw(st.lists(st.lists(st.sampled_from(sorted(QUESTIONS)), max_size=6), min_size=1, max_size=4))
-    special = draw(st.dictionaries(st.integers(0, 59), st.sampled_from([("always", ""), ("once", ""), *(("", t) for t in then)])))
+    asks = draw(
+        st.lists(st.lists(st.sampled_from(sorted(QUESTIONS)), max_size=6), min_size=1, max_size=4)
+    )
+    special = draw(
+        st.dictionaries(
+            st.integers(0, 59),
+            st.sampled_from([("always", ""), ("once", ""), *(("", t) for t in then)]),
+        )
+    )
     made = [item(i, *asks[i * 7 % len(asks)], ms=ms) for i in range(n)]
     for i, (fails, after) in special.items():
         if i < n:
@@ -181,11 +221,18 @@ def _items(draw: st.DrawFn, then: tuple[str, ...]) -> list[dict[str, Any]]:
     return made
 
 
-_AT_RANDOM = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+_AT_RANDOM = settings(
+    max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 
 
 @_AT_RANDOM
-@given(items=_items(("lose",)), shape=_SHAPES, name=st.sampled_from(OPERATIONS), seed=st.integers(0, 10_000))
+@given(
+    items=_items(("lose",)),
+    shape=_SHAPES,
+    name=st.sampled_from(OPERATIONS),
+    seed=st.integers(0, 10_000),
+)
 def test_at_normal_a_receipt_is_always_empty(items: Any, shape: Any, name: str, seed: int) -> None:
     platform = PressedPlatform(seed)
 
@@ -215,10 +262,12 @@ def test_whatever_happens_each_item_counts_once_for_what_its_last_run_was_asked(
     assert facts["state"] == Status.SUCCEEDED, facts
     assert int(facts["done"]) + int(facts["failed"]) == len(items) == len(platform.noted)
     assert told(facts) == platform.expected()
-    assert platform.wrong == [], "item, level it was asked at that was neither its node's nor an emergency"
+    assert platform.wrong == [], (
+        "item, level it was asked at that was neither its node's nor an emergency"
+    )
 
 
-# --- one by one -----------------------------------------------------------------------------------------
+# --- one by one -------------------------------------------------------------------------------
 
 EVERYTHING = tuple(QUESTIONS)
 AT_LEVEL: dict[Level, set[str]] = {
@@ -228,11 +277,22 @@ AT_LEVEL: dict[Level, set[str]] = {
     Level.CRITICAL: {LIMITS, OPTIONAL, EXPENSIVE, SIMPLIFIED, EMBEDDINGS},
     Level.EMERGENCY: {LIMITS, OPTIONAL, EXPENSIVE, SIMPLIFIED, EMBEDDINGS},
 }
-FACTORS = {Level.NORMAL: 1000, Level.ELEVATED: 800, Level.HIGH: 800, Level.CRITICAL: 500, Level.EMERGENCY: 300}
+FACTORS = {
+    Level.NORMAL: 1000,
+    Level.ELEVATED: 800,
+    Level.HIGH: 800,
+    Level.CRITICAL: 500,
+    Level.EMERGENCY: 300,
+}
 
 
-def run(name: str, items: list[dict[str, Any]], level: Level, prepare: Callable[[PressedPlatform], None] = lambda _: None,
-        **fields: Any) -> tuple[Told, PressedPlatform]:  # fmt: skip
+def run(
+    name: str,
+    items: list[dict[str, Any]],
+    level: Level,
+    prepare: Callable[[PressedPlatform], None] = lambda _: None,
+    **fields: Any,
+) -> tuple[Told, PressedPlatform]:
     """Run a job, in one node unless fields say otherwise; return its receipt."""
     platform = PressedPlatform(1, level)
     prepare(platform)
@@ -243,10 +303,14 @@ def run(name: str, items: list[dict[str, Any]], level: Level, prepare: Callable[
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("level", Level)
-def test_at_each_level_all_items_are_told_for_each_strategy_they_asked(level: Level, name: str) -> None:
+def test_at_each_level_all_items_are_told_for_each_strategy_they_asked(
+    level: Level, name: str
+) -> None:
     receipt, platform = run(name, [item(i, *EVERYTHING, *EVERYTHING) for i in range(23)], level)
 
-    assert receipt == {(strategy, level.label): 23 for strategy in AT_LEVEL[level]}, "an item that asks twice counts once"
+    assert receipt == {(strategy, level.label): 23 for strategy in AT_LEVEL[level]}, (
+        "an item that asks twice counts once"
+    )
     assert set(platform.limits) == {FACTORS[level]}
 
 
@@ -258,22 +322,30 @@ def test_only_those_that_asked_are_told(name: str) -> None:
 
 
 def test_a_batch_counts_all_its_items() -> None:
-    receipt, platform = run("unit_asks_batch", [item(i, *["limit"] * (i == 4)) for i in range(5)], Level.HIGH)
+    receipt, platform = run(
+        "unit_asks_batch", [item(i, *["limit"] * (i == 4)) for i in range(5)], Level.HIGH
+    )
 
-    assert platform.noted[1] == (Level.HIGH, {LIMITS}), "the first batch is one item, the second has the others"
+    assert platform.noted[1] == (Level.HIGH, {LIMITS}), (
+        "the first batch is one item, the second has the others"
+    )
     assert receipt == {(LIMITS, "high"): 4}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_items_that_fail_are_told_too(name: str) -> None:
-    receipt, _ = run(name, [item(i, "limit", fails="always" if i % 3 else "") for i in range(20)], Level.HIGH)
+    receipt, _ = run(
+        name, [item(i, "limit", fails="always" if i % 3 else "") for i in range(20)], Level.HIGH
+    )
 
     assert receipt == {(LIMITS, "high"): 20}
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name.endswith("again")])
 def test_an_item_that_is_tried_again_is_told_once(name: str) -> None:
-    receipt, platform = run(name, [item(i, "limit", fails="once" if i % 5 == 2 else "") for i in range(20)], Level.HIGH)
+    receipt, platform = run(
+        name, [item(i, "limit", fails="once" if i % 5 == 2 else "") for i in range(20)], Level.HIGH
+    )
 
     assert len(platform.limits) > 20
     assert receipt == {(LIMITS, "high"): 20}
@@ -281,7 +353,9 @@ def test_an_item_that_is_tried_again_is_told_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["unit_asks_batch", "unit_asks_batch_again"])
 @pytest.mark.parametrize("fails", ["always", "once"])
-def test_a_batch_that_raises_and_is_run_one_by_one_tells_each_item_for_itself(name: str, fails: str) -> None:
+def test_a_batch_that_raises_and_is_run_one_by_one_tells_each_item_for_itself(
+    name: str, fails: str
+) -> None:
     items = [item(0), item(1), item(2, "limit"), item(3, "limit", fails=fails), item(4)]
 
     receipt, platform = run(name, items, Level.HIGH)
@@ -306,13 +380,20 @@ async def unit_asks_little_async(_: int) -> list[str]:
     return ["full"]
 
 
-@operation("unit_asks_little_batch", merge=_concatenated, batch=True, simplified=lambda items: ["simple"] * len(items))
+@operation(
+    "unit_asks_little_batch",
+    merge=_concatenated,
+    batch=True,
+    simplified=lambda items: ["simple"] * len(items),
+)
 def unit_asks_little_batch(items: list[int]) -> list[str]:
     """Take a simpler way for several."""
     return ["full"] * len(items)
 
 
-@pytest.mark.parametrize("name", ["unit_asks_little", "unit_asks_little_async", "unit_asks_little_batch"])
+@pytest.mark.parametrize(
+    "name", ["unit_asks_little", "unit_asks_little_async", "unit_asks_little_batch"]
+)
 @pytest.mark.parametrize(
     ("level", "output", "receipt"),
     [
@@ -322,7 +403,9 @@ def unit_asks_little_batch(items: list[int]) -> list[str]:
         (Level.EMERGENCY, "simple", {(SIMPLIFIED, "emergency"): 9}),
     ],
 )
-def test_an_operations_simplified_implementation_is_told(name: str, level: Level, output: str, receipt: Told) -> None:
+def test_an_operations_simplified_implementation_is_told(
+    name: str, level: Level, output: str, receipt: Told
+) -> None:
     platform = PressedPlatform(1, level)
     spec = platform.submit(JobRequest(operation=name, items=range(9)))
 
@@ -330,7 +413,11 @@ def test_an_operations_simplified_implementation_is_told(name: str, level: Level
     assert platform.output(spec) == [output] * 9
 
 
-@operation("unit_asks_valid", merge=_concatenated, validate=lambda one: one is None or 1 / (one["fails"] != "always"))
+@operation(
+    "unit_asks_valid",
+    merge=_concatenated,
+    validate=lambda one: one is None or 1 / (one["fails"] != "always"),
+)
 def unit_asks_valid(one: dict[str, Any], ctx: Context) -> list[int]:
     """Ask for what is neither empty nor invalid."""
     return _one(one, ctx)
@@ -347,17 +434,21 @@ def test_an_item_that_was_not_run_is_not_told() -> None:
     assert told(facts) == {(LIMITS, "high"): 2}
 
 
-# --- when the level changes -----------------------------------------------------------------------------
+# --- when the level changes -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if "batch" not in name])
 @pytest.mark.parametrize("began", [Level.NORMAL, Level.HIGH])
 def test_an_emergency_is_acted_on_from_the_next_slice_on(name: str, began: Level) -> None:
-    items = [item(i, "limit", ms=60, then="emergency" if i == 5 else "") for i in range(14)]  # each as long as a slice
+    items = [
+        item(i, "limit", ms=60, then="emergency" if i == 5 else "") for i in range(14)
+    ]  # each as long as a slice
 
     receipt, platform = run(name, items, began)
 
-    assert len([r for r in platform.ledger.all_records(_spec_of(platform)) if r.id != "merge"]) == 1, "all in one node"
+    assert (
+        len([r for r in platform.ledger.all_records(_spec_of(platform)) if r.id != "merge"]) == 1
+    ), "all in one node"
     assert receipt == {(LIMITS, "emergency"): 8} | ({(LIMITS, "high"): 6} if began else {})
 
 
@@ -387,20 +478,34 @@ def test_any_other_change_waits_for_the_next_node(name: str, then: str) -> None:
 @pytest.mark.parametrize("name", PLAIN)
 def test_each_node_has_the_level_at_which_it_begins(name: str) -> None:
     def prepare(platform: PressedPlatform) -> None:
-        platform.levels = [Level.NORMAL, Level.HIGH, Level.EMERGENCY, Level.NORMAL, Level.HIGH]  # the root, and four parts
+        platform.levels = [
+            Level.NORMAL,
+            Level.HIGH,
+            Level.EMERGENCY,
+            Level.NORMAL,
+            Level.HIGH,
+        ]  # the root, and four parts
 
     items = [item(i, "limit", "simplified") for i in range(40)]
     receipt, platform = run(name, items, Level.NORMAL, prepare, type="parallel", chunk_size=10)
 
     assert platform.wrong == []
-    assert receipt == platform.expected() == {
-        (LIMITS, "high"): 20, (LIMITS, "emergency"): 10, (SIMPLIFIED, "emergency"): 10,
-    }  # fmt: skip
+    assert (
+        receipt
+        == platform.expected()
+        == {
+            (LIMITS, "high"): 20,
+            (LIMITS, "emergency"): 10,
+            (SIMPLIFIED, "emergency"): 10,
+        }
+    )
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("again", [Level.HIGH, Level.CRITICAL, Level.NORMAL])
-def test_a_node_that_is_lost_and_done_again_is_told_once_by_who_hands_in(name: str, again: Level) -> None:
+def test_a_node_that_is_lost_and_done_again_is_told_once_by_who_hands_in(
+    name: str, again: Level
+) -> None:
     def prepare(platform: PressedPlatform) -> None:
         platform.levels, platform.losses = [Level.HIGH, again], 1
 
@@ -412,7 +517,7 @@ def test_a_node_that_is_lost_and_done_again_is_told_once_by_who_hands_in(name: s
     assert receipt == ({(LIMITS, again.label): 12} if again else {})
 
 
-# --- what is in force, and where ------------------------------------------------------------------------
+# --- what is in force, and where --------------------------------------------------------------
 
 
 def test_outside_of_an_item_nothing_is_in_force() -> None:
@@ -438,7 +543,13 @@ def unit_costs(one: int) -> list[int]:
     return [one]
 
 
-@operation("unit_costs_async", merge=_concatenated, concurrency=2, rate_limit=Rate(1e6, per_s=1), cost=_cost)
+@operation(
+    "unit_costs_async",
+    merge=_concatenated,
+    concurrency=2,
+    rate_limit=Rate(1e6, per_s=1),
+    cost=_cost,
+)
 async def unit_costs_async(one: int) -> list[int]:
     """Ask nothing itself, among others."""
     return [one]
@@ -456,10 +567,22 @@ def test_what_is_asked_on_behalf_of_an_item_is_told_with_it(name: str) -> None:
 
 
 def test_a_receipt_is_in_the_order_of_its_words_and_says_what_it_means() -> None:
-    facts = {"state": "running", "shaped:use_simplified_methods:critical": "2", "shaped:reduce_entity_limits:high": "20"}
+    facts = {
+        "state": "running",
+        "shaped:use_simplified_methods:critical": "2",
+        "shaped:reduce_entity_limits:high": "20",
+    }
 
     receipt = _receipt([facts])
 
-    assert receipt == Receipt([Shaped("reduce_entity_limits", "high", 20), Shaped("use_simplified_methods", "critical", 2)])
-    assert str(receipt) == "reduce_entity_limits at high: 20 items; use_simplified_methods at critical: 2 items"
+    assert receipt == Receipt(
+        [
+            Shaped("reduce_entity_limits", "high", 20),
+            Shaped("use_simplified_methods", "critical", 2),
+        ]
+    )
+    assert (
+        str(receipt)
+        == "reduce_entity_limits at high: 20 items; use_simplified_methods at critical: 2 items"
+    )
     assert str(_receipt([{"state": "running"}])) == "nothing was left out"

@@ -31,7 +31,9 @@ from tests.unit.world import World, world
 
 __all__ = ["world"]
 
-EVENTS = [{"timestamp": "2027-01-15T08:00:00+00:00", "level": "high", "message": "pressure is high"}]
+EVENTS = [
+    {"timestamp": "2027-01-15T08:00:00+00:00", "level": "high", "message": "pressure is high"}
+]
 
 
 LOAD = {"cpu_percent": 70.0, "memory_mb": 3000.0, "memory_percent": 72.0, "worker_count": 8}
@@ -41,7 +43,10 @@ class Stage:
     """A client whose pressure we set; what it counts and guards is real."""
 
     def __init__(self, world: World) -> None:
-        self.breakers, self.usage = CircuitBreakers(world.store()), Usage(world.store(), Keys("unit"))
+        self.breakers, self.usage = (
+            CircuitBreakers(world.store()),
+            Usage(world.store(), Keys("unit")),
+        )
         self.alerts = Alerts(world.store(), clock=world.time)
         self.pressed, self.lost = Level.NORMAL, False
         self.pressure = SimpleNamespace(level=lambda: self.pressed)
@@ -63,7 +68,9 @@ def manager(stage: Stage, **options: Any) -> AdaptiveResourceManager:
 
 
 def run(executor: ResourceAwareExecutor, executor_id: str = "D3-Q3", **context: Any) -> Any:
-    return asyncio.run(executor.execute_with_resource_management(executor_id=executor_id, context=context))
+    return asyncio.run(
+        executor.execute_with_resource_management(executor_id=executor_id, context=context)
+    )
 
 
 def broken(_executor_id: str, _context: dict[str, Any]) -> None:
@@ -77,7 +84,7 @@ def fail(stage: Stage, times: int, executor_id: str = "D3-Q3") -> None:
             run(executor, executor_id)
 
 
-# --- running -----------------------------------------------------------------------------------------
+# --- running ----------------------------------------------------------------------------------
 
 
 def test_functions_coroutines_and_objects_with_execute_are_run(stage: Stage) -> None:
@@ -88,7 +95,12 @@ def test_functions_coroutines_and_objects_with_execute_are_run(stage: Stage) -> 
         await asyncio.sleep(0)
         return plain(executor_id, context)
 
-    for each in (plain, awaiting, SimpleNamespace(execute=plain), SimpleNamespace(execute=awaiting)):
+    for each in (
+        plain,
+        awaiting,
+        SimpleNamespace(execute=plain),
+        SimpleNamespace(execute=awaiting),
+    ):
         assert run(wrap_method_executor(each, manager(stage)), text="t") == ("D3-Q3", "t")
 
 
@@ -104,21 +116,26 @@ def test_what_cannot_be_called_is_refused_at_once(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize(("enabled", "limit"), [(True, 500), (False, 1000)])
-def test_the_pressure_reaches_constraints_by_a_copy_of_the_context(stage: Stage, enabled: bool, limit: int) -> None:
+def test_the_pressure_reaches_constraints_by_a_copy_of_the_context(
+    stage: Stage, enabled: bool, limit: int
+) -> None:
     stage.pressed = Level.CRITICAL
     context = {"text": "t"}
     executor = wrap_method_executor(
-        lambda _id, seen: ResourceConstraints.get_entity_limit(seen), manager(stage, enable_degradation=enabled)
+        lambda _id, seen: ResourceConstraints.get_entity_limit(seen),
+        manager(stage, enable_degradation=enabled),
     )
 
     assert asyncio.run(executor.execute_with_resource_management("a", context)) == limit
     assert context == {"text": "t"}, "the caller's own is as it was"
 
 
-# --- breakers ----------------------------------------------------------------------------------------
+# --- breakers ---------------------------------------------------------------------------------
 
 
-def test_after_five_failures_an_executor_is_blocked_for_a_minute_and_others_are_not(world: World, stage: Stage) -> None:
+def test_after_five_failures_an_executor_is_blocked_for_a_minute_and_others_are_not(
+    world: World, stage: Stage
+) -> None:
     ours, ran = manager(stage), []
     executor = wrap_method_executor(lambda executor_id, _context: ran.append(executor_id), ours)
     fail(stage, 4)
@@ -172,7 +189,11 @@ def test_without_breakers_nothing_is_blocked(stage: Stage) -> None:
 
     assert ours.can_execute("D3-Q3") == (True, "")
     assert ours.get_executor_metrics("D3-Q3")["circuit_breaker_state"] == "closed"
-    assert (ours.circuit_breakers, ours.reset_circuit_breaker("D3-Q3"), ours.reset_all_circuit_breakers()) == ({}, False, {})
+    assert (
+        ours.circuit_breakers,
+        ours.reset_circuit_breaker("D3-Q3"),
+        ours.reset_all_circuit_breakers(),
+    ) == ({}, False, {})
     assert ours.get_resource_status()["circuit_breakers"] == {}
 
 
@@ -181,7 +202,9 @@ def test_what_turns_the_platforms_breakers_off_turns_these_off(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, enabled: str
 ) -> None:
     monkeypatch.setenv("CIRCUIT_BREAKER_ENABLED", enabled)
-    monkeypatch.setattr(resource_manager, "store_settings", StoreSettings)  # read anew, and not kept
+    monkeypatch.setattr(
+        resource_manager, "store_settings", StoreSettings
+    )  # read anew, and not kept
     ours = manager(stage)
     executor = wrap_method_executor(broken, ours)
     for _ in range(5):
@@ -191,7 +214,7 @@ def test_what_turns_the_platforms_breakers_off_turns_these_off(
     assert ours.can_execute("D3-Q3")[0] == (enabled == "false")
 
 
-# --- metrics -----------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------
 
 
 def test_metrics_are_those_of_source_document_1(world: World, stage: Stage) -> None:
@@ -225,7 +248,11 @@ def test_metrics_are_those_of_source_document_1(world: World, stage: Stage) -> N
 def test_an_executor_that_never_ran_has_no_successes(stage: Stage) -> None:
     found = manager(stage).get_executor_metrics("new")
 
-    assert (found["total_executions"], found["success_rate_percent"], found["avg_duration_ms"]) == (0, 0.0, 0.0)
+    assert (found["total_executions"], found["success_rate_percent"], found["avg_duration_ms"]) == (
+        0,
+        0.0,
+        0.0,
+    )
 
 
 def test_what_is_blocked_or_cancelled_is_not_counted(stage: Stage) -> None:
@@ -248,20 +275,28 @@ def test_what_is_blocked_or_cancelled_is_not_counted(stage: Stage) -> None:
     assert ours.get_resource_status()["active_executors"] == []
 
 
-# --- allocation and status ---------------------------------------------------------------------------
+# --- allocation and status --------------------------------------------------------------------
 
 
 def test_a_registered_policy_and_the_limits_bound_the_workers_under_pressure(stage: Stage) -> None:
     ours = manager(stage, resource_limits=ResourceLimits(max_memory_mb=5 * 1024, min_workers=8))
     ours.register_allocation_policy(
-        ResourceAllocationPolicy(executor_id="D5-Q2", priority=ExecutorPriority.HIGH, is_memory_intensive=True)
+        ResourceAllocationPolicy(
+            executor_id="D5-Q2", priority=ExecutorPriority.HIGH, is_memory_intensive=True
+        )
     )
 
     budgets = {}
     for stage.pressed in Level:
         budgets[stage.pressed.label] = (ours.worker_budget("D5-Q2"), ours.worker_budget("other"))
 
-    assert budgets == {"normal": (5, 32), "elevated": (5, 26), "high": (4, 20), "critical": (3, 14), "emergency": (2, 8)}
+    assert budgets == {
+        "normal": (5, 32),
+        "elevated": (5, 26),
+        "high": (4, 20),
+        "critical": (3, 14),
+        "emergency": (2, 8),
+    }
 
 
 def test_the_status_has_all_that_source_document_1_lists(stage: Stage) -> None:
@@ -282,12 +317,14 @@ def test_the_status_has_all_that_source_document_1_lists(stage: Stage) -> None:
         "skip_optional_analysis",
         "disable_expensive_computations",
     ]
-    assert [name for name, breaker in status["circuit_breakers"].items() if breaker["state"] == "open"] == ["D4-Q2"]
+    assert [
+        name for name, breaker in status["circuit_breakers"].items() if breaker["state"] == "open"
+    ] == ["D4-Q2"]
     assert status["worker_budgets"] == {"D3-Q3": 18}
     assert status["resource_limits"]["max_cpu_percent"] == 85
 
 
-# --- alerts ------------------------------------------------------------------------------------------
+# --- alerts -----------------------------------------------------------------------------------
 
 
 def test_a_change_of_pressure_is_told_once_to_alerts_and_callback(stage: Stage) -> None:
@@ -300,17 +337,28 @@ def test_a_change_of_pressure_is_told_once_to_alerts_and_callback(stage: Stage) 
 
     assert [event.pressure_level for event in told] == ["critical", "normal"]
     worst = told[0]
-    assert (worst.cpu_percent, worst.memory_mb, worst.worker_count, worst.message) == (70, 3000, 8, "pressure is critical")
+    assert (worst.cpu_percent, worst.memory_mb, worst.worker_count, worst.message) == (
+        70,
+        3000,
+        8,
+        "pressure is critical",
+    )
     assert worst.active_executors == 1, "the one that saw it"
     assert "use_simplified_methods" in worst.degradation_applied
     assert list(worst.circuit_breakers_open) == ["D3-Q3"]
     assert alerts is stage.alerts
-    assert {alert.kind for alert in stage.alerts.history()} == {"pressure.changed", "breaker.opened", "degradation.started"}
+    assert {alert.kind for alert in stage.alerts.history()} == {
+        "pressure.changed",
+        "breaker.opened",
+        "degradation.started",
+    }
 
 
 def test_without_alerts_only_the_callback_is_told(stage: Stage) -> None:
     told: list[ResourcePressureEvent] = []
-    ours, alerts = create_resource_manager(enable_alerts=False, alert_callback=told.append, client=stage)
+    ours, alerts = create_resource_manager(
+        enable_alerts=False, alert_callback=told.append, client=stage
+    )
     stage.pressed = Level.EMERGENCY
 
     assert ours.current_pressure == "emergency"
@@ -318,7 +366,9 @@ def test_without_alerts_only_the_callback_is_told(stage: Stage) -> None:
     assert (len(told), stage.alerts.history()) == (1, [])
 
 
-def test_a_callback_that_fails_fails_no_execution(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_callback_that_fails_fails_no_execution(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
     def callback(_event: ResourcePressureEvent) -> None:
         raise RuntimeError("no pager")
 
@@ -343,20 +393,27 @@ def test_a_change_while_redis_is_away_is_told_when_it_answers(stage: Stage) -> N
     assert [event.pressure_level for event in told] == ["high"]
 
 
-# --- orchestrators -----------------------------------------------------------------------------------
+# --- orchestrators ----------------------------------------------------------------------------
 
 
 def test_an_orchestrator_gets_manager_and_alerts_and_keeps_its_limits(stage: Stage) -> None:
     orchestrator = SimpleNamespace(resource_limits=ResourceLimits(max_workers=8))
     integrate_with_orchestrator(
-        orchestrator, enable_circuit_breakers=True, enable_degradation=True, enable_alerts=True, client=stage
+        orchestrator,
+        enable_circuit_breakers=True,
+        enable_degradation=True,
+        enable_alerts=True,
+        client=stage,
     )
 
     assert orchestrator.alert_manager is stage.alerts
     assert orchestrator.resource_manager.worker_budget("any") == 8
     fail(stage, 5)
     status = get_resource_status(orchestrator)
-    assert (status["current_pressure"], status["circuit_breakers"]["D3-Q3"]["state"]) == ("normal", "open")
+    assert (status["current_pressure"], status["circuit_breakers"]["D3-Q3"]["state"]) == (
+        "normal",
+        "open",
+    )
     assert reset_circuit_breakers(orchestrator) == {"D3-Q3": True}
     assert orchestrator.resource_manager.can_execute("D3-Q3") == (True, "")
 

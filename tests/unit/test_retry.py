@@ -1,4 +1,6 @@
-"""Trying again: after how long, how often, what costs an attempt, and how much of a service's load it may be."""
+"""Trying again: after how long, how often, what costs an attempt, and how much of a service's load
+it may be.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import resilience.retry
-from resilience.errors import BulkheadFull, CallTimeout, InvalidValue, RateLimited, RetryBudgetExhausted
-from resilience.retry import FLOOR_PER_S, Retry, RetryBudget, RetryPolicy, RetryState, execute_with_retry, with_retry
+from resilience.errors import (
+    BulkheadFull,
+    CallTimeout,
+    InvalidValue,
+    RateLimited,
+    RetryBudgetExhausted,
+)
+from resilience.retry import (
+    FLOOR_PER_S,
+    Retry,
+    RetryBudget,
+    RetryPolicy,
+    RetryState,
+    execute_with_retry,
+    with_retry,
+)
 from resilience.store import Store
 from tests.unit.world import World, world
 
@@ -33,7 +49,9 @@ class Http(Exception):
 
 
 class Service:
-    """Raises what it was given, one after the other and the last for ever, and notes when it was called."""
+    """Raises what it was given, one after the other and the last for ever, and notes when it was
+    called.
+    """
 
     def __init__(self, world: World, *answers: object) -> None:
         self._world, self._answers, self.calls = world, list(answers), list[float]()
@@ -54,27 +72,58 @@ class Service:
         return [after - before for before, after in zip(self.calls, self.calls[1:], strict=False)]
 
 
-def retry(world: World, budget: RetryBudget | None = None, *, seed: int = 0, **fields: Any) -> Retry:
+def retry(
+    world: World, budget: RetryBudget | None = None, *, seed: int = 0, **fields: Any
+) -> Retry:
     return Retry(RetryPolicy(**fields), budget, Random(seed), world.time, world.sleep)
 
 
-# --- the policy -----------------------------------------------------------------------------------------
+# --- the policy -------------------------------------------------------------------------------
 
 
 def test_the_defaults_are_those_of_the_source_documents() -> None:
     policy = RetryPolicy()
 
-    assert (policy.max_attempts, policy.initial_delay_s, policy.backoff_multiplier, policy.max_delay_s) == (5, 1, 2, 30)
+    assert (
+        policy.max_attempts,
+        policy.initial_delay_s,
+        policy.backoff_multiplier,
+        policy.max_delay_s,
+    ) == (5, 1, 2, 30)
     assert set(policy.retryable_errors) >= {"TIMEOUT", "RATE_LIMITED", "SERVICE_UNAVAILABLE"}
-    assert set(policy.retryable_errors) <= {"TIMEOUT", "RATE_LIMITED", "SERVICE_UNAVAILABLE", "CIRCUIT_OPEN", "BULKHEAD_FULL"}
+    assert set(policy.retryable_errors) <= {
+        "TIMEOUT",
+        "RATE_LIMITED",
+        "SERVICE_UNAVAILABLE",
+        "CIRCUIT_OPEN",
+        "BULKHEAD_FULL",
+    }
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"maxAttempts": 3, "initialDelayMs": 500, "backoffMultiplier": 3, "maxDelayMs": 9000, "retryableErrors": ("TIMEOUT",)},
-        {"max_retries": 2, "initial_delay": 0.5, "backoff_multiplier": 3, "max_delay": 9, "retryable_errors": ["TIMEOUT"]},
-        {"maxRetries": 2, "initialDelay": 0.5, "backoffMultiplier": 3, "maxDelay": 9, "retryableErrors": ["TIMEOUT"]},
+        {
+            "maxAttempts": 3,
+            "initialDelayMs": 500,
+            "backoffMultiplier": 3,
+            "maxDelayMs": 9000,
+            "retryableErrors": ("TIMEOUT",),
+        },
+        {
+            "max_retries": 2,
+            "initial_delay": 0.5,
+            "backoff_multiplier": 3,
+            "max_delay": 9,
+            "retryable_errors": ["TIMEOUT"],
+        },
+        {
+            "maxRetries": 2,
+            "initialDelay": 0.5,
+            "backoffMultiplier": 3,
+            "maxDelay": 9,
+            "retryableErrors": ["TIMEOUT"],
+        },
         {
             "max_attempts": 3,
             "initial_delay_seconds": 0.5,
@@ -86,7 +135,11 @@ def test_the_defaults_are_those_of_the_source_documents() -> None:
 )
 def test_the_names_of_other_houses_mean_the_same(fields: dict[str, Any]) -> None:
     assert RetryPolicy(**fields) == RetryPolicy(
-        max_attempts=3, initial_delay_s=0.5, backoff_multiplier=3, max_delay_s=9, retryable_errors=("TIMEOUT",)
+        max_attempts=3,
+        initial_delay_s=0.5,
+        backoff_multiplier=3,
+        max_delay_s=9,
+        retryable_errors=("TIMEOUT",),
     )
 
 
@@ -101,7 +154,9 @@ def test_the_names_of_other_houses_mean_the_same(fields: dict[str, Any]) -> None
         ({"attempts": 5}, "attempts=5: unknown field; RetryPolicy has max_attempts"),
     ],
 )
-def test_a_wrong_policy_is_told_when_a_function_is_decorated(fields: dict[str, Any], told: str) -> None:
+def test_a_wrong_policy_is_told_when_a_function_is_decorated(
+    fields: dict[str, Any], told: str
+) -> None:
     with pytest.raises(InvalidValue, match=told):
         RetryPolicy(**fields)
     with pytest.raises(InvalidValue, match=told):
@@ -116,7 +171,9 @@ def test_a_wrong_policy_is_told_when_a_function_is_decorated(fields: dict[str, A
     most=st.floats(0, 1e6),
     seed=st.integers(0, 1000),
 )
-def test_every_delay_is_within_its_bounds(failures: int, initial: float, multiplier: float, most: float, seed: int) -> None:
+def test_every_delay_is_within_its_bounds(
+    failures: int, initial: float, multiplier: float, most: float, seed: int
+) -> None:
     policy = RetryPolicy(initial_delay_s=initial, backoff_multiplier=multiplier, max_delay_s=most)
     longest = initial
     for _ in range(failures - 1):
@@ -129,10 +186,23 @@ def test_every_delay_is_within_its_bounds(failures: int, initial: float, multipl
 
 def test_the_longest_waits_double_up_to_the_cap_for_any_number_of_failures() -> None:
     policy, random = RetryPolicy(), Random(1)
-    for failures, cap in [(1, 1), (2, 2), (3, 4), (4, 8), (5, 16), (6, 30), (7, 30), (65, 30), (1024, 30), (5000, 30)]:
+    for failures, cap in [
+        (1, 1),
+        (2, 2),
+        (3, 4),
+        (4, 8),
+        (5, 16),
+        (6, 30),
+        (7, 30),
+        (65, 30),
+        (1024, 30),
+        (5000, 30),
+    ]:
         delays = [policy.delay_s(failures, random) for _ in range(500)]
         assert 0.97 * cap < max(delays) <= cap
-        assert sum(delays) / 500 == pytest.approx(cap / 2, rel=0.1), "full jitter: anything from nothing on"
+        assert sum(delays) / 500 == pytest.approx(cap / 2, rel=0.1), (
+            "full jitter: anything from nothing on"
+        )
 
 
 def test_a_thousand_that_failed_together_come_back_apart(world: World) -> None:
@@ -140,10 +210,12 @@ def test_a_thousand_that_failed_together_come_back_apart(world: World) -> None:
     for failures in range(1, 5):
         bins = Counter(int(client.wait_s(Http(503)) * 10) for client in clients)
         if failures >= 3:
-            assert max(bins.values()) < 3 * 1000 / (10 * 2 ** (failures - 1)), f"after failure {failures}"
+            assert max(bins.values()) < 3 * 1000 / (10 * 2 ** (failures - 1)), (
+                f"after failure {failures}"
+            )
 
 
-# --- attempts -------------------------------------------------------------------------------------------
+# --- attempts ---------------------------------------------------------------------------------
 
 
 def test_it_tries_five_times_and_raises_what_was_raised_last(world: World) -> None:
@@ -157,7 +229,9 @@ def test_it_tries_five_times_and_raises_what_was_raised_last(world: World) -> No
     assert all(wait <= longest for wait, longest in zip(service.waits, (1, 2, 4, 8), strict=True))
 
 
-@pytest.mark.parametrize("error", [TimeoutError(), CallTimeout("call", 1), Http(504), Http(500), ConnectionResetError()])
+@pytest.mark.parametrize(
+    "error", [TimeoutError(), CallTimeout("call", 1), Http(504), Http(500), ConnectionResetError()]
+)
 def test_what_may_go_better_is_tried_again(world: World, error: Exception) -> None:
     service = Service(world, error, error, "fine")
 
@@ -165,7 +239,9 @@ def test_what_may_go_better_is_tried_again(world: World, error: Exception) -> No
     assert len(service.calls) == 3
 
 
-@pytest.mark.parametrize("error", [ValueError("bug"), Http(400), Http(401), MemoryError(), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [ValueError("bug"), Http(400), Http(401), MemoryError(), KeyboardInterrupt()]
+)
 def test_what_can_only_fail_again_is_raised_at_once(world: World, error: BaseException) -> None:
     service = Service(world, error)
 
@@ -210,7 +286,9 @@ def test_a_single_attempt_is_a_single_attempt(world: World) -> None:
         (BulkheadFull("bulkhead llm", 60, "full"), 60),
     ],
 )
-def test_who_says_when_to_come_back_is_believed(world: World, error: Exception, asked_s: float) -> None:
+def test_who_says_when_to_come_back_is_believed(
+    world: World, error: Exception, asked_s: float
+) -> None:
     waits = []
     for seed in range(50):
         service = Service(world, error, "fine")
@@ -223,12 +301,17 @@ def test_who_says_when_to_come_back_is_believed(world: World, error: Exception, 
 
 
 def test_a_hint_shorter_than_our_own_wait_does_not_shorten_it_after_a_failure(world: World) -> None:
-    waits = [RetryState(retry(world, seed=seed)).wait_s(Http(503, Retry_After="0")) for seed in range(200)]
+    waits = [
+        RetryState(retry(world, seed=seed)).wait_s(Http(503, Retry_After="0"))
+        for seed in range(200)
+    ]
 
     assert sum(waits) / 200 == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.parametrize("error", [RateLimited("bucket llm", 7, "empty"), Http(429, Retry_After="7"), Http(429)])
+@pytest.mark.parametrize(
+    "error", [RateLimited("bucket llm", 7, "empty"), Http(429, Retry_After="7"), Http(429)]
+)
 def test_what_was_only_put_off_costs_no_attempt(world: World, error: Exception) -> None:
     service = Service(world, *[error] * 12, *[Http(503)] * 4, "fine")
 
@@ -236,7 +319,10 @@ def test_what_was_only_put_off_costs_no_attempt(world: World, error: Exception) 
     assert len(service.calls) == 17
 
 
-@pytest.mark.parametrize("error", [RateLimited("bucket llm", 7, "empty"), Http(429, Retry_After="7"), Http(429), Http(503)])
+@pytest.mark.parametrize(
+    "error",
+    [RateLimited("bucket llm", 7, "empty"), Http(429, Retry_After="7"), Http(429), Http(503)],
+)
 def test_nothing_is_tried_again_beyond_the_deadline(world: World, error: Exception) -> None:
     service, began = Service(world, error), world.now
 
@@ -271,7 +357,7 @@ def test_a_service_that_says_no_and_not_when_is_asked_less_and_less(world: World
     assert len(service.calls) < 50
 
 
-# --- the budget -----------------------------------------------------------------------------------------
+# --- the budget -------------------------------------------------------------------------------
 
 
 def spendable(budget: RetryBudget, cost: float = 1.0) -> int:
@@ -326,7 +412,8 @@ def test_a_spent_budget_says_what_went_wrong_last(world: World) -> None:
     spendable(budget)
 
     with pytest.raises(
-        RetryBudgetExhausted, match="no retry of 'llm': its retry budget is spent; the last error was Http"
+        RetryBudgetExhausted,
+        match="no retry of 'llm': its retry budget is spent; the last error was Http",
     ) as caught:
         retry(world, budget).call(Service(world, last))
     assert caught.value.last is last
@@ -351,14 +438,19 @@ class Outage:
     def __init__(self, world: World, stores: list[Store], *, per_s: float, seconds: float) -> None:
         self._world, self.first, self.retries, self.began = world, 0, 0, world.now
         self._budgets = [RetryBudget("llm", store) for store in stores]
-        self._due = [(self.began + number / per_s, number, None) for number in range(int(per_s * seconds))]
+        self._due = [
+            (self.began + number / per_s, number, None) for number in range(int(per_s * seconds))
+        ]
         self._run()
 
     def _run(self) -> None:
         due: list[tuple[float, int, RetryState | None]] = list(self._due)
         while due:
             self._world.now, number, course = heapq.heappop(due)
-            self.first, self.retries = self.first + (course is None), self.retries + (course is not None)
+            self.first, self.retries = (
+                self.first + (course is None),
+                self.retries + (course is not None),
+            )
             budget = self._budgets[number % len(self._budgets)]
             course = course or retry(self._world, budget, seed=number).begin()
             try:
@@ -368,12 +460,16 @@ class Outage:
 
     @property
     def allowed(self) -> float:
-        """How many retries there may be: a tenth of what was new, the floor, and what was there at first."""
+        """How many retries there may be: a tenth of what was new, the floor, and what was there at
+        first.
+        """
         return 0.1 * self.first + FLOOR_PER_S * (self._world.now - self.began) + 10 * FLOOR_PER_S
 
 
 @pytest.mark.parametrize("processes", [1, 4])
-def test_in_an_outage_retries_stay_a_tenth_of_the_load_over_all_processes(world: World, processes: int) -> None:
+def test_in_an_outage_retries_stay_a_tenth_of_the_load_over_all_processes(
+    world: World, processes: int
+) -> None:
     outage = Outage(world, [world.store() for _ in range(processes)], per_s=40, seconds=30)
 
     assert outage.first == 1200
@@ -398,10 +494,12 @@ def test_without_redis_only_the_floor_is_left(world: World) -> None:
     assert spendable(budget) >= 30, "shared again"
 
 
-# --- decorators, and coroutines -------------------------------------------------------------------------
+# --- decorators, and coroutines ---------------------------------------------------------------
 
 
-def test_coroutines_are_tried_again_without_blocking(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coroutines_are_tried_again_without_blocking(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def asleep(seconds: float) -> None:
         world.sleep(seconds)
 
@@ -409,7 +507,9 @@ def test_coroutines_are_tried_again_without_blocking(world: World, monkeypatch: 
         raise AssertionError(f"blocked for {seconds} s")
 
     monkeypatch.setattr(asyncio, "sleep", asleep)
-    patient = Retry(RetryPolicy(), RetryBudget("llm", world.store()), Random(0), world.time, blocked)
+    patient = Retry(
+        RetryPolicy(), RetryBudget("llm", world.store()), Random(0), world.time, blocked
+    )
     service = Service(world, Http(503), Http(429, Retry_After="9"), TimeoutError(), "fine")
     failing = Service(world, Http(503))
 
@@ -458,7 +558,10 @@ def test_a_decorated_method_knows_its_object(world: World) -> None:
 
 
 def test_a_policy_with_some_fields_changed_keeps_the_others(world: World) -> None:
-    base, service = RetryPolicy(max_attempts=9, initial_delay_s=0, retry_on=(KeyError,)), Service(world, KeyError(1))
+    base, service = (
+        RetryPolicy(max_attempts=9, initial_delay_s=0, retry_on=(KeyError,)),
+        Service(world, KeyError(1)),
+    )
 
     @with_retry(base, max_attempts=3)
     def call() -> object:
@@ -495,11 +598,15 @@ def test_a_function_is_called_as_a_policy_says_with_the_budget_of_the_default_st
 
     for service_name, trips in [("", 0), ("llm", 2)]:
         service = Service(world, Http(503), Http(503), "fine")
-        assert execute_with_retry(add, 1, policy=policy, service=service_name, second=2, then=service) == (3, "fine")
+        assert execute_with_retry(
+            add, 1, policy=policy, service=service_name, second=2, then=service
+        ) == (3, "fine")
         assert store.round_trips == trips
 
 
-def test_calls_that_went_well_count_for_the_budget_of_their_service(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_went_well_count_for_the_budget_of_their_service(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = world.store()
     monkeypatch.setattr(resilience.retry, "default_store", lambda: store)
     spendable(RetryBudget("llm", store))
@@ -507,7 +614,10 @@ def test_calls_that_went_well_count_for_the_budget_of_their_service(world: World
         execute_with_retry(lambda: 1, service="llm")
 
     policy = RetryPolicy(initial_delay_s=0)
-    assert execute_with_retry(Service(world, Http(503), "fine"), policy=policy, service="llm") == "fine"
+    assert (
+        execute_with_retry(Service(world, Http(503), "fine"), policy=policy, service="llm")
+        == "fine"
+    )
     assert spendable(RetryBudget("llm", store)) == 9
 
 

@@ -1,4 +1,6 @@
-"""Jobs that go on in rounds: each round is a job of its own, opened once, whatever is lost or comes twice in between."""
+"""Jobs that go on in rounds: each round is a job of its own, opened once, whatever is lost or comes
+twice in between.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ def _by_three(outputs: Iterable[Any], round: Round) -> Any:
     found = list(outputs)
     if len(found) <= 1 or round.number >= round.params.get("rounds", 9):
         return {"found": found, "rounds": round.number, "short": round.short, "done": round.done}
-    return NextRound("unit_add_three", [found[at : at + FAN_IN] for at in range(0, len(found), FAN_IN)], {"of": round.number})
+    return NextRound(
+        "unit_add_three",
+        [found[at : at + FAN_IN] for at in range(0, len(found), FAN_IN)],
+        {"of": round.number},
+    )
 
 
 @operation("unit_in_rounds", then=_by_three)
@@ -61,14 +67,18 @@ def test_the_answer_of_a_round_is_the_next_ones_items_in_any_order_of_messages(s
     assert facts["state"] == "succeeded"
     assert answer["found"] == [sum(range(n)) * 2]
     assert len(rounds) == answer["rounds"] == int(facts.get("rounds", 0))
-    assert [int(told["n"]) for _, told in rounds] == [-(-n // FAN_IN**k) for k in range(1, len(rounds) + 1)]
+    assert [int(told["n"]) for _, told in rounds] == [
+        -(-n // FAN_IN**k) for k in range(1, len(rounds) + 1)
+    ]
     assert {told["state"] for _, told in rounds} <= {"succeeded"}
 
 
 def test_a_round_is_opened_once_though_the_merge_that_opened_it_is_done_again() -> None:
     platform = Platform(1)
     spec = platform.submit(JobRequest(operation="unit_in_rounds", items=[1, 2, 3, 4]))
-    while (platform.ledger.facts(spec.job))["state"] != "merging" or not opened(platform.ledger, spec.job):
+    while (platform.ledger.facts(spec.job))["state"] != "merging" or not opened(
+        platform.ledger, spec.job
+    ):
         platform.step()
     sent = platform.mailbox.sent
 
@@ -107,9 +117,15 @@ def test_who_asks_is_told_which_round_is_at_work() -> None:
     while not opened(platform.ledger, spec.job):
         platform.step()
 
-    told = explain(platform.ledger.facts(spec.job), platform.ledger.all_records(spec.job), platform.store.now_ms())
+    told = explain(
+        platform.ledger.facts(spec.job),
+        platform.ledger.all_records(spec.job),
+        platform.store.now_ms(),
+    )
 
-    assert told == f"Every item is accounted for; its round 1 is at work: job {round_id(spec.job, 1)}."
+    assert (
+        told == f"Every item is accounted for; its round 1 is at work: job {round_id(spec.job, 1)}."
+    )
 
 
 def test_a_job_that_was_cancelled_while_it_opened_a_round_takes_the_round_with_it() -> None:
@@ -122,7 +138,9 @@ def test_a_job_that_was_cancelled_while_it_opened_a_round_takes_the_round_with_i
         platform.ledger.stop(spec.job, "cancelled")
         return then(outputs, round)
 
-    registry.register(registry.Operation("unit_in_rounds", lambda item: item, then=cancelled_meanwhile))
+    registry.register(
+        registry.Operation("unit_in_rounds", lambda item: item, then=cancelled_meanwhile)
+    )
     try:
         facts = platform.run(spec)
     finally:
@@ -135,7 +153,9 @@ def test_a_job_that_was_cancelled_while_it_opened_a_round_takes_the_round_with_i
 
 def test_what_a_budget_has_stopped_is_merged_and_the_next_rounds_know_it() -> None:
     platform = Platform(5)
-    spec = platform.submit(JobRequest(operation="unit_in_rounds", items=list(range(100)), chunk_size=5))
+    spec = platform.submit(
+        JobRequest(operation="unit_in_rounds", items=list(range(100)), chunk_size=5)
+    )
     while int(platform.ledger.facts(spec.job)["done"]) < 20:
         platform.step()
     platform.ledger.stop(spec.job, "budget", detail="tokens")
@@ -162,7 +182,11 @@ def test_a_round_whose_items_must_not_fail_fails_its_job_though_errors_are_toler
 
     registry.register(registry.Operation("unit_strictly", lambda item: 2 * item, then=strictly))
     spec = platform.submit(
-        JobRequest(operation="unit_strictly", items=[1, -9, 1, 5, 5, 5], options=Options(continue_on_error=True))
+        JobRequest(
+            operation="unit_strictly",
+            items=[1, -9, 1, 5, 5, 5],
+            options=Options(continue_on_error=True),
+        )
     )
 
     facts = platform.run(spec)

@@ -1,4 +1,6 @@
-"""Where calls go: whose turn it is, who has least to do, whose key it is, and who stands in for whoever is away."""
+"""Where calls go: whose turn it is, who has least to do, whose key it is, and who stands in for
+whoever is away.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from scheduler.routing import Algorithm, Router
 
 ALGORITHMS = get_args(Algorithm)
 NAMES = ["a", "b", "c", "d", "e"]
-WEIGHTS = st.lists(st.integers(1, 9), min_size=1, max_size=5).map(lambda each: dict(zip(NAMES, each, strict=False)))
+WEIGHTS = st.lists(st.integers(1, 9), min_size=1, max_size=5).map(
+    lambda each: dict(zip(NAMES, each, strict=False))
+)
 
 
 def firsts(router: Router, turns: int, without: str = "") -> list[str]:
@@ -25,8 +29,14 @@ def firsts(router: Router, turns: int, without: str = "") -> list[str]:
     return [next(name for name in router.order() if name != without) for _ in range(turns)]
 
 
-@given(WEIGHTS, st.sampled_from(ALGORITHMS), st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=9))
-def test_every_order_names_each_once(weights: dict[str, int], algorithm: Algorithm, keys: list[str]) -> None:
+@given(
+    WEIGHTS,
+    st.sampled_from(ALGORITHMS),
+    st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=9),
+)
+def test_every_order_names_each_once(
+    weights: dict[str, int], algorithm: Algorithm, keys: list[str]
+) -> None:
     router = Router(weights, algorithm)
 
     for key in keys:
@@ -42,13 +52,16 @@ def test_round_robin_takes_turns_whatever_the_weights() -> None:
 
 
 def test_the_turns_of_one_that_is_away_are_shared_alike() -> None:
-    alike, weighted = Router(dict.fromkeys("abc", 1), "round_robin"), Router({"a": 2, "b": 1, "c": 3}, "weighted")
+    alike, weighted = (
+        Router(dict.fromkeys("abc", 1), "round_robin"),
+        Router({"a": 2, "b": 1, "c": 3}, "weighted"),
+    )
 
     assert Counter(firsts(alike, 6, without="b")) == {"a": 3, "c": 3}
     assert Counter(firsts(weighted, 6 * 5, without="b")) == {"a": 12, "c": 18}
 
 
-# --- by weight -------------------------------------------------------------------------------------------
+# --- by weight --------------------------------------------------------------------------------
 
 
 def test_turns_by_weight_are_those_of_nginx() -> None:
@@ -60,7 +73,9 @@ def test_shares_are_exact_and_turns_repeat(weights: dict[str, int], unit: float)
     """Whatever the unit: tenths are as exact as whole numbers."""
     common = math.gcd(*weights.values())
     period = sum(weights.values()) // common
-    turns = firsts(Router({name: weight / unit for name, weight in weights.items()}, "weighted"), 3 * period)
+    turns = firsts(
+        Router({name: weight / unit for name, weight in weights.items()}, "weighted"), 3 * period
+    )
 
     assert turns == 3 * turns[:period] == firsts(Router(weights, "weighted"), 3 * period)
     assert Counter(turns[:period]) == {name: weight // common for name, weight in weights.items()}
@@ -81,7 +96,9 @@ def test_nobody_is_ever_a_turn_ahead_of_its_share_nor_far_behind(weights: dict[s
 
 @given(WEIGHTS)
 def test_nobody_waits_longer_than_needed(weights: dict[str, int]) -> None:
-    """One that is due every x turns comes within x and a part of it that grows with the logarithm of their number."""
+    """One that is due every x turns comes within x and a part of it that grows with the logarithm
+    of their number.
+    """
     whole, late = sum(weights.values()), sum(1 / each for each in range(1, len(weights)))
     turns = firsts(Router(weights, "weighted"), 3 * whole)
 
@@ -91,12 +108,21 @@ def test_nobody_waits_longer_than_needed(weights: dict[str, int]) -> None:
         assert max(gaps) <= 1 + late * whole / weight
 
 
-# --- by calls in flight ----------------------------------------------------------------------------------
+# --- by calls in flight -----------------------------------------------------------------------
 
 
-@given(WEIGHTS, st.lists(st.sampled_from([True, True, False]), max_size=60), st.randoms(use_true_random=False))
-def test_calls_go_to_who_has_least_in_flight_for_its_weight(weights: dict[str, int], began: list[bool], random: Any) -> None:
-    router, flying = Router({name: weight / 10 for name, weight in weights.items()}, "least_connections"), Counter[str]()
+@given(
+    WEIGHTS,
+    st.lists(st.sampled_from([True, True, False]), max_size=60),
+    st.randoms(use_true_random=False),
+)
+def test_calls_go_to_who_has_least_in_flight_for_its_weight(
+    weights: dict[str, int], began: list[bool], random: Any
+) -> None:
+    router, flying = (
+        Router({name: weight / 10 for name, weight in weights.items()}, "least_connections"),
+        Counter[str](),
+    )
 
     for begins in began:
         if begins:
@@ -118,7 +144,9 @@ def test_calls_in_flight_are_balanced(weights: dict[str, int], calls: int) -> No
         router.began(router.order()[0])
 
     load = {name: Fraction(count, weights[name]) for name, count in router.in_flight.items()}
-    assert all(load[name] <= min(load.values()) + Fraction(1, weights[name]) for name in weights), "by one call at most"
+    assert all(load[name] <= min(load.values()) + Fraction(1, weights[name]) for name in weights), (
+        "by one call at most"
+    )
 
 
 def test_ties_are_broken_by_turns() -> None:
@@ -127,7 +155,7 @@ def test_ties_are_broken_by_turns() -> None:
     assert Counter(firsts(router, 6)) == {"a": 4, "b": 2}, "all are idle each time"
 
 
-# --- by key ----------------------------------------------------------------------------------------------
+# --- by key -----------------------------------------------------------------------------------
 
 KEYS = [str(number) for number in range(2000)]
 
@@ -140,17 +168,28 @@ def owners(weights: dict[str, float]) -> dict[str, str]:
 def test_a_key_has_its_place_in_every_process_and_version() -> None:
     router = Router(dict.fromkeys("abcd", 1), "consistent_hash")
 
-    assert ["".join(router.order(key)) for key in ("", "one", "two", "three")] == ["abcd", "dcba", "acdb", "dbca"]
+    assert ["".join(router.order(key)) for key in ("", "one", "two", "three")] == [
+        "abcd",
+        "dcba",
+        "acdb",
+        "dbca",
+    ]
     assert router.order("one") == router.order("one")
 
 
 @settings(max_examples=30)
 @given(st.lists(st.sampled_from([1.0, 2.0, 3.0]), min_size=2, max_size=5), st.data())
-def test_without_one_the_order_of_the_others_stays(weights: list[float], data: st.DataObject) -> None:
+def test_without_one_the_order_of_the_others_stays(
+    weights: list[float], data: st.DataObject
+) -> None:
     every = dict(zip(NAMES, weights, strict=False))
-    gone = data.draw(st.sampled_from([name for name in every if sorted(weights)[-1] != every[name]] or ["a"]))
+    gone = data.draw(
+        st.sampled_from([name for name in every if sorted(weights)[-1] != every[name]] or ["a"])
+    )
     before = Router(every, "consistent_hash")
-    after = Router({name: weight for name, weight in every.items() if name != gone}, "consistent_hash")
+    after = Router(
+        {name: weight for name, weight in every.items() if name != gone}, "consistent_hash"
+    )
 
     for key in KEYS[:20]:
         assert after.order(key) == [name for name in before.order(key) if name != gone]
@@ -175,7 +214,7 @@ def test_keys_are_shared_by_weight_whatever_its_unit(scale: float) -> None:
         assert found[name] == pytest.approx(len(KEYS) * weight / sum(weights.values()), rel=0.2)
 
 
-# --- what cannot be --------------------------------------------------------------------------------------
+# --- what cannot be ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -192,5 +231,8 @@ def test_nobody_to_call_is_told() -> None:
 
 def test_an_unknown_algorithm_is_told() -> None:
     wrong: Any = "random"
-    with pytest.raises(InvalidValue, match="algorithm='random': must be one of round_robin, least_connections, weighted, consi"):
+    with pytest.raises(
+        InvalidValue,
+        match="algorithm='random': must be one of round_robin, least_connections, weighted, consi",
+    ):
         Router({"a": 1}, wrong)

@@ -1,4 +1,6 @@
-"""What a sampler makes of /proc and /sys/fs/cgroup: whose memory and CPU count, and what broken files do: nothing."""
+"""What a sampler makes of /proc and /sys/fs/cgroup: whose memory and CPU count, and what broken
+files do: nothing.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +40,21 @@ class Host:
             f"cpu{n} {busy} 0 0 {idle - idle // 10} {idle // 10} 0 0 0 {busy} 0"
             for n, (busy, idle) in enumerate(busy_and_idle or [(0, 0)] * 2)
         ]
-        total = [sum(column) for column in zip(*(map(int, line.split()[1:]) for line in lines), strict=True)]
+        total = [
+            sum(column)
+            for column in zip(*(map(int, line.split()[1:]) for line in lines), strict=True)
+        ]
         self.write(
-            "proc/stat", "\n".join([f"cpu  {' '.join(map(str, total))}", *lines, "ctxt 99", f"procs_running {running}", ""])
+            "proc/stat",
+            "\n".join(
+                [
+                    f"cpu  {' '.join(map(str, total))}",
+                    *lines,
+                    "ctxt 99",
+                    f"procs_running {running}",
+                    "",
+                ]
+            ),
         )
 
     def pressure(self, resource: str, some_us: int, full_us: int = 0, *, folder: str = "") -> None:
@@ -50,7 +64,11 @@ class Host:
 
     def sampler(self, **chosen: Any) -> Sampler:
         return Sampler(
-            PressureSettings(**chosen), root=self.root, clock=lambda: self.now, cpus=lambda: self.cpus, elsewhere=lambda: None
+            PressureSettings(**chosen),
+            root=self.root,
+            clock=lambda: self.now,
+            cpus=lambda: self.cpus,
+            elsewhere=lambda: None,
         )
 
     def sample(self, **chosen: Any) -> Sample:
@@ -64,13 +82,23 @@ def meminfo(total_mb: int, available_mb: int) -> str:
 
 
 def cgroup2(
-    host: Host, path: str, *, used_mb: int = 0, file_mb: int = 0, most: str = "max", high: str = "max", cpu: str = "max 100000"
+    host: Host,
+    path: str,
+    *,
+    used_mb: int = 0,
+    file_mb: int = 0,
+    most: str = "max",
+    high: str = "max",
+    cpu: str = "max 100000",
 ) -> str:
     """Make a cgroup of version 2 below its mount; return its folder."""
     folder = f"sys/fs/cgroup{path.rstrip('/')}"
     host.write("sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory pids\n")
     host.write(f"{folder}/memory.current", f"{used_mb * MB}\n")
-    host.write(f"{folder}/memory.stat", f"anon 1\nfile {file_mb * MB + 5}\ninactive_file {file_mb * MB}\nactive_file 5\n")
+    host.write(
+        f"{folder}/memory.stat",
+        f"anon 1\nfile {file_mb * MB + 5}\ninactive_file {file_mb * MB}\nactive_file 5\n",
+    )
     host.write(f"{folder}/memory.max", f"{most}\n")
     host.write(f"{folder}/memory.high", f"{high}\n")
     host.write(f"{folder}/cpu.max", f"{cpu}\n")
@@ -78,7 +106,9 @@ def cgroup2(
     return folder
 
 
-def usage2(host: Host, folder: str, used_s: float = 0.0, throttled: int = 0, periods: int = 0) -> None:
+def usage2(
+    host: Host, folder: str, used_s: float = 0.0, throttled: int = 0, periods: int = 0
+) -> None:
     host.write(
         f"{folder}/cpu.stat",
         f"usage_usec {used_s * 1e6:.0f}\nuser_usec 1\nnr_periods {periods}\nnr_throttled {throttled}\nthrottled_usec 9\n",
@@ -89,11 +119,16 @@ def in_cgroup2(host: Host, path: str) -> None:
     host.write("proc/self/cgroup", f"0::{path}\n")
 
 
-def memory1(host: Host, path: str, *, used_mb: int, file_mb: int = 0, limit: str = UNLIMITED_V1) -> None:
+def memory1(
+    host: Host, path: str, *, used_mb: int, file_mb: int = 0, limit: str = UNLIMITED_V1
+) -> None:
     folder = f"sys/fs/cgroup/memory{path.rstrip('/')}"
     host.write(f"{folder}/memory.usage_in_bytes", f"{used_mb * MB}\n")
     host.write(f"{folder}/memory.limit_in_bytes", f"{limit}\n")
-    host.write(f"{folder}/memory.stat", f"cache 7\ninactive_file 1\ntotal_cache 9\ntotal_inactive_file {file_mb * MB}\n")
+    host.write(
+        f"{folder}/memory.stat",
+        f"cache 7\ninactive_file 1\ntotal_cache 9\ntotal_inactive_file {file_mb * MB}\n",
+    )
 
 
 def cpu1(
@@ -109,12 +144,19 @@ def cpu1(
     folder, accounts = (f"sys/fs/cgroup/{mount}{path.rstrip('/')}" for mount in mounts)
     host.write(f"{folder}/cpu.cfs_quota_us", f"{quota}\n")
     host.write(f"{folder}/cpu.cfs_period_us", "100000\n")
-    host.write(f"{folder}/cpu.stat", f"nr_periods {periods}\nnr_throttled {throttled}\nthrottled_time 5\n")
+    host.write(
+        f"{folder}/cpu.stat", f"nr_periods {periods}\nnr_throttled {throttled}\nthrottled_time 5\n"
+    )
     host.write(f"{accounts}/cpuacct.usage", f"{used_s * 1e9:.0f}\n")
 
 
 def in_cgroup1(host: Host, path: str, *, hybrid: bool = False) -> None:
-    lines = ["9:name=systemd:/", f"4:memory:{path}", f"2:cpu,cpuacct:{path}", *(["0::/"] if hybrid else [])]
+    lines = [
+        "9:name=systemd:/",
+        f"4:memory:{path}",
+        f"2:cpu,cpuacct:{path}",
+        *(["0::/"] if hybrid else []),
+    ]
     host.write("proc/self/cgroup", "\n".join(lines) + "\n")
 
 
@@ -123,13 +165,18 @@ def host(tmp_path: Path) -> Host:
     return Host(tmp_path)
 
 
-# --- memory --------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------
 
 
 def test_without_any_limit_both_sides_are_the_host_s(host: Host) -> None:
     sample = host.sample()
 
-    assert (sample.memory_pct, sample.memory_mb, sample.memory_limit_mb, sample.available_mb) == (25, 4000, 16_000, 12_000)
+    assert (sample.memory_pct, sample.memory_mb, sample.memory_limit_mb, sample.available_mb) == (
+        25,
+        4000,
+        16_000,
+        12_000,
+    )
     assert sample.source == "host"
 
 
@@ -139,7 +186,12 @@ def test_a_cgroup_of_version_2_counts_its_working_set_against_its_limit(host: Ho
 
     sample = host.sample()
 
-    assert (sample.memory_pct, sample.memory_mb, sample.memory_limit_mb, sample.available_mb) == (50, 1000, 2000, 1000)
+    assert (sample.memory_pct, sample.memory_mb, sample.memory_limit_mb, sample.available_mb) == (
+        50,
+        1000,
+        2000,
+        1000,
+    )
     assert sample.source == "cgroup2"
 
 
@@ -176,7 +228,9 @@ def test_a_limit_above_the_host_s_memory_is_none(host: Host) -> None:
 
 
 @pytest.mark.parametrize("path", ["/docker/4f1c", "/../../kubepods/pod7", "/.."])
-def test_in_a_container_whose_path_is_not_below_the_mount_the_mount_is_the_own_cgroup(host: Host, path: str) -> None:
+def test_in_a_container_whose_path_is_not_below_the_mount_the_mount_is_the_own_cgroup(
+    host: Host, path: str
+) -> None:
     in_cgroup2(host, path)
     host.pressure("cpu", 0, folder=cgroup2(host, "/", used_mb=512, most=str(1024 * MB)))
 
@@ -220,10 +274,12 @@ def test_a_hybrid_host_has_its_limits_in_version_1_and_its_waiting_in_version_2(
     assert sample.cpu_waiting_pct == pytest.approx(30)
 
 
-# --- memory of our own ---------------------------------------------------------------------------------
+# --- memory of our own ------------------------------------------------------------------------
 
 
-def process(host: Host, name: str, resident_mb: int, shared_mb: int, threads: dict[str, str]) -> None:
+def process(
+    host: Host, name: str, resident_mb: int, shared_mb: int, threads: dict[str, str]
+) -> None:
     """Make a process by its children, of each of its threads."""
     pages = MB // PAGE
     host.write(f"proc/{name}/statm", f"999999 {resident_mb * pages} {shared_mb * pages} 1 0 1 0\n")
@@ -233,7 +289,9 @@ def process(host: Host, name: str, resident_mb: int, shared_mb: int, threads: di
 
 @pytest.fixture
 def family(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
-    """100 MB of its own in the main process, 200 in a pool process, 150 in what that has started, 50 in another of a thread."""
+    """100 MB of its own in the main process, 200 in a pool process, 150 in what that has started,
+    50 in another of a thread.
+    """
     monkeypatch.setattr("scheduler.sampling._PAGE", PAGE)
     process(host, "self", 130, 30, {"10": "21 ", "11": "22 "})
     process(host, "21", 220, 20, {"21": "31 "})
@@ -245,13 +303,21 @@ def family(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
 def test_a_memory_of_our_own_bounds_this_process_and_all_below_it(family: Host) -> None:
     sample = family.sample(max_memory_mb=1000)
 
-    assert (sample.memory_pct, sample.memory_mb, sample.memory_limit_mb, sample.source) == (50, 500, 1000, "processes")
+    assert (sample.memory_pct, sample.memory_mb, sample.memory_limit_mb, sample.source) == (
+        50,
+        500,
+        1000,
+        "processes",
+    )
 
 
 def test_a_memory_of_our_own_hides_no_host_that_is_closer_to_its_end(family: Host) -> None:
     family.write("proc/meminfo", meminfo(total_mb=16_000, available_mb=1600))
 
-    assert (family.sample(max_memory_mb=1000).memory_pct, family.sample(max_memory_mb=1000).source) == (90, "host")
+    assert (
+        family.sample(max_memory_mb=1000).memory_pct,
+        family.sample(max_memory_mb=1000).source,
+    ) == (90, "host")
 
 
 def test_a_memory_of_our_own_hides_no_limit_of_a_cgroup_that_is_closer(family: Host) -> None:
@@ -262,7 +328,7 @@ def test_a_memory_of_our_own_hides_no_limit_of_a_cgroup_that_is_closer(family: H
     assert family.sample(max_memory_mb=600).source == "processes"
 
 
-# --- CPU ------------------------------------------------------------------------------------------------
+# --- CPU --------------------------------------------------------------------------------------
 
 
 def second(host: Host, sampler: Sampler) -> Sample:
@@ -279,7 +345,12 @@ def test_the_first_sample_tells_memory_and_no_cpu(host: Host) -> None:
 
     sample = host.sample()
 
-    assert (sample.memory_pct, sample.cpu_pct, sample.cpu_waiting_pct, sample.throttled_pct) == (25, 0, 0, 0)
+    assert (sample.memory_pct, sample.cpu_pct, sample.cpu_waiting_pct, sample.throttled_pct) == (
+        25,
+        0,
+        0,
+        0,
+    )
 
 
 def test_without_a_quota_cpu_is_how_busy_the_cpus_are_that_we_may_run_on(host: Host) -> None:
@@ -289,7 +360,9 @@ def test_without_a_quota_cpu_is_how_busy_the_cpus_are_that_we_may_run_on(host: H
     sampler.sample()
     host.stat((100, 0), (50, 50), (30, 70), (100, 0))
 
-    assert second(host, sampler).cpu_pct == pytest.approx(40), "guests' time is in users' already, waiting for a disk is idle"
+    assert second(host, sampler).cpu_pct == pytest.approx(40), (
+        "guests' time is in users' already, waiting for a disk is idle"
+    )
 
 
 def test_cpus_that_have_other_numbers_are_taken_together(host: Host) -> None:
@@ -307,7 +380,9 @@ def test_cpus_that_have_other_numbers_are_taken_together(host: Host) -> None:
     [("50000 100000", 2, 60), ("150000 100000", 4, 20), ("800000 100000", 2, 15)],
     ids=["half a CPU", "one and a half", "more than there are CPUs"],
 )
-def test_with_a_quota_of_version_2_cpu_is_what_was_used_of_it(host: Host, quota: str, cpus: int, expected: float) -> None:
+def test_with_a_quota_of_version_2_cpu_is_what_was_used_of_it(
+    host: Host, quota: str, cpus: int, expected: float
+) -> None:
     host.cpus = set(range(cpus))
     in_cgroup2(host, "/worker")
     folder = cgroup2(host, "/worker", cpu=quota)
@@ -323,7 +398,10 @@ def test_with_a_quota_of_version_2_cpu_is_what_was_used_of_it(host: Host, quota:
 
 def test_a_smaller_quota_around_the_own_cgroup_counts_with_the_usage_of_its_own(host: Host) -> None:
     in_cgroup2(host, "/pod/worker")
-    pod, own = cgroup2(host, "/pod", cpu="100000 100000"), cgroup2(host, "/pod/worker", cpu="200000 100000")
+    pod, own = (
+        cgroup2(host, "/pod", cpu="100000 100000"),
+        cgroup2(host, "/pod/worker", cpu="200000 100000"),
+    )
     sampler = host.sampler()
     sampler.sample()
     usage2(host, pod, used_s=0.9)
@@ -333,7 +411,9 @@ def test_a_smaller_quota_around_the_own_cgroup_counts_with_the_usage_of_its_own(
 
 
 @pytest.mark.parametrize("mounts", [("cpu,cpuacct", "cpu,cpuacct"), ("cpu", "cpuacct")])
-def test_with_a_quota_of_version_1_cpu_is_what_was_used_of_it(host: Host, mounts: tuple[str, str]) -> None:
+def test_with_a_quota_of_version_1_cpu_is_what_was_used_of_it(
+    host: Host, mounts: tuple[str, str]
+) -> None:
     in_cgroup1(host, "/worker")
     cpu1(host, "/worker", used_s=5, quota=100_000, mounts=mounts)
     sampler = host.sampler()
@@ -360,7 +440,9 @@ def test_another_quota_makes_no_nonsense_of_one_sample(host: Host) -> None:
     assert second(host, sampler).cpu_pct == pytest.approx(50), "from then on it is compared again"
 
 
-def test_the_run_queue_is_without_ourselves_for_each_cpu_of_the_host_and_smoothed(host: Host) -> None:
+def test_the_run_queue_is_without_ourselves_for_each_cpu_of_the_host_and_smoothed(
+    host: Host,
+) -> None:
     host.cpus = {0}
     host.stat(*[(0, 0)] * 4, running=1)
     sampler = host.sampler()
@@ -373,10 +455,12 @@ def test_the_run_queue_is_without_ourselves_for_each_cpu_of_the_host_and_smoothe
     assert found[4] == pytest.approx(2 * (1 - math.exp(-1)))
 
 
-# --- waiting --------------------------------------------------------------------------------------------
+# --- waiting ----------------------------------------------------------------------------------
 
 
-def test_waiting_is_the_growth_of_the_own_cgroup_s_totals_over_the_time_that_passed(host: Host) -> None:
+def test_waiting_is_the_growth_of_the_own_cgroup_s_totals_over_the_time_that_passed(
+    host: Host,
+) -> None:
     in_cgroup2(host, "/worker")
     folder = cgroup2(host, "/worker")
     for resource in ("cpu", "memory"):
@@ -413,12 +497,28 @@ def test_a_kernel_without_pressure_figures_tells_none(host: Host) -> None:
     assert (sample.cpu_waiting_pct, sample.memory_stall_pct) == (None, None)
 
 
-# --- what is broken, and what travels -------------------------------------------------------------------
+# --- what is broken, and what travels ---------------------------------------------------------
 
 FILES = (
-    "proc/meminfo", "proc/stat", "proc/self/cgroup", "proc/pressure/cpu", "proc/pressure/memory", "proc/self/statm",
-    *(f"sys/fs/cgroup/worker/{name}" for name in ("memory.max", "memory.high", "memory.current", "memory.stat", "cpu.max", "cpu.stat", "cpu.pressure")),
-)  # fmt: skip
+    "proc/meminfo",
+    "proc/stat",
+    "proc/self/cgroup",
+    "proc/pressure/cpu",
+    "proc/pressure/memory",
+    "proc/self/statm",
+    *(
+        f"sys/fs/cgroup/worker/{name}"
+        for name in (
+            "memory.max",
+            "memory.high",
+            "memory.current",
+            "memory.stat",
+            "cpu.max",
+            "cpu.stat",
+            "cpu.pressure",
+        )
+    ),
+)
 BROKEN = (
     "",
     "\n",
@@ -448,7 +548,10 @@ BROKEN = (
 @given(
     st.dictionaries(
         st.sampled_from(FILES),
-        st.sampled_from(BROKEN) | st.text(max_size=40).map(lambda text: text.encode("latin-1", "replace").decode("latin-1")),
+        st.sampled_from(BROKEN)
+        | st.text(max_size=40).map(
+            lambda text: text.encode("latin-1", "replace").decode("latin-1")
+        ),
     )
 )
 def test_broken_files_never_raise_and_give_no_nonsense(host: Host, broken: dict[str, str]) -> None:
@@ -465,7 +568,11 @@ def test_broken_files_never_raise_and_give_no_nonsense(host: Host, broken: dict[
     sample = sampler.sample()
 
     if sample is not None:
-        assert all(math.isfinite(each) for each in msgspec.structs.astuple(sample) if isinstance(each, int | float))
+        assert all(
+            math.isfinite(each)
+            for each in msgspec.structs.astuple(sample)
+            if isinstance(each, int | float)
+        )
         assert 0 <= sample.cpu_pct <= 100
         assert sample.memory_limit_mb > 0
         assert sample.memory_pct >= 0
@@ -473,7 +580,9 @@ def test_broken_files_never_raise_and_give_no_nonsense(host: Host, broken: dict[
 
 
 @pytest.mark.parametrize("gone", ["memory.current", "memory.max"])
-def test_a_limit_without_a_usage_is_not_there_nor_the_other_way_round(host: Host, gone: str) -> None:
+def test_a_limit_without_a_usage_is_not_there_nor_the_other_way_round(
+    host: Host, gone: str
+) -> None:
     in_cgroup2(host, "/worker")
     folder = cgroup2(host, "/worker", used_mb=100, most=str(200 * MB))
     (host.root / folder / gone).unlink()
@@ -483,7 +592,12 @@ def test_a_limit_without_a_usage_is_not_there_nor_the_other_way_round(host: Host
 
 def test_nothing_is_told_of_a_machine_without_proc(tmp_path: Path) -> None:
     for most in (0, 100):
-        sampler = Sampler(PressureSettings(max_memory_mb=most), root=tmp_path, cpus=lambda: {0}, elsewhere=lambda: None)
+        sampler = Sampler(
+            PressureSettings(max_memory_mb=most),
+            root=tmp_path,
+            cpus=lambda: {0},
+            elsewhere=lambda: None,
+        )
         assert sampler.sample() is None
 
 

@@ -1,4 +1,6 @@
-"""What the environment says, also under the names of the source documents, and how a wrong value is told."""
+"""What the environment says, also under the names of the source documents, and how a wrong value is
+told.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ import pytest
 
 from rlm_tasks.celery import configuration
 from rlm_tasks.errors import InvalidRequest, InvalidSettings
-from rlm_tasks.settings.document import as_environment, export_config, import_config, to_dict, validate
+from rlm_tasks.settings.document import (
+    as_environment,
+    export_config,
+    import_config,
+    to_dict,
+    validate,
+)
 from rlm_tasks.settings.environment import settings
 from rlm_tasks.settings.model import Settings
 
@@ -23,14 +31,24 @@ from rlm_tasks.settings.model import Settings
         ("RLM_BREAKERS__FAILURE_THRESHOLD", "8", lambda its: its.breakers.failure_threshold == 8),
         ("ENABLE_ADAPTIVE_TIMEOUTS", "0", lambda its: its.node.adaptive_timeouts is False),
         ("WORKFLOW_ACTIVITY_TIMEOUT_MINUTES", "30", lambda its: its.node.item_limit_s == 1800),
-        ("WORKFLOW_MAX_CONCURRENT_ACTIVITIES", "100", lambda its: configuration(its)["worker_concurrency"] == 100),
-        ("RLM_NODE__TIMEOUT_MULTIPLIERS", '{"parse": 2}', lambda its: its.node.timeout_multipliers == {"parse": 2.0}),
+        (
+            "WORKFLOW_MAX_CONCURRENT_ACTIVITIES",
+            "100",
+            lambda its: configuration(its)["worker_concurrency"] == 100,
+        ),
+        (
+            "RLM_NODE__TIMEOUT_MULTIPLIERS",
+            '{"parse": 2}',
+            lambda its: its.node.timeout_multipliers == {"parse": 2.0},
+        ),
         ("RLM_GUARD_TIMEOUT_S", "0.5", lambda its: its.guard_timeout_s == 0.5),
         ("WORKFLOW_MAX_CONCURRENT_WORKFLOWS", "50", lambda its: its.admission.max_jobs == 50),
         ("ENABLE_DYNAMIC_SCALING", "false", lambda its: its.autoscale.enabled is False),
     ],
 )
-def test_a_variable_is_read(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, found: Any) -> None:
+def test_a_variable_is_read(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, found: Any
+) -> None:
     monkeypatch.setenv(variable, value)
 
     assert found(Settings())
@@ -47,12 +65,15 @@ def test_a_wrong_value_is_told_by_its_variable(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("RLM_NODE__TIMEOUT_MULTIPLIERS", '{"parse": 0}')
     settings.cache_clear()
 
-    with pytest.raises(InvalidRequest, match="RLM_NODE__TIMEOUT_MULTIPLIERS__PARSE=0: Input should be greater than 0"):
+    with pytest.raises(
+        InvalidRequest,
+        match="RLM_NODE__TIMEOUT_MULTIPLIERS__PARSE=0: Input should be greater than 0",
+    ):
         settings()
     settings.cache_clear()
 
 
-# --- mistakes ----------------------------------------------------------------------------------------
+# --- mistakes ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -60,9 +81,14 @@ def test_a_wrong_value_is_told_by_its_variable(monkeypatch: pytest.MonkeyPatch) 
     [
         (
             {"RLM_LEDGER__LEASES_S": "3"},
-            ["RLM_LEDGER__LEASES_S='3': there is no such setting; did you mean RLM_LEDGER__LEASE_S?"],
+            [
+                "RLM_LEDGER__LEASES_S='3': there is no such setting; did you mean RLM_LEDGER__LEASE_S?"
+            ],
         ),
-        ({"RLM_OPERATION": "a"}, ["RLM_OPERATION='a': there is no such setting; did you mean RLM_OPERATIONS?"]),
+        (
+            {"RLM_OPERATION": "a"},
+            ["RLM_OPERATION='a': there is no such setting; did you mean RLM_OPERATIONS?"],
+        ),
         ({"RLM_REDIS_PORT": "6380"}, ["RLM_REDIS_PORT='6380': there is no such setting"]),
         (
             {"RLM_LLM__ENDPOINTS": '[{"name": "main", "api_key": "sk-1234567890"}]'},
@@ -76,16 +102,31 @@ def test_a_wrong_value_is_told_by_its_variable(monkeypatch: pytest.MonkeyPatch) 
                 "RLM_LLM__ENDPOINTS__0__KEY_ENV=***: must be the name of a variable, in capitals; the key itself is what that variable holds"
             ],
         ),
-        ({"RLM_ZZZ": "1"}, ["RLM_ZZZ='1': there is no such setting; docs/configuration.md lists all; unset it"]),
-        ({"RLM_LOG_FORMAT": "jsn"}, ["RLM_LOG_FORMAT='jsn': must be one of text, json; did you mean json?"]),
-        ({"RLM_NODE__TARGET_MS": "-4"}, ["RLM_NODE__TARGET_MS='-4': Input should be greater than 0"]),
+        (
+            {"RLM_ZZZ": "1"},
+            ["RLM_ZZZ='1': there is no such setting; docs/configuration.md lists all; unset it"],
+        ),
+        (
+            {"RLM_LOG_FORMAT": "jsn"},
+            ["RLM_LOG_FORMAT='jsn': must be one of text, json; did you mean json?"],
+        ),
+        (
+            {"RLM_NODE__TARGET_MS": "-4"},
+            ["RLM_NODE__TARGET_MS='-4': Input should be greater than 0"],
+        ),
         ({"RLM_PRESSURE__THRESHOLDS": "x"}, ["RLM_PRESSURE__THRESHOLDS='x': is not JSON"]),
-        ({"RLM_PRESSURE__THRESHOLDS": "[5,4,3,2]"}, ["RLM_PRESSURE: thresholds must rise, between 0 and 100"]),
+        (
+            {"RLM_PRESSURE__THRESHOLDS": "[5,4,3,2]"},
+            ["RLM_PRESSURE: thresholds must rise, between 0 and 100"],
+        ),
         (
             {"RLM_REDIS_URL": "localhost:6379"},
             ["RLM_REDIS_URL='localhost:6379': must start with redis://, rediss://, unix://"],
         ),
-        ({"CIRCUIT_BREAKER_FAILURE_THRESHOLD": "x"}, ["CIRCUIT_BREAKER_FAILURE_THRESHOLD='x': Input should be a valid integer"]),
+        (
+            {"CIRCUIT_BREAKER_FAILURE_THRESHOLD": "x"},
+            ["CIRCUIT_BREAKER_FAILURE_THRESHOLD='x': Input should be a valid integer"],
+        ),
         (
             {"RLM_SLOTS": "x", "RLM_SLOT": "3"},
             ["RLM_SLOT='3': there is no such", "RLM_SLOTS='x': Input should be a valid integer"],
@@ -105,9 +146,15 @@ def test_each_mistake_is_told_with_its_variable_its_value_and_what_would_do(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("RLM_REDIS_URI", "redis://:geheim@host"), ("RLM_WEBHOOK_SECRET", "geheim"), ("RLM_REDIS_URL", "http://me:geheim@host")],
+    [
+        ("RLM_REDIS_URI", "redis://:geheim@host"),
+        ("RLM_WEBHOOK_SECRET", "geheim"),
+        ("RLM_REDIS_URL", "http://me:geheim@host"),
+    ],
 )
-def test_no_secret_is_told_with_a_mistake(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_no_secret_is_told_with_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     monkeypatch.setenv(name, value)
 
     [told] = validate(os.environ)
@@ -127,13 +174,15 @@ def test_no_secret_is_told_with_a_mistake(monkeypatch: pytest.MonkeyPatch, name:
         ("RLM_WORKER_PORT", "tcp://10.0.0.1:8000"),
     ],
 )
-def test_every_way_to_say_a_setting_is_known(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_every_way_to_say_a_setting_is_known(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     monkeypatch.setenv(name, value)
 
     assert validate(os.environ) == []
 
 
-# --- as a document -----------------------------------------------------------------------------------
+# --- as a document ----------------------------------------------------------------------------
 
 
 SECRETIVE = {
@@ -141,7 +190,11 @@ SECRETIVE = {
     "api_key": "geheim",
     "operations": "shop.operations,shop.more",
     "node": {"target_ms": 5, "timeout_multipliers": {"parse": 2.0}},
-    "alerts": {"webhook_url": "https://hooks/geheim", "webhook_secret": "geheim", "channels": ("log", "webhook")},
+    "alerts": {
+        "webhook_url": "https://hooks/geheim",
+        "webhook_secret": "geheim",
+        "channels": ("log", "webhook"),
+    },
     "autoscale": {"webhook_url": "https://hooks/geheim"},
 }
 
@@ -150,10 +203,16 @@ def test_a_document_tells_everything_but_secrets() -> None:
     document = to_dict(Settings(**SECRETIVE))
 
     assert "geheim" not in json.dumps(document)
-    assert (document["redis_url"], document["alerts"]["webhook_secret"]) == ("redis://:***@host/1", "***")
+    assert (document["redis_url"], document["alerts"]["webhook_secret"]) == (
+        "redis://:***@host/1",
+        "***",
+    )
     assert (document["api_key"], to_dict(Settings())["api_key"]) == ("***", "")
     assert "geheim" not in f"{Settings(api_key='geheim')!r} {Settings(api_key='geheim').api_key}"
-    assert (document["operations"], document["node"]["target_ms"]) == (["shop.operations", "shop.more"], 5.0)
+    assert (document["operations"], document["node"]["target_ms"]) == (
+        ["shop.operations", "shop.more"],
+        5.0,
+    )
     assert set(document) == set(Settings.model_fields)
 
 
@@ -170,7 +229,10 @@ def test_what_is_exported_is_imported_and_secrets_stay(monkeypatch: pytest.Monke
     assert settings.operations == ("shop.operations", "shop.more")
     assert settings.node.timeout_multipliers == {"parse": 2.0}
     assert settings.alerts.channels == ("log", "webhook")
-    assert (settings.redis_url, settings.alerts.webhook_secret) == ("redis://:another@host/2", "another")
+    assert (settings.redis_url, settings.alerts.webhook_secret) == (
+        "redis://:another@host/2",
+        "another",
+    )
     assert settings.api_key.get_secret_value() == "another"
 
 
@@ -197,9 +259,15 @@ def test_as_variables_it_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("{", "the configuration is not JSON"),
         ("[]", "the configuration is list; give an object"),
-        ('{"node": {"target": 3}}', "RLM_NODE__TARGET='3': there is no such setting; did you mean RLM_NODE__TARGET_MS?"),
+        (
+            '{"node": {"target": 3}}',
+            "RLM_NODE__TARGET='3': there is no such setting; did you mean RLM_NODE__TARGET_MS?",
+        ),
         ('{"node": {"target_ms": "x"}}', "RLM_NODE__TARGET_MS='x': Input should be a valid number"),
-        ('{"log_format": "jso"}', "RLM_LOG_FORMAT='jso': must be one of text, json; did you mean json?"),
+        (
+            '{"log_format": "jso"}',
+            "RLM_LOG_FORMAT='jso': must be one of text, json; did you mean json?",
+        ),
     ],
 )
 def test_a_wrong_document_is_refused_in_the_same_words(text: str, told: str) -> None:

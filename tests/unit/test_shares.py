@@ -1,4 +1,6 @@
-"""Which nodes need a place among those of their operation, of how many, and on which hosts they may start."""
+"""Which nodes need a place among those of their operation, of how many, and on which hosts they may
+start.
+"""
 
 from __future__ import annotations
 
@@ -51,16 +53,24 @@ class Worker:
         self.page, self.store = SharedPage(), world.store()
         self.page.slots = slots
         self.woken: list[str] = []
-        self.shares = SlotShares(self.store, settings or Settings(namespace="unit"), self.page, self._wake)
+        self.shares = SlotShares(
+            self.store, settings or Settings(namespace="unit"), self.page, self._wake
+        )
 
     def _wake(self, waiters: Any) -> None:
         self.woken += waiters
 
-    def of(self, operation: Operation, level: Level = Level.NORMAL, priority: str = "normal", target_s: float = 1.0) -> Any:
+    def of(
+        self,
+        operation: Operation,
+        level: Level = Level.NORMAL,
+        priority: str = "normal",
+        target_s: float = 1.0,
+    ) -> Any:
         return self.shares.of(operation, priority, level, target_s)
 
 
-# --- when a place is needed -----------------------------------------------------------------------------
+# --- when a place is needed -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -74,7 +84,9 @@ class Worker:
         (Level.CRITICAL, True, True),
     ],
 )
-def test_without_a_policy_nothing_is_bounded_below_high(world: World, level: Level, declared: bool, bounded: bool) -> None:
+def test_without_a_policy_nothing_is_bounded_below_high(
+    world: World, level: Level, declared: bool, bounded: bool
+) -> None:
     worker = Worker(world)
     found = worker.of(operation(max_workers=4) if declared else operation(), level)
     assert (found is not None) == bounded
@@ -162,19 +174,24 @@ def test_the_dead_give_their_places_back(world: World) -> None:
     assert share.acquire()
 
 
-# --- where a node may start -----------------------------------------------------------------------------
+# --- where a node may start -------------------------------------------------------------------
 
 
 def test_a_node_starts_where_enough_is_free_and_what_its_process_holds_counts(world: World) -> None:
     own = held_mb(os.getpid())
-    bounded, worker = operation("bounded", min_memory_mb=own + 500, max_memory_mb=own + 1000), Worker(world)
+    bounded, worker = (
+        operation("bounded", min_memory_mb=own + 500, max_memory_mb=own + 1000),
+        Worker(world),
+    )
     assert worker.shares.obstacle(bounded) == "", "nobody has measured"
     worker.page.free_mb = 600.0
     assert worker.shares.obstacle(bounded) == ""
     worker.page.free_mb = 300.0
     assert "min_memory_mb" in worker.shares.obstacle(bounded)
     worker.page.free_mb = 0.0
-    assert "min_memory_mb" in worker.shares.obstacle(bounded), "nothing free is not the same as nothing known"
+    assert "min_memory_mb" in worker.shares.obstacle(bounded), (
+        "nothing free is not the same as nothing known"
+    )
     assert worker.shares.obstacle(operation()) == "", "without a policy nobody asks"
 
 
@@ -210,7 +227,7 @@ def test_a_node_that_is_put_off_in_a_job_that_has_just_ended_sends_what_is_left_
     assert platform.mailbox.messages == [(spec.job, MERGE)]
 
 
-# --- whose policy counts --------------------------------------------------------------------------------
+# --- whose policy counts ----------------------------------------------------------------------
 
 
 def with_file(tmp_path: Path, *entries: dict[str, Any]) -> Settings:
@@ -220,16 +237,25 @@ def with_file(tmp_path: Path, *entries: dict[str, Any]) -> Settings:
 
 
 @pytest.mark.parametrize(
-    ("in_file", "own", "expected"), [(True, True, 3), (True, False, 3), (False, True, 5), (False, False, 32)]
+    ("in_file", "own", "expected"),
+    [(True, True, 3), (True, False, 3), (False, True, 5), (False, False, 32)],
 )
-def test_the_operators_word_counts_then_the_operations_own(tmp_path: Path, in_file: bool, own: bool, expected: int) -> None:
-    settings = with_file(tmp_path, {"operation": "op", "max_workers": 3}) if in_file else Settings(namespace="unit")
+def test_the_operators_word_counts_then_the_operations_own(
+    tmp_path: Path, in_file: bool, own: bool, expected: int
+) -> None:
+    settings = (
+        with_file(tmp_path, {"operation": "op", "max_workers": 3})
+        if in_file
+        else Settings(namespace="unit")
+    )
     asked = operation(max_workers=5) if own else operation()
     assert policy_of(asked, policies(settings)).max_workers == expected
 
 
 def test_a_policy_for_all_others_bounds_from_high_pressure_on(world: World, tmp_path: Path) -> None:
-    worker = Worker(world, with_file(tmp_path, {"operation": "*", "max_workers": 2, "min_workers": 1}))
+    worker = Worker(
+        world, with_file(tmp_path, {"operation": "*", "max_workers": 2, "min_workers": 1})
+    )
     assert worker.of(operation(), Level.NORMAL) is None
     share = worker.of(operation(), Level.EMERGENCY)
     assert [bool(share.acquire()) for _ in range(2)] == [True, False]
@@ -237,16 +263,28 @@ def test_a_policy_for_all_others_bounds_from_high_pressure_on(world: World, tmp_
 
 @pytest.mark.parametrize(
     ("own", "asked", "expected"),
-    [("critical", "low", "critical"), ("low", "critical", "low"), ("normal", "high", "high"), ("high", "critical", "critical")],
+    [
+        ("critical", "low", "critical"),
+        ("low", "critical", "low"),
+        ("normal", "high", "high"),
+        ("high", "critical", "critical"),
+    ],
 )
-def test_an_operations_priority_lifts_or_holds_down_its_jobs(own: str, asked: str, expected: str) -> None:
-    assert priority_for(operation(priority=own), policies(Settings(namespace="unit")), asked) == expected
+def test_an_operations_priority_lifts_or_holds_down_its_jobs(
+    own: str, asked: str, expected: str
+) -> None:
+    assert (
+        priority_for(operation(priority=own), policies(Settings(namespace="unit")), asked)
+        == expected
+    )
 
 
-# --- what a node pays -----------------------------------------------------------------------------------
+# --- what a node pays -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("level", "extra"), [(Level.NORMAL, 0), (Level.ELEVATED, 0), (Level.HIGH, 2)])
+@pytest.mark.parametrize(
+    ("level", "extra"), [(Level.NORMAL, 0), (Level.ELEVATED, 0), (Level.HIGH, 2)]
+)
 def test_a_node_without_a_policy_pays_a_round_trip_more_from_high_pressure_on_alone(
     world: World, level: Level, extra: int
 ) -> None:
@@ -254,10 +292,15 @@ def test_a_node_without_a_policy_pays_a_round_trip_more_from_high_pressure_on_al
 
     def trips(at: Level) -> int:
         platform, store = Platform(), CountingStore("redis://fake", client=world.client())
-        platform.runtime.shares = SlotShares(store, platform.settings, platform.runtime.page, lambda _: None)
+        platform.runtime.shares = SlotShares(
+            store, platform.settings, platform.runtime.page, lambda _: None
+        )
         commands: list[int] = []
         pipelined = platform.store._pipelined
-        platform.store._pipelined = lambda *args, **kwargs: (commands.append(1), pipelined(*args, **kwargs))[1]  # type: ignore[method-assign]
+        platform.store._pipelined = lambda *args, **kwargs: (
+            commands.append(1),
+            pipelined(*args, **kwargs),
+        )[1]  # type: ignore[method-assign]
         platform.runtime.page.level = at
         for _ in range(2):  # scripts are known to the server from the second job on
             spec = platform.submit(JobRequest(operation="sum", items=range(10)))

@@ -1,4 +1,6 @@
-"""Calls that are made once while they are in flight: who makes them, whom a value serves, and what is kept."""
+"""Calls that are made once while they are in flight: who makes them, whom a value serves, and what
+is kept.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ def landed(flight: Flight) -> tuple[bytes, str]:
     return flight.value, flight.source
 
 
-# --- one call for all ------------------------------------------------------------------------------------
+# --- one call for all -------------------------------------------------------------------------
 
 
 def test_one_makes_the_call_and_the_others_get_its_value(world: World) -> None:
@@ -39,7 +41,9 @@ def test_one_makes_the_call_and_the_others_get_its_value(world: World) -> None:
     assert 0.04 <= other.wait_s <= 0.06
     assert theirs.look(other).state == "others"
     ours.land(mine, b"\x00value\xff")
-    assert [landed(theirs.look(each)) for each in (other, third, other)] == [(b"\x00value\xff", "flight")] * 3
+    assert [landed(theirs.look(each)) for each in (other, third, other)] == [
+        (b"\x00value\xff", "flight")
+    ] * 3
 
 
 def test_calls_of_other_keys_and_names_are_other_calls(world: World) -> None:
@@ -59,7 +63,9 @@ def test_who_begins_after_it_has_landed_makes_the_call_again(world: World) -> No
     second, later = ours.begin("key"), ours.begin("key")
 
     assert (second.state, later.state) == ("mine", "others")
-    assert landed(ours.look(waits)) == (b"1", "flight"), "who waited gets it, although the next is in flight"
+    assert landed(ours.look(waits)) == (b"1", "flight"), (
+        "who waited gets it, although the next is in flight"
+    )
     assert ours.look(later).state == "others", "who began later does not"
     ours.land(second, b"2")
     assert landed(ours.look(later)) == (b"2", "flight")
@@ -86,7 +92,7 @@ def test_an_empty_value_is_a_value(world: World) -> None:
     assert landed(ours.begin("key", cached=True)) == (b"", "cache")
 
 
-# --- who gives up, dies, or comes late -------------------------------------------------------------------
+# --- who gives up, dies, or comes late --------------------------------------------------------
 
 
 def test_an_abandoned_call_is_made_by_exactly_one_of_those_who_look(world: World) -> None:
@@ -102,7 +108,9 @@ def test_an_abandoned_call_is_made_by_exactly_one_of_those_who_look(world: World
     assert [landed(ours.look(each)) for each in looked[1:]] == [(b"1", "flight")] * 2
 
 
-def test_an_abandoned_call_is_made_by_whoever_begins_next_for_those_who_wait_too(world: World) -> None:
+def test_an_abandoned_call_is_made_by_whoever_begins_next_for_those_who_wait_too(
+    world: World,
+) -> None:
     ours = process(world)
     mine, waits = ours.begin("key"), ours.begin("key")
     ours.abandon(mine)
@@ -141,7 +149,9 @@ def test_who_lands_late_serves_those_who_wait_and_ends_nobody_elses_flight(world
     assert ours.begin("key").state == "mine"
 
 
-def test_who_lands_after_its_lease_when_nobody_took_over_serves_those_who_wait(world: World) -> None:
+def test_who_lands_after_its_lease_when_nobody_took_over_serves_those_who_wait(
+    world: World,
+) -> None:
     ours = process(world)
     late, waits = ours.begin("key"), ours.begin("key")
     world.sleep(LEASE_S + 1)
@@ -158,7 +168,9 @@ def test_who_was_served_by_a_late_landing_waits_no_more(world: World) -> None:
     ours.land(late, b"1")
     ours.land(holder, b"2")
 
-    assert landed(ours.look(waits)) == (b"1", "flight"), "nobody waited for the other one, so it is not stored"
+    assert landed(ours.look(waits)) == (b"1", "flight"), (
+        "nobody waited for the other one, so it is not stored"
+    )
 
 
 def test_who_slept_through_a_landing_waits_for_the_next(world: World) -> None:
@@ -173,7 +185,7 @@ def test_who_slept_through_a_landing_waits_for_the_next(world: World) -> None:
     assert landed(ours.look(sleeper)) == (b"2", "flight")
 
 
-# --- what is kept ----------------------------------------------------------------------------------------
+# --- what is kept -----------------------------------------------------------------------------
 
 
 def test_a_cached_value_is_for_those_who_ask_for_it(world: World) -> None:
@@ -191,7 +203,9 @@ def test_a_memo_is_for_the_same_name_and_key_only(world: World) -> None:
     ours.land(ours.begin("key"), b"2", cache_ttl_s=60)
 
     assert landed(ours.begin("key", memo="job 1")) == (b"1", "memo")
-    assert landed(ours.begin("key", memo="job 1", cached=True)) == (b"1", "memo"), "its own comes first"
+    assert landed(ours.begin("key", memo="job 1", cached=True)) == (b"1", "memo"), (
+        "its own comes first"
+    )
     assert landed(ours.begin("key", memo="job 2", cached=True)) == (b"2", "cache")
     assert ours.begin("key 2", memo="job 1").state == "mine"
     assert ours.begin("key", memo="job 2").state == "mine"
@@ -239,10 +253,12 @@ def test_all_keys_expire(world: World) -> None:
 
 
 def test_all_keys_of_a_call_share_a_slot() -> None:
-    assert {each.partition("}")[0] for each in Keys("unit").flight("llm", "key")} == {"unit:{flight:llm:key"}
+    assert {each.partition("}")[0] for each in Keys("unit").flight("llm", "key")} == {
+        "unit:{flight:llm:key"
+    }
 
 
-# --- round trips, Redis away, wrong values ---------------------------------------------------------------
+# --- round trips, Redis away, wrong values ----------------------------------------------------
 
 
 def test_each_step_is_one_round_trip_and_a_landing_may_share_one(world: World) -> None:
@@ -250,7 +266,10 @@ def test_each_step_is_one_round_trip_and_a_landing_may_share_one(world: World) -
     ours = SingleFlight("llm", store)
     mine, waits = ours.begin("key", cached=True, memo="job"), ours.begin("key")
     ours.look(waits)
-    store.ask(ours.landing(mine, b"1", cache_ttl_s=1, memo="job", memo_ttl_s=1), ours.landing(ours.begin("other"), b"2"))
+    store.ask(
+        ours.landing(mine, b"1", cache_ttl_s=1, memo="job", memo_ttl_s=1),
+        ours.landing(ours.begin("other"), b"2"),
+    )
 
     assert store.round_trips == 5
     assert landed(ours.look(waits)) == (b"1", "flight")
@@ -311,7 +330,7 @@ def test_what_would_be_kept_for_ever_is_told(world: World) -> None:
         ours.land(mine, b"1", cache_ttl_s=-1)
 
 
-# --- against an oracle -----------------------------------------------------------------------------------
+# --- against an oracle ------------------------------------------------------------------------
 
 
 @dataclass
@@ -368,7 +387,11 @@ class SingleFlightMachine(RuleBasedStateMachine):
             self.waiting.append(Waits(found))
 
     @precondition(lambda self: self.mine)
-    @rule(at=st.integers(0, 9), cache=st.sampled_from([False, False, True]), memo=st.sampled_from(["", "", "a", "b"]))
+    @rule(
+        at=st.integers(0, 9),
+        cache=st.sampled_from([False, False, True]),
+        memo=st.sampled_from(["", "", "a", "b"]),
+    )
     def land(self, at: int, cache: bool, memo: str) -> None:
         """In time or late, even when it was abandoned."""
         flight = self.mine.pop(-1 - at % len(self.mine))
@@ -416,16 +439,21 @@ TestSingleFlightAgainstAnOracle = SingleFlightMachine.TestCase
 TestSingleFlightAgainstAnOracle.settings = settings(max_examples=60, stateful_step_count=40)
 
 
-# --- on whose behalf -------------------------------------------------------------------------------------
+# --- on whose behalf --------------------------------------------------------------------------
 
 
-def test_who_begins_again_on_its_own_behalf_takes_over_from_its_dead_self_and_serves_those_who_wait(world: World) -> None:
+def test_who_begins_again_on_its_own_behalf_takes_over_from_its_dead_self_and_serves_those_who_wait(
+    world: World,
+) -> None:
     first, second, others = process(world), process(world), process(world)
     dead, waits = first.begin("key", by="item 7"), others.begin("key", by="item 8")
 
     again = second.begin("key", by="item 7")
     assert (dead.again, again.state, again.again) == (False, "mine", True)
-    assert (others.look(waits).state, second.begin("key", by="item 9").state) == ("others", "others")
+    assert (others.look(waits).state, second.begin("key", by="item 9").state) == (
+        "others",
+        "others",
+    )
 
     second.land(again, b"1")
     assert landed(others.look(waits)) == (b"1", "flight")

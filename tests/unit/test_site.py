@@ -1,4 +1,6 @@
-"""The site has every page in its navigation and every public name in its reference; `make docs` builds it."""
+"""The site has every page in its navigation and every public name in its reference; `make docs`
+builds it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ DIRECTIVES = [
     for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
 ]
 PUBLIC = [
-    f"{package.__name__}.{name}" for package in (rlm_tasks, resilience, scheduler) for name in getattr(package, "__all__", ())
+    f"{package.__name__}.{name}"
+    for package in (rlm_tasks, resilience, scheduler)
+    for name in getattr(package, "__all__", ())
 ]
 
 
@@ -50,7 +54,9 @@ def named(path: str) -> Any:
 def test_each_page_is_in_the_navigation_once() -> None:
     config = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Plain)  # noqa: S506  # a SafeLoader
 
-    assert sorted(pages_of(config["nav"])) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
+    assert sorted(pages_of(config["nav"])) == sorted(
+        page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")
+    )
 
 
 @pytest.mark.parametrize("name", PUBLIC)

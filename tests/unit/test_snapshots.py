@@ -1,4 +1,6 @@
-"""Operations beside their own past: what counts as slower, what is kept, what is told, and how often Redis is asked."""
+"""Operations beside their own past: what counts as slower, what is kept, what is told, and how
+often Redis is asked.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ EVERY_S = 60.0
 
 def history(*averages_ms: float, items: int = 100, version: int = 1) -> list[Snapshot]:
     """Return snapshots of these averages, given oldest first, a minute apart."""
-    told = [Snapshot(60.0 * at, items, 0, round(each * 1000 * items), 1024, version) for at, each in enumerate(averages_ms)]
+    told = [
+        Snapshot(60.0 * at, items, 0, round(each * 1000 * items), 1024, version)
+        for at, each in enumerate(averages_ms)
+    ]
     return told[::-1]
 
 
@@ -32,7 +37,7 @@ STEADY = [10.0] * MIN_PAST
 UNSTEADY = [8.0, 12.5] * (MIN_PAST // 2)
 
 
-# --- what counts as slower ---------------------------------------------------------------------------
+# --- what counts as slower --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -77,7 +82,9 @@ def test_a_new_version_has_a_new_past() -> None:
     assert trend(history(*STEADY, *[20.0] * RECENT, version=2) + before, 0.2).slower
 
 
-@pytest.mark.parametrize(("now_ms", "slower"), [(13.0, True), (11.2, True), (10.9, False), (8.0, False)])
+@pytest.mark.parametrize(
+    ("now_ms", "slower"), [(13.0, True), (11.2, True), (10.9, False), (8.0, False)]
+)
 def test_it_is_over_when_half_of_the_threshold_is_not_reached(now_ms: float, slower: bool) -> None:
     since = 60.0 * MIN_PAST
 
@@ -91,16 +98,22 @@ def test_a_slow_down_does_not_become_its_own_past_until_nothing_else_is_left() -
     assert trend(history(*STEADY, *[13.0] * 200)[:-1], 0.2, since) == Trend()
 
 
-# --- noise -------------------------------------------------------------------------------------------
+# --- noise ------------------------------------------------------------------------------------
 
 
 def told_of_a_day(minutes: int, slow_from: int, *, seed: int = 1) -> list[int]:
-    """Return the minutes at which an operation of lognormal items (sigma 1, 300 a minute) is told to be slower."""
+    """Return the minutes at which an operation of lognormal items (sigma 1, 300 a minute) is told
+    to be slower.
+    """
     random, kept, told, since = Random(seed), list[Snapshot](), [], None
     for minute in range(minutes):
         items = round(300 * random.uniform(0.5, 1.5))
-        mean_ms = fmean(random.lognormvariate(2.0, 1.0) for _ in range(items)) * (1.3 if minute >= slow_from else 1.0)
-        kept = [Snapshot(60.0 * minute, items, 0, round(mean_ms * 1000 * items), 1024, 1), *kept][:240]
+        mean_ms = fmean(random.lognormvariate(2.0, 1.0) for _ in range(items)) * (
+            1.3 if minute >= slow_from else 1.0
+        )
+        kept = [Snapshot(60.0 * minute, items, 0, round(mean_ms * 1000 * items), 1024, 1), *kept][
+            :240
+        ]
         slower = trend(kept, 0.2, since).slower
         if slower and since is None:
             told.append(minute)
@@ -121,7 +134,7 @@ def test_items_that_take_30_percent_longer_are_told_of_within_five_snapshots(see
     assert len(told) == 1, "once, however long it lasts"
 
 
-# --- what is kept ------------------------------------------------------------------------------------
+# --- what is kept -----------------------------------------------------------------------------
 
 
 class Operated:
@@ -133,15 +146,33 @@ class Operated:
         self.usage = Usage(self.store, self.keys)
         self.snapshots = Snapshots(self.store, self.keys, SnapshotSettings(**settings))
 
-    def ran(self, operation: str, ms: float = 10.0, items: int = 100, *, failed: int = 0, mb: int = 50, version: int = 1) -> None:
-        counts = {"done": items - failed, "failed": failed, "busy_us": round(ms * 1000 * items), "memory_kb": mb * 1024}
+    def ran(
+        self,
+        operation: str,
+        ms: float = 10.0,
+        items: int = 100,
+        *,
+        failed: int = 0,
+        mb: int = 50,
+        version: int = 1,
+    ) -> None:
+        counts = {
+            "done": items - failed,
+            "failed": failed,
+            "busy_us": round(ms * 1000 * items),
+            "memory_kb": mb * 1024,
+        }
         self.store.run(self.usage.tally(operation, **counts, version=version))
 
     def take(self) -> list[str]:
         self.world.sleep(EVERY_S)
-        return [f"{each.name} {each.data['operation']}" for each in self.snapshots.take(self.world.now)]
+        return [
+            f"{each.name} {each.data['operation']}" for each in self.snapshots.take(self.world.now)
+        ]
 
-    def minutes(self, number: int, ms: float, operation: str = "parse", version: int = 1) -> list[str]:
+    def minutes(
+        self, number: int, ms: float, operation: str = "parse", version: int = 1
+    ) -> list[str]:
         told = []
         for _ in range(number):
             self.ran(operation, ms, version=version)
@@ -164,8 +195,20 @@ def test_a_snapshot_has_what_was_done_since_the_last_one(operated: Operated) -> 
 
     latest, first = operated.snapshots.of("parse")
 
-    assert (first.executions, first.failures, first.avg_ms, first.peak_kb, first.version) == (100, 3, 10.0, 200 * 1024, 1)
-    assert (latest.executions, latest.failures, latest.avg_ms, latest.peak_kb, latest.version) == (100, 0, 25.0, 90 * 1024, 2)
+    assert (first.executions, first.failures, first.avg_ms, first.peak_kb, first.version) == (
+        100,
+        3,
+        10.0,
+        200 * 1024,
+        1,
+    )
+    assert (latest.executions, latest.failures, latest.avg_ms, latest.peak_kb, latest.version) == (
+        100,
+        0,
+        25.0,
+        90 * 1024,
+        2,
+    )
     assert latest.at - first.at == EVERY_S
     assert latest.to_dict()["peak_memory_mb"] == 90.0
     assert operated.snapshots.of("nobody's") == []
@@ -184,7 +227,10 @@ def test_as_many_are_kept_as_are_to_be(world: World) -> None:
 def test_a_slow_down_and_its_end_are_told_once(operated: Operated) -> None:
     assert operated.minutes(20, 10.0) == []
     assert operated.minutes(30, 13.0) == ["performance.degraded parse"]
-    assert operated.snapshots.trends(["parse", "other"]) == [pytest.approx((0.3, True, 13.0, 10.0)), Trend()]
+    assert operated.snapshots.trends(["parse", "other"]) == [
+        pytest.approx((0.3, True, 13.0, 10.0)),
+        Trend(),
+    ]
     assert operated.minutes(10, 10.0) == ["performance.recovered parse"]
 
 
@@ -203,8 +249,16 @@ def test_what_is_told_says_how_much_and_why(operated: Operated) -> None:
     operated.world.sleep(EVERY_S)
     [event] = operated.snapshots.take(operated.world.now)
 
-    assert (event.severity, event.message) == (EventSeverity.WARNING, "items of parse take 12.5 ms, 25 % longer than before")
-    assert event.data == {"operation": "parse", "change_percent": 25.0, "recent_ms": 12.5, "past_ms": 10.0}
+    assert (event.severity, event.message) == (
+        EventSeverity.WARNING,
+        "items of parse take 12.5 ms, 25 % longer than before",
+    )
+    assert event.data == {
+        "operation": "parse",
+        "change_percent": 25.0,
+        "recent_ms": 12.5,
+        "past_ms": 10.0,
+    }
 
 
 def test_redis_is_asked_twice_for_all_operations_together(operated: Operated) -> None:
@@ -220,7 +274,7 @@ def test_redis_is_asked_twice_for_all_operations_together(operated: Operated) ->
     assert (len(asked), operated.store.round_trips - before) == (1, 1)
 
 
-# --- by the monitor ----------------------------------------------------------------------------------
+# --- by the monitor ---------------------------------------------------------------------------
 
 
 def test_the_monitor_compares_once_a_minute_and_alerts(world: World) -> None:

@@ -1,4 +1,6 @@
-"""Plans tile what they cut, keep their bounds, and a running node yields for one reason at a time."""
+"""Plans tile what they cut, keep their bounds, and a running node yields for one reason at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +48,22 @@ def tiles(part: Part) -> bool:
         return True
     edges = [(inner.lo, inner.hi) for inner in part.parts]
     joined = all(a[1] == b[0] for a, b in itertools.pairwise(edges))
-    return joined and (edges[0][0], edges[-1][1]) == (part.lo, part.hi) and all(map(tiles, part.parts))
+    return (
+        joined and (edges[0][0], edges[-1][1]) == (part.lo, part.hi) and all(map(tiles, part.parts))
+    )
 
 
-@given(shape=SHAPES, lo=st.integers(0, 1000), size=st.integers(1, 100_000), depth=st.integers(0, 9), slots=st.integers(1, 64))
+@given(
+    shape=SHAPES,
+    lo=st.integers(0, 1000),
+    size=st.integers(1, 100_000),
+    depth=st.integers(0, 9),
+    slots=st.integers(1, 64),
+)
 @example(shape=Shape("tree", factor=11, max_depth=3), lo=0, size=1001, depth=0, slots=31)
-def test_a_plan_tiles_its_range_within_its_bounds(shape: Shape, lo: int, size: int, depth: int, slots: int) -> None:
+def test_a_plan_tiles_its_range_within_its_bounds(
+    shape: Shape, lo: int, size: int, depth: int, slots: int
+) -> None:
     planned = plan(shape, lo, lo + size, depth, slots)
 
     found = leaves(planned)
@@ -60,13 +72,18 @@ def test_a_plan_tiles_its_range_within_its_bounds(shape: Shape, lo: int, size: i
     assert len(found) <= MAX_FANOUT
     if shape.mode == "tree":
         assert all(leaf.depth <= max(shape.max_depth, depth) for leaf in found)
-        assert isinstance(planned, Leaf) or min(leaf.hi - leaf.lo for leaf in found) >= shape.plan_min
+        assert (
+            isinstance(planned, Leaf) or min(leaf.hi - leaf.lo for leaf in found) >= shape.plan_min
+        )
 
 
 @pytest.mark.parametrize(
-    ("n", "smallest", "nodes", "depth"), [(1000, 100, 8, 3), (1024, 1, 512, 9), (199, 100, 1, 0), (200, 100, 2, 1)]
+    ("n", "smallest", "nodes", "depth"),
+    [(1000, 100, 8, 3), (1024, 1, 512, 9), (199, 100, 1, 0), (200, 100, 2, 1)],
 )
-def test_a_binary_plan_halves_down_to_the_smallest_chunk(n: int, smallest: int, nodes: int, depth: int) -> None:
+def test_a_binary_plan_halves_down_to_the_smallest_chunk(
+    n: int, smallest: int, nodes: int, depth: int
+) -> None:
     planned = plan(Shape("tree", 2, smallest, smallest, eager=True), 0, n, 0, 1)
 
     assert len(leaves(planned)) == nodes
@@ -120,8 +137,16 @@ def test_tapered_parts_tile_and_become_smaller(lo: int, size: int, count: int) -
 
 
 def test_suspects_are_isolated() -> None:
-    assert [(leaf.lo, leaf.hi) for leaf in leaves(isolate(0, 10, 2, [4]))] == [(0, 4), (4, 5), (5, 10)]
-    assert [(leaf.lo, leaf.hi) for leaf in leaves(isolate(0, 10, 2, [0, 9]))] == [(0, 1), (1, 9), (9, 10)]
+    assert [(leaf.lo, leaf.hi) for leaf in leaves(isolate(0, 10, 2, [4]))] == [
+        (0, 4),
+        (4, 5),
+        (5, 10),
+    ]
+    assert [(leaf.lo, leaf.hi) for leaf in leaves(isolate(0, 10, 2, [0, 9]))] == [
+        (0, 1),
+        (1, 9),
+        (9, 10),
+    ]
 
 
 def standing(**changed: object) -> NodeProgress:
@@ -146,7 +171,9 @@ def standing(**changed: object) -> NodeProgress:
     ],
     ids=str,
 )
-def test_a_node_yields_for_its_most_urgent_reason(changed: dict[str, object], reason: Reason | None) -> None:
+def test_a_node_yields_for_its_most_urgent_reason(
+    changed: dict[str, object], reason: Reason | None
+) -> None:
     assert should_yield(Shape("flat", 4, min_chunk=10, max_chunk=80), standing(**changed)) == reason
 
 
@@ -158,10 +185,18 @@ def test_every_reason_has_its_row_in_the_table() -> None:
 
 @pytest.mark.parametrize(
     ("changed", "answer"),
-    [({}, True), ({"rest": 1}, False), ({"depth": 3}, False), ({"rest": 5}, False), ({"elapsed_ms": 1.0}, False)],
+    [
+        ({}, True),
+        ({"rest": 1}, False),
+        ({"depth": 3}, False),
+        ({"rest": 5}, False),
+        ({"elapsed_ms": 1.0}, False),
+    ],
     ids=str,
 )
-def test_a_rest_is_shared_when_it_is_worth_a_message(changed: dict[str, object], answer: bool) -> None:
+def test_a_rest_is_shared_when_it_is_worth_a_message(
+    changed: dict[str, object], answer: bool
+) -> None:
     assert may_fan_out(Shape("flat", 4, min_chunk=3, max_depth=3), standing(**changed)) is answer
 
 
@@ -173,7 +208,12 @@ def test_sequential_jobs_and_short_rests_are_not_shared() -> None:
 
 
 def test_the_estimate_of_the_source_document() -> None:
-    assert estimate_optimal_chunk_size(total_items=10_000, estimated_item_processing_time_ms=5, target_parallelism=8) == 1250
+    assert (
+        estimate_optimal_chunk_size(
+            total_items=10_000, estimated_item_processing_time_ms=5, target_parallelism=8
+        )
+        == 1250
+    )
     assert estimate_optimal_chunk_size(100, 0.1, 8) == 100
     with pytest.raises(ValueError, match="at least 1"):
         estimate_optimal_chunk_size(0, 5, 8)

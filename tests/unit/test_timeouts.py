@@ -1,4 +1,6 @@
-"""How long an item may take: the base table, what is learned, and what happens while Redis is away."""
+"""How long an item may take: the base table, what is learned, and what happens while Redis is
+away.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,16 @@ from hypothesis import strategies as st
 from resilience.errors import InvalidValue
 from resilience.keys import Keys
 from resilience.store import Call, Store
-from resilience.timeouts import BUCKETS, RATIO, TTL_S, Timeouts, TimeoutSettings, bucket_of, percentile, upper_edge_s
+from resilience.timeouts import (
+    BUCKETS,
+    RATIO,
+    TTL_S,
+    Timeouts,
+    TimeoutSettings,
+    bucket_of,
+    percentile,
+    upper_edge_s,
+)
 from tests.unit.harness import Clock
 
 WORDS = ("simple", "medium", "complex", "very_complex")
@@ -29,7 +40,9 @@ class Counted(Store):
 
     def __init__(self) -> None:
         self.server, self.time, self.asked = fakeredis.FakeServer(), Clock(), 0
-        super().__init__("redis://fake", client=fakeredis.FakeRedis(server=self.server), clock=self.time)
+        super().__init__(
+            "redis://fake", client=fakeredis.FakeRedis(server=self.server), clock=self.time
+        )
 
     def ask(self, *calls: Call) -> list[Any]:
         self.asked += 1
@@ -62,7 +75,7 @@ DISTRIBUTIONS: dict[str, Callable[[Random], float]] = {
 }
 
 
-# --- the base table ----------------------------------------------------------------------------------
+# --- the base table ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,14 +83,20 @@ DISTRIBUTIONS: dict[str, Callable[[Random], float]] = {
     [("simple", 300), ("medium", 900), ("complex", 2700), ("very_complex", 7200)]
     + [(undeclared, 7200) for undeclared in ("", "linear", "quadratic", "Simple")],
 )
-def test_the_base_table_decides_about_an_operation_nobody_has_run(complexity: str, expected_s: float) -> None:
+def test_the_base_table_decides_about_an_operation_nobody_has_run(
+    complexity: str, expected_s: float
+) -> None:
     assert Timeouts(Counted()).limit_s("op", complexity) == expected_s
 
 
 def test_a_multiplier_stretches_the_base_of_its_operation_alone() -> None:
     timeouts = Timeouts(Counted(), multipliers={"slow": 2.0, "fast": 0.5})
 
-    assert [timeouts.limit_s(name, "medium") for name in ("slow", "fast", "other")] == [1800, 450, 900]
+    assert [timeouts.limit_s(name, "medium") for name in ("slow", "fast", "other")] == [
+        1800,
+        450,
+        900,
+    ]
 
 
 @pytest.mark.parametrize("multiplier", [0.0, -1.0, math.inf, math.nan])
@@ -105,19 +124,30 @@ def test_each_retry_may_take_half_as_long_again_up_to_the_cap() -> None:
 def test_no_limit_goes_beyond_what_remains() -> None:
     timeouts = Timeouts(Counted())
 
-    assert [timeouts.limit_s("op", "simple", remaining_s=left) for left in (1e9, 20, 0, -5)] == [300, 20, 0, 0]
+    assert [timeouts.limit_s("op", "simple", remaining_s=left) for left in (1e9, 20, 0, -5)] == [
+        300,
+        20,
+        0,
+        0,
+    ]
 
 
 def test_the_table_can_be_set_and_is_checked() -> None:
     settings = TimeoutSettings(simple_s=7, cap_s=10)
 
     assert Timeouts(Counted(), settings=settings).limit_s("op", "simple", retries=5) == 10
-    for wrong in ({"simple_s": 0}, {"cap_s": -1}, {"retry_penalty": 0.9}, {"floor": 0}, {"min_samples": 0}):
+    for wrong in (
+        {"simple_s": 0},
+        {"cap_s": -1},
+        {"retry_penalty": 0.9},
+        {"floor": 0},
+        {"min_samples": 0},
+    ):
         with pytest.raises(InvalidValue, match=next(iter(wrong))):
             TimeoutSettings(**wrong)
 
 
-# --- what always holds -------------------------------------------------------------------------------
+# --- what always holds ------------------------------------------------------------------------
 
 SHARED = {"untaught": Timeouts(Counted(), multipliers={"op": 1.7}), "taught": taught([90.0] * 200)}
 
@@ -138,10 +168,13 @@ def test_more_complexity_and_more_retries_never_shorten_a_limit(
     now, later = limits_s(0), limits_s(1)
 
     assert all(less <= more for less, more in [*pairwise(now), *zip(now, later, strict=True)])
-    assert all(0 <= each <= min(CAP_S, remaining_s if remaining_s is not None else CAP_S) for each in now + later)
+    assert all(
+        0 <= each <= min(CAP_S, remaining_s if remaining_s is not None else CAP_S)
+        for each in now + later
+    )
 
 
-# --- the histogram -----------------------------------------------------------------------------------
+# --- the histogram ----------------------------------------------------------------------------
 
 
 @given(st.floats(0, 1e9))
@@ -163,7 +196,9 @@ def test_the_buckets_reach_from_a_millisecond_to_beyond_the_cap() -> None:
 def test_a_percentile_is_the_upper_edge_of_the_bucket_it_ends_in() -> None:
     weights = {40: 1.0, 10: 98.0, 30: 1.0}
 
-    assert [percentile(weights, share) for share in (0.5, 0.98, 0.99, 1.0)] == [upper_edge_s(at) for at in (10, 10, 30, 40)]
+    assert [percentile(weights, share) for share in (0.5, 0.98, 0.99, 1.0)] == [
+        upper_edge_s(at) for at in (10, 10, 30, 40)
+    ]
     assert percentile({3: 0.1, 4: 0.2, 5: 0.3}, 1.0) == upper_edge_s(5)
     with pytest.raises(ValueError, match="empty"):
         percentile({}, 0.99)
@@ -191,7 +226,9 @@ def test_weights_fade_once_500_samples_have_arrived() -> None:
     assert store.weights() == pytest.approx({bucket_of(1.0): 499 * 0.5, bucket_of(2.0): 2 * 0.5})
     timeouts.learn("op", [2.0] * 1000)
     faded = {bucket_of(1.0): 499 * 0.5**2, bucket_of(2.0): (2 * 0.5 + 1000) * 0.5}
-    assert store.weights() == pytest.approx(faded), "once for a call, however many samples it brings"
+    assert store.weights() == pytest.approx(faded), (
+        "once for a call, however many samples it brings"
+    )
     assert store.client.hget(KEY, "since") == b"0"
 
 
@@ -207,7 +244,7 @@ def test_every_write_extends_the_expiry() -> None:
     assert store.client.ttl(KEY) == TTL_S
 
 
-# --- the learned limit -------------------------------------------------------------------------------
+# --- the learned limit ------------------------------------------------------------------------
 
 
 def test_fifty_samples_are_enough_and_forty_nine_are_not() -> None:
@@ -261,7 +298,9 @@ def test_few_items_are_stopped_that_would_have_ended_well(name: str) -> None:
 
 
 class Loop:
-    """Items that run under the limit they teach: one that is stopped is a sample of the limit it ran into."""
+    """Items that run under the limit they teach: one that is stopped is a sample of the limit it
+    ran into.
+    """
 
     def __init__(self, draw: Callable[[Random], float], history: int, seed: int) -> None:
         self.random, self.draw, self.store, self.stopped = Random(seed), draw, Counted(), 0
@@ -288,10 +327,12 @@ class Loop:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("history", [500, 5000])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_items_that_take_three_times_as_long_are_learned_within_200_samples(name: str, history: int, seed: int) -> None:
-    """At most 1,000 samples of before count, so the new ones soon are more than the last hundredth.  A heavy tail is
-    known less well from 200 samples than from 5,000: the share that is stopped is three times the usual, not more.
-    """
+def test_items_that_take_three_times_as_long_are_learned_within_200_samples(
+    name: str, history: int, seed: int
+) -> None:
+    """At most 1,000 samples of before count, so the new ones soon are more than the last
+    hundredth.  A heavy tail is known less well from 200 samples than from 5,000: the share that is
+    stopped is three times the usual, not more."""
     loop = Loop(DISTRIBUTIONS[name], history=history, seed=seed)
 
     loop.run(200, slower=3.0)
@@ -300,7 +341,7 @@ def test_items_that_take_three_times_as_long_are_learned_within_200_samples(name
     assert loop.stopped <= 25
 
 
-# --- Redis is away -----------------------------------------------------------------------------------
+# --- Redis is away ----------------------------------------------------------------------------
 
 
 def test_without_redis_the_base_table_decides_and_samples_are_lost() -> None:
@@ -344,5 +385,7 @@ def test_a_broken_script_is_not_taken_for_an_outage() -> None:
 def test_urgent_work_gets_more_time_and_never_more_than_the_cap() -> None:
     timeouts = taught([])
 
-    assert timeouts.limit_s("parse", "simple", stretch=2.0) == 2 * timeouts.limit_s("parse", "simple")
+    assert timeouts.limit_s("parse", "simple", stretch=2.0) == 2 * timeouts.limit_s(
+        "parse", "simple"
+    )
     assert timeouts.limit_s("parse", "very_complex", stretch=2.0) == 10_800

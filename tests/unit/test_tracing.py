@@ -1,4 +1,6 @@
-"""Which spans a job becomes, under which ids, whatever dies; which jobs are sampled, and what is never in a span."""
+"""Which spans a job becomes, under which ids, whatever dies; which jobs are sampled, and what is
+never in a span.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ from rlm_tasks.telemetry.tracing import TracedLedger, Tracing
 from tests.unit.harness import Platform
 
 _sent = InMemorySpanExporter()
-_spans = Spans([SimpleSpanProcessor(_sent)])  # one for the process, as in a worker: OpenTelemetry takes its provider once
+_spans = Spans(
+    [SimpleSpanProcessor(_sent)]
+)  # one for the process, as in a worker: OpenTelemetry takes its provider once
 
 
 @pytest.fixture
@@ -76,7 +80,7 @@ def ids(spans: Iterable[ReadableSpan]) -> dict[int, ReadableSpan]:
     return found
 
 
-# --- one trace ---------------------------------------------------------------------------------------
+# --- one trace --------------------------------------------------------------------------------
 
 
 def test_a_job_and_its_nodes_are_one_trace(sent: InMemorySpanExporter) -> None:
@@ -86,34 +90,54 @@ def test_a_job_and_its_nodes_are_one_trace(sent: InMemorySpanExporter) -> None:
     platform.run(spec)
 
     spans = ids(sent.get_finished_spans())
-    assert {each.context.trace_id for each in spans.values() if each.context} == {uuid.UUID(spec.job).int}
+    assert {each.context.trace_id for each in spans.values() if each.context} == {
+        uuid.UUID(spec.job).int
+    }
     of_job = spans[span_id(spec.job)]
     assert (of_job.name, of_job.parent, of_job.status.is_ok) == ("job unit_looking", None, True)
     assert of_job.attributes is not None
-    assert {"rlm.state": "succeeded", "rlm.done": 40, "rlm.items": 40}.items() <= of_job.attributes.items()
+    assert {
+        "rlm.state": "succeeded",
+        "rlm.done": 40,
+        "rlm.items": 40,
+    }.items() <= of_job.attributes.items()
     assert [event.name for event in of_job.events] == ["started"]
     for record in platform.ledger.all_records(spec.job):
         node = spans[span_id(spec.job, record.id)]
         assert node.parent is not None
         assert node.parent.span_id == span_id(spec.job, *record.parent.split())
         assert node.attributes is not None
-        told = {"job_id": spec.job, "node_id": record.id, "parent_id": record.parent, "depth": record.depth, "lo": record.lo}
-        assert {f"rlm.{name}": value for name, value in told.items()}.items() <= node.attributes.items()
+        told = {
+            "job_id": spec.job,
+            "node_id": record.id,
+            "parent_id": record.parent,
+            "depth": record.depth,
+            "lo": record.lo,
+        }
+        assert {
+            f"rlm.{name}": value for name, value in told.items()
+        }.items() <= node.attributes.items()
         assert node.start_time is not None
         assert node.end_time is not None
         assert node.start_time <= node.end_time
     theirs = [each for each in spans.values() if each.name == "looking"]
     assert len(theirs) == 40
-    assert all(each.parent and spans[each.parent.span_id].name == "node unit_looking" for each in theirs)
+    assert all(
+        each.parent and spans[each.parent.span_id].name == "node unit_looking" for each in theirs
+    )
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_no_parent_is_missing_whatever_dies(sent: InMemorySpanExporter, seed: int) -> None:
-    """Processes die at every point, messages come twice: whatever has finished hangs under what has been told."""
+    """Processes die at every point, messages come twice: whatever has finished hangs under what has
+    been told.
+    """
     platform, random = traced(seed), Random(seed)
     platform.runtime.reached = lambda _: die_of(random)
 
-    spec = platform.submit(request(list(range(30)), strategy=NWay(split_factor=3, min_chunk_size=2)))
+    spec = platform.submit(
+        request(list(range(30)), strategy=NWay(split_factor=3, min_chunk_size=2))
+    )
     while (facts := platform.ledger.facts(spec.job))["state"] != "succeeded":
         run_until_death(platform, spec)
         recover(platform, spec)
@@ -122,8 +146,14 @@ def test_no_parent_is_missing_whatever_dies(sent: InMemorySpanExporter, seed: in
     spans = ids(sent.get_finished_spans())
     finished = {span_id(spec.job, record.id) for record in platform.ledger.all_records(spec.job)}
     assert finished | {span_id(spec.job)} <= set(spans)
-    assert [each.name for each in spans.values() if each.parent and each.parent.span_id not in spans] == []
-    attempts = [each.attributes["rlm.attempt"] for each in spans.values() if each.attributes and "rlm.attempt" in each.attributes]
+    assert [
+        each.name for each in spans.values() if each.parent and each.parent.span_id not in spans
+    ] == []
+    attempts = [
+        each.attributes["rlm.attempt"]
+        for each in spans.values()
+        if each.attributes and "rlm.attempt" in each.attributes
+    ]
     assert len(attempts) >= len(finished)
     if seed == 0:
         assert max(attempts) > 1, "nothing has died"
@@ -142,7 +172,9 @@ def run_until_death(platform: Platform, spec: JobSpec) -> None:
 
 
 def recover(platform: Platform, spec: JobSpec) -> None:
-    """Give back what dead processes have held, and send what waits, as the guard and the sweep do."""
+    """Give back what dead processes have held, and send what waits, as the guard and the sweep
+    do.
+    """
     nodes = platform.store.client.hgetall(platform.keys.of(spec.job).nodes)
     for id, text in nodes.items():
         record = json.loads(text)
@@ -152,7 +184,9 @@ def recover(platform: Platform, spec: JobSpec) -> None:
             platform.mailbox.resend(spec.job, [id.decode()], merges=True)
 
 
-def test_an_attempt_that_came_to_nothing_stands_beside_the_one_that_did(sent: InMemorySpanExporter) -> None:
+def test_an_attempt_that_came_to_nothing_stands_beside_the_one_that_did(
+    sent: InMemorySpanExporter,
+) -> None:
     platform = traced()
     spec = platform.submit(request([1, 2, 3]))
     first = platform.ledger.claim(spec.job, "root", "first", "w1")
@@ -166,7 +200,10 @@ def test_an_attempt_that_came_to_nothing_stands_beside_the_one_that_did(sent: In
     assert attempt.parent == node.parent
     assert attempt.attributes is not None
     assert node.attributes is not None
-    assert (attempt.attributes["rlm.attempt"], attempt.attributes["rlm.reason"]) == (1, "the bucket is empty")
+    assert (attempt.attributes["rlm.attempt"], attempt.attributes["rlm.reason"]) == (
+        1,
+        "the bucket is empty",
+    )
     assert node.attributes["rlm.attempt"] == 2
 
 
@@ -190,10 +227,12 @@ def test_work_that_another_has_done_is_told_as_such(sent: InMemorySpanExporter) 
     assert {span_id(spec.job, "root"), span_id(spec.job, "root", 1)} <= set(ids(spans))
 
 
-# --- what went wrong, and what is never told ---------------------------------------------------------
+# --- what went wrong, and what is never told --------------------------------------------------
 
 
-def test_a_failure_is_told_by_type_and_code_and_nothing_of_the_user_s_is(sent: InMemorySpanExporter) -> None:
+def test_a_failure_is_told_by_type_and_code_and_nothing_of_the_user_s_is(
+    sent: InMemorySpanExporter,
+) -> None:
     platform = traced()
 
     spec = platform.submit(request([7_654_321, -1_234_567], params={"key": "hush-hush"}))
@@ -203,19 +242,35 @@ def test_a_failure_is_told_by_type_and_code_and_nothing_of_the_user_s_is(sent: I
     node, job = spans[span_id(spec.job, "root")], spans[span_id(spec.job)]
     assert node.attributes is not None
     assert job.attributes is not None
-    assert (node.attributes["error.type"], node.attributes["rlm.failed"], node.status.is_ok) == ("ValueError", 1, False)
-    assert (job.attributes["rlm.state"], job.attributes["rlm.code"], job.status.is_ok) == ("failed", "FAILED", False)
+    assert (node.attributes["error.type"], node.attributes["rlm.failed"], node.status.is_ok) == (
+        "ValueError",
+        1,
+        False,
+    )
+    assert (job.attributes["rlm.state"], job.attributes["rlm.code"], job.status.is_ok) == (
+        "failed",
+        "FAILED",
+        False,
+    )
     ours = [each.to_json() for each in spans.values() if each.name != "looking"]
-    assert not [each for each in ours if "hush" in each or "1234567" in each or "7654321" in each or "secret" in each]
+    assert not [
+        each
+        for each in ours
+        if "hush" in each or "1234567" in each or "7654321" in each or "secret" in each
+    ]
 
 
 @pytest.mark.parametrize("ended_by", ["a cancellation", "a sweep"])
-def test_a_job_that_ends_while_it_waits_is_told_once(sent: InMemorySpanExporter, ended_by: str) -> None:
+def test_a_job_that_ends_while_it_waits_is_told_once(
+    sent: InMemorySpanExporter, ended_by: str
+) -> None:
     platform = traced()
     spec = platform.submit(request([1, 2]))
 
     if ended_by == "a sweep":
-        Ledger(platform.store, platform.keys, platform.settings.ledger).stop(spec.job, "cancelled")  # as a client does
+        Ledger(platform.store, platform.keys, platform.settings.ledger).stop(
+            spec.job, "cancelled"
+        )  # as a client does
         platform.ledger.sweep(spec.job)
     else:
         platform.ledger.stop(spec.job, "cancelled")
@@ -224,10 +279,14 @@ def test_a_job_that_ends_while_it_waits_is_told_once(sent: InMemorySpanExporter,
 
     [span] = sent.get_finished_spans()
     assert span.attributes is not None
-    assert (span.name, span.attributes["rlm.state"], span.status.is_ok) == ("job unit_looking", "cancelled", True)
+    assert (span.name, span.attributes["rlm.state"], span.status.is_ok) == (
+        "job unit_looking",
+        "cancelled",
+        True,
+    )
 
 
-# --- which jobs --------------------------------------------------------------------------------------
+# --- which jobs -------------------------------------------------------------------------------
 
 
 def spec_of(job: str, trace_context: Any = None) -> JobSpec:
@@ -235,7 +294,17 @@ def spec_of(job: str, trace_context: Any = None) -> JobSpec:
     shape = request([1]).shape(1000)
     told = options.trace_context.traceparent if options.trace_context else ""
     return specs.load(
-        specs.dump(JobSpec(job=job, operation="sum", source=RangeSource(0, 1), n=1, shape=shape, queue="q", trace=told))
+        specs.dump(
+            JobSpec(
+                job=job,
+                operation="sum",
+                source=RangeSource(0, 1),
+                n=1,
+                shape=shape,
+                queue="q",
+                trace=told,
+            )
+        )
     )
 
 
@@ -253,7 +322,9 @@ def test_a_share_of_all_jobs_is_sampled_and_every_process_agrees(rate: float) ->
         assert all(now for before, now in zip(sampled, more, strict=True) if before)
 
 
-def test_a_job_that_is_not_sampled_leaves_out_the_user_s_spans_too(sent: InMemorySpanExporter) -> None:
+def test_a_job_that_is_not_sampled_leaves_out_the_user_s_spans_too(
+    sent: InMemorySpanExporter,
+) -> None:
     platform = traced(sample_rate=0.0)
 
     platform.run(platform.submit(request([1, 2, 3])))
@@ -273,7 +344,9 @@ PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
         ({"trace_id": "abc123", "sampled": False}, 0xABC123, 0, False),
     ],
 )
-def test_a_trace_context_is_continued_and_decides(told: Any, trace: int, parent: int, sampled: bool) -> None:
+def test_a_trace_context_is_continued_and_decides(
+    told: Any, trace: int, parent: int, sampled: bool
+) -> None:
     spec = spec_of(str(uuid.uuid4()), told)
 
     assert origin(spec, 0.0) == origin(spec, 1.0) == (trace, parent, sampled)
@@ -299,7 +372,7 @@ def test_a_request_without_a_trace_does_not_grow() -> None:
     assert b"trace" not in specs.dump(spec_of(str(uuid.uuid4())))
 
 
-# --- how it gets out ---------------------------------------------------------------------------------
+# --- how it gets out --------------------------------------------------------------------------
 
 
 def test_a_span_travels_whole(sent: InMemorySpanExporter) -> None:
@@ -314,15 +387,28 @@ def test_a_span_travels_whole(sent: InMemorySpanExporter) -> None:
     ("variables", "names"),
     [
         ({}, ["otlp_proto_http"]),
-        ({"OTEL_TRACES_EXPORTER": "console, otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, ["console", "otlp_proto_grpc"]),
-        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}, ["otlp_proto_http"]),
+        (
+            {"OTEL_TRACES_EXPORTER": "console, otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
+            ["console", "otlp_proto_grpc"],
+        ),
+        (
+            {
+                "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+                "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            },
+            ["otlp_proto_http"],
+        ),
         ({"OTEL_TRACES_EXPORTER": "none"}, []),
     ],
 )
 def test_exporters_are_those_of_the_standard_variables(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], names: list[str]
 ) -> None:
-    for name in ("OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"):
+    for name in (
+        "OTEL_TRACES_EXPORTER",
+        "OTEL_EXPORTER_OTLP_PROTOCOL",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -342,7 +428,9 @@ class Stuck(SpanExporter):
         return SpanExportResult.FAILURE
 
 
-def test_a_collector_that_does_not_answer_holds_nobody_up(sent: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collector_that_does_not_answer_holds_nobody_up(
+    sent: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("rlm_tasks.telemetry.spans.FLUSH_S", 0.1)
     platform = traced()
     platform.run(platform.submit(request([1])))

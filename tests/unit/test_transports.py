@@ -1,4 +1,6 @@
-"""What Celery is told of broker, result backend and redbeat for each kind of URL; what it shows of that has no password in it."""
+"""What Celery is told of broker, result backend and redbeat for each kind of URL; what it shows of
+that has no password in it.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,12 @@ def app_of(**settings: Any) -> Celery:
 
 
 def watched(**more: str) -> Settings:
-    return Settings(redis_url=WATCHED, sentinel_master="primary", sentinel_password="hush-too", **more)
+    return Settings(
+        redis_url=WATCHED, sentinel_master="primary", sentinel_password="hush-too", **more
+    )
 
 
-# --- one URL is enough -------------------------------------------------------------------------------
+# --- one URL is enough ------------------------------------------------------------------------
 
 
 def test_one_url_over_tls_is_enough_for_broker_and_result_backend() -> None:
@@ -41,8 +45,11 @@ def test_one_url_over_tls_is_enough_for_broker_and_result_backend() -> None:
     assert app.connection_for_read().transport.driver_type == "redis"
     assert backend.connparams["connection_class"] is SSLConnection
     assert {name: backend.connparams[name] for name in ("host", "port", "db", "password")} == {
-        "host": "host", "port": 6390, "db": 1, "password": "hush",
-    }  # fmt: skip
+        "host": "host",
+        "port": 6390,
+        "db": 1,
+        "password": "hush",
+    }
 
 
 def test_without_tls_celery_is_told_nothing_of_it() -> None:
@@ -80,17 +87,23 @@ def test_the_result_backend_finds_the_primary_by_the_same_sentinels() -> None:
 
     pool = backend.client.connection_pool
     assert pool.service_name == "primary"
-    assert [each.connection_pool.connection_kwargs["host"] for each in pool.sentinel_manager.sentinels] == ["one", "two"]
+    assert [
+        each.connection_pool.connection_kwargs["host"] for each in pool.sentinel_manager.sentinels
+    ] == ["one", "two"]
     assert (pool.connection_kwargs["db"], pool.connection_kwargs["password"]) == (2, "hush")
 
 
-# --- RabbitMQ ----------------------------------------------------------------------------------------
+# --- RabbitMQ ---------------------------------------------------------------------------------
 
 
 def test_platforms_on_one_rabbitmq_do_not_hear_each_other() -> None:
     found = transports.broker(Settings(broker_url="amqp://host//", namespace="second"))
 
-    assert found == {"broker_url": "amqp://host//", "control_exchange": "second", "event_exchange": "second.events"}
+    assert found == {
+        "broker_url": "amqp://host//",
+        "control_exchange": "second",
+        "event_exchange": "second.events",
+    }
 
 
 @pytest.mark.parametrize(
@@ -101,7 +114,9 @@ def test_platforms_on_one_rabbitmq_do_not_hear_each_other() -> None:
         ("?ssl_cert_reqs=none", {"cert_reqs": ssl.CERT_NONE}),
     ],
 )
-def test_rabbitmqs_client_is_told_of_tls_in_its_own_words(options: str, told: dict[str, Any]) -> None:
+def test_rabbitmqs_client_is_told_of_tls_in_its_own_words(
+    options: str, told: dict[str, Any]
+) -> None:
     found = transports.broker(Settings(broker_url=f"amqps://host//{options}"))
 
     assert found["broker_url"] == "amqps://host//"
@@ -116,13 +131,20 @@ def test_each_queue_is_bound_by_its_own_name() -> None:
 
 @pytest.mark.parametrize(
     ("url", "is_redis"),
-    [("redis://h", True), ("rediss://h", True), (WATCHED, True), (["redis://h"], True), ("amqp://h", False), ([], False)],
+    [
+        ("redis://h", True),
+        ("rediss://h", True),
+        (WATCHED, True),
+        (["redis://h"], True),
+        ("amqp://h", False),
+        ([], False),
+    ],
 )
 def test_brokers_that_are_a_redis_are_known(url: Any, is_redis: bool) -> None:
     assert speaks_redis(url) is is_redis
 
 
-# --- beat, and what is shown -------------------------------------------------------------------------
+# --- beat, and what is shown ------------------------------------------------------------------
 
 
 def test_beat_has_its_lock_where_the_sentinels_say() -> None:
@@ -131,7 +153,10 @@ def test_beat_has_its_lock_where_the_sentinels_say() -> None:
 
     assert found["redbeat_redis_url"] == "redis-sentinel://"
     options = found["redbeat_redis_options"]
-    assert (options["sentinels"], options["service_name"]) == ([("one", 26380), ("two", 26379)], "primary")
+    assert (options["sentinels"], options["service_name"]) == (
+        [("one", 26380), ("two", 26379)],
+        "primary",
+    )
     assert (options["db"], options["password"]) == (2, "hush")
 
 

@@ -37,7 +37,9 @@ def worker(world: World) -> Worker:
     return Worker(world)
 
 
-def test_an_operations_usage_has_the_names_and_numbers_of_the_source_document(worker: Worker) -> None:
+def test_an_operations_usage_has_the_names_and_numbers_of_the_source_document(
+    worker: Worker,
+) -> None:
     worker.ran("D3-Q3", done=100, failed=2, busy_us=102 * 2_450_500, memory_kb=1024 * 1024)
     worker.ran("D3-Q3", done=45, failed=3, busy_us=48 * 2_450_500, memory_kb=614)
 
@@ -69,7 +71,8 @@ def test_an_operation_that_never_ran_has_cost_nothing_and_has_no_successes(worke
 
 
 @pytest.mark.parametrize(
-    ("done", "failed", "percent"), [(1, 0, 100.0), (0, 1, 0.0), (1, 2, 33.33), (2, 1, 66.67), (1, 10**6, 0.0)]
+    ("done", "failed", "percent"),
+    [(1, 0, 100.0), (0, 1, 0.0), (1, 2, 33.33), (2, 1, 66.67), (1, 10**6, 0.0)],
 )
 def test_the_success_rate_has_two_decimals(done: int, failed: int, percent: float) -> None:
     assert OperationUsage("x", done + failed, done, failed).success_rate_percent == percent
@@ -78,14 +81,19 @@ def test_the_success_rate_has_two_decimals(done: int, failed: int, percent: floa
 def test_a_node_without_items_tells_of_memory_alone(worker: Worker) -> None:
     worker.ran("empty", done=0, busy_us=0, memory_kb=2048)
 
-    assert worker.usage.of("empty") == OperationUsage("empty", avg_memory_mb=2.0, peak_memory_mb=2.0)
+    assert worker.usage.of("empty") == OperationUsage(
+        "empty", avg_memory_mb=2.0, peak_memory_mb=2.0
+    )
 
 
 def test_the_peak_is_the_highest_whenever_it_was(worker: Worker) -> None:
     for memory_kb in (2048, 10_240, 3072):
         worker.ran("sum", memory_kb=memory_kb)
 
-    assert (worker.usage.of("sum").peak_memory_mb, worker.usage.of("sum").avg_memory_mb) == (10.0, 5.0)
+    assert (worker.usage.of("sum").peak_memory_mb, worker.usage.of("sum").avg_memory_mb) == (
+        10.0,
+        5.0,
+    )
 
 
 def test_workers_count_together_and_operations_apart(world: World, worker: Worker) -> None:
@@ -95,7 +103,10 @@ def test_workers_count_together_and_operations_apart(world: World, worker: Worke
     another.ran("count", done=5)
 
     for each in (worker, another):
-        found = {usage.executor_id: (usage.successful_executions, usage.failed_executions) for usage in each.usage.all()}
+        found = {
+            usage.executor_id: (usage.successful_executions, usage.failed_executions)
+            for usage in each.usage.all()
+        }
         assert found == {"count": (5, 0), "sum": (5, 1)}
         assert list(found) == ["count", "sum"], "by name"
         assert each.usage.all() == [each.usage.of("count"), each.usage.of("sum")]
@@ -127,13 +138,15 @@ def test_without_redis_nothing_is_said(worker: Worker) -> None:
 _NODES = st.lists(
     st.fixed_dictionaries(
         {
-            "done": st.integers(0, 10**6), "failed": st.integers(0, 10**6), "busy_us": st.integers(0, 10**10),
+            "done": st.integers(0, 10**6),
+            "failed": st.integers(0, 10**6),
+            "busy_us": st.integers(0, 10**10),
             "memory_kb": st.integers(0, 10**8),
         }
     ),
     min_size=1,
     max_size=8,
-)  # fmt: skip
+)
 
 
 @given(nodes=_NODES)
@@ -144,9 +157,17 @@ def test_sums_are_exact_over_any_workers_in_any_order(nodes: list[dict[str, int]
         workers[at % 2].ran("sum", **node)
 
     usage = workers[0].usage.of("sum")
-    done, failed, busy_us, memory_kb = (sum(node[name] for node in nodes) for name in ("done", "failed", "busy_us", "memory_kb"))
+    done, failed, busy_us, memory_kb = (
+        sum(node[name] for node in nodes) for name in ("done", "failed", "busy_us", "memory_kb")
+    )
 
-    assert (usage.total_executions, usage.successful_executions, usage.failed_executions) == (done + failed, done, failed)
-    assert usage.peak_memory_mb == pytest.approx(max(node["memory_kb"] for node in nodes) / 1024, abs=0.051)
+    assert (usage.total_executions, usage.successful_executions, usage.failed_executions) == (
+        done + failed,
+        done,
+        failed,
+    )
+    assert usage.peak_memory_mb == pytest.approx(
+        max(node["memory_kb"] for node in nodes) / 1024, abs=0.051
+    )
     assert usage.avg_memory_mb == pytest.approx(memory_kb / 1024 / len(nodes), abs=0.051)
     assert usage.avg_duration_ms == pytest.approx(busy_us / 1000 / max(done + failed, 1), abs=0.001)

@@ -1,4 +1,6 @@
-"""Items that wait or are tried again, at random: each counts once, in order, and no try is lost or counted twice."""
+"""Items that wait or are tried again, at random: each counts once, in order, and no try is lost or
+counted twice.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +33,30 @@ NEVER_ENDS = 99
 
 
 class Busy(ConnectionError):
-    """HTTP 503 with a time that is longer than a slice: whoever is told so sleeps, or leaves its node."""
+    """HTTP 503 with a time that is longer than a slice: whoever is told so sleeps, or leaves its
+    node.
+    """
 
     status_code = 503
     headers = {"retry-after": "0.08"}  # as an HTTP client has it
 
 
 class Weather:
-    """What each item of one job meets: how often it is refused, how often it fails; and what was run."""
+    """What each item of one job meets: how often it is refused, how often it fails; and what was
+    run.
+    """
 
     def __init__(self, seed: int, n: int, hopeless: frozenset[int] = frozenset()) -> None:
         self.random = Random(seed)
         rough = self.random.choice([0.0, 0.1, 0.4])
-        self.refusals = [self.random.choice([1, 1, 2, 5]) if self.random.random() < rough else 0 for _ in range(n)]
-        self.failures = [self.random.choice([1, 2, 3]) if self.random.random() < rough / 2 else 0 for _ in range(n)]
+        self.refusals = [
+            self.random.choice([1, 1, 2, 5]) if self.random.random() < rough else 0
+            for _ in range(n)
+        ]
+        self.failures = [
+            self.random.choice([1, 2, 3]) if self.random.random() < rough / 2 else 0
+            for _ in range(n)
+        ]
         for index in hopeless:
             self.failures[index] = NEVER_ENDS
         self.hopeless, self.slow = hopeless, seed % 8 == 0
@@ -116,10 +128,14 @@ class WaitingPlatform(Platform):
     def run_all(self, spec: JobSpec) -> dict[str, str]:
         """Run until the job is final; fail when nothing moves and nothing waits."""
         while not Status((facts := self.run(spec))["state"]).final:
-            waiting = [record.id for record in self.ledger.all_records(spec.job) if record.state == "p"]
+            waiting = [
+                record.id for record in self.ledger.all_records(spec.job) if record.state == "p"
+            ]
             assert waiting, ("neither a message nor a parked node is left", facts)
             self.parked += len(waiting)
-            self._wake_some(spec.job, self.random.sample(waiting, self.random.randint(1, len(waiting))))
+            self._wake_some(
+                spec.job, self.random.sample(waiting, self.random.randint(1, len(waiting)))
+            )
         return facts
 
     def _wake_some(self, job: str, nodes: list[str]) -> None:
@@ -151,16 +167,28 @@ def _job(seed: int, name: str) -> tuple[WaitingPlatform, JobSpec, Weather, list[
     hopeless = frozenset(random.sample(range(n), min(n, random.choice([0, 0, 2]))))
     weather = Weather(seed, n, hopeless)
     _weather.append(weather)
-    holes = {i for i in range(n) if i not in hopeless and random.random() < random.choice([0.0, 0.2])}
+    holes = {
+        i for i in range(n) if i not in hopeless and random.random() < random.choice([0.0, 0.2])
+    }
     items = [None if i in holes else i for i in range(n)]
-    conditions = Conditions(skip_if_empty=True, validate_before_process=name == "unit_waits" and seed % 3 == 0)
+    conditions = Conditions(
+        skip_if_empty=True, validate_before_process=name == "unit_waits" and seed % 3 == 0
+    )
     platform = WaitingPlatform(seed)
     shape = SHAPES[seed % len(SHAPES)]
-    request = JobRequest(operation=name, items=items, options=Options(continue_on_error=True), conditions=conditions, **shape)
+    request = JobRequest(
+        operation=name,
+        items=items,
+        options=Options(continue_on_error=True),
+        conditions=conditions,
+        **shape,
+    )
     return platform, platform.submit(request), weather, items
 
 
-def _is_exact(platform: WaitingPlatform, spec: JobSpec, weather: Weather, items: list[int | None]) -> None:
+def _is_exact(
+    platform: WaitingPlatform, spec: JobSpec, weather: Weather, items: list[int | None]
+) -> None:
     facts = platform.run_all(spec)
     good = [item for item in items if item is not None and item not in weather.hopeless]
     assert facts["state"] == Status.SUCCEEDED, facts
@@ -171,7 +199,9 @@ def _is_exact(platform: WaitingPlatform, spec: JobSpec, weather: Weather, items:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_items_that_wait_at_random_are_counted_once_and_tried_as_often_as_allowed(seed: int) -> None:
+def test_items_that_wait_at_random_are_counted_once_and_tried_as_often_as_allowed(
+    seed: int,
+) -> None:
     platform, spec, weather, items = _job(seed, "unit_waits")
 
     _is_exact(platform, spec, weather, items)
@@ -198,12 +228,14 @@ def test_something_has_waited_in_most_of_these_jobs() -> None:
     assert waited >= 10
 
 
-# --- one by one: what the random seldom meets -----------------------------------------------------------
+# --- one by one: what the random seldom meets -------------------------------------------------
 
 
 def _run(name: str, items: list[Any], **fields: Any) -> tuple[dict[str, str], Any]:
     platform = WaitingPlatform(1)
-    spec = platform.submit(JobRequest(operation=name, items=items, options=Options(continue_on_error=True), **fields))
+    spec = platform.submit(
+        JobRequest(operation=name, items=items, options=Options(continue_on_error=True), **fields)
+    )
     facts = platform.run_all(spec)
     return facts, platform.output(spec)
 
@@ -222,10 +254,15 @@ def test_an_empty_item_behind_one_that_waits_is_skipped_once(name: str) -> None:
     weather.refusals[5] = 1
 
     facts, output = _run(
-        name, [None if i in (6, 7) else i for i in range(30)], type="sequential", conditions=Conditions(skip_if_empty=True)
+        name,
+        [None if i in (6, 7) else i for i in range(30)],
+        type="sequential",
+        conditions=Conditions(skip_if_empty=True),
     )
 
-    assert (facts["state"], facts["done"], facts["skipped"]) == (Status.SUCCEEDED, "28", "2"), facts.get("error")
+    assert (facts["state"], facts["done"], facts["skipped"]) == (Status.SUCCEEDED, "28", "2"), (
+        facts.get("error")
+    )
     assert output == [i for i in range(30) if i not in (6, 7)]
 
 
@@ -243,20 +280,31 @@ def test_several_async_items_that_wait_when_a_node_ends_keep_their_tries() -> No
     weather = _calm(5)
     weather.failures, weather.slow = [NEVER_ENDS] * 5, True
 
-    facts, _ = _run("unit_waits_async", list(range(5)), strategy=Binary(min_chunk_size=5, max_depth=64))
+    facts, _ = _run(
+        "unit_waits_async", list(range(5)), strategy=Binary(min_chunk_size=5, max_depth=64)
+    )
 
     assert facts["failed"] == "5"
     assert weather.runs == dict.fromkeys(range(5), ATTEMPTS)
 
 
-@operation("unit_dear", merge=_concatenated, rate_limit=Rate(10, per_s=1), cost=lambda item: {"requests": item})
+@operation(
+    "unit_dear",
+    merge=_concatenated,
+    rate_limit=Rate(10, per_s=1),
+    cost=lambda item: {"requests": item},
+)
 def unit_dear(item: int) -> list[int]:
     """Cost as much as the item says."""
     return [item]
 
 
 @operation(
-    "unit_dear_async", merge=_concatenated, concurrency=4, rate_limit=Rate(10, per_s=1), cost=lambda item: {"requests": item}
+    "unit_dear_async",
+    merge=_concatenated,
+    concurrency=4,
+    rate_limit=Rate(10, per_s=1),
+    cost=lambda item: {"requests": item},
 )
 async def unit_dear_async(item: int) -> list[int]:
     """Cost as much as the item says, among others."""
@@ -267,7 +315,9 @@ async def unit_dear_async(item: int) -> list[int]:
 def test_an_item_that_costs_more_than_a_bucket_ever_grants_fails_alone(name: str) -> None:
     facts, output = _run(name, [0, 0, 11, 0])
 
-    assert (facts["state"], facts["done"], facts["failed"]) == (Status.SUCCEEDED, "3", "1"), facts.get("error")
+    assert (facts["state"], facts["done"], facts["failed"]) == (Status.SUCCEEDED, "3", "1"), (
+        facts.get("error")
+    )
     assert output == [0, 0, 0]
 
 
@@ -278,7 +328,9 @@ def unit_limited(item: float) -> list[float]:
     return [item]
 
 
-def _limited(items: list[float], prepare: Callable[[WaitingPlatform], None] = lambda _: None) -> dict[str, str]:
+def _limited(
+    items: list[float], prepare: Callable[[WaitingPlatform], None] = lambda _: None
+) -> dict[str, str]:
     platform = WaitingPlatform(6)
     platform.runtime.clock = time.perf_counter
     spec = platform.submit(JobRequest(operation="unit_limited", items=items, type="sequential"))
@@ -295,10 +347,14 @@ def test_each_item_has_its_whole_limit_however_long_a_slice_is() -> None:
     assert _limited([0.035] * 6)["done"] == "6"
 
 
-def test_an_item_that_begins_after_a_slow_read_has_its_whole_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_item_that_begins_after_a_slow_read_has_its_whole_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def prepare(platform: WaitingPlatform) -> None:
         read = platform.runtime.items.read
-        monkeypatch.setattr(platform.runtime.items, "read", lambda *about: (time.sleep(0.1), read(*about))[1])
+        monkeypatch.setattr(
+            platform.runtime.items, "read", lambda *about: (time.sleep(0.1), read(*about))[1]
+        )
 
     assert _limited([0.02] * 3, prepare)["done"] == "3"
 
@@ -318,9 +374,13 @@ def test_an_alarm_never_rings_in_a_guard(monkeypatch: pytest.MonkeyPatch, verb: 
     assert _limited([0.001] * 3)["done"] == "3"
 
 
-def test_an_alarm_never_rings_while_what_an_item_did_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_alarm_never_rings_while_what_an_item_did_is_noted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     stock = NodeOutcome.add
-    monkeypatch.setattr(NodeOutcome, "add", lambda harvest, output: (stock(harvest, output), time.sleep(0.1))[0])
+    monkeypatch.setattr(
+        NodeOutcome, "add", lambda harvest, output: (stock(harvest, output), time.sleep(0.1))[0]
+    )
 
     facts = _limited([0.001] * 3)
 
@@ -330,7 +390,12 @@ def test_an_alarm_never_rings_while_what_an_item_did_is_noted(monkeypatch: pytes
 def test_an_item_past_its_limit_fails_and_gives_its_permit_back() -> None:
     platform = WaitingPlatform(7)
     spec = platform.submit(
-        JobRequest(operation="unit_limited", items=[0.0, 5.0, 0.0], type="sequential", options=Options(continue_on_error=True))
+        JobRequest(
+            operation="unit_limited",
+            items=[0.0, 5.0, 0.0],
+            type="sequential",
+            options=Options(continue_on_error=True),
+        )
     )
     facts = platform.run_all(spec)
 
@@ -343,13 +408,17 @@ def unit_narrow(item: int) -> list[int]:
     return [item]
 
 
-def _parked_at_a_full_bulkhead(platform: WaitingPlatform, jobs: int) -> tuple[Any, Any, list[JobSpec]]:
+def _parked_at_a_full_bulkhead(
+    platform: WaitingPlatform, jobs: int
+) -> tuple[Any, Any, list[JobSpec]]:
     bulkhead = platform.runtime.guards.bulkhead(registry.get("unit_narrow").protection)
     assert bulkhead is not None
     permit = bulkhead.acquire()
     specs = []
     for _ in range(jobs):
-        specs.append(platform.submit(JobRequest(operation="unit_narrow", items=[1, 2], type="sequential")))
+        specs.append(
+            platform.submit(JobRequest(operation="unit_narrow", items=[1, 2], type="sequential"))
+        )
         platform.run(specs[-1])
         assert [record.state for record in platform.ledger.all_records(specs[-1].job)] == ["p"]
     return bulkhead, permit, specs
@@ -371,7 +440,9 @@ def test_a_waiter_whose_job_was_cancelled_takes_nobodys_turn() -> None:
 
     permit.release()
 
-    assert platform.run(second)["state"] == Status.SUCCEEDED, "called, although a dead one stood before it"
+    assert platform.run(second)["state"] == Status.SUCCEEDED, (
+        "called, although a dead one stood before it"
+    )
 
 
 def test_a_node_that_parks_after_its_job_was_stopped_is_skipped_at_once() -> None:
@@ -385,7 +456,9 @@ def test_a_node_that_parks_after_its_job_was_stopped_is_skipped_at_once() -> Non
     assert platform.ledger.facts(spec.job)["state"] == Status.CANCELLED
 
 
-def test_a_node_that_meets_a_worker_which_does_not_know_its_operation_keeps_its_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_meets_a_worker_which_does_not_know_its_operation_keeps_its_tries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     platform, weather = WaitingPlatform(5), _calm(1)
     weather.failures[0] = NEVER_ENDS
     spec = platform.submit(JobRequest(operation="unit_waits", items=[0], type="sequential"))

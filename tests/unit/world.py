@@ -1,4 +1,6 @@
-"""A Redis whose clock is ours: several processes' stores on one fakeredis server, one time for all."""
+"""A Redis whose clock is ours: several processes' stores on one fakeredis server, one time for
+all.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,13 @@ class World:
 
     def store(self) -> CountingStore:
         """Return the store of one more process."""
-        return CountingStore("redis://fake", namespace="unit", client=self.client(), clock=lambda: self.now, random=Random(0))
+        return CountingStore(
+            "redis://fake",
+            namespace="unit",
+            client=self.client(),
+            clock=lambda: self.now,
+            random=Random(0),
+        )
 
     @contextmanager
     def future(self, seconds: float) -> Iterator[None]:
@@ -71,7 +79,11 @@ class World:
     def dump(self) -> dict[bytes, Any]:
         """Return everything that is stored."""
         client = self.client()
-        kinds = {b"hash": client.hgetall, b"zset": lambda key: client.zrange(key, 0, -1, withscores=True), b"string": client.get}
+        kinds = {
+            b"hash": client.hgetall,
+            b"zset": lambda key: client.zrange(key, 0, -1, withscores=True),
+            b"string": client.get,
+        }
         return {key: kinds[client.type(key)](key) for key in client.scan_iter()}
 
 

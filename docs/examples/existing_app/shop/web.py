@@ -1,11 +1,15 @@
-"""What the shop's web process does: it sends tasks as before, and submits jobs through the same app."""
+"""What the shop's web process does: it sends tasks as before, and submits jobs through the same
+app.
+"""
 
 from rlm_tasks import Client
 from shop.celery import app
 from shop.tasks import send_offer, write_receipt
 
 with Client(app) as client:
-    result = client.execute(operation="shop_price", items=range(20_000), type="recursive", timeout=60)
+    result = client.execute(
+        operation="shop_price", items=range(20_000), type="recursive", timeout=60
+    )
     print(result.output, "cents in", result.metrics.splits, "splits")
 
 write_receipt.delay(1, result.output / 100)
