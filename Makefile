@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser system check bench soak pressure pictures site worker beat flower lint types docs clean
+.PHONY: help demo test browser system check prose bench soak pressure pictures site worker beat flower lint types docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -28,7 +28,7 @@ browser: $(VENV)/.ready ## Click through Flower's pages in Chromium, which has t
 system: $(VENV)/.ready ## Run jobs over RabbitMQ, which has to be installed
 	$(BIN)/python -m pytest tests/system $(ARGS)
 
-check: lint types docs ## What CI runs before the tests: lint, types, docs that drift
+check: lint types prose docs ## What CI runs before the tests: lint, types, prose, docs that drift
 
 lint: $(VENV)/.ready ## Check style and layout
 	$(BIN)/ruff check .
@@ -36,6 +36,9 @@ lint: $(VENV)/.ready ## Check style and layout
 
 types: $(VENV)/.ready ## Check types, strictly
 	$(BIN)/mypy
+
+prose: $(VENV)/.ready ## Check sentences: subjects, formulas, length (make prose ARGS=docs/guide.md shows the long ones)
+	$(BIN)/python -m docs.prose $(ARGS)
 
 docs: $(VENV)/.ready ## Check that generated documentation is up to date and builds (make docs ARGS=--write to renew it)
 	$(BIN)/python -m docs.generate $(ARGS)

@@ -353,7 +353,7 @@ def test_an_item_that_begins_after_a_slow_read_has_its_whole_limit(
     def prepare(platform: WaitingPlatform) -> None:
         read = platform.runtime.items.read
         monkeypatch.setattr(
-            platform.runtime.items, "read", lambda *about: (time.sleep(0.1), read(*about))[1]
+            platform.runtime.items, "read", lambda **about: (time.sleep(0.1), read(**about))[1]
         )
 
     assert _limited([0.02] * 3, prepare)["done"] == "3"
