@@ -314,7 +314,7 @@ class CircuitBreakers:
         """Return the names of all breakers that any process has changed lately, or this one has
         used, sorted.
         """
-        [found] = self._store.ask(names_of(self._store))
+        [found] = self._store.call(names_of(self._store), on_outage="answer")
         return sorted({*self._known, *(name.decode() for name in found)})
 
     def can_execute(self, name: str) -> tuple[bool, str]:

@@ -279,7 +279,7 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         with self._board.naming:
             storages = list(self._board.known)
         try:
-            answers = self._store.ask(*(each.look() for each in storages))
+            answers = self._store.call(*(each.look() for each in storages), on_outage="answer")
         except StoreUnavailable:
             for each in storages:
                 each.cut_off()
@@ -365,7 +365,9 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
             return self._local.admit(now)
         permit = secrets.token_hex(8)
         try:
-            [answer] = self._store.ask(self._call(_ADMIT, permit, waiter, urgency))
+            [answer] = self._store.call(
+                self._call(_ADMIT, permit, waiter, urgency), on_outage="answer"
+            )
         except StoreUnavailable:
             return self.cut_off().admit(now)
         verdict = self.absorb(answer)
@@ -399,8 +401,9 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
             self._unreported += outcome == "ok" and counts
             return BreakerVerdict("kept")
         try:
-            [answer] = self._store.ask(
-                self._call(_REPORT, admission.probe, admission.generation, outcome)
+            [answer] = self._store.call(
+                self._call(_REPORT, admission.probe, admission.generation, outcome),
+                on_outage="answer",
             )
         except StoreUnavailable:
             self.cut_off().report(outcome, self._clock())
@@ -418,7 +421,7 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
 
     def put(self, state: str) -> BreakerVerdict:
         """Put the breaker into a state.  Raises StoreUnavailable."""
-        [answer] = self._store.ask(self._call(_SET, state))
+        [answer] = self._store.call(self._call(_SET, state), on_outage="answer")
         self._refused_until = self._bloated_until = 0.0
         return self.absorb(answer)
 

@@ -251,8 +251,8 @@ class TokenBucket:
                 f"[{','.join([repr(float(number)) for number in numbers])},{owed},{hold_us}]"
             )
         try:
-            [[granted, wait, at, leased, takers]] = self._store.ask(
-                self._call(_TAKE, limits, id, *told)
+            [[granted, wait, at, leased, takers]] = self._store.call(
+                self._call(_TAKE, limits, id, *told), on_outage="answer"
             )
         except StoreUnavailable:
             return self._locally(limits, max_wait_s), 0.0
@@ -323,7 +323,7 @@ class TokenBucket:
             for argument in (each.rate.capacity, used.get(each.key.split(":")[0], ""))
         ]
         try:
-            [settled] = self._store.ask(self._call(_SETTLE, limits, id, *told))
+            [settled] = self._store.call(self._call(_SETTLE, limits, id, *told), on_outage="answer")
         except StoreUnavailable:
             return False  # what was reserved stays taken: the safe side
         return bool(settled)
@@ -334,8 +334,9 @@ class TokenBucket:
         """
         names = dict.fromkeys(self.scoped if scope else self.rates, 0.0)
         try:
-            self._store.ask(
-                self._call(_HOLD, self._limits(names, scope), "", int(retry_after_s * 1e6))
+            self._store.call(
+                self._call(_HOLD, self._limits(names, scope), "", int(retry_after_s * 1e6)),
+                on_outage="answer",
             )
         except StoreUnavailable:
             for each in self._limits(names, scope):
@@ -348,10 +349,11 @@ class TokenBucket:
         limits = self._limits(
             dict.fromkeys({**self.rates, **(self.scoped if scope else {})}, 0.0), scope
         )
-        [found] = self._store.ask(
+        [found] = self._store.call(
             self._call(
                 _LOOK, limits, "", *(about for each in limits for about in self._about(each))
-            )
+            ),
+            on_outage="answer",
         )
         return {
             each.name: {

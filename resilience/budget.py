@@ -80,7 +80,7 @@ class SharedBudget:
 
         A unit that is not named is counted, and not limited.  Raises InvalidValue,
         StoreUnavailable."""
-        self._store.ask(self._call(_OPEN, _amounts(limits)))
+        self._store.call(self._call(_OPEN, _amounts(limits)), on_outage="answer")
 
     def carve(self, account: str, share: float = 1.0, *, of: str = "") -> dict[str, float]:
         """Move a share (0 to 1) of what is free in an account into a new one; return what that got,
@@ -91,7 +91,9 @@ class SharedBudget:
         StoreUnavailable."""
         if not 0 <= share <= 1:
             raise InvalidValue("share", share, "must be from 0 to 1")
-        [got] = self._store.ask(self._call(_CARVE, _named("account", account), share, of))
+        [got] = self._store.call(
+            self._call(_CARVE, _named("account", account), share, of), on_outage="answer"
+        )
         return _unpacked(self._known(got, of))
 
     def fold(self, account: str) -> None:
@@ -100,7 +102,9 @@ class SharedBudget:
 
         Whatever is charged to it from then on counts on its nearest open ancestor.  Raises
         InvalidValue, StoreUnavailable."""
-        [folded] = self._store.ask(self._call(_FOLD, _named("account", account)))
+        [folded] = self._store.call(
+            self._call(_FOLD, _named("account", account)), on_outage="answer"
+        )
         self._known(folded, account)
 
     def _known(self, answer: Any, account: str) -> Any:
@@ -126,7 +130,7 @@ class SharedBudget:
         use.  What was carved out of the account is not in it until it is folded.  Raises
         InvalidValue, StoreUnavailable."""
         told = (_named("id", id), account, _amounts(amounts), self._lease_ms, int(again))
-        [answer] = self._store.ask(self._call(_CHARGE, *told))
+        [answer] = self._store.call(self._call(_CHARGE, *told), on_outage="answer")
         name, *reasons = self._known(answer, account)
         if not reasons:
             return Charge(name.decode(), "granted")
@@ -141,7 +145,9 @@ class SharedBudget:
         that has lapsed is corrected.  With a label, what was used is tallied under it, too.  While
         Redis is away nothing is changed: what was reserved stays counted.  Raises InvalidValue."""
         try:
-            [settled] = self._store.ask(self.settling(charge_id, used, label=label))
+            [settled] = self._store.call(
+                self.settling(charge_id, used, label=label), on_outage="answer"
+            )
         except StoreUnavailable:
             return False
         return bool(settled)
@@ -162,7 +168,7 @@ class SharedBudget:
         """Return what was spent so far; nothing is limited before the budget is open.  Raises
         StoreUnavailable.
         """
-        [[raw_accounts, raw_labels]] = self._store.ask(self._call(_STATUS))
+        [[raw_accounts, raw_labels]] = self._store.call(self._call(_STATUS), on_outage="answer")
         accounts, by_label = _by_name(raw_accounts), _by_name(raw_labels)
         spent, held, left = (
             _sum(account[part] for account in accounts.values())

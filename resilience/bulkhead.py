@@ -201,7 +201,7 @@ class Bulkhead:
     def stands(self, waiter: str) -> bool:
         """Whether a waiter that was noted still stands in line; yes while Redis is away."""
         try:
-            return bool(self._store.ask(self.waits(waiter))[0])
+            return bool(self._store.call(self.waits(waiter), on_outage="answer")[0])
         except StoreUnavailable:
             return True
 
@@ -229,7 +229,9 @@ class Bulkhead:
         )
         more = (self._per_host, self._kind, _most(self._limit), shrink_ms, waiter, urgency)
         try:
-            [[granted, _, _, wait_ms]] = self._store.ask(Call(_TAKE, self._keys, (*told, *more)))
+            [[granted, _, _, wait_ms]] = self._store.call(
+                Call(_TAKE, self._keys, (*told, *more)), on_outage="answer"
+            )
         except StoreUnavailable:
             return self._take_alone(name)
         self._alone = None
@@ -281,7 +283,9 @@ class Bulkhead:
             _most(self._limit),
         )
         try:
-            [[held, _, *waiters]] = self._store.ask(Call(_RELEASE, self._keys, told))
+            [[held, _, *waiters]] = self._store.call(
+                Call(_RELEASE, self._keys, told), on_outage="answer"
+            )
         except StoreUnavailable:
             return 0
         call_up(self._store, self._keys[3], self._wake, [each.decode() for each in waiters])
@@ -290,8 +294,8 @@ class Bulkhead:
     def status(self) -> dict[str, float]:
         """Return used, limit and waiting.  Raises StoreUnavailable."""
         permits, about, _, waiting = self._keys
-        [[used, limit, waits]] = self._store.ask(
-            Call(_STATUS, (permits, about, waiting), (_base(self._limit),))
+        [[used, limit, waits]] = self._store.call(
+            Call(_STATUS, (permits, about, waiting), (_base(self._limit),)), on_outage="answer"
         )
         return {"used": float(used), "limit": float(limit), "waiting": int(waits)}
 

@@ -142,7 +142,7 @@ class FaultLog:
         for name, fault in latest.items():
             args += (name, fault.category.value, int(fault.severity), counts[name])
         try:
-            (crossed,) = self._store.ask(Call(_RECORD, self._keys, args))
+            (crossed,) = self._store.call(Call(_RECORD, self._keys, args), on_outage="answer")
         except StoreUnavailable:
             return
         for each in crossed:
@@ -171,7 +171,9 @@ class FaultLog:
         return recovered / (recovered + given_up) if recovered + given_up else None
 
     def _read(self) -> tuple[int, dict[bytes, bytes]]:
-        ((now_ms, flat),) = self._store.ask(Call(_PATTERNS, self._keys[:1], ()))
+        ((now_ms, flat),) = self._store.call(
+            Call(_PATTERNS, self._keys[:1], ()), on_outage="answer"
+        )
         return now_ms, dict(zip(flat[::2], flat[1::2], strict=True))
 
     def _pattern(self, name: bytes, kept: dict[str, Any], now_ms: int) -> Pattern:

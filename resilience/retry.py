@@ -105,8 +105,9 @@ class RetryBudget:
         """
         attempts, self._first_attempts = self._first_attempts, 0
         try:
-            [[spent, _]] = self._store.ask(
-                Call(_SPEND, (self._key,), (attempts, DEPOSIT, FLOOR_PER_S, MOST, cost))
+            [[spent, _]] = self._store.call(
+                Call(_SPEND, (self._key,), (attempts, DEPOSIT, FLOOR_PER_S, MOST, cost)),
+                on_outage="answer",
             )
         except StoreUnavailable:
             self._alone = self._alone or LocalShare(Rate(FLOOR_PER_S), 1, self._store.clock)

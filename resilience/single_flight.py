@@ -89,7 +89,7 @@ class SingleFlight:
 
     def _asked(self, key: str, id: str, by: str, call: Call) -> Flight:
         try:
-            [[state, found, source]] = self._store.ask(call)
+            [[state, found, source]] = self._store.call(call, on_outage="answer")
         except StoreUnavailable:
             return Flight(key, id)  # made twice is better than not at all
         if state == b"landed":
@@ -117,10 +117,11 @@ class SingleFlight:
         has ``landed`` before is only kept.  While Redis is away it is lost.  Raises InvalidValue.
         """
         with suppress(StoreUnavailable):
-            self._store.ask(
+            self._store.call(
                 self.landing(
                     flight, value, cache_ttl_s=cache_ttl_s, memo=memo, memo_ttl_s=memo_ttl_s
-                )
+                ),
+                on_outage="answer",
             )
 
     def landing(
@@ -144,7 +145,7 @@ class SingleFlight:
         """Leave the call to whoever looks or begins next: it failed, or cannot be made now."""
         made, landed, *_ = self._keys.flight(self.name, flight.key)
         with suppress(StoreUnavailable):
-            self._store.ask(Call(_ABANDON, (made, landed), (flight.id,)))
+            self._store.call(Call(_ABANDON, (made, landed), (flight.id,)), on_outage="answer")
 
     def forgetting(self, memos: Sequence[tuple[str, str]]) -> list[Call]:
         """Return what drops memos, (key, memo) each, to share a round trip with others."""

@@ -1,9 +1,8 @@
 """One connection to Redis per process, and scripts that run in one round trip.
 
-Decides how Redis is called: short timeouts, no hidden retries (redis-py's own would run a
-script twice after a timeout), scripts loaded on demand, several calls in one pipeline; and how
-long a lost Redis is left alone by callers that have an answer of their own.
-Refuses to know what is stored.
+Every part of the platform calls Redis through `Store.call`: its table says what an outage does.
+Timeouts are short, and redis-py does not retry by itself: it would run a script twice after a
+timeout.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from random import Random
-from typing import Any
+from typing import Any, Literal, overload
 
 import redis
 from redis.backoff import NoBackoff
@@ -41,7 +40,11 @@ _UNABLE = ("READONLY", "OOM", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "MASTERDOW
 """Answers of a Redis that is there and cannot write; what a script raises starts otherwise."""
 _PASSWORD = re.compile(r"(://[^:@/\s]*:)\S*@|([?&]\w*password=)[^&\s]*")
 
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 1.0
+"""A call that waits for Redis tries again after this, and then after twice as long each time."""
+
 Argument = str | int | float | bytes
+OnOutage = Literal["raise", "answer", "wait"]
 
 
 def masked(url: str) -> str:
@@ -68,7 +71,7 @@ class Script:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One script run: pass several to `Store.run` and they share a round trip."""
+    """One script run: pass several to `Store.call` and they share a round trip."""
 
     script: Script
     keys: Sequence[str]
@@ -87,10 +90,14 @@ class Store:
         timeout_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
         random: Random | None = None,
+        patience_s: float = 0.0,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        """`timeout_s` is how long Redis may take to answer; for `patience_s` a call waits for it."""
         self.address = Address(where) if isinstance(where, str) else where
         self.url, self.namespace, self.clock = masked(self.address.url), namespace, clock
         self.random = random or Random()
+        self.patience_s, self._sleep = patience_s, sleep
         self._timeout_s = timeout_s
         self._client, self._given, self._pid = client, client is not None, os.getpid()
         self._away_until, self._away = 0.0, threading.Event()
@@ -150,11 +157,74 @@ class Store:
         kind = StoreUntrusted if is_untrusted(error) else StoreUnavailable
         return kind(self.url, f"{type(error).__name__}: {error}"[:200])
 
-    def run(self, *calls: Call) -> list[Any]:
-        """Run scripts in one round trip and return their answers; raise the first error.
+    @overload
+    def call(
+        self, command: Callable[[redis.Redis], Any], /, *, on_outage: OnOutage = "raise"
+    ) -> Any: ...
+    @overload
+    def call(self, *scripts: Call, on_outage: OnOutage = "raise") -> list[Any]: ...
+    def call(self, *what: Any, on_outage: OnOutage = "raise") -> Any:
+        """Run scripts in one round trip and return their answers, or run one plain command.
 
-        A script the server does not know (restart, SCRIPT FLUSH) is sent whole, once.
+        A command gets the client and may run more than once, so it must be idempotent.  A script
+        that the server does not know (restart, SCRIPT FLUSH) is sent whole, once.  During an outage
+        the caller chooses what happens; all three end in StoreUnavailable:
+
+        ========  ==========================================  =====================================
+        outage    what happens                                who calls so
+        ========  ==========================================  =====================================
+        raise     the first lost connection raises            clients, which retry in their own loop
+        answer    as raise; until Redis is asked again, after  guards, which then decide alone
+                  a second, further calls raise at once
+        wait      it is tried again, with backoff, for        workers, which keep what they have done
+                  `patience_s` of this store
+        ========  ==========================================  =====================================
+
+        Raises StoreUnavailable, and redis-py's ResponseError for what the server refuses.
         """
+        if what and callable(what[0]):
+            command: Callable[[redis.Redis], Any] = what[0]
+            return self._outcome(lambda: command(self.client), on_outage)
+        return self._outcome(lambda: self._run(*what), on_outage)
+
+    def _outcome(self, attempt: Callable[[], Any], on_outage: OnOutage) -> Any:
+        if on_outage == "answer":
+            return self._answered(attempt)
+        until, wait_s = self.clock() + self.patience_s, FIRST_WAIT_S
+        while True:
+            try:
+                return attempt()
+            except (*LOST, StoreUnavailable) as error:
+                if on_outage == "raise" or self.clock() + wait_s > until:
+                    if isinstance(error, StoreUnavailable):
+                        raise
+                    raise self.unavailable(error) from None
+            self._sleep(wait_s * self.random.uniform(0.5, 1.0))
+            wait_s = min(wait_s * 2, LONGEST_WAIT_S)
+
+    def _answered(self, attempt: Callable[[], Any]) -> Any:
+        """Run an attempt, or raise at once while Redis is away.
+
+        An outage is logged once, and its end once; in between Redis is tried about once a second.
+        """
+        if self._away.is_set():
+            if self.clock() < self._away_until:
+                raise StoreUnavailable(self.url, "it did not a moment ago")
+            # One caller asks; other threads need not wait with it.
+            self._away_until = self.clock() + BACK_OFF_S
+        try:
+            answers = attempt()
+        except (*LOST, ResponseError) as error:
+            if isinstance(error, ResponseError) and not str(error).startswith(_UNABLE):
+                raise
+            raise self._lost(error) from None
+        if self._away.is_set():
+            self._away.clear()
+            logger.warning("Redis at %s answers again; state is shared again", self.url)
+        return answers
+
+    def _run(self, *calls: Call) -> list[Any]:
+        """Run scripts in one round trip; raise the first error, a lost connection as it is."""
         answers = self._pipelined(calls, by_sha=True)
         missing = [at for at, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
         if missing:
@@ -166,45 +236,6 @@ class Store:
             if isinstance(answer, ResponseError):
                 raise answer
         return answers
-
-    def ask(self, *calls: Call) -> list[Any]:
-        """Do as `run` does, for callers with an answer of their own: raise StoreUnavailable at once
-        while Redis is away.
-
-        An outage is logged once, and its end once; in between Redis is tried about once a second.
-        """
-        if self._away.is_set():
-            if self.clock() < self._away_until:
-                raise StoreUnavailable(self.url, "it did not a moment ago")
-            self._away_until = (
-                self.clock() + BACK_OFF_S
-            )  # one caller looks; other threads need not wait with it
-        try:
-            answers = self.run(*calls)
-        except (*LOST, ResponseError) as error:
-            if isinstance(error, ResponseError) and not str(error).startswith(_UNABLE):
-                raise
-            raise self._lost(error) from None
-        if self._away.is_set():
-            self._away.clear()
-            logger.warning("Redis at %s answers again; state is shared again", self.url)
-        return answers
-
-    def answered(self, *calls: Call) -> list[Any]:
-        """Do as `run` does, for callers who have no answer of their own.  Raises
-        StoreUnavailable.
-        """
-        try:
-            return self.run(*calls)
-        except LOST as error:
-            raise self.unavailable(error) from None
-
-    def reached(self, command: Callable[[redis.Redis], Any]) -> Any:
-        """Run plain commands.  Raises StoreUnavailable."""
-        try:
-            return command(self.client)
-        except LOST as error:
-            raise self.unavailable(error) from None
 
     def _lost(self, error: Exception) -> StoreUnavailable:
         self._away_until = self.clock() + BACK_OFF_S * self.random.uniform(1.0, 1.5)

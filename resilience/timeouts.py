@@ -155,8 +155,9 @@ class Timeouts:
         samples = Counter(map(bucket_of, durations_s))
         pairs = [number for pair in samples.items() for number in pair]
         try:
-            self._store.ask(
-                Call(_LEARN, (self._keys.timing(operation),), (FADE_EVERY, FADE, TTL_S, *pairs))
+            self._store.call(
+                Call(_LEARN, (self._keys.timing(operation),), (FADE_EVERY, FADE, TTL_S, *pairs)),
+                on_outage="answer",
             )
         except StoreUnavailable:
             return  # a sample more or less changes no percentile, and the item itself has ended well
@@ -167,7 +168,9 @@ class Timeouts:
         if now - read_at < READ_EVERY_S:
             return p99_s
         try:
-            [answer] = self._store.ask(Call(_READ, (self._keys.timing(operation),), ()))
+            [answer] = self._store.call(
+                Call(_READ, (self._keys.timing(operation),), ()), on_outage="answer"
+            )
         except StoreUnavailable:
             return p99_s  # not noted as read: the store itself knows how long to leave Redis alone
         fields = zip(answer[::2], answer[1::2], strict=True)

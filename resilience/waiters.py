@@ -29,7 +29,7 @@ def call_up(store: Store, line: str, wake: Wake, waiters: Sequence[str]) -> None
         if not missing:
             return
         try:
-            [found] = store.ask(Call(_NEXT, (line,), (missing,)))
+            [found] = store.call(Call(_NEXT, (line,), (missing,)), on_outage="answer")
         except StoreUnavailable:
             return
         waiters = [each.decode() for each in found]

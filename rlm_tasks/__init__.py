@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rlm_tasks.lazy import lazy
+from rlm_tasks.operations.ports import submit_with
 from rlm_tasks.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -89,6 +90,15 @@ _HOMES = {
     "scheduler.allocation": "ResourceAllocationPolicy",
 }
 _load, __dir__, __all__ = lazy(__name__, _HOMES)  # the list and its loader must not drift apart
+
+
+def _submit(**request: Any) -> Job:
+    from rlm_tasks.client.client import default_client
+
+    return default_client().submit(request)
+
+
+submit_with(_submit)
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from kombu.entity import Queue
 from rlm_tasks.installation import AUTOSCALER, monitoring
 from rlm_tasks.installation import install as install
 from rlm_tasks.messaging import transports
+from rlm_tasks.messaging.broker_kinds import broker
 from rlm_tasks.messaging.queue_names import queue_name as queue_name
 from rlm_tasks.messaging.queue_names import queue_names
 from rlm_tasks.requests import Priority
@@ -23,7 +24,7 @@ from rlm_tasks.settings.model import Settings
 def configuration(settings: Settings) -> dict[str, Any]:
     """Return the Celery settings of the platform's own app."""
     return {
-        **transports.broker(settings),
+        **broker(settings),
         **transports.result_backend(settings),
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from celery import Celery
 
 from rlm_tasks.engine import tasks
-from rlm_tasks.messaging.transports import QUEUE_ORDER, speaks_redis
+from rlm_tasks.messaging.broker_kinds import broker_kind
+from rlm_tasks.messaging.transports import QUEUE_ORDER
 
 _PROMISED = (
     "ignore_result",
@@ -72,12 +73,12 @@ def _few_at_a_time(app: Celery) -> Iterator[str]:
 
 def _order(app: Celery) -> Iterator[str]:
     order = (app.conf.broker_transport_options or {}).get("queue_order_strategy", QUEUE_ORDER)
-    if speaks_redis(app.conf.broker_url) and order != QUEUE_ORDER:
+    if broker_kind(app.conf.broker_url).orders_queues and order != QUEUE_ORDER:
         yield f"broker_transport_options queue_order_strategy={order!r}: priorities of jobs have no weight; leave it out"
 
 
 def _chords(app: Celery) -> Iterator[str]:
-    if not speaks_redis(app.conf.result_backend):
+    if not broker_kind(app.conf.result_backend).counts_chords:
         yield "result_backend is no Redis: partial answers are merged when a job ends, not while it runs; set a redis:// URL"
 
 

@@ -1,48 +1,45 @@
 """Put the platform into a Celery app: its owner's, or our own.
 
-Decides what is added to an app, and when, so that it stays whatever is configured before or after.
-Refuses to overrule: what the app's owner has set holds, also where it stands in the way of jobs
-(see `conflicts`)."""
+`rlm_tasks.install` is this `install`.  It adds tasks, queues, a schedule and worker steps so that
+they stay, whatever is configured before or after.  Settings of the app's owner hold, also where
+they stand in the way of jobs (see `conflicts`).
+"""
 
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from celery import Celery, signals
 from celery.app.amqp import AMQP, Queues
 from kombu.utils.imports import symbol_by_name
 
-from resilience.address import is_untrusted, tls
-from resilience.errors import StoreUnavailable, StoreUntrusted
-from resilience.store import masked
 from rlm_tasks.conflicts import conflicts
 from rlm_tasks.engine import tasks
-from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.messaging.broker import AWAY, spoken
+from rlm_tasks.messaging.broker_kinds import broker_kind
 from rlm_tasks.messaging.queue_names import queue_names
-from rlm_tasks.messaging.transports import QUEUE_ORDER, speaks_redis
-from rlm_tasks.operations import registry
+from rlm_tasks.messaging.transports import QUEUE_ORDER
 from rlm_tasks.settings.environment import settings as environment
 from rlm_tasks.settings.model import Settings
 from rlm_tasks.telemetry import logs, tracing
-from rlm_tasks.worker import control as control  # its commands register themselves
-from rlm_tasks.worker.bootsteps import HealthStep, SupervisorStep, drain_when_told_to_stop
-from rlm_tasks.worker.upstream import (
-    leave_promptly,
-    leave_when_retiring,
-    survive_reconnects_while_processes_are_recycled,
-    survive_restarts_of_redis,
-)
+
+if TYPE_CHECKING:
+    from rlm_tasks.engine.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
 AUTOSCALER = "rlm_tasks.worker.autoscaler:PressureAutoscaler"
+CONTROL = "rlm_tasks.worker.control:pressure"
+FLOWER = "rlm_tasks.flower:install"
+STEPS = (
+    "rlm_tasks.worker.bootsteps:SupervisorStep",
+    "rlm_tasks.worker.bootsteps:HealthStep",
+)
+"""Loaded by name: clients need none of them."""
 EX_USAGE = 2
 
 
@@ -86,12 +83,14 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
 
     @functools.cache
     def runtime() -> Runtime:
-        return Runtime.of(app, wanted, patience_s=wanted.ledger.lease_s)
+        from rlm_tasks.engine.runtime import Runtime
+
+        return Runtime.of(app, wanted)
 
     app.rlm_runtime = runtime
     app.rlm_settings = wanted
     tasks.register(app, runtime)
-    app.steps["worker"] |= {SupervisorStep, HealthStep}
+    app.steps["worker"] |= {*STEPS}
     app.user_options["worker"].add(_METRICS_PORT)
     _add_queues(app)
     _complete_when_configured(app)
@@ -99,17 +98,8 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
     signals.worker_ready.connect(_say_ready, weak=False)
     tracing.install(app, wanted)
     logs.install(app, wanted)
-    _add_tabs(app)
+    _serve_command(app)
     return app
-
-
-def _add_tabs(app: Celery) -> None:
-    """Have Flower show the platform, if it is what this process is about to run."""
-    context = click.get_current_context(silent=True)
-    if context is not None and context.find_root().invoked_subcommand == "flower":
-        from rlm_tasks import flower
-
-        flower.install(app)
 
 
 def _settings_of_process() -> Settings:
@@ -193,7 +183,7 @@ def _complete(app: Celery) -> None:
     if tasks.MONITOR_TASK not in (conf.beat_schedule or {}):
         conf.beat_schedule = {**(conf.beat_schedule or {}), **monitoring(app.rlm_settings)}
     options = conf.broker_transport_options or {}
-    if speaks_redis(conf.broker_url) and "queue_order_strategy" not in options:
+    if broker_kind(conf.broker_url).orders_queues and "queue_order_strategy" not in options:
         conf.broker_transport_options = {**options, "queue_order_strategy": QUEUE_ORDER}
     if not conf.value_set_for("broker_channel_error_retry"):
         # An item that runs for longer than RabbitMQ waits for its message would end the worker.
@@ -209,63 +199,42 @@ def monitoring(settings: Settings) -> dict[str, Any]:
     }
 
 
-# --- what a worker does -----------------------------------------------------------------------
+# --- what happens in a worker, and in a celery command ----------------------------------------
 
 
 def _prepare(sender: Any, **_: Any) -> None:
-    """Make a worker ready before its pool forks: the page is shared, and operations are imported
-    once.
-    """
-    app = sender.app
-    if not hasattr(app, "rlm_settings"):
-        return
-    try:
-        registry.import_operations(app.rlm_settings.operations)
-    except InvalidRequest as error:
-        raise SystemExit(f"Error: {error}") from None
-    _refuse_strangers(app)
-    runtime = app.rlm_runtime()
-    runtime.worker = sender.hostname
-    if _serves_jobs(app) and not app.conf.value_set_for("worker_prefetch_multiplier"):
-        sender.prefetch_multiplier = 1
-    leave_promptly(lambda: runtime.page.draining)
-    leave_when_retiring(lambda: runtime.retiring)
-    survive_restarts_of_redis()
-    survive_reconnects_while_processes_are_recycled()
-    drain_when_told_to_stop(app)
-    gc.freeze()  # what is imported by now stays: pool processes share it, and an exit does not look through it
+    """Make a worker ready before its pool forks."""
+    if hasattr(sender.app, "rlm_settings"):
+        from rlm_tasks.worker.startup import prepare
 
-
-def _refuse_strangers(app: Celery) -> None:
-    """End a worker that does not agree on TLS with Redis or the broker: Celery would try for
-    ever.
-    """
-    url = masked(str(app.conf.broker_url))
-    try:
-        if tls(app.rlm_settings.redis_url):
-            app.rlm_runtime().ledger.store.check()
-        if app.conf.broker_use_ssl:
-            with app.connection_for_read() as connection:
-                spoken(connection, lambda _: None)
-    except StoreUntrusted as error:
-        raise SystemExit(f"Error: {error}") from None
-    except (StoreUnavailable, *AWAY) as error:
-        if is_untrusted(error):
-            told = f"the broker at {url} is not trusted ({error}); see its certificate, and port and ssl_ca_certs in RLM_BROKER_URL"
-            raise SystemExit(f"Error: {told}") from None
+        prepare(sender)
 
 
 def _say_ready(sender: Any, **_: Any) -> None:
+    """Warn of settings that stand in the way of jobs, and offer slots."""
     app = sender.app
     if not hasattr(app, "rlm_settings"):
         return
-    for conflict in conflicts(app) if _serves_jobs(app) else ():
+    from rlm_tasks.worker.startup import serves_jobs
+
+    for conflict in conflicts(app) if serves_jobs(app) else ():
         logger.warning("%s", conflict)
-    if (guard := getattr(app, "rlm_guard", None)) is not None:
-        guard.begin()
+    if (supervisor := getattr(app, "rlm_supervisor", None)) is not None:
+        supervisor.begin()
     if app.rlm_settings.ready_file:
         Path(app.rlm_settings.ready_file).touch()
 
 
-def _serves_jobs(app: Celery) -> bool:
-    return not {*queue_names(app.rlm_settings)}.isdisjoint(app.amqp.queues.consume_from)
+def _serve_command(app: Celery) -> None:
+    """Load what one celery command needs: remote control commands, or the tabs of Flower."""
+    command = _command()
+    if command in ("inspect", "control"):
+        symbol_by_name(CONTROL)  # type: ignore[no-untyped-call]  # kombu is partly typed
+    elif command == "flower":
+        symbol_by_name(FLOWER)(app)  # type: ignore[no-untyped-call]  # kombu is partly typed
+
+
+def _command() -> str:
+    """Return the celery command that this process runs, '' when it runs none."""
+    context = click.get_current_context(silent=True)
+    return (context.find_root().invoked_subcommand or "") if context is not None else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -123,6 +124,32 @@ class Metrics:
     waited_ms: float  # from opening to the first claim
 
 
+def metrics_of(rounds: Sequence[Mapping[str, str]]) -> Metrics:
+    """Return the cost of a job and its rounds from their facts in the ledger.
+
+    Times are those of the job, the first of them, which spans its rounds.
+    """
+    facts = rounds[0]
+    nodes, splits, yields, busy_us = (
+        sum(int(each[name]) for each in rounds) for name in ("nodes", "splits", "yields", "busy_us")
+    )
+    opened, started, closed = (
+        int(facts.get(name, 0)) for name in ("opened_ms", "started_ms", "closed_ms")
+    )
+    started = started or closed
+    return Metrics(
+        items=int(facts["n"]),
+        nodes=nodes,
+        splits=splits,
+        yields=yields,
+        max_depth=max(int(each["depth"]) for each in rounds),
+        execution_time_ms=float(closed - started),
+        busy_ms=busy_us / 1000,
+        peak_memory_mb=max(int(each["peak_kb"]) for each in rounds) / 1024,
+        waited_ms=float(started - opened),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Shaped:
     """Items whose outcome was shaped by one strategy at one pressure level."""
@@ -145,6 +172,18 @@ class Receipt(tuple[Shaped, ...]):
 
 
 NOTHING_LEFT_OUT = Receipt()
+
+
+def receipt_of(rounds: Sequence[Mapping[str, str]]) -> Receipt:
+    """Return the receipt of a job and its rounds from their facts in the ledger."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for name, count in (each for facts in rounds for each in facts.items()):
+        if name.startswith("shaped:"):
+            _, strategy, level = name.split(":")
+            counts[strategy, level] += int(count)
+    return Receipt(
+        Shaped(strategy, level, items) for (strategy, level), items in sorted(counts.items())
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,7 @@ class WaitingRoom:
     def leave(self, jobs: Sequence[str]) -> None:
         """Give back the places of jobs that do not begin after all.  Raises StoreUnavailable."""
         if jobs:
-            self._store.reached(lambda client: client.zrem(self._keys.places, *jobs))
+            self._store.call(lambda client: client.zrem(self._keys.places, *jobs))
 
     def places(self) -> int:
         """Return how many jobs may begin now.  Raises StoreUnavailable."""
@@ -119,7 +119,7 @@ class WaitingRoom:
             (self._keys.places, self._keys.due),
             (job, self._max_jobs, _FIRST_LOOK_MS, ROOM_TTL_S),
         )
-        [(has, left)] = self._store.answered(call)
+        [(has, left)] = self._store.call(call)
         return has, left
 
     def enter(self, queue: str, waiters: Mapping[str, int]) -> None:
@@ -127,7 +127,7 @@ class WaitingRoom:
         when it came.
         """
         key = self._keys.admission(queue)
-        self._store.reached(
+        self._store.call(
             lambda client: (
                 client.zadd(key, dict(waiters), nx=True),
                 client.expire(key, ROOM_TTL_S),
@@ -138,8 +138,7 @@ class WaitingRoom:
         """Take those out who came first.  Raises StoreUnavailable."""
         key = self._keys.admission(queue)
         return [
-            name.decode()
-            for name, _ in self._store.reached(lambda client: client.zpopmin(key, most))
+            name.decode() for name, _ in self._store.call(lambda client: client.zpopmin(key, most))
         ]
 
 

@@ -279,7 +279,7 @@ class Alerts:
 
     def history(self, limit: int = 50) -> list[Alert]:
         """Return the newest alerts, newest first.  Raises StoreUnavailable."""
-        [entries] = self._store.ask(self._newest(limit))
+        [entries] = self._store.call(self._newest(limit), on_outage="answer")
         return _read(entries)
 
     def get_alert_summary(self) -> dict[str, Any]:
@@ -293,8 +293,8 @@ class Alerts:
         Those raised while Redis was away are not among them.  Raises StoreUnavailable.
         """
         _, day, totals = alert_keys(self._store.namespace)
-        (hour, last_day, flat), entries = self._store.ask(
-            Call(_COUNTS, (day, totals), ()), self._newest(RECENT)
+        (hour, last_day, flat), entries = self._store.call(
+            Call(_COUNTS, (day, totals), ()), self._newest(RECENT), on_outage="answer"
         )
         counted = {
             name.decode(): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)
@@ -343,8 +343,8 @@ class Alerts:
                 told,
             )
         try:
-            [answers] = self._store.ask(
-                Call(_RAISE, (*alert_keys(self._store.namespace), *gates), args)
+            [answers] = self._store.call(
+                Call(_RAISE, (*alert_keys(self._store.namespace), *gates), args), on_outage="answer"
             )
         except StoreUnavailable:
             return [found for each in drafts if (found := self._raise_alone(*each))]

@@ -127,7 +127,7 @@ class Board:
 
     def hosts(self) -> list[HostReport]:
         """Return what the hosts that still report have said.  Raises StoreUnavailable."""
-        [found] = self._store.answered(Call(_HOSTS, (self._keys.hosts,), (self._stale_ms,)))
+        [found] = self._store.call(Call(_HOSTS, (self._keys.hosts,), (self._stale_ms,)))
         return sorted(
             (report for each in found for report in _readable(each)), key=lambda host: host.worker
         )
@@ -138,7 +138,7 @@ class Board:
 
         Raises StoreUnavailable.
         """
-        found = self._store.reached(lambda client: client.hgetall(self._keys.hosts))
+        found = self._store.call(lambda client: client.hgetall(self._keys.hosts))
         entries = [entry.partition(b" ") for entry in found.values()]
         told = [
             (int(at_ms) / 1000, host) for at_ms, _, report in entries for host in _readable(report)
@@ -166,7 +166,7 @@ class Board:
 
     def orders(self) -> Orders:
         """Return what every worker acts on.  Raises StoreUnavailable."""
-        return self.read(self._store.answered(self.look())[0])
+        return self.read(self._store.call(self.look())[0])
 
     def force(self, level: Level | str | int, for_s: float = 600.0) -> None:
         """Make all workers act on a level, for a drill, until it is released or `for_s` seconds are
@@ -180,13 +180,13 @@ class Board:
             raise InvalidValue("level", level, str(error)) from None
         if not 0.001 <= for_s < math.inf:
             raise InvalidValue("for_s", for_s, "must be a number of seconds above 0")
-        self._store.reached(
+        self._store.call(
             lambda client: client.set(self._keys.forced, forced.label, px=int(for_s * 1000))
         )
 
     def release(self) -> bool:
         """End a drill; say whether there was one.  Raises StoreUnavailable."""
-        return bool(self._store.reached(lambda client: client.delete(self._keys.forced)))
+        return bool(self._store.call(lambda client: client.delete(self._keys.forced)))
 
     # --- the monitor's -------------------------------------------------------------------------
 
@@ -194,12 +194,12 @@ class Board:
         """Say to one of all who ask within `for_ms` that it is to look; it gets the server's time
         in seconds.
         """
-        [now_ms] = self._store.answered(Call(_TURN, (self._keys.turn,), (worker, for_ms)))
+        [now_ms] = self._store.call(Call(_TURN, (self._keys.turn,), (worker, for_ms)))
         return int(now_ms) / 1000 if int(now_ms) else None
 
     def memory(self) -> bytes | None:
         """Return what the last monitor wanted to remember."""
-        return self._store.reached(lambda client: client.get(self._keys.state))  # type: ignore[no-any-return]  # bytes without decode_responses
+        return self._store.call(lambda client: client.get(self._keys.state))  # type: ignore[no-any-return]  # bytes without decode_responses
 
     def announce(self, report: ClusterReport, memory: bytes) -> None:
         """Publish the cluster's level, keep it in the history, tell who listens, and remember."""
@@ -211,11 +211,9 @@ class Board:
             self._settings.history,
             int(report.level),
         )
-        self._store.answered(Call(_ANNOUNCE, keys, told))
+        self._store.call(Call(_ANNOUNCE, keys, told))
 
     def history(self, limit: int = 100) -> list[ClusterReport]:
         """Return the latest reports, the newest first.  Raises StoreUnavailable."""
-        found = self._store.reached(
-            lambda client: client.xrevrange(self._keys.history, count=limit)
-        )
+        found = self._store.call(lambda client: client.xrevrange(self._keys.history, count=limit))
         return [msgspec.json.decode(entry[b"report"], type=ClusterReport) for _, entry in found]

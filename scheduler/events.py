@@ -126,7 +126,7 @@ class Events:
             return
         told = [json.dumps(each.fields(), default=str) for each in events]
         try:
-            self._store.ask(Call(_EMIT, (self._key,), (self._history, *told)))
+            self._store.call(Call(_EMIT, (self._key,), (self._history, *told)), on_outage="answer")
             self._away = False
         except StoreUnavailable as error:
             if not self._away:
@@ -139,7 +139,9 @@ class Events:
 
         Raises StoreUnavailable.
         """
-        [entries] = self._store.ask(Call(NEWEST, (self._key,), (self._history if name else limit,)))
+        [entries] = self._store.call(
+            Call(NEWEST, (self._key,), (self._history if name else limit,)), on_outage="answer"
+        )
         found = (_event(*entry) for entry in paired(entries))
         return [each for each in found if name is None or _matches(name, each.name)][:limit]
 

@@ -232,7 +232,7 @@ class Monitor:
     def _redis_pct(self) -> float | None:
         """Return how full Redis is; None where it has no limit, or must not be asked."""
         try:
-            about = self._store.reached(lambda client: client.info("memory"))
+            about = self._store.call(lambda client: client.info("memory"))
         except ResponseError:
             return None
         most = int(about.get("maxmemory", 0))

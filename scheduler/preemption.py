@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from redis.exceptions import RedisError
 
+from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
 from resilience.waiters import URGENCY
@@ -64,11 +65,11 @@ class Preemption:
         `freed` slots are about to be free, for the first of them.  A node is named by its job and
         itself."""
         try:
-            [[taken, total]] = self._store.run(self._slots.take(queue, max(0, len(nodes) - freed)))
+            [[taken, total]] = self._store.call(self._slots.take(queue, max(0, len(nodes) - freed)))
             counted = nodes[:total]
             if counted:
-                self._store.run(self.ask(queue, counted, promised=freed + taken))
-        except RedisError as error:
+                self._store.call(self.ask(queue, counted, promised=freed + taken))
+        except (StoreUnavailable, RedisError) as error:
             logger.info(
                 "Nobody was asked to yield, urgent work waits for slots to become free: %s", error
             )
@@ -78,15 +79,15 @@ class Preemption:
     def insist(self, queue: str, nodes: Sequence[str]) -> None:
         """Have others yield at once for nodes that have been sent and find no free slot."""
         try:
-            self._store.run(Call(_INSIST, self._keys.preemption(queue), (TTL_MS, *nodes)))
-        except RedisError as error:
+            self._store.call(Call(_INSIST, self._keys.preemption(queue), (TTL_MS, *nodes)))
+        except (StoreUnavailable, RedisError) as error:
             logger.info("Nodes yield for urgent work a little later: %s", error)
 
     def settle(self, queue: str, node: str) -> None:
         """Say that a node has been claimed; its token is void then."""
         try:
-            self._store.run(self.claimed(queue, node))
-        except RedisError as error:
+            self._store.call(self.claimed(queue, node))
+        except (StoreUnavailable, RedisError) as error:
             logger.info("A token is left over, it expires: %s", error)
 
     def ask(self, queue: str, nodes: Sequence[str], *, promised: int) -> Call:

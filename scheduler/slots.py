@@ -33,7 +33,7 @@ class SlotBoard:
 
     def withdraw(self, worker: str) -> None:
         """Take a worker off the board."""
-        self._store.run(self.publish(worker, 0, 0, ()))
+        self._store.call(self.publish(worker, 0, 0, ()))
 
     def take(self, queue: str, most: int) -> Call:
         """Return the call that takes up to `most` free slots of a queue; it answers [taken, all

@@ -147,14 +147,14 @@ class Snapshots:
             )
             for name in names
         ]
-        answers = self._store.answered(*calls) if calls else []
+        answers = self._store.call(*calls) if calls else []
         changes = [
             each
             for name, answer in zip(names, answers, strict=True)
             for each in self._changed(name, *_parsed(answer), now)
         ]
         if changes:
-            self._store.answered(*(call for call, _ in changes))
+            self._store.call(*(call for call, _ in changes))
         return [event for _, event in changes]
 
     def _changed(
@@ -174,7 +174,7 @@ class Snapshots:
 
     def _read(self, operations: Sequence[str]) -> list[tuple[list[Snapshot], float | None]]:
         calls = [Call(_READ, self._keys.snapshots(name), (name,)) for name in operations]
-        return [_parsed(answer) for answer in (self._store.answered(*calls) if calls else ())]
+        return [_parsed(answer) for answer in (self._store.call(*calls) if calls else ())]
 
 
 def _parsed(answer: Any) -> tuple[list[Snapshot], float | None]:

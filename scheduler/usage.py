@@ -75,7 +75,7 @@ class Usage:
             "memory_kb": int(memory_mb * 1024),
         }
         with suppress(StoreUnavailable):
-            self._store.answered(self.tally(operation, **counts))
+            self._store.call(self.tally(operation, **counts))
 
     def of(self, operation: str) -> OperationUsage:
         """Return what one operation has cost.  Raises StoreUnavailable."""
@@ -92,7 +92,7 @@ class Usage:
         """
         names = self.names()
         found = (
-            self._store.answered(*(Call(_READ, self._keys.usage(name)[1:], ()) for name in names))
+            self._store.call(*(Call(_READ, self._keys.usage(name)[1:], ()) for name in names))
             if names
             else []
         )
@@ -100,14 +100,14 @@ class Usage:
 
     def names(self) -> list[str]:
         """Return the operations that have run.  Raises StoreUnavailable."""
-        names = self._store.reached(lambda client: client.smembers(self._keys.usage("")[0]))
+        names = self._store.call(lambda client: client.smembers(self._keys.usage("")[0]))
         return sorted(name.decode() for name in names)
 
     def _read(self, *operations: str) -> list[OperationUsage]:
         calls = [Call(_READ, self._keys.usage(name)[1:], ()) for name in operations]
         return [
             _usage(name, *map(int, found))
-            for name, found in zip(operations, self._store.answered(*calls), strict=True)
+            for name, found in zip(operations, self._store.call(*calls), strict=True)
         ]
 
 

@@ -9,37 +9,30 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from resilience.degradation import Degradation
-from rlm_tasks.engine.guards import Guards
-from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.jobs.items import Files, Lines
+from rlm_tasks.client.platform_status import Pressure
+from rlm_tasks.jobs.items import ItemSample, source_of
 from rlm_tasks.jobs.splitting import WORTH_PLANNING_MS, Fork, Shape, leaves
 from rlm_tasks.jobs.splitting import plan as split
 from rlm_tasks.llm.draft import models_for
 from rlm_tasks.llm.endpoint_pool import EndpointPool
-from rlm_tasks.llm.forecast import Z90, Outlook, RoundForecast
+from rlm_tasks.llm.forecast import Z90, Outlook
 from rlm_tasks.llm.gate import BYTES_PER_TOKEN
 from rlm_tasks.operations import registry
+from rlm_tasks.operations.ports import RoundForecast
 from scheduler.slots import SlotBoard
 
 if TYPE_CHECKING:
-    from rlm_tasks.client.client import Client
+    from rlm_tasks.client.session import Session
     from rlm_tasks.llm.learned import Known
     from rlm_tasks.operations.registry import Operation
     from rlm_tasks.requests import JobRequest
     from rlm_tasks.settings.llm import EndpointSettings, Tier
-
-LOOKED_AT = 1000
-"""Items of the largest sample."""
-BLOCKS, BLOCK_BYTES = 16, 65_536
-"""Of a file of lines that is longer than all of them so many blocks are read."""
 
 
 # --- what is told -----------------------------------------------------------------------------
@@ -165,98 +158,6 @@ def _lasting(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds // size:.0f} {unit} {seconds % size // smaller:.0f} {name}"
     return f"{seconds:.1f} s"
-
-
-# --- what is looked at ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ItemSample:
-    """Some items, evenly over all of them."""
-
-    total: int
-    items: list[tuple[int, Any]] = field(repr=False)  # index and item
-    exact: bool = True  # False: the total is an estimate
-
-
-def sampled(items: Any, random: Random) -> ItemSample:
-    """Return a sample of a request's items, without walking through them where they have indexes.
-
-    Raises InvalidRequest for what cannot be looked at twice.
-    """
-    if isinstance(items, Lines):
-        return _of_lines(items, random)
-    if isinstance(items, Files):
-        items = list(items)
-    if isinstance(items, str | bytes) or not isinstance(items, Iterable):
-        raise InvalidRequest(
-            "items", items, "must be an iterable of items, a range, Lines(...) or Files(...)"
-        )
-    if not isinstance(items, Sized):
-        advice = "a plan looks at items and must not use them up; give a list, or Lines(...)"
-        raise InvalidRequest("items", items, advice)
-    indexes = _evenly(len(items), random)
-    if isinstance(items, Sequence):
-        return ItemSample(len(items), [(index, items[index]) for index in indexes])
-    wanted = set(indexes)
-    return ItemSample(len(items), [each for each in enumerate(items) if each[0] in wanted])
-
-
-def _evenly(total: int, random: Random) -> list[int]:
-    """Return up to LOOKED_AT indexes, one of each stride; by chance which, for items may repeat
-    themselves.
-    """
-    looked = min(total, LOOKED_AT)
-    return [
-        random.randrange(at * total // looked, (at + 1) * total // looked) for at in range(looked)
-    ]
-
-
-def _of_lines(lines: Lines, random: Random) -> ItemSample:
-    """Look at the lines of a file, or, of a long one, at those that some blocks hold from end to
-    end.
-    """
-    size, blocks = _blocks(lines)
-    pieces = [block.split(b"\n") for block in blocks]
-    if exact := len(blocks) == 1:
-        [found] = pieces
-        total = len(found) if found[-1] else len(found) - 1
-    else:
-        found = [line for block in pieces for line in block[1:-1]] or blocks
-        ends = sum(len(block) - 1 for block in pieces)
-        total = max(1, round(ends * size / (BLOCKS * BLOCK_BYTES)))
-    texts = [
-        found[at].decode(lines.encoding, "replace").rstrip("\r\n")
-        for at in _evenly(min(total, len(found)), random)
-    ]
-    return ItemSample(
-        total, [(at * total // len(texts), text) for at, text in enumerate(texts)], exact
-    )
-
-
-def _blocks(lines: Lines) -> tuple[int, list[bytes]]:
-    """Return the bytes of a file, and all of them in one block, or several blocks of it.  Raises
-    InvalidRequest.
-    """
-    try:
-        with Path(lines.path).open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            whole = size <= BLOCKS * BLOCK_BYTES
-            begins = (
-                [0]
-                if whole
-                else [at * (size - BLOCK_BYTES) // (BLOCKS - 1) for at in range(BLOCKS)]
-            )
-            return size, [_block(file, begin, size if whole else BLOCK_BYTES) for begin in begins]
-    except OSError as error:
-        raise InvalidRequest(
-            "items", str(lines.path), f"cannot be read: {error.strerror}"
-        ) from None
-
-
-def _block(file: BinaryIO, begin: int, size: int) -> bytes:
-    file.seek(begin)
-    return file.read(size)
 
 
 # --- how long it takes ------------------------------------------------------------------------
@@ -391,13 +292,13 @@ class Today:
     pass.
     """
 
-    def __init__(self, client: Client, queue: str) -> None:
-        self.settings, self.level = client.settings.llm, client.pressure.level()
-        board = SlotBoard(client.ledger.store, client.ledger.keys)
-        [[_, slots]] = client.ledger.store.answered(board.take(queue, 0))
+    def __init__(self, session: Session, queue: str) -> None:
+        self.settings, self.level = session.settings.llm, Pressure(session).level()
+        board = SlotBoard(session.store, session.keys)
+        [[_, slots]] = session.store.call(board.take(queue, 0))
         self.slots = int(slots)
         self.models: dict[Tier, str] = {}
-        self._provider = EndpointPool(Guards(client.store, client.settings, lambda _: 0))
+        self._provider = EndpointPool(session.guards)
         self._flows: dict[str, dict[str, Flow]] = {}
 
     @property
@@ -486,24 +387,26 @@ class JobEstimate:
     note: str = ""
 
 
-def plan(client: Client, asked: JobRequest, settled: JobRequest, queue: str) -> Plan:
+def plan(session: Session, asked: JobRequest, settled: JobRequest, queue: str) -> Plan:
     """Return what a request would take: as it was asked, as its operation has settled it, and where
     it would wait.
 
     Raises InvalidRequest for items that cannot be looked at, StoreUnavailable.
     """
-    operation, sample = registry.get(asked.operation), sampled(asked.items, Random(0))
-    client.check()
-    today, shape = Today(client, queue), settled.shape(client.settings.node.target_ms)
+    operation, sample = registry.get(asked.operation), source_of(asked.items).sample(Random(0))
+    session.store.check()
+    today, shape = Today(session, queue), settled.shape(session.settings.node.target_ms)
     calls = operation.forecast is not None and sample.total > 0
     course = (
         _of_calls(operation, settled, sample, today)
         if calls
-        else _of_items(client=client, operation=operation, sample=sample, today=today, shape=shape)
+        else _of_items(
+            session=session, operation=operation, sample=sample, today=today, shape=shape
+        )
     )
     time_s, limited_by = _time(course, today.obstacle)
     limits = settled.options.budget.limits if settled.options.budget else {}
-    kept, goes_on = client.settings.llm.merge_share, operation.then is not None
+    kept, goes_on = session.settings.llm.merge_share, operation.then is not None
     estimated = (
         "" if sample.exact else "The number of items is an estimate, from blocks of the file"
     )
@@ -574,13 +477,13 @@ def _planned(number: int, likely: RoundForecast, bad: RoundForecast, today: Toda
 
 
 def _of_items(
-    client: Client, operation: Operation, sample: ItemSample, today: Today, shape: Shape
+    session: Session, operation: Operation, sample: ItemSample, today: Today, shape: Shape
 ) -> JobEstimate:
     """Return how a job goes whose operation calls no models, by what its items have taken so far.
 
     Their times are taken to spread as those of an exponential distribution do, by their mean: only
     that is counted."""
-    usage, n = client.usage.of(operation.name), sample.total
+    usage, n = session.usage.of(operation.name), sample.total
     rounds = [
         PlannedRound(
             number=0,

@@ -19,7 +19,7 @@ from scheduler.snapshots import Snapshots, Trend
 from scheduler.usage import OperationUsage
 
 if TYPE_CHECKING:
-    from rlm_tasks.client.client import Client
+    from rlm_tasks.client.session import Session
 
 TREND = 60
 """Looks of the monitor that a status carries: five minutes of them."""
@@ -58,9 +58,9 @@ class PlatformStatus:
 class Pressure:
     """What is known of one platform's pressure.  Every method raises StoreUnavailable."""
 
-    def __init__(self, client: Client) -> None:
-        self._client, settings = client, client.settings
-        self._board = Board(client.ledger.store, client.ledger.keys, settings.pressure)
+    def __init__(self, session: Session) -> None:
+        self._session, settings = session, session.settings
+        self._board = Board(session.store, session.keys, settings.pressure)
 
     def level(self) -> Level:
         """Return the level that holds for the cluster: forced, as the monitor found it, or as most
@@ -69,7 +69,7 @@ class Pressure:
         return self._level(self._board.orders(), self._board.hosts())
 
     def _level(self, orders: Orders, hosts: list[HostReport]) -> Level:
-        if not self._client.settings.pressure.enabled:
+        if not self._session.settings.pressure.enabled:
             return Level.NORMAL
         return acted_on(Level.NORMAL if orders.cluster is not None else prevailing(hosts), orders)
 
@@ -102,12 +102,12 @@ class Pressure:
         orders, hosts, events = (
             self._board.orders(),
             self._board.hosts(),
-            self._client.events.recent(50),
+            self._session.events.recent(50),
         )
         level, cluster = self._level(orders, hosts), orders.cluster
-        breakers, usage = self._client.breakers.status(), self._client.usage.all()
+        breakers, usage = self._session.breakers.status(), self._session.usage.all()
         trends = Snapshots(
-            self._client.ledger.store, self._client.ledger.keys, self._client.settings.snapshots
+            self._session.store, self._session.keys, self._session.settings.snapshots
         ).trends([each.executor_id for each in usage])
         why = "it is forced" if orders.forced is not None else cluster.why if cluster else ""
         return PlatformStatus(

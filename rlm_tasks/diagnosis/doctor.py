@@ -255,7 +255,7 @@ def _compared(store: Store, clock: Callable[[], float]) -> tuple[float, float]:
     round trip.
     """
     before = clock()
-    seconds, micros = store.reached(lambda client: client.time())
+    seconds, micros = store.call(lambda client: client.time())
     after = clock()
     return (before + after) / 2 - seconds - micros / 1e6, (after - before) / 2
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from resilience.store import Call, Store
     from rlm_tasks.jobs.spec import JobSpec
     from rlm_tasks.operations.context import Context
+    from rlm_tasks.operations.ports import CallGuards
     from rlm_tasks.operations.registry import Operation
     from rlm_tasks.settings.model import Settings
 
@@ -224,7 +225,7 @@ class Guarded:
             guard.waits(waiter) for guard in (self._breaker, self._bulkhead) if guard is not None
         ]
         try:
-            return any(self._store.ask(*lines))
+            return any(self._store.call(*lines, on_outage="answer"))
         except StoreUnavailable:
             return True
 
@@ -313,27 +314,14 @@ class Guarded:
                 await pause(postponed(denied, tries))
 
 
-def declared(settings: Settings) -> Iterator[Protection]:
-    """Yield what protects the calls of this process' operations, and those to models where an
-    endpoint is configured.
-    """
-    from rlm_tasks.llm.endpoint_health import configured
-
-    yield from (registry.get(name).protection for name in registry.names())
-    if configured(settings.llm):
-        from rlm_tasks.llm.endpoint_pool import protections
-
-        yield from protections(settings.llm)
-
-
 def breakers_of(
     store: Store, settings: Settings, wake: Callable[[Sequence[str]], int | None] = lambda _: None
 ) -> CircuitBreakers:
-    """Return all breakers, those that are `declared` also before anything has gone wrong."""
+    """Return all breakers, those that operations declare also before anything has gone wrong."""
     from resilience.breaker import CircuitBreakers
 
     found = CircuitBreakers(store, wake=wake)
-    for about in declared(settings):
+    for about in registry.protections(settings):
         if about.breaker is not None:
             found.get(about.service, about.breaker)
     return found
@@ -357,7 +345,7 @@ class Guards:
         self._bulkheads: dict[str, Bulkhead] = {}
         self._retries: dict[str, Retry] = {}
         self._kept: dict[tuple[Callable[[Guards], Any], int], Any] = {}
-        self.purse = JobBudgets(store, settings)
+        self.budgets = JobBudgets(store, settings)
 
     def kept(self, make: Callable[[Guards], T]) -> T:
         """Return what gates of operations share in this process, made when it is first asked
@@ -369,7 +357,7 @@ class Guards:
         found: T = self._kept[key]
         return found
 
-    def of(self, operation: Operation, spec: JobSpec) -> Guarded | None:
+    def of(self, operation: Operation, spec: JobSpec) -> CallGuards | None:
         """Return an operation behind its guards, for one job, or None when it declares none."""
         if operation.gate is not None:
             return operation.gate(self, operation, spec)

@@ -12,7 +12,6 @@ import os
 import resource
 import secrets
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +33,6 @@ from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.engine.shared_page import ProcessEntry
 from rlm_tasks.engine.work import Work
 from rlm_tasks.errors import Quarantined, UnknownOperation
-from rlm_tasks.jobs.items import reference
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import (
     RULES,
@@ -80,8 +78,8 @@ def run_node(runtime: Runtime, job: str, node: str, message: int = 0) -> bool:
     busy, parked, newer, unknown   leave the slot to whoever holds the node, or will
     ==========  =====================================================================
     """
-    page, token = runtime.page_slot(), secrets.token_hex(8)
-    page.hold(pid=os.getpid(), job=job, node=node, token=token, at=time.monotonic())
+    page, token = runtime.page_entry(), secrets.token_hex(8)
+    page.hold(pid=os.getpid(), job=job, node=node, token=token, at=runtime.clock())
     try:
         runtime.reached(CrashPoint.BEFORE_CLAIM)
         claim = runtime.ledger.claim(
@@ -97,7 +95,7 @@ def run_node(runtime: Runtime, job: str, node: str, message: int = 0) -> bool:
     finally:
         page.let_go()
     if claim.waiting:
-        runtime.resend(job, claim.waiting)
+        runtime.delivery.resend(job, claim.waiting)
     return claim.answer in ("done", "closed")
 
 
@@ -122,7 +120,7 @@ def _give_up_for_memory(runtime: Runtime, job: str, node: str, token: str) -> No
     logger.error("Node %s of job %s needs more memory than there is; it is given back", node, job)
     for held in (node, MERGE):
         if runtime.ledger.release(job=job, node=held, token=token, item=-1, died_of="MemoryError"):
-            runtime.resend(job, [held])
+            runtime.delivery.resend(job, [held])
 
 
 def _work(runtime: Runtime, claim: Claim, page: ProcessEntry) -> bool:
@@ -136,7 +134,9 @@ def _work(runtime: Runtime, claim: Claim, page: ProcessEntry) -> bool:
         put_off = _put_off(runtime, claim, CALM_MS, why)
         # The monitor calls it as soon as there is room, and this host may hear of that later than
         # the job.
-        runtime.room.enter(spec.queue, {f"{spec.job} {ROOT}": runtime.ledger.store.now_ms()})
+        runtime.waiting_room.enter(
+            spec.queue, {f"{spec.job} {ROOT}": runtime.ledger.store.now_ms()}
+        )
         return put_off
     if claim.node != MERGE and (why := runtime.shares.obstacle(operation)):
         return _put_off(runtime, claim, PARK_MS, why)
@@ -157,7 +157,7 @@ def _not_taken_in(runtime: Runtime, spec: JobSpec) -> str:
     """Return why a job that may wait must not begin yet, '' when it may; it then has its place."""
     if sheds(spec.priority, level := runtime.page.level):
         return f"pressure is {level.label}, and {spec.priority} work waits"
-    refused = runtime.room.crowded(spec.job, spec.priority)
+    refused = runtime.waiting_room.crowded(spec.job, spec.priority)
     return refused.why if refused else ""
 
 
@@ -168,7 +168,7 @@ def _put_off(runtime: Runtime, claim: Claim, wait_ms: int, why: str) -> bool:
     if waits := _lie_down(
         runtime=runtime, claim=claim, wait_ms=wait_ms, why=why, tries=claim.tries
     ):
-        runtime.resend(claim.job, [waits])
+        runtime.delivery.resend(claim.job, [waits])
     return False
 
 
@@ -204,13 +204,14 @@ class NodeRun:
         keys = runtime.ledger.keys.of(spec.job)
 
         def read(lo: int, hi: int) -> Sequence[Any]:
-            return runtime.ledger.patiently(
-                lambda: runtime.items.read(
+            found: Sequence[Any] = runtime.ledger.call(
+                lambda _: runtime.items.read(
                     source=spec.source, index=keys.items, blocks=keys.blocks, lo=lo, hi=hi
                 )
             )
+            return found
 
-        limit_s = runtime.limits.limit_s(
+        limit_s = runtime.timeouts.limit_s(
             operation=operation.name,
             declared_s=operation.protection.timeout_s,
             complexity=spec.complexity,
@@ -238,7 +239,7 @@ class NodeRun:
             waiter=self._waiter,
             limit_s=limit_s,
             level=level,
-            slow_s=runtime.notices.slow_s,
+            slow_s=runtime.node_events.slow_s,
         )
         self._reason: Reason | None = None
         self._fork: Fork | None = None
@@ -267,7 +268,7 @@ class NodeRun:
                 self._work.give_up(self._claim.lo, self._condemnation(self._quarantined))
             else:
                 self._work.run(self._boundary)
-            self._page.boundary(time.monotonic())
+            self._page.boundary(self._runtime.clock())
         if (wait := self._work.postponed) is not None:
             if self._work.at == self._claim.lo and not self._may_part(wait):
                 return self._park(wait)
@@ -307,9 +308,9 @@ class NodeRun:
             why=why,
             tries=self._claim.tries,
         ):
-            self._runtime.resend(self._spec.job, [waits])
+            self._runtime.delivery.resend(self._spec.job, [waits])
         elif denied.noted and not share.stands(self._me):
-            self._runtime.wake([self._me])  # it was called before it lay down
+            self._runtime.delivery.wake([self._me])  # it was called before it lay down
         return False
 
     def _park(self, wait: Postponed) -> bool:
@@ -321,7 +322,7 @@ class NodeRun:
             why=wait.why,
             tries=wait.tries,
         ):
-            self._runtime.resend(self._spec.job, [waits])
+            self._runtime.delivery.resend(self._spec.job, [waits])
         self._tell_faults()
         self._wake_if_called(wait, self._claim.node)
         return False
@@ -333,7 +334,7 @@ class NodeRun:
         if wait.noted and self._guarded is not None:
             waiter = f"{self._spec.job} {node}"
             if not self._guarded.still_waits(waiter):
-                self._runtime.wake([waiter])
+                self._runtime.delivery.wake([waiter])
 
     # --- cutting -------------------------------------------------------------------------------
 
@@ -391,12 +392,12 @@ class NodeRun:
 
     def _live_slots(self) -> int:
         ledger, look = self._runtime.ledger, self._runtime.slots.take(self._spec.queue, 0)
-        [[_, total]] = ledger.patiently(lambda: ledger.store.run(look))
+        [[_, total]] = ledger.call(look)
         return max(1, int(total))
 
     def _boundary(self) -> bool:
         """Decide at a slice boundary whether to go on; True: hand over the rest."""
-        self._page.boundary(time.monotonic())
+        self._page.boundary(self._runtime.clock())
         self._runtime.reached(CrashPoint.MID_SLICE)
         self._work.harvest.fold()
         if self._runtime.page.level is Level.EMERGENCY > self._work.degradation.level:
@@ -462,9 +463,7 @@ class NodeRun:
         take = self._runtime.slots.take(self._spec.queue, most)
         ranks = self._runtime.page.urgent
         urgent = more_urgent(ranks, self._spec.priority)
-        word, (taken, slots), *won = ledger.patiently(
-            lambda: ledger.store.run(pulse, take, *self._win(urgent))
-        )
+        word, (taken, slots), *won = ledger.call(pulse, take, *self._win(urgent))
         self._pace.pulsed()
         self._taken = int(taken)
         self._yields_to = self._follows(ranks, urgent, won)
@@ -486,7 +485,7 @@ class NodeRun:
             return self._queue_of(urgent) if won else ""
         ledger, ranks = self._runtime.ledger, ranks & ~rank_of(urgent)
         urgent = more_urgent(ranks, self._spec.priority)
-        won = ledger.patiently(lambda: ledger.store.run(*self._win(urgent))) if urgent else ()
+        won = ledger.call(*self._win(urgent)) if urgent else ()
         return self._follows(ranks, urgent, won)
 
     def _fan_out(self, at: NodeProgress, slots: int) -> None:
@@ -516,7 +515,7 @@ class NodeRun:
         report = self._report()
         self._tell_faults()
         if report.mid > claim.lo and not validating:
-            self._runtime.limits.took(self._spec.operation, self._work.took_s)
+            self._runtime.timeouts.took(self._spec.operation, self._work.took_s)
             self._runtime.item_ms[self._spec.operation] = (
                 self._work.busy_s * 1000 / (report.mid - claim.lo)
             )
@@ -525,7 +524,7 @@ class NodeRun:
         told = [] if validating else [self._tally(report, held_kb)]
         if self._yields_to:
             told.append(self._runtime.preemption.yielded(self._yields_to, self._me))
-        self._runtime.notices.of_node(
+        self._runtime.node_events.of_node(
             self._spec.operation,
             claim.job,
             self._runtime.worker,
@@ -551,7 +550,7 @@ class NodeRun:
             recovered=self._work.recovered,
             given_up=harvest.given_up,
             validating=validating,
-            cache=self._runtime.items.looked_up(),
+            cache=self._runtime.items.lookups(),
         )
         return self._follow(finished, report)
 
@@ -634,7 +633,7 @@ class NodeRun:
         return report
 
     def _record_of(self, suspect: Suspect) -> str:
-        item = reference(self._spec.source, suspect.index)
+        item = self._spec.source.describe(suspect.index)
         record = QuarantinedItem(
             job_id=self._spec.job,
             index=suspect.index,
@@ -663,10 +662,10 @@ class NodeRun:
                     id=self._next,
                     lo=at,
                     hi=claim.hi,
-                    d=claim.depth,
-                    sp=slot.split,
-                    ix=slot.index,
-                    t=slot.task,
+                    depth=claim.depth,
+                    split=slot.split,
+                    index=slot.index,
+                    task=slot.task,
                     why=reason,
                 )
             ]
@@ -682,7 +681,7 @@ class NodeRun:
         if finished.registered:
             runtime.reached(CrashPoint.BEFORE_PUBLISH)
             now = [f"{spec.job} {kid.id}" for kid in report.kids if kid.wait_ms < 0]
-            with runtime.making_room(
+            with runtime.delivery.making_room(
                 spec.queue, now if spec.preempts and len(now) > 1 else (), freed=1 + self._taken
             ):
                 runtime.dispatcher.send_children(
@@ -703,7 +702,7 @@ class NodeRun:
                 spec=spec,
             )
             self._page.hold(
-                pid=os.getpid(), job=spec.job, node=MERGE, token=held.token, at=time.monotonic()
+                pid=os.getpid(), job=spec.job, node=MERGE, token=held.token, at=runtime.clock()
             )
             merge_root(
                 ledger=runtime.ledger,

@@ -16,10 +16,11 @@ import msgspec
 
 from resilience.errors import RlmError
 from rlm_tasks.jobs import codec
-from rlm_tasks.jobs.items import ItemWriter
+from rlm_tasks.jobs.items import source_of
 from rlm_tasks.jobs.rounds import NextRound, Round
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Shape
+from rlm_tasks.jobs.stored_items import ItemWriter
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.partials import flattened, merged, partials
 from rlm_tasks.ledger.records import MERGE, ROOT, Claim
@@ -62,14 +63,14 @@ class Rounds:
         ledger: Ledger,
         dispatcher: Dispatcher,
         settings: Settings,
-        purse: JobBudgets,
+        budgets: JobBudgets,
         wake: Callable[[Sequence[str]], int],
     ) -> None:
-        self._ledger, self._dispatcher, self._settings, self._purse, self._wake = (
+        self._ledger, self._dispatcher, self._settings, self._budgets, self._wake = (
             ledger,
             dispatcher,
             settings,
-            purse,
+            budgets,
             wake,
         )
 
@@ -82,7 +83,7 @@ class Rounds:
         if rounds and not Status(rounds[-1][1]["state"]).final:
             self._wait(claim, len(rounds), rounds[-1][0])
             return None
-        self._purse.end_round(spec, len(rounds))
+        self._budgets.end_round(spec, len(rounds))
         facts = self._ledger.facts(spec.job)
         answer = operation.then(self._outputs(spec, operation, rounds), _ended(spec, facts, rounds))
         if not isinstance(answer, NextRound):
@@ -133,7 +134,7 @@ class Rounds:
     def _open(self, spec: JobSpec, number: int, asked: NextRound, deadline_ms: int) -> str:
         """Open a round, once: whoever does it again finds it open."""
         id, token, settings = round_id(spec.job, number), mint(), self._settings
-        self._purse.begin_round(spec, number, last=asked.last)
+        self._budgets.begin_round(spec, number, last=asked.last)
         index, blocks = self._ledger.keys.staged(id, token)
         writer = ItemWriter(
             self._ledger.store,
@@ -142,9 +143,9 @@ class Rounds:
             ttl_s=settings.result_ttl_s,
             max_item_bytes=settings.max_item_bytes,
         )
-        source, n = self._ledger.store.reached(lambda _: writer.write(asked.items))
+        source, n = self._ledger.store.call(lambda _: source_of(asked.items).write(writer))
         operation = registry.get(asked.operation)
-        self._ledger.told_round(spec.job, number)
+        self._ledger.note_rounds(spec.job, number)
         child = msgspec.structs.replace(
             spec,
             job=id,

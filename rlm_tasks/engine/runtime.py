@@ -1,6 +1,6 @@
-"""The composition root of one process: what it reads and writes through, built once, before a fork.
+"""The composition root of a worker: all its parts, built once, before its pool forks.
 
-Decides how parts are put together; refuses to know what they do.
+Celery's tasks and the worker's main process use it.  Begin with `Runtime.build`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from billiard.process import current_process
 from celery import Celery
 from redis.exceptions import RedisError
 
+from resilience.errors import StoreUnavailable
 from resilience.fault_log import FaultLog, FaultLogSettings
 from resilience.keys import Keys
 from resilience.store import Store, guard_store
@@ -29,11 +29,11 @@ from rlm_tasks.engine.node_events import NodeEvents
 from rlm_tasks.engine.rounds import Rounds
 from rlm_tasks.engine.shared_page import ProcessEntry, SharedPage
 from rlm_tasks.engine.slot_shares import SlotShares
-from rlm_tasks.jobs.items import ItemReader
+from rlm_tasks.jobs.stored_items import ItemReader
 from rlm_tasks.ledger.ledger import Ledger
-from rlm_tasks.messaging.delivery import making_room, resend, wake
+from rlm_tasks.messaging.broker_kinds import broker_kind
+from rlm_tasks.messaging.delivery import Delivery
 from rlm_tasks.messaging.dispatch import Dispatcher
-from rlm_tasks.messaging.transports import speaks_redis
 from rlm_tasks.settings.model import Settings
 from scheduler.admission import WaitingRoom
 from scheduler.board import Board
@@ -45,131 +45,117 @@ from scheduler.usage import Usage
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Runtime:
     """The parts that nodes and merges of one process share."""
 
     settings: Settings
     ledger: Ledger
+    dispatcher: Dispatcher
+    delivery: Delivery
     slots: SlotBoard
     preemption: Preemption
     items: ItemReader
-    dispatcher: Dispatcher
     page: SharedPage
     guards: Guards
-    limits: ItemTimeouts
+    timeouts: ItemTimeouts
     faults: FaultLog
     usage: Usage
     shares: SlotShares
     board: Board
-    room: WaitingRoom
-    notices: NodeEvents
+    waiting_room: WaitingRoom
+    node_events: NodeEvents
     rounds: Rounds
+    clock: Callable[[], float] = time.monotonic  # seconds
     worker: str = ""
-    in_order: bool = True  # the broker hands over what is more urgent first
-    retiring: bool = (
-        False  # this pool process ends before its next message, and another takes its place
-    )
+    in_order: bool = True  # the broker delivers what is more urgent first
+    retiring: bool = False  # this pool process ends before its next message, and is replaced
     reached: Callable[[CrashPoint], None] = nobody_listens
-    clock: Callable[[], float] = time.perf_counter  # seconds; what slices are measured by
-    item_ms: dict[str, float] = field(
-        default_factory=dict
-    )  # operation -> time of an item, as last seen by this process
-    _page_slots: dict[tuple[int, int], ProcessEntry] = field(default_factory=dict)
+    item_ms: dict[str, float] = field(default_factory=dict)  # operation -> latest time of an item
+    _entries: dict[tuple[int, int], ProcessEntry] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, app: Celery, settings: Settings, *, patience_s: float) -> Runtime:
-        """Build the parts for one Celery app."""
-        store, keys = (
-            Store(settings.address, namespace=settings.namespace),
-            Keys(settings.namespace),
+    def of(cls, app: Celery, settings: Settings) -> Runtime:
+        """Return the runtime of a worker of one Celery app."""
+        store = Store(
+            settings.address,
+            namespace=settings.namespace,
+            patience_s=settings.ledger.lease_s,
         )
-        ledger = Ledger(store, keys, settings.ledger, patience_s=patience_s)
-        dispatcher, shared = Dispatcher(app, ledger), guard_store(settings)
-        page = SharedPage(stale_s=settings.pressure.stale_s)
-
-        def waken(waiters: Sequence[str]) -> int:
-            return wake(ledger.hasty(), dispatcher, waiters)
-
-        guards = Guards(shared, settings, waken, ledger.stop)
-        limits = ItemTimeouts(
-            Timeouts(shared, multipliers=settings.node.timeout_multipliers),
-            settings.node,
-            time.monotonic,
-        )
-        slots = SlotBoard(store, keys)
-        return cls(
+        keys = Keys(settings.namespace)
+        ledger = Ledger(store, keys, settings.ledger, on_outage="wait")
+        return cls.build(
             settings,
             ledger,
-            slots,
-            Preemption(store, keys, slots),
-            ItemReader(store),
-            dispatcher,
-            page,
-            guards,
-            limits,
-            FaultLog(shared, FaultLogSettings(size=settings.fault_patterns)),
-            Usage(store, keys),
-            SlotShares(shared, settings, page, waken),
-            Board(store, keys, settings.pressure),
-            WaitingRoom(store, keys, settings.admission.max_jobs),
-            NodeEvents(Events(shared, settings.alerts.history), settings.alerts, time.monotonic),
-            Rounds(
-                ledger=ledger,
-                dispatcher=dispatcher,
-                settings=settings,
-                purse=guards.purse,
-                wake=waken,
-            ),
-            in_order=speaks_redis(app.conf.broker_url),
+            Dispatcher(app, ledger),
+            shared=guard_store(settings),
+            in_order=broker_kind(app.conf.broker_url).orders_queues,
         )
 
-    def resend(self, job: str, nodes: Sequence[str]) -> None:
-        """Send registered nodes again; the splits of an operation nobody knows here get no
-        chord.
-        """
-        resend(self.ledger, self.dispatcher, job, nodes)
+    @classmethod
+    def build(
+        cls,
+        settings: Settings,
+        ledger: Ledger,
+        dispatcher: Dispatcher,
+        *,
+        shared: Store,
+        clock: Callable[[], float] = time.monotonic,
+        in_order: bool = True,
+    ) -> Runtime:
+        """Build all parts from a ledger and a dispatcher; guards use the store `shared`."""
+        store, keys = ledger.store, ledger.keys
+        slots, page = SlotBoard(store, keys), SharedPage(settings.pressure.stale_s)
+        preemption = Preemption(store, keys, slots)
+        delivery = Delivery(ledger, dispatcher, preemption)
+        wake = delivery.fail_fast().wake
+        guards = Guards(shared, settings, wake, ledger.stop)
+        learned = Timeouts(shared, multipliers=settings.node.timeout_multipliers)
+        events = Events(shared, settings.alerts.history)
+        return cls(
+            settings=settings,
+            ledger=ledger,
+            dispatcher=dispatcher,
+            delivery=delivery,
+            slots=slots,
+            preemption=preemption,
+            items=ItemReader(store),
+            page=page,
+            guards=guards,
+            timeouts=ItemTimeouts(learned, settings.node, clock),
+            faults=FaultLog(shared, FaultLogSettings(size=settings.fault_patterns)),
+            usage=Usage(store, keys),
+            shares=SlotShares(shared, settings, page, wake),
+            board=Board(store, keys, settings.pressure),
+            waiting_room=WaitingRoom(store, keys, settings.admission.max_jobs),
+            node_events=NodeEvents(events, settings.alerts, clock),
+            rounds=Rounds(ledger, dispatcher, settings, guards.budgets, wake),
+            clock=clock,
+            in_order=in_order,
+        )
 
-    def wake(self, waiters: Sequence[str]) -> int:
-        """Let nodes go on that a guard has named; return how many have waited."""
-        return wake(self.ledger, self.dispatcher, waiters)
+    def goes_back(self, queue: str) -> bool:
+        """Whether a message goes back to its queue, for its slot was given up for urgent work.
 
-    def stands_aside(self, queue: str) -> bool:
-        """Whether a message of a queue has got a slot that was given up for what is more urgent,
-        and goes back for it.
-
-        Redis hands over what is more urgent first; RabbitMQ hands over what it likes.
+        Redis delivers urgent messages first, so none goes back there; RabbitMQ delivers in any
+        order.
         """
         namespace, _, priority = queue.rpartition(".")
-        first = [
-            each for each in URGENCY if more_urgent(self.page.urgent & rank_of(each), priority)
-        ]
+        ranks = self.page.urgent
+        first = [each for each in URGENCY if more_urgent(ranks & rank_of(each), priority)]
         if self.in_order or not first:
             return False
+        awaited = [self.preemption.awaited(f"{namespace}.{each}") for each in first]
         try:
-            return any(
-                self.ledger.store.run(
-                    *(self.preemption.awaited(f"{namespace}.{each}") for each in first)
-                )
-            )
-        except RedisError as error:
-            logger.info("A node takes the slot that it has got: %s", error)
+            return any(self.ledger.store.call(*awaited))
+        except (StoreUnavailable, RedisError) as error:
+            logger.info("A node keeps the slot that it got: %s", error)
             return False
 
-    def making_room(
-        self, queue: str, nodes: Sequence[str], *, freed: int
-    ) -> AbstractContextManager[None]:
-        """Have less urgent nodes yield for urgent ones that are sent within the block, as far as
-        there is no slot.
-        """
-        return making_room(self.preemption, self.dispatcher, queue, nodes, freed=freed)
-
-    def page_slot(self) -> ProcessEntry:
-        """Return where this pool process, or this thread of a threads pool, says what it holds."""
+    def page_entry(self) -> ProcessEntry:
+        """Return the entry of the page where this process, or this thread, writes what it holds."""
         here = os.getpid(), threading.get_ident()
-        if here not in self._page_slots:
+        if here not in self._entries:
             index = getattr(current_process(), "index", None)
-            self._page_slots[here] = self.page.slot(
-                len(self._page_slots) if index is None else index
-            )
-        return self._page_slots[here]
+            self._entries[here] = self.page.entry(len(self._entries) if index is None else index)
+        return self._entries[here]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from resilience.degradation import Level
@@ -50,9 +50,11 @@ class Held:
 class SharedPage:
     """The shared page; made before the pool forks."""
 
-    def __init__(self, *, stale_s: float = 15.0) -> None:
+    def __init__(
+        self, stale_s: float = 15.0, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._memory = mmap.mmap(-1, _HEADER + SLOTS * _SLOT.size)
-        self._stale_ms = int(stale_s * 1000)
+        self._stale_ms, self._clock = int(stale_s * 1000), clock
 
     @property
     def level(self) -> Level:
@@ -62,13 +64,13 @@ class SharedPage:
         told: int = _LEVEL.unpack_from(self._memory, _LEVEL_AT)[0]
         if not told:
             return Level.NORMAL  # nobody measures here
-        if time.monotonic() * 1000 - (told >> 8) > self._stale_ms:
+        if self._clock() * 1000 - (told >> 8) > self._stale_ms:
             return Level.ELEVATED
         return _LEVELS[told & 0xFF]
 
     @level.setter
     def level(self, level: Level) -> None:
-        _LEVEL.pack_into(self._memory, _LEVEL_AT, int(time.monotonic() * 1000) << 8 | level)
+        _LEVEL.pack_into(self._memory, _LEVEL_AT, int(self._clock() * 1000) << 8 | level)
 
     @property
     def urgent(self) -> int:
@@ -151,7 +153,7 @@ class SharedPage:
     def slots(self, total: int) -> None:
         _PID.pack_into(self._memory, _SLOTS_AT, total)
 
-    def slot(self, index: int) -> ProcessEntry:
+    def entry(self, index: int) -> ProcessEntry:
         """Return the writer of one pool process."""
         return ProcessEntry(self._memory, _HEADER + index % SLOTS * _SLOT.size)
 

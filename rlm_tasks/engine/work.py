@@ -5,13 +5,12 @@ boundary is offered after each item or batch; what happens there is the node's b
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from resilience.degradation import IN_FORCE, Degradation, Level
 from resilience.errors import Denied
-from rlm_tasks.engine.guards import Guarded, Postponed, postponed
+from rlm_tasks.engine.guards import Postponed, postponed
 from rlm_tasks.engine.item_timeouts import ItemAlarm
 from rlm_tasks.engine.outcome import NodeOutcome
 from rlm_tasks.engine.pace import Pace
@@ -19,6 +18,7 @@ from rlm_tasks.engine.shared_page import SEVERAL_ITEMS, ProcessEntry
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.records import PROCESS, Claim
 from rlm_tasks.operations.context import Context
+from rlm_tasks.operations.ports import CallGuards
 from rlm_tasks.operations.registry import Operation
 
 WINDOW = 1024
@@ -48,7 +48,7 @@ class Work:
         pace: Pace,
         clock: Callable[[], float],
         *,
-        guarded: Guarded | None = None,
+        guarded: CallGuards | None = None,
         waiter: Callable[[int], str] = lambda _: "",
         limit_s: float = 0.0,
         level: Level = Level.NORMAL,
@@ -118,7 +118,7 @@ class Work:
             except UNREADABLE as error:
                 self._fail_rest(error)
                 return
-            self._page.boundary(time.monotonic())  # reading is not the items' time
+            self._page.boundary(self._clock())  # reading is not the items' time
             began = self._clock()
             work(window)
             self.busy_s += self._clock() - began
@@ -292,7 +292,7 @@ class Work:
         self.degradation.shaped.clear()  # each is asked again
         for item in window:
             index, context = self.at, self._context(self.at)
-            self._page.boundary(time.monotonic())  # each has the whole limit for itself
+            self._page.boundary(self._clock())  # each has the whole limit for itself
             self._page.start_item(index)
             if index not in self.harvest.left_out:
                 self._attempt(

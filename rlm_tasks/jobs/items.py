@@ -1,64 +1,70 @@
-"""Where a job's items come from, and how a worker reads a range of them.
+"""Where a job's items come from: lines of a file, paths, a range, or any iterable of plain data.
 
-Items never travel in messages: a `range` is described, a file is read where it lies, anything else
-is streamed to Redis in packed blocks before the job opens.  Refuses to know what is done with the
-items."""
+Each kind is one class with `write` (how it is stored), `sample` (what a plan looks at) and
+iteration.  A new kind is a class of this protocol and, if it is stored in a new way, a record in
+`stored_items`.  Clients, plans and models ask `source_of` and no other type of items.
+"""
 
 from __future__ import annotations
 
 import glob
-import itertools
 import os
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from random import Random
+from typing import Any, BinaryIO, ClassVar, Protocol, runtime_checkable
 
-import msgspec
-
-from resilience.store import Store
 from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.jobs import codec
+from rlm_tasks.jobs.stored_items import ItemWriter, RangeSource, StoredItems
 
-BLOCK_ITEMS = 1024
-BLOCK_BYTES = 1 << 20
-PIPELINE_BYTES = 4 << 20
-CACHE_BYTES = 8 << 20
-
-
-class RangeSource(msgspec.Struct, frozen=True, tag="range"):
-    """The integers of a `range`."""
-
-    start: int
-    step: int
+SAMPLED = 1000
+"""Items of the largest sample."""
+BLOCKS, BLOCK_BYTES = 16, 65_536
+"""Text files longer than all these blocks together (1 MiB) are sampled by them."""
+_KINDS = "an iterable of items, a range, Lines(...) or Files(...)"
 
 
-class BlockSource(msgspec.Struct, frozen=True, tag="blocks"):
-    """Packed blocks of items in Redis."""
+@dataclass(frozen=True, slots=True)
+class ItemSample:
+    """Some items, spread evenly over all of them."""
+
+    total: int
+    items: list[tuple[int, Any]] = field(repr=False)  # index and item
+    exact: bool = True  # False: the total is an estimate
 
 
-class LineSource(msgspec.Struct, frozen=True, tag="lines"):
-    """Lines of a text file; Redis keeps the byte offset of every BLOCK_ITEMS-th one."""
+@runtime_checkable
+class ItemSource(Protocol):
+    """One kind of items that a request may have."""
 
-    path: str
-    encoding: str
-    size: int
-    modified_ns: int
+    of_texts: ClassVar[bool]  # False: its items name texts, such as paths
+
+    def write(self, writer: ItemWriter) -> tuple[StoredItems, int]:
+        """Store the items; return the record by which workers read them, and their number.
+
+        Raises InvalidRequest for items that cannot be read or stored.
+        """
+
+    def sample(self, random: Random) -> ItemSample:
+        """Return a sample; items that have indexes are not walked through.
+
+        Raises InvalidRequest for items that can be read once only.
+        """
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the items in order.  Raises InvalidRequest for those that cannot be read."""
 
 
-Source = RangeSource | BlockSource | LineSource
-
-
-def reference(source: Source, index: int) -> str:
-    """Say where an item lies, without saying what it is: items may be confidential."""
-    match source:
-        case RangeSource():
-            return f"{source.start + index * source.step} of a range"
-        case LineSource():
-            return f"{source.path}, line {index + 1}"
-        case BlockSource():
-            return f"stored item {index}"
+def source_of(items: Any) -> ItemSource:
+    """Return the items of a request as their kind.  Raises InvalidRequest for what has no items."""
+    if isinstance(items, ItemSource):
+        return items
+    if isinstance(items, range):
+        return RangeItems(items)
+    if isinstance(items, str | bytes) or not isinstance(items, Iterable):
+        raise InvalidRequest("items", items, f"must be {_KINDS}")
+    return PlainItems(items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,198 +72,148 @@ class Lines:
     """Lines of a text file, without their line ends; workers must see the file at the same path.
 
     Only offsets are stored.  The file must not change while the job runs: a worker that finds it
-    changed fails the items it should have read.
+    changed fails the items that it should have read.
     """
 
+    of_texts: ClassVar[bool] = True
     path: str | os.PathLike[str]
     encoding: str = "utf-8"
+
+    def write(self, writer: ItemWriter) -> tuple[StoredItems, int]:
+        """Store the offset of every 1,024th line."""
+        try:
+            return writer.lines(Path(self.path).resolve(), self.encoding)
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def sample(self, random: Random) -> ItemSample:
+        """Return lines of the whole file, or, of a long one, lines that some blocks hold whole."""
+        try:
+            size, blocks = _blocks(Path(self.path))
+        except OSError as error:
+            raise self._unreadable(error) from None
+        pieces = [block.split(b"\n") for block in blocks]
+        if exact := len(blocks) == 1:
+            [found] = pieces
+            total = len(found) if found[-1] else len(found) - 1
+        else:
+            found = [line for block in pieces for line in block[1:-1]] or blocks
+            ends = sum(len(block) - 1 for block in pieces)
+            total = max(1, round(ends * size / (BLOCKS * BLOCK_BYTES)))
+        texts = [
+            found[at].decode(self.encoding, "replace").rstrip("\r\n")
+            for at in _evenly(min(total, len(found)), random)
+        ]
+        return ItemSample(
+            total, [(at * total // len(texts), text) for at, text in enumerate(texts)], exact
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            with Path(self.path).open(encoding=self.encoding) as file:
+                yield from (line.rstrip("\r\n") for line in file)
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: OSError) -> InvalidRequest:
+        return InvalidRequest("items", str(self.path), f"cannot be read: {error.strerror}")
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
     """Paths that match a glob pattern (`**` reaches into folders), sorted, as items."""
 
+    of_texts: ClassVar[bool] = False
     pattern: str
+
+    def write(self, writer: ItemWriter) -> tuple[StoredItems, int]:
+        """Store the paths."""
+        return writer.items(self)
+
+    def sample(self, random: Random) -> ItemSample:
+        """Return some of the paths."""
+        return _of_sequence(list(self), random)
 
     def __iter__(self) -> Iterator[str]:
         found = glob.iglob(self.pattern, recursive=True)  # noqa: PTH207  # Path.glob: no absolute pattern
         return iter(sorted(path for path in found if Path(path).is_file()))
 
 
-class ItemWriter:
-    """Store the items of one job; `write` returns their source and number."""
+@dataclass(frozen=True, slots=True)
+class RangeItems:
+    """The integers of a `range`, which are not stored."""
 
-    def __init__(
-        self, store: Store, index: str, blocks: str, *, ttl_s: int, max_item_bytes: int
-    ) -> None:
-        self._store, self._index, self._blocks = store, index, blocks
-        self._ttl_s, self._max_item_bytes = ttl_s, max_item_bytes
-        self._waiting: list[tuple[int, int, bytes]] = []
-        self._bytes = 0
+    of_texts: ClassVar[bool] = True
+    items: range
 
-    def write(self, items: Any) -> tuple[Source, int]:
-        """Store the items.  Raises InvalidRequest naming the first item that cannot be stored."""
-        if isinstance(items, range):
-            return RangeSource(items.start, items.step), len(items)
-        if isinstance(items, Lines):
-            return self._write_lines(items)
-        if isinstance(items, str | bytes) or not isinstance(items, Iterable):
-            raise InvalidRequest(
-                "items", items, "must be an iterable of items, a range, Lines(...) or Files(...)"
-            )
-        count = 0
-        iterator = iter(items)
-        while block := list(itertools.islice(iterator, BLOCK_ITEMS)):
-            self._add(count, block)
-            count += len(block)
-        self._flush()
-        return BlockSource(), count
+    def write(self, _writer: ItemWriter) -> tuple[StoredItems, int]:
+        """Store start and step."""
+        return RangeSource(self.items.start, self.items.step), len(self.items)
 
-    def _add(self, lo: int, block: list[Any]) -> None:
-        data = self._encoded(lo, block)
-        if len(data) > BLOCK_BYTES and len(block) > 1:
-            half = len(block) // 2
-            self._add(lo, block[:half])
-            self._add(lo + half, block[half:])
-            return
-        if len(data) > self._max_item_bytes and len(block) == 1:
-            raise InvalidRequest(
-                f"items[{lo}]",
-                block[0],
-                f"packs to {len(data)} bytes, more than RLM_MAX_ITEM_BYTES={self._max_item_bytes}",
-            )
-        self._queue(lo, lo + len(block), codec.compress(data))
+    def sample(self, random: Random) -> ItemSample:
+        """Return some of the integers."""
+        return _of_sequence(self.items, random)
 
-    def _encoded(self, lo: int, block: list[Any]) -> bytes:
-        try:
-            return codec.encode(block)
-        except TypeError:
-            for index, item in enumerate(block, lo):
-                try:
-                    codec.encode(item)
-                except TypeError as error:
-                    raise InvalidRequest(
-                        f"items[{index}]", item, f"cannot be stored as plain data: {error}"
-                    ) from None
-            raise
-
-    def _queue(self, lo: int, hi: int, data: bytes) -> None:
-        self._waiting.append((lo, hi, data))
-        self._bytes += len(data)
-        if self._bytes >= PIPELINE_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        pipe = self._store.client.pipeline(transaction=False)
-        pipe.hset(self._blocks, mapping={f"{lo}:{hi}": data for lo, hi, data in self._waiting})
-        pipe.zadd(self._index, {f"{lo}:{hi}": lo for lo, hi, _ in self._waiting})
-        pipe.expire(self._blocks, self._ttl_s)
-        pipe.expire(self._index, self._ttl_s)
-        pipe.execute()
-        self._waiting, self._bytes = [], 0
-
-    def _write_lines(self, lines: Lines) -> tuple[Source, int]:
-        path = Path(lines.path).resolve()
-        try:
-            about = path.stat()
-            count = self._write_offsets(path)
-        except OSError as error:
-            raise InvalidRequest(
-                "items", str(lines.path), f"cannot be read: {error.strerror}"
-            ) from None
-        return LineSource(str(path), lines.encoding, about.st_size, about.st_mtime_ns), count
-
-    def _write_offsets(self, path: Path) -> int:
-        count, offset = 0, 0
-        with path.open("rb") as file:
-            while block := list(itertools.islice(file, BLOCK_ITEMS)):
-                self._queue(count, count + len(block), codec.pack(offset))
-                count += len(block)
-                offset += sum(len(line) for line in block)
-        self._flush()
-        return count
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.items)
 
 
-class ItemReader:
-    """Read ranges of items in a worker; recently read blocks stay in memory."""
+@dataclass(frozen=True, slots=True)
+class PlainItems:
+    """Any iterable of plain data."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._cache: OrderedDict[tuple[str, int], list[Any]] = OrderedDict()
-        self._sizes: dict[tuple[str, int], int] = {}
-        self._hits = self._misses = 0
+    of_texts: ClassVar[bool] = True
+    items: Iterable[Any]
 
-    def forget(self) -> None:
-        """Keep no block in memory."""
-        self._cache.clear()
-        self._sizes.clear()
+    def write(self, writer: ItemWriter) -> tuple[StoredItems, int]:
+        """Store the items in packed blocks."""
+        return writer.items(self.items)
 
-    def looked_up(self) -> tuple[int, int]:
-        """Return how often a block was in memory, and how often it was not, since this was asked
-        last.
-        """
-        told, self._hits, self._misses = (self._hits, self._misses), 0, 0
-        return told
+    def sample(self, random: Random) -> ItemSample:
+        """Return some of the items."""
+        if not isinstance(self.items, Sized):
+            advice = "a plan looks at items and must not use them up; give a list, or Lines(...)"
+            raise InvalidRequest("items", self.items, advice)
+        if isinstance(self.items, Sequence):
+            return _of_sequence(self.items, random)
+        wanted = set(_evenly(len(self.items), random))
+        found = [each for each in enumerate(self.items) if each[0] in wanted]
+        return ItemSample(len(self.items), found)
 
-    def read(self, source: Source, index: str, blocks: str, lo: int, hi: int) -> Sequence[Any]:
-        """Return the items of [lo, hi).  Raises LookupError when some are gone or the file has
-        changed.
-        """
-        if isinstance(source, RangeSource):
-            return range(
-                source.start + lo * source.step, source.start + hi * source.step, source.step
-            )
-        found: list[Any] = []
-        at = lo
-        while at < hi:
-            start, items = self._block(source, index, blocks, at)
-            part = items[at - start : hi - start]
-            if not part:
-                raise LookupError(f"items [{at}, {hi}) of this job are not stored")
-            found += part
-            at += len(part)
-        return found
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
 
-    def _block(self, source: Source, index: str, blocks: str, at: int) -> tuple[int, list[Any]]:
-        for (key, start), items in reversed(self._cache.items()):
-            if key == blocks and start <= at < start + len(items):
-                self._hits += 1
-                return start, items
-        self._misses += 1
-        name = cast(
-            list[bytes],
-            self._store.client.zrange(index, at, "-inf", desc=True, byscore=True, offset=0, num=1),
+
+# --- samples -----------------------------------------------------------------------------------
+
+
+def _of_sequence(items: Sequence[Any], random: Random) -> ItemSample:
+    return ItemSample(len(items), [(at, items[at]) for at in _evenly(len(items), random)])
+
+
+def _evenly(total: int, random: Random) -> list[int]:
+    """Return up to SAMPLED indexes, one of each stride.
+
+    Chance picks the one: items may repeat themselves at regular distances.
+    """
+    sampled = min(total, SAMPLED)
+    return [
+        random.randrange(at * total // sampled, (at + 1) * total // sampled)
+        for at in range(sampled)
+    ]
+
+
+def _blocks(path: Path) -> tuple[int, list[bytes]]:
+    """Return the size of a file in bytes, and all of it in one block, or several blocks of it."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        whole = size <= BLOCKS * BLOCK_BYTES
+        begins = (
+            [0] if whole else [at * (size - BLOCK_BYTES) // (BLOCKS - 1) for at in range(BLOCKS)]
         )
-        data = (
-            cast(bytes | None, self._store.client.hget(blocks, name[0].decode())) if name else None
-        )
-        if data is None:
-            raise LookupError(f"item {at} of this job is not stored")
-        start, end = (int(edge) for edge in name[0].split(b":"))
-        raw = codec.decompress(data)
-        items = (
-            self._lines(source, codec.decode(raw), end - start)
-            if isinstance(source, LineSource)
-            else codec.decode(raw)
-        )
-        self._remember((blocks, start), items, len(raw))
-        return start, items
+        return size, [_block(file, begin, size if whole else BLOCK_BYTES) for begin in begins]
 
-    def _remember(self, key: tuple[str, int], items: list[Any], size: int) -> None:
-        self._cache[key], self._sizes[key] = items, size
-        while len(self._cache) > 1 and sum(self._sizes[each] for each in self._cache) > CACHE_BYTES:
-            self._sizes.pop(self._cache.popitem(last=False)[0])
 
-    def _lines(self, source: LineSource, offset: int, count: int) -> list[Any]:
-        path = Path(source.path)
-        about = path.stat()
-        if (about.st_size, about.st_mtime_ns) != (source.size, source.modified_ns):
-            raise LookupError(f"{path} has changed since the job was submitted")
-        with path.open("rb") as file:
-            file.seek(offset)
-            return [
-                line.decode(source.encoding).rstrip("\r\n")
-                for line in itertools.islice(file, count)
-            ]
+def _block(file: BinaryIO, begin: int, size: int) -> bytes:
+    file.seek(begin)
+    return file.read(size)

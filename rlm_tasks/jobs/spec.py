@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from rlm_tasks.jobs.items import Source
 from rlm_tasks.jobs.splitting import Shape
+from rlm_tasks.jobs.stored_items import StoredItems
 
 SCHEMA = 1
 
@@ -21,7 +21,7 @@ class JobSpec(msgspec.Struct, frozen=True, omit_defaults=True):
 
     job: str
     operation: str
-    source: Source
+    source: StoredItems
     n: int
     shape: Shape
     queue: str

@@ -29,12 +29,12 @@ class Child(msgspec.Struct):
     id: str
     lo: int
     hi: int
-    d: int
-    sp: str
-    ix: int
-    t: str
+    depth: int = msgspec.field(name="d")
+    split: str = msgspec.field(name="sp")
+    index: int = msgspec.field(name="ix")
+    task: str = msgspec.field(name="t")
     why: str
-    wait_ms: int = -1  # it is parked for so long; -1: it may run now
+    wait_ms: int = -1  # it is parked for this long; -1: it may run now
     tries: int = 0  # how often its first item has failed
 
 
@@ -44,9 +44,9 @@ class Split(msgspec.Struct):
     id: str
     lo: int
     hi: int
-    sp: str
-    ix: int
-    t: str
+    split: str = msgspec.field(name="sp")
+    index: int = msgspec.field(name="ix")
+    task: str = msgspec.field(name="t")
     size: int
 
 
@@ -155,26 +155,26 @@ class NodeRecord:
     def parse(cls, id: str, text: bytes) -> NodeRecord:
         """Return the record of one field of the nodes hash."""
         r = msgspec.json.decode(text)
-        lo, hi = int(r["lo"]), int(r["hi"])
+        lo = int(r["lo"])
         return cls(
-            id,
-            lo,
-            hi,
-            int(r["d"]),
-            ChordSlot(r["sp"], int(r["ix"]), r["t"]),
-            r["s"],
-            int(r["e"]),
-            r["p"],
-            int(r.get("mid", lo)),
-            r["why"],
-            r.get("w", ""),
-            int(r.get("ms", 0)),
-            int(r.get("x", 0)),
-            r.get("by", ""),
-            bool(r.get("one")),
-            int(r.get("tr", 0)),
-            bool(r.get("wt")),
-            int(r.get("m", 0)),
+            id=id,
+            lo=lo,
+            hi=int(r["hi"]),
+            depth=int(r["d"]),
+            slot=ChordSlot(r["sp"], int(r["ix"]), r["t"]),
+            state=r["s"],
+            epoch=int(r["e"]),
+            parent=r["p"],
+            mid=int(r.get("mid", lo)),
+            why=r["why"],
+            worker=r.get("w", ""),
+            ms=int(r.get("ms", 0)),
+            losses=int(r.get("x", 0)),
+            lost_by=r.get("by", ""),
+            one_by_one=bool(r.get("one")),
+            tries=int(r.get("tr", 0)),
+            waited=bool(r.get("wt")),
+            message=int(r.get("m", 0)),
         )
 
 

@@ -156,13 +156,11 @@ class Checks(threading.Thread):
         next.
         """
         interval_ms = max(1, int(1000 * self._settings.health_every_s))
-        taken = self._store.reached(
+        taken = self._store.call(
             lambda client: client.set(self._key, self._worker, nx=True, px=interval_ms)
         )
         return (
-            0.0
-            if taken
-            else max(1, self._store.reached(lambda client: client.pttl(self._key))) / 1000
+            0.0 if taken else max(1, self._store.call(lambda client: client.pttl(self._key))) / 1000
         )
 
     async def _round(self) -> list[CheckResult]:

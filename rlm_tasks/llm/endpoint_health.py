@@ -68,9 +68,9 @@ class EndpointHealth:
         """Return the latest word of each endpoint; what is too old is left out.  Raises
         StoreUnavailable.
         """
-        found = self._store.reached(lambda client: client.hvals(self._keys.endpoints()))
+        found = self._store.call(lambda client: client.hvals(self._keys.endpoints()))
         oldest = (
-            self._store.reached(lambda _: self._store.now_ms())
+            self._store.call(lambda _: self._store.now_ms())
             - BELIEVED * 1000 * self._settings.health_every_s
         )
         every = [Checkup(**json.loads(each)) for each in found]
@@ -82,7 +82,7 @@ class EndpointHealth:
         """
         before = next((each for each in self.checkups() if each.name == name), None)
         strikes = (before.strikes if before else 0) + 1 if why else 0
-        now_ms = self._store.reached(lambda _: self._store.now_ms())
+        now_ms = self._store.call(lambda _: self._store.now_ms())
         found = Checkup(
             name=name, at_ms=now_ms, latency_ms=latency_s * 1000, strikes=strikes, why=why
         )
@@ -93,5 +93,5 @@ class EndpointHealth:
                 self._keys.endpoints(), int(BELIEVED * 1000 * self._settings.health_every_s)
             )
 
-        self._store.reached(write)
+        self._store.call(write)
         return found

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from rlm_tasks.llm.endpoint import estimated_prompt
 from rlm_tasks.llm.learned import Known
 from rlm_tasks.llm.params import Ask, MapReduce, parsed
+from rlm_tasks.operations.ports import RoundForecast
 
 if TYPE_CHECKING:
-    from rlm_tasks.client.planning import ItemSample
+    from rlm_tasks.jobs.items import ItemSample
     from rlm_tasks.llm.draft import Draft
+    from rlm_tasks.operations.ports import Forecast
     from rlm_tasks.requests import JobRequest
     from rlm_tasks.settings.llm import Tier
 
@@ -34,17 +36,6 @@ FIRST = Known()
 
 
 # --- sums, and how far they lie from their means ----------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class RoundForecast:
-    """What one round asks of the models of a tier: in all, in tokens."""
-
-    operation: str
-    tier: Tier
-    calls: int
-    prompt_tokens: float
-    answer_tokens: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +104,6 @@ class Outlook:
 
 
 Rounds = Callable[[Outlook], list[RoundForecast]]
-Forecast = Callable[["JobRequest", "ItemSample"], Rounds]
-"""Looks at a sample of a request's items, once, and returns what it makes of an outlook.  The
-request is a settled one, the items are those that were submitted; there is at least one."""
 Compose = Callable[[Any, dict[str, Any], str], "Draft"]
 
 

@@ -117,7 +117,7 @@ class Gate(Guarded):
         self._guards, self._spec, self._compose = guards, spec, compose
         self._provider = guards.kept(_ready)
         guards.kept(watched)
-        self._budget = guards.purse.budget(spec.tree)
+        self._budget = guards.budgets.budget(spec.tree)
         self._memos: list[tuple[int, str]] = []
 
     # --- entering ------------------------------------------------------------------------------
@@ -333,10 +333,11 @@ class Gate(Guarded):
         self._memos.append((held.index, held.flight.key))
         metrics.answered(model, endpoint, answer, used["money"])
         with suppress(StoreUnavailable):  # it stays charged as it was reserved: the safe side
-            self._store.ask(
+            self._store.call(
                 lands,
                 self._budget.settling(held.charge.id, used, label=model),
                 its.learned.learning(model, held.estimated, held.draft.max_tokens, answer),
+                on_outage="answer",
             )
         held.grant.settle(tokens=used["tokens"], bytes=used["tokens"] * BYTES_PER_TOKEN)
 
@@ -377,7 +378,10 @@ class Gate(Guarded):
         breakers = [self._provider.breaker(name) for name in self._provider.places]
         try:
             return any(
-                self._store.ask(*(each.waits(waiter) for each in breakers if each is not None))
+                self._store.call(
+                    *(each.waits(waiter) for each in breakers if each is not None),
+                    on_outage="answer",
+                )
             )
         except StoreUnavailable:
             return True

@@ -70,7 +70,7 @@ class Learned:
         if self._clock() - read_at < READ_EVERY_S:
             return known
         try:
-            found = self._store.reached(lambda client: client.hgetall(self._keys.model(model)))
+            found = self._store.call(lambda client: client.hgetall(self._keys.model(model)))
         except StoreUnavailable:
             return known
         sums = {name.decode(): float(amount) for name, amount in found.items()}

@@ -10,21 +10,21 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from resilience.degradation import Strategy
 from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.jobs.items import Files, Lines
+from rlm_tasks.jobs.items import source_of
 from rlm_tasks.jobs.rounds import NextRound, Round
 from rlm_tasks.llm.draft import Draft, Message, tier_for
 from rlm_tasks.llm.endpoint import estimated_tokens
-from rlm_tasks.llm.forecast import Forecast, by_item, merging, narrowing
+from rlm_tasks.llm.forecast import by_item, merging, narrowing
 from rlm_tasks.llm.params import Ask, Map, MapReduce, Params, parsed
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.context import Context
+from rlm_tasks.operations.ports import Forecast
 from rlm_tasks.operations.protection import Protection
 from rlm_tasks.operations.registry import Operation
 from rlm_tasks.requests import Adaptive, JobRequest
@@ -414,7 +414,7 @@ def _grouped(request: JobRequest, settings: Any) -> JobRequest:
     request, its = _settled(Ask, request, settings)
     room = _room(its, request.complexity, settings.llm, its.question)
     its = its.model_copy(update={"group_tokens": min(its.group_tokens, room)})
-    passages = ([number, _text(item)] for number, item in enumerate(_each(request.items)))
+    passages = ([number, _text(item)] for number, item in enumerate(_texts(request.items)))
     groups = ({"passages": group} for group in _packed(passages, its.group_tokens))
     return request.model_copy(
         update={"items": groups, "params": its.model_dump(mode="json", exclude_defaults=True)}
@@ -437,22 +437,11 @@ def _room(its: Params, complexity: str, settings: LlmSettings, asked: str) -> in
     return most
 
 
-def _each(items: Any) -> Iterable[Any]:
-    if isinstance(items, Lines):
-        return _lines(items)
-    if isinstance(items, str | bytes | Files) or not isinstance(items, Iterable):
+def _texts(items: Any) -> Iterable[Any]:
+    source = source_of(items)
+    if not source.of_texts:
         raise InvalidRequest("items", items, "must be an iterable of texts, or Lines(...)")
-    return items
-
-
-def _lines(items: Lines) -> Iterator[str]:
-    try:
-        with Path(items.path).open(encoding=items.encoding) as file:
-            yield from (line.rstrip("\r\n") for line in file)
-    except OSError as error:
-        raise InvalidRequest(
-            "items", str(items.path), f"cannot be read: {error.strerror}"
-        ) from None
+    return source
 
 
 _register(

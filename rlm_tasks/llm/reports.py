@@ -17,7 +17,8 @@ from rlm_tasks.llm.endpoint_health import Checkup, EndpointHealth, configured
 from rlm_tasks.llm.endpoint_pool import BREAKER, service_of
 
 if TYPE_CHECKING:
-    from rlm_tasks.client.client import Client
+    from resilience.breaker import CircuitBreakers
+    from resilience.store import Store
     from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
 
 
@@ -37,17 +38,16 @@ class EndpointReport:
     why: str  # it did not pass the latest check
 
 
-def reports(client: Client) -> list[EndpointReport]:
-    """Return how each endpoint stands, as `Client.endpoints` tells it.  Raises StoreUnavailable."""
-    settings, store = client.settings.llm, client.ledger.store
+def reports(store: Store, settings: LlmSettings, breakers: CircuitBreakers) -> list[EndpointReport]:
+    """Return the state of each endpoint, for `Client.endpoints`.  Raises StoreUnavailable."""
     if not configured(settings):
         return []
     health = EndpointHealth(store, settings)
     checkups = {each.name: each for each in health.checkups()}
-    now_ms = store.reached(lambda _: store.now_ms())
+    now_ms = store.call(lambda _: store.now_ms())
     found = []
     for place in settings.places:
-        breaker = str(client.breakers.get(service_of(place.name), BREAKER).status()["state"])
+        breaker = str(breakers.get(service_of(place.name), BREAKER).status()["state"])
         at = checkups.get(place.name)
         found.append(
             _unseen(place, breaker)

@@ -13,12 +13,10 @@ from amqp.exceptions import AMQPError  # type: ignore[import-untyped]  # py-amqp
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
+from rlm_tasks.messaging.broker_kinds import kind_of_connection
+
 _Answer = TypeVar("_Answer")
 
-ANSWER_S = 5.0
-"""RabbitMQ is taken for away when it does not answer for this long; Redis has a setting of its own
-(`transports`).
-"""
 AWAY = (KombuError, AMQPError, RedisError, OSError)
 """What a broker that is away, or refuses, raises by way of kombu: each transport has errors of its
 own.
@@ -51,6 +49,6 @@ def _opened(connection: Any) -> Any:
         connection.ensure_connection(
             max_retries=tries, interval_start=0, reraise_as_library_errors=False
         )
-        if connection.transport.driver_type == "amqp":
-            connection.connection.sock.settimeout(ANSWER_S)
+        if (timeout_s := kind_of_connection(connection).socket_timeout_s) is not None:
+            connection.connection.sock.settimeout(timeout_s)
     return connection

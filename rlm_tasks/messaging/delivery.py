@@ -1,4 +1,7 @@
-"""Send nodes again that wait or were lost."""
+"""Send nodes again that waited or were lost, and make room for those that are urgent.
+
+The runtime of a worker and the session of a client each hold one.  Begin with `Delivery.resend`.
+"""
 
 from __future__ import annotations
 
@@ -11,62 +14,60 @@ from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.messaging.dispatch import Dispatcher
 from rlm_tasks.operations import registry
 from scheduler.preemption import Preemption
-from scheduler.slots import SlotBoard
 
 logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def making_room(
-    preemption: Preemption,
-    dispatcher: Dispatcher,
-    queue: str,
-    nodes: Sequence[str],
-    *,
-    freed: int = 0,
-) -> Iterator[None]:
-    """Have less urgent nodes yield for urgent ones that are sent within the block, as far as there
-    is no slot.
+class Delivery:
+    """How registered nodes get to the queue once more."""
 
-    They are counted before, so that a claim finds them, and asked for after, so that a slot that is
-    given up finds them."""
-    without = preemption.announce(queue, nodes, freed=freed) if nodes else ()
-    yield
-    if without:
-        preemption.insist(queue, without)
-    if nodes:
-        dispatcher.ask_to_yield(queue)
+    def __init__(self, ledger: Ledger, dispatcher: Dispatcher, preemption: Preemption) -> None:
+        self._ledger, self._dispatcher, self._preemption = ledger, dispatcher, preemption
 
+    def fail_fast(self) -> Delivery:
+        """Return the same delivery whose calls raise at once while Redis is away."""
+        return Delivery(self._ledger.fail_fast(), self._dispatcher, self._preemption)
 
-def resend(ledger: Ledger, dispatcher: Dispatcher, job: str, nodes: Sequence[str]) -> None:
-    """Send registered nodes again; the splits of an operation nobody knows here get no chord.
+    @contextmanager
+    def making_room(self, queue: str, nodes: Sequence[str], *, freed: int = 0) -> Iterator[None]:
+        """Make less urgent nodes yield for urgent ones that are sent within the block.
 
-    Urgent ones need room as at first: what was lost or has waited has no slot.
-    """
-    spec = ledger.spec(job)
-    if spec is not None:
-        merges = (
-            spec.operation in registry.names() and registry.get(spec.operation).merge is not None
-        )
+        Only nodes that find no free slot need one; `freed` slots are about to be free.  The nodes
+        are counted before the block, so that a claim finds them, and slots are asked for after it,
+        so that a slot that is given up finds them.
+        """
+        without = self._preemption.announce(queue, nodes, freed=freed) if nodes else ()
+        yield
+        if without:
+            self._preemption.insist(queue, without)
+        if nodes:
+            self._dispatcher.ask_to_yield(queue)
+
+    def resend(self, job: str, nodes: Sequence[str]) -> None:
+        """Send registered nodes again; where this process lacks the operation, without chords.
+
+        Urgent nodes need room as at first: a node that was lost or has waited has no slot.
+        """
+        spec = self._ledger.spec(job)
+        if spec is None:
+            return
+        known = spec.operation in registry.names()
+        merges = known and registry.get(spec.operation).merge is not None
         urgent = [f"{job} {node}" for node in nodes] if spec.preempts else ()
-        preemption = Preemption(ledger.store, ledger.keys, SlotBoard(ledger.store, ledger.keys))
-        with making_room(preemption, dispatcher, spec.queue, urgent):
-            dispatcher.resend(job, nodes, merges=merges)
+        with self.making_room(spec.queue, urgent):
+            self._dispatcher.resend(spec, nodes, merges=merges)
 
-
-def wake(ledger: Ledger, dispatcher: Dispatcher, waiters: Sequence[str]) -> int:
-    """Let nodes go on that a guard has named: each is "job node", as it was noted.  Return how many
-    have waited.
-    """
-    woken = 0
-    for waiter in waiters:
-        job, _, node = waiter.partition(" ")
-        try:
-            if ledger.unpark(job, node):
-                woken += 1
-                resend(ledger, dispatcher, job, [node])
-        except StoreUnavailable as error:
-            logger.info(
-                "Node %s of job %s is not woken, it wakes by its time: %s", node, job, error
-            )
-    return woken
+    def wake(self, waiters: Sequence[str]) -> int:
+        """Wake parked nodes that a guard names, each as "job node"; return how many were parked."""
+        woken = 0
+        for waiter in waiters:
+            job, _, node = waiter.partition(" ")
+            try:
+                if self._ledger.unpark(job, node):
+                    woken += 1
+                    self.resend(job, [node])
+            except StoreUnavailable as error:
+                logger.info(
+                    "Node %s of job %s is not woken, it wakes at its own time: %s", node, job, error
+                )
+        return woken

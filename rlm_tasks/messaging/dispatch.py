@@ -21,6 +21,7 @@ from rlm_tasks.jobs.splitting import Fork, Leaf
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.records import Child, ChordSlot, Split
 from rlm_tasks.messaging.broker import AWAY, spoken
+from rlm_tasks.messaging.broker_kinds import broker_kind
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +52,10 @@ def freeze(fork: Fork, job: str, slot: ChordSlot, why: str) -> tuple[list[Split]
                     id=id,
                     lo=part.lo,
                     hi=part.hi,
-                    d=part.depth,
-                    sp=slot.split,
-                    ix=slot.index,
-                    t=slot.task or f"{job}.{id}",
+                    depth=part.depth,
+                    split=slot.split,
+                    index=slot.index,
+                    task=slot.task or f"{job}.{id}",
                     why=why,
                 )
             )
@@ -65,9 +66,9 @@ def freeze(fork: Fork, job: str, slot: ChordSlot, why: str) -> tuple[list[Split]
                 id=id,
                 lo=part.lo,
                 hi=part.hi,
-                sp=slot.split,
-                ix=slot.index,
-                t=slot.task or f"{job}.{id}",
+                split=slot.split,
+                index=slot.index,
+                task=slot.task or f"{job}.{id}",
                 size=len(part.parts),
             )
         )
@@ -89,7 +90,7 @@ def body_of(job: str, queue: str, split: Split) -> dict[str, Any]:
         "task": MERGE_TASK,
         "args": [job, split.id],
         "kwargs": {},
-        "options": {"task_id": split.t, "queue": queue, "ignore_result": True},
+        "options": {"task_id": split.task, "queue": queue, "ignore_result": True},
         "subtask_type": None,
         "immutable": True,
     }
@@ -134,19 +135,22 @@ class Dispatcher:
             child for child in children if child.wait_ms < 0
         ]  # a sweep sends the others when they are due
         self._publish(
-            (spec, child.id, 0, ChordSlot(child.sp, child.ix, child.t), bodies.get(child.sp))
+            (
+                spec,
+                child.id,
+                0,
+                ChordSlot(child.split, child.index, child.task),
+                bodies.get(child.split),
+            )
             for child in now
         )
 
-    def resend(self, job: str, nodes: Sequence[str], *, merges: bool) -> None:
-        """Send the messages of registered nodes again, from their records."""
-        spec = self._ledger.spec(job)
-        records = self._ledger.records(job, nodes)
-        if spec is None:
-            return
+    def resend(self, spec: JobSpec, nodes: Sequence[str], *, merges: bool) -> None:
+        """Send the messages of a job's registered nodes again, from their records."""
+        records = self._ledger.records(spec.job, nodes)
         merges = merges and self._counts_chords()
         wanted = {record.slot.split for record in records if record.slot.split} if merges else set()
-        bodies = {id: self._ledger.split(job, id) for id in wanted}
+        bodies = {id: self._ledger.split(spec.job, id) for id in wanted}
         self._publish((spec, r.id, r.message, r.slot, bodies.get(r.slot.split)) for r in records)
 
     def ask_to_yield(self, queue: str) -> None:
@@ -154,13 +158,13 @@ class Dispatcher:
         second.
         """
         try:
-            self.tell("rlm_yield", queue=queue)
+            self.broadcast("rlm_yield", queue=queue)
         except AWAY as error:
             logger.info(
                 "Workers were not told to make room, they will see it by themselves: %s", error
             )
 
-    def tell(self, command: str, **arguments: Any) -> None:
+    def broadcast(self, command: str, **arguments: Any) -> None:
         """Broadcast a command to all workers.  Raises what is in `broker.AWAY`."""
 
         def say(connection: Any) -> None:
@@ -175,9 +179,7 @@ class Dispatcher:
         """Whether the app's result backend counts parts; if not, the root merge does all of the
         work.
         """
-        from celery.backends.redis import RedisBackend  # clients need none
-
-        return isinstance(self._app.backend, RedisBackend)
+        return broker_kind(self._app.conf.result_backend).counts_chords
 
     def _set_sizes(self, job: str, splits: Iterable[Split]) -> None:
         backend = self._app.backend

@@ -18,6 +18,7 @@ from celery import Celery
 from kombu.exceptions import ChannelError
 
 from rlm_tasks.messaging.broker import spoken
+from rlm_tasks.messaging.broker_kinds import kind_of_connection
 from scheduler.queues import QueueReport
 
 _NOT_FOUND = "404"
@@ -62,7 +63,7 @@ class QueueGauge:
         connection = self._connections.get(here) or self._app.connection_for_read()
         self._connections[here] = connection
         try:
-            read = self._of_redis if connection.transport.driver_type == "redis" else _of_others
+            read = self._of_redis if kind_of_connection(connection).knows_ages else _of_others
             return spoken(connection, lambda own: read(own, names))
         except BaseException:
             self._connections.pop(here).release()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from rlm_tasks.requests import Priority
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.worker import control as control
 
 
 def queue_name(namespace: str, priority: str) -> str:

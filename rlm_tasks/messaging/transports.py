@@ -27,31 +27,15 @@ _AMQP_NAMES = {
 }
 
 
-def speaks_redis(url: Any) -> bool:
-    """Whether a ``broker_url`` (the first, if several) or a ``result_backend`` is a Redis."""
-    return str(url[0] if isinstance(url, list | tuple) and url else url).startswith(
-        ("redis", "valkey", "sentinel")
-    )
-
-
 # --- broker and result backend ----------------------------------------------------------------
 
 
-def broker(settings: Settings) -> dict[str, Any]:
-    """Return Celery's settings of the broker."""
-    url, prefix = settings.broker_url, f"{settings.namespace}:"
-    secured = {"broker_use_ssl": _in_words_of(url)} if tls(url) else {}
-    if not speaks_redis(_celerys(url)):
-        # Redis puts a prefix before each key; here what all apps of a virtual host would share has
-        # a name of its own.
-        apart = {
-            "control_exchange": settings.namespace,
-            "event_exchange": f"{settings.namespace}.events",
-        }
-        return {"broker_url": without_tls_options(url), **secured, **apart}
+def redis_broker(settings: Settings) -> dict[str, Any]:
+    """Return Celery's settings of a Redis as the broker."""
+    url = settings.broker_url
     return {
         "broker_url": _celerys(url),
-        **secured,
+        **({"broker_use_ssl": secured} if (secured := tls(url)) else {}),
         "broker_transport_options": {
             "socket_timeout": _answer_s(url),
             "socket_connect_timeout": 5,
@@ -60,9 +44,24 @@ def broker(settings: Settings) -> dict[str, Any]:
             "visibility_timeout": VISIBILITY_TIMEOUT_S,
             "queue_order_strategy": QUEUE_ORDER,
             "priority_steps": [0],
-            "global_keyprefix": prefix,
+            "global_keyprefix": f"{settings.namespace}:",
             **_watched(settings, url),
         },
+    }
+
+
+def amqp_broker(settings: Settings) -> dict[str, Any]:
+    """Return Celery's settings of RabbitMQ, or another AMQP server, as the broker.
+
+    Redis has a prefix before each key; here the names that all apps of a virtual host would share
+    are named after the platform.
+    """
+    url = settings.broker_url
+    return {
+        "broker_url": without_tls_options(url),
+        **({"broker_use_ssl": _amqp_tls(url)} if tls(url) else {}),
+        "control_exchange": settings.namespace,
+        "event_exchange": f"{settings.namespace}.events",
     }
 
 
@@ -86,14 +85,11 @@ def _answer_s(url: str) -> int:
     return WATCHED_ANSWER_S if url.startswith(SENTINEL) else ANSWER_S
 
 
-def _in_words_of(url: str) -> dict[str, Any]:
-    """Return the options of TLS as the broker's client calls them."""
+def _amqp_tls(url: str) -> dict[str, Any]:
+    """Return the TLS options of a URL as RabbitMQ's client names them."""
     options = dict(tls(url) or {})
-    if speaks_redis(url):
-        return options
-    by_name = (
-        {"server_hostname": None} if options.pop("ssl_check_hostname") else {}
-    )  # None: that of the URL
+    # None: the host name of the URL.
+    by_name = {"server_hostname": None} if options.pop("ssl_check_hostname") else {}
     return {**{_AMQP_NAMES[name]: value for name, value in options.items()}, **by_name}
 
 

@@ -6,14 +6,15 @@ Decides how a function is called; refuses to know where items come from and wher
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, overload
 
 from celery.utils.imports import import_from_cwd
 
 from rlm_tasks.errors import InvalidRequest, UnknownOperation
+from rlm_tasks.operations import ports
 from rlm_tasks.operations.context import Context
 from rlm_tasks.operations.protection import UNPROTECTED, Protection, protection
 
@@ -22,28 +23,14 @@ if TYPE_CHECKING:
     from resilience.bucket import Rate
     from resilience.bulkhead import Aimd, Elastic
     from resilience.retry import RetryPolicy
-    from rlm_tasks.client.job import Job
-    from rlm_tasks.engine.guards import Guarded, Guards
     from rlm_tasks.jobs.rounds import Round
     from rlm_tasks.jobs.spec import JobSpec
-    from rlm_tasks.llm.forecast import Forecast
+    from rlm_tasks.operations.ports import CallGuards, Forecast, SubmittedJob
     from rlm_tasks.requests import JobRequest
     from rlm_tasks.settings.model import Settings
     from scheduler.allocation import ResourceAllocationPolicy
 
-_PROTECTING = frozenset(
-    {
-        "service",
-        "breaker",
-        "rate_limit",
-        "cost",
-        "bulkhead",
-        "per_host",
-        "retry",
-        "fallback",
-        "timeout_s",
-    }
-)
+_PROTECTING = frozenset(each.name for each in fields(Protection))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +55,7 @@ class Operation:
     prepare: Callable[[JobRequest, Settings], JobRequest] | None = (
         None  # settles a request before it is stored, or refuses it
     )
-    gate: Callable[[Guards, Operation, JobSpec], Guarded] | None = (
-        None  # guards that depend on the item
-    )
+    gate: Callable[[Any, Operation, JobSpec], CallGuards] | None = None  # guards by item
     forecast: Forecast | None = None  # says what its rounds will ask of models
     is_async: bool = field(init=False)
     takes_context: bool = field(init=False)
@@ -105,14 +90,12 @@ class Operation:
         """Return the answer a user sees for the last partial."""
         return self.finalize(partial) if self.finalize else partial
 
-    def submit(self, items: Any, **fields: Any) -> Job:
+    def submit(self, items: Any, **fields: Any) -> SubmittedJob:
         """Open a job of this operation with the default client; fields as in `Client.submit`.
 
         ``word_count.submit(lines, priority="high")``.  Raises InvalidRequest, StoreUnavailable.
         """
-        from rlm_tasks.client.client import default_client
-
-        return default_client().submit(operation=self.name, items=items, **fields)
+        return ports.submit(operation=self.name, items=items, **fields)
 
 
 def _positional(function: Callable[..., Any]) -> int:
@@ -127,6 +110,7 @@ def _positional(function: Callable[..., Any]) -> int:
 
 
 _registry: dict[str, Operation] = {}
+_declared: list[Callable[[Settings], Iterable[Protection]]] = []
 
 
 @overload
@@ -222,16 +206,27 @@ def names() -> list[str]:
     return sorted(_registry)
 
 
+def declare_protections(source: Callable[[Settings], Iterable[Protection]]) -> None:
+    """Add protections that no operation declares, such as those of models; `source` yields them."""
+    _declared.append(source)
+
+
+def protections(settings: Settings) -> Iterator[Protection]:
+    """Yield what protects the calls of this process's operations, and of models."""
+    yield from (_registry[name].protection for name in names())
+    for source in _declared:
+        yield from source(settings)
+
+
 def import_operations(modules: Sequence[str]) -> None:
     """Import the built-in operations and the user's modules, as Celery finds tasks: in the current
     folder, too.
 
     Raises InvalidRequest for a missing one.
     """
-    own = (
-        "rlm_tasks.operations.builtin",
-        *(("rlm_tasks.llm.operations",) if find_spec("openai") else ()),
-    )
+    own = ["rlm_tasks.operations.builtin", "rlm_tasks.llm.protections"]
+    if find_spec("openai"):
+        own.append("rlm_tasks.llm.operations")
     for module in (*own, *modules):
         try:
             import_from_cwd(module)

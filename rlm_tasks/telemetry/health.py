@@ -46,7 +46,7 @@ def latency_ms(store: Store) -> float | None:
     """Return how long Redis took to answer, in ms; None when it did not."""
     began = time.perf_counter()
     try:
-        store.reached(lambda client: client.ping())
+        store.call(lambda client: client.ping())
     except StoreUnavailable:
         return None
     return round(1000 * (time.perf_counter() - began), 2)

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlm_tasks.engine.guards import Guards, declared
+from rlm_tasks.engine.guards import Guards
+from rlm_tasks.operations import registry
 
 if TYPE_CHECKING:
     from resilience.bucket import TokenBucket
@@ -41,7 +42,7 @@ def reports(guards: Guards) -> list[LimitReport]:
     """Return what is declared in this process, by service, each limit once.  Raises
     StoreUnavailable.
     """
-    services = {about.service: about for about in declared(guards.settings)}
+    services = {about.service: about for about in registry.protections(guards.settings)}
     found: list[LimitReport] = []
     for _, about in sorted(services.items()):
         if (bucket := guards.bucket(about)) is not None:

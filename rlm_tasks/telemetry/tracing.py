@@ -234,14 +234,14 @@ class TracedLedger(Ledger):
     ends, and of what a job ends.
     """
 
-    def __init__(self, ledger: Ledger, tracing: Tracing, *, patience_s: float = 0.0) -> None:
-        super().__init__(ledger.store, ledger.keys, ledger.settings, patience_s=patience_s)
+    def __init__(self, ledger: Ledger, tracing: Tracing) -> None:
+        super().__init__(ledger.store, ledger.keys, ledger.settings, on_outage=ledger.on_outage)
         self._tracing = tracing
         self._here = threading.local()  # its worker's name
 
-    def hasty(self) -> TracedLedger:
-        """Return the same ledger without patience."""
-        return TracedLedger(self, self._tracing)
+    def fail_fast(self) -> TracedLedger:
+        """Return the same ledger whose calls raise at once."""
+        return TracedLedger(super().fail_fast(), self._tracing)
 
     def claim(self, job: str, node: str, token: str, worker: str, message: int = 0) -> Claim:
         """Take a node, and begin its span; a closed job may have been closed by this very call."""
@@ -388,7 +388,7 @@ def _begin(app: Celery, settings: Settings, sender: Any, **_: Any) -> None:
         settings.tracing.sample_rate,
         lambda: runtime.page.level.label,
     )
-    runtime.ledger = TracedLedger(runtime.ledger, tracing, patience_s=settings.ledger.lease_s)
+    runtime.ledger = TracedLedger(runtime.ledger, tracing)
     signals.task_postrun.connect(
         tracing.leave, weak=False
     )  # an error outside of items leaves a node open

@@ -118,7 +118,7 @@ class WorkerHealth:
 
     def vitals(self) -> Vitals:
         """Return the signs of life."""
-        now, guard, consumer = self._clock(), self._worker.app.rlm_guard, self._worker.consumer
+        now, guard, consumer = self._clock(), self._worker.app.rlm_supervisor, self._worker.consumer
         connection = getattr(consumer, "connection", None)
         connected = connection is not None and bool(connection.connected)
         if not (connected and self._watches_loop):
@@ -136,7 +136,7 @@ class WorkerHealth:
 
     def standing(self) -> WorkerState:
         """Return what gauges tell."""
-        report, page = self._worker.app.rlm_guard.host.report(), self._runtime.page
+        report, page = self._worker.app.rlm_supervisor.host.report(), self._runtime.page
         thresholds = self._runtime.settings.pressure.thresholds
         return WorkerState(
             total=report.slots,
@@ -175,7 +175,7 @@ class WorkerHealth:
 
     def detailed(self) -> dict[str, Any]:
         """Return all there is to tell of the worker, as plain data."""
-        report, at = self._worker.app.rlm_guard.host.report(), self.standing()
+        report, at = self._worker.app.rlm_supervisor.host.report(), self.standing()
         redis_ms = health.latency_ms(self._store)
         return {
             **self._judged(health.silent(redis_ms), health.shut(at.breakers)),

@@ -7,7 +7,6 @@ takes no more messages than it has processes for.  Refuses to know how many ther
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +77,7 @@ class PressureAutoscaler(Autoscaler):  # type: ignore[misc]  # Celery ships no t
         wanted = self.max_concurrency
         if self.worker.app.rlm_settings.autoscale.enabled:
             wanted = self._scaler.wanted(
-                time.monotonic(),
+                self.worker.app.rlm_runtime().clock(),
                 running=running,
                 busy=busy,
                 queued=queued,

@@ -66,7 +66,7 @@ class SupervisorStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery s
             exit_code=exit_code,
             stir=stir,
         )
-        worker.app.rlm_guard = guard
+        worker.app.rlm_supervisor = guard
         guard.start()
         signals.worker_shutdown.connect(lambda **_: guard.stop(), weak=False)
         monitor = monitor_thread(
@@ -123,7 +123,7 @@ class HealthStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
 def drain(app: Any) -> None:
     """Make running nodes cut at their next slice."""
     app.rlm_runtime().page.draining = True
-    if (guard := getattr(app, "rlm_guard", None)) is not None:
+    if (guard := getattr(app, "rlm_supervisor", None)) is not None:
         guard.wake()
 
 
@@ -133,11 +133,11 @@ def drain_when_told_to_stop(app: Any) -> None:
 
     docker, systemd and Kubernetes may signal every process of the group; a stock pool process dies
     of it in the middle of an item."""
-    page = app.rlm_runtime().page
+    page, clock = app.rlm_runtime().page, app.rlm_runtime().clock
 
     def on_sigterm(*_: Any) -> None:
-        mine, until = app.rlm_runtime().page_slot(), time.monotonic() + GROUP_SIGNAL_S
-        while not (page.draining or mine.doomed) and time.monotonic() < until:
+        mine, until = app.rlm_runtime().page_entry(), clock() + GROUP_SIGNAL_S
+        while not (page.draining or mine.doomed) and clock() < until:
             time.sleep(0.01)
         if page.terminating or mine.doomed or not page.draining:
             # Meant for this process alone: revoke(terminate=True), a time limit, a cold shutdown.

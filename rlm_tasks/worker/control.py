@@ -65,7 +65,7 @@ def pressure(state: Any, **_: Any) -> dict[str, Any]:
     """The pressure level this worker acts on, and how pressed its own host is."""
     from msgspec import to_builtins
 
-    own = state.app.rlm_guard.host.report()
+    own = state.app.rlm_supervisor.host.report()
     return {"acts_on": state.app.rlm_runtime().page.level.label, "host": to_builtins(own)}
 
 
@@ -94,7 +94,7 @@ def limits(state: Any, **_: Any) -> list[dict[str, Any]]:
 @_ours
 def slots(state: Any, **_: Any) -> dict[str, Any]:
     """This worker's slots, and what runs in them."""
-    runtime, report = state.app.rlm_runtime(), state.app.rlm_guard.host.report()
+    runtime, report = state.app.rlm_runtime(), state.app.rlm_supervisor.host.report()
     held = [{"pid": each.pid, "job": each.job, "node": each.node} for each in runtime.page.held()]
     free = max(0, report.slots - len(worker_state.reserved_requests))
     return {
@@ -136,7 +136,7 @@ def reset_breaker(state: Any, name: str = "", **_: Any) -> dict[str, str]:
     from rlm_tasks.engine.guards import breakers_of
 
     settings = state.app.rlm_settings
-    known = breakers_of(guard_store(settings), settings, state.app.rlm_runtime().wake)
+    known = breakers_of(guard_store(settings), settings, state.app.rlm_runtime().delivery.wake)
     if name not in (names := known.names()):
         return {"error": f"there is no breaker {name!r}; there are: {', '.join(names) or 'none'}"}
     known.reset(name)
@@ -150,7 +150,7 @@ def reset_breaker(state: Any, name: str = "", **_: Any) -> dict[str, str]:
 @_ours
 def rlm_drain(state: Any, **_: Any) -> dict[str, str]:
     """Take no more nodes, and hand over those that run; the worker stays until rlm_resume."""
-    guard = state.app.rlm_guard
+    guard = state.app.rlm_supervisor
     queues = [
         queue
         for queue in guard.queues()
@@ -168,7 +168,7 @@ def rlm_resume(state: Any, **_: Any) -> dict[str, str]:
     """Take nodes again after rlm_drain."""
     if worker_state.should_stop is not None and worker_state.should_stop is not False:
         return {"error": "it is stopping"}
-    queues = state.app.rlm_guard.resume()
+    queues = state.app.rlm_supervisor.resume()
     for queue in queues:
         state.consumer.call_soon(state.consumer.add_task_queue, queue)
     return {"ok": f"it consumes {', '.join(queues)} again" if queues else "it was not drained"}
@@ -201,6 +201,6 @@ def rlm_yield(state: Any, queue: str = "", **_: Any) -> dict[str, str]:
     """
     return {
         "ok": "told"
-        if state.app.rlm_guard.make_room(queue)
+        if state.app.rlm_supervisor.make_room(queue)
         else f"this worker does not serve {queue!r}"
     }

@@ -23,7 +23,7 @@ def give_back(runtime: Runtime, held: Held, died_of: str, *, condemned: bool = F
     Its next claim knows the item that was in flight; a `condemned` one is not run again.  While
     Redis is away the page still tells of it, and the guard comes back to it."""
     try:
-        waits = runtime.ledger.hasty().release(
+        waits = runtime.ledger.fail_fast().release(
             job=held.job,
             node=held.node,
             token=held.token,

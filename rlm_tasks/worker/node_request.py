@@ -35,7 +35,7 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
         self._wake_guard()
 
     def _wake_guard(self) -> None:
-        guard: Supervisor | None = getattr(self._app, "rlm_guard", None)
+        guard: Supervisor | None = getattr(self._app, "rlm_supervisor", None)
         if guard is not None:
             guard.wake()
 
@@ -78,7 +78,7 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
         self._give_back("")
         if self.name == NODE_TASK:
             try:
-                self._runtime.ledger.hasty().stop(
+                self._runtime.ledger.fail_fast().stop(
                     self._job, "cancelled", detail=f"a node's task was {reason}"
                 )
             except _UNREACHABLE as error:

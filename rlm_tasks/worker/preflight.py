@@ -16,7 +16,7 @@ from redis.exceptions import ResponseError
 
 from resilience.address import tls
 from resilience.store import Store
-from rlm_tasks.messaging.transports import speaks_redis
+from rlm_tasks.messaging.broker_kinds import broker_kind
 from rlm_tasks.settings.model import Settings
 
 OLDEST_REDIS, OLDEST_TESTED = (6, 2), (7, 2)
@@ -209,7 +209,7 @@ def _visibility_timeout_s(celery: Mapping[str, Any]) -> float | None:
     """Return after how long the broker delivers an unacknowledged message again; None where it does
     not.
     """
-    if not speaks_redis(celery.get("broker_url")):
+    if not broker_kind(celery.get("broker_url")).redelivers:
         return None
     return float(
         (celery.get("broker_transport_options") or {}).get(

@@ -62,7 +62,8 @@ class Supervisor(threading.Thread):
         """`stir` has the event loop go round: by itself it sees only within a second that the
         worker was told to stop.
         """
-        super().__init__(name="rlm-guard", daemon=True)
+        super().__init__(name="rlm-supervisor", daemon=True)
+        self._clock = runtime.clock
         self._runtime, self._celery, self._pool_size, self.queues = (
             runtime,
             celery,
@@ -71,7 +72,7 @@ class Supervisor(threading.Thread):
         )
         self._exit_code, self._stir = exit_code, stir
         self._ledger = (
-            runtime.ledger.hasty()
+            runtime.ledger.fail_fast()
         )  # an outage is seen at once, and what was missed is done after it
         self._warned = False
         self._reaped: dict[int, float] = {}
@@ -85,7 +86,7 @@ class Supervisor(threading.Thread):
         self.host = Host(runtime, pool_size, queues)
         self._lost = False
         self.ticked_at = self.answered_at = (
-            time.monotonic()
+            self._clock()
         )  # when it last went round, and last heard of the ledger
         self._left: list[str] = []  # queues that are not consumed while it drains
         self._told = 0  # ranks that somebody has asked room for since the latest look began
@@ -101,15 +102,15 @@ class Supervisor(threading.Thread):
             try:
                 if self._runtime.page.draining:
                     self._stir()
-                self._tick(time.monotonic())
-                self._lost, self.answered_at = False, time.monotonic()
+                self._tick(self._clock())
+                self._lost, self.answered_at = False, self._clock()
             except _UNREACHABLE as error:
                 if not self._lost:
                     logger.warning("The ledger does not answer: %s", error)
                 self._lost, self._offered, self._due["beat"] = True, None, 0.0
             except Exception:
                 logger.exception("The guard met something unexpected, and goes on")
-            self.ticked_at = time.monotonic()
+            self.ticked_at = self._clock()
 
     def wake(self) -> None:
         """Say that a slot became free or busy, or that the worker drains."""
@@ -149,7 +150,7 @@ class Supervisor(threading.Thread):
 
     def _sleep_s(self) -> float:
         return (
-            min(REFRESH_S, max(0.0, min(self._due.values()) - time.monotonic()))
+            min(REFRESH_S, max(0.0, min(self._due.values()) - self._clock()))
             if not self._lost
             else BACK_OFF_S
         )
@@ -190,7 +191,7 @@ class Supervisor(threading.Thread):
         if now >= self._due["sweep"]:
             self._due["sweep"] = now + ledger.sweep_s
             self._sweep()
-            self._look_ahead(*self._ledger.store.run(self._ledger.next_look()))
+            self._look_ahead(*self._ledger.store.call(self._ledger.next_due()))
 
     def _warn(self) -> None:
         for danger in dangers(self._ledger.store, self._runtime.settings, self._celery):
@@ -205,7 +206,7 @@ class Supervisor(threading.Thread):
         free = max(0, total - len(state.reserved_requests))
         if (total, free) != self._offered or now >= self._due["offer"]:
             offer = self._runtime.slots.publish(self._runtime.worker, total, free, self.queues())
-            _, next_ms = self._ledger.store.run(offer, self._ledger.next_look())
+            _, next_ms = self._ledger.store.call(offer, self._ledger.next_due())
             self._look_ahead(next_ms)
             self._runtime.page.hungry = free > 0
             self._offered, self._due["offer"] = (total, free), now + REFRESH_S
@@ -215,7 +216,7 @@ class Supervisor(threading.Thread):
         free more often.
         """
         self._told, exchange = 0, self.host.exchange()
-        answers = self._ledger.store.run(*exchange, *self._tokens())
+        answers = self._ledger.store.call(*exchange, *self._tokens())
         self.host.heard(answers[: len(exchange)], now)
         self._see_urgent(answers[len(exchange) :])
 
@@ -243,7 +244,7 @@ class Supervisor(threading.Thread):
     def _look_ahead(self, next_ms: int) -> None:
         """Wake when the first job is due: parked nodes wait for a time, not for a tick."""
         if next_ms >= 0:
-            next_look = min(self._due["sweep"], time.monotonic() + next_ms / 1000)
+            next_look = min(self._due["sweep"], self._clock() + next_ms / 1000)
             self._due["sweep"] = max(self._sweep_not_before, next_look)
 
     def _reap(self, now: float) -> None:
@@ -266,7 +267,7 @@ class Supervisor(threading.Thread):
                 )
                 self._reaped.pop(held.pid, None)
                 if give_back(self._runtime, held, died_of):
-                    self._runtime.resend(held.job, [held.node])
+                    self._runtime.delivery.resend(held.job, [held.node])
 
     def _reaped_by_pool(self, pid: int) -> str:
         """Return what a process died of that was reaped on the way, when another was started:
@@ -289,7 +290,7 @@ class Supervisor(threading.Thread):
                 more = swept.more
                 if swept.send:
                     logger.info("Job %s: %d overdue nodes are sent again", job, len(swept.send))
-                    self._runtime.resend(job, swept.send)
+                    self._runtime.delivery.resend(job, swept.send)
 
     def _kill_overdue(self, now: float) -> None:
         """Replace a process whose item does not hear its alarm: it does not return to Python."""
@@ -307,4 +308,4 @@ class Supervisor(threading.Thread):
                 )
                 os.kill(held.pid, signal.SIGKILL)
                 if given_back:
-                    self._runtime.resend(held.job, [held.node])
+                    self._runtime.delivery.resend(held.job, [held.node])

@@ -41,7 +41,7 @@ def publish(lonely_client: Client) -> Callable[..., None]:
     ) -> None:
         told = {"version": __version__, "schema": SCHEMA, **more}
         at = store.now_ms() / 1000 + ahead_s
-        store.run(
+        store.call(
             board.publish(
                 HostReport(worker, Level.NORMAL, 0.0, "", 2, 0, queues, {}, at=at, **told)
             )

@@ -138,7 +138,7 @@ def test_a_plan_knows_what_the_limits_have_given_lately_and_how_hard_the_platfor
         limit = rates(client.settings.llm, "gpt-4.1-mini")["tokens"]
 
         def planned() -> Plan:
-            client.ledger.store.run(board.publish("a worker", 2, 2, ["plan-pressed.normal"]))
+            client.ledger.store.call(board.publish("a worker", 2, 2, ["plan-pressed.normal"]))
             return client.plan(merged(1000))
 
         calm = planned()

@@ -79,7 +79,7 @@ class Mailbox:
     ) -> None:
         self.splits += splits if merges else []
         for child in children:
-            assert child.t != ""
+            assert child.task != ""
             if child.wait_ms < 0:
                 self._post(spec.job, child.id)
 
@@ -169,7 +169,7 @@ class Platform:
     def step(self) -> None:
         """Deliver one message, sometimes twice, with some slots free."""
         free = self.random.randint(0, self.slot_count)
-        self.store.run(self.slots.publish("unit", self.slot_count, free, self.queues))
+        self.store.call(self.slots.publish("unit", self.slot_count, free, self.queues))
         at = self.random.randrange(len(self.mailbox.messages))
         job, node = self.mailbox.messages.pop(at)
         if self.random.random() < 0.05:

@@ -114,7 +114,7 @@ def test_the_level_of_many_hosts_is_what_half_of_the_slots_have_reached(
 def test_each_host_is_told_of_once_and_as_it_was_told_last(world: World) -> None:
     here, store = board(world)
     for report in (host("b"), host("a"), host("b", Level.HIGH, why="memory 80 % of 1000 MB")):
-        store.run(here.publish(report))
+        store.call(here.publish(report))
 
     assert board(world)[0].hosts() == [
         host("a"),
@@ -124,9 +124,9 @@ def test_each_host_is_told_of_once_and_as_it_was_told_last(world: World) -> None
 
 def test_a_host_that_reports_no_more_is_forgotten(world: World) -> None:
     here, store = board(world)
-    store.run(here.publish(host("gone")))
+    store.call(here.publish(host("gone")))
     world.sleep(SETTINGS.stale_s - 1)
-    store.run(here.publish(host("there")))
+    store.call(here.publish(host("there")))
     assert [each.worker for each in here.hosts()] == ["gone", "there"]
 
     world.sleep(1.1)
@@ -137,7 +137,7 @@ def test_a_host_that_reports_no_more_is_forgotten(world: World) -> None:
 
 def test_a_worker_that_ends_takes_its_host_off_the_board(world: World) -> None:
     here, store = board(world)
-    store.run(here.publish(host("a")))
+    store.call(here.publish(host("a")))
     here.withdraw("a")
     assert here.hosts() == []
 
@@ -187,7 +187,7 @@ def test_the_history_is_bounded_and_tells_the_newest_first(world: World) -> None
 
 def test_platforms_of_one_redis_know_nothing_of_each_other(world: World) -> None:
     mine, store = board(world)
-    store.run(mine.publish(host()))
+    store.call(mine.publish(host()))
     mine.announce(cluster(Level.HIGH), b"")
     mine.force("critical")
     assert mine.take_turn("a", 1000)

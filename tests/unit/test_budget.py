@@ -376,7 +376,7 @@ def test_settling_shares_a_round_trip(world: World) -> None:
     budget.charge("b", {"tokens": 5})
     calls = [budget.settling(id, {"tokens": 1}, label="m") for id in ("a", "b", "a")]
 
-    assert store.run(*calls) == [1, 1, 0]
+    assert store.call(*calls) == [1, 1, 0]
     assert store.round_trips == 1
     assert budget.status().by_label == {"m": {"tokens": 2}}
 

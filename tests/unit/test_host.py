@@ -69,8 +69,8 @@ class Machine:
     def exchange(self) -> Level:
         """Tell and hear once, as the guard does."""
         store, runtime = self.platform.store, self.runtime
-        store.run(runtime.slots.publish("unit", 4, 4, self.queues))
-        self.host.heard(store.run(*self.host.exchange()), self.now)
+        store.call(runtime.slots.publish("unit", 4, 4, self.queues))
+        self.host.heard(store.call(*self.host.exchange()), self.now)
         return self.page.level
 
     def announce(self, level: Level, **about: Any) -> None:
@@ -213,10 +213,10 @@ def test_one_exchange_is_one_round_trip(machine: Machine) -> None:
         trips.append(1),
         pipelined(*args, **kwargs),
     )[1]  # type: ignore[method-assign]
-    machine.platform.store.run(*machine.host.exchange())
+    machine.platform.store.call(*machine.host.exchange())
     assert len(trips) == 2, "one, and one more for scripts that the server has not seen before"
     trips.clear()
-    machine.platform.store.run(*machine.host.exchange())
+    machine.platform.store.call(*machine.host.exchange())
     assert len(trips) == 1
 
 
@@ -313,7 +313,7 @@ def test_the_order_of_queues_knows_ages_and_slots_from_here(machine: Machine) ->
 
 
 def test_slots_of_all_workers_are_heard(machine: Machine) -> None:
-    machine.platform.store.run(machine.runtime.slots.publish("another", 6, 0, ["unit.normal"]))
+    machine.platform.store.call(machine.runtime.slots.publish("another", 6, 0, ["unit.normal"]))
     machine.measure()
     machine.exchange()
     assert machine.page.slots == 10
@@ -344,5 +344,5 @@ def test_nobody_holds_memory_that_has_ended() -> None:
 
 def test_board_reads_what_it_was_told(machine: Machine) -> None:
     machine.board.force("critical")
-    [answer] = machine.platform.store.run(machine.board.look())
+    [answer] = machine.platform.store.call(machine.board.look())
     assert Board.read(answer).forced is Level.CRITICAL

@@ -54,10 +54,10 @@ class Door:
 
     def serve(self, *queues: str) -> None:
         served = queues or ("unit.critical", "unit.high", "unit.normal", "unit.low")
-        self.store.run(SlotBoard(self.store, Keys("unit")).publish("w1", 4, 0, served))
+        self.store.call(SlotBoard(self.store, Keys("unit")).publish("w1", 4, 0, served))
 
     def host(self, level: Level) -> None:
-        self.store.run(self.board.publish(HostReport("w1", level, 90.0, "", 4, 0, (), {})))
+        self.store.call(self.board.publish(HostReport("w1", level, 90.0, "", 4, 0, (), {})))
 
     def announce(self, level: Level) -> None:
         self.board.announce(ClusterReport(level, "", 0.0), b"")

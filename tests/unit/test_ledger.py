@@ -121,7 +121,7 @@ def test_a_holder_that_was_replaced_is_fenced(platform: Platform, spec: JobSpec)
     assert (fresh.epoch, fresh.suspects) == (2, (Suspect(7, 1, "SIGKILL", condemned=False),))
     assert done(platform, stale, 100) == "stale"
     assert not platform.ledger.release(spec.job, ROOT, stale.token, 7, "SIGKILL")
-    [word] = platform.store.run(platform.ledger.pulse(stale, 1, 0, 0))
+    [word] = platform.store.call(platform.ledger.pulse(stale, 1, 0, 0))
     assert word == b"fenced"
     assert done(platform, fresh, 100) == MERGE
 
@@ -189,7 +189,7 @@ def test_a_stopped_job_skips_what_waits_and_lets_running_nodes_hand_in(
     running = claimed(platform, spec, left.id)
 
     assert platform.ledger.stop(spec.job, "cancelled") == "running"
-    [word] = platform.store.run(platform.ledger.pulse(running, 1, 0, 0))
+    [word] = platform.store.call(platform.ledger.pulse(running, 1, 0, 0))
     assert word == b"stop"
     assert done(platform, running, 20, child(20, 50)) == "closed"
 

@@ -64,7 +64,7 @@ class Door:
             budget=budget,
             cache_ttl_s=cache_ttl_s,
         )
-        self.guards.purse.open(spec, last=True)
+        self.guards.budgets.open(spec, last=True)
         found = registry.get("llm.map").gate(self.guards, registry.get("llm.map"), spec)  # type: ignore[misc]  # it has one
         assert isinstance(found, Gate)
         self.gate, self.params = found, {"prompt": "Say {item}", "max_tokens": 100}
@@ -85,7 +85,7 @@ class Door:
     def nothing_is_held(self) -> bool:
         place = self.provider.places["one"]
         used = self.provider.bucket(place, MODEL).status()
-        held = self.guards.purse.budget("job").status().held
+        held = self.guards.budgets.budget("job").status().held
         return (
             not any(self.provider.router.in_flight.values())
             and not any(held.values())
@@ -94,13 +94,13 @@ class Door:
 
 
 def spent(door: Door) -> dict[str, float]:
-    return door.guards.purse.budget("job").status().spent
+    return door.guards.budgets.budget("job").status().spent
 
 
 def test_a_call_reserves_what_it_may_cost_and_is_settled_to_what_it_did(world: World) -> None:
     door = Door(world, {"tokens": 1000})
     entry = door.enter()
-    held = door.guards.purse.budget("job").status().held
+    held = door.guards.budgets.budget("job").status().held
 
     assert held["calls"] == 1
     assert 100 < held["tokens"] < 110
@@ -222,7 +222,7 @@ def test_what_a_call_that_ended_badly_costs(world: World, error: Exception, toke
     door.gate.leave(door.enter(), error)
 
     assert spent(door).get("tokens", 0) == pytest.approx(tokens, abs=1)
-    assert not any(door.guards.purse.budget("job").status().held.values())
+    assert not any(door.guards.budgets.budget("job").status().held.values())
     assert not any(door.provider.router.in_flight.values())
 
 
@@ -243,9 +243,9 @@ def test_a_paid_answer_is_found_again_by_its_item_until_its_node_has_ended(world
 
     assert again.enter(3, "same").flight.source == "memo"
     assert again.enter(4, "same").flight.state == "mine"
-    door.store.run(*door.gate.forgetting(3))
+    door.store.call(*door.gate.forgetting(3))
     assert again.enter(3, "same").flight.state == "landed"
-    door.store.run(*door.gate.forgetting(4))
+    door.store.call(*door.gate.forgetting(4))
     assert again.enter(3, "same").flight.state != "landed"
 
 

@@ -124,7 +124,7 @@ class Platform:
         self.world.sleep(self.settings.monitor_s if after_s is None else after_s)
         store = self.world.store()
         for report in self.hosts.values():
-            store.run(Board(store, self.keys, self.settings).publish(report))
+            store.call(Board(store, self.keys, self.settings).publish(report))
         found = (monitor or self.monitor()[0]).look()
         assert found is not None
         return found

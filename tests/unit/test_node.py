@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from rlm_tasks import JobRequest, NWay
+from rlm_tasks.engine.message_handlers import beyond_this_worker
 from rlm_tasks.engine.node import run_node
-from rlm_tasks.engine.tasks import beyond_this_worker
 from rlm_tasks.jobs.spec import SCHEMA, JobSpec
 from rlm_tasks.ledger.records import ROOT
 from tests.unit.harness import Platform

@@ -106,9 +106,9 @@ def test_a_flushed_script_is_sent_again_and_errors_are_raised() -> None:
     double = Script("double", "return tonumber(ARGV[1]) * 2", "0" * 40)
     broken = Script("broken", "return redis.error_reply('TILING no')", "1" * 40)
 
-    assert store.run(Call(double, (), (4,)), Call(double, (), (5,))) == [8, 10]
+    assert store.call(Call(double, (), (4,)), Call(double, (), (5,))) == [8, 10]
     with pytest.raises(Exception, match="TILING no"):
-        store.run(Call(double, (), (4,)), Call(broken, (), ()))
+        store.call(Call(double, (), (4,)), Call(broken, (), ()))
 
 
 def test_keys_of_a_job_share_its_hash_tag_and_its_namespace() -> None:
@@ -121,15 +121,15 @@ def test_keys_of_a_job_share_its_hash_tag_and_its_namespace() -> None:
 def test_free_slots_are_taken_once() -> None:
     store, keys = Store("redis://fake", client=fakeredis.FakeRedis()), Keys("unit")
     board = SlotBoard(store, keys)
-    store.run(board.publish("a", 4, 2, ["high", "normal"]), board.publish("b", 4, 3, ["normal"]))
+    store.call(board.publish("a", 4, 2, ["high", "normal"]), board.publish("b", 4, 3, ["normal"]))
 
-    assert store.run(board.take("normal", 4)) == [[4, 8]]
-    assert store.run(board.take("normal", 4)) == [[1, 8]]
-    assert store.run(board.take("high", 4)) == [[0, 4]]
-    assert store.run(board.take("low", 4)) == [[0, 0]]
-    store.run(board.publish("a", 4, 1, ["high", "normal"]))
+    assert store.call(board.take("normal", 4)) == [[4, 8]]
+    assert store.call(board.take("normal", 4)) == [[1, 8]]
+    assert store.call(board.take("high", 4)) == [[0, 4]]
+    assert store.call(board.take("low", 4)) == [[0, 0]]
+    store.call(board.publish("a", 4, 1, ["high", "normal"]))
     board.withdraw("b")
-    assert store.run(board.take("normal", 4)) == [[1, 4]]
+    assert store.call(board.take("normal", 4)) == [[1, 4]]
 
 
 # --- settings ---------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class PressedPlatform(Platform):
         super().__init__(seed, slots=SLOTS)
         self.guard = Supervisor(self.runtime, {}, lambda: SLOTS, lambda: self.queues)
         self.depth, self.jobs, self.runs = 0, list[JobSpec](), Counter[tuple[str, int]]()
-        self.store.run(self.slots.publish("unit", SLOTS, 0, self.queues))
+        self.store.call(self.slots.publish("unit", SLOTS, 0, self.queues))
 
     def time(self) -> float:
         """Stand where the module `time` does in fakeredis."""
@@ -67,7 +67,7 @@ class PressedPlatform(Platform):
         if self.mailbox.asked and random.random() < 0.3:
             self.guard.make_room(self.mailbox.asked.pop())
         if random.random() < 0.1:
-            self.guard._see_urgent(self.store.run(*self.guard._tokens()))
+            self.guard._see_urgent(self.store.call(*self.guard._tokens()))
         if random.random() < 0.2 and self.mailbox.messages and self.depth < SLOTS - 1:
             self.depth += 1
             self.step()
@@ -123,7 +123,7 @@ def pressed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def make(seed: int) -> PressedPlatform:
         platform = PressedPlatform(seed)
         monkeypatch.setattr(server_clock, "time", platform)
-        platform.store.run(platform.slots.publish("unit", SLOTS, 0, platform.queues))
+        platform.store.call(platform.slots.publish("unit", SLOTS, 0, platform.queues))
         _platforms.append(platform)
         return platform
 
@@ -185,7 +185,7 @@ def test_jobs_that_make_room_at_random_are_exact_and_nobody_yields_for_nothing(
                 seed,
                 "only to more urgent work",
             )
-        assert platform.store.run(*platform.guard._tokens()) == [0] * len(platform.queues), (
+        assert platform.store.call(*platform.guard._tokens()) == [0] * len(platform.queues), (
             seed,
             "nobody waits",
         )

@@ -37,7 +37,7 @@ class Process:
         self.preemption = Preemption(self.store, Keys("unit"), self.slots)
 
     def do(self, call: Call) -> Any:
-        [answer] = self.store.run(call)
+        [answer] = self.store.call(call)
         return answer
 
     def has_slots(self, total: int, *, free: int = 0, queue: str = QUEUE) -> None:
@@ -386,10 +386,10 @@ def test_only_for_what_is_more_urgent_and_waits_for_this_worker_a_message_goes_b
     platform = Platform()
     runtime, store = platform.runtime, platform.store
     runtime.page.urgent = rank_of("critical") | rank_of("high")
-    platform.store.run(platform.slots.publish("unit", 8, 0, ["unit.critical", "unit.high"]))
+    platform.store.call(platform.slots.publish("unit", 8, 0, ["unit.critical", "unit.high"]))
     for queue in ("unit.critical", "unit.high"):
         runtime.preemption.insist(queue, runtime.preemption.announce(queue, [f"a node of {queue}"]))
-        store.run(runtime.preemption.win(queue), runtime.preemption.yielded(queue, "somebody"))
+        store.call(runtime.preemption.win(queue), runtime.preemption.yielded(queue, "somebody"))
 
     assert not runtime.stands_aside(f"unit.{mine}"), "Redis hands over what is more urgent first"
     runtime.in_order = False

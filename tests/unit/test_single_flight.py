@@ -218,7 +218,7 @@ def test_memos_are_forgotten_in_one_round_trip(world: World) -> None:
     for key, memo in memos:
         ours.land(ours.begin(key, memo=memo), b"1", memo=memo, memo_ttl_s=60)
     store.round_trips = 0
-    store.ask(*ours.forgetting(memos[:2]))
+    store.call(*ours.forgetting(memos[:2]), on_outage="answer")
 
     assert store.round_trips == 1
     assert [ours.begin(key, memo=memo).state for key, memo in memos] == ["mine", "mine", "landed"]
@@ -266,9 +266,10 @@ def test_each_step_is_one_round_trip_and_a_landing_may_share_one(world: World) -
     ours = SingleFlight("llm", store)
     mine, waits = ours.begin("key", cached=True, memo="job"), ours.begin("key")
     ours.look(waits)
-    store.ask(
+    store.call(
         ours.landing(mine, b"1", cache_ttl_s=1, memo="job", memo_ttl_s=1),
         ours.landing(ours.begin("other"), b"2"),
+        on_outage="answer",
     )
 
     assert store.round_trips == 5

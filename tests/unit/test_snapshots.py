@@ -162,7 +162,7 @@ class Operated:
             "busy_us": round(ms * 1000 * items),
             "memory_kb": mb * 1024,
         }
-        self.store.run(self.usage.tally(operation, **counts, version=version))
+        self.store.call(self.usage.tally(operation, **counts, version=version))
 
     def take(self) -> list[str]:
         self.world.sleep(EVERY_S)

@@ -27,7 +27,7 @@ class Worker:
         self.usage = Usage(self.store, Keys("unit"))
 
     def ran(self, operation: str, **about: int) -> Any:
-        [answer] = self.store.run(self.usage.tally(operation, **{**NODE, **about}))
+        [answer] = self.store.call(self.usage.tally(operation, **{**NODE, **about}))
         return answer
 
 

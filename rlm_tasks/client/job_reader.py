@@ -1,0 +1,187 @@
+"""Read one job from the ledger: its progress, its tree, why it waits, what it has failed of.
+
+`Job` extends it.  It never asks Celery for a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rlm_tasks.client.session import Session
+from rlm_tasks.errors import JobNotFound
+from rlm_tasks.jobs.trace_ids import trace_id_of
+from rlm_tasks.ledger.explain import explain
+from rlm_tasks.ledger.records import MERGE
+from rlm_tasks.ledger.round_ids import opened
+from rlm_tasks.results import (
+    CELERY_STATES,
+    ItemFailure,
+    JobEvent,
+    Progress,
+    QuarantinedItem,
+    Receipt,
+    Status,
+    TreeNode,
+    receipt_of,
+)
+
+if TYPE_CHECKING:
+    from resilience.budget import Spending
+    from rlm_tasks.jobs.spec import JobSpec
+
+Facts = dict[str, str]
+"""Every counter and state of a job, as the ledger keeps them."""
+NODE_STATES = {
+    "q": "queued",
+    "r": "running",
+    "p": "parked",
+    "d": "done",
+    "c": "cut",
+    "k": "skipped",
+}
+
+
+class JobReader:
+    """A job as it can be read.
+
+    Every method but `tree` raises JobNotFound and StoreUnavailable.
+    """
+
+    def __init__(self, session: Session, job_id: str) -> None:
+        self.id = job_id
+        self._session, self._ledger = session, session.ledger
+        self._keys = session.keys.of(job_id)
+
+    @property
+    def status(self) -> Status:
+        """The state of the job."""
+        return Status(self._facts()["state"])
+
+    @property
+    def state(self) -> str:
+        """The status in Celery's words: PENDING, STARTED, SUCCESS, FAILURE or REVOKED."""
+        return CELERY_STATES[self.status]
+
+    def ready(self) -> bool:
+        """Whether the job has ended."""
+        return self.status.final
+
+    def successful(self) -> bool:
+        """Whether the job has ended with its answer."""
+        return self.status is Status.SUCCEEDED
+
+    def progress(self) -> Progress:
+        """Return how far the whole tree is, running nodes included."""
+        facts = self._facts()
+        parts = [(self.id, facts), *self._rounds(facts)]
+        status = Status(facts["state"])
+        counts = (self._counts(*part) for part in parts)
+        done, failed, skipped = (sum(each) for each in zip(*counts, strict=True))
+        began, ended = int(facts.get("started_ms", 0)), int(facts.get("closed_ms", 0))
+        elapsed_s = max(0.0, ((ended or self._now_ms()) - began) / 1000) if began else 0.0
+        worked, total = done + failed, _summed(parts, "n")
+        rate = worked / elapsed_s if elapsed_s else 0.0
+        left = total - worked - skipped
+        return Progress(
+            status=status,
+            total=total,
+            done=done,
+            failed=failed,
+            skipped=skipped,
+            nodes=_summed(parts, "nodes"),
+            pending=_summed(parts, "pending"),
+            splits=_summed(parts, "splits"),
+            elapsed_s=elapsed_s,
+            rate=rate,
+            eta_s=0.0 if status.final else (left / rate if rate else None),
+            phase=facts["phase"],
+            round=len(parts) - 1,
+        )
+
+    def tree(self) -> list[TreeNode]:
+        """Return every node, parents before their children, siblings in item order.
+
+        An unknown job has none.
+        """
+        records = self._ledger.all_records(self.id)
+        return [
+            TreeNode(
+                id=record.id,
+                parent=record.parent,
+                lo=record.lo,
+                hi=record.hi,
+                worked=max(0, record.mid - record.lo) if record.state in "dck" else 0,
+                depth=record.depth,
+                state=NODE_STATES[record.state],
+                why=record.why,
+                worker=record.worker,
+                duration_ms=float(record.ms),
+                attempts=record.epoch,
+            )
+            for record in sorted(records, key=lambda r: (r.depth, r.lo, -r.hi, r.id == MERGE))
+        ]
+
+    def events(self) -> list[JobEvent]:
+        """Return the events of the job, the oldest first; of a long one the newest thousand."""
+        return self._ledger.events(self.id)
+
+    def explain(self) -> str:
+        """Say in one sentence why the job waits, what it does, or how it ended."""
+        return explain(self._facts(), self._ledger.all_records(self.id), self._now_ms())
+
+    @property
+    def trace_id(self) -> str:
+        """The id of its trace, 32 hex digits, where workers trace."""
+        return trace_id_of(self._spec())
+
+    def spent(self) -> Spending | None:
+        """Return what the job and its rounds have spent on calls to models; None: it makes none."""
+        return self._session.budgets.spent(self._spec())
+
+    def receipt(self) -> Receipt:
+        """Return what pressure has made the job leave out so far; empty when nothing."""
+        facts = self._facts()
+        return receipt_of([facts, *(each for _, each in self._rounds(facts))])
+
+    def failures(self) -> list[ItemFailure]:
+        """Return the first 1,000 failed items in order, of a running job those so far."""
+        return self._ledger.failures(self.id)
+
+    def quarantined(self) -> list[QuarantinedItem]:
+        """Return the items that are not run again, because their process died too often, in order."""
+        return self._ledger.quarantined(self.id)
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def _facts(self) -> Facts:
+        facts = self._ledger.facts(self.id)
+        if not facts:
+            raise JobNotFound(self.id)
+        return facts
+
+    def _spec(self) -> JobSpec:
+        spec = self._ledger.spec(self.id)
+        if spec is None:
+            raise JobNotFound(self.id)
+        return spec
+
+    def _now_ms(self) -> int:
+        now_ms: int = self._session.store.call(lambda _: self._session.store.now_ms())
+        return now_ms
+
+    def _rounds(self, facts: Facts) -> list[tuple[str, Facts]]:
+        found = opened(self._ledger, self.id) if facts.get("rounds") else []
+        return [each for each in found if each[1]]
+
+    def _counts(self, id: str, facts: Facts) -> tuple[int, int, int]:
+        """Return done, failed and skipped of a job or a round, with those of its running nodes."""
+        done, failed, skipped = (int(facts[name]) for name in ("done", "failed", "skipped"))
+        if facts["phase"] == "validate":
+            done = int(facts["validated"]) - failed
+        more = (0, 0, 0) if Status(facts["state"]).final else self._ledger.inflight(id)
+        return done + more[0], failed + more[1], skipped + more[2]
+
+
+def _summed(parts: Sequence[tuple[str, Facts]], name: str) -> int:
+    return sum(int(facts[name]) for _, facts in parts)

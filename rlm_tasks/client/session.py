@@ -1,0 +1,129 @@
+"""The parts that a client shares with its jobs, plans and reports.
+
+`Client` makes one; jobs, plans and reports take it instead of a client.  Nothing connects before
+its first call.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING
+
+from celery import Celery
+
+from resilience.keys import Keys
+from resilience.store import Store, guard_store, masked
+from rlm_tasks.client.admission import AdmissionCheck
+from rlm_tasks.errors import BrokerUnavailable
+from rlm_tasks.jobs.stored_items import ItemReader
+from rlm_tasks.ledger.ledger import Ledger
+from rlm_tasks.messaging.broker import AWAY
+from rlm_tasks.messaging.delivery import Delivery
+from rlm_tasks.messaging.dispatch import Dispatcher
+from rlm_tasks.messaging.queue_names import queue_names
+from rlm_tasks.settings.model import Settings
+from scheduler.admission import WaitingRoom
+from scheduler.preemption import Preemption
+from scheduler.slots import SlotBoard
+
+if TYPE_CHECKING:
+    from resilience.breaker import CircuitBreakers
+    from rlm_tasks.engine.guards import Guards
+    from rlm_tasks.ledger.budgets import JobBudgets
+    from scheduler.alerts import Alerts
+    from scheduler.events import Events
+    from scheduler.queues import QueueReport
+    from scheduler.usage import Usage
+
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """One client's way to the platform."""
+
+    def __init__(self, app: Celery) -> None:
+        self.app = app
+        self.settings: Settings = app.rlm_settings
+        self.store = Store(self.settings.address, namespace=self.settings.namespace)
+        self.keys = Keys(self.settings.namespace)
+        self.ledger = Ledger(self.store, self.keys, self.settings.ledger)
+        self.dispatcher = Dispatcher(app, self.ledger)
+        self.slots = SlotBoard(self.store, self.keys)
+        preemption = Preemption(self.store, self.keys, self.slots)
+        self.delivery = Delivery(self.ledger, self.dispatcher, preemption)
+        self.admission = AdmissionCheck(app, self.store, self.settings)
+        self.waiting_room = WaitingRoom(self.store, self.keys, self.settings.admission.max_jobs)
+        self.reader = ItemReader(self.store)
+
+    def close(self) -> None:
+        """Give the connections of this process back."""
+        self.admission.gauge.close()
+        self.store.close()
+        if "shared" in vars(self):  # it is made when it is first asked for
+            self.shared.close()
+
+    def queues(self) -> dict[str, QueueReport]:
+        """Return depth and age of each queue of the platform.  Raises BrokerUnavailable."""
+        try:
+            return self.admission.gauge.read(queue_names(self.settings))
+        except AWAY as error:
+            url = masked(str(self.app.conf.broker_url))
+            raise BrokerUnavailable(url, f"{type(error).__name__}: {error}"[:200]) from None
+
+    def recall(self) -> None:
+        """Make running nodes of all workers ask the ledger at once, not at their next pulse."""
+        try:
+            self.dispatcher.broadcast("rlm_recall")
+        except AWAY as error:
+            logger.info("Workers were not recalled, they ask at their next pulse: %s", error)
+
+    # --- made when first used ------------------------------------------------------------------
+
+    @functools.cached_property
+    def shared(self) -> Store:
+        """The store of guards, the same as in workers."""
+        return guard_store(self.settings)
+
+    @functools.cached_property
+    def guards(self) -> Guards:
+        """The guards that operations declare, as workers build them."""
+        from rlm_tasks.engine.guards import Guards
+
+        return Guards(self.shared, self.settings, self.delivery.wake)
+
+    @functools.cached_property
+    def breakers(self) -> CircuitBreakers:
+        """All circuit breakers."""
+        from rlm_tasks.engine.guards import breakers_of
+
+        return breakers_of(self.shared, self.settings, self.delivery.wake)
+
+    @functools.cached_property
+    def budgets(self) -> JobBudgets:
+        """The budgets of jobs that call models."""
+        from rlm_tasks.ledger.budgets import JobBudgets
+
+        return JobBudgets(self.store, self.settings)
+
+    @functools.cached_property
+    def usage(self) -> Usage:
+        """What operations have cost."""
+        from scheduler.usage import Usage
+
+        return Usage(self.store, self.keys)
+
+    @functools.cached_property
+    def events(self) -> Events:
+        """The events of the platform."""
+        from scheduler.events import Events
+
+        return Events(self.store, self.settings.alerts.history)
+
+    @functools.cached_property
+    def alerts(self) -> Alerts:
+        """The alerts of the platform."""
+        from scheduler.alerts import Alerts
+
+        return Alerts(self.store, self.settings.alerts, self.events)

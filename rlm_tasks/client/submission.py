@@ -1,0 +1,292 @@
+"""How a request becomes a job: check it, store its items, open it, send its first message.
+
+`Client` submits through it, and `Job` opens jobs on the items of another.  Begin with
+`Submission.open`.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from resilience.errors import StoreUnavailable
+from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.jobs import spec as specs
+from rlm_tasks.jobs.items import source_of
+from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.jobs.stored_items import ItemWriter, StoredItems
+from rlm_tasks.jobs.trace_ids import current_traceparent
+from rlm_tasks.ledger.records import PROCESS, ROOT, Report
+from rlm_tasks.messaging.dispatch import mint
+from rlm_tasks.messaging.queue_names import queue_name
+from rlm_tasks.operations import registry
+from rlm_tasks.operations.policies import policies, priority_for
+from rlm_tasks.requests import Budget, JobRequest, Options
+from rlm_tasks.results import Status
+
+if TYPE_CHECKING:
+    from rlm_tasks.client.session import Session
+
+logger = logging.getLogger(__name__)
+
+_KEYED = uuid.UUID("6f1c1c0e-7a5b-5c55-9d0a-2f0a54d7c1a3")
+"""Namespace of the ids of jobs with an idempotency key (RFC 4122, name-based)."""
+_IDENTITY = ("operation", "source", "n", "params")
+"""Requests with the same idempotency key must agree on these."""
+
+
+class Submission:
+    """The submissions of one client."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._settings, self._ledger = session, session.settings, session.ledger
+        self._policies = policies(session.settings)
+
+    # --- requests ------------------------------------------------------------------------------
+
+    def check(self, request: JobRequest) -> JobRequest:
+        """Return a request as its operation wants it.  Raises InvalidRequest."""
+        operation = registry.get(request.operation)
+        if request.conditions.validate_before_process and operation.validate is None:
+            raise InvalidRequest(
+                "validate_before_process",
+                True,
+                f"operation {operation.name!r} has no validate; give it one, or leave this out",
+            )
+        for name in ("budget", "cache_results"):
+            if operation.gate is None and (value := getattr(request.options, name)):
+                raise InvalidRequest(
+                    name, value, f"operation {operation.name!r} calls no models; leave it out"
+                )
+        if operation.prepare is None:
+            return request
+        return operation.prepare(request, self._settings)
+
+    def queue_of(self, request: JobRequest) -> str:
+        """Return the queue that a request's nodes wait in."""
+        return queue_name(self._settings.namespace, self._priority(request))
+
+    def open(self, requests: Sequence[JobRequest]) -> list[str]:
+        """Open jobs for checked or unchecked requests, and return their ids.
+
+        Raises InvalidRequest, Overloaded and QueueFull before anything is stored, and
+        StoreUnavailable.
+        """
+        requests = [self.check(request) for request in requests]
+        self._session.store.check()
+        named = [(request, self._id_for(request.options.idempotency_key)) for request in requests]
+        try:
+            # All are admitted before any is stored.
+            delays = [self._delay_of(*each) for each in named]
+            size = self._session.admission.batch_size()
+            parts = [slice(at, at + size) for at in range(0, len(requests), size)]
+            return [job for part in parts for job in self._open_part(named[part], delays[part])]
+        except BaseException:  # an interrupt too: no other code returns the places
+            self._leave([job for _, job in named])
+            raise
+
+    def open_like(self, spec: JobSpec, items: Iterable[Any]) -> str:
+        """Open a job like another one on other items, and return its id."""
+        job = self._id_for("")
+        source, n, staged = self._write_items(job, items)
+        again = msgspec.structs.replace(
+            spec, job=job, source=source, n=n, idempotency_key="", parent="", round=0
+        )
+        self._session.budgets.open(again, last=registry.get(spec.operation).then is None)
+        return self.start([(again, staged)])[0]
+
+    # --- admission -----------------------------------------------------------------------------
+
+    def _delay_of(self, request: JobRequest, job: str) -> tuple[int, str] | None:
+        """Return for how many ms a job waits to be admitted, and why; None: it is admitted.
+
+        Raises Overloaded, QueueFull for a job that must not wait.
+        """
+        priority, session = self._priority(request), self._session
+        refused = session.admission.refusal(self.queue_of(request), priority)
+        counted = refused or self._settings.admission.max_jobs
+        if counted and self._is_open(request.options.idempotency_key):
+            return None
+        refused = refused or session.waiting_room.crowded(job, priority)
+        if refused is None:
+            return None
+        if not self._is_patient(request):
+            raise refused
+        return int(refused.retry_after_s * 1000), refused.why
+
+    def _leave(self, jobs: Sequence[str]) -> None:
+        """Return the places of jobs that were not opened; a place of a dead client expires."""
+        if self._settings.admission.max_jobs:
+            with suppress(StoreUnavailable):
+                unopened = [job for job in jobs if not self._ledger.facts(job)]
+                self._session.waiting_room.leave(unopened)
+
+    def _is_open(self, idempotency_key: str) -> bool:
+        """Whether a key names a job already: to submit that again adds no load."""
+        return bool(idempotency_key and self._ledger.facts(self._id_for(idempotency_key)))
+
+    def _is_patient(self, request: JobRequest) -> bool:
+        return (request.options.overload or self._settings.admission.overload) == "delay"
+
+    def _priority(self, request: JobRequest) -> str:
+        operation = registry.get(request.operation)
+        return priority_for(operation, self._policies, request.options.priority)
+
+    # --- opening -------------------------------------------------------------------------------
+
+    def _open_part(
+        self,
+        named: Sequence[tuple[JobRequest, str]],
+        delays: Sequence[tuple[int, str] | None],
+    ) -> list[str]:
+        stored = [self.stored(*each) for each in named]
+        waits = {
+            spec.job: delay
+            for (spec, _), delay in zip(stored, delays, strict=True)
+            if delay and not spec.empty
+        }
+        return self.start(stored, waits)
+
+    def stored(self, request: JobRequest, job: str = "") -> tuple[JobSpec, str]:
+        """Store the items whole, then settle the request: return its specification, and the token
+        of the items.  A generator that raises leaves no job behind.
+        """
+        options, conditions, priority = request.options, request.conditions, self._priority(request)
+        job = job or self._id_for(options.idempotency_key)
+        source, n, staged = self._write_items(job, request.items)
+        operation = registry.get(request.operation)
+        spends = operation.gate is not None
+        spec = JobSpec(
+            job=job,
+            operation=request.operation,
+            source=source,
+            n=n,
+            shape=request.shape(self._settings.node.target_ms),
+            queue=self.queue_of(request),
+            version=operation.version,
+            params=request.params,
+            priority=priority,
+            kind=request.kind,
+            continue_on_error=options.continue_on_error,
+            error_threshold=options.error_threshold,
+            skip_if_empty=conditions.skip_if_empty,
+            validate=conditions.validate_before_process,
+            early_termination_threshold=conditions.early_termination_threshold,
+            timeout_ms=options.timeout_ms,
+            description=request.description,
+            complexity=request.complexity,
+            idempotency_key=options.idempotency_key,
+            emits=options.emit_metrics,
+            preempts=options.preempts(priority),
+            patient=self._is_patient(request),
+            trace=self._trace(options),
+            budget=(options.budget or Budget()).limits if spends else None,
+            cache_ttl_s=options.cache_ttl_seconds if options.cache_results else 0.0,
+        )
+        self._session.budgets.open(spec, last=operation.then is None)
+        return spec, staged
+
+    def start(
+        self,
+        stored: Sequence[tuple[JobSpec, str]],
+        waits: Mapping[str, tuple[int, str]] | None = None,
+    ) -> list[str]:
+        """Open jobs whose items are stored, send their first messages, and return their ids.
+
+        `waits` says by job for how many ms it is parked before it begins, and why.
+        """
+        delayed = waits or {}
+        opened = self._ledger.open(stored, self._settings.result_ttl_s, waits)
+        new = [spec for (spec, _), is_new in zip(stored, opened, strict=True) if is_new]
+        known = [spec for (spec, _), is_new in zip(stored, opened, strict=True) if not is_new]
+        for spec in new:
+            if spec.empty:
+                self._close_empty(spec)
+        self.let_wait([spec for spec in new if spec.job in delayed])
+        if sending := [spec for spec in new if not spec.empty and spec.job not in delayed]:
+            self._send(sending)
+        for spec in known:
+            # New jobs have their message by now: one mistaken key delays no other job of a batch.
+            self._refuse_another(spec)
+        return [spec.job for spec, _ in stored]
+
+    def let_wait(self, jobs: Sequence[JobSpec]) -> None:
+        """Have jobs that are not admitted yet woken as soon as there is room."""
+        for spec in jobs:
+            try:
+                now_ms = self._session.store.call(lambda _: self._session.store.now_ms())
+                self._session.waiting_room.enter(spec.queue, {f"{spec.job} {ROOT}": now_ms})
+            except StoreUnavailable as error:
+                logger.info(
+                    "Job %s is not woken when there is room, it wakes at its own time: %s",
+                    spec.job,
+                    error,
+                )
+
+    def _send(self, jobs: Sequence[JobSpec]) -> None:
+        """Send first messages, and make less urgent work yield to those that may preempt it."""
+        urgent: dict[str, list[str]] = {}
+        for spec in jobs:
+            if spec.preempts:
+                urgent.setdefault(spec.queue, []).append(f"{spec.job} {ROOT}")
+        with ExitStack() as stack:
+            for queue, nodes in urgent.items():
+                stack.enter_context(self._session.delivery.making_room(queue, nodes))
+            self._session.dispatcher.send_root(jobs, ROOT)
+
+    def _close_empty(self, spec: JobSpec) -> None:
+        """End a job without items whose request asked to skip it: no message is sent."""
+        claim = self._ledger.claim(spec.job, ROOT, "client", "client")
+        finished = self._ledger.finish(claim, Report(mid=0), b"")
+        if finished.outcome == PROCESS:
+            self._session.dispatcher.send_root([spec], PROCESS)
+        else:
+            self._ledger.close(spec.job, claim.token, Status.SUCCEEDED)
+
+    def _refuse_another(self, spec: JobSpec) -> None:
+        """Raise InvalidRequest when a key already names a job of another request."""
+        first = self._ledger.spec(spec.job)
+        asked = specs.load(specs.dump(spec))
+        differs = [name for name in _IDENTITY if getattr(first, name, None) != getattr(asked, name)]
+        if first is not None and differs:
+            raise InvalidRequest(
+                "idempotency_key",
+                spec.idempotency_key,
+                f"names job {spec.job}, which differs in {', '.join(differs)}; use another",
+            )
+
+    # --- ids and items -------------------------------------------------------------------------
+
+    def _id_for(self, idempotency_key: str) -> str:
+        """Return the id of a new job; one key always gives one id, so OPEN finds that job open."""
+        if not idempotency_key:
+            return str(uuid.uuid4())
+        return str(uuid.uuid5(_KEYED, f"{self._settings.namespace}:{idempotency_key}"))
+
+    def _trace(self, options: Options) -> str:
+        if options.trace_context is not None:
+            return options.trace_context.traceparent
+        return current_traceparent() if self._settings.tracing.enabled else ""
+
+    def _write_items(self, job: str, items: Any) -> tuple[StoredItems, int, str]:
+        """Store items under keys that only this call knows; OPEN gives them to the job."""
+        token, settings, store = mint(), self._settings, self._session.store
+        index, blocks = self._session.keys.staged(job, token)
+        writer = ItemWriter(
+            store,
+            index,
+            blocks,
+            ttl_s=settings.result_ttl_s,
+            max_item_bytes=settings.max_item_bytes,
+        )
+        try:
+            return (*store.call(lambda _: source_of(items).write(writer)), token)
+        except BaseException:
+            with suppress(StoreUnavailable):  # the keys carry an expiry
+                store.call(lambda client: client.delete(index, blocks))
+            raise

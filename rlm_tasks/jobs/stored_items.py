@@ -1,0 +1,250 @@
+"""How the items of a job are stored, and how a worker reads a range of them.
+
+Items never travel in messages: a `range` is described, a file is read where it lies, anything else
+lies in Redis in packed blocks.  Each kind of stored items is one record with `read` and `describe`;
+the ledger keeps it in the job's specification.  Begin with `ItemReader`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from resilience.store import Store
+from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.jobs import codec
+
+BLOCK_ITEMS = 1024
+BLOCK_BYTES = 1 << 20
+PIPELINE_BYTES = 4 << 20
+CACHE_BYTES = 8 << 20
+Decode = Callable[[Any, int], list[Any]]
+"""Makes the items of a block from what is stored of it, and their number."""
+
+
+# --- the kinds ---------------------------------------------------------------------------------
+
+
+class RangeSource(msgspec.Struct, frozen=True, tag="range"):
+    """The integers of a `range`."""
+
+    start: int
+    step: int
+
+    def read(self, _blocks: Blocks, lo: int, hi: int) -> Sequence[Any]:
+        """Return the items of [lo, hi)."""
+        return range(self.start + lo * self.step, self.start + hi * self.step, self.step)
+
+    def describe(self, index: int) -> str:
+        """Return where an item lies."""
+        return f"{self.start + index * self.step} of a range"
+
+
+class BlockSource(msgspec.Struct, frozen=True, tag="blocks"):
+    """Packed blocks of items in Redis."""
+
+    def read(self, blocks: Blocks, lo: int, hi: int) -> Sequence[Any]:
+        """Return the items of [lo, hi).  Raises LookupError when some are gone."""
+        return blocks.read(lo, hi, lambda items, _count: cast(list[Any], items))
+
+    def describe(self, index: int) -> str:
+        """Return where an item lies, without its value: items may be confidential."""
+        return f"stored item {index}"
+
+
+class LineSource(msgspec.Struct, frozen=True, tag="lines"):
+    """Lines of a text file; Redis keeps the byte offset of every BLOCK_ITEMS-th one."""
+
+    path: str
+    encoding: str
+    size: int
+    modified_ns: int
+
+    def read(self, blocks: Blocks, lo: int, hi: int) -> Sequence[Any]:
+        """Return the items of [lo, hi).  Raises LookupError when the file has changed."""
+        return blocks.read(lo, hi, self._lines)
+
+    def describe(self, index: int) -> str:
+        """Return where an item lies."""
+        return f"{self.path}, line {index + 1}"
+
+    def _lines(self, offset: int, count: int) -> list[Any]:
+        path = Path(self.path)
+        about = path.stat()
+        if (about.st_size, about.st_mtime_ns) != (self.size, self.modified_ns):
+            raise LookupError(f"{path} has changed since the job was submitted")
+        with path.open("rb") as file:
+            file.seek(offset)
+            lines = itertools.islice(file, count)
+            return [line.decode(self.encoding).rstrip("\r\n") for line in lines]
+
+
+StoredItems = RangeSource | BlockSource | LineSource
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+class ItemWriter:
+    """Store the items of one job in packed blocks, and return the record that reads them."""
+
+    def __init__(
+        self, store: Store, index: str, blocks: str, *, ttl_s: int, max_item_bytes: int
+    ) -> None:
+        self._store, self._index, self._blocks = store, index, blocks
+        self._ttl_s, self._max_item_bytes = ttl_s, max_item_bytes
+        self._waiting: list[tuple[int, int, bytes]] = []
+        self._bytes = 0
+
+    def items(self, items: Iterable[Any]) -> tuple[StoredItems, int]:
+        """Store items; return their record and number.
+
+        Raises InvalidRequest naming the first item that cannot be stored.
+        """
+        count = 0
+        iterator = iter(items)
+        while block := list(itertools.islice(iterator, BLOCK_ITEMS)):
+            self._add(count, block)
+            count += len(block)
+        self._flush()
+        return BlockSource(), count
+
+    def lines(self, path: Path, encoding: str) -> tuple[StoredItems, int]:
+        """Store the offsets of a file's lines; return their record and number.  Raises OSError."""
+        about = path.stat()
+        count, offset = 0, 0
+        with path.open("rb") as file:
+            while block := list(itertools.islice(file, BLOCK_ITEMS)):
+                self._queue(count, count + len(block), codec.pack(offset))
+                count += len(block)
+                offset += sum(len(line) for line in block)
+        self._flush()
+        return LineSource(str(path), encoding, about.st_size, about.st_mtime_ns), count
+
+    def _add(self, lo: int, block: list[Any]) -> None:
+        data = self._encoded(lo, block)
+        if len(data) > BLOCK_BYTES and len(block) > 1:
+            half = len(block) // 2
+            self._add(lo, block[:half])
+            self._add(lo + half, block[half:])
+            return
+        if len(data) > self._max_item_bytes and len(block) == 1:
+            raise InvalidRequest(
+                f"items[{lo}]",
+                block[0],
+                f"packs to {len(data)} bytes, more than RLM_MAX_ITEM_BYTES={self._max_item_bytes}",
+            )
+        self._queue(lo, lo + len(block), codec.compress(data))
+
+    def _encoded(self, lo: int, block: list[Any]) -> bytes:
+        try:
+            return codec.encode(block)
+        except TypeError:
+            for index, item in enumerate(block, lo):
+                try:
+                    codec.encode(item)
+                except TypeError as error:
+                    raise InvalidRequest(
+                        f"items[{index}]", item, f"cannot be stored as plain data: {error}"
+                    ) from None
+            raise
+
+    def _queue(self, lo: int, hi: int, data: bytes) -> None:
+        self._waiting.append((lo, hi, data))
+        self._bytes += len(data)
+        if self._bytes >= PIPELINE_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        pipe = self._store.client.pipeline(transaction=False)
+        pipe.hset(self._blocks, mapping={f"{lo}:{hi}": data for lo, hi, data in self._waiting})
+        pipe.zadd(self._index, {f"{lo}:{hi}": lo for lo, hi, _ in self._waiting})
+        pipe.expire(self._blocks, self._ttl_s)
+        pipe.expire(self._index, self._ttl_s)
+        pipe.execute()
+        self._waiting, self._bytes = [], 0
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+class ItemReader:
+    """Read ranges of items in a worker; recently read blocks stay in memory."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._cache: OrderedDict[tuple[str, int], list[Any]] = OrderedDict()
+        self._sizes: dict[tuple[str, int], int] = {}
+        self._hits = self._misses = 0
+
+    def forget(self) -> None:
+        """Keep no block in memory."""
+        self._cache.clear()
+        self._sizes.clear()
+
+    def lookups(self) -> tuple[int, int]:
+        """Return how many blocks were in memory, and how many were not, since the last call."""
+        counts, self._hits, self._misses = (self._hits, self._misses), 0, 0
+        return counts
+
+    def read(self, source: StoredItems, index: str, blocks: str, lo: int, hi: int) -> Sequence[Any]:
+        """Return the items of [lo, hi); `index` and `blocks` are keys of the job.
+
+        Raises LookupError when some are gone or the file has changed.
+        """
+        return source.read(Blocks(self, index, blocks), lo, hi)
+
+    def block(self, index: str, blocks: str, at: int, decode: Decode) -> tuple[int, list[Any]]:
+        """Return the block that holds an item, and the index of its first item."""
+        for (key, start), items in reversed(self._cache.items()):
+            if key == blocks and start <= at < start + len(items):
+                self._hits += 1
+                return start, items
+        self._misses += 1
+        client = self._store.client
+        names = cast(
+            list[bytes], client.zrange(index, at, "-inf", desc=True, byscore=True, offset=0, num=1)
+        )
+        data = cast(bytes | None, client.hget(blocks, names[0].decode())) if names else None
+        if data is None:
+            raise LookupError(f"item {at} of this job is not stored")
+        start, end = (int(edge) for edge in names[0].split(b":"))
+        raw = codec.decompress(data)
+        items = decode(codec.decode(raw), end - start)
+        self._remember((blocks, start), items, len(raw))
+        return start, items
+
+    def _remember(self, key: tuple[str, int], items: list[Any], size: int) -> None:
+        self._cache[key], self._sizes[key] = items, size
+        while len(self._cache) > 1 and sum(self._sizes[each] for each in self._cache) > CACHE_BYTES:
+            self._sizes.pop(self._cache.popitem(last=False)[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The stored blocks of one job."""
+
+    reader: ItemReader
+    index: str  # keys of the job
+    blocks: str
+
+    def read(self, lo: int, hi: int, decode: Decode) -> Sequence[Any]:
+        """Return the items of [lo, hi).  Raises LookupError when some are gone."""
+        found: list[Any] = []
+        at = lo
+        while at < hi:
+            start, items = self.reader.block(self.index, self.blocks, at, decode)
+            part = items[at - start : hi - start]
+            if not part:
+                raise LookupError(f"items [{at}, {hi}) of this job are not stored")
+            found += part
+            at += len(part)
+        return found

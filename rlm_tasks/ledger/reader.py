@@ -1,0 +1,211 @@
+"""Read the ledger: counters, records, partial answers, failures and quarantined items of jobs.
+
+`Ledger` extends it; clients, reports and Flower read through it.  Begin with `LedgerReader.facts`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast, overload
+
+import msgspec
+import redis
+
+from resilience.keys import Keys
+from resilience.store import Call, OnOutage, Script, Store
+from rlm_tasks.jobs import spec as specs
+from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.ledger.records import JobNodes, NodeRecord, Split
+from rlm_tasks.results import ItemFailure, JobEvent, QuarantinedItem
+from rlm_tasks.settings.sections import LedgerSettings
+
+PIECES_AT_ONCE = 256
+NODES_COUNTED = 1000
+"""`LedgerReader.at_work` counts at most this many running and parked nodes of a job."""
+_PIECES = Script.load("rlm_tasks.ledger", "pieces", prelude="prelude")
+
+
+class LedgerReader:
+    """One platform's jobs, as far as they can be read.
+
+    `on_outage` is what its calls do while Redis is away (see `Store.call`): a client's raise, for
+    it retries in its own loop; a worker's wait as long as a lease, for its claim is lost after that.
+    """
+
+    def __init__(
+        self, store: Store, keys: Keys, settings: LedgerSettings, *, on_outage: OnOutage = "raise"
+    ) -> None:
+        self.store, self.keys, self.settings = store, keys, settings
+        self.on_outage: OnOutage = on_outage
+
+    @overload
+    def call(self, command: Callable[[redis.Redis], Any], /) -> Any: ...
+    @overload
+    def call(self, *scripts: Call) -> list[Any]: ...
+    def call(self, *what: Any) -> Any:
+        """Call Redis, and do during an outage what this ledger does.  Raises StoreUnavailable."""
+        return self.store.call(*what, on_outage=self.on_outage)
+
+    # --- a job ---------------------------------------------------------------------------------
+
+    def facts(self, job: str) -> dict[str, str]:
+        """Return every counter and state of a job; empty for an unknown one."""
+        found = self._hash(self.keys.of(job).job)
+        return {name.decode(): value.decode() for name, value in found.items()}
+
+    def spec(self, job: str) -> JobSpec | None:
+        """Return what was submitted, None for an unknown job."""
+        text = self._field(self.keys.of(job).job, "spec")
+        return specs.load(text) if text else None
+
+    def answer(self, job: str) -> bytes | None:
+        """Return the packed answer of a job.
+
+        None: it has not succeeded, or its outputs are kept as pages.
+        """
+        return self._field(self.keys.of(job).blobs, "output")
+
+    def failures(self, job: str) -> list[ItemFailure]:
+        """Return the first 1,000 failed items, in order."""
+        found = self._values(self.keys.of(job).failures)
+        decoded = (msgspec.json.decode(each, type=ItemFailure) for each in found)
+        return sorted(decoded, key=lambda failure: failure.index)
+
+    def events(self, job: str) -> list[JobEvent]:
+        """Return the events of a job, the oldest first."""
+        found: Any = self.call(lambda client: client.xrange(self.keys.of(job).events))
+        return [
+            JobEvent(int(entry[b"ms"]) / 1000, entry[b"event"].decode(), entry[b"detail"].decode())
+            for _, entry in found
+        ]
+
+    def inflight(self, job: str) -> tuple[int, int, int]:
+        """Return how many items running nodes have done, failed and skipped so far."""
+        values = self._values(self.keys.of(job).inflight)
+        counts = [tuple(map(int, each.split(b":"))) for each in values]
+        done, failed, skipped = map(sum, zip(*counts, strict=True)) if counts else (0, 0, 0)
+        return done, failed, skipped
+
+    def failed_items(self, job: str) -> list[int]:
+        """Return the index of every failed item, in order."""
+        return [int(each) for each in self._members(self.keys.of(job).failed)]
+
+    def empty_items(self, job: str) -> list[int]:
+        """Return the index of every item skipped as empty, in order."""
+        return [int(each) for each in self._members(self.keys.of(job).empty)]
+
+    # --- its nodes and partials ----------------------------------------------------------------
+
+    def records(self, job: str, nodes: Sequence[str]) -> list[NodeRecord]:
+        """Return the records of some nodes."""
+        if not nodes:
+            return []
+        texts: Any = self.call(lambda client: client.hmget(self.keys.of(job).nodes, list(nodes)))
+        return [NodeRecord.parse(id, text) for id, text in zip(nodes, texts, strict=True) if text]
+
+    def all_records(self, job: str) -> list[NodeRecord]:
+        """Return every node of a job's tree."""
+        found = self._hash(self.keys.of(job).nodes)
+        return [NodeRecord.parse(id.decode(), text) for id, text in found.items()]
+
+    def split(self, job: str, split: str) -> Split | None:
+        """Return a chord's range and slot."""
+        text = self._field(self.keys.of(job).splits, split)
+        return msgspec.json.decode(text, type=Split) if text else None
+
+    def ranges(self, job: str) -> list[tuple[int, int]]:
+        """Return the ranges whose partials are stored, in order."""
+        edges = [name.split(b":") for name in self._members(self.keys.of(job).pieces)]
+        return [(int(lo), int(hi)) for lo, hi in edges]
+
+    def pieces(self, job: str, lo: int, hi: int) -> Iterator[tuple[int, int, bytes]]:
+        """Yield (lo, hi, packed partial) of a range in item order, a page at a time."""
+        at = lo
+        while at < hi:
+            [page] = self.call(Call(_PIECES, self.keys.of(job), (at, hi, PIECES_AT_ONCE)))
+            for name, packed in zip(page[::2], page[1::2], strict=True):
+                start, at = (int(edge) for edge in name.split(b":"))
+                yield start, at, packed
+            if len(page) < 2 * PIECES_AT_ONCE:
+                return
+
+    # --- all jobs ------------------------------------------------------------------------------
+
+    def jobs(self, limit: int) -> list[tuple[str, int]]:
+        """Return (job, ms opened), the newest first."""
+        found: Any = self.call(
+            lambda client: client.zrange(self.keys.jobs, 0, limit - 1, desc=True, withscores=True)
+        )
+        return [(job.decode(), int(ms)) for job, ms in found]
+
+    def at_work(self, limit: int) -> list[JobNodes]:
+        """Return the nodes of open jobs by state, for at most `limit` jobs.
+
+        It takes three round trips, however many jobs there are.
+        """
+        jobs = [each.decode() for each in self._members(self.keys.due, limit)]
+        first: list[Any] = self.call(lambda client: self._first_pass(client, jobs))
+        held = first[2::3]
+        nodes: list[Any] = self.call(lambda client: self._second_pass(client, jobs, held))
+        found = zip(jobs, first[::3], first[1::3], nodes, strict=True)
+        return [
+            _nodes_of(job, facts, queued, records)
+            for job, facts, queued, records in found
+            if facts[0]
+        ]
+
+    def _first_pass(self, client: redis.Redis, jobs: Sequence[str]) -> list[Any]:
+        pipe = client.pipeline(transaction=False)
+        for each in map(self.keys.of, jobs):
+            pipe.hmget(each.job, "queue", "state")
+            pipe.zcard(each.waiting)
+            pipe.zrange(each.due, 0, NODES_COUNTED - 1)
+        return pipe.execute()
+
+    def _second_pass(
+        self, client: redis.Redis, jobs: Sequence[str], held: Sequence[list[bytes]]
+    ) -> list[Any]:
+        pipe = client.pipeline(transaction=False)
+        for each, names in zip(map(self.keys.of, jobs), held, strict=True):
+            pipe.hmget(each.nodes, names or ["none"])
+        return pipe.execute()
+
+    def quarantined_jobs(self) -> list[str]:
+        """Return the jobs that have, or had, quarantined items, the newest first."""
+        return [each.decode() for each in self._members(self.keys.quarantined)[::-1]]
+
+    def quarantined(self, job: str) -> list[QuarantinedItem]:
+        """Return a job's quarantined items, in order."""
+        found = self._values(self.keys.of(job).quarantine)
+        decoded = (msgspec.json.decode(each, type=QuarantinedItem) for each in found)
+        return sorted(decoded, key=lambda item: item.index)
+
+    # --- plain commands ------------------------------------------------------------------------
+
+    def _hash(self, key: str) -> dict[bytes, bytes]:
+        return cast(dict[bytes, bytes], self.call(lambda client: client.hgetall(key)))
+
+    def _values(self, key: str) -> list[bytes]:
+        return cast(list[bytes], self.call(lambda client: client.hvals(key)))
+
+    def _field(self, key: str, name: str) -> bytes | None:
+        return cast(bytes | None, self.call(lambda client: client.hget(key, name)))
+
+    def _members(self, key: str, most: int = 0) -> list[bytes]:
+        return cast(list[bytes], self.call(lambda client: client.zrange(key, 0, most - 1)))
+
+
+def _nodes_of(
+    job: str, facts: Sequence[bytes], queued: int, records: Sequence[bytes | None]
+) -> JobNodes:
+    states = Counter(NodeRecord.parse("", text).state for text in records if text)
+    queue, state = facts
+    return JobNodes(
+        job=job,
+        queue=queue.decode(),
+        state=state.decode(),
+        queued=queued,
+        running=states["r"],
+        parked=states["p"],
+    )
