@@ -38,7 +38,7 @@ from scheduler.events import Events
 from tests.support import wait_until
 from tests.unit.world import World
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CLOSED = "http://127.0.0.1:1/v1"
 SETTINGS = LlmSettings()
 

@@ -17,7 +17,7 @@ from rlm_tasks.ledger.records import ROOT
 from scheduler.admission import WaitingRoom
 from scheduler.monitor import CALLED_PER_SLOT
 from tests.unit.harness import Platform
-from tests.unit.test_monitor import Platform as Monitored
+from tests.unit.scheduler.test_monitor import Platform as Monitored
 from tests.unit.world import World, world
 
 __all__ = ["world"]

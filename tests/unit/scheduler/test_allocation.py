@@ -27,7 +27,7 @@ from scheduler.allocation import (
 )
 from scheduler.settings import AllocationSettings
 
-EXAMPLE = Path(__file__).parents[2] / "docs/examples/allocation_policies.json"
+EXAMPLE = Path(__file__).parents[3] / "docs/examples/allocation_policies.json"
 PRIORITIES = list(URGENCY)
 
 

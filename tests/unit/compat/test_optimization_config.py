@@ -344,7 +344,7 @@ def test_each_key_says_what_it_sets_or_why_it_sets_nothing() -> None:
 
 
 def test_the_page_has_a_row_for_each_key() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "optimization.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "optimization.md").read_text(encoding="utf-8")
 
     assert page_rows() in page, "\n" + page_rows()
 

@@ -30,7 +30,7 @@ from rlm_tasks.telemetry import exposition
 from rlm_tasks.telemetry.exposition import WorkerState
 from rlm_tasks.telemetry.worker_port import STUCK_S, UNHEARD_S, Vitals, not_alive, not_ready
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 IDLE = WorkerState(total=4, busy=0, draining=False, level=0, memory_mb=100.0, memory_level=0)
 REPORT = Report(
     mid=100,

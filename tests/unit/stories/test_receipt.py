@@ -20,7 +20,7 @@ from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, O
 from rlm_tasks.client.job import _receipt
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.results import Receipt, Shaped, Status
-from tests.unit.test_degradation import (
+from tests.unit.resilience.test_degradation import (
     EMBEDDINGS,
     EXPENSIVE,
     LIMITS,
@@ -29,7 +29,7 @@ from tests.unit.test_degradation import (
     SAME_IN_THE_SOURCES_WORDS,
     SIMPLIFIED,
 )
-from tests.unit.test_waiting import WaitingPlatform
+from tests.unit.stories.test_waiting import WaitingPlatform
 
 Told = dict[tuple[str, str], int]
 """A receipt as a table: strategy and level -> items."""

@@ -27,7 +27,7 @@ from scheduler.sampling import Sample
 from scheduler.settings import AdmissionSettings, AlertSettings, AutoscaleSettings, PressureSettings
 from scheduler.usage import Usage
 from tests.support import wait_until
-from tests.unit.test_board import world
+from tests.unit.scheduler.test_board import world
 from tests.unit.world import CountingStore, World
 
 __all__ = ["world"]

@@ -15,8 +15,8 @@ from scheduler.events import EventSeverity
 from scheduler.settings import SnapshotSettings
 from scheduler.snapshots import MIN_ITEMS, MIN_PAST, RECENT, Snapshot, Snapshots, Trend, trend
 from scheduler.usage import Usage
-from tests.unit.test_board import world
-from tests.unit.test_monitor import Platform
+from tests.unit.scheduler.test_board import world
+from tests.unit.scheduler.test_monitor import Platform
 from tests.unit.world import CountingStore, World
 
 __all__ = ["world"]

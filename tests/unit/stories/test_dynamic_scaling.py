@@ -15,8 +15,8 @@ from rlm_tasks.worker.autoscaler import PressureAutoscaler
 from scheduler.monitor import MonitorSettings
 from scheduler.queues import QueueReport
 from scheduler.settings import AdmissionSettings, AutoscaleSettings
-from tests.unit.test_intake import Door
-from tests.unit.test_monitor import Platform
+from tests.unit.client.test_admission import Door
+from tests.unit.scheduler.test_monitor import Platform
 from tests.unit.world import World, world
 
 __all__ = ["world"]

@@ -318,7 +318,7 @@ def test_a_route_for_all_tasks_does_not_lead_nodes_astray(
 
 
 def test_nodes_are_what_they_must_be_whatever_all_tasks_are() -> None:
-    app = Celery("shop", set_as_current=False, task_cls="tests.unit.test_install:Impatient")
+    app = Celery("shop", set_as_current=False, task_cls="tests.unit.test_installation:Impatient")
     app.conf.update(
         task_acks_late=False,
         task_reject_on_worker_lost=False,

@@ -1,0 +1,1 @@
+"""Unit tests of `rlm_tasks.diagnosis`: one file for each module."""

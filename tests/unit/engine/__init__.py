@@ -1,0 +1,1 @@
+"""Unit tests of `rlm_tasks.engine`: one file for each module."""

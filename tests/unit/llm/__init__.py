@@ -1,0 +1,1 @@
+"""Unit tests of `rlm_tasks.llm`: one file for each module."""

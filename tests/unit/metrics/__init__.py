@@ -1,0 +1,1 @@
+"""Unit tests of `rlm_tasks.metrics`: one file for each module."""

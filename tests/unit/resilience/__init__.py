@@ -1,0 +1,1 @@
+"""Unit tests of `resilience`: one file for each module."""

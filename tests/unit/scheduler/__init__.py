@@ -1,0 +1,1 @@
+"""Unit tests of `scheduler`: one file for each module."""

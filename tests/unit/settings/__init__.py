@@ -1,0 +1,1 @@
+"""Unit tests of `rlm_tasks.settings`: one file for each module."""

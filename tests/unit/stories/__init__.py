@@ -1,0 +1,1 @@
+"""Unit tests that cross modules: whole jobs and models, in one process."""

@@ -1,0 +1,1 @@
+"""Unit tests of `rlm_tasks.telemetry`: one file for each module."""

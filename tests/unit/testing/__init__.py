@@ -1,0 +1,1 @@
+"""Unit tests of `rlm_tasks.testing`: one file for each module."""
