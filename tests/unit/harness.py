@@ -12,7 +12,6 @@ from random import Random
 from typing import Any
 
 import fakeredis
-import msgspec
 
 from resilience.fault_log import FaultLog
 from resilience.keys import Keys
@@ -26,7 +25,6 @@ from rlm_tasks.engine.rounds import Rounds
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.engine.shared_page import SharedPage
 from rlm_tasks.engine.slot_shares import SlotShares
-from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.items import ItemReader, ItemWriter
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.budgets import JobBudgets
@@ -202,8 +200,3 @@ class Platform:
         if packed is not None:
             return codec.unpack(packed)
         return list(flattened(partials(self.ledger, spec.job, 0, spec.n)))
-
-
-def reload(spec: JobSpec) -> JobSpec:
-    """Return the spec as a worker reads it."""
-    return specs.load(specs.dump(msgspec.structs.replace(spec)))

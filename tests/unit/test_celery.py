@@ -8,6 +8,7 @@ from celery.app.utils import filter_hidden_settings
 from rlm_tasks.celery import beat_configuration
 from rlm_tasks.settings.model import Settings
 from scheduler.settings import PressureSettings
+from tests.unit.messaging.test_transports import VERIFIED, watched
 
 pytest.importorskip("redbeat")
 
@@ -36,3 +37,23 @@ def test_the_monitor_is_due_as_often_as_settings_say_and_keys_are_the_platforms_
     )
     assert found["beat_schedule"] == {"rlm.monitor": {"task": "rlm.monitor", "schedule": 2.5}}
     assert found["redbeat_key_prefix"].startswith("second:")
+
+
+def test_beat_has_its_lock_where_the_sentinels_say() -> None:
+    pytest.importorskip("redbeat")
+    found = beat_configuration(watched(broker_url="amqp://elsewhere"))
+
+    assert found["redbeat_redis_url"] == "redis-sentinel://"
+    options = found["redbeat_redis_options"]
+    assert (options["sentinels"], options["service_name"]) == (
+        [("one", 26380), ("two", 26379)],
+        "primary",
+    )
+    assert (options["db"], options["password"]) == (2, "hush")
+
+
+def test_beat_verifies_the_certificate_as_everybody_does() -> None:
+    pytest.importorskip("redbeat")
+    found = beat_configuration(Settings(redis_url="rediss://host", broker_url="amqp://elsewhere"))
+
+    assert found["redbeat_redis_use_ssl"] == VERIFIED

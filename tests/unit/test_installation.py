@@ -14,10 +14,8 @@ from celery.app.amqp import AMQP
 from kombu import Exchange, Queue
 
 from rlm_tasks import InvalidRequest, install
-from rlm_tasks.celery import app as own_app
 from rlm_tasks.conflicts import conflicts
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.settings.sections import NodeSettings
 from tests.integration.pages import PAGES, ROOT, read
 
 SETTINGS = Settings(namespace="jobs")
@@ -359,59 +357,6 @@ class Impatient(Task):
 # --- what stands in the way -------------------------------------------------------------------
 
 NO_CHORDS = "partial answers are merged when a job ends, not while it runs; set a redis:// URL"
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({"worker_prefetch_multiplier": 4}, "worker_prefetch_multiplier=4: nodes wait"),
-        ({"task_always_eager": True}, "task_always_eager=True: jobs do not run"),
-        (
-            {"worker_deduplicate_successful_tasks": True},
-            "worker_deduplicate_successful_tasks=True: ",
-        ),
-        ({"worker_enable_remote_control": False}, "worker_enable_remote_control=False: "),
-        ({"result_backend": "rpc://"}, "result_backend is no Redis: "),
-        ({"task_time_limit": 3}, "task_time_limit=3: shorter than a node may run (4 s)"),
-        ({"task_soft_time_limit": 4}, "task_soft_time_limit=4: shorter than"),
-        (
-            {"broker_transport_options": {"queue_order_strategy": "sorted"}},
-            "queue_order_strategy='sorted': priorities",
-        ),
-        (
-            {"task_annotations": {"rlm.node": {"acks_late": False}}},
-            "task_annotations acks_late=False for rlm.node: ",
-        ),
-    ],
-)
-def test_a_setting_that_stands_in_the_way_stays_and_is_named(
-    config: dict[str, Any], said: str
-) -> None:
-    app = made(**config)
-
-    (sentence,) = conflicts(app)
-    assert said in sentence
-    assert {name: app.conf[name] for name in config} == config, "it is theirs"
-
-
-def test_settings_that_do_no_harm_are_not_mentioned() -> None:
-    assert (
-        conflicts(
-            made(
-                worker_prefetch_multiplier=1,
-                task_time_limit=60,
-                task_annotations={"stock": {"rate_limit": 1}},
-            )
-        )
-        == []
-    )
-    assert conflicts(own_app) == []
-    app = install(
-        Celery("shop", set_as_current=False), Settings(node=NodeSettings(target_ms=10_000))
-    )
-    app.conf.update(result_backend="redis://nowhere/0", task_time_limit=30)
-
-    assert "shorter than a node may run (40 s)" in conflicts(app)[0]
 
 
 def test_an_autoscaler_and_a_monitor_of_theirs_stay() -> None:

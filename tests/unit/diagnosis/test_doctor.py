@@ -4,8 +4,6 @@ hand.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -16,51 +14,9 @@ from rlm_tasks import import_path
 from rlm_tasks.diagnosis import doctor
 from rlm_tasks.diagnosis.doctor import packages, versions
 from rlm_tasks.version import __version__
+from tests.unit.test_import_path import theirs
 
-LOOK = "from rlm_tasks import import_path as look; print(look.in_our_place(), look.behind_ours())"
-
-
-def looked(*path: Path, first: str = "") -> str:
-    """Return what a new process finds, with these folders in front of its path."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"{first}{LOOK}"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-        cwd=path[0],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))},
-    )
-    return done.stdout.strip()
-
-
-@pytest.fixture
-def theirs(tmp_path: Path) -> Path:
-    """A folder with a user's own package of our name, and with a folder that is no package."""
-    (tmp_path / "scheduler").mkdir()
-    (tmp_path / "scheduler" / "__init__.py").write_text("", encoding="utf-8")
-    (tmp_path / "resilience").mkdir()
-    return tmp_path
-
-
-def test_a_package_in_place_of_ours_is_found_where_nothing_of_ours_can_be_imported(
-    theirs: Path,
-) -> None:
-    said = looked(theirs, import_path.HOME)
-
-    assert str({"scheduler": f"{theirs}/scheduler/__init__.py"}) in said
-    assert "resilience" not in said, "a folder without modules takes no package's place"
-
-
-def test_a_package_that_was_imported_in_place_of_ours_is_found_though_the_path_is_mended(
-    theirs: Path,
-) -> None:
-    mended = f"import sys, scheduler; sys.path.remove({str(theirs)!r}); sys.path[:] = [each for each in sys.path if each]; "
-
-    assert (
-        looked(theirs, import_path.HOME, first=mended)
-        == f"{ {'scheduler': f'{theirs}/scheduler/__init__.py'} } {{}}"
-    )
+__all__ = ["theirs"]
 
 
 def test_a_package_behind_ours_may_be_in_front_tomorrow(

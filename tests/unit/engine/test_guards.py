@@ -8,18 +8,13 @@ import time
 from typing import Any
 
 import pytest
-from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
-from celery.exceptions import Ignore, Retry
 
-from resilience.breaker import CircuitBreaker
 from resilience.breaker_storage import BreakerConfig
 from resilience.bucket import Rate
-from resilience.errors import BulkheadFull, Category, InvalidValue, RateLimited
-from resilience.faults import classify
+from resilience.errors import BulkheadFull, RateLimited
 from resilience.retry import RetryPolicy
 from resilience.settings import BreakerSettings
 from rlm_tasks.engine.guards import Guarded, Guards, Postponed
-from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs import item_failures as item_failures  # it says what Celery's exceptions mean
 from rlm_tasks.jobs.items import RangeSource
 from rlm_tasks.jobs.spec import JobSpec
@@ -168,42 +163,3 @@ def test_breakers_can_be_switched_off(world: World) -> None:
 
 def test_an_operation_without_guards_has_none(world: World) -> None:
     assert guards(world).of(Operation("op", len), SPEC) is None
-
-
-@pytest.mark.parametrize(
-    ("error", "category", "counts"),
-    [
-        (SoftTimeLimitExceeded(), Category.TIMEOUT, True),
-        (WorkerLostError(), Category.WORKER_LOST, False),
-        (Retry(), Category.CANCELLED, False),
-        (Ignore(), Category.CANCELLED, False),
-    ],
-)
-def test_celerys_own_exceptions_are_known(
-    world: World, error: Exception, category: Category, counts: bool
-) -> None:
-    assert classify(error).category == category
-    assert CircuitBreaker("any", world.store()).is_system_error(error) == counts
-
-
-@pytest.mark.parametrize(
-    ("about", "error", "told"),
-    [
-        ({"breaker": "fast"}, InvalidValue, "preset='fast': unknown"),
-        (
-            {"breaker": 5},
-            InvalidValue,
-            "breaker=5: must be a preset's name, a BreakerConfig or a dict of its fields",
-        ),
-        ({"breaker": {"failure_treshold": 3}}, InvalidValue, "failure_treshold=3: unknown field"),
-        ({"cost": len}, InvalidRequest, "declare that, too"),
-        ({"fallback": len}, InvalidRequest, "declare breaker"),
-        ({"timeout_s": 0}, InvalidRequest, "timeout_s=0"),
-        ({"retry": 0}, InvalidValue, "max_attempts=0"),
-    ],
-)
-def test_a_declaration_that_makes_no_sense_is_told_when_it_is_made(
-    about: dict[str, Any], error: type, told: str
-) -> None:
-    with pytest.raises(error, match=told):
-        protection("op", about)

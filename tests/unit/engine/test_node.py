@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import msgspec
-import pytest
 
 from rlm_tasks import JobRequest, NWay
-from rlm_tasks.engine.message_handlers import beyond_this_worker
-from rlm_tasks.engine.node import run_node
+from rlm_tasks.engine.node import _not_taken_in, run_node
 from rlm_tasks.jobs.spec import SCHEMA, JobSpec
 from rlm_tasks.ledger.records import ROOT
+from scheduler.admission import WaitingRoom
 from tests.unit.harness import Platform
+from tests.unit.world import World, world
+
+__all__ = ["world"]
 
 
 def opened(platform: Platform, **changed: object) -> JobSpec:
@@ -31,24 +33,6 @@ def test_an_operation_nobody_knows_here_is_parked_with_the_reason() -> None:
     assert (fills, record.state) == (False, "p")
     assert "did you mean 'sum'" in record.why
     assert run_node(platform.runtime, spec.job, ROOT) is False, "parked: its slot is left alone"
-
-
-@pytest.mark.parametrize(
-    ("told", "why"),
-    [
-        ({}, ""),
-        ({"schema": SCHEMA, "operation": "sum", "version": 1}, ""),
-        ({"schema": SCHEMA - 1, "operation": "sum", "version": 0}, ""),
-        ({"schema": SCHEMA + 1, "operation": "sum", "version": 1}, f"jobs of schema {SCHEMA + 1}"),
-        (
-            {"schema": SCHEMA, "operation": "sum", "version": 2},
-            "version 2 of operation 'sum'; this worker has 1",
-        ),
-    ],
-)
-def test_a_worker_knows_by_the_header_what_is_beyond_it(told: dict[str, object], why: str) -> None:
-    assert beyond_this_worker(told).startswith(why)
-    assert bool(beyond_this_worker(told)) == bool(why)
 
 
 def test_a_job_of_a_newer_schema_is_left_untouched() -> None:
@@ -83,3 +67,18 @@ def test_messages_that_find_nothing_to_run_leave_or_fill_their_slot() -> None:
     assert run_node(platform.runtime, spec.job, held) is False, "busy: the holder fills the slot"
     platform.ledger.stop(spec.job, "cancelled", force=True)
     assert run_node(platform.runtime, spec.job, held) is True, "closed: the chord drains"
+
+
+def test_a_job_that_waits_begins_when_there_is_a_place(world: World) -> None:
+    platform = Platform()
+    platform.runtime.room = WaitingRoom(platform.store, platform.keys, 1)
+    first = platform.submit(JobRequest(operation="sum", items=range(3)))
+    spec = msgspec.structs.replace(first, job="later")
+    assert _not_taken_in(platform.runtime, first) == ""
+
+    assert _not_taken_in(platform.runtime, spec) == "as many are at work as may be: 1"
+    platform.mailbox.messages.clear()
+    while platform.ledger.facts(first.job)["state"] != "succeeded":
+        for node in (ROOT, "merge"):
+            run_node(platform.runtime, first.job, node)
+    assert _not_taken_in(platform.runtime, spec) == ""

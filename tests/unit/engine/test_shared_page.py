@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilience.degradation import Level
-from rlm_tasks.engine.shared_page import SharedPage
+from rlm_tasks.engine.shared_page import Held, SharedPage
 
 
 class Watch:
@@ -152,3 +152,37 @@ def test_a_platform_without_slots_is_never_told() -> None:
     page = SharedPage()
     page.slots = 0
     assert page.slots == 1
+
+
+# --- nodes that processes hold ----------------------------------------------------------------
+
+
+def test_the_page_tells_what_each_process_holds() -> None:
+    page = SharedPage()
+    first, second = page.slot(0), page.slot(7)
+    first.hold(11, "job-a", "node-a", "00112233aabbccdd", 1.5)
+    second.hold(12, "job-b", "node-b", "ff" * 8, 2.5)
+
+    second.start_item(42)
+    second.limit(30.0)
+    first.start_item(41)
+    first.boundary(9.5)
+
+    held = {each.pid: each for each in page.held()}
+    assert held[11] == Held(11, "job-a", "node-a", "00112233aabbccdd", -1, 9.5, 0.0)
+    assert held[12].item == 42
+    first.let_go()
+    assert [each.pid for each in page.held()] == [12]
+
+
+def test_a_forked_process_writes_to_the_same_page() -> None:
+    page = SharedPage()
+    child = os.fork()
+    if child == 0:
+        page.slot(1).hold(os.getpid(), "job", "node", "00" * 8, 0.0)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+    assert [each.pid for each in page.held()] == [child]
+    page.draining = page.hungry = True
+    assert (page.draining, page.hungry) == (True, True)

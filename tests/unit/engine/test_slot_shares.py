@@ -21,7 +21,6 @@ from rlm_tasks.engine.shared_page import SharedPage
 from rlm_tasks.engine.slot_shares import RUNS_AT_MOST, SlotShares
 from rlm_tasks.ledger.records import MERGE, ROOT
 from rlm_tasks.operations import registry
-from rlm_tasks.operations.policies import policies, policy_of, priority_for
 from rlm_tasks.operations.registry import Operation
 from rlm_tasks.settings.model import Settings
 from scheduler.allocation import ResourceAllocationPolicy
@@ -236,22 +235,6 @@ def with_file(tmp_path: Path, *entries: dict[str, Any]) -> Settings:
     return Settings(namespace="unit", allocation=AllocationSettings(policies=str(path)))
 
 
-@pytest.mark.parametrize(
-    ("in_file", "own", "expected"),
-    [(True, True, 3), (True, False, 3), (False, True, 5), (False, False, 32)],
-)
-def test_the_operators_word_counts_then_the_operations_own(
-    tmp_path: Path, in_file: bool, own: bool, expected: int
-) -> None:
-    settings = (
-        with_file(tmp_path, {"operation": "op", "max_workers": 3})
-        if in_file
-        else Settings(namespace="unit")
-    )
-    asked = operation(max_workers=5) if own else operation()
-    assert policy_of(asked, policies(settings)).max_workers == expected
-
-
 def test_a_policy_for_all_others_bounds_from_high_pressure_on(world: World, tmp_path: Path) -> None:
     worker = Worker(
         world, with_file(tmp_path, {"operation": "*", "max_workers": 2, "min_workers": 1})
@@ -259,24 +242,6 @@ def test_a_policy_for_all_others_bounds_from_high_pressure_on(world: World, tmp_
     assert worker.of(operation(), Level.NORMAL) is None
     share = worker.of(operation(), Level.EMERGENCY)
     assert [bool(share.acquire()) for _ in range(2)] == [True, False]
-
-
-@pytest.mark.parametrize(
-    ("own", "asked", "expected"),
-    [
-        ("critical", "low", "critical"),
-        ("low", "critical", "low"),
-        ("normal", "high", "high"),
-        ("high", "critical", "critical"),
-    ],
-)
-def test_an_operations_priority_lifts_or_holds_down_its_jobs(
-    own: str, asked: str, expected: str
-) -> None:
-    assert (
-        priority_for(operation(priority=own), policies(Settings(namespace="unit")), asked)
-        == expected
-    )
 
 
 # --- what a node pays -------------------------------------------------------------------------

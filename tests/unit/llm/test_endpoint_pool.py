@@ -6,11 +6,16 @@ from __future__ import annotations
 
 import pytest
 
+from rlm_tasks.engine import guards
 from rlm_tasks.engine.guards import Guards
-from rlm_tasks.llm.endpoint import Allowance, Told
+from rlm_tasks.llm.endpoint import (
+    Allowance,
+    Told,
+)
 from rlm_tasks.llm.endpoint_pool import EndpointPool, protections
 from rlm_tasks.settings.llm import EndpointSettings, LlmSettings, ModelSettings
 from rlm_tasks.settings.model import Settings
+from tests.unit.llm.test_endpoint_checks import CLOSED, SETTINGS, settings_of
 from tests.unit.world import World, world
 
 __all__ = ["world"]
@@ -121,3 +126,22 @@ def test_what_protects_calls_can_be_shown_without_making_one(world: World) -> No
         "llm:spare",
         "llm:SPARE_KEY:gpt-4.1-mini",
     ]
+
+
+def test_models_are_protected_where_an_endpoint_is_configured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    def services(settings: LlmSettings) -> set[str]:
+        return {
+            each.service
+            for each in guards.declared(Settings(llm=settings))
+            if each.service.startswith("llm:")
+        }
+
+    models = {SETTINGS.small, SETTINGS.medium, SETTINGS.large}
+    assert services(SETTINGS) == set()
+    assert services(settings_of(CLOSED)) == {"llm:e0", *(f"llm:UNIT_KEY:{each}" for each in models)}
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-unit")
+    assert services(SETTINGS) == {"llm:default", *(f"llm:OPENAI_API_KEY:{each}" for each in models)}

@@ -11,10 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilience.degradation import Degradation, Level, Strategy
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.rounds import NextRound, Round
-from rlm_tasks.llm.draft import models_for
 from rlm_tasks.llm.endpoint import estimated_tokens
 from rlm_tasks.llm.operations import (
     Found,
@@ -29,7 +27,7 @@ from rlm_tasks.llm.operations import (
 from rlm_tasks.llm.params import Map
 from rlm_tasks.operations import registry
 from rlm_tasks.requests import Budget, JobRequest, Options
-from rlm_tasks.settings.llm import LlmSettings, ModelSettings
+from rlm_tasks.settings.llm import LlmSettings
 from rlm_tasks.settings.model import Settings
 
 registry.import_operations(())
@@ -89,38 +87,6 @@ def test_a_prompt_without_a_name_gets_the_item_behind_it() -> None:
         Map(prompt="Shorten this.").filled({"a": date(2026, 1, 2)})
         == 'Shorten this.\n\n{"a": "2026-01-02"}'
     )
-
-
-# --- tiers ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("level", "tier", "models", "shaped"),
-    [
-        (Level.NORMAL, "large", ["L", "M", "S"], set()),
-        (Level.ELEVATED, "medium", ["M", "S", "L"], set()),
-        (Level.HIGH, "large", ["M", "S", "L"], {Strategy.SMALLER_MODEL}),
-        (Level.CRITICAL, "large", ["S", "M", "L"], {Strategy.SMALLER_MODEL}),
-        (Level.EMERGENCY, "small", ["S", "M", "L"], set()),
-    ],
-)
-def test_pressure_lowers_a_tier_and_the_nearest_stand_in(
-    level: Level, tier: Any, models: list[str], shaped: set[Strategy]
-) -> None:
-    degradation = Degradation(level)
-
-    assert models_for(tier, LlmSettings(small="S", medium="M", large="L"), degradation) == models
-    assert degradation.shaped == shaped
-
-
-def test_a_model_that_cannot_take_a_call_is_no_stand_in_and_pressure_does_not_choose_it() -> None:
-    tiny, short = ModelSettings(context_tokens=1000), ModelSettings(max_output_tokens=200)
-    settings = LlmSettings(small="S", medium="M", large="L", models={"S": tiny, "L": short})
-    degradation = Degradation(Level.CRITICAL)
-
-    assert models_for("medium", settings, degradation, prompt=600, answer=300) == ["M"]
-    assert degradation.shaped == set()
-    assert models_for("medium", settings, degradation, prompt=500, answer=200) == ["S", "M", "L"]
 
 
 # --- merging ----------------------------------------------------------------------------------

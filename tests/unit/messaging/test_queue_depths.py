@@ -14,20 +14,15 @@ import fakeredis
 import pytest
 from amqp.exceptions import AccessRefused, ConnectionForced, NotFound
 from celery import Celery
-from celery.worker import state
 from fakeredis import FakeRedisConnection
 from kombu.transport import redis as redis_transport
-from kombu.utils.scheduling import cycle_by_name
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from rlm_tasks.celery import configuration
 from rlm_tasks.messaging.broker import ANSWER_S
 from rlm_tasks.messaging.queue_depths import QueueGauge
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.worker import queue_order
-from rlm_tasks.worker.queue_order import QueueOrder
 from scheduler.queues import QueueReport
-from scheduler.stride import Facts
 
 NOW = 1_800_000_000.0
 NAMES = ["unit.critical", "unit.high", "unit.normal", "unit.low"]
@@ -328,47 +323,3 @@ def test_a_broker_that_is_away_is_tried_once_more_and_one_that_hangs_is_not(
     assert amqp.errors == []
     assert amqp.released
     assert amqp.patience_s == ANSWER_S, "who hangs is not waited for without end"
-
-
-# --- the order's facts ------------------------------------------------------------------------
-
-
-class Held:
-    """As much of a request as counts."""
-
-    def __init__(self, queue: str | None) -> None:
-        self.delivery_info = {"routing_key": queue}
-
-
-def test_what_runs_is_counted_by_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = [Held("unit.critical"), Held("unit.low"), Held("unit.critical"), Held(None)]
-    monkeypatch.setattr(state, "reserved_requests", type(state.reserved_requests)(held))
-
-    assert [queue_order.running(name) for name in ("unit.critical", "unit.low", "unit.high")] == [
-        2,
-        1,
-        0,
-    ]
-    del held[0]
-    assert queue_order.running("unit.critical") == 1, "what nobody holds any more has ended"
-
-
-def test_without_facts_weights_alone_order_the_queues() -> None:
-    order = cycle_by_name("rlm_tasks.worker.queue_order:QueueOrder")()
-    order.update(NAMES[::-1])
-    order.consume(4)
-    order.rotate("unit.critical")
-    order.rotate("unit.critical")
-
-    assert order.consume(4) == ["unit.high", "unit.critical", "unit.normal", "unit.low"]
-
-
-def test_facts_hold_for_a_channel_that_is_older_than_they(monkeypatch: pytest.MonkeyPatch) -> None:
-    order = QueueOrder()
-    order.update(NAMES)
-    order.consume(4)
-    order.rotate("unit.critical")
-
-    monkeypatch.setattr(QueueOrder, "facts", Facts(running=queue_order.running, slots=lambda: 2))
-
-    assert order.consume(4) == NAMES

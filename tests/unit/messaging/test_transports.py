@@ -13,7 +13,7 @@ from celery.app.utils import filter_hidden_settings
 from celery.backends.redis import RedisBackend, SentinelBackend
 from redis.connection import SSLConnection
 
-from rlm_tasks.celery import beat_configuration, configuration
+from rlm_tasks.celery import configuration
 from rlm_tasks.messaging import transports
 from rlm_tasks.messaging.transports import ANSWER_S, WATCHED_ANSWER_S, speaks_redis
 from rlm_tasks.settings.model import Settings
@@ -145,26 +145,6 @@ def test_brokers_that_are_a_redis_are_known(url: Any, is_redis: bool) -> None:
 
 
 # --- beat, and what is shown ------------------------------------------------------------------
-
-
-def test_beat_has_its_lock_where_the_sentinels_say() -> None:
-    pytest.importorskip("redbeat")
-    found = beat_configuration(watched(broker_url="amqp://elsewhere"))
-
-    assert found["redbeat_redis_url"] == "redis-sentinel://"
-    options = found["redbeat_redis_options"]
-    assert (options["sentinels"], options["service_name"]) == (
-        [("one", 26380), ("two", 26379)],
-        "primary",
-    )
-    assert (options["db"], options["password"]) == (2, "hush")
-
-
-def test_beat_verifies_the_certificate_as_everybody_does() -> None:
-    pytest.importorskip("redbeat")
-    found = beat_configuration(Settings(redis_url="rediss://host", broker_url="amqp://elsewhere"))
-
-    assert found["redbeat_redis_use_ssl"] == VERIFIED
 
 
 def test_what_celery_shows_of_it_has_no_password() -> None:

@@ -22,7 +22,6 @@ from resilience.address import (
     tls,
     without_tls_options,
 )
-from resilience.settings import StoreSettings
 from resilience.store import Store
 from rlm_tasks.settings.document import export_config, to_dict, validate
 from rlm_tasks.settings.model import Settings
@@ -242,10 +241,3 @@ def test_passwords_of_sentinels_are_hidden_and_do_not_travel() -> None:
         "hush"
         not in str(to_dict(own)) + export_config(own) + repr(own.address) + Store(own.address).url
     )
-
-
-def test_guards_follow_the_same_address() -> None:
-    own = StoreSettings(redis_url=WATCHED, sentinel_master="primary")
-
-    assert own.address.is_watched
-    assert not StoreSettings(redis_url="redis://host").address.is_watched

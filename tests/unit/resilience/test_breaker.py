@@ -9,7 +9,7 @@ import pybreaker
 import pytest
 
 from resilience.breaker import CircuitBreaker, CircuitBreakers, CircuitOpen, with_circuit_breaker
-from resilience.breaker_storage import PRESETS, BreakerConfig
+from resilience.breaker_storage import BreakerConfig
 from resilience.errors import InvalidValue, RateLimited
 from tests.unit.world import World, world
 
@@ -309,25 +309,6 @@ def test_the_registry_answers_for_all(world: World) -> None:
     assert theirs.can_execute("D3-Q3") == (True, "")
     assert theirs.reset() == ["D3-Q3", "D4-Q2"]
     assert {each["state"] for each in theirs.status().values()} == {"closed"}
-
-
-def test_presets_and_the_names_of_the_source_documents() -> None:
-    found = {
-        name: (c.failure_threshold, c.recovery_timeout_s, c.half_open_max_calls)
-        for name, c in PRESETS.items()
-    }
-    assert found == {
-        "default": (5, 60, 3),
-        "client": (5, 30, 3),
-        "executor": (10, 60, 3),
-        "realtime": (3, 30, 3),
-    }
-    assert (PRESETS["default"].half_open_timeout_s, PRESETS["default"].success_threshold) == (30, 3)
-    assert PRESETS["default"].memory_threshold_mb == 2048
-    assert BreakerConfig(
-        failureThreshold=5, recoveryTimeoutMs=30000, halfOpenMaxCalls=3
-    ) == BreakerConfig(recovery_timeout_s=30)
-    assert BreakerConfig(timeout_seconds=60.0, half_open_timeout=30.0).half_open_timeout_s == 30
 
 
 @pytest.mark.parametrize(

@@ -262,14 +262,6 @@ def test_a_fingerprint_is_nothing_at_normal_and_differs_where_levels_ask_differe
     assert len(set(prints.values())) == len({CONSTRAINTS[level] for level in Level}) == len(Level)
 
 
-def test_an_operation_has_it_as_its_quality() -> None:
-    assert Context("job", {}).quality == ""
-    assert (
-        Context("job", {}, degradation=Degradation(Level.HIGH)).quality
-        == CONSTRAINTS[Level.HIGH].fingerprint
-    )
-
-
 # --- the words of source document 1 -----------------------------------------------------------
 
 

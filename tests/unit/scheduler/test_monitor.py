@@ -4,7 +4,6 @@ it.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,6 @@ from redis.exceptions import ResponseError
 from resilience.degradation import Level
 from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
-from rlm_tasks.worker.monitor_thread import MonitorThread
 from scheduler.admission import WaitingRoom
 from scheduler.alerts import Alerts
 from scheduler.board import Board, ClusterReport, HostReport
@@ -26,7 +24,7 @@ from scheduler.queues import QueueReport
 from scheduler.sampling import Sample
 from scheduler.settings import AdmissionSettings, AlertSettings, AutoscaleSettings, PressureSettings
 from scheduler.usage import Usage
-from tests.support import wait_until
+from tests.unit.scheduler.test_admission import room
 from tests.unit.scheduler.test_board import world
 from tests.unit.world import CountingStore, World
 
@@ -602,60 +600,22 @@ def test_nobody_is_called_into_a_queue_that_is_full(
 # --- the thread -------------------------------------------------------------------------------
 
 
-class Scripted:
-    """A monitor that does as it is told, and lets the next look be waited for."""
-
-    def __init__(self, *outcomes: Exception | None) -> None:
-        self.outcomes, self.looked = list(outcomes), 0
-
-    def look(self) -> None:
-        self.looked += 1
-        if self.outcomes and (outcome := self.outcomes.pop(0)):
-            raise outcome
-
-
-class Quiet:
-    closed = False
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def test_the_thread_looks_when_asked_survives_what_a_look_meets_and_ends(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize(
+    ("at_work", "called"), [(0, 6), (1, 5), (6, 0), (9, 0)]
+)  # 9: the bound was lowered
+def test_the_monitor_calls_no_more_than_there_are_places(
+    world: World, at_work: int, called: int
 ) -> None:
-    monitor, alerts = (
-        Scripted(OperationalError("no broker"), ValueError("unexpected"), None),
-        Quiet(),
-    )
-    thread = MonitorThread(monitor, alerts)  # type: ignore[arg-type]
-    thread.start()
-    for asked in range(1, 4):
-        thread.ask()
-        wait_until(lambda asked=asked: monitor.looked == asked)  # type: ignore[misc]
-    assert "not known" in caplog.text
-    assert "unexpected" in caplog.text
-    thread.stop()
-    assert (thread.is_alive(), alerts.closed, monitor.looked) == (False, True, 3)
+    monitored = Platform(world)
+    others = room(world, 100)
+    assert all(others.crowded(f"busy-{each}", "normal") is None for each in range(at_work))
+    monitored.host(level=Level.NORMAL, slots=10)
+    monitored.waiting("unit.normal", *(f"job-{each:02} root" for each in range(20)))
+    monitored.waiting("unit.critical", "urgent root")
+    monitor, store = monitored.monitor()
+    monitor._room = WaitingRoom(store, monitored.keys, 6)
 
+    monitored.look(monitor)
 
-def test_who_asks_a_thread_that_looks_already_is_not_kept_waiting() -> None:
-    going, go_on = threading.Event(), threading.Event()
-
-    class Slow(Scripted):
-        def look(self) -> None:
-            super().look()
-            going.set()
-            assert go_on.wait(20)
-
-    monitor = Slow()
-    thread = MonitorThread(monitor, Quiet())  # type: ignore[arg-type]
-    thread.start()
-    thread.ask()
-    assert going.wait(20)
-    for _ in range(5):
-        thread.ask()
-    go_on.set()
-    wait_until(lambda: monitor.looked == 2)
-    thread.stop()
-    assert monitor.looked == 2, "what was asked meanwhile is one look"
+    assert CALLED_PER_SLOT * 10 > 20
+    assert monitored.woken == ["urgent root", *(f"job-{each:02} root" for each in range(called))]

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kombu.utils.scheduling import priority_cycle
 
-from scheduler.queues import QueueReport, ages, priority_of
+from scheduler.queues import priority_of
 from scheduler.stride import WEIGHTS, Facts, StrideCycle
 
 CRITICAL, HIGH, NORMAL, LOW = QUEUES = [f"rlm.{priority}" for priority in WEIGHTS]
@@ -210,22 +210,6 @@ def test_the_control_queue_is_always_first_and_free() -> None:
     assert cycle.consume(3) == ["a.control", "a.critical", "a.low"]
 
 
-@pytest.mark.parametrize(
-    ("queue", "priority"),
-    [
-        ("rlm.high", "high"),
-        ("my-team_2.low", "low"),
-        ("eu.prod.critical", "critical"),
-        ("rlm.control", "control"),
-        ("celery", "normal"),
-        ("mail.outgoing", "normal"),
-        ("low-high", "normal"),
-    ],
-)
-def test_a_queue_is_as_urgent_as_its_last_name_says(queue: str, priority: str) -> None:
-    assert priority_of(queue) == priority
-
-
 def test_a_queue_that_is_not_ours_shares_as_normal_work_does() -> None:
     cycle = cycle_of("celery", HIGH, NORMAL)
 
@@ -262,12 +246,6 @@ def test_a_queue_gains_weight_by_what_it_waits_beyond_its_target(
 
     ours = WEIGHTS[priority_of(queue)] + gains
     assert served[queue] == pytest.approx(20_000 * ours / (ours + 8), rel=0.002)
-
-
-def test_only_known_ages_count() -> None:
-    reports = {"a.low": QueueReport(3, 7.5), "a.high": QueueReport(3), "a.normal": QueueReport(0)}
-
-    assert ages(reports) == {"a.low": 7.5}
 
 
 # --- an hour ----------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ Told = dict[tuple[str, str], int]
 """A receipt as a table: strategy and level -> items."""
 
 QUICK = RetryPolicy(max_attempts=3, initial_delay_s=0.002, max_delay_s=0.004)
-PRESSED = list(Level)[1:]
 
 
 class PressedPlatform(WaitingPlatform):

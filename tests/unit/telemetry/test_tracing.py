@@ -7,29 +7,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from random import Random
 from typing import Any
 
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from rlm_tasks import Binary, JobRequest, NWay, Options, operation
+from rlm_tasks import Binary, JobRequest, NWay, operation
 from rlm_tasks.engine.crashpoints import CrashPoint
-from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.jobs import spec as specs
-from rlm_tasks.jobs.items import RangeSource
 from rlm_tasks.jobs.spec import JobSpec
-from rlm_tasks.jobs.trace_ids import origin, span_id, trace_id_of
+from rlm_tasks.jobs.trace_ids import span_id
 from rlm_tasks.ledger.ledger import Ledger
-from rlm_tasks.settings.environment import traces_exporters
-from rlm_tasks.telemetry.spans import Export, HandOver, Spans, packed, unpacked
+from rlm_tasks.telemetry.spans import Spans
 from rlm_tasks.telemetry.tracing import TracedLedger, Tracing
 from tests.unit.harness import Platform
 
@@ -289,39 +284,6 @@ def test_a_job_that_ends_while_it_waits_is_told_once(
 # --- which jobs -------------------------------------------------------------------------------
 
 
-def spec_of(job: str, trace_context: Any = None) -> JobSpec:
-    options = Options(trace_context=trace_context)
-    shape = request([1]).shape(1000)
-    told = options.trace_context.traceparent if options.trace_context else ""
-    return specs.load(
-        specs.dump(
-            JobSpec(
-                job=job,
-                operation="sum",
-                source=RangeSource(0, 1),
-                n=1,
-                shape=shape,
-                queue="q",
-                trace=told,
-            )
-        )
-    )
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
-def test_a_share_of_all_jobs_is_sampled_and_every_process_agrees(rate: float) -> None:
-    random = Random(1)
-    drawn = [uuid.UUID(int=random.getrandbits(128), version=4) for _ in range(2000)]
-    for names in (drawn, [uuid.uuid5(uuid.NAMESPACE_X500, str(each)) for each in drawn]):
-        jobs = [spec_of(str(each)) for each in names]
-
-        sampled = [origin(spec, rate).sampled for spec in jobs]
-
-        assert abs(sum(sampled) / 2000 - rate) < (0.04 if rate % 1 else 1e-9)
-        more = [origin(spec, min(1.0, rate + 0.2)).sampled for spec in jobs]
-        assert all(now for before, now in zip(sampled, more, strict=True) if before)
-
-
 def test_a_job_that_is_not_sampled_leaves_out_the_user_s_spans_too(
     sent: InMemorySpanExporter,
 ) -> None:
@@ -332,137 +294,7 @@ def test_a_job_that_is_not_sampled_leaves_out_the_user_s_spans_too(
     assert sent.get_finished_spans() == ()
 
 
-PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-
-
-@pytest.mark.parametrize(
-    ("told", "trace", "parent", "sampled"),
-    [
-        (PARENT, 0x4BF92F3577B34DA6A3CE929D0E0E4736, 0xF067AA0BA902B7, True),
-        (PARENT[:-2] + "00", 0x4BF92F3577B34DA6A3CE929D0E0E4736, 0xF067AA0BA902B7, False),
-        ({"traceId": "abc123", "parentSpanId": "5EA456"}, 0xABC123, 0x5EA456, True),
-        ({"trace_id": "abc123", "sampled": False}, 0xABC123, 0, False),
-    ],
-)
-def test_a_trace_context_is_continued_and_decides(
-    told: Any, trace: int, parent: int, sampled: bool
-) -> None:
-    spec = spec_of(str(uuid.uuid4()), told)
-
-    assert origin(spec, 0.0) == origin(spec, 1.0) == (trace, parent, sampled)
-    assert trace_id_of(spec) == f"{trace:032x}"
-
-
-@pytest.mark.parametrize(
-    ("told", "field"),
-    [
-        ("00-xyz", "trace_context"),
-        ("00-" + "0" * 32 + "-00f067aa0ba902b7-01", "trace_id"),
-        ({"traceId": "0"}, "trace_id"),
-        ({"traceId": "abc", "parentSpanId": "span456"}, "parent_span_id"),
-        ({"traceId": "a" * 33}, "trace_id"),
-    ],
-)
-def test_a_wrong_trace_context_is_told(told: Any, field: str) -> None:
-    with pytest.raises(InvalidRequest, match=field):
-        Options(trace_context=told)
-
-
-def test_a_request_without_a_trace_does_not_grow() -> None:
-    assert b"trace" not in specs.dump(spec_of(str(uuid.uuid4())))
-
-
 # --- how it gets out --------------------------------------------------------------------------
-
-
-def test_a_span_travels_whole(sent: InMemorySpanExporter) -> None:
-    platform = traced()
-    platform.run(platform.submit(request([1, -2])))
-
-    for span in sent.get_finished_spans():
-        assert unpacked(packed(span), span.resource).to_json() == span.to_json()
-
-
-@pytest.mark.parametrize(
-    ("variables", "names"),
-    [
-        ({}, ["otlp_proto_http"]),
-        (
-            {"OTEL_TRACES_EXPORTER": "console, otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
-            ["console", "otlp_proto_grpc"],
-        ),
-        (
-            {
-                "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
-                "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
-            },
-            ["otlp_proto_http"],
-        ),
-        ({"OTEL_TRACES_EXPORTER": "none"}, []),
-    ],
-)
-def test_exporters_are_those_of_the_standard_variables(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], names: list[str]
-) -> None:
-    for name in (
-        "OTEL_TRACES_EXPORTER",
-        "OTEL_EXPORTER_OTLP_PROTOCOL",
-        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
-    ):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-
-    assert traces_exporters() == names
-
-
-class Stuck(SpanExporter):
-    """Waits for a collector that does not answer."""
-
-    def __init__(self) -> None:
-        self.asked, self.answered = threading.Event(), threading.Event()
-
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        self.asked.set()
-        self.answered.wait()
-        return SpanExportResult.FAILURE
-
-
-def test_a_collector_that_does_not_answer_holds_nobody_up(
-    sent: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rlm_tasks.telemetry.spans.FLUSH_S", 0.1)
-    platform = traced()
-    platform.run(platform.submit(request([1])))
-    stuck = Stuck()
-    export = Export([stuck])
-    export.start()
-    for span in sent.get_finished_spans():
-        HandOver(export.way).on_end(span)
-
-    export.stop()
-
-    assert stuck.asked.wait(10)
-    assert export.is_alive(), "the worker has not waited for it"
-    stuck.answered.set()
-    export.join(20)
-
-
-def test_a_span_that_nobody_takes_is_lost_and_said_once(
-    sent: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("rlm_tasks.telemetry.spans.HAND_OVER_S", 0.001)
-    platform = traced()
-    platform.run(platform.submit(request([1])))
-    export = Export([])  # as one whose main process is stopped
-    hand_over = HandOver(export.way)
-
-    for _ in range(1000):
-        hand_over.on_end(sent.get_finished_spans()[0])
-
-    assert caplog.text.count("A span is lost") == 1
-    export.start()
-    export.stop()
 
 
 def test_what_traces_is_not_imported_where_tracing_is_off() -> None:

@@ -1,0 +1,26 @@
+"""The tasks of the engine: messages for a newer worker."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlm_tasks.engine.tasks import beyond_this_worker
+from rlm_tasks.jobs.spec import SCHEMA
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({}, ""),
+        ({"schema": SCHEMA, "operation": "sum", "version": 1}, ""),
+        ({"schema": SCHEMA - 1, "operation": "sum", "version": 0}, ""),
+        ({"schema": SCHEMA + 1, "operation": "sum", "version": 1}, f"jobs of schema {SCHEMA + 1}"),
+        (
+            {"schema": SCHEMA, "operation": "sum", "version": 2},
+            "version 2 of operation 'sum'; this worker has 1",
+        ),
+    ],
+)
+def test_a_worker_knows_by_the_header_what_is_beyond_it(told: dict[str, object], why: str) -> None:
+    assert beyond_this_worker(told).startswith(why)
+    assert bool(beyond_this_worker(told)) == bool(why)

@@ -1,0 +1,40 @@
+"""The codec of values: plain data comes back as it was, and long data is compressed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlm_tasks.jobs import codec
+
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8"))
+    | st.binary(),
+    lambda inner: (
+        st.lists(inner)
+        | st.dictionaries(st.text(st.characters(codec="utf-8")) | st.integers(0, 9), inner)
+    ),
+    max_leaves=20,
+)
+
+
+@given(PLAIN)
+def test_plain_data_comes_back_as_it_was(value: Any) -> None:
+    assert codec.unpack(codec.pack(value)) == value
+
+
+def test_what_has_no_plain_shape_is_a_type_error() -> None:
+    for value in (1j, object(), {"a": {1j}}, "\ud800"):
+        with pytest.raises(TypeError):
+            codec.pack(value)
+
+
+def test_long_data_is_compressed() -> None:
+    assert len(codec.pack(["the same"] * 1000)) < 200

@@ -1,0 +1,40 @@
+"""The models that a call may use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from resilience.degradation import Degradation, Level, Strategy
+from rlm_tasks.llm.draft import models_for
+from rlm_tasks.settings.llm import LlmSettings, ModelSettings
+
+
+@pytest.mark.parametrize(
+    ("level", "tier", "models", "shaped"),
+    [
+        (Level.NORMAL, "large", ["L", "M", "S"], set()),
+        (Level.ELEVATED, "medium", ["M", "S", "L"], set()),
+        (Level.HIGH, "large", ["M", "S", "L"], {Strategy.SMALLER_MODEL}),
+        (Level.CRITICAL, "large", ["S", "M", "L"], {Strategy.SMALLER_MODEL}),
+        (Level.EMERGENCY, "small", ["S", "M", "L"], set()),
+    ],
+)
+def test_pressure_lowers_a_tier_and_the_nearest_stand_in(
+    level: Level, tier: Any, models: list[str], shaped: set[Strategy]
+) -> None:
+    degradation = Degradation(level)
+
+    assert models_for(tier, LlmSettings(small="S", medium="M", large="L"), degradation) == models
+    assert degradation.shaped == shaped
+
+
+def test_a_model_that_cannot_take_a_call_is_no_stand_in_and_pressure_does_not_choose_it() -> None:
+    tiny, short = ModelSettings(context_tokens=1000), ModelSettings(max_output_tokens=200)
+    settings = LlmSettings(small="S", medium="M", large="L", models={"S": tiny, "L": short})
+    degradation = Degradation(Level.CRITICAL)
+
+    assert models_for("medium", settings, degradation, prompt=600, answer=300) == ["M"]
+    assert degradation.shaped == set()
+    assert models_for("medium", settings, degradation, prompt=500, answer=200) == ["S", "M", "L"]

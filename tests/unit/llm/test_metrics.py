@@ -1,0 +1,59 @@
+"""The metrics of calls to models."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from resilience.errors import CallTimeout, Category, RateLimited
+from rlm_tasks.llm import metrics
+from rlm_tasks.llm.endpoint import (
+    Allowance,
+    Answer,
+    ProviderDown,
+    ProviderRefused,
+    Told,
+    UnusableAnswer,
+)
+from rlm_tasks.metrics import slot_files
+from rlm_tasks.telemetry import exposition
+
+
+def test_calls_are_counted_by_how_they_ended_and_answers_by_what_they_took(tmp_path: Path) -> None:
+    unsaid = Allowance()
+    answer = Answer("some", "four", 30, 20, "stop", Told(unsaid, unsaid), 0.3)
+    ends: dict[str, BaseException | None] = {
+        "rate_limited": RateLimited("endpoint", 1.0, "429"),
+        "timeout": CallTimeout("endpoint", 60.0),
+        "failed": ProviderDown("main", "away"),
+        "refused": ProviderRefused("main", Category.AUTH, "UNAUTHORISED", "no"),
+        "unusable": UnusableAnswer("main", "empty"),
+    }
+    slot_files.begin(tmp_path)
+    try:
+        metrics.answered("small", "main", answer, 0.5)
+        for error in ends.values():
+            metrics.failed("small", "main", error)
+        metrics.failed("small", "main", asyncio.CancelledError())
+        registry = exposition.registry(
+            tmp_path, lambda: exposition.WorkerState(1, 0, False, 0, 1.0)
+        )
+
+        def counted(name: str, **labels: str) -> float | None:
+            return registry.get_sample_value(name, {"model": "small", **labels})
+
+        calls = {
+            end: counted("rlm_llm_calls_total", endpoint="main", outcome=end)
+            for end in ("ok", *ends)
+        }
+        assert calls == {"ok": 1, **dict.fromkeys(ends, 1), "failed": 2}
+        assert (counted("rlm_llm_call_seconds_count"), counted("rlm_llm_call_seconds_sum")) == (
+            1,
+            0.3,
+        )
+        assert [
+            counted("rlm_llm_tokens_total", kind=kind) for kind in ("prompt", "completion")
+        ] == [30, 20]
+        assert counted("rlm_llm_money_total") == 0.5
+    finally:
+        slot_files.end()

@@ -1,0 +1,38 @@
+"""Counters that a request raises."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.metrics import emission
+from rlm_tasks.metrics.declared import Counter
+from rlm_tasks.requests import Options
+from tests.unit.exposed_metrics import ExposedMetrics, exposed, folder
+
+__all__ = ["exposed", "folder"]
+
+RECORDS = Counter("unit_records_total", "Records.", {"domain": ("analytics", "billing")})
+
+
+def test_a_request_counts_what_it_says_in_declared_counters(exposed: ExposedMetrics) -> None:
+    options = Options(emitMetrics={"unit.records": 12, "domain": "billing"})
+    emission.emit(options.emit_metrics)
+
+    assert exposed["unit_records_total"] == {"domain=billing": 12}
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({"unit.recrods": 1}, "emit_metrics='unit.recrods': declare it beside your operations"),
+        ({"rlm.items": 1}, "emit_metrics='rlm.items': declare it beside your operations"),
+        ({"unit.records": 1}, "unit.records only grows, by labels domain"),
+        ({"unit.records": -1, "domain": "billing"}, "unit.records only grows, by labels domain"),
+    ],
+)
+def test_a_request_that_would_count_elsewhere_is_refused(
+    told: dict[str, float | str], why: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=why):
+        Options(emit_metrics=told)

@@ -1,0 +1,80 @@
+"""The metric files of slots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlm_tasks.ledger.records import Report
+from rlm_tasks.metrics import slot_files
+from rlm_tasks.metrics.declared import Counter
+from rlm_tasks.metrics.slot_files import SlotFiles
+from tests.unit.exposed_metrics import REPORT, ExposedMetrics, count, exposed, folder
+
+__all__ = ["exposed", "folder"]
+
+RECORDS = Counter("unit_records_total", "Records.", {"domain": ("analytics", "billing")})
+
+
+def test_the_process_that_comes_after_goes_on_counting_in_the_same_files(
+    folder: Path, exposed: ExposedMetrics
+) -> None:
+    count(REPORT)
+    slot_files.begin(folder)  # as the next process of the slot does
+    count(REPORT)
+
+    assert exposed["rlm_items_total"]["operation=sum,outcome=done"] == 180
+    assert exposed["rlm_node_duration_seconds_count"] == {"operation=sum": 2}
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_slots_count_side_by_side_and_are_one_number(
+    folder: Path, exposed: ExposedMetrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for slot, peak_kb in (("0", 2048), ("1", 4096), ("2", 1024)):
+        monkeypatch.setattr(slot_files, "_slot", lambda slot=slot: slot)
+        slot_files.begin(folder)
+        count(Report(mid=100, done=100, peak_kb=peak_kb))
+
+    assert exposed["rlm_items_total"] == {"operation=sum,outcome=done": 300}
+    assert exposed["rlm_peak_memory_mb"] == {"": 4.0}
+    assert len(list(folder.iterdir())) == 9
+
+
+def test_a_reader_never_meets_a_file_that_is_being_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[list[Path]] = []
+    stock = Path.replace
+    monkeypatch.setattr(
+        Path,
+        "replace",
+        lambda path, to: (met.append(list(tmp_path.glob("*.db"))), stock(path, to))[1],
+    )
+    files = SlotFiles(tmp_path)
+    files.add("counter", ("key", 1.0))
+    files.close()
+
+    assert met == [[]]
+    assert [each.name for each in tmp_path.iterdir()] == ["counter_main.db"]
+
+
+def test_outside_of_a_worker_nothing_is_counted(tmp_path: Path) -> None:
+    exposed = ExposedMetrics(tmp_path)
+    count(REPORT)
+    RECORDS.inc(domain="billing")
+
+    assert exposed["rlm_items_total"] == exposed["unit_records_total"] == {}
+
+
+def test_a_folder_that_is_gone_stops_the_counting_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    slot_files.begin(tmp_path / "gone")
+    count(REPORT)
+    count(REPORT)
+
+    assert [record.message[:50] for record in caplog.records] == [
+        "This process counts no more, its metrics cannot be"
+    ]

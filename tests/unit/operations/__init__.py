@@ -1,0 +1,1 @@
+"""Unit tests of `rlm_tasks.operations`: one file for each module."""

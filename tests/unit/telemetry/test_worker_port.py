@@ -1,0 +1,70 @@
+"""A worker's port for metrics and health."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from rlm_tasks.installation import install
+from rlm_tasks.settings.model import Settings
+from rlm_tasks.telemetry.worker_port import STUCK_S, UNHEARD_S, Vitals, not_alive, not_ready
+
+ROOT = Path(__file__).parents[3]
+
+
+WELL = Vitals(guard_s=0.5, loop_s=1.0, ledger_s=0.5, consuming=True, draining=False)
+
+
+@pytest.mark.parametrize(
+    ("vitals", "alive", "ready"),
+    [
+        (WELL, "", ""),
+        (replace(WELL, draining=True), "", "it drains"),
+        (
+            replace(WELL, consuming=False),
+            "",
+            "it is not connected to its broker, or does not consume yet",
+        ),
+        (replace(WELL, ledger_s=UNHEARD_S + 1), "", "the ledger has not answered for 6 s"),
+        (
+            replace(WELL, loop_s=STUCK_S + 1),
+            "its event loop has been stuck for 121 s",
+            "its event loop has been stuck for 121 s",
+        ),
+        (
+            replace(WELL, guard_s=STUCK_S + 1),
+            "its guard has been stuck for 121 s",
+            "its guard has been stuck for 121 s",
+        ),
+        (
+            replace(WELL, guard_s=float("inf")),
+            "its guard has been stuck for inf s",
+            "its guard has been stuck for inf s",
+        ),
+    ],
+)
+def test_a_worker_is_alive_while_its_parts_move_and_ready_while_it_takes_work(
+    vitals: Vitals, alive: str, ready: str
+) -> None:
+    assert (not_alive(vitals), not_ready(vitals)) == (alive, ready)
+
+
+def test_every_app_s_workers_have_the_option() -> None:
+    app = install(Celery("somebody-s", set_as_current=False), Settings())
+
+    [option] = [each for each in app.user_options["worker"] if each.name == "metrics_port"]
+    assert (option.default, Settings().metrics.address) == (8000, "127.0.0.1")
+
+
+def test_clients_do_without_the_server_and_prometheus() -> None:
+    code = "import sys, rlm_tasks.client.client; print([each for each in ('prometheus_client', 'wsgiref') if each in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.strip() == "[]"

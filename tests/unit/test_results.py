@@ -1,0 +1,24 @@
+"""What a result holds."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlm_tasks.results import SuccessfulItems
+
+
+@given(st.sets(st.integers(0, 60)), st.integers(0, 60), st.integers(0, 60))
+def test_successful_items_behave_as_the_list_they_stand_for(
+    failed: set[int], middle: int, hi: int
+) -> None:
+    ranges = [(0, middle), (middle, max(middle, hi))]
+    wanted = [index for index in range(max(middle, hi)) if index not in failed]
+
+    found = SuccessfulItems(ranges, sorted(failed))
+
+    assert list(found) == wanted
+    assert len(found) == len(wanted)
+    assert found[1:3] == wanted[1:3]
+    assert not wanted or found[-1] == wanted[-1]
+    assert all((index in found) == (index in wanted) for index in range(62))
