@@ -13,35 +13,21 @@ from typing import Any
 
 import fakeredis
 
-from resilience.fault_log import FaultLog
 from resilience.keys import Keys
 from resilience.store import Store
-from resilience.timeouts import Timeouts
-from rlm_tasks.engine.guards import Guards
-from rlm_tasks.engine.item_timeouts import ItemTimeouts
 from rlm_tasks.engine.node import run_node
-from rlm_tasks.engine.node_events import NodeEvents
-from rlm_tasks.engine.rounds import Rounds
 from rlm_tasks.engine.runtime import Runtime
-from rlm_tasks.engine.shared_page import SharedPage
-from rlm_tasks.engine.slot_shares import SlotShares
-from rlm_tasks.jobs.items import ItemReader, ItemWriter
+from rlm_tasks.jobs.items import source_of
 from rlm_tasks.jobs.spec import JobSpec
-from rlm_tasks.ledger.budgets import JobBudgets
+from rlm_tasks.jobs.stored_items import ItemWriter
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.partials import compact_split
 from rlm_tasks.ledger.records import ROOT, Child, Split
-from rlm_tasks.messaging.delivery import wake
 from rlm_tasks.messaging.dispatch import group_id
 from rlm_tasks.operations import registry
 from rlm_tasks.requests import JobRequest, Priority
 from rlm_tasks.settings.model import Settings
-from scheduler.admission import WaitingRoom
-from scheduler.board import Board
-from scheduler.events import Events
-from scheduler.preemption import Preemption
 from scheduler.slots import SlotBoard
-from scheduler.usage import Usage
 
 
 class Clock:
@@ -81,9 +67,9 @@ class Mailbox:
             if child.wait_ms < 0:
                 self._post(spec.job, child.id)
 
-    def resend(self, job: str, nodes: Sequence[str], *, merges: bool) -> None:
-        for record in self._ledger.records(job, nodes):
-            self._post(job, record.id)
+    def resend(self, spec: JobSpec, nodes: Sequence[str], *, merges: bool) -> None:
+        for record in self._ledger.records(spec.job, nodes):
+            self._post(spec.job, record.id)
 
     def ask_to_yield(self, queue: str) -> None:
         self.asked.append(queue)
@@ -102,44 +88,23 @@ class Platform:
         self.ledger = Ledger(self.store, self.keys, self.settings.ledger)
         self.slots = SlotBoard(self.store, self.keys)
         self.mailbox = Mailbox(self.ledger)
-        page = SharedPage()
-        self.runtime = Runtime(
+        self.runtime = Runtime.build(
             self.settings,
             self.ledger,
-            self.slots,
-            Preemption(self.store, self.keys, self.slots),
-            ItemReader(self.store),
             self.mailbox,  # type: ignore[arg-type]  # has the dispatcher's verbs
-            page,
-            Guards(self.store, self.settings, lambda waiters: None),
-            ItemTimeouts(Timeouts(self.store), self.settings.node, self.clock),
-            FaultLog(self.store),
-            Usage(self.store, self.keys),
-            SlotShares(self.store, self.settings, page, lambda waiters: None),
-            Board(self.store, self.keys, self.settings.pressure),
-            WaitingRoom(self.store, self.keys),
-            NodeEvents(Events(self.store), self.settings.alerts, self.clock),
-            self._rounds(),
-            worker="unit",
+            shared=self.store,
             clock=self.clock,
         )
+        self.runtime.worker = "unit"
         self.slot_count = slots
         self.queues = [f"unit.{priority}" for priority in Priority]
-
-    def _rounds(self) -> Rounds:
-        purse = JobBudgets(self.store, self.settings)
-
-        def waken(waiters: Sequence[str]) -> int:
-            return wake(self.ledger, self.mailbox, waiters)  # type: ignore[arg-type]  # has the dispatcher's verbs
-
-        return Rounds(self.ledger, self.mailbox, self.settings, purse, waken)  # type: ignore[arg-type]  # has the dispatcher's verbs
 
     def submit(self, request: JobRequest) -> JobSpec:
         """Open a job as the client does, without Celery."""
         job = str(uuid.UUID(int=self.random.getrandbits(128)))
         index, blocks = self.keys.staged(job, "token")
         writer = ItemWriter(self.store, index, blocks, ttl_s=3600, max_item_bytes=1 << 20)
-        source, n = writer.write(request.items)
+        source, n = source_of(request.items).write(writer)
         spec = JobSpec(
             job=job,
             operation=request.operation,
@@ -158,7 +123,7 @@ class Platform:
             early_termination_threshold=request.conditions.early_termination_threshold,
         )
         self.ledger.open([(spec, "token")], 3600)
-        with self.runtime.making_room(
+        with self.runtime.delivery.making_room(
             spec.queue, [f"{job} {ROOT}"] if spec.preempts else (), freed=0
         ):
             self.mailbox.send_root([spec], ROOT)

@@ -19,6 +19,6 @@ def test_a_flushed_script_is_sent_again_and_errors_are_raised() -> None:
     double = Script("double", "return tonumber(ARGV[1]) * 2", "0" * 40)
     broken = Script("broken", "return redis.error_reply('TILING no')", "1" * 40)
 
-    assert store.run(Call(double, (), (4,)), Call(double, (), (5,))) == [8, 10]
+    assert store.call(Call(double, (), (4,)), Call(double, (), (5,))) == [8, 10]
     with pytest.raises(Exception, match="TILING no"):
-        store.run(Call(double, (), (4,)), Call(broken, (), ()))
+        store.call(Call(double, (), (4,)), Call(broken, (), ()))
