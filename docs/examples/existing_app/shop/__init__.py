@@ -1,1 +1,1 @@
-"""A shop with a Celery app of its own, into which the platform is installed."""
+"""A shop with its own Celery app, to which `install` adds the platform."""

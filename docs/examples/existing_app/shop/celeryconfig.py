@@ -1,4 +1,4 @@
-"""What the shop had configured before."""
+"""The shop's Celery configuration from before the platform was installed."""
 
 import os
 

@@ -22,4 +22,4 @@ def send_offer(customer: str) -> None:
 
 @app.task
 def count_stock() -> None:
-    """Count what is on the shelves; beat asks for it every ten minutes."""
+    """Count the goods in stock; beat sends this task every ten minutes."""

@@ -1,6 +1,4 @@
-"""What the shop's web process does: it sends tasks as before, and submits jobs through the same
-app.
-"""
+"""The shop's web process: it sends tasks as before, and submits jobs through the same app."""
 
 from rlm_tasks import Client
 from shop.celery import app
