@@ -1,12 +1,12 @@
-"""Ask Python's own documentation strings a question: they do not fit into a context, so they are
-read in groups and narrowed.
+"""Ask a question over Python's documentation strings, which do not fit into one context.
 
-    python docs/examples/ask_docstrings.py "What returns the longest common path of several path
-    names?"
+    python docs/examples/ask_docstrings.py "Which function splits a path into its parts?"
 
-It starts a server, a worker and a fake provider (a plain reader that costs nothing), and stops
-them.  With OPENAI_API_KEY, and OPENAI_BASE_URL for any other provider that answers as OpenAI's
-does, it asks that one, and spends 50 cents at most."""
+A model reads the strings in groups, and each round narrows the search.  The program starts a
+server, a worker and a fake provider (it reads without a model and costs nothing), and stops them at
+the end.  With OPENAI_API_KEY it calls OpenAI and spends 50 cents at most.  OPENAI_BASE_URL names
+another provider with the same API.
+"""
 
 import argparse
 import ast
@@ -40,7 +40,7 @@ def docstrings(most):
 
 
 def ask(client, question, texts, budget):
-    """Plan, ask, and show how far it is; return the job's result."""
+    """Print the plan, submit the job, show its progress, and return its result."""
     request = {
         "operation": "llm.ask",
         "items": texts,
@@ -57,10 +57,10 @@ def ask(client, question, texts, budget):
 
 
 def main():
-    """Start what is needed, ask, and print the answer with its sources and its bill."""
+    """Start what is needed, ask, and print the answer with its sources and its cost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("question", nargs="?", default=QUESTION)
-    parser.add_argument("--items", type=int, default=10_000, help="documentation strings to ask")
+    parser.add_argument("--items", type=int, default=10_000, help="number of documentation strings to read")
     asked = parser.parse_args()
     embedded.clean_up_on_sigterm()
     with ExitStack() as stack:

@@ -1,7 +1,7 @@
-"""Items may fail: the others go on, failures are data, and only the failed ones are run again.
+"""Let items fail: the other items go on, failures are data, and only failed items run again.
 
-Run a worker that knows it:  RLM_OPERATIONS=partial_failures celery -A rlm_tasks worker
-Then:                        python partial_failures.py
+Start a worker:  RLM_OPERATIONS=partial_failures celery -A rlm_tasks worker
+Then run:        python partial_failures.py
 """
 
 from rlm_tasks import Client, operation
@@ -9,7 +9,7 @@ from rlm_tasks import Client, operation
 
 @operation
 def parse_number(text):
-    """Fail where the text is no number."""
+    """Return the number in a text; raises ValueError for any other text."""
     return int(text)
 
 

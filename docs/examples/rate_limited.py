@@ -1,8 +1,7 @@
-"""A provider that allows so much a second, and fails now and then: nothing waits in a slot, nothing
-is lost.
+"""Call a provider that has a rate limit and fails at times: no slot waits, and no item is lost.
 
-Run a worker that knows it:  RLM_OPERATIONS=rate_limited celery -A rlm_tasks worker
-Then:                        python rate_limited.py
+Start a worker:  RLM_OPERATIONS=rate_limited celery -A rlm_tasks worker
+Then run:        python rate_limited.py
 """
 
 from resilience import Rate
@@ -11,7 +10,7 @@ from rlm_tasks import Client, operation
 
 @operation("ask", service="provider", rate_limit=Rate(20, per_s=1), breaker="client", retry=4)
 def ask(question, ctx):
-    """Every tenth question fails at its first try."""
+    """Return the square of a question; every tenth question fails at its first attempt."""
     if question % 10 == 0 and not ctx.tries:
         raise ConnectionError("the provider hung up")
     return question * question

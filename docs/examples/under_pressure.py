@@ -1,9 +1,10 @@
-"""What happens when too much is asked of two slots: levels rise, less is done for each item, less
-urgent work is refused.
+"""Overload two slots: levels rise, items get less work, and less urgent jobs are refused.
 
-One command, nothing else is needed:  python docs/examples/under_pressure.py It starts a server, a
-worker and beat, and stops them.  A sixth of the time is calm, a sixth is overload, the rest
-recovery."""
+    python docs/examples/under_pressure.py
+
+It starts a server, a worker and beat, and stops them at the end; it needs nothing else.  One sixth
+of the time is calm, one sixth is overload, and the rest is recovery.
+"""
 
 import argparse
 import hashlib
@@ -22,7 +23,7 @@ from rlm_tasks.testing import embedded
 
 SETTINGS = {
     "RLM_OPERATIONS": "under_pressure",
-    "RLM_PRESSURE__MAX_MEMORY_MB": "512",  # of the worker and its two processes, which hold a third of it when idle
+    "RLM_PRESSURE__MAX_MEMORY_MB": "512",  # for the worker and its two processes; idle, they use a third
     "RLM_PRESSURE__MONITOR_S": "1",
     "RLM_PRESSURE__RELEASE_S": "3",
     "RLM_ADMISSION__WAIT_HIGH_S": "8",
@@ -35,20 +36,21 @@ MB = 2**20
 
 @operation("look_up")
 def look_up(item, ctx):
-    """A small item: wait for somebody, and look at up to 40 entities."""
+    """Do a small item: wait 20 ms, then hash up to 40 entities."""
     time.sleep(0.02)
     return [hashlib.sha256(b"%d" % entity).hexdigest()[:8] for entity in range(ctx.limit(40))]
 
 
 def skim(item, ctx):
-    """Digest an abstract of 60 MB."""
+    """Digest 60 MB instead of 180 MB, and once: the simple method of `digest`."""
     return hashlib.blake2b(b"x" * (60 * MB)).hexdigest()
 
 
 @operation("digest", simplified=skim)
 def digest(item, ctx):
-    """A large item: 180 MB are read at once, or as many as there may be; reading twice is better,
-    and expensive.
+    """Do a large item: digest 180 MB, or fewer under pressure.
+
+    The second digest is expensive work, which may be skipped.
     """
     text = b"x" * (ctx.limit(180) * MB)
     return [hashlib.blake2b(text).hexdigest() for _ in range(1 if ctx.skip_expensive else 2)]
@@ -56,12 +58,12 @@ def digest(item, ctx):
 
 @operation("knock")
 def knock(item):
-    """Say when the item begins."""
+    """Return the time at which the item begins, in seconds since the epoch."""
     return time.time()
 
 
 class Run:
-    """What is asked of the platform, second by second, and what is seen of it."""
+    """One run: the jobs that each second submits, and the samples of the platform."""
 
     def __init__(self, client, seconds):
         self.client, self.seconds, self.second, self.phase = client, seconds, 0, "calm"
@@ -69,8 +71,9 @@ class Run:
         self.knocks, self.refused, self.executed = [], Counter(), Counter()
 
     def ask(self):
-        """Submit what comes in this second: small jobs, large ones in the overload, a critical one
-        every other second.
+        """Submit the jobs of this second.
+
+        Small jobs come at any time, large jobs in the overload, a critical job every other second.
         """
         overload, recovery = self.seconds // 6, self.seconds // 3
         self.phase = (
@@ -92,7 +95,7 @@ class Run:
             )
 
     def submit(self, name, priority):
-        """Submit a job of six items, or note that it is refused."""
+        """Submit a job of six items, or count its refusal."""
         try:
             self.jobs[self.phase].append(
                 self.client.submit(operation=name, items=range(6), priority=priority)
@@ -101,7 +104,7 @@ class Run:
             self.refused[f"{refused.code} {priority}"] += 1
 
     def look(self):
-        """Return what is seen now, as plain data."""
+        """Return a sample of the platform as plain data."""
         status, before = self.client.status(), self.executed
         self.executed = Counter(
             {each.executor_id: each.total_executions for each in self.client.usage.all()}
@@ -119,8 +122,9 @@ class Run:
         }
 
     def told(self):
-        """Return how long critical items waited for a slot, and what was left out, by the phase in
-        which it was asked for.
+        """Return the seconds that critical items waited for a slot, and the receipts of all jobs.
+
+        Receipts are sorted by the phase in which the job was submitted.
         """
         waits = [round(job.get(timeout=30)[0] - asked, 3) for asked, job in self.knocks]
         receipts = {phase: Counter() for phase in self.jobs}
@@ -135,7 +139,7 @@ class Run:
 
 
 def in_words(row):
-    """Return one second as a line."""
+    """Return a sample as one line of text."""
     queued = "  ".join(f"{priority} {row['queued'][priority]:3}" for priority in PRIORITIES)
     return (
         f"{row['second']:3} s  {row['level']:<9}  memory {row['memory_pct']:3.0f} %  waiting: {queued}, {row['oldest_s']:4} s"
@@ -144,7 +148,7 @@ def in_words(row):
 
 
 def record(client, seconds):
-    """Run, and return what was seen."""
+    """Do the run, and return its samples, waits and receipts."""
     while not client.status().monitored:
         time.sleep(0.1)
     run, rows, began = Run(client, seconds), [], time.monotonic()
@@ -158,7 +162,7 @@ def record(client, seconds):
 
 @contextmanager
 def beat(environment):
-    """Run beat for the length of a block: it has the whole platform looked at."""
+    """Run beat for the length of a block; it sends the monitor task."""
     command = [sys.executable, "-m", "celery", "-A", "rlm_tasks", "beat", "-l", "ERROR"]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, env={**os.environ, **environment}
@@ -170,9 +174,9 @@ def beat(environment):
 
 
 def main():
-    """Start what is needed, run, and print the receipts."""
+    """Start a server, a worker and beat, do the run, and print the receipts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="a JSON file for what was seen")
+    parser.add_argument("--out", type=Path, help="write the samples to this JSON file")
     parser.add_argument("--seconds", type=int, default=60)
     asked = parser.parse_args()
     embedded.clean_up_on_sigterm()

@@ -1,7 +1,7 @@
-"""Count words: an operation of one's own with a merge, submitted and watched.
+"""Count words with your own operation and its merge, and watch the progress of the job.
 
-Run a worker that knows it:  RLM_OPERATIONS=word_count celery -A rlm_tasks worker
-Then:                        python word_count.py
+Start a worker:  RLM_OPERATIONS=word_count celery -A rlm_tasks worker
+Then run:        python word_count.py
 """
 
 from collections import Counter
@@ -10,7 +10,7 @@ from rlm_tasks import Client, operation
 
 
 def add(counts):
-    """Merge: partials in item order become one."""
+    """Merge partials, which come in item order, into one."""
     total = Counter()
     for each in counts:
         total.update(each)
@@ -19,7 +19,7 @@ def add(counts):
 
 @operation("my_word_count", merge=add)
 def count_words(line):
-    """Count the words of one line."""
+    """Return the words of one line with their counts."""
     return Counter(line.lower().split())
 
 
