@@ -1,11 +1,13 @@
 """Ask a question over Python's documentation strings, which do not fit into one context.
 
-    python docs/examples/ask_docstrings.py "Which function splits a path into its parts?"
+    python docs/examples/ask_docstrings.py
 
-A model reads the strings in groups, and each round narrows the search.  The program starts a
-server, a worker and a fake provider (it reads without a model and costs nothing), and stops them at
-the end.  With OPENAI_API_KEY it calls OpenAI and spends 50 cents at most.  OPENAI_BASE_URL names
-another provider with the same API.
+asks QUESTION; its argument may be another question.  A model reads the strings in groups, and each
+round narrows the search.
+
+The program starts a server, a worker and a fake provider (it reads without a model and costs
+nothing), and stops them at the end.  With OPENAI_API_KEY it calls OpenAI and spends 50 cents at
+most.  OPENAI_BASE_URL names another provider with the same API.
 """
 
 import argparse
@@ -60,7 +62,7 @@ def main():
     """Start what is needed, ask, and print the answer with its sources and its cost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("question", nargs="?", default=QUESTION)
-    parser.add_argument("--items", type=int, default=10_000, help="number of documentation strings to read")
+    parser.add_argument("--items", type=int, default=10_000, help="number of strings to read")
     asked = parser.parse_args()
     embedded.clean_up_on_sigterm()
     with ExitStack() as stack:
@@ -83,11 +85,10 @@ def main():
     for lo, hi in result.output["citations"]:
         print("  from", ", ".join(names[lo:hi]))
     spent = result.spent.spent
+    print(f"{result.output['read']:,} texts read in {result.output['rounds']} rounds and", end=" ")
     print(
-        f"{result.output['read']:,} texts read in {result.output['rounds']} rounds and {spent['calls']:.0f} calls,",
-        end=" ",
+        f"{spent['calls']:.0f} calls, {spent['tokens']:,.0f} tokens, {spent['money']:.4f} in money"
     )
-    print(f"{spent['tokens']:,.0f} tokens, {spent['money']:.4f} in money")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from rlm_tasks.testing import embedded
 
 SETTINGS = {
     "RLM_OPERATIONS": "under_pressure",
-    "RLM_PRESSURE__MAX_MEMORY_MB": "512",  # for the worker and its two processes; idle, they use a third
+    # For the worker and its two processes; idle, they use a third of it.
+    "RLM_PRESSURE__MAX_MEMORY_MB": "512",
     "RLM_PRESSURE__MONITOR_S": "1",
     "RLM_PRESSURE__RELEASE_S": "3",
     "RLM_ADMISSION__WAIT_HIGH_S": "8",
@@ -142,7 +143,8 @@ def in_words(row):
     """Return a sample as one line of text."""
     queued = "  ".join(f"{priority} {row['queued'][priority]:3}" for priority in PRIORITIES)
     return (
-        f"{row['second']:3} s  {row['level']:<9}  memory {row['memory_pct']:3.0f} %  waiting: {queued}, {row['oldest_s']:4} s"
+        f"{row['second']:3} s  {row['level']:<9}  memory {row['memory_pct']:3.0f} %"
+        f"  waiting: {queued}, {row['oldest_s']:4} s"
         f"  {sum(row['items'].values()):3} items/s  refused {sum(row['refused'].values()):3}"
     )
 
