@@ -1,6 +1,7 @@
-"""Write docs/configuration.md from the settings, or fail when it has drifted.
+"""Write docs/configuration.md from the settings, or fail when the page differs from them.
 
-``python -m docs.generate`` checks; ``python -m docs.generate --write`` renews.
+``python -m docs.generate`` compares the page; ``python -m docs.generate --write`` writes it.
+`make docs` calls it.  Begin with `rows`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,19 @@ from rlm_tasks.settings.document import fields, variable
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
 
-Every setting, read from the environment once per process. Clients and workers of one platform need the same values.
-An unknown `RLM_` variable or a value that cannot be used stops the process when it starts, with the nearest that would do.
-`celery -A rlm_tasks rlm config show` prints what holds, `config check` what is wrong; `config export` and `config import`
-carry settings from one deployment to another, without secrets.
+Every setting is an environment variable, read once in each process.
+Clients and workers of one platform need the same values.
+
+An unknown `RLM_` variable, or a value that cannot be used, stops a process when it starts.
+The message names the nearest variable or value.
+
+| command | effect |
+|---|---|
+| `celery -A rlm_tasks rlm config show` | prints the settings of this environment |
+| `celery -A rlm_tasks rlm config check` | reports wrong settings |
+| `celery -A rlm_tasks rlm config export` | writes the settings as JSON, without secrets |
+| `celery -A rlm_tasks rlm config import` | checks such JSON, and prints it as environment variables for another deployment |
+
 This page is generated: `make docs ARGS=--write`.
 
 | variable | default | what it does |
@@ -27,7 +37,7 @@ This page is generated: `make docs ARGS=--write`.
 
 
 def rows() -> Iterator[str]:
-    """Yield a table row per setting, sections last."""
+    """Yield a table row for each setting, sections last."""
     for place, field in fields():
         default = json.dumps(field.default) if isinstance(field.default, tuple) else field.default
         default = "" if default in (None, "[]") else default
@@ -37,14 +47,14 @@ def rows() -> Iterator[str]:
 
 
 def main() -> int:
-    """Write or check the page."""
+    """Write the page, or compare it; return 1 when it differs from the settings."""
     wanted = HEAD + "\n".join(rows()) + "\n"
     if "--write" in sys.argv:
         PAGE.write_text(wanted, encoding="utf-8")
         return 0
     if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != wanted:
         print(
-            f"{PAGE.name} has drifted from the settings; run: make docs ARGS=--write",
+            f"{PAGE.name} differs from the settings; run: make docs ARGS=--write",
             file=sys.stderr,
         )
         return 1

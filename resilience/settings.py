@@ -39,12 +39,14 @@ class BreakerSettings(BaseModel, frozen=True, extra="forbid"):
     failure_threshold: int | None = Field(
         None,
         ge=1,
-        description="Opens after so many failures where nothing else is said. Also `CIRCUIT_BREAKER_FAILURE_THRESHOLD`.",
+        description="Failures in a row that open a breaker, if no preset or configuration is "
+        "given. Also `CIRCUIT_BREAKER_FAILURE_THRESHOLD`.",
     )
     recovery_timeout_s: float | None = Field(
         None,
         gt=0,
-        description="... and lets probes pass after this, where nothing else is said; empty: 60 s.",
+        description="Time until an open breaker lets probes pass, if no preset or configuration "
+        "is given; empty: 60 s.",
     )
 
 
@@ -61,7 +63,8 @@ class StoreSettings(BaseSettings):
 
     redis_url: str = Field(
         "redis://localhost:6379/0",
-        description="Redis of the ledger and of what all workers share; `rediss://`: over TLS; `sentinel://`: where sentinels say (docs/transports.md).",
+        description="Redis of the ledger and of the state that all workers share. `rediss://` "
+        "uses TLS, `sentinel://` asks sentinels for the primary (docs/transports.md).",
     )
     sentinel_master: str = Field(
         "",
@@ -71,12 +74,13 @@ class StoreSettings(BaseSettings):
     sentinel_password: str = Field(
         "",
         repr=False,
-        description="Password of the sentinels themselves; that of Redis is in the URL.",
+        description="Password of the sentinels; the password of Redis is in the URL.",
     )
     namespace: str = Field(
         "rlm",
         pattern=r"^[A-Za-z0-9_-]+$",
-        description="Starts every key and queue; platforms with different ones do not meet.",
+        description="Prefix of every key and queue; platforms with different prefixes share "
+        "nothing.",
     )
 
     @field_validator("redis_url")
@@ -104,7 +108,8 @@ class StoreSettings(BaseSettings):
     guard_timeout_s: float = Field(
         0.1,
         gt=0,
-        description="A breaker, bucket, bulkhead or retry budget takes Redis for away after this, and answers by itself.",
+        description="A breaker, bucket, bulkhead or retry budget waits this long for Redis, then "
+        "decides without it.",
     )
     breakers: BreakerSettings = BreakerSettings()
 

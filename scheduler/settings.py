@@ -15,33 +15,39 @@ class PressureSettings(BaseModel, frozen=True, extra="forbid"):
 
     cpu: Literal["waiting", "utilisation"] = Field(
         "waiting",
-        description="CPU counts when work waits for it; `utilisation`: by how busy it is, as in the source document's table.",
+        description="`waiting`: CPU counts only when work waits for it; `utilisation`: CPU counts "
+        "by its busy share.",
     )
     thresholds: tuple[float, float, float, float] = Field(
         (65.0, 75.0, 85.0, 95.0),
-        description="Percent at which elevated, high, critical and emergency begin.",
+        description="Percentages at which elevated, high, critical and emergency begin.",
     )
     max_memory_mb: float = Field(
-        0.0, ge=0, description="A host's memory is this, should its limit be larger; 0: its limit."
+        0.0,
+        ge=0,
+        description="Memory limit of a host, if its own limit is larger; 0: its own limit.",
     )
     release_s: float = Field(
         20.0,
         gt=0,
-        description="A level falls by one step after the load was below it for this long.",
+        description="A level falls by one step after the load was below its threshold for this "
+        "long.",
     )
     release_pct: float = Field(
-        5.0, ge=0, description="... and by so many percent below its threshold."
+        5.0,
+        ge=0,
+        description="Percentage points by which the load must stay below the threshold for that.",
     )
     stale_s: float = Field(
-        15.0, gt=0, description="A level that nobody has renewed for this long is not trusted."
+        15.0, gt=0, description="A level that was not renewed for this long is ignored."
     )
     monitor_s: float = Field(
-        5.0, gt=0, description="How often beat has the cluster's level worked out."
+        5.0, gt=0, description="Interval at which beat has the cluster's level measured."
     )
-    history: int = Field(2000, ge=10, description="Records of the cluster's level that are kept.")
-    enabled: bool = Field(
-        True, description="Off: every level is normal, and nothing is ever left out."
+    history: int = Field(
+        2000, ge=10, description="Number of records of the cluster's level that are kept."
     )
+    enabled: bool = Field(True, description="Off: every level is normal, and nothing is left out.")
 
     @model_validator(mode="after")
     def _rising(self) -> PressureSettings:
@@ -64,25 +70,28 @@ class AdmissionSettings(BaseModel, frozen=True, extra="forbid"):
     max_jobs: int = Field(
         0,
         ge=0,
-        description="At most so many jobs are at work at once, critical ones aside; the same in clients and workers. Also "
-        "`WORKFLOW_MAX_CONCURRENT_WORKFLOWS`.",
+        description="Most jobs at work at once, critical jobs not counted; 0: no bound. Use the "
+        "same value in clients and workers. Also `WORKFLOW_MAX_CONCURRENT_WORKFLOWS`.",
     )
     queue_depth: int = Field(
         10_000,
         ge=0,
-        description="A queue with so many messages, copies that recovery has sent included, takes no new job of its priority.",
+        description="A queue with this number of messages takes no new job of its priority. "
+        "Copies that recovery has sent count, too; 0: no bound.",
     )
     wait_critical_s: float = Field(
         0.0,
         ge=0,
-        description="... nor one whose oldest message waits longer than this, by priority.",
+        description="A queue whose oldest message waits longer than this takes no new critical "
+        "job; 0: no bound.",
     )
-    wait_high_s: float = Field(10.0, ge=0, description="... of high work.")
-    wait_normal_s: float = Field(30.0, ge=0, description="... of normal work.")
-    wait_low_s: float = Field(60.0, ge=0, description="... of low work.")
+    wait_high_s: float = Field(10.0, ge=0, description="The same for high jobs.")
+    wait_normal_s: float = Field(30.0, ge=0, description="The same for normal jobs.")
+    wait_low_s: float = Field(60.0, ge=0, description="The same for low jobs.")
     overload: Literal["refuse", "delay"] = Field(
         "refuse",
-        description="What becomes of a job that does not fit now: an error that says when to come back, or it waits.",
+        description="`refuse`: a job that does not fit now raises an error with the time to come "
+        "back; `delay`: it waits.",
     )
 
     def wait_s(self, priority: str) -> float:
@@ -96,16 +105,18 @@ class AllocationSettings(BaseModel, frozen=True, extra="forbid"):
     """How many nodes may run at once."""
 
     max_workers: int = Field(
-        32, ge=1, description="Nodes of one operation at once, without a policy of its own."
+        32, ge=1, description="Most nodes of one operation at once, if the operation has no policy."
     )
     min_workers: int = Field(
         4,
         ge=1,
-        description="... that are left to it under pressure; one to low work in an emergency.",
+        description="Nodes that such an operation keeps under pressure; low-priority work keeps "
+        "one in an emergency.",
     )
     policies: str = Field(
         "",
-        description="A JSON file of allocation policies, a list of objects as in docs/pressure.md; empty: none.",
+        description="JSON file with a list of allocation policies, as in docs/pressure.md; empty: "
+        "none.",
     )
 
     @model_validator(mode="after")
@@ -119,7 +130,10 @@ class BatchSettings(BaseModel, frozen=True, extra="forbid"):
     """How many requests `batch_submit` opens at a time."""
 
     max_size: int = Field(
-        50, ge=1, description="Of a batch while load is moderate. Also `WORKFLOW_MAX_BATCH_SIZE`."
+        50,
+        ge=1,
+        description="Requests that `batch_submit` opens at a time under moderate load. Also "
+        "`WORKFLOW_MAX_BATCH_SIZE`.",
     )
 
 
@@ -128,20 +142,37 @@ class AutoscaleSettings(BaseModel, frozen=True, extra="forbid"):
 
     enabled: bool = Field(
         True,
-        description="Off: batches are of `RLM_BATCH__MAX_SIZE` whatever the load, a pool of `--autoscale` is as large as it may "
-        "be, no number of workers is advised. Also `ENABLE_DYNAMIC_SCALING`.",
+        description="Off: batches have `RLM_BATCH__MAX_SIZE` requests at any load, a pool of "
+        "`--autoscale` keeps its largest size, and no number of workers is advised. "
+        "Also `ENABLE_DYNAMIC_SCALING`.",
     )
-    cpu_pct: float = Field(75.0, gt=0, description="More workers when CPU is above this ...")
-    memory_pct: float = Field(80.0, gt=0, description="... or memory above this ...")
-    sustained_s: float = Field(300.0, gt=0, description="... for this long,")
-    queue_depth: int = Field(1000, ge=1, description="or so many messages wait,")
-    wait_s: float = Field(30.0, gt=0, description="or one waits longer than this.")
-    min_workers: int = Field(2, ge=1, description="Fewest workers.")
-    max_workers: int = Field(10, ge=1, description="Most workers.")
-    increment: int = Field(1, ge=1, description="Workers more, or fewer, in one step.")
-    cooldown_s: float = Field(600.0, ge=0, description="No second step within this.")
+    cpu_pct: float = Field(
+        75.0,
+        gt=0,
+        description="One more worker is advised after CPU was above this for `sustained_s`.",
+    )
+    memory_pct: float = Field(
+        80.0,
+        gt=0,
+        description="One more worker is advised after memory was above this for `sustained_s`.",
+    )
+    sustained_s: float = Field(
+        300.0, gt=0, description="Time for which CPU or memory must be above its bound."
+    )
+    queue_depth: int = Field(
+        1000, ge=1, description="One more worker is advised when this number of messages waits."
+    )
+    wait_s: float = Field(
+        30.0, gt=0, description="One more worker is advised when a message waits longer than this."
+    )
+    min_workers: int = Field(2, ge=1, description="Smallest number of workers that is advised.")
+    max_workers: int = Field(10, ge=1, description="Largest number of workers that is advised.")
+    increment: int = Field(1, ge=1, description="Number of workers that one step adds or removes.")
+    cooldown_s: float = Field(600.0, ge=0, description="Shortest time between two steps.")
     webhook_url: str = Field(
-        "", repr=False, description="Told of each change of the advice, as JSON; empty: nobody."
+        "",
+        repr=False,
+        description="Each change of the advice is sent here by POST, as JSON; empty: to nobody.",
     )
 
     @model_validator(mode="after")
@@ -156,20 +187,23 @@ class SnapshotSettings(BaseModel, frozen=True, extra="forbid"):
 
     enabled: bool = Field(
         True,
-        description="Off: no snapshots are taken, and nobody is told that an operation became slower.",
+        description="Off: no snapshots are taken, and no event reports that an operation became "
+        "slower.",
     )
     every_s: float = Field(
-        60.0, gt=0, description="A snapshot of each operation that ran is taken this often."
+        60.0, gt=0, description="Interval between two snapshots of an operation that runs."
     )
     keep: int = Field(
         240,
         ge=20,
-        description="Snapshots of an operation that are kept; its past is what they know.",
+        description="Number of snapshots of an operation that are kept; its present is compared "
+        "with them.",
     )
     threshold: float = Field(
         0.2,
         gt=0,
-        description="An operation whose items take so much longer than before is told as `performance.degraded`.",
+        description="Relative increase of the time for an item that raises "
+        "`performance.degraded`; 0.2 is 20 %.",
     )
 
 
@@ -177,21 +211,25 @@ class AlertSettings(BaseModel, frozen=True, extra="forbid"):
     """Who is told what goes wrong."""
 
     channels: tuple[Literal["log", "webhook", "stdout"], ...] = Field(
-        ("log",), description="JSON list of log, webhook, stdout."
+        ("log",),
+        description="Channels that alerts are sent to: a JSON list of log, webhook, stdout.",
     )
     webhook_url: str = Field(
-        "", repr=False, description="Alerts are POSTed here as JSON, when `webhook` is a channel."
+        "",
+        repr=False,
+        description="Alerts are sent here by POST as JSON, if `webhook` is a channel.",
     )
     webhook_secret: str = Field(
         "",
         repr=False,
-        description="Signs webhooks: HMAC-SHA256 of the time and the body, in X-RLM-Signature.",
+        description="Key that signs webhooks: HMAC-SHA256 of the time and the body, in "
+        "X-RLM-Signature.",
     )
     slow_execution_ms: float = Field(
-        30_000.0, gt=0, description="An item that takes longer is told as `execution.slow`."
+        30_000.0, gt=0, description="An item that takes longer raises `execution.slow`."
     )
     memory_mb: float = Field(
-        500.0, gt=0, description="A pool process above this is told as `memory.high`."
+        500.0, gt=0, description="A pool process above this raises `memory.high`."
     )
-    cpu_pct: float = Field(80.0, gt=0, description="A host above this is told as `cpu.high`.")
-    history: int = Field(1000, ge=10, description="Alerts and events that are kept.")
+    cpu_pct: float = Field(80.0, gt=0, description="A host above this raises `cpu.high`.")
+    history: int = Field(1000, ge=10, description="Number of alerts, and of events, that are kept.")

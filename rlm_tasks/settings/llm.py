@@ -86,63 +86,78 @@ class LlmSettings(BaseModel, frozen=True, extra="forbid"):
 
     endpoints: tuple[EndpointSettings, ...] = Field(
         (),
-        description='Providers, as JSON: `[{"name": "main", "base_url": "https://HOST/v1", "key_env": "MAIN_KEY"}, ...]`; empty: one, as `OPENAI_BASE_URL` and `OPENAI_API_KEY` say (docs/llm.md).',
+        description='Providers, as JSON: `[{"name": "main", "base_url": "https://HOST/v1", '
+        '"key_env": "MAIN_KEY"}, ...]`; empty: one, from `OPENAI_BASE_URL` and '
+        "`OPENAI_API_KEY` (docs/llm.md).",
     )
     small: str = Field("gpt-4.1-nano", min_length=1, description="Model of the small tier.")
     medium: str = Field("gpt-4.1-mini", min_length=1, description="Model of the medium tier.")
     large: str = Field("gpt-4.1", min_length=1, description="Model of the large tier.")
     models: dict[str, ModelSettings] = Field(
         {},
-        description='What models take, cost and may: JSON, name -> `{"context_tokens": 128000, "max_output_tokens": 16384, "input_price": 0.4, "output_price": 1.6, "requests": 3500, "tokens": 90000}`; prices for a million tokens.',
+        description='Limits and prices of models, as JSON: name -> `{"context_tokens": 128000, '
+        '"max_output_tokens": 16384, "input_price": 0.4, "output_price": 1.6, '
+        '"requests": 3500, "tokens": 90000}`; prices are for a million tokens.',
     )
     requests: float = Field(
-        3500.0, gt=0, description="Requests in any window, of each model and key."
+        3500.0, gt=0, description="Requests in any window, for each model and key."
     )
     tokens: float = Field(
-        90_000.0, gt=0, description="Tokens in any window, of each model and key."
+        90_000.0, gt=0, description="Tokens in any window, for each model and key."
     )
     window_s: float = Field(
-        60.0, gt=0, description="The window that providers count by, in seconds."
+        60.0, gt=0, description="Length of the window that providers count by, in seconds."
     )
     bytes_per_s: float = Field(
-        10e6, gt=0, description="Bytes a second to and from each endpoint, of all workers."
+        10e6, gt=0, description="Bytes a second to and from each endpoint, over all workers."
     )
     routing: Literal["round_robin", "least_connections", "weighted", "consistent_hash"] = Field(
         "round_robin",
-        description="Which endpoint a call goes to, of those that have its model and are well.",
+        description="How the endpoint of a call is selected among the healthy ones that have its "
+        "model.",
     )
-    pool: int = Field(50, gt=0, description="Calls in flight of one worker process.")
-    per_host: int = Field(10, gt=0, description="... of them to one endpoint.")
-    timeout_s: float = Field(60.0, gt=0, description="A call that takes longer is given up.")
+    pool: int = Field(50, gt=0, description="Most calls in flight in one worker process.")
+    per_host: int = Field(
+        10, gt=0, description="Most calls in flight from one worker process to one endpoint."
+    )
+    timeout_s: float = Field(60.0, gt=0, description="Time limit of one call.")
     idle_s: float = Field(
-        300.0, gt=0, description="A connection nobody uses is kept open for this long."
+        300.0, gt=0, description="A connection without calls is kept open for this long."
     )
     health_every_s: float = Field(
-        30.0, gt=0, description="Endpoints are asked this often how they are."
+        30.0, gt=0, description="Interval between two health checks of an endpoint."
     )
     health_timeout_s: float = Field(
-        5.0, gt=0, description="... and are ill when they do not answer in time."
+        5.0,
+        gt=0,
+        description="A health check fails if the endpoint does not answer within this time.",
     )
     health_strikes: int = Field(
         3,
         ge=1,
-        description="An endpoint that was ill so often in a row gets no calls until it is well.",
+        description="An endpoint gets no calls after this number of failed checks in a row, until "
+        "a check succeeds.",
     )
     memory_warn_mb: float = Field(
         120.0,
         gt=0,
-        description="A process that has grown by so much since it first called a model clears its caches.",
+        description="A process clears its caches when it has grown by this since its first call "
+        "to a model.",
     )
     memory_critical_mb: float = Field(
         140.0,
         gt=0,
-        description="... and is replaced after its node when it has still grown by so much. What it held before does not count: Celery and the client of models alone may be more than that.",
+        description="A process that has still grown by this after that is replaced at the end of "
+        "its node. Memory from before the first call does not count: Celery and the "
+        "client of models alone may hold more than that.",
     )
     attempts: int = Field(
         4, ge=1, description="Attempts at a call that fails; 429 and an open breaker cost none."
     )
     repairs: int = Field(
-        2, ge=0, description="How often an answer of the wrong form is sent back to be put right."
+        2,
+        ge=0,
+        description="How often an answer that does not fit its schema is sent back to be repaired.",
     )
     merge_share: float = Field(
         0.2, ge=0, lt=1, description="Share of a budget that is kept for the rounds that merge."

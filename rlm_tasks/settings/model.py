@@ -36,7 +36,8 @@ class Settings(StoreSettings):
 
     broker_url: str = Field(
         "",
-        description="Celery's broker, such as `amqp://USER:PASSWORD@HOST:5672/VHOST`; empty: the ledger's Redis.",
+        description="Celery's broker, such as `amqp://USER:PASSWORD@HOST:5672/VHOST`; empty: the "
+        "ledger's Redis.",
     )
     result_backend: str = Field(
         "", description="Celery's result backend, which counts chords; empty: the ledger's Redis."
@@ -44,34 +45,40 @@ class Settings(StoreSettings):
     api_key: SecretStr = Field(
         SecretStr(""),
         repr=False,
-        description="Who asks a worker's port for /metrics or /health shows this key (docs/metrics.md); empty: nobody is asked.",
+        description="Key that a request for /metrics or /health on a worker's port must carry "
+        "(docs/metrics.md); empty: no key is needed.",
     )
     operations: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Modules with operations, separated by commas; imported by clients and workers.",
+        description="Modules with operations, separated by commas; imported by clients and "
+        "workers.",
     )
     result_ttl_s: int = Field(
-        7 * 86_400, gt=0, description="Results and ledger entries of a job live this long."
+        7 * 86_400, gt=0, description="Results and ledger entries of a job are kept for this long."
     )
     max_result_bytes: int = Field(
         64 * 2**20, gt=0, description="Largest packed output that result() builds in memory."
     )
-    max_item_bytes: int = Field(16 * 2**20, gt=0, description="Largest single packed item.")
+    max_item_bytes: int = Field(16 * 2**20, gt=0, description="Largest size of one packed item.")
     fault_patterns: int = Field(
         50,
         ge=0,
-        description="Recurring faults that are kept; 0: none, nor whether retries have helped.",
+        description="Number of recurring faults that are kept; 0: no faults are kept, and the "
+        "success of retries is not counted.",
     )
     slots: int = Field(
         0,
         ge=0,
-        description="Pool processes of a worker; 0: as many as it has CPUs. Also `WORKFLOW_MAX_CONCURRENT_ACTIVITIES`.",
+        description="Pool processes of a worker; 0: one for each CPU. Also "
+        "`WORKFLOW_MAX_CONCURRENT_ACTIVITIES`.",
     )
     ready_file: str = Field(
         "", description="A file that a worker touches when it is ready, for probes; empty: none."
     )
     log_format: Literal["text", "json"] = Field(
-        "text", description="How workers and beat write their log: lines to read, or JSON."
+        "text",
+        description="Format of the logs of workers and beat: `text` for people, `json` for "
+        "programs.",
     )
     ledger: LedgerSettings = LedgerSettings()
     node: NodeSettings = NodeSettings()

@@ -11,19 +11,30 @@ class LedgerSettings(BaseModel, frozen=True, extra="forbid"):
     """How fast a lost worker or message is noticed."""
 
     lease_s: float = Field(
-        30.0, gt=0, description="A running node is lost when nobody beats for this long."
+        30.0,
+        gt=0,
+        description="A running node counts as lost if its lease was not renewed for this long.",
     )
-    sweep_s: float = Field(5.0, gt=0, description="How often each worker looks for overdue nodes.")
+    sweep_s: float = Field(
+        5.0, gt=0, description="Interval at which each worker searches for overdue nodes."
+    )
     grace_s: float | None = Field(
         None,
         gt=0,
-        description="A queued node's message is looked for after this long; empty: as long as `sweep_s`.",
+        description="Time after which the message of a queued node counts as late and may be sent "
+        "again; empty: as long as `sweep_s`.",
     )
     stop_grace_s: float = Field(
-        2.0, gt=0, description="Running nodes of an ended job are fenced after this."
+        2.0,
+        gt=0,
+        description="Time after which running nodes of an ended job are fenced: the ledger "
+        "refuses their results.",
     )
     death_limit: int = Field(
-        3, ge=1, description="An item that was in flight at this many deaths is quarantined."
+        3,
+        ge=1,
+        description="An item is quarantined after this number of processes died while it was in "
+        "flight.",
     )
 
     @property
@@ -42,20 +53,25 @@ class NodeSettings(BaseModel, frozen=True, extra="forbid"):
         50.0, gt=0, description="A node may cut after each slice of about this long."
     )
     pulse_ms: float = Field(
-        250.0, gt=0, description="A running node tells and asks the ledger about this often."
+        250.0,
+        gt=0,
+        description="Interval at which a running node reports to the ledger and reads from it.",
     )
     item_limit_s: float = Field(
         0.0,
         ge=0,
-        description="No item may run longer, whatever was learned; 0: as `adaptive_timeouts` says. Also `WORKFLOW_ACTIVITY_TIMEOUT_MINUTES`.",
+        description="Time limit of every item, in place of a learned one; 0: as "
+        "`adaptive_timeouts` says. Also `WORKFLOW_ACTIVITY_TIMEOUT_MINUTES`.",
     )
     timeout_multipliers: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {},
-        description="Operations whose items may take longer, or less long, than their complexity says: JSON, name -> factor.",
+        description="Factors on the time limit that follows from an item's complexity, for single "
+        "operations: JSON, name -> factor.",
     )
     adaptive_timeouts: bool = Field(
         True,
-        description="Stop an item that runs longer than its complexity and its operation's p99 allow, 3 h at most. Also `ENABLE_ADAPTIVE_TIMEOUTS`.",
+        description="Stop an item that runs longer than its complexity and its operation's p99 "
+        "allow, 3 h at most. Also `ENABLE_ADAPTIVE_TIMEOUTS`.",
     )
 
 
@@ -66,7 +82,8 @@ class MetricsSettings(BaseModel, frozen=True, extra="forbid"):
 
     address: str = Field(
         "127.0.0.1",
-        description="Address of a worker's `--metrics-port`; `0.0.0.0`: every interface, where only `RLM_API_KEY` asks who it is.",
+        description="Address of a worker's `--metrics-port`; `0.0.0.0`: every interface, "
+        "protected by `RLM_API_KEY` alone.",
     )
 
 
@@ -75,11 +92,13 @@ class TracingSettings(BaseModel, frozen=True, extra="forbid"):
 
     enabled: bool = Field(
         False,
-        description="Workers tell of jobs and nodes in OpenTelemetry spans (docs/tracing.md); needs the extra `otel`.",
+        description="Workers record jobs and nodes as OpenTelemetry spans (docs/tracing.md); "
+        "needs the extra `otel`.",
     )
     sample_rate: float = Field(
         0.1,
         ge=0,
         le=1,
-        description="Share of jobs that are traced; one that is submitted under a trace follows that.",
+        description="Share of jobs that are traced; a job that is submitted within a trace "
+        "follows that trace.",
     )
