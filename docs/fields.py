@@ -1,8 +1,8 @@
-"""The fields of records and enumerations, as tables in the Python reference: an extension of
-griffe, named in mkdocs.yml.
+"""Add the fields of records and enumerations to the Python reference: an extension of griffe.
 
-Decides what is said of a field: a model's own description and bounds, else the comment at the end
-of its line.  Refuses to know how a page looks."""
+mkdocs.yml names it.  A field's text is its model's description with its bounds, or else the comment
+at the end of its line.  Begin with `Fields.on_class`.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +22,14 @@ BOUNDS = {
     "max_length": "at most {} characters",
 }
 SHORT = 4
-"""Of a record with more fields than this the table stands for the signature, which would take as
-many lines.
-"""
+"""A record with more fields than this has no signature on its page: the table replaces it."""
 
 
 class Fields(griffe.Extension):
-    """Tell below the docstring of a model, record, enumeration or error what stands in its
-    class.
-    """
+    """Adds the fields of a model, record, enumeration or error below the docstring of its class."""
 
     def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
-        """Hear of a class; griffe calls this once a package is loaded."""
+        """Add the fields of one class; griffe calls this when a package is loaded."""
         fields = [
             each
             for each in cls.members.values()
@@ -43,9 +39,9 @@ class Fields(griffe.Extension):
             return
         sections: list[griffe.DocstringSection] = [griffe.DocstringSectionText(cls.docstring.value)]
         if any(_declaration(each) for each in fields):
-            told = [_parameter(each) for each in fields if each.annotation is not None]
-            sections.append(griffe.DocstringSectionParameters(told))
-            cls.bases = []  # what all models have in common is no business of who fills in the fields
+            parameters = [_parameter(each) for each in fields if each.annotation is not None]
+            sections.append(griffe.DocstringSectionParameters(parameters))
+            cls.bases = []  # pydantic's base class does not help to fill in the fields
         elif _is_record(cls) and any(map(_comment, fields)):
             sections.append(
                 griffe.DocstringSectionAttributes([_attribute(each) for each in fields])
@@ -65,7 +61,7 @@ class Fields(griffe.Extension):
 
 
 def _is_field(attribute: griffe.Attribute) -> bool:
-    """Whether nothing else describes it."""
+    """Return whether it is a public attribute without a docstring, and not a property."""
     return not (
         attribute.name.startswith("_") or attribute.docstring or "property" in attribute.labels
     )
@@ -77,14 +73,14 @@ def _is_record(cls: griffe.Class) -> bool:
 
 
 def _parameter(field: griffe.Attribute) -> griffe.DocstringParameter:
-    default, told = field.value, _declaration(field)
-    if told is not None:
+    default, declared = field.value, _declaration(field)
+    if declared is not None:
         factory = next(
-            (each.value for each in told.keywords if each.arg == "default_factory"), None
+            (each.value for each in declared.keywords if each.arg == "default_factory"), None
         )
         default = (
-            ast.unparse(told.args[0])
-            if told.args
+            ast.unparse(declared.args[0])
+            if declared.args
             else f"{ast.unparse(factory)}()"
             if factory is not None
             else None
@@ -107,22 +103,22 @@ def _member(field: griffe.Attribute) -> str:
 
 
 def _about(field: griffe.Attribute) -> str:
-    told = _declaration(field)
-    if told is None:
+    declared = _declaration(field)
+    if declared is None:
         return _comment(field)
-    said = {
+    given = {
         each.arg: ast.literal_eval(each.value)
-        for each in told.keywords
+        for each in declared.keywords
         if each.arg in {"description", *BOUNDS}
     }
-    bounds = ", ".join(words.format(said[name]) for name, words in BOUNDS.items() if name in said)
+    bounds = ", ".join(words.format(given[name]) for name, words in BOUNDS.items() if name in given)
     return " ".join(
-        filter(None, [said.get("description", ""), f"{bounds.capitalize()}." if bounds else ""])
+        filter(None, [given.get("description", ""), f"{bounds.capitalize()}." if bounds else ""])
     )
 
 
 def _declaration(field: griffe.Attribute) -> ast.Call | None:
-    """Return the call of pydantic's Field that declares a field, if one does."""
+    """Return the call of pydantic's `Field` that declares a field, or None."""
     [statement] = ast.parse(dedent(field.source)).body
     value = getattr(statement, "value", None)
     is_call = (

@@ -27,7 +27,7 @@ The message names the nearest variable or value.
 | `celery -A rlm_tasks rlm config show` | prints the settings of this environment |
 | `celery -A rlm_tasks rlm config check` | reports wrong settings |
 | `celery -A rlm_tasks rlm config export` | writes the settings as JSON, without secrets |
-| `celery -A rlm_tasks rlm config import` | checks such JSON, and prints it as environment variables for another deployment |
+| `celery -A rlm_tasks rlm config import` | prints such JSON as environment variables |
 
 This page is generated: `make docs ARGS=--write`.
 

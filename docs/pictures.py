@@ -1,8 +1,9 @@
-"""Draw the pictures of Flower's pages, docs/flower-*.png, from a platform that has something to
-show: ``make pictures``.
+"""Draw the pictures of Flower's pages, docs/flower-*.png: ``make pictures``.
 
-It starts a server, a worker with a beat within, Flower and Chromium, gives the worker a minute of a
-shop's work, and stops them."""
+It starts a server, a worker with an embedded beat, Flower and Chromium.  The worker gets a minute
+of an imaginary shop's work, so that the pages have content.  Then everything is stopped.  Begin
+with `main`.
+"""
 
 from __future__ import annotations
 
@@ -34,21 +35,19 @@ MB = 2**20
 SETTINGS = {
     "RLM_NAMESPACE": "shop",
     "RLM_OPERATIONS": "docs.pictures",
-    "RLM_PRESSURE__MAX_MEMORY_MB": "1000",  # a report's pages are most of it
+    "RLM_PRESSURE__MAX_MEMORY_MB": "1000",  # the reports fill most of it
     "RLM_PRESSURE__MONITOR_S": "1",
     "RLM_PRESSURE__RELEASE_S": "3",
-    "RLM_ADMISSION__OVERLOAD": "delay",  # the machine may be pressed before it begins
+    "RLM_ADMISSION__OVERLOAD": "delay",  # the machine may be under pressure already
     "PYTHONPATH": str(HERE.parent),
 }
 LOOKS = 30
-"""The monitor has looked so often when the pictures are made: what a report did to the level has
-passed by then.
-"""
+"""Samples that the monitor takes before the pictures: then the reports raise no level any more."""
 TOKENS = {"requests": 1, "tokens": 120}
 
 
 class Shot(NamedTuple):
-    """One picture: of which page, how large, in which theme."""
+    """One picture: its page, its size in pixels and its theme."""
 
     page: str
     width: int = 1200
@@ -73,7 +72,7 @@ SHOTS = {
 
 @operation
 def thumbnail(image: int) -> None:
-    """Wait for a picture; some cannot be read."""
+    """Wait as if for a picture; every 23rd cannot be read."""
     time.sleep(0.01)
     if image % 23 == 0:
         raise ValueError("the picture is truncated")
@@ -81,7 +80,7 @@ def thumbnail(image: int) -> None:
 
 @operation
 def embed(product: int, ctx: Context) -> int:
-    """Index so many words of a product as pressure allows; one in ninety has none."""
+    """Index as many words of a product as pressure allows; one in ninety has no text."""
     time.sleep(0.02)
     if product % 90 == 7:
         raise LookupError("the product has no text")
@@ -168,7 +167,7 @@ LABELS: dict[str, Any] = {
 
 
 def work(client: Client) -> Job:
-    """Give the platform something to show; return the job that has most of it."""
+    """Submit the shop's jobs; return the one with the most to show."""
     client.create_circuit_breaker("search").close()
     client.create_circuit_breaker("mail", failure_threshold=1).half_open()
     for fields in EARLY:
@@ -191,7 +190,7 @@ def shop(folder: Path) -> Iterator[tuple[Client, Flower]]:
     with embedded.server() as server:
         environment = {**SETTINGS, "RLM_REDIS_URL": server.url}
         os.environ.update(environment)
-        from rlm_tasks import Client  # it reads the environment when it is imported
+        from rlm_tasks import Client  # importing it reads the environment
 
         with (
             embedded.worker(
@@ -207,7 +206,7 @@ def shop(folder: Path) -> Iterator[tuple[Client, Flower]]:
 
 
 def draw(browser: Browser, url: str, name: str, shot: Shot, into: Path) -> None:
-    """Write the picture of a page that has drawn itself."""
+    """Write the picture of a page, after its first rows have appeared."""
     user, password = USER.split(":")
     page = browser.new_page(
         viewport={"width": shot.width, "height": shot.height},

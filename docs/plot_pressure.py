@@ -1,7 +1,7 @@
-"""Draw docs/pressure.svg from docs/pressure.json, a recorded run of
-docs/examples/under_pressure.py: ``make pressure``.
+"""Draw docs/pressure.svg from docs/pressure.json, a recorded run of an example.
 
-The same data gives the same picture, byte for byte, with one version of matplotlib.
+``make pressure`` runs docs/examples/under_pressure.py and then this module.  With the same version
+of matplotlib the same data gives the same bytes.  Begin with `draw`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Rows = Sequence[Mapping[str, Any]]  # one for each second
 
 
 def draw(rows: Rows) -> Figure:
-    """Return the picture of a run: three panels that share their time."""
+    """Return the picture of a run: three panels with one time axis."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 6.5), layout="constrained")
         panels: Sequence[Axes] = figure.subplots(3, sharex=True)
@@ -60,13 +60,13 @@ def draw(rows: Rows) -> Figure:
 
 
 def overload(rows: Rows) -> tuple[int, int]:
-    """Return when more was asked than could be done: from which second to which."""
+    """Return the first second of the overload, and the second after its last."""
     seconds = [row["second"] for row in rows if row["phase"] == "overload"]
     return seconds[0], seconds[-1] + 1
 
 
 def levels(panel: Axes, rows: Rows) -> None:
-    """Draw the level, and memory, which mostly decides it here."""
+    """Draw the level, and the memory, which mostly decides the level in this run."""
     panel.set_title("pressure level", loc="left")
     reached = [Level[row["level"].upper()] for row in rows]
     for level, colour in enumerate(LEVELS):
@@ -80,7 +80,7 @@ def levels(panel: Axes, rows: Rows) -> None:
 
 
 def queues(panel: Axes, rows: Rows) -> None:
-    """Draw how many messages wait, by priority, one upon the other."""
+    """Draw the number of waiting messages as a stack of priorities."""
     panel.set_title("messages that wait, by priority", loc="left")
     stack(
         panel,
@@ -92,7 +92,7 @@ def queues(panel: Axes, rows: Rows) -> None:
 
 
 def throughput(panel: Axes, rows: Rows) -> None:
-    """Draw the items of each second by operation, and the jobs that were refused in it."""
+    """Draw the items done in each second by operation, and the jobs refused in it."""
     panel.set_title("items done and jobs refused, each second", loc="left")
     stack(
         panel,
@@ -112,7 +112,7 @@ def throughput(panel: Axes, rows: Rows) -> None:
 
 
 def stack(panel: Axes, series: Mapping[str, tuple[str, Sequence[float]]]) -> None:
-    """Fill figures of each second one upon the other; series are name -> colour and figures."""
+    """Draw series as a stack of areas: name -> colour, and a figure for each second."""
     below: Sequence[float] = ()
     for name, (colour, values) in series.items():
         top = [sum(each) for each in zip(below, values, strict=True)] if below else values
@@ -125,7 +125,7 @@ def stack(panel: Axes, series: Mapping[str, tuple[str, Sequence[float]]]) -> Non
 def steps(
     panel: Axes, top: Sequence[float], colour: str, below: Sequence[float] = (), label: str = ""
 ) -> None:
-    """Fill what lies between figures of each second, over the whole second."""
+    """Fill the area between two series, in steps of one second; without `below`, down to 0."""
     edges = range(len(top) + 1)
     floor = [*below, below[-1]] if below else 0
     panel.fill_between(
@@ -134,7 +134,7 @@ def steps(
 
 
 def line(panel: Axes, values: Sequence[float], colour: str, label: str = "") -> None:
-    """Join figures of each second, in the middle of it."""
+    """Draw a line through the figures, each in the middle of its second."""
     panel.plot(
         [second + 0.5 for second in range(len(values))],
         values,
@@ -145,12 +145,12 @@ def line(panel: Axes, values: Sequence[float], colour: str, label: str = "") -> 
 
 
 def origin(data: Path) -> str:
-    """Return what a picture carries to say which data it shows."""
+    """Return the hash of the data as a text, for the picture's metadata."""
     return "sha256 of its data: " + hashlib.sha256(data.read_bytes()).hexdigest()
 
 
 def main(data: Path = DATA, picture: Path = PICTURE) -> None:
-    """Draw the picture of a run."""
+    """Write the picture of a recorded run to a file."""
     figure = draw(json.loads(data.read_text(encoding="utf-8"))["rows"])
     with mpl.rc_context(STYLE):
         figure.savefig(

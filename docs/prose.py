@@ -1,8 +1,8 @@
-"""Check the prose of the project: docstrings, comments, messages and pages, as CONTRIBUTING.md asks.
+"""Check the prose of the project as CONTRIBUTING.md asks: docstrings, comments, messages, pages.
 
-``python -m docs.prose`` refuses a sentence whose subject is a clause (it begins with a pronoun or
-an amount, see `REFUSED`), a formula (`FORMULAS`), and a test name that begins so.  It warns of
-sentences over 25 words.  Questions are allowed, and so is everything inside code blocks.
+``python -m docs.prose`` refuses a sentence whose subject is a clause: it begins with a pronoun or an
+amount, see `REFUSED`.  It also refuses a formula (`FORMULAS`), and a test name that begins so.  It
+warns of sentences over 25 words.  Questions are allowed, and so is everything inside code blocks.
 ``python -m docs.prose PATH ...`` prints the warnings, too.
 """
 
@@ -20,12 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MOST_WORDS = 25
 REFUSED = re.compile(
-    r"(who(ever|se)?|what(ever)?|of (a|an|all|the|what|which)|so (many|much|long)|"
+    r"\b(who(ever|se)?|what(ever)?|of (a|an|all|the|what|which)|so (many|much|long)|"
     r"those (that|who|which)|that which)\b",
     re.IGNORECASE,
 )
 FORMULAS = re.compile(r"refuses? to know|source document \d|\bdocument [0-4]'s\b", re.IGNORECASE)
-"""Words that say nothing to a reader of the project."""
+"""Phrases that mean nothing to a reader of the project."""
 _SENTENCE = re.compile(r"(?<=[.!?:])\s+(?=[\"'`*(]*[A-Z])|\n\s*\n|\n(?=\s*(?:[-*+|]|\d+\.)\s)")
 _MARKUP = re.compile(r"^[\s>*_`\"'(#|+-]*(?:\d+\.\s+)?[*_`\"'(]*")
 _FENCE = re.compile(r"^( *)(```|~~~).*?^\1\2\s*$", re.MULTILINE | re.DOTALL)
@@ -36,7 +36,7 @@ _PLAIN_COMMENT = re.compile(r"#\s*(?!type:|noqa|pragma|!|fmt:|---)(.*)")
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """One sentence, and what is wrong with it."""
+    """One sentence, with the rule that it breaks."""
 
     file: str
     line: int
@@ -59,7 +59,7 @@ def sentences(text: str) -> Iterator[tuple[int, str]]:
 
 
 def remarks(file: str, line: int, text: str, *, words: bool = True) -> Iterator[Remark]:
-    """Yield what is wrong with a text that begins at a line of a file."""
+    """Yield the remarks on a text that begins at a line of a file."""
     for offset, sentence in sentences(text):
         bare = _MARKUP.sub("", sentence)
         if REFUSED.match(bare) and not bare.rstrip("*_\"') ").endswith("?"):
@@ -116,7 +116,7 @@ def _of_comments(file: str, text: str) -> Iterator[Remark]:
 
 
 def of_script(file: str, text: str) -> Iterator[Remark]:
-    """Yield the remarks on the comments of a Lua script; lines that follow each other are one text."""
+    """Yield the remarks on a Lua script's comments; lines that follow each other are one text."""
     begun, block = 0, []
     for number, line in enumerate([*text.splitlines(), ""], 1):
         if line.startswith("--") and not line.startswith("-- ---"):
