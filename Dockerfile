@@ -1,4 +1,5 @@
-# One image for worker, beat, flower and the command line.  Your operations come on top of it, or by a volume: docs/deployment.md.
+# One image for worker, beat, flower and the command line.
+# Add your operations in an image on top of it, or mount them as a volume: docs/deployment.md.
 FROM python:3.11-slim AS build
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
@@ -11,7 +12,7 @@ RUN python -m venv /opt/rlm \
 
 FROM python:3.11-slim
 ENV PATH=/opt/rlm/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-# A number, so that Kubernetes can see that it is not root.
+# USER is a number, so that Kubernetes can check that it is not root.
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin rlm
 COPY --from=build /opt/rlm /opt/rlm
 WORKDIR /app

@@ -1,4 +1,5 @@
-# Every target sets up what it needs: a virtual environment in .venv with the exact versions of constraints.txt.
+# Every target first makes the virtual environment .venv, with the exact versions of
+# constraints.txt.
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
@@ -22,13 +23,13 @@ demo: $(VENV)/.ready ## Measure Python's standard library with a self-splitting 
 test: $(VENV)/.ready ## Run all tests, with a real server and real workers
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-browser: $(VENV)/.ready ## Click through Flower's pages in Chromium, which has to be installed
+browser: $(VENV)/.ready ## Test Flower's pages in Chromium, which must be installed
 	$(BIN)/python -m pytest tests/browser $(ARGS)
 
-system: $(VENV)/.ready ## Run jobs over RabbitMQ, which has to be installed
+system: $(VENV)/.ready ## Test jobs over RabbitMQ, which must be installed
 	$(BIN)/python -m pytest tests/system $(ARGS)
 
-check: lint types prose docs ## What CI runs before the tests: lint, types, prose, docs that drift
+check: lint types prose docs ## Run CI's checks before the tests: lint, types, prose, docs
 
 lint: $(VENV)/.ready ## Check style and layout
 	$(BIN)/ruff check .
@@ -37,24 +38,24 @@ lint: $(VENV)/.ready ## Check style and layout
 types: $(VENV)/.ready ## Check types, strictly
 	$(BIN)/mypy
 
-prose: $(VENV)/.ready ## Check sentences: subjects, formulas, length (make prose ARGS=docs/guide.md shows the long ones)
+prose: $(VENV)/.ready ## Check sentences: subject, formula, length (ARGS=docs/guide.md also lists long ones)
 	$(BIN)/python -m docs.prose $(ARGS)
 
-docs: $(VENV)/.ready ## Check that generated documentation is up to date and builds (make docs ARGS=--write to renew it)
+docs: $(VENV)/.ready ## Check that generated pages are up to date, and build the site (ARGS=--write updates them)
 	$(BIN)/python -m docs.generate $(ARGS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 site: $(VENV)/.ready ## Serve the documentation on http://127.0.0.1:8001
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
 
-bench: $(VENV)/.ready ## Measure against what one would write by hand, and print the table
+bench: $(VENV)/.ready ## Measure against hand-written programs, such as plain Celery, and print the table
 	$(BIN)/python -m tests.bench $(ARGS)
 
-soak: $(VENV)/.ready ## Kill, stop and restart everything at random for SOAK_S seconds (600), print what became of the jobs; then use a provider up for four minutes a limit
+soak: $(VENV)/.ready ## Kill, stop and restart everything at random for SOAK_S (600) seconds and print the jobs' results; then use up a provider's limits for four minutes each
 	$(BIN)/python -m tests.faults.soak $(ARGS)
 	$(BIN)/python -m tests.faults.guards --window 60
 
-pressure: $(VENV)/.ready ## Ask two slots for more than they can do for a minute, and draw docs/pressure.svg
+pressure: $(VENV)/.ready ## Overload two slots for a minute, and draw docs/pressure.svg
 	$(BIN)/python docs/examples/under_pressure.py --out docs/pressure.json $(ARGS)
 	$(BIN)/python -m docs.plot_pressure
 
@@ -70,6 +71,6 @@ beat: $(VENV)/.ready ## Start Celery beat on RLM_REDIS_URL
 flower: $(VENV)/.ready ## Start Flower on http://127.0.0.1:5555
 	$(BIN)/celery -A rlm_tasks flower --address=127.0.0.1 $(ARGS)
 
-clean: ## Remove the virtual environment and everything that tools left behind
+clean: ## Remove the virtual environment and all files that tools have left
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
