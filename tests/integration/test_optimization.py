@@ -56,7 +56,7 @@ def test_stats_are_what_the_platform_knows(patient: Client) -> None:
         "lookups": 0,
         "note": "the platform has no result cache",
     }
-    assert f"{stats['cache']['hit_rate']:.2%}" == "0.00%", "as source document 2 prints it"
+    assert f"{stats['cache']['hit_rate']:.2%}" == "0.00%", "a figure, not None"
     json.dumps(stats)
 
 

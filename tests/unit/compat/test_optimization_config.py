@@ -1,5 +1,5 @@
-"""The 28 keys of source document 2: their defaults, what is wrong with them, how they travel, what
-they set.
+"""The 28 keys that other orchestrators use: defaults, validation, export and import, and what they
+set here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlm_tasks.settings.model import Settings
 from rlm_tasks.telemetry.spans import Export, HandOver, Ids, Spans
 from tests.support import wait_until
 
-DOCUMENT_2 = {
+DEFAULTS = {
     "enable_object_pool": True,
     "object_pool_max_size": 50,
     "object_pool_cleanup_threshold": 0.9,
@@ -60,9 +60,9 @@ DOCUMENT_2 = {
 }
 
 
-def test_keys_and_defaults_are_those_of_the_document() -> None:
-    assert OptimizationConfig().to_dict() == DOCUMENT_2
-    assert (len(DOCUMENT_2), sum(name.startswith("enable_") for name in DOCUMENT_2)) == (28, 12)
+def test_keys_and_defaults_are_those_of_other_orchestrators() -> None:
+    assert OptimizationConfig().to_dict() == DEFAULTS
+    assert (len(DEFAULTS), sum(name.startswith("enable_") for name in DEFAULTS)) == (28, 12)
     assert OptimizationConfig().validate() == []
 
 
@@ -170,7 +170,7 @@ def test_what_is_exported_is_imported_as_it_was() -> None:
     again = OptimizationConfig.import_config(config.export_config(format="json"), format="json")
 
     assert again == config
-    assert list(again.to_dict()) == list(DOCUMENT_2)
+    assert list(again.to_dict()) == list(DEFAULTS)
     assert again.validate() == config.validate() != []
 
 
@@ -267,7 +267,7 @@ def test_a_worker_that_is_started_with_them_behaves_so(monkeypatch: pytest.Monke
     ) == ("5", "10000")
 
 
-def test_the_defaults_of_the_document_can_be_started_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_keys_make_valid_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = environment_of(monkeypatch, OptimizationConfig())
 
     assert "worker_concurrency" not in configuration(settings), "as many as there are CPUs"
@@ -332,7 +332,7 @@ def test_each_key_says_what_it_sets_or_why_it_sets_nothing() -> None:
     known = {variable(place) for place, _ in fields()}
     effects = OptimizationConfig().effects()
 
-    assert [(each.key, each.value) for each in effects] == list(DOCUMENT_2.items())
+    assert [(each.key, each.value) for each in effects] == list(DEFAULTS.items())
     assert {each.key for each in effects if not each.sets and not each.why} == set()
     set_here = {each.sets.partition("=")[0] for each in effects if each.sets}
     assert {each for each in set_here if not each.startswith("OTEL_BSP_")} <= known
