@@ -4,6 +4,7 @@ mean.
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,20 +28,19 @@ for _error, _fault in {
 
 TRACEBACK_CHARS = 4000
 MESSAGE_CHARS = 1000
-_PLATFORM_FRAMES = {
-    ("rlm_tasks", "node.py"),
-    ("rlm_tasks", "operations.py"),
-    ("rlm_tasks", "merging.py"),
-}
+_HERE = Path(__file__).parents[1]
+_HIDDEN = (
+    *(f"{_HERE / folder}{os.sep}" for folder in ("engine", "ledger", "worker")),
+    str(_HERE / "operations" / "registry.py"),
+)
+"""Files whose frames lie between Celery and the user's function: a traceback leaves them out."""
 
 
 def failure_of(index: int, error: BaseException, code: str = "") -> dict[str, Any]:
-    """Return index, code, type, message and traceback; the frames of this platform are left out."""
+    """Return index, code, type, message and traceback; the platform's own frames are left out."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [
-        frame for frame in frames if Path(frame.filename).parts[-2:] not in _PLATFORM_FRAMES
-    ] or frames[-1:]
-    text = "".join(traceback.format_list(own)) + "".join(traceback.format_exception_only(error))
+    shown = [frame for frame in frames if not frame.filename.startswith(_HIDDEN)] or frames[-1:]
+    text = "".join(traceback.format_list(shown)) + "".join(traceback.format_exception_only(error))
     return {
         "index": index,
         "code": code or classify(error).code,

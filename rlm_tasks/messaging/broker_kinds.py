@@ -31,7 +31,7 @@ class BrokerKind:
 
 REDIS = BrokerKind(
     name="redis",
-    schemes=("redis", "valkey", "sentinel"),
+    schemes=("redis", "valkey", "sentinel", "unix"),
     drivers=("redis",),
     orders_queues=True,
     counts_chords=True,

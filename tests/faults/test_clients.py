@@ -24,7 +24,7 @@ DIE_BEFORE_THE_MESSAGE = """
 import os, signal
 from rlm_tasks import Client
 client = Client()
-client._dispatcher.send_root = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+client.session.dispatcher.send_root = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 client.submit(operation="sum", items=range(1000), idempotency_key="once")
 """
 DIE_BEFORE_THE_JOB_IS_OPEN = """

@@ -24,7 +24,7 @@ def copies(own: Cell, job_id: str, times: int) -> int:
     """Send the message of every node of a job again, as often as asked."""
     nodes = [record.id for record in own.client.ledger.all_records(job_id)]
     for _ in range(times):
-        own.client._dispatcher.resend(job_id, nodes, merges=True)
+        own.client.session.delivery.resend(job_id, nodes)
     return times * len(nodes)
 
 
@@ -104,7 +104,7 @@ def test_chord_bodies_at_any_time_leave_one_result(on_shared: Cell, when: str) -
             assert found is not None or job.ready()
             if found is not None:
                 body = body_of(job.id, f"{client.settings.namespace}.normal", found)
-                client._app.send_task(body["task"], body["args"], **body["options"])
+                client.app.send_task(body["task"], body["args"], **body["options"])
 
     if when == "early and twice":
         fire()
@@ -122,7 +122,7 @@ def test_chord_bodies_at_any_time_leave_one_result(on_shared: Cell, when: str) -
     on_shared.check(job)
     if when == "late":
         for split in splits:
-            client._app.send_task(
+            client.app.send_task(
                 "rlm.merge", [job.id, split["id"]], queue=f"{client.settings.namespace}.normal"
             )
         on_shared.check(on_shared.submit())
@@ -157,8 +157,8 @@ def test_many_sweeps_at_once_do_the_work_once(on_shared: Cell) -> None:
 
     assert len(sent) == len(set(sent))
     assert {id.decode() for id in (*queued, *running)} <= set(sent)
-    ledger_dispatch = on_shared.client._dispatcher
-    ledger_dispatch.resend(job.id, sent, merges=True)
+    delivery = on_shared.client.session.delivery
+    delivery.resend(job.id, sent)
     on_shared.worker()
     on_shared.check(job)
 

@@ -227,10 +227,10 @@ class Counted(Store):
             url, namespace=NAMESPACE, timeout_s=0.1, clock=lambda: time.monotonic() + self.ahead_s
         )
 
-    def run(self, *calls: Call) -> list[Any]:
+    def _run(self, *calls: Call) -> list[Any]:
         """Count, and do as a store does."""
         self.asked += 1
-        return super().run(*calls)
+        return super()._run(*calls)
 
 
 class Guard:

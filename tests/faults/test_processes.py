@@ -266,7 +266,7 @@ def test_remote_shutdown_drains_as_a_signal_does(on_shared: Cell) -> None:
     wait_until(lambda: job.progress().done > 100)
 
     began = time.monotonic()
-    on_shared.client._app.control.shutdown()
+    on_shared.client.app.control.shutdown()
     assert worker.wait(5) == 0
     took = time.monotonic() - began
 
@@ -326,7 +326,7 @@ def test_a_revoked_and_terminated_node_ends_its_job_and_nothing_else(on_shared: 
     job = on_shared.client.submit(operation="nap", items=[30_000.0])
     wait_until(lambda: job.progress().pending == 1 and job.tree()[0].state == "running")
 
-    on_shared.client._app.control.revoke(job.id, terminate=True)
+    on_shared.client.app.control.revoke(job.id, terminate=True)
 
     wait_until(job.ready)
     assert job.status == "cancelled"

@@ -24,7 +24,7 @@ def submit_as(own: Cell, schema: int, items: int = 400) -> Job:
         params={"ms": 2, "journal": str(own.folder / "journal")},
         strategy=NWay(split_factor=4, min_chunk_size=10),
     )
-    spec, staged = own.client._stored(request)
+    spec, staged = own.client.session.stored(request)
     [job] = own.client._start([(msgspec.structs.replace(spec, schema=schema), staged)])
     return job
 
@@ -83,7 +83,7 @@ def test_a_job_of_a_newer_version_of_an_operation_waits_for_a_worker_that_has_it
     new = JobRequest(
         operation="versioned", items=range(100), strategy=NWay(split_factor=4, min_chunk_size=10)
     )
-    spec, staged = on_shared.client._stored(new)
+    spec, staged = on_shared.client.session.stored(new)
     [job] = on_shared.client._start([(msgspec.structs.replace(spec, version=2), staged)])
     assert old.get(timeout=20) == [1] * 10
     wait_until(lambda: "version 2 of operation 'versioned'; this worker has 1" in log.read_text())

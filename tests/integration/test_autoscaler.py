@@ -58,7 +58,7 @@ class Pool:
 
     def stats(self) -> dict[str, Any]:
         [host] = self.client.status().hosts
-        inspect = self.client._app.control.inspect(destination=[host.worker], timeout=10)
+        inspect = self.client.app.control.inspect(destination=[host.worker], timeout=10)
         return dict(inspect.stats()[host.worker])
 
 
@@ -149,7 +149,7 @@ def test_in_an_emergency_processes_leave_as_soon_as_they_are_done(pool: Pool) ->
 
 
 def test_its_bounds_may_be_moved_while_it_runs(pool: Pool) -> None:
-    control = pool.client._app.control
+    control = pool.client.app.control
     control.autoscale(3, 2)
     pool.wait_for(2)
     job = pool.naps(60, 100)

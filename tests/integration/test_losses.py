@@ -84,7 +84,7 @@ def test_a_revoked_leaf_cancels_its_job(own: Own) -> None:
         key=lambda each: each.lo,
     )
 
-    client._app.control.revoke(record.slot.task)
+    client.app.control.revoke(record.slot.task)
 
     with pytest.raises(JobCancelled):
         job.result(timeout=20)
@@ -160,12 +160,12 @@ def test_a_doubled_message_counts_once(client: Client) -> None:
         strategy=Binary(min_chunk_size=20),
     )
     for _ in range(3):
-        client._dispatcher.resend(job.id, [node.id for node in job.tree()], merges=True)
+        client.session.delivery.resend(job.id, [node.id for node in job.tree()])
 
     result = job.result(timeout=30)
 
     assert result.output == list(range(300))
-    client._dispatcher.resend(job.id, [node.id for node in job.tree()], merges=True)
+    client.session.delivery.resend(job.id, [node.id for node in job.tree()])
     assert job.progress().done == 300
 
 

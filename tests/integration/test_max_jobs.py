@@ -41,7 +41,7 @@ def all_free(client: Client) -> None:
     """Wait for a worker to strike ended jobs off the index, a moment after their result is
     there.
     """
-    wait_until(lambda: client._waiting_room.places() == MOST)
+    wait_until(lambda: client.session.waiting_room.places() == MOST)
 
 
 def test_a_job_beyond_the_bound_is_refused_and_taken_in_when_one_has_ended(

@@ -16,8 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from resilience.keys import Keys
 from resilience.store import Store
-from rlm_tasks.jobs.stored_items import RangeSource
 from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.jobs.stored_items import RangeSource
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.records import MERGE, ROOT, Child, Claim, Report
 from rlm_tasks.requests import JobRequest

@@ -24,11 +24,11 @@ class CountingStore(Store):
     round_trips = 0
     lost = False
 
-    def run(self, *calls: Call) -> list[Any]:
+    def _run(self, *calls: Call) -> list[Any]:
         self.round_trips += 1
         if self.lost:
             raise RedisConnectionError("cut off by the test")
-        return super().run(*calls)
+        return super()._run(*calls)
 
 
 class World:

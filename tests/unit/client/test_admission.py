@@ -242,6 +242,6 @@ def test_a_job_that_cannot_be_noted_as_waiting_is_open_and_wakes_by_its_own_time
     def lost() -> int:
         raise RedisConnectionError("cut off by the test")
 
-    monkeypatch.setattr(client._store, "now_ms", lost)
-    client._let_wait([Platform().submit(JobRequest(operation="sum", items=range(10)))])
-    assert "its own time wakes it" in caplog.text
+    monkeypatch.setattr(client.session.store, "now_ms", lost)
+    client._submission.let_wait([Platform().submit(JobRequest(operation="sum", items=range(10)))])
+    assert "it wakes at its own time" in caplog.text

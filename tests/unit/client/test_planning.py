@@ -5,10 +5,6 @@ shares of a budget.
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -16,8 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlm_tasks.client.planning import (
-    BLOCK_BYTES,
-    LOOKED_AT,
     Estimate,
     Flow,
     Plan,
@@ -27,115 +21,13 @@ from rlm_tasks.client.planning import (
     in_waves,
     nodes_of,
     paid_for,
-    sampled,
     sufficiency,
 )
-from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.jobs.items import Files, Lines
 from rlm_tasks.operations import registry
 from rlm_tasks.requests import Adaptive, Binary, JobRequest, NWay
 from tests.unit.harness import Platform
 
 registry.import_operations(())
-
-
-# --- samples ----------------------------------------------------------------------------------
-
-
-class Counted(Sequence[str]):
-    """A million items, that counts how often it was asked for one."""
-
-    asked = 0
-
-    def __len__(self) -> int:
-        return 1_000_000
-
-    def __getitem__(self, at: Any) -> Any:
-        self.asked += 1
-        return f"item {at}"
-
-
-@given(st.integers(0, 5000), st.integers(0, 9))
-def test_a_sample_lies_evenly_over_the_items(n: int, seed: int) -> None:
-    found = sampled(range(n), Random(seed))
-
-    indexes = [index for index, _ in found.items]
-    assert found.total == n
-    assert len(indexes) == min(n, LOOKED_AT)
-    assert [item for _, item in found.items] == indexes == sorted(set(indexes))
-    strides = [
-        range(at * n // len(indexes), (at + 1) * n // len(indexes)) for at in range(len(indexes))
-    ]
-    assert all(index in stride for index, stride in zip(indexes, strides, strict=True))
-
-
-def test_a_list_of_a_million_is_not_walked() -> None:
-    items = Counted()
-
-    assert sampled(items, Random(0)).total == 1_000_000
-    assert items.asked == LOOKED_AT
-
-
-@pytest.mark.parametrize("make", [set, dict.fromkeys, deque, tuple])
-def test_whatever_knows_its_length_can_be_looked_at(make: Callable[[Any], Any]) -> None:
-    found = sampled(items := make(range(3000)), Random(0))
-
-    assert found.total == 3000
-    assert len(found.items) == LOOKED_AT
-    assert list(items) == list(range(3000))
-
-
-def test_files_are_their_paths(tmp_path: Path) -> None:
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).touch()
-
-    assert sampled(Files(f"{tmp_path}/*.txt"), Random(0)).items == [
-        (0, f"{tmp_path}/a.txt"),
-        (1, f"{tmp_path}/b.txt"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("items", "words"),
-    [
-        ((at for at in range(3)), "must not use them up"),
-        (map(str, range(3)), "must not use them up"),
-        ("text", "must be an iterable of items"),
-        (7, "must be an iterable of items"),
-        (Lines("/no/such/file"), "cannot be read"),
-    ],
-)
-def test_what_cannot_be_looked_at_is_refused(items: Any, words: str) -> None:
-    with pytest.raises(InvalidRequest, match=words) as refused:
-        sampled(items, Random(0))
-
-    assert refused.value.field == "items"
-
-
-@pytest.mark.parametrize("text", ["", "one", "one\n", "one\r\ntwo", "\n\n", "one\n\ntwo\n"])
-def test_lines_of_a_short_file_are_counted_as_they_are_read(tmp_path: Path, text: str) -> None:
-    (path := tmp_path / "lines").write_bytes(text.encode())
-
-    found = sampled(Lines(path), Random(0))
-
-    with path.open() as file:
-        assert [line for _, line in found.items] == [line.rstrip("\n") for line in file]
-    assert (found.total, found.exact) == (len(found.items), True)
-
-
-def test_lines_of_a_long_file_are_estimated_from_some_blocks(tmp_path: Path) -> None:
-    random = Random(3)
-    lines = ["x" * random.randrange(200) for _ in range(40_000)]
-    (path := tmp_path / "lines").write_text("\n".join(lines))
-
-    found = sampled(Lines(path), Random(0))
-
-    assert found.exact is False
-    assert found.total == pytest.approx(len(lines), rel=0.03)
-    assert len(found.items) == LOOKED_AT
-    assert sum(len(line) for _, line in found.items) / LOOKED_AT == pytest.approx(99.5, rel=0.1)
-    (path := tmp_path / "line").write_text("x" * 20 * BLOCK_BYTES)
-    assert sampled(Lines(path), Random(0)).total == 1
 
 
 # --- time -------------------------------------------------------------------------------------

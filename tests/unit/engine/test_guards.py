@@ -16,9 +16,9 @@ from resilience.retry import RetryPolicy
 from resilience.settings import BreakerSettings
 from rlm_tasks.engine.guards import Guarded, Guards, Postponed
 from rlm_tasks.jobs import item_failures as item_failures  # it says what Celery's exceptions mean
-from rlm_tasks.jobs.stored_items import RangeSource
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Shape
+from rlm_tasks.jobs.stored_items import RangeSource
 from rlm_tasks.operations.context import Context
 from rlm_tasks.operations.protection import protection
 from rlm_tasks.operations.registry import Operation

@@ -71,7 +71,7 @@ def test_messages_that_find_nothing_to_run_leave_or_fill_their_slot() -> None:
 
 def test_a_job_that_waits_begins_when_there_is_a_place(world: World) -> None:
     platform = Platform()
-    platform.runtime.room = WaitingRoom(platform.store, platform.keys, 1)
+    platform.runtime.waiting_room = WaitingRoom(platform.store, platform.keys, 1)
     first = platform.submit(JobRequest(operation="sum", items=range(3)))
     spec = msgspec.structs.replace(first, job="later")
     assert _not_taken_in(platform.runtime, first) == ""

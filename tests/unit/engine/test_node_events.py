@@ -77,10 +77,10 @@ def test_what_nodes_tell_is_heard_by_the_monitor_and_the_clients_of_the_same_pla
     settings = Settings(namespace="second")
     app = Celery("unit", set_as_current=False)
     app.rlm_settings = settings
-    runtime, client = Runtime.of(app, settings, patience_s=1), Client(app)
+    runtime, client = Runtime.of(app, settings), Client(app)
     keys = {
         events._key
-        for events in (runtime.notices._events, Events(runtime.ledger.store), client.events)
+        for events in (runtime.node_events._events, Events(runtime.ledger.store), client.events)
     }
     assert keys == {"second:events"}
     assert client.alerts._store.namespace == "second"

@@ -83,7 +83,7 @@ def test_a_round_is_opened_once_though_the_merge_that_opened_it_is_done_again() 
     sent = platform.mailbox.sent
 
     for _ in range(3):  # woken for nothing: its round is still at work
-        platform.runtime.wake([f"{spec.job} {MERGE}"])
+        platform.runtime.delivery.wake([f"{spec.job} {MERGE}"])
         platform.mailbox.messages.remove((spec.job, MERGE))
         run_node(platform.runtime, spec.job, MERGE)
 
@@ -159,7 +159,7 @@ def test_what_a_budget_has_stopped_is_merged_and_the_next_rounds_know_it() -> No
     while int(platform.ledger.facts(spec.job)["done"]) < 20:
         platform.step()
     platform.ledger.stop(spec.job, "budget", detail="tokens")
-    platform.mailbox.resend(spec.job, [MERGE], merges=False)  # as a sweep does
+    platform.mailbox.resend(spec, [MERGE], merges=False)  # as a sweep does
 
     facts = platform.run(spec)
     answer = platform.output(spec)

@@ -18,16 +18,17 @@ from rlm_tasks.engine.shared_page import Held, SharedPage
 
 
 class Watch:
-    """A monotonic clock of ours."""
+    """A clock that stands still unless a test moves it."""
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.now = 1000.0
-        patch.setattr("rlm_tasks.engine.shared_page.time.monotonic", lambda: self.now)
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    return Watch(monkeypatch)
+def watch() -> Watch:
+    return Watch()
 
 
 # --- the level --------------------------------------------------------------------------------
@@ -41,7 +42,7 @@ def test_where_nobody_measures_there_is_no_pressure() -> None:
 def test_a_level_is_read_as_it_was_written_until_nobody_renews_it(
     watch: Watch, level: Level
 ) -> None:
-    page = SharedPage(stale_s=15)
+    page = SharedPage(stale_s=15, clock=watch)
     page.level = level
     assert page.level is level
     watch.now += 15
@@ -54,13 +55,12 @@ def test_a_level_is_read_as_it_was_written_until_nobody_renews_it(
 
 @given(st.floats(0.001, 1e9), st.sampled_from(Level), st.floats(0, 14.9))
 def test_a_level_holds_on_a_host_of_any_age(uptime_s: float, level: Level, later_s: float) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        watch = Watch(patch)
-        watch.now = uptime_s
-        page = SharedPage(stale_s=15)
-        page.level = level
-        watch.now += later_s
-        assert page.level is level
+    watch = Watch()
+    watch.now = uptime_s
+    page = SharedPage(stale_s=15, clock=watch)
+    page.level = level
+    watch.now += later_s
+    assert page.level is level
 
 
 def test_a_child_reads_what_its_parent_writes_after_the_fork() -> None:
@@ -139,7 +139,7 @@ def test_no_field_of_the_page_touches_another() -> None:
     )
     page.draining = page.hungry = page.terminating = True
     page.recall()
-    held = page.slot(0)
+    held = page.entry(0)
     held.hold(os.getpid(), "job", "node", "00" * 8, 0.0)
 
     assert (page.level, page.urgent, page.slots) == (Level.HIGH, 0b1111, 1024)
@@ -159,7 +159,7 @@ def test_a_platform_without_slots_is_never_told() -> None:
 
 def test_the_page_tells_what_each_process_holds() -> None:
     page = SharedPage()
-    first, second = page.slot(0), page.slot(7)
+    first, second = page.entry(0), page.entry(7)
     first.hold(11, "job-a", "node-a", "00112233aabbccdd", 1.5)
     second.hold(12, "job-b", "node-b", "ff" * 8, 2.5)
 
@@ -179,7 +179,7 @@ def test_a_forked_process_writes_to_the_same_page() -> None:
     page = SharedPage()
     child = os.fork()
     if child == 0:
-        page.slot(1).hold(os.getpid(), "job", "node", "00" * 8, 0.0)
+        page.entry(1).hold(os.getpid(), "job", "node", "00" * 8, 0.0)
         os._exit(0)
     os.waitpid(child, 0)
 

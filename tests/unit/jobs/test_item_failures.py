@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+
+import msgspec
 import pytest
 from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
 from celery.exceptions import Ignore, Retry
@@ -9,28 +12,101 @@ from celery.exceptions import Ignore, Retry
 from resilience.breaker import CircuitBreaker
 from resilience.errors import Category
 from resilience.faults import classify
+from rlm_tasks import JobRequest, operation
 from rlm_tasks.jobs import item_failures as item_failures  # it says what Celery's exceptions mean
-from rlm_tasks.jobs.item_failures import failure_of
-from rlm_tasks.operations.context import Context
-from rlm_tasks.operations.registry import get
+from rlm_tasks.settings import Settings
+from tests.unit.harness import Platform
 from tests.unit.world import World, world
 
 __all__ = ["world"]
 
 
-def test_a_failure_tells_the_users_frames_only() -> None:
-    try:
-        get("sum").apply(["one"], Context("j", {}))
-    except TypeError as error:
-        failure = failure_of(4, error)
+@operation("unit_fails", merge=sum)
+def unit_fails(item: int) -> int:
+    """Fail in a function of its own."""
+    return _divided(item)
 
-    assert (failure["index"], failure["type"], failure["message"]) == (
-        4,
+
+@operation("unit_fails_async", concurrency=2)
+async def unit_fails_async(item: int) -> int:
+    """Fail among others."""
+    return _divided(item)
+
+
+@operation("unit_fails_batch", merge=sum, batch=True)
+def unit_fails_batch(items: list[int]) -> int:
+    """Fail with neighbours, then alone."""
+    return sum(map(_divided, items))
+
+
+@operation("unit_fails_guarded", merge=sum, breaker=True)
+def unit_fails_guarded(item: int) -> int:
+    """Fail behind a breaker."""
+    return _divided(item)
+
+
+def _divided(item: int) -> int:
+    return item // 0
+
+
+def _fails_to_merge(outputs: object) -> int:
+    return _divided(len(list(outputs)))  # type: ignore[call-overload]
+
+
+@operation("unit_fails_merge", merge=_fails_to_merge)
+def unit_fails_merge(item: int) -> int:
+    """Leave the failing to the merge."""
+    return item
+
+
+NAMES = ("unit_fails", "unit_fails_async", "unit_fails_batch", "unit_fails_guarded")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("limit_s", [0.0, 60.0])
+def test_a_traceback_begins_at_the_users_own_line(name: str, limit_s: float) -> None:
+    platform = Platform(settings=Settings(namespace="unit", node={"item_limit_s": limit_s}))
+    spec = platform.submit(
+        JobRequest(operation=name, items=[4], options={"continue_on_error": True})
+    )
+    platform.run(spec)
+
+    [failure] = platform.ledger.failures(spec.job)
+
+    first, *_, last = failure.traceback.splitlines()
+    assert first == f'  File "{__file__}", line {_line_of(name)}, in {name}'
+    assert last == "ZeroDivisionError: integer division or modulo by zero"
+
+
+def test_a_traceback_of_a_merge_begins_at_the_users_own_line() -> None:
+    platform = Platform()
+    facts = platform.run(platform.submit(JobRequest(operation="unit_fails_merge", items=[4])))
+
+    first = msgspec.json.decode(facts["error"])["traceback"].splitlines()[0]
+    assert first.startswith(f'  File "{__file__}"')
+    assert first.endswith("in _fails_to_merge")
+
+
+def test_a_traceback_of_a_built_in_operation_begins_at_its_own_line() -> None:
+    platform = Platform()
+    spec = platform.submit(
+        JobRequest(operation="sum", items=["one"], options={"continue_on_error": True})
+    )
+    platform.run(spec)
+
+    [failure] = platform.ledger.failures(spec.job)
+    assert "builtin.py" in failure.traceback.splitlines()[0]
+    assert (failure.index, failure.type, failure.message) == (
+        0,
         "TypeError",
         "not a number: 'one'",
     )
-    assert "operations.py" not in failure["traceback"]
-    assert "sum_items" in failure["traceback"]
+
+
+def _line_of(name: str) -> int:
+    """Return the last line of a function of this file."""
+    lines, first = inspect.getsourcelines(globals()[name].function)
+    return first + len(lines) - 1
 
 
 @pytest.mark.parametrize(

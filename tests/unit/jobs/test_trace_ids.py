@@ -10,8 +10,8 @@ import pytest
 
 from rlm_tasks import JobRequest, Options
 from rlm_tasks.jobs import spec as specs
-from rlm_tasks.jobs.stored_items import RangeSource
 from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.jobs.stored_items import RangeSource
 from rlm_tasks.jobs.trace_ids import origin, trace_id_of
 
 

@@ -202,13 +202,13 @@ def test_who_asks_waits_for_its_turn_and_for_a_redis_that_is_away(
     store, tries = world.store(), []
     server = store.client.connection_pool.connection_kwargs["server"]
     server.connected = False
-    reached = store.reached
+    call = store.call
 
-    def counting(command: Any) -> Any:
-        tries.append(command)
-        return reached(command)
+    def counting(*what: Any, **more: Any) -> Any:
+        tries.append(what)
+        return call(*what, **more)
 
-    monkeypatch.setattr(store, "reached", counting)
+    monkeypatch.setattr(store, "call", counting)
     thread = Checks(settings_of(provider.base_url), store, Events(store), "a")
     thread.start()
     wait_until(lambda: len(tries) >= 3)

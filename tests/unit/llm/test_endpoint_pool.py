@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import pytest
 
-from rlm_tasks.engine import guards
 from rlm_tasks.engine.guards import Guards
 from rlm_tasks.llm.endpoint import (
     Allowance,
     Told,
 )
 from rlm_tasks.llm.endpoint_pool import EndpointPool, protections
+from rlm_tasks.operations import registry
 from rlm_tasks.settings.llm import EndpointSettings, LlmSettings, ModelSettings
 from rlm_tasks.settings.model import Settings
 from tests.unit.llm.test_endpoint_checks import CLOSED, SETTINGS, settings_of
@@ -136,7 +136,7 @@ def test_models_are_protected_where_an_endpoint_is_configured(
     def services(settings: LlmSettings) -> set[str]:
         return {
             each.service
-            for each in guards.declared(Settings(llm=settings))
+            for each in registry.protections(Settings(llm=settings))
             if each.service.startswith("llm:")
         }
 

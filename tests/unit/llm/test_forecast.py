@@ -9,15 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlm_tasks.client.planning import (
-    LOOKED_AT,
-    sampled,
-)
+from rlm_tasks.jobs.items import SAMPLED, source_of
 from rlm_tasks.llm.endpoint import estimated_prompt
-from rlm_tasks.llm.forecast import Z90, Outlook, RoundForecast, mean_and_error
+from rlm_tasks.llm.forecast import Z90, Outlook, mean_and_error
 from rlm_tasks.llm.learned import Known
 from rlm_tasks.llm.operations import _reading
 from rlm_tasks.operations import registry
+from rlm_tasks.operations.ports import RoundForecast
 from rlm_tasks.requests import JobRequest
 from rlm_tasks.settings.model import Settings
 
@@ -43,7 +41,7 @@ def forecast(
     asked = JobRequest(operation=operation, items=items, params=params)
     assert about.forecast is not None
     assert about.prepare is not None
-    rounds = about.forecast(about.prepare(asked, Settings()), sampled(items, Random(1)))
+    rounds = about.forecast(about.prepare(asked, Settings()), source_of(items).sample(Random(1)))
     return tuple(rounds(Outlook(lambda _: known, z)) for z in (0.0, Z90))
 
 
@@ -114,7 +112,7 @@ def test_a_question_reads_as_many_groups_as_its_passages_are_packed_into(
         about.prepare(JobRequest(operation="llm.ask", items=texts, params=params), Settings()).items
     )
 
-    assert first.calls == pytest.approx(len(groups), rel=0.06 if n > LOOKED_AT else 0.001)
+    assert first.calls == pytest.approx(len(groups), rel=0.06 if n > SAMPLED else 0.001)
     assert (last.operation, last.calls) == ("llm.answer", 1)
     prompts = sum(estimated_prompt(_reading(group, params, "").messages) for group in groups)
     assert first.prompt_tokens == pytest.approx(SETTLED.prompt_ratio * prompts, rel=0.06)

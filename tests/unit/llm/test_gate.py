@@ -14,9 +14,9 @@ import pytest
 from resilience.degradation import Strategy
 from resilience.errors import BulkheadFull, CallTimeout, Denied, RateLimited
 from rlm_tasks.engine.guards import Guards, Postponed
-from rlm_tasks.jobs.stored_items import RangeSource
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Shape
+from rlm_tasks.jobs.stored_items import RangeSource
 from rlm_tasks.llm.endpoint import Allowance, Answer, ProviderDown, Told, UnusableAnswer
 from rlm_tasks.llm.gate import BudgetSpent, Gate, Pass
 from rlm_tasks.operations import registry

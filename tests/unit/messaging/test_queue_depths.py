@@ -19,7 +19,7 @@ from kombu.transport import redis as redis_transport
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from rlm_tasks.celery import configuration
-from rlm_tasks.messaging.broker import ANSWER_S
+from rlm_tasks.messaging.broker_kinds import RABBITMQ
 from rlm_tasks.messaging.queue_depths import QueueGauge
 from rlm_tasks.settings.model import Settings
 from scheduler.queues import QueueReport
@@ -322,4 +322,4 @@ def test_a_broker_that_is_away_is_tried_once_more_and_one_that_hangs_is_not(
         gauge.read(["low"])
     assert amqp.errors == []
     assert amqp.released
-    assert amqp.patience_s == ANSWER_S, "who hangs is not waited for without end"
+    assert amqp.patience_s == RABBITMQ.socket_timeout_s, "who hangs is not waited for without end"

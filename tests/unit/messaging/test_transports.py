@@ -14,8 +14,8 @@ from celery.backends.redis import RedisBackend, SentinelBackend
 from redis.connection import SSLConnection
 
 from rlm_tasks.celery import configuration
-from rlm_tasks.messaging import transports
-from rlm_tasks.messaging.transports import ANSWER_S, WATCHED_ANSWER_S, speaks_redis
+from rlm_tasks.messaging.broker_kinds import broker
+from rlm_tasks.messaging.transports import ANSWER_S, WATCHED_ANSWER_S
 from rlm_tasks.settings.model import Settings
 
 VERIFIED = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}
@@ -71,7 +71,7 @@ def test_a_socket_of_this_machine_is_said_in_celerys_words() -> None:
 
 
 def test_each_sentinel_may_be_asked_first_so_each_has_password_and_database() -> None:
-    found = transports.broker(watched())
+    found = broker(watched())
 
     assert found["broker_url"] == "sentinel://:hush@one:26380/2;sentinel://:hush@two:26379/2"
     options = found["broker_transport_options"]
@@ -97,7 +97,7 @@ def test_the_result_backend_finds_the_primary_by_the_same_sentinels() -> None:
 
 
 def test_platforms_on_one_rabbitmq_do_not_hear_each_other() -> None:
-    found = transports.broker(Settings(broker_url="amqp://host//", namespace="second"))
+    found = broker(Settings(broker_url="amqp://host//", namespace="second"))
 
     assert found == {
         "broker_url": "amqp://host//",
@@ -117,7 +117,7 @@ def test_platforms_on_one_rabbitmq_do_not_hear_each_other() -> None:
 def test_rabbitmqs_client_is_told_of_tls_in_its_own_words(
     options: str, told: dict[str, Any]
 ) -> None:
-    found = transports.broker(Settings(broker_url=f"amqps://host//{options}"))
+    found = broker(Settings(broker_url=f"amqps://host//{options}"))
 
     assert found["broker_url"] == "amqps://host//"
     assert found["broker_use_ssl"] == told
@@ -127,21 +127,6 @@ def test_each_queue_is_bound_by_its_own_name() -> None:
     assert {each.name: each.routing_key for each in app_of(namespace="q").conf.task_queues} == {
         name: name for name in ("q.critical", "q.high", "q.normal", "q.low")
     }
-
-
-@pytest.mark.parametrize(
-    ("url", "is_redis"),
-    [
-        ("redis://h", True),
-        ("rediss://h", True),
-        (WATCHED, True),
-        (["redis://h"], True),
-        ("amqp://h", False),
-        ([], False),
-    ],
-)
-def test_brokers_that_are_a_redis_are_known(url: Any, is_redis: bool) -> None:
-    assert speaks_redis(url) is is_redis
 
 
 # --- beat, and what is shown ------------------------------------------------------------------

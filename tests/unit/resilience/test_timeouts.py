@@ -44,9 +44,9 @@ class Counted(Store):
             "redis://fake", client=fakeredis.FakeRedis(server=self.server), clock=self.time
         )
 
-    def ask(self, *calls: Call) -> list[Any]:
+    def _run(self, *calls: Call) -> list[Any]:
         self.asked += 1
-        return super().ask(*calls)
+        return super()._run(*calls)
 
     def weights(self) -> dict[int, float]:
         """Return the histogram as it is stored."""

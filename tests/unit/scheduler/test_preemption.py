@@ -391,12 +391,12 @@ def test_only_for_what_is_more_urgent_and_waits_for_this_worker_a_message_goes_b
         runtime.preemption.insist(queue, runtime.preemption.announce(queue, [f"a node of {queue}"]))
         store.call(runtime.preemption.win(queue), runtime.preemption.yielded(queue, "somebody"))
 
-    assert not runtime.stands_aside(f"unit.{mine}"), "Redis hands over what is more urgent first"
+    assert not runtime.goes_back(f"unit.{mine}"), "Redis hands over what is more urgent first"
     runtime.in_order = False
-    assert runtime.stands_aside(f"unit.{mine}") == (asked > 0)
+    assert runtime.goes_back(f"unit.{mine}") == (asked > 0)
     for queue in ("unit.critical", "unit.high")[:asked]:
         runtime.preemption.settle(queue, f"a node of {queue}")
-    assert not runtime.stands_aside(f"unit.{mine}")
+    assert not runtime.goes_back(f"unit.{mine}")
 
 
 # --- while Redis is away ----------------------------------------------------------------------

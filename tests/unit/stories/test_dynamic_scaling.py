@@ -4,6 +4,7 @@ it nothing does.
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_pools(follows: bool) -> None:
     page = SimpleNamespace(level=Level.HIGH)
     app = SimpleNamespace(
         rlm_settings=Settings(),
-        rlm_runtime=lambda: SimpleNamespace(page=page),
+        rlm_runtime=lambda: SimpleNamespace(page=page, clock=time.monotonic),
         rlm_queued=lambda: 9,
     )
     consumer = SimpleNamespace(_update_prefetch_count=lambda _: None)

@@ -199,15 +199,15 @@ def test_who_asks_for_room_while_the_guard_looks_is_not_forgotten(
     pressed: Any, counted: dict[str, set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform = pressed(1)
-    stock = platform.store.run
+    stock = platform.store.call
 
-    def run_and_be_asked(*calls: Call) -> list[Any]:
-        answers = stock(*calls)
+    def call_and_be_asked(*calls: Call, **more: Any) -> list[Any]:
+        answers: list[Any] = stock(*calls, **more)
         platform.guard.make_room("unit.critical")
         return answers
 
     with monkeypatch.context() as patch:
-        patch.setattr(platform.guard._ledger.store, "run", run_and_be_asked)
+        patch.setattr(platform.guard._ledger.store, "call", call_and_be_asked)
         platform.guard._exchange(0.0)
     assert platform.runtime.page.urgent == rank_of("critical"), "it was asked for after the look"
 

@@ -17,9 +17,8 @@ from resilience.bucket import Rate
 from resilience.degradation import CONSTRAINTS, IN_FORCE, Level, ResourceConstraints, Strategy
 from resilience.retry import RetryPolicy
 from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, Options, operation
-from rlm_tasks.client.job import _receipt
 from rlm_tasks.jobs.spec import JobSpec
-from rlm_tasks.results import Receipt, Shaped, Status
+from rlm_tasks.results import Receipt, Shaped, Status, receipt_of
 from tests.unit.resilience.test_degradation import (
     EMBEDDINGS,
     EXPENSIVE,
@@ -74,7 +73,7 @@ class PressedPlatform(WaitingPlatform):
         assert self.ledger.release(
             held.job, held.node, held.token, self.random.choice([-1, -2, held.item]), died_of
         )
-        self.mailbox.resend(held.job, [held.node], merges=True)
+        self.runtime.delivery.resend(held.job, [held.node])
 
     def note(self, items: list[dict[str, Any]], level: Level) -> None:
         """Note what items were asked that were run together."""
@@ -107,7 +106,7 @@ _platform: list[PressedPlatform] = []
 
 def told(facts: dict[str, str]) -> Told:
     """Return a job's receipt as a table."""
-    return {(each.strategy, each.level): each.items for each in _receipt([facts])}
+    return {(each.strategy, each.level): each.items for each in receipt_of([facts])}
 
 
 def item(i: int, *asks: str, ms: float = 0, fails: str = "", then: str = "") -> dict[str, Any]:
@@ -572,7 +571,7 @@ def test_a_receipt_is_in_the_order_of_its_words_and_says_what_it_means() -> None
         "shaped:reduce_entity_limits:high": "20",
     }
 
-    receipt = _receipt([facts])
+    receipt = receipt_of([facts])
 
     assert receipt == Receipt(
         [
@@ -584,4 +583,4 @@ def test_a_receipt_is_in_the_order_of_its_words_and_says_what_it_means() -> None
         str(receipt)
         == "reduce_entity_limits at high: 20 items; use_simplified_methods at critical: 2 items"
     )
-    assert str(_receipt([{"state": "running"}])) == "nothing was left out"
+    assert str(receipt_of([{"state": "running"}])) == "nothing was left out"

@@ -22,7 +22,6 @@ from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, O
 from rlm_tasks.engine.guards import Guards
 from rlm_tasks.engine.outcome import NodeOutcome
 from rlm_tasks.jobs.spec import JobSpec
-from rlm_tasks.messaging.delivery import wake
 from rlm_tasks.operations import registry
 from rlm_tasks.results import Status
 from tests.unit.harness import Platform
@@ -118,11 +117,7 @@ class WaitingPlatform(Platform):
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
-        self.runtime.guards = Guards(
-            self.store,
-            self.settings,
-            lambda waiters: wake(self.ledger, self.mailbox, waiters),  # type: ignore[arg-type]  # has the dispatcher's verbs
-        )
+        self.runtime.guards = Guards(self.store, self.settings, self.runtime.delivery.wake)
         self.parked = 0
 
     def run_all(self, spec: JobSpec) -> dict[str, str]:
@@ -141,12 +136,12 @@ class WaitingPlatform(Platform):
     def _wake_some(self, job: str, nodes: list[str]) -> None:
         """By name, or by a time that has come; twice must not matter."""
         if self.random.random() < 0.5:
-            wake(self.ledger, self.mailbox, [f"{job} {node}" for node in (*nodes, *nodes[:1])])  # type: ignore[arg-type]  # as above
+            self.runtime.delivery.wake([f"{job} {node}" for node in (*nodes, *nodes[:1])])
             return
         self.store.client.zadd(self.keys.of(job).due, dict.fromkeys(nodes, 1))
         for _ in range(2):
             sent = self.ledger.sweep(job).send
-            self.mailbox.resend(job, sent, merges=True)
+            self.runtime.delivery.resend(job, sent)
 
 
 SHAPES: list[dict[str, Any]] = [
@@ -465,7 +460,7 @@ def test_a_node_that_meets_a_worker_which_does_not_know_its_operation_keeps_its_
     platform.run(spec)
     node = platform.store.client.hget(platform.keys.of(spec.job).nodes, "root")
     assert json.loads(node)["tr"] == 1
-    wake(platform.ledger, platform.mailbox, [f"{spec.job} root"])  # type: ignore[arg-type]  # as above
+    platform.runtime.delivery.wake([f"{spec.job} root"])
     with monkeypatch.context() as patch:
         patch.delitem(registry._registry, "unit_waits")
         platform.run(spec)

@@ -231,7 +231,7 @@ def test_celerys_lines_per_message_are_for_debug(caplog: pytest.LogCaptureFixtur
     ]
 
 
-def test_a_node_that_stands_aside_is_for_debug_and_other_warnings_are_not(
+def test_a_node_that_goes_back_is_for_debug_and_other_warnings_are_not(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     logs.mark_records()

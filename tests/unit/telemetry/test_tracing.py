@@ -176,7 +176,7 @@ def recover(platform: Platform, spec: JobSpec) -> None:
         if record["s"] == "r":
             platform.ledger.release(spec.job, id.decode(), record["k"], -1, "")
         if record["s"] in "rq":
-            platform.mailbox.resend(spec.job, [id.decode()], merges=True)
+            platform.mailbox.resend(spec, [id.decode()], merges=True)
 
 
 def test_an_attempt_that_came_to_nothing_stands_beside_the_one_that_did(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,7 +65,7 @@ def autoscaled(
     takes.
     """
     changes: list[int] = []
-    runtime = SimpleNamespace(page=SimpleNamespace(level=level))
+    runtime = SimpleNamespace(page=SimpleNamespace(level=level), clock=time.monotonic)
     app: Any = SimpleNamespace(
         rlm_runtime=lambda: runtime, rlm_settings=SimpleNamespace(autoscale=AutoscaleSettings())
     )

@@ -331,7 +331,7 @@ def test_memory_that_the_platform_may_fill_is_what_is_free_and_what_its_nodes_ho
     machine: Machine,
 ) -> None:
     for index in range(3):  # three threads of one process
-        machine.page.slot(index).hold(os.getpid(), "job", f"node{index}", "00" * 8, 0.0)
+        machine.page.entry(index).hold(os.getpid(), "job", f"node{index}", "00" * 8, 0.0)
     machine.measure(20.0)
     assert machine.page.free_mb == 800.0
     assert machine.page.available_mb == pytest.approx(800 + held_mb(os.getpid()), rel=0.05)

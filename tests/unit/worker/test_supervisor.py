@@ -25,7 +25,7 @@ def test_a_process_that_was_reaped_on_the_way_is_known_by_its_exit_code(
     platform = Platform()
     spec = platform.submit(JobRequest(operation="sum", items=range(10)))
     platform.ledger.claim(spec.job, ROOT, TOKEN, "unit")
-    slot = platform.runtime.page.slot(0)
+    slot = platform.runtime.page.entry(0)
     slot.hold(NO_CHILD, spec.job, ROOT, TOKEN, 0.0)
     slot.start_item(3)
 
@@ -42,7 +42,7 @@ def test_one_that_celery_has_noticed_is_left_to_it_for_a_while() -> None:
     platform = Platform()
     spec = platform.submit(JobRequest(operation="sum", items=range(10)))
     platform.ledger.claim(spec.job, ROOT, TOKEN, "unit")
-    platform.runtime.page.slot(0).hold(NO_CHILD, spec.job, ROOT, TOKEN, 0.0)
+    platform.runtime.page.entry(0).hold(NO_CHILD, spec.job, ROOT, TOKEN, 0.0)
     guard = Supervisor(platform.runtime, {}, lambda: 1, list)
 
     guard._reap(100.0)

@@ -1,11 +1,14 @@
-"""The tasks of the engine: messages for a newer worker."""
+"""Messages for a newer worker go back to their queue."""
 
 from __future__ import annotations
 
 import pytest
 
-from rlm_tasks.engine.tasks import beyond_this_worker
+from rlm_tasks.engine.message_handlers import beyond_this_worker
 from rlm_tasks.jobs.spec import SCHEMA
+from rlm_tasks.operations import registry
+
+registry.import_operations(())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,142 @@
+"""Sources of items: how each kind is sampled, stored and described."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import fakeredis
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resilience.store import Store
+from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.jobs.items import BLOCK_BYTES, SAMPLED, Files, Lines, source_of
+from rlm_tasks.jobs.stored_items import ItemReader, ItemWriter
+
+
+class Counted(Sequence[str]):
+    """A million items, that counts how often it was asked for one."""
+
+    asked = 0
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def __getitem__(self, at: Any) -> Any:
+        self.asked += 1
+        return f"item {at}"
+
+
+@given(st.integers(0, 5000), st.integers(0, 9))
+def test_a_sample_lies_evenly_over_the_items(n: int, seed: int) -> None:
+    found = source_of(range(n)).sample(Random(seed))
+
+    indexes = [index for index, _ in found.items]
+    assert found.total == n
+    assert len(indexes) == min(n, SAMPLED)
+    assert [item for _, item in found.items] == indexes == sorted(set(indexes))
+    strides = [
+        range(at * n // len(indexes), (at + 1) * n // len(indexes)) for at in range(len(indexes))
+    ]
+    assert all(index in stride for index, stride in zip(indexes, strides, strict=True))
+
+
+def test_a_list_of_a_million_is_not_walked() -> None:
+    items = Counted()
+
+    assert source_of(items).sample(Random(0)).total == 1_000_000
+    assert items.asked == SAMPLED
+
+
+@pytest.mark.parametrize("make", [set, dict.fromkeys, deque, tuple])
+def test_whatever_knows_its_length_can_be_looked_at(make: Callable[[Any], Any]) -> None:
+    found = source_of(items := make(range(3000))).sample(Random(0))
+
+    assert found.total == 3000
+    assert len(found.items) == SAMPLED
+    assert list(items) == list(range(3000))
+
+
+def test_files_are_their_paths(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).touch()
+
+    assert source_of(Files(f"{tmp_path}/*.txt")).sample(Random(0)).items == [
+        (0, f"{tmp_path}/a.txt"),
+        (1, f"{tmp_path}/b.txt"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ((at for at in range(3)), "must not use them up"),
+        (map(str, range(3)), "must not use them up"),
+        ("text", "must be an iterable of items"),
+        (7, "must be an iterable of items"),
+        (Lines("/no/such/file"), "cannot be read"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_refused(items: Any, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as refused:
+        source_of(items).sample(Random(0))
+
+    assert refused.value.field == "items"
+
+
+@pytest.mark.parametrize("text", ["", "one", "one\n", "one\r\ntwo", "\n\n", "one\n\ntwo\n"])
+def test_lines_of_a_short_file_are_counted_as_they_are_read(tmp_path: Path, text: str) -> None:
+    (path := tmp_path / "lines").write_bytes(text.encode())
+
+    found = source_of(Lines(path)).sample(Random(0))
+
+    with path.open() as file:
+        assert [line for _, line in found.items] == [line.rstrip("\n") for line in file]
+    assert (found.total, found.exact) == (len(found.items), True)
+
+
+def test_lines_of_a_long_file_are_estimated_from_some_blocks(tmp_path: Path) -> None:
+    random = Random(3)
+    lines = ["x" * random.randrange(200) for _ in range(40_000)]
+    (path := tmp_path / "lines").write_text("\n".join(lines))
+
+    found = source_of(Lines(path)).sample(Random(0))
+
+    assert found.exact is False
+    assert found.total == pytest.approx(len(lines), rel=0.03)
+    assert len(found.items) == SAMPLED
+    assert sum(len(line) for _, line in found.items) / SAMPLED == pytest.approx(99.5, rel=0.1)
+    (path := tmp_path / "line").write_text("x" * 20 * BLOCK_BYTES)
+    assert source_of(Lines(path)).sample(Random(0)).total == 1
+
+
+# --- stored, read and described ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("items", "place"),
+    [
+        (range(10, 5000, 2), "3008 of a range"),
+        ([f"item {at}" for at in range(3000)], "stored item 1499"),
+        (Files("{folder}/*"), "stored item 1499"),
+        (Lines("{folder}/lines"), "{folder}/lines, line 1500"),
+    ],
+)
+def test_each_kind_is_read_as_it_is_iterated(items: Any, place: str, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("".join(f"line {at}\n" for at in range(3000)))
+    if isinstance(items, Lines):
+        items = Lines(tmp_path / "lines")
+    if isinstance(items, Files):
+        items = Files(f"{tmp_path}/*")
+    store = Store("redis://fake", client=fakeredis.FakeRedis())
+
+    writer = ItemWriter(store, "index", "blocks", ttl_s=60, max_item_bytes=1 << 20)
+    stored, n = source_of(items).write(writer)
+
+    assert list(ItemReader(store).read(stored, "index", "blocks", 0, n)) == list(source_of(items))
+    assert stored.describe(1499) == place.replace("{folder}", str(tmp_path))
