@@ -1,7 +1,8 @@
-"""Decide how a range is cut, and when a running node hands over its rest.
+"""How a range of items is cut into parts, and when a running node hands over its rest.
 
-Pure functions over sizes and timings: no Redis, no Celery, no clock.  Every cut returns half-open
-ranges that tile what was cut, in order.
+The engine asks at the end of each slice (`should_yield`, `may_fan_out`); planning uses `plan`.  All
+are pure functions over sizes and times: no Redis, no Celery, no clock.  Each cut returns half-open
+ranges that tile the range before it, in order.  Begin with `Reason` and its table `RULES`.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ from typing import Literal
 import msgspec
 
 ROOT_PARTS_PER_SLOT = 4
-"""A first fan-out of 4 parts per slot comes within 5 % of the ideal makespan: docs/design.md,
-Splitting.
-"""
+"""Parts per live slot of the first fan-out: 4 come within 5 % of the ideal total time.
+
+See docs/design.md, Splitting."""
 MAX_FANOUT = 1000
-"""Children one node may publish: it bounds the memory of one chord and the length of one script."""
+"""Most children of one node: this bounds the memory of one chord and the time of one script."""
 WORTH_PLANNING_MS = 200.0
-"""A root that knows its items to take this long in all fans out before it runs the first, which may
-be a long one.
-"""
+"""A root whose items are known to take this long in all fans out before it runs one.
+
+The first item may be a long one."""
 MIN_CHUNK_MS = 20.0
-"""Less work than this is not worth a message of about 2 ms on an idle slot."""
+"""A shorter part is not worth its message, which takes about 2 ms on an idle slot."""
 
 
 class Reason(StrEnum):
-    """Why a node ends before its range does."""
+    """Why a node ends before its range does; users read the text in the tree of a job."""
 
     PLANNED = "its strategy plans it so"
     ISOLATE = "an item in its range was in flight when a process died"
@@ -38,7 +39,7 @@ class Reason(StrEnum):
     FULL = "it has run its largest chunk"
     PREEMPTED = "more urgent work waits for a slot"
     DRAINING = "its worker is draining"
-    FLUSH = "what runs may decide the job"
+    FLUSH = "its results are needed now"
     WAITING = "a bucket is empty, a breaker is open or a bulkhead is full"
     RETRY = "an item is to be tried again later"
     STOPPED = "the job ends"
@@ -46,48 +47,51 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CutRule:
-    """What a reason to cut fixes: how many children, when they may run, whether the tree gets
-    deeper.
-    """
+    """The consequences of one reason to cut; the engine reads them at the cut."""
 
     children: Literal["none", "one", "many"]
-    when: Literal["never", "now", "later"]
-    deeper: bool
+    """Nodes that get the rest: none, one (a tail call), or many (a chord).
+
+    A rest that cannot be split goes to one node also where the row says many."""
+    urgent: bool = False
+    """The node stops at once: it waits for no item in flight."""
+    may_be_put_off: bool = False
+    """The node may go on while a cut would make it repeat items that have ended."""
+    isolates: bool = False
+    """The item that is the reason becomes a node of its own; its neighbours run now."""
 
 
 RULES: dict[Reason, CutRule] = {
-    Reason.PLANNED: CutRule("many", "now", deeper=True),
-    Reason.ISOLATE: CutRule("many", "now", deeper=True),
-    Reason.HUNGRY: CutRule("many", "now", deeper=True),
-    Reason.TARGET: CutRule("one", "now", deeper=False),
-    Reason.FULL: CutRule("one", "now", deeper=False),
-    Reason.PREEMPTED: CutRule("one", "now", deeper=False),
-    Reason.DRAINING: CutRule("one", "now", deeper=False),
-    Reason.FLUSH: CutRule("one", "now", deeper=False),
-    Reason.WAITING: CutRule("one", "later", deeper=False),
-    Reason.RETRY: CutRule(
-        "many", "later", deeper=True
-    ),  # the item alone waits; its neighbours run now
-    Reason.STOPPED: CutRule("none", "never", deeper=False),
+    Reason.PLANNED: CutRule("many"),
+    Reason.ISOLATE: CutRule("many", isolates=True),
+    Reason.HUNGRY: CutRule("many"),
+    Reason.TARGET: CutRule("one", may_be_put_off=True),
+    Reason.FULL: CutRule("one", may_be_put_off=True),
+    Reason.PREEMPTED: CutRule("one", urgent=True),
+    Reason.DRAINING: CutRule("one", urgent=True),
+    Reason.FLUSH: CutRule("one", urgent=True),
+    Reason.WAITING: CutRule("one"),
+    Reason.RETRY: CutRule("many", isolates=True),
+    Reason.STOPPED: CutRule("none", urgent=True),
 }
 
 
 class Shape(msgspec.Struct, frozen=True):
-    """A strategy, settled: what it fixes for every node of its job."""
+    """A strategy with all its sizes fixed, the same for every node of its job."""
 
     mode: Literal["sequential", "flat", "tree"]
-    factor: int = 2  # children of one planned split, and most of one cut
+    factor: int = 2  # children of one planned split, and the most of one cut
     min_chunk: int = 1  # items; no cut is smaller
     plan_min: int = 1  # items; no part of a planned tree is smaller
-    max_chunk: int = 0  # items; no node works through more; 0: no bound
-    exact: bool = False  # planned parts have max_chunk items each, the last one the rest
+    max_chunk: int = 0  # items; no node runs more; 0: no bound
+    exact: bool = False  # planned parts have max_chunk items each, the last one has the rest
     max_depth: int = 10
-    eager: bool = False  # the plan is carried out before any item runs
-    target_ms: float = 1000.0
+    eager: bool = False  # the range is cut as planned before any item runs
+    target_ms: float = 1000.0  # running time after which a node hands over its rest
 
     @property
     def bounded(self) -> bool:
-        """Whether parts must keep to a smallest or largest size."""
+        """Whether parts have a smallest or largest size."""
         return self.min_chunk > 1 or self.max_chunk > 0
 
 
@@ -114,24 +118,24 @@ Part = Leaf | Fork
 
 
 def leaves(part: Part) -> list[Leaf]:
-    """Return the nodes of a plan, in item order."""
+    """Return the leaves of a plan, in item order."""
     if isinstance(part, Leaf):
         return [part]
     return [leaf for inner in part.parts for leaf in leaves(inner)]
 
 
 def evenly(lo: int, hi: int, count: int) -> list[tuple[int, int]]:
-    """Cut a range into `count` parts whose sizes differ by one at most."""
+    """Return `count` parts of a range whose sizes differ by one at most."""
     size, more = divmod(hi - lo, count)
     edges = [lo + i * size + min(i, more) for i in range(count + 1)]
     return list(itertools.pairwise(edges))
 
 
 def tapered(lo: int, hi: int, count: int) -> list[tuple[int, int]]:
-    """Cut a range into `count` parts that become smaller in even steps, each with an item at least.
+    """Return `count` parts of a range that become smaller in even steps, of one item at least.
 
-    Late parts are small, so slots end together whatever the items cost: the idea of guided
-    self-scheduling (Polychronopoulos and Kuck, 1987).
+    The last parts are small, so slots end together even when some items take long.  This is the
+    idea of guided self-scheduling (Polychronopoulos and Kuck, 1987).
     """
     spare, steps = hi - lo - count, count * (count + 1) // 2
     edges, weight = [lo], 0
@@ -151,17 +155,17 @@ def fork(lo: int, hi: int, depth: int, count: int, *, bounded: bool = False) -> 
 
 
 def isolate(lo: int, hi: int, depth: int, suspects: list[int]) -> Fork:
-    """Return a split in which each suspect item is a node of its own."""
+    """Return a split in which each suspect item is a node of its own, one level deeper."""
     around = {edge for index in suspects for edge in (index, index + 1) if lo < edge < hi}
     edges = sorted({lo, hi} | around)
     return Fork(lo, hi, depth, tuple(Leaf(a, b, depth + 1) for a, b in itertools.pairwise(edges)))
 
 
 def plan(shape: Shape, lo: int, hi: int, depth: int, slots: int) -> Part:
-    """Return the tree a strategy makes of a range from its size alone.
+    """Return the tree that a strategy makes of a range, from its size alone.
 
-    An eager shape is planned to its smallest parts, at most MAX_FANOUT at a time: a part that is
-    still too large plans again when it runs.  Others are planned for about 4 parts per live slot.
+    An eager shape is planned down to its smallest parts, at most MAX_FANOUT at a time.  A part that
+    is still too large plans again when it runs.  Other shapes get about 4 parts per live slot.
     """
     if shape.mode == "sequential":
         return Leaf(lo, hi, depth)
@@ -204,7 +208,7 @@ def _flat(shape: Shape, lo: int, hi: int, depth: int, slots: int) -> Part:
 
 
 def _grouped(shape: Shape, lo: int, hi: int, depth: int, needed: int) -> Fork:
-    """Put a fan-out too wide for one chord under several, each a whole number of chunks."""
+    """Return groups for a fan-out too wide for one chord; each has a whole number of chunks."""
     groups = -(-needed // MAX_FANOUT)
     step = -(-needed // groups) * shape.max_chunk
     return Fork(
@@ -214,19 +218,19 @@ def _grouped(shape: Shape, lo: int, hi: int, depth: int, needed: int) -> Fork:
 
 @dataclass(frozen=True, slots=True)
 class NodeProgress:
-    """Where a running node stands at a slice boundary."""
+    """How far a running node is at the end of a slice."""
 
-    done: int  # items it has worked through
+    done: int  # items it has run
     rest: int  # items it still owns
-    elapsed_ms: float
+    elapsed_ms: float  # since its claim
     depth: int
-    order: str = "go"  # the ledger's word: go, stop, flush
+    order: str = "go"  # the ledger's answer to the pulse: go, stop, flush
     draining: bool = False
-    preempted: bool = False  # it has won the right to make room
+    preempted: bool = False  # it holds the token to yield its slot
 
     @property
     def rest_ms(self) -> float:
-        """Estimated time of the rest, at the pace so far."""
+        """Estimated time of the rest in milliseconds, at the pace so far."""
         return self.elapsed_ms / max(self.done, 1) * self.rest
 
 
@@ -249,7 +253,7 @@ def should_yield(shape: Shape, at: NodeProgress) -> Reason | None:
 
 
 def may_fan_out(shape: Shape, at: NodeProgress) -> bool:
-    """Say whether the rest is worth more than one child."""
+    """Return whether the rest is worth more than one child."""
     deep = at.depth >= shape.max_depth or shape.mode == "sequential"
     return (
         not deep and at.rest >= 2 * shape.min_chunk and at.rest >= 2 and at.rest_ms >= MIN_CHUNK_MS
@@ -257,10 +261,11 @@ def may_fan_out(shape: Shape, at: NodeProgress) -> bool:
 
 
 def share_out(shape: Shape, at: NodeProgress, lo: int, hi: int, wants: int) -> Fork:
-    """Cut a rest for `wants` free slots and the slot that cuts it.
+    """Return a split of the rest for `wants` free slots and the slot of the node itself.
 
-    Where the rest is long enough it is cut into `factor` parts, so that the next slot to become
-    free finds a part in its queue and need not wait for another cut."""
+    A long rest is cut into `factor` parts.  Then the next slot that becomes free finds a part in
+    its queue and need not wait for another cut.
+    """
     spare = min(shape.factor, int(at.rest_ms / (2 * MIN_CHUNK_MS)))
     count = min(max(wants + 1, spare), MAX_FANOUT, (hi - lo) // shape.min_chunk)
     return fork(lo, hi, at.depth, max(2, count), bounded=shape.bounded)
@@ -269,9 +274,9 @@ def share_out(shape: Shape, at: NodeProgress, lo: int, hi: int, wants: int) -> F
 def estimate_optimal_chunk_size(
     total_items: int, estimated_item_processing_time_ms: float, target_parallelism: int
 ) -> int:
-    """Return a chunk size that keeps every slot busy and still pays for its message.
+    """Return a chunk size in items that keeps every slot busy and is worth its message.
 
-    10,000 items of 5 ms on 8 slots give 1,250.  Chunks hold at least 20 ms of work (MIN_CHUNK_MS).
+    10,000 items of 5 ms on 8 slots give 1,250.  A chunk has at least 20 ms of work (MIN_CHUNK_MS).
     Raises ValueError for sizes below one and times that are not positive.
     """
     if total_items < 1 or target_parallelism < 1 or estimated_item_processing_time_ms <= 0:

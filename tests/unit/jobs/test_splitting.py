@@ -149,8 +149,8 @@ def test_suspects_are_isolated() -> None:
     ]
 
 
-def standing(**changed: object) -> NodeProgress:
-    """Return a standing in mid-run, with some facts changed."""
+def progress(**changed: object) -> NodeProgress:
+    """Return the progress of a node in mid-run, with some facts changed."""
     facts: dict[str, object] = {"done": 50, "rest": 50, "elapsed_ms": 100.0, "depth": 1}
     return NodeProgress(**{**facts, **changed})  # type: ignore[arg-type]  # facts of the right types
 
@@ -174,13 +174,34 @@ def standing(**changed: object) -> NodeProgress:
 def test_a_node_yields_for_its_most_urgent_reason(
     changed: dict[str, object], reason: Reason | None
 ) -> None:
-    assert should_yield(Shape("flat", 4, min_chunk=10, max_chunk=80), standing(**changed)) == reason
+    assert should_yield(Shape("flat", 4, min_chunk=10, max_chunk=80), progress(**changed)) == reason
+
+
+def having(**fields: object) -> set[Reason]:
+    """Return the reasons whose rows have these values."""
+    return {
+        reason
+        for reason, rule in RULES.items()
+        if all(getattr(rule, name) == value for name, value in fields.items())
+    }
 
 
 def test_every_reason_has_its_row_in_the_table() -> None:
     assert set(RULES) == set(Reason)
-    assert all(rule.deeper == (rule.children == "many") for rule in RULES.values())
-    assert [reason for reason, rule in RULES.items() if rule.when == "never"] == [Reason.STOPPED]
+    assert having(children="none") == {Reason.STOPPED}
+
+
+def test_a_boundary_stops_at_once_or_may_put_the_cut_off() -> None:
+    """Each reason that `should_yield` returns is either urgent or may be put off, never both."""
+    at_a_boundary = {Reason.STOPPED, Reason.FLUSH, Reason.DRAINING, Reason.PREEMPTED}
+
+    assert having(urgent=True) == at_a_boundary
+    assert having(may_be_put_off=True) == {Reason.TARGET, Reason.FULL}
+
+
+def test_an_isolated_item_leaves_its_neighbours_to_other_nodes() -> None:
+    assert having(isolates=True) == {Reason.ISOLATE, Reason.RETRY}
+    assert having(isolates=True) < having(children="many")
 
 
 @pytest.mark.parametrize(
@@ -197,17 +218,17 @@ def test_every_reason_has_its_row_in_the_table() -> None:
 def test_a_rest_is_shared_when_it_is_worth_a_message(
     changed: dict[str, object], answer: bool
 ) -> None:
-    assert may_fan_out(Shape("flat", 4, min_chunk=3, max_depth=3), standing(**changed)) is answer
+    assert may_fan_out(Shape("flat", 4, min_chunk=3, max_depth=3), progress(**changed)) is answer
 
 
 def test_sequential_jobs_and_short_rests_are_not_shared() -> None:
-    assert not may_fan_out(Shape("sequential"), standing())
-    assert len(share_out(Shape("flat", 4), standing(elapsed_ms=60.0), 50, 100, 1).parts) == 2
-    assert len(share_out(Shape("flat", 4), standing(elapsed_ms=900.0), 50, 100, 1).parts) == 4
-    assert len(share_out(Shape("flat", 4), standing(elapsed_ms=900.0), 50, 100, 7).parts) == 8
+    assert not may_fan_out(Shape("sequential"), progress())
+    assert len(share_out(Shape("flat", 4), progress(elapsed_ms=60.0), 50, 100, 1).parts) == 2
+    assert len(share_out(Shape("flat", 4), progress(elapsed_ms=900.0), 50, 100, 1).parts) == 4
+    assert len(share_out(Shape("flat", 4), progress(elapsed_ms=900.0), 50, 100, 7).parts) == 8
 
 
-def test_the_estimate_of_the_source_document() -> None:
+def test_the_estimate_keeps_all_slots_busy() -> None:
     assert (
         estimate_optimal_chunk_size(
             total_items=10_000, estimated_item_processing_time_ms=5, target_parallelism=8
