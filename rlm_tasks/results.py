@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING, Any, overload
 if TYPE_CHECKING:
     from resilience.budget import Spending
 
-if TYPE_CHECKING:
-    from resilience.budget import Spending
-
 
 class Status(StrEnum):
     """State of a job; the last four are final."""
@@ -31,17 +28,6 @@ class Status(StrEnum):
     def final(self) -> bool:
         """Whether the job has ended."""
         return self in (Status.SUCCEEDED, Status.FAILED, Status.EXPIRED, Status.CANCELLED)
-
-
-CELERY_STATES = {
-    Status.PENDING: "PENDING",
-    Status.RUNNING: "STARTED",
-    Status.MERGING: "STARTED",
-    Status.SUCCEEDED: "SUCCESS",
-    Status.FAILED: "FAILURE",
-    Status.EXPIRED: "FAILURE",
-    Status.CANCELLED: "REVOKED",
-}
 
 
 @dataclass(frozen=True, slots=True)

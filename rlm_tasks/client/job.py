@@ -18,16 +18,12 @@ from rlm_tasks.client.session import Session
 from rlm_tasks.client.submission import Submission
 from rlm_tasks.errors import (
     InvalidRequest,
-    JobCancelled,
-    JobEnded,
-    JobExpired,
-    JobFailed,
     JobNotFound,
     ResultTimeout,
     ResultTooLarge,
 )
 from rlm_tasks.jobs import codec
-from rlm_tasks.ledger.explain import explain
+from rlm_tasks.jobs.endings import ENDINGS, sentence
 from rlm_tasks.ledger.partials import flattened, partials
 from rlm_tasks.operations import registry
 from rlm_tasks.results import (
@@ -47,11 +43,6 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _BLOCK_MS = 1000
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
-_ENDED: dict[Status, type[JobEnded]] = {
-    Status.FAILED: JobFailed,
-    Status.EXPIRED: JobExpired,
-    Status.CANCELLED: JobCancelled,
-}
 
 
 class Job(JobReader):
@@ -155,9 +146,8 @@ class Job(JobReader):
         facts = self._facts()
         status = Status(facts["state"])
         result = self._result(facts, status)
-        if status in _ENDED:
-            why = result.error.message if result.error else explain(facts, [], self._now_ms())
-            raise _ENDED[status](result, why)
+        if (error := ENDINGS[status].error) is not None:
+            raise error(result, result.error.message if result.error else sentence(facts))
         return result
 
     def get(self, timeout: float | None = None) -> Any:

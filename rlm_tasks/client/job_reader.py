@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from rlm_tasks.client.session import Session
 from rlm_tasks.errors import JobNotFound
+from rlm_tasks.jobs.endings import CELERY_STATES
 from rlm_tasks.jobs.trace_ids import trace_id_of
 from rlm_tasks.ledger.explain import explain
 from rlm_tasks.ledger.records import MERGE
 from rlm_tasks.ledger.round_ids import opened
 from rlm_tasks.results import (
-    CELERY_STATES,
     ItemFailure,
     JobEvent,
     Progress,

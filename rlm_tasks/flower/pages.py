@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from resilience.degradation import Level
 from rlm_tasks.errors import JobNotFound
+from rlm_tasks.jobs.endings import ENDINGS, TONES
 from rlm_tasks.jobs.item_failures import alike
 from rlm_tasks.results import COLUMNS, Progress, Status, rows
 from rlm_tasks.telemetry.exposition import BREAKER_STATES
@@ -40,13 +41,6 @@ FAILURES, INDEXES = 1000, 20
 """So many failures are counted, and so many of each kind named."""
 
 Tone = str  # "", active, success, warning, danger: Flower's own colours
-_TONES = {
-    Status.RUNNING: "active",
-    Status.MERGING: "active",
-    Status.SUCCEEDED: "success",
-    Status.FAILED: "danger",
-    Status.EXPIRED: "danger",
-}
 _LEVEL_TONES = {Level.NORMAL: "success", Level.ELEVATED: "active", Level.HIGH: "warning"}
 
 
@@ -129,7 +123,8 @@ def jobs(client: Client) -> Picture:
     """Return the newest jobs, the newest first."""
     found = client.listed(JOBS)
     count = Counter(progress.status for _, progress in found)
-    standing, failed = client.at_work(), count[Status.FAILED] + count[Status.EXPIRED]
+    standing = client.at_work()
+    failed = sum(count[status] for status, ending in ENDINGS.items() if ending.is_failure)
     cards = [
         Card("At work", str(len(standing)), "active"),
         Card("Nodes running", str(sum(each.running for each in standing))),
@@ -161,7 +156,7 @@ def _job_row(spec: JobSpec, at: Progress) -> list[str | Cell]:
         Cell(spec.operation, note=spec.description, link=spec.job),
         _short(spec.job),
         spec.priority,
-        Cell(str(at.status), _TONES.get(at.status, ""), badge=True),
+        Cell(str(at.status), TONES[at.status], badge=True),
         _share(at),
         f"{at.total:,}",
         Cell(f"{at.failed:,}", "danger" if at.failed else ""),
@@ -176,7 +171,7 @@ def _share(at: Progress) -> Cell:
     progress.
     """
     share = (at.done + at.failed) / at.total if at.total else 1.0
-    return Cell(f"{share:.0%}", _TONES.get(at.status, ""), bar=share)
+    return Cell(f"{share:.0%}", TONES[at.status], bar=share)
 
 
 def _to_go(at: Progress) -> str:
@@ -212,7 +207,7 @@ def job(client: Client, job_id: str) -> Picture:
         raise JobNotFound(job_id)
     at = found.progress()
     cards = [
-        Card("Status", str(at.status), _TONES.get(at.status, "")),
+        Card("Status", str(at.status), TONES[at.status]),
         Card(f"Done, of {at.total:,} items", f"{at.done:,}"),
         Card("Failed", f"{at.failed:,}", "danger" if at.failed else ""),
         Card("Time", _seconds(at.elapsed_s)),

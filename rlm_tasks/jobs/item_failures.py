@@ -1,5 +1,6 @@
-"""Turn an exception into data that can be stored and shown; and say what Celery's own exceptions
-mean.
+"""Failures of items as data that can be stored and shown, and the meaning of Celery's exceptions.
+
+A running node calls `failure_of`; the command line and Flower group failures with `alike`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ for _error, _fault in {
     SoftTimeLimitExceeded: TIMEOUT,
     TimeLimitExceeded: TIMEOUT,
     WorkerLostError: WORKER_LOST,
-    TaskPredicate: CANCELLED,  # Retry, Ignore, Reject: control flow
+    TaskPredicate: CANCELLED,  # Retry, Ignore, Reject: control flow, no error
 }.items():
     register(_error, _fault)
 
 TRACEBACK_CHARS = 4000
+"""Characters of a traceback that are kept: the last ones."""
 MESSAGE_CHARS = 1000
 _HERE = Path(__file__).parents[1]
 _HIDDEN = (
@@ -51,12 +53,13 @@ def failure_of(index: int, error: BaseException, code: str = "") -> dict[str, An
 
 
 def alike(failures: Iterable[ItemFailure]) -> list[tuple[str, str, list[int]]]:
-    """Return type, code and the items' indexes of failures that are alike, the most frequent
-    first.
+    """Return (type, code, indexes of the items) of failures with the same type and code.
+
+    The most frequent kind is first.
     """
-    found: dict[tuple[str, str], list[int]] = {}
+    kinds: dict[tuple[str, str], list[int]] = {}
     for each in failures:
-        found.setdefault((each.type, each.code), []).append(each.index)
+        kinds.setdefault((each.type, each.code), []).append(each.index)
     return sorted(
-        ((*kind, indexes) for kind, indexes in found.items()), key=lambda row: -len(row[2])
+        ((*kind, indexes) for kind, indexes in kinds.items()), key=lambda row: -len(row[2])
     )

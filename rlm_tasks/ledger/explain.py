@@ -7,24 +7,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import msgspec
-
+from rlm_tasks.jobs.endings import CAUSES, sentence
 from rlm_tasks.ledger.records import MERGE, NodeRecord
-
-_STOPPED = {
-    "early": "it ended early, as asked",
-    "budget": "its budget is spent",
-    "failed": "too many items failed",
-    "expired": "its timeout passed",
-    "cancelled": "it was cancelled",
-}
+from rlm_tasks.results import Status
 
 
 def explain(facts: Mapping[str, str], nodes: Sequence[NodeRecord], now_ms: int) -> str:
     """Return the sentence."""
     state = facts["state"]
-    if state in ("succeeded", "failed", "expired", "cancelled"):
-        return _ended(facts)
+    if Status(state).final:
+        return sentence(facts)
     if state == "merging":
         waits = next(
             (node.why for node in nodes if node.id == MERGE and node.state == "p"),
@@ -33,7 +25,7 @@ def explain(facts: Mapping[str, str], nodes: Sequence[NodeRecord], now_ms: int) 
         return f"Every item is accounted for; {waits}."
     states = Counter(node.state for node in nodes)
     if facts.get("stop"):
-        return f"It is stopping because {_STOPPED.get(facts['stop'], facts['stop'])}; {states['r']} nodes are still in a slice."
+        return f"It is stopping because {CAUSES.get(facts['stop'], facts['stop'])}; {states['r']} nodes are still in a slice."
     if state == "pending":
         waited = (now_ms - int(facts["opened_ms"])) / 1000
         if parked := next((node.why for node in nodes if node.state == "p"), ""):
@@ -47,23 +39,3 @@ def explain(facts: Mapping[str, str], nodes: Sequence[NodeRecord], now_ms: int) 
         return f"It waits for a free worker: {states['q']} nodes are in queue {facts['queue']}."
     slots = f"{states['r']} slot{'s' if states['r'] > 1 else ''}"
     return f"It runs on {slots}, with {states['q']} nodes queued and {states['p']} parked{f' ({because})' if because else ''}."
-
-
-def _ended(facts: Mapping[str, str]) -> str:
-    done, failed, skipped = facts["done"], facts["failed"], facts["skipped"]
-    counts = f"{done} of {facts['n']} items done, {failed} failed, {skipped} skipped"
-    if facts.get("error"):
-        error = msgspec.json.decode(facts["error"])
-        return f"It {facts['state']} because {error['type']}: {error['message']} ({counts})."
-    why = f" because {_STOPPED[facts['stop']]}" if facts.get("stop") in _STOPPED else ""
-    if facts.get("stop") == "failed" and failed == "1":
-        why = " because an item failed"
-    return f"It {_VERBS[facts['state']]}{why}: {counts}."
-
-
-_VERBS = {
-    "succeeded": "succeeded",
-    "failed": "failed",
-    "expired": "expired",
-    "cancelled": "was cancelled",
-}

@@ -139,7 +139,7 @@ def test_cancel_stops_the_whole_tree(client: Client) -> None:
 
     job.cancel()
 
-    with pytest.raises(JobCancelled, match="it was cancelled"):
+    with pytest.raises(JobCancelled, match="It was cancelled: "):
         job.result(timeout=5)
     progress = job.progress()
     assert progress.done + progress.skipped == 3000

@@ -1,0 +1,84 @@
+"""How a job ended, in words: one row per final status, read by all that show or raise it.
+
+`ledger.explain` takes the sentence from here, `Job.result` the error, `Job.state` Celery's name,
+and Flower the colour.  A new final status needs a row in `ENDINGS`; a new cause, one in `CAUSES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from rlm_tasks.errors import JobCancelled, JobEnded, JobExpired, JobFailed
+from rlm_tasks.results import Status
+
+Tone = Literal["", "active", "success", "danger"]
+"""The colour of a status in Flower: one of Flower's own classes, or none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """One final status, in all forms in which users meet it."""
+
+    verb: str  # follows "It": failed, was cancelled
+    celery_state: str
+    tone: Tone
+    error: type[JobEnded] | None  # raised by Job.result; None: it returns the answer
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether operators count such a job as failed; a cancelled one is not."""
+        return self.tone == "danger"
+
+
+ENDINGS: dict[Status, Ending] = {
+    Status.SUCCEEDED: Ending("succeeded", "SUCCESS", "success", None),
+    Status.FAILED: Ending("failed", "FAILURE", "danger", JobFailed),
+    Status.EXPIRED: Ending("expired", "FAILURE", "danger", JobExpired),
+    Status.CANCELLED: Ending("was cancelled", "REVOKED", "", JobCancelled),
+}
+CAUSES: dict[str, str] = {
+    "early": "enough of its items are done",
+    "budget": "its budget is spent",
+    "failed": "too many items failed",
+    "expired": "its timeout passed",
+    "cancelled": "it was cancelled",
+}
+"""Why a job ended, or is stopping, before its items did: `JobResult.stopped`, in words."""
+CELERY_STATES: dict[Status, str] = {
+    Status.PENDING: "PENDING",
+    Status.RUNNING: "STARTED",
+    Status.MERGING: "STARTED",
+    **{status: ending.celery_state for status, ending in ENDINGS.items()},
+}
+"""Celery's name of each status."""
+TONES: dict[Status, Tone] = {
+    Status.PENDING: "",
+    Status.RUNNING: "active",
+    Status.MERGING: "active",
+    **{status: ending.tone for status, ending in ENDINGS.items()},
+}
+
+
+def sentence(facts: Mapping[str, str]) -> str:
+    """Return how an ended job ended and its counts of items, from its facts in the ledger.
+
+    Raises KeyError for a job that has not ended.
+    """
+    verb = ENDINGS[Status(facts["state"])].verb
+    done, failed, skipped = facts["done"], facts["failed"], facts["skipped"]
+    counts = f"{done} of {facts['n']} items done, {failed} failed, {skipped} skipped"
+    if facts.get("error"):
+        error = msgspec.json.decode(facts["error"])
+        return f"It {verb} because {error['type']}: {error['message']} ({counts})."
+    return f"It {verb}{_because(facts, verb)}: {counts}."
+
+
+def _because(facts: Mapping[str, str], verb: str) -> str:
+    cause = CAUSES.get(facts.get("stop", ""), "")
+    if facts.get("stop") == "failed" and facts["failed"] == "1":
+        cause = "an item failed"
+    return f" because {cause}" if cause and cause != f"it {verb}" else ""
