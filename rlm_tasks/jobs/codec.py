@@ -1,7 +1,8 @@
-"""How items, partials and answers are packed: MessagePack, compressed when it pays.
+"""How items, partials and answers are packed: MessagePack, compressed where that saves space.
 
-Plain data goes in and comes out: None, booleans, numbers, strings, bytes, lists, and dictionaries;
-a tuple comes back as a list.  Never pickle.
+The engine, the ledger and clients call `pack` and `unpack`.  Both know plain data only: None,
+booleans, numbers, strings, bytes, lists and dictionaries.  A tuple comes back as a list.  Pickle
+is never used.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import zstandard
 
 _PLAIN, _ZSTD = b"\x00", b"\x01"
 _WORTH_COMPRESSING = 512
+"""Bytes; shorter data is stored as it is."""
 _BIG_INTEGER = 1
+"""MessagePack's extension type for integers of more than 64 bits."""
 
 
 def _unpack_extension(code: int, data: memoryview) -> Any:
@@ -27,7 +30,7 @@ _decoder = msgspec.msgpack.Decoder(ext_hook=_unpack_extension)
 
 
 def encode(value: Any) -> bytes:
-    """Return the value as MessagePack.  Raises TypeError for what has no plain shape."""
+    """Return the value as MessagePack.  Raises TypeError for values that are not plain data."""
     try:
         return _encoder.encode(value)
     except OverflowError:
@@ -51,17 +54,17 @@ def compress(data: bytes) -> bytes:
 
 
 def decompress(data: bytes) -> bytes:
-    """Undo `compress`."""
+    """Return the data that `compress` received."""
     return zstandard.decompress(data[1:]) if data[:1] == _ZSTD else data[1:]
 
 
 def pack(value: Any) -> bytes:
-    """Encode and compress."""
+    """Return the value as compressed MessagePack.  Raises TypeError as `encode` does."""
     return compress(encode(value))
 
 
 def unpack(data: bytes) -> Any:
-    """Undo `pack`."""
+    """Return the value that `pack` received."""
     return decode(decompress(data))
 
 

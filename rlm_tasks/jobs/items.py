@@ -1,8 +1,8 @@
 """Where a job's items come from: lines of a file, paths, a range, or any iterable of plain data.
 
-Each kind is one class with `write` (how it is stored), `sample` (what a plan looks at) and
-iteration.  A new kind is a class of this protocol and, if it is stored in a new way, a record in
-`stored_items`.  Clients, plans and models ask `source_of` and no other type of items.
+Clients, plans and models get the kind of any items from `source_of`.  Each kind is one class with
+`write` (store the items), `sample` (for plans) and iteration.  A new kind is a class of the
+protocol `ItemSource` and, if it is stored in a new way, a record in `stored_items`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlm_tasks.jobs.stored_items import ItemWriter, RangeSource, StoredItems
 SAMPLED = 1000
 """Items of the largest sample."""
 BLOCKS, BLOCK_BYTES = 16, 65_536
-"""Text files longer than all these blocks together (1 MiB) are sampled by them."""
+"""A text file longer than these 16 blocks together (1 MiB) is sampled by reading them only."""
 _KINDS = "an iterable of items, a range, Lines(...) or Files(...)"
 
 
@@ -38,7 +38,7 @@ class ItemSample:
 class ItemSource(Protocol):
     """One kind of items that a request may have."""
 
-    of_texts: ClassVar[bool]  # False: its items name texts, such as paths
+    of_texts: ClassVar[bool]  # False: its items only name texts, as paths do
 
     def write(self, writer: ItemWriter) -> tuple[StoredItems, int]:
         """Store the items; return the record by which workers read them, and their number.
@@ -47,17 +47,17 @@ class ItemSource(Protocol):
         """
 
     def sample(self, random: Random) -> ItemSample:
-        """Return a sample; items that have indexes are not walked through.
+        """Return a sample; of a sequence only the sampled items are read.
 
         Raises InvalidRequest for items that can be read once only.
         """
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the items in order.  Raises InvalidRequest for those that cannot be read."""
+        """Yield the items in order.  Raises InvalidRequest when they cannot be read."""
 
 
 def source_of(items: Any) -> ItemSource:
-    """Return the items of a request as their kind.  Raises InvalidRequest for what has no items."""
+    """Return the items of a request as their kind.  Raises InvalidRequest for other values."""
     if isinstance(items, ItemSource):
         return items
     if isinstance(items, range):
@@ -87,7 +87,7 @@ class Lines:
             raise self._unreadable(error) from None
 
     def sample(self, random: Random) -> ItemSample:
-        """Return lines of the whole file, or, of a long one, lines that some blocks hold whole."""
+        """Return lines of the whole file; of a long file, the whole lines inside some blocks."""
         try:
             size, blocks = _blocks(Path(self.path))
         except OSError as error:
@@ -172,7 +172,7 @@ class PlainItems:
     def sample(self, random: Random) -> ItemSample:
         """Return some of the items."""
         if not isinstance(self.items, Sized):
-            advice = "a plan looks at items and must not use them up; give a list, or Lines(...)"
+            advice = "a plan would use up an iterator; pass a list, or Lines(...)"
             raise InvalidRequest("items", self.items, advice)
         if isinstance(self.items, Sequence):
             return _of_sequence(self.items, random)
@@ -192,9 +192,9 @@ def _of_sequence(items: Sequence[Any], random: Random) -> ItemSample:
 
 
 def _evenly(total: int, random: Random) -> list[int]:
-    """Return up to SAMPLED indexes, one of each stride.
+    """Return up to SAMPLED indexes, a random one of each stride.
 
-    Chance picks the one: items may repeat themselves at regular distances.
+    A fixed place in the stride would mislead where items repeat at regular distances.
     """
     sampled = min(total, SAMPLED)
     return [
@@ -204,7 +204,7 @@ def _evenly(total: int, random: Random) -> list[int]:
 
 
 def _blocks(path: Path) -> tuple[int, list[bytes]]:
-    """Return the size of a file in bytes, and all of it in one block, or several blocks of it."""
+    """Return the size of a file in bytes, and its text: one block, or samples of a long file."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         whole = size <= BLOCKS * BLOCK_BYTES

@@ -1,4 +1,7 @@
-"""What an operation's `then` receives and returns: the round that ended, and the next one."""
+"""The argument and the answer of an operation's `then`: the round that ended, and the next one.
+
+Users write `then`; `engine.rounds` calls it.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,23 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What `Operation.then` is told of the round that has ended: 0 is the job's own items."""
+    """The round that has ended, as `Operation.then` receives it."""
 
-    number: int
-    params: dict[str, Any]  # of the job's request
+    number: int  # 0: the round of the job's own items
+    params: dict[str, Any]  # the params of the job's request
     total: int  # items of the round
-    done: int  # of them
+    done: int  # items that succeeded
     stopped: str  # why the round ended before its items did: '', early, budget
-    short: bool  # it, or a round before it, has left items out: failed ones, or those that were not run
+    short: bool  # it, or a round before it, lacks items that failed or were not run
 
 
 @dataclass(frozen=True, slots=True)
 class NextRound:
-    """The items to go on with, and by which operation; `params` go to it.
+    """The items of the next round, with the operation that runs them and its `params`.
 
-    `last` says that no round is to follow: it may spend all that is left.  `strict` that none of
-    its items may fail, whatever the request says of errors: an answer without it would be wrong.
+    With `last`, no round follows, so this one may spend all that is left of the budget.  With
+    `strict`, none of its items may fail, even if the request tolerates errors: the answer would be
+    wrong without one.
     """
 
     operation: str

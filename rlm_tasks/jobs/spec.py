@@ -1,7 +1,8 @@
-"""What a worker must know of a job: the request, settled, as the ledger keeps it.
+"""A job's request with all defaults filled in, as the ledger keeps it for workers.
 
-A record, no decisions.  Its schema number travels with every job: a worker reads its own and the
-one before."""
+`requests` makes it, the ledger stores it, the engine reads it.  Each job carries the schema number:
+a worker reads its own schema and the one before.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ SCHEMA = 1
 
 
 class JobSpec(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One job, settled."""
+    """One job's request with all defaults filled in."""
 
     job: str
     operation: str
@@ -39,25 +40,24 @@ class JobSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     description: str = ""
     complexity: str = ""
     idempotency_key: str = ""
-    patient: bool = False  # it waits while work of its priority is not taken in
+    patient: bool = False  # it waits, already open, while admission refuses its priority
     emits: dict[str, float | str] = {}  # counted when the job has succeeded
-    preempts: bool = False  # less urgent nodes make room for its nodes
+    preempts: bool = False  # nodes of less urgent jobs yield their slots to its nodes
     parent: str = ""  # the job whose round it is
-    round: int = 0  # which
-    budget: dict[str, float] | None = (
-        None  # what it may spend in all, by unit; {}: it is only counted; None: it spends nothing
-    )
-    cache_ttl_s: float = 0.0  # results are kept, and found, for so long; 0: they are not
-    trace: str = ""  # the trace it was submitted under, as W3C Trace Context writes it
+    round: int = 0  # the number of that round
+    budget: dict[str, float] | None = None
+    """Most it may spend, by unit; {}: spending is only counted; None: it spends nothing."""
+    cache_ttl_s: float = 0.0  # how long its answers are kept for other jobs; 0: not at all
+    trace: str = ""  # the trace it was submitted under, in the form of W3C Trace Context
 
     @property
     def tree(self) -> str:
-        """The job whose budget this one spends: itself, or the one it is a round of."""
+        """The id of the job whose budget this one spends: its own, or that of its parent."""
         return self.parent or self.job
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to do, and that was asked to be left out."""
+        """Whether it has no items, and its request skips empty ones."""
         return self.n == 0 and self.skip_if_empty
 
 
@@ -72,5 +72,5 @@ def dump(spec: JobSpec) -> bytes:
 
 @lru_cache(maxsize=256)
 def load(text: bytes) -> JobSpec:
-    """Return the spec of a job; the same text is decoded once per process."""
+    """Return the spec of a job from its JSON; each process decodes the same text once."""
     return _decoder.decode(text)

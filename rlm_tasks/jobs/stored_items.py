@@ -1,8 +1,9 @@
 """How the items of a job are stored, and how a worker reads a range of them.
 
-Items never travel in messages: a `range` is described, a file is read where it lies, anything else
-lies in Redis in packed blocks.  Each kind of stored items is one record with `read` and `describe`;
-the ledger keeps it in the job's specification.  Begin with `ItemReader`.
+Clients write with `ItemWriter`, nodes read with `ItemReader`.  Messages never carry items.  A
+`range` is stored as start and step, a file is read in place, all other items are packed blocks in
+Redis.  Each kind of stored items is one record with `read` and `describe`,
+in the job's specification.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs import codec
 
 BLOCK_ITEMS = 1024
+"""Most items of one block."""
 BLOCK_BYTES = 1 << 20
+"""A larger block is halved, down to one item."""
 PIPELINE_BYTES = 4 << 20
+"""Bytes that are sent to Redis in one pipeline."""
 CACHE_BYTES = 8 << 20
+"""Bytes of blocks that one process keeps in memory."""
 Decode = Callable[[Any, int], list[Any]]
-"""Makes the items of a block from what is stored of it, and their number."""
+"""Returns the items of a block from its stored value and their number."""
 
 
 # --- the kinds ---------------------------------------------------------------------------------
@@ -42,8 +47,8 @@ class RangeSource(msgspec.Struct, frozen=True, tag="range"):
         return range(self.start + lo * self.step, self.start + hi * self.step, self.step)
 
     def describe(self, index: int) -> str:
-        """Return where an item lies."""
-        return f"{self.start + index * self.step} of a range"
+        """Return which integer of the range an item is."""
+        return f"{self.start + index * self.step} of its range"
 
 
 class BlockSource(msgspec.Struct, frozen=True, tag="blocks"):
@@ -54,12 +59,12 @@ class BlockSource(msgspec.Struct, frozen=True, tag="blocks"):
         return blocks.read(lo, hi, lambda items, _count: cast(list[Any], items))
 
     def describe(self, index: int) -> str:
-        """Return where an item lies, without its value: items may be confidential."""
+        """Return the number of an item without its value, because items may be confidential."""
         return f"stored item {index}"
 
 
 class LineSource(msgspec.Struct, frozen=True, tag="lines"):
-    """Lines of a text file; Redis keeps the byte offset of every BLOCK_ITEMS-th one."""
+    """Lines of a text file; Redis keeps the byte offset of every BLOCK_ITEMS-th line."""
 
     path: str
     encoding: str
@@ -71,7 +76,7 @@ class LineSource(msgspec.Struct, frozen=True, tag="lines"):
         return blocks.read(lo, hi, self._lines)
 
     def describe(self, index: int) -> str:
-        """Return where an item lies."""
+        """Return path and line of an item."""
         return f"{self.path}, line {index + 1}"
 
     def _lines(self, offset: int, count: int) -> list[Any]:
@@ -186,12 +191,12 @@ class ItemReader:
         self._hits = self._misses = 0
 
     def forget(self) -> None:
-        """Keep no block in memory."""
+        """Drop all blocks from memory."""
         self._cache.clear()
         self._sizes.clear()
 
     def lookups(self) -> tuple[int, int]:
-        """Return how many blocks were in memory, and how many were not, since the last call."""
+        """Return the reads since the last call: from memory, and from Redis."""
         counts, self._hits, self._misses = (self._hits, self._misses), 0, 0
         return counts
 
@@ -203,7 +208,10 @@ class ItemReader:
         return source.read(Blocks(self, index, blocks), lo, hi)
 
     def block(self, index: str, blocks: str, at: int, decode: Decode) -> tuple[int, list[Any]]:
-        """Return the block that holds an item, and the index of its first item."""
+        """Return the index of the first item of a block, and the items; the block holds item `at`.
+
+        Raises LookupError when it is gone.
+        """
         for (key, start), items in reversed(self._cache.items()):
             if key == blocks and start <= at < start + len(items):
                 self._hits += 1

@@ -1,4 +1,7 @@
-"""The ids of a job's trace and spans."""
+"""The ids of a job's trace and spans, computed from the job's id so that none must be stored.
+
+Submission, workers' spans and `Job.trace_id` call it.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from typing import NamedTuple
 from rlm_tasks.jobs.spec import JobSpec
 
 RANDOM = 2**56
-"""W3C Trace Context calls the lower 7 bytes of a trace id random; those of a job's UUID are."""
+"""The lower 7 bytes of a trace id are random, as W3C Trace Context asks; so are those of a UUID."""
 
 
 class Origin(NamedTuple):
-    """What a job's spans have in common; a parent of 0 is none."""
+    """The trace and the parent span of a job's spans; parent 0 means none."""
 
     trace: int
     parent: int
@@ -22,7 +25,7 @@ class Origin(NamedTuple):
 
 
 def origin(spec: JobSpec, sample_rate: float) -> Origin:
-    """Return the trace that a job was submitted under, or its own."""
+    """Return the trace that a job was submitted under, or else a trace of its own."""
     if spec.trace:
         _, trace, parent, flags = spec.trace.split("-")
         return Origin(int(trace, 16), int(parent, 16), bool(int(flags, 16) & 1))
@@ -31,22 +34,18 @@ def origin(spec: JobSpec, sample_rate: float) -> Origin:
 
 
 def span_id(job: str, *place: object) -> int:
-    """Return the id of a job's span, a node's (job, node), or that of an attempt that came to
-    nothing (job, node, epoch).
-    """
-    told = " ".join(map(str, (job, *place)))
-    return int.from_bytes(hashlib.blake2b(told.encode(), digest_size=8).digest()) or 1
+    """Return the id of the span of a job, of a node, or of a lost attempt (node and epoch)."""
+    text = " ".join(map(str, (job, *place)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) or 1
 
 
 def traceparent(trace: int, parent: int, sampled: bool) -> str:
-    """Return a trace as W3C Trace Context writes it."""
+    """Return a trace as a `traceparent` of W3C Trace Context."""
     return f"00-{trace:032x}-{parent:016x}-{int(sampled):02x}"
 
 
 def current_traceparent() -> str:
-    """Return the trace that this thread is in, '' where there is none or OpenTelemetry is not even
-    loaded.
-    """
+    """Return the current trace of this thread; '' without one, or without OpenTelemetry."""
     if (trace := sys.modules.get("opentelemetry.trace")) is None:
         return ""
     current = trace.get_current_span().get_span_context()
@@ -58,5 +57,5 @@ def current_traceparent() -> str:
 
 
 def trace_id_of(spec: JobSpec) -> str:
-    """Return by which id a job's trace is found, as 32 hex digits."""
+    """Return the id of a job's trace as 32 hex digits."""
     return f"{origin(spec, 0).trace:032x}"
