@@ -38,6 +38,7 @@ BACK_OFF_S = 1.0
 """A Redis that did not answer is asked again after this, and up to half of it more."""
 _UNABLE = ("READONLY", "OOM", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "MASTERDOWN")
 """Answers of a Redis that is there and cannot write; what a script raises starts otherwise."""
+_USES_CLOCK = "-- uses: clock\n"
 _PASSWORD = re.compile(r"(://[^:@/\s]*:)\S*@|([?&]\w*password=)[^&\s]*")
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 1.0
@@ -62,11 +63,19 @@ class Script:
 
     @classmethod
     def load(cls, package: str, name: str, *, prelude: str = "") -> Script:
-        """Read ``lua/<name>.lua`` of a package, with a shared prelude in front of it."""
-        folder = files(package) / "lua"
-        parts = ([prelude] if prelude else []) + [name]
-        text = "\n".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in parts)
+        """Read ``lua/<name>.lua`` of a package, with a shared prelude in front of it.
+
+        A file whose first line is ``-- uses: clock`` gets the functions of ``clock.lua`` as well.
+        """
+        parts = [_lua(package, part) for part in (prelude, name) if part]
+        if any(part.startswith(_USES_CLOCK) for part in parts):
+            parts.insert(0, _lua("resilience", "clock"))
+        text = "\n".join(parts)
         return cls(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+def _lua(package: str, name: str) -> str:
+    return (files(package) / "lua" / f"{name}.lua").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,3 +1,4 @@
+-- uses: clock
 -- The shared steps of a breaker.  KEYS: state, probes, waiting, index of breakers.
 -- ARGV: name, config (JSON: failures, recovery_ms, probes, lease_ms, successes, window_ms, rate, calls), ...
 --
@@ -9,8 +10,8 @@ local name, c, call = ARGV[1], cjson.decode(ARGV[2]), redis.call
 local CLOSED, OPEN, HALF_OPEN = 'closed', 'open', 'half-open'
 local KEEP_S, SLOTS = 86400, 10
 
-local t = call('TIME')
-local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+local us = now_us()
+local now = math.floor(us / 1000)
 
 local function read()
   local v = call('HMGET', state, 'st', 'gen', 'till', 'f', 'hs', 'at', 'w')
@@ -30,7 +31,7 @@ end
 -- A new state is a new generation: what was admitted in another one tells nothing about this one.  Its probes keep their
 -- places until they end, or their leases do: they are still in flight.
 local function move(b, st)
-  b.gen = math.max(b.gen + 1, tonumber(t[1]) * 1000000 + tonumber(t[2]))
+  b.gen = math.max(b.gen + 1, us)
   b.st, b.hs, b.w = st, 0, {}
   b.till = st == OPEN and now + c.recovery_ms or 0
   if st == CLOSED then b.f = 0 end

@@ -1,3 +1,4 @@
+-- uses: clock
 -- The shared steps of a bucket's limits.  KEYS: the reservation, the takers, then one hash for each limit.
 --
 -- A limit's hash:  v  level of the pacing bucket at time t (negative: booked ahead)    hold  nothing passes before
@@ -6,8 +7,7 @@
 --   ratio  what was used of what was taken, on average    till  the hash does not expire before
 -- A cell stays until all of it is older than the window and its guard.  Times are microseconds of the server.
 local call, floor, format, CELLS = redis.call, math.floor, string.format, 256
-local t = call('TIME')
-local now = tonumber(t[1]) * 1000000 + tonumber(t[2])
+local now = now_us()
 
 local function exact(number) return format('%.17g', number) end
 local function name(cell) return format('c%.0f', cell) end

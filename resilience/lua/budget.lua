@@ -1,7 +1,7 @@
+-- uses: clock
 -- Spend from a retry budget.  KEYS[1]: budget hash.  ARGV: first attempts since the last spending, share each of them
 -- deposits, retries a second that are always allowed, most it holds, cost.   Returns {1 when spent, balance as text}.
-local t = redis.call('TIME')
-local now = tonumber(t[1]) + tonumber(t[2]) / 1000000
+local now = now_us() / 1000000
 local v = redis.call('HMGET', KEYS[1], 'balance', 'at')
 local floor, most, cost = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local balance = tonumber(v[1] or 10 * floor) + math.max(0, now - tonumber(v[2] or now)) * floor

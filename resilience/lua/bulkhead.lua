@@ -1,3 +1,4 @@
+-- uses: clock
 -- The shared steps of a bulkhead.  KEYS: permits, about, hosts, waiting.
 --
 -- A permit is "owner|host|weight|id", scored by the ms at which its lease ends.
@@ -5,8 +6,7 @@
 local permits, about, hosts, waiting, call = KEYS[1], KEYS[2], KEYS[3], KEYS[4], redis.call
 local KEEP_S = 86400
 
-local t = call('TIME')
-local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+local now = now_ms()
 
 local function give_back(permit)
   local host, weight = string.match(permit, '^[^|]*|([^|]*)|([^|]*)|')

@@ -1,10 +1,10 @@
+-- uses: clock
 -- Count faults by pattern, keep the patterns that were seen last, and tell which have just exceeded their rate.
 -- KEYS[1]: patterns hash.  KEYS[2]: when each was last seen.
 -- ARGV: window_ms, rate, size, keep_ms, recovered, given up, then of each pattern: its name, category, severity, count.
 -- Returns the names of the patterns that were calm before and are escalated now.
 local call, patterns, seen = redis.call, KEYS[1], KEYS[2]
-local t = call('TIME')
-local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+local now = now_ms()
 local window = math.floor(now / tonumber(ARGV[1]))
 local rate, size, keep, crossed = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), {}
 

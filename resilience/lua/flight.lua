@@ -1,3 +1,4 @@
+-- uses: clock
 -- The shared steps of a single flight.  KEYS: made, landed.
 --
 -- made:    holder  who makes the call    till   ms at which its lease ends    waiting  how many wait for a value
@@ -10,8 +11,7 @@ local KEEP_MS = 60000
 -- Make the call when nobody does, or wait.  waited: 1 when who asks is counted among those who wait.  Returns 'mine', 'others',
 -- or 'again': who made it did so on the same behalf, and is gone.
 local function make_or_wait(id, lease_ms, by, waited)
-  local t = call('TIME')
-  local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+  local now = now_ms()
   local m = call('HMGET', made, 'holder', 'till', 'waiting', 'by')
   local waiting = tonumber(m[3] or '0')
   local again = m[1] and by ~= '' and m[4] == by

@@ -1,3 +1,4 @@
+-- uses: clock
 -- The shared steps of a budget.  KEYS: accounts, folded, charges, leases, labels.  ARGV[1]: ms for which all of it is kept.
 --
 -- An account is JSON:  of  its parent    got  what it began with    free  may still be charged or carved    held  reserved by
@@ -9,8 +10,7 @@ local text, format = cjson.encode, string.format
 -- Three times 0.1 fit into 0.3: the share of an amount that rounding may cost.
 local CLOSE = 1e-9
 
-local t = call('TIME')
-local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+local now = now_ms()
 
 -- Every digit counts: cjson would write 14 of them.
 local function exact(amounts)

@@ -1,12 +1,12 @@
+-- uses: clock
 -- Raise alerts, unless one as bad of the same kind and subject was raised within the interval.
 -- KEYS[1]: history stream.  KEYS[2]: when each alert of the last day was raised.  KEYS[3]: how many of each severity.
 -- KEYS[4...]: of each alert, what is known of the last one of its kind and subject.
 -- ARGV: how many are kept, then of each alert: its id, severity, the severity's rank, interval_ms, JSON.
 -- Returns of each alert: whether it was raised, how many were held back since the last one, the time in s.
 local call, DAY_MS, answers = redis.call, 86400000, {}
-local t = call('TIME')
-local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
-local at = t[1] .. '.' .. string.format('%06d', tonumber(t[2]))
+local us = now_us()
+local now, at = math.floor(us / 1000), in_seconds(us)
 
 local function held(gate, rank, interval)
   local last = call('HMGET', gate, 'ms', 'rank')

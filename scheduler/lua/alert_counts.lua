@@ -1,8 +1,8 @@
+-- uses: clock
 -- How many alerts were raised.
 -- KEYS[1]: when each alert of the last day was raised.  KEYS[2]: how many of each severity.
 -- Returns those of the last hour, of the last 24 hours, and since ever by severity.
-local t = redis.call('TIME')
-local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+local now = now_ms()
 local function since(ms)
   return redis.call('ZCOUNT', KEYS[1], '(' .. string.format('%.0f', now - ms), '+inf')
 end

@@ -1,6 +1,6 @@
+-- uses: clock
 -- KEYS[1]: hosts (HASH).  ARGV: stale_ms.   Returns the reports that are younger, and forgets the others.
-local t = redis.call('TIME')
-local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+local now = now_ms()
 local found, all = {}, redis.call('HGETALL', KEYS[1])
 for i = 1, #all, 2 do
   local at, report = string.match(all[i + 1], '^(%d+) (.*)$')

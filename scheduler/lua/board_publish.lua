@@ -1,6 +1,6 @@
+-- uses: clock
 -- Say how one host is.  KEYS[1]: hosts (HASH).  ARGV: worker, report, stale_ms.   Returns 1.
-local t = redis.call('TIME')
-local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+local now = now_ms()
 redis.call('HSET', KEYS[1], ARGV[1], string.format('%.0f %s', now, ARGV[2]))
 redis.call('PEXPIRE', KEYS[1], ARGV[3] * 10)
 return 1

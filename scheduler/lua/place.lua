@@ -1,8 +1,8 @@
+-- uses: clock
 -- Let a job be at work, unless as many are as may be.  What is no longer open has left its place.
 -- KEYS: jobs with a place (ZSET job -> ms), index of open jobs (ZSET job -> ms at which it is looked at).
 -- ARGV: job ('': none, just count), most, ms until its first look, ttl_s.   Returns {1 when it has a place, places left}.
-local t = redis.call('TIME')
-local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+local now = now_ms()
 for _, job in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
   if not redis.call('ZSCORE', KEYS[2], job) then redis.call('ZREM', KEYS[1], job) end
 end

@@ -1,9 +1,9 @@
+-- uses: clock
 -- Urgent nodes that wait in one queue, each a token for which another yields.
 -- KEYS: waiting (ZSET node -> ms from which it may be yielded for), won (STRING: how many are about to yield), coming (ZSET
 -- of slots that are free, or were just given up, and not followed by a claim yet -> ms until which they are believed).
 -- ARGV[1]: ttl_ms.
-local t = redis.call('TIME')
-local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+local now = now_ms()
 local ttl = tonumber(ARGV[1])
 local void = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ttl)
 redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)

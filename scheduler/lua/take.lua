@@ -1,7 +1,7 @@
+-- uses: clock
 -- Take free slots that serve a queue, so that k free slots cause k children.
 -- KEYS[1]: slots hash.  ARGV: queue, at most, ttl_ms.   Returns {taken, slots that serve the queue}.
-local t = redis.call('TIME')
-local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+local now = now_ms()
 local most, taken, total = tonumber(ARGV[2]), 0, 0
 local all = redis.call('HGETALL', KEYS[1])
 for i = 1, #all, 2 do

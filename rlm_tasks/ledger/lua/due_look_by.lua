@@ -1,5 +1,5 @@
+-- uses: clock
 -- Make sure that a sweep looks at a job in time.  KEYS[1]: index of due jobs.  ARGV: job, ms from now.   Returns 1.
-local t = redis.call('TIME')
-local now = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+local now = now_ms()
 redis.call('ZADD', KEYS[1], 'LT', now + tonumber(ARGV[2]), ARGV[1])
 return 1

@@ -1,3 +1,4 @@
+-- uses: clock
 -- The ledger's shared steps.  KEYS: the fields of resilience.keys.JobKeys, in order.
 --
 -- A node's record (JSON in `nodes`):
@@ -16,11 +17,7 @@ local inflight, events, items, blocks = KEYS[13], KEYS[14], KEYS[15], KEYS[16]
 local call = redis.call
 local MAX_FAILURES, MAX_EVENTS, PAGE = 1000, 1000, 1000
 
-local function server_ms()
-  local t = call('TIME')
-  return tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
-end
-local now = server_ms()
+local now = now_ms()
 
 local function read(id)
   local raw = call('HGET', nodes, id)

@@ -427,7 +427,7 @@ class SingleFlightMachine(RuleBasedStateMachine):
 
     @rule(memo=st.sampled_from(["a", "b"]))
     def forget(self, memo: str) -> None:
-        self.stores[0].ask(*self.processes[0].forgetting([("key", memo)]))
+        self.stores[0].call(*self.processes[0].forgetting([("key", memo)]))
         self.memos.pop(memo, None)
 
     @invariant()
