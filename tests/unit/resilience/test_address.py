@@ -1,5 +1,6 @@
-"""Which URLs of Redis there are, what is wrong with one, and what is made of it; no part of a
-password is ever shown.
+"""URLs of Redis: their forms, their mistakes, and the clients made from them.
+
+No error shows any part of a password.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ SECURE = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}
 
 @pytest.fixture
 def authority(tmp_path: Path) -> str:
-    """A file that is there; what is in it is read when somebody connects."""
+    """A file that exists; it is read only when a client connects."""
     (tmp_path / "ca.pem").touch()
     return str(tmp_path / "ca.pem")
 
 
-# --- what a URL says --------------------------------------------------------------------------
+# --- the parts of a URL -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "options"),
     [
         ("redis://host", None),
         ("unix:///tmp/redis.sock", None),
@@ -61,9 +62,9 @@ def authority(tmp_path: Path) -> str:
     ],
 )
 def test_certificates_are_verified_unless_the_url_says_otherwise(
-    url: str, told: dict[str, Any] | None
+    url: str, options: dict[str, Any] | None
 ) -> None:
-    assert tls(url) == told
+    assert tls(url) == options
 
 
 @pytest.mark.parametrize(
@@ -77,16 +78,16 @@ def test_certificates_are_verified_unless_the_url_says_otherwise(
         ("redis://:a;b@host/0", "redis://:a;b@host/0"),
     ],
 )
-def test_the_options_of_tls_can_be_taken_off_a_url(url: str, plain: str) -> None:
+def test_tls_options_can_be_removed_from_a_url(url: str, plain: str) -> None:
     assert without_tls_options(url) == plain
 
 
-def test_a_list_of_sentinels_gives_password_and_database_once() -> None:
+def test_a_list_of_sentinels_has_one_password_and_one_database() -> None:
     assert hosts(WATCHED) == [("one", 26380), ("two", 26379)]
     assert credentials(WATCHED) == {"username": "me", "password": "s3@cret", "db": 2}
 
 
-def test_a_client_asks_the_sentinels_and_speaks_to_each_as_it_has_to() -> None:
+def test_a_client_uses_one_password_for_the_sentinels_and_one_for_the_primary() -> None:
     pool = Address(WATCHED, "primary", "theirs").client(socket_timeout=5.0).connection_pool
     assert isinstance(pool, SentinelConnectionPool)
     assert pool.service_name == "primary"
@@ -96,10 +97,12 @@ def test_a_client_asks_the_sentinels_and_speaks_to_each_as_it_has_to() -> None:
     [one, two] = [each.connection_pool for each in pool.sentinel_manager.sentinels]
     assert (one.connection_kwargs["host"], two.connection_kwargs["host"]) == ("one", "two")
     assert {each.connection_kwargs["password"] for each in (one, two)} == {"theirs"}
-    assert one.connection_kwargs["socket_timeout"] == SENTINEL_TIMEOUT_S, "there are others"
+    assert one.connection_kwargs["socket_timeout"] == SENTINEL_TIMEOUT_S, (
+        "the next sentinel can be asked soon"
+    )
 
 
-def test_a_socket_is_connected_to_without_options_of_tcp() -> None:
+def test_a_unix_socket_gets_no_tcp_options() -> None:
     pool = (
         Address("unix:///run/redis.sock?db=3")
         .client(socket_keepalive=True, socket_connect_timeout=1.0)
@@ -109,7 +112,7 @@ def test_a_socket_is_connected_to_without_options_of_tcp() -> None:
     assert pool.make_connection().path == "/run/redis.sock"
 
 
-def test_sentinels_and_primary_are_spoken_to_over_tls_alike() -> None:
+def test_tls_options_hold_for_the_sentinels_and_for_the_primary() -> None:
     pool = (
         Address("sentinel://one/0?ssl_ca_certs=/ca;sentinel://two", "primary")
         .client()
@@ -122,7 +125,7 @@ def test_sentinels_and_primary_are_spoken_to_over_tls_alike() -> None:
         assert each.connection_kwargs["ssl_ca_certs"] == "/ca"
 
 
-def test_what_tls_says_is_told_from_a_server_that_hangs_up() -> None:
+def test_a_certificate_error_is_distinguished_from_a_closed_connection() -> None:
     def failed(cause: Exception) -> Exception:
         error = ConnectionError("Error 1 connecting")
         error.__context__ = cause
@@ -134,7 +137,7 @@ def test_what_tls_says_is_told_from_a_server_that_hangs_up() -> None:
     assert not is_untrusted(failed(ConnectionRefusedError()))
 
 
-# --- what is wrong with one -------------------------------------------------------------------
+# --- mistakes in a URL ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -182,13 +185,13 @@ def test_what_tls_says_is_told_from_a_server_that_hangs_up() -> None:
         ),
     ],
 )
-def test_a_url_that_cannot_be_used_is_told_with_what_to_write(url: str, advice: str) -> None:
+def test_a_wrong_url_is_refused_with_advice(url: str, advice: str) -> None:
     with pytest.raises(ValueError, match="^" + advice.replace("?", r"\?")) as raised:
         check(url)
     assert "hush" not in str(raised.value)
 
 
-def test_urls_that_can_be_used_pass(authority: str) -> None:
+def test_valid_urls_are_accepted(authority: str) -> None:
     for url in (
         "redis://host",
         "unix:///tmp/s",
@@ -219,19 +222,19 @@ def test_urls_that_can_be_used_pass(authority: str) -> None:
         ),
     ],
 )
-def test_a_process_does_not_start_with_half_of_an_address(
+def test_settings_with_an_incomplete_address_are_refused(
     environment: dict[str, str], issue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
 
-    [told] = validate(environment)
+    [found] = validate(environment)
 
-    assert told.startswith(issue)
-    assert "hush" not in told
+    assert found.startswith(issue)
+    assert "hush" not in found
 
 
-def test_passwords_of_sentinels_are_hidden_and_do_not_travel() -> None:
+def test_passwords_of_sentinels_are_never_shown_or_exported() -> None:
     own = Settings(
         redis_url="sentinel://:hush@host", sentinel_master="primary", sentinel_password="hush"
     )

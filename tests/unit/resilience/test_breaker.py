@@ -1,4 +1,4 @@
-"""The shared breaker: who may call, what a call's end changes, what is told to whom."""
+"""The shared circuit breaker: admission of calls, the effect of their ends, and its listeners."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def trip(breaker: CircuitBreaker, times: int = 3) -> None:
             breaker.call(fail)
 
 
-def test_it_opens_after_failures_in_a_row_and_every_process_sees_it(world: World) -> None:
+def test_it_opens_after_consecutive_failures_in_every_process(world: World) -> None:
     ours, theirs = (CircuitBreaker("llm", world.store(), CONFIG) for _ in range(2))
     assert theirs.call(lambda: 1) == 1
 
@@ -51,7 +51,7 @@ def test_it_opens_after_failures_in_a_row_and_every_process_sees_it(world: World
     assert theirs.last_failure_time == pytest.approx(world.now - 0.26, abs=0.001)
 
 
-def test_a_success_ends_the_row(world: World) -> None:
+def test_a_success_resets_the_count_of_failures(world: World) -> None:
     breaker = CircuitBreaker("llm", world.store(), CONFIG)
     trip(breaker, 2)
     breaker.call(lambda: 1)
@@ -84,7 +84,7 @@ def test_all_breakers_of_a_process_are_read_in_one_round_trip(world: World) -> N
     assert store.round_trips == before + 1
 
 
-def test_half_open_lets_so_many_probes_pass_over_all_processes(world: World) -> None:
+def test_half_open_admits_a_fixed_number_of_probes_over_all_processes(world: World) -> None:
     processes = [CircuitBreaker("llm", world.store(), CONFIG) for _ in range(8)]
     trip(processes[0])
     world.sleep(10.01)
@@ -103,7 +103,7 @@ def test_half_open_lets_so_many_probes_pass_over_all_processes(world: World) -> 
     assert {breaker.state for breaker in processes} == {"closed"}
 
 
-def test_a_probe_that_never_ends_frees_its_place(world: World) -> None:
+def test_a_probe_that_never_ends_frees_its_place_after_its_lease(world: World) -> None:
     breaker = CircuitBreaker("llm", world.store(), CONFIG)
     trip(breaker)
     world.sleep(10.01)
@@ -119,7 +119,7 @@ def test_a_probe_that_never_ends_frees_its_place(world: World) -> None:
     assert breaker.state == "half-open"
 
 
-def test_what_was_admitted_before_tells_nothing_after(world: World) -> None:
+def test_calls_admitted_before_a_transition_do_not_count_after_it(world: World) -> None:
     breaker = CircuitBreaker("llm", world.store(), CONFIG)
     early = breaker.admit()
     trip(breaker)
@@ -136,7 +136,7 @@ def test_what_was_admitted_before_tells_nothing_after(world: World) -> None:
     assert breaker.state == "half-open", "its lease was over"
 
 
-def test_a_failed_probe_opens_again(world: World) -> None:
+def test_a_failed_probe_opens_the_breaker_again(world: World) -> None:
     breaker = CircuitBreaker("llm", world.store(), CONFIG)
     trip(breaker)
     world.sleep(10.01)
@@ -150,7 +150,7 @@ def test_a_failed_probe_opens_again(world: World) -> None:
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt, SystemExit, asyncio.CancelledError, MemoryError]
 )
-def test_control_flow_speaks_against_nobody(world: World, error: type[BaseException]) -> None:
+def test_cancellation_and_exit_are_no_failures(world: World, error: type[BaseException]) -> None:
     breaker = CircuitBreaker("llm", world.store(), CONFIG)
     for _ in range(5):
         with pytest.raises(error):
@@ -159,7 +159,7 @@ def test_control_flow_speaks_against_nobody(world: World, error: type[BaseExcept
     assert (breaker.state, breaker.failure_count) == ("closed", 0)
 
 
-def test_a_429_is_the_buckets_news_and_what_is_excluded_is_nobodys(world: World) -> None:
+def test_rate_limits_and_excluded_errors_are_no_failures(world: World) -> None:
     breaker = CircuitBreaker(
         "llm", world.store(), CONFIG, exclude=[LookupError, lambda error: "fine" in str(error)]
     )
@@ -178,7 +178,7 @@ def test_a_429_is_the_buckets_news_and_what_is_excluded_is_nobodys(world: World)
     assert breaker.failure_count == 0
 
 
-def test_a_failure_rate_opens_it_too(world: World) -> None:
+def test_a_failure_rate_opens_it(world: World) -> None:
     breaker = CircuitBreaker(
         "llm",
         world.store(),
@@ -193,7 +193,7 @@ def test_a_failure_rate_opens_it_too(world: World) -> None:
     assert configured.failure_rate == 0.5
     for _ in range(12):
         breaker.call(lambda: 1)
-    world.sleep(0.3)  # what was only counted is handed in with the next look
+    world.sleep(0.3)  # successes counted locally are sent with the next read
     trip(breaker, 11)
     assert breaker.state == "closed", "11 of 23"
     trip(breaker, 1)
@@ -214,7 +214,7 @@ def test_old_calls_leave_the_window(world: World) -> None:
     assert breaker.state == "open"
 
 
-def test_a_process_that_grew_too_large_opens_its_own(world: World) -> None:
+def test_a_process_that_uses_too_much_memory_opens_its_own_breaker(world: World) -> None:
     size = [100.0]
     config = BreakerConfig(memory_threshold_mb=2048, recovery_timeout_s=60)
     bloated = CircuitBreaker("llm", world.store(), config, memory_mb=lambda: size[0])
@@ -237,22 +237,22 @@ class Recorder(pybreaker.CircuitBreakerListener):
     """A listener as pybreaker's users write them."""
 
     def __init__(self) -> None:
-        self.heard: list[Any] = []
+        self.calls: list[Any] = []
 
     def before_call(self, cb: Any, func: Any, *args: Any, **kwargs: Any) -> None:
-        self.heard.append("before")
+        self.calls.append("before")
 
     def failure(self, cb: Any, exc: BaseException) -> None:
-        self.heard.append(type(exc).__name__)
+        self.calls.append(type(exc).__name__)
 
     def success(self, cb: Any) -> None:
-        self.heard.append("success")
+        self.calls.append("success")
 
     def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
-        self.heard.append(f"{old_state.name} -> {new_state.name}")
+        self.calls.append(f"{old_state.name} -> {new_state.name}")
 
 
-def test_listeners_hear_what_pybreakers_hear_also_of_other_processes(world: World) -> None:
+def test_listeners_get_the_calls_of_pybreaker_and_changes_by_other_processes(world: World) -> None:
     ours, theirs = Recorder(), Recorder()
     mine = CircuitBreaker("llm", world.store(), CONFIG, listeners=[ours])
     other = CircuitBreaker("llm", world.store(), CONFIG, listeners=[theirs])
@@ -261,11 +261,11 @@ def test_listeners_hear_what_pybreakers_hear_also_of_other_processes(world: Worl
     world.sleep(0.3)
     assert other.state == "open"
 
-    assert ours.heard == ["before", "success", *["before", "RuntimeError"] * 3, "closed -> open"]
-    assert theirs.heard == ["closed -> open"]
+    assert ours.calls == ["before", "success", *["before", "RuntimeError"] * 3, "closed -> open"]
+    assert theirs.calls == ["closed -> open"]
 
 
-def test_it_guards_functions_coroutines_and_blocks(world: World) -> None:
+def test_it_protects_functions_coroutines_and_blocks(world: World) -> None:
     breaker = CircuitBreaker("llm", world.store(), CONFIG)
 
     @breaker
@@ -285,7 +285,7 @@ def test_it_guards_functions_coroutines_and_blocks(world: World) -> None:
         double(2)
 
 
-def test_by_hand(world: World) -> None:
+def test_it_can_be_opened_half_opened_and_reset_by_hand(world: World) -> None:
     breaker = CircuitBreaker("llm", world.store(), CONFIG)
     breaker.open()
     assert breaker.can_execute() == (False, "breaker llm: its circuit is open; come back in 10 s")
@@ -295,7 +295,7 @@ def test_by_hand(world: World) -> None:
     assert breaker.state == "closed"
 
 
-def test_the_registry_answers_for_all(world: World) -> None:
+def test_the_registry_shows_and_resets_the_breakers_of_all_processes(world: World) -> None:
     ours, theirs = CircuitBreakers(world.store()), CircuitBreakers(world.store())
     trip(ours.get("D3-Q3", "realtime"))
     trip(ours.get("D4-Q2", CONFIG))
@@ -312,7 +312,7 @@ def test_the_registry_answers_for_all(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"failure_threshold": 0}, "failure_threshold=0"),
         ({"failureTreshold": 5}, "failureTreshold=5: unknown field; BreakerConfig has"),
@@ -320,12 +320,12 @@ def test_the_registry_answers_for_all(world: World) -> None:
         ({"recovery_timeout_s": -1}, "recovery_timeout_s=-1"),
     ],
 )
-def test_a_wrong_configuration_is_told_at_once(fields: dict[str, Any], told: str) -> None:
-    with pytest.raises(InvalidValue, match=told):
+def test_a_wrong_configuration_is_refused_at_once(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidValue, match=message):
         with_circuit_breaker("x", **fields)
 
 
-def test_without_redis_it_goes_on_by_what_it_knew(
+def test_without_redis_each_process_continues_with_its_last_state(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = world.store()
@@ -354,7 +354,7 @@ def test_without_redis_it_goes_on_by_what_it_knew(
     ]
 
 
-def test_a_probe_whose_lease_is_over_tells_nothing(world: World) -> None:
+def test_a_probe_does_not_count_after_its_lease(world: World) -> None:
     breaker = CircuitBreaker("llm", world.store(), CONFIG)
     breaker.half_open()
     probes = [breaker.admit(), breaker.admit()]
@@ -365,7 +365,9 @@ def test_a_probe_whose_lease_is_over_tells_nothing(world: World) -> None:
     assert (breaker.state, breaker.success_counter) == ("half-open", 0)
 
 
-def test_successes_of_another_generation_do_not_count_in_a_window(world: World) -> None:
+def test_successes_of_calls_admitted_before_half_open_do_not_count_in_the_window(
+    world: World,
+) -> None:
     config = BreakerConfig(
         failure_threshold=100, failure_rate=0.5, min_calls=4, success_threshold=1
     )
@@ -381,7 +383,9 @@ def test_successes_of_another_generation_do_not_count_in_a_window(world: World) 
     assert breaker.state == "open"
 
 
-def test_without_redis_too_what_was_admitted_before_tells_nothing_after(world: World) -> None:
+def test_without_redis_calls_admitted_before_a_transition_do_not_count_after_it(
+    world: World,
+) -> None:
     store = world.store()
     store.lost = True
     breaker = CircuitBreaker("llm", store, CONFIG)
@@ -397,7 +401,7 @@ def test_without_redis_too_what_was_admitted_before_tells_nothing_after(world: W
     assert caught.value.retry_after_s == pytest.approx(10)
 
 
-def test_what_was_admitted_without_redis_tells_nothing_once_it_is_back(world: World) -> None:
+def test_calls_admitted_without_redis_do_not_count_once_it_answers_again(world: World) -> None:
     store = world.store()
     store.lost = True
     ours, theirs = (
@@ -414,7 +418,7 @@ def test_what_was_admitted_without_redis_tells_nothing_once_it_is_back(world: Wo
     assert ours.state == "open"
 
 
-def test_a_waiter_is_named_when_the_breaker_closes(world: World) -> None:
+def test_waiters_are_woken_in_order_of_urgency_when_the_breaker_closes(world: World) -> None:
     woken: list[str] = []
     breaker = CircuitBreaker("llm", world.store(), CONFIG, wake=woken.extend)
     trip(breaker)
@@ -430,7 +434,7 @@ def test_a_waiter_is_named_when_the_breaker_closes(world: World) -> None:
             breaker.admit(waiter, urgency)
         waits.append(caught.value.retry_after_s)
     assert waits == pytest.approx([10, 10, 11, 11, 10]), (
-        "as many come back at once as there are probes"
+        "two waiters return at a time, as there are two probes"
     )
     breaker.reset()
     assert woken == ["critical", "normal", "normal 2", "low", "low 2"]

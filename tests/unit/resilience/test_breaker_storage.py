@@ -5,7 +5,7 @@ from __future__ import annotations
 from resilience.breaker_storage import PRESETS, BreakerConfig
 
 
-def test_presets_and_the_names_of_the_source_documents() -> None:
+def test_the_presets_and_the_other_names_of_fields() -> None:
     found = {
         name: (c.failure_threshold, c.recovery_timeout_s, c.half_open_max_calls)
         for name, c in PRESETS.items()

@@ -1,4 +1,4 @@
-"""Buckets: what is granted in any window, what a denial changes, what is told to those who wait."""
+"""Token buckets: grants in any window, denials, and the retry times of denied callers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.unit.world import World, world
 __all__ = ["world"]
 
 
-def provider(world: World, **rates: Rate) -> TokenBucket:
+def bucket_of(world: World, **rates: Rate) -> TokenBucket:
     return TokenBucket("llm", world.store(), sleep=world.sleep, **(rates or PROVIDER))
 
 
 def limits_of(world: World) -> dict[bytes, Any]:
-    """Return what is stored of limits, leaving out who takes."""
+    """Return the stored state of limits, without the keys that list the takers."""
     return {key: value for key, value in world.dump().items() if not key.endswith(b":takers")}
 
 
@@ -47,15 +47,15 @@ class Window:
         return True
 
 
-def test_a_grant_says_from_when_it_holds(world: World) -> None:
-    grant = provider(world).acquire(requests=1, tokens=800)
+def test_a_grant_has_the_time_from_which_it_holds(world: World) -> None:
+    grant = bucket_of(world).acquire(requests=1, tokens=800)
 
     assert grant
     assert (grant.wait_s, grant.at, grant.limited_by) == (0, pytest.approx(world.now), "")
 
 
-def test_all_or_nothing(world: World) -> None:
-    bucket = provider(world, requests=Rate(10, per_s=1), tokens=Rate(100, per_s=1))
+def test_a_denied_take_changes_no_limit(world: World) -> None:
+    bucket = bucket_of(world, requests=Rate(10, per_s=1), tokens=Rate(100, per_s=1))
     assert bucket.acquire(requests=1, tokens=100)
     before = limits_of(world)
 
@@ -74,24 +74,24 @@ def test_a_take_is_one_round_trip(world: World) -> None:
     assert store.round_trips == 1
 
 
-def test_it_waits_as_long_as_asked_and_books_ahead(world: World) -> None:
-    bucket, began = provider(world, calls=Rate(10, per_s=1, burst=1)), world.now
-    took = [bucket.acquire(max_wait_s=5) for _ in range(11)]
+def test_a_caller_may_wait_for_a_grant(world: World) -> None:
+    bucket, began = bucket_of(world, calls=Rate(10, per_s=1, burst=1)), world.now
+    grants = [bucket.acquire(max_wait_s=5) for _ in range(11)]
 
-    assert all(took)
+    assert all(grants)
     assert world.now - began == pytest.approx(1.0, abs=0.01)
     assert asyncio.run(bucket.acquire_async()).granted is False
 
 
-def test_several_that_book_ahead_are_served_one_after_the_other(world: World) -> None:
-    buckets = [provider(world, calls=Rate(10, per_s=1, burst=1)) for _ in range(3)]
+def test_reservations_of_several_processes_get_successive_times(world: World) -> None:
+    buckets = [bucket_of(world, calls=Rate(10, per_s=1, burst=1)) for _ in range(3)]
     waits = [bucket.reserve(max_wait_s=5).wait_s for bucket in buckets]
 
     assert waits == pytest.approx([0, 0.1, 0.2], abs=1e-4)
 
 
-def test_who_waits_in_line_is_told_a_time_of_its_own(world: World) -> None:
-    bucket = provider(world, calls=Rate(10, per_s=1, burst=1))
+def test_each_denied_caller_in_line_gets_its_own_retry_time(world: World) -> None:
+    bucket = bucket_of(world, calls=Rate(10, per_s=1, burst=1))
     assert bucket.acquire()
     waits = [bucket.reserve(in_line=1, priority="low").wait_s for _ in range(4)]
     urgent = bucket.reserve(in_line=1).wait_s
@@ -102,38 +102,40 @@ def test_who_waits_in_line_is_told_a_time_of_its_own(world: World) -> None:
     assert bucket.acquire()
 
 
-def test_who_waits_is_told_when_all_that_it_takes_at_once_is_there(world: World) -> None:
-    bucket = provider(world, calls=Rate(40, per_s=1, burst=30))
+def test_a_retry_time_covers_all_takes_of_that_turn(world: World) -> None:
+    bucket = bucket_of(world, calls=Rate(40, per_s=1, burst=30))
     assert bucket.acquire(calls=30)
     waits = [bucket.reserve(in_line=times).wait_s for times in (3, 1, 100)]
 
-    assert waits == pytest.approx([0.075, 0.1, 0.2], abs=1e-3), "at most what flows in within 0.1 s"
+    assert waits == pytest.approx([0.075, 0.1, 0.2], abs=1e-3), "at most the refill of 0.1 s"
     world.sleep(waits[0])
     assert all(bucket.acquire() for _ in range(3))
     assert not bucket.acquire()
 
 
 def test_a_turn_leaves_room_in_the_bucket(world: World) -> None:
-    bucket = provider(world, calls=Rate(100, per_s=1, burst=9))
+    bucket = bucket_of(world, calls=Rate(100, per_s=1, burst=9))
     assert bucket.acquire(calls=9)
 
     assert bucket.reserve(in_line=100).wait_s == pytest.approx(0.03, abs=1e-3)
 
 
-def test_who_returns_is_told_a_time_before_those_who_are_new(world: World) -> None:
-    bucket = provider(world, calls=Rate(10, per_s=1, burst=1))
+def test_returning_callers_get_earlier_retry_times_than_new_ones(world: World) -> None:
+    bucket = bucket_of(world, calls=Rate(10, per_s=1, burst=1))
     assert bucket.acquire()
     new = [bucket.reserve(in_line=1).wait_s for _ in range(3)]
     returned = [bucket.reserve(in_line=1, returns=True).wait_s for _ in range(2)]
 
     assert new == pytest.approx([0.1, 0.2, 0.3], abs=1e-3)
-    assert returned == pytest.approx([0.1, 0.2], abs=1e-3), "each has its own, too"
+    assert returned == pytest.approx([0.1, 0.2], abs=1e-3), "each has its own time"
 
 
-def test_a_line_is_forgotten_when_nobody_comes(world: World) -> None:
-    bucket = provider(world, calls=Rate(10, per_s=1, burst=1))
+def test_a_line_is_forgotten_when_no_caller_returns(world: World) -> None:
+    bucket = bucket_of(world, calls=Rate(10, per_s=1, burst=1))
     assert bucket.acquire()
-    waits = [bucket.reserve(in_line=1).wait_s for _ in range(50)]  # of a job that is cancelled now
+    waits = [
+        bucket.reserve(in_line=1).wait_s for _ in range(50)
+    ]  # their job has since been cancelled
     assert waits[-1] == pytest.approx(5.0, abs=1e-3)
 
     world.sleep(0.7)
@@ -141,8 +143,8 @@ def test_a_line_is_forgotten_when_nobody_comes(world: World) -> None:
     assert bucket.reserve(in_line=1).wait_s == pytest.approx(0.1, abs=1e-3)
 
 
-def test_who_comes_back_a_little_early_keeps_its_turn(world: World) -> None:
-    bucket = provider(world, calls=Rate(10, per_s=1, burst=1))
+def test_a_caller_that_returns_a_little_early_keeps_its_turn(world: World) -> None:
+    bucket = bucket_of(world, calls=Rate(10, per_s=1, burst=1))
     assert bucket.acquire()
     world.sleep(0.09)
     early = [bucket.reserve(in_line=1, returns=True).wait_s for _ in range(2)]
@@ -151,12 +153,12 @@ def test_who_comes_back_a_little_early_keeps_its_turn(world: World) -> None:
 
     assert early == pytest.approx([0.01, 0.01], abs=1e-3)
     assert bucket.reserve(in_line=1, returns=True).wait_s == pytest.approx(0.1, abs=2e-3), (
-        "nobody stands in line before it"
+        "no caller is in line before it"
     )
 
 
-def test_a_call_larger_than_the_bucket_is_paid_by_who_comes_next(world: World) -> None:
-    bucket = provider(world, tokens=Rate(600, per_s=60, burst=50))
+def test_a_call_larger_than_the_bucket_delays_the_next_caller(world: World) -> None:
+    bucket = bucket_of(world, tokens=Rate(600, per_s=60, burst=50))
     assert bucket.acquire(tokens=50)
     waits = [bucket.reserve(in_line=1, tokens=tokens).wait_s for tokens in (200, 10)]
 
@@ -165,8 +167,8 @@ def test_a_call_larger_than_the_bucket_is_paid_by_who_comes_next(world: World) -
     )
 
 
-def test_a_line_moves_by_what_calls_really_use(world: World) -> None:
-    bucket = provider(world, tokens=Rate(1000, per_s=1, burst=100))
+def test_retry_times_follow_the_amounts_that_calls_really_use(world: World) -> None:
+    bucket = bucket_of(world, tokens=Rate(1000, per_s=1, burst=100))
     for _ in range(60):
         world.sleep(1)
         bucket.acquire(tokens=50).settle(tokens=10)
@@ -181,10 +183,10 @@ def test_a_line_moves_by_what_calls_really_use(world: World) -> None:
     world.sleep(1)
     assert bucket.acquire(tokens=100)
     waits = [bucket.reserve(in_line=1, tokens=50).wait_s for _ in range(3)]
-    assert waits == pytest.approx([0.05, 0.1, 0.15], abs=2e-3), "calls use all they take now"
+    assert waits == pytest.approx([0.05, 0.1, 0.15], abs=2e-3), "calls now use all that they take"
 
 
-def test_a_line_at_a_scope_keeps_nobody_else_waiting(world: World) -> None:
+def test_a_line_in_one_scope_delays_no_other_scope(world: World) -> None:
     bucket = TokenBucket(
         "llm", world.store(), sleep=world.sleep, calls=Rate(1000), scoped={"mine": Rate(2, burst=1)}
     )
@@ -197,7 +199,7 @@ def test_a_line_at_a_scope_keeps_nobody_else_waiting(world: World) -> None:
 
 
 def test_the_same_id_is_the_same_grant(world: World) -> None:
-    bucket = provider(world, calls=Rate(10, per_s=1))
+    bucket = bucket_of(world, calls=Rate(10, per_s=1))
     for _ in range(3):
         assert bucket.acquire(id="call-7")
 
@@ -205,7 +207,7 @@ def test_the_same_id_is_the_same_grant(world: World) -> None:
 
 
 def test_settling_corrects_once(world: World) -> None:
-    bucket = provider(world)
+    bucket = bucket_of(world)
     grant = bucket.acquire(requests=1, tokens=800)
     assert grant.settle(tokens=730) is True
     assert grant.settle(tokens=1) is False
@@ -215,8 +217,8 @@ def test_settling_corrects_once(world: World) -> None:
     assert found["requests"]["used"] == 1
 
 
-def test_settling_for_more_leaves_a_debt(world: World) -> None:
-    bucket = provider(world)
+def test_settling_for_more_than_was_taken_leaves_a_debt(world: World) -> None:
+    bucket = bucket_of(world)
     bucket.acquire(tokens=100).settle(tokens=5000)
 
     denied = bucket.acquire(tokens=1)
@@ -224,22 +226,24 @@ def test_settling_for_more_leaves_a_debt(world: World) -> None:
 
 
 def test_more_than_a_burst_passes_when_the_bucket_is_full(world: World) -> None:
-    bucket = provider(world)
+    bucket = bucket_of(world)
     assert bucket.acquire(tokens=15_000)
     denied = bucket.acquire(tokens=1500)
     assert denied.wait_s == pytest.approx(10, abs=0.01)
 
 
 @pytest.mark.parametrize("amount", [90_001, 1e9])
-def test_what_no_window_can_hold_is_refused_at_once(world: World, amount: float) -> None:
+def test_an_amount_above_the_limit_of_a_window_is_refused_at_once(
+    world: World, amount: float
+) -> None:
     with pytest.raises(
         NeverSatisfiable, match=r"tokens of bucket llm: .* can never be granted, the limit is 90000"
     ):
-        provider(world).acquire(requests=1, tokens=amount)
+        bucket_of(world).acquire(requests=1, tokens=amount)
 
 
 @pytest.mark.parametrize(
-    ("amounts", "told"),
+    ("amounts", "message"),
     [
         ({"token": 1}, "token=1: bucket llm limits requests, tokens"),
         ({"tokens": -1}, "tokens=-1"),
@@ -251,21 +255,21 @@ def test_what_no_window_can_hold_is_refused_at_once(world: World, amount: float)
         ({}, "say how much of each: requests, tokens"),
     ],
 )
-def test_a_wrong_amount_is_told(world: World, amounts: dict[str, Any], told: str) -> None:
-    with pytest.raises(InvalidValue, match=told):
-        provider(world).acquire(**amounts)
+def test_a_wrong_amount_is_refused(world: World, amounts: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidValue, match=message):
+        bucket_of(world).acquire(**amounts)
 
 
 @pytest.mark.parametrize(
     ("limit", "per_s", "burst"), [(0, 1, None), (1, 0, None), (10, 1, 11), (10, 1, 0)]
 )
-def test_a_wrong_rate_is_told(limit: float, per_s: float, burst: float | None) -> None:
+def test_a_wrong_rate_is_refused(limit: float, per_s: float, burst: float | None) -> None:
     with pytest.raises(InvalidValue):
         Rate(limit, per_s, burst)
 
 
-def test_a_providers_pause_holds_for_everyone(world: World) -> None:
-    ours, theirs = provider(world), provider(world)
+def test_a_pause_holds_for_every_process(world: World) -> None:
+    ours, theirs = bucket_of(world), bucket_of(world)
     ours.hold(20)
     ours.hold(5)
 
@@ -276,7 +280,7 @@ def test_a_providers_pause_holds_for_everyone(world: World) -> None:
 
 
 def test_lower_priorities_leave_a_reserve(world: World) -> None:
-    bucket = provider(world, calls=Rate(100, per_s=1))
+    bucket = bucket_of(world, calls=Rate(100, per_s=1))
     drained = {}
     for priority in ("low", "normal", "high", "critical"):
         drained[priority] = 0
@@ -286,7 +290,7 @@ def test_lower_priorities_leave_a_reserve(world: World) -> None:
     assert drained == {"low": 70, "normal": 15, "high": 10, "critical": 5}
 
 
-def test_scopes_have_limits_of_their_own_beside_the_global_one(world: World) -> None:
+def test_scopes_have_own_limits_beside_the_global_one(world: World) -> None:
     bucket = TokenBucket("llm", world.store(), requests=Rate(10), scoped={"requests": Rate(2)})
     assert bucket.acquire(requests=1, scope="org-7")
     assert bucket.acquire(requests=1, scope="org-7")
@@ -305,11 +309,11 @@ def test_the_presets() -> None:
     assert (ROUTER.limit, ROUTER.per_s, ROUTER.capacity) == (1000, 1, 100)
 
 
-def test_a_saturated_provider_is_used_and_never_exceeded(world: World) -> None:
+def test_under_saturation_the_limit_is_used_and_never_exceeded(world: World) -> None:
     bucket, window = (
-        provider(world, requests=Rate(1750, per_s=30)),
+        bucket_of(world, requests=Rate(1750, per_s=30)),
         Window(1750, 30),
-    )  # the flow of 3500 a minute
+    )  # the refill of 3500 a minute
     began, granted = world.now, []
     while world.now < began + 120:
         grant = bucket.acquire(max_wait_s=100)
@@ -322,7 +326,7 @@ def test_a_saturated_provider_is_used_and_never_exceeded(world: World) -> None:
     assert min(after_the_first) >= 0.97 * 1750
 
 
-def test_without_redis_each_process_takes_its_share_and_tells_it_afterwards(world: World) -> None:
+def test_without_redis_each_process_takes_its_share_and_reports_it_afterwards(world: World) -> None:
     stores = [world.store() for _ in range(4)]
     buckets = [TokenBucket("llm", store, calls=Rate(40, per_s=1)) for store in stores]
     for bucket in buckets * 2:
@@ -338,17 +342,19 @@ def test_without_redis_each_process_takes_its_share_and_tells_it_afterwards(worl
         return count
 
     pumped(1)
-    assert pumped(4) == pytest.approx(160, abs=4), "the rate holds: each of four takes a quarter"
+    assert pumped(4) == pytest.approx(160, abs=4), (
+        "the rate holds: each of four processes takes a quarter"
+    )
     for store in stores:
         store.lost = False
-    pumped(1.6)  # each looks for Redis again within a second and a half
+    pumped(1.6)  # each process tries Redis again within 1.5 s
     used = buckets[0].status()["calls"]["used"]
-    assert 35 <= used <= 45, "what was taken in the last window is in it"
+    assert 35 <= used <= 45, "the takes of the last window are counted"
     world.sleep(1.1)
-    assert buckets[0].acquire(), "and what was taken before is over: it was paced already"
+    assert buckets[0].acquire(), "earlier takes no longer count"
 
 
-def test_a_pause_that_was_asked_for_while_redis_was_away_holds_for_all_afterwards(
+def test_a_pause_set_without_redis_holds_for_all_processes_afterwards(
     world: World,
 ) -> None:
     stores = [world.store() for _ in range(2)]
@@ -364,7 +370,7 @@ def test_a_pause_that_was_asked_for_while_redis_was_away_holds_for_all_afterward
     assert theirs.acquire().wait_s == pytest.approx(58)
 
 
-def test_a_lease_spends_at_home(world: World) -> None:
+def test_a_leased_amount_is_spent_without_round_trips(world: World) -> None:
     store = world.store()
     leased, count = LeasedBucket(TokenBucket("router", store, messages=ROUTER)), 0
     until = world.now + 2
@@ -372,11 +378,11 @@ def test_a_lease_spends_at_home(world: World) -> None:
         count += bool(leased.acquire())
         world.sleep(0.0011)
 
-    assert count == pytest.approx(2 / 0.0011, rel=0.01), "nothing is held back below the rate"
+    assert count == pytest.approx(2 / 0.0011, rel=0.01), "every take below the rate is granted"
     assert store.round_trips < 0.1 * count
 
 
-def test_leases_of_many_never_admit_more_than_the_rate(world: World) -> None:
+def test_leases_of_several_processes_never_admit_more_than_the_rate(world: World) -> None:
     many = [LeasedBucket(TokenBucket("router", world.store(), messages=ROUTER)) for _ in range(8)]
     began, admitted = world.now, []
     while world.now < began + 3:
@@ -390,7 +396,7 @@ def test_leases_of_many_never_admit_more_than_the_rate(world: World) -> None:
 
 
 class Oracle:
-    """One limit in plain Python: the same rule, from a list of all that was ever granted."""
+    """One limit in plain Python: the same rule, computed from a list of all grants."""
 
     def __init__(self, rate: Rate, now: float, guard_s: float) -> None:
         self.rate, self.level, self.at = rate, rate.capacity, now
@@ -433,7 +439,7 @@ class Oracle:
         max_size=60,
     ),
 )
-def test_against_an_oracle(
+def test_grants_equal_those_of_a_model_in_plain_python(
     limit: int, per_s: float, burst: float, steps: list[tuple[float, int, float, float | None]]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -452,7 +458,7 @@ def test_against_an_oracle(
             if not grant:
                 assert limits_of(world) == before
                 assert grant.wait_s > patience * per_s - 2e-6
-                admits_then_and_not_before(world, bucket, amount, grant.wait_s)
+                assert_grants_at_that_time_only(world, bucket, amount, grant.wait_s)
                 continue
             oracle.level -= amount
             oracle.granted.append((grant.at, amount))
@@ -465,7 +471,7 @@ def test_against_an_oracle(
             assert bucket.status()["calls"]["level"] == pytest.approx(oracle.level, abs=1e-3)
 
 
-def admits_then_and_not_before(
+def assert_grants_at_that_time_only(
     world: World, bucket: TokenBucket, amount: int, wait_s: float
 ) -> None:
     if wait_s > 0.004:

@@ -1,5 +1,5 @@
-"""Budgets of a tree: who may spend how much, what a dead holder costs, what carving and folding
-keep.
+"""Budgets of a tree of jobs: charges, the leases of dead holders, and accounts that are carved and
+folded.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def opened(world: World, **limits: float) -> SharedBudget:
     return budget
 
 
-def answer(charge: Charge) -> tuple[str, str]:
+def answer_of(charge: Charge) -> tuple[str, str]:
     return charge.state, charge.limited_by
 
 
-def test_a_reservation_is_replaced_by_what_was_used_once(world: World) -> None:
+def test_settling_replaces_a_reservation_once(world: World) -> None:
     budget = opened(world, tokens=1000, money=2.5)
     charge = budget.charge("call-1", {"tokens": 800, "money": 0.5, "calls": 1})
 
@@ -65,25 +65,26 @@ def test_the_first_limits_hold_for_every_process(world: World) -> None:
     )
     assert ours.charge("a", {"tokens": 10})
 
-    assert answer(theirs.charge("b", {"tokens": 1})) == ("wait", "tokens")
+    assert answer_of(theirs.charge("b", {"tokens": 1})) == ("wait", "tokens")
     assert theirs.status().limits == {"tokens": 10}
     assert other.status() == Spending({}, {}, {}, {}, {}, {})
 
 
-def test_who_asks_again_for_one_that_is_gone_pays_for_both(world: World) -> None:
+def test_a_charge_that_is_made_again_is_counted_beside_the_first(world: World) -> None:
+    """`again=True` says that the first charge is lost; settling the first corrects it."""
     budget = opened(world, tokens=20)
     gone = budget.charge("a", {"tokens": 8})
 
     second = budget.charge("a", {"tokens": 8}, again=True)
     assert (second.id, bool(second)) == ("a~2", True)
     assert (budget.status().spent, budget.status().held) == ({"tokens": 8}, {"tokens": 8})
-    assert answer(budget.charge("a", {"tokens": 8}, again=True)) == ("exhausted", "tokens")
+    assert answer_of(budget.charge("a", {"tokens": 8}, again=True)) == ("exhausted", "tokens")
 
-    assert budget.settle(gone.id, {"tokens": 3})  # it was not gone
+    assert budget.settle(gone.id, {"tokens": 3})  # the first charge was not lost after all
     assert budget.status().left == {"tokens": 9}
 
 
-def test_without_limits_all_is_granted_and_counted(world: World) -> None:
+def test_without_limits_every_charge_is_granted_and_counted(world: World) -> None:
     budget = opened(world)
     assert budget.carve("child") == {}
     budget.settle(budget.charge("a", {"tokens": 1e12}, account="child").id, {"tokens": 2e12})
@@ -98,21 +99,21 @@ def test_without_limits_all_is_granted_and_counted(world: World) -> None:
     )
 
 
-def test_a_charge_that_is_asked_for_again_is_the_same(world: World) -> None:
+def test_the_same_id_is_the_same_charge(world: World) -> None:
     budget = opened(world, tokens=10)
 
     assert [budget.charge("a", {"tokens": 8}) for _ in range(3)] == [Charge("a", "granted")] * 3
     assert budget.status().held == {"tokens": 8}
 
 
-def test_all_or_nothing_and_the_unit_that_will_never_do_is_told_first(world: World) -> None:
+def test_a_denial_names_the_unit_that_can_never_suffice_first(world: World) -> None:
     budget = opened(world, calls=1, money=5, tokens=100)
     assert budget.charge("a", {"calls": 1, "tokens": 50})
     before = world.dump()
 
-    assert answer(budget.charge("b", {"tokens": 10, "calls": 1})) == ("wait", "calls")
-    assert answer(budget.charge("b", {"tokens": 51, "calls": 1})) == ("wait", "calls")
-    assert answer(budget.charge("b", {"tokens": 101, "calls": 1})) == ("exhausted", "tokens")
+    assert answer_of(budget.charge("b", {"tokens": 10, "calls": 1})) == ("wait", "calls")
+    assert answer_of(budget.charge("b", {"tokens": 51, "calls": 1})) == ("wait", "calls")
+    assert answer_of(budget.charge("b", {"tokens": 101, "calls": 1})) == ("exhausted", "tokens")
     assert world.dump() == before, "a denial changes nothing"
 
 
@@ -125,35 +126,37 @@ def test_all_or_nothing_and_the_unit_that_will_never_do_is_told_first(world: Wor
         (None, ("granted", "")),
     ],
 )
-def test_who_waits_is_answered_when_the_call_in_flight_has_settled(
+def test_a_waiting_charge_is_decided_when_the_call_in_flight_settles(
     world: World, used: float | None, then: tuple[str, str]
 ) -> None:
     budget = opened(world, tokens=10)
     budget.charge("a", {"tokens": 10})
-    assert answer(budget.charge("b", {"tokens": 7})) == ("wait", "tokens")
+    assert answer_of(budget.charge("b", {"tokens": 7})) == ("wait", "tokens")
     if used is None:
         budget.withdraw("a")
     else:
         budget.settle("a", {"tokens": used})
 
-    assert answer(budget.charge("b", {"tokens": 7})) == then
+    assert answer_of(budget.charge("b", {"tokens": 7})) == then
 
 
-def test_what_a_dead_process_reserved_is_spent_when_its_lease_is_over(world: World) -> None:
+def test_the_reservation_of_a_dead_process_is_spent_when_its_lease_ends(world: World) -> None:
     budget = opened(world, tokens=10)
     budget.charge("dead", {"tokens": 8})
     world.sleep(LEASE_S - 0.001)
-    assert answer(budget.charge("b", {"tokens": 3})) == ("wait", "tokens")
+    assert answer_of(budget.charge("b", {"tokens": 3})) == ("wait", "tokens")
     world.sleep(0.001)
 
-    assert answer(budget.charge("b", {"tokens": 3})) == ("exhausted", "tokens")
+    assert answer_of(budget.charge("b", {"tokens": 3})) == ("exhausted", "tokens")
     assert budget.charge("b", {"tokens": 2})
     found = budget.status()
     assert (found.spent, found.held, found.by_label) == ({"tokens": 8}, {"tokens": 2}, {})
 
 
 @pytest.mark.parametrize("used", [0.0, 5.0, 12.0])
-def test_who_was_taken_for_dead_corrects_what_was_counted(world: World, used: float) -> None:
+def test_a_late_holder_corrects_the_amount_that_was_counted_for_it(
+    world: World, used: float
+) -> None:
     budget = opened(world, tokens=10)
     budget.charge("late", {"tokens": 8})
     world.sleep(5 * 86400)
@@ -167,7 +170,7 @@ def test_who_was_taken_for_dead_corrects_what_was_counted(world: World, used: fl
     assert budget.status().by_label == {"large": {"tokens": used}}
 
 
-def test_a_call_that_is_made_again_after_its_holder_died_is_counted_twice(world: World) -> None:
+def test_a_call_repeated_after_its_holder_died_is_counted_twice(world: World) -> None:
     budget = opened(world, tokens=30)
     first = budget.charge("a", {"tokens": 8})
     world.sleep(LEASE_S)
@@ -182,33 +185,35 @@ def test_a_call_that_is_made_again_after_its_holder_died_is_counted_twice(world:
     assert budget.status().spent == {"tokens": 11}, "each holder settles its own"
 
 
-def test_no_caller_pays_for_the_death_of_thousands(world: World) -> None:
+def test_one_call_counts_a_limited_number_of_lapsed_charges(world: World) -> None:
     budget, runs = opened(world, tokens=250), []
     for number in range(250):
         budget.charge(str(number), {"tokens": 1})
     world.sleep(LEASE_S)
     for _ in range(3):
-        assert not budget.charge("late", {"tokens": 1}), "what waits to be counted is held"
+        assert not budget.charge("late", {"tokens": 1}), (
+            "lapsed charges that are not yet counted are still held"
+        )
         runs.append(world.client().zcard(Keys("unit").spending("job-7")[3]))
 
     assert runs == [150, 50, 0]
     assert budget.status().spent == {"tokens": 250}
 
 
-def test_an_account_below_zero_denies_what_costs_and_nothing_else(world: World) -> None:
+def test_an_account_below_zero_denies_only_charges_of_that_unit(world: World) -> None:
     budget = opened(world, tokens=10, calls=5)
     budget.settle(budget.charge("a", {"tokens": 10, "calls": 1}).id, {"tokens": 15, "calls": 1})
 
     assert budget.status().left == {"tokens": -5, "calls": 4}
     assert budget.carve("child", 0.5) == {"tokens": 0, "calls": 2}
-    assert answer(budget.charge("b", {"tokens": 1, "calls": 1})) == ("exhausted", "tokens")
+    assert answer_of(budget.charge("b", {"tokens": 1, "calls": 1})) == ("exhausted", "tokens")
     assert budget.charge("b", {"tokens": 0, "calls": 1})
 
 
 # --- accounts ---------------------------------------------------------------------------------
 
 
-def test_a_share_is_moved_once(world: World) -> None:
+def test_carving_an_account_moves_its_share_once(world: World) -> None:
     budget = opened(world, tokens=100)
     budget.charge("a", {"tokens": 20})
 
@@ -222,15 +227,15 @@ def test_a_share_is_moved_once(world: World) -> None:
         "x": {"tokens": 10},
         "y": {"tokens": 10},
     }
-    assert answer(budget.charge("b", {"tokens": 11}, account="x")) == ("exhausted", "tokens"), (
-        "others have enough: it does not"
+    assert answer_of(budget.charge("b", {"tokens": 11}, account="x")) == ("exhausted", "tokens"), (
+        "other accounts have enough, this one has not"
     )
     budget.fold("x")
-    assert budget.carve("x") == {"tokens": 20}, "as it got the first time"
+    assert budget.carve("x") == {"tokens": 20}, "the same share as the first time"
     assert budget.status().accounts == {"": {"tokens": 70}, "y": {"tokens": 10}}
 
 
-def test_what_is_left_flows_back_and_charges_in_flight_with_it(world: World) -> None:
+def test_folding_returns_the_rest_and_the_charges_in_flight_to_the_parent(world: World) -> None:
     budget = opened(world, tokens=100)
     budget.carve("x", 0.5)
     budget.settle(budget.charge("a", {"tokens": 5}, account="x").id, {"tokens": 5})
@@ -242,19 +247,19 @@ def test_what_is_left_flows_back_and_charges_in_flight_with_it(world: World) -> 
     assert budget.status().held == {"tokens": 30}
 
     budget.settle("b", {"tokens": 1})
-    assert budget.charge("c", {"tokens": 84}, account="x"), "counts on the parent"
+    assert budget.charge("c", {"tokens": 84}, account="x"), "it counts on the parent"
     world.sleep(LEASE_S)
     found = budget.status()
     assert (found.spent, found.held, found.left) == ({"tokens": 100}, {"tokens": 0}, {"tokens": 0})
 
 
-def test_an_account_whose_parents_have_folded_has_the_nearest_that_is_open(world: World) -> None:
+def test_an_account_with_folded_parents_belongs_to_the_nearest_open_one(world: World) -> None:
     budget = opened(world, tokens=16)
     for child, parent in (("x", ""), ("y", "x"), ("z", "y")):
         budget.carve(child, 0.5, of=parent)
     budget.fold("y")
     assert budget.status().accounts == {"": {"tokens": 8}, "x": {"tokens": 6}, "z": {"tokens": 2}}
-    assert answer(budget.charge("a", {"tokens": 7}, account="y")) == ("exhausted", "tokens"), (
+    assert answer_of(budget.charge("a", {"tokens": 7}, account="y")) == ("exhausted", "tokens"), (
         "by the limit of x"
     )
     budget.fold("x")
@@ -265,7 +270,7 @@ def test_an_account_whose_parents_have_folded_has_the_nearest_that_is_open(world
     assert budget.charge("a", {"tokens": 9}, account="z")
 
 
-def test_any_text_may_be_a_name(world: World) -> None:
+def test_any_text_may_be_the_name_of_an_account(world: World) -> None:
     odd = 'a "b"/{c}:~|\\ \u00fc\U0001f600'
     budget = SharedBudget(odd, world.store())
     budget.open({odd: 1})
@@ -282,17 +287,17 @@ def test_any_text_may_be_a_name(world: World) -> None:
 
 
 @pytest.mark.parametrize(("limit", "count"), [(0.3, 3), (1.0, 10), (2.3, 23)])
-def test_dimes_fit_as_often_as_they_should(world: World, limit: float, count: int) -> None:
+def test_amounts_of_a_tenth_fill_a_limit_exactly(world: World, limit: float, count: int) -> None:
     budget = opened(world, money=limit)
     for number in range(count):
         charge = budget.charge(str(number), {"money": 0.1})
-        assert charge, "whatever the binary digits say"
+        assert charge, "binary rounding does not matter"
         budget.settle(charge.id, {"money": 0.1})
 
-    assert answer(budget.charge("more", {"money": 1e-6})) == ("exhausted", "money")
+    assert answer_of(budget.charge("more", {"money": 1e-6})) == ("exhausted", "money")
 
 
-def test_every_digit_is_kept(world: World) -> None:
+def test_amounts_keep_every_digit(world: World) -> None:
     third, budget = 1 / 3, opened(world, money=0.1 + 0.2)
 
     assert budget.status().limits == {"money": 0.1 + 0.2}
@@ -301,7 +306,7 @@ def test_every_digit_is_kept(world: World) -> None:
     assert budget.status().by_label == {"m": {"calls": 2 / 3}}
 
 
-def test_what_rounding_leaves_of_reservations_is_not_in_flight(world: World) -> None:
+def test_rounding_leaves_nothing_in_flight(world: World) -> None:
     budget = opened(world, money=10.0)
     prices = {"a": 0.1, "b": 0.2}
     for id, price in prices.items():
@@ -313,7 +318,7 @@ def test_what_rounding_leaves_of_reservations_is_not_in_flight(world: World) -> 
     assert budget.status().held == {"money": 0}
 
 
-def test_prices_leave_nothing_behind(world: World) -> None:
+def test_many_prices_add_up_without_rounding_errors(world: World) -> None:
     budget, total = opened(world, money=5000.0), Fraction(0)
     for number in range(200):
         account = budget.carve(f"x{number}", 1 / 3) and f"x{number}"
@@ -329,11 +334,11 @@ def test_prices_leave_nothing_behind(world: World) -> None:
     assert found.held == {"money": 0}
 
 
-# --- the way to Redis -------------------------------------------------------------------------
+# --- calls of Redis ---------------------------------------------------------------------------
 
 
 def every_call(budget: SharedBudget) -> list[Callable[[], object]]:
-    """Return one call of each method, in an order in which all of them do something."""
+    """Return one call of each method, in an order in which every call has an effect."""
     return [
         lambda: budget.open({"tokens": 10}),
         lambda: budget.carve("x", 0.5),
@@ -356,7 +361,7 @@ def test_each_call_is_one_round_trip(world: World) -> None:
     assert store.round_trips == len(calls)
 
 
-def test_every_key_is_kept_from_the_last_change_on(world: World) -> None:
+def test_each_change_renews_the_expiry_of_every_key(world: World) -> None:
     client, keys = world.client(), Keys("unit").spending("job-7")
     for call in every_call(SharedBudget("job-7", world.store(), ttl_s=3600)):
         call()
@@ -366,11 +371,11 @@ def test_every_key_is_kept_from_the_last_change_on(world: World) -> None:
 
     assert sorted(key.decode() for key in client.scan_iter()) == sorted(keys)
     assert all(key.startswith("unit:{spending:job-7}:") for key in keys), (
-        "one script may touch them together"
+        "one script may use them together"
     )
 
 
-def test_settling_shares_a_round_trip(world: World) -> None:
+def test_settling_can_share_a_round_trip_with_other_calls(world: World) -> None:
     budget, store = opened(world, tokens=10), world.store()
     budget.charge("a", {"tokens": 5})
     budget.charge("b", {"tokens": 5})
@@ -381,7 +386,7 @@ def test_settling_shares_a_round_trip(world: World) -> None:
     assert budget.status().by_label == {"m": {"tokens": 2}}
 
 
-def test_while_redis_is_away_nobody_spends_and_what_is_reserved_stays_counted(world: World) -> None:
+def test_without_redis_nothing_is_charged_and_reservations_stay_counted(world: World) -> None:
     store = world.store()
     budget, other = SharedBudget("job-7", store), opened(world, tokens=10)
     budget.charge("a", {"tokens": 5})
@@ -402,7 +407,7 @@ def test_while_redis_is_away_nobody_spends_and_what_is_reserved_stays_counted(wo
 
 
 @pytest.mark.parametrize("amount", [-1, float("nan"), float("inf"), "5", None])
-def test_a_wrong_amount_is_told(world: World, amount: Any) -> None:
+def test_a_wrong_amount_is_refused(world: World, amount: Any) -> None:
     budget = opened(world, tokens=10)
     for call in (
         budget.open,
@@ -413,10 +418,10 @@ def test_a_wrong_amount_is_told(world: World, amount: Any) -> None:
             call({"tokens": amount})
 
 
-def test_what_cannot_be_is_told(world: World) -> None:
+def test_unknown_accounts_empty_names_and_wrong_shares_are_refused(world: World) -> None:
     budget, unopened = opened(world, tokens=10), SharedBudget("job-8", world.store())
     unknown = "account='x': budget job-7 has no such account: open the budget, or carve it, first"
-    for told, call in [
+    for message, call in [
         (unknown, lambda: budget.charge("a", {"tokens": 1}, account="x")),
         (unknown, lambda: budget.fold("x")),
         (unknown, lambda: budget.carve("y", of="x")),
@@ -429,7 +434,7 @@ def test_what_cannot_be_is_told(world: World) -> None:
         ("ttl_s=0: must be above 0", lambda: SharedBudget("job-7", world.store(), ttl_s=0)),
         ("lease_s=-1: must be above 0", lambda: SharedBudget("job-7", world.store(), lease_s=-1)),
     ]:
-        with pytest.raises(InvalidValue, match=told):
+        with pytest.raises(InvalidValue, match=message):
             call()
     assert unopened.settle("a", {"tokens": 1}) is False
 
@@ -443,8 +448,7 @@ IDS, NUMBERS = st.sampled_from("abcdefgh"), st.integers(0, 5)
 AMOUNTS = st.dictionaries(
     st.sampled_from(["tokens", "money", "calls"]), st.integers(0, 96).map(lambda n: Fraction(n, 16))
 )
-"""Sixteenths, and shares that are halves: no sum of them is rounded within the steps of one
-example.
+"""Sixteenths, and shares of one half: no sum of them is rounded within one example.
 """
 
 
@@ -457,7 +461,7 @@ def add(sums: Amounts, amounts: Mapping[str, Fraction], sign: int = 1) -> None:
         sums[unit] += sign * amount
 
 
-def told(amounts: Amounts) -> dict[str, float]:
+def as_floats(amounts: Amounts) -> dict[str, float]:
     return {unit: float(amount) for unit, amount in amounts.items()}
 
 
@@ -467,7 +471,7 @@ def without_zeros(amounts: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass
 class Account:
-    """An account, for somebody who knows everything."""
+    """An account as the oracle sees it."""
 
     parent: str
     got: Amounts
@@ -484,7 +488,7 @@ class Account:
 
 @dataclass
 class Reserved:
-    """A charge that was granted, and not settled yet."""
+    """A charge that is granted and not yet settled."""
 
     account: str
     amounts: Amounts
@@ -493,7 +497,7 @@ class Reserved:
 
 
 class Oracle:
-    """What a budget means, in plain Python and exact numbers."""
+    """The rules of a budget, in plain Python and exact numbers."""
 
     def __init__(self) -> None:
         root = {unit: Fraction(limit) for unit, limit in LIMITS.items()}
@@ -502,13 +506,13 @@ class Oracle:
         self.settled: list[tuple[Amounts, Amounts]] = []  # reserved, used
         self.by_label: dict[str, Amounts] = defaultdict(nothing)
 
-    def nearest(self, name: str) -> str:
+    def nearest_open(self, name: str) -> str:
         while self.accounts[name].folded:
             name = self.accounts[name].parent
         return name
 
     def open_account(self, name: str) -> Account:
-        return self.accounts[self.nearest(name)]
+        return self.accounts[self.nearest_open(name)]
 
     def lapse(self, now: float) -> None:
         for each in self.charges.values():
@@ -521,7 +525,7 @@ class Oracle:
         parent = self.open_account(of)
         got = {unit: max(Fraction(0), free) * share for unit, free in parent.free.items()}
         parent.add_free(got, -1)
-        self.accounts[name] = Account(self.nearest(of), got, dict(got))
+        self.accounts[name] = Account(self.nearest_open(of), got, dict(got))
 
     def fold(self, name: str) -> None:
         account = self.accounts[name]
@@ -535,16 +539,14 @@ class Oracle:
             add(sums, amounts)
 
     def next_id(self, id: str) -> str:
-        """Return the id of a charge that is asked for by an id: a charge that has lapsed keeps its
-        own.
-        """
+        """Return the id under which a charge is made; a lapsed charge keeps its own id."""
         names = (id if number == 1 else f"{id}~{number}" for number in range(1, 100))
         return next(
             name for name in names if name not in self.charges or not self.charges[name].lapsed
         )
 
-    def reasons(self, amounts: Amounts, account: Account) -> list[tuple[str, str]]:
-        """Return what speaks against a charge, the worst first."""
+    def denials(self, amounts: Amounts, account: Account) -> list[tuple[str, str]]:
+        """Return the reasons to deny a charge, the worst first."""
         short = {
             unit: amount * (1 - CLOSE)
             for unit, amount in amounts.items()
@@ -574,7 +576,7 @@ class Oracle:
 
 
 class BudgetMachine(RuleBasedStateMachine):
-    """A budget of two processes beside the oracle."""
+    """A budget of two processes, beside the oracle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -596,7 +598,7 @@ class BudgetMachine(RuleBasedStateMachine):
         return self.budgets[self.turn % 2]
 
     def account(self, number: int) -> str:
-        """Return the name of an account there has been, by any number: mostly one of the last."""
+        """Return the name of one of the accounts so far, by any number; mostly a recent one."""
         return list(self.oracle.accounts)[-1 - number % len(self.oracle.accounts)]
 
     @rule(share=st.sampled_from([Fraction(0), Fraction(1, 2), Fraction(1)]), number=NUMBERS)
@@ -605,11 +607,13 @@ class BudgetMachine(RuleBasedStateMachine):
         self.oracle.carve(name, share, of)
         assert self.budget.carve(name, float(share), of=of) == self.oracle.accounts[name].got
         if of:
-            assert self.budget.carve(of) == self.oracle.accounts[of].got, "as it got the first time"
+            assert self.budget.carve(of) == self.oracle.accounts[of].got, (
+                "the same share as the first time"
+            )
 
     @rule(number=NUMBERS)
     def fold(self, number: int) -> None:
-        name = self.oracle.nearest(self.account(number))
+        name = self.oracle.nearest_open(self.account(number))
         if name:
             self.oracle.fold(name)
             self.budget.fold(name)
@@ -621,18 +625,21 @@ class BudgetMachine(RuleBasedStateMachine):
             name, account = self.oracle.next_id(id), self.account(number)
             right = Charge(name, "granted")
             if name not in self.oracle.charges:
-                if reasons := self.oracle.reasons(amounts, self.oracle.open_account(account)):
-                    right = Charge(name, *reasons[0])
+                if denials := self.oracle.denials(amounts, self.oracle.open_account(account)):
+                    right = Charge(name, *denials[0])
                 else:
                     self.oracle.reserve(name, amounts, account, self.world.now + LEASE_S)
-            assert self.budget.charge(id, told(amounts), account=account) == right
+            assert self.budget.charge(id, as_floats(amounts), account=account) == right
 
     @precondition(lambda self: self.oracle.charges)
     @rule(number=NUMBERS, used=AMOUNTS, label=st.sampled_from(["", "small", "large"]))
     def settle(self, number: int, used: Amounts, label: str) -> None:
         id = list(self.oracle.charges)[number % len(self.oracle.charges)]
         self.oracle.settle(id, used, label)
-        assert [self.budget.settle(id, told(used), label=label) for _ in range(2)] == [True, False]
+        assert [self.budget.settle(id, as_floats(used), label=label) for _ in range(2)] == [
+            True,
+            False,
+        ]
 
     @rule(seconds=st.sampled_from([1.0, LEASE_S / 2, LEASE_S]))
     def pass_time(self, seconds: float) -> None:
@@ -640,7 +647,7 @@ class BudgetMachine(RuleBasedStateMachine):
         self.oracle.lapse(self.world.now)
 
     @invariant()
-    def all_is_as_the_oracle_says(self) -> None:
+    def state_equals_that_of_the_oracle(self) -> None:
         found, open_ones = (
             self.budget.status(),
             {n: a for n, a in self.oracle.accounts.items() if not a.folded},
@@ -657,7 +664,7 @@ class BudgetMachine(RuleBasedStateMachine):
             ) == without_zeros(total)
 
     @invariant()
-    def nothing_is_lost_and_nothing_is_counted_too_low(self) -> None:
+    def no_amount_is_lost(self) -> None:
         found, counted, beyond = self.budget.status(), nothing(), nothing()
         for charge in self.oracle.charges.values():
             add(counted, charge.amounts)

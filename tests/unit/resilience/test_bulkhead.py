@@ -1,4 +1,4 @@
-"""The shared bulkhead: who is let in, who is turned away and until when, and how a limit moves."""
+"""The shared bulkhead: permits, their leases, waiters, and limits that adapt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["world"]
 
 
 class Process(Bulkhead):
-    """A process by its number, since all of them are one in a test."""
+    """A bulkhead that acts for a process of a given number, as all share one process in a test."""
 
     number = 0
 
@@ -32,14 +32,14 @@ def used(bulkhead: Bulkhead) -> float:
     return bulkhead.status()["used"]
 
 
-def test_by_default_50_are_in_flight_over_all_hosts_and_10_on_each(world: World) -> None:
+def test_by_default_50_calls_are_in_flight_over_all_hosts_and_10_on_each(world: World) -> None:
     hosts = [Bulkhead("llm", world.store(), host=f"host-{i}") for i in range(6)]
 
     first = [bool(hosts[0].acquire()) for _ in range(11)]
     others = [sum(bool(host.acquire()) for _ in range(11)) for host in hosts[1:]]
 
     assert first == [*[True] * 10, False]
-    assert others == [10, 10, 10, 10, 0], "the fifty are given out"
+    assert others == [10, 10, 10, 10, 0], "all fifty permits are taken"
 
 
 def test_processes_share_a_limit_and_names_do_not(world: World) -> None:
@@ -53,7 +53,7 @@ def test_processes_share_a_limit_and_names_do_not(world: World) -> None:
     assert theirs.acquire()
 
 
-def test_a_host_may_be_anything_that_is_counted_by(world: World) -> None:
+def test_a_host_may_be_any_name_to_count_by(world: World) -> None:
     bulkhead = Bulkhead("llm", world.store(), per_host=1)
 
     assert [bool(bulkhead.acquire(host=endpoint)) for endpoint in ("a", "b", "a", "")] == [
@@ -70,37 +70,37 @@ def test_a_permit_is_given_back_once(world: World) -> None:
     first.release()
     first.release()
 
-    assert not first, "it is spent"
+    assert not first, "it has been given back"
     assert used(bulkhead) == 1
     second.release()
     assert used(bulkhead) == 0
 
 
-def test_a_dead_holders_permit_is_free_when_its_lease_ends(world: World) -> None:
+def test_the_permit_of_a_dead_holder_is_free_when_its_lease_ends(world: World) -> None:
     dead, alive = (Bulkhead("llm", world.store(), limit=1, lease_s=60) for _ in range(2))
     late = dead.acquire()
     world.sleep(10)
     denied = alive.acquire()
-    assert denied.wait_s == pytest.approx(50, abs=0.01), "until then"
+    assert denied.wait_s == pytest.approx(50, abs=0.01), "the end of the lease"
     world.sleep(denied.wait_s)
 
     assert alive.acquire()
     late.release()
-    assert used(alive) == 1, "who comes late gives back what is no longer its own: nothing"
+    assert used(alive) == 1, "a late release gives back nothing, as the lease is over"
 
 
-def test_all_permits_of_a_process_known_to_be_dead_are_free_at_once(world: World) -> None:
+def test_all_permits_of_a_process_that_is_forgotten_are_free_at_once(world: World) -> None:
     dead, alive = (Process("llm", world.store(), limit=3, host="a") for _ in range(2))
     dead.number, alive.number = 1, 12
     assert all([dead.acquire(), dead.acquire(weight=1, host="endpoint"), alive.acquire()])
 
     assert alive.forget(dead.owner) == 2
     assert alive.forget(dead.owner) == 0
-    assert used(alive) == 1, "a name that starts alike is another's"
+    assert used(alive) == 1, "an owner with the same prefix is another process"
     assert alive.acquire(weight=2)
 
 
-def test_a_heavy_call_takes_the_room_of_several(world: World) -> None:
+def test_a_call_may_weigh_more_than_one(world: World) -> None:
     bulkhead = Bulkhead("pool", world.store(), limit=10)
     heavy = bulkhead.acquire(weight=7)
 
@@ -111,7 +111,7 @@ def test_a_heavy_call_takes_the_room_of_several(world: World) -> None:
 
 
 @pytest.mark.parametrize(("weight", "per_host", "bound"), [(21, None, 20), (6, 5, 5)])
-def test_what_no_room_can_hold_is_refused_at_once(
+def test_a_weight_above_the_limit_is_refused_at_once(
     world: World, weight: float, per_host: float | None, bound: int
 ) -> None:
     bulkhead = Bulkhead("pool", world.store(), limit=20, per_host=per_host, sleep=world.sleep)
@@ -126,12 +126,12 @@ def test_what_no_room_can_hold_is_refused_at_once(
 @pytest.mark.parametrize(
     "wrong", [{"limit": 0}, {"limit": -1}, {"per_host": -1}, {"lease_s": 0}, {"limit": "fast"}]
 )
-def test_a_wrong_bound_is_told(world: World, wrong: dict[str, Any]) -> None:
+def test_a_wrong_limit_is_refused(world: World, wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidValue, match=f"{next(iter(wrong))}=.*: must be "):
         Bulkhead("llm", world.store(), **wrong)
 
 
-def test_it_waits_for_room_as_long_as_asked(world: World) -> None:
+def test_a_caller_may_wait_for_a_permit(world: World) -> None:
     bulkhead = Bulkhead("llm", world.store(), limit=1, lease_s=5, sleep=world.sleep)
     began = world.now
     assert bulkhead.acquire()
@@ -142,7 +142,7 @@ def test_it_waits_for_room_as_long_as_asked(world: World) -> None:
     assert world.now - began == pytest.approx(5, abs=0.02), "as soon as the lease is over"
 
 
-def test_who_waits_is_woken_by_urgency_and_then_by_age_one_for_each_that_leaves(
+def test_each_released_permit_wakes_the_most_urgent_and_oldest_waiter(
     world: World,
 ) -> None:
     woken: list[str] = []
@@ -167,7 +167,7 @@ def test_who_waits_is_woken_by_urgency_and_then_by_age_one_for_each_that_leaves(
     assert bulkhead.status()["waiting"] == 2
 
 
-def test_who_came_in_meanwhile_is_not_woken(world: World) -> None:
+def test_a_waiter_that_has_got_a_permit_is_not_woken(world: World) -> None:
     woken: list[str] = []
     bulkhead = Bulkhead("llm", world.store(), limit=1, lease_s=1, wake=woken.extend)
     assert bulkhead.acquire()
@@ -179,7 +179,7 @@ def test_who_came_in_meanwhile_is_not_woken(world: World) -> None:
     assert woken == []
 
 
-def test_as_many_are_woken_as_a_dead_process_held(world: World) -> None:
+def test_forgetting_a_process_wakes_one_waiter_for_each_of_its_permits(world: World) -> None:
     woken: list[str] = []
     dead, alive = (
         Bulkhead("llm", world.store(), limit=2, host=host, wake=woken.extend) for host in ("a", "b")
@@ -220,7 +220,7 @@ def test_a_limit_that_is_not_used_does_not_grow(world: World) -> None:
     assert limit_of(bulkhead) == Aimd().start == 20
 
 
-def test_a_round_with_drops_costs_a_tenth_however_many_there_are(world: World) -> None:
+def test_a_round_with_drops_lowers_the_limit_by_a_tenth_once(world: World) -> None:
     processes = [
         Bulkhead("llm", world.store(), limit=Aimd(20), per_host=None, lease_s=60) for _ in range(2)
     ]
@@ -234,7 +234,7 @@ def test_a_round_with_drops_costs_a_tenth_however_many_there_are(world: World) -
     world.sleep(1)
     next_round[0].release(CallTimeout("call", 1))
     assert limit_of(processes[1]) == pytest.approx(18), (
-        "it began in the millisecond of the cut, at the old speed"
+        "it began in the millisecond of the cut, at the old limit"
     )
     later = processes[1].acquire()
     world.sleep(1)
@@ -243,7 +243,9 @@ def test_a_round_with_drops_costs_a_tenth_however_many_there_are(world: World) -
 
 
 @pytest.mark.parametrize("error", [ValueError("theirs"), KeyError(1), KeyboardInterrupt()])
-def test_what_does_not_speak_of_load_costs_nothing(world: World, error: BaseException) -> None:
+def test_errors_that_do_not_mean_overload_leave_the_limit_alone(
+    world: World, error: BaseException
+) -> None:
     bulkhead = Bulkhead("llm", world.store(), limit=Aimd(20), per_host=None)
     permit = bulkhead.acquire()
     world.sleep(1)
@@ -252,7 +254,7 @@ def test_what_does_not_speak_of_load_costs_nothing(world: World, error: BaseExce
     assert limit_of(bulkhead) == 20
 
 
-def test_a_found_limit_is_everyones_and_never_below_one(world: World) -> None:
+def test_an_adapted_limit_is_shared_and_never_below_one(world: World) -> None:
     ours, theirs = (Bulkhead("llm", world.store(), limit=Aimd(2), per_host=None) for _ in range(2))
     for _ in range(20):
         world.sleep(1)
@@ -264,7 +266,7 @@ def test_a_found_limit_is_everyones_and_never_below_one(world: World) -> None:
     assert [bool(theirs.acquire()) for _ in range(2)] == [True, False]
 
 
-def test_a_pool_grows_when_more_is_asked_for_and_shrinks_when_that_has_long_ended(
+def test_an_elastic_limit_grows_on_demand_and_shrinks_after_a_time_without_it(
     world: World,
 ) -> None:
     pool = Bulkhead(
@@ -279,24 +281,24 @@ def test_a_pool_grows_when_more_is_asked_for_and_shrinks_when_that_has_long_ende
     large.release()
     world.sleep(899)
     pool.acquire(weight=1).release()
-    assert limit_of(pool) == 2048, "not yet"
+    assert limit_of(pool) == 2048, "the large use ended less than 900 s ago"
 
     world.sleep(2)
     small.release()
     assert pool.acquire(weight=1)
     assert limit_of(pool) == 500
     assert pool.acquire(weight=2047 - 48)
-    assert limit_of(pool) == 2048, "and grows again"
+    assert limit_of(pool) == 2048, "it grows again"
 
 
-def test_a_pool_at_rest_never_grows_beyond_its_largest(world: World) -> None:
+def test_an_elastic_limit_never_grows_beyond_its_maximum(world: World) -> None:
     pool = Bulkhead("memory", world.store(), limit=Elastic(500, 2048, 900), per_host=None)
     assert pool.acquire(weight=400)
 
     assert not pool.acquire(weight=2000)
 
 
-def test_a_pool_shrinks_when_its_last_large_use_has_long_ended_not_begun(world: World) -> None:
+def test_an_elastic_limit_shrinks_by_the_end_of_the_last_large_use(world: World) -> None:
     pool = Bulkhead(
         "memory", world.store(), limit=Elastic(500, 2048, 900), per_host=None, lease_s=3600
     )
@@ -324,7 +326,7 @@ def test_any_name_may_be_a_host(world: World, host: str) -> None:
 
 
 @pytest.mark.parametrize("weight", [0, -5, float("nan")])
-def test_a_weight_that_is_none_is_told(world: World, weight: float) -> None:
+def test_a_wrong_weight_is_refused(world: World, weight: float) -> None:
     with pytest.raises(InvalidValue, match=r"weight=.*: must be "):
         Bulkhead("llm", world.store()).acquire(weight=weight)
 
@@ -336,7 +338,7 @@ def test_a_weight_is_counted_exactly(world: World) -> None:
     assert used(bulkhead) == 123_456_789
 
 
-def test_it_guards_methods(world: World) -> None:
+def test_it_protects_methods(world: World) -> None:
     class Client:
         @Bulkhead("llm", world.store())
         def ask(self, what: str) -> str:
@@ -345,11 +347,11 @@ def test_it_guards_methods(world: World) -> None:
     assert Client().ask("this") == "this"
 
 
-def test_the_presets_of_the_source_document() -> None:
+def test_the_presets() -> None:
     assert PRESETS == {"throughput": 20, "default": 10, "constrained": 5}
 
 
-def test_without_redis_a_process_holds_as_many_as_it_did(
+def test_without_redis_a_process_holds_as_many_permits_as_before(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = world.store()
@@ -370,14 +372,14 @@ def test_without_redis_a_process_holds_as_many_as_it_did(
     store.lost = False
     world.sleep(2)
     assert bulkhead.acquire(), "shared again"
-    assert used(other) == 4, "what could not be given back is until its lease is over"
+    assert used(other) == 4, "permits that could not be given back are held until their lease ends"
     for permit in again:
         permit.release()
-    assert used(other) == 4, "a permit of its own is no business of the others"
+    assert used(other) == 4, "permits taken without Redis are not shared"
     assert len([record for record in caplog.records if "Redis" in record.message]) == 2
 
 
-def test_without_redis_a_process_that_held_nothing_may_hold_one(world: World) -> None:
+def test_without_redis_a_process_that_held_no_permit_may_hold_one(world: World) -> None:
     store = world.store()
     store.lost = True
     bulkhead = Bulkhead("llm", store)
@@ -390,7 +392,7 @@ def test_without_redis_a_process_that_held_nothing_may_hold_one(world: World) ->
     assert bulkhead.forget("host:1") == 0
 
 
-def test_it_guards_functions_coroutines_and_blocks(world: World) -> None:
+def test_it_protects_functions_coroutines_and_blocks(world: World) -> None:
     bulkhead = Bulkhead("llm", world.store(), limit=1)
 
     @bulkhead
@@ -412,7 +414,7 @@ def test_it_guards_functions_coroutines_and_blocks(world: World) -> None:
     assert used(bulkhead) == 0
 
 
-def test_a_full_bulkhead_is_told_and_runs_nothing(world: World) -> None:
+def test_a_full_bulkhead_raises_an_error_and_calls_nothing(world: World) -> None:
     ran: list[int] = []
     bulkhead = Bulkhead("llm", world.store(), limit=1, lease_s=60)
 
@@ -433,9 +435,7 @@ def test_a_full_bulkhead_is_told_and_runs_nothing(world: World) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, asyncio.CancelledError])
-def test_whatever_ends_a_call_gives_its_permit_back(
-    world: World, error: type[BaseException]
-) -> None:
+def test_any_exception_gives_the_permit_back(world: World, error: type[BaseException]) -> None:
     bulkhead = Bulkhead("llm", world.store(), limit=1)
 
     async def fail() -> None:
@@ -469,7 +469,7 @@ class Held:
 
 
 class BulkheadMachine(RuleBasedStateMachine):
-    """Bulkheads of several processes, beside a list of who holds what."""
+    """Bulkheads of several processes, beside a list of the permits that each holds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -555,12 +555,12 @@ class BulkheadMachine(RuleBasedStateMachine):
         self.expire()
 
     @invariant()
-    def never_more_than_may_be(self) -> None:
+    def limits_are_never_exceeded(self) -> None:
         assert self.weight() <= LIMIT
         assert all(self.weight(host) <= PER_HOST for host in ("left", "right", "api"))
 
     @invariant()
-    def it_knows_what_is_used(self) -> None:
+    def used_equals_that_of_the_oracle(self) -> None:
         assert self.processes[0].status() == {"used": self.weight(), "limit": LIMIT, "waiting": 0}
 
 

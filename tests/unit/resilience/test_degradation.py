@@ -1,6 +1,4 @@
-"""Levels and what each asks of code, as source document 1's tables have it; and that nothing is
-recorded but what was asked.
-"""
+"""Pressure levels: their constraints, and the record of the strategies that were used."""
 
 from __future__ import annotations
 
@@ -36,8 +34,8 @@ QUESTIONS: dict[str, tuple[Strategy, Callable[[Any], Any]]] = {
     "simplified": (SIMPLIFIED, lambda asked: asked.simplified),
     "embedding_dimensions": (EMBEDDINGS, lambda asked: asked.embedding_dimensions(768)),
 }
-"""What code may ask, of a Degradation or of an operation's ctx, and the strategy that answers."""
-SAME_IN_THE_SOURCES_WORDS: dict[str, Callable[[Any], Any]] = {
+"""Questions to a Degradation or to an operation's ctx; the strategy behind each, and a call."""
+SAME_BY_RESOURCE_CONSTRAINTS: dict[str, Callable[[Any], Any]] = {
     "limit": ResourceConstraints.get_entity_limit,
     "skip_optional": ResourceConstraints.should_skip_optional_analysis,
     "skip_expensive": ResourceConstraints.should_skip_expensive_computation,
@@ -51,7 +49,7 @@ ANSWERS: list[tuple[Level, tuple[int, bool, bool, bool, int]]] = [
     (Level.CRITICAL, (500, True, True, True, 384)),
     (Level.EMERGENCY, (300, True, True, True, 384)),
 ]
-"""Source document 1: what each question of QUESTIONS is answered at a level."""
+"""The answers to QUESTIONS at each level, in the same order."""
 
 
 # --- levels -----------------------------------------------------------------------------------
@@ -72,11 +70,11 @@ ANSWERS: list[tuple[Level, tuple[int, bool, bool, bool, int]]] = [
         (250, Level.EMERGENCY),
     ],
 )
-def test_a_percentage_has_the_level_of_the_table(percent: float, level: Level) -> None:
+def test_a_percentage_belongs_to_a_level(percent: float, level: Level) -> None:
     assert level_of(percent) is level
 
 
-def test_thresholds_may_be_ones_own() -> None:
+def test_thresholds_may_be_given() -> None:
     assert THRESHOLDS == (65.0, 75.0, 85.0, 95.0)
     assert [level_of(percent, (10, 20, 30, 40)) for percent in (9, 10, 25, 39, 40)] == [
         Level.NORMAL,
@@ -88,14 +86,14 @@ def test_thresholds_may_be_ones_own() -> None:
 
 
 @pytest.mark.parametrize("level", Level)
-def test_a_level_is_known_by_its_name_its_number_and_itself(level: Level) -> None:
+def test_a_level_may_be_given_by_name_or_number(level: Level) -> None:
     assert [
         as_level(each) for each in (level, level.label, level.name, level.label.title(), int(level))
     ] == [level] * 5
 
 
 @pytest.mark.parametrize("wrong", ["severe", "", "3", 5, -1, 1.5, None, [], "high "])
-def test_what_is_no_level_is_told_with_all_that_are(wrong: Any) -> None:
+def test_an_unknown_level_is_refused_with_a_list_of_all_levels(wrong: Any) -> None:
     with pytest.raises(
         ValueError, match=r"there are normal, elevated, high, critical, emergency$"
     ) as caught:
@@ -103,7 +101,7 @@ def test_what_is_no_level_is_told_with_all_that_are(wrong: Any) -> None:
     assert str(caught.value).startswith(f"{wrong!r} is no pressure level")
 
 
-# --- what each level asks ---------------------------------------------------------------------
+# --- the constraints of each level ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -128,7 +126,7 @@ def test_what_is_no_level_is_told_with_all_that_are(wrong: Any) -> None:
         (Level.EMERGENCY, ALL),
     ],
 )
-def test_each_level_has_the_strategies_of_the_table(level: Level, strategies: set[str]) -> None:
+def test_the_strategies_of_each_level(level: Level, strategies: set[str]) -> None:
     assert set(CONSTRAINTS[level].strategies) == strategies
 
 
@@ -142,7 +140,7 @@ def test_each_level_has_the_strategies_of_the_table(level: Level, strategies: se
         (Level.EMERGENCY, 0.3, 300, 1, 1, 1, 3),
     ],
 )
-def test_entity_limits_fall_by_the_tables_factors_and_never_to_nothing(
+def test_entity_limits_shrink_by_the_factor_of_the_level_and_stay_above_zero(
     level: Level, factor: float, of_1000: int, of_1: int, of_2: int, of_3: int, of_10: int
 ) -> None:
     asked = Degradation(level)
@@ -159,14 +157,12 @@ def test_entity_limits_fall_by_the_tables_factors_and_never_to_nothing(
 
 
 @pytest.mark.parametrize(("level", "answers"), ANSWERS)
-def test_each_question_has_the_levels_answer(level: Level, answers: tuple[Any, ...]) -> None:
+def test_the_answers_at_each_level(level: Level, answers: tuple[Any, ...]) -> None:
     assert tuple(ask(Degradation(level)) for _, ask in QUESTIONS.values()) == answers
 
 
 @given(full=st.integers(0, 10**9), level=st.sampled_from(Level))
-def test_a_limit_is_never_more_never_below_one_and_falls_as_the_level_rises(
-    full: int, level: Level
-) -> None:
+def test_a_limit_falls_as_the_level_rises_and_stays_at_least_one(full: int, level: Level) -> None:
     limits = [Degradation(each).limit(full) for each in Level]
 
     assert limits == sorted(limits, reverse=True)
@@ -177,18 +173,18 @@ def test_a_limit_is_never_more_never_below_one_and_falls_as_the_level_rises(
 
 
 @given(level=st.sampled_from(Level), wholes=st.integers(1, 10**6))
-def test_a_share_that_is_whole_loses_nothing_to_rounding(level: Level, wholes: int) -> None:
+def test_a_limit_that_is_a_whole_number_is_not_rounded_down(level: Level, wholes: int) -> None:
     tenths = round(CONSTRAINTS[level].entity_limit_factor * 10)
 
     assert Degradation(level).limit(10 * wholes) == tenths * wholes
 
 
-def test_constraints_are_one_for_all_and_cannot_be_changed() -> None:
+def test_constraints_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
-        CONSTRAINTS[Level.NORMAL].entity_limit_factor = 0.1  # type: ignore[misc]  # that is what is tested
+        CONSTRAINTS[Level.NORMAL].entity_limit_factor = 0.1  # type: ignore[misc]  # tested here
 
 
-# --- what is recorded -------------------------------------------------------------------------
+# --- the record of strategies -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", Level)
@@ -207,7 +203,7 @@ def test_a_strategy_is_recorded_when_it_is_asked_for_and_in_force(
 
 
 @pytest.mark.parametrize("most", [0, 1])
-def test_what_cannot_be_less_is_not_recorded(most: int) -> None:
+def test_a_limit_that_cannot_be_lower_is_not_recorded(most: int) -> None:
     asked = Degradation(Level.EMERGENCY)
 
     assert (asked.limit(most), asked.embedding_dimensions(most), asked.shaped) == (
@@ -229,7 +225,7 @@ _QUESTIONS = st.lists(
 
 
 @given(questions=_QUESTIONS)
-def test_at_normal_nothing_is_ever_recorded_whatever_is_asked(
+def test_at_normal_nothing_is_recorded(
     questions: list[Callable[[Any], Any]],
 ) -> None:
     asked = Degradation()
@@ -241,7 +237,7 @@ def test_at_normal_nothing_is_ever_recorded_whatever_is_asked(
 
 
 @given(questions=_QUESTIONS, level=st.sampled_from(Level))
-def test_nothing_is_recorded_that_is_not_in_force(
+def test_only_strategies_in_force_are_recorded(
     questions: list[Callable[[Any], Any]], level: Level
 ) -> None:
     asked = Degradation(level)
@@ -252,27 +248,27 @@ def test_nothing_is_recorded_that_is_not_in_force(
     assert asked.shaped <= set(CONSTRAINTS[level].strategies)
 
 
-# --- what a cache key must contain ------------------------------------------------------------
+# --- the fingerprint in cache keys ------------------------------------------------------------
 
 
-def test_a_fingerprint_is_nothing_at_normal_and_differs_where_levels_ask_different_things() -> None:
+def test_a_fingerprint_is_empty_at_normal_and_different_at_each_other_level() -> None:
     prints = {level: CONSTRAINTS[level].fingerprint for level in Level}
 
     assert prints[Level.NORMAL] == ""
     assert len(set(prints.values())) == len({CONSTRAINTS[level] for level in Level}) == len(Level)
 
 
-# --- the words of source document 1 -----------------------------------------------------------
+# --- the functions of ResourceConstraints -----------------------------------------------------
 
 
 @pytest.fixture(
     params=["ctx", "dict", "nothing", "a dict without a level", "an object of one's own"]
 )
-def source(
+def context_of(
     request: pytest.FixtureRequest,
 ) -> Iterator[Callable[[Level], tuple[Any, Degradation | None]]]:
-    """Return what makes a context of a level, and the record that asking it leaves traces in: a
-    dict has none.
+    """Return a function from a level to a context and the record that its questions leave traces
+    in; a dict has no record.
     """
     token = IN_FORCE.set(None)
 
@@ -292,18 +288,18 @@ def source(
 
 
 @pytest.mark.parametrize(("level", "answers"), ANSWERS)
-def test_the_sources_words_ask_the_same(
-    source: Any, level: Level, answers: tuple[Any, ...]
+def test_the_functions_give_the_same_answers(
+    context_of: Any, level: Level, answers: tuple[Any, ...]
 ) -> None:
-    context, record = source(level)
+    context, record = context_of(level)
 
-    assert tuple(ask(context) for ask in SAME_IN_THE_SOURCES_WORDS.values()) == answers
+    assert tuple(ask(context) for ask in SAME_BY_RESOURCE_CONSTRAINTS.values()) == answers
     assert record is None or record.shaped == set(CONSTRAINTS[level].strategies)
 
 
 @pytest.mark.parametrize("level", Level)
-def test_everything_at_once_is_a_dict_and_leaves_no_trace(source: Any, level: Level) -> None:
-    context, record = source(level)
+def test_get_constraints_returns_a_dict_and_records_nothing(context_of: Any, level: Level) -> None:
+    context, record = context_of(level)
     factor, skip, expensive, simplified, embeddings = {
         Level.NORMAL: (1.0, False, False, False, 1.0),
         Level.ELEVATED: (0.8, False, False, False, 1.0),
@@ -323,37 +319,37 @@ def test_everything_at_once_is_a_dict_and_leaves_no_trace(source: Any, level: Le
     assert record is None or record.shaped == set()
 
 
-@pytest.mark.parametrize("told", [Level.CRITICAL, "critical", "CRITICAL", 3])
-def test_a_dict_may_tell_the_level_in_any_way_and_is_not_overruled(told: Any) -> None:
+@pytest.mark.parametrize("level", [Level.CRITICAL, "critical", "CRITICAL", 3])
+def test_the_level_in_a_dict_counts_before_the_level_in_force(level: Any) -> None:
     def ask() -> tuple[int, set[Strategy]]:
         running = Degradation(Level.EMERGENCY)
         IN_FORCE.set(running)
         return ResourceConstraints.get_entity_limit(
-            {"pressure_level": told}, default=10
+            {"pressure_level": level}, default=10
         ), running.shaped
 
     assert contextvars.copy_context().run(ask) == (5, set())
 
 
-def test_a_dict_with_a_level_that_is_none_is_told() -> None:
+def test_a_dict_with_an_unknown_level_is_refused() -> None:
     with pytest.raises(ValueError, match="'severe' is no pressure level"):
         ResourceConstraints.should_skip_optional_analysis({"pressure_level": "severe"})
 
 
-def test_what_get_constraints_says_can_be_handed_on_as_a_context() -> None:
+def test_the_dict_of_get_constraints_may_be_used_as_a_context() -> None:
     handed_on = ResourceConstraints.get_constraints({"pressure_level": "high"})
 
     assert ResourceConstraints.get_constraints(handed_on) == handed_on
 
 
-def test_outside_of_an_item_nothing_is_asked() -> None:
+def test_outside_of_an_item_the_answers_are_those_of_normal() -> None:
     def ask() -> tuple[Any, ...]:
-        return tuple(ask(None) for ask in SAME_IN_THE_SOURCES_WORDS.values())
+        return tuple(ask(None) for ask in SAME_BY_RESOURCE_CONSTRAINTS.values())
 
     assert contextvars.Context().run(ask) == ANSWERS[0][1]
 
 
-def test_defaults_are_the_callers() -> None:
+def test_the_caller_gives_the_full_values() -> None:
     context = {"pressure_level": "emergency"}
 
     assert ResourceConstraints.get_entity_limit(context, default=10) == 3

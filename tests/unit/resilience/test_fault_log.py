@@ -1,6 +1,4 @@
-"""The log of recurring faults: what counts as the same one, how it escalates, and how little is
-kept.
-"""
+"""The log of recurring faults: fingerprints, patterns, escalation, and the bound on its size."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ START_MS = 1_700_000_040_000  # a window of 60 s begins here
 
 
 class Clock:
-    """The clock of fakeredis, which reads the module `time` where a server reads its own."""
+    """The clock of fakeredis: it stands in place of the module `time`."""
 
     def __init__(self) -> None:
         self.ms = START_MS
@@ -37,7 +35,7 @@ class Clock:
 
 
 class CountingRedis(fakeredis.FakeRedis):
-    """Counts round trips."""
+    """A client that counts its round trips."""
 
     trips = 0
 
@@ -114,7 +112,7 @@ def test_a_fingerprint_leaves_out_what_varies_or_may_be_secret(message: str, kep
 
 
 @given(st.text(max_size=300))
-def test_a_fingerprint_tells_nothing_of_a_quoted_item(item: str) -> None:
+def test_a_fingerprint_contains_nothing_of_a_quoted_item(item: str) -> None:
     assert fingerprint(f"item {item!r} is bad") == "item # is bad"
 
 
@@ -129,7 +127,7 @@ def test_a_fingerprint_is_one_short_line_without_numbers(message: str) -> None:
 @pytest.mark.parametrize(
     "part", ["a", "'", "\\", "'\\", "a-", "a@", "://", "1,", "#", "?", "bearer "]
 )
-def test_a_huge_message_is_read_in_part_only(part: str) -> None:
+def test_only_the_beginning_of_a_huge_message_is_read(part: str) -> None:
     huge = part * 1_000_000
 
     assert fingerprint(huge) == fingerprint(huge[:2000])
@@ -160,7 +158,7 @@ def test_the_same_fault_of_other_items_is_one_pattern(clock: Clock) -> None:
     ]
 
 
-def test_services_codes_and_fingerprints_tell_patterns_apart_and_the_latest_comes_first(
+def test_patterns_differ_by_service_code_and_fingerprint_the_latest_first(
     clock: Clock,
 ) -> None:
     log = log_of()
@@ -183,7 +181,7 @@ def test_services_codes_and_fingerprints_tell_patterns_apart_and_the_latest_come
     ]
 
 
-def test_the_latest_fault_says_how_bad_a_pattern_is(clock: Clock) -> None:
+def test_a_pattern_has_the_severity_of_its_latest_fault(clock: Clock) -> None:
     log = log_of()
     log.record("llm", [(OPERATION, "odd")])
     log.record(
@@ -197,7 +195,7 @@ def test_the_latest_fault_says_how_bad_a_pattern_is(clock: Clock) -> None:
     )
 
 
-def test_beyond_its_size_the_pattern_seen_longest_ago_goes(clock: Clock) -> None:
+def test_beyond_its_size_the_log_drops_the_pattern_seen_longest_ago(clock: Clock) -> None:
     log = log_of(size=2)
     for message in ("a", "b", "a", "c"):
         clock.ms += 1
@@ -206,7 +204,7 @@ def test_beyond_its_size_the_pattern_seen_longest_ago_goes(clock: Clock) -> None
     assert [(each.message, each.count) for each in log.patterns()] == [("c", 1), ("a", 2)]
 
 
-def test_what_redis_holds_is_bounded_within_one_record_and_over_many(clock: Clock) -> None:
+def test_the_size_in_redis_is_bounded_within_one_record_and_over_many(clock: Clock) -> None:
     client = fakeredis.FakeRedis(server=fakeredis.FakeServer())
     log = FaultLog(Store("redis://fake", client=client))
     for service in "abc":
@@ -218,7 +216,7 @@ def test_what_redis_holds_is_bounded_within_one_record_and_over_many(clock: Cloc
     assert (client.hlen(patterns), client.zcard(seen), len(log.patterns())) == (52, 50, 50)
 
 
-def test_what_was_not_seen_for_long_is_forgotten_and_the_keys_expire(clock: Clock) -> None:
+def test_old_patterns_are_forgotten_and_the_keys_expire(clock: Clock) -> None:
     client = fakeredis.FakeRedis(server=fakeredis.FakeServer())
     log = FaultLog(Store("redis://fake", client=client), FaultLogSettings(keep_s=100))
     log.record("llm", [(TIMEOUT, "old")])
@@ -231,7 +229,7 @@ def test_what_was_not_seen_for_long_is_forgotten_and_the_keys_expire(clock: Cloc
     assert all(99_000 < client.pttl(key) <= 100_000 for key in keys)
 
 
-def test_a_record_is_one_round_trip_and_nothing_to_tell_is_none() -> None:
+def test_a_record_is_one_round_trip_and_an_empty_one_is_none() -> None:
     client = CountingRedis(server=fakeredis.FakeServer())
     log = FaultLog(Store("redis://fake", client=client))
     log.record("llm", [(TIMEOUT, "the first time, the script is sent after its digest")])
@@ -245,7 +243,7 @@ def test_a_record_is_one_round_trip_and_nothing_to_tell_is_none() -> None:
     assert client.trips == 1
 
 
-def test_namespaces_do_not_meet() -> None:
+def test_namespaces_are_separate() -> None:
     client = fakeredis.FakeRedis(server=fakeredis.FakeServer())
     ours, theirs = (
         FaultLog(Store("redis://fake", namespace=name, client=client))
@@ -259,7 +257,7 @@ def test_namespaces_do_not_meet() -> None:
 # --- retries ----------------------------------------------------------------------------------
 
 
-def test_the_recovery_success_rate_is_unknown_before_it_is_a_share() -> None:
+def test_the_recovery_success_rate_is_unknown_before_the_first_retry_ends() -> None:
     log = log_of()
     assert log.recovery_success_rate() is None
     log.record("llm", [(TIMEOUT, "slow")])
@@ -275,7 +273,7 @@ def test_the_recovery_success_rate_is_unknown_before_it_is_a_share() -> None:
 # --- escalation -------------------------------------------------------------------------------
 
 
-def test_a_pattern_above_its_rate_is_escalated_until_a_whole_window_stays_below(
+def test_a_pattern_above_the_rate_is_escalated_until_a_whole_window_is_below_it(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = log_of(rate=3)
@@ -309,7 +307,7 @@ def test_a_pattern_above_its_rate_is_escalated_until_a_whole_window_stays_below(
     ]
 
 
-def test_an_escalation_that_goes_on_is_logged_once_and_a_new_one_again(
+def test_an_escalation_is_logged_once_and_a_new_one_again(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = log_of(rate=1)
@@ -323,7 +321,7 @@ def test_an_escalation_that_goes_on_is_logged_once_and_a_new_one_again(
     assert len(caplog.messages) == 2
 
 
-def test_only_the_process_that_caused_a_crossing_logs_it(
+def test_only_the_process_that_caused_an_escalation_logs_it(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, logger = fakeredis.FakeServer(), Mock()
@@ -340,14 +338,14 @@ def test_only_the_process_that_caused_a_crossing_logs_it(
     assert logger.warning.call_count == 1
 
 
-def test_no_severity_is_above_critical(clock: Clock) -> None:
+def test_an_escalation_never_goes_beyond_critical(clock: Clock) -> None:
     log = log_of(rate=1)
     log.record("llm", [(UNAUTHORISED, "wrong key")] * 2)
 
     assert (only(log).escalated, only(log).severity) == (True, Severity.CRITICAL)
 
 
-def test_a_shorter_window_still_counts_by_the_minute(clock: Clock) -> None:
+def test_a_shorter_window_still_reports_faults_per_minute(clock: Clock) -> None:
     log = log_of(window_s=15)
     log.record("llm", [(TIMEOUT, "slow")] * 4)
 
@@ -357,7 +355,7 @@ def test_a_shorter_window_still_counts_by_the_minute(clock: Clock) -> None:
 # --- without Redis ----------------------------------------------------------------------------
 
 
-def test_while_redis_is_away_nothing_is_kept_and_reading_says_so(
+def test_without_redis_nothing_is_kept_and_reading_raises_an_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     server, now = fakeredis.FakeServer(), [0.0]
@@ -380,7 +378,7 @@ def test_while_redis_is_away_nothing_is_kept_and_reading_says_so(
 # --- settings ---------------------------------------------------------------------------------
 
 
-def test_settings_count_in_seconds() -> None:
+def test_settings_are_in_seconds() -> None:
     other_house: dict[str, Any] = {
         "size": 50,
         "windowMs": 60_000,
@@ -392,7 +390,7 @@ def test_settings_count_in_seconds() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["size", "window_s", "rate", "keep_s"])
-def test_a_setting_out_of_range_is_named(wrong: str) -> None:
+def test_a_setting_out_of_range_is_refused_by_its_name(wrong: str) -> None:
     nothing: dict[str, Any] = {wrong: -1}
 
     with pytest.raises(InvalidValue, match=f"{wrong}=-1"):
@@ -403,7 +401,7 @@ def test_a_setting_out_of_range_is_named(wrong: str) -> None:
 
 
 class Model:
-    """What the log promises, said in Python: the whole history of at most `size` patterns."""
+    """The rules of the log in plain Python: the whole history of at most `size` patterns."""
 
     def __init__(self, size: int, rate: int, window_ms: int, keep_ms: int) -> None:
         self.size, self.rate, self.window_ms, self.keep_ms = size, rate, window_ms, keep_ms

@@ -1,5 +1,6 @@
-"""What exceptions mean: ours, Python's, and those of HTTP clients, which are made here as those
-clients make them.
+"""The classification of exceptions: our own, Python's, and those of HTTP clients.
+
+The exceptions of HTTP clients are built here as those clients build them.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ DATE = "Wed, 21 Oct 2015 07:28:00 GMT"
 
 
 def ours(root: type[RlmError] = RlmError) -> list[type[RlmError]]:
-    """Return an error and all that are derived from it, but for those of tests."""
+    """Return an error and its subclasses, without those that tests define."""
     below = [found for each in root.__subclasses__() for found in ours(each)]
     return (
         [root] if root.__module__.startswith(("resilience.", "scheduler.", "rlm_tasks.")) else []
@@ -62,8 +63,8 @@ def ours(root: type[RlmError] = RlmError) -> list[type[RlmError]]:
 
 
 def made(error: type[RlmError]) -> RlmError:
-    """Return an error without the data that its constructor wants; what is said of it belongs to
-    its class.
+    """Return an error without the data that its constructor needs; its classification belongs to
+    the class.
     """
     found = error.__new__(error)
     if isinstance(found, Denied):
@@ -85,14 +86,14 @@ class Answered(Exception):
         self.response = SimpleNamespace(status_code=status, headers=headers or {})
 
 
-def asked(**headers: Any) -> float | None:
-    """Return what is read of response headers; underscores stand for hyphens."""
+def retry_after_of(**headers: Any) -> float | None:
+    """Return the retry time read from response headers; underscores stand for hyphens."""
     return retry_after_s(
         Answered(503, {name.replace("_", "-"): value for name, value in headers.items()})
     )
 
 
-# --- this platform's own ----------------------------------------------------------------------
+# --- our errors -------------------------------------------------------------------------------
 
 
 def test_all_errors_are_found() -> None:
@@ -103,7 +104,7 @@ def test_all_errors_are_found() -> None:
 
 
 @pytest.mark.parametrize("error", ours())
-def test_an_error_of_ours_says_itself_what_it_means(error: type[RlmError]) -> None:
+def test_our_errors_carry_their_own_classification(error: type[RlmError]) -> None:
     fault = classify(made(error))
 
     assert (fault.code, fault.category, fault.severity) == (
@@ -117,14 +118,14 @@ def test_an_error_of_ours_says_itself_what_it_means(error: type[RlmError]) -> No
 
 
 @pytest.mark.parametrize("error", ours())
-def test_a_denial_costs_nothing_and_says_when_to_come_back(error: type[RlmError]) -> None:
+def test_a_denial_costs_no_attempt_and_has_a_retry_time(error: type[RlmError]) -> None:
     fault = classify(made(error))
 
     assert fault.free == issubclass(error, Denied)
     assert fault.retry_after_s == (2.5 if issubclass(error, Denied) else None)
 
 
-# Denied itself is left out: it is there to be derived from, and its category is that of the root.
+# Denied itself is left out: it is a base class, and its category is that of the root.
 @pytest.mark.parametrize(
     "fault", KNOWN + [classify(made(error)) for error in ours() if error is not Denied]
 )
@@ -134,7 +135,7 @@ def test_no_fault_contradicts_itself(fault: Fault) -> None:
     assert fault.code.isupper()
 
 
-def test_an_own_error_is_believed_more_than_the_status_it_carries() -> None:
+def test_our_error_counts_before_the_status_that_it_carries() -> None:
     class Unusual(RlmError):
         code = "UNUSUAL"
         status_code = 503
@@ -200,7 +201,9 @@ STATUSES = [
 @pytest.mark.parametrize(
     "place", ["status_code", "status", "code", "response.status_code", "response.status"]
 )
-def test_a_status_is_found_where_clients_keep_it(place: str, status: int, fault: Fault) -> None:
+def test_a_status_is_found_at_each_place_where_clients_keep_it(
+    place: str, status: int, fault: Fault
+) -> None:
     error, name = ValueError("a type that says nothing"), place.rpartition(".")[2]
     holder: Any = SimpleNamespace() if "." in place else error
     setattr(holder, name, status)
@@ -211,21 +214,21 @@ def test_a_status_is_found_where_clients_keep_it(place: str, status: int, fault:
 
 
 @pytest.mark.parametrize("status", [0, 99, 200, 302, 600, 1006, True, "429", None, 429.0])
-def test_what_is_no_status_of_a_failure_says_nothing(status: Any) -> None:
+def test_other_values_are_not_taken_for_a_status(status: Any) -> None:
     error: Any = ConnectionError()
     error.code = status
 
     assert classify(error) == TRANSIENT
 
 
-def test_a_status_is_believed_more_than_a_name() -> None:
+def test_a_status_counts_before_the_name_of_a_class() -> None:
     error: Any = named("APIStatusError", "RateLimitError")()
     error.status_code = 401
 
     assert classify(error) == UNAUTHORISED
 
 
-def test_a_code_in_words_hides_no_status() -> None:
+def test_a_code_in_words_does_not_hide_the_status() -> None:
     error: Any = Answered(429)
     error.code = "rate_limit_exceeded"
 
@@ -240,7 +243,7 @@ def test_errors_of_urllib(status: int, fault: Fault) -> None:
         assert classify(error) == fault
 
 
-def test_an_error_of_urllib_says_when_to_come_back() -> None:
+def test_an_error_of_urllib_has_its_retry_time() -> None:
     headers = email.message.Message()
     headers["Retry-After"] = "7"
     with urllib.error.HTTPError("http://localhost/", 503, "no", headers, io.BytesIO()) as error:
@@ -282,13 +285,13 @@ def test_an_error_of_urllib_says_when_to_come_back() -> None:
         (named("ClientError", "ClientConnectionError", "ServerDisconnectedError"), TRANSIENT),
     ],
 )
-def test_clients_that_are_not_installed_are_known_by_name(
+def test_errors_of_clients_that_are_not_installed_are_known_by_name(
     error: type[Exception], fault: Fault
 ) -> None:
     assert classify(error()) == fault
 
 
-# --- what is registered -----------------------------------------------------------------------
+# --- registered types -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -297,7 +300,7 @@ def _nothing_registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_nothing_registered")
-def test_what_is_registered_holds_for_subclasses_and_the_nearest_decides() -> None:
+def test_a_registered_type_covers_its_subclasses_and_the_nearest_one_counts() -> None:
     class Odd(ConnectionError):
         pass
 
@@ -316,28 +319,30 @@ def test_what_is_registered_holds_for_subclasses_and_the_nearest_decides() -> No
 
 
 @pytest.mark.usefixtures("_nothing_registered")
-def test_a_type_is_believed_more_than_its_own_name() -> None:
+def test_a_registered_type_counts_before_its_name() -> None:
     error = named("RateLimitError")
     register(error, UNAUTHORISED)
 
     assert classify(error()) == UNAUTHORISED
 
 
-# --- when to come back ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("told", "wait_s"), [("0", 0.0), ("7", 7.0), ("1.5", 1.5), (120, 120.0)])
-def test_retry_after_in_seconds(told: Any, wait_s: float) -> None:
-    assert asked(Retry_After=told) == wait_s
-
-
-def test_retry_after_in_milliseconds_is_the_more_exact() -> None:
-    assert asked(retry_after_ms="250") == 0.25
-    assert asked(Retry_After_Ms="250", retry_after="1") == 0.25
+# --- retry times ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("told", "date", "wait_s"),
+    ("retry_after", "wait_s"), [("0", 0.0), ("7", 7.0), ("1.5", 1.5), (120, 120.0)]
+)
+def test_retry_after_in_seconds(retry_after: Any, wait_s: float) -> None:
+    assert retry_after_of(Retry_After=retry_after) == wait_s
+
+
+def test_retry_after_in_milliseconds_counts_first() -> None:
+    assert retry_after_of(retry_after_ms="250") == 0.25
+    assert retry_after_of(Retry_After_Ms="250", retry_after="1") == 0.25
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "date", "wait_s"),
     [
         ("Wed, 21 Oct 2015 07:28:30 GMT", DATE, 30.0),
         ("Wed, 21 Oct 2015 09:28:30 +0200", DATE, 30.0),
@@ -347,19 +352,19 @@ def test_retry_after_in_milliseconds_is_the_more_exact() -> None:
         ("Wed, 21 Oct 2015 07:28:30 -0000", DATE, None),  # a date without a zone
     ],
 )
-def test_a_date_is_held_against_the_date_of_the_response(
-    told: str, date: str, wait_s: float | None
+def test_a_retry_date_is_compared_with_the_date_of_the_response(
+    retry_after: str, date: str, wait_s: float | None
 ) -> None:
-    assert asked(Retry_After=told, Date=date) == wait_s
+    assert retry_after_of(Retry_After=retry_after, Date=date) == wait_s
 
 
 @pytest.mark.parametrize(
-    "told",
+    "retry_after",
     ["", "soon", "-3", "1.2.3", ".", "\u00b2", "1e3", "nan", "Wed, 99 Oct 2015 07:28:00 GMT", None],
 )
-def test_garbage_says_nothing(told: Any) -> None:
-    assert asked(Retry_After=told, Date=DATE) is None
-    assert asked(retry_after_ms="soon") is None
+def test_unreadable_retry_times_are_ignored(retry_after: Any) -> None:
+    assert retry_after_of(Retry_After=retry_after, Date=DATE) is None
+    assert retry_after_of(retry_after_ms="soon") is None
 
 
 def test_headers_may_be_on_the_exception_itself_or_missing() -> None:
@@ -375,14 +380,14 @@ def test_headers_may_be_on_the_exception_itself_or_missing() -> None:
     ("status", "wait_s"),
     [(429, 7.0), (503, 7.0), (504, 7.0), (400, None), (401, None), (404, None)],
 )
-def test_only_what_may_be_tried_again_says_when(status: int, wait_s: float | None) -> None:
+def test_only_retryable_faults_have_a_retry_time(status: int, wait_s: float | None) -> None:
     fault = classify(Answered(status, {"Retry-After": "7"}))
 
     assert fault.retry_after_s == wait_s
     assert fault.retryable == (wait_s is not None)
 
 
-def test_what_one_service_asked_for_is_not_remembered_for_the_next() -> None:
+def test_the_retry_time_of_one_fault_does_not_stay_on_the_next() -> None:
     assert classify(Answered(429, {"Retry-After": "7"})).retry_after_s == 7.0
     assert classify(Answered(429)) == RATE_LIMITED
     assert RATE_LIMITED.retry_after_s is None

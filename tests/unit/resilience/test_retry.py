@@ -1,6 +1,4 @@
-"""Trying again: after how long, how often, what costs an attempt, and how much of a service's load
-it may be.
-"""
+"""Retries: delays, the attempts that count, and the retry budget of a service."""
 
 from __future__ import annotations
 
@@ -40,7 +38,7 @@ __all__ = ["world"]
 
 
 class Http(Exception):
-    """What HTTP clients raise: a status, and headers."""
+    """An exception as HTTP clients raise it, with a status and headers."""
 
     def __init__(self, status_code: int, **headers: str) -> None:
         super().__init__(f"HTTP {status_code}")
@@ -49,8 +47,8 @@ class Http(Exception):
 
 
 class Service:
-    """Raises what it was given, one after the other and the last for ever, and notes when it was
-    called.
+    """A service that gives its answers in order, repeats the last one, and notes the time of each
+    call.
     """
 
     def __init__(self, world: World, *answers: object) -> None:
@@ -58,7 +56,7 @@ class Service:
 
     def __call__(self) -> object:
         self.calls.append(self._world.now)
-        assert len(self.calls) < 2000, "it is tried for ever"
+        assert len(self.calls) < 2000, "it is retried for ever"
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
         if isinstance(answer, BaseException):
             raise answer
@@ -81,7 +79,7 @@ def retry(
 # --- the policy -------------------------------------------------------------------------------
 
 
-def test_the_defaults_are_those_of_the_source_documents() -> None:
+def test_the_defaults() -> None:
     policy = RetryPolicy()
 
     assert (
@@ -133,7 +131,7 @@ def test_the_defaults_are_those_of_the_source_documents() -> None:
         },
     ],
 )
-def test_the_names_of_other_houses_mean_the_same(fields: dict[str, Any]) -> None:
+def test_a_policy_accepts_the_field_names_of_other_libraries(fields: dict[str, Any]) -> None:
     assert RetryPolicy(**fields) == RetryPolicy(
         max_attempts=3,
         initial_delay_s=0.5,
@@ -144,7 +142,7 @@ def test_the_names_of_other_houses_mean_the_same(fields: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"max_attempts": 0}, "max_attempts=0"),
         ({"max_retries": -1}, "max_attempts=0"),
@@ -154,19 +152,19 @@ def test_the_names_of_other_houses_mean_the_same(fields: dict[str, Any]) -> None
         ({"attempts": 5}, "attempts=5: unknown field; RetryPolicy has max_attempts"),
     ],
 )
-def test_a_wrong_policy_is_told_when_a_function_is_decorated(
-    fields: dict[str, Any], told: str
+def test_a_wrong_policy_is_refused_when_a_function_is_decorated(
+    fields: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(InvalidValue, match=told):
+    with pytest.raises(InvalidValue, match=message):
         RetryPolicy(**fields)
-    with pytest.raises(InvalidValue, match=told):
+    with pytest.raises(InvalidValue, match=message):
         with_retry(**fields)
 
 
 @settings(max_examples=300)
 @given(
     failures=st.integers(1, 5000),
-    initial=st.floats(0, 1e6, allow_subnormal=False),  # what multiplies exactly
+    initial=st.floats(0, 1e6, allow_subnormal=False),  # subnormal numbers do not multiply exactly
     multiplier=st.floats(1, 100),
     most=st.floats(0, 1e6),
     seed=st.integers(0, 1000),
@@ -184,7 +182,7 @@ def test_every_delay_is_within_its_bounds(
     assert 0 <= policy.delay_s(failures, Random(seed)) <= min(longest, most) * (1 + 1e-9)
 
 
-def test_the_longest_waits_double_up_to_the_cap_for_any_number_of_failures() -> None:
+def test_the_longest_delay_doubles_with_each_failure_up_to_the_cap() -> None:
     policy, random = RetryPolicy(), Random(1)
     for failures, cap in [
         (1, 1),
@@ -201,11 +199,11 @@ def test_the_longest_waits_double_up_to_the_cap_for_any_number_of_failures() -> 
         delays = [policy.delay_s(failures, random) for _ in range(500)]
         assert 0.97 * cap < max(delays) <= cap
         assert sum(delays) / 500 == pytest.approx(cap / 2, rel=0.1), (
-            "full jitter: anything from nothing on"
+            "full jitter: the delays begin at 0"
         )
 
 
-def test_a_thousand_that_failed_together_come_back_apart(world: World) -> None:
+def test_clients_that_failed_together_retry_at_different_times(world: World) -> None:
     clients = [RetryState(retry(world, seed=seed)) for seed in range(1000)]
     for failures in range(1, 5):
         bins = Counter(int(client.wait_s(Http(503)) * 10) for client in clients)
@@ -218,7 +216,7 @@ def test_a_thousand_that_failed_together_come_back_apart(world: World) -> None:
 # --- attempts ---------------------------------------------------------------------------------
 
 
-def test_it_tries_five_times_and_raises_what_was_raised_last(world: World) -> None:
+def test_it_tries_five_times_and_raises_the_last_error(world: World) -> None:
     last = Http(503)
     service = Service(world, *[Http(503)] * 4, last, "never asked")
 
@@ -232,7 +230,7 @@ def test_it_tries_five_times_and_raises_what_was_raised_last(world: World) -> No
 @pytest.mark.parametrize(
     "error", [TimeoutError(), CallTimeout("call", 1), Http(504), Http(500), ConnectionResetError()]
 )
-def test_what_may_go_better_is_tried_again(world: World, error: Exception) -> None:
+def test_passing_errors_are_retried(world: World, error: Exception) -> None:
     service = Service(world, error, error, "fine")
 
     assert retry(world).call(service) == "fine"
@@ -242,7 +240,7 @@ def test_what_may_go_better_is_tried_again(world: World, error: Exception) -> No
 @pytest.mark.parametrize(
     "error", [ValueError("bug"), Http(400), Http(401), MemoryError(), KeyboardInterrupt()]
 )
-def test_what_can_only_fail_again_is_raised_at_once(world: World, error: BaseException) -> None:
+def test_permanent_errors_are_raised_at_once(world: World, error: BaseException) -> None:
     service = Service(world, error)
 
     with pytest.raises(type(error)) as caught:
@@ -252,7 +250,7 @@ def test_what_can_only_fail_again_is_raised_at_once(world: World, error: BaseExc
     assert world.now == service.calls[0]
 
 
-def test_only_the_named_codes_are_tried_again(world: World) -> None:
+def test_only_the_given_codes_are_retried(world: World) -> None:
     service = Service(world, Http(503))
 
     with pytest.raises(Http):
@@ -260,7 +258,7 @@ def test_only_the_named_codes_are_tried_again(world: World) -> None:
     assert len(service.calls) == 1
 
 
-def test_named_exceptions_are_tried_again_whatever_they_mean(world: World) -> None:
+def test_given_exceptions_are_retried_whatever_their_classification(world: World) -> None:
     service = Service(world, KeyError(1), IndexError(2), "fine")
 
     assert retry(world, retry_on=(LookupError,)).call(service) == "fine"
@@ -268,7 +266,7 @@ def test_named_exceptions_are_tried_again_whatever_they_mean(world: World) -> No
         retry(world, retry_on=(LookupError,)).call(Service(world, ValueError("other"), "fine"))
 
 
-def test_a_single_attempt_is_a_single_attempt(world: World) -> None:
+def test_a_policy_without_retries_makes_one_attempt(world: World) -> None:
     service = Service(world, Http(503))
 
     with pytest.raises(Http):
@@ -277,7 +275,7 @@ def test_a_single_attempt_is_a_single_attempt(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "asked_s"),
+    ("error", "hint_s"),
     [
         (Http(503, Retry_After="17"), 17),
         (Http(429, Retry_After="17"), 17),
@@ -286,8 +284,8 @@ def test_a_single_attempt_is_a_single_attempt(world: World) -> None:
         (BulkheadFull("bulkhead llm", 60, "full"), 60),
     ],
 )
-def test_who_says_when_to_come_back_is_believed(
-    world: World, error: Exception, asked_s: float
+def test_a_retry_time_of_the_service_is_kept_with_some_jitter(
+    world: World, error: Exception, hint_s: float
 ) -> None:
     waits = []
     for seed in range(50):
@@ -295,12 +293,12 @@ def test_who_says_when_to_come_back_is_believed(
         assert retry(world, seed=seed).call(service) == "fine"
         waits += service.waits
 
-    assert asked_s <= min(waits)
-    assert max(waits) <= 1.1 * asked_s + 1e-6
-    assert max(waits) - min(waits) > 0.05 * asked_s, "not all at once"
+    assert hint_s <= min(waits)
+    assert max(waits) <= 1.1 * hint_s + 1e-6
+    assert max(waits) - min(waits) > 0.05 * hint_s, "the clients do not return all at once"
 
 
-def test_a_hint_shorter_than_our_own_wait_does_not_shorten_it_after_a_failure(world: World) -> None:
+def test_after_a_failure_a_short_retry_time_does_not_shorten_the_delay(world: World) -> None:
     waits = [
         RetryState(retry(world, seed=seed)).wait_s(Http(503, Retry_After="0"))
         for seed in range(200)
@@ -312,7 +310,7 @@ def test_a_hint_shorter_than_our_own_wait_does_not_shorten_it_after_a_failure(wo
 @pytest.mark.parametrize(
     "error", [RateLimited("bucket llm", 7, "empty"), Http(429, Retry_After="7"), Http(429)]
 )
-def test_what_was_only_put_off_costs_no_attempt(world: World, error: Exception) -> None:
+def test_denials_cost_no_attempt(world: World, error: Exception) -> None:
     service = Service(world, *[error] * 12, *[Http(503)] * 4, "fine")
 
     assert retry(world).call(service) == "fine"
@@ -323,17 +321,17 @@ def test_what_was_only_put_off_costs_no_attempt(world: World, error: Exception) 
     "error",
     [RateLimited("bucket llm", 7, "empty"), Http(429, Retry_After="7"), Http(429), Http(503)],
 )
-def test_nothing_is_tried_again_beyond_the_deadline(world: World, error: Exception) -> None:
+def test_nothing_is_retried_beyond_the_deadline(world: World, error: Exception) -> None:
     service, began = Service(world, error), world.now
 
     with pytest.raises(type(error)) as caught:
         retry(world, max_attempts=10_000, deadline_s=100).call(service)
     assert caught.value is error
     assert max(service.calls) - began <= 100
-    assert world.now == max(service.calls), "nor is there a wait that leads nowhere"
+    assert world.now == max(service.calls), "there is no delay without a retry after it"
 
 
-def test_a_hint_beyond_the_deadline_is_not_waited_for(world: World) -> None:
+def test_a_retry_time_beyond_the_deadline_ends_the_call_at_once(world: World) -> None:
     service = Service(world, Http(429, Retry_After="301"))
 
     with pytest.raises(Http):
@@ -341,7 +339,7 @@ def test_a_hint_beyond_the_deadline_is_not_waited_for(world: World) -> None:
     assert len(service.calls) == 1
 
 
-def test_a_service_that_says_at_once_is_not_asked_without_end(world: World) -> None:
+def test_a_retry_time_of_zero_does_not_lead_to_endless_calls(world: World) -> None:
     service = Service(world, Http(429, Retry_After="0"))
 
     with pytest.raises(Http):
@@ -349,7 +347,7 @@ def test_a_service_that_says_at_once_is_not_asked_without_end(world: World) -> N
     assert len(service.calls) < 2.5 * 100
 
 
-def test_a_service_that_says_no_and_not_when_is_asked_less_and_less(world: World) -> None:
+def test_denials_without_a_retry_time_lead_to_growing_delays(world: World) -> None:
     service = Service(world, Http(429))
 
     with pytest.raises(Http):
@@ -372,22 +370,22 @@ def test_a_budget_begins_with_ten_seconds_of_its_floor(world: World) -> None:
     assert spendable(budget) == 6
 
 
-def test_ten_first_attempts_allow_for_a_retry_in_any_process(world: World) -> None:
+def test_ten_first_attempts_pay_for_one_retry_in_any_process(world: World) -> None:
     ours, theirs, other = (RetryBudget(name, world.store()) for name in ("llm", "llm", "db"))
     spendable(ours)
     for _ in range(55):
         theirs.attempted()
 
-    assert spendable(ours) == 0, "not told yet"
+    assert spendable(ours) == 0, "the attempts are not reported yet"
     assert spendable(theirs) == 5
     for _ in range(50):
         theirs.attempted()
     assert theirs.spend()
     assert spendable(ours) == 4
-    assert spendable(other) == 30, "another service is another budget"
+    assert spendable(other) == 30, "another service has another budget"
 
 
-def test_a_budget_saves_up_no_more_than_a_hundred(world: World) -> None:
+def test_a_budget_holds_at_most_a_hundred_retries(world: World) -> None:
     budget = RetryBudget("llm", world.store())
     for _ in range(100_000):
         budget.attempted()
@@ -407,7 +405,7 @@ def test_a_call_that_timed_out_costs_two(world: World) -> None:
     assert len(service.calls) == 1 + 15
 
 
-def test_a_spent_budget_says_what_went_wrong_last(world: World) -> None:
+def test_the_error_of_a_spent_budget_names_the_last_error(world: World) -> None:
     budget, last = RetryBudget("llm", world.store()), Http(503)
     spendable(budget)
 
@@ -421,7 +419,7 @@ def test_a_spent_budget_says_what_went_wrong_last(world: World) -> None:
     assert (caught.value.code, caught.value.service) == ("RETRY_BUDGET_EXHAUSTED", "llm")
 
 
-def test_what_costs_no_attempt_spends_nothing_nor_does_what_is_final(world: World) -> None:
+def test_denials_and_permanent_errors_spend_nothing_of_the_budget(world: World) -> None:
     store = world.store()
     for error in [Http(429), RateLimited("bucket llm", 50, "empty"), ValueError("bug")]:
         with pytest.raises(type(error)):
@@ -433,7 +431,7 @@ def test_what_costs_no_attempt_spends_nothing_nor_does_what_is_final(world: Worl
 
 
 class Outage:
-    """Clients of several processes that call a service which only fails, each on its own course."""
+    """Clients of several processes that call a failing service, each with its own retries."""
 
     def __init__(self, world: World, stores: list[Store], *, per_s: float, seconds: float) -> None:
         self._world, self.first, self.retries, self.began = world, 0, 0, world.now
@@ -460,8 +458,8 @@ class Outage:
 
     @property
     def allowed(self) -> float:
-        """How many retries there may be: a tenth of what was new, the floor, and what was there at
-        first.
+        """The number of retries allowed: a tenth of the first attempts, the floor, and the initial
+        budget.
         """
         return 0.1 * self.first + FLOOR_PER_S * (self._world.now - self.began) + 10 * FLOOR_PER_S
 
@@ -474,10 +472,10 @@ def test_in_an_outage_retries_stay_a_tenth_of_the_load_over_all_processes(
 
     assert outage.first == 1200
     assert outage.retries <= outage.allowed
-    assert outage.retries >= 0.8 * outage.allowed, "and what is allowed is used"
+    assert outage.retries >= 0.8 * outage.allowed, "the allowed retries are used"
 
 
-def test_without_redis_only_the_floor_is_left(world: World) -> None:
+def test_without_redis_only_the_floor_of_the_budget_is_left(world: World) -> None:
     store = world.store()
     budget = RetryBudget("llm", store)
     spendable(budget)
@@ -487,7 +485,7 @@ def test_without_redis_only_the_floor_is_left(world: World) -> None:
         budget.attempted()
         spent += budget.spend()
         world.sleep(0.01)
-    assert spent == pytest.approx(10 * FLOOR_PER_S, abs=1), "and no first attempt adds to it"
+    assert spent == pytest.approx(10 * FLOOR_PER_S, abs=1), "first attempts add nothing to it"
 
     store.lost = False
     world.sleep(2)
@@ -497,7 +495,7 @@ def test_without_redis_only_the_floor_is_left(world: World) -> None:
 # --- decorators, and coroutines ---------------------------------------------------------------
 
 
-def test_coroutines_are_tried_again_without_blocking(
+def test_coroutines_are_retried_without_blocking(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def asleep(seconds: float) -> None:
@@ -520,7 +518,7 @@ def test_coroutines_are_tried_again_without_blocking(
     assert len(failing.calls) == 5
 
 
-def test_a_cancelled_coroutine_is_not_tried_again(world: World) -> None:
+def test_a_cancelled_coroutine_is_not_retried(world: World) -> None:
     service = Service(world, asyncio.CancelledError(), "fine")
 
     with pytest.raises(asyncio.CancelledError):
@@ -528,7 +526,7 @@ def test_a_cancelled_coroutine_is_not_tried_again(world: World) -> None:
     assert len(service.calls) == 1
 
 
-def test_functions_and_coroutine_functions_are_decorated(world: World) -> None:
+def test_functions_and_coroutine_functions_can_be_decorated(world: World) -> None:
     service = Service(world, Http(503), 1, Http(503), 2)
 
     @with_retry(max_attempts=2, initial_delay_s=0, service="agent-factory", store=world.store())
@@ -546,7 +544,7 @@ def test_functions_and_coroutine_functions_are_decorated(world: World) -> None:
     assert inspect.iscoroutinefunction(call_async)
 
 
-def test_a_decorated_method_knows_its_object(world: World) -> None:
+def test_methods_can_be_decorated(world: World) -> None:
     class Client:
         service = Service(world, Http(503), "fine")
 
@@ -557,7 +555,7 @@ def test_a_decorated_method_knows_its_object(world: World) -> None:
     assert Client().ask() == "fine"
 
 
-def test_a_policy_with_some_fields_changed_keeps_the_others(world: World) -> None:
+def test_a_decorator_may_change_some_fields_of_a_policy(world: World) -> None:
     base, service = (
         RetryPolicy(max_attempts=9, initial_delay_s=0, retry_on=(KeyError,)),
         Service(world, KeyError(1)),
@@ -586,7 +584,7 @@ def test_decorated_functions_of_a_service_share_its_budget(world: World) -> None
     assert len(service.calls) == pytest.approx(30 + 2, abs=1)
 
 
-def test_a_function_is_called_as_a_policy_says_with_the_budget_of_the_default_store(
+def test_a_function_may_be_called_with_a_policy_and_the_budget_of_a_service(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = world.store()
@@ -604,7 +602,7 @@ def test_a_function_is_called_as_a_policy_says_with_the_budget_of_the_default_st
         assert store.round_trips == trips
 
 
-def test_calls_that_went_well_count_for_the_budget_of_their_service(
+def test_successful_calls_add_to_the_budget_of_their_service(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = world.store()
@@ -621,7 +619,7 @@ def test_calls_that_went_well_count_for_the_budget_of_their_service(
     assert spendable(RetryBudget("llm", store)) == 9
 
 
-def test_a_decorator_takes_the_names_of_other_houses_too(world: World) -> None:
+def test_a_decorator_accepts_the_field_names_of_other_libraries(world: World) -> None:
     service = Service(world, Http(503))
 
     @with_retry(maxAttempts=3, initialDelayMs=0)

@@ -7,7 +7,7 @@ from resilience.settings import StoreSettings
 WATCHED = "sentinel://me:s3%40cret@one:26380/2;sentinel://two"
 
 
-def test_guards_follow_the_same_address() -> None:
+def test_the_address_is_that_of_the_settings() -> None:
     own = StoreSettings(redis_url=WATCHED, sentinel_master="primary")
 
     assert own.address.is_watched

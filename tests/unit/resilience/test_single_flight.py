@@ -1,5 +1,5 @@
-"""Calls that are made once while they are in flight: who makes them, whom a value serves, and what
-is kept.
+"""Calls that are made once while they are in flight: the caller that makes one, the others, and
+kept values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def landed(flight: Flight) -> tuple[bytes, str]:
 # --- one call for all -------------------------------------------------------------------------
 
 
-def test_one_makes_the_call_and_the_others_get_its_value(world: World) -> None:
+def test_one_caller_makes_the_call_and_the_others_get_its_value(world: World) -> None:
     ours, theirs = process(world), process(world)
     mine, other, third = ours.begin("key"), theirs.begin("key"), theirs.begin("key")
 
@@ -46,7 +46,7 @@ def test_one_makes_the_call_and_the_others_get_its_value(world: World) -> None:
     ] * 3
 
 
-def test_calls_of_other_keys_and_names_are_other_calls(world: World) -> None:
+def test_calls_of_other_keys_and_names_are_separate(world: World) -> None:
     ours, other = process(world), SingleFlight("embeddings", world.store())
     mine = ours.begin("key")
 
@@ -56,7 +56,7 @@ def test_calls_of_other_keys_and_names_are_other_calls(world: World) -> None:
     assert other.look(waits).state == "others"
 
 
-def test_who_begins_after_it_has_landed_makes_the_call_again(world: World) -> None:
+def test_a_caller_that_begins_after_the_call_has_ended_makes_it_again(world: World) -> None:
     ours = process(world)
     first, waits = ours.begin("key"), ours.begin("key")
     ours.land(first, b"1")
@@ -64,14 +64,14 @@ def test_who_begins_after_it_has_landed_makes_the_call_again(world: World) -> No
 
     assert (second.state, later.state) == ("mine", "others")
     assert landed(ours.look(waits)) == (b"1", "flight"), (
-        "who waited gets it, although the next is in flight"
+        "the waiting caller gets it, although the next call is in flight"
     )
-    assert ours.look(later).state == "others", "who began later does not"
+    assert ours.look(later).state == "others", "a caller that began later does not get it"
     ours.land(second, b"2")
     assert landed(ours.look(later)) == (b"2", "flight")
 
 
-def test_a_value_nobody_asked_for_is_not_stored(world: World) -> None:
+def test_a_value_is_not_stored_when_no_caller_waits(world: World) -> None:
     ours = process(world)
     ours.land(ours.begin("key"), b"1")
     assert world.dump() == {}
@@ -80,10 +80,10 @@ def test_a_value_nobody_asked_for_is_not_stored(world: World) -> None:
     assert dead.state == "mine"
     world.sleep(LEASE_S)
     ours.land(ours.look(alone), b"2")
-    assert world.dump() == {}, "the only one that waited has made it"
+    assert world.dump() == {}, "the only waiting caller has made the call itself"
 
 
-def test_an_empty_value_is_a_value(world: World) -> None:
+def test_an_empty_value_is_returned_as_any_other(world: World) -> None:
     ours = process(world)
     mine, waits = ours.begin("key"), ours.begin("key")
     ours.land(mine, b"", cache_ttl_s=1)
@@ -92,10 +92,10 @@ def test_an_empty_value_is_a_value(world: World) -> None:
     assert landed(ours.begin("key", cached=True)) == (b"", "cache")
 
 
-# --- who gives up, dies, or comes late --------------------------------------------------------
+# --- holders that give up, die or end late ----------------------------------------------------
 
 
-def test_an_abandoned_call_is_made_by_exactly_one_of_those_who_look(world: World) -> None:
+def test_an_abandoned_call_is_made_by_exactly_one_waiting_caller(world: World) -> None:
     ours = process(world)
     mine, *waiting = (ours.begin("key") for _ in range(4))
     ours.abandon(mine)
@@ -103,12 +103,12 @@ def test_an_abandoned_call_is_made_by_exactly_one_of_those_who_look(world: World
 
     assert [each.state for each in looked] == ["mine", "others", "others"]
     ours.abandon(mine)
-    assert ours.look(looked[1]).state == "others", "it is no longer the first one's to abandon"
+    assert ours.look(looked[1]).state == "others", "the first caller no longer holds it"
     ours.land(looked[0], b"1")
     assert [landed(ours.look(each)) for each in looked[1:]] == [(b"1", "flight")] * 2
 
 
-def test_an_abandoned_call_is_made_by_whoever_begins_next_for_those_who_wait_too(
+def test_an_abandoned_call_is_made_by_the_next_caller_also_for_those_waiting(
     world: World,
 ) -> None:
     ours = process(world)
@@ -121,7 +121,9 @@ def test_an_abandoned_call_is_made_by_whoever_begins_next_for_those_who_wait_too
     assert landed(ours.look(waits)) == (b"1", "flight")
 
 
-def test_a_call_whose_holder_died_is_made_by_one_when_the_lease_ends(world: World) -> None:
+def test_when_the_lease_of_a_dead_holder_ends_one_waiting_caller_makes_the_call(
+    world: World,
+) -> None:
     ours = process(world)
     dead, *waiting = (ours.begin("key") for _ in range(3))
     assert dead.state == "mine"
@@ -132,7 +134,7 @@ def test_a_call_whose_holder_died_is_made_by_one_when_the_lease_ends(world: Worl
     assert [ours.look(each).state for each in waiting] == ["mine", "others"]
 
 
-def test_who_lands_late_serves_those_who_wait_and_ends_nobody_elses_flight(world: World) -> None:
+def test_a_late_value_serves_waiting_callers_and_ends_no_other_flight(world: World) -> None:
     ours = process(world)
     late, waits, takes_over = (ours.begin("key") for _ in range(3))
     world.sleep(LEASE_S)
@@ -141,15 +143,15 @@ def test_who_lands_late_serves_those_who_wait_and_ends_nobody_elses_flight(world
     ours.land(late, b"late")
     after = ours.begin("key")
 
-    assert after.state == "others", "the call is still made by whoever took it over"
+    assert after.state == "others", "the new holder still makes the call"
     assert landed(ours.look(waits)) == (b"late", "flight")
-    assert ours.look(after).state == "others", "it began after that landing"
+    assert ours.look(after).state == "others", "it began after that value arrived"
     ours.land(holder, b"in time")
     assert landed(ours.look(after)) == (b"in time", "flight")
     assert ours.begin("key").state == "mine"
 
 
-def test_who_lands_after_its_lease_when_nobody_took_over_serves_those_who_wait(
+def test_a_value_after_the_lease_serves_waiting_callers_if_none_took_over(
     world: World,
 ) -> None:
     ours = process(world)
@@ -160,7 +162,7 @@ def test_who_lands_after_its_lease_when_nobody_took_over_serves_those_who_wait(
     assert landed(ours.look(waits)) == (b"late", "flight")
 
 
-def test_who_was_served_by_a_late_landing_waits_no_more(world: World) -> None:
+def test_a_caller_served_by_a_late_value_does_not_wait_for_the_next(world: World) -> None:
     ours = process(world)
     late, takes_over, waits = (ours.begin("key") for _ in range(3))
     world.sleep(LEASE_S)
@@ -169,11 +171,11 @@ def test_who_was_served_by_a_late_landing_waits_no_more(world: World) -> None:
     ours.land(holder, b"2")
 
     assert landed(ours.look(waits)) == (b"1", "flight"), (
-        "nobody waited for the other one, so it is not stored"
+        "no caller waited for the other value, so it is not stored"
     )
 
 
-def test_who_slept_through_a_landing_waits_for_the_next(world: World) -> None:
+def test_a_caller_that_missed_a_value_waits_for_the_next(world: World) -> None:
     ours = process(world)
     first, sleeper = ours.begin("key"), ours.begin("key")
     ours.land(first, b"1")
@@ -185,10 +187,10 @@ def test_who_slept_through_a_landing_waits_for_the_next(world: World) -> None:
     assert landed(ours.look(sleeper)) == (b"2", "flight")
 
 
-# --- what is kept -----------------------------------------------------------------------------
+# --- cached values and memos ------------------------------------------------------------------
 
 
-def test_a_cached_value_is_for_those_who_ask_for_it(world: World) -> None:
+def test_a_cached_value_is_returned_only_to_callers_that_accept_one(world: World) -> None:
     ours = process(world)
     ours.land(ours.begin("key", cached=True), b"1", cache_ttl_s=60)
 
@@ -197,14 +199,14 @@ def test_a_cached_value_is_for_those_who_ask_for_it(world: World) -> None:
     assert ours.begin("key 2", cached=True).state == "mine"
 
 
-def test_a_memo_is_for_the_same_name_and_key_only(world: World) -> None:
+def test_a_memo_is_returned_for_the_same_name_and_key_only(world: World) -> None:
     ours = process(world)
     ours.land(ours.begin("key", memo="job 1"), b"1", memo="job 1", memo_ttl_s=60)
     ours.land(ours.begin("key"), b"2", cache_ttl_s=60)
 
     assert landed(ours.begin("key", memo="job 1")) == (b"1", "memo")
     assert landed(ours.begin("key", memo="job 1", cached=True)) == (b"1", "memo"), (
-        "its own comes first"
+        "the memo comes first"
     )
     assert landed(ours.begin("key", memo="job 2", cached=True)) == (b"2", "cache")
     assert ours.begin("key 2", memo="job 1").state == "mine"
@@ -224,7 +226,7 @@ def test_memos_are_forgotten_in_one_round_trip(world: World) -> None:
     assert [ours.begin(key, memo=memo).state for key, memo in memos] == ["mine", "mine", "landed"]
 
 
-def test_a_value_that_was_found_can_be_kept_and_is_no_news_to_others(world: World) -> None:
+def test_a_found_value_can_be_kept_and_does_not_end_a_later_flight(world: World) -> None:
     ours = process(world)
     first, waits = ours.begin("key"), ours.begin("key")
     ours.land(first, b"1")
@@ -252,7 +254,7 @@ def test_all_keys_expire(world: World) -> None:
     assert 0 < left[memos + "job"] <= 500
 
 
-def test_all_keys_of_a_call_share_a_slot() -> None:
+def test_all_keys_of_a_call_are_in_one_cluster_slot() -> None:
     assert {each.partition("}")[0] for each in Keys("unit").flight("llm", "key")} == {
         "unit:{flight:llm:key"
     }
@@ -261,7 +263,7 @@ def test_all_keys_of_a_call_share_a_slot() -> None:
 # --- round trips, Redis away, wrong values ----------------------------------------------------
 
 
-def test_each_step_is_one_round_trip_and_a_landing_may_share_one(world: World) -> None:
+def test_each_step_is_one_round_trip_and_landings_may_share_one(world: World) -> None:
     store = world.store()
     ours = SingleFlight("llm", store)
     mine, waits = ours.begin("key", cached=True, memo="job"), ours.begin("key")
@@ -276,7 +278,7 @@ def test_each_step_is_one_round_trip_and_a_landing_may_share_one(world: World) -
     assert landed(ours.look(waits)) == (b"1", "flight")
 
 
-def test_without_redis_everybody_makes_the_call(world: World) -> None:
+def test_without_redis_every_caller_makes_the_call(world: World) -> None:
     store = world.store()
     ours, others = SingleFlight("llm", store), process(world)
     others.begin("key")
@@ -290,7 +292,7 @@ def test_without_redis_everybody_makes_the_call(world: World) -> None:
     ours.abandon(flights[1])
 
 
-def test_a_call_that_began_without_redis_ends_nobody_elses(world: World) -> None:
+def test_a_call_that_began_without_redis_ends_no_other_flight(world: World) -> None:
     store = world.store()
     ours, others = SingleFlight("llm", store), process(world)
     store.lost = True
@@ -303,13 +305,15 @@ def test_a_call_that_began_without_redis_ends_nobody_elses(world: World) -> None
     ours.land(alone, b"1", memo="job", memo_ttl_s=60)
 
     assert others.begin("key").state == "others"
-    assert landed(others.look(waits)) == (b"1", "flight"), "its value is as good as any"
-    assert landed(ours.begin("key", memo="job")) == (b"1", "memo"), "and was paid for"
+    assert landed(others.look(waits)) == (b"1", "flight"), "its value serves them, too"
+    assert landed(ours.begin("key", memo="job")) == (b"1", "memo"), (
+        "the value is kept, as it was paid for"
+    )
     others.land(mine, b"2")
     assert others.begin("key").state == "mine"
 
 
-def test_a_value_is_not_shown(world: World) -> None:
+def test_the_repr_of_a_flight_does_not_show_its_value(world: World) -> None:
     ours = process(world)
     ours.land(ours.begin("key"), b"private", cache_ttl_s=1)
 
@@ -317,12 +321,12 @@ def test_a_value_is_not_shown(world: World) -> None:
 
 
 @pytest.mark.parametrize("lease_s", [0, -1, float("nan")])
-def test_a_lease_that_is_none_is_told(world: World, lease_s: float) -> None:
+def test_a_wrong_lease_is_refused(world: World, lease_s: float) -> None:
     with pytest.raises(InvalidValue, match=r"lease_s=.*: must be above 0"):
         SingleFlight("llm", world.store(), lease_s=lease_s)
 
 
-def test_what_would_be_kept_for_ever_is_told(world: World) -> None:
+def test_a_wrong_expiry_is_refused(world: World) -> None:
     ours = process(world)
     mine = ours.begin("key")
     with pytest.raises(InvalidValue, match="memo_ttl_s=0: must be above 0"):
@@ -336,14 +340,14 @@ def test_what_would_be_kept_for_ever_is_told(world: World) -> None:
 
 @dataclass
 class Waits:
-    """Somebody who waits, as the oracle sees it."""
+    """A waiting caller, as the oracle sees it."""
 
     flight: Flight
-    values: list[bytes] = field(default_factory=list)  # of all that landed since it began
+    values: list[bytes] = field(default_factory=list)  # the values that arrived since it began
 
 
 class SingleFlightMachine(RuleBasedStateMachine):
-    """Callers of one key, beside a list of who makes the call and who waits."""
+    """Callers of one key, beside a list of the holder and of the waiting callers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -360,7 +364,7 @@ class SingleFlightMachine(RuleBasedStateMachine):
         self.patch.undo()
 
     def takes_off(self, flight: Flight) -> bool:
-        """Whether it is mine; it is by the oracle, too."""
+        """Whether the caller makes the call; the oracle must agree."""
         free = not self.holder or self.till <= self.world.now
         assert flight.state == ("mine" if free else "others")
         if free:
@@ -394,7 +398,7 @@ class SingleFlightMachine(RuleBasedStateMachine):
         memo=st.sampled_from(["", "", "a", "b"]),
     )
     def land(self, at: int, cache: bool, memo: str) -> None:
-        """In time or late, even when it was abandoned."""
+        """End a call in time or late, even one that was abandoned."""
         flight = self.mine.pop(-1 - at % len(self.mine))
         self.count += 1
         value = b"%d" % self.count
@@ -418,7 +422,7 @@ class SingleFlightMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.waiting)
     @rule(at=st.integers(0, 9))
-    def somebody_who_waits_dies(self, at: int) -> None:
+    def a_waiting_caller_dies(self, at: int) -> None:
         self.waiting.pop(at % len(self.waiting))
 
     @rule(seconds=st.sampled_from([LEASE_S / 4, LEASE_S]))
@@ -440,12 +444,15 @@ TestSingleFlightAgainstAnOracle = SingleFlightMachine.TestCase
 TestSingleFlightAgainstAnOracle.settings = settings(max_examples=60, stateful_step_count=40)
 
 
-# --- on whose behalf --------------------------------------------------------------------------
+# --- repeated callers -------------------------------------------------------------------------
 
 
-def test_who_begins_again_on_its_own_behalf_takes_over_from_its_dead_self_and_serves_those_who_wait(
+def test_a_repeated_caller_takes_over_its_own_earlier_call(
     world: World,
 ) -> None:
+    """An item that is retried begins under the same name; its value serves the waiting callers,
+    too.
+    """
     first, second, others = process(world), process(world), process(world)
     dead, waits = first.begin("key", by="item 7"), others.begin("key", by="item 8")
 
@@ -460,7 +467,7 @@ def test_who_begins_again_on_its_own_behalf_takes_over_from_its_dead_self_and_se
     assert landed(others.look(waits)) == (b"1", "flight")
 
 
-def test_who_waits_and_takes_over_does_so_on_its_own_behalf(world: World) -> None:
+def test_a_waiting_caller_that_takes_over_is_the_new_holder(world: World) -> None:
     ours, theirs = process(world), process(world)
     mine, waits = ours.begin("key", by="item 7"), theirs.begin("key", by="item 8")
     ours.abandon(mine)

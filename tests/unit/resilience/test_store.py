@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[3]
 PACKAGES = ("resilience", "scheduler", "rlm_tasks")
 
 
-def test_the_password_is_masked_in_every_form_of_url() -> None:
+def test_passwords_are_masked_in_every_form_of_url() -> None:
     assert masked("redis://user:secret@host:1/0") == "redis://user:***@host:1/0"
     assert masked("rediss://:secret@host") == "rediss://:***@host"
     assert masked("redis://host:6379/0") == "redis://host:6379/0"
 
 
-def test_a_flushed_script_is_sent_again_and_errors_are_raised() -> None:
+def test_a_script_that_redis_has_lost_is_sent_again_and_errors_are_raised() -> None:
     store = Store("redis://fake", client=fakeredis.FakeRedis())
     double = Script("double", "return tonumber(ARGV[1]) * 2", "0" * 40)
     broken = Script("broken", "return redis.error_reply('TILING no')", "1" * 40)

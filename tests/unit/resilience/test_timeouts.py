@@ -1,6 +1,4 @@
-"""How long an item may take: the base table, what is learned, and what happens while Redis is
-away.
-"""
+"""Time limits of items: the base table, learned limits, and limits while Redis is away."""
 
 from __future__ import annotations
 
@@ -36,16 +34,16 @@ KEY = Keys("rlm").timing("op")
 
 
 class Counted(Store):
-    """A store on fakeredis that knows how often it was asked, and whose Redis can go away."""
+    """A store on fakeredis that counts its round trips and can lose its server."""
 
     def __init__(self) -> None:
-        self.server, self.time, self.asked = fakeredis.FakeServer(), Clock(), 0
+        self.server, self.time, self.round_trips = fakeredis.FakeServer(), Clock(), 0
         super().__init__(
             "redis://fake", client=fakeredis.FakeRedis(server=self.server), clock=self.time
         )
 
     def _run(self, *calls: Call) -> list[Any]:
-        self.asked += 1
+        self.round_trips += 1
         return super()._run(*calls)
 
     def weights(self) -> dict[int, float]:
@@ -83,13 +81,13 @@ DISTRIBUTIONS: dict[str, Callable[[Random], float]] = {
     [("simple", 300), ("medium", 900), ("complex", 2700), ("very_complex", 7200)]
     + [(undeclared, 7200) for undeclared in ("", "linear", "quadratic", "Simple")],
 )
-def test_the_base_table_decides_about_an_operation_nobody_has_run(
+def test_the_base_table_holds_for_an_operation_without_samples(
     complexity: str, expected_s: float
 ) -> None:
     assert Timeouts(Counted()).limit_s("op", complexity) == expected_s
 
 
-def test_a_multiplier_stretches_the_base_of_its_operation_alone() -> None:
+def test_a_multiplier_scales_the_base_of_its_operation_alone() -> None:
     timeouts = Timeouts(Counted(), multipliers={"slow": 2.0, "fast": 0.5})
 
     assert [timeouts.limit_s(name, "medium") for name in ("slow", "fast", "other")] == [
@@ -105,14 +103,14 @@ def test_a_multiplier_that_is_not_above_zero_is_refused(multiplier: float) -> No
         Timeouts(Counted(), multipliers={"op": multiplier})
 
 
-def test_an_estimate_counts_twice_and_only_lengthens() -> None:
+def test_twice_the_estimate_may_only_lengthen_the_limit() -> None:
     timeouts = Timeouts(Counted())
 
     assert timeouts.limit_s("op", "simple", estimate_s=149) == 300
     assert timeouts.limit_s("op", "simple", estimate_s=200) == 400
 
 
-def test_each_retry_may_take_half_as_long_again_up_to_the_cap() -> None:
+def test_each_retry_lengthens_the_limit_by_half_up_to_the_cap() -> None:
     timeouts = Timeouts(Counted())
 
     assert [timeouts.limit_s("op", "simple", retries=n) for n in range(3)] == [300, 450, 675]
@@ -121,7 +119,7 @@ def test_each_retry_may_take_half_as_long_again_up_to_the_cap() -> None:
     assert timeouts.limit_s("op", estimate_s=1e9) == CAP_S
 
 
-def test_no_limit_goes_beyond_what_remains() -> None:
+def test_no_limit_exceeds_the_remaining_time() -> None:
     timeouts = Timeouts(Counted())
 
     assert [timeouts.limit_s("op", "simple", remaining_s=left) for left in (1e9, 20, 0, -5)] == [
@@ -147,7 +145,7 @@ def test_the_table_can_be_set_and_is_checked() -> None:
             TimeoutSettings(**wrong)
 
 
-# --- what always holds ------------------------------------------------------------------------
+# --- properties -------------------------------------------------------------------------------
 
 SHARED = {"untaught": Timeouts(Counted(), multipliers={"op": 1.7}), "taught": taught([90.0] * 200)}
 
@@ -162,8 +160,11 @@ def test_more_complexity_and_more_retries_never_shorten_a_limit(
     which: str, retries: int, estimate_s: float, remaining_s: float | None
 ) -> None:
     def limits_s(more: int) -> list[float]:
-        told = {"estimate_s": estimate_s, "remaining_s": remaining_s}
-        return [SHARED[which].limit_s("op", word, retries=retries + more, **told) for word in WORDS]  # type: ignore[arg-type]
+        more_fields = {"estimate_s": estimate_s, "remaining_s": remaining_s}
+        return [
+            SHARED[which].limit_s("op", word, retries=retries + more, **more_fields)
+            for word in WORDS
+        ]  # type: ignore[arg-type]
 
     now, later = limits_s(0), limits_s(1)
 
@@ -204,14 +205,14 @@ def test_a_percentile_is_the_upper_edge_of_the_bucket_it_ends_in() -> None:
         percentile({}, 0.99)
 
 
-def test_many_samples_are_one_round_trip_and_none_are_none() -> None:
+def test_many_samples_are_one_round_trip_and_no_sample_is_none() -> None:
     store = Counted()
     timeouts = Timeouts(store)
 
     timeouts.learn("op", [])
-    assert store.asked == 0
+    assert store.round_trips == 0
     timeouts.learn("op", [0.0005, 10.0, 10.0, 10.1, 50.0])
-    assert store.asked == 1
+    assert store.round_trips == 1
     assert store.weights() == {0: 1, bucket_of(10.0): 3, bucket_of(50.0): 1}
     assert store.client.ttl(KEY) == TTL_S == 2_592_000
 
@@ -227,7 +228,7 @@ def test_weights_fade_once_500_samples_have_arrived() -> None:
     timeouts.learn("op", [2.0] * 1000)
     faded = {bucket_of(1.0): 499 * 0.5**2, bucket_of(2.0): (2 * 0.5 + 1000) * 0.5}
     assert store.weights() == pytest.approx(faded), (
-        "once for a call, however many samples it brings"
+        "one call fades the weights once, however many samples it has"
     )
     assert store.client.hget(KEY, "since") == b"0"
 
@@ -262,7 +263,7 @@ def test_the_learned_limit_has_a_floor_a_penalty_and_the_cap() -> None:
     assert taught([9000.0] * 50).limit_s("op", "simple") == CAP_S
 
 
-def test_operations_and_workers_learn_apart_and_together() -> None:
+def test_operations_learn_apart_and_workers_learn_together() -> None:
     store = Counted()
     mine, theirs = Timeouts(store), Timeouts(store)
     mine.learn("op", [800.0] * 25)
@@ -272,7 +273,7 @@ def test_operations_and_workers_learn_apart_and_together() -> None:
     assert mine.limit_s("other", "simple") == 300
 
 
-def test_what_was_learned_is_read_every_thirty_seconds() -> None:
+def test_learned_limits_are_read_every_thirty_seconds() -> None:
     store = Counted()
     timeouts = Timeouts(store)
     assert timeouts.limit_s("op", "simple") == 300
@@ -280,14 +281,14 @@ def test_what_was_learned_is_read_every_thirty_seconds() -> None:
 
     store.time.now = 29.9
     assert [timeouts.limit_s("op", "simple") for _ in range(100)] == [300] * 100
-    assert store.asked == 2
+    assert store.round_trips == 2
     store.time.now = 30.0
     assert timeouts.limit_s("op", "simple") > 1200
-    assert store.asked == 3
+    assert store.round_trips == 3
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_few_items_are_stopped_that_would_have_ended_well(name: str) -> None:
+def test_fewer_than_one_in_a_hundred_good_items_is_stopped(name: str) -> None:
     random, draw = Random(1), DISTRIBUTIONS[name]
     limit_s = taught([draw(random) for _ in range(5000)]).limit_s("op", "simple")
 
@@ -298,8 +299,9 @@ def test_few_items_are_stopped_that_would_have_ended_well(name: str) -> None:
 
 
 class Loop:
-    """Items that run under the limit they teach: one that is stopped is a sample of the limit it
-    ran into.
+    """Items that run under the limit that they teach.
+
+    A stopped item is a sample of the limit that stopped it.
     """
 
     def __init__(self, draw: Callable[[Random], float], history: int, seed: int) -> None:
@@ -319,7 +321,7 @@ class Loop:
             self.timeouts.learn("op", [min(took, limit_s)])
 
     def stops(self, slower: float) -> float:
-        """Return the share of such items that the limit of now would stop."""
+        """Return the share of such items that the present limit would stop."""
         limit_s = self.limit_s()
         return sum(slower * self.draw(self.random) > limit_s for _ in range(20_000)) / 20_000
 
@@ -330,9 +332,11 @@ class Loop:
 def test_items_that_take_three_times_as_long_are_learned_within_200_samples(
     name: str, history: int, seed: int
 ) -> None:
-    """At most 1,000 samples of before count, so the new ones soon are more than the last
-    hundredth.  A heavy tail is known less well from 200 samples than from 5,000: the share that is
-    stopped is three times the usual, not more."""
+    """At most 1,000 earlier samples count, so the new ones soon outweigh the last hundredth.
+
+    A heavy tail is less well known from 200 samples than from 5,000. The share of stopped items may
+    therefore be three times the usual.
+    """
     loop = Loop(DISTRIBUTIONS[name], history=history, seed=seed)
 
     loop.run(200, slower=3.0)
@@ -344,7 +348,7 @@ def test_items_that_take_three_times_as_long_are_learned_within_200_samples(
 # --- Redis is away ----------------------------------------------------------------------------
 
 
-def test_without_redis_the_base_table_decides_and_samples_are_lost() -> None:
+def test_without_redis_the_base_table_holds_and_samples_are_lost() -> None:
     store = Counted()
     store.server.connected = False
     timeouts = Timeouts(store)
@@ -359,7 +363,7 @@ def test_without_redis_the_base_table_decides_and_samples_are_lost() -> None:
     assert timeouts.limit_s("op", "medium") == 1.5 * upper_edge_s(bucket_of(800.0))
 
 
-def test_what_was_read_last_counts_while_redis_is_away() -> None:
+def test_while_redis_is_away_the_limits_read_last_hold() -> None:
     store = Counted()
     timeouts = Timeouts(store)
     timeouts.learn("op", [800.0] * 50)

@@ -25,7 +25,7 @@ from tests.unit.resilience.test_degradation import (
     LIMITS,
     OPTIONAL,
     QUESTIONS,
-    SAME_IN_THE_SOURCES_WORDS,
+    SAME_BY_RESOURCE_CONSTRAINTS,
     SIMPLIFIED,
 )
 from tests.unit.stories.test_waiting import WaitingPlatform
@@ -127,7 +127,7 @@ def _ask(one: dict[str, Any], ctx: Context) -> None:
         answer = (
             QUESTIONS[question][1](ctx)
             if (one["i"] + at) % 2
-            else SAME_IN_THE_SOURCES_WORDS[question](None)
+            else SAME_BY_RESOURCE_CONSTRAINTS[question](None)
         )
         if question == "limit":
             platform.limits.append(answer)
