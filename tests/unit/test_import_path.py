@@ -49,7 +49,10 @@ def test_a_package_in_place_of_ours_is_found_where_nothing_of_ours_can_be_import
 def test_a_package_that_was_imported_in_place_of_ours_is_found_though_the_path_is_mended(
     theirs: Path,
 ) -> None:
-    mended = f"import sys, scheduler; sys.path.remove({str(theirs)!r}); sys.path[:] = [each for each in sys.path if each]; "
+    mended = (
+        f"import sys, scheduler; sys.path.remove({str(theirs)!r}); sys.path[:] = [each for each "
+        f"in sys.path if each]; "
+    )
 
     assert (
         looked(theirs, import_path.HOME, first=mended)

@@ -30,7 +30,10 @@ def test_every_public_name_can_be_imported() -> None:
 
 
 def test_importing_the_package_connects_to_nothing_and_starts_nothing() -> None:
-    code = "import rlm_tasks, threading; rlm_tasks.Client; rlm_tasks.app; assert threading.active_count() == 1"
+    code = (
+        "import rlm_tasks, threading; rlm_tasks.Client; rlm_tasks.app; assert "
+        "threading.active_count() == 1"
+    )
 
     subprocess.run(
         [sys.executable, "-c", code],

@@ -128,11 +128,17 @@ def test_a_key_that_does_not_exist_is_told_with_the_nearest(change: Any) -> None
         ),
         (
             {"cache_compression": True},
-            "cache_compression=True: there is no cache to compress; set enable_cache_optimization=True",
+            (
+                "cache_compression=True: there is no cache to compress; set "
+                "enable_cache_optimization=True"
+            ),
         ),
         (
             {"enable_automatic_optimization": True, "enable_performance_monitoring": False},
-            "enable_automatic_optimization=True: nothing is measured to go by; set enable_performance_monitoring=True",
+            (
+                "enable_automatic_optimization=True: nothing is measured to go by; set "
+                "enable_performance_monitoring=True"
+            ),
         ),
     ],
 )
@@ -187,7 +193,10 @@ def test_a_document_may_leave_keys_out() -> None:
         ("[1]", "the configuration is list; give an object"),
         (
             '{"cache_size": 1, "zz": 2}',
-            "cache_size=1: there is no such key; did you mean cache_max_size?\nzz=2: there is no such key",
+            (
+                "cache_size=1: there is no such key; did you mean cache_max_size?\nzz=2: there is "
+                "no such key"
+            ),
         ),
     ],
 )
@@ -352,13 +361,19 @@ def test_the_page_has_a_row_for_each_key() -> None:
 def page_rows() -> str:
     """Return the table of docs/optimization.md."""
     return "\n".join(
-        f"| `{each.key}` | `{json.dumps(each.value)}` | {f'`{each.sets}`' if each.sets else 'nothing'} | {each.why} |"
+        (
+            f"| `{each.key}` | `{json.dumps(each.value)}` | "
+            f"{f'`{each.sets}`' if each.sets else 'nothing'} | {each.why} |"
+        )
         for each in OptimizationConfig().effects()
     )
 
 
 def test_the_package_is_imported_without_it() -> None:
-    code = "import rlm_tasks, sys; assert 'rlm_tasks.compat.optimization_config' not in sys.modules; rlm_tasks.OptimizationConfig()"
+    code = (
+        "import rlm_tasks, sys; assert 'rlm_tasks.compat.optimization_config' not in sys.modules; "
+        "rlm_tasks.OptimizationConfig()"
+    )
 
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
 

@@ -8,7 +8,10 @@ from rlm_tasks.operations.code_metrics import measure_file, merge_reports
 
 
 def test_code_metrics_do_not_depend_on_the_split(tmp_path: Any) -> None:
-    source = "def f(x):\n    if x:\n        return 1\n    elif x > 2:\n        return 2\n    return [i for i in x]\n\nclass C:\n    pass\n"
+    source = (
+        "def f(x):\n    if x:\n        return 1\n    elif x > 2:\n        return 2\n    return [i "
+        "for i in x]\n\nclass C:\n    pass\n"
+    )
     paths = []
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.py").write_text(source)

@@ -145,7 +145,10 @@ def test_a_certificate_error_is_distinguished_from_a_closed_connection() -> None
     [
         (
             "sentinel://one,two/0",
-            "write each sentinel as Celery does: sentinel://:PASSWORD@HOST1:26379/0;sentinel://HOST2:26379",
+            (
+                "write each sentinel as Celery does: "
+                "sentinel://:PASSWORD@HOST1:26379/0;sentinel://HOST2:26379"
+            ),
         ),
         ("sentinel://one;redis://two", "write each sentinel as Celery does"),
         ("sentinel://:hush@one:x/0", "cannot be read: a port and a database are numbers"),
@@ -210,15 +213,24 @@ def test_valid_urls_are_accepted(authority: str) -> None:
     [
         (
             {"RLM_REDIS_URL": "sentinel://host"},
-            "RLM_SENTINEL_MASTER='': give the name that the sentinels watch the primary by, as in `sentinel monitor NAME ...`",
+            (
+                "RLM_SENTINEL_MASTER='': give the name that the sentinels watch the primary by, "
+                "as in `sentinel monitor NAME ...`"
+            ),
         ),
         (
             {"RLM_BROKER_URL": "sentinel://:hush@host"},
-            "RLM_BROKER_URL='sentinel://:***@host': give the name that the sentinels watch the primary by as RLM_SENTINEL_MASTER",
+            (
+                "RLM_BROKER_URL='sentinel://:***@host': give the name that the sentinels watch "
+                "the primary by as RLM_SENTINEL_MASTER"
+            ),
         ),
         (
             {"RLM_RESULT_BACKEND": "rediss://:hush@host?ssl_password=hush"},
-            "RLM_RESULT_BACKEND='rediss://:***@host?ssl_password=***': ssl_password is no option of TLS here; did you mean ",
+            (
+                "RLM_RESULT_BACKEND='rediss://:***@host?ssl_password=***': ssl_password is no "
+                "option of TLS here; did you mean "
+            ),
         ),
     ],
 )

@@ -1,4 +1,8 @@
-"""What is taken in: by level and priority, by what waits already, and when to come back."""
+"""Admission of work: by pressure level, by the state of its queue, and by the number of jobs at
+work.
+
+Every denial has a retry time.
+"""
 
 from __future__ import annotations
 
@@ -55,14 +59,14 @@ def refusal(
         (Level.EMERGENCY, ["high", "normal", "low"]),
     ],
 )
-def test_the_less_urgent_is_turned_away_first_and_critical_work_never(
+def test_less_urgent_work_is_denied_first_and_critical_work_never(
     level: Level, refused: list[str]
 ) -> None:
     assert [priority for priority in PRIORITIES if sheds(priority, level)] == refused
     assert [priority for priority in PRIORITIES if shed(priority, level, 20.0)] == refused
 
 
-def test_the_platforms_own_work_is_taken_in_at_every_level() -> None:
+def test_control_work_is_admitted_at_every_level() -> None:
     assert not any(sheds("control", level) for level in Level)
 
 
@@ -79,7 +83,7 @@ def test_the_platforms_own_work_is_taken_in_at_every_level() -> None:
         ("low", Level.HIGH, 1.2, 2.0),  # whole seconds, as HTTP's Retry-After has them
     ],
 )
-def test_it_says_to_come_back_when_the_level_can_have_fallen_far_enough(
+def test_the_retry_time_is_when_the_level_can_have_fallen_far_enough(
     priority: str, level: Level, step_s: float, retry_after_s: float
 ) -> None:
     error = shed(priority, level, step_s)
@@ -88,7 +92,7 @@ def test_it_says_to_come_back_when_the_level_can_have_fallen_far_enough(
     assert error.retry_after_s == retry_after_s
 
 
-def test_an_overload_says_what_it_is_and_from_when_on_work_is_taken_in() -> None:
+def test_an_overload_error_names_the_level_that_admits_the_work() -> None:
     error = shed("normal", Level.EMERGENCY, 20.0)
 
     assert isinstance(error, Overloaded)
@@ -100,24 +104,25 @@ def test_an_overload_says_what_it_is_and_from_when_on_work_is_taken_in() -> None
         "admission",
     )
     assert str(error) == (
-        "admission: pressure is emergency, and normal work is taken in below critical; come back in 40 s"
+        "admission: pressure is emergency, and normal work is taken in below critical; come "
+        "back in 40 s"
     )
 
 
 @given(
     priority=st.sampled_from(PRIORITIES), lower=LEVELS, higher=LEVELS, step_s=st.floats(0.001, 1000)
 )
-def test_the_higher_the_level_the_later_to_come_back(
+def test_a_higher_level_gives_a_later_retry_time(
     priority: str, lower: Level, higher: Level, step_s: float
 ) -> None:
     sooner, later = (shed(priority, level, step_s) for level in sorted((lower, higher)))
 
     if sooner:
-        assert later is not None, "what is refused at one level is at each above it"
+        assert later is not None, "work denied at one level is denied at each higher level"
         assert SOONEST_S <= sooner.retry_after_s <= later.retry_after_s <= LATEST_S
 
 
-# --- by what waits ----------------------------------------------------------------------------
+# --- by queue ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -130,10 +135,10 @@ def test_the_higher_the_level_the_later_to_come_back(
         ("normal", 30.1, True),
         ("low", 60.0, False),
         ("low", 60.1, True),
-        ("low", None, False),  # nobody can say
+        ("low", None, False),  # the age is not known
     ],
 )
-def test_a_queue_takes_nothing_while_its_work_waits_for_longer_than_its_priority_may(
+def test_a_queue_is_full_while_its_oldest_message_waits_for_too_long(
     priority: str, age: float | None, refused: bool
 ) -> None:
     assert bool(refusal(1, age, priority)) is refused
@@ -143,14 +148,14 @@ def test_a_queue_takes_nothing_while_its_work_waits_for_longer_than_its_priority
 @pytest.mark.parametrize(
     ("depth", "refused"), [(0, False), (9_999, False), (10_000, True), (10_001, True)]
 )
-def test_a_queue_of_any_priority_holds_so_much_and_no_more(
+def test_a_queue_of_any_priority_is_full_at_its_bound(
     priority: str, depth: int, refused: bool
 ) -> None:
     assert bool(refusal(depth, None, priority)) is refused
 
 
 @pytest.mark.parametrize("priority", PRIORITIES)
-def test_a_bound_of_0_does_not_bound(priority: str) -> None:
+def test_a_bound_of_0_is_no_bound(priority: str) -> None:
     assert refusal(10**9, 10**9, priority, UNBOUNDED) is None
 
 
@@ -166,8 +171,8 @@ def test_each_bound_can_be_set() -> None:
     ("depth", "age", "retry_after_s"),
     [
         (10_000, None, SOONEST_S),
-        (10_000, 20.0, SOONEST_S),  # one message too many, 500 of them a second
-        (20_000, 20.0, 11.0),  # 10,001 too many, 1,000 a second
+        (10_000, 20.0, SOONEST_S),  # 1 message too many, 500 are served a second
+        (20_000, 20.0, 11.0),  # 10,001 messages too many, 1,000 are served a second
         (5, 45.0, 15.0),
         (5, 30.2, SOONEST_S),
         (5, 1e6, LATEST_S),
@@ -175,11 +180,11 @@ def test_each_bound_can_be_set() -> None:
             10_000,
             100.0,
             70.0,
-        ),  # too many and too old: who comes back for the one would meet the other
+        ),  # too many and too old: the later of both times counts
         (1_000_000, 100.0, 100.0),
     ],
 )
-def test_it_says_to_come_back_when_enough_has_been_served(
+def test_the_retry_time_is_when_enough_messages_have_been_served(
     depth: int, age: float | None, retry_after_s: float
 ) -> None:
     error = refusal(depth, age)
@@ -196,11 +201,14 @@ def test_it_says_to_come_back_when_enough_has_been_served(
         (
             12_000,
             45.4,
-            "12000 messages wait, of at most 10000; its oldest message waits for 45 s, of at most 30 s",
+            (
+                "12000 messages wait, of at most 10000; its oldest message waits for 45 s, of at "
+                "most 30 s"
+            ),
         ),
     ],
 )
-def test_a_full_queue_says_which_it_is_and_what_is_too_much(
+def test_the_error_of_a_full_queue_names_the_queue_and_the_bound(
     depth: int, age: float, why: str
 ) -> None:
     error = refusal(depth, age)
@@ -220,7 +228,7 @@ _REPORTS = st.tuples(st.integers(0, 50_000), st.none() | SECONDS)
 
 
 @given(reports=st.tuples(_REPORTS, _REPORTS), priority=st.sampled_from(PRIORITIES))
-def test_the_fuller_a_queue_the_later_to_come_back(
+def test_a_fuller_queue_gives_a_later_retry_time(
     reports: tuple[tuple[int, float | None], ...], priority: str
 ) -> None:
     (d1, a1), (d2, a2) = reports
@@ -240,11 +248,11 @@ def room(world: World, max_jobs: int) -> WaitingRoom:
 
 
 def ended(world: World, *jobs: str) -> None:
-    """Do as CLOSE does: the job is no longer in the index of open ones."""
+    """Remove jobs from the index of open jobs, as CLOSE does."""
     world.client().zrem(Keys("unit").due, *jobs)
 
 
-def test_so_many_have_a_place_and_the_next_is_told_to_come_back(world: World) -> None:
+def test_the_first_jobs_get_a_place_and_the_next_gets_a_retry_time(world: World) -> None:
     door = room(world, 2)
 
     assert [door.crowded(job, "normal") for job in ("a", "b")] == [None, None]
@@ -252,13 +260,14 @@ def test_so_many_have_a_place_and_the_next_is_told_to_come_back(world: World) ->
     assert refused is not None
     assert (refused.code, refused.retry_after_s) == ("QUEUE_FULL", 5.0)
     assert str(refused) == "jobs: as many are at work as may be: 2; come back in 5 s"
-    assert door.crowded("a", "normal") is None, "who has a place keeps it"
+    assert door.crowded("a", "normal") is None, "a job keeps its place"
     assert door.places() == 0
 
 
-def test_a_place_is_free_when_its_job_has_ended_was_given_back_or_was_never_opened(
+def test_a_place_is_free_when_its_job_has_ended_or_was_never_opened(
     world: World,
 ) -> None:
+    """A place that was given back is free, too."""
     door = room(world, 3)
     assert [door.crowded(job, "low") for job in "abc"] == [None] * 3
 
@@ -266,18 +275,18 @@ def test_a_place_is_free_when_its_job_has_ended_was_given_back_or_was_never_open
     door.leave(["c"])
     assert door.places() == 2
     assert world.client().zscore(Keys("unit").due, "a") == (world.now + 60) * 1000, (
-        "a sweep drops what was not opened by then"
+        "a sweep drops a job that was not opened by then"
     )
 
 
-def test_critical_jobs_are_neither_refused_nor_counted(world: World) -> None:
+def test_critical_jobs_are_neither_denied_nor_counted(world: World) -> None:
     door = room(world, 1)
 
     assert [door.crowded(str(each), "critical") for each in range(5)] == [None] * 5
     assert door.places() == 1
 
 
-def test_without_a_bound_nobody_asks(world: World) -> None:
+def test_without_a_bound_there_is_no_round_trip(world: World) -> None:
     store = world.store()
     door = WaitingRoom(store, Keys("unit"))
 
@@ -286,7 +295,7 @@ def test_without_a_bound_nobody_asks(world: World) -> None:
     assert store.round_trips == 0
 
 
-def test_of_many_who_ask_at_once_exactly_as_many_get_a_place(world: World) -> None:
+def test_concurrent_clients_get_exactly_the_places_there_are(world: World) -> None:
     granted: list[str] = []
 
     def ask(client: int) -> None:
@@ -305,7 +314,7 @@ def test_of_many_who_ask_at_once_exactly_as_many_get_a_place(world: World) -> No
     assert len(granted) == 50
 
 
-def test_who_waits_keeps_its_turn(world: World) -> None:
+def test_a_waiting_job_keeps_its_turn(world: World) -> None:
     door = room(world, 1)
     door.enter("unit.normal", {"a root": 1})
     door.enter("unit.normal", {"b root": 2})

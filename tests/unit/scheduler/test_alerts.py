@@ -1,4 +1,4 @@
-"""Alerts: which events raise one, how often, what is remembered of them, and who is told."""
+"""Alerts: the events that raise one, their intervals, their history, and their channels."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SILENT = AlertSettings(channels=())
 
 
 def alerts(world: World, **settings: Any) -> Alerts:
-    """Return the alerts of one more process."""
+    """Return the alerts as another process sees them."""
     return Alerts(world.store(), AlertSettings(channels=(), **settings), clock=lambda: world.now)
 
 
@@ -73,7 +73,7 @@ def measured(level: Level | str | int = Level.NORMAL, **fields: Any) -> Resource
     return ResourcePressureEvent(datetime.now(UTC), level, **calm | fields)
 
 
-# --- which ------------------------------------------------------------------------------------
+# --- conditions -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_each_condition_has_its_severity_and_its_interval(
     ],
     ids=lambda event: event.name,
 )
-def test_other_events_raise_none_and_ask_nobody(world: World, event: Event) -> None:
+def test_other_events_raise_no_alert_and_cost_no_round_trip(world: World, event: Event) -> None:
     store = world.store()
 
     assert Alerts(store, SILENT, Events(store)).process_event(event) == []
@@ -131,7 +131,7 @@ def test_other_events_raise_none_and_ask_nobody(world: World, event: Event) -> N
     ("others", "severities"),
     [(1, ["warning"]), (2, ["warning", "error"]), (5, ["warning", "error"])],
 )
-def test_three_open_breakers_are_an_error_of_their_own(
+def test_three_open_breakers_raise_an_error_beside_the_warning(
     world: World, others: int, severities: list[str]
 ) -> None:
     raised = alerts(world).process_event(opened("llm", *(f"b{i}" for i in range(others))))
@@ -140,7 +140,7 @@ def test_three_open_breakers_are_an_error_of_their_own(
     assert all("b0" in alert.message for alert in raised[1:])
 
 
-def test_many_breakers_are_one_error_and_a_warning_each(world: World) -> None:
+def test_many_open_breakers_raise_one_error_and_a_warning_each(world: World) -> None:
     here, names = alerts(world), ["a", "b", "c", "d", "e"]
 
     raised = [
@@ -155,7 +155,7 @@ def test_many_breakers_are_one_error_and_a_warning_each(world: World) -> None:
     ]
 
 
-def test_the_example_of_source_document_1(world: World) -> None:
+def test_one_pressure_event_may_raise_several_alerts(world: World) -> None:
     test_event = ResourcePressureEvent(
         timestamp=datetime.now(UTC),
         pressure_level=Level.CRITICAL,
@@ -199,13 +199,13 @@ def test_the_example_of_source_document_1(world: World) -> None:
         (measured(degradation_applied=["reduce_entity_limits"]), ["degradation.started"]),
     ],
 )
-def test_a_measurement_is_held_against_its_thresholds(
+def test_a_measurement_is_compared_with_the_thresholds(
     world: World, event: ResourcePressureEvent, kinds: list[str]
 ) -> None:
     assert [alert.kind for alert in alerts(world).process_event(event)] == kinds
 
 
-def test_the_cpu_threshold_is_a_setting_and_hosts_are_told_apart(world: World) -> None:
+def test_the_cpu_threshold_is_a_setting_and_holds_for_each_host(world: World) -> None:
     here = alerts(world, cpu_pct=50)
 
     [one], [two] = (
@@ -215,15 +215,17 @@ def test_the_cpu_threshold_is_a_setting_and_hosts_are_told_apart(world: World) -
     assert (one.subject, two.subject) == ("a", "b")
 
 
-def test_an_unknown_level_is_a_mistake_that_is_told(world: World) -> None:
+def test_an_unknown_level_is_refused(world: World) -> None:
     with pytest.raises(ValueError, match="there are normal, elevated"):
         alerts(world).process_event(measured("terrible"))
 
 
-# --- how often --------------------------------------------------------------------------------
+# --- intervals --------------------------------------------------------------------------------
 
 
-def test_two_processes_tell_once_and_the_next_says_how_many_were_held_back(world: World) -> None:
+def test_processes_share_an_interval_and_the_next_alert_counts_the_suppressed_ones(
+    world: World,
+) -> None:
     ours, theirs = alerts(world), alerts(world)
     [first] = ours.process_event(slow())
     for _ in range(3):
@@ -238,9 +240,9 @@ def test_two_processes_tell_once_and_the_next_says_how_many_were_held_back(world
     assert "held back" not in third.message
 
 
-def test_kinds_and_subjects_have_intervals_of_their_own(world: World) -> None:
+def test_kinds_and_subjects_have_separate_intervals(world: World) -> None:
     here = alerts(world)
-    told = [
+    raised = [
         slow("a"),
         slow("b"),
         pressure("high", "a"),
@@ -248,10 +250,10 @@ def test_kinds_and_subjects_have_intervals_of_their_own(world: World) -> None:
         Event("cpu.high", "", data={"host": "a"}),
     ]
 
-    assert [len(here.process_event(event)) for event in told * 2] == [1] * 5 + [0] * 5
+    assert [len(here.process_event(event)) for event in raised * 2] == [1] * 5 + [0] * 5
 
 
-def test_a_worse_level_is_told_at_once_and_a_better_one_is_not(world: World) -> None:
+def test_a_worse_level_raises_an_alert_at_once_and_a_better_one_does_not(world: World) -> None:
     ours, theirs = alerts(world), alerts(world)
     seen = [
         "elevated",
@@ -264,20 +266,20 @@ def test_a_worse_level_is_told_at_once_and_a_better_one_is_not(world: World) -> 
         "emergency",
     ]
 
-    told = [
+    raised = [
         level
         for at, level in enumerate(seen)
         if (ours, theirs)[at % 2].process_event(pressure(level))
     ]
 
-    assert told == ["elevated", "high", "critical", "emergency"]
+    assert raised == ["elevated", "high", "critical", "emergency"]
     world.sleep(120)
-    assert ours.process_event(pressure("critical")) == [], "four minutes have not passed"
+    assert ours.process_event(pressure("critical")) == [], "four minutes have not yet passed"
     [again] = ours.process_event(pressure("emergency"))
-    assert again.held_back == 3, "since the last that was told"
+    assert again.held_back == 3, "since the last alert"
 
 
-def test_a_server_clock_that_was_set_back_silences_nothing(world: World) -> None:
+def test_a_server_clock_set_back_suppresses_no_alert(world: World) -> None:
     here = alerts(world)
     here.process_event(slow())
     world.sleep(-HOUR)
@@ -289,7 +291,7 @@ LEVELS = st.sampled_from(["elevated", "high", "critical", "emergency"])
 
 
 @given(steps=st.lists(st.tuples(LEVELS, st.floats(0, 400)), max_size=25))
-def test_no_level_is_held_back_that_is_worse_than_the_last_told_or_has_waited(
+def test_a_level_that_is_worse_or_has_waited_is_never_suppressed(
     steps: list[tuple[str, float]],
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -299,14 +301,14 @@ def test_no_level_is_held_back_that_is_worse_than_the_last_told_or_has_waited(
         for level, wait_s in steps:
             world.sleep(round(wait_s))
             rule = RULES[f"pressure.{level}"]
-            told = here.process_event(pressure(level))
+            raised = here.process_event(pressure(level))
 
-            assert bool(told) == (rule.severity > rank or world.now - last >= rule.interval_s)
-            if told:
+            assert bool(raised) == (rule.severity > rank or world.now - last >= rule.interval_s)
+            if raised:
                 last, rank = world.now, rule.severity
 
 
-def test_one_event_is_one_round_trip_whatever_it_raises(world: World) -> None:
+def test_an_event_is_one_round_trip_however_many_alerts_it_raises(world: World) -> None:
     store = world.store()
     raised = Alerts(store, SILENT).process_event(
         measured("emergency", cpu_percent=99.0, memory_percent=99.0)
@@ -319,12 +321,12 @@ def test_one_event_is_one_round_trip_whatever_it_raises(world: World) -> None:
 # --- without Redis ----------------------------------------------------------------------------
 
 
-def test_while_redis_is_away_a_process_limits_its_own_alerts(world: World) -> None:
+def test_without_redis_a_process_limits_its_own_alerts(world: World) -> None:
     here = alerts(world)
     [before] = here.process_event(slow())
     here._store.lost = True  # type: ignore[attr-defined]
 
-    assert here.process_event(slow()) == [], "it knows what it raised before"
+    assert here.process_event(slow()) == [], "the process remembers the alert before"
     [other] = here.process_event(slow("other"))
     assert here.process_event(slow("other")) == []
     [high], [worse] = here.process_event(pressure("high")), here.process_event(pressure("critical"))
@@ -337,7 +339,7 @@ def test_while_redis_is_away_a_process_limits_its_own_alerts(world: World) -> No
     )
 
 
-def test_when_redis_answers_again_limits_are_shared_again(world: World) -> None:
+def test_once_redis_answers_again_intervals_are_shared_again(world: World) -> None:
     here = alerts(world)
     here._store.lost = True  # type: ignore[attr-defined]
     assert here.process_event(slow())
@@ -348,7 +350,7 @@ def test_when_redis_answers_again_limits_are_shared_again(world: World) -> None:
     assert alerts(world).process_event(slow()) == []
 
 
-def test_what_a_process_remembers_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_a_process_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scheduler.alerts.REMEMBERED", 3)
     here = alerts(world)
     here._store.lost = True  # type: ignore[attr-defined]
@@ -372,7 +374,7 @@ def test_what_a_process_remembers_is_bounded(world: World, monkeypatch: pytest.M
     ], "d was the oldest"
 
 
-def test_history_and_summary_say_that_redis_is_away(world: World) -> None:
+def test_without_redis_history_and_summary_raise_an_error(world: World) -> None:
     here = alerts(world)
     here._store.lost = True  # type: ignore[attr-defined]
 
@@ -382,22 +384,22 @@ def test_history_and_summary_say_that_redis_is_away(world: World) -> None:
         here.summary()
 
 
-# --- what is remembered -----------------------------------------------------------------------
+# --- the history ------------------------------------------------------------------------------
 
 
-def test_the_history_is_what_was_told_newest_first(world: World) -> None:
+def test_the_history_has_the_raised_alerts_newest_first(world: World) -> None:
     here = alerts(world)
-    told = [
+    raised = [
         alert
         for event in (slow(), pressure("critical"), opened("llm"))
         for alert in here.process_event(event)
     ]
     here.process_event(slow())
     world.sleep(300)
-    told += here.process_event(slow())
+    raised += here.process_event(slow())
 
-    assert alerts(world).history() == told[::-1]
-    assert alerts(world).history(2) == told[:1:-1]
+    assert alerts(world).history() == raised[::-1]
+    assert alerts(world).history(2) == raised[:1:-1]
 
 
 def test_the_history_is_bounded_and_the_total_is_not(world: World) -> None:
@@ -416,7 +418,7 @@ def test_the_history_is_bounded_and_the_total_is_not(world: World) -> None:
     )
 
 
-def test_a_summary_of_nothing_is_zeros(world: World) -> None:
+def test_an_empty_summary_has_zeros(world: World) -> None:
     assert alerts(world).summary() == {
         "total_alerts": 0,
         "last_hour": 0,
@@ -426,7 +428,7 @@ def test_a_summary_of_nothing_is_zeros(world: World) -> None:
     }
 
 
-def test_a_summary_counts_by_severity_and_shows_the_last_as_json(world: World) -> None:
+def test_a_summary_counts_by_severity_and_has_the_latest_alerts_as_json(world: World) -> None:
     here = alerts(world)
     for level in ("elevated", "high", "critical", "emergency", "high"):
         here.process_event(pressure(level))
@@ -464,7 +466,7 @@ def test_an_alert_leaves_the_last_hour_and_the_last_day_on_time(
     assert (summary["total_alerts"], summary["by_severity"]["warning"]) == (1, 1)
 
 
-def test_what_is_counted_by_time_is_kept_for_a_day(world: World) -> None:
+def test_the_index_by_time_is_kept_for_a_day(world: World) -> None:
     here, (_, day, _) = alerts(world), alert_keys("unit")
     for operation in "abc":
         here.process_event(slow(operation))
@@ -473,10 +475,10 @@ def test_what_is_counted_by_time_is_kept_for_a_day(world: World) -> None:
     assert world.client().zcard(day) == 2
 
 
-# --- who is told ------------------------------------------------------------------------------
+# --- channels ---------------------------------------------------------------------------------
 
 
-def test_by_default_alerts_are_logged_by_severity_with_their_parts(
+def test_by_default_alerts_are_logged_by_severity_with_their_fields(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -492,7 +494,7 @@ def test_by_default_alerts_are_logged_by_severity_with_their_parts(
     assert [record.__dict__["alert"] for record in records] == [alert.fields() for alert in raised]
 
 
-def test_a_raised_alert_is_an_event_and_a_held_one_is_not(world: World) -> None:
+def test_a_raised_alert_emits_an_event_and_a_suppressed_one_does_not(world: World) -> None:
     events = Events(world.store())
     here = Alerts(world.store(), SILENT, events)
     [alert] = here.process_event(pressure("critical"))
@@ -506,7 +508,7 @@ def test_a_raised_alert_is_an_event_and_a_held_one_is_not(world: World) -> None:
     )
 
 
-def test_a_callback_gets_the_alert_and_one_that_raises_stops_no_other_channel(
+def test_a_callback_that_raises_stops_no_other_channel(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     got, out = list[Alert](), io.StringIO()
@@ -528,7 +530,7 @@ def test_a_callback_gets_the_alert_and_one_that_raises_stops_no_other_channel(
     assert all("signal" in message and "pager" in message for message in failed)
 
 
-def test_a_broken_channel_does_not_hide_an_alert_from_the_next(world: World) -> None:
+def test_a_broken_channel_stops_no_other_channel(world: World) -> None:
     got, out = list[Alert](), io.StringIO()
     out.close()
     here = Alerts(
@@ -539,7 +541,7 @@ def test_a_broken_channel_does_not_hide_an_alert_from_the_next(world: World) -> 
 
 
 class Terminal(io.StringIO):
-    """A stream that says that it is a terminal."""
+    """A stream that reports itself as a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -560,7 +562,7 @@ def test_a_terminal_shows_severities_in_colours(world: World, level: str, colour
 
 
 @pytest.mark.parametrize(
-    ("stream", "told", "coloured"),
+    ("stream", "setting", "coloured"),
     [
         (io.StringIO, None, False),
         (io.StringIO, True, True),
@@ -568,18 +570,18 @@ def test_a_terminal_shows_severities_in_colours(world: World, level: str, colour
         (Terminal, False, False),
     ],
 )
-def test_colours_can_be_told_and_a_file_has_none(
-    world: World, stream: Callable[[], io.StringIO], told: bool | None, coloured: bool
+def test_colours_are_a_setting_and_off_for_files(
+    world: World, stream: Callable[[], io.StringIO], setting: bool | None, coloured: bool
 ) -> None:
     out = stream()
     Alerts(
-        world.store(), AlertSettings(channels=("stdout",)), stream=out, colour=told
+        world.store(), AlertSettings(channels=("stdout",)), stream=out, colour=setting
     ).process_event(slow())
 
     assert ("\x1b" in out.getvalue()) is coloured
 
 
-def test_an_operations_name_cannot_paint_the_terminal(
+def test_the_name_of_an_operation_cannot_send_terminal_codes(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Alerts(world.store(), AlertSettings(channels=("stdout",))).process_event(slow("\x1b[2Jscan\n"))
@@ -590,8 +592,8 @@ def test_an_operations_name_cannot_paint_the_terminal(
 # --- webhooks ---------------------------------------------------------------------------------
 
 
-class Got(NamedTuple):
-    """One request that a receiver got."""
+class Received(NamedTuple):
+    """One request that a receiver has received."""
 
     path: str
     headers: dict[str, str]
@@ -599,11 +601,11 @@ class Got(NamedTuple):
 
 
 class Receiver:
-    """An HTTP server that answers as it is told, and hangs while told to."""
+    """An HTTP server with given answers; it hangs while `go` is cleared."""
 
     def __init__(self) -> None:
-        self.got: list[Got] = []
-        self.answers: list[int] = []  # the rest are 200
+        self.requests: list[Received] = []
+        self.answers: list[int] = []  # every further answer is 200
         self.go = threading.Event()
         self.go.set()
         receiver = self
@@ -611,8 +613,8 @@ class Receiver:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                receiver.got.append(
-                    Got(
+                receiver.requests.append(
+                    Received(
                         self.path,
                         {name.lower(): value for name, value in self.headers.items()},
                         body,
@@ -625,7 +627,7 @@ class Receiver:
                 self.end_headers()
 
             def log_message(self, *_args: object) -> None:
-                """Keep quiet."""
+                """Log nothing."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.port = self._server.server_address[1]
@@ -649,7 +651,7 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
     own.close()
 
 
-def told_by(world: World, url: str, secret: str = "", waits: list[float] | None = None) -> Alerts:
+def alerts_to(world: World, url: str, secret: str = "", waits: list[float] | None = None) -> Alerts:
     settings = AlertSettings(channels=("webhook",), webhook_url=url, webhook_secret=secret)
     return Alerts(
         world.store(),
@@ -662,11 +664,11 @@ def told_by(world: World, url: str, secret: str = "", waits: list[float] | None 
 def test_a_webhook_gets_the_alert_signed_with_the_time_and_its_id(
     world: World, receiver: Receiver
 ) -> None:
-    here = told_by(world, f"{receiver.url}?team=ops", "s3cret")
+    here = alerts_to(world, f"{receiver.url}?team=ops", "s3cret")
     [alert] = here.process_event(slow())
     assert here.close()
 
-    [(path, headers, body)] = receiver.got
+    [(path, headers, body)] = receiver.requests
     assert path == "/hook?team=ops"
     assert json.loads(body) == alert.fields()
     assert headers["content-type"] == "application/json"
@@ -676,11 +678,11 @@ def test_a_webhook_gets_the_alert_signed_with_the_time_and_its_id(
 
 
 def test_without_a_secret_nothing_is_signed(world: World, receiver: Receiver) -> None:
-    here = told_by(world, receiver.url)
+    here = alerts_to(world, receiver.url)
     here.process_event(slow())
     here.close()
 
-    assert "x-rlm-signature" not in receiver.got[0].headers
+    assert "x-rlm-signature" not in receiver.requests[0].headers
 
 
 @pytest.mark.parametrize(
@@ -694,7 +696,7 @@ def test_without_a_secret_nothing_is_signed(world: World, receiver: Receiver) ->
         ([204], 1, False),
     ],
 )
-def test_what_may_help_is_tried_three_times(
+def test_a_request_is_retried_twice_after_passing_errors(
     world: World,
     receiver: Receiver,
     caplog: pytest.LogCaptureFixture,
@@ -704,47 +706,53 @@ def test_what_may_help_is_tried_three_times(
 ) -> None:
     waits: list[float] = []
     receiver.answers = answers
-    here = told_by(world, receiver.url, "s3cret", waits)
+    here = alerts_to(world, receiver.url, "s3cret", waits)
     [alert] = here.process_event(slow())
     assert here.close()
 
-    assert [got.headers["idempotency-key"] for got in receiver.got] == [alert.id] * tries
+    assert [got.headers["idempotency-key"] for got in receiver.requests] == [alert.id] * tries
     assert len(waits) == tries - 1
     assert all(0 <= wait <= 2 for wait in waits)
     assert len(caplog.records) == fails
 
 
-def test_an_outage_of_the_receiver_is_logged_once_and_its_end_once(
+def test_an_outage_of_the_receiver_is_logged_once_and_so_is_its_end(
     world: World, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     receiver.answers = [404, 404, 200, 200, 410]
-    here = told_by(world, receiver.url)
+    here = alerts_to(world, receiver.url)
     for operation in "abcde":
         here.process_event(slow(operation))
     assert here.close()
 
     assert [record.getMessage() for record in caplog.records] == [
-        f"webhook at http://127.0.0.1:{receiver.port} fails (HTTP 404); what it misses is not sent again",
+        (
+            f"webhook at http://127.0.0.1:{receiver.port} fails (HTTP 404); what it misses is not "
+            f"sent again"
+        ),
         f"webhook at http://127.0.0.1:{receiver.port} answers again",
-        f"webhook at http://127.0.0.1:{receiver.port} fails (HTTP 410); what it misses is not sent again",
+        (
+            f"webhook at http://127.0.0.1:{receiver.port} fails (HTTP 410); what it misses is not "
+            f"sent again"
+        ),
     ]
 
 
-def test_a_receiver_that_hangs_holds_up_nobody(world: World, receiver: Receiver) -> None:
+def test_a_receiver_that_hangs_delays_no_caller(world: World, receiver: Receiver) -> None:
     receiver.go.clear()
-    here = told_by(world, receiver.url)
+    here = alerts_to(world, receiver.url)
     raised = [alert for operation in "abc" for alert in here.process_event(slow(operation))]
-    wait_until(lambda: len(receiver.got) == 1)
+    wait_until(lambda: len(receiver.requests) == 1)
 
-    assert len(raised) == 3, "all were raised while the first is still on its way"
-    assert not here.close(timeout_s=0.01), "and close says that some were not sent"
+    assert len(raised) == 3, "all were raised while the first is still being sent"
+    assert not here.close(timeout_s=0.01), "close reports that some were not sent"
     receiver.go.set()
-    wait_until(lambda: len(receiver.got) == 3)
+    wait_until(lambda: len(receiver.requests) == 3)
     assert here.close()
 
 
-def test_a_receiver_that_says_nothing_is_given_up(
+def test_a_request_without_an_answer_times_out(
     receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     receiver.go.clear()
@@ -753,38 +761,38 @@ def test_a_receiver_that_says_nothing_is_given_up(
     wait_until(lambda: bool(caplog.records))
 
     assert "fails (TimeoutError)" in caplog.text
-    assert len(receiver.got) == 3
+    assert len(receiver.requests) == 3
     assert webhook.close()
 
 
-def test_a_full_queue_takes_no_more_and_says_so_once(
+def test_a_full_queue_drops_alerts_and_logs_it_once(
     receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     receiver.go.clear()
     webhook = Webhook(receiver.url, waiting=2)
     webhook.send("0", {})
-    wait_until(lambda: len(receiver.got) == 1)
+    wait_until(lambda: len(receiver.requests) == 1)
     for number in range(1, 6):
         webhook.send(str(number), {})
 
     assert [("queue is full" in record.getMessage()) for record in caplog.records] == [True]
-    assert not webhook.close(0.01), "nor is there room for the end"
+    assert not webhook.close(0.01), "there is no room for the end mark either"
     receiver.go.set()
     assert webhook.close()
-    assert [got.headers["idempotency-key"] for got in receiver.got] == ["0", "1", "2"]
+    assert [got.headers["idempotency-key"] for got in receiver.requests] == ["0", "1", "2"]
 
 
-def test_a_closed_webhook_sends_again_when_asked(world: World, receiver: Receiver) -> None:
-    here = told_by(world, receiver.url)
-    assert here.close(), "nothing was sent yet"
+def test_a_closed_webhook_sends_the_next_alert(world: World, receiver: Receiver) -> None:
+    here = alerts_to(world, receiver.url)
+    assert here.close(), "nothing was to be sent"
     for operation in "ab":
         here.process_event(slow(operation))
         assert here.close()
 
-    assert len(receiver.got) == 2
+    assert len(receiver.requests) == 2
 
 
-def test_what_is_secret_is_sent_and_never_shown(
+def test_secrets_are_sent_and_never_shown(
     world: World,
     receiver: Receiver,
     caplog: pytest.LogCaptureFixture,
@@ -792,13 +800,13 @@ def test_what_is_secret_is_sent_and_never_shown(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     receiver.answers = [403]
-    here = told_by(
+    here = alerts_to(
         world, f"http://me:p%40ssword@127.0.0.1:{receiver.port}/T0K3N?key=T0K3N", "s3cret"
     )
     here.process_event(slow())
     here.close()
 
-    [got] = receiver.got
+    [got] = receiver.requests
     assert got.path == "/T0K3N?key=T0K3N"
     assert got.headers["authorization"] == "Basic bWU6cEBzc3dvcmQ="
     assert got.headers["host"] == f"127.0.0.1:{receiver.port}"
@@ -807,11 +815,11 @@ def test_what_is_secret_is_sent_and_never_shown(
     assert not [secret for secret in ("ssword", "T0K3N", "s3cret") if secret in shown]
 
 
-def test_a_receiver_that_is_not_there_is_no_error(
+def test_a_missing_receiver_raises_no_error(
     world: World, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     receiver.close()
-    here = told_by(world, receiver.url)
+    here = alerts_to(world, receiver.url)
     here.process_event(slow())
 
     assert here.close()
@@ -832,22 +840,22 @@ def test_a_receiver_that_is_not_there_is_no_error(
         "https://alerts.example.com /",
     ],
 )
-def test_only_urls_of_the_web_are_taken(world: World, url: str) -> None:
+def test_only_http_urls_are_accepted(world: World, url: str) -> None:
     with pytest.raises(
         InvalidValue, match=r"alerts\.webhook_url=.*begins with http:// or https://"
     ) as raised:
-        told_by(world, url)
+        alerts_to(world, url)
 
     assert not [secret for secret in ("ssword", "T0K3N") if secret in str(raised.value)]
     assert raised.value.__context__ is None
 
 
-def test_a_url_without_its_channel_is_not_called(world: World, receiver: Receiver) -> None:
+def test_a_webhook_that_is_not_a_channel_is_not_called(world: World, receiver: Receiver) -> None:
     here = alerts(world, webhook_url=receiver.url)
     here.process_event(slow())
 
     assert here.close()
-    assert (here.channels, here.webhook_url, receiver.got) == ((), "", [])
+    assert (here.channels, here.webhook_url, receiver.requests) == ((), "", [])
 
 
 @pytest.mark.parametrize(
@@ -861,13 +869,13 @@ def test_a_url_without_its_channel_is_not_called(world: World, receiver: Receive
         (b"{}", "1800000000", "sha256=é", "s", False),
     ],
 )
-def test_a_signature_is_of_body_time_and_secret(
+def test_a_signature_depends_on_body_time_and_secret(
     body: bytes, timestamp: str, signature: str, secret: str, genuine: bool
 ) -> None:
     assert verify(body, timestamp, signature, secret) is genuine
 
 
-def test_a_signature_is_what_other_tools_compute() -> None:
+def test_a_signature_equals_that_of_openssl() -> None:
     # printf '1800000000.{"a":1}' | openssl dgst -sha256 -hmac s3cret
     assert (
         sign(b'{"a":1}', "1800000000", "s3cret")

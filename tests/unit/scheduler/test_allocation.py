@@ -1,4 +1,6 @@
-"""Who may run how many nodes at once: by policy, pressure, urgency and memory."""
+"""The number of nodes of an operation that may run at once: by policy, pressure, urgency and
+memory.
+"""
 
 from __future__ import annotations
 
@@ -72,19 +74,19 @@ def test_the_share_of_each_priority_shrinks_from_max_workers_to_min_workers(
         ("low", [32, 11, 4, 4, 1]),
     ],
 )
-def test_what_needs_much_memory_shrinks_one_level_earlier_but_not_without_pressure(
+def test_memory_intensive_operations_shrink_one_level_earlier(
     priority: str, shares: list[int]
 ) -> None:
     assert [allowed(policy(is_memory_intensive=True), level, priority) for level in Level] == shares
 
 
-def test_a_small_cluster_shrinks_too() -> None:
-    """Else 8 slots of a max_workers of 32 would all be used until an emergency."""
+def test_the_share_of_a_small_cluster_shrinks() -> None:
+    """Without this rule 8 slots of a max_workers of 32 would all be used until an emergency."""
     assert [allowed(policy(), level, slots=8) for level in Level] == [8, 7, 6, 5, 4]
     assert [allowed(policy(), level, slots=3) for level in Level] == [3, 3, 3, 3, 3]
 
 
-def test_who_asks_has_a_slot_even_if_no_board_says_so() -> None:
+def test_with_no_published_slots_one_node_may_run() -> None:
     assert [allowed(policy(), level, slots=0) for level in Level] == [1] * 5
 
 
@@ -92,7 +94,7 @@ def test_who_asks_has_a_slot_even_if_no_board_says_so() -> None:
     ("available_mb", "nodes"),
     [(None, 32), (40_000.0, 32), (4096.0, 4), (4095.9, 3), (1024.0, 1), (100.0, 1), (0.0, 1)],
 )
-def test_memory_bounds_every_priority_but_never_to_nothing(
+def test_memory_bounds_every_priority_and_always_leaves_one_node(
     available_mb: float | None, nodes: int
 ) -> None:
     about = policy(max_memory_mb=1024)
@@ -102,7 +104,7 @@ def test_memory_bounds_every_priority_but_never_to_nothing(
     } == {nodes}
 
 
-def test_a_priority_that_does_not_exist_is_named() -> None:
+def test_an_unknown_priority_is_refused() -> None:
     with pytest.raises(
         InvalidValue, match="priority='urgent': must be one of critical, high, normal, low"
     ):
@@ -120,13 +122,13 @@ def test_a_priority_that_does_not_exist_is_named() -> None:
         ("low", ["low", "low", "low", "low"]),
     ],
 )
-def test_an_operation_lifts_its_jobs_or_holds_them_down_and_a_normal_one_leaves_it_to_them(
+def test_the_priority_of_an_operation_raises_or_lowers_that_of_its_jobs(
     operation: str, by_job: list[str]
 ) -> None:
     assert [priority_of(policy(priority=operation), job) for job in PRIORITIES] == by_job
 
 
-# --- what always holds ------------------------------------------------------------------------
+# --- properties -------------------------------------------------------------------------------
 
 policies = st.builds(
     lambda workers, memory, **rest: policy(
@@ -146,7 +148,7 @@ memory = st.none() | st.floats(0, 1e7)
 
 
 @given(policies, levels, jobs, slots, memory)
-def test_it_stays_within_its_bounds(
+def test_the_number_of_nodes_is_within_its_bounds(
     about: ResourceAllocationPolicy, level: Level, job: str, slots: int, available_mb: float | None
 ) -> None:
     found = allowed(about, level, job, slots=slots, available_mb=available_mb)
@@ -190,7 +192,7 @@ def test_a_more_urgent_job_is_never_allowed_fewer(
 
 
 @given(policies, levels, jobs, slots, memory)
-def test_nor_is_a_more_urgent_operation(
+def test_a_more_urgent_operation_is_never_allowed_fewer(
     about: ResourceAllocationPolicy, level: Level, job: str, slots: int, available_mb: float | None
 ) -> None:
     found = [
@@ -217,7 +219,7 @@ def test_more_memory_never_allows_fewer(
 
 
 @given(policies, levels, jobs, st.tuples(slots, slots).map(sorted))
-def test_nor_do_more_slots(
+def test_more_slots_never_allow_fewer(
     about: ResourceAllocationPolicy, level: Level, job: str, pair: list[int]
 ) -> None:
     fewer, more = (allowed(about, level, job, slots=each) for each in pair)
@@ -226,7 +228,7 @@ def test_nor_do_more_slots(
 
 
 @given(policies, levels, slots)
-def test_critical_work_keeps_its_share(
+def test_critical_operations_keep_their_share_at_every_level(
     about: ResourceAllocationPolicy, level: Level, slots: int
 ) -> None:
     about = about.model_copy(update={"priority": ExecutorPriority.CRITICAL})
@@ -239,7 +241,7 @@ def test_critical_work_keeps_its_share(
 # --- starting, time limits, batches -----------------------------------------------------------
 
 
-def test_a_node_does_not_start_where_too_little_memory_is_free() -> None:
+def test_a_node_does_not_start_with_too_little_free_memory() -> None:
     about = policy(min_memory_mb=256)
 
     assert [may_start(about, each) for each in (None, 256.0, 4096.0)] == ["", "", ""]
@@ -268,7 +270,7 @@ def test_urgent_items_have_more_time() -> None:
         (0, 0, 100),
     ],
 )
-def test_a_batch_of_50_is_12_under_load_and_100_without(
+def test_a_batch_of_50_is_12_under_load_and_100_without_load(
     cpu: float, memory: float, size: int
 ) -> None:
     assert calculate_optimal_batch_size(cpu, memory) == size
@@ -278,14 +280,16 @@ def test_a_batch_of_50_is_12_under_load_and_100_without(
     ("most", "sizes"),
     [(5, (5, 5, 10)), (24, (6, 24, 48)), (60, (15, 60, 100)), (200, (50, 200, 100))],
 )
-def test_other_batches_follow_the_formula_too(most: int, sizes: tuple[int, int, int]) -> None:
+def test_batches_of_other_sizes_follow_the_same_formula(
+    most: int, sizes: tuple[int, int, int]
+) -> None:
     assert tuple(calculate_optimal_batch_size(load, load, most) for load in (90, 60, 10)) == sizes
 
 
 # --- records ----------------------------------------------------------------------------------
 
 
-def test_a_policy_has_the_defaults_of_source_document_1() -> None:
+def test_the_defaults_of_a_policy() -> None:
     assert ResourceAllocationPolicy(executor_id="D5-Q2").model_dump() == {
         "executor_id": "D5-Q2",
         "priority": "normal",
@@ -297,7 +301,7 @@ def test_a_policy_has_the_defaults_of_source_document_1() -> None:
     }
 
 
-def test_limits_have_the_defaults_of_source_document_1() -> None:
+def test_the_defaults_of_limits() -> None:
     limits = ResourceLimits()
 
     assert (
@@ -309,7 +313,7 @@ def test_limits_have_the_defaults_of_source_document_1() -> None:
     assert ResourceLimits(maxMemoryMb=16384).max_memory_mb == 16384
 
 
-def test_a_policy_takes_other_houses_names() -> None:
+def test_a_policy_accepts_other_names_of_its_fields() -> None:
     ours = policy(
         executor_id="D5-Q2",
         priority=ExecutorPriority.HIGH,
@@ -348,13 +352,13 @@ def test_a_policy_takes_other_houses_names() -> None:
         ),
     ],
 )
-def test_a_wrong_policy_is_told_by_field_value_and_what_to_do(
+def test_a_wrong_policy_is_refused_with_field_value_and_advice(
     fields: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(InvalidValue) as told:
+    with pytest.raises(InvalidValue) as refused:
         policy(**fields)
 
-    assert str(told.value).startswith(said)
+    assert str(refused.value).startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +369,9 @@ def test_a_wrong_policy_is_told_by_field_value_and_what_to_do(
         ({"min_workers": 40}, "min_workers=40: must be at most max_workers=32"),
     ],
 )
-def test_wrong_limits_are_told_likewise(fields: dict[str, Any], said: str) -> None:
+def test_wrong_limits_are_refused_with_field_value_and_advice(
+    fields: dict[str, Any], said: str
+) -> None:
     with pytest.raises(InvalidValue, match=said):
         ResourceLimits(**fields)
 
@@ -379,7 +385,7 @@ def written(folder: Path, entries: Any) -> Path:
     return path
 
 
-def test_without_a_policy_the_settings_decide_and_memory_does_not_bound() -> None:
+def test_without_a_policy_the_settings_hold_and_memory_is_no_bound() -> None:
     found = Policies().of("anything")
 
     assert (found.executor_id, found.priority, found.min_workers, found.max_workers) == (
@@ -395,9 +401,7 @@ def test_without_a_policy_the_settings_decide_and_memory_does_not_bound() -> Non
     )
 
 
-def test_an_operations_own_policy_wins_over_that_of_all_others_and_the_latest_over_an_earlier_one() -> (
-    None
-):
+def test_the_latest_policy_of_an_operation_counts_before_that_of_all_others() -> None:
     found = Policies()
     for about in (
         policy(executor_id="*", max_workers=7),
@@ -407,10 +411,10 @@ def test_an_operations_own_policy_wins_over_that_of_all_others_and_the_latest_ov
         found.register(about)
 
     assert (found.of("op").max_workers, found.of("other").max_workers) == (9, 7)
-    assert found.of("other").executor_id == "other", "so that what is told names it"
+    assert found.of("other").executor_id == "other", "messages name the operation"
 
 
-def test_the_example_is_the_priority_map_of_source_document_1() -> None:
+def test_the_policies_of_the_example_file() -> None:
     found = Policies()
     found.load(EXAMPLE)
 
@@ -456,21 +460,21 @@ def test_the_example_is_the_priority_map_of_source_document_1() -> None:
         ),
     ],
 )
-def test_a_wrong_file_is_told_by_its_name_the_entry_and_the_field(
+def test_a_wrong_file_is_refused_with_its_name_entry_and_field(
     tmp_path: Path, entries: Any, said: str
 ) -> None:
     path, found = written(tmp_path, entries), Policies()
 
-    with pytest.raises(InvalidValue) as told:
+    with pytest.raises(InvalidValue) as refused:
         found.load(path)
 
-    assert told.value.field in said.format(path=path)
-    full = f"{told.value.field}={told.value.value!r}: {told.value.advice}"
+    assert refused.value.field in said.format(path=path)
+    full = f"{refused.value.field}={refused.value.value!r}: {refused.value.advice}"
     assert full.startswith(said.format(path=path))
-    assert found.of("a").max_workers == 32, "nothing of it holds"
+    assert found.of("a").max_workers == 32, "no entry of the file is used"
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_or_unreadable_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidValue, match="cannot be read: No such file"):
         Policies().load(tmp_path / "none.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe")

@@ -1,5 +1,6 @@
-"""How many processes a worker should have, and how many workers the cluster: rules, their edges,
-and an hour of each trace.
+"""The number of processes of a worker, and of workers of the cluster.
+
+Rules, their limits, and an hour of each load trace.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from scheduler.settings import AutoscaleSettings
 T0 = 1_800_000_000.0
 LEVELS = list(Level)
 
-# --- one worker's pool -------------------------------------------------------------------------
+# --- one worker's pool ------------------------------------------------------------------------
 
 
 @dataclass
 class Pool:
-    """A pool that becomes at once what is wanted of it, with bounds of 1 and 8."""
+    """A pool that has the wanted size at once, with bounds of 1 and 8."""
 
     running: int = 1
     busy: int = 0
@@ -48,7 +49,7 @@ class Pool:
     now: float = T0
     scaler: PoolScaler = field(default_factory=PoolScaler)
 
-    def look(self, after_s: float = 0.0) -> int:
+    def step(self, after_s: float = 0.0) -> int:
         self.now += after_s
         self.running = self.scaler.wanted(
             self.now,
@@ -63,22 +64,22 @@ class Pool:
 
 
 @pytest.mark.parametrize("level", [Level.NORMAL, Level.ELEVATED])
-def test_a_pool_grows_with_what_waits_by_two_every_five_seconds(level: Level) -> None:
+def test_a_pool_grows_by_two_every_five_seconds_while_messages_wait(level: Level) -> None:
     pool = Pool(queued=100, level=level)
 
     assert [
-        pool.look(),
-        pool.look(4.9),
-        pool.look(0.1),
-        pool.look(5),
-        pool.look(5),
-        pool.look(5),
+        pool.step(),
+        pool.step(4.9),
+        pool.step(0.1),
+        pool.step(5),
+        pool.step(5),
+        pool.step(5),
     ] == [3, 3, 5, 7, 8, 8]
 
 
-def test_a_pool_grows_no_further_than_there_is_work() -> None:
-    assert Pool(running=2, busy=2, queued=1).look() == 3
-    assert Pool(running=4, busy=1, queued=3).look() == 4
+def test_a_pool_grows_no_further_than_the_work_needs() -> None:
+    assert Pool(running=2, busy=2, queued=1).step() == 3
+    assert Pool(running=4, busy=1, queued=3).step() == 4
 
 
 @pytest.mark.parametrize(
@@ -97,34 +98,36 @@ def test_under_pressure_a_pool_of_eight_holds_or_shrinks(
 ) -> None:
     pool = Pool(running=8, busy=busy, queued=100 * (level > Level.NORMAL), level=level)
 
-    assert [pool.look(after) for after in (0, 9.9, 0.1, 10)] == expected
+    assert [pool.step(after) for after in (0, 9.9, 0.1, 10)] == expected
 
 
-def test_what_nobody_has_needed_for_half_a_minute_is_given_up() -> None:
+def test_processes_not_needed_for_half_a_minute_are_given_up() -> None:
     pool = Pool(running=8, busy=2)
-    steps = [pool.look(), pool.look(10)]
+    steps = [pool.step(), pool.step(10)]
     pool.busy = 4
-    steps += [pool.look(10)]
+    steps += [pool.step(10)]
     pool.busy = 1
-    steps += [pool.look(9.9), pool.look(0.1), pool.look(29.9), pool.look(30)]
+    steps += [pool.step(9.9), pool.step(0.1), pool.step(29.9), pool.step(30)]
 
-    assert steps == [8, 8, 8, 8, 4, 4, 1], "first down to the most that were needed at once"
+    assert steps == [8, 8, 8, 8, 4, 4, 1], (
+        "first down to the largest number that was needed at once"
+    )
 
 
-def test_a_pool_that_is_needed_in_full_now_and_then_stays() -> None:
+def test_a_pool_that_is_often_fully_busy_keeps_its_size() -> None:
     pool = Pool(running=4)
-    for look in range(100):
-        pool.busy = 4 * (look % 29 == 0)
-        assert pool.look(1) == 4
+    for step in range(100):
+        pool.busy = 4 * (step % 29 == 0)
+        assert pool.step(1) == 4
 
 
-def test_bounds_that_are_moved_are_kept_at_once_but_for_busy_processes() -> None:
-    assert Pool(running=8, busy=2, queued=9, most=4).look() == 4
-    assert Pool(running=8, busy=6, queued=9, most=4).look() == 6
-    assert Pool(running=1, least=3, level=Level.CRITICAL).look() == 3
+def test_new_bounds_hold_at_once_except_for_busy_processes() -> None:
+    assert Pool(running=8, busy=2, queued=9, most=4).step() == 4
+    assert Pool(running=8, busy=6, queued=9, most=4).step() == 6
+    assert Pool(running=1, least=3, level=Level.CRITICAL).step() == 3
 
 
-def test_slots_are_offered_for_processes_that_may_still_come() -> None:
+def test_slots_include_the_processes_that_may_still_start() -> None:
     assert [PoolScaler.reach(running=2, level=level, most=8) for level in LEVELS] == [8, 8, 2, 2, 2]
 
 
@@ -146,7 +149,7 @@ def test_a_pool_stays_within_its_bounds_and_keeps_busy_processes(
     for level, busy, queued, after_s in looks:
         before = pool.running
         pool.level, pool.busy, pool.queued = level, min(busy, before), queued
-        wanted = pool.look(after_s)
+        wanted = pool.step(after_s)
 
         assert pool.least <= wanted <= pool.most
         assert wanted >= pool.busy
@@ -156,9 +159,7 @@ def test_a_pool_stays_within_its_bounds_and_keeps_busy_processes(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_an_hour_of_a_pool_under_changing_levels_and_work(seed: int) -> None:
-    """Work comes and goes, levels too: growth and shrinkage keep their pace, and what waits is
-    worked off.
-    """
+    """Growth and shrinkage keep their pace while work and levels change, and all work is done."""
     random, pool, waited = Random(seed), Pool(), 0
     grown, shrunk = -math.inf, -math.inf
     for second in range(3600):
@@ -169,7 +170,7 @@ def test_an_hour_of_a_pool_under_changing_levels_and_work(seed: int) -> None:
         pool.busy -= sum(random.random() < 0.5 for _ in range(pool.busy))
         started = min(pool.queued, pool.running - pool.busy)
         pool.busy, pool.queued = pool.busy + started, pool.queued - started
-        before, wanted = pool.running, pool.look(1)
+        before, wanted = pool.running, pool.step(1)
         if wanted > before:
             assert (second - grown, pool.level) >= (GROW_EVERY_S, Level.NORMAL)
             grown = second
@@ -181,26 +182,26 @@ def test_an_hour_of_a_pool_under_changing_levels_and_work(seed: int) -> None:
     assert waited < 3600 * 0.9
     pool.level, pool.queued, pool.busy = Level.NORMAL, 0, 0
     for _ in range(int(3 * IDLE_S)):
-        pool.look(1)
+        pool.step(1)
     assert pool.running == 1
 
 
 # --- the cluster ------------------------------------------------------------------------------
 
-CALM = Load(workers=4, cpu_pct=60, memory_pct=60)  # too much for three, no reason for five
+CALM = Load(workers=4, cpu_pct=60, memory_pct=60)  # too much for three workers, no reason for five
 IDLE = replace(CALM, cpu_pct=20, memory_pct=20)
 
 
 @dataclass
 class Cluster:
-    """A cluster that is looked at; what the advice remembers lies in a store between looks."""
+    """A cluster that gets samples; the state of the advice is stored between samples."""
 
     load: Load = CALM
     settings: AutoscaleSettings = field(default_factory=AutoscaleSettings)
     now: float = T0
     stored: bytes = b""
 
-    def look(self, after_s: float = 0.0, **changes: float) -> Advice:
+    def step(self, after_s: float = 0.0, **changes: float) -> Advice:
         self.now += after_s
         self.load = replace(self.load, **changes)  # type: ignore[arg-type]  # counts are ints
         state = (
@@ -214,7 +215,7 @@ class Cluster:
 def test_a_calm_cluster_stays_as_it_is() -> None:
     cluster = Cluster()
 
-    assert {cluster.look(5) for _ in range(2000)} == {Advice(4, "", changed=False)}
+    assert {cluster.step(5) for _ in range(2000)} == {Advice(4, "", changed=False)}
 
 
 @pytest.mark.parametrize(
@@ -238,42 +239,44 @@ def test_a_calm_cluster_stays_as_it_is() -> None:
         ),
     ],
 )
-def test_the_scaling_plans_triggers(
+def test_the_triggers_of_one_more_worker(
     changes: dict[str, float], after_s: float, desired: int, why: str
 ) -> None:
     cluster = Cluster()
-    first = cluster.look(**changes)
-    advice = cluster.look(after_s) if after_s else first
+    first = cluster.step(**changes)
+    advice = cluster.step(after_s) if after_s else first
 
     assert (advice.desired, advice.why, advice.changed) == (desired, why, desired > 4)
 
 
 @pytest.mark.parametrize("trigger", [{"cpu_pct": 90.0}, {"memory_pct": 90.0}])
-def test_five_minutes_begin_anew_after_a_dip_and_when_nobody_has_looked(
+def test_the_five_minutes_restart_after_a_dip_or_a_gap_in_the_samples(
     trigger: dict[str, float],
 ) -> None:
     dipped, unseen = Cluster(), Cluster()
-    dipped.look(**trigger)
-    dipped.look(295, cpu_pct=60, memory_pct=60)
-    dipped.look(5, **trigger)
-    unseen.look(**trigger)
+    dipped.step(**trigger)
+    dipped.step(295, cpu_pct=60, memory_pct=60)
+    dipped.step(5, **trigger)
+    unseen.step(**trigger)
 
-    assert [dipped.look(after).desired for after in (299, 1)] == [4, 5]
-    assert [unseen.look(after).desired for after in (301, 299, 1)] == [4, 4, 5]
+    assert [dipped.step(after).desired for after in (299, 1)] == [4, 5]
+    assert [unseen.step(after).desired for after in (301, 299, 1)] == [4, 4, 5]
 
 
-def test_steps_are_ten_minutes_apart_and_wait_to_be_carried_out() -> None:
+def test_steps_are_ten_minutes_apart_and_wait_until_workers_have_started() -> None:
     cluster = Cluster()
-    assert cluster.look(queue_depth=5000).desired == 5
-    assert [cluster.look(after, workers=5).desired for after in (599, 1)] == [5, 6]
-    assert [cluster.look(600).desired for _ in range(5)] == [6] * 5, "nobody has started the sixth"
-    assert cluster.look(1, workers=6).desired == 7
+    assert cluster.step(queue_depth=5000).desired == 5
+    assert [cluster.step(after, workers=5).desired for after in (599, 1)] == [5, 6]
+    assert [cluster.step(600).desired for _ in range(5)] == [6] * 5, (
+        "the sixth worker has not started"
+    )
+    assert cluster.step(1, workers=6).desired == 7
 
 
 def test_workers_stay_within_their_limits() -> None:
     busy, idle = Cluster(replace(CALM, queue_depth=5000)), Cluster(IDLE)
-    up = [busy.look(600, workers=busy.look(600).desired).desired for _ in range(10)]
-    down = [idle.look(100, workers=idle.look(100).desired).desired for _ in range(30)]
+    up = [busy.step(600, workers=busy.step(600).desired).desired for _ in range(10)]
+    down = [idle.step(100, workers=idle.step(100).desired).desired for _ in range(30)]
 
     assert max(up) == up[-1] == 10
     assert min(down) == down[-1] == 2
@@ -285,43 +288,43 @@ def test_limits_and_step_are_settings() -> None:
         AutoscaleSettings(increment=3, max_workers=8, cooldown_s=60),
     )
 
-    assert [cluster.look().desired, cluster.look(60, workers=7).desired] == [7, 8]
+    assert [cluster.step().desired, cluster.step(60, workers=7).desired] == [7, 8]
 
 
 @pytest.mark.parametrize(("workers", "desired"), [(0, 2), (1, 2), (2, 2), (10, 10), (14, 10)])
-def test_what_is_outside_the_limits_is_led_back_at_once(workers: int, desired: int) -> None:
-    advice = Cluster(replace(CALM, workers=workers)).look()
+def test_a_number_outside_the_limits_is_corrected_at_once(workers: int, desired: int) -> None:
+    advice = Cluster(replace(CALM, workers=workers)).step()
 
     assert (advice.desired, advice.changed) == (desired, desired != workers)
     assert advice.why or not advice.changed
 
 
-def test_fewer_are_advised_after_five_minutes_of_agreement() -> None:
+def test_fewer_workers_are_advised_after_five_minutes_of_low_load() -> None:
     cluster = Cluster(IDLE)
 
-    assert {cluster.look(5).desired for _ in range(60)} == {4}, "295 s"
-    assert cluster.look(5) == Advice(3, "3 workers can carry the load", changed=True)
+    assert {cluster.step(5).desired for _ in range(60)} == {4}, "295 s"
+    assert cluster.step(5) == Advice(3, "3 workers can carry the load", changed=True)
 
 
-def test_one_look_that_disagrees_begins_the_five_minutes_anew() -> None:
+def test_one_sample_of_load_restarts_the_five_minutes() -> None:
     cluster = Cluster(IDLE)
-    cluster.look()
-    cluster.look(290, cpu_pct=60)
-    cluster.look(5, cpu_pct=20)
+    cluster.step()
+    cluster.step(290, cpu_pct=60)
+    cluster.step(5, cpu_pct=20)
 
-    assert [cluster.look(150).desired for _ in range(2)] == [4, 3]
+    assert [cluster.step(150).desired for _ in range(2)] == [4, 3]
 
 
-def test_three_looks_at_least_must_agree() -> None:
+def test_at_least_three_samples_must_agree() -> None:
     cluster = Cluster(IDLE)
 
-    assert [cluster.look(300).desired for _ in range(3)] == [4, 4, 3]
+    assert [cluster.step(300).desired for _ in range(3)] == [4, 4, 3]
 
 
-def test_each_step_down_needs_an_agreement_of_its_own() -> None:
+def test_each_step_down_needs_five_minutes_of_low_load() -> None:
     cluster = Cluster(IDLE, AutoscaleSettings(cooldown_s=0))
 
-    assert [cluster.look(100, workers=workers).desired for workers in (4, 4, 4, 4, 3, 3, 3, 3)] == [
+    assert [cluster.step(100, workers=workers).desired for workers in (4, 4, 4, 4, 3, 3, 3, 3)] == [
         4,
         4,
         4,
@@ -336,7 +339,7 @@ def test_each_step_down_needs_an_agreement_of_its_own() -> None:
 def test_the_last_worker_stays() -> None:
     cluster = Cluster(replace(IDLE, workers=1), AutoscaleSettings(min_workers=1))
 
-    assert {cluster.look(100).desired for _ in range(20)} == {1}
+    assert {cluster.step(100).desired for _ in range(20)} == {1}
 
 
 @pytest.mark.parametrize(
@@ -350,30 +353,30 @@ def test_the_last_worker_stays() -> None:
         ({"queue_depth": 675}, 4),
         ({"oldest_wait_s": 20.2}, 3),
         ({"oldest_wait_s": 20.3}, 4),
-        ({"workers": 0}, 4),  # nobody is there: nothing is known
+        ({"workers": 0}, 4),  # no worker: nothing is known
         ({"workers": 2, "cpu_pct": 74}, 3),  # two of four have been lost, and three are enough
         ({"workers": 2, "queue_depth": 1000}, 4),  # three could carry it, but a trigger holds
     ],
 )
-def test_fewer_workers_must_be_clearly_able_to_carry_the_load(
+def test_fewer_workers_are_advised_only_with_a_margin_of_load(
     changes: dict[str, float], desired: int
 ) -> None:
     cluster = Cluster()
-    cluster.look()
-    cluster.look(**{"cpu_pct": 20, "memory_pct": 20, **changes})
+    cluster.step()
+    cluster.step(**{"cpu_pct": 20, "memory_pct": 20, **changes})
 
-    assert [cluster.look(140).desired for _ in range(3)][-1] == desired
+    assert [cluster.step(140).desired for _ in range(3)][-1] == desired
 
 
 def test_a_step_up_is_not_taken_back_within_ten_minutes() -> None:
     cluster = Cluster()
-    cluster.look(queue_depth=1000)
-    cluster.look(5, workers=5, cpu_pct=20, memory_pct=20, queue_depth=0)
+    cluster.step(queue_depth=1000)
+    cluster.step(5, workers=5, cpu_pct=20, memory_pct=20, queue_depth=0)
 
-    assert [cluster.look(after).desired for after in (297, 297, 1)] == [5, 5, 4]
+    assert [cluster.step(after).desired for after in (297, 297, 1)] == [5, 5, 4]
 
 
-# --- what is foretold -------------------------------------------------------------------------
+# --- forecasts --------------------------------------------------------------------------------
 
 STEADY = Load(workers=2, cpu_pct=50, memory_pct=40, service_s=1.0, slots=8)
 
@@ -381,7 +384,7 @@ STEADY = Load(workers=2, cpu_pct=50, memory_pct=40, service_s=1.0, slots=8)
 def after_minutes(load: Load, minutes: int = 5) -> Advice:
     cluster = Cluster(load)
     for _ in range(12 * minutes):
-        advice = cluster.look(5, workers=load.workers)
+        advice = cluster.step(5, workers=load.workers)
     return advice
 
 
@@ -393,20 +396,20 @@ def after_minutes(load: Load, minutes: int = 5) -> Advice:
         (
             {"arrivals_per_s": 5.5, "queue_depth": 120},
             3,
-        ),  # and one for the backlog, to be gone in 120 s
+        ),  # one more for the backlog, which is to be done in 120 s
         ({"arrivals_per_s": 2.85, "service_s": 2.0}, 3),
         ({"arrivals_per_s": 100.0}, 4),  # twice as many at most
-        ({"arrivals_per_s": 100.0, "service_s": 0.0}, 2),  # what a message takes is not known
+        ({"arrivals_per_s": 100.0, "service_s": 0.0}, 2),  # the time of a message is not known
         ({"arrivals_per_s": 100.0, "slots": 0}, 2),
     ],
 )
-def test_workers_are_advised_for_what_will_come(changes: dict[str, float], desired: int) -> None:
+def test_workers_are_advised_for_the_forecast_load(changes: dict[str, float], desired: int) -> None:
     advice = after_minutes(replace(STEADY, **changes))  # type: ignore[arg-type]
 
     assert advice.desired == desired
 
 
-def test_no_worker_is_given_up_that_will_be_needed() -> None:
+def test_workers_that_the_forecast_needs_are_kept() -> None:
     quiet = replace(STEADY, workers=4, slots=16, cpu_pct=20)
 
     assert after_minutes(replace(quiet, arrivals_per_s=8.3), 8).desired == 3
@@ -414,11 +417,11 @@ def test_no_worker_is_given_up_that_will_be_needed() -> None:
 
 
 @pytest.mark.parametrize("arrivals", [0.0, 500.0])
-def test_a_single_look_foretells_nothing(arrivals: float) -> None:
-    assert Cluster(replace(STEADY, arrivals_per_s=arrivals)).look().desired == 2
+def test_a_single_sample_gives_no_forecast(arrivals: float) -> None:
+    assert Cluster(replace(STEADY, arrivals_per_s=arrivals)).step().desired == 2
 
 
-# --- traces -----------------------------------------------------------------------------------
+# --- load traces ------------------------------------------------------------------------------
 
 LOOK_S, START_S, SLOTS = 5, 60, 4
 
@@ -426,10 +429,11 @@ LOOK_S, START_S, SLOTS = 5, 60, 4
 def played(
     demand: Callable[[float], float], *, hours: float = 1.0, noise: float = 0.0, seed: int = 0
 ) -> list[tuple[float, int]]:
-    """Return each change of the advice, (second, workers), on a cluster that starts a worker in a
+    """Return each change of the advice, (second, workers), on a cluster where a worker starts in a
     minute.
 
-    `demand` is in processes kept busy; messages take a second each, a worker has four processes.
+    `demand` is the number of busy processes; a message takes a second, and a worker has four
+    processes.
     """
     random, cluster, backlog = Random(seed), Cluster(), 0.0
     workers, coming, changes = (
@@ -443,7 +447,7 @@ def played(
         arrivals, capacity = max(0.0, demand(second) * random.gauss(1, noise)), workers * SLOTS
         done = min(capacity, arrivals + backlog / LOOK_S)
         backlog += (arrivals - done) * LOOK_S
-        advice = cluster.look(
+        advice = cluster.step(
             LOOK_S,
             workers=workers,
             cpu_pct=100 * done / capacity,
@@ -460,8 +464,8 @@ def played(
     return changes
 
 
-def turns(changes: list[tuple[float, int]], first: int) -> int:
-    """Return how often growth was followed by shrinkage, or the other way round."""
+def reversals(changes: list[tuple[float, int]], first: int) -> int:
+    """Return the number of changes from growth to shrinkage or back."""
     sizes = [first, *(workers for _, workers in changes)]
     steps = [after - before for before, after in pairwise(sizes)]
     return sum((one > 0) != (other > 0) for one, other in pairwise(steps))
@@ -469,14 +473,14 @@ def turns(changes: list[tuple[float, int]], first: int) -> int:
 
 @pytest.mark.parametrize("noise", [0.1, 0.3, 0.6])
 @pytest.mark.parametrize("mean", [4.0, 5.6, 8.4, 12.0])
-def test_noise_turns_the_advice_at_most_twice_an_hour(mean: float, noise: float) -> None:
+def test_noise_reverses_the_advice_at_most_twice_an_hour(mean: float, noise: float) -> None:
     first = max(2, math.ceil(mean / 0.7 / SLOTS))
     for seed in range(3):
-        assert turns(played(lambda _: mean, noise=noise, seed=seed), first) <= 2
+        assert reversals(played(lambda _: mean, noise=noise, seed=seed), first) <= 2
 
 
 @pytest.mark.parametrize(("upto", "workers"), [(7.0, 3), (8.3, 3), (11.0, 3)])
-def test_a_step_of_the_demand_is_answered_within_the_horizon_and_a_look(
+def test_a_step_in_demand_is_answered_within_the_horizon_and_one_sample(
     upto: float, workers: int
 ) -> None:
     at, advised = played(lambda second: 4 if second < 603 else upto)[0]
@@ -485,17 +489,15 @@ def test_a_step_of_the_demand_is_answered_within_the_horizon_and_a_look(
     assert at - 603 <= HORIZON_S + LOOK_S
 
 
-def test_a_step_that_one_worker_more_does_not_carry_is_made_up_for_after_the_cooldown() -> None:
+def test_a_step_that_needs_more_than_one_worker_is_met_after_the_cooldown() -> None:
     [(first, three), (second, more), *rest] = played(lambda second: 4 if second < 603 else 11)
 
     assert (three, more, rest) == (3, 5, [])
     assert second - first == 600
 
 
-def test_workers_for_a_ramp_are_there_when_they_are_needed() -> None:
-    """Ten processes more in an hour: each worker is advised before the others are planned to be
-    full.
-    """
+def test_workers_for_rising_demand_start_before_they_are_needed() -> None:
+    """Demand grows by ten processes an hour; each worker is advised before the others are full."""
     changes = played(lambda second: 4 + second / 360)
 
     assert [workers for _, workers in changes] == [3, 4, 5, 6][: len(changes)]
@@ -505,10 +507,10 @@ def test_workers_for_a_ramp_are_there_when_they_are_needed() -> None:
         assert demand_when_started <= 0.72 * SLOTS * (workers - 1)
 
 
-def test_a_day_in_miniature_turns_once_at_each_top_and_bottom() -> None:
+def test_daily_demand_reverses_the_advice_once_at_each_peak_and_valley() -> None:
     demand = [10 + 8 * math.sin(2 * math.pi * second / 7200) for second in range(4 * 3600)]
     changes = played(lambda second: demand[int(second)], hours=4)
 
-    assert turns(changes, 4) == 4
+    assert reversals(changes, 4) == 4
     assert max(workers for _, workers in changes) in (6, 7)
     assert min(workers for _, workers in changes) == 2

@@ -1,6 +1,4 @@
-"""What is published of load and ordered for a drill: who still reports, what all act on, whose turn
-it is.
-"""
+"""The board: reports of hosts, the level of the cluster, drills, and the election of a monitor."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ SAMPLE = Sample(
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    """A world whose keys expire by its own clock, too."""
+    """A world whose keys expire by its own clock."""
     own = World()
     own.install(monkeypatch)
     monkeypatch.setattr(server_keys, "time", own)
@@ -36,7 +34,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def board(world: World, namespace: str = "unit") -> tuple[Board, CountingStore]:
-    """Return the board as one more process sees it."""
+    """Return the board as another process sees it, and its store."""
     store = world.store()
     return Board(store, Keys(namespace), SETTINGS), store
 
@@ -75,7 +73,7 @@ def cluster(level: Level = Level.NORMAL, at: float = 0.0, **more: Any) -> Cluste
         (Level.NORMAL, None, Level.EMERGENCY, Level.EMERGENCY),
     ],
 )
-def test_a_worker_acts_on_the_worse_of_host_and_cluster_unless_a_drill_says_otherwise(
+def test_a_worker_acts_on_the_worse_of_host_and_cluster_or_on_a_drill(
     own: Level | None, seen: Level | None, forced: Level | None, expected: Level
 ) -> None:
     assert acted_on(own, Orders(None if seen is None else cluster(seen), forced)) is expected
@@ -99,7 +97,7 @@ def test_without_orders_a_worker_acts_on_its_own_host() -> None:
         ([(Level.EMERGENCY, 16), (Level.NORMAL, 1), (Level.NORMAL, 1)], Level.EMERGENCY),
     ],
 )
-def test_the_level_of_many_hosts_is_what_half_of_the_slots_have_reached(
+def test_the_level_of_many_hosts_is_one_that_half_of_the_slots_have_reached(
     hosts: Sequence[tuple[Level, int]], expected: Level
 ) -> None:
     assert (
@@ -111,7 +109,7 @@ def test_the_level_of_many_hosts_is_what_half_of_the_slots_have_reached(
 # --- hosts ------------------------------------------------------------------------------------
 
 
-def test_each_host_is_told_of_once_and_as_it_was_told_last(world: World) -> None:
+def test_each_host_is_listed_once_with_its_latest_report(world: World) -> None:
     here, store = board(world)
     for report in (host("b"), host("a"), host("b", Level.HIGH, why="memory 80 % of 1000 MB")):
         store.call(here.publish(report))
@@ -122,7 +120,7 @@ def test_each_host_is_told_of_once_and_as_it_was_told_last(world: World) -> None
     ]
 
 
-def test_a_host_that_reports_no_more_is_forgotten(world: World) -> None:
+def test_a_host_without_recent_reports_is_forgotten(world: World) -> None:
     here, store = board(world)
     store.call(here.publish(host("gone")))
     world.sleep(SETTINGS.stale_s - 1)
@@ -135,17 +133,17 @@ def test_a_host_that_reports_no_more_is_forgotten(world: World) -> None:
     assert store.client.hkeys(Keys("unit").pressure().hosts) == [b"there"]
 
 
-def test_a_worker_that_ends_takes_its_host_off_the_board(world: World) -> None:
+def test_a_worker_that_ends_removes_its_host_from_the_board(world: World) -> None:
     here, store = board(world)
     store.call(here.publish(host("a")))
     here.withdraw("a")
     assert here.hosts() == []
 
 
-# --- what all act on --------------------------------------------------------------------------
+# --- the announced level ----------------------------------------------------------------------
 
 
-def test_what_the_monitor_announces_is_what_all_act_on_until_nobody_renews_it(world: World) -> None:
+def test_the_announced_level_holds_until_it_is_no_longer_renewed(world: World) -> None:
     here, store = board(world)
     report = cluster(
         Level.HIGH, world.now, queues={"unit.normal": QueueReport(3, 1.5)}, redis_pct=None
@@ -158,11 +156,11 @@ def test_what_the_monitor_announces_is_what_all_act_on_until_nobody_renews_it(wo
     assert there.memory() == b"remembered"
     world.sleep(SETTINGS.stale_s + 0.1)
     assert there.orders() == Orders(None, None)
-    assert there.memory() == b"remembered", "it outlasts an outage of all beats"
+    assert there.memory() == b"remembered", "the memory outlasts an outage of all monitors"
     assert store.client.exists(Keys("unit").pressure().state)
 
 
-def test_each_level_is_told_to_who_listens(world: World) -> None:
+def test_each_level_is_published_to_subscribers(world: World) -> None:
     here, store = board(world)
     listening = store.client.pubsub()
     listening.subscribe(Keys("unit").pressure().changes)
@@ -175,7 +173,7 @@ def test_each_level_is_told_to_who_listens(world: World) -> None:
     assert message["data"] == b"3"
 
 
-def test_the_history_is_bounded_and_tells_the_newest_first(world: World) -> None:
+def test_the_history_is_bounded_and_has_the_newest_first(world: World) -> None:
     store = world.store()
     here = Board(store, Keys("unit"), PressureSettings(history=10))
     for at in range(300):
@@ -185,7 +183,7 @@ def test_the_history_is_bounded_and_tells_the_newest_first(world: World) -> None
     assert store.client.xlen(Keys("unit").pressure().history) < 300
 
 
-def test_platforms_of_one_redis_know_nothing_of_each_other(world: World) -> None:
+def test_platforms_on_one_redis_are_separate(world: World) -> None:
     mine, store = board(world)
     store.call(mine.publish(host()))
     mine.announce(cluster(Level.HIGH), b"")
@@ -203,7 +201,7 @@ def test_platforms_of_one_redis_know_nothing_of_each_other(world: World) -> None
     assert other.take_turn("a", 1000)
 
 
-def test_all_that_a_script_touches_shares_a_hash_tag() -> None:
+def test_all_keys_share_a_hash_tag() -> None:
     assert {key.partition("{")[2].partition("}")[0] for key in Keys("unit").pressure()} == {
         "pressure"
     }
@@ -230,7 +228,7 @@ def test_a_drill_holds_for_its_time_or_until_it_is_released(
     assert here.orders().forced is None
 
 
-def test_a_drill_may_order_that_there_is_no_pressure(world: World) -> None:
+def test_a_drill_may_set_the_level_normal(world: World) -> None:
     here, _ = board(world)
     here.announce(cluster(Level.EMERGENCY), b"")
     here.force("normal")
@@ -242,7 +240,7 @@ def test_a_drill_may_order_that_there_is_no_pressure(world: World) -> None:
     [("hihg", 60.0, "level"), (5, 60.0, "level"), (-1, 60.0, "level")]
     + [("high", for_s, "for_s") for for_s in (0.0, -1.0, 1e-9, math.nan, math.inf)],
 )
-def test_a_mistaken_drill_is_named_and_orders_nothing(
+def test_a_wrong_drill_is_refused_and_sets_nothing(
     world: World, level: str | int, for_s: float, field: str
 ) -> None:
     here, _ = board(world)
@@ -252,10 +250,10 @@ def test_a_mistaken_drill_is_named_and_orders_nothing(
     assert here.orders().forced is None
 
 
-# --- whose turn -------------------------------------------------------------------------------
+# --- the election of a monitor ----------------------------------------------------------------
 
 
-def test_of_all_who_ask_at_once_one_looks_and_is_told_the_servers_time(world: World) -> None:
+def test_one_worker_is_elected_and_gets_the_time_of_the_server(world: World) -> None:
     asked = [board(world)[0].take_turn(worker, 4000) for worker in "abc"]
     assert asked == [world.now, None, None]
     world.sleep(3.9)
@@ -264,7 +262,7 @@ def test_of_all_who_ask_at_once_one_looks_and_is_told_the_servers_time(world: Wo
     assert board(world)[0].take_turn("d", 4000) == pytest.approx(world.now, abs=0.001)
 
 
-def test_while_redis_is_away_who_asks_is_told_so(world: World) -> None:
+def test_without_redis_every_call_raises_an_error(world: World) -> None:
     here, store = board(world)
     store.lost = True
     for ask in (

@@ -1,5 +1,5 @@
-"""Events: a bounded stream that all processes share, a log line each, and listeners that miss
-nothing.
+"""Events: a bounded stream that all processes share, a log line each, and
+listeners that miss none.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def numbers(events: list[Event]) -> list[int]:
 # --- the stream -------------------------------------------------------------------------------
 
 
-def test_what_one_process_emits_another_reads_with_the_servers_time(world: World) -> None:
+def test_one_process_emits_and_another_reads_with_the_time_of_the_server(world: World) -> None:
     world.now += 0.25
     Events(world.store()).emit(slow(ms=31_000, nested={"a": [1, None]}))
 
@@ -59,7 +59,7 @@ def test_what_one_process_emits_another_reads_with_the_servers_time(world: World
     assert event.id
 
 
-def test_platforms_of_other_names_do_not_hear_them(world: World) -> None:
+def test_platforms_of_other_names_do_not_receive_them(world: World) -> None:
     other = CountingStore(
         "redis://fake", namespace="other", client=world.client(), clock=lambda: world.now
     )
@@ -68,7 +68,7 @@ def test_platforms_of_other_names_do_not_hear_them(world: World) -> None:
     assert Events(world.store()).recent() == []
 
 
-def test_several_events_are_one_round_trip_and_none_is_none(world: World) -> None:
+def test_several_events_are_one_round_trip_and_no_event_is_none(world: World) -> None:
     store = world.store()
     Events(store).emit()
     Events(store).emit(*numbered(1, 2, 3))
@@ -107,7 +107,7 @@ def test_recent_events_are_found_by_name(world: World, name: str | None, found: 
     assert [event.name for event in events.recent(name=name)] == found
 
 
-def test_a_limit_counts_events_of_the_name(world: World) -> None:
+def test_a_limit_counts_only_events_of_the_name(world: World) -> None:
     events = Events(world.store())
     events.emit(*numbered(1, 2), slow(), slow(), slow())
 
@@ -115,7 +115,7 @@ def test_a_limit_counts_events_of_the_name(world: World) -> None:
     assert len(events.recent(2)) == 2
 
 
-def test_reading_goes_on_after_the_last_seen(world: World) -> None:
+def test_reading_continues_after_a_given_event(world: World) -> None:
     events = Events(world.store())
     events.emit(*numbered(1, 2))
     first = events.read("0-0")
@@ -123,11 +123,11 @@ def test_reading_goes_on_after_the_last_seen(world: World) -> None:
 
     assert numbers(first) == [1, 2], "oldest first"
     assert numbers(events.read(first[-1].id)) == [3]
-    assert events.read(events.recent(1)[0].id) == [], "there is nothing to wait for"
+    assert events.read(events.recent(1)[0].id) == [], "there is no newer event"
 
 
-class Noted:
-    """A client of which only the wait is looked at."""
+class ReadingClient:
+    """A client that notes the time for which a read would block."""
 
     def __init__(self, timeout_s: float | None) -> None:
         self.connection_pool = self
@@ -150,10 +150,10 @@ class Noted:
         (5.0, 0, None),
     ],
 )
-def test_a_reader_never_waits_until_the_connection_counts_as_lost(
+def test_a_read_blocks_for_less_than_the_socket_timeout(
     timeout_s: float | None, asked: int, waited: int | None
 ) -> None:
-    client = Noted(timeout_s)
+    client = ReadingClient(timeout_s)
     store = CountingStore("redis://fake", client=client)  # type: ignore[arg-type]
 
     assert Events(store).read("0-0", asked) == []
@@ -163,7 +163,7 @@ def test_a_reader_never_waits_until_the_connection_counts_as_lost(
 # --- without Redis ----------------------------------------------------------------------------
 
 
-def test_while_redis_is_away_events_are_logged_and_nothing_is_raised(
+def test_without_redis_events_are_logged_and_nothing_is_raised(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -177,7 +177,7 @@ def test_while_redis_is_away_events_are_logged_and_nothing_is_raised(
 
     assert len([each for each in caplog.records if each.name == "rlm.events"]) == 2
     assert len([each for each in caplog.records if each.name == "scheduler.events"]) == 1, (
-        "an outage is told once"
+        "an outage is logged once"
     )
     store.lost = False
     world.sleep(5)
@@ -186,7 +186,7 @@ def test_while_redis_is_away_events_are_logged_and_nothing_is_raised(
     store.lost = True
     events.emit(slow("d"))
     assert len([each for each in caplog.records if each.name == "scheduler.events"]) == 2, (
-        "and the next one again"
+        "the next outage is logged again"
     )
 
 
@@ -202,7 +202,7 @@ def test_while_redis_is_away_events_are_logged_and_nothing_is_raised(
         (EventSeverity.CRITICAL, logging.CRITICAL),
     ],
 )
-def test_every_event_is_a_line_of_the_log(
+def test_every_event_is_a_log_line(
     world: World, caplog: pytest.LogCaptureFixture, severity: EventSeverity, level: int
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -215,15 +215,15 @@ def test_every_event_is_a_line_of_the_log(
     [record] = [each for each in caplog.records if each.name == "rlm.events"]
     assert record.levelno == level
     assert record.getMessage() == f"{severity.label} cpu.high: CPU is 91 % in use"
-    told = record.__dict__["event"]
-    assert (told["name"], told["severity"], told["data"]["host"]) == (
+    event = record.__dict__["event"]
+    assert (event["name"], event["severity"], event["data"]["host"]) == (
         "cpu.high",
         severity.label,
         "a",
     )
 
 
-def test_a_message_forges_no_second_line() -> None:
+def test_a_message_stays_one_line_without_control_characters() -> None:
     event = Event("execution.slow", "scan\nCRITICAL all is lost\x1b[31m\r" + "x" * 1000)
 
     assert event.message.startswith("scan CRITICAL all is lost [31m xxx")
@@ -238,7 +238,7 @@ Listening = Callable[[Events], Listener]
 
 @pytest.fixture
 def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listening]:
-    """Make listeners that are closed in the end, which they soon notice."""
+    """Make listeners that poll often, and close them at the end of the test."""
     monkeypatch.setattr("scheduler.events.BLOCK_MS", 20)
     monkeypatch.setattr("scheduler.events.PAUSE_S", 0.001)
     made: list[Listener] = []
@@ -252,7 +252,7 @@ def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listening]:
         each.close()
 
 
-def test_a_listener_hears_what_it_asked_for_from_now_on_and_in_order(
+def test_a_listener_receives_later_events_of_its_names_in_order(
     world: World, listening: Listening
 ) -> None:
     events, all_slow, breakers = Events(world.store()), list[Event](), list[str]()
@@ -268,59 +268,59 @@ def test_a_listener_hears_what_it_asked_for_from_now_on_and_in_order(
     assert breakers == ["breaker.opened", "breaker.closed"]
 
 
-def test_a_listener_of_an_empty_stream_hears_the_first_event(
+def test_a_listener_of_an_empty_stream_receives_the_first_event(
     world: World, listening: Listening
 ) -> None:
-    heard: list[Event] = []
-    listening(Events(world.store())).on("job.shed", heard.append).start()
+    received: list[Event] = []
+    listening(Events(world.store())).on("job.shed", received.append).start()
 
     Events(world.store()).emit(*numbered(1))
 
-    wait_until(lambda: numbers(heard) == [1])
+    wait_until(lambda: numbers(received) == [1])
 
 
-def test_a_callback_that_raises_is_logged_by_its_name_and_ends_nothing(
+def test_a_callback_that_raises_is_logged_and_stops_no_other(
     world: World, listening: Listening, caplog: pytest.LogCaptureFixture
 ) -> None:
-    heard: list[Event] = []
+    received: list[Event] = []
 
     def broken(event: Event) -> None:
         raise ValueError("mine")
 
-    listening(Events(world.store())).on("job.shed", broken).on("job.shed", heard.append).start()
+    listening(Events(world.store())).on("job.shed", broken).on("job.shed", received.append).start()
     Events(world.store()).emit(*numbered(1))
     Events(world.store()).emit(*numbered(2))
-    wait_until(lambda: numbers(heard) == [1, 2])
+    wait_until(lambda: numbers(received) == [1, 2])
 
     failed = [each.getMessage() for each in caplog.records if each.exc_info]
     assert len(failed) == 2
     assert all("broken failed on job.shed" in each for each in failed)
 
 
-def test_callbacks_run_in_the_listeners_thread_which_they_may_close(
+def test_callbacks_run_in_the_thread_of_the_listener_and_may_close_it(
     world: World, listening: Listening
 ) -> None:
-    heard: list[tuple[int, str]] = []
+    received: list[tuple[int, str]] = []
     listener = listening(Events(world.store()))
 
     def last(event: Event) -> None:
         listener.close()
-        heard.append((event.data["number"], threading.current_thread().name))
+        received.append((event.data["number"], threading.current_thread().name))
 
     listener.on("job.shed", last).start()
     Events(world.store()).emit(*numbered(1, 2))
     wait_until(lambda: all(each.name != "rlm-events" for each in threading.enumerate()))
 
-    assert heard == [(1, "rlm-events")]
+    assert received == [(1, "rlm-events")]
 
 
-def test_after_an_outage_a_listener_hears_what_it_missed_once(
+def test_after_an_outage_a_listener_receives_missed_events_once(
     world: World,
     listening: Listening,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    heard: list[Event] = []
+    received: list[Event] = []
     store, asked, lost = world.store(), threading.Event(), threading.Event()
     xread = store.client.xread
 
@@ -331,41 +331,39 @@ def test_after_an_outage_a_listener_hears_what_it_missed_once(
         return xread(*args, **kwargs)
 
     monkeypatch.setattr(store.client, "xread", cut)
-    listening(Events(store)).on("job.shed", heard.append).start()
+    listening(Events(store)).on("job.shed", received.append).start()
     Events(world.store()).emit(*numbered(1))
-    wait_until(lambda: numbers(heard) == [1])
+    wait_until(lambda: numbers(received) == [1])
 
     lost.set()
     wait_until(asked.is_set)
     Events(world.store()).emit(*numbered(2, 3))
     asked.clear()
     wait_until(asked.is_set)
-    assert numbers(heard) == [1]
+    assert numbers(received) == [1]
     lost.clear()
 
-    wait_until(lambda: numbers(heard) == [1, 2, 3])
+    wait_until(lambda: numbers(received) == [1, 2, 3])
     assert len([each for each in caplog.records if "no events are heard" in each.getMessage()]) == 1
 
 
-def test_a_listener_starts_without_redis_and_hears_from_when_it_answers(
-    world: World, listening: Listening
-) -> None:
-    heard: list[Event] = []
+def test_a_listener_may_start_without_redis(world: World, listening: Listening) -> None:
+    received: list[Event] = []
     store = world.store()
     store.lost = True
-    listening(Events(store)).on("job.shed", heard.append).start()
+    listening(Events(store)).on("job.shed", received.append).start()
     store.lost = False
     world.sleep(5)
 
-    def told() -> bool:
+    def has_received() -> bool:
         Events(world.store()).emit(*numbered(1))
-        return bool(heard)
+        return bool(received)
 
-    wait_until(told)
+    wait_until(has_received)
 
 
 @pytest.mark.parametrize("name", ["", "*", "exec*", "*.slow", "execution.*.slow"])
-def test_a_name_that_would_never_be_heard_is_refused(world: World, name: str) -> None:
+def test_a_name_that_can_never_match_is_refused(world: World, name: str) -> None:
     with pytest.raises(InvalidValue, match=r"breaker\.\*"):
         Listener(Events(world.store())).on(name, print)
 

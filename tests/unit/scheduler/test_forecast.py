@@ -1,6 +1,4 @@
-"""Holt's forecast: right at any times of observation, kept as plain data; and whether a level is
-about to be reached.
-"""
+"""Holt's forecast at any times of observation, and the next pressure level that it expects."""
 
 from __future__ import annotations
 
@@ -18,8 +16,8 @@ from scheduler.forecast import ALPHA, BETA, BUCKET_S, LOAD_BUCKET_S, Holt, Rise,
 T0 = 1_800_000_000.0
 
 
-def watched(*seen: tuple[float, float], bucket_s: float = BUCKET_S) -> Holt:
-    """Return what has observed (seconds since the start, value) in this order."""
+def holt_of(*seen: tuple[float, float], bucket_s: float = BUCKET_S) -> Holt:
+    """Return a forecast that has observed (seconds since the start, value) in this order."""
     holt = Holt(bucket_s=bucket_s)
     for at, value in seen:
         holt.observe(value, T0 + at)
@@ -27,8 +25,8 @@ def watched(*seen: tuple[float, float], bucket_s: float = BUCKET_S) -> Holt:
 
 
 def textbook(values: list[float], in_buckets: float) -> float:
-    """Return Holt's linear method as it stands in books: evenly spaced, the first trend that of the
-    first two.
+    """Return the forecast of Holt's linear method for evenly spaced values; the first trend is that
+    of the first two.
     """
     level, trend = values[1], values[1] - values[0]
     for value in values[2:]:
@@ -37,14 +35,14 @@ def textbook(values: list[float], in_buckets: float) -> float:
     return level + in_buckets * trend
 
 
-def test_nothing_is_expected_of_what_was_never_seen() -> None:
+def test_without_observations_the_forecast_is_0() -> None:
     assert Holt().predict(60) == 0
     assert not Holt().settled
 
 
-def test_evenly_spaced_it_is_the_books_method() -> None:
+def test_at_even_times_it_equals_the_textbook_method() -> None:
     values = [10.0, 12.0, 9.0, 17.0, 16.0, 30.0, 28.0]
-    holt = watched(*((BUCKET_S * i, value) for i, value in enumerate(values)))
+    holt = holt_of(*((BUCKET_S * i, value) for i, value in enumerate(values)))
 
     assert holt.predict(60) == pytest.approx(textbook(values, 60 / BUCKET_S))
 
@@ -55,11 +53,11 @@ def test_evenly_spaced_it_is_the_books_method() -> None:
     slope=st.floats(-1, 1),
     in_s=st.floats(0, 600),
 )
-def test_a_straight_line_is_foretold_whatever_the_times_of_its_points(
+def test_a_straight_line_is_predicted_at_any_times_of_observation(
     gaps: list[float], start: float, slope: float, in_s: float
 ) -> None:
     times = list(accumulate(gaps))
-    holt = watched(*((at, start + slope * at) for at in times))
+    holt = holt_of(*((at, start + slope * at) for at in times))
 
     assert holt.settled
     assert holt.predict(in_s) == pytest.approx(
@@ -69,30 +67,30 @@ def test_a_straight_line_is_foretold_whatever_the_times_of_its_points(
 
 
 def test_observations_of_one_bucket_are_averaged() -> None:
-    many = watched((0, 10), (60, 20), (120, 28), (121, 32), (125, 24))
-    one = watched((0, 10), (60, 20), (122, 28))
+    many = holt_of((0, 10), (60, 20), (120, 28), (121, 32), (125, 24))
+    one = holt_of((0, 10), (60, 20), (122, 28))
 
     assert many.slope == pytest.approx(one.slope)
     assert many.predict(0) == pytest.approx(one.predict(3)), "three seconds later"
 
 
-def test_a_bucket_is_not_waited_for_to_be_full() -> None:
-    holt = watched((0, 10), (30, 10), (60, 10))
+def test_an_observation_counts_before_its_bucket_is_full() -> None:
+    holt = holt_of((0, 10), (30, 10), (60, 10))
     before = holt.predict(0)
     holt.observe(100, T0 + 90)
 
     assert holt.predict(0) > before + 0.2 * 90
 
 
-def test_after_a_long_pause_the_past_counts_for_little() -> None:
-    holt = watched(*((30.0 * i, 10.0 * i) for i in range(20)), (7200, 50))
+def test_after_a_long_pause_earlier_values_count_for_little() -> None:
+    holt = holt_of(*((30.0 * i, 10.0 * i) for i in range(20)), (7200, 50))
 
     assert holt.predict(0) == pytest.approx(50, abs=1)
-    assert abs(holt.slope) < 0.03, "the slope over the pause, and not that before it"
+    assert abs(holt.slope) < 0.03, "the slope over the pause counts, not the one before it"
 
 
-def test_no_trend_is_believed_before_two_buckets_are_full() -> None:
-    holt = watched((0, 10), (30, 40))
+def test_there_is_no_trend_before_two_buckets_are_full() -> None:
+    holt = holt_of((0, 10), (30, 40))
 
     assert (holt.settled, holt.slope, holt.predict(60)) == (False, 0, 40)
     holt.observe(40, T0 + 60)
@@ -100,15 +98,15 @@ def test_no_trend_is_believed_before_two_buckets_are_full() -> None:
     assert holt.slope > 0
 
 
-def test_a_clock_that_is_set_back_stands_still() -> None:
-    holt = watched(*((30.0 * i, float(i)) for i in range(10)), (-5000, 10), (271, 10))
+def test_a_clock_that_is_set_back_counts_as_standing_still() -> None:
+    holt = holt_of(*((30.0 * i, float(i)) for i in range(10)), (-5000, 10), (271, 10))
 
     assert holt.last == T0 + 271
     assert holt.predict(60) == pytest.approx(11, abs=0.5)
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(-1e6, 1e6)), max_size=30))
-def test_it_goes_on_in_another_process_as_if_nothing_had_been(
+def test_a_forecast_continues_in_another_process(
     steps: list[tuple[float, float]],
 ) -> None:
     here, moved, now = Holt(), Holt(), T0
@@ -126,8 +124,8 @@ def test_it_goes_on_in_another_process_as_if_nothing_had_been(
 
 
 def ramp(per_minute: float, upto: float, start: float = 40.0) -> tuple[Holt, float]:
-    """Return five level minutes and then a rise, looked at every 5 s, up to a percentage; and its
-    last value.
+    """Return a forecast and its last value: five constant minutes, then a rise up to a percentage,
+    sampled every 5 s.
     """
     holt, at, value = Holt(bucket_s=LOAD_BUCKET_S), 0.0, start
     while value < upto:
@@ -149,7 +147,7 @@ def ramp(per_minute: float, upto: float, start: float = 40.0) -> tuple[Holt, flo
         (10, 61.5, Level.ELEVATED),
     ],
 )
-def test_the_next_level_is_foretold_within_a_minute(
+def test_the_next_level_is_predicted_within_a_minute(
     per_minute: float, upto: float, expected: Level | None
 ) -> None:
     found = will_rise(*ramp(per_minute, upto))
@@ -160,24 +158,24 @@ def test_the_next_level_is_foretold_within_a_minute(
         assert found.in_s == pytest.approx(truly_s, rel=0.5, abs=10)
 
 
-def test_what_falls_or_stays_reaches_no_level() -> None:
-    falling = watched(*((5.0 * i, 90 - i) for i in range(20)), bucket_s=LOAD_BUCKET_S)
-    level = watched(*((5.0 * i, 64.9) for i in range(20)), bucket_s=LOAD_BUCKET_S)
+def test_falling_or_constant_load_reaches_no_level() -> None:
+    falling = holt_of(*((5.0 * i, 90 - i) for i in range(20)), bucket_s=LOAD_BUCKET_S)
+    level = holt_of(*((5.0 * i, 64.9) for i in range(20)), bucket_s=LOAD_BUCKET_S)
 
     assert will_rise(falling, 71) is None
     assert will_rise(level, 64.9) is None
     assert will_rise(Holt(), 64.9) is None
 
 
-def test_a_value_of_now_that_is_lower_than_expected_neither_hides_nor_makes_a_rise() -> None:
-    above = watched(*((5.0 * i, 90.0) for i in range(40)), (200, 60), bucket_s=LOAD_BUCKET_S)
+def test_a_low_present_value_neither_hides_nor_causes_a_predicted_rise() -> None:
+    above = holt_of(*((5.0 * i, 90.0) for i in range(40)), (200, 60), bucket_s=LOAD_BUCKET_S)
     rising, _ = ramp(5, 70)
 
     assert will_rise(above, 60) is None, "it has just fallen"
     assert will_rise(rising, 64) == Rise(Level.ELEVATED, 0), "the dip is noise"
 
 
-def test_thresholds_and_time_are_the_callers() -> None:
+def test_thresholds_and_time_may_be_given() -> None:
     holt, value = ramp(5, 61)
 
     assert will_rise(holt, value, within_s=10) is None

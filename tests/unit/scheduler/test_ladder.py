@@ -1,5 +1,6 @@
-"""When a level rises, how long it lasts, what of a sample counts, and that neither noise nor our
-own cure makes it swing.
+"""The pressure level of a host: the signals of a sample, when a level rises and how long it lasts.
+
+Neither noise nor our own degradation makes the level swing.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ LITERAL = PressureSettings(cpu="utilisation")
 NORMAL, ELEVATED, HIGH, CRITICAL, EMERGENCY = Level
 
 
-def sampled(**told: Any) -> Sample:
-    """A calm host, but for what is told."""
+def sample(**signal: Any) -> Sample:
+    """Return the sample of a calm host, with the given signals."""
     calm: dict[str, Any] = {
         "memory_pct": 20.0,
         "memory_mb": 1600.0,
@@ -36,14 +37,14 @@ def sampled(**told: Any) -> Sample:
         "memory_stall_pct": 0.0,
         "load_per_cpu": 0.0,
     }
-    return Sample(**(calm | told))
+    return Sample(**(calm | signal))
 
 
-def settled(settings: PressureSettings, **told: Any) -> Level:
+def settled(settings: PressureSettings, **signal: Any) -> Level:
     """Return the level after two such samples."""
     ladder = HostLadder(settings)
-    ladder.step(sampled(**told), 0)
-    return ladder.step(sampled(**told), 1).level
+    ladder.step(sample(**signal), 0)
+    return ladder.step(sample(**signal), 1).level
 
 
 def levels(
@@ -57,7 +58,7 @@ def changes(found: list[Level]) -> int:
     return sum(before != after for before, after in pairwise([NORMAL, *found]))
 
 
-# --- the table of source document 1 -----------------------------------------------------------
+# --- levels by percentage ---------------------------------------------------------------------
 
 TABLE = [
     (0.0, NORMAL, 1.0),
@@ -75,7 +76,7 @@ TABLE = [
 
 @pytest.mark.parametrize(("percent", "level", "factor"), TABLE)
 @pytest.mark.parametrize("of", ["memory_pct", "cpu_pct"])
-def test_by_utilisation_a_level_is_the_worse_of_memory_and_cpu(
+def test_by_utilisation_the_level_is_the_worse_of_memory_and_cpu(
     of: str, percent: float, level: Level, factor: float
 ) -> None:
     assert settled(LITERAL, **{of: percent}) is level
@@ -83,11 +84,11 @@ def test_by_utilisation_a_level_is_the_worse_of_memory_and_cpu(
 
 
 @pytest.mark.parametrize(("percent", "level", "_"), TABLE)
-def test_memory_counts_so_by_default_too(percent: float, level: Level, _: float) -> None:
+def test_by_default_memory_has_the_same_thresholds(percent: float, level: Level, _: float) -> None:
     assert settled(SETTINGS, memory_pct=percent) is level
 
 
-# --- what counts ------------------------------------------------------------------------------
+# --- signals ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,9 @@ def test_memory_counts_so_by_default_too(percent: float, level: Level, _: float)
         "a crowd that does not wait",
     ],
 )
-def test_a_host_whose_own_pool_computes_on_all_cpus_is_normal(waiting: float, load: float) -> None:
+def test_a_host_that_computes_on_all_cpus_without_waiting_is_normal(
+    waiting: float, load: float
+) -> None:
     assert settled(SETTINGS, cpu_pct=100.0, cpu_waiting_pct=waiting, load_per_cpu=load) is NORMAL
 
 
@@ -118,7 +121,7 @@ def test_a_host_whose_own_pool_computes_on_all_cpus_is_normal(waiting: float, lo
         (50.0, EMERGENCY),
     ],
 )
-def test_while_work_waits_the_run_queue_says_how_badly(
+def test_while_work_waits_the_run_queue_gives_the_level(
     waiting: float | None, load: float, level: Level
 ) -> None:
     assert settled(SETTINGS, cpu_waiting_pct=waiting, load_per_cpu=load) is level
@@ -136,7 +139,7 @@ def test_while_work_waits_the_run_queue_says_how_badly(
         (100.0, None, NORMAL),
     ],
 )
-def test_a_quota_that_is_used_up_is_high_at_most_and_only_while_work_waits(
+def test_an_exhausted_quota_is_high_at_most_and_only_while_work_waits(
     throttled: float, waiting: float | None, level: Level
 ) -> None:
     assert (
@@ -167,21 +170,19 @@ def test_work_that_waits_for_memory_is_high_at_once(
 def test_signals_follow_other_thresholds() -> None:
     settings = PressureSettings(thresholds=(5.9, 27.3, 27.6, 52.7))
 
-    found = signals(
-        sampled(cpu_waiting_pct=90.0, load_per_cpu=3.0, memory_stall_pct=40.0), settings
-    )
+    found = signals(sample(cpu_waiting_pct=90.0, load_per_cpu=3.0, memory_stall_pct=40.0), settings)
 
     assert found == {"memory": 20.0, "cpu": 27.3, "memory stalls": 27.6}, (
-        "to the last digit: a level begins at its threshold"
+        "exactly: a level begins at its threshold"
     )
 
 
 @given(st.floats(0, 100), st.floats(0, 100), st.floats(0, 64), st.floats(0, 100), st.floats(0, 64))
-def test_signals_are_on_the_scale_and_more_waiting_is_never_less(
+def test_signals_are_from_0_to_100_and_never_fall_with_more_waiting(
     waiting: float, stalled: float, load: float, more: float, tasks: float
 ) -> None:
     less = signals(
-        sampled(
+        sample(
             cpu_waiting_pct=min(waiting, more),
             memory_stall_pct=min(stalled, more),
             load_per_cpu=min(load, tasks),
@@ -189,7 +190,7 @@ def test_signals_are_on_the_scale_and_more_waiting_is_never_less(
         SETTINGS,
     )
     worse = signals(
-        sampled(
+        sample(
             cpu_waiting_pct=max(waiting, more),
             memory_stall_pct=max(stalled, more),
             load_per_cpu=max(load, tasks),
@@ -200,11 +201,11 @@ def test_signals_are_on_the_scale_and_more_waiting_is_never_less(
     assert all(0 <= less[name] <= worse[name] <= 100 for name in less)
 
 
-# --- why --------------------------------------------------------------------------------------
+# --- reasons ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("settings", "told", "why"),
+    ("settings", "signal", "why"),
     [
         (SETTINGS, {"memory_pct": 87.4, "memory_limit_mb": 2048.0}, "memory 87 % of 2048 MB"),
         (LITERAL, {"cpu_pct": 91.0}, "CPU 91 % busy"),
@@ -217,20 +218,20 @@ def test_signals_are_on_the_scale_and_more_waiting_is_never_less(
         (SETTINGS, {"memory_stall_pct": 45.0}, "all work waits for memory 45 % of the time"),
     ],
 )
-def test_a_level_says_what_it_came_from(
-    settings: PressureSettings, told: dict[str, float], why: str
+def test_a_level_has_its_reason_in_words(
+    settings: PressureSettings, signal: dict[str, float], why: str
 ) -> None:
     ladder = HostLadder(settings)
-    ladder.step(sampled(**told), 0)
+    ladder.step(sample(**signal), 0)
 
-    assert ladder.step(sampled(**told), 1).why == why
+    assert ladder.step(sample(**signal), 1).why == why
 
 
-def test_a_level_keeps_its_reason_as_long_as_it_lasts_and_normal_has_none() -> None:
+def test_a_level_keeps_its_reason_and_normal_has_none() -> None:
     ladder = HostLadder(SETTINGS)
-    raised = ladder.step(sampled(memory_pct=90.0), 0)
-    lasting = ladder.step(sampled(), 1)
-    ended = [ladder.step(sampled(), 2.0 + second) for second in range(200)][-1]
+    raised = ladder.step(sample(memory_pct=90.0), 0)
+    lasting = ladder.step(sample(), 1)
+    ended = [ladder.step(sample(), 2.0 + second) for second in range(200)][-1]
 
     assert (raised.level, raised.percent) == (CRITICAL, 90)
     assert (lasting.level, lasting.percent, lasting.why) == (CRITICAL, 20, raised.why)
@@ -240,34 +241,34 @@ def test_a_level_keeps_its_reason_as_long_as_it_lasts_and_normal_has_none() -> N
 def test_without_a_sample_a_host_keeps_its_level_and_reason() -> None:
     ladder = HostLadder(SETTINGS)
     assert ladder.step(None, 0).level is NORMAL
-    raised = ladder.step(sampled(memory_pct=90.0), 1)
+    raised = ladder.step(sample(memory_pct=90.0), 1)
 
     assert ladder.step(None, 2) == raised
 
 
 def test_every_signal_has_words() -> None:
     for settings in (SETTINGS, LITERAL):
-        words = {in_words(name, sampled(), settings) for name in signals(sampled(), settings)}
+        words = {in_words(name, sample(), settings) for name in signals(sample(), settings)}
         assert len(words) == 3
 
 
 # --- up and down ------------------------------------------------------------------------------
 
 
-def test_elevated_and_high_take_two_samples_and_what_is_worse_takes_one() -> None:
+def test_elevated_and_high_take_two_samples_and_worse_levels_take_one() -> None:
     assert levels(70, 70) == [NORMAL, ELEVATED]
     assert levels(80, 80) == [NORMAL, HIGH]
     assert levels(70, 80, 80) == [NORMAL, ELEVATED, HIGH]
-    assert levels(80, 60, 80, 60) == [NORMAL] * 4, "two in a row"
+    assert levels(80, 60, 80, 60) == [NORMAL] * 4, "two consecutive samples are needed"
     assert levels(90) == [CRITICAL]
     assert levels(95) == [EMERGENCY]
 
 
-def test_after_an_emergency_all_is_normal_within_two_minutes() -> None:
+def test_after_an_emergency_the_level_is_normal_within_two_minutes() -> None:
     found = levels(*[99] * 60, *[10] * 120)
 
     gone = found[60:]
-    assert gone[19] is EMERGENCY, "not before the dwell"
+    assert gone[19] is EMERGENCY, "not before the dwell time"
     assert [
         level for level, before in zip(gone, [EMERGENCY, *gone], strict=False) if level != before
     ] == [
@@ -279,16 +280,16 @@ def test_after_an_emergency_all_is_normal_within_two_minutes() -> None:
     assert gone.index(NORMAL) == pytest.approx(90, abs=6)
 
 
-def test_a_level_stays_while_load_is_less_than_the_margin_below_its_threshold() -> None:
+def test_a_level_lasts_until_load_is_below_its_threshold_by_the_margin() -> None:
     assert levels(90, *[80.5] * 3000)[-1] is CRITICAL
     assert levels(90, *[79.5] * 60)[-1] is HIGH
 
 
-def test_one_high_sample_starts_the_dwell_anew() -> None:
+def test_one_high_sample_restarts_the_dwell_time() -> None:
     found = levels(90, *[60] * 18, 81, *[60] * 19)
 
     assert set(found) == {CRITICAL}
-    assert levels(90, *[60] * 38)[-1] is not CRITICAL, "it would be over without"
+    assert levels(90, *[60] * 38)[-1] is not CRITICAL, "without it the level would have ended"
 
 
 def test_a_missing_load_keeps_the_level() -> None:
@@ -299,7 +300,7 @@ def test_a_missing_load_keeps_the_level() -> None:
         CRITICAL,
         CRITICAL,
     ]
-    assert levels(90, *[10] * 60, math.nan)[-1] is ELEVATED, "and what a ladder knows is not spoilt"
+    assert levels(90, *[10] * 60, math.nan)[-1] is ELEVATED, "the state of the ladder is unchanged"
 
 
 def test_load_beyond_100_percent_lasts_no_longer_than_100_percent() -> None:
@@ -325,7 +326,7 @@ def test_a_clock_that_was_set_back_delays_a_step_by_the_dwell_at_most() -> None:
     st.lists(st.one_of(st.floats(-50, 300), st.floats(90, 97), st.none()), max_size=60),
     st.integers(0, 60),
 )
-def test_a_ladder_goes_on_where_another_stopped(loads: list[float | None], stop: int) -> None:
+def test_a_ladder_continues_from_a_stored_state(loads: list[float | None], stop: int) -> None:
     whole, first = Ladder(SETTINGS), Ladder(SETTINGS)
     expected = [whole.step(load, 10.0 * at) for at, load in enumerate(loads)]
 
@@ -337,7 +338,7 @@ def test_a_ladder_goes_on_where_another_stopped(loads: list[float | None], stop:
     assert found == expected
 
 
-def test_a_state_in_the_midst_of_a_relapse_survives_json() -> None:
+def test_a_state_with_a_premature_step_survives_json() -> None:
     ladder = Ladder(SETTINGS)
     for second, load in enumerate([96, *[70] * 40, 96]):
         ladder.step(load, second)
@@ -357,7 +358,7 @@ def test_a_state_in_the_midst_of_a_relapse_survives_json() -> None:
         max_size=120,
     )
 )
-def test_a_level_falls_by_single_steps_after_the_dwell_and_rises_when_it_must(
+def test_a_level_falls_by_single_steps_after_the_dwell_time_and_rises_at_once(
     steps: list[tuple[float | None, float]],
 ) -> None:
     ladder, level, now, since, last = Ladder(SETTINGS), NORMAL, 0.0, 0.0, NORMAL
@@ -374,7 +375,7 @@ def test_a_level_falls_by_single_steps_after_the_dwell_and_rises_when_it_must(
         if level < before:
             assert level == before - 1
             assert now - since >= SETTINGS.release_s - 1e-6, (
-                "since the last change, and since load was last high"
+                "since the last change and the last high load"
             )
             assert load is not None
             assert load < SETTINGS.thresholds[before - 1] - SETTINGS.release_pct
@@ -390,7 +391,7 @@ def test_a_level_falls_by_single_steps_after_the_dwell_and_rises_when_it_must(
         last = level
 
 
-# --- noise, and our own cure ------------------------------------------------------------------
+# --- noise, and our own degradation -----------------------------------------------------------
 
 
 def noisy_hour(mean: float, seed: int) -> tuple[Ladder, list[Level]]:
@@ -399,14 +400,14 @@ def noisy_hour(mean: float, seed: int) -> tuple[Ladder, list[Level]]:
 
 
 @pytest.mark.parametrize("mean", [65, 75, 80, 85, 95])
-def test_noise_at_a_threshold_s_edge_changes_the_level_at_most_8_times_an_hour(mean: float) -> None:
+def test_noise_around_a_threshold_changes_the_level_at_most_8_times_an_hour(mean: float) -> None:
     counts = [changes(noisy_hour(mean, seed)[1]) for seed in range(12)]
 
     assert max(counts) <= 8, counts
 
 
 @pytest.mark.parametrize("mean", [65, 75, 80, 85, 95])
-def test_even_after_an_hour_of_noise_all_is_normal_two_minutes_after_its_end(mean: float) -> None:
+def test_two_minutes_after_an_hour_of_noise_the_level_is_normal(mean: float) -> None:
     ladder, _ = noisy_hour(mean, seed=1)
 
     assert [ladder.step(20, 3600 + second) for second in range(120)][-1] is NORMAL
@@ -414,10 +415,8 @@ def test_even_after_an_hour_of_noise_all_is_normal_two_minutes_after_its_end(mea
 
 @pytest.mark.parametrize("noise", [0, 3])
 @pytest.mark.parametrize("base", [70, 80, 90, 100, 110, 120, 150, 200, 300])
-def test_load_that_falls_because_work_is_degraded_makes_few_swings(
-    base: float, noise: float
-) -> None:
-    """Without memory of premature steps a load of 110 % changes the level 326 times in this
+def test_load_that_falls_by_our_own_degradation_makes_few_swings(base: float, noise: float) -> None:
+    """Without memory of premature steps, a load of 110 % would change the level 326 times in this
     hour.
     """
     random, ladder, level, found = Random(1), Ladder(SETTINGS), NORMAL, []
@@ -429,7 +428,7 @@ def test_load_that_falls_because_work_is_degraded_makes_few_swings(
     assert level is not NORMAL
 
 
-def test_a_premature_step_is_tried_again_when_load_was_below_the_threshold_for_long() -> None:
+def test_a_premature_step_is_repeated_after_a_long_time_of_low_load() -> None:
     ladder = Ladder(SETTINGS)
     times = iter(range(10_000))
     for load in (96, *[70] * 30, 96):
@@ -438,19 +437,17 @@ def test_a_premature_step_is_tried_again_when_load_was_below_the_threshold_for_l
 
     held = [ladder.step(70, next(times)) for _ in range(int(RELAPSE_S))]
 
-    assert set(held) == {EMERGENCY}, "70 has proved too early"
+    assert set(held) == {EMERGENCY}, "the step at a load of 70 was premature"
     assert CRITICAL in [ladder.step(70, next(times)) for _ in range(30)]
 
 
-def test_a_step_that_held_is_forgiven() -> None:
+def test_a_step_that_lasted_counts_as_the_first_again() -> None:
     ladder = Ladder(SETTINGS)
     times = iter(range(10_000))
     for load in (96, *[70] * 30, 96, *[50] * 30, *[70] * int(RELAPSE_S + 60)):
         ladder.step(load, next(times))
-    assert ladder.state.premature, "for now"
+    assert ladder.state.premature, "it is still remembered"
 
     ladder.step(96, next(times))
 
-    assert CRITICAL in [ladder.step(70, next(times)) for _ in range(40)], (
-        "as if it were the first time"
-    )
+    assert CRITICAL in [ladder.step(70, next(times)) for _ in range(40)], "as for the first time"

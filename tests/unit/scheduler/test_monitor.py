@@ -1,5 +1,5 @@
-"""One look at the whole platform: what becomes of hosts, queues and Redis, and what is told of
-it.
+"""The monitor: the level of the cluster, its events and alerts, forecasts, and calls of waiting
+jobs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ QUEUES = tuple(f"unit.{priority}" for priority in ("critical", "high", "normal",
 
 
 class Breakers:
-    """Stands where the breakers do."""
+    """A stand-in for the breakers."""
 
     def __init__(self) -> None:
         self.states: dict[str, str] = {}
@@ -44,7 +44,7 @@ class Breakers:
 
 
 class Webhook:
-    """Stands where the webhook of the advice does."""
+    """A stand-in for the webhook of the advice."""
 
     def __init__(self) -> None:
         self.sent: list[Mapping[str, Any]] = []
@@ -53,8 +53,8 @@ class Webhook:
         self.sent.append(fields)
 
 
-class Platform:
-    """Hosts, queues and a Redis of our making, and as many monitors as one likes."""
+class MonitoredPlatform:
+    """Hosts, queues and a Redis of the test, with any number of monitors."""
 
     def __init__(self, world: World, **pressure: Any) -> None:
         self.world, self.keys = world, Keys("unit")
@@ -71,7 +71,7 @@ class Platform:
     def host(
         self, worker: str = "w1", level: Level = Level.NORMAL, *, slots: int = 2, **changed: Any
     ) -> None:
-        """Say how a host is, until told otherwise."""
+        """Set the report of a host."""
         about = {
             "memory_pct": 20.0,
             "memory_mb": 200.0,
@@ -83,17 +83,19 @@ class Platform:
             **about
             | {name: changed.pop(name) for name in ("memory_pct", "cpu_pct") if name in changed}
         )
-        told: dict[str, Any] = {
+        about_host: dict[str, Any] = {
             "percent": 20.0,
             "why": "memory" if level else "",
             "busy": 1,
             "queues": QUEUES,
             "active": {},
         }
-        self.hosts[worker] = HostReport(worker, level, slots=slots, sample=sample, **told | changed)
+        self.hosts[worker] = HostReport(
+            worker, level, slots=slots, sample=sample, **about_host | changed
+        )
 
     def monitor(self, worker: str = "m1") -> tuple[Monitor, CountingStore]:
-        """Return the monitor of one more worker, and its store."""
+        """Return the monitor of another worker, and its store."""
         store = self.world.store()
         store.client.info = lambda _section: self._info()  # type: ignore[method-assign, assignment, misc]
         events = Events(store)
@@ -118,7 +120,9 @@ class Platform:
     def look(
         self, monitor: Monitor | None = None, *, after_s: float | None = None
     ) -> ClusterReport:
-        """Let time pass and have a look, by a monitor that knows nothing but what is stored."""
+        """Let time pass and run the monitor; by default a new one, which knows only the stored
+        state.
+        """
         self.world.sleep(self.settings.monitor_s if after_s is None else after_s)
         store = self.world.store()
         for report in self.hosts.values():
@@ -127,11 +131,11 @@ class Platform:
         assert found is not None
         return found
 
-    def looks(self, times: int) -> ClusterReport:
+    def look_repeatedly(self, times: int) -> ClusterReport:
         return [self.look() for _ in range(times)][-1]
 
     def events(self, *names: str) -> list[Event]:
-        """Return what was told, oldest first."""
+        """Return the emitted events, oldest first."""
         return [
             each
             for each in reversed(Events(self.world.store()).recent(1000))
@@ -143,7 +147,7 @@ class Platform:
         return [(each.kind, each.subject, each.severity) for each in reversed(found)]
 
     def waiting(self, queue: str, *names: str) -> None:
-        """Have jobs wait to be taken in, in this order."""
+        """Enter jobs that wait for admission, in this order."""
         WaitingRoom(self.world.store(), self.keys).enter(
             queue, {name: at for at, name in enumerate(names)}
         )
@@ -165,15 +169,15 @@ class Platform:
 
 
 @pytest.fixture
-def platform(world: World) -> Platform:
-    return Platform(world)
+def platform(world: World) -> MonitoredPlatform:
+    return MonitoredPlatform(world)
 
 
 # --- the level --------------------------------------------------------------------------------
 
 
-def test_a_platform_with_nothing_to_tell_is_normal(platform: Platform, world: World) -> None:
-    report = platform.looks(5)
+def test_a_quiet_platform_is_normal(platform: MonitoredPlatform, world: World) -> None:
+    report = platform.look_repeatedly(5)
     assert (report.level, report.why, report.rising_to, report.redis_pct) == (
         Level.NORMAL,
         "",
@@ -202,7 +206,7 @@ def test_a_platform_with_nothing_to_tell_is_normal(platform: Platform, world: Wo
 def test_hosts_count_by_their_slots(
     world: World, hosts: Sequence[tuple[Level, int]], expected: Level
 ) -> None:
-    platform = Platform(world)
+    platform = MonitoredPlatform(world)
     platform.hosts.clear()
     for n, (level, slots) in enumerate(hosts):
         platform.host(f"w{n}", level, slots=slots)
@@ -212,7 +216,7 @@ def test_hosts_count_by_their_slots(
     assert report.slots == 4
 
 
-def test_means_are_by_slots(platform: Platform) -> None:
+def test_means_are_weighted_by_slots(platform: MonitoredPlatform) -> None:
     platform.host("w1", slots=3, memory_pct=10.0, cpu_pct=40.0)
     platform.host("w2", slots=1, memory_pct=50.0, cpu_pct=80.0)
     report = platform.look()
@@ -235,7 +239,7 @@ SCALES = [(65.0, 75.0, 85.0, 95.0), (40.0, 50.0, 60.0, 70.0), (90.0, 92.0, 94.0,
     ],
 )
 @pytest.mark.parametrize(("priority", "bound_s"), [("high", 10.0), ("normal", 30.0)])
-def test_a_wait_counts_from_its_bound_and_more_with_each_doubling_but_never_beyond_high(
+def test_a_wait_at_its_bound_is_elevated_and_at_twice_the_bound_high(
     world: World,
     thresholds: tuple[float, ...],
     times_its_bound: float,
@@ -243,9 +247,9 @@ def test_a_wait_counts_from_its_bound_and_more_with_each_doubling_but_never_beyo
     priority: str,
     bound_s: float,
 ) -> None:
-    platform = Platform(world, thresholds=thresholds)
+    platform = MonitoredPlatform(world, thresholds=thresholds)
     platform.queues[f"unit.{priority}"] = QueueReport(3, times_its_bound * bound_s)
-    report = platform.looks(3)
+    report = platform.look_repeatedly(3)
     assert report.level == expected
     assert ("3 messages wait in unit." in report.why) == bool(expected)
 
@@ -260,11 +264,11 @@ def test_a_wait_counts_from_its_bound_and_more_with_each_doubling_but_never_beyo
         (50_000, Level.HIGH),
     ],
 )
-def test_a_deep_queue_counts_by_its_bound_whatever_its_age(
-    platform: Platform, depth: int, expected: Level
+def test_the_depth_of_a_queue_counts_by_its_bound_whatever_its_age(
+    platform: MonitoredPlatform, depth: int, expected: Level
 ) -> None:
     platform.queues["unit.critical"] = QueueReport(depth)
-    assert platform.looks(3).level == expected
+    assert platform.look_repeatedly(3).level == expected
 
 
 @pytest.mark.parametrize(
@@ -275,21 +279,21 @@ def test_a_deep_queue_counts_by_its_bound_whatever_its_age(
         ("unit.high", QueueReport(0, 86_400.0)),
     ],
 )
-def test_low_work_and_what_has_no_bound_may_wait(
-    platform: Platform, queue: str, report: QueueReport
+def test_low_work_and_queues_without_a_bound_may_wait(
+    platform: MonitoredPlatform, queue: str, report: QueueReport
 ) -> None:
     platform.queues[queue] = report
-    assert platform.looks(3).level == Level.NORMAL
+    assert platform.look_repeatedly(3).level == Level.NORMAL
 
 
 @pytest.mark.parametrize("queue", ["control", "unit.control"])
-def test_a_queue_of_the_platforms_own_work_has_no_bound(platform: Platform, queue: str) -> None:
+def test_the_control_queue_has_no_bound(platform: MonitoredPlatform, queue: str) -> None:
     platform.host("w1", queues=(*QUEUES, queue))
     platform.queues[queue] = QueueReport(3, 500.0)
-    assert platform.looks(3).level == Level.NORMAL
+    assert platform.look_repeatedly(3).level == Level.NORMAL
 
 
-def test_only_queues_that_somebody_serves_are_looked_at(platform: Platform) -> None:
+def test_only_queues_with_a_worker_are_read(platform: MonitoredPlatform) -> None:
     platform.host("w1", queues=("unit.low",))
     platform.host("w2", queues=("unit.low", "celery"))
     platform.look()
@@ -297,7 +301,7 @@ def test_only_queues_that_somebody_serves_are_looked_at(platform: Platform) -> N
 
 
 @pytest.mark.parametrize(
-    ("used", "most", "expected", "told"),
+    ("used", "most", "expected", "percent"),
     [
         (96, 100, Level.EMERGENCY, 96.0),
         (85, 100, Level.CRITICAL, 85.0),
@@ -307,23 +311,23 @@ def test_only_queues_that_somebody_serves_are_looked_at(platform: Platform) -> N
     ],
 )
 def test_a_full_redis_is_pressure_at_once(
-    platform: Platform, used: int, most: int, expected: Level, told: float | None
+    platform: MonitoredPlatform, used: int, most: int, expected: Level, percent: float | None
 ) -> None:
     platform.memory = {"maxmemory": most, "used_memory": used}
     report = platform.look()
-    assert (report.level, report.redis_pct) == (expected, told)
+    assert (report.level, report.redis_pct) == (expected, percent)
 
 
-def test_a_redis_that_may_not_be_asked_of_its_memory_counts_for_nothing(platform: Platform) -> None:
+def test_a_redis_that_refuses_info_does_not_count(platform: MonitoredPlatform) -> None:
     platform.memory = ResponseError("NOPERM this user has no permissions to run the 'info' command")
     platform.host("w1", Level.HIGH)
     assert (platform.look().level, platform.look().redis_pct) == (Level.HIGH, None)
 
 
-def test_the_level_of_queues_lasts_as_a_hosts_does(platform: Platform) -> None:
+def test_the_level_of_queues_rises_and_falls_as_that_of_a_host(platform: MonitoredPlatform) -> None:
     platform.queues["unit.normal"] = QueueReport(3, 60.0)
     assert [platform.look().level for _ in range(3)] == [Level.NORMAL, Level.HIGH, Level.HIGH], (
-        "with the second in a row"
+        "the level rises with the second consecutive sample"
     )
     platform.queues.clear()
     course = [platform.look().level for _ in range(24)]
@@ -332,25 +336,25 @@ def test_the_level_of_queues_lasts_as_a_hosts_does(platform: Platform) -> None:
     assert set(course) == {Level.HIGH, Level.ELEVATED, Level.NORMAL}, "one step at a time"
 
 
-# --- who looks, and what is remembered --------------------------------------------------------
+# --- the election of a monitor, and its state -------------------------------------------------
 
 
-def test_of_two_that_are_asked_at_once_one_looks(platform: Platform) -> None:
+def test_of_two_monitors_at_once_one_is_elected(platform: MonitoredPlatform) -> None:
     (first, _), (second, store) = platform.monitor("m1"), platform.monitor("m2")
     assert platform.look(first) is not None
     store.round_trips = 0
     assert second.look() is None
-    assert store.round_trips == 1, "to be told that it is another's turn"
+    assert store.round_trips == 1, "the round trip that asks for the turn"
     assert len(Board(store, platform.keys, platform.settings).history()) == 1
-    assert platform.look(second) is not None, "the next look may be another's"
+    assert platform.look(second) is not None, "another monitor may have the next turn"
 
 
-def test_a_monitor_goes_on_where_another_one_stopped(platform: Platform) -> None:
+def test_a_monitor_continues_from_the_state_of_another(platform: MonitoredPlatform) -> None:
     platform.queues["unit.normal"] = QueueReport(3, 60.0)
     (first, _), (second, _) = platform.monitor("m1"), platform.monitor("m2")
     assert platform.look(first).level == Level.NORMAL
     assert platform.look(second).level == Level.HIGH, (
-        "the second in a row, though the first that this one saw"
+        "the second consecutive sample, and the first of this monitor"
     )
 
 
@@ -364,14 +368,14 @@ def test_a_monitor_goes_on_where_another_one_stopped(platform: Platform) -> None
         b"\x81",
     ],
 )
-def test_a_memory_of_another_release_is_begun_anew(platform: Platform, kept: bytes) -> None:
+def test_a_state_of_another_release_is_replaced(platform: MonitoredPlatform, kept: bytes) -> None:
     platform.look()
     platform.world.client().set(platform.keys.pressure().state, kept)
     assert platform.look().level == Level.NORMAL
     assert platform.world.client().get(platform.keys.pressure().state) != kept
 
 
-def test_a_memory_of_an_older_release_keeps_what_is_still_known(platform: Platform) -> None:
+def test_a_state_of_an_older_release_keeps_the_known_fields(platform: MonitoredPlatform) -> None:
     platform.world.client().set(
         platform.keys.pressure().state, msgspec.msgpack.encode({"level": 3, "gone": True})
     )
@@ -380,15 +384,17 @@ def test_a_memory_of_an_older_release_keeps_what_is_still_known(platform: Platfo
     assert changed.data["before"] == "critical"
 
 
-def test_a_server_whose_clock_is_set_back_is_looked_at_all_the_same(platform: Platform) -> None:
+def test_the_monitor_continues_when_the_clock_of_the_server_is_set_back(
+    platform: MonitoredPlatform,
+) -> None:
     platform.memory = {"maxmemory": 100, "used_memory": 96}
-    platform.looks(3)
+    platform.look_repeatedly(3)
     platform.world.now -= 3600
     platform.world.client().delete(platform.keys.pressure().turn)
     assert platform.look().level == Level.EMERGENCY
 
 
-def test_a_lost_broker_ends_the_look_before_anything_is_told(platform: Platform) -> None:
+def test_without_a_broker_nothing_is_published(platform: MonitoredPlatform) -> None:
     platform.broker_is_away = True
     with pytest.raises(OperationalError):
         platform.look()
@@ -396,30 +402,30 @@ def test_a_lost_broker_ends_the_look_before_anything_is_told(platform: Platform)
     assert Board(store, platform.keys, platform.settings).orders().cluster is None
 
 
-def test_a_lost_redis_ends_the_look(platform: Platform) -> None:
+def test_without_redis_the_monitor_raises_an_error(platform: MonitoredPlatform) -> None:
     monitor, store = platform.monitor()
     store.lost = True
     with pytest.raises(StoreUnavailable):
         platform.look(monitor)
 
 
-# --- what is told -----------------------------------------------------------------------------
+# --- events and alerts ------------------------------------------------------------------------
 
 
-def test_a_change_is_told_once_and_what_follows_from_it(platform: Platform) -> None:
+def test_each_change_of_level_emits_its_events_once(platform: MonitoredPlatform) -> None:
     platform.host("w1", Level.CRITICAL, why="memory 90 % of 1000 MB")
-    platform.looks(4)
+    platform.look_repeatedly(4)
     platform.host("w1", Level.HIGH)
-    platform.looks(2)
+    platform.look_repeatedly(2)
     platform.host("w1")
-    platform.looks(2)
+    platform.look_repeatedly(2)
 
     names = ("pressure.changed", "degradation.started", "degradation.ended")
-    told = [
+    emitted = [
         (each.name.partition(".")[2], each.data.get("level"), each.severity)
         for each in platform.events(*names)
     ]
-    assert told == [
+    assert emitted == [
         ("changed", "critical", EventSeverity.ERROR),
         ("started", None, EventSeverity.INFO),
         ("changed", "high", EventSeverity.WARNING),
@@ -431,11 +437,11 @@ def test_a_change_is_told_once_and_what_follows_from_it(platform: Platform) -> N
     assert "use_simplified_methods" in platform.events("degradation.started")[0].data["strategies"]
 
 
-def test_a_host_and_the_cluster_are_alerted_each_by_itself_and_not_at_every_look(
-    platform: Platform,
+def test_a_host_and_the_cluster_have_separate_alerts_once_each(
+    platform: MonitoredPlatform,
 ) -> None:
     platform.host("w1", Level.CRITICAL, memory_pct=90.0)
-    platform.looks(10)
+    platform.look_repeatedly(10)
     assert sorted(each for each in platform.alerts() if each[0] == "pressure.changed") == [
         ("pressure.changed", "cluster", EventSeverity.ERROR),
         ("pressure.changed", "w1", EventSeverity.ERROR),
@@ -443,11 +449,11 @@ def test_a_host_and_the_cluster_are_alerted_each_by_itself_and_not_at_every_look
     assert ("memory.high", "w1", EventSeverity.WARNING) in platform.alerts()
 
 
-def test_a_breaker_is_told_when_it_opens_and_when_it_closes(platform: Platform) -> None:
+def test_a_breaker_that_opens_or_closes_emits_an_event(platform: MonitoredPlatform) -> None:
     platform.breakers.states = {"llm": "closed", "web": "closed"}
     platform.look()
     platform.breakers.states["llm"] = "open"
-    platform.looks(2)
+    platform.look_repeatedly(2)
     platform.breakers.states["llm"] = "half_open"
     platform.look()
     assert [
@@ -455,7 +461,7 @@ def test_a_breaker_is_told_when_it_opens_and_when_it_closes(platform: Platform) 
         for each in platform.events("breaker.opened", "breaker.closed")
     ] == [("breaker.opened", "llm")]
     platform.breakers.states["llm"] = "closed"
-    platform.looks(2)
+    platform.look_repeatedly(2)
     assert [each.name for each in platform.events("breaker.opened", "breaker.closed")] == [
         "breaker.opened",
         "breaker.closed",
@@ -463,9 +469,11 @@ def test_a_breaker_is_told_when_it_opens_and_when_it_closes(platform: Platform) 
     assert platform.alerts() == [("breaker.opened", "llm", EventSeverity.WARNING)]
 
 
-def test_what_workers_tell_is_alerted_once_and_what_is_older_than_the_first_look_is_history(
-    platform: Platform,
+def test_events_of_workers_are_alerted_once_and_only_later_ones(
+    platform: MonitoredPlatform,
 ) -> None:
+    """Events before the first run of the monitor raise no alert."""
+
     def slow(operation: str) -> Event:
         return Event(
             "execution.slow",
@@ -481,11 +489,11 @@ def test_what_workers_tell_is_alerted_once_and_what_is_older_than_the_first_look
         slow("after"),
         Event("execution.odd", "not to be alerted", EventSeverity.WARNING, {"operation": "odd"}),
     )
-    platform.looks(3)
+    platform.look_repeatedly(3)
     assert platform.alerts() == [("execution.slow", "after", EventSeverity.WARNING)]
 
 
-def test_a_storm_of_events_is_alerted_by_operation(platform: Platform) -> None:
+def test_many_events_are_alerted_once_for_each_operation(platform: MonitoredPlatform) -> None:
     platform.look()
     Events(platform.world.store()).emit(
         *(
@@ -493,62 +501,62 @@ def test_a_storm_of_events_is_alerted_by_operation(platform: Platform) -> None:
             for n in range(300)
         )
     )
-    platform.looks(5)
+    platform.look_repeatedly(5)
     assert sorted(subject for _, subject, _ in platform.alerts()) == ["op0", "op1", "op2"]
 
 
-def test_advice_is_told_when_it_changes(platform: Platform) -> None:
-    assert platform.look().desired_workers == 2, "the fewest there may be"
+def test_advice_is_published_when_it_changes(platform: MonitoredPlatform) -> None:
+    assert platform.look().desired_workers == 2, "the smallest number allowed"
     platform.host("w2")
     platform.queues["unit.normal"] = QueueReport(5000)
     platform.look(after_s=601)
-    platform.looks(3)
-    told = [each["desired_workers"] for each in platform.webhook.sent]
-    assert told == [2, 3]
-    assert [each.data["desired_workers"] for each in platform.events("scaling.advised")] == told
+    platform.look_repeatedly(3)
+    sent = [each["desired_workers"] for each in platform.webhook.sent]
+    assert sent == [2, 3]
+    assert [each.data["desired_workers"] for each in platform.events("scaling.advised")] == sent
     assert "5000 messages wait" in str(platform.webhook.sent[-1]["why"])
 
 
-# --- what is expected -------------------------------------------------------------------------
+# --- forecasts --------------------------------------------------------------------------------
 
 
-def test_a_rise_is_foretold_half_a_minute_ahead(platform: Platform, world: World) -> None:
-    """After calm: of buckets of half a minute the forecast would lag behind by most of the
-    minute.
-    """
-    began, foretold, reached = world.now + 600, None, None
+def test_a_rise_is_predicted_half_a_minute_ahead(platform: MonitoredPlatform, world: World) -> None:
+    """After calm; with buckets of half a minute the forecast would lag by most of the minute."""
+    began, predicted, reached = world.now + 600, None, None
     for _ in range(400):
         percent = 50 + max(0.0, 5 * (world.now - began) / 60)
         platform.host("w1", Level.ELEVATED if percent >= 65 else Level.NORMAL, percent=percent)
         report = platform.look()
-        if foretold is None and report.rising_to:
+        if predicted is None and report.rising_to:
             assert report.rising_to == "elevated"
-            foretold = world.now
+            predicted = world.now
         if reached is None and report.level:
             reached = world.now
-    assert foretold is not None
+    assert predicted is not None
     assert reached is not None
-    assert 30 <= reached - foretold <= 75
+    assert 30 <= reached - predicted <= 75
 
 
-def test_steady_load_foretells_nothing(platform: Platform) -> None:
+def test_steady_load_predicts_no_rise(platform: MonitoredPlatform) -> None:
     platform.host("w1", percent=64.0)
     assert {platform.look().rising_to for _ in range(60)} == {""}
 
 
-def test_no_level_is_foretold_that_still_lasts(platform: Platform) -> None:
-    """The load climbs to ELEVATED, while the level is still HIGH from before."""
-    told = set()
+def test_no_level_is_predicted_that_still_lasts(platform: MonitoredPlatform) -> None:
+    """The load rises to ELEVATED while the level is still HIGH from before."""
+    predicted = set()
     for step in range(60):
         platform.host("w1", Level.HIGH, percent=40 + 0.4 * step)
-        told.add(platform.look().rising_to)
-    assert told == {""}
+        predicted.add(platform.look().rising_to)
+    assert predicted == {""}
 
 
-# --- jobs that wait to be taken in ------------------------------------------------------------
+# --- jobs that wait for admission -------------------------------------------------------------
 
 
-def test_who_waits_is_called_by_urgency_as_many_as_there_are_slots_for(platform: Platform) -> None:
+def test_waiting_jobs_are_called_by_urgency_in_proportion_to_the_slots(
+    platform: MonitoredPlatform,
+) -> None:
     platform.waiting("unit.low", "low 0")
     platform.waiting("unit.normal", *(f"normal {n}" for n in range(20)))
     platform.waiting("unit.high", "high 0")
@@ -571,8 +579,8 @@ def test_who_waits_is_called_by_urgency_as_many_as_there_are_slots_for(platform:
         (Level.EMERGENCY, "normal", ["high", "normal", "low"]),
     ],
 )
-def test_who_would_not_be_taken_in_is_not_called(
-    platform: Platform, level: Level, forced: str | None, called: list[str]
+def test_jobs_that_would_be_denied_are_not_called(
+    platform: MonitoredPlatform, level: Level, forced: str | None, called: list[str]
 ) -> None:
     platform.host("w1", level)
     for priority in ("low", "normal", "high"):
@@ -584,8 +592,8 @@ def test_who_would_not_be_taken_in_is_not_called(
 
 
 @pytest.mark.parametrize("report", [QueueReport(1000), QueueReport(3, 31.0)])
-def test_nobody_is_called_into_a_queue_that_is_full(
-    platform: Platform, report: QueueReport
+def test_no_job_is_called_into_a_full_queue(
+    platform: MonitoredPlatform, report: QueueReport
 ) -> None:
     platform.queues["unit.normal"] = report
     platform.waiting("unit.normal", "normal root")
@@ -597,16 +605,16 @@ def test_nobody_is_called_into_a_queue_that_is_full(
     assert platform.woken == ["high root", "normal root"]
 
 
-# --- the thread -------------------------------------------------------------------------------
+# --- places of jobs at work -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("at_work", "called"), [(0, 6), (1, 5), (6, 0), (9, 0)]
 )  # 9: the bound was lowered
-def test_the_monitor_calls_no_more_than_there_are_places(
+def test_the_monitor_calls_no_more_jobs_than_there_are_places(
     world: World, at_work: int, called: int
 ) -> None:
-    monitored = Platform(world)
+    monitored = MonitoredPlatform(world)
     others = room(world, 100)
     assert all(others.crowded(f"busy-{each}", "normal") is None for each in range(at_work))
     monitored.host(level=Level.NORMAL, slots=10)

@@ -1,6 +1,4 @@
-"""Who yields for urgent work: never more than wait for it, and nobody for work that has got its
-slot.
-"""
+"""Preemption: nodes yield for urgent work, never more than wait for a slot."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ ENOUGH = 15
 
 
 class Process:
-    """One process of a platform: its connection, the slots that all see, and how it asks for
-    room.
-    """
+    """One process of a platform: its connection, the shared slots, and its preemption."""
 
     def __init__(self, world: World) -> None:
         self.store: CountingStore = world.store()
@@ -44,7 +40,7 @@ class Process:
         self.do(self.slots.publish("worker", total, free, [queue]))
 
     def wins(self, queue: str = QUEUE) -> int:
-        """Have everybody try to yield; return how many may."""
+        """Let every node try to yield; return the number that may."""
         return sum(self.do(self.preemption.win(queue)) for _ in range(ENOUGH))
 
     def open(self, queue: str = QUEUE) -> int:
@@ -63,10 +59,10 @@ def after_the_grace(world: World) -> None:
     world.sleep((GRACE_MS + 1) / 1000)
 
 
-# --- how urgent -------------------------------------------------------------------------------
+# --- urgency ----------------------------------------------------------------------------------
 
 
-def test_the_most_urgent_priority_is_the_lowest_bit_and_a_strange_one_has_none() -> None:
+def test_each_priority_has_a_bit_and_other_queues_have_none() -> None:
     ranks = {name: rank_of(name) for name in ("critical", "high", "normal", "low", "control", "")}
 
     assert ranks == {"critical": 1, "high": 2, "normal": 4, "low": 8, "control": 0, "": 0}
@@ -85,7 +81,7 @@ def test_the_most_urgent_priority_is_the_lowest_bit_and_a_strange_one_has_none()
         (("critical", "high", "normal", "low"), "", "critical", "critical", "critical"),
     ],
 )
-def test_a_node_makes_room_for_the_most_urgent_of_those_above_it(
+def test_a_node_yields_for_the_most_urgent_of_the_more_urgent_priorities(
     waiting: tuple[str, ...], critical: str, high: str, normal: str, low: str
 ) -> None:
     ranks = sum(rank_of(name) for name in waiting)
@@ -110,12 +106,12 @@ def test_a_node_makes_room_for_the_most_urgent_of_those_above_it(
         (8, 0, 1, 5, "bcde"),
         (8, 8, 0, 5, ""),
         (8, 0, 9, 5, ""),
-        (3, 0, 0, 3, "abc"),  # more than there are slots would wait for each other
+        (3, 0, 0, 3, "abc"),  # more nodes than slots would wait for each other
         (3, 1, 1, 3, "c"),
-        (0, 0, 0, 0, ""),  # no worker serves the queue: nobody could run it, nobody yields
+        (0, 0, 0, 0, ""),  # no worker serves the queue: no node could run, so none yields
     ],
 )
-def test_free_slots_and_those_about_to_be_go_to_the_first_and_the_rest_is_without(
+def test_the_first_nodes_get_the_free_slots_and_the_rest_get_none(
     world: World, total: int, free: int, freed: int, counted: int, without: str
 ) -> None:
     process = Process(world)
@@ -139,7 +135,7 @@ def test_slots_of_another_queue_are_of_no_use(process: Process) -> None:
     assert process.open() == 0
 
 
-def test_nothing_is_counted_for_nothing(world: World, process: Process) -> None:
+def test_announcing_no_node_changes_nothing(world: World, process: Process) -> None:
     before = world.dump()
 
     assert process.preemption.announce(QUEUE, []) == []
@@ -149,13 +145,13 @@ def test_nothing_is_counted_for_nothing(world: World, process: Process) -> None:
 # --- yielding ---------------------------------------------------------------------------------
 
 
-def test_nobody_yields_within_the_grace_unless_it_is_insisted_on(
+def test_no_node_yields_within_the_grace_period_unless_insisted_on(
     world: World, process: Process
 ) -> None:
     process.preemption.announce(QUEUE, ["a", "b"])
     world.sleep(GRACE_MS / 2000)
 
-    assert (process.wins(), process.open()) == (0, 2), "it is known that somebody waits"
+    assert (process.wins(), process.open()) == (0, 2), "it is known that two nodes wait"
     process.preemption.insist(QUEUE, ["b", "a stranger"])
     assert (process.wins(), process.open()) == (1, 1)
     after_the_grace(world)
@@ -189,11 +185,13 @@ def test_k_nodes_without_a_slot_cause_at_most_k_yields(
         assert process.wins() == len(without)
         after_the_grace(world)
         assert process.wins() == (0 if claim_first else len(with_slot)), (
-            "their slots did not come: others must yield"
+            "their slots did not come, so other nodes must yield"
         )
 
 
-def test_a_claim_uses_up_a_yield_whichever_node_it_was_for(world: World, process: Process) -> None:
+def test_a_claim_uses_up_one_yield_whichever_node_it_was_for(
+    world: World, process: Process
+) -> None:
     process.preemption.announce(QUEUE, ["a", "b", "c"])
     after_the_grace(world)
     assert process.do(process.preemption.win(QUEUE)) == 1
@@ -201,7 +199,7 @@ def test_a_claim_uses_up_a_yield_whichever_node_it_was_for(world: World, process
     process.preemption.settle(QUEUE, "c")
 
     assert process.open() == 2
-    assert process.wins() == 2, "the slot that was given up is taken, and two nodes wait still"
+    assert process.wins() == 2, "the yielded slot is taken, and two nodes still wait"
 
 
 def test_a_claim_by_a_free_slot_leaves_the_yield_of_another_node(
@@ -214,13 +212,11 @@ def test_a_claim_by_a_free_slot_leaves_the_yield_of_another_node(
     process.preemption.settle(QUEUE, "a")
     after_the_grace(world)
 
-    assert (process.wins(), process.open()) == (0, 0), (
-        "b gets the slot that is about to be given up"
-    )
+    assert (process.wins(), process.open()) == (0, 0), "b gets the slot that is about to be yielded"
 
 
 @pytest.mark.parametrize("first", ["a", "b"])
-def test_a_slot_that_was_given_up_and_one_that_was_free_are_used_in_any_order(
+def test_a_yielded_slot_and_a_free_one_may_be_used_in_any_order(
     world: World, process: Process, first: str
 ) -> None:
     process.has_slots(8, free=1)
@@ -235,9 +231,7 @@ def test_a_slot_that_was_given_up_and_one_that_was_free_are_used_in_any_order(
     assert process.wins() == 1, "the other slot has not come"
 
 
-def test_a_claim_by_a_slot_that_nobody_gave_up_takes_a_token_away(
-    world: World, process: Process
-) -> None:
+def test_a_claim_without_a_yield_removes_a_token(world: World, process: Process) -> None:
     process.preemption.announce(QUEUE, ["a", "b"])
     after_the_grace(world)
 
@@ -249,7 +243,7 @@ def test_a_claim_by_a_slot_that_nobody_gave_up_takes_a_token_away(
 @pytest.mark.parametrize(
     "stranger", ["z", "", "a"], ids=["never counted", "without a name", "claimed before"]
 )
-def test_a_claim_of_a_node_that_does_not_count_changes_nothing(
+def test_a_claim_of_a_node_that_is_not_counted_changes_nothing(
     world: World, process: Process, stranger: str
 ) -> None:
     process.preemption.announce(QUEUE, ["a", "b", "c"])
@@ -263,7 +257,7 @@ def test_a_claim_of_a_node_that_does_not_count_changes_nothing(
     assert world.dump() == before
 
 
-def test_who_announces_twice_counts_once(world: World, process: Process) -> None:
+def test_a_node_that_is_announced_twice_counts_once(world: World, process: Process) -> None:
     for _ in range(2):
         process.preemption.announce(QUEUE, ["a", "b"])
     after_the_grace(world)
@@ -282,7 +276,7 @@ def test_each_queue_has_its_own_tokens(world: World, process: Process) -> None:
     assert (process.wins(QUEUE), process.wins("rlm.high")) == (1, 1)
 
 
-def test_nothing_is_left_when_everybody_has_a_slot(world: World, process: Process) -> None:
+def test_no_key_is_left_when_every_node_has_a_slot(world: World, process: Process) -> None:
     before = set(world.dump())
     process.preemption.announce(QUEUE, ["a", "b"])
     after_the_grace(world)
@@ -294,7 +288,7 @@ def test_nothing_is_left_when_everybody_has_a_slot(world: World, process: Proces
     assert (process.wins(), process.open(), set(world.dump())) == (0, 0, before)
 
 
-def test_a_token_nobody_claims_is_void_after_a_minute_and_leaves_nothing(
+def test_an_unclaimed_token_is_void_after_a_minute_and_leaves_no_key(
     world: World, process: Process
 ) -> None:
     process.preemption.announce(QUEUE, ["a"])
@@ -306,9 +300,8 @@ def test_a_token_nobody_claims_is_void_after_a_minute_and_leaves_nothing(
     assert not [key for key in world.dump() if b"preemption" in key]
 
 
-def test_a_void_token_takes_its_yield_along_and_does_not_keep_the_next_node_waiting(
-    world: World, process: Process
-) -> None:
+def test_a_void_token_takes_its_yield_with_it(world: World, process: Process) -> None:
+    """The next node that waits gets a yield of its own."""
     process.preemption.announce(QUEUE, ["cancelled"])
     after_the_grace(world)
     assert process.wins() == 1
@@ -321,9 +314,7 @@ def test_a_void_token_takes_its_yield_along_and_does_not_keep_the_next_node_wait
     assert process.wins() == 1
 
 
-def test_of_two_that_have_yielded_one_stays_when_one_token_is_void(
-    world: World, process: Process
-) -> None:
+def test_of_two_yields_one_is_left_when_one_token_is_void(world: World, process: Process) -> None:
     process.preemption.announce(QUEUE, ["a", "b"])
     after_the_grace(world)
     assert process.wins() == 2
@@ -334,11 +325,11 @@ def test_of_two_that_have_yielded_one_stays_when_one_token_is_void(
     assert (process.open(), process.wins()) == (0, 0)
 
 
-# --- where the broker does not say what goes first --------------------------------------------
+# --- brokers that do not order queues ---------------------------------------------------------
 
 
 def given_up(process: Process, *slots: str) -> None:
-    """Have as many nodes wait as others have yielded for."""
+    """Announce as many nodes as slots, and let these slots be yielded."""
     process.preemption.insist(
         QUEUE, process.preemption.announce(QUEUE, [f"urgent {slot}" for slot in slots])
     )
@@ -347,10 +338,8 @@ def given_up(process: Process, *slots: str) -> None:
         process.do(process.preemption.yielded(QUEUE, slot))
 
 
-def test_a_slot_that_was_given_up_is_left_alone_for_a_moment(
-    world: World, process: Process
-) -> None:
-    assert process.do(process.preemption.awaited(QUEUE)) == 0, "nobody waits"
+def test_a_yielded_slot_is_reserved_for_a_moment(world: World, process: Process) -> None:
+    assert process.do(process.preemption.awaited(QUEUE)) == 0, "no node waits"
     given_up(process, "a")
 
     for _ in range(2):
@@ -359,18 +348,18 @@ def test_a_slot_that_was_given_up_is_left_alone_for_a_moment(
     assert process.do(process.preemption.awaited(QUEUE)) == 0
 
 
-def test_who_takes_a_slot_that_nobody_came_for_has_another_yield(
+def test_a_reserved_slot_taken_by_another_node_leads_to_one_more_yield(
     world: World, process: Process
 ) -> None:
     given_up(process, "a", "b")
     world.sleep(PATIENCE_MS / 1000)
-    assert process.wins() == 0, "both are still believed to come"
+    assert process.wins() == 0, "both urgent nodes are still expected"
 
     assert process.do(process.preemption.awaited(QUEUE)) == 0
-    assert process.wins() == 1, "it has taken one of them"
+    assert process.wins() == 1, "the other node has taken one of the slots"
 
 
-def test_a_slot_that_was_promised_is_left_alone_as_well(world: World, process: Process) -> None:
+def test_a_promised_slot_is_reserved_for_a_moment(world: World, process: Process) -> None:
     process.has_slots(8, free=1)
     process.preemption.announce(QUEUE, ["a"])
 
@@ -379,10 +368,8 @@ def test_a_slot_that_was_promised_is_left_alone_as_well(world: World, process: P
     assert process.do(process.preemption.awaited(QUEUE)) == 0
 
 
-@pytest.mark.parametrize(("mine", "asked"), [("critical", 0), ("high", 1), ("low", 2)])
-def test_only_for_what_is_more_urgent_and_waits_for_this_worker_a_message_goes_back(
-    mine: str, asked: int
-) -> None:
+@pytest.mark.parametrize(("mine", "waiting"), [("critical", 0), ("high", 1), ("low", 2)])
+def test_a_message_goes_back_only_for_more_urgent_work_that_waits(mine: str, waiting: int) -> None:
     platform = Platform()
     runtime, store = platform.runtime, platform.store
     runtime.page.urgent = rank_of("critical") | rank_of("high")
@@ -391,10 +378,10 @@ def test_only_for_what_is_more_urgent_and_waits_for_this_worker_a_message_goes_b
         runtime.preemption.insist(queue, runtime.preemption.announce(queue, [f"a node of {queue}"]))
         store.call(runtime.preemption.win(queue), runtime.preemption.yielded(queue, "somebody"))
 
-    assert not runtime.goes_back(f"unit.{mine}"), "Redis hands over what is more urgent first"
+    assert not runtime.goes_back(f"unit.{mine}"), "Redis delivers the more urgent message first"
     runtime.in_order = False
-    assert runtime.goes_back(f"unit.{mine}") == (asked > 0)
-    for queue in ("unit.critical", "unit.high")[:asked]:
+    assert runtime.goes_back(f"unit.{mine}") == (waiting > 0)
+    for queue in ("unit.critical", "unit.high")[:waiting]:
         runtime.preemption.settle(queue, f"a node of {queue}")
     assert not runtime.goes_back(f"unit.{mine}")
 
@@ -402,7 +389,7 @@ def test_only_for_what_is_more_urgent_and_waits_for_this_worker_a_message_goes_b
 # --- while Redis is away ----------------------------------------------------------------------
 
 
-def test_without_redis_nobody_is_asked_and_nothing_is_raised(process: Process) -> None:
+def test_without_redis_no_node_is_asked_and_nothing_is_raised(process: Process) -> None:
     process.store.lost = True
 
     assert process.preemption.announce(QUEUE, ["a", "b"]) == ()
@@ -410,14 +397,14 @@ def test_without_redis_nobody_is_asked_and_nothing_is_raised(process: Process) -
     process.preemption.settle(QUEUE, "a")
 
 
-def test_redis_that_goes_away_between_two_questions_is_no_error_either(
+def test_an_outage_between_two_calls_raises_no_error(
     process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ask(queue: str, nodes: list[str], *, promised: int) -> Call:
         process.store.lost = True
-        return asked(queue, nodes, promised=promised)
+        return original(queue, nodes, promised=promised)
 
-    asked = process.preemption.ask
+    original = process.preemption.ask
     monkeypatch.setattr(process.preemption, "ask", ask)
 
     assert process.preemption.announce(QUEUE, ["a"]) == ()
@@ -427,16 +414,16 @@ def test_redis_that_goes_away_between_two_questions_is_no_error_either(
 
 
 class Oracle:
-    """What the script should know, in plain Python; times are the server's, in ms."""
+    """The state that the script should keep, in plain Python; times are the server's, in ms."""
 
     def __init__(self) -> None:
-        self.waiting: dict[str, int] = {}  # node -> when its grace ends
-        self.coming: dict[str, int] = {}  # slot -> until when it is believed to take one of them
-        self.yields = 0  # about to be made
+        self.waiting: dict[str, int] = {}  # node -> the end of its grace period
+        self.coming: dict[str, int] = {}  # slot -> the time until which it counts as taken
+        self.yields = 0  # tokens won, slots not yet given up
         self.slots, self.free, self.slots_at = 0, 0, 0
 
     def now_is(self, now: int) -> None:
-        """Forget what is void."""
+        """Forget void tokens."""
         self.coming = {slot: until for slot, until in self.coming.items() if until > now}
         for node in [node for node, ripe in self.waiting.items() if now - ripe >= TTL_MS]:
             del self.waiting[node]
@@ -446,13 +433,13 @@ class Oracle:
             self.slots = self.free = 0
 
     def settle(self) -> None:
-        """Expect nothing for nobody."""
+        """Expect no slot when no node waits."""
         self.yields = min(self.yields, len(self.waiting))
         if not self.waiting:
             self.coming.clear()
 
     def claimed(self, node: str) -> None:
-        """A node has its slot: one that was coming, else one that a yield has made."""
+        """Give a node its slot: one that was coming, else one of a yield."""
         del self.waiting[node]
         self.use()
         self.settle()
@@ -464,17 +451,17 @@ class Oracle:
             self.yields = max(0, self.yields - 1)
 
     def yielded(self, who: str, now: int) -> None:
-        """Who had won a token has given up its slot."""
+        """Note that a node that won a token has given up its slot."""
         if self.yields:
             self.yields -= 1
             self.coming[who] = now + TTL_MS
 
     def wins(self, now: int) -> bool:
-        """Whether somebody who asks now is to yield."""
+        """Return whether a node that tries now is to yield."""
         return sum(ripe <= now for ripe in self.waiting.values()) > self.yields + len(self.coming)
 
     def announced(self, nodes: list[str], freed: int, now: int) -> list[str]:
-        """Promise free slots to the first; return the nodes that find none."""
+        """Promise free slots to the first nodes; return those that get none."""
         taken = min(self.free, max(0, len(nodes) - freed))
         self.free -= taken
         counted, promised = nodes[: self.slots], freed + taken
@@ -487,7 +474,7 @@ class Oracle:
 
 
 class PreemptionMachine(RuleBasedStateMachine):
-    """Several processes that ask for room and make it, beside the oracle."""
+    """Several processes that announce nodes and yield, beside the oracle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -506,7 +493,7 @@ class PreemptionMachine(RuleBasedStateMachine):
         return self.processes[0].store.now_ms()
 
     def any(self) -> Process:
-        """One process after the other: it must not matter which."""
+        """Return the processes in turn; the choice must not matter."""
         self.processes.append(self.processes.pop(0))
         return self.processes[0]
 
@@ -528,7 +515,7 @@ class PreemptionMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.counted)
     @rule(at=st.integers(0, 20), count=st.integers(1, 3))
-    def it_is_insisted(self, at: int, count: int) -> None:
+    def waiting_nodes_insist(self, at: int, count: int) -> None:
         nodes = self.counted[-at - 1 :][:count]
         self.any().preemption.insist(QUEUE, nodes)
         waiting = [node for node in nodes if node in self.oracle.waiting]
@@ -536,7 +523,7 @@ class PreemptionMachine(RuleBasedStateMachine):
         self.oracle.waiting.update(dict.fromkeys(waiting, self.now))
 
     @rule()
-    def somebody_tries_to_yield(self) -> None:
+    def a_node_tries_to_yield(self) -> None:
         expected = self.oracle.wins(self.now)
         process = self.any()
         assert process.do(process.preemption.win(QUEUE)) == int(expected)
@@ -544,7 +531,8 @@ class PreemptionMachine(RuleBasedStateMachine):
         self.won += expected
 
     @rule()
-    def somebody_gives_up_its_slot_who_may_have_won(self) -> None:
+    def a_node_gives_up_its_slot(self) -> None:
+        """It may or may not have won a token."""
         self.gone += 1
         process = self.any()
         process.do(process.preemption.yielded(QUEUE, f"low {self.gone}"))
@@ -552,14 +540,15 @@ class PreemptionMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.counted)
     @rule(at=st.integers(0, 20))
-    def a_node_is_claimed_perhaps_again_or_late(self, at: int) -> None:
+    def a_node_is_claimed(self, at: int) -> None:
+        """The claim may be late, or a repeated one."""
         node = self.counted[-(at % len(self.counted)) - 1]
         self.any().preemption.settle(QUEUE, node)
         if node in self.oracle.waiting:
             self.oracle.claimed(node)
 
     @rule()
-    def redis_is_away_for_one(self) -> None:
+    def redis_is_away_for_one_process(self) -> None:
         process = self.any()
         process.store.lost = True
         assert process.preemption.announce(QUEUE, ["lost"]) == ()
@@ -573,14 +562,16 @@ class PreemptionMachine(RuleBasedStateMachine):
         self.oracle.now_is(self.now)
 
     @invariant()
-    def it_knows_how_many_tokens_are_open(self) -> None:
+    def open_tokens_equal_those_of_the_oracle(self) -> None:
         assert self.processes[0].open() == len(self.oracle.waiting) - self.oracle.yields
 
     @invariant()
-    def nobody_yields_for_nothing(self) -> None:
-        assert self.oracle.yields <= len(self.oracle.waiting), "made for nodes that wait still"
+    def no_node_yields_needlessly(self) -> None:
+        assert self.oracle.yields <= len(self.oracle.waiting), (
+            "yields are for nodes that still wait"
+        )
         assert self.won <= len(self.counted) + self.renewed, (
-            "ever: one for each time that a node has asked"
+            "one yield at most for each time that a node was announced"
         )
 
 

@@ -25,5 +25,5 @@ def test_only_known_ages_count() -> None:
         ("low-high", "normal"),
     ],
 )
-def test_a_queue_is_as_urgent_as_its_last_name_says(queue: str, priority: str) -> None:
+def test_the_last_part_of_its_name_is_the_priority_of_a_queue(queue: str, priority: str) -> None:
     assert priority_of(queue) == priority

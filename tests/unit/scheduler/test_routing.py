@@ -1,5 +1,5 @@
-"""Where calls go: whose turn it is, who has least to do, whose key it is, and who stands in for
-whoever is away.
+"""The order of endpoints for a call: by turns, by calls in flight, or by key, and without those
+that are away.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WEIGHTS = st.lists(st.integers(1, 9), min_size=1, max_size=5).map(
 
 
 def firsts(router: Router, turns: int, without: str = "") -> list[str]:
-    """Return who gets the next calls, while one is away."""
+    """Return the endpoints of the next calls, while one is away."""
     return [next(name for name in router.order() if name != without) for _ in range(turns)]
 
 
@@ -34,7 +34,7 @@ def firsts(router: Router, turns: int, without: str = "") -> list[str]:
     st.sampled_from(ALGORITHMS),
     st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=9),
 )
-def test_every_order_names_each_once(
+def test_every_order_has_each_endpoint_once(
     weights: dict[str, int], algorithm: Algorithm, keys: list[str]
 ) -> None:
     router = Router(weights, algorithm)
@@ -45,13 +45,13 @@ def test_every_order_names_each_once(
         router.began(order[0])
 
 
-def test_round_robin_takes_turns_whatever_the_weights() -> None:
+def test_round_robin_ignores_the_weights() -> None:
     router = Router({"a": 9, "b": 1, "c": 0.5}, "round_robin")
 
     assert firsts(router, 6) == ["a", "b", "c", "a", "b", "c"]
 
 
-def test_the_turns_of_one_that_is_away_are_shared_alike() -> None:
+def test_the_turns_of_a_missing_endpoint_are_shared_by_the_others() -> None:
     alike, weighted = (
         Router(dict.fromkeys("abc", 1), "round_robin"),
         Router({"a": 2, "b": 1, "c": 3}, "weighted"),
@@ -64,13 +64,13 @@ def test_the_turns_of_one_that_is_away_are_shared_alike() -> None:
 # --- by weight --------------------------------------------------------------------------------
 
 
-def test_turns_by_weight_are_those_of_nginx() -> None:
+def test_turns_by_weight_equal_those_of_nginx() -> None:
     assert "".join(firsts(Router({"a": 5, "b": 1, "c": 1}, "weighted"), 7)) == "aabacaa"
 
 
 @given(WEIGHTS, st.sampled_from([1, 10, 0.01]))
 def test_shares_are_exact_and_turns_repeat(weights: dict[str, int], unit: float) -> None:
-    """Whatever the unit: tenths are as exact as whole numbers."""
+    """In any unit: tenths are as exact as whole numbers."""
     common = math.gcd(*weights.values())
     period = sum(weights.values()) // common
     turns = firsts(
@@ -82,7 +82,7 @@ def test_shares_are_exact_and_turns_repeat(weights: dict[str, int], unit: float)
 
 
 @given(WEIGHTS)
-def test_nobody_is_ever_a_turn_ahead_of_its_share_nor_far_behind(weights: dict[str, int]) -> None:
+def test_no_endpoint_is_a_turn_ahead_of_its_share_or_far_behind(weights: dict[str, int]) -> None:
     n, whole = len(weights), sum(weights.values())
     behind = sum(Fraction(1, each) for each in range(2, n + 1))
     had, router = Counter(dict.fromkeys(weights, 0)), Router(weights, "weighted")
@@ -95,9 +95,9 @@ def test_nobody_is_ever_a_turn_ahead_of_its_share_nor_far_behind(weights: dict[s
 
 
 @given(WEIGHTS)
-def test_nobody_waits_longer_than_needed(weights: dict[str, int]) -> None:
-    """One that is due every x turns comes within x and a part of it that grows with the logarithm
-    of their number.
+def test_the_time_between_two_turns_is_bounded(weights: dict[str, int]) -> None:
+    """An endpoint due every x turns comes within x turns, and a part of x that grows with the
+    logarithm of their number.
     """
     whole, late = sum(weights.values()), sum(1 / each for each in range(1, len(weights)))
     turns = firsts(Router(weights, "weighted"), 3 * whole)
@@ -116,7 +116,7 @@ def test_nobody_waits_longer_than_needed(weights: dict[str, int]) -> None:
     st.lists(st.sampled_from([True, True, False]), max_size=60),
     st.randoms(use_true_random=False),
 )
-def test_calls_go_to_who_has_least_in_flight_for_its_weight(
+def test_calls_go_to_the_endpoint_with_least_in_flight_for_its_weight(
     weights: dict[str, int], began: list[bool], random: Any
 ) -> None:
     router, flying = (
@@ -145,14 +145,14 @@ def test_calls_in_flight_are_balanced(weights: dict[str, int], calls: int) -> No
 
     load = {name: Fraction(count, weights[name]) for name, count in router.in_flight.items()}
     assert all(load[name] <= min(load.values()) + Fraction(1, weights[name]) for name in weights), (
-        "by one call at most"
+        "they differ by one call at most"
     )
 
 
 def test_ties_are_broken_by_turns() -> None:
     router = Router({"a": 2, "b": 1}, "least_connections")
 
-    assert Counter(firsts(router, 6)) == {"a": 4, "b": 2}, "all are idle each time"
+    assert Counter(firsts(router, 6)) == {"a": 4, "b": 2}, "all are idle at each call"
 
 
 # --- by key -----------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def owners(weights: dict[str, float]) -> dict[str, str]:
     return {key: router.order(key)[0] for key in KEYS}
 
 
-def test_a_key_has_its_place_in_every_process_and_version() -> None:
+def test_a_key_has_the_same_order_in_every_process_and_version() -> None:
     router = Router(dict.fromkeys("abcd", 1), "consistent_hash")
 
     assert ["".join(router.order(key)) for key in ("", "one", "two", "three")] == [
@@ -179,7 +179,7 @@ def test_a_key_has_its_place_in_every_process_and_version() -> None:
 
 @settings(max_examples=30)
 @given(st.lists(st.sampled_from([1.0, 2.0, 3.0]), min_size=2, max_size=5), st.data())
-def test_without_one_the_order_of_the_others_stays(
+def test_without_one_endpoint_the_order_of_the_others_stays(
     weights: list[float], data: st.DataObject
 ) -> None:
     every = dict(zip(NAMES, weights, strict=False))
@@ -195,7 +195,7 @@ def test_without_one_the_order_of_the_others_stays(
         assert after.order(key) == [name for name in before.order(key) if name != gone]
 
 
-def test_the_keys_of_one_that_is_gone_are_few_and_spread_over_the_others() -> None:
+def test_only_the_keys_of_a_missing_endpoint_move_to_the_others() -> None:
     every = dict.fromkeys(NAMES, 1.0)
     before, after = owners(every), owners(dict.fromkeys("abde", 1.0))
     moved = Counter(after[key] for key in KEYS if before[key] != after[key])
@@ -206,7 +206,7 @@ def test_the_keys_of_one_that_is_gone_are_few_and_spread_over_the_others() -> No
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_keys_are_shared_by_weight_whatever_its_unit(scale: float) -> None:
+def test_keys_are_shared_by_weight_in_any_unit(scale: float) -> None:
     weights = {"a": 1.0 * scale, "b": 2.0 * scale, "c": 5.0 * scale}
     found = Counter(owners(weights).values())
 
@@ -214,22 +214,22 @@ def test_keys_are_shared_by_weight_whatever_its_unit(scale: float) -> None:
         assert found[name] == pytest.approx(len(KEYS) * weight / sum(weights.values()), rel=0.2)
 
 
-# --- what cannot be ---------------------------------------------------------------------------
+# --- refused arguments ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("weight", [0, -1, math.nan, math.inf])
-def test_a_weight_that_is_none_is_told(algorithm: Algorithm, weight: float) -> None:
+def test_a_wrong_weight_is_refused(algorithm: Algorithm, weight: float) -> None:
     with pytest.raises(InvalidValue, match=r"weights\[b\]=.*: must be a number above 0"):
         Router({"a": 1, "b": weight}, algorithm)
 
 
-def test_nobody_to_call_is_told() -> None:
+def test_a_router_without_endpoints_is_refused() -> None:
     with pytest.raises(InvalidValue, match=r"weights=\{\}: must name one endpoint at least"):
         Router({}, "weighted")
 
 
-def test_an_unknown_algorithm_is_told() -> None:
+def test_an_unknown_algorithm_is_refused() -> None:
     wrong: Any = "random"
     with pytest.raises(
         InvalidValue,

@@ -1,5 +1,6 @@
-"""What a sampler makes of /proc and /sys/fs/cgroup: whose memory and CPU count, and what broken
-files do: nothing.
+"""Samples of a host from /proc and /sys/fs/cgroup: memory, CPU and waiting.
+
+Broken files never lead to an error or to a wrong figure.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ UNLIMITED_V1 = "9223372036854771712"
 
 
 class Host:
-    """A root folder with a kernel's files in it, and a clock."""
+    """A root folder with the files of a kernel, and a clock."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.now, self.cpus = root, 1000.0, {0, 1}
@@ -35,7 +36,7 @@ class Host:
         file.write_text(text, encoding="latin-1")
 
     def stat(self, *busy_and_idle: tuple[int, int], running: int = 1) -> None:
-        """Write the ticks of each CPU, with a tenth of what is idle spent waiting for a disk."""
+        """Write the ticks of each CPU; a tenth of the idle ticks is spent waiting for a disk."""
         lines = [
             f"cpu{n} {busy} 0 0 {idle - idle // 10} {idle // 10} 0 0 0 {busy} 0"
             for n, (busy, idle) in enumerate(busy_and_idle or [(0, 0)] * 2)
@@ -78,7 +79,10 @@ class Host:
 
 
 def meminfo(total_mb: int, available_mb: int) -> str:
-    return f"MemTotal:       {total_mb * 1024} kB\nMemFree:          1024 kB\nMemAvailable:   {available_mb * 1024} kB\nHugePages_Total:       0\n"
+    return (
+        f"MemTotal:       {total_mb * 1024} kB\nMemFree:          1024 kB\nMemAvailable:   "
+        f"{available_mb * 1024} kB\nHugePages_Total:       0\n"
+    )
 
 
 def cgroup2(
@@ -111,7 +115,10 @@ def usage2(
 ) -> None:
     host.write(
         f"{folder}/cpu.stat",
-        f"usage_usec {used_s * 1e6:.0f}\nuser_usec 1\nnr_periods {periods}\nnr_throttled {throttled}\nthrottled_usec 9\n",
+        (
+            f"usage_usec {used_s * 1e6:.0f}\nuser_usec 1\nnr_periods {periods}\nnr_throttled "
+            f"{throttled}\nthrottled_usec 9\n"
+        ),
     )
 
 
@@ -168,7 +175,7 @@ def host(tmp_path: Path) -> Host:
 # --- memory -----------------------------------------------------------------------------------
 
 
-def test_without_any_limit_both_sides_are_the_host_s(host: Host) -> None:
+def test_without_a_limit_memory_is_that_of_the_host(host: Host) -> None:
     sample = host.sample()
 
     assert (sample.memory_pct, sample.memory_mb, sample.memory_limit_mb, sample.available_mb) == (
@@ -180,7 +187,7 @@ def test_without_any_limit_both_sides_are_the_host_s(host: Host) -> None:
     assert sample.source == "host"
 
 
-def test_a_cgroup_of_version_2_counts_its_working_set_against_its_limit(host: Host) -> None:
+def test_a_cgroup_of_version_2_compares_its_working_set_with_its_limit(host: Host) -> None:
     in_cgroup2(host, "/system.slice/worker.service")
     cgroup2(host, "/system.slice/worker.service", used_mb=1500, file_mb=500, most=str(2000 * MB))
 
@@ -195,14 +202,14 @@ def test_a_cgroup_of_version_2_counts_its_working_set_against_its_limit(host: Ho
     assert sample.source == "cgroup2"
 
 
-def test_memory_high_is_a_limit_too(host: Host) -> None:
+def test_memory_high_is_a_limit(host: Host) -> None:
     in_cgroup2(host, "/worker")
     cgroup2(host, "/worker", used_mb=900, most=str(2000 * MB), high=str(1000 * MB))
 
     assert host.sample().memory_pct == 90
 
 
-def test_a_smaller_limit_around_the_own_cgroup_counts_with_the_usage_of_its_own(host: Host) -> None:
+def test_a_smaller_limit_of_a_parent_cgroup_counts_with_its_usage(host: Host) -> None:
     in_cgroup2(host, "/pod/worker")
     cgroup2(host, "/pod", used_mb=900, file_mb=100, most=str(1000 * MB))
     cgroup2(host, "/pod/worker", used_mb=300, most=str(2000 * MB))
@@ -212,7 +219,7 @@ def test_a_smaller_limit_around_the_own_cgroup_counts_with_the_usage_of_its_own(
     assert (sample.memory_pct, sample.memory_mb, sample.memory_limit_mb) == (80, 800, 1000)
 
 
-def test_of_equal_limits_the_outer_one_counts_because_it_holds_more(host: Host) -> None:
+def test_of_equal_limits_that_of_the_parent_cgroup_counts(host: Host) -> None:
     in_cgroup2(host, "/pod/worker")
     cgroup2(host, "/pod", used_mb=900, most=str(1000 * MB))
     cgroup2(host, "/pod/worker", used_mb=300, most=str(1000 * MB))
@@ -220,7 +227,7 @@ def test_of_equal_limits_the_outer_one_counts_because_it_holds_more(host: Host) 
     assert host.sample().memory_mb == 900
 
 
-def test_a_limit_above_the_host_s_memory_is_none(host: Host) -> None:
+def test_a_limit_above_the_memory_of_the_host_is_ignored(host: Host) -> None:
     in_cgroup2(host, "/worker")
     cgroup2(host, "/worker", used_mb=300, most=str(64_000 * MB))
 
@@ -228,9 +235,7 @@ def test_a_limit_above_the_host_s_memory_is_none(host: Host) -> None:
 
 
 @pytest.mark.parametrize("path", ["/docker/4f1c", "/../../kubepods/pod7", "/.."])
-def test_in_a_container_whose_path_is_not_below_the_mount_the_mount_is_the_own_cgroup(
-    host: Host, path: str
-) -> None:
+def test_a_cgroup_path_outside_of_the_mount_stands_for_the_mount(host: Host, path: str) -> None:
     in_cgroup2(host, path)
     host.pressure("cpu", 0, folder=cgroup2(host, "/", used_mb=512, most=str(1024 * MB)))
 
@@ -239,7 +244,7 @@ def test_in_a_container_whose_path_is_not_below_the_mount_the_mount_is_the_own_c
     assert (sample.memory_pct, sample.source, sample.cpu_waiting_pct) == (50, "cgroup2", 0)
 
 
-def test_version_1_counts_its_working_set_against_its_limit(host: Host) -> None:
+def test_a_cgroup_of_version_1_compares_its_working_set_with_its_limit(host: Host) -> None:
     in_cgroup1(host, "/docker/4f1c")
     memory1(host, "/", used_mb=9000)
     memory1(host, "/docker/4f1c", used_mb=1500, file_mb=300, limit=str(1600 * MB))
@@ -249,16 +254,16 @@ def test_version_1_counts_its_working_set_against_its_limit(host: Host) -> None:
     assert (sample.memory_pct, sample.memory_mb, sample.source) == (75, 1200, "cgroup1")
 
 
-def test_a_limit_near_2_to_the_63_is_none(host: Host) -> None:
+def test_a_limit_near_2_to_the_63_is_ignored(host: Host) -> None:
     in_cgroup1(host, "/docker/4f1c")
     memory1(host, "/docker/4f1c", used_mb=1500)
 
     assert host.sample().source == "host"
     (host.root / "proc/meminfo").unlink()
-    assert host.sampler().sample() is None, "even where the host does not tell how much it has"
+    assert host.sampler().sample() is None, "even when the memory of the host is not known"
 
 
-def test_a_hybrid_host_has_its_limits_in_version_1_and_its_waiting_in_version_2(host: Host) -> None:
+def test_a_hybrid_host_has_limits_in_version_1_and_waiting_in_version_2(host: Host) -> None:
     in_cgroup1(host, "/worker", hybrid=True)
     memory1(host, "/worker", used_mb=750, limit=str(1000 * MB))
     host.pressure("cpu", 0, folder="sys/fs/cgroup/unified")
@@ -274,13 +279,13 @@ def test_a_hybrid_host_has_its_limits_in_version_1_and_its_waiting_in_version_2(
     assert sample.cpu_waiting_pct == pytest.approx(30)
 
 
-# --- memory of our own ------------------------------------------------------------------------
+# --- the limit max_memory_mb ------------------------------------------------------------------
 
 
 def process(
     host: Host, name: str, resident_mb: int, shared_mb: int, threads: dict[str, str]
 ) -> None:
-    """Make a process by its children, of each of its threads."""
+    """Write the files of a process, with the children of each of its threads."""
     pages = MB // PAGE
     host.write(f"proc/{name}/statm", f"999999 {resident_mb * pages} {shared_mb * pages} 1 0 1 0\n")
     for thread, children in threads.items():
@@ -289,8 +294,9 @@ def process(
 
 @pytest.fixture
 def family(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
-    """100 MB of its own in the main process, 200 in a pool process, 150 in what that has started,
-    50 in another of a thread.
+    """A main process of 100 MB, pool processes of 200 and 50 MB, and a child process of 150 MB.
+
+    One of the pool processes belongs to another thread.
     """
     monkeypatch.setattr("scheduler.sampling._PAGE", PAGE)
     process(host, "self", 130, 30, {"10": "21 ", "11": "22 "})
@@ -300,7 +306,7 @@ def family(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     return host
 
 
-def test_a_memory_of_our_own_bounds_this_process_and_all_below_it(family: Host) -> None:
+def test_max_memory_mb_bounds_this_process_and_its_descendants(family: Host) -> None:
     sample = family.sample(max_memory_mb=1000)
 
     assert (sample.memory_pct, sample.memory_mb, sample.memory_limit_mb, sample.source) == (
@@ -311,7 +317,7 @@ def test_a_memory_of_our_own_bounds_this_process_and_all_below_it(family: Host) 
     )
 
 
-def test_a_memory_of_our_own_hides_no_host_that_is_closer_to_its_end(family: Host) -> None:
+def test_max_memory_mb_does_not_hide_a_host_that_is_closer_to_its_limit(family: Host) -> None:
     family.write("proc/meminfo", meminfo(total_mb=16_000, available_mb=1600))
 
     assert (
@@ -320,7 +326,7 @@ def test_a_memory_of_our_own_hides_no_host_that_is_closer_to_its_end(family: Hos
     ) == (90, "host")
 
 
-def test_a_memory_of_our_own_hides_no_limit_of_a_cgroup_that_is_closer(family: Host) -> None:
+def test_max_memory_mb_does_not_hide_a_cgroup_that_is_closer_to_its_limit(family: Host) -> None:
     in_cgroup2(family, "/worker")
     cgroup2(family, "/worker", used_mb=700, most=str(1000 * MB))
 
@@ -339,7 +345,7 @@ def second(host: Host, sampler: Sampler) -> Sample:
     return found
 
 
-def test_the_first_sample_tells_memory_and_no_cpu(host: Host) -> None:
+def test_the_first_sample_has_memory_and_no_cpu(host: Host) -> None:
     host.stat((500, 100), (500, 100))
     host.pressure("cpu", 999_999)
 
@@ -353,7 +359,7 @@ def test_the_first_sample_tells_memory_and_no_cpu(host: Host) -> None:
     )
 
 
-def test_without_a_quota_cpu_is_how_busy_the_cpus_are_that_we_may_run_on(host: Host) -> None:
+def test_without_a_quota_cpu_is_the_use_of_the_cpus_we_may_run_on(host: Host) -> None:
     host.cpus = {1, 2}
     host.stat(*[(0, 0)] * 4)
     sampler = host.sampler()
@@ -361,11 +367,11 @@ def test_without_a_quota_cpu_is_how_busy_the_cpus_are_that_we_may_run_on(host: H
     host.stat((100, 0), (50, 50), (30, 70), (100, 0))
 
     assert second(host, sampler).cpu_pct == pytest.approx(40), (
-        "guests' time is in users' already, waiting for a disk is idle"
+        "guest time is part of user time, and waiting for a disk is idle"
     )
 
 
-def test_cpus_that_have_other_numbers_are_taken_together(host: Host) -> None:
+def test_cpus_with_other_numbers_are_taken_together(host: Host) -> None:
     host.cpus = {6, 7}
     host.stat((0, 0), (0, 0))
     sampler = host.sampler()
@@ -380,7 +386,7 @@ def test_cpus_that_have_other_numbers_are_taken_together(host: Host) -> None:
     [("50000 100000", 2, 60), ("150000 100000", 4, 20), ("800000 100000", 2, 15)],
     ids=["half a CPU", "one and a half", "more than there are CPUs"],
 )
-def test_with_a_quota_of_version_2_cpu_is_what_was_used_of_it(
+def test_with_a_quota_of_version_2_cpu_is_the_used_share_of_it(
     host: Host, quota: str, cpus: int, expected: float
 ) -> None:
     host.cpus = set(range(cpus))
@@ -396,7 +402,7 @@ def test_with_a_quota_of_version_2_cpu_is_what_was_used_of_it(
     assert sample.throttled_pct == 40
 
 
-def test_a_smaller_quota_around_the_own_cgroup_counts_with_the_usage_of_its_own(host: Host) -> None:
+def test_a_smaller_quota_of_a_parent_cgroup_counts_with_its_usage(host: Host) -> None:
     in_cgroup2(host, "/pod/worker")
     pod, own = (
         cgroup2(host, "/pod", cpu="100000 100000"),
@@ -411,7 +417,7 @@ def test_a_smaller_quota_around_the_own_cgroup_counts_with_the_usage_of_its_own(
 
 
 @pytest.mark.parametrize("mounts", [("cpu,cpuacct", "cpu,cpuacct"), ("cpu", "cpuacct")])
-def test_with_a_quota_of_version_1_cpu_is_what_was_used_of_it(
+def test_with_a_quota_of_version_1_cpu_is_the_used_share_of_it(
     host: Host, mounts: tuple[str, str]
 ) -> None:
     in_cgroup1(host, "/worker")
@@ -425,7 +431,7 @@ def test_with_a_quota_of_version_1_cpu_is_what_was_used_of_it(
     assert (sample.cpu_pct, sample.throttled_pct) == (pytest.approx(70), 30)
 
 
-def test_another_quota_makes_no_nonsense_of_one_sample(host: Host) -> None:
+def test_a_changed_quota_gives_no_wrong_sample(host: Host) -> None:
     in_cgroup2(host, "/worker")
     folder = cgroup2(host, "/worker", cpu="100000 100000")
     sampler = host.sampler()
@@ -437,10 +443,10 @@ def test_another_quota_makes_no_nonsense_of_one_sample(host: Host) -> None:
 
     assert (sample.cpu_pct, sample.throttled_pct) == (0, 0)
     usage2(host, folder, used_s=1.3, throttled=5, periods=20)
-    assert second(host, sampler).cpu_pct == pytest.approx(50), "from then on it is compared again"
+    assert second(host, sampler).cpu_pct == pytest.approx(50), "later samples are compared again"
 
 
-def test_the_run_queue_is_without_ourselves_for_each_cpu_of_the_host_and_smoothed(
+def test_the_run_queue_per_cpu_is_smoothed_and_without_this_process(
     host: Host,
 ) -> None:
     host.cpus = {0}
@@ -458,7 +464,7 @@ def test_the_run_queue_is_without_ourselves_for_each_cpu_of_the_host_and_smoothe
 # --- waiting ----------------------------------------------------------------------------------
 
 
-def test_waiting_is_the_growth_of_the_own_cgroup_s_totals_over_the_time_that_passed(
+def test_waiting_is_the_growth_of_the_totals_of_the_own_cgroup_over_time(
     host: Host,
 ) -> None:
     in_cgroup2(host, "/worker")
@@ -474,11 +480,11 @@ def test_waiting_is_the_growth_of_the_own_cgroup_s_totals_over_the_time_that_pas
 
     sample = second(host, sampler)
 
-    assert sample.cpu_waiting_pct == pytest.approx(50), "of some tasks"
-    assert sample.memory_stall_pct == pytest.approx(25), "of all tasks"
+    assert sample.cpu_waiting_pct == pytest.approx(50), "the waiting of some tasks"
+    assert sample.memory_stall_pct == pytest.approx(25), "the waiting of all tasks"
 
 
-def test_waiting_is_the_host_s_where_the_kernel_keeps_none_for_cgroups(host: Host) -> None:
+def test_waiting_is_that_of_the_host_where_cgroups_have_none(host: Host) -> None:
     in_cgroup1(host, "/worker")
     host.pressure("cpu", 0)
     sampler = host.sampler()
@@ -488,7 +494,7 @@ def test_waiting_is_the_host_s_where_the_kernel_keeps_none_for_cgroups(host: Hos
     assert second(host, sampler).cpu_waiting_pct == pytest.approx(70)
 
 
-def test_a_kernel_without_pressure_figures_tells_none(host: Host) -> None:
+def test_a_kernel_without_pressure_figures_gives_none(host: Host) -> None:
     sampler = host.sampler()
     sampler.sample()
 
@@ -497,7 +503,7 @@ def test_a_kernel_without_pressure_figures_tells_none(host: Host) -> None:
     assert (sample.cpu_waiting_pct, sample.memory_stall_pct) == (None, None)
 
 
-# --- what is broken, and what travels ---------------------------------------------------------
+# --- broken files, and JSON -------------------------------------------------------------------
 
 FILES = (
     "proc/meminfo",
@@ -554,7 +560,9 @@ BROKEN = (
         ),
     )
 )
-def test_broken_files_never_raise_and_give_no_nonsense(host: Host, broken: dict[str, str]) -> None:
+def test_broken_files_never_raise_and_give_figures_in_range(
+    host: Host, broken: dict[str, str]
+) -> None:
     in_cgroup2(host, "/worker")
     cgroup2(host, "/worker", used_mb=100, most=str(200 * MB), cpu="100000 100000")
     host.write("proc/meminfo", meminfo(16_000, 12_000))
@@ -580,7 +588,7 @@ def test_broken_files_never_raise_and_give_no_nonsense(host: Host, broken: dict[
 
 
 @pytest.mark.parametrize("gone", ["memory.current", "memory.max"])
-def test_a_limit_without_a_usage_is_not_there_nor_the_other_way_round(
+def test_a_limit_without_a_usage_or_a_usage_without_a_limit_is_ignored(
     host: Host, gone: str
 ) -> None:
     in_cgroup2(host, "/worker")
@@ -590,7 +598,7 @@ def test_a_limit_without_a_usage_is_not_there_nor_the_other_way_round(
     assert host.sample().source == "host"
 
 
-def test_nothing_is_told_of_a_machine_without_proc(tmp_path: Path) -> None:
+def test_without_proc_and_psutil_there_is_no_sample(tmp_path: Path) -> None:
     for most in (0, 100):
         sampler = Sampler(
             PressureSettings(max_memory_mb=most),
@@ -601,7 +609,7 @@ def test_nothing_is_told_of_a_machine_without_proc(tmp_path: Path) -> None:
         assert sampler.sample() is None
 
 
-def test_psutil_tells_of_a_machine_without_proc(tmp_path: Path) -> None:
+def test_without_proc_psutil_gives_the_sample(tmp_path: Path) -> None:
     sample = Sampler(PressureSettings(), root=tmp_path, cpus=lambda: {0}).sample()
 
     assert sample is not None
@@ -610,7 +618,7 @@ def test_psutil_tells_of_a_machine_without_proc(tmp_path: Path) -> None:
     assert (sample.cpu_waiting_pct, sample.throttled_pct, sample.source) == (None, 0, "host")
 
 
-def test_a_clock_that_stands_still_divides_nothing_by_zero(host: Host) -> None:
+def test_a_clock_that_stands_still_causes_no_division_by_zero(host: Host) -> None:
     host.pressure("cpu", 0)
     sampler = host.sampler()
     sampler.sample()
@@ -622,7 +630,7 @@ def test_a_clock_that_stands_still_divides_nothing_by_zero(host: Host) -> None:
     assert again.cpu_waiting_pct == 0
 
 
-def test_a_sample_travels_as_json(host: Host) -> None:
+def test_a_sample_survives_json(host: Host) -> None:
     sample = host.sample()
 
     assert msgspec.json.decode(msgspec.json.encode(sample), type=Sample) == sample

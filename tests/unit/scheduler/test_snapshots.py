@@ -1,6 +1,4 @@
-"""Operations beside their own past: what counts as slower, what is kept, what is told, and how
-often Redis is asked.
-"""
+"""Snapshots of operations: comparison with earlier ones, events, and round trips."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from scheduler.settings import SnapshotSettings
 from scheduler.snapshots import MIN_ITEMS, MIN_PAST, RECENT, Snapshot, Snapshots, Trend, trend
 from scheduler.usage import Usage
 from tests.unit.scheduler.test_board import world
-from tests.unit.scheduler.test_monitor import Platform
+from tests.unit.scheduler.test_monitor import MonitoredPlatform
 from tests.unit.world import CountingStore, World
 
 __all__ = ["world"]
@@ -26,42 +24,42 @@ EVERY_S = 60.0
 
 def history(*averages_ms: float, items: int = 100, version: int = 1) -> list[Snapshot]:
     """Return snapshots of these averages, given oldest first, a minute apart."""
-    told = [
+    reported = [
         Snapshot(60.0 * at, items, 0, round(each * 1000 * items), 1024, version)
         for at, each in enumerate(averages_ms)
     ]
-    return told[::-1]
+    return reported[::-1]
 
 
 STEADY = [10.0] * MIN_PAST
 UNSTEADY = [8.0, 12.5] * (MIN_PAST // 2)
 
 
-# --- what counts as slower --------------------------------------------------------------------
+# --- comparison -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("averages", "slower"),
     [
         ([*STEADY, *[12.1] * RECENT], True),
-        ([*STEADY, *[11.9] * RECENT], False),  # less than the threshold
-        ([*STEADY, *[10.0] * (RECENT - 1), 14.0], False),  # one is an accident
+        ([*STEADY, *[11.9] * RECENT], False),  # below the threshold
+        ([*STEADY, *[10.0] * (RECENT - 1), 14.0], False),  # one snapshot is an accident
         ([*STEADY, *[10.0] * (RECENT - 1), 30.0], True),  # ... unless it is enormous
         ([*STEADY, *[5.0] * RECENT], False),
-        ([*UNSTEADY, *[13.0] * RECENT], False),  # such is its way
+        ([*UNSTEADY, *[13.0] * RECENT], False),  # the operation varies as much anyway
         ([*UNSTEADY, *[20.0] * RECENT], True),
-        ([*STEADY[1:], *[20.0] * RECENT], False),  # that is no past
+        ([*STEADY[1:], *[20.0] * RECENT], False),  # too few earlier snapshots
         ([20.0] * RECENT, False),
         ([], False),
     ],
 )
-def test_an_operation_is_slower_when_its_recent_items_take_clearly_longer_than_those_before(
+def test_an_operation_is_slower_when_recent_items_take_clearly_longer(
     averages: list[float], slower: bool
 ) -> None:
     assert trend(history(*averages), 0.2).slower is slower
 
 
-def test_the_change_is_told_once_there_is_a_past() -> None:
+def test_the_change_is_known_once_there_are_enough_snapshots() -> None:
     found = trend(history(*STEADY, *[13.0] * RECENT), 0.2)
 
     assert (found.change, found.recent_ms, found.past_ms) == pytest.approx((0.3, 13.0, 10.0))
@@ -74,7 +72,7 @@ def test_snapshots_of_few_items_are_not_compared() -> None:
     assert trend(few + history(*STEADY, *[10.0] * RECENT), 0.2).change == pytest.approx(0.0)
 
 
-def test_a_new_version_has_a_new_past() -> None:
+def test_a_new_version_is_compared_with_itself_only() -> None:
     before = history(*STEADY * 3)
     after = history(*[20.0] * (MIN_PAST + RECENT - 1), version=2)
 
@@ -85,13 +83,13 @@ def test_a_new_version_has_a_new_past() -> None:
 @pytest.mark.parametrize(
     ("now_ms", "slower"), [(13.0, True), (11.2, True), (10.9, False), (8.0, False)]
 )
-def test_it_is_over_when_half_of_the_threshold_is_not_reached(now_ms: float, slower: bool) -> None:
+def test_a_slow_down_ends_below_half_of_the_threshold(now_ms: float, slower: bool) -> None:
     since = 60.0 * MIN_PAST
 
     assert trend(history(*STEADY, *[13.0] * 50, *[now_ms] * RECENT), 0.2, since).slower is slower
 
 
-def test_a_slow_down_does_not_become_its_own_past_until_nothing_else_is_left() -> None:
+def test_a_slow_down_is_compared_with_the_time_before_it_while_that_is_kept() -> None:
     since = 60.0 * MIN_PAST
 
     assert trend(history(*STEADY, *[13.0] * 200), 0.2, since).slower
@@ -101,11 +99,11 @@ def test_a_slow_down_does_not_become_its_own_past_until_nothing_else_is_left() -
 # --- noise ------------------------------------------------------------------------------------
 
 
-def told_of_a_day(minutes: int, slow_from: int, *, seed: int = 1) -> list[int]:
-    """Return the minutes at which an operation of lognormal items (sigma 1, 300 a minute) is told
-    to be slower.
+def minutes_reported(minutes: int, slow_from: int, *, seed: int = 1) -> list[int]:
+    """Return the minutes at which an operation of lognormal items (sigma 1, 300 a minute) is
+    reported as slower.
     """
-    random, kept, told, since = Random(seed), list[Snapshot](), [], None
+    random, kept, reported, since = Random(seed), list[Snapshot](), [], None
     for minute in range(minutes):
         items = round(300 * random.uniform(0.5, 1.5))
         mean_ms = fmean(random.lognormvariate(2.0, 1.0) for _ in range(items)) * (
@@ -116,29 +114,29 @@ def told_of_a_day(minutes: int, slow_from: int, *, seed: int = 1) -> list[int]:
         ]
         slower = trend(kept, 0.2, since).slower
         if slower and since is None:
-            told.append(minute)
+            reported.append(minute)
         since = (since or kept[RECENT - 1].at) if slower else None
-    return told
+    return reported
 
 
 def test_noise_raises_at_most_one_false_alarm_a_day() -> None:
-    assert len(told_of_a_day(24 * 60, slow_from=24 * 60)) <= 1
+    assert len(minutes_reported(24 * 60, slow_from=24 * 60)) <= 1
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_items_that_take_30_percent_longer_are_told_of_within_five_snapshots(seed: int) -> None:
-    told = told_of_a_day(220, slow_from=200, seed=seed)
+def test_items_that_take_30_percent_longer_are_reported_within_five_snapshots(seed: int) -> None:
+    reported = minutes_reported(220, slow_from=200, seed=seed)
 
-    assert [each for each in told if each >= 200]
-    assert min(each for each in told if each >= 200) < 205
-    assert len(told) == 1, "once, however long it lasts"
-
-
-# --- what is kept -----------------------------------------------------------------------------
+    assert [each for each in reported if each >= 200]
+    assert min(each for each in reported if each >= 200) < 205
+    assert len(reported) == 1, "one report, however long it lasts"
 
 
-class Operated:
-    """Operations that run when told to, and one who takes snapshots."""
+# --- kept snapshots ---------------------------------------------------------------------------
+
+
+class Operations:
+    """Operations that the test runs, and their snapshots."""
 
     def __init__(self, world: World, **settings: Any) -> None:
         self.world, self.keys = world, Keys("unit")
@@ -173,27 +171,27 @@ class Operated:
     def minutes(
         self, number: int, ms: float, operation: str = "parse", version: int = 1
     ) -> list[str]:
-        told = []
+        reported = []
         for _ in range(number):
             self.ran(operation, ms, version=version)
-            told += self.take()
-        return told
+            reported += self.take()
+        return reported
 
 
 @pytest.fixture
-def operated(world: World) -> Operated:
-    return Operated(world)
+def operations(world: World) -> Operations:
+    return Operations(world)
 
 
-def test_a_snapshot_has_what_was_done_since_the_last_one(operated: Operated) -> None:
-    operated.ran("parse", 10.0, 100, failed=3, mb=200)
-    operated.take()
-    operated.ran("parse", 20.0, 50, mb=80, version=2)
-    operated.ran("parse", 30.0, 50, mb=90, version=2)
-    operated.take()
-    operated.take()  # it has done nothing
+def test_a_snapshot_has_the_work_since_the_last_one(operations: Operations) -> None:
+    operations.ran("parse", 10.0, 100, failed=3, mb=200)
+    operations.take()
+    operations.ran("parse", 20.0, 50, mb=80, version=2)
+    operations.ran("parse", 30.0, 50, mb=90, version=2)
+    operations.take()
+    operations.take()  # the operation has done nothing
 
-    latest, first = operated.snapshots.of("parse")
+    latest, first = operations.snapshots.of("parse")
 
     assert (first.executions, first.failures, first.avg_ms, first.peak_kb, first.version) == (
         100,
@@ -211,43 +209,43 @@ def test_a_snapshot_has_what_was_done_since_the_last_one(operated: Operated) -> 
     )
     assert latest.at - first.at == EVERY_S
     assert latest.to_dict()["peak_memory_mb"] == 90.0
-    assert operated.snapshots.of("nobody's") == []
+    assert operations.snapshots.of("nobody's") == []
 
 
-def test_as_many_are_kept_as_are_to_be(world: World) -> None:
-    operated = Operated(world, keep=30)
+def test_the_number_of_snapshots_is_a_setting(world: World) -> None:
+    operations = Operations(world, keep=30)
 
-    operated.minutes(40, 10.0)
+    operations.minutes(40, 10.0)
 
-    assert len(operated.snapshots.of("parse")) == 30
+    assert len(operations.snapshots.of("parse")) == 30
     assert world.client().llen("unit:{usage}:snapshots:parse") == 30
     assert world.client().ttl("unit:{usage}:snapshots:parse") > 0
 
 
-def test_a_slow_down_and_its_end_are_told_once(operated: Operated) -> None:
-    assert operated.minutes(20, 10.0) == []
-    assert operated.minutes(30, 13.0) == ["performance.degraded parse"]
-    assert operated.snapshots.trends(["parse", "other"]) == [
+def test_a_slow_down_and_its_end_emit_one_event_each(operations: Operations) -> None:
+    assert operations.minutes(20, 10.0) == []
+    assert operations.minutes(30, 13.0) == ["performance.degraded parse"]
+    assert operations.snapshots.trends(["parse", "other"]) == [
         pytest.approx((0.3, True, 13.0, 10.0)),
         Trend(),
     ]
-    assert operated.minutes(10, 10.0) == ["performance.recovered parse"]
+    assert operations.minutes(10, 10.0) == ["performance.recovered parse"]
 
 
-def test_a_new_version_is_not_compared_with_the_one_before(operated: Operated) -> None:
-    operated.minutes(20, 10.0)
-    assert operated.minutes(4, 20.0, version=2) == []
-    assert operated.minutes(16, 20.0, version=2) == []
-    assert operated.minutes(4, 30.0, version=2) == ["performance.degraded parse"]
-    assert operated.minutes(3, 30.0, version=3) == ["performance.recovered parse"]
+def test_a_new_version_is_not_compared_with_the_one_before(operations: Operations) -> None:
+    operations.minutes(20, 10.0)
+    assert operations.minutes(4, 20.0, version=2) == []
+    assert operations.minutes(16, 20.0, version=2) == []
+    assert operations.minutes(4, 30.0, version=2) == ["performance.degraded parse"]
+    assert operations.minutes(3, 30.0, version=3) == ["performance.recovered parse"]
 
 
-def test_what_is_told_says_how_much_and_why(operated: Operated) -> None:
-    operated.minutes(20, 10.0)
-    assert operated.minutes(3, 12.5) == []
-    operated.ran("parse", 12.5)
-    operated.world.sleep(EVERY_S)
-    [event] = operated.snapshots.take(operated.world.now)
+def test_the_event_has_the_change_and_both_times(operations: Operations) -> None:
+    operations.minutes(20, 10.0)
+    assert operations.minutes(3, 12.5) == []
+    operations.ran("parse", 12.5)
+    operations.world.sleep(EVERY_S)
+    [event] = operations.snapshots.take(operations.world.now)
 
     assert (event.severity, event.message) == (
         EventSeverity.WARNING,
@@ -261,19 +259,19 @@ def test_what_is_told_says_how_much_and_why(operated: Operated) -> None:
     }
 
 
-def test_redis_is_asked_twice_for_all_operations_together(operated: Operated) -> None:
+def test_all_operations_together_need_two_calls_of_redis(operations: Operations) -> None:
     for at in range(20):
-        operated.ran(f"operation {at}")
+        operations.ran(f"operation {at}")
     calls: list[tuple[Any, ...]] = []
-    call = operated.store.call
+    call = operations.store.call
 
     def counting(*what: Any, **more: Any) -> Any:
         calls.append(what)
         return call(*what, **more)
 
-    operated.store.call = counting  # type: ignore[method-assign]
+    operations.store.call = counting  # type: ignore[method-assign]
 
-    operated.take()
+    operations.take()
 
     assert [callable(what[0]) for what in calls] == [True, False], "their names, then all figures"
 
@@ -281,16 +279,16 @@ def test_redis_is_asked_twice_for_all_operations_together(operated: Operated) ->
 # --- by the monitor ---------------------------------------------------------------------------
 
 
-def test_the_monitor_compares_once_a_minute_and_alerts(world: World) -> None:
-    platform, operated = Platform(world), Operated(world)
+def test_the_monitor_compares_once_a_minute_and_raises_alerts(world: World) -> None:
+    platform, operations = MonitoredPlatform(world), Operations(world)
     sizes: list[int] = []
     for minute in range(20):
         for _ in range(12):
             monitor, store = platform.monitor()
             monitor._snapshots = Snapshots(store, platform.keys, SnapshotSettings())
-            operated.ran("parse", 10.0 if minute < 14 else 14.0)
+            operations.ran("parse", 10.0 if minute < 14 else 14.0)
             platform.look(monitor)
-        sizes.append(len(operated.snapshots.of("parse")))
+        sizes.append(len(operations.snapshots.of("parse")))
 
     assert sizes == list(range(1, 21))
     assert [each.data["operation"] for each in platform.events("performance.degraded")] == ["parse"]

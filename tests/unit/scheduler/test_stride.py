@@ -1,5 +1,5 @@
-"""The order of queues: shares by weight, no starvation, no hoarding, slots kept for critical work,
-and what age adds.
+"""The order of queues: shares by weight, no starvation, slots kept for critical
+work, and ageing.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ CRITICAL, HIGH, NORMAL, LOW = QUEUES = [f"rlm.{priority}" for priority in WEIGHT
 
 def cycle_of(*queues: str, facts: Facts | None = None) -> StrideCycle:
     cycle = StrideCycle(facts)
-    cycle.update(queues or reversed(QUEUES))  # the order in which they are named counts for nothing
+    cycle.update(queues or reversed(QUEUES))  # the order of names does not matter
     return cycle
 
 
 def serve(cycle: Any, waiting: Collection[str]) -> str:
-    """Do as Redis does: take from the first queue that has something."""
+    """Take from the first queue that has a message, as Redis does."""
     served: str = next(queue for queue in cycle.consume(len(QUEUES)) if queue in waiting)
     cycle.rotate(served)
     return served
@@ -51,12 +51,12 @@ def test_full_queues_share_by_weight_exactly() -> None:
     assert served == {CRITICAL: 8000, HIGH: 4000, NORMAL: 2000, LOW: 1000}
 
 
-@settings(max_examples=25)  # each looks at thousands of messages
+@settings(max_examples=25)  # each example serves thousands of messages
 @given(
     st.sets(st.sampled_from(QUEUES), min_size=1),
     st.lists(st.sets(st.sampled_from(QUEUES), min_size=1), max_size=60),
 )
-def test_whatever_was_before_shares_are_within_2_percent(
+def test_shares_are_within_2_percent_after_any_history(
     full: set[str], before: list[set[str]]
 ) -> None:
     cycle = cycle_of()
@@ -73,7 +73,7 @@ def test_whatever_was_before_shares_are_within_2_percent(
 
 @pytest.mark.parametrize("queue", QUEUES)
 def test_a_full_queue_among_full_queues_is_served_every_few_messages(queue: str) -> None:
-    """Every sum(w) / w messages: 2, 4, 8 and 15, and up to 2 more where strides of several queues
+    """Every sum(w) / w messages: 2, 4, 8 and 15; up to 2 more where the strides of several queues
     meet.
     """
     cycle = cycle_of()
@@ -89,11 +89,9 @@ def test_a_full_queue_among_full_queues_is_served_every_few_messages(queue: str)
 @given(
     st.lists(st.sets(st.sampled_from(QUEUES)), min_size=20, max_size=200), st.sampled_from(QUEUES)
 )
-def test_a_queue_with_work_is_served_in_time_however_others_come_and_go(
-    others: list[set[str]], queue: str
-) -> None:
-    """Until its turn, at most 1 + 1/w away in virtual time, another takes a message each 1/w of its
-    own.
+def test_a_queue_with_work_is_served_within_a_bound(others: list[set[str]], queue: str) -> None:
+    """Its turn is at most 1 + 1/w away in virtual time; until then each other queue takes a message
+    per 1/w of its own.
     """
     cycle, passed_over = cycle_of(), 0
     bound = sum(
@@ -106,7 +104,7 @@ def test_a_queue_with_work_is_served_in_time_however_others_come_and_go(
 
 
 @given(st.lists(st.sets(st.sampled_from(QUEUES), min_size=1), max_size=50))
-def test_every_queue_is_asked_every_time(rounds: list[set[str]]) -> None:
+def test_every_order_has_every_queue(rounds: list[set[str]]) -> None:
     cycle = cycle_of()
     for waiting in rounds:
         serve(cycle, waiting)
@@ -115,10 +113,8 @@ def test_every_queue_is_asked_every_time(rounds: list[set[str]]) -> None:
 
 
 @pytest.mark.parametrize("queue", QUEUES)
-def test_an_idle_queue_hoards_nothing(queue: str) -> None:
-    """Back from any absence it may catch up on one round of its own, and then shares as all
-    others.
-    """
+def test_an_idle_queue_saves_up_no_more_than_one_round(queue: str) -> None:
+    """After any absence it may catch up on one round of its own, and then shares as the others."""
     cycle = cycle_of()
     for _ in range(1000):
         serve(cycle, set(QUEUES) - {queue})
@@ -130,7 +126,7 @@ def test_an_idle_queue_hoards_nothing(queue: str) -> None:
     assert served.count(queue) <= 2 * owed
 
 
-def test_those_who_wake_together_go_by_urgency() -> None:
+def test_queues_that_get_work_at_once_go_by_urgency() -> None:
     cycle = cycle_of("rlm.low", "celery", "rlm.high", "rlm.critical")
     for _ in range(100):
         serve(cycle, {"celery"})
@@ -143,7 +139,7 @@ def test_those_who_wake_together_go_by_urgency() -> None:
 
 @dataclass
 class Worker:
-    """Slots that are always all busy, and queues that are always full unless said otherwise."""
+    """Slots that are always busy, and queues that are always full unless given otherwise."""
 
     slots: int
     held: list[str] = field(default_factory=list)
@@ -157,14 +153,12 @@ class Worker:
 
 
 @pytest.mark.parametrize(("slots", "kept"), [(0, 0), (1, 0), (2, 1), (4, 3), (5, 4), (10, 8)])
-def test_critical_work_goes_first_while_it_keeps_within_80_percent_of_the_slots(
-    slots: int, kept: int
-) -> None:
+def test_critical_work_goes_first_within_80_percent_of_the_slots(slots: int, kept: int) -> None:
     worker = Worker(slots)
     cycle = cycle_of(facts=worker.facts())
     worker.held[:] = [CRITICAL] * slots
     for _ in range(8):
-        serve(cycle, {CRITICAL})  # beyond its share, so that it pays, and others are now before it
+        serve(cycle, {CRITICAL})  # beyond its share, so other queues now come before it
 
     first = []
     for held in range(slots + 1):
@@ -175,7 +169,7 @@ def test_critical_work_goes_first_while_it_keeps_within_80_percent_of_the_slots(
 
 
 @pytest.mark.parametrize(("slots", "kept"), [(1, 0), (2, 1), (4, 3), (5, 4), (10, 8)])
-def test_a_flood_of_critical_work_leaves_the_other_slots_to_be_shared_by_weight(
+def test_beside_much_critical_work_the_other_slots_are_shared_by_weight(
     slots: int, kept: int
 ) -> None:
     worker, random = Worker(slots), Random(1)
@@ -194,7 +188,7 @@ def test_a_flood_of_critical_work_leaves_the_other_slots_to_be_shared_by_weight(
         assert by_weight[queue] == pytest.approx(by_weight.total() * weight(queue) / 15, rel=0.02)
 
 
-def test_on_one_slot_idle_critical_work_is_still_first_when_it_wakes() -> None:
+def test_on_one_slot_new_critical_work_still_goes_first() -> None:
     worker = Worker(1)
     cycle = cycle_of(facts=worker.facts())
     for _ in range(100):
@@ -203,14 +197,14 @@ def test_on_one_slot_idle_critical_work_is_still_first_when_it_wakes() -> None:
     assert serve(cycle, QUEUES) == CRITICAL
 
 
-def test_the_control_queue_is_always_first_and_free() -> None:
+def test_the_control_queue_is_always_first_and_costs_no_share() -> None:
     cycle = cycle_of("a.low", "a.critical", "a.control", facts=Facts(slots=lambda: 10))
 
     assert [serve(cycle, ["a.low", "a.control"]) for _ in range(100)] == ["a.control"] * 100
     assert cycle.consume(3) == ["a.control", "a.critical", "a.low"]
 
 
-def test_a_queue_that_is_not_ours_shares_as_normal_work_does() -> None:
+def test_another_queue_has_the_weight_of_normal_work() -> None:
     cycle = cycle_of("celery", HIGH, NORMAL)
 
     served = Counter(serve(cycle, ["celery", HIGH, NORMAL]) for _ in range(8000))
@@ -237,7 +231,7 @@ def test_a_queue_that_is_not_ours_shares_as_normal_work_does() -> None:
         ("celery", 60, 1),
     ],
 )
-def test_a_queue_gains_weight_by_what_it_waits_beyond_its_target(
+def test_a_queue_gains_weight_by_its_age_beyond_the_target(
     queue: str, age_s: float, gains: float
 ) -> None:
     cycle = cycle_of(queue, "other.critical", facts=Facts(ages=lambda: {queue: age_s}))
@@ -251,13 +245,11 @@ def test_a_queue_gains_weight_by_what_it_waits_beyond_its_target(
 # --- an hour ----------------------------------------------------------------------------------
 
 TAKE_S = 0.5
-"""A worker takes a message this often: two slots, items of a second."""
+"""The time between two messages of a worker with two slots, in seconds; an item takes 1 s."""
 
 
 class Hour:
-    """A worker whose high queue is never empty, and whose low queue gets a message each so many
-    seconds.
-    """
+    """A worker whose high queue is never empty; its low queue gets a message every few seconds."""
 
     def __init__(self, apart_s: Callable[[], float]) -> None:
         self.now, self._apart_s, self._low = 0.0, apart_s, deque[float]()
@@ -267,7 +259,7 @@ class Hour:
         return {LOW: self.now - self._low[0]} if self._low else {}
 
     def run(self, cycle: Any) -> list[float]:
-        """Return how long low messages waited, those that still wait included."""
+        """Return the waits of low messages, with those that still wait."""
         cycle.update([HIGH, LOW])
         due = self._apart_s()
         for take in range(int(3600 / TAKE_S)):
@@ -280,7 +272,7 @@ class Hour:
         return [*self.waited, *(self.now - since for since in self._low)]
 
 
-def test_a_trickle_of_low_work_gets_through_a_flood_at_once() -> None:
+def test_little_low_work_is_served_at_once_beside_much_high_work() -> None:
     random = Random(3)
 
     waited = Hour(lambda: random.uniform(20, 40)).run(cycle_of())
@@ -289,15 +281,16 @@ def test_a_trickle_of_low_work_gets_through_a_flood_at_once() -> None:
     assert max(waited) <= (WEIGHTS["high"] / WEIGHTS["low"] + 1) * TAKE_S
 
 
-def test_the_same_trickle_starves_under_strict_priorities() -> None:
+def test_under_strict_priorities_the_same_low_work_starves() -> None:
     random = Random(3)
 
     assert max(Hour(lambda: random.uniform(20, 40)).run(priority_cycle())) > 3500
 
 
-def test_low_work_beyond_its_share_waits_until_its_age_gives_it_what_it_needs() -> None:
-    """30 % of the slots against a share of 20 %: a weight of 1.7 beside 4, 21 s beyond the target
-    of 60 s.
+def test_low_work_beyond_its_share_waits_until_its_age_gives_it_enough_weight() -> None:
+    """It needs 30 % of the slots and has a share of 20 %.
+
+    That is a weight of 1.7 beside 4, which it has 21 s beyond the target of 60 s.
     """
     needs_s = 60 + 30 * (4 * 0.3 / 0.7 - 1)
 
@@ -306,4 +299,4 @@ def test_low_work_beyond_its_share_waits_until_its_age_gives_it_what_it_needs() 
 
     assert max(waited) <= 1.1 * needs_s
     assert aged.waited[-1] == pytest.approx(needs_s, rel=0.05)
-    assert max(ageless.run(cycle_of())) > 600, "by weight alone they wait ever longer"
+    assert max(ageless.run(cycle_of())) > 600, "by weight alone the wait grows without end"

@@ -1,4 +1,4 @@
-"""What operations have cost, counted by all workers together."""
+"""The resource usage of operations, summed over all workers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.unit.world import CountingStore, World, world
 __all__ = ["world"]
 
 NODE = {"done": 1, "failed": 0, "busy_us": 1000, "memory_kb": 1024}
-"""What one small node has done."""
+"""The counts of one small node."""
 
 
 class Worker:
-    """One process that counts what it has done."""
+    """One process that counts its nodes."""
 
     def __init__(self, world: World) -> None:
         self.store: CountingStore = world.store()
@@ -37,7 +37,7 @@ def worker(world: World) -> Worker:
     return Worker(world)
 
 
-def test_an_operations_usage_has_the_names_and_numbers_of_the_source_document(
+def test_the_usage_of_an_operation_as_a_dict(
     worker: Worker,
 ) -> None:
     worker.ran("D3-Q3", done=100, failed=2, busy_us=102 * 2_450_500, memory_kb=1024 * 1024)
@@ -55,7 +55,7 @@ def test_an_operations_usage_has_the_names_and_numbers_of_the_source_document(
     }
 
 
-def test_an_operation_that_never_ran_has_cost_nothing_and_has_no_successes(worker: Worker) -> None:
+def test_the_usage_of_an_operation_that_never_ran_is_all_zero(worker: Worker) -> None:
     assert worker.usage.of("nobody's") == OperationUsage("nobody's")
     assert worker.usage.of("nobody's").to_dict() == {
         "executor_id": "nobody's",
@@ -67,7 +67,7 @@ def test_an_operation_that_never_ran_has_cost_nothing_and_has_no_successes(worke
         "peak_memory_mb": 0.0,
         "avg_duration_ms": 0.0,
     }
-    assert worker.usage.all() == [], "to ask does not make it known"
+    assert worker.usage.all() == [], "reading does not create an entry"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_the_success_rate_has_two_decimals(done: int, failed: int, percent: floa
     assert OperationUsage("x", done + failed, done, failed).success_rate_percent == percent
 
 
-def test_a_node_without_items_tells_of_memory_alone(worker: Worker) -> None:
+def test_a_node_without_items_adds_memory_only(worker: Worker) -> None:
     worker.ran("empty", done=0, busy_us=0, memory_kb=2048)
 
     assert worker.usage.of("empty") == OperationUsage(
@@ -86,7 +86,7 @@ def test_a_node_without_items_tells_of_memory_alone(worker: Worker) -> None:
     )
 
 
-def test_the_peak_is_the_highest_whenever_it_was(worker: Worker) -> None:
+def test_the_peak_is_the_highest_of_all_nodes(worker: Worker) -> None:
     for memory_kb in (2048, 10_240, 3072):
         worker.ran("sum", memory_kb=memory_kb)
 
@@ -96,7 +96,7 @@ def test_the_peak_is_the_highest_whenever_it_was(worker: Worker) -> None:
     )
 
 
-def test_workers_count_together_and_operations_apart(world: World, worker: Worker) -> None:
+def test_workers_are_summed_and_operations_are_separate(world: World, worker: Worker) -> None:
     another = Worker(world)
     worker.ran("sum", done=2)
     another.ran("sum", done=3, failed=1)
@@ -108,27 +108,27 @@ def test_workers_count_together_and_operations_apart(world: World, worker: Worke
             for usage in each.usage.all()
         }
         assert found == {"count": (5, 0), "sum": (5, 1)}
-        assert list(found) == ["count", "sum"], "by name"
+        assert list(found) == ["count", "sum"], "sorted by name"
         assert each.usage.all() == [each.usage.of("count"), each.usage.of("sum")]
 
 
-def test_platforms_of_other_names_count_for_themselves(worker: Worker) -> None:
+def test_platforms_of_other_names_are_separate(worker: Worker) -> None:
     worker.ran("sum")
 
     assert Usage(worker.store, Keys("another")).all() == []
 
 
-def test_a_node_is_counted_and_all_is_read_in_one_round_trip_each(worker: Worker) -> None:
+def test_counting_a_node_and_reading_all_are_one_round_trip_each(worker: Worker) -> None:
     for operation in ("a", "b", "c"):
         worker.ran(operation)
     assert worker.store.round_trips == 3
 
     worker.usage.all()
 
-    assert worker.store.round_trips == 4, "besides their names"
+    assert worker.store.round_trips == 4, "besides the read of their names"
 
 
-def test_without_redis_nothing_is_said(worker: Worker) -> None:
+def test_without_redis_reading_raises_an_error(worker: Worker) -> None:
     worker.store.lost = True
 
     with pytest.raises(StoreUnavailable):

@@ -28,7 +28,10 @@ from rlm_tasks.settings.model import Settings
         (
             {"RLM_LEDGER__LEASES_S": "3"},
             [
-                "RLM_LEDGER__LEASES_S='3': there is no such setting; did you mean RLM_LEDGER__LEASE_S?"
+                (
+                    "RLM_LEDGER__LEASES_S='3': there is no such setting; did you mean "
+                    "RLM_LEDGER__LEASE_S?"
+                )
             ],
         ),
         (
@@ -39,13 +42,19 @@ from rlm_tasks.settings.model import Settings
         (
             {"RLM_LLM__ENDPOINTS": '[{"name": "main", "api_key": "sk-1234567890"}]'},
             [
-                "RLM_LLM__ENDPOINTS: 'api_key' is no field of it; there are name, base_url, key_env, weight, models, max_tokens_as, stream"
+                (
+                    "RLM_LLM__ENDPOINTS: 'api_key' is no field of it; there are name, base_url, "
+                    "key_env, weight, models, max_tokens_as, stream"
+                )
             ],
         ),
         (
             {"RLM_LLM__ENDPOINTS": '[{"name": "main", "key_env": "sk-1234567890"}]'},
             [
-                "RLM_LLM__ENDPOINTS__0__KEY_ENV=***: must be the name of a variable, in capitals; the key itself is what that variable holds"
+                (
+                    "RLM_LLM__ENDPOINTS__0__KEY_ENV=***: must be the name of a variable, in "
+                    "capitals; the key itself is what that variable holds"
+                )
             ],
         ),
         (

@@ -17,7 +17,7 @@ from scheduler.monitor import MonitorSettings
 from scheduler.queues import QueueReport
 from scheduler.settings import AdmissionSettings, AutoscaleSettings
 from tests.unit.client.test_admission import Door
-from tests.unit.scheduler.test_monitor import Platform
+from tests.unit.scheduler.test_monitor import MonitoredPlatform
 from tests.unit.world import World, world
 
 __all__ = ["world"]
@@ -65,7 +65,7 @@ def test_pools(follows: bool) -> None:
 
 
 def test_the_number_of_workers(follows: bool, world: World) -> None:
-    platform = Platform(world)
+    platform = MonitoredPlatform(world)
     platform.queues["unit.low"] = QueueReport(5000)
     monitor, _ = platform.monitor()
     monitor._settings = MonitorSettings(

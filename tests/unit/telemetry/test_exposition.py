@@ -87,8 +87,11 @@ def test_the_page_lists_every_metric_with_its_labels(exposed: ExposedMetrics) ->
     assert {name: listed[name] for name in declared} == declared
 
 
-def test_each_metric_that_other_orchestrators_export_has_its_name() -> None:
-    named = "object_pool_utilization memory_usage_mb memory_pressure_level execution_time_ms cache_hit_rate concurrency_level error_rate"
+def test_every_metric_of_source_document_2_has_its_name() -> None:
+    named = (
+        "object_pool_utilization memory_usage_mb memory_pressure_level execution_time_ms "
+        "cache_hit_rate concurrency_level error_rate"
+    )
     named += " circuit_breaker_state recovery_success_rate"
 
     assert {f"rlm_{each}" for each in named.split()} <= {*exposition.GAUGES, *DECLARED}

@@ -62,7 +62,10 @@ def test_every_app_s_workers_have_the_option() -> None:
 
 
 def test_clients_do_without_the_server_and_prometheus() -> None:
-    code = "import sys, rlm_tasks.client.client; print([each for each in ('prometheus_client', 'wsgiref') if each in sys.modules])"
+    code = (
+        "import sys, rlm_tasks.client.client; print([each for each in ('prometheus_client', "
+        "'wsgiref') if each in sys.modules])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

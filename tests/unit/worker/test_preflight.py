@@ -60,7 +60,10 @@ def test_a_server_that_keeps_its_data_is_not_mentioned() -> None:
     [
         (
             Server(policy="allkeys-lru"),
-            "evicts keys (maxmemory-policy allkeys-lru): jobs may vanish. Set maxmemory-policy noeviction",
+            (
+                "evicts keys (maxmemory-policy allkeys-lru): jobs may vanish. Set "
+                "maxmemory-policy noeviction"
+            ),
         ),
         (Server(policy="volatile-ttl"), "maxmemory-policy volatile-ttl"),
         (Server(aof=0), "keeps nothing on disk: a restart loses every job. Set appendonly yes"),
