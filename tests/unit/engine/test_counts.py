@@ -12,7 +12,7 @@ from tests.unit.exposed_metrics import REPORT, ExposedMetrics, count, exposed, f
 __all__ = ["exposed", "folder"]
 
 
-def test_a_node_counts_its_items_by_outcome_and_their_mean_time_for_each_that_ran(
+def test_a_node_counts_its_items_by_outcome_and_their_mean_time(
     exposed: ExposedMetrics,
 ) -> None:
     count(REPORT)
@@ -32,7 +32,9 @@ def test_a_node_counts_its_items_by_outcome_and_their_mean_time_for_each_that_ra
     assert exposed["rlm_peak_memory_mb"] == {"": 2.0}
 
 
-def test_what_is_validated_only_is_not_done_but_may_have_failed(exposed: ExposedMetrics) -> None:
+def test_items_that_are_only_validated_count_as_failed_or_not_at_all(
+    exposed: ExposedMetrics,
+) -> None:
     count(REPORT, validating=True)
 
     assert exposed["rlm_items_total"] == {"operation=sum,outcome=failed": 6}
@@ -40,7 +42,9 @@ def test_what_is_validated_only_is_not_done_but_may_have_failed(exposed: Exposed
 
 
 @pytest.mark.parametrize("reason", Reason)
-def test_a_node_that_hands_over_tells_why(exposed: ExposedMetrics, reason: Reason) -> None:
+def test_a_node_that_hands_over_work_counts_the_reason(
+    exposed: ExposedMetrics, reason: Reason
+) -> None:
     rest = [Child("k", 100, 200, 0, "", 0, "", reason)]
     count(Report(mid=100, done=100, kids=rest, why=reason), hi=200)
     count(Report(mid=200, done=100, why=reason), hi=200)
@@ -51,7 +55,7 @@ def test_a_node_that_hands_over_tells_why(exposed: ExposedMetrics, reason: Reaso
     }
 
 
-def test_retried_items_are_counted_by_their_end_and_give_the_recovery_rate(
+def test_retried_items_are_counted_by_their_outcome_and_give_the_recovery_rate(
     exposed: ExposedMetrics,
 ) -> None:
     assert exposed["rlm_recovery_success_rate"] == {}
@@ -64,7 +68,7 @@ def test_retried_items_are_counted_by_their_end_and_give_the_recovery_rate(
     assert exposed["rlm_recovery_success_rate"] == {"": 0.75}
 
 
-def test_the_error_rate_is_that_of_the_last_five_minutes(exposed: ExposedMetrics) -> None:
+def test_the_error_rate_covers_the_last_five_minutes(exposed: ExposedMetrics) -> None:
     assert exposed["rlm_error_rate"] == {"": 0.0}
     count(Report(mid=100, done=50, failed=list(range(50))))
     exposed.now = 60.0
@@ -76,7 +80,7 @@ def test_the_error_rate_is_that_of_the_last_five_minutes(exposed: ExposedMetrics
     assert exposed["rlm_error_rate"] == {"": 0.0}, "the failures are older than five minutes"
 
 
-def test_a_cache_is_told_by_its_hits_and_misses(exposed: ExposedMetrics) -> None:
+def test_cache_reads_are_counted_as_hits_and_misses(exposed: ExposedMetrics) -> None:
     assert exposed["rlm_cache_hit_rate"] == {}
     count_node("sum", REPORT, 100, took_s=0.5, cache=(9, 1))
 

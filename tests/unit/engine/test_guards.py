@@ -1,6 +1,4 @@
-"""An operation behind its guards: the order they are asked in, and what is given back when an inner
-one refuses.
-"""
+"""An operation with its guards: their order, and the refunds when an inner guard denies a call."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from resilience.errors import BulkheadFull, RateLimited
 from resilience.retry import RetryPolicy
 from resilience.settings import BreakerSettings
 from rlm_tasks.engine.guards import Guarded, Guards, Postponed
-from rlm_tasks.jobs import item_failures as item_failures  # it says what Celery's exceptions mean
+from rlm_tasks.jobs import item_failures as item_failures  # registers Celery's exceptions
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.jobs.stored_items import RangeSource
@@ -49,7 +47,7 @@ def context(**about: Any) -> Context:
     return Context("job", {}, **about)
 
 
-def test_what_an_inner_guard_refuses_is_given_back_to_the_outer_ones(world: World) -> None:
+def test_a_denial_by_an_inner_guard_is_given_back_to_the_outer_ones(world: World) -> None:
     on = guards(world)
     one = guarded(
         on,
@@ -72,14 +70,12 @@ def test_what_an_inner_guard_refuses_is_given_back_to_the_outer_ones(world: Worl
     assert on._breakers["op"].state == "half-open"
     held.release()
     for _ in range(3):
-        permit = one.enter(
-            4, context(), ""
-        ).permit  # the probe that was not used did not take a place
+        permit = one.enter(4, context(), "").permit  # the unused probe did not take a place
         assert permit is not None
         permit.release()
 
 
-def test_an_empty_bucket_asks_nobody_further_in(world: World) -> None:
+def test_an_empty_bucket_asks_no_inner_guard(world: World) -> None:
     on = guards(world)
     one = guarded(on, rate_limit=Rate(1), bulkhead=1)
     one.leave(one.enter(1, context(), ""))
@@ -89,7 +85,7 @@ def test_an_empty_bucket_asks_nobody_further_in(world: World) -> None:
     assert on._bulkheads["op"].status()["used"] == 0
 
 
-def test_a_refusal_costs_no_try_and_a_failure_costs_one(world: World) -> None:
+def test_a_denial_costs_no_attempt_and_a_failure_costs_one(world: World) -> None:
     def fail(_: int) -> None:
         raise ConnectionError("gone")
 
@@ -115,7 +111,7 @@ def test_a_refusal_costs_no_try_and_a_failure_costs_one(world: World) -> None:
         one.call(1, context(tries=2), tries=2, waiter="")
 
 
-def test_a_providers_429_holds_its_bucket_and_costs_nothing(world: World) -> None:
+def test_a_429_of_the_provider_pauses_its_bucket_and_costs_no_attempt(world: World) -> None:
     class TooMany(Exception):
         status_code = 429
         headers = {"Retry-After": "7"}
@@ -136,7 +132,7 @@ def test_a_providers_429_holds_its_bucket_and_costs_nothing(world: World) -> Non
     assert held.value.wait_s == pytest.approx(7)
 
 
-def test_processor_time_is_counted_by_itself(world: World) -> None:
+def test_processor_time_is_counted_automatically(world: World) -> None:
     def compute(_: int) -> None:
         until = time.process_time() + 0.05
         while time.process_time() < until:

@@ -12,7 +12,7 @@ registry.import_operations(())
 
 
 @pytest.mark.parametrize(
-    ("told", "why"),
+    ("header", "why"),
     [
         ({}, ""),
         ({"schema": SCHEMA, "operation": "sum", "version": 1}, ""),
@@ -24,6 +24,8 @@ registry.import_operations(())
         ),
     ],
 )
-def test_a_worker_knows_by_the_header_what_is_beyond_it(told: dict[str, object], why: str) -> None:
-    assert beyond_this_worker(told).startswith(why)
-    assert bool(beyond_this_worker(told)) == bool(why)
+def test_a_worker_refuses_work_beyond_it_by_the_message_header(
+    header: dict[str, object], why: str
+) -> None:
+    assert beyond_this_worker(header).startswith(why)
+    assert bool(beyond_this_worker(header)) == bool(why)

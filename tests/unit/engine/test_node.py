@@ -1,4 +1,4 @@
-"""What a node does with each answer of CLAIM, and with work that this worker cannot do."""
+"""A node and each answer of CLAIM, and work that this worker cannot do."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["world"]
 
 
 def opened(platform: Platform, **changed: object) -> JobSpec:
-    """Open a job whose spec is changed in a way that a client of this version would not."""
+    """Open a job whose spec is changed in a way that a client of this version never does."""
     spec = platform.submit(JobRequest(operation="sum", items=range(10)))
     changed_spec = msgspec.structs.replace(spec, job="other", **changed)
     platform.ledger.open([(changed_spec, "token")], 3600)
     return changed_spec
 
 
-def test_an_operation_nobody_knows_here_is_parked_with_the_reason() -> None:
+def test_a_node_of_an_unknown_operation_is_parked_with_the_reason() -> None:
     platform = Platform()
     spec = opened(platform, operation="summ")
 
@@ -32,7 +32,7 @@ def test_an_operation_nobody_knows_here_is_parked_with_the_reason() -> None:
     [record] = platform.ledger.records(spec.job, [ROOT])
     assert (fills, record.state) == (False, "p")
     assert "did you mean 'sum'" in record.why
-    assert run_node(platform.runtime, spec.job, ROOT) is False, "parked: its slot is left alone"
+    assert run_node(platform.runtime, spec.job, ROOT) is False, "parked: its slot is left as it is"
 
 
 def test_a_job_of_a_newer_schema_is_left_untouched() -> None:
@@ -46,7 +46,7 @@ def test_a_job_of_a_newer_schema_is_left_untouched() -> None:
     assert {key: platform.store.client.dump(key) for key in platform.keys.of(spec.job)} == before
 
 
-def test_messages_that_find_nothing_to_run_leave_or_fill_their_slot() -> None:
+def test_a_message_with_nothing_to_run_leaves_or_fills_its_slot() -> None:
     platform = Platform()
     spec = platform.submit(
         JobRequest(
@@ -58,10 +58,10 @@ def test_messages_that_find_nothing_to_run_leave_or_fill_their_slot() -> None:
     assert run_node(platform.runtime, spec.job, ROOT) is False, "cut: its children fill the slot"
     sent = platform.mailbox.sent
     assert run_node(platform.runtime, spec.job, ROOT) is False
-    assert platform.mailbox.sent == sent + 4, "all four still wait, so they are sent again"
+    assert platform.mailbox.sent == sent + 4, "all four children still wait, so they are sent again"
     job, first = platform.mailbox.messages[1]
     assert run_node(platform.runtime, job, first) is True
-    assert run_node(platform.runtime, job, first) is True, "done: the part may have been lost"
+    assert run_node(platform.runtime, job, first) is True, "done: its part may have been lost"
     held = platform.mailbox.messages[2][1]
     platform.ledger.claim(spec.job, held, "somebody", "else")
     assert run_node(platform.runtime, spec.job, held) is False, "busy: the holder fills the slot"
@@ -69,7 +69,7 @@ def test_messages_that_find_nothing_to_run_leave_or_fill_their_slot() -> None:
     assert run_node(platform.runtime, spec.job, held) is True, "closed: the chord drains"
 
 
-def test_a_job_that_waits_begins_when_there_is_a_place(world: World) -> None:
+def test_a_waiting_job_begins_when_there_is_a_place(world: World) -> None:
     platform = Platform()
     platform.runtime.waiting_room = WaitingRoom(platform.store, platform.keys, 1)
     first = platform.submit(JobRequest(operation="sum", items=range(3)))

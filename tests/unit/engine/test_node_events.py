@@ -1,6 +1,4 @@
-"""What a node tells those who operate the platform: slow items and large processes, and not too
-often.
-"""
+"""Events of a node for operators: slow items and large processes, at a limited rate."""
 
 from __future__ import annotations
 
@@ -18,23 +16,23 @@ from tests.unit.world import World, world
 __all__ = ["world"]
 
 
-def notices(world: World, **settings: float) -> tuple[NodeEvents, Events]:
+def node_events(world: World, **settings: float) -> tuple[NodeEvents, Events]:
     events = Events(world.store())
     return NodeEvents(events, AlertSettings.model_validate(settings), world.time), events
 
 
-def test_an_ordinary_node_tells_nothing_and_pays_no_round_trip(world: World) -> None:
+def test_an_ordinary_node_emits_nothing_and_costs_no_round_trip(world: World) -> None:
     store = world.store()
-    told = NodeEvents(Events(store), AlertSettings(), world.time)
-    told.of_node("sum", "job", "w1", slow=[], memory_mb=499.9)
+    emitter = NodeEvents(Events(store), AlertSettings(), world.time)
+    emitter.of_node("sum", "job", "w1", slow=[], memory_mb=499.9)
     assert store.round_trips == 0
 
 
-def test_slow_items_are_told_with_what_is_known_of_them(world: World) -> None:
-    told, events = notices(world, slow_execution_ms=250)
-    assert told.slow_s == 0.25
+def test_slow_items_emit_events_with_their_fields(world: World) -> None:
+    emitter, events = node_events(world, slow_execution_ms=250)
+    assert emitter.slow_s == 0.25
 
-    told.of_node("sum", "job", "w1", slow=[(3, 1.5), (7, 0.25)], memory_mb=1)
+    emitter.of_node("sum", "job", "w1", slow=[(3, 1.5), (7, 0.25)], memory_mb=1)
 
     [second, first] = events.recent()
     assert (first.name, first.severity) == ("execution.slow", EventSeverity.WARNING)
@@ -42,38 +40,36 @@ def test_slow_items_are_told_with_what_is_known_of_them(world: World) -> None:
     assert second.data["index"] == 7
 
 
-def test_a_node_of_nothing_but_slow_items_does_not_flood_the_stream(world: World) -> None:
-    told, events = notices(world)
-    told.of_node("sum", "job", "w1", slow=[(index, 60.0) for index in range(1000)], memory_mb=1)
+def test_the_number_of_events_of_one_node_is_bounded(world: World) -> None:
+    emitter, events = node_events(world)
+    emitter.of_node("sum", "job", "w1", slow=[(index, 60.0) for index in range(1000)], memory_mb=1)
     assert [each.data["index"] for each in reversed(events.recent())] == list(range(MOST_SLOW))
 
 
-def test_a_large_process_tells_of_its_size_again_after_a_while(world: World) -> None:
-    told, events = notices(world, memory_mb=500)
+def test_a_large_process_emits_its_size_again_after_a_while(world: World) -> None:
+    emitter, events = node_events(world, memory_mb=500)
     for _ in range(3):
-        told.of_node("sum", "job", "w1", slow=[], memory_mb=500)
+        emitter.of_node("sum", "job", "w1", slow=[], memory_mb=500)
     assert [each.name for each in events.recent()] == ["memory.high"]
     world.sleep(MEMORY_EVERY_S - 1)
-    told.of_node("sum", "job", "w1", slow=[], memory_mb=700)
+    emitter.of_node("sum", "job", "w1", slow=[], memory_mb=700)
     assert len(events.recent()) == 1
     world.sleep(1)
-    told.of_node("sum", "job", "w1", slow=[], memory_mb=700)
+    emitter.of_node("sum", "job", "w1", slow=[], memory_mb=700)
     assert [each.data["memory_mb"] for each in events.recent()] == [700.0, 500.0]
     assert events.recent()[0].data["host"] == "w1"
 
 
-def test_a_lost_redis_does_not_fail_the_node(world: World) -> None:
+def test_an_outage_of_redis_does_not_fail_the_node(world: World) -> None:
     store = world.store()
     store.lost = True
     NodeEvents(Events(store), AlertSettings(), world.time).of_node(
         "sum", "job", "w1", slow=[(0, 60.0)], memory_mb=1000
     )
-    assert store.round_trips == 1, "both in one"
+    assert store.round_trips == 1, "both events in one round trip"
 
 
-def test_what_nodes_tell_is_heard_by_the_monitor_and_the_clients_of_the_same_platform_alone() -> (
-    None
-):
+def test_nodes_monitor_and_clients_of_a_platform_share_one_stream() -> None:
     settings = Settings(namespace="second")
     app = Celery("unit", set_as_current=False)
     app.rlm_settings = settings
@@ -87,7 +83,7 @@ def test_what_nodes_tell_is_heard_by_the_monitor_and_the_clients_of_the_same_pla
 
 
 @pytest.mark.parametrize("name", ["execution.slow", "memory.high"])
-def test_what_is_noticed_may_be_alerted(name: str) -> None:
+def test_each_event_of_a_node_may_raise_an_alert(name: str) -> None:
     from scheduler.alerts import RULES
     from scheduler.monitor import ALERTING
 

@@ -1,5 +1,6 @@
-"""Jobs that go on in rounds: each round is a job of its own, opened once, whatever is lost or comes
-twice in between.
+"""Jobs with several rounds: each round is its own job and is opened once.
+
+Messages and holders may be lost or doubled in between.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def unit_in_rounds(item: int) -> int:
 
 @operation("unit_add_three")
 def unit_add_three(items: list[int]) -> int:
-    """Add a few; a negative sum is refused."""
+    """Add up to three numbers; a negative sum is refused."""
     if sum(items) < 0:
         raise ValueError("a sum below zero")
     return sum(items)
@@ -56,24 +57,24 @@ def run(platform: Platform, items: list[int], **fields: Any) -> tuple[dict[str, 
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_answer_of_a_round_is_the_next_ones_items_in_any_order_of_messages(seed: int) -> None:
+def test_the_answers_of_a_round_are_the_items_of_the_next_one(seed: int) -> None:
     platform = Platform(seed)
     n = platform.random.choice([1, 3, 10, 100, 700])
 
     facts, job = run(platform, list(range(n)))
 
-    answer = platform.output(platform.ledger.spec(job))  # type: ignore[arg-type]  # it is there
+    answer = platform.output(platform.ledger.spec(job))  # type: ignore[arg-type]  # it exists
     rounds = opened(platform.ledger, job)
     assert facts["state"] == "succeeded"
     assert answer["found"] == [sum(range(n)) * 2]
     assert len(rounds) == answer["rounds"] == int(facts.get("rounds", 0))
-    assert [int(told["n"]) for _, told in rounds] == [
+    assert [int(facts["n"]) for _, facts in rounds] == [
         -(-n // FAN_IN**k) for k in range(1, len(rounds) + 1)
     ]
-    assert {told["state"] for _, told in rounds} <= {"succeeded"}
+    assert {facts["state"] for _, facts in rounds} <= {"succeeded"}
 
 
-def test_a_round_is_opened_once_though_the_merge_that_opened_it_is_done_again() -> None:
+def test_a_round_is_opened_once_when_its_merge_is_repeated() -> None:
     platform = Platform(1)
     spec = platform.submit(JobRequest(operation="unit_in_rounds", items=[1, 2, 3, 4]))
     while (platform.ledger.facts(spec.job))["state"] != "merging" or not opened(
@@ -82,7 +83,7 @@ def test_a_round_is_opened_once_though_the_merge_that_opened_it_is_done_again() 
         platform.step()
     sent = platform.mailbox.sent
 
-    for _ in range(3):  # woken for nothing: its round is still at work
+    for _ in range(3):  # woken in vain: its round is still at work
         platform.runtime.delivery.wake([f"{spec.job} {MERGE}"])
         platform.mailbox.messages.remove((spec.job, MERGE))
         run_node(platform.runtime, spec.job, MERGE)
@@ -92,7 +93,7 @@ def test_a_round_is_opened_once_though_the_merge_that_opened_it_is_done_again() 
     assert platform.run(spec)["state"] == "succeeded"
 
 
-def test_a_round_that_fails_fails_its_job_and_says_which_item_of_which_round() -> None:
+def test_a_failed_round_fails_its_job_and_names_the_round_and_the_item() -> None:
     platform = Platform(2)
 
     facts, job = run(platform, [1, -9, 1, 5, 5, 5])
@@ -102,33 +103,34 @@ def test_a_round_that_fails_fails_its_job_and_says_which_item_of_which_round() -
     assert "a sum below zero" in facts["error"]
 
 
-def test_a_job_goes_on_with_what_a_round_has_done_where_errors_are_tolerated() -> None:
+def test_a_job_that_tolerates_errors_continues_with_the_done_items_of_a_round() -> None:
     platform = Platform(2)
 
     facts, job = run(platform, [1, -9, 1, 5, 5, 5], options=Options(continue_on_error=True))
 
     assert facts["state"] == "succeeded"
-    assert platform.output(platform.ledger.spec(job))["found"] == [30]  # type: ignore[arg-type]  # it is there
+    assert platform.output(platform.ledger.spec(job))["found"] == [30]  # type: ignore[arg-type]  # it exists
 
 
-def test_who_asks_is_told_which_round_is_at_work() -> None:
+def test_the_explanation_names_the_round_at_work() -> None:
     platform = Platform(3)
     spec = platform.submit(JobRequest(operation="unit_in_rounds", items=[1, 2, 3, 4]))
     while not opened(platform.ledger, spec.job):
         platform.step()
 
-    told = explain(
+    explanation = explain(
         platform.ledger.facts(spec.job),
         platform.ledger.all_records(spec.job),
         platform.store.now_ms(),
     )
 
     assert (
-        told == f"Every item is accounted for; its round 1 is at work: job {round_id(spec.job, 1)}."
+        explanation
+        == f"Every item is accounted for; its round 1 is at work: job {round_id(spec.job, 1)}."
     )
 
 
-def test_a_job_that_was_cancelled_while_it_opened_a_round_takes_the_round_with_it() -> None:
+def test_a_job_cancelled_while_it_opens_a_round_cancels_the_round() -> None:
     platform = Platform(4)
     spec = platform.submit(JobRequest(operation="unit_in_rounds", items=[1, 2, 3, 4]))
     then = registry.get("unit_in_rounds").then
@@ -151,7 +153,7 @@ def test_a_job_that_was_cancelled_while_it_opened_a_round_takes_the_round_with_i
     assert platform.mailbox.messages == []
 
 
-def test_what_a_budget_has_stopped_is_merged_and_the_next_rounds_know_it() -> None:
+def test_a_round_stopped_by_a_budget_is_merged_and_marked_as_short() -> None:
     platform = Platform(5)
     spec = platform.submit(
         JobRequest(operation="unit_in_rounds", items=list(range(100)), chunk_size=5)
@@ -171,7 +173,7 @@ def test_what_a_budget_has_stopped_is_merged_and_the_next_rounds_know_it() -> No
     assert len(answer["found"]) == 1
 
 
-def test_a_round_whose_items_must_not_fail_fails_its_job_though_errors_are_tolerated() -> None:
+def test_a_strict_round_fails_its_job_though_errors_are_tolerated() -> None:
     platform = Platform(6)
     then = registry.get("unit_in_rounds").then
     assert then is not None
@@ -195,13 +197,13 @@ def test_a_round_whose_items_must_not_fail_fails_its_job_though_errors_are_toler
     assert "a sum below zero" in facts["error"]
 
 
-def test_what_a_round_leaves_out_is_known_to_all_that_follow() -> None:
+def test_later_rounds_know_that_an_earlier_one_left_items_out() -> None:
     platform = Platform(7)
 
     _, job = run(platform, [1, -9, 1, *[5] * 24], options=Options(continue_on_error=True))
 
     assert len(opened(platform.ledger, job)) == 3
-    assert platform.output(platform.ledger.spec(job))["short"] is True  # type: ignore[arg-type]  # it is there
+    assert platform.output(platform.ledger.spec(job))["short"] is True  # type: ignore[arg-type]  # it exists
 
 
 def test_a_job_that_waits_for_a_round_expires_at_its_time() -> None:

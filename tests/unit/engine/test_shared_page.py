@@ -1,5 +1,5 @@
-"""What the main process tells its pool by the shared page: the level, urgent work, slots and
-memory.
+"""The shared page: the level, urgent work, slots and memory that the main process writes for its
+pool.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rlm_tasks.engine.shared_page import Held, SharedPage
 
 
 class Watch:
-    """A clock that stands still unless a test moves it."""
+    """A monotonic clock that the test sets."""
 
     now = 1000.0
 
@@ -34,21 +34,19 @@ def watch() -> Watch:
 # --- the level --------------------------------------------------------------------------------
 
 
-def test_where_nobody_measures_there_is_no_pressure() -> None:
+def test_before_the_first_measurement_the_level_is_normal() -> None:
     assert SharedPage().level is Level.NORMAL
 
 
 @pytest.mark.parametrize("level", Level)
-def test_a_level_is_read_as_it_was_written_until_nobody_renews_it(
-    watch: Watch, level: Level
-) -> None:
+def test_a_level_that_is_not_renewed_counts_as_elevated(watch: Watch, level: Level) -> None:
     page = SharedPage(stale_s=15, clock=watch)
     page.level = level
     assert page.level is level
     watch.now += 15
     assert page.level is level
     watch.now += 0.01
-    assert page.level is Level.ELEVATED, "not trusted, and not called normal"
+    assert page.level is Level.ELEVATED, "an old level is not trusted, and does not count as normal"
     page.level = level
     assert page.level is level
 
@@ -63,7 +61,7 @@ def test_a_level_holds_on_a_host_of_any_age(uptime_s: float, level: Level, later
     assert page.level is level
 
 
-def test_a_child_reads_what_its_parent_writes_after_the_fork() -> None:
+def test_a_child_reads_values_that_its_parent_writes_after_the_fork() -> None:
     page = SharedPage()
     asked, answer = os.pipe(), os.pipe()
     if (pid := os.fork()) == 0:
@@ -89,11 +87,11 @@ def test_a_child_reads_what_its_parent_writes_after_the_fork() -> None:
         32.0,
     )
     os.write(asked[1], b"!")
-    told = os.read(answer[0], 5)
+    values = os.read(answer[0], 5)
     os.waitpid(pid, 0)
     for end in (*asked, *answer):
         os.close(end)
-    assert list(told) == [Level.CRITICAL, 0b11, 7, 64, 32]
+    assert list(values) == [Level.CRITICAL, 0b11, 7, 64, 32]
 
 
 def median_ns(read: Callable[[], object], *, rounds: int = 51, reads: int = 1000) -> float:
@@ -120,15 +118,15 @@ def test_reading_the_level_costs_little(capsys: pytest.CaptureFixture[str]) -> N
     assert page.level is plain.level
 
 
-# --- the rest ---------------------------------------------------------------------------------
+# --- the other fields -------------------------------------------------------------------------
 
 
-def test_what_was_not_heard_is_not_known() -> None:
+def test_the_values_of_a_new_page() -> None:
     page = SharedPage()
     assert (page.urgent, page.slots, page.available_mb, page.free_mb) == (0, 1, 0.0, None)
 
 
-def test_no_field_of_the_page_touches_another() -> None:
+def test_no_field_overlaps_another() -> None:
     page = SharedPage()
     page.level, page.urgent, page.slots, page.available_mb, page.free_mb = (
         Level.HIGH,
@@ -148,16 +146,16 @@ def test_no_field_of_the_page_touches_another() -> None:
     assert [each.job for each in page.held()] == ["job"]
 
 
-def test_a_platform_without_slots_is_never_told() -> None:
+def test_the_number_of_slots_is_at_least_one() -> None:
     page = SharedPage()
     page.slots = 0
     assert page.slots == 1
 
 
-# --- nodes that processes hold ----------------------------------------------------------------
+# --- nodes held by processes ------------------------------------------------------------------
 
 
-def test_the_page_tells_what_each_process_holds() -> None:
+def test_the_page_lists_the_node_of_each_process() -> None:
     page = SharedPage()
     first, second = page.entry(0), page.entry(7)
     first.hold(11, "job-a", "node-a", "00112233aabbccdd", 1.5)

@@ -1,4 +1,4 @@
-"""Which nodes need a place among those of their operation, of how many, and on which hosts they may
+"""Shares of slots: the nodes that need a place of their operation, and the hosts on which they may
 start.
 """
 
@@ -39,14 +39,14 @@ def operation(name: str = "op", **policy: Any) -> Operation:
 
 @pytest.fixture(autouse=True)
 def own_operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let operations that a test registers end with it."""
+    """Remove the operations that a test registers when it ends."""
     registry.import_operations(())
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
     return
 
 
 class Worker:
-    """One process: its page, its store, its shares."""
+    """One process: its page, its store and its shares."""
 
     def __init__(self, world: World, settings: Settings | None = None, *, slots: int = 100) -> None:
         self.page, self.store = SharedPage(), world.store()
@@ -89,7 +89,7 @@ def test_without_a_policy_nothing_is_bounded_below_high(
     worker = Worker(world)
     found = worker.of(operation(max_workers=4) if declared else operation(), level)
     assert (found is not None) == bounded
-    assert worker.store.round_trips == 0, "asking whether costs nothing"
+    assert worker.store.round_trips == 0, "the question needs no round trip"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_without_a_policy_nothing_is_bounded_below_high(
         (Level.HIGH, "normal", 2, 2),
     ],
 )
-def test_places_shrink_with_pressure_and_never_beyond_the_slots(
+def test_places_shrink_with_pressure_and_never_exceed_the_slots(
     world: World, level: Level, priority: str, slots: int, places: int
 ) -> None:
     share = Worker(world, slots=slots).of(operation(), level, priority)
@@ -127,15 +127,15 @@ def test_memory_bounds_the_nodes_of_one_host(world: World) -> None:
     assert share.acquire(host="elsewhere"), "another host has room"
 
 
-def test_one_node_may_run_where_memory_is_short(world: World) -> None:
+def test_one_node_may_run_when_memory_is_short(world: World) -> None:
     worker = Worker(world)
     worker.page.available_mb = 1.0
     share = worker.of(operation(max_workers=6, max_memory_mb=1000.0))
     assert [bool(share.acquire()) for _ in range(2)] == [True, False]
 
 
-def test_a_place_lasts_as_long_as_a_node_of_its_job_may_run(world: World) -> None:
-    """Two jobs of one operation: the lease of one is not that of the other."""
+def test_the_lease_of_a_place_follows_the_target_time_of_its_job(world: World) -> None:
+    """Two jobs of one operation have leases of different length."""
     bounded, worker = operation(min_workers=1, max_workers=1), Worker(world)
     assert worker.of(bounded, target_s=1.0).acquire()
     world.sleep(LEASE_S + RUNS_AT_MOST + 1)
@@ -144,7 +144,7 @@ def test_a_place_lasts_as_long_as_a_node_of_its_job_may_run(world: World) -> Non
     assert not worker.of(bounded, target_s=1.0).acquire(), "the node of the other job still runs"
 
 
-def test_what_a_process_remembers_does_not_grow_with_the_figures_of_its_host(world: World) -> None:
+def test_the_memory_of_a_process_does_not_grow_with_changing_figures(world: World) -> None:
     worker = Worker(world)
     for megabytes in range(1000, 3000):
         worker.page.available_mb = float(megabytes)
@@ -162,7 +162,7 @@ def test_while_redis_is_away_a_process_runs_one_node_at_a_time(world: World) -> 
     place.release()
 
 
-def test_the_dead_give_their_places_back(world: World) -> None:
+def test_the_places_of_a_dead_process_are_free_again(world: World) -> None:
     registry.register(bounded := operation("bounded", min_workers=1, max_workers=1))
     worker = Worker(world)
     share = worker.of(bounded)
@@ -176,25 +176,25 @@ def test_the_dead_give_their_places_back(world: World) -> None:
 # --- where a node may start -------------------------------------------------------------------
 
 
-def test_a_node_starts_where_enough_is_free_and_what_its_process_holds_counts(world: World) -> None:
+def test_a_node_starts_with_enough_free_memory_including_that_of_its_process(world: World) -> None:
     own = held_mb(os.getpid())
     bounded, worker = (
         operation("bounded", min_memory_mb=own + 500, max_memory_mb=own + 1000),
         Worker(world),
     )
-    assert worker.shares.obstacle(bounded) == "", "nobody has measured"
+    assert worker.shares.obstacle(bounded) == "", "memory is not yet measured"
     worker.page.free_mb = 600.0
     assert worker.shares.obstacle(bounded) == ""
     worker.page.free_mb = 300.0
     assert "min_memory_mb" in worker.shares.obstacle(bounded)
     worker.page.free_mb = 0.0
     assert "min_memory_mb" in worker.shares.obstacle(bounded), (
-        "nothing free is not the same as nothing known"
+        "no free memory differs from unknown memory"
     )
-    assert worker.shares.obstacle(operation()) == "", "without a policy nobody asks"
+    assert worker.shares.obstacle(operation()) == "", "without a policy any memory suffices"
 
 
-def test_memory_that_other_nodes_hold_is_not_free(world: World) -> None:
+def test_memory_held_by_other_nodes_is_not_free(world: World) -> None:
     worker = Worker(world)
     worker.page.free_mb, worker.page.available_mb = 10.0, 8000.0
     assert worker.shares.obstacle(operation(min_memory_mb=4000.0, max_memory_mb=4000.0))
@@ -210,7 +210,7 @@ def test_a_node_that_must_not_start_here_is_parked_with_the_reason() -> None:
     assert (record.state, "min_memory_mb" in record.why) == ("p", True)
 
 
-def test_a_node_that_is_put_off_in_a_job_that_has_just_ended_sends_what_is_left_to_do() -> None:
+def test_a_node_that_parks_in_an_ended_job_sends_the_merge() -> None:
     platform = Platform()
     registry.register(operation("hungry", min_memory_mb=1e6, max_memory_mb=1e6))
     platform.runtime.page.free_mb = 10.0
@@ -226,7 +226,7 @@ def test_a_node_that_is_put_off_in_a_job_that_has_just_ended_sends_what_is_left_
     assert platform.mailbox.messages == [(spec.job, MERGE)]
 
 
-# --- whose policy counts ----------------------------------------------------------------------
+# --- policies ---------------------------------------------------------------------------------
 
 
 def with_file(tmp_path: Path, *entries: dict[str, Any]) -> Settings:
@@ -244,16 +244,16 @@ def test_a_policy_for_all_others_bounds_from_high_pressure_on(world: World, tmp_
     assert [bool(share.acquire()) for _ in range(2)] == [True, False]
 
 
-# --- what a node pays -------------------------------------------------------------------------
+# --- round trips ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("level", "extra"), [(Level.NORMAL, 0), (Level.ELEVATED, 0), (Level.HIGH, 2)]
 )
-def test_a_node_without_a_policy_pays_a_round_trip_more_from_high_pressure_on_alone(
+def test_without_a_policy_a_place_costs_two_round_trips_from_high_pressure_on(
     world: World, level: Level, extra: int
 ) -> None:
-    """CLAIM, the items, FINISH, and what the root merge does: nothing was added to these."""
+    """Below that only CLAIM, the items, FINISH and the root merge need round trips."""
 
     def trips(at: Level) -> int:
         platform, store = Platform(), CountingStore("redis://fake", client=world.client())
@@ -267,7 +267,7 @@ def test_a_node_without_a_policy_pays_a_round_trip_more_from_high_pressure_on_al
             pipelined(*args, **kwargs),
         )[1]  # type: ignore[method-assign]
         platform.runtime.page.level = at
-        for _ in range(2):  # scripts are known to the server from the second job on
+        for _ in range(2):  # from the second job on the server has all scripts
             spec = platform.submit(JobRequest(operation="sum", items=range(10)))
             commands.clear()
             store.round_trips = 0
