@@ -26,11 +26,11 @@ PLAIN = st.recursive(
 
 
 @given(PLAIN)
-def test_plain_data_comes_back_as_it_was(value: Any) -> None:
+def test_plain_data_survives_packing(value: Any) -> None:
     assert codec.unpack(codec.pack(value)) == value
 
 
-def test_what_has_no_plain_shape_is_a_type_error() -> None:
+def test_a_value_that_is_no_plain_data_raises_a_type_error() -> None:
     for value in (1j, object(), {"a": {1j}}, "\ud800"):
         with pytest.raises(TypeError):
             codec.pack(value)

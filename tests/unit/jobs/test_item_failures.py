@@ -1,4 +1,4 @@
-"""Failures of items: their traceback, and the meaning of Celery's exceptions."""
+"""Failures of items: the traceback, and the classification of Celery's exceptions."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _line_of(name: str) -> int:
         (Ignore(), Category.CANCELLED, False),
     ],
 )
-def test_celerys_own_exceptions_are_known(
+def test_exceptions_of_celery_are_classified(
     world: World, error: Exception, category: Category, counts: bool
 ) -> None:
     assert classify(error).category == category

@@ -1,6 +1,4 @@
-"""Plans tile what they cut, keep their bounds, and a running node yields for one reason at a
-time.
-"""
+"""Plans: they tile a range within their bounds; a running node yields for one reason at a time."""
 
 from __future__ import annotations
 
@@ -43,7 +41,7 @@ SHAPES = st.builds(
 
 
 def tiles(part: Part) -> bool:
-    """Whether every fork's parts tile its range, in order."""
+    """Return whether the parts of every fork tile its range, in order."""
     if isinstance(part, Leaf):
         return True
     edges = [(inner.lo, inner.hi) for inner in part.parts]
@@ -150,9 +148,9 @@ def test_suspects_are_isolated() -> None:
 
 
 def progress(**changed: object) -> NodeProgress:
-    """Return the progress of a node in mid-run, with some facts changed."""
+    """Return the progress of a node in mid-run, with some fields changed."""
     facts: dict[str, object] = {"done": 50, "rest": 50, "elapsed_ms": 100.0, "depth": 1}
-    return NodeProgress(**{**facts, **changed})  # type: ignore[arg-type]  # facts of the right types
+    return NodeProgress(**{**facts, **changed})  # type: ignore[arg-type]  # fields of the right types
 
 
 @pytest.mark.parametrize(
@@ -175,15 +173,6 @@ def test_a_node_yields_for_its_most_urgent_reason(
     changed: dict[str, object], reason: Reason | None
 ) -> None:
     assert should_yield(Shape("flat", 4, min_chunk=10, max_chunk=80), progress(**changed)) == reason
-
-
-def having(**fields: object) -> set[Reason]:
-    """Return the reasons whose rows have these values."""
-    return {
-        reason
-        for reason, rule in RULES.items()
-        if all(getattr(rule, name) == value for name, value in fields.items())
-    }
 
 
 def test_every_reason_has_its_row_in_the_table() -> None:
@@ -215,7 +204,7 @@ def test_an_isolated_item_leaves_its_neighbours_to_other_nodes() -> None:
     ],
     ids=str,
 )
-def test_a_rest_is_shared_when_it_is_worth_a_message(
+def test_the_rest_is_shared_when_it_is_worth_a_message(
     changed: dict[str, object], answer: bool
 ) -> None:
     assert may_fan_out(Shape("flat", 4, min_chunk=3, max_depth=3), progress(**changed)) is answer
@@ -228,7 +217,7 @@ def test_sequential_jobs_and_short_rests_are_not_shared() -> None:
     assert len(share_out(Shape("flat", 4), progress(elapsed_ms=900.0), 50, 100, 7).parts) == 8
 
 
-def test_the_estimate_keeps_all_slots_busy() -> None:
+def test_the_estimated_chunk_size() -> None:
     assert (
         estimate_optimal_chunk_size(
             total_items=10_000, estimated_item_processing_time_ms=5, target_parallelism=8

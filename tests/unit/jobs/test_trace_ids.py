@@ -22,7 +22,7 @@ def request(items: Any, **fields: Any) -> JobRequest:
 def spec_of(job: str, trace_context: Any = None) -> JobSpec:
     options = Options(trace_context=trace_context)
     shape = request([1]).shape(1000)
-    told = options.trace_context.traceparent if options.trace_context else ""
+    context = options.trace_context.traceparent if options.trace_context else ""
     return specs.load(
         specs.dump(
             JobSpec(
@@ -32,14 +32,14 @@ def spec_of(job: str, trace_context: Any = None) -> JobSpec:
                 n=1,
                 shape=shape,
                 queue="q",
-                trace=told,
+                trace=context,
             )
         )
     )
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
-def test_a_share_of_all_jobs_is_sampled_and_every_process_agrees(rate: float) -> None:
+def test_a_share_of_jobs_is_sampled_and_every_process_agrees(rate: float) -> None:
     random = Random(1)
     drawn = [uuid.UUID(int=random.getrandbits(128), version=4) for _ in range(2000)]
     for names in (drawn, [uuid.uuid5(uuid.NAMESPACE_X500, str(each)) for each in drawn]):
@@ -56,7 +56,7 @@ PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 @pytest.mark.parametrize(
-    ("told", "trace", "parent", "sampled"),
+    ("context", "trace", "parent", "sampled"),
     [
         (PARENT, 0x4BF92F3577B34DA6A3CE929D0E0E4736, 0xF067AA0BA902B7, True),
         (PARENT[:-2] + "00", 0x4BF92F3577B34DA6A3CE929D0E0E4736, 0xF067AA0BA902B7, False),
@@ -64,14 +64,14 @@ PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
         ({"trace_id": "abc123", "sampled": False}, 0xABC123, 0, False),
     ],
 )
-def test_a_trace_context_is_continued_and_decides(
-    told: Any, trace: int, parent: int, sampled: bool
+def test_a_given_trace_context_is_continued_with_its_sampling(
+    context: Any, trace: int, parent: int, sampled: bool
 ) -> None:
-    spec = spec_of(str(uuid.uuid4()), told)
+    spec = spec_of(str(uuid.uuid4()), context)
 
     assert origin(spec, 0.0) == origin(spec, 1.0) == (trace, parent, sampled)
     assert trace_id_of(spec) == f"{trace:032x}"
 
 
-def test_a_request_without_a_trace_does_not_grow() -> None:
+def test_a_spec_without_a_trace_has_no_trace_field() -> None:
     assert b"trace" not in specs.dump(spec_of(str(uuid.uuid4())))
