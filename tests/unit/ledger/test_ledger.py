@@ -15,7 +15,7 @@ from tests.unit.harness import Platform
 
 @pytest.fixture
 def platform() -> Platform:
-    """A platform whose messages nobody runs."""
+    """A platform whose messages are not delivered."""
     return Platform()
 
 
@@ -31,14 +31,14 @@ def child(lo: int, hi: int) -> Child:
 
 
 def claimed(platform: Platform, spec: JobSpec, node: str = ROOT, token: str = "mine") -> Claim:
-    """Claim a node and insist on getting it."""
+    """Claim a node; fail unless it is granted."""
     claim = platform.ledger.claim(spec.job, node, token, "worker")
     assert claim.answer == "run", claim
     return claim
 
 
 def done(platform: Platform, claim: Claim, mid: int, *kids: Child, **more: object) -> str:
-    """Finish a node as a worker does; return what FINISH says happened to the job."""
+    """Finish a node as a worker does; return the outcome for the job, as FINISH reports it."""
     report = Report(mid=mid, done=mid - claim.lo, kids=list(kids), **more)  # type: ignore[arg-type]  # fields of a report
     finished = platform.ledger.finish(
         claim, report, codec.pack([True, 0, 1, 0.0]) if mid > claim.lo else b""
@@ -52,7 +52,7 @@ def test_a_node_is_run_by_one_holder(platform: Platform, spec: JobSpec) -> None:
     assert (first.lo, first.hi, first.epoch, first.spec) == (0, 100, 1, spec)
     assert platform.ledger.claim(spec.job, ROOT, "other", "w").answer == "busy"
     assert claimed(platform, spec).epoch == 1, (
-        "the same token meets its own claim, whose answer was lost"
+        "the same token repeats its claim, as if the answer was lost"
     )
     assert platform.ledger.claim(spec.job, "no-such-node", "x", "w").answer == "unknown"
     assert platform.ledger.claim("no-such-job", ROOT, "x", "w").answer == "unknown"
@@ -64,14 +64,16 @@ def test_a_finished_job_has_one_last_caller_and_is_closed_once(
     claim = claimed(platform, spec)
 
     assert done(platform, claim, 100) == MERGE
-    assert done(platform, claim, 100) == MERGE, "the same caller, whose answer was lost"
+    assert done(platform, claim, 100) == MERGE, (
+        "the same caller repeats it, as if the answer was lost"
+    )
     assert platform.ledger.close(spec.job, claim.token, "succeeded", b"answer") == "succeeded"
     assert platform.ledger.close(spec.job, claim.token, "succeeded", b"other") == ""
     assert platform.ledger.claim(spec.job, ROOT, "late", "w").answer == "closed"
     assert platform.ledger.facts(spec.job)["state"] == "succeeded"
 
 
-def test_a_cut_registers_its_children_and_they_are_sent_again_while_they_wait(
+def test_a_cut_registers_its_children_and_waiting_ones_are_sent_again(
     platform: Platform, spec: JobSpec
 ) -> None:
     left, right = child(40, 70), child(70, 100)
@@ -101,7 +103,7 @@ def test_a_cut_registers_its_children_and_they_are_sent_again_while_they_wait(
     [[child(51, 100)], [child(50, 99)], [child(50, 80), child(79, 100)], [child(50, 101)], []],
     ids=["gap", "short", "overlap", "long", "none"],
 )
-def test_parts_that_do_not_tile_the_range_are_refused_whole(
+def test_parts_that_do_not_tile_the_range_are_refused_together(
     platform: Platform, spec: JobSpec, kids: list[Child]
 ) -> None:
     claim = claimed(platform, spec)
@@ -126,7 +128,7 @@ def test_a_holder_that_was_replaced_is_fenced(platform: Platform, spec: JobSpec)
     assert done(platform, fresh, 100) == MERGE
 
 
-def test_the_sweep_takes_back_what_is_overdue_and_fences_its_holder(
+def test_the_sweep_takes_overdue_nodes_back_and_fences_their_holders(
     platform: Platform, spec: JobSpec
 ) -> None:
     stale = claimed(platform, spec)
@@ -135,13 +137,13 @@ def test_the_sweep_takes_back_what_is_overdue_and_fences_its_holder(
     swept = platform.ledger.sweep(spec.job)
 
     assert swept.send == (ROOT,)
-    assert platform.ledger.sweep(spec.job).send == (), "its message was sent again just now"
+    assert platform.ledger.sweep(spec.job).send == (), "its message was sent again a moment ago"
     fresh = claimed(platform, spec, token="other")
     assert (fresh.epoch, fresh.losses) == (2, 1)
     assert done(platform, stale, 100) == "stale"
 
 
-def test_a_lease_that_ran_out_is_its_holders_until_somebody_else_claims(
+def test_a_holder_keeps_an_expired_lease_until_another_claims(
     platform: Platform, spec: JobSpec
 ) -> None:
     holder = claimed(platform, spec)
@@ -154,7 +156,7 @@ def test_a_lease_that_ran_out_is_its_holders_until_somebody_else_claims(
     assert platform.ledger.claim(spec.job, ROOT, "its copy", "w").answer == "busy"
     platform.store.client.zadd(keys.due, {ROOT: 1})
     platform.ledger.sweep(spec.job)
-    assert done(platform, holder, 100) == MERGE, "handed in late, and nobody else has it"
+    assert done(platform, holder, 100) == MERGE, "finished late, and no other holder has it"
     assert platform.store.client.zrange(keys.waiting, 0, -1) == []
     assert platform.ledger.claim(spec.job, ROOT, "its copy", "w").answer == "done"
 
@@ -170,7 +172,7 @@ def test_a_parked_node_waits_and_is_woken_by_the_sweep(platform: Platform, spec:
     assert claimed(platform, spec, token="other").epoch == 2
 
 
-def test_a_beat_keeps_the_lease_of_its_holder_only(platform: Platform, spec: JobSpec) -> None:
+def test_a_heartbeat_renews_the_lease_of_its_holder_only(platform: Platform, spec: JobSpec) -> None:
     claim = claimed(platform, spec)
     due = platform.keys.of(spec.job).due
     platform.store.client.zadd(due, {ROOT: 1})
@@ -181,7 +183,7 @@ def test_a_beat_keeps_the_lease_of_its_holder_only(platform: Platform, spec: Job
     assert platform.store.client.zscore(due, ROOT) > 1
 
 
-def test_a_stopped_job_skips_what_waits_and_lets_running_nodes_hand_in(
+def test_a_stopped_job_skips_waiting_nodes_and_lets_running_ones_finish(
     platform: Platform, spec: JobSpec
 ) -> None:
     left, right = child(10, 50), child(50, 100)
@@ -198,7 +200,7 @@ def test_a_stopped_job_skips_what_waits_and_lets_running_nodes_hand_in(
     assert platform.ledger.stop(spec.job, "expired") == "cancelled"
 
 
-def test_force_ends_a_job_whose_nodes_do_not_hand_in(platform: Platform, spec: JobSpec) -> None:
+def test_force_ends_a_job_whose_nodes_do_not_finish(platform: Platform, spec: JobSpec) -> None:
     stuck = claimed(platform, spec)
 
     assert platform.ledger.stop(spec.job, "cancelled") == "running"
@@ -237,7 +239,7 @@ def test_every_key_of_a_job_expires(platform: Platform, spec: JobSpec) -> None:
     assert [key for key in keys if platform.store.client.ttl(key) == -1] == []
 
 
-def test_an_original_that_arrives_after_its_probe_does_not_make_the_others_lost(
+def test_a_message_that_arrives_after_its_probe_does_not_make_the_others_lost(
     platform: Platform, spec: JobSpec
 ) -> None:
     left, right = child(0, 50), child(50, 100)
@@ -248,8 +250,12 @@ def test_an_original_that_arrives_after_its_probe_does_not_make_the_others_lost(
     assert platform.ledger.sweep(spec.job).send == (left.id,), "the probe"
 
     assert platform.ledger.claim(spec.job, left.id, "original", "w", 0).answer == "run"
-    assert platform.ledger.sweep(spec.job).send == (), "its queue is long, not lost"
+    assert platform.ledger.sweep(spec.job).send == (), (
+        "its queue is long, and its messages are not lost"
+    )
     platform.ledger.release(spec.job, left.id, "original", -1, "")
     [record] = platform.ledger.records(spec.job, [left.id])
     assert platform.ledger.claim(spec.job, left.id, "copy", "w", record.message).answer == "run"
-    assert platform.ledger.sweep(spec.job).send == (right.id,), "what the copy overtook is lost"
+    assert platform.ledger.sweep(spec.job).send == (right.id,), (
+        "the message that the copy overtook is lost"
+    )
