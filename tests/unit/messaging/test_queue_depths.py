@@ -1,6 +1,4 @@
-"""How deep and how old queues are, through kombu's own channels; and where the order of queues gets
-its facts.
-"""
+"""The depth and age of queues, read through kombu's own channels."""
 
 from __future__ import annotations
 
@@ -19,7 +17,6 @@ from kombu.transport import redis as redis_transport
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from rlm_tasks.celery import configuration
-from rlm_tasks.messaging.broker_kinds import RABBITMQ
 from rlm_tasks.messaging.queue_depths import QueueGauge
 from rlm_tasks.settings.model import Settings
 from scheduler.queues import QueueReport
@@ -29,7 +26,9 @@ NAMES = ["unit.critical", "unit.high", "unit.normal", "unit.low"]
 
 
 class FakeBroker:
-    """A fake server behind kombu's own Redis transport, and how often it was spoken to."""
+    """A fake server behind kombu's own Redis transport, which counts round trips
+    and connections.
+    """
 
     def __init__(self) -> None:
         self.server = fakeredis.FakeServer()
@@ -66,7 +65,8 @@ def app_on(url: str, **transport: Any) -> Celery:
 
 @pytest.fixture
 def app(broker: FakeBroker) -> Iterator[Celery]:
-    # fakeredis does not note that a connection was alive: each command would be preceded by a PING.
+    # fakeredis does not record that a connection is alive, so kombu would send a PING before each
+    # command.
     with app_on("redis://fake:1/0", health_check_interval=0) as own:
         yield own
 
@@ -90,7 +90,7 @@ def gauge_of(app: Celery, now: float = NOW) -> QueueGauge:
 # --- the gauge on Redis -----------------------------------------------------------------------
 
 
-def test_a_queue_is_as_old_as_the_message_that_is_taken_next(app: Celery) -> None:
+def test_the_age_of_a_queue_is_that_of_its_next_message(app: Celery) -> None:
     for age_s in (12.5, 3.0, 40.0):
         send(app, "unit.high", {"rlm": {"at": NOW - age_s, "schema": 1}})
 
@@ -108,28 +108,26 @@ def test_a_queue_is_as_old_as_the_message_that_is_taken_next(app: Celery) -> Non
         {"rlm": None},
     ],
 )
-def test_a_message_that_does_not_say_when_it_was_sent_has_no_age(
-    app: Celery, headers: dict[str, Any]
-) -> None:
+def test_a_message_without_a_send_time_has_no_age(app: Celery, headers: dict[str, Any]) -> None:
     send(app, "unit.low", headers)
 
     assert gauge_of(app).read(["unit.low"]) == {"unit.low": QueueReport(1, None)}
 
 
-def test_a_sender_whose_clock_is_ahead_has_sent_just_now(app: Celery) -> None:
+def test_a_send_time_in_the_future_counts_as_now(app: Celery) -> None:
     send(app, "unit.low", {"rlm": {"at": NOW + 5}})
 
     assert gauge_of(app).read(["unit.low"])["unit.low"].oldest_s == 0
 
 
-def test_what_is_no_message_has_no_age(app: Celery, broker: FakeBroker) -> None:
+def test_data_that_is_no_message_has_no_age(app: Celery, broker: FakeBroker) -> None:
     fakeredis.FakeRedis(server=broker.server).lpush("unit:unit.low", b"\xff")
 
     assert gauge_of(app).read(["unit.low"]) == {"unit.low": QueueReport(1, None)}
 
 
 @pytest.mark.parametrize("prefix", ["unit:", ""])
-def test_the_platforms_prefix_is_before_both_keys(broker: FakeBroker, prefix: str) -> None:
+def test_the_global_key_prefix_is_used_for_both_keys(broker: FakeBroker, prefix: str) -> None:
     with app_on("redis://fake:1/0", global_keyprefix=prefix) as app:
         send(app, "unit.low", {"rlm": {"at": NOW - 1}})
 
@@ -146,14 +144,12 @@ def test_all_queues_are_one_round_trip_on_one_connection(app: Celery, broker: Fa
     assert (broker.round_trips, broker.connections) == (1, 0)
 
 
-def test_an_outage_is_told_at_once_and_over_when_it_is_over(
-    app: Celery, broker: FakeBroker
-) -> None:
+def test_an_outage_raises_at_once_and_the_gauge_recovers(app: Celery, broker: FakeBroker) -> None:
     gauge = gauge_of(app)
     gauge.read(NAMES)
 
     broker.server.connected = False
-    for _ in range(2):  # on the connection it had, and on none
+    for _ in range(2):  # with the old connection, and without one
         with pytest.raises(RedisConnectionError):
             gauge.read(NAMES)
     broker.server.connected = True
@@ -161,7 +157,7 @@ def test_an_outage_is_told_at_once_and_over_when_it_is_over(
     assert gauge.read(NAMES)["unit.low"].depth == 0
 
 
-def test_a_broker_that_was_never_there_is_told_of_at_once() -> None:
+def test_a_broker_that_was_never_reachable_raises_at_once() -> None:
     began = time.monotonic()
     with app_on("redis://127.0.0.1:1/0") as app, pytest.raises(RedisConnectionError):
         QueueGauge(app).read(NAMES)
@@ -169,10 +165,10 @@ def test_a_broker_that_was_never_there_is_told_of_at_once() -> None:
     assert time.monotonic() - began < 1, "kombu would wait 2 s between its tries"
 
 
-# --- the gauge elsewhere ----------------------------------------------------------------------
+# --- the gauge on other brokers ---------------------------------------------------------------
 
 
-def test_other_brokers_tell_the_depth_alone() -> None:
+def test_other_brokers_give_the_depth_only() -> None:
     with app_on("memory://") as app:
         for _ in range(3):
             send(app, "unit.high", {"rlm": {"at": NOW}})
@@ -186,8 +182,8 @@ def test_other_brokers_tell_the_depth_alone() -> None:
 
 
 class Amqp:
-    """A broker that closes a channel on which something was wrong, as RabbitMQ does, and now and
-    then the connection.
+    """A broker that closes a channel after an error, as RabbitMQ does, and sometimes the
+    connection.
     """
 
     transport = SimpleNamespace(driver_type="amqp")
@@ -198,7 +194,7 @@ class Amqp:
 
     def __init__(self, **queues: int | Exception) -> None:
         self._queues = queues
-        self.errors: list[Exception] = []  # what the next uses of the connection end with
+        self.errors: list[Exception] = []  # the errors that the next uses of the connection raise
         self.connection = SimpleNamespace(sock=SimpleNamespace(settimeout=self._wait_at_most))
 
     def _wait_at_most(self, seconds: float) -> None:
@@ -236,7 +232,7 @@ class AmqpChannel:
 
     def queue_declare(self, *, queue: str, passive: bool) -> Any:
         assert self._open
-        assert passive, "asking must not make a queue"
+        assert passive, "the gauge must not create a queue"
         found = self._queues.get(queue, NotFound(f"no queue {queue!r}", reply_code=404))
         if isinstance(found, Exception):
             self._open = False
@@ -244,8 +240,8 @@ class AmqpChannel:
         return SimpleNamespace(message_count=found)
 
 
-def test_a_queue_that_does_not_exist_spoils_no_other() -> None:
-    gauge = QueueGauge(Amqp(low=7))  # type: ignore[arg-type]  # as much of an app as the gauge uses
+def test_a_missing_queue_does_not_affect_the_others() -> None:
+    gauge = QueueGauge(Amqp(low=7))  # type: ignore[arg-type]  # the part of an app that the gauge uses
 
     assert gauge.read(["high", "low"]) == {
         "high": QueueReport(0, None),
@@ -253,7 +249,7 @@ def test_a_queue_that_does_not_exist_spoils_no_other() -> None:
     }
 
 
-def test_what_else_a_broker_says_is_raised_and_the_connection_given_back() -> None:
+def test_other_errors_of_the_broker_are_raised_and_the_connection_is_released() -> None:
     amqp = Amqp(low=AccessRefused("not yours", reply_code=403))
 
     with pytest.raises(AccessRefused):
@@ -276,10 +272,10 @@ def test_each_process_and_each_thread_has_one_connection(monkeypatch: pytest.Mon
         assert other.submit(opened_by_reading).result() == 1
     monkeypatch.setattr("os.getpid", lambda: 1)  # as after a fork
     assert opened_by_reading() == 1
-    assert not amqp.released, "the parent goes on with its own"
+    assert not amqp.released, "the parent keeps its own connection"
 
 
-def test_a_gauge_that_is_closed_gives_its_connection_back_and_may_be_read_again() -> None:
+def test_a_closed_gauge_releases_its_connection_and_may_be_read_again() -> None:
     amqp = Amqp(low=7)
     gauge = QueueGauge(amqp)  # type: ignore[arg-type]  # as above
     gauge.read(["low"])
@@ -295,7 +291,7 @@ def test_a_gauge_that_is_closed_gives_its_connection_back_and_may_be_read_again(
     "error",
     [ConnectionForced("CONNECTION_FORCED"), OSError("Server unexpectedly closed connection")],
 )
-def test_a_connection_that_the_broker_has_closed_meanwhile_is_opened_again(
+def test_a_connection_that_the_broker_has_closed_is_opened_again(
     error: Exception,
 ) -> None:
     amqp = Amqp(low=7)
@@ -310,7 +306,7 @@ def test_a_connection_that_the_broker_has_closed_meanwhile_is_opened_again(
 @pytest.mark.parametrize(
     "errors", [[ConnectionForced("a"), ConnectionForced("b")], [TimeoutError("no answer")]]
 )
-def test_a_broker_that_is_away_is_tried_once_more_and_one_that_hangs_is_not(
+def test_a_lost_broker_is_tried_once_more_and_one_that_hangs_is_not(
     errors: list[Exception],
 ) -> None:
     amqp = Amqp(low=7)
@@ -322,4 +318,4 @@ def test_a_broker_that_is_away_is_tried_once_more_and_one_that_hangs_is_not(
         gauge.read(["low"])
     assert amqp.errors == []
     assert amqp.released
-    assert amqp.patience_s == RABBITMQ.socket_timeout_s, "who hangs is not waited for without end"
+    assert amqp.patience_s == ANSWER_S, "the gauge does not wait for ever"

@@ -1,5 +1,5 @@
-"""What Celery is told of broker, result backend and redbeat for each kind of URL; what it shows of
-that has no password in it.
+"""The settings of Celery for broker and result backend, for each kind of URL; none shows a
+password.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def test_one_url_over_tls_is_enough_for_broker_and_result_backend() -> None:
     }
 
 
-def test_without_tls_celery_is_told_nothing_of_it() -> None:
+def test_without_tls_celery_gets_no_tls_options() -> None:
     conf = app_of(redis_url="redis://host").conf
 
     assert not conf.broker_use_ssl
@@ -60,7 +60,7 @@ def test_without_tls_celery_is_told_nothing_of_it() -> None:
     assert conf.broker_transport_options["socket_timeout"] == conf.redis_socket_timeout == ANSWER_S
 
 
-def test_a_socket_of_this_machine_is_said_in_celerys_words() -> None:
+def test_a_unix_socket_is_written_as_celery_expects_it() -> None:
     app = app_of(redis_url="unix:///run/redis.sock?db=3")
     backend: RedisBackend = app.backend
 
@@ -70,14 +70,16 @@ def test_a_socket_of_this_machine_is_said_in_celerys_words() -> None:
     assert backend.connparams["db"] == 3
 
 
-def test_each_sentinel_may_be_asked_first_so_each_has_password_and_database() -> None:
-    found = broker(watched())
+def test_the_url_of_each_sentinel_has_password_and_database() -> None:
+    found = transports.broker(watched())
 
     assert found["broker_url"] == "sentinel://:hush@one:26380/2;sentinel://:hush@two:26379/2"
     options = found["broker_transport_options"]
     assert options["master_name"] == "primary"
     assert options["sentinel_kwargs"]["password"] == "hush-too"
-    assert options["socket_timeout"] == WATCHED_ANSWER_S, "one that hangs is left for another"
+    assert options["socket_timeout"] == WATCHED_ANSWER_S, (
+        "a sentinel that hangs is left for another"
+    )
 
 
 def test_the_result_backend_finds_the_primary_by_the_same_sentinels() -> None:
@@ -96,8 +98,8 @@ def test_the_result_backend_finds_the_primary_by_the_same_sentinels() -> None:
 # --- RabbitMQ ---------------------------------------------------------------------------------
 
 
-def test_platforms_on_one_rabbitmq_do_not_hear_each_other() -> None:
-    found = broker(Settings(broker_url="amqp://host//", namespace="second"))
+def test_platforms_on_one_rabbitmq_have_separate_exchanges() -> None:
+    found = transports.broker(Settings(broker_url="amqp://host//", namespace="second"))
 
     assert found == {
         "broker_url": "amqp://host//",
@@ -107,20 +109,20 @@ def test_platforms_on_one_rabbitmq_do_not_hear_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "options_of_tls"),
     [
         ("", {"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": None}),
         ("?ssl_check_hostname=false", {"cert_reqs": ssl.CERT_REQUIRED}),
         ("?ssl_cert_reqs=none", {"cert_reqs": ssl.CERT_NONE}),
     ],
 )
-def test_rabbitmqs_client_is_told_of_tls_in_its_own_words(
-    options: str, told: dict[str, Any]
+def test_tls_options_are_written_as_the_client_of_rabbitmq_expects_them(
+    options: str, options_of_tls: dict[str, Any]
 ) -> None:
     found = broker(Settings(broker_url=f"amqps://host//{options}"))
 
     assert found["broker_url"] == "amqps://host//"
-    assert found["broker_use_ssl"] == told
+    assert found["broker_use_ssl"] == options_of_tls
 
 
 def test_each_queue_is_bound_by_its_own_name() -> None:
@@ -129,10 +131,25 @@ def test_each_queue_is_bound_by_its_own_name() -> None:
     }
 
 
-# --- beat, and what is shown ------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("url", "is_redis"),
+    [
+        ("redis://h", True),
+        ("rediss://h", True),
+        (WATCHED, True),
+        (["redis://h"], True),
+        ("amqp://h", False),
+        ([], False),
+    ],
+)
+def test_redis_brokers_are_recognised(url: Any, is_redis: bool) -> None:
+    assert speaks_redis(url) is is_redis
 
 
-def test_what_celery_shows_of_it_has_no_password() -> None:
+# --- passwords --------------------------------------------------------------------------------
+
+
+def test_celery_shows_no_password() -> None:
     shown = filter_hidden_settings({**configuration(watched()), "deprecated_settings": None})
 
     assert "hush" not in str(shown), "as `celery report` and `inspect conf` show it"
