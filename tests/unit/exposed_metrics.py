@@ -30,7 +30,7 @@ REPORT = Report(
 
 
 class ExposedMetrics:
-    """What is exposed of a folder: samples by name and labels."""
+    """The exposed metrics of a folder: samples by name and labels."""
 
     def __init__(self, folder: Path) -> None:
         self.state, self.now = IDLE, 0.0
@@ -53,7 +53,7 @@ class ExposedMetrics:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder that this process counts in."""
+    """A folder in which this process counts."""
     slot_files.begin(tmp_path)
     yield tmp_path
     slot_files.end()
@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def exposed(folder: Path) -> ExposedMetrics:
-    """What is exposed of it."""
+    """The exposed metrics of that folder."""
     return ExposedMetrics(folder)
 
 

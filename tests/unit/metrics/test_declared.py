@@ -1,4 +1,4 @@
-"""What a worker counts, what it tells of itself, and when it counts as alive and ready."""
+"""Metrics that users declare: counters, histograms, and the decorators `counted` and `timed`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ RECORDS = Counter("unit_records_total", "Records.", {"domain": ("analytics", "bi
 SIZES = Histogram("unit_sizes", "Sizes.", buckets=(1, 10))
 
 
-# --- a user's own -----------------------------------------------------------------------------
+# --- declared metrics -------------------------------------------------------------------------
 
 
-def test_a_value_that_was_not_declared_is_counted_as_another(exposed: ExposedMetrics) -> None:
+def test_a_label_value_that_was_not_declared_counts_as_other(exposed: ExposedMetrics) -> None:
     for domain in ("analytics", "billing", "billing", "user-4711", "user-4712"):
         RECORDS.inc(2, domain=domain)
 
@@ -31,7 +31,7 @@ def test_a_value_that_was_not_declared_is_counted_as_another(exposed: ExposedMet
     }
 
 
-def test_a_histogram_shows_all_its_buckets_from_the_first_value_on(exposed: ExposedMetrics) -> None:
+def test_a_histogram_has_all_its_buckets_from_the_first_value_on(exposed: ExposedMetrics) -> None:
     SIZES.observe(10)
     SIZES.observe(11, times=3)
 
@@ -40,7 +40,7 @@ def test_a_histogram_shows_all_its_buckets_from_the_first_value_on(exposed: Expo
 
 
 @pytest.mark.parametrize(
-    ("labels", "amount", "told"),
+    ("labels", "amount", "message"),
     [
         ({}, 1, r"labels=\[\]: unit_records_total has the labels domain"),
         (
@@ -51,15 +51,15 @@ def test_a_histogram_shows_all_its_buckets_from_the_first_value_on(exposed: Expo
         ({"domain": "billing"}, -1, "amount=-1: unit_records_total is a counter: it only grows"),
     ],
 )
-def test_what_cannot_be_counted_is_refused(
-    labels: Mapping[str, str], amount: float, told: str
+def test_wrong_labels_and_amounts_are_refused(
+    labels: Mapping[str, str], amount: float, message: str
 ) -> None:
-    with pytest.raises(InvalidValue, match=told):
+    with pytest.raises(InvalidValue, match=message):
         RECORDS.inc(amount, **labels)
 
 
 @pytest.mark.parametrize(
-    ("name", "labels", "told"),
+    ("name", "labels", "message"),
     [
         ("unit_records", {}, "a counter's name ends in _total"),
         ("unit.records_total", {}, "must be letters, digits and underscores"),
@@ -68,8 +68,8 @@ def test_what_cannot_be_counted_is_refused(
         ("rlm_items_total", {}, "is declared already"),
     ],
 )
-def test_what_cannot_be_declared_is_refused(name: str, labels: Labels, told: str) -> None:
-    with pytest.raises(InvalidValue, match=told):
+def test_wrong_declarations_are_refused(name: str, labels: Labels, message: str) -> None:
+    with pytest.raises(InvalidValue, match=message):
         Counter(name, "Records.", labels)
 
 
@@ -81,7 +81,7 @@ def test_a_module_that_is_imported_twice_declares_the_same_metric(exposed: Expos
     assert exposed["unit_records_total"] == {"domain=billing": 2}
 
 
-def test_functions_are_counted_and_timed_also_when_they_raise(exposed: ExposedMetrics) -> None:
+def test_functions_are_counted_and_timed_even_when_they_raise(exposed: ExposedMetrics) -> None:
     @counted("unit_orders_total", "Orders.")
     @timed("unit_order_seconds", "How long orders take.")
     def order(number: int) -> int:

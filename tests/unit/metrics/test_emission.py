@@ -15,7 +15,7 @@ __all__ = ["exposed", "folder"]
 RECORDS = Counter("unit_records_total", "Records.", {"domain": ("analytics", "billing")})
 
 
-def test_a_request_counts_what_it_says_in_declared_counters(exposed: ExposedMetrics) -> None:
+def test_a_request_adds_to_declared_counters(exposed: ExposedMetrics) -> None:
     options = Options(emitMetrics={"unit.records": 12, "domain": "billing"})
     emission.emit(options.emit_metrics)
 
@@ -23,7 +23,7 @@ def test_a_request_counts_what_it_says_in_declared_counters(exposed: ExposedMetr
 
 
 @pytest.mark.parametrize(
-    ("told", "why"),
+    ("metrics", "why"),
     [
         ({"unit.recrods": 1}, "emit_metrics='unit.recrods': declare it beside your operations"),
         ({"rlm.items": 1}, "emit_metrics='rlm.items': declare it beside your operations"),
@@ -31,8 +31,8 @@ def test_a_request_counts_what_it_says_in_declared_counters(exposed: ExposedMetr
         ({"unit.records": -1, "domain": "billing"}, "unit.records only grows, by labels domain"),
     ],
 )
-def test_a_request_that_would_count_elsewhere_is_refused(
-    told: dict[str, float | str], why: str
+def test_a_request_with_undeclared_metrics_is_refused(
+    metrics: dict[str, float | str], why: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=why):
-        Options(emit_metrics=told)
+        Options(emit_metrics=metrics)

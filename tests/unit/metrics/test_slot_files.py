@@ -17,7 +17,7 @@ __all__ = ["exposed", "folder"]
 RECORDS = Counter("unit_records_total", "Records.", {"domain": ("analytics", "billing")})
 
 
-def test_the_process_that_comes_after_goes_on_counting_in_the_same_files(
+def test_the_next_process_of_a_slot_continues_in_the_same_files(
     folder: Path, exposed: ExposedMetrics
 ) -> None:
     count(REPORT)
@@ -29,7 +29,7 @@ def test_the_process_that_comes_after_goes_on_counting_in_the_same_files(
     assert len(list(folder.iterdir())) == 3
 
 
-def test_slots_count_side_by_side_and_are_one_number(
+def test_the_counts_of_all_slots_are_summed(
     folder: Path, exposed: ExposedMetrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for slot, peak_kb in (("0", 2048), ("1", 4096), ("2", 1024)):
@@ -42,7 +42,7 @@ def test_slots_count_side_by_side_and_are_one_number(
     assert len(list(folder.iterdir())) == 9
 
 
-def test_a_reader_never_meets_a_file_that_is_being_made(
+def test_a_reader_never_sees_an_unfinished_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     met: list[list[Path]] = []
@@ -68,7 +68,7 @@ def test_outside_of_a_worker_nothing_is_counted(tmp_path: Path) -> None:
     assert exposed["rlm_items_total"] == exposed["unit_records_total"] == {}
 
 
-def test_a_folder_that_is_gone_stops_the_counting_and_nothing_else(
+def test_a_missing_folder_stops_the_counting_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     slot_files.begin(tmp_path / "gone")
