@@ -26,7 +26,7 @@ def test_sum_and_aggregate_are_exact_under_any_split(
     )
 
 
-def test_sums_of_what_is_not_finite_follow_arithmetic() -> None:
+def test_sums_with_infinite_values_follow_arithmetic() -> None:
     assert sum_items.shaped(sum_items([1.0, math.inf])) == math.inf
     assert math.isnan(sum_items.shaped(sum_items([math.inf, -math.inf])))
     assert sum_items.shaped(sum_items([0.1] * 10)) == 1.0

@@ -10,7 +10,7 @@ from resilience.degradation import (
 from rlm_tasks.operations.context import Context
 
 
-def test_an_operation_has_it_as_its_quality() -> None:
+def test_the_quality_of_an_item_is_the_fingerprint_of_its_level() -> None:
     assert Context("job", {}).quality == ""
     assert (
         Context("job", {}, degradation=Degradation(Level.HIGH)).quality

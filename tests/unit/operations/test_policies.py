@@ -30,7 +30,7 @@ def with_file(tmp_path: Path, *entries: dict[str, Any]) -> Settings:
     ("in_file", "own", "expected"),
     [(True, True, 3), (True, False, 3), (False, True, 5), (False, False, 32)],
 )
-def test_the_operators_word_counts_then_the_operations_own(
+def test_the_policy_of_the_operator_counts_before_that_of_the_operation(
     tmp_path: Path, in_file: bool, own: bool, expected: int
 ) -> None:
     settings = (
@@ -51,7 +51,7 @@ def test_the_operators_word_counts_then_the_operations_own(
         ("high", "critical", "critical"),
     ],
 )
-def test_an_operations_priority_lifts_or_holds_down_its_jobs(
+def test_the_priority_of_an_operation_raises_or_lowers_that_of_its_jobs(
     own: str, asked: str, expected: str
 ) -> None:
     assert (

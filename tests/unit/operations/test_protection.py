@@ -8,12 +8,12 @@ import pytest
 
 from resilience.errors import InvalidValue
 from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.jobs import item_failures as item_failures  # it says what Celery's exceptions mean
+from rlm_tasks.jobs import item_failures as item_failures  # registers Celery's exceptions
 from rlm_tasks.operations.protection import protection
 
 
 @pytest.mark.parametrize(
-    ("about", "error", "told"),
+    ("about", "error", "message"),
     [
         ({"breaker": "fast"}, InvalidValue, "preset='fast': unknown"),
         (
@@ -28,8 +28,8 @@ from rlm_tasks.operations.protection import protection
         ({"retry": 0}, InvalidValue, "max_attempts=0"),
     ],
 )
-def test_a_declaration_that_makes_no_sense_is_told_when_it_is_made(
-    about: dict[str, Any], error: type, told: str
+def test_a_wrong_declaration_is_refused_at_once(
+    about: dict[str, Any], error: type, message: str
 ) -> None:
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         protection("op", about)

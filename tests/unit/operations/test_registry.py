@@ -9,7 +9,7 @@ from rlm_tasks.operations.context import Context
 from rlm_tasks.operations.registry import get
 
 
-def test_a_bare_operation_is_named_after_its_function_and_can_be_called() -> None:
+def test_an_operation_without_a_name_has_that_of_its_function() -> None:
     @operation
     def unit_bare(item: int) -> int:
         return item + 1
@@ -33,6 +33,6 @@ def test_an_operation_takes_the_context_when_it_has_a_second_parameter() -> None
 
 
 @pytest.mark.parametrize("about", [{"concurrency": 0}, {"concurrency": 5}])
-def test_options_that_make_no_sense_are_refused(about: dict[str, int]) -> None:
+def test_wrong_options_are_refused(about: dict[str, int]) -> None:
     with pytest.raises(InvalidRequest, match="concurrency"):
         operation("unit_wrong", **about)(lambda item: item)
