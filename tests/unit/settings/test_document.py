@@ -1,6 +1,4 @@
-"""What the environment says, also under the names of the source documents, and how a wrong value is
-told.
-"""
+"""Settings as a document: validation, export and import; secrets are never shown."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from rlm_tasks.settings.model import Settings
 
 
 @pytest.mark.parametrize(
-    ("variables", "told"),
+    ("variables", "messages"),
     [
         (
             {"RLM_LEDGER__LEASES_S": "3"},
@@ -88,15 +86,15 @@ from rlm_tasks.settings.model import Settings
         ),
     ],
 )
-def test_each_mistake_is_told_with_its_variable_its_value_and_what_would_do(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], told: list[str]
+def test_each_mistake_is_reported_with_variable_value_and_advice(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], messages: list[str]
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
     found = validate(os.environ)
 
-    assert [each[: len(words)] for each, words in zip(found, told, strict=True)] == told
+    assert [each[: len(words)] for each, words in zip(found, messages, strict=True)] == messages
 
 
 @pytest.mark.parametrize(
@@ -107,15 +105,15 @@ def test_each_mistake_is_told_with_its_variable_its_value_and_what_would_do(
         ("RLM_REDIS_URL", "http://me:geheim@host"),
     ],
 )
-def test_no_secret_is_told_with_a_mistake(
+def test_a_mistake_is_reported_without_secrets(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
 
-    [told] = validate(os.environ)
+    [messages] = validate(os.environ)
 
-    assert name in told
-    assert "geheim" not in told
+    assert name in messages
+    assert "geheim" not in messages
 
 
 @pytest.mark.parametrize(
@@ -129,7 +127,7 @@ def test_no_secret_is_told_with_a_mistake(
         ("RLM_WORKER_PORT", "tcp://10.0.0.1:8000"),
     ],
 )
-def test_every_way_to_say_a_setting_is_known(
+def test_every_form_of_a_variable_is_accepted(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -154,7 +152,7 @@ SECRETIVE = {
 }
 
 
-def test_a_document_tells_everything_but_secrets() -> None:
+def test_a_document_has_everything_but_secrets() -> None:
     document = to_dict(Settings(**SECRETIVE))
 
     assert "geheim" not in json.dumps(document)
@@ -171,7 +169,9 @@ def test_a_document_tells_everything_but_secrets() -> None:
     assert set(document) == set(Settings.model_fields)
 
 
-def test_what_is_exported_is_imported_and_secrets_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_can_be_imported_and_keeps_the_secrets_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     text = export_config(Settings(**SECRETIVE))
     assert "geheim" not in text
     assert "***" not in text
@@ -191,7 +191,7 @@ def test_what_is_exported_is_imported_and_secrets_stay(monkeypatch: pytest.Monke
     assert settings.api_key.get_secret_value() == "another"
 
 
-def test_as_variables_it_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_as_variables_give_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(**{**SECRETIVE, "redis_url": "redis://host/1"})
     variables = as_environment(settings)
     assert "geheim" not in json.dumps(variables)
@@ -210,7 +210,7 @@ def test_as_variables_it_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "messages"),
     [
         ("{", "the configuration is not JSON"),
         ("[]", "the configuration is list; give an object"),
@@ -225,8 +225,8 @@ def test_as_variables_it_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_a_wrong_document_is_refused_in_the_same_words(text: str, told: str) -> None:
+def test_a_wrong_document_is_refused_with_the_same_messages(text: str, messages: str) -> None:
     with pytest.raises(InvalidSettings) as raised:
         import_config(text)
 
-    assert str(raised.value).startswith(told)
+    assert str(raised.value).startswith(messages)

@@ -16,7 +16,7 @@ from rlm_tasks.settings.environment import settings, traces_exporters
         ("RLM_MAX_RESULT_BYTES", "many"),
     ],
 )
-def test_a_setting_out_of_range_is_named(
+def test_a_setting_out_of_range_is_refused_by_its_name(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -26,7 +26,7 @@ def test_a_setting_out_of_range_is_named(
         settings()
 
 
-def test_a_wrong_value_is_told_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_nested_value_is_refused_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLM_NODE__TIMEOUT_MULTIPLIERS", '{"parse": 0}')
     settings.cache_clear()
 
@@ -56,7 +56,7 @@ def test_a_wrong_value_is_told_by_its_variable(monkeypatch: pytest.MonkeyPatch) 
         ({"OTEL_TRACES_EXPORTER": "none"}, []),
     ],
 )
-def test_exporters_are_those_of_the_standard_variables(
+def test_exporters_come_from_the_standard_variables(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], names: list[str]
 ) -> None:
     for name in (

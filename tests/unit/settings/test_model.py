@@ -55,7 +55,7 @@ def test_a_variable_is_read(
     assert found(Settings())
 
 
-def test_our_own_name_wins_over_a_document_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rlm_name_counts_before_the_other_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CIRCUIT_BREAKER_FAILURE_THRESHOLD", "7")
     monkeypatch.setenv("RLM_BREAKERS__FAILURE_THRESHOLD", "9")
 
