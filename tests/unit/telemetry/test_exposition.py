@@ -20,7 +20,7 @@ __all__ = ["exposed", "folder"]
 ROOT = Path(__file__).parents[3]
 
 
-def test_the_folder_of_the_owner_s_own_multiprocess_mode_is_exposed_too(
+def test_metrics_of_prometheus_multiprocess_mode_are_exposed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
@@ -36,7 +36,7 @@ def test_the_folder_of_the_owner_s_own_multiprocess_mode_is_exposed_too(
     assert ExposedMetrics(ours)["theirs_total"] == {"": 7}
 
 
-def test_gauges_tell_how_the_worker_stands(exposed: ExposedMetrics) -> None:
+def test_gauges_show_the_state_of_the_worker(exposed: ExposedMetrics) -> None:
     breakers = {"llm": "open", "mail": "half-open", "search": "closed"}
     exposed.state = WorkerState(
         total=4,
@@ -62,7 +62,7 @@ def test_gauges_tell_how_the_worker_stands(exposed: ExposedMetrics) -> None:
     assert exposed["rlm_draining"] == {"": 0}
 
 
-def test_a_worker_that_drains_or_has_no_pool_has_nothing_free(exposed: ExposedMetrics) -> None:
+def test_a_worker_that_drains_or_has_no_pool_has_no_free_slot(exposed: ExposedMetrics) -> None:
     exposed.state = replace(IDLE, draining=True, memory_level=None)
     assert (exposed["rlm_slots"]["state=free"], exposed["rlm_draining"][""]) == (0, 1)
     assert exposed["rlm_memory_pressure_level"] == {}, "it could not be measured"
@@ -87,7 +87,7 @@ def test_the_page_lists_every_metric_with_its_labels(exposed: ExposedMetrics) ->
     assert {name: listed[name] for name in declared} == declared
 
 
-def test_every_metric_of_source_document_2_has_its_name() -> None:
+def test_metrics_exist_under_their_promised_names() -> None:
     named = (
         "object_pool_utilization memory_usage_mb memory_pressure_level execution_time_ms "
         "cache_hit_rate concurrency_level error_rate"

@@ -1,4 +1,4 @@
-"""The shape of log lines, whose handlers are left alone, and where ids come from."""
+"""Log lines: their format, the ids of nodes in them, and handlers that are left as they are."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlm_tasks.telemetry.logs import JsonFormatter, WorkerLog, demote
 
 @pytest.fixture(autouse=True)
 def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What logging and Celery's signals keep for a whole process is put back."""
+    """Restore the logging and the signals of Celery that belong to the whole process."""
     factory = logging.getLogRecordFactory()
     logs.mark_records.cache_clear()
     for signal in (
@@ -44,7 +44,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def node() -> Iterator[None]:
-    """This thread works on a node."""
+    """Let this thread work on a node."""
     task = app.tasks[NODE_TASK]
     task.push_request(
         id="j1.n1", args=["j1", "n1"], rlm={"operation": "count"}, called_directly=False
@@ -61,7 +61,7 @@ def record(message: str = "said", name: str = "users", **extra: Any) -> logging.
     )
 
 
-def told(each: logging.LogRecord) -> dict[str, Any]:
+def line_of(each: logging.LogRecord) -> dict[str, Any]:
     line = JsonFormatter("celery@host").format(each)
     assert line.isascii()
     assert "\n" not in line
@@ -83,11 +83,11 @@ def shaped(
     return own.formatter
 
 
-def test_a_line_has_what_a_reader_looks_for() -> None:
+def test_the_fields_of_a_line() -> None:
     each = record()
     each.created = 0.25
 
-    line = told(each)
+    line = line_of(each)
 
     assert line == {
         "time": "1970-01-01T00:00:00.250Z",
@@ -100,10 +100,10 @@ def test_a_line_has_what_a_reader_looks_for() -> None:
 
 
 @pytest.mark.usefixtures("node")
-def test_whatever_a_node_calls_carries_its_ids() -> None:
+def test_every_line_logged_in_a_node_has_its_ids() -> None:
     logs.mark_records()
 
-    line = told(record(name="requests"))
+    line = line_of(record(name="requests"))
 
     assert {name: line[name] for name in logs.IDS} == {
         "job": "j1",
@@ -115,7 +115,7 @@ def test_whatever_a_node_calls_carries_its_ids() -> None:
     assert vars(record())["rlm_where"] == " [job j1 n1]"
 
 
-def test_outside_of_nodes_ids_are_empty_and_format_names_may_be_used() -> None:
+def test_outside_of_nodes_the_ids_are_empty() -> None:
     logs.mark_records()
 
     assert (
@@ -124,11 +124,11 @@ def test_outside_of_nodes_ids_are_empty_and_format_names_may_be_used() -> None:
     )
 
 
-def test_a_factory_of_somebody_else_is_kept() -> None:
+def test_another_record_factory_is_kept() -> None:
     logging.setLogRecordFactory(lambda *args, **kwargs: _signed(logging.LogRecord(*args, **kwargs)))
     logs.mark_records()
 
-    assert told(record())["signed"] == "theirs"
+    assert line_of(record())["signed"] == "theirs"
 
 
 def _signed(each: logging.LogRecord) -> logging.LogRecord:
@@ -136,11 +136,11 @@ def _signed(each: logging.LogRecord) -> logging.LogRecord:
     return each
 
 
-def test_extra_is_kept_as_far_as_it_is_json_and_changes_no_field_of_ours() -> None:
+def test_extra_fields_are_kept_if_they_are_json_and_replace_no_field_of_ours() -> None:
     circle: list[Any] = []
     circle.append(circle)
 
-    line = told(
+    line = line_of(
         record(
             tags=["a"], level="low", bad=object(), circle=circle, nan=float("nan"), data={"own": 1}
         )
@@ -150,23 +150,24 @@ def test_extra_is_kept_as_far_as_it_is_json_and_changes_no_field_of_ours() -> No
     assert not {"bad", "circle", "nan"} & set(line)
 
 
-def test_a_line_is_one_line_whatever_is_said() -> None:
+def test_a_message_with_line_breaks_is_one_line() -> None:
     assert (
-        told(record("two\nlines, \ud800 and \u20ac"))["message"] == "two\nlines, \ud800 and \u20ac"
+        line_of(record("two\nlines, \ud800 and \u20ac"))["message"]
+        == "two\nlines, \ud800 and \u20ac"
     )
 
 
-def test_an_exception_comes_with_its_traceback() -> None:
+def test_an_exception_is_logged_with_its_traceback() -> None:
     each = record()
     try:
         raise ValueError("bad")
     except ValueError:
         each.exc_info = sys.exc_info()
 
-    assert told(each)["exception"].splitlines()[0] == "Traceback (most recent call last):"
-    assert told(each)["exception"].splitlines()[-1] == "ValueError: bad"
+    assert line_of(each)["exception"].splitlines()[0] == "Traceback (most recent call last):"
+    assert line_of(each)["exception"].splitlines()[-1] == "ValueError: bad"
     each.exc_info = (None, None, None)
-    assert "exception" not in told(each)
+    assert "exception" not in line_of(each)
 
 
 def test_arguments_and_results_of_tasks_are_left_out() -> None:
@@ -178,13 +179,13 @@ def test_arguments_and_results_of_tasks_are_left_out() -> None:
         "return_value": "'secret'",
     }
 
-    line = told(record("Task succeeded", name="celery.app.trace", data=data))
+    line = line_of(record("Task succeeded", name="celery.app.trace", data=data))
 
     assert (line["task"], line["task_id"], line["runtime_s"]) == ("theirs.pay", "t1", 0.5)
     assert "secret" not in str(line)
 
 
-def test_celerys_own_format_gets_the_ids_or_becomes_json() -> None:
+def test_the_format_of_celery_gets_the_ids_or_becomes_json() -> None:
     logs.mark_records()
 
     text = shaped(handler(ColorFormatter(DEFAULT_PROCESS_LOG_FMT, use_color=False)))
@@ -196,17 +197,17 @@ def test_celerys_own_format_gets_the_ids_or_becomes_json() -> None:
 
 
 class OwnFormatter(ColorFormatter):  # type: ignore[misc]  # Celery ships no types
-    """What somebody has made of Celery's."""
+    """A user's formatter, derived from Celery's."""
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_the_formatter_of_somebody_else_stays(log_format: str) -> None:
+def test_another_formatter_is_kept(log_format: str) -> None:
     theirs = OwnFormatter("%(message)s", use_color=False)
 
     assert shaped(handler(theirs), log_format) is theirs
 
 
-def test_a_format_of_the_users_stays_when_text_is_asked_for() -> None:
+def test_a_format_of_the_user_is_kept_unless_json_is_set() -> None:
     own = handler(ColorFormatter("mine: %(message)s", use_color=False))
 
     assert shaped(own, format="mine: %(message)s") is own.formatter
@@ -214,7 +215,7 @@ def test_a_format_of_the_users_stays_when_text_is_asked_for() -> None:
     assert isinstance(shaped(own, "json", format="mine: %(message)s"), JsonFormatter)
 
 
-def test_celerys_lines_per_message_are_for_debug(caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_of_celery_for_each_message_are_debug_lines(caplog: pytest.LogCaptureFixture) -> None:
     logs.mark_records()
     trace = logging.getLogger(logs.EACH_MESSAGE[1])
     ours, theirs = {"name": NODE_TASK, "id": "j1"}, {"name": "theirs.pay", "id": "t1"}
@@ -231,7 +232,7 @@ def test_celerys_lines_per_message_are_for_debug(caplog: pytest.LogCaptureFixtur
     ]
 
 
-def test_a_node_that_goes_back_is_for_debug_and_other_warnings_are_not(
+def test_a_rejected_message_is_a_debug_line_and_other_warnings_are_not(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     logs.mark_records()
@@ -246,7 +247,7 @@ def test_a_node_that_goes_back_is_for_debug_and_other_warnings_are_not(
     assert [vars(each)["data"]["description"] for each in caplog.records] == ["raised unexpected"]
 
 
-def test_nothing_changes_but_in_a_worker_of_the_app() -> None:
+def test_logging_changes_only_in_a_worker_of_the_app() -> None:
     before = logging.getLogRecordFactory()
     own = handler(ColorFormatter(DEFAULT_PROCESS_LOG_FMT, use_color=False))
     logger = logging.Logger("root")
@@ -272,8 +273,8 @@ def test_nothing_changes_but_in_a_worker_of_the_app() -> None:
 
     start(app)
     assert logging.getLogRecordFactory() is not before
-    assert told_by(own)["worker"] == "celery@host"
+    assert line_of_handler(own)["worker"] == "celery@host"
 
 
-def told_by(own: logging.Handler) -> dict[str, Any]:
+def line_of_handler(own: logging.Handler) -> dict[str, Any]:
     return json.loads(own.format(record()))  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""How spans leave a process."""
+"""The export of spans from pool processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.unit.telemetry.test_tracing import request, sent, traced
 __all__ = ["sent"]
 
 
-def test_a_span_travels_whole(sent: InMemorySpanExporter) -> None:
+def test_a_span_is_exported_whole(sent: InMemorySpanExporter) -> None:
     platform = traced()
     platform.run(platform.submit(request([1, -2])))
 
@@ -25,7 +25,7 @@ def test_a_span_travels_whole(sent: InMemorySpanExporter) -> None:
 
 
 class Stuck(SpanExporter):
-    """Waits for a collector that does not answer."""
+    """An exporter that waits for a collector that does not answer."""
 
     def __init__(self) -> None:
         self.asked, self.answered = threading.Event(), threading.Event()
@@ -36,7 +36,7 @@ class Stuck(SpanExporter):
         return SpanExportResult.FAILURE
 
 
-def test_a_collector_that_does_not_answer_holds_nobody_up(
+def test_a_collector_that_does_not_answer_delays_nothing(
     sent: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rlm_tasks.telemetry.spans.FLUSH_S", 0.1)
@@ -51,18 +51,18 @@ def test_a_collector_that_does_not_answer_holds_nobody_up(
     export.stop()
 
     assert stuck.asked.wait(10)
-    assert export.is_alive(), "the worker has not waited for it"
+    assert export.is_alive(), "the worker does not wait for it"
     stuck.answered.set()
     export.join(20)
 
 
-def test_a_span_that_nobody_takes_is_lost_and_said_once(
+def test_lost_spans_are_logged_once(
     sent: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("rlm_tasks.telemetry.spans.HAND_OVER_S", 0.001)
     platform = traced()
     platform.run(platform.submit(request([1])))
-    export = Export([])  # as one whose main process is stopped
+    export = Export([])  # as in a worker whose main process is stopped
     hand_over = HandOver(export.way)
 
     for _ in range(1000):

@@ -1,5 +1,6 @@
-"""Which spans a job becomes, under which ids, whatever dies; which jobs are sampled, and what is
-never in a span.
+"""The spans of a job and their ids, when messages are lost or doubled and processes die.
+
+Spans contain no data of the user.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tests.unit.harness import Platform
 _sent = InMemorySpanExporter()
 _spans = Spans(
     [SimpleSpanProcessor(_sent)]
-)  # one for the process, as in a worker: OpenTelemetry takes its provider once
+)  # one for each process, as in a worker: OpenTelemetry accepts one provider
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def sent() -> Iterator[InMemorySpanExporter]:
 
 
 class Died(BaseException):
-    """What ends a process, in a test that has only one."""
+    """The death of a process, in a test that has only one."""
 
 
 def _concatenated(parts: Iterable[list[int]]) -> list[int]:
@@ -51,7 +52,7 @@ def _concatenated(parts: Iterable[list[int]]) -> list[int]:
 
 @operation("unit_looking", merge=_concatenated)
 def unit_looking(item: int) -> list[int]:
-    """Work within a span of the user's."""
+    """Work within a span of the user."""
     with trace.get_tracer("theirs").start_as_current_span("looking"):
         if item < 0:
             raise ValueError(f"the secret of item {item}")
@@ -102,7 +103,7 @@ def test_a_job_and_its_nodes_are_one_trace(sent: InMemorySpanExporter) -> None:
         assert node.parent is not None
         assert node.parent.span_id == span_id(spec.job, *record.parent.split())
         assert node.attributes is not None
-        told = {
+        expected = {
             "job_id": spec.job,
             "node_id": record.id,
             "parent_id": record.parent,
@@ -110,7 +111,7 @@ def test_a_job_and_its_nodes_are_one_trace(sent: InMemorySpanExporter) -> None:
             "lo": record.lo,
         }
         assert {
-            f"rlm.{name}": value for name, value in told.items()
+            f"rlm.{name}": value for name, value in expected.items()
         }.items() <= node.attributes.items()
         assert node.start_time is not None
         assert node.end_time is not None
@@ -123,12 +124,12 @@ def test_a_job_and_its_nodes_are_one_trace(sent: InMemorySpanExporter) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_no_parent_is_missing_whatever_dies(sent: InMemorySpanExporter, seed: int) -> None:
-    """Processes die at every point, messages come twice: whatever has finished hangs under what has
-    been told.
-    """
+def test_no_parent_span_is_missing_when_processes_die(
+    sent: InMemorySpanExporter, seed: int
+) -> None:
+    """Processes die at every point and messages come twice; each finished span has its parent."""
     platform, random = traced(seed), Random(seed)
-    platform.runtime.reached = lambda _: die_of(random)
+    platform.runtime.reached = lambda _: maybe_die(random)
 
     spec = platform.submit(
         request(list(range(30)), strategy=NWay(split_factor=3, min_chunk_size=2))
@@ -151,10 +152,10 @@ def test_no_parent_is_missing_whatever_dies(sent: InMemorySpanExporter, seed: in
     ]
     assert len(attempts) >= len(finished)
     if seed == 0:
-        assert max(attempts) > 1, "nothing has died"
+        assert max(attempts) > 1, "no process has died"
 
 
-def die_of(random: Random) -> None:
+def maybe_die(random: Random) -> None:
     if random.random() < 0.1:
         raise Died
 
@@ -167,7 +168,7 @@ def run_until_death(platform: Platform, spec: JobSpec) -> None:
 
 
 def recover(platform: Platform, spec: JobSpec) -> None:
-    """Give back what dead processes have held, and send what waits, as the guard and the sweep
+    """Release the nodes of dead processes and send waiting nodes, as the supervisor and the sweep
     do.
     """
     nodes = platform.store.client.hgetall(platform.keys.of(spec.job).nodes)
@@ -179,7 +180,7 @@ def recover(platform: Platform, spec: JobSpec) -> None:
             platform.mailbox.resend(spec, [id.decode()], merges=True)
 
 
-def test_an_attempt_that_came_to_nothing_stands_beside_the_one_that_did(
+def test_a_failed_attempt_has_its_own_span_beside_the_successful_one(
     sent: InMemorySpanExporter,
 ) -> None:
     platform = traced()
@@ -202,7 +203,7 @@ def test_an_attempt_that_came_to_nothing_stands_beside_the_one_that_did(
     assert node.attributes["rlm.attempt"] == 2
 
 
-def test_work_that_another_has_done_is_told_as_such(sent: InMemorySpanExporter) -> None:
+def test_work_that_another_holder_finished_has_an_attempt_span(sent: InMemorySpanExporter) -> None:
     platform = traced()
     spec = platform.submit(request([1, 2, 3]))
 
@@ -222,10 +223,10 @@ def test_work_that_another_has_done_is_told_as_such(sent: InMemorySpanExporter) 
     assert {span_id(spec.job, "root"), span_id(spec.job, "root", 1)} <= set(ids(spans))
 
 
-# --- what went wrong, and what is never told --------------------------------------------------
+# --- failures, and data of the user -----------------------------------------------------------
 
 
-def test_a_failure_is_told_by_type_and_code_and_nothing_of_the_user_s_is(
+def test_a_failure_has_its_type_and_code_and_no_data_of_the_user(
     sent: InMemorySpanExporter,
 ) -> None:
     platform = traced()
@@ -256,7 +257,7 @@ def test_a_failure_is_told_by_type_and_code_and_nothing_of_the_user_s_is(
 
 
 @pytest.mark.parametrize("ended_by", ["a cancellation", "a sweep"])
-def test_a_job_that_ends_while_it_waits_is_told_once(
+def test_a_job_that_ends_while_it_waits_has_one_span(
     sent: InMemorySpanExporter, ended_by: str
 ) -> None:
     platform = traced()
@@ -281,10 +282,10 @@ def test_a_job_that_ends_while_it_waits_is_told_once(
     )
 
 
-# --- which jobs -------------------------------------------------------------------------------
+# --- sampling ---------------------------------------------------------------------------------
 
 
-def test_a_job_that_is_not_sampled_leaves_out_the_user_s_spans_too(
+def test_a_job_that_is_not_sampled_has_no_spans_of_the_user_either(
     sent: InMemorySpanExporter,
 ) -> None:
     platform = traced(sample_rate=0.0)
@@ -294,14 +295,17 @@ def test_a_job_that_is_not_sampled_leaves_out_the_user_s_spans_too(
     assert sent.get_finished_spans() == ()
 
 
-# --- how it gets out --------------------------------------------------------------------------
+# --- imports ----------------------------------------------------------------------------------
 
 
-def test_what_traces_is_not_imported_where_tracing_is_off() -> None:
-    """redis-py imports OpenTelemetry's metrics wherever they are installed; we import nothing."""
+def test_tracing_is_not_imported_when_it_is_off() -> None:
+    """redis-py imports the metrics of OpenTelemetry wherever they are installed; we
+    import nothing.
+    """
     program = """if True:
         import sys, rlm_tasks.engine.node, rlm_tasks.client.client, rlm_tasks.worker.bootsteps
-        sys.exit("rlm_tasks.telemetry.spans" in sys.modules or "opentelemetry.exporter" in sys.modules)
+        loaded = {"rlm_tasks.telemetry.spans", "opentelemetry.exporter"} & set(sys.modules)
+        sys.exit(bool(loaded))
     """
 
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -48,20 +48,20 @@ WELL = Vitals(guard_s=0.5, loop_s=1.0, ledger_s=0.5, consuming=True, draining=Fa
         ),
     ],
 )
-def test_a_worker_is_alive_while_its_parts_move_and_ready_while_it_takes_work(
+def test_a_worker_is_alive_while_its_threads_run_and_ready_while_it_consumes(
     vitals: Vitals, alive: str, ready: str
 ) -> None:
     assert (not_alive(vitals), not_ready(vitals)) == (alive, ready)
 
 
-def test_every_app_s_workers_have_the_option() -> None:
+def test_workers_of_every_app_have_the_option() -> None:
     app = install(Celery("somebody-s", set_as_current=False), Settings())
 
     [option] = [each for each in app.user_options["worker"] if each.name == "metrics_port"]
     assert (option.default, Settings().metrics.address) == (8000, "127.0.0.1")
 
 
-def test_clients_do_without_the_server_and_prometheus() -> None:
+def test_clients_import_neither_an_http_server_nor_prometheus() -> None:
     code = (
         "import sys, rlm_tasks.client.client; print([each for each in ('prometheus_client', "
         "'wsgiref') if each in sys.modules])"
