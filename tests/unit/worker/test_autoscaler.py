@@ -1,4 +1,4 @@
-"""The autoscaler of a worker, on a pool of Celery's."""
+"""The autoscaler of a worker, on a pool of Celery."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class FakeProcess:
 
     def __init__(self, number: int) -> None:
         self.inqW_fd = number  # billiard's name
-        self.told: list[None] = []
-        self.inq = SimpleNamespace(put=self.told.append)
+        self.sentinels: list[None] = []
+        self.inq = SimpleNamespace(put=self.sentinels.append)
         self._controlled_termination = False
 
 
 class FakePool:
-    """As much of Celery's pool and billiard's as an autoscaler touches."""
+    """The parts of Celery's and billiard's pool that an autoscaler uses."""
 
     active = True
 
@@ -47,11 +47,11 @@ class FakePool:
         self._pool._processes += n
 
     def maintain_pool(self) -> None:
-        """Processes that are missing are started here."""
+        """Celery starts missing processes here."""
 
     @property
     def left(self) -> list[int]:
-        return [each.inqW_fd for each in self.processes if each.told]
+        return [each.inqW_fd for each in self.processes if each.sentinels]
 
 
 def autoscaled(
@@ -61,9 +61,7 @@ def autoscaled(
     ready: int | None = 0,
     bounds: tuple[int, int] = (8, 1),
 ) -> tuple[PressureAutoscaler, list[int]]:
-    """Return an autoscaler and the list of changes it makes to the number of messages its worker
-    takes.
-    """
+    """Return an autoscaler, and the list of its changes to the prefetch count of its worker."""
     changes: list[int] = []
     runtime = SimpleNamespace(page=SimpleNamespace(level=level), clock=time.monotonic)
     app: Any = SimpleNamespace(
@@ -77,9 +75,9 @@ def autoscaled(
     return PressureAutoscaler(pool, *bounds, worker=worker), changes
 
 
-def test_no_process_is_asked_to_leave_that_has_work_or_may_have_or_is_not_up_yet() -> None:
+def test_only_idle_processes_that_have_started_are_asked_to_leave() -> None:
     pool = FakePool(6, starting=1)
-    pool._pool._busy_workers |= {1, 5}  # one has a message that it has not accepted yet
+    pool._pool._busy_workers |= {1, 5}  # one of them has a message that it has not yet accepted
     pool._pool._active_writes |= {2}
     pool.processes[3]._controlled_termination = True
     scaler, _ = autoscaled(pool, level=Level.EMERGENCY)
@@ -88,14 +86,14 @@ def test_no_process_is_asked_to_leave_that_has_work_or_may_have_or_is_not_up_yet
     assert pool.left == [0, 4]
     assert pool.num_processes == 5
     assert all(pool.processes[each]._controlled_termination for each in pool.left), (
-        "their end is no error"
+        "their exit is no error"
     )
-    assert pool._pool._busy_workers == {0, 1, 4, 5}, "nothing more is written to them"
+    assert pool._pool._busy_workers == {0, 1, 4, 5}, "no more messages are written to them"
     scaler.maybe_scale()
     assert pool.left == [0, 4]
 
 
-def test_the_youngest_leave_and_no_more_than_asked() -> None:
+def test_the_youngest_processes_leave_first() -> None:
     pool = FakePool(4)
     autoscaled(pool, level=Level.CRITICAL)[0].maybe_scale()
 
@@ -109,10 +107,11 @@ def test_a_pool_takes_as_many_messages_as_it_has_processes() -> None:
     scaler.maybe_scale()
 
     assert pool.num_processes == 4
-    assert changes == [4 - 8], "Celery began with the most there could be"
+    assert changes == [4 - 8], "Celery began with the largest number of processes"
 
 
-def test_without_a_gauge_messages_are_taken_as_celery_does_since_they_alone_tell_of_work() -> None:
+def test_without_a_gauge_the_prefetch_count_of_celery_stays() -> None:
+    """The prefetched messages are then the only sign of waiting work."""
     pool = FakePool(1)
     scaler, changes = autoscaled(pool, ready=None)
     waiting = [Waiting() for _ in range(6)]
@@ -127,7 +126,7 @@ class Waiting:
     """A message that waits in this worker for a process."""
 
 
-def test_a_pool_that_is_stopping_is_left_alone() -> None:
+def test_a_pool_that_is_stopping_is_not_changed() -> None:
     pool = FakePool(4)
     scaler, _ = autoscaled(pool, level=Level.EMERGENCY)
     assert scaler.reach == 4
@@ -138,7 +137,7 @@ def test_a_pool_that_is_stopping_is_left_alone() -> None:
     assert scaler.reach == 0
 
 
-def test_bounds_set_by_remote_control_hold_from_the_next_look_and_one_process_stays() -> None:
+def test_bounds_set_by_remote_control_hold_and_keep_one_process() -> None:
     pool = FakePool(4)
     scaler, _ = autoscaled(pool, bounds=(8, 0))
 

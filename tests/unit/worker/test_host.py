@@ -1,4 +1,4 @@
-"""What a worker measures, tells and hears, and which level its nodes act on then."""
+"""The host of a worker: its samples, its exchange with the board, and the level of its nodes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUEUES = ["unit.normal", "unit.low"]
 
 
 class Sensor:
-    """Stands where the sampler does."""
+    """A stand-in for the sampler."""
 
     def __init__(self) -> None:
         self.memory_pct: float | None = 20.0
@@ -44,7 +44,7 @@ class Sensor:
 
 
 class Machine:
-    """One worker's host, at times of our choosing."""
+    """The host of one worker, at times that the test sets."""
 
     def __init__(self, patch: pytest.MonkeyPatch, **pressure: Any) -> None:
         self.sensor, self.queues = Sensor(), list(QUEUES)
@@ -59,7 +59,7 @@ class Machine:
         self.now = 1000.0
 
     def measure(self, memory_pct: float | None = 20.0, times: int = 2) -> Level:
-        """Take so many samples, a second apart, and return what nodes act on."""
+        """Take that number of samples, a second apart; return the level of nodes."""
         self.sensor.memory_pct = memory_pct
         for _ in range(times):
             self.now += 1
@@ -67,7 +67,7 @@ class Machine:
         return self.page.level
 
     def exchange(self) -> Level:
-        """Tell and hear once, as the guard does."""
+        """Publish and receive once, as the supervisor does."""
         store, runtime = self.platform.store, self.runtime
         store.call(runtime.slots.publish("unit", 4, 4, self.queues))
         self.host.heard(store.call(*self.host.exchange()), self.now)
@@ -91,12 +91,14 @@ def test_before_the_first_sample_there_is_no_pressure(machine: Machine) -> None:
 
 def test_a_host_acts_on_its_own_sample_before_and_without_redis(machine: Machine) -> None:
     assert machine.measure(20.0) is Level.NORMAL
-    assert machine.measure(80.0, times=1) is Level.NORMAL, "one sample is none, below critical"
+    assert machine.measure(80.0, times=1) is Level.NORMAL, (
+        "one sample does not suffice below critical"
+    )
     assert machine.measure(80.0, times=1) is Level.HIGH
     assert machine.measure(99.0, times=1) is Level.EMERGENCY
 
 
-def test_a_host_that_cannot_be_measured_is_taken_for_elevated_until_it_can(
+def test_a_host_that_cannot_be_measured_counts_as_elevated(
     machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine.measure(20.0)
@@ -109,30 +111,30 @@ def test_a_host_that_cannot_be_measured_is_taken_for_elevated_until_it_can(
     assert machine.measure(20.0) is Level.NORMAL
 
 
-def test_a_system_that_tells_nothing_is_taken_for_elevated(machine: Machine) -> None:
+def test_a_system_without_samples_counts_as_elevated(machine: Machine) -> None:
     assert machine.measure(None) is Level.ELEVATED
 
 
-def test_the_worse_of_host_and_cluster_counts(machine: Machine) -> None:
+def test_the_worse_level_of_host_and_cluster_counts(machine: Machine) -> None:
     machine.announce(Level.CRITICAL)
     machine.measure(20.0)
     assert machine.exchange() is Level.CRITICAL
-    assert machine.measure(99.0) is Level.EMERGENCY, "between two exchanges, too"
+    assert machine.measure(99.0) is Level.EMERGENCY, "also between two exchanges"
     machine.announce(Level.NORMAL)
     assert machine.exchange() is Level.EMERGENCY
 
 
-def test_what_was_heard_long_ago_counts_no_more(machine: Machine) -> None:
+def test_an_old_level_of_the_cluster_no_longer_counts(machine: Machine) -> None:
     stale_s = machine.runtime.settings.pressure.stale_s
     machine.announce(Level.CRITICAL)
     machine.measure(20.0)
     machine.exchange()
     machine.now += stale_s - 1.5
     assert machine.measure(20.0, times=1) is Level.CRITICAL
-    assert machine.measure(20.0, times=1) is Level.NORMAL, "its own sample is trusted"
+    assert machine.measure(20.0, times=1) is Level.NORMAL, "the host trusts its own sample"
 
 
-def test_a_drill_that_was_heard_ends_with_the_outage_that_hides_its_end(machine: Machine) -> None:
+def test_a_drill_ends_when_an_outage_hides_its_end(machine: Machine) -> None:
     machine.board.force("emergency")
     machine.measure(20.0)
     machine.exchange()
@@ -140,7 +142,7 @@ def test_a_drill_that_was_heard_ends_with_the_outage_that_hides_its_end(machine:
     assert machine.measure(20.0) is Level.NORMAL
 
 
-def test_a_drill_holds_whatever_is_measured_and_is_released(machine: Machine) -> None:
+def test_a_drill_holds_until_it_is_released(machine: Machine) -> None:
     machine.measure(99.0)
     machine.board.force("normal")
     assert machine.exchange() is Level.NORMAL
@@ -169,7 +171,9 @@ def test_a_change_is_logged_once_with_its_cause(
     ]
 
 
-def test_switched_off_nothing_is_acted_on_nor_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switched_off_the_level_is_normal_and_published_as_normal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     machine = Machine(monkeypatch, enabled=False)
     machine.announce(Level.CRITICAL)
     machine.board.force("emergency")
@@ -181,10 +185,10 @@ def test_switched_off_nothing_is_acted_on_nor_told(monkeypatch: pytest.MonkeyPat
     assert [host.level for host in machine.board.hosts()] == [Level.NORMAL]
 
 
-# --- what is told -----------------------------------------------------------------------------
+# --- the report -------------------------------------------------------------------------------
 
 
-def test_a_host_tells_what_it_is_and_does(machine: Machine) -> None:
+def test_the_report_of_a_host(machine: Machine) -> None:
     machine.measure(80.0)
     machine.exchange()
     [report] = machine.board.hosts()
@@ -202,7 +206,7 @@ def test_a_host_tells_what_it_is_and_does(machine: Machine) -> None:
         SCHEMA,
         report.at,
     )
-    assert abs(machine.board.clocks()["unit"]) < 5, "its clock is the server's here"
+    assert abs(machine.board.clocks()["unit"]) < 5, "in this test its clock is that of the server"
 
 
 def test_one_exchange_is_one_round_trip(machine: Machine) -> None:
@@ -213,8 +217,8 @@ def test_one_exchange_is_one_round_trip(machine: Machine) -> None:
         trips.append(1),
         pipelined(*args, **kwargs),
     )[1]  # type: ignore[method-assign]
-    machine.platform.store.call(*machine.host.exchange())
-    assert len(trips) == 2, "one, and one more for scripts that the server has not seen before"
+    machine.platform.store.run(*machine.host.exchange())
+    assert len(trips) == 2, "one, and one more for scripts that the server does not have yet"
     trips.clear()
     machine.platform.store.call(*machine.host.exchange())
     assert len(trips) == 1
@@ -226,7 +230,7 @@ def request(operation: str | None) -> Any:
 
 
 class Requests:
-    """Stands where Celery's weak set does: a bare set of weak references."""
+    """A stand-in for Celery's weak set: a set of weak references."""
 
     def __init__(self, *held: Any) -> None:
         self.kept = list(held)
@@ -237,7 +241,7 @@ class Requests:
         return lambda: each
 
 
-def test_the_operations_that_run_are_counted_and_tasks_of_others_are_not(
+def test_running_operations_are_counted_and_other_tasks_are_not(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = Requests(request("sum"), request("sum"), request("llm"), request(None), None)
@@ -247,7 +251,7 @@ def test_the_operations_that_run_are_counted_and_tasks_of_others_are_not(
     assert machine.board.hosts()[0].active == {"sum": 2, "llm": 1}
 
 
-def test_requests_may_come_and_go_while_they_are_counted(
+def test_requests_may_begin_and_end_while_they_are_counted(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from weakref import WeakSet
@@ -278,8 +282,10 @@ def test_requests_may_come_and_go_while_they_are_counted(
     assert min(counts) >= 200
 
 
-def test_orders_may_be_forgotten_while_the_event_loop_asks_for_ages(machine: Machine) -> None:
-    """The guard's thread forgets stale orders between any two steps of the event loop."""
+def test_orders_may_be_forgotten_while_the_event_loop_reads_ages(machine: Machine) -> None:
+    """The thread of the supervisor may forget stale orders between any two steps of
+    the event loop.
+    """
     report = ClusterReport(
         0, "", 0.0, queues={"unit.low": QueueReport(2, 5.0), "unit.high": QueueReport(1)}
     )
@@ -300,7 +306,7 @@ def test_orders_may_be_forgotten_while_the_event_loop_asks_for_ages(machine: Mac
     assert host._ages() == {}
 
 
-def test_the_order_of_queues_knows_ages_and_slots_from_here(machine: Machine) -> None:
+def test_the_host_gives_the_order_of_queues_its_ages_and_slots(machine: Machine) -> None:
     assert QueueOrder.facts.ages() == {}
     machine.announce(Level.NORMAL, queues={"unit.low": QueueReport(2, 90.0)})
     machine.measure()
@@ -312,14 +318,14 @@ def test_the_order_of_queues_knows_ages_and_slots_from_here(machine: Machine) ->
 # --- slots and memory -------------------------------------------------------------------------
 
 
-def test_slots_of_all_workers_are_heard(machine: Machine) -> None:
-    machine.platform.store.call(machine.runtime.slots.publish("another", 6, 0, ["unit.normal"]))
+def test_the_slots_of_all_workers_are_received(machine: Machine) -> None:
+    machine.platform.store.run(machine.runtime.slots.publish("another", 6, 0, ["unit.normal"]))
     machine.measure()
     machine.exchange()
     assert machine.page.slots == 10
 
 
-def test_a_worker_whose_consumer_reconnects_keeps_what_it_has_heard(machine: Machine) -> None:
+def test_a_worker_that_reconnects_keeps_the_number_of_slots(machine: Machine) -> None:
     machine.measure()
     machine.exchange()
     machine.queues.clear()
@@ -327,7 +333,7 @@ def test_a_worker_whose_consumer_reconnects_keeps_what_it_has_heard(machine: Mac
     assert machine.page.slots == 4
 
 
-def test_memory_that_the_platform_may_fill_is_what_is_free_and_what_its_nodes_hold(
+def test_available_memory_is_free_memory_and_that_of_running_nodes(
     machine: Machine,
 ) -> None:
     for index in range(3):  # three threads of one process
@@ -337,12 +343,12 @@ def test_memory_that_the_platform_may_fill_is_what_is_free_and_what_its_nodes_ho
     assert machine.page.available_mb == pytest.approx(800 + held_mb(os.getpid()), rel=0.05)
 
 
-def test_nobody_holds_memory_that_has_ended() -> None:
+def test_an_ended_process_holds_no_memory() -> None:
     assert held_mb(2**22 - 1) == 0.0
     assert held_mb(os.getpid()) > 10
 
 
-def test_board_reads_what_it_was_told(machine: Machine) -> None:
+def test_the_board_returns_the_report_as_it_was_published(machine: Machine) -> None:
     machine.board.force("critical")
     [answer] = machine.platform.store.call(machine.board.look())
     assert Board.read(answer).forced is Level.CRITICAL

@@ -12,13 +12,13 @@ from tests.support import wait_until
 
 
 class Scripted:
-    """A monitor that does as it is told, and lets the next look be waited for."""
+    """A monitor with given outcomes, which counts its runs."""
 
     def __init__(self, *outcomes: Exception | None) -> None:
-        self.outcomes, self.looked = list(outcomes), 0
+        self.outcomes, self.runs = list(outcomes), 0
 
     def look(self) -> None:
-        self.looked += 1
+        self.runs += 1
         if self.outcomes and (outcome := self.outcomes.pop(0)):
             raise outcome
 
@@ -30,7 +30,7 @@ class Quiet:
         self.closed = True
 
 
-def test_the_thread_looks_when_asked_survives_what_a_look_meets_and_ends(
+def test_the_thread_runs_the_monitor_survives_errors_and_stops(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monitor, alerts = (
@@ -41,14 +41,14 @@ def test_the_thread_looks_when_asked_survives_what_a_look_meets_and_ends(
     thread.start()
     for asked in range(1, 4):
         thread.ask()
-        wait_until(lambda asked=asked: monitor.looked == asked)  # type: ignore[misc]
+        wait_until(lambda asked=asked: monitor.runs == asked)  # type: ignore[misc]
     assert "not known" in caplog.text
     assert "unexpected" in caplog.text
     thread.stop()
-    assert (thread.is_alive(), alerts.closed, monitor.looked) == (False, True, 3)
+    assert (thread.is_alive(), alerts.closed, monitor.runs) == (False, True, 3)
 
 
-def test_who_asks_a_thread_that_looks_already_is_not_kept_waiting() -> None:
+def test_a_request_to_a_busy_thread_returns_at_once() -> None:
     going, go_on = threading.Event(), threading.Event()
 
     class Slow(Scripted):
@@ -65,6 +65,6 @@ def test_who_asks_a_thread_that_looks_already_is_not_kept_waiting() -> None:
     for _ in range(5):
         thread.ask()
     go_on.set()
-    wait_until(lambda: monitor.looked == 2)
+    wait_until(lambda: monitor.runs == 2)
     thread.stop()
-    assert monitor.looked == 2, "what was asked meanwhile is one look"
+    assert monitor.runs == 2, "the requests made meanwhile are one run"

@@ -1,4 +1,4 @@
-"""Settings that lose data are named, with what to do."""
+"""Checks at the start of a worker: settings that lose data, with advice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlm_tasks.worker.preflight import dangers, of_celery, of_redis, of_urls
 
 
 class Server:
-    """Answers as a server with these settings does."""
+    """A server that answers with these settings."""
 
     def __init__(
         self,
@@ -42,16 +42,18 @@ class Server:
 
 
 def found(server: Server, settings: Settings | None = None, **celery: Any) -> list[str]:
-    """Return what is said of a server."""
+    """Return the findings on a server."""
     settings = settings or Settings()
     store = Store("redis://user:secret@host/0", client=cast(redis.Redis, server))
     return dangers(store, settings, {**configuration(settings), **celery})
 
 
-def test_a_server_that_keeps_its_data_is_not_mentioned() -> None:
+def test_a_server_that_keeps_its_data_has_no_finding() -> None:
     assert found(Server()) == []
     assert found(Server(aof=0, save="3600 1")) == []
-    assert found(Server(aof=0, save=None)) == [], "a managed server that does not tell is trusted"
+    assert found(Server(aof=0, save=None)) == [], (
+        "a managed server that hides its settings is trusted"
+    )
     assert found(Server(policy="allkeys-lru", tells=False)) == []
 
 
@@ -87,14 +89,14 @@ def test_a_server_that_keeps_its_data_is_not_mentioned() -> None:
         ),
     ],
 )
-def test_what_would_lose_jobs_is_said_with_what_to_do(server: Server, said: str) -> None:
+def test_settings_that_would_lose_jobs_are_reported_with_advice(server: Server, said: str) -> None:
     [danger] = found(server)
 
     assert said in danger
     assert "secret" not in danger
 
 
-def test_states_say_how_bad_it_is_and_what_is_well_needs_no_advice() -> None:
+def test_each_check_has_a_state_and_only_problems_have_advice() -> None:
     def states(server: Server) -> dict[str, str]:
         store = Store("redis://host/0", client=cast(redis.Redis, server))
         looked_at = list(of_redis(store, Settings()))
@@ -104,7 +106,7 @@ def test_states_say_how_bad_it_is_and_what_is_well_needs_no_advice() -> None:
     well = {"redis": "ok", "eviction": "ok", "persistence": "ok", "memory": "ok"}
     assert states(Server(redis_version="7.2.4", used_memory=74, maxmemory=100)) == well
     assert states(Server(redis_version="10.0.0", used_memory=10**9)) == well, (
-        "a limit that is not set is not reached"
+        "without a limit there is nothing to exceed"
     )
     assert states(Server(redis_version="6.2.0"))["redis"] == "warning"
     assert states(Server(redis_version="5.0.7"))["redis"] == "fault"
@@ -120,20 +122,20 @@ def test_states_say_how_bad_it_is_and_what_is_well_needs_no_advice() -> None:
         ({"worker_cancel_long_running_tasks_on_connection_loss": True}, "running nodes are ended"),
     ],
 )
-def test_what_celery_must_not_do_with_nodes_is_said(celery: dict[str, Any], said: str) -> None:
+def test_settings_of_celery_that_harm_nodes_are_reported(celery: dict[str, Any], said: str) -> None:
     [danger] = found(Server(), **celery)
 
     assert said in danger
 
 
-def test_an_app_that_takes_no_json_is_at_fault() -> None:
+def test_an_app_that_does_not_accept_json_is_a_fault() -> None:
     wrong = of_celery(Settings(), {**configuration(Settings()), "accept_content": ["yaml"]})
 
     assert [each.state for each in wrong] == ["fault", "warning"]
     assert "refuses nodes, which are JSON" in wrong[0].found
 
 
-def test_a_visibility_timeout_shorter_than_a_node_is_said() -> None:
+def test_a_visibility_timeout_shorter_than_a_node_is_reported() -> None:
     settings = Settings(node=NodeSettings(item_limit_s=600))
 
     assert found(Server(), settings) == []
@@ -149,7 +151,7 @@ def test_a_visibility_timeout_shorter_than_a_node_is_said() -> None:
     )
 
 
-def test_tls_without_verification_is_said_of_each_url_that_asks_for_it() -> None:
+def test_tls_without_verification_is_reported_for_each_url() -> None:
     careless = Settings(
         redis_url="rediss://:secret@host?ssl_cert_reqs=none",
         broker_url="amqps://host//?ssl_cert_reqs=none",
@@ -161,10 +163,10 @@ def test_tls_without_verification_is_said_of_each_url_that_asks_for_it() -> None
     [danger] = found(Server(), careless)
     assert danger.endswith(
         "Leave out ssl_cert_reqs=none, and name the authority by ssl_ca_certs"
-    ), "a worker says it at its start"
+    ), "a worker logs it at its start"
 
 
-def test_tls_that_verifies_is_well_and_none_is_not_mentioned() -> None:
+def test_tls_with_verification_is_ok_and_a_url_without_tls_has_no_finding() -> None:
     [finding] = of_urls(Settings(redis_url="rediss://host", broker_url="amqp://host//"))
 
     assert (finding.check, finding.state) == ("tls", "ok")

@@ -14,13 +14,13 @@ NAMES = ["unit.critical", "unit.high", "unit.normal", "unit.low"]
 
 
 class Held:
-    """As much of a request as counts."""
+    """The part of a request that is counted."""
 
     def __init__(self, queue: str | None) -> None:
         self.delivery_info = {"routing_key": queue}
 
 
-def test_what_runs_is_counted_by_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_nodes_are_counted_by_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     held = [Held("unit.critical"), Held("unit.low"), Held("unit.critical"), Held(None)]
     monkeypatch.setattr(state, "reserved_requests", type(state.reserved_requests)(held))
 
@@ -30,7 +30,7 @@ def test_what_runs_is_counted_by_queue(monkeypatch: pytest.MonkeyPatch) -> None:
         0,
     ]
     del held[0]
-    assert queue_order.running("unit.critical") == 1, "what nobody holds any more has ended"
+    assert queue_order.running("unit.critical") == 1, "a request that is no longer held has ended"
 
 
 def test_without_facts_weights_alone_order_the_queues() -> None:
@@ -43,7 +43,9 @@ def test_without_facts_weights_alone_order_the_queues() -> None:
     assert order.consume(4) == ["unit.high", "unit.critical", "unit.normal", "unit.low"]
 
 
-def test_facts_hold_for_a_channel_that_is_older_than_they(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facts_hold_for_a_channel_that_is_older_than_the_facts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     order = QueueOrder()
     order.update(NAMES)
     order.consume(4)

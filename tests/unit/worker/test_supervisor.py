@@ -1,4 +1,4 @@
-"""What the guard of a worker makes of pool processes that have died."""
+"""The supervisor of a worker, and pool processes that have died."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.unit.harness import Platform
 
 TOKEN = "00112233aabbccdd"
 NO_CHILD = os.getppid()
-"""A process that is not ours to wait for, as one is that was reaped already."""
+"""A process that is no child of ours, as one that is already reaped."""
 
 
 @pytest.mark.parametrize(("code", "died_of"), [(-9, "SIGKILL"), (70, "exit code 70")])
-def test_a_process_that_was_reaped_on_the_way_is_known_by_its_exit_code(
+def test_a_process_that_billiard_has_reaped_is_known_by_its_exit_code(
     code: int, died_of: str
 ) -> None:
     platform = Platform()
@@ -38,7 +38,7 @@ def test_a_process_that_was_reaped_on_the_way_is_known_by_its_exit_code(
     assert list(platform.runtime.page.held()) == []
 
 
-def test_one_that_celery_has_noticed_is_left_to_it_for_a_while() -> None:
+def test_a_dead_process_is_left_to_celery_for_a_while() -> None:
     platform = Platform()
     spec = platform.submit(JobRequest(operation="sum", items=range(10)))
     platform.ledger.claim(spec.job, ROOT, TOKEN, "unit")
