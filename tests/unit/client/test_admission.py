@@ -1,6 +1,4 @@
-"""The door of a client: what it looks at, how often, and what it answers while something is
-away.
-"""
+"""Admission at a client: the state it reads, how often, and its answers during an outage."""
 
 from __future__ import annotations
 
@@ -30,20 +28,20 @@ from tests.unit.world import World, world
 __all__ = ["world"]
 
 
-class Door:
-    """An intake whose broker is ours."""
+class AdmissionClient:
+    """The admission check of a client, with a broker of the test."""
 
     def __init__(self, world: World, **pressure: Any) -> None:
         self.settings = Settings(namespace="unit", pressure=PressureSettings(**pressure))
         self.world, self.store = world, world.store()
         self.board = Board(self.store, Keys("unit"), self.settings.pressure)
-        self.intake = AdmissionCheck(
+        self.check = AdmissionCheck(
             Celery("unit", set_as_current=False), self.store, self.settings, world.time
         )
         self.queues: dict[str, QueueReport] = {}
         self.reads: list[tuple[str, ...]] = []
         self.broker_is_away = False
-        self.intake.gauge = self  # type: ignore[assignment]  # it reads
+        self.check.gauge = self  # type: ignore[assignment]  # it has `read`
         self.serve()
 
     def read(self, names: Sequence[str]) -> dict[str, QueueReport]:
@@ -63,20 +61,20 @@ class Door:
         self.board.announce(ClusterReport(level, "", 0.0), b"")
 
     def answer(self, priority: str = "normal") -> str:
-        refused = self.intake.refusal(f"unit.{priority}", priority)
+        refused = self.check.refusal(f"unit.{priority}", priority)
         return refused.code if refused is not None else ""
 
 
 @pytest.fixture
-def door(world: World) -> Door:
-    return Door(world)
+def admission(world: World) -> AdmissionClient:
+    return AdmissionClient(world)
 
 
 # --- by level ---------------------------------------------------------------------------------
 
 
-def test_a_calm_platform_takes_everything_in(door: Door) -> None:
-    assert [door.answer(each) for each in ("critical", "high", "normal", "low")] == [""] * 4
+def test_a_calm_platform_admits_all_work(admission: AdmissionClient) -> None:
+    assert [admission.answer(each) for each in ("critical", "high", "normal", "low")] == [""] * 4
 
 
 @pytest.mark.parametrize(
@@ -85,39 +83,41 @@ def test_a_calm_platform_takes_everything_in(door: Door) -> None:
         (None, None, None, []),
         (Level.HIGH, None, None, ["low"]),
         (Level.CRITICAL, Level.NORMAL, None, ["normal", "low"]),
-        (Level.NORMAL, Level.EMERGENCY, None, []),  # the monitor knows all hosts
-        (None, Level.HIGH, None, ["low"]),  # nobody monitors: as most hosts say
+        (Level.NORMAL, Level.EMERGENCY, None, []),  # the monitor has the reports of all hosts
+        (None, Level.HIGH, None, ["low"]),  # no monitor: the level of most hosts counts
         (Level.EMERGENCY, Level.EMERGENCY, "normal", []),
         (Level.NORMAL, None, "emergency", ["high", "normal", "low"]),
         (None, Level.EMERGENCY, "elevated", []),
     ],
 )
-def test_work_is_turned_away_by_the_clusters_level(
+def test_work_is_denied_by_the_level_of_the_cluster(
     world: World, cluster: Level | None, host: Level | None, forced: str | None, refused: list[str]
 ) -> None:
-    door = Door(world)
+    admission = AdmissionClient(world)
     if cluster is not None:
-        door.announce(cluster)
+        admission.announce(cluster)
     if host is not None:
-        door.host(host)
+        admission.host(host)
     if forced is not None:
-        door.board.force(forced)
-    assert [each for each in ("critical", "high", "normal", "low") if door.answer(each)] == refused
-    assert {door.answer(each) for each in refused} <= {"OVERLOADED"}
+        admission.board.force(forced)
+    assert [
+        each for each in ("critical", "high", "normal", "low") if admission.answer(each)
+    ] == refused
+    assert {admission.answer(each) for each in refused} <= {"OVERLOADED"}
 
 
-def test_switched_off_no_level_turns_work_away(world: World) -> None:
-    door = Door(world, enabled=False)
-    door.announce(Level.EMERGENCY)
-    door.board.force("emergency")
-    assert door.answer("low") == ""
+def test_switched_off_no_level_denies_work(world: World) -> None:
+    admission = AdmissionClient(world, enabled=False)
+    admission.announce(Level.EMERGENCY)
+    admission.board.force("emergency")
+    assert admission.answer("low") == ""
 
 
-def test_who_is_turned_away_is_told_when_to_come_back(door: Door) -> None:
-    door.announce(Level.CRITICAL)
-    refused = door.intake.refusal("unit.low", "low")
+def test_a_denial_has_a_retry_time(admission: AdmissionClient) -> None:
+    admission.announce(Level.CRITICAL)
+    refused = admission.check.refusal("unit.low", "low")
     assert refused is not None
-    assert refused.retry_after_s == 2 * door.settings.pressure.release_s
+    assert refused.retry_after_s == 2 * admission.settings.pressure.release_s
     assert "critical" in str(refused)
 
 
@@ -138,87 +138,97 @@ def test_who_is_turned_away_is_told_when_to_come_back(door: Door) -> None:
             QueueReport(3, 9_999.0),
             False,
             "",
-        ),  # it keeps what it is given, up to its depth
+        ),  # a queue without a worker keeps messages up to its bound
         ("normal", QueueReport(10_000, 9_999.0), False, "QUEUE_FULL"),
         ("normal", QueueReport(3), True, ""),
     ],
 )
-def test_a_queue_that_is_full_takes_nothing(
+def test_a_full_queue_denies_work(
     world: World, priority: str, report: QueueReport, served: bool, expected: str
 ) -> None:
-    door = Door(world)
+    admission = AdmissionClient(world)
     queue = f"unit.{priority}"
     if not served:
-        door.serve("unit.elsewhere")
-    door.queues[queue] = report
-    assert door.answer(priority) == expected
+        admission.serve("unit.elsewhere")
+    admission.queues[queue] = report
+    assert admission.answer(priority) == expected
 
 
-def test_a_broker_that_does_not_answer_has_empty_queues_and_levels_still_count(
-    door: Door, caplog: pytest.LogCaptureFixture
+def test_without_a_broker_queues_count_as_empty_and_levels_still_hold(
+    admission: AdmissionClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    door.broker_is_away = True
-    door.announce(Level.HIGH)
-    assert (door.answer("normal"), door.answer("low")) == ("", "OVERLOADED")
+    admission.broker_is_away = True
+    admission.announce(Level.HIGH)
+    assert (admission.answer("normal"), admission.answer("low")) == ("", "OVERLOADED")
     assert "taken for empty" in caplog.text
 
 
-# --- how often --------------------------------------------------------------------------------
+# --- how often the state is read --------------------------------------------------------------
 
 
-def test_a_loop_of_submissions_asks_once_a_second(door: Door, world: World) -> None:
-    door.announce(Level.NORMAL)
-    door.store.round_trips = 0
+def test_many_submissions_read_the_state_once_a_second(
+    admission: AdmissionClient, world: World
+) -> None:
+    admission.announce(Level.NORMAL)
+    admission.store.round_trips = 0
     for _ in range(1000):
-        door.answer("normal")
-    assert (door.store.round_trips, len(door.reads)) == (1, 1)
-    door.announce(Level.EMERGENCY)
-    assert door.answer("normal") == ""
+        admission.answer("normal")
+    assert (admission.store.round_trips, len(admission.reads)) == (1, 1)
+    admission.announce(Level.EMERGENCY)
+    assert admission.answer("normal") == ""
     world.sleep(LOOK_EVERY_S)
-    assert door.answer("normal") == "OVERLOADED"
+    assert admission.answer("normal") == "OVERLOADED"
 
 
-def test_a_queue_that_was_not_looked_at_is_looked_at_with_the_others(door: Door) -> None:
-    door.queues["unit.high"] = QueueReport(3, 60.0)
-    assert (door.answer("normal"), door.answer("high"), door.answer("normal")) == (
+def test_a_queue_not_yet_read_is_read_together_with_the_others(
+    admission: AdmissionClient,
+) -> None:
+    admission.queues["unit.high"] = QueueReport(3, 60.0)
+    assert (
+        admission.answer("normal"),
+        admission.answer("high"),
+        admission.answer("normal"),
+    ) == (
         "",
         "QUEUE_FULL",
         "",
     )
-    assert door.reads == [("unit.normal",), ("unit.normal", "unit.high")]
+    assert admission.reads == [("unit.normal",), ("unit.normal", "unit.high")]
 
 
-def test_while_redis_is_away_a_submission_is_told_so_and_nothing_is_taken_for_seen(
-    door: Door, world: World
+def test_without_redis_a_submission_raises_and_the_state_is_read_again(
+    admission: AdmissionClient, world: World
 ) -> None:
-    door.announce(Level.HIGH)
-    assert door.answer("normal") == ""
-    door.store.lost = True
+    admission.announce(Level.HIGH)
+    assert admission.answer("normal") == ""
+    admission.store.lost = True
     for _ in range(2):
         with pytest.raises(StoreUnavailable):
-            door.answer("low")
-    door.store.lost = False
+            admission.answer("low")
+    admission.store.lost = False
     world.sleep(2)
-    assert door.answer("low") == "OVERLOADED"
+    assert admission.answer("low") == "OVERLOADED"
 
 
-def test_who_comes_while_another_looks_at_a_queue_does_not_take_it_for_empty(door: Door) -> None:
-    door.queues["unit.high"] = QueueReport(3, 60.0)
-    door.answer("normal")
+def test_a_submission_waits_while_another_thread_reads_the_queue(
+    admission: AdmissionClient,
+) -> None:
+    admission.queues["unit.high"] = QueueReport(3, 60.0)
+    admission.answer("normal")
     looking, go_on, answers = threading.Event(), threading.Event(), []
-    read = door.read
+    read = admission.read
 
     def slow(names: Sequence[str]) -> dict[str, QueueReport]:
         looking.set()
         assert go_on.wait(20)
         return read(names)
 
-    door.read = slow  # type: ignore[method-assign]
-    first = threading.Thread(target=lambda: answers.append(door.answer("high")))
+    admission.read = slow  # type: ignore[method-assign]
+    first = threading.Thread(target=lambda: answers.append(admission.answer("high")))
     first.start()
     assert looking.wait(20)
-    second = threading.Thread(target=lambda: answers.append(door.answer("high")))
+    second = threading.Thread(target=lambda: answers.append(admission.answer("high")))
     second.start()
     second.join(0.2)
     go_on.set()
@@ -227,13 +237,13 @@ def test_who_comes_while_another_looks_at_a_queue_does_not_take_it_for_empty(doo
     assert answers == ["QUEUE_FULL", "QUEUE_FULL"]
 
 
-# --- jobs that wait to be taken in ------------------------------------------------------------
+# --- jobs that wait for admission -------------------------------------------------------------
 
 
-def test_a_job_that_cannot_be_noted_as_waiting_is_open_and_wakes_by_its_own_time(
+def test_a_job_that_cannot_enter_the_waiting_room_wakes_by_its_own_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It was opened, parked, before: an error would tell its user that it was not."""
+    """It is already open and parked, so an error would be wrong."""
     caplog.set_level("INFO")
     app = Celery("unit", set_as_current=False)
     app.rlm_settings = Settings(namespace="unit")

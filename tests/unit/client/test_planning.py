@@ -1,6 +1,4 @@
-"""What a plan is made of: samples, forecasts of rounds, and how amounts become time, nodes and
-shares of a budget.
-"""
+"""Plans: samples of items, and the time, nodes and budget that amounts lead to."""
 
 from __future__ import annotations
 
@@ -30,27 +28,129 @@ from tests.unit.harness import Platform
 registry.import_operations(())
 
 
+# --- samples ----------------------------------------------------------------------------------
+
+
+class Counted(Sequence[str]):
+    """A million items that count how often one is read."""
+
+    reads = 0
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def __getitem__(self, at: Any) -> Any:
+        self.reads += 1
+        return f"item {at}"
+
+
+@given(st.integers(0, 5000), st.integers(0, 9))
+def test_a_sample_lies_evenly_over_the_items(n: int, seed: int) -> None:
+    found = sampled(range(n), Random(seed))
+
+    indexes = [index for index, _ in found.items]
+    assert found.total == n
+    assert len(indexes) == min(n, LOOKED_AT)
+    assert [item for _, item in found.items] == indexes == sorted(set(indexes))
+    strides = [
+        range(at * n // len(indexes), (at + 1) * n // len(indexes)) for at in range(len(indexes))
+    ]
+    assert all(index in stride for index, stride in zip(indexes, strides, strict=True))
+
+
+def test_a_million_items_are_not_all_read() -> None:
+    items = Counted()
+
+    assert sampled(items, Random(0)).total == 1_000_000
+    assert items.reads == LOOKED_AT
+
+
+@pytest.mark.parametrize("make", [set, dict.fromkeys, deque, tuple])
+def test_items_with_a_length_can_be_sampled(make: Callable[[Any], Any]) -> None:
+    found = sampled(items := make(range(3000)), Random(0))
+
+    assert found.total == 3000
+    assert len(found.items) == LOOKED_AT
+    assert list(items) == list(range(3000))
+
+
+def test_files_are_sampled_as_paths(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).touch()
+
+    assert sampled(Files(f"{tmp_path}/*.txt"), Random(0)).items == [
+        (0, f"{tmp_path}/a.txt"),
+        (1, f"{tmp_path}/b.txt"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ((at for at in range(3)), "must not use them up"),
+        (map(str, range(3)), "must not use them up"),
+        ("text", "must be an iterable of items"),
+        (7, "must be an iterable of items"),
+        (Lines("/no/such/file"), "cannot be read"),
+    ],
+)
+def test_items_that_cannot_be_sampled_are_refused(items: Any, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as refused:
+        sampled(items, Random(0))
+
+    assert refused.value.field == "items"
+
+
+@pytest.mark.parametrize("text", ["", "one", "one\n", "one\r\ntwo", "\n\n", "one\n\ntwo\n"])
+def test_lines_of_a_short_file_are_counted_as_they_are_read(tmp_path: Path, text: str) -> None:
+    (path := tmp_path / "lines").write_bytes(text.encode())
+
+    found = sampled(Lines(path), Random(0))
+
+    with path.open() as file:
+        assert [line for _, line in found.items] == [line.rstrip("\n") for line in file]
+    assert (found.total, found.exact) == (len(found.items), True)
+
+
+def test_lines_of_a_long_file_are_estimated_from_some_blocks(tmp_path: Path) -> None:
+    random = Random(3)
+    lines = ["x" * random.randrange(200) for _ in range(40_000)]
+    (path := tmp_path / "lines").write_text("\n".join(lines))
+
+    found = sampled(Lines(path), Random(0))
+
+    assert found.exact is False
+    assert found.total == pytest.approx(len(lines), rel=0.03)
+    assert len(found.items) == LOOKED_AT
+    assert sum(len(line) for _, line in found.items) / LOOKED_AT == pytest.approx(99.5, rel=0.1)
+    (path := tmp_path / "line").write_text("x" * 20 * BLOCK_BYTES)
+    assert sampled(Lines(path), Random(0)).total == 1
+
+
 # --- time -------------------------------------------------------------------------------------
 
 
 def stage(tokens: float, seconds: float, room: float = 20.0) -> Stage:
-    """Return a stage that may take 10 tokens a second, and 40 at once."""
+    """Return a stage with a refill of 10 tokens a second, and at most 40 at once."""
     return Stage(
         seconds, "latency", seconds, "m", {"tokens": tokens}, {"tokens": Flow(10, room, 40)}
     )
 
 
-def test_the_slowest_limit_makes_the_time() -> None:
+def test_the_slowest_limit_gives_the_time() -> None:
     assert duration([stage(100, 3.0)]) == (8.0, "tokens")
     assert duration([stage(100, 9.0)]) == (9.0, "latency")
     assert duration([stage(100, 3.0, room=-50)]) == (15.0, "tokens")  # nothing passes for 5 s
     assert duration([]) == (0.0, "")
 
 
-def test_a_limit_fills_up_while_something_else_is_slower_and_no_further() -> None:
+def test_a_limit_refills_up_to_its_bound_while_another_is_slower() -> None:
     assert duration([stage(0, 1.0), stage(50, 0.0)]) == (3.0, "tokens")  # 20 + 10 of 50
     assert duration([stage(0, 60.0), stage(50, 0.0)]) == (61.0, "latency")  # 40 of 50
-    assert duration([stage(20, 0.0), stage(20, 0.0)]) == (2.0, "tokens")  # the room is there once
+    assert duration([stage(20, 0.0), stage(20, 0.0)]) == (
+        2.0,
+        "tokens",
+    )  # the initial 20 count once
 
 
 @given(
@@ -69,7 +169,7 @@ def test_more_tokens_and_slower_answers_never_take_less_time(
     assert more >= less - 1e-6
 
 
-def test_calls_in_flight_go_in_waves_and_one_takes_as_long_as_it_takes() -> None:
+def test_calls_run_in_waves_of_the_number_in_flight() -> None:
     assert in_waves(100, 2.0, 20) == (10.0, "in flight")
     assert in_waves(3, 2.0, 20) == (2.0, "latency")
 
@@ -89,18 +189,18 @@ def test_calls_in_flight_go_in_waves_and_one_takes_as_long_as_it_takes() -> None
     ],
     ids=str,
 )
-def test_a_job_that_is_planned_from_sizes_has_the_nodes_that_were_told(
+def test_the_planned_number_of_nodes_of_a_job_with_fixed_sizes_is_exact(
     about: dict[str, Any],
 ) -> None:
     platform = Platform(1)
     request = JobRequest(**{"operation": "sum", "items": range(500), **about})
 
-    told = nodes_of(request.shape(1000.0), len(request.items), platform.slot_count, 0.0)
+    count = nodes_of(request.shape(1000.0), len(request.items), platform.slot_count, 0.0)
 
-    assert told == int(platform.run(platform.submit(request))["nodes"])
+    assert count == int(platform.run(platform.submit(request))["nodes"])
 
 
-def test_other_jobs_are_cut_by_how_long_they_take() -> None:
+def test_the_nodes_of_other_jobs_follow_their_time() -> None:
     shape = JobRequest(operation="sum", items=[], strategy=Adaptive()).shape(1000.0)
 
     assert nodes_of(shape, 1000, 2, 100.0) == 1
@@ -108,7 +208,7 @@ def test_other_jobs_are_cut_by_how_long_they_take() -> None:
     assert nodes_of(shape, 1000, 2, 60_000.0) == 60
 
 
-def test_a_million_nodes_are_counted_without_making_them() -> None:
+def test_a_million_nodes_are_counted_without_creating_them() -> None:
     shape = JobRequest(operation="sum", items=[], chunk_size=1).shape(1000.0)
 
     assert nodes_of(shape, 1_000_000, 2, None) == 1 + 1000 + 1_000_000
@@ -117,7 +217,7 @@ def test_a_million_nodes_are_counted_without_making_them() -> None:
 # --- money ------------------------------------------------------------------------------------
 
 
-def test_a_budget_keeps_a_share_for_the_rounds_to_come() -> None:
+def test_a_budget_keeps_a_share_for_later_rounds() -> None:
     assert paid_for(100, [100], 0.2, goes_on=False) == (1.0, True)
     assert paid_for(100, [100], 0.2, goes_on=True) == (0.8, False)
     assert paid_for(100, [80, 16, 4], 0.2, goes_on=True) == (1.0, True)
@@ -126,7 +226,7 @@ def test_a_budget_keeps_a_share_for_the_rounds_to_come() -> None:
 
 
 @given(st.floats(1, 1000), st.lists(st.floats(0, 500), min_size=1, max_size=4), st.booleans())
-def test_a_larger_budget_never_pays_for_less(
+def test_a_larger_budget_never_pays_for_fewer_items(
     limit: float, needs: list[float], goes_on: bool
 ) -> None:
     share, enough = paid_for(limit, needs, 0.2, goes_on=goes_on)
@@ -137,7 +237,7 @@ def test_a_larger_budget_never_pays_for_less(
 
 
 def planned(**fields: Any) -> Plan:
-    """Return a plan of one round that asks 10 times, or at p90 20 times."""
+    """Return a plan of one round with 10 calls, or 20 at p90."""
     amounts = Estimate(10, 20), Estimate(1000, 3000), Estimate(0.5, 1.5)
     about = {"operation": "llm.map", "items": 10}
     made = {
@@ -157,7 +257,7 @@ def planned(**fields: Any) -> Plan:
     )
 
 
-def test_the_unit_that_pays_for_the_least_is_named() -> None:
+def test_the_unit_that_pays_for_the_fewest_items_is_named() -> None:
     rounds = planned().rounds
 
     found = sufficiency(
@@ -169,12 +269,12 @@ def test_the_unit_that_pays_for_the_least_is_named() -> None:
     assert sufficiency({"calls": 20.0}, rounds, 0.2, goes_on=False).limited_by == ""
 
 
-def test_a_plan_reads_well_and_is_plain_data() -> None:
+def test_a_plan_as_text_and_as_plain_data() -> None:
     budget = sufficiency({"tokens": 1500.0}, planned().rounds, 0.2, goes_on=False)
 
-    told = planned(budget=budget, notes=("A note",))
+    plan = planned(budget=budget, notes=("A note",))
 
-    assert str(told).splitlines() == [
+    assert str(plan).splitlines() == [
         "llm.map over 10 items",
         "Calls: 10, at p90 20, in 1 round, to a-model (small tier), pressure is high",
         "Tokens: 1,000, at p90 3,000",
@@ -184,7 +284,7 @@ def test_a_plan_reads_well_and_is_plain_data() -> None:
         "Budget: suffices, but not at p90; its tokens pay for 100% of the items, at p90 50%",
         "A note",
     ]
-    assert json.loads(json.dumps(told.to_dict()))["rounds"][0]["tokens"] == {
+    assert json.loads(json.dumps(plan.to_dict()))["rounds"][0]["tokens"] == {
         "p50": 1000,
         "p90": 3000,
     }
