@@ -1,5 +1,5 @@
-"""The 28 keys that other orchestrators use: defaults, validation, export and import, and what they
-set here.
+"""OptimizationConfig: the defaults of its 28 keys, their mistakes, export and import, and their
+effects.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ DEFAULTS = {
 }
 
 
-def test_keys_and_defaults_are_those_of_other_orchestrators() -> None:
+def test_the_keys_and_their_defaults() -> None:
     assert OptimizationConfig().to_dict() == DEFAULTS
     assert (len(DEFAULTS), sum(name.startswith("enable_") for name in DEFAULTS)) == (28, 12)
     assert OptimizationConfig().validate() == []
 
 
-# --- what is wrong ----------------------------------------------------------------------------
+# --- mistakes ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_keys_and_defaults_are_those_of_other_orchestrators() -> None:
         lambda keys: setattr(OptimizationConfig(), *next(iter(keys.items()))),
     ],
 )
-def test_a_key_that_does_not_exist_is_told_with_the_nearest(change: Any) -> None:
+def test_an_unknown_key_is_refused_with_the_nearest_one(change: Any) -> None:
     with pytest.raises(
         InvalidRequest,
         match="enable_objectpool=False: there is no such key; did you mean enable_object_pool",
@@ -85,7 +85,7 @@ def test_a_key_that_does_not_exist_is_told_with_the_nearest(change: Any) -> None
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "message"),
     [
         (
             {"enable_object_pool": 1},
@@ -142,18 +142,20 @@ def test_a_key_that_does_not_exist_is_told_with_the_nearest(change: Any) -> None
         ),
     ],
 )
-def test_each_mistake_is_told_when_asked_and_not_before(keys: dict[str, Any], told: str) -> None:
+def test_mistakes_are_reported_by_validate_and_not_before(
+    keys: dict[str, Any], message: str
+) -> None:
     config = OptimizationConfig(**keys)
 
     [issue] = config.validate()
-    assert issue.startswith(told)
+    assert issue.startswith(message)
     for refused in (config.as_environment, config.effects):
         with pytest.raises(InvalidSettings) as raised:
             refused()
         assert raised.value.issues == [issue]
 
 
-def test_all_mistakes_are_told_at_once_and_mended_one_by_one() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     config = OptimizationConfig(error_cache_size=-1, cache_max_size=0)
 
     assert [each.partition("=")[0] for each in config.validate()] == [
@@ -168,7 +170,7 @@ def test_all_mistakes_are_told_at_once_and_mended_one_by_one() -> None:
 # --- as a document ----------------------------------------------------------------------------
 
 
-def test_what_is_exported_is_imported_as_it_was() -> None:
+def test_an_export_can_be_imported_unchanged() -> None:
     config = OptimizationConfig(
         max_concurrent_executions=7, telemetry_flush_interval_seconds=0.1, error_cache_size=-3
     )
@@ -180,14 +182,14 @@ def test_what_is_exported_is_imported_as_it_was() -> None:
     assert again.validate() == config.validate() != []
 
 
-def test_a_document_may_leave_keys_out() -> None:
+def test_a_document_may_omit_keys() -> None:
     assert OptimizationConfig.import_config('{"cache_max_size": 9}') == OptimizationConfig(
         cache_max_size=9
     )
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("{", "the configuration is not JSON"),
         ("[1]", "the configuration is list; give an object"),
@@ -200,11 +202,11 @@ def test_a_document_may_leave_keys_out() -> None:
         ),
     ],
 )
-def test_a_document_that_cannot_be_used_is_refused(text: str, told: str) -> None:
+def test_a_wrong_document_is_refused(text: str, message: str) -> None:
     with pytest.raises(InvalidSettings) as raised:
         OptimizationConfig.import_config(text)
 
-    assert str(raised.value).startswith(told)
+    assert str(raised.value).startswith(message)
 
 
 def test_json_is_the_only_format() -> None:
@@ -216,11 +218,11 @@ def test_json_is_the_only_format() -> None:
             act(format="yaml")
 
 
-# --- what they set ----------------------------------------------------------------------------
+# --- effects ----------------------------------------------------------------------------------
 
 
 def environment_of(monkeypatch: pytest.MonkeyPatch, config: OptimizationConfig) -> Settings:
-    """Return the settings of a process that is started with what a configuration sets."""
+    """Return the settings of a process that is started with the variables of a configuration."""
     for name, value in config.as_environment().items():
         monkeypatch.setenv(name, value)
     assert validate(os.environ) == []
@@ -234,7 +236,7 @@ def _own_store_settings() -> Any:
     store_settings.cache_clear()
 
 
-def test_a_worker_that_is_started_with_them_behaves_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_keys_set_the_settings_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     config = OptimizationConfig(
         max_concurrent_executions=7,
         enable_memory_optimization=False,
@@ -263,7 +265,7 @@ def test_a_worker_that_is_started_with_them_behaves_so(monkeypatch: pytest.Monke
     assert settings.fault_patterns == 20
     breaker = configured()
     assert (breaker.failure_threshold, breaker.recovery_timeout_s) == (3, 30)
-    assert configured("executor").failure_threshold == 10, "what says something else keeps it"
+    assert configured("executor").failure_threshold == 10, "a preset with another value keeps it"
     assert (
         settings.alerts.slow_execution_ms,
         settings.alerts.memory_mb,
@@ -276,15 +278,15 @@ def test_a_worker_that_is_started_with_them_behaves_so(monkeypatch: pytest.Monke
     ) == ("5", "10000")
 
 
-def test_the_default_keys_make_valid_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_can_start_with_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = environment_of(monkeypatch, OptimizationConfig())
 
-    assert "worker_concurrency" not in configuration(settings), "as many as there are CPUs"
+    assert "worker_concurrency" not in configuration(settings), "the number of CPUs"
     assert (settings.alerts.slow_execution_ms, settings.breakers.failure_threshold) == (1000, 10)
 
 
 class Batches(SpanExporter):
-    """Counts the spans that leave together."""
+    """An exporter that counts the spans of each batch."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -294,7 +296,7 @@ class Batches(SpanExporter):
         return SpanExportResult.SUCCESS
 
 
-def test_spans_leave_in_batches_of_that_size_and_the_last_ones_when_the_worker_stops(
+def test_spans_are_exported_in_batches_and_the_rest_when_the_worker_stops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     environment_of(monkeypatch, OptimizationConfig())
@@ -314,7 +316,7 @@ def test_spans_leave_in_batches_of_that_size_and_the_last_ones_when_the_worker_s
 
     def one_has_left() -> bool:
         if not batches.sizes:
-            end_one()  # the SDK forgets who woke it while it was awake: it is told again
+            end_one()  # the SDK may miss a wake-up while it is awake, so it gets another
         return bool(batches.sizes)
 
     while end_one() < 25:
@@ -330,14 +332,14 @@ def test_without_error_handling_no_fault_is_kept(monkeypatch: pytest.MonkeyPatch
     config = OptimizationConfig(enable_optimized_error_handling=False, error_cache_size=20)
 
     assert environment_of(monkeypatch, config).fault_patterns == 0
-    told = {each.key: each.sets for each in config.effects()}
-    assert (told["enable_optimized_error_handling"], told["error_cache_size"]) == (
+    settings_of = {each.key: each.sets for each in config.effects()}
+    assert (settings_of["enable_optimized_error_handling"], settings_of["error_cache_size"]) == (
         "RLM_FAULT_PATTERNS=0",
         "",
     )
 
 
-def test_each_key_says_what_it_sets_or_why_it_sets_nothing() -> None:
+def test_each_key_has_its_setting_or_the_reason_why_it_has_none() -> None:
     known = {variable(place) for place, _ in fields()}
     effects = OptimizationConfig().effects()
 
@@ -369,7 +371,7 @@ def page_rows() -> str:
     )
 
 
-def test_the_package_is_imported_without_it() -> None:
+def test_importing_the_package_does_not_import_it() -> None:
     code = (
         "import rlm_tasks, sys; assert 'rlm_tasks.compat.optimization_config' not in sys.modules; "
         "rlm_tasks.OptimizationConfig()"
@@ -378,7 +380,7 @@ def test_the_package_is_imported_without_it() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
 
 
-def test_it_is_a_record_like_others() -> None:
+def test_it_is_a_dataclass() -> None:
     config = OptimizationConfig(cache_max_size=3)
 
     assert dataclasses.replace(config, cache_max_size=4) == OptimizationConfig(cache_max_size=4)

@@ -1,4 +1,4 @@
-"""The hooks of source document 1, on real breakers and alerts; pressure and usage are in memory."""
+"""The adaptive resource manager, on real breakers and alerts; pressure and usage are in memory."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ EVENTS = [
 LOAD = {"cpu_percent": 70.0, "memory_mb": 3000.0, "memory_percent": 72.0, "worker_count": 8}
 
 
-class Stage:
-    """A client whose pressure we set; what it counts and guards is real."""
+class FakeClient:
+    """A client with a pressure level of the test; its breakers, usage and alerts are real."""
 
     def __init__(self, world: World) -> None:
         self.breakers, self.usage = (
@@ -59,12 +59,12 @@ class Stage:
 
 
 @pytest.fixture
-def stage(world: World) -> Stage:
-    return Stage(world)
+def client(world: World) -> FakeClient:
+    return FakeClient(world)
 
 
-def manager(stage: Stage, **options: Any) -> AdaptiveResourceManager:
-    return AdaptiveResourceManager(client=stage, **options)
+def manager(client: FakeClient, **options: Any) -> AdaptiveResourceManager:
+    return AdaptiveResourceManager(client=client, **options)
 
 
 def run(executor: ResourceAwareExecutor, executor_id: str = "D3-Q3", **context: Any) -> Any:
@@ -77,8 +77,8 @@ def broken(_executor_id: str, _context: dict[str, Any]) -> None:
     raise ConnectionError("its service does not answer")
 
 
-def fail(stage: Stage, times: int, executor_id: str = "D3-Q3") -> None:
-    executor = wrap_method_executor(broken, manager(stage))
+def fail(client: FakeClient, times: int, executor_id: str = "D3-Q3") -> None:
+    executor = wrap_method_executor(broken, manager(client))
     for _ in range(times):
         with pytest.raises(ConnectionError):
             run(executor, executor_id)
@@ -87,7 +87,7 @@ def fail(stage: Stage, times: int, executor_id: str = "D3-Q3") -> None:
 # --- running ----------------------------------------------------------------------------------
 
 
-def test_functions_coroutines_and_objects_with_execute_are_run(stage: Stage) -> None:
+def test_functions_coroutines_and_objects_with_execute_can_be_run(client: FakeClient) -> None:
     def plain(executor_id: str, context: dict[str, Any]) -> Any:
         return executor_id, context["text"]
 
@@ -101,46 +101,46 @@ def test_functions_coroutines_and_objects_with_execute_are_run(stage: Stage) -> 
         SimpleNamespace(execute=plain),
         SimpleNamespace(execute=awaiting),
     ):
-        assert run(wrap_method_executor(each, manager(stage)), text="t") == ("D3-Q3", "t")
+        assert run(wrap_method_executor(each, manager(client)), text="t") == ("D3-Q3", "t")
 
 
-def test_further_arguments_are_handed_on(stage: Stage) -> None:
-    executor = wrap_method_executor(lambda _id, _context, *, factor: factor * 2, manager(stage))
+def test_further_arguments_are_passed_on(client: FakeClient) -> None:
+    executor = wrap_method_executor(lambda _id, _context, *, factor: factor * 2, manager(client))
 
     assert asyncio.run(executor.execute_with_resource_management("a", {}, factor=21)) == 42
 
 
-def test_what_cannot_be_called_is_refused_at_once(stage: Stage) -> None:
+def test_an_executor_that_is_not_callable_is_refused_at_once(client: FakeClient) -> None:
     with pytest.raises(InvalidValue, match="method_executor=3: must be callable, or have execute"):
-        wrap_method_executor(3, manager(stage))
+        wrap_method_executor(3, manager(client))
 
 
 @pytest.mark.parametrize(("enabled", "limit"), [(True, 500), (False, 1000)])
-def test_the_pressure_reaches_constraints_by_a_copy_of_the_context(
-    stage: Stage, enabled: bool, limit: int
+def test_the_pressure_level_is_passed_in_a_copy_of_the_context(
+    client: FakeClient, enabled: bool, limit: int
 ) -> None:
-    stage.pressed = Level.CRITICAL
+    client.pressed = Level.CRITICAL
     context = {"text": "t"}
     executor = wrap_method_executor(
         lambda _id, seen: ResourceConstraints.get_entity_limit(seen),
-        manager(stage, enable_degradation=enabled),
+        manager(client, enable_degradation=enabled),
     )
 
     assert asyncio.run(executor.execute_with_resource_management("a", context)) == limit
-    assert context == {"text": "t"}, "the caller's own is as it was"
+    assert context == {"text": "t"}, "the caller's context is unchanged"
 
 
 # --- breakers ---------------------------------------------------------------------------------
 
 
-def test_after_five_failures_an_executor_is_blocked_for_a_minute_and_others_are_not(
-    world: World, stage: Stage
+def test_five_failures_block_an_executor_for_a_minute_and_no_other(
+    world: World, client: FakeClient
 ) -> None:
-    ours, ran = manager(stage), []
+    ours, ran = manager(client), []
     executor = wrap_method_executor(lambda executor_id, _context: ran.append(executor_id), ours)
-    fail(stage, 4)
+    fail(client, 4)
     assert ours.can_execute("D3-Q3") == (True, "")
-    fail(stage, 1)
+    fail(client, 1)
 
     with pytest.raises(CircuitOpen) as blocked:
         run(executor)
@@ -151,13 +151,13 @@ def test_after_five_failures_an_executor_is_blocked_for_a_minute_and_others_are_
     run(executor, "D4-Q2")
     world.sleep(61)
     run(executor)
-    assert ran == ["D4-Q2", "D3-Q3"], "it was not run while it was open"
+    assert ran == ["D4-Q2", "D3-Q3"], "it does not run while the breaker is open"
 
 
-def test_three_probes_that_end_well_close_it(world: World, stage: Stage) -> None:
-    ours = manager(stage)
+def test_three_successful_probes_close_the_breaker(world: World, client: FakeClient) -> None:
+    ours = manager(client)
     executor = wrap_method_executor(lambda *_: None, ours)
-    fail(stage, 5)
+    fail(client, 5)
     world.sleep(61)
 
     states = []
@@ -168,9 +168,9 @@ def test_three_probes_that_end_well_close_it(world: World, stage: Stage) -> None
     assert states == ["half-open", "half-open", "closed"]
 
 
-def test_a_breaker_is_read_and_reset_by_its_executor(stage: Stage) -> None:
-    ours = manager(stage)
-    fail(stage, 5)
+def test_a_breaker_is_read_and_reset_by_the_name_of_its_executor(client: FakeClient) -> None:
+    ours = manager(client)
+    fail(client, 5)
 
     breaker = ours.circuit_breakers["D3-Q3"]
     assert (breaker.state, breaker.failure_count) == ("open", 5)
@@ -180,8 +180,8 @@ def test_a_breaker_is_read_and_reset_by_its_executor(stage: Stage) -> None:
     assert ours.reset_circuit_breaker("nobody") is False
 
 
-def test_without_breakers_nothing_is_blocked(stage: Stage) -> None:
-    ours = manager(stage, enable_circuit_breakers=False)
+def test_without_breakers_nothing_is_blocked(client: FakeClient) -> None:
+    ours = manager(client, enable_circuit_breakers=False)
     executor = wrap_method_executor(broken, ours)
     for _ in range(6):
         with pytest.raises(ConnectionError):
@@ -198,14 +198,14 @@ def test_without_breakers_nothing_is_blocked(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("enabled", ["false", "true"])
-def test_what_turns_the_platforms_breakers_off_turns_these_off(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, enabled: str
+def test_the_variable_that_disables_breakers_holds_here(
+    client: FakeClient, monkeypatch: pytest.MonkeyPatch, enabled: str
 ) -> None:
     monkeypatch.setenv("CIRCUIT_BREAKER_ENABLED", enabled)
     monkeypatch.setattr(
         resource_manager, "store_settings", StoreSettings
-    )  # read anew, and not kept
-    ours = manager(stage)
+    )  # read again and not cached
+    ours = manager(client)
     executor = wrap_method_executor(broken, ours)
     for _ in range(5):
         with pytest.raises(ConnectionError):
@@ -217,9 +217,9 @@ def test_what_turns_the_platforms_breakers_off_turns_these_off(
 # --- metrics ----------------------------------------------------------------------------------
 
 
-def test_metrics_are_those_of_source_document_1(world: World, stage: Stage) -> None:
+def test_the_metrics_of_an_executor(world: World, client: FakeClient) -> None:
     memory = iter([512.0, 1024.0, 256.0])
-    ours = manager(stage, clock=world.time, memory_mb=lambda: next(memory))
+    ours = manager(client, clock=world.time, memory_mb=lambda: next(memory))
 
     def takes(_id: str, context: dict[str, Any]) -> None:
         world.sleep(context["seconds"])
@@ -245,8 +245,8 @@ def test_metrics_are_those_of_source_document_1(world: World, stage: Stage) -> N
     }
 
 
-def test_an_executor_that_never_ran_has_no_successes(stage: Stage) -> None:
-    found = manager(stage).get_executor_metrics("new")
+def test_an_executor_that_never_ran_has_no_successes(client: FakeClient) -> None:
+    found = manager(client).get_executor_metrics("new")
 
     assert (found["total_executions"], found["success_rate_percent"], found["avg_duration_ms"]) == (
         0,
@@ -255,9 +255,9 @@ def test_an_executor_that_never_ran_has_no_successes(stage: Stage) -> None:
     )
 
 
-def test_what_is_blocked_or_cancelled_is_not_counted(stage: Stage) -> None:
-    ours = manager(stage)
-    fail(stage, 5)
+def test_blocked_and_cancelled_executions_are_not_counted(client: FakeClient) -> None:
+    ours = manager(client)
+    fail(client, 5)
     with pytest.raises(CircuitOpen):
         run(wrap_method_executor(lambda *_: None, ours))
 
@@ -278,8 +278,8 @@ def test_what_is_blocked_or_cancelled_is_not_counted(stage: Stage) -> None:
 # --- allocation and status --------------------------------------------------------------------
 
 
-def test_a_registered_policy_and_the_limits_bound_the_workers_under_pressure(stage: Stage) -> None:
-    ours = manager(stage, resource_limits=ResourceLimits(max_memory_mb=5 * 1024, min_workers=8))
+def test_policy_and_limits_bound_the_workers_under_pressure(client: FakeClient) -> None:
+    ours = manager(client, resource_limits=ResourceLimits(max_memory_mb=5 * 1024, min_workers=8))
     ours.register_allocation_policy(
         ResourceAllocationPolicy(
             executor_id="D5-Q2", priority=ExecutorPriority.HIGH, is_memory_intensive=True
@@ -287,8 +287,8 @@ def test_a_registered_policy_and_the_limits_bound_the_workers_under_pressure(sta
     )
 
     budgets = {}
-    for stage.pressed in Level:
-        budgets[stage.pressed.label] = (ours.worker_budget("D5-Q2"), ours.worker_budget("other"))
+    for client.pressed in Level:
+        budgets[client.pressed.label] = (ours.worker_budget("D5-Q2"), ours.worker_budget("other"))
 
     assert budgets == {
         "normal": (5, 32),
@@ -299,11 +299,11 @@ def test_a_registered_policy_and_the_limits_bound_the_workers_under_pressure(sta
     }
 
 
-def test_the_status_has_all_that_source_document_1_lists(stage: Stage) -> None:
-    ours = manager(stage)
-    fail(stage, 5, "D4-Q2")
+def test_the_resource_status(client: FakeClient) -> None:
+    ours = manager(client)
+    fail(client, 5, "D4-Q2")
     run(wrap_method_executor(lambda *_: None, ours), "D3-Q3")
-    stage.pressed = Level.HIGH
+    client.pressed = Level.HIGH
 
     status = ours.get_resource_status()
 
@@ -327,88 +327,88 @@ def test_the_status_has_all_that_source_document_1_lists(stage: Stage) -> None:
 # --- alerts -----------------------------------------------------------------------------------
 
 
-def test_a_change_of_pressure_is_told_once_to_alerts_and_callback(stage: Stage) -> None:
-    told: list[ResourcePressureEvent] = []
-    ours, alerts = create_resource_manager(alert_callback=told.append, client=stage)
-    fail(stage, 5)
-    fail(stage, 1, "D4-Q2")
-    for stage.pressed in (Level.NORMAL, Level.CRITICAL, Level.CRITICAL, Level.NORMAL):
+def test_a_change_of_pressure_goes_to_alerts_and_callback_once(client: FakeClient) -> None:
+    events: list[ResourcePressureEvent] = []
+    ours, alerts = create_resource_manager(alert_callback=events.append, client=client)
+    fail(client, 5)
+    fail(client, 1, "D4-Q2")
+    for client.pressed in (Level.NORMAL, Level.CRITICAL, Level.CRITICAL, Level.NORMAL):
         run(wrap_method_executor(lambda *_: None, ours), "D1-Q1")
 
-    assert [event.pressure_level for event in told] == ["critical", "normal"]
-    worst = told[0]
+    assert [event.pressure_level for event in events] == ["critical", "normal"]
+    worst = events[0]
     assert (worst.cpu_percent, worst.memory_mb, worst.worker_count, worst.message) == (
         70,
         3000,
         8,
         "pressure is critical",
     )
-    assert worst.active_executors == 1, "the one that saw it"
+    assert worst.active_executors == 1, "the executor that ran at that time"
     assert "use_simplified_methods" in worst.degradation_applied
     assert list(worst.circuit_breakers_open) == ["D3-Q3"]
-    assert alerts is stage.alerts
-    assert {alert.kind for alert in stage.alerts.history()} == {
+    assert alerts is client.alerts
+    assert {alert.kind for alert in client.alerts.history()} == {
         "pressure.changed",
         "breaker.opened",
         "degradation.started",
     }
 
 
-def test_without_alerts_only_the_callback_is_told(stage: Stage) -> None:
-    told: list[ResourcePressureEvent] = []
+def test_without_alerts_only_the_callback_is_called(client: FakeClient) -> None:
+    events: list[ResourcePressureEvent] = []
     ours, alerts = create_resource_manager(
-        enable_alerts=False, alert_callback=told.append, client=stage
+        enable_alerts=False, alert_callback=events.append, client=client
     )
-    stage.pressed = Level.EMERGENCY
+    client.pressed = Level.EMERGENCY
 
     assert ours.current_pressure == "emergency"
     assert alerts is None
-    assert (len(told), stage.alerts.history()) == (1, [])
+    assert (len(events), client.alerts.history()) == (1, [])
 
 
-def test_a_callback_that_fails_fails_no_execution(
-    stage: Stage, caplog: pytest.LogCaptureFixture
+def test_a_failing_callback_fails_no_execution(
+    client: FakeClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     def callback(_event: ResourcePressureEvent) -> None:
         raise RuntimeError("no pager")
 
-    stage.pressed = Level.HIGH
-    executor = wrap_method_executor(lambda *_: "done", manager(stage, alert_callback=callback))
+    client.pressed = Level.HIGH
+    executor = wrap_method_executor(lambda *_: "done", manager(client, alert_callback=callback))
 
     with caplog.at_level(logging.ERROR):
         assert run(executor) == "done"
     assert "the alert callback failed: pressure is high" in caplog.text
 
 
-def test_a_change_while_redis_is_away_is_told_when_it_answers(stage: Stage) -> None:
-    told: list[ResourcePressureEvent] = []
-    ours = manager(stage, alert_callback=told.append)
+def test_a_change_without_redis_is_reported_when_it_answers(client: FakeClient) -> None:
+    events: list[ResourcePressureEvent] = []
+    ours = manager(client, alert_callback=events.append)
     executor = wrap_method_executor(lambda *_: "done", ours)
-    stage.pressed, stage.lost = Level.HIGH, True
+    client.pressed, client.lost = Level.HIGH, True
 
     assert run(executor) == "done"
-    assert told == []
-    stage.lost = False
+    assert events == []
+    client.lost = False
     assert run(executor) == "done"
-    assert [event.pressure_level for event in told] == ["high"]
+    assert [event.pressure_level for event in events] == ["high"]
 
 
 # --- orchestrators ----------------------------------------------------------------------------
 
 
-def test_an_orchestrator_gets_manager_and_alerts_and_keeps_its_limits(stage: Stage) -> None:
+def test_an_orchestrator_gets_manager_and_alerts_and_keeps_its_limits(client: FakeClient) -> None:
     orchestrator = SimpleNamespace(resource_limits=ResourceLimits(max_workers=8))
     integrate_with_orchestrator(
         orchestrator,
         enable_circuit_breakers=True,
         enable_degradation=True,
         enable_alerts=True,
-        client=stage,
+        client=client,
     )
 
-    assert orchestrator.alert_manager is stage.alerts
+    assert orchestrator.alert_manager is client.alerts
     assert orchestrator.resource_manager.worker_budget("any") == 8
-    fail(stage, 5)
+    fail(client, 5)
     status = get_resource_status(orchestrator)
     assert (status["current_pressure"], status["circuit_breakers"]["D3-Q3"]["state"]) == (
         "normal",
@@ -419,6 +419,6 @@ def test_an_orchestrator_gets_manager_and_alerts_and_keeps_its_limits(stage: Sta
 
 
 @pytest.mark.parametrize("hook", [get_resource_status, reset_circuit_breakers])
-def test_an_orchestrator_that_was_not_integrated_is_told_so(hook: Any) -> None:
+def test_an_orchestrator_without_a_manager_is_refused(hook: Any) -> None:
     with pytest.raises(InvalidValue, match="call integrate_with_orchestrator first"):
         hook(SimpleNamespace())
