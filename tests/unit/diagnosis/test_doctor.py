@@ -1,6 +1,4 @@
-"""Whose packages are found, and whether versions fit: what the doctor says of the machine at
-hand.
-"""
+"""The doctor's checks of this machine: packages with our names, and versions."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ from tests.unit.test_import_path import theirs
 __all__ = ["theirs"]
 
 
-def test_a_package_behind_ours_may_be_in_front_tomorrow(
-    theirs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_behind_ours_is_a_warning(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [each.state for each in packages()] == ["ok"]
     monkeypatch.setattr(sys, "path", [*sys.path, str(theirs)])
 
@@ -31,17 +27,19 @@ def test_a_package_behind_ours_may_be_in_front_tomorrow(
     assert "PYTHONPATH" in found.advice
 
 
-def test_a_package_in_place_of_ours_is_a_fault_with_what_to_do(
+def test_a_package_in_place_of_ours_is_a_fault_with_advice(
     theirs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", [str(theirs), *sys.path])
 
     [found] = packages()
-    assert found.state == "fault", "this process has ours; the next one, with this path, has not"
+    assert found.state == "fault", (
+        "this process has our package; the next one with this path does not"
+    )
     assert str(import_path.HOME) in found.advice
 
 
-def test_versions_that_our_own_metadata_asks_for_are_here() -> None:
+def test_the_required_versions_are_installed() -> None:
     [found] = versions(doctor.requirements())
 
     assert found.state == "ok"
@@ -67,7 +65,7 @@ def test_versions_that_our_own_metadata_asks_for_are_here() -> None:
         (None, "warning", "is not installed, only on the import path", "pip install -e ."),
     ],
 )
-def test_versions_that_do_not_fit_are_named_with_what_to_type(
+def test_wrong_versions_are_reported_with_the_command_to_type(
     asked: list[str] | None, state: str, found: str, advice: str
 ) -> None:
     [said] = versions(asked)
@@ -77,7 +75,7 @@ def test_versions_that_do_not_fit_are_named_with_what_to_type(
     assert advice in said.advice
 
 
-def test_another_copy_of_ours_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_copy_of_this_package_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "__version__", "99.0")
 
     assert [each.state for each in versions([])] == ["warning"]
