@@ -1,4 +1,4 @@
-"""The fake provider's own parts: what it answers, and what its window lets in."""
+"""Parts of the fake provider: its answers, and its window of requests and tokens."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_a_reader_merges_adds_or_repeats(text: str, answered: str) -> None:
     assert answer(text) == answered
 
 
-def test_a_reader_finds_passages_that_share_half_of_the_questions_words_best_first() -> None:
-    # of: which, method, removes, whitespace, from, strings
+def test_a_reader_finds_passages_with_half_of_the_words_best_first() -> None:
+    # the words: which, method, removes, whitespace, from, strings
     assert json.loads(answer(TEXT)) == {
         "answer": "The method strip removes leading whitespace.",
         "found": [12, 7],
@@ -63,25 +63,25 @@ def test_an_echo_repeats_the_last_message() -> None:
         ("one two", {"a": {"type": "string"}, "b": {"type": "string"}}, "one two"),
     ],
 )
-def test_an_answer_takes_the_form_of_a_schema_of_one_property(
+def test_an_answer_follows_a_schema_of_one_property(
     text: str, properties: dict[str, object], answered: str
 ) -> None:
     assert answer(text, schema={"type": "object", "properties": properties}) == answered
 
 
-def test_an_object_stays_as_it_is_whatever_the_schema() -> None:
+def test_an_answer_that_is_an_object_ignores_the_schema() -> None:
     assert answer(TEXT, schema={"properties": {"text": {"type": "string"}}}) == answer(TEXT)
 
 
-def test_a_token_is_four_bytes_and_no_character_is_cut_in_two() -> None:
+def test_a_token_is_four_bytes_and_no_character_is_split() -> None:
     assert [tokens("x" * length) for length in (0, 1, 4, 5)] == [0, 1, 1, 2]
     assert tokens("\u00e9" * 4) == 2
     assert cut("abc\u00e9def", 1) == "abc"
 
 
-def test_a_window_lets_in_what_no_window_has_too_much_of() -> None:
-    """Against a count of all that came, at every step; and after `wait_s`, but not before, there is
-    room.
+def test_a_window_admits_requests_up_to_its_limits() -> None:
+    """Each step is compared with a count of all requests; there is room after `wait_s`, and not
+    before.
     """
     random, now = Random(7), 0.0
     window = Window(10.0, 5, 100, lambda: now)
@@ -89,16 +89,16 @@ def test_a_window_lets_in_what_no_window_has_too_much_of() -> None:
     refused = 0
     for _ in range(3000):
         now += random.choice([0.0, 0.1, 1.0, 4.0])
-        asked = random.randint(1, 60)
+        cost = random.randint(1, 60)
         counted = [cost for came, cost in taken if came > now - 10.0]
-        room = len(counted) + 1 <= 5 and sum(counted) + asked <= 100
-        entry = window.take(asked)
+        room = len(counted) + 1 <= 5 and sum(counted) + cost <= 100
+        entry = window.take(cost)
         assert (entry is not None) == room
         if entry is None:
             refused += 1
-            now, before = now + window.wait_s(asked) + 1e-6, now
+            now, before = now + window.wait_s(cost) + 1e-6, now
             assert len([1 for came, _ in taken if before < came + 10.0 <= now])
-            entry = window.take(asked)
+            entry = window.take(cost)
             assert entry is not None
         taken.append(entry)
         if random.random() < 0.7:
@@ -106,14 +106,14 @@ def test_a_window_lets_in_what_no_window_has_too_much_of() -> None:
     assert refused > 300
 
 
-def test_a_window_without_limits_lets_all_in_and_says_nothing() -> None:
+def test_a_window_without_limits_admits_all_and_has_no_headers() -> None:
     window = Window(10.0, 0, 0, lambda: 0.0)
 
     assert all(window.take(10**9) for _ in range(1000))
     assert window.headers() == {}
 
 
-def test_a_rule_is_for_every_nth_request_between_two_numbers() -> None:
+def test_a_rule_meets_every_nth_request_between_two_numbers() -> None:
     assert [n for n in range(1, 13) if Rule(kind="500", every=4).meets(n)] == [4, 8, 12]
     assert [n for n in range(1, 13) if Rule(kind="500", first=3, to=5).meets(n)] == [3, 4, 5]
     assert [n for n in range(1, 13) if Rule(kind="500", first=11).meets(n)] == [11, 12]
