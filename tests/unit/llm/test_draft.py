@@ -21,7 +21,7 @@ from rlm_tasks.settings.llm import LlmSettings, ModelSettings
         (Level.EMERGENCY, "small", ["S", "M", "L"], set()),
     ],
 )
-def test_pressure_lowers_a_tier_and_the_nearest_stand_in(
+def test_pressure_lowers_the_tier_and_orders_the_stand_ins(
     level: Level, tier: Any, models: list[str], shaped: set[Strategy]
 ) -> None:
     degradation = Degradation(level)
@@ -30,7 +30,7 @@ def test_pressure_lowers_a_tier_and_the_nearest_stand_in(
     assert degradation.shaped == shaped
 
 
-def test_a_model_that_cannot_take_a_call_is_no_stand_in_and_pressure_does_not_choose_it() -> None:
+def test_a_model_too_small_for_a_call_is_never_chosen() -> None:
     tiny, short = ModelSettings(context_tokens=1000), ModelSettings(max_output_tokens=200)
     settings = LlmSettings(small="S", medium="M", large="L", models={"S": tiny, "L": short})
     degradation = Degradation(Level.CRITICAL)

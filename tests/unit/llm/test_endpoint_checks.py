@@ -36,7 +36,7 @@ SETTINGS = LlmSettings()
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    """A world whose keys expire by its own clock, too."""
+    """A world whose keys expire by its own clock."""
     own = World()
     own.install(monkeypatch)
     monkeypatch.setattr(server_keys, "time", own)
@@ -45,10 +45,10 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 class Provider:
-    """A server that lists its models with this status; 0: it never answers."""
+    """A server that lists its models with this status; with 0 it never answers."""
 
     def __init__(self, base_url: str) -> None:
-        self.base_url, self.status, self.asked, self.ends = base_url, 200, 0, threading.Event()
+        self.base_url, self.status, self.requests, self.ends = base_url, 200, 0, threading.Event()
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,8 @@ def one_provider() -> Iterator[Provider]:
 
 @pytest.fixture
 def provider(one_provider: Provider) -> Provider:
-    """A provider that is well, and that nobody has asked."""
-    one_provider.status, one_provider.asked = 200, 0
+    """A healthy provider without any requests so far."""
+    one_provider.status, one_provider.requests = 200, 0
     return one_provider
 
 
@@ -68,7 +68,7 @@ def provider(one_provider: Provider) -> Provider:
 def _listening() -> Iterator[Provider]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            own.asked += 1
+            own.requests += 1
             if not own.status:
                 own.ends.wait()
             self.send_response(own.status or 500)
@@ -96,7 +96,7 @@ def settings_of(*urls: str, **more: Any) -> LlmSettings:
 
 
 def checks(world: World, settings: LlmSettings, worker: str = "a") -> Checks:
-    """Return what one worker asks with."""
+    """Return the checks of one worker."""
     store = world.store()
     return Checks(settings, store, Events(store), worker)
 
@@ -114,7 +114,7 @@ def checks(world: World, settings: LlmSettings, worker: str = "a") -> Checks:
         (0, "does not answer within 0.2 s"),
     ],
 )
-def test_a_server_is_well_when_it_answers_for_its_key(
+def test_an_endpoint_is_healthy_when_it_answers_for_its_key(
     world: World, provider: Provider, status: int, why: str
 ) -> None:
     provider.status = status
@@ -126,7 +126,9 @@ def test_a_server_is_well_when_it_answers_for_its_key(
     assert (found.latency_s > 0) is (why == "")
 
 
-def test_all_are_asked_and_those_that_cannot_be_say_why(world: World, provider: Provider) -> None:
+def test_all_endpoints_are_checked_and_failures_have_a_reason(
+    world: World, provider: Provider
+) -> None:
     keyless = EndpointSettings(name="keyless", base_url=provider.base_url, key_env="UNIT_NO_KEY")
     settings = settings_of(CLOSED, "http://127.0.0.1:99999/v1", provider.base_url)
     settings = settings.model_copy(update={"endpoints": (*settings.endpoints, keyless)})
@@ -139,33 +141,33 @@ def test_all_are_asked_and_those_that_cannot_be_say_why(world: World, provider: 
     assert (
         closed_to_us.why == "UNIT_NO_KEY holds no key; set it, to any word where none is asked for"
     )
-    assert provider.asked == 1
+    assert provider.requests == 1
 
 
-def test_one_of_all_workers_asks_in_each_interval(world: World, provider: Provider) -> None:
+def test_one_worker_checks_in_each_interval(world: World, provider: Provider) -> None:
     first, second = (
         checks(world, settings_of(provider.base_url), name) for name in ("first", "second")
     )
 
     assert first.look() == 0.0
     world.sleep(10)
-    assert (second.look(), first.look(), provider.asked) == (20.0, 20.0, 1)
+    assert (second.look(), first.look(), provider.requests) == (20.0, 20.0, 1)
 
     world.sleep(20.5)
-    assert (second.look(), first.look(), provider.asked) == (0.0, 30.0, 2)
+    assert (second.look(), first.look(), provider.requests) == (0.0, 30.0, 2)
 
 
-def test_people_are_told_once_that_an_endpoint_is_ill_and_once_that_it_is_well_whoever_asks(
+def test_an_endpoint_that_fails_and_recovers_emits_one_event_each(
     world: World, provider: Provider
 ) -> None:
     provider.status = 503
     workers = [checks(world, settings_of(provider.base_url), name) for name in ("first", "second")]
 
-    def told() -> list[tuple[str, Any]]:
+    def emitted() -> list[tuple[str, Any]]:
         return [(each.name, each.data) for each in reversed(Events(world.store()).recent())]
 
     for at in range(5):
-        assert len(told()) == (at > 2)
+        assert len(emitted()) == (at > 2)
         assert workers[at % 2].look() == 0.0
         world.sleep(30.5)
     provider.status = 200
@@ -173,26 +175,26 @@ def test_people_are_told_once_that_an_endpoint_is_ill_and_once_that_it_is_well_w
         assert workers[at % 2].look() == 0.0
         world.sleep(30.5)
 
-    assert told() == [
+    assert emitted() == [
         ("endpoint.ill", {"endpoint": "e0", "why": "answers 503"}),
         ("endpoint.well", {"endpoint": "e0"}),
     ]
 
 
-def test_who_asks_stops_in_the_middle_of_a_round(world: World, provider: Provider) -> None:
+def test_the_thread_stops_in_the_middle_of_a_check(world: World, provider: Provider) -> None:
     provider.status = 0
     thread = checks(
         world, settings_of(provider.base_url, health_every_s=600.0, health_timeout_s=600.0)
     )
     thread.start()
-    wait_until(lambda: provider.asked == 1)
+    wait_until(lambda: provider.requests == 1)
 
     thread.stop()
 
     wait_until(lambda: not thread.is_alive())
 
 
-def test_who_asks_waits_for_its_turn_and_for_a_redis_that_is_away(
+def test_the_thread_waits_until_redis_answers(
     world: World,
     provider: Provider,
     monkeypatch: pytest.MonkeyPatch,
@@ -216,7 +218,7 @@ def test_who_asks_waits_for_its_turn_and_for_a_redis_that_is_away(
     wait_until(lambda: EndpointHealth(world.store(), SETTINGS).checkups() != [])
     thread.stop()
 
-    assert (provider.asked, not thread.is_alive()) == (1, True)
+    assert (provider.requests, not thread.is_alive()) == (1, True)
     [said] = [each for each in caplog.records if "until Redis answers" in each.getMessage()]
     assert said.levelname == "WARNING"
 
@@ -239,7 +241,7 @@ print(found is not None, "openai" in sys.modules)
     ("environment", "said"),
     [({}, "False False"), ({"OPENAI_API_KEY": "sk-unit"}, "True True")],
 )
-def test_a_worker_that_knows_no_endpoint_does_without_the_client(
+def test_a_worker_without_endpoints_does_not_import_the_client(
     environment: dict[str, str], said: str
 ) -> None:
     done = subprocess.run(

@@ -1,6 +1,4 @@
-"""How endpoints are found to be ill and well again, by one worker for all; and what of it is
-counted and shown.
-"""
+"""The health of endpoints, shared by all workers."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ SETTINGS = LlmSettings()
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    """A world whose keys expire by its own clock, too."""
+    """A world whose keys expire by its own clock."""
     own = World()
     own.install(monkeypatch)
     monkeypatch.setattr(server_keys, "time", own)
@@ -24,10 +22,10 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return own
 
 
-# --- what is believed -------------------------------------------------------------------------
+# --- the state of an endpoint -----------------------------------------------------------------
 
 
-def test_an_endpoint_is_ill_after_three_checks_in_a_row_and_well_after_one(world: World) -> None:
+def test_three_failed_checks_mark_an_endpoint_and_one_success_clears_it(world: World) -> None:
     health = EndpointHealth(world.store(), SETTINGS)
     for why in ("away", "away", "", "away", "away"):
         health.tell("main", latency_s=0.0 if why else 0.25, why=why)
@@ -40,14 +38,17 @@ def test_an_endpoint_is_ill_after_three_checks_in_a_row_and_well_after_one(world
     assert EndpointHealth(world.store(), SETTINGS).ill() == frozenset()
 
 
-def test_word_is_read_once_a_second_and_believed_for_three_intervals(world: World) -> None:
-    asks, told = EndpointHealth(world.store(), SETTINGS), EndpointHealth(world.store(), SETTINGS)
-    assert asks.ill() == frozenset()
+def test_the_state_is_read_once_a_second_and_holds_for_three_intervals(world: World) -> None:
+    reader, reporter = (
+        EndpointHealth(world.store(), SETTINGS),
+        EndpointHealth(world.store(), SETTINGS),
+    )
+    assert reader.ill() == frozenset()
     for _ in range(3):
-        told.tell("main", why="away")
-    assert asks.ill() == frozenset(), "it was read a moment ago"
+        reporter.tell("main", why="away")
+    assert reader.ill() == frozenset(), "the state was read a moment ago"
 
     world.sleep(1)
-    assert asks.ill() == {"main"}
+    assert reader.ill() == {"main"}
     world.sleep(3 * SETTINGS.health_every_s)
-    assert asks.ill() == frozenset(), "nobody has looked for a while"
+    assert reader.ill() == frozenset(), "there was no check for a while"

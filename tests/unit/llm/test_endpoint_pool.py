@@ -1,6 +1,4 @@
-"""What one process knows of its providers: which limit is whose, what a provider's words change,
-who has a model.
-"""
+"""The endpoints of one process: their limits, their order, and what they learn from a provider."""
 
 from __future__ import annotations
 
@@ -26,96 +24,98 @@ SPARE = EndpointSettings(name="spare", key_env="SPARE_KEY", models={MINI: "mini"
 NOTHING = Allowance()
 
 
-def provider(world: World, **llm: object) -> EndpointPool:
+def pool_of(world: World, **llm: object) -> EndpointPool:
     settings = LlmSettings(**{"endpoints": (MAIN, SPARE), **llm})  # type: ignore[arg-type]  # fields by their names
     return EndpointPool(Guards(world.store(), Settings(llm=settings), lambda waiters: None))
 
 
-def test_limits_are_of_each_model_and_key_and_those_of_a_model_come_first(world: World) -> None:
-    its = provider(
+def test_limits_belong_to_a_model_and_a_key_and_those_of_the_model_count_first(
+    world: World,
+) -> None:
+    pool = pool_of(
         world,
         models={MINI: ModelSettings(tokens=200_000)},
         endpoints=(MAIN, SPARE, MAIN.model_copy(update={"name": "twin"})),
     )
 
-    assert its.bucket(MAIN, MINI) is its.bucket(its.places["twin"], MINI)
-    assert its.bucket(MAIN, MINI) is not its.bucket(SPARE, MINI)
+    assert pool.bucket(MAIN, MINI) is pool.bucket(pool.places["twin"], MINI)
+    assert pool.bucket(MAIN, MINI) is not pool.bucket(SPARE, MINI)
     assert {
-        name: (rate.limit, rate.per_s) for name, rate in its.bucket(MAIN, MINI).rates.items()
+        name: (rate.limit, rate.per_s) for name, rate in pool.bucket(MAIN, MINI).rates.items()
     } == {
         "requests": (3500, 60),
         "tokens": (200_000, 60),
         "bytes": (10e6, 1),
     }
-    assert its.bucket(MAIN, "gpt-4.1").rates["tokens"].limit == 90_000
+    assert pool.bucket(MAIN, "gpt-4.1").rates["tokens"].limit == 90_000
 
 
-def test_a_call_goes_to_those_that_have_the_model(world: World) -> None:
-    its = provider(world)
+def test_a_call_goes_to_endpoints_that_have_the_model(world: World) -> None:
+    pool = pool_of(world)
 
-    assert sorted(each.name for each in its.order(MINI, "key")) == ["main", "spare"]
-    assert [each.name for each in its.order("gpt-4.1", "key")] == ["main"]
+    assert sorted(each.name for each in pool.order(MINI, "key")) == ["main", "spare"]
+    assert [each.name for each in pool.order("gpt-4.1", "key")] == ["main"]
 
 
-def test_an_ill_endpoint_gets_no_calls_until_it_is_well(world: World) -> None:
-    its = provider(world)
+def test_a_failing_endpoint_gets_no_calls_until_it_recovers(world: World) -> None:
+    pool = pool_of(world)
     for _ in range(3):
-        its.health.tell("main", why="does not answer")
+        pool.health.tell("main", why="does not answer")
     world.sleep(1.5)
-    assert [each.name for each in its.order(MINI, "key")] == ["spare"]
+    assert [each.name for each in pool.order(MINI, "key")] == ["spare"]
 
-    its.health.tell("main", latency_s=0.1)
+    pool.health.tell("main", latency_s=0.1)
     world.sleep(1.5)
-    assert len(its.order(MINI, "key")) == 2
+    assert len(pool.order(MINI, "key")) == 2
 
 
 @pytest.mark.parametrize(
     ("said", "holds"),
     [(20_000, 20_000), (90_000, 90_000), (500_000, 90_000), (0, 90_000), (None, 90_000)],
 )
-def test_a_limit_is_lowered_to_what_the_provider_says_and_never_raised(
+def test_a_limit_is_lowered_to_that_of_the_provider_and_never_raised(
     world: World, said: float | None, holds: float
 ) -> None:
-    its = provider(world)
+    pool = pool_of(world)
 
-    its.learn(MAIN, MINI, Told(NOTHING, Allowance(limit=said, remaining=5, reset_s=1)))
+    pool.learn(MAIN, MINI, Told(NOTHING, Allowance(limit=said, remaining=5, reset_s=1)))
 
-    assert its.bucket(MAIN, MINI).rates["tokens"].limit == holds
-    assert its.bucket(MAIN, MINI).rates["requests"].limit == 3500
-    assert its.bucket(SPARE, MINI).rates["tokens"].limit == 90_000
+    assert pool.bucket(MAIN, MINI).rates["tokens"].limit == holds
+    assert pool.bucket(MAIN, MINI).rates["requests"].limit == 3500
+    assert pool.bucket(SPARE, MINI).rates["tokens"].limit == 90_000
 
 
-def test_each_429_that_follows_another_at_once_holds_twice_as_long_until_a_call_goes_well(
+def test_consecutive_429_answers_double_the_pause_until_a_call_succeeds(
     world: World,
 ) -> None:
-    its, other = provider(world), provider(world)
+    pool, other = pool_of(world), pool_of(world)
 
     def held() -> float:
         return round(other.bucket(MAIN, MINI).status()["requests"]["hold_s"], 3)
 
     found = []
     for wait_s in (2.0, 2.0, 2.0):
-        its.hold(MAIN, MINI, wait_s)
-        its.hold(MAIN, MINI, wait_s)  # it was in flight with the other
+        pool.hold(MAIN, MINI, wait_s)
+        pool.hold(MAIN, MINI, wait_s)  # this call was in flight together with the first
         found.append(held())
         world.sleep(held() + 0.1)
-    its.learn(MAIN, MINI, Told(NOTHING, NOTHING))
-    its.hold(MAIN, MINI, 2.0)
+    pool.learn(MAIN, MINI, Told(NOTHING, NOTHING))
+    pool.hold(MAIN, MINI, 2.0)
 
     assert [*found, held()] == [2.0, 4.0, 8.0, 2.0]
 
 
-def test_a_process_is_full_when_its_pool_is_or_every_endpoint(world: World) -> None:
-    its = provider(world, pool=3, per_host=2)
+def test_a_process_is_full_when_its_pool_or_every_endpoint_is_full(world: World) -> None:
+    pool = pool_of(world, pool=3, per_host=2)
     for name, full in (("main", False), ("main", False), ("spare", True)):
-        its.router.began(name)
-        assert its.is_full is full
+        pool.router.began(name)
+        assert pool.is_full is full
 
-    its.router.ended("main")
-    assert its.is_full is False
+    pool.router.ended("main")
+    assert pool.is_full is False
 
 
-def test_what_protects_calls_can_be_shown_without_making_one(world: World) -> None:
+def test_the_protections_of_calls_can_be_listed_without_a_call(world: World) -> None:
     names = [each.service for each in protections(LlmSettings(endpoints=(MAIN, SPARE)))]
 
     assert names == [
@@ -128,7 +128,7 @@ def test_what_protects_calls_can_be_shown_without_making_one(world: World) -> No
     ]
 
 
-def test_models_are_protected_where_an_endpoint_is_configured(
+def test_models_are_protected_when_an_endpoint_is_configured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)

@@ -45,7 +45,7 @@ def forecast(
     return tuple(rounds(Outlook(lambda _: known, z)) for z in (0.0, Z90))
 
 
-def test_each_item_is_asked_with_the_operations_own_prompt() -> None:
+def test_each_item_has_a_call_with_the_prompt_of_the_operation() -> None:
     params = {"prompt": "Say it again: {item}", "system": "You are an echo.", "max_tokens": 100}
 
     [likely], _ = forecast("llm.map", items := ["a", "bb" * 20, "ccc" * 50], params)
@@ -73,14 +73,14 @@ def test_answers_are_merged_until_one_is_left(n: int, fan_in: int) -> None:
     )
 
 
-def test_a_merge_reads_what_was_answered_before() -> None:
+def test_a_merge_reads_the_answers_of_the_round_before() -> None:
     params = {"prompt": "{item}", "fan_in": 4, "max_tokens": 1000}
 
     likely, _ = forecast("llm.map_reduce", range(64), params)
 
     answers = [each.answer_tokens for each in likely]
     assert [each.prompt_tokens for each in likely[1:]] == [
-        pytest.approx(1.2 * told, rel=0.1) for told in answers[:-1]
+        pytest.approx(1.2 * tokens, rel=0.1) for tokens in answers[:-1]
     ]
 
 
@@ -98,9 +98,7 @@ def test_a_merge_reads_what_was_answered_before() -> None:
         (9000, 900),
     ],
 )
-def test_a_question_reads_as_many_groups_as_its_passages_are_packed_into(
-    n: int, length: int
-) -> None:
+def test_a_question_needs_one_call_for_each_group_of_passages(n: int, length: int) -> None:
     random = Random(n + length)
     texts = ["x" * random.randrange(length // 2, 2 * length) for _ in range(n)]
     about = registry.get("llm.ask")
@@ -124,7 +122,7 @@ def test_a_question_reads_as_many_groups_as_its_passages_are_packed_into(
     n=st.integers(1, 300),
     operation=st.sampled_from(["llm.map", "llm.map_reduce", "llm.ask"]),
 )
-def test_p90_is_never_below_p50_and_no_answer_longer_than_it_may_be(
+def test_p90_is_never_below_p50_and_answers_are_within_max_tokens(
     known: Known, n: int, operation: str
 ) -> None:
     asks = (
@@ -177,7 +175,7 @@ def test_nine_of_ten_sums_are_below_p90() -> None:
     assert 0.88 < sum(each < bad.answer_tokens for each in sums) / len(sums) < 0.95
 
 
-def test_the_more_of_the_items_was_seen_the_less_their_mean_may_be_wrong() -> None:
+def test_a_larger_sample_gives_a_smaller_error_of_the_mean() -> None:
     sizes = [1.0, 2.0, 3.0, 4.0]
 
     assert mean_and_error(sizes, 4) == (2.5, 0.0)

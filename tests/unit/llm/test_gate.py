@@ -1,5 +1,5 @@
-"""What a call must pass, and what is given back when one of its guards says no, or the call ends
-otherwise than well.
+"""The gate of a model call: its guards, and what is returned when one denies it
+or the call fails.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ MODEL = "gpt-4.1-mini"
 ANSWER = Answer(MODEL, "so", 10, 5, "stop", Told(Allowance(), Allowance()), 0.5)
 
 
-class Door:
-    """The gate of one job, and what it keeps."""
+class JobGate:
+    """The gate of one job, with its guards and budget."""
 
     def __init__(
         self,
@@ -64,8 +64,8 @@ class Door:
             budget=budget,
             cache_ttl_s=cache_ttl_s,
         )
-        self.guards.budgets.open(spec, last=True)
-        found = registry.get("llm.map").gate(self.guards, registry.get("llm.map"), spec)  # type: ignore[misc]  # it has one
+        self.guards.purse.open(spec, last=True)
+        found = registry.get("llm.map").gate(self.guards, registry.get("llm.map"), spec)  # type: ignore[misc]  # llm.map has a gate
         assert isinstance(found, Gate)
         self.gate, self.params = found, {"prompt": "Say {item}", "max_tokens": 100}
         self.provider = found._provider
@@ -93,41 +93,44 @@ class Door:
         )
 
 
-def spent(door: Door) -> dict[str, float]:
-    return door.guards.budgets.budget("job").status().spent
+def spent(job_gate: JobGate) -> dict[str, float]:
+    return job_gate.guards.purse.budget("job").status().spent
 
 
-def test_a_call_reserves_what_it_may_cost_and_is_settled_to_what_it_did(world: World) -> None:
-    door = Door(world, {"tokens": 1000})
-    entry = door.enter()
-    held = door.guards.budgets.budget("job").status().held
+def test_a_call_reserves_its_maximum_cost_and_settles_to_the_real_one(world: World) -> None:
+    job_gate = JobGate(world, {"tokens": 1000})
+    entry = job_gate.enter()
+    held = job_gate.guards.purse.budget("job").status().held
 
     assert held["calls"] == 1
     assert 100 < held["tokens"] < 110
-    door.answered(entry)
-    assert spent(door) == pytest.approx(
+    job_gate.answered(entry)
+    assert spent(job_gate) == pytest.approx(
         {"calls": 1, "tokens": 15, "money": (10 * 0.4 + 5 * 1.6) / 1e6}
     )
-    assert door.provider.bucket(door.provider.places["one"], MODEL).status()["tokens"]["used"] == 15
-    door.answered(entry)  # once
-    assert spent(door)["calls"] == 1
+    assert (
+        job_gate.provider.bucket(job_gate.provider.places["one"], MODEL).status()["tokens"]["used"]
+        == 15
+    )
+    job_gate.answered(entry)  # a second time has no effect
+    assert spent(job_gate)["calls"] == 1
 
 
-def test_who_finds_no_room_gives_back_what_it_has_taken(world: World) -> None:
-    door = Door(world, {"tokens": 10_000}, requests=6.0, tokens=700.0)
-    first = door.enter(0)
-    with pytest.raises(RateLimited):  # a sixth of the window goes at once
-        door.enter(1)
-    door.gate.leave(first, ProviderDown("one", "answers 500"))
+def test_a_denied_call_gives_back_all_that_it_has_taken(world: World) -> None:
+    job_gate = JobGate(world, {"tokens": 10_000}, requests=6.0, tokens=700.0)
+    first = job_gate.enter(0)
+    with pytest.raises(RateLimited):  # a sixth of the window may be used at once
+        job_gate.enter(1)
+    job_gate.gate.leave(first, ProviderDown("one", "answers 500"))
     first.grant.settle(requests=0, tokens=0)  # type: ignore[union-attr]  # it was granted
 
-    assert door.nothing_is_held
+    assert job_gate.nothing_is_held
     world.sleep(60)
-    assert door.enter(1).flight.state == "mine"  # and no flight was left behind
+    assert job_gate.enter(1).flight.state == "mine"  # no flight is left over
 
 
 @pytest.mark.parametrize(("keys", "turn_s"), [(["A"], 10.0), (["A", "A"], 10.0), (["A", "B"], 5.0)])
-def test_who_finds_no_room_stands_in_one_line_however_many_endpoints_there_are(
+def test_denied_calls_wait_in_one_line_for_any_number_of_endpoints(
     world: World, monkeypatch: pytest.MonkeyPatch, keys: list[str], turn_s: float
 ) -> None:
     for key in keys:
@@ -135,50 +138,50 @@ def test_who_finds_no_room_stands_in_one_line_however_many_endpoints_there_are(
     places = tuple(
         EndpointSettings(name=f"at-{number}", key_env=key) for number, key in enumerate(keys)
     )
-    door = Door(world, {}, endpoints=places, requests=6.0, tokens=1e6)
+    job_gate = JobGate(world, {}, endpoints=places, requests=6.0, tokens=1e6)
     for index in range(len(set(keys))):
-        door.enter(index)
+        job_gate.enter(index)
 
     waits = []
     for index in range(10, 18):
         with pytest.raises(RateLimited) as refused:
-            door.enter(index)
+            job_gate.enter(index)
         waits.append(refused.value.retry_after_s)
 
     assert (max(waits) - min(waits)) / 7 == pytest.approx(turn_s, rel=0.2), (
-        "a call takes 10 s of a limit of 6 in a minute"
+        "with a limit of 6 a minute there is a call every 10 s"
     )
 
 
-def test_a_process_takes_no_more_than_its_pool(world: World) -> None:
-    door = Door(world, {}, per_host=2)
+def test_a_process_has_no_more_calls_than_its_pool(world: World) -> None:
+    job_gate = JobGate(world, {}, per_host=2)
     for index in (0, 1):
-        door.enter(index)
+        job_gate.enter(index)
 
     with pytest.raises(BulkheadFull):
-        door.enter(2)
+        job_gate.enter(2)
 
 
-def test_a_budget_that_is_spent_ends_the_items_once_nothing_in_flight_may_leave_enough(
+def test_a_spent_budget_stops_the_job_when_no_call_in_flight_can_return_enough(
     world: World,
 ) -> None:
-    door = Door(world, {"calls": 1})
-    entry = door.enter(0)
+    job_gate = JobGate(world, {"calls": 1})
+    entry = job_gate.enter(0)
     with pytest.raises(BudgetSpent) as waits:
-        door.enter(1)
-    assert (waits.value.final, door.stopped) == (False, [])
+        job_gate.enter(1)
+    assert (waits.value.final, job_gate.stopped) == (False, [])
 
-    door.answered(entry)
+    job_gate.answered(entry)
     with pytest.raises(BudgetSpent) as ends:
-        door.enter(1)
-    assert (ends.value.final, door.stopped) == (True, [("job", "budget")])
+        job_gate.enter(1)
+    assert (ends.value.final, job_gate.stopped) == (True, [("job", "budget")])
 
 
 @pytest.mark.parametrize(("model", "found"), [(MODEL, "cache"), ("another", "")])
-def test_who_waits_for_anothers_call_keeps_its_answer_for_those_who_ask_for_that_and_only_of_the_model_it_asked(
+def test_a_call_that_shares_an_answer_caches_it_only_for_the_same_model(
     world: World, model: str, found: str
 ) -> None:
-    makes, waits = Door(world, {}), Door(world, {}, cache_ttl_s=60)
+    makes, waits = JobGate(world, {}), JobGate(world, {}, cache_ttl_s=60)
     first = makes.enter(0, "the same")
     second = waits.enter(1, "the same")
     assert second.flight.state == "others"
@@ -191,66 +194,69 @@ def test_who_waits_for_anothers_call_keeps_its_answer_for_those_who_ask_for_that
     assert waits.enter(2, "the same").flight.source == found
 
 
-def test_an_outage_does_not_end_a_job_that_could_not_pay_a_dearer_model(world: World) -> None:
+def test_an_outage_does_not_stop_a_job_that_cannot_pay_a_larger_model(world: World) -> None:
     one_call = (20 * 0.4 + 100 * 1.6) / 1e6
     models = {"gpt-4.1-nano": {"context_tokens": 50}}
-    door = Door(world, {"money": 2 * one_call}, models=models)
-    breaker = door.provider.breaker("one")
+    job_gate = JobGate(world, {"money": 2 * one_call}, models=models)
+    breaker = job_gate.provider.breaker("one")
     assert breaker is not None
     breaker.open()
 
     with pytest.raises(Denied) as refused:
-        door.enter()
+        job_gate.enter()
 
     assert refused.value.code == "CIRCUIT_OPEN"
-    assert door.stopped == []
-    assert door.nothing_is_held
+    assert job_gate.stopped == []
+    assert job_gate.nothing_is_held
 
 
 @pytest.mark.parametrize(
     ("error", "tokens"),
     [
-        (CallTimeout("endpoint one", 60), 104),  # it may have been answered unheard: as reserved
-        (UnusableAnswer("one", "it is empty"), 4),  # the prompt was read
+        (
+            CallTimeout("endpoint one", 60),
+            104,
+        ),  # the provider may have answered: the reserved amount counts
+        (UnusableAnswer("one", "it is empty"), 4),  # the prompt counts
         (ProviderDown("one", "answers 500"), 0),
         (RateLimited("endpoint one", 1.0, "the provider answered 429"), 0),
     ],
 )
-def test_what_a_call_that_ended_badly_costs(world: World, error: Exception, tokens: float) -> None:
-    door = Door(world, {"tokens": 1000})
+def test_the_cost_of_a_failed_call(world: World, error: Exception, tokens: float) -> None:
+    job_gate = JobGate(world, {"tokens": 1000})
 
-    door.gate.leave(door.enter(), error)
+    job_gate.gate.leave(job_gate.enter(), error)
 
-    assert spent(door).get("tokens", 0) == pytest.approx(tokens, abs=1)
-    assert not any(door.guards.budgets.budget("job").status().held.values())
-    assert not any(door.provider.router.in_flight.values())
+    assert spent(job_gate).get("tokens", 0) == pytest.approx(tokens, abs=1)
+    assert not any(job_gate.guards.purse.budget("job").status().held.values())
+    assert not any(job_gate.provider.router.in_flight.values())
 
 
-def test_what_cannot_be_counted_is_not_spent(world: World) -> None:
-    door = Door(world, {"tokens": 1000})
-    door.store.lost = True
+def test_without_redis_no_call_is_made(world: World) -> None:
+    job_gate = JobGate(world, {"tokens": 1000})
+    job_gate.store.lost = True
 
     with pytest.raises(Denied, match="Redis does not answer"):
-        door.enter()
+        job_gate.enter()
 
-    assert not any(door.provider.router.in_flight.values())
+    assert not any(job_gate.provider.router.in_flight.values())
 
 
-def test_a_paid_answer_is_found_again_by_its_item_until_its_node_has_ended(world: World) -> None:
-    door, again = Door(world, {"calls": 9}), Door(world, {"calls": 9})
-    entry = door.enter(3, "same")
-    door.answered(entry)
+def test_an_answer_is_kept_for_its_item_until_its_node_has_ended(world: World) -> None:
+    job_gate, again = JobGate(world, {"calls": 9}), JobGate(world, {"calls": 9})
+    entry = job_gate.enter(3, "same")
+    job_gate.answered(entry)
 
     assert again.enter(3, "same").flight.source == "memo"
     assert again.enter(4, "same").flight.state == "mine"
-    door.store.call(*door.gate.forgetting(3))
+    job_gate.store.run(*job_gate.gate.forgetting(3))
     assert again.enter(3, "same").flight.state == "landed"
-    door.store.call(*door.gate.forgetting(4))
+    job_gate.store.run(*job_gate.gate.forgetting(4))
     assert again.enter(3, "same").flight.state != "landed"
 
 
-def test_garbage_is_asked_again_and_costs_an_attempt_but_not_for_ever(world: World) -> None:
-    gate = Door(world, {}, attempts=3).gate
+def test_an_unusable_answer_is_retried_and_costs_an_attempt(world: World) -> None:
+    gate = JobGate(world, {}, attempts=3).gate
 
     first = gate._again(UnusableAnswer("one", "it is empty"), 0)
     assert isinstance(first, Postponed)
@@ -258,24 +264,27 @@ def test_garbage_is_asked_again_and_costs_an_attempt_but_not_for_ever(world: Wor
     assert isinstance(gate._again(UnusableAnswer("one", "it is empty"), 2), UnusableAnswer)
 
 
-def test_a_call_whose_settling_goes_wrong_is_left_once(world: World) -> None:
-    door = Door(world, {"tokens": 1000})
-    entry = door.enter()
-    entry.answer = replace(ANSWER, text="\ud83d")  # half of a character cannot be stored
+def test_a_call_that_cannot_be_settled_leaves_the_router_once(world: World) -> None:
+    job_gate = JobGate(world, {"tokens": 1000})
+    entry = job_gate.enter()
+    entry.answer = replace(ANSWER, text="\ud83d")  # half of a surrogate pair cannot be stored
 
     for _ in range(2):
         with suppress(TypeError):
-            door.gate.leave(entry)
+            job_gate.gate.leave(entry)
 
-    assert dict(door.provider.router.in_flight) == {"one": 0}
+    assert dict(job_gate.provider.router.in_flight) == {"one": 0}
 
 
-def test_critical_calls_find_what_others_must_leave(world: World) -> None:
+def test_critical_calls_may_use_the_reserve(world: World) -> None:
     limits = {
         "requests": 120.0,
         "tokens": 1e6,
-    }  # ten at once, of which normal work leaves one and a half
-    normal, critical = Door(world, {}, **limits), Door(world, {}, priority="critical", **limits)
+    }  # 10 at once, of which normal work must leave 1.5
+    normal, critical = (
+        JobGate(world, {}, **limits),
+        JobGate(world, {}, priority="critical", **limits),
+    )
     for index in range(8):
         normal.enter(index)
 

@@ -19,7 +19,7 @@ from rlm_tasks.metrics import slot_files
 from rlm_tasks.telemetry import exposition
 
 
-def test_calls_are_counted_by_how_they_ended_and_answers_by_what_they_took(tmp_path: Path) -> None:
+def test_calls_are_counted_by_outcome_and_answers_by_tokens_time_and_money(tmp_path: Path) -> None:
     unsaid = Allowance()
     answer = Answer("some", "four", 30, 20, "stop", Told(unsaid, unsaid), 0.3)
     ends: dict[str, BaseException | None] = {

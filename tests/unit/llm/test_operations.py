@@ -1,6 +1,4 @@
-"""What the operations that call models ask, and what their rounds make of the answers; nothing is
-called.
-"""
+"""The operations that call models: their prompts, merges and rounds; no model is called."""
 
 from __future__ import annotations
 
@@ -64,9 +62,7 @@ def prepared(
         ),
     ],
 )
-def test_a_budget_that_pays_nothing_or_cannot_be_counted_is_refused(
-    budget: Budget, llm: dict[str, Any], why: str
-) -> None:
+def test_a_wrong_budget_is_refused(budget: Budget, llm: dict[str, Any], why: str) -> None:
     with pytest.raises(InvalidRequest, match=why):
         prepared("llm.map", ["a"], {"prompt": "{item}"}, budget, **llm)
 
@@ -74,14 +70,14 @@ def test_a_budget_that_pays_nothing_or_cannot_be_counted_is_refused(
 # --- prompts ----------------------------------------------------------------------------------
 
 
-def test_names_in_a_prompt_are_replaced_all_at_once_and_nothing_an_item_says_is_a_name() -> None:
+def test_placeholders_are_replaced_once_and_text_of_items_is_never_a_placeholder() -> None:
     item = {"a": "{b} {item}", "b": "{a}", "c": 3}
 
     assert Map(prompt="{a}|{b}|{c}|{d}|{a}").filled(item) == "{b} {item}|{a}|3|{d}|{b} {item}"
     assert Map(prompt="<{item}>").filled("{item} {a}") == "<{item} {a}>"
 
 
-def test_a_prompt_without_a_name_gets_the_item_behind_it() -> None:
+def test_a_prompt_without_a_placeholder_gets_the_item_at_its_end() -> None:
     assert Map(prompt="Shorten this.").filled("{item}") == "Shorten this.\n\n{item}"
     assert (
         Map(prompt="Shorten this.").filled({"a": date(2026, 1, 2)})
@@ -93,7 +89,7 @@ def test_a_prompt_without_a_name_gets_the_item_behind_it() -> None:
 
 
 @given(st.lists(st.integers(1, 400), max_size=30), st.integers(2, 8))
-def test_groups_keep_to_number_and_room_in_order_and_have_two_at_least(
+def test_groups_of_answers_are_in_order_within_their_bounds_and_at_least_two(
     sizes: list[int], most: int
 ) -> None:
     parts = ["x" * size for size in sizes]
@@ -107,7 +103,7 @@ def test_groups_keep_to_number_and_room_in_order_and_have_two_at_least(
         assert len(group) <= 2 or sum(estimated_tokens(part) + 1 for part in group) <= ROOM
 
 
-def test_one_answer_is_the_answer_and_none_is_none() -> None:
+def test_one_answer_needs_no_merge() -> None:
     assert _merge_next(iter(["only"]), ended(prompt="x")) == "only"
     assert _merge_next(iter([]), ended(prompt="x")) is None
     merged = _merge_next(iter("abc"), ended(done=3, prompt="x", group_tokens=ROOM))
@@ -120,9 +116,7 @@ def test_one_answer_is_the_answer_and_none_is_none() -> None:
     )
 
 
-def test_answers_too_long_for_two_of_them_to_be_merged_are_refused_before_anything_is_paid() -> (
-    None
-):
+def test_answers_too_long_to_be_merged_are_refused_before_any_call() -> None:
     with pytest.raises(
         InvalidRequest, match="max_tokens=80: two answers as long do not fit into one merge"
     ):
@@ -136,18 +130,18 @@ def test_answers_too_long_for_two_of_them_to_be_merged_are_refused_before_anythi
     )
 
 
-def test_a_tier_that_no_endpoint_has_is_refused() -> None:
+def test_a_tier_without_an_endpoint_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="no endpoint of RLM_LLM__ENDPOINTS has its model gpt"):
         prepared(
             "llm.map", ["a"], {"prompt": "x"}, endpoints=[{"name": "a", "models": {"other": "o"}}]
         )
 
 
-# --- asking -----------------------------------------------------------------------------------
+# --- questions --------------------------------------------------------------------------------
 
 
 @given(st.lists(st.text(max_size=900), max_size=12))
-def test_passages_are_packed_whole_or_cut_between_characters_and_always_fit(
+def test_passages_are_packed_whole_or_cut_between_characters(
     texts: list[str],
 ) -> None:
     groups = list(_packed(([number, text] for number, text in enumerate(texts)), ROOM))
@@ -161,7 +155,7 @@ def test_passages_are_packed_whole_or_cut_between_characters_and_always_fit(
     assert all(sum(estimated_tokens(text) + 3 for _, text in group) <= ROOM for group in groups)
 
 
-def test_only_passages_that_were_read_are_found_once_each() -> None:
+def test_found_passages_are_among_those_read_and_listed_once() -> None:
     item = {"passages": [[3, "c"], [4, "d"], [4, "D"]]}
 
     assert _read(item, Found(found=[4, 9, 4, 3], answer="so")) == {
@@ -171,7 +165,7 @@ def test_only_passages_that_were_read_are_found_once_each() -> None:
     }
 
 
-def test_what_was_found_is_answered_when_it_fits_and_read_again_when_not() -> None:
+def test_found_passages_are_answered_if_they_fit_and_read_again_if_not() -> None:
     found = [{"kept": [[n, "x" * 100]], "note": f"n{n}", "read": [n, n + 1]} for n in range(3)]
 
     answer = _narrow(found, ended(question="why?", group_tokens=ROOM))
@@ -189,9 +183,7 @@ def test_what_was_found_is_answered_when_it_fits_and_read_again_when_not() -> No
     assert [group["read"] for group in again.items] == [9, 9, 9]
 
 
-def test_the_last_narrowing_takes_the_best_of_all_groups_that_fit_and_says_that_it_left_some_out() -> (
-    None
-):
+def test_the_last_round_takes_the_best_passages_that_fit_and_reports_it() -> None:
     found = [
         {"kept": [[n, "x" * 100], [n + 10, "y" * 600]], "note": "", "read": 9} for n in range(3)
     ]
@@ -205,7 +197,7 @@ def test_the_last_narrowing_takes_the_best_of_all_groups_that_fit_and_says_that_
 
 
 @pytest.mark.parametrize("short", [False, True])
-def test_nothing_found_is_an_answer_which_says_whether_all_was_read(short: bool) -> None:
+def test_an_empty_answer_reports_whether_all_items_were_read(short: bool) -> None:
     found = [{"kept": [], "note": "", "read": [0, 40]}, {"kept": [], "note": "", "read": [39, 60]}]
 
     assert _narrow(found, ended(short=short, question="why?")) == {
@@ -223,7 +215,7 @@ def test_citations_are_half_open_ranges() -> None:
     assert _ranges([]) == []
 
 
-def test_items_of_any_kind_can_be_asked_and_those_that_are_no_texts_are_named() -> None:
+def test_items_of_any_type_can_be_asked_and_a_single_text_is_refused() -> None:
     request = prepared(
         "llm.ask", ["a", 7, {"b": date(2026, 1, 2)}, {(1, 2): "t"}], {"question": "why?"}
     )
@@ -240,7 +232,7 @@ def test_items_of_any_kind_can_be_asked_and_those_that_are_no_texts_are_named() 
             prepared("llm.ask", wrong, {"question": "why?"})
 
 
-def test_a_question_that_leaves_no_room_is_refused_and_not_repeated() -> None:
+def test_a_question_that_is_too_long_is_refused_and_not_repeated_in_the_error() -> None:
     with pytest.raises(InvalidRequest) as refused:
         prepared(
             "llm.ask",

@@ -1,4 +1,4 @@
-"""What a process that calls models does when it has grown."""
+"""A process that calls models, and the growth of its memory."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from rlm_tasks.settings.llm import LlmSettings
 from rlm_tasks.settings.model import Settings
 
 
-def test_the_figures_are_those_of_source_document_3() -> None:
+def test_the_default_thresholds() -> None:
     settings = LlmSettings()
 
     assert (settings.memory_warn_mb, settings.memory_critical_mb) == (120, 140)
 
 
-def test_a_process_that_grows_clears_its_caches_at_each_new_height_and_retires_when_that_does_not_help(
+def test_a_growing_process_clears_its_caches_and_then_retires(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """It clears them at each new maximum, and retires when that does not free enough."""
     caplog.set_level(logging.WARNING)
     runtime = install(Celery("unit", set_as_current=False), Settings()).rlm_runtime()
     held_mb, freed_mb = 500.0, 0.0
@@ -34,8 +35,8 @@ def test_a_process_that_grows_clears_its_caches_at_each_new_height_and_retires_w
 
     runtime.items.forget = forget
     growth = Growth(LlmSettings(), lambda: held_mb)
-    looks = ((619.0, 0.0), (645.0, 20.0), (624.0, 0.0), (639.0, 0.0), (639.0, 0.0))
-    for held_mb, freed_mb in looks:  # noqa: B007  # forget reads them
+    samples = ((619.0, 0.0), (645.0, 20.0), (624.0, 0.0), (639.0, 0.0), (639.0, 0.0))
+    for held_mb, freed_mb in samples:  # noqa: B007  # forget reads them
         growth.look(runtime)
         assert runtime.retiring is False
 
