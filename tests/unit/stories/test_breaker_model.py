@@ -1,10 +1,11 @@
 """The shared breaker against an oracle: three processes, calls that end late, twice or never, and a
 clock.
 
-The oracle is what the breaker means, in plain Python: one state, one generation for each
-transition, leased probes. A process may know less than the oracle: it believes what it read for up
-to FRESH_S.  Where that leaves a choice, the oracle names all outcomes that are right, and takes
-over the one that came."""
+The oracle is the meaning of a breaker in plain Python: one state, one generation for each
+transition, and probes with leases. A process may know less than the oracle, as it uses a state for
+up to FRESH_S after it was read. If that leaves several right outcomes, the oracle lists them all
+and continues with the one that came.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +39,10 @@ CONFIG = BreakerConfig(
     success_threshold=SUCCESSES,
 )
 PAUSES = (0.0625, 0.125, 0.3125, LEASE_S, RECOVERY_S, 2.5)
-"""Shorter than what a process believes, longer, and the timeouts; sixteenths, so that no sum of
-them is rounded.
+"""Shorter and longer than FRESH_S, and the timeouts; sixteenths, so that no sum of them is rounded.
 """
 MS = 0.001
-"""The server counts in milliseconds."""
+"""The server has a resolution of milliseconds."""
 ERRORS: dict[str, BaseException | None] = {
     "ok": None,
     "failed": RuntimeError("boom"),
@@ -52,14 +52,14 @@ ERRORS: dict[str, BaseException | None] = {
 
 @dataclass(frozen=True)
 class Truth:
-    """What a breaker is, for somebody who knows everything."""
+    """The state of a breaker as the oracle sees it."""
 
     state: str = CLOSED
-    turn: int = 0  # counts transitions
+    turn: int = 0  # the number of transitions
     changed_at: float = 0.0
-    failures: int = 0  # in a row
+    failures: int = 0  # consecutive
     failed_at: float = 0.0
-    successes: int = 0  # of probes of this turn
+    successes: int = 0  # successful probes of this turn
     probes: dict[str, float] = field(default_factory=dict)  # permit -> end of its lease
 
     def moved(self, state: str, now: float) -> Truth:
@@ -69,7 +69,7 @@ class Truth:
         )
 
     def due(self, now: float) -> Truth:
-        """Half-open, once it has been open for as long as it must."""
+        """Return the half-open state once it has been open for the recovery time."""
         over = self.state == OPEN and now >= self.changed_at + RECOVERY_S
         return self.moved(HALF_OPEN, now) if over else self
 
@@ -82,14 +82,14 @@ class Truth:
         )
 
     def probed(self, permit: str, outcome: str, now: float) -> Truth:
-        """A probe of this turn has ended."""
+        """Return the state after a probe of this turn has ended."""
         if outcome == "failed":
             return self.without(permit).moved(OPEN, now)
         after = replace(self.without(permit), successes=self.successes + (outcome == "ok"))
         return after.moved(CLOSED, now) if after.successes >= SUCCESSES else after
 
     def called(self, outcome: str, now: float) -> Truth:
-        """A call of this turn has ended, while it is closed."""
+        """Return the state after a call of this turn has ended while it was closed."""
         if outcome == "ignored":
             return self
         after = (
@@ -101,8 +101,8 @@ class Truth:
 
 
 @dataclass
-class Taken:
-    """An admission, by which process and when; it may end more than once."""
+class OpenAdmission:
+    """An admission, with its process and time; it may end more than once."""
 
     number: int
     admission: Admission
@@ -111,7 +111,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class Stored:
-    """What is stored, as the header of breaker.lua names it."""
+    """The stored fields, as the header of breaker.lua lists them."""
 
     state: str = CLOSED
     generation: int = 0
@@ -121,7 +121,7 @@ class Stored:
 
 
 class BreakerMachine(RuleBasedStateMachine):
-    """Breakers of three processes beside the oracle."""
+    """Breakers of three processes, beside the oracle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,15 +131,15 @@ class BreakerMachine(RuleBasedStateMachine):
         self.truth, self.generation = Truth(), 0
         self.closed_until: dict[
             str, float
-        ] = {}  # generation -> when it ended, for those in which it was closed
+        ] = {}  # generation -> its end, for those in which it was closed
         self.processes = [self.process() for _ in range(3)]
         self.refused_at = [float("-inf")] * 3
-        self.taken: list[Taken] = []
+        self.taken: list[OpenAdmission] = []
 
     def process(self) -> CircuitBreaker:
         return CircuitBreaker("llm", self.world.store(), CONFIG)
 
-    # --- what is seen --------------------------------------------------------------------------
+    # --- the stored state ---------------------------------------------------------------------
 
     def stored(self) -> Stored:
         raw: dict[Any, Any] = self.client.hgetall(self.key)
@@ -155,11 +155,11 @@ class BreakerMachine(RuleBasedStateMachine):
         )
 
     def settled(self) -> bool:
-        """Every process knows of the last transition, if it has asked since."""
+        """Return whether every process that has asked since knows of the last transition."""
         return self.world.now - self.truth.changed_at > FRESH_S
 
     def become(self, *right: Truth) -> None:
-        """Take over the one of the right outcomes that is stored."""
+        """Continue with the one of the right outcomes that is stored."""
         found, now = self.stored(), self.world.now
         fits = [
             each
@@ -177,9 +177,9 @@ class BreakerMachine(RuleBasedStateMachine):
             self.closed_until[str(self.generation)] = now
         self.generation = found.generation
         till = now + RECOVERY_S if found.state == OPEN else 0
-        assert found.until == pytest.approx(till, abs=MS), "open for exactly as long as it must"
+        assert found.until == pytest.approx(till, abs=MS), "open for exactly the recovery time"
 
-    # --- rules ---------------------------------------------------------------------------------
+    # --- rules --------------------------------------------------------------------------------
 
     @rule(number=st.integers(0, 2), waiter=st.sampled_from(["", "", "somebody"]))
     def admit(self, number: int, waiter: str = "") -> None:
@@ -188,16 +188,14 @@ class BreakerMachine(RuleBasedStateMachine):
         except CircuitOpen as refusal:
             self.refused(number, refusal, asked=bool(waiter))
             return
-        self.taken.append(Taken(number, admission, self.world.now))
+        self.taken.append(OpenAdmission(number, admission, self.world.now))
         if admission.probe:
             self.probe(admission)
         else:
             self.passed(admission)
 
     def refused(self, number: int, refusal: CircuitOpen, *, asked: bool) -> None:
-        """Who asks for somebody who waits is answered by the script; others may go by what they
-        know.
-        """
+        """The script answers a caller with a waiter; other callers may use the known state."""
         now, due = self.world.now, self.truth.due(self.world.now)
         rightly = due.state == OPEN or (due.state == HALF_OPEN and due.live(now) == PROBES)
         believed = not self.settled() or now - self.refused_at[number] < ASK_AGAIN_S
@@ -212,8 +210,8 @@ class BreakerMachine(RuleBasedStateMachine):
 
     def probe(self, admission: Admission) -> None:
         now, due = self.world.now, self.truth.due(self.world.now)
-        assert due.state == HALF_OPEN, f"no probe is to be made, it is {due}"
-        assert due.live(now) < PROBES, "more probes than may be"
+        assert due.state == HALF_OPEN, f"there must be no probe, it is {due}"
+        assert due.live(now) < PROBES, "more probes than allowed"
         live = {permit: until for permit, until in due.probes.items() if until > now}
         self.become(replace(due, probes={**live, admission.probe: now + LEASE_S}))
         assert admission.generation == str(self.generation)
@@ -222,7 +220,7 @@ class BreakerMachine(RuleBasedStateMachine):
         if self.truth.state == CLOSED and admission.generation == str(self.generation):
             return
         assert self.world.now - self.closed_until[admission.generation] <= FRESH_S, (
-            "it is not closed, and that is known"
+            "it is not closed, and the process knows it"
         )
 
     @precondition(lambda self: self.taken)
@@ -232,7 +230,7 @@ class BreakerMachine(RuleBasedStateMachine):
         again=st.integers(0, 3),
     )
     def end(self, at: int, outcome: str, again: int) -> None:
-        """A call ends, early or late; one in four stays and will end again."""
+        """End a call, early or late; one in four stays open and will end again."""
         at = max(0, len(self.taken) - 1 - at)
         taken = self.taken[at]
         if again:
@@ -240,7 +238,7 @@ class BreakerMachine(RuleBasedStateMachine):
         self.processes[taken.number].ended(taken.admission, ERRORS[outcome])
         self.become(*self.outcomes(taken, outcome))
 
-    def outcomes(self, taken: Taken, outcome: str) -> list[Truth]:
+    def outcomes(self, taken: OpenAdmission, outcome: str) -> list[Truth]:
         truth, now, permit = self.truth, self.world.now, taken.admission.probe
         if permit:
             until = truth.probes.get(permit)
@@ -251,12 +249,12 @@ class BreakerMachine(RuleBasedStateMachine):
                 or truth.state != HALF_OPEN
                 or taken.admission.generation != str(self.generation)
             ):
-                return [truth.without(permit)]  # it was in flight, and that is all that is over
+                return [truth.without(permit)]  # only its place as a probe in flight is free again
             return [truth.probed(permit, outcome, now)]
         if truth.state != CLOSED or taken.admission.generation != str(self.generation):
             return [truth]
-        # A success is told only by who knows of failures: for certain if they were there before the
-        # call began.
+        # A process reports a success only if it knows of failures. It knows for certain of
+        # those from before the call.
         knew = outcome != "ok" or taken.at - truth.failed_at > FRESH_S
         return [truth.called(outcome, now)] + ([] if knew else [truth])
 
@@ -281,8 +279,8 @@ class BreakerMachine(RuleBasedStateMachine):
         numbers=st.lists(st.integers(0, 2), min_size=2, max_size=5),
         early=st.sampled_from([0.0, 0.0, 0.125]),
     )
-    def several_ask_once_its_time_is_over(self, numbers: list[int], early: float) -> None:
-        """Or, just before, somebody who will not take a process's word for it."""
+    def several_ask_when_the_recovery_time_is_over(self, numbers: list[int], early: float) -> None:
+        """Or just before it, with one caller that the script must answer."""
         until = self.truth.changed_at + RECOVERY_S - early
         self.world.sleep(max(0.0, until - self.world.now) if self.truth.state == OPEN else 0.0)
         self.admit(numbers[0], "somebody")
@@ -333,13 +331,13 @@ class BreakerMachine(RuleBasedStateMachine):
     )
     def by_hand(self, number: int, state: str, really: int) -> None:
         if really:
-            return  # rare: most of what is to be seen takes a while to happen
+            return  # rarely: most situations need several steps to arise
         breaker = self.processes[number]
         {CLOSED: breaker.reset, OPEN: breaker.open, HALF_OPEN: breaker.half_open}[state]()
         self.refused_at[number] = float("-inf")
         self.become(self.truth.moved(state, self.world.now))
 
-    # --- always --------------------------------------------------------------------------------
+    # --- invariants ---------------------------------------------------------------------------
 
     @invariant()
     def nothing_else_changed(self) -> None:
@@ -347,13 +345,13 @@ class BreakerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.settled())
     @invariant()
-    def looking_changes_nothing_and_tells_the_truth(self) -> None:
+    def reading_the_state_changes_nothing(self) -> None:
         breaker = self.processes[self.truth.turn % 3]
         assert breaker.state == self.truth.state
         self.become(self.truth)
 
     def teardown(self) -> None:
-        """The service answers again: it closes, whatever was before."""
+        """The service answers again, and the breaker closes from any state."""
         try:
             self.heal()
         finally:

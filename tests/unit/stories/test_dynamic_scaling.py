@@ -1,6 +1,4 @@
-"""ENABLE_DYNAMIC_SCALING: with it batches, pools and the number of workers follow the load; without
-it nothing does.
-"""
+"""ENABLE_DYNAMIC_SCALING: with it, batches, pools and the number of workers follow the load."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from rlm_tasks.worker.autoscaler import PressureAutoscaler
 from scheduler.monitor import MonitorSettings
 from scheduler.queues import QueueReport
 from scheduler.settings import AdmissionSettings, AutoscaleSettings
-from tests.unit.client.test_admission import Door
+from tests.unit.client.test_admission import AdmissionClient
 from tests.unit.scheduler.test_monitor import MonitoredPlatform
 from tests.unit.world import World, world
 
@@ -25,21 +23,21 @@ __all__ = ["world"]
 
 @pytest.fixture(params=["1", "0"])
 def follows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the load counts, as the variable says."""
+    """Whether scaling follows the load, as the variable sets it."""
     monkeypatch.setenv("ENABLE_DYNAMIC_SCALING", request.param)
     return bool(int(request.param))
 
 
-def test_batches(follows: bool, world: World) -> None:
-    door = Door(world)
-    door.host(Level.NORMAL)
-    door.answer("normal")
+def test_the_size_of_batches(follows: bool, world: World) -> None:
+    admission = AdmissionClient(world)
+    admission.host(Level.NORMAL)
+    admission.answer("normal")
 
-    assert door.intake.batch_size() == (100 if follows else 50), "its CPU and memory are below half"
+    assert admission.check.batch_size() == (100 if follows else 50), "CPU and memory are below half"
 
 
 class Pool:
-    """A pool of processes that come when they are called."""
+    """A pool whose processes start at once."""
 
     def __init__(self, processes: int) -> None:
         self.active, self.num_processes = True, processes
@@ -48,7 +46,7 @@ class Pool:
         self.num_processes += n
 
 
-def test_pools(follows: bool) -> None:
+def test_the_size_of_pools(follows: bool) -> None:
     page = SimpleNamespace(level=Level.HIGH)
     app = SimpleNamespace(
         rlm_settings=Settings(),
@@ -61,7 +59,7 @@ def test_pools(follows: bool) -> None:
 
     scaler._maybe_scale()
 
-    assert pool.num_processes == (2 if follows else 8), "high pressure lets no pool grow"
+    assert pool.num_processes == (2 if follows else 8), "at high pressure no pool grows"
 
 
 def test_the_number_of_workers(follows: bool, world: World) -> None:

@@ -1,6 +1,4 @@
-"""Whatever a job looks like, and however its messages arrive, each item counts once and merges in
-order.
-"""
+"""Each item counts once and merges in order, for any shape of job and any order of messages."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ def _concatenated(parts: Iterable[list[Any]]) -> list[Any]:
 
 
 def _work(item: dict[str, Any]) -> list[int]:
-    """Take the item's time on the platform's clock, then fail or answer."""
+    """Take the time of the item on the clock of the platform, then fail or answer."""
     _platform[-1].clock.now += item["ms"] / 1000
     if item["fails"]:
         raise ValueError(f"item {item['i']}")
@@ -122,7 +120,7 @@ def test_every_item_is_counted_once_and_merged_in_order(job: Any, seed: int) -> 
     stop_after=st.integers(0, 30),
     threshold=st.floats(0, 0.3),
 )
-def test_a_job_that_ends_early_still_accounts_for_every_item(
+def test_a_job_that_ends_early_accounts_for_every_item(
     job: Any, seed: int, stop_after: int, threshold: float
 ) -> None:
     items, shape, name = job
@@ -182,7 +180,7 @@ def _valid(item: dict[str, Any]) -> None:
 
 @operation("unit_validated", merge=_concatenated, validate=_valid)
 def unit_validated(item: dict[str, Any]) -> list[int]:
-    """Answer with the index; what validation refuses never comes here."""
+    """Answer with the index; items that validation refuses never reach it."""
     assert not item["fails"]
     _platform[-1].clock.now += item["ms"] / 1000
     return [item["i"]]

@@ -1,4 +1,4 @@
-"""The ledger's scripts against an oracle, on fakeredis; tests/faults runs the same on a real
+"""The scripts of the ledger against an oracle, on fakeredis; tests/faults does the same on a
 server.
 """
 
@@ -11,7 +11,7 @@ from tests.unit.ledger_model import LedgerMachine
 
 
 class OnFakeredis(LedgerMachine):
-    """The machine on a server of its own per connection."""
+    """The machine on a new server for each run."""
 
     connect = staticmethod(lambda: fakeredis.FakeRedis(server=fakeredis.FakeServer()))
 

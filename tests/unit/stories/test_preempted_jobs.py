@@ -1,5 +1,6 @@
-"""Jobs that make room for each other at random, in the middle of their items: each is exact, and
-nobody yields for nothing.
+"""Jobs that yield to each other at random, in the middle of their items.
+
+Each job is exact, and no node yields needlessly.
 """
 
 from __future__ import annotations
@@ -27,23 +28,24 @@ SLOTS = 3
 URGENT_JOBS = 2
 
 
-class PressedPlatform(Platform):
-    """A platform that does something else between two items: another slot works, somebody submits,
-    the guard looks.
+class BusyPlatform(Platform):
+    """A platform that does something else between two items.
+
+    Another slot works, a client submits, or the supervisor makes an exchange.
     """
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed, slots=SLOTS)
-        self.guard = Supervisor(self.runtime, {}, lambda: SLOTS, lambda: self.queues)
+        self.supervisor = Supervisor(self.runtime, {}, lambda: SLOTS, lambda: self.queues)
         self.depth, self.jobs, self.runs = 0, list[JobSpec](), Counter[tuple[str, int]]()
         self.store.call(self.slots.publish("unit", SLOTS, 0, self.queues))
 
     def time(self) -> float:
-        """Stand where the module `time` does in fakeredis."""
+        """Return the time; the platform stands in place of the module `time` in fakeredis."""
         return 1_800_000_000.0 + self.clock.now
 
     def open(self, n: int, priority: str, preempts: bool | None, **fields: Any) -> JobSpec:
-        options = Options(priority=priority, preempt_lower_priority=preempts)  # type: ignore[arg-type]  # it is checked there
+        options = Options(priority=priority, preempt_lower_priority=preempts)  # type: ignore[arg-type]  # it is checked at run time
         self.jobs.append(
             self.submit(
                 JobRequest(operation="unit_pressed", items=range(n), options=options, **fields)
@@ -52,7 +54,7 @@ class PressedPlatform(Platform):
         return self.jobs[-1]
 
     def meanwhile(self) -> None:
-        """Let something happen, as often as not."""
+        """Let something happen, with some probability."""
         random = self.random
         if random.random() < 0.15 and len(self.jobs) <= URGENT_JOBS:
             priority, preempts = random.choice(
@@ -65,16 +67,16 @@ class PressedPlatform(Platform):
                 strategy=random.choice([None, Adaptive()]),
             )
         if self.mailbox.asked and random.random() < 0.3:
-            self.guard.make_room(self.mailbox.asked.pop())
+            self.supervisor.make_room(self.mailbox.asked.pop())
         if random.random() < 0.1:
-            self.guard._see_urgent(self.store.call(*self.guard._tokens()))
+            self.supervisor._see_urgent(self.store.run(*self.supervisor._tokens()))
         if random.random() < 0.2 and self.mailbox.messages and self.depth < SLOTS - 1:
             self.depth += 1
             self.step()
             self.depth -= 1
 
 
-_platforms: list[PressedPlatform] = []
+_platforms: list[BusyPlatform] = []
 
 
 def _concatenated(parts: Iterable[list[Any]]) -> list[Any]:
@@ -83,7 +85,7 @@ def _concatenated(parts: Iterable[list[Any]]) -> list[Any]:
 
 @operation("unit_pressed", merge=_concatenated)
 def unit_pressed(item: int, ctx: Context) -> list[int]:
-    """Take a time of our clock, in which other things happen."""
+    """Take some time on the clock of the platform, while other things happen."""
     platform = _platforms[-1]
     platform.runs[ctx.job_id, item] += 1
     platform.clock.now += platform.random.choice([0.001, 0.01, 0.1])
@@ -102,8 +104,8 @@ SHAPES: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
-    """Which nodes have been counted as waiting for room, ever, by queue."""
+def announced(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """The nodes that were ever announced as waiting for room, by queue."""
     nodes_of: dict[str, set[str]] = {}
     ask = Preemption.ask
 
@@ -112,16 +114,18 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
         return ask(self, queue, nodes, promised=promised)
 
     monkeypatch.setattr(Preemption, "ask", counting)
-    monkeypatch.setattr(QueueOrder, "facts", QueueOrder.facts)  # a guard tells it of its worker
+    monkeypatch.setattr(
+        QueueOrder, "facts", QueueOrder.facts
+    )  # a supervisor sets the facts of its worker
     return nodes_of
 
 
 @pytest.fixture
-def pressed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """What makes a platform on which nobody else works, and whose server has its clock."""
+def make_platform(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A function that makes a platform without other workers; its server has its clock."""
 
-    def make(seed: int) -> PressedPlatform:
-        platform = PressedPlatform(seed)
+    def make(seed: int) -> BusyPlatform:
+        platform = BusyPlatform(seed)
         monkeypatch.setattr(server_clock, "time", platform)
         platform.store.call(platform.slots.publish("unit", SLOTS, 0, platform.queues))
         _platforms.append(platform)
@@ -131,8 +135,8 @@ def pressed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     _platforms.clear()
 
 
-def run(platform: PressedPlatform, seed: int) -> None:
-    """Run a job or two of little urgency, and whatever comes between."""
+def run(platform: BusyPlatform, seed: int) -> None:
+    """Run one or two less urgent jobs, and all that comes between."""
     random = Random(seed)
     for _ in range(random.choice([1, 1, 2])):
         n, priority = random.choice([6, 16, 30]), random.choice(["low", "low", "normal", "high"])
@@ -141,14 +145,14 @@ def run(platform: PressedPlatform, seed: int) -> None:
         platform.step()
 
 
-def yields(platform: PressedPlatform, spec: JobSpec) -> int:
+def yields(platform: BusyPlatform, spec: JobSpec) -> int:
     return sum(
         r.state == "c" and r.why == Reason.PREEMPTED for r in platform.ledger.all_records(spec.job)
     )
 
 
-def tiles(platform: PressedPlatform, spec: JobSpec) -> bool:
-    """Say whether what the nodes of a job have worked through is every item, once."""
+def tiles(platform: BusyPlatform, spec: JobSpec) -> bool:
+    """Return whether the nodes of a job have done every item once."""
     done = sorted(
         (r.lo, r.mid)
         for r in platform.ledger.all_records(spec.job)
@@ -158,58 +162,58 @@ def tiles(platform: PressedPlatform, spec: JobSpec) -> bool:
 
 
 @pytest.mark.parametrize("block", range(0, SEEDS, AT_ONCE))
-def test_jobs_that_make_room_at_random_are_exact_and_nobody_yields_for_nothing(
-    pressed: Any, counted: dict[str, set[str]], block: int
+def test_jobs_that_yield_at_random_are_exact_and_no_node_yields_needlessly(
+    make_platform: Any, announced: dict[str, set[str]], block: int
 ) -> None:
     made_room = 0
     for seed in range(block, block + AT_ONCE):
-        counted.clear()
-        platform = pressed(seed)
+        announced.clear()
+        platform = make_platform(seed)
         run(platform, seed)
 
         for spec in platform.jobs:
             assert platform.ledger.facts(spec.job)["state"] == Status.SUCCEEDED, seed
             assert platform.output(spec) == list(range(spec.n)), seed
             assert tiles(platform, spec), seed
-        assert set(platform.runs.values()) == {1}, (seed, "each item once")
+        assert set(platform.runs.values()) == {1}, (seed, "each item ran once")
         made = {spec.job: yields(platform, spec) for spec in platform.jobs}
         made_room += any(made.values())
-        assert sum(made.values()) <= sum(map(len, counted.values())), seed
+        assert sum(made.values()) <= sum(map(len, announced.values())), seed
         for spec in platform.jobs:
             above = [
                 queue
-                for queue in counted
+                for queue in announced
                 if rank_of(queue.rpartition(".")[2]) < rank_of(spec.priority)
             ]
-            assert made[spec.job] <= sum(len(counted[queue]) for queue in above), (
+            assert made[spec.job] <= sum(len(announced[queue]) for queue in above), (
                 seed,
-                "only to more urgent work",
+                "nodes yield only to more urgent work",
             )
-        assert platform.store.call(*platform.guard._tokens()) == [0] * len(platform.queues), (
+        assert platform.store.run(*platform.supervisor._tokens()) == [0] * len(platform.queues), (
             seed,
-            "nobody waits",
+            "no node waits",
         )
-    assert made_room >= AT_ONCE / 5, "it happens"
+    assert made_room >= AT_ONCE / 5, "some nodes have yielded"
 
 
-# --- what the guard knows ---------------------------------------------------------------------
+# --- the supervisor ---------------------------------------------------------------------------
 
 
-def test_who_asks_for_room_while_the_guard_looks_is_not_forgotten(
-    pressed: Any, counted: dict[str, set[str]], monkeypatch: pytest.MonkeyPatch
+def test_a_request_for_room_during_an_exchange_is_not_lost(
+    make_platform: Any, announced: dict[str, set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    platform = pressed(1)
-    stock = platform.store.call
+    platform = make_platform(1)
+    stock = platform.store.run
 
-    def call_and_be_asked(*calls: Call, **more: Any) -> list[Any]:
-        answers: list[Any] = stock(*calls, **more)
-        platform.guard.make_room("unit.critical")
+    def run_and_request_room(*calls: Call) -> list[Any]:
+        answers = stock(*calls)
+        platform.supervisor.make_room("unit.critical")
         return answers
 
     with monkeypatch.context() as patch:
-        patch.setattr(platform.guard._ledger.store, "call", call_and_be_asked)
-        platform.guard._exchange(0.0)
-    assert platform.runtime.page.urgent == rank_of("critical"), "it was asked for after the look"
+        patch.setattr(platform.supervisor._ledger.store, "run", run_and_request_room)
+        platform.supervisor._exchange(0.0)
+    assert platform.runtime.page.urgent == rank_of("critical"), "room was requested after the read"
 
-    platform.guard._exchange(10.0)
-    assert platform.runtime.page.urgent == 0, "nobody waits any more"
+    platform.supervisor._exchange(10.0)
+    assert platform.runtime.page.urgent == 0, "no node waits any more"

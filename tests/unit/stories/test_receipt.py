@@ -1,5 +1,6 @@
-"""A job's receipt: each item that pressure has shaped is told once, at its level, whatever happens
-to its node.
+"""The receipt of a job: each item that pressure has shaped is in it once, at its level.
+
+This holds whatever happens to the node of the item.
 """
 
 from __future__ import annotations
@@ -30,40 +31,42 @@ from tests.unit.resilience.test_degradation import (
 )
 from tests.unit.stories.test_waiting import WaitingPlatform
 
-Told = dict[tuple[str, str], int]
+Table = dict[tuple[str, str], int]
 """A receipt as a table: strategy and level -> items."""
 
 QUICK = RetryPolicy(max_attempts=3, initial_delay_s=0.002, max_delay_s=0.004)
 
 
 class PressedPlatform(WaitingPlatform):
-    """A platform under pressure, whose operations note what each item was asked last, and may lose
-    their own node.
+    """A platform under pressure, whose operations may lose their own node.
+
+    It notes the questions of the last run of each item.
     """
 
     def __init__(self, seed: int = 0, level: Level = Level.NORMAL) -> None:
         super().__init__(seed)
         self.runtime.page.level = level
-        self.levels: list[Level] = []  # of which each node to come begins at one; the last stays
+        self.levels: list[Level] = []  # the levels of the next nodes; the last one stays
         self.noted: dict[
             int, tuple[Level, set[Strategy]]
-        ] = {}  # item -> what its last run was asked, and at which level
+        ] = {}  # item -> the level and the questions of its last run
         self.failed_once: set[int] = set()
-        self.losses = 2  # to come; from three on an item is not run again
-        self.wrong: list[tuple[int, Level]] = []
-        self.limits: list[int] = []  # what each item was told to look at, of 1000
+        self.losses = 2  # still to come; after three losses an item is not run again
+        self.wrong_levels: list[tuple[int, Level]] = []
+        self.limits: list[int] = []  # the limit of each item, of 1000
         _platform.append(self)
 
     def step(self) -> None:
-        """Begin a node at a level of its own."""
+        """Begin a node at its own level."""
         if self.levels:
             self.runtime.page.level = self.levels.pop(0)
         self.began = self.runtime.page.level
         super().step()
 
     def lose(self) -> None:
-        """Give the running node away, as if its process had died or its lease were over; who runs
-        it goes on unaware.
+        """Release the running node, as if its process had died or its lease was over.
+
+        Its holder continues without knowing it.
         """
         if not self.losses:
             return
@@ -76,24 +79,24 @@ class PressedPlatform(WaitingPlatform):
         self.runtime.delivery.resend(held.job, [held.node])
 
     def note(self, items: list[dict[str, Any]], level: Level) -> None:
-        """Note what items were asked that were run together."""
+        """Note the questions of items that ran together."""
         asked = {QUESTIONS[question][0] for item in items for question in item["asks"]}
         self.noted.update({item["i"]: (level, asked) for item in items})
         if level not in (self.began, Level.EMERGENCY):
-            self.wrong.append((items[0]["i"], level))
+            self.wrong_levels.append((items[0]["i"], level))
 
-    def expected(self) -> Told:
-        """Return the receipt by what was noted."""
-        told: Counter[tuple[str, str]] = Counter()
+    def expected(self) -> Table:
+        """Return the receipt that follows from the notes."""
+        receipt_of: Counter[tuple[str, str]] = Counter()
         for level, asked in self.noted.values():
-            told.update(
+            receipt_of.update(
                 (strategy.value, level.label)
                 for strategy in asked & set(CONSTRAINTS[level].strategies)
             )
-        return dict(told)
+        return dict(receipt_of)
 
     def job(self, name: str, items: list[dict[str, Any]], **fields: Any) -> JobSpec:
-        """Open a job in which errors are tolerated."""
+        """Open a job that tolerates errors."""
         return self.submit(
             JobRequest(
                 operation=name, items=items, options=Options(continue_on_error=True), **fields
@@ -104,23 +107,24 @@ class PressedPlatform(WaitingPlatform):
 _platform: list[PressedPlatform] = []
 
 
-def told(facts: dict[str, str]) -> Told:
-    """Return a job's receipt as a table."""
-    return {(each.strategy, each.level): each.items for each in receipt_of([facts])}
+def receipt_of(facts: dict[str, str]) -> Table:
+    """Return the receipt of a job as a table."""
+    return {(each.strategy, each.level): each.items for each in _receipt([facts])}
 
 
 def item(i: int, *asks: str, ms: float = 0, fails: str = "", then: str = "") -> dict[str, Any]:
-    """Return an item that asks, takes its time, and fails never, `once` or `always`; `then` it
-    loses its node or presses it.
+    """Return an item that asks questions and takes `ms`.
+
+    `fails` is empty, `once` or `always`; `then` loses its node or sets the level.
     """
     return {"i": i, "ms": ms, "asks": asks, "fails": fails, "then": then}
 
 
-# --- operations that ask what their items say -------------------------------------------------
+# --- operations with questions ----------------------------------------------------------------
 
 
 def _ask(one: dict[str, Any], ctx: Context) -> None:
-    """Ask in both ways, by turns: one's context, and the words of source document 1 without any."""
+    """Ask by the context and by ResourceConstraints in turn."""
     platform = _platform[-1]
     platform.clock.now += one["ms"] / 1000
     for at, question in enumerate(one["asks"]):
@@ -157,7 +161,7 @@ def _several(items: list[dict[str, Any]], ctx: Context) -> list[int]:
     for one in items:
         _ask(one, ctx)
     level = ctx.degradation.level
-    if len(items) == 1:  # it has nobody to be isolated from
+    if len(items) == 1:  # a batch of one item is not isolated
         _platform[-1].note(items, level)
     found = [index for one in items for index in _end(one)]
     _platform[-1].note(items, level)
@@ -237,7 +241,7 @@ def test_at_normal_a_receipt_is_always_empty(items: Any, shape: Any, name: str, 
     facts = platform.run_all(platform.job(name, items, **shape))
 
     assert facts["state"] == Status.SUCCEEDED, facts
-    assert told(facts) == {}
+    assert receipt_of(facts) == {}
     assert set(platform.limits) <= {1000}
 
 
@@ -249,7 +253,7 @@ def test_at_normal_a_receipt_is_always_empty(items: Any, shape: Any, name: str, 
     seed=st.integers(0, 10_000),
     levels=st.lists(st.sampled_from(Level), min_size=1, max_size=20),
 )
-def test_whatever_happens_each_item_counts_once_for_what_its_last_run_was_asked(
+def test_each_item_counts_once_by_the_questions_of_its_last_run(
     items: Any, shape: Any, name: str, seed: int, levels: list[Level]
 ) -> None:
     platform = PressedPlatform(seed)
@@ -259,13 +263,13 @@ def test_whatever_happens_each_item_counts_once_for_what_its_last_run_was_asked(
 
     assert facts["state"] == Status.SUCCEEDED, facts
     assert int(facts["done"]) + int(facts["failed"]) == len(items) == len(platform.noted)
-    assert told(facts) == platform.expected()
-    assert platform.wrong == [], (
-        "item, level it was asked at that was neither its node's nor an emergency"
+    assert receipt_of(facts) == platform.expected()
+    assert platform.wrong_levels == [], (
+        "items with a level that is neither that of their node nor an emergency"
     )
 
 
-# --- one by one -------------------------------------------------------------------------------
+# --- single cases -----------------------------------------------------------------------------
 
 EVERYTHING = tuple(QUESTIONS)
 AT_LEVEL: dict[Level, set[str]] = {
@@ -290,18 +294,18 @@ def run(
     level: Level,
     prepare: Callable[[PressedPlatform], None] = lambda _: None,
     **fields: Any,
-) -> tuple[Told, PressedPlatform]:
-    """Run a job, in one node unless fields say otherwise; return its receipt."""
+) -> tuple[Table, PressedPlatform]:
+    """Run a job, by default in one node; return its receipt."""
     platform = PressedPlatform(1, level)
     prepare(platform)
     facts = platform.run_all(platform.job(name, items, **({"type": "sequential"} | fields)))
     assert facts["state"] == Status.SUCCEEDED, facts
-    return told(facts), platform
+    return receipt_of(facts), platform
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("level", Level)
-def test_at_each_level_all_items_are_told_for_each_strategy_they_asked(
+def test_each_item_is_in_the_receipt_for_each_strategy_it_asked_for(
     level: Level, name: str
 ) -> None:
     receipt, platform = run(name, [item(i, *EVERYTHING, *EVERYTHING) for i in range(23)], level)
@@ -313,7 +317,7 @@ def test_at_each_level_all_items_are_told_for_each_strategy_they_asked(
 
 
 @pytest.mark.parametrize("name", ["unit_asks", "unit_asks_async"])
-def test_only_those_that_asked_are_told(name: str) -> None:
+def test_only_items_that_asked_are_in_the_receipt(name: str) -> None:
     receipt, _ = run(name, [item(i, *["limit"] * (i % 4)) for i in range(20)], Level.CRITICAL)
 
     assert receipt == {(LIMITS, "critical"): 15}
@@ -331,7 +335,7 @@ def test_a_batch_counts_all_its_items() -> None:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_items_that_fail_are_told_too(name: str) -> None:
+def test_failed_items_are_in_the_receipt(name: str) -> None:
     receipt, _ = run(
         name, [item(i, "limit", fails="always" if i % 3 else "") for i in range(20)], Level.HIGH
     )
@@ -340,7 +344,7 @@ def test_items_that_fail_are_told_too(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name.endswith("again")])
-def test_an_item_that_is_tried_again_is_told_once(name: str) -> None:
+def test_a_retried_item_is_in_the_receipt_once(name: str) -> None:
     receipt, platform = run(
         name, [item(i, "limit", fails="once" if i % 5 == 2 else "") for i in range(20)], Level.HIGH
     )
@@ -351,20 +355,18 @@ def test_an_item_that_is_tried_again_is_told_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["unit_asks_batch", "unit_asks_batch_again"])
 @pytest.mark.parametrize("fails", ["always", "once"])
-def test_a_batch_that_raises_and_is_run_one_by_one_tells_each_item_for_itself(
-    name: str, fails: str
-) -> None:
+def test_a_failed_batch_that_is_run_item_by_item_counts_each_item(name: str, fails: str) -> None:
     items = [item(0), item(1), item(2, "limit"), item(3, "limit", fails=fails), item(4)]
 
     receipt, platform = run(name, items, Level.HIGH)
 
-    assert len(platform.limits) > 2, "they were asked in the batch, and each again"
+    assert len(platform.limits) > 2, "they asked in the batch, and each again"
     assert receipt == {(LIMITS, "high"): 2}
 
 
 @operation("unit_asks_little", merge=_concatenated, simplified=lambda _: ["simple"])
 def unit_asks_little(_: int) -> list[str]:
-    """Take a simpler way where there is need."""
+    """Use a simpler way under pressure."""
     return ["full"]
 
 
@@ -374,7 +376,7 @@ async def _simple(_: int) -> list[str]:
 
 @operation("unit_asks_little_async", merge=_concatenated, concurrency=2, simplified=_simple)
 async def unit_asks_little_async(_: int) -> list[str]:
-    """Take a simpler way where there is need, among others."""
+    """Use a simpler way under pressure, among other items."""
     return ["full"]
 
 
@@ -385,7 +387,7 @@ async def unit_asks_little_async(_: int) -> list[str]:
     simplified=lambda items: ["simple"] * len(items),
 )
 def unit_asks_little_batch(items: list[int]) -> list[str]:
-    """Take a simpler way for several."""
+    """Use a simpler way for several items."""
     return ["full"] * len(items)
 
 
@@ -401,13 +403,13 @@ def unit_asks_little_batch(items: list[int]) -> list[str]:
         (Level.EMERGENCY, "simple", {(SIMPLIFIED, "emergency"): 9}),
     ],
 )
-def test_an_operations_simplified_implementation_is_told(
-    name: str, level: Level, output: str, receipt: Told
+def test_a_simplified_implementation_is_in_the_receipt(
+    name: str, level: Level, output: str, receipt: Table
 ) -> None:
     platform = PressedPlatform(1, level)
     spec = platform.submit(JobRequest(operation=name, items=range(9)))
 
-    assert told(platform.run_all(spec)) == receipt
+    assert receipt_of(platform.run_all(spec)) == receipt
     assert platform.output(spec) == [output] * 9
 
 
@@ -417,19 +419,19 @@ def test_an_operations_simplified_implementation_is_told(
     validate=lambda one: one is None or 1 / (one["fails"] != "always"),
 )
 def unit_asks_valid(one: dict[str, Any], ctx: Context) -> list[int]:
-    """Ask for what is neither empty nor invalid."""
+    """Ask for an item that is neither empty nor invalid."""
     return _one(one, ctx)
 
 
-def test_an_item_that_was_not_run_is_not_told() -> None:
+def test_an_item_that_was_not_run_is_not_in_the_receipt() -> None:
     platform = PressedPlatform(1, Level.HIGH)
     items = [None, item(1, "limit"), item(2, "limit", fails="always"), None, item(4, "limit")]
     conditions = Conditions(skip_if_empty=True, validate_before_process=True)
 
-    facts = platform.run_all(platform.job("unit_asks_valid", items, conditions=conditions))  # type: ignore[arg-type]  # empty ones
+    facts = platform.run_all(platform.job("unit_asks_valid", items, conditions=conditions))  # type: ignore[arg-type]  # empty items
 
     assert (facts["done"], facts["failed"], facts["skipped"]) == ("2", "1", "2")
-    assert told(facts) == {(LIMITS, "high"): 2}
+    assert receipt_of(facts) == {(LIMITS, "high"): 2}
 
 
 # --- when the level changes -------------------------------------------------------------------
@@ -437,10 +439,10 @@ def test_an_item_that_was_not_run_is_not_told() -> None:
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if "batch" not in name])
 @pytest.mark.parametrize("began", [Level.NORMAL, Level.HIGH])
-def test_an_emergency_is_acted_on_from_the_next_slice_on(name: str, began: Level) -> None:
+def test_an_emergency_holds_from_the_next_slice_on(name: str, began: Level) -> None:
     items = [
         item(i, "limit", ms=60, then="emergency" if i == 5 else "") for i in range(14)
-    ]  # each as long as a slice
+    ]  # each item takes a slice
 
     receipt, platform = run(name, items, began)
 
@@ -482,12 +484,12 @@ def test_each_node_has_the_level_at_which_it_begins(name: str) -> None:
             Level.EMERGENCY,
             Level.NORMAL,
             Level.HIGH,
-        ]  # the root, and four parts
+        ]  # the root and four parts
 
     items = [item(i, "limit", "simplified") for i in range(40)]
     receipt, platform = run(name, items, Level.NORMAL, prepare, type="parallel", chunk_size=10)
 
-    assert platform.wrong == []
+    assert platform.wrong_levels == []
     assert (
         receipt
         == platform.expected()
@@ -501,7 +503,7 @@ def test_each_node_has_the_level_at_which_it_begins(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("again", [Level.HIGH, Level.CRITICAL, Level.NORMAL])
-def test_a_node_that_is_lost_and_done_again_is_told_once_by_who_hands_in(
+def test_a_node_that_is_lost_and_repeated_counts_once_by_its_last_holder(
     name: str, again: Level
 ) -> None:
     def prepare(platform: PressedPlatform) -> None:
@@ -515,7 +517,7 @@ def test_a_node_that_is_lost_and_done_again_is_told_once_by_who_hands_in(
     assert receipt == ({(LIMITS, again.label): 12} if again else {})
 
 
-# --- what is in force, and where --------------------------------------------------------------
+# --- the degradation in force -----------------------------------------------------------------
 
 
 def test_outside_of_an_item_nothing_is_in_force() -> None:
@@ -537,7 +539,7 @@ def _cost(_: Any) -> dict[str, float]:
 
 @operation("unit_costs", merge=_concatenated, rate_limit=Rate(1e6, per_s=1), cost=_cost)
 def unit_costs(one: int) -> list[int]:
-    """Ask nothing itself."""
+    """Ask no question itself."""
     return [one]
 
 
@@ -549,22 +551,22 @@ def unit_costs(one: int) -> list[int]:
     cost=_cost,
 )
 async def unit_costs_async(one: int) -> list[int]:
-    """Ask nothing itself, among others."""
+    """Ask no question itself, among other items."""
     return [one]
 
 
 @pytest.mark.parametrize("name", ["unit_costs", "unit_costs_async"])
-def test_what_is_asked_on_behalf_of_an_item_is_told_with_it(name: str) -> None:
+def test_questions_of_a_cost_function_count_for_the_item(name: str) -> None:
     for level in (Level.EMERGENCY, Level.HIGH):
         _costs.clear()
         platform = PressedPlatform(1, level)
         facts = platform.run_all(platform.submit(JobRequest(operation=name, items=range(5))))
 
         assert _costs == [FACTORS[level]] * 5
-        assert told(facts) == {(LIMITS, level.label): 5}
+        assert receipt_of(facts) == {(LIMITS, level.label): 5}
 
 
-def test_a_receipt_is_in_the_order_of_its_words_and_says_what_it_means() -> None:
+def test_a_receipt_is_sorted_and_readable() -> None:
     facts = {
         "state": "running",
         "shaped:use_simplified_methods:critical": "2",

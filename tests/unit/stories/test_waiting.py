@@ -1,5 +1,6 @@
-"""Items that wait or are tried again, at random: each counts once, in order, and no try is lost or
-counted twice.
+"""Items that wait or are retried, at random: each counts once, in order.
+
+No attempt is lost or counted twice.
 """
 
 from __future__ import annotations
@@ -32,28 +33,24 @@ NEVER_ENDS = 99
 
 
 class Busy(ConnectionError):
-    """HTTP 503 with a time that is longer than a slice: whoever is told so sleeps, or leaves its
-    node.
-    """
+    """HTTP 503 with a retry time longer than a slice: the item sleeps, or leaves its node."""
 
     status_code = 503
-    headers = {"retry-after": "0.08"}  # as an HTTP client has it
+    headers = {"retry-after": "0.08"}  # as HTTP clients keep it
 
 
-class Weather:
-    """What each item of one job meets: how often it is refused, how often it fails; and what was
-    run.
-    """
+class Outcomes:
+    """The denials and failures of each item of one job, and the number of its runs."""
 
     def __init__(self, seed: int, n: int, hopeless: frozenset[int] = frozenset()) -> None:
         self.random = Random(seed)
-        rough = self.random.choice([0.0, 0.1, 0.4])
+        share = self.random.choice([0.0, 0.1, 0.4])
         self.refusals = [
-            self.random.choice([1, 1, 2, 5]) if self.random.random() < rough else 0
+            self.random.choice([1, 1, 2, 5]) if self.random.random() < share else 0
             for _ in range(n)
         ]
         self.failures = [
-            self.random.choice([1, 2, 3]) if self.random.random() < rough / 2 else 0
+            self.random.choice([1, 2, 3]) if self.random.random() < share / 2 else 0
             for _ in range(n)
         ]
         for index in hopeless:
@@ -62,8 +59,8 @@ class Weather:
         self.runs: Counter[int] = Counter()
         self.wrong_tries: list[tuple[int, int, int]] = []
 
-    def meet(self, index: int, tries: int) -> list[int]:
-        """Refuse, fail or answer."""
+    def answer(self, index: int, tries: int) -> list[int]:
+        """Deny, fail or answer."""
         if self.refusals[index]:
             self.refusals[index] -= 1
             raise RateLimited("x", self.random.choice([0.0, 0.001, 0.005, 0.03]), "not yet")
@@ -76,7 +73,7 @@ class Weather:
         return [index]
 
 
-_weather: list[Weather] = []
+_outcomes: list[Outcomes] = []
 
 
 def _concatenated(parts: Iterable[list[Any]]) -> list[Any]:
@@ -84,44 +81,48 @@ def _concatenated(parts: Iterable[list[Any]]) -> list[Any]:
 
 
 def _valid(item: Any) -> None:
-    """Validation sees each item once, and waits for nothing."""
+    """Check that validation sees each item once and never waits."""
     assert item is None or item >= 0
 
 
 @operation("unit_waits", merge=_concatenated, retry=QUICK, validate=_valid)
 def unit_waits(item: int, ctx: Context) -> list[int]:
-    """Answer, when the weather allows."""
-    return _weather[-1].meet(item, ctx.tries)
+    """Answer as the outcomes say."""
+    return _outcomes[-1].answer(item, ctx.tries)
 
 
 @operation("unit_waits_batch", merge=_concatenated, batch=True, retry=QUICK)
 def unit_waits_batch(items: list[int], ctx: Context) -> list[int]:
-    """Answer for several, or for none."""
-    return [index for item in items for index in _weather[-1].meet(item, ctx.tries)]
+    """Answer for several items, or for none."""
+    return [index for item in items for index in _outcomes[-1].answer(item, ctx.tries)]
 
 
 @operation("unit_waits_async", merge=_concatenated, concurrency=5, retry=QUICK)
 async def unit_waits_async(item: int, ctx: Context) -> list[int]:
-    """Answer among others."""
-    return _weather[-1].meet(item, ctx.tries)
+    """Answer among other items."""
+    return _outcomes[-1].answer(item, ctx.tries)
 
 
 @operation("unit_waits_bare", merge=_concatenated, concurrency=5)
 async def unit_waits_bare(item: int, ctx: Context) -> list[int]:
-    """Answer among others, without guards."""
-    return _weather[-1].meet(item, ctx.tries)
+    """Answer among other items, without guards."""
+    return _outcomes[-1].answer(item, ctx.tries)
 
 
 class WaitingPlatform(Platform):
-    """A platform whose parked nodes are woken by time or by name, as the random chooses."""
+    """A platform that wakes parked nodes by time or by name, at random."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
-        self.runtime.guards = Guards(self.store, self.settings, self.runtime.delivery.wake)
+        self.runtime.guards = Guards(
+            self.store,
+            self.settings,
+            lambda waiters: wake(self.ledger, self.mailbox, waiters),  # type: ignore[arg-type]  # has the methods of the dispatcher
+        )
         self.parked = 0
 
     def run_all(self, spec: JobSpec) -> dict[str, str]:
-        """Run until the job is final; fail when nothing moves and nothing waits."""
+        """Run until the job is final; fail when there is neither a message nor a parked node."""
         while not Status((facts := self.run(spec))["state"]).final:
             waiting = [
                 record.id for record in self.ledger.all_records(spec.job) if record.state == "p"
@@ -134,7 +135,7 @@ class WaitingPlatform(Platform):
         return facts
 
     def _wake_some(self, job: str, nodes: list[str]) -> None:
-        """By name, or by a time that has come; twice must not matter."""
+        """Wake nodes by name or by time; a second time must not matter."""
         if self.random.random() < 0.5:
             self.runtime.delivery.wake([f"{job} {node}" for node in (*nodes, *nodes[:1])])
             return
@@ -156,12 +157,12 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-def _job(seed: int, name: str) -> tuple[WaitingPlatform, JobSpec, Weather, list[int | None]]:
+def _job(seed: int, name: str) -> tuple[WaitingPlatform, JobSpec, Outcomes, list[int | None]]:
     random = Random(seed)
     n = random.choice([1, 2, 9, 40, 70])
     hopeless = frozenset(random.sample(range(n), min(n, random.choice([0, 0, 2]))))
-    weather = Weather(seed, n, hopeless)
-    _weather.append(weather)
+    outcomes = Outcomes(seed, n, hopeless)
+    _outcomes.append(outcomes)
     holes = {
         i for i in range(n) if i not in hopeless and random.random() < random.choice([0.0, 0.2])
     }
@@ -178,42 +179,42 @@ def _job(seed: int, name: str) -> tuple[WaitingPlatform, JobSpec, Weather, list[
         conditions=conditions,
         **shape,
     )
-    return platform, platform.submit(request), weather, items
+    return platform, platform.submit(request), outcomes, items
 
 
 def _is_exact(
-    platform: WaitingPlatform, spec: JobSpec, weather: Weather, items: list[int | None]
+    platform: WaitingPlatform, spec: JobSpec, outcomes: Outcomes, items: list[int | None]
 ) -> None:
     facts = platform.run_all(spec)
-    good = [item for item in items if item is not None and item not in weather.hopeless]
+    good = [item for item in items if item is not None and item not in outcomes.hopeless]
     assert facts["state"] == Status.SUCCEEDED, facts
     assert platform.output(spec) == (good or None) or not good
     counts = tuple(int(facts[name]) for name in ("done", "failed", "skipped"))
-    assert counts == (len(good), len(weather.hopeless), items.count(None))
-    assert platform.ledger.failed_items(spec.job) == sorted(weather.hopeless)
+    assert counts == (len(good), len(outcomes.hopeless), items.count(None))
+    assert platform.ledger.failed_items(spec.job) == sorted(outcomes.hopeless)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_items_that_wait_at_random_are_counted_once_and_tried_as_often_as_allowed(
+def test_waiting_items_count_once_and_are_tried_as_often_as_allowed(
     seed: int,
 ) -> None:
-    platform, spec, weather, items = _job(seed, "unit_waits")
+    platform, spec, outcomes, items = _job(seed, "unit_waits")
 
-    _is_exact(platform, spec, weather, items)
+    _is_exact(platform, spec, outcomes, items)
 
-    assert weather.wrong_tries == [], "index, tries told, tries made"
-    assert all(weather.runs[index] == ATTEMPTS for index in weather.hopeless)
+    assert outcomes.wrong_tries == [], "index, tries passed, tries made"
+    assert all(outcomes.runs[index] == ATTEMPTS for index in outcomes.hopeless)
 
 
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("name", ["unit_waits_batch", "unit_waits_async"])
-def test_items_that_wait_among_others_are_counted_once_and_in_order(seed: int, name: str) -> None:
-    platform, spec, weather, items = _job(seed, name)
+def test_items_that_wait_among_others_count_once_and_in_order(seed: int, name: str) -> None:
+    platform, spec, outcomes, items = _job(seed, name)
 
-    _is_exact(platform, spec, weather, items)
+    _is_exact(platform, spec, outcomes, items)
 
 
-def test_something_has_waited_in_most_of_these_jobs() -> None:
+def test_most_of_these_jobs_have_waited() -> None:
     waited = 0
     for seed in range(20):
         platform, spec, _, _ = _job(seed, "unit_waits")
@@ -223,7 +224,7 @@ def test_something_has_waited_in_most_of_these_jobs() -> None:
     assert waited >= 10
 
 
-# --- one by one: what the random seldom meets -------------------------------------------------
+# --- single cases that are rare at random -----------------------------------------------------
 
 
 def _run(name: str, items: list[Any], **fields: Any) -> tuple[dict[str, str], Any]:
@@ -235,18 +236,18 @@ def _run(name: str, items: list[Any], **fields: Any) -> tuple[dict[str, str], An
     return facts, platform.output(spec)
 
 
-def _calm(n: int) -> Weather:
-    """A weather in which nothing happens by chance."""
-    weather = Weather(0, n)
-    weather.refusals, weather.failures, weather.slow = [0] * n, [0] * n, False
-    _weather.append(weather)
-    return weather
+def _no_errors(n: int) -> Outcomes:
+    """Return outcomes without random denials or failures."""
+    outcomes = Outcomes(0, n)
+    outcomes.refusals, outcomes.failures, outcomes.slow = [0] * n, [0] * n, False
+    _outcomes.append(outcomes)
+    return outcomes
 
 
 @pytest.mark.parametrize("name", ["unit_waits_batch", "unit_waits_bare"])
 def test_an_empty_item_behind_one_that_waits_is_skipped_once(name: str) -> None:
-    weather = _calm(30)
-    weather.refusals[5] = 1
+    outcomes = _no_errors(30)
+    outcomes.refusals[5] = 1
 
     facts, output = _run(
         name,
@@ -262,25 +263,25 @@ def test_an_empty_item_behind_one_that_waits_is_skipped_once(name: str) -> None:
 
 
 def test_a_batch_of_one_that_fails_is_one_attempt() -> None:
-    weather = _calm(1)
-    weather.failures[0] = NEVER_ENDS
+    outcomes = _no_errors(1)
+    outcomes.failures[0] = NEVER_ENDS
 
     facts, _ = _run("unit_waits_batch", [0], type="sequential")
 
     assert facts["failed"] == "1"
-    assert weather.runs[0] == ATTEMPTS
+    assert outcomes.runs[0] == ATTEMPTS
 
 
-def test_several_async_items_that_wait_when_a_node_ends_keep_their_tries() -> None:
-    weather = _calm(5)
-    weather.failures, weather.slow = [NEVER_ENDS] * 5, True
+def test_async_items_that_wait_when_a_node_ends_keep_their_tries() -> None:
+    outcomes = _no_errors(5)
+    outcomes.failures, outcomes.slow = [NEVER_ENDS] * 5, True
 
     facts, _ = _run(
         "unit_waits_async", list(range(5)), strategy=Binary(min_chunk_size=5, max_depth=64)
     )
 
     assert facts["failed"] == "5"
-    assert weather.runs == dict.fromkeys(range(5), ATTEMPTS)
+    assert outcomes.runs == dict.fromkeys(range(5), ATTEMPTS)
 
 
 @operation(
@@ -290,7 +291,7 @@ def test_several_async_items_that_wait_when_a_node_ends_keep_their_tries() -> No
     cost=lambda item: {"requests": item},
 )
 def unit_dear(item: int) -> list[int]:
-    """Cost as much as the item says."""
+    """Cost the amount that the item gives."""
     return [item]
 
 
@@ -302,7 +303,7 @@ def unit_dear(item: int) -> list[int]:
     cost=lambda item: {"requests": item},
 )
 async def unit_dear_async(item: int) -> list[int]:
-    """Cost as much as the item says, among others."""
+    """Cost the amount that the item gives, among other items."""
     return [item]
 
 
@@ -318,7 +319,7 @@ def test_an_item_that_costs_more_than_a_bucket_ever_grants_fails_alone(name: str
 
 @operation("unit_limited", merge=_concatenated, service="unit_limited", bulkhead=1, timeout_s=0.06)
 def unit_limited(item: float) -> list[float]:
-    """Take so many seconds, and never more than the limit."""
+    """Take the seconds that the item gives, within a limit."""
     time.sleep(item)
     return [item]
 
@@ -338,11 +339,11 @@ def _limited(
     return facts
 
 
-def test_each_item_has_its_whole_limit_however_long_a_slice_is() -> None:
+def test_each_item_has_its_full_limit_in_a_slice_of_any_length() -> None:
     assert _limited([0.035] * 6)["done"] == "6"
 
 
-def test_an_item_that_begins_after_a_slow_read_has_its_whole_limit(
+def test_an_item_after_a_slow_read_has_its_full_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def prepare(platform: WaitingPlatform) -> None:
@@ -355,11 +356,11 @@ def test_an_item_that_begins_after_a_slow_read_has_its_whole_limit(
 
 
 @pytest.mark.parametrize("verb", ["acquire", "give_back"])
-def test_an_alarm_never_rings_in_a_guard(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+def test_an_item_limit_never_interrupts_a_guard(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
     stock = getattr(Bulkhead, verb)
 
     def slow(*args: Any, **more: Any) -> Any:
-        """Do it, while Redis is slow to answer."""
+        """Call the original while Redis is slow to answer."""
         done = stock(*args, **more)
         time.sleep(0.1)
         return done
@@ -369,12 +370,12 @@ def test_an_alarm_never_rings_in_a_guard(monkeypatch: pytest.MonkeyPatch, verb: 
     assert _limited([0.001] * 3)["done"] == "3"
 
 
-def test_an_alarm_never_rings_while_what_an_item_did_is_noted(
+def test_an_item_limit_never_interrupts_the_recording_of_an_outcome(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stock = NodeOutcome.add
     monkeypatch.setattr(
-        NodeOutcome, "add", lambda harvest, output: (stock(harvest, output), time.sleep(0.1))[0]
+        NodeOutcome, "add", lambda outcome, output: (stock(outcome, output), time.sleep(0.1))[0]
     )
 
     facts = _limited([0.001] * 3)
@@ -399,7 +400,7 @@ def test_an_item_past_its_limit_fails_and_gives_its_permit_back() -> None:
 
 @operation("unit_narrow", merge=_concatenated, bulkhead=1)
 def unit_narrow(item: int) -> list[int]:
-    """Bear one call at a time."""
+    """Allow one call at a time."""
     return [item]
 
 
@@ -419,16 +420,18 @@ def _parked_at_a_full_bulkhead(
     return bulkhead, permit, specs
 
 
-def test_a_permit_that_comes_back_wakes_the_first_who_waits() -> None:
+def test_a_released_permit_wakes_the_first_waiting_node() -> None:
     platform = WaitingPlatform(2)
     _, permit, [spec] = _parked_at_a_full_bulkhead(platform, 1)
 
     permit.release()
 
-    assert platform.run(spec)["state"] == Status.SUCCEEDED, "called, without any time having passed"
+    assert platform.run(spec)["state"] == Status.SUCCEEDED, (
+        "it was woken without any passing of time"
+    )
 
 
-def test_a_waiter_whose_job_was_cancelled_takes_nobodys_turn() -> None:
+def test_a_waiter_of_a_cancelled_job_does_not_block_the_next() -> None:
     platform = WaitingPlatform(3)
     _, permit, [first, second] = _parked_at_a_full_bulkhead(platform, 2)
     assert platform.ledger.stop(first.job, "cancelled") == Status.CANCELLED
@@ -436,7 +439,7 @@ def test_a_waiter_whose_job_was_cancelled_takes_nobodys_turn() -> None:
     permit.release()
 
     assert platform.run(second)["state"] == Status.SUCCEEDED, (
-        "called, although a dead one stood before it"
+        "it was woken, although a cancelled waiter was before it"
     )
 
 
@@ -451,11 +454,11 @@ def test_a_node_that_parks_after_its_job_was_stopped_is_skipped_at_once() -> Non
     assert platform.ledger.facts(spec.job)["state"] == Status.CANCELLED
 
 
-def test_a_node_that_meets_a_worker_which_does_not_know_its_operation_keeps_its_tries(
+def test_a_node_at_a_worker_without_its_operation_keeps_its_tries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    platform, weather = WaitingPlatform(5), _calm(1)
-    weather.failures[0] = NEVER_ENDS
+    platform, outcomes = WaitingPlatform(5), _no_errors(1)
+    outcomes.failures[0] = NEVER_ENDS
     spec = platform.submit(JobRequest(operation="unit_waits", items=[0], type="sequential"))
     platform.run(spec)
     node = platform.store.client.hget(platform.keys.of(spec.job).nodes, "root")
