@@ -1,1 +1,1 @@
-"""Unit tests. The folders are those of the code; `stories` holds the tests that cross modules."""
+"""Unit tests in the folders of the code; `stories` holds the tests that cross modules."""

@@ -1,8 +1,9 @@
 """A platform in one process: the real splitting, ledger, node and merge code, without Celery.
 
-Messages go to a list instead of a broker, the ledger's scripts run on fakeredis, and items take as
-long as a clock of ours says.  What moves is chosen by a seeded `Random`, so a failing run can be
-repeated."""
+Messages go to a list instead of a broker, and the scripts of the ledger run on fakeredis. An item
+takes time on the clock of the harness. A seeded `Random` makes every choice, so a failing run can
+be repeated.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from scheduler.slots import SlotBoard
 
 
 class Clock:
-    """Time that passes only when an item takes some."""
+    """Time that passes only while an item runs."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -41,7 +42,7 @@ class Clock:
 
 
 class Mailbox:
-    """Stands where the dispatcher does: keeps messages until the harness runs them."""
+    """A stand-in for the dispatcher, which keeps messages until the harness runs them."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -76,7 +77,7 @@ class Mailbox:
 
 
 class Platform:
-    """Run jobs to their end, in any order the random chooses."""
+    """Runs jobs to their end, in the order that the random generator chooses."""
 
     def __init__(self, seed: int = 0, *, slots: int = 4, settings: Settings | None = None) -> None:
         registry.import_operations(())
@@ -91,13 +92,34 @@ class Platform:
         self.runtime = Runtime.build(
             self.settings,
             self.ledger,
-            self.mailbox,  # type: ignore[arg-type]  # has the dispatcher's verbs
-            shared=self.store,
+            self.slots,
+            Preemption(self.store, self.keys, self.slots),
+            ItemReader(self.store),
+            self.mailbox,  # type: ignore[arg-type]  # has the methods of the dispatcher
+            page,
+            Guards(self.store, self.settings, lambda waiters: None),
+            ItemTimeouts(Timeouts(self.store), self.settings.node, self.clock),
+            FaultLog(self.store),
+            Usage(self.store, self.keys),
+            SlotShares(self.store, self.settings, page, lambda waiters: None),
+            Board(self.store, self.keys, self.settings.pressure),
+            WaitingRoom(self.store, self.keys),
+            NodeEvents(Events(self.store), self.settings.alerts, self.clock),
+            self._rounds(),
+            worker="unit",
             clock=self.clock,
         )
         self.runtime.worker = "unit"
         self.slot_count = slots
         self.queues = [f"unit.{priority}" for priority in Priority]
+
+    def _rounds(self) -> Rounds:
+        budgets = JobBudgets(self.store, self.settings)
+
+        def wake_all(waiters: Sequence[str]) -> int:
+            return wake(self.ledger, self.mailbox, waiters)  # type: ignore[arg-type]  # has the methods of the dispatcher
+
+        return Rounds(self.ledger, self.mailbox, self.settings, budgets, wake_all)  # type: ignore[arg-type]  # has the methods of the dispatcher
 
     def submit(self, request: JobRequest) -> JobSpec:
         """Open a job as the client does, without Celery."""
@@ -141,7 +163,7 @@ class Platform:
         self._maybe_merge(job)
 
     def _maybe_merge(self, job: str) -> None:
-        """Fire some chord body, early or late: it must never matter."""
+        """Run some chord body, early or late; it must never matter."""
         if self.mailbox.splits and self.random.random() < 0.5:
             split = self.random.choice(self.mailbox.splits)
             assert group_id(job, split.id)
@@ -150,14 +172,14 @@ class Platform:
             compact_split(self.ledger, job, registry.get(spec.operation), split.lo, split.hi)
 
     def run(self, spec: JobSpec, between: Callable[[], None] = lambda: None) -> dict[str, str]:
-        """Run until no message is left; return the job's facts."""
+        """Run until no message is left; return the facts of the job."""
         while self.mailbox.messages:
             self.step()
             between()
         return self.ledger.facts(spec.job)
 
     def output(self, spec: JobSpec) -> Any:
-        """Return the packed answer, or the pages of a job without a merge."""
+        """Return the unpacked answer, or the pages of a job without a merge."""
         from rlm_tasks.jobs import codec
         from rlm_tasks.ledger.partials import flattened, partials
 

@@ -1,8 +1,8 @@
-"""The ledger against an oracle in plain Python: claims, finishes, duplicates, expiries and sweeps
-in any order.
+"""The ledger against an oracle in plain Python: claims, finishes, duplicates, expiries and sweeps.
 
-Time does not pass by itself: leases are long, and a rule lets one run out.  A subclass says which
-Redis it runs on."""
+They come in any order. Time does not pass by itself: leases are long, and a rule lets one run out.
+A subclass gives the Redis that it runs on.
+"""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ QUEUED, RUNNING, PARKED, DONE, CUT, SKIPPED = "q", "r", "p", "d", "c", "k"
 
 @dataclass
 class Node:
-    """What the oracle knows of a node."""
+    """The oracle's record of a node."""
 
     lo: int
     hi: int
     state: str = QUEUED
-    token: str = ""  # of its last holder
-    lapsed: bool = False  # its lease, or the time it is parked for, is over
-    lost: bool = False  # swept from its holder, and nobody else has claimed it
-    aged: bool = False  # its message was sent long ago
+    token: str = ""  # the token of its last holder
+    lapsed: bool = False  # its lease has run out, or its parking time has come
+    lost: bool = False  # swept from its holder, and not claimed since
+    aged: bool = False  # its message was sent a long time ago
     epoch: int = 0
-    tries: int = 0  # how often its first item has failed
+    tries: int = 0  # the number of failures of its first item
     kids: list[str] = field(default_factory=list)
 
     def is_held_by(self, token: str) -> bool:
-        """Whether a token may still act on it."""
+        """Return whether a token may still act on the node."""
         return self.token == token and (
             self.state == RUNNING or (self.state == QUEUED and self.lost)
         )
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """One job, driven at random; every answer is held against the oracle's."""
+    """One job, driven at random; every answer is compared with that of the oracle."""
 
     connect: ClassVar[staticmethod[[], redis.Redis]]
 
@@ -68,7 +68,7 @@ class LedgerMachine(RuleBasedStateMachine):
         shape = JobRequest(operation="sum", items=range(n)).shape(1000.0)
         self.spec = JobSpec("job", "sum", RangeSource(0, 1), n, shape, "queue")
         assert self.ledger.open([(self.spec, "t")], 3600) == [True]
-        assert self.ledger.open([(self.spec, "t")], 3600) == [False], "once"
+        assert self.ledger.open([(self.spec, "t")], 3600) == [False], "a job is opened once"
         self.keys, self.n = keys.of("job"), n
         self.nodes: dict[str, Node] = {ROOT: Node(0, n)}
         self.claims: list[Claim] = []
@@ -79,7 +79,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.deaths: dict[int, int] = {}
         self.merge_last_calls = 0
 
-    # --- what workers do -----------------------------------------------------------------------
+    # --- workers ------------------------------------------------------------------------------
 
     def pick(self, data: st.DataObject) -> str:
         """Choose a node."""
@@ -88,18 +88,18 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.state != "closed")
     @rule(data=st.data())
     def claim_open(self, data: st.DataObject) -> None:
-        """A message of a node that waits for one arrives."""
+        """Deliver the message of a node that waits for one."""
         waiting = [id for id, node in self.nodes.items() if node.state == QUEUED]
         if waiting:
-            self.arrives(data.draw(st.sampled_from(waiting), "node"), False)
+            self.message_arrives(data.draw(st.sampled_from(waiting), "node"), False)
 
     @rule(data=st.data(), again=st.booleans())
     def claim(self, data: st.DataObject, again: bool) -> None:
-        """Some message arrives: the first, a copy, or one whose claim's answer was lost."""
-        self.arrives(self.pick(data), again)
+        """Deliver some message: the first, a copy, or a repeated claim."""
+        self.message_arrives(self.pick(data), again)
 
-    def arrives(self, id: str, again: bool) -> None:
-        """Claim a node, and hold the answer against what it must be."""
+    def message_arrives(self, id: str, again: bool) -> None:
+        """Claim a node, and compare the answer with the expected one."""
         node = self.nodes[id]
         token = node.token if again and node.token else self.new_token()
         [record] = self.ledger.records("job", [id])
@@ -136,7 +136,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.claims.append(answer)
 
     def expected_claim(self, id: str, node: Node, token: str) -> str:
-        """What CLAIM must answer."""
+        """Return the answer that CLAIM must give."""
         if self.state == "closed":
             return "closed"
         if node.state in (DONE, SKIPPED):
@@ -152,22 +152,20 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.state != "closed")
     @rule(data=st.data(), parts=st.integers(0, 4))
     def finish_held(self, data: st.DataObject, parts: int) -> None:
-        """The holder of a node hands it in."""
+        """Finish a node as its holder."""
         held = [
             each
             for each in self.claims
             if each.node != MERGE and self.nodes[each.node].is_held_by(each.token)
         ]
         if held:
-            self.hands_in(data, data.draw(st.sampled_from(held), "claim"), parts)
+            self.finish_with_parts(data, data.draw(st.sampled_from(held), "claim"), parts)
 
     @precondition(lambda self: any(claim.node != MERGE for claim in self.claims))
     @rule(data=st.data(), parts=st.integers(0, 3))
     def finish(self, data: st.DataObject, parts: int) -> None:
-        """Somebody who once held a node hands it in: its holder, a stale one, or one whose answer
-        was lost.
-        """
-        self.hands_in(
+        """Finish a node as an earlier or present holder, or a second time."""
+        self.finish_with_parts(
             data,
             data.draw(
                 st.sampled_from([each for each in self.claims if each.node != MERGE]), "claim"
@@ -175,8 +173,8 @@ class LedgerMachine(RuleBasedStateMachine):
             parts,
         )
 
-    def hands_in(self, data: st.DataObject, claim: Claim, parts: int) -> None:
-        """Finish a node with some parts left, and hold the answer against what it must be."""
+    def finish_with_parts(self, data: st.DataObject, claim: Claim, parts: int) -> None:
+        """Finish a node with some parts left, and compare the answer with the expected one."""
         node = self.nodes[claim.node]
         rest = min(parts, node.hi - node.lo)
         mid = node.hi if rest == 0 else data.draw(st.integers(node.lo, node.hi - rest), "mid")
@@ -208,7 +206,7 @@ class LedgerMachine(RuleBasedStateMachine):
         finished = self.ledger.finish(claim, report, b"partial" if mid > node.lo else b"")
 
         if node.state in (DONE, CUT) and node.token == claim.token:
-            assert finished.answer == "ok", "the same caller, whose answer was lost"
+            assert finished.answer == "ok", "the same caller repeats it, as if the answer was lost"
         elif not node.is_held_by(claim.token):
             assert finished.answer == "stale"
         else:
@@ -216,7 +214,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.finished(claim, node, mid, kids, finished.outcome)
 
     def finished(self, claim: Claim, node: Node, mid: int, kids: list[Child], outcome: str) -> None:
-        """Carry a finish over to the oracle."""
+        """Apply a finish to the oracle."""
         if mid > node.lo:
             self.done.append((node.lo, mid))
         registered = [] if self.stopped else kids
@@ -243,7 +241,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(claim.node == MERGE for claim in self.claims))
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
-        """Somebody who once held the root merge closes the job."""
+        """Close the job as an earlier or present holder of the root merge."""
         claim = data.draw(
             st.sampled_from([each for each in self.claims if each.node == MERGE]), "claim"
         )
@@ -261,18 +259,18 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(node.lost for node in self.nodes.values()))
     @rule(data=st.data())
     def beat_late(self, data: st.DataObject) -> None:
-        """A main process beats for a holder whose lease ran out."""
+        """Send a heartbeat for a holder whose lease ran out."""
         lost = [each for each in self.claims if self.nodes[each.node].lost]
         self.beats_for(data.draw(st.sampled_from(lost), "claim"))
 
     @precondition(lambda self: self.claims)
     @rule(data=st.data())
     def beat(self, data: st.DataObject) -> None:
-        """A main process beats for somebody who once held a node."""
+        """Send a heartbeat for an earlier or present holder of a node."""
         self.beats_for(data.draw(st.sampled_from(self.claims), "claim"))
 
     def beats_for(self, claim: Claim) -> None:
-        """Beat, and renew a lease that nobody else has taken."""
+        """Send a heartbeat; it renews a lease that no other holder has taken."""
         node = self.nodes[claim.node]
         self.ledger.beat([("job", claim.node, claim.token)])
         if node.is_held_by(claim.token):
@@ -281,7 +279,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.claims)
     @rule(data=st.data(), dies=st.booleans())
     def release(self, data: st.DataObject, dies: bool) -> None:
-        """A main process gives back what a dead, or just stopped, process of its own held."""
+        """Release a node whose process died, or just stopped."""
         claim = data.draw(st.sampled_from(self.claims), "claim")
         node = self.nodes[claim.node]
         item = node.lo if claim.node != MERGE and dies else -1
@@ -303,7 +301,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(claim.node != MERGE for claim in self.claims))
     @rule(data=st.data(), tries=st.integers(0, 3))
     def park(self, data: st.DataObject, tries: int) -> None:
-        """Somebody who once held a node lets it wait."""
+        """Park a node as an earlier or present holder."""
         claim = data.draw(
             st.sampled_from([each for each in self.claims if each.node != MERGE]), "claim"
         )
@@ -319,7 +317,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def call(self, data: st.DataObject) -> None:
-        """A guard calls a node, which may be parked or anything else."""
+        """Unpark a node, which may be parked or in any other state."""
         id = self.pick(data)
         node = self.nodes[id]
         called = self.ledger.unpark("job", id)
@@ -327,11 +325,11 @@ class LedgerMachine(RuleBasedStateMachine):
         if called:
             node.state, node.lapsed, node.aged = QUEUED, False, False
 
-    # --- what time does ------------------------------------------------------------------------
+    # --- time ---------------------------------------------------------------------------------
 
     @rule(data=st.data())
     def lapse(self, data: st.DataObject) -> None:
-        """A lease runs out, or a parked node's time has come."""
+        """Let a lease run out, or the time of a parked node come."""
         timed = [id for id, node in self.nodes.items() if node.state in (RUNNING, PARKED)]
         if timed and self.state != "closed":
             id = data.draw(st.sampled_from(timed), "node")
@@ -343,7 +341,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def age(self, data: st.DataObject) -> None:
-        """A message has been on its way for long."""
+        """Let a message be in transit for a long time."""
         queued = [id for id, node in self.nodes.items() if node.state == QUEUED]
         if queued and self.state != "closed":
             id = data.draw(st.sampled_from(queued), "node")
@@ -352,11 +350,11 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule()
     def sweep(self) -> None:
-        """Somebody looks for what is overdue."""
+        """Sweep overdue nodes."""
         before = self.state
         swept = self.ledger.sweep("job")
         sent = list(swept.send)
-        assert len(sent) == len(set(sent)), "nothing is sent twice"
+        assert len(sent) == len(set(sent)), "no node is sent twice"
         if before == "closed":
             assert sent == []
             return
@@ -368,8 +366,8 @@ class LedgerMachine(RuleBasedStateMachine):
         aged = {id for id, node in self.nodes.items() if node.state == QUEUED and node.aged}
         assert overdue <= set(sent) <= overdue | aged
         if not overdue and aged and self.state != "closed":
-            # Whether one or all are sent depends on what has arrived since; none at all would be a
-            # hang.
+            # One or all are sent, depending on the messages that have arrived since. Without
+            # any the job would hang.
             waited = self.ledger.facts("job")
             assert sent or max(int(waited["claimed_ms"]), int(waited["probed_ms"])) > 0
         for id in sent:
@@ -380,31 +378,31 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.state not in ("closed", "merging"))
     @rule(dice=st.integers(0, 9))
     def cancel(self, dice: int) -> None:
-        """Somebody cancels the job."""
+        """Cancel the job."""
         if dice:
-            return  # seldom, or nothing else would be seen
+            return  # rarely, so that other rules run, too
         self.ledger.stop("job", "cancelled")
         self.stopped = True
         self.skip_waiting()
         if not self.unfinished():
             self.state = "closed"
 
-    # --- what must hold always -----------------------------------------------------------------
+    # --- invariants ---------------------------------------------------------------------------
 
     def skip(self, node: Node) -> None:
-        """Nobody will work on it."""
+        """Mark a node as skipped."""
         node.state = SKIPPED
         if not self.unfinished() and self.stopped:
             self.state = "closed"
 
     def skip_waiting(self) -> None:
-        """What waits in a job that ends is skipped by whoever comes by."""
+        """Skip the waiting nodes of a job that ends, as any caller does."""
         for id, node in self.nodes.items():
             if id != MERGE and node.state in (QUEUED, PARKED):
                 self.skip(node)
 
     def new_token(self) -> str:
-        """Return a token nobody has."""
+        """Return an unused token."""
         self.tokens += 1
         return f"token-{self.tokens}"
 
@@ -418,12 +416,12 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def ranges_tile(self) -> None:
-        """What is done, what is open and what is skipped tile [0, n)."""
+        """The done, open and skipped ranges tile [0, n)."""
         open_ = [(node.lo, node.hi) for node in self.unfinished()]
         facts = self.ledger.facts("job")
         covered = sorted([*self.done, *open_])
         if facts["state"] != "succeeded":
-            # An answer that covers everything is kept alone.
+            # An answer that covers the whole range replaces its parts.
             assert sorted(self.ledger.ranges("job")) == sorted(self.done)
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(covered)), "no overlap"
         total = sum(hi - lo for lo, hi in covered)
@@ -438,11 +436,11 @@ class LedgerMachine(RuleBasedStateMachine):
         open_merge = merge is not None and merge.state != DONE
         assert int(facts["pending"]) == len(self.unfinished()) + int(open_merge)
         assert (facts["state"] in ("succeeded", "cancelled")) == (self.state == "closed")
-        assert self.merge_last_calls <= 1, "one caller is told that it was the last"
+        assert self.merge_last_calls <= 1, "one caller at most is the last"
 
     @invariant()
     def every_open_node_is_findable(self) -> None:
-        """A node that waits for a message or a time is in exactly one index: nothing can be
+        """A node that waits for a message or a time is in exactly one index, so none can be
         forgotten.
         """
         if self.state == "closed":
@@ -455,7 +453,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert client.zscore(self.ledger.keys.due, "job") is not None
 
     def teardown(self) -> None:
-        """Let one good worker run what is left: the job ends, with every item in it."""
+        """Let one healthy worker run the rest: the job ends with every item counted."""
         if not hasattr(self, "ledger"):
             return
         for _ in range(10_000):
@@ -469,7 +467,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert facts["done"] == str(self.n)
 
     def drain_one(self) -> None:
-        """Claim and finish one open node, whoever seems to hold it."""
+        """Claim and finish one open node, whatever its holder."""
         id, node = next(
             (id, node) for id, node in self.nodes.items() if node.state in (QUEUED, RUNNING, PARKED)
         )

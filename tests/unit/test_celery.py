@@ -1,4 +1,4 @@
-"""What beat is told: when the monitor is due, and where its lock is, without showing a password."""
+"""The configuration of beat: the schedule of the monitor, and its lock; no password is shown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("redbeat")
 
 
 @pytest.mark.parametrize(
-    ("url", "told", "password"),
+    ("url", "shown_url", "password"),
     [
         ("redis://localhost:6379/0", "redis://localhost:6379/0", None),
         ("redis://:s3cret@host:6380/1", "redis://host:6380/1", "s3cret"),
@@ -22,16 +22,16 @@ pytest.importorskip("redbeat")
         ("redis://user@host/0", "redis://user@host/0", None),
     ],
 )
-def test_the_lock_is_in_the_ledgers_redis_and_nobody_is_shown_its_password(
-    url: str, told: str, password: str | None
+def test_the_lock_is_in_the_redis_of_the_ledger_and_its_password_is_hidden(
+    url: str, shown_url: str, password: str | None
 ) -> None:
     found = beat_configuration(Settings(redis_url=url, broker_url="amqp://elsewhere"))
-    assert found["redbeat_redis_url"] == told
+    assert found["redbeat_redis_url"] == shown_url
     assert found["redbeat_redis_options"].get("password") == password
     assert "s3" not in str(filter_hidden_settings(found)), "as `celery inspect conf` shows it"
 
 
-def test_the_monitor_is_due_as_often_as_settings_say_and_keys_are_the_platforms_own() -> None:
+def test_the_schedule_of_the_monitor_and_the_prefix_of_keys() -> None:
     found = beat_configuration(
         Settings(namespace="second", pressure=PressureSettings(monitor_s=2.5))
     )
@@ -39,7 +39,7 @@ def test_the_monitor_is_due_as_often_as_settings_say_and_keys_are_the_platforms_
     assert found["redbeat_key_prefix"].startswith("second:")
 
 
-def test_beat_has_its_lock_where_the_sentinels_say() -> None:
+def test_beat_finds_its_lock_by_the_sentinels() -> None:
     pytest.importorskip("redbeat")
     found = beat_configuration(watched(broker_url="amqp://elsewhere"))
 
@@ -52,7 +52,7 @@ def test_beat_has_its_lock_where_the_sentinels_say() -> None:
     assert (options["db"], options["password"]) == (2, "hush")
 
 
-def test_beat_verifies_the_certificate_as_everybody_does() -> None:
+def test_beat_verifies_the_certificate() -> None:
     pytest.importorskip("redbeat")
     found = beat_configuration(Settings(redis_url="rediss://host", broker_url="amqp://elsewhere"))
 

@@ -38,17 +38,15 @@ from tests.unit.test_installation import made
         ),
     ],
 )
-def test_a_setting_that_stands_in_the_way_stays_and_is_named(
-    config: dict[str, Any], said: str
-) -> None:
+def test_a_conflicting_setting_is_kept_and_reported(config: dict[str, Any], said: str) -> None:
     app = made(**config)
 
     (sentence,) = conflicts(app)
     assert said in sentence
-    assert {name: app.conf[name] for name in config} == config, "it is theirs"
+    assert {name: app.conf[name] for name in config} == config, "the app's setting is unchanged"
 
 
-def test_settings_that_do_no_harm_are_not_mentioned() -> None:
+def test_harmless_settings_are_not_reported() -> None:
     assert (
         conflicts(
             made(

@@ -1,7 +1,6 @@
-"""What is shipped for deployment fits the code: settings, commands, metrics, alerts; and it is safe
-as it stands.
+"""The files for deployment fit the code: settings, commands, metrics and alerts.
 
-Nothing is started here, and no tool but Python is needed.
+They are safe to use unchanged. These tests start nothing and need no tool but Python.
 """
 
 from __future__ import annotations
@@ -74,9 +73,11 @@ def of_kind(kind: str) -> dict[str, dict[str, Any]]:
 
 
 def interpolated(text: str) -> str:
-    """Return a value as Compose makes it: a default, or something for what must be given."""
+    """Return a value as Compose makes it: a default, or a placeholder for a required one."""
     return re.sub(
-        r"\$\{\w+:([-?])([^}]*)\}", lambda found: found[2] if found[1] == "-" else "given", text
+        r"\$\{\w+:([-?])([^}]*)\}",
+        lambda command_of: command_of[2] if command_of[1] == "-" else "given",
+        text,
     )
 
 
@@ -111,7 +112,7 @@ def test_every_variable_is_a_setting(
     assert validate(os.environ) == []
 
 
-def test_no_secret_is_in_the_clear() -> None:
+def test_no_file_contains_a_secret() -> None:
     for path in SHIPPED:
         text = path.read_text(encoding="utf-8")
         assert re.findall(r"://[^/\s@]*:(?!\$\{)[^/\s@]+@", text) == [], path
@@ -126,7 +127,7 @@ def test_no_secret_is_in_the_clear() -> None:
     assert not any(SECRET.search(name) for name in of_kind("ConfigMap")["settings"]["data"])
 
 
-def test_the_image_is_built_from_what_is_sent_and_sends_no_secret() -> None:
+def test_the_build_context_has_all_files_and_no_secret() -> None:
     sent = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
 
     copied = {
@@ -144,7 +145,7 @@ def test_the_image_is_built_from_what_is_sent_and_sends_no_secret() -> None:
 
 
 def commands() -> Iterator[str]:
-    """Yield every command of ours, as it is written."""
+    """Yield every one of our commands, as it is written."""
     for service in SERVICES.values():
         yield from in_container(service.get("command", []))
         yield from in_container(service["healthcheck"]["test"])
@@ -159,8 +160,8 @@ def commands() -> Iterator[str]:
 
 
 def of_page(name: str) -> Iterator[str]:
-    """Yield the commands that a page names, or hands to another program; what else its blocks hold
-    is run elsewhere.
+    """Yield the commands that a page names or passes to another program; other blocks are run
+    elsewhere.
     """
     yield from re.findall(r"`(celery -A rlm_tasks [^`|\n]*[^`|\n.])`", PAGES[name])
     for block in read_page(name, PAGES[name]):
@@ -177,16 +178,16 @@ def in_container(words: list[str]) -> Iterator[str]:
 
 
 def begin_with(rule: dict[str, Any]) -> str:
-    """Return the command that an alert ends with."""
+    """Return the command at the end of an alert."""
     _, command, arguments = rule["annotations"]["description"].rpartition("celery -A rlm_tasks ")
     return str(command + arguments)
 
 
 def parse(line: str) -> None:
-    """Raise click's errors for what the program would not understand; nothing is run."""
+    """Raise click's error for a command that the program would not accept; nothing is run."""
     program, option, name, *words = shlex.split(line)
     assert (program, option, name) == ("celery", "-A", "rlm_tasks")
-    command, context = found(line, words)
+    command, context = command_of(line, words)
     if command is flower:
         assert [
             word
@@ -206,8 +207,8 @@ def parse(line: str) -> None:
             each.type_cast_value(context, values[each.name])
 
 
-def found(line: str, words: list[str]) -> tuple[click.Command, click.Context]:
-    """Return the command a line ends at, and take the words that lead to it."""
+def command_of(line: str, words: list[str]) -> tuple[click.Command, click.Context]:
+    """Return the command that a line calls, and remove its words from the line."""
     command: click.Command = celery
     context = click.Context(celery)
     while isinstance(command, click.Group) and words and not words[0].startswith("-"):
@@ -218,12 +219,12 @@ def found(line: str, words: list[str]) -> tuple[click.Command, click.Context]:
 
 
 @pytest.mark.parametrize("line", sorted(set(commands())))
-def test_every_command_is_understood(line: str) -> None:
+def test_every_command_can_be_parsed(line: str) -> None:
     parse(line)
 
 
 @pytest.mark.parametrize("name", sorted(PAGES))
-def test_every_command_of_a_page_is_understood(name: str) -> None:
+def test_every_command_of_a_page_can_be_parsed(name: str) -> None:
     for line in of_page(name):
         parse(line)
 
@@ -237,12 +238,12 @@ def test_every_command_of_a_page_is_understood(name: str) -> None:
         "rlm pressure history --limit x",
     ],
 )
-def test_a_command_that_does_not_exist_is_found(wrong: str) -> None:
+def test_an_unknown_command_is_detected(wrong: str) -> None:
     with pytest.raises((click.UsageError, AssertionError)):
         parse(f"celery -A rlm_tasks {wrong}")
 
 
-def test_files_that_the_page_names_exist() -> None:
+def test_the_files_named_by_the_page_exist() -> None:
     named = re.findall(r"\bdocs/deploy/[\w./-]+", PAGE) + [
         f"docs/deploy/kubernetes/{each}" for each in re.findall(r"`(\w+\.yaml)`", PAGE)
     ]
@@ -261,7 +262,7 @@ def test_the_page_lists_every_alert_with_its_command() -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_every_service_is_watched_limited_and_private(name: str) -> None:
+def test_every_service_has_a_health_check_limits_and_no_public_port(name: str) -> None:
     service = SERVICES[name]
 
     assert service["healthcheck"]["test"][0] in ("CMD", "CMD-SHELL")
@@ -273,7 +274,7 @@ def test_every_service_is_watched_limited_and_private(name: str) -> None:
         assert (ROOT / source).exists() if source.startswith(".") else source in COMPOSE["volumes"]
 
 
-def test_all_queues_are_consumed_and_redis_keeps_what_it_is_given() -> None:
+def test_all_queues_have_a_worker_and_redis_persists() -> None:
     consumed = {
         queue
         for each in SERVICES.values()
@@ -317,7 +318,7 @@ def test_the_kustomization_has_every_manifest() -> None:
 
 
 @pytest.mark.parametrize("name", PODS)
-def test_pods_are_probed_limited_and_confined(name: str) -> None:
+def test_pods_have_probes_limits_and_a_restricted_context(name: str) -> None:
     pod = PODS[name]
     (container,) = pod["containers"]
 
@@ -340,7 +341,7 @@ def test_pods_are_probed_limited_and_confined(name: str) -> None:
     assert "readinessProbe" in container
 
 
-def test_a_worker_is_restarted_for_its_own_sake_alone_and_waited_for_until_it_is_ready() -> None:
+def test_the_probes_of_a_worker_depend_on_the_worker_alone() -> None:
     (container,) = PODS["worker"]["containers"]
 
     assert container["livenessProbe"]["httpGet"] == {"path": "/livez", "port": "metrics"}
@@ -369,7 +370,7 @@ def test_selectors_find_their_pods_and_monitors_their_ports() -> None:
         }
 
 
-def test_keda_and_the_platform_s_advice_have_the_same_bounds() -> None:
+def test_keda_and_the_scaling_advice_have_the_same_bounds() -> None:
     settings, spec = of_kind("ConfigMap")["settings"]["data"], SCALED["spec"]
 
     assert spec["scaleTargetRef"]["name"] in PODS
@@ -388,32 +389,32 @@ TARGET_LABELS = {"job", "instance"}
 
 @cache
 def exposed() -> dict[str, set[str]]:
-    """Return the labels of every metric that there is, by the names that Prometheus knows."""
+    """Return the labels of every metric, by the names that Prometheus has."""
     with tempfile.TemporaryDirectory() as folder:
-        told = registry(
+        exposition = registry(
             Path(folder), lambda: WorkerState(1, 0, False, 0, 0.0, 0, {"mail": "closed"})
         )
         gauges = {
             sample.name: set(sample.labels)
-            for family in told.collect()
+            for family in exposition.collect()
             for sample in family.samples
         }
-    found = {"up": set[str]()} | gauges
+    command_of = {"up": set[str]()} | gauges
     ours = [
         each
         for each in DECLARED.values()
         if any(each in vars(module).values() for module in DECLARING)
-    ]  # others are tests' and users'
+    ]  # other metrics belong to tests and users
     for each in ours:
         if isinstance(each, Histogram):
-            found |= {
+            command_of |= {
                 f"{each.name}_bucket": {*each.labels, "le"},
                 f"{each.name}_sum": set(each.labels),
             }
-            found[f"{each.name}_count"] = set(each.labels)
+            command_of[f"{each.name}_count"] = set(each.labels)
         else:
-            found[each.name] = set(each.labels)
-    return found | dict(of_cluster())
+            command_of[each.name] = set(each.labels)
+    return command_of | dict(of_cluster())
 
 
 def of_cluster() -> Iterator[tuple[str, set[str]]]:
@@ -429,10 +430,9 @@ def of_cluster() -> Iterator[tuple[str, set[str]]]:
 
 
 def check(expression: str) -> set[str]:
-    """Fail for a query whose brackets do not match, or that asks for a metric or a label that there
-    is not.
+    """Return the labels of the answer to a query.
 
-    Return the labels of what it answers.
+    Fail for a query with brackets that do not match, or with an unknown metric or label.
     """
     for opening, closing in ("()", "[]", "{}"):
         assert expression.count(opening) == expression.count(closing), expression
@@ -501,11 +501,11 @@ def test_the_runbook_lists_every_alert_with_its_recipe() -> None:
     }
 
 
-def test_alerts_have_names_of_their_own() -> None:
+def test_alerts_have_different_names() -> None:
     assert len({rule["alert"] for rule in RULES}) == len(RULES)
 
 
-def test_queries_of_the_pages_ask_for_what_exists() -> None:
+def test_queries_of_the_pages_use_existing_metrics() -> None:
     queries = [
         block.text
         for name, text in PAGES.items()
@@ -519,7 +519,7 @@ def test_queries_of_the_pages_ask_for_what_exists() -> None:
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
-def test_every_panel_asks_for_what_exists(panel: dict[str, Any]) -> None:
+def test_every_panel_uses_existing_metrics(panel: dict[str, Any]) -> None:
     assert panel["targets"]
     for target in panel["targets"]:
         assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= check(target["expr"])
@@ -547,7 +547,7 @@ def test_the_dashboard_has_its_rows_and_nothing_overlaps() -> None:
     assert len({each["id"] for each in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
 
 
-def test_scaling_asks_for_what_exists() -> None:
+def test_scaling_uses_existing_metrics() -> None:
     check(SCALED["spec"]["triggers"][0]["metadata"]["query"])
 
 
@@ -561,7 +561,7 @@ def test_scaling_asks_for_what_exists() -> None:
         "sum(rlm_jobs",
     ],
 )
-def test_a_query_for_what_is_not_there_is_found(wrong: str) -> None:
+def test_a_query_for_a_missing_metric_is_detected(wrong: str) -> None:
     with pytest.raises(AssertionError):
         check(wrong)
 

@@ -1,4 +1,4 @@
-"""Packages of a user's that have the name of one of ours."""
+"""Packages of users with the same name as one of ours."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rlm_tasks import import_path
 LOOK = "from rlm_tasks import import_path as look; print(look.in_our_place(), look.behind_ours())"
 
 
-def looked(*path: Path, first: str = "") -> str:
-    """Return what a new process finds, with these folders in front of its path."""
+def found_with(*path: Path, first: str = "") -> str:
+    """Return the findings of a new process with these folders first on its path."""
     done = subprocess.run(
         [sys.executable, "-c", f"{first}{LOOK}"],
         capture_output=True,
@@ -30,23 +30,23 @@ def looked(*path: Path, first: str = "") -> str:
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
-    """A folder with a user's own package of our name, and with a folder that is no package."""
+    """A folder with a user's package of our name, and with a folder that is no package."""
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "__init__.py").write_text("", encoding="utf-8")
     (tmp_path / "resilience").mkdir()
     return tmp_path
 
 
-def test_a_package_in_place_of_ours_is_found_where_nothing_of_ours_can_be_imported(
+def test_a_package_in_place_of_ours_is_found_without_importing_ours(
     theirs: Path,
 ) -> None:
-    said = looked(theirs, import_path.HOME)
+    said = found_with(theirs, import_path.HOME)
 
     assert str({"scheduler": f"{theirs}/scheduler/__init__.py"}) in said
-    assert "resilience" not in said, "a folder without modules takes no package's place"
+    assert "resilience" not in said, "a folder without modules replaces no package"
 
 
-def test_a_package_that_was_imported_in_place_of_ours_is_found_though_the_path_is_mended(
+def test_a_package_imported_in_place_of_ours_is_found_after_the_path_is_corrected(
     theirs: Path,
 ) -> None:
     mended = (
@@ -55,6 +55,6 @@ def test_a_package_that_was_imported_in_place_of_ours_is_found_though_the_path_i
     )
 
     assert (
-        looked(theirs, import_path.HOME, first=mended)
+        found_with(theirs, import_path.HOME, first=mended)
         == f"{ {'scheduler': f'{theirs}/scheduler/__init__.py'} } {{}}"
     )

@@ -1,5 +1,5 @@
-"""What `install` adds to somebody's Celery app, in whatever order it is configured, and what it
-leaves alone.
+"""The additions of `install` to an app of Celery, in any order of configuration, and what it leaves
+unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.integration.pages import PAGES, ROOT, read
 
 SETTINGS = Settings(namespace="jobs")
 OURS = ["jobs.critical", "jobs.high", "jobs.normal", "jobs.low"]
-THEIRS = {
+APP_SETTINGS = {
     "broker_url": "redis://nowhere/3",
     "result_backend": "redis://nowhere/4",
     "broker_transport_options": {"global_keyprefix": "shop:", "visibility_timeout": 60},
@@ -42,36 +42,36 @@ MONITOR = {"task": "rlm.monitor", "schedule": 5.0}
 
 
 def made(**config: Any) -> Celery:
-    """Return an app of somebody's, configured and installed into."""
+    """Return a user's app, configured and installed into."""
     app = Celery("shop", set_as_current=False)
-    app.config_from_object({**THEIRS, **config})
+    app.config_from_object({**APP_SETTINGS, **config})
     return install(app, SETTINGS)
 
 
 def stock() -> None:
-    """A task of theirs."""
+    """A task of the user."""
 
 
 def start_worker_or_beat(app: Celery) -> None:
-    """Do what a worker and a beat do first."""
+    """Import the modules, as a worker and beat do first."""
     app.loader.import_default_modules()
 
 
-# --- orders -----------------------------------------------------------------------------------
+# --- order of configuration -------------------------------------------------------------------
 
 
 def after(app: Celery) -> None:
-    app.config_from_object(THEIRS)
+    app.config_from_object(APP_SETTINGS)
     install(app, SETTINGS)
 
 
 def before(app: Celery) -> None:
     install(app, SETTINGS)
-    app.config_from_object(THEIRS)
+    app.config_from_object(APP_SETTINGS)
 
 
 def forced(app: Celery) -> None:
-    app.config_from_object(THEIRS, force=True)
+    app.config_from_object(APP_SETTINGS, force=True)
     install(app, SETTINGS)
 
 
@@ -85,32 +85,32 @@ def twice(app: Celery) -> None:
     install(app, SETTINGS)
     assert "gone" in app.conf.beat_schedule
     assert "first" in app.amqp.queues
-    vars(app).pop("amqp")  # Celery itself keeps the queues that it has read
-    app.config_from_object(THEIRS)
+    vars(app).pop("amqp")  # Celery itself caches the queues that it has read
+    app.config_from_object(APP_SETTINGS)
 
 
 def by_attribute(app: Celery) -> None:
-    for name, value in THEIRS.items():
+    for name, value in APP_SETTINGS.items():
         setattr(app.conf, name, value)
     install(app, SETTINGS)
 
 
 def by_attribute_after(app: Celery) -> None:
     install(app, SETTINGS)
-    for name, value in THEIRS.items():
+    for name, value in APP_SETTINGS.items():
         setattr(app.conf, name, value)
 
 
 def by_attribute_after_it_was_read(app: Celery) -> None:
     install(app, SETTINGS)
     assert app.conf.timezone is None
-    for name, value in THEIRS.items():
+    for name, value in APP_SETTINGS.items():
         setattr(app.conf, name, value)
     start_worker_or_beat(app)
 
 
 def by_update(app: Celery) -> None:
-    app.conf.update(THEIRS)
+    app.conf.update(APP_SETTINGS)
     install(app, SETTINGS)
     app.conf.update(task_default_queue="orders")
 
@@ -118,13 +118,13 @@ def by_update(app: Celery) -> None:
 def by_update_after_it_was_read(app: Celery) -> None:
     assert app.conf.timezone is None
     install(app, SETTINGS)
-    app.conf.update(THEIRS)
+    app.conf.update(APP_SETTINGS)
     start_worker_or_beat(app)
 
 
 def with_a_second_call(app: Celery) -> None:
     install(app, SETTINGS)
-    app.config_from_object(THEIRS)
+    app.config_from_object(APP_SETTINGS)
     assert install(app) is app
     assert install(app, Settings(namespace="jobs")) is app
 
@@ -145,29 +145,31 @@ def with_a_second_call(app: Celery) -> None:
     ],
     ids=lambda order: order.__name__,
 )
-def test_the_app_is_the_same_whatever_is_configured_first(order: Callable[[Celery], None]) -> None:
+def test_the_order_of_install_and_configuration_does_not_matter(
+    order: Callable[[Celery], None],
+) -> None:
     app = Celery("shop", set_as_current=False)
     order(app)
 
-    assert app.conf.beat_schedule == {**THEIRS["beat_schedule"], "rlm.monitor": MONITOR}
+    assert app.conf.beat_schedule == {**APP_SETTINGS["beat_schedule"], "rlm.monitor": MONITOR}
     assert app.conf.broker_transport_options == {
-        **THEIRS["broker_transport_options"],
+        **APP_SETTINGS["broker_transport_options"],
         "queue_order_strategy": "rlm_tasks.worker.queue_order:QueueOrder",
     }
     assert app.conf.worker_autoscaler == "rlm_tasks.worker.autoscaler:PressureAutoscaler"
     assert list(app.amqp.queues.consume_from) == ["orders", *OURS]
     assert {
         name: app.conf[name]
-        for name in THEIRS
+        for name in APP_SETTINGS
         if name not in ("beat_schedule", "broker_transport_options")
     } == {
         name: value
-        for name, value in THEIRS.items()
+        for name, value in APP_SETTINGS.items()
         if name not in ("beat_schedule", "broker_transport_options")
     }
     assert {"rlm.node", "rlm.merge", "rlm.monitor"} <= {*app.tasks}
-    assert THEIRS["beat_schedule"] == {"stock": {"task": "stock", "schedule": 60.0}}, (
-        "what is theirs is copied, not changed"
+    assert APP_SETTINGS["beat_schedule"] == {"stock": {"task": "stock", "schedule": 60.0}}, (
+        "the app's settings are copied, not changed"
     )
 
 
@@ -178,15 +180,17 @@ def test_installing_reads_no_configuration() -> None:
     assert not app.finalized
 
 
-def test_old_names_and_prefixed_names_are_theirs_too() -> None:
+def test_old_and_prefixed_names_of_settings_are_respected() -> None:
     app = Celery("django", set_as_current=False)
-    app.config_from_object({"CELERY_BEAT_SCHEDULE": THEIRS["beat_schedule"]}, namespace="CELERY")
+    app.config_from_object(
+        {"CELERY_BEAT_SCHEDULE": APP_SETTINGS["beat_schedule"]}, namespace="CELERY"
+    )
     install(app, SETTINGS)
 
     assert {*app.conf.beat_schedule} == {"stock", "rlm.monitor"}
 
 
-def test_periodic_tasks_of_their_own_stay() -> None:
+def test_periodic_tasks_of_the_app_are_kept() -> None:
     app = Celery("shop", set_as_current=False)
     task = app.task(name="stock", shared=False)(stock)
     app.add_periodic_task(10.0, task.s(), name="before")
@@ -227,7 +231,7 @@ def _everything_about(app: Celery) -> Any:
     )
 
 
-def test_a_second_call_with_other_settings_names_them() -> None:
+def test_a_second_call_with_other_settings_is_refused() -> None:
     app = made()
 
     with pytest.raises(
@@ -242,7 +246,7 @@ def test_a_second_call_with_other_settings_names_them() -> None:
 # --- queues, routes and tasks -----------------------------------------------------------------
 
 
-def test_queues_of_theirs_stay_and_a_selection_is_a_selection() -> None:
+def test_queues_of_the_app_are_kept_and_can_be_selected() -> None:
     app = made(
         task_queues=[Queue("mail"), Queue("jobs.high", Exchange("mine"), routing_key="mine")]
     )
@@ -258,7 +262,7 @@ def test_queues_of_theirs_stay_and_a_selection_is_a_selection() -> None:
     assert [*app.amqp.queues.consume_from] == ["mail"]
 
 
-def test_jobs_can_be_sent_where_queues_are_not_made_when_missing() -> None:
+def test_jobs_can_be_sent_without_automatic_creation_of_queues() -> None:
     app = made(
         task_create_missing_queues=False, task_default_exchange_type="topic", task_routes=None
     )
@@ -271,20 +275,20 @@ def test_jobs_can_be_sent_where_queues_are_not_made_when_missing() -> None:
     )
 
 
-def test_an_amqp_class_of_theirs_is_kept() -> None:
-    class Theirs(AMQP):
+def test_an_amqp_class_of_the_app_is_kept() -> None:
+    class OwnAmqp(AMQP):
         argsrepr_maxsize = 7
 
-    app = install(Celery("shop", set_as_current=False, amqp=Theirs), SETTINGS)
+    app = install(Celery("shop", set_as_current=False, amqp=OwnAmqp), SETTINGS)
 
-    assert isinstance(app.amqp, Theirs)
+    assert isinstance(app.amqp, OwnAmqp)
     assert app.amqp.argsrepr_maxsize == 7
     assert "jobs.low" in app.amqp.queues
 
 
 @pytest.fixture
 def in_memory() -> Iterator[Celery]:
-    """An app of somebody's on a broker in this process."""
+    """A user's app on a broker in this process."""
     app = made(
         broker_url="memory://",
         broker_transport_options={},
@@ -296,7 +300,7 @@ def in_memory() -> Iterator[Celery]:
 
 
 @pytest.mark.parametrize("finalized", [False, True])
-def test_a_route_for_all_tasks_does_not_lead_nodes_astray(
+def test_a_route_for_all_tasks_does_not_change_the_queue_of_nodes(
     in_memory: Celery, finalized: bool
 ) -> None:
     if finalized:
@@ -311,12 +315,12 @@ def test_a_route_for_all_tasks_does_not_lead_nodes_astray(
     assert (message.content_type, message.properties["priority"]) == ("application/json", 0)
     assert json.loads(message.body)[0] == ["job", "root"]
     assert in_memory.amqp.router.route({}, "stock")["queue"].name == "else", (
-        "theirs go where they went"
+        "other tasks keep their route"
     )
 
 
-def test_nodes_are_what_they_must_be_whatever_all_tasks_are() -> None:
-    app = Celery("shop", set_as_current=False, task_cls="tests.unit.test_installation:Impatient")
+def test_settings_for_all_tasks_do_not_change_our_tasks() -> None:
+    app = Celery("shop", set_as_current=False, task_cls="tests.unit.test_installation:RetryingTask")
     app.conf.update(
         task_acks_late=False,
         task_reject_on_worker_lost=False,
@@ -348,18 +352,18 @@ def test_nodes_are_what_they_must_be_whatever_all_tasks_are() -> None:
     assert (theirs.acks_late, theirs.rate_limit, theirs.serializer) == (False, "1/m", "pickle")
 
 
-class Impatient(Task):
-    """A base class of theirs."""
+class RetryingTask(Task):
+    """A base class of the user."""
 
     autoretry_for = (Exception,)
 
 
-# --- what stands in the way -------------------------------------------------------------------
+# --- other settings of the app ----------------------------------------------------------------
 
 NO_CHORDS = "partial answers are merged when a job ends, not while it runs; set a redis:// URL"
 
 
-def test_an_autoscaler_and_a_monitor_of_theirs_stay() -> None:
+def test_an_autoscaler_and_a_monitor_schedule_of_the_app_are_kept() -> None:
     schedule = {"rlm.monitor": {"task": "rlm.monitor", "schedule": 60.0}}
     app = made(worker_autoscaler="shop.scaling:Theirs", beat_schedule=schedule)
 
@@ -367,16 +371,14 @@ def test_an_autoscaler_and_a_monitor_of_theirs_stay() -> None:
     assert app.conf.beat_schedule == schedule
 
 
-def test_another_broker_is_not_told_of_the_order_of_redis() -> None:
+def test_another_broker_gets_no_queue_order_of_redis() -> None:
     assert (
         made(broker_url="amqp://nowhere", broker_transport_options={}).conf.broker_transport_options
         == {}
     )
 
 
-def test_a_worker_survives_a_channel_that_its_broker_closes_unless_its_owner_will_not_have_it() -> (
-    None
-):
+def test_a_worker_retries_channel_errors_unless_the_app_disables_it() -> None:
     assert made(broker_url="amqp://nowhere").conf.broker_channel_error_retry is True
     assert (
         made(
@@ -389,7 +391,7 @@ def test_a_worker_survives_a_channel_that_its_broker_closes_unless_its_owner_wil
 # --- the page ---------------------------------------------------------------------------------
 
 
-def test_the_files_of_the_page_are_those_of_the_example() -> None:
+def test_the_page_shows_the_files_of_the_example() -> None:
     name = "docs/existing_apps.md"
     files = {
         block.title: block.text for block in read(name, PAGES[name]) if block.language == "python"
@@ -403,7 +405,7 @@ def test_the_files_of_the_page_are_those_of_the_example() -> None:
     assert [name for name, text in files.items() if not example[name].endswith(text)] == []
 
 
-def test_two_apps_of_a_process_have_tasks_of_their_own() -> None:
+def test_two_apps_of_a_process_have_separate_tasks() -> None:
     one, other, without = made(), made(), Celery("without", set_as_current=False)
 
     assert one.tasks["rlm.node"].app is one

@@ -18,7 +18,7 @@ FORBIDDEN = {
 
 
 def imported(module: Path) -> set[str]:
-    """Return the top-level packages a module imports, anywhere in it."""
+    """Return the top-level packages that a module imports, anywhere in it."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -41,7 +41,7 @@ def test_imports_go_one_way(package: str) -> None:
 
 
 def test_a_wheel_has_all_packages_and_their_files() -> None:
-    """Setuptools looks for packages by name; each file that is no module needs a pattern of package
+    """Setuptools finds packages by name; every file that is no module needs a pattern of package
     data.
     """
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -60,7 +60,7 @@ def test_a_wheel_has_all_packages_and_their_files() -> None:
             assert any(file.relative_to(owner).match(each) for each in patterns), file
 
 
-def test_every_module_says_what_it_is_for() -> None:
+def test_every_module_has_a_docstring() -> None:
     modules = [module for package in FORBIDDEN for module in (ROOT / package).rglob("*.py")]
 
     assert [
@@ -71,7 +71,7 @@ def test_every_module_says_what_it_is_for() -> None:
 
 
 def test_no_message_is_ever_sent_with_an_eta_or_a_countdown() -> None:
-    """Delayed nodes wait in Redis: an ETA message sits in some worker's memory, and dies with
+    """Delayed nodes wait in Redis: an ETA message would wait in the memory of a worker and die with
     it.
     """
     for path in (ROOT / "rlm_tasks").rglob("*.py"):

@@ -1,5 +1,5 @@
-"""What reads the documentation's pages: a page that does not do what it says is found, at its line,
-and why.
+"""The reader that runs the pages of the documentation: it reports a wrong page with its line and
+the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Read = Callable[[str], None]
 
 @pytest.fixture
 def carry_out(tmp_path: Path) -> Iterator[Read]:
-    """Read a page, given by its text with ' for each fence of three backticks."""
+    """Run a page, given by its text with ' for each fence of three backticks."""
     folder = tmp_path / "reader"
     folder.mkdir()
     programs = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
@@ -75,11 +75,11 @@ one of ...
    class Item:
        price: int
 
-   def told(value):
+   def show(value):
        print(value)  # two times ...
 
    for each in range(2):
-       told(f"two times {each}")
+       show(f"two times {each}")
    print(PRICE, Item(1), pathlib.Path.cwd().name)  # 2 Item(price=1) below
    print(os.environ["PRICE"], os.environ["WHERE"])
    '''
@@ -108,12 +108,12 @@ Environment=B=100%
 """
 
 
-def test_a_page_that_does_what_it_says_is_carried_out(carry_out: Read) -> None:
+def test_a_correct_page_runs_without_an_error(carry_out: Read) -> None:
     carry_out(GOOD)
 
 
 WRONG = {
-    "a language that nobody knows": (
+    "an unknown language": (
         "'''cobol\nSTOP RUN.\n'''",
         "page.md:1: nobody knows how to run or parse 'cobol'; use one of",
     ),
@@ -198,7 +198,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_told_with_its_place(name: str, carry_out: Read) -> None:
+def test_an_error_is_reported_with_its_line(name: str, carry_out: Read) -> None:
     text, said = WRONG[name]
 
     with pytest.raises(Wrong) as wrong:
@@ -210,7 +210,7 @@ def test_what_is_wrong_is_told_with_its_place(name: str, carry_out: Read) -> Non
 @pytest.mark.parametrize(
     "block", ["'''sh\nsleep 60\n'''", "'''python\nimport time\ntime.sleep(60)\n'''"]
 )
-def test_a_block_that_does_not_end_is_told(
+def test_a_block_that_does_not_end_is_reported(
     block: str, carry_out: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_reader, "BLOCK_S", 0.2)

@@ -1,4 +1,4 @@
-"""The picture of docs/pressure.md is the one of its data, and the data has what the page claims."""
+"""The picture of docs/pressure.md is drawn from its data, and the data support the page."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ def data() -> dict[str, Any]:
     return found
 
 
-def reached(rows: list[dict[str, Any]]) -> list[Level]:
+def levels_of(rows: list[dict[str, Any]]) -> list[Level]:
     return [Level[row["level"].upper()] for row in rows]
 
 
 # --- the data ---------------------------------------------------------------------------------
 
 
-def test_the_level_rose_to_critical_at_least_and_came_back(data: dict[str, Any]) -> None:
+def test_the_level_rose_to_critical_or_more_and_returned_to_normal(data: dict[str, Any]) -> None:
     rows = data["rows"]
 
     assert {
-        level for row, level in zip(rows, reached(rows), strict=True) if row["phase"] == "calm"
+        level for row, level in zip(rows, levels_of(rows), strict=True) if row["phase"] == "calm"
     } == {Level.NORMAL}
-    assert max(reached(rows)) >= Level.CRITICAL
-    assert reached(rows)[-5:] == [Level.NORMAL] * 5
+    assert max(levels_of(rows)) >= Level.CRITICAL
+    assert levels_of(rows)[-5:] == [Level.NORMAL] * 5
     assert [row["second"] for row in rows] == list(range(60))
 
 
 def test_levels_fell_one_step_at_a_time(data: dict[str, Any]) -> None:
-    levels = reached(data["rows"])
+    levels = levels_of(data["rows"])
     assert min(after - before for before, after in pairwise(levels)) == -1
 
 
-def test_receipts_are_empty_before_the_overload_and_tell_of_every_strategy_that_was_asked_for_in_it(
+def test_receipts_are_empty_when_calm_and_have_every_strategy_in_the_overload(
     data: dict[str, Any],
 ) -> None:
     assert data["receipts"]["calm"] == {}
-    told = {what.partition(" at ")[0] for what in data["receipts"]["overload"]}
-    assert told == {
+    strategies = {what.partition(" at ")[0] for what in data["receipts"]["overload"]}
+    assert strategies == {
         "reduce_entity_limits",
         "disable_expensive_computations",
         "use_simplified_methods",
@@ -78,7 +78,7 @@ def test_critical_items_never_waited_for_long(data: dict[str, Any]) -> None:
 # --- the picture ------------------------------------------------------------------------------
 
 
-def test_the_picture_has_three_panels_of_one_time(data: dict[str, Any]) -> None:
+def test_the_picture_has_three_panels_with_one_time_axis(data: dict[str, Any]) -> None:
     panels = [axes for axes in draw(data["rows"]).axes if axes.get_gid()]
 
     assert tuple(panel.get_gid() for panel in panels) == PANELS
@@ -95,7 +95,7 @@ def test_each_level_is_drawn_while_it_lasts(data: dict[str, Any]) -> None:
     for level, area in zip(Level, levels.collections, strict=True):
         assert to_hex(area.get_facecolor()[0]) == LEVELS[level]
         drawn = {x for path in area.get_paths() for x, y in path.vertices if y == level + 1}
-        lasted = [second for second, each in enumerate(reached(data["rows"])) if each == level]
+        lasted = [second for second, each in enumerate(levels_of(data["rows"])) if each == level]
         assert drawn >= set(lasted)
         assert not drawn & ({*range(60)} - {*lasted, *(second + 1 for second in lasted)})
 

@@ -1,5 +1,6 @@
-"""Names users import are stable: removing one takes a minor version with a warning, and a change of
-this file.
+"""The public names are stable.
+
+Removing one takes a minor version with a warning, and a change of public_names.txt.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import resilience
 import rlm_tasks
 
 
-def test_the_public_names_are_those_of_the_file() -> None:
+def test_the_public_names_equal_those_of_the_file() -> None:
     kept = Path(__file__).with_name("public_names.txt").read_text(encoding="utf-8").split()
 
     assert sorted(

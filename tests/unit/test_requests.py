@@ -11,7 +11,7 @@ from rlm_tasks.errors import InvalidRequest
 
 
 @pytest.mark.parametrize(
-    ("told", "field"),
+    ("context", "field"),
     [
         ("00-xyz", "trace_context"),
         ("00-" + "0" * 32 + "-00f067aa0ba902b7-01", "trace_id"),
@@ -20,6 +20,6 @@ from rlm_tasks.errors import InvalidRequest
         ({"traceId": "a" * 33}, "trace_id"),
     ],
 )
-def test_a_wrong_trace_context_is_told(told: Any, field: str) -> None:
+def test_a_wrong_trace_context_is_refused(context: Any, field: str) -> None:
     with pytest.raises(InvalidRequest, match=field):
-        Options(trace_context=told)
+        Options(trace_context=context)

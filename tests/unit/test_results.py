@@ -1,4 +1,4 @@
-"""What a result holds."""
+"""The results of a job."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlm_tasks.results import SuccessfulItems
 
 
 @given(st.sets(st.integers(0, 60)), st.integers(0, 60), st.integers(0, 60))
-def test_successful_items_behave_as_the_list_they_stand_for(
+def test_successful_items_behave_as_a_list_of_their_indexes(
     failed: set[int], middle: int, hi: int
 ) -> None:
     ranges = [(0, middle), (middle, max(middle, hi))]

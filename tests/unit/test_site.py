@@ -1,5 +1,6 @@
-"""The site has every page in its navigation and every public name in its reference; `make docs`
-builds it.
+"""The site has every page in its navigation and every public name in its reference.
+
+`make docs` builds it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ PUBLIC = [
 
 
 class Plain(yaml.SafeLoader):
-    """Reads mkdocs.yml without the objects that its own tags make."""
+    """A YAML loader that ignores the tags of mkdocs.yml."""
 
 
 Plain.add_multi_constructor("", lambda *_: None)
@@ -61,7 +62,7 @@ def test_each_page_is_in_the_navigation_once() -> None:
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_each_public_name_is_in_the_reference_once(name: str) -> None:
-    # The same error may be public in two packages: it is described once.
+    # An error that is public in two packages is described once.
     assert len([each for each in DIRECTIVES if named(each) is named(name)]) == 1
 
 

@@ -1,6 +1,4 @@
-"""A Redis whose clock is ours: several processes' stores on one fakeredis server, one time for
-all.
-"""
+"""A Redis with a clock of the test: stores of several processes on one fakeredis server."""
 
 from __future__ import annotations
 
@@ -32,14 +30,14 @@ class CountingStore(Store):
 
 
 class World:
-    """Time that passes only when told to, for the server and for every process alike."""
+    """Time that passes only by `sleep`, for the server and for every process."""
 
     def __init__(self) -> None:
         self.now = 1_800_000_000.0
         self._server = fakeredis.FakeServer()
 
     def time(self) -> float:
-        """Stand where the module `time` does in fakeredis."""
+        """Return the time; a World stands in place of the module `time` in fakeredis."""
         return self.now
 
     def sleep(self, seconds: float) -> None:
@@ -47,11 +45,11 @@ class World:
         self.now += seconds
 
     def client(self) -> redis.Redis:
-        """Return a connection of its own."""
+        """Return a new connection."""
         return fakeredis.FakeRedis(server=self._server)
 
     def store(self) -> CountingStore:
-        """Return the store of one more process."""
+        """Return the store of another process."""
         return CountingStore(
             "redis://fake",
             namespace="unit",
@@ -62,7 +60,7 @@ class World:
 
     @contextmanager
     def future(self, seconds: float) -> Iterator[None]:
-        """Look into a time to come: afterwards neither it nor what was done in it has been."""
+        """Go forward in time; at the end restore the time and the data."""
         now, kept = self.now, {key: self.client().dump(key) for key in self.client().scan_iter()}
         self.now += seconds
         yield
@@ -73,11 +71,11 @@ class World:
             client.restore(key, 3_600_000, value)
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        """Make the server's clock ours."""
+        """Give the server this clock."""
         patch.setattr(server_clock, "time", self)
 
     def dump(self) -> dict[bytes, Any]:
-        """Return everything that is stored."""
+        """Return all stored data."""
         client = self.client()
         kinds = {
             b"hash": client.hgetall,
@@ -89,7 +87,7 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    """A world of its own."""
+    """A new world."""
     own = World()
     own.install(monkeypatch)
     return own

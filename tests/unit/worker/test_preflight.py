@@ -24,14 +24,14 @@ class Server:
         policy: str = "noeviction",
         aof: int = 1,
         save: str | None = "",
-        tells: bool = True,
+        shows_info: bool = True,
         **more: Any,
     ) -> None:
         self._info = {"maxmemory_policy": policy, "aof_enabled": aof, **more}
-        self._save, self._tells = save, tells
+        self._save, self._shows_info = save, shows_info
 
     def info(self) -> dict[str, Any]:
-        if not self._tells:
+        if not self._shows_info:
             raise ResponseError("NOPERM this user has no permissions to run the 'info' command")
         return self._info
 
@@ -54,7 +54,7 @@ def test_a_server_that_keeps_its_data_has_no_finding() -> None:
     assert found(Server(aof=0, save=None)) == [], (
         "a managed server that hides its settings is trusted"
     )
-    assert found(Server(policy="allkeys-lru", tells=False)) == []
+    assert found(Server(policy="allkeys-lru", shows_info=False)) == []
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_each_check_has_a_state_and_only_problems_have_advice() -> None:
     assert states(Server(redis_version="5.0.7"))["redis"] == "fault"
     assert states(Server(used_memory=75, maxmemory=100))["memory"] == "warning"
     assert states(Server(used_memory=95, maxmemory=100))["memory"] == "fault"
-    assert states(Server(tells=False)) == {"redis": "ok"}
+    assert states(Server(shows_info=False)) == {"redis": "ok"}
 
 
 @pytest.mark.parametrize(
