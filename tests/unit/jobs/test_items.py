@@ -20,15 +20,15 @@ from rlm_tasks.jobs.stored_items import ItemReader, ItemWriter
 
 
 class Counted(Sequence[str]):
-    """A million items, that counts how often it was asked for one."""
+    """A million items that count how often one is read."""
 
-    asked = 0
+    reads = 0
 
     def __len__(self) -> int:
         return 1_000_000
 
     def __getitem__(self, at: Any) -> Any:
-        self.asked += 1
+        self.reads += 1
         return f"item {at}"
 
 
@@ -46,15 +46,15 @@ def test_a_sample_lies_evenly_over_the_items(n: int, seed: int) -> None:
     assert all(index in stride for index, stride in zip(indexes, strides, strict=True))
 
 
-def test_a_list_of_a_million_is_not_walked() -> None:
+def test_a_million_items_are_not_all_read() -> None:
     items = Counted()
 
     assert source_of(items).sample(Random(0)).total == 1_000_000
-    assert items.asked == SAMPLED
+    assert items.reads == SAMPLED
 
 
 @pytest.mark.parametrize("make", [set, dict.fromkeys, deque, tuple])
-def test_whatever_knows_its_length_can_be_looked_at(make: Callable[[Any], Any]) -> None:
+def test_items_with_a_length_can_be_sampled(make: Callable[[Any], Any]) -> None:
     found = source_of(items := make(range(3000))).sample(Random(0))
 
     assert found.total == 3000
@@ -62,7 +62,7 @@ def test_whatever_knows_its_length_can_be_looked_at(make: Callable[[Any], Any]) 
     assert list(items) == list(range(3000))
 
 
-def test_files_are_their_paths(tmp_path: Path) -> None:
+def test_files_are_sampled_as_paths(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).touch()
 
@@ -82,7 +82,7 @@ def test_files_are_their_paths(tmp_path: Path) -> None:
         (Lines("/no/such/file"), "cannot be read"),
     ],
 )
-def test_what_cannot_be_looked_at_is_refused(items: Any, words: str) -> None:
+def test_items_that_cannot_be_sampled_are_refused(items: Any, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words) as refused:
         source_of(items).sample(Random(0))
 

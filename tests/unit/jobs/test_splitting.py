@@ -175,6 +175,15 @@ def test_a_node_yields_for_its_most_urgent_reason(
     assert should_yield(Shape("flat", 4, min_chunk=10, max_chunk=80), progress(**changed)) == reason
 
 
+def having(**fields: object) -> set[Reason]:
+    """Return the reasons whose rows have these values."""
+    return {
+        reason
+        for reason, rule in RULES.items()
+        if all(getattr(rule, name) == value for name, value in fields.items())
+    }
+
+
 def test_every_reason_has_its_row_in_the_table() -> None:
     assert set(RULES) == set(Reason)
     assert having(children="none") == {Reason.STOPPED}

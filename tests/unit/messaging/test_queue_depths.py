@@ -17,6 +17,7 @@ from kombu.transport import redis as redis_transport
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from rlm_tasks.celery import configuration
+from rlm_tasks.messaging.broker_kinds import RABBITMQ
 from rlm_tasks.messaging.queue_depths import QueueGauge
 from rlm_tasks.settings.model import Settings
 from scheduler.queues import QueueReport
@@ -318,4 +319,4 @@ def test_a_lost_broker_is_tried_once_more_and_one_that_hangs_is_not(
         gauge.read(["low"])
     assert amqp.errors == []
     assert amqp.released
-    assert amqp.patience_s == ANSWER_S, "the gauge does not wait for ever"
+    assert amqp.patience_s == RABBITMQ.socket_timeout_s, "the gauge does not wait for ever"

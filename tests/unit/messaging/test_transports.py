@@ -71,7 +71,7 @@ def test_a_unix_socket_is_written_as_celery_expects_it() -> None:
 
 
 def test_the_url_of_each_sentinel_has_password_and_database() -> None:
-    found = transports.broker(watched())
+    found = broker(watched())
 
     assert found["broker_url"] == "sentinel://:hush@one:26380/2;sentinel://:hush@two:26379/2"
     options = found["broker_transport_options"]
@@ -99,7 +99,7 @@ def test_the_result_backend_finds_the_primary_by_the_same_sentinels() -> None:
 
 
 def test_platforms_on_one_rabbitmq_have_separate_exchanges() -> None:
-    found = transports.broker(Settings(broker_url="amqp://host//", namespace="second"))
+    found = broker(Settings(broker_url="amqp://host//", namespace="second"))
 
     assert found == {
         "broker_url": "amqp://host//",
@@ -129,21 +129,6 @@ def test_each_queue_is_bound_by_its_own_name() -> None:
     assert {each.name: each.routing_key for each in app_of(namespace="q").conf.task_queues} == {
         name: name for name in ("q.critical", "q.high", "q.normal", "q.low")
     }
-
-
-@pytest.mark.parametrize(
-    ("url", "is_redis"),
-    [
-        ("redis://h", True),
-        ("rediss://h", True),
-        (WATCHED, True),
-        (["redis://h"], True),
-        ("amqp://h", False),
-        ([], False),
-    ],
-)
-def test_redis_brokers_are_recognised(url: Any, is_redis: bool) -> None:
-    assert speaks_redis(url) is is_redis
 
 
 # --- passwords --------------------------------------------------------------------------------

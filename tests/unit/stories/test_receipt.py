@@ -17,9 +17,19 @@ from hypothesis import strategies as st
 from resilience.bucket import Rate
 from resilience.degradation import CONSTRAINTS, IN_FORCE, Level, ResourceConstraints, Strategy
 from resilience.retry import RetryPolicy
-from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, Options, operation
+from rlm_tasks import (
+    Adaptive,
+    Binary,
+    Conditions,
+    Context,
+    JobRequest,
+    NWay,
+    Options,
+    operation,
+    results,
+)
 from rlm_tasks.jobs.spec import JobSpec
-from rlm_tasks.results import Receipt, Shaped, Status, receipt_of
+from rlm_tasks.results import Receipt, Shaped, Status
 from tests.unit.resilience.test_degradation import (
     EMBEDDINGS,
     EXPENSIVE,
@@ -109,7 +119,7 @@ _platform: list[PressedPlatform] = []
 
 def receipt_of(facts: dict[str, str]) -> Table:
     """Return the receipt of a job as a table."""
-    return {(each.strategy, each.level): each.items for each in _receipt([facts])}
+    return {(each.strategy, each.level): each.items for each in results.receipt_of([facts])}
 
 
 def item(i: int, *asks: str, ms: float = 0, fails: str = "", then: str = "") -> dict[str, Any]:

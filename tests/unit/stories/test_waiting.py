@@ -114,11 +114,7 @@ class WaitingPlatform(Platform):
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
-        self.runtime.guards = Guards(
-            self.store,
-            self.settings,
-            lambda waiters: wake(self.ledger, self.mailbox, waiters),  # type: ignore[arg-type]  # has the methods of the dispatcher
-        )
+        self.runtime.guards = Guards(self.store, self.settings, self.runtime.delivery.wake)
         self.parked = 0
 
     def run_all(self, spec: JobSpec) -> dict[str, str]:
