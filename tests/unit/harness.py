@@ -92,34 +92,13 @@ class Platform:
         self.runtime = Runtime.build(
             self.settings,
             self.ledger,
-            self.slots,
-            Preemption(self.store, self.keys, self.slots),
-            ItemReader(self.store),
             self.mailbox,  # type: ignore[arg-type]  # has the methods of the dispatcher
-            page,
-            Guards(self.store, self.settings, lambda waiters: None),
-            ItemTimeouts(Timeouts(self.store), self.settings.node, self.clock),
-            FaultLog(self.store),
-            Usage(self.store, self.keys),
-            SlotShares(self.store, self.settings, page, lambda waiters: None),
-            Board(self.store, self.keys, self.settings.pressure),
-            WaitingRoom(self.store, self.keys),
-            NodeEvents(Events(self.store), self.settings.alerts, self.clock),
-            self._rounds(),
-            worker="unit",
+            shared=self.store,
             clock=self.clock,
         )
         self.runtime.worker = "unit"
         self.slot_count = slots
         self.queues = [f"unit.{priority}" for priority in Priority]
-
-    def _rounds(self) -> Rounds:
-        budgets = JobBudgets(self.store, self.settings)
-
-        def wake_all(waiters: Sequence[str]) -> int:
-            return wake(self.ledger, self.mailbox, waiters)  # type: ignore[arg-type]  # has the methods of the dispatcher
-
-        return Rounds(self.ledger, self.mailbox, self.settings, budgets, wake_all)  # type: ignore[arg-type]  # has the methods of the dispatcher
 
     def submit(self, request: JobRequest) -> JobSpec:
         """Open a job as the client does, without Celery."""
