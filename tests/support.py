@@ -1,4 +1,4 @@
-"""Small things that tests of several folders use."""
+"""Helpers that tests of several folders use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 
 def wait_until(condition: Callable[[], bool], within_s: float = 20.0) -> None:
-    """Return when the condition holds; fail, naming it, when it does not in time."""
+    """Return as soon as the condition holds.
+
+    Raises AssertionError with the condition's name if it does not hold within `within_s` seconds.
+    """
     until = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < until, f"not within {within_s} s: {condition}"

@@ -1,8 +1,8 @@
-"""Measure the platform against what one would write by hand, in one run, and print a table.
+"""Measure the platform against code that a user would write by hand, and print a table.
 
-Pairs alternate and the median counts; plain Celery gets the best of several chunk sizes.  Nothing
-here asserts: a missed figure is printed as it is.  ``--write`` keeps the table in
-docs/performance.md."""
+`make bench` runs it; begin with `main`.  The runs of both sides alternate and the median counts.
+Plain Celery gets the best of several chunk sizes.  Nothing here asserts: a missed figure is printed
+as it is.  ``--write`` saves the table in docs/performance.md."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Row:
 
 @dataclass
 class Bench:
-    """What every measurement needs."""
+    """The client, server, worker and settings that every measurement uses."""
 
     client: Client
     server: embedded.Server
@@ -64,21 +64,21 @@ class Bench:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Return the seconds a piece of work takes."""
+    """Return the seconds that a call takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def calibrated() -> float:
-    """Return how many rounds of `compute` take a millisecond here."""
+    """Return the number of rounds of `compute` that take a millisecond on this machine."""
     rounds = 200_000
     return rounds / (median(timed(lambda: compute(rounds)) for _ in range(9)) * 1000)
 
 
 @contextlib.contextmanager
 def set_up(pairs: int) -> Iterator[Bench]:
-    """Start a server, a worker of ours and one of plain Celery."""
+    """Start a server, a worker of the platform and a worker of plain Celery."""
     with embedded.server() as server, tempfile.TemporaryDirectory() as folder:
         environment = {
             "RLM_REDIS_URL": server.url,
@@ -215,7 +215,7 @@ def noop_chord(count: int) -> object:
 
 
 def small_jobs(bench: Bench) -> Iterator[Row]:
-    """No-op jobs, short items, and the million-item sum."""
+    """Measure no-op jobs, short items, and the million-item sum."""
     NOTES.print("small jobs")
     client = bench.client
     ours = median(
@@ -252,7 +252,7 @@ def small_jobs(bench: Bench) -> Iterator[Row]:
 
 
 def million(bench: Bench) -> Iterator[Row]:
-    """Sum a million integers; watch messages and memory."""
+    """Measure the sum of a million integers: its time, its largest message, and memory."""
     children = psutil.Process(bench.worker.pid).children()
     before = [psutil.Process().memory_info().rss, *(each.memory_info().rss for each in children)]
     with spied(bench.server) as sizes:
@@ -271,7 +271,7 @@ def million(bench: Bench) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def spied(server: embedded.Server) -> Iterator[list[int]]:
-    """Collect the sizes of all messages pushed meanwhile."""
+    """Collect the sizes in bytes of all messages that are pushed during a block."""
     sizes: list[int] = []
     over, listening = threading.Event(), threading.Event()
 
@@ -293,7 +293,7 @@ def spied(server: embedded.Server) -> Iterator[list[int]]:
 
 
 def forced_leaves(bench: Bench) -> Iterator[Row]:
-    """A thousand leaves of one item each, against a flat chord of a thousand."""
+    """Measure a thousand leaves of one item each, against a flat chord of a thousand tasks."""
     NOTES.print("forced leaves")
 
     def ours() -> object:
@@ -316,7 +316,7 @@ def forced_leaves(bench: Bench) -> Iterator[Row]:
 
 
 def cost_growth(bench: Bench, most: int) -> Iterator[Row]:
-    """Redis commands and time per leaf, at a thousand and at many leaves."""
+    """Measure Redis commands and time per leaf, at a thousand leaves and at `most` leaves."""
     NOTES.print(f"cost growth to {most:,} leaves")
     store = bench.client.ledger.store.client
 
@@ -364,7 +364,7 @@ def cost_growth(bench: Bench, most: int) -> Iterator[Row]:
 
 
 def submitting(bench: Bench) -> Iterator[Row]:
-    """How fast batches of a hundred requests become messages."""
+    """Measure how fast batches of a hundred requests become messages."""
     NOTES.print("submitting")
     requests = [{"operation": "sum", "items": range(1)}] * 100
     times, jobs = [], []
@@ -385,7 +385,7 @@ def submitting(bench: Bench) -> Iterator[Row]:
 
 
 def starting(bench: Bench) -> Iterator[Row]:
-    """Import time of a client, and the time until a worker is ready."""
+    """Measure the import time of a client, and the time until a worker is ready."""
     NOTES.print("starting")
     quiet = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
 
@@ -426,7 +426,7 @@ GROUPS = (
 
 
 def show(rows: list[Row]) -> None:
-    """Print the table for people."""
+    """Print the table to the terminal."""
     table = Table(title="Measured, medians", title_justify="left")
     for column in COLUMNS:
         table.add_column(column, overflow="fold")
@@ -445,28 +445,29 @@ def show(rows: list[Row]) -> None:
 def markdown(rows: list[Row], pairs: int) -> str:
     """Return the table for docs/performance.md."""
     lines = [
-        f"Measured with `make bench` on {os.cpu_count()} cores, Python {platform.python_version()}, medians of {pairs} alternating pairs.",
+        f"Measured with `make bench` on {os.cpu_count()} cores, Python {platform.python_version()},"
+        f" medians of {pairs} alternating pairs.",
         "",
     ]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    said = {True: "yes", False: "**no**", None: ""}
+    met = {True: "yes", False: "**no**", None: ""}
     lines += [
-        f"| {r.what} | {r.ours} | {r.compared} | {r.ratio} | {r.figure} | {said[r.met]} |"
+        f"| {r.what} | {r.ours} | {r.compared} | {r.ratio} | {r.figure} | {met[r.met]} |"
         for r in rows
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Run the groups that were asked for."""
+    """Run the groups of measurements that the command line names, and print the table."""
     parser = argparse.ArgumentParser(prog="make bench ARGS=", description=__doc__)
     parser.add_argument(
-        "groups", nargs="*", default=list(GROUPS), help=f"of {', '.join(GROUPS)}; default: all"
+        "groups", nargs="*", default=list(GROUPS), help=f"any of {', '.join(GROUPS)}; default: all"
     )
     parser.add_argument("--pairs", type=int, default=7, help="alternating pairs per row")
     parser.add_argument("--most", type=int, default=50_000, help="leaves of the cost growth row")
     parser.add_argument(
-        "--write", action="store_true", help="keep the table in docs/performance.md"
+        "--write", action="store_true", help="save the table in docs/performance.md"
     )
     asked = parser.parse_args()
     embedded.clean_up_on_sigterm()

@@ -1,8 +1,8 @@
-"""What a user would write by hand for urgent work: plain Celery, chunks of 2 s, and kombu's queues
-by priority.
+"""The baseline for urgent work, as a user would write it: plain Celery with priority queues.
 
-An urgent task is the next that a worker takes, and waits until a chunk ends.  Run as ``celery -A
-tests.bench.by_priority worker``; nothing of the platform is imported here."""
+Other work runs in chunks of 2 s.  A worker takes an urgent task next, so the task waits until a
+chunk ends.  `preemption` starts it as ``celery -A tests.bench.by_priority worker``.  It imports
+nothing of the platform."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ app = Celery("by_priority", broker=_url, backend=_url, set_as_current=False)
 app.conf.update(
     task_default_queue="by_priority",
     task_acks_late=True,
-    worker_prefetch_multiplier=1,  # else an urgent task would wait behind those that were fetched before it
+    worker_prefetch_multiplier=1,  # else an urgent task would wait behind prefetched tasks
     broker_transport_options={
         "queue_order_strategy": "priority",
         "priority_steps": [URGENT, PATIENT],
@@ -37,12 +37,12 @@ def _say_ready(**_: Any) -> None:
 
 @app.task(ignore_result=True)
 def chunk(items: int, item_s: float) -> None:
-    """Do some of the patient work."""
+    """Do a chunk of the work that is not urgent."""
     for _ in range(items):
         time.sleep(item_s)
 
 
 @app.task
 def began() -> float:
-    """Say when urgent work has started."""
+    """Return the time at which the urgent task started, in seconds since the epoch."""
     return time.time()

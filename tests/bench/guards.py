@@ -1,9 +1,8 @@
-"""What a guard costs: microseconds and round trips of a call, against the libraries one would use
-instead.
+"""Measure the cost of a guard: microseconds and round trips of a call, against other libraries.
 
-Decides what is compared with what.  Contestants take turns on a server of their own; the server
-counts the round trips, as the reads it has made.  Microseconds are medians over the turns, round
-trips are means."""
+`tests.bench` calls it; begin with `guards`.  All libraries take turns on one private server.  The
+server counts a round trip for each read from a socket.  Microseconds are medians over the turns;
+round trips are means."""
 
 from __future__ import annotations
 
@@ -64,7 +63,7 @@ class Measured(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a call costs."""
+    """The cost of a call: microseconds and round trips."""
 
     us: float
     trips: float
@@ -76,20 +75,18 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Bench:
-    """A server, and the connection that counts its reads."""
+    """A server, and the connection that reads its statistics."""
 
     url: str
     control: redis.Redis
     pairs: int
 
     def trips(self) -> int:
-        """Return how many requests the server has read, not counting this one."""
+        """Return the number of requests that the server has read, without this one."""
         return int(self.control.info("stats")[ROUND_TRIPS]) - 1
 
     def store(self) -> Store:
-        """Return a store of ours; an answer that comes late must not turn into one without
-        Redis.
-        """
+        """Return a store.  Its timeout is long: a late answer must not count as an outage."""
         return Store.from_url(self.url, timeout_s=5.0)
 
 
@@ -103,8 +100,11 @@ SELDOM: Figure = ("< 0.1 round trips", lambda cost: cost.trips < 0.1)
 # --- one turn ---------------------------------------------------------------------------------
 
 
-def running(ask: Ask, *, says: bool = True) -> Turn:
-    """Return a turn of calls one after the other, as many as last about TURN_S."""
+def running(ask: Ask, *, expected: bool = True) -> Turn:
+    """Return a turn of calls one after the other, for about TURN_S seconds.
+
+    The turn raises RuntimeError if an answer is not `expected`.
+    """
     began = time.perf_counter()
     for _ in range(20):
         ask()
@@ -112,17 +112,17 @@ def running(ask: Ask, *, says: bool = True) -> Turn:
 
     def turn(bench: Bench) -> Cost:
         trips, began = bench.trips(), time.perf_counter()
-        said = {bool(ask()) for _ in range(calls)}
+        answers = {bool(ask()) for _ in range(calls)}
         took = time.perf_counter() - began
-        if said != {says}:
-            raise RuntimeError(f"answers were {said}, not {says}")
+        if answers != {expected}:
+            raise RuntimeError(f"answers were {answers}, not {expected}")
         return Cost(took / calls * 1e6, (bench.trips() - trips - 1) / calls)
 
     return turn
 
 
 def prepared(prepare: Ask, ask: Ask, calls: int = 20) -> Turn:
-    """Return a turn of calls that each need something made ready first, which is not counted."""
+    """Return a turn of calls with a preparation before each; the preparation is not measured."""
 
     def turn(bench: Bench) -> Cost:
         took = trips = 0.0
@@ -138,8 +138,9 @@ def prepared(prepare: Ask, ask: Ask, calls: int = 20) -> Turn:
 
 
 def paced(ask: Ask, seconds: float = 0.6) -> Turn:
-    """Return a turn of calls at a steady rate; only the calls are timed, and all of them must be
-    granted.
+    """Return a turn of calls at a steady rate; only the calls are timed.
+
+    The turn raises RuntimeError if a call is denied.
     """
 
     def turn(bench: Bench) -> Cost:
@@ -163,7 +164,7 @@ def contest(
     figure: str = "",
     met: Callable[[Cost], bool] | None = None,
 ) -> Iterator[Measured]:
-    """Let all take turns, and compare ours with each of the others."""
+    """Let all libraries take turns, and yield the comparison of ours with each of the others."""
     turns = {"": ours, **others}
     costs: dict[str, list[Cost]] = {name: [] for name in turns}
     for _ in range(bench.pairs):
@@ -194,12 +195,12 @@ def contest(
 
 
 def answer() -> bool:
-    """Be the service that is called."""
+    """Answer as a service that works."""
     return True
 
 
 def fail() -> bool:
-    """Be a service that does not answer."""
+    """Fail as a service that does not answer."""
     raise TimeoutError
 
 
@@ -231,7 +232,7 @@ def _theirs(bench: Bench, name: str) -> pybreaker.CircuitBreaker:
 
 
 def breakers(bench: Bench) -> Iterator[Measured]:
-    """The closed path, a failure that is counted, the failure that trips, and a refusal."""
+    """Measure the closed path, a failure that is counted, one that trips, and a refusal."""
     store, name = bench.store(), "pybreaker's CircuitRedisStorage"
     closed, theirs, memory = (
         CircuitBreaker("closed", store),
@@ -273,8 +274,9 @@ def _taking(bench: Bench, name: str, rates: Mapping[str, Rate]) -> Ask:
 
 
 def _hitting(limiter: limits.strategies.RateLimiter, name: str, rates: Mapping[str, Rate]) -> Ask:
-    """Hit one limit after the other, as with `limits`: who is denied by the second has paid the
-    first.
+    """Hit one limit after the other, as users of `limits` do.
+
+    A caller that the second limit denies has already used up the first.
     """
     items = [
         (
@@ -288,7 +290,7 @@ def _hitting(limiter: limits.strategies.RateLimiter, name: str, rates: Mapping[s
 
 
 def _throttling(bench: Bench, algorithm: str, name: str, rates: Mapping[str, Rate]) -> Ask:
-    """Ask one limit after the other, as with throttled-py."""
+    """Ask one limit after the other, as users of throttled-py do."""
     store = throttled.RedisStore(server=bench.url)
     throttles = [
         (
@@ -323,23 +325,23 @@ def rivals(bench: Bench, name: str, rates: Mapping[str, Rate]) -> dict[str, Ask]
 
 
 def buckets(bench: Bench) -> Iterator[Measured]:
-    """A take of two limits, of one limit, and a denial."""
-    for what, name, rates, says in (
+    """Measure a take from two limits, a take from one limit, and a denial."""
+    for what, name, rates, expected in (
         ("bucket, requests and tokens taken", "two", PLENTY, True),
         ("bucket, requests taken", "one", {"requests": PLENTY["requests"]}, True),
         ("bucket, requests and tokens denied", "spent", SPENT, False),
     ):
         asks = {"": _taking(bench, name, rates), **rivals(bench, name, rates)}
-        if not says:
+        if not expected:
             for ask in asks.values():
                 while ask():
                     pass
-        turns = {rival: running(ask, says=says) for rival, ask in asks.items()}
+        turns = {rival: running(ask, expected=expected) for rival, ask in asks.items()}
         yield from contest(bench, what, turns.pop(""), turns, *ONE_TRIP)
 
 
 def leases(bench: Bench) -> Iterator[Measured]:
-    """A router's bucket, at nine tenths of its rate."""
+    """Measure a router's bucket, at nine tenths of its rate."""
     leased = LeasedBucket(TokenBucket("router", bench.store(), requests=ROUTER))
     others = rivals(bench, "router", {"requests": ROUTER})
     names = ("limits, sliding window counter", "throttled-py, GCRA")
@@ -353,7 +355,7 @@ def leases(bench: Bench) -> Iterator[Measured]:
 
 
 def rest(bench: Bench) -> Iterator[Measured]:
-    """Bulkhead and retry budget, for the record."""
+    """Measure the bulkhead and the retry budget; no figure is set for them."""
     bulkhead, budget = Bulkhead("llm", bench.store()), RetryBudget("llm", bench.store())
 
     def permit() -> bool:
@@ -375,7 +377,7 @@ def guards(pairs: int) -> Iterator[Measured]:
     """Measure all guards."""
     logger = logging.getLogger("resilience")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # a breaker that opens says so
+    logger.setLevel(logging.CRITICAL)  # a breaker that opens writes to the log
     with embedded.server() as server, redis.Redis.from_url(server.url) as control:
         bench = Bench(server.url, control, pairs)
         for group in (breakers, buckets, leases, rest):

@@ -1,4 +1,4 @@
-"""Operations of the benchmarks; the same functions run in the pool and in plain Celery."""
+"""Operations of the benchmarks; the local pool and plain Celery run the same functions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def bench_noop(_: int) -> int:
 
 @operation("bench_nap", merge=sum)
 def bench_nap(seconds: float) -> int:
-    """Take a while, and no processor."""
+    """Sleep; use no processor time."""
     time.sleep(seconds)
     return 1
 
 
 @operation("bench_began")
 def bench_began(_: int) -> float:
-    """Say when the item began."""
+    """Return the time at which the item began, in seconds since the epoch."""
     return time.time()
 
 

@@ -1,8 +1,7 @@
-"""How long it takes to plan work with models over a million items, beside walking through the items
-by hand.
+"""Measure the time to plan model calls over a million items, and to count their tokens by hand.
 
-Run as ``python -m tests.bench.plan``; the median of several turns counts.  No provider is there:
-none is needed."""
+Run it as ``python -m tests.bench.plan``; the median of several turns counts.  A plan calls no
+provider, so none is started."""
 
 from __future__ import annotations
 
@@ -19,11 +18,14 @@ from tests.integration.conftest import client_of, environment_of
 
 ITEMS = 1_000_000
 TURNS = 7
-PROMPT = "Summarise the following record in one sentence, and name the people and the places that it mentions: {item}"
+PROMPT = (
+    "Summarise the following record in one sentence, and name the people and the places"
+    " that it mentions: {item}"
+)
 
 
-def lasts_ms(run: Callable[[], object]) -> float:
-    """Return the median time of a few turns."""
+def median_ms(run: Callable[[], object]) -> float:
+    """Return the median time of TURNS calls, in milliseconds."""
     took = []
     for _ in range(TURNS):
         began = time.perf_counter()
@@ -61,7 +63,7 @@ def main() -> None:
             "by hand: count the tokens of all": lambda: sum(map(estimated_tokens, items)),
         }
         for name, run in ways.items():
-            print(f"{name:40} {lasts_ms(run):8.1f} ms for {ITEMS:,} items")
+            print(f"{name:40} {median_ms(run):8.1f} ms for {ITEMS:,} items")
 
 
 if __name__ == "__main__":

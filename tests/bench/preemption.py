@@ -1,9 +1,8 @@
-"""How long critical work waits for a slot while all of them are busy, here and in plain Celery with
-queues by priority.
+"""Measure how long critical work waits while all slots are busy, here and in plain Celery.
 
-Decides what keeps the slots busy: the same items of 100 ms on both sides, in nodes that may run for
-a minute and in chunks of 2 s.  A start is the time from the call that submits to the first item;
-nothing asserts."""
+`tests.bench` calls it; begin with `preemption`.  Plain Celery uses priority queues.  On both sides
+items of 100 ms keep the slots busy.  Here they run in nodes of up to a minute, there in chunks of
+2 s.  A start is the time from the submit call to the first item.  Nothing asserts."""
 
 from __future__ import annotations
 
@@ -26,14 +25,15 @@ ITEM_S, CHUNK = 0.1, 20
 TARGET_MS = 60_000
 FIGURE_S = ITEM_S + 0.5
 ENOUGH = 20_000
-"""Items of patient work that nobody gets done meanwhile."""
+"""Number of low-priority items; more than the workers can finish during the measurement."""
 
 Start = Callable[[], float]
 
 
 def starts(start: Start, spread_s: float) -> list[float]:
-    """Return how long each submission took to start, the shortest first; they come at any moment of
-    what lasts `spread_s`.
+    """Return the seconds that each submission took to start, the shortest first.
+
+    A random pause of up to `spread_s` seconds precedes each submission.
     """
     random, found = Random(5), []
     for _ in range(SUBMISSIONS):
@@ -44,7 +44,7 @@ def starts(start: Start, spread_s: float) -> list[float]:
 
 
 def ours(client: Client) -> Iterator[Start]:
-    """Keep all slots busy with a low job of long nodes, and start critical jobs."""
+    """Keep all slots busy with a low-priority job of long nodes; yield the start of a critical job."""
     low = client.submit(
         operation="bench_nap",
         items=[ITEM_S] * ENOUGH,
@@ -64,30 +64,28 @@ def ours(client: Client) -> Iterator[Start]:
 
 
 def running(job: Job) -> int:
-    """Return how many slots a job has."""
+    """Return the number of slots that a job uses."""
     return sum(node.state == "running" for node in job.tree())
 
 
 def plain(url: str) -> Iterator[Start]:
-    """Keep all slots busy with chunks, and start urgent tasks."""
+    """Keep all slots busy with chunks; yield the start of an urgent task."""
     by_priority.app.conf.update(broker_url=url, result_backend=url)
-    for items in (
-        CHUNK // 2,
-        *[CHUNK] * (ENOUGH // CHUNK),
-    ):  # half a one, for slots that all end at once are no help
+    # The first chunk is half as long, so that the slots do not all end at the same time.
+    for items in (CHUNK // 2, *[CHUNK] * (ENOUGH // CHUNK)):
         by_priority.chunk.apply_async((items, ITEM_S), priority=by_priority.PATIENT)
     yield lambda: float(by_priority.began.apply_async(priority=by_priority.URGENT).get(timeout=120))
     by_priority.app.control.purge()
 
 
 def preemption() -> Iterator[Measured]:
-    """Measure both, one after the other: each has the machine for itself."""
+    """Measure both, one after the other, so that each has the machine to itself."""
     with embedded.server() as server, tempfile.TemporaryDirectory() as folder:
         environment = {
             "RLM_REDIS_URL": server.url,
             "RLM_NAMESPACE": "preemption",
             "RLM_OPERATIONS": "tests.bench.ops",
-            "RLM_PRESSURE__ENABLED": "0",  # whatever else the machine does
+            "RLM_PRESSURE__ENABLED": "0",  # other load on the machine must not count
             "PYTHONPATH": str(Path.cwd()),
         }
         with (
@@ -102,7 +100,8 @@ def preemption() -> Iterator[Measured]:
     for name, nth in (("p50", 50), ("p95", 95), ("p99", 99)):
         a, b = mine[nth * SUBMISSIONS // 100 - 1], theirs[nth * SUBMISSIONS // 100 - 1]
         yield Measured(
-            f"start of critical work, all slots busy, {name}, against queues by priority and chunks of {CHUNK * ITEM_S:g} s",
+            f"start of critical work, all slots busy, {name},"
+            f" against queues by priority and chunks of {CHUNK * ITEM_S:g} s",
             f"{a * 1000:.0f} ms",
             f"{b * 1000:.0f} ms",
             f"{a / b:.3f}",

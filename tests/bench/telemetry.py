@@ -1,10 +1,9 @@
-"""What tracing costs for each node, in processor time of its worker, by how many spans leave in a
-batch.
+"""Measure the cost of tracing a node, in processor time, by the number of spans in a batch.
 
-``python -m tests.bench.telemetry`` prints a table: a span is begun, ended, handed over, taken and
-exported to a collector in a process of its own; what the pool process and the main process spend on
-it is spent here by one.  A share is that of a node's own time.  Whole jobs are no measure: two runs
-of one differ by ten times as much.  Nothing asserts."""
+``python -m tests.bench.telemetry`` prints a table.  One process begins and ends a span, hands it
+over, takes it and exports it.  In a worker, a pool process and the main process share this work.
+The collector is a separate process.  A share is the part of a node's own time.  Whole jobs cannot
+show this cost: two runs of one job differ by ten times as much.  Nothing asserts."""
 
 from __future__ import annotations
 
@@ -26,21 +25,21 @@ ABOUT = {
     f"rlm.{name}": "0123456789"
     for name in ("job_id", "node_id", "parent_id", "operation", "worker", "level")
 } | {f"rlm.{name}": 12345 for name in ("depth", "lo", "hi", "attempt", "done", "failed")}
-"""As many attributes as a node's span has."""
+"""Attributes: the same number as on the span of a node."""
 NODES_MS = (1000.0, 50.0, 10.0)
-"""A node's target, a slice, and a node that is too small."""
+"""Node times: the default target, one slice, and a node that is too small."""
 
 
-def receive(told: Connection) -> None:
-    """Be the collector, until killed."""
+def receive(port_pipe: Connection) -> None:
+    """Run the collector until killed; send its port through the pipe first."""
     with collector() as own:
-        told.send(own.server_port)
+        port_pipe.send(own.server_port)
         while True:
             time.sleep(3600)
 
 
 def cost_us(endpoint: str, batching: dict[str, str]) -> float:
-    """Return the processor time of a span, from its begin until it has left."""
+    """Return the processor time of a span in microseconds, from its begin to its export."""
     with mock.patch.dict(os.environ, batching):
         export = Export([OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces")])
         spans, began = Spans([HandOver(export.way)]), time.process_time()
@@ -56,14 +55,14 @@ def cost_us(endpoint: str, batching: dict[str, str]) -> float:
 
 
 def main() -> None:
-    """Run all kinds in turn, so that what else the machine does strikes all of them alike."""
+    """Run all batch sizes in turn, so that other load on the machine affects all of them alike."""
     kinds = {"every span by itself": {"OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "1"}}
     for size, flush_s in ((5, 10.0), (10, 30.0), (50, 60.0)):
-        told = OptimizationConfig(
+        environment = OptimizationConfig(
             telemetry_batch_size=size, telemetry_flush_interval_seconds=flush_s
         ).as_environment()
         kinds[f"{size}, or {flush_s:g} s"] = {
-            name: value for name, value in told.items() if name.startswith("OTEL_")
+            name: value for name, value in environment.items() if name.startswith("OTEL_")
         }
     kinds["OpenTelemetry's 512, or 5 s"] = {}
     here, there = multiprocessing.Pipe()

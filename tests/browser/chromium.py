@@ -1,6 +1,6 @@
-"""Debian's Chromium without a screen, driven by playwright.
+"""Headless Chromium, as Debian packages it, driven by playwright.
 
-Decides which browser is used and what it must leave alone: a test machine's browser calls nobody.
+`conftest` calls it; begin with `chromium`.  The flags stop the browser's own network requests.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from playwright.sync_api import Browser, sync_playwright
 
 FLAGS = [
-    "--no-sandbox",  # root may not have one
+    "--no-sandbox",  # Chromium has no sandbox for root
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -31,7 +31,8 @@ def chromium() -> Iterator[Browser]:
     """Run a Chromium for the length of a block.  Raises NoChromium."""
     if (path := shutil.which("chromium")) is None:
         raise NoChromium(
-            "Flower's pages are looked at in Chromium, which is not on PATH: apt-get install chromium"
+            "chromium is not on PATH, and the tests of Flower's pages need it:"
+            " apt-get install chromium"
         )
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=FLAGS)

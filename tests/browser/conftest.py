@@ -1,6 +1,6 @@
-"""One server, one worker with a beat within, one Flower and one browser for all tests; each test
-has a tab of its own.
-"""
+"""Fixtures of the browser tests: one server, one worker with beat, one Flower and one browser.
+
+All tests share them; each test opens its own tab."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ expect.set_options(timeout=20_000)
 
 @pytest.fixture(scope="session")
 def environment(server: embedded.Server) -> dict[str, str]:
-    """The environment of the worker and of Flower: pressure is on, and decided by the tests."""
+    """The environment of the worker and of Flower: pressure is on, and the tests force its level."""
     modules = "tests.browser.ops,tests.integration.ops,tests.integration.guarded_ops"
     return environment_of(
         server.url,
@@ -46,12 +46,12 @@ def platform(environment: dict[str, str], logs: Path) -> Iterator[Client]:
         embedded.worker(environment, log=logs / "browser.log", options=BEAT),
         client_of(environment) as own,
     ):
-        own.pressure.force("normal", 3600)  # whatever else this machine does
+        own.pressure.force("normal", 3600)  # load on this machine must not change the level
         yield own
 
 
 @pytest.fixture(scope="session")
-def shown(platform: Client, environment: dict[str, str], logs: Path) -> Iterator[Flower]:
+def flower_site(platform: Client, environment: dict[str, str], logs: Path) -> Iterator[Flower]:
     """A Flower behind a login and under a prefix."""
     with flower(environment, logs / "flower.log", f"--basic_auth={USER}", prefix=PREFIX) as own:
         yield own
@@ -59,7 +59,7 @@ def shown(platform: Client, environment: dict[str, str], logs: Path) -> Iterator
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """The browser; without one the tests end, and say how to get it."""
+    """The browser.  Without one the test run ends with a message that says how to install it."""
     with ExitStack() as stack:
         try:
             own = stack.enter_context(chromium())
@@ -69,53 +69,52 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def open_page(browser: Browser, shown: Flower) -> Iterator[Callable[..., Page]]:
-    """Return a new tab on Flower, of somebody who has logged in; whatever goes wrong on it fails
-    the test.
-    """
+def open_page(browser: Browser, flower_site: Flower) -> Iterator[Callable[..., Page]]:
+    """A function that opens a tab on Flower with a login.  An error on the page fails the test."""
     with ExitStack() as stack:
-        wrong: list[str] = []
+        errors: list[str] = []
 
-        def open_page(url: str = shown.url, **options: Any) -> Page:
+        def open_page(url: str = flower_site.url, **options: Any) -> Page:
             context = stack.enter_context(
                 browser.new_context(base_url=f"{url}/", **{"http_credentials": LOGIN, **options})
             )
             page = context.new_page()
-            watch(page, wrong)
+            watch(page, errors)
             return page
 
         yield open_page
-        assert wrong == []
+        assert errors == []
 
 
-def watch(page: Page, wrong: list[str]) -> None:
-    """Note each error of a page's scripts, and each request that is not answered well."""
+def watch(page: Page, errors: list[str]) -> None:
+    """Add each script error, failed request and error status of a page to `errors`."""
 
     def failed(request: Any) -> None:
-        if request.failure != "net::ERR_ABORTED":  # the page was left
-            wrong.append(f"{request.url}: {request.failure}")
+        if request.failure != "net::ERR_ABORTED":  # the test opened another page
+            errors.append(f"{request.url}: {request.failure}")
 
-    page.on("console", lambda told: wrong.append(told.text) if told.type == "error" else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("requestfailed", failed)
     page.on(
         "response",
         lambda answer: (
-            wrong.append(f"{answer.url}: {answer.status}") if answer.status >= 400 else None
+            errors.append(f"{answer.url}: {answer.status}") if answer.status >= 400 else None
         ),
     )
 
 
 @pytest.fixture
 def page(open_page: Callable[..., Page]) -> Page:
-    """A tab as most people have it."""
+    """A tab with the browser's default options."""
     return open_page()
 
 
 @pytest.fixture
 def hold(platform: Client, tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """Submit a job whose items end as files of their names appear in `tmp_path`; those that are
-    left end with the test.
+    """A function that submits a job of held items.
+
+    An item ends when `tmp_path` has a file of its name.  The other items end with the test.
     """
     jobs: list[Job] = []
 
@@ -135,7 +134,7 @@ def hold(platform: Client, tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
 
 @pytest.fixture
-def calm(platform: Client) -> Iterator[None]:
-    """Leave no drill behind but the one that all tests run under."""
+def normal_again(platform: Client) -> Iterator[None]:
+    """After the test, force the normal level again, as for all other tests."""
     yield
     platform.pressure.force("normal", 3600)

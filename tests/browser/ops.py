@@ -1,4 +1,4 @@
-"""Operations that the browser's tests run: their items end when the test says so."""
+"""Operations of the browser tests: the test decides when their items end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlm_tasks import Context, operation
 
 @operation("held")
 def held(item: int, ctx: Context) -> int:
-    """Wait until there is a file of the item's name, or one that lets all go."""
+    """Wait until the folder has a file of the item's name, or a file named `all`."""
     folder = Path(ctx.params["folder"])
     while not ((folder / str(item)).exists() or (folder / "all").exists()):
         time.sleep(0.01)
@@ -19,7 +19,7 @@ def held(item: int, ctx: Context) -> int:
 
 @operation("limited")
 def limited(item: int, ctx: Context) -> int:
-    """Look at as many of 100 entities as pressure allows; odd items fail."""
+    """Return how many of 100 entities the pressure level allows; odd items fail."""
     if item % 2:
         raise ValueError("odd")
     return ctx.limit(100)

@@ -1,6 +1,4 @@
-"""Flower's tabs as a person has them: in a real Chromium that clicks, types and waits for what it
-sees.
-"""
+"""Flower's tabs in a real Chromium, which clicks, types and waits for text as a user does."""
 
 from __future__ import annotations
 
@@ -22,13 +20,13 @@ UPDATED = re.compile("^Updated ")
 ACTING = ("jobs", "pressure", "breakers")
 """Tabs with buttons."""
 READABLE = 4.5
-"""Contrast of text that WCAG 2.2 asks for at level AA."""
+"""The contrast of text that WCAG 2.2 requires at level AA."""
 THEMES: dict[Literal["light", "dark"], range] = {"light": range(230, 256), "dark": range(40)}
-"""What red, green and blue of a page's ground may be."""
+"""Theme -> the allowed values of red, green and blue of a page's background."""
 
 
 def open_tab(page: Page, tab: str) -> None:
-    """Open a page, and wait until it has drawn itself."""
+    """Open a page, and wait until it is drawn."""
     page.goto(f"rlm/{tab}")
     expect(page.locator("#rlm-refresh")).to_have_text(UPDATED)
 
@@ -54,21 +52,21 @@ def short(job: Job) -> str:
 
 
 def answer(page: Page, *, yes: bool) -> list[str]:
-    """Answer the next question in this way; return a list that gets what was asked."""
+    """Accept or dismiss the next dialog; return a list that will receive its message."""
     asked: list[str] = []
 
-    def told(dialog: Dialog) -> None:
+    def answered(dialog: Dialog) -> None:
         asked.append(dialog.message)
         (dialog.accept if yes else dialog.dismiss)()
 
-    page.once("dialog", told)
+    page.once("dialog", answered)
     return asked
 
 
-# --- finding one's way ------------------------------------------------------------------------
+# --- navigation -------------------------------------------------------------------------------
 
 
-def test_the_tabs_stand_in_flowers_own_bar_and_lead_to_pages(page: Page) -> None:
+def test_flowers_bar_has_our_tabs_and_each_opens_a_page(page: Page) -> None:
     page.goto("workers")
     for title in TABS.values():
         bar = page.get_by_role("navigation", name="Primary navigation")
@@ -83,7 +81,7 @@ def test_the_tabs_stand_in_flowers_own_bar_and_lead_to_pages(page: Page) -> None
         expect(page.locator("#rlm-sentence")).not_to_be_empty()
 
 
-def test_under_a_prefix_all_links_and_requests_stay_below_it(page: Page, platform: Client) -> None:
+def test_all_links_and_requests_stay_below_the_prefix(page: Page, platform: Client) -> None:
     job = platform.submit(operation="sum", items=[1, 2])
     job.wait(timeout=20)
     asked: list[str] = []
@@ -106,7 +104,7 @@ def test_under_a_prefix_all_links_and_requests_stay_below_it(page: Page, platfor
 # --- jobs -------------------------------------------------------------------------------------
 
 
-def test_a_running_job_is_seen_to_move_and_to_end_and_the_page_stays_as_it_was(
+def test_the_jobs_page_shows_progress_without_a_reload(
     page: Page, hold: Callable[..., Job], tmp_path: Path
 ) -> None:
     open_tab(page, "jobs")
@@ -130,8 +128,8 @@ def test_a_running_job_is_seen_to_move_and_to_end_and_the_page_stays_as_it_was(
     assert page.evaluate("window.isTheSame") is True
 
 
-def test_a_click_on_a_job_shows_why_it_stands_so_its_failures_receipt_tree_and_log(
-    page: Page, platform: Client, calm: None
+def test_a_jobs_page_shows_reason_failures_receipt_tree_and_events(
+    page: Page, platform: Client, normal_again: None
 ) -> None:
     platform.pressure.force("high")
     wait_until(
@@ -163,7 +161,7 @@ def test_a_click_on_a_job_shows_why_it_stands_so_its_failures_receipt_tree_and_l
     expect(table_of(page, "What happened")).to_contain_text(re.compile(r"closed.*succeeded"))
 
 
-def test_what_is_cancelled_is_asked_for_first_and_then_really_is(
+def test_a_job_is_cancelled_only_after_a_question(
     page: Page, hold: Callable[..., Job], tmp_path: Path
 ) -> None:
     job = hold(3)
@@ -190,7 +188,7 @@ def test_what_is_cancelled_is_asked_for_first_and_then_really_is(
     assert len(sent) == 1
 
 
-def test_what_failed_is_tried_again_by_a_click(page: Page, platform: Client) -> None:
+def test_a_click_retries_failed_items(page: Page, platform: Client) -> None:
     job = platform.submit(operation="fail_odd", items=[2, 3], continue_on_error=True)
     job.wait(timeout=20)
     open_tab(page, f"job/{job.id}")
@@ -205,7 +203,7 @@ def test_what_failed_is_tried_again_by_a_click(page: Page, platform: Client) -> 
     assert (again.progress().total, again.progress().failed) == (1, 1)
 
 
-def test_a_description_is_text_whatever_it_says(page: Page, platform: Client) -> None:
+def test_markup_in_a_description_is_shown_as_text(page: Page, platform: Client) -> None:
     description = "<script>window.isMine = 1</script><img src=x onerror='window.isMine = 2'>&amp;"
     job = platform.submit(operation="sum", items=[1, 2], description=description)
     job.wait(timeout=20)
@@ -237,7 +235,9 @@ def test_an_open_breaker_is_seen_and_closed_by_its_button(page: Page, platform: 
     assert platform.breakers.status()["till"]["state"] == "closed"
 
 
-def test_it_is_seen_how_full_a_limit_is(page: Page, platform: Client, tmp_path: Path) -> None:
+def test_the_limits_page_shows_how_much_of_a_limit_is_used(
+    page: Page, platform: Client, tmp_path: Path
+) -> None:
     open_tab(page, "limits")
     row = row_of(page, "metered", "requests").first
     expect(row).to_contain_text("0 of 20")
@@ -250,7 +250,7 @@ def test_it_is_seen_how_full_a_limit_is(page: Page, platform: Client, tmp_path: 
     job.wait(timeout=20)
 
 
-def test_queues_tell_by_priority_what_waits_runs_and_is_parked(
+def test_the_queues_page_counts_waiting_running_and_parked_nodes(
     page: Page, platform: Client, hold: Callable[..., Job], tmp_path: Path
 ) -> None:
     platform.breakers.get("reset-by-hand").open()
@@ -275,8 +275,8 @@ def test_queues_tell_by_priority_what_waits_runs_and_is_parked(
     parked.cancel()
 
 
-def test_pressure_is_seen_over_time_and_forced_for_a_drill(
-    page: Page, platform: Client, calm: None
+def test_the_pressure_page_draws_levels_and_starts_a_drill(
+    page: Page, platform: Client, normal_again: None
 ) -> None:
     platform.pressure.release()
     open_tab(page, "pressure")
@@ -302,37 +302,41 @@ def test_pressure_is_seen_over_time_and_forced_for_a_drill(
     assert platform.status().forced == ""
 
 
-# --- for everybody ----------------------------------------------------------------------------
+# --- accessibility ----------------------------------------------------------------------------
 
-FAINT = """
+LOW_CONTRAST_TEXTS = """
 (least) => {
     const parts = (colour) => (colour.match(/[\\d.]+/g) || []).map(Number);
-    const over = ([r, g, b, a = 1], below) => [r, g, b].map((each, i) => each * a + below[i] * (1 - a));
+    const over = ([r, g, b, a = 1], below) =>
+        [r, g, b].map((each, i) => each * a + below[i] * (1 - a));
     const ground = (element) => {
         const own = element && parts(getComputedStyle(element).backgroundColor);
-        return !element ? [255, 255, 255] : own[3] === 0 ? ground(element.parentElement) : over(own, ground(element.parentElement));
+        return !element ? [255, 255, 255]
+            : own[3] === 0 ? ground(element.parentElement)
+            : over(own, ground(element.parentElement));
     };
     const light = (colour) => colour.map((each) => each / 255)
         .map((each) => each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4)
         .reduce((sum, each, i) => sum + each * [0.2126, 0.7152, 0.0722][i], 0);
     const contrast = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    const texts = [...document.querySelectorAll("#rlm-page *")].filter((element) => element.checkVisibility() &&
-        [...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim()));
+    const hasText = (element) => [...element.childNodes].some(
+        (node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
+    const texts = [...document.querySelectorAll("#rlm-page *")].filter(
+        (element) => element.checkVisibility() && hasText(element));
     return texts.map((element) => {
         const below = ground(element), style = getComputedStyle(element);
         const colour = element.namespaceURI.endsWith("svg") ? style.fill : style.color;
-        return [element.textContent.slice(0, 40), contrast(light(over(parts(colour), below)), light(below))];
+        const ratio = contrast(light(over(parts(colour), below)), light(below));
+        return [element.textContent.slice(0, 40), ratio];
     }).filter(([, ratio]) => ratio < least);
 }
 """
-"""Return the texts of a page, and their contrast, that stand out less than so much from what is
-behind them.
-"""
+"""JavaScript: returns the visible texts, and their contrast, below a minimum of contrast."""
 
 
 @pytest.fixture(scope="module")
-def story(platform: Client) -> Job:
-    """A platform with a job, or a state, of each kind; return the job with failures and a tree."""
+def example_jobs(platform: Client) -> Job:
+    """Create a job, or a state, of each kind; return the job with failures and a tree."""
     ended = [
         platform.submit(
             operation="limited", items=range(60), continue_on_error=True, chunk_size=10
@@ -350,11 +354,11 @@ def story(platform: Client) -> Job:
 
 
 def test_text_is_readable_in_both_themes(
-    open_page: Callable[..., Page], story: Job, hold: Callable[..., Job]
+    open_page: Callable[..., Page], example_jobs: Job, hold: Callable[..., Job]
 ) -> None:
     page, running = open_page(reduced_motion="reduce"), hold(1)
     wait_until(lambda: running.status == "running")
-    for tab in (*TABS, f"job/{story.id}"):
+    for tab in (*TABS, f"job/{example_jobs.id}"):
         open_tab(page, tab)
         for theme, ground in THEMES.items():
             page.emulate_media(color_scheme=theme)
@@ -362,14 +366,14 @@ def test_text_is_readable_in_both_themes(
 
             colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
             assert all(int(each) in ground for each in re.findall(r"\d+", colour)), colour
-            assert page.evaluate(FAINT, READABLE) == [], (tab, theme)
+            assert page.evaluate(LOW_CONTRAST_TEXTS, READABLE) == [], (tab, theme)
 
 
 def test_a_narrow_screen_shows_all_pages_without_scrolling_sideways(
-    open_page: Callable[..., Page], story: Job
+    open_page: Callable[..., Page], example_jobs: Job
 ) -> None:
     page = open_page(viewport={"width": 390, "height": 800})
-    for tab in (*TABS, f"job/{story.id}"):
+    for tab in (*TABS, f"job/{example_jobs.id}"):
         open_tab(page, tab)
         assert page.evaluate("document.documentElement.scrollWidth") == 390, tab
 
@@ -377,19 +381,19 @@ def test_a_narrow_screen_shows_all_pages_without_scrolling_sideways(
     chart = page.get_by_role("img", name="Level over time")
     boxes = [each.bounding_box() for each in (chart, chart.locator("text").last)]
     assert [each for each in boxes if not each or each["x"] + each["width"] > 390] == [], (
-        "it is drawn for the room there is"
+        "the chart fits the screen"
     )
     assert (
         chart.locator("text").last.evaluate("text => text.getBoundingClientRect().height") > 10
-    ), "words are as large as elsewhere"
+    ), "the chart's text is as large as other text"
 
 
-def test_every_button_has_a_name_of_its_own(
-    page: Page, story: Job, hold: Callable[..., Job]
+def test_every_button_has_a_unique_name(
+    page: Page, example_jobs: Job, hold: Callable[..., Job]
 ) -> None:
     hold(1)
     hold(1)
-    for tab in (*ACTING, f"job/{story.id}"):
+    for tab in (*ACTING, f"job/{example_jobs.id}"):
         open_tab(page, tab)
         for button in page.get_by_role("button").all():
             expect(button).to_have_accessible_name(re.compile(r"\w"))
@@ -401,10 +405,12 @@ def test_every_button_has_a_name_of_its_own(
         assert len(set(names)) == len(names), tab
 
 
-# --- who may look and act ---------------------------------------------------------------------
+# --- login and permissions --------------------------------------------------------------------
 
 
-def test_without_a_login_nothing_is_seen(open_page: Callable[..., Page], shown: Flower) -> None:
+def test_without_a_login_every_page_is_refused(
+    open_page: Callable[..., Page], flower_site: Flower
+) -> None:
     stranger = open_page(http_credentials=None).context.request
     for path in (*(f"rlm/{tab}" for tab in TABS), "rlm/jobs?json=1", "rlm/job/nothing"):
         assert stranger.get(path).status == 401
@@ -420,11 +426,11 @@ def test_without_a_login_nothing_is_seen(open_page: Callable[..., Page], shown: 
     ],
     ids=["no login", "read-only"],
 )
-def test_who_may_only_look_has_no_buttons_and_is_refused(
+def test_a_read_only_user_has_no_buttons_and_cannot_act(
     open_page: Callable[..., Page],
     platform: Client,
     environment: dict[str, str],
-    story: Job,
+    example_jobs: Job,
     logs: Path,
     hold: Callable[..., Job],
     options: tuple[str, ...],
@@ -433,7 +439,7 @@ def test_who_may_only_look_has_no_buttons_and_is_refused(
 ) -> None:
     job = hold(1)
     wait_until(lambda: job.status == "running")
-    with flower(environment, logs / "flower-looked-at.log", *options) as own:
+    with flower(environment, logs / "flower-read-only.log", *options) as own:
         page = open_page(own.url)
         for tab in (*ACTING, f"job/{job.id}"):
             open_tab(page, tab)

@@ -1,8 +1,8 @@
-"""The platform's app with a hook at its crash points; what happens there comes from the
-environment.
+"""The platform's app with a fault at one crash point; the environment selects both.
 
-``FAULT_POINT`` names the point, ``FAULT_DO`` what happens when it is reached the ``FAULT_NTH``
-time, by any process; it happens once.  ``FAULT_FOLDER`` is where processes tell each other."""
+``FAULT_POINT`` names the crash point and ``FAULT_DO`` the fault.  The fault happens once: when any
+process reaches the point for the ``FAULT_NTH`` time.  In ``FAULT_FOLDER`` processes share files.
+`Cell.worker` starts it; begin with `reached`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _FOLDER = Path(os.environ["FAULT_FOLDER"])
 
 
 def kill_process() -> None:
-    """As the kernel's out-of-memory killer would."""
+    """Kill this process, as the kernel's out-of-memory killer does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def stop_worker() -> None:
-    """Stop the whole worker in its tracks, this process last."""
+    """Suspend the whole worker with SIGSTOP, this process last."""
     import psutil
 
     main = psutil.Process(os.getppid())
@@ -37,33 +37,33 @@ def stop_worker() -> None:
 
 
 def term_worker() -> None:
-    """Ask the main process to stop, and go on."""
+    """Ask the main process to stop, and continue."""
     os.kill(os.getppid(), signal.SIGTERM)
 
 
 def term_group() -> None:
-    """Ask the whole process group to stop, this process included, and go on."""
+    """Ask the whole process group to stop, with this process, and continue."""
     os.killpg(os.getpgrp(), signal.SIGTERM)
 
 
 def exceed() -> None:
-    """Run into a time limit."""
+    """Exceed a time limit."""
     time.sleep(60)
 
 
 def starve() -> None:
-    """Ask for more memory than any machine has."""
+    """Request more memory than any machine has."""
     bytearray(2**46)
 
 
 def hold() -> None:
-    """Wait for the test to do its worst."""
+    """Wait until the test creates the file `go`, at most 30 s."""
     until = time.monotonic() + 30
     while not (_FOLDER / "go").exists() and time.monotonic() < until:
         time.sleep(0.005)
 
 
-DEEDS = {
+FAULTS = {
     each.__name__: each
     for each in (
         kill_process,
@@ -79,7 +79,7 @@ DEEDS = {
 
 
 def reached(point: CrashPoint) -> None:
-    """Do it, once, when the point is reached for the nth time."""
+    """Cause the fault, once, when the point is reached for the nth time."""
     if point != _POINT:
         return
     counter = os.open(_FOLDER / "count", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -88,7 +88,7 @@ def reached(point: CrashPoint) -> None:
     os.close(counter)
     if nth == _NTH:
         (_FOLDER / "reached").touch()
-        DEEDS[_DO]()
+        FAULTS[_DO]()
 
 
 app.rlm_runtime().reached = reached

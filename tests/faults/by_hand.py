@@ -1,8 +1,7 @@
-"""Calls to a model without the platform, so many in a second: ``python -m tests.faults.by_hand URL
-RATE``, until it is killed.
+"""Call a model without the platform: ``python -m tests.faults.by_hand URL RATE``, until killed.
 
-What such calls cost a machine is the same whoever makes them; what is beyond that is the
-platform's."""
+`tests.faults.llm` runs it to measure the load of RATE calls per second alone.  Any load beyond that
+comes from the platform."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from openai import AsyncOpenAI
 
 
 async def call(url: str, rate: float) -> None:
-    """Ask for sums, whether the answers before have come or not."""
+    """Send requests at a steady rate per second, without a wait for earlier answers."""
     client, asked = (
         AsyncOpenAI(base_url=url, api_key="any", max_retries=0),
         set[asyncio.Task[object]](),

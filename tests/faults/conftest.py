@@ -1,6 +1,6 @@
-"""Cells of the fault matrix: a job, a worker with a fault at one crash point, and the oracle that
-looks at the end.
-"""
+"""Cells of the fault matrix: a job, a worker with a fault at one crash point, and the final checks.
+
+The fault tests use the fixtures `on_shared` and `on_durable`; begin with `Cell`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.support import wait_until
 LEASE_S, SWEEP_S = 2.0, 0.5
 ITEMS = 60
 RECOVERED: list[tuple[str, str, float]] = []
-"""(what died, crash point, seconds from the fault to the job's end), for the summary."""
+"""(fault, crash point, seconds from the fault to the job's end), for the summary."""
 
 
 @dataclass
 class Cell:
-    """One job, one fault, and what is known afterwards."""
+    """One job, its workers, one fault, and the checks of the result."""
 
     client: Client
     environment: dict[str, str]
@@ -40,13 +40,13 @@ class Cell:
     def worker(
         self, *, fault: tuple[str, str] | None = None, nth: int = 1, options: Sequence[str] = ()
     ) -> subprocess.Popen[bytes]:
-        """Start a worker, with a deed at a crash point or without."""
+        """Start a worker; `fault` is a crash point and the name of a fault of `tests.faults.app`."""
         environment = dict(self.environment)
         if fault is not None:
-            point, deed = fault
+            point, action = fault
             environment |= {
                 "FAULT_POINT": point,
-                "FAULT_DO": deed,
+                "FAULT_DO": action,
                 "FAULT_NTH": str(nth),
                 "FAULT_FOLDER": str(self.folder),
             }
@@ -63,7 +63,7 @@ class Cell:
         return process
 
     def submit(self, items: int = ITEMS, ms: float = 2.0) -> Job:
-        """Open the job that every cell runs: chords, tail calls and a journal of what ran."""
+        """Submit the job that every cell runs: chords, tail calls, and a journal of its items."""
         return self.client.submit(
             operation="journalled",
             items=range(items),
@@ -72,17 +72,17 @@ class Cell:
         )
 
     def journal(self, job: Job) -> list[int]:
-        """Return the index of every item of a job that ran, as often as it ran."""
+        """Return the index of each item that ran, once for each run."""
         path = self.folder / f"journal.{job.id}"
         return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def wait_for_fault(self) -> float:
-        """Wait until the crash point is reached; return when, on the wall clock."""
+        """Wait until the crash point is reached; return that time, in seconds since the epoch."""
         wait_until((self.folder / "reached").exists)
         return (self.folder / "reached").stat().st_mtime
 
     def go(self) -> None:
-        """Let a held process go on."""
+        """Let a process that waits in `hold` continue."""
         (self.folder / "go").touch()
 
     def check(
@@ -94,8 +94,9 @@ class Cell:
         point: str = "",
         within_s: float = 30.0,
     ) -> float:
-        """Wait for the end and hold the job against the oracle; return the seconds it took since
-        the fault.
+        """Wait for the job's end and check its result, events and keys.
+
+        Return the seconds since the fault at `since`, 0.0 without one.
         """
         result = job.result(timeout=within_s)
         took = time.time() - since if since is not None else 0.0
@@ -114,9 +115,7 @@ class Cell:
         return took
 
     def check_keys(self, job: Job) -> None:
-        """No key of the job is without an expiry, and none that only a running job needs is
-        left.
-        """
+        """Assert that every key of the job has an expiry, and that no key of a running job is left."""
         client, keys = self.client.ledger.store.client, self.client.ledger.keys.of(job.id)
         own = list(client.scan_iter(f"{self.client.settings.namespace}:*{job.id}*", count=10_000))
         assert [key for key in own if client.ttl(key) == -1] == [], "no key without expiry"
@@ -127,7 +126,7 @@ class Cell:
 def cell(
     server: embedded.Server, name: str, folder: Path, log: Path, **more: str
 ) -> Iterator[Cell]:
-    """A cell on a server, in a namespace of its own."""
+    """Run a cell on a server, in a private namespace."""
     usual = {
         "RLM_OPERATIONS": "tests.integration.ops,tests.faults.ops",
         "RLM_LEDGER__LEASE_S": str(LEASE_S),
@@ -140,19 +139,19 @@ def cell(
         own = Cell(client, environment, folder, log, stack)
         yield own
         for worker in own.workers:
-            # What has to be seen has been seen; a drain of each would cost minutes in all.
+            # The checks are over; a drain of each worker would cost minutes in total.
             with suppress(ProcessLookupError):
                 os.killpg(worker.pid, signal.SIGKILL)
 
 
 def name_of(request: pytest.FixtureRequest) -> str:
-    """A namespace for one test."""
+    """Return a namespace for one test."""
     return f"f{abs(hash(request.node.nodeid)) % 10**10}"
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[embedded.Server]:
-    """The server of all cells in which Redis stays alive."""
+    """The server of all cells whose fault does not concern Redis."""
     with embedded.server() as own:
         yield own
 
@@ -168,7 +167,7 @@ def on_shared(
 
 @pytest.fixture
 def durable(tmp_path: Path) -> Iterator[embedded.Server]:
-    """A server of the test's own, with an append-only file."""
+    """A private server for one test, with an append-only file."""
     folder = tmp_path / "server"
     folder.mkdir()
     own = embedded.Server(folder, durable=True)
@@ -187,8 +186,8 @@ def on_durable(
 
 
 @pytest.fixture(autouse=True)
-def tell_recovery(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let the summary know, which is written by another process when several run the tests."""
+def report_recovery(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Pass recovery times to the summary through the report; xdist prints it in another process."""
     RECOVERED.clear()
     yield
     request.node.user_properties += [
@@ -197,7 +196,7 @@ def tell_recovery(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print how long recovery took, by what died; docs/reliability.md quotes it."""
+    """Print how long recovery took, by fault; docs/reliability.md quotes it."""
     ended = [report for report in terminalreporter.stats.get("", []) if report.when == "teardown"]
     recovered = [
         value for report in ended for name, value in report.user_properties if name == "recovered"
@@ -207,6 +206,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("recovery, seconds from the fault to the end of the job")
     for what in dict.fromkeys(what for what, _, _ in recovered):
         took = sorted(seconds for each, _, seconds in recovered if each == what)
+        median, slowest = took[len(took) // 2], took[-1]
         terminalreporter.write_line(
-            f"{what:42} {len(took):3} cells   median {took[len(took) // 2]:5.2f}   slowest {took[-1]:5.2f}"
+            f"{what:42} {len(took):3} cells   median {median:5.2f}   slowest {slowest:5.2f}"
         )

@@ -1,9 +1,8 @@
-"""A process that asks for calls of others, too: ``python -m tests.faults.flights URL LEASE_S KEY
-...``, for the tests of single flight.
+"""A process that shares calls with others, for the tests of single flight.
 
-It writes what happens to it line by line.  It begins whatever the keys say at the first line it
-reads, and goes on from there at the second: it makes the calls that are its own, and waits for
-those of others."""
+``python -m tests.faults.flights URL LEASE_S KEY ...`` writes each event as a line.  At the first
+line that it reads, it begins a flight for each key.  At the second, it makes its own calls, and
+waits for those of other processes."""
 
 from __future__ import annotations
 
@@ -18,13 +17,13 @@ from resilience.store import Store
 
 NAMESPACE, MADE = "flights", "flights:made"
 PATIENCE_S = 5.0
-"""More than the 0.1 s of `Store.from_url`: on a busy machine a process that waits for its turn
-would take Redis for away.
-"""
+"""Timeout of Redis.  The 0.1 s of `Store.from_url` would report an outage on a busy machine."""
 
 
 def ended(calls: SingleFlight, store: Store, flight: Flight) -> str:
-    """Return the value of a call: made by us, and noted, or by others."""
+    """Return the value of a call, made by another process or by this one.
+
+    A call of this process is added to the list MADE in Redis."""
     while flight.state == "others":
         time.sleep(flight.wait_s)
         flight = calls.look(flight)
@@ -37,7 +36,7 @@ def ended(calls: SingleFlight, store: Store, flight: Flight) -> str:
 
 
 def main(url: str, lease_s: str, *keys: str) -> None:
-    """Ask for all keys at once, in an order of our own."""
+    """Begin the flights of all keys at once, in random order."""
     store = Store.from_url(url, namespace=NAMESPACE, timeout_s=PATIENCE_S)
     calls = SingleFlight("llm", store, lease_s=float(lease_s))
     store.check()

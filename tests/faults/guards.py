@@ -1,10 +1,11 @@
-"""The processes that the tests of the guards start, and the long run of a bucket against a fake
-provider.
+"""The processes of the guard tests, and a long run of a token bucket against a fake provider.
 
-``python -m tests.faults.guards --window 60`` runs eight processes against a provider with the true
-limits of `resilience.PROVIDER`, prints how much of them was used, and exits with 1 on a 429, a
-window over its limit, or too little use.  With the name of a role and its arguments it is one of
-the processes: it writes what happens to it line by line, and does what it reads."""
+``python -m tests.faults.guards --window 60`` runs eight processes against a provider with the
+limits of `resilience.PROVIDER`.  It prints the share of the limits that was used.  It exits with 1
+on a 429, on a window over its limit, or on a use below LEAST_USE.
+
+With the name of a role and its arguments the program is one of the processes.  Then it reads
+commands and writes events, a line for each."""
 
 from __future__ import annotations
 
@@ -45,15 +46,14 @@ NAMESPACE = "guards"
 PROCESSES, WINDOWS = 8, 4
 LEAST_USE = 0.97
 TOKENS = {"tokens": (1, 99), "requests": (1, 19)}
-"""The limit that binds -> smallest and largest request in tokens: the true limits are met at 25.7
-tokens a request.
+"""The limit that binds -> smallest and largest request in tokens.
+
+At 25.7 tokens a request both limits of `resilience.PROVIDER` bind at the same time.
 """
 AT_MOST = 1.5
-"""A request reserves up to this many times the tokens it uses, and settles to them."""
+"""A request reserves up to this many times the tokens that it uses, and settles the difference."""
 PATIENCE_S = 2.0
-"""More than the 0.1 s of `Store.from_url`: on a busy machine a process that waits for its turn
-would take Redis for away.
-"""
+"""Timeout of Redis.  The 0.1 s of `Store.from_url` would report an outage on a busy machine."""
 TROUBLE = ConnectionError("the service is away")
 
 
@@ -61,7 +61,7 @@ TROUBLE = ConnectionError("the service is away")
 
 
 class Child:
-    """A process of ours, which is told and tells one line at a time."""
+    """A child process; it reads commands and writes events, one line for each."""
 
     def __init__(self, module: str, *arguments: object) -> None:
         command = [sys.executable, "-m", module, *map(str, arguments)]
@@ -69,35 +69,37 @@ class Child:
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._lines: queue.Queue[str] = queue.Queue()
-        self._ear = threading.Thread(target=self._listen, daemon=True)
-        self._ear.start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
-    def _listen(self) -> None:
+    def _read(self) -> None:
         for line in self.process.stdout or ():
             self._lines.put(line)
 
-    def say(self, *words: object) -> None:
-        """Tell it a line."""
+    def send(self, *words: object) -> None:
+        """Send it a line."""
         assert self.process.stdin is not None
         print(*words, file=self.process.stdin, flush=True)
 
-    def hear(self, first: str, within_s: float = 20.0) -> list[str]:
-        """Return the words of its next line, which starts with a word that is left out."""
+    def receive(self, first: str, within_s: float = 20.0) -> list[str]:
+        """Return the words of its next line without the first, which must be `first`.
+
+        Raises AssertionError on another word, `queue.Empty` without a line within `within_s`.
+        """
         found, *words = self._lines.get(timeout=within_s).split()
         assert found == first, (found, words)
         return words
 
     def kill(self) -> None:
-        """End it as the kernel ends what is out of memory."""
-        self.process.send_signal(
-            signal.SIGKILL
-        )  # to nobody when it has ended before: its pid may be another's
+        """Kill it, as the kernel's out-of-memory killer does."""
+        # `send_signal` sends nothing to a process that has ended: its pid may be reused.
+        self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Kill it, and close its pipes."""
         self.kill()
-        self._ear.join()
+        self._reader.join()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with suppress(BrokenPipeError):
@@ -106,50 +108,48 @@ class Child:
 
 @contextmanager
 def children(count: int, *arguments: object) -> Iterator[list[Child]]:
-    """Run some processes of a role for the length of a block; each has its number as the last
-    argument.
-    """
+    """Run processes of one role for the length of a block; the last argument is its number."""
     with ExitStack() as stack:
         found = [
             stack.enter_context(closing(Child("tests.faults.guards", *arguments, number)))
             for number in range(count)
         ]
         for each in found:
-            each.hear("ready")
+            each.receive("ready")
         yield found
 
 
 @contextmanager
 def fake_provider(*options: object) -> Iterator[int]:
-    """Run a provider for the length of a block; return its port."""
+    """Run a provider for the length of a block; yield its port."""
     with closing(Child("tests.faults.provider", *options)) as child:
-        yield int(child.hear("at")[0])
+        yield int(child.receive("at")[0])
 
 
-# --- what they do -----------------------------------------------------------------------------
+# --- roles ------------------------------------------------------------------------------------
 
 
-def tell(*words: object) -> None:
-    """Tell the test a line."""
+def write(*words: object) -> None:
+    """Write a line to the test."""
     print(*words, flush=True)
 
 
 def stopping() -> threading.Event:
-    """Return what is set when the test says something, or is gone."""
-    said = threading.Event()
+    """Return an event that is set when the test sends a line or has ended."""
+    stop = threading.Event()
 
-    def listen() -> None:
+    def read() -> None:
         sys.stdin.readline()
-        said.set()
+        stop.set()
 
-    threading.Thread(target=listen, daemon=True).start()
-    return said
+    threading.Thread(target=read, daemon=True).start()
+    return stop
 
 
 def spend(store: Store, port: str, window_s: str, guard_s: str, binds: str, number: str) -> None:
-    """Send as many requests as a bucket grants, for as long as the test says; tell what was
-    granted, and used.
-    """
+    """Send as many requests as a bucket grants, for the seconds that the test sends.
+
+    At the end write the grants, with the tokens that each has used."""
     limits = rates(float(window_s))
     guard = float(guard_s) if guard_s else None
     bucket = TokenBucket(
@@ -157,7 +157,7 @@ def spend(store: Store, port: str, window_s: str, guard_s: str, binds: str, numb
     )
     random, grants, late_s = Random(number), [], 0.0
     with closing(provider.Line(int(port))) as line:
-        tell("ready")
+        write("ready")
         until = time.monotonic() + float(sys.stdin.readline())
         while time.monotonic() < until:
             used = random.randint(*TOKENS[binds])
@@ -168,14 +168,14 @@ def spend(store: Store, port: str, window_s: str, guard_s: str, binds: str, numb
                 line.ask(f"take {used}")
                 grant.settle(tokens=used)
                 grants.append((grant.at, used))
-    tell("done", json.dumps({"grants": grants, "late_s": late_s}, separators=(",", ":")))
+    write("done", json.dumps({"grants": grants, "late_s": late_s}, separators=(",", ":")))
 
 
 def probe(store: Store, port: str, config: str, _number: str) -> None:
-    """Call a dependency as often as a breaker lets us, until the test says stop."""
+    """Call a dependency as often as a breaker allows, until the test sends a line."""
     breaker = CircuitBreaker("dependency", store, BreakerConfig(**json.loads(config)))
     with closing(provider.Line(int(port))) as line:
-        tell("ready")
+        write("ready")
         stop = stopping()
         while not stop.is_set():
             try:
@@ -185,15 +185,13 @@ def probe(store: Store, port: str, config: str, _number: str) -> None:
                 continue
             answer = line.ask(f"call {'probe' if admission.probe else 'free'}")
             breaker.ended(admission, None if answer == "200" else TROUBLE)
-    tell("done")
+    write("done")
 
 
 def observe(store: Store, config: str, _number: str) -> None:
-    """Call through a breaker all the time; tell when calls are refused, and when they pass
-    again.
-    """
+    """Call through a breaker without a pause; write the time when calls pass or are refused."""
     breaker = CircuitBreaker("tripped", store, BreakerConfig(**json.loads(config)))
-    tell("ready")
+    write("ready")
     stop, before = stopping(), ""
     while not stop.is_set():
         try:
@@ -202,21 +200,21 @@ def observe(store: Store, config: str, _number: str) -> None:
         except CircuitOpen:
             found = "refused"
         if found != before:
-            tell(found, time.time())
+            write(found, time.time())
             before = found
         time.sleep(0.005)  # the rate of the calls
 
 
 def trip(store: Store, config: str, _number: str) -> None:
-    """Fail until a breaker opens whenever the test says so; tell when the failure that opened it
-    began.
-    """
+    """At each line of the test, fail until a breaker opens.
+
+    Then write the time at which the failure that opened it began."""
     breaker = CircuitBreaker("tripped", store, BreakerConfig(**json.loads(config)))
 
     def fail() -> None:
         raise TROUBLE
 
-    tell("ready")
+    write("ready")
     for _ in sys.stdin:
         began = time.time()
         with suppress(CircuitOpen):
@@ -224,25 +222,25 @@ def trip(store: Store, config: str, _number: str) -> None:
                 began, last = time.time(), began
                 with suppress(ConnectionError):
                     breaker.call(fail)
-        tell("tripped", last)
+        write("tripped", last)
 
 
 def hold_probe(store: Store, config: str, _number: str) -> None:
-    """Take the place of a probe, and keep it."""
+    """Take the permit of a probe, and keep it."""
     breaker = CircuitBreaker("held", store, BreakerConfig(**json.loads(config)))
-    tell("ready")
+    write("ready")
     admission = breaker.admit()
-    tell("holds", time.monotonic(), admission.probe)
-    sys.stdin.readline()  # until the test kills us, or is gone
+    write("holds", time.monotonic(), admission.probe)
+    sys.stdin.readline()  # until the test kills this process, or has ended
 
 
 def hold_permits(store: Store, count: str, lease_s: str, _number: str) -> None:
     """Take permits of a bulkhead, and keep them."""
     bulkhead = Bulkhead("held", store, limit=int(count), per_host=None, lease_s=float(lease_s))
-    tell("ready")
+    write("ready")
     taken = [bulkhead.acquire() for _ in range(int(count))]
-    tell("holds", time.monotonic(), sum(map(bool, taken)), bulkhead.owner)
-    sys.stdin.readline()  # until the test kills us, or is gone
+    write("holds", time.monotonic(), sum(map(bool, taken)), bulkhead.owner)
+    sys.stdin.readline()  # until the test kills this process, or has ended
 
 
 ROLES: dict[str, Callable[..., None]] = {
@@ -255,30 +253,26 @@ ROLES: dict[str, Callable[..., None]] = {
 
 @dataclass(frozen=True)
 class Use:
-    """What became of the limits of a provider; shares of a limit are 1.0 when all of it was
-    used.
-    """
+    """The use of a provider's limits; a share of 1.0 is all of a limit."""
 
     window_s: float
     binds: str
     requests: int
     refused: int  # by the provider, with a 429
     used: dict[str, float]  # share used of each limit, over the windows after the first
-    most: dict[
-        str, float
-    ]  # largest share of each limit in any window, by the server's time of the grants
-    late_s: float  # longest way from a grant to the sending of its request
+    most: dict[str, float]  # largest share of each limit in any window, by the grants' server time
+    late_s: float  # longest time from a grant to its request
 
     @property
     def kept(self) -> bool:
-        """Whether every promise was kept."""
+        """Whether no request was refused, no window was over its limit, and the use sufficed."""
         return (
             not self.refused and max(self.most.values()) <= 1 and self.used[self.binds] >= LEAST_USE
         )
 
 
 def rates(window_s: float) -> dict[str, Rate]:
-    """Return a provider's limits, scaled to a window: the same flow in a shorter time."""
+    """Return a provider's limits for a window of `window_s`: the rate per second stays the same."""
     return {
         name: Rate(rate.limit * window_s / rate.per_s, per_s=window_s)
         for name, rate in PROVIDER.items()
@@ -286,7 +280,7 @@ def rates(window_s: float) -> dict[str, Rate]:
 
 
 def fullest(uses: Iterable[tuple[float, float]], window_s: float) -> float:
-    """Return the most that was used in any window; uses are (when, how much)."""
+    """Return the largest use in any window; a use is (time, amount)."""
     window: deque[tuple[float, float]] = deque()
     inside = most = 0.0
     for at, amount in sorted(uses):
@@ -299,19 +293,19 @@ def fullest(uses: Iterable[tuple[float, float]], window_s: float) -> float:
 
 
 def against_provider(url: str, window_s: float, binds: str, guard_s: float | None = None) -> Use:
-    """Let eight processes send all that a bucket grants, for four windows, and return what became
-    of the limits.
-    """
+    """Let eight processes send all requests that a bucket grants, for four windows.
+
+    Return the use of the limits."""
     limits = {name: rate.limit for name, rate in rates(window_s).items()}
-    told = ["--window", window_s, "--requests", limits["requests"], "--tokens", limits["tokens"]]
+    options = ["--window", window_s, "--requests", limits["requests"], "--tokens", limits["tokens"]]
     with (
-        fake_provider(*told) as port,
+        fake_provider(*options) as port,
         children(PROCESSES, "spend", url, port, window_s, guard_s or "", binds) as senders,
     ):
         for each in senders:
-            each.say(WINDOWS * window_s + 0.5)
+            each.send(WINDOWS * window_s + 0.5)
         found = [
-            json.loads(each.hear("done", (WINDOWS + 3) * window_s + 20)[0]) for each in senders
+            json.loads(each.receive("done", (WINDOWS + 3) * window_s + 20)[0]) for each in senders
         ]
         seen = provider.report(port)
     grants = [(at, tokens) for each in found for at, tokens in each["grants"]]
@@ -325,7 +319,7 @@ def use_of(
     binds: str,
     late_s: float,
 ) -> Use:
-    """Count what the provider has seen, and what was granted."""
+    """Return the use, from the provider's report and the grants."""
     first = seen["taken"][0][0]
     later = [
         tokens
@@ -350,7 +344,7 @@ def use_of(
 
 
 def show(uses: Sequence[Use]) -> None:
-    """Print what became of the limits."""
+    """Print the use of the limits as a table."""
     title = f"{PROCESSES} processes, {WINDOWS} windows"
     table = Table(
         "binds",
@@ -377,12 +371,13 @@ def show(uses: Sequence[Use]) -> None:
         table.add_row(each.binds, f"{each.window_s:g} s", *row)
     Console(width=None if sys.stdout.isatty() else 130).print(table)
     print(
-        "used and fullest: requests / tokens; used over the windows after the first, fullest by the server's time"
+        "used and fullest: requests / tokens; used over the windows after the first,"
+        " fullest by the server's time"
     )
 
 
 def main() -> int:
-    """Run the windows, or be one of the processes."""
+    """Run the windows, or the role that the command line names; return the exit code."""
     if len(sys.argv) > 1 and sys.argv[1] in ROLES:
         role, url, *words = sys.argv[1:]
         ROLES[role](Store.from_url(url, namespace=NAMESPACE, timeout_s=PATIENCE_S), *words)
@@ -393,12 +388,12 @@ def main() -> int:
         "--binds",
         choices=sorted(TOKENS),
         action="append",
-        help="the limit that binds; both when left out",
+        help="the limit that binds; default: both, in turn",
     )
     options.add_argument(
         "--guard",
         type=float,
-        help="seconds a window is counted longer; that of TokenBucket when left out",
+        help="seconds by which a window counts longer; default: that of TokenBucket",
     )
     asked = options.parse_args()
     embedded.clean_up_on_sigterm()

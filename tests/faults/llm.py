@@ -1,10 +1,10 @@
-"""Calls to models through the whole platform, against a provider that enforces true sliding windows
-and counts every token.
+"""Calls to models through the whole platform, against a provider with true sliding windows.
 
-``python -m tests.faults.llm`` lets two workers of four processes go against the fake provider: a
-window of 10 s stands for a minute.  It prints how much of the limits was used, whether answers were
-exact after faults and kills, whether budgets held, and how work beside it fared; it exits with 1
-when a promise is broken."""
+``python -m tests.faults.llm`` runs two workers of four processes against the fake provider, which
+counts every token.  A window of 10 s stands for a minute.  It prints four tables: use of the
+limits, exactness of answers after faults and kills, spending of budgets, and delay of other jobs.
+It exits with 1 when a promise is broken.  `tests/faults/test_llm.py` calls the parts; begin with
+`stage`."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from tests.support import wait_until
 WINDOWS, WINDOW_S = 30, 10.0
 WORKERS, SLOTS = 2, 4
 LATENCY_S = 0.05
-"""What a provider takes to answer: 0.3 s where a window is a minute."""
+"""The provider's time for an answer; it corresponds to 0.3 s with windows of a minute."""
 LEAST_USE, MOST_HINDRANCE = 0.97, 1.1
 SCALES = (0.25, 1.0)
-"""Work beside calls is looked at where the machine is hardly busy, and where the calls keep it half
-busy.
+"""Scales of the limits for the last part: at the first the machine is nearly idle, at the second
+the calls keep it half busy.
 """
 UNLIMITED = 1e9
 LIMITS = {
@@ -48,25 +48,22 @@ LIMITS = {
     "requests": {"requests": 45.0, "tokens": UNLIMITED},
     "": {"requests": UNLIMITED, "tokens": UNLIMITED},
 }
-"""The limit that binds -> limits for each second: forty to fifty calls, of which two cores bear
-more.
-"""
+"""The limit that binds -> limits per second: 40 to 50 calls, fewer than two cores can make."""
 FAULTS = ("429", "slow", "500", "garbage", "cut", "empty", "timeout")
 ATTEMPTS = 8
-"""So often an item is tried, that none fails for good by chance: more than one call in ten goes
-wrong.
+"""Attempts of an item: with these no item fails for good, though more than one call in ten fails.
 """
 TIMEOUT_S = 1.0
 LATE = [{"kind": "slow", "every": 5, "seconds": TIMEOUT_S}]
-"""Answers that are given, and counted, when nobody waits for them any more."""
+"""Answers that the provider gives, and counts, after the caller's timeout."""
 
 
-# --- the stage --------------------------------------------------------------------------------
+# --- provider and workers ---------------------------------------------------------------------
 
 
 @dataclass
 class Stage:
-    """A provider, and workers that are killed and started again."""
+    """A provider, and workers that a test can kill and start again."""
 
     provider: fake_provider.Running
     client: Client
@@ -78,31 +75,27 @@ class Stage:
     window_s: float
 
     def warm_up(self) -> None:
-        """Let every process make a call, then begin anew: what it has to import takes seconds, in
-        which a window is over.
-        """
+        """Let every process make a call, then reset: its imports take seconds, longer than a window."""
         processes = len(self.workers) * self.slots
         while self.provider.report()["connections"] < processes:
-            # A node of one item has one connection of its own process, which is kept.
+            # A node of one item opens one connection, and its process keeps it.
             self.map(
                 range(2 * processes), priority="critical", type="parallel", chunk_size=1
             ).result(timeout=60)
         self.reset()
 
     def reset(self, *schedule: Mapping[str, Any]) -> None:
-        """Begin anew: nothing is counted, and calls go wrong by a schedule from now on."""
+        """Reset the provider's counts; from now on calls fail by the schedule."""
         self.provider.reset()
         self.provider.schedule(*schedule)
 
     def map(self, numbers: Sequence[int], **more: Any) -> Job:
-        """Open a job that asks for the sum of a number and its double, for each."""
+        """Submit a job that asks for the sum of each number and its double."""
         items = [f"{number} {2 * number}" for number in numbers]
         return self.client.submit(operation="llm.map", items=items, params=ASKED, **more)
 
     def kill_process(self) -> None:
-        """End a pool process as the kernel ends what is out of memory: the one that has worked
-        most.
-        """
+        """Kill the pool process with the most processor time, as the out-of-memory killer does."""
         children = [
             each for worker in self.workers for each in psutil.Process(worker.pid).children()
         ]
@@ -110,16 +103,16 @@ class Stage:
             max(children, key=lambda each: each.cpu_times().user).kill()
 
     def kill_worker(self) -> None:
-        """Lose a whole machine, and start another."""
+        """Kill a whole worker, as a lost machine does, and start another."""
         os.killpg(self.workers[0].pid, signal.SIGKILL)
         self.workers[0].wait()
         self.workers[0] = self.start(0)
 
 
 ASKED = {"prompt": "What is the sum of these two? SUM: {item}", "max_tokens": 4}
-"""What every item is asked: a prompt of 11 to 13 tokens, an answer of one or two."""
+"""Parameters of every item: a prompt of 11 to 13 tokens, an answer of one or two."""
 PAID_TOKENS = 13.5
-"""... and so many of both, on average."""
+"""Tokens of a prompt and its answer, on average."""
 
 
 @contextmanager
@@ -133,11 +126,11 @@ def stage(
     workers: int = WORKERS,
     **more: str,
 ) -> Iterator[Stage]:
-    """Run a provider with a limit, and workers that know it, for the length of a block; every
-    process is warm when it begins.
+    """Run a provider with a limit, and workers with the same limit, for the length of a block.
 
-    The limit is that of LIMITS, scaled.  Workers count windows `guard_s` longer than the provider:
-    for requests that a busy machine delays on their way."""
+    Every process has made a call when the block begins.  The limit is that of LIMITS, scaled.
+    Workers count windows `guard_s` longer than the provider, since a busy machine delays requests.
+    """
     limits: dict[str, float] = {
         name: round(rate * scale * window_s) for name, rate in LIMITS[binds].items()
     }
@@ -147,7 +140,7 @@ def stage(
         provider = stack.enter_context(
             fake_provider.running((), **limits, window=window_s, latency=LATENCY_S)
         )
-        told = {f"RLM_LLM__{name.upper()}": str(limit) for name, limit in limits.items()}
+        own_limits = {f"RLM_LLM__{name.upper()}": str(limit) for name, limit in limits.items()}
         usual = {
             "RLM_LLM__WINDOW_S": str(window_s + guard_s),
             "OPENAI_BASE_URL": provider.base_url,
@@ -157,7 +150,7 @@ def stage(
             "RLM_LEDGER__LEASE_S": "2",
             "RLM_LEDGER__SWEEP_S": "0.5",
         }
-        environment = {**environment_of(server.url, "llm"), **told, **usual, **more}
+        environment = {**environment_of(server.url, "llm"), **own_limits, **usual, **more}
 
         def start(number: int) -> subprocess.Popen[bytes]:
             log, name = folder / f"w{number}.log", f"w{number}@llm"
@@ -185,13 +178,13 @@ def stage(
 
 @dataclass(frozen=True)
 class Use:
-    """What became of a limit; shares are 1.0 when all of it was used."""
+    """The use of a limit; a share of 1.0 is all of it."""
 
     binds: str
     window_s: float
     calls: int
-    early: int  # 429 in the first window
-    refused: int  # ... and after it
+    early: int  # answers with 429 in the first window
+    refused: int  # answers with 429 after it
     shares: list[float]  # used in each window after the first
 
     @property
@@ -201,7 +194,7 @@ class Use:
 
     @property
     def row(self) -> dict[str, str]:
-        """What is shown of it."""
+        """The row of the table."""
         return {
             "binds": self.binds,
             "window": f"{self.window_s:g} s",
@@ -214,14 +207,12 @@ class Use:
 
     @property
     def kept(self) -> bool:
-        """Whether every promise was kept."""
+        """Whether no call was refused after the first window, and the use sufficed."""
         return not self.refused and self.used >= LEAST_USE
 
 
 def against_limits(on: Stage, windows: int, *, priority: str = "normal") -> Use:
-    """Let a job call as often as it may, for some windows, and return what the provider has
-    seen.
-    """
+    """Let a job call as often as its limits allow, for some windows; return the provider's count."""
     on.reset()
     job = on.map(range(int(60 * windows * on.window_s)), priority=priority)
     wait_until(lambda: bool(on.provider.report()["taken"]))
@@ -242,13 +233,11 @@ def _report_at(on: Stage, moment: float) -> dict[str, Any]:
     return on.provider.report()
 
 
-# --- b. answers are exact, whatever goes wrong ------------------------------------------------
+# --- b. answers are exact in spite of faults --------------------------------------------------
 
 
 def schedule(every: int) -> list[dict[str, Any]]:
-    """Return what goes wrong: each kind of fault a little less often than the one before, the first
-    with every so many calls.
-    """
+    """Return a schedule of faults: the first kind at each `every`th call, each next less often."""
     about = {"seconds": 0.2, "headers": {"retry-after-ms": "100"}}
     return [
         {"kind": kind, "every": every + 3 * number, **about} for number, kind in enumerate(FAULTS)
@@ -257,7 +246,7 @@ def schedule(every: int) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Answers:
-    """What became of the items of a job while calls failed and processes were killed."""
+    """The result of a job during which calls failed and processes were killed."""
 
     operation: str
     items: int
@@ -265,13 +254,13 @@ class Answers:
     failed: int
     faults: dict[str, int]  # of the provider, by kind
     kills: int
-    again: int  # answers that were given more than once: paid for, and lost
+    again: int  # answers that were paid for again, after the first was lost
     seconds: float
     slowest_s: float  # longest time without a new answer
 
     @property
     def row(self) -> dict[str, str]:
-        """What is shown of it."""
+        """The row of the table."""
         faults = ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items()))
         return {
             "operation": self.operation,
@@ -287,16 +276,16 @@ class Answers:
 
     @property
     def kept(self) -> bool:
-        """Whether every promise was kept."""
+        """Whether no answer is wrong, and no item has failed."""
         return not (self.wrong or self.failed)
 
 
 def through_faults(
     on: Stage, operation: str, items: int, kills: Mapping[float, str], every: int = 45
 ) -> Answers:
-    """Run a job while calls fail by a schedule, and processes die when a share of the items is
-    done.
-    """
+    """Run a job while calls fail by a schedule.
+
+    `kills` maps the share of items done to the kind of process that is killed then."""
     on.reset(*schedule(every))
     numbers, began = range(1000, 1000 + items), time.monotonic()
     merges = {} if operation == "llm.map" else {"fan_in": FAN_IN, "max_tokens": 2 * items}
@@ -315,7 +304,7 @@ def through_faults(
     wrong = sum(one != other for one, other in zip(right, got, strict=False)) + abs(
         len(right) - len(got)
     )
-    wrong += items - len(texts) - result.failed_count  # what is neither done nor failed is lost
+    wrong += items - len(texts) - result.failed_count  # the other items are lost
     again = seen["answered"] - seen["prompts"]["distinct"]
     took_s = time.monotonic() - began
     return Answers(
@@ -335,7 +324,7 @@ FAN_IN = 4
 
 
 def merged(texts: list[str]) -> str:
-    """Return what the fake model makes of texts, merged in groups until one is left."""
+    """Return the fake model's answer when it merges texts in groups until one is left."""
     while len(texts) > 1:
         groups = [texts[at : at + FAN_IN] for at in range(0, len(texts), FAN_IN)]
         texts = ["; ".join(sorted(set(group))) for group in groups]
@@ -343,9 +332,9 @@ def merged(texts: list[str]) -> str:
 
 
 def _kill_on_the_way(on: Stage, job: Job, kills: Mapping[float, str]) -> float:
-    """Kill what is to die at some shares of the items; return the longest time in seconds without a
-    new answer.
-    """
+    """Kill processes at some shares of the items done.
+
+    Return the longest time without a new answer, in seconds."""
     left, done, since, slowest_s = dict(sorted(kills.items())), 0, time.monotonic(), 0.0
     for progress in job.watch(0.05):
         if progress.done > done:
@@ -365,26 +354,26 @@ def _kill_on_the_way(on: Stage, job: Job, kills: Mapping[float, str]) -> float:
 
 @dataclass(frozen=True)
 class Spent:
-    """What became of a budget that could not suffice."""
+    """The spending of a budget that is too small for its job."""
 
     unit: str
     budget: float
     counted: float  # by the provider
-    told: float  # by the job
-    one_call: float  # what one call may cost at most
+    reported: float  # by the job
+    one_call: float  # the largest cost of one call
     stopped: str
     done: int
-    merged: bool  # the answer holds what every item that was done has answered, and nothing else
+    merged: bool  # the result holds the answer of every done item, and nothing else
     kills: int
     seconds: float
 
     @property
     def row(self) -> dict[str, str]:
-        """What is shown of it."""
+        """The row of the table."""
         return {
             "budget": f"{self.budget:g} {self.unit}",
             "counted": f"{self.counted:g}",
-            "told": f"{self.told:g}",
+            "reported": f"{self.reported:g}",
             "used": f"{self.counted / self.budget:.1%}",
             "stopped": self.stopped,
             "done": str(self.done),
@@ -395,8 +384,8 @@ class Spent:
 
     @property
     def kept(self) -> bool:
-        """Whether every promise was kept."""
-        held = self.counted <= self.budget + self.one_call and self.told >= self.counted
+        """Whether the budget held to one call, the report covers it, and the result is merged."""
+        held = self.counted <= self.budget + self.one_call and self.reported >= self.counted
         return held and self.stopped == "budget" and self.merged
 
 
@@ -405,11 +394,11 @@ def on_a_budget(
 ) -> Spent:
     """Let 16 nodes spend a budget at once, and kill processes when some shares of it are spent.
 
-    Where answers are `late`, many are given when nobody waits for them any more.
+    With `late`, many answers come after the caller's timeout.
     """
     on.reset(*LATE if late else ())
     items, began = round(2 * budget / (1 if unit == "calls" else PROMPT_TOKENS)), time.monotonic()
-    asked, right = _long(items) if late else _alike(items)
+    asked, is_right = _long(items) if late else _alike(items)
     job = on.client.submit(
         **asked, type="parallel", chunk_size=-(-items // 16), budget={unit: budget}
     )
@@ -420,7 +409,7 @@ def on_a_budget(
             left.pop(0)
             on.kill_process()
     result, seen = job.result(timeout=150), on.provider.report()
-    told, counted = (
+    reported, counted = (
         result.spent,
         seen["answered"] if unit == "calls" else seen["prompt_tokens"] + seen["completion_tokens"],
     )
@@ -429,11 +418,11 @@ def on_a_budget(
         f"{unit}, late" if late else unit,
         budget,
         counted,
-        told.spent[unit] if told else 0.0,
+        reported.spent[unit] if reported else 0.0,
         one_call,
         result.stopped,
         result.done,
-        right(result),
+        is_right(result),
         len(kills) - len(left),
         time.monotonic() - began,
     )
@@ -441,14 +430,12 @@ def on_a_budget(
 
 PROMPT_TOKENS, MOST_TOKENS = 30, 30
 KINDS = 8
-"""So many different answers there are: merged, they are no longer than an answer may be."""
+"""Number of different answers: all of them together fit into the length of one answer."""
 Right = Callable[[JobResult], bool]
 
 
 def _alike(items: int) -> tuple[dict[str, Any], Right]:
-    """Return a job of few different answers, which are merged, and what tells whether it has merged
-    what was done.
-    """
+    """Return the fields of a job that merges few different answers, and a check of its result."""
     texts = [f"{number % KINDS} {number} -{number}" for number in range(items)]
     asked = {
         "operation": "llm.map_reduce",
@@ -464,9 +451,7 @@ def _alike(items: int) -> tuple[dict[str, Any], Right]:
 
 
 def _long(items: int) -> tuple[dict[str, Any], Right]:
-    """Return a job whose answers are as long as its prompts, and what tells whether it has what was
-    done.
-    """
+    """Return the fields of a job whose answers are as long as its prompts, and a check of its result."""
     texts = [f"{number} of a number of considerations" for number in range(items)]
     asked = {
         "operation": "llm.map",
@@ -476,27 +461,27 @@ def _long(items: int) -> tuple[dict[str, Any], Right]:
     return asked, lambda it: it.output == [texts[index] for index in it.successful]
 
 
-# --- d. work beside it is not hindered --------------------------------------------------------
+# --- d. other jobs are not delayed ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Beside:
-    """How long jobs without limits waited to be started, in ms."""
+    """The start delays of jobs without limits, in ms."""
 
-    rate: float  # calls in a second
+    rate: float  # calls per second
     alone: list[float]
-    by_hand: list[float]  # beside a script that makes such calls, for which no worker does anything
-    beside: list[float]  # beside a job that makes them, and waits for its limits
-    nodes: int  # that job's, which run or wait at the end
+    by_hand: list[float]  # beside a script that makes the same calls without a worker
+    beside: list[float]  # beside a job that makes these calls, and waits for its limits
+    nodes: int  # of that job: the nodes that run or wait at the end
 
     @property
     def hindrance(self) -> float:
-        """By how much the 95th percentile is longer beside the other job."""
+        """The 95th percentile beside the other job, as a multiple of the one alone."""
         return p95(self.beside) / p95(self.alone)
 
     @property
     def row(self) -> dict[str, str]:
-        """What is shown of it."""
+        """The row of the table."""
         lists = {"alone": self.alone, "by hand": self.by_hand, "beside": self.beside}
         return {
             "calls": f"{self.rate:.0f}/s",
@@ -509,7 +494,9 @@ class Beside:
 
     @property
     def kept(self) -> bool:
-        """Whether every promise was kept; waits are told in whole milliseconds, and last a few."""
+        """Whether the delay stays below MOST_HINDRANCE.
+
+        Waits are a few milliseconds long, and reported in whole milliseconds."""
         return self.hindrance <= MOST_HINDRANCE
 
 
@@ -523,8 +510,9 @@ def _ms(value: float) -> str:
 
 
 def beside_others(on: Stage, rounds: int, jobs: int, every_s: float = 0.05) -> Beside:
-    """Start small jobs one after the other, in turns alone, beside a job that waits for its limits,
-    and beside its calls alone.
+    """Start small jobs one after the other; return their start delays.
+
+    Each round starts them alone, beside a job that waits for its limits, and beside its calls alone.
     """
     rate, most = on.limit / on.window_s / PAID_TOKENS, 0
     alone, beside, by_hand = list[float](), list[float](), list[float]()
@@ -542,16 +530,16 @@ def beside_others(on: Stage, rounds: int, jobs: int, every_s: float = 0.05) -> B
             start_small_ones(beside)
             most = max(most, limited.progress().pending)
         on.reset()
-        with calls_by_hand(on, 0.9 * rate):  # or some would be refused
+        with calls_by_hand(on, 0.9 * rate):  # at the full rate some would be refused
             start_small_ones(by_hand)
     return Beside(rate, alone, by_hand, beside, most)
 
 
 @contextmanager
 def limited_job(on: Stage) -> Iterator[Job]:
-    """Run a job for the length of a block that waits for its limits, and has used them up once: its
-    first nodes are sent at once.
-    """
+    """Run a job with limits for the length of a block.
+
+    When the block begins, the job has used up its limits once, and waits for them."""
     job = on.map(range(100_000))
     wait_until(lambda: "no room" in job.explain())
     wait_until(lambda: sum(tokens for _, tokens in on.provider.report()["taken"]) >= on.limit)
@@ -564,9 +552,7 @@ def limited_job(on: Stage) -> Iterator[Job]:
 
 @contextmanager
 def calls_by_hand(on: Stage, rate: float) -> Iterator[None]:
-    """Make so many calls in a second for the length of a block, by a process that knows nothing of
-    the platform.
-    """
+    """Make `rate` calls per second for the length of a block, in a process without the platform."""
     command = [sys.executable, "-m", "tests.faults.by_hand", on.provider.base_url, str(rate)]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
     try:
@@ -584,7 +570,7 @@ Found = Use | Answers | Spent | Beside
 
 
 def show(*found: Found) -> None:
-    """Print what became of the promises, a table for each kind."""
+    """Print a table for each kind of result."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     for kind in dict.fromkeys(map(type, found)):
         rows = [each.row for each in found if type(each) is kind]
@@ -600,24 +586,26 @@ KILLS = {0.15: "process", 0.3: "process", 0.45: "worker", 0.7: "process"}
 
 
 def main() -> int:
-    """Run all parts, or those that are asked for."""
+    """Run all parts, or the parts that the command line names; return the exit code."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--windows", type=int, default=WINDOWS)
     options.add_argument(
         "--window", type=float, default=WINDOW_S, help="seconds that stand for a minute"
     )
     options.add_argument(
-        "--guard", type=float, default=0.0, help="seconds that workers count a window longer"
+        "--guard", type=float, default=0.0, help="seconds by which workers count a window longer"
     )
-    options.add_argument("--priority", default="normal", help="of the job that uses the limits up")
+    options.add_argument(
+        "--priority", default="normal", help="the priority of the first part's job"
+    )
     options.add_argument(
         "--part",
         choices=["use", "answers", "budgets", "beside"],
         action="append",
-        help="all when left out",
+        help="a part to run; default: all",
     )
     options.add_argument(
-        "--binds", choices=["tokens", "requests"], action="append", help="both when left out"
+        "--binds", choices=["tokens", "requests"], action="append", help="default: both, in turn"
     )
     asked = options.parse_args()
     embedded.clean_up_on_sigterm()

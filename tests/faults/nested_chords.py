@@ -1,8 +1,7 @@
-"""What one would write by hand: nested chords in plain Celery, set up as safely as its settings
-allow.
+"""The control of the soak test: nested chords in plain Celery, with its safest settings.
 
-The control of the soak test.  A range halves itself by `self.replace(chord(...))` down to a chunk;
-late acknowledgement, requeueing on loss and a short visibility timeout are on."""
+A task halves its range by `self.replace(chord(...))` down to a chunk.  Late acknowledgement,
+requeueing on loss and a short visibility timeout are on.  `soak` starts it; begin with `work`."""
 
 from __future__ import annotations
 
@@ -50,5 +49,5 @@ def work(self: Any, lo: int, hi: int, chunk: int, ms: float) -> list[int]:
 
 @app.task
 def merge(parts: list[list[int]]) -> list[int]:
-    """Put two halves together."""
+    """Join the results of two halves."""
     return [item for part in parts for item in part]

@@ -1,4 +1,4 @@
-"""The platform's app as a worker of the previous schema runs it."""
+"""The platform's app with the schema number of the previous version, for the upgrade tests."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from rlm_tasks.jobs import spec
 
 spec.SCHEMA -= 1
 
-from rlm_tasks.celery import app as app  # noqa: E402  # the number above is what makes it older
+from rlm_tasks.celery import app as app  # noqa: E402  # the import needs the number above

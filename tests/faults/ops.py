@@ -1,6 +1,4 @@
-"""Operations of the fault tests: they keep a journal of what ran, outside of everything that may
-die.
-"""
+"""Operations of the fault tests; they keep a journal of items in a file, which no fault affects."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ def _concatenated(parts: Iterable[list[Any]]) -> list[Any]:
 
 
 def note(path: str, line: Any) -> None:
-    """Append a line to a journal, whole or not at all."""
+    """Append a line to a journal in one write, so that a kill cannot cut it."""
     journal = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(journal, f"{line}\n".encode())
     os.close(journal)
@@ -29,7 +27,7 @@ def note(path: str, line: Any) -> None:
 
 @operation("journalled", merge=_concatenated)
 def journalled(index: int, ctx: Context) -> list[int]:
-    """Take `ms` of time, write the index down, answer with it."""
+    """Sleep for `ms`, write the index to the journal, and return it."""
     time.sleep(ctx.params["ms"] / 1000)
     note(f"{ctx.params['journal']}.{ctx.job_id}", index)
     return [index]
@@ -37,7 +35,7 @@ def journalled(index: int, ctx: Context) -> list[int]:
 
 @operation("holds_the_interpreter", merge=_concatenated)
 def holds_the_interpreter(index: int, ctx: Context) -> list[int]:
-    """Spend seconds in C code that never lets another thread run."""
+    """Hold the interpreter lock for some seconds in C code, so that no other thread runs."""
     note(f"{ctx.params['journal']}.{ctx.job_id}", index)
     ctypes.PyDLL(None).sleep(int(ctx.params["seconds"]))
     return [index]
@@ -45,7 +43,7 @@ def holds_the_interpreter(index: int, ctx: Context) -> list[int]:
 
 @operation("eats_memory", merge=_concatenated)
 def eats_memory(index: int, ctx: Context) -> list[int]:
-    """Ask for more memory than the process may have, at one item."""
+    """At one item, request more memory than the process may have."""
     if index == ctx.params["at"]:
         import resource
 
@@ -56,9 +54,7 @@ def eats_memory(index: int, ctx: Context) -> list[int]:
 
 @operation("poison", merge=_concatenated)
 def poison(index: int, ctx: Context) -> list[int]:
-    """End the process, or the whole worker, at some items; a file says when they have become
-    harmless.
-    """
+    """Kill the process, or the whole worker, at some items, until the file `cured` exists."""
     if index in ctx.params["poison"] and not Path(ctx.params.get("cured", "nowhere")).exists():
         if ctx.params.get("worker"):
             kill_worker()
@@ -69,11 +65,13 @@ def poison(index: int, ctx: Context) -> list[int]:
 
 @operation("poison_batch", batch=True, merge=_concatenated)
 def poison_batch(items: list[int], ctx: Context) -> list[int]:
-    """End the process when a batch has a poisonous item, or hold it up when it has a slow one."""
+    """Kill the process if the batch has a poisonous item; take long if it has a slow one.
+
+    An item of `deaf` takes long and ignores signals."""
     if set(items) & set(ctx.params.get("poison", ())):
         os.kill(os.getpid(), signal.SIGKILL)
     if set(items) & set(ctx.params.get("deaf", ())):
-        sum(range(10**15))  # one call of C: no signal is heard before it ends
+        sum(range(10**15))  # one call of C: Python handles no signal before it ends
     if set(items) & set(ctx.params.get("slow", ())):
         time.sleep(60)
     return list(items)
@@ -81,7 +79,7 @@ def poison_batch(items: list[int], ctx: Context) -> list[int]:
 
 @operation("poison_async", concurrency=20, merge=_concatenated)
 async def poison_async(index: int, ctx: Context) -> list[int]:
-    """End the process after a while, with others in flight."""
+    """Kill the process at some items, while other items are in flight."""
     await asyncio.sleep(0.002)
     if index in ctx.params["poison"]:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -97,25 +95,25 @@ def _deadly_merge(parts: Iterable[list[int]]) -> list[int]:
 
 @operation("deadly_merge", merge=_deadly_merge)
 def deadly_merge(index: int) -> list[int]:
-    """Have a merge that ends its process once it sees more than five items."""
+    """Return the item.  The merge of more than five items kills its process."""
     return [index]
 
 
 @operation("versioned", version=int(os.environ.get("TEST_VERSION", "1")))
 def versioned(_: int) -> int:
-    """Answer with the version of this operation."""
+    """Return the version of this operation."""
     return int(os.environ["TEST_VERSION"])
 
 
 @operation("pid_after", merge=_concatenated)
 def pid_after(seconds: float, ctx: Context) -> list[tuple[int, int]]:
-    """Wait, then tell which process ran which item."""
+    """Sleep, then return the item's index and the id of the process that ran it."""
     time.sleep(seconds)
     return [(ctx.index, os.getpid())]
 
 
 def kill_worker() -> None:
-    """End the main process of this pool process, and all of its pool processes, at once."""
+    """Kill the main process of this pool process, and all of its pool processes, at once."""
     import psutil
 
     main = psutil.Process(os.getppid())

@@ -1,12 +1,10 @@
-"""A fake provider: a process that judges every request by the time of its own arrival, and tells
-what it has seen.
+"""A fake provider: a process that checks each request at its arrival, and reports all requests.
 
-One line over TCP for each request, one for its answer:
+`tests.faults.guards` starts it.  A request is one line over TCP, and so is its answer:
 
-    take <tokens>    200, or 429 beyond the requests or the tokens of a true sliding window
-    call <what>      200 or 500 after some 10 ms; the first few fail, and those in flight are
-    counted
-    report           what was seen, as JSON
+    take <tokens>    200, or 429 beyond the requests or tokens of a true sliding window
+    call <kind>      200 or 500 after 10 to 80 ms; the first few fail
+    report           requests taken and refused, and calls with the number in flight, as JSON
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from typing import Any
 
 
 class Provider:
-    """What it allows, and what it has seen."""
+    """The limits, and the requests so far."""
 
     def __init__(self, window_s: float, requests: float, tokens: float, failing: int) -> None:
         self._window_s, self._requests, self._tokens, self._failing = (
@@ -35,19 +33,16 @@ class Provider:
             tokens,
             failing,
         )
-        self._window: deque[tuple[float, int]] = deque()  # what counts still
+        self._window: deque[tuple[float, int]] = deque()  # (arrival, tokens) in the current window
         self._used = 0
-        self.taken: list[
-            tuple[float, int]
-        ] = []  # (when it came, tokens) of all that was answered with 200
+        self.taken: list[tuple[float, int]] = []  # (arrival, tokens) of all answers with 200
         self.refused = 0
-        self.calls: list[
-            tuple[str, int, int]
-        ] = []  # (what, calls in flight with it, calls that had gone well before)
+        # (kind, calls in flight with it, calls that had succeeded before)
+        self.calls: list[tuple[str, int, int]] = []
         self._in_flight, self._well, self._random = 0, 0, Random(1)
 
     def take(self, tokens: int) -> int:
-        """Answer a request that comes now."""
+        """Return the status of a request that arrives now."""
         now = time.monotonic()
         while self._window and self._window[0][0] <= now - self._window_s:
             self._used -= self._window.popleft()[1]
@@ -59,12 +54,12 @@ class Provider:
         self._used += tokens
         return 200
 
-    async def call(self, what: str) -> int:
-        """Answer after a while; the first few go wrong."""
+    async def call(self, kind: str) -> int:
+        """Return the status of a call after a delay; the first few fail."""
         self._in_flight += 1
-        self.calls.append((what, self._in_flight, self._well))
+        self.calls.append((kind, self._in_flight, self._well))
         well = len(self.calls) > self._failing
-        await asyncio.sleep(self._random.uniform(0.01, 0.08))  # what the call takes
+        await asyncio.sleep(self._random.uniform(0.01, 0.08))  # the time of the call
         self._in_flight -= 1
         self._well += well
         return 200 if well else 500
@@ -83,7 +78,7 @@ class Provider:
 
 
 class Line:
-    """One connection to it."""
+    """A connection to the provider."""
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port))
@@ -96,13 +91,13 @@ class Line:
         return self._file.readline().strip()
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._file.close()
         self._socket.close()
 
 
 def report(port: int) -> dict[str, Any]:
-    """Return what the provider at a port has seen: taken, refused, calls."""
+    """Return the report of the provider at a port: taken, refused, calls."""
     with closing(Line(port)) as line:
         found: dict[str, Any] = json.loads(line.ask("report"))
     return found
@@ -110,9 +105,8 @@ def report(port: int) -> dict[str, Any]:
 
 async def _run(provider: Provider) -> None:
     server = await asyncio.start_server(provider.serve, "127.0.0.1", 0)
-    threading.Thread(
-        target=lambda: sys.stdin.read() or os._exit(0), daemon=True
-    ).start()  # the test is gone
+    # The end of stdin means that the test has ended.
+    threading.Thread(target=lambda: sys.stdin.read() or os._exit(0), daemon=True).start()
     print("at", server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 

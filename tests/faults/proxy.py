@@ -1,6 +1,6 @@
-"""A TCP proxy whose connections can be reset, and whose target can be moved, as an address that
-fails over does; one with TLS.
-"""
+"""A TCP proxy whose connections can be reset and whose target can change, and one with TLS.
+
+A changed target stands for the failover of an address.  The Redis and TLS tests use them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Proxy:
             sink.shutdown(socket.SHUT_WR)
 
     def reset(self) -> int:
-        """Reset every connection, and return how many there were."""
+        """Reset every connection, and return the number of connections."""
         found, self._open = self._open, []
         for each in found:
             with suppress(OSError):
@@ -58,7 +58,7 @@ class Proxy:
         return len(found) // 2
 
     def close(self) -> None:
-        """Stop listening, and reset what is open."""
+        """Stop listening, and reset the open connections."""
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -67,7 +67,7 @@ class Proxy:
 
 
 class TlsProxy:
-    """A port that speaks TLS, before a server that does not."""
+    """A port with TLS in front of a server without."""
 
     def __init__(self, target: int, context: ssl.SSLContext) -> None:
         self._target, self._open = target, set[asyncio.StreamWriter]()
@@ -87,7 +87,7 @@ class TlsProxy:
         self._open -= {writer, asked}
 
     def close(self) -> None:
-        """Stop listening, and end what is open."""
+        """Stop listening, and end the open connections."""
         self._in_loop(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._running.join()

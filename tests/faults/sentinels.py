@@ -1,6 +1,6 @@
-"""A primary, a replica and three sentinels that watch them, all with passwords, as processes of a
-test's own.
-"""
+"""A primary, a replica and three sentinels that watch them, all with passwords, for one test.
+
+The sentinel tests call it; begin with `watched`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ sentinel failover-timeout {master} 1000
 
 @dataclass(frozen=True)
 class Watched:
-    """What runs, and how it is found."""
+    """The two servers, clients of the sentinels, and the URL for the platform."""
 
     servers: tuple[embedded.Server, embedded.Server]
     sentinels: list[redis.Redis]
@@ -42,7 +42,7 @@ class Watched:
 
     @property
     def primary(self) -> embedded.Server:
-        """The server that is written to, as soon as there is one."""
+        """The primary; this waits until there is exactly one."""
         found: list[embedded.Server] = []
 
         def one_is() -> bool:
@@ -53,7 +53,7 @@ class Watched:
         return found[0]
 
     def settle(self) -> None:
-        """Wait until the other server has all that was written so far, and could take over."""
+        """Wait until the replica has all writes so far, so that it can become the primary."""
         primary = self.primary
         [other] = {*self.servers} - {primary}
         wait_until(lambda: replication(other).get("master_link_status") == "up")
@@ -62,12 +62,12 @@ class Watched:
 
 
 def asked(server: embedded.Server) -> redis.Redis:
-    """Return a client of one of the two servers, for the length of a block."""
+    """Return a client of one of the two servers."""
     return redis.Redis(port=server.port, password=PASSWORD)
 
 
 def replication(server: embedded.Server) -> dict[str, Any]:
-    """Return what a server says of its part in replication, {} while it is away."""
+    """Return the replication section of a server's INFO, {} while it is away."""
     with asked(server) as client:
         try:
             return client.info("replication")  # type: ignore[no-any-return]  # redis-py does not say
@@ -77,9 +77,9 @@ def replication(server: embedded.Server) -> dict[str, Any]:
 
 @contextmanager
 def watched(folder: Path) -> Iterator[Watched]:
-    """Run all of them for the length of a block; it begins when the sentinels know each other and
-    both servers.
-    """
+    """Run servers and sentinels for the length of a block.
+
+    The block begins when the sentinels know each other and both servers."""
     with ExitStack() as stack:
         primary, replica = (_server(stack, folder / name) for name in ("primary", "replica"))
         with asked(replica) as client:
@@ -109,14 +109,14 @@ def _server(stack: ExitStack, folder: Path) -> embedded.Server:
 def _sentinel(stack: ExitStack, folder: Path, primary: embedded.Server) -> redis.Redis:
     folder.mkdir()
     port, file = embedded.free_port(), folder / "sentinel.conf"
-    told = {
+    values = {
         "master": MASTER,
         "quorum": _QUORUM,
         "password": PASSWORD,
         "sentinel_password": SENTINEL_PASSWORD,
     }
     file.write_text(
-        _CONFIGURATION.format(port=port, folder=folder, watched=primary.port, **told),
+        _CONFIGURATION.format(port=port, folder=folder, watched=primary.port, **values),
         encoding="utf-8",
     )
     with (folder / "log").open("wb") as log:

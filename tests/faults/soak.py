@@ -1,9 +1,9 @@
-"""The storm: several jobs at once, a kill every 2 s, doubled messages, Redis restarted every
-minute.
+"""The soak test: several jobs at once, a kill every 2 s, doubled messages, Redis restarts.
 
-``make soak`` runs it for SOAK_S seconds (600 by default), then the same storm against plain nested
-chords, and prints what became of the jobs.  ``--json`` prints it for programs; the exit code is 1
-when an answer was wrong, a job hung, or somebody innocent was quarantined."""
+``make soak`` runs it for SOAK_S seconds (600 by default), with a restart of Redis each minute.
+Then it runs the same faults against nested chords of plain Celery.  It prints a table of results;
+``--json`` prints them as JSON.  The exit code is 1 when an answer is wrong, a job failed or hung,
+or a harmless item is in quarantine.  Begin with `Storm.run`."""
 
 from __future__ import annotations
 
@@ -43,12 +43,13 @@ DOUBLED = 0.05
 JOBS_AT_ONCE = 4
 WORKERS, SLOTS = 2, 2
 CALM_S = 90.0
-"""How long jobs may take to end once the storm is over; what has not ended then is hung."""
+"""Seconds that jobs may take to end after the last fault; a job that takes longer counts as hung.
+"""
 
 
 @dataclass
 class Report:
-    """What became of a storm."""
+    """The results of one run."""
 
     system: str
     seconds: float
@@ -59,9 +60,7 @@ class Report:
     hung: int = 0
     kills: Counter[str] = field(default_factory=Counter)
     redis_restarts: int = 0
-    workers_gone: list[str] = field(
-        default_factory=list
-    )  # the last words of those that ended by themselves
+    workers_gone: list[str] = field(default_factory=list)  # log ends of workers that ended alone
     doubled: int = 0
     redispatched: int = 0
     poisoned: int = 0
@@ -70,27 +69,27 @@ class Report:
 
     @property
     def clean(self) -> bool:
-        """Whether every promise was kept."""
+        """Whether no job was wrong, failed or hung, and no harmless item is in quarantine."""
         return not (self.wrong or self.failed or self.hung or self.innocent_in_quarantine)
 
 
 class System(Protocol):
-    """What the storm is let loose on."""
+    """A system that the faults are tried on."""
 
     name: str
     app: str
 
     def submit(self, random: Random) -> Any:
-        """Open a job."""
+        """Submit a job."""
 
     def outcome(self, job: Any) -> str:
-        """Return right, wrong, failed, or '' while it runs."""
+        """Return "right", "wrong" or "failed", or "" while the job runs."""
 
-    def look(self, random: Random, running: list[Any], report: Report) -> None:
-        """Do what is done a few times a second while jobs run."""
+    def poll(self, random: Random, running: list[Any], report: Report) -> None:
+        """Double some messages and update the report; it is called a few times a second."""
 
     def hit(self, worker: str, running: list[Any]) -> None:
-        """Hear that a worker was hit."""
+        """Record that a worker was hit by a fault."""
 
 
 class Platform:
@@ -105,7 +104,7 @@ class Platform:
         self._hit: dict[tuple[str, str, int], float] = {}
 
     def submit(self, random: Random) -> Job:
-        """Open a job of some shape; one in six has an item that kills its process."""
+        """Submit a job with a random strategy; one in six has an item that kills its process."""
         n, ms = random.randint(60, 400), random.choice([1, 3, 8])
         shape = random.choice(
             [
@@ -128,7 +127,7 @@ class Platform:
         return job
 
     def outcome(self, job: Job) -> str:
-        """Hold the answer against what it must be."""
+        """Compare the result with the expected one."""
         if not job.ready():
             return ""
         n, poison = self._expected[job.id]
@@ -148,15 +147,13 @@ class Platform:
         )
 
     def hit(self, worker: str, running: list[Job]) -> None:
-        """Remember what the worker held: recovery is over when somebody else has it, or it is
-        done.
-        """
+        """Record the nodes of the worker; a node has recovered when it is done or claimed again."""
         for job, record in self._running(running):
             if record.worker == worker:
                 self._hit[job.id, record.id, record.epoch] = time.monotonic()
 
-    def look(self, random: Random, running: list[Job], report: Report) -> None:
-        """Double some messages of running nodes, and see which hit nodes have recovered."""
+    def poll(self, random: Random, running: list[Job], report: Report) -> None:
+        """Double some messages of running nodes, and find the hit nodes that have recovered."""
         by_id = {job.id: job for job in running}
         for job, record in self._running(running):
             key = (job.id, record.id, record.epoch)
@@ -173,7 +170,7 @@ class Platform:
                 del self._hit[key]
 
     def finish(self, jobs: list[Job], report: Report) -> None:
-        """Count what the ledger had to do, and who is in quarantine."""
+        """Count the nodes that were sent again, and the items in quarantine."""
         for job in jobs:
             _, poison = self._expected[job.id]
             report.poisoned += len(poison)
@@ -207,14 +204,14 @@ class NestedChords:
         self._expected: dict[str, int] = {}
 
     def submit(self, random: Random) -> AsyncResult:
-        """Open a job of the same size; none has poison, which plain Celery redelivers for ever."""
+        """Submit a job of the same size without poison, which plain Celery redelivers for ever."""
         n, ms = random.randint(60, 400), random.choice([1, 3, 8])
         result = nested_chords.work.apply_async((0, n, 15, ms), retry=False)
         self._expected[result.id] = n
         return AsyncResult(result.id, app=nested_chords.app)
 
     def outcome(self, job: AsyncResult) -> str:
-        """Hold the answer against what it must be."""
+        """Compare the result with the expected one."""
         if not job.ready():
             return ""
         if not job.successful():
@@ -222,10 +219,10 @@ class NestedChords:
         return "right" if job.result == list(range(self._expected[job.id])) else "wrong"
 
     def hit(self, worker: str, running: list[Any]) -> None:
-        """Nothing tells who held what."""
+        """Do nothing: plain Celery does not record which worker has a task."""
 
-    def look(self, random: Random, running: list[Any], report: Report) -> None:
-        """Double some messages: whatever is in the queue stands for them all."""
+    def poll(self, random: Random, running: list[Any], report: Report) -> None:
+        """Sometimes double the last message of the queue."""
         client = nested_chords.app.backend.client
         if random.random() < DOUBLED and (message := client.lindex("nested", -1)):
             client.lpush("nested", message)
@@ -233,7 +230,7 @@ class NestedChords:
 
 
 class Storm:
-    """Workers that are kept alive, and what is done to them."""
+    """Faults for the workers and the server, and restarts of the workers that end."""
 
     def __init__(
         self,
@@ -255,7 +252,7 @@ class Storm:
         self._stopped: list[tuple[float, list[int]]] = []
 
     def run(self, seconds: float, say: Any) -> Report:
-        """Let it rage, then wait for calm."""
+        """Cause faults for some seconds, then wait up to CALM_S for the jobs; return the report."""
         report = Report(self._system.name, seconds)
         jobs: list[Any] = []
         open_: list[Any] = []
@@ -268,7 +265,7 @@ class Storm:
                 while raging and len(open_) < JOBS_AT_ONCE:
                     open_.append(self._system.submit(self._random))
                     jobs.append(open_[-1])
-                self._system.look(self._random, open_, report)
+                self._system.poll(self._random, open_, report)
                 self._settle(open_, report)
             if not raging and not open_:
                 break
@@ -281,10 +278,9 @@ class Storm:
                 time.sleep(self._random.uniform(0.1, 1.0))  # the outage
                 self._server.start()
                 report.redis_restarts += 1
-            say(
-                f"{now - began:5.0f} s   {report.right} right, {len(open_)} open, {sum(report.kills.values())} kills"
-            )
-            time.sleep(0.1)  # ten looks a second
+            kills = sum(report.kills.values())
+            say(f"{now - began:5.0f} s   {report.right} right, {len(open_)} open, {kills} kills")
+            time.sleep(0.1)  # ten polls a second
         report.jobs, report.hung = len(jobs), len(open_)
         if isinstance(self._system, Platform):
             self._system.finish(jobs, report)
@@ -298,7 +294,7 @@ class Storm:
                 setattr(report, outcome, getattr(report, outcome) + 1)
 
     def _keep_alive(self, report: Report) -> None:
-        """Do what systemd or Kubernetes does; wake who was stopped for long enough."""
+        """Restart ended workers, as systemd or Kubernetes does; continue suspended ones in time."""
         for at, pids in list(self._stopped):
             if time.monotonic() >= at:
                 self._stopped.remove((at, pids))
@@ -310,8 +306,8 @@ class Storm:
             if worker is not None and worker.poll() is None:
                 continue
             if worker is not None and name not in self._hit:
-                words = (self._folder / f"{name}.log").read_text(errors="replace")[-3000:]
-                report.workers_gone.append(f"{name} ended with {worker.returncode}:\n{words}")
+                log_end = (self._folder / f"{name}.log").read_text(errors="replace")[-3000:]
+                report.workers_gone.append(f"{name} ended with {worker.returncode}:\n{log_end}")
             self._hit.discard(name)
             self._workers[name] = self._spawn(name)
 
@@ -342,7 +338,7 @@ class Storm:
 
     def _kill(self, open_: list[Any], report: Report) -> None:
         name = self._random.choice(sorted(self._workers))
-        deed = self._random.choice(
+        fault = self._random.choice(
             ["pool process", "pool process", "worker", "stop", "term", "term group"]
         )
         try:
@@ -350,22 +346,22 @@ class Storm:
             children = main.children()
         except psutil.NoSuchProcess:
             return
-        if deed == "pool process" and not (self._folder / f"{name}.ready").exists():
+        if fault == "pool process" and not (self._folder / f"{name}.ready").exists():
             return  # Celery gives up when a pool process dies before its worker is ready
         with suppress(RedisError, StoreUnavailable, OSError):
             self._system.hit(name, open_)
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
-            self._do(deed, name, main, children)
-            report.kills[deed] += 1
+            self._do(fault, name, main, children)
+            report.kills[fault] += 1
 
     def _do(
-        self, deed: str, name: str, main: psutil.Process, children: list[psutil.Process]
+        self, fault: str, name: str, main: psutil.Process, children: list[psutil.Process]
     ) -> None:
-        if deed == "pool process":
+        if fault == "pool process":
             if children:
                 self._random.choice(children).kill()
             return
-        if deed == "stop":
+        if fault == "stop":
             for each in (main, *children):
                 each.suspend()
             self._stopped.append(
@@ -373,10 +369,10 @@ class Storm:
             )
             return
         self._hit.add(name)
-        if deed == "worker":
+        if fault == "worker":
             for each in (main, *children):
                 each.kill()
-        elif deed == "term":
+        elif fault == "term":
             main.terminate()
         else:
             os.killpg(main.pid, signal.SIGTERM)
@@ -391,7 +387,7 @@ class Storm:
 
 @contextmanager
 def storm(which: str, seed: int) -> Iterator[Storm]:
-    """A storm on a durable server of its own."""
+    """Yield a storm on a private server with an append-only file."""
     with (
         tempfile.TemporaryDirectory(prefix="rlm-soak-") as folder,
         embedded.server(durable=True) as server,
@@ -417,7 +413,7 @@ def storm(which: str, seed: int) -> Iterator[Storm]:
 
 
 def show(reports: list[Report]) -> None:
-    """Print what became of the jobs, side by side."""
+    """Print the results of the systems side by side."""
     table = Table(
         "what", *(report.system for report in reports), title="The storm", title_justify="left"
     )
@@ -434,12 +430,12 @@ def show(reports: list[Report]) -> None:
         *(", ".join(f"{count} {what}" for what, count in sorted(r.kills.items())) for r in reports),
     )
     Console(width=None if sys.stdout.isatty() else 150).print(table)
-    for words in reports[0].workers_gone:
-        print(words)
+    for log_end in reports[0].workers_gone:
+        print(log_end)
 
 
 def main() -> int:
-    """Run the storm, then the control."""
+    """Run the platform, then the control; return the exit code."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--seconds", type=float, default=float(os.environ.get("SOAK_S", "600")))
     options.add_argument(

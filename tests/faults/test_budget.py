@@ -1,6 +1,4 @@
-"""A budget that sixteen processes spend as fast as they can, some of them killed with a reservation
-in hand.
-"""
+"""Sixteen processes spend one budget as fast as they can; some are killed with a reservation."""
 
 from __future__ import annotations
 
@@ -24,24 +22,24 @@ from tests.support import wait_until
 PROCESSES, KILLED = 16, range(1, 7)
 TOKENS = 48_000
 MOST = 100
-"""Tokens that the largest call reserves; one call uses as many more than it has reserved."""
+"""The largest reservation in tokens; the first call of process 0 uses this many tokens more."""
 PRICE = 0.1
 NAMESPACE = "budget"
 
 
 @pytest.fixture(scope="module")
-def own() -> Iterator[embedded.Server]:
-    """A server without the keys of others."""
+def private_server() -> Iterator[embedded.Server]:
+    """A server without the keys of other tests."""
     with embedded.server() as server:
         yield server
 
 
 @pytest.fixture
-def store(own: embedded.Server) -> Iterator[Store]:
+def store(private_server: embedded.Server) -> Iterator[Store]:
     """An empty store, with a timeout that a busy machine does not exceed."""
-    with redis.Redis.from_url(own.url) as client:
+    with redis.Redis.from_url(private_server.url) as client:
         client.flushall()
-    found = Store(own.url, namespace=NAMESPACE)
+    found = Store(private_server.url, namespace=NAMESPACE)
     yield found
     found.client.close()
 
@@ -49,11 +47,11 @@ def store(own: embedded.Server) -> Iterator[Store]:
 def spend(
     budget: SharedBudget, number: int, account: str, dies_at: int, journal: Path, start: Barrier
 ) -> None:
-    """Use tokens until there are none; write down each use when it is made."""
+    """Use tokens until none are left; write each use to the journal when it is made."""
     random, made = Random(number), 0
     start.wait()
-    with journal.open("w", buffering=1) as told:
-        for _ in ("its own", "what others have left"):
+    with journal.open("w", buffering=1) as lines:
+        for _ in ("its own account", "the rest of other accounts"):
             while charge := reserve(
                 budget, f"{number}:{made}", reserved := random.randint(1, MOST), account
             ):
@@ -65,7 +63,7 @@ def spend(
                 )
                 if made == dies_at and number % 2:
                     os.kill(os.getpid(), signal.SIGKILL)
-                print(used, file=told)
+                print(used, file=lines)
                 if made == dies_at:
                     os.kill(os.getpid(), signal.SIGKILL)
                 assert budget.settle(
@@ -76,27 +74,27 @@ def spend(
 
 
 def reserve(budget: SharedBudget, id: str, tokens: int, account: str) -> Charge:
-    """Ask until the answer is final."""
+    """Charge again until the answer is final, and return it."""
     while (
         charge := budget.charge(id, {"tokens": tokens, "calls": 1}, account=account)
     ).state == "wait":
-        time.sleep(0.002)  # the rate of the asking
+        time.sleep(0.002)  # the rate of the charges
     return charge
 
 
 def run(
     budget: SharedBudget, accounts: Sequence[str], killed: Container[int], folder: Path
 ) -> list[int]:
-    """Let a process spend from each account; return what was used by each call that was made."""
+    """Let one process spend from each account; return the tokens that each call used."""
     fork = multiprocessing.get_context("fork")
     start, journals = (
         fork.Barrier(len(accounts)),
         [folder / str(number) for number in range(len(accounts))],
     )
     deaths = [2 + number if number in killed else 0 for number in range(len(accounts))]
-    told = zip(range(len(accounts)), accounts, deaths, journals, strict=True)
+    arguments = zip(range(len(accounts)), accounts, deaths, journals, strict=True)
     spenders = [
-        fork.Process(target=spend, args=(budget, *each, start), daemon=True) for each in told
+        fork.Process(target=spend, args=(budget, *each, start), daemon=True) for each in arguments
     ]
     for each in spenders:
         each.start()
@@ -151,4 +149,4 @@ def test_a_charge_costs_as_much_with_many_in_flight_as_with_none(store: Store) -
         assert budget.settle("one more", {"calls": 1})
         costs.append(sum(about["calls"] for about in store.client.info("commandstats").values()))
 
-    assert costs[0] == costs[1], "commands that the server ran, those of the scripts included"
+    assert costs[0] == costs[1], "number of commands of the server, with those of scripts"

@@ -1,4 +1,4 @@
-"""Clients that die, and clients that ask twice."""
+"""Clients that die, and clients that submit the same request twice."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ client.submit(operation="sum", items=list(range(1000)), idempotency_key="once")
 
 
 def run(script: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a client in a process of its own that ends by SIGKILL."""
+    """Run a client in a separate process that ends by SIGKILL."""
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, **environment},
@@ -131,6 +131,4 @@ def test_a_mistaken_key_in_a_batch_delays_no_other_job(on_shared: Cell) -> None:
             ]
         )
 
-    assert store.llen(f"{prefix}:{prefix}.normal") == 2, (
-        "the message of the job that is open is sent"
-    )
+    assert store.llen(f"{prefix}:{prefix}.normal") == 2, "the message of the open job is sent"

@@ -1,6 +1,6 @@
-"""Messages that come twice or ten times, early, late or never: each index counts once, one result,
-the right one.
-"""
+"""Messages that arrive twice or ten times, early, late or never.
+
+Each index counts once, and the job has one result, the right one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support import wait_until
 
 
 def copies(own: Cell, job_id: str, times: int) -> int:
-    """Send the message of every node of a job again, as often as asked."""
+    """Send the message of every node of a job again, `times` times; return the number of messages."""
     nodes = [record.id for record in own.client.ledger.all_records(job_id)]
     for _ in range(times):
         own.client.session.delivery.resend(job_id, nodes)
@@ -86,9 +86,7 @@ def test_a_copy_of_a_claimed_message_leaves_the_chord_slot_to_the_holder(on_shar
 
 @pytest.mark.parametrize("when", ["early and twice", "late", "never"])
 def test_chord_bodies_at_any_time_leave_one_result(on_shared: Cell, when: str) -> None:
-    """Bodies are fired by hand before, during and after; and the chords' counters are taken
-    away.
-    """
+    """The test sends chord bodies early and late, or deletes the chords' counters."""
     client = on_shared.client
     on_shared.worker()
     job = on_shared.submit(240, ms=3)
@@ -114,10 +112,9 @@ def test_chord_bodies_at_any_time_leave_one_result(on_shared: Cell, when: str) -
             counters = functools.partial(
                 client.ledger.store.client.keys, f"*{group_id(job.id, split['id'])}*"
             )
-            wait_until(
-                lambda counters=counters: counters() or job.progress().done
-            )  # they are set after the split is known
-            if keys := counters():  # a small one may have been merged already
+            # The counters are set after the split is known.
+            wait_until(lambda counters=counters: counters() or job.progress().done)
+            if keys := counters():  # a small split may be merged already
                 client.ledger.store.client.delete(*keys)
     on_shared.check(job)
     if when == "late":
@@ -164,9 +161,7 @@ def test_many_sweeps_at_once_do_the_work_once(on_shared: Cell) -> None:
 
 
 def test_one_lost_message_of_many_is_found_while_the_others_run(on_shared: Cell) -> None:
-    """A message that was sent before one that has arrived, and has not, is sent again; no other
-    is.
-    """
+    """The lost message is sent again when a later one has arrived; no other message is."""
     store, prefix = on_shared.client.ledger.store.client, on_shared.client.settings.namespace
     on_shared.worker(options=["-c", "1"])
     job = on_shared.submit(600, ms=4)
@@ -187,7 +182,7 @@ def test_one_lost_message_of_many_is_found_while_the_others_run(on_shared: Cell)
 
 
 def test_a_long_queue_is_not_taken_for_a_lost_one(on_shared: Cell) -> None:
-    """A job behind ten graces of other work is probed a few times, not flooded with copies."""
+    """A job that waits ten grace times behind other work gets few copies of its messages."""
     on_shared.worker(options=["-c", "1"])
     first = on_shared.submit(1000, ms=5)
     waiting = on_shared.submit(600, ms=0.1)
@@ -221,9 +216,7 @@ def test_deleted_queues_of_a_thousand_messages_are_published_again(on_shared: Ce
 
 
 def test_parked_nodes_wake_in_time_at_default_settings(on_shared: Cell) -> None:
-    """Fifty nodes wait for times of their own; any live worker wakes them, without an ETA
-    message.
-    """
+    """Fifty nodes wait for different times; any live worker wakes them, without an ETA message."""
     for name in ("LEASE_S", "SWEEP_S"):
         del on_shared.environment[f"RLM_LEDGER__{name}"]
     client = on_shared.stack.enter_context(client_of(on_shared.environment))
@@ -235,7 +228,7 @@ def test_parked_nodes_wake_in_time_at_default_settings(on_shared: Cell) -> None:
     on_shared.worker()
     due = {}
     for at, (job, claim) in enumerate(zip(jobs, claims, strict=True)):
-        client.ledger.park(claim, 500 + 37 * at, "a test says so")
+        client.ledger.park(claim, 500 + 37 * at, "the test parks it")
         due[job.id] = store.zscore(client.ledger.keys.of(job.id).due, "root")
 
     late = sorted(
@@ -245,7 +238,8 @@ def test_parked_nodes_wake_in_time_at_default_settings(on_shared: Cell) -> None:
     )
 
     print(
-        f"woken late by ms: median {late[25]:.0f}, 49 of 50 within {late[48]:.0f}, slowest {late[49]:.0f}"
+        f"woken late by ms: median {late[25]:.0f}, 49 of 50 within {late[48]:.0f},"
+        f" slowest {late[49]:.0f}"
     )
     assert late[0] >= 0
     assert late[25] <= 250

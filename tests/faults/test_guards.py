@@ -1,5 +1,7 @@
-"""Guards that several processes share on a real server: what a provider sees of them, what a kill
-leaves, what each answers while Redis is away."""
+"""Guards that several processes share on a real server.
+
+The tests check the provider's view, the state after a kill, and each guard's answers while Redis is
+away."""
 
 from __future__ import annotations
 
@@ -48,39 +50,40 @@ from tests.support import wait_until
 
 WINDOW_S = float(os.environ.get("GUARDS_WINDOW_S", "6"))
 GUARD_S = 0.06 if WINDOW_S < 12 else None
-"""One hundredth of a short window, because two busy cores delay a request by more than the 0.5 %
-that is left by default.
+"""One hundredth of a short window: two busy cores delay a request by more than the default 0.5 %.
 """
 
 
 @pytest.fixture(scope="module")
-def own() -> Iterator[embedded.Server]:
-    """A server without the keys of others."""
+def private_server() -> Iterator[embedded.Server]:
+    """A server without the keys of other tests."""
     with embedded.server() as server:
         yield server
 
 
 @pytest.fixture
-def store(own: embedded.Server) -> Iterator[Store]:
+def store(private_server: embedded.Server) -> Iterator[Store]:
     """An empty store, with a timeout that a busy machine does not exceed."""
-    with redis.Redis.from_url(own.url) as client:
+    with redis.Redis.from_url(private_server.url) as client:
         client.flushall()
-    found = Store(own.url, namespace=NAMESPACE)
+    found = Store(private_server.url, namespace=NAMESPACE)
     yield found
     found.client.close()
 
 
-def told(config: BreakerConfig) -> str:
-    """Return a configuration as a process is told it."""
+def as_json(config: BreakerConfig) -> str:
+    """Return a configuration as an argument of a process."""
     return json.dumps(config.model_dump())
 
 
-# --- what a provider sees ---------------------------------------------------------------------
+# --- the provider's view ----------------------------------------------------------------------
 
 
 @pytest.mark.timeout(60 + 8 * WINDOW_S)
-def test_eight_processes_use_a_provider_up_and_never_too_much(own: embedded.Server) -> None:
-    use = against_provider(own.url, WINDOW_S, "tokens", GUARD_S)
+def test_eight_processes_use_up_a_providers_limit_and_never_exceed_it(
+    private_server: embedded.Server,
+) -> None:
+    use = against_provider(private_server.url, WINDOW_S, "tokens", GUARD_S)
     show([use])
 
     assert use.refused == 0, "no 429"
@@ -88,8 +91,8 @@ def test_eight_processes_use_a_provider_up_and_never_too_much(own: embedded.Serv
     assert max(use.most.values()) <= 1, "no window has more than its limit, by the server's time"
 
 
-def test_a_half_open_breaker_lets_no_more_probes_pass_than_it_may_and_closes(
-    own: embedded.Server, store: Store
+def test_a_half_open_breaker_limits_probes_and_then_closes(
+    private_server: embedded.Server, store: Store
 ) -> None:
     config = BreakerConfig(
         recovery_timeout_s=0.4, half_open_max_calls=3, half_open_timeout_s=5, success_threshold=20
@@ -98,68 +101,67 @@ def test_a_half_open_breaker_lets_no_more_probes_pass_than_it_may_and_closes(
     breaker.open()
     with (
         fake_provider("--failing", 8) as port,
-        children(8, "probe", own.url, port, told(config)) as callers,
+        children(8, "probe", private_server.url, port, as_json(config)) as callers,
     ):
         wait_until(lambda: breaker.state == "closed")
-        wait_until(lambda: any(what == "free" for what, _, _ in report(port)["calls"]))
+        wait_until(lambda: any(kind == "free" for kind, _, _ in report(port)["calls"]))
         for each in callers:
-            each.say("stop")
+            each.send("stop")
         for each in callers:
-            each.hear("done")
+            each.receive("done")
         calls = report(port)["calls"]
 
-    at_once = Counter(in_flight for what, in_flight, _ in calls if what == "probe")
-    print(f"probes by how many were in flight: {dict(sorted(at_once.items()))}")
-    assert max(at_once) == config.half_open_max_calls, "all places are used, and no other"
+    at_once = Counter(in_flight for kind, in_flight, _ in calls if kind == "probe")
+    print(f"probes by the number in flight: {dict(sorted(at_once.items()))}")
+    assert max(at_once) == config.half_open_max_calls, "all permits are used, and never more"
     assert at_once.total() >= 8 + config.success_threshold
-    assert min(well for what, _, well in calls if what == "free") >= config.success_threshold, (
-        "nobody passes the probes by"
+    assert min(well for kind, _, well in calls if kind == "free") >= config.success_threshold, (
+        "no other call passes before the probes have succeeded"
     )
 
 
-def test_a_trip_is_seen_by_other_processes_within_300_ms(
-    own: embedded.Server, store: Store
+def test_other_processes_see_a_trip_within_300_ms(
+    private_server: embedded.Server, store: Store
 ) -> None:
     config, random, took = BreakerConfig(recovery_timeout_s=60, failure_threshold=3), Random(1), []
     breaker = CircuitBreaker("tripped", store, config)
     with (
-        children(5, "observe", own.url, told(config)) as others,
-        children(1, "trip", own.url, told(config)) as [tripper],
+        children(5, "observe", private_server.url, as_json(config)) as others,
+        children(1, "trip", private_server.url, as_json(config)) as [tripper],
     ):
         for each in others:
-            each.hear("passes")
+            each.receive("passes")
         for _ in range(12):
-            time.sleep(
-                random.uniform(0, 0.25)
-            )  # a trip comes at any time since the others have asked
-            tripper.say("trip")
-            [at] = tripper.hear("tripped")
-            took.append(max(float(each.hear("refused")[0]) for each in others) - float(at))
+            time.sleep(random.uniform(0, 0.25))  # a trip may come at any time after a read
+            tripper.send("trip")
+            [at] = tripper.receive("tripped")
+            took.append(max(float(each.receive("refused")[0]) for each in others) - float(at))
             breaker.reset()
             for each in others:
-                each.hear("passes")
+                each.receive("passes")
 
     median, slowest = statistics.median(took), max(took)
     print(
-        f"12 trips, until the last of 5 processes knew: median {median * 1000:.0f} ms, max {slowest * 1000:.0f} ms"
+        f"12 trips, until the last of 5 processes saw them: median {median * 1000:.0f} ms,"
+        f" max {slowest * 1000:.0f} ms"
     )
     assert median <= 0.3
     assert slowest <= 1.0
 
 
-# --- what a kill leaves -----------------------------------------------------------------------
+# --- after a kill -----------------------------------------------------------------------------
 
 
-def test_the_place_of_a_killed_probe_is_free_after_its_lease(
-    own: embedded.Server, store: Store
+def test_the_permit_of_a_killed_probe_is_free_after_its_lease(
+    private_server: embedded.Server, store: Store
 ) -> None:
     config = BreakerConfig(
         half_open_max_calls=1, half_open_timeout_s=2.0, success_threshold=1, recovery_timeout_s=60
     )
     breaker = CircuitBreaker("held", store, config)
     breaker.half_open()
-    with children(1, "hold_probe", own.url, told(config)) as [holder]:
-        began, permit = holder.hear("holds")
+    with children(1, "hold_probe", private_server.url, as_json(config)) as [holder]:
+        began, permit = holder.receive("holds")
         holder.kill()
         assert permit
         with pytest.raises(CircuitOpen, match="half-open"):
@@ -168,11 +170,11 @@ def test_the_place_of_a_killed_probe_is_free_after_its_lease(
 
     took = time.monotonic() - float(began)
     assert config.half_open_timeout_s - 0.1 <= took <= config.half_open_timeout_s + 1.0
-    assert breaker.state == "closed", "the probe that took its place has closed it"
+    assert breaker.state == "closed", "the next probe has closed it"
 
 
 def passes(breaker: CircuitBreaker) -> bool:
-    """Say whether a call through a breaker is made now; it goes well."""
+    """Return whether a breaker allows a call now; the call succeeds."""
     with suppress(CircuitOpen):
         breaker.call(lambda: None)
         return True
@@ -180,28 +182,27 @@ def passes(breaker: CircuitBreaker) -> bool:
 
 
 def test_permits_of_a_killed_process_are_free_after_their_lease(
-    own: embedded.Server, store: Store
+    private_server: embedded.Server, store: Store
 ) -> None:
     bulkhead = Bulkhead("held", store, limit=3, per_host=None, lease_s=2.0)
-    with children(1, "hold_permits", own.url, 3, 2.0) as [holder]:
-        began, count, _ = holder.hear("holds")
+    with children(1, "hold_permits", private_server.url, 3, 2.0) as [holder]:
+        began, count, _ = holder.receive("holds")
         holder.kill()
         assert int(count) == 3
-        assert not bulkhead.acquire(), "nobody else gets one"
+        assert not bulkhead.acquire(), "no other caller gets a permit"
         assert bulkhead.acquire(max_wait_s=10)
 
     assert 1.9 <= time.monotonic() - float(began) <= 3.0
-    wait_until(
-        lambda: bulkhead.status()["used"] == 1
-    )  # the others were taken, and expire, a moment after the first
+    # The other two were taken a moment after the first, so they expire later.
+    wait_until(lambda: bulkhead.status()["used"] == 1)
 
 
-def test_permits_of_a_killed_process_are_free_at_once_when_somebody_says_so(
-    own: embedded.Server, store: Store
+def test_forget_frees_the_permits_of_a_killed_process_at_once(
+    private_server: embedded.Server, store: Store
 ) -> None:
     bulkhead = Bulkhead("held", store, limit=3, per_host=None, lease_s=60.0)
-    with children(1, "hold_permits", own.url, 3, 60.0) as [holder]:
-        _, _, owner = holder.hear("holds")
+    with children(1, "hold_permits", private_server.url, 3, 60.0) as [holder]:
+        _, _, owner = holder.receive("holds")
         holder.kill()
         assert not bulkhead.acquire()
 
@@ -210,56 +211,54 @@ def test_permits_of_a_killed_process_are_free_at_once_when_somebody_says_so(
     assert [bool(bulkhead.acquire()) for _ in range(4)] == [True, True, True, False]
 
 
-# --- what each guard answers while Redis is away ----------------------------------------------
+# --- the answers of each guard while Redis is away --------------------------------------------
 
 CALLS, OVER_S, LEARNED_S = 50, 2.0, 7.0
 
 
-class Counted(Store):
-    """A guards' store that counts how often it really asks Redis, and whose clock can be put
-    forward.
-    """
+class CountingStore(Store):
+    """A store that counts its requests to Redis, and whose clock can be set forward."""
 
-    asked, ahead_s = 0, 0.0
+    requests, ahead_s = 0, 0.0
 
     def __init__(self, url: str) -> None:
         super().__init__(
             url, namespace=NAMESPACE, timeout_s=0.1, clock=lambda: time.monotonic() + self.ahead_s
         )
 
-    def _run(self, *calls: Call) -> list[Any]:
-        """Count, and do as a store does."""
-        self.asked += 1
-        return super()._run(*calls)
+    def run(self, *calls: Call) -> list[Any]:
+        """Count the request, and run the calls."""
+        self.requests += 1
+        return super().run(*calls)
 
 
 class Guard:
-    """One guard of one process: what is done to it before, while and after Redis is away."""
+    """One guard of one process, with its uses before, during and after an outage of Redis."""
 
-    def __init__(self, store: Counted, other: Store) -> None:
+    def __init__(self, store: CountingStore, other: Store) -> None:
         self.store, self.other = store, other
 
     def before(self) -> None:
-        """Use it while Redis is there."""
+        """Use it before the outage."""
 
     def answer(self, number: int) -> Any:
-        """Use it while Redis is away."""
+        """Use it during the outage; return its answer."""
         raise NotImplementedError
 
     def check(self, answers: list[Any], took_s: float) -> None:
-        """Hold its answers against what is promised."""
+        """Assert that the answers of the outage, which took `took_s`, are those promised."""
         raise NotImplementedError
 
     def shared(self) -> bool:
-        """Use it after Redis is back; say whether it has shared that with other processes."""
+        """Use it after the outage; return whether other processes see that use."""
         raise NotImplementedError
 
 
 class ClosedBreaker(Guard):
-    """Calls pass, and a failing service opens it in this process alone."""
+    """A closed breaker: calls pass; a failing service opens it, in this process only."""
 
     def before(self) -> None:
-        """Leave it closed."""
+        """Make a call, so that it stays closed."""
         config = BreakerConfig(failure_threshold=5, recovery_timeout_s=60)
         self.breaker, self.others = (
             CircuitBreaker("closed", store, config) for store in (self.store, self.other)
@@ -267,7 +266,7 @@ class ClosedBreaker(Guard):
         self.breaker.call(lambda: None)
 
     def answer(self, number: int) -> str:
-        """Call a service that is well at first, and then is not."""
+        """Call a service that succeeds in the first half and fails in the second."""
         try:
             return self.breaker.call(self._service, number)
         except CircuitOpen:
@@ -281,17 +280,17 @@ class ClosedBreaker(Guard):
         return "well"
 
     def check(self, answers: list[Any], took_s: float) -> None:
-        """The last snapshot first, then a breaker of its own."""
+        """Calls pass by the last snapshot, then five failures open the local breaker."""
         assert answers == ["well"] * 25 + ["failed"] * 5 + ["refused"] * 20
 
     def shared(self) -> bool:
-        """Fail: others count it."""
+        """Fail a call, which other processes count."""
         self.answer(CALLS)
         return self.others.failure_count > 0
 
 
 class OpenBreaker(Guard):
-    """It stays open until its time is over."""
+    """An open breaker: it stays open until its recovery time is over."""
 
     def before(self) -> None:
         """Open it, from another process."""
@@ -303,7 +302,7 @@ class OpenBreaker(Guard):
         assert self.breaker.state == "open"
 
     def answer(self, number: int) -> float:
-        """Call, and say how many seconds to wait: 0 when the call was made."""
+        """Make a call; return the retry time in seconds, 0 if the call passed."""
         try:
             self.breaker.call(lambda: None)
         except CircuitOpen as refused:
@@ -311,22 +310,22 @@ class OpenBreaker(Guard):
         return 0.0
 
     def check(self, answers: list[Any], took_s: float) -> None:
-        """All are refused, and told when it ends."""
+        """All calls are refused, with the remaining time."""
         assert answers == sorted(answers, reverse=True)
         assert 60 > answers[0] > answers[-1] > 60 - took_s - 5
 
     def shared(self) -> bool:
-        """Call: others have closed it."""
+        """Make a call after another process has closed the breaker."""
         if self.others.state == "open":
             self.others.reset()
         return self.answer(0) == 0.0
 
 
 class Bucket(Guard):
-    """Half of the rate, because two processes have taken from it lately."""
+    """A token bucket: it grants half of the rate, since two processes have taken from it lately."""
 
     def before(self) -> None:
-        """Let another process take from it, too."""
+        """Take from it, and let another process take from it, too."""
         self.bucket, self.others = (
             TokenBucket("llm", store, calls=Rate(20)) for store in (self.store, self.other)
         )
@@ -335,23 +334,23 @@ class Bucket(Guard):
         assert self.bucket.takers == 2
 
     def answer(self, number: int) -> bool:
-        """Take."""
+        """Take a token."""
         return bool(self.bucket.acquire())
 
     def check(self, answers: list[Any], took_s: float) -> None:
-        """Its share of the rate, from nothing, and nearly all of it."""
+        """It grants nearly all of its share of the rate; the bucket is empty at first."""
         assert 0.6 * 10 * OVER_S <= sum(answers) <= 10 * took_s + 1
 
     def shared(self) -> bool:
-        """Take: the grant has a time of the server, and others see what was taken meanwhile."""
+        """Take a token; a grant from Redis has the server's time."""
         return self.bucket.acquire().at > 0
 
 
 class Permits(Guard):
-    """As many as it held at the loss, and no more."""
+    """A bulkhead: it allows as many permits as it held when Redis was lost."""
 
     def before(self) -> None:
-        """Hold two of ten."""
+        """Hold two permits of ten."""
         self.bulkhead, self.others = (
             Bulkhead("held", store, limit=10, lease_s=3.0) for store in (self.store, self.other)
         )
@@ -359,7 +358,7 @@ class Permits(Guard):
         assert all(self.held)
 
     def answer(self, number: int) -> bool:
-        """Ask for a third; in the second half, after giving back one of the two."""
+        """Request a third permit; in the second half, after one of the two was released."""
         if number == CALLS // 2:
             self.held.pop().release()
         permit = self.bulkhead.acquire()
@@ -368,13 +367,13 @@ class Permits(Guard):
         return granted
 
     def check(self, answers: list[Any], took_s: float) -> None:
-        """None beyond two."""
+        """At most two permits are held at once."""
         assert answers == [False] * 25 + [True] * 25
 
     def shared(self) -> bool:
-        """Take: others see it, and what was given back meanwhile has only the length of its
-        lease.
-        """
+        """Take a permit, which other processes see.
+
+        The permit that was released during the outage is free after its lease."""
         with self.bulkhead.permit() as permit:
             if permit.local:
                 return False
@@ -383,23 +382,23 @@ class Permits(Guard):
 
 
 class Budget(Guard):
-    """The retries that are always allowed: three a second."""
+    """A retry budget: it always allows three retries a second."""
 
     def before(self) -> None:
-        """Spend."""
+        """Spend a retry."""
         self.budget = RetryBudget("llm", self.store)
         assert self.budget.spend()
 
     def answer(self, number: int) -> bool:
-        """Spend."""
+        """Spend a retry."""
         return self.budget.spend()
 
     def check(self, answers: list[Any], took_s: float) -> None:
-        """The floor, from nothing."""
+        """It allows three a second; the balance is 0 at first."""
         assert 0.6 * 3 * OVER_S <= sum(answers) <= 3 * took_s + 1
 
     def shared(self) -> bool:
-        """Spend: the balance of all is there again."""
+        """Spend a retry from the shared balance."""
         key = f"{NAMESPACE}:{{budget:llm}}"
         before = self.other.client.hget(key, "at")
         self.budget.spend()
@@ -407,14 +406,12 @@ class Budget(Guard):
 
 
 class Limits(Guard):
-    """What was read last, or the base table."""
+    """Timeouts: the limit that was read last, or the base table."""
 
     taught = False
 
     def before(self) -> None:
-        """Read the limit of one operation that all have learned; then let what was read grow
-        old.
-        """
+        """Read the learned limit of one operation; then set the clock forward, so that it is old."""
         self.timeouts, self.others = Timeouts(self.store), Timeouts(self.other)
         self.others.learn("known", [LEARNED_S] * 100)
         self.known_s = self.timeouts.limit_s("known", "simple")
@@ -422,15 +419,15 @@ class Limits(Guard):
         self.store.ahead_s = 31.0
 
     def answer(self, number: int) -> tuple[float, float]:
-        """Ask for the limits of this operation, and of one that nobody has run."""
+        """Return the limits of this operation, and of one that was never run."""
         return self.timeouts.limit_s("known", "simple"), self.timeouts.limit_s("new", "simple")
 
     def check(self, answers: list[Any], took_s: float) -> None:
-        """Always the same."""
+        """The answers are always the same."""
         assert set(answers) == {(self.known_s, 300.0)}
 
     def shared(self) -> bool:
-        """Ask for the limit of an operation that others have learned meanwhile."""
+        """Read the limit of an operation that another process has learned since."""
         if not self.taught:
             self.others.learn("new", [LEARNED_S] * 100)
             self.taught = True
@@ -438,23 +435,23 @@ class Limits(Guard):
 
 
 class Faults(Guard):
-    """Nothing is kept, and nothing is raised."""
+    """A fault log: it keeps nothing, and raises nothing."""
 
     def before(self) -> None:
-        """Record one."""
+        """Record a fault."""
         self.log, self.others = FaultLog(self.store), FaultLog(self.other)
         self.log.record("llm", [(classify(TROUBLE), "before")])
 
     def answer(self, number: int) -> None:
-        """Record one."""
+        """Record a fault."""
         return self.log.record("llm", [(classify(TROUBLE), "meanwhile")])
 
     def check(self, answers: list[Any], took_s: float) -> None:
-        """Nothing is returned."""
+        """Every answer is None."""
         assert set(answers) == {None}
 
     def shared(self) -> bool:
-        """Record one: others see it."""
+        """Record a fault, which other processes see."""
         self.log.record("llm", [(classify(TROUBLE), "after")])
         return "after" in {each.message for each in self.others.patterns()}
 
@@ -471,28 +468,28 @@ GUARDS: dict[str, type[Guard]] = {
 
 
 @dataclass
-class Course:
-    """What happened to one guard."""
+class GuardRun:
+    """One guard, and its measurements during an outage."""
 
     guard: Guard
-    took: list[float] = field(default_factory=list)  # seconds of each call while Redis was away
+    took: list[float] = field(default_factory=list)  # seconds of each call during the outage
     answers: list[Any] = field(default_factory=list)
-    asked: int = 0  # how often it has asked Redis meanwhile
+    requests: int = 0  # to Redis, during the outage
     over_s: float = 0.0
-    back_s: float = -1.0  # from Redis' return until state was shared again; -1: never
-    said: list[str] = field(default_factory=list)  # in the log, in all
+    back_s: float = -1.0  # from the return of Redis until state was shared again; -1: never
+    logged: list[str] = field(default_factory=list)  # all messages
 
     def while_away(self) -> None:
         """Use it 50 times in two seconds."""
-        asked, began = self.guard.store.asked, time.monotonic()
+        requests, began = self.guard.store.requests, time.monotonic()
         for number in range(CALLS):
-            time.sleep(
-                max(0.0, began + number * OVER_S / CALLS - time.monotonic())
-            )  # the rate of the calls
+            # The sleep sets the rate of the calls.
+            time.sleep(max(0.0, began + number * OVER_S / CALLS - time.monotonic()))
             at = time.monotonic()
             self.answers.append(self.guard.answer(number))
             self.took.append(time.monotonic() - at)
-        self.asked, self.over_s = self.guard.store.asked - asked, time.monotonic() - began
+        self.requests = self.guard.store.requests - requests
+        self.over_s = time.monotonic() - began
 
     def after(self) -> None:
         """Use it until state is shared again."""
@@ -501,32 +498,32 @@ class Course:
         self.back_s = time.monotonic() - began
 
 
-class Ears(logging.Handler):
-    """Notes what each thread logs: caplog does not outlive a test."""
+class LogRecorder(logging.Handler):
+    """Keeps the messages of each thread; pytest's caplog ends with a test, before the fixture."""
 
-    def __init__(self, courses: dict[str, Course]) -> None:
+    def __init__(self, runs: dict[str, GuardRun]) -> None:
         super().__init__(logging.WARNING)
-        self._courses = courses
+        self._runs = runs
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Note it with the guard that the thread is named after."""
-        if record.threadName in self._courses:
-            self._courses[record.threadName].said.append(record.getMessage())
+        """Add a message to the run of the guard that has the thread's name."""
+        if record.threadName in self._runs:
+            self._runs[record.threadName].logged.append(record.getMessage())
 
 
-def at_once(courses: dict[str, Course], step: Callable[[Course], None]) -> None:
-    """Do a step for every guard, each in a thread that is named after it; raise what one raises."""
+def at_once(runs: dict[str, GuardRun], step: Callable[[GuardRun], None]) -> None:
+    """Do a step for every guard at once, each in a thread of its name.
+
+    Raises the first error that a step raises."""
     raised: list[BaseException] = []
 
-    def run(course: Course) -> None:
+    def run(each: GuardRun) -> None:
         try:
-            step(course)
+            step(each)
         except BaseException as error:
             raised.append(error)
 
-    threads = [
-        threading.Thread(target=run, args=(course,), name=name) for name, course in courses.items()
-    ]
+    threads = [threading.Thread(target=run, args=(each,), name=name) for name, each in runs.items()]
     for each in threads:
         each.start()
     for each in threads:
@@ -536,37 +533,38 @@ def at_once(courses: dict[str, Course], step: Callable[[Course], None]) -> None:
 
 
 def killed(server: embedded.Server, use: Callable[[], None]) -> None:
-    """Kill the server, and start it again on what its append-only file holds."""
+    """Kill the server, use the guards, and start it again from its append-only file."""
     server.stop(kill=True)
     use()
     server.start()
 
 
 def paused(server: embedded.Server, use: Callable[[], None]) -> None:
-    """Let the server answer nobody, for a little longer than the guards are used."""
+    """Pause the server for a little longer than the guards are used."""
     with redis.Redis.from_url(server.url) as client:
         client.client_pause(int((OVER_S + 0.7) * 1000))
         use()
-        client.ping()  # answered when the pause is over
+        client.ping()  # the answer comes when the pause is over
 
 
 @pytest.fixture(scope="module", params=[killed, paused], ids=["redis killed", "redis paused"])
-def courses(request: pytest.FixtureRequest) -> Iterator[dict[str, Course]]:
-    """All guards through one outage, side by side: each with a store of its own, as in a process of
-    its own.
-    """
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, GuardRun]]:
+    """All guards during one outage, at the same time; each has a private store, as in a process."""
     with embedded.server(durable=True) as server:
         other = Store(server.url, namespace=NAMESPACE)
-        found = {name: Course(guard(Counted(server.url), other)) for name, guard in GUARDS.items()}
-        ears = Ears(found)
-        logging.getLogger("resilience").addHandler(ears)
+        found = {
+            name: GuardRun(guard(CountingStore(server.url), other))
+            for name, guard in GUARDS.items()
+        }
+        recorder = LogRecorder(found)
+        logging.getLogger("resilience").addHandler(recorder)
         try:
-            at_once(found, lambda course: course.guard.before())
-            request.param(server, lambda: at_once(found, Course.while_away))
-            at_once(found, Course.after)
+            at_once(found, lambda run: run.guard.before())
+            request.param(server, lambda: at_once(found, GuardRun.while_away))
+            at_once(found, GuardRun.after)
         finally:
-            logging.getLogger("resilience").removeHandler(ears)
-            for each in (other, *(course.guard.store for course in found.values())):
+            logging.getLogger("resilience").removeHandler(recorder)
+            for each in (other, *(run.guard.store for run in found.values())):
                 each.client.close()
         yield found
 
@@ -576,28 +574,29 @@ each_guard = pytest.mark.parametrize("name", GUARDS)
 
 @each_guard
 def test_a_guard_gives_the_stated_answer_while_redis_is_away(
-    courses: dict[str, Course], name: str
+    runs: dict[str, GuardRun], name: str
 ) -> None:
-    course = courses[name]
-    course.guard.check(course.answers, course.over_s)
+    run = runs[name]
+    run.guard.check(run.answers, run.over_s)
 
 
 @each_guard
-def test_a_guard_without_redis_answers_within_100_ms(courses: dict[str, Course], name: str) -> None:
-    course = courses[name]
-    median = statistics.median(course.took)
+def test_a_guard_without_redis_answers_within_100_ms(runs: dict[str, GuardRun], name: str) -> None:
+    run = runs[name]
+    median = statistics.median(run.took)
     print(
-        f"{name}: median {median * 1000:.2f} ms, max {max(course.took) * 1000:.0f} ms, {course.asked} real tries"
+        f"{name}: median {median * 1000:.2f} ms, max {max(run.took) * 1000:.0f} ms,"
+        f" {run.requests} requests"
     )
 
-    assert len(course.took) == CALLS
+    assert len(run.took) == CALLS
     assert median <= 0.1
-    assert 2 <= course.asked <= 4, "it looks again, about once a second"
+    assert 2 <= run.requests <= 4, "it tries Redis again about once a second"
 
 
 @each_guard
-def test_a_lost_redis_and_its_return_are_logged_once(courses: dict[str, Course], name: str) -> None:
-    about = [each for each in courses[name].said if each.startswith("Redis at")]
+def test_a_lost_redis_and_its_return_are_logged_once(runs: dict[str, GuardRun], name: str) -> None:
+    about = [each for each in runs[name].logged if each.startswith("Redis at")]
 
     assert len(about) == 2, about
     assert "does not answer" in about[0]
@@ -606,7 +605,7 @@ def test_a_lost_redis_and_its_return_are_logged_once(courses: dict[str, Course],
 
 @each_guard
 def test_a_guard_shares_its_state_again_once_redis_is_back(
-    courses: dict[str, Course], name: str
+    runs: dict[str, GuardRun], name: str
 ) -> None:
-    print(f"{name}: shared again after {courses[name].back_s:.2f} s")
-    assert 0 <= courses[name].back_s <= 5.0
+    print(f"{name}: shared again after {runs[name].back_s:.2f} s")
+    assert 0 <= runs[name].back_s <= 5.0

@@ -1,6 +1,4 @@
-"""A short run against a provider that counts; ``python -m tests.faults.llm`` runs for longer, with
-eight processes.
-"""
+"""A short run of `tests.faults.llm`; ``python -m tests.faults.llm`` runs longer, with 8 processes."""
 
 from __future__ import annotations
 
@@ -14,21 +12,21 @@ from tests.support import wait_until
 
 WINDOW_S = 1.5
 GUARD_S = 0.1
-"""A short window is counted this much longer: a busy machine delays a request by more than the
-share that is left by default.
+"""Workers count a window this much longer: in a short window the default guard is too small for the
+delays of a busy machine.
 """
 LEAST_USE = 0.7
-"""Calls in flight, the guard, and what is left to more urgent calls weigh more in a short
-window.
+"""Lower than in the long run: calls in flight, the guard and the reserve for urgent calls are a
+larger share of a short window.
 """
 SLOTS = 2
 
 
 @pytest.fixture(scope="module")
 def on() -> Iterator[Stage]:
-    """A provider that counts requests, so few that a busy machine can make them, and a worker of
-    two processes.
-    """
+    """A provider with a limit of requests that a busy machine can reach, and one worker.
+
+    The worker has two processes."""
     with stage("requests", WINDOW_S, scale=0.4, guard_s=GUARD_S, workers=1, slots=SLOTS) as own:
         yield own
 
@@ -50,7 +48,7 @@ def test_free_slots_do_not_cut_a_job_that_waits_for_its_limits(on: Stage) -> Non
     print(f"{nodes} nodes run or wait")
 
     assert nodes <= (ROOT_PARTS_PER_SLOT + 1) * SLOTS, (
-        "more nodes take slots from others, and get no more tokens"
+        "more nodes would take slots from other jobs, and get no more tokens"
     )
 
 
@@ -59,17 +57,17 @@ def test_a_budget_holds_to_within_one_call_when_processes_die(on: Stage) -> None
     show(spent)
 
     assert spent.counted <= spent.budget + spent.one_call
-    assert spent.told >= spent.counted, "nothing is counted too low"
+    assert spent.reported >= spent.counted, "no count is too low"
     assert spent.stopped == "budget"
-    assert spent.merged, "what was done is merged, and nothing else"
+    assert spent.merged, "all done items are merged, and nothing else"
 
 
-def test_answers_that_come_too_late_are_paid_from_the_budget(on: Stage) -> None:
+def test_late_answers_are_charged_to_the_budget(on: Stage) -> None:
     spent = on_a_budget(on, "tokens", 600.0, late=True)
     show(spent)
 
     assert spent.counted <= spent.budget + spent.one_call
-    assert spent.told >= spent.counted, "a call that nobody waited for has cost its tokens"
+    assert spent.reported >= spent.counted, "a late answer costs its tokens, too"
     assert spent.merged
 
 

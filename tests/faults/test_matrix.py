@@ -1,6 +1,6 @@
-"""{what dies} x {crash point}: the answer is exact, every index counts once, one final result,
-nothing is left.
-"""
+"""Each kind of death at each crash point.
+
+The answer is exact, every index counts once, the job has one final result, and no key is left."""
 
 from __future__ import annotations
 
@@ -17,27 +17,25 @@ from rlm_tasks.engine.crashpoints import CrashPoint
 from tests.faults.conftest import LEASE_S, SWEEP_S, Cell
 from tests.support import wait_until
 
-# Recovery is bounded by the lease, the sweep and the grace (a sweep by default); the rest is a new
-# worker's start and the job itself.
+# The lease, the sweep and the grace (one sweep by default) limit the recovery time.  The other 4 s
+# are for the start of a new worker and for the job.
 BOUND_S = LEASE_S + 2 * SWEEP_S + 4.0
 NTH = {CrashPoint.BEFORE_CLAIM: 3, CrashPoint.AFTER_CLAIM: 3, CrashPoint.BEFORE_FINISH: 3}
-"""Not the root, where every node comes by."""
+"""At these points the third node dies, not the root, which every job passes first."""
 points = pytest.mark.parametrize(
     "point", list(CrashPoint), ids=lambda point: point.replace(" ", "-")
 )
 
 
 def faulted(
-    cell: Cell, point: CrashPoint, deed: str, options: Sequence[str] = ()
+    cell: Cell, point: CrashPoint, action: str, options: Sequence[str] = ()
 ) -> subprocess.Popen[bytes]:
-    """Start a worker that will do the deed at the point."""
-    return cell.worker(fault=(point, deed), nth=NTH.get(point, 1), options=options)
+    """Start a worker with a fault at the point."""
+    return cell.worker(fault=(point, action), nth=NTH.get(point, 1), options=options)
 
 
 def submitted(cell: Cell, point: CrashPoint) -> Job:
-    """Open the job; where it is to be caught between two slices, with nodes that are longer than
-    one.
-    """
+    """Submit the job; for the point between two slices, with nodes longer than one slice."""
     return cell.submit(ms=8.0 if point == CrashPoint.MID_SLICE else 2.0)
 
 
@@ -81,21 +79,21 @@ def test_a_whole_worker_is_killed(on_shared: Cell, point: CrashPoint) -> None:
 
 
 @points
-def test_a_worker_is_stopped_for_longer_than_its_lease_and_goes_on(
+def test_a_worker_is_suspended_for_longer_than_its_lease(
     on_shared: Cell, point: CrashPoint
 ) -> None:
     worker = psutil.Process(faulted(on_shared, point, "stop_worker").pid)
     job = submitted(on_shared, point)
     since = on_shared.wait_for_fault()
-    everyone = [worker, *worker.children()]
-    wait_until(lambda: all(each.status() == psutil.STATUS_STOPPED for each in everyone))
+    processes = [worker, *worker.children()]
+    wait_until(lambda: all(each.status() == psutil.STATUS_STOPPED for each in processes))
     on_shared.worker()
 
     took = on_shared.check(
         job, since=since, what="SIGSTOP of a worker beyond its lease", point=point
     )
     before = on_shared.client.ledger.facts(job.id)
-    for each in everyone:
+    for each in processes:
         os.kill(each.pid, signal.SIGCONT)
 
     assert took < BOUND_S
@@ -103,22 +101,22 @@ def test_a_worker_is_stopped_for_longer_than_its_lease_and_goes_on(
     on_shared.check(again)
     wait_until(lambda: not any(held for held in on_shared.client.jobs() if not held.ready()))
     assert on_shared.client.ledger.facts(job.id) == before, (
-        "what the stale holder hands in is ignored"
+        "a finish from the stale holder is ignored"
     )
     assert worker.is_running()
 
 
 @points
-@pytest.mark.parametrize("deed", ["term_worker", "term_group"])
-def test_a_worker_is_told_to_stop(on_shared: Cell, point: CrashPoint, deed: str) -> None:
-    worker = faulted(on_shared, point, deed)
+@pytest.mark.parametrize("action", ["term_worker", "term_group"])
+def test_a_worker_gets_sigterm(on_shared: Cell, point: CrashPoint, action: str) -> None:
+    worker = faulted(on_shared, point, action)
     job = submitted(on_shared, point)
     since = on_shared.wait_for_fault()
     assert worker.wait(5) == 0
     on_shared.worker()
 
     what = (
-        "SIGTERM to the main process" if deed == "term_worker" else "SIGTERM to the process group"
+        "SIGTERM to the main process" if action == "term_worker" else "SIGTERM to the process group"
     )
     took = on_shared.check(job, since=since, what=what, point=point)
 

@@ -1,4 +1,6 @@
-"""Work that makes room, and work that has got room, survive what befalls processes and Redis."""
+"""Preemption survives kills of processes and of Redis, on both sides.
+
+The low-priority node yields its slot; the critical job gets it."""
 
 from __future__ import annotations
 
@@ -27,8 +29,9 @@ LONG = {
 }
 PREEMPTED = "more urgent work waits for a slot"
 SOON_S = 10.0
-"""A lease, a sweep, or the 5 s in which Celery notices a death, and what a busy machine adds; a low
-node would run for a minute.
+"""A lease and a sweep, or the 5 s in which Celery notices a death, plus the delay of a busy machine.
+
+A low-priority node would run for a minute.
 """
 
 
@@ -36,7 +39,7 @@ node would run for a minute.
 def pressed(
     server: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path
 ) -> Iterator[Cell]:
-    """A cell on the shared server whose workers know operations that make room."""
+    """A cell on the shared server, with the operations of the preemption tests."""
     with cell(server, name_of(request), tmp_path, tmp_path / "worker.log", **LONG) as own:
         own.environment |= {"RLM_OPERATIONS": MODULES}
         yield own
@@ -46,14 +49,14 @@ def pressed(
 def pressed_durable(
     durable: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path
 ) -> Iterator[Cell]:
-    """The same on the durable server."""
+    """The same cell on the durable server."""
     with cell(durable, name_of(request), tmp_path, tmp_path / "worker.log", **LONG) as own:
         own.environment |= {"RLM_OPERATIONS": MODULES}
         yield own
 
 
 def submit(own: Cell, items: int, priority: str, *, s: float = 0.02, **fields: Any) -> Job:
-    """Open a job whose items take their time until `enough`."""
+    """Submit a job whose items take `s` seconds each, until `enough` is called."""
     params = {"s": s, "journal": str(own.folder / "journal"), "enough": str(own.folder / "enough")}
     return own.client.submit(
         operation="p_until_told", items=range(items), params=params, priority=priority, **fields
@@ -61,7 +64,7 @@ def submit(own: Cell, items: int, priority: str, *, s: float = 0.02, **fields: A
 
 
 def enough(own: Cell) -> None:
-    """Let all that is left of all jobs be done at once."""
+    """Let the remaining items of all jobs end at once."""
     (own.folder / "enough").touch()
 
 
@@ -70,16 +73,14 @@ def running(job: Job, worker: str = "") -> int:
 
 
 def one_on_each_slot(own: Cell, slots: int = 2) -> list[Job]:
-    """Fill slots with jobs that are one node each: the first finish is that of the node that makes
-    room.
-    """
+    """Fill the slots with jobs of one node each; the first finish is that of the node that yields."""
     jobs = [submit(own, 5000, "low", type="sequential") for _ in range(slots)]
     wait_until(lambda: sum(running(job) for job in jobs) == slots)
     return jobs
 
 
 def over_all_slots(own: Cell, slots: int = 2, s: float = 0.02) -> Job:
-    """Fill slots with one job, each of whose nodes would run for a minute."""
+    """Fill the slots with one job whose nodes would run for a minute each."""
     job = submit(own, 12_000, "low", s=s, strategy=Adaptive())
     wait_until(lambda: running(job) == slots)
     return job
@@ -90,16 +91,16 @@ def yields(job: Job) -> int:
 
 
 def repeated(own: Cell, job: Job) -> int:
-    """Return how many items were run once more than needed."""
+    """Return the number of repeated item runs."""
     return sum(times - 1 for times in Counter(own.journal(job)).values())
 
 
 def tokens(own: Cell) -> tuple[str, str]:
-    """Return the keys under which it is known who waits for room."""
+    """Return the keys of the critical nodes that wait for a slot."""
     return own.client.ledger.keys.preemption(f"{own.client.settings.namespace}.critical")
 
 
-def nobody_waits_for_room(own: Cell) -> bool:
+def no_node_waits_for_a_slot(own: Cell) -> bool:
     return own.client.ledger.store.client.exists(*tokens(own)) == 0
 
 
@@ -107,28 +108,28 @@ def nobody_waits_for_room(own: Cell) -> bool:
 
 
 @pytest.mark.parametrize("point", [CrashPoint.BEFORE_FINISH, CrashPoint.BEFORE_PUBLISH])
-@pytest.mark.parametrize("deed", ["kill_process", "kill_worker"])
-def test_critical_work_starts_although_who_makes_room_for_it_dies(
-    pressed: Cell, point: CrashPoint, deed: str
+@pytest.mark.parametrize("action", ["kill_process", "kill_worker"])
+def test_critical_work_starts_when_the_process_that_yields_is_killed(
+    pressed: Cell, point: CrashPoint, action: str
 ) -> None:
-    pressed.worker(fault=(point, deed))
+    pressed.worker(fault=(point, action))
     lows = one_on_each_slot(pressed)
     critical = submit(pressed, 1, "critical")
 
     since = pressed.wait_for_fault()
-    if deed == "kill_worker":
+    if action == "kill_worker":
         pressed.worker()
     pressed.check(
-        critical, since=since, what=f"{deed} of who makes room", point=point, within_s=SOON_S
+        critical, since=since, what=f"{action} during a yield", point=point, within_s=SOON_S
     )
 
-    wait_until(lambda: nobody_waits_for_room(pressed))
+    wait_until(lambda: no_node_waits_for_a_slot(pressed))
     enough(pressed)
     for low in lows:
         pressed.check(low)
 
 
-def test_a_process_that_dies_while_it_makes_room_costs_what_it_had_done_and_no_more(
+def test_a_kill_during_a_yield_repeats_only_that_nodes_items(
     pressed: Cell,
 ) -> None:
     pressed.worker(fault=(CrashPoint.BEFORE_FINISH, "kill_process"))
@@ -137,14 +138,14 @@ def test_a_process_that_dies_while_it_makes_room_costs_what_it_had_done_and_no_m
         wait_until(lambda: sum(running(low) for low in lows) == 2)
         submit(pressed, 1, "critical").result(timeout=SOON_S)
 
-    assert sum(yields(low) for low in lows) == 5, "and once a death has made room"
+    assert sum(yields(low) for low in lows) == 5, "the sixth slot came from the death"
     enough(pressed)
     for low in lows:
         pressed.check(low)
-    assert min(repeated(pressed, low) for low in lows) == 0, "the other job has lost nothing"
+    assert min(repeated(pressed, low) for low in lows) == 0, "the other job repeats nothing"
 
 
-def test_critical_work_of_a_killed_worker_makes_room_on_another(pressed: Cell) -> None:
+def test_critical_work_of_a_killed_worker_preempts_on_another(pressed: Cell) -> None:
     pressed.worker(options=["-n", "first@test"])
     low = over_all_slots(pressed)
     critical = submit(pressed, 60, "critical", s=0.1, type="sequential")
@@ -161,13 +162,12 @@ def test_critical_work_of_a_killed_worker_makes_room_on_another(pressed: Cell) -
     enough(pressed)
     pressed.check(critical, since=since, what="kill -9 of a worker with critical work, others busy")
     pressed.check(low)
-    assert nobody_waits_for_room(pressed)
+    assert no_node_waits_for_a_slot(pressed)
 
 
-def test_critical_work_whose_process_was_killed_gets_a_slot_again(pressed: Cell) -> None:
-    pressed.worker(
-        fault=(CrashPoint.BEFORE_FINISH, "kill_process"), nth=2
-    )  # the first finish is the yield
+def test_critical_work_of_a_killed_process_gets_a_slot_again(pressed: Cell) -> None:
+    # The first finish is the yield, the second that of the critical node.
+    pressed.worker(fault=(CrashPoint.BEFORE_FINISH, "kill_process"), nth=2)
     lows = one_on_each_slot(pressed)
 
     critical = submit(pressed, 1, "critical")
@@ -176,7 +176,7 @@ def test_critical_work_whose_process_was_killed_gets_a_slot_again(pressed: Cell)
         critical, since=since, what="SIGKILL of critical work, others busy", within_s=SOON_S
     )
 
-    assert sum(yields(low) for low in lows) <= 2, "one for each time that it was sent"
+    assert sum(yields(low) for low in lows) <= 2, "one for each message of the critical node"
     enough(pressed)
     for low in lows:
         pressed.check(low)
@@ -186,7 +186,7 @@ def test_critical_work_whose_process_was_killed_gets_a_slot_again(pressed: Cell)
 # --- Redis ------------------------------------------------------------------------------------
 
 
-def test_critical_work_makes_room_after_redis_was_killed(
+def test_critical_work_preempts_after_redis_was_killed(
     durable: embedded.Server, pressed_durable: Cell
 ) -> None:
     own = pressed_durable
@@ -204,10 +204,10 @@ def test_critical_work_makes_room_after_redis_was_killed(
     assert worker.poll() is None
     enough(own)
     own.check(low)
-    wait_until(lambda: nobody_waits_for_room(own))
+    wait_until(lambda: no_node_waits_for_a_slot(own))
 
 
-def test_critical_work_makes_room_although_it_was_forgotten_that_it_waits(pressed: Cell) -> None:
+def test_critical_work_preempts_although_its_waiting_keys_were_deleted(pressed: Cell) -> None:
     pressed.worker()
     low = over_all_slots(pressed, s=0.5)
 

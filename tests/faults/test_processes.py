@@ -1,6 +1,4 @@
-"""What single processes can do to a job: be killed, be poisoned, run long, run out of memory, be
-told to stop.
-"""
+"""Faults of single processes: kills, poisonous items, long items, lack of memory, shutdown."""
 
 from __future__ import annotations
 
@@ -82,7 +80,7 @@ def test_poison_among_several_items_in_flight_is_found_within_three_deaths(
     assert [(item.index, item.attempts) for item in job.quarantined()] == [(170, 3)]
 
 
-def test_an_item_of_a_batch_that_hears_no_signal_is_found_and_quarantined_alone(
+def test_a_batch_item_that_ignores_signals_is_quarantined_alone(
     on_shared: Cell,
 ) -> None:
     on_shared.environment["RLM_NODE__ITEM_LIMIT_S"] = "1"
@@ -220,7 +218,7 @@ def test_the_command_line_lists_shows_replays_and_drops(on_shared: Cell, tmp_pat
     assert rlm("drop", job.id).returncode == 2
 
 
-def test_a_replay_at_the_start_of_an_unended_job_is_refused_with_a_reason(on_shared: Cell) -> None:
+def test_a_replay_before_the_jobs_end_is_refused_with_a_reason(on_shared: Cell) -> None:
     job = on_shared.submit()
 
     with pytest.raises(ValueError, match="has no items in quarantine"):
@@ -280,7 +278,7 @@ def test_remote_shutdown_drains_as_a_signal_does(on_shared: Cell) -> None:
 
 @pytest.mark.parametrize("items", [600, 60_000])
 @pytest.mark.parametrize("group", [False, True], ids=["main process", "process group"])
-def test_a_worker_told_to_stop_is_gone_within_two_seconds(
+def test_a_worker_ends_within_two_seconds_of_sigterm(
     on_shared: Cell, items: int, group: bool
 ) -> None:
     worker = on_shared.worker(options=["-c", "4"])
@@ -295,7 +293,7 @@ def test_a_worker_told_to_stop_is_gone_within_two_seconds(
     progress = job.progress()
     ran = on_shared.journal(job)
     assert len(ran) == len(set(ran)) == progress.done, (
-        "all that ran is counted: nothing will be computed again"
+        "every item that ran is counted: none will run again"
     )
     job.cancel()
 
@@ -314,7 +312,7 @@ def test_a_cold_shutdown_does_not_wait_for_items(on_shared: Cell) -> None:
     assert job.get(timeout=30) == [4000.0] * 2
 
 
-def test_a_worker_names_the_dangers_of_its_server_once(on_shared: Cell) -> None:
+def test_a_worker_warns_once_of_a_server_without_persistence(on_shared: Cell) -> None:
     on_shared.worker()
     on_shared.check(on_shared.submit())
 

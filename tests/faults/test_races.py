@@ -1,6 +1,6 @@
-"""Cancellation, expiry and verdict against trees that are splitting: no node starts after them,
-none escapes.
-"""
+"""Cancellation, expiry and failure of a job while its tree splits.
+
+No node starts after the end was decided, and every node ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = {"cancel": Status.CANCELLED, "expiry": Status.EXPIRED, "verdict": Status
 
 
 def race(own: Cell, seed: int) -> tuple[str, Job]:
-    """Run one job against one end; both at random moments."""
+    """Run one job and end it at a random moment; return the kind of end, and the job."""
     random = Random(seed)
     kind = list(KINDS)[seed % 3]
     items = [{"i": i, "ms": 1, "fails": False} for i in range(64)]
@@ -63,7 +63,7 @@ def test_five_hundred_races(on_shared: Cell) -> None:
             assert max(late, default=0) <= SLICE_MS, (
                 "no node starts later than one slice after the end was decided"
             )
-            assert {node["s"] for node in records} <= {"d", "c", "k"}, "none escapes"
+            assert {node["s"] for node in records} <= {"d", "c", "k"}, "every node has ended"
         on_shared.check_keys(job)
     assert all(count > RACES / 3 * 0.5 for count in ended.values()), (
         f"most races were close: {ended}"
@@ -86,7 +86,7 @@ def test_a_cancelled_tree_of_many_waiting_nodes_ends_at_once(on_shared: Cell) ->
 
 
 def test_an_item_cannot_hold_up_the_end_of_its_job(server: embedded.Server, tmp_path: Path) -> None:
-    """Running nodes of an ended job are fenced after the stop grace, whatever they are in."""
+    """Running nodes of an ended job are fenced after the stop grace, even within an item."""
     with cell(
         server, "stuck", tmp_path, tmp_path / "worker.log", RLM_LEDGER__STOP_GRACE_S="0.5"
     ) as own:

@@ -1,6 +1,6 @@
-"""{what befalls Redis} x {crash point}: workers keep their process, reconnect, and finish with the
-exact answer.
-"""
+"""Each fault of Redis at each crash point.
+
+Workers keep their process, reconnect, and finish with the exact answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support import wait_until
 
 
 def held(cell: Cell, point: CrashPoint) -> tuple[subprocess.Popen[bytes], Job]:
-    """Start a worker that holds still at the point, with a job in it; return both."""
+    """Start a worker and a job that waits at the point; return both."""
     worker = cell.worker(fault=(point, "hold"), nth=NTH.get(point, 1))
     job = cell.submit()
     cell.wait_for_fault()
@@ -29,7 +29,7 @@ def held(cell: Cell, point: CrashPoint) -> tuple[subprocess.Popen[bytes], Job]:
 
 
 def restart(server: embedded.Server, pause_s: float = 0.3) -> None:
-    """Kill the server outright, and start it again on what its append-only file holds."""
+    """Kill the server, and start it again from its append-only file after `pause_s`."""
     server.stop(kill=True)
     time.sleep(pause_s)  # the outage itself
     server.start()
@@ -119,7 +119,7 @@ def test_an_outage_longer_than_the_lease_repeats_nothing(
     assert (worker.poll(), other.poll()) == (None, None)
 
 
-def test_connections_are_reset_again_and_again(durable: embedded.Server, tmp_path: Path) -> None:
+def test_connections_are_reset_repeatedly(durable: embedded.Server, tmp_path: Path) -> None:
     proxy = Proxy(durable.port)
     through = embedded.Server(tmp_path, durable=True)
     through.port, through.url = proxy.port, f"redis://127.0.0.1:{proxy.port}/0"
@@ -145,9 +145,7 @@ def test_connections_are_reset_again_and_again(durable: embedded.Server, tmp_pat
 def test_the_last_second_is_cut_from_the_append_only_file(
     durable: embedded.Server, on_durable: Cell, tmp_path: Path, cut_s: float
 ) -> None:
-    """What a power failure does with `appendfsync everysec`: the answer is right, or the job is
-    unknown; never wrong.
-    """
+    """As after a power failure with `appendfsync everysec`, the answer is right or the job unknown."""
     worker = on_durable.worker()
     [file] = (tmp_path / "server" / "appendonlydir").glob("*.incr.aof")
     sizes: list[tuple[float, int]] = []
@@ -157,7 +155,7 @@ def test_the_last_second_is_cut_from_the_append_only_file(
         sizes.append((time.monotonic(), file.stat().st_size))
         if len(jobs) == 1 and time.monotonic() - began > 1.2:
             jobs.append(on_durable.submit(300, ms=5))
-        time.sleep(0.01)  # how finely the file's growth is known
+        time.sleep(0.01)  # the resolution of the file's growth
     durable.stop(kill=True)
     keep = max(size for at, size in sizes if at <= time.monotonic() - cut_s)
     lost = file.stat().st_size - keep
@@ -172,7 +170,7 @@ def test_the_last_second_is_cut_from_the_append_only_file(
             on_durable.check(job)
             known += 1
         except JobNotFound:
-            assert cut_s >= 0.4, "a job opened before what was lost is known"
+            assert cut_s >= 0.4, "a job from before the lost part of the file is known"
     assert known >= 1
     on_durable.check(on_durable.submit())
     assert worker.poll() is None

@@ -1,6 +1,6 @@
-"""Redis behind sentinels: its primary is killed in the middle of a job, and everybody follows by
-himself.
-"""
+"""Redis behind sentinels: a failover during a job, and reports about sentinels.
+
+Clients, workers and Flower find the new primary without a restart."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 
 @pytest.fixture(scope="module")
 def platform(redis: Watched, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cell]:
-    """A client and a worker that live through all of it."""
+    """A client and a worker that stay up during all tests."""
     folder = tmp_path_factory.mktemp("platform")
     with cell(redis, "watched", folder, folder / "worker.log", **ADDRESS) as own:
         own.worker()
@@ -36,17 +36,16 @@ def platform(redis: Watched, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture(scope="module")
-def shown(platform: Cell) -> Iterator[Flower]:
+def flower_site(platform: Cell) -> Iterator[Flower]:
     with flower(platform.environment, platform.folder / "flower.log") as own:
         yield own
 
 
-def test_a_primary_that_may_not_write_is_away_until_it_may(redis: Watched, platform: Cell) -> None:
+def test_a_primary_that_refuses_writes_is_unavailable(redis: Watched, platform: Cell) -> None:
     client = platform.client
     with asked(redis.primary) as primary:
-        primary.config_set(
-            "min-replicas-to-write", 2
-        )  # as one that was replaced: its replicas have left
+        # A primary that was replaced refuses writes in this way: its replicas have left it.
+        primary.config_set("min-replicas-to-write", 2)
         with pytest.raises(StoreUnavailable, match="NOREPLICAS"):
             client.submit(operation="echo", items=[1])
         primary.config_set("min-replicas-to-write", 0)
@@ -54,8 +53,8 @@ def test_a_primary_that_may_not_write_is_away_until_it_may(redis: Watched, platf
     assert client.submit(operation="echo", items=[1]).id
 
 
-def test_when_the_primary_is_killed_everybody_follows_to_another(
-    redis: Watched, platform: Cell, shown: Flower
+def test_client_worker_and_flower_follow_a_failover(
+    redis: Watched, platform: Cell, flower_site: Flower
 ) -> None:
     client, [worker] = platform.client, platform.workers
     client.create_circuit_breaker("service", failure_threshold=1).open()
@@ -68,17 +67,17 @@ def test_when_the_primary_is_killed_everybody_follows_to_another(
     platform.check(job, since=since, what="kill -9 of a primary, fail-over by sentinels")
     platform.check(platform.submit())
     assert client.breakers.status()["service"]["state"] == "open", (
-        "what guards share has come along"
+        "the new primary has the shared state of guards"
     )
-    wait_until(lambda: job.id in shown.get("/rlm/jobs?json=1")[1])
+    wait_until(lambda: job.id in flower_site.get("/rlm/jobs?json=1")[1])
     assert worker.poll() is None, "the worker keeps its process"
 
 
-# --- what the doctor says ---------------------------------------------------------------------
+# --- messages ---------------------------------------------------------------------------------
 
 
 def sentinels_of(environment: dict[str, str], **more: str) -> Finding:
-    """Return what the doctor finds of the sentinels, and see that it says no password."""
+    """Return the doctor's finding about sentinels; assert that no finding shows a password."""
     with client_of({**environment, **more}) as client:
         findings = examine(client, client.app)
     assert not any(
@@ -87,7 +86,7 @@ def sentinels_of(environment: dict[str, str], **more: str) -> Finding:
     return next(each for each in findings if each.check == "sentinels")
 
 
-def test_the_doctor_knows_whether_sentinels_answer_and_whom_they_watch(platform: Cell) -> None:
+def test_the_doctor_reports_sentinels_and_the_primary_they_watch(platform: Cell) -> None:
     found = sentinels_of(platform.environment)
     assert (found.state, found.found) == (
         "ok",
@@ -102,7 +101,7 @@ def test_the_doctor_knows_whether_sentinels_answer_and_whom_they_watch(platform:
     assert sentinels_of(platform.environment, RLM_SENTINEL_PASSWORD="wrong").state == "fault"
 
 
-def test_a_client_says_which_name_is_not_known(platform: Cell) -> None:
+def test_a_client_names_an_unknown_primary(platform: Cell) -> None:
     with (
         client_of({**platform.environment, "RLM_SENTINEL_MASTER": "mymaster"}) as client,
         pytest.raises(StoreUnavailable, match="No master found for 'mymaster'"),

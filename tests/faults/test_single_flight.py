@@ -1,6 +1,4 @@
-"""Calls that several processes ask for at once, on a real server: each is made once, also when its
-holder is killed.
-"""
+"""Calls that several processes share on a real server: each is made once, even after a kill."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ KEYS = [f"key-{number}" for number in range(20)]
 
 @pytest.fixture
 def client(server: embedded.Server) -> Iterator[redis.Redis]:
-    """A connection to the server, with none of our keys on it."""
+    """A connection to the server, without keys of earlier tests."""
     with redis.Redis.from_url(server.url) as own:
         own.delete(*own.scan_iter(f"{NAMESPACE}:*"), MADE)
         yield own
@@ -29,33 +27,33 @@ def client(server: embedded.Server) -> Iterator[redis.Redis]:
 
 @contextmanager
 def asking(url: str, count: int, lease_s: float, *keys: str) -> Iterator[list[Child]]:
-    """Run processes that will ask for these keys."""
+    """Run processes that will share calls of these keys."""
     with ExitStack() as stack:
         found = [
             stack.enter_context(closing(Child("tests.faults.flights", url, lease_s, *keys)))
             for _ in range(count)
         ]
         for each in found:
-            each.hear("ready")
+            each.receive("ready")
         yield found
 
 
 def begun(callers: list[Child]) -> list[list[str]]:
-    """Let all begin at once; return the keys that each of them is to make."""
+    """Let all processes begin at once; return the keys of the calls that each of them makes."""
     for each in callers:
-        each.say("begin")
-    return [each.hear("began") for each in callers]
+        each.send("begin")
+    return [each.receive("began") for each in callers]
 
 
 def values(callers: list[Child]) -> list[dict[str, str]]:
-    """Let all go on; return what each of them got."""
+    """Let all processes continue; return the values that each of them received."""
     for each in callers:
-        each.say("go")
-    return [json.loads(each.hear("done")[0]) for each in callers]
+        each.send("go")
+    return [json.loads(each.receive("done")[0]) for each in callers]
 
 
 def made(client: redis.Redis) -> Counter[str]:
-    """Return how often each call was made."""
+    """Return the number of times that each call was made."""
     return Counter(key.decode() for key in client.lrange(MADE, 0, -1))
 
 
@@ -67,7 +65,7 @@ def test_eight_processes_make_each_of_twenty_calls_once(
         got = values(callers)
 
     assert Counter(key for mine in theirs for key in mine) == Counter(KEYS), (
-        "each is somebody's, and nobody else's"
+        "each call belongs to exactly one process"
     )
     assert made(client) == Counter(KEYS)
     assert all(each == got[0] for each in got), "all have the same values"

@@ -1,6 +1,4 @@
-"""A minute of the storm, as CI can afford it; `make soak` runs it for longer, and a control beside
-it.
-"""
+"""The soak test for one minute, for CI; `make soak` runs it longer, with a control."""
 
 from __future__ import annotations
 
@@ -21,5 +19,5 @@ def test_a_minute_of_the_storm() -> None:
     assert report.redis_restarts == 1
     assert report.doubled > 0
     assert report.redispatched > 0
-    assert report.poisoned > 0, "poison was found, and nobody else"
+    assert report.poisoned > 0, "some jobs had poisonous items"
     assert report.workers_gone == [], "no worker ends by itself when Redis restarts"

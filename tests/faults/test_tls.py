@@ -1,6 +1,6 @@
-"""Redis over TLS, told by one URL: ledger, broker and result backend alike; who is not trusted is
-refused, in a sentence.
-"""
+"""Redis over TLS: one URL configures ledger, broker and result backend.
+
+A server that is not trusted is refused with a short error."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from tests.integration.conftest import client_of, environment_of
 
 @dataclass(frozen=True)
 class Secured:
-    """A port with TLS before the server, and the certificates of who is trusted there, and of who
-    is not.
-    """
+    """A port with TLS in front of the server, and a folder of certificates.
+
+    The folder has a trusted authority, an unknown one (`stranger.pem`) and a client certificate."""
 
     port: int
     folder: Path
@@ -37,13 +37,13 @@ class Secured:
         options: str = "ssl_ca_certs={0}/ca.pem&ssl_certfile={0}/client.pem",
         host: str = "127.0.0.1",
     ) -> str:
-        """Return a URL with these options; the default ones are all that is asked for."""
+        """Return a URL with these options; the default options satisfy the server."""
         return f"rediss://{host}:{self.port}/0?{options.format(self.folder)}"
 
 
 @pytest.fixture(scope="module")
 def secured(server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    """Its certificate is for 127.0.0.1, and it wants one of its clients."""
+    """A TLS port whose certificate is for 127.0.0.1; it requires a client certificate."""
     folder, authority = tmp_path_factory.mktemp("certificates"), trustme.CA()
     authority.cert_pem.write_to_path(str(folder / "ca.pem"))
     trustme.CA().cert_pem.write_to_path(str(folder / "stranger.pem"))
@@ -82,14 +82,15 @@ def test_one_url_is_enough_for_a_job_over_tls(over_tls: Cell) -> None:
         ("127.0.0.1", "ssl_certfile={0}/client.pem"),
         ("localhost", "ssl_ca_certs={0}/ca.pem&ssl_certfile={0}/client.pem"),
     ],
-    ids=["an authority nobody knows", "none but the system's", "the name of another"],
+    ids=["unknown authority", "the system's authorities", "wrong host name"],
 )
-def test_who_is_not_trusted_is_refused(secured: Secured, host: str, options: str) -> None:
+def test_an_untrusted_server_is_refused(secured: Secured, host: str, options: str) -> None:
     with (
         client_of(environment_of(secured.url(options, host), "untrusted")) as client,
         pytest.raises(
             StoreUntrusted,
-            match=r"is not trusted \(.*; see its certificate, and port and ssl_ca_certs in RLM_REDIS_URL",
+            match=r"is not trusted \(.*; see its certificate,"
+            r" and port and ssl_ca_certs in RLM_REDIS_URL",
         ),
     ):
         client.submit(operation="echo", items=[1])
@@ -98,14 +99,14 @@ def test_who_is_not_trusted_is_refused(secured: Secured, host: str, options: str
 @pytest.mark.parametrize(
     "options", ["ssl_check_hostname=false&ssl_ca_certs={0}/ca.pem", "ssl_cert_reqs=none"]
 )
-def test_less_is_verified_where_it_is_asked_for(secured: Secured, options: str) -> None:
+def test_url_options_turn_verification_off(secured: Secured, options: str) -> None:
     url = secured.url(f"{options}&ssl_certfile={{0}}/client.pem", "localhost")
     with client_of(environment_of(url, "careless")) as client:
         client.check()
         assert client.queues()["careless.normal"].depth == 0
 
 
-def test_a_worker_that_does_not_trust_redis_ends_with_a_sentence(secured: Secured) -> None:
+def test_a_worker_that_does_not_trust_redis_ends_without_a_traceback(secured: Secured) -> None:
     url = secured.url("ssl_ca_certs={0}/stranger.pem").replace("rediss://", "rediss://:hush@")
     worker = subprocess.run(
         [sys.executable, "-m", "celery", "-A", "rlm_tasks", "worker"],
@@ -115,10 +116,10 @@ def test_a_worker_that_does_not_trust_redis_ends_with_a_sentence(secured: Secure
         timeout=60,
         check=False,
     )
-    said = worker.stdout + worker.stderr
+    output = worker.stdout + worker.stderr
 
     assert worker.returncode == 1
-    assert "Error: Redis at rediss://:***@127.0.0.1" in said
-    assert "CERTIFICATE_VERIFY_FAILED" in said
-    assert "Traceback" not in said
-    assert "hush" not in said
+    assert "Error: Redis at rediss://:***@127.0.0.1" in output
+    assert "CERTIFICATE_VERIFY_FAILED" in output
+    assert "Traceback" not in output
+    assert "hush" not in output

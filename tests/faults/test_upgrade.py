@@ -1,6 +1,6 @@
-"""Workers of two releases share jobs in flight; what is too new for one goes back to its queue as
-it came.
-"""
+"""Workers of two releases share running jobs.
+
+A message that is too new for a worker goes back to its queue unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support import wait_until
 
 
 def submit_as(own: Cell, schema: int, items: int = 400) -> Job:
-    """Open a job as a client of a schema does."""
+    """Submit a job as a client with this schema number does."""
     request = JobRequest(
         operation="journalled",
         items=range(items),
@@ -30,7 +30,7 @@ def submit_as(own: Cell, schema: int, items: int = 400) -> Job:
 
 
 def older(own: Cell) -> subprocess.Popen[bytes]:
-    """A worker of the previous schema."""
+    """Start a worker of the previous schema."""
     return own.stack.enter_context(
         embedded.worker(
             own.environment,
@@ -54,24 +54,24 @@ def test_a_message_of_a_newer_schema_goes_back_untouched(on_shared: Cell) -> Non
     older(on_shared)
     job = submit_as(on_shared, SCHEMA)
     log = on_shared.folder / "older.log"
-    said = "go back to their queue untouched: jobs of schema"
-    wait_until(lambda: said in log.read_text())
+    message = "go back to their queue untouched: jobs of schema"
+    wait_until(lambda: message in log.read_text())
     untouched = on_shared.client.ledger.store.client.hget(
         on_shared.client.ledger.keys.of(job.id).nodes, "root"
     )
-    assert json.loads(untouched)["e"] == 0, "nobody has claimed it"
+    assert json.loads(untouched)["e"] == 0, "no worker has claimed it"
     assert submit_as(on_shared, SCHEMA - 1).result(timeout=20).done == 400, (
-        "what it can read, it goes on with"
+        "it goes on with messages that it can read"
     )
 
     on_shared.worker()
     on_shared.check(job)
     assert {node.worker for node in job.tree() if node.worker} == {"w0@test"}
-    # Once by each of its two processes.
-    assert 1 <= log.read_text().count(said) <= 2
+    # Each of its two processes logs it once.
+    assert 1 <= log.read_text().count(message) <= 2
 
 
-def test_a_job_of_a_newer_version_of_an_operation_waits_for_a_worker_that_has_it(
+def test_a_job_waits_for_a_worker_with_its_operations_version(
     on_shared: Cell,
 ) -> None:
     environment = {**on_shared.environment, "TEST_VERSION": "1"}

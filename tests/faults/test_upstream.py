@@ -1,6 +1,6 @@
-"""Each mending of Celery, kombu and billiard is still needed: these tests fail when upstream has
-mended the fault.
-"""
+"""Each workaround for Celery, kombu and billiard is still needed.
+
+A test fails when a release of these libraries has fixed the fault; then remove the workaround."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ STOCK = """
 import time
 from celery import Celery
 app = Celery("stock", broker="{url}", set_as_current=False)
-app.conf.update(task_acks_late=True, worker_prefetch_multiplier=1, broker_connection_retry_on_startup=True)
+app.conf.update(
+    task_acks_late=True, worker_prefetch_multiplier=1, broker_connection_retry_on_startup=True
+)
 
 @app.task(name="nap")
 def nap(path):
@@ -99,8 +101,8 @@ def test_a_process_that_has_ended_is_not_watched_when_a_worker_reconnects(
 ) -> None:
     ended, hub = SimpleNamespace(_sentinel_poll=None), Hub()
     pool = SimpleNamespace(_event_process_exit=lambda *_: None)
-    mended = asynpool.AsynPool._track_child_process
-    stock = getattr(mended, "__wrapped__", mended)
+    patched = asynpool.AsynPool._track_child_process
+    stock = getattr(patched, "__wrapped__", patched)
     monkeypatch.setattr(asynpool.AsynPool, "_track_child_process", stock)
     with pytest.raises(ValueError, match="file descriptor is None"):
         asynpool.AsynPool._track_child_process(pool, ended, hub)
@@ -124,10 +126,10 @@ def test_billiard_still_waits_for_receipts_and_sleeps_before_it_exits() -> None:
     assert stock.stdout == "300\n"
     source = inspect.getsource(billiard.pool.Worker)
     assert "time.sleep(1)" in source
-    assert "reset_signals(" in source, "its own handler of SIGTERM comes after worker_process_init"
+    assert "reset_signals(" in source, "billiard sets its SIGTERM handler after worker_process_init"
 
 
-def test_the_main_process_still_looks_at_results_half_a_second_each() -> None:
+def test_the_main_process_still_waits_half_a_second_for_results() -> None:
     assert "sleep(0.5)" in inspect.getsource(asynpool.ResultHandler._flush_outqueue)
     assert "time.sleep(0.5)" in inspect.getsource(prefork.TaskPool.on_stop)
-    assert inspect.getsource(prefork).count("time.") == 1, "nothing else there asks for the time"
+    assert inspect.getsource(prefork).count("time.") == 1, "prefork has no other use of time"
