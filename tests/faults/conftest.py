@@ -40,7 +40,7 @@ class Cell:
     def worker(
         self, *, fault: tuple[str, str] | None = None, nth: int = 1, options: Sequence[str] = ()
     ) -> subprocess.Popen[bytes]:
-        """Start a worker; `fault` is a crash point and the name of a fault of `tests.faults.app`."""
+        """Start a worker; `fault` is a crash point and the name of a function of `app`."""
         environment = dict(self.environment)
         if fault is not None:
             point, action = fault
@@ -115,7 +115,7 @@ class Cell:
         return took
 
     def check_keys(self, job: Job) -> None:
-        """Assert that every key of the job has an expiry, and that no key of a running job is left."""
+        """Assert that all keys of the job expire, and that no key of running jobs is left."""
         client, keys = self.client.ledger.store.client, self.client.ledger.keys.of(job.id)
         own = list(client.scan_iter(f"{self.client.settings.namespace}:*{job.id}*", count=10_000))
         assert [key for key in own if client.ttl(key) == -1] == [], "no key without expiry"

@@ -75,7 +75,7 @@ class Stage:
     window_s: float
 
     def warm_up(self) -> None:
-        """Let every process make a call, then reset: its imports take seconds, longer than a window."""
+        """Let every process make a call, then reset; imports take longer than a window."""
         processes = len(self.workers) * self.slots
         while self.provider.report()["connections"] < processes:
             # A node of one item opens one connection, and its process keeps it.
@@ -212,7 +212,7 @@ class Use:
 
 
 def against_limits(on: Stage, windows: int, *, priority: str = "normal") -> Use:
-    """Let a job call as often as its limits allow, for some windows; return the provider's count."""
+    """Let a job call as often as its limits allow, for some windows; return the use."""
     on.reset()
     job = on.map(range(int(60 * windows * on.window_s)), priority=priority)
     wait_until(lambda: bool(on.provider.report()["taken"]))
@@ -252,7 +252,7 @@ class Answers:
     items: int
     wrong: int  # wrong answers, or missing ones
     failed: int
-    faults: dict[str, int]  # of the provider, by kind
+    faults: dict[str, int]  # number of the provider's faults, by kind
     kills: int
     again: int  # answers that were paid for again, after the first was lost
     seconds: float
@@ -451,8 +451,8 @@ def _alike(items: int) -> tuple[dict[str, Any], Right]:
 
 
 def _long(items: int) -> tuple[dict[str, Any], Right]:
-    """Return the fields of a job whose answers are as long as its prompts, and a check of its result."""
-    texts = [f"{number} of a number of considerations" for number in range(items)]
+    """Return the fields of a job with answers as long as its prompts, and a check of its result."""
+    texts = [f"{number} in a number of considerations" for number in range(items)]
     asked = {
         "operation": "llm.map",
         "params": {"prompt": "{item}", "max_tokens": MOST_TOKENS},
@@ -512,7 +512,7 @@ def _ms(value: float) -> str:
 def beside_others(on: Stage, rounds: int, jobs: int, every_s: float = 0.05) -> Beside:
     """Start small jobs one after the other; return their start delays.
 
-    Each round starts them alone, beside a job that waits for its limits, and beside its calls alone.
+    Each round starts them alone, beside a job that waits for its limits, and beside its calls.
     """
     rate, most = on.limit / on.window_s / PAID_TOKENS, 0
     alone, beside, by_hand = list[float](), list[float](), list[float]()

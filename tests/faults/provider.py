@@ -2,9 +2,9 @@
 
 `tests.faults.guards` starts it.  A request is one line over TCP, and so is its answer:
 
-    take <tokens>    200, or 429 beyond the requests or tokens of a true sliding window
-    call <kind>      200 or 500 after 10 to 80 ms; the first few fail
-    report           requests taken and refused, and calls with the number in flight, as JSON
+- ``take <tokens>``: 200, or 429 beyond the requests or tokens of a true sliding window;
+- ``call <kind>``: 200 or 500 after 10 to 80 ms; the first few fail;
+- ``report``: requests taken and refused, and calls with the number in flight, as JSON.
 """
 
 from __future__ import annotations

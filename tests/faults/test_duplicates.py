@@ -21,7 +21,7 @@ from tests.support import wait_until
 
 
 def copies(own: Cell, job_id: str, times: int) -> int:
-    """Send the message of every node of a job again, `times` times; return the number of messages."""
+    """Send the message of every node again, `times` times; return the number of messages."""
     nodes = [record.id for record in own.client.ledger.all_records(job_id)]
     for _ in range(times):
         own.client.session.delivery.resend(job_id, nodes)

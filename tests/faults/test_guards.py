@@ -411,7 +411,7 @@ class Limits(Guard):
     taught = False
 
     def before(self) -> None:
-        """Read the learned limit of one operation; then set the clock forward, so that it is old."""
+        """Read the learned limit of one operation; then set the clock forward to make it old."""
         self.timeouts, self.others = Timeouts(self.store), Timeouts(self.other)
         self.others.learn("known", [LEARNED_S] * 100)
         self.known_s = self.timeouts.limit_s("known", "simple")

@@ -1,4 +1,4 @@
-"""A short run of `tests.faults.llm`; ``python -m tests.faults.llm`` runs longer, with 8 processes."""
+"""A short run of `tests.faults.llm`; as a program it runs longer, with eight processes."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ LONG = {
 }
 PREEMPTED = "more urgent work waits for a slot"
 SOON_S = 10.0
-"""A lease and a sweep, or the 5 s in which Celery notices a death, plus the delay of a busy machine.
+"""A lease and a sweep, or Celery's 5 s to notice a death, plus the delay of a busy machine.
 
 A low-priority node would run for a minute.
 """
@@ -59,7 +59,7 @@ def submit(own: Cell, items: int, priority: str, *, s: float = 0.02, **fields: A
     """Submit a job whose items take `s` seconds each, until `enough` is called."""
     params = {"s": s, "journal": str(own.folder / "journal"), "enough": str(own.folder / "enough")}
     return own.client.submit(
-        operation="p_until_told", items=range(items), params=params, priority=priority, **fields
+        operation="p_until_enough", items=range(items), params=params, priority=priority, **fields
     )
 
 
@@ -73,7 +73,7 @@ def running(job: Job, worker: str = "") -> int:
 
 
 def one_on_each_slot(own: Cell, slots: int = 2) -> list[Job]:
-    """Fill the slots with jobs of one node each; the first finish is that of the node that yields."""
+    """Fill the slots with jobs of one node each; the node that yields finishes first."""
     jobs = [submit(own, 5000, "low", type="sequential") for _ in range(slots)]
     wait_until(lambda: sum(running(job) for job in jobs) == slots)
     return jobs

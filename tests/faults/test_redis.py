@@ -145,7 +145,7 @@ def test_connections_are_reset_repeatedly(durable: embedded.Server, tmp_path: Pa
 def test_the_last_second_is_cut_from_the_append_only_file(
     durable: embedded.Server, on_durable: Cell, tmp_path: Path, cut_s: float
 ) -> None:
-    """As after a power failure with `appendfsync everysec`, the answer is right or the job unknown."""
+    """After a power failure with `appendfsync everysec` the answer is right, or the job unknown."""
     worker = on_durable.worker()
     [file] = (tmp_path / "server" / "appendonlydir").glob("*.incr.aof")
     sizes: list[tuple[float, int]] = []

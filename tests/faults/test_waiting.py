@@ -1,6 +1,4 @@
-"""What waits survives what befalls processes and Redis, ends when it is told to, and is called when
-its turn has come.
-"""
+"""Parked nodes survive kills of processes and of Redis, end with their job, and wake in turn."""
 
 from __future__ import annotations
 
@@ -29,11 +27,9 @@ from tests.support import wait_until
 MODULES = f"tests.integration.ops,tests.faults.ops,{waiting_ops.__name__}"
 
 
-def _knowing(own: Cell) -> Cell:
-    own.environment |= {
-        "RLM_OPERATIONS": MODULES,
-        "RLM_GUARD_TIMEOUT_S": "1",
-    }  # a busy machine is no outage
+def _with_operations(own: Cell) -> Cell:
+    own.environment["RLM_OPERATIONS"] = MODULES
+    own.environment["RLM_GUARD_TIMEOUT_S"] = "1"  # a delay on a busy machine is no outage
     return own
 
 
@@ -41,15 +37,15 @@ def _knowing(own: Cell) -> Cell:
 def waiting(
     server: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path
 ) -> Iterator[Cell]:
-    """A cell on the shared server whose workers know operations that wait."""
+    """A cell on the shared server, with the operations of `waiting_ops`."""
     with cell(server, name_of(request), tmp_path, tmp_path / "worker.log") as own:
-        yield _knowing(own)
+        yield _with_operations(own)
 
 
 def submit(
     own: Cell, operation: str, items: Any, *, params: dict[str, Any] | None = None, **fields: Any
 ) -> Job:
-    """Open a job whose operation knows the cell's folder."""
+    """Submit a job with the cell's folder among its parameters."""
     return own.client.submit(
         operation=operation,
         items=items,
@@ -59,26 +55,25 @@ def submit(
 
 
 def parked(job: Job) -> int:
-    """Return how many nodes wait."""
+    """Return the number of parked nodes."""
     return sum(node.state == "parked" for node in job.tree())
 
 
 def all_parked(job: Job, at_least: int = 1) -> bool:
-    """Say whether every node that is not done waits."""
+    """Return whether at least `at_least` nodes are parked, and none runs or is queued."""
     states = Counter(node.state for node in job.tree())
     return states["parked"] >= at_least and not states["running"] and not states["queued"]
 
 
-def words(own: Cell) -> list[tuple[str, int, int]]:
-    """Return what operations said, in order: word, index, process."""
-    lines = (
-        (own.folder / "words").read_text().splitlines() if (own.folder / "words").exists() else []
-    )
-    return [(word, int(index), int(pid)) for word, index, pid in map(str.split, lines)]
+def noted_events(own: Cell) -> list[tuple[str, int, int]]:
+    """Return the events that operations noted, in order: event, index, process."""
+    file = own.folder / "events"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [(event, int(index), int(pid)) for event, index, pid in map(str.split, lines)]
 
 
 def no_permit_is_held(own: Cell, service: str) -> bool:
-    """Say whether everybody has given back what was taken of a bulkhead."""
+    """Return whether all permits of a bulkhead are free."""
     return Bulkhead(service, guard_store(own.client.settings)).status()["used"] == 0
 
 
@@ -103,7 +98,7 @@ def _kill_a_worker(own: Cell, random: Random) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_guarded_job_is_exact_whoever_is_killed(waiting: Cell, seed: int) -> None:
+def test_a_guarded_job_is_exact_after_kills(waiting: Cell, seed: int) -> None:
     random, n = Random(seed), 240
     for _ in range(2):
         waiting.worker()
@@ -127,7 +122,7 @@ def test_a_guarded_job_is_exact_whoever_is_killed(waiting: Cell, seed: int) -> N
 def test_parked_nodes_wake_after_redis_was_killed(
     durable: embedded.Server, on_durable: Cell, operation: str
 ) -> None:
-    own = _knowing(on_durable)
+    own = _with_operations(on_durable)
     (own.folder / "shut").touch()
     worker = own.worker()
     job = submit(own, operation, range(40), params={"wait_s": 1.5}, chunk_size=4)
@@ -137,7 +132,7 @@ def test_parked_nodes_wake_after_redis_was_killed(
 
     own.check(job)
 
-    assert sorted(own.journal(job)) == list(range(40)), "nothing ran twice"
+    assert sorted(own.journal(job)) == list(range(40)), "no item ran twice"
     assert worker.poll() is None
 
 
@@ -175,7 +170,7 @@ def test_a_job_that_only_waits_expires_at_its_deadline(waiting: Cell) -> None:
     waiting.check_keys(job)
 
 
-def test_the_turn_of_a_cancelled_job_goes_to_the_next_who_waits(waiting: Cell) -> None:
+def test_the_turn_of_a_cancelled_job_goes_to_the_next_waiter(waiting: Cell) -> None:
     (waiting.folder / "hold").touch()
     waiting.worker(options=["-c", "2"])
     holder = submit(waiting, "w_narrow", [0])
@@ -189,13 +184,13 @@ def test_the_turn_of_a_cancelled_job_goes_to_the_next_who_waits(waiting: Cell) -
 
     assert holder.get(timeout=10) == [0]
     assert next_one.get(timeout=20) == [0, 1, 2]
-    assert time.monotonic() - began < 3.0, "nobody has waited for the lease of 60 s"
+    assert time.monotonic() - began < 3.0, "no node has waited for the lease of 60 s"
 
 
 # --- permits ----------------------------------------------------------------------------------
 
 
-def test_the_permit_of_a_killed_process_goes_to_the_next_who_waits(waiting: Cell) -> None:
+def test_the_permit_of_a_killed_process_goes_to_the_next_waiter(waiting: Cell) -> None:
     (waiting.folder / "hold").touch()
     waiting.worker(options=["-c", "2"])
     holder = submit(waiting, "w_narrow", [0])
@@ -213,7 +208,7 @@ def test_the_permit_of_a_killed_process_goes_to_the_next_who_waits(waiting: Cell
     wait_until(lambda: no_permit_is_held(waiting, "w_narrow"))
 
 
-def test_many_in_flight_behind_a_narrow_bulkhead_wait_for_permits_and_not_for_leases(
+def test_async_items_behind_a_narrow_bulkhead_wait_for_permits_not_leases(
     waiting: Cell,
 ) -> None:
     waiting.worker(options=["-c", "2"])
@@ -225,7 +220,7 @@ def test_many_in_flight_behind_a_narrow_bulkhead_wait_for_permits_and_not_for_le
     assert no_permit_is_held(waiting, "w_narrow_async")
 
 
-def test_items_that_are_tried_again_wait_for_permits_and_not_for_leases(waiting: Cell) -> None:
+def test_retried_items_wait_for_permits_not_leases(waiting: Cell) -> None:
     waiting.worker(options=["-c", "2"])
     jobs = [submit(waiting, "w_narrow_flaky", range(8), type="sequential") for _ in range(2)]
 
@@ -245,7 +240,7 @@ def _drained(own: Cell) -> float:
     return time.monotonic() - began
 
 
-def test_a_worker_whose_nodes_wait_is_gone_within_two_seconds(waiting: Cell) -> None:
+def test_a_worker_with_parked_nodes_ends_within_two_seconds(waiting: Cell) -> None:
     (waiting.folder / "shut").touch()
     waiting.worker()
     job = submit(waiting, "w_gate_guarded", range(60), params={"wait_s": 0.5}, chunk_size=3)
@@ -259,7 +254,7 @@ def test_a_worker_whose_nodes_wait_is_gone_within_two_seconds(waiting: Cell) -> 
     assert sorted(waiting.journal(job)) == list(range(60))
 
 
-def test_a_worker_with_sleepers_among_items_in_flight_is_gone_within_two_seconds(
+def test_a_worker_with_waiting_async_items_ends_within_two_seconds(
     waiting: Cell,
 ) -> None:
     waiting.worker()
@@ -287,18 +282,18 @@ def test_a_worker_with_sleepers_among_items_in_flight_is_gone_within_two_seconds
 # --- many in flight ---------------------------------------------------------------------------
 
 
-def _most_in_flight(said: list[tuple[str, int, int]]) -> int:
+def _most_in_flight(events: list[tuple[str, int, int]]) -> int:
     most, now = 0, Counter[int]()
-    for word, _, pid in said:
-        now[pid] += 1 if word == "begin" else -1
+    for event, _, pid in events:
+        now[pid] += 1 if event == "begin" else -1
         most = max(most, now[pid])
     return most
 
 
-def test_many_in_flight_run_once_whatever_waits_among_them(waiting: Cell) -> None:
+def test_async_items_succeed_once_while_others_wait(waiting: Cell) -> None:
     waiting.worker(options=["-c", "1"])
     job = submit(waiting, "w_many", range(200), type="sequential")
-    wait_until(lambda: len(words(waiting)) > 120)
+    wait_until(lambda: len(noted_events(waiting)) > 120)
     (waiting.folder / "down").touch()
     breaker = waiting.client.breakers.get("w-many")
     wait_until(lambda: breaker.state == "open")
@@ -306,23 +301,21 @@ def test_many_in_flight_run_once_whatever_waits_among_them(waiting: Cell) -> Non
 
     waiting.check(job)
 
-    said = words(waiting)
-    assert _most_in_flight(said) in range(2, 21)
+    events = noted_events(waiting)
+    assert _most_in_flight(events) in range(2, 21)
     twice = {
         index: count
-        for index, count in Counter(index for word, index, _ in said if word == "ok").items()
+        for index, count in Counter(index for event, index, _ in events if event == "ok").items()
         if count > 1
     }
-    assert twice == {}, "what has succeeded is not done again"
+    assert twice == {}, "an item that has succeeded does not run again"
     log = waiting.log.read_text()
     assert "never retrieved" not in log
     assert "was destroyed" not in log
 
 
 @pytest.mark.parametrize("kind", ["sequential", "recursive"])
-def test_what_has_ended_behind_a_sleeper_is_not_done_again_when_its_node_has_run_long(
-    waiting: Cell, kind: str
-) -> None:
+def test_items_done_behind_a_waiting_item_do_not_run_again(waiting: Cell, kind: str) -> None:
     waiting.worker(options=["-c", "2"])
     job = submit(waiting, "w_sleepers", range(25), params={"wait_s": 1.5}, type=kind)
 
@@ -333,18 +326,18 @@ def test_what_has_ended_behind_a_sleeper_is_not_done_again_when_its_node_has_run
     } == {5: 2}
 
 
-# --- every way to work through a range --------------------------------------------------------
+# --- execution types --------------------------------------------------------------------------
 
 WAYS: dict[str, dict[str, Any]] = {
     "sequential": {"type": "sequential"},
     "chunks": {"chunk_size": 7},
-    "as deep as may be": {"strategy": Binary(min_chunk_size=10, max_depth=1)},
+    "at the depth limit": {"strategy": Binary(min_chunk_size=10, max_depth=1)},
     "validated": {"type": "sequential", "conditions": {"validate_before_process": True}},
 }
 
 
 @pytest.mark.parametrize("operation", ["w_flaky", "w_flaky_batch"])
-def test_what_waits_and_is_tried_again_stays_in_order(waiting: Cell, operation: str) -> None:
+def test_waiting_and_retried_items_stay_in_order(waiting: Cell, operation: str) -> None:
     waiting.worker()
     jobs = {way: submit(waiting, operation, range(80), **fields) for way, fields in WAYS.items()}
 
@@ -357,10 +350,10 @@ def test_what_waits_and_is_tried_again_stays_in_order(waiting: Cell, operation: 
         waiting.check_keys(job)
 
 
-# --- guards of one's own ----------------------------------------------------------------------
+# --- a user's own guards ----------------------------------------------------------------------
 
 
-def test_guards_of_ones_own_park_until_they_allow(waiting: Cell) -> None:
+def test_a_users_own_guards_park_the_job_until_they_allow(waiting: Cell) -> None:
     waiting.worker()
     breaker = waiting.client.breakers.get("own", BreakerConfig(recovery_timeout_s=1))
     breaker.open()
@@ -372,4 +365,4 @@ def test_guards_of_ones_own_park_until_they_allow(waiting: Cell) -> None:
     waiting.check(job)
 
     assert time.monotonic() - began > 1.0 + 20 / 40
-    assert sorted(waiting.journal(job)) == list(range(40)), "what is refused does not run"
+    assert sorted(waiting.journal(job)) == list(range(40)), "a refused item does not run"

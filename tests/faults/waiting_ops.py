@@ -1,7 +1,6 @@
-"""Operations that wait: behind guards, behind a gate that a test opens, or because their service is
-busy.
+"""Operations that wait: for guards, for a gate that the test opens, or for a busy service.
 
-Each run is noted as ``index`` in a job's journal; what else happened goes to a file of its own.
+Each run adds its index to the job's journal.  Other events go to the file `events`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ WIDE = Rate(400, per_s=1, burst=20)
 
 
 class Busy(Exception):
-    """What a service says that wants to be left alone for a while: HTTP 503 with a time."""
+    """The answer of a busy service: HTTP 503 with a retry time."""
 
     status_code = 503
 
@@ -44,10 +43,10 @@ def _folder(ctx: Context) -> Path:
     return Path(ctx.params["folder"])
 
 
-def _ran(ctx: Context, word: str = "") -> None:
+def _ran(ctx: Context, event: str = "") -> None:
     note(f"{ctx.params['folder']}/journal.{ctx.job_id}", ctx.index)
-    if word:
-        note(f"{ctx.params['folder']}/words", f"{word} {ctx.index} {os.getpid()}")
+    if event:
+        _note_event(ctx, event)
 
 
 def _flaky(index: int, ctx: Context) -> list[int]:
@@ -78,7 +77,7 @@ operation("w_flaky", merge=_listed, service="w", rate_limit=WIDE, retry=QUICK, v
     validate=lambda item: None,
 )
 def w_flaky_batch(items: list[int], ctx: Context) -> list[int]:
-    """Fail a batch the first time that it holds one of some items."""
+    """Fail a batch once for each item in it that is a multiple of ten."""
     _ran(ctx)
     for index in items:
         seen = _folder(ctx) / f"seen.{ctx.job_id}.{index}"
@@ -90,7 +89,7 @@ def w_flaky_batch(items: list[int], ctx: Context) -> list[int]:
 
 @operation("w_gate", merge=_listed)
 def w_gate(index: int, ctx: Context) -> list[int]:
-    """Be told to wait while the gate is shut; without guards of its own."""
+    """Raise RateLimited while the gate is shut; the operation has no guards."""
     if (_folder(ctx) / "shut").exists():
         raise RateLimited("gate", ctx.params["wait_s"], "it is shut")
     _ran(ctx)
@@ -99,15 +98,13 @@ def w_gate(index: int, ctx: Context) -> list[int]:
 
 @operation("w_gate_guarded", merge=_listed, service="w-gate", rate_limit=WIDE, retry=QUICK)
 def w_gate_guarded(index: int, ctx: Context) -> list[int]:
-    """The same, behind guards."""
+    """Do the same as `w_gate`, with guards."""
     return w_gate(index, ctx)  # type: ignore[no-any-return]  # calling an operation calls its function
 
 
 @operation("w_narrow", merge=_listed, bulkhead=1)
 def w_narrow(index: int, ctx: Context) -> list[int]:
-    """Bear one call at a time; the first one ever made never ends by itself while the file `hold`
-    is there.
-    """
+    """Allow one call at a time; the very first call lasts while the file `hold` exists."""
     try:
         os.close(os.open(_folder(ctx) / "first", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
@@ -115,14 +112,14 @@ def w_narrow(index: int, ctx: Context) -> list[int]:
         return [index]
     (_folder(ctx) / "pid").write_text(str(os.getpid()))
     while (_folder(ctx) / "hold").exists():
-        time.sleep(0.01)  # what it is there for
+        time.sleep(0.01)  # it holds the permit
     _ran(ctx)
     return [index]
 
 
 @operation("w_narrow_async", merge=_listed, bulkhead=3, concurrency=10)
 async def w_narrow_async(index: int, ctx: Context) -> list[int]:
-    """Bear three calls at a time, and want ten."""
+    """Allow three calls at a time; up to ten items are in flight."""
     _ran(ctx)
     await asyncio.sleep(0.02)
     return [index]
@@ -136,7 +133,7 @@ async def w_narrow_async(index: int, ctx: Context) -> list[int]:
     retry=RetryPolicy(max_attempts=4),
 )
 async def w_sleepers(index: int, ctx: Context) -> list[int]:
-    """Have sleepers at 5 and 25 (for good), and others that take their time."""
+    """Take 20 ms; item 5 must wait once, item 25 at every try."""
     _ran(ctx)
     if index in (5, 25) and (ctx.tries < 1 or index == 25):
         raise Busy(ctx.params["wait_s"])
@@ -146,7 +143,7 @@ async def w_sleepers(index: int, ctx: Context) -> list[int]:
 
 @operation("w_narrow_flaky", merge=_listed, bulkhead=1, concurrency=4, retry=QUICK)
 async def w_narrow_flaky(index: int, ctx: Context) -> list[int]:
-    """Bear one call at a time, and fail the first call of each item."""
+    """Allow one call at a time, and fail the first call of each item."""
     _ran(ctx)
     await asyncio.sleep(0.01)
     if ctx.tries < 1:
@@ -164,23 +161,23 @@ async def w_narrow_flaky(index: int, ctx: Context) -> list[int]:
     breaker=BreakerConfig(failure_threshold=3, recovery_timeout_s=0.4, success_threshold=1),
 )
 async def w_many(index: int, ctx: Context) -> list[int]:
-    """Note when each call begins and ends, and fail while the service is down."""
+    """Note the begin and the end of each call; fail while the file `down` exists."""
     _ran(ctx, "begin")
     await asyncio.sleep(0.01)
     if (_folder(ctx) / "down").exists() or (index % 20 == 7 and ctx.tries < 1):
-        _word(ctx, "failed")
+        _note_event(ctx, "failed")
         raise ConnectionError("the service is down")
-    _word(ctx, "ok")
+    _note_event(ctx, "ok")
     return [index]
 
 
-def _word(ctx: Context, word: str) -> None:
-    note(f"{ctx.params['folder']}/words", f"{word} {ctx.index} {os.getpid()}")
+def _note_event(ctx: Context, event: str) -> None:
+    note(f"{ctx.params['folder']}/events", f"{event} {ctx.index} {os.getpid()}")
 
 
 @functools.cache
 def own_guards() -> tuple[TokenBucket, CircuitBreaker]:
-    """Return a user's own guards, as a library of his would make them: one set in each process."""
+    """Return a user's own guards, as a user's library makes them: one set in each process."""
     return TokenBucket("own", requests=Rate(40, per_s=1, burst=5)), CircuitBreaker(
         "own", config=BreakerConfig(recovery_timeout_s=1)
     )
@@ -188,7 +185,7 @@ def own_guards() -> tuple[TokenBucket, CircuitBreaker]:
 
 @operation("w_own_guards", merge=_listed)
 def w_own_guards(index: int, ctx: Context) -> list[int]:
-    """Ask guards of one's own, and say what they say."""
+    """Call the user's own guards, and raise their errors."""
     bucket, breaker = own_guards()
     with breaker.calling():
         if not (grant := bucket.acquire()):

@@ -1,4 +1,4 @@
-"""The platform's app whose pools grow and shrink in times that a test can wait."""
+"""The platform's app with pools that grow and shrink fast enough for a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A real server and a real prefork worker, one of each for the whole session."""
+"""Fixtures: one real server, one real prefork worker and their client for the whole session.
+
+Tests with other settings use `environment_of` and `client_of`."""
 
 from __future__ import annotations
 
@@ -18,24 +20,22 @@ ROOT = Path(__file__).parents[2]
 SLOTS = 2
 
 
-CALM = {
+NO_PRESSURE = {
     "RLM_PRESSURE__ENABLED": "0",
     "RLM_ADMISSION__WAIT_HIGH_S": "0",
     "RLM_ADMISSION__WAIT_NORMAL_S": "0",
     "RLM_ADMISSION__WAIT_LOW_S": "0",
 }
-"""What is not about pressure is the same on a machine that others press."""
+"""Settings that turn pressure off: other load on the machine must not change a test."""
 
 
 def environment_of(
     url: str, namespace: str, *, pressed: bool = False, **more: str
 ) -> dict[str, str]:
-    """Return the environment of a worker on a server of ours; `pressed` lets pressure have its
-    way.
-    """
+    """Return the environment of a worker on a test's server; with `pressed` pressure is on."""
     return {
-        **({} if pressed else CALM),
-        "CELERY_WORKER_METRICS_PORT": "0",  # many workers run here at once
+        **({} if pressed else NO_PRESSURE),
+        "CELERY_WORKER_METRICS_PORT": "0",  # several workers run on this machine at once
         "RLM_REDIS_URL": url,
         "RLM_NAMESPACE": namespace,
         "RLM_OPERATIONS": "tests.integration.ops",
@@ -48,7 +48,7 @@ def environment_of(
 
 
 def client_of(environment: dict[str, str]) -> Client:
-    """Return a client configured as a process with this environment would be."""
+    """Return a client with the settings of a process in this environment."""
     kept = dict(os.environ)
     os.environ.update(environment)
     try:
@@ -76,13 +76,13 @@ def environment(server: embedded.Server) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where workers write what they have to say."""
+    """The folder of the workers' logs."""
     return tmp_path_factory.mktemp("logs")
 
 
 @pytest.fixture(scope="session")
 def worker_pid(environment: dict[str, str], logs: Path) -> Iterator[int]:
-    """The session's worker."""
+    """The process id of the session's worker."""
     with embedded.worker(environment, log=logs / "worker.log", slots=SLOTS) as process:
         yield process.pid
 
@@ -95,8 +95,10 @@ def client(environment: dict[str, str], worker_pid: int) -> Iterator[Client]:
 
 
 @pytest.fixture
-def lonely_client(server: embedded.Server, request: pytest.FixtureRequest) -> Iterator[Client]:
-    """A client in a namespace where no worker lives."""
+def client_without_worker(
+    server: embedded.Server, request: pytest.FixtureRequest
+) -> Iterator[Client]:
+    """A client in a namespace without a worker."""
     with client_of(
         environment_of(server.url, f"lonely-{abs(hash(request.node.nodeid)) % 10**8}")
     ) as own:

@@ -1,4 +1,6 @@
-"""A real Flower for the length of a block, and what it answers to a caller without a browser."""
+"""A real Flower for the length of a block, and HTTP requests to it without a browser.
+
+Integration, fault and browser tests use it; begin with `flower`."""
 
 from __future__ import annotations
 
@@ -22,14 +24,12 @@ from tests.support import wait_until
 ROOT = Path(__file__).parents[2]
 USER = "me:secret-of-me"
 BEAT = ("-B", "--scheduler", "celery.beat:Scheduler")
-"""Options of a worker that has a beat within: one process less, where a test needs the monitor to
-look.
-"""
+"""Options of a worker with an embedded beat, for tests that need the monitor."""
 
 
 @dataclass(frozen=True)
 class Flower:
-    """A Flower that runs."""
+    """A running Flower."""
 
     url: str
     pid: int
@@ -39,7 +39,7 @@ class Flower:
         return self._ask(urllib.request.Request(self.url + path), user)  # noqa: S310  # of this machine
 
     def data(self, path: str, user: str = "") -> dict[str, Any]:
-        """Return what is on a page."""
+        """Return the data of a page."""
         status, text = self.get(f"{path}?json=1", user)
         assert status == 200, text
         return json.loads(text)  # type: ignore[no-any-return]  # JSON has no types
@@ -47,7 +47,7 @@ class Flower:
     def post(
         self, action: str, user: str = "", *, site: str = "same-origin", **about: str
     ) -> tuple[int, dict[str, str]]:
-        """Do what a button does; return the status and what is told."""
+        """Send the request of a button; return the status and the answer."""
         body = urllib.parse.urlencode(about).encode()
         headers = {"Sec-Fetch-Site": site}
         request = urllib.request.Request(f"{self.url}/rlm/do/{action}", body, headers)  # noqa: S310  # of this machine
@@ -68,9 +68,9 @@ class Flower:
 def flower(
     environment: Mapping[str, str], log: Path, *options: str, prefix: str = ""
 ) -> Iterator[Flower]:
-    """Run a Flower for the length of a block; it answers when the block begins.  `prefix` is a
-    first part of all paths, ``/ops``.
-    """
+    """Run a Flower for the length of a block; it answers when the block begins.
+
+    `prefix` is the first part of all paths, such as ``/ops``."""
     port = embedded.free_port()
     command = [
         sys.executable,

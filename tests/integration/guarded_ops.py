@@ -1,6 +1,6 @@
-"""Operations behind guards, and the service they call: files in a folder that a test shares with
-its worker.
-"""
+"""Operations with guards, and the service that they call.
+
+The service is a folder of files that a test shares with its worker."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def _listed(parts: Iterable[list[Any]]) -> list[Any]:
     return [item for part in parts for item in part]
 
 
-def _journal(ctx: Context, word: str) -> None:
-    """Note a call; lines this short are appended whole."""
+def _journal(ctx: Context, event: str) -> None:
+    """Add an event to the journal; a line this short is written at once."""
     with (Path(ctx.params["folder"]) / "journal").open("a", encoding="utf-8") as file:
-        file.write(f"{word} {ctx.index} {ctx.tries} {time.time()} {os.getpid()}\n")
+        file.write(f"{event} {ctx.index} {ctx.tries} {time.time()} {os.getpid()}\n")
 
 
 @operation("metered", merge=_listed, rate_limit=Rate(20, per_s=1, burst=5))
@@ -43,7 +43,7 @@ def metered(item: int, ctx: Context) -> list[int]:
     retry=QUICK,
 )
 def fragile(item: int, ctx: Context) -> list[int]:
-    """Call a service that is down while the file `down` is there."""
+    """Call a service that is down while the file `down` exists."""
     _journal(ctx, "call")
     if (Path(ctx.params["folder"]) / "down").exists():
         raise ConnectionError("the service is down")
@@ -58,7 +58,7 @@ def fragile(item: int, ctx: Context) -> list[int]:
     retry=QUICK,
 )
 def stubborn(item: int, ctx: Context) -> list[int]:
-    """The same, with a breaker that nobody waits for."""
+    """Do the same as `fragile`; its breaker recovers after a minute."""
     return fragile(item, ctx)  # type: ignore[no-any-return]  # calling an operation calls its function
 
 
@@ -68,13 +68,13 @@ def stubborn(item: int, ctx: Context) -> list[int]:
     fallback=lambda item: -item,
 )
 def second_best(item: int, ctx: Context) -> int:
-    """Answer by a fallback once the breaker is open."""
+    """Fail; once the breaker is open, the fallback answers."""
     raise ConnectionError("never there")
 
 
 @operation("third_time", merge=_listed, retry=QUICK)
 def third_time(item: int, ctx: Context) -> list[int]:
-    """Fail twice where the item is a multiple of ten, and for good where it is 15."""
+    """Fail twice if the item is a multiple of ten, and at every try if it is 15."""
     _journal(ctx, "call")
     if item == 15 or (item % 10 == 0 and ctx.tries < 2):
         raise TimeoutError(f"item {item}, try {ctx.tries}")
@@ -83,7 +83,7 @@ def third_time(item: int, ctx: Context) -> list[int]:
 
 @operation("third_time_async", merge=_listed, retry=QUICK, concurrency=10)
 async def third_time_async(item: int, ctx: Context) -> list[int]:
-    """The same, with ten in flight."""
+    """Do the same as `third_time`, with ten items in flight."""
     _journal(ctx, "call")
     await asyncio.sleep(0.01)
     if item == 15 or (item % 10 == 0 and ctx.tries < 2):
@@ -99,7 +99,7 @@ async def third_time_async(item: int, ctx: Context) -> list[int]:
     concurrency=20,
 )
 async def metered_async(item: int, ctx: Context) -> list[int]:
-    """Call a provider that allows 50 calls a second, with many in flight."""
+    """Call a provider that allows 50 calls a second, with 20 items in flight."""
     _journal(ctx, "call")
     await asyncio.sleep(0.05)
     return [item]
@@ -107,7 +107,7 @@ async def metered_async(item: int, ctx: Context) -> list[int]:
 
 @operation("narrow", merge=_listed, bulkhead=1)
 def narrow(item: int, ctx: Context) -> list[int]:
-    """Call something that bears one call at a time."""
+    """Call a service that allows one call at a time."""
     _journal(ctx, "begin")
     time.sleep(0.01)
     _journal(ctx, "end")
@@ -116,7 +116,7 @@ def narrow(item: int, ctx: Context) -> list[int]:
 
 @operation("sleepy", merge=_listed, timeout_s=0.5)
 def sleepy(item: float) -> list[float]:
-    """Take so many seconds, in Python."""
+    """Take `item` seconds, in Python code."""
     until = time.monotonic() + item
     while time.monotonic() < until:
         time.sleep(0.001)
@@ -125,16 +125,16 @@ def sleepy(item: float) -> list[float]:
 
 @operation("sleepy_async", merge=_listed, timeout_s=0.5, concurrency=5)
 async def sleepy_async(item: float) -> list[float]:
-    """Take so many seconds among others."""
+    """Wait `item` seconds, with five items in flight."""
     await asyncio.sleep(item)
     return [item]
 
 
 @operation("deaf", merge=_listed, timeout_s=0.5)
 def deaf(item: int) -> list[int]:
-    """Never return to Python where the item is 13."""
+    """Stay in C code if the item is 13."""
     if item == 13:
-        sum(range(10**15))  # one call of C that takes months, and hears no signal
+        sum(range(10**15))  # one call of C that takes months; Python handles no signal meanwhile
     return [item]
 
 
@@ -145,6 +145,6 @@ def deaf(item: int) -> list[int]:
     cost=lambda item: {"requests": 1, "tokens": 500},
 )
 def accounted(item: int, ctx: Context) -> int:
-    """Reserve much and use little."""
+    """Reserve 500 tokens and use one."""
     ctx.settle(tokens=1)
     return item

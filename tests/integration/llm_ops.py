@@ -1,4 +1,4 @@
-"""What jobs of the tests about models ask for."""
+"""Answer models of the tests with language models."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pydantic import BaseModel, Field
 
 
 class Animal(BaseModel):
-    """An answer that takes the fake provider two calls."""
+    """An answer for which the fake provider needs two calls."""
 
     name: str
     legs: int
 
 
 class Impossible(BaseModel):
-    """An answer that it never gets right."""
+    """An answer that the fake provider never gives correctly."""
 
     name: str
     legs: int = Field(ge=1)

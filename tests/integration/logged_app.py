@@ -1,6 +1,4 @@
-"""The platform's app, with operations that log; with OWN_LOGGING it brings its own configuration of
-logging.
-"""
+"""The platform's app with operations that log; OWN_LOGGING replaces the logging configuration."""
 
 from __future__ import annotations
 
@@ -22,30 +20,30 @@ if os.environ.get("OWN_LOGGING"):
 
     @signals.setup_logging.connect
     def configure(**_: Any) -> None:
-        """Take the place of Celery's configuration."""
+        """Configure logging instead of Celery."""
         logging.basicConfig(level=logging.INFO, format="own|%(rlm_job)s|%(rlm_node)s|%(message)s")
 
 
-@operation("tell")
-def tell(item: int) -> int:
-    """Log each item, and fail at those under zero."""
-    logger.info("item %d", item, extra={"squared": item**2, "unheard": object()})
+@operation("log_item")
+def log_item(item: int) -> int:
+    """Log each item; fail at a negative one."""
+    logger.info("item %d", item, extra={"squared": item**2, "not_json": object()})
     if item < 0:
         raise ValueError("it is under zero")
     return item
 
 
-@operation("tell_in_flight", concurrency=5)
-async def tell_in_flight(item: int) -> int:
-    """Log each item, with five in flight."""
+@operation("log_item_async", concurrency=5)
+async def log_item_async(item: int) -> int:
+    """Log each item, with five items in flight."""
     await asyncio.sleep(0.001)
     logger.info("item %d", item)
     return item
 
 
-@operation("tell_of_an_error")
-def tell_of_an_error(item: str) -> None:
-    """Log an exception, and print."""
+@operation("log_error")
+def log_error(item: str) -> None:
+    """Log an exception, and print two lines."""
     try:
         {}[item]
     except KeyError:
@@ -53,9 +51,9 @@ def tell_of_an_error(item: str) -> None:
     print("printed\nin two lines")
 
 
-@operation("die_once_and_tell")
-def die_once_and_tell(marker: str) -> None:
-    """Kill the process the first time."""
+@operation("die_once_at_marker")
+def die_once_at_marker(marker: str) -> None:
+    """Kill the process at the first run."""
     if not Path(marker).exists():
         Path(marker).touch()
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Operations that the tests' workers import by RLM_OPERATIONS."""
+"""Operations that the tests' workers import through RLM_OPERATIONS."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _concatenated(parts: Iterable[list[Any]]) -> list[Any]:
 
 
 def spin(milliseconds: float) -> None:
-    """Hold the CPU for a time."""
+    """Use the processor for a time."""
     until = time.perf_counter() + milliseconds / 1000
     while time.perf_counter() < until:
         pass
@@ -26,19 +26,19 @@ def spin(milliseconds: float) -> None:
 
 @operation("echo")
 def echo(item: Any) -> Any:
-    """Answer with the item."""
+    """Return the item."""
     return item
 
 
 @operation("collect", merge=_concatenated)
 def collect(item: Any) -> list[Any]:
-    """Answer with the item; the merge keeps item order."""
+    """Return the item in a list; the merge keeps item order."""
     return [item]
 
 
 @operation("spin_then_collect", merge=_concatenated)
 def spin_then_collect(item: dict[str, Any]) -> list[int]:
-    """Take the item's milliseconds; fail where it says so."""
+    """Use the processor for the item's milliseconds; fail if the item has `fails`."""
     spin(item["ms"])
     if item.get("fails"):
         raise ValueError(f"item {item['i']}")
@@ -47,14 +47,14 @@ def spin_then_collect(item: dict[str, Any]) -> list[int]:
 
 @operation("nap")
 def nap(milliseconds: float) -> float:
-    """Wait without computing."""
+    """Sleep; use no processor time."""
     time.sleep(milliseconds / 1000)
     return milliseconds
 
 
 @operation("fail_odd", merge=sum)
 def fail_odd(number: int) -> int:
-    """Refuse odd numbers."""
+    """Fail at odd numbers."""
     if number % 2:
         raise ValueError(f"{number} is odd")
     return number
@@ -62,7 +62,7 @@ def fail_odd(number: int) -> int:
 
 @operation("not_storable")
 def not_storable(number: int) -> Any:
-    """Answer every tenth item with something that has no plain shape."""
+    """Return a value that cannot be stored for every tenth number."""
     return {1j} if number % 10 == 3 else number
 
 
@@ -70,13 +70,13 @@ def not_storable(number: int) -> Any:
     "not_storable_merged", merge=lambda parts: {"worst": max(abs(each) for each in parts) * 1j}
 )
 def not_storable_merged(number: int) -> Any:
-    """Answer with what a merge turns into something that cannot be stored."""
+    """Return the number; the merge returns a value that cannot be stored."""
     return number
 
 
 @operation("bad_merge", merge=lambda parts: 1 / 0)
 def bad_merge(number: int) -> int:
-    """Have a merge that raises."""
+    """Return the number; the merge raises an error."""
     return number
 
 
@@ -106,18 +106,18 @@ def _positive(number: int) -> None:
 
 @operation("checked", merge=_concatenated, validate=_positive)
 def checked(number: int) -> list[int]:
-    """Answer with the number; refuse what is not positive before anything runs."""
+    """Return the number; validation refuses other than positive numbers before the job runs."""
     return [number]
 
 
 @operation("pause", concurrency=50, merge=_concatenated)
 async def pause(number: int, ctx: Context) -> list[int]:
-    """Wait for something outside, with fifty items in flight."""
+    """Wait as for an answer from outside, with fifty items in flight."""
     await asyncio.sleep(ctx.params.get("ms", 10) / 1000)
     return [number]
 
 
 @operation("where")
 def where(_: Any, ctx: Context) -> list[Any]:
-    """Answer with what the context knows."""
+    """Return the job id, index and parameters of the context, and the process id."""
     return [ctx.job_id, ctx.index, ctx.params, os.getpid()]

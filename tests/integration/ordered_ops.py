@@ -1,4 +1,4 @@
-"""An operation that notes when it begins."""
+"""An operation that adds a line to a journal when it begins."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ITEM_S = 0.01
 
 @operation("take_turns")
 def take_turns(item: str, ctx: Context) -> None:
-    """Note that an item has begun, and hold the slot for a while."""
+    """Note the begin of the item, and keep the slot for ITEM_S."""
     note(Path(ctx.params["journal"]), item)
     time.sleep(ITEM_S)
 
 
 def note(journal: Path, word: Any) -> None:
-    """Append a line; one this short is appended whole, whoever writes beside."""
+    """Append a line; a line this short is written at once, also beside other writers."""
     with journal.open("a", encoding="utf-8") as file:
         file.write(f"{word}\n")

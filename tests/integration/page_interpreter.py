@@ -1,9 +1,8 @@
-"""The one interpreter of a page's python blocks, as a reader has it open beside the page.
+"""The one interpreter of all python blocks of a page, as in a reader's open prompt.
 
-Run as ``python -c`` of this text, so that the folder it is started in is on the import path, as a
-prompt's is. It reads one JSON object a line from stdin and answers each, on the file that its
-argument numbers, by an error's traceback and by what each `print` of the page has written, with its
-line.  Refuses to know what is right."""
+`page_reader.Interpreter` starts it as ``python -c`` with this text.  So the folder of the start is
+on the import path, as with a prompt.  A request is a line of JSON on stdin.  The answer goes to the
+file descriptor that the argument names: an error's traceback, and each `print` with its line."""
 
 from __future__ import annotations
 
@@ -19,14 +18,12 @@ from typing import Any, TextIO
 
 
 def run(page: ModuleType, name: str, line: int, text: str) -> str:
-    """Run one block, whose first line is the page's line `line`; return its traceback, or
-    nothing.
-    """
+    """Run one block that begins at a line of the page; return its traceback, or ""."""
     source = "\n" * (line - 1) + text
-    # Without a time of change the cache is never asked whether the page has changed.
+    # Without a modification time, linecache never checks whether the page has changed.
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     try:
-        exec(compile(source, name, "exec", dont_inherit=True), vars(page))  # noqa: S102  # this is what it is for
+        exec(compile(source, name, "exec", dont_inherit=True), vars(page))  # noqa: S102  # the page's own code
     except BaseException as error:
         below = error.__traceback__ and error.__traceback__.tb_next
         return "".join(traceback.format_exception(type(error), error, below))
@@ -37,19 +34,19 @@ def run(page: ModuleType, name: str, line: int, text: str) -> str:
 
 
 def main(answers: TextIO) -> None:
-    """Run blocks until there are no more."""
+    """Run blocks until the end of stdin."""
     printed: list[tuple[int, str]] = []
     page = sys.modules["__main__"] = ModuleType("__main__")
 
-    def told(*values: Any, **how: Any) -> None:
+    def recording_print(*values: Any, **options: Any) -> None:
         caller = sys._getframe(1)
-        if caller.f_code.co_filename == name and how.get("file") is None:
+        if caller.f_code.co_filename == name and options.get("file") is None:
             text = io.StringIO()
-            builtins.print(*values, **{**how, "file": text})
+            builtins.print(*values, **{**options, "file": text})
             printed.append((caller.f_lineno, text.getvalue()))
-        builtins.print(*values, **how)
+        builtins.print(*values, **options)
 
-    vars(page)["print"] = told
+    vars(page)["print"] = recording_print
     for request in sys.stdin:
         asked = json.loads(request)
         name = asked["name"]

@@ -1,8 +1,7 @@
-"""Who reads a page of the documentation and does all that it says, in an empty folder, with a real
-server.
+"""The reader of a page: it runs commands and code of the page in an empty folder.
 
-Decides how commands and code are run, and when what was started is ready.  Refuses to know what a
-block is for: `tests.integration.pages` says so."""
+It waits until started processes are ready, and uses a real server.  `tests.integration.pages`
+defines the treatment of each block.  The page tests call it; begin with `Reader.carry_out`."""
 
 from __future__ import annotations
 
@@ -27,16 +26,16 @@ from tests.integration.conftest import SLOTS, client_of, environment_of
 from tests.integration.pages import PAGES, SAID, Block, Step, Wrong, alike, missing, parse, steps
 
 BLOCK_S = 60.0
-"""How long a block may take."""
+"""The longest time of a block, in seconds."""
 PORTS = (5555, 5556, *range(8000, 8004), 8089)
-"""Ports that pages name: of Flowers, and of workers."""
+"""Ports that pages name: those of Flower, and of workers."""
 
 
 class Interpreter:
     """The process of a page's python blocks."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str], output: Path) -> None:
-        """`output` is the file that gets what it prints; its errors go beside it."""
+        """Its prints go to the file `output`, its errors to a file beside it."""
         self.output, self.errors = output, output.with_suffix(".err")
         source = Path(__file__).with_name("page_interpreter.py").read_text(encoding="utf-8")
         inside, outside = os.pipe()
@@ -57,7 +56,9 @@ class Interpreter:
     def run(
         self, block: Block, text: str, folder: Path, environment: Mapping[str, str]
     ) -> list[tuple[int, str]]:
-        """Run a block; return what its prints have written, by line."""
+        """Run a block; return its prints as (line, text).
+
+        Raises Wrong if the block fails, or runs longer than BLOCK_S."""
         asked = {
             "name": block.page,
             "line": block.line,
@@ -80,7 +81,7 @@ class Interpreter:
         return [(line, text) for line, text in answer["printed"]]
 
     def close(self) -> None:
-        """Let it end as a prompt does, by the end of its input."""
+        """End it as a prompt ends: by the end of its input."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
@@ -91,7 +92,7 @@ class Interpreter:
 
 @dataclass
 class Running:
-    """A worker, beat, Flower or provider that a page has started, by a line of it."""
+    """A worker, beat, Flower or provider that a line of a page has started."""
 
     place: str
     kind: str
@@ -100,7 +101,9 @@ class Running:
     ready: Callable[[], bool]
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        """Return when the condition holds.  Raises Wrong when it never will."""
+        """Return when the condition holds.
+
+        Raises Wrong when the process has ended, or after START_S."""
         until = time.monotonic() + embedded.START_S
         while not condition():
             if self.process.poll() is not None or time.monotonic() > until:
@@ -109,9 +112,9 @@ class Running:
 
 
 class Reader:
-    """Who carries a page out: in a folder, with an environment that exports change, and with what
-    was started so far.
-    """
+    """Runs the blocks of a page, with a folder, an environment and the processes started so far.
+
+    Exports and ``cd`` of the page change environment and folder."""
 
     def __init__(
         self,
@@ -121,16 +124,14 @@ class Reader:
         stopping: ExitStack,
         instead: Mapping[str, str],
     ) -> None:
-        """`apart` is where what the reader does not see is kept, and `instead` how what a page
-        calls localhost is called here.
+        """`apart` is a folder for logs and state; `instead` maps a page's addresses to those here.
 
-        `stopping` waits for the end of what is started, which takes its time; the next page may be
-        read meanwhile."""
+        `stopping` waits for the end of the started processes, while the next page is read."""
         self.folder, self.environment, self._apart = folder, environment, apart
         self._stopping, self._instead = stopping, instead
         self.printed: str | None = None  # by the last block that was run
-        self._comments: dict[int, str] = {}  # line -> what it has to print
-        self._heard: set[int] = set()
+        self._comments: dict[int, str] = {}  # line -> its expected print
+        self._lines_printed: set[int] = set()
         self._interpreter: Interpreter | None = None
         self._running: list[Running] = []
         self._unsettled: list[Running] = []
@@ -146,9 +147,7 @@ class Reader:
             self._interpreter.close()
 
     def carry_out(self, blocks: list[Block]) -> None:
-        """Do what the blocks of a page say.  Raises Wrong at the first that does not do what it
-        says.
-        """
+        """Run the blocks of a page.  Raises Wrong at the first that does not do what it says."""
         for block in blocks:
             parse(block)
             if block.title == "prints":
@@ -160,7 +159,7 @@ class Reader:
             elif block.language == "sh":
                 self._sh(block)
         self._settle()
-        if silent := self._comments.keys() - self._heard:
+        if silent := self._comments.keys() - self._lines_printed:
             raise Wrong(f"{blocks[0].page}:{min(silent)}: this line has not printed anything")
 
     def _here(self, text: str) -> str:
@@ -195,10 +194,11 @@ class Reader:
                 self._comments[number] = comment[1]
         before = self._interpreter.output.stat().st_size
         for number, printed in self._interpreter.run(block, text, self.folder, self.environment):
-            self._heard.add(number)
-            if number in self._comments and not alike(said := self._comments[number], printed):
+            self._lines_printed.add(number)
+            if number in self._comments and not alike(self._comments[number], printed):
                 raise Wrong(
-                    f"{block.page}:{number}: the comment says {said!r}, but what is printed is {printed!r}"
+                    f"{block.page}:{number}: the comment says {self._comments[number]!r},"
+                    f" but what is printed is {printed!r}"
                 )
         self.printed = self._interpreter.output.read_bytes()[before:].decode()
 
@@ -217,10 +217,15 @@ class Reader:
                 raise Wrong(f"{place}: there is no {', '.join(names)}")
 
     def _bash(self, place: str, step: Step) -> str:
-        """Run commands, keep what they export and where they go, and return what they print."""
+        """Run commands, keep their exports and their last folder, and return their output.
+
+        Raises Wrong if a command fails, or the commands run longer than BLOCK_S."""
         state, output, errors = (self._apart / f"sh.{name}" for name in ("state", "out", "err"))
-        traps = f"""trap 'echo "line $LINENO: $BASH_COMMAND" >&2' ERR; trap 'env -0 > {shlex.quote(str(state))}' EXIT"""
-        # As many empty lines as stand before the commands make bash name the page's own lines.
+        traps = (
+            """trap 'echo "line $LINENO: $BASH_COMMAND" >&2' ERR; """
+            f"trap 'env -0 > {shlex.quote(str(state))}' EXIT"
+        )
+        # With empty lines for the page's lines before the commands, bash names lines of the page.
         script = traps + ";" + "\n" * (step.line - 1) + self._here(step.text)
         with output.open("wb") as out, errors.open("wb") as err:
             process = self._popen(script, out, err)
@@ -244,27 +249,24 @@ class Reader:
         return output.read_text(encoding="utf-8")
 
     def _start(self, place: str, step: Step) -> None:
-        """Start what goes on until the page ends; it is waited for when something is run next."""
+        """Start a process that runs until the page ends; the next command waits for it."""
         name = f"{len(self._running)}-{step.starts}"
         log, ready = self._apart / f"{name}.log", self._apart / f"{name}.ready"
         command = self._here(step.text).strip().removesuffix("&")
         with log.open("wb") as output:
-            # `env` takes the variables that stand before a command; bash itself is gone, so that
-            # signals arrive.
+            # `env` sets the variables that stand before a command.  With `exec` no bash is left, so
+            # signals reach the process.
             process = self._popen(f"exec env {command}", output, output, RLM_READY_FILE=str(ready))
         self._stopping.callback(embedded.end, process)
-        port = int(
-            told[1]
-            if (told := re.search(r"--port[= ](\d+)", command))
-            else self.environment["FLOWER_PORT"]
-        )
-        how: dict[str, Callable[[], bool]] = {
+        option = re.search(r"--port[= ](\d+)", command)
+        port = int(option[1] if option else self.environment["FLOWER_PORT"])
+        is_ready: dict[str, Callable[[], bool]] = {
             "worker": ready.exists,
             "flower": lambda: _answers(port),
             "provider": lambda: _answers(port),
             "beat": lambda: b"starting" in log.read_bytes(),
         }
-        running = Running(place, step.starts, process, log, how[step.starts])
+        running = Running(place, step.starts, process, log, is_ready[step.starts])
         self._running.append(running)
         self._unsettled.append(running)
 
@@ -282,9 +284,7 @@ class Reader:
         )
 
     def _settle(self) -> None:
-        """Wait until all that was started is ready, and a beat's first look at the platform has
-        been taken.
-        """
+        """Wait until all started processes are ready, and the monitor has run once if beat runs."""
         if not self._unsettled:
             return
         for each in self._unsettled:
@@ -305,15 +305,15 @@ def _end_of(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")[-3000:]
 
 
-# --- where pages are read ---------------------------------------------------------------------
+# --- readers ----------------------------------------------------------------------------------
 
 
 def reader_of(
     name: str, url: str, folder: Path, stopping: ExitStack, **more: str
 ) -> tuple[Reader, dict[int, int]]:
-    """Return who reads a page in an empty folder, and which ports stand for those that pages name;
-    `more` is set besides.
-    """
+    """Return the reader of a page in an empty folder, and the ports: page's port -> port here.
+
+    `more` are further environment variables."""
     ports = {there: embedded.free_port() for there in PORTS}
     for each in ("reader", "apart"):
         (folder / each).mkdir()
@@ -322,10 +322,8 @@ def reader_of(
 
 
 def _environment(url: str, name: str, ports: dict[int, int]) -> dict[str, str]:
-    """Return what a reader has set before the page begins: nothing, but where things are on this
-    machine.
-    """
-    # A drill needs pressure; all other pages are the same on a machine that others press.
+    """Return the environment before the page begins: only addresses and ports of this machine."""
+    # A drill needs pressure.  For all other pages, load on this machine must not matter.
     pressed = bool(re.search(r"pressure[ .]force", PAGES[name]))
     found = environment_of(
         url,
@@ -344,9 +342,7 @@ def _environment(url: str, name: str, ports: dict[int, int]) -> dict[str, str]:
 
 
 def _instead(url: str, ports: dict[int, int]) -> dict[str, str]:
-    """Return what pages call the places of a machine that is theirs alone, and what these are
-    here.
-    """
+    """Return a map from addresses that pages name to the addresses here."""
     ways = ("localhost:{}", "127.0.0.1:{}", "port={}", "port {}")
     own = {way.format(there): way.format(here) for there, here in ports.items() for way in ways}
     return own | {"redis://localhost:6379": url.removesuffix("/0")}

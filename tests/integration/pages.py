@@ -1,17 +1,15 @@
-"""The fenced blocks of a page, and what each of them asks for.
+"""The fenced blocks of a page, and their treatment, which depends on language and title.
 
-What becomes of a block is decided here, once for all pages, by its language and its title:
-
-- with a file's name as title it becomes that file;
-- ``python`` runs in one interpreter for the whole page; a line ``print(...)  # x`` has to print x;
-- ``sh`` is run by bash; a worker, beat, Flower or fake provider goes on until the page ends;
-  exports and ``cd`` last;
-- ``text title="prints"`` is what the block before it has printed; plain ``text`` is a picture;
+- A block with a file's name as title becomes that file.
+- ``python`` runs in one interpreter for the whole page.  A line ``print(...)  # x`` must print x.
+- ``sh`` runs in bash.  A worker, beat, Flower or fake provider runs until the page ends.  Exports
+  and ``cd`` hold for the rest of the page.
+- ``text title="prints"`` is the output of the block before it.  Plain ``text`` is a picture.
 - ``json``, ``yaml``, ``ini`` and ``promql`` are parsed.
 
-In what is printed ``...`` stands for anything, and one space for many.  Commands of ELSEWHERE are
-not run: the files, make targets and extras that they name have to exist.  Refuses to know what is
-on any page, and runs nothing."""
+In expected output ``...`` stands for any text, and one space for several.  Commands of ELSEWHERE
+are not run, but the files, make targets and extras that they name must exist.  This module only
+reads; `page_reader` runs the blocks.  Begin with `read`."""
 
 from __future__ import annotations
 
@@ -41,35 +39,25 @@ NAMED_FILE = re.compile(r"\.(ya?ml|json|txt|toml|py|md)$")
 STAYING = ("worker", "beat", "flower")
 PROVIDER = "rlm_tasks.testing.fake_provider"
 ELSEWHERE = {
-    *(
-        "docker",
-        "kubectl",
-        "helm",
-        "redis-server",
-        "redis-cli",
-        "valkey-cli",
-    ),  # no test machine has them
-    *(
-        "pip",
-        "venv",
-        "apt-get",
-        "git",
-        "source",
-        ".",
-    ),  # they change the machine, or ask the network
-    *("pkill", "killall"),  # they reach what others have started
-    "make",  # sets up an environment of its own
+    # A test machine does not have them.
+    *("docker", "kubectl", "helm", "redis-server", "redis-cli", "valkey-cli"),
+    # They change the machine, or use the network.
+    *("pip", "venv", "apt-get", "git", "source", "."),
+    # They would end processes of other programs.
+    *("pkill", "killall"),
+    # It would create a virtual environment.
+    "make",
 }
 """Programs whose commands are not run."""
 
 
 class Wrong(AssertionError):
-    """A page does not do what it says; the message begins with the place."""
+    """A page does not do what it says; the message begins with page and line."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: the text between its fences, which begins in this line of its page."""
+    """A fenced block: the text between its fences, and the page's line at which the text begins."""
 
     page: str
     line: int
@@ -82,9 +70,9 @@ class Block:
 
 
 def read(name: str, text: str) -> list[Block]:
-    """Return the blocks of a page in their order.  Raises Wrong for a fence that cannot be read, or
-    has an unknown language.
-    """
+    """Return the blocks of a page in their order.
+
+    Raises Wrong for a fence that cannot be read, or has an unknown language."""
     lines = text.splitlines()
     found, at = [], 0
     while at < len(lines):
@@ -103,11 +91,12 @@ def read(name: str, text: str) -> list[Block]:
 
 
 def _block(name: str, line: int, info: str, body: str) -> Block:
-    if (told := INFO.fullmatch(info.strip())) is None:
+    if (parsed := INFO.fullmatch(info.strip())) is None:
         raise Wrong(
-            f'{name}:{line - 1}: a fence is ```language or ```language title="...", not ```{info}; use one of {KNOWN}'
+            f'{name}:{line - 1}: a fence is ```language or ```language title="...", not ```{info};'
+            f" use one of {KNOWN}"
         )
-    language, title = told[1], told[2] or ""
+    language, title = parsed[1], parsed[2] or ""
     if language not in (*PARSERS, "sh", "text"):
         raise Wrong(
             f"{name}:{line - 1}: nobody knows how to run or parse {language!r}; use one of {KNOWN}"
@@ -116,7 +105,8 @@ def _block(name: str, line: int, info: str, body: str) -> Block:
         language == "sh" or ("." not in title and (language, title) != ("text", "prints"))
     ):
         raise Wrong(
-            f'{name}:{line - 1}: title={title!r} is neither a file\'s name nor "prints" of a text block'
+            f"{name}:{line - 1}: title={title!r} is neither a file's name"
+            ' nor "prints" of a text block'
         )
     return Block(name, line, language, title, body)
 
@@ -128,7 +118,7 @@ def _promql(text: str) -> None:
 
 
 def _ini(text: str) -> None:
-    # Lines before the first section are those of an env file.
+    # Lines before the first section come from an env file.
     configparser.ConfigParser(strict=False, interpolation=None, allow_no_value=True).read_string(
         "[top]\n" + text
     )
@@ -145,7 +135,7 @@ KNOWN = ", ".join((*PARSERS, "sh", "text"))
 
 
 def parse(block: Block) -> None:
-    """Raise Wrong for a block that is not of its language."""
+    """Raise Wrong for a block that its language's parser refuses."""
     try:
         PARSERS.get(block.language, str)(block.text)
     except Exception as error:
@@ -153,7 +143,7 @@ def parse(block: Block) -> None:
 
 
 def alike(expected: str, printed: str) -> bool:
-    """Whether something was printed as expected."""
+    """Return whether the output is as expected."""
     flags = doctest.ELLIPSIS | doctest.DONT_ACCEPT_TRUE_FOR_1 | doctest.DONT_ACCEPT_BLANKLINE
     return doctest.OutputChecker().check_output(_even(expected), _even(printed), flags)
 
@@ -167,9 +157,7 @@ def _even(text: str) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """Lines of an sh block that are treated in one way: run, started and left running, or not run
-    here.
-    """
+    """Lines of an sh block with one treatment: run, started and left running, or not run here."""
 
     line: int
     text: str
@@ -178,7 +166,7 @@ class Step:
 
 
 def steps(block: Block) -> Iterator[Step]:
-    """Cut an sh block before and after each command that is not simply run."""
+    """Yield the steps of an sh block: it is cut around each command that is started, or not run."""
     script, begin = "", block.line
     for line, command in _commands(block):
         words = _words(command)
@@ -195,9 +183,7 @@ def steps(block: Block) -> Iterator[Step]:
 
 
 def _commands(block: Block) -> Iterator[tuple[int, str]]:
-    """Yield a block's lines with their numbers; those that end with a backslash go with the
-    next.
-    """
+    """Yield a block's commands with their line numbers; a backslash joins a line with the next."""
     command, begin = "", block.line
     for number, line in enumerate(block.text.splitlines(keepends=True), start=block.line):
         command += line
@@ -207,7 +193,7 @@ def _commands(block: Block) -> Iterator[tuple[int, str]]:
 
 
 def _words(command: str) -> list[str]:
-    """Return a command's words, from its program on; none for what is only part of a command."""
+    """Return a command's words, from its program on; [] for an incomplete command."""
     try:
         words = shlex.split(command, comments=True)
     except ValueError:
@@ -224,7 +210,7 @@ def _program(words: list[str]) -> str:
 
 
 def _starts(words: list[str]) -> str:
-    """Return which of STAYING a command starts, or a provider, or nothing."""
+    """Return the kind of process that a command starts: one of STAYING, "provider", or ""."""
     if _program(words) == PROVIDER:
         return "provider"
     if _program(words) != "celery":
@@ -239,9 +225,7 @@ def _starts(words: list[str]) -> str:
 
 
 def missing(command: str, folder: Path) -> list[str]:
-    """Return what a command that is not run names and there is not: files, make targets, extras of
-    ours.
-    """
+    """Return the files, make targets and extras that a command names and that do not exist."""
     words = _words(command)
     parts = [
         part

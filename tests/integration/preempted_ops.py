@@ -1,6 +1,4 @@
-"""Operations that are made to make room: each writes down what it ran, and for how long, outside of
-everything that may die.
-"""
+"""Operations that the tests preempt; each writes its items and their time to a journal file."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ def _ran(index: int, began: float, ctx: Context) -> None:
 
 @operation("p_each", merge=_listed)
 def p_each(index: int, ctx: Context) -> list[int]:
-    """Take a while, and no processor."""
+    """Sleep for `s` seconds; use no processor time."""
     began = time.perf_counter()
     time.sleep(ctx.params["s"])
     _ran(index, began, ctx)
@@ -33,7 +31,7 @@ def p_each(index: int, ctx: Context) -> list[int]:
 
 @operation("p_batch", merge=_listed, batch=True)
 def p_batch(items: list[int], ctx: Context) -> list[int]:
-    """Take a while for each of several."""
+    """Sleep for `s` seconds for each item of a batch."""
     for index in items:
         p_each(index, ctx)
     return list(items)
@@ -41,7 +39,7 @@ def p_batch(items: list[int], ctx: Context) -> list[int]:
 
 @operation("p_async", merge=_listed, concurrency=4)
 async def p_async(index: int, ctx: Context) -> list[int]:
-    """Take a while among others."""
+    """Sleep for `s` seconds, with four items in flight."""
     began = time.perf_counter()
     await asyncio.sleep(ctx.params["s"])
     _ran(index, began, ctx)
@@ -49,21 +47,21 @@ async def p_async(index: int, ctx: Context) -> list[int]:
 
 
 def _slowly(index: int) -> None:
-    """Take a while to find nothing wrong."""
+    """Take 20 ms to validate an item."""
     time.sleep(0.02)
     assert index >= 0
 
 
 @operation("p_checked", merge=_listed, validate=_slowly)
 def p_checked(index: int, ctx: Context) -> list[int]:
-    """Take a while, after every item was looked at."""
+    """Sleep for `s` seconds; all items are validated first."""
     p_each(index, ctx)
     return [index]
 
 
-@operation("p_until_told", merge=_listed)
-def p_until_told(index: int, ctx: Context) -> list[int]:
-    """Take a while, until a file says that it is enough."""
+@operation("p_until_enough", merge=_listed)
+def p_until_enough(index: int, ctx: Context) -> list[int]:
+    """Sleep for `s` seconds, but not once the file `enough` exists."""
     if not Path(ctx.params["enough"]).exists():
         time.sleep(ctx.params["s"])
     note(f"{ctx.params['journal']}.{ctx.job_id}", index)

@@ -1,4 +1,4 @@
-"""Operations that tests of pressure and preemption run."""
+"""Operations of the tests of pressure and preemption."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from rlm_tasks import Context, operation
 
 @operation("nap", merge=sum)
 def nap(seconds: float) -> int:
-    """Take a while, and no processor."""
+    """Sleep; use no processor time."""
     time.sleep(seconds)
     return 1
 
 
 @operation("stamp")
 def stamp(_: Any) -> float:
-    """Say when the item began."""
+    """Return the time at which the item began, in seconds since the epoch."""
     return time.time()
 
 
 @operation("where_and_when")
 def where_and_when(seconds: float, ctx: Context) -> tuple[int, float, float]:
-    """Say which process ran the item, and from when to when."""
+    """Return the process that ran the item, and the times of its begin and end."""
     began = time.time()
     time.sleep(seconds)
     return os.getpid(), began, time.time()
@@ -33,19 +33,19 @@ def where_and_when(seconds: float, ctx: Context) -> tuple[int, float, float]:
 
 @operation("limited")
 def limited(seconds: float, ctx: Context) -> int:
-    """Take a while, and say how many of 100 entities one may look at."""
+    """Sleep, and return how many of 100 entities the level allows."""
     time.sleep(seconds)
     return ctx.limit(100)
 
 
 @operation("under_level")
 def under_level(_: Any, ctx: Context) -> str:
-    """Say under which level the item runs."""
+    """Return the level that the item runs under."""
     return ctx.degradation.level.label
 
 
 def burn(seconds: float) -> tuple[float, float]:
-    """Compute for some time; return it, and how much of it a processor was had."""
+    """Compute for some seconds; return the wall-clock time and the processor time."""
     began, used = time.perf_counter(), time.process_time()
     while time.perf_counter() < began + seconds:
         pass
@@ -54,9 +54,7 @@ def burn(seconds: float) -> tuple[float, float]:
 
 @operation("compute")
 def compute(seconds: float, ctx: Context) -> tuple[float, float, int]:
-    """Compute; say how long, how much of it with a processor, and how many of 100 entities were
-    looked at.
-    """
+    """Compute; return wall-clock time, processor time, and how many of 100 entities are allowed."""
     return *burn(seconds), ctx.limit(100)
 
 
@@ -66,16 +64,14 @@ def _at_a_glance(_: float) -> str:
 
 @operation("thorough", simplified=_at_a_glance)
 def thorough(seconds: float) -> str:
-    """Compute, unless it is to be simple."""
+    """Compute; under pressure the simplified function runs instead."""
     burn(seconds)
     return "full"
 
 
 @operation("hold")
 def hold(megabytes: int, ctx: Context) -> int:
-    """Hold a slot, and memory of which every page is written, until a file is there, and 20 s at
-    most.
-    """
+    """Keep a slot and some written memory until the file `until` exists, at most 20 s."""
     held, until = b"\1" * (megabytes << 20), time.monotonic() + 20
     while not Path(ctx.params["until"]).exists() and time.monotonic() < until:
         time.sleep(0.05)
@@ -84,13 +80,13 @@ def hold(megabytes: int, ctx: Context) -> int:
 
 @operation("dawdle")
 def dawdle(seconds: float) -> None:
-    """Take a while: no other test lets this one be slow."""
+    """Sleep; only one test uses this operation, so no other has changed its learned times."""
     time.sleep(seconds)
 
 
 @operation("every_third_fails")
 def every_third_fails(number: int) -> int:
-    """Refuse each third number."""
+    """Fail at multiples of three."""
     if number % 3 == 0:
         raise ValueError(f"{number} is a third")
     return number
@@ -98,9 +94,9 @@ def every_third_fails(number: int) -> int:
 
 @operation("one_at_a_time", allocation={"max_workers": 1, "min_workers": 1})
 def one_at_a_time(seconds: float, ctx: Context) -> tuple[float, float]:
-    """Say from when to when the item ran; the first attempt at a negative one writes down its
-    process, and hangs.
-    """
+    """Return the times at which the item began and ended.
+
+    The first attempt at a negative item writes its process id to a file, and hangs."""
     if seconds < 0 and ctx.attempt == 1:
         Path(ctx.params["hangs"]).write_text(str(os.getpid()), encoding="ascii")
         time.sleep(30)
@@ -111,4 +107,4 @@ def one_at_a_time(seconds: float, ctx: Context) -> tuple[float, float]:
 
 @operation("huge", allocation={"min_memory_mb": 10**9, "max_memory_mb": 10**9})
 def huge(_: Any) -> None:
-    """Need more memory than there is."""
+    """Require more memory than any machine has."""

@@ -1,6 +1,4 @@
-"""Operations whose workers are scraped: with a metric of their own, and with an end that a test
-decides.
-"""
+"""Operations of the metrics tests: one with its own metric, one that ends when the test says so."""
 
 from __future__ import annotations
 
@@ -15,14 +13,14 @@ LETTERS = Counter("scraped_letters_total", "Letters read.", {"script": ("latin",
 
 @operation("read_letters")
 def read_letters(text: str) -> int:
-    """Count letters, of the one script that was declared and of others."""
+    """Count letters, by a declared label value for ASCII text and an undeclared one otherwise."""
     LETTERS.inc(len(text), script="latin" if text.isascii() else f"script of {text}")
     return len(text)
 
 
 @operation("wait_for_file")
 def wait_for_file(path: str) -> str:
-    """Run until a file is there."""
+    """Run until a file exists."""
     while not Path(path).exists():
         time.sleep(0.01)
     return path

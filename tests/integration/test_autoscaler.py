@@ -1,6 +1,6 @@
-"""A real pool between one and four processes: it grows with work, shrinks when idle and under
-pressure, and kills nobody.
-"""
+"""A real pool of one to four processes grows with work, and shrinks when idle or under pressure.
+
+It ends no process that runs a node."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Pool:
         return len(self.process.children())
 
     def drill(self, level: str) -> None:
-        """Force a level, and wait until the worker has heard of it."""
-        if self.told() != level:
+        """Force a level, and wait until the worker has logged it."""
+        if self.logged_level() != level:
             self.client.pressure.force(level)
-            wait_until(lambda: self.told() == level)
+            wait_until(lambda: self.logged_level() == level)
 
-    def told(self) -> str:
-        """Return the level that the worker has spoken of last."""
-        _, _, said = self.log.read_text().rpartition("Pressure is ")
-        return said.splitlines()[0].partition(":")[0] if said else ""
+    def logged_level(self) -> str:
+        """Return the level that the worker has logged last."""
+        _, _, found = self.log.read_text().rpartition("Pressure is ")
+        return found.splitlines()[0].partition(":")[0] if found else ""
 
     def wait_for(self, size: int) -> None:
         wait_until(lambda: self.size == size)
@@ -75,23 +75,23 @@ def shared(server: embedded.Server, logs: Path) -> Iterator[Pool]:
         embedded.worker(environment, log=log, app=app, options=options) as worker,
     ):
         pool = Pool(client, psutil.Process(worker.pid), log)
-        pool.drill("high")  # it says nothing of a normal level before it was another
+        pool.drill("high")  # the worker logs "normal" only after another level
         yield pool
 
 
 @pytest.fixture
 def pool(shared: Pool) -> Iterator[Pool]:
-    """The same, calm and idle; no process of it is killed in any test."""
+    """The same worker at normal level and idle; its log must not report a killed process."""
     shared.drill("normal")
     shared.wait_for(LEAST)
     yield shared
-    said = shared.log.read_text()
+    log = shared.log.read_text()
     assert not [
-        word for word in ("Traceback", "WorkerLost", "died of", "exited with") if word in said
+        text for text in ("Traceback", "WorkerLost", "died of", "exited with") if text in log
     ]
 
 
-def test_it_grows_while_messages_wait_and_shrinks_when_none_do(pool: Pool) -> None:
+def test_a_pool_grows_while_messages_wait_and_shrinks_when_idle(pool: Pool) -> None:
     job = pool.naps(40, 200)
     pool.wait_for(MOST)
 
@@ -100,14 +100,14 @@ def test_it_grows_while_messages_wait_and_shrinks_when_none_do(pool: Pool) -> No
     assert pool.stats()["pool"]["processes"] == [pool.process.children()[0].pid]
 
 
-def test_it_grows_for_a_job_that_is_cut_when_slots_are_free(pool: Pool) -> None:
+def test_a_pool_grows_for_a_job_that_splits_for_free_slots(pool: Pool) -> None:
     job = pool.client.submit(operation="nap", items=[50.0] * 200)
     pool.wait_for(MOST)
 
     assert job.result(timeout=30).output == [50.0] * 200
 
 
-def test_at_high_pressure_it_holds_and_takes_no_messages_that_others_could_run(pool: Pool) -> None:
+def test_at_high_pressure_a_pool_stays_small_and_prefetches_less(pool: Pool) -> None:
     pool.drill("high")
     job = pool.naps(100, 100)
     sizes = set()
@@ -122,7 +122,7 @@ def test_at_high_pressure_it_holds_and_takes_no_messages_that_others_could_run(p
     assert job.result(timeout=30).output == [100.0] * 100
 
 
-def test_no_process_that_has_work_is_ended_when_it_shrinks(pool: Pool) -> None:
+def test_a_shrinking_pool_ends_no_busy_process(pool: Pool) -> None:
     seen = set()
     job = pool.naps(1500, 20)
     for _ in range(2):
@@ -136,7 +136,7 @@ def test_no_process_that_has_work_is_ended_when_it_shrinks(pool: Pool) -> None:
     assert len(seen) > MOST, "it has grown again"
 
 
-def test_in_an_emergency_processes_leave_as_soon_as_they_are_done(pool: Pool) -> None:
+def test_in_an_emergency_processes_end_after_their_node(pool: Pool) -> None:
     job = pool.naps(4, 8000)
     pool.wait_for(MOST)
     wait_until(lambda: pool.client.status().active == {"nap": MOST})
@@ -148,7 +148,7 @@ def test_in_an_emergency_processes_leave_as_soon_as_they_are_done(pool: Pool) ->
     assert job.result(timeout=40).output == [8000.0] * 4
 
 
-def test_its_bounds_may_be_moved_while_it_runs(pool: Pool) -> None:
+def test_the_bounds_can_change_while_the_pool_runs(pool: Pool) -> None:
     control = pool.client.app.control
     control.autoscale(3, 2)
     pool.wait_for(2)

@@ -1,6 +1,4 @@
-"""Bad input is refused before anything is enqueued, with an error that names field, value and what
-to do.
-"""
+"""Bad input is refused before anything is enqueued; the error names field, value and remedy."""
 
 from __future__ import annotations
 
@@ -87,14 +85,16 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ("fields", "message"), CASES, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_bad_input_is_refused_before_anything_is_enqueued(
-    lonely_client: Client, fields: dict[str, Any], message: str
+    client_without_worker: Client, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        lonely_client.submit(**fields)
+        client_without_worker.submit(**fields)
 
-    assert lonely_client.jobs() == []
+    assert client_without_worker.jobs() == []
     assert not list(
-        lonely_client.ledger.store.client.scan_iter(f"{lonely_client.settings.namespace}:*")
+        client_without_worker.ledger.store.client.scan_iter(
+            f"{client_without_worker.settings.namespace}:*"
+        )
     )
 
 
@@ -111,7 +111,7 @@ def test_bad_input_is_refused_before_anything_is_enqueued(
         (lambda: NWay(splits=3), "splits=3: unknown field; NWay has split_factor"),
     ],
 )
-def test_contradictory_sizes_are_refused_where_they_are_written(make: Any, message: str) -> None:
+def test_contradictory_sizes_are_refused_at_construction(make: Any, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         make()
 
@@ -145,7 +145,7 @@ def test_an_unreachable_redis_is_one_line_without_the_password() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["jobs"], ["job", "x"], ["submit"]])
-def test_the_command_line_says_it_in_one_line_too(arguments: list[str]) -> None:
+def test_the_command_line_reports_an_unreachable_redis_in_one_line(arguments: list[str]) -> None:
     url = f"redis://:topsecret@127.0.0.1:{free_port()}/0"
     done = subprocess.run(
         [sys.executable, "-m", "celery", "-A", "rlm_tasks", "rlm", *arguments],

@@ -1,4 +1,4 @@
-"""What a bug report holds, and that nothing of a user's data and secrets is in it."""
+"""The contents of a bundle for bug reports: it holds no user data and no secrets."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SECRETS = {
     "a parameter's name": "param-name-confidential",
     "a description": "description-confidential",
     "an idempotency key": "key-confidential",
-    "what a merge raised": "merge-confidential",
+    "the error of a merge": "merge-confidential",
 }
-"""An item that fails is in its exception's message, too: see `spin_then_collect`."""
+"""Kind of secret -> secret.  The message of `spin_then_collect`'s error quotes its item, too."""
 
 
 @pytest.fixture
-def told(server: embedded.Server, worker_pid: int) -> Iterator[Client]:
-    """A client of the session's worker that knows secrets."""
+def client_with_secrets(server: embedded.Server, worker_pid: int) -> Iterator[Client]:
+    """A client of the session's worker with secrets in its settings."""
     with client_of(environment_of(server.url, "test")) as own:
         admin = own.ledger.store.client
         admin.acl_setuser(
@@ -69,7 +69,7 @@ def told(server: embedded.Server, worker_pid: int) -> Iterator[Client]:
 
 
 def failing(client: Client) -> str:
-    """Run a job of secrets, of which one item fails, and return its id."""
+    """Run a job with secrets, one of whose items fails, and return its id."""
     items = [{"ms": 0, "i": SECRETS["an item"], "fails": i == 1} for i in range(3)]
     job = client.submit(
         operation="spin_then_collect",
@@ -84,40 +84,42 @@ def failing(client: Client) -> str:
 
 
 def raising(client: Client) -> str:
-    """Open a job where no worker is, end it of an exception as a merge's does, and return its
-    id.
-    """
+    """Submit a job without a worker, fail it as a merge's exception does, and return its id."""
     job = client.submit(operation="echo", items=[{"own": SECRETS["an item"]}])
     error = {
         "index": -1,
         "type": "KeyError",
-        "message": SECRETS["what a merge raised"],
+        "message": SECRETS["the error of a merge"],
         "traceback": SECRETS["an item"],
     }
     client.ledger.stop(job.id, "failed", detail="its merge raised", error=error, force=True)
     return job.id
 
 
-def test_nothing_secret_and_nothing_of_a_users_data_is_in_it(
-    told: Client, lonely_client: Client
+def test_a_bundle_holds_no_secrets_and_no_user_data(
+    client_with_secrets: Client, client_without_worker: Client
 ) -> None:
-    job, ended = failing(told), raising(lonely_client)
-    quoted = f"could not reach {told.app.conf.broker_url}, nor {told.settings.alerts.webhook_url}, by {told.settings.api_key.get_secret_value()}"
-    told.events.emit(Event("service.lost", quoted))
+    client, settings = client_with_secrets, client_with_secrets.settings
+    job, ended = failing(client), raising(client_without_worker)
+    quoted = (
+        f"could not reach {client.app.conf.broker_url}, nor {settings.alerts.webhook_url},"
+        f" by {settings.api_key.get_secret_value()}"
+    )
+    client.events.emit(Event("service.lost", quoted))
 
-    document = collect(told, told.app, job)
+    document = collect(client, client.app, job)
 
     text = json.dumps(document)
-    assert {what for what, secret in SECRETS.items() if secret in text} == set()
+    assert {kind for kind, secret in SECRETS.items() if secret in text} == set()
     assert "p@ss-word" not in text
-    text = json.dumps(collect(lonely_client, lonely_client.app, ended))
-    assert {what for what, secret in SECRETS.items() if secret in text} == set()
+    text = json.dumps(collect(client_without_worker, client_without_worker.app, ended))
+    assert {kind for kind, secret in SECRETS.items() if secret in text} == set()
 
 
-def test_what_helps_to_find_a_fault_is_in_it(told: Client) -> None:
-    job = failing(told)
+def test_a_bundle_holds_versions_settings_findings_and_jobs(client_with_secrets: Client) -> None:
+    job = failing(client_with_secrets)
 
-    document = collect(told, told.app, job)
+    document = collect(client_with_secrets, client_with_secrets.app, job)
 
     assert document["versions"]["rlm_tasks"] == __version__
     assert {"celery", "kombu", "redis", "pydantic"} <= set(document["versions"]["packages"])
@@ -132,18 +134,15 @@ def test_what_helps_to_find_a_fault_is_in_it(told: Client) -> None:
     }
     for name in ("breakers", "limits", "alerts", "events"):
         assert "unknown" not in document[name], name
-    told_of = {each["id"]: each for each in document["jobs"]}[job]
-    assert (told_of["state"], told_of["n"], told_of["done"], told_of["failed"]) == (
-        "succeeded",
-        3,
-        2,
-        1,
-    )
-    assert told_of["explain"] == "It succeeded: 2 of 3 items done, 1 failed, 0 skipped."
+    entry = {each["id"]: each for each in document["jobs"]}[job]
+    assert (entry["state"], entry["n"], entry["done"], entry["failed"]) == ("succeeded", 3, 2, 1)
+    assert entry["explain"] == "It succeeded: 2 of 3 items done, 1 failed, 0 skipped."
 
 
-def test_one_job_is_told_in_full_by_its_id(told: Client) -> None:
-    document = collect(told, told.app, failing(told))["job"]
+def test_a_bundle_describes_one_job_in_full_by_id(client_with_secrets: Client) -> None:
+    job = failing(client_with_secrets)
+
+    document = collect(client_with_secrets, client_with_secrets.app, job)["job"]
 
     assert document["failures"]["kinds"] == [
         {"type": "ValueError", "code": "OPERATION_FAILED", "items": 1}
@@ -157,29 +156,31 @@ def test_one_job_is_told_in_full_by_its_id(told: Client) -> None:
     assert document["quarantined"] == []
 
 
-def test_a_job_that_raised_tells_the_type_and_not_the_words(lonely_client: Client) -> None:
-    job = raising(lonely_client)
+def test_a_failed_job_shows_the_error_type_but_not_its_message(
+    client_without_worker: Client,
+) -> None:
+    job = raising(client_without_worker)
 
-    [told] = collect(lonely_client, lonely_client.app)["jobs"]
+    [entry] = collect(client_without_worker, client_without_worker.app)["jobs"]
 
-    assert told["id"] == job
-    assert told["explain"].startswith(
-        f"It failed because KeyError: ({len(SECRETS['what a merge raised'])} characters)"
+    assert entry["id"] == job
+    assert entry["explain"].startswith(
+        f"It failed because KeyError: ({len(SECRETS['the error of a merge'])} characters)"
     )
 
 
-def test_an_unknown_job_is_a_mistake(told: Client) -> None:
+def test_an_unknown_job_raises_job_not_found(client_with_secrets: Client) -> None:
     with pytest.raises(JobNotFound):
-        collect(told, told.app, "nothing")
+        collect(client_with_secrets, client_with_secrets.app, "nothing")
 
 
-def test_each_part_is_described(told: Client) -> None:
+def test_the_docstring_describes_each_part(client_with_secrets: Client) -> None:
     described = set(re.findall(r"^    - ``(\w+)``", collect.__doc__ or "", re.MULTILINE))
 
-    assert described == set(collect(told, told.app))
+    assert described == set(collect(client_with_secrets, client_with_secrets.app))
 
 
-def test_while_redis_is_away_this_process_is_told() -> None:
+def test_without_redis_a_bundle_still_describes_this_process() -> None:
     url = f"redis://:s3cret@127.0.0.1:{embedded.free_port()}/0"
     with client_of(environment_of(url, "away")) as client:
         document: dict[str, Any] = collect(client, client.app, "some-job")

@@ -1,4 +1,4 @@
-"""The command line: tables for people, JSON for programs, sentences for mistakes."""
+"""The command line: it prints tables or JSON, and one sentence for a mistake."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support import wait_until
 def rlm(
     environment: dict[str, str], *arguments: str, stdin: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``celery -A rlm_tasks rlm`` as a user would."""
+    """Run ``celery -A rlm_tasks rlm`` as a user does."""
     return subprocess.run(
         [sys.executable, "-m", "celery", "-A", "rlm_tasks", "rlm", *arguments],
         input=stdin,
@@ -46,9 +46,9 @@ def test_a_job_from_stdin_to_its_tree(client: Client, environment: dict[str, str
     assert (result["output"], result["failed_count"], result["failure_rate"]) == (6, 1, 1 / 3)
 
     job = result["job_id"]
-    told = json.loads(rlm(environment, "job", job, "--json").stdout)
-    assert (told["status"], told["trace_id"]) == ("succeeded", client.job(job).trace_id)
-    assert told["failures"] == [{"index": 1, "type": "ValueError", "code": "OPERATION_FAILED"}]
+    printed = json.loads(rlm(environment, "job", job, "--json").stdout)
+    assert (printed["status"], printed["trace_id"]) == ("succeeded", client.job(job).trace_id)
+    assert printed["failures"] == [{"index": 1, "type": "ValueError", "code": "OPERATION_FAILED"}]
     [row] = [
         line for line in rlm(environment, "job", job).stdout.splitlines() if "ValueError" in line
     ]
@@ -80,7 +80,7 @@ def test_a_job_from_stdin_to_its_tree(client: Client, environment: dict[str, str
 
 
 @pytest.mark.parametrize(
-    ("arguments", "stdin", "code", "words"),
+    ("arguments", "stdin", "code", "text"),
     [
         (["submit"], "{oops", 2, "is not JSON"),
         (["submit"], '{"operation": "smu", "items": []}', 2, "did you mean 'sum'"),
@@ -95,12 +95,12 @@ def test_mistakes_are_one_sentence_and_an_exit_code(
     arguments: list[str],
     stdin: str,
     code: int,
-    words: str,
+    text: str,
 ) -> None:
     done = rlm(environment, *arguments, stdin=stdin)
 
     assert done.returncode == code
-    assert words in done.stderr
+    assert text in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -125,7 +125,7 @@ def test_the_demo_measures_any_folder(tmp_path: Path) -> None:
     assert 0 < report["busy_share"] <= 1
 
 
-def test_a_worker_whose_operations_are_missing_says_so_and_ends(
+def test_a_worker_with_missing_operations_ends_with_an_error(
     environment: dict[str, str],
 ) -> None:
     done = subprocess.run(
@@ -145,8 +145,8 @@ def test_a_worker_whose_operations_are_missing_says_so_and_ends(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_demo_leaves_no_process_behind(how: signal.Signals) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_no_process_behind(sent: signal.Signals) -> None:
     demo = subprocess.Popen(
         [sys.executable, "-m", "celery", "-A", "rlm_tasks", "rlm", "demo"],
         cwd=ROOT,
@@ -158,7 +158,7 @@ def test_an_interrupted_demo_leaves_no_process_behind(how: signal.Signals) -> No
     wait_until(lambda: len(own.children(recursive=True)) >= 4)
     started = own.children(recursive=True)
 
-    demo.send_signal(how)
+    demo.send_signal(sent)
 
     demo.wait(timeout=30)
     wait_until(
@@ -168,10 +168,8 @@ def test_an_interrupted_demo_leaves_no_process_behind(how: signal.Signals) -> No
     )
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_served_server_answers_until_it_is_told_to_stop(
-    how: signal.Signals, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_served_server_answers_until_a_signal(sent: signal.Signals, tmp_path: Path) -> None:
     port = str(embedded.free_port())
     command = [
         sys.executable,
@@ -194,7 +192,7 @@ def test_a_served_server_answers_until_it_is_told_to_stop(
     taken = rlm({}, "serve", "--port", port)
     assert (taken.returncode, f"127.0.0.1:{port} already" in taken.stderr) == (1, True)
 
-    served.send_signal(how)
+    served.send_signal(sent)
 
     served.wait(timeout=30)
     served.stdout.close()
@@ -202,14 +200,14 @@ def test_a_served_server_answers_until_it_is_told_to_stop(
         store.ping()
 
 
-def test_the_demo_of_an_empty_folder_says_so(tmp_path: Path) -> None:
+def test_the_demo_refuses_a_folder_without_python_files(tmp_path: Path) -> None:
     done = rlm({}, "demo", "--path", str(tmp_path))
 
     assert done.returncode == 2
     assert "has no Python files" in done.stderr
 
 
-def test_the_demo_prints_tables_for_people(tmp_path: Path) -> None:
+def test_the_demo_prints_tables(tmp_path: Path) -> None:
     (tmp_path / "one.py").write_text(
         "class A:\n    def f(self):\n        return [i for i in range(3) if i]\n", encoding="utf-8"
     )
@@ -217,5 +215,5 @@ def test_the_demo_prints_tables_for_people(tmp_path: Path) -> None:
     done = rlm({}, "demo", "--path", str(tmp_path))
 
     assert done.returncode == 0, done.stderr
-    for words in ("most complex functions", "slots' busy share", "speed-up", "one.py:2"):
-        assert words in done.stdout
+    for text in ("most complex functions", "slots' busy share", "speed-up", "one.py:2"):
+        assert text in done.stdout

@@ -1,6 +1,6 @@
-"""Every command of the group ``rlm``, run in this process on a real server: what it prints, and
-what it says to mistakes.
-"""
+"""Every command of the group ``rlm`` on a real server: its output, and its errors.
+
+The commands run in this process."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ WITHOUT_REDIS = "redis://127.0.0.1:1/0"
 
 
 def run(client: Client, *arguments: str, stdin: str = "") -> Result:
-    """Run a command as ``celery -A app rlm ...`` would, on the app of a client."""
+    """Run a command as ``celery -A app rlm ...`` does, on the app of a client."""
     return CliRunner().invoke(
         rlm, arguments, obj=SimpleNamespace(app=client.app), input=stdin, catch_exceptions=False
     )
 
 
-def told(client: Client, *arguments: str) -> Any:
-    """Run a command for programs."""
+def run_json(client: Client, *arguments: str) -> Any:
+    """Run a command with ``--json``; return its output, parsed."""
     done = run(client, *arguments, "--json")
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
@@ -43,7 +43,7 @@ def told(client: Client, *arguments: str) -> Any:
 
 @pytest.fixture(scope="module")
 def idle(server: embedded.Server) -> Iterator[Client]:
-    """A client of a platform without any worker."""
+    """A client of a platform without a worker."""
     modules = "tests.integration.ops,tests.integration.guarded_ops"
     with client_of(
         environment_of(server.url, "commands", pressed=True, RLM_OPERATIONS=modules)
@@ -51,11 +51,11 @@ def idle(server: embedded.Server) -> Iterator[Client]:
         yield own
 
 
-# --- with no worker alive ---------------------------------------------------------------------
+# --- without a worker -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "texts"),
     [
         (["status"], ["Pressure is normal", "start celery beat", "Workers: none"]),
         (["jobs"], ["Jobs"]),
@@ -72,30 +72,30 @@ def idle(server: embedded.Server) -> Iterator[Client]:
     ],
 )
 def test_a_command_works_with_no_worker_alive(
-    idle: Client, arguments: Sequence[str], words: Sequence[str]
+    idle: Client, arguments: Sequence[str], texts: Sequence[str]
 ) -> None:
     done = run(idle, *arguments)
 
     assert done.exit_code == 0, done.output
-    for each in words:
+    for each in texts:
         assert each in done.stdout
     json.loads(run(idle, *arguments, "--json").stdout)
 
 
-def test_a_job_that_nobody_runs_says_so(idle: Client) -> None:
+def test_a_job_without_a_worker_says_why_it_waits(idle: Client) -> None:
     submitted = run(
         idle, "submit", "--json", stdin=json.dumps({"operation": "sum", "items": [1, 2]})
     )
     job = json.loads(submitted.stdout)["id"]
 
-    shown = run(idle, "job", job)
-    assert "pending" in shown.stdout
-    assert "for a worker" in shown.stdout
-    assert "opened" in shown.stdout
-    assert [each["event"] for each in told(idle, "job", job)["events"]] == ["opened"]
-    assert {row["queue"]: row["depth"] for row in told(idle, "queues")}["commands.normal"] >= 1
+    printed = run(idle, "job", job)
+    assert "pending" in printed.stdout
+    assert "for a worker" in printed.stdout
+    assert "opened" in printed.stdout
+    assert [each["event"] for each in run_json(idle, "job", job)["events"]] == ["opened"]
+    assert {row["queue"]: row["depth"] for row in run_json(idle, "queues")}["commands.normal"] >= 1
     assert "cancelled" in run(idle, "cancel", job).stdout
-    assert told(idle, "job", job)["events"][-1]["detail"] == "cancelled"
+    assert run_json(idle, "job", job)["events"][-1]["detail"] == "cancelled"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_mistake_is_one_sentence_and_an_exit_code(
         ["quarantine", "list"],
     ],
 )
-def test_without_redis_each_command_says_where_it_looked(arguments: Sequence[str]) -> None:
+def test_without_redis_each_command_names_the_url(arguments: Sequence[str]) -> None:
     settings = Settings(redis_url=WITHOUT_REDIS, operations=("tests.integration.guarded_ops",))
     app = install(Celery("nowhere", set_as_current=False), settings)
     app.config_from_object(configuration(settings))
@@ -152,41 +152,41 @@ def test_without_redis_each_command_says_where_it_looked(arguments: Sequence[str
     assert WITHOUT_REDIS in done.stderr
 
 
-# --- acting -----------------------------------------------------------------------------------
+# --- actions ----------------------------------------------------------------------------------
 
 
-def test_a_drill_is_begun_and_ended(idle: Client) -> None:
+def test_a_drill_starts_and_ends(idle: Client) -> None:
     assert (
         "All workers act on critical"
         in run(idle, "pressure", "force", "critical", "--for", "60").stdout
     )
-    assert (told(idle, "pressure")["level"], idle.status().forced) == ("critical", "critical")
+    assert (run_json(idle, "pressure")["level"], idle.status().forced) == ("critical", "critical")
 
     assert "The drill has ended" in run(idle, "pressure", "release").stdout
     assert "There was no drill" in run(idle, "pressure", "release").stdout
-    assert told(idle, "pressure", "release") == {"released": False}
+    assert run_json(idle, "pressure", "release") == {"released": False}
 
 
-@pytest.mark.parametrize("how", [["reset-me"], ["--all"]])
-def test_an_open_breaker_is_seen_and_closed(idle: Client, how: list[str]) -> None:
+@pytest.mark.parametrize("selection", [["reset-me"], ["--all"]])
+def test_the_commands_show_and_close_an_open_breaker(idle: Client, selection: list[str]) -> None:
     breaker = idle.create_circuit_breaker("reset-me", failure_threshold=1)
     breaker.open()
-    assert told(idle, "breakers")["reset-me"]["state"] == "open"
+    assert run_json(idle, "breakers")["reset-me"]["state"] == "open"
     assert "open" in run(idle, "breakers").stdout
 
-    assert "reset-me" in run(idle, "breakers", "reset", *how).stdout
+    assert "reset-me" in run(idle, "breakers", "reset", *selection).stdout
 
-    assert told(idle, "breakers")["reset-me"]["state"] == "closed"
+    assert run_json(idle, "breakers")["reset-me"]["state"] == "closed"
 
 
-def test_alerts_are_shown_the_newest_first(idle: Client) -> None:
+def test_the_newest_alert_comes_first(idle: Client) -> None:
     for name in ("first", "second"):
         idle.alerts.process_event(
             Event("breaker.opened", f"{name} is open", EventSeverity.WARNING, {"breaker": name})
         )
     wait_until(lambda: len(idle.alerts.history()) == 2)
 
-    found = told(idle, "alerts")
+    found = run_json(idle, "alerts")
     assert [each["subject"] for each in found["alerts"]] == ["second", "first"]
     assert found["total_alerts"] == 2
     assert "second is open" in run(idle, "alerts", "--limit", "1").stdout
@@ -196,7 +196,7 @@ def test_alerts_are_shown_the_newest_first(idle: Client) -> None:
 # --- the deployment ---------------------------------------------------------------------------
 
 
-def test_the_doctor_says_what_is_wrong_and_what_to_do(idle: Client) -> None:
+def test_the_doctor_names_faults_and_remedies(idle: Client) -> None:
     done = run(idle, "doctor")
 
     assert done.exit_code == 1
@@ -208,12 +208,12 @@ def test_the_doctor_says_what_is_wrong_and_what_to_do(idle: Client) -> None:
     assert (found["redis"], found["packages"]) == ("ok", "ok")
 
 
-def test_a_bundle_is_one_document_on_the_screen_or_in_a_file(idle: Client, tmp_path: Path) -> None:
+def test_a_bundle_is_printed_or_saved_as_one_document(idle: Client, tmp_path: Path) -> None:
     job = idle.submit(operation="sum", items=[734_211])
 
-    told = json.loads(run(idle, "bundle", "--job", job.id).stdout)
-    assert told["job"]["id"] == job.id
-    assert "734211" not in json.dumps(told)
+    bundle = json.loads(run(idle, "bundle", "--job", job.id).stdout)
+    assert bundle["job"]["id"] == job.id
+    assert "734211" not in json.dumps(bundle)
 
     assert (
         "look at it before you send it" in run(idle, "bundle", str(tmp_path / "bundle.json")).stdout
@@ -228,7 +228,7 @@ def test_a_bundle_is_one_document_on_the_screen_or_in_a_file(idle: Client, tmp_p
 # --- configuration ----------------------------------------------------------------------------
 
 
-def test_settings_are_carried_by_a_file(idle: Client, tmp_path: Path) -> None:
+def test_settings_are_exported_to_a_file_and_imported(idle: Client, tmp_path: Path) -> None:
     file = tmp_path / "settings.json"
     assert run(idle, "config", "export", str(file)).exit_code == 0
     assert import_config(file.read_text(encoding="utf-8")).operations == idle.settings.operations
@@ -241,7 +241,7 @@ def test_settings_are_carried_by_a_file(idle: Client, tmp_path: Path) -> None:
     assert "RLM_NODE__PULSE_MS" not in run(idle, "config", "show", "--changed").stdout
 
 
-def test_a_wrong_file_of_settings_is_refused(idle: Client) -> None:
+def test_a_settings_file_with_an_unknown_field_is_refused(idle: Client) -> None:
     done = run(idle, "config", "import", "-", stdin='{"node": {"target": 3}}')
 
     assert done.exit_code == 2

@@ -1,4 +1,4 @@
-"""``celery inspect`` and ``celery control``: what a worker tells, and what it is told."""
+"""``celery inspect`` and ``celery control``: reports of a worker, and commands to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def environment_here(server: embedded.Server) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def controlled(environment_here: dict[str, str], logs: Path) -> Iterator[Client]:
-    """A client of a worker that takes orders."""
+    """A client of a worker for remote control."""
     with (
         embedded.worker(environment_here, log=logs / "controlled.log", slots=SLOTS),
         client_of(environment_here) as own,
@@ -34,7 +34,7 @@ def controlled(environment_here: dict[str, str], logs: Path) -> Iterator[Client]
 
 
 def ask(client: Client, command: str, **arguments: Any) -> Any:
-    """Send a command to the worker; return what it answers."""
+    """Send a command to the worker; return its answer."""
     answers = client.app.control.broadcast(
         command, arguments=arguments, reply=True, timeout=10, limit=1
     )
@@ -43,7 +43,7 @@ def ask(client: Client, command: str, **arguments: Any) -> Any:
 
 
 def celery(environment: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command line of Celery's."""
+    """Run Celery's command line."""
     return subprocess.run(
         [sys.executable, "-m", "celery", "-A", "rlm_tasks", *arguments],
         capture_output=True,
@@ -83,23 +83,23 @@ def test_the_commands_are_listed_with_their_arguments(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "text"),
     [
         (["force_pressure", "hihg"], "'hihg' is no pressure level; there are normal, elevated"),
         (["force_pressure", "high", "soon"], "for_s='soon': give a number of seconds above 0"),
     ],
 )
-def test_a_wrong_argument_is_refused_where_it_was_typed(
-    environment_here: dict[str, str], arguments: list[str], words: str
+def test_the_command_line_refuses_a_wrong_argument(
+    environment_here: dict[str, str], arguments: list[str], text: str
 ) -> None:
     done = celery(environment_here, "control", *arguments)
 
     assert done.returncode == 2
-    assert words in done.stderr
+    assert text in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_what_a_worker_tells(controlled: Client) -> None:
+def test_a_worker_reports_pressure_slots_and_limits(controlled: Client) -> None:
     pressure, slots = ask(controlled, "pressure"), ask(controlled, "slots")
 
     assert pressure["host"]["slots"] == SLOTS
@@ -109,7 +109,7 @@ def test_what_a_worker_tells(controlled: Client) -> None:
     assert {each["service"] for each in ask(controlled, "limits")} >= {"metered", "narrow"}
 
 
-def test_running_nodes_are_told_with_their_process(controlled: Client) -> None:
+def test_the_slots_command_lists_running_nodes_with_their_process(controlled: Client) -> None:
     job = controlled.submit(operation="nap", items=[200] * 50, type="sequential")
     wait_until(lambda: job.progress().done >= 1)
 
@@ -145,7 +145,7 @@ def test_a_drill_by_remote_control(controlled: Client) -> None:
     assert "no pressure level" in ask(controlled, "force_pressure")["error"]
 
 
-def test_a_drained_worker_hands_its_nodes_over_and_takes_them_again_when_it_resumes(
+def test_a_drained_worker_hands_over_its_nodes_until_it_resumes(
     controlled: Client,
 ) -> None:
     job = controlled.submit(operation="nap", items=[50] * 200, type="sequential")
@@ -156,7 +156,7 @@ def test_a_drained_worker_hands_its_nodes_over_and_takes_them_again_when_it_resu
     slots = ask(controlled, "slots")
     assert (slots["draining"], slots["free"], slots["queues"]) == (True, 0, [])
     done = job.progress().done
-    assert "ok" in ask(controlled, "rlm_drain"), "twice is as good as once"
+    assert "ok" in ask(controlled, "rlm_drain"), "a second drain changes nothing"
 
     assert "controlled.normal" in ask(controlled, "rlm_resume")["ok"]
     wait_until(lambda: job.progress().done > done)

@@ -1,6 +1,4 @@
-"""Every program of docs/examples runs as it is written; links lead somewhere, and the Makefile
-tells of itself.
-"""
+"""Programs of docs/examples run as written, links are not broken, and `make help` is complete."""
 
 from __future__ import annotations
 
@@ -54,12 +52,12 @@ def test_examples_run_as_written(
         assert expected in done.stdout
 
 
-def test_the_example_of_models_needs_nothing_but_itself() -> None:
-    asked = "Which functions return the index where to insert an item into a sorted list?"
+def test_the_model_example_runs_alone() -> None:
+    question = "Which functions return the index where to insert an item into a sorted list?"
     program = [
         sys.executable,
         str(ROOT / "docs/examples/ask_docstrings.py"),
-        asked,
+        question,
         "--items",
         "400",
     ]
@@ -74,14 +72,14 @@ def test_the_example_of_models_needs_nothing_but_itself() -> None:
     assert "400 texts read" in done.stdout
 
 
-def test_the_example_of_the_readme_is_short() -> None:
+def test_the_readmes_first_example_is_short() -> None:
     first = read("README.md", PAGES["README.md"])[0]
 
     assert first.language == "python"
     assert len([line for line in first.text.splitlines() if line.strip()]) <= 12
 
 
-def test_links_of_the_documentation_lead_somewhere() -> None:
+def test_links_in_the_documentation_are_not_broken() -> None:
     broken = [
         f"{name}: {target}"
         for name, text in PAGES.items()

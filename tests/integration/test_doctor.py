@@ -1,4 +1,4 @@
-"""What the doctor finds on a real server, with and without a worker, and while Redis is away."""
+"""The doctor's findings on a real server: with a worker, without one, and without Redis."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support import wait_until
 
 
 def examined(client: Client, **options: Any) -> dict[str, Finding]:
-    """Return the worst finding of each check, after a look at all of them."""
+    """Return the worst finding of each check; assert that every finding but "ok" has advice."""
     found = examine(client, client.app, **options)
     assert all((each.state == "ok") == (not each.advice) for each in found), found
     order = {"ok": 0, "warning": 1, "fault": 2}
@@ -30,31 +30,30 @@ def examined(client: Client, **options: Any) -> dict[str, Finding]:
 
 
 @pytest.fixture
-def publish(lonely_client: Client) -> Callable[..., None]:
-    """Publish what a worker would tell of its host."""
-    store = lonely_client.ledger.store
-    board = Board(store, lonely_client.ledger.keys, lonely_client.settings.pressure)
-    every = tuple(lonely_client.queues())
+def publish(client_without_worker: Client) -> Callable[..., None]:
+    """A function that publishes a worker's report of its host."""
+    store = client_without_worker.ledger.store
+    board = Board(store, client_without_worker.ledger.keys, client_without_worker.settings.pressure)
+    every = tuple(client_without_worker.queues())
 
     def publish(
         worker: str = "w1", *, queues: tuple[str, ...] = every, ahead_s: float = 0.0, **more: Any
     ) -> None:
-        told = {"version": __version__, "schema": SCHEMA, **more}
+        fields = {"version": __version__, "schema": SCHEMA, **more}
         at = store.now_ms() / 1000 + ahead_s
         store.call(
             board.publish(
-                HostReport(worker, Level.NORMAL, 0.0, "", 2, 0, queues, {}, at=at, **told)
+                HostReport(worker, Level.NORMAL, 0.0, "", 2, 0, queues, {}, at=at, **fields)
             )
         )
 
     return publish
 
 
-def test_a_platform_with_a_worker_is_well_but_for_its_disk_and_beat(client: Client) -> None:
+def test_with_a_worker_only_persistence_and_beat_are_warnings(client: Client) -> None:
     wait_until(lambda: any(host.queues for host in client.status().hosts))
-    wait_until(
-        lambda: examined(client)["clock"].state == "ok"
-    )  # a report may have been late, on a busy machine
+    # On a busy machine a report may be late at first.
+    wait_until(lambda: examined(client)["clock"].state == "ok")
     found = examined(client)
 
     assert {check for check, each in found.items() if each.state == "fault"} == set()
@@ -76,18 +75,18 @@ def test_a_platform_with_a_worker_is_well_but_for_its_disk_and_beat(client: Clie
     assert "RLM_OPERATIONS=tests.integration.ops" in found["operations"].found
 
 
-def test_without_a_worker_the_rest_is_told_and_what_waits_is_a_fault(lonely_client: Client) -> None:
-    assert "queues" not in examined(lonely_client), (
-        "nothing waits, and that there is no worker is said once"
+def test_without_a_worker_waiting_messages_are_a_fault(client_without_worker: Client) -> None:
+    assert "queues" not in examined(client_without_worker), (
+        "the missing worker is reported only once"
     )
-    lonely_client.submit(operation="sum", items=[1])
+    client_without_worker.submit(operation="sum", items=[1])
 
-    found = examined(lonely_client)
+    found = examined(client_without_worker)
 
     assert found["workers"].state == "fault"
     assert (
         found["queues"].found
-        == f"messages wait that nobody consumes: 1 in {lonely_client.settings.namespace}.normal"
+        == f"messages wait that nobody consumes: 1 in {client_without_worker.settings.namespace}.normal"
     )
     assert found["beat"].state == "warning"
     assert (
@@ -100,23 +99,23 @@ def test_without_a_worker_the_rest_is_told_and_what_waits_is_a_fault(lonely_clie
 
 
 def test_a_queue_without_a_worker_is_named(
-    lonely_client: Client, publish: Callable[..., None]
+    client_without_worker: Client, publish: Callable[..., None]
 ) -> None:
-    urgent = tuple(name for name in lonely_client.queues() if not name.endswith(".low"))
+    urgent = tuple(name for name in client_without_worker.queues() if not name.endswith(".low"))
     publish(queues=urgent)
 
-    found = examined(lonely_client)["queues"]
+    found = examined(client_without_worker)["queues"]
     assert (found.state, found.found) == (
         "warning",
-        f"no worker consumes {lonely_client.settings.namespace}.low",
+        f"no worker consumes {client_without_worker.settings.namespace}.low",
     )
-    assert found.advice.endswith(f"-Q {lonely_client.settings.namespace}.low")
+    assert found.advice.endswith(f"-Q {client_without_worker.settings.namespace}.low")
     publish("w2")
-    assert examined(lonely_client)["queues"].state == "ok"
+    assert examined(client_without_worker)["queues"].state == "ok"
 
 
 @pytest.mark.parametrize(
-    ("told", "state", "words"),
+    ("published", "state", "text"),
     [
         ({}, "ok", f"all workers run RLM Tasks {__version__}"),
         ({"version": "0.0.9"}, "warning", "others on w1 (0.0.9)"),
@@ -124,64 +123,68 @@ def test_a_queue_without_a_worker_is_named(
     ],
 )
 def test_workers_of_another_release_are_named(
-    lonely_client: Client,
+    client_without_worker: Client,
     publish: Callable[..., None],
-    told: dict[str, Any],
+    published: dict[str, Any],
     state: str,
-    words: str,
+    text: str,
 ) -> None:
-    publish(**told)
+    publish(**published)
 
-    found = examined(lonely_client)["releases"]
+    found = examined(client_without_worker)["releases"]
     assert found.state == state
-    assert words in found.found
+    assert text in found.found
 
 
 def test_workers_that_cannot_read_new_jobs_are_a_fault(
-    lonely_client: Client, publish: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    client_without_worker: Client, publish: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish()
     monkeypatch.setattr("rlm_tasks.diagnosis.doctor.SCHEMA", SCHEMA + 1)
 
-    assert examined(lonely_client)["releases"].state == "fault"
+    assert examined(client_without_worker)["releases"].state == "fault"
 
 
 @pytest.mark.parametrize(("ahead_s", "state"), [(0.0, "ok"), (-2.0, "warning"), (60.0, "fault")])
-def test_clocks_are_compared_with_that_of_redis(
-    lonely_client: Client, publish: Callable[..., None], ahead_s: float, state: str
+def test_clocks_are_compared_with_the_clock_of_redis(
+    client_without_worker: Client, publish: Callable[..., None], ahead_s: float, state: str
 ) -> None:
-    assert examined(lonely_client, clock=lambda: time.time() + ahead_s)["clock"].state == state
+    assert (
+        examined(client_without_worker, clock=lambda: time.time() + ahead_s)["clock"].state == state
+    )
     publish("fine")
     publish("wrong", ahead_s=ahead_s)
 
-    found = examined(lonely_client)["clock"]
+    found = examined(client_without_worker)["clock"]
     assert found.state == state
     if state != "ok":
         assert "the worst of the workers' clocks, wrong's," in found.found
 
 
-def test_beat_is_known_by_what_it_does_and_a_drill_is_not_forgotten(
-    lonely_client: Client, publish: Callable[..., None]
+def test_beat_is_detected_by_its_measurement_and_a_drill_is_reported(
+    client_without_worker: Client, publish: Callable[..., None]
 ) -> None:
     publish()
-    assert "beat" in examined(lonely_client)["beat"].advice
+    assert "beat" in examined(client_without_worker)["beat"].advice
     board = Board(
-        lonely_client.ledger.store, lonely_client.ledger.keys, lonely_client.settings.pressure
+        client_without_worker.ledger.store,
+        client_without_worker.ledger.keys,
+        client_without_worker.settings.pressure,
     )
     board.announce(ClusterReport(0, "", 0.0), b"")
-    lonely_client.pressure.force("high", 60)
+    client_without_worker.pressure.force("high", 60)
 
-    found = examined(lonely_client)
+    found = examined(client_without_worker)
 
     assert found["beat"].state == "ok"
     assert "a drill holds level high" in found["pressure"].found
 
 
-def test_quarantine_and_open_breakers_are_told_with_their_commands(lonely_client: Client) -> None:
-    lonely_client.create_circuit_breaker("llm").open()
+def test_quarantine_and_open_breakers_come_with_a_command(client_without_worker: Client) -> None:
+    client_without_worker.create_circuit_breaker("llm").open()
     job, ledger = (
-        lonely_client.submit(operation="echo", items=["confidential"]),
-        lonely_client.ledger,
+        client_without_worker.submit(operation="echo", items=["confidential"]),
+        client_without_worker.ledger,
     )
     record = msgspec.json.encode(
         QuarantinedItem(job.id, 0, "echo", "stored item 0", 3, "SIGKILL")
@@ -192,7 +195,7 @@ def test_quarantine_and_open_breakers_are_told_with_their_commands(lonely_client
         b"",
     )
 
-    found = examined(lonely_client)
+    found = examined(client_without_worker)
 
     assert found["breakers"].found == "calls are held back: llm (open)"
     assert found["breakers"].advice == "Type: celery -A rlm_tasks rlm breakers"
@@ -200,11 +203,15 @@ def test_quarantine_and_open_breakers_are_told_with_their_commands(lonely_client
     assert found["quarantine"].advice == "Type: celery -A rlm_tasks rlm quarantine list"
 
 
-def test_settings_of_an_app_of_ones_own_are_told(lonely_client: Client) -> None:
-    lonely_client.app.conf.worker_prefetch_multiplier = 4
-    lonely_client.app.conf.accept_content = ["json", "pickle"]
+def test_unsuitable_settings_of_a_users_app_are_warnings(client_without_worker: Client) -> None:
+    client_without_worker.app.conf.worker_prefetch_multiplier = 4
+    client_without_worker.app.conf.accept_content = ["json", "pickle"]
 
-    found = [each for each in examine(lonely_client, lonely_client.app) if each.check == "celery"]
+    found = [
+        each
+        for each in examine(client_without_worker, client_without_worker.app)
+        if each.check == "celery"
+    ]
 
     assert {each.state for each in found} == {"warning"}
     assert any("pickle" in each.found for each in found)
@@ -213,11 +220,11 @@ def test_settings_of_an_app_of_ones_own_are_told(lonely_client: Client) -> None:
 
 @pytest.fixture
 def nowhere() -> str:
-    """The URL of a Redis that is not there."""
+    """The URL of a Redis that does not exist."""
     return f"redis://:s3cret@127.0.0.1:{embedded.free_port()}/0"
 
 
-def test_a_redis_that_is_away_is_one_fault_and_the_rest_is_looked_at(nowhere: str) -> None:
+def test_an_unreachable_redis_is_one_fault_and_other_checks_still_run(nowhere: str) -> None:
     with client_of(environment_of(nowhere, "away")) as client:
         found = examine(client, client.app)
 
@@ -226,7 +233,7 @@ def test_a_redis_that_is_away_is_one_fault_and_the_rest_is_looked_at(nowhere: st
     assert "s3cret" not in repr(found)
 
 
-def test_a_broker_of_its_own_is_looked_at_by_itself(server: embedded.Server, nowhere: str) -> None:
+def test_a_separate_broker_is_checked_separately(server: embedded.Server, nowhere: str) -> None:
     with client_of(environment_of(nowhere, "away", RLM_BROKER_URL=server.url)) as client:
         found = examined(client)
         assert (found["redis"].state, found["broker"].state) == ("fault", "ok")
@@ -237,7 +244,7 @@ def test_a_broker_of_its_own_is_looked_at_by_itself(server: embedded.Server, now
         assert "workers" in found
 
 
-def test_a_url_that_cannot_be_read_is_told_without_its_password(server: embedded.Server) -> None:
+def test_an_invalid_url_is_reported_without_its_password(server: embedded.Server) -> None:
     found = examined(
         client_of(environment_of("redis://:s3cret@host:port/0", "away", RLM_BROKER_URL=server.url))
     )
@@ -246,9 +253,11 @@ def test_a_url_that_cannot_be_read_is_told_without_its_password(server: embedded
     assert "s3cret" not in repr(found)
 
 
-def test_a_redis_that_refuses_is_told(server: embedded.Server, lonely_client: Client) -> None:
-    """A user that may write nothing: the scripts of the board are refused, and INFO is."""
-    admin = lonely_client.ledger.store.client
+def test_a_redis_that_refuses_commands_is_reported(
+    server: embedded.Server, client_without_worker: Client
+) -> None:
+    """The Redis user may not write: scripts of the board are refused, and so is INFO."""
+    admin = client_without_worker.ledger.store.client
     admin.acl_setuser(
         "reader",
         enabled=True,

@@ -1,6 +1,6 @@
-"""Items that fail, jobs that end early, merges that break: every one leads to a final state with
-exact counts.
-"""
+"""Items that fail, jobs that end early, and merges that raise.
+
+Every such job reaches a final state with exact counts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_failures_are_data_and_the_rate_is_exact(client: Client) -> None:
     assert list(result.successful) == list(range(0, 101, 2))
 
 
-def test_without_continue_on_error_the_first_failure_decides(client: Client) -> None:
+def test_without_continue_on_error_the_first_failure_fails_the_job(client: Client) -> None:
     items = [{"i": i, "ms": 2, "fails": i == 60} for i in range(500)]
 
     with pytest.raises(JobFailed, match="item") as caught:
@@ -51,7 +51,7 @@ def test_without_continue_on_error_the_first_failure_decides(client: Client) -> 
 @pytest.mark.parametrize(
     ("threshold", "status"), [(0.1, Status.SUCCEEDED), (0.09, Status.FAILED), (0.0, Status.FAILED)]
 )
-def test_the_verdict_falls_when_more_than_the_threshold_fails(
+def test_a_job_fails_when_more_than_the_threshold_fails(
     client: Client, threshold: float, status: Status
 ) -> None:
     items = [{"i": i, "ms": 1, "fails": i % 10 == 9} for i in range(300)]
@@ -69,7 +69,7 @@ def test_the_verdict_falls_when_more_than_the_threshold_fails(
     assert (int(facts["failed"]) > threshold * 300) == (status is Status.FAILED)
 
 
-def test_a_decided_job_stops_its_running_nodes(client: Client) -> None:
+def test_a_failed_job_stops_its_running_nodes(client: Client) -> None:
     items = [{"i": i, "ms": 20, "fails": i < 40} for i in range(600)]
     job = client.submit(
         operation="spin_then_collect", items=items, continue_on_error=True, error_threshold=0.02
@@ -169,8 +169,8 @@ def test_a_job_past_its_timeout_is_expired_with_its_partial_answer(client: Clien
     assert job.progress().elapsed_s < 3
 
 
-def test_a_job_expires_where_no_worker_lives(lonely_client: Client) -> None:
-    job = lonely_client.submit(operation="sum", items=range(10), timeout=0.3)
+def test_a_job_expires_without_a_worker(client_without_worker: Client) -> None:
+    job = client_without_worker.submit(operation="sum", items=range(10), timeout=0.3)
 
     with pytest.raises(JobExpired):
         job.result(timeout=5)
@@ -178,7 +178,7 @@ def test_a_job_expires_where_no_worker_lives(lonely_client: Client) -> None:
     assert job.progress().skipped == 10
 
 
-def test_early_termination_skips_the_rest_and_says_so(client: Client) -> None:
+def test_early_termination_skips_the_rest_and_reports_it(client: Client) -> None:
     items = [{"i": i, "ms": 5} for i in range(400)]
 
     result = client.execute(
@@ -216,7 +216,7 @@ def test_validation_runs_over_every_item_first(client: Client) -> None:
     assert [failure.index for failure in tolerant.failed] == [0, 1, 2, 3]
 
 
-def test_empty_items_are_skipped_where_asked(client: Client) -> None:
+def test_empty_items_are_skipped_on_request(client: Client) -> None:
     result = client.execute(
         operation="echo", items=["a", "", None, 0, [], "b"], skip_if_empty=True, timeout=30
     )
@@ -224,7 +224,11 @@ def test_empty_items_are_skipped_where_asked(client: Client) -> None:
     assert list(result.successful) == [0, 3, 5]
 
 
-def test_an_empty_job_is_skipped_where_asked_and_sends_no_message(lonely_client: Client) -> None:
-    result = lonely_client.execute(operation="echo", items=[], skip_if_empty=True, timeout=5)
+def test_an_empty_job_is_skipped_on_request_without_a_message(
+    client_without_worker: Client,
+) -> None:
+    result = client_without_worker.execute(
+        operation="echo", items=[], skip_if_empty=True, timeout=5
+    )
 
     assert (result.status, result.output, result.total) == (Status.SUCCEEDED, None, 0)

@@ -1,6 +1,4 @@
-"""The platform's tabs in a real Flower: what they show, who may look and act, and where Flower
-listens.
-"""
+"""The platform's tabs in a real Flower: their contents, login and permissions, and the address."""
 
 from __future__ import annotations
 
@@ -22,28 +20,33 @@ from tests.support import wait_until
 
 
 @pytest.fixture(scope="module")
-def shown(server: embedded.Server) -> dict[str, str]:
+def flower_environment(server: embedded.Server) -> dict[str, str]:
     modules = "tests.integration.ops,tests.integration.guarded_ops"
     return environment_of(server.url, "shown", RLM_OPERATIONS=modules)
 
 
 @pytest.fixture(scope="module")
-def platform(shown: dict[str, str], logs: Path) -> Iterator[Client]:
-    with embedded.worker(shown, log=logs / "shown.log"), client_of(shown) as own:
+def platform(flower_environment: dict[str, str], logs: Path) -> Iterator[Client]:
+    with (
+        embedded.worker(flower_environment, log=logs / "shown.log"),
+        client_of(flower_environment) as own,
+    ):
         yield own
 
 
 @pytest.fixture(scope="module")
-def plain(shown: dict[str, str], logs: Path) -> Iterator[Flower]:
-    """A Flower as one starts it first: nobody has to log in."""
-    with flower(shown, logs / "flower-plain.log") as own:
+def plain(flower_environment: dict[str, str], logs: Path) -> Iterator[Flower]:
+    """A Flower with default options, which needs no login."""
+    with flower(flower_environment, logs / "flower-plain.log") as own:
         yield own
 
 
 @pytest.fixture(scope="module")
-def locked(shown: dict[str, str], logs: Path) -> Iterator[Flower]:
+def locked(flower_environment: dict[str, str], logs: Path) -> Iterator[Flower]:
     """A Flower behind a login, and under a prefix."""
-    with flower(shown, logs / "flower-locked.log", f"--basic_auth={USER}", prefix="/ops") as own:
+    with flower(
+        flower_environment, logs / "flower-locked.log", f"--basic_auth={USER}", prefix="/ops"
+    ) as own:
         yield own
 
 
@@ -53,10 +56,10 @@ def texts(table: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-# --- what is shown ----------------------------------------------------------------------------
+# --- contents ---------------------------------------------------------------------------------
 
 
-def test_the_tabs_stand_in_flowers_own_bar_and_the_page_is_flowers(plain: Flower) -> None:
+def test_flowers_bar_has_our_tabs_and_pages_have_flowers_style(plain: Flower) -> None:
     for path in ("/workers", *(f"/rlm/{tab}" for tab in TABS)):
         status, page = plain.get(path)
         assert status == 200
@@ -66,7 +69,7 @@ def test_the_tabs_stand_in_flowers_own_bar_and_the_page_is_flowers(plain: Flower
     assert 'nav-link active" aria-current="page" href="/rlm/limits"' in plain.get("/rlm/limits")[1]
 
 
-def test_a_job_is_seen_from_its_start_to_its_failures(plain: Flower, platform: Client) -> None:
+def test_a_job_is_shown_with_tree_failures_and_events(plain: Flower, platform: Client) -> None:
     job = platform.submit(
         operation="fail_odd", items=[2, 3, 4, 5], continue_on_error=True, description="half are odd"
     )
@@ -82,22 +85,20 @@ def test_a_job_is_seen_from_its_start_to_its_failures(plain: Flower, platform: C
 
     tables = {table["title"].partition(":")[0]: table for table in picture["tables"]}
     assert picture["sentence"].startswith("It succeeded: 2 of 4 items done, 2 failed")
-    assert {"root", "merge"} <= {row[0] for row in texts(tables["Tree"])}, "it may have been shared"
+    assert {"root", "merge"} <= {row[0] for row in texts(tables["Tree"])}, "it may have split"
     assert texts(tables["Failures"]) == [["ValueError", "OPERATION_FAILED", "2", "1, 3"]]
     assert tables["Receipt"]["rows"] == []
     assert texts(tables["What happened"])[-1][1:] == ["closed", "succeeded"]
 
 
-def test_what_went_wrong_with_an_item_is_not_shown_in_its_own_words(
-    plain: Flower, platform: Client
-) -> None:
+def test_an_items_error_message_is_not_shown(plain: Flower, platform: Client) -> None:
     job = platform.submit(operation="fail_odd", items=[734_211], continue_on_error=True)
     job.wait(timeout=20)
 
     assert "734211" not in json.dumps(plain.data(f"/rlm/job/{job.id}")).replace(",", "")
 
 
-def test_every_tab_tells_of_the_platform(plain: Flower, platform: Client) -> None:
+def test_every_tab_shows_the_state_of_the_platform(plain: Flower, platform: Client) -> None:
     platform.create_circuit_breaker("broken", failure_threshold=1).open()
     wait_until(lambda: len(platform.pressure.consumers()) == 4)
 
@@ -118,7 +119,7 @@ def test_every_tab_tells_of_the_platform(plain: Flower, platform: Client) -> Non
     assert all("@" in row[5] for row in texts(queues["tables"][0]))
 
 
-def test_what_runs_and_what_is_parked_is_counted_by_queue(plain: Flower, platform: Client) -> None:
+def test_running_and_parked_nodes_are_counted_by_queue(plain: Flower, platform: Client) -> None:
     runs = platform.submit(operation="nap", items=[100] * 100, type="sequential", priority="low")
     wait_until(lambda: runs.progress().done >= 1)
 
@@ -129,7 +130,7 @@ def test_what_runs_and_what_is_parked_is_counted_by_queue(plain: Flower, platfor
     runs.wait(timeout=10)
 
 
-def test_a_job_that_is_not_there_is_told_in_words(plain: Flower) -> None:
+def test_an_unknown_job_is_a_404_with_a_message(plain: Flower) -> None:
     status, text = plain.get("/rlm/job/nothing?json=1")
 
     assert status == 404
@@ -137,11 +138,11 @@ def test_a_job_that_is_not_there_is_told_in_words(plain: Flower) -> None:
     assert plain.get("/rlm/nothing")[0] == 404
 
 
-def test_the_cluster_is_on_flowers_own_metrics(plain: Flower, platform: Client) -> None:
+def test_flowers_metrics_include_the_cluster(plain: Flower, platform: Client) -> None:
     platform.create_circuit_breaker("measured", failure_threshold=1).open()
     runs = platform.submit(operation="nap", items=[100] * 200, type="sequential", priority="high")
 
-    def told(line: str) -> bool:
+    def has_metric(line: str) -> bool:
         return f"\n{line}\n" in plain.get("/metrics")[1]
 
     for line in (
@@ -153,7 +154,8 @@ def test_the_cluster_is_on_flowers_own_metrics(plain: Flower, platform: Client) 
         'rlm_nodes_open{queue="shown.high",state="running"} 1.0',
         'rlm_jobs{state="running"} 1.0',
     ):
-        wait_until(lambda line=line: told(line))  # type: ignore[misc]  # it looks every five seconds
+        # Flower measures the platform every five seconds.
+        wait_until(lambda line=line: has_metric(line))  # type: ignore[misc]
     assert (
         "flower_worker_online" in plain.get("/metrics")[1]
         or "flower_events_total" in plain.get("/metrics")[1]
@@ -162,10 +164,10 @@ def test_the_cluster_is_on_flowers_own_metrics(plain: Flower, platform: Client) 
     runs.wait(timeout=10)
 
 
-# --- who may look and act ---------------------------------------------------------------------
+# --- login and permissions --------------------------------------------------------------------
 
 
-def test_without_a_login_flower_is_seen_from_this_machine_alone_and_nobody_acts(
+def test_without_a_login_flower_is_local_and_refuses_actions(
     plain: Flower,
 ) -> None:
     listening = [
@@ -180,7 +182,7 @@ def test_without_a_login_flower_is_seen_from_this_machine_alone_and_nobody_acts(
     assert plain.post("release")[0] == 401
 
 
-def test_behind_a_login_and_a_prefix_nothing_is_seen_without_it(locked: Flower) -> None:
+def test_behind_a_login_every_page_needs_it(locked: Flower) -> None:
     for path in (*(f"/rlm/{tab}" for tab in TABS), "/rlm/job/nothing"):
         assert locked.get(path)[0] == 401
         assert locked.get(f"{path}?json=1")[0] == 401
@@ -195,14 +197,14 @@ def test_behind_a_login_and_a_prefix_nothing_is_seen_without_it(locked: Flower) 
     ("user", "site", "status"),
     [("", "same-origin", 401), ("me:wrong", "same-origin", 401), (USER, "cross-site", 403)],
 )
-def test_who_may_not_act_does_not(
+def test_an_action_without_permission_is_refused(
     locked: Flower, platform: Client, user: str, site: str, status: int
 ) -> None:
     assert locked.post("force", user, site=site, level="critical")[0] == status
     assert platform.status().forced == ""
 
 
-def test_who_has_logged_in_acts(locked: Flower, platform: Client) -> None:
+def test_a_logged_in_user_can_act(locked: Flower, platform: Client) -> None:
     job = platform.submit(operation="nap", items=[100] * 200)
     platform.create_circuit_breaker("to-close", failure_threshold=1).open()
     assert locked.data("/rlm/jobs", USER)["may_act"] is True
@@ -221,7 +223,7 @@ def test_who_has_logged_in_acts(locked: Flower, platform: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    ("action", "about", "status", "words"),
+    ("action", "about", "status", "text"),
     [
         ("cancel", {"job": "nothing"}, 404, "job nothing is unknown"),
         ("reset", {"breaker": "nobody"}, 400, "there is no such breaker"),
@@ -229,17 +231,19 @@ def test_who_has_logged_in_acts(locked: Flower, platform: Client) -> None:
         ("fly", {}, 404, "There is no such action"),
     ],
 )
-def test_a_mistake_is_told_in_words(
-    locked: Flower, action: str, about: dict[str, str], status: int, words: str
+def test_a_wrong_action_is_answered_with_a_message(
+    locked: Flower, action: str, about: dict[str, str], status: int, text: str
 ) -> None:
-    answered, told = locked.post(action, USER, **about)
+    answered, answer = locked.post(action, USER, **about)
 
-    assert (answered, words in told["error"]) == (status, True), told
+    assert (answered, text in answer["error"]) == (status, True), answer
 
 
-def test_a_flower_that_is_read_only_shows_everything_and_does_nothing(
-    shown: dict[str, str], logs: Path
+def test_a_read_only_flower_shows_pages_and_refuses_actions(
+    flower_environment: dict[str, str], logs: Path
 ) -> None:
-    with flower(shown, logs / "flower-readonly.log", f"--basic_auth={USER}", "--read_only") as own:
+    with flower(
+        flower_environment, logs / "flower-readonly.log", f"--basic_auth={USER}", "--read_only"
+    ) as own:
         assert own.data("/rlm/jobs", USER)["hint"] == "This Flower is read-only."
         assert own.post("release", USER)[0] == 403

@@ -1,6 +1,6 @@
-"""Operations behind guards on a real worker: what has to wait holds no slot, costs no attempt, and
-nothing is lost.
-"""
+"""Operations with guards on a real worker.
+
+A node that must wait holds no slot and uses up no attempt, and no item is lost."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.support import wait_until
 
 @pytest.fixture(scope="module")
 def guarded(server: embedded.Server, logs: Path) -> Iterator[Client]:
-    """A client of a worker that knows the guarded operations."""
+    """A client of a worker with the guarded operations."""
     environment = environment_of(
         server.url, "guarded", RLM_OPERATIONS="tests.integration.guarded_ops,tests.integration.ops"
     )
-    environment["RLM_GUARD_TIMEOUT_S"] = "1"  # a busy machine is no outage
+    environment["RLM_GUARD_TIMEOUT_S"] = "1"  # a delay on a busy machine is no outage
     with (
         embedded.worker(environment, log=logs / "guarded.log", slots=2),
         client_of(environment) as own,
@@ -33,15 +33,15 @@ def guarded(server: embedded.Server, logs: Path) -> Iterator[Client]:
 
 
 def journal(folder: Path) -> list[tuple[str, int, int, float]]:
-    """Return what operations noted: word, index, tries, time; in order of time."""
+    """Return the journal of the operations in order of time: event, index, tries, time."""
     lines = [line.split() for line in (folder / "journal").read_text(encoding="utf-8").splitlines()]
     return sorted(
-        ((word, int(index), int(tries), float(at)) for word, index, tries, at, _ in lines),
+        ((event, int(index), int(tries), float(at)) for event, index, tries, at, _ in lines),
         key=lambda each: each[3],
     )
 
 
-def test_what_waits_for_tokens_holds_no_slot(guarded: Client, tmp_path: Path) -> None:
+def test_a_node_that_waits_for_tokens_holds_no_slot(guarded: Client, tmp_path: Path) -> None:
     unlimited = {"operation": "nap", "items": [10.0] * 200, "chunk_size": 10}
     alone = guarded.execute(unlimited).metrics.execution_time_ms
     limited = guarded.submit(
@@ -56,17 +56,17 @@ def test_what_waits_for_tokens_holds_no_slot(guarded: Client, tmp_path: Path) ->
     beside = guarded.execute(unlimited).metrics.execution_time_ms
     assert limited.result(timeout=30).output == list(range(60))
 
-    # 20 calls a second take a claim and a parking each: a few per cent of two slots.
+    # 20 calls a second need a claim and a parking each: a few per cent of two slots.
     assert beside <= 1.5 * alone, (alone, beside)
-    assert len(journal(tmp_path)) == 60, "a refusal runs nothing"
+    assert len(journal(tmp_path)) == 60, "a refused node runs no item"
     held_s = limited.result().metrics.busy_ms / 1000
-    assert held_s < 1.0, "60 nodes have waited for 80 s in all, and held no slot meanwhile"
+    assert held_s < 1.0, "60 nodes waited for 80 s in total without a slot"
 
 
-def test_what_waits_for_tokens_comes_back_when_it_may_and_not_before(
+def test_nodes_that_wait_for_tokens_return_at_the_right_time(
     guarded: Client, tmp_path: Path
 ) -> None:
-    """With the slots for itself: behind other work it would wait for a slot, too."""
+    """No other job runs: beside other work the nodes would wait for a slot, too."""
     guarded.execute(
         operation="metered",
         items=range(60),
@@ -95,12 +95,12 @@ def test_an_open_breaker_parks_its_nodes_and_costs_no_attempt(
 
     assert (result.status, result.output) == (Status.SUCCEEDED, list(range(40)))
     assert max(Counter(index for _, index, _, _ in journal(tmp_path)).values()) <= 4, (
-        "attempts, not refusals, are counted"
+        "attempts are counted, refusals are not"
     )
     assert guarded.breakers.get("fragile").state in ("closed", "half-open")
 
 
-def test_closing_a_breaker_calls_those_who_wait(guarded: Client, tmp_path: Path) -> None:
+def test_closing_a_breaker_wakes_waiting_nodes(guarded: Client, tmp_path: Path) -> None:
     (tmp_path / "down").touch()
     job = guarded.submit(
         operation="stubborn", items=range(6), chunk_size=1, params={"folder": str(tmp_path)}
@@ -112,7 +112,7 @@ def test_closing_a_breaker_calls_those_who_wait(guarded: Client, tmp_path: Path)
     assert guarded.breakers.reset("reset-by-hand") == ["reset-by-hand"]
     assert job.result(timeout=20).output == list(range(6))
 
-    assert time.monotonic() - began < 10, "nobody has waited for the 60 s"
+    assert time.monotonic() - began < 10, "no node has waited for the 60 s"
 
 
 def test_a_fallback_answers_while_the_breaker_is_open(guarded: Client) -> None:
@@ -130,7 +130,7 @@ def test_a_fallback_answers_while_the_breaker_is_open(guarded: Client) -> None:
 
 
 @pytest.mark.parametrize("operation", ["third_time", "third_time_async"])
-def test_an_item_is_tried_again_and_its_neighbours_do_not_wait(
+def test_an_item_is_retried_without_delaying_its_neighbours(
     guarded: Client, tmp_path: Path, operation: str
 ) -> None:
     result = guarded.execute(
@@ -155,7 +155,7 @@ def test_an_item_is_tried_again_and_its_neighbours_do_not_wait(
     assert guarded.recovery_success_rate() is not None
 
 
-def test_many_in_flight_keep_to_the_rate(guarded: Client, tmp_path: Path) -> None:
+def test_async_items_keep_to_the_rate(guarded: Client, tmp_path: Path) -> None:
     result = guarded.execute(
         operation="metered_async", items=range(100), params={"folder": str(tmp_path)}, timeout=60
     )
@@ -166,7 +166,7 @@ def test_many_in_flight_keep_to_the_rate(guarded: Client, tmp_path: Path) -> Non
     assert 0.97 * 95 / 50 <= times[-1] - times[0] <= 1.3 * 95 / 50
 
 
-def test_a_bulkhead_holds_over_all_slots(guarded: Client, tmp_path: Path) -> None:
+def test_a_bulkhead_limits_all_slots_together(guarded: Client, tmp_path: Path) -> None:
     result = guarded.execute(
         operation="narrow",
         items=range(30),
@@ -176,8 +176,8 @@ def test_a_bulkhead_holds_over_all_slots(guarded: Client, tmp_path: Path) -> Non
     )
 
     assert result.output == list(range(30))
-    words = [word for word, _, _, _ in journal(tmp_path)]
-    assert all(before != after for before, after in pairwise(words)), "never two at once"
+    events = [event for event, _, _, _ in journal(tmp_path)]
+    assert all(before != after for before, after in pairwise(events)), "never two calls at once"
 
 
 @pytest.mark.parametrize("operation", ["sleepy", "sleepy_async"])
@@ -193,7 +193,7 @@ def test_an_item_past_its_limit_is_stopped_and_recorded(guarded: Client, operati
     assert result.metrics.execution_time_ms < 4000
 
 
-def test_an_item_that_never_returns_to_python_costs_its_process_and_nothing_else(
+def test_an_item_stuck_in_c_code_costs_only_its_process(
     guarded: Client,
 ) -> None:
     result = guarded.execute(
@@ -205,7 +205,7 @@ def test_an_item_that_never_returns_to_python_costs_its_process_and_nothing_else
     assert "0.5 s" in result.failed[0].message
 
 
-def test_what_was_reserved_and_not_used_flows_back(guarded: Client) -> None:
+def test_unused_reservations_return_to_the_bucket(guarded: Client) -> None:
     began = time.monotonic()
     assert guarded.execute(operation="accounted", items=range(20), timeout=30).output == list(
         range(20)
@@ -214,7 +214,7 @@ def test_what_was_reserved_and_not_used_flows_back(guarded: Client) -> None:
     assert time.monotonic() - began < 8, "20 reservations of 500 at 1,000 a second would take 10 s"
 
 
-def test_faults_that_come_back_are_counted_by_pattern(guarded: Client) -> None:
+def test_repeated_faults_are_counted_by_pattern(guarded: Client) -> None:
     guarded.execute(operation="fail_odd", items=range(40), continue_on_error=True, timeout=30)
 
     wait_until(lambda: any(each.service == "fail_odd" for each in guarded.fault_patterns()))
@@ -223,7 +223,7 @@ def test_faults_that_come_back_are_counted_by_pattern(guarded: Client) -> None:
     assert pattern.escalated
 
 
-def test_a_job_is_tried_again_as_the_first_document_says(guarded: Client) -> None:
+def test_execute_with_retry_accepts_a_policy_in_camel_case(guarded: Client) -> None:
     policy = {
         "maxRetries": 2,
         "backoffMultiplier": 2,

@@ -1,4 +1,4 @@
-"""What jobs leave behind: nothing in the worker, and nothing without an expiry in the server."""
+"""Jobs leave nothing behind in the worker, and no key without an expiry in the server."""
 
 from __future__ import annotations
 
@@ -46,8 +46,7 @@ def test_a_hundred_jobs_leave_nothing_behind(server: embedded.Server, logs: Any)
             sum(each.memory_info().rss for each in psutil.Process(process.pid).children()) - memory
         )
         assert grown < 16 * 2**20
-        # Celery's own registry of queues and its delivery bookkeeping live as long as the queues
-        # do.
+        # Celery's registry of queues and its delivery records stay as long as the queues.
         own = ("_kombu.binding", "unacked", "tidy.critical", "tidy.high", "tidy.normal", "tidy.low")
         wait_until(lambda: not store.exists("tidy:tidy.normal"))
         keys = [key.decode().removeprefix("tidy:") for key in store.scan_iter("tidy:*")]
@@ -75,22 +74,20 @@ def test_results_and_ledgers_expire(server: embedded.Server, logs: Any) -> None:
             job.result()
 
 
-def test_platforms_with_two_namespaces_do_not_meet(
-    server: embedded.Server, client: Client, lonely_client: Client
+def test_two_namespaces_do_not_share_jobs(
+    server: embedded.Server, client: Client, client_without_worker: Client
 ) -> None:
-    """The session's worker serves namespace `test`; a job of another one on the same database
-    waits.
-    """
+    """The session's worker serves namespace `test`; a job of another namespace waits."""
     mine = client.submit(operation="sum", items=range(10))
-    other = lonely_client.submit(operation="sum", items=range(10))
+    other = client_without_worker.submit(operation="sum", items=range(10))
 
     assert mine.get(timeout=30) == 45
     assert not other.ready()
     assert other.id not in {job.id for job in client.jobs(1000)}
     with pytest.raises(JobNotFound):
         client.job(other.id)
-    prefix = f"{lonely_client.settings.namespace}:"
-    assert lonely_client.ledger.store.client.llen(f"{prefix}{prefix[:-1]}.normal") == 1
+    prefix = f"{client_without_worker.settings.namespace}:"
+    assert client_without_worker.ledger.store.client.llen(f"{prefix}{prefix[:-1]}.normal") == 1
 
 
 class Spy(threading.Thread):
@@ -98,7 +95,7 @@ class Spy(threading.Thread):
 
     def __init__(self, port: int, prefix: str) -> None:
         super().__init__(daemon=True)
-        # Not redis-py's monitor: it takes each of some hundred thousand lines apart.
+        # redis-py's monitor is too slow here: it parses each of several hundred thousand lines.
         self._socket = socket.create_connection(("127.0.0.1", port))
         self._push = f'"LPUSH" "{prefix}'.encode()
         self.sizes: list[int] = []

@@ -1,6 +1,6 @@
-"""A small app of somebody's, with the platform installed: docs/examples/existing_app, run as
-docs/existing_apps.md says.
-"""
+"""The platform installed in a user's Celery app: docs/examples/existing_app.
+
+It is run as docs/existing_apps.md says."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ JOBS = ["shop.critical", "shop.high", "shop.normal", "shop.low"]
 
 @dataclass
 class Shop:
-    """What the tests know of the shop: how its processes are configured, what they write, and whom
-    they hear.
-    """
+    """The example shop: the environment of its processes, their files, and an app for remote control.
+
+    The app has no tasks."""
 
     environment: dict[str, str]
     folder: Path
     app: Celery
 
     def run(self, *command: str) -> str:
-        """Run Python in a process of the shop's, and return what it prints."""
+        """Run Python in a process of the shop, and return its output."""
         done = run(self.environment, *command)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def asked(self, what: str) -> dict[str, Any]:
-        """Ask the shop's workers, by the first part of their names."""
-        answers = getattr(self.app.control.inspect(timeout=5, limit=2), what)()
+    def inspect(self, command: str) -> dict[str, Any]:
+        """Return the answers of the shop's workers, by the first part of their names."""
+        answers = getattr(self.app.control.inspect(timeout=5, limit=2), command)()
         return {name.partition("@")[0]: answer for name, answer in answers.items()}
 
 
 def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with an environment."""
+    """Run Python in this environment."""
     return subprocess.run(
         [sys.executable, *command],
         cwd=EXAMPLE,
@@ -62,7 +62,7 @@ def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProce
 
 @pytest.fixture(scope="module")
 def shop(server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
-    """The shop, with a worker for all queues that is its beat, too, and one for its own."""
+    """The shop with two workers: one with beat for all queues, one for the shop's own queues."""
     folder, broker = tmp_path_factory.mktemp("shop"), server.url.removesuffix("/0") + "/5"
     environment = environment_of(
         server.url,
@@ -98,11 +98,11 @@ def shop(server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def test_the_web_process_sends_tasks_and_submits_jobs_through_the_same_app(shop: Shop) -> None:
-    told = re.fullmatch(r"(\d+) cents in (\d+) splits\n", shop.run("-m", "shop.web"))
+    printed = re.fullmatch(r"(\d+) cents in (\d+) splits\n", shop.run("-m", "shop.web"))
 
-    assert told is not None
-    assert int(told[1]) == sum(100 + order % 7 for order in range(20_000))
-    assert int(told[2]) > 0, "the job has split, although the shop has no result backend"
+    assert printed is not None
+    assert int(printed[1]) == sum(100 + order % 7 for order in range(20_000))
+    assert int(printed[2]) > 0, "the job has split, although the shop has no result backend"
     wait_until(
         lambda: (
             (shop.folder / "receipt-1.txt").exists() and (shop.folder / "offer-ada.txt").exists()
@@ -110,35 +110,35 @@ def test_the_web_process_sends_tasks_and_submits_jobs_through_the_same_app(shop:
     )
 
 
-def test_workers_consume_their_queues_and_ours_unless_told_otherwise(shop: Shop) -> None:
+def test_workers_consume_job_queues_unless_an_option_names_others(shop: Shop) -> None:
     queues = {
         name: [queue["name"] for queue in found]
-        for name, found in shop.asked("active_queues").items()
+        for name, found in shop.inspect("active_queues").items()
     }
 
     assert queues == {"all": ["celery", *JOBS], "own": ["celery", "mail"]}
-    prefetch = {name: found["prefetch_count"] for name, found in shop.asked("stats").items()}
+    prefetch = {name: found["prefetch_count"] for name, found in shop.inspect("stats").items()}
     assert prefetch == {"all": SLOTS, "own": 4}, (
-        "one message a slot where jobs run, and Celery's default elsewhere"
+        "one message a slot with job queues, Celery's default without"
     )
 
 
-def test_beat_sends_what_their_schedule_says_and_has_the_level_worked_out(shop: Shop) -> None:
+def test_beat_keeps_the_apps_schedule_and_adds_the_monitor(shop: Shop) -> None:
     log = shop.folder / "all.log"
     wait_until(lambda: "Sending due task rlm.monitor" in log.read_text())
-    schedule = shop.asked("conf")["all"]["beat_schedule"]
+    schedule = shop.inspect("conf")["all"]["beat_schedule"]
 
     assert {*schedule} == {"count-stock", "rlm.monitor"}
 
 
-def test_a_worker_names_what_stands_in_the_way_of_jobs_if_it_runs_them(shop: Shop) -> None:
-    said = "result_backend is no Redis: partial answers are merged when a job ends"
+def test_only_a_worker_that_runs_jobs_warns_about_its_settings(shop: Shop) -> None:
+    warning = "result_backend is no Redis: partial answers are merged when a job ends"
 
-    assert said in (shop.folder / "all.log").read_text()
-    assert said not in (shop.folder / "own.log").read_text()
+    assert warning in (shop.folder / "all.log").read_text()
+    assert warning not in (shop.folder / "own.log").read_text()
 
 
-def test_celery_commands_work_with_their_app(shop: Shop) -> None:
+def test_celery_commands_work_with_the_users_app(shop: Shop) -> None:
     assert "rlm.node" in shop.run("-m", "celery", "-A", "shop", "inspect", "registered")
     assert isinstance(
         json.loads(shop.run("-m", "celery", "-A", "shop", "rlm", "jobs", "--json")), list
@@ -146,7 +146,7 @@ def test_celery_commands_work_with_their_app(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("app", ["shop", "rlm_tasks"])
-def test_a_wrong_variable_ends_a_celery_command_with_a_sentence(app: str) -> None:
+def test_a_wrong_variable_ends_a_celery_command_with_an_error(app: str) -> None:
     environment = {"RLM_SLOTS": "many", "PYTHONPATH": os.pathsep.join([str(ROOT), str(EXAMPLE)])}
     done = run(environment, "-m", "celery", "-A", app, "report")
 
@@ -156,7 +156,7 @@ def test_a_wrong_variable_ends_a_celery_command_with_a_sentence(app: str) -> Non
     assert done.stdout == ""
 
 
-def test_a_wrong_variable_is_an_error_that_a_program_can_catch() -> None:
+def test_a_program_can_catch_the_error_of_a_wrong_variable() -> None:
     code = """
 import click
 from rlm_tasks import InvalidRequest

@@ -1,4 +1,4 @@
-"""What a user sees of a job that works: answers, order, progress, the tree, finding it again."""
+"""A user's view of a job that succeeds: results, order, progress, tree, and access by id."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_outputs_come_in_item_order_under_every_strategy(
     ],
     ids=str,
 )
-def test_a_plan_with_bounds_is_carried_out_as_written(
+def test_split_bounds_determine_nodes_and_depth(
     client: Client, shape: dict[str, Any], nodes: int, depth: int
 ) -> None:
     result = client.execute(operation="sum", items=list(range(200)), timeout=30, **shape)
@@ -82,7 +82,7 @@ def test_a_tiny_job_is_one_message(client: Client) -> None:
     assert (result.output, result.metrics.nodes, result.metrics.splits) == (499_500, 1, 0)
 
 
-def test_a_job_without_items_has_the_answer_of_no_items(client: Client) -> None:
+def test_a_job_without_items_returns_an_empty_result(client: Client) -> None:
     assert client.execute(operation="sum", items=[], timeout=30).output == 0
     assert client.execute(operation="echo", items=[], timeout=30).output == []
 
@@ -144,7 +144,7 @@ def test_a_generator_that_raises_leaves_no_job_and_no_keys(client: Client) -> No
     assert {job.id for job in client.jobs(1000)} == before
 
 
-def test_lines_and_files_are_read_where_they_lie(client: Client, tmp_path: Path) -> None:
+def test_lines_and_files_are_sources_of_items(client: Client, tmp_path: Path) -> None:
     text = tmp_path / "words.txt"
     text.write_text("".join(f"alpha {i % 2}\n" for i in range(5000)), encoding="utf-8")
     (tmp_path / "b.txt").touch()
@@ -158,7 +158,7 @@ def test_lines_and_files_are_read_where_they_lie(client: Client, tmp_path: Path)
     assert found.output == [str(tmp_path / "b.txt"), str(text)]
 
 
-def test_progress_partial_tree_and_explain_tell_of_a_running_job(client: Client) -> None:
+def test_progress_tree_and_explain_describe_a_running_job(client: Client) -> None:
     job = client.submit(
         operation="spin_then_collect", items=[{"i": i, "ms": 10} for i in range(400)]
     )
@@ -191,7 +191,7 @@ def test_a_partial_answer_covers_what_is_done(client: Client) -> None:
     assert partial.output == [i for lo, hi in partial.ranges for i in range(lo, hi)]
 
 
-def test_a_job_is_found_again_and_speaks_celery(client: Client) -> None:
+def test_a_job_is_found_by_id_and_has_celerys_result_methods(client: Client) -> None:
     job = client.submit(operation="sum", items=range(10))
     again = client.job(job.id)
 
@@ -208,7 +208,7 @@ def test_batch_execute_answers_in_the_order_of_the_requests(client: Client) -> N
     assert [result.output for result in results] == [sum(range(i)) for i in range(40)]
 
 
-def test_the_context_tells_job_index_and_params(client: Client) -> None:
+def test_the_context_has_job_id_index_and_params(client: Client) -> None:
     job = client.submit(operation="where", items=["a", "b"], params={"depth": 3})
 
     assert [row[:3] for row in job.get(timeout=30)] == [
@@ -236,8 +236,8 @@ def test_large_outputs_are_paged_and_can_be_iterated(
         assert next(iter(job.outputs())) == "item 0"
 
 
-def test_waiting_ends_when_patience_does(lonely_client: PlainClient) -> None:
-    job = lonely_client.submit(operation="sum", items=range(10))
+def test_waiting_ends_after_its_timeout(client_without_worker: PlainClient) -> None:
+    job = client_without_worker.submit(operation="sum", items=range(10))
 
     with pytest.raises(ResultTimeout, match="has not ended within"):
         job.result(timeout=0.2)
@@ -246,7 +246,7 @@ def test_waiting_ends_when_patience_does(lonely_client: PlainClient) -> None:
     assert job.status is Status.PENDING
 
 
-def test_priorities_have_queues_of_their_own_and_children_stay_in_them(client: Client) -> None:
+def test_each_priority_has_its_own_queue(client: Client) -> None:
     options = Options(priority="high")
     job = client.submit(
         JobRequest(
@@ -260,7 +260,7 @@ def test_priorities_have_queues_of_their_own_and_children_stay_in_them(client: C
     assert spec.queue == "test.high"
 
 
-def test_urgent_jobs_are_served_first_and_others_are_not_forgotten(server: Any, logs: Path) -> None:
+def test_urgent_jobs_come_first_and_others_keep_their_share(server: Any, logs: Path) -> None:
     from rlm_tasks.testing import embedded
     from tests.integration.conftest import client_of, environment_of
 
@@ -280,8 +280,8 @@ def test_urgent_jobs_are_served_first_and_others_are_not_forgotten(server: Any, 
         ]
 
     served = [queue.removeprefix("order.") for _, queue in sorted(began, key=lambda pair: pair[0])]
-    # By weights 8, 4, 2 and 1: the third high one goes before the first normal, and that before the
-    # first low one.
+    # The weights are 8, 4, 2 and 1: the third high job comes before the first normal one, and that
+    # before the first low one.
     assert served[:2] == ["critical"] * 2
     last = [
         max(at for at, each in enumerate(served) if each == priority)
@@ -296,8 +296,7 @@ def test_chord_bodies_merge_finished_subtrees_while_the_rest_still_runs(client: 
         operation="spin_then_collect", items=items, strategy=Binary(min_chunk_size=2)
     )
 
-    # Leaves have two items: a wider partial can only come from the body of a chord, and of an outer
-    # one.
+    # Leaves have two items: a partial of eight can only come from the body of an outer chord.
     wait_until(lambda: (0, 8) in client.ledger.ranges(job.id), within_s=10)
 
     assert not job.ready()

@@ -1,4 +1,4 @@
-"""Questions over real HTTP: to the fake provider, and to servers that answer as none should."""
+"""Calls over real HTTP: to the fake provider, and to servers with malformed answers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def shared() -> Iterator[Running]:
 
 @pytest.fixture
 def provider(shared: Running) -> Running:
-    """A provider that has seen nothing, and does nothing wrong."""
+    """The shared provider, without faults and with counts of 0."""
     shared.schedule()
     shared.reset()
     return shared
@@ -78,7 +78,7 @@ def at(
     key: str = KEY,
     **about: Any,
 ) -> T:
-    """Run something with an endpoint that asks there."""
+    """Run a coroutine with an endpoint of this URL, and return its result."""
 
     async def main() -> T:
         settings = EndpointSettings(name="main", base_url=base_url, key_env="MAIN_KEY", **about)
@@ -98,15 +98,13 @@ def asked(base_url: str, about: Question | None = None, **options: Any) -> Answe
 
 
 def error_of(base_url: str, about: Question | None = None, **options: Any) -> Exception:
-    """Return what asking raises; nothing of it, and nothing logged by then, may hold the key or the
-    prompt.
-    """
+    """Return the error of a call; assert that neither error nor traceback has the key or the prompt."""
     with pytest.raises(Exception) as caught:  # noqa: PT011 - it is returned
         asked(base_url, about, **options)
     error = caught.value
     assert error.__cause__ is None
     assert error.__context__ is None
-    shown = "".join(
+    texts = "".join(
         [
             *traceback.format_exception(error),
             repr(error),
@@ -115,7 +113,7 @@ def error_of(base_url: str, about: Question | None = None, **options: Any) -> Ex
             repr(error.args),
         ]
     )
-    assert not {word for word in (KEY[:12], "Ada", "Lovelace") if word in shown}
+    assert not {secret for secret in (KEY[:12], "Ada", "Lovelace") if secret in texts}
     return error
 
 
@@ -139,13 +137,13 @@ def test_an_answer_has_its_text_its_cost_and_its_time(provider: Running, stream:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_that_is_cut_says_so(provider: Running, stream: bool) -> None:
+def test_a_cut_answer_has_the_finish_reason_length(provider: Running, stream: bool) -> None:
     answer = asked(provider.base_url, question(max_tokens=3), stream=stream)
 
     assert (answer.text, answer.finish, answer.completion_tokens) == (WORDS[:12], "length", 3)
 
 
-def test_a_schema_goes_with_the_question_and_a_model_by_its_name_there(provider: Running) -> None:
+def test_a_question_sends_its_schema_and_the_endpoints_model_name(provider: Running) -> None:
     schema = {"type": "object", "properties": {"total": {"type": "integer"}}}
 
     answer = asked(
@@ -178,7 +176,7 @@ MEANINGS: list[tuple[str, type[Exception], Category, str]] = [
 @pytest.mark.parametrize(
     ("kind", "error", "category", "code"), MEANINGS, ids=[each[0] for each in MEANINGS]
 )
-def test_whatever_goes_wrong_is_an_error_of_ours_and_tells_no_secret(
+def test_each_fault_becomes_an_error_of_the_platform_without_secrets(
     provider: Running,
     caplog: pytest.LogCaptureFixture,
     kind: str,
@@ -200,31 +198,32 @@ def test_whatever_goes_wrong_is_an_error_of_ours_and_tells_no_secret(
     assert fault.retryable == (error is not ProviderRefused)
     if error in (ProviderDown, CallTimeout):
         assert fault.trips
-    assert provider.report()["faults"] == {kind: 1}  # asked once: nobody retries here
-    assert caplog.records  # of the client
-    assert not [word for word in (KEY, "Ada") if word in caplog.text]
+    assert provider.report()["faults"] == {kind: 1}  # one call: the endpoint does not retry
+    assert caplog.records  # the HTTP client has logged
+    assert not [secret for secret in (KEY, "Ada") if secret in caplog.text]
 
 
-def test_what_a_provider_says_is_repeated_unless_it_quotes_the_question_or_the_key(
+def test_an_error_repeats_the_providers_message_unless_it_has_secrets(
     provider: Running,
 ) -> None:
     provider.schedule({"kind": "400"})
     assert str(error_of(provider.base_url)) == (
-        "endpoint main: refuses the question (400): This model's maximum context length is exceeded."
+        "endpoint main: refuses the question (400):"
+        " This model's maximum context length is exceeded."
     )
     provider.schedule({"kind": "422"})
     assert str(error_of(provider.base_url)).endswith("(422): what it says quotes the question")
     assert str(error_of(provider.base_url, question("Ada"))).endswith(
         "(422): what it says quotes the question"
     )
-    for long in ("Ada " * 90, "Ada \u0416 " * 90):  # the latter comes back escaped
+    for long in ("Ada " * 90, "Ada \u0416 " * 90):  # the provider quotes the second one escaped
         assert str(error_of(provider.base_url, question(long))).endswith("quotes the question")
 
 
 @pytest.mark.parametrize(
     "key", ["", " ", "sk-very-secret-0123456789\u2026", "sk-very-secret-0123456789\nb"]
 )
-def test_a_key_that_no_header_can_hold_is_refused_and_its_variable_named(key: str) -> None:
+def test_a_key_unfit_for_a_header_is_refused_with_its_variables_name(key: str) -> None:
     error = error_of("http://127.0.0.1:1/v1", key=key)
 
     assert isinstance(error, ProviderRefused)
@@ -235,7 +234,7 @@ def test_a_key_that_no_header_can_hold_is_refused_and_its_variable_named(key: st
     )
 
 
-def test_a_question_that_cannot_be_written_down_is_refused(provider: Running) -> None:
+def test_a_question_that_cannot_be_encoded_is_refused(provider: Running) -> None:
     error = error_of(provider.base_url, question(f"{PROMPT}\ud800"))
 
     assert isinstance(error, ProviderRefused)
@@ -243,14 +242,14 @@ def test_a_question_that_cannot_be_written_down_is_refused(provider: Running) ->
     assert provider.report()["requests"] == 0
 
 
-def test_an_endpoint_that_nobody_listens_at_is_down() -> None:
+def test_an_endpoint_without_a_listener_is_down() -> None:
     error = error_of(f"http://127.0.0.1:{embedded.free_port()}/v1")
 
     assert isinstance(error, ProviderDown)
     assert classify(error).trips
 
 
-# --- how long to wait -------------------------------------------------------------------------
+# --- retry times ------------------------------------------------------------------------------
 
 DATES = {"Date": "Tue, 01 Jul 2025 10:00:00 GMT", "Retry-After": "Tue, 01 Jul 2025 10:00:42 GMT"}
 SPENT = {
@@ -263,18 +262,16 @@ WAITS: list[tuple[dict[str, str], float]] = [
     ({"Retry-After": "1", "retry-after-ms": "250"}, 0.25),
     (DATES, 42.0),
     (SPENT, 360.0),
-    (
-        {"x-ratelimit-reset-requests": "12ms", "x-ratelimit-reset-tokens": "1.5s"},
-        1.0,
-    ),  # nothing is used up
+    # No limit is used up.
+    ({"x-ratelimit-reset-requests": "12ms", "x-ratelimit-reset-tokens": "1.5s"}, 1.0),
     ({"Retry-After": "soon"}, 1.0),
-    ({"Retry-After": "0"}, 1.0),  # else it would be asked again at once, for ever
+    ({"Retry-After": "0"}, 1.0),  # otherwise the call would be retried without a pause
     ({}, 1.0),
 ]
 
 
 @pytest.mark.parametrize(("headers", "wait_s"), WAITS)
-def test_a_429_says_how_long_to_wait_in_any_of_its_forms(
+def test_a_429_gives_the_retry_time_in_any_of_its_forms(
     provider: Running, headers: dict[str, str], wait_s: float
 ) -> None:
     provider.schedule({"kind": "429", "headers": headers})
@@ -286,7 +283,7 @@ def test_a_429_says_how_long_to_wait_in_any_of_its_forms(
     assert error.guard == "endpoint main"
 
 
-def test_a_provider_that_fails_may_say_how_long_to_leave_it_alone(provider: Running) -> None:
+def test_a_503_may_give_a_retry_time(provider: Running) -> None:
     provider.schedule({"kind": "503", "headers": {"Retry-After": "20"}})
 
     assert classify(error_of(provider.base_url)).retry_after_s == 20.0
@@ -305,13 +302,11 @@ def test_a_provider_that_fails_may_say_how_long_to_leave_it_alone(provider: Runn
         *((each, None) for each in ("", "-1s", "soon", "1x", "1" * 400, "2025-07-01T10:00:00Z")),
     ],
 )
-def test_lengths_of_time_are_read_as_providers_write_them(
-    text: str, length_s: float | None
-) -> None:
+def test_durations_are_parsed_in_the_providers_formats(text: str, length_s: float | None) -> None:
     assert seconds(text) == (None if length_s is None else pytest.approx(length_s))
 
 
-def test_what_headers_say_of_limits_is_told_of_requests_and_tokens() -> None:
+def test_rate_limit_headers_are_parsed_for_requests_and_tokens() -> None:
     headers = {
         "x-ratelimit-limit-requests": "3500",
         "x-ratelimit-remaining-tokens": "89999.5",
@@ -321,7 +316,7 @@ def test_what_headers_say_of_limits_is_told_of_requests_and_tokens() -> None:
     assert told(headers) == Told(Allowance(3500.0, None, None), Allowance(None, 89999.5, None))
 
 
-def test_limits_are_a_true_sliding_window_and_who_waits_as_told_gets_in() -> None:
+def test_a_caller_that_waits_the_retry_time_passes_the_sliding_window() -> None:
     window_s, most = 0.3, 5
     with running(window=window_s, requests=most, tokens=400) as provider:
 
@@ -344,13 +339,13 @@ def test_limits_are_a_true_sliding_window_and_who_waits_as_told_gets_in() -> Non
         seen = provider.report()
 
     assert (seen["answered"], seen["refused"]) == (len(answers), refused)
-    times = [came for came, _ in seen["taken"]]
+    times = [arrival for arrival, _ in seen["taken"]]
     assert len(times) == 4 * most
     assert all(
         later - earlier >= window_s for earlier, later in zip(times, times[most:], strict=False)
     )
-    assert refused <= len(answers)  # each wait got somebody in
-    assert {used for _, used in seen["taken"]} == {4}  # what was asked for, put right
+    assert refused <= len(answers)  # after each wait a call passed
+    assert {used for _, used in seen["taken"]} == {4}  # the reservations are settled to the use
     first = answers[0].told
     assert first.requests.limit == most
     assert first.tokens.limit == 400
@@ -359,9 +354,9 @@ def test_limits_are_a_true_sliding_window_and_who_waits_as_told_gets_in() -> Non
     assert first.requests.reset_s == pytest.approx(window_s, abs=window_s)
 
 
-def test_too_many_tokens_are_refused_as_too_many_requests_are() -> None:
+def test_too_many_tokens_are_refused_like_too_many_requests() -> None:
     with running(window=60, tokens=100) as provider:
-        asked(provider.base_url, question("one", max_tokens=99))  # costs two in the end
+        asked(provider.base_url, question("one", max_tokens=99))  # it uses two tokens
         error = error_of(provider.base_url, question(max_tokens=90))
 
     assert isinstance(error, RateLimited)
@@ -386,7 +381,7 @@ def test_fifty_calls_at_once_share_ten_connections(provider: Running) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_connection_is_used_again(provider: Running, stream: bool) -> None:
+def test_a_connection_is_reused(provider: Running, stream: bool) -> None:
     async def several(endpoint: Endpoint) -> None:
         provider.schedule({"kind": "500", "from": 3, "to": 3})
         for _ in range(6):
@@ -427,7 +422,7 @@ def test_a_call_that_is_cancelled_leaves_nothing_open(
     assert len(at(provider.base_url, cancelled, per_host=4, stream=stream)) == 8
 
 
-def test_waiting_for_a_connection_is_no_time_of_the_provider(provider: Running) -> None:
+def test_waiting_for_a_connection_does_not_count_for_the_timeout(provider: Running) -> None:
     provider.schedule({"kind": "slow", "seconds": 0.2})
 
     async def five(endpoint: Endpoint) -> list[Answer]:
@@ -438,7 +433,7 @@ def test_waiting_for_a_connection_is_no_time_of_the_provider(provider: Running) 
     assert sum(each.latency_s for each in answers) > 1.5
 
 
-def test_a_stream_may_take_longer_than_the_limit_of_its_pauses(provider: Running) -> None:
+def test_a_stream_may_last_longer_than_the_limit_of_its_pauses(provider: Running) -> None:
     provider.schedule({"kind": "slow", "seconds": 0.25})
     assert asked(provider.base_url, stream=True, timeout_s=1.8).latency_s > 1.8
 
@@ -448,7 +443,7 @@ def test_a_stream_may_take_longer_than_the_limit_of_its_pauses(provider: Running
     assert str(error) == "endpoint main ran longer than its limit of 0.3 s and was stopped"
 
 
-# --- whether it is well -----------------------------------------------------------------------
+# --- health checks ----------------------------------------------------------------------------
 
 
 def test_a_check_does_not_wait_for_calls(provider: Running) -> None:
@@ -471,21 +466,19 @@ def test_a_check_raises_what_a_call_raises(provider: Running) -> None:
         at(f"http://127.0.0.1:{provider.port}/elsewhere", lambda endpoint: endpoint.check(20.0))
 
 
-# --- servers that answer as none should -------------------------------------------------------
+# --- malformed answers ------------------------------------------------------------------------
 
 
 def answered_with(body: str, *, stream: bool = False) -> Answer | Exception:
-    """Ask a server that answers everything with this body."""
+    """Call a server that always answers with this body; return the answer, or the error."""
 
     async def main() -> Answer:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.readuntil(
-                b'"include_usage":true' if stream else b"}]"
-            )  # so much of the question must come
+            # The answer must not begin before the end of the request.
+            await reader.readuntil(b'"include_usage":true' if stream else b"}]")
             kind = "text/event-stream" if stream else "application/json"
-            writer.write(
-                f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nConnection: close\r\n\r\n{body}".encode()
-            )
+            head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nConnection: close\r\n\r\n"
+            writer.write(f"{head}{body}".encode())
             await writer.drain()
             writer.close()
 
@@ -505,7 +498,7 @@ def answered_with(body: str, *, stream: bool = False) -> Answer | Exception:
 
 
 @pytest.mark.parametrize("usage", ["", ',"usage":null', ',"usage":{}'])
-def test_usage_that_is_not_told_is_estimated(usage: str) -> None:
+def test_missing_usage_is_estimated(usage: str) -> None:
     whole = '{"choices":[{"message":{"content":"forty-two!"}}]' + usage + "}"
     part = '{"choices":[{"delta":{"content":"forty-two!"},"finish_reason":"stop"}]' + usage + "}"
 
@@ -547,7 +540,7 @@ def test_a_body_that_is_no_answer_is_unusable(body: str) -> None:
     [
         "",
         "data: [DONE]\n\n",
-        'data: {"choices":[{"delta":{"content":"Ada"}}]}\n\n',  # it was never finished
+        'data: {"choices":[{"delta":{"content":"Ada"}}]}\n\n',  # it has no end
         'data: {"choices":[{"delta":{"content":"Ada"}}]}\n\ndata: [DONE]\n\n',
         'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n',
         'data: {"choices":[{"delta":"Ada"}]}\n\n',
@@ -568,7 +561,10 @@ def test_a_stream_that_is_no_answer_is_unusable(body: str) -> None:
 
 
 def test_nothing_is_imported_before_the_first_call() -> None:
-    code = "import rlm_tasks.llm.endpoint, sys; print({'openai', 'httpx2', 'pydantic', 'celery'} & set(sys.modules))"
+    code = (
+        "import rlm_tasks.llm.endpoint, sys;"
+        "print({'openai', 'httpx2', 'pydantic', 'celery'} & set(sys.modules))"
+    )
 
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
@@ -576,8 +572,8 @@ def test_nothing_is_imported_before_the_first_call() -> None:
     )
 
 
-@pytest.mark.parametrize("how", ["its stdin closes", "SIGTERM"])
-def test_a_fake_provider_ends_quietly(how: str) -> None:
+@pytest.mark.parametrize("cause", ["its stdin closes", "SIGTERM"])
+def test_a_fake_provider_ends_quietly(cause: str) -> None:
     command = [sys.executable, "-m", "rlm_tasks.testing.fake_provider", "--stdin"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -586,7 +582,7 @@ def test_a_fake_provider_ends_quietly(how: str) -> None:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline().startswith(b"at ")
-        if how == "SIGTERM":
+        if cause == "SIGTERM":
             process.send_signal(signal.SIGTERM)
             process.wait(60)
         process.stdin.close()
@@ -594,7 +590,7 @@ def test_a_fake_provider_ends_quietly(how: str) -> None:
         assert (process.returncode, process.stderr.read()) == (0, b"")
 
 
-def test_a_schedule_that_cannot_be_read_is_refused(provider: Running) -> None:
+def test_an_invalid_schedule_is_refused(provider: Running) -> None:
     with pytest.raises(ValueError, match="kind"):
         provider.schedule({"kind": "boredom"})
     with pytest.raises(embedded.NotStarted), running(port="none"):

@@ -1,6 +1,6 @@
-"""A real worker asks real endpoints how they are: who is ill gets no calls, and what calls do can
-be seen.
-"""
+"""A real worker checks the health of endpoints: an unhealthy one gets no calls.
+
+Metrics, commands and Flower show endpoints and calls."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEY = "sk-not-to-be-seen"
 
 @dataclass
 class Platform:
-    """A worker whose endpoint `main` is away, as `other` is not."""
+    """A worker with two endpoints: `main` is down at first, `other` works."""
 
     client: Client
     environment: dict[str, str]
@@ -42,12 +42,12 @@ class Platform:
     other: fake_provider.Running
     log: Path
 
-    def is_well(self, name: str) -> bool:
-        """Whether an endpoint gets calls, as workers have seen it."""
+    def is_healthy(self, name: str) -> bool:
+        """Return whether workers have found an endpoint healthy, so that it gets calls."""
         return next(each.healthy for each in self.client.endpoints() if each.name == name)
 
     def add(self, *items: int, **options: Any) -> Any:
-        """Have each item added up by a model."""
+        """Run a job that adds 1 to each item by a model; return its result."""
         params = {"prompt": "SUM: {item} 1", "max_tokens": 20}
         return self.client.execute(
             operation="llm.map",
@@ -58,7 +58,7 @@ class Platform:
         )
 
     def counted(self, sample: str) -> dict[str, float]:
-        """Return what the worker's /metrics has of a sample, by the values of its labels."""
+        """Return the values of a sample on the worker's /metrics, by the values of its labels."""
         port = self.environment["CELERY_WORKER_METRICS_PORT"]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             found = text_string_to_metric_families(answer.read().decode())
@@ -102,14 +102,14 @@ def platform(
         log = tmp_path_factory.mktemp("llm-health") / "worker.log"
         client = stack.enter_context(client_of(environment))
         assert all(each.healthy and each.checked_s_ago is None for each in client.endpoints()), (
-            "nobody has asked yet"
+            "no worker has checked an endpoint yet"
         )
         stack.enter_context(embedded.worker(environment, log=log, slots=1))
         yield Platform(client, environment, port, other, log)
 
 
-def test_who_is_ill_gets_no_calls_until_it_is_back(platform: Platform) -> None:
-    wait_until(lambda: not platform.is_well("main"))
+def test_an_unhealthy_endpoint_gets_no_calls_until_it_recovers(platform: Platform) -> None:
+    wait_until(lambda: not platform.is_healthy("main"))
 
     assert platform.add(*range(10)).output == [str(i + 1) for i in range(10)]
     assert platform.other.report()["by_model"]["theirs"]["answered"] == 10
@@ -119,29 +119,29 @@ def test_who_is_ill_gets_no_calls_until_it_is_back(platform: Platform) -> None:
     assert platform.counted("rlm_llm_calls_total") == {f"other {MODEL} ok": 10}
 
     with fake_provider.running(port=platform.main_port) as main:
-        wait_until(lambda: platform.is_well("main"))
+        wait_until(lambda: platform.is_healthy("main"))
         wait_until(
             lambda: platform.add(1, 2).output == ["2", "3"] and main.report()["requests"] > 0
         )
 
-    told = [
+    events = [
         each
         for each in reversed(platform.client.events.recent(name="endpoint.*"))
         if each.data["endpoint"] == "main"
     ]
-    assert [each.name for each in told[:2]] == ["endpoint.ill", "endpoint.well"]
+    assert [each.name for each in events[:2]] == ["endpoint.ill", "endpoint.well"]
     assert platform.log.read_text().count("endpoint main is well again, and gets calls") == 1
     assert KEY not in platform.log.read_text()
 
 
-def test_what_was_asked_is_counted_and_what_was_not(platform: Platform) -> None:
-    wait_until(lambda: not platform.is_well("main"))
+def test_metrics_count_calls_tokens_money_and_saved_calls(platform: Platform) -> None:
+    wait_until(lambda: not platform.is_healthy("main"))
     before = {
         name: platform.counted(f"rlm_llm_{name}")
         for name in ("tokens_total", "money_total", "call_seconds_count")
     }
     calls_before = platform.counted("rlm_llm_calls_total")[f"other {MODEL} ok"]
-    told_before, next_one = (
+    counts_before, next_one = (
         platform.other.report()["by_model"]["theirs"],
         platform.other.report()["requests"] + 1,
     )
@@ -153,9 +153,9 @@ def test_what_was_asked_is_counted_and_what_was_not(platform: Platform) -> None:
         assert platform.add(100, 200, cache_results=True).output == ["101", "201"]
     spent = platform.add(1, 2, 3, budget=Budget(calls=1), continue_on_error=True)
 
-    told = platform.other.report()["by_model"]["theirs"]
+    counts = platform.other.report()["by_model"]["theirs"]
     grown = {
-        name: told[name] - told_before[name]
+        name: counts[name] - counts_before[name]
         for name in ("prompt_tokens", "completion_tokens", "answered")
     }
     after = {name: platform.counted(f"rlm_llm_{name}") for name in before}
@@ -181,14 +181,14 @@ def test_what_was_asked_is_counted_and_what_was_not(platform: Platform) -> None:
     assert spent.output == ["2"]
 
 
-def test_endpoints_are_shown_to_clients_commands_and_flower(
+def test_client_command_and_flower_show_endpoints(
     platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait_until(lambda: not platform.is_well("main"))
+    wait_until(lambda: not platform.is_healthy("main"))
     for name in ("MAIN_KEY", "OTHER_KEY"):
         monkeypatch.setenv(name, KEY)
 
-    def told(*arguments: str) -> str:
+    def printed(*arguments: str) -> str:
         done = CliRunner().invoke(
             rlm, arguments, obj=SimpleNamespace(app=platform.client.app), catch_exceptions=False
         )
@@ -207,12 +207,12 @@ def test_endpoints_are_shown_to_clients_commands_and_flower(
     assert main.strikes >= 2
     assert (other.healthy, other.strikes, other.models, other.why) == (True, 0, (MODEL,), "")
     assert other.latency_ms
-    assert "ILL" in told("endpoints")
-    for shown in (
-        json.loads(told("endpoints", "--json")),
-        json.loads(told("endpoints", "--check", "--json")),
+    assert "ILL" in printed("endpoints")
+    for reports in (
+        json.loads(printed("endpoints", "--json")),
+        json.loads(printed("endpoints", "--check", "--json")),
     ):
-        assert [(each["name"], each["healthy"], each["why"]) for each in shown] == [
+        assert [(each["name"], each["healthy"], each["why"]) for each in reports] == [
             ("main", False, main.why),
             ("other", True, ""),
         ]
@@ -225,15 +225,16 @@ def test_endpoints_are_shown_to_clients_commands_and_flower(
     }
 
 
-def test_limits_and_breakers_of_models_are_shown_without_the_client_of_models(
+def test_limits_and_breakers_of_models_are_shown_without_importing_openai(
     platform: Platform,
 ) -> None:
     code = """
 import json, sys
 from rlm_tasks import Client
 with Client() as client:
-    shown = [[each.service, each.name] for each in client.limits()], [*client.breakers.status()], len(client.endpoints())
-print(json.dumps([*shown, "openai" in sys.modules]))
+    limits = [[each.service, each.name] for each in client.limits()]
+    breakers, endpoints = [*client.breakers.status()], len(client.endpoints())
+print(json.dumps([limits, breakers, endpoints, "openai" in sys.modules]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,4 +1,4 @@
-"""A process that has grown by too much while it called models is replaced after its node."""
+"""A process whose memory has grown too much during model calls is replaced after its node."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
 
 
-def test_a_process_that_has_grown_too_much_is_replaced_and_no_call_is_made_twice(
+def test_an_oversized_process_is_replaced_without_repeated_calls(
     server: embedded.Server, tmp_path: Path
 ) -> None:
     with fake_provider.running() as provider:
@@ -42,5 +42,5 @@ def test_a_process_that_has_grown_too_much_is_replaced_and_no_call_is_made_twice
 
             wait_until(lambda: not first.is_running())
             assert provider.report()["by_model"]["gpt-4.1-mini"]["answered"] == 10
-        assert log.read_text().count("it is to be replaced") >= 2, "the next one begins anew"
+        assert log.read_text().count("it is to be replaced") >= 2, "the next process grows, too"
         assert "Traceback" not in log.read_text()

@@ -1,4 +1,4 @@
-"""What real workers and beat write to their log."""
+"""The logs of real workers and of beat."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPERATIONS = f"tests.integration.ops,{APP}"
 
 @contextmanager
 def logging_worker(server: embedded.Server, log: Path, **environment: str) -> Iterator[Client]:
-    # A lease that ran out on a busy machine would have items run, and lines written, twice.
+    # On a busy machine a short lease could end, and items would run and log twice.
     settings = environment_of(server.url, log.stem, RLM_LEDGER__LEASE_S="30")
     settings |= {"RLM_OPERATIONS": OPERATIONS, **environment}
     with client_of(settings) as client, embedded.worker(settings, log=log, app=APP, level="INFO"):
@@ -42,34 +42,31 @@ def finished(client: Client, operation: str, items: list[Any]) -> Job:
     return job
 
 
-def test_every_line_is_json_and_knows_its_job_and_node(
+def test_every_line_is_json_with_job_and_node(
     server: embedded.Server, logs: Path, tmp_path: Path
 ) -> None:
     log = logs / "logged-json.log"
     with logging_worker(server, log, RLM_LOG_FORMAT="json") as client:
-        told = finished(client, "tell", [3, -1, 5])
-        in_flight = [finished(client, "tell_in_flight", list(range(7))) for _ in range(3)]
-        erred = finished(client, "tell_of_an_error", ["nowhere"])
-        finished(client, "die_once_and_tell", [str(tmp_path / "died")])
+        logged = finished(client, "log_item", [3, -1, 5])
+        in_flight = [finished(client, "log_item_async", list(range(7))) for _ in range(3)]
+        erred = finished(client, "log_error", ["nowhere"])
+        finished(client, "die_once_at_marker", [str(tmp_path / "died")])
         wait_until(lambda: "exited with 'signal 9" in log.read_text())
-        nodes = {node.id for node in told.tree()}
+        nodes = {node.id for node in logged.tree()}
         lines = lines_of(log)
 
     for line in lines:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
         assert {"level", "logger", "message", "process", "worker"} <= set(line)
-        assert "unheard" not in line
+        assert "not_json" not in line
     of_operations = [line for line in lines if line["logger"] == APP]
-    of_told = [line for line in of_operations if line["job"] == told.id]
-    squares = [
-        ("item -1", 1),
-        ("item 3", 9),
-        ("item 5", 25),
-    ]  # another process may have taken some of them
-    assert sorted((line["message"], line["squared"]) for line in of_told) == squares
-    assert {line["node"] for line in of_told} <= nodes
-    assert {(line["operation"], line["task"], line["level"]) for line in of_told} == {
-        ("tell", "rlm.node", "INFO")
+    of_items = [line for line in of_operations if line["job"] == logged.id]
+    # The order is not fixed: another process may have run some of the items.
+    squares = [("item -1", 1), ("item 3", 9), ("item 5", 25)]
+    assert sorted((line["message"], line["squared"]) for line in of_items) == squares
+    assert {line["node"] for line in of_items} <= nodes
+    assert {(line["operation"], line["task"], line["level"]) for line in of_items} == {
+        ("log_item", "rlm.node", "INFO")
     }
     for job in in_flight:
         assert sorted(line["message"] for line in of_operations if line["job"] == job.id) == [
@@ -91,7 +88,7 @@ def test_every_line_is_json_and_knows_its_job_and_node(
     of_nodes = [
         line
         for line in lines
-        if line["logger"] == "rlm_tasks.engine.node" and line["job"] == told.id
+        if line["logger"] == "rlm_tasks.engine.node" and line["job"] == logged.id
     ]
     assert sum("1 failed" in line["message"] for line in of_nodes) == 1
 
@@ -99,7 +96,7 @@ def test_every_line_is_json_and_knows_its_job_and_node(
 def test_a_line_of_text_ends_with_job_and_node(server: embedded.Server, logs: Path) -> None:
     log = logs / "logged-text.log"
     with logging_worker(server, log) as client:
-        job = finished(client, "tell", [3])
+        job = finished(client, "log_item", [3])
         wait_until(lambda: "Job ended" in log.read_text())
         text = log.read_text()
 
@@ -107,21 +104,23 @@ def test_a_line_of_text_ends_with_job_and_node(server: embedded.Server, logs: Pa
     where = rf" \[job {job.id} root\]$"
     assert re.search(rf"^{header}item 3{where}", text, re.MULTILINE)
     assert re.search(
-        rf"^{header}Items 0 to 0 of tell done in \d\.\d\d s, 0 failed{where}", text, re.MULTILINE
+        rf"^{header}Items 0 to 0 of log_item done in \d\.\d\d s, 0 failed{where}",
+        text,
+        re.MULTILINE,
     )
     assert re.search(
-        rf"^{header}Job ended as succeeded: 1 items of tell{where}", text, re.MULTILINE
+        rf"^{header}Job ended as succeeded: 1 items of log_item{where}", text, re.MULTILINE
     )
-    assert f"[{job.id}]" not in text, "Celery's lines per message are for DEBUG"
+    assert f"[{job.id}]" not in text, "Celery's line for each message has level DEBUG"
     assert re.search(r"^\[[^]]+INFO/MainProcess\] celery@\S+ ready\.$", text, re.MULTILINE)
 
 
-def test_an_own_configuration_stays_and_may_name_the_ids(
+def test_a_users_logging_configuration_stays_and_can_use_the_ids(
     server: embedded.Server, logs: Path
 ) -> None:
     log = logs / "logged-own.log"
     with logging_worker(server, log, RLM_LOG_FORMAT="json", OWN_LOGGING="1") as client:
-        job = finished(client, "tell", [3])
+        job = finished(client, "log_item", [3])
         lines = log.read_text().splitlines()
 
     assert f"own|{job.id}|root|item 3" in lines

@@ -1,4 +1,4 @@
-"""Messages and processes that are lost, at any depth: the job still ends, with the right answer."""
+"""Lost messages and processes at any depth: the job still ends with the right answer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
 
-Own = tuple[Client, subprocess.Popen[bytes]]
+ClientAndWorker = tuple[Client, subprocess.Popen[bytes]]
 
 
 @pytest.fixture
-def own(server: embedded.Server, logs: Path, request: pytest.FixtureRequest) -> Iterator[Own]:
-    """A worker of the test's own, with a hard time limit, to be killed at will."""
+def private(
+    server: embedded.Server, logs: Path, request: pytest.FixtureRequest
+) -> Iterator[ClientAndWorker]:
+    """A private worker with a hard time limit, which the test may kill, and its client."""
     name = "loss-" + str(abs(hash(request.node.nodeid)) % 10**8)
     environment = environment_of(server.url, name)
     with (
@@ -33,8 +35,8 @@ def own(server: embedded.Server, logs: Path, request: pytest.FixtureRequest) -> 
         yield client, process
 
 
-def test_a_killed_pool_process_is_made_up_for(own: Own, tmp_path: Path) -> None:
-    client, _ = own
+def test_items_of_a_killed_pool_process_run_again(private: ClientAndWorker, tmp_path: Path) -> None:
+    client, _ = private
     items = [{"i": i, "marker": str(tmp_path / "died") if i == 37 else ""} for i in range(64)]
 
     result = client.execute(
@@ -45,8 +47,8 @@ def test_a_killed_pool_process_is_made_up_for(own: Own, tmp_path: Path) -> None:
     assert (tmp_path / "died").exists()
 
 
-def test_an_item_that_always_kills_its_process_fails_alone(own: Own) -> None:
-    client, _ = own
+def test_an_item_that_always_kills_its_process_fails_alone(private: ClientAndWorker) -> None:
+    client, _ = private
     items = [{"i": i, "poison": i == 20} for i in range(50)]
 
     result = client.execute(
@@ -58,8 +60,10 @@ def test_an_item_that_always_kills_its_process_fails_alone(own: Own) -> None:
     assert result.output == [i for i in range(50) if i != 20]
 
 
-def test_an_item_over_the_hard_time_limit_fails_and_the_others_are_done(own: Own) -> None:
-    client, _ = own
+def test_an_item_over_the_hard_time_limit_fails_and_the_others_are_done(
+    private: ClientAndWorker,
+) -> None:
+    client, _ = private
     items = [1.0] * 10 + [60_000.0] + [1.0] * 10
 
     result = client.execute(
@@ -74,11 +78,11 @@ def test_an_item_over_the_hard_time_limit_fails_and_the_others_are_done(own: Own
     assert result.done == 20
 
 
-def test_a_revoked_leaf_cancels_its_job(own: Own) -> None:
-    client, _ = own
+def test_a_revoked_leaf_cancels_its_job(private: ClientAndWorker) -> None:
+    client, _ = private
     job = client.submit(operation="nap", items=[50.0] * 100, strategy=Binary(min_chunk_size=10))
     wait_until(lambda: any(node.state == "queued" and node.depth >= 2 for node in job.tree()))
-    # The last one in the queue: it cannot have started before the revocation is heard.
+    # The last node in the queue cannot start before the worker receives the revocation.
     record = max(
         (each for each in client.ledger.all_records(job.id) if each.state == "q"),
         key=lambda each: each.lo,
@@ -91,7 +95,7 @@ def test_a_revoked_leaf_cancels_its_job(own: Own) -> None:
     assert job.progress().done + job.progress().skipped == 100
 
 
-def test_a_worker_killed_outright_loses_nothing(server: embedded.Server, logs: Path) -> None:
+def test_a_killed_worker_loses_no_item(server: embedded.Server, logs: Path) -> None:
     environment = environment_of(server.url, "killed")
     items = [{"i": i, "ms": 5} for i in range(600)]
     with client_of(environment) as client:
@@ -125,10 +129,10 @@ def test_a_stopping_worker_hands_its_nodes_over(server: embedded.Server, logs: P
             result = job.result(timeout=30)
             attempts = {node.attempts for node in job.tree()}
     assert result.output == list(range(1200))
-    assert attempts == {1}, "nothing is done again"
+    assert attempts == {1}, "no node runs again"
 
 
-def test_a_worker_stopped_in_a_stream_of_small_nodes_is_gone_in_seconds(
+def test_a_worker_with_many_small_nodes_stops_within_seconds(
     server: embedded.Server, logs: Path
 ) -> None:
     environment = environment_of(server.url, "prompt")
@@ -169,7 +173,7 @@ def test_a_doubled_message_counts_once(client: Client) -> None:
     assert job.progress().done == 300
 
 
-def test_a_waiting_client_rides_through_an_outage(logs: Path, tmp_path: Path) -> None:
+def test_a_waiting_client_survives_an_outage(logs: Path, tmp_path: Path) -> None:
     server = embedded.Server(tmp_path, durable=True)
     server.start()
     environment = environment_of(server.url, "outage")

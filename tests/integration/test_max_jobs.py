@@ -1,6 +1,6 @@
-"""A bound on the number of jobs at work, with a real worker and several clients; of those at one
-moment see the unit tests.
-"""
+"""A limit on the number of open jobs, with a real worker and several clients.
+
+The unit tests have the races of clients at one moment."""
 
 from __future__ import annotations
 
@@ -38,13 +38,11 @@ def clients(environment: dict[str, str], logs: Path) -> Iterator[list[Client]]:
 
 
 def all_free(client: Client) -> None:
-    """Wait for a worker to strike ended jobs off the index, a moment after their result is
-    there.
-    """
+    """Wait until a worker has removed ended jobs from the index, shortly after their result."""
     wait_until(lambda: client.session.waiting_room.places() == MOST)
 
 
-def test_a_job_beyond_the_bound_is_refused_and_taken_in_when_one_has_ended(
+def test_a_job_over_the_limit_is_refused_until_another_ends(
     clients: list[Client],
 ) -> None:
     client = clients[0]
@@ -65,7 +63,7 @@ def test_a_job_beyond_the_bound_is_refused_and_taken_in_when_one_has_ended(
     assert clients[1].execute(operation="stamped", items=[0.0], timeout=30).done == 1
 
 
-def test_a_place_is_given_back_when_a_batch_is_refused_or_items_cannot_be_stored(
+def test_a_refused_batch_or_unstorable_items_free_their_places(
     clients: list[Client],
 ) -> None:
     client = clients[0]
@@ -84,7 +82,7 @@ def test_a_place_is_given_back_when_a_batch_is_refused_or_items_cannot_be_stored
     ] == [1] * MOST
 
 
-def test_no_more_jobs_than_may_be_are_at_work_and_all_are_done(clients: list[Client]) -> None:
+def test_the_limit_holds_at_every_moment_and_all_jobs_are_done(clients: list[Client]) -> None:
     jobs = [
         client.submit(operation="stamped", items=[0.05], overload="delay")
         for _ in range(3)

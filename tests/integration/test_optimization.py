@@ -84,11 +84,11 @@ def test_health_is_told_of_the_whole_platform(patient: Client) -> None:
     json.dumps(told)
 
 
-def test_without_a_worker_or_redis_health_says_so(lonely_client: Client) -> None:
-    told = lonely_client.health_check(detailed=True)
+def test_without_a_worker_or_redis_health_says_so(client_without_worker: Client) -> None:
+    told = client_without_worker.health_check(detailed=True)
     assert (told["status"], told["why"]) == ("failing", ["no worker reports: nothing runs"])
-    lonely_client.submit(operation="echo", items=[1])
-    assert "nobody consumes" in lonely_client.health_check(detailed=True)["why"][1]
+    client_without_worker.submit(operation="echo", items=[1])
+    assert "nobody consumes" in client_without_worker.health_check(detailed=True)["why"][1]
 
     with client_of(environment_of("redis://:geheim@127.0.0.1:1/0", "nowhere")) as client:
         told = client.health_check(detailed=True)
@@ -108,11 +108,13 @@ def test_a_breaker_that_is_open_degrades(server: embedded.Server) -> None:
 
 
 def test_the_command_shows_what_keys_set_and_refuses_what_cannot_be_used(
-    lonely_client: Client, tmp_path: Path
+    client_without_worker: Client, tmp_path: Path
 ) -> None:
     def run(*arguments: str) -> tuple[int, str, str]:
         done = CliRunner().invoke(
-            rlm, ["config", "optimization", *arguments], obj=SimpleNamespace(app=lonely_client.app)
+            rlm,
+            ["config", "optimization", *arguments],
+            obj=SimpleNamespace(app=client_without_worker.app),
         )
         return done.exit_code, done.stdout, done.stderr
 

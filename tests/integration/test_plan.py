@@ -116,11 +116,11 @@ def test_a_plan_of_a_question_covers_what_it_takes(world: World) -> None:
     print(f"\n{planned}\nspent: {calls} calls, {tokens:,} tokens")
 
 
-def test_a_plan_leaves_nothing_behind(lonely_client: Client) -> None:
-    redis = lonely_client.ledger.store.client
-    mine = f"{lonely_client.settings.namespace}:*"
+def test_a_plan_leaves_nothing_behind(client_without_worker: Client) -> None:
+    redis = client_without_worker.ledger.store.client
+    mine = f"{client_without_worker.settings.namespace}:*"
 
-    planned = lonely_client.plan(merged(1000))
+    planned = client_without_worker.plan(merged(1000))
 
     assert (planned.time_s, planned.limited_by, planned.calls.p50) == (
         None,
@@ -159,7 +159,9 @@ def test_a_plan_knows_what_the_limits_have_given_lately_and_how_hard_the_platfor
     assert pressed.money.p50 < used.money.p50
 
 
-def test_what_submit_refuses_a_plan_refuses_in_the_same_words(lonely_client: Client) -> None:
+def test_what_submit_refuses_a_plan_refuses_in_the_same_words(
+    client_without_worker: Client,
+) -> None:
     for request in (
         {"operation": "llm.map", "items": [1], "params": {"prompt": "Say it", "max_tokens": 10**6}},
         {"operation": "llm.ask", "items": "a text", "params": {"question": "Who?"}},
@@ -167,12 +169,14 @@ def test_what_submit_refuses_a_plan_refuses_in_the_same_words(lonely_client: Cli
         {"operation": "nothing", "items": [1]},
     ):
         with pytest.raises(InvalidRequest) as planned:
-            lonely_client.plan(request)
+            client_without_worker.plan(request)
         with pytest.raises(InvalidRequest) as submitted:
-            lonely_client.submit(request)
+            client_without_worker.submit(request)
         assert str(planned.value) == str(submitted.value)
     with pytest.raises(InvalidRequest, match="must not use them up"):
-        lonely_client.plan(operation="llm.map", items=iter("abc"), params={"prompt": "Say it"})
+        client_without_worker.plan(
+            operation="llm.map", items=iter("abc"), params={"prompt": "Say it"}
+        )
 
 
 def test_what_an_operation_without_models_takes_is_known_when_it_has_run(world: World) -> None:
