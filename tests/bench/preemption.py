@@ -44,7 +44,7 @@ def starts(start: Start, spread_s: float) -> list[float]:
 
 
 def ours(client: Client) -> Iterator[Start]:
-    """Keep all slots busy with a low-priority job of long nodes; yield the start of a critical job."""
+    """Keep all slots busy with a low-priority job; yield the start of a critical job."""
     low = client.submit(
         operation="bench_nap",
         items=[ITEM_S] * ENOUGH,

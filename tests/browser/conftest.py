@@ -28,7 +28,7 @@ expect.set_options(timeout=20_000)
 
 @pytest.fixture(scope="session")
 def environment(server: embedded.Server) -> dict[str, str]:
-    """The environment of the worker and of Flower: pressure is on, and the tests force its level."""
+    """The environment of the worker and of Flower; pressure is on, and tests force its level."""
     modules = "tests.browser.ops,tests.integration.ops,tests.integration.guarded_ops"
     return environment_of(
         server.url,

@@ -83,11 +83,9 @@ def test_without_a_worker_waiting_messages_are_a_fault(client_without_worker: Cl
 
     found = examined(client_without_worker)
 
+    queue = f"{client_without_worker.settings.namespace}.normal"
     assert found["workers"].state == "fault"
-    assert (
-        found["queues"].found
-        == f"messages wait that nobody consumes: 1 in {client_without_worker.settings.namespace}.normal"
-    )
+    assert found["queues"].found == f"messages wait that nobody consumes: 1 in {queue}"
     assert found["beat"].state == "warning"
     assert (
         found["redis"].state

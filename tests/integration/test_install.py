@@ -27,9 +27,7 @@ JOBS = ["shop.critical", "shop.high", "shop.normal", "shop.low"]
 
 @dataclass
 class Shop:
-    """The example shop: the environment of its processes, their files, and an app for remote control.
-
-    The app has no tasks."""
+    """The example shop: its environment and files, and an app without tasks to inspect workers."""
 
     environment: dict[str, str]
     folder: Path

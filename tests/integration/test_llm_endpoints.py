@@ -98,7 +98,7 @@ def asked(base_url: str, about: Question | None = None, **options: Any) -> Answe
 
 
 def error_of(base_url: str, about: Question | None = None, **options: Any) -> Exception:
-    """Return the error of a call; assert that neither error nor traceback has the key or the prompt."""
+    """Return the error of a call; assert that its texts have neither the key nor the prompt."""
     with pytest.raises(Exception) as caught:  # noqa: PT011 - it is returned
         asked(base_url, about, **options)
     error = caught.value

@@ -1,6 +1,6 @@
-"""Real workers are scraped and probed, while their processes are recycled and killed and their
-server goes away.
-"""
+"""Metrics and probes of real workers.
+
+Meanwhile processes are recycled and killed, and the server goes away."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SLOTS = 2
 
 @dataclass
 class Scraped:
-    """One worker with a port."""
+    """A worker with a metrics port, and its client."""
 
     port: int
     client: Client
@@ -42,13 +42,13 @@ class Scraped:
         """Return status and body of an answer."""
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310  # our own
+            with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310  # of this machine
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
     def samples(self, name: str) -> Counter[tuple[str, ...]]:
-        """Return the values of a sample by those of its labels, in the order of their names."""
+        """Return the values of a sample by its label values, in the order of the labels' names."""
         text = self.get("/metrics")[1]
         found = [
             sample
@@ -60,19 +60,19 @@ class Scraped:
             {tuple(value for _, value in sorted(each.labels.items())): each.value for each in found}
         )
 
-    def says(self, path: str, status: int, body: str) -> bool:
-        """Whether an answer is this one."""
+    def answers(self, path: str, status: int, body: str) -> bool:
+        """Return whether the answer has this status and body."""
         return self.get(path) == (status, body + "\n")
 
 
 class Workers:
-    """Workers with a port each, on one server."""
+    """Starts workers with a metrics port each, on one server."""
 
     def __init__(self, server: embedded.Server, folder: Path, stack: ExitStack) -> None:
         self.server, self._folder, self._stack, self._started = server, folder, stack, 0
 
     def start(self, *options: str, port: int = 0, slots: int = SLOTS, **variables: str) -> Scraped:
-        """Start one in a namespace of its own, on a free port unless one is given."""
+        """Start a worker in a private namespace, by default on a free port."""
         self._started += 1
         name, port = f"scraped-{self._started}", port or embedded.free_port()
         temporary, log = self._folder / name, self._folder / f"{name}.log"
@@ -93,18 +93,18 @@ class Workers:
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
-    """What starts workers, on a server that a test may stop."""
+    """A starter of workers, on a server that a test may stop."""
     with embedded.server() as own, ExitStack() as stack:
         yield Workers(own, tmp_path_factory.mktemp("scraped"), stack)
 
 
 @pytest.fixture(scope="module")
 def scraped(workers: Workers) -> Scraped:
-    """A worker that nothing happens to, until its server goes away."""
+    """A worker without faults, until the last test stops its server."""
     return workers.start()
 
 
-def test_sums_are_what_jobs_did_through_recycled_and_killed_processes(
+def test_counters_stay_exact_when_processes_are_recycled_and_killed(
     workers: Workers, tmp_path: Path
 ) -> None:
     scraped = workers.start("--max-tasks-per-child=3")
@@ -119,7 +119,7 @@ def test_sums_are_what_jobs_did_through_recycled_and_killed_processes(
             timeout=60,
         )
         now = scraped.samples("rlm_items_total")
-        assert all(now[each] >= value for each, value in seen.items()), "no counter falls"
+        assert all(now[each] >= value for each, value in seen.items()), "no counter decreases"
         seen = now
     client.execute(
         operation="die_once", items=deadly, strategy=Binary(min_chunk_size=5), timeout=60
@@ -153,37 +153,35 @@ def test_sums_are_what_jobs_did_through_recycled_and_killed_processes(
     assert scraped.samples("rlm_node_duration_seconds_count").total() == nodes.total()
     assert scraped.samples("rlm_peak_memory_mb")[()] > 10
     [folder] = scraped.temporary.glob("rlm-metrics-*")
-    assert len(list(folder.iterdir())) <= 3 * SLOTS, (
-        "a file for each slot, however many processes there were"
-    )
-    scraped.process.kill()  # it has nothing to do, and the next tests are not about it
+    assert len(list(folder.iterdir())) <= 3 * SLOTS, "files by slot, not by process"
+    scraped.process.kill()  # no other test needs it
 
 
-def test_health_tells_of_quotas_latency_and_slots(scraped: Scraped) -> None:
+def test_health_reports_quotas_latency_and_slots(scraped: Scraped) -> None:
     status, body = scraped.get("/health")
-    told = json.loads(body)
+    health = json.loads(body)
 
-    assert (status, told["status"], told["why"]) == (200, "ok", [])
-    assert 0 < told["latency"]["redis_ms"] < 10_000
-    assert told["slots"]["total"] == SLOTS
-    assert told["pressure"]["level"] == "normal"
-    [metered] = [each for each in told["quotas"] if each["service"] == "metered"]
+    assert (status, health["status"], health["why"]) == (200, "ok", [])
+    assert 0 < health["latency"]["redis_ms"] < 10_000
+    assert health["slots"]["total"] == SLOTS
+    assert health["pressure"]["level"] == "normal"
+    [metered] = [each for each in health["quotas"] if each["service"] == "metered"]
     assert (metered["name"], metered["limit"], metered["used"], metered["fill"]) == (
         "requests",
         20.0,
         0.0,
         0.0,
     )
-    assert told["circuit_breakers"]["fragile"] == "closed"
+    assert health["circuit_breakers"]["fragile"] == "closed"
     assert scraped.samples("rlm_circuit_breaker_state")["fragile",] == 0
     assert json.loads(scraped.get("/health?detailed=false")[1]) == {"status": "ok", "why": []}
     assert scraped.get("/") == (404, "there are /metrics, /livez, /readyz, /health\n")
 
 
-def test_who_asks_shows_the_key_but_for_probes(workers: Workers) -> None:
+def test_every_path_but_probes_needs_the_key(workers: Workers) -> None:
     key = "geheimer-schlüssel"
     guarded = workers.start(slots=1, RLM_API_KEY=f"{key}\n")
-    shown = {"Authorization": f"Bearer {key}".encode()}
+    right = {"Authorization": f"Bearer {key}".encode()}
 
     refused = (401, "show the key of RLM_API_KEY: Authorization: Bearer, or X-API-Key\n")
     wrong: list[dict[str, Any]] = [
@@ -195,43 +193,41 @@ def test_who_asks_shows_the_key_but_for_probes(workers: Workers) -> None:
     for path in ("/metrics", "/health", "/health?detailed=false", "/elsewhere"):
         assert [guarded.get(path, **headers) for headers in wrong] == [refused] * len(wrong)
     assert [guarded.get(path) for path in ("/livez", "/readyz")] == [(200, "ok\n")] * 2
-    assert "rlm_slots" in guarded.get("/metrics", **shown)[1]
+    assert "rlm_slots" in guarded.get("/metrics", **right)[1]
     assert json.loads(guarded.get("/health", **{"X-API-Key": key.encode()})[1])["status"] == "ok"
     assert key not in guarded.log.read_text()
 
 
-def test_a_worker_that_drains_is_alive_and_not_ready(scraped: Scraped) -> None:
+def test_a_draining_worker_is_alive_but_not_ready(scraped: Scraped) -> None:
     assert scraped.get("/readyz") == (200, "ok\n")
     control = scraped.client.app.control
 
     control.broadcast("rlm_drain")
-    wait_until(lambda: scraped.says("/readyz", 503, "it drains"))
+    wait_until(lambda: scraped.answers("/readyz", 503, "it drains"))
     assert scraped.get("/livez") == (200, "ok\n")
     assert scraped.samples("rlm_slots") == {("busy",): 0, ("free",): 0}
     control.broadcast("rlm_resume")
-    wait_until(lambda: scraped.says("/readyz", 200, "ok"))
+    wait_until(lambda: scraped.answers("/readyz", 200, "ok"))
 
 
-def test_a_taken_port_is_told_once_and_the_worker_works_and_ends(
+def test_a_taken_port_is_logged_once_and_the_worker_still_works(
     workers: Workers, scraped: Scraped
 ) -> None:
     other = workers.start(port=scraped.port, slots=1)
 
     assert other.client.execute(operation="sum", items=range(10), timeout=30).output == 45
-    told = [line for line in other.log.read_text().splitlines() if "metrics" in line]
-    assert len(told) == 1
+    lines = [line for line in other.log.read_text().splitlines() if "metrics" in line]
+    assert len(lines) == 1
     assert (
         f"Port {scraped.port} of 127.0.0.1 is taken: this worker goes on without metrics and probes"
-        in told[0]
+        in lines[0]
     )
-    assert "CELERY_WORKER_METRICS_PORT" in told[0]
+    assert "CELERY_WORKER_METRICS_PORT" in lines[0]
     assert len(list(other.temporary.glob("rlm-metrics-*"))) == 1
     other.process.send_signal(signal.SIGQUIT)
     other.process.wait(30)
-    assert list(other.temporary.glob("rlm-metrics-*")) == [], (
-        "nor does a cold shutdown leave anything"
-    )
-    assert scraped.get("/livez") == (200, "ok\n"), "the port is still its owner's"
+    assert list(other.temporary.glob("rlm-metrics-*")) == [], "a cold shutdown leaves no files"
+    assert scraped.get("/livez") == (200, "ok\n"), "the first worker still has the port"
 
 
 def test_a_worker_answers_until_its_last_item_has_ended(workers: Workers, tmp_path: Path) -> None:
@@ -240,7 +236,7 @@ def test_a_worker_answers_until_its_last_item_has_ended(workers: Workers, tmp_pa
     wait_until(lambda: ending.samples("rlm_concurrency_level")[()] == 1)
 
     ending.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: ending.says("/readyz", 503, "it drains"))
+    wait_until(lambda: ending.answers("/readyz", 503, "it drains"))
     assert ending.get("/livez") == (200, "ok\n")
     end.touch()
     assert job.get(timeout=30) == [str(end)]
@@ -250,12 +246,12 @@ def test_a_worker_answers_until_its_last_item_has_ended(workers: Workers, tmp_pa
         ending.get("/livez")
 
 
-def test_what_operations_and_requests_count_of_their_own_is_there(scraped: Scraped) -> None:
-    told = {"scraped.letters": 100, "script": "latin"}
+def test_metrics_of_operations_and_requests_are_exported(scraped: Scraped) -> None:
+    request_metrics = {"scraped.letters": 100, "script": "latin"}
     assert scraped.client.execute(
         operation="read_letters",
         items=["abc", "de", "αβγδ"],
-        options={"emit_metrics": told},
+        options={"emit_metrics": request_metrics},
         timeout=30,
     ).output == [3, 2, 4]
 
@@ -263,7 +259,7 @@ def test_what_operations_and_requests_count_of_their_own_is_there(scraped: Scrap
     assert 0 <= scraped.samples("rlm_cache_hit_rate")[()] < 1, "something was read"
 
 
-def test_a_pool_of_one_process_counts_too_beside_what_its_owner_counts(workers: Workers) -> None:
+def test_a_solo_pool_exports_item_and_process_metrics(workers: Workers) -> None:
     solo = workers.start("-P", "solo", slots=1)
     solo.client.execute(operation="sum", items=range(10), timeout=30)
 
@@ -272,21 +268,19 @@ def test_a_pool_of_one_process_counts_too_beside_what_its_owner_counts(workers: 
     assert solo.get("/livez") == (200, "ok\n")
 
 
-def test_a_worker_is_not_ready_while_its_server_is_away_and_lives(
-    workers: Workers, scraped: Scraped
-) -> None:
+def test_a_worker_without_redis_is_alive_but_not_ready(workers: Workers, scraped: Scraped) -> None:
     away = "it is not connected to its broker, or does not consume yet"
     scraped.client.execute(operation="sum", items=range(10), timeout=60)
 
     workers.server.stop()
-    wait_until(lambda: scraped.says("/readyz", 503, away))
+    wait_until(lambda: scraped.answers("/readyz", 503, away))
     assert scraped.get("/livez") == (200, "ok\n")
     status, body = scraped.get("/health")
     assert (status, json.loads(body)["status"]) == (503, "failing")
     assert scraped.samples("rlm_items_total")["sum", "done"] == 10, (
-        "what was counted is told without Redis"
+        "counters are exported without Redis"
     )
     workers.server.start()
 
-    wait_until(lambda: scraped.says("/readyz", 200, "ok"), 60)
+    wait_until(lambda: scraped.answers("/readyz", 200, "ok"), 60)
     assert scraped.client.execute(operation="sum", items=range(10), timeout=60).output == 45

@@ -1,6 +1,4 @@
-"""What a client tells of the platform's performance and health, with a real worker, without one,
-and without Redis.
-"""
+"""A client's reports on performance and health: with a real worker, without one, without Redis."""
 
 from __future__ import annotations
 
@@ -21,15 +19,13 @@ from tests.support import wait_until
 
 @pytest.fixture(scope="module")
 def patient(environment: dict[str, str], worker_pid: int) -> Iterator[Client]:
-    """A client of the session's worker that takes no slow answer of a busy machine for an
-    outage.
-    """
+    """A client of the session's worker with a long timeout, for slow answers of a busy machine."""
     modules = "tests.integration.ops,tests.integration.guarded_ops"
     with client_of({**environment, "RLM_GUARD_TIMEOUT_S": "5", "RLM_OPERATIONS": modules}) as own:
         yield own
 
 
-def test_an_execution_is_monitored(patient: Client) -> None:
+def test_execute_with_monitoring_returns_metrics(patient: Client) -> None:
     result, metrics = patient.execute_with_monitoring(operation="nap", items=[20.0] * 4, timeout=60)
 
     assert result.output == [20.0] * 4
@@ -39,7 +35,7 @@ def test_an_execution_is_monitored(patient: Client) -> None:
     assert metrics["items"] == 4
 
 
-def test_stats_are_what_the_platform_knows(patient: Client) -> None:
+def test_stats_cover_executions_errors_and_memory(patient: Client) -> None:
     before = patient.get_optimization_stats()
     patient.execute(operation="fail_odd", items=range(10), continue_on_error=True, timeout=60)
 
@@ -60,7 +56,7 @@ def test_stats_are_what_the_platform_knows(patient: Client) -> None:
     json.dumps(stats)
 
 
-def test_health_is_told_of_the_whole_platform(patient: Client) -> None:
+def test_health_covers_the_whole_platform(patient: Client) -> None:
     brief = patient.health_check()
     assert (brief["status"], brief["why"], list(brief)) == (
         "ok",
@@ -70,32 +66,31 @@ def test_health_is_told_of_the_whole_platform(patient: Client) -> None:
     assert 0 < brief["latency_ms"] < 60_000
 
     patient.breakers.get("mail").call(lambda: None)
-    wait_until(
-        lambda: patient.health_check(detailed=True)["queues"]["test.normal"]["consumed"]
-    )  # its host tells once a second
-    told = patient.health_check({"detailed": True})
+    # The worker's host reports once a second.
+    wait_until(lambda: patient.health_check(detailed=True)["queues"]["test.normal"]["consumed"])
+    health = patient.health_check({"detailed": True})
 
-    assert told["status"] == "ok", told["why"]
-    assert (told["slots"]["total"], len(told["workers"])) == (SLOTS, 1)
-    assert told["pressure"]["level"] == "normal"
-    [metered] = [each for each in told["quotas"] if each["service"] == "metered"]
+    assert health["status"] == "ok", health["why"]
+    assert (health["slots"]["total"], len(health["workers"])) == (SLOTS, 1)
+    assert health["pressure"]["level"] == "normal"
+    [metered] = [each for each in health["quotas"] if each["service"] == "metered"]
     assert (metered["limit"], metered["fill"]) == (20.0, 0.0)
-    assert told["circuit_breakers"]["mail"] == "closed"
-    json.dumps(told)
+    assert health["circuit_breakers"]["mail"] == "closed"
+    json.dumps(health)
 
 
-def test_without_a_worker_or_redis_health_says_so(client_without_worker: Client) -> None:
-    told = client_without_worker.health_check(detailed=True)
-    assert (told["status"], told["why"]) == ("failing", ["no worker reports: nothing runs"])
+def test_health_fails_without_a_worker_or_redis(client_without_worker: Client) -> None:
+    health = client_without_worker.health_check(detailed=True)
+    assert (health["status"], health["why"]) == ("failing", ["no worker reports: nothing runs"])
     client_without_worker.submit(operation="echo", items=[1])
     assert "nobody consumes" in client_without_worker.health_check(detailed=True)["why"][1]
 
     with client_of(environment_of("redis://:geheim@127.0.0.1:1/0", "nowhere")) as client:
-        told = client.health_check(detailed=True)
-    assert told == {"status": "failing", "why": ["Redis does not answer"], "latency_ms": None}
+        health = client.health_check(detailed=True)
+    assert health == {"status": "failing", "why": ["Redis does not answer"], "latency_ms": None}
 
 
-def test_a_breaker_that_is_open_degrades(server: embedded.Server) -> None:
+def test_an_open_breaker_degrades_health(server: embedded.Server) -> None:
     with client_of(environment_of(server.url, "shut", RLM_GUARD_TIMEOUT_S="5")) as client:
         breaker = client.create_circuit_breaker("mail", failure_threshold=1)
         with pytest.raises(ZeroDivisionError):
@@ -107,7 +102,7 @@ def test_a_breaker_that_is_open_degrades(server: embedded.Server) -> None:
 # --- on the command line ----------------------------------------------------------------------
 
 
-def test_the_command_shows_what_keys_set_and_refuses_what_cannot_be_used(
+def test_the_command_translates_keys_and_refuses_unusable_values(
     client_without_worker: Client, tmp_path: Path
 ) -> None:
     def run(*arguments: str) -> tuple[int, str, str]:

@@ -1,6 +1,6 @@
-"""Every fenced block of every page of docs/ does what it says; a new page is read as it appears.
+"""Every fenced block of every page of docs/ does what it says; new pages are included.
 
-The README has a test of its own, test_whole_stack.
+The README has a separate test, test_whole_stack.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LIGHT_FIRST = sorted(
 
 @pytest.fixture(scope="module")
 def stopping() -> Iterator[ExitStack]:
-    """What waits for the end of processes, while other pages are read."""
+    """The stack that waits for the end of processes, while other pages are read."""
     with ExitStack() as stack:
         yield stack
 

@@ -1,4 +1,4 @@
-"""A plan is told before anything is paid; what was then really paid is held against it."""
+"""Plans: the cost of a job is predicted before it runs, and compared with the real cost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support import wait_until
 SLOTS = 2
 
 
-class World:
+class Platform:
     """A provider, a worker, its client, and the environment of both."""
 
     def __init__(
@@ -33,12 +33,14 @@ class World:
 
     def spent(self) -> tuple[int, int]:
         """Return the calls and tokens that the provider has counted."""
-        told = self.provider.report()
-        return told["answered"], told["prompt_tokens"] + told["completion_tokens"]
+        counts = self.provider.report()
+        return counts["answered"], counts["prompt_tokens"] + counts["completion_tokens"]
 
 
 @pytest.fixture(scope="module")
-def world(server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def platform(
+    server: embedded.Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Platform]:
     with ExitStack() as stack:
         provider = stack.enter_context(fake_provider.running(latency=0.05))
         environment = environment_of(
@@ -52,49 +54,47 @@ def world(server: embedded.Server, tmp_path_factory: pytest.TempPathFactory) -> 
         log = tmp_path_factory.mktemp("plan") / "worker.log"
         stack.enter_context(embedded.worker(environment, log=log, slots=SLOTS))
         wait_until(lambda: client.plan(operation="nap", items=[1]).slots == SLOTS)
-        yield World(client, provider, environment)
+        yield Platform(client, provider, environment)
 
 
 def merged(n: int) -> dict[str, Any]:
-    """Return a request whose answers are merged, of so many items."""
+    """Return a request with n items whose answers are merged."""
     items = [
         f"item {at} of {n} speaks of {at % 7} things, and {'of many more, ' * (at % 5)}then it ends"
         for at in range(n)
     ]
-    params = {"prompt": "What does this say?\n{item}", "fanIn": 5, "maxTokens": 400}
+    params = {"prompt": "Describe this text.\n{item}", "fanIn": 5, "maxTokens": 400}
     return {"operation": "llm.map_reduce", "items": items, "params": params}
 
 
-def test_a_plan_is_kept_to_the_call_and_after_the_first_job_to_a_tenth_of_the_tokens(
-    world: World,
-) -> None:
-    blind = world.client.plan(merged(60))
+def test_a_plan_predicts_calls_exactly_and_tokens_within_a_tenth(platform: Platform) -> None:
+    """The tokens are within a tenth from the second job on."""
+    blind = platform.client.plan(merged(60))
 
     assert (blind.based_on, blind.slots) == (0, SLOTS)
     assert "gpt-4.1-mini" in blind.notes[0]
     assert blind.time_s is not None
-    assert world.spent() == (0, 0)
-    world.client.execute(merged(60), timeout=60)
-    calls, tokens = world.spent()
+    assert platform.spent() == (0, 0)
+    platform.client.execute(merged(60), timeout=60)
+    calls, tokens = platform.spent()
     assert blind.calls.p50 == blind.calls.p90 == calls == 60 + 12 + 3 + 1
     assert blind.tokens.p90 >= tokens
 
-    world.provider.reset()
-    learned = world.client.plan(merged(100))
-    result = world.client.execute(merged(100), timeout=60)
-    calls, tokens = world.spent()
+    platform.provider.reset()
+    learned = platform.client.plan(merged(100))
+    result = platform.client.execute(merged(100), timeout=60)
+    calls, tokens = platform.spent()
 
     assert (learned.based_on, learned.notes) == (76, ())
     assert learned.calls.p50 == calls == 100 + 20 + 4 + 1
     assert learned.tokens.p50 == pytest.approx(tokens, rel=0.1)
     assert learned.tokens.p50 < learned.tokens.p90
     assert learned.time_s is not None
-    print(
-        f"\n{learned}\nspent: {tokens:,} tokens, took {result.metrics.execution_time_ms / 1000:.2f} s"
-    )
+    took_s = result.metrics.execution_time_ms / 1000
+    print(f"\n{learned}\nspent: {tokens:,} tokens, took {took_s:.2f} s")
 
 
-def test_a_plan_of_a_question_covers_what_it_takes(world: World) -> None:
+def test_a_plan_of_a_question_covers_its_calls_and_tokens(platform: Platform) -> None:
     items = [
         f"Passage {at}: the {'lighthouse' if at % 40 == 0 else 'garden'} was built in {1800 + at}."
         for at in range(400)
@@ -104,12 +104,12 @@ def test_a_plan_of_a_question_covers_what_it_takes(world: World) -> None:
         "items": items,
         "params": {"question": "When was the lighthouse built?", "groupTokens": 600},
     }
-    world.provider.reset()
+    platform.provider.reset()
 
-    planned = world.client.plan(request)
-    world.client.execute(request, timeout=60)
+    planned = platform.client.plan(request)
+    platform.client.execute(request, timeout=60)
 
-    calls, tokens = world.spent()
+    calls, tokens = platform.spent()
     assert (planned.rounds[0].operation, planned.rounds[-1].operation) == ("llm.ask", "llm.answer")
     assert planned.rounds[0].calls.p50 <= calls <= planned.calls.p90
     assert tokens <= planned.tokens.p90 * 1.1
@@ -130,7 +130,7 @@ def test_a_plan_leaves_nothing_behind(client_without_worker: Client) -> None:
     assert list(redis.scan_iter(mine)) == []
 
 
-def test_a_plan_knows_what_the_limits_have_given_lately_and_how_hard_the_platform_is_pressed(
+def test_a_plan_includes_recent_use_of_limits_and_the_pressure_level(
     server: embedded.Server,
 ) -> None:
     with client_of(environment_of(server.url, "plan-pressed", pressed=True)) as client:
@@ -151,15 +151,14 @@ def test_a_plan_knows_what_the_limits_have_given_lately_and_how_hard_the_platfor
 
     assert calm.time_s is not None
     assert used.time_s is not None
-    assert (
-        0 < used.time_s.p50 - calm.time_s.p50 <= 10.1
-    )  # 15,000 of 90,000 a minute, but for what has flowed in meanwhile
+    # 15,000 tokens of 90,000 a minute are 10 s, less the refill meanwhile.
+    assert 0 < used.time_s.p50 - calm.time_s.p50 <= 10.1
     assert (used.limited_by, used.models) == ("tokens", {"medium": "gpt-4.1-mini"})
     assert (pressed.level, pressed.models) == ("critical", {"medium": "gpt-4.1-nano"})
     assert pressed.money.p50 < used.money.p50
 
 
-def test_what_submit_refuses_a_plan_refuses_in_the_same_words(
+def test_plan_and_submit_refuse_with_the_same_message(
     client_without_worker: Client,
 ) -> None:
     for request in (
@@ -179,12 +178,12 @@ def test_what_submit_refuses_a_plan_refuses_in_the_same_words(
         )
 
 
-def test_what_an_operation_without_models_takes_is_known_when_it_has_run(world: World) -> None:
+def test_a_plan_without_models_knows_the_time_after_the_first_run(platform: Platform) -> None:
     request = {"operation": "nap", "items": [10] * 40}
 
-    before = world.client.plan(request)
-    world.client.execute(request, timeout=60)
-    after = world.client.plan(request)
+    before = platform.client.plan(request)
+    platform.client.execute(request, timeout=60)
+    after = platform.client.plan(request)
 
     assert (before.time_s, before.based_on) == (None, 0)
     assert "nap" in before.notes[0]
@@ -193,15 +192,15 @@ def test_what_an_operation_without_models_takes_is_known_when_it_has_run(world: 
     assert (after.limited_by, after.based_on, after.calls.p90) == ("slots", 40, 0)
 
 
-def test_the_command_line_tells_a_plan_to_people_and_to_programs(world: World) -> None:
+def test_the_command_line_prints_a_plan_as_a_table_or_json(platform: Platform) -> None:
     request = json.dumps({**merged(12), "budget": {"calls": 8}})
 
-    told = rlm(world.environment, "plan", stdin=request)
-    plain = rlm(world.environment, "plan", "--json", stdin=request)
+    table = rlm(platform.environment, "plan", stdin=request)
+    as_json = rlm(platform.environment, "plan", "--json", stdin=request)
 
-    assert told.returncode == 0, told.stderr
+    assert table.returncode == 0, table.stderr
     assert [
-        line.split("│")[2].strip() for line in told.stdout.splitlines() if "llm.merge" in line
+        line.split("│")[2].strip() for line in table.stdout.splitlines() if "llm.merge" in line
     ] == ["llm.merge"] * 2
-    assert "its calls pay for 53% of the items" in told.stdout
-    assert json.loads(plain.stdout)["calls"] == {"p50": 12 + 3 + 1, "p90": 12 + 3 + 1}
+    assert "its calls pay for 53% of the items" in table.stdout
+    assert json.loads(as_json.stdout)["calls"] == {"p50": 12 + 3 + 1, "p90": 12 + 3 + 1}

@@ -1,7 +1,7 @@
-"""Pressure on real workers: what raises a level, what follows from it, and who is told.
+"""Pressure on real workers: causes and effects of a level, and the monitor.
 
-A machine that others load, too, is honestly pressed: where it matters a drill holds the level, or
-the test says what it bears."""
+Other load on the machine really raises its level.  So a drill forces the level in most tests; the
+others allow for such load."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ REFUSED = {
     "critical": {"normal": 20, "low": 40},
     "emergency": {"high": 20, "normal": 40, "low": 60},
 }
-"""Whose work is not taken in at each level, and for how many seconds: a level falls by a step in 20
-at the soonest.
-"""
+"""Level -> priorities whose work is refused, and their retry time in seconds.
+
+A level falls by one step in 20 s at the soonest."""
 MONITOR_S = 1
 LIMIT_MB = 1000
 SLOW_MS = 200
@@ -53,7 +53,7 @@ SLOW_MS = 200
 
 @pytest.fixture(scope="module")
 def settings_of(server: embedded.Server) -> Callable[..., dict[str, str]]:
-    """Return the environment of a platform of this module, by name."""
+    """A function that returns the environment of a platform of this module, by name."""
 
     def settings_of(name: str, **more: str) -> dict[str, str]:
         return environment_of(
@@ -69,28 +69,28 @@ def settings_of(server: embedded.Server) -> Callable[..., dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def plain(settings_of: Callable[..., dict[str, str]]) -> dict[str, str]:
-    """The environment of a platform that nobody monitors, with the default rules of pressure."""
+    """The environment of a platform without beat, with the default rules of pressure."""
     return settings_of("plain", RLM_ALLOCATION__MIN_WORKERS="1")
 
 
 @pytest.fixture(scope="module")
-def own(plain: dict[str, str], logs: Path) -> Iterator[Client]:
+def client(plain: dict[str, str], logs: Path) -> Iterator[Client]:
     """A client of a worker without beat."""
     with embedded.worker(plain, log=logs / "pressure.log", slots=SLOTS), client_of(plain) as client:
         yield client
 
 
 @pytest.fixture
-def drilled(own: Client) -> Iterator[Client]:
-    """The same client, under a level that the test decides: normal, to begin with."""
-    order(own, "normal")
-    yield own
-    own.pressure.force("normal")
+def drilled(client: Client) -> Iterator[Client]:
+    """The same client under a forced level: normal at first, until the test forces another."""
+    order(client, "normal")
+    yield client
+    client.pressure.force("normal")
 
 
 @pytest.fixture(scope="module")
 def watched(settings_of: Callable[..., dict[str, str]], logs: Path) -> Iterator[Client]:
-    """A client of a worker with two beats, neither of which knows of the other."""
+    """A client of a worker with two independent beats."""
     environment = settings_of(
         "watched",
         RLM_PRESSURE__MONITOR_S=str(MONITOR_S),
@@ -109,9 +109,7 @@ def watched(settings_of: Callable[..., dict[str, str]], logs: Path) -> Iterator[
 
 
 def others_compute() -> bool:
-    """Say whether this machine has work beside this test: then it is pressed, and rightly says
-    so.
-    """
+    """Return whether other programs load this machine; then its level is rightly high."""
     return psutil.cpu_percent(interval=1.0) >= 75
 
 
@@ -137,7 +135,7 @@ def beat(
 
 @contextmanager
 def door(environment: Mapping[str, str], **more: str) -> Iterator[Client]:
-    """Return a client that has seen nothing yet; what one has seen holds for a second."""
+    """Yield a new client: an older one may use a level that it has read up to a second ago."""
     with client_of({**environment, **more}) as client:
         yield client
 
@@ -164,29 +162,27 @@ def all_slots_run(client: Client, operation: str) -> None:
     wait_until(lambda: client.status().active == {operation: SLOTS})
 
 
-# --- what raises a level ----------------------------------------------------------------------
+# --- causes of a level ------------------------------------------------------------------------
 
 
 def least_share(spans: Sequence[Sequence[float]]) -> float:
-    """Return how much of a processor items had at worst, over a second each: ten items of (seconds,
-    seconds with one).
-    """
+    """Return the smallest share of a processor over a second; a span is (seconds, CPU seconds).
+
+    Ten spans are one second."""
     seconds = [spans[at : at + 10] for at in range(0, len(spans), 10)]
     return min(
         sum(each[1] for each in second) / sum(each[0] for each in second) for second in seconds
     )
 
 
-def test_a_host_that_computes_on_every_slot_is_not_pressed(own: Client) -> None:
-    """As far as the machine is ours: while items get a processor for 70 % of each second, work does
-    not wait.
-    """
-    job = own.submit(operation="compute", items=[0.1] * 160)
+def test_computing_on_every_slot_does_not_raise_the_level(client: Client) -> None:
+    """Other load may take the processor: the level must be normal while items get 70 % of it."""
+    job = client.submit(operation="compute", items=[0.1] * 160)
 
-    levels = {own.status().level for _ in job.watch()}
+    levels = {client.status().level for _ in job.watch()}
 
     result, unpressed = job.result(), levels == {"normal"}
-    assert {looked_at for _, _, looked_at in result.output} == {100} or not unpressed
+    assert {allowed for _, _, allowed in result.output} == {100} or not unpressed
     assert (unpressed and result.receipt == ()) or least_share(result.output) < 0.7, (
         levels,
         result.receipt,
@@ -195,9 +191,7 @@ def test_a_host_that_computes_on_every_slot_is_not_pressed(own: Client) -> None:
 
 @contextmanager
 def memory_filled(client: Client, percent: float, until: Path) -> Iterator[None]:
-    """Have a pool process hold what is missing to so much of the worker's memory, for the length of
-    a block.
-    """
+    """Fill the worker's memory to `percent` of its limit by a pool process, for a block."""
     sample = host(client).sample
     assert sample is not None
     assert sample.source == "processes"
@@ -212,11 +206,11 @@ def memory_filled(client: Client, percent: float, until: Path) -> Iterator[None]
         job.result(timeout=20)
 
 
-def test_memory_that_is_really_filled_shapes_what_runs_until_it_is_free_again(
+def test_full_memory_shapes_running_work_until_it_is_free_again(
     watched: Client, tmp_path: Path
 ) -> None:
-    heard: list[Event] = []
-    watched.on("pressure.*", heard.append)
+    received: list[Event] = []
+    watched.on("pressure.*", received.append)
     wait_until(lambda: bool(watched.status().hosts) and host(watched).sample is not None)
     beside = watched.submit(operation="limited", items=[0.05] * 2000)
     wait_until(lambda: beside.progress().done >= 5)
@@ -226,15 +220,15 @@ def test_memory_that_is_really_filled_shapes_what_runs_until_it_is_free_again(
         wait_until(
             lambda: any(Level[each.level.upper()] >= Level.HIGH for each in beside.receipt())
         )
-        wait_until(lambda: any(each.data["level"] == "high" for each in heard))
+        wait_until(lambda: any(each.data["level"] == "high" for each in received))
         assert Level[watched.status().level.upper()] >= Level.HIGH
     beside.cancel()
     beside.wait(timeout=20)
 
-    looked_at = beside.partial().output
+    allowed = beside.partial().output
     shaped = [each.items for each in beside.receipt() if each.strategy == "reduce_entity_limits"]
-    assert looked_at[:5] == [100] * 5
-    assert sum(shaped) == sum(each < 100 for each in looked_at) > 0
+    assert allowed[:5] == [100] * 5
+    assert sum(shaped) == sum(each < 100 for each in allowed) > 0
     wait_until(
         lambda: host(watched).level == Level.NORMAL or "tasks on each CPU" in host(watched).why
     )
@@ -242,7 +236,7 @@ def test_memory_that_is_really_filled_shapes_what_runs_until_it_is_free_again(
         lambda: (
             any(
                 Level[each.data["level"].upper()] < Level.HIGH
-                for each in heard
+                for each in received
                 if each.data["before"] == "high"
             )
             or "tasks on each CPU" in host(watched).why
@@ -256,7 +250,7 @@ def test_memory_that_is_really_filled_shapes_what_runs_until_it_is_free_again(
     assert report.why.endswith(f" % of {LIMIT_MB} MB on {host(watched).worker}")
 
 
-def test_a_cpu_in_full_use_simplifies_work_where_utilisation_counts(
+def test_full_cpu_use_simplifies_work_if_utilisation_is_measured(
     settings_of: Callable[..., dict[str, str]], logs: Path
 ) -> None:
     environment = settings_of(
@@ -282,7 +276,7 @@ def test_a_cpu_in_full_use_simplifies_work_where_utilisation_counts(
 # --- drills -----------------------------------------------------------------------------------
 
 
-def test_a_drill_reaches_nodes_soon_and_its_release_does_too(drilled: Client) -> None:
+def test_a_drill_and_its_release_reach_nodes_soon(drilled: Client) -> None:
     began = time.monotonic()
     order(drilled, "critical")
     assert time.monotonic() - began < 3
@@ -316,7 +310,7 @@ def test_an_emergency_acts_within_a_running_node(drilled: Client, plain: dict[st
     assert result.receipt == (Shaped("reduce_entity_limits", "emergency", 40 - before),)
 
 
-def test_a_level_that_there_is_not_is_refused_with_those_that_there_are(drilled: Client) -> None:
+def test_an_unknown_level_is_refused_with_a_list_of_levels(drilled: Client) -> None:
     with pytest.raises(InvalidValue) as refused:
         drilled.pressure.force("panic")
 
@@ -325,11 +319,11 @@ def test_a_level_that_there_is_not_is_refused_with_those_that_there_are(drilled:
     assert drilled.status().forced == "normal"
 
 
-# --- what is taken in -------------------------------------------------------------------------
+# --- admission --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", ALL_LEVELS)
-def test_less_urgent_work_is_turned_away_first(
+def test_less_urgent_work_is_refused_first(
     drilled: Client, plain: dict[str, str], level: str
 ) -> None:
     drilled.pressure.force(level)
@@ -345,7 +339,7 @@ def test_less_urgent_work_is_turned_away_first(
     assert all(each.code == "OVERLOADED" for each in refused.values())
 
 
-def test_a_batch_of_which_one_is_refused_enqueues_nothing(
+def test_a_batch_with_one_refused_job_enqueues_nothing(
     drilled: Client, plain: dict[str, str]
 ) -> None:
     drilled.pressure.force("high")
@@ -360,12 +354,12 @@ def test_a_batch_of_which_one_is_refused_enqueues_nothing(
 
 
 def delayed(client: Client, **fields: Any) -> Job:
-    """Open a job that is not taken in yet, because of a drill."""
+    """Submit a job that waits for its admission, because of a drill."""
     client.pressure.force("high")
     return client.submit(operation="stamp", items=[0], priority="low", overload="delay", **fields)
 
 
-def test_a_delayed_job_says_why_and_starts_by_its_own_time(
+def test_a_delayed_job_says_why_and_starts_at_its_time(
     drilled: Client, plain: dict[str, str]
 ) -> None:
     with door(plain, RLM_PRESSURE__RELEASE_S="1") as client:
@@ -377,7 +371,7 @@ def test_a_delayed_job_says_why_and_starts_by_its_own_time(
         assert job.result(timeout=20).metrics.waited_ms >= 1000
 
 
-def test_a_key_names_one_job_also_while_it_is_delayed(
+def test_a_key_names_one_job_even_while_it_is_delayed(
     drilled: Client, plain: dict[str, str]
 ) -> None:
     with door(plain, RLM_PRESSURE__RELEASE_S="1") as client:
@@ -389,9 +383,7 @@ def test_a_key_names_one_job_also_while_it_is_delayed(
         assert job.result(timeout=20).metrics.nodes == 1
 
 
-def test_a_key_that_names_a_job_already_is_not_turned_away(
-    drilled: Client, plain: dict[str, str]
-) -> None:
+def test_a_known_key_is_accepted_under_pressure(drilled: Client, plain: dict[str, str]) -> None:
     request = {
         "operation": "stamp",
         "items": [0],
@@ -407,8 +399,8 @@ def test_a_key_that_names_a_job_already_is_not_turned_away(
             client.submit({**request, "options": {"priority": "low", "idempotency_key": "another"}})
 
 
-def test_a_delayed_job_starts_with_the_monitors_next_look(watched: Client) -> None:
-    """Its own time would be a step of the default release, twenty seconds."""
+def test_a_delayed_job_starts_with_the_monitors_next_measurement(watched: Client) -> None:
+    """Without the monitor it would wait for one step of the default release, 20 s."""
     environment = {
         "RLM_REDIS_URL": watched.settings.redis_url,
         "RLM_NAMESPACE": watched.settings.namespace,
@@ -426,7 +418,7 @@ def test_a_delayed_job_starts_with_the_monitors_next_look(watched: Client) -> No
 
 
 def full(client: Client, **fields: Any) -> QueueFull | None:
-    """Return why a queue takes nothing further; one more job is in it when it does."""
+    """Submit a job; return the error if the queue is full, None if it accepts the job."""
     try:
         client.submit(operation="stamp", items=[0], **fields)
     except QueueFull as error:
@@ -434,24 +426,26 @@ def full(client: Client, **fields: Any) -> QueueFull | None:
     return None
 
 
-def test_a_queue_takes_as_many_as_it_may_hold(settings_of: Callable[..., dict[str, str]]) -> None:
-    nobody = settings_of(
+def test_a_queue_accepts_messages_up_to_its_depth_limit(
+    settings_of: Callable[..., dict[str, str]],
+) -> None:
+    unserved = settings_of(
         "nobody", RLM_ADMISSION__QUEUE_DEPTH="3", RLM_ADMISSION__WAIT_NORMAL_S="0.01"
     )
     for _ in range(3):
-        with door(nobody) as client:
-            assert full(client) is None, "however long others wait: nobody serves the queue"
+        with door(unserved) as client:
+            assert full(client) is None, "the age of messages does not count without a worker"
 
-    with door(nobody) as client:
+    with door(unserved) as client:
         refused = full(client)
         assert refused is not None
-        assert full(client, priority="high") is None, "each priority has a queue of its own"
+        assert full(client, priority="high") is None, "each priority has its own queue"
         assert len(client.jobs()) == 4
     assert (refused.code, refused.why) == ("QUEUE_FULL", "3 messages wait, of at most 3")
     assert refused.retry_after_s >= 1
 
 
-def test_a_queue_whose_work_waits_too_long_takes_no_more(
+def test_a_queue_with_too_old_messages_accepts_no_more(
     drilled: Client, plain: dict[str, str]
 ) -> None:
     with door(plain) as client:
@@ -469,7 +463,7 @@ def test_a_queue_whose_work_waits_too_long_takes_no_more(
     assert refused.code == "QUEUE_FULL"
     assert refused.why.startswith("its oldest message waits for")
     assert abs(refused.retry_after_s - (age_s - 0.5)) <= 1, (
-        "as long as the queue is served as it is"
+        "the retry time assumes the queue's current speed"
     )
 
 
@@ -488,9 +482,8 @@ def test_without_beat_hosts_act_on_their_own(drilled: Client) -> None:
     )
 
 
-def test_two_beats_have_one_look_taken_in_a_period_also_while_every_slot_is_busy(
-    watched: Client, tmp_path: Path
-) -> None:
+def test_two_beats_cause_one_measurement_per_period(watched: Client, tmp_path: Path) -> None:
+    """Measurements are taken even while every slot is busy."""
     over = tmp_path / "over"
     busy = watched.submit(
         operation="hold", items=[0] * SLOTS, chunk_size=1, params={"until": str(over)}
@@ -499,12 +492,12 @@ def test_two_beats_have_one_look_taken_in_a_period_also_while_every_slot_is_busy
     before = watched.pressure.history(1)[0].at
     waiting = watched.batch_submit([{"operation": "nap", "items": [0.0]}] * 3)
 
-    def looks() -> list[ClusterReport]:
-        told = [each for each in watched.pressure.history()[::-1] if each.at > before]
-        return [each for each in told if each.queues["pressure-watched.normal"].depth >= 3]
+    def reports() -> list[ClusterReport]:
+        later = [each for each in watched.pressure.history()[::-1] if each.at > before]
+        return [each for each in later if each.queues["pressure-watched.normal"].depth >= 3]
 
-    wait_until(lambda: len(looks()) > 1 and looks()[-1].at - looks()[0].at >= 5 * MONITOR_S)
-    found = looks()
+    wait_until(lambda: len(reports()) > 1 and reports()[-1].at - reports()[0].at >= 5 * MONITOR_S)
+    found = reports()
     assert watched.status().active == {"hold": SLOTS}
     over.touch()
     for each in (busy, *waiting):
@@ -520,9 +513,9 @@ def test_two_beats_have_one_look_taken_in_a_period_also_while_every_slot_is_busy
     assert watched.status().monitored
 
 
-def test_a_slow_item_is_told_and_alerted(watched: Client) -> None:
-    heard: list[Event] = []
-    watched.on("execution.slow", heard.append)
+def test_a_slow_item_causes_an_event_and_an_alert(watched: Client) -> None:
+    received: list[Event] = []
+    watched.on("execution.slow", received.append)
 
     job = watched.submit(operation="dawdle", items=[0.0, 0.3, 0.0])
     job.result(timeout=20)
@@ -534,17 +527,17 @@ def test_a_slow_item_is_told_and_alerted(watched: Client) -> None:
             if each["subject"] == "dawdle"
         ]
 
-    wait_until(lambda: any(each.data["job"] == job.id for each in heard) and bool(alerts()))
-    [told] = [each.data for each in heard if each.data["job"] == job.id]
-    assert (told["operation"], told["index"]) == ("dawdle", 1)
-    assert 300 <= told["duration_ms"] < 2000
+    wait_until(lambda: any(each.data["job"] == job.id for each in received) and bool(alerts()))
+    [data] = [each.data for each in received if each.data["job"] == job.id]
+    assert (data["operation"], data["index"]) == ("dawdle", 1)
+    assert 300 <= data["duration_ms"] < 2000
     assert [(each["kind"], each["severity"]) for each in alerts()] == [
         ("execution.slow", "warning")
     ]
     assert watched.alerts.summary()["total_alerts"] >= 1
 
 
-def test_a_beat_that_stands_by_takes_over_from_one_that_was_killed(
+def test_a_standby_beat_takes_over_from_a_killed_one(
     settings_of: Callable[..., dict[str, str]], logs: Path
 ) -> None:
     environment = settings_of("redbeat", RLM_PRESSURE__MONITOR_S=str(MONITOR_S))
@@ -563,14 +556,14 @@ def test_a_beat_that_stands_by_takes_over_from_one_that_was_killed(
             last = client.pressure.history(1)[0].at
             wait_until(lambda: client.pressure.history(1)[0].at > last, within_s=15)
             assert client.pressure.history(1)[0].at - last > 3 * MONITOR_S, (
-                "nobody else has looked in the meantime"
+                "no measurement was taken in between"
             )
 
 
-# --- one picture ------------------------------------------------------------------------------
+# --- the status -------------------------------------------------------------------------------
 
 
-def test_an_operations_figures_are_those_of_its_job(drilled: Client) -> None:
+def test_an_operations_figures_match_its_job(drilled: Client) -> None:
     result = drilled.execute(
         operation="every_third_fails", items=range(30), continue_on_error=True, timeout=20
     )
@@ -588,7 +581,7 @@ def test_an_operations_figures_are_those_of_its_job(drilled: Client) -> None:
     assert 1 < figures["avg_memory_mb"] <= figures["peak_memory_mb"]
 
 
-def test_the_picture_shows_what_runs_and_what_is_left_out(drilled: Client) -> None:
+def test_the_status_shows_running_operations_and_strategies(drilled: Client) -> None:
     job = drilled.submit(operation="nap", items=[2.0] * SLOTS, chunk_size=1)
     all_slots_run(drilled, "nap")
     drilled.pressure.force("critical")
@@ -603,8 +596,8 @@ def test_the_picture_shows_what_runs_and_what_is_left_out(drilled: Client) -> No
         "reduce_embedding_dimensions",
     ]
     assert status.resource_usage["worker_count"] == SLOTS
-    told = json.loads(json.dumps(status.to_dict()))
-    assert (told["level"], told["active"], told["hosts"][0]["slots"]) == (
+    as_json = json.loads(json.dumps(status.to_dict()))
+    assert (as_json["level"], as_json["active"], as_json["hosts"][0]["slots"]) == (
         "critical",
         {"nap": SLOTS},
         SLOTS,
@@ -613,29 +606,29 @@ def test_the_picture_shows_what_runs_and_what_is_left_out(drilled: Client) -> No
     wait_until(lambda: drilled.status().active == {})
 
 
-# --- how many run at once ---------------------------------------------------------------------
+# --- limits on running nodes ------------------------------------------------------------------
 
 
 def at_once(spans: Sequence[Sequence[float]]) -> int:
-    """Return how many of several times from begin to end overlap at most."""
+    """Return the largest number of spans (begin, end) that overlap."""
     return max(sum(began <= at < ended for began, ended in spans) for at, _ in spans)
 
 
-def test_one_node_at_once_is_one_and_all_come_to_their_turn(drilled: Client) -> None:
+def test_an_operation_of_one_worker_runs_one_node_at_a_time(drilled: Client) -> None:
     result = drilled.execute(operation="one_at_a_time", items=[0.1] * 10, chunk_size=1, timeout=30)
 
     assert result.done == 10
     assert at_once(result.output) == 1
 
 
-def test_a_slot_that_no_further_node_may_use_has_none_cut(drilled: Client) -> None:
+def test_a_job_does_not_split_for_a_slot_it_may_not_use(drilled: Client) -> None:
     result = drilled.execute(operation="one_at_a_time", items=[0.05] * 30, timeout=30)
 
     assert at_once(result.output) == 1
     assert result.metrics.splits == 0
 
 
-def test_the_place_of_a_killed_process_is_given_back(drilled: Client, tmp_path: Path) -> None:
+def test_the_place_of_a_killed_process_is_released(drilled: Client, tmp_path: Path) -> None:
     hangs = tmp_path / "pid"
     job = drilled.submit(
         operation="one_at_a_time",
@@ -655,10 +648,10 @@ def test_the_place_of_a_killed_process_is_given_back(drilled: Client, tmp_path: 
 
 
 @pytest.mark.parametrize(("priority", "most"), [("normal", 1), ("critical", 2)])
-def test_under_high_pressure_an_operation_has_the_nodes_that_its_urgency_leaves_it(
+def test_under_high_pressure_the_priority_limits_an_operations_nodes(
     drilled: Client, priority: str, most: int
 ) -> None:
-    """Of two slots and the settings' bounds of 32 and 1."""
+    """The platform has two slots, and the settings allow 1 to 32 workers."""
     order(drilled, "high")
 
     items = drilled.execute(
@@ -670,7 +663,7 @@ def test_under_high_pressure_an_operation_has_the_nodes_that_its_urgency_leaves_
     assert at_once([span for _, *span in items]) == allowed == most
 
 
-def test_a_node_that_needs_more_memory_than_a_host_has_waits_and_says_so(drilled: Client) -> None:
+def test_a_node_that_needs_too_much_memory_is_parked_with_a_reason(drilled: Client) -> None:
     job = drilled.submit(operation="huge", items=[0])
 
     wait_until(

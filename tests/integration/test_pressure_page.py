@@ -1,6 +1,4 @@
-"""What docs/pressure.md says is the code's: its tables, its picture, and what holds while Redis is
-away.
-"""
+"""docs/pressure.md matches the code: its tables, its picture, and its words about outages."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from tests.integration.conftest import ROOT, client_of, environment_of
 PAGE = (ROOT / "docs" / "pressure.md").read_text(encoding="utf-8")
 
 
-def test_the_hooks_go_on_while_redis_is_away() -> None:
+def test_executor_hooks_work_while_redis_is_away() -> None:
     nowhere = f"redis://127.0.0.1:{embedded.free_port()}/0"
     with client_of(environment_of(nowhere, "page-away")) as client:
         manager, _ = create_resource_manager(client=client)
@@ -35,7 +33,7 @@ def test_the_hooks_go_on_while_redis_is_away() -> None:
             manager.get_executor_metrics("D3-Q3")
 
 
-def test_the_table_of_levels_is_the_code_s() -> None:
+def test_the_table_of_levels_matches_the_code() -> None:
     begins = dict(re.findall(r"^\| (\w+) \| (\d+) % \|", PAGE, re.MULTILINE))
     assert [float(begins[level.label]) for level in Level if level] == list(THRESHOLDS)
 
@@ -57,12 +55,12 @@ def test_the_table_of_alerts_names_every_rule() -> None:
     assert named == {
         name if not name.startswith("pressure.") else "pressure.changed" for name in RULES
     }
-    told = [RULES[f"pressure.{level.label}"].interval_s / 60 for level in Level if level]
-    assert told == [10, 7, 4, 2]
+    minutes = [RULES[f"pressure.{level.label}"].interval_s / 60 for level in Level if level]
+    assert minutes == [10, 7, 4, 2]
     assert "| 10, 7, 4, 2 min |" in PAGE
 
 
-def test_the_program_of_the_picture_records_what_it_sees_and_stops_what_it_started(
+def test_the_program_of_the_picture_records_a_run_and_ends_its_processes(
     tmp_path: Path,
 ) -> None:
     recorded = tmp_path / "run.json"
@@ -96,14 +94,12 @@ def test_the_program_of_the_picture_records_what_it_sees_and_stops_what_it_start
 
 
 def started_from(folder: Path) -> list[str]:
-    """Return the processes whose environment, which they inherit, says that a folder's test has
-    started them.
-    """
+    """Return the ids of processes that this folder's test has started, by an inherited variable."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if f"STARTED_FROM={folder}".encode() in (process / "environ").read_bytes().split(b"\0"):
                 found.append(process.name)
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # the process has ended, or belongs to another user
             continue
     return found

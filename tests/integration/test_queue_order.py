@@ -1,6 +1,6 @@
-"""The order of queues on a real server and a real worker: shares by weight, no starvation; and the
-gauge of queues.
-"""
+"""The order of queues on a real server and worker: shares by weight, and no starvation.
+
+Also the gauge that reads depth and age of queues."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from tests.support import wait_until
 
 NOW = 1_800_000_000.0
 DEEP = 30
-"""A flood is kept this deep: what a worker takes in 0.15 s and more."""
+"""The depth of a flooded queue; a worker needs at least 0.15 s for that many messages."""
 
 
 def app_on(url: str, namespace: str) -> Celery:
-    """Return an app of the platform that can send and look, without its tasks."""
+    """Return an app of the platform without its tasks, to send messages and read queues."""
     app = Celery(f"{namespace}-queues", set_as_current=False)
     app.config_from_object(configuration(Settings(redis_url=url, namespace=namespace)))
     return app
@@ -44,7 +44,7 @@ def app_on(url: str, namespace: str) -> Celery:
 
 
 class Turns:
-    """Jobs of one item each, and in which order a worker began them."""
+    """Jobs of one item each, and the order in which a worker began them."""
 
     def __init__(self, client: Client, journal: Path) -> None:
         self._client, self._journal = client, journal
@@ -97,7 +97,7 @@ class Turns:
 
 @pytest.fixture(scope="module")
 def ordered(server: embedded.Server, logs: Path) -> Iterator[Client]:
-    """A client of a worker that orders its queues."""
+    """A client of a worker for these tests."""
     environment = environment_of(
         server.url, "ordered", RLM_OPERATIONS="tests.integration.ordered_ops"
     )
@@ -112,15 +112,15 @@ def turns(ordered: Client, tmp_path: Path) -> Turns:
 
 
 def between(begun: list[str], word: str, *, after: int) -> Counter[str]:
-    """Return what began between one of the first `word`s and the last of them."""
+    """Return the items that began between the `after`th and the last occurrence of `word`.
+
+    Occurrences count from 0."""
     at = [index for index, each in enumerate(begun) if each == word]
     return Counter(begun[at[after] + 1 : at[-1]])
 
 
 def test_low_work_under_a_flood_of_high_work_begins_after_a_few_others(turns: Turns) -> None:
-    """A message is next, at the latest, when its weight's worth of others has gone and the tie with
-    one more.
-    """
+    """A low message waits at most for the messages of its weight ratio, and one more for a tie."""
     with turns.flood("high"):
         for each in range(20):
             turns.submit("low", f"low-{each}")
@@ -133,8 +133,8 @@ def test_low_work_under_a_flood_of_high_work_begins_after_a_few_others(turns: Tu
         for each in range(20)
     ]
 
-    taken_before = SLOTS  # by processes that had not begun
-    assert sum(passed_over) > len(passed_over), "a flood it was"
+    taken_before = SLOTS  # messages that processes had taken but not begun
+    assert sum(passed_over) > len(passed_over), "the queue of high work was really full"
     assert max(passed_over) <= WEIGHTS["high"] / WEIGHTS["low"] + 1 + taken_before
 
 
@@ -150,10 +150,8 @@ def test_full_queues_of_high_and_low_work_are_served_four_to_one(turns: Turns) -
     assert abs(served["high"] - 4 * (served["low"] + 1)) <= SLOTS
 
 
-def test_of_two_slots_one_is_for_critical_work_and_one_is_shared(turns: Turns) -> None:
-    """While it holds the one, it competes for the other by 8 to 1; while it holds none, it goes
-    first and pays nothing.
-    """
+def test_critical_work_has_one_of_two_slots_and_shares_the_other(turns: Turns) -> None:
+    """With one slot, critical work competes for the other by 8 to 1; without one it comes first."""
     turns.submit("critical", *["critical"] * 300)
     turns.submit("low", *["low"] * 20)
     wait_until(lambda: turns.begun().count("critical") == 300)
@@ -162,11 +160,11 @@ def test_of_two_slots_one_is_for_critical_work_and_one_is_shared(turns: Turns) -
 
     assert turns.begun()[-1] == "critical", "both queues were full until the last low message"
     assert served["critical"] >= 9 * (served["low"] + 1) - SLOTS, (
-        "eight by weight, and one in the slot of its own"
+        "eight by weight, and one in the reserved slot"
     )
 
 
-def test_a_channel_of_kombu_takes_8_4_2_1(
+def test_a_kombu_channel_takes_8_4_2_1(
     server: embedded.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(QueueOrder, "facts", Facts())
@@ -201,7 +199,7 @@ def test_a_channel_of_kombu_takes_8_4_2_1(
 
 
 def send(app: Celery, queue: str, *headers: dict[str, Any]) -> None:
-    """Send messages that nobody will take."""
+    """Send messages without a worker."""
     with app.connection_for_write() as connection, app.amqp.Producer(connection) as producer:
         for each in headers:
             app.send_task(
@@ -216,13 +214,13 @@ def send(app: Celery, queue: str, *headers: dict[str, Any]) -> None:
 
 @pytest.fixture
 def app() -> Iterator[Celery]:
-    """An app with a server of its own, which nobody else speaks to."""
+    """An app with a private server."""
     with embedded.server() as server, app_on(server.url, "my-team_1") as own:
         own.server = server
         yield own
 
 
-def test_depth_and_age_are_those_of_the_server(app: Celery) -> None:
+def test_the_gauge_reads_depth_and_age_from_the_server(app: Celery) -> None:
     send(app, "my-team_1.high", *[{"rlm": {"at": NOW - age_s}} for age_s in (20.25, 5.0, 30.0)])
     send(app, "my-team_1.low", {})
 
@@ -239,7 +237,7 @@ def test_depth_and_age_are_those_of_the_server(app: Celery) -> None:
     assert redis.Redis.from_url(app.server.url).llen("my-team_1:my-team_1.high") == 3
 
 
-def test_all_queues_are_one_round_trip(app: Celery) -> None:
+def test_reading_all_queues_takes_one_round_trip(app: Celery) -> None:
     gauge, names, client = (
         QueueGauge(app),
         [f"my-team_1.{priority}" for priority in WEIGHTS],
@@ -253,15 +251,15 @@ def test_all_queues_are_one_round_trip(app: Celery) -> None:
 
     gauge.read(names)
 
-    asked = 2 * len(names) + len(("MULTI", "EXEC"))
+    expected = 2 * len(names) + len(("MULTI", "EXEC"))
     after = (
         client.info("stats")["total_commands_processed"],
         client.info("clients")["connected_clients"],
     )
-    assert (after[0] - before[0] - len(("INFO", "INFO")), after[1] - before[1]) == (asked, 0)
+    assert (after[0] - before[0] - len(("INFO", "INFO")), after[1] - before[1]) == (expected, 0)
 
 
-def test_the_gauge_outlives_a_restart_of_the_server(app: Celery) -> None:
+def test_the_gauge_survives_a_restart_of_the_server(app: Celery) -> None:
     gauge = QueueGauge(app)
     gauge.read(["my-team_1.low"])
 
@@ -275,7 +273,7 @@ def test_the_gauge_outlives_a_restart_of_the_server(app: Celery) -> None:
     assert gauge.read(["my-team_1.low"])["my-team_1.low"].depth == 1
 
 
-def test_a_forked_process_and_a_thread_read_on_connections_of_their_own(app: Celery) -> None:
+def test_forked_process_and_thread_use_separate_connections(app: Celery) -> None:
     gauge, wrong = QueueGauge(app), list[int]()
     send(app, "my-team_1.low", *[{}] * 3)
     send(app, "my-team_1.high", {})

@@ -1,4 +1,4 @@
-"""At least 200 random jobs through a real worker: every item once, in order, whatever the shape."""
+"""At least 200 random jobs on a real worker: every item counts once, in order, for any strategy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _shape(random: Random) -> dict[str, Any]:
 
 
 def _planned(request: dict[str, Any]) -> int:
-    """Return into how many nodes a request is cut whatever its items take; 0 where that decides."""
+    """Return the planned number of nodes of a request; 0 if it depends on the items' time."""
     shape = JobRequest.parse(request).shape(1000.0)
     return len(leaves(plan(shape, 0, len(request["items"]), 0, 1))) if shape.eager else 0
 
@@ -75,9 +75,8 @@ def test_two_hundred_random_jobs_count_every_item_once_and_in_order(client: Clie
             results.append((_planned(request), result))
 
     assert len(results) >= 200
-    split = [
-        result.metrics.nodes for planned, result in results if planned > 3
-    ]  # of the others time decides
+    # For the other jobs the number of nodes depends on time.
+    split = [result.metrics.nodes for planned, result in results if planned > 3]
     assert len(split) >= 100
     assert min(split) > 3
     assert sum(result.metrics.max_depth >= 2 for _, result in results) >= 50

@@ -1,4 +1,4 @@
-"""What docs/resilience.md says of the guards is the code's."""
+"""docs/resilience.md matches the code about guards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from tests.integration.conftest import ROOT
 PAGE = (ROOT / "docs" / "resilience.md").read_text(encoding="utf-8")
 
 
-def test_the_order_of_the_guards_is_told_as_it_is() -> None:
+def test_the_page_names_the_guards_in_their_order() -> None:
     assert ORDER == ("deadline", "retry", "rate_limit", "breaker", "bulkhead")
     assert "time limit, retry, rate limit, breaker, bulkhead" in PAGE

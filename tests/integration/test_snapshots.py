@@ -1,6 +1,6 @@
-"""A real worker whose items begin to take longer: it is told, alerted and shown, and told again
-when it is over.
-"""
+"""An operation on a real worker becomes slower: events, an alert and the status report it.
+
+Another event reports the recovery."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from tests.support import wait_until
 
 
 class Watched:
-    """A platform that is looked at after each job, without beat."""
+    """A platform without beat; the test triggers a measurement after each job."""
 
     def __init__(self, client: Client, speed: Path) -> None:
         self.client, self._speed = client, speed
 
     def run(self, ms: float, jobs: int = 1) -> None:
-        """Run jobs whose items take so long, each a snapshot of its own."""
+        """Run jobs whose items take `ms`; wait for a snapshot after each."""
         self._speed.write_text(str(ms))
         for _ in range(jobs):
             known = self._latest()
             self.client.execute(
                 operation="as_slow_as", items=[str(self._speed)] * MIN_ITEMS, timeout=30
             )
-            wait_until(lambda known=known: self._look() != known)  # type: ignore[misc]  # bound now
+            wait_until(lambda known=known: self._measure() != known)  # type: ignore[misc]  # bound now
 
-    def told(self) -> list[str]:
-        """Return what was told of performance, oldest first."""
+    def events(self) -> list[str]:
+        """Return the names of performance events, the oldest first."""
         return [each.name for each in self.client.events.recent(100, "performance.*")][::-1]
 
     def _latest(self) -> float:
         return max((each.at for each in self.client.snapshots("as_slow_as")), default=0.0)
 
-    def _look(self) -> float:
-        self.client.app.control.broadcast("rlm_monitor")  # as beat does
+    def _measure(self) -> float:
+        self.client.app.control.broadcast("rlm_monitor")  # beat sends this, too
         return self._latest()
 
 
@@ -65,14 +65,14 @@ def watched(
         yield Watched(client, tmp_path_factory.mktemp("windows") / "ms")
 
 
-def test_an_operation_that_becomes_slower_is_told_and_alerted(watched: Watched) -> None:
+def test_a_slower_operation_causes_events_and_an_alert(watched: Watched) -> None:
     client = watched.client
     watched.run(4.0, jobs=MIN_PAST + RECENT)
-    assert watched.told() == []
-    while not watched.told():
+    assert watched.events() == []
+    while not watched.events():
         watched.run(20.0)
 
-    assert watched.told() == ["performance.degraded"]
+    assert watched.events() == ["performance.degraded"]
     [alert] = [each for each in client.alerts.history() if each.kind == "performance.degraded"]
     assert (alert.subject, alert.severity.label) == ("as_slow_as", "warning")
     [operation] = client.status().operations
@@ -86,6 +86,6 @@ def test_an_operation_that_becomes_slower_is_told_and_alerted(watched: Watched) 
     assert latest["peak_memory_mb"] > 10
     json.dumps(latest)
 
-    while len(watched.told()) < 2:
+    while len(watched.events()) < 2:
         watched.run(4.0)
-    assert watched.told() == ["performance.degraded", "performance.recovered"]
+    assert watched.events() == ["performance.degraded", "performance.recovered"]

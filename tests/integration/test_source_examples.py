@@ -1,6 +1,6 @@
-"""Each example of source document 0 whose rows are in scope, transcribed from TypeScript to a
-Python dict.
-"""
+"""Requests in the form of a TypeScript orchestrator, as Python dicts with camelCase keys.
+
+Teams that migrate can send their requests unchanged."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What a collector receives from real workers: whole traces, whatever becomes of the process that
-worked.
-"""
+"""Traces of real workers at a collector: they are complete, even when a process is killed."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from tests.support import wait_until
 OPERATIONS = "tests.integration.ops,tests.integration.traced_app"
 PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 LATER = {"OTEL_BSP_SCHEDULE_DELAY": "3600000"}
-"""Nothing is exported before the end."""
+"""With this delay no span is exported before the worker stops."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +35,7 @@ def receiver() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def traced(server: embedded.Server, logs: Path, receiver: Collector) -> Iterator[Client]:
-    """A client of a worker that traces everything."""
+    """A client of a worker that traces all jobs."""
     environment = environment_of(
         server.url, "traced", RLM_OPERATIONS=OPERATIONS, **receiver.environment
     )
@@ -46,9 +44,9 @@ def traced(server: embedded.Server, logs: Path, receiver: Collector) -> Iterator
 
 
 def whole_trace(receiver: Collector, job: Job) -> dict[str, Received]:
-    """Wait for the end of a job's trace, and return its spans by id; each is there once, and so is
-    its parent.
-    """
+    """Wait until a job's trace is complete, and return its spans by id.
+
+    Assert that each span and its parent are there exactly once."""
     nodes = {node.id for node in job.tree() if node.state in ("done", "cut")}
     wait_until(lambda: any(each.name.startswith("job ") for each in receiver.of(job.trace_id)))
     wait_until(
@@ -67,7 +65,7 @@ def of_nodes(spans: dict[str, Received]) -> dict[str, Received]:
     }
 
 
-@pytest.mark.parametrize("operation", ["look", "look_in_flight"])
+@pytest.mark.parametrize("operation", ["with_span", "with_span_async"])
 def test_a_job_is_one_trace_across_its_splits(
     traced: Client, receiver: Collector, operation: str
 ) -> None:
@@ -90,21 +88,21 @@ def test_a_job_is_one_trace_across_its_splits(
             tree[id].depth,
             tree[id].parent,
         )
-    theirs = Counter(each.parent for each in spans.values() if each.name == "looking")
+    theirs = Counter(each.parent for each in spans.values() if each.name == "inner")
     assert theirs == Counter(
         {span.id: span.about["rlm.done"] for span in nodes.values() if span.about.get("rlm.done")}
     )
-    if operation == "look":
-        assert any("looked_at" in each.about for each in nodes.values())
+    if operation == "with_span":
+        assert any("last_item" in each.about for each in nodes.values())
 
 
-def test_what_a_killed_process_had_finished_is_in_the_trace(
+def test_finished_nodes_of_a_killed_process_are_in_the_trace(
     traced: Client, receiver: Collector, tmp_path: Path
 ) -> None:
     items: list[dict[str, Any]] = [{"i": i} for i in range(60)]
     items[33]["marker"] = str(tmp_path / "died")
 
-    job = traced.submit(operation="die_and_look", items=items, strategy=Binary(min_chunk_size=5))
+    job = traced.submit(operation="die_with_span", items=items, strategy=Binary(min_chunk_size=5))
 
     assert job.result(timeout=30).output == 60
     nodes = of_nodes(whole_trace(receiver, job))
@@ -115,27 +113,29 @@ def test_what_a_killed_process_had_finished_is_in_the_trace(
 
 
 def test_an_incoming_trace_is_continued(traced: Client, receiver: Collector) -> None:
-    told = traced.submit(
-        operation="look", items=[1], trace_context={"traceId": PARENT[0], "parentSpanId": PARENT[1]}
+    continued = traced.submit(
+        operation="with_span",
+        items=[1],
+        trace_context={"traceId": PARENT[0], "parentSpanId": PARENT[1]},
     )
     not_sampled = traced.submit(
-        operation="look", items=[1], trace_context=f"00-{'5' * 32}-{PARENT[1]}-00"
+        operation="with_span", items=[1], trace_context=f"00-{'5' * 32}-{PARENT[1]}-00"
     )
     within = SpanContext(int("6" * 32, 16), 7, is_remote=False, trace_flags=TraceFlags(1))
     with trace.use_span(NonRecordingSpan(within)):
-        here = traced.submit(operation="look", items=[1])
-    for job in (told, not_sampled, here):
+        here = traced.submit(operation="with_span", items=[1])
+    for job in (continued, not_sampled, here):
         job.result(timeout=30)
 
-    assert [told.trace_id, here.trace_id] == [PARENT[0], "6" * 32]
-    for trace_id, parent in ((told.trace_id, PARENT[1]), (here.trace_id, f"{7:016x}")):
+    assert [continued.trace_id, here.trace_id] == [PARENT[0], "6" * 32]
+    for trace_id, parent in ((continued.trace_id, PARENT[1]), (here.trace_id, f"{7:016x}")):
         wait_until(lambda trace_id=trace_id: len(receiver.of(trace_id)) >= 4)  # type: ignore[misc]
-        [job_span] = [each for each in receiver.of(trace_id) if each.name == "job look"]
+        [job_span] = [each for each in receiver.of(trace_id) if each.name == "job with_span"]
         assert job_span.parent == parent
     assert receiver.of(not_sampled.trace_id) == []
 
 
-def test_a_failed_job_says_of_what_and_nothing_of_the_user_s(
+def test_the_trace_of_a_failed_job_has_the_error_type_but_no_user_data(
     traced: Client, receiver: Collector
 ) -> None:
     job = traced.submit(operation="fail_odd", items=[2, 7_654_321], params={"key": "hush"})
@@ -152,9 +152,7 @@ def test_a_failed_job_says_of_what_and_nothing_of_the_user_s(
     assert not [each for each in spans.values() if "7654321" in str(each) or "hush" in str(each)]
 
 
-def test_a_job_cancelled_by_its_client_is_told_by_a_worker(
-    traced: Client, receiver: Collector
-) -> None:
+def test_a_worker_exports_the_span_of_a_cancelled_job(traced: Client, receiver: Collector) -> None:
     job = traced.submit(operation="nap", items=[300.0] * 40, type="parallel", chunk_size=1)
     wait_until(lambda: job.progress().done > 0)
 
@@ -166,7 +164,7 @@ def test_a_job_cancelled_by_its_client_is_told_by_a_worker(
     assert (of_job.about["rlm.state"], of_job.failed) == ("cancelled", False)
 
 
-def test_spans_arrive_when_the_worker_stops_and_only_of_sampled_jobs(
+def test_a_stopping_worker_exports_the_spans_of_sampled_jobs_only(
     server: embedded.Server, logs: Path
 ) -> None:
     with collector() as receiver:
@@ -178,12 +176,12 @@ def test_spans_arrive_when_the_worker_stops_and_only_of_sampled_jobs(
             client_of(environment) as client,
             embedded.worker(environment, log=logs / "traced-stopped.log") as worker,
         ):
-            unseen = client.submit(
-                operation="look", items=list(range(40)), strategy=Binary(min_chunk_size=10)
+            not_sampled = client.submit(
+                operation="with_span", items=list(range(40)), strategy=Binary(min_chunk_size=10)
             )
-            assert unseen.result(timeout=30).output == sum(range(40))
+            assert not_sampled.result(timeout=30).output == sum(range(40))
             job = client.submit(
-                operation="look",
+                operation="with_span",
                 items=list(range(40)),
                 strategy=Binary(min_chunk_size=10),
                 trace_context=f"00-{'7' * 32}-{PARENT[1]}-01",
@@ -196,10 +194,11 @@ def test_spans_arrive_when_the_worker_stops_and_only_of_sampled_jobs(
         assert {each.trace for each in receiver.spans} == {"7" * 32}
         spans = {each.id: each for each in receiver.spans}
         assert set(of_nodes(spans)) == tree
-        assert {each.name for each in spans.values() if each.parent not in spans} == {"job look"}
+        roots = {each.name for each in spans.values() if each.parent not in spans}
+        assert roots == {"job with_span"}
 
 
-def test_a_provider_of_the_user_s_own_is_used(server: embedded.Server, logs: Path) -> None:
+def test_a_users_own_tracer_provider_is_used(server: embedded.Server, logs: Path) -> None:
     with collector() as receiver:
         environment = environment_of(
             server.url,
@@ -213,7 +212,7 @@ def test_a_provider_of_the_user_s_own_is_used(server: embedded.Server, logs: Pat
             embedded.worker(environment, log=logs / "traced-own.log"),
         ):
             job = client.submit(
-                operation="look", items=list(range(40)), strategy=Binary(min_chunk_size=10)
+                operation="with_span", items=list(range(40)), strategy=Binary(min_chunk_size=10)
             )
             assert job.result(timeout=30).output == sum(range(40))
             spans = whole_trace(receiver, job)
@@ -221,7 +220,7 @@ def test_a_provider_of_the_user_s_own_is_used(server: embedded.Server, logs: Pat
     assert {each.service for each in spans.values()} == {"their service"}
 
 
-def test_a_worker_that_is_to_trace_and_cannot_says_what_is_missing(
+def test_a_worker_that_cannot_trace_names_the_missing_package(
     server: embedded.Server, tmp_path: Path
 ) -> None:
     (tmp_path / "opentelemetry").mkdir()

@@ -1,6 +1,6 @@
-"""The README's own commands start the whole platform, and its example's job is found wherever one
-would look for it.
-"""
+"""The README's commands start the whole platform, and every view shows the example's job.
+
+The views are Flower, the metrics, the command line and the trace."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ from tests.integration.pages import PAGES, Block, read
 from tests.integration.traced_app import collector
 from tests.support import wait_until
 
-LOOK = "celery -A rlm_tasks rlm"
+RLM = "celery -A rlm_tasks rlm"
 
 
-def test_the_readmes_job_is_in_flower_the_metrics_the_command_line_and_the_trace(
-    server: embedded.Server, tmp_path: Path
-) -> None:
+def test_the_readmes_job_appears_in_every_view(server: embedded.Server, tmp_path: Path) -> None:
     with ExitStack() as stack:
         receiver = stack.enter_context(collector())
         reader, ports = reader_of("README.md", server.url, tmp_path, stack, **receiver.environment)
@@ -37,10 +35,10 @@ def test_the_readmes_job_is_in_flower_the_metrics_the_command_line_and_the_trace
         # the command line
         assert job.id in (reader.printed or "")
         reader.carry_out(
-            [Block("look", 1, "sh", "", f"{LOOK} job {job.id} --json\n{LOOK} status --json\n")]
+            [Block("commands", 1, "sh", "", f"{RLM} job {job.id} --json\n{RLM} status --json\n")]
         )
-        told, status = map(json.loads, (reader.printed or "").splitlines())
-        assert (told["status"], told["done"], told["failed"], told["trace_id"]) == (
+        printed, status = map(json.loads, (reader.printed or "").splitlines())
+        assert (printed["status"], printed["done"], printed["failed"], printed["trace_id"]) == (
             "succeeded",
             lines,
             0,
@@ -50,19 +48,18 @@ def test_the_readmes_job_is_in_flower_the_metrics_the_command_line_and_the_trace
 
         # Flower
         flower = Flower(f"http://127.0.0.1:{ports[5555]}", 0)
-        shown = json.dumps(flower.data("/rlm/jobs"))
-        assert job.id in shown
+        assert job.id in json.dumps(flower.data("/rlm/jobs"))
         assert "succeeded" in json.dumps(flower.data(f"/rlm/job/{job.id}"))
-        told_of = f'rlm_operation_items{{operation="line_lengths",outcome="done"}} {float(lines)}\n'
-        wait_until(lambda: told_of in flower.get("/metrics")[1])
+        metric = f'rlm_operation_items{{operation="line_lengths",outcome="done"}} {float(lines)}\n'
+        wait_until(lambda: metric in flower.get("/metrics")[1])
 
         # the worker's metrics and health
         port = ports[8000]
         assert (
             f'rlm_items_total{{operation="line_lengths",outcome="done"}} {float(lines)}\n'
-            in got(port, "metrics")
+            in body_of(port, "metrics")
         )
-        assert json.loads(got(port, "health"))["status"] == "ok"
+        assert json.loads(body_of(port, "health"))["status"] == "ok"
 
         # the trace
         nodes = {node.id for node in job.tree()} - {"merge"}
@@ -72,7 +69,7 @@ def test_the_readmes_job_is_in_flower_the_metrics_the_command_line_and_the_trace
         assert "job line_lengths" in {each.name for each in receiver.of(job.trace_id)}
 
 
-def got(port: int, path: str) -> str:
-    """Return what a worker answers."""
+def body_of(port: int, path: str) -> str:
+    """Return the body of a worker's answer."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=10) as answer:
         return str(answer.read().decode())

@@ -1,4 +1,4 @@
-"""A collector for the tests, and operations with spans of their own."""
+"""A collector of traces for the tests, and operations that make spans."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from rlm_tasks import operation
 tracer = trace.get_tracer("theirs")
 
 
-@operation("look", merge=sum)
-def look(number: int) -> int:
-    """Work within a span of its own, and say something on the node's."""
-    trace.get_current_span().set_attribute("looked_at", number)
-    with tracer.start_as_current_span("looking"):
+@operation("with_span", merge=sum)
+def with_span(number: int) -> int:
+    """Set an attribute of the node's span, and work within an inner span."""
+    trace.get_current_span().set_attribute("last_item", number)
+    with tracer.start_as_current_span("inner"):
         return number
 
 
-@operation("look_in_flight", concurrency=8, merge=sum)
-async def look_in_flight(number: int) -> int:
-    """Do it with others at the same time."""
-    with tracer.start_as_current_span("looking"):
+@operation("with_span_async", concurrency=8, merge=sum)
+async def with_span_async(number: int) -> int:
+    """Work within an inner span, with eight items in flight."""
+    with tracer.start_as_current_span("inner"):
         await asyncio.sleep(0.001)
         return number
 
 
-@operation("die_and_look", merge=sum)
-def die_and_look(item: dict[str, Any]) -> int:
-    """Kill the process the first time the marked item runs, when others have been looked at."""
-    with tracer.start_as_current_span("looking"):
+@operation("die_with_span", merge=sum)
+def die_with_span(item: dict[str, Any]) -> int:
+    """Work within an inner span; kill the process the first time the marked item runs."""
+    with tracer.start_as_current_span("inner"):
         if (marker := item.get("marker")) and not Path(marker).exists():
             Path(marker).touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -55,7 +55,7 @@ def die_and_look(item: dict[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Received:
-    """A span as a collector sees it."""
+    """A span as the collector received it."""
 
     trace: str
     id: str
@@ -70,7 +70,7 @@ class Received:
 
 
 class Collector(ThreadingHTTPServer):
-    """An OTLP receiver, as far as traces by HTTP go."""
+    """A receiver of OTLP traces over HTTP."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -78,7 +78,7 @@ class Collector(ThreadingHTTPServer):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that lead here."""
+        """The environment variables that send traces here."""
         return {
             "RLM_TRACING__ENABLED": "1",
             "RLM_TRACING__SAMPLE_RATE": "1",
@@ -87,7 +87,7 @@ class Collector(ThreadingHTTPServer):
         }
 
     def of(self, trace_id: str) -> list[Received]:
-        """Return what belongs to a trace."""
+        """Return the spans of a trace."""
         return [each for each in self.spans if each.trace == trace_id]
 
 
@@ -106,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def spans_of(request: ExportTraceServiceRequest) -> Iterator[Received]:
@@ -148,7 +148,7 @@ def collector() -> Iterator[Collector]:
 
 @worker_process_init.connect
 def provide(**_: Any) -> None:
-    """Set a provider as users do: in the pool process, before anything runs there."""
+    """Set a tracer provider as users do: in the pool process, before its first task."""
     if os.environ.get("OWN_PROVIDER"):
         provider = TracerProvider(resource=Resource({"service.name": "their service"}))
         provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter()))

@@ -1,4 +1,4 @@
-"""Operations whose items say when they ran, and take as long as a file says."""
+"""Operations that return their times, or take the time that a file gives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlm_tasks import operation
 
 @operation("stamped")
 def stamped(seconds: float) -> tuple[float, float]:
-    """Wait, and answer with the beginning and the end by the machine's clock."""
+    """Sleep; return the begin and the end by the machine's monotonic clock."""
     began = time.monotonic()
     time.sleep(seconds)
     return began, time.monotonic()
@@ -18,5 +18,5 @@ def stamped(seconds: float) -> tuple[float, float]:
 
 @operation("as_slow_as")
 def as_slow_as(path: str) -> None:
-    """Wait for as many milliseconds as a file says."""
+    """Sleep for the milliseconds that a file gives."""
     time.sleep(float(Path(path).read_text()) / 1000)

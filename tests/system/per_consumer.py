@@ -1,6 +1,6 @@
-"""The platform's app on a RabbitMQ that counts what is prefetched by consumer, as RabbitMQ 4 does
-and RabbitMQ 3 can.
-"""
+"""The platform's app with prefetch limits per consumer, as in RabbitMQ 4.
+
+RabbitMQ 3 supports them, too.  The RabbitMQ tests start a worker with it."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ from kombu.transport.pyamqp import Transport
 
 from rlm_tasks.celery import app as app
 
-Transport.qos_semantics_matches_spec = lambda *_: True  # type: ignore[method-assign]  # what kombu says of RabbitMQ 4
+Transport.qos_semantics_matches_spec = lambda *_: True  # type: ignore[method-assign]  # as kombu does for RabbitMQ 4

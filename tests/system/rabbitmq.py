@@ -1,6 +1,4 @@
-"""A RabbitMQ of a test's own: a node with its own name, ports and folders, and the port mapper of
-Erlang that belongs to it.
-"""
+"""A private RabbitMQ node for tests, with its own name, ports, folders and Erlang port mapper."""
 
 from __future__ import annotations
 
@@ -16,12 +14,12 @@ from rlm_tasks.testing import embedded
 from tests.support import wait_until
 
 DEBIAN = Path("/usr/lib/rabbitmq/bin")
-"""Debian's own command refuses everybody but root, and becomes another user for him."""
+"""Debian's wrapper on PATH works for root only, and changes the user; these programs do not."""
 MISSING = "RabbitMQ is not installed: apt-get install --no-install-recommends rabbitmq-server"
 
 
 class Missing(Exception):
-    """There is no RabbitMQ on this machine."""
+    """RabbitMQ is not installed on this machine."""
 
 
 def program(name: str) -> str:
@@ -33,7 +31,7 @@ def program(name: str) -> str:
 
 
 class Node:
-    """One node, on loopback only."""
+    """One RabbitMQ node, on loopback only."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._processes = folder, list[subprocess.Popen[bytes]]()
@@ -41,7 +39,7 @@ class Node:
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
         self._environment = {
             **os.environ,
-            "HOME": str(folder),  # of its cookie
+            "HOME": str(folder),  # the folder of Erlang's cookie
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "ERL_EPMD_PORT": str(mapper),
             "RABBITMQ_NODENAME": f"rlm{self.port}@localhost",
@@ -55,7 +53,7 @@ class Node:
         }
 
     def start(self) -> None:
-        """Start it, and wait until it takes connections.  Raises Missing."""
+        """Start the node, and wait until it accepts connections.  Raises Missing."""
         (self._folder / "rabbitmq.conf").write_text(
             f"listeners.tcp.default = 127.0.0.1:{self.port}\n", encoding="utf-8"
         )
@@ -64,9 +62,8 @@ class Node:
         server = self._run(program("rabbitmq-server"))
 
         def listens() -> bool:
-            assert server.poll() is None, (self._folder / "output").read_text(encoding="utf-8")[
-                -2000:
-            ]
+            output = self._folder / "output"
+            assert server.poll() is None, output.read_text(encoding="utf-8")[-2000:]
             with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
                 return True
             return False
@@ -82,7 +79,7 @@ class Node:
         return process
 
     def ctl(self, *words: str) -> str:
-        """Run a command of ``rabbitmqctl``, and return what it prints."""
+        """Run a command of ``rabbitmqctl``, and return its output."""
         command = [program("rabbitmqctl"), "--quiet", *words]
         done = subprocess.run(
             command, env=self._environment, capture_output=True, text=True, timeout=60, check=True
@@ -90,6 +87,6 @@ class Node:
         return done.stdout
 
     def stop(self) -> None:
-        """End all that was started."""
+        """End the node and its port mapper."""
         for process in reversed(self._processes):
             embedded.end(process, signal.SIGTERM)

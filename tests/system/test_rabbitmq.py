@@ -1,6 +1,4 @@
-"""RabbitMQ as the broker, Redis for state: the whole platform on a real node, and what becomes of
-jobs when it goes away.
-"""
+"""RabbitMQ as the broker, Redis for state: the whole platform on a real node, with its outages."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ from tests.system.rabbitmq import Missing, Node
 
 MODULES = "tests.integration.ops,tests.integration.guarded_ops,tests.faults.ops"
 LONG_MS = 60_000
-"""A node that may run for so long does not end in time by itself."""
+"""A node with this target does not end during a test by itself."""
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +54,7 @@ def server() -> Iterator[embedded.Server]:
 def platform(
     rabbitmq: Node, server: embedded.Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cell]:
-    """A client, and a worker that lives through all that befalls RabbitMQ."""
+    """A client, and a worker that must survive every fault of RabbitMQ."""
     folder = tmp_path_factory.mktemp("platform")
     with cell(
         server,
@@ -77,24 +75,26 @@ def the_worker_keeps_its_process(platform: Cell) -> Iterator[None]:
 
 
 def depth(client: Client, priority: str) -> int:
-    """Return how many messages wait."""
+    """Return the number of messages in the queue of a priority."""
     return client.queues()[f"{client.settings.namespace}.{priority}"].depth
 
 
 # --- jobs -------------------------------------------------------------------------------------
 
 
-def test_jobs_split_and_merge_and_nothing_is_left_in_a_queue(platform: Cell) -> None:
+def test_jobs_split_and_merge_and_leave_no_message(platform: Cell) -> None:
     for _ in range(3):
         platform.check(platform.submit())
 
     wait_until(lambda: not any(report.depth for report in platform.client.queues().values()))
     assert {report.oldest_s for report in platform.client.queues().values()} == {None}, (
-        "RabbitMQ does not tell ages"
+        "RabbitMQ does not report the age of messages"
     )
 
 
-def test_what_waits_for_a_rate_limit_is_parked_and_woken(platform: Cell, tmp_path: Path) -> None:
+def test_a_node_that_waits_for_a_rate_limit_is_parked_and_woken(
+    platform: Cell, tmp_path: Path
+) -> None:
     job = platform.client.submit(
         operation="metered", items=range(20), params={"folder": str(tmp_path)}
     )
@@ -129,9 +129,9 @@ def test_a_worker_that_drains_takes_nothing_until_it_resumes(platform: Cell) -> 
 
 
 def urgent_work_starts(client: Client) -> None:
-    """Have all slots taken by nodes that only yield, more of them waiting, and urgent work get its
-    turn each time.
-    """
+    """Fill all slots with nodes that do not end by themselves, with more of them in the queue.
+
+    Assert that each of ten critical jobs gets a slot."""
     low = client.submit(
         operation="nap",
         items=[100] * 5000,
@@ -148,13 +148,13 @@ def urgent_work_starts(client: Client) -> None:
     wait_until(low.ready)
 
 
-def test_a_slot_that_was_given_up_goes_to_urgent_work_though_rabbitmq_knows_no_order(
+def test_a_yielded_slot_goes_to_urgent_work_without_queue_order(
     platform: Cell,
 ) -> None:
     urgent_work_starts(platform.client)
 
 
-def test_so_it_does_where_each_queue_has_messages_at_the_worker(
+def test_a_yielded_slot_goes_to_urgent_work_with_prefetch_per_consumer(
     rabbitmq: Node, server: embedded.Server, tmp_path: Path
 ) -> None:
     environment = environment_of(
@@ -168,10 +168,10 @@ def test_so_it_does_where_each_queue_has_messages_at_the_worker(
         urgent_work_starts(client)
 
 
-# --- what befalls RabbitMQ --------------------------------------------------------------------
+# --- faults of RabbitMQ -----------------------------------------------------------------------
 
 
-def test_a_connection_that_was_closed_meanwhile_costs_nothing(
+def test_a_closed_connection_loses_no_message(
     platform: Cell, rabbitmq: Node, caplog: pytest.LogCaptureFixture
 ) -> None:
     platform.check(platform.submit())
@@ -180,11 +180,11 @@ def test_a_connection_that_was_closed_meanwhile_costs_nothing(
     with caplog.at_level(logging.INFO, "rlm_tasks"):
         job = platform.submit()
         assert depth(platform.client, "normal") >= 0
-    assert caplog.messages == [], "the message was sent, and not left to the sweep"
+    assert caplog.messages == [], "the message was sent at once, not later by the sweep"
     platform.check(job)
 
 
-def test_jobs_go_on_after_rabbitmq_was_away(platform: Cell, rabbitmq: Node) -> None:
+def test_jobs_continue_after_an_outage_of_rabbitmq(platform: Cell, rabbitmq: Node) -> None:
     job = platform.submit(300, ms=10)
     wait_until(lambda: job.progress().done > 30)
     rabbitmq.ctl("stop_app")
@@ -197,14 +197,9 @@ def test_jobs_go_on_after_rabbitmq_was_away(platform: Cell, rabbitmq: Node) -> N
     platform.check(another)
 
 
-def test_an_item_that_runs_longer_than_rabbitmq_waits_runs_once(
-    platform: Cell, rabbitmq: Node
-) -> None:
-    rabbitmq.ctl(
-        "eval",
-        "application:set_env(rabbit, consumer_timeout, 1500), application:set_env(rabbit, channel_tick_interval, 500).",
-    )
-    rabbitmq.ctl("close_all_connections", "for the new time-out to hold")
+def test_an_item_longer_than_rabbitmqs_timeout_runs_once(platform: Cell, rabbitmq: Node) -> None:
+    rabbitmq.ctl("eval", _consumer_timeout(1500, tick_ms=500))
+    rabbitmq.ctl("close_all_connections", "so that the new timeout applies")
     try:
         params = {"ms": 4000, "journal": str(platform.folder / "journal")}
         job = platform.client.submit(
@@ -216,30 +211,35 @@ def test_an_item_that_runs_longer_than_rabbitmq_waits_runs_once(
         platform.check(job)
         assert sorted(platform.journal(job)) == [0, 1]
     finally:
-        rabbitmq.ctl(
-            "eval",
-            "application:set_env(rabbit, consumer_timeout, 1800000), application:set_env(rabbit, channel_tick_interval, 60000).",
-        )
-        rabbitmq.ctl("close_all_connections", "for the old time-out to hold")
+        rabbitmq.ctl("eval", _consumer_timeout(1_800_000, tick_ms=60_000))
+        rabbitmq.ctl("close_all_connections", "so that the old timeout applies")
     assert "PRECONDITION_FAILED" in platform.log.read_text(encoding="utf-8")
 
 
-# --- who else is there ------------------------------------------------------------------------
+def _consumer_timeout(timeout_ms: int, *, tick_ms: int) -> str:
+    """Return Erlang code that sets the consumer timeout, and how often it is checked."""
+    return (
+        f"application:set_env(rabbit, consumer_timeout, {timeout_ms}),"
+        f" application:set_env(rabbit, channel_tick_interval, {tick_ms})."
+    )
 
 
-def test_platforms_on_one_rabbitmq_do_not_hear_each_other(platform: Cell) -> None:
+# --- several platforms, limits and TLS --------------------------------------------------------
+
+
+def test_platforms_on_one_rabbitmq_do_not_receive_each_others_commands(platform: Cell) -> None:
     kombu.pools.reset()  # Celery itself does not see that RabbitMQ has closed its connections
     with (
         client_of(platform.environment) as one,
         client_of({**platform.environment, "RLM_NAMESPACE": "another"}) as another,
     ):
-        # The test before has closed the worker's connections: what is broadcast until it is back,
-        # it does not hear.
+        # The test before has closed the worker's connections.  Until the worker is connected again,
+        # it does not receive broadcasts.
         wait_until(lambda: len(one.app.control.ping(timeout=1, limit=1)) == 1)
         assert another.app.control.ping(timeout=0.5) == []
 
 
-def test_a_queue_that_is_deep_takes_no_more(platform: Cell) -> None:
+def test_a_deep_queue_accepts_no_more(platform: Cell) -> None:
     environment = {
         **platform.environment,
         "RLM_NAMESPACE": "deep",
@@ -252,7 +252,7 @@ def test_a_queue_that_is_deep_takes_no_more(platform: Cell) -> None:
         second.submit(operation="echo", items=[1])
 
 
-def test_it_is_spoken_to_over_tls_if_its_certificate_is_trusted(
+def test_rabbitmq_is_used_over_tls_if_its_certificate_is_trusted(
     platform: Cell, rabbitmq: Node, tmp_path: Path
 ) -> None:
     authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -275,13 +275,13 @@ def test_it_is_spoken_to_over_tls_if_its_certificate_is_trusted(
         proxy.close()
 
 
-# --- who looks --------------------------------------------------------------------------------
+# --- reports ----------------------------------------------------------------------------------
 
 
-def asked(environment: dict[str, str], *words: str) -> Any:
-    """Return what a command of ours prints as JSON."""
+def rlm_json(environment: dict[str, str], *arguments: str) -> Any:
+    """Return the output of an rlm command with ``--json``, parsed."""
     done = subprocess.run(
-        [sys.executable, "-m", "celery", "-A", "rlm_tasks", "rlm", *words, "--json"],
+        [sys.executable, "-m", "celery", "-A", "rlm_tasks", "rlm", *arguments, "--json"],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -292,15 +292,14 @@ def asked(environment: dict[str, str], *words: str) -> Any:
     return json.loads(done.stdout)
 
 
-def test_the_command_line_and_flower_know_its_queues(platform: Cell, tmp_path: Path) -> None:
+def test_the_command_line_and_flower_show_rabbitmqs_queues(platform: Cell, tmp_path: Path) -> None:
     names = [f"rabbit.{each}" for each in ("critical", "high", "normal", "low")]
 
-    assert [each["queue"] for each in asked(platform.environment, "queues")] == names
-    [broker] = [each for each in asked(platform.environment, "doctor") if each["check"] == "broker"]
-    assert (broker["state"], broker["found"]) == (
-        "ok",
-        f"the broker at {platform.environment['RLM_BROKER_URL'].replace(':guest@', ':***@')} answers",
-    )
-    with flower(platform.environment, tmp_path / "flower.log") as shown:
-        page = json.dumps(shown.data("/rlm/queues"))
+    assert [each["queue"] for each in rlm_json(platform.environment, "queues")] == names
+    findings = rlm_json(platform.environment, "doctor")
+    [broker] = [each for each in findings if each["check"] == "broker"]
+    url = platform.environment["RLM_BROKER_URL"].replace(":guest@", ":***@")
+    assert (broker["state"], broker["found"]) == ("ok", f"the broker at {url} answers")
+    with flower(platform.environment, tmp_path / "flower.log") as flower_site:
+        page = json.dumps(flower_site.data("/rlm/queues"))
     assert all(name in page for name in names)
