@@ -161,7 +161,7 @@ def test_a_jobs_page_shows_reason_failures_receipt_tree_and_events(
     expect(table_of(page, "What happened")).to_contain_text(re.compile(r"closed.*succeeded"))
 
 
-def test_a_job_is_cancelled_only_after_a_question(
+def test_a_job_is_cancelled_only_after_confirmation(
     page: Page, hold: Callable[..., Job], tmp_path: Path
 ) -> None:
     job = hold(3)
@@ -220,7 +220,7 @@ def test_markup_in_a_description_is_shown_as_text(page: Page, platform: Client) 
 # --- the platform -----------------------------------------------------------------------------
 
 
-def test_an_open_breaker_is_seen_and_closed_by_its_button(page: Page, platform: Client) -> None:
+def test_a_button_closes_an_open_breaker(page: Page, platform: Client) -> None:
     platform.create_circuit_breaker("till", failure_threshold=1).open()
     open_tab(page, "breakers")
     row = row_of(page, "till")

@@ -251,7 +251,7 @@ class Storm:
         self._hit: set[str] = set()
         self._stopped: list[tuple[float, list[int]]] = []
 
-    def run(self, seconds: float, say: Any) -> Report:
+    def run(self, seconds: float, show_status: Any) -> Report:
         """Cause faults for some seconds, then wait up to CALM_S for the jobs; return the report."""
         report = Report(self._system.name, seconds)
         jobs: list[Any] = []
@@ -279,7 +279,9 @@ class Storm:
                 self._server.start()
                 report.redis_restarts += 1
             kills = sum(report.kills.values())
-            say(f"{now - began:5.0f} s   {report.right} right, {len(open_)} open, {kills} kills")
+            show_status(
+                f"{now - began:5.0f} s   {report.right} right, {len(open_)} open, {kills} kills"
+            )
             time.sleep(0.1)  # ten polls a second
         report.jobs, report.hung = len(jobs), len(open_)
         if isinstance(self._system, Platform):

@@ -22,7 +22,7 @@ from tests.support import wait_until
 PROCESSES, KILLED = 16, range(1, 7)
 TOKENS = 48_000
 MOST = 100
-"""The largest reservation in tokens; the first call of process 0 uses this many tokens more."""
+"""The largest reservation in tokens; the first call of process 0 exceeds its own by this number."""
 PRICE = 0.1
 NAMESPACE = "budget"
 

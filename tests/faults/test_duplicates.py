@@ -126,7 +126,7 @@ def test_chord_bodies_at_any_time_leave_one_result(on_shared: Cell, when: str) -
     on_shared.check(job)
 
 
-def test_many_sweeps_at_once_do_the_work_once(on_shared: Cell) -> None:
+def test_concurrent_sweeps_send_each_node_once(on_shared: Cell) -> None:
     """Eight ledgers sweep one job with a hundred overdue nodes; each node is sent once."""
     job = on_shared.client.submit(
         operation="journalled",
@@ -181,7 +181,7 @@ def test_one_lost_message_of_many_is_found_while_the_others_run(on_shared: Cell)
     assert [each["t"] for each in again if each["rs"]] == [lost]
 
 
-def test_a_long_queue_is_not_taken_for_a_lost_one(on_shared: Cell) -> None:
+def test_a_long_queue_does_not_count_as_lost(on_shared: Cell) -> None:
     """A job that waits ten grace times behind other work gets few copies of its messages."""
     on_shared.worker(options=["-c", "1"])
     first = on_shared.submit(1000, ms=5)

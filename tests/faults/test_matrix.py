@@ -122,7 +122,7 @@ def test_a_worker_gets_sigterm(on_shared: Cell, point: CrashPoint, action: str) 
 
     assert took < BOUND_S
     ran = on_shared.journal(job)
-    assert len(ran) == len(set(ran)), "nothing is computed again"
+    assert len(ran) == len(set(ran)), "no item runs again"
 
 
 @points

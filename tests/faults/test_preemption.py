@@ -36,7 +36,7 @@ A low-priority node would run for a minute.
 
 
 @pytest.fixture
-def pressed(
+def shared_cell(
     server: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path
 ) -> Iterator[Cell]:
     """A cell on the shared server, with the operations of the preemption tests."""
@@ -46,7 +46,7 @@ def pressed(
 
 
 @pytest.fixture
-def pressed_durable(
+def durable_cell(
     durable: embedded.Server, request: pytest.FixtureRequest, tmp_path: Path
 ) -> Iterator[Cell]:
     """The same cell on the durable server."""
@@ -110,86 +110,88 @@ def no_node_waits_for_a_slot(own: Cell) -> bool:
 @pytest.mark.parametrize("point", [CrashPoint.BEFORE_FINISH, CrashPoint.BEFORE_PUBLISH])
 @pytest.mark.parametrize("action", ["kill_process", "kill_worker"])
 def test_critical_work_starts_when_the_process_that_yields_is_killed(
-    pressed: Cell, point: CrashPoint, action: str
+    shared_cell: Cell, point: CrashPoint, action: str
 ) -> None:
-    pressed.worker(fault=(point, action))
-    lows = one_on_each_slot(pressed)
-    critical = submit(pressed, 1, "critical")
+    shared_cell.worker(fault=(point, action))
+    lows = one_on_each_slot(shared_cell)
+    critical = submit(shared_cell, 1, "critical")
 
-    since = pressed.wait_for_fault()
+    since = shared_cell.wait_for_fault()
     if action == "kill_worker":
-        pressed.worker()
-    pressed.check(
+        shared_cell.worker()
+    shared_cell.check(
         critical, since=since, what=f"{action} during a yield", point=point, within_s=SOON_S
     )
 
-    wait_until(lambda: no_node_waits_for_a_slot(pressed))
-    enough(pressed)
+    wait_until(lambda: no_node_waits_for_a_slot(shared_cell))
+    enough(shared_cell)
     for low in lows:
-        pressed.check(low)
+        shared_cell.check(low)
 
 
 def test_a_kill_during_a_yield_repeats_only_that_nodes_items(
-    pressed: Cell,
+    shared_cell: Cell,
 ) -> None:
-    pressed.worker(fault=(CrashPoint.BEFORE_FINISH, "kill_process"))
-    lows = one_on_each_slot(pressed)
+    shared_cell.worker(fault=(CrashPoint.BEFORE_FINISH, "kill_process"))
+    lows = one_on_each_slot(shared_cell)
     for _ in range(6):
         wait_until(lambda: sum(running(low) for low in lows) == 2)
-        submit(pressed, 1, "critical").result(timeout=SOON_S)
+        submit(shared_cell, 1, "critical").result(timeout=SOON_S)
 
     assert sum(yields(low) for low in lows) == 5, "the sixth slot came from the death"
-    enough(pressed)
+    enough(shared_cell)
     for low in lows:
-        pressed.check(low)
-    assert min(repeated(pressed, low) for low in lows) == 0, "the other job repeats nothing"
+        shared_cell.check(low)
+    assert min(repeated(shared_cell, low) for low in lows) == 0, "the other job repeats nothing"
 
 
-def test_critical_work_of_a_killed_worker_preempts_on_another(pressed: Cell) -> None:
-    pressed.worker(options=["-n", "first@test"])
-    low = over_all_slots(pressed)
-    critical = submit(pressed, 60, "critical", s=0.1, type="sequential")
+def test_critical_work_of_a_killed_worker_preempts_on_another(shared_cell: Cell) -> None:
+    shared_cell.worker(options=["-n", "first@test"])
+    low = over_all_slots(shared_cell)
+    critical = submit(shared_cell, 60, "critical", s=0.1, type="sequential")
     wait_until(lambda: running(critical) == 1)
     assert yields(low) == 1
-    pressed.worker(options=["-n", "second@test"])
+    shared_cell.worker(options=["-n", "second@test"])
     wait_until(lambda: running(low, "second") == 2)
 
-    os.killpg(pressed.workers[0].pid, signal.SIGKILL)
+    os.killpg(shared_cell.workers[0].pid, signal.SIGKILL)
     since = time.time()
 
     wait_until(lambda: running(critical, "second") == 1, SOON_S)
     assert yields(low) == 2
-    enough(pressed)
-    pressed.check(critical, since=since, what="kill -9 of a worker with critical work, others busy")
-    pressed.check(low)
-    assert no_node_waits_for_a_slot(pressed)
+    enough(shared_cell)
+    shared_cell.check(
+        critical, since=since, what="kill -9 of a worker with critical work, others busy"
+    )
+    shared_cell.check(low)
+    assert no_node_waits_for_a_slot(shared_cell)
 
 
-def test_critical_work_of_a_killed_process_gets_a_slot_again(pressed: Cell) -> None:
+def test_critical_work_of_a_killed_process_gets_a_slot_again(shared_cell: Cell) -> None:
     # The first finish is the yield, the second that of the critical node.
-    pressed.worker(fault=(CrashPoint.BEFORE_FINISH, "kill_process"), nth=2)
-    lows = one_on_each_slot(pressed)
+    shared_cell.worker(fault=(CrashPoint.BEFORE_FINISH, "kill_process"), nth=2)
+    lows = one_on_each_slot(shared_cell)
 
-    critical = submit(pressed, 1, "critical")
-    since = pressed.wait_for_fault()
-    pressed.check(
+    critical = submit(shared_cell, 1, "critical")
+    since = shared_cell.wait_for_fault()
+    shared_cell.check(
         critical, since=since, what="SIGKILL of critical work, others busy", within_s=SOON_S
     )
 
     assert sum(yields(low) for low in lows) <= 2, "one for each message of the critical node"
-    enough(pressed)
+    enough(shared_cell)
     for low in lows:
-        pressed.check(low)
-        assert repeated(pressed, low) == 0
+        shared_cell.check(low)
+        assert repeated(shared_cell, low) == 0
 
 
 # --- Redis ------------------------------------------------------------------------------------
 
 
 def test_critical_work_preempts_after_redis_was_killed(
-    durable: embedded.Server, pressed_durable: Cell
+    durable: embedded.Server, durable_cell: Cell
 ) -> None:
-    own = pressed_durable
+    own = durable_cell
     worker = own.worker()
     low = over_all_slots(own)
     critical = [submit(own, 1, "critical") for _ in range(3)]
@@ -207,14 +209,16 @@ def test_critical_work_preempts_after_redis_was_killed(
     wait_until(lambda: no_node_waits_for_a_slot(own))
 
 
-def test_critical_work_preempts_although_its_waiting_keys_were_deleted(pressed: Cell) -> None:
-    pressed.worker()
-    low = over_all_slots(pressed, s=0.5)
+def test_critical_work_preempts_although_its_waiting_keys_were_deleted(shared_cell: Cell) -> None:
+    shared_cell.worker()
+    low = over_all_slots(shared_cell, s=0.5)
 
-    critical = submit(pressed, 1, "critical")
-    assert pressed.client.ledger.store.client.delete(*tokens(pressed)), "before the end of an item"
+    critical = submit(shared_cell, 1, "critical")
+    assert shared_cell.client.ledger.store.client.delete(*tokens(shared_cell)), (
+        "before the end of an item"
+    )
 
-    pressed.check(critical, within_s=SOON_S)
-    enough(pressed)
-    pressed.check(low)
-    assert repeated(pressed, low) == 0
+    shared_cell.check(critical, within_s=SOON_S)
+    enough(shared_cell)
+    shared_cell.check(low)
+    assert repeated(shared_cell, low) == 0

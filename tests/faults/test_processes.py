@@ -243,7 +243,7 @@ def test_an_item_of_three_leases_that_never_yields_runs_once(on_shared: Cell) ->
     assert {node.attempts for node in job.tree()} == {1}
 
 
-def test_an_item_that_asks_for_too_much_memory_fails_alone(on_shared: Cell) -> None:
+def test_an_item_that_needs_too_much_memory_fails_alone(on_shared: Cell) -> None:
     on_shared.worker()
 
     result = on_shared.client.execute(
@@ -273,7 +273,7 @@ def test_remote_shutdown_drains_as_a_signal_does(on_shared: Cell) -> None:
     on_shared.worker()
     on_shared.check(job, within_s=60)
     ran = on_shared.journal(job)
-    assert len(ran) == len(set(ran)), "nothing is computed again"
+    assert len(ran) == len(set(ran)), "no item runs again"
 
 
 @pytest.mark.parametrize("items", [600, 60_000])

@@ -98,7 +98,7 @@ def test_queues_and_delivery_records_are_deleted(
     assert worker.poll() is None
 
 
-def test_an_outage_longer_than_the_lease_repeats_nothing(
+def test_an_outage_longer_than_the_lease_repeats_no_item(
     durable: embedded.Server, on_durable: Cell
 ) -> None:
     worker = on_durable.worker()

@@ -8,7 +8,7 @@ from tests.faults.soak import show, storm
 
 
 @pytest.mark.timeout(240)
-def test_a_minute_of_the_storm() -> None:
+def test_a_minute_of_the_soak_is_clean() -> None:
     with storm("platform", seed=3) as raging:
         report = raging.run(60, lambda _: None)
     show([report])

@@ -85,7 +85,7 @@ def test_a_stock_worker_ends_when_redis_restarts_while_it_works(
         app.close()
 
 
-def test_a_closed_channel_raises_what_its_callers_expect(durable: embedded.Server) -> None:
+def test_a_closed_channel_raises_a_connection_error(durable: embedded.Server) -> None:
     survive_restarts_of_redis()
     connection = Connection(durable.url)
     channel = connection.channel()

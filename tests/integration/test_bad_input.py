@@ -123,7 +123,7 @@ def test_an_item_over_the_limit_is_named(server: Any) -> None:
         assert client.jobs() == []
 
 
-def test_an_unknown_operation_is_both_kinds_of_error() -> None:
+def test_an_unknown_operation_is_an_invalid_request() -> None:
     assert issubclass(UnknownOperation, InvalidRequest)
     assert issubclass(InvalidRequest, ValueError)
 

@@ -133,7 +133,7 @@ def test_a_breaker_is_closed_by_name(controlled: Client) -> None:
     )
 
 
-def test_a_drill_by_remote_control(controlled: Client) -> None:
+def test_remote_control_starts_and_ends_a_drill(controlled: Client) -> None:
     assert ask(controlled, "force_pressure", level="high", for_s=60) == {
         "ok": "all workers act on high, for 60 s"
     }

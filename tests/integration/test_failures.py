@@ -23,7 +23,7 @@ from tests.support import wait_until
 DEEP: dict[str, Any] = {"strategy": Binary(min_chunk_size=4)}
 
 
-def test_failures_are_data_and_the_rate_is_exact(client: Client) -> None:
+def test_failures_are_returned_and_their_rate_is_exact(client: Client) -> None:
     result = client.execute(
         operation="fail_odd", items=range(101), continue_on_error=True, timeout=30, **DEEP
     )
@@ -120,7 +120,7 @@ def test_outputs_that_cannot_be_stored_fail_their_items(client: Client) -> None:
 
 @pytest.mark.parametrize("operation", ["bad_merge", "not_storable_merged"])
 @pytest.mark.parametrize("shape", [{}, DEEP], ids=["one node", "deep"])
-def test_a_merge_that_breaks_fails_the_job(
+def test_a_merge_that_raises_fails_the_job(
     client: Client, operation: str, shape: dict[str, Any]
 ) -> None:
     with pytest.raises(JobFailed) as caught:

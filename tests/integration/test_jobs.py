@@ -76,7 +76,7 @@ def test_split_bounds_determine_nodes_and_depth(
     assert (result.metrics.nodes, result.metrics.max_depth) == (nodes, depth)
 
 
-def test_a_tiny_job_is_one_message(client: Client) -> None:
+def test_a_tiny_job_runs_as_one_node(client: Client) -> None:
     result = client.execute(operation="sum", items=range(1000), timeout=30)
 
     assert (result.output, result.metrics.nodes, result.metrics.splits) == (499_500, 1, 0)

@@ -96,7 +96,7 @@ def platform(shared_platform: Platform) -> Platform:
     return shared_platform
 
 
-def vars_of(shaped: Shaped) -> tuple[str, str, int]:
+def as_tuple(shaped: Shaped) -> tuple[str, str, int]:
     return shaped.strategy, shaped.level, shaped.items
 
 
@@ -268,7 +268,7 @@ def test_complexity_selects_the_tier_and_pressure_lowers_it(platform: Platform) 
     finally:
         platform.client.pressure.force("normal", for_s=3600)
 
-    assert [vars_of(each) for each in result.receipt] == [("use_smaller_model", "high", 40)]
+    assert [as_tuple(each) for each in result.receipt] == [("use_smaller_model", "high", 40)]
     assert platform.models() == {**before, SMALL: before[SMALL] + 40}
     assert result.output == [str(i) for i in range(40)]
 
@@ -314,8 +314,8 @@ def test_the_receipt_lists_answers_that_were_cut(platform: Platform) -> None:
     )
 
     assert cut.output[0] == items[0]
-    assert [vars_of(each) for each in cut.receipt] == [("cut_answer", "normal", 1)]
-    assert [vars_of(each) for each in merged.receipt] == [("cut_answer", "normal", 1)]
+    assert [as_tuple(each) for each in cut.receipt] == [("cut_answer", "normal", 1)]
+    assert [as_tuple(each) for each in merged.receipt] == [("cut_answer", "normal", 1)]
     assert (
         platform.client.execute(operation="llm.map", items=items, params=whole, timeout=60).receipt
         == ()

@@ -459,7 +459,7 @@ def test_a_check_does_not_wait_for_calls(provider: Running) -> None:
     assert 0 < at(provider.base_url, check_beside, per_host=1) < 20
 
 
-def test_a_check_raises_what_a_call_raises(provider: Running) -> None:
+def test_a_check_raises_the_errors_of_a_call(provider: Running) -> None:
     with pytest.raises(ProviderDown):
         at(f"http://127.0.0.1:{embedded.free_port()}/v1", lambda endpoint: endpoint.check(20.0))
     with pytest.raises(ProviderRefused, match=r"refuses the question \(404\)"):

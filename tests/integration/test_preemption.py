@@ -79,12 +79,12 @@ def running(job: Job) -> int:
     return sum(node.state == "running" for node in job.tree())
 
 
-def plans(job: Job) -> bool:
+def root_runs(job: Job) -> bool:
     """Return whether a job's root still runs; at its end the slot goes to the first message."""
     return any(node.id == "root" and node.state == "running" for node in job.tree())
 
 
-def fills(job: Job, slots: int) -> None:
+def wait_until_running(job: Job, slots: int) -> None:
     """Wait until a job runs on this number of slots."""
     wait_until(lambda: running(job) == slots)
 
@@ -97,11 +97,11 @@ def busy(
     job = client.submit(
         **{"operation": "nap", "items": each, "priority": "low", "strategy": Adaptive(), **fields}
     )
-    wait_until(lambda: running(job) == slots and (slots == 1 or not plans(job)))
+    wait_until(lambda: running(job) == slots and (slots == 1 or not root_runs(job)))
     # A worker may publish its free slots a little later.
     wait_until(lambda: offered(client, "free") <= offered(client, "total") - slots)
     while (nodes := len(job.tree())) and slots > 1:
-        goes_on(job, math.ceil(SETTLED_S / item_s) * slots)
+        wait_for_items(job, math.ceil(SETTLED_S / item_s) * slots)
         # Now no node is cut any more for a slot that was free a moment ago.
         if len(job.tree()) == nodes and running(job) == slots:
             break
@@ -117,7 +117,7 @@ def yields(job: Job) -> int:
     return len(cut(job))
 
 
-def goes_on(job: Job, items: int) -> None:
+def wait_for_items(job: Job, items: int) -> None:
     """Wait until a job has done that many more items; a node can yield after each."""
     done = job.progress().done
     wait_until(lambda: job.progress().done >= done + items)
@@ -144,7 +144,7 @@ def test_critical_work_starts_within_an_item_while_every_slot_runs_long_nodes(
     started = []
 
     for _ in range(SUBMISSIONS):
-        fills(low, SLOTS)
+        wait_until_running(low, SLOTS)
         asked = time.time()
         [began] = client.submit(operation="stamp", items=[0], priority="critical").get(timeout=30)
         started.append(began - asked)
@@ -172,8 +172,8 @@ def test_one_node_yields_for_each_critical_job_without_a_slot(wide: Client, k: i
 
     for job in jobs:
         assert job.get(timeout=20) == 1
-    fills(low, MANY_SLOTS)
-    goes_on(low, 30)
+    wait_until_running(low, MANY_SLOTS)
+    wait_for_items(low, 30)
     assert yields(low) == min(k, MANY_SLOTS)
 
 
@@ -192,7 +192,7 @@ def test_a_free_slot_is_used_before_a_node_yields(wide: Client, critical: int, n
     for job in jobs:
         assert job.get(timeout=20) == 1
     for low in lows:
-        goes_on(low, 10)
+        wait_for_items(low, 10)
     assert sum(yields(low) for low in lows) == needed
 
 
@@ -205,8 +205,8 @@ def test_a_critical_job_takes_all_slots_it_can_use_and_gives_them_back(wide: Cli
     intervals = critical.get(timeout=20)
 
     assert at_once(intervals) == MANY_SLOTS
-    fills(low, MANY_SLOTS)
-    goes_on(low, 30)
+    wait_until_running(low, MANY_SLOTS)
+    wait_for_items(low, 30)
     assert yields(low) == MANY_SLOTS
 
 
@@ -238,13 +238,15 @@ def test_each_critical_job_preempts_one_more_node(wide: Client) -> None:
         jobs.append(
             wide.submit(operation="nap", items=[0.05] * 600, type="sequential", priority="critical")
         )
-        fills(jobs[-1], 1)
-        fills(low, MANY_SLOTS - nth)  # a node may have just ended, and its slot takes the next one
+        wait_until_running(jobs[-1], 1)
+        wait_until_running(
+            low, MANY_SLOTS - nth
+        )  # a node may have just ended, and its slot takes the next one
         assert yields(low) == nth
 
     for job in jobs:
         job.cancel()
-    fills(low, MANY_SLOTS)
+    wait_until_running(low, MANY_SLOTS)
     assert yields(low) == MANY_SLOTS
 
 
@@ -256,7 +258,7 @@ def test_high_work_starts_as_fast_right_after_critical_work(
 
     for _ in range(5):
         for priority in ("critical", "high"):
-            fills(low, SLOTS)
+            wait_until_running(low, SLOTS)
             asked = time.time()
             job = client.submit(
                 operation="stamp", items=[0], priority=priority, preempt_lower_priority=True
@@ -293,7 +295,7 @@ def test_only_less_urgent_nodes_yield_and_only_to_jobs_with_the_option(
         if priority in yielding:
             wait_until(job.ready)
         else:
-            goes_on(runs, 60)
+            wait_for_items(runs, 60)
             assert not job.ready()
         assert yields(runs) == (priority in yielding), priority
         runs.cancel()
@@ -321,8 +323,8 @@ def test_any_less_urgent_node_yields_but_no_critical_one(wide: Client) -> None:
         * 2
     )
     for job in critical:
-        fills(job, 1)
-    goes_on(jobs["critical"], 100)
+        wait_until_running(job, 1)
+    wait_for_items(jobs["critical"], 100)
 
     assert {priority: yields(job) for priority, job in jobs.items()} == {
         "critical": 0,
@@ -346,12 +348,12 @@ def test_a_worker_that_does_not_serve_the_queue_does_not_yield(
         # With 40,000 items no node ends during the test and leaves a slot free.
         low = busy(client, 40_000, slots=4, item_s=0.02)
         for _ in range(3):
-            fills(low, 4)
+            wait_until_running(low, 4)
             assert (
                 client.submit(operation="nap", items=[0.05], priority="critical").get(timeout=20)
                 == 1
             )
-        fills(low, 4)
+        wait_until_running(low, 4)
         jobs = client.batch_submit(
             [{"operation": "nap", "items": [0.5], "options": {"priority": "critical"}}] * 3
         )
@@ -368,7 +370,7 @@ def test_a_worker_that_does_not_serve_the_queue_does_not_yield(
 def preempted(client: Client, low: Job, times: int) -> None:
     """Make a job yield `times` times, each time with all slots busy."""
     for _ in range(times):
-        fills(low, SLOTS)
+        wait_until_running(low, SLOTS)
         client.submit(operation="stamp", items=[0], priority="critical").get(timeout=20)
 
 
@@ -470,7 +472,7 @@ def test_critical_work_waits_for_one_item_and_half_a_second_at_most(
     low = busy(client, int(20 / item_s), item_s=item_s)
     started = []
     for _ in range(times):
-        fills(low, SLOTS)
+        wait_until_running(low, SLOTS)
         asked = time.time()
         [began] = client.submit(operation="stamp", items=[0], priority="critical").get(timeout=30)
         started.append(began - asked)
@@ -489,7 +491,7 @@ def test_critical_work_waits_for_the_end_of_nodes_that_cannot_be_cut(
         for path in paths
     ]
     for low in lows:
-        fills(low, 1)
+        wait_until_running(low, 1)
 
     critical = client.submit(operation="stamp", items=[0], priority="critical")
     [began] = critical.get(timeout=20)
@@ -513,7 +515,7 @@ def test_nodes_yield_within_a_second_when_the_broadcast_is_lost(
     started = []
 
     for _ in range(5):
-        fills(low, SLOTS)
+        wait_until_running(low, SLOTS)
         asked = time.time()
         [began] = client.submit(operation="stamp", items=[0], priority="critical").get(timeout=30)
         started.append(began - asked)
@@ -527,13 +529,13 @@ def test_a_critical_job_cancelled_before_its_start_costs_at_most_one_yield(clien
     low = busy(client, 2000, item_s=0.05)
 
     client.submit(operation="stamp", items=[0], priority="critical").cancel()
-    goes_on(low, 40)
+    wait_for_items(low, 40)
     after_the_first = yields(low)
     assert after_the_first <= 1
-    fills(low, SLOTS)
+    wait_until_running(low, SLOTS)
     began = time.time()
     [started] = client.submit(operation="stamp", items=[0], priority="critical").get(timeout=20)
 
     assert started - began <= 0.05 + 0.5
-    goes_on(low, 40)
+    wait_for_items(low, 40)
     assert yields(low) == after_the_first + 1

@@ -83,7 +83,7 @@ def client(plain: dict[str, str], logs: Path) -> Iterator[Client]:
 @pytest.fixture
 def drilled(client: Client) -> Iterator[Client]:
     """The same client under a forced level: normal at first, until the test forces another."""
-    order(client, "normal")
+    force_level(client, "normal")
     yield client
     client.pressure.force("normal")
 
@@ -134,13 +134,13 @@ def beat(
 
 
 @contextmanager
-def door(environment: Mapping[str, str], **more: str) -> Iterator[Client]:
+def new_client(environment: Mapping[str, str], **more: str) -> Iterator[Client]:
     """Yield a new client: an older one may use a level that it has read up to a second ago."""
     with client_of({**environment, **more}) as client:
         yield client
 
 
-def order(client: Client, level: str) -> None:
+def force_level(client: Client, level: str) -> None:
     """Force a level, and wait until nodes run under it."""
     client.pressure.force(level)
     wait_until(lambda: run_under(client) == level)
@@ -278,7 +278,7 @@ def test_full_cpu_use_simplifies_work_if_utilisation_is_measured(
 
 def test_a_drill_and_its_release_reach_nodes_soon(drilled: Client) -> None:
     began = time.monotonic()
-    order(drilled, "critical")
+    force_level(drilled, "critical")
     assert time.monotonic() - began < 3
 
     status = drilled.status()
@@ -297,7 +297,7 @@ def test_a_drill_ends_by_itself(drilled: Client) -> None:
 
 
 def test_an_emergency_acts_within_a_running_node(drilled: Client, plain: dict[str, str]) -> None:
-    with door(plain, RLM_NODE__TARGET_MS="60000") as client:
+    with new_client(plain, RLM_NODE__TARGET_MS="60000") as client:
         job = client.submit(operation="limited", type="sequential", items=[0.05] * 40)
         wait_until(lambda: job.progress().done >= 5)
         drilled.pressure.force("emergency")
@@ -328,7 +328,7 @@ def test_less_urgent_work_is_refused_first(
 ) -> None:
     drilled.pressure.force(level)
     refused: dict[str, Overloaded] = {}
-    with door(plain) as client:
+    with new_client(plain) as client:
         for priority in ("critical", "high", "normal", "low"):
             try:
                 client.execute(operation="stamp", items=[0], priority=priority, timeout=20)
@@ -344,7 +344,7 @@ def test_a_batch_with_one_refused_job_enqueues_nothing(
 ) -> None:
     drilled.pressure.force("high")
     before = {job.id for job in drilled.jobs()}
-    with door(plain) as client, pytest.raises(Overloaded):
+    with new_client(plain) as client, pytest.raises(Overloaded):
         client.batch_submit(
             {"operation": "stamp", "items": [0], "options": {"priority": priority}}
             for priority in ("critical", "low", "high")
@@ -353,7 +353,7 @@ def test_a_batch_with_one_refused_job_enqueues_nothing(
     assert {job.id for job in drilled.jobs()} == before
 
 
-def delayed(client: Client, **fields: Any) -> Job:
+def delayed_job(client: Client, **fields: Any) -> Job:
     """Submit a job that waits for its admission, because of a drill."""
     client.pressure.force("high")
     return client.submit(operation="stamp", items=[0], priority="low", overload="delay", **fields)
@@ -362,8 +362,8 @@ def delayed(client: Client, **fields: Any) -> Job:
 def test_a_delayed_job_says_why_and_starts_at_its_time(
     drilled: Client, plain: dict[str, str]
 ) -> None:
-    with door(plain, RLM_PRESSURE__RELEASE_S="1") as client:
-        job = delayed(client)
+    with new_client(plain, RLM_PRESSURE__RELEASE_S="1") as client:
+        job = delayed_job(client)
         assert job.status is Status.PENDING
         assert "pressure is high, and low work is taken in below high" in job.explain()
         drilled.pressure.force("normal")
@@ -374,9 +374,9 @@ def test_a_delayed_job_says_why_and_starts_at_its_time(
 def test_a_key_names_one_job_even_while_it_is_delayed(
     drilled: Client, plain: dict[str, str]
 ) -> None:
-    with door(plain, RLM_PRESSURE__RELEASE_S="1") as client:
-        job = delayed(client, idempotency_key="one")
-        again = delayed(client, idempotency_key="one")
+    with new_client(plain, RLM_PRESSURE__RELEASE_S="1") as client:
+        job = delayed_job(client, idempotency_key="one")
+        again = delayed_job(client, idempotency_key="one")
         drilled.pressure.force("normal")
 
         assert again.id == job.id
@@ -393,7 +393,7 @@ def test_a_known_key_is_accepted_under_pressure(drilled: Client, plain: dict[str
     job.result(timeout=20)
     drilled.pressure.force("high")
 
-    with door(plain) as client:
+    with new_client(plain) as client:
         assert client.submit(request).id == job.id
         with pytest.raises(Overloaded):
             client.submit({**request, "options": {"priority": "low", "idempotency_key": "another"}})
@@ -407,17 +407,17 @@ def test_a_delayed_job_starts_with_the_monitors_next_measurement(watched: Client
     }
     environment["RLM_OPERATIONS"] = ",".join(watched.settings.operations)
     wait_until(lambda: watched.status().monitored)
-    with door(environment) as client:
-        job = delayed(client)
+    with new_client(environment) as client:
+        job = delayed_job(client)
         wait_until(lambda: run_under(watched) == "high")
-        order(client, "normal")
+        force_level(client, "normal")
         ordered = time.monotonic()
         job.result(timeout=20)
         assert time.monotonic() - ordered < 4 * MONITOR_S
         watched.pressure.release()
 
 
-def full(client: Client, **fields: Any) -> QueueFull | None:
+def queue_full_error(client: Client, **fields: Any) -> QueueFull | None:
     """Submit a job; return the error if the queue is full, None if it accepts the job."""
     try:
         client.submit(operation="stamp", items=[0], **fields)
@@ -433,13 +433,15 @@ def test_a_queue_accepts_messages_up_to_its_depth_limit(
         "nobody", RLM_ADMISSION__QUEUE_DEPTH="3", RLM_ADMISSION__WAIT_NORMAL_S="0.01"
     )
     for _ in range(3):
-        with door(unserved) as client:
-            assert full(client) is None, "the age of messages does not count without a worker"
+        with new_client(unserved) as client:
+            assert queue_full_error(client) is None, (
+                "the age of messages does not count without a worker"
+            )
 
-    with door(unserved) as client:
-        refused = full(client)
+    with new_client(unserved) as client:
+        refused = queue_full_error(client)
         assert refused is not None
-        assert full(client, priority="high") is None, "each priority has its own queue"
+        assert queue_full_error(client, priority="high") is None, "each priority has its own queue"
         assert len(client.jobs()) == 4
     assert (refused.code, refused.why) == ("QUEUE_FULL", "3 messages wait, of at most 3")
     assert refused.retry_after_s >= 1
@@ -448,15 +450,15 @@ def test_a_queue_accepts_messages_up_to_its_depth_limit(
 def test_a_queue_with_too_old_messages_accepts_no_more(
     drilled: Client, plain: dict[str, str]
 ) -> None:
-    with door(plain) as client:
+    with new_client(plain) as client:
         busy = client.submit(operation="nap", items=[4.0] * SLOTS, chunk_size=1)
         all_slots_run(client, "nap")
         client.submit(operation="nap", items=[0.0])
         waits_since = time.time()
 
     wait_until(lambda: time.time() - waits_since > 2.5)
-    with door(plain, RLM_ADMISSION__WAIT_NORMAL_S="0.5") as client:
-        refused, age_s = full(client), time.time() - waits_since
+    with new_client(plain, RLM_ADMISSION__WAIT_NORMAL_S="0.5") as client:
+        refused, age_s = queue_full_error(client), time.time() - waits_since
     busy.cancel()
 
     assert refused is not None
@@ -652,7 +654,7 @@ def test_under_high_pressure_the_priority_limits_an_operations_nodes(
     drilled: Client, priority: str, most: int
 ) -> None:
     """The platform has two slots, and the settings allow 1 to 32 workers."""
-    order(drilled, "high")
+    force_level(drilled, "high")
 
     items = drilled.execute(
         operation="where_and_when", items=[0.2] * 8, chunk_size=1, priority=priority, timeout=30

@@ -65,7 +65,7 @@ class Received:
     end_ns: int
     about: dict[str, Any]
     failed: bool
-    says: str
+    message: str
     service: str
 
 
