@@ -160,7 +160,7 @@ class Platform:
             if key not in self._seen:
                 self._seen.add(key)
                 if random.random() < DOUBLED:
-                    self._client.session.delivery.resend(job.id, [record.id])
+                    self._client.session.dispatcher.resend(job.id, [record.id], merges=True)
                     report.doubled += 1
         for key, since in list(self._hit.items()):
             job_id, node, epoch = key

@@ -24,7 +24,7 @@ def copies(own: Cell, job_id: str, times: int) -> int:
     """Send the message of every node again, `times` times; return the number of messages."""
     nodes = [record.id for record in own.client.ledger.all_records(job_id)]
     for _ in range(times):
-        own.client.session.delivery.resend(job_id, nodes)
+        own.client.session.dispatcher.resend(job_id, nodes, merges=True)
     return times * len(nodes)
 
 
@@ -154,8 +154,7 @@ def test_concurrent_sweeps_send_each_node_once(on_shared: Cell) -> None:
 
     assert len(sent) == len(set(sent))
     assert {id.decode() for id in (*queued, *running)} <= set(sent)
-    delivery = on_shared.client.session.delivery
-    delivery.resend(job.id, sent)
+    on_shared.client.session.dispatcher.resend(job.id, sent, merges=True)
     on_shared.worker()
     on_shared.check(job)
 

@@ -24,9 +24,10 @@ def submit_as(own: Cell, schema: int, items: int = 400) -> Job:
         params={"ms": 2, "journal": str(own.folder / "journal")},
         strategy=NWay(split_factor=4, min_chunk_size=10),
     )
-    spec, staged = own.client.session.stored(request)
-    [job] = own.client._start([(msgspec.structs.replace(spec, schema=schema), staged)])
-    return job
+    submission = own.client._submission
+    spec, staged = submission.stored(request)
+    [id] = submission.start([(msgspec.structs.replace(spec, schema=schema), staged)])
+    return own.client.job(id)
 
 
 def older(own: Cell) -> subprocess.Popen[bytes]:
@@ -83,8 +84,10 @@ def test_a_job_waits_for_a_worker_with_its_operations_version(
     new = JobRequest(
         operation="versioned", items=range(100), strategy=NWay(split_factor=4, min_chunk_size=10)
     )
-    spec, staged = on_shared.client.session.stored(new)
-    [job] = on_shared.client._start([(msgspec.structs.replace(spec, version=2), staged)])
+    submission = on_shared.client._submission
+    spec, staged = submission.stored(new)
+    [id] = submission.start([(msgspec.structs.replace(spec, version=2), staged)])
+    job = on_shared.client.job(id)
     assert old.get(timeout=20) == [1] * 10
     wait_until(lambda: "version 2 of operation 'versioned'; this worker has 1" in log.read_text())
     assert job.tree()[0].attempts == 0

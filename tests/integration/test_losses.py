@@ -164,12 +164,12 @@ def test_a_doubled_message_counts_once(client: Client) -> None:
         strategy=Binary(min_chunk_size=20),
     )
     for _ in range(3):
-        client.session.delivery.resend(job.id, [node.id for node in job.tree()])
+        client.session.dispatcher.resend(job.id, [node.id for node in job.tree()], merges=True)
 
     result = job.result(timeout=30)
 
     assert result.output == list(range(300))
-    client.session.delivery.resend(job.id, [node.id for node in job.tree()])
+    client.session.dispatcher.resend(job.id, [node.id for node in job.tree()], merges=True)
     assert job.progress().done == 300
 
 
