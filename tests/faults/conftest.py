@@ -144,6 +144,12 @@ def cell(
                 os.killpg(worker.pid, signal.SIGKILL)
 
 
+def resend(client: Client, job: str, nodes: Sequence[str]) -> None:
+    """Send the messages of a job's nodes again, with their merges, if the job is known."""
+    if (spec := client.ledger.spec(job)) is not None:
+        client.session.dispatcher.resend(spec, nodes, merges=True)
+
+
 def name_of(request: pytest.FixtureRequest) -> str:
     """Return a namespace for one test."""
     return f"f{abs(hash(request.node.nodeid)) % 10**10}"

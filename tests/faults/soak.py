@@ -34,6 +34,7 @@ from rlm_tasks import Adaptive, Binary, Client, Job, JobNotFound, NWay
 from rlm_tasks.errors import JobEnded
 from rlm_tasks.testing import embedded
 from tests.faults import nested_chords
+from tests.faults.conftest import resend
 from tests.integration.conftest import ROOT, client_of, environment_of
 
 LEASE_S, SWEEP_S = 2.0, 0.5
@@ -160,7 +161,7 @@ class Platform:
             if key not in self._seen:
                 self._seen.add(key)
                 if random.random() < DOUBLED:
-                    self._client.session.dispatcher.resend(job.id, [record.id], merges=True)
+                    resend(self._client, job.id, [record.id])
                     report.doubled += 1
         for key, since in list(self._hit.items()):
             job_id, node, epoch = key

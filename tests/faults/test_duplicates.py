@@ -15,7 +15,7 @@ from rlm_tasks import NWay
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.records import NodeRecord
 from rlm_tasks.messaging.dispatch import body_of, group_id
-from tests.faults.conftest import Cell
+from tests.faults.conftest import Cell, resend
 from tests.integration.conftest import client_of
 from tests.support import wait_until
 
@@ -24,7 +24,7 @@ def copies(own: Cell, job_id: str, times: int) -> int:
     """Send the message of every node again, `times` times; return the number of messages."""
     nodes = [record.id for record in own.client.ledger.all_records(job_id)]
     for _ in range(times):
-        own.client.session.dispatcher.resend(job_id, nodes, merges=True)
+        resend(own.client, job_id, nodes)
     return times * len(nodes)
 
 
@@ -154,7 +154,7 @@ def test_concurrent_sweeps_send_each_node_once(on_shared: Cell) -> None:
 
     assert len(sent) == len(set(sent))
     assert {id.decode() for id in (*queued, *running)} <= set(sent)
-    on_shared.client.session.dispatcher.resend(job.id, sent, merges=True)
+    resend(on_shared.client, job.id, sent)
     on_shared.worker()
     on_shared.check(job)
 

@@ -163,13 +163,14 @@ def test_a_doubled_message_counts_once(client: Client) -> None:
         items=[{"i": i, "ms": 2} for i in range(300)],
         strategy=Binary(min_chunk_size=20),
     )
+    dispatcher, spec = client.session.dispatcher, client.ledger.spec(job.id)
     for _ in range(3):
-        client.session.dispatcher.resend(job.id, [node.id for node in job.tree()], merges=True)
+        dispatcher.resend(spec, [node.id for node in job.tree()], merges=True)
 
     result = job.result(timeout=30)
 
     assert result.output == list(range(300))
-    client.session.dispatcher.resend(job.id, [node.id for node in job.tree()], merges=True)
+    dispatcher.resend(spec, [node.id for node in job.tree()], merges=True)
     assert job.progress().done == 300
 
 
