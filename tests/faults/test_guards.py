@@ -226,10 +226,10 @@ class CountingStore(Store):
             url, namespace=NAMESPACE, timeout_s=0.1, clock=lambda: time.monotonic() + self.ahead_s
         )
 
-    def run(self, *calls: Call) -> list[Any]:
+    def _run(self, *calls: Call) -> list[Any]:
         """Count the request, and run the calls."""
         self.requests += 1
-        return super().run(*calls)
+        return super()._run(*calls)
 
 
 class Guard:
