@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from celery import Celery
 
 from rlm_tasks.engine import tasks
+from rlm_tasks.jobs.splitting import LONGEST_RUN
 from rlm_tasks.messaging.broker_kinds import broker_kind
 from rlm_tasks.messaging.transports import QUEUE_ORDER
 
@@ -83,7 +84,7 @@ def _chords(app: Celery) -> Iterator[str]:
 
 
 def _limits(app: Celery) -> Iterator[str]:
-    longest = 4 * app.rlm_settings.node.target_ms / 1000
+    longest = LONGEST_RUN * app.rlm_settings.node.target_ms / 1000
     for name in ("task_soft_time_limit", "task_time_limit"):
         if (limit := app.conf.get(name)) and limit <= longest:
             yield (

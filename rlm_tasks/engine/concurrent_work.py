@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from resilience.degradation import IN_FORCE, Degradation
 from resilience.errors import CallTimeout, Denied
-from rlm_tasks.engine.event_loop import event_loop
 from rlm_tasks.engine.guards import PATIENCE_S, Postponed, postponed
 from rlm_tasks.engine.shared_page import SEVERAL_ITEMS
 from rlm_tasks.engine.work import UNREADABLE, Work
@@ -216,7 +216,7 @@ class ConcurrentWork(Work):
             outcome = outcomes.pop(self.at)
             if isinstance(outcome, asyncio.Task):
                 try:
-                    self.harvest.add(outcome.result())
+                    self.outcome.add(outcome.result())
                 except Postponed as wait:
                     return self._postpone(wait)
                 except Denied as denied:
@@ -224,14 +224,27 @@ class ConcurrentWork(Work):
                         postponed(denied, self._claim.tries if self.at == self._claim.lo else 0)
                     )
                 except (Exception, SystemExit, asyncio.CancelledError) as error:
-                    self.harvest.fail(self.at, error)
+                    self.outcome.fail(self.at, error)
             elif isinstance(outcome, Exception):
-                self.harvest.fail(self.at, outcome)
+                self.outcome.fail(self.at, outcome)
             if self.at in self._asked:
-                self.harvest.shape(self._asked.pop(self.at), 1)
+                self.outcome.shape(self._asked.pop(self.at), 1)
             self.at += 1
         return None
 
 
 async def _fails(error: Exception) -> Any:
     raise error
+
+
+_runners: dict[int, asyncio.Runner] = {}
+
+
+def event_loop() -> asyncio.Runner:
+    """Return this process's event loop; it outlives nodes, so that users may keep connections
+    open.
+    """
+    if os.getpid() not in _runners:
+        _runners.clear()
+        _runners[os.getpid()] = asyncio.Runner()
+    return _runners[os.getpid()]

@@ -13,15 +13,13 @@ from resilience.degradation import Level
 from resilience.store import Store
 from resilience.waiters import Wake
 from rlm_tasks.engine.shared_page import SharedPage
+from rlm_tasks.jobs.splitting import LONGEST_RUN
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.policies import policies, policy_of
 from rlm_tasks.operations.registry import Operation
 from rlm_tasks.settings.model import Settings
 from scheduler.allocation import may_start, workers_for
 from scheduler.sampling import held_mb
-
-RUNS_AT_MOST = 4
-"""A node hands over its rest after at most this many times its target: see splitting."""
 
 
 class SlotShares:
@@ -47,7 +45,7 @@ class SlotShares:
             if self._page.available_mb
             else 0
         )
-        bounds = operation.name, most, min(most, here) or None, LEASE_S + RUNS_AT_MOST * target_s
+        bounds = operation.name, most, min(most, here) or None, LEASE_S + LONGEST_RUN * target_s
         if bounds not in self._known:
             name, limit, per_host, lease_s = bounds
             self._known[bounds] = Bulkhead(

@@ -44,10 +44,10 @@ class Work:
         spec: JobSpec,
         operation: Operation,
         read: Read,
+        *,
         page: ProcessEntry,
         pace: Pace,
         clock: Callable[[], float],
-        *,
         guarded: CallGuards | None = None,
         waiter: Callable[[int], str] = lambda _: "",
         limit_s: float = 0.0,
@@ -62,7 +62,7 @@ class Work:
         self._filtered = bool(claim.known_failed) or spec.skip_if_empty
         self._batch = 1
         self._most = 1 if claim.one_by_one else LARGEST_BATCH
-        self.harvest = NodeOutcome(operation)
+        self.outcome = NodeOutcome(operation)
         self.degradation = Degradation(level)
         self._shown: Context | None = None  # what the items of this window see
         self._slow_s = slow_s
@@ -96,7 +96,7 @@ class Work:
 
     def give_up(self, index: int, error: BaseException) -> None:
         """Fail an item without running it."""
-        self.harvest.fail(index, error)
+        self.outcome.fail(index, error)
         self.at = index + 1
 
     def press(self, level: Level) -> None:
@@ -109,7 +109,7 @@ class Work:
     @property
     def decided(self) -> bool:
         """Whether a failure ends the job, because errors are not tolerated."""
-        return bool(self.harvest.failures) and not self._spec.continue_on_error
+        return bool(self.outcome.failures) and not self._spec.continue_on_error
 
     def _windows(self, work: Callable[[Sequence[Any]], None], size: Callable[[], int]) -> None:
         while self.at < self.until and not self.stopped:
@@ -135,7 +135,7 @@ class Work:
         """Items that cannot be read fail, each by itself: nothing is left out silently."""
         for index in range(self.at, self.until):
             if index not in self._claim.known_failed:
-                self.harvest.fail(index, error)
+                self.outcome.fail(index, error)
         self.at = self.until
 
     def _leaves_out(self, index: int, item: Any) -> bool:
@@ -143,12 +143,12 @@ class Work:
         so.
         """
         if index in self._claim.known_failed:
-            self.harvest.leave_out(index, empty=False)
+            self.outcome.leave_out(index, empty=False)
             return True
         if self._spec.skip_if_empty and any(
             type(item) is type(each) and item == each for each in _EMPTY
         ):
-            self.harvest.leave_out(index, empty=True)
+            self.outcome.leave_out(index, empty=True)
             return True
         return False
 
@@ -156,7 +156,7 @@ class Work:
 
     def _each_item(self, window: Sequence[Any]) -> None:
         call: Callable[[Any, Context], Any] = self._validate if self._validating else self._call
-        keep: Callable[[Any], None] = self.harvest.count if self._validating else self.harvest.add
+        keep: Callable[[Any], None] = self.outcome.count if self._validating else self.outcome.add
         context, began = self._context(), self._clock()
         self._shown = context
         for item in window:
@@ -188,11 +188,11 @@ class Work:
         except Denied as denied:
             self._postpone(postponed(denied, context.tries))
         except (Exception, SystemExit) as error:
-            self.harvest.fail(context.index, error)
+            self.outcome.fail(context.index, error)
         else:
             self._ended_well(context, began)
         if context.degradation.shaped:
-            self.harvest.shape(context.degradation, 1)
+            self.outcome.shape(context.degradation, 1)
 
     def _ended_well(self, context: Context, began: float) -> None:
         took_s = self._clock() - began
@@ -270,7 +270,7 @@ class Work:
         wait.
         """
         try:
-            self.harvest.add_batch(self._call(kept, self._context(self.at)), len(kept))
+            self.outcome.add_batch(self._call(kept, self._context(self.at)), len(kept))
         except Denied as denied:
             self._postpone(postponed(denied))
         except Postponed as wait:
@@ -279,13 +279,13 @@ class Work:
         except (Exception, SystemExit):
             return False
         else:
-            self.harvest.shape(self.degradation, len(kept))
+            self.outcome.shape(self.degradation, len(kept))
             self.took_s.append(self._clock() - began)
             return True
         return False
 
     def _keep_one(self, output: Any) -> None:
-        self.harvest.add_batch(output, 1)
+        self.outcome.add_batch(output, 1)
 
     def _again_one_by_one(self, window: Sequence[Any]) -> None:
         """A batch that raised is run again item by item, so that the failure has a name."""
@@ -294,7 +294,7 @@ class Work:
             index, context = self.at, self._context(self.at)
             self._page.boundary(self._clock())  # each has the whole limit for itself
             self._page.start_item(index)
-            if index not in self.harvest.left_out:
+            if index not in self.outcome.left_out:
                 self._attempt(
                     keep=self._keep_one,
                     call=self._call,

@@ -25,6 +25,8 @@ WORTH_PLANNING_MS = 200.0
 """A root whose items are known to take this long in all fans out before it runs one.
 
 The first item may be a long one."""
+LONGEST_RUN = 4
+"""A node hands over its rest after this many times its target, whatever its smallest chunk."""
 MIN_CHUNK_MS = 20.0
 """A shorter part is not worth its message, which takes about 2 ms on an idle slot."""
 
@@ -249,7 +251,7 @@ def should_yield(shape: Shape, at: NodeProgress) -> Reason | None:
     if shape.max_chunk and at.done >= shape.max_chunk:
         return Reason.FULL
     overdue = at.elapsed_ms >= shape.target_ms and at.done >= shape.min_chunk
-    return Reason.TARGET if overdue or at.elapsed_ms >= 4 * shape.target_ms else None
+    return Reason.TARGET if overdue or at.elapsed_ms >= LONGEST_RUN * shape.target_ms else None
 
 
 def may_fan_out(shape: Shape, at: NodeProgress) -> bool:

@@ -38,7 +38,7 @@ from opentelemetry.trace import (
     TraceState,
 )
 
-from rlm_tasks.engine.event_loop import event_loop
+from rlm_tasks.engine.concurrent_work import event_loop
 
 logger = logging.getLogger(__name__)
 

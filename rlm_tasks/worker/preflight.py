@@ -16,6 +16,7 @@ from redis.exceptions import ResponseError
 
 from resilience.address import tls
 from resilience.store import Store
+from rlm_tasks.jobs.splitting import LONGEST_RUN
 from rlm_tasks.messaging.broker_kinds import broker_kind
 from rlm_tasks.settings.model import Settings
 
@@ -220,7 +221,7 @@ def _visibility_timeout_s(celery: Mapping[str, Any]) -> float | None:
 
 def _longest_s(settings: Settings, celery: Mapping[str, Any]) -> float:
     limits = (settings.node.item_limit_s, celery.get("task_time_limit") or 0.0)
-    return max(settings.ledger.lease_s, 4 * settings.node.target_ms / 1000, *limits)
+    return max(settings.ledger.lease_s, LONGEST_RUN * settings.node.target_ms / 1000, *limits)
 
 
 def _ends(celery: Mapping[str, Any]) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from rlm_tasks import JobRequest, NWay
-from rlm_tasks.engine.node import _not_taken_in, run_node
+from rlm_tasks.engine.node import _not_admitted, run_node
 from rlm_tasks.jobs.spec import SCHEMA, JobSpec
 from rlm_tasks.ledger.records import ROOT
 from scheduler.admission import WaitingRoom
@@ -74,11 +74,11 @@ def test_a_waiting_job_begins_when_there_is_a_place(world: World) -> None:
     platform.runtime.waiting_room = WaitingRoom(platform.store, platform.keys, 1)
     first = platform.submit(JobRequest(operation="sum", items=range(3)))
     spec = msgspec.structs.replace(first, job="later")
-    assert _not_taken_in(platform.runtime, first) == ""
+    assert _not_admitted(platform.runtime, first) == ""
 
-    assert _not_taken_in(platform.runtime, spec) == "as many are at work as may be: 1"
+    assert _not_admitted(platform.runtime, spec) == "as many are at work as may be: 1"
     platform.mailbox.messages.clear()
     while platform.ledger.facts(first.job)["state"] != "succeeded":
         for node in (ROOT, "merge"):
             run_node(platform.runtime, first.job, node)
-    assert _not_taken_in(platform.runtime, spec) == ""
+    assert _not_admitted(platform.runtime, spec) == ""
