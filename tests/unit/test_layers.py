@@ -1,43 +1,197 @@
-"""Imports go one way: rlm_tasks -> scheduler -> resilience; Celery and kombu stay in rlm_tasks."""
+"""Imports run down: the order of folders, no loop of files, few modules in a folder, one home a class.
+
+`ORDER` is the only list of storeys.  Every form of an import counts: at the top, inside a function,
+and under TYPE_CHECKING.  Only the modules of `rlm_tasks.moved` forward up, by name.
+"""
 
 from __future__ import annotations
 
 import ast
 import tomllib
+from collections import Counter, defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from rlm_tasks.moved import MOVED
+
 ROOT = Path(__file__).parents[2]
-CELERY = {"celery", "kombu", "billiard", "flower"}
-FORBIDDEN = {
-    "resilience": {"scheduler", "rlm_tasks"} | CELERY,
-    "scheduler": {"rlm_tasks"} | CELERY,
+PACKAGES = ("rlm_tasks", "scheduler", "resilience")
+ORDER = (
+    # faces
+    "rlm_tasks",
+    "rlm_tasks.cli",
+    "rlm_tasks.flower",
+    "rlm_tasks.diagnosis",
+    "rlm_tasks.compat",
+    "rlm_tasks.testing",
+    # users
+    "rlm_tasks.client",
+    # app
+    "rlm_tasks.celery",
+    "rlm_tasks.installation",
+    "rlm_tasks.conflicts",
+    # worker
+    "rlm_tasks.worker",
+    "rlm_tasks.telemetry",
+    # models
+    "rlm_tasks.llm",
+    # engine
+    "rlm_tasks.engine",
+    # transport
+    "rlm_tasks.messaging",
+    # truth
+    "rlm_tasks.ledger",
+    # vocabulary
+    "rlm_tasks.operations",
+    "rlm_tasks.requests",
+    "rlm_tasks.metrics",
+    "rlm_tasks.settings",
+    "rlm_tasks.jobs",
+    "rlm_tasks.errors",
+    "rlm_tasks.results",
+    "rlm_tasks.version",
+    "rlm_tasks.import_path",
+    "rlm_tasks.lazy",
+    "rlm_tasks.moved",
+    # rules and machines, then Redis
+    "scheduler",
+    "resilience",
+)
+"""Folders and root modules, the top first: each imports only itself and those after it."""
+MOST_MODULES = 18
+"""In one folder, `__init__.py` not counted."""
+MOST_METHODS, MOST_POSITIONAL = 20, 6
+"""Of one class, and of one constructor."""
+FOREIGN = {
+    "resilience": {"celery", "kombu", "billiard", "flower"},
+    "scheduler": {"celery", "kombu", "billiard", "flower"},
     "rlm_tasks": {"tests", "docs"},
 }
 
 
-def imported(module: Path) -> set[str]:
-    """Return the top-level packages that a module imports, anywhere in it."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.partition(".")[0])
+@cache
+def trees() -> dict[str, ast.Module]:
+    """Return the syntax tree of each module, by its dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("*.py"):
+            parts = file.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found[name] = ast.parse(file.read_text(encoding="utf-8"))
     return found
 
 
-@pytest.mark.parametrize("package", FORBIDDEN)
-def test_imports_go_one_way(package: str) -> None:
-    modules = list((ROOT / package).rglob("*.py"))
+def imported(name: str) -> set[str]:
+    """Return the dotted names that a module imports in any form, modules where they are ours."""
+    found: set[str] = set()
+    for node in ast.walk(trees()[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relative to itself"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in trees() else str(node.module))
+    return found - {name}
 
+
+def graph() -> dict[str, set[str]]:
+    """Return the modules of ours that each module imports."""
+    return {name: imported(name) & set(trees()) for name in trees() if name not in MOVED}
+
+
+def storey(name: str) -> str:
+    """Return the folder or root module of `ORDER` that a module belongs to."""
+    while name not in ORDER:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def test_every_folder_and_root_module_has_a_storey() -> None:
+    inner = {name for name in trees() if name.count(".") == 1 and name.startswith("rlm_tasks.")}
+
+    assert inner - set(ORDER) - set(MOVED) == set()
+    assert set(ORDER) <= set(trees())
+
+
+def test_imports_run_down() -> None:
+    up = [
+        f"{name} imports {other}"
+        for name, others in graph().items()
+        for other in others
+        if ORDER.index(storey(other)) < ORDER.index(storey(name))
+    ]
+
+    assert sorted(up) == []
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    left = graph()
+    while leaves := [name for name, others in left.items() if not others & set(left)]:
+        for name in leaves:
+            del left[name]
+
+    assert sorted(left) == [], "these files are in a loop, or import one that is"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_no_foreign_package_of_a_higher_storey(package: str) -> None:
     wrong = {
-        str(module.relative_to(ROOT)): imported(module) & FORBIDDEN[package] for module in modules
+        name: {other.partition(".")[0] for other in imported(name)} & FOREIGN[package]
+        for name in trees()
+        if name.partition(".")[0] == package
     }
 
-    assert modules
-    assert {name: bad for name, bad in wrong.items() if bad} == {}
+    assert {name: found for name, found in wrong.items() if found} == {}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_moved_module_only_forwards(name: str) -> None:
+    names = {node.id for node in ast.walk(trees()[name]) if isinstance(node, ast.Name)}
+
+    assert names <= {"forward", "__getattr__", "__name__", "runpy"}
+
+
+def test_no_folder_holds_too_many_modules() -> None:
+    modules = Counter(
+        file.parent for package in PACKAGES for file in (ROOT / package).rglob("*.py")
+    )
+
+    crowded = {str(each): count - 1 for each, count in modules.items() if count - 1 > MOST_MODULES}
+    assert crowded == {}
+
+
+def test_every_folder_says_what_it_is_for_and_where_to_begin() -> None:
+    for folder in (ROOT / "rlm_tasks").iterdir():
+        if (folder / "__init__.py").exists():
+            text = ast.get_docstring(trees()[f"rlm_tasks.{folder.name}"]) or ""
+            assert "Begin " in text, f"{folder.name}: {text}"
+
+
+def test_a_public_class_has_one_home() -> None:
+    homes = defaultdict(list)
+    for name, tree in trees().items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes[node.name].append(name)
+
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
+def test_no_class_is_a_grab_bag() -> None:
+    methods, arguments = {}, {}
+    for name, tree in trees().items():
+        for node in (each for each in ast.walk(tree) if isinstance(each, ast.ClassDef)):
+            functions = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+            methods[f"{name}.{node.name}"] = len({each.name for each in functions})
+            for each in functions:
+                if each.name == "__init__":
+                    arguments[f"{name}.{node.name}"] = len(each.args.args) - 1
+
+    assert {name: count for name, count in methods.items() if count > MOST_METHODS} == {}
+    assert {name: count for name, count in arguments.items() if count > MOST_POSITIONAL} == {}
 
 
 def test_a_wheel_has_all_packages_and_their_files() -> None:
@@ -49,7 +203,7 @@ def test_a_wheel_has_all_packages_and_their_files() -> None:
     data = setuptools["package-data"]
 
     assert found == [f"{package}*" for package in ("rlm_tasks", "resilience", "scheduler")]
-    for package in FORBIDDEN:
+    for package in PACKAGES:
         folders = {module.parent for module in (ROOT / package).rglob("*.py")}
         assert [str(each) for each in folders if not (each / "__init__.py").exists()] == []
         for file in (
@@ -61,7 +215,7 @@ def test_a_wheel_has_all_packages_and_their_files() -> None:
 
 
 def test_every_module_has_a_docstring() -> None:
-    modules = [module for package in FORBIDDEN for module in (ROOT / package).rglob("*.py")]
+    modules = [module for package in PACKAGES for module in (ROOT / package).rglob("*.py")]
 
     assert [
         str(each)

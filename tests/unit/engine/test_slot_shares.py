@@ -18,7 +18,8 @@ from rlm_tasks import JobRequest
 from rlm_tasks.engine.crashpoints import CrashPoint
 from rlm_tasks.engine.node import run_node
 from rlm_tasks.engine.shared_page import SharedPage
-from rlm_tasks.engine.slot_shares import RUNS_AT_MOST, SlotShares
+from rlm_tasks.engine.slot_shares import SlotShares
+from rlm_tasks.jobs.splitting import LONGEST_RUN
 from rlm_tasks.ledger.records import MERGE, ROOT
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.registry import Operation
@@ -138,9 +139,9 @@ def test_the_lease_of_a_place_follows_the_target_time_of_its_job(world: World) -
     """Two jobs of one operation have leases of different length."""
     bounded, worker = operation(min_workers=1, max_workers=1), Worker(world)
     assert worker.of(bounded, target_s=1.0).acquire()
-    world.sleep(LEASE_S + RUNS_AT_MOST + 1)
+    world.sleep(LEASE_S + LONGEST_RUN + 1)
     assert worker.of(bounded, target_s=60.0).acquire()
-    world.sleep(LEASE_S + RUNS_AT_MOST + 1)
+    world.sleep(LEASE_S + LONGEST_RUN + 1)
     assert not worker.of(bounded, target_s=1.0).acquire(), "the node of the other job still runs"
 
 

@@ -583,7 +583,7 @@ def test_a_receipt_is_sorted_and_readable() -> None:
         "shaped:reduce_entity_limits:high": "20",
     }
 
-    receipt = receipt_of([facts])
+    receipt = results.receipt_of([facts])
 
     assert receipt == Receipt(
         [
@@ -595,4 +595,4 @@ def test_a_receipt_is_sorted_and_readable() -> None:
         str(receipt)
         == "reduce_entity_limits at high: 20 items; use_simplified_methods at critical: 2 items"
     )
-    assert str(receipt_of([{"state": "running"}])) == "nothing was left out"
+    assert str(results.receipt_of([{"state": "running"}])) == "nothing was left out"
