@@ -75,8 +75,8 @@ def test_files_are_sampled_as_paths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("items", "words"),
     [
-        ((at for at in range(3)), "must not use them up"),
-        (map(str, range(3)), "must not use them up"),
+        ((at for at in range(3)), "would use up an iterator"),
+        (map(str, range(3)), "would use up an iterator"),
         ("text", "must be an iterable of items"),
         (7, "must be an iterable of items"),
         (Lines("/no/such/file"), "cannot be read"),
@@ -121,7 +121,7 @@ def test_lines_of_a_long_file_are_estimated_from_some_blocks(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("items", "place"),
     [
-        (range(10, 5000, 2), "3008 of a range"),
+        (range(10, 5000, 2), "3008 of its range"),
         ([f"item {at}" for at in range(3000)], "stored item 1499"),
         (Files("{folder}/*"), "stored item 1499"),
         (Lines("{folder}/lines"), "{folder}/lines, line 1500"),
