@@ -240,7 +240,7 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         super().__init__(name)
         self._store, self._config, self._clock = store, config, store.clock
         keys = Keys(store.namespace)
-        self._keys = (*keys.breaker(name), keys.breakers())
+        self._keys = (*keys.breaker(name), keys.breakers)
         self._told = json.dumps(
             {
                 "failures": config.failure_threshold,
@@ -470,7 +470,7 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
 
 def names_of(store: Store) -> Call:
     """Return the call that answers the names of all breakers that were changed lately."""
-    return Call(_NAMES, (Keys(store.namespace).breakers(),), ())
+    return Call(_NAMES, (Keys(store.namespace).breakers,), ())
 
 
 def resident_mb() -> float:

@@ -94,10 +94,20 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class _Limit:
-    name: str
+    unit: str
+    scope: str
     rate: Rate
     amount: float
-    key: str
+
+    @property
+    def name(self) -> str:
+        """The name that callers see."""
+        return f"{self.unit} of {self.scope}" if self.scope else self.unit
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What its Redis key and its local share are found by."""
+        return self.unit, self.scope
 
 
 class TokenBucket:
@@ -126,7 +136,7 @@ class TokenBucket:
         self._keys, self._guard_s, self._sleep = Keys(self._store.namespace), guard_s, sleep
         self._me = f"{os.uname().nodename}:{secrets.token_hex(4)}"
         self._takers = 1
-        self._shares: dict[str, LocalShare] = {}
+        self._shares: dict[tuple[str, str], LocalShare] = {}
 
     @property
     def takers(self) -> int:
@@ -279,16 +289,13 @@ class TokenBucket:
                 f"bucket {self.name} limits {', '.join({**self.rates, **self.scoped})}",
             )
         chosen = [
-            _Limit(name, rate, amounts[name], name)
+            _Limit(name, "", rate, amounts[name])
             for name, rate in self.rates.items()
             if name in amounts
         ]
         if scope:
             named = ((name, rate) for name, rate in self.scoped.items() if name in amounts)
-            chosen += [
-                _Limit(f"{name} of {scope}", rate, amounts[name], f"{name}:{scope}")
-                for name, rate in named
-            ]
+            chosen += [_Limit(name, scope, rate, amounts[name]) for name, rate in named]
         for each in chosen:
             if not 0 <= each.amount < float("inf"):
                 raise InvalidValue(each.name, each.amount, "must be a number of at least 0")
@@ -309,10 +316,8 @@ class TokenBucket:
         return rate.limit, int(rate.per_s * 1e6), rate.capacity, int(guard_s * 1e6)
 
     def _call(self, script: Script, limits: Sequence[_Limit], id: str, *args: Argument) -> Call:
-        shared = self._keys.reservation(self.name, id), self._keys.bucket(self.name, "takers")
-        return Call(
-            script, (*shared, *(self._keys.bucket(self.name, each.key) for each in limits)), args
-        )
+        keys = self._keys.bucket(self.name, id, (each.key for each in limits))
+        return Call(script, keys, args)
 
     # --- afterwards ----------------------------------------------------------------------------
 
@@ -320,7 +325,7 @@ class TokenBucket:
         told = [
             argument
             for each in limits
-            for argument in (each.rate.capacity, used.get(each.key.split(":")[0], ""))
+            for argument in (each.rate.capacity, used.get(each.unit, ""))
         ]
         try:
             [settled] = self._store.call(self._call(_SETTLE, limits, id, *told), on_outage="answer")

@@ -109,7 +109,7 @@ class FaultLog:
 
     def __init__(self, store: Store, settings: FaultLogSettings = FaultLogSettings()) -> None:  # noqa: B008  # frozen
         self._store, self._settings = store, settings
-        self._keys = Keys(store.namespace).faults()
+        self._keys = Keys(store.namespace).faults
         self._window_ms = round(settings.window_s * 1000)
         self._limits = (
             self._window_ms,

@@ -1,12 +1,19 @@
-"""Every Redis key of the platform, spelled once, with its type beside it.
+"""The names of all Redis keys of the platform, each with its Redis type and content.
 
-A key that belongs to one job carries the job's id as its hash tag, so all keys of a job
-share one cluster slot and one script may touch them together.
+All three packages take their keys from here, and no other module builds one (a test checks this).
+Begin with `Keys` for one namespace, then `JobKeys` for one job.
+
+The part of a key in braces is its hash tag.  Keys with the same hash tag lie in one cluster slot,
+so one script may use them together.  All keys of a job carry the job's id as their hash tag.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
+
+TRACED = "traced"
+"""A field of a job's hash.  The process that sets it first reports the trace of the job's end."""
 
 
 class JobKeys(NamedTuple):
@@ -23,9 +30,9 @@ class JobKeys(NamedTuple):
     empty: str  # ZSET    index of every item skipped as empty, scored by itself
     failures: str  # HASH    index -> JSON: type, message, traceback (the first 1,000)
     deaths: (
-        str  # HASH    index -> JSON: how often its process died while it ran, of what the last time
+        str  # HASH    index -> JSON: how often its process died while it ran, and the last cause
     )
-    quarantine: str  # HASH    index -> JSON: an item that is not run again, and why
+    quarantine: str  # HASH    index -> JSON: an item that is not run again, and the reason
     inflight: str  # HASH    running node id -> "done:failed:skipped" so far
     events: str  # STREAM  the job's bounded log; waiting clients block on it
     items: str  # ZSET    "lo:hi" of every stored block of items, scored by lo
@@ -33,28 +40,44 @@ class JobKeys(NamedTuple):
 
 
 class PressureKeys(NamedTuple):
-    """What is known of the platform's load, under one hash tag."""
+    """The keys of the platform's load, under one hash tag."""
 
     hosts: str  # HASH    worker -> ms, and its report as JSON
-    cluster: str  # STRING  the monitor's report as JSON, gone when nobody renews it
-    forced: str  # STRING  a level that is ordered for a drill
+    cluster: str  # STRING  the monitor's report as JSON; it expires unless it is renewed
+    forced: str  # STRING  the level that an operator has ordered for a drill
     history: str  # STREAM  the monitor's reports, bounded
-    state: str  # STRING  what the monitor must remember from one look to the next
-    turn: str  # STRING  who looks; nobody else does in the meantime
-    changes: str  # channel on which each level is told
+    state: str  # STRING  what the monitor must remember from one sample to the next
+    turn: str  # STRING  the worker that takes the next sample; no other worker does meanwhile
+    changes: str  # channel on which each level is published
+
+
+class AlertKeys(NamedTuple):
+    """The keys of all alerts, under one hash tag."""
+
+    history: str  # STREAM  the alerts, bounded
+    day: str  # ZSET    id of each alert of the last day -> ms at which it was raised
+    totals: str  # HASH    severity -> number of alerts since the first one
 
 
 class Keys:
-    """Key names under one namespace, so that several platforms can share a Redis."""
+    """The keys of one namespace; several platforms can share a Redis with different namespaces."""
 
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
+        self.prefix = f"{namespace}:"  # prefix of every key; kombu's keys get it from Celery
+        self.redbeat = f"{namespace}:redbeat:"  # prefix of celery-redbeat's keys
         self.due = f"{namespace}:due"  # ZSET    open job -> earliest ms at which it wants a sweep
-        self.places = f"{namespace}:due:places"  # ZSET    job that is at work, while their number is bound -> ms since which
+        # ZSET    active job, while the number of these is limited -> ms at which it became active
+        self.places = f"{namespace}:due:places"
         self.jobs = f"{namespace}:jobs"  # ZSET    job -> ms at which it was opened
         self.slots = f"{namespace}:slots"  # HASH    worker -> JSON: total, free, queues, at
-        self.quarantined = (
-            f"{namespace}:quarantine"  # ZSET    job with quarantined items -> ms of the last one
+        # ZSET    job with quarantined items -> ms of the last one
+        self.quarantined = f"{namespace}:quarantine"
+        self.events = f"{namespace}:events"  # STREAM  event -> JSON, at -> seconds; bounded
+        self.breakers = f"{namespace}:{{breakers}}:names"  # ZSET    name -> ms of its last change
+        self.faults = (
+            f"{namespace}:{{faults}}:patterns",  # HASH    recurring fault -> JSON
+            f"{namespace}:{{faults}}:seen",  # ZSET    recurring fault -> ms of the last one
         )
 
     def of(self, job: str) -> JobKeys:
@@ -62,39 +85,78 @@ class Keys:
         tagged = f"{self.namespace}:{{{job}}}:"
         return JobKeys(*(tagged + field for field in JobKeys._fields))
 
-    # --- what guards share: a hash tag for each, so that one script may touch all keys of it ---
+    def staged(self, job: str, token: str) -> tuple[str, str]:
+        """Return the keys of items (ZSET) and blocks (HASH) that one client stores before the job
+        is open.
+        """
+        tagged = f"{self.namespace}:{{{job}}}:staged:{token}:"
+        return tagged + "items", tagged + "blocks"
 
-    def breakers(self) -> str:
-        """Return the index of all breakers.  ZSET name -> ms of its last change."""
-        return f"{self.namespace}:{{breakers}}:names"
+    # --- guards: one hash tag for each, so that one script may use all its keys ----------------
 
     def breaker(self, name: str) -> tuple[str, str, str]:
-        """Return a breaker's state (HASH), its probes (ZSET permit -> ms of expiry), who waits for
-        it (ZSET).
+        """Return a breaker's keys.
+
+        They are its state (HASH), its probes (ZSET permit -> ms of expiry) and its waiters (ZSET
+        waiter -> urgency and ms).
         """
         tagged = f"{self.namespace}:{{breakers}}:{name}:"
         return tagged + "state", tagged + "probes", tagged + "waiting"
 
-    def bucket(self, name: str, limit: str) -> str:
-        """Return one limit of a bucket.  HASH level, time, hold, the cells of its window."""
-        return f"{self.namespace}:{{bucket:{name}}}:{limit}"
+    def bucket(self, name: str, grant: str, limits: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+        """Return a bucket's keys, in the order in which its scripts name them.
 
-    def reservation(self, bucket: str, id: str) -> str:
-        """Return what one grant of a bucket took.  HASH, until it is settled or expires."""
-        return f"{self.namespace}:{{bucket:{bucket}}}:grant:{id}"
+        They are the amounts of one grant (HASH, until it is settled or expires), the processes that
+        take from the bucket (ZSET process -> us), and each limit (HASH: level, time, hold, the
+        cells of its window).  A limit is a unit and a scope; "" is no scope.
+        """
+        tagged = f"{self.namespace}:{{bucket:{name}}}:"
+        named = (f"{unit}:{scope}" if scope else unit for unit, scope in limits)
+        return (
+            f"{tagged}grant:{grant}",
+            tagged + "takers",
+            *(tagged + limit for limit in named),
+        )
 
     def bulkhead(self, name: str) -> tuple[str, str, str, str]:
-        """Return a bulkhead's permits (ZSET permit -> ms of expiry), use and limit (HASH), use by
-        host (HASH), who waits for it (ZSET)."""
+        """Return a bulkhead's keys.
+
+        They are its permits (ZSET permit -> ms of expiry), use and limit (HASH), use by host (HASH)
+        and its waiters (ZSET waiter -> urgency and ms).
+        """
         tagged = f"{self.namespace}:{{bulkhead:{name}}}:"
         return tagged + "permits", tagged + "about", tagged + "hosts", tagged + "waiting"
 
-    def flight(self, name: str, key: str) -> tuple[str, ...]:
-        """Return who makes a call and how many wait for it (HASH), the last value that was landed
-        for those (HASH), its value in the cache (STRING), and what the names of memos are put
-        behind (STRING each)."""
+    def flight(self, name: str, key: str, memo: str = "") -> tuple[str, str, str, str]:
+        """Return the keys of one call in a single flight.
+
+        They are the caller that makes it and the number of waiters (HASH), the last value that
+        landed for them (HASH), its value in the cache (STRING), and its value in one memo (STRING).
+        """
         tagged = f"{self.namespace}:{{flight:{name}:{key}}}:"
-        return tagged + "made", tagged + "landed", tagged + "cache", tagged + "memo:"
+        return tagged + "made", tagged + "landed", tagged + "cache", f"{tagged}memo:{memo}"
+
+    def budget(self, service: str) -> str:
+        """Return the retry budget of a service.  HASH balance, time."""
+        return f"{self.namespace}:{{budget:{service}}}"
+
+    def spending(self, name: str) -> tuple[str, ...]:
+        """Return a budget's keys.
+
+        They are its open accounts (HASH account -> JSON), the folded ones (HASH account -> JSON),
+        charges (HASH id -> JSON), the ends of their leases (ZSET id -> ms), and the amounts spent
+        by label (HASH label -> JSON).
+        """
+        tagged = f"{self.namespace}:{{spending:{name}}}:"
+        return tuple(
+            tagged + field for field in ("accounts", "folded", "charges", "leases", "labels")
+        )
+
+    def timing(self, operation: str) -> str:
+        """Return the histogram of an operation's item durations.  HASH bucket -> weight."""
+        return f"{self.namespace}:{{timing:{operation}}}"
+
+    # --- scheduling ----------------------------------------------------------------------------
 
     def pressure(self) -> PressureKeys:
         """Return the keys of the platform's load."""
@@ -103,69 +165,51 @@ class Keys:
         )
 
     def admission(self, queue: str) -> str:
-        """Return who waits to be taken in by a queue.  ZSET "job node" -> ms since which."""
+        """Return the nodes that wait for admission to a queue.  ZSET "job node" -> ms of entry."""
         return f"{self.namespace}:{{admission}}:{queue}"
+
+    def preemption(self, queue: str) -> tuple[str, str, str]:
+        """Return the keys of preemption in a queue.
+
+        They are the urgent nodes that wait for a slot (ZSET node -> ms from which a less urgent
+        node may yield), the number of nodes about to yield (STRING), and the slots about to become
+        free (ZSET slot -> ms until which they are expected).
+        """
+        tagged = f"{self.namespace}:{{preemption:{queue}}}:"
+        return tagged + "waiting", tagged + "won", tagged + "coming"
 
     def usage(self, operation: str) -> tuple[str, str]:
         """Return the names of all operations that have run (SET), and the counts of one (HASH)."""
         return f"{self.namespace}:{{usage}}:names", f"{self.namespace}:{{usage}}:of:{operation}"
 
     def snapshots(self, operation: str) -> tuple[str, str]:
-        """Return the snapshots of an operation (LIST of JSON, newest first), and which became
-        slower (HASH operation -> s).
+        """Return the snapshots of an operation, and the operations that became slower.
+
+        The first is a LIST of JSON, newest first; the second a HASH operation -> s.
         """
         return (
             f"{self.namespace}:{{usage}}:snapshots:{operation}",
             f"{self.namespace}:{{usage}}:slower",
         )
 
-    def preemption(self, queue: str) -> tuple[str, str, str]:
-        """Return which urgent nodes wait in a queue for a slot (ZSET node -> ms from which somebody
-        may yield for it), how many are about to yield (STRING), and which slots are coming (ZSET
-        slot -> ms until which that is believed)."""
-        tagged = f"{self.namespace}:{{preemption:{queue}}}:"
-        return tagged + "waiting", tagged + "won", tagged + "coming"
+    def alerts(self) -> AlertKeys:
+        """Return the keys of all alerts."""
+        return AlertKeys(*(f"{self.namespace}:{{alerts}}:{field}" for field in AlertKeys._fields))
 
-    def budget(self, service: str) -> str:
-        """Return the retry budget of a service.  HASH balance, time."""
-        return f"{self.namespace}:{{budget:{service}}}"
+    def alert(self, kind: str, subject: str) -> str:
+        """Return the record of the last alert of a kind and subject.  HASH ms, rank, held."""
+        return f"{self.namespace}:{{alerts}}:last:{kind}:{subject}"
 
-    def spending(self, name: str) -> tuple[str, ...]:
-        """Return a budget's open accounts (HASH account -> JSON) and folded ones (HASH account ->
-        JSON), its charges (HASH id -> JSON), when their leases end (ZSET id -> ms), and what was
-        spent by label (HASH label -> JSON)."""
-        tagged = f"{self.namespace}:{{spending:{name}}}:"
-        return tuple(
-            tagged + field for field in ("accounts", "folded", "charges", "leases", "labels")
-        )
-
-    def timing(self, operation: str) -> str:
-        """Return how long items of an operation have taken.  HASH bucket -> weight."""
-        return f"{self.namespace}:{{timing:{operation}}}"
+    # --- language models -----------------------------------------------------------------------
 
     def model(self, name: str) -> str:
-        """Return what calls to a model have taken.  HASH of sums."""
+        """Return the sums over all calls to a model.  HASH name -> amount."""
         return f"{self.namespace}:{{models}}:{name}"
 
     def endpoints(self) -> str:
-        """Return how endpoints of models are.  HASH endpoint -> JSON."""
+        """Return the health of all endpoints of models.  HASH endpoint -> JSON."""
         return f"{self.namespace}:{{models}}:endpoints"
 
     def endpoints_turn(self) -> str:
-        """Return who asks endpoints of models how they are; nobody else does in the meantime.
-        STRING worker.
-        """
+        """Return the worker that checks the endpoints; no other does meanwhile.  STRING worker."""
         return f"{self.namespace}:{{models}}:turn"
-
-    def faults(self) -> tuple[str, str]:
-        """Return the recurring faults (HASH pattern -> JSON) and when each was last seen (ZSET
-        pattern -> ms).
-        """
-        return f"{self.namespace}:{{faults}}:patterns", f"{self.namespace}:{{faults}}:seen"
-
-    def staged(self, job: str, token: str) -> tuple[str, str]:
-        """Return the keys under which one submitter stores items and blocks until the job is
-        open.
-        """
-        tagged = f"{self.namespace}:{{{job}}}:staged:{token}:"
-        return tagged + "items", tagged + "blocks"

@@ -69,8 +69,8 @@ class SingleFlight:
         Who is told ``mine`` makes the call, then calls `land` or `abandon`; so does everybody while
         Redis is away.  `by` says on whose behalf: of those only one can be at it, so who asks again
         takes over from itself, and waits for no lease."""
-        made, landed, cache, memos = self._keys.flight(self.name, key)
-        kept = ({"memo": memos + memo} if memo else {}) | ({"cache": cache} if cached else {})
+        made, landed, cache, memo_key = self._keys.flight(self.name, key, memo)
+        kept = ({"memo": memo_key} if memo else {}) | ({"cache": cache} if cached else {})
         id = secrets.token_hex(8)
         return self._asked(
             key,
@@ -134,8 +134,8 @@ class SingleFlight:
         memo_ttl_s: float = 0,
     ) -> Call:
         """Return what `land` does, to share a round trip with others."""
-        made, landed, cache, memos = self._keys.flight(self.name, flight.key)
-        kept = {memos + memo: _ms("memo_ttl_s", memo_ttl_s)} if memo else {}
+        made, landed, cache, memo_key = self._keys.flight(self.name, flight.key, memo)
+        kept = {memo_key: _ms("memo_ttl_s", memo_ttl_s)} if memo else {}
         if cache_ttl_s:
             kept[cache] = _ms("cache_ttl_s", cache_ttl_s)
         news = "" if flight.state == "landed" else flight.id
@@ -150,7 +150,7 @@ class SingleFlight:
     def forgetting(self, memos: Sequence[tuple[str, str]]) -> list[Call]:
         """Return what drops memos, (key, memo) each, to share a round trip with others."""
         return [
-            Call(_FORGET, (self._keys.flight(self.name, key)[3] + memo,), ()) for key, memo in memos
+            Call(_FORGET, (self._keys.flight(self.name, key, memo)[3],), ()) for key, memo in memos
         ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from celery import Celery
 from kombu.entity import Queue
 
+from resilience.keys import Keys
 from rlm_tasks.installation import AUTOSCALER, monitoring
 from rlm_tasks.installation import install as install
 from rlm_tasks.messaging import transports
@@ -73,7 +74,7 @@ def beat_configuration(settings: Settings) -> dict[str, Any]:
         # tick.
         "beat_max_loop_interval": 3,
         "redbeat_lock_timeout": 9,
-        "redbeat_key_prefix": f"{settings.namespace}:redbeat:",
+        "redbeat_key_prefix": Keys(settings.namespace).redbeat,
         **transports.redbeat(settings),
     }
 

@@ -28,6 +28,7 @@ from urllib.parse import unquote, urlsplit
 
 from resilience.degradation import THRESHOLDS, Level, as_level
 from resilience.errors import InvalidValue, StoreUnavailable
+from resilience.keys import Keys
 from resilience.retry import Retry, RetryPolicy
 from resilience.store import Argument, Call, Script, Store
 from scheduler.events import NEWEST, Event, Events, EventSeverity, one_line, paired
@@ -58,19 +59,6 @@ REMEMBERED = 1000
 _MINUTE = 60.0
 
 _RAISE, _COUNTS = Script.load("scheduler", "alert"), Script.load("scheduler", "alert_counts")
-
-
-def alert_keys(namespace: str) -> tuple[str, str, str]:
-    """Return the history (STREAM), the last day's alerts (ZSET id -> ms), and how many there were
-    (HASH severity -> count).
-    """
-    tagged = f"{namespace}:{{alerts}}:"
-    return tagged + "history", tagged + "day", tagged + "totals"
-
-
-def gate_key(namespace: str, kind: str, subject: str) -> str:
-    """Return what is known of the last alert of a kind and subject.  HASH ms, rank, held."""
-    return f"{namespace}:{{alerts}}:last:{kind}:{subject}"
 
 
 class AlertChannel(StrEnum):
@@ -236,6 +224,7 @@ class Alerts:
         `colour` None colours a terminal; give False where NO_COLOR is set.  `clock` gives seconds
         of the day's time. Raises InvalidValue for a webhook without a usable URL."""
         self._store, self._settings, self._events, self._clock = store, settings, events, clock
+        self._keys = Keys(store.namespace)
         self._stream, self._colour = stream, colour
         self._last: dict[str, _Last] = {}
         self._webhook = _webhook(settings, clock, sleep, store.random)
@@ -292,7 +281,7 @@ class Alerts:
 
         Those raised while Redis was away are not among them.  Raises StoreUnavailable.
         """
-        _, day, totals = alert_keys(self._store.namespace)
+        _, day, totals = self._keys.alerts()
         (hour, last_day, flat), entries = self._store.call(
             Call(_COUNTS, (day, totals), ()), self._newest(RECENT), on_outage="answer"
         )
@@ -329,9 +318,7 @@ class Alerts:
             )
 
     def _raise(self, drafts: Sequence[_Draft]) -> list[Alert]:
-        gates = [
-            gate_key(self._store.namespace, each.alert.kind, each.alert.subject) for each in drafts
-        ]
+        gates = [self._keys.alert(each.alert.kind, each.alert.subject) for each in drafts]
         args: list[Argument] = [self._settings.history]
         for alert, interval_s in drafts:
             told = json.dumps(alert.fields(), default=str)
@@ -344,7 +331,7 @@ class Alerts:
             )
         try:
             [answers] = self._store.call(
-                Call(_RAISE, (*alert_keys(self._store.namespace), *gates), args), on_outage="answer"
+                Call(_RAISE, (*self._keys.alerts(), *gates), args), on_outage="answer"
             )
         except StoreUnavailable:
             return [found for each in drafts if (found := self._raise_alone(*each))]
@@ -379,7 +366,7 @@ class Alerts:
             del self._last[next(iter(self._last))]
 
     def _newest(self, limit: int) -> Call:
-        return Call(NEWEST, alert_keys(self._store.namespace)[:1], (limit,))
+        return Call(NEWEST, (self._keys.alerts().history,), (limit,))
 
     # --- telling -------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from resilience.errors import InvalidValue, StoreUnavailable
+from resilience.keys import Keys
 from resilience.retry import RetryPolicy
 from resilience.store import Call, Script, Store
 
@@ -40,11 +41,6 @@ _BATCH = 100
 
 _EMIT = Script.load("scheduler", "event")
 NEWEST = Script.load("scheduler", "event_newest")
-
-
-def events_key(namespace: str) -> str:
-    """Return the stream of events.  STREAM event -> JSON, at -> seconds."""
-    return f"{namespace}:events"
 
 
 class EventSeverity(IntEnum):
@@ -100,7 +96,7 @@ class Events:
     """The events of one platform."""
 
     def __init__(self, store: Store, history: int = 1000) -> None:
-        self._store, self._history, self._key = store, history, events_key(store.namespace)
+        self._store, self._history, self._key = store, history, Keys(store.namespace).events
         self._away = False
 
     def emit(self, *events: Event) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from resilience.address import SENTINEL, SOCKET, credentials, hosts, tls, without_tls_options
+from resilience.keys import Keys
 from rlm_tasks.settings.model import Settings
 
 VISIBILITY_TIMEOUT_S = 4 * 3600
@@ -44,7 +45,7 @@ def redis_broker(settings: Settings) -> dict[str, Any]:
             "visibility_timeout": VISIBILITY_TIMEOUT_S,
             "queue_order_strategy": QUEUE_ORDER,
             "priority_steps": [0],
-            "global_keyprefix": f"{settings.namespace}:",
+            "global_keyprefix": Keys(settings.namespace).prefix,
             **_watched(settings, url),
         },
     }
@@ -72,7 +73,7 @@ def result_backend(settings: Settings) -> dict[str, Any]:
         "result_backend": _celerys(url),
         **({"redis_backend_use_ssl": tls(url)} if tls(url) else {}),
         "result_backend_transport_options": {
-            "global_keyprefix": f"{settings.namespace}:",
+            "global_keyprefix": Keys(settings.namespace).prefix,
             **_watched(settings, url),
         },
         "redis_socket_timeout": _answer_s(url),

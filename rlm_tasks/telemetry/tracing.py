@@ -22,6 +22,7 @@ import msgspec
 from celery import Celery, signals
 
 from resilience.errors import StoreUnavailable
+from resilience.keys import TRACED
 from resilience.store import LOST, Call
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import JobSpec
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TRACED = "traced"  # the field of a job's hash by which one process gets to tell of its end
 _BAD = (Status.FAILED, Status.EXPIRED)
 
 
@@ -346,11 +346,11 @@ class TracedLedger(Ledger):
         """Tell of a job's end, once: whoever writes it down first is the one."""
         try:
             facts = self.facts(job)
-            if not facts or _TRACED in facts or not Status(facts["state"]).final:
+            if not facts or TRACED in facts or not Status(facts["state"]).final:
                 return
             spec = specs.load(facts["spec"].encode())
             if self._tracing.samples(spec) and self.store.client.hsetnx(
-                self.keys.of(job).job, _TRACED, 1
+                self.keys.of(job).job, TRACED, 1
             ):
                 self._tracing.job(spec, facts)
         except (StoreUnavailable, *LOST) as error:

@@ -212,7 +212,7 @@ def test_the_size_in_redis_is_bounded_within_one_record_and_over_many(clock: Clo
         log.record(service, [(TIMEOUT, "x" * length) for length in range(1, 20)] * 5)
     log.record("d", [(replace(TIMEOUT, code=f"ODD_{number}"), "odd") for number in range(200)])
 
-    patterns, seen = Keys("rlm").faults()
+    patterns, seen = Keys("rlm").faults
     assert (client.hlen(patterns), client.zcard(seen), len(log.patterns())) == (52, 50, 50)
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from resilience.degradation import Level
 from resilience.errors import InvalidValue, StoreUnavailable
+from resilience.keys import Keys
 from resilience.retry import Retry
 from scheduler.alerts import (
     ATTEMPTS,
@@ -26,7 +27,6 @@ from scheduler.alerts import (
     Alerts,
     ResourcePressureEvent,
     Webhook,
-    alert_keys,
     sign,
     verify,
 )
@@ -467,7 +467,7 @@ def test_an_alert_leaves_the_last_hour_and_the_last_day_on_time(
 
 
 def test_the_index_by_time_is_kept_for_a_day(world: World) -> None:
-    here, (_, day, _) = alerts(world), alert_keys("unit")
+    here, day = alerts(world), Keys("unit").alerts().day
     for operation in "abc":
         here.process_event(slow(operation))
         world.sleep(DAY / 2)
