@@ -1,6 +1,6 @@
 """One connection to Redis per process, and scripts that run in one round trip.
 
-Every part of the platform calls Redis through `Store.call`: its table says what an outage does.
+Every part of the platform calls Redis through `Store.call`; begin there, with its table of outages.
 Timeouts are short, and redis-py does not retry by itself: it would run a script twice after a
 timeout.
 """
@@ -35,14 +35,18 @@ logger = logging.getLogger(__name__)
 
 LOST = (RedisConnectionError, RedisTimeoutError)
 BACK_OFF_S = 1.0
-"""A Redis that did not answer is asked again after this, and up to half of it more."""
+"""In an outage guards try Redis again after this time, plus up to half of it at random."""
 _UNABLE = ("READONLY", "OOM", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "MASTERDOWN")
-"""Answers of a Redis that is there and cannot write; what a script raises starts otherwise."""
+"""First words of errors from a Redis that answers but cannot write.  A script's own errors begin
+differently.
+"""
 _USES_CLOCK = "-- uses: clock\n"
 _PASSWORD = re.compile(r"(://[^:@/\s]*:)\S*@|([?&]\w*password=)[^&\s]*")
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 1.0
-"""A call that waits for Redis tries again after this, and then after twice as long each time."""
+"""A call with ``on_outage="wait"`` is repeated after the first wait; each further wait is twice as
+long, up to the longest.
+"""
 
 Argument = str | int | float | bytes
 OnOutage = Literal["raise", "answer", "wait"]
@@ -50,12 +54,12 @@ OnOutage = Literal["raise", "answer", "wait"]
 
 def masked(url: str) -> str:
     """Return the URL with its password replaced, fit for messages and logs."""
-    return _PASSWORD.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", url)
+    return _PASSWORD.sub(lambda match: f"{match[1]}***@" if match[1] else f"{match[2]}***", url)
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A Lua script: its text and the digest Redis knows it by."""
+    """A Lua script: its text, and the digest under which Redis keeps it."""
 
     name: str
     text: str
@@ -80,7 +84,7 @@ def _lua(package: str, name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One script run: pass several to `Store.call` and they share a round trip."""
+    """One run of a script.  Several calls passed to `Store.call` share a round trip."""
 
     script: Script
     keys: Sequence[str]
@@ -102,7 +106,10 @@ class Store:
         patience_s: float = 0.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`timeout_s` is how long Redis may take to answer; for `patience_s` a call waits for it."""
+        """`timeout_s` is the longest time that Redis may take for an answer.
+
+        A call with ``on_outage="wait"`` is repeated for `patience_s`.
+        """
         self.address = Address(where) if isinstance(where, str) else where
         self.url, self.namespace, self.clock = masked(self.address.url), namespace, clock
         self.random = random or Random()
@@ -138,8 +145,8 @@ class Store:
         )
 
     def close(self) -> None:
-        """Give the connections of this process back, those to sentinels as well; a later call opens
-        others.
+        """Close the connections of this process, those to sentinels as well.  A later call opens
+        new ones.
         """
         if self._client is None or (self._pid != os.getpid() and not self._given):
             return
@@ -157,7 +164,7 @@ class Store:
             raise self.unavailable(error) from None
 
     def now_ms(self) -> int:
-        """Return the server's clock, the only one that jobs are timed by."""
+        """Return the server's time in ms since 1970.  All times of jobs come from this clock."""
         seconds, micros = self.client.time()
         return seconds * 1000 + micros // 1000
 
@@ -172,7 +179,7 @@ class Store:
     ) -> Any: ...
     @overload
     def call(self, *scripts: Call, on_outage: OnOutage = "raise") -> list[Any]: ...
-    def call(self, *what: Any, on_outage: OnOutage = "raise") -> Any:
+    def call(self, *calls: Any, on_outage: OnOutage = "raise") -> Any:
         """Run scripts in one round trip and return their answers, or run one plain command.
 
         A command gets the client and may run more than once, so it must be idempotent.  A script
@@ -180,21 +187,21 @@ class Store:
         the caller chooses what happens; all three end in StoreUnavailable:
 
         ========  ==========================================  =====================================
-        outage    what happens                                who calls so
+        outage    effect                                      callers
         ========  ==========================================  =====================================
         raise     the first lost connection raises            clients, which retry in their own loop
-        answer    as raise; until Redis is asked again, after  guards, which then decide alone
-                  a second, further calls raise at once
-        wait      it is tried again, with backoff, for        workers, which keep what they have done
+        answer    as raise; further calls raise at once       guards, which then decide alone
+                  until Redis is tried again, after a second
+        wait      the call is repeated, with backoff, for     workers, which keep finished work
                   `patience_s` of this store
         ========  ==========================================  =====================================
 
-        Raises StoreUnavailable, and redis-py's ResponseError for what the server refuses.
+        Raises StoreUnavailable, and redis-py's ResponseError when the server refuses a command.
         """
-        if what and callable(what[0]):
-            command: Callable[[redis.Redis], Any] = what[0]
+        if calls and callable(calls[0]):
+            command: Callable[[redis.Redis], Any] = calls[0]
             return self._outcome(lambda: command(self.client), on_outage)
-        return self._outcome(lambda: self._run(*what), on_outage)
+        return self._outcome(lambda: self._run(*calls), on_outage)
 
     def _outcome(self, attempt: Callable[[], Any], on_outage: OnOutage) -> Any:
         if on_outage == "answer":
@@ -212,14 +219,14 @@ class Store:
             wait_s = min(wait_s * 2, LONGEST_WAIT_S)
 
     def _answered(self, attempt: Callable[[], Any]) -> Any:
-        """Run an attempt, or raise at once while Redis is away.
+        """Run an attempt and return its answer, or raise at once while Redis is away.
 
         An outage is logged once, and its end once; in between Redis is tried about once a second.
         """
         if self._away.is_set():
             if self.clock() < self._away_until:
-                raise StoreUnavailable(self.url, "it did not a moment ago")
-            # One caller asks; other threads need not wait with it.
+                raise StoreUnavailable(self.url, "no answer a moment ago")
+            # One caller tries Redis; other threads need not wait with it.
             self._away_until = self.clock() + BACK_OFF_S
         try:
             answers = attempt()
@@ -233,7 +240,10 @@ class Store:
         return answers
 
     def _run(self, *calls: Call) -> list[Any]:
-        """Run scripts in one round trip; raise the first error, a lost connection as it is."""
+        """Run scripts in one round trip and return their answers.
+
+        Raises the first error; a lost connection raises redis-py's error.
+        """
         answers = self._pipelined(calls, by_sha=True)
         missing = [at for at, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
         if missing:
@@ -252,7 +262,7 @@ class Store:
         if not self._away.is_set():
             self._away.set()
             logger.warning(
-                "%s. Until it does, breakers, buckets and bulkheads of this process answer by themselves",
+                "%s. Until it does, breakers, buckets and bulkheads of this process decide alone",
                 unavailable,
             )
         return unavailable
@@ -280,12 +290,12 @@ class Store:
 
 @functools.cache
 def default_store() -> Store:
-    """Return the guards' store of this process, as the environment names it (``RLM_REDIS_URL``)."""
+    """Return the store of this process's guards, at the URL in ``RLM_REDIS_URL``."""
     return guard_store(store_settings())
 
 
 def guard_store(settings: StoreSettings) -> Store:
-    """Return a store for guards, as settings name it."""
+    """Return a store for guards, with the address, namespace and timeout of the settings."""
     return Store.from_url(
         settings.address, namespace=settings.namespace, timeout_s=settings.guard_timeout_s
     )
