@@ -210,7 +210,7 @@ class Bulkhead:
         return BulkheadFull(
             f"bulkhead {self.name}",
             permit.wait_s,
-            "as many calls are in flight as may be",
+            "the limit of calls in flight is reached",
             noted=permit.noted,
         )
 

@@ -1,22 +1,21 @@
-"""The root of every error a user can meet, and what is said about each: code, category, severity,
-retryable.
+"""The root of every error that a user can meet, and the errors of guards and of Redis.
 
     RlmError
     ├── StoreUnavailable        Redis does not answer
-    │   └── StoreUntrusted      its certificate is not trusted, or ours is not
+    │   └── StoreUntrusted      TLS failed: the server's certificate or the client's is not trusted
     ├── InvalidValue            a field, its value, and what to do (also a ValueError)
-    ├── NeverSatisfiable        asks for more than a limit can ever grant (also a ValueError)
-    ├── CallTimeout             a call ran into its limit (also a TimeoutError)
-    ├── RetryBudgetExhausted    too much of the load on a service is retries already
-    ├── Denied                  a guard said no before anything ran: costs no attempt, has
-    `retry_after_s`
+    ├── NeverSatisfiable        the amount is more than a limit can ever grant (also a ValueError)
+    ├── CallTimeout             a call reached its time limit (also a TimeoutError)
+    ├── RetryBudgetExhausted    too many of the calls to a service are retries already
+    ├── Denied                  a guard refused a call before it ran; has `retry_after_s`
     │   ├── RateLimited         a bucket is empty, or a provider asked for a pause
-    │   ├── BulkheadFull        as many calls are in flight as may be
-    │   └── CircuitOpen         (in resilience.breaker, beside pybreaker whose error it is, too)
+    │   ├── BulkheadFull        the limit of calls in flight is reached
+    │   └── CircuitOpen         (in resilience.breaker: it is an error of pybreaker as well)
     └── (rlm_tasks.errors)      requests and jobs
 
-An error carries its data as attributes first; the message says what to do next.
-Refuses to know what a job is.
+Every module raises them; users catch them.  Begin with `RlmError`: each class has a code, a
+category, a severity, and says whether a retry may help.  An error has its data as attributes, and
+its message says what to do next.  A denied call costs no attempt.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from typing import Any
 
 
 class Severity(IntEnum):
-    """How much an error matters to whoever operates the platform."""
+    """How much an error matters to the operator of the platform."""
 
     LOW = 1  # expected, and handled
     MEDIUM = 2  # a call failed
     HIGH = 3  # a process or a host is in trouble
-    CRITICAL = 4  # nothing will work until a person acts
+    CRITICAL = 4  # nothing works until a person acts
 
 
 class Category(StrEnum):
-    """What kind of trouble an error is; it decides what is done about it."""
+    """The kind of trouble that an error stands for; it decides what is done about the error."""
 
     TRANSIENT = "transient"
     TIMEOUT = "timeout"
@@ -49,24 +48,26 @@ class Category(StrEnum):
     QUOTA = "quota"
     POISON = "poison"
     CANCELLED = "cancelled"
-    OPERATION = "operation"  # the called code itself: nothing more is known
+    OPERATION = "operation"  # the called code failed; nothing more is known
 
 
 class RlmError(Exception):
-    """Base of every error this platform raises on purpose; each says by its class what may be done
-    about it.
+    """Base of every error that this platform raises on purpose.
+
+    The attributes of its class say whether a retry may help, and whether a breaker counts it.
     """
 
     code = "RLM_ERROR"
     category = Category.OPERATION
     severity = Severity.MEDIUM
     retryable = False
-    trips = False  # it speaks against the service that was called: a breaker counts it
+    trips = False  # a sign that the called service fails: a breaker counts it
 
 
 class StoreUnavailable(RlmError):
-    """Redis cannot be reached, or stopped answering.  Has its `url`, without a password, and the
-    `cause`.
+    """Redis cannot be reached, or stopped answering.
+
+    Attributes: its `url` without the password, and the `cause`.
     """
 
     code = "SERVICE_UNAVAILABLE"
@@ -82,7 +83,7 @@ class StoreUnavailable(RlmError):
 
 
 class StoreUntrusted(StoreUnavailable):
-    """Redis and this process do not agree on TLS: it will not heal by itself."""
+    """Redis and this process do not agree on TLS; a retry does not help."""
 
     code = "UNAUTHORISED"
     category = Category.AUTH
@@ -92,12 +93,16 @@ class StoreUntrusted(StoreUnavailable):
     def __init__(self, url: str, cause: str) -> None:
         super().__init__(url, cause)
         self.args = (
-            f"Redis at {url} is not trusted ({cause}); see its certificate, and port and ssl_ca_certs in RLM_REDIS_URL",
+            f"Redis at {url} is not trusted ({cause}); see its certificate, "
+            "and port and ssl_ca_certs in RLM_REDIS_URL",
         )
 
 
 class InvalidValue(RlmError, ValueError):
-    """A value that cannot be used.  Has the `field`, its `value`, and `advice` on what to do."""
+    """A value that cannot be used.
+
+    Attributes: the `field`, its `value`, and `advice` on what to do.
+    """
 
     code = "INVALID_VALUE"
     category = Category.VALIDATION
@@ -111,8 +116,9 @@ class InvalidValue(RlmError, ValueError):
 
 
 class NeverSatisfiable(RlmError, ValueError):
-    """Asks a limit for more than it can ever grant at once.  Has `what` was asked, the `amount` and
-    the `limit`.
+    """An amount that is more than its limit can ever grant at once.
+
+    Attributes: `what` is limited, the `amount`, and the `limit`.
     """
 
     code = "NEVER_SATISFIABLE"
@@ -121,12 +127,16 @@ class NeverSatisfiable(RlmError, ValueError):
     def __init__(self, what: str, amount: float, limit: float) -> None:
         self.what, self.amount, self.limit = what, amount, limit
         super().__init__(
-            f"{what}: {amount:g} at once can never be granted, the limit is {limit:g}; ask for less, or raise it"
+            f"{what}: {amount:g} at once can never be granted, the limit is {limit:g}; "
+            "ask for less, or raise the limit"
         )
 
 
 class CallTimeout(RlmError, TimeoutError):
-    """A call was stopped because it ran into its limit.  Has `what` ran, and `limit_s`."""
+    """A call was stopped because it reached its time limit.
+
+    Attributes: `what` ran, and `limit_s`, its limit in seconds.
+    """
 
     code = "TIMEOUT"
     category = Category.TIMEOUT
@@ -139,8 +149,9 @@ class CallTimeout(RlmError, TimeoutError):
 
 
 class RetryBudgetExhausted(RlmError):
-    """A retry was not made, because too many of the calls to its `service` are retries; `last` is
-    the error before.
+    """A retry was not made, because too many of the calls to its service are retries.
+
+    Attributes: the `service`, and `last`, the error of the attempt before.
     """
 
     code = "RETRY_BUDGET_EXHAUSTED"
@@ -150,31 +161,36 @@ class RetryBudgetExhausted(RlmError):
     def __init__(self, service: str, last: BaseException) -> None:
         self.service, self.last = service, last
         super().__init__(
-            f"no retry of {service!r}: its retry budget is spent; the last error was {type(last).__name__}: {last}"
+            f"no retry of {service!r}: its retry budget is spent; "
+            f"the last error was {type(last).__name__}: {last}"
         )
 
 
 class Denied(RlmError):
-    """A `guard` said no before anything ran, and `why`; come back after `retry_after_s` seconds."""
+    """A guard refused a call before it ran.
+
+    Attributes: the `guard`, `why` it refused, `retry_after_s` in seconds, and `noted`: the waiter
+    stands in the guard's line and will be woken.
+    """
 
     severity = Severity.LOW
     retryable = True
 
     def __init__(self, guard: str, retry_after_s: float, why: str, *, noted: bool = False) -> None:
         self.guard, self.retry_after_s, self.why = guard, retry_after_s, why
-        self.noted = noted  # who waits is in line at the guard, and will be woken
+        self.noted = noted
         super().__init__(f"{guard}: {why}; come back in {retry_after_s:.3g} s")
 
 
 class RateLimited(Denied):
-    """A bucket has too little, or its provider asked for a pause."""
+    """A bucket does not hold the amount, or its provider asked for a pause."""
 
     code = "RATE_LIMITED"
     category = Category.RATE_LIMITED
 
 
 class BulkheadFull(Denied):
-    """As many calls are in flight as may be."""
+    """The limit of calls in flight is reached."""
 
     code = "BULKHEAD_FULL"
     category = Category.BULKHEAD_FULL

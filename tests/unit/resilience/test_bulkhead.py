@@ -424,7 +424,7 @@ def test_a_full_bulkhead_raises_an_error_and_calls_nothing(world: World) -> None
     with bulkhead.permit():
         with pytest.raises(
             BulkheadFull,
-            match="bulkhead llm: as many calls are in flight as may be; come back in 60 s",
+            match="bulkhead llm: the limit of calls in flight is reached; come back in 60 s",
         ) as caught:
             bulkhead.call(ran.append, 1)
         with pytest.raises(BulkheadFull):
