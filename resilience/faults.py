@@ -1,8 +1,8 @@
-"""What an exception means: its code, category and severity, and what is done about it.
+"""The meaning of exceptions: code, category, severity, and whether a retry may help.
 
-Decides, for exceptions of users, of HTTP clients and of this platform alike, whether a retry may
-help, whether it costs an attempt, and whether it speaks against the service that was called.
-Refuses to know Celery: what else there is to know of is registered (`register`)."""
+Retries, breakers, bulkheads and the engine ask `classify`; begin there.  It knows the exceptions of
+Python, of HTTP clients and of this platform; other packages add theirs with `register`.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from resilience.errors import Category, Denied, RlmError, Severity
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is to be known about an exception."""
+    """The meaning of an exception."""
 
     code: str
     category: Category
     severity: Severity
     retryable: bool
-    free: bool = False  # a retry costs no attempt: nothing was tried, or the service only said that it was too early
-    trips: bool = False  # it speaks against the service that was called: a breaker counts it
+    # A retry costs no attempt: nothing was tried, or the service only asked to wait.
+    free: bool = False
+    trips: bool = False  # a sign that the called service fails: a breaker counts it
     ignored: bool = False  # control flow: neither a failure nor a success
     retry_after_s: float | None = None
 
@@ -87,49 +88,53 @@ _NAMES = {
     "TransportError": TRANSIENT,  # httpx
     "Timeout": TIMEOUT,  # requests
     "ConnectionError": TRANSIENT,  # requests, redis
-    "HTTPError": OPERATION,  # requests, urllib: their status has been looked at
+    "HTTPError": OPERATION,  # requests, urllib: their status was checked before
 }
 
 
 def register(error: type[BaseException], fault: Fault) -> None:
-    """Say what exceptions of a type mean, subclasses included; the nearest registered base class
-    decides.
+    """Set the meaning of exceptions of a type and its subclasses.
+
+    If several base classes are registered, the nearest one counts.
     """
     _TYPES[error] = fault
 
 
 def classify(error: BaseException) -> Fault:
-    """Return what an exception means.
+    """Return the meaning of an exception.
 
-    The order: this platform's own errors; an HTTP status, as httpx, requests, aiohttp, urllib and
-    openai carry it; the nearest base class that is known by type or by name; else the called code
-    itself failed."""
+    The first rule that applies counts:
+
+    1. an error of this platform carries its own meaning;
+    2. an HTTP status, as httpx, requests, aiohttp, urllib and openai carry it;
+    3. the nearest base class that is known by type or by name;
+    4. else the called code itself failed.
+    """
     if isinstance(error, RlmError):
         return _of_ours(error)
-    status = (
-        _status(error) if isinstance(error, Exception) else 0
-    )  # SystemExit(500) is no answer of a server
+    # SystemExit(500) is not the answer of a server.
+    status = _status(error) if isinstance(error, Exception) else 0
     fault = _STATUS.get(status) or (
         TRANSIENT if 500 <= status < 600 else INVALID if 400 <= status < 500 else None
     )
     if fault is None:
         fault = next(
             (
-                found
+                known
                 for base in type(error).__mro__
-                if (found := _TYPES.get(base) or _NAMES.get(base.__name__))
+                if (known := _TYPES.get(base) or _NAMES.get(base.__name__))
             ),
             OPERATION,
         )
     if fault is OPERATION and isinstance(cause := getattr(error, "reason", None), Exception):
-        return classify(cause)  # urllib wraps what the network said
+        return classify(cause)  # urllib wraps the error of the network
     if fault.retryable and (wait_s := retry_after_s(error)) is not None:
         return replace(fault, retry_after_s=wait_s)
     return fault
 
 
 def _of_ours(error: RlmError) -> Fault:
-    """Our own errors tell of guards, requests and jobs; few speak against a service."""
+    """Return the meaning of an error of this platform; a breaker counts few of them."""
     return Fault(
         error.code,
         error.category,
@@ -143,6 +148,7 @@ def _of_ours(error: RlmError) -> Fault:
 
 
 def _status(error: BaseException) -> int:
+    """Return the HTTP status of an error or of its response, 0 if there is none."""
     response = getattr(error, "response", None)
     for holder, name in (
         (error, "status_code"),
@@ -151,22 +157,24 @@ def _status(error: BaseException) -> int:
         (response, "status_code"),
         (response, "status"),
     ):
-        found = getattr(holder, name, None)
-        if isinstance(found, int) and 100 <= found < 600:
-            return found
+        status = getattr(holder, name, None)
+        if isinstance(status, int) and 100 <= status < 600:
+            return status
     return 0
 
 
 def retry_after_s(error: BaseException) -> float | None:
-    """Return for how long the service asked to be left alone, in seconds, or None.
+    """Return the seconds after which the service allows the next call, or None if it does not say.
 
-    Reads ``retry-after-ms`` and ``Retry-After`` as seconds or as a date, which is held against the
-    response's own ``Date``, so that no clock of this machine is needed (RFC 9110, 10.2.3)."""
+    Reads the headers ``retry-after-ms`` and ``Retry-After``.  The latter is a number of seconds or
+    a date (RFC 9110, 10.2.3).  A date is compared with the response's own ``Date``, so the clock of
+    this machine does not matter.
+    """
     headers = _headers(error)
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        told = headers.get(name, "").strip()
-        if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", told):
-            return float(told) * unit
+        value = headers.get(name, "").strip()
+        if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value):
+            return float(value) * unit
     try:
         then, now = (
             email.utils.parsedate_to_datetime(headers.get(name, ""))
@@ -174,12 +182,13 @@ def retry_after_s(error: BaseException) -> float | None:
         )
         return max(0.0, (then - now).total_seconds())
     except (ValueError, TypeError, OverflowError):
-        return None  # says nothing, or nothing that can be read
+        return None  # no such header, or not a number or a date
 
 
 def _headers(error: BaseException) -> Mapping[str, str]:
+    """Return the headers of an error's response or of the error, by lower-case name."""
     for holder in (getattr(error, "response", None), error):
-        found: Any = getattr(holder, "headers", None)
-        if hasattr(found, "items"):
-            return {str(name).lower(): str(value) for name, value in found.items()}
+        headers: Any = getattr(holder, "headers", None)
+        if hasattr(headers, "items"):
+            return {str(name).lower(): str(value) for name, value in headers.items()}
     return {}

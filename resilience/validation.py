@@ -1,8 +1,9 @@
-"""Settings and requests that are checked when they are made.
+"""Base classes of settings and requests that are checked when they are made.
 
-Decides how a wrong value is told: one sentence that names the field, the value and what to do.
-Accepts the names of other houses: camelCase, and milliseconds where a field counts seconds.
-Refuses to know what is set."""
+Settings and requests of all three packages extend them.  Begin with `Checked`.  A wrong value
+raises one sentence that names the field, the value and what to do.  Names of other orchestrators
+are accepted as well: camelCase, and milliseconds where a field counts seconds.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from resilience.errors import InvalidValue
 
 
 class Checked(BaseModel):
-    """A frozen record whose construction raises InvalidValue."""
+    """A frozen record.  Its construction raises InvalidValue for a wrong field."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -34,7 +35,7 @@ class Checked(BaseModel):
 
     @classmethod
     def _first(cls, error: ValidationError) -> InvalidValue:
-        """Turn pydantic's report into one sentence about one field."""
+        """Return pydantic's first problem as one sentence about one field."""
         problem = error.errors()[0]
         if isinstance(problem.get("ctx", {}).get("error"), InvalidValue):
             return problem["ctx"]["error"]  # type: ignore[no-any-return]  # pydantic types ctx as Any
@@ -49,8 +50,9 @@ class Checked(BaseModel):
 
 
 class Seconds(Checked):
-    """A record whose fields ending in ``_s`` also take ``_ms``, ``_seconds``, or no unit (then
-    seconds).
+    """A record whose fields ending in ``_s`` are accepted with other units in their names.
+
+    They may end in ``_ms``, in ``_seconds``, or in no unit, which stands for seconds.
     """
 
     @model_validator(mode="before")

@@ -1,6 +1,6 @@
-"""Those who wait for a guard: the first is called, and who does not come passes the turn on.
+"""Nodes that wait in the line of a guard: the first is woken, and if its job has ended, the next.
 
-Refuses to know what they wait for.
+Breakers and bulkheads call it when they have room again.  Begin with `call_up`.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from resilience.errors import StoreUnavailable
 from resilience.store import Call, Script, Store
 
 URGENCY = {"critical": 0, "high": 1, "normal": 2, "low": 3}
-"""Who goes first; 0 is the most urgent."""
+"""Priority -> urgency; 0 is the most urgent, and goes first."""
 
 Wake = Callable[[Sequence[str]], int | None]
-"""Calls waiters, and answers how many of them have waited indeed; None: all of them."""
+"""Wakes waiters and returns how many of them still waited; None stands for all."""
 
 IN_LINE, _NEXT = Script.load("resilience", "in_line"), Script.load("resilience", "next_in_line")
 
 
 def call_up(store: Store, line: str, wake: Wake, waiters: Sequence[str]) -> None:
-    """Call those who were taken out of a line, and as many of the next as do not come: their jobs
-    have ended.
+    """Wake waiters that were taken out of a line.
+
+    If jobs of some have ended, as many of the next in the line are taken out and woken instead.
+    Does nothing more while Redis is away.
     """
     while waiters:
         woken = wake(waiters)
@@ -29,7 +31,7 @@ def call_up(store: Store, line: str, wake: Wake, waiters: Sequence[str]) -> None
         if not missing:
             return
         try:
-            [found] = store.call(Call(_NEXT, (line,), (missing,)), on_outage="answer")
+            [following] = store.call(Call(_NEXT, (line,), (missing,)), on_outage="answer")
         except StoreUnavailable:
             return
-        waiters = [each.decode() for each in found]
+        waiters = [each.decode() for each in following]
