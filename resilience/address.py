@@ -1,7 +1,8 @@
-"""Where Redis is: at a URL, over TLS or not, or wherever sentinels say that its primary is.
+"""Addresses of Redis: the URLs that are accepted, their checks, and the clients made of them.
 
-Decides which URLs there are, what is wrong with one in a sentence, and how a client is made of it.
-Refuses to know what is asked of Redis."""
+Stores and Celery's settings use it; begin with `Address`.  A URL may name a server, with or without
+TLS, or sentinels, which name the current primary.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
 SOCKET, SENTINEL = "unix://", "sentinel://"
 URLS = ("redis://", "rediss://", SOCKET, SENTINEL)
-"""How the URL of a Redis begins."""
+"""The beginnings of a URL of Redis."""
 SECURE = ("rediss", "amqps")
 SENTINEL_PORT = 26_379
 SENTINEL_TIMEOUT_S = 1.0
-"""A sentinel that does not answer within this is passed over: there are others."""
+"""A client asks the next sentinel if one does not answer within this time."""
 VERIFICATION = {"required": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "none": ssl.CERT_NONE}
 _FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _OPTIONS = (*_FILES, "ssl_cert_reqs", "ssl_check_hostname")
@@ -32,7 +33,11 @@ _OPTIONS = (*_FILES, "ssl_cert_reqs", "ssl_check_hostname")
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A URL of Redis, and what finds the primary when it names sentinels."""
+    """A URL of Redis.
+
+    If it names sentinels, `master` is the name of the primary that they watch, and
+    `sentinel_password` their own password.
+    """
 
     url: str = field(repr=False)
     master: str = ""
@@ -40,18 +45,17 @@ class Address:
 
     @property
     def is_watched(self) -> bool:
-        """Whether sentinels say where the primary is."""
+        """Whether the URL names sentinels."""
         return self.url.startswith(SENTINEL)
 
     def client(self, **options: Any) -> redis.Redis:
-        """Return a client with these options of redis-py.  Nothing connects before its first
-        command.
+        """Return a client with these options of redis-py; it connects at its first command.
 
-        It follows a fail-over: each new connection asks the sentinels.
+        It follows a failover: each new connection asks the sentinels.
         """
         import redis
 
-        if self.url.startswith(SOCKET):  # which has neither
+        if self.url.startswith(SOCKET):  # a socket knows neither option
             options = {
                 name: value
                 for name, value in options.items()
@@ -63,7 +67,7 @@ class Address:
         return self.sentinels(**options).master_for(self.master, connection_class=following)  # type: ignore[no-untyped-call,no-any-return]  # redis-py leaves it untyped
 
     def sentinels(self, **options: Any) -> Sentinel:
-        """Return the sentinels of a watched address, as clients that give up soon."""
+        """Return a client of the sentinels, with a short timeout for each."""
         from redis.sentinel import Sentinel
 
         return Sentinel(  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
@@ -77,9 +81,8 @@ class Address:
         )
 
     def sentinel_options(self, timeout_s: float = SENTINEL_TIMEOUT_S) -> dict[str, Any]:
-        """Return the options of connections to the sentinels themselves."""
-        # Without `retry` redis-py would try a sentinel that is gone for seconds, before it asks the
-        # next.
+        """Return the options of connections to the sentinels."""
+        # With its default `retry`, redis-py would try a dead sentinel for seconds before the next.
         patience = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": None}
         password = {"password": self.sentinel_password} if self.sentinel_password else {}
         return {**patience, **password, **_encrypted(self.url)}
@@ -87,11 +90,12 @@ class Address:
 
 @functools.cache
 def _following(*, secured: bool) -> Any:
-    """Return a connection that leaves a primary which may not write any more, as redis-py's leaves
-    one that became a replica.
+    """Return the class of connections that leave a primary which may no longer write.
 
-    With ``min-replicas-to-write`` set, one that was replaced says so at once: sentinels make it a
-    replica seconds later."""
+    redis-py's own class leaves a primary only when it has become a replica, which sentinels do
+    seconds after a failover.  With ``min-replicas-to-write`` set, the old primary refuses writes at
+    once, and this class leaves it then.
+    """
     from redis.exceptions import ConnectionError as RedisConnectionError
     from redis.exceptions import ResponseError
     from redis.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
@@ -104,16 +108,18 @@ def _following(*, secured: bool) -> Any:
                 if not str(error).startswith("NOREPLICAS"):
                     raise
                 self.disconnect()
-                raise RedisConnectionError(f"{error} Another may have taken its place.") from None
+                raise RedisConnectionError(
+                    f"{error} Another primary may have replaced it."
+                ) from None
 
     return Following
 
 
-# --- what a URL says --------------------------------------------------------------------------
+# --- the parts of a URL -----------------------------------------------------------------------
 
 
 def _parts(url: str) -> list[SplitResult]:
-    """Return the parts of a list of URLs as Celery writes it; a single one is one part."""
+    """Return the parts of each URL in a list that is written as in Celery, with ``;``."""
     return [urlsplit(each) for each in url.split(";")] if url.count("://") > 1 else [urlsplit(url)]
 
 
@@ -123,7 +129,7 @@ def hosts(url: str) -> list[tuple[str, int]]:
 
 
 def credentials(url: str) -> dict[str, Any]:
-    """Return database, name and password that a list of sentinels gives with its first part."""
+    """Return database, user name and password from the first URL of a list of sentinels."""
     first = _parts(url)[0]
     named = {"username": first.username, "password": first.password}
     return {
@@ -133,21 +139,21 @@ def credentials(url: str) -> dict[str, Any]:
 
 
 def tls(url: str) -> dict[str, Any] | None:
-    """Return redis-py's options of TLS, the verification named by `ssl`'s constant; None: the
-    connection is plain.
+    """Return redis-py's options of TLS, or None for a connection without TLS.
 
-    Certificates are verified unless the URL says otherwise.
+    The verification is one of `ssl`'s constants.  Certificates are verified unless the URL says
+    otherwise.
     """
     first = _parts(url)[0]
-    told = {name: value for name, value in parse_qsl(first.query) if name.startswith("ssl_")}
-    if first.scheme not in SECURE and not told:
+    options = {name: value for name, value in parse_qsl(first.query) if name.startswith("ssl_")}
+    if first.scheme not in SECURE and not options:
         return None
-    verification = VERIFICATION[told.pop("ssl_cert_reqs", "required")]
-    by_name = told.pop("ssl_check_hostname", "true").lower() != "false"
+    verification = VERIFICATION[options.pop("ssl_cert_reqs", "required")]
+    by_name = options.pop("ssl_check_hostname", "true").lower() != "false"
     return {
         "ssl_cert_reqs": verification,
         "ssl_check_hostname": by_name and verification != ssl.CERT_NONE,
-        **told,
+        **options,
     }
 
 
@@ -170,8 +176,9 @@ def without_tls_options(url: str) -> str:
 
 
 def is_untrusted(error: BaseException) -> bool:
-    """Whether a connection failed for its TLS, by the server's certificate or by ours; who hung up
-    may have other reasons.
+    """Whether a connection failed because of TLS: by the server's certificate or by the client's.
+
+    A server that closed the connection may have other reasons, so this does not count.
     """
     cause = error.__cause__ or error.__context__ or error
     return isinstance(cause, ssl.SSLError) and not isinstance(
@@ -179,12 +186,13 @@ def is_untrusted(error: BaseException) -> bool:
     )
 
 
-# --- what is wrong with one -------------------------------------------------------------------
+# --- the check of a URL -----------------------------------------------------------------------
 
 
 def check(url: str) -> None:
-    """Raise ValueError, with what to write instead, for a URL that cannot be used; no part of a
-    password is in it.
+    """Raise ValueError for a URL that cannot be used, with the form to write instead.
+
+    The error contains no part of a password.
     """
     is_watched = url.startswith(SENTINEL)
     try:
@@ -193,28 +201,32 @@ def check(url: str) -> None:
             names = [host for host, _ in hosts(url)]
             credentials(url)
     except ValueError:  # its text may hold a part of the password
-        advice = "a port and a database are numbers, and special characters of a password are percent-encoded"
-        raise ValueError(f"cannot be read: {advice}") from None
+        raise ValueError(
+            "cannot be read: a port and a database are numbers, "
+            "and special characters of a password are percent-encoded"
+        ) from None
     if is_watched and ("," in "".join(names) or {each.scheme for each in others} - {first.scheme}):
         raise ValueError(
-            "write each sentinel as Celery does: sentinel://:PASSWORD@HOST1:26379/0;sentinel://HOST2:26379"
+            "write each sentinel as Celery does: "
+            "sentinel://:PASSWORD@HOST1:26379/0;sentinel://HOST2:26379"
         )
     for name, value in parse_qsl(first.query):
         if name.startswith("ssl_"):
             _check_option(first.scheme, name, value)
     if not all(_repeats(first, each, is_watched) for each in others):
         raise ValueError(
-            "what is said of the first host holds for all: leave it out for the others"
+            "the values of the first host hold for all hosts: leave them out for the others"
         )
 
 
 def _repeats(first: SplitResult, other: SplitResult, is_watched: bool) -> bool:
-    """Whether a further host says nothing that the first has not said; each RabbitMQ may have a
-    user and host of its own.
+    """Whether a further host has no parts that differ from the first host's.
+
+    Each RabbitMQ may have its own user, password and virtual host.
     """
-    told = [(each.path.strip("/"), each.username, each.password) for each in (first, other)]
+    parts = [(each.path.strip("/"), each.username, each.password) for each in (first, other)]
     return other.query in ("", first.query) and (
-        not is_watched or all(b in ("", None, a) for a, b in zip(*told, strict=True))
+        not is_watched or all(b in ("", None, a) for a, b in zip(*parts, strict=True))
     )
 
 
@@ -223,7 +235,7 @@ def _check_option(scheme: str, name: str, value: str) -> None:
         near = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0)
         raise ValueError(f"{name} is no option of TLS here; did you mean {near[0]}?")
     if scheme not in (*SECURE, "sentinel"):
-        raise ValueError(f"{name} is an option of TLS; that begins with rediss:// or amqps://")
+        raise ValueError(f"{name} is an option of TLS; use it with rediss:// or amqps://")
     if name == "ssl_cert_reqs" and value not in VERIFICATION:
         raise ValueError(f"ssl_cert_reqs={value!r}: must be {_either(tuple(VERIFICATION))}")
     if name in _FILES and not Path(value).is_file():

@@ -1,9 +1,9 @@
-"""Where the shared state lives: the settings that a web service needs, too, when it uses the guards
-alone.
+"""The settings of Redis and of guards: all that a web service needs to share the workers' guards.
 
-`rlm_tasks.settings.Settings` extends them; together they are the only place that reads the
-environment, under ``RLM_<FIELD>`` and ``RLM_<SECTION>__<FIELD>``, and under the names of the source
-documents (ALIASES)."""
+Stores and breakers read them, and `rlm_tasks.settings.Settings` extends them.  Begin with
+`StoreSettings`.  These two classes alone read the environment: the variables ``RLM_<FIELD>`` and
+``RLM_<SECTION>__<FIELD>``, and names of other orchestrators (ALIASES).
+"""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ ALIASES: dict[str, tuple[tuple[str, ...], float]] = {
     "WORKFLOW_MAX_BATCH_SIZE": (("batch", "max_size"), 1),
     "WORKFLOW_MAX_CONCURRENT_WORKFLOWS": (("admission", "max_jobs"), 1),
 }
-"""Variable -> where it stands among the settings, and the factor from its unit to ours."""
+"""Variable of another orchestrator -> path of its field, and the factor from its unit to ours."""
 
 
 class BreakerSettings(BaseModel, frozen=True, extra="forbid"):
-    """What holds for every breaker."""
+    """Settings of all breakers."""
 
     enabled: bool = Field(
         True, description="Off: breakers let every call pass. Also `CIRCUIT_BREAKER_ENABLED`."
@@ -51,7 +51,7 @@ class BreakerSettings(BaseModel, frozen=True, extra="forbid"):
 
 
 class StoreSettings(BaseSettings):
-    """Which Redis, which names in it, and how long guards wait for it."""
+    """The Redis to use, the prefix of its keys, and the time that guards wait for it."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -93,16 +93,17 @@ class StoreSettings(BaseSettings):
 
     @field_validator("sentinel_master")
     @classmethod
-    def _is_named(cls, value: str, told: ValidationInfo) -> str:
-        if not value and told.data.get("redis_url", "").startswith(SENTINEL):
+    def _is_named(cls, value: str, info: ValidationInfo) -> str:
+        if not value and info.data.get("redis_url", "").startswith(SENTINEL):
             raise ValueError(
-                "give the name that the sentinels watch the primary by, as in `sentinel monitor NAME ...`"
+                "give the name that the sentinels watch the primary by, "
+                "as in `sentinel monitor NAME ...`"
             )
         return value
 
     @property
     def address(self) -> Address:
-        """Where Redis is."""
+        """The address of Redis."""
         return Address(self.redis_url, self.sentinel_master, self.sentinel_password)
 
     guard_timeout_s: float = Field(
@@ -122,26 +123,29 @@ class StoreSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read the names of the source documents last: one of ours beside them wins."""
+        """Return the sources, ALIASES last: an ``RLM_`` variable beside an alias counts."""
         return init_settings, env_settings, _Aliases(settings_cls)
 
 
 class _Aliases(PydanticBaseSettingsSource):
+    """The variables of ALIASES, as a source of settings."""
+
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """Unused: all are read at once."""
+        """Never called: `__call__` reads all variables at once."""
         raise NotImplementedError
 
     def __call__(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        """Return the values of the variables that are set, nested by section."""
+        values: dict[str, Any] = {}
         for variable, ((*sections, field), factor) in ALIASES.items():
-            told = os.environ.get(variable, "")
-            if told and [*sections, field][0] in self.settings_cls.model_fields:
-                is_number = factor != 1 and told.replace(".", "", 1).isdigit()
-                into = functools.reduce(
-                    lambda inner, name: inner.setdefault(name, {}), sections, found
+            text = os.environ.get(variable, "")
+            if text and [*sections, field][0] in self.settings_cls.model_fields:
+                is_number = factor != 1 and text.replace(".", "", 1).isdigit()
+                section = functools.reduce(
+                    lambda inner, name: inner.setdefault(name, {}), sections, values
                 )
-                into[field] = float(told) * factor if is_number else told
-        return found
+                section[field] = float(text) * factor if is_number else text
+        return values
 
 
 @functools.cache

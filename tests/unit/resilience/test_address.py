@@ -154,16 +154,16 @@ def test_a_certificate_error_is_distinguished_from_a_closed_connection() -> None
         ("sentinel://:hush@one:x/0", "cannot be read: a port and a database are numbers"),
         (
             "sentinel://one/0;sentinel://two?ssl_ca_certs=/ca",
-            "what is said of the first host holds for all",
+            "the values of the first host hold for all hosts",
         ),
-        ("sentinel://one/0;sentinel://two/1", "what is said of the first host holds for all"),
+        ("sentinel://one/0;sentinel://two/1", "the values of the first host hold for all hosts"),
         (
             "sentinel://:a@one/0;sentinel://:hush@two/0",
-            "what is said of the first host holds for all",
+            "the values of the first host hold for all hosts",
         ),
         (
             "amqps://one;amqps://two?ssl_cert_reqs=none",
-            "what is said of the first host holds for all",
+            "the values of the first host hold for all hosts",
         ),
         ("sentinel://:hush@one/main", "cannot be read: a port and a database are numbers"),
         (
@@ -176,11 +176,11 @@ def test_a_certificate_error_is_distinguished_from_a_closed_connection() -> None
         ),
         (
             "redis://:hush@host?ssl_cert_reqs=none",
-            "ssl_cert_reqs is an option of TLS; that begins with rediss:// or amqps://",
+            "ssl_cert_reqs is an option of TLS; use it with rediss:// or amqps://",
         ),
         (
             "amqp://me:hush@host?ssl_cert_reqs=none",
-            "ssl_cert_reqs is an option of TLS; that begins with rediss:// or amqps://",
+            "ssl_cert_reqs is an option of TLS; use it with rediss:// or amqps://",
         ),
         (
             "rediss://:hush@host?ssl_ca_certs=/nowhere/ca.pem",
