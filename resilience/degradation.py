@@ -1,8 +1,9 @@
-"""Pressure levels, and what code leaves out at each: cheaper answers instead of none.
+"""Pressure levels, and the work that code leaves out at each: cheaper answers instead of none.
 
-Decides which strategies are in force at a level, and remembers which of them really shaped an
-answer.  Factors and levels are those of source document 1.  Refuses to know where a level comes
-from and what is computed."""
+Operations ask it through ``ctx``, other code through `ResourceConstraints`; the scheduler computes
+the level.  Begin with `Degradation`, which also records the strategies that shaped an answer.
+Levels, factors and names are those of other orchestrators, so that their users find them again.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ from enum import IntEnum, StrEnum
 from typing import Any
 
 THRESHOLDS = (65.0, 75.0, 85.0, 95.0)
-"""Percent of memory or CPU at which each level above NORMAL begins (source document 1)."""
+"""Percent of memory or CPU at which each level above NORMAL begins."""
 
 
 class Level(IntEnum):
-    """How hard a host, or the whole cluster, is pressed."""
+    """How loaded a host, or the whole cluster, is."""
 
     NORMAL = 0
     ELEVATED = 1
@@ -29,33 +30,33 @@ class Level(IntEnum):
 
     @property
     def label(self) -> str:
-        """The name as it is shown and stored: ``high``."""
+        """The name as it is shown and stored, such as ``high``."""
         return self.name.lower()
 
 
 def level_of(percent: float, thresholds: tuple[float, ...] = THRESHOLDS) -> Level:
-    """Return the level of a percentage, without memory of earlier ones."""
+    """Return the level of a percentage; earlier levels do not count."""
     return Level(bisect_right(thresholds, percent))
 
 
 class Strategy(StrEnum):
-    """A way to do less, by its name in source document 1."""
+    """A way to do less.  The first five names are those of other orchestrators."""
 
     ENTITY_LIMITS = "reduce_entity_limits"
     OPTIONAL = "skip_optional_analysis"
     EXPENSIVE = "disable_expensive_computations"
     SIMPLIFIED = "use_simplified_methods"
     EMBEDDINGS = "reduce_embedding_dimensions"
-    # Of calls to models, and no part of source document 1:
-    SMALLER_MODEL = "use_smaller_model"  # by pressure
-    OTHER_MODEL = "use_other_model"  # no endpoint of the one asked for was well
-    NO_MODEL = "merge_without_model"  # the budget was spent: parts were put one after the other
-    CUT_ANSWER = "cut_answer"  # it was as long as it might be, and went on
+    # The others are ways of calls to models:
+    SMALLER_MODEL = "use_smaller_model"  # because of pressure
+    OTHER_MODEL = "use_other_model"  # no endpoint of the requested model was healthy
+    NO_MODEL = "merge_without_model"  # the budget was spent: the parts were only joined in order
+    CUT_ANSWER = "cut_answer"  # the answer reached its largest length before its end
 
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
-    """What a level asks of code."""
+    """The work that a level asks code to leave out."""
 
     entity_limit_factor: float = 1.0
     skip_optional_analysis: bool = False
@@ -66,19 +67,20 @@ class Constraints:
     @property
     def strategies(self) -> tuple[Strategy, ...]:
         """The strategies in force."""
-        in_force = {
+        requested = {
             Strategy.ENTITY_LIMITS: self.entity_limit_factor < 1,
             Strategy.OPTIONAL: self.skip_optional_analysis,
             Strategy.EXPENSIVE: self.skip_expensive_computation,
             Strategy.SIMPLIFIED: self.use_simplified_methods,
             Strategy.EMBEDDINGS: self.embedding_dimensions_factor < 1,
         }
-        return tuple(strategy for strategy, asked in in_force.items() if asked)
+        return tuple(strategy for strategy, is_requested in requested.items() if is_requested)
 
     @property
     def fingerprint(self) -> str:
-        """What a cache key must contain, so that a degraded answer is never taken for a full one;
-        '' when nothing is.
+        """A text for cache keys, so that a degraded answer is never taken for a full one.
+
+        It is '' while no strategy is in force.
         """
         if not self.strategies:
             return ""
@@ -100,7 +102,10 @@ CONSTRAINTS: dict[Level, Constraints] = {
 
 
 class Degradation:
-    """What one item is asked to leave out; it remembers in `shaped` what was really asked of it."""
+    """The work that one item leaves out.
+
+    `shaped` records the strategies that its code asked about and that were in force.
+    """
 
     __slots__ = ("constraints", "level", "shaped")
 
@@ -110,23 +115,23 @@ class Degradation:
         self.shaped: set[Strategy] = set()
 
     def limit(self, most: int) -> int:
-        """Return how many of `most` entities to look at; at least one of any."""
+        """Return the number of entities to process, of `most`; at least 1, unless `most` is 0."""
         return self._reduced(most, self.constraints.entity_limit_factor, Strategy.ENTITY_LIMITS)
 
     def embedding_dimensions(self, full: int) -> int:
-        """Return how many dimensions an embedding of `full` dimensions is to have."""
+        """Return the number of dimensions for an embedding of `full` dimensions."""
         return self._reduced(
             full, self.constraints.embedding_dimensions_factor, Strategy.EMBEDDINGS
         )
 
     @property
     def skip_optional(self) -> bool:
-        """Whether to leave out what the answer can do without."""
+        """Whether to leave out analysis that the answer does not need."""
         return self._asked(Strategy.OPTIONAL, self.constraints.skip_optional_analysis)
 
     @property
     def skip_expensive(self) -> bool:
-        """Whether to leave out what costs much."""
+        """Whether to leave out expensive computation."""
         return self._asked(Strategy.EXPENSIVE, self.constraints.skip_expensive_computation)
 
     @property
@@ -135,15 +140,16 @@ class Degradation:
         return self._asked(Strategy.SIMPLIFIED, self.constraints.use_simplified_methods)
 
     def size(self, full: int) -> int:
-        """Return which of the sizes 0 to `full` to use: one less from high pressure on, the
-        smallest from critical.
+        """Return the size to use, of the sizes 0 to `full`.
+
+        From high pressure on it is one less than `full`, from critical pressure on 0.
         """
-        its = self.constraints
+        constraints = self.constraints
         size = (
             0
-            if its.use_simplified_methods
+            if constraints.use_simplified_methods
             else max(0, full - 1)
-            if its.skip_expensive_computation
+            if constraints.skip_expensive_computation
             else full
         )
         if size < full:
@@ -156,51 +162,53 @@ class Degradation:
         self.shaped.add(strategy)
         return max(1, math.floor(full * factor))
 
-    def _asked(self, strategy: Strategy, asked: bool) -> bool:
-        if asked:
+    def _asked(self, strategy: Strategy, in_force: bool) -> bool:
+        if in_force:
             self.shaped.add(strategy)
-        return asked
+        return in_force
 
 
 IN_FORCE: ContextVar[Degradation | None] = ContextVar("degradation", default=None)
-"""What the item that runs here is asked to leave out."""
+"""The degradation of the item that runs in this context."""
 
 
 class ResourceConstraints:
-    """The same questions in the words of source document 1, for code that is handed a context.
+    """The same questions under the names of other orchestrators, for code that gets a context.
 
-    `context` is an operation's ``ctx``, or a dict: its ``pressure_level`` (a name, a number or a
-    `Level`) is taken when it has one, and what holds for the running item otherwise."""
+    `context` is an operation's ``ctx`` or a dict.  A dict's ``pressure_level`` is a name, a number
+    or a `Level`.  Without one, the level of the running item counts.
+    """
 
     @staticmethod
     def get_constraints(context: Any = None) -> dict[str, Any]:
-        """Return everything that is asked for, as a dict.  Reading it leaves no trace in the
-        receipt: act on the others.
+        """Return all constraints and the level, as a dict.
+
+        Nothing of it is recorded in the receipt; use the other methods to decide what to leave out.
         """
-        found = _of(context)
-        asked = found.constraints
+        degradation = _of(context)
+        constraints = degradation.constraints
         return {
-            "pressure_level": found.level.label,
-            "entity_limit_factor": asked.entity_limit_factor,
-            "skip_optional_analysis": asked.skip_optional_analysis,
-            "skip_expensive_computation": asked.skip_expensive_computation,
-            "use_simplified_methods": asked.use_simplified_methods,
-            "embedding_dimensions_factor": asked.embedding_dimensions_factor,
+            "pressure_level": degradation.level.label,
+            "entity_limit_factor": constraints.entity_limit_factor,
+            "skip_optional_analysis": constraints.skip_optional_analysis,
+            "skip_expensive_computation": constraints.skip_expensive_computation,
+            "use_simplified_methods": constraints.use_simplified_methods,
+            "embedding_dimensions_factor": constraints.embedding_dimensions_factor,
         }
 
     @staticmethod
     def get_entity_limit(context: Any = None, default: int = 1000) -> int:
-        """Return how many of `default` entities to look at."""
+        """Return the number of entities to process, of `default`."""
         return _of(context).limit(default)
 
     @staticmethod
     def should_skip_optional_analysis(context: Any = None) -> bool:
-        """Whether to leave out what the answer can do without."""
+        """Whether to leave out analysis that the answer does not need."""
         return _of(context).skip_optional
 
     @staticmethod
     def should_skip_expensive_computation(context: Any = None) -> bool:
-        """Whether to leave out what costs much."""
+        """Whether to leave out expensive computation."""
         return _of(context).skip_expensive
 
     @staticmethod
@@ -210,20 +218,20 @@ class ResourceConstraints:
 
     @staticmethod
     def get_embedding_dimensions(context: Any = None, default: int = 768) -> int:
-        """Return how many dimensions an embedding of `default` dimensions is to have."""
+        """Return the number of dimensions for an embedding of `default` dimensions."""
         return _of(context).embedding_dimensions(default)
 
 
 def _of(context: Any) -> Degradation:
-    if isinstance(found := getattr(context, "degradation", None), Degradation):
-        return found
+    if isinstance(degradation := getattr(context, "degradation", None), Degradation):
+        return degradation
     if isinstance(context, Mapping) and "pressure_level" in context:
         return Degradation(as_level(context["pressure_level"]))
     return IN_FORCE.get() or Degradation()
 
 
 def as_level(value: Level | str | int) -> Level:
-    """Return a level by its name, number or itself.  Raises ValueError, naming all."""
+    """Return a level for its name, its number or itself.  Raises ValueError, which names all."""
     try:
         return Level[value.upper()] if isinstance(value, str) else Level(value)
     except (KeyError, ValueError):
