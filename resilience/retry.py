@@ -1,8 +1,12 @@
-"""Try again, when that may help: how often, after how long, and not more than a service bears.
+"""Retries of failed calls: whether to retry, after which delay, and within which share of the load.
 
-Decides whether a failed call is tried again and when.  What was refused before anything ran (an
-open circuit, an empty bucket) and what a service only put off (429) costs no attempt.  Refuses to
-know how other guards decide: they are inside of what is retried, and only one layer retries."""
+Users decorate functions with `with_retry`; the engine uses `Retry` for items.  Begin with
+`RetryPolicy`, then `RetryState`.
+
+Two kinds of failure cost no attempt.  Either a guard refused the call before it ran (an open
+circuit, an empty bucket), or the service only put it off (429).  Other guards belong inside the
+retried call, and only one layer may retry.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +32,21 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 DEPOSIT = 0.1
-"""Each first attempt allows for a tenth of a retry (SRE book, Handling Overload: 10 % per
-client).
-"""
+"""Each first attempt allows a tenth of a retry (SRE book, Handling Overload: 10 % per client)."""
 FLOOR_PER_S = 3.0
-"""So many retries a second are allowed whatever the traffic (failsafe-go: 3)."""
+"""Retries a second that are always allowed, at any traffic (failsafe-go: 3)."""
 MOST = 100.0
+"""The most that a retry budget holds."""
 COST, TIMEOUT_COST = 1.0, 2.0
-"""A call that timed out has cost its service more than one that was refused."""
+"""The cost of a retry.  After a timeout it is higher: the failed call has cost its service more."""
 _SPEND = Script.load("resilience", "budget")
 
 
 class RetryPolicy(Seconds):
-    """How often and after how long a call is tried again (defaults of source documents 0 and 4)."""
+    """The number of attempts of a call, and the delays between them.
+
+    Names and defaults are those of other orchestrators.
+    """
 
     max_attempts: int = Field(5, ge=1, description="Calls in all, the first one included.")
     initial_delay_s: float = Field(1.0, ge=0, description="Longest wait before the first retry.")
@@ -61,8 +67,8 @@ class RetryPolicy(Seconds):
 
     @model_validator(mode="before")
     @classmethod
-    def _retries_of_document_0(cls, fields: Any) -> Any:
-        """Accept ``max_retries``: the attempts after the first."""
+    def _from_max_retries(cls, fields: Any) -> Any:
+        """Accept ``max_retries``, the number of attempts after the first."""
         for name in ("max_retries", "maxRetries"):
             if isinstance(fields, dict) and isinstance(fields.get(name), int):
                 fields = {**fields, "max_attempts": fields[name] + 1}
@@ -70,12 +76,13 @@ class RetryPolicy(Seconds):
         return fields
 
     def wants(self, error: BaseException, fault: Fault) -> bool:
-        """Say whether such an error is worth another try."""
+        """Return whether the policy retries such an error."""
         return isinstance(error, self.retry_on) or fault.code in self.retryable_errors
 
     def delay_s(self, failures: int, random: Random) -> float:
-        """Return how long to wait after so many failures: full jitter (AWS, Exponential Backoff And
-        Jitter).
+        """Return the seconds to wait after that number of failures, with full jitter.
+
+        See AWS, Exponential Backoff And Jitter.
         """
         longest = self.initial_delay_s * self.backoff_multiplier ** min(failures - 1, 64)
         return random.uniform(0.0, min(self.max_delay_s, longest))
@@ -85,8 +92,9 @@ DEFAULT = RetryPolicy()
 
 
 class RetryBudget:
-    """How much of the load on a service may be retries, over all workers: a tenth, and a few a
-    second.
+    """The share of the calls to a service that may be retries, over all workers.
+
+    It is a tenth of the first attempts, and three retries a second.
     """
 
     def __init__(self, service: str, store: Store | None = None) -> None:
@@ -96,12 +104,13 @@ class RetryBudget:
         self._alone: LocalShare | None = None
 
     def attempted(self) -> None:
-        """Count a first attempt; told with the next spending."""
+        """Count a first attempt.  The count is sent to Redis with the next call of `spend`."""
         self._first_attempts += 1
 
     def spend(self, cost: float = COST) -> bool:
-        """Take the cost of a retry, in one round trip; while Redis is away only the floor is
-        allowed.
+        """Take the cost of a retry, in one round trip, and return whether it was granted.
+
+        While Redis is away, this process may make three retries a second.
         """
         attempts, self._first_attempts = self._first_attempts, 0
         try:
@@ -121,7 +130,7 @@ class RetryBudget:
 
 @dataclass
 class Retry:
-    """One policy, applied to calls of one service."""
+    """A policy for the calls of one service, with the service's retry budget."""
 
     policy: RetryPolicy = DEFAULT
     budget: RetryBudget | None = None
@@ -130,47 +139,49 @@ class Retry:
     sleep: Callable[[float], None] = time.sleep
 
     def begin(self) -> RetryState:
-        """Return the course of a call that is about to be tried first."""
+        """Return the state of a call before its first attempt."""
         if self.budget is not None:
             self.budget.attempted()
         return RetryState(self)
 
     def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call until it succeeds; raises what the last attempt raised, or RetryBudgetExhausted from
-        it.
+        """Call a function until it succeeds, and return its value.
+
+        Raises the error of the last attempt, or RetryBudgetExhausted from it.
         """
-        course = self.begin()
+        state = self.begin()
         while True:
             try:
                 return func(*args, **kwargs)
             except Exception as error:
-                self.sleep(course.wait_s(error))
+                self.sleep(state.wait_s(error))
 
     async def call_async(
         self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Do as `call` does, for a coroutine function."""
-        course = self.begin()
+        state = self.begin()
         while True:
             try:
                 return await func(*args, **kwargs)
             except Exception as error:
-                await asyncio.sleep(course.wait_s(error))
+                await asyncio.sleep(state.wait_s(error))
 
 
 class RetryState:
-    """The attempts at one call, so far."""
+    """The attempts of one call so far."""
 
     def __init__(self, retry: Retry, *, failures: int = 0) -> None:
         self._retry, self.failures, self._put_off = retry, failures, 0
         self._until = retry.clock() + retry.policy.deadline_s
 
     def wait_s(self, error: BaseException, fault: Fault | None = None) -> float:
-        """Return in how many seconds to try again; raise the error when it is final.  A `fault`
-        says what it means.
+        """Return the seconds to wait before the next attempt, or raise the error if it is final.
 
-        A service's own word on when to come back wins over a shorter wait of ours, with up to a
-        tenth more, so that not all come back at once."""
+        A `fault` gives the error a meaning other than that of `classify`.  If the service asked for
+        a longer wait, that counts, plus up to a tenth at random: so callers do not all return at
+        once.  Raises RetryBudgetExhausted when the retry budget is spent.
+        """
         policy, fault = self._retry.policy, fault or classify(error)
         if not policy.wants(error, fault):
             raise error
@@ -181,7 +192,7 @@ class RetryState:
         asked_s = (fault.retry_after_s or 0.0) * self._retry.random.uniform(1.0, 1.1)
         exact = isinstance(error, Denied) and asked_s > 0
         wait_s = max(
-            asked_s, 0.0 if exact else self._own_delay_s(told=fault.retry_after_s is not None)
+            asked_s, 0.0 if exact else self._delay_s(requested=fault.retry_after_s is not None)
         )
         if self._retry.clock() + wait_s > self._until:
             raise error
@@ -194,9 +205,12 @@ class RetryState:
             raise RetryBudgetExhausted(budget.service, error) from error
         return wait_s
 
-    def _own_delay_s(self, *, told: bool) -> float:
-        """Return our own wait: longer each time for a service that only says no, and not when."""
-        times = self.failures + (0 if told else self._put_off)
+    def _delay_s(self, *, requested: bool) -> float:
+        """Return the policy's delay in seconds.
+
+        Refusals lengthen it as failures do, unless the service has requested a delay.
+        """
+        times = self.failures + (0 if requested else self._put_off)
         return self._retry.policy.delay_s(max(1, times), self._retry.random)
 
 
@@ -207,12 +221,12 @@ def retrying(
     store: Store | None = None,
     **fields: Any,
 ) -> Retry:
-    """Return a policy, applied; a `service` has a retry budget that all workers share.  Raises
-    InvalidValue.
+    """Return a `Retry` of a policy, or of the default, with some fields changed.
+
+    With a `service` it has the retry budget that all workers share.  Raises InvalidValue.
     """
-    changed = RetryPolicy(**fields).model_dump(
-        exclude_unset=True
-    )  # by our names, whichever they came by
+    # The dump has the names of RetryPolicy, also for fields passed by another name.
+    changed = RetryPolicy(**fields).model_dump(exclude_unset=True)
     settled = (
         RetryPolicy(**{**(policy or DEFAULT).model_dump(), **changed})
         if fields
@@ -223,8 +237,8 @@ def retrying(
 
 @functools.lru_cache(maxsize=1024)
 def _budget(service: str, store: Store) -> RetryBudget:
-    """Return a service's budget in this process: one, which has counted the first attempts of all
-    its calls.
+    """Return the one budget of a service in this process: it counts the first attempts of all
+    calls.
     """
     return RetryBudget(service, store)
 
@@ -236,9 +250,9 @@ def execute_with_retry(
     service: str = "",
     **kwargs: Any,
 ) -> T:
-    """Call a function with its arguments until it succeeds, as the policy says.
+    """Call a function with its arguments until it succeeds, as the policy says; return its value.
 
-    Raises what the last attempt raised, or RetryBudgetExhausted from it.
+    Raises the error of the last attempt, or RetryBudgetExhausted from it.
     """
     return retrying(policy, service=service).call(func, *args, **kwargs)
 
@@ -250,11 +264,12 @@ def with_retry(
     store: Store | None = None,
     **fields: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a function, or a coroutine function: ``@with_retry(max_attempts=5,
-    service="agent-factory")``.
+    """Return a decorator for functions and coroutine functions.
 
-    Fields are those of RetryPolicy.  Put it outside of ``@with_circuit_breaker``: then each attempt
-    asks the breaker. Raises InvalidValue for a wrong field at once."""
+    ``@with_retry(max_attempts=5, service="agent-factory")``: the fields are those of RetryPolicy.
+    Put it above ``@with_circuit_breaker``, so that each attempt asks the breaker.  Raises
+    InvalidValue for a wrong field at once.
+    """
     retrying(policy, **fields)
 
     def decorate(func: Callable[..., Any]) -> Callable[..., Any]:
