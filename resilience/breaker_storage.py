@@ -46,29 +46,30 @@ class BreakerConfig(Seconds):
     1.
     """
 
-    failure_threshold: int = Field(5, ge=1, description="Opens after this many failures in a row.")
+    failure_threshold: int = Field(5, ge=1, description="Failures in a row that open it.")
     recovery_timeout_s: float = Field(
-        60.0, gt=0, description="Stays open for this long, then lets probes pass."
+        60.0, gt=0, description="Time for which it stays open before probes pass."
     )
     half_open_max_calls: int = Field(
         3, ge=1, description="Probes in flight at once, over all workers."
     )
     half_open_timeout_s: float = Field(
-        30.0, gt=0, description="A probe that has not ended by then frees its place."
+        30.0, gt=0, description="Lease of a probe; after it the place of the probe is free."
     )
-    success_threshold: int = Field(
-        3, ge=1, description="Closes after this many probes have succeeded."
-    )
+    success_threshold: int = Field(3, ge=1, description="Successful probes that close it.")
     memory_threshold_mb: float | None = Field(
-        None, gt=0, description="Open in a process whose resident memory is larger; none: never."
+        None, gt=0, description="Open in a process whose resident memory is larger; None: never."
     )
     failure_rate: float | None = Field(
-        None, gt=0, le=1, description="Opens, too, when this share of calls has failed."
+        None,
+        gt=0,
+        le=1,
+        description="Share of failed calls that opens it as well; None: no such rule.",
     )
-    window_s: float = Field(
-        30.0, gt=0, description="The failure rate is that of the last calls, for this long."
+    window_s: float = Field(30.0, gt=0, description="Window of time for the failure rate.")
+    min_calls: int = Field(
+        20, ge=1, description="Number of calls in the window from which the failure rate counts."
     )
-    min_calls: int = Field(20, ge=1, description="The failure rate counts from this many calls on.")
 
     @model_validator(mode="before")
     @classmethod

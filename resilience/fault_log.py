@@ -73,18 +73,19 @@ class FaultLogSettings(Seconds):
     size: int = Field(
         50,
         ge=0,
-        description="Patterns kept; beyond it the one seen longest ago goes. 0: nothing is counted.",
+        description="Number of patterns kept; the one seen longest ago is dropped first. "
+        "0: nothing is counted.",
     )
     window_s: float = Field(
-        60, ge=1, description="Faults are counted within fixed windows of this length."
+        60, ge=1, description="Length of the fixed windows in which faults are counted."
     )
     rate: int = Field(
         10,
         ge=1,
-        description="A pattern seen more often than this in a window is escalated by one severity.",
+        description="A pattern seen more often in one window is escalated by one severity.",
     )
     keep_s: float = Field(
-        7 * 86400, ge=1, description="A pattern that was not seen for this long is forgotten."
+        7 * 86400, ge=1, description="A pattern not seen for this time is dropped."
     )
 
 

@@ -48,21 +48,23 @@ class RetryPolicy(Seconds):
     Names and defaults are those of other orchestrators.
     """
 
-    max_attempts: int = Field(5, ge=1, description="Calls in all, the first one included.")
+    max_attempts: int = Field(5, ge=1, description="Number of calls in all, with the first one.")
     initial_delay_s: float = Field(1.0, ge=0, description="Longest wait before the first retry.")
     backoff_multiplier: float = Field(
-        2.0, ge=1, le=1000, description="Each longest wait is this many times the one before."
+        2.0, ge=1, le=1000, description="Factor from one longest wait to the next."
     )
-    max_delay_s: float = Field(30.0, ge=0, description="No wait of our own is longer.")
+    max_delay_s: float = Field(
+        30.0, ge=0, description="Longest wait; only a service may ask for a longer one."
+    )
     deadline_s: float = Field(
-        300.0, gt=0, description="No retry starts later than this after the first attempt."
+        300.0, gt=0, description="Time from the first attempt after which no retry starts."
     )
     retryable_errors: tuple[str, ...] = Field(
         ("TIMEOUT", "RATE_LIMITED", "SERVICE_UNAVAILABLE", "CIRCUIT_OPEN", "BULKHEAD_FULL"),
         description="Codes of faults that are retried.",
     )
     retry_on: tuple[type[BaseException], ...] = Field(
-        (), description="Exceptions that are retried, whatever they mean."
+        (), description="Exceptions that are always retried, whatever their fault."
     )
 
     @model_validator(mode="before")

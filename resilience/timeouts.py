@@ -1,13 +1,14 @@
-"""How long an item of an operation may take before it is stopped.
+"""The time limits of items, learned from earlier items of the operation on all workers.
 
-Decides a limit in seconds from how complex the item is said to be, what its caller expects, what
-items of the operation have taken on all workers, and how often this one was tried.  Refuses to know
-how an item is stopped, and what counts as an item.
+The engine asks for the limit of each item, and stops the item itself.  Begin with
+`Timeouts.limit_s`.  A limit depends on the item's complexity, its caller's estimate, the durations
+of earlier items, and the number of its retries.
 
-Until `TimeoutSettings.min_samples` are known the limit is a guess on the safe side; from then on it
-is the 99th percentile x 1.5.  In simulation that stopped 0.1-0.3 % of the items that would have
-ended well, where the timer of RFC 6298 (mean + 4 deviations) stopped 3-6 %: a retransmission may
-come early, an item that is stopped is lost work."""
+Below `TimeoutSettings.min_samples` samples the limit is a safe guess from the base table.  Above it
+is the 99th percentile x 1.5.  In simulation this stopped 0.1-0.3 % of the items that would have
+succeeded; the timer of RFC 6298 (mean + 4 deviations) stopped 3-6 %.  A retransmission may come
+early, but an item that is stopped is lost work.
+"""
 
 from __future__ import annotations
 
@@ -24,24 +25,24 @@ from resilience.validation import Seconds
 
 BUCKETS = 256
 RATIO = 1.1
-"""Each bucket is a tenth wider than the one before: a percentile read from them is at most 10 % too
-long.
-"""
+"""Each bucket is a tenth wider than the one before, so a percentile is at most 10 % too long."""
 SHORTEST_S = 0.001
-"""Bucket 0 holds everything up to this; the last bucket ends far beyond any cap."""
+"""The upper edge of bucket 0; the last bucket ends far beyond any cap."""
 SHARE = 0.99
+"""The percentile that a limit is learned from, as a share."""
 FADE_EVERY = 500
 FADE = 0.5
-"""After so many samples all weights shrink by this, so about the last 1,000 count: a change is
-learned in 200.
+"""After each FADE_EVERY samples all weights are multiplied by FADE.
+
+So about the last 1,000 samples count, and a change is learned in 200.
 """
 TTL_S = 30 * 24 * 3600
-"""An operation nobody has run for this long starts anew."""
+"""An operation that has not run for this long is forgotten."""
 READ_EVERY_S = 30.0
-"""A process reads what was learned about an operation at most this often."""
+"""A process reads the histogram of an operation at most this often."""
 MOST_RETRIES = 64
-"""Retries beyond this lengthen nothing: any cap is long passed, and a power of more could overflow
-a float.
+"""Further retries do not lengthen a limit: it is far above any cap, and the power could overflow a
+float.
 """
 
 _LEARN = Script.load("resilience", "timing")
@@ -49,38 +50,37 @@ _READ = Script.load("resilience", "timing_read")
 
 
 class TimeoutSettings(Seconds):
-    """The base table and how far a limit may move from it."""
+    """The base table, and how far a limit may move from it."""
 
-    simple_s: float = Field(300, gt=0, description="Base of an item that is said to be simple.")
-    medium_s: float = Field(
-        900, gt=0, description="Base of an item that is said to be of medium complexity."
-    )
-    complex_s: float = Field(2700, gt=0, description="Base of an item that is said to be complex.")
+    simple_s: float = Field(300, gt=0, description="Base limit of a simple item.")
+    medium_s: float = Field(900, gt=0, description="Base limit of an item of medium complexity.")
+    complex_s: float = Field(2700, gt=0, description="Base limit of a complex item.")
     very_complex_s: float = Field(
-        7200, gt=0, description="Base of an item that is very complex, or of which nothing is said."
+        7200,
+        gt=0,
+        description="Base limit of an item that is very complex, or of unknown complexity.",
     )
-    cap_s: float = Field(
-        10_800, gt=0, description="No item may take longer than this, whatever was learned."
-    )
+    cap_s: float = Field(10_800, gt=0, description="The longest limit, whatever the samples say.")
     factor: float = Field(
-        1.5, gt=0, description="The limit is the learned 99th percentile times this."
+        1.5, gt=0, description="Factor from the 99th percentile of the samples to the limit."
     )
     retry_penalty: float = Field(
-        1.5, ge=1, le=10, description="Each retry may take this much longer than the try before it."
+        1.5,
+        ge=1,
+        le=10,
+        description="Factor by which each retry may take longer than the try before.",
     )
     floor: float = Field(
         0.25,
         gt=0,
-        description="What was learned shortens the base to this share of it, and no further.",
+        description="Smallest share of the base to which samples may shorten the limit.",
     )
     min_samples: int = Field(
-        50, gt=0, description="With fewer samples of an operation than this the base table decides."
+        50, gt=0, description="With fewer samples of an operation, the base table is used."
     )
 
     def base_s(self, complexity: str) -> float:
-        """Return the base of a complexity in seconds; a word that is not in the table gets the
-        longest.
-        """
+        """Return the base of a complexity in seconds; an unknown complexity has the longest."""
         table = {"simple": self.simple_s, "medium": self.medium_s, "complex": self.complex_s}
         return table.get(complexity, self.very_complex_s)
 
@@ -89,7 +89,7 @@ _DEFAULTS = TimeoutSettings()
 
 
 class Timeouts:
-    """The limits of all operations, learned together by all workers that share a store."""
+    """The limits of all operations, learned by all workers that share a store."""
 
     def __init__(
         self,
@@ -98,8 +98,7 @@ class Timeouts:
         multipliers: Mapping[str, float] | None = None,
         settings: TimeoutSettings = _DEFAULTS,
     ) -> None:
-        """Stretch the base of each operation in `multipliers` by its number; the others keep
-        theirs.
+        """`multipliers`: operation -> factor for its base; other operations keep the base table.
 
         Raises InvalidValue for a multiplier that is not a number above 0.
         """
@@ -120,36 +119,37 @@ class Timeouts:
         stretch: float = 1.0,
         remaining_s: float | None = None,
     ) -> float:
-        """Return how many seconds an item may take: 0 if none remain, and never more than the cap.
+        """Return the time limit of an item in seconds, never more than the cap.
 
-        `stretch` is the factor by which urgent work gets more. `estimate_s` is how long the caller
-        expects it to take, which counts until enough was learned; `retries` is how often the item
-        was tried before; `remaining_s` is what is left of its job's time.  Asks Redis at most every
-        30 s for each operation, and raises nothing if it is away: then what was last read counts,
-        or the base table."""
-        its = self._settings
-        base_s, p99_s = (
-            its.base_s(complexity) * self._multipliers.get(operation, 1.0),
-            self._p99_s(operation),
-        )
+        - `estimate_s`: the time that the caller expects; twice that time counts until there are
+          enough samples.
+        - `retries`: the number of earlier tries of the item.
+        - `stretch`: a factor that gives urgent work more time.
+        - `remaining_s`: the time left to its job; the limit is at most this, and 0 if none is left.
+
+        Redis is read at most every 30 s for each operation.  While it is away nothing is raised:
+        the last value read counts, else the base table.
+        """
+        settings = self._settings
+        base_s = settings.base_s(complexity) * self._multipliers.get(operation, 1.0)
+        p99_s = self._p99_s(operation)
         first_s = (
             max(base_s, 2 * estimate_s)
             if p99_s is None
-            else max(p99_s * its.factor, its.floor * base_s)
+            else max(p99_s * settings.factor, settings.floor * base_s)
         )
-        limit_s = min(
-            stretch * first_s * its.retry_penalty ** min(retries, MOST_RETRIES), its.cap_s
-        )
+        penalty = settings.retry_penalty ** min(retries, MOST_RETRIES)
+        limit_s = min(stretch * first_s * penalty, settings.cap_s)
         return limit_s if remaining_s is None else max(0.0, min(limit_s, remaining_s))
 
     def learn(self, operation: str, durations_s: Sequence[float]) -> None:
-        """Add how many seconds items of an operation took, in one round trip; if Redis is away they
-        are lost.
+        """Add the durations of items of an operation in seconds, in one round trip.
 
-        For an item that was stopped give the limit it ran into: it would have taken at least that
-        long, and without it the limit could never grow.  Give nothing for an item that was retried
-        (Karn's algorithm, RFC 6298 section 3): its limit was stretched, and what it took says
-        little about a first try."""
+        If Redis is away they are lost.  For an item that was stopped, pass the limit that it
+        reached.  It would have taken at least that long, and without it the limit could never grow.
+        Pass nothing for an item that was retried (Karn's algorithm, RFC 6298 section 3).  Its limit
+        was longer, so its duration says little about a first try.
+        """
         if not durations_s:
             return
         samples = Counter(map(bucket_of, durations_s))
@@ -160,7 +160,7 @@ class Timeouts:
                 on_outage="answer",
             )
         except StoreUnavailable:
-            return  # a sample more or less changes no percentile, and the item itself has ended well
+            return  # a few samples do not change a percentile, and the items themselves succeeded
 
     def _p99_s(self, operation: str) -> float | None:
         read_at, p99_s = self._read.get(operation, (-math.inf, None))
@@ -172,7 +172,7 @@ class Timeouts:
                 Call(_READ, (self._keys.timing(operation),), ()), on_outage="answer"
             )
         except StoreUnavailable:
-            return p99_s  # not noted as read: the store itself knows how long to leave Redis alone
+            return p99_s  # not recorded as read: the store itself waits before it tries Redis again
         fields = zip(answer[::2], answer[1::2], strict=True)
         weights = {int(bucket): float(weight) for bucket, weight in fields if bucket != b"since"}
         enough = sum(weights.values()) >= self._settings.min_samples
@@ -181,24 +181,23 @@ class Timeouts:
 
 
 def bucket_of(seconds: float) -> int:
-    """Return the bucket, from 0 to 255, that a duration in seconds counts in."""
+    """Return the bucket of a duration in seconds, from 0 to 255."""
     if seconds <= SHORTEST_S:
         return 0
-    # An upper edge belongs to its own bucket, although its logarithm may come out a hair too large.
+    # An upper edge belongs to its own bucket, but its logarithm may be rounded up.
     exact = math.log(min(seconds, upper_edge_s(BUCKETS - 1)) / SHORTEST_S, RATIO)
     return math.ceil(exact - 1e-6)
 
 
 def upper_edge_s(bucket: int) -> float:
-    """Return the longest duration, in seconds, that counts in a bucket."""
+    """Return the longest duration of a bucket, in seconds."""
     return SHORTEST_S * RATIO**bucket
 
 
 def percentile(weights: Mapping[int, float], share: float) -> float:
-    """Return the seconds within which a share (0 to 1) of the weight lies: the upper edge of the
-    bucket it ends in.
+    """Return a percentile in seconds: the upper edge of the bucket in which it lies.
 
-    Raises ValueError if there are no weights.
+    `share` is from 0 to 1.  Raises ValueError if there are no weights.
     """
     left = share * sum(weights.values())
     for bucket in sorted(weights):
