@@ -1,10 +1,9 @@
-"""The recurring faults of all workers: which few keep coming back, how bad they are, whether
-retries help.
+"""The recurring faults of all workers: their number, their severity, and whether retries help.
 
-Decides what counts as the same fault (service, code, fingerprint of the message), which patterns
-are kept, and when one comes so often that it matters more.  Refuses to know what the services are,
-what is done about a fault, and what a message said of the items at hand: a fingerprint leaves that
-out."""
+The engine records faults, operators read the patterns.  Begin with `FaultLog.record`.  Faults are
+the same pattern if service, code and fingerprint of the message are equal.  A fingerprint contains
+nothing of the items of a job.
+"""
 
 from __future__ import annotations
 
@@ -27,29 +26,31 @@ from resilience.validation import Seconds
 logger = logging.getLogger(__name__)
 
 LENGTH = 120
-"""A fingerprint has at most this many characters."""
+"""The largest number of characters of a fingerprint."""
 _READ = 2000
-"""Characters of a message that are looked at: some messages hold a whole item, and are megabytes
-long.
-"""
+"""The number of characters read of a message: some contain a whole item, and are megabytes long."""
 
 _RECORD = Script.load("resilience", "fault_log")
 _PATTERNS = Script.load("resilience", "fault_patterns")
 
 _BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
-# An earlier alternative hides what later ones would find inside of it.  A quote that is not closed
-# reaches to the end, because messages are cut; one inside a word is an apostrophe.
+# Alternatives are tried in this order, so an earlier one hides the later ones inside its match.  A
+# quote that is not closed reaches to the end, because messages are cut.  A quote inside a word is
+# an apostrophe.
 _VARYING = re.compile(
     r"""
     (?<!\w) [bru]{0,2} (?: '(?:\\.|.)*?(?:'(?!\w)|\Z) | "(?:\\.|.)*?(?:"(?!\w)|\Z) )
     | [\u201c\u2018\xab] .*? (?: [\u201d\u2019\xbb](?!\w) | \Z )   # typographic quotes
     | (?<=://) [^\s/]+ (?=@)                                       # user and password of a URL
     | (?<=\?) \S+ | (?<=[\w/])\#\S+                                # query and fragment of a URL
-    | (?P<kept> (?:password|passwd|secret|token|api[ _-]?key|authorization) \s?[:=]\s? (?:bearer\s|basic\s)? | \bbearer\s ) \S+
+    | (?P<kept>
+        (?:password|passwd|secret|token|api[ _-]?key|authorization) \s?[:=]\s? (?:bearer\s|basic\s)?
+        | \bbearer\s
+      ) \S+                                                        # passwords and the like
     | (?<![\w.%+-]) [\w.%+-]+ @ [\w.-]+                            # e-mail
     | \b [0-9a-f]{8} (?:-[0-9a-f]{4}){3} - [0-9a-f]{12} \b         # UUID
     | (?<![\w-]) (?=[a-z_-]*\d) [\w-]{20,} | [a-z0-9]{20,}         # keys and tokens
-    | \b (?: 0x[0-9a-f]+ | (?=[a-f]*\d)[0-9a-f]{6,} ) \b           # addresses and other hexadecimal ids
+    | \b (?: 0x[0-9a-f]+ | (?=[a-f]*\d)[0-9a-f]{6,} ) \b           # addresses, hexadecimal ids
     | [-+]? \d+ (?:[.,]\d+)* (?: e[-+]?\d+ )?
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -58,17 +59,18 @@ _RUN = re.compile(r"#(?:\W{0,2}#)+")
 
 
 def fingerprint(message: str) -> str:
-    """Return what stays the same when a fault comes back: one line of at most `LENGTH` characters.
+    """Return the constant part of a message: one line of at most `LENGTH` characters.
 
-    ``#`` stands for what varies, or may be secret: numbers, ids, quoted strings, e-mail addresses,
-    long tokens, passwords, queries of URLs; and for several of them in a row, so that lists of any
-    length look alike."""
+    ``#`` replaces the parts that vary or may be secret.  These are numbers, ids, quoted strings,
+    e-mail addresses, long tokens, passwords and queries of URLs.  Several of them in a row become
+    one ``#``, so lists of any length have the same fingerprint.
+    """
     line = _BLANK.sub(" ", message[:_READ]).strip()
-    return _RUN.sub("#", _VARYING.sub(lambda found: f"{found['kept'] or ''}#", line))[:LENGTH]
+    return _RUN.sub("#", _VARYING.sub(lambda match: f"{match['kept'] or ''}#", line))[:LENGTH]
 
 
 class FaultLogSettings(Seconds):
-    """How many patterns are kept, for how long, and how often one may be seen."""
+    """The number of patterns kept, the time, and the rate above which one is escalated."""
 
     size: int = Field(
         50,
@@ -91,16 +93,16 @@ class FaultLogSettings(Seconds):
 
 @dataclass(frozen=True)
 class Pattern:
-    """One recurring fault of one service; times are of the server's clock."""
+    """One recurring fault of one service.  Times are in ms of the server's clock."""
 
     service: str
     code: str
     category: Category
     message: str  # the fingerprint
-    count: int  # since it was first seen
-    severity: Severity  # one step above its fault's while it is escalated
+    count: int  # of faults since the first one
+    severity: Severity  # of its fault; one step higher while it is escalated
     escalated: bool
-    per_minute: float  # in the last full window or in the current one, whichever had more
+    per_minute: float  # rate in the last full window or the current one, the higher of both
     first_seen_ms: int
     last_seen_ms: int
 
@@ -127,11 +129,12 @@ class FaultLog:
         recovered: int = 0,
         given_up: int = 0,
     ) -> None:
-        """Count faults of a service, each with its message, in one round trip; log those that now
-        exceed their rate.
+        """Count faults of a service, each with its message, in one round trip.
 
-        `recovered` items failed and succeeded on a retry, `given_up` items used up their retries.
-        While Redis is away nothing is kept, and nothing is raised."""
+        Patterns that exceed their rate from now on are logged.  `recovered` items failed and then
+        succeeded on a retry; `given_up` items used up their retries.  While Redis is away nothing
+        is recorded, and nothing is raised.
+        """
         if not self._settings.size or not (faults or recovered or given_up):
             return
         named = [
@@ -143,27 +146,27 @@ class FaultLog:
         for name, fault in latest.items():
             args += (name, fault.category.value, int(fault.severity), counts[name])
         try:
-            (crossed,) = self._store.call(Call(_RECORD, self._keys, args), on_outage="answer")
+            (escalated,) = self._store.call(Call(_RECORD, self._keys, args), on_outage="answer")
         except StoreUnavailable:
             return
-        for each in crossed:
-            self._tell(each, latest[each.decode()].severity)
+        for each in escalated:
+            self._warn(each, latest[each.decode()].severity)
 
     def patterns(self) -> list[Pattern]:
-        """Return the patterns that are kept, the one seen last first; raise StoreUnavailable while
-        Redis is away.
+        """Return the patterns, the one seen last first.
+
+        Raises StoreUnavailable while Redis is away.
         """
         now_ms, fields = self._read()
-        found = [
+        patterns = [
             self._pattern(name, json.loads(value), now_ms)
             for name, value in fields.items()
             if name.startswith(b"[")
         ]
-        return sorted(found, key=lambda each: each.last_seen_ms, reverse=True)
+        return sorted(patterns, key=lambda each: each.last_seen_ms, reverse=True)
 
     def recovery_success_rate(self) -> float | None:
-        """Return which share (0..1) of the items that were retried succeeded in the end, None while
-        none is known.
+        """Return the share (0 to 1) of retried items that succeeded in the end; None without any.
 
         Raises StoreUnavailable while Redis is away.
         """
@@ -177,34 +180,32 @@ class FaultLog:
         )
         return now_ms, dict(zip(flat[::2], flat[1::2], strict=True))
 
-    def _pattern(self, name: bytes, kept: dict[str, Any], now_ms: int) -> Pattern:
+    def _pattern(self, name: bytes, record: dict[str, Any], now_ms: int) -> Pattern:
         service, code, message = json.loads(name)
-        most = self._most(kept, now_ms)
+        most = self._most(record, now_ms)
         escalated = most > self._settings.rate
         return Pattern(
             service=service,
             code=code,
-            category=Category(kept["category"]),
+            category=Category(record["category"]),
             message=message,
-            count=int(kept["count"]),
-            severity=_severity(kept["severity"], escalated=escalated),
+            count=int(record["count"]),
+            severity=_severity(record["severity"], escalated=escalated),
             escalated=escalated,
             per_minute=most * 60_000 / self._window_ms,
-            first_seen_ms=int(kept["first"]),
-            last_seen_ms=int(kept["last"]),
+            first_seen_ms=int(record["first"]),
+            last_seen_ms=int(record["last"]),
         )
 
-    def _most(self, kept: dict[str, Any], now_ms: int) -> int:
-        """Return how often a pattern was seen in the current or in the last full window, whichever
-        is more.
-        """
-        age = now_ms // self._window_ms - kept["window"]
-        return int({0: max(kept["here"], kept["before"]), 1: kept["here"]}.get(age, 0))
+    def _most(self, record: dict[str, Any], now_ms: int) -> int:
+        """Return the faults in the current or in the last full window, whichever is larger."""
+        age = now_ms // self._window_ms - record["window"]
+        return int({0: max(record["here"], record["before"]), 1: record["here"]}.get(age, 0))
 
-    def _tell(self, name: bytes, severity: Severity) -> None:
+    def _warn(self, name: bytes, severity: Severity) -> None:
         service, code, message = json.loads(name)
         logger.warning(
-            "%s fails with %s more than %d times within %g s, its severity is %s now: %s",
+            "%s fails with %s more than %d times within %g s; its severity is now %s: %s",
             service,
             code,
             self._settings.rate,

@@ -303,7 +303,7 @@ def test_a_pattern_above_the_rate_is_escalated_until_a_whole_window_is_below_it(
         )
 
     assert caplog.messages == [
-        "llm fails with TIMEOUT more than 3 times within 60 s, its severity is HIGH now: slow"
+        "llm fails with TIMEOUT more than 3 times within 60 s; its severity is now HIGH: slow"
     ]
 
 
