@@ -1,7 +1,8 @@
-"""What hosts say of their load, what follows for all of them, and what is ordered for a drill.
+"""The board of pressure in Redis: the reports of the hosts, the cluster level, and drills.
 
-Decides which of it is still to be trusted: what nobody has renewed is gone.  Refuses to know how
-load is measured, and how a level follows from many hosts'."""
+Workers publish their hosts here, the monitor announces the cluster level, and all workers read
+their orders once a second.  An entry that is not renewed expires.  Begin with `Board`.
+"""
 
 from __future__ import annotations
 
@@ -19,69 +20,69 @@ from scheduler.queues import QueueReport
 from scheduler.sampling import Sample
 from scheduler.settings import PressureSettings
 
-_PUBLISH, _LOOK, _HOSTS, _ANNOUNCE, _TURN = (
-    Script.load("scheduler", f"board_{verb}")
-    for verb in ("publish", "look", "hosts", "announce", "turn")
+_PUBLISH, _ORDERS, _HOSTS, _ANNOUNCE, _TURN = (
+    Script.load("scheduler", f"board_{name}")
+    for name in ("publish", "orders", "hosts", "announce", "turn")
 )
 _json = msgspec.json.Encoder()
 
 
 class HostReport(msgspec.Struct, frozen=True):
-    """One worker's host, as that worker sees it."""
+    """One worker's report on its host."""
 
-    worker: str  # as -n names it
+    worker: str  # its name, as -n gives it
     level: int  # 0 normal to 4 emergency
-    percent: float  # of the signal that decides, on the scale of the thresholds
-    why: str  # which signal decides, in words; '' at normal
-    slots: int  # of its pool
-    busy: int  # of those
-    queues: tuple[str, ...]  # that it consumes
-    active: dict[str, int]  # operation -> nodes that run here
+    percent: float  # value of the worst signal, on the scale of the thresholds
+    why: str  # the worst signal in words; '' at normal
+    slots: int  # number of slots of its pool
+    busy: int  # number of busy slots
+    queues: tuple[str, ...]  # names of the queues that it consumes
+    active: dict[str, int]  # operation -> number of nodes that run here
     sample: Sample | None = None
-    version: str = ""  # of its release; '' from one that did not tell
-    schema: int = 0  # of the jobs it reads, beside those of the one before; 0: it does not tell
-    at: float = 0.0  # seconds of its own clock as it told this; 0: it does not tell
+    version: str = ""  # version of the package; '' if not reported
+    schema: int = 0  # newest schema of jobs that it reads, besides the one before; 0: not reported
+    at: float = 0.0  # seconds of its own clock at the report; 0: not reported
 
 
 class ClusterReport(msgspec.Struct, frozen=True):
-    """The whole platform, as the monitor has last seen it."""
+    """The monitor's last report on the whole platform."""
 
     level: int  # 0 normal to 4 emergency
-    why: str  # which signal decides, in words; '' at normal
+    why: str  # the worst signal in words; '' at normal
     at: float  # seconds of the server's clock
-    hosts: int = 0  # workers that told of theirs
-    slots: int = 0  # of all of them
-    busy: int = 0  # of those
-    cpu_pct: float = 0.0  # mean of the hosts, by their slots
-    memory_pct: float = 0.0  # the same
-    redis_pct: float | None = None  # None: Redis has no limit
+    hosts: int = 0  # number of workers that report
+    slots: int = 0  # number of slots of all workers
+    busy: int = 0  # number of busy slots
+    cpu_pct: float = 0.0  # mean CPU of the hosts, weighted by slots
+    memory_pct: float = 0.0  # mean memory of the hosts, weighted by slots
+    redis_pct: float | None = None  # used memory of Redis; None: it has no limit, or is unknown
     queues: dict[str, QueueReport] = {}
     rising_to: str = ""  # the level that is expected within a minute
-    rising_in_s: float = 0.0
-    desired_workers: int = 0  # 0: not known
-    desired_why: str = ""  # the trigger
+    rising_in_s: float = 0.0  # seconds until then
+    desired_workers: int = 0  # the advised number; 0: unknown
+    desired_why: str = ""  # the reason for the advised number
 
 
 class Orders(msgspec.Struct, frozen=True):
-    """What every worker acts on beside its own host."""
+    """The cluster level and the drill, on which every worker acts beside its own host's level."""
 
-    cluster: ClusterReport | None  # None: nobody has looked for a while
-    forced: Level | None  # a drill
-    forced_for_s: float = 0.0
+    cluster: ClusterReport | None  # None: no monitor has reported for `stale_s`
+    forced: Level | None  # the level of a drill
+    forced_for_s: float = 0.0  # remaining seconds of the drill
 
 
 def acted_on(own: Level | None, orders: Orders | None) -> Level:
-    """Return the level to act on: what is forced, else the worse of one's own host and the cluster.
+    """Return the level to act on: the drill's, else the higher of the own host's and the cluster's.
 
-    Of a host that could not be measured nothing good is assumed: ELEVATED.
+    A host that could not be measured (None) counts as ELEVATED.
     """
     if orders is not None and orders.forced is not None:
         return orders.forced
-    mine = Level.ELEVATED if own is None else own
+    of_host = Level.ELEVATED if own is None else own
     cluster = (
         orders.cluster.level if orders is not None and orders.cluster is not None else Level.NORMAL
     )
-    return max(mine, Level(cluster))
+    return max(of_host, Level(cluster))
 
 
 def prevailing(hosts: Sequence[HostReport]) -> Level:
@@ -94,16 +95,16 @@ def prevailing(hosts: Sequence[HostReport]) -> Level:
 
 
 def mean(hosts: Sequence[HostReport], field: str) -> float:
-    """Return the mean of a figure of the hosts' samples, by their slots."""
-    told: list[tuple[float, int]] = [
+    """Return the mean of one field of the hosts' samples, weighted by slots; 0 without samples."""
+    values: list[tuple[float, int]] = [
         (getattr(host.sample, field), host.slots) for host in hosts if host.sample
     ]
-    slots = sum(each for _, each in told)
-    return sum(value * each for value, each in told) / slots if slots else 0.0
+    all_slots = sum(slots for _, slots in values)
+    return sum(value * slots for value, slots in values) / all_slots if all_slots else 0.0
 
 
-def _readable(report: bytes) -> list[HostReport]:
-    """Return a report; none that another release wrote in a way this one does not know."""
+def _decoded(report: bytes) -> list[HostReport]:
+    """Return a report in a list; the list is empty if another release wrote it in another form."""
     try:
         return [msgspec.json.decode(report, type=HostReport)]
     except msgspec.MsgspecError:
@@ -111,7 +112,7 @@ def _readable(report: bytes) -> list[HostReport]:
 
 
 class Board:
-    """What is published of one platform's pressure."""
+    """The published pressure of one platform."""
 
     def __init__(self, store: Store, keys: Keys, settings: PressureSettings) -> None:
         self._store, self._keys, self._settings = store, keys.pressure(), settings
@@ -120,44 +121,45 @@ class Board:
     # --- hosts ---------------------------------------------------------------------------------
 
     def publish(self, report: HostReport) -> Call:
-        """Return the call by which a worker tells of its host."""
+        """Return the call that publishes a worker's report on its host."""
         return Call(
             _PUBLISH, (self._keys.hosts,), (report.worker, _json.encode(report), self._stale_ms)
         )
 
     def hosts(self) -> list[HostReport]:
-        """Return what the hosts that still report have said.  Raises StoreUnavailable."""
-        [found] = self._store.call(Call(_HOSTS, (self._keys.hosts,), (self._stale_ms,)))
-        return sorted(
-            (report for each in found for report in _readable(each)), key=lambda host: host.worker
-        )
-
-    def clocks(self) -> dict[str, float]:
-        """Return by how many seconds each worker's clock is ahead of the server's, less what its
-        report was on its way.
+        """Return the reports that are not older than `stale_s`, by worker.
 
         Raises StoreUnavailable.
         """
-        found = self._store.call(lambda client: client.hgetall(self._keys.hosts))
-        entries = [entry.partition(b" ") for entry in found.values()]
-        told = [
-            (int(at_ms) / 1000, host) for at_ms, _, report in entries for host in _readable(report)
+        [entries] = self._store.call(Call(_HOSTS, (self._keys.hosts,), (self._stale_ms,)))
+        reports = [report for entry in entries for report in _decoded(entry)]
+        return sorted(reports, key=lambda host: host.worker)
+
+    def clocks(self) -> dict[str, float]:
+        """Return the seconds by which each worker's clock is ahead of the server's clock.
+
+        The time that a report takes to arrive counts as behind.  Raises StoreUnavailable.
+        """
+        fields = self._store.call(lambda client: client.hgetall(self._keys.hosts))
+        entries = [entry.partition(b" ") for entry in fields.values()]
+        reports = [
+            (int(at_ms) / 1000, host) for at_ms, _, report in entries for host in _decoded(report)
         ]
-        return {host.worker: host.at - at for at, host in told if host.at}
+        return {host.worker: host.at - arrived_s for arrived_s, host in reports if host.at}
 
     def withdraw(self, worker: str) -> None:
-        """Take a worker's host off the board."""
+        """Remove a worker's report from the board."""
         self._store.client.hdel(self._keys.hosts, worker)
 
-    # --- what all act on -----------------------------------------------------------------------
+    # --- orders --------------------------------------------------------------------------------
 
-    def look(self) -> Call:
-        """Return the call that answers what to act on: see `read`."""
-        return Call(_LOOK, (self._keys.cluster, self._keys.forced), ())
+    def orders_call(self) -> Call:
+        """Return the call that reads the orders; `read` decodes its answer."""
+        return Call(_ORDERS, (self._keys.cluster, self._keys.forced), ())
 
     @staticmethod
     def read(answer: Any) -> Orders:
-        """Return the orders that `look` was answered with."""
+        """Return the orders in the answer of `orders_call`."""
         cluster, forced, forced_for_ms = answer
         report = msgspec.json.decode(cluster, type=ClusterReport) if cluster else None
         return Orders(
@@ -165,14 +167,13 @@ class Board:
         )
 
     def orders(self) -> Orders:
-        """Return what every worker acts on.  Raises StoreUnavailable."""
-        return self.read(self._store.call(self.look())[0])
+        """Return the orders that every worker acts on.  Raises StoreUnavailable."""
+        return self.read(self._store.call(self.orders_call())[0])
 
     def force(self, level: Level | str | int, for_s: float = 600.0) -> None:
-        """Make all workers act on a level, for a drill, until it is released or `for_s` seconds are
-        over.
+        """Start a drill: all workers act on a level for `for_s` seconds, or until `release`.
 
-        Raises InvalidValue, StoreUnavailable.
+        Raises InvalidValue for an unknown level or time, and StoreUnavailable.
         """
         try:
             forced = as_level(level)
@@ -185,35 +186,39 @@ class Board:
         )
 
     def release(self) -> bool:
-        """End a drill; say whether there was one.  Raises StoreUnavailable."""
+        """End a drill, and return whether there was one.  Raises StoreUnavailable."""
         return bool(self._store.call(lambda client: client.delete(self._keys.forced)))
 
-    # --- the monitor's -------------------------------------------------------------------------
+    # --- for the monitor -----------------------------------------------------------------------
 
     def take_turn(self, worker: str, for_ms: int) -> float | None:
-        """Say to one of all who ask within `for_ms` that it is to look; it gets the server's time
-        in seconds.
+        """Elect one caller for `for_ms`: return the server's time in seconds to it, None to others.
+
+        Raises StoreUnavailable.
         """
         [now_ms] = self._store.call(Call(_TURN, (self._keys.turn,), (worker, for_ms)))
         return int(now_ms) / 1000 if int(now_ms) else None
 
     def memory(self) -> bytes | None:
-        """Return what the last monitor wanted to remember."""
-        return self._store.call(lambda client: client.get(self._keys.state))  # type: ignore[no-any-return]  # bytes without decode_responses
+        """Return the state that the last measurement stored; None without one.
+
+        Raises StoreUnavailable.
+        """
+        state: bytes | None = self._store.call(lambda client: client.get(self._keys.state))
+        return state
 
     def announce(self, report: ClusterReport, memory: bytes) -> None:
-        """Publish the cluster's level, keep it in the history, tell who listens, and remember."""
+        """Publish the cluster level, add it to the history, notify subscribers, and store the
+        monitor's state.
+
+        Raises StoreUnavailable.
+        """
         keys = (self._keys.cluster, self._keys.history, self._keys.state, self._keys.changes)
-        told = (
-            _json.encode(report),
-            memory,
-            self._stale_ms,
-            self._settings.history,
-            int(report.level),
-        )
-        self._store.call(Call(_ANNOUNCE, keys, told))
+        history, level = self._settings.history, int(report.level)
+        args = (_json.encode(report), memory, self._stale_ms, history, level)
+        self._store.call(Call(_ANNOUNCE, keys, args))
 
     def history(self, limit: int = 100) -> list[ClusterReport]:
         """Return the latest reports, the newest first.  Raises StoreUnavailable."""
-        found = self._store.call(lambda client: client.xrevrange(self._keys.history, count=limit))
-        return [msgspec.json.decode(entry[b"report"], type=ClusterReport) for _, entry in found]
+        entries = self._store.call(lambda client: client.xrevrange(self._keys.history, count=limit))
+        return [msgspec.json.decode(entry[b"report"], type=ClusterReport) for _, entry in entries]

@@ -92,7 +92,7 @@ class AdmissionCheck:
         return seen
 
     def _fresh(self, queues: Sequence[str]) -> Seen:
-        looks = [self._board.look(), *(self._slots.take(each, 0) for each in queues)]
+        looks = [self._board.orders_call(), *(self._slots.take(each, 0) for each in queues)]
         answer, *slots = self._store.call(*looks)
         orders = self._board.read(answer)
         cluster, hosts = orders.cluster, [] if orders.cluster else self._board.hosts()

@@ -74,7 +74,11 @@ class Host:
         """Return the calls that tell of this host, and ask what to act on."""
         board = self._runtime.board
         queue = next(iter(self._queues()), "")
-        return [board.publish(self.report()), board.look(), self._runtime.slots.take(queue, 0)]
+        return [
+            board.publish(self.report()),
+            board.orders_call(),
+            self._runtime.slots.take(queue, 0),
+        ]
 
     def heard(self, answers: Sequence[Any], now: float) -> None:
         """Act on what was answered."""

@@ -1,5 +1,6 @@
 -- uses: clock
--- KEYS[1]: hosts (HASH).  ARGV: stale_ms.   Returns the reports that are younger, and forgets the others.
+-- Return the reports that are not older than stale_ms, and delete the others.
+-- KEYS[1]: hosts (HASH).  ARGV: stale_ms.
 local now = now_ms()
 local found, all = {}, redis.call('HGETALL', KEYS[1])
 for i = 1, #all, 2 do

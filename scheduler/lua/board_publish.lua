@@ -1,5 +1,5 @@
 -- uses: clock
--- Say how one host is.  KEYS[1]: hosts (HASH).  ARGV: worker, report, stale_ms.   Returns 1.
+-- Publish one host's report.  KEYS[1]: hosts (HASH).  ARGV: worker, report, stale_ms.   Returns 1.
 local now = now_ms()
 redis.call('HSET', KEYS[1], ARGV[1], string.format('%.0f %s', now, ARGV[2]))
 redis.call('PEXPIRE', KEYS[1], ARGV[3] * 10)

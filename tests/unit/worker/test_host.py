@@ -350,5 +350,5 @@ def test_an_ended_process_holds_no_memory() -> None:
 
 def test_the_board_returns_the_report_as_it_was_published(machine: Machine) -> None:
     machine.board.force("critical")
-    [answer] = machine.platform.store.call(machine.board.look())
+    [answer] = machine.platform.store.call(machine.board.orders_call())
     assert Board.read(answer).forced is Level.CRITICAL
