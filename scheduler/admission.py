@@ -1,8 +1,8 @@
-"""What is taken in under load: less urgent work is turned away first, and a queue that is full
-takes nothing.
+"""Admission under load: less urgent jobs are refused first, and a full queue accepts no job.
 
-Decides whether a job fits now, and when to come back if it does not.  What was taken in once is
-never dropped.  Refuses to know how a job is opened and what becomes of one that does not fit."""
+`rlm_tasks.client.admission` calls it at submit, and the monitor when delayed jobs may begin.  An
+accepted job is never dropped.  Begin with `shed`, then `full`.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from scheduler.queues import QueueReport
 from scheduler.settings import AdmissionSettings
 
 SHED_FROM = {"low": Level.HIGH, "normal": Level.CRITICAL, "high": Level.EMERGENCY}
-"""The level from which work of a priority is turned away; critical work never is (Google's SRE
-book, Handling Overload).
+"""The level from which jobs of a priority are refused; critical jobs never are (Google's SRE book,
+Handling Overload).
 """
 SOONEST_S, LATEST_S = 1.0, 300.0
+"""Bounds of a retry time."""
 PLACE_S = 5.0
-"""When to come back for a place: nobody knows when a job will end."""
-_FIRST_LOOK_MS = 60_000
-"""A place whose job is not opened by then is free again: its client has died."""
+"""Retry time while all places are taken: the end of a job cannot be predicted."""
+_FIRST_SWEEP_MS = 60_000
+"""A place becomes free again if its job is not open by then: its client has died."""
 _UNBOUNDED = 2**31
 ROOM_TTL_S = 7 * 86_400
 
@@ -32,99 +33,102 @@ _PLACE = Script.load("scheduler", "place")
 
 
 class Overloaded(Denied):
-    """The platform is pressed too hard for work that is not more urgent; nothing was enqueued."""
+    """The pressure is too high for a job of this priority; nothing was enqueued."""
 
     code = "OVERLOADED"
     category = Category.RESOURCE
 
 
 class QueueFull(Denied):
-    """A queue holds too much, or its work waits too long; nothing was enqueued."""
+    """A queue holds too many messages, or they wait too long; nothing was enqueued."""
 
     code = "QUEUE_FULL"
     category = Category.RESOURCE
 
 
 def sheds(priority: str, level: Level) -> bool:
-    """Whether work of a priority is turned away at a level."""
+    """Return whether jobs of a priority are refused at a level."""
     return priority in SHED_FROM and level >= SHED_FROM[priority]
 
 
 def shed(priority: str, level: Level, step_s: float) -> Overloaded | None:
-    """Return why a job of a priority is not taken in at a level; a level falls by one step in
-    `step_s` at the soonest.
+    """Return the error for a job that is refused at a level; None if the job is accepted.
+
+    The retry time is the shortest in which the level can fall far enough, at `step_s` for a step.
     """
     if not sheds(priority, level):
         return None
     steps = level - SHED_FROM[priority] + 1
-    why = f"pressure is {level.label}, and {priority} work is taken in below {SHED_FROM[priority].label}"
-    return Overloaded("admission", _between(steps * step_s), why)
+    below = SHED_FROM[priority].label
+    why = f"pressure is {level.label}, and {priority} jobs are accepted below {below}"
+    return Overloaded("admission", _retry_time_s(steps * step_s), why)
 
 
 def full(
     queue: str, priority: str, report: QueueReport, settings: AdmissionSettings
 ) -> QueueFull | None:
-    """Return why a queue takes no further job.
+    """Return the error for a queue that accepts no further job; None if it accepts one.
 
-    When to come back is an estimate: the queue goes on being served as fast as its oldest message
-    came to the front."""
-    depth, age, most, longest = (
-        report.depth,
-        report.oldest_s or 0.0,
-        settings.queue_depth,
-        settings.wait_s(priority),
-    )
-    lasts_s: dict[str, float] = {}
+    The retry time is an estimate: workers empty the queue at the rate at which its oldest message
+    came to the front.
+    """
+    depth, age_s, most = report.depth, report.oldest_s or 0.0, settings.queue_depth
+    longest_s = settings.wait_s(priority)
+    lasts_s: dict[str, float] = {}  # reason -> the time for which it will hold
     if most and depth >= most:
-        lasts_s[f"{depth} messages wait, of at most {most}"] = (depth - most + 1) * age / depth
-    if longest and age > longest:
-        lasts_s[f"its oldest message waits for {age:.0f} s, of at most {longest:g} s"] = (
-            age - longest
-        )
+        lasts_s[f"{depth} messages wait, the limit is {most}"] = (depth - most + 1) * age_s / depth
+    if longest_s and age_s > longest_s:
+        reason = f"its oldest message waits for {age_s:.0f} s, the limit is {longest_s:g} s"
+        lasts_s[reason] = age_s - longest_s
     if not lasts_s:
         return None
-    return QueueFull(f"queue {queue}", _between(max(lasts_s.values())), "; ".join(lasts_s))
+    return QueueFull(f"queue {queue}", _retry_time_s(max(lasts_s.values())), "; ".join(lasts_s))
 
 
 class WaitingRoom:
-    """Jobs that were opened and are not taken in yet; their own time wakes them, should nobody
-    call.
+    """The jobs that are open and wait for admission, and the places of jobs at work.
 
-    With `max_jobs` it knows the places as well: so many jobs are at work at once, and critical ones
-    beside them."""
+    The monitor wakes waiting jobs; without a monitor each wakes at its own time.  With `max_jobs`
+    above 0 a job also needs a place: up to `max_jobs` are at work at once, critical jobs not
+    counted.
+    """
 
     def __init__(self, store: Store, keys: Keys, max_jobs: int = 0) -> None:
         self._store, self._keys, self._max_jobs = store, keys, max_jobs
 
     def crowded(self, job: str, priority: str) -> QueueFull | None:
-        """Give a job its place, which it leaves when it ends; or return why it has to wait.  Raises
-        StoreUnavailable.
+        """Give a job its place until it ends; return the error if all places are taken, else None.
+
+        Raises StoreUnavailable.
         """
-        if not self._max_jobs or priority not in SHED_FROM or self._place(job)[0]:
+        if not self._max_jobs or priority not in SHED_FROM or self._take_place(job)[0]:
             return None
-        return QueueFull("jobs", PLACE_S, f"as many are at work as may be: {self._max_jobs}")
+        return QueueFull("jobs", PLACE_S, f"the limit max_jobs={self._max_jobs} is reached")
 
     def leave(self, jobs: Sequence[str]) -> None:
-        """Give back the places of jobs that do not begin after all.  Raises StoreUnavailable."""
+        """Give back the places of jobs that will not begin.  Raises StoreUnavailable."""
         if jobs:
             self._store.call(lambda client: client.zrem(self._keys.places, *jobs))
 
     def places(self) -> int:
-        """Return how many jobs may begin now.  Raises StoreUnavailable."""
-        return self._place("")[1] if self._max_jobs else _UNBOUNDED
+        """Return the number of jobs that may begin now.  Raises StoreUnavailable."""
+        return self._take_place("")[1] if self._max_jobs else _UNBOUNDED
 
-    def _place(self, job: str) -> tuple[int, int]:
-        call = Call(
-            _PLACE,
-            (self._keys.places, self._keys.due),
-            (job, self._max_jobs, _FIRST_LOOK_MS, ROOM_TTL_S),
-        )
-        [(has, left)] = self._store.call(call)
+    def _take_place(self, job: str) -> tuple[int, int]:
+        """Return 1 if the job has a place, else 0, and the number of free places.
+
+        Without a job nothing is taken.
+        """
+        keys = (self._keys.places, self._keys.due)
+        args = (job, self._max_jobs, _FIRST_SWEEP_MS, ROOM_TTL_S)
+        [(has, left)] = self._store.call(Call(_PLACE, keys, args))
         return has, left
 
     def enter(self, queue: str, waiters: Mapping[str, int]) -> None:
-        """Let jobs wait to be called, each named by its job and first node, with the time in ms
-        when it came.
+        """Add jobs to those that wait for a queue; a job that waits already keeps its turn.
+
+        `waiters` has the time of arrival in ms of each job, under "<job> <first node>".  Raises
+        StoreUnavailable.
         """
         key = self._keys.admission(queue)
         self._store.call(
@@ -135,12 +139,16 @@ class WaitingRoom:
         )
 
     def call(self, queue: str, most: int) -> list[str]:
-        """Take those out who came first.  Raises StoreUnavailable."""
+        """Remove up to `most` jobs in the order of arrival, and return their names.
+
+        Raises StoreUnavailable.
+        """
         key = self._keys.admission(queue)
         return [
             name.decode() for name, _ in self._store.call(lambda client: client.zpopmin(key, most))
         ]
 
 
-def _between(seconds: float) -> float:
+def _retry_time_s(seconds: float) -> float:
+    """Return whole seconds within the bounds, as HTTP's Retry-After has them."""
     return float(math.ceil(min(LATEST_S, max(SOONEST_S, seconds))))

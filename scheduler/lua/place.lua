@@ -1,7 +1,8 @@
 -- uses: clock
--- Let a job be at work, unless as many are as may be.  What is no longer open has left its place.
--- KEYS: jobs with a place (ZSET job -> ms), index of open jobs (ZSET job -> ms at which it is looked at).
--- ARGV: job ('': none, just count), most, ms until its first look, ttl_s.   Returns {1 when it has a place, places left}.
+-- Give a job a place, unless all places are taken.  A job that is no longer open loses its place.
+-- KEYS: jobs with a place (ZSET job -> ms), index of open jobs (ZSET job -> ms of the next sweep).
+-- ARGV: job ('': take nothing, just count), most, ms until its first sweep, ttl_s.
+-- Returns {1 if the job has a place else 0, number of free places}.
 local now = now_ms()
 for _, job in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
   if not redis.call('ZSCORE', KEYS[2], job) then redis.call('ZREM', KEYS[1], job) end
