@@ -1,9 +1,10 @@
-"""How many nodes of an operation may run at once: by its policy, by pressure, and by how urgent
-they are.
+"""How many nodes of an operation may run at once: by its policy, by pressure, and by priority.
 
-Decides shares; urgent work keeps its own when there is little to share.  Records and defaults are
-those of source document 1, the size of a batch that of source document 4.  Refuses to know who runs
-nodes, and how load is measured."""
+`rlm_tasks.engine.slot_shares` asks it before a node starts, and `rlm_tasks.client.admission` for
+the size of a batch.  Urgent work keeps its share when there is little to share.  Begin with
+`workers_for`, then `ResourceAllocationPolicy`.  Field names, defaults and the formula of a batch
+are those of other orchestrators.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +23,21 @@ from resilience.waiters import URGENCY
 from scheduler.settings import AllocationSettings
 
 OTHERS = "*"
-"""The entry of all operations that have none of their own."""
+"""The entry for all operations that have no own policy."""
 _ANY_MB = 1.0
-"""What a node may be taken to need while nobody has said: no bound.  Document 1's 1,024 MB would
-hold an operation without a policy to four nodes on a host with 4 GB free and no pressure at all."""
+"""Memory of a node without a policy: so small that memory does not bound it.
+
+With 1,024 MB, the default of a policy, a host with 4 GB free would run only four such nodes,
+without any pressure.
+"""
 _STEPS = 4
-"""Levels begin at equal distances, so each takes the same: a quarter of what lies between
-max_workers and min_workers.
+"""Each level takes a quarter of the way from max_workers to min_workers: levels begin at equal
+distances.
 """
 
 
 class ExecutorPriority(StrEnum):
-    """How urgent an operation is, the most urgent first."""
+    """The priority of an operation, the most urgent first."""
 
     CRITICAL = "critical"
     HIGH = "high"
@@ -47,38 +51,51 @@ _LATER = {
     ExecutorPriority.NORMAL: 0,
     ExecutorPriority.LOW: -1,
 }
-"""How many levels later than normal work each shrinks; critical work never does."""
+"""Number of levels by which each priority shrinks later than normal work; critical work never
+shrinks.
+"""
 TIMEOUT_FACTORS = {
     ExecutorPriority.CRITICAL: 2.0,
     ExecutorPriority.HIGH: 1.5,
     ExecutorPriority.NORMAL: 1.0,
     ExecutorPriority.LOW: 1.0,
 }
-"""An item's time limit is stretched by this.  Document 1 has priority affect time limits and gives
-no numbers: an urgent item that is stopped early costs most, so it gets more time; low work gets no
-less, for its items are not shorter."""
+"""The time limit of an item is multiplied by this.
+
+An urgent item that is stopped early costs most, so it gets more time.  Low work gets no less time,
+because its items are not shorter.
+"""
 
 
 class ResourceAllocationPolicy(Checked):
-    """What one operation may have (source document 1).  Raises InvalidValue."""
+    """The number of nodes and the memory that one operation may have.  Raises InvalidValue."""
 
     executor_id: str = Field(
-        min_length=1, description="The operation's name; `operation` is the same."
+        min_length=1, description="Name of the operation; `operation` is an alias of this field."
     )
     priority: ExecutorPriority = Field(
-        ExecutorPriority.NORMAL, description="Its urgency; `normal` leaves it to each job."
+        ExecutorPriority.NORMAL,
+        description="Priority of the operation; `normal` keeps the priority of each job.",
     )
     min_memory_mb: float = Field(
-        256.0, gt=0, allow_inf_nan=False, description="A node starts on a host with so much free."
+        256.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="A node starts only on a host with this amount of memory free.",
     )
     max_memory_mb: float = Field(
-        1024.0, gt=0, allow_inf_nan=False, description="What each node is taken to need at most."
+        1024.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Memory that is counted for each node; a host runs as many as fit.",
     )
     min_workers: int = Field(
-        2, ge=1, description="Nodes at once that are left to it under any pressure."
+        2, ge=1, description="Nodes at once that the operation keeps under any pressure."
     )
     max_workers: int = Field(6, ge=1, description="Nodes at once while there is no pressure.")
-    is_memory_intensive: bool = Field(False, description="Shrinks one level earlier.")
+    is_memory_intensive: bool = Field(
+        False, description="Whether the number of nodes shrinks one level earlier."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -102,14 +119,16 @@ class ResourceAllocationPolicy(Checked):
 
 
 class ResourceLimits(Checked):
-    """What everything together may have (source document 1).  Raises InvalidValue."""
+    """The limits for all operations together.  Raises InvalidValue."""
 
     max_memory_mb: float = Field(4096.0, gt=0, allow_inf_nan=False, description="Memory of a host.")
     max_cpu_percent: float = Field(85.0, gt=0, le=100, description="CPU that may be busy.")
     max_workers: int = Field(
-        32, ge=1, description="Nodes of one operation at once, without a policy of its own."
+        32, ge=1, description="Most nodes of one operation at once, if the operation has no policy."
     )
-    min_workers: int = Field(4, ge=1, description="... that are left to it under any pressure.")
+    min_workers: int = Field(
+        4, ge=1, description="Nodes that such an operation keeps under any pressure."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> ResourceLimits:
@@ -128,7 +147,9 @@ class Policies:
     """The policies of one process, by operation."""
 
     def __init__(self, settings: AllocationSettings | None = None) -> None:
-        """Begin with one for all operations: the settings' workers, priority normal, any memory."""
+        """Start with one policy for all operations: workers as in the settings, priority normal,
+        any memory.
+        """
         workers = settings or AllocationSettings()
         others = ResourceAllocationPolicy(
             executor_id=OTHERS,
@@ -140,27 +161,27 @@ class Policies:
         self._named = {OTHERS: others}
 
     def register(self, policy: ResourceAllocationPolicy) -> None:
-        """Let a policy hold from now on, in place of an earlier one of its operation."""
+        """Use a policy from now on, in place of an earlier one of the same operation."""
         self._named[policy.executor_id] = policy
 
     def declares(self, operation: str) -> bool:
-        """Whether a policy was registered for an operation by its name."""
+        """Return whether an operation has a policy under its name."""
         return operation in self._named
 
     def of(self, operation: str) -> ResourceAllocationPolicy:
-        """Return the policy of an operation: its own, else the one for all others, in its name."""
+        """Return an operation's policy: its own, else the one for all others under its name."""
         own = self._named.get(operation)
         return own or self._named[OTHERS].model_copy(update={"executor_id": operation})
 
     def load(self, path: str | Path) -> None:
         """Register the policies of a JSON file, a list of objects: all of them, or none.
 
-        Raises InvalidValue, which names the file, the entry (from 1) and the field.
+        Raises InvalidValue with the file, the entry (from 1) and the field.
         """
-        self._named.update({policy.executor_id: policy for policy in _read(Path(path))})
+        self._named.update({policy.executor_id: policy for policy in _policies(Path(path))})
 
 
-def _read(path: Path) -> Iterator[ResourceAllocationPolicy]:
+def _policies(path: Path) -> Iterator[ResourceAllocationPolicy]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -191,15 +212,18 @@ def _entry(where: str, entry: Any) -> ResourceAllocationPolicy:
 
 
 def priority_of(policy: ResourceAllocationPolicy, priority: str) -> ExecutorPriority:
-    """Return how urgent a job's nodes are, from its own `priority` and its operation's.
+    """Return the priority of a job's nodes, from the job's `priority` and its operation's policy.
 
-    An operation of critical or high priority lifts its jobs to at least that, one of low priority
-    holds them all down, and a normal one leaves it to them.  Raises InvalidValue for a priority
-    that does not exist."""
-    asked, own = _known(priority), policy.priority
-    if own is ExecutorPriority.NORMAL:
-        return asked
-    return own if own is ExecutorPriority.LOW else min(own, asked, key=URGENCY.__getitem__)
+    A critical or high operation raises its jobs to at least its priority.  A low operation lowers
+    all its jobs to low.  A normal operation changes nothing.  Raises InvalidValue for an unknown
+    priority.
+    """
+    of_job, of_operation = _known(priority), policy.priority
+    if of_operation is ExecutorPriority.NORMAL:
+        return of_job
+    if of_operation is ExecutorPriority.LOW:
+        return of_operation
+    return min(of_operation, of_job, key=URGENCY.__getitem__)
 
 
 def _known(priority: str) -> ExecutorPriority:
@@ -216,14 +240,22 @@ def workers_for(
     available_mb: float | None,
     priority: str,
 ) -> int:
-    """Return how many nodes of an operation may run at once; at least 1.
+    """Return the number of nodes of an operation that may run at once; at least 1.
 
-    `slots` is how many nodes the workers can run together, and `available_mb` the memory these
-    nodes may fill, with what they hold already, or None when unknown.  Without pressure it is
-    max_workers; each level takes a quarter of the way down to min_workers.  High work is one level
-    behind, low work and work that needs much memory one ahead; critical work keeps its share, which
-    only memory bounds.  In an emergency low work has one node: nobody waits for it, but it must not
-    stop for ever. Raises InvalidValue for a priority that does not exist."""
+    - `slots`: the number of nodes that all workers can run together.
+    - `available_mb`: the memory that these nodes may fill, with the memory that they hold already;
+      None if it is unknown.
+
+    The rules:
+
+    - Without pressure the number is max_workers.  Each level takes a quarter of the way down to
+      min_workers.
+    - High work is one level behind.  Low work and memory-intensive work are one level ahead.
+    - Critical work keeps its share, and only memory bounds it.
+    - In an emergency low work has one node: nobody waits for it, but it must not stop for ever.
+
+    Raises InvalidValue for an unknown priority.
+    """
     urgency = priority_of(policy, priority)
     most, least = (
         max(1, min(workers, slots)) for workers in (policy.max_workers, policy.min_workers)
@@ -240,17 +272,19 @@ def workers_for(
 
 
 def may_start(policy: ResourceAllocationPolicy, available_mb: float | None) -> str:
-    """Return '' when a node may start on a host with so much memory free, else why not; None:
-    nobody knows.
+    """Return '' if a node may start on a host with this amount of memory free, else the reason.
+
+    With None, an unknown amount, a node may start.
     """
     if available_mb is None or available_mb >= policy.min_memory_mb:
         return ""
-    return f"{policy.executor_id} starts with {policy.min_memory_mb:g} MB free (min_memory_mb), and this host has {available_mb:.0f} MB"
+    needed = f"{policy.executor_id} starts with {policy.min_memory_mb:g} MB free (min_memory_mb)"
+    return f"{needed}, and this host has {available_mb:.0f} MB"
 
 
 def timeout_factor(priority: str) -> float:
-    """Return what the time limit of an item is multiplied by.  Raises InvalidValue for a priority
-    that does not exist.
+    """Return the factor for the time limit of an item.  Raises InvalidValue for an unknown
+    priority.
     """
     return TIMEOUT_FACTORS[_known(priority)]
 
@@ -258,8 +292,10 @@ def timeout_factor(priority: str) -> float:
 def calculate_optimal_batch_size(
     cpu_percent: float, memory_percent: float, max_batch_size: int = 50
 ) -> int:
-    """Return how many requests to open at a time, by the formula of source document 4: 12, 50 or
-    100 of 50.
+    """Return the number of requests to open at a time; with the default of 50: 12, 50 or 100.
+
+    It is a quarter, at least 5, if CPU or memory is above 80 %.  It is twice as many, at most 100,
+    if both are below 50 %.
     """
     if cpu_percent > 80 or memory_percent > 80:
         return max(5, max_batch_size // 4)
