@@ -1,8 +1,9 @@
-"""How many processes a worker should have, and how many workers the cluster should.
+"""Autoscaling: the number of processes of a worker, and the number of workers of the cluster.
 
-Two decisions that are never mixed: `PoolScaler` divides the machine it runs on, so pressure makes
-its pool smaller; `ClusterAdvice` adds machines, so pressure makes the cluster larger.  Refuses to
-know who forks processes, and who starts workers."""
+The two are computed apart.  `PoolScaler` divides one machine, so pressure makes its pool smaller;
+`rlm_tasks.worker.autoscaler` calls it.  `ClusterAdvice` adds machines, so pressure makes the
+cluster larger; the monitor calls it.  Begin with `PoolScaler.wanted`, then `ClusterAdvice.decide`.
+"""
 
 from __future__ import annotations
 
@@ -16,32 +17,34 @@ from scheduler.forecast import HORIZON_S, Holt
 from scheduler.settings import AutoscaleSettings
 
 GROW_BY, GROW_EVERY_S = 2, 5.0
-"""A pool grows no faster: new processes need a moment before pressure shows what they cost."""
-SHRINK_EVERY_S = 10.0
-"""A pool under critical pressure gives up a process this often."""
-IDLE_S = 30.0
-"""Processes that nobody has needed for this long are given up; Celery's own autoscaler waits as
-long.
+"""A pool grows by up to 2 processes every 5 s: the cost of a new process shows in pressure only
+after a moment.
 """
+SHRINK_EVERY_S = 10.0
+"""A pool under critical pressure ends one process this often."""
+IDLE_S = 30.0
+"""A process that was not needed for this long ends; Celery's own autoscaler waits as long."""
 
 VOTES, STEADY_S = 3, 300.0
-"""Fewer workers are advised when that many looks in a row found too many, over this time
-(Kubernetes' HPA).
+"""Fewer workers are advised after 3 measurements in a row that found too many, over 300 s (as in
+Kubernetes' HPA).
 """
 CLEARLY = 0.9
-"""Fewer workers must be able to carry the load this far below every trigger (the tolerance of
+"""Fewer workers are advised only if they would stay below 90 % of every trigger (the tolerance of
 Kubernetes' HPA).
 """
 BUSY = 0.7
-"""How busy processes are planned to be: beyond it, queues grow fast."""
+"""Planned utilisation of a process; above it, queues grow fast."""
 DRAIN_S = 120.0
-"""A backlog is to be gone after this."""
+"""Planned time to work off a backlog."""
 MOST_GROWTH = 2
-"""A forecast never asks for more than this many times the workers there are."""
+"""A forecast asks for at most twice the present number of workers."""
 
 
 class PoolScaler:
-    """How many processes one worker's pool should have, between ``--autoscale``'s bounds."""
+    """The number of processes that one worker's pool should have, within the bounds of
+    ``--autoscale``.
+    """
 
     def __init__(self) -> None:
         self._grown_at = self._shrunk_at = -math.inf
@@ -58,11 +61,12 @@ class PoolScaler:
         most: int,
         least: int,
     ) -> int:
-        """Return the number of processes there should be.
+        """Return the number of processes that the pool should have, from `least` to `most`.
 
-        `queued` are the messages that wait for this worker, its share of its queues and what it
-        holds itself.  A busy process is never to be ended, not even one above `most`; below `least`
-        there is no choice."""
+        `queued` counts the messages that wait for this worker: its share of its queues, and the
+        messages that it has prefetched.  The result is never below `busy`, even above `most`: a
+        busy process must not end.
+        """
         needed = min(most, busy + queued)
         spare = self._spare(now, needed, running)
         if level == Level.EMERGENCY:
@@ -79,11 +83,12 @@ class PoolScaler:
 
     @staticmethod
     def reach(*, running: int, level: Level, most: int) -> int:
-        """Return how many processes there may soon be.
+        """Return the number of processes that the pool may soon have, which is the number of slots
+        to publish.
 
-        So many slots are to be on offer: a node that is cut on demand sends no message before it
-        sees a free slot, and a pool that offers only the processes it has would never see a reason
-        to grow."""
+        A node that cuts on demand sends no message before it finds a free slot.  A pool that
+        published only its present processes would never get a reason to grow.
+        """
         return most if level <= Level.ELEVATED else running
 
     def _grows(self, now: float, by: int) -> int:
@@ -99,7 +104,7 @@ class PoolScaler:
         return 1
 
     def _spare(self, now: float, needed: int, running: int) -> int:
-        """Return how many processes were not needed at any time of the last `IDLE_S`."""
+        """Return the number of processes that were never needed during the last `IDLE_S`."""
         if needed >= running:
             self._spare_since = math.inf
             return 0
@@ -114,25 +119,21 @@ class PoolScaler:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What was seen of the whole cluster."""
+    """One measurement of the whole cluster."""
 
     workers: int
     cpu_pct: float
     memory_pct: float
     queue_depth: int = 0  # messages that wait, of all queues
     oldest_wait_s: float = 0.0
-    arrivals_per_s: float = 0.0  # messages, since the last look
-    service_s: float = (
-        0.0  # mean time of a message in a process; 0: not known, and nothing is forecast
-    )
+    arrivals_per_s: float = 0.0  # messages, since the last measurement
+    service_s: float = 0.0  # mean time of a message in a process; 0: unknown, so no forecast
     slots: int = 0  # processes of all workers
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """How many workers there should be, and what speaks for more or for fewer; '' when nothing
-    does.
-    """
+    """The advised number of workers, and the reasons for more or for fewer; '' without a reason."""
 
     desired: int
     why: str
@@ -140,29 +141,30 @@ class Advice:
 
 
 class ClusterAdvice(msgspec.Struct):
-    """How many workers the cluster should have; plain data, kept in Redis between the looks of
-    whoever watches.
+    """The number of workers that the cluster should have: plain data, kept in Redis between two
+    measurements.
 
-    `now` is Redis's clock: looks may come from different hosts.
+    All times are of Redis's clock, because each measurement may come from another host.
     """
 
     desired: int | None = None
     changed_at: float | None = None
-    cpu_since: float | None = None  # at or above its trigger ever since
-    memory_since: float | None = None
-    spare_since: float | None = None  # fewer workers were recommended ever since, ...
-    votes: int = 0  # ... so often
-    looked_at: float | None = None
+    cpu_since: float | None = None  # since then CPU is at or above its trigger
+    memory_since: float | None = None  # since then memory is at or above its trigger
+    spare_since: float | None = None  # since then each measurement recommends fewer workers
+    votes: int = 0  # number of these measurements
+    looked_at: float | None = None  # time of the last measurement
     arrivals: Holt = msgspec.field(default_factory=Holt)
 
     def decide(self, load: Load, settings: AutoscaleSettings, now: float) -> Advice:
-        """Take in one look at the cluster and say how many workers there should be.
+        """Add one measurement of the cluster, and return the advice.
 
-        One step at a time, `cooldown_s` apart.  A step that nobody has carried out is not followed
-        by another."""
+        The advice changes by one step at a time, at least `cooldown_s` apart.  No second step
+        follows a step that was not carried out.
+        """
         before = load.workers if self.desired is None else self.desired
         desired = _within(settings, before)
-        self._look(load, settings, now)
+        self._observe(load, settings, now)
         wanted, why = self._recommended(load, settings, now, desired)
         self._vote(wanted < desired, now)
         cooled = self.changed_at is None or now - self.changed_at >= settings.cooldown_s
@@ -170,13 +172,14 @@ class ClusterAdvice(msgspec.Struct):
             desired = wanted
         if changed := desired != before:
             self.changed_at, self.spare_since, self.votes = now, None, 0
-            why = why or f"there are to be {settings.min_workers} to {settings.max_workers} workers"
+            bounds = f"{settings.min_workers} to {settings.max_workers}"
+            why = why or f"the number of workers must be {bounds}"
         self.desired = desired
         return Advice(desired, why, changed)
 
-    def _look(self, load: Load, settings: AutoscaleSettings, now: float) -> None:
+    def _observe(self, load: Load, settings: AutoscaleSettings, now: float) -> None:
         if self.looked_at is not None and now - self.looked_at > settings.sustained_s:
-            # Nobody has watched: what was seen before may have ended and begun again.
+            # After a gap without measurements a condition may have ended and begun again.
             self.cpu_since = self.memory_since = self.spare_since = None
             self.votes = 0
         self.looked_at = now
@@ -191,7 +194,7 @@ class ClusterAdvice(msgspec.Struct):
         more = max(desired, load.workers + settings.increment if reasons else 0)
         if (forecast := min(needed, MOST_GROWTH * load.workers)) > more:
             reasons.append(f"{needed} workers will be needed in {HORIZON_S:.0f} s")
-        # Of no workers at all nobody would be left to ask for one again.
+        # At least one worker stays: without any, no monitor could ask for a worker again.
         fewer = _within(settings, max(1, desired - settings.increment))
         if not reasons and fewer < desired and needed <= fewer and _fits(load, settings, fewer):
             return fewer, f"{fewer} workers can carry the load"
@@ -199,20 +202,21 @@ class ClusterAdvice(msgspec.Struct):
 
     def _triggers(self, load: Load, settings: AutoscaleSettings, now: float) -> list[str]:
         lasted = f"for {settings.sustained_s:.0f} s"
-        found = {
-            f"CPU at {load.cpu_pct:.0f} % {lasted}": _lasted(self.cpu_since, settings, now),
-            f"memory at {load.memory_pct:.0f} % {lasted}": _lasted(
-                self.memory_since, settings, now
-            ),
+        cpu = _lasted(self.cpu_since, settings, now)
+        memory = _lasted(self.memory_since, settings, now)
+        waits_long = load.oldest_wait_s >= settings.wait_s
+        triggers = {
+            f"CPU at {load.cpu_pct:.0f} % {lasted}": cpu,
+            f"memory at {load.memory_pct:.0f} % {lasted}": memory,
             f"{load.queue_depth} messages wait": load.queue_depth >= settings.queue_depth,
-            f"a message has waited for {load.oldest_wait_s:.0f} s": load.oldest_wait_s
-            >= settings.wait_s,
+            f"a message has waited for {load.oldest_wait_s:.0f} s": waits_long,
         }
-        return [reason for reason, holds in found.items() if holds]
+        return [reason for reason, holds in triggers.items() if holds]
 
     def _needed(self, load: Load) -> int:
-        """Return how many workers the arrivals of the next minute take, and the backlog besides; 0:
-        not known.
+        """Return the number of workers that the arrivals of the next minute and the backlog need.
+
+        0 means that it is unknown.
         """
         if not (self.arrivals.settled and load.service_s and load.slots and load.workers):
             return 0
@@ -245,14 +249,14 @@ def _lasted(since: float | None, settings: AutoscaleSettings, now: float) -> boo
 
 
 def _fits(load: Load, settings: AutoscaleSettings, workers: int) -> bool:
-    """Whether so many workers could carry the load; the work of those that leave goes to the
-    others.
+    """Return whether this number of workers could carry the load; the work of removed workers goes
+    to the others.
     """
     if not load.workers:
         return False
     limits = (settings.cpu_pct, settings.memory_pct, settings.queue_depth, settings.wait_s)
-    seen = (load.cpu_pct, load.memory_pct, load.queue_depth, load.oldest_wait_s)
+    values = (load.cpu_pct, load.memory_pct, load.queue_depth, load.oldest_wait_s)
     return all(
         value * load.workers / workers < CLEARLY * limit
-        for value, limit in zip(seen, limits, strict=True)
+        for value, limit in zip(values, limits, strict=True)
     )
