@@ -1,8 +1,8 @@
-"""Where a number is going: its level and its trend, for the next minute.
+"""Forecast of a number for the next minute, from its level and its trend.
 
-Decides what a value is expected to be soon (Holt's double exponential smoothing), and whether a
-percentage is about to enter the next level.  Refuses to know what is measured, and what is done
-about it."""
+The monitor and `scheduler.autoscale` call it.  `Holt` is Holt's double exponential smoothing;
+`will_rise` says whether a percentage is about to enter the next level.  Begin with `Holt.observe`.
+"""
 
 from __future__ import annotations
 
@@ -14,36 +14,39 @@ import msgspec
 from resilience.degradation import THRESHOLDS, Level, level_of
 
 ALPHA, BETA = 0.3, 0.1
-"""What a bucket weighs against all before it: in the level, and in the trend."""
+"""Weight of a bucket against all buckets before it: in the level, and in the trend."""
 BUCKET_S = 30.0
 LOAD_BUCKET_S = 10.0
-"""For percentages of load.  In simulation a rise of 5 % a minute was foretold 55 s ahead with it, 5
-s ahead with 30 s; 5 s foretold no more and raised three times the false alarms."""
+"""Bucket for percentages of load.
+
+In simulation it forecast a rise of 5 % a minute 55 s ahead; buckets of 30 s did so 5 s ahead.
+Buckets of 5 s were no better, and raised three times as many false alarms.
+"""
 HORIZON_S = 60.0
-"""How far to look ahead: what a new worker needs to start."""
+"""Time that a forecast covers: a new worker needs as long to start."""
 
 
 class Holt(msgspec.Struct):
-    """One number's past as plain data, to be kept in Redis between the processes that take turns to
-    watch it.
+    """The past of one number as plain data, kept in Redis between the processes that observe it.
 
-    Observations may come at any times.  Those within `bucket_s` of the first are one, their mean at
-    the mean of their times; a pause lets what was known before it weigh as little as buckets in
-    that time would have."""
+    Observations may come at any time.  All observations within `bucket_s` of the first form one
+    bucket, with the mean of their values at the mean of their times.  After a pause the past has
+    the weight that it would have if buckets had filled the pause.
+    """
 
     bucket_s: float = BUCKET_S
     level: float = 0.0
     trend: float = 0.0  # per second
     at: float = 0.0  # time of the level
-    known: int = 0  # buckets in level and trend: with one there is a level, with two a trend
-    opened: float = 0.0  # the bucket that is being filled: when it began, ...
-    count: int = 0
-    total: float = 0.0  # ... of its values, ...
-    elapsed: float = 0.0  # ... and of their times since it began
+    known: int = 0  # number of full buckets: one gives a level, two give a trend
+    opened: float = 0.0  # time at which the open bucket began
+    count: int = 0  # number of values in the open bucket
+    total: float = 0.0  # sum of its values
+    elapsed: float = 0.0  # sum of their times since it began
     last: float = 0.0  # time of the last observation
 
     def observe(self, value: float, now: float) -> None:
-        """Take in a value; a clock that is set back stands still until it has caught up."""
+        """Add a value; a clock that was set back counts as stopped until it has caught up."""
         now = max(now, self.last)
         if self.count and now - self.opened >= self.bucket_s:
             self.level, self.trend, self.at = self._joined()
@@ -58,12 +61,12 @@ class Holt(msgspec.Struct):
 
     @property
     def settled(self) -> bool:
-        """Whether there is a trend to believe: two buckets are full."""
+        """Whether there is a trend: two buckets are full."""
         return self.known > 1
 
     def predict(self, in_s: float) -> float:
-        """Return what is expected so many seconds after the last observation; 0 when there was
-        none.
+        """Return the value that is expected `in_s` seconds after the last observation; 0 without
+        observations.
         """
         if not self.count:
             return 0.0
@@ -72,12 +75,12 @@ class Holt(msgspec.Struct):
 
     @property
     def slope(self) -> float:
-        """How much it rises in a second."""
+        """The rise of the value per second; 0 without a trend."""
         return self._joined()[1] if self.settled else 0.0
 
     def _joined(self) -> tuple[float, float, float]:
-        """Return level, trend and their time with the open bucket in them; its weight is that of
-        its distance.
+        """Return level, trend and their time, with the open bucket included; its weight grows with
+        its distance from the last full bucket.
         """
         value, at = self.total / self.count, self.opened + self.elapsed / self.count
         if not self.known:
@@ -98,7 +101,7 @@ class Holt(msgspec.Struct):
 
 
 class Rise(NamedTuple):
-    """A level that is about to be reached."""
+    """A level that is about to be reached, and the time until then in seconds."""
 
     level: Level
     in_s: float
@@ -111,15 +114,15 @@ def will_rise(
     thresholds: tuple[float, ...] = THRESHOLDS,
     within_s: float = HORIZON_S,
 ) -> Rise | None:
-    """Return the level above that of `percent`, the value of now, and when it begins; None: not
-    within `within_s`.
+    """Return the next level above that of `percent`, the present value; None if it is not expected
+    within `within_s` seconds.
 
-    `load` has seen the same percentages, in buckets of `LOAD_BUCKET_S`.
+    `load` has observed the same percentages, in buckets of `LOAD_BUCKET_S`.
     """
     level = level_of(percent, thresholds)
     if level == Level.EMERGENCY or load.slope <= 0 or load.predict(within_s) < thresholds[level]:
         return None
-    # The forecast lags behind a rise, the value of now does not.
+    # The forecast lags behind a rise, the present value does not.
     return Rise(
         Level(level + 1),
         max(0.0, (thresholds[level] - max(percent, load.predict(0.0))) / load.slope),
