@@ -1,8 +1,9 @@
-"""From measurements to a level: up at once, down one step at a time, and later where a step down
-has proved premature.
+"""The pressure level of measurements: it rises at once, and falls one step at a time.
 
-Decides what of a sample is pressure, and how long a level lasts after its cause.  Refuses to know
-how a sample is taken and what is done at a level."""
+A level lasts longer if an earlier step down was premature.  Each worker calls `HostLadder` once a
+second, and the monitor calls `Ladder` for queues and Redis.  Begin with `signals`, then
+`Ladder.step`.
+"""
 
 from __future__ import annotations
 
@@ -17,46 +18,57 @@ from scheduler.sampling import Sample
 from scheduler.settings import PressureSettings
 
 WAITING_PCT = 40.0
-"""CPU counts where some task waited for one for so much of the time, or the kernel does not tell.
+"""CPU counts only if some task waited for a CPU during this share of the time, or if the kernel
+does not report it.
 
-Measured on 2 CPUs: 1 % with 2 computing processes, 8 to 36 % with one or two more that wake often,
-as a main process and a Redis do, and use 10 to 60 % of a CPU; 51 % with 3 that compute, 88 to 100 %
-with 4, and no more with 12. So this says that work waits, and the run queue how badly; single
-seconds of a healthy host come to 65 %, too. """
+Measured on 2 CPUs:
+
+- 1 % with 2 computing processes;
+- 8 to 36 % with one or two more that wake often and use 10 to 60 % of a CPU, as a main process and
+  a Redis do;
+- 51 % with 3 computing processes, 88 to 100 % with 4, and no more with 12.
+
+So this share shows that work waits, and the run queue shows how badly.  Single seconds of a healthy
+host reach 65 %, too.
+"""
 CROWDED = (2.0, 3.0, 4.0, 6.0)
-"""Beyond so many tasks per CPU it is ELEVATED to EMERGENCY: work takes so many times as long.
+"""Tasks per CPU at which ELEVATED to EMERGENCY begin: work takes that many times as long.
 
-Measured on 2 CPUs, the larger with other work on the machine: 1.0 to 1.1 with 2 computing
-processes, up to 1.6 with two more that wake often, 1.5 to 1.6 with 3, 2.0 to 2.4 with 4, 3.0 to 3.8
-with 6, 4.5 to 5.4 with 8, 6.7 with 12. """
+Measured on 2 CPUs, the larger values with other work on the machine:
+
+- 1.0 to 1.1 with 2 computing processes, up to 1.6 with two more that wake often;
+- 1.5 to 1.6 with 3, 2.0 to 2.4 with 4, 3.0 to 3.8 with 6, 4.5 to 5.4 with 8, 6.7 with 12.
+"""
 THROTTLED_PCT = (50.0, 67.0)
-"""Waiting and throttled for so much of the time at which a quota that is used up is ELEVATED and
-HIGH; it is never worse.
+"""Shares of the time, waiting and throttled, at which an exhausted CPU quota is ELEVATED and HIGH;
+it is never worse.
 
-Of n tasks on a quota of q CPUs some wait for 1 - q/n of the time: work takes twice and three times
-as long. """
+With n tasks on a quota of q CPUs some task waits for 1 - q/n of the time.  At these shares work
+takes twice and three times as long.
+"""
 STALLED_PCT = (10.0, 40.0, 60.0)
-"""All tasks waiting for memory for so much of the time is HIGH to EMERGENCY; at 60 % systemd-oomd
-kills (oomd.conf).
+"""Shares of the time in which all tasks wait for memory that are HIGH to EMERGENCY; at 60 %
+systemd-oomd kills (oomd.conf).
 """
 TAU_S = 10.0
-"""Load is smoothed over this before it may count as gone."""
+"""Time constant of the smoothed load, which must fall before a level falls."""
 RELAPSE_S = 1200.0
-"""A step down that is undone within this was premature, and one that was is tried again after so
-long.
+"""A step down was premature if it is undone within this time; a premature step is tried again after
+this time.
 """
 
 
-# --- what counts ------------------------------------------------------------------------------
+# --- signals ----------------------------------------------------------------------------------
 
 
 def signals(sample: Sample, settings: PressureSettings) -> dict[str, float]:
-    """Return each signal's name and how bad it is, in percent on the scale of
-    `settings.thresholds`.
+    """Return the value of each signal, in percent on the scale of `settings.thresholds`.
 
-    ``memory`` is that of the sample.  ``memory stalls`` is 0 where the kernel does not tell.
-    ``cpu`` is how busy it is, or, unless settings say so, what its queue comes to while work waits
-    for it; 0 while it does not."""
+    - ``memory``: the sample's percentage.
+    - ``memory stalls``: 0 if the kernel does not report them.
+    - ``cpu``: with ``utilisation`` the busy share.  Else the length of the run queue while work
+      waits for a CPU, and 0 while it does not.
+    """
     scale = (0.0, *settings.thresholds)
     stalls = _between(
         (0.0, *STALLED_PCT), (0.0, *settings.thresholds[1:]), sample.memory_stall_pct or 0.0
@@ -70,25 +82,23 @@ def _waiting(sample: Sample, scale: Sequence[float]) -> float:
     if waiting is not None and waiting < WAITING_PCT:
         return 0.0
     crowded = _between((0.0, *CROWDED), scale, sample.load_per_cpu or 0.0)
-    throttled = min(
-        waiting or 0.0, sample.throttled_pct
-    )  # a period also ends early for lack of its last millisecond
+    # A period counts as throttled even if only its last millisecond was missing.
+    throttled = min(waiting or 0.0, sample.throttled_pct)
     return max(crowded, _between((0.0, *THROTTLED_PCT), scale[:3], throttled))
 
 
-def _between(points: Sequence[float], values: Sequence[float], at: float) -> float:
-    """Return the value at a point, on straight lines between those given, and the last one beyond
-    them.
-    """
-    after = bisect_right(points, at)
+def _between(points: Sequence[float], values: Sequence[float], point: float) -> float:
+    """Return the value at a point by linear interpolation; beyond the last point the last value."""
+    after = bisect_right(points, point)
     if after == len(points):
         return values[-1]
     start, end = points[after - 1], points[after]
-    return values[after - 1] + (values[after] - values[after - 1]) * (at - start) / (end - start)
+    rise = values[after] - values[after - 1]
+    return values[after - 1] + rise * (point - start) / (end - start)
 
 
 def in_words(signal: str, sample: Sample, settings: PressureSettings) -> str:
-    """Return a signal and its value as a sentence's part: ``memory 87 % of 2048 MB``."""
+    """Return a signal and its value as a part of a sentence: ``memory 87 % of 2048 MB``."""
     if signal == "memory":
         return f"memory {sample.memory_pct:.0f} % of {sample.memory_limit_mb:.0f} MB"
     if signal == "memory stalls":
@@ -103,45 +113,54 @@ def in_words(signal: str, sample: Sample, settings: PressureSettings) -> str:
     )
 
 
-# --- how long it lasts ------------------------------------------------------------------------
+# --- levels -----------------------------------------------------------------------------------
 
 
 class LadderState(msgspec.Struct):
-    """What a ladder must know of the steps before; plain data, to be kept elsewhere between two."""
+    """The state of a ladder between two steps: plain data, which the caller may store."""
 
     level: int = 0
     before: int = 0
-    """The last load's level, by itself."""
+    """Level of the last load alone."""
     smooth: float = 0.0
+    """Smoothed load."""
     at: float | None = None
+    """Time of the last load."""
     low_since: float | None = None
-    """Since when load is below what releases the level, for all that is known now ..."""
+    """Since then the load is `release_pct` below the level's threshold."""
     calm_since: float | None = None
-    """... and below what has proved premature, too."""
+    """Since then it is also `release_pct` below the load of the last premature step."""
     released: int = 0
-    """The level that was last stepped down from, when, and at what load; 0 after a step up."""
+    """Level before the last step down; 0 after a step up."""
     released_at: float = 0.0
+    """Time of that step."""
     released_load: float = 0.0
+    """Smoothed load at that step."""
     premature: dict[int, float] = msgspec.field(default_factory=dict)
-    """Level -> load at which stepping down from it proved premature."""
+    """Level -> load at which a step down from it was premature."""
 
 
 class Ladder:
-    """The level of one percentage over time; a host's is the worst of its signals.
+    """The level of one percentage over time.
 
-    Up: in one step of any height, at once to CRITICAL and EMERGENCY, to ELEVATED and HIGH with the
-    second sample in a row. Down: by one level when the load, itself and smoothed, was `release_pct`
-    below the level's threshold for `release_s`.  When it is back up within `RELAPSE_S` this was
-    premature, because degraded work loads less, or because load varies: then it must fall
-    `release_pct` further than it had, or be below the threshold for `RELAPSE_S`."""
+    Up: in one step of any height.  CRITICAL and EMERGENCY begin at once, ELEVATED and HIGH with the
+    second sample in a row.
+
+    Down: by one level.  For `release_s` the load and the smoothed load must be `release_pct` below
+    the level's threshold.
+
+    A step down was premature if the level is back within `RELAPSE_S`: degraded work causes less
+    load, or the load varies.  The next time the load must fall `release_pct` further than at the
+    premature step, or stay `release_pct` below the threshold for `RELAPSE_S`.
+    """
 
     def __init__(self, settings: PressureSettings, state: LadderState | None = None) -> None:
-        """`state` is changed by each step."""
+        """`state` is changed in place by each step."""
         self._settings, self.state = settings, state if state is not None else LadderState()
 
     def step(self, percent: float | None, now: float) -> Level:
-        """Return the level after a load at a time in seconds; a missing one (None, NaN) keeps
-        it.
+        """Add a load in percent at a time in seconds, and return the level; a missing load (None,
+        NaN) keeps the level.
         """
         state = self.state
         if not self._settings.enabled:
@@ -160,9 +179,9 @@ class Ladder:
 
     def _move(self, load: float, now: float) -> None:
         state = self.state
-        own = int(level_of(load, self._settings.thresholds))
-        reached = own if own >= Level.CRITICAL else min(own, state.before)
-        state.before = own
+        present = int(level_of(load, self._settings.thresholds))
+        reached = present if present >= Level.CRITICAL else min(present, state.before)
+        state.before = present
         if reached > state.level:
             self._rise(reached, now)
         elif state.level and self._is_over(max(load, state.smooth), now):
@@ -172,9 +191,9 @@ class Ladder:
         state = self.state
         if state.released and now - state.released_at < RELAPSE_S:
             state.premature[state.released] = state.released_load
-        elif state.released:  # that step has held, and so have those before it
+        elif state.released:  # the last step down has held, and so have the steps before it
             state.premature = {
-                each: at for each, at in state.premature.items() if each < state.released
+                above: load for above, load in state.premature.items() if above < state.released
             }
         state.level, state.released, state.low_since, state.calm_since = level, 0, None, None
 
@@ -195,7 +214,7 @@ class Ladder:
 
 
 def _since(since: float | None, holds: bool, now: float) -> float | None:
-    """Return since when something holds; a clock that was set back starts anew."""
+    """Return the time since when something holds; a clock that was set back restarts it."""
     return (now if since is None else min(since, now)) if holds else None
 
 
@@ -204,8 +223,8 @@ def _lasted(since: float | None, for_s: float, now: float) -> bool:
 
 
 class HostVerdict(msgspec.Struct, frozen=True):
-    """A host's level, how bad its worst signal is now, in percent, and what the level came from; ''
-    for NORMAL.
+    """A host's level, the present value of its worst signal in percent, and the reason for the
+    level; '' for NORMAL.
     """
 
     level: Level
@@ -214,10 +233,10 @@ class HostVerdict(msgspec.Struct, frozen=True):
 
 
 class HostLadder:
-    """A host's level: that of the worst of its signals, each on a ladder of its own.
+    """A host's level: the highest level of its signals, each on a separate ladder.
 
-    What one has taught of premature steps is not asked of another: a busy CPU says nothing of
-    memory."""
+    Premature steps of one signal do not count for another: a busy CPU says nothing about memory.
+    """
 
     def __init__(self, settings: PressureSettings) -> None:
         self._settings = settings
@@ -226,21 +245,18 @@ class HostLadder:
         self._last = HostVerdict(Level.NORMAL, 0.0, "")
 
     def step(self, sample: Sample | None, now: float) -> HostVerdict:
-        """Return the level after a sample; a missing one keeps it."""
+        """Add a sample, and return the verdict; a missing sample keeps the last verdict."""
         if sample is None:
             return self._last
-        found: Mapping[str, float] = signals(sample, self._settings)
-        levels = {name: self._step(name, found[name], sample, now) for name in self._ladders}
-        worst = max(self._ladders, key=lambda name: (levels[name], found[name]))
-        self._last = HostVerdict(
-            levels[worst], max(found.values()), self._whys[worst] if levels[worst] else ""
-        )
+        values: Mapping[str, float] = signals(sample, self._settings)
+        levels = {name: self._step(name, values[name], sample, now) for name in self._ladders}
+        worst = max(self._ladders, key=lambda name: (levels[name], values[name]))
+        why = self._whys[worst] if levels[worst] else ""
+        self._last = HostVerdict(levels[worst], max(values.values()), why)
         return self._last
 
     def _step(self, name: str, percent: float, sample: Sample, now: float) -> Level:
-        """Move one signal's ladder; what its level came from is said until something as bad is
-        seen.
-        """
+        """Move one signal's ladder; its reason is replaced only by a value that is as bad."""
         before = self._ladders[name].state.level
         level = self._ladders[name].step(percent, now)
         if level > before or level_of(percent, self._settings.thresholds) >= level:
