@@ -1,8 +1,10 @@
-"""Urgent work that finds every slot taken asks running nodes of less urgent jobs to yield: as many
-as it needs, no more.
+"""Preemption: running nodes of less urgent jobs yield to urgent nodes that find no free slot.
 
-Decides who yields, in one script: a node yields only when it wins a token, and a token lives until
-the node that waits for it is claimed.  Refuses to know what a yield is, and which slots there are.
+At most as many nodes yield as urgent nodes wait.  Each waiting node adds a token, which lives until
+that node is claimed.  A running node yields only if it wins a token.
+
+Delivery announces urgent nodes, and the engine asks for a token at the end of each slice.  Begin
+with `Preemption.announce`, then `win`; the states are in `lua/preempt.lua`.
 """
 
 from __future__ import annotations
@@ -21,15 +23,15 @@ from scheduler.slots import SlotBoard
 logger = logging.getLogger(__name__)
 
 TTL_MS = 60_000
-"""A token whose node was never claimed is void after this: longer than most items take, for a node
-yields between two.
+"""A token expires after this if its node was never claimed.  It is longer than most items take,
+because a node yields between two items.
 """
 GRACE_MS = 200
-"""So long a slot that is free is believed to take a node, and a message to be on its way."""
+"""For this long a free slot counts as taken: the message for it may still be in transit."""
 
 PATIENCE_MS = 1000
-"""So long less urgent work leaves a slot alone that was given up, where the broker does not say
-what goes first.
+"""For this long less urgent work leaves a given-up slot alone, if the broker does not deliver
+urgent messages first.
 """
 
 _VERBS = ("ask", "insist", "win", "yielded", "claimed", "open", "awaited")
@@ -39,85 +41,91 @@ _ASK, _INSIST, _WIN, _YIELDED, _CLAIMED, _OPEN, _AWAITED = (
 
 
 def more_urgent(ranks: int, priority: str) -> str:
-    """Return the most urgent of the priorities above one's own that `ranks` names as bits; '' for
-    none.
+    """Return the most urgent priority in `ranks` that is above `priority`; '' for none.
+
+    `ranks` has one bit for each priority, see `rank_of`.
     """
     above = ranks & (rank_of(priority) - 1)
     return next((name for name in URGENCY if above & rank_of(name)), "") if above else ""
 
 
 def rank_of(priority: str) -> int:
-    """Return a priority as a bit; the most urgent is the lowest.  0 for a queue that is not
-    ours.
-    """
+    """Return a priority as one bit, the most urgent as the lowest; 0 for an unknown priority."""
     return 1 << URGENCY[priority] if priority in URGENCY else 0
 
 
 class Preemption:
-    """The tokens of one platform, a set for each queue that urgent nodes wait in."""
+    """The tokens of one platform: one set for each queue in which urgent nodes wait."""
 
     def __init__(self, store: Store, keys: Keys, slots: SlotBoard) -> None:
         self._store, self._keys, self._slots = store, keys, slots
 
     def announce(self, queue: str, nodes: Sequence[str], *, freed: int = 0) -> Sequence[str]:
-        """Count nodes that are about to be sent, and return those of them that find no free slot.
+        """Add tokens for nodes that are about to be sent; return the nodes that find no free slot.
 
-        `freed` slots are about to be free, for the first of them.  A node is named by its job and
-        itself."""
+        The caller is about to free `freed` slots, which the first nodes get.  A node is named
+        "<job> <node>".  While Redis is away nothing is added, and nothing is raised.
+        """
         try:
             [[taken, total]] = self._store.call(self._slots.take(queue, max(0, len(nodes) - freed)))
             counted = nodes[:total]
             if counted:
                 self._store.call(self.ask(queue, counted, promised=freed + taken))
         except (StoreUnavailable, RedisError) as error:
-            logger.info(
-                "Nobody was asked to yield, urgent work waits for slots to become free: %s", error
-            )
+            logger.info("No node was asked to yield; urgent work waits for free slots: %s", error)
             return ()
         return counted[freed + taken :]
 
     def insist(self, queue: str, nodes: Sequence[str]) -> None:
-        """Have others yield at once for nodes that have been sent and find no free slot."""
+        """End the grace of nodes that were sent and find no free slot: other nodes yield at once.
+
+        While Redis is away nothing happens, and nothing is raised.
+        """
         try:
             self._store.call(Call(_INSIST, self._keys.preemption(queue), (TTL_MS, *nodes)))
         except (StoreUnavailable, RedisError) as error:
             logger.info("Nodes yield for urgent work a little later: %s", error)
 
     def settle(self, queue: str, node: str) -> None:
-        """Say that a node has been claimed; its token is void then."""
+        """Remove the token of a node that was claimed.
+
+        While Redis is away the token stays until it expires, and nothing is raised.
+        """
         try:
             self._store.call(self.claimed(queue, node))
         except (StoreUnavailable, RedisError) as error:
-            logger.info("A token is left over, it expires: %s", error)
+            logger.info("A preemption token was not removed; it expires: %s", error)
 
     def ask(self, queue: str, nodes: Sequence[str], *, promised: int) -> Call:
-        """Return the call that adds a token for each node that waits; the first `promised` of them
-        have a free slot.
+        """Return the call that adds a token for each waiting node; the first `promised` nodes have
+        a free slot.
         """
         return Call(_ASK, self._keys.preemption(queue), (TTL_MS, GRACE_MS, promised, *nodes))
 
     def win(self, queue: str) -> Call:
-        """Return the call that takes a token; it answers 1 to as many callers as there are
-        tokens.
-        """
+        """Return the call that takes a token: it answers 1 while there are tokens, then 0."""
         return Call(_WIN, self._keys.preemption(queue), (TTL_MS,))
 
-    def yielded(self, queue: str, who: str) -> Call:
-        """Return the call that says that the slot of somebody who has won a token is free."""
-        return Call(_YIELDED, self._keys.preemption(queue), (TTL_MS, who))
+    def yielded(self, queue: str, yielder: str) -> Call:
+        """Return the call that reports the free slot of a node that had won a token.
+
+        It answers the number of open tokens.
+        """
+        return Call(_YIELDED, self._keys.preemption(queue), (TTL_MS, yielder))
 
     def claimed(self, queue: str, node: str) -> Call:
-        """Return the call that says that a node has got its slot, by a yield or otherwise."""
+        """Return the call that reports that a node has its slot, by a yield or otherwise.
+
+        It answers the number of open tokens.
+        """
         return Call(_CLAIMED, self._keys.preemption(queue), (TTL_MS, node))
 
     def awaited(self, queue: str) -> Call:
-        """Return the call by which somebody less urgent asks whether the slot it has got is for a
-        node that waits: 1 or 0.
+        """Return the call that answers 1 if a less urgent node's slot belongs to a waiting node,
+        else 0.
         """
         return Call(_AWAITED, self._keys.preemption(queue), (TTL_MS, PATIENCE_MS))
 
     def open(self, queue: str) -> Call:
-        """Return the call that answers how many tokens nobody has taken yet, those in their grace
-        included.
-        """
+        """Return the call that answers the number of open tokens, those in their grace included."""
         return Call(_OPEN, self._keys.preemption(queue), (TTL_MS,))

@@ -1,8 +1,11 @@
 -- uses: clock
--- Urgent nodes that wait in one queue, each a token for which another yields.
--- KEYS: waiting (ZSET node -> ms from which it may be yielded for), won (STRING: how many are about to yield), coming (ZSET
--- of slots that are free, or were just given up, and not followed by a claim yet -> ms until which they are believed).
+-- Prelude of the preempt_* scripts: the tokens of one queue, one for each urgent node that waits.
+-- KEYS[1] waiting: ZSET node -> ms at which its grace ends; then another node may yield for it.
+-- KEYS[2] won: STRING, the number of tokens that were won and are not followed by a yield yet.
+-- KEYS[3] coming: ZSET slot -> ms until which it counts.  A slot is coming if it was promised or
+--   given up, and no node has claimed it yet.
 -- ARGV[1]: ttl_ms.
+-- A script may use: now, waiting, won and coming (numbers), ttl, keep() and use().
 local now = now_ms()
 local ttl = tonumber(ARGV[1])
 local void = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ttl)
@@ -10,6 +13,7 @@ redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
 local waiting, coming = redis.call('ZCARD', KEYS[1]), redis.call('ZCARD', KEYS[3])
 local won = tonumber(redis.call('GET', KEYS[2]) or '0')
 
+-- Store the numbers, and renew the expiry of the keys.
 local function keep()
   if waiting == 0 then
     redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
@@ -20,7 +24,8 @@ local function keep()
   end
 end
 
--- A slot that is taken, or that nobody came for.  What was given up comes for certain, what was promised may be taken already.
+-- Count one slot as used: a coming slot, else a yield that was won.  Given-up slots expire last, so
+-- they are used first: they are certain, and a promised slot may be taken already.
 local function use()
   if coming > 0 then
     redis.call('ZPOPMAX', KEYS[3])
@@ -30,7 +35,7 @@ local function use()
   end
 end
 
--- A token that is void takes its yield with it: else a node that came later would wait for that.
+-- A token that expired takes its yield along: else a later node would wait for that yield.
 for _ = 1, void do use() end
 won = math.min(waiting, won)
 if void > 0 then keep() end

@@ -1,5 +1,5 @@
--- Count nodes that are about to wait; free slots are promised to the first of them.
--- ARGV: ttl_ms, grace_ms, promised, node ...   Returns the tokens nobody has taken yet.
+-- Add a token for each node that is about to wait; the first `promised` nodes get free slots.
+-- ARGV: ttl_ms, grace_ms, promised, node ...   Returns the number of open tokens.
 for i = 4, #ARGV do
   local promised = i - 3 <= tonumber(ARGV[3])
   waiting = waiting + redis.call('ZADD', KEYS[1], promised and now or now + ARGV[2], ARGV[i])

@@ -1,6 +1,7 @@
--- Somebody less urgent has got a slot.  ARGV: ttl_ms, patience_ms.
--- Returns 1 while a slot is on its way that was promised, or given up less than patience_ms ago: it is for a node that waits.
--- One that was given up before that is taken by now, perhaps by the caller: others yield again.
+-- Check whether the slot of a less urgent node belongs to a node that waits.
+-- ARGV: ttl_ms, patience_ms.
+-- Returns 1 while a promised slot is coming, or one that was given up less than patience_ms ago.
+-- Else returns 0: the oldest coming slot is taken, perhaps by the caller, so others yield again.
 local promised = redis.call('ZCOUNT', KEYS[3], '-inf', now + ARGV[2])
 local given_up = redis.call('ZCOUNT', KEYS[3], '(' .. (now + ttl - ARGV[2]), '+inf')
 if promised + given_up > 0 then return 1 end

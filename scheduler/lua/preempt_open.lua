@@ -1,2 +1,2 @@
--- Returns the tokens nobody has taken yet.
+-- Returns the number of open tokens: nodes that wait, less the tokens that were won.
 return waiting - won
