@@ -1,6 +1,7 @@
-"""What is known of a queue: how urgent its work is, how much of it waits, and for how long.
+"""Reports on queues: priority, number of waiting messages, and age of the oldest message.
 
-Decides by its name alone what a queue is for.  Refuses to know which broker holds it.
+The priority follows from the queue's name alone.  `rlm_tasks.messaging.queue_depths` makes the
+reports; the monitor, admission and the order of queues use them.  Begin with `QueueReport`.
 """
 
 from __future__ import annotations
@@ -12,28 +13,26 @@ import msgspec
 from resilience.waiters import URGENCY
 
 CONTROL = "control"
-"""The queue of the platform's own work, ``<namespace>.control``: short, and nothing else is right
-without it.
+"""Last part of the name ``<namespace>.control``: the queue of the platform's own work.  Its work is
+short, and all other work depends on it.
 """
 
 
 class QueueReport(msgspec.Struct, frozen=True):
-    """How many messages wait in a queue, and how many seconds the oldest has; None when nobody can
-    say.
-    """
+    """The state of one queue."""
 
-    depth: int
-    oldest_s: float | None = None
+    depth: int  # number of messages that wait
+    oldest_s: float | None = None  # age of the oldest in seconds; None: the broker does not know it
 
 
 def priority_of(queue: str) -> str:
-    """Return how urgent a queue's work is, or ``control``: a queue that is not ours is normal."""
+    """Return the priority of a queue, or ``control``; queues of other applications are normal."""
     last = queue.rpartition(".")[2]
     return last if last in URGENCY or last == CONTROL else "normal"
 
 
 def ages(reports: Mapping[str, QueueReport]) -> dict[str, float]:
-    """Return the ages that are known, in seconds, by queue."""
+    """Return the known ages of the oldest messages, in seconds, by queue."""
     return {
         queue: report.oldest_s for queue, report in reports.items() if report.oldest_s is not None
     }
