@@ -1,9 +1,9 @@
-"""Which of several endpoints a call goes to, and which come next should it be away.
+"""The order in which a call tries several endpoints: by turns, weights, calls in flight or a key.
 
-Decides by turns, weights, calls in flight, or the call's key, from what this process knows alone
-(source document 3: local in memory, remote by consistent hashing).  Refuses to know what an
-endpoint is, and whether it is well: the caller goes down the order, and whoever is left out of it
-gives its calls to all others alike."""
+`rlm_tasks.llm.endpoint_pool` calls it, and skips unhealthy endpoints; all others share the calls of
+a skipped endpoint.  The state is local to the process, but `consistent_hash` gives the same order
+in every process.  Begin with `Router.order`.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ from resilience.errors import InvalidValue
 
 Algorithm = Literal["round_robin", "least_connections", "weighted", "consistent_hash"]
 POINTS = 1024
-"""Places of the heaviest endpoint on the ring: shares are true to about 1 / sqrt(POINTS), three
-percent.
+"""Number of points of the heaviest endpoint on the ring.  Shares are exact to about
+1 / sqrt(POINTS), three percent.
 """
 
 
 class Router:
-    """The endpoints of one process, by name, and whose turn it is."""
+    """The endpoints of one process by name, with the turns and the calls in flight."""
 
     in_flight: Mapping[str, int]
-    """Calls that began and have not ended, by name."""
+    """Number of calls in flight, by name."""
 
     def __init__(self, weights: Mapping[str, float], algorithm: Algorithm) -> None:
-        """A weight says how much an endpoint bears, beside the others; `round_robin` ignores it.
-        Raises InvalidValue.
+        """A weight is an endpoint's share of the calls, relative to the others; `round_robin`
+        ignores weights.
+
+        Raises InvalidValue for an unknown algorithm, for no weight at all, and for one that is not
+        above 0.
         """
         if algorithm not in get_args(Algorithm):
             raise InvalidValue(
@@ -52,28 +55,26 @@ class Router:
         self._ring = _Ring(self._weights) if algorithm == "consistent_hash" else None
 
     def order(self, key: str = "") -> list[str]:
-        """Return all names, the one to try first first; only `consistent_hash` asks for the call's
-        key.
-        """
+        """Return all names in the order to try them; only `consistent_hash` uses the call's key."""
         if self._ring is not None:
             return self._ring.walk(key)
         order = self._turns.take()
-        if self._algorithm == "least_connections":  # ties by turns, as nginx has it
+        if self._algorithm == "least_connections":  # turns break ties, as in nginx
             order.sort(key=lambda name: self._began[name] / self._weights[name])
         return order
 
     def began(self, name: str) -> None:
-        """Count a call that goes to an endpoint."""
+        """Count a call that begins at an endpoint."""
         self._began[name] += 1
 
     def ended(self, name: str) -> None:
-        """Count it no more."""
+        """Count a call that has ended at an endpoint."""
         self._began[name] -= 1
 
 
 def _whole(weights: Mapping[str, float]) -> dict[str, int]:
-    """Return weights as whole numbers of the same proportions: 0.1 is a tenth, so that shares are
-    exact.
+    """Return weights as integers in the same proportions, so that shares are exact; 0.1 counts as
+    one tenth.
     """
     exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
     unit = math.lcm(*(weight.denominator for weight in exact.values()))
@@ -81,29 +82,30 @@ def _whole(weights: Mapping[str, float]) -> dict[str, int]:
 
 
 class _Smooth:
-    """Smooth weighted round robin (nginx, 2012): each earns its weight at every turn, and the
-    richest pays for all.
+    """Smooth weighted round robin (nginx, 2012).
 
-    Of n, none is ever a whole turn ahead of its share, nor more than 1/2 + 1/3 + ... + 1/n of a
-    turn behind it."""
+    At every turn each name gains its weight as credit.  The name with the most credit has the turn,
+    and pays the sum of all weights.  With n names, no name is ever a whole turn ahead of its share.
+    None is more than 1/2 + 1/3 + ... + 1/n of a turn behind it.
+    """
 
     def __init__(self, weights: Mapping[str, int]) -> None:
-        self._weights, self._all = weights, sum(weights.values())
+        self._weights, self._sum = weights, sum(weights.values())
         self._credit = dict.fromkeys(weights, 0)
 
     def take(self) -> list[str]:
-        """Return all names, the richest first, whose turn it was."""
+        """Return all names by credit; the first has this turn."""
         for name, weight in self._weights.items():
             self._credit[name] += weight
         order = sorted(self._credit, key=self._credit.__getitem__, reverse=True)
-        for first in order[:1]:  # of none, when an only endpoint has nobody to stand in
-            self._credit[first] -= self._all
+        for first in order[:1]:  # an only endpoint has no substitutes, so the order may be empty
+            self._credit[first] -= self._sum
         return order
 
 
 class _Turns:
-    """Turns, and for each endpoint those of the others that stand in for it: should it be away,
-    they share its calls.
+    """Turns, with separate turns of the others as substitutes for each endpoint: they share its
+    calls while it is skipped.
     """
 
     def __init__(self, weights: Mapping[str, int]) -> None:
@@ -114,36 +116,37 @@ class _Turns:
         }
 
     def take(self) -> list[str]:
-        """Return all names in the order of their turn."""
+        """Return all names: the one whose turn it is, then its substitutes in their order."""
         first = self._first.take()[0]
         return [first, *self._others[first].take()]
 
 
 class _Ring:
-    """Consistent hashing (Karger et al., 1997): a key belongs to the next place on a ring, and
-    names have many by weight.
+    """Consistent hashing (Karger et al., 1997): a key belongs to the next point on a ring.
 
-    Without a name, the order of the others stays as it was; only without the heaviest may keys move
-    between them, because places are counted by its weight."""
+    A name has many points, by its weight.  If a name is removed, the order of the others stays.
+    Only without the heaviest name may keys move between the others: its weight sets the number of
+    points.
+    """
 
     def __init__(self, weights: Mapping[str, int]) -> None:
         heaviest = max(weights.values())
         counts = {
             name: max(1, round(POINTS * weight / heaviest)) for name, weight in weights.items()
         }
-        places = sorted(
-            (_place(f"{name}#{number}"), name)
+        points = sorted(
+            (_point(f"{name}#{number}"), name)
             for name, count in counts.items()
             for number in range(count)
         )
-        self._places, self._names = [place for place, _ in places], [name for _, name in places]
+        self._points, self._names = [point for point, _ in points], [name for _, name in points]
 
     def walk(self, key: str) -> list[str]:
-        """Return all names as they come on the way around, from the place of a key on."""
-        at = bisect(self._places, _place(key))
-        return list(dict.fromkeys(self._names[at:] + self._names[:at]))
+        """Return all names in the order of the ring, from the point of a key on."""
+        start = bisect(self._points, _point(key))
+        return list(dict.fromkeys(self._names[start:] + self._names[:start]))
 
 
-def _place(text: str) -> int:
-    """Return a place on the ring: the same in every process, which Python's own hash is not."""
+def _point(text: str) -> int:
+    """Return the point of a text on the ring: the same in every process, unlike Python's hash."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
