@@ -1,9 +1,10 @@
-"""How hard a host is pressed, as numbers: memory against its limit, CPU against its quota, and how
-long work waited.
+"""Measurements of a host: memory against its limit, CPU against its quota, and waiting times.
 
-Decides whose figures count: those of the cgroup that bounds this process, and the host's where none
-does; never the usage of one against the limit of the other.  Refuses to know what is too much.
-Reads Linux' /proc and /sys, 0.3 ms a sample; psutil tells of other systems."""
+Figures are those of the cgroup that bounds this process, or the host's if no cgroup does.  The
+usage of one is never compared with the limit of the other.  `rlm_tasks.worker.host` takes a sample
+each second.  Linux' /proc and /sys are read, 0.3 ms a sample; on other systems psutil.  Begin with
+`Sampler.sample`.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +21,12 @@ import msgspec
 from scheduler.settings import PressureSettings
 
 LOAD_TAU_S = 5.0
-"""The run queue is smoothed over this.  One look at it varies by 0.2 to 0.8 tasks per CPU from
+"""Time constant of the smoothed run queue.  Single readings vary by 0.2 to 0.8 tasks per CPU from
 second to second (measured).
 """
 _MB = 2**20
 _UNLIMITED_MB = 2**40
-"""A limit from here on is none; of version 1 it is near 2^63 bytes then."""
+"""A limit of this size or more is no limit; cgroup version 1 then has about 2^63 bytes."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TOTAL = re.compile(r"^(some|full) .*\btotal=(\d{1,19})$", re.MULTILINE | re.ASCII)
 
@@ -33,31 +34,29 @@ Source = Literal["cgroup2", "cgroup1", "host", "processes"]
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """One look at a host.  What is counted over time is 0 in the first."""
+    """One measurement of a host.  Figures over time are 0 in the first sample."""
 
     memory_pct: float
     memory_mb: float
-    """Working set: without the file cache that the kernel can drop at once."""
+    """Working set: used memory without the file cache that the kernel can drop at once."""
     memory_limit_mb: float
     available_mb: float
     source: Source
-    """Whose memory it is."""
+    """Owner of the memory figures: a cgroup, the host, or this process and its children."""
     cpu_pct: float = 0.0
-    """Of the CPU quota, or of the CPUs this process may run on."""
+    """Used share of the CPU quota, or of the CPUs that this process may run on."""
     cpu_waiting_pct: float | None = None
-    """Share of the time in which some task waited for a CPU; None where the kernel does not
-    tell.
+    """Share of the time in which some task waited for a CPU; None if the kernel does not report
+    it.
     """
     memory_stall_pct: float | None = None
-    """Share of the time in which all tasks waited for memory; None where the kernel does not
-    tell.
+    """Share of the time in which all tasks waited for memory; None if the kernel does not report
+    it.
     """
     throttled_pct: float = 0.0
     """Share of the quota's periods that ended early."""
     load_per_cpu: float | None = None
-    """Tasks that run or want to, of the host, for each of its CPUs; None where the kernel does not
-    tell.
-    """
+    """Runnable tasks of the host for each of its CPUs; None if the kernel does not report them."""
 
 
 class _Memory(NamedTuple):
@@ -71,22 +70,25 @@ class _Memory(NamedTuple):
 
 
 class _Counters(NamedTuple):
-    """What only grows, each as a part and its whole; two of them make a share."""
+    """Counters that only grow, each as a part and its whole; two readings make a share."""
 
     cpu: tuple[float, float]
     """Used and usable: seconds of the quota, or ticks of the CPUs."""
     throttling: tuple[float, float]
-    """Periods that ended early, and all."""
+    """Number of periods that ended early, and of all periods."""
     cpu_of: str
-    """Whose quota; two are compared only when it is the same."""
+    """Owner of the quota; two readings are compared only if it is the same."""
     waiting: tuple[float, float] | None
+    """Microseconds in which some task waited for a CPU, and of all time."""
     stalled: tuple[float, float] | None
-    at: float
+    """Microseconds in which all tasks waited for memory, and of all time."""
+    now_s: float
 
 
 def of_any_system() -> Sample:
-    """Return what psutil knows of a host without /proc: no limits of containers, and no waiting but
-    the load average.
+    """Return a sample by psutil, for a host without /proc.
+
+    It knows no limits of containers, and no waiting times but the load average.
     """
     import psutil
 
@@ -103,18 +105,19 @@ def of_any_system() -> Sample:
 
 
 class Sampler:
-    """Measures the host of this process; once a second, from one thread.
+    """Measures the host of this process; to be called once a second, from one thread.
 
-    Memory is that of the smallest limit that is smaller than the host's memory, among the limits of
-    this process's cgroup and those around it; without one it is the host's.
-    `settings.max_memory_mb` bounds our own processes, wherever they run: this one and all below it,
-    by their resident memory without what they share with a file or with each other by intent.
-    Pages that a child has not written since its fork count in each (the exact share costs 3 ms per
-    300 MB). It needs /proc/*/task/*/children, as distributions' kernels have it.  Of the two, the
-    one closer to its bound is told.
+    **Memory**: the smallest limit of this process's cgroup and the cgroups around it, if it is
+    smaller than the host's memory; else the host's memory.
 
-    The run queue is procs_running of /proc/stat, smoothed, not the load average: that is steadier
-    still, but remembers a load for minutes after its end, and counts tasks that wait for a disk.
+    `settings.max_memory_mb` is a second limit, for this process and all its descendants.  Their
+    resident memory counts, without the pages that they share with a file or with each other on
+    purpose.  Pages that a child has not written since its fork count in parent and child: the exact
+    share would cost 3 ms per 300 MB.  This needs /proc/*/task/*/children, which the kernels of
+    distributions have.  If both limits apply, the sample has the one that is closer to its bound.
+
+    **Run queue**: procs_running of /proc/stat, smoothed.  The load average is steadier, but it
+    remembers a load for minutes after its end, and it counts tasks that wait for a disk.
     """
 
     def __init__(
@@ -126,7 +129,7 @@ class Sampler:
         cpus: Callable[[], Collection[int]] = lambda: os.sched_getaffinity(0),
         elsewhere: Callable[[], Sample | None] = of_any_system,
     ) -> None:
-        """`elsewhere` measures where there is no /proc."""
+        """`elsewhere` measures a system without /proc."""
         self._elsewhere = elsewhere
         self._max_memory_mb, self._clock, self._cpus = settings.max_memory_mb, clock, cpus
         self._proc, self._cgroup = root / "proc", _Cgroup(root)
@@ -134,8 +137,8 @@ class Sampler:
         self._load: float | None = None
 
     def sample(self) -> Sample | None:
-        """Return what is measured now and since the call before; None where not even memory can
-        be.
+        """Return a sample of now, and of the time since the last call; None if not even memory can
+        be measured.
         """
         if (memory := self._memory()) is None:
             return self._elsewhere()
@@ -157,22 +160,20 @@ class Sampler:
             if now.stalled
             else None,
             throttled_pct=_share(cpu_before.throttling, now.throttling),
-            load_per_cpu=self._smoothed(_run_queue(stat), now.at - before.at),
+            load_per_cpu=self._smoothed(_run_queue(stat), now.now_s - before.now_s),
         )
 
     # --- memory --------------------------------------------------------------------------------
 
     def _memory(self) -> _Memory | None:
         host = self._host_memory()
-        found = [
-            self._cgroup.memory(host.limit_mb if host else _UNLIMITED_MB) or host,
-            self._own_memory(),
-        ]
-        return max((each for each in found if each), key=lambda each: each.pct, default=None)
+        outer = self._cgroup.memory(host.limit_mb if host else _UNLIMITED_MB) or host
+        bounds = [each for each in (outer, self._own_memory()) if each]
+        return max(bounds, key=lambda bound: bound.pct, default=None)
 
     def _host_memory(self) -> _Memory | None:
-        told = _numbers(_text(self._proc / "meminfo"))
-        total, available = told.get("MemTotal:", 0), told.get("MemAvailable:")
+        numbers = _numbers(_text(self._proc / "meminfo"))
+        total, available = numbers.get("MemTotal:", 0), numbers.get("MemAvailable:")
         return (
             _Memory(max(0, total - available) / 1024, total / 1024, "host")
             if total > 0 and available is not None
@@ -184,12 +185,8 @@ class Sampler:
             return None
         pages = 0
         for process in self._family("self"):
-            _, resident, shared, *_ = [
-                *(_int(each) or 0 for each in _text(self._proc / process / "statm").split()),
-                0,
-                0,
-                0,
-            ]
+            words = _text(self._proc / process / "statm").split()
+            _, resident, shared, *_ = [*(_int(each) or 0 for each in words), 0, 0, 0]
             pages += max(0, resident - shared)
         return _Memory(pages * _PAGE / _MB, self._max_memory_mb, "processes") if pages else None
 
@@ -202,27 +199,27 @@ class Sampler:
     # --- time ----------------------------------------------------------------------------------
 
     def _counters(self, stat: str) -> _Counters:
-        cpus, at = self._cpus(), self._clock()
-        bound = self._cgroup.cpu(len(cpus))
+        cpus, now_s = self._cpus(), self._clock()
+        quota = self._cgroup.cpu(len(cpus))
         return _Counters(
-            cpu=(bound.used_s, at * bound.cpus) if bound else _ticks(stat, cpus),
-            throttling=bound.throttling if bound else (0, 0),
-            cpu_of=f"{bound.cpus:g} of {bound.folder}" if bound else "host",
-            waiting=self._pressure("cpu", "some", at),
-            stalled=self._pressure("memory", "full", at),
-            at=at,
+            cpu=(quota.used_s, now_s * quota.cpus) if quota else _ticks(stat, cpus),
+            throttling=quota.throttling if quota else (0, 0),
+            cpu_of=f"{quota.cpus:g} of {quota.folder}" if quota else "host",
+            waiting=self._pressure("cpu", "some", now_s),
+            stalled=self._pressure("memory", "full", now_s),
+            now_s=now_s,
         )
 
-    def _pressure(self, resource: str, kind: str, at: float) -> tuple[float, float] | None:
-        """Return the µs of waiting and of time: of the own cgroup, or of the host where the kernel
-        keeps none for cgroups.
+    def _pressure(self, resource: str, kind: str, now_s: float) -> tuple[float, float] | None:
+        """Return microseconds of waiting and of time: of the own cgroup, or of the host if the
+        kernel keeps none for cgroups.
         """
         for file in (
             self._cgroup.unified / f"{resource}.pressure",
             self._proc / "pressure" / resource,
         ):
             if (waited := dict(_TOTAL.findall(_text(file))).get(kind)) is not None:
-                return int(waited), at * 1e6
+                return int(waited), now_s * 1e6
         return None
 
     def _smoothed(self, load: float | None, elapsed_s: float) -> float | None:
@@ -240,8 +237,9 @@ class _Quota(NamedTuple):
 
 
 class _Cgroup:
-    """The cgroup of this process and those around it, of either version; what a file does not tell
-    is not there.
+    """The cgroup of this process and the cgroups around it, of either version.
+
+    A missing or unreadable value counts as not set.
     """
 
     def __init__(self, root: Path) -> None:
@@ -278,8 +276,10 @@ class _Cgroup:
         )
 
     def memory(self, below_mb: float) -> _Memory | None:
-        """Return the memory of the smallest limit below the host's; of equal ones the outermost,
-        which holds most.
+        """Return the memory of the cgroup with the smallest limit below the host's; None without a
+        limit.
+
+        Among equal limits the outermost cgroup counts, because it holds most.
         """
         files = _MEMORY_FILES[self._memory_version]
         limits = (
@@ -296,23 +296,21 @@ class _Cgroup:
         return None
 
     def cpu(self, allowed: int) -> _Quota | None:
-        """Return the smallest quota, in CPUs and at most those `allowed`, and what was used of
-        it.
+        """Return the smallest quota in CPUs, `allowed` at most, and its used time; None without a
+        quota.
         """
-        found = (self._quota(each) for each in self._cpu)
-        for folder, cpus, *_ in sorted(
-            (each for each in found if each), key=lambda each: each.cpus
-        ):
-            told = _numbers(_text(folder / "cpu.stat"))
-            if (used_s := self._used_s(folder, told)) is not None:
-                throttling = (told.get("nr_throttled", 0), told.get("nr_periods", 0))
+        quotas = [quota for each in self._cpu if (quota := self._quota(each))]
+        for folder, cpus, *_ in sorted(quotas, key=lambda quota: quota.cpus):
+            stat = _numbers(_text(folder / "cpu.stat"))
+            if (used_s := self._used_s(folder, stat)) is not None:
+                throttling = (stat.get("nr_throttled", 0), stat.get("nr_periods", 0))
                 return _Quota(folder, min(cpus, allowed), used_s, throttling)
         return None
 
     def _quota(self, folder: Path) -> _Quota | None:
         if self._cpu_version == 2:
-            told = _text(folder / "cpu.max").split()
-            quota, period = (_int(each) for each in told) if len(told) == 2 else (None, None)
+            words = _text(folder / "cpu.max").split()
+            quota, period = (_int(each) for each in words) if len(words) == 2 else (None, None)
         else:
             quota, period = (
                 _number(folder / "cpu.cfs_quota_us"),
@@ -320,9 +318,9 @@ class _Cgroup:
             )
         return _Quota(folder, quota / period) if quota and period else None
 
-    def _used_s(self, folder: Path, told: dict[str, int]) -> float | None:
+    def _used_s(self, folder: Path, stat: dict[str, int]) -> float | None:
         if self._cpu_version == 2:
-            return told["usage_usec"] / 1e6 if "usage_usec" in told else None
+            return stat["usage_usec"] / 1e6 if "usage_usec" in stat else None
         used = _number(
             self._mounts["cpuacct"] / folder.relative_to(self._mounts["cpu"]) / "cpuacct.usage"
         )
@@ -345,8 +343,9 @@ _MEMORY_FILES = {
 
 
 def _upwards(mount: Path, path: str) -> list[Path]:
-    """Return a cgroup's folder and those around it; inside a container its path may lie outside the
-    mount, which then is it.
+    """Return a cgroup's folder and the folders around it, from the inside out.
+
+    Inside a container the path may lie outside of the mount; then the mount is the own cgroup.
     """
     own = mount / path.strip("/")
     if ".." in own.parts or not own.is_dir():
@@ -355,7 +354,9 @@ def _upwards(mount: Path, path: str) -> list[Path]:
 
 
 def _least(folder: Path, files: tuple[str, ...]) -> int | None:
-    """Return the smallest number in some files, of those that have one above 0."""
+    """Return the smallest number in some files of a folder; files without a number above 0 do not
+    count.
+    """
     return min((number for each in files if (number := _number(folder / each))), default=None)
 
 
@@ -363,7 +364,7 @@ def _least(folder: Path, files: tuple[str, ...]) -> int | None:
 
 
 def _text(file: Path) -> str:
-    """Return what a file says; '' when it is not there, or not for us."""
+    """Return the text of a file; '' if it is missing or unreadable."""
     try:
         with open(file, encoding="ascii", errors="replace") as opened:  # noqa: PTH123  # Path.open costs 5 us more
             return opened.read()
@@ -372,7 +373,7 @@ def _text(file: Path) -> str:
 
 
 def _int(word: str) -> int | None:
-    """Return a count; None for "max", -1 and whatever else is none."""
+    """Return a word as a count; None for "max", -1 and any other word that is no count."""
     word = word.strip()
     return int(word) if word.isascii() and word.isdecimal() and len(word) < 20 else None
 
@@ -390,8 +391,9 @@ def _numbers(text: str) -> dict[str, int]:
 
 
 def _ticks(stat: str, cpus: Collection[int]) -> tuple[float, float]:
-    """Return the ticks in which these CPUs were busy, and all; of all CPUs where those have other
-    numbers (LXC).
+    """Return the busy ticks and all ticks of these CPUs.
+
+    If /proc/stat numbers the CPUs in another way (LXC), all CPUs count.
     """
     names = {f"cpu{each}" for each in cpus}
     lines = [line.split() for line in stat.splitlines() if line.startswith("cpu")]
@@ -400,16 +402,14 @@ def _ticks(stat: str, cpus: Collection[int]) -> tuple[float, float]:
     ]
     busy = total = 0
     for _, *fields in chosen:
-        ticks = [
-            _int(each) or 0 for each in fields[:8]
-        ]  # what follows, guests' time, is contained in user time
+        ticks = [_int(each) or 0 for each in fields[:8]]  # later fields are contained in user time
         total += sum(ticks)
-        busy += sum(ticks) - sum(ticks[3:5])  # idle, and idle with a disk at work
+        busy += sum(ticks) - sum(ticks[3:5])  # less idle ticks, and idle ticks with disk I/O
     return busy, total
 
 
 def _run_queue(stat: str) -> float | None:
-    """Return how many tasks want a CPU, without the one that asks, for each CPU of the host."""
+    """Return the runnable tasks without this one, for each CPU of the host; None if unknown."""
     cpus = len(re.findall(r"^cpu\d", stat, re.MULTILINE))
     running = _numbers(stat).get("procs_running")
     return max(0, running - 1) / cpus if cpus and running is not None else None
@@ -421,8 +421,8 @@ def _share(before: tuple[float, float], now: tuple[float, float]) -> float:
 
 
 def held_mb(pid: int) -> float:
-    """Return how much memory a process of this machine holds, in MB; 0 when it has just ended, or
-    nobody can say.
+    """Return the resident memory of a process of this machine, in MB; 0 if it has just ended, or is
+    unknown.
     """
     try:
         return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) / (
