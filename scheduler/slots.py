@@ -1,7 +1,7 @@
-"""Which worker slots are free, as a fact that workers publish and cuts take.
+"""The board of free slots in Redis: workers publish their free slots, and cuts take them.
 
-Decides who gets a free slot: a cut takes as many as it makes children for, in one script, so that k
-free slots cause k children and not every running node cuts.  Refuses to know what will run there.
+A node that cuts takes one slot for each child, in one script.  So k free slots cause k children,
+and not a cut of every running node.  Workers call `publish`; the engine and preemption call `take`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ class SlotBoard:
         self._store, self._key = store, keys.slots
 
     def publish(self, worker: str, total: int, free: int, queues: Sequence[str]) -> Call:
-        """Return the call that says that a worker has `total` slots, `free` of them idle, for these
-        queues.
+        """Return the call that publishes a worker's slots, in all and free, and the queues that it
+        consumes.
         """
         return Call(_PUBLISH, (self._key,), (worker, total, free, json.dumps(list(queues)), TTL_MS))
 
     def withdraw(self, worker: str) -> None:
-        """Take a worker off the board."""
+        """Remove a worker from the board.  Raises StoreUnavailable."""
         self._store.call(self.publish(worker, 0, 0, ()))
 
     def take(self, queue: str, most: int) -> Call:
-        """Return the call that takes up to `most` free slots of a queue; it answers [taken, all
-        slots].
+        """Return the call that takes up to `most` free slots of a queue.
+
+        It answers [number of slots taken, number of slots that serve the queue].
         """
         return Call(_TAKE, (self._key,), (queue, most, TTL_MS))

@@ -1,6 +1,7 @@
 -- uses: clock
 -- Take free slots that serve a queue, so that k free slots cause k children.
--- KEYS[1]: slots hash.  ARGV: queue, at most, ttl_ms.   Returns {taken, slots that serve the queue}.
+-- KEYS[1]: slots (HASH).  ARGV: queue, at most, ttl_ms.
+-- Returns {number of slots taken, number of slots that serve the queue}.
 local now = now_ms()
 local most, taken, total = tonumber(ARGV[2]), 0, 0
 local all = redis.call('HGETALL', KEYS[1])
