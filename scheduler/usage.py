@@ -1,7 +1,9 @@
-"""What operations have cost and how they ended, over all workers: executions, memory, time.
+"""Usage of each operation over all workers: executions, failures, memory and time.
 
-Decides what is counted: an item that runs twice is two executions.  Refuses to know what is made of
-it."""
+An item that runs twice counts as two executions.  The engine counts each node with `tally`; clients
+and the monitor read the sums.  Begin with `Usage`.  `OperationUsage` has the field names of other
+orchestrators.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +16,26 @@ from resilience.keys import Keys
 from resilience.store import Call, Script, Store
 
 TTL_S = 30 * 86_400
-"""What an operation has cost is known for so long after it ran last."""
+"""The usage of an operation is kept for this long after its last run."""
 
 _TALLY, _READ = Script.load("scheduler", "usage_tally"), Script.load("scheduler", "usage_read")
 
 
 @dataclass(frozen=True, slots=True)
 class OperationUsage:
-    """One operation's executions, in the names of source document 1."""
+    """The executions of one operation."""
 
     executor_id: str  # the operation's name
-    total_executions: int = 0  # items, also those that ran twice
+    total_executions: int = 0  # items; an item that ran twice counts twice
     successful_executions: int = 0
     failed_executions: int = 0
-    avg_memory_mb: float = 0.0  # of the process, at the end of each node
-    peak_memory_mb: float = 0.0  # of the largest process
-    avg_duration_ms: float = 0.0  # of an item
+    avg_memory_mb: float = 0.0  # mean memory of the process at the end of each node
+    peak_memory_mb: float = 0.0  # memory of the largest process
+    avg_duration_ms: float = 0.0  # mean time of an item
 
     @property
     def success_rate_percent(self) -> float:
-        """Successful of all executions, in percent with two decimals; 0 while there are none."""
+        """Share of successful executions, in percent with two decimals; 0 without executions."""
         return round(100 * self.successful_executions / max(self.total_executions, 1), 2)
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,9 +59,7 @@ class Usage:
         memory_kb: int,
         version: int = 1,
     ) -> Call:
-        """Return the call that counts what one node has done; `memory_kb` is what its process
-        holds.
-        """
+        """Return the call that adds one node's counts; `memory_kb` is the memory of its process."""
         return Call(
             _TALLY,
             self._keys.usage(operation),
@@ -67,7 +67,7 @@ class Usage:
         )
 
     def record(self, operation: str, *, ok: bool, duration_s: float, memory_mb: float) -> None:
-        """Count one execution that was no node's; while Redis is away it is not counted."""
+        """Count one execution outside of a node; while Redis is away it is not counted."""
         counts = {
             "done": int(ok),
             "failed": int(not ok),
@@ -78,36 +78,37 @@ class Usage:
             self._store.call(self.tally(operation, **counts))
 
     def of(self, operation: str) -> OperationUsage:
-        """Return what one operation has cost.  Raises StoreUnavailable."""
+        """Return the usage of one operation.  Raises StoreUnavailable."""
         return self._read(operation)[0]
 
     def all(self) -> list[OperationUsage]:
-        """Return what each operation has cost, by name.  Raises StoreUnavailable."""
+        """Return the usage of each operation, by name.  Raises StoreUnavailable."""
         names = self.names()
         return self._read(*names) if names else []
 
     def totals(self) -> tuple[int, int]:
-        """Return how many nodes have ended, and how long their items took together, in us.  Raises
-        StoreUnavailable.
+        """Return the number of nodes that have ended, and the summed time of their items in us.
+
+        Raises StoreUnavailable.
         """
         names = self.names()
-        found = (
+        counts = (
             self._store.call(*(Call(_READ, self._keys.usage(name)[1:], ()) for name in names))
             if names
             else []
         )
-        return sum(int(each[3]) for each in found), sum(int(each[2]) for each in found)
+        return sum(int(each[3]) for each in counts), sum(int(each[2]) for each in counts)
 
     def names(self) -> list[str]:
-        """Return the operations that have run.  Raises StoreUnavailable."""
+        """Return the names of the operations that have run.  Raises StoreUnavailable."""
         names = self._store.call(lambda client: client.smembers(self._keys.usage("")[0]))
         return sorted(name.decode() for name in names)
 
     def _read(self, *operations: str) -> list[OperationUsage]:
         calls = [Call(_READ, self._keys.usage(name)[1:], ()) for name in operations]
         return [
-            _usage(name, *map(int, found))
-            for name, found in zip(operations, self._store.call(*calls), strict=True)
+            _usage(name, *map(int, counts))
+            for name, counts in zip(operations, self._store.call(*calls), strict=True)
         ]
 
 
