@@ -1,4 +1,5 @@
-"""When, where and how much: decides, never executes.
+"""The rules of scheduling: when work runs, where, and how much of it at once.
 
-Knows slots and rules; refuses to know Celery and what a job computes.
+`rlm_tasks` asks these rules and carries out the answers; no module here knows Celery.  The state
+that workers share stands in Redis, through `resilience`.  Begin with `slots`, then `monitor`.
 """

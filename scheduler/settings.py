@@ -1,6 +1,7 @@
-"""What can be tuned of the machine's rules, with defaults and units: ``RLM_<SECTION>__<FIELD>``.
+"""Settings of the scheduling rules, with defaults and units: ``RLM_<SECTION>__<FIELD>``.
 
-A record, no decisions.  Numbers are those of the source documents where they give one.
+`rlm_tasks.settings` reads them from the environment, and the modules of this package take them as
+arguments.  Each class is one section.
 """
 
 from __future__ import annotations
@@ -59,13 +60,14 @@ class PressureSettings(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("thresholds must rise, between 0 and 100")
         if self.monitor_s >= self.stale_s:
             raise ValueError(
-                f"monitor_s must be less than stale_s={self.stale_s:g}: a level would be forgotten before it is renewed"
+                f"monitor_s must be less than stale_s={self.stale_s:g}: "
+                "a level would expire before it is renewed"
             )
         return self
 
 
 class AdmissionSettings(BaseModel, frozen=True, extra="forbid"):
-    """What is taken in under load.  A bound of 0 does not bound."""
+    """The bounds within which new jobs are accepted; 0 is no bound."""
 
     max_jobs: int = Field(
         0,
@@ -95,14 +97,14 @@ class AdmissionSettings(BaseModel, frozen=True, extra="forbid"):
     )
 
     def wait_s(self, priority: str) -> float:
-        """Return the longest wait of a priority's queue, in seconds; 0: none, as for the platform's
-        own work.
+        """Return the longest wait of a priority's queue, in seconds; 0: no bound, as for the
+        platform's own work.
         """
         return float(getattr(self, f"wait_{priority}_s", 0.0))
 
 
 class AllocationSettings(BaseModel, frozen=True, extra="forbid"):
-    """How many nodes may run at once."""
+    """The number of nodes of an operation that may run at once."""
 
     max_workers: int = Field(
         32, ge=1, description="Most nodes of one operation at once, if the operation has no policy."
@@ -127,7 +129,7 @@ class AllocationSettings(BaseModel, frozen=True, extra="forbid"):
 
 
 class BatchSettings(BaseModel, frozen=True, extra="forbid"):
-    """How many requests `batch_submit` opens at a time."""
+    """The number of requests that `batch_submit` opens at a time."""
 
     max_size: int = Field(
         50,
@@ -138,7 +140,7 @@ class BatchSettings(BaseModel, frozen=True, extra="forbid"):
 
 
 class AutoscaleSettings(BaseModel, frozen=True, extra="forbid"):
-    """When the cluster should have more workers, or fewer (source document 3)."""
+    """The conditions under which more workers, or fewer, are advised."""
 
     enabled: bool = Field(
         True,
@@ -183,7 +185,7 @@ class AutoscaleSettings(BaseModel, frozen=True, extra="forbid"):
 
 
 class SnapshotSettings(BaseModel, frozen=True, extra="forbid"):
-    """How operations are compared with their own past; the monitor does it, so beat must run."""
+    """The comparison of operations with their own past.  The monitor does it, so beat must run."""
 
     enabled: bool = Field(
         True,
@@ -208,7 +210,7 @@ class SnapshotSettings(BaseModel, frozen=True, extra="forbid"):
 
 
 class AlertSettings(BaseModel, frozen=True, extra="forbid"):
-    """Who is told what goes wrong."""
+    """Alerts: their channels, their thresholds, and the number that is kept."""
 
     channels: tuple[Literal["log", "webhook", "stdout"], ...] = Field(
         ("log",),
