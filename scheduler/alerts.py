@@ -1,8 +1,10 @@
-"""Who is told what goes wrong, how badly, and how often.
+"""Alerts: which events raise one, how often at most, and the channels that they are sent to.
 
-Decides which events raise an alert (RULES), lets no two of a kind and subject follow each other too
-soon over all processes, and hands alerts to the channels.  Refuses to know how anything was
-measured, and who reads an alert."""
+`RULES` lists the events that raise alerts.  Over all processes, a second alert of one kind and
+subject is held back until its interval has passed, unless it is more severe.  The monitor calls
+`Alerts.process_event`; clients read `history` and `summary`.  Begin with `RULES`, then
+`process_event`.
+"""
 
 from __future__ import annotations
 
@@ -31,38 +33,56 @@ from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.keys import Keys
 from resilience.retry import Retry, RetryPolicy
 from resilience.store import Argument, Call, Script, Store
-from scheduler.events import NEWEST, Event, Events, EventSeverity, one_line, paired
+from scheduler.events import (
+    ALERT_RAISED,
+    BREAKER_OPENED,
+    BREAKERS_OPEN,
+    CPU_HIGH,
+    DEGRADATION_STARTED,
+    ENDPOINT_ILL,
+    EXECUTION_SLOW,
+    LEVEL_SEVERITIES,
+    MEMORY_HIGH,
+    NEWEST,
+    PERFORMANCE_DEGRADED,
+    PRESSURE_CHANGED,
+    Event,
+    Events,
+    EventSeverity,
+    one_line,
+    paired,
+)
 from scheduler.settings import AlertSettings
 
 __all__ = ["Alert", "AlertChannel", "Alerts", "ResourcePressureEvent", "Webhook", "sign", "verify"]
 
 logger = logging.getLogger(__name__)
 log = logging.getLogger("rlm.alerts")
-"""The channel LOG: every alert is one line here; its parts are in the record's ``alert``."""
+"""The logger of the channel LOG: one line for each alert, with its fields in the record's
+``alert``.
+"""
 
 SEVERAL = 3
-"""So many breakers that are open at once are a problem of their own: source document 1 says
-"multiple".
-"""
+"""This number of breakers that are open at once raises a separate alert."""
 MEMORY_PCT = THRESHOLDS[Level.HIGH - 1]
-"""Percent of a host's memory in use that is warned of: where source document 1 begins to leave work
-out.
+"""A host with this percentage of its memory in use raises `memory.high`: the threshold of high, at
+which expensive work is left out.
 """
 TIMEOUT_S = 5.0
-"""A webhook's receiver that is silent for longer has not got the alert."""
+"""A webhook's receiver that does not answer for this long counts as failed."""
 ATTEMPTS = RetryPolicy(max_attempts=3, initial_delay_s=1.0, max_delay_s=10.0, deadline_s=60.0)
 WAITING = 100
-"""Alerts that wait for a webhook; further ones are not sent to it, they are in the history."""
+"""Most alerts that wait for a webhook; further alerts are in the history, but not sent to it."""
 RECENT = 10
 REMEMBERED = 1000
-"""Kinds and subjects of alerts a process remembers for when Redis is away."""
+"""Most pairs of kind and subject that a process remembers, for the time when Redis is away."""
 _MINUTE = 60.0
 
 _RAISE, _COUNTS = Script.load("scheduler", "alert"), Script.load("scheduler", "alert_counts")
 
 
 class AlertChannel(StrEnum):
-    """Where alerts go (source document 1)."""
+    """The places that alerts are sent to."""
 
     LOG = "log"
     WEBHOOK = "webhook"
@@ -71,105 +91,97 @@ class AlertChannel(StrEnum):
 
 
 class AlertRule(NamedTuple):
-    """How an event is alerted."""
+    """The alert that an event raises."""
 
     severity: EventSeverity
-    interval_s: float  # none as bad of its kind and subject within this
-    about: str = (
-        ""  # the datum of the event that names its subject; without it the subject is the cluster
-    )
+    interval_s: float  # shortest time between two alerts as severe of one kind and subject
+    about: str = ""  # field of the event's data with the subject; '' or missing: the cluster
 
 
 RULES: dict[str, AlertRule] = {
-    "memory.high": AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "host"),
-    "cpu.high": AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "host"),
-    "pressure.elevated": AlertRule(EventSeverity.INFO, 10 * _MINUTE, "host"),
-    "pressure.high": AlertRule(EventSeverity.WARNING, 7 * _MINUTE, "host"),
-    "pressure.critical": AlertRule(EventSeverity.ERROR, 4 * _MINUTE, "host"),
-    "pressure.emergency": AlertRule(EventSeverity.CRITICAL, 2 * _MINUTE, "host"),
-    "breaker.opened": AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "breaker"),
-    "endpoint.ill": AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "endpoint"),
-    "breakers.open": AlertRule(EventSeverity.ERROR, 5 * _MINUTE),
-    "degradation.started": AlertRule(EventSeverity.INFO, 10 * _MINUTE, "host"),
-    "execution.slow": AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "operation"),
-    "performance.degraded": AlertRule(EventSeverity.WARNING, 10 * _MINUTE, "operation"),
+    MEMORY_HIGH.name: AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "host"),
+    CPU_HIGH.name: AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "host"),
+    "pressure.elevated": AlertRule(LEVEL_SEVERITIES[Level.ELEVATED], 10 * _MINUTE, "host"),
+    "pressure.high": AlertRule(LEVEL_SEVERITIES[Level.HIGH], 7 * _MINUTE, "host"),
+    "pressure.critical": AlertRule(LEVEL_SEVERITIES[Level.CRITICAL], 4 * _MINUTE, "host"),
+    "pressure.emergency": AlertRule(LEVEL_SEVERITIES[Level.EMERGENCY], 2 * _MINUTE, "host"),
+    BREAKER_OPENED.name: AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "breaker"),
+    ENDPOINT_ILL.name: AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "endpoint"),
+    BREAKERS_OPEN.name: AlertRule(EventSeverity.ERROR, 5 * _MINUTE),
+    DEGRADATION_STARTED.name: AlertRule(EventSeverity.INFO, 10 * _MINUTE, "host"),
+    EXECUTION_SLOW.name: AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "operation"),
+    PERFORMANCE_DEGRADED.name: AlertRule(EventSeverity.WARNING, 10 * _MINUTE, "operation"),
 }
-"""Severities and intervals of source document 1, which knows no comparison with the past; it gives
-pressure 2 to 10 minutes "based on level".
+"""The rule of each event that raises an alert, by the event's name.
 
-An event ``pressure.changed`` is looked up by the level in its data.  All levels of a host are one
-kind: a worse one than the last is told at once. """
+An event ``pressure.changed`` has its rule under ``pressure.<level>``, by the level in its data.
+All levels of a host are one kind, so a worse level than the last raises an alert at once.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class ResourcePressureEvent:
-    """How a host, or the cluster, stands (the record of source document 1)."""
+    """The load and the pressure of a host or of the cluster at one time."""
 
     timestamp: datetime
     pressure_level: Level | str | int
     cpu_percent: float
     memory_mb: float
     memory_percent: float
-    worker_count: int
-    active_executors: int
-    degradation_applied: Sequence[str] = ()
-    circuit_breakers_open: Sequence[str] = ()
+    worker_count: int  # number of slots
+    active_executors: int  # number of busy slots
+    degradation_applied: Sequence[str] = ()  # strategies in force
+    circuit_breakers_open: Sequence[str] = ()  # names of breakers
     message: str = ""
-    host: str = ""
+    host: str = ""  # name of the worker; '' for the cluster
 
     def events(self, cpu_pct: float, memory_pct: float = MEMORY_PCT) -> Iterator[Event]:
-        """Return what is to be said of it.  Raises ValueError for an unknown level."""
-        level, host = as_level(self.pressure_level).label, {"host": self.host} if self.host else {}
+        """Yield the events that the record stands for.  Raises ValueError for an unknown level."""
+        level, host = as_level(self.pressure_level), {"host": self.host} if self.host else {}
+        cpu, memory = f"{self.cpu_percent:.4g} %", f"{self.memory_percent:.4g} %"
         load = {
             "cpu_percent": self.cpu_percent,
             "memory_percent": self.memory_percent,
             "memory_mb": self.memory_mb,
         }
         work = {"worker_count": self.worker_count, "active_executors": self.active_executors}
-        said = (
-            self.message
-            or f"pressure is {level}: memory {self.memory_percent:.4g} %, CPU {self.cpu_percent:.4g} %"
+        message = self.message or f"pressure is {level.label}: memory {memory}, CPU {cpu}"
+        yield PRESSURE_CHANGED.event(
+            message, {**host, "level": level.label, **load, **work}, LEVEL_SEVERITIES[level]
         )
-        yield Event("pressure.changed", said, data={**host, "level": level, **load, **work})
         if self.memory_percent >= memory_pct:
-            yield Event(
-                "memory.high",
-                f"memory is {self.memory_percent:.4g} % in use ({self.memory_mb:.0f} MB)",
-                data=host | load,
-            )
+            message = f"memory is {memory} in use ({self.memory_mb:.0f} MB)"
+            yield MEMORY_HIGH.event(message, host | load)
         if self.cpu_percent >= cpu_pct:
-            yield Event("cpu.high", f"CPU is {self.cpu_percent:.4g} % in use", data=host | load)
+            yield CPU_HIGH.event(f"CPU is {cpu} in use", host | load)
         for name in self.circuit_breakers_open:
-            yield Event("breaker.opened", f"breaker {name} is open", data=host | {"breaker": name})
+            yield BREAKER_OPENED.event(f"breaker {name} is open", host | {"breaker": name})
         if self.degradation_applied:
             strategies = list(self.degradation_applied)
-            yield Event(
-                "degradation.started",
-                f"degraded: {', '.join(strategies)}",
-                data=host | {"strategies": strategies},
-            )
+            message = f"degraded: {', '.join(strategies)}"
+            yield DEGRADATION_STARTED.event(message, host | {"strategies": strategies})
 
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """One alert, as every channel is told it."""
+    """One alert, as every channel gets it."""
 
-    kind: str  # the event's name
-    subject: str  # a host, a breaker, an operation, or the cluster
+    kind: str  # name of the event
+    subject: str  # the host, breaker, endpoint or operation, or ``cluster``
     severity: EventSeverity
     message: str
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)  # data of the event
     id: str = ""
-    held_back: int = 0  # so many like it were not told since the last one
+    held_back: int = 0  # number of alerts like it that were held back since the last one
     at: float = 0.0  # seconds of the server's clock
 
     @property
     def pressure_level(self) -> str:
-        """The pressure level it tells of; empty when it tells of something else."""
+        """The pressure level in the alert's data; empty if the alert is about something else."""
         return str(self.data.get("level", ""))
 
     def fields(self) -> dict[str, Any]:
-        """Return it as a dict of plain JSON."""
+        """Return the alert as a dict of plain JSON."""
         about = {
             "kind": self.kind,
             "subject": self.subject,
@@ -202,8 +214,8 @@ class _Last:
 
 
 class Alerts:
-    """The alerts of one platform: process an event in every process that sees it, and it is told
-    once.
+    """The alerts of one platform.  Several processes may process the same event: it raises one
+    alert.
     """
 
     def __init__(
@@ -218,11 +230,12 @@ class Alerts:
         stream: TextIO | None = None,
         colour: bool | None = None,
     ) -> None:
-        """`callback` runs in the caller's thread, and should be quick; `stream` None is the
-        standard output.
+        """`callback` runs in the caller's thread, and should be quick.
 
-        `colour` None colours a terminal; give False where NO_COLOR is set.  `clock` gives seconds
-        of the day's time. Raises InvalidValue for a webhook without a usable URL."""
+        `stream` None is the standard output.  `colour` None colours a terminal; pass False if
+        NO_COLOR is set.  `clock` returns seconds since 1970.  Raises InvalidValue for a webhook
+        without a usable URL.
+        """
         self._store, self._settings, self._events, self._clock = store, settings, events, clock
         self._keys = Keys(store.namespace)
         self._stream, self._colour = stream, colour
@@ -231,113 +244,102 @@ class Alerts:
         known: dict[str, Callable[[Alert], object]] = {"log": _write_log, "stdout": self._print}
         if self._webhook:
             known["webhook"] = self._webhook.send_alert
-        self._tell = {AlertChannel(name): known[name] for name in settings.channels}
+        self._channels = {AlertChannel(name): known[name] for name in settings.channels}
         if callback:
-            self._tell[AlertChannel.SIGNAL] = callback
+            self._channels[AlertChannel.SIGNAL] = callback
 
     @property
     def channels(self) -> tuple[AlertChannel, ...]:
-        """Where alerts go."""
-        return tuple(self._tell)
+        """The channels that alerts are sent to."""
+        return tuple(self._channels)
 
     @property
     def webhook_url(self) -> str:
-        """The webhook's scheme and host, without what may be secret in its URL; empty when there is
-        none.
-        """
+        """Scheme and host of the webhook's URL, without its secrets; empty without a webhook."""
         return self._webhook.shown if self._webhook else ""
 
     def process_event(self, event: Event | ResourcePressureEvent) -> list[Alert]:
-        """Raise the alerts of an event, tell them on all channels, and return them; those held back
-        are only counted.
+        """Raise the alerts of an event, send them to all channels, and return them.
 
-        While Redis is away each process limits its own.  Raises ValueError for an unknown pressure
-        level."""
-        drafts = [draft for each in self._said(event) if (draft := _draft(each))]
+        Alerts that are held back are counted, and not returned.  While Redis is away each process
+        limits its own alerts.  Raises ValueError for an unknown pressure level.
+        """
+        drafts = [draft for each in self._events_of(event) if (draft := _draft(each))]
         raised = self._raise(drafts) if drafts else []
         for alert in raised:
-            self._hand_out(alert)
+            self._send(alert)
         if self._events:
             self._events.keep(
-                *(
-                    Event("alert.raised", each.message, each.severity, each.fields())
-                    for each in raised
-                )
+                *(ALERT_RAISED.event(each.message, each.fields(), each.severity) for each in raised)
             )
         return raised
 
     def history(self, limit: int = 50) -> list[Alert]:
         """Return the newest alerts, newest first.  Raises StoreUnavailable."""
         [entries] = self._store.call(self._newest(limit), on_outage="answer")
-        return _read(entries)
+        return _alerts(entries)
 
     def get_alert_summary(self) -> dict[str, Any]:
-        """Return the `summary`, by its name in source document 1."""
+        """Return `summary`, under the name that other orchestrators use."""
         return self.summary()
 
     def summary(self) -> dict[str, Any]:
-        """Return how many alerts there were, in all and of late, and the last ten (source document
-        1).
+        """Return the number of alerts in all, of the last hour and day, and by severity, with the
+        last ten alerts.
 
-        Those raised while Redis was away are not among them.  Raises StoreUnavailable.
+        Alerts that were raised while Redis was away do not count.  Raises StoreUnavailable.
         """
         _, day, totals = self._keys.alerts()
         (hour, last_day, flat), entries = self._store.call(
             Call(_COUNTS, (day, totals), ()), self._newest(RECENT), on_outage="answer"
         )
-        counted = {
+        totals_by_severity = {
             name.decode(): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)
         }
         return {
-            "total_alerts": sum(counted.values()),
+            "total_alerts": sum(totals_by_severity.values()),
             "last_hour": hour,
             "last_24_hours": last_day,
-            "by_severity": {each.label: counted.get(each.label, 0) for each in EventSeverity},
-            "recent_alerts": [each.fields() for each in _read(entries)],
+            "by_severity": {
+                each.label: totals_by_severity.get(each.label, 0) for each in EventSeverity
+            },
+            "recent_alerts": [each.fields() for each in _alerts(entries)],
         }
 
     def close(self, timeout_s: float = 5.0) -> bool:
-        """Send what waits for the webhook; return whether all of it went out in time."""
+        """Send the alerts that wait for the webhook; return whether all were sent in time."""
         return self._webhook.close(timeout_s) if self._webhook else True
 
-    # --- deciding ------------------------------------------------------------------------------
+    # --- raising -------------------------------------------------------------------------------
 
-    def _said(self, event: Event | ResourcePressureEvent) -> Iterator[Event]:
-        """Yield what an event says; a breaker's may name all that are ``open``."""
+    def _events_of(self, event: Event | ResourcePressureEvent) -> Iterator[Event]:
+        """Yield the events to alert; three or more open breakers also make one event together."""
         if isinstance(event, ResourcePressureEvent):
             yield from event.events(self._settings.cpu_pct)
             opened = event.circuit_breakers_open
         else:
             yield event
-            opened = event.data.get("open", ()) if event.name == "breaker.opened" else ()
+            opened = event.data.get("open", ()) if event.name == BREAKER_OPENED.name else ()
         if len(opened) >= SEVERAL:
-            yield Event(
-                "breakers.open",
-                f"{len(opened)} breakers are open: {', '.join(opened)}",
-                data={"open": list(opened)},
-            )
+            message = f"{len(opened)} breakers are open: {', '.join(opened)}"
+            yield BREAKERS_OPEN.event(message, {"open": list(opened)})
 
     def _raise(self, drafts: Sequence[_Draft]) -> list[Alert]:
         gates = [self._keys.alert(each.alert.kind, each.alert.subject) for each in drafts]
         args: list[Argument] = [self._settings.history]
         for alert, interval_s in drafts:
-            told = json.dumps(alert.fields(), default=str)
-            args += (
-                alert.id,
-                alert.severity.label,
-                int(alert.severity),
-                round(interval_s * 1000),
-                told,
-            )
+            severity, interval_ms = alert.severity, round(interval_s * 1000)
+            args += (alert.id, severity.label, int(severity), interval_ms)
+            args.append(json.dumps(alert.fields(), default=str))
         try:
             [answers] = self._store.call(
                 Call(_RAISE, (*self._keys.alerts(), *gates), args), on_outage="answer"
             )
         except StoreUnavailable:
-            return [found for each in drafts if (found := self._raise_alone(*each))]
+            return [own for each in drafts if (own := self._raise_alone(*each))]
         verdicts = zip(drafts, answers, strict=True)
         raised = [
-            _told(draft.alert, float(at), held_back)
+            _completed(draft.alert, float(at), held_back)
             for draft, (is_raised, held_back, at) in verdicts
             if is_raised
         ]
@@ -346,7 +348,7 @@ class Alerts:
         return raised
 
     def _raise_alone(self, alert: Alert, interval_s: float) -> Alert | None:
-        """Decide as the script does, by what this process has raised itself."""
+        """Apply the script's rule to the alerts that this process has raised itself."""
         last = self._last.get(f"{alert.kind}:{alert.subject}")
         if (
             last
@@ -356,11 +358,11 @@ class Alerts:
             last.held_back += 1
             return None
         self._remember(alert)
-        return _told(alert, self._clock(), last.held_back if last else 0)
+        return _completed(alert, self._clock(), last.held_back if last else 0)
 
     def _remember(self, alert: Alert) -> None:
         gate = f"{alert.kind}:{alert.subject}"
-        self._last.pop(gate, None)  # to the end: the first is the oldest
+        self._last.pop(gate, None)  # an entry moves to the end: the first is the oldest
         self._last[gate] = _Last(self._store.clock(), alert.severity)
         if len(self._last) > REMEMBERED:
             del self._last[next(iter(self._last))]
@@ -368,16 +370,16 @@ class Alerts:
     def _newest(self, limit: int) -> Call:
         return Call(NEWEST, (self._keys.alerts().history,), (limit,))
 
-    # --- telling -------------------------------------------------------------------------------
+    # --- sending -------------------------------------------------------------------------------
 
-    def _hand_out(self, alert: Alert) -> None:
-        for channel, tell in self._tell.items():
+    def _send(self, alert: Alert) -> None:
+        for channel, send in self._channels.items():
             try:
-                tell(alert)
+                send(alert)
             except Exception:
-                name = getattr(tell, "__qualname__", tell)
+                name = getattr(send, "__qualname__", send)
                 logger.exception(
-                    "alert %s was not told on channel %s (%s)", alert.id, channel.value, name
+                    "Alert %s was not sent to channel %s (%s)", alert.id, channel.value, name
                 )
 
     def _print(self, alert: Alert) -> None:
@@ -401,10 +403,8 @@ _COLOURS = {
 
 
 def _draft(event: Event) -> _Draft | None:
-    named = (
-        f"pressure.{event.data.get('level')}" if event.name == "pressure.changed" else event.name
-    )
-    rule = RULES.get(named)
+    level = event.data.get("level")
+    rule = RULES.get(f"pressure.{level}" if event.name == PRESSURE_CHANGED.name else event.name)
     if rule is None:
         return None
     subject = one_line(str(event.data.get(rule.about) or "cluster"))
@@ -419,38 +419,40 @@ def _draft(event: Event) -> _Draft | None:
     return _Draft(alert, rule.interval_s)
 
 
-def _told(alert: Alert, at: float, held_back: int) -> Alert:
+def _completed(alert: Alert, at: float, held_back: int) -> Alert:
+    """Return an alert with its time, and with the number of alerts that were held back."""
     more = f" ({held_back} more like this were held back)" if held_back else ""
     return replace(alert, at=at, held_back=held_back, message=alert.message + more)
 
 
-def _read(entries: Sequence[tuple[bytes, Sequence[bytes]]]) -> list[Alert]:
-    found = []
+def _alerts(entries: Sequence[tuple[bytes, Sequence[bytes]]]) -> list[Alert]:
+    """Return the alerts in entries of the history."""
+    alerts = []
     for _, entry in paired(entries):
-        told = json.loads(entry[b"alert"])
-        severity = EventSeverity[told["severity"].upper()]
+        fields = json.loads(entry[b"alert"])
+        severity = EventSeverity[fields["severity"].upper()]
         alert = Alert(
-            kind=told["kind"],
-            subject=told["subject"],
+            kind=fields["kind"],
+            subject=fields["subject"],
             severity=severity,
-            message=told["message"],
-            data=told["data"],
-            id=told["id"],
+            message=fields["message"],
+            data=fields["data"],
+            id=fields["id"],
         )
-        found.append(_told(alert, float(entry[b"at"]), int(entry[b"held"])))
-    return found
+        alerts.append(_completed(alert, float(entry[b"at"]), int(entry[b"held"])))
+    return alerts
 
 
 def _write_log(alert: Alert) -> None:
-    told = (alert.severity.label, alert.kind, alert.subject, alert.message)
-    log.log(alert.severity, "%s %s [%s]: %s", *told, extra={"alert": alert.fields()})
+    parts = (alert.severity.label, alert.kind, alert.subject, alert.message)
+    log.log(alert.severity, "%s %s [%s]: %s", *parts, extra={"alert": alert.fields()})
 
 
 # --- webhooks ---------------------------------------------------------------------------------
 
 
 def sign(body: bytes, timestamp: str, secret: str) -> str:
-    """Return what stands in ``X-RLM-Signature``: the HMAC-SHA256 of ``<timestamp>.<body>``."""
+    """Return the value of ``X-RLM-Signature``: the HMAC-SHA256 of ``<timestamp>.<body>``."""
     return (
         "sha256="
         + hmac.new(secret.encode(), timestamp.encode() + b"." + body, hashlib.sha256).hexdigest()
@@ -458,20 +460,21 @@ def sign(body: bytes, timestamp: str, secret: str) -> str:
 
 
 def verify(body: bytes, timestamp: str, signature: str, secret: str) -> bool:
-    """Say, in constant time, whether a webhook came from who knows the secret.
+    """Return whether the sender of a webhook knows the secret; the comparison takes constant time.
 
-    A receiver gives the raw body and the headers ``X-RLM-Timestamp`` and ``X-RLM-Signature``, and
-    should refuse a timestamp (seconds since 1970) that is some minutes old: it may be a replay."""
+    Pass the raw body and the headers ``X-RLM-Timestamp`` and ``X-RLM-Signature``.  Refuse a request
+    whose timestamp (seconds since 1970) is some minutes old: it may be a replay.
+    """
     return hmac.compare_digest(sign(body, timestamp, secret).encode(), signature.encode())
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_args: Any) -> None:
-        """Follow none: what is signed for one receiver is not for another."""
+        """Follow no redirect: a request that is signed for one receiver is not for another."""
 
 
 class Webhook:
-    """POSTs JSON to one receiver from a thread of its own, so that no caller ever waits for it."""
+    """POSTs JSON to one receiver from a separate thread, so that no caller waits for it."""
 
     def __init__(
         self,
@@ -483,27 +486,24 @@ class Webhook:
         timeout_s: float = TIMEOUT_S,
         waiting: int = WAITING,
     ) -> None:
-        """`clock` gives seconds of the day's time; `retry` is three attempts unless told
-        otherwise.  Raises InvalidValue.
+        """`clock` returns seconds since 1970; `retry` None makes up to three attempts.
+
+        Raises InvalidValue for a URL that is not http or https, or that names no host.
         """
         self.shown, self._url, self._authorization = _parts(url)
-        self._secret, self._clock, self._retry, self._timeout_s = (
-            secret,
-            clock,
-            retry or Retry(ATTEMPTS),
-            timeout_s,
-        )
+        self._secret, self._clock, self._timeout_s = secret, clock, timeout_s
+        self._retry = retry or Retry(ATTEMPTS)
         self._opener = urllib.request.build_opener(_NoRedirects)
         self._waiting: queue.Queue[tuple[str, bytes] | None] = queue.Queue(waiting)
         self._thread: threading.Thread | None = None
         self._starting, self._failing = threading.Lock(), False
 
     def send_alert(self, alert: Alert) -> None:
-        """Send an alert; its id lets the receiver tell a second delivery from a second alert."""
+        """Send an alert.  By its id the receiver can recognise a second delivery of one alert."""
         self.send(alert.id, alert.fields())
 
     def send(self, id: str, fields: Mapping[str, Any]) -> None:
-        """Have something sent; what does not fit into the queue is not sent, and that is logged."""
+        """Queue a JSON object for the thread; if the queue is full, it is dropped, and logged."""
         try:
             self._waiting.put_nowait((id, json.dumps(fields, default=str).encode()))
         except queue.Full:
@@ -515,8 +515,9 @@ class Webhook:
                 self._thread.start()
 
     def close(self, timeout_s: float = 5.0) -> bool:
-        """Send what waits and end the thread; return whether it was done in time.  A later `send`
-        begins again.
+        """Send the queue and end the thread; return whether this was done in time.
+
+        A later `send` starts the thread again.
         """
         until = time.monotonic() + timeout_s
         if self._thread is None or not self._thread.is_alive():
@@ -539,7 +540,7 @@ class Webhook:
             self._gave_up(_reason(error))
             return
         if self._failing:
-            logger.info("webhook at %s answers again", self.shown)
+            logger.info("Webhook at %s answers again", self.shown)
         self._failing = False
 
     def _post(self, id: str, body: bytes) -> None:
@@ -559,12 +560,15 @@ class Webhook:
             raise
 
     def _gave_up(self, why: str) -> None:
-        """Log the first of an outage; never the URL or an error's text, which may hold what is
-        secret.
+        """Log the first failure of an outage.
+
+        The URL and the text of an error may contain secrets, so neither is logged.
         """
         if not self._failing:
             logger.warning(
-                "webhook at %s fails (%s); what it misses is not sent again", self.shown, why
+                "Webhook at %s fails (%s); messages that it misses are not sent again",
+                self.shown,
+                why,
             )
         self._failing = True
 
@@ -582,8 +586,10 @@ def _webhook(
 
 
 def _parts(url: str) -> tuple[str, str, dict[str, str]]:
-    """Return a URL as it may be shown, the URL without user and password, and the header that
-    carries these.
+    """Return scheme and host of a URL, the URL without user and password, and the header with user
+    and password.
+
+    Raises InvalidValue.
     """
     try:
         parts = urlsplit(url)
@@ -597,15 +603,15 @@ def _parts(url: str) -> tuple[str, str, dict[str, str]]:
             shown,
             "must be a URL that begins with http:// or https:// and names a host",
         )
-    place = f"[{host}]" if ":" in host else host
-    place += f":{port}" if port else ""
+    netloc = f"[{host}]" if ":" in host else host
+    netloc += f":{port}" if port else ""
     user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
-    secret = (
+    header = (
         {"Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"}
         if parts.username
         else {}
     )
-    return f"{parts.scheme}://{place}", parts._replace(netloc=place, fragment="").geturl(), secret
+    return f"{parts.scheme}://{netloc}", parts._replace(netloc=netloc, fragment="").geturl(), header
 
 
 def _reason(error: BaseException) -> str:

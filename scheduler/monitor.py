@@ -1,15 +1,17 @@
-"""One look at the whole platform: hosts, queues and Redis become the level that all act on.
+"""The measurement of the whole platform: hosts, queues and Redis become the cluster level.
 
-Decides what counts for the cluster's level, what is expected within a minute, how many workers
-there should be, and what is told of it.  Whoever looks continues where the last one stopped.
-Refuses to know who asks for a look, and how often."""
+A measurement also forecasts the level of the next minute, advises a number of workers, emits events
+and alerts, and lets delayed jobs begin.  Beat asks all workers for one, and the first worker makes
+it (`rlm_tasks.worker.monitor_thread`).  Each measurement continues from the state that the last one
+stored in Redis.  Begin with `Monitor.look`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 from redis.exceptions import ResponseError
@@ -22,7 +24,19 @@ from scheduler.admission import SHED_FROM, WaitingRoom, full, sheds
 from scheduler.alerts import Alerts, ResourcePressureEvent, Webhook
 from scheduler.autoscale import Advice, ClusterAdvice, Load
 from scheduler.board import Board, ClusterReport, HostReport, mean, prevailing
-from scheduler.events import Event, Events, EventSeverity
+from scheduler.events import (
+    BREAKER_CLOSED,
+    BREAKER_OPENED,
+    DEGRADATION_ENDED,
+    DEGRADATION_STARTED,
+    EXECUTION_SLOW,
+    LEVEL_SEVERITIES,
+    MEMORY_HIGH,
+    PRESSURE_CHANGED,
+    SCALING_ADVISED,
+    Event,
+    Events,
+)
 from scheduler.forecast import LOAD_BUCKET_S, Holt, Rise, will_rise
 from scheduler.ladder import Ladder, LadderState
 from scheduler.queues import QueueReport, priority_of
@@ -30,36 +44,38 @@ from scheduler.settings import AdmissionSettings, AutoscaleSettings, PressureSet
 from scheduler.snapshots import Snapshots
 from scheduler.usage import Usage
 
-ALERTING = frozenset({"execution.slow", "memory.high"})
-"""Events of workers that may be alerted; the monitor's own it alerts itself."""
+ALERTING = frozenset({EXECUTION_SLOW.name, MEMORY_HIGH.name})
+"""Events of workers that the monitor alerts; it alerts its own events directly."""
 CALLED_PER_SLOT = 4
-"""Jobs that are let in at a look, for each slot: as many as a first fan-out makes nodes."""
+"""Most delayed jobs for each slot that begin after one measurement: a first fan-out has as many
+nodes.
+"""
 NO_ADVICE = Advice(desired=0, why="", changed=False)
 BELOW_CRITICAL_PCT = 0.1
-"""Waiting alone reaches HIGH, and no more: what is optional is left out, but nothing is simplified
-while machines are fine.
+"""Waiting messages alone reach HIGH at most: optional work is left out, but no work is simplified
+while the machines are fine.
 """
 
 
 class Memory(msgspec.Struct):
-    """What one look must know of those before it."""
+    """The state between two measurements, stored in Redis."""
 
     queues: LadderState = msgspec.field(default_factory=LadderState)
     redis: LadderState = msgspec.field(default_factory=LadderState)
     pressure: Holt = msgspec.field(default_factory=lambda: Holt(bucket_s=LOAD_BUCKET_S))
     advice: ClusterAdvice = msgspec.field(default_factory=ClusterAdvice)
     level: int = 0
-    open: list[str] = []  # breakers
-    event: str = ""  # the last one of the stream that was looked at
-    at: float = 0.0
-    depth: int = 0
-    nodes: int = 0
-    busy_us: int = 0
-    snapped: float = 0.0  # when operations were last compared with their past
+    open: list[str] = []  # names of the breakers that are not closed
+    event: str = ""  # id of the last event that was read
+    at: float = 0.0  # time of the last measurement
+    depth: int = 0  # number of waiting messages
+    nodes: int = 0  # number of nodes that have ended
+    busy_us: int = 0  # summed time of items
+    snapped: float = 0.0  # time of the last snapshots of operations
 
 
 class Signal(NamedTuple):
-    """Something that may raise the level, and how to say so."""
+    """One cause of pressure: hosts, queues or Redis."""
 
     level: Level
     percent: float
@@ -67,7 +83,7 @@ class Signal(NamedTuple):
 
 
 class MonitorSettings(NamedTuple):
-    """The settings that a look follows."""
+    """The settings of a measurement."""
 
     pressure: PressureSettings
     admission: AdmissionSettings
@@ -75,7 +91,7 @@ class MonitorSettings(NamedTuple):
 
 
 class Monitor:
-    """Looks when asked; of all who are asked at once, one."""
+    """Measures the platform when it is asked; if many workers are asked at once, one measures."""
 
     def __init__(
         self,
@@ -94,41 +110,36 @@ class Monitor:
         snapshots: Snapshots | None = None,
         worker: str = "",
     ) -> None:
-        self._room, self._wake = room, wake
-        self._board, self._store, self._settings, self._usage = board, store, settings, usage
-        self._gauge, self._events, self._alerts, self._webhook, self._worker = (
-            gauge,
-            events,
-            alerts,
-            webhook,
-            worker,
-        )
-        self._breakers, self._snapshots = breakers, snapshots
+        """`gauge` returns the reports of named queues; `wake` wakes the first nodes of delayed
+        jobs.
+        """
+        self._board, self._store, self._settings = board, store, settings
+        self._usage, self._breakers, self._snapshots = usage, breakers, snapshots
+        self._events, self._alerts, self._webhook = events, alerts, webhook
+        self._gauge, self._room, self._wake, self._worker = gauge, room, wake, worker
 
     def look(self) -> ClusterReport | None:
-        """Look at everything and publish what follows; None when another has, a moment ago.
+        """Measure the platform and publish the report; return None if another worker just did.
 
-        Raises StoreUnavailable, and what the broker's client raises.
+        Raises StoreUnavailable, and the errors of the broker's client.
         """
         now = self._board.take_turn(self._worker, int(self._settings.pressure.monitor_s * 800))
         if now is None:
             return None
-        memory, hosts = self._remembered(), self._board.hosts()
+        memory, hosts = self._stored_memory(), self._board.hosts()
         queues = self._gauge(sorted({queue for host in hosts for queue in host.queues}))
-        report = self._judged(memory, hosts, queues, now)
+        report = self._report(memory, hosts, queues, now)
         before, memory.level = Level(memory.level), report.level
-        self._tell(report, before, hosts)
-        self._tell_breakers(memory)
-        self._compare(memory, now)
-        self._pass_on(memory)
+        self._report_level(report, before, hosts)
+        self._report_breakers(memory)
+        self._compare_operations(memory, now)
+        self._alert_worker_events(memory)
         self._board.announce(report, msgspec.msgpack.encode(memory))
-        self._call_up(report)
+        self._admit_waiting(report)
         return report
 
-    def _call_up(self, report: ClusterReport) -> None:
-        """Let jobs begin that were not taken in before, the most urgent first, as many as there are
-        slots and places for.
-        """
+    def _admit_waiting(self, report: ClusterReport) -> None:
+        """Let delayed jobs begin, the most urgent first, within the slots and the free places."""
         forced = self._board.orders().forced
         level = Level(report.level) if forced is None else forced
         most, places = CALLED_PER_SLOT * report.slots, self._room.places()
@@ -145,16 +156,16 @@ class Monitor:
                 self._wake(waiters)
                 places -= len(waiters) if takes_place else 0
 
-    def _remembered(self) -> Memory:
-        kept = self._board.memory()
+    def _stored_memory(self) -> Memory:
+        state = self._board.memory()
         try:
-            return msgspec.msgpack.decode(kept, type=Memory) if kept else Memory()
-        except msgspec.MsgspecError:  # of another release
+            return msgspec.msgpack.decode(state, type=Memory) if state else Memory()
+        except msgspec.MsgspecError:  # another release wrote it in another form
             return Memory()
 
-    # --- what follows --------------------------------------------------------------------------
+    # --- the report ----------------------------------------------------------------------------
 
-    def _judged(
+    def _report(
         self,
         memory: Memory,
         hosts: Sequence[HostReport],
@@ -162,15 +173,11 @@ class Monitor:
         now: float,
     ) -> ClusterReport:
         redis_pct = self._redis_pct()
+        redis_why = f"Redis uses {redis_pct or 0:.0f} % of its memory"
         signals = [
             _of_hosts(hosts),
             self._laddered(memory.queues, *self._of_queues(queues), now),
-            self._laddered(
-                memory.redis,
-                redis_pct or 0.0,
-                f"Redis uses {redis_pct or 0:.0f} % of its memory",
-                now,
-            ),
+            self._laddered(memory.redis, redis_pct or 0.0, redis_why, now),
         ]
         worst = max(signals, key=lambda signal: (signal.level, signal.percent))
         percent = max(signal.percent for signal in signals)
@@ -178,7 +185,7 @@ class Monitor:
         load = self._load(memory, hosts, queues, now)
         settings = self._settings.autoscale
         advice = memory.advice.decide(load, settings, now) if settings.enabled else NO_ADVICE
-        self._advise(advice)
+        self._report_advice(advice)
         return ClusterReport(
             level=worst.level,
             why=worst.why if worst.level else "",
@@ -200,43 +207,45 @@ class Monitor:
         return Signal(Ladder(self._settings.pressure, state).step(percent, now), percent, why)
 
     def _rise(self, memory: Memory, percent: float, level: Level, now: float) -> Rise | None:
-        """Return the level that is expected soon; one that still lasts from before is no news."""
+        """Return the level that is expected soon, if it is above the present level."""
         memory.pressure.observe(percent, now)
         rise = will_rise(memory.pressure, percent, thresholds=self._settings.pressure.thresholds)
         return rise if rise and rise.level > level else None
 
     def _of_queues(self, queues: Mapping[str, QueueReport]) -> tuple[float, str]:
-        """Return how pressed queues are, in percent.  Low work is there to wait.
+        """Return the pressure of the worst queue, in percent, and the reason.
 
-        A queue that waits as long as it may is ELEVATED, and one that waits twice as long is HIGH.
+        A queue whose oldest message has waited for its bound is ELEVATED, after twice the bound it
+        is HIGH.  Low queues do not count: low work may wait.
         """
         elevated, high, critical, _ = self._settings.pressure.thresholds
-        found = [(0.0, "")]
+        pressures = [(0.0, "")]
         for name, report in queues.items():
             priority, most = priority_of(name), self._settings.admission.queue_depth
             if priority == "low" or not report.depth:
                 continue
-            bound_s, age = self._settings.admission.wait_s(priority), report.oldest_s or 0.0
-            waits = (
-                elevated + (high - elevated) * math.log2(age / bound_s)
-                if bound_s and age > 0
+            bound_s, age_s = self._settings.admission.wait_s(priority), report.oldest_s or 0.0
+            by_age = (
+                elevated + (high - elevated) * math.log2(age_s / bound_s)
+                if bound_s and age_s > 0
                 else 0.0
             )
-            deep = 100.0 * report.depth / most if most else 0.0
-            why = f"{report.depth} messages wait in {name}" + (
-                f", the oldest for {age:.0f} s" if age >= 1 else ""
-            )
-            found.append((min(critical - BELOW_CRITICAL_PCT, max(waits, deep, 0.0)), why))
-        return max(found)
+            by_depth = 100.0 * report.depth / most if most else 0.0
+            oldest = f", the oldest for {age_s:.0f} s" if age_s >= 1 else ""
+            percent = min(critical - BELOW_CRITICAL_PCT, max(by_age, by_depth, 0.0))
+            pressures.append((percent, f"{report.depth} messages wait in {name}{oldest}"))
+        return max(pressures)
 
     def _redis_pct(self) -> float | None:
-        """Return how full Redis is; None where it has no limit, or must not be asked."""
+        """Return the used memory of Redis in percent; None without a limit, or without permission
+        to ask.
+        """
         try:
-            about = self._store.call(lambda client: client.info("memory"))
+            memory = self._store.call(lambda client: client.info("memory"))
         except ResponseError:
             return None
-        most = int(about.get("maxmemory", 0))
-        return round(100 * int(about["used_memory"]) / most, 1) if most else None
+        most = int(memory.get("maxmemory", 0))
+        return round(100 * int(memory["used_memory"]) / most, 1) if most else None
 
     def _load(
         self,
@@ -263,9 +272,11 @@ class Monitor:
             slots=sum(host.slots for host in hosts),
         )
 
-    # --- what is told of it --------------------------------------------------------------------
+    # --- events and alerts ---------------------------------------------------------------------
 
-    def _tell(self, report: ClusterReport, before: Level, hosts: Sequence[HostReport]) -> None:
+    def _report_level(
+        self, report: ClusterReport, before: Level, hosts: Sequence[HostReport]
+    ) -> None:
         level = Level(report.level)
         if level != before:
             self._events.emit(*_changes(report, level, before))
@@ -275,40 +286,41 @@ class Monitor:
         ):
             self._alerts.process_event(event)
 
-    def _tell_breakers(self, memory: Memory) -> None:
-        now_open = [
-            name for name, about in self._breakers.status().items() if about["state"] != "closed"
-        ]
-        changes = [
+    def _report_breakers(self, memory: Memory) -> None:
+        statuses = self._breakers.status()
+        now_open = [name for name, each in statuses.items() if each["state"] != "closed"]
+        opened = [name for name in now_open if name not in memory.open]
+        closed = [name for name in memory.open if name not in now_open]
+        self._emit_and_alert(
             *(
-                _breaker("breaker.opened", name, EventSeverity.WARNING, now_open)
-                for name in now_open
-                if name not in memory.open
+                BREAKER_OPENED.event(
+                    f"breaker {name} has opened", {"breaker": name, "open": list(now_open)}
+                )
+                for name in opened
             ),
             *(
-                _breaker("breaker.closed", name, EventSeverity.INFO, now_open)
-                for name in memory.open
-                if name not in now_open
+                BREAKER_CLOSED.event(
+                    f"breaker {name} has closed", {"breaker": name, "open": list(now_open)}
+                )
+                for name in closed
             ),
-        ]
-        self._events.emit(*changes)
-        for event in changes:
-            self._alerts.process_event(event)
+        )
         memory.open = now_open
 
-    def _compare(self, memory: Memory, now: float) -> None:
-        """Take a snapshot of each operation when it is time, and tell which became slower."""
+    def _compare_operations(self, memory: Memory, now: float) -> None:
+        """Take a snapshot of each operation when it is due, and report changes of its times."""
         if self._snapshots is None or now - memory.snapped < self._snapshots.every_s:
             return
         memory.snapped, changes = now, self._snapshots.take(now)
-        self._events.emit(*changes)
-        for event in changes:
+        self._emit_and_alert(*changes)
+
+    def _emit_and_alert(self, *events: Event) -> None:
+        self._events.emit(*events)
+        for event in events:
             self._alerts.process_event(event)
 
-    def _pass_on(self, memory: Memory) -> None:
-        """Alert what workers have told since the last look; what was told before the first is
-        history.
-        """
+    def _alert_worker_events(self, memory: Memory) -> None:
+        """Alert the events of workers since the last measurement; the first one alerts none."""
         if not memory.event:
             newest = self._events.recent(1)
             memory.event = newest[0].id if newest else "0-0"
@@ -318,17 +330,14 @@ class Monitor:
             if event.name in ALERTING:
                 self._alerts.process_event(event)
 
-    def _advise(self, advice: Advice) -> None:
+    def _report_advice(self, advice: Advice) -> None:
         if not advice.changed:
             return
-        told = {"desired_workers": advice.desired, "why": advice.why}
-        self._events.emit(
-            Event(
-                "scaling.advised", f"{advice.desired} workers are advised: {advice.why}", data=told
-            )
-        )
+        data = {"desired_workers": advice.desired, "why": advice.why}
+        message = f"{advice.desired} workers are advised: {advice.why}"
+        self._events.emit(SCALING_ADVISED.event(message, data))
         if self._webhook is not None:
-            self._webhook.send(f"scaling-{advice.desired}", told)
+            self._webhook.send(f"scaling-{advice.desired}", data)
 
 
 def _of_hosts(hosts: Sequence[HostReport]) -> Signal:
@@ -341,51 +350,27 @@ def _of_hosts(hosts: Sequence[HostReport]) -> Signal:
 
 
 def _changes(report: ClusterReport, level: Level, before: Level) -> Iterable[Event]:
-    severity = (
-        EventSeverity.INFO,
-        EventSeverity.INFO,
-        EventSeverity.WARNING,
-        EventSeverity.ERROR,
-        EventSeverity.CRITICAL,
-    )[level]
-    data: dict[str, Any] = {"level": level.label, "before": before.label, "why": report.why}
     because = f": {report.why}" if report.why else ""
-    yield Event(
-        "pressure.changed",
+    yield PRESSURE_CHANGED.event(
         f"pressure went from {before.label} to {level.label}{because}",
-        severity,
-        data,
+        {"level": level.label, "before": before.label, "why": report.why},
+        LEVEL_SEVERITIES[level],
     )
     strategies = list(CONSTRAINTS[level].strategies)
     if level > before:
-        yield Event(
-            "degradation.started",
-            f"from now on: {', '.join(strategies)}",
-            data={"strategies": strategies},
-        )
+        message = f"operations leave out work: {', '.join(strategies)}"
+        yield DEGRADATION_STARTED.event(message, {"strategies": strategies})
     elif not level:
-        yield Event("degradation.ended", "nothing is left out any more", data={"strategies": []})
-
-
-def _breaker(name: str, breaker: str, severity: EventSeverity, now_open: Sequence[str]) -> Event:
-    return Event(
-        name,
-        f"breaker {breaker} has {name.partition('.')[2]}",
-        severity,
-        {"breaker": breaker, "open": list(now_open)},
-    )
+        yield DEGRADATION_ENDED.event("operations leave out no more work", {"strategies": []})
 
 
 def _as_resource_event(report: ClusterReport, hosts: Sequence[HostReport]) -> ResourcePressureEvent:
-    level, memory_mb = (
-        Level(report.level),
-        sum(host.sample.memory_mb for host in hosts if host.sample),
-    )
+    level = Level(report.level)
     return ResourcePressureEvent(
         timestamp=datetime.fromtimestamp(report.at, UTC),
         pressure_level=level,
         cpu_percent=report.cpu_pct,
-        memory_mb=memory_mb,
+        memory_mb=sum(host.sample.memory_mb for host in hosts if host.sample),
         memory_percent=report.memory_pct,
         worker_count=report.slots,
         active_executors=report.busy,

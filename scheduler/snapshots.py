@@ -1,9 +1,9 @@
-"""Each operation beside its own past: a snapshot a minute, and whether its items take longer than
-they did.
+"""Snapshots of each operation, one a minute, and whether its items take longer than before.
 
-Decides what counts as slower (`trend`), and when that is over; a new version of an operation has a
-new past.  What is noise for one operation is news for another, so an operation is measured by its
-own unrest.  Refuses to know who asks for a snapshot, and who is told."""
+Operations vary differently, so each is compared with its own variation.  A new version of an
+operation begins a new past.  The monitor calls `Snapshots.take`; clients read `of` and `trends`.
+Begin with `trend`.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ import msgspec
 
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
-from scheduler.events import Event, EventSeverity
+from scheduler.events import PERFORMANCE_DEGRADED, PERFORMANCE_RECOVERED, Event
 from scheduler.settings import SnapshotSettings
 from scheduler.usage import TTL_S, Usage
 
 RECENT = 4
-"""Snapshots that are held against all before them: one may be an accident, and a slow-down is to be
-told within five.
+"""Number of snapshots that are compared with all before them.  One may be an accident, but a
+slow-down must be reported within five.
 """
 MIN_PAST = 10
-"""Fewer snapshots are no past."""
+"""With fewer earlier snapshots nothing is compared."""
 MIN_ITEMS = 20
-"""A snapshot of fewer items is kept, and not compared."""
+"""A snapshot of fewer items is kept, but not compared."""
 UNREST = 4.0
-"""The recent mean must lie so many standard errors above the past.  In 40 simulated days of 300
-lognormal items a minute (sigma 1: a minute's mean varies by 8 % itself) there was no false alarm,
-and 30 % more time was told within five snapshots each time.  Where a minute's mean varies by 12 %
-there were 14 in 40 days, and it was told within five in 25 of 40 cases."""
+"""The recent mean must be above the past by this number of standard errors.
+
+In 40 simulated days of 300 lognormal items a minute (sigma 1) a minute's mean varies by 8 %.  There
+was no false alarm, and 30 % more time was reported within five snapshots, 40 times of 40.  With a
+minute's mean that varies by 12 % there were 14 false alarms in 40 days.  The slow-down was reported
+within five snapshots 25 times of 40.
+"""
 
 _TAKE, _READ, _SLOWER = (
     Script.load("scheduler", name) for name in ("snapshot", "snapshot_read", "snapshot_slower")
@@ -40,18 +43,18 @@ _TAKE, _READ, _SLOWER = (
 
 
 class Snapshot(msgspec.Struct, array_like=True, frozen=True):
-    """What one operation did between two looks."""
+    """The work of one operation between two measurements."""
 
-    at: float  # seconds of the server's clock, when it ended
-    executions: int  # items
-    failures: int
-    busy_us: int  # summed time of items
-    peak_kb: int  # largest process at the end of a node
-    version: int  # of the operation
+    at: float  # seconds of the server's clock at its end
+    executions: int  # number of items
+    failures: int  # number of failed items
+    busy_us: int  # summed time of the items
+    peak_kb: int  # memory of the largest process at the end of a node
+    version: int  # version of the operation
 
     @property
     def avg_ms(self) -> float:
-        """Mean time of an item."""
+        """Mean time of an item, in milliseconds."""
         return self.busy_us / 1000 / self.executions
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,58 +70,52 @@ class Snapshot(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Trend(NamedTuple):
-    """How an operation does, beside its past; without a past `change` is None."""
+    """The recent times of an operation beside its past; without a past `change` is None."""
 
-    change: float | None = None  # 0.3: items take 30 % longer
-    slower: bool = False
-    recent_ms: float = 0.0
-    past_ms: float = 0.0
+    change: float | None = None  # relative change: 0.3 if items take 30 % longer
+    slower: bool = False  # whether the operation counts as slower
+    recent_ms: float = 0.0  # mean time of an item in the latest snapshots
+    past_ms: float = 0.0  # mean time of an item before
 
 
 def trend(newest_first: Sequence[Snapshot], threshold: float, since: float | None = None) -> Trend:
-    """Return how the latest snapshots of an operation stand to those before them.
+    """Return the latest snapshots of an operation compared with its earlier ones.
 
-    Those before `since`, where the operation has been slower from then on: else a slow-down would
-    become its own past. It is over when half of the threshold is not reached any more."""
+    `since` is the time since when the operation counts as slower, None if it does not.  Only
+    snapshots before `since` are then its past: a slow-down must not become its own past.  The
+    slow-down ends when the change is at most half of the threshold.
+    """
     version = newest_first[0].version if newest_first else 0
-    told = [
+    usable = [
         each
         for each in newest_first
         if each.executions >= MIN_ITEMS and each.busy_us > 0 and each.version == version
     ]
-    recent = told[:RECENT]
-    past = [each for each in told[RECENT:] if since is None or each.at < since]
+    recent = usable[:RECENT]
+    past = [each for each in usable[RECENT:] if since is None or each.at < since]
     if len(recent) < RECENT or len(past) < MIN_PAST:
         return Trend()
-    # Ratios are what is compared, so the mean is that of logarithms.
-    before, now = (
-        [math.log(each.avg_ms) for each in past],
-        [math.log(each.avg_ms) for each in recent],
-    )
-    step, error = (
-        fmean(now) - fmean(before),
-        stdev(before) * math.sqrt(1 / len(now) + 1 / len(before)),
-    )
-    found = Trend(math.expm1(step), False, math.exp(fmean(now)), math.exp(fmean(before)))
+    # Ratios are compared, so means are those of logarithms.
+    before = [math.log(each.avg_ms) for each in past]
+    now = [math.log(each.avg_ms) for each in recent]
+    step = fmean(now) - fmean(before)
+    error = stdev(before) * math.sqrt(1 / len(now) + 1 / len(before))
+    result = Trend(math.expm1(step), False, math.exp(fmean(now)), math.exp(fmean(before)))
     if since is not None:
-        return found._replace(slower=step > math.log1p(threshold / 2))
-    return found._replace(slower=step > math.log1p(threshold) and step > UNREST * error)
+        return result._replace(slower=step > math.log1p(threshold / 2))
+    return result._replace(slower=step > math.log1p(threshold) and step > UNREST * error)
 
 
 class Snapshots:
     """The snapshots of one platform."""
 
     def __init__(self, store: Store, keys: Keys, settings: SnapshotSettings) -> None:
-        self._store, self._keys, self._settings, self._usage = (
-            store,
-            keys,
-            settings,
-            Usage(store, keys),
-        )
+        self._store, self._keys, self._settings = store, keys, settings
+        self._usage = Usage(store, keys)
 
     @property
     def every_s(self) -> float:
-        """How often they are to be taken."""
+        """Interval between two snapshots, in seconds."""
         return self._settings.every_s
 
     def of(self, operation: str) -> list[Snapshot]:
@@ -126,51 +123,52 @@ class Snapshots:
         return self._read([operation])[0][0]
 
     def trends(self, operations: Sequence[str]) -> list[Trend]:
-        """Return how operations do beside their past, in one round trip.  Raises
-        StoreUnavailable.
-        """
+        """Return the trend of each operation, in one round trip.  Raises StoreUnavailable."""
         return [
-            trend(found, self._settings.threshold, since) for found, since in self._read(operations)
+            trend(snapshots, self._settings.threshold, since)
+            for snapshots, since in self._read(operations)
         ]
 
     def take(self, now: float) -> list[Event]:
-        """Take a snapshot of each operation that has run; return what is to be told of it.  Raises
-        StoreUnavailable.
+        """Take a snapshot of each operation that has run; return the events to emit.
 
-        Two round trips for all operations together, and a third when one became slower, or is no
-        longer."""
+        It takes two round trips for all operations together, and a third if an operation became
+        slower, or is no longer slower.  Raises StoreUnavailable.
+        """
         names = self._usage.names()
-        about = (self._settings.keep, TTL_S)
         calls = [
             Call(
-                _TAKE, (self._keys.usage(name)[1], *self._keys.snapshots(name)), (name, now, *about)
+                _TAKE,
+                (self._keys.usage(name)[1], *self._keys.snapshots(name)),
+                (name, now, self._settings.keep, TTL_S),
             )
             for name in names
         ]
         answers = self._store.call(*calls) if calls else []
         changes = [
-            each
+            change
             for name, answer in zip(names, answers, strict=True)
-            for each in self._changed(name, *_parsed(answer), now)
+            for change in self._changes(name, *_parsed(answer), now)
         ]
         if changes:
             self._store.call(*(call for call, _ in changes))
         return [event for _, event in changes]
 
-    def _changed(
-        self, operation: str, found: Sequence[Snapshot], since: float | None, now: float
+    def _changes(
+        self, operation: str, snapshots: Sequence[Snapshot], since: float | None, now: float
     ) -> Iterator[tuple[Call, Event]]:
-        """Yield what is to be noted and told of an operation, when it became slower or is no
-        longer.
+        """Yield the call that records a change and its event, if an operation became slower or is
+        no longer slower.
         """
-        if not found or found[0].at < now:
-            return  # it has done nothing
-        at = trend(found, self._settings.threshold, since)
-        if at.slower == (since is not None):
+        if not snapshots or snapshots[0].at < now:
+            return  # the operation has not run since the last snapshot
+        latest = trend(snapshots, self._settings.threshold, since)
+        if latest.slower == (since is not None):
             return
-        began = found[RECENT - 1].at if at.slower else ""
-        note = Call(_SLOWER, (self._keys.snapshots(operation)[1],), (operation, began, TTL_S))
-        yield note, _degraded(operation, at) if at.slower else _recovered(operation, at)
+        began = snapshots[RECENT - 1].at if latest.slower else ""
+        record = Call(_SLOWER, (self._keys.snapshots(operation)[1],), (operation, began, TTL_S))
+        event = _degraded(operation, latest) if latest.slower else _recovered(operation, latest)
+        yield record, event
 
     def _read(self, operations: Sequence[str]) -> list[tuple[list[Snapshot], float | None]]:
         calls = [Call(_READ, self._keys.snapshots(name), (name,)) for name in operations]
@@ -178,29 +176,32 @@ class Snapshots:
 
 
 def _parsed(answer: Any) -> tuple[list[Snapshot], float | None]:
-    told, since = answer
-    return [msgspec.json.decode(each, type=Snapshot) for each in told], float(
-        since
-    ) if since else None
+    entries, since = answer
+    snapshots = [msgspec.json.decode(each, type=Snapshot) for each in entries]
+    return snapshots, float(since) if since else None
 
 
-def _degraded(operation: str, at: Trend) -> Event:
-    told = f"items of {operation} take {at.recent_ms:.3g} ms, {100 * (at.change or 0.0):.0f} % longer than before"
-    return Event("performance.degraded", told, EventSeverity.WARNING, _about(operation, at))
+def _degraded(operation: str, latest: Trend) -> Event:
+    longer = f"{100 * (latest.change or 0.0):.0f} % longer than before"
+    message = f"items of {operation} take {latest.recent_ms:.3g} ms, {longer}"
+    return PERFORMANCE_DEGRADED.event(message, _data(operation, latest))
 
 
-def _recovered(operation: str, at: Trend) -> Event:
-    told = f"items of {operation} take {at.recent_ms:.3g} ms, as before"
-    if at.change is None:
-        told = f"nothing is left of the past that {operation} was compared with: it has a new version, or stayed slower for long"
-    return Event("performance.recovered", told, data=_about(operation, at))
+def _recovered(operation: str, latest: Trend) -> Event:
+    message = f"items of {operation} take {latest.recent_ms:.3g} ms, as before"
+    if latest.change is None:
+        message = (
+            f"{operation} has no earlier snapshots to compare with: "
+            "it has a new version, or was slower for long"
+        )
+    return PERFORMANCE_RECOVERED.event(message, _data(operation, latest))
 
 
-def _about(operation: str, at: Trend) -> dict[str, Any]:
-    change = None if at.change is None else round(100 * at.change, 1)
+def _data(operation: str, latest: Trend) -> dict[str, Any]:
+    change = None if latest.change is None else round(100 * latest.change, 1)
     return {
         "operation": operation,
         "change_percent": change,
-        "recent_ms": round(at.recent_ms, 3),
-        "past_ms": round(at.past_ms, 3),
+        "recent_ms": round(latest.recent_ms, 3),
+        "past_ms": round(latest.past_ms, 3),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from scheduler.events import Event, Events, EventSeverity
+from scheduler.events import EXECUTION_SLOW, MEMORY_HIGH, Event, Events
 from scheduler.settings import AlertSettings
 
 MEMORY_EVERY_S = 300.0
@@ -51,7 +51,7 @@ class NodeEvents:
             self._told_at = self._clock()
             message = f"a process of {host} holds {memory_mb:.0f} MB after a node of {operation}"
             data = {"host": host, "operation": operation, "memory_mb": round(memory_mb, 1)}
-            told.append(Event("memory.high", message, EventSeverity.WARNING, data))
+            told.append(MEMORY_HIGH.event(message, data))
         if told:
             self._events.emit(*told)
 
@@ -63,9 +63,4 @@ def _slow(operation: str, job: str, index: int, seconds: float) -> Event:
         "index": index,
         "duration_ms": round(seconds * 1000, 1),
     }
-    return Event(
-        "execution.slow",
-        f"item {index} of {operation} took {seconds:.1f} s",
-        EventSeverity.WARNING,
-        data,
-    )
+    return EXECUTION_SLOW.event(f"item {index} of {operation} took {seconds:.1f} s", data)

@@ -24,7 +24,7 @@ from rlm_tasks.llm.endpoint import Endpoint, ProviderDown, ProviderRefused
 from rlm_tasks.llm.endpoint_health import Checkup, EndpointHealth, configured
 from rlm_tasks.operations import registry
 from rlm_tasks.settings.environment import key_of
-from scheduler.events import Event, Events, EventSeverity
+from scheduler.events import ENDPOINT_ILL, ENDPOINT_WELL, Events
 
 if TYPE_CHECKING:
     from rlm_tasks.engine.runtime import Runtime
@@ -176,16 +176,7 @@ class Checks(threading.Thread):
         )
         if is_ill and not was_ill:
             message = f"endpoint {now.name} gets no calls, it failed {now.strikes} checks in a row: {now.why}"
-            self._events.emit(
-                Event(
-                    "endpoint.ill",
-                    message,
-                    EventSeverity.WARNING,
-                    {"endpoint": now.name, "why": now.why},
-                )
-            )
+            self._events.emit(ENDPOINT_ILL.event(message, {"endpoint": now.name, "why": now.why}))
         elif was_ill and not is_ill:
             message = f"endpoint {now.name} is well again, and gets calls"
-            self._events.emit(
-                Event("endpoint.well", message, EventSeverity.WARNING, {"endpoint": now.name})
-            )
+            self._events.emit(ENDPOINT_WELL.event(message, {"endpoint": now.name}))

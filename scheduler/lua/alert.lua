@@ -1,9 +1,12 @@
 -- uses: clock
--- Raise alerts, unless one as bad of the same kind and subject was raised within the interval.
--- KEYS[1]: history stream.  KEYS[2]: when each alert of the last day was raised.  KEYS[3]: how many of each severity.
--- KEYS[4...]: of each alert, what is known of the last one of its kind and subject.
--- ARGV: how many are kept, then of each alert: its id, severity, the severity's rank, interval_ms, JSON.
--- Returns of each alert: whether it was raised, how many were held back since the last one, the time in s.
+-- Raise alerts.  An alert is held back if one as severe of the same kind and subject was raised
+-- within its interval.
+-- KEYS[1]: history (STREAM).  KEYS[2]: alerts of the last day (ZSET id -> ms).
+-- KEYS[3]: number of alerts of each severity (HASH).
+-- KEYS[4...]: for each alert, the last alert of its kind and subject (HASH ms, rank, held).
+-- ARGV: number of alerts to keep, then for each alert: id, severity, rank of the severity,
+--   interval_ms, JSON.
+-- Returns for each alert: 1 if it was raised else 0, number held back before it, time in s.
 local call, DAY_MS, answers = redis.call, 86400000, {}
 local us = now_us()
 local now, at = math.floor(us / 1000), in_seconds(us)
@@ -17,7 +20,8 @@ end
 call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - DAY_MS)
 for i = 4, #KEYS do
   local first, gate = (i - 4) * 5 + 2, KEYS[i]
-  local id, severity, rank, alert = ARGV[first], ARGV[first + 1], tonumber(ARGV[first + 2]), ARGV[first + 4]
+  local id, severity, alert = ARGV[first], ARGV[first + 1], ARGV[first + 4]
+  local rank = tonumber(ARGV[first + 2])
   local raised = not held(gate, rank, tonumber(ARGV[first + 3]))
   local before = tonumber(call('HGET', gate, 'held') or 0)
   if raised then

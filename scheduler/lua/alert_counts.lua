@@ -1,7 +1,7 @@
 -- uses: clock
--- How many alerts were raised.
--- KEYS[1]: when each alert of the last day was raised.  KEYS[2]: how many of each severity.
--- Returns those of the last hour, of the last 24 hours, and since ever by severity.
+-- Count the alerts that were raised.
+-- KEYS: alerts of the last day (ZSET id -> ms), number of alerts of each severity (HASH).
+-- Returns {number in the last hour, number in the last 24 hours, severity and total number ...}.
 local now = now_ms()
 local function since(ms)
   return redis.call('ZCOUNT', KEYS[1], '(' .. string.format('%.0f', now - ms), '+inf')
