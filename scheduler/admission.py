@@ -103,7 +103,7 @@ class WaitingRoom:
         """
         if not self._max_jobs or priority not in SHED_FROM or self._take_place(job)[0]:
             return None
-        return QueueFull("jobs", PLACE_S, f"the limit max_jobs={self._max_jobs} is reached")
+        return QueueFull("jobs", PLACE_S, f"all places are taken (max_jobs={self._max_jobs})")
 
     def leave(self, jobs: Sequence[str]) -> None:
         """Give back the places of jobs that will not begin.  Raises StoreUnavailable."""

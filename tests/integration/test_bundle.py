@@ -105,7 +105,7 @@ def test_a_bundle_holds_no_secrets_and_no_user_data(
         f"could not reach {client.app.conf.broker_url}, nor {settings.alerts.webhook_url},"
         f" by {settings.api_key.get_secret_value()}"
     )
-    client.events.emit(Event("service.lost", quoted))
+    client.events.emit(Event("endpoint.ill", quoted))
 
     document = collect(client, client.app, job)
 

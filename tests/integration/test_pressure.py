@@ -365,7 +365,7 @@ def test_a_delayed_job_says_why_and_starts_at_its_time(
     with new_client(plain, RLM_PRESSURE__RELEASE_S="1") as client:
         job = delayed_job(client)
         assert job.status is Status.PENDING
-        assert "pressure is high, and low work is taken in below high" in job.explain()
+        assert "pressure is high, and low jobs are accepted below high" in job.explain()
         drilled.pressure.force("normal")
 
         assert job.result(timeout=20).metrics.waited_ms >= 1000
@@ -443,7 +443,7 @@ def test_a_queue_accepts_messages_up_to_its_depth_limit(
         assert refused is not None
         assert queue_full_error(client, priority="high") is None, "each priority has its own queue"
         assert len(client.jobs()) == 4
-    assert (refused.code, refused.why) == ("QUEUE_FULL", "3 messages wait, of at most 3")
+    assert (refused.code, refused.why) == ("QUEUE_FULL", "3 messages wait, the limit is 3")
     assert refused.retry_after_s >= 1
 
 

@@ -76,7 +76,7 @@ def test_a_waiting_job_begins_when_there_is_a_place(world: World) -> None:
     spec = msgspec.structs.replace(first, job="later")
     assert _not_admitted(platform.runtime, first) == ""
 
-    assert _not_admitted(platform.runtime, spec) == "as many are at work as may be: 1"
+    assert _not_admitted(platform.runtime, spec) == "all places are taken (max_jobs=1)"
     platform.mailbox.messages.clear()
     while platform.ledger.facts(first.job)["state"] != "succeeded":
         for node in (ROOT, "merge"):

@@ -104,7 +104,7 @@ def test_an_overload_error_names_the_level_that_admits_the_work() -> None:
         "admission",
     )
     assert str(error) == (
-        "admission: pressure is emergency, and normal work is taken in below critical; come "
+        "admission: pressure is emergency, and normal jobs are accepted below critical; come "
         "back in 40 s"
     )
 
@@ -196,14 +196,14 @@ def test_the_retry_time_is_when_enough_messages_have_been_served(
 @pytest.mark.parametrize(
     ("depth", "age", "why"),
     [
-        (12_000, 3.0, "12000 messages wait, of at most 10000"),
-        (7, 45.4, "its oldest message waits for 45 s, of at most 30 s"),
+        (12_000, 3.0, "12000 messages wait, the limit is 10000"),
+        (7, 45.4, "its oldest message waits for 45 s, the limit is 30 s"),
         (
             12_000,
             45.4,
             (
-                "12000 messages wait, of at most 10000; its oldest message waits for 45 s, of at "
-                "most 30 s"
+                "12000 messages wait, the limit is 10000; its oldest message waits for 45 s, the "
+                "limit is 30 s"
             ),
         ),
     ],
@@ -259,7 +259,7 @@ def test_the_first_jobs_get_a_place_and_the_next_gets_a_retry_time(world: World)
     refused = door.crowded("c", "normal")
     assert refused is not None
     assert (refused.code, refused.retry_after_s) == ("QUEUE_FULL", 5.0)
-    assert str(refused) == "jobs: as many are at work as may be: 2; come back in 5 s"
+    assert str(refused) == "jobs: all places are taken (max_jobs=2); come back in 5 s"
     assert door.crowded("a", "normal") is None, "a job keeps its place"
     assert door.places() == 0
 

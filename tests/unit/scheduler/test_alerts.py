@@ -728,13 +728,13 @@ def test_an_outage_of_the_receiver_is_logged_once_and_so_is_its_end(
 
     assert [record.getMessage() for record in caplog.records] == [
         (
-            f"webhook at http://127.0.0.1:{receiver.port} fails (HTTP 404); what it misses is not "
-            f"sent again"
+            f"Webhook at http://127.0.0.1:{receiver.port} fails (HTTP 404); messages that it "
+            f"misses are not sent again"
         ),
-        f"webhook at http://127.0.0.1:{receiver.port} answers again",
+        f"Webhook at http://127.0.0.1:{receiver.port} answers again",
         (
-            f"webhook at http://127.0.0.1:{receiver.port} fails (HTTP 410); what it misses is not "
-            f"sent again"
+            f"Webhook at http://127.0.0.1:{receiver.port} fails (HTTP 410); messages that it "
+            f"misses are not sent again"
         ),
     ]
 

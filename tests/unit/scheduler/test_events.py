@@ -33,7 +33,9 @@ def slow(operation: str = "scan", **data: Any) -> Event:
 
 
 def numbered(*numbers: int) -> list[Event]:
-    return [Event("job.shed", f"number {number}", data={"number": number}) for number in numbers]
+    return [
+        Event("scaling.advised", f"number {number}", data={"number": number}) for number in numbers
+    ]
 
 
 def numbers(events: list[Event]) -> list[int]:
@@ -111,7 +113,7 @@ def test_a_limit_counts_only_events_of_the_name(world: World) -> None:
     events = Events(world.store())
     events.emit(*numbered(1, 2), slow(), slow(), slow())
 
-    assert numbers(events.recent(1, name="job.shed")) == [2]
+    assert numbers(events.recent(1, name="scaling.advised")) == [2]
     assert len(events.recent(2)) == 2
 
 
@@ -272,7 +274,7 @@ def test_a_listener_of_an_empty_stream_receives_the_first_event(
     world: World, listening: Listening
 ) -> None:
     received: list[Event] = []
-    listening(Events(world.store())).on("job.shed", received.append).start()
+    listening(Events(world.store())).on("scaling.advised", received.append).start()
 
     Events(world.store()).emit(*numbered(1))
 
@@ -287,14 +289,16 @@ def test_a_callback_that_raises_is_logged_and_stops_no_other(
     def broken(event: Event) -> None:
         raise ValueError("mine")
 
-    listening(Events(world.store())).on("job.shed", broken).on("job.shed", received.append).start()
+    listening(Events(world.store())).on("scaling.advised", broken).on(
+        "scaling.advised", received.append
+    ).start()
     Events(world.store()).emit(*numbered(1))
     Events(world.store()).emit(*numbered(2))
     wait_until(lambda: numbers(received) == [1, 2])
 
     failed = [each.getMessage() for each in caplog.records if each.exc_info]
     assert len(failed) == 2
-    assert all("broken failed on job.shed" in each for each in failed)
+    assert all("broken failed on scaling.advised" in each for each in failed)
 
 
 def test_callbacks_run_in_the_thread_of_the_listener_and_may_close_it(
@@ -307,7 +311,7 @@ def test_callbacks_run_in_the_thread_of_the_listener_and_may_close_it(
         listener.close()
         received.append((event.data["number"], threading.current_thread().name))
 
-    listener.on("job.shed", last).start()
+    listener.on("scaling.advised", last).start()
     Events(world.store()).emit(*numbered(1, 2))
     wait_until(lambda: all(each.name != "rlm-events" for each in threading.enumerate()))
 
@@ -331,7 +335,7 @@ def test_after_an_outage_a_listener_receives_missed_events_once(
         return xread(*args, **kwargs)
 
     monkeypatch.setattr(store.client, "xread", cut)
-    listening(Events(store)).on("job.shed", received.append).start()
+    listening(Events(store)).on("scaling.advised", received.append).start()
     Events(world.store()).emit(*numbered(1))
     wait_until(lambda: numbers(received) == [1])
 
@@ -344,14 +348,16 @@ def test_after_an_outage_a_listener_receives_missed_events_once(
     lost.clear()
 
     wait_until(lambda: numbers(received) == [1, 2, 3])
-    assert len([each for each in caplog.records if "no events are heard" in each.getMessage()]) == 1
+    assert (
+        len([each for each in caplog.records if "No events are received" in each.getMessage()]) == 1
+    )
 
 
 def test_a_listener_may_start_without_redis(world: World, listening: Listening) -> None:
     received: list[Event] = []
     store = world.store()
     store.lost = True
-    listening(Events(store)).on("job.shed", received.append).start()
+    listening(Events(store)).on("scaling.advised", received.append).start()
     store.lost = False
     world.sleep(5)
 

@@ -18,7 +18,7 @@ from resilience.keys import Keys
 from scheduler.admission import WaitingRoom
 from scheduler.alerts import Alerts
 from scheduler.board import Board, ClusterReport, HostReport
-from scheduler.events import Event, Events, EventSeverity
+from scheduler.events import BREAKER_OPENED, Event, Events, EventSeverity
 from scheduler.monitor import CALLED_PER_SLOT, Monitor, MonitorSettings
 from scheduler.queues import QueueReport
 from scheduler.sampling import Sample
@@ -487,7 +487,7 @@ def test_events_of_workers_are_alerted_once_and_only_later_ones(
     platform.look()
     events.emit(
         slow("after"),
-        Event("execution.odd", "not to be alerted", EventSeverity.WARNING, {"operation": "odd"}),
+        BREAKER_OPENED.event("not to be alerted", {"breaker": "odd"}),
     )
     platform.look_repeatedly(3)
     assert platform.alerts() == [("execution.slow", "after", EventSeverity.WARNING)]
