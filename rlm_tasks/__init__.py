@@ -1,8 +1,8 @@
-"""What runs, and everything a user touches: jobs that split themselves, on Celery and Redis.
+"""Jobs that split themselves while they run, on Celery and Redis: the names that users import.
 
     from rlm_tasks import Client, operation
 
-Names below are stable.  They load on first use, so importing the package costs little.
+The names below are stable.  They load on first use, so importing the package costs little.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "rlm_tasks.celery": "app",
     "rlm_tasks.client.client": "Client",
-    "rlm_tasks.errors": "InvalidRequest JobCancelled JobExpired JobFailed JobNotFound Overloaded QueueFull ResultTimeout "
-    "ResultTooLarge RlmError StoreUnavailable UnknownOperation",
+    "rlm_tasks.errors": "InvalidRequest JobCancelled JobExpired JobFailed JobNotFound Overloaded "
+    "QueueFull ResultTimeout ResultTooLarge RlmError StoreUnavailable UnknownOperation",
     "rlm_tasks.installation": "install",
     "rlm_tasks.client.job": "Job",
     "rlm_tasks.operations.registry": "Context operation",
@@ -80,8 +80,8 @@ _HOMES = {
     "rlm_tasks.client.planning": "Estimate Plan PlannedRound Sufficiency",
     "rlm_tasks.requests": "Adaptive Binary Budget Conditions JobRequest NWay Options Priority",
     "rlm_tasks.results": "ItemFailure JobResult Partial Progress Receipt Status",
-    "rlm_tasks.compat.resource_manager": "create_resource_manager get_resource_status integrate_with_orchestrator reset_circuit_breakers "
-    "wrap_method_executor",
+    "rlm_tasks.compat.resource_manager": "create_resource_manager get_resource_status "
+    "integrate_with_orchestrator reset_circuit_breakers wrap_method_executor",
     "rlm_tasks.engine.rounds": "NextRound Round",
     "rlm_tasks.jobs.items": "Files Lines",
     "rlm_tasks.jobs.splitting": "estimate_optimal_chunk_size",
@@ -105,12 +105,12 @@ def __getattr__(name: str) -> Any:
     try:
         return _load(name)
     except (ImportError, OSError) as error:
-        from rlm_tasks.import_path import HOME, in_our_place
+        from rlm_tasks.import_path import HOME, found_instead
 
-        if not (found := in_our_place()):
+        if not (shadowed := found_instead()):
             raise
-        stranger, file = next(iter(found.items()))
+        name, file = next(iter(shadowed.items()))
         advice = f"rename that package, or set PYTHONPATH={HOME} before its folder"
         raise ImportError(
-            f"`import {stranger}` finds {file}, not the platform's own in {HOME}; {advice}"
+            f"`import {name}` finds {file}, not the platform's own in {HOME}; {advice}"
         ) from error

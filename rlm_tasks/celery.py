@@ -1,7 +1,8 @@
 """The platform's own Celery app, and its configuration.
 
-Decides every Celery setting of an app that runs jobs and nothing else; refuses to know what the
-tasks do. ``celery -A rlm_tasks worker`` finds `app` here."""
+``celery -A rlm_tasks worker`` finds `app` here, and a `Client` without an app uses it.  The module
+has every Celery setting of an app that runs only jobs; for other apps, see `installation`.
+"""
 
 from __future__ import annotations
 
@@ -60,18 +61,19 @@ def configuration(settings: Settings) -> dict[str, Any]:
 
 
 def beat_configuration(settings: Settings) -> dict[str, Any]:
-    """Return the settings of beat; with celery-redbeat installed any number of beats may run, and
-    one of them acts.
+    """Return the settings of beat.
+
+    With celery-redbeat installed any number of beats may run; one of them is active.
     """
     every = monitoring(settings)
     if importlib.util.find_spec("redbeat") is None:
-        # Nothing here is worth a file: what is due is due every few seconds.
+        # The default scheduler would keep a file, but each entry is due every few seconds anyway.
         return {"beat_schedule": every, "beat_scheduler": "celery.beat:Scheduler"}
     return {
         "beat_schedule": every,
         "beat_scheduler": "redbeat.RedBeatScheduler",
-        # redbeat waits 25 minutes for a beat that has died, by default; this is 12 s, and the next
-        # tick.
+        # By default another beat takes over 25 minutes after one has died; with these two, after
+        # 12 s, at the next tick.
         "beat_max_loop_interval": 3,
         "redbeat_lock_timeout": 9,
         "redbeat_key_prefix": Keys(settings.namespace).redbeat,
@@ -80,7 +82,5 @@ def beat_configuration(settings: Settings) -> dict[str, Any]:
 
 
 app = install(Celery("rlm_tasks", set_as_current=False))
-"""The platform's own Celery app, which ``celery -A rlm_tasks`` finds and a `Client` without one
-sends with.
-"""
+"""The app of ``celery -A rlm_tasks``, and of a `Client` that is given none."""
 app.config_from_object(configuration(app.rlm_settings))

@@ -1,7 +1,8 @@
-"""What of an app's own settings stands in the way of jobs, in sentences for its owner.
+"""Settings of an app that make its jobs slow or late, each with advice for its owner.
 
-Decides which settings make jobs slow or late, and says what to do.  Refuses to change them, and to
-stop anybody for them."""
+A worker logs them at its start, and the doctor prints them.  They are never changed, and never stop
+a process.  Begin with `conflicts`.
+"""
 
 from __future__ import annotations
 
@@ -27,34 +28,35 @@ _UNWANTED: tuple[tuple[str, bool, str], ...] = (
     (
         "task_always_eager",
         True,
-        "jobs do not run where they are submitted; start a worker, or call the operation itself",
+        "jobs never run in the process that submits them; start a worker, or call the operation",
     ),
     (
         "worker_deduplicate_successful_tasks",
         True,
-        "parts of a job share a task id, so a part that is delivered again waits for the sweep; set False",
+        "parts of a job share a task id, so a part that is delivered again waits for the sweep; "
+        "set False",
     ),
     (
         "worker_enable_remote_control",
         False,
-        "workers do not hear the monitor, a cancel or urgent work; set True",
+        "workers receive no monitor task, no cancel and no notice of urgent work; set True",
     ),
 )
 
 
 def conflicts(app: Celery) -> list[str]:
-    """Return a sentence for each setting of an app that makes its jobs slow or late: its name, its
-    value, what to do.
+    """Return a sentence for each setting of an app that makes its jobs slow or late.
 
-    The app must have been installed into.  Nothing is connected to; all of an owner's settings hold
-    nevertheless."""
-    found = [
+    The sentence has the name, the value, and what to do.  The setting stays in force.  Call
+    `install` on the app before.  No connection is made.
+    """
+    unwanted_values = [
         f"{name}={value!r}: {advice}"
         for name, unwanted, advice in _UNWANTED
         if (value := app.conf.get(name)) is unwanted
     ]
     return [
-        *found,
+        *unwanted_values,
         *_few_at_a_time(app),
         *_order(app),
         *_chords(app),
@@ -67,20 +69,26 @@ def _few_at_a_time(app: Celery) -> Iterator[str]:
     value = app.conf.worker_prefetch_multiplier
     if app.conf.value_set_for("worker_prefetch_multiplier") and value != 1:
         yield (
-            f"worker_prefetch_multiplier={value!r}: nodes wait in a busy worker while another has free slots; set 1, "
-            "or start the workers of jobs with --prefetch-multiplier=1"
+            f"worker_prefetch_multiplier={value!r}: nodes wait in a busy worker while another has "
+            "free slots; set 1, or start the workers of jobs with --prefetch-multiplier=1"
         )
 
 
 def _order(app: Celery) -> Iterator[str]:
     order = (app.conf.broker_transport_options or {}).get("queue_order_strategy", QUEUE_ORDER)
     if broker_kind(app.conf.broker_url).orders_queues and order != QUEUE_ORDER:
-        yield f"broker_transport_options queue_order_strategy={order!r}: priorities of jobs have no weight; leave it out"
+        yield (
+            f"broker_transport_options queue_order_strategy={order!r}: priorities of jobs have no "
+            "weight; remove it"
+        )
 
 
 def _chords(app: Celery) -> Iterator[str]:
     if not broker_kind(app.conf.result_backend).counts_chords:
-        yield "result_backend is no Redis: partial answers are merged when a job ends, not while it runs; set a redis:// URL"
+        yield (
+            "result_backend is not Redis: partial answers are merged when a job ends, not while it "
+            "runs; set a redis:// URL"
+        )
 
 
 def _limits(app: Celery) -> Iterator[str]:
@@ -88,8 +96,8 @@ def _limits(app: Celery) -> Iterator[str]:
     for name in ("task_soft_time_limit", "task_time_limit"):
         if (limit := app.conf.get(name)) and limit <= longest:
             yield (
-                f"{name}={limit!r}: shorter than a node may run ({longest:g} s); raise it, set it for your own tasks, "
-                "or lower RLM_NODE__TARGET_MS"
+                f"{name}={limit!r}: shorter than a node may run ({longest:g} s); raise it, set it "
+                "for your own tasks only, or lower RLM_NODE__TARGET_MS"
             )
 
 
@@ -98,4 +106,7 @@ def _annotations(app: Celery) -> Iterator[str]:
         task = app.tasks[name]
         for option in _PROMISED:
             if (value := getattr(task, option)) != getattr(tasks.Doorbell, option):
-                yield f"task_annotations {option}={value!r} for {name}: its recovery needs the platform's own; name your tasks, not '*'"
+                yield (
+                    f"task_annotations {option}={value!r} for {name}: recovery needs the "
+                    "platform's value; annotate your own tasks by name, not '*'"
+                )

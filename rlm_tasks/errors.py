@@ -1,19 +1,21 @@
 """The errors of requests and jobs, all under `resilience.errors.RlmError`.
 
+Clients and the command line raise them; docs/reference/errors.md says what to do about each.
+
 RlmError
-├── InvalidRequest          a resilience.errors.InvalidValue: a field, its value, and what to do
-│   ├── InvalidSettings     all that is wrong with the configuration
+├── InvalidRequest          an InvalidValue (resilience): a field, its value, and what to do
+│   ├── InvalidSettings     all mistakes of the configuration
 │   └── UnknownOperation    names the nearest known one
-├── BrokerUnavailable       a resilience.errors.StoreUnavailable, of messages
+├── BrokerUnavailable       a StoreUnavailable (resilience): the broker does not answer
 ├── JobNotFound             no such job, or its results have expired
 ├── JobEnded                a job without a full answer; carries its result
 │   ├── JobFailed
 │   ├── JobExpired
 │   └── JobCancelled
 ├── Quarantined             an item, or a merge, that kills its process every time
-├── Overloaded              not taken in now, by its priority; a Denied: has `retry_after_s`
-├── QueueFull               not taken in now, by its queue; a Denied: has `retry_after_s`
-├── ResultTimeout           the job goes on, the wait is over (also a TimeoutError)
+├── Overloaded              refused for now, because of its priority; has `retry_after_s`
+├── QueueFull               refused for now, because its queue is full; has `retry_after_s`
+├── ResultTimeout           the wait is over, the job goes on (also a TimeoutError)
 └── ResultTooLarge          iterate, or raise RLM_MAX_RESULT_BYTES
 """
 
@@ -67,7 +69,7 @@ class InvalidSettings(InvalidRequest):
 
 
 class UnknownOperation(InvalidRequest):
-    """An operation nobody registered in this process."""
+    """An operation that is not registered in this process."""
 
     code = "UNKNOWN_OPERATION"
 
@@ -78,14 +80,12 @@ class UnknownOperation(InvalidRequest):
         if name.startswith("llm.") and not any(each.startswith("llm.") for each in known):
             hint = "it needs pip install 'rlm-tasks[llm]'."
         super().__init__(
-            "operation", name, f"unknown; {hint} Own operations are imported from RLM_OPERATIONS"
+            "operation", name, f"unknown; {hint} Set RLM_OPERATIONS to the modules of your own ones"
         )
 
 
 class BrokerUnavailable(StoreUnavailable):
-    """The broker cannot be reached; with its own settings it is another server than the ledger's
-    Redis.
-    """
+    """The broker does not answer; it may be another server than the Redis of the ledger."""
 
     def __init__(self, url: str, cause: str) -> None:
         super().__init__(url, cause)
@@ -95,7 +95,7 @@ class BrokerUnavailable(StoreUnavailable):
 
 
 class JobNotFound(RlmError):
-    """The ledger has no such job.  Has the `job_id` that was asked for."""
+    """The ledger has no such job.  Has its `job_id`."""
 
     code = "JOB_NOT_FOUND"
 
@@ -107,8 +107,9 @@ class JobNotFound(RlmError):
 
 
 class JobEnded(RlmError):
-    """A job that ended without its full answer.  Its `result` has counts and `failures`, as in
-    `JobResult.failed`.
+    """A job that ended without its full answer.
+
+    Its `result` has the counts; `failures` is the result's list `failed`.
     """
 
     code = "JOB_ENDED"
@@ -120,7 +121,7 @@ class JobEnded(RlmError):
 
 
 class JobFailed(JobEnded):
-    """The verdict on its failures fell, or its merge raised."""
+    """More items failed than its request tolerates, or its merge or a round failed."""
 
     code = "JOB_FAILED"
 
@@ -132,14 +133,15 @@ class JobExpired(JobEnded):
 
 
 class JobCancelled(JobEnded):
-    """Somebody cancelled or revoked it."""
+    """The job was cancelled or revoked."""
 
     code = "JOB_CANCELLED"
 
 
 class Quarantined(RlmError):
-    """Work that is not tried again, because its process died too often while it ran: `deaths`
-    times, at last `by` a signal.
+    """Work that is not tried again, because its process died too often while it ran.
+
+    Has `what`, the number of `deaths`, and the last cause of death, `by`.
     """
 
     code = "QUARANTINED"
@@ -150,13 +152,15 @@ class Quarantined(RlmError):
         self.what, self.deaths, self.by = what, deaths, by
         times = "once" if deaths == 1 else f"{deaths} times"
         super().__init__(
-            f"{what}: its process died {times} while it ran, the last time of {by}; it is not tried again"
+            f"{what}: its process died {times} while it ran, the last time of {by}; "
+            "it is not tried again"
         )
 
 
 class ResultTimeout(RlmError, TimeoutError):
-    """The caller's patience ended before the job did, which goes on.  Has `job_id` and
-    `waited_s`.
+    """The job has not ended within the caller's timeout; it goes on.
+
+    Has `job_id` and `waited_s`, in seconds.
     """
 
     code = "RESULT_TIMEOUT"
@@ -165,7 +169,7 @@ class ResultTimeout(RlmError, TimeoutError):
     def __init__(self, job_id: str, waited_s: float) -> None:
         self.job_id, self.waited_s = job_id, waited_s
         super().__init__(
-            f"job {job_id} has not ended within {waited_s:g} s; it goes on, ask again by its id"
+            f"job {job_id} has not ended within {waited_s:g} s; it goes on, call again with its id"
         )
 
 

@@ -1,42 +1,46 @@
-"""Whose `resilience` and `scheduler` Python finds: they ship beside `rlm_tasks`, and others have
-packages of such names.
+"""Find packages of the user that have the names of ours: `resilience` or `scheduler`.
 
-Decides which file is ours.  Imports the standard library alone, so that it answers where the rest
-of the platform cannot be imported; refuses to know what becomes of the answer."""
+Both ship beside `rlm_tasks`, and other projects have packages of such names.  `rlm_tasks` and the
+doctor ask here.  Only the standard library is imported, so this works where the rest of the
+platform cannot be imported.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 
 NAMES = ("resilience", "scheduler")
 HOME = Path(__file__).resolve().parents[1]
-"""Where all three packages lie."""
+"""The folder of all three packages."""
 
 
-def in_our_place() -> dict[str, str]:
-    """Return, by name, the file that was imported instead of ours, or that a process with this path
-    would import.
+def found_instead() -> dict[str, str]:
+    """Return, by name, the file that was imported instead of ours, or that would be.
+
+    Empty where Python finds ours.
     """
-    found = {name: (*_imported(name), *_first(name)) for name in NAMES}
-    return {
-        name: strangers[0] for name, files in found.items() if (strangers := _not_ours(name, files))
-    }
+    files = {name: (*_imported(name), *_first(name)) for name in NAMES}
+    return _first_of_others(files)
 
 
-def behind_ours() -> dict[str, str]:
-    """Return, by name, another file of that name further down the path: ours hides it, until the
-    path is another.
+def hidden_by_ours() -> dict[str, str]:
+    """Return, by name, a file of another package further down the path.
+
+    Python finds ours first, as long as the path keeps its order.
     """
-    found = {name: [file for entry in sys.path for file in _at(name, entry)] for name in NAMES}
-    return {
-        name: strangers[0] for name, files in found.items() if (strangers := _not_ours(name, files))
+    files = {name: [file for entry in sys.path for file in _at(name, entry)] for name in NAMES}
+    return _first_of_others(files)
+
+
+def _first_of_others(files: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    others = {
+        name: [file for file in found if Path(file).resolve().parent != HOME / name]
+        for name, found in files.items()
     }
-
-
-def _not_ours(name: str, files: tuple[str, ...] | list[str]) -> list[str]:
-    return [file for file in files if Path(file).resolve().parent != HOME / name]
+    return {name: found[0] for name, found in others.items() if found}
 
 
 def _imported(name: str) -> tuple[str, ...]:
@@ -45,8 +49,9 @@ def _imported(name: str) -> tuple[str, ...]:
 
 
 def _first(name: str) -> tuple[str, ...]:
-    """Return what would be imported: `importlib.util.find_spec` tells what was, once something
-    is.
+    """Return the file that an import would find now.
+
+    `importlib.util.find_spec` would return the module that has been imported already.
     """
     specs = (finder.find_spec(name, None) for finder in sys.meta_path)
     return next(((spec.origin,) for spec in specs if spec is not None and spec.origin), ())
@@ -54,6 +59,6 @@ def _first(name: str) -> tuple[str, ...]:
 
 def _at(name: str, entry: str) -> tuple[str, ...]:
     spec = PathFinder.find_spec(name, [entry])
-    return (
-        (spec.origin,) if spec is not None and spec.origin else ()
-    )  # a folder that is no package has no origin
+    if spec is None or not spec.origin:  # a folder that is no package has no origin
+        return ()
+    return (spec.origin,)

@@ -1,7 +1,8 @@
-"""What a user may ask for, checked before anything is enqueued.
+"""The request of a job: its fields, their defaults and their checks.
 
-Decides which requests make sense and settles their defaults; refuses to know Redis and Celery.
-Field names are snake_case; the camelCase names of the source documents are accepted as aliases.
+Users and the command line make requests; submission turns them into a `JobSpec`.  A mistake raises
+InvalidRequest before anything is enqueued.  Field names are snake_case; camelCase names, as other
+orchestrators have them, are accepted as aliases.  Begin with `JobRequest`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.metrics import emission
 
 DEFAULT_MIN_CHUNK = 100
-"""Smallest part of a planned binary or n-way tree (source document 0, minChunkSize)."""
+"""Items of the smallest part of a planned binary or n-way tree, unless `min_chunk_size` is set."""
 
 
 _TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
@@ -43,17 +44,17 @@ class Binary(_Checked):
     """Halve a range until its parts are small."""
 
     min_chunk_size: int | None = Field(
-        None, ge=1, description="Items; set, the plan is carried out as written."
+        None, ge=1, description="Items of the smallest part; if set, the tree is cut as planned."
     )
     max_depth: int = Field(10, ge=1, le=64, description="Most levels of the tree.")
 
 
 class NWay(_Checked):
-    """Cut a range into `split_factor` parts, and those again."""
+    """Cut a range into `split_factor` parts, and each part again."""
 
     split_factor: int = Field(8, ge=2, le=1000, description="Parts of one cut.")
     min_chunk_size: int | None = Field(
-        None, ge=1, description="Items; set, the plan is carried out as written."
+        None, ge=1, description="Items of the smallest part; if set, the tree is cut as planned."
     )
     max_depth: int = Field(10, ge=1, le=64, description="Most levels of the tree.")
 
@@ -64,7 +65,7 @@ class Adaptive(_Checked):
     min_chunk_size: int = Field(1, ge=1, description="Items of the smallest part.")
     max_chunk_size: int | None = Field(None, ge=1, description="Items of the largest node.")
     target_execution_time_ms: float | None = Field(
-        None, gt=0, description="A node hands over its rest after this."
+        None, gt=0, description="A node hands over its rest after this running time."
     )
     max_depth: int = Field(10, ge=1, le=64, description="Most levels of the tree.")
     branching_factor: int = Field(4, ge=2, le=1000, description="Most children of one cut.")
@@ -85,12 +86,10 @@ STRATEGIES: dict[str, type[Strategy]] = {"binary": Binary, "n_way": NWay, "adapt
 
 
 class TraceContext(_Checked):
-    """The trace that a job is part of; ids are hex digits, zeros on the left may be missing."""
+    """The trace that a job is part of; leading zeros of its ids may be left out."""
 
     trace_id: str = Field(description="1 to 32 hex digits.")
-    parent_span_id: str = Field(
-        "", description="The span that the job hangs under; empty: none yet."
-    )
+    parent_span_id: str = Field("", description="The parent span of the job; empty: none.")
     sampled: bool = Field(True, description="Whether its spans are kept.")
 
     @field_validator("trace_id", "parent_span_id")
@@ -103,65 +102,73 @@ class TraceContext(_Checked):
             raise InvalidRequest(
                 str(info.field_name),
                 value,
-                f"must be 1 to {most} hex digits, as W3C Trace Context has them",
+                f"must be 1 to {most} hex digits, as in W3C Trace Context",
             )
         return value
 
     @property
     def traceparent(self) -> str:
-        """As W3C Trace Context writes it."""
-        return f"00-{self.trace_id.lower():0>32}-{self.parent_span_id.lower():0>16}-{int(self.sampled):02x}"
+        """The header `traceparent` of W3C Trace Context."""
+        trace_id, span_id = self.trace_id.lower(), self.parent_span_id.lower()
+        return f"00-{trace_id:0>32}-{span_id:0>16}-{int(self.sampled):02x}"
 
 
 class Options(_Checked):
-    """How a job is run, whatever it computes."""
+    """How a job runs; independent of its operation and items."""
 
     priority: Priority = Field(Priority.NORMAL, description="Its urgency, also as a text.")
     timeout_ms: float | None = Field(
         None,
         gt=0,
-        description="The job ends as `expired` after this. Also `timeout`, in seconds or as a timedelta.",
+        description="The job ends as `expired` after this time. Also as `timeout`, in seconds or "
+        "as a timedelta.",
     )
     max_depth: int | None = Field(
-        None, ge=1, le=64, description="Most levels of the tree; empty: as its strategy says."
+        None, ge=1, le=64, description="Most levels of the tree; empty: the strategy's value."
     )
     continue_on_error: bool = Field(
-        False, description="Failed items do not end the job; they are in its result."
+        False, description="Failed items do not end the job; its result lists them."
     )
     error_threshold: float | None = Field(
-        None, ge=0, le=1, description="The job fails when more than this share fails."
+        None, ge=0, le=1, description="The job fails when more than this share of items fails."
     )
-
     preempt_lower_priority: bool | None = Field(
         None,
-        description="Running nodes of less urgent jobs make room for this job's; empty: for a critical one's.",
+        description="Running nodes of less urgent jobs yield their slots to this job; empty: only "
+        "if it is critical.",
     )
     overload: Literal["refuse", "delay"] | None = Field(
         None,
-        description="What becomes of the job when it does not fit now; empty: as RLM_ADMISSION__OVERLOAD says.",
+        description="Under overload, refuse the job or let it wait; empty: "
+        "RLM_ADMISSION__OVERLOAD.",
     )
     emit_metrics: dict[str, float | str] = Field(
         default_factory=dict,
-        description="Numbers for declared counters, and texts for their labels: counted when it succeeds.",
+        description="Amounts for declared counters, and texts for their labels; counted when the "
+        "job succeeds.",
     )
     budget: Budget | None = Field(
-        None, description="What calls to models may cost in all; empty: they are only counted."
+        None, description="Limits on calls to models; empty: calls are only counted."
     )
     cache_results: bool = Field(
-        False, description="Answers of models are kept, and taken from those kept by others."
+        False, description="Keep answers of models, and use those that other jobs have kept."
     )
-    cache_ttl_seconds: float = Field(3600.0, gt=0, description="... for so long.")
+    cache_ttl_seconds: float = Field(
+        3600.0, gt=0, description="How long answers of models are kept."
+    )
     idempotency_key: str = Field(
-        "", max_length=512, description="Submitting twice with one key gives one job."
+        "", max_length=512, description="Two submissions with one key open one job."
     )
     trace_context: TraceContext | None = Field(
         None,
-        description="The trace that the job is part of; also as a `traceparent`. Empty: that of the submitting thread.",
+        description="The trace that the job is part of; also as a `traceparent`. Empty: the trace "
+        "of the submitting thread.",
     )
 
     def preempts(self, priority: str) -> bool:
-        """Whether less urgent nodes make room for a job of this priority, which its operation may
-        have raised.
+        """Return whether nodes of less urgent jobs yield to this job.
+
+        `priority` is the job's, which its operation may have raised above the request's.
         """
         return (
             priority == Priority.CRITICAL
@@ -172,7 +179,7 @@ class Options(_Checked):
     @model_validator(mode="before")
     @classmethod
     def _timeout_in_seconds(cls, fields: Any) -> Any:
-        """Accept ``timeout`` in seconds or as a timedelta beside ``timeout_ms``."""
+        """Accept ``timeout``, in seconds or as a timedelta, in place of ``timeout_ms``."""
         if isinstance(fields, dict) and "timeout" in fields:
             fields = dict(fields)
             timeout = fields.pop("timeout")
@@ -185,7 +192,7 @@ class Options(_Checked):
     @field_validator("trace_context", mode="before")
     @classmethod
     def _traceparent(cls, value: Any) -> Any:
-        """Accept the header ``traceparent`` as it comes."""
+        """Accept the text of a header ``traceparent``."""
         if not isinstance(value, str):
             return value
         if (found := _TRACEPARENT.fullmatch(value.strip())) is None:
@@ -221,22 +228,22 @@ class Options(_Checked):
 
 
 class Budget(_Checked):
-    """What a job and its rounds may spend in all; what is left out is not limited."""
+    """The most that a job and its rounds may spend in all; an empty field sets no limit."""
 
-    tokens: float | None = Field(None, gt=0, description="Of prompts and answers together.")
+    tokens: float | None = Field(None, gt=0, description="Tokens of prompts and answers together.")
     money: float | None = Field(
-        None, gt=0, description="By the prices of `RLM_LLM__MODELS`, in their currency."
+        None, gt=0, description="Money by the prices of `RLM_LLM__MODELS`, in their currency."
     )
-    calls: float | None = Field(None, ge=1, description="To providers, repeated ones as well.")
+    calls: float | None = Field(None, ge=1, description="Calls to providers, repeated ones too.")
 
     @property
     def limits(self) -> dict[str, float]:
-        """Unit -> how much of it."""
+        """The limited units, each with its limit."""
         return {unit: float(amount) for unit, amount in self if amount is not None}
 
 
 class Conditions(_Checked):
-    """When items are worked on at all."""
+    """Rules about the items that run."""
 
     skip_if_empty: bool = Field(
         False, description="Skip items that are None or empty, and a job without items."
@@ -245,37 +252,39 @@ class Conditions(_Checked):
         False, description="Run the operation's validate on every item first."
     )
     early_termination_threshold: float | None = Field(
-        None, gt=0, le=1, description="End once this share is done."
+        None, gt=0, le=1, description="The job ends once this share of items is done."
     )
 
 
 class JobRequest(_Checked):
-    """One job: items, an operation, and how to go about it."""
+    """One job: items, an operation, and how it runs."""
 
-    operation: str = Field(min_length=1, description="The name it is registered by.")
+    operation: str = Field(min_length=1, description="The registered name of the operation.")
     items: Any = Field(
         description="A range, `Lines`, `Files`, or any iterable of plain data, which is stored."
     )
     type: Literal["sequential", "parallel", "recursive"] | None = Field(
         None,
-        description="Empty: as the strategy says, `parallel` with a chunk size, else `recursive`.",
+        description="Empty: `parallel` if there is a chunk size, else `recursive`.",
     )
     strategy: Strategy | None = Field(
         None,
-        description="`Binary`, `NWay` or `Adaptive`, also by name (`binary`, `n_way`, `adaptive`); empty: `Binary`.",
+        description="`Binary`, `NWay` or `Adaptive`, also by name (`binary`, `n_way`, "
+        "`adaptive`); empty: `Binary`.",
     )
     chunk_size: int | None = Field(None, ge=1, description="Items per node of a parallel job.")
     params: dict[str, Any] = Field(
-        default_factory=dict, description="Handed to the operation as ctx.params."
+        default_factory=dict, description="Passed to the operation as ctx.params."
     )
-    options: Options = Field(default_factory=Options, description="How it is run.")
+    options: Options = Field(default_factory=Options, description="How the job runs.")
     conditions: Conditions = Field(
-        default_factory=Conditions, description="When items are worked on at all."
+        default_factory=Conditions, description="Rules about the items that run."
     )
-    description: str = Field("", description="For people; shown where jobs are listed.")
+    description: str = Field("", description="A text for people, shown in lists of jobs.")
     complexity: str = Field(
         "",
-        description="Of its items: `simple`, `medium`, `complex`, or `very_complex`, which empty stands for. See time limits.",
+        description="How hard its items are: `simple`, `medium`, `complex` or `very_complex` (also "
+        "when empty). See time limits.",
     )
 
     @model_validator(mode="before")
@@ -313,11 +322,11 @@ class JobRequest(_Checked):
 
     @property
     def kind(self) -> str:
-        """The type, inferred from the strategy or the chunk size when left out."""
+        """The type; if it is empty, inferred from the chunk size."""
         return self.type or ("parallel" if self.chunk_size is not None else "recursive")
 
     def shape(self, default_target_ms: float) -> Shape:
-        """Return the strategy, settled, with the default target where it names none."""
+        """Return the strategy with all its sizes; `default_target_ms` where it sets no target."""
         shape = self._shape(default_target_ms)
         if self.options.max_depth is not None and self.kind == "recursive":
             return Shape(
@@ -360,10 +369,10 @@ class JobRequest(_Checked):
 
     @classmethod
     def parse(cls, request: JobRequest | Mapping[str, Any]) -> JobRequest:
-        """Return a request as it is, or make one of a plain dict in snake_case or camelCase.
+        """Return a request as it is, or make one from a dict in snake_case or camelCase.
 
-        ``input`` may hold ``items``, ``operation`` and the strategy's sizes, or be the items
-        themselves; fields of `Options` and `Conditions` may be given flat.  Raises InvalidRequest.
+        ``input`` may be the items, or a dict of ``items``, ``operation`` and the strategy's sizes.
+        Fields of `Options` and `Conditions` may stand beside the others.  Raises InvalidRequest.
         """
         if isinstance(request, JobRequest):
             return request
@@ -373,7 +382,7 @@ class JobRequest(_Checked):
 
 
 def _grouped(fields: dict[str, Any]) -> dict[str, Any]:
-    """Sort flat fields into the request, its options and its conditions."""
+    """Return the fields with those of options and conditions moved into their models."""
     grouped = dict(fields)
     for part, model in (("options", Options), ("conditions", Conditions)):
         names = {
@@ -384,7 +393,7 @@ def _grouped(fields: dict[str, Any]) -> dict[str, Any]:
         if names:
             if part in fields:
                 raise InvalidRequest(
-                    part, sorted(names), f"given beside {part}=...; keep one of both"
+                    part, sorted(names), f"given beside {part}=...; keep one of the two"
                 )
             grouped[part] = model(**{name: grouped.pop(name) for name in names})
     return grouped
@@ -407,7 +416,7 @@ def _planned_tree(factor: int, min_chunk: int | None, max_depth: int, target_ms:
 
 
 def _flattened(fields: dict[str, Any]) -> dict[str, Any]:
-    """Bring the nested shape of the source documents into the fields of JobRequest."""
+    """Return the fields of JobRequest for a dict whose ``input`` holds some of them."""
     if "input" not in fields:
         return fields
     given = fields.pop("input")

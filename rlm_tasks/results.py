@@ -1,4 +1,7 @@
-"""What a job tells its user: records, no decisions."""
+"""Records that users get from a job: its result, progress, partial answer, events and tree.
+
+`client` and the ledger make them; the command line and Flower show them.  Begin with `JobResult`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ class Status(StrEnum):
 
     PENDING = "pending"  # open, no node claimed yet
     RUNNING = "running"
-    MERGING = "merging"  # every item is accounted for, the answer is being made
+    MERGING = "merging"  # every item is accounted for, the answer is being computed
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     EXPIRED = "expired"
@@ -32,13 +35,13 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ItemFailure:
-    """An item whose operation raised: which one, and what it raised."""
+    """An item whose operation raised an exception."""
 
-    index: int  # of the item, from 0; -1: the merge
+    index: int  # number of the item, from 0; -1: the merge
     type: str  # the exception's class
     message: str
     traceback: str = field(default="", repr=False)
-    code: str = ""  # what the error means: TIMEOUT, RATE_LIMITED, OPERATION_FAILED, ...
+    code: str = ""  # the kind of error: TIMEOUT, RATE_LIMITED, OPERATION_FAILED, ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +51,13 @@ class QuarantinedItem:
     job_id: str
     index: int
     operation: str
-    item: str  # where it lies; never the item itself
-    attempts: int  # how often it was tried
-    last_signal: str  # what its process died of the last time
+    item: str  # a description, such as file and line; never the item itself
+    attempts: int  # number of tries
+    last_signal: str  # the last cause of death of its process
 
 
 class SuccessfulItems(Sequence[int]):
-    """The indexes of the items that succeeded, in order, held as ranges."""
+    """The indexes of the items that succeeded, in order, kept as ranges."""
 
     def __init__(self, ranges: Sequence[tuple[int, int]], left_out: Sequence[int]) -> None:
         self._runs: list[range] = []
@@ -97,23 +100,23 @@ class SuccessfulItems(Sequence[int]):
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """What a job cost."""
+    """The cost of a job: nodes, time and memory."""
 
-    items: int  # of the whole job
+    items: int  # items of the whole job
     nodes: int  # finished nodes, the root included
     splits: int  # cuts into two or more children
-    yields: int  # cuts into one
-    max_depth: int  # of the tree; 0: it was never cut in two
+    yields: int  # cuts into one child
+    max_depth: int  # depth of the tree; 0: no cut had two children
     execution_time_ms: float  # from the first claim to the end
-    busy_ms: float  # summed time inside the operation, over all nodes
-    peak_memory_mb: float  # largest worker process seen
+    busy_ms: float  # time inside the operation, summed over all nodes
+    peak_memory_mb: float  # memory of its largest worker process
     waited_ms: float  # from opening to the first claim
 
 
 def metrics_of(rounds: Sequence[Mapping[str, str]]) -> Metrics:
     """Return the cost of a job and its rounds from their facts in the ledger.
 
-    Times are those of the job, the first of them, which spans its rounds.
+    The first facts are the job's; its times span all rounds.
     """
     facts = rounds[0]
     nodes, splits, yields, busy_us = (
@@ -138,15 +141,15 @@ def metrics_of(rounds: Sequence[Mapping[str, str]]) -> Metrics:
 
 @dataclass(frozen=True, slots=True)
 class Shaped:
-    """Items whose outcome was shaped by one strategy at one pressure level."""
+    """The number of items that one strategy has changed at one pressure level."""
 
     strategy: str  # reduce_entity_limits, skip_optional_analysis, ...: see docs/pressure.md
     level: str  # elevated, high, critical, emergency
-    items: int  # how many
+    items: int  # number of items
 
 
 class Receipt(tuple[Shaped, ...]):
-    """What was left out of a job's answer, under which pressure; empty when nothing was."""
+    """The work left out of a job's answer, and the pressure level; empty when nothing was."""
 
     __slots__ = ()
 
@@ -178,22 +181,18 @@ class JobResult:
 
     job_id: str
     status: Status
-    output: Any  # of the merge; without one a list in item order; None unless it succeeded
+    output: Any  # the merged output, or a list in item order; None unless it succeeded
     total: int  # items
     done: int  # items that succeeded
-    failed_count: int
-    skipped: (
-        int  # items that were not run: empty ones, or all that were left when the job ended early
-    )
+    failed_count: int  # items that failed
+    skipped: int  # items that were not run: empty, or left when the job ended early
     failed: list[ItemFailure]  # the first 1,000; failed_count counts all
-    successful: SuccessfulItems  # their indexes
-    metrics: Metrics  # what it cost
-    stopped: str = (
-        ""  # why the job ended before its items did: early, budget, failed, expired, cancelled
-    )
-    error: ItemFailure | None = None  # what its merge raised
-    receipt: Receipt = NOTHING_LEFT_OUT  # what pressure has shaped of it
-    spent: Spending | None = None  # on calls to models, by it and its rounds; None: it makes none
+    successful: SuccessfulItems  # indexes of the items that succeeded
+    metrics: Metrics  # nodes, time and memory
+    stopped: str = ""  # cause of an early end: early, budget, failed, expired, cancelled
+    error: ItemFailure | None = None  # the exception of its merge
+    receipt: Receipt = NOTHING_LEFT_OUT  # work left out under pressure
+    spent: Spending | None = None  # spent on models by it and its rounds; None: it calls none
 
     @property
     def failure_rate(self) -> float:
@@ -215,21 +214,21 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a job's whole tree is, as one figure."""
+    """The counts of a job's items and nodes at one moment, over its whole tree."""
 
     status: Status
     total: int  # items
     done: int  # items that succeeded
-    failed: int
-    skipped: int
-    nodes: int  # finished
+    failed: int  # items that failed
+    skipped: int  # items that were not run
+    nodes: int  # nodes that have finished
     pending: int  # nodes queued, running or parked
     splits: int  # cuts into two or more nodes
     elapsed_s: float  # since the first claim, until the end
-    rate: float  # items a second since the first claim
-    eta_s: float | None  # seconds to the end at that rate; None while nothing is known
-    phase: str = "process"  # validate: items are being validated, done counts those
-    round: int = 0  # it is in; the items of all rounds so far are counted
+    rate: float  # items per second since the first claim
+    eta_s: float | None  # seconds to the end at that rate; None while unknown
+    phase: str = "process"  # validate: done counts validated items
+    round: int = 0  # the current round; items of all rounds so far are counted
 
     @property
     def fraction(self) -> float:
@@ -241,16 +240,16 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """The best answer so far: what it is and how much of the job it covers."""
+    """The best answer so far, and the share of the job that it covers."""
 
-    output: Any  # shaped as the job's will be
+    output: Any  # in the form of the final output
     coverage: float  # share of items whose outcome is in the output, 0 to 1
-    ranges: list[tuple[int, int]]  # item ranges that are in it
+    ranges: list[tuple[int, int]]  # ranges of items in the output
 
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """Something that has happened to a job."""
+    """Something that happened to a job."""
 
     at: float  # seconds since the epoch, by the server's clock
     event: str  # opened, started, released, merging, closed, ...
@@ -265,32 +264,30 @@ class TreeNode:
     parent: str  # the id of the node that cut it
     lo: int  # its first item
     hi: int  # the first item after it
-    worked: int  # items it worked through itself
+    worked: int  # items that it ran itself
     depth: int  # 0: the root
     state: str  # queued, running, parked, done, cut, skipped
-    why: str  # the reason it was cut, or waits
-    worker: str  # that ran it last
+    why: str  # the reason why it was cut, or why it waits
+    worker: str  # the worker that ran it last
     duration_ms: float
-    attempts: int  # claims
+    attempts: int  # number of claims
 
 
 COLUMNS = ("model", "calls", "tokens", "money")
 
 
 def rows(spent: Spending) -> list[tuple[str, ...]]:
-    """Return what was spent, for a person: a row for each model, one for all of them, and one for
-    the budget if there is one.
-    """
-    found = [
+    """Return spending as rows of COLUMNS: one per model, one for all, one for a budget if set."""
+    totals = [
         (
             "all",
             {unit: spent.spent.get(unit, 0.0) + spent.held.get(unit, 0.0) for unit in COLUMNS[1:]},
         )
     ]
-    found += [("budget", spent.limits)] if spent.limits else []
+    totals += [("budget", spent.limits)] if spent.limits else []
     return [
         (name, *(_shown(unit, units) for unit in COLUMNS[1:]))
-        for name, units in [*sorted(spent.by_label.items()), *found]
+        for name, units in [*sorted(spent.by_label.items()), *totals]
     ]
 
 

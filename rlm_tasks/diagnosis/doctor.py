@@ -103,7 +103,7 @@ def _reach(store: Store) -> None:
 
 def packages() -> Iterator[Finding]:
     """Yield whose packages stand beside `rlm_tasks` on the import path."""
-    wrong, hidden = import_path.in_our_place(), import_path.behind_ours()
+    wrong, hidden = import_path.found_instead(), import_path.hidden_by_ours()
     for name, file in wrong.items():
         found = f"`import {name}` finds {file}, not the platform's own in {import_path.HOME}"
         yield Finding(

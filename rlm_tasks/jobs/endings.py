@@ -81,4 +81,7 @@ def _because(facts: Mapping[str, str], verb: str) -> str:
     cause = CAUSES.get(facts.get("stop", ""), "")
     if facts.get("stop") == "failed" and facts["failed"] == "1":
         cause = "an item failed"
-    return f" because {cause}" if cause and cause != f"it {verb}" else ""
+    if not cause or cause == f"it {verb}":
+        return ""
+    early = " early" if facts["state"] == Status.SUCCEEDED else ""
+    return f"{early} because {cause}"

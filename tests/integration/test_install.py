@@ -130,7 +130,7 @@ def test_beat_keeps_the_apps_schedule_and_adds_the_monitor(shop: Shop) -> None:
 
 
 def test_only_a_worker_that_runs_jobs_warns_about_its_settings(shop: Shop) -> None:
-    warning = "result_backend is no Redis: partial answers are merged when a job ends"
+    warning = "result_backend is not Redis: partial answers are merged when a job ends"
 
     assert warning in (shop.folder / "all.log").read_text()
     assert warning not in (shop.folder / "own.log").read_text()

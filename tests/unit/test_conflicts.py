@@ -19,13 +19,13 @@ from tests.unit.test_installation import made
     ("config", "said"),
     [
         ({"worker_prefetch_multiplier": 4}, "worker_prefetch_multiplier=4: nodes wait"),
-        ({"task_always_eager": True}, "task_always_eager=True: jobs do not run"),
+        ({"task_always_eager": True}, "task_always_eager=True: jobs never run"),
         (
             {"worker_deduplicate_successful_tasks": True},
             "worker_deduplicate_successful_tasks=True: ",
         ),
         ({"worker_enable_remote_control": False}, "worker_enable_remote_control=False: "),
-        ({"result_backend": "rpc://"}, "result_backend is no Redis: "),
+        ({"result_backend": "rpc://"}, "result_backend is not Redis: "),
         ({"task_time_limit": 3}, "task_time_limit=3: shorter than a node may run (4 s)"),
         ({"task_soft_time_limit": 4}, "task_soft_time_limit=4: shorter than"),
         (

@@ -11,7 +11,9 @@ import pytest
 
 from rlm_tasks import import_path
 
-LOOK = "from rlm_tasks import import_path as look; print(look.in_our_place(), look.behind_ours())"
+LOOK = (
+    "from rlm_tasks import import_path as look; print(look.found_instead(), look.hidden_by_ours())"
+)
 
 
 def found_with(*path: Path, first: str = "") -> str:

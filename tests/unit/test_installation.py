@@ -347,7 +347,7 @@ def test_settings_for_all_tasks_do_not_change_our_tasks() -> None:
         )
         assert (task.rate_limit, task.priority, task.serializer) == (0, 0, "json")
         assert not hasattr(task, "autoretry_for")
-    assert conflicts(app) == ["result_backend is no Redis: " + NO_CHORDS]
+    assert conflicts(app) == ["result_backend is not Redis: " + NO_CHORDS]
     theirs = app.task(name="stock", shared=False)(stock)
     assert (theirs.acks_late, theirs.rate_limit, theirs.serializer) == (False, "1/m", "pickle")
 

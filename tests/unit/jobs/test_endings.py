@@ -40,10 +40,13 @@ def test_each_error_of_an_ended_job_belongs_to_one_ending() -> None:
     ("facts", "begins"),
     [
         ({"state": "succeeded"}, "It succeeded: 5 of 9 items done, 2 failed, 2 skipped."),
-        ({"state": "succeeded", "stop": "early"}, "It succeeded because enough of its items are"),
+        ({"state": "succeeded", "stop": "early"}, "It succeeded early because enough of its items"),
+        (
+            {"state": "succeeded", "stop": "budget"},
+            "It succeeded early because its budget is spent",
+        ),
         ({"state": "failed", "stop": "failed"}, "It failed because too many items failed: 5 of 9"),
         ({"state": "failed", "stop": "failed", "failed": "1"}, "It failed because an item failed:"),
-        ({"state": "failed", "stop": "budget"}, "It failed because its budget is spent: 5 of 9"),
         ({"state": "expired", "stop": "expired"}, "It expired because its timeout passed: 5 of 9"),
         ({"state": "cancelled", "stop": "cancelled"}, "It was cancelled: 5 of 9 items done"),
         (

@@ -64,7 +64,7 @@ class JobGate:
             budget=budget,
             cache_ttl_s=cache_ttl_s,
         )
-        self.guards.purse.open(spec, last=True)
+        self.guards.budgets.open(spec, last=True)
         found = registry.get("llm.map").gate(self.guards, registry.get("llm.map"), spec)  # type: ignore[misc]  # llm.map has a gate
         assert isinstance(found, Gate)
         self.gate, self.params = found, {"prompt": "Say {item}", "max_tokens": 100}
@@ -94,13 +94,13 @@ class JobGate:
 
 
 def spent(job_gate: JobGate) -> dict[str, float]:
-    return job_gate.guards.purse.budget("job").status().spent
+    return job_gate.guards.budgets.budget("job").status().spent
 
 
 def test_a_call_reserves_its_maximum_cost_and_settles_to_the_real_one(world: World) -> None:
     job_gate = JobGate(world, {"tokens": 1000})
     entry = job_gate.enter()
-    held = job_gate.guards.purse.budget("job").status().held
+    held = job_gate.guards.budgets.budget("job").status().held
 
     assert held["calls"] == 1
     assert 100 < held["tokens"] < 110
@@ -228,7 +228,7 @@ def test_the_cost_of_a_failed_call(world: World, error: Exception, tokens: float
     job_gate.gate.leave(job_gate.enter(), error)
 
     assert spent(job_gate).get("tokens", 0) == pytest.approx(tokens, abs=1)
-    assert not any(job_gate.guards.purse.budget("job").status().held.values())
+    assert not any(job_gate.guards.budgets.budget("job").status().held.values())
     assert not any(job_gate.provider.router.in_flight.values())
 
 
