@@ -89,7 +89,7 @@ _HOMES = {
     "resilience.degradation": "Level ResourceConstraints",
     "scheduler.allocation": "ResourceAllocationPolicy",
 }
-_load, __dir__, __all__ = lazy(__name__, _HOMES)  # the list and its loader must not drift apart
+_load, __dir__, __all__ = lazy(__name__, _HOMES)
 
 
 def _submit(**request: Any) -> Job:

@@ -326,7 +326,7 @@ class Today:
         ill = self._provider.health.ill()
         return [
             each
-            for each in self.settings.places
+            for each in self.settings.endpoints_or_default
             if each.name not in ill and (not each.models or model in each.models)
         ]
 

@@ -50,7 +50,7 @@ async def ask(settings: LlmSettings) -> list[CheckResult]:
     """Return how all endpoints are, asked at once, by connections that are closed afterwards."""
     import openai  # noqa: F401  # before anything is timed: the first import takes half a second
 
-    return await asyncio.gather(*(_ask(each, settings) for each in settings.places))
+    return await asyncio.gather(*(_ask(each, settings) for each in settings.endpoints_or_default))
 
 
 async def _ask(place: EndpointSettings, settings: LlmSettings) -> CheckResult:

@@ -36,7 +36,9 @@ def configured(settings: LlmSettings) -> bool:
     """Whether this process knows an endpoint: one is named, or the key of the default one is
     set.
     """
-    return bool(settings.endpoints) or any(key_of(each.key_env) for each in settings.places)
+    return bool(settings.endpoints) or any(
+        key_of(each.key_env) for each in settings.endpoints_or_default
+    )
 
 
 class EndpointHealth:

@@ -62,7 +62,7 @@ def _in_windows(settings: LlmSettings, limits: Mapping[str, float]) -> dict[str,
 def protections(settings: LlmSettings) -> Iterator[Protection]:
     """Yield what protects the calls to each endpoint, and to each model by each key, to show it."""
     tiers = dict.fromkeys((settings.small, settings.medium, settings.large))
-    for each in settings.places:
+    for each in settings.endpoints_or_default:
         yield Protection(service_of(each.name), breaker=BREAKER)
         for model in tiers:
             if not each.models or model in each.models:
@@ -75,7 +75,7 @@ class EndpointPool:
     def __init__(self, guards: Guards) -> None:
         self.settings: LlmSettings = guards.settings.llm
         self._guards = guards
-        self.places = {each.name: each for each in self.settings.places}
+        self.places = {each.name: each for each in self.settings.endpoints_or_default}
         self.router = Router(
             {each.name: each.weight for each in self.places.values()}, self.settings.routing
         )

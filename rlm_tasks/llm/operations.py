@@ -116,7 +116,9 @@ def _settled(model: type[P], request: JobRequest, settings: Any) -> tuple[JobReq
     if request.kind == "recursive" and request.strategy is None:
         # A smaller node would leave connections of its process idle.
         found["strategy"] = Adaptive(
-            min_chunk_size=min(settings.llm.pool, settings.llm.per_host * len(settings.llm.places))
+            min_chunk_size=min(
+                settings.llm.pool, settings.llm.per_host * len(settings.llm.endpoints_or_default)
+            )
         )
     return request.model_copy(update=found), its
 

@@ -40,7 +40,9 @@ class Params(Checked):
         name = settings.of_tier(self.tier or tier)
         its = settings.model(name)
         most = min(its.max_output_tokens, int((its.tokens or settings.tokens) * 0.9))
-        if not any(not each.models or name in each.models for each in settings.places):
+        if not any(
+            not each.models or name in each.models for each in settings.endpoints_or_default
+        ):
             raise InvalidRequest(
                 "tier", self.tier or tier, f"no endpoint of RLM_LLM__ENDPOINTS has its model {name}"
             )

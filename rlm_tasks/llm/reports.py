@@ -46,7 +46,7 @@ def reports(store: Store, settings: LlmSettings, breakers: CircuitBreakers) -> l
     checkups = {each.name: each for each in health.checkups()}
     now_ms = store.call(lambda _: store.now_ms())
     found = []
-    for place in settings.places:
+    for place in settings.endpoints_or_default:
         breaker = str(breakers.get(service_of(place.name), BREAKER).status()["state"])
         at = checkups.get(place.name)
         found.append(

@@ -20,6 +20,4 @@ if TYPE_CHECKING:
 _HOMES = {
     "rlm_tasks.metrics.declared": "Counter Histogram Metric Peak counted timed",
 }
-__getattr__, __dir__, __all__ = lazy(
-    __name__, _HOMES
-)  # the list and its loader must not drift apart
+__getattr__, __dir__, __all__ = lazy(__name__, _HOMES)

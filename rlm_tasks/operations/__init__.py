@@ -22,6 +22,4 @@ _HOMES = {
     "rlm_tasks.operations.context": "Context",
     "rlm_tasks.operations.registry": "Operation get import_operations names operation register",
 }
-__getattr__, __dir__, __all__ = lazy(
-    __name__, _HOMES
-)  # the list and its loader must not drift apart
+__getattr__, __dir__, __all__ = lazy(__name__, _HOMES)

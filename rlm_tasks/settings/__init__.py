@@ -1,5 +1,4 @@
-"""Everything that can be tuned, with its default and unit, and the one place that reads the
-environment.
+"""All settings with defaults and units, and the only module that reads the environment.
 
 Every folder above reads `Settings`; `Client` and `install` make them.  Begin with `model`.
 """
@@ -29,6 +28,4 @@ _HOMES = {
     "rlm_tasks.settings.model": "Settings",
     "rlm_tasks.settings.sections": "LedgerSettings MetricsSettings NodeSettings TracingSettings",
 }
-__getattr__, __dir__, __all__ = lazy(
-    __name__, _HOMES
-)  # the list and its loader must not drift apart
+__getattr__, __dir__, __all__ = lazy(__name__, _HOMES)

@@ -1,9 +1,9 @@
-"""The whole configuration as a document: what is wrong with it, what it says without its secrets,
-and how it travels.
+"""The whole configuration as a document: its mistakes, its values, export and import.
 
-Decides how a mistake is told (the variable, the value, the nearest that would do) and what counts
-as a secret.  Refuses to read the environment, which it is given, and to know what any setting is
-used for."""
+`environment` calls `validate` at the start of each process; the command line and the bug bundle
+call the others.  A mistake is named by its variable and value, with the nearest valid name or
+value.  Secrets are hidden.  The environment is an argument here; this module does not read it.
+"""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ from rlm_tasks.settings.model import Settings
 
 PREFIX, DELIMITER = "RLM_", "__"
 HIDDEN = "***"
-_TELLING = re.compile(r"SECRET|PASSWORD|TOKEN|KEY")
-"""An unknown variable of such a name is not shown with its value."""
+_SECRET_NAME = re.compile(r"SECRET|PASSWORD|TOKEN|KEY")
+"""The value of an unknown variable with such a name is hidden."""
 _LINK = re.compile(
     r"\w+_(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT(_\d+_(TCP|UDP)(_\w+)?=.*|=(tcp|udp)://.*))"
 )
-"""Variables by which Kubernetes and Docker tell where a service is: one named ``rlm-...`` begins
-them with RLM_.
-"""
+"""Variables with the address of a service, as Kubernetes and Docker set them.
+
+For a service named ``rlm-...`` they begin with RLM_ too, and are no settings of ours."""
 _CHOICE = re.compile(r"'([^']*)'")
 
 
-# --- what there is ----------------------------------------------------------------------------
+# --- all settings -----------------------------------------------------------------------------
 
 
 def fields(
     model: type[BaseModel] = Settings, at: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """Yield each setting with its place among the sections, in the order of the model, sections
-    last.
+    """Yield the path of each setting (sections, then its name) and its field.
+
+    They come in the order of the model, sections last.
     """
     for name, field in model.model_fields.items():
         if isinstance(field.default, BaseModel):
@@ -53,18 +54,18 @@ def fields(
             yield (*at, name), field
 
 
-def variable(place: Sequence[str]) -> str:
+def variable(path: Sequence[str]) -> str:
     """Return the environment variable of a setting."""
-    return PREFIX + DELIMITER.join(place).upper()
+    return PREFIX + DELIMITER.join(path).upper()
 
 
 def _names() -> dict[str, FieldInfo]:
-    return {variable(place): field for place, field in fields()}
+    return {variable(path): field for path, field in fields()}
 
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """One setting, for a person: secrets are hidden."""
+    """One setting as people see it: secrets are hidden."""
 
     variable: str
     value: Any
@@ -77,26 +78,25 @@ def described(settings: Settings) -> list[Described]:
     """Return every setting, in the order of the model, sections last."""
     return [
         Described(
-            variable=variable(place),
-            value=_without_secret(field, value := _value(settings, place)),
+            variable=variable(path),
+            value=_without_secret(field, value := _value(settings, path)),
             default=_without_secret(field, field.default),
             about=field.description or "",
             changed=value != field.default,
         )
-        for place, field in fields()
+        for path, field in fields()
     ]
 
 
-# --- what is wrong ----------------------------------------------------------------------------
+# --- mistakes ---------------------------------------------------------------------------------
 
 
 def validate(environ: Mapping[str, str], build: Callable[[], Settings] = Settings) -> list[str]:
-    """Return what is wrong with the variables of a process, a sentence for each; none when it may
-    start.
+    """Return a sentence for each mistake in the variables of a process; none when it may start.
 
-    `build` makes the settings of that environment, and raises what pydantic raises.
+    `build` makes the settings of that environment, and raises the errors of pydantic.
     """
-    found = [
+    mistakes = [
         _unknown(name, environ[name])
         for name in sorted(environ)
         if name.startswith(PREFIX)
@@ -105,12 +105,11 @@ def validate(environ: Mapping[str, str], build: Callable[[], Settings] = Setting
     try:
         build()
     except ValidationError as error:
-        found += [
-            _invalid(each, environ) for each in error.errors() if not _is_unknown(each)
-        ]  # those stand there already
+        # Unknown variables are in the list already.
+        mistakes += [_invalid(each, environ) for each in error.errors() if not _is_unknown(each)]
     except SettingsError as error:
-        found.append(_unreadable(error, environ))
-    return found
+        mistakes.append(_unreadable(error, environ))
+    return mistakes
 
 
 def _is_known(name: str) -> bool:
@@ -118,7 +117,7 @@ def _is_known(name: str) -> bool:
     mappings = tuple(
         each + DELIMITER for each, field in names.items() if get_origin(field.annotation) is dict
     )
-    sections = {variable(place[:-1]) for place, _ in fields() if len(place) > 1}
+    sections = {variable(path[:-1]) for path, _ in fields() if len(path) > 1}
     return name in names or name in sections or name.startswith(mappings)
 
 
@@ -130,7 +129,7 @@ def _unknown(name: str, value: str) -> str:
 
 def _shown(name: str, value: Any) -> str:
     field = _names().get(name)
-    secret = not field.repr if field else bool(_TELLING.search(name))
+    secret = not field.repr if field else bool(_SECRET_NAME.search(name))
     return HIDDEN if secret else repr(masked(value) if isinstance(value, str) else value)
 
 
@@ -139,11 +138,9 @@ def _is_unknown(error: ErrorDetails) -> bool:
 
 
 def _holder(error: ErrorDetails) -> str:
-    """Return the setting whose JSON has what is wrong inside of it, '' where it is a setting
-    itself.
-    """
-    place = [str(part) for part in error["loc"]]
-    outer = (variable(place[:end]) for end in range(1, len(place)))
+    """Return the setting whose JSON contains the mistake; '' where the setting itself is wrong."""
+    path = [str(part) for part in error["loc"]]
+    outer = (variable(path[:end]) for end in range(1, len(path)))
     return next((name for name in outer if name in _names()), "")
 
 
@@ -155,29 +152,31 @@ def _models_of(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _no_such_field(holder: str, error: ErrorDetails) -> str:
-    """Say which fields there are, and nothing of the value: it may be a key that its owner put
-    there.
-    """
+    """Return a sentence with the known fields, without the value: it may be a secret."""
     known = [
         name for model in _models_of(_names()[holder].annotation) for name in model.model_fields
     ]
-    return f"{holder}: {error['loc'][-1]!r} is no field of it; there are {', '.join(known)}"
+    return f"{holder}: {error['loc'][-1]!r} is no field of it; its fields are {', '.join(known)}"
 
 
 def _invalid(error: ErrorDetails, environ: Mapping[str, str]) -> str:
     if error["type"] == "extra_forbidden" and (holder := _holder(error)):
         return _no_such_field(holder, error)
-    place = [str(part) for part in error["loc"]]
-    name = variable(place)
+    path = [str(part) for part in error["loc"]]
+    name = variable(path)
     alias = next(
-        (alias for alias, (path, _) in ALIASES.items() if list(path) == place and alias in environ),
+        (
+            alias
+            for alias, (known, _) in ALIASES.items()
+            if list(known) == path and alias in environ
+        ),
         name,
     )
-    asked = name if name in environ else alias
-    value = environ.get(asked, error["input"])
+    name_in_use = name if name in environ else alias
+    value = environ.get(name_in_use, error["input"])
     if isinstance(value, BaseModel | dict):  # a rule between several settings of a section
         return f"{name}: {_advice(error)}"
-    return f"{asked}={_shown(name, value)}: {_advice(error)}"
+    return f"{name_in_use}={_shown(name, value)}: {_advice(error)}"
 
 
 def _advice(error: ErrorDetails) -> str:
@@ -187,111 +186,109 @@ def _advice(error: ErrorDetails) -> str:
         else []
     )
     near = difflib.get_close_matches(str(error["input"]), choices, n=1)
-    said = error["msg"].removeprefix("Value error, ")
-    return f"must be one of {', '.join(choices)}; did you mean {near[0]}?" if near else said
+    message = error["msg"].removeprefix("Value error, ")
+    return f"must be one of {', '.join(choices)}; did you mean {near[0]}?" if near else message
 
 
 def _unreadable(error: SettingsError, environ: Mapping[str, str]) -> str:
-    """Name the variable whose JSON cannot be read; pydantic tells the outermost field."""
-    told = re.search(r'field "(\w+)"', str(error))
-    names = [name for name in environ if told and name.startswith(variable([told[1]]))]
+    """Return a sentence with the variable whose JSON cannot be read.
+
+    The error of pydantic has the outermost field only.
+    """
+    field = re.search(r'field "(\w+)"', str(error))
+    names = [name for name in environ if field and name.startswith(variable([field[1]]))]
     return "; ".join(f"{name}={_shown(name, environ[name])}: is not JSON" for name in names) or str(
         error
     )
 
 
-# --- how it travels ---------------------------------------------------------------------------
+# --- export and import ------------------------------------------------------------------------
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:
-    """Return all settings as plain data, sections as dicts, secrets and passwords in URLs as
-    ``***``.
-    """
+    """Return all settings as plain data: sections as dicts, secrets and passwords as ``***``."""
     return _plain(settings, lambda _, value: value)
 
 
 def export_config(settings: Settings) -> str:
-    """Return all settings as JSON, but for those that hold a secret: they stay with the process
-    they are of.
-    """
+    """Return all settings as JSON, without those that hold a secret."""
     return json.dumps(
-        _plain(settings, lambda place, value: None if _is_secret(place, value) else value), indent=2
+        _plain(settings, lambda path, value: None if _is_secret(path, value) else value), indent=2
     )
 
 
 def import_config(text: str) -> Settings:
-    """Return the settings a JSON document says; what it leaves out is as the environment says.
+    """Return the settings of a JSON document; the environment sets those that it lacks.
 
-    Raises InvalidSettings, which names the place, the value and the nearest that would do.
+    Raises InvalidSettings with the variable, the value and the nearest valid name or value.
     """
     document = document_of(text)
-    told = {variable(place): value for place, value in _leaves(document)}
-    if found := [_unknown(name, str(value)) for name, value in told.items() if not _is_known(name)]:
-        raise InvalidSettings(found)
+    values = {variable(path): value for path, value in _leaves(document)}
+    unknown = [_unknown(name, str(value)) for name, value in values.items() if not _is_known(name)]
+    if unknown:
+        raise InvalidSettings(unknown)
     try:
         return Settings(**document)
     except ValidationError as error:
-        raise InvalidSettings([_invalid(each, told) for each in error.errors()]) from None
+        raise InvalidSettings([_invalid(each, values) for each in error.errors()]) from None
 
 
 def document_of(text: str | bytes) -> dict[str, Any]:
-    """Return the object that a configuration's text is.  Raises InvalidSettings."""
+    """Return a configuration's text as a dict.  Raises InvalidSettings for other JSON."""
     try:
         document = json.loads(text)
     except ValueError as error:
         raise InvalidSettings([f"the configuration is not JSON: {error}"]) from None
     if not isinstance(document, dict):
         raise InvalidSettings(
-            [f"the configuration is {type(document).__name__}; give an object, as `export` does"]
+            [f"the configuration is {type(document).__name__}; it must be a JSON object"]
         )
     return document
 
 
 def as_environment(settings: Settings) -> dict[str, str]:
-    """Return the variables that make these settings, those at their default and secrets left
-    out.
-    """
-    found = {}
-    for place, field in fields():
-        value = _value(settings, place)
+    """Return the variables for these settings, without defaults and secrets."""
+    variables = {}
+    for path, field in fields():
+        value = _value(settings, path)
         if (
-            place[-1] in _value(settings, place[:-1]).model_fields_set
+            path[-1] in _value(settings, path[:-1]).model_fields_set
             and value != field.default
-            and not _is_secret(place, value)
+            and not _is_secret(path, value)
         ):
-            found[variable(place)] = _told(field, value)
-    return found
+            variables[variable(path)] = _as_text(field, value)
+    return variables
 
 
-def _told(field: FieldInfo, value: Any) -> str:
+def _as_text(field: FieldInfo, value: Any) -> str:
     if NoDecode in field.metadata:
         return ",".join(value)
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _plain(settings: Settings, told: Callable[[tuple[str, ...], Any], Any]) -> dict[str, Any]:
+def _plain(settings: Settings, shown: Callable[[tuple[str, ...], Any], Any]) -> dict[str, Any]:
     document: dict[str, Any] = {}
-    for place, field in fields():
-        value = told(place, _value(settings, place))
+    for path, field in fields():
+        value = shown(path, _value(settings, path))
         if value is None and field.default is not None:
             continue
         inner = document
-        for section in place[:-1]:
+        for section in path[:-1]:
             inner = inner.setdefault(section, {})
-        inner[place[-1]] = _without_secret(field, value)
+        inner[path[-1]] = _without_secret(field, value)
     return document
 
 
-def _value(settings: Settings, place: Sequence[str]) -> Any:
+def _value(settings: Settings, path: Sequence[str]) -> Any:
     value: Any = settings
-    for name in place:
+    for name in path:
         value = getattr(value, name)
     return value
 
 
-def _is_secret(place: tuple[str, ...], value: Any) -> bool:
+def _is_secret(path: tuple[str, ...], value: Any) -> bool:
     return bool(value) and (
-        not dict(fields())[place].repr or (isinstance(value, str) and masked(value) != value)
+        not dict(fields())[path].repr or (isinstance(value, str) and masked(value) != value)
     )
 
 
@@ -312,7 +309,7 @@ def _without_secret(field: FieldInfo, value: Any) -> Any:
 def _leaves(
     document: Mapping[str, Any], at: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    sections = {place[:-1] for place, _ in fields()}
+    sections = {path[:-1] for path, _ in fields()}
     for name, value in document.items():
         if isinstance(value, dict) and (*at, name) in sections:
             yield from _leaves(value, (*at, name))

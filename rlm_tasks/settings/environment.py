@@ -1,4 +1,7 @@
-"""The one place that reads the environment."""
+"""The settings of this process: the only module that reads the environment.
+
+`Client` and `install` call `settings`; the calls to models ask for keys with `key_of`.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ _OTLP = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 
 
 def traces_exporters() -> list[str]:
-    """Return the exporters that OpenTelemetry's variables name; its packages read the others, this
-    one is for their launcher.
+    """Return the names of the exporters of traces, from the variables of OpenTelemetry.
+
+    Its packages read all other variables; these are for its launcher, which workers do without.
     """
     protocol = os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf"
     otlp = _OTLP.get(os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or protocol, protocol)
@@ -22,7 +26,7 @@ def traces_exporters() -> list[str]:
 
 
 def key_of(variable: str) -> str:
-    """Return the key of a provider, which its own variable holds; '' when that is not set."""
+    """Return the key of a provider from its variable; '' when the variable is not set."""
     return os.environ.get(variable, "").strip()
 
 
@@ -30,7 +34,7 @@ def key_of(variable: str) -> str:
 def settings() -> Settings:
     """Return the settings of this process, read from the environment once.
 
-    Raises InvalidSettings naming each variable that is unknown, or whose value cannot be used.
+    Raises InvalidSettings with each variable that is unknown or has an invalid value.
     """
     from rlm_tasks.settings.document import validate
 

@@ -1,12 +1,13 @@
-"""Which models and providers there are, what they allow and what they cost: records, no decisions.
+"""Settings of calls to language models: endpoints, models, their limits and prices.
 
-Keys are not here: an endpoint names the variable that holds its key, and `rlm_tasks.settings` reads
-that."""
+`llm` and plans read them.  Keys are not here: an endpoint names the variable that holds its key,
+and `settings.environment` reads that variable.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -15,41 +16,37 @@ TIERS: tuple[Tier, ...] = ("small", "medium", "large")
 
 
 class ModelSettings(BaseModel, frozen=True, extra="forbid"):
-    """One model: how much it takes at once, what a million of its tokens costs, what its provider
-    allows.
-    """
+    """One model: the size of its context and answers, its prices, the limits of its provider."""
 
     context_tokens: int = Field(128_000, gt=0)
     max_output_tokens: int = Field(16_384, gt=0)
     input_price: float = Field(0.0, ge=0)  # money for a million tokens of a prompt
     output_price: float = Field(0.0, ge=0)  # money for a million tokens of an answer
-    requests: float | None = Field(None, gt=0)  # in any window; None: as `LlmSettings.requests`
-    tokens: float | None = Field(None, gt=0)  # in any window; None: as `LlmSettings.tokens`
+    requests: float | None = Field(None, gt=0)  # in any window; None: `LlmSettings.requests`
+    tokens: float | None = Field(None, gt=0)  # in any window; None: `LlmSettings.tokens`
 
 
 class EndpointSettings(BaseModel, frozen=True, extra="forbid"):
-    """One place that answers as OpenAI's does."""
+    """One address with the interface of OpenAI."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    base_url: str = ""  # such as https://HOST/v1; empty: as OPENAI_BASE_URL says
+    base_url: str = ""  # such as https://HOST/v1; empty: the value of OPENAI_BASE_URL
     key_env: str = "OPENAI_API_KEY"  # the variable that holds its key
-    weight: Annotated[float, Field(gt=0)] = (
-        1.0  # its share of the calls, where `routing` is weighted
-    )
+    weight: float = Field(1.0, gt=0)  # its share of the calls, where `routing` is weighted
     models: dict[
         str, str
-    ] = {}  # our name of a model -> its name there; empty: it has all, under our names
-    max_tokens_as: Literal["max_tokens", "max_completion_tokens"] = (
-        "max_tokens"  # reasoning models know the second name only
+    ] = {}  # our name of a model -> its name there; empty: all, as we name them
+    max_tokens_as: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="Reasoning models know only `max_completion_tokens`."
     )
-    stream: bool = False  # read answers while they are made: a time limit then bounds each pause, not the whole
+    stream: bool = False  # with streamed answers a time limit bounds each pause, not the whole call
 
     @field_validator("key_env")
     @classmethod
     def _is_a_variable(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
             raise ValueError(
-                "must be the name of a variable, in capitals; the key itself is what that variable holds"
+                "must be the name of a variable, in capitals; that variable holds the key itself"
             )
         return value
 
@@ -60,7 +57,7 @@ class EndpointSettings(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("must start with http:// or https://")
         if "@" in value:
             raise ValueError(
-                "must hold no user or password; name the variable of its key as key_env"
+                "must hold no user or password; set key_env to the variable that holds the key"
             )
         return value.rstrip("/")
 
@@ -76,8 +73,8 @@ PRICES = {
         context_tokens=1_047_576, max_output_tokens=32_768, input_price=2.00, output_price=8.00
     ),
 }
-"""What the models of the default tiers cost by their provider's list of 2025, in US dollars;
-`LlmSettings.models` comes first.
+"""Limits and prices of the models of the default tiers, in US dollars, from the provider's list of
+2025.  `LlmSettings.models` comes first.
 """
 
 
@@ -167,22 +164,20 @@ class LlmSettings(BaseModel, frozen=True, extra="forbid"):
     def _names_differ(self) -> LlmSettings:
         names = [each.name for each in self.endpoints]
         if len(set(names)) < len(names):
-            raise ValueError(
-                f"endpoints must have names of their own, there are {', '.join(names)}"
-            )
+            raise ValueError(f"endpoints must have different names, not {', '.join(names)}")
         return self
 
     @property
-    def places(self) -> tuple[EndpointSettings, ...]:
-        """The endpoints, or the one that the provider's own variables describe."""
+    def endpoints_or_default(self) -> tuple[EndpointSettings, ...]:
+        """The endpoints, or else the one of OPENAI_BASE_URL and OPENAI_API_KEY."""
         return self.endpoints or (EndpointSettings(name="default"),)
 
     def model(self, name: str) -> ModelSettings:
-        """Return what is known of a model."""
+        """Return the settings of a model, or the defaults for an unknown one."""
         return self.models.get(name) or PRICES.get(name) or ModelSettings()
 
     def is_priced(self, name: str) -> bool:
-        """Say whether it is known what a model costs."""
+        """Return whether the price of a model is known."""
         return bool({"input_price", "output_price"} & self.model(name).model_fields_set)
 
     def of_tier(self, tier: Tier) -> str:

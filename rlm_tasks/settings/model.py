@@ -1,8 +1,8 @@
-"""Everything that can be tuned, with its default and unit, and the one place that reads the
-environment.
+"""All settings with defaults and units, as one model.
 
-Names: ``RLM_<FIELD>`` and ``RLM_<SECTION>__<FIELD>``.  Refuses to know what the values are used
-for."""
+Every folder reads it; `environment.settings` makes it from the environment.  The variables are
+named ``RLM_<FIELD>`` and ``RLM_<SECTION>__<FIELD>``.
+"""
 
 from __future__ import annotations
 
@@ -101,17 +101,16 @@ class Settings(StoreSettings):
     @field_validator("api_key", mode="before")
     @classmethod
     def _bare(cls, value: Any) -> Any:
-        return (
-            value.strip() if isinstance(value, str) else value
-        )  # files end in a line end, headers never do
+        # A key from a file ends in a newline; a header never does.
+        return value.strip() if isinstance(value, str) else value
 
     @field_validator("broker_url", "result_backend")
     @classmethod
-    def _can_be_used(cls, value: str, told: ValidationInfo) -> str:
+    def _can_be_used(cls, value: str, info: ValidationInfo) -> str:
         check(value)
-        if value.startswith(SENTINEL) and not told.data.get("sentinel_master"):
+        if value.startswith(SENTINEL) and not info.data.get("sentinel_master"):
             raise ValueError(
-                "give the name that the sentinels watch the primary by as RLM_SENTINEL_MASTER"
+                "set RLM_SENTINEL_MASTER to the name under which the sentinels watch the primary"
             )
         return value
 

@@ -1,4 +1,4 @@
-"""Settings of the ledger, of nodes, of metrics and of traces."""
+"""Settings of the ledger, of nodes, of metrics and of traces, as sections of `model.Settings`."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class LedgerSettings(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def grace(self) -> float:
-        """Seconds a message may take before somebody looks for it."""
+        """Seconds that a message may be on its way before the sweep may send it again."""
         return self.sweep_s if self.grace_s is None else self.grace_s
 
 
 class NodeSettings(BaseModel, frozen=True, extra="forbid"):
-    """How a node works through its range."""
+    """The pace of a node, and the time limits of its items."""
 
     target_ms: float = Field(
         1000.0, gt=0, description="A node hands over the rest of its range after this."
@@ -76,8 +76,9 @@ class NodeSettings(BaseModel, frozen=True, extra="forbid"):
 
 
 class MetricsSettings(BaseModel, frozen=True, extra="forbid"):
-    """Where a worker answers for itself; its port is an option of ``celery worker``, for each has
-    its own.
+    """The address of a worker's metrics port.
+
+    The port itself is an option of ``celery worker``, because each worker needs another one.
     """
 
     address: str = Field(
@@ -88,7 +89,7 @@ class MetricsSettings(BaseModel, frozen=True, extra="forbid"):
 
 
 class TracingSettings(BaseModel, frozen=True, extra="forbid"):
-    """Which jobs become traces; where those go is said by OpenTelemetry's own variables."""
+    """The jobs that are traced; OpenTelemetry's own variables say where the traces go."""
 
     enabled: bool = Field(
         False,

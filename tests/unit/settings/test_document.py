@@ -41,7 +41,7 @@ from rlm_tasks.settings.model import Settings
             {"RLM_LLM__ENDPOINTS": '[{"name": "main", "api_key": "sk-1234567890"}]'},
             [
                 (
-                    "RLM_LLM__ENDPOINTS: 'api_key' is no field of it; there are name, base_url, "
+                    "RLM_LLM__ENDPOINTS: 'api_key' is no field of it; its fields are name, base_url, "
                     "key_env, weight, models, max_tokens_as, stream"
                 )
             ],
@@ -213,7 +213,7 @@ def test_settings_as_variables_give_the_same_settings(monkeypatch: pytest.Monkey
     ("text", "messages"),
     [
         ("{", "the configuration is not JSON"),
-        ("[]", "the configuration is list; give an object"),
+        ("[]", "the configuration is list; it must be a JSON object"),
         (
             '{"node": {"target": 3}}',
             "RLM_NODE__TARGET='3': there is no such setting; did you mean RLM_NODE__TARGET_MS?",
