@@ -249,9 +249,9 @@ def test_an_answer_is_kept_for_its_item_until_its_node_has_ended(world: World) -
 
     assert again.enter(3, "same").flight.source == "memo"
     assert again.enter(4, "same").flight.state == "mine"
-    job_gate.store.run(*job_gate.gate.forgetting(3))
+    job_gate.store.call(*job_gate.gate.forgetting(3))
     assert again.enter(3, "same").flight.state == "landed"
-    job_gate.store.run(*job_gate.gate.forgetting(4))
+    job_gate.store.call(*job_gate.gate.forgetting(4))
     assert again.enter(3, "same").flight.state != "landed"
 
 

@@ -221,8 +221,8 @@ def test_valid_urls_are_accepted(authority: str) -> None:
         (
             {"RLM_BROKER_URL": "sentinel://:hush@host"},
             (
-                "RLM_BROKER_URL='sentinel://:***@host': give the name that the sentinels watch "
-                "the primary by as RLM_SENTINEL_MASTER"
+                "RLM_BROKER_URL='sentinel://:***@host': set RLM_SENTINEL_MASTER to the name under "
+                "which the sentinels watch the primary"
             ),
         ),
         (

@@ -51,7 +51,7 @@ from rlm_tasks.settings.model import Settings
             [
                 (
                     "RLM_LLM__ENDPOINTS__0__KEY_ENV=***: must be the name of a variable, in "
-                    "capitals; the key itself is what that variable holds"
+                    "capitals; that variable holds the key itself"
                 )
             ],
         ),
