@@ -1,7 +1,8 @@
-"""What a worker counts: metrics as they are declared, and the files that its processes count in.
+"""Metrics of a worker: their declarations, and the files in which its processes count.
 
 The engine, `llm` and users' modules declare metrics here; `telemetry` exposes them.  Begin with
-`declared`."""
+`declared`.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""What a worker counts, so that the numbers of all its pool processes are one.
+"""Metrics as they are declared: counters, histograms and peaks, with the values of their labels.
 
-Each slot of the pool has files of its own, and the process that comes after a recycled or killed
-one goes on writing in them: counters never fall, and there are never more files than slots.
-Decides what is counted, by which labels, and what a gauge means; refuses to know who reads it
-(`health`).  Outside of a worker with a metrics port nothing is counted."""
+The engine, `llm` and users' modules declare and count; `telemetry.exposition` exposes the sums.
+Each slot of the pool has its own files (`slot_files`), and the process that follows a recycled or
+killed one continues them.  So counters never fall, and there are never more files than slots.
+Outside of a worker with a metrics port nothing is counted.  Begin with `Counter`.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +20,16 @@ from resilience.errors import InvalidValue
 from rlm_tasks.metrics.slot_files import count
 
 OTHER = "other"
-"""What stands for a label's values that were not declared: a label must not grow with what users
-send.
-"""
+"""The value of a label in place of one that was not declared.
+
+Without it, the number of series would grow with the texts that users send."""
 SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 MILLISECONDS = tuple(1000 * each for each in SECONDS)
 _NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-# --- what is declared -------------------------------------------------------------------------
+# --- kinds of metrics -------------------------------------------------------------------------
 
 
 Labels = Mapping[str, Collection[str] | None]
@@ -36,29 +37,32 @@ DECLARED: dict[str, Metric] = {}
 
 
 class Metric:
-    """A declared metric.  `labels` has the values that each label may take; None for one whose
-    values are few by nature.
+    """A declared metric.
+
+    `labels` has the values of each label; None allows all values of a label that has few anyway.
     """
 
     type = ""
 
     def __init__(self, name: str, about: str, labels: Labels | None = None) -> None:
-        """Declare it, once for all processes that import the module.  Raises InvalidValue."""
+        """Declare it in each process that imports the module.  Raises InvalidValue."""
         self.name, self.about, self.labels = name, about, dict(labels or {})
         for each in (name, *self.labels):
             if not _NAME.fullmatch(each):
                 raise InvalidValue(
-                    "name", each, "must be letters, digits and underscores, and begin with no digit"
+                    "name",
+                    each,
+                    "must be letters, digits and underscores, and not begin with a digit",
                 )
         known = DECLARED.setdefault(name, self)
         if known is not self and (type(known), known.labels) != (type(self), self.labels):
             raise InvalidValue(
-                "name", name, "is declared already, with other labels or as another kind of metric"
+                "name", name, "is declared already with other labels or as another kind of metric"
             )
 
     @property
     def family(self) -> str:
-        """The name that stands in its TYPE line."""
+        """The name in its TYPE line."""
         return self.name
 
     def _values(self, given: Mapping[str, str]) -> tuple[str, ...]:
@@ -82,39 +86,40 @@ class Metric:
 
 
 class Counter(Metric):
-    """A number that only grows.  Its name ends in ``_total``; each of its `labels` is declared with
-    the values it may take.
+    """A number that only grows.
 
-    Raises InvalidValue for a name or a label that cannot be.
+    Its name ends in ``_total``.  Each of its `labels` is declared with its values.  Raises
+    InvalidValue for an invalid name or label.
     """
 
     type = "counter"
 
     def __init__(self, name: str, about: str, labels: Labels | None = None) -> None:
         if not name.endswith("_total"):
-            raise InvalidValue("name", name, "a counter's name ends in _total")
+            raise InvalidValue("name", name, "a counter's name must end in _total")
         super().__init__(name, about, labels)
         self._keys = functools.cache(lambda values: self._key(self.name, values))
 
     @property
     def family(self) -> str:
-        """The name without ``_total``: that ending is its sample's."""
+        """The name without ``_total``; only its sample has that ending."""
         return self.name.removesuffix("_total")
 
     def inc(self, amount: float = 1.0, **labels: str) -> None:
-        """Add to it.  Raises InvalidValue for other labels than the declared ones, and for less
-        than 0.
+        """Add an amount to it.
+
+        Raises InvalidValue for other labels than the declared ones, and for an amount below 0.
         """
         if amount < 0:
-            raise InvalidValue("amount", amount, f"{self.name} is a counter: it only grows")
+            raise InvalidValue("amount", amount, f"{self.name} is a counter; add 0 or more")
         values = self._values(labels)
         count(lambda files: files.add("counter", (self._keys(values), amount)))
 
 
 class Histogram(Metric):
-    """How values are spread over `buckets`, given by their upper bounds; `labels` as for a Counter.
+    """The distribution of values over `buckets`, which are given by their upper bounds.
 
-    Raises InvalidValue for a name or a label that cannot be.
+    `labels` are declared as for a Counter.  Raises InvalidValue for an invalid name or label.
     """
 
     type = "histogram"
@@ -131,14 +136,14 @@ class Histogram(Metric):
         self._keys = functools.cache(self._keys_of)
 
     def observe(self, value: float, times: int = 1, **labels: str) -> None:
-        """Count a value, as often as it came.  Raises InvalidValue for other labels than the
-        declared ones.
+        """Count a value the given number of times.
+
+        Raises InvalidValue for other labels than the declared ones.
         """
         total, *buckets = keys = self._keys(self._values(labels))
-        found = buckets[bisect_left(self._bounds, value)]
-        count(
-            lambda files: files.add("histogram", (total, value * times), (found, times), among=keys)
-        )
+        bucket = buckets[bisect_left(self._bounds, value)]
+        amounts = (total, value * times), (bucket, times)
+        count(lambda files: files.add("histogram", *amounts, among=keys))
 
     def _keys_of(self, values: tuple[str, ...]) -> list[str]:
         from prometheus_client.utils import floatToGoString
@@ -151,7 +156,7 @@ class Histogram(Metric):
 
 
 class Peak(Metric):
-    """The greatest value that any pool process has had."""
+    """The greatest value of all pool processes so far."""
 
     type = "gauge"
 
@@ -164,45 +169,37 @@ class Peak(Metric):
         return self._key(self.name, ())
 
 
-# --- what nodes count -------------------------------------------------------------------------
-
-
-# --- what a request counts --------------------------------------------------------------------
-
-
-# --- functions of a user's own ----------------------------------------------------------------
+# --- decorators for users' functions ----------------------------------------------------------
 
 
 def counted(name: str, about: str) -> Callable[[_F], _F]:
-    """Decorate a function, or a coroutine function: count its calls, by outcome ``ok`` or
-    ``error``.
-    """
+    """Decorate a function or coroutine function: count calls, by outcome ``ok`` or ``error``."""
     calls = Counter(name, about, {"outcome": ("ok", "error")})
     return _watched(lambda _, ok: calls.inc(outcome="ok" if ok else "error"))
 
 
 def timed(name: str, about: str, buckets: Collection[float] = SECONDS) -> Callable[[_F], _F]:
-    """Decorate a function, or a coroutine function: how long its calls take, in seconds."""
+    """Decorate a function or coroutine function: observe the seconds that its calls take."""
     durations = Histogram(name, about, buckets=buckets)
     return _watched(lambda seconds, _: durations.observe(seconds))
 
 
-def _watched(tell: Callable[[float, bool], None]) -> Callable[[_F], _F]:
-    """Tell of each call of a function how long it took, and whether it returned."""
+def _watched(record: Callable[[float, bool], None]) -> Callable[[_F], _F]:
+    """Return a decorator: `record` receives the seconds of each call, and whether it returned."""
 
     def decorate(function: _F) -> _F:
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
             async def awaiting(*args: Any, **kwargs: Any) -> Any:
-                with _Watch(tell):
+                with _Watch(record):
                     return await function(*args, **kwargs)
 
-            return awaiting  # type: ignore[return-value]  # it takes and returns what the function does
+            return awaiting  # type: ignore[return-value]  # it has the function's own signature
 
         @functools.wraps(function)
         def calling(*args: Any, **kwargs: Any) -> Any:
-            with _Watch(tell):
+            with _Watch(record):
                 return function(*args, **kwargs)
 
         return calling  # type: ignore[return-value]  # as above
@@ -211,14 +208,11 @@ def _watched(tell: Callable[[float, bool], None]) -> Callable[[_F], _F]:
 
 
 class _Watch:
-    def __init__(self, tell: Callable[[float, bool], None]) -> None:
-        self._tell = tell
+    def __init__(self, record: Callable[[float, bool], None]) -> None:
+        self._record = record
 
     def __enter__(self) -> None:
         self._began = time.perf_counter()
 
     def __exit__(self, raised: type[BaseException] | None, *_: object) -> None:
-        self._tell(time.perf_counter() - self._began, raised is None)
-
-
-# --- what is told of the worker ---------------------------------------------------------------
+        self._record(time.perf_counter() - self._began, raised is None)

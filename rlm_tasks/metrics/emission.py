@@ -1,4 +1,7 @@
-"""The counters that a request adds to when its job has succeeded."""
+"""The counters to which a request adds when its job has succeeded (`emit_metrics`).
+
+Submission checks the amounts with `emission`; the merge that closes the job calls `emit`.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,22 @@ from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.metrics.declared import DECLARED, Counter
 
 logger = logging.getLogger(__name__)
-Told = Mapping[str, float | str]
+Amounts = Mapping[str, float | str]
+"""`emit_metrics` of a request: amounts by metric, and texts by label."""
 
 
-def emission(told: Told) -> list[tuple[Counter, float, dict[str, str]]]:
-    """Return the counters that a request's numbers are for, with what is added to each, and its
-    labels.
+def emission(amounts: Amounts) -> list[tuple[Counter, float, dict[str, str]]]:
+    """Return each counter of a request with the amount to add and the labels.
 
     ``business.records`` is the counter ``business_records_total``; a text is the label of its
     name.  Raises InvalidRequest for a counter that no module has declared, and for labels that it
-    does not have."""
+    does not have.
+    """
     labels = {
-        name.replace(".", "_"): value for name, value in told.items() if isinstance(value, str)
+        name.replace(".", "_"): value for name, value in amounts.items() if isinstance(value, str)
     }
-    found = []
-    for name, amount in told.items():
+    additions = []
+    for name, amount in amounts.items():
         if isinstance(amount, str):
             continue
         total = f"{name.replace('.', '_')}_total"
@@ -35,19 +39,21 @@ def emission(told: Told) -> list[tuple[Counter, float, dict[str, str]]]:
         if amount < 0 or labels.keys() != counter.labels.keys():
             raise InvalidRequest(
                 "emit_metrics",
-                dict(told),
-                f"{name} only grows, by labels {', '.join(counter.labels) or 'none'}",
+                dict(amounts),
+                f"{name} needs 0 or more, and the labels {', '.join(counter.labels) or 'none'}",
             )
-        found.append((counter, amount, labels))
-    return found
+        additions.append((counter, amount, labels))
+    return additions
 
 
-def emit(told: Told) -> None:
-    """Count what the request of a job says, now that it has succeeded."""
+def emit(amounts: Amounts) -> None:
+    """Add the amounts of a job's request to their counters; an undeclared one is logged."""
     try:
-        for counter, amount, labels in emission(told):
+        for counter, amount, labels in emission(amounts):
             counter.inc(amount, **labels)
     except InvalidRequest as error:
         logger.warning(
-            "Not counted, its declaration is another here than where it was submitted: %s", error
+            "A metric of a job is not counted, because this worker declares it differently from "
+            "the job's client: %s",
+            error,
         )

@@ -1,4 +1,8 @@
-"""The files that a worker's processes count in, one for each slot of the pool."""
+"""The files in which a worker's processes count, one set for each slot of the pool.
+
+A worker with a metrics port calls `begin`; metrics count with `count`; `telemetry.exposition` reads
+the files.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +23,22 @@ logger = logging.getLogger(__name__)
 
 
 class SlotFiles:
-    """The files of one worker, in prometheus_client's format: for each kind of metric one by each
-    slot of the pool.
+    """The files of one worker in prometheus_client's format, one per kind of metric and slot.
 
-    prometheus_client's own values find their folder by an environment variable, which every program
-    that an operation starts would inherit; and count by process, so that each recycled one would
-    leave a file."""
+    The values of prometheus_client itself do not fit.  They find their folder by an environment
+    variable, which each program that an operation starts would inherit.  And they count by process,
+    so each recycled process would leave a file.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._pid = folder, os.getpid()
         self._open: dict[str, MmapedDict] = {}
         self._begun: set[str] = set()
-        self._lock = (
-            threading.Lock()
-        )  # for pools of threads; the main process of others never holds it
+        # For pools of threads; in other pools the main process never holds it.
+        self._lock = threading.Lock()
 
     def add(self, kind: str, *amounts: tuple[str, float], among: Sequence[str] = ()) -> None:
-        """Add to the series of these keys; those they are `among` begin with them, at 0."""
+        """Add to the series of these keys; all series `among` which they are begin at 0."""
         with self._lock:
             file = self._file(kind)
             if among and among[0] not in self._begun:
@@ -53,14 +56,14 @@ class SlotFiles:
                 file.write_value(key, value, 0.0)
 
     def close(self) -> None:
-        """Give the files back; what was counted stays in them."""
+        """Close the files; their counts stay."""
         for file in self._open.values():
             file.close()
         self._open, self._begun = {}, set()
 
     def _file(self, kind: str) -> MmapedDict:
         if self._pid != os.getpid():
-            self.close()  # what was inherited by a fork is another slot's
+            self.close()  # a fork inherits the files of another slot
             self._pid = os.getpid()
         if kind not in self._open:
             self._open[kind] = self._opened(self._folder / f"{kind}_{_slot()}.db")
@@ -71,9 +74,9 @@ class SlotFiles:
 
         if path.exists():
             return MmapedDict(str(path))
-        made = path.with_suffix(".new")  # a reader must not meet an empty file
-        file = MmapedDict(str(made))
-        made.replace(path)
+        new = path.with_suffix(".new")  # a reader must not find an empty file
+        file = MmapedDict(str(new))
+        new.replace(path)
         return file
 
 
@@ -86,14 +89,14 @@ _files: SlotFiles | None = None
 
 
 def begin(folder: Path) -> None:
-    """Have this process, and those it forks, count into a folder."""
-    global _files  # noqa: PLW0603  # a process counts in one place, whoever counts
+    """Let this process and its forks count into a folder."""
+    global _files  # noqa: PLW0603  # all metrics of a process count into one folder
     end()
     _files = SlotFiles(folder)
 
 
 def end() -> None:
-    """Count nothing any more in this process."""
+    """Stop counting in this process."""
     global _files  # noqa: PLW0603
     if _files is not None:
         _files.close()
@@ -101,11 +104,12 @@ def end() -> None:
 
 
 def is_counting() -> bool:
-    """Whether this process counts: only a worker with a metrics port does."""
+    """Return whether this process counts; only a worker with a metrics port does."""
     return _files is not None
 
 
 def count(write: Callable[[SlotFiles], None]) -> None:
+    """Let a metric write into the files of this process, if it counts."""
     if _files is not None:
         try:
             write(_files)

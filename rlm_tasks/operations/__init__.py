@@ -1,4 +1,4 @@
-"""What is done with an item: operations, what they declare, and what they may ask while they run.
+"""Operations: the functions that run for each item, their declarations and their context.
 
 Users declare operations with `operation`; the engine calls them.  Begin with `registry`.
 """

@@ -1,4 +1,7 @@
-"""Operations that are there from the start: samples, and answers that are exact under any split."""
+"""The built-in operations: samples, and sums and statistics that are exact under any split.
+
+`registry.import_operations` imports this module in each client and worker.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def _not_empty(item: Any) -> None:
         raise ValueError("empty item")
 
 
-# --- sum, exact: integers as they are, floats as the ratio of integers that they are ----------
+# --- sum, exact: integers as they are, floats as ratios of integers ---------------------------
 
 
 def _exact(value: float) -> list[int]:
@@ -112,8 +115,9 @@ def _statistics(part: dict[str, Any]) -> dict[str, Any]:
 
 @operation("aggregate", batch=True, merge=_summaries, finalize=_statistics, validate=_number)
 def aggregate(items: Sequence[float]) -> dict[str, Any]:
-    """Return count, mean, min, max and population variance of finite numbers, exact under any
-    split.
+    """Return count, mean, min, max and population variance of finite numbers.
+
+    The answer is exact under any split.
     """
     total, squares = Fraction(0), Fraction(0)
     for item in items:
@@ -151,7 +155,7 @@ def _merge_runs(runs: Iterable[list[Any]]) -> list[Any]:
 
 @operation("sort", batch=True, merge=_merge_runs)
 def sort(items: Sequence[Any]) -> list[Any]:
-    """Sort items: parts are sorted where they are, and merged as a merge sort does."""
+    """Sort items: each node sorts its part, and parts are merged as in a merge sort."""
     return sorted(items)
 
 
@@ -190,7 +194,7 @@ def complex_process(item: Any, ctx: Context) -> dict[str, Any]:
 
 @operation("conditional_process", validate=_not_empty)
 def conditional_process(item: Any, ctx: Context) -> dict[str, Any]:
-    """Process what is there: an item that is not a number or a text passes through untouched."""
+    """Process numbers and texts; other items pass through unchanged."""
     if not isinstance(item, int | float | str):
         return {"item": item, "processed": False}
     return {
@@ -201,7 +205,7 @@ def conditional_process(item: Any, ctx: Context) -> dict[str, Any]:
 
 
 def _merge_extremes(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """A user's merge: an iterable of partials in item order becomes one partial."""
+    """An example of a merge: it receives partials in item order and returns one partial."""
     parts = list(parts)
     return {
         "count": sum(part["count"] for part in parts),
@@ -213,7 +217,7 @@ def _merge_extremes(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 @operation("custom_merge", merge=_merge_extremes)
 def custom_merge(item: Any) -> dict[str, Any]:
-    """Show a merge of one's own: count, first, last and largest item."""
+    """An example with its own merge: count, first, last and largest item."""
     return {"count": 1, "first": item, "last": item, "largest": item}
 
 

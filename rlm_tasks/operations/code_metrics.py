@@ -1,6 +1,7 @@
-"""Syntax-tree metrics of Python files: what the demo computes over the standard library.
+"""Metrics of Python files from their syntax trees; the demo runs them over the standard library.
 
-Pure functions from paths to plain data; partials of any split merge to the same report.
+The operation `code_metrics` calls it.  Pure functions from paths to plain data; the partials of any
+split merge to the same report.
 """
 
 from __future__ import annotations
@@ -55,12 +56,12 @@ def standard_library() -> Path:
 
 def python_files(folder: Path) -> list[str]:
     """Return the Python files below a folder, sorted, without installed packages."""
-    found = (
+    files = (
         path
         for path in folder.rglob("*.py")
         if not {"site-packages", "__pycache__"} & set(path.parts[len(folder.parts) :])
     )
-    return sorted(str(path) for path in found)
+    return sorted(str(path) for path in files)
 
 
 class _Tally:
@@ -71,16 +72,14 @@ class _Tally:
         self.classes = self.deepest = 0
 
     def visit(self, node: ast.AST, depth: int) -> int:
-        """Return the branches at and below a node; note functions, classes and nesting on the
-        way.
-        """
+        """Return the number of branches at and below a node; count functions, classes, nesting."""
         kind = type(node)
         depth += kind in _NESTING
         self.deepest = max(self.deepest, depth)
         branches = int(kind in _BRANCHES)
         chained = node.orelse[0] if isinstance(node, ast.If) and len(node.orelse) == 1 else None
         for child in _children(node):
-            # An `elif` is an if inside an else, but nests no deeper to its reader.
+            # An `elif` is an `if` inside an `else`, but a reader does not see it as nested.
             branches += self.visit(
                 child, depth - 1 if child is chained and isinstance(child, ast.If) else depth
             )
@@ -100,13 +99,14 @@ def _children(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def measure_file(path: str) -> dict[str, Any]:
-    """Return the metrics of one file.  Raises SyntaxError, UnicodeError and OSError, which fail
-    that item only.
+    """Return the metrics of one file.
+
+    Raises SyntaxError, UnicodeError and OSError, which fail this item only.
     """
     with tokenize.open(path) as file:
         text = file.read()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # outdated escapes in the files are not what is measured
+        warnings.simplefilter("ignore")  # outdated escapes in the files do not matter here
         tree = ast.parse(text, path)
     tally = _Tally()
     branches = tally.visit(tree, 0)
@@ -124,8 +124,9 @@ def measure_file(path: str) -> dict[str, Any]:
 
 
 def merge_reports(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Return one report of many.  Ties are broken by path and line, so every split gives the
-    same.
+    """Return one report of many.
+
+    Path and line break ties, so each split gives the same report.
     """
     whole: dict[str, Any] = {**dict.fromkeys(_SUMMED, 0), "deepest": [0, ""], "complex": []}
     for report in reports:

@@ -1,4 +1,7 @@
-"""What an operation may ask about the run that it is part of."""
+"""The context of an operation: facts about its item and job, and questions about pressure.
+
+The engine makes one for each call; an operation receives it as its second argument.
+"""
 
 from __future__ import annotations
 
@@ -13,62 +16,58 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Context:
-    """What an operation may ask about the run it is part of."""
+    """Facts about an operation's item and job, and answers to what it may leave out."""
 
     job_id: str
-    params: dict[str, Any]  # those of the request
-    depth: int = 0  # of the node in the tree
-    attempt: int = 1  # at this node, from 1
-    index: int = 0  # of the item being worked on; of the first item in a batch
-    tries: int = 0  # how often this item has failed before
-    waited: bool = False  # this item comes back from waiting for a guard
-    rest: int = 1  # so many calls its node would make at once, were they granted: this item's, and of those behind it
-    grant: Grant | None = None  # what this call took of its rate limit
-    entry: Any = (
-        None  # what its gate has given this call, where the operation has a gate of its own
-    )
-    degradation: Degradation = field(
-        default_factory=Degradation
-    )  # what this item is asked to leave out
+    params: dict[str, Any]  # the params of the request
+    depth: int = 0  # depth of the node in the tree
+    attempt: int = 1  # number of this attempt at the node, from 1
+    index: int = 0  # number of the item, or of the first item of a batch
+    tries: int = 0  # earlier failures of this item
+    waited: bool = False  # this item has waited for a guard
+    rest: int = 1  # calls that its node could make now: for this item and those after it
+    grant: Grant | None = None  # the amount that this call took of its rate limit
+    entry: Any = None  # the call's state in the gate, if the operation has a gate
+    degradation: Degradation = field(default_factory=Degradation)  # work to leave out
 
     @property
     def attempt_key(self) -> str:
-        """The same at every attempt at this item, and no other's.
+        """A key of this item that is the same at each attempt.
 
-        An item whose process dies runs again, so what it does outside of its answer may happen
-        twice; give this to what it calls as an idempotency key (a payment, a mail, an INSERT ... ON
-        CONFLICT DO NOTHING)."""
+        An item whose process dies runs again, so its side effects may happen twice.  Pass this key
+        as an idempotency key: to a payment, a mail, an INSERT ... ON CONFLICT DO NOTHING.
+        """
         return f"{self.job_id}:{self.index}"
 
     def settle(self, **used: float) -> None:
-        """Correct what this call took of its rate limit to what it really used:
+        """Replace the amount taken of the rate limit by the amount used.
+
         ``ctx.settle(tokens=730)``.
         """
         if self.grant is not None:
             self.grant.settle(**used)
 
-    # --- doing less under pressure: what is asked here is told in the job's receipt ------------
+    # --- doing less under pressure; the job's receipt counts each answer that left work out ----
 
     def limit(self, most: int) -> int:
-        """Return how many of `most` entities to look at: all, 80 %, 50 % (critical) or 30 %
-        (emergency).
+        """Return the number of entities to use, of `most`.
+
+        All of them, 80 %, 50 % (critical) or 30 % (emergency).
         """
         return self.degradation.limit(most)
 
     def embedding_dimensions(self, full: int) -> int:
-        """Return how many of `full` dimensions an embedding is to have: half from critical pressure
-        on.
-        """
+        """Return the dimensions that an embedding should have: `full`, or half from critical on."""
         return self.degradation.embedding_dimensions(full)
 
     @property
     def skip_optional(self) -> bool:
-        """Whether to leave out what the answer can do without: from high pressure on."""
+        """Whether to leave out optional work: from high pressure on."""
         return self.degradation.skip_optional
 
     @property
     def skip_expensive(self) -> bool:
-        """Whether to leave out what costs much: from high pressure on."""
+        """Whether to leave out expensive work: from high pressure on."""
         return self.degradation.skip_expensive
 
     @property
@@ -78,7 +77,8 @@ class Context:
 
     @property
     def quality(self) -> str:
-        """What a cache key of one's own must contain, so that a degraded answer is not kept as a
-        full one; '' is full.
+        """A text to add to your own cache keys, so that degraded answers are kept apart.
+
+        It is '' for a full answer.
         """
         return self.degradation.constraints.fingerprint

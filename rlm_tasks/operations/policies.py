@@ -1,4 +1,7 @@
-"""Which allocation policy holds for an operation."""
+"""The allocation policy of an operation, from the operator's file or its own declaration.
+
+Submission and the engine's slot shares ask here.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,20 @@ from scheduler.allocation import Policies, ResourceAllocationPolicy, priority_of
 
 
 def policies(settings: Settings) -> Policies:
-    """Return the operator's policies.  Raises InvalidValue naming the file, the entry and the
-    field.
-    """
-    found = Policies(settings.allocation)
+    """Return the operator's policies.  Raises InvalidValue with file, entry and field."""
+    of_operator = Policies(settings.allocation)
     if settings.allocation.policies:
-        found.load(settings.allocation.policies)
-    return found
+        of_operator.load(settings.allocation.policies)
+    return of_operator
 
 
 def policy_of(operation: Operation, known: Policies) -> ResourceAllocationPolicy:
-    """Return the policy of an operation: the operator's word counts, then its own, then the one for
-    all others.
-    """
+    """Return the policy of an operation: the operator's, or its own, or the one for all others."""
     if operation.allocation is not None and not known.declares(operation.name):
         return operation.allocation
     return known.of(operation.name)
 
 
-def priority_for(operation: Operation, known: Policies, asked: str) -> str:
-    """Return how urgent a job of an operation is."""
-    return str(priority_of(policy_of(operation, known), asked))
+def priority_for(operation: Operation, known: Policies, requested: str) -> str:
+    """Return the priority of a job: that of its request, as its operation's policy allows."""
+    return str(priority_of(policy_of(operation, known), requested))

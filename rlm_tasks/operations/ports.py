@@ -1,7 +1,7 @@
-"""What an operation needs of the folders above it, as protocols: imports run down only.
+"""Protocols by which operations use the folders above them, because imports run down only.
 
-The engine provides `CallGuards`, `llm` provides `Forecast`, and the package's face says how
-`Operation.submit` opens a job (`submit_with`).
+The engine provides `CallGuards` and `llm` provides `Forecast`.  `rlm_tasks.__init__` calls
+`submit_with`, so that `Operation.submit` can open a job.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class CallGuards(Protocol):
     """The guards of one operation's calls for one job: breaker, limits, bulkhead and retry."""
 
     def enter(self, item: Any, context: Context, waiter: str) -> Any:
-        """Take what one call needs, all or nothing.  Raises Denied with the time to come back."""
+        """Take all permits of one call, or none.  Raises Denied with the time to come back."""
 
     def leave(self, entry: Any, error: BaseException | None = None) -> None:
-        """Report how a call ended, and return what it held."""
+        """Report how a call ended, and give back its permits."""
 
     def call(
         self,
@@ -49,21 +49,24 @@ class CallGuards(Protocol):
         waiter: str,
         pause: Callable[[Any], Awaitable[None]],
     ) -> Any:
-        """Await one entered item; `pause` sleeps between attempts, or raises the postponement."""
+        """Await the call of an item that has entered.
+
+        `pause` sleeps between attempts, or raises the postponement.
+        """
 
     def instead_of(self, denied: Denied) -> Callable[..., Any] | None:
-        """Return the fallback to call instead of a denied call, None when there is none."""
+        """Return the fallback for a denied call; None when there is none."""
 
     def still_waits(self, waiter: str) -> bool:
-        """Whether a waiter is still noted at some guard."""
+        """Return whether a waiter is still in the line of a guard."""
 
     def forgetting(self, until: int) -> list[Call]:
-        """Return calls to make when the node's items before `until` are safe in its partial."""
+        """Return calls to Redis for the time when items before `until` are in a stored partial."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundForecast:
-    """How many calls and tokens one round asks of the models of a tier, in all."""
+    """The calls and tokens that one round needs from the models of a tier, in all."""
 
     operation: str
     tier: Any  # small, medium or large
@@ -73,15 +76,16 @@ class RoundForecast:
 
 
 class Forecast(Protocol):
-    """Looks at a sample of a request's items once, and returns the rounds for an outlook.
+    """A function that measures a sample of a request's items once.
 
-    The request is settled, the items are those that were submitted; there is at least one.
+    Its answer is a function from an outlook to the rounds.  The request has its defaults filled in;
+    there is at least one item.
     """
 
     def __call__(
         self, request: JobRequest, sample: ItemSample, /
     ) -> Callable[[Any], list[RoundForecast]]:
-        """Return the function that gives the rounds of a job under an outlook on calls."""
+        """Return the function that computes the rounds of a job from an outlook on calls."""
 
 
 class SubmittedJob(Protocol):
@@ -94,7 +98,7 @@ class SubmittedJob(Protocol):
         """The job's state."""
 
     def progress(self) -> Progress:
-        """Return how far the whole tree is."""
+        """Return the counts of the whole tree."""
 
     def watch(self, interval_s: float = 0.2) -> Iterator[Progress]:
         """Yield the progress until the job has ended."""
@@ -109,7 +113,7 @@ class SubmittedJob(Protocol):
         """Wait for the end and return the output."""
 
     def explain(self) -> str:
-        """Say in one sentence why the job waits, what it does, or how it ended."""
+        """Return a sentence: why the job waits, what it does, or how it ended."""
 
     def cancel(self) -> Status:
         """End the job."""
@@ -120,7 +124,7 @@ _submit: list[Submit] = []
 
 
 def submit_with(submit: Submit) -> None:
-    """Set how `Operation.submit` opens a job; the package's face calls it when it is imported."""
+    """Set the function by which `Operation.submit` opens a job."""
     _submit[:] = [submit]
 
 

@@ -1,7 +1,8 @@
-"""What an operation declares to protect its calls.
+"""The guards that an operation declares for its calls, checked when the operation is registered.
 
-Decides which declarations make sense, and settles their defaults when the operation is registered,
-so that a mistake is told at import.  Refuses to know how guards work: see `guards`."""
+`registry.operation` calls `protection`, so a mistake raises at import.  `engine.guards` applies the
+declarations.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Protection:
-    """What an operation declares; the guards of one `service` are shared by all operations that
-    name it.
-    """
+    """The declared guards of an operation; operations with one `service` share them."""
 
     service: str = ""
     breaker: BreakerConfig | str | None = None
@@ -36,7 +35,7 @@ class Protection:
 
     @property
     def guards_calls(self) -> bool:
-        """Whether more than a time-out is declared."""
+        """Whether a guard other than the time limit is declared."""
         return bool(self.breaker or self.rate_limit or self.bulkhead is not None or self.retry)
 
 
@@ -44,28 +43,35 @@ UNPROTECTED = Protection()
 
 
 def protection(service: str, about: Mapping[str, Any]) -> Protection:
-    """Return what an operation's decorator says, settled.  Raises InvalidRequest, InvalidValue."""
-    told = dict(about)
-    if told.get("breaker"):
+    """Return the guards of an operation's decorator with their defaults filled in.
+
+    Raises InvalidRequest, InvalidValue.
+    """
+    declared = dict(about)
+    if declared.get("breaker"):
         from resilience.breaker_storage import configured
 
-        told["breaker"] = configured(None if told["breaker"] is True else told["breaker"])
-    if told.get("rate_limit") is not None and not isinstance(told["rate_limit"], Mapping):
-        told["rate_limit"] = {"requests": told["rate_limit"]}
-    if isinstance(told.get("retry"), int):
+        declared["breaker"] = configured(
+            None if declared["breaker"] is True else declared["breaker"]
+        )
+    if declared.get("rate_limit") is not None and not isinstance(declared["rate_limit"], Mapping):
+        declared["rate_limit"] = {"requests": declared["rate_limit"]}
+    if isinstance(declared.get("retry"), int):
         from resilience.retry import RetryPolicy
 
-        told["retry"] = RetryPolicy(max_attempts=told["retry"])
-    if told.get("cost") is not None and not told.get("rate_limit"):
+        declared["retry"] = RetryPolicy(max_attempts=declared["retry"])
+    if declared.get("cost") is not None and not declared.get("rate_limit"):
         raise InvalidRequest(
-            "cost", told["cost"], "says what a call takes of rate_limit; declare that, too"
+            "cost",
+            declared["cost"],
+            "is the amount a call takes of rate_limit; declare rate_limit=..., too",
         )
-    if told.get("fallback") is not None and not told.get("breaker"):
+    if declared.get("fallback") is not None and not declared.get("breaker"):
         raise InvalidRequest(
             "fallback",
-            told["fallback"],
+            declared["fallback"],
             "is called while the breaker is open; declare breaker=..., too",
         )
-    if (limit_s := told.get("timeout_s")) is not None and not limit_s > 0:
+    if (limit_s := declared.get("timeout_s")) is not None and not limit_s > 0:
         raise InvalidRequest("timeout_s", limit_s, "must be above 0 seconds")
-    return Protection(service=told.pop("service", "") or service, **told)
+    return Protection(service=declared.pop("service", "") or service, **declared)

@@ -1,6 +1,7 @@
-"""The registry of operations: what a job does with an item, and how partials become one.
+"""The registry of operations: functions for items, with their merge, options and guards.
 
-Decides how a function is called; refuses to know where items come from and where partials go.
+Users register with `operation`; clients and workers find operations by name (`get`), and the engine
+calls them.  Begin with `operation`, then `Operation`.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ _PROTECTING = frozenset(each.name for each in fields(Protection))
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A registered function and what surrounds it.
+    """A registered function with its merge, options and guards.
 
-    Calling it calls the function itself, as a plain function in tests and scripts.
+    Tests and scripts may call it as the plain function.
     """
 
     name: str
@@ -52,11 +53,11 @@ class Operation:
     allocation: ResourceAllocationPolicy | None = None
     protection: Protection = UNPROTECTED
     then: Callable[[Any, Round], Any] | None = None
-    prepare: Callable[[JobRequest, Settings], JobRequest] | None = (
-        None  # settles a request before it is stored, or refuses it
-    )
-    gate: Callable[[Any, Operation, JobSpec], CallGuards] | None = None  # guards by item
-    forecast: Forecast | None = None  # says what its rounds will ask of models
+    prepare: Callable[[JobRequest, Settings], JobRequest] | None = None
+    """Fills in a request before it is stored, or refuses it."""
+    gate: Callable[[Any, Operation, JobSpec], CallGuards] | None = None
+    """Makes guards that are chosen for each item."""
+    forecast: Forecast | None = None  # the calls to models that its rounds need
     is_async: bool = field(init=False)
     takes_context: bool = field(init=False)
 
@@ -70,7 +71,7 @@ class Operation:
     def apply(self, value: Any, context: Context) -> Any:
         """Call the function with an item (or a batch), and the context if it takes one.
 
-        Under critical pressure its simplified implementation is called instead, where there is one.
+        From critical pressure on, its simplified function is called instead, if there is one.
         """
         if self.simplified is not None and context.degradation.simplified:
             return self.with_context(self.simplified, value, context)
@@ -87,11 +88,11 @@ class Operation:
         return outputs if isinstance(outputs, list) else list(outputs)
 
     def shaped(self, partial: Any) -> Any:
-        """Return the answer a user sees for the last partial."""
+        """Return the job's answer for its last partial."""
         return self.finalize(partial) if self.finalize else partial
 
     def submit(self, items: Any, **fields: Any) -> SubmittedJob:
-        """Open a job of this operation with the default client; fields as in `Client.submit`.
+        """Open a job of this operation with the default client; `fields` as in `Client.submit`.
 
         ``word_count.submit(lines, priority="high")``.  Raises InvalidRequest, StoreUnavailable.
         """
@@ -102,7 +103,7 @@ def _positional(function: Callable[..., Any]) -> int:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
         parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # some builtins have no signature; they take the item alone
+    except ValueError:  # some builtins have no signature; they receive the item only
         return 1
     return sum(
         1 for each in parameters if each.kind in kinds and each.default is inspect.Parameter.empty
@@ -139,25 +140,34 @@ def operation(
     timeout_s: float | None = None,
 ) -> Callable[[Callable[..., Any]], Operation]: ...
 def operation(name: Any = None, **about: Any) -> Any:
-    """Register a function as an operation, bare or with options.
+    """Register a function as an operation; use it with or without options.
 
     The function takes an item, and the `Context` if it has a second parameter without a default.
-    With ``batch=True`` it takes a list of items and returns one partial, or, without a merge, a
-    list with one output per item.  An ``async def`` keeps up to ``concurrency`` items in flight.
-    ``merge`` takes an iterable of partials in item order and returns one partial; it must be
-    associative.  ``validate`` raises for an item that must not be processed.  ``simplified`` is
-    called in its place from critical pressure on; it takes and returns the same.  ``allocation``
-    bounds how many of its nodes run at once, and on which hosts: a ResourceAllocationPolicy, or its
-    fields.  ``then`` takes what a job has come to and a `Round`, and returns the answer, or a
-    `NextRound` whose items the job goes on with (docs/guide.md, Rounds).
+    An ``async def`` keeps up to ``concurrency`` items in flight.
 
-    What protects its calls is shared by all workers, under the name of the `service` (the
-    operation's, if left out): ``breaker`` (a preset's name, a BreakerConfig, or True),
-    ``rate_limit`` (a Rate of requests, or several by name) with ``cost`` (what a call takes of it,
-    from the item and the context), ``bulkhead`` (calls in flight) with ``per_host``, ``retry``
-    (attempts, or a RetryPolicy), ``fallback`` (called while the breaker is open), ``timeout_s`` (of
-    one item). An item that has to wait for one of them costs no attempt and no slot: the rest of
-    its node comes back when it is due."""
+    - ``batch=True``: the function takes a list of items.  It returns one partial or, without a
+      merge, a list with one output per item.
+    - ``merge`` takes an iterable of partials in item order and returns one partial.  It must be
+      associative.
+    - ``validate`` raises for an item that must not be processed.
+    - ``simplified`` replaces the function from critical pressure on; it takes and returns the same.
+    - ``allocation`` limits the number of nodes that run at once, and their hosts: a
+      ResourceAllocationPolicy, or its fields.
+    - ``then`` takes the answer of a round and a `Round`.  It returns the job's answer, or a
+      `NextRound` with the items of the next round (docs/guide.md, Rounds).
+
+    The other options are guards.  All workers share them, under the name of the ``service`` (by
+    default the operation's).  An item that waits for a guard costs no attempt and no slot; the rest
+    of its node comes back when it is due.
+
+    - ``breaker``: a preset's name, a BreakerConfig, or True.
+    - ``rate_limit``: a Rate of requests, or several by name; ``cost`` computes the amounts that a
+      call takes, from the item and the context.
+    - ``bulkhead``: calls in flight; ``per_host``: calls in flight on one host.
+    - ``retry``: attempts, or a RetryPolicy.
+    - ``fallback``: a function that is called while the breaker is open.
+    - ``timeout_s``: the time limit of one item.
+    """
     if callable(name):
         return register(Operation(getattr(name, "__name__", "operation"), name))
 
@@ -176,25 +186,26 @@ def operation(name: Any = None, **about: Any) -> Any:
 
 
 def register(new: Operation) -> Operation:
-    """Make an operation known in this process.  Raises InvalidRequest for one that contradicts
-    itself.
+    """Register an operation in this process.
+
+    Raises InvalidRequest for options that contradict each other.
     """
     if new.concurrency < 1 or (new.concurrency > 1 and not new.is_async):
         raise InvalidRequest(
             "concurrency", new.concurrency, "must be at least 1, and above 1 needs an async def"
         )
     if new.batch and new.is_async:
-        raise InvalidRequest("batch", new.name, "an async def takes one item; leave batch out")
+        raise InvalidRequest("batch", new.name, "an async def takes one item; remove batch")
     if new.simplified is not None and inspect.iscoroutinefunction(new.simplified) != new.is_async:
         raise InvalidRequest(
-            "simplified", new.name, "must be an async def exactly if the operation is one"
+            "simplified", new.name, "must be an async def if the operation is one, and only then"
         )
     _registry[new.name] = new
     return new
 
 
 def get(name: str) -> Operation:
-    """Return an operation.  Raises UnknownOperation, naming the nearest known one."""
+    """Return an operation.  Raises UnknownOperation, which names the nearest known one."""
     try:
         return _registry[name]
     except KeyError:
@@ -212,17 +223,17 @@ def declare_protections(source: Callable[[Settings], Iterable[Protection]]) -> N
 
 
 def protections(settings: Settings) -> Iterator[Protection]:
-    """Yield what protects the calls of this process's operations, and of models."""
+    """Yield the guards of this process's operations, and those of models."""
     yield from (_registry[name].protection for name in names())
     for source in _declared:
         yield from source(settings)
 
 
 def import_operations(modules: Sequence[str]) -> None:
-    """Import the built-in operations and the user's modules, as Celery finds tasks: in the current
-    folder, too.
+    """Import the built-in operations and the user's modules.
 
-    Raises InvalidRequest for a missing one.
+    The current folder is searched too, as Celery does for tasks.  Raises InvalidRequest for a
+    missing module.
     """
     own = ["rlm_tasks.operations.builtin", "rlm_tasks.llm.protections"]
     if find_spec("openai"):

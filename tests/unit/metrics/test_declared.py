@@ -48,7 +48,7 @@ def test_a_histogram_has_all_its_buckets_from_the_first_value_on(exposed: Expose
             1,
             r"labels=\['domain', 'job'\]: unit_records_total has the labels domain",
         ),
-        ({"domain": "billing"}, -1, "amount=-1: unit_records_total is a counter: it only grows"),
+        ({"domain": "billing"}, -1, "amount=-1: unit_records_total is a counter; add 0 or more"),
     ],
 )
 def test_wrong_labels_and_amounts_are_refused(
@@ -61,7 +61,7 @@ def test_wrong_labels_and_amounts_are_refused(
 @pytest.mark.parametrize(
     ("name", "labels", "message"),
     [
-        ("unit_records", {}, "a counter's name ends in _total"),
+        ("unit_records", {}, "a counter's name must end in _total"),
         ("unit.records_total", {}, "must be letters, digits and underscores"),
         ("unit_more_total", {"the domain": ("a",)}, "must be letters, digits and underscores"),
         ("unit_records_total", {"domain": ("shop",)}, "is declared already"),

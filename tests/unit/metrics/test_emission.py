@@ -27,8 +27,11 @@ def test_a_request_adds_to_declared_counters(exposed: ExposedMetrics) -> None:
     [
         ({"unit.recrods": 1}, "emit_metrics='unit.recrods': declare it beside your operations"),
         ({"rlm.items": 1}, "emit_metrics='rlm.items': declare it beside your operations"),
-        ({"unit.records": 1}, "unit.records only grows, by labels domain"),
-        ({"unit.records": -1, "domain": "billing"}, "unit.records only grows, by labels domain"),
+        ({"unit.records": 1}, "unit.records needs 0 or more, and the labels domain"),
+        (
+            {"unit.records": -1, "domain": "billing"},
+            "unit.records needs 0 or more, and the labels domain",
+        ),
     ],
 )
 def test_a_request_with_undeclared_metrics_is_refused(

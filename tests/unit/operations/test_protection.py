@@ -22,7 +22,7 @@ from rlm_tasks.operations.protection import protection
             "breaker=5: must be a preset's name, a BreakerConfig or a dict of its fields",
         ),
         ({"breaker": {"failure_treshold": 3}}, InvalidValue, "failure_treshold=3: unknown field"),
-        ({"cost": len}, InvalidRequest, "declare that, too"),
+        ({"cost": len}, InvalidRequest, "declare rate_limit=..., too"),
         ({"fallback": len}, InvalidRequest, "declare breaker"),
         ({"timeout_s": 0}, InvalidRequest, "timeout_s=0"),
         ({"retry": 0}, InvalidValue, "max_attempts=0"),
