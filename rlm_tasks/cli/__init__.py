@@ -1,6 +1,7 @@
-"""``celery -A rlm_tasks rlm ...``: jobs, and the platform they run on, from the command line.
+"""The commands ``celery -A rlm_tasks rlm ...``: jobs, the platform, the deployment and a demo.
 
-A file for each subject; `output` says how all of them answer.  None needs a worker that is alive.
+Celery loads the group `rlm` as a plug-in.  Each subject is a module with its COMMANDS; `output` has
+the forms of all answers.  No command needs a live worker.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from rlm_tasks.cli.output import Polite
 @click.group(cls=Polite, name="rlm")
 @click.pass_context
 def rlm(_ctx: click.Context, /, **_: Any) -> None:
-    """Jobs that split themselves: submit, watch, explain, cancel; and how the platform stands."""
-    gc.freeze()  # half of what a command takes would go into looking through Celery's modules at its exit
+    """Jobs that split themselves: submit, watch, explain, cancel; and the state of the platform."""
+    gc.freeze()  # a last collection over Celery's modules would take half of a command's time
 
 
 for subject in (jobs, quarantine, platform, deployment, demo):

@@ -1,5 +1,6 @@
-"""For trying things out: a server without an installation, and a real job with a worker of its
-own.
+"""Commands to try the platform: `serve` starts a Redis server, `demo` runs a real job.
+
+See `testing.demo` and `testing.embedded` for the work behind them.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
     default=2,
     show_default=True,
     type=click.IntRange(1),
-    help="Processes of the demo's worker.",
+    help="Pool processes of the demo's worker.",
 )
 @click.option("--compare", is_flag=True, help="Also run it serially and with a plain Celery chord.")
 @as_json_option
 def demo(path: Path | None, slots: int, compare: bool, as_json: bool) -> None:
-    """Measure a folder of Python files with a worker of the demo's own."""
+    """Measure a folder of Python files, with a worker that the demo starts."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -66,13 +67,12 @@ def demo(path: Path | None, slots: int, compare: bool, as_json: bool) -> None:
         with Progress(*columns, console=notes) as bar:
             line = bar.add_task("measuring", total=None)
 
-            def show(seen: Any) -> None:
-                done = seen.done + seen.failed + seen.skipped
+            def show(progress: Any) -> None:
                 bar.update(
                     line,
-                    total=seen.total,
-                    completed=done,
-                    description=f"{seen.nodes} nodes, {seen.splits} splits",
+                    total=progress.total,
+                    completed=progress.done + progress.failed + progress.skipped,
+                    description=f"{progress.nodes} nodes, {progress.splits} splits",
                 )
 
             outcome, paths = main_job.run(client, folder, slots, show)
@@ -108,9 +108,8 @@ def _show_report(outcome: Outcome) -> None:
     if outcome.result.failed_count:
         click.echo(f"{outcome.result.failed_count} files could not be parsed:")
         for failure in outcome.result.failed[:5]:
-            click.echo(
-                f"  item {failure.index}: {failure.type}: {failure.message.replace(str(folder), '...')}"
-            )
+            message = failure.message.replace(str(folder), "...")
+            click.echo(f"  item {failure.index}: {failure.type}: {message}")
         click.echo("  ..." if outcome.result.failed_count > 5 else "")
 
 
@@ -123,16 +122,16 @@ def _show_run(outcome: Outcome, others: list[Compared]) -> None:
     rows: list[tuple[str, Any]] = [
         ("wall time", f"{outcome.wall_s:.2f} s on {outcome.slots} slots"),
         ("nodes", metrics.nodes),
-        ("splits, and tail calls", f"{metrics.splits}, and {metrics.yields}"),
-        ("deepest node", metrics.max_depth),
+        ("splits and tail calls", f"{metrics.splits} and {metrics.yields}"),
+        ("depth of the tree", metrics.max_depth),
         ("slots' busy share", f"{outcome.busy_share:.0%}"),
         ("speed-up (summed item time over wall time)", f"{outcome.speed_up:.2f}"),
         ("largest worker process", f"{metrics.peak_memory_mb:.0f} MB"),
-        ("under pressure", str(outcome.result.receipt)),
+        ("left out under pressure", str(outcome.result.receipt)),
     ]
     table("How it ran", ("what", "figure"), rows)
     if others:
-        mine = ("RLM Tasks, no chunk size given", f"{outcome.wall_s:.2f} s", "1.00", "yes")
+        ours = ("RLM Tasks, without a chunk size", f"{outcome.wall_s:.2f} s", "1.00", "yes")
         compared = (
             (
                 each.name,
@@ -143,9 +142,9 @@ def _show_run(outcome: Outcome, others: list[Compared]) -> None:
             for each in others
         )
         table(
-            "The same work, done another way",
+            "The same work in other ways",
             ("how", "wall time", "times ours", "same report"),
-            [mine, *compared],
+            [ours, *compared],
         )
 
 
@@ -155,35 +154,36 @@ def _show_run(outcome: Outcome, others: list[Compared]) -> None:
     default=6379,
     show_default=True,
     type=click.IntRange(1, 65_535),
-    help="Of the loopback interface.",
+    help="Port on the loopback interface.",
 )
 @click.option(
     "--dir",
     "folder",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Keep its data here; default: nowhere.",
+    help="Folder for its data; default: data are not kept.",
 )
 def serve(port: int, folder: Path | None) -> None:
-    """Run a Redis or Valkey server of this machine, or the embedded one, until Ctrl-C: to try
-    things, not to live on.
+    """Run a Redis or Valkey server, or else the embedded one, until Ctrl-C.
+
+    It is for trials, not for production.
     """
     import tempfile
 
     from rlm_tasks.testing import embedded
 
     embedded.clean_up_on_sigterm()
-    with tempfile.TemporaryDirectory(prefix="rlm-") as passing:
-        kept = folder or Path(passing)
-        kept.mkdir(parents=True, exist_ok=True)
-        own = embedded.Server(kept, durable=folder is not None, port=port)
+    with tempfile.TemporaryDirectory(prefix="rlm-") as temporary:
+        data = folder or Path(temporary)
+        data.mkdir(parents=True, exist_ok=True)
+        server = embedded.Server(data, durable=folder is not None, port=port)
         try:
-            own.start()
-            click.echo(f"{own.url} answers; Ctrl-C ends it.")
-            own.wait()
+            server.start()
+            click.echo(f"{server.url} answers; Ctrl-C ends it.")
+            server.wait()
         except KeyboardInterrupt:
             click.echo("Stopped.")
         finally:
-            own.stop()
+            server.stop()
 
 
 COMMANDS = (demo, serve)

@@ -1,4 +1,4 @@
-"""The deployment: what is configured, what is wrong with it, and what to send with a bug report."""
+"""Commands for the deployment: its settings, the doctor, and the bundle for a bug report."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def _settings(ctx: click.Context) -> Settings:
 
 
 @config.command()
-@click.option("--changed", is_flag=True, help="Only what is not at its default.")
+@click.option("--changed", is_flag=True, help="Only settings that differ from their default.")
 @as_json_option
 @click.pass_context
 def show(ctx: click.Context, changed: bool, as_json: bool) -> None:
-    """Show every setting and its default; secrets are hidden."""
+    """Show all settings and their defaults; secrets are hidden."""
     from rlm_tasks.settings.document import described
 
     rows = [each for each in described(_settings(ctx)) if each.changed or not changed]
@@ -43,7 +43,7 @@ def show(ctx: click.Context, changed: bool, as_json: bool) -> None:
         return
     table(
         "Settings",
-        ("variable", "value", "default", "what it does"),
+        ("variable", "value", "default", "description"),
         ((each.variable, _brief(each.value), _brief(each.default), each.about) for each in rows),
     )
 
@@ -56,26 +56,27 @@ def _brief(value: Any) -> str:
 @as_json_option
 @click.pass_context
 def check(ctx: click.Context, as_json: bool) -> None:
-    """Say what is wrong with the settings; a process with a wrong one does not start, and neither
-    would this.
+    """Check the settings.
+
+    With an invalid setting no process starts; this command then only prints the mistake.
     """
     from rlm_tasks.worker.preflight import of_urls
 
     warnings = [
         f"{each.found}. {each.advice}" for each in of_urls(_settings(ctx)) if each.state != "ok"
     ]
-    told = [
-        "Nothing is wrong with the settings; what runs with them: rlm doctor",
+    lines = [
+        "Nothing is wrong with the settings; to check the deployment: rlm doctor",
         *(f"Warning: {each}" for each in warnings),
     ]
-    answer({"issues": [], "warnings": warnings}, "\n".join(told), as_json)
+    answer({"issues": [], "warnings": warnings}, "\n".join(lines), as_json)
 
 
 @config.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False), required=False)
 @click.pass_context
 def export(ctx: click.Context, file: Path | None) -> None:
-    """Write all settings as JSON, to a file or to the screen; what holds a secret is left out."""
+    """Write all settings except secrets as JSON, to a file or to the screen."""
     from rlm_tasks.settings.document import export_config
 
     text = export_config(_settings(ctx))
@@ -89,9 +90,7 @@ def export(ctx: click.Context, file: Path | None) -> None:
 @click.argument("file", type=click.File("r"), default="-")
 @as_json_option
 def import_(file: Any, as_json: bool) -> None:
-    """Check exported settings, and print the environment variables that say the same (for an env
-    file).
-    """
+    """Check exported settings, and print them as environment variables (for an env file)."""
     from rlm_tasks.settings.document import as_environment, import_config
 
     variables = as_environment(import_config(file.read()))
@@ -102,23 +101,20 @@ def import_(file: Any, as_json: bool) -> None:
 @click.argument("file", type=click.File("rb"), required=False)
 @as_json_option
 def optimization(file: Any, as_json: bool) -> None:
-    """Show what the keys of an OptimizationConfig set here, those of a JSON file or the
-    defaults.
-    """
+    """Show the settings that the keys of an OptimizationConfig set: of a JSON file, or defaults."""
     from dataclasses import asdict
 
     from rlm_tasks.compat.optimization_config import OptimizationConfig
 
-    found = (
-        OptimizationConfig.import_config(file.read()) if file else OptimizationConfig()
-    ).effects()
+    keys = OptimizationConfig.import_config(file.read()) if file else OptimizationConfig()
+    effects = keys.effects()
     if as_json:
-        print_json([asdict(each) for each in found])
+        print_json([asdict(each) for each in effects])
         return
     table(
         "Optimization",
-        ("key", "value", "sets", "why nothing, or what to know"),
-        ((each.key, json.dumps(each.value), each.sets or "nothing", each.why) for each in found),
+        ("key", "value", "sets", "note"),
+        ((each.key, json.dumps(each.value), each.sets or "nothing", each.why) for each in effects),
     )
 
 
@@ -129,21 +125,21 @@ def optimization(file: Any, as_json: bool) -> None:
 @as_json_option
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Examine the deployment, and say what to do; exit code 1 for a fault."""
+    """Examine the deployment and print advice; exit code 1 for a fault."""
     from dataclasses import asdict
 
     from rlm_tasks.diagnosis.doctor import examine
 
     client = client_of(ctx)
-    found = examine(client, client.app)
+    findings = examine(client, client.app)
     if as_json:
-        print_json([asdict(each) for each in found])
+        print_json([asdict(each) for each in findings])
     else:
-        for each in found:
+        for each in findings:
             click.echo(f"{_MARKS[each.state]} {each.check}: {each.found}")
             if each.advice:
                 click.echo(f"         {each.advice}")
-    if any(each.state == "fault" for each in found):
+    if any(each.state == "fault" for each in findings):
         ctx.exit(1)
 
 
@@ -152,12 +148,10 @@ _MARKS = {"ok": "     ok ", "warning": "WARNING ", "fault": "  FAULT "}
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False), required=False)
-@click.option("--job", "job_id", help="With the tree and the event log of this job.")
+@click.option("--job", "job_id", help="Add the tree and the events of this job.")
 @click.pass_context
 def bundle(ctx: click.Context, file: Path | None, job_id: str | None) -> None:
-    """Write what a bug report needs as one JSON document: no item, result, parameter or secret is
-    in it.
-    """
+    """Write one JSON document for a bug report; it has no item, result, parameter or secret."""
     from rlm_tasks.diagnosis.bundle import collect
 
     client = client_of(ctx)
@@ -166,7 +160,7 @@ def bundle(ctx: click.Context, file: Path | None, job_id: str | None) -> None:
         click.echo(text)
     else:
         file.write_text(text + "\n", encoding="utf-8")
-        click.echo(f"Written to {file}; look at it before you send it")
+        click.echo(f"Written to {file}; read it before you send it")
 
 
 COMMANDS = (config, doctor, bundle)

@@ -1,4 +1,4 @@
-"""Jobs: plan, submit, watch, explain, cancel, retry."""
+"""Commands for jobs: submit, plan, list, show, explain, cancel, retry."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rlm_tasks.results import ItemFailure, JobEvent, JobResult, Progress
 
 SHOWN = 20
-"""So many of a job's events are shown to people, the last."""
+"""Events of a job that are shown to people: the last ones."""
 NAMED = 8
-"""So many of the items that failed alike are named."""
+"""Indexes of items that are shown for each kind of failure."""
 
 
 @click.command()
@@ -55,8 +55,9 @@ def _read(request_file: Any) -> Any:
 @as_json_option
 @click.pass_context
 def plan(ctx: click.Context, request_file: Any, as_json: bool) -> None:
-    """Say what a request from a JSON file, or from stdin, would take: calls, tokens, money and
-    time.  Nothing is submitted.
+    """Estimate a request from a JSON file or stdin: calls, tokens, money and time.
+
+    Nothing is submitted.
     """
     planned = client_of(ctx).plan(_read(request_file))
     if as_json:
@@ -78,24 +79,24 @@ def plan(ctx: click.Context, request_file: Any, as_json: bool) -> None:
     click.echo(str(planned))
 
 
-def _round(its: PlannedRound) -> tuple[Any, ...]:
-    money = (f"{amount:,.4f}" for amount in (its.money.p50, its.money.p90))
+def _round(planned: PlannedRound) -> tuple[Any, ...]:
+    money = (f"{amount:,.4f}" for amount in (planned.money.p50, planned.money.p90))
     return (
-        its.number,
-        its.operation,
-        its.items,
-        its.calls.p50,
-        its.calls.p90,
-        its.tokens.p50,
-        its.tokens.p90,
+        planned.number,
+        planned.operation,
+        planned.items,
+        planned.calls.p50,
+        planned.calls.p90,
+        planned.tokens.p50,
+        planned.tokens.p90,
         *money,
     )
 
 
 @click.command()
-@click.option("--limit", default=20, show_default=True, help="How many, the newest first.")
-@click.option("--open", "only_open", is_flag=True, help="Only those of them that have not ended.")
-@click.option("-q", "--quiet", is_flag=True, help="Only their ids, one a line.")
+@click.option("--limit", default=20, show_default=True, help="Number of jobs, the newest first.")
+@click.option("--open", "only_open", is_flag=True, help="Of these, only jobs that have not ended.")
+@click.option("-q", "--quiet", is_flag=True, help="Only ids, one on each line.")
 @as_json_option
 @click.pass_context
 def jobs(ctx: click.Context, limit: int, only_open: bool, quiet: bool, as_json: bool) -> None:
@@ -145,9 +146,7 @@ def _progress(progress: Progress) -> dict[str, Any]:
 @as_json_option
 @click.pass_context
 def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
-    """Show one job: how far it is, why it waits or how it ended, what failed, and what has happened
-    to it.
-    """
+    """Show one job: its progress, why it waits or how it ended, its failures and its events."""
     found = client_of(ctx).job(job_id)
     if watch:
         _watch(found)
@@ -174,11 +173,12 @@ def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
         print_json({"id": job_id, **_progress(progress), **about})
         return
     click.echo(
-        f"{job_id}  {progress.status}  {progress.fraction:.0%} of {progress.total:,} items, {progress.nodes} nodes"
+        f"{job_id}  {progress.status}  {progress.fraction:.0%} of {progress.total:,} items, "
+        f"{progress.nodes} nodes"
     )
     click.echo(sentence)
     if client_of(ctx).settings.tracing.enabled:
-        click.echo(f"Its trace: {found.trace_id}")
+        click.echo(f"Trace: {found.trace_id}")
     if failures:
         _show_failures(failures)
     if spent:
@@ -189,15 +189,16 @@ def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
 
 
 def _show_failures(failures: list[ItemFailure]) -> None:
-    """Print failures, alike ones in one row: what they raised may hold an item, and is in the
-    result alone.
+    """Print failures, one row for each type and code.
+
+    Messages may contain an item, so only the job's result has them.
     """
     from rlm_tasks.jobs.item_failures import alike
 
     rows = (
         (type, code, len(indexes), _first_of(indexes)) for type, code, indexes in alike(failures)
     )
-    table("What failed", ("raised", "code", "items", "index"), rows)
+    table("Failures", ("type", "code", "items", "index"), rows)
 
 
 def _first_of(indexes: list[int]) -> str:
@@ -207,12 +208,12 @@ def _first_of(indexes: list[int]) -> str:
 def _show_events(events: list[JobEvent]) -> None:
     began = events[0].at if events else 0.0
     table(
-        "What happened",
+        "Events",
         ("after s", "event", "about"),
         ((f"{e.at - began:.3f}", e.event, e.detail) for e in events[-SHOWN:]),
     )
     if len(events) > SHOWN:
-        click.echo(f"{len(events) - SHOWN:,} earlier ones: --json")
+        click.echo(f"--json prints {len(events) - SHOWN:,} earlier events, too")
 
 
 @click.command()
@@ -246,7 +247,7 @@ def tree(ctx: click.Context, job_id: str, as_json: bool) -> None:
 @as_json_option
 @click.pass_context
 def explain(ctx: click.Context, job_id: str, as_json: bool) -> None:
-    """Say in one sentence why a job waits or how it ended."""
+    """Print one sentence: why a job waits, what it does, or how it ended."""
     sentence = client_of(ctx).job(job_id).explain()
     answer({"id": job_id, "explain": sentence}, sentence, as_json)
 
@@ -267,7 +268,7 @@ def cancel(ctx: click.Context, job_id: str, as_json: bool) -> None:
 @as_json_option
 @click.pass_context
 def retry(ctx: click.Context, job_id: str, as_json: bool) -> None:
-    """Open a new job on the failed items of an ended one."""
+    """Open a new job on the failed items of a job that has ended."""
     again = client_of(ctx).job(job_id).retry_failed()
     answer({"id": again.id}, again.id, as_json)
 
@@ -277,7 +278,8 @@ def _print_result(result: JobResult, as_json: bool) -> None:
         print_json(result.to_dict())
         return
     click.echo(
-        f"{result.status}: {result.done:,} done, {result.failed_count:,} failed, {result.skipped:,} skipped"
+        f"{result.status}: {result.done:,} done, {result.failed_count:,} failed, "
+        f"{result.skipped:,} skipped"
     )
     click.echo(str(result.output)[:2000])
 
@@ -301,8 +303,9 @@ def _watch(job: Job) -> None:
     )
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:
         line = bar.add_task(job.id)
-        for seen in job.watch():
-            bar.update(line, total=seen.total, completed=seen.done + seen.failed + seen.skipped)
+        for progress in job.watch():
+            ended = progress.done + progress.failed + progress.skipped
+            bar.update(line, total=progress.total, completed=ended)
 
 
 COMMANDS = (submit, plan, jobs, job, tree, explain, cancel, retry)

@@ -1,7 +1,7 @@
-"""How commands answer: tables for people, JSON for programs, one sentence and an exit code for a
-mistake.
+"""The output of commands: tables for people, JSON for programs, exit codes for errors.
 
-Celery loads the commands at every start, so what is heavy is imported when a command runs.
+All commands use it.  Celery loads the commands at each start, so heavy modules are imported when a
+command runs.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ EX_USAGE, EX_UNAVAILABLE, EX_FAILED = 2, 69, 1
 
 
 class Polite(click.Group):
-    """Turn our errors into one line and an exit code: 2 bad input, 69 no Redis, 1 a job without its
-    answer.
+    """A group that prints our errors as one line and sets the exit code.
+
+    2: invalid input.  69: Redis or the broker does not answer.  1: other errors, such as a failed
+    job.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -40,7 +42,7 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 
 
 def client_of(ctx: click.Context) -> Client:
-    """Return a client of the app that ``-A`` names."""
+    """Return a client of the app of ``celery -A``."""
     from rlm_tasks.client.client import Client
 
     app = getattr(ctx.obj, "app", None)
@@ -53,7 +55,7 @@ def print_json(document: Any) -> None:
 
 
 def answer(document: Any, sentence: str, as_json: bool) -> None:
-    """Print a document for programs, or what it comes to for people."""
+    """Print a document for programs, or a sentence for people."""
     if as_json:
         print_json(document)
     else:
@@ -61,8 +63,9 @@ def answer(document: Any, sentence: str, as_json: bool) -> None:
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Print a table, as wide as the terminal, or 200 columns where there is none; without rows a
-    word of that.
+    """Print a table as wide as the terminal, or 200 columns without one.
+
+    Without rows, one line says so.
     """
     from rich.console import Console
     from rich.table import Table
@@ -71,25 +74,23 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
     if not rows:
         click.echo(f"{title}: none")
         return
-    made = Table(title=title or None, title_justify="left")
+    printed = Table(title=title or None, title_justify="left")
     for at, column in enumerate(columns):
-        made.add_column(column, overflow="fold", no_wrap=at == 0)
+        printed.add_column(column, overflow="fold", no_wrap=at == 0)
     for row in rows:
-        made.add_row(*(cell_of(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 200).print(made)
+        printed.add_row(*(cell_of(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 200).print(printed)
 
 
 def cell_of(value: Any) -> str:
-    """Return a cell: whole numbers in groups of three, others as they are; what would be markup is
-    text.
-    """
+    """Return the text of a cell: integers in groups of three digits, markup as plain text."""
     from rich.markup import escape
 
     return f"{value:,}" if isinstance(value, int) else escape(str(value))
 
 
 def ago(at: float, now: float) -> str:
-    """Return how long ago something was, in the largest fitting unit."""
+    """Return the age of a time in the largest fitting unit, such as "3 min ago"."""
     seconds = max(0.0, now - at)
     for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:

@@ -1,6 +1,4 @@
-"""The platform: its level, breakers, limits, endpoints, queues, operations and alerts; and
-drills.
-"""
+"""Commands for the platform: pressure, breakers, limits, endpoints, queues, operations, alerts."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 @as_json_option
 @click.pass_context
 def status(ctx: click.Context, as_json: bool) -> None:
-    """Show the platform in one picture: level, hosts, active work, operations."""
+    """Show the platform at a glance: level, hosts, active work, operations."""
     found = client_of(ctx).status()
     if as_json:
         print_json(found.to_dict())
@@ -69,7 +67,7 @@ def _label(level: int) -> str:
 @as_json_option
 @click.pass_context
 def pressure(ctx: click.Context, as_json: bool) -> None:
-    """Show the level and why; see `force`, `release` and `history`."""
+    """Show the pressure level and its cause; see `force`, `release` and `history`."""
     if ctx.invoked_subcommand is not None:
         return
     found = client_of(ctx).status()
@@ -87,7 +85,7 @@ def pressure(ctx: click.Context, as_json: bool) -> None:
         print_json({name: value for name, value in found.to_dict().items() if name in names})
         return
     click.echo(_sentence(found))
-    click.echo(f"What it leaves out: {', '.join(found.strategies) or 'nothing'}")
+    click.echo(f"Left out at this level: {', '.join(found.strategies) or 'nothing'}")
     _show_hosts(found)
 
 
@@ -98,12 +96,12 @@ def pressure(ctx: click.Context, as_json: bool) -> None:
     "for_s",
     default=600.0,
     show_default=True,
-    help="Seconds after which it ends by itself.",
+    help="Seconds until the drill ends by itself.",
 )
 @as_json_option
 @click.pass_context
 def force(ctx: click.Context, level: str, for_s: float, as_json: bool) -> None:
-    """Make all workers act on a level, for a drill: normal, elevated, high, critical, emergency."""
+    """Begin a drill: all workers act on a level (normal, elevated, high, critical, emergency)."""
     client_of(ctx).pressure.force(level, for_s)
     answer(
         {"forced": level, "for_s": for_s},
@@ -126,12 +124,12 @@ def release(ctx: click.Context, as_json: bool) -> None:
     "--limit",
     default=20,
     show_default=True,
-    help="How many looks of the monitor, the newest first.",
+    help="Number of measurements, the newest first.",
 )
 @as_json_option
 @click.pass_context
 def history(ctx: click.Context, limit: int, as_json: bool) -> None:
-    """Show what the monitor has seen of late."""
+    """Show recent measurements of the monitor."""
     from msgspec import to_builtins
 
     found = client_of(ctx).pressure.history(limit)
@@ -153,7 +151,7 @@ def history(ctx: click.Context, limit: int, as_json: bool) -> None:
         )
         for each in found
     )
-    table("Pressure of late", columns, rows)
+    table("Recent pressure", columns, rows)
 
 
 # --- breakers, limits, queues -----------------------------------------------------------------
@@ -190,12 +188,12 @@ def breakers(ctx: click.Context, as_json: bool) -> None:
 @as_json_option
 @click.pass_context
 def reset(ctx: click.Context, name: str | None, every: bool, as_json: bool) -> None:
-    """Close a breaker, or all: calls go through at once."""
+    """Close a breaker, or all; calls are allowed at once."""
     from rlm_tasks.errors import InvalidRequest
 
     client = client_of(ctx)
     if bool(name) == every:
-        raise InvalidRequest("name", name, "name one breaker, or say --all")
+        raise InvalidRequest("name", name, "name one breaker, or use --all")
     if name and name not in (known := client.breakers.names()):
         raise InvalidRequest(
             "name", name, f"there is no such breaker; there are: {', '.join(known) or 'none'}"
@@ -208,8 +206,9 @@ def reset(ctx: click.Context, name: str | None, every: bool, as_json: bool) -> N
 @as_json_option
 @click.pass_context
 def limits(ctx: click.Context, as_json: bool) -> None:
-    """Show how full rate limits and bulkheads are: those that operations of RLM_OPERATIONS declare,
-    and those of models.
+    """Show how full rate limits and bulkheads are.
+
+    They are those of models, and those that operations of RLM_OPERATIONS declare.
     """
     found = client_of(ctx).limits()
     if as_json:
@@ -239,12 +238,12 @@ def limits(ctx: click.Context, as_json: bool) -> None:
 @click.option(
     "--check",
     is_flag=True,
-    help="Ask them now, from this machine and with its keys; workers hear nothing of it.",
+    help="Check them now, from this machine and with its keys; workers do not get the results.",
 )
 @as_json_option
 @click.pass_context
 def endpoints(ctx: click.Context, check: bool, as_json: bool) -> None:
-    """Show the endpoints of models: how workers have found them, and their breakers."""
+    """Show the endpoints of models: the results of workers' checks, and their breakers."""
     client = client_of(ctx)
     found = client.endpoints()
     if check:
@@ -257,10 +256,10 @@ def endpoints(ctx: click.Context, check: bool, as_json: bool) -> None:
     rows = (
         (
             each.name,
-            each.host or "as OPENAI_BASE_URL says",
+            each.host or "OPENAI_BASE_URL",
             ", ".join(each.models) or "all",
             f"{each.weight:g}",
-            "well" if each.healthy else "ILL",
+            "healthy" if each.healthy else "UNHEALTHY",
             each.strikes,
             "" if each.latency_ms is None else f"{each.latency_ms:.0f} ms",
             "never" if each.checked_s_ago is None else f"{each.checked_s_ago:.0f} s ago",
@@ -274,9 +273,9 @@ def endpoints(ctx: click.Context, check: bool, as_json: bool) -> None:
         "host",
         "models",
         "weight",
-        "is",
+        "state",
         "strikes",
-        "answered in",
+        "latency",
         "checked",
         "breaker",
         "why",
@@ -288,7 +287,7 @@ def endpoints(ctx: click.Context, check: bool, as_json: bool) -> None:
 @as_json_option
 @click.pass_context
 def queues(ctx: click.Context, as_json: bool) -> None:
-    """Show how many messages wait, and for how long."""
+    """Show the number of waiting messages in each queue, and the age of the oldest."""
     client = client_of(ctx)
     found, consumers = client.queues(), client.pressure.consumers()
     if as_json:
@@ -323,7 +322,7 @@ def queues(ctx: click.Context, as_json: bool) -> None:
 @as_json_option
 @click.pass_context
 def operations(ctx: click.Context, as_json: bool) -> None:
-    """Show what operations have cost: executions, success, memory, duration."""
+    """Show the cost of each operation: executions, success, memory, duration."""
     found = client_of(ctx).status().operations
     if as_json:
         print_json(found)
@@ -361,17 +360,17 @@ def _show_operations(found: list[dict[str, Any]]) -> None:
 
 
 def _trend(operation: dict[str, Any]) -> str:
-    """Return how much longer items take than before, '' while there is no past."""
+    """Return the change of the duration of items in percent; '' without earlier ones."""
     change = operation["change_percent"]
     return "" if change is None else f"{change:+.0f} %" + (" SLOWER" if operation["slower"] else "")
 
 
 @click.command()
-@click.option("--limit", default=20, show_default=True, help="How many, the newest first.")
+@click.option("--limit", default=20, show_default=True, help="Number of alerts, the newest first.")
 @as_json_option
 @click.pass_context
 def alerts(ctx: click.Context, limit: int, as_json: bool) -> None:
-    """Show alerts, the newest first, and how many there were."""
+    """Show alerts, the newest first, with their number in all, in a day and in an hour."""
     known = client_of(ctx).alerts
     found, summary = known.history(limit), known.summary()
     if as_json:
@@ -385,7 +384,8 @@ def alerts(ctx: click.Context, limit: int, as_json: bool) -> None:
     )
     table("Alerts", ("when", "severity", "kind", "about", "what"), rows)
     click.echo(
-        f"{summary['total_alerts']:,} in all, {summary['last_24_hours']:,} in the last day, {summary['last_hour']:,} in the last hour"
+        f"{summary['total_alerts']:,} in all, {summary['last_24_hours']:,} in the last day, "
+        f"{summary['last_hour']:,} in the last hour"
     )
 
 

@@ -1,4 +1,4 @@
-"""Items that are not run again: list, show, replay, drop."""
+"""Commands for quarantined items: list, show, replay, drop."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, 
 
 @click.group()
 def quarantine() -> None:
-    """Items that are not run again, because their process died too often while they ran."""
+    """Items that no longer run, because their process died too often."""
 
 
 @quarantine.command("list")
-@click.option("--job", "job_id", help="Of one job only.")
+@click.option("--job", "job_id", help="Only items of this job.")
 @as_json_option
 @click.pass_context
 def list_quarantine(ctx: click.Context, job_id: str | None, as_json: bool) -> None:
-    """List quarantined items, those of the newest job first."""
+    """List quarantined items, the newest job first."""
     client = client_of(ctx)
     items = client.job(job_id).quarantined() if job_id else client.quarantine()
     if as_json:
@@ -33,7 +33,8 @@ def list_quarantine(ctx: click.Context, job_id: str | None, as_json: bool) -> No
     rows = ((i.job_id, str(i.index), i.operation, i.item, i.attempts, i.last_signal) for i in items)
     table("Quarantine", columns, rows)
     click.echo(
-        "Once the cause is mended: rlm quarantine replay JOB [INDEX ...]; to forget: rlm quarantine drop JOB [INDEX ...]"
+        "When the cause is fixed: rlm quarantine replay JOB [INDEX ...]; "
+        "to delete: rlm quarantine drop JOB [INDEX ...]"
     )
 
 
@@ -43,7 +44,7 @@ def list_quarantine(ctx: click.Context, job_id: str | None, as_json: bool) -> No
 @as_json_option
 @click.pass_context
 def show_quarantined(ctx: click.Context, job_id: str, index: int, as_json: bool) -> None:
-    """Show one quarantined item: where it lies, how often it was tried, what it did."""
+    """Show one quarantined item: its place in the input, attempts, and last cause of death."""
     from rlm_tasks.errors import InvalidRequest
 
     items = {item.index: item for item in client_of(ctx).job(job_id).quarantined()}
@@ -65,9 +66,7 @@ def show_quarantined(ctx: click.Context, job_id: str, index: int, as_json: bool)
 @as_json_option
 @click.pass_context
 def replay(ctx: click.Context, job_id: str, indexes: tuple[int, ...], as_json: bool) -> None:
-    """Open a new job on quarantined items, all of them or those named, and take them out of
-    quarantine.
-    """
+    """Open a new job on quarantined items, all or the given ones; they leave quarantine."""
     again = client_of(ctx).job(job_id).replay_quarantined(*indexes)
     answer({"id": again.id}, again.id, as_json)
 
@@ -78,7 +77,7 @@ def replay(ctx: click.Context, job_id: str, indexes: tuple[int, ...], as_json: b
 @as_json_option
 @click.pass_context
 def drop(ctx: click.Context, job_id: str, indexes: tuple[int, ...], as_json: bool) -> None:
-    """Forget quarantined items, all of them or those named."""
+    """Delete quarantined items, all or the given ones."""
     dropped = client_of(ctx).job(job_id).drop_quarantined(*indexes)
     answer({"dropped": dropped}, f"{len(dropped)} dropped", as_json)
 

@@ -59,8 +59,8 @@ def idle(server: embedded.Server) -> Iterator[Client]:
     [
         (["status"], ["Pressure is normal", "start celery beat", "Workers: none"]),
         (["jobs"], ["Jobs"]),
-        (["pressure"], ["What it leaves out: nothing"]),
-        (["pressure", "history"], ["Pressure of late: none"]),
+        (["pressure"], ["Left out at this level: nothing"]),
+        (["pressure", "history"], ["Recent pressure: none"]),
         (["breakers"], ["fragile", "closed", "never"]),
         (["limits"], ["metered", "requests", "in 1 s", "narrow", "in flight"]),
         (["queues"], ["commands.critical", "NOBODY"]),
@@ -107,7 +107,7 @@ def test_a_job_without_a_worker_says_why_it_waits(idle: Client) -> None:
             "'hihg' is no pressure level; there are normal, elevated",
         ),
         (["pressure", "force", "high", "--for", "-1"], 2, "for_s=-1"),
-        (["breakers", "reset"], 2, "name one breaker, or say --all"),
+        (["breakers", "reset"], 2, "name one breaker, or use --all"),
         (
             ["breakers", "reset", "nobody"],
             2,
@@ -215,9 +215,7 @@ def test_a_bundle_is_printed_or_saved_as_one_document(idle: Client, tmp_path: Pa
     assert bundle["job"]["id"] == job.id
     assert "734211" not in json.dumps(bundle)
 
-    assert (
-        "look at it before you send it" in run(idle, "bundle", str(tmp_path / "bundle.json")).stdout
-    )
+    assert "read it before you send it" in run(idle, "bundle", str(tmp_path / "bundle.json")).stdout
     assert (
         json.loads((tmp_path / "bundle.json").read_text(encoding="utf-8"))["settings"]["namespace"]
         == "commands"

@@ -207,7 +207,7 @@ def test_client_command_and_flower_show_endpoints(
     assert main.strikes >= 2
     assert (other.healthy, other.strikes, other.models, other.why) == (True, 0, (MODEL,), "")
     assert other.latency_ms
-    assert "ILL" in printed("endpoints")
+    assert "UNHEALTHY" in printed("endpoints")
     for reports in (
         json.loads(printed("endpoints", "--json")),
         json.loads(printed("endpoints", "--check", "--json")),
