@@ -1,8 +1,9 @@
-"""What a bug report needs of a platform, as one document that may be shown to strangers.
+"""The bundle for a bug report: one document about a platform that may be shown to strangers.
 
-Decides what is user data: items, parameters, outputs, descriptions, and what exceptions say.  None
-of it is read into the document; its kinds, sizes and numbers are.  Refuses to judge what it
-collects: the doctor's findings are part of it."""
+`rlm bundle` calls `collect`.  User data are items, parameters, outputs, descriptions, and the texts
+of exceptions.  The document has only their types, sizes and numbers.  The doctor's findings are a
+part of it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 JOBS, NODES, EVENTS, FAILURES = 20, 1000, 100, 100
-"""At most so many of each are in a document."""
+"""The most of each in one document."""
 _COUNTS = (
     "n",
     "done",
@@ -61,35 +62,35 @@ _COUNTS = (
 _WORDS = ("state", "phase", "stop", "queue")
 _CREDENTIALS = (
     re.compile(r"://[^/\s:]*:([^\s;,]+?)@"),
-    re.compile(r"://[^/\s:]*:([^\s;,]+)@"),  # a password may hold an @ that nobody has quoted
+    re.compile(r"://[^/\s:]*:([^\s;,]+)@"),  # a password may hold an @ that is not quoted
     re.compile(r"[?&]\w*(?:password|secret|token)=([^&\s;,]+)", re.IGNORECASE),
 )
-_TELLING = re.compile(r"PASSWORD|SECRET|TOKEN|API_?KEY|ACCESS_KEY|WEBHOOK", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"PASSWORD|SECRET|TOKEN|API_?KEY|ACCESS_KEY|WEBHOOK", re.IGNORECASE)
 _T = TypeVar("_T")
 
 
 def collect(client: Client, app: Celery, job_id: str | None = None) -> dict[str, Any]:
     """Return the document, plain JSON.  Raises JobNotFound for an unknown `job_id`.
 
-    - ``bundle``: the version of this shape
-    - ``at``: when it was made, ISO 8601
+    - ``bundle``: the version of this form
+    - ``at``: the time of the document, ISO 8601
     - ``versions``: ``python``, ``platform``, ``rlm_tasks``, and ``packages``: name -> version of
-      what it needs
-    - ``settings``: all settings, as `configuration.to_dict` shows them
-    - ``celery``: the app's settings that differ from Celery's defaults; of those that Celery does
-      not know, the types
+      each package that it needs
+    - ``settings``: all settings, in the form of `settings.document.to_dict`
+    - ``celery``: the app's settings that differ from Celery's defaults; unknown ones by type only
     - ``findings``: the doctor's, each with check, state, found and advice
-    - ``status``: `Client.status` but for what stands below
+    - ``status``: `Client.status`, without the parts that follow here
     - ``queues``: name -> depth and age of the oldest message in seconds
     - ``breakers``: name -> state, failures in a row, time of the last one
-    - ``limits``: rate limits and bulkheads that operations declare, and how full they are
-    - ``alerts``: how many there were, by severity, and the last ten
+    - ``limits``: the rate limits and bulkheads that operations declare, and how full they are
+    - ``alerts``: their number by severity, and the last ten
     - ``events``: the newest events of the platform
     - ``jobs``: the newest jobs: id, state, counts, and why each waits or how it ended
-    - ``job``: with `job_id`: what was asked for (kinds and sizes), ``tree``, ``events``,
-      ``failures`` by type and code, ``quarantined`` by index; else None
+    - ``job``: with `job_id`: the request (types and sizes), ``tree``, ``events``, ``failures`` by
+      type and code, ``quarantined`` by index; else None
 
-    What cannot be read, while Redis or the broker is away, is ``{"unknown": <the error's type>}``.
+    A part that cannot be read, because Redis or the broker is away, is
+    ``{"unknown": <the error's type>}``.
     """
     document = {
         "bundle": SCHEMA,
@@ -98,28 +99,26 @@ def collect(client: Client, app: Celery, job_id: str | None = None) -> dict[str,
         "settings": to_dict(client.settings),
         "celery": _celery(app),
         "findings": [asdict(each) for each in doctor.examine(client, app)],
-        "status": _told(lambda: _status(client)),
-        "queues": _told(client.queues),
-        "breakers": _told(CircuitBreakers(client.ledger.store).status),
-        "limits": _told(client.limits),
-        "alerts": _told(lambda: _alerts(client)),
-        "events": _told(lambda: [each.fields() for each in client.events.recent(EVENTS)]),
-        "jobs": _told(lambda: [_outline(client, job.id) for job in client.jobs(JOBS)]),
-        "job": _told(lambda: _whole(client, job_id)) if job_id else None,
+        "status": _read_or_error(lambda: _status(client)),
+        "queues": _read_or_error(client.queues),
+        "breakers": _read_or_error(CircuitBreakers(client.ledger.store).status),
+        "limits": _read_or_error(client.limits),
+        "alerts": _read_or_error(lambda: _alerts(client)),
+        "events": _read_or_error(lambda: [each.fields() for each in client.events.recent(EVENTS)]),
+        "jobs": _read_or_error(lambda: [_outline(client, job.id) for job in client.jobs(JOBS)]),
+        "job": _read_or_error(lambda: _whole(client, job_id)) if job_id else None,
     }
     secrets = {*_secrets(client.settings.model_dump()), *_secrets(app.conf.table(censored=False))}
     plain = msgspec.to_builtins(document, enc_hook=str)
     return dict(_without(sorted(secrets, key=len, reverse=True), plain))
 
 
-def _told(read: Callable[[], _T]) -> _T | dict[str, str]:
+def _read_or_error(read: Callable[[], _T]) -> _T | dict[str, str]:
     try:
         return read()
     except JobNotFound:
         raise
-    except (
-        Exception
-    ) as error:  # what is reported must not be able to stop the report; its text may hold user data
+    except Exception as error:  # one part must not stop the report; the text may hold user data
         return {"unknown": type(error).__name__}
 
 
@@ -139,8 +138,9 @@ def _versions() -> dict[str, Any]:
 
 
 def _celery(app: Celery) -> dict[str, Any]:
-    """Return what an app changes of Celery's settings; what Celery does not know may be anything,
-    and is told by its type.
+    """Return the settings of Celery that an app changes.
+
+    A setting that Celery does not know may hold anything, so only its type is shown.
     """
     from celery.app.defaults import DEFAULTS
 
@@ -172,7 +172,7 @@ def _alerts(client: Client) -> dict[str, Any]:
 
 
 def _outline(client: Client, job_id: str) -> dict[str, Any]:
-    """Return where a job stands; its keys only, when it has expired meanwhile."""
+    """Return the state and counts of a job; only its id if it has expired meanwhile."""
     facts = client.ledger.facts(job_id)
     if not facts:
         return {"id": job_id}
@@ -187,8 +187,9 @@ def _outline(client: Client, job_id: str) -> dict[str, Any]:
 
 
 def _discreet(record: NodeRecord) -> NodeRecord:
-    """Leave out what an operation may have said itself of why it waits; before the colon stands who
-    makes it wait.
+    """Return a record whose reason is cut at the colon.
+
+    The name of the guard stands before the colon; a text of the operation may follow it.
     """
     return replace(record, why=record.why.partition(": ")[0])
 
@@ -219,15 +220,13 @@ def _whole(client: Client, job_id: str) -> dict[str, Any]:
 
 
 def _request(client: Client, job_id: str) -> dict[str, Any]:
-    """Return what was asked for: the settings of the run, and of what is the user's the kinds and
-    sizes.
-    """
+    """Return a job's request: all settings of the run; of user data, types and sizes only."""
     spec = client.ledger.spec(job_id)
     if spec is None:
         raise JobNotFound(job_id)
-    told = {name: value for name, value in msgspec.to_builtins(spec).items() if name not in _USERS}
+    fields = msgspec.to_builtins(spec)
     return {
-        **told,
+        **{name: value for name, value in fields.items() if name not in _USER_FIELDS},
         "source": type(spec.source).__name__,
         "params": sorted(type(value).__name__ for value in spec.params.values()),
         "params_bytes": len(msgspec.json.encode(spec.params)),
@@ -235,14 +234,14 @@ def _request(client: Client, job_id: str) -> dict[str, Any]:
     }
 
 
-_USERS = {"source", "params", "description", "idempotency_key"}
-"""What of a request is its user's own."""
+_USER_FIELDS = {"source", "params", "description", "idempotency_key"}
+"""Fields of a request that hold user data."""
 
 
 def _failures(job: Job) -> dict[str, Any]:
-    """Return what items failed of: how many of each type and code, and the first ones."""
-    found = job.failures()
-    kinds = Counter((each.type, each.code) for each in found)
+    """Return the failures of items: their number by type and code, and the first ones."""
+    failures = job.failures()
+    kinds = Counter((each.type, each.code) for each in failures)
     return {
         "kinds": [
             {"type": type, "code": code, "items": count}
@@ -255,7 +254,7 @@ def _failures(job: Job) -> dict[str, Any]:
                 "code": each.code,
                 "message_characters": len(each.message),
             }
-            for each in found[:FAILURES]
+            for each in failures[:FAILURES]
         ],
     }
 
@@ -263,28 +262,28 @@ def _failures(job: Job) -> dict[str, Any]:
 # --- secrets ----------------------------------------------------------------------------------
 
 
-def _secrets(settings: Mapping[str, Any], telling: bool = False) -> Iterator[str]:
-    """Yield the secrets of a configuration: passwords in URLs, and what stands under a telling
-    name.
+def _secrets(settings: Mapping[str, Any], secret: bool = False) -> Iterator[str]:
+    """Yield the secrets of a configuration: passwords in URLs, and values under a secret's name.
 
-    They are looked for in the finished document, whatever was left out on the way: an event may
-    quote one."""
-    for name, told in settings.items():
-        is_telling = telling or bool(_TELLING.search(str(name)))
-        value = told.get_secret_value() if isinstance(told, SecretStr) else told
+    The finished document is searched for them, because any part of it, such as an event, may quote
+    one.
+    """
+    for name, hidden in settings.items():
+        is_secret = secret or bool(_SECRET_NAME.search(str(name)))
+        value = hidden.get_secret_value() if isinstance(hidden, SecretStr) else hidden
         if isinstance(value, Mapping):
-            yield from _secrets(value, is_telling)
+            yield from _secrets(value, is_secret)
         elif isinstance(value, str) and value:
-            found = [each for pattern in _CREDENTIALS for each in pattern.findall(value)]
+            passwords = [each for pattern in _CREDENTIALS for each in pattern.findall(value)]
             yield from (
                 part
-                for each in (*found, *([value] if is_telling else ()))
+                for each in (*passwords, *([value] if is_secret else ()))
                 for part in (each, unquote(each))
             )
 
 
 def _without(secrets: Sequence[str], value: Any) -> Any:
-    """Return plain data without the secrets, the longest of which come first."""
+    """Return plain data without the secrets, which are sorted with the longest first."""
     if isinstance(value, dict):
         return {_without(secrets, name): _without(secrets, each) for name, each in value.items()}
     if isinstance(value, list):

@@ -1,8 +1,9 @@
-"""What is wrong with a platform, or soon will be: findings in words, each with what to do.
+"""The doctor: it checks a deployment and yields findings, each with a state and advice.
 
-Decides what is looked at, and what of it is a fault.  It only looks, needs no worker, and says what
-can be said while Redis is away.  Rules on settings are preflight's and conflicts'; refuses to know
-how findings are shown."""
+`rlm doctor` and the bundle call `examine`.  The doctor changes nothing, needs no worker, and checks
+this machine also while Redis is away.  `worker.preflight` and `conflicts` have the rules on
+settings.
+"""
 
 from __future__ import annotations
 
@@ -34,21 +35,23 @@ if TYPE_CHECKING:
 
 DISTRIBUTION = "rlm-tasks"
 SKEW_WARNING_S, SKEW_FAULT_S = 0.5, 5.0
-"""Clocks that differ by more make ages of queues wrong: a message says when it was sent by its
-sender's clock.
-"""
-_LOOKS = 3
+"""A greater difference of clocks makes the ages of queues wrong.
+
+A message carries the time when it was sent, by its sender's clock."""
+_SAMPLES = 3
 _COMMAND = "celery -A rlm_tasks"
 
 
 def examine(
     client: Client, app: Celery, *, clock: Callable[[], float] = time.time
 ) -> list[Finding]:
-    """Return what was found, the machine at hand first, then what is shared; one fault stands for a
-    Redis that is away.
+    """Return the findings: on this machine first, then on the shared parts.
 
-    `app` is the Celery app that jobs are sent with; `clock` gives seconds of the day's time.
-    Raises nothing of what Redis and the broker raise."""
+    While Redis is away, one fault replaces the findings on the shared parts.  Errors of Redis and
+    of the broker become findings.
+
+    The Celery app `app` sends jobs; `clock` returns seconds since the epoch.
+    """
     store = client.ledger.store
     here = (
         *packages(),
@@ -62,15 +65,13 @@ def examine(
     except StoreUnavailable as error:
         away = str(error)
     except RedisError as error:
-        away = (
-            f"Redis at {store.url} refuses what is asked ({error}); start it, or set RLM_REDIS_URL"
-        )
+        away = f"Redis at {store.url} refuses a call ({error}); start it, or set RLM_REDIS_URL"
     fault = _in_two("redis", "fault", away)
     return [*here, fault, *([_broker(client)[0]] if _has_own_broker(client, app) else [])]
 
 
 def _shared(client: Client, app: Celery, clock: Callable[[], float]) -> Iterator[Finding]:
-    """Yield what Redis, the broker and the workers tell.  Raises what Redis raises."""
+    """Yield the findings on Redis, the broker and the workers.  Raises the errors of Redis."""
     from scheduler.board import Board
 
     store = client.ledger.store
@@ -91,18 +92,18 @@ def _shared(client: Client, app: Celery, clock: Callable[[], float]) -> Iterator
 
 
 def _reach(store: Store) -> None:
-    """Raise StoreUnavailable unless Redis answers, also when its URL is none."""
+    """Raise StoreUnavailable unless Redis answers, also for a text that is no URL."""
     try:
         store.check()
     except ValueError:  # its text may hold a part of the password
         raise StoreUnavailable(store.url, "that is no URL of a Redis") from None
 
 
-# --- the machine at hand ----------------------------------------------------------------------
+# --- this machine -----------------------------------------------------------------------------
 
 
 def packages() -> Iterator[Finding]:
-    """Yield whose packages stand beside `rlm_tasks` on the import path."""
+    """Yield findings on other packages with the names of ours on the import path."""
     wrong, hidden = import_path.found_instead(), import_path.hidden_by_ours()
     for name, file in wrong.items():
         found = f"`import {name}` finds {file}, not the platform's own in {import_path.HOME}"
@@ -114,16 +115,19 @@ def packages() -> Iterator[Finding]:
         )
     for name, file in hidden.items():
         if name not in wrong:
-            found = f"there is another {name}, hidden by the platform's: {file}. With another path it is the other way round"
+            found = (
+                f"the platform's {name} hides another package of this name, {file}; with another "
+                "order of the path, that one would hide the platform's"
+            )
             yield Finding(
-                "packages", "warning", found, "Rename it, or take its folder off PYTHONPATH"
+                "packages", "warning", found, "Rename it, or remove its folder from PYTHONPATH"
             )
     if not wrong and not hidden:
         yield Finding("packages", "ok", f"{' and '.join(import_path.NAMES)} are the platform's own")
 
 
 def requirements() -> Sequence[str] | None:
-    """Return what our distribution asks for, as pip writes it; None when it is not installed."""
+    """Return the requirements of our distribution; None when it is not installed."""
     try:
         return metadata.requires(DISTRIBUTION) or ()
     except metadata.PackageNotFoundError:
@@ -131,11 +135,12 @@ def requirements() -> Sequence[str] | None:
 
 
 def versions(requirements: Sequence[str] | None) -> Iterator[Finding]:
-    """Yield which installed versions are not those that are asked for; None: nobody knows what to
-    ask for.
-    """
+    """Yield findings on installed versions that do not meet the requirements; None: unknown."""
     if requirements is None:
-        found = f"{DISTRIBUTION} {__version__} is not installed, only on the import path: what it needs is not known"
+        found = (
+            f"{DISTRIBUTION} {__version__} is on the import path but not installed: its "
+            "requirements are not known"
+        )
         yield Finding("versions", "warning", found, "Type: pip install -e . in its folder")
         return
     wanted = [
@@ -147,13 +152,11 @@ def versions(requirements: Sequence[str] | None) -> Iterator[Finding]:
         f"{each.name} {installed(each.name) or 'is missing'}" for each in wanted if not _fits(each)
     ]
     if wrong:
-        asked = " ".join(f"'{each.name}{each.specifier}'" for each in wanted if not _fits(each))
-        found = f"not the versions that RLM Tasks {__version__} is made for: {', '.join(wrong)}"
-        yield Finding("versions", "fault", found, f"Type: pip install {asked}")
-    elif (told := installed(DISTRIBUTION)) not in ("", __version__):
-        found = (
-            f"RLM Tasks {__version__} runs, but {told} is what is installed: there are two copies"
-        )
+        missing = " ".join(f"'{each.name}{each.specifier}'" for each in wanted if not _fits(each))
+        found = f"versions that do not fit RLM Tasks {__version__}: {', '.join(wrong)}"
+        yield Finding("versions", "fault", found, f"Type: pip install {missing}")
+    elif (other := installed(DISTRIBUTION)) not in ("", __version__):
+        found = f"RLM Tasks {__version__} runs, but {other} is installed: there are two copies"
         yield Finding(
             "versions",
             "warning",
@@ -174,20 +177,19 @@ def installed(name: str) -> str:
 
 
 def _fits(wanted: Requirement) -> bool:
-    return bool(found := installed(wanted.name)) and wanted.specifier.contains(
-        found, prereleases=True
-    )
+    version = installed(wanted.name)
+    return bool(version) and wanted.specifier.contains(version, prereleases=True)
 
 
 def _operations(client: Client) -> Finding:
     modules = client.settings.operations
-    told = (
+    origin = (
         f"from RLM_OPERATIONS={','.join(modules)} and the built-in ones"
         if modules
         else "RLM_OPERATIONS is empty"
     )
     return Finding(
-        "operations", "ok", f"{len(registry.names())} operations are known here ({told})"
+        "operations", "ok", f"{len(registry.names())} operations are known here ({origin})"
     )
 
 
@@ -209,29 +211,31 @@ def _in_two(check: str, state: State, sentence: str) -> Finding:
 
 
 def _sentinels(store: Store) -> Iterator[Finding]:
-    """Yield whether sentinels answer, know the primary, and could agree on another."""
+    """Yield a finding: do sentinels answer, know the primary, and have a quorum for a failover?"""
     address = store.address
     if not address.is_watched:
         return
     with closing(address.sentinels(socket_connect_timeout=SENTINEL_TIMEOUT_S)) as watch:
-        said = [_said(each, address.master) for each in tuple(watch.sentinels)]
-    wrong = sorted({told for told in said if told})
-    well = said.count("")
-    found = f"{well} of {len(said)} answer, watch {address.master!r} and could agree on another{': ' if wrong else ''}{'; '.join(wrong)}"
-    advice = (
-        "Start them, or set RLM_REDIS_URL, RLM_SENTINEL_MASTER and RLM_SENTINEL_PASSWORD"
-        if wrong
-        else ""
+        faults = [_fault_of(each, address.master) for each in tuple(watch.sentinels)]
+    distinct = sorted({each for each in faults if each})
+    good = faults.count("")
+    found = (
+        f"{good} of {len(faults)} answer, watch {address.master!r} and could agree on another"
+        f"{': ' if distinct else ''}{'; '.join(distinct)}"
     )
-    yield Finding("sentinels", "ok" if not wrong else "warning" if well else "fault", found, advice)
+    if not distinct:
+        yield Finding("sentinels", "ok", found)
+        return
+    advice = "Start them, or set RLM_REDIS_URL, RLM_SENTINEL_MASTER and RLM_SENTINEL_PASSWORD"
+    yield Finding("sentinels", "warning" if good else "fault", found, advice)
 
 
-def _said(sentinel: Any, master: str) -> str:
-    """Return what is wrong with what one sentinel answers; '' when nothing is."""
+def _fault_of(sentinel: Any, master: str) -> str:
+    """Return the fault of one sentinel; '' when it has none."""
     try:
         known = sentinel.sentinel_masters()
         if master not in known:
-            return f"they watch {', '.join(sorted(known)) or 'nobody'}"
+            return f"they watch {', '.join(sorted(known)) or 'no primary'}"
         sentinel.sentinel_ckquorum(master)
     except (RedisError, OSError) as error:
         return str(error)
@@ -243,7 +247,7 @@ def _said(sentinel: Any, master: str) -> str:
 
 def _clock_here(store: Store, clock: Callable[[], float]) -> Finding:
     ahead_s, within_s = min(
-        (_compared(store, clock) for _ in range(_LOOKS)), key=lambda look: look[1]
+        (_compared(store, clock) for _ in range(_SAMPLES)), key=lambda sample: sample[1]
     )
     return _clock(
         "this machine's clock", ahead_s, f", give or take {within_s:.3f} s", abs(ahead_s) - within_s
@@ -251,8 +255,9 @@ def _clock_here(store: Store, clock: Callable[[], float]) -> Finding:
 
 
 def _compared(store: Store, clock: Callable[[], float]) -> tuple[float, float]:
-    """Return by how much a clock is ahead of the server's, and how far that may be off: half of the
-    round trip.
+    """Return the seconds that a clock is ahead of the server's, and their error.
+
+    The error is half of the round trip.
     """
     before = clock()
     seconds, micros = store.call(lambda client: client.time())
@@ -261,21 +266,22 @@ def _compared(store: Store, clock: Callable[[], float]) -> tuple[float, float]:
 
 
 def _clocks_there(board: Board, hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Yield the worst of the workers' clocks, as their latest reports show them."""
+    """Yield a finding on the worst of the workers' clocks, by their latest reports."""
     known = {host.worker for host in hosts}
-    told = [
+    clocks = [
         (abs(ahead_s), ahead_s, worker)
         for worker, ahead_s in board.clocks().items()
         if worker in known
     ]
-    if told:
-        apart_s, ahead_s, worker = max(told)
-        late = ", or its report was on its way for so long" if ahead_s < 0 else ""
+    if clocks:
+        apart_s, ahead_s, worker = max(clocks)
+        late = ", or its report has taken that time" if ahead_s < 0 else ""
         yield _clock(f"the worst of the workers' clocks, {worker}'s,", ahead_s, late, apart_s)
 
 
 def _clock(whose: str, ahead_s: float, precision: str, least_s: float) -> Finding:
-    found = f"{whose} is {abs(ahead_s):.3f} s {'ahead of' if ahead_s > 0 else 'behind'} Redis'{precision}"
+    side = "ahead of" if ahead_s > 0 else "behind"
+    found = f"{whose} is {abs(ahead_s):.3f} s {side} Redis'{precision}"
     state: State = (
         "fault" if least_s > SKEW_FAULT_S else "warning" if least_s > SKEW_WARNING_S else "ok"
     )
@@ -284,33 +290,31 @@ def _clock(whose: str, ahead_s: float, precision: str, least_s: float) -> Findin
     )
 
 
-# --- who is there -----------------------------------------------------------------------------
+# --- broker and workers -----------------------------------------------------------------------
 
 
 def _broker(client: Client) -> tuple[Finding, Mapping[str, QueueReport] | None]:
-    """Say whether the broker answers, and return what waits in it; None when nobody knows."""
+    """Return a finding on the broker, and the state of its queues; None when unknown."""
     try:
         return Finding(
             "broker", "ok", f"the broker at {masked(str(client.app.conf.broker_url))} answers"
         ), client.queues()
     except StoreUnavailable as error:
         found = f"the broker at {error.url} does not answer ({error.cause})"
-    except (
-        Exception
-    ) as error:  # each transport has errors of its own, and their text may hold its password
+    except Exception as error:  # each transport has its own; the text may hold the password
         found = f"the broker does not answer ({type(error).__name__})"
     return Finding("broker", "fault", found, "Start it, or set RLM_BROKER_URL"), None
 
 
 def _has_own_broker(client: Client, app: Celery) -> bool:
-    """Whether the broker is another server than the ledger's Redis, as far as can be told."""
+    """Return whether the broker is another server than the ledger's Redis, or may be one."""
     try:
         ledger: dict[str, Any] = client.ledger.store.client.connection_pool.connection_kwargs
         broker = app.connection_for_read()
         if client.ledger.store.address.is_watched:
             return not str(app.conf.broker_url).startswith(SENTINEL)
         here = (broker.transport.driver_type, broker.hostname or "localhost", broker.port or 6379)
-    except Exception:  # one of them cannot be read: they differ
+    except Exception:  # one of the addresses cannot be read: they differ
         return True
     return here != ("redis", ledger.get("host", "localhost"), ledger.get("port", 6379))
 
@@ -320,12 +324,15 @@ def _workers(hosts: Sequence[HostReport]) -> Iterator[Finding]:
         slots = sum(host.slots for host in hosts)
         yield Finding("workers", "ok", f"{len(hosts)} reporting, with {slots} slots")
         return
-    advice = f"Type: {_COMMAND} worker; if one runs, it must have the same RLM_REDIS_URL and RLM_NAMESPACE: {_COMMAND} inspect ping"
-    yield Finding("workers", "fault", "no worker reports: nothing runs", advice)
+    advice = (
+        f"Type: {_COMMAND} worker; if one runs, it must have the same RLM_REDIS_URL and "
+        f"RLM_NAMESPACE: {_COMMAND} inspect ping"
+    )
+    yield Finding("workers", "fault", "no worker reports, so no job runs", advice)
 
 
 def _releases(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Yield which workers are not of this release."""
+    """Yield a finding on workers of another release."""
     older = [host.worker for host in hosts if 0 < host.schema < SCHEMA]
     others = [
         f"{host.worker} ({host.version or 'an older release'})"
@@ -365,7 +372,7 @@ def _names(client: Client) -> list[str]:
 def _queues(
     names: Iterable[str], hosts: Sequence[HostReport], depths: Mapping[str, QueueReport] | None
 ) -> Iterator[Finding]:
-    """Yield which queues nobody consumes, a fault where messages wait in them."""
+    """Yield a finding on queues that no worker consumes: a fault where messages wait in them."""
     left = [name for name in names if not any(name in host.queues for host in hosts)]
     waiting = {
         name: depths[name].depth
@@ -374,8 +381,9 @@ def _queues(
     }
     advice = f"Type: {_COMMAND} worker -Q {','.join(left)}"
     if waiting:
-        told = ", ".join(f"{depth} in {name}" for name, depth in waiting.items())
-        yield Finding("queues", "fault", f"messages wait that nobody consumes: {told}", advice)
+        counts = ", ".join(f"{depth} in {name}" for name, depth in waiting.items())
+        found = f"messages wait that no worker consumes: {counts}"
+        yield Finding("queues", "fault", found, advice)
     elif left and hosts:
         yield Finding("queues", "warning", f"no worker consumes {', '.join(left)}", advice)
     elif hosts:
@@ -383,18 +391,21 @@ def _queues(
 
 
 def _monitor(board: Board, hosts: Sequence[HostReport], client: Client) -> Iterator[Finding]:
-    """Yield whether beat has the cluster looked at, and whether a drill holds."""
+    """Yield findings on the monitor that beat starts, and on a drill."""
     orders, stale_s = board.orders(), client.settings.pressure.stale_s
     if orders.cluster is not None:
-        yield Finding("beat", "ok", f"it has had the cluster looked at within {stale_s:g} s")
+        yield Finding("beat", "ok", f"a monitor has run within the last {stale_s:g} s")
     elif hosts:
-        found = f"nobody has had the cluster looked at for {stale_s:g} s: no alerts, and jobs that were put off stay so"
+        found = (
+            f"no monitor has run for {stale_s:g} s: there are no alerts, and delayed jobs stay "
+            "delayed"
+        )
         yield Finding("beat", "warning", found, f"Type: {_COMMAND} beat")
     else:
         yield Finding(
             "beat",
             "warning",
-            "not known: it shows in what workers do",
+            "not known without a worker, because a worker runs the monitor",
             f"Start a worker, then: {_COMMAND} beat",
         )
     if orders.forced is not None:
@@ -403,7 +414,7 @@ def _monitor(board: Board, hosts: Sequence[HostReport], client: Client) -> Itera
             "pressure",
             "warning",
             found,
-            f"To end it: {_COMMAND} control release_pressure; to look: {_COMMAND} rlm pressure",
+            f"To end it: {_COMMAND} control release_pressure; to see it: {_COMMAND} rlm pressure",
         )
 
 
@@ -411,21 +422,25 @@ def _quarantine(client: Client) -> Finding:
     items = client.quarantine()
     if not items:
         return Finding("quarantine", "ok", "it is empty")
-    found = f"items that are not run again: {len(items)}, in jobs: {len({item.job_id for item in items})}"
+    jobs = len({item.job_id for item in items})
+    found = f"items that do not run again: {len(items)}, in jobs: {jobs}"
     return Finding("quarantine", "warning", found, f"Type: {_COMMAND} rlm quarantine list")
 
 
 def _breakers(store: Store) -> Finding:
-    """Ask through the ledger's connection: that of guards gives up after a tenth of a second."""
+    """Return a finding on breakers that are not closed.
+
+    It reads by the ledger's connection, because that of guards gives up after a tenth of a second.
+    """
     from resilience.breaker import CircuitBreakers
 
     states = {name: str(about["state"]) for name, about in CircuitBreakers(store).status().items()}
-    shut = [f"{name} ({state})" for name, state in sorted(states.items()) if state != "closed"]
-    if not shut:
+    limiting = [f"{name} ({state})" for name, state in sorted(states.items()) if state != "closed"]
+    if not limiting:
         return Finding("breakers", "ok", f"{len(states)} are known, all closed")
     return Finding(
         "breakers",
         "warning",
-        f"calls are held back: {', '.join(shut)}",
+        f"breakers refuse calls: {', '.join(limiting)}",
         f"Type: {_COMMAND} rlm breakers",
     )

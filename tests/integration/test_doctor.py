@@ -85,7 +85,7 @@ def test_without_a_worker_waiting_messages_are_a_fault(client_without_worker: Cl
 
     queue = f"{client_without_worker.settings.namespace}.normal"
     assert found["workers"].state == "fault"
-    assert found["queues"].found == f"messages wait that nobody consumes: 1 in {queue}"
+    assert found["queues"].found == f"messages wait that no worker consumes: 1 in {queue}"
     assert found["beat"].state == "warning"
     assert (
         found["redis"].state
@@ -195,9 +195,9 @@ def test_quarantine_and_open_breakers_come_with_a_command(client_without_worker:
 
     found = examined(client_without_worker)
 
-    assert found["breakers"].found == "calls are held back: llm (open)"
+    assert found["breakers"].found == "breakers refuse calls: llm (open)"
     assert found["breakers"].advice == "Type: celery -A rlm_tasks rlm breakers"
-    assert found["quarantine"].found == "items that are not run again: 1, in jobs: 1"
+    assert found["quarantine"].found == "items that do not run again: 1, in jobs: 1"
     assert found["quarantine"].advice == "Type: celery -A rlm_tasks rlm quarantine list"
 
 
@@ -271,5 +271,5 @@ def test_a_redis_that_refuses_commands_is_reported(
     finally:
         admin.acl_deluser("reader")
 
-    assert "refuses what is asked" in found["redis"].found
+    assert "refuses a call" in found["redis"].found
     assert "s3cret" not in repr(found)

@@ -62,7 +62,7 @@ def test_the_required_versions_are_installed() -> None:
             "'no-such-distribution>=2'",
         ),
         (["no-such-distribution>=2; extra == 'plots'"], "ok", "celery", ""),
-        (None, "warning", "is not installed, only on the import path", "pip install -e ."),
+        (None, "warning", "is on the import path but not installed", "pip install -e ."),
     ],
 )
 def test_wrong_versions_are_reported_with_the_command_to_type(
