@@ -1,7 +1,7 @@
-"""The commands ``celery -A rlm_tasks rlm ...``: jobs, the platform, the deployment and a demo.
+"""The commands ``celery -A rlm_tasks rlm ...``, for jobs and for the platform they run on.
 
-Celery loads the group `rlm` as a plug-in.  Each subject is a module with its COMMANDS; `output` has
-the forms of all answers.  No command needs a live worker.
+Celery's command line loads `rlm` by its entry point.  Each subject has a module, and `output` has
+the form of all answers.  No command needs a live worker.  Begin with `jobs`.
 """
 
 from __future__ import annotations

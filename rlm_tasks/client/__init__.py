@@ -1,4 +1,4 @@
-"""What a program holds: the client, handles on jobs, plans, and pictures of the platform.
+"""The classes by which a program submits jobs, follows them, and reads the platform's state.
 
 Users, the command line, Flower and the doctor call it.  Begin with `client`, then `submission`.
 """

@@ -1,5 +1,4 @@
-"""The names that other orchestrators use for what this platform does, and what each of them comes
-to here.
+"""Names of other orchestrators, each mapped to the setting or function that replaces it here.
 
-Users who migrate call it; nothing else does.  Begin with `optimization_config`.
+Only users who migrate call it.  Begin with `optimization_config`.
 """

@@ -1,4 +1,4 @@
-"""The faults of a platform: the doctor's findings, and the bundle for a bug report.
+"""Tools that find faults of a platform: the doctor's checks, and the bundle for a bug report.
 
 The command line calls it.  Begin with `doctor`.
 """

@@ -1,8 +1,9 @@
 """Tabs of the platform in Flower: Jobs, Pressure, Breakers, Limits, Queues.
 
-Decides how they get into Flower (which has no interface for it) and what is safe by default.
-`pages` says what they show, `views` answers the browser; their look, login and prefix are Flower's
-own."""
+`installation` calls `install` when Flower starts.  Flower has no interface for tabs, so `install`
+changes its handlers and templates; look, login and URL prefix stay Flower's.  Begin with `pages`,
+which makes the content; `views` answers the browser.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +31,9 @@ class TabbedBar(TemplateModule):
     """Flower's own templates, with our tabs in its bar."""
 
     def render(self, path: str, **values: Any) -> bytes:
-        """Return a template; the bar's first list is Flower's tabs, and ours follow.  Without it
-        they are missing.
+        """Return a rendered template; in the bar, our tabs follow Flower's in its first list.
+
+        If a version of Flower has no such list, our tabs are missing.
         """
         html: bytes = super().render(path, **values)
         head, end, tail = html.partition(b"</ul>")
@@ -47,13 +49,15 @@ class TabbedBar(TemplateModule):
         ).encode()
 
     def _tab(self, name: str, title: str, is_active: bool) -> str:
-        shown = 'active" aria-current="page"' if is_active else '"'
-        return f'<li class="nav-item"><a class="nav-link {shown} href="{self.handler.reverse_url(name)}">{title}</a></li>'
+        active = 'active" aria-current="page"' if is_active else '"'
+        url = self.handler.reverse_url(name)
+        return f'<li class="nav-item"><a class="nav-link {active} href="{url}">{title}</a></li>'
 
 
 def install(app: Celery) -> None:
-    """Add tabs and metrics to the Flower that is about to be made in this process; a second call
-    changes nothing.
+    """Add tabs and metrics to the Flower that starts in this process.
+
+    Call it before Flower is made.  A second call changes nothing.
     """
     if any(getattr(each, "name", None) == "rlm-job" for each in urls.handlers):
         return
@@ -74,17 +78,14 @@ def install(app: Celery) -> None:
 
 
 def _client(app: Celery) -> Client:
-    from rlm_tasks.client.client import (
-        Client,
-    )  # it needs the app, which is being made while this is installed
+    # The client needs the app, which is not complete yet when this module is loaded.
+    from rlm_tasks.client.client import Client
 
     return Client(app)
 
 
 def _stay_on_loopback() -> None:
-    """Be seen from this machine alone, unless somebody asked for more or everybody has to log
-    in.
-    """
+    """Listen on the loopback address, unless an address is configured or users must log in."""
     options = default_options
     if not (options.address or options.unix_socket or options.basic_auth or options.auth):
         options.address = LOOPBACK

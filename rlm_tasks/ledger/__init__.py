@@ -1,5 +1,5 @@
-"""What is true about every job: the ledger in Redis, partial answers, budgets, and the reason a job
-waits.
+"""The ledger in Redis, which holds the true state of every job, its partial answers and budgets.
 
-The engine writes it and clients read it; each change is one script in `lua/`.  Begin with `ledger`,
-then `records`."""
+The engine and the worker write it, clients read it.  Each change is one script in `lua/`.  Begin
+with `ledger`, then `records`.
+"""

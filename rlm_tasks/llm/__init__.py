@@ -1,5 +1,5 @@
-"""Work with language models: a prompt per item, a tree of merges, a question over more than fits
-into a context.
+"""Work with language models: one prompt an item, merges in a tree, questions over long texts.
 
-What a call must pass is shared by all workers: limits by requests and tokens, breakers, and the
-budget of its job."""
+The engine calls its operations.  Limits of requests and tokens, breakers and the job's budget are
+shared by all workers, and each call must pass them.  Begin with `operations`, then `gate`.
+"""

@@ -1,5 +1,5 @@
-"""How a node becomes a Celery message: dispatch, delivery to parked nodes, brokers, queue names and
-depths.
+"""How a node becomes a Celery message, and how queues are named, measured and configured.
 
-Clients send first nodes, the engine and the worker all others.  Begin with `dispatch`.
+Clients send the first node of each job, the engine and the worker send all others.  Begin with
+`dispatch`, then `delivery`.
 """

@@ -1,6 +1,6 @@
-"""Metrics of a worker: their declarations, and the files in which its processes count.
+"""Counters of a worker: the classes that declare them, and the files that its processes count in.
 
-The engine, `llm` and users' modules declare metrics here; `telemetry` exposes them.  Begin with
+The engine, `llm` and users' modules declare metrics with it; `telemetry` exposes them.  Begin with
 `declared`.
 """
 

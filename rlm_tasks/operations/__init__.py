@@ -1,4 +1,4 @@
-"""Operations: the functions that run for each item, their declarations and their context.
+"""Operations, the functions that jobs apply to items, with their guards and their context.
 
 Users declare operations with `operation`; the engine calls them.  Begin with `registry`.
 """

@@ -1,4 +1,5 @@
-"""What a worker tells of itself: logs, traces, its metrics port and its health.
+"""Logs, traces, metrics and health of a worker.
 
-The worker starts it; `client` and `diagnosis` reuse its judgements.  Begin with `worker_port`.
+`installation` and the worker's boot steps start it; clients use its health rules.  Begin with
+`worker_port`.
 """
