@@ -1,7 +1,9 @@
-"""Whether a job is taken in now: asked once, at submit, before anything is stored.
+"""Check at submit, before anything is stored, whether the platform accepts a job now.
 
-Decides what is looked at, and how often.  The rules are the scheduler's; what becomes of a job that
-does not fit is the client's business."""
+`Submission` calls it; a refused job is raised or delayed there.  This module reads the pressure
+level, the queue depths and the slots, once a second at most.  The rules themselves are in
+`scheduler.admission`.  Begin with `AdmissionCheck.refusal`.
+"""
 
 from __future__ import annotations
 
@@ -27,25 +29,23 @@ from scheduler.slots import SlotBoard
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 1.0
-"""What was seen holds for this long: a loop of submissions asks once a second, not once a job."""
+READ_EVERY_S = 1.0
+"""The load is read again after this time, so a loop of submissions reads it once a second."""
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """How pressed the platform is."""
+class PlatformLoad:
+    """The load of the platform, as it was read last."""
 
     level: Level = Level.NORMAL
     queues: Mapping[str, QueueReport] = field(default_factory=dict)
-    slots: Mapping[str, int] = field(
-        default_factory=dict
-    )  # each queue that was looked at -> slots that serve it
+    slots: Mapping[str, int] = field(default_factory=dict)  # queue that was read -> its slots
     cpu_pct: float = 0.0
     memory_pct: float = 0.0
 
 
 class AdmissionCheck:
-    """The door of one client."""
+    """The admission check of one client."""
 
     def __init__(
         self,
@@ -58,42 +58,44 @@ class AdmissionCheck:
         self._store, self._settings, self._clock = store, settings, clock
         self._board, self._slots = Board(store, keys, settings.pressure), SlotBoard(store, keys)
         self.gauge = QueueGauge(app)
-        self._last = Seen(), float("-inf")  # what was seen, and when: one object, for threads
+        self._last = PlatformLoad(), float("-inf")  # the load and its time: one object, for threads
 
     def refusal(self, queue: str, priority: str) -> Denied | None:
-        """Return why a job is not taken in now, and when to come back; None: it is.
+        """Return the reason why a job is not accepted now, with the time to retry; None: accepted.
 
-        A queue that nobody serves keeps what it is given, up to its depth: that is what a broker is
-        for."""
-        seen = self._look(queue)
-        if refused := shed(priority, seen.level, self._settings.pressure.release_s):
+        A queue without a worker is limited by its depth alone, and not by the age of its messages.
+        Raises StoreUnavailable.
+        """
+        load = self._load(queue)
+        if refused := shed(priority, load.level, self._settings.pressure.release_s):
             return refused
-        report = seen.queues.get(queue, QueueReport(0))
-        if not seen.slots.get(queue):
+        report = load.queues.get(queue, QueueReport(0))
+        if not load.slots.get(queue):
             report = QueueReport(report.depth)
         return full(queue, priority, report, self._settings.admission)
 
     def batch_size(self) -> int:
-        """Return how many jobs to open at a time, by what was seen when they were let in, if load
-        is to count.
+        """Return the number of jobs to open at a time.
+
+        With autoscaling it follows the load that was read when the jobs were admitted.
         """
-        (seen, _), most = self._last, self._settings.batch.max_size
+        (load, _), most = self._last, self._settings.batch.max_size
         return (
-            calculate_optimal_batch_size(seen.cpu_pct, seen.memory_pct, most)
+            calculate_optimal_batch_size(load.cpu_pct, load.memory_pct, most)
             if self._settings.autoscale.enabled
             else most
         )
 
-    def _look(self, queue: str) -> Seen:
-        now, (seen, seen_at) = self._clock(), self._last
-        if queue not in seen.slots or now - seen_at >= LOOK_EVERY_S:
-            seen = self._fresh(tuple(dict.fromkeys((*seen.slots, queue))))
-            self._last = seen, now
-        return seen
+    def _load(self, queue: str) -> PlatformLoad:
+        now, (load, read_at) = self._clock(), self._last
+        if queue not in load.slots or now - read_at >= READ_EVERY_S:
+            load = self._read_load(tuple(dict.fromkeys((*load.slots, queue))))
+            self._last = load, now
+        return load
 
-    def _fresh(self, queues: Sequence[str]) -> Seen:
-        looks = [self._board.orders_call(), *(self._slots.take(each, 0) for each in queues)]
-        answer, *slots = self._store.call(*looks)
+    def _read_load(self, queues: Sequence[str]) -> PlatformLoad:
+        calls = [self._board.orders_call(), *(self._slots.take(each, 0) for each in queues)]
+        answer, *slots = self._store.call(*calls)
         orders = self._board.read(answer)
         cluster, hosts = orders.cluster, [] if orders.cluster else self._board.hosts()
         level = (
@@ -102,7 +104,7 @@ class AdmissionCheck:
         cpu_pct = cluster.cpu_pct if cluster else mean(hosts, "cpu_pct")
         memory_pct = cluster.memory_pct if cluster else mean(hosts, "memory_pct")
         serving = dict(zip(queues, (total for _, total in slots), strict=True))
-        return Seen(
+        return PlatformLoad(
             level=level,
             queues=self._depths(queues),
             slots=serving,
@@ -114,5 +116,5 @@ class AdmissionCheck:
         try:
             return self.gauge.read(queues)
         except AWAY as error:
-            logger.info("Queues are taken for empty, the broker does not answer: %s", error)
+            logger.info("Queues count as empty, because the broker does not answer: %s", error)
             return {}

@@ -1,7 +1,7 @@
 """The client: submit jobs, and find them again.
 
-Users, the command line and Flower hold one.  Submission, plans, jobs and reports have modules of
-their own; all of them share the client's `Session`.
+Users, the command line and Flower hold one.  `submission`, `planning`, `job` and `platform` do the
+work; all of them share the client's `Session`.  Begin with `Client.submit`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Client(Platform):
         self.close()
 
     def close(self) -> None:
-        """Give the connections back, and listen no more."""
+        """Close the connections, and stop the listener of `on`."""
         if self._listener is not None:
             self._listener.close()
         self.session.close()
@@ -81,7 +81,7 @@ class Client(Platform):
 
     @property
     def store(self) -> Store:
-        """The guards' store, as in workers: for a breaker or bucket of your own beside theirs."""
+        """The store of the guards, as in workers.  Use it for a breaker or bucket of your own."""
         return self.session.shared
 
     # --- submitting ----------------------------------------------------------------------------
@@ -95,9 +95,9 @@ class Client(Platform):
         """
         from rlm_tasks.client import planning
 
-        asked = _parsed(request, fields)
-        settled = self._submission.check(asked)
-        return planning.plan(self.session, asked, settled, self._submission.queue_of(asked))
+        given = _parsed(request, fields)
+        checked = self._submission.check(given)
+        return planning.plan(self.session, given, checked, self._submission.queue_of(given))
 
     def submit(
         self, request: Request | None = None, /, *, idempotency_key: str = "", **fields: Any
@@ -105,10 +105,10 @@ class Client(Platform):
         """Open a job and return its handle.
 
         Takes a JobRequest, a plain dict in snake_case or camelCase, or the fields themselves;
-        fields of Options and Conditions may be given flat (``priority="high"``).  Submitting twice
-        with one `idempotency_key` gives one job, for as long as its result lives, whatever dies in
-        between.  Raises InvalidRequest, Overloaded and QueueFull before anything is enqueued, and
-        StoreUnavailable.
+        fields of Options and Conditions may be given flat (``priority="high"``).  Two submissions
+        with one `idempotency_key` give one job while its result is kept, also when the client or
+        Redis dies between them.  Raises InvalidRequest, Overloaded and QueueFull before anything is
+        enqueued, and StoreUnavailable.
         """
         wanted = _keyed(_parsed(request, fields), idempotency_key)
         return Job(self.session, self._submission.open([wanted])[0])
@@ -118,7 +118,7 @@ class Client(Platform):
     ) -> JobResult:
         """Submit and wait: `submit` followed by `Job.result`.
 
-        `timeout` is how long to wait, in seconds; the job's own limit is ``timeout`` of its
+        `timeout` is the time to wait, in seconds; the job's own limit is ``timeout`` of its
         options.  Raises as those two do.
         """
         return self.submit(request, **fields).result(timeout=timeout)
@@ -126,10 +126,10 @@ class Client(Platform):
     def execute_with_monitoring(
         self, request: Request | None = None, /, *, timeout: float | None = None, **fields: Any
     ) -> tuple[JobResult, dict[str, Any]]:
-        """Execute, and return beside the result what it cost: `JobResult.metrics` as a dict.
+        """Execute, and return the result with its cost: `JobResult.metrics` as a dict.
 
-        It has ``execution_time_ms``, ``busy_ms``, ``waited_ms``, ``items``, ``nodes``, and
-        ``memory_usage_mb``: the largest worker process seen.
+        The dict has ``execution_time_ms``, ``busy_ms``, ``waited_ms``, ``items``, ``nodes``, and
+        ``memory_usage_mb``, which is that of the largest worker process seen.
         """
         result = self.execute(request, timeout=timeout, **fields)
         return result, {
@@ -144,12 +144,12 @@ class Client(Platform):
         policy: RetryPolicy | Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> JobResult:
-        """Execute, and again when the job or its items failed of something that a retry may help.
+        """Execute, and again when the job or its items failed with an error worth a retry.
 
         A policy may be a dict in camelCase, too (``maxRetries``, ``initialDelayMs``,
-        ``retryableErrors``).  A job that is not admitted is submitted again when there may be room,
-        which costs no attempt.  Raises what the last attempt raised.  A policy on the *operation*
-        retries by item, and is the better choice where one item of many may fail.
+        ``retryableErrors``).  A refused job is submitted again at its retry time, which costs no
+        attempt.  Raises the error of the last attempt.  A policy on the *operation* retries by
+        item, and is the better choice where one item of many may fail.
         """
         from resilience.retry import retrying
 
@@ -168,8 +168,8 @@ class Client(Platform):
     def batch_submit(self, requests: Iterable[Request]) -> list[Job]:
         """Open several independent jobs; their ledger calls and messages are pipelined.
 
-        The load decides how many share a pipeline.  All are checked before the first is opened.
-        Raises as `submit` does.
+        The number of jobs in one pipeline follows the load.  All are checked before the first is
+        opened.  Raises as `submit` does.
         """
         opened = self._submission.open([JobRequest.parse(request) for request in requests])
         return [Job(self.session, job) for job in opened]
@@ -201,9 +201,9 @@ class Client(Platform):
         return [Job(self.session, id) for id, _ in self.ledger.jobs(limit)]
 
     def listed(self, limit: int = 100) -> list[tuple[JobSpec, Progress]]:
-        """Return specification and progress of the newest jobs, but for those that expire meanwhile.
+        """Return specification and progress of the newest jobs.
 
-        Raises StoreUnavailable.
+        Jobs that expire during the call are left out.  Raises StoreUnavailable.
         """
         found = []
         for job in self.jobs(limit):
@@ -221,7 +221,10 @@ class Client(Platform):
         return [item for job in jobs for item in self.ledger.quarantined(job)]
 
     def resubmit(self, spec: JobSpec, items: Iterable[Any]) -> Job:
-        """Open a job like another one on other items.  Raises as `submit` does."""
+        """Open a job with the specification of another, on other items.
+
+        Raises as `submit` does.
+        """
         return Job(self.session, self._submission.open_like(spec, items))
 
 
@@ -241,7 +244,7 @@ def _keyed(request: JobRequest, idempotency_key: str) -> JobRequest:
 
 
 def _fault_of(ended: JobEnded, policy: RetryPolicy) -> Fault:
-    """Return the fault of an ended job: that of an item which is worth a retry, if there is one."""
+    """Return the fault of an ended job; if an item's fault is worth a retry, return that one."""
     every = (ended.code, *(each.code for each in ended.failures))
     codes = [code for code in every if code in policy.retryable_errors]
     return replace(classify(ended), code=codes[0] if codes else ended.code)

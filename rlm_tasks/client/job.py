@@ -1,25 +1,22 @@
-"""A handle on one job: wait for it, take its answer, cancel it, run its failed items again.
+"""A handle on one job: wait for it, get its answer, cancel it, run its failed items again.
 
-`Client` gives it out.  It waits on the ledger's event stream, never on a Celery result.
+`Client.submit` and `Client.job` return it.  It waits on the ledger's event stream, never on a
+Celery result.  Begin with `Job.result`; `job_reader` has the methods that only read.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from resilience.errors import StoreUnavailable
-from resilience.store import LOST
-from rlm_tasks.client.job_reader import Facts, JobReader
-from rlm_tasks.client.session import Session
+from rlm_tasks.client.job_reader import Facts
+from rlm_tasks.client.job_waiter import JobWaiter
 from rlm_tasks.client.submission import Submission
 from rlm_tasks.errors import (
     InvalidRequest,
     JobNotFound,
-    ResultTimeout,
     ResultTooLarge,
 )
 from rlm_tasks.jobs import codec
@@ -30,7 +27,6 @@ from rlm_tasks.results import (
     ItemFailure,
     JobResult,
     Partial,
-    Progress,
     Status,
     SuccessfulItems,
     metrics_of,
@@ -40,107 +36,32 @@ from rlm_tasks.results import (
 if TYPE_CHECKING:
     from rlm_tasks.jobs.spec import JobSpec
 
-_T = TypeVar("_T")
-_BLOCK_MS = 1000
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 
+class Job(JobWaiter):
+    """The handle of a job, which any client may have submitted.
 
-class Job(JobReader):
-    """A job, wherever it was submitted.
-
-    Celery's own words work too: ``state``, ``ready()``, ``successful()``, ``get(timeout)``,
-    ``revoke()``.
+    The names of Celery's ``AsyncResult`` work too: ``state``, ``ready()``, ``successful()``,
+    ``get(timeout)``, ``revoke()``.
     """
-
-    def __init__(self, session: Session, job_id: str) -> None:
-        super().__init__(session, job_id)
-        self._last_event = b"0-0"
 
     def __repr__(self) -> str:
         return f"<Job {self.id}>"
 
     def rounds(self) -> list[Job]:
-        """Return the rounds that the job has gone on in so far, each a job of its own.
+        """Return the rounds that the job has opened so far; each round is a job, too.
 
         Raises JobNotFound, StoreUnavailable.
         """
         return [Job(self._session, id) for id, _ in self._rounds(self._facts())]
-
-    # --- waiting -------------------------------------------------------------------------------
-
-    def watch(self, interval_s: float = 0.2) -> Iterator[Progress]:
-        """Yield the progress until the job has ended; the last one is final.
-
-        `interval_s` is the longest time between two, in seconds; an event of the job yields one at
-        once.  Outages of Redis are waited for.  Raises JobNotFound.
-        """
-        while True:
-            progress = self._through_outages(self.progress, None)
-            yield progress
-            if progress.status.final:
-                return
-            self._wait_for_event(min(interval_s, _BLOCK_MS / 1000))
-
-    def wait(self, timeout: float | None = None) -> Status:
-        """Wait for the end and return the final status.  Raises ResultTimeout, JobNotFound."""
-        until = None if timeout is None else time.monotonic() + timeout
-        while True:
-            facts = self._through_outages(self._facts, until)
-            if Status(facts["state"]).final:
-                return Status(facts["state"])
-            left_s = _BLOCK_MS / 1000 if until is None else until - time.monotonic()
-            if left_s <= 0:
-                raise ResultTimeout(self.id, timeout or 0.0)
-            deadline = int(facts["deadline"])
-            if deadline and (due_in_s := (deadline - self._now_ms()) / 1000) <= left_s:
-                self._wait_until_expired(max(0.0, due_in_s), facts)
-            else:
-                self._wait_for_event(left_s)
-
-    def _through_outages(self, read: Callable[[], _T], until: float | None) -> _T:
-        """Read until Redis answers or the time is over."""
-        pause_s = _FIRST_PAUSE_S
-        while True:
-            try:
-                return read()
-            except StoreUnavailable:
-                if until is not None and time.monotonic() + pause_s > until:
-                    raise
-                time.sleep(pause_s)
-                pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
-
-    def _wait_for_event(self, seconds: float) -> None:
-        """Wait for the next event of the job; none is missed between two calls."""
-        block_ms = max(1, min(_BLOCK_MS, int(seconds * 1000)))
-        streams: Any = {self._keys.events: self._last_event}
-        try:
-            answer: Any = self._session.store.client.xread(streams, block=block_ms)
-        except LOST:
-            time.sleep(min(0.2, seconds))
-            return
-        for _, entries in answer or ():
-            self._last_event = entries[-1][0]
-
-    def _wait_until_expired(self, due_in_s: float, facts: Facts) -> None:
-        """Wait for the deadline, and let the job expire also when no worker lives to see it."""
-        if due_in_s > 0:
-            self._wait_for_event(due_in_s)
-            return
-        now_ms = self._now_ms()
-        since_s = (now_ms - int(facts.get("stop_ms", now_ms))) / 1000
-        force = since_s > self._session.settings.ledger.stop_grace_s
-        for id in (self.id, *(id for id, _ in self._rounds(facts))):
-            self._ledger.stop(id, "expired", force=force)
-        self._wait_for_event(0.1)
 
     # --- the answer ----------------------------------------------------------------------------
 
     def result(self, timeout: float | None = None) -> JobResult:
         """Wait for the end and return the result.
 
-        `timeout` is in seconds; None waits for ever.  Outages of Redis are waited for as long.
-        Raises ResultTimeout, JobFailed, JobExpired, JobCancelled, JobNotFound, and ResultTooLarge
-        when the output exceeds RLM_MAX_RESULT_BYTES.
+        `timeout` is in seconds; None waits for ever.  During it the method waits through outages of
+        Redis.  Raises ResultTimeout, JobFailed, JobExpired, JobCancelled, JobNotFound, and
+        ResultTooLarge when the output exceeds RLM_MAX_RESULT_BYTES.
         """
         self.wait(timeout)
         facts = self._facts()
@@ -158,7 +79,7 @@ class Job(JobReader):
         return self.result(timeout).output
 
     def partial(self) -> Partial:
-        """Return the best answer so far, merged here from what is stored, and its coverage.
+        """Return the best answer so far, merged here from the stored partials, and its coverage.
 
         Raises UnknownOperation when this process has not imported the job's operation, JobNotFound,
         StoreUnavailable.
@@ -185,7 +106,7 @@ class Job(JobReader):
         )
 
     def outputs(self) -> Iterator[Any]:
-        """Yield the outputs of a job without a merge, in item order, a page at a time."""
+        """Yield the outputs of a job without a merge, in item order, loading a page at a time."""
         return flattened(partials(self._ledger, self.id, 0, self._spec().n))
 
     def _result(self, facts: Facts, status: Status) -> JobResult:
@@ -269,13 +190,14 @@ class Job(JobReader):
         return Status(state)
 
     def revoke(self, *_: Any, **__: Any) -> None:
-        """Cancel, in Celery's word."""
+        """Cancel the job, under Celery's name."""
         self.cancel()
 
     def retry_failed(self) -> Job:
-        """Open a new job on the failed items, with the same operation, params, options and strategy.
+        """Open a new job on the failed items.
 
-        Raises InvalidRequest when the job still runs or has no failed items.
+        It has the same operation, params, options and strategy.  Raises InvalidRequest when the job
+        still runs or has no failed items.
         """
         spec, facts = self._spec(), self._facts()
         if not Status(facts["state"]).final:
@@ -297,7 +219,10 @@ class Job(JobReader):
         return again
 
     def drop_quarantined(self, *indexes: int) -> list[int]:
-        """Forget quarantined items, by default all; return their indexes.  Raises InvalidRequest."""
+        """Delete quarantined items, by default all, and return their indexes.
+
+        Raises InvalidRequest.
+        """
         chosen = self._in_quarantine(indexes)
         self._ledger.drop_quarantined(self.id, chosen)
         return chosen
@@ -313,7 +238,7 @@ class Job(JobReader):
         return sorted(indexes) or known
 
     def _again(self, spec: JobSpec, indexes: list[int]) -> Job:
-        """Open a job like this one on some of its items."""
+        """Open a job with the specification of this one, on some of its items."""
         opened = Submission(self._session).open_like(spec, self._items(spec, indexes))
         return Job(self._session, opened)
 

@@ -1,6 +1,6 @@
-"""Read one job from the ledger: its progress, its tree, why it waits, what it has failed of.
+"""Read one job from the ledger: its progress, its tree, why it waits, and its failed items.
 
-`Job` extends it.  It never asks Celery for a result.
+`Job` extends it.  It never reads a Celery result.  Begin with `JobReader.progress`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NODE_STATES = {
 
 
 class JobReader:
-    """A job as it can be read.
+    """The methods of a job that only read.
 
     Every method but `tree` raises JobNotFound and StoreUnavailable.
     """
@@ -60,7 +60,7 @@ class JobReader:
 
     @property
     def state(self) -> str:
-        """The status in Celery's words: PENDING, STARTED, SUCCESS, FAILURE or REVOKED."""
+        """The status under Celery's names: PENDING, STARTED, SUCCESS, FAILURE or REVOKED."""
         return CELERY_STATES[self.status]
 
     def ready(self) -> bool:
@@ -68,11 +68,11 @@ class JobReader:
         return self.status.final
 
     def successful(self) -> bool:
-        """Whether the job has ended with its answer."""
+        """Whether the job has ended with an answer."""
         return self.status is Status.SUCCEEDED
 
     def progress(self) -> Progress:
-        """Return how far the whole tree is, running nodes included."""
+        """Return the progress of the job and its rounds, running nodes included."""
         facts = self._facts()
         parts = [(self.id, facts), *self._rounds(facts)]
         status = Status(facts["state"])
@@ -123,33 +123,33 @@ class JobReader:
         ]
 
     def events(self) -> list[JobEvent]:
-        """Return the events of the job, the oldest first; of a long one the newest thousand."""
+        """Return the newest thousand events of the job, the oldest first."""
         return self._ledger.events(self.id)
 
     def explain(self) -> str:
-        """Say in one sentence why the job waits, what it does, or how it ended."""
+        """Return one sentence: why the job waits, what it does, or how it ended."""
         return explain(self._facts(), self._ledger.all_records(self.id), self._now_ms())
 
     @property
     def trace_id(self) -> str:
-        """The id of its trace, 32 hex digits, where workers trace."""
+        """The id of the job's trace, 32 hex digits; the trace exists if workers have tracing on."""
         return trace_id_of(self._spec())
 
     def spent(self) -> Spending | None:
-        """Return what the job and its rounds have spent on calls to models; None: it makes none."""
+        """Return the spending of the job and its rounds, None for a job that calls no models."""
         return self._session.budgets.spent(self._spec())
 
     def receipt(self) -> Receipt:
-        """Return what pressure has made the job leave out so far; empty when nothing."""
+        """Return the work that the job has left out so far under pressure; it may be empty."""
         facts = self._facts()
         return receipt_of([facts, *(each for _, each in self._rounds(facts))])
 
     def failures(self) -> list[ItemFailure]:
-        """Return the first 1,000 failed items in order, of a running job those so far."""
+        """Return the first 1,000 failed items in order; for a running job, those so far."""
         return self._ledger.failures(self.id)
 
     def quarantined(self) -> list[QuarantinedItem]:
-        """Return the items that are not run again, because their process died too often, in order."""
+        """Return the quarantined items in order: their process died too often to run them again."""
         return self._ledger.quarantined(self.id)
 
     # --- reading -------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ class JobReader:
         return [each for each in found if each[1]]
 
     def _counts(self, id: str, facts: Facts) -> tuple[int, int, int]:
-        """Return done, failed and skipped of a job or a round, with those of its running nodes."""
+        """Return done, failed and skipped of a job or a round, including its running nodes."""
         done, failed, skipped = (int(facts[name]) for name in ("done", "failed", "skipped"))
         if facts["phase"] == "validate":
             done = int(facts["validated"]) - failed

@@ -1,4 +1,7 @@
-"""What is known of the platform's performance."""
+"""The platform's performance as one dict, under the names that other orchestrators use.
+
+`Client.get_optimization_stats` calls `stats`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ _CACHE = "the platform has no result cache"
 
 
 def stats(status: PlatformStatus, recovery_success_rate: float | None) -> dict[str, Any]:
-    """Return one picture of the platform as `Client.get_optimization_stats` tells it."""
+    """Return the dict that `Client.get_optimization_stats` documents."""
     executions = sum(each["total_executions"] for each in status.operations)
     failures = sum(each["failed_executions"] for each in status.operations)
     busy_ms = sum(each["avg_duration_ms"] * each["total_executions"] for each in status.operations)

@@ -1,9 +1,10 @@
-"""What a request would take, told before anything is paid: nodes, calls, tokens, money and time,
-under today's limits.
+"""Estimate the nodes, calls, tokens, money and time of a request before it costs anything.
 
-Looks at a sample of the items, at what earlier calls have taken, and at what buckets and workers
-say now; asks no provider, stores nothing.  Decides how amounts become time and how a budget is told
-to suffice.  Refuses to know what an operation asks models: that is its forecast."""
+`Client.plan` calls `plan`.  It samples the items, and reads the figures of earlier calls and the
+state of buckets and workers; it calls no provider and stores nothing.  The operation's forecast
+counts its calls to models; this module turns amounts into time, and compares them with the budget.
+Begin with `plan`.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from rlm_tasks.settings.llm import EndpointSettings, Tier
 
 
-# --- what is told -----------------------------------------------------------------------------
+# --- the plan ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +55,13 @@ NOTHING = Estimate(0, 0)
 
 @dataclass(frozen=True, slots=True)
 class PlannedRound:
-    """What one round takes: 0 is that of the job's own items."""
+    """The estimate of one round; round 0 has the job's own items."""
 
     number: int
     operation: str
-    items: int  # of the round, at p50
+    items: int  # at p50
     calls: Estimate
-    tokens: Estimate  # of prompts and answers together
+    tokens: Estimate  # prompts and answers together
     money: Estimate
 
 
@@ -70,76 +71,84 @@ class Sufficiency:
 
     suffices: bool  # at p50
     suffices_p90: bool
-    items_share: Estimate  # of the items it pays for, 0 to 1
-    limited_by: str  # the unit that pays for the fewest; '' when it suffices at p90
+    items_share: Estimate  # share of the items that it pays for, 0 to 1
+    limited_by: str  # the unit that pays for the fewest items; '' when it suffices at p90
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a request would take if it were submitted now."""
+    """The estimate of a request that is submitted now."""
 
     operation: str
     items: int
-    nodes: int  # about
-    calls: Estimate  # to models, repeated ones not counted
+    nodes: int  # approximate
+    calls: Estimate  # to models; repeated calls are not counted
     tokens: Estimate
     money: Estimate  # by the prices of RLM_LLM__MODELS, in their currency
-    time_s: (
-        Estimate | None
-    )  # from the first node's start, when it has all workers to itself; None: not known
-    limited_by: str  # what makes most of the time: tokens, requests, bytes, in flight, latency, slots, no worker, no endpoint
+    time_s: Estimate | None
+    """From the first node's start, if no other job uses the workers; None: not known."""
+    limited_by: str
+    """The cause of most of the time.
+
+    One of tokens, requests, bytes, in flight, latency, slots, no worker, no endpoint.
+    """
     rounds: tuple[PlannedRound, ...]
-    models: dict[str, str]  # tier that is asked for -> model that answers for it today
-    level: str  # the pressure that holds today
+    models: dict[str, str]  # tier of the request -> model that answers for it today
+    level: str  # the pressure level today
     slots: int  # of live workers that serve its queue
     budget: Sufficiency | None  # None: the request has none
-    based_on: int  # earlier calls, or items, that the estimates rest on
-    notes: tuple[str, ...] = ()  # what a reader of the figures should know
+    based_on: int  # number of earlier calls, or items, behind the estimates
+    notes: tuple[str, ...] = ()  # remarks on the figures for the reader
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
         return asdict(self)
 
     def __str__(self) -> str:
-        told = [f"{self.operation} over {_number(self.items)} items", self._calls()]
-        told += (
-            [f"Tokens: {_told(self.tokens)}", f"Money: {_told(self.money)}"]
-            if self.calls.p90
-            else []
-        )
-        told += [
+        lines = [f"{self.operation} over {_number(self.items)} items", self._calls()]
+        if self.calls.p90:
+            lines += [f"Tokens: {_amount(self.tokens)}", f"Money: {_amount(self.money)}"]
+        lines += [
             self._time(),
             f"Nodes: about {_number(self.nodes)}, slots: {self.slots}",
             self._budget(),
             *self.notes,
         ]
-        return "\n".join(filter(None, told))
+        return "\n".join(filter(None, lines))
 
     def _calls(self) -> str:
         if not self.calls.p90:
             return "No calls to models"
-        asked = ", ".join(f"{model} ({tier} tier)" for tier, model in self.models.items())
-        pressed = "" if self.level == "normal" else f", pressure is {self.level}"
-        return f"Calls: {_told(self.calls)}, in {len(self.rounds)} round{'s' * (len(self.rounds) > 1)}, to {asked}{pressed}"
+        rounds = f"{len(self.rounds)} round{'s' * (len(self.rounds) > 1)}"
+        models = ", ".join(f"{model} ({tier} tier)" for tier, model in self.models.items())
+        pressure = "" if self.level == "normal" else f", pressure is {self.level}"
+        return f"Calls: {_amount(self.calls)}, in {rounds}, to {models}{pressure}"
 
     def _time(self) -> str:
         if self.time_s is None:
             return f"Time: not known{f', there is {self.limited_by}' if self.limited_by else ''}"
-        likely, bad = _lasting(self.time_s.p50), _lasting(self.time_s.p90)
-        return f"Time: {likely if likely == bad else f'{likely}, at p90 {bad}'}, limited by {self.limited_by}"
+        time = _both(_lasting(self.time_s.p50), _lasting(self.time_s.p90))
+        return f"Time: {time}, limited by {self.limited_by}"
 
     def _budget(self) -> str:
-        if (its := self.budget) is None:
+        if (budget := self.budget) is None:
             return ""
-        if its.suffices_p90:
+        if budget.suffices_p90:
             return "Budget: suffices, also at p90"
-        short = "suffices, but not at p90" if its.suffices else "does not suffice"
-        return f"Budget: {short}; its {its.limited_by} pay for {its.items_share.p50:.0%} of the items, at p90 {its.items_share.p90:.0%}"
+        verdict = "suffices, but not at p90" if budget.suffices else "does not suffice"
+        share = budget.items_share
+        shares = _both(f"{share.p50:.0%}", f"{share.p90:.0%}")
+        return (
+            f"Budget: {verdict}; its {budget.limited_by} pay for this share of the items: {shares}"
+        )
 
 
-def _told(amount: Estimate) -> str:
-    likely, bad = _number(amount.p50), _number(amount.p90)
-    return likely if likely == bad else f"{likely}, at p90 {bad}"
+def _amount(amount: Estimate) -> str:
+    return _both(_number(amount.p50), _number(amount.p90))
+
+
+def _both(p50: str, p90: str) -> str:
+    return p50 if p50 == p90 else f"{p50}, at p90 {p90}"
 
 
 def _number(amount: float) -> str:
@@ -165,13 +174,11 @@ def _lasting(seconds: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """What a limit lets pass: `room` at once, now, and from then on so much a second; never more
-    than `most` at once.
-    """
+    """The amounts that a limit lets pass over time."""
 
-    per_s: float
-    room: float
-    most: float
+    per_s: float  # refilled each second
+    room: float  # may pass at once, now; below 0 while the limit is on hold
+    most: float  # may ever pass at once
 
     def __add__(self, other: Flow) -> Flow:
         return Flow(self.per_s + other.per_s, self.room + other.room, self.most + other.most)
@@ -179,21 +186,22 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What one round takes of limits, and how long it lasts without them."""
+    """The amounts that one round takes of limits, and its time without limits."""
 
     seconds: float
-    bound: str  # what makes these seconds
-    work_s: float  # of all slots together
-    model: str = ""  # whose limits they are
+    bound: str  # the cause of these seconds
+    work_s: float  # all slots together
+    model: str = ""  # the model that has the limits
     amounts: Mapping[str, float] = field(default_factory=dict)
-    flows: Mapping[str, Flow] = field(default_factory=dict)  # of these amounts
+    flows: Mapping[str, Flow] = field(default_factory=dict)  # limits of these amounts
 
 
 def duration(stages: Sequence[Stage]) -> tuple[float, str]:
-    """Return the seconds of stages, one after the other, and what makes most of them.
+    """Return the seconds of stages, one after the other, and the cause of most of them.
 
-    Amounts are taken for a fluid: a limit lets its room pass at once, and fills it again while
-    something else is slower."""
+    Amounts count as a fluid: a limit lets its room pass at once, and refills it while something
+    else is slower.
+    """
     room: dict[tuple[str, str], float] = {}
     by: dict[str, float] = {}
     for stage in stages:
@@ -215,16 +223,16 @@ def duration(stages: Sequence[Stage]) -> tuple[float, str]:
 
 
 def in_waves(calls: float, seconds: float, at_once: int) -> tuple[float, str]:
-    """Return the seconds of calls of which so many are in flight at once, and what bounds them."""
+    """Return the seconds of calls, with `at_once` of them in flight, and their bound."""
     return max(1.0, calls / at_once) * seconds, "in flight" if calls > at_once else "latency"
 
 
 def nodes_of(shape: Shape, items: int, slots: int, work_ms: float | None) -> int:
-    """Return about how many nodes a job of so many items has, which take so long together; None:
-    that is not known.
+    """Return the approximate number of nodes of a job.
 
-    An eager shape is planned from sizes alone; any other is cut when it runs, and not at all when
-    it is short."""
+    `work_ms` is the time of all items together, None if it is not known.  An eager shape is planned
+    from sizes alone.  Any other shape is cut while it runs, and a short job is not cut at all.
+    """
 
     @functools.cache
     def planned(size: int, depth: int) -> int:
@@ -244,7 +252,7 @@ def nodes_of(shape: Shape, items: int, slots: int, work_ms: float | None) -> int
     )
 
 
-# --- whether it can be paid -------------------------------------------------------------------
+# --- the budget -------------------------------------------------------------------------------
 
 
 def paid_for(
@@ -252,8 +260,9 @@ def paid_for(
 ) -> tuple[float, bool]:
     """Return the share of the first round that a budget pays for, and whether it pays for all.
 
-    As in `spending`: each round but the last leaves the share `kept` of what there is to those
-    behind it; the first one of a job that goes in rounds (`goes_on`) does in any case."""
+    As in `ledger.budgets`, each round but the last keeps the share `kept` of the rest for the
+    rounds behind it.  With `goes_on` the job has rounds, and the first round keeps it in any case.
+    """
     left, enough, share = limit, True, 1.0
     for number, need in enumerate(needs):
         last = number == len(needs) - 1 and (number > 0 or not goes_on)
@@ -277,20 +286,18 @@ def sufficiency(
             goes_on=goes_on,
         )
 
-    likely, bad = ({unit: paid(unit, at) for unit in limits} for at in ("p50", "p90"))
-    worst = min(limits, key=lambda unit: (likely[unit], bad[unit]))
-    suffices, suffices_p90 = (all(enough for _, enough in each.values()) for each in (likely, bad))
-    shares = Estimate(*(min(share for share, _ in each.values()) for each in (likely, bad)))
+    p50, p90 = ({unit: paid(unit, at) for unit in limits} for at in ("p50", "p90"))
+    worst = min(limits, key=lambda unit: (p50[unit], p90[unit]))
+    suffices, suffices_p90 = (all(enough for _, enough in each.values()) for each in (p50, p90))
+    shares = Estimate(*(min(share for share, _ in each.values()) for each in (p50, p90)))
     return Sufficiency(suffices, suffices_p90, shares, "" if suffices_p90 else worst)
 
 
-# --- what holds today -------------------------------------------------------------------------
+# --- the platform today -----------------------------------------------------------------------
 
 
 class Today:
-    """What models are asked today, what is known of them, and what they and the workers let
-    pass.
-    """
+    """The models that the platform would call now, with their past figures, limits and slots."""
 
     def __init__(self, session: Session, queue: str) -> None:
         self.settings, self.level = session.settings.llm, Pressure(session).level()
@@ -298,32 +305,33 @@ class Today:
         [[_, slots]] = session.store.call(board.take(queue, 0))
         self.slots = int(slots)
         self.models: dict[Tier, str] = {}
-        self._provider = EndpointPool(session.guards)
+        self._pool = EndpointPool(session.guards)
         self._flows: dict[str, dict[str, Flow]] = {}
 
     @property
     def obstacle(self) -> str:
-        """What keeps jobs from getting on at all; '' when nothing does."""
+        """The lack that stops all jobs, `no worker` or `no endpoint`; '' without one."""
         if not self.slots:
             return "no worker"
-        return "" if all(map(self.places, self.models.values())) else "no endpoint"
+        return "" if all(map(self.endpoints, self.models.values())) else "no endpoint"
 
     def model(self, tier: Tier) -> str:
-        """Return the model that is asked for a tier: under pressure a smaller one, another where no
-        endpoint of it is well.
+        """Return the model that answers for a tier now.
+
+        Under pressure it is a smaller one; if no endpoint of a model is healthy, it is another one.
         """
         if tier not in self.models:
             models = models_for(tier, self.settings, Degradation(self.level))
-            self.models[tier] = next((each for each in models if self.places(each)), models[0])
+            self.models[tier] = next((each for each in models if self.endpoints(each)), models[0])
         return self.models[tier]
 
     def known(self, tier: Tier) -> Known:
-        """Return what earlier calls say of a tier's model."""
-        return self._provider.learned.of(self.model(tier))
+        """Return the figures of earlier calls to a tier's model."""
+        return self._pool.learned.of(self.model(tier))
 
-    def places(self, model: str) -> list[EndpointSettings]:
-        """Return the endpoints that have a model and are well."""
-        ill = self._provider.health.ill()
+    def endpoints(self, model: str) -> list[EndpointSettings]:
+        """Return the healthy endpoints that have a model."""
+        ill = self._pool.health.ill()
         return [
             each
             for each in self.settings.endpoints_or_default
@@ -331,45 +339,37 @@ class Today:
         ]
 
     def flows(self, model: str) -> dict[str, Flow]:
-        """Return what the limits of a model let pass, over all keys.  Raises StoreUnavailable."""
+        """Return the flows of a model's limits, over all API keys.  Raises StoreUnavailable."""
         if model not in self._flows:
             found: dict[str, Flow] = {}
-            for place in {each.key_env: each for each in self.places(model)}.values():
-                for name, at in self._provider.bucket(place, model).status().items():
-                    rate = at["limit"] / at["per_s"]
-                    flow = Flow(
-                        rate,
-                        min(at["level"], at["limit"] - at["used"]) - at["hold_s"] * rate,
-                        at["capacity"],
-                    )
+            for endpoint in {each.key_env: each for each in self.endpoints(model)}.values():
+                for name, status in self._pool.bucket(endpoint, model).status().items():
+                    per_s = status["limit"] / status["per_s"]
+                    free = min(status["level"], status["limit"] - status["used"])
+                    flow = Flow(per_s, free - status["hold_s"] * per_s, status["capacity"])
                     found[name] = found[name] + flow if name in found else flow
             self._flows[model] = found
         return self._flows[model]
 
     def at_once(self, model: str) -> int:
-        """Return how many calls to a model one slot keeps in flight."""
-        return min(self.settings.pool, self.settings.per_host * max(1, len(self.places(model))))
+        """Return the number of calls to a model that one slot keeps in flight."""
+        endpoints = max(1, len(self.endpoints(model)))
+        return min(self.settings.pool, self.settings.per_host * endpoints)
 
-    def money(self, its: RoundForecast) -> float:
-        """Return what a round costs."""
-        model = self.settings.model(self.model(its.tier))
-        return (
-            its.prompt_tokens * model.input_price + its.answer_tokens * model.output_price
-        ) / 1e6
+    def money(self, forecast: RoundForecast) -> float:
+        """Return the price of a round."""
+        model = self.settings.model(self.model(forecast.tier))
+        prompts = forecast.prompt_tokens * model.input_price
+        return (prompts + forecast.answer_tokens * model.output_price) / 1e6
 
-    def stage(self, its: RoundForecast, outlook: Outlook, slots: int) -> Stage:
-        """Return a round on so many slots.  Raises StoreUnavailable."""
-        model, tokens, seconds = (
-            self.model(its.tier),
-            its.prompt_tokens + its.answer_tokens,
-            outlook.seconds(its.tier, its.calls),
-        )
-        at_once, amounts = (
-            self.at_once(model),
-            {"requests": its.calls, "tokens": tokens, "bytes": tokens * BYTES_PER_TOKEN},
-        )
-        waves = in_waves(its.calls, seconds, at_once * max(1, slots))
-        return Stage(*waves, its.calls * seconds / at_once, model, amounts, self.flows(model))
+    def stage(self, forecast: RoundForecast, outlook: Outlook, slots: int) -> Stage:
+        """Return the stage of a round on a number of slots.  Raises StoreUnavailable."""
+        model, calls = self.model(forecast.tier), forecast.calls
+        tokens = forecast.prompt_tokens + forecast.answer_tokens
+        seconds, at_once = outlook.seconds(forecast.tier, calls), self.at_once(model)
+        amounts = {"requests": calls, "tokens": tokens, "bytes": tokens * BYTES_PER_TOKEN}
+        waves = in_waves(calls, seconds, at_once * max(1, slots))
+        return Stage(*waves, calls * seconds / at_once, model, amounts, self.flows(model))
 
 
 # --- putting it together ----------------------------------------------------------------------
@@ -377,100 +377,97 @@ class Today:
 
 @dataclass(frozen=True, slots=True)
 class JobEstimate:
-    """How a job would go."""
+    """The rounds and stages of a job."""
 
     rounds: list[PlannedRound]
-    stages: (
-        tuple[list[Stage], list[Stage]] | None
-    )  # at p50, at p90; None: nothing is known of its time
+    stages: tuple[list[Stage], list[Stage]] | None  # at p50, at p90; None: time is not known
     based_on: int
     note: str = ""
 
 
-def plan(session: Session, asked: JobRequest, settled: JobRequest, queue: str) -> Plan:
-    """Return what a request would take: as it was asked, as its operation has settled it, and where
-    it would wait.
+def plan(session: Session, given: JobRequest, checked: JobRequest, queue: str) -> Plan:
+    """Return the plan of a request that would wait in `queue`.
 
-    Raises InvalidRequest for items that cannot be looked at, StoreUnavailable.
+    `given` is the request as the user wrote it, `checked` the same with its operation's changes.
+    Raises InvalidRequest for items that cannot be sampled, and StoreUnavailable.
     """
-    operation, sample = registry.get(asked.operation), source_of(asked.items).sample(Random(0))
+    operation, sample = registry.get(given.operation), source_of(given.items).sample(Random(0))
     session.store.check()
-    today, shape = Today(session, queue), settled.shape(session.settings.node.target_ms)
-    calls = operation.forecast is not None and sample.total > 0
-    course = (
-        _of_calls(operation, settled, sample, today)
-        if calls
-        else _of_items(
+    today, shape = Today(session, queue), checked.shape(session.settings.node.target_ms)
+    if operation.forecast is not None and sample.total > 0:
+        estimate = _of_calls(operation, checked, sample, today)
+    else:
+        estimate = _of_items(
             session=session, operation=operation, sample=sample, today=today, shape=shape
         )
-    )
-    time_s, limited_by = _time(course, today.obstacle)
-    limits = settled.options.budget.limits if settled.options.budget else {}
+    time_s, limited_by = _time(estimate, today.obstacle)
+    limits = checked.options.budget.limits if checked.options.budget else {}
     kept, goes_on = session.settings.llm.merge_share, operation.then is not None
-    estimated = (
-        "" if sample.exact else "The number of items is an estimate, from blocks of the file"
-    )
+    inexact = "" if sample.exact else "The number of items is an estimate, from blocks of the file"
     return Plan(
         operation=operation.name,
         items=sample.total,
-        nodes=_nodes(course, shape, today.slots, time_s),
+        nodes=_nodes(estimate, shape, today.slots, time_s),
         **{
-            name: sum((getattr(each, name) for each in course.rounds), NOTHING)
+            name: sum((getattr(each, name) for each in estimate.rounds), NOTHING)
             for name in ("calls", "tokens", "money")
         },
         time_s=time_s,
         limited_by=limited_by,
-        rounds=tuple(course.rounds),
+        rounds=tuple(estimate.rounds),
         models={str(tier): model for tier, model in today.models.items()},
         level=today.level.label,
         slots=today.slots,
-        budget=sufficiency(limits, course.rounds, kept, goes_on=goes_on) if limits else None,
-        based_on=course.based_on,
-        notes=tuple(filter(None, (course.note, estimated))),
+        budget=sufficiency(limits, estimate.rounds, kept, goes_on=goes_on) if limits else None,
+        based_on=estimate.based_on,
+        notes=tuple(filter(None, (estimate.note, inexact))),
     )
 
 
 def _of_calls(
     operation: Operation, request: JobRequest, sample: ItemSample, today: Today
 ) -> JobEstimate:
-    """Return how a job goes whose operation says what it asks models."""
-    assert operation.forecast is not None  # it is what it is planned by
+    """Return the estimate of a job whose operation has a forecast of its calls to models."""
+    assert operation.forecast is not None  # see `plan`
     rounds = operation.forecast(request, sample)
     outlooks = Outlook(today.known), Outlook(today.known, Z90)
-    likely, bad = map(rounds, outlooks)
-    planned = [_planned(number, *pair, today) for number, pair in enumerate(_paired(likely, bad))]
+    p50, p90 = map(rounds, outlooks)
+    planned = [_planned(number, *pair, today) for number, pair in enumerate(_paired(p50, p90))]
     first_slots = 1 if request.kind == "sequential" else today.slots
     stages = [
         [
             today.stage(each, outlook, today.slots if number else first_slots)
             for number, each in enumerate(every)
         ]
-        for every, outlook in zip((likely, bad), outlooks, strict=True)
+        for every, outlook in zip((p50, p90), outlooks, strict=True)
     ]
     unknown = [model for tier, model in today.models.items() if not today.known(tier).calls]
-    note = f"No call to {' or '.join(unknown)} has told yet how long answers are: half of max_tokens are assumed, at p90 all"
+    note = (
+        f"No call to {' or '.join(unknown)} is known yet: each answer is assumed to have half of "
+        "max_tokens, at p90 all of them"
+    )
     based_on = min(round(today.known(tier).calls) for tier in today.models)
     return JobEstimate(planned, (stages[0], stages[1]), based_on, note if unknown else "")
 
 
 def _paired(
-    likely: list[RoundForecast], bad: list[RoundForecast]
+    p50: list[RoundForecast], p90: list[RoundForecast]
 ) -> list[tuple[RoundForecast, RoundForecast]]:
-    """Put rounds side by side, the last beside the last: at p90 there may be some more between."""
+    """Pair the rounds of p50 and p90, the last with the last; p90 may have more between."""
     more = [
         replace(each, calls=0, prompt_tokens=0.0, answer_tokens=0.0)
-        for each in bad[len(likely) - 1 : -1]
+        for each in p90[len(p50) - 1 : -1]
     ]
-    return list(zip([*likely[:-1], *more, likely[-1]], bad, strict=True))
+    return list(zip([*p50[:-1], *more, p50[-1]], p90, strict=True))
 
 
-def _planned(number: int, likely: RoundForecast, bad: RoundForecast, today: Today) -> PlannedRound:
-    both = likely, bad
+def _planned(number: int, p50: RoundForecast, p90: RoundForecast, today: Today) -> PlannedRound:
+    both = p50, p90
     return PlannedRound(
         number=number,
-        operation=bad.operation,
-        items=likely.calls,
-        calls=Estimate(likely.calls, bad.calls),
+        operation=p90.operation,
+        items=p50.calls,
+        calls=Estimate(p50.calls, p90.calls),
         tokens=Estimate(*(round(each.prompt_tokens + each.answer_tokens) for each in both)),
         money=Estimate(*map(today.money, both)),
     )
@@ -479,10 +476,10 @@ def _planned(number: int, likely: RoundForecast, bad: RoundForecast, today: Toda
 def _of_items(
     session: Session, operation: Operation, sample: ItemSample, today: Today, shape: Shape
 ) -> JobEstimate:
-    """Return how a job goes whose operation calls no models, by what its items have taken so far.
+    """Return the estimate of a job without calls to models, from the times of earlier items.
 
-    Their times are taken to spread as those of an exponential distribution do, by their mean: only
-    that is counted."""
+    Only the mean of these times is recorded, so they are assumed to be exponentially distributed.
+    """
     usage, n = session.usage.of(operation.name), sample.total
     rounds = [
         PlannedRound(
@@ -495,34 +492,32 @@ def _of_items(
         )
     ]
     if n and not usage.total_executions:
-        return JobEstimate(
-            rounds, None, 0, f"No item of {operation.name} has told yet how long it takes"
-        )
-    each_s, slots = (
-        usage.avg_duration_ms / 1000,
-        1 if shape.mode == "sequential" else max(1, today.slots),
-    )
+        note = f"The time of an item of {operation.name} is not known yet: none has run"
+        return JobEstimate(rounds, None, 0, note)
+    each_s = usage.avg_duration_ms / 1000
+    slots = 1 if shape.mode == "sequential" else max(1, today.slots)
     spread_s = each_s * math.sqrt(n + n**2 / max(1, usage.total_executions))
     work_s = [n * each_s + z * spread_s for z in (0.0, Z90)]
     stages = [[Stage(max(each / slots, min(each, each_s)), "slots", each)] for each in work_s]
     return JobEstimate(rounds, (stages[0], stages[1]), usage.total_executions)
 
 
-def _time(course: JobEstimate, obstacle: str) -> tuple[Estimate | None, str]:
-    if obstacle or course.stages is None:
+def _time(estimate: JobEstimate, obstacle: str) -> tuple[Estimate | None, str]:
+    if obstacle or estimate.stages is None:
         return None, obstacle
-    (likely_s, limited_by), (bad_s, _) = map(duration, course.stages)
-    return Estimate(likely_s, bad_s), limited_by
+    (p50_s, limited_by), (p90_s, _) = map(duration, estimate.stages)
+    return Estimate(p50_s, p90_s), limited_by
 
 
-def _nodes(course: JobEstimate, shape: Shape, slots: int, time_s: Estimate | None) -> int:
-    """Count the nodes of all rounds; the later ones have the shape that `rounds` gives them."""
+def _nodes(estimate: JobEstimate, shape: Shape, slots: int, time_s: Estimate | None) -> int:
+    """Count the nodes of all rounds; the later ones have the shape that `engine.rounds` sets."""
     later = Shape("flat", min_chunk=shape.min_chunk, target_ms=shape.target_ms)
-    rounds = [each for each in course.rounds if each.items or not each.number]
-    works_ms = [each.work_s * 1000 for each in course.stages[0]] if course.stages else [None]
+    rounds = [each for each in estimate.rounds if each.items or not each.number]
+    works_ms = [each.work_s * 1000 for each in estimate.stages[0]] if estimate.stages else [None]
     nodes = sum(
         nodes_of(later if each.number else shape, each.items, slots, work_ms)
         for each, work_ms in zip(rounds, works_ms, strict=True)
     )
+    # A node that waits for a limit ends at its target time, too.
     waiting = 0 if shape.eager or time_s is None else int(time_s.p50 * 1000 / shape.target_ms)
-    return max(nodes, waiting)  # a node that waits for a limit ends at its target, too
+    return max(nodes, waiting)

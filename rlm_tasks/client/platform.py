@@ -1,7 +1,7 @@
-"""What a client sees of the whole platform: pressure, breakers, limits, queues, usage, events.
+"""A client's reports on the whole platform: pressure, breakers, limits, queues, usage, events.
 
-`Client` extends it.  Each method is one report; their records are in `platform_status` and in the
-modules that make them.
+`Client` extends it.  Each method returns one report; the records are in `platform_status` and in
+the modules that make them.  Begin with `Platform.status`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Platform:
     ) -> CircuitBreaker:
         """Return the breaker of a service, shared by all clients and workers that name it.
 
-        ``create_circuit_breaker("llm", failure_threshold=5)``; a preset's name or a BreakerConfig
-        may come second, the preset ``client`` (5 failures, 30 s, 3 probes) is the default.  A plain
-        dict of fields works alone, too.  Raises InvalidValue.
+        ``create_circuit_breaker("llm", failure_threshold=5)``: fields go by name.  The second
+        argument may be a preset's name or a BreakerConfig; the default is the preset ``client`` (5
+        failures, 30 s, 3 probes).  A plain dict of fields works alone, too.  Raises InvalidValue.
         """
         from resilience.breaker_storage import configured
 
@@ -55,13 +55,16 @@ class Platform:
 
     @functools.cached_property
     def pressure(self) -> Pressure:
-        """The platform's pressure: `level()`, `history()`; `force(level)`, `release()` for a drill."""
+        """The platform's pressure: `level()`, `history()`.
+
+        `force(level)` and `release()` begin and end a drill.
+        """
         from rlm_tasks.client.platform_status import Pressure
 
         return Pressure(self.session)
 
     def status(self) -> PlatformStatus:
-        """Return one picture of the platform.
+        """Return the present status of the platform.
 
         It has level, hosts, usage, active work, operations, breakers, events and trend.  Raises
         StoreUnavailable.
@@ -69,13 +72,14 @@ class Platform:
         return self.pressure.status()
 
     def health_check(self, detailed: bool | Mapping[str, Any] = False) -> dict[str, Any]:
-        """Return the platform's health: ``status`` (ok, degraded, failing), ``why``, ``latency_ms``.
+        """Return the platform's health: ``status``, ``why``, ``latency_ms``.
 
-        The latency is that of Redis.  Detailed it has the parts of a worker's ``/health`` for all
-        workers: ``pressure``, ``slots``, ``memory_mb``, ``workers``, ``queues``, ``quotas`` (limits
-        that operations declare) and ``circuit_breakers``, which count for the status as well.
-        ``health_check({"detailed": True})`` works too.  It raises nothing while Redis or the broker
-        is away.
+        The status is ok, degraded or failing; the latency is that of Redis.  With `detailed` the
+        dict also has the parts of a worker's ``/health``, for all workers.  They are ``pressure``,
+        ``slots``, ``memory_mb``, ``workers``, ``queues``, ``quotas`` (limits that operations
+        declare) and ``circuit_breakers``.  Breakers and queues then count for the status, too.
+        ``health_check({"detailed": True})`` works as well.  It raises nothing while Redis or the
+        broker is away.
         """
         from rlm_tasks.client.platform_health import of_platform
 
@@ -102,7 +106,7 @@ class Platform:
 
     @property
     def usage(self) -> Usage:
-        """What operations have cost: `of(operation)` and `all()`."""
+        """The cost of operations so far: `of(operation)` and `all()`."""
         return self.session.usage
 
     def snapshots(self, operation: str) -> list[Snapshot]:
@@ -118,12 +122,12 @@ class Platform:
 
     @property
     def events(self) -> Events:
-        """What has happened on the platform: `recent(limit)`; `on` calls a function with each."""
+        """The events of the platform: `recent(limit)`; `on` calls a function with each."""
         return self.session.events
 
     @property
     def alerts(self) -> Alerts:
-        """What has been alerted: `history()`, `summary()`."""
+        """The alerts so far: `history()`, `summary()`."""
         return self.session.alerts
 
     def at_work(self, limit: int = 200) -> list[JobNodes]:
@@ -134,26 +138,26 @@ class Platform:
         return self.session.ledger.at_work(limit)
 
     def limits(self) -> list[LimitReport]:
-        """Return how full rate limits and bulkheads are: those of operations, and those of models.
+        """Return the use of each rate limit and bulkhead, of operations and of models.
 
         Raises StoreUnavailable.
         """
-        from rlm_tasks.telemetry.limit_reports import reports
+        from rlm_tasks.telemetry.limit_reports import limit_reports
 
-        return reports(self.session.guards)
+        return limit_reports(self.session.guards)
 
     def endpoints(self) -> list[EndpointReport]:
-        """Return the state of each endpoint of models, as workers have found it.
+        """Return the state of each endpoint of models, as the workers' checks have found it.
 
-        None is listed where none is configured.  Raises StoreUnavailable.
+        The list is empty without configured endpoints.  Raises StoreUnavailable.
         """
-        from rlm_tasks.llm.reports import reports
+        from rlm_tasks.llm.reports import endpoint_reports
 
         session = self.session
-        return reports(session.store, session.settings.llm, session.breakers)
+        return endpoint_reports(session.store, session.settings.llm, session.breakers)
 
     def queues(self) -> dict[str, QueueReport]:
-        """Return how many messages wait in each queue, and for how long.
+        """Return the number of messages that wait in each queue, and the age of the oldest.
 
         Raises BrokerUnavailable.
         """
@@ -173,11 +177,14 @@ class Platform:
             self._listener.on(name, callback)
 
     def fault_patterns(self) -> list[Pattern]:
-        """Return the recurring faults of all workers, the latest first.  Raises StoreUnavailable."""
+        """Return the recurring faults of all workers, the latest first.
+
+        Raises StoreUnavailable.
+        """
         return FaultLog(self.session.shared).patterns()
 
     def recovery_success_rate(self) -> float | None:
-        """Return the share of retried items that ended well, 0 to 1; None before the first retry.
+        """Return the share of retried items that succeeded, 0 to 1; None before the first retry.
 
         Raises StoreUnavailable.
         """

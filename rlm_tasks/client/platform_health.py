@@ -1,4 +1,7 @@
-"""Whether the whole platform is well."""
+"""The health of the whole platform, which never raises while Redis or the broker is away.
+
+`Client.health_check` calls `of_platform`.  The rules are in `telemetry.health`, as for a worker.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,15 @@ from typing import TYPE_CHECKING, Any
 from resilience.degradation import Level
 from resilience.errors import StoreUnavailable
 from rlm_tasks.client.platform_status import PlatformStatus, Pressure
-from rlm_tasks.telemetry import limit_reports
-from rlm_tasks.telemetry.health import judged, latency_ms, pressed, quotas, shut, silent
+from rlm_tasks.telemetry.health import (
+    breaker_reasons,
+    latency_ms,
+    pressure_reasons,
+    quotas,
+    redis_reasons,
+    status_of,
+)
+from rlm_tasks.telemetry.limit_reports import limit_reports
 from rlm_tasks.version import __version__
 
 if TYPE_CHECKING:
@@ -16,38 +26,40 @@ if TYPE_CHECKING:
 
 
 def of_platform(session: Session, *, detailed: bool) -> dict[str, Any]:
-    """Return how the platform is, as `Client.health_check` tells it; raises nothing of what Redis
-    and the broker raise.
+    """Return the dict that `Client.health_check` documents.
+
+    An error of Redis or of the broker is not raised: it makes the status ``failing``.
     """
     redis_ms = latency_ms(session.store)
     about = {"latency_ms": redis_ms}
     if redis_ms is None:
-        return {**judged(silent(redis_ms), []), **about}
+        return {**status_of(redis_reasons(redis_ms), []), **about}
     try:
         status = Pressure(session).status()
         failing = [] if status.hosts else ["no worker reports: nothing runs"]
-        unwell = pressed(Level[status.level.upper()])
+        degraded = pressure_reasons(Level[status.level.upper()])
         if not detailed:
-            return {**judged(failing, unwell), **about}
-        return _detailed(session, status, failing, unwell) | about
-    except (
-        StoreUnavailable
-    ) as error:  # it went away meanwhile, or the broker is another server and away
-        return {**judged([str(error)], []), **about}
+            return {**status_of(failing, degraded), **about}
+        return _detailed(session, status, failing, degraded) | about
+    except StoreUnavailable as error:
+        # Redis went away since the first call, or the broker is another server and is away.
+        return {**status_of([str(error)], []), **about}
 
 
 def _detailed(
-    session: Session, status: PlatformStatus, failing: list[str], unwell: list[str]
+    session: Session, status: PlatformStatus, failing: list[str], degraded: list[str]
 ) -> dict[str, Any]:
     states = {name: str(each["state"]) for name, each in status.circuit_breakers.items()}
     slots, busy = sum(host.slots for host in status.hosts), sum(host.busy for host in status.hosts)
     served = {queue for host in status.hosts for queue in host.queues}
     depths = session.queues()
-    lonely = [
-        f"nobody consumes {name}" for name, at in depths.items() if name not in served and at.depth
+    unserved = [
+        f"nobody consumes {name}"
+        for name, report in depths.items()
+        if name not in served and report.depth
     ]
     return {
-        **judged(failing, [*unwell, *shut(states), *lonely]),
+        **status_of(failing, [*degraded, *breaker_reasons(states), *unserved]),
         "version": __version__,
         "pressure": {"level": status.level, "why": status.why, "forced": status.forced},
         "slots": {"total": slots, "busy": busy, "free": max(0, slots - busy)},
@@ -62,9 +74,9 @@ def _detailed(
             for host in status.hosts
         },
         "queues": {
-            name: {"depth": at.depth, "oldest_s": at.oldest_s, "consumed": name in served}
-            for name, at in depths.items()
+            name: {"depth": report.depth, "oldest_s": report.oldest_s, "consumed": name in served}
+            for name, report in depths.items()
         },
-        "quotas": quotas(limit_reports.reports(session.guards)),
+        "quotas": quotas(limit_reports(session.guards)),
         "circuit_breakers": states,
     }

@@ -1,6 +1,7 @@
-"""How the platform stands, for those who operate it, and how its pressure is forced for a drill.
+"""The platform's status for operators, and its pressure, which a drill can force.
 
-Decides what belongs to one picture of it.  Refuses to know how any of it is measured.
+`Platform.status` and `Platform.pressure` of a client use it.  The monitor and the hosts measure;
+this module only reads their reports.  Begin with `Pressure.status`.
 """
 
 from __future__ import annotations
@@ -22,33 +23,31 @@ if TYPE_CHECKING:
     from rlm_tasks.client.session import Session
 
 TREND = 60
-"""Looks of the monitor that a status carries: five minutes of them."""
+"""Number of the monitor's reports in a status: five minutes of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlatformStatus:
-    """One picture of the platform."""
+    """The status of the platform at one moment."""
 
     level: str  # normal, elevated, high, critical, emergency
-    why: str  # which signal decides, in words
+    why: str  # the signal that decides the level
     forced: str  # the level of a drill, '' for none
-    monitored: bool  # beat has the monitor look; without it each host acts on its own
-    hosts: list[HostReport]  # one for each worker that told of its host lately
+    monitored: bool  # beat runs the monitor; without it each host acts on its own level
+    hosts: list[HostReport]  # one for each worker that has reported lately
     resource_usage: dict[str, float]  # cpu_percent, memory_mb, memory_percent, worker_count
     active: dict[str, int]  # operation -> nodes that run now
-    strategies: list[str]  # what operations are asked to leave out
-    operations: list[
-        dict[str, Any]
-    ]  # executions, success rate, memory, duration, breaker, trend: one for each operation
-    circuit_breakers: dict[str, dict[str, Any]]  # name -> as `CircuitBreaker.status` tells
-    queues: dict[str, QueueReport]  # name -> how deep; empty when nobody has looked
+    strategies: list[str]  # kinds of work that operations leave out now
+    operations: list[dict[str, Any]]
+    """Executions, success rate, memory, duration, breaker and trend of each operation."""
+    circuit_breakers: dict[str, dict[str, Any]]  # name -> `CircuitBreaker.status`
+    queues: dict[str, QueueReport]  # name -> depth and age; empty without a monitor
     recent_pressure_events: list[dict[str, Any]]  # timestamp, level, message
     recent_events: list[dict[str, Any]]  # the newest fifty, the newest first
     rising_to: str  # the level expected within a minute, '' for none
     desired_workers: int  # 0: not known
-    trend: list[
-        dict[str, Any]
-    ]  # of the cluster, oldest first: at, level, cpu_pct, memory_pct, depth
+    trend: list[dict[str, Any]]
+    """Reports on the cluster, the oldest first: at, level, cpu_pct, memory_pct, depth, busy."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -56,15 +55,17 @@ class PlatformStatus:
 
 
 class Pressure:
-    """What is known of one platform's pressure.  Every method raises StoreUnavailable."""
+    """The pressure of one platform.  Every method raises StoreUnavailable."""
 
     def __init__(self, session: Session) -> None:
         self._session, settings = session, session.settings
         self._board = Board(session.store, session.keys, settings.pressure)
 
     def level(self) -> Level:
-        """Return the level that holds for the cluster: forced, as the monitor found it, or as most
-        hosts say.
+        """Return the pressure level of the cluster.
+
+        A drill's level comes first, then the monitor's, then the highest level that at least half
+        of all slots have reached.  It is normal when pressure is switched off.
         """
         return self._level(self._board.orders(), self._board.hosts())
 
@@ -74,15 +75,15 @@ class Pressure:
         return acted_on(Level.NORMAL if orders.cluster is not None else prevailing(hosts), orders)
 
     def force(self, level: Level | str | int, for_s: float = 600.0) -> None:
-        """Make all workers act on a level, for a drill: within a second, and for `for_s` seconds at
-        most.
+        """Make all workers act on a level, for a drill.
 
-        Raises InvalidValue.
+        It begins within a second, and ends after `for_s` seconds or by `release`.  Raises
+        InvalidValue.
         """
         self._board.force(level, for_s)
 
     def release(self) -> bool:
-        """End a drill; say whether there was one."""
+        """End a drill; return whether there was one."""
         return self._board.release()
 
     def consumers(self) -> dict[str, list[str]]:
@@ -94,16 +95,13 @@ class Pressure:
         return found
 
     def history(self, limit: int = 100) -> list[ClusterReport]:
-        """Return what the monitor has seen, the newest first."""
+        """Return the monitor's latest reports, the newest first."""
         return self._board.history(limit)
 
     def status(self) -> PlatformStatus:
-        """Return one picture of everything."""
-        orders, hosts, events = (
-            self._board.orders(),
-            self._board.hosts(),
-            self._session.events.recent(50),
-        )
+        """Return the present status of the platform."""
+        orders, hosts = self._board.orders(), self._board.hosts()
+        events = self._session.events.recent(50)
         level, cluster = self._level(orders, hosts), orders.cluster
         breakers, usage = self._session.breakers.status(), self._session.usage.all()
         trends = Snapshots(
@@ -120,7 +118,7 @@ class Pressure:
             active=dict(sum((Counter(host.active) for host in hosts), Counter())),
             strategies=list(CONSTRAINTS[level].strategies),
             operations=[
-                _figures(each, breakers, at) for each, at in zip(usage, trends, strict=True)
+                _figures(each, breakers, trend) for each, trend in zip(usage, trends, strict=True)
             ],
             circuit_breakers=breakers,
             queues=cluster.queues if cluster else {},
@@ -158,15 +156,15 @@ def _resources(hosts: list[HostReport]) -> dict[str, float]:
 
 
 def _figures(
-    usage: OperationUsage, breakers: dict[str, dict[str, Any]], at: Trend
+    usage: OperationUsage, breakers: dict[str, dict[str, Any]], trend: Trend
 ) -> dict[str, Any]:
     state = breakers.get(usage.executor_id, {}).get("state", "closed")
-    change = None if at.change is None else round(100 * at.change, 1)
+    change = None if trend.change is None else round(100 * trend.change, 1)
     return {
         **usage.to_dict(),
         "circuit_breaker_state": str(state),
         "change_percent": change,
-        "slower": at.slower,
+        "slower": trend.slower,
     }
 
 

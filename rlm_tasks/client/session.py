@@ -1,7 +1,7 @@
-"""The parts that a client shares with its jobs, plans and reports.
+"""The connections, settings and parts that a client shares with its jobs, plans and reports.
 
-`Client` makes one; jobs, plans and reports take it instead of a client.  Nothing connects before
-its first call.
+`Client` makes one `Session`; jobs, plans and reports take it instead of a client.  Nothing connects
+before the first call.  Begin with `Session.__init__`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class Session:
-    """One client's way to the platform."""
+    """The parts by which one client reaches the platform."""
 
     def __init__(self, app: Celery) -> None:
         self.app = app
@@ -58,10 +58,10 @@ class Session:
         self.reader = ItemReader(self.store)
 
     def close(self) -> None:
-        """Give the connections of this process back."""
+        """Close the connections of this process."""
         self.admission.gauge.close()
         self.store.close()
-        if "shared" in vars(self):  # it is made when it is first asked for
+        if "shared" in vars(self):  # it is made when first used
             self.shared.close()
 
     def queues(self) -> dict[str, QueueReport]:
@@ -77,7 +77,7 @@ class Session:
         try:
             self.dispatcher.broadcast("rlm_recall")
         except AWAY as error:
-            logger.info("Workers were not recalled, they ask at their next pulse: %s", error)
+            logger.info("Workers were not recalled; they ask at their next pulse: %s", error)
 
     # --- made when first used ------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class Session:
 
     @functools.cached_property
     def usage(self) -> Usage:
-        """What operations have cost."""
+        """The cost of operations so far."""
         from scheduler.usage import Usage
 
         return Usage(self.store, self.keys)

@@ -1,6 +1,6 @@
 """How a request becomes a job: check it, store its items, open it, send its first message.
 
-`Client` submits through it, and `Job` opens jobs on the items of another.  Begin with
+`Client` submits through it; `Job` uses it to open a job on failed items.  Begin with
 `Submission.open`.
 """
 
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _KEYED = uuid.UUID("6f1c1c0e-7a5b-5c55-9d0a-2f0a54d7c1a3")
-"""Namespace of the ids of jobs with an idempotency key (RFC 4122, name-based)."""
+"""Namespace of the job ids that are made from idempotency keys (RFC 4122, name-based)."""
 _IDENTITY = ("operation", "source", "n", "params")
-"""Requests with the same idempotency key must agree on these."""
+"""Requests with the same idempotency key must agree in these fields."""
 
 
 class Submission:
@@ -50,7 +50,7 @@ class Submission:
     # --- requests ------------------------------------------------------------------------------
 
     def check(self, request: JobRequest) -> JobRequest:
-        """Return a request as its operation wants it.  Raises InvalidRequest."""
+        """Return a request that its operation has checked and completed.  Raises InvalidRequest."""
         operation = registry.get(request.operation)
         if request.conditions.validate_before_process and operation.validate is None:
             raise InvalidRequest(
@@ -91,7 +91,7 @@ class Submission:
             raise
 
     def open_like(self, spec: JobSpec, items: Iterable[Any]) -> str:
-        """Open a job like another one on other items, and return its id."""
+        """Open a job with the specification of another, on other items, and return its id."""
         job = self._id_for("")
         source, n, staged = self._write_items(job, items)
         again = msgspec.structs.replace(
@@ -103,9 +103,9 @@ class Submission:
     # --- admission -----------------------------------------------------------------------------
 
     def _delay_of(self, request: JobRequest, job: str) -> tuple[int, str] | None:
-        """Return for how many ms a job waits to be admitted, and why; None: it is admitted.
+        """Return the ms that a job waits before admission, and the reason; None: it is admitted.
 
-        Raises Overloaded, QueueFull for a job that must not wait.
+        Raises Overloaded or QueueFull for a job that must not wait.
         """
         priority, session = self._priority(request), self._session
         refused = session.admission.refusal(self.queue_of(request), priority)
@@ -120,14 +120,14 @@ class Submission:
         return int(refused.retry_after_s * 1000), refused.why
 
     def _leave(self, jobs: Sequence[str]) -> None:
-        """Return the places of jobs that were not opened; a place of a dead client expires."""
+        """Give back the places of jobs that were not opened; a dead client's places expire."""
         if self._settings.admission.max_jobs:
             with suppress(StoreUnavailable):
                 unopened = [job for job in jobs if not self._ledger.facts(job)]
                 self._session.waiting_room.leave(unopened)
 
     def _is_open(self, idempotency_key: str) -> bool:
-        """Whether a key names a job already: to submit that again adds no load."""
+        """Whether a key names an open job; to submit that job again adds no load."""
         return bool(idempotency_key and self._ledger.facts(self._id_for(idempotency_key)))
 
     def _is_patient(self, request: JobRequest) -> bool:
@@ -144,7 +144,7 @@ class Submission:
         named: Sequence[tuple[JobRequest, str]],
         delays: Sequence[tuple[int, str] | None],
     ) -> list[str]:
-        stored = [self.stored(*each) for each in named]
+        stored = [self.store_items(*each) for each in named]
         waits = {
             spec.job: delay
             for (spec, _), delay in zip(stored, delays, strict=True)
@@ -152,9 +152,10 @@ class Submission:
         }
         return self.start(stored, waits)
 
-    def stored(self, request: JobRequest, job: str = "") -> tuple[JobSpec, str]:
-        """Store the items whole, then settle the request: return its specification, and the token
-        of the items.  A generator that raises leaves no job behind.
+    def store_items(self, request: JobRequest, job: str = "") -> tuple[JobSpec, str]:
+        """Store all items, then return the job's specification and the token of the items.
+
+        A generator that raises leaves no job behind.
         """
         options, conditions, priority = request.options, request.conditions, self._priority(request)
         job = job or self._id_for(options.idempotency_key)
@@ -198,7 +199,7 @@ class Submission:
     ) -> list[str]:
         """Open jobs whose items are stored, send their first messages, and return their ids.
 
-        `waits` says by job for how many ms it is parked before it begins, and why.
+        `waits` has, by job, the ms that its first node is parked, and the reason.
         """
         delayed = waits or {}
         opened = self._ledger.open(stored, self._settings.result_ttl_s, waits)
@@ -207,29 +208,29 @@ class Submission:
         for spec in new:
             if spec.empty:
                 self._close_empty(spec)
-        self.let_wait([spec for spec in new if spec.job in delayed])
+        self.enter_waiting_room([spec for spec in new if spec.job in delayed])
         if sending := [spec for spec in new if not spec.empty and spec.job not in delayed]:
             self._send(sending)
         for spec in known:
-            # New jobs have their message by now: one mistaken key delays no other job of a batch.
+            # All new jobs have their message by now, so a wrong key delays no other job of a batch.
             self._refuse_another(spec)
         return [spec.job for spec, _ in stored]
 
-    def let_wait(self, jobs: Sequence[JobSpec]) -> None:
-        """Have jobs that are not admitted yet woken as soon as there is room."""
+    def enter_waiting_room(self, jobs: Sequence[JobSpec]) -> None:
+        """Enter jobs into the waiting room, which wakes them when the platform has room."""
         for spec in jobs:
             try:
                 now_ms = self._session.store.call(lambda _: self._session.store.now_ms())
                 self._session.waiting_room.enter(spec.queue, {f"{spec.job} {ROOT}": now_ms})
             except StoreUnavailable as error:
                 logger.info(
-                    "Job %s is not woken when there is room, it wakes at its own time: %s",
+                    "Job %s could not enter the waiting room; it wakes at its own time: %s",
                     spec.job,
                     error,
                 )
 
     def _send(self, jobs: Sequence[JobSpec]) -> None:
-        """Send first messages, and make less urgent work yield to those that may preempt it."""
+        """Send first messages; less urgent work yields to the jobs that may preempt it."""
         urgent: dict[str, list[str]] = {}
         for spec in jobs:
             if spec.preempts:
@@ -240,7 +241,10 @@ class Submission:
             self._session.dispatcher.send_root(jobs, ROOT)
 
     def _close_empty(self, spec: JobSpec) -> None:
-        """End a job without items whose request asked to skip it: no message is sent."""
+        """End a job without items whose request skips empty jobs.
+
+        It needs no message, unless its items are validated first.
+        """
         claim = self._ledger.claim(spec.job, ROOT, "client", "client")
         finished = self._ledger.finish(claim, Report(mid=0), b"")
         if finished.outcome == PROCESS:
@@ -249,10 +253,10 @@ class Submission:
             self._ledger.close(spec.job, claim.token, Status.SUCCEEDED)
 
     def _refuse_another(self, spec: JobSpec) -> None:
-        """Raise InvalidRequest when a key already names a job of another request."""
+        """Raise InvalidRequest when the key names a job of another request."""
         first = self._ledger.spec(spec.job)
-        asked = specs.load(specs.dump(spec))
-        differs = [name for name in _IDENTITY if getattr(first, name, None) != getattr(asked, name)]
+        new = specs.load(specs.dump(spec))
+        differs = [name for name in _IDENTITY if getattr(first, name, None) != getattr(new, name)]
         if first is not None and differs:
             raise InvalidRequest(
                 "idempotency_key",
@@ -263,7 +267,7 @@ class Submission:
     # --- ids and items -------------------------------------------------------------------------
 
     def _id_for(self, idempotency_key: str) -> str:
-        """Return the id of a new job; one key always gives one id, so OPEN finds that job open."""
+        """Return the id of a new job; the same key gives the same id, so OPEN finds that job."""
         if not idempotency_key:
             return str(uuid.uuid4())
         return str(uuid.uuid5(_KEYED, f"{self._settings.namespace}:{idempotency_key}"))
@@ -274,7 +278,7 @@ class Submission:
         return current_traceparent() if self._settings.tracing.enabled else ""
 
     def _write_items(self, job: str, items: Any) -> tuple[StoredItems, int, str]:
-        """Store items under keys that only this call knows; OPEN gives them to the job."""
+        """Store items under keys that only this call knows; OPEN moves them to the job."""
         token, settings, store = mint(), self._settings, self._session.store
         index, blocks = self._session.keys.staged(job, token)
         writer = ItemWriter(

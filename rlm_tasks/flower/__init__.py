@@ -50,8 +50,8 @@ class TabbedBar(TemplateModule):
 
     def _tab(self, name: str, title: str, is_active: bool) -> str:
         active = 'active" aria-current="page"' if is_active else '"'
-        url = self.handler.reverse_url(name)
-        return f'<li class="nav-item"><a class="nav-link {active} href="{url}">{title}</a></li>'
+        href = self.handler.reverse_url(name)
+        return f'<li class="nav-item"><a class="nav-link {active} href="{href}">{title}</a></li>'
 
 
 def install(app: Celery) -> None:

@@ -38,7 +38,9 @@ class EndpointReport:
     why: str  # it did not pass the latest check
 
 
-def reports(store: Store, settings: LlmSettings, breakers: CircuitBreakers) -> list[EndpointReport]:
+def endpoint_reports(
+    store: Store, settings: LlmSettings, breakers: CircuitBreakers
+) -> list[EndpointReport]:
     """Return the state of each endpoint, for `Client.endpoints`.  Raises StoreUnavailable."""
     if not configured(settings):
         return []

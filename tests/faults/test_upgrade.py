@@ -25,7 +25,7 @@ def submit_as(own: Cell, schema: int, items: int = 400) -> Job:
         strategy=NWay(split_factor=4, min_chunk_size=10),
     )
     submission = own.client._submission
-    spec, staged = submission.stored(request)
+    spec, staged = submission.store_items(request)
     [id] = submission.start([(msgspec.structs.replace(spec, schema=schema), staged)])
     return own.client.job(id)
 
@@ -85,7 +85,7 @@ def test_a_job_waits_for_a_worker_with_its_operations_version(
         operation="versioned", items=range(100), strategy=NWay(split_factor=4, min_chunk_size=10)
     )
     submission = on_shared.client._submission
-    spec, staged = submission.stored(new)
+    spec, staged = submission.store_items(new)
     [id] = submission.start([(msgspec.structs.replace(spec, version=2), staged)])
     job = on_shared.client.job(id)
     assert old.get(timeout=20) == [1] * 10

@@ -202,5 +202,5 @@ def test_the_command_line_prints_a_plan_as_a_table_or_json(platform: Platform) -
     assert [
         line.split("│")[2].strip() for line in table.stdout.splitlines() if "llm.merge" in line
     ] == ["llm.merge"] * 2
-    assert "its calls pay for 53% of the items" in table.stdout
+    assert "its calls pay for this share of the items: 53%" in table.stdout
     assert json.loads(as_json.stdout)["calls"] == {"p50": 12 + 3 + 1, "p90": 12 + 3 + 1}

@@ -15,7 +15,7 @@ from resilience.degradation import Level
 from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
 from rlm_tasks import JobRequest
-from rlm_tasks.client.admission import LOOK_EVERY_S, AdmissionCheck
+from rlm_tasks.client.admission import READ_EVERY_S, AdmissionCheck
 from rlm_tasks.client.client import Client
 from rlm_tasks.settings.model import Settings
 from scheduler.board import Board, ClusterReport, HostReport
@@ -161,7 +161,7 @@ def test_without_a_broker_queues_count_as_empty_and_levels_still_hold(
     admission.broker_is_away = True
     admission.announce(Level.HIGH)
     assert (admission.answer("normal"), admission.answer("low")) == ("", "OVERLOADED")
-    assert "taken for empty" in caplog.text
+    assert "Queues count as empty" in caplog.text
 
 
 # --- how often the state is read --------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_many_submissions_read_the_state_once_a_second(
     assert (admission.store.round_trips, len(admission.reads)) == (1, 1)
     admission.announce(Level.EMERGENCY)
     assert admission.answer("normal") == ""
-    world.sleep(LOOK_EVERY_S)
+    world.sleep(READ_EVERY_S)
     assert admission.answer("normal") == "OVERLOADED"
 
 
@@ -253,5 +253,5 @@ def test_a_job_that_cannot_enter_the_waiting_room_wakes_by_its_own_time(
         raise RedisConnectionError("cut off by the test")
 
     monkeypatch.setattr(client.session.store, "now_ms", lost)
-    client._submission.let_wait([Platform().submit(JobRequest(operation="sum", items=range(10)))])
+    client._submission.enter_waiting_room([Platform().submit(JobRequest(operation="sum", items=range(10)))])
     assert "it wakes at its own time" in caplog.text

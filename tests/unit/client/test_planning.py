@@ -182,7 +182,8 @@ def test_a_plan_as_text_and_as_plain_data() -> None:
         "Money: 0.5, at p90 1.50",
         "Time: 1 min 15 s, at p90 2 h 1 min, limited by tokens",
         "Nodes: about 2, slots: 2",
-        "Budget: suffices, but not at p90; its tokens pay for 100% of the items, at p90 50%",
+        "Budget: suffices, but not at p90; its tokens pay for this share of the items: "
+        "100%, at p90 50%",
         "A note",
     ]
     assert json.loads(json.dumps(plan.to_dict()))["rounds"][0]["tokens"] == {
