@@ -63,7 +63,7 @@ ORDER = (
 MOST_MODULES = 18
 """In one folder, `__init__.py` not counted."""
 MOST_METHODS, MOST_POSITIONAL = 20, 6
-"""Of one class, and of one constructor."""
+"""Of one class, its operators not counted, and of one constructor."""
 FOREIGN = {
     "resilience": {"celery", "kombu", "billiard", "flower"},
     "scheduler": {"celery", "kombu", "billiard", "flower"},
@@ -167,7 +167,7 @@ def test_every_folder_says_what_it_is_for_and_where_to_begin() -> None:
     for folder in (ROOT / "rlm_tasks").iterdir():
         if (folder / "__init__.py").exists():
             text = ast.get_docstring(trees()[f"rlm_tasks.{folder.name}"]) or ""
-            assert "Begin " in text, f"{folder.name}: {text}"
+            assert "Begin with" in " ".join(text.split()), f"{folder.name}: {text}"
 
 
 def test_a_public_class_has_one_home() -> None:
@@ -185,7 +185,8 @@ def test_no_class_is_a_grab_bag() -> None:
     for name, tree in trees().items():
         for node in (each for each in ast.walk(tree) if isinstance(each, ast.ClassDef)):
             functions = [each for each in node.body if isinstance(each, ast.FunctionDef)]
-            methods[f"{name}.{node.name}"] = len({each.name for each in functions})
+            named = {each.name for each in functions if not each.name.startswith("__")}
+            methods[f"{name}.{node.name}"] = len(named)
             for each in functions:
                 if each.name == "__init__":
                     arguments[f"{name}.{node.name}"] = len(each.args.args) - 1
