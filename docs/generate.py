@@ -1,20 +1,23 @@
-"""Write docs/configuration.md from the settings, or fail when the page differs from them.
+"""Write the generated pages, or fail when one differs from the code.
 
-``python -m docs.generate`` compares the page; ``python -m docs.generate --write`` writes it.
-`make docs` calls it.  Begin with `rows`.
+`docs/configuration.md` comes from the settings, `docs/reference/events.md` from the list of
+platform events.  ``python -m docs.generate`` compares the pages; ``python -m docs.generate
+--write`` writes them.  `make docs` calls it.  Begin with `PAGES`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rlm_tasks.settings.document import fields, variable
+from scheduler.alerts import RULES
+from scheduler.events import KINDS, PRESSURE_CHANGED, EventKind, EventSeverity
 
-PAGE = Path(__file__).with_name("configuration.md")
-HEAD = """# Configuration
+HERE = Path(__file__).parent
+SETTINGS_HEAD = """# Configuration
 
 Every setting is an environment variable, read once in each process.
 Clients and workers of one platform need the same values.
@@ -34,10 +37,38 @@ This page is generated: `make docs ARGS=--write`.
 | variable | default | what it does |
 |---|---|---|
 """
+EVENTS_HEAD = """# Platform events
+
+A platform event records something that happened on the platform:
+
+```json
+{
+  "id": "1700000000123-0",
+  "at": 1700000000.123,
+  "name": "breaker.opened",
+  "severity": "warning",
+  "message": "breaker llm has opened",
+  "data": {"breaker": "llm", "open": ["llm"]}
+}
+```
+
+All events have these fields; the fields of `data` depend on the name.
+[Alerts and events](../pressure.md#alerts-and-events) shows how a client receives events, and
+[`Event`](platform.md#scheduler.events.Event) is the record that it gets.
+
+This page is generated: `make docs ARGS=--write`.
+
+| event | severity | when |
+|---|---|---|
+"""
 
 
-def rows() -> Iterator[str]:
-    """Yield a table row for each setting, sections last."""
+def settings_page() -> str:
+    """Return the page of settings: a table row for each, sections last."""
+    return SETTINGS_HEAD + "\n".join(_settings_rows()) + "\n"
+
+
+def _settings_rows() -> Iterator[str]:
     for place, field in fields():
         default = json.dumps(field.default) if isinstance(field.default, tuple) else field.default
         default = "" if default in (None, "[]") else default
@@ -46,19 +77,56 @@ def rows() -> Iterator[str]:
         )
 
 
+def events_page() -> str:
+    """Return the page of platform events: a table of all, then a section for each."""
+    rows = [
+        f"| [`{kind.name}`](#{kind.name.replace('.', '')}) | {_severity(kind)} | {kind.meaning} |"
+        for kind in KINDS.values()
+    ]
+    return EVENTS_HEAD + "\n".join(rows) + "\n" + "".join(map(_section, KINDS.values()))
+
+
+def _severity(kind: EventKind) -> str:
+    return kind.severity.label if isinstance(kind.severity, EventSeverity) else kind.severity
+
+
+def _section(kind: EventKind) -> str:
+    fields = "\n".join(f"| `{name}` | {content} |" for name, content in kind.fields.items())
+    sentences = [kind.meaning, *_alert(kind)]
+    text = "\n".join(sentences)
+    return f"\n## `{kind.name}`\n\n{text}\n\n| field | content |\n|---|---|\n{fields}\n"
+
+
+def _alert(kind: EventKind) -> Iterator[str]:
+    """Yield a sentence about the alert that an event raises, and one if it is not in the stream."""
+    if kind is PRESSURE_CHANGED:
+        yield "From elevated on it raises an [alert](../pressure.md#alerts-and-events)."
+    elif kind.name in RULES:
+        yield "It raises an [alert](../pressure.md#alerts-and-events)."
+    if not kind.in_stream:
+        yield "It is not in the stream of events."
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "configuration.md": settings_page,
+    "reference/events.md": events_page,
+}
+"""Each generated page, with the function that returns its text."""
+
+
 def main() -> int:
-    """Write the page, or compare it; return 1 when it differs from the settings."""
-    wanted = HEAD + "\n".join(rows()) + "\n"
-    if "--write" in sys.argv:
-        PAGE.write_text(wanted, encoding="utf-8")
-        return 0
-    if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != wanted:
-        print(
-            f"{PAGE.name} differs from the settings; run: make docs ARGS=--write",
-            file=sys.stderr,
-        )
+    """Write the pages, or compare them; return 1 when one differs from the code."""
+    differs = False
+    for name, text in PAGES.items():
+        page, wanted = HERE / name, text()
+        if "--write" in sys.argv:
+            page.write_text(wanted, encoding="utf-8")
+        elif not page.exists() or page.read_text(encoding="utf-8") != wanted:
+            print(f"{name} differs from the code; run: make docs ARGS=--write", file=sys.stderr)
+            differs = True
+    if differs:
         return 1
-    print("docs are up to date")
+    print("docs are written" if "--write" in sys.argv else "docs are up to date")
     return 0
 
 

@@ -4,17 +4,33 @@ listeners that miss none.
 
 from __future__ import annotations
 
+import ast
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+import scheduler.events
+from docs.generate import events_page
+from resilience.degradation import Level
 from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.retry import RetryPolicy
-from scheduler.events import Event, Events, EventSeverity, Listener
+from scheduler.alerts import RULES
+from scheduler.events import (
+    BREAKER_OPENED,
+    KINDS,
+    PRESSURE_CHANGED,
+    Event,
+    EventKind,
+    Events,
+    EventSeverity,
+    Listener,
+)
 from tests.support import wait_until
 from tests.unit.world import CountingStore, World, world
 
@@ -376,3 +392,130 @@ def test_a_name_that_can_never_match_is_refused(world: World, name: str) -> None
 
 def test_a_listener_that_never_started_can_be_closed(world: World) -> None:
     Listener(Events(world.store())).close()
+
+
+# --- the list of kinds ------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[3]
+LIST = ROOT / "scheduler/events.py"
+
+
+def modules() -> dict[str, ast.Module]:
+    """Return the code of the three packages without the list itself, by path."""
+    return {
+        file.relative_to(ROOT).as_posix(): ast.parse(file.read_text(encoding="utf-8"))
+        for package in ("rlm_tasks", "scheduler", "resilience")
+        for file in sorted((ROOT / package).rglob("*.py"))
+        if file != LIST
+    }
+
+
+def imported(module: ast.Module) -> dict[str, str]:
+    """Return the names that a module imports from the list: local name -> name in the list."""
+    return {
+        alias.asname or alias.name: alias.name
+        for node in ast.walk(module)
+        if isinstance(node, ast.ImportFrom) and node.module == "scheduler.events"
+        for alias in node.names
+    }
+
+
+def emitted() -> set[str]:
+    """Return the names of the constants whose method `event` is called somewhere."""
+    return {
+        names[node.func.value.id]
+        for module in modules().values()
+        for names in [imported(module)]
+        for node in ast.walk(module)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "event"
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id in names
+    }
+
+
+CONSTANTS = {
+    name: value for name, value in vars(scheduler.events).items() if isinstance(value, EventKind)
+}
+
+
+def test_each_kind_is_in_the_list_once_under_its_name() -> None:
+    assert list(KINDS.values()) == list(CONSTANTS.values())
+    assert list(KINDS) == [kind.name for kind in KINDS.values()]
+    assert [name.lower().replace("_", ".") for name in CONSTANTS] == list(KINDS)
+
+
+def test_each_emitted_event_is_in_the_list_and_each_listed_one_is_emitted() -> None:
+    assert sorted(emitted()) == sorted(CONSTANTS)
+
+
+def test_events_are_made_only_by_their_kinds() -> None:
+    """An `Event` that is made by its own name could have a name that the list does not have."""
+    direct = [
+        f"{path}:{node.lineno}"
+        for path, module in modules().items()
+        for names in [imported(module)]
+        for node in ast.walk(module)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and names.get(node.func.id) == "Event"
+    ]
+
+    assert direct == []
+
+
+def test_each_rule_of_an_alert_belongs_to_a_listed_event() -> None:
+    levels = {f"pressure.{level.label}" for level in Level}
+
+    assert [name for name in RULES if name not in KINDS and name not in levels] == []
+
+
+@pytest.mark.parametrize("emit", [Events.emit, Events.keep])
+def test_an_event_with_an_unknown_name_is_neither_logged_nor_stored(
+    world: World, caplog: pytest.LogCaptureFixture, emit: Callable[..., None]
+) -> None:
+    caplog.set_level(logging.INFO)
+    store = world.store()
+    with pytest.raises(InvalidValue, match=r"name='job\.lost': must be one of pressure\."):
+        emit(Events(store), slow(), Event("job.lost", ""))
+
+    assert (store.round_trips, caplog.records) == (0, [])
+
+
+def test_a_stored_event_of_another_release_can_be_read(world: World) -> None:
+    events = Events(world.store())
+    events.emit(slow())
+    [(_, entry)] = world.client().xrange("unit:events")
+    world.client().xadd(
+        "unit:events", {**entry, b"event": entry[b"event"].replace(b"execution.slow", b"job.lost")}
+    )
+
+    assert [event.name for event in events.recent()] == ["job.lost", "execution.slow"]
+
+
+def test_an_event_has_the_severity_and_only_the_data_of_its_kind() -> None:
+    event = BREAKER_OPENED.event("breaker llm has opened", {"breaker": "llm"})
+
+    assert event == Event(
+        "breaker.opened", "breaker llm has opened", EventSeverity.WARNING, {"breaker": "llm"}
+    )
+    with pytest.raises(InvalidValue, match=r"data=\['service'\]: breaker\.opened has the fields"):
+        BREAKER_OPENED.event("", {"breaker": "llm", "service": "llm"})
+
+
+def test_a_kind_whose_severity_varies_needs_it_for_each_event() -> None:
+    event = PRESSURE_CHANGED.event("", {"level": "high"}, EventSeverity.WARNING)
+
+    assert event.severity is EventSeverity.WARNING
+    with pytest.raises(InvalidValue, match=r"severity=None: must be given for pressure\."):
+        PRESSURE_CHANGED.event("", {"level": "high"})
+
+
+def test_the_page_of_events_has_each_name_and_field() -> None:
+    page = (ROOT / "docs/reference/events.md").read_text(encoding="utf-8")
+
+    assert page == events_page(), "make docs ARGS=--write"
+    for kind in KINDS.values():
+        section = page.partition(f"## `{kind.name}`\n")[2].partition("\n## ")[0]
+        assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(kind.fields)
