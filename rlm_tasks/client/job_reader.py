@@ -14,7 +14,7 @@ from rlm_tasks.jobs.endings import CELERY_STATES
 from rlm_tasks.jobs.trace_ids import trace_id_of
 from rlm_tasks.ledger.explain import explain
 from rlm_tasks.ledger.records import MERGE
-from rlm_tasks.ledger.round_ids import opened
+from rlm_tasks.ledger.round_ids import opened_rounds
 from rlm_tasks.results import (
     ItemFailure,
     JobEvent,
@@ -171,7 +171,7 @@ class JobReader:
         return now_ms
 
     def _rounds(self, facts: Facts) -> list[tuple[str, Facts]]:
-        found = opened(self._ledger, self.id) if facts.get("rounds") else []
+        found = opened_rounds(self._ledger, self.id) if facts.get("rounds") else []
         return [each for each in found if each[1]]
 
     def _counts(self, id: str, facts: Facts) -> tuple[int, int, int]:

@@ -137,7 +137,7 @@ class Plan:
             return "Budget: suffices, also at p90"
         verdict = "suffices, but not at p90" if budget.suffices else "does not suffice"
         share = budget.items_share
-        shares = _both(f"{share.p50:.0%}", f"{share.p90:.0%}")
+        shares = f"{share.p50:.0%}, at p90 {share.p90:.0%}"
         return (
             f"Budget: {verdict}; its {budget.limited_by} pay for this share of the items: {shares}"
         )

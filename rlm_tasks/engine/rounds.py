@@ -24,7 +24,7 @@ from rlm_tasks.jobs.stored_items import ItemWriter
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.partials import flattened, merged, partials
 from rlm_tasks.ledger.records import MERGE, ROOT, Claim
-from rlm_tasks.ledger.round_ids import opened, round_id
+from rlm_tasks.ledger.round_ids import opened_rounds, round_id
 from rlm_tasks.messaging.dispatch import Dispatcher, mint
 from rlm_tasks.operations import registry
 from rlm_tasks.results import Status
@@ -79,7 +79,7 @@ class Rounds:
         round.  Raises RoundFailed.
         """
         assert operation.then is not None  # it is what makes a job go in rounds
-        rounds = opened(self._ledger, spec.job)
+        rounds = opened_rounds(self._ledger, spec.job)
         if rounds and not Status(rounds[-1][1]["state"]).final:
             self._wait(claim, len(rounds), rounds[-1][0])
             return None

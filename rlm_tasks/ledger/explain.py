@@ -1,5 +1,7 @@
-"""Say in one sentence why a job waits, what it does, or how it ended.  Pure: facts in, words
-out.
+"""One sentence about a job: why it waits, what it does, or how it ended.
+
+`JobReader.explain` and the bundle of a bug report call `explain`.  The function is pure: it takes
+facts of the ledger and returns words.
 """
 
 from __future__ import annotations
@@ -13,29 +15,36 @@ from rlm_tasks.results import Status
 
 
 def explain(facts: Mapping[str, str], nodes: Sequence[NodeRecord], now_ms: int) -> str:
-    """Return the sentence."""
+    """Return the sentence about a job, from its facts, its nodes and the server's time."""
     state = facts["state"]
     if Status(state).final:
         return sentence(facts)
     if state == "merging":
-        waits = next(
-            (node.why for node in nodes if node.id == MERGE and node.state == "p"),
-            "the answer is being merged",
+        merge = next((node.why for node in nodes if node.id == MERGE and node.state == "p"), "")
+        return (
+            "All of its items are done, failed or skipped; "
+            f"{merge or 'the answer is being merged'}."
         )
-        return f"Every item is accounted for; {waits}."
     states = Counter(node.state for node in nodes)
+    running, queued, parked = states["r"], states["q"], states["p"]
     if facts.get("stop"):
-        return f"It is stopping because {CAUSES.get(facts['stop'], facts['stop'])}; {states['r']} nodes are still in a slice."
-    if state == "pending":
-        waited = (now_ms - int(facts["opened_ms"])) / 1000
-        if parked := next((node.why for node in nodes if node.state == "p"), ""):
-            return f"It has waited {waited:.1f} s to be started: {parked}."
-        return f"It has waited {waited:.1f} s in queue {facts['queue']} for a worker; is one consuming that queue?"
+        cause = CAUSES.get(facts["stop"], facts["stop"])
+        return f"It is stopping because {cause}; {_nodes(running)} still in a slice."
     reasons = Counter(node.why for node in nodes if node.state == "p")
+    if state == "pending":
+        waited = f"It has waited {(now_ms - int(facts['opened_ms'])) / 1000:.1f} s"
+        if why := next(iter(reasons), ""):
+            return f"{waited} to be started: {why}."
+        return f"{waited} in queue {facts['queue']} for a worker; does a worker consume that queue?"
     because = "; ".join(why for why, _ in reasons.most_common(3))
-    if not states["r"] and states["p"]:
-        return f"It waits: {states['p']} nodes are parked ({because})."
-    if not states["r"]:
-        return f"It waits for a free worker: {states['q']} nodes are in queue {facts['queue']}."
-    slots = f"{states['r']} slot{'s' if states['r'] > 1 else ''}"
-    return f"It runs on {slots}, with {states['q']} nodes queued and {states['p']} parked{f' ({because})' if because else ''}."
+    if not running and parked:
+        return f"It waits: {_nodes(parked)} parked ({because})."
+    if not running:
+        return f"It waits for a free worker: {_nodes(queued)} in queue {facts['queue']}."
+    slots = f"{running} slot{'s' if running > 1 else ''}"
+    others = f"{queued} node{'s' if queued != 1 else ''} queued and {parked} parked"
+    return f"It runs on {slots}, with {others}{f' ({because})' if because else ''}."
+
+
+def _nodes(count: int) -> str:
+    return "1 node is" if count == 1 else f"{count} nodes are"

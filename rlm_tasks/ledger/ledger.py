@@ -1,8 +1,8 @@
-"""The truth about every job: which ranges are done, who holds the rest, what the answer is.
+"""The ledger: the changes of jobs, which record done ranges, holders of nodes, and answers.
 
-The engine, the worker and the client change jobs through it.  Each change is one script in `lua/`,
-run in one round trip, idempotent, on the server's clock.  Begin with `Ledger.open` and
-`Ledger.claim`; `records` has what scripts take and answer.
+The engine, the worker and the client change jobs through it.  Each change is one script in `lua/`:
+idempotent, in one round trip, on the server's clock.  `records` has the arguments and answers of
+the scripts.  Begin with `Ledger.open` and `Ledger.claim`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _json = msgspec.json.Encoder()
 
 
 class Ledger(LedgerReader):
-    """One platform's jobs: every change to them."""
+    """The jobs of one platform, and every change to them."""
 
     def __init__(
         self, store: Store, keys: Keys, settings: LedgerSettings, *, on_outage: OnOutage = "raise"
@@ -57,7 +57,7 @@ class Ledger(LedgerReader):
         self._grace_ms = int(settings.grace * 1000)
 
     def fail_fast(self) -> Ledger:
-        """Return the same ledger whose calls raise at once, for callers that must not block."""
+        """Return this ledger with calls that raise at once, for callers that must not block."""
         return Ledger(self.store, self.keys, self.settings)
 
     def _script(self, name: str, job: str, *args: Argument) -> Call:
@@ -74,10 +74,11 @@ class Ledger(LedgerReader):
         ttl_s: int,
         waits: Mapping[str, tuple[int, str]] | None = None,
     ) -> list[bool]:
-        """Open jobs whose items are stored under a token; say of each whether it is new.
+        """Open jobs whose items are stored under a token; return for each whether it is new.
 
-        `waits` says by job how many ms its first node is parked for, and why.  The index of due
-        jobs is written first: nothing is forgotten."""
+        `waits` has, by job, the ms that its first node is parked, and the reason.  The index of due
+        jobs is written first, so a sweep finds each job after a crash.  Raises StoreUnavailable.
+        """
         opened: list[bool] = self.call(lambda _: self._open(new, ttl_s, waits or {}))
         return opened
 
@@ -91,9 +92,8 @@ class Ledger(LedgerReader):
             {spec.job: now_ms + self._first_due_ms(spec) for spec, _ in new},
             lt=True,
         )
-        if listed := {
-            spec.job: now_ms for spec, _ in new if not spec.parent
-        }:  # rounds are found by their jobs
+        # Rounds are not listed: their jobs lead to them.
+        if listed := {spec.job: now_ms for spec, _ in new if not spec.parent}:
             pipe.zadd(self.keys.jobs, listed, nx=True)
         pipe.zremrangebyscore(self.keys.jobs, "-inf", now_ms - ttl_s * 1000)
         pipe.expire(self.keys.due, ttl_s)
@@ -138,10 +138,11 @@ class Ledger(LedgerReader):
         )
 
     def claim(self, job: str, node: str, token: str, worker: str, message: int = 0) -> Claim:
-        """Take a node, or learn why not.  `message` is the number of the message that asks for
-        it.
+        """Claim a node, and return the claim or the reason why not.
+
+        `message` is the number of the message that led here.  Raises StoreUnavailable.
         """
-        a = self._run(
+        reply = self._run(
             "claim",
             job,
             node,
@@ -152,44 +153,43 @@ class Ledger(LedgerReader):
             specs.SCHEMA,
             message,
         )
-        answer = a[0].decode()
+        answer = reply[0].decode()
         if answer != "run":
-            return Claim(
-                answer, job, node, token, waiting=tuple(each.decode() for each in a[1:] if each)
-            )
-        r = NodeRecord.parse(node, a[2])
+            waiting = tuple(each.decode() for each in reply[1:] if each)
+            return Claim(answer, job, node, token, waiting=waiting)
+        record = NodeRecord.parse(node, reply[2])
         return Claim(
             answer="run",
             job=job,
             node=node,
             token=token,
-            epoch=int(a[1]),
-            lo=r.lo,
-            hi=r.hi,
-            depth=r.depth,
-            slot=r.slot,
-            phase=a[3].decode(),
-            tries=r.tries,
-            waited=r.waited,
-            spec=specs.load(a[4]),
-            losses=r.losses,
-            lost_by=r.lost_by,
-            one_by_one=r.one_by_one,
-            suspects=tuple(Suspect(*each) for each in msgspec.json.decode(a[5])),
-            known_failed=frozenset(map(int, a[6])),
-            remaining_ms=int(a[7]),
-            parent=r.parent,
+            epoch=int(reply[1]),
+            lo=record.lo,
+            hi=record.hi,
+            depth=record.depth,
+            slot=record.slot,
+            phase=reply[3].decode(),
+            tries=record.tries,
+            waited=record.waited,
+            spec=specs.load(reply[4]),
+            losses=record.losses,
+            lost_by=record.lost_by,
+            one_by_one=record.one_by_one,
+            suspects=tuple(Suspect(*each) for each in msgspec.json.decode(reply[5])),
+            known_failed=frozenset(map(int, reply[6])),
+            remaining_ms=int(reply[7]),
+            parent=record.parent,
         )
 
     def pulse(self, claim: Claim, done: int, failed: int, skipped: int) -> Call:
-        """Return the call that reports a running node and asks whether to go on."""
+        """Return the call that reports a running node, and is answered with go on or stop."""
         return self._script("pulse", claim.job, claim.node, claim.token, done, failed, skipped)
 
     def finish(self, claim: Claim, report: Report, partial: bytes, *beside: Call) -> Finished:
-        """Close a node: its partial, its children and its counts become true at once, or not at
-        all.
+        """Close a node: its partial, children and counts become true all at once, or not at all.
 
-        What is to be told `beside` shares the round trip.
+        The calls `beside` share the round trip.  Raises StoreUnavailable, and a ResponseError that
+        begins with TILING when the report's parts do not tile the node's range.
         """
         if report.quarantined:
             self.call(lambda _: self._index_quarantine(claim.job))
@@ -204,12 +204,11 @@ class Ledger(LedgerReader):
         )
         waits = [kid.wait_ms for kid in report.kids if kid.wait_ms >= 0]
         due = [self._due_by(claim.job, min(waits))] if waits else []
-        a = self.call(*due, finish, *due, *beside)[len(due)]
-        return Finished(a[0].decode(), bool(a[1]), a[2].decode(), a[3].decode())
+        reply = self.call(*due, finish, *due, *beside)[len(due)]
+        return Finished(reply[0].decode(), bool(reply[1]), reply[2].decode(), reply[3].decode())
 
     def _index_quarantine(self, job: str) -> None:
-        # Before FINISH, as with the index of due jobs: an entry without records is dropped when it
-        # is read.
+        # Written before FINISH, as the index of due jobs is; readers skip a job without records.
         pipe = self.store.client.pipeline(transaction=False)
         now_ms = self.store.now_ms()
         pipe.zadd(self.keys.quarantined, {job: now_ms})
@@ -218,41 +217,45 @@ class Ledger(LedgerReader):
         pipe.execute()
 
     def park(self, claim: Claim, wait_ms: int, why: str, tries: int = 0) -> str:
-        """Let a claimed node wait; whoever sweeps sends it again when its time has come.
+        """Park a claimed node; a sweep sends it again after `wait_ms`.
 
-        Return the node that waits for its message instead, when the job was ending and this was its
-        last node."""
+        `tries` is the number of times that its first item has failed.  The result is '', or a node
+        that now waits for its message: the job was ending, and the parked node was its last.
+        """
         call = self._script("park", claim.job, claim.node, claim.token, wait_ms, why, tries)
-        return cast(bytes, self._waking(claim.job, call, wait_ms)).decode()
+        return cast(bytes, self._park_until(claim.job, call, wait_ms)).decode()
 
     def unpark(self, job: str, node: str) -> bool:
-        """Let a parked node wait no longer; say whether it now waits for a message."""
+        """End a node's wait; return whether it was parked and now waits for a message."""
         return bool(self._run("unpark", job, node))
 
-    def _waking(self, job: str, call: Call, wait_ms: int) -> Any:
-        """Run a call that parks, and see to it that the job is looked at in time."""
+    def _park_until(self, job: str, call: Call, wait_ms: int) -> Any:
+        """Run a call that parks a node, and make sure that a sweep comes in time."""
         due = self._due_by(job, wait_ms)
-        # Before it, so that a crash forgets nothing; after it, for a sweep that ran in between.
+        # The index is written twice: before the call for a crash between them, and after it for a
+        # sweep between them.
         return self.call(due, call, due)[1]
 
     def _due_by(self, job: str, wait_ms: int) -> Call:
         return Call(_DUE_LOOK_BY, (self.keys.due,), (job, wait_ms))
 
     def next_due(self) -> Call:
-        """Return the call that answers in how many ms the first job is due for a sweep; -1: none."""
+        """Return the call that returns the ms until the next sweep of any job; -1: none is due."""
         return Call(_DUE_FIRST, (self.keys.due,), ())
 
     def release(
         self, job: str, node: str, token: str, item: int, died_of: str, *, condemned: bool = False
     ) -> bool:
-        """Give back a node whose process is gone; say whether it now waits for a message.
+        """Release a node of a dead process; return whether it now waits for a message.
 
-        What the process died of is counted for the item in flight (as the page tells it); '' counts
-        for nothing."""
+        The cause of death counts against `item`, the item in flight as the shared page has it (-1:
+        none, -2: one of several).  An empty `died_of` counts nothing.  A `condemned` item must not
+        run again.
+        """
         return bool(self._run("release", job, node, token, item, died_of, int(condemned)))
 
     def beat(self, held: Sequence[tuple[str, str, str]]) -> None:
-        """Keep the leases of (job, node, token), all in one round trip."""
+        """Renew the leases of (job, node, token), all in one round trip."""
         if held:
             self.store.call(
                 *(
@@ -270,7 +273,11 @@ class Ledger(LedgerReader):
         error: Mapping[str, Any] | None = None,
         force: bool = False,
     ) -> str:
-        """End a job early and return its state; call again while nodes are left."""
+        """End a job early, and return its state; `force` fences its running nodes.
+
+        One call of the script skips a limited number of nodes, so it is repeated while it makes
+        progress.
+        """
         packed = _json.encode(error) if error else b""
         left = -1
         while True:
@@ -279,14 +286,14 @@ class Ledger(LedgerReader):
                 break
             left = int(still)
         if left > 0:
-            # Nodes that are still in an item are fenced when their time is over.
+            # A sweep fences the nodes that are still in an item when their grace is over.
             self.call(self._due_by(job, int(self.settings.stop_grace_s * 1000)))
         return cast(bytes, state).decode()
 
     # --- partials and the answer ---------------------------------------------------------------
 
     def compact(self, job: str, ranges: Sequence[tuple[int, int]], merged: bytes) -> bool:
-        """Replace adjacent partials by one, if they are all still there."""
+        """Replace adjacent partials by one; return False if one of them is gone."""
         return bool(self._run("compact", job, merged, *(f"{lo}:{hi}" for lo, hi in ranges)))
 
     def close(
@@ -297,8 +304,9 @@ class Ledger(LedgerReader):
         answer: bytes = b"",
         error: Mapping[str, Any] | None = None,
     ) -> str:
-        """End a job from its root merge; return its final state, or '' when the merge is held no
-        longer.
+        """End a job from its root merge; return its final state.
+
+        The result is '' when the caller no longer holds the root merge.
         """
         ended = self._run("close", job, token, state, answer, _json.encode(error) if error else b"")
         if ended:
@@ -308,32 +316,33 @@ class Ledger(LedgerReader):
     # --- recovery ------------------------------------------------------------------------------
 
     def take_due(self) -> list[str]:
-        """Return jobs that want a sweep now; for as long as a sweep may take, no other worker gets
-        them.
+        """Return jobs that are due for a sweep, 200 at most.
+
+        No other worker gets them during the time that a sweep may take.
         """
         take = Call(_DUE_TAKE, (self.keys.due,), (int(self.settings.sweep_s * 1000), SWEEP_AT_ONCE))
         [found] = self.store.call(take)
         return [each.decode() for each in found]
 
     def sweep(self, job: str) -> Swept:
-        """Recover one job's overdue nodes and note when to look again."""
+        """Recover one job's overdue nodes, and record the time of its next sweep."""
         stop_grace_ms = int(self.settings.stop_grace_s * 1000)
-        a = self._run(
+        reply = self._run(
             "sweep", job, self._grace_ms, self._lease_ms, stop_grace_ms, SWEEP_AT_ONCE, specs.SCHEMA
         )
-        swept = Swept(a[0].decode(), int(a[1]), tuple(each.decode() for each in a[2:]))
-        look = Call(_DUE_LOOK_AGAIN, (self.keys.due,), (job, swept.again_ms))
-        self.call(look)
+        send = tuple(each.decode() for each in reply[2:])
+        swept = Swept(reply[0].decode(), int(reply[1]), send)
+        self.call(Call(_DUE_LOOK_AGAIN, (self.keys.due,), (job, swept.again_ms)))
         return swept
 
-    # --- notes that are no change of state ------------------------------------------------------
+    # --- notes that change no state ------------------------------------------------------------
 
     def note_rounds(self, job: str, number: int) -> None:
-        """Record how many rounds a job has, for its progress."""
+        """Record the number of a job's rounds, for its progress."""
         self.call(lambda client: client.hset(self.keys.of(job).job, "rounds", str(number)))
 
     def drop_quarantined(self, job: str, indexes: Sequence[int]) -> None:
-        """Forget quarantined items; a job without any leaves the list."""
+        """Delete quarantined items; a job without any leaves the list of such jobs."""
         fields = list(map(str, indexes))
         self.call(lambda client: client.hdel(self.keys.of(job).quarantine, *fields))
         if not self.quarantined(job):

@@ -1,8 +1,9 @@
-"""Make one partial of many: a chord's body compacts its own split, the root merge makes the answer.
+"""Merge partials: the body of a chord compacts its split, the root merge makes the answer.
 
-Merging is compaction: adjacent partials that tile a range become one, if they are still there.  A
-body that comes early, late, twice or never costs time and nothing else.  Refuses to know how
-partials came about."""
+The engine's merge tasks, rounds and the closing of jobs call it, and clients for partial answers.
+Adjacent partials that tile a range become one, if all are still there.  So a body that comes early,
+late, twice or never costs only time.  Begin with `compact_split`, then `merged`.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +20,20 @@ logger = logging.getLogger(__name__)
 
 
 class Uncovered(Exception):
-    """Partials that overlap or leave a range out: the ledger contradicts itself."""
+    """Two stored partials overlap, so the ledger contradicts itself."""
 
 
 def partials(ledger: Ledger, job: str, lo: int, hi: int) -> Iterator[Any]:
-    """Yield the partials of a range in item order; ranges without a successful item have none."""
+    """Yield the partials of a range in item order; ranges without a successful item have none.
+
+    Raises Uncovered, StoreUnavailable.
+    """
     at = lo
     for start, end, packed in ledger.pieces(job, lo, hi):
         if start < at:
-            raise Uncovered(f"partial [{start}, {end}) overlaps what ends at {at}")
+            raise Uncovered(
+                f"partial [{start}, {end}) of job {job} overlaps the one before, which ends at {at}"
+            )
         at = end
         if packed:
             yield codec.unpack(packed)
@@ -40,7 +46,7 @@ def flattened(pages: Iterator[list[Any]]) -> Iterator[Any]:
 
 
 def compact_split(ledger: Ledger, job: str, operation: Operation, lo: int, hi: int) -> bool:
-    """Replace the partials of [lo, hi) by one when they tile it; say whether they did."""
+    """Replace the partials of [lo, hi) by one if they tile it; return whether they did."""
     pieces = list(ledger.pieces(job, lo, hi))
     edges = [lo] + [end for _, end, _ in pieces]
     if len(pieces) < 2 or edges[-1] != hi or [start for start, _, _ in pieces] != edges[:-1]:
@@ -51,15 +57,16 @@ def compact_split(ledger: Ledger, job: str, operation: Operation, lo: int, hi: i
 
 
 def merged(ledger: Ledger, spec: JobSpec, operation: Operation) -> Any:
-    """Return what the partials of a job come to: its merged and shaped partial, or, without a
-    merge, its outputs one by one.
+    """Return the answer of a job from its partials.
+
+    It is the merged and shaped partial, or, without a merge, the outputs one by one.
     """
     found = partials(ledger, spec.job, 0, spec.n)
     if operation.merge is not None:
         first = next(found, None)
-        return operation.shaped(
-            _of_nothing(operation) if first is None else operation.merge(_chained(first, found))
-        )
+        if first is None:
+            return operation.shaped(_empty_merge(operation))
+        return operation.shaped(operation.merge(_chained(first, found)))
     outputs = flattened(found)
     return outputs if operation.finalize is None else operation.finalize(list(outputs))
 
@@ -69,8 +76,8 @@ def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     yield from rest
 
 
-def _of_nothing(operation: Operation) -> Any:
-    """Return the merge of no partials; an operation whose merge has no such value answers None."""
+def _empty_merge(operation: Operation) -> Any:
+    """Return the merge of no partials, None if the operation's merge has no such value."""
     try:
         return operation.combine(iter(()))
     except (ValueError, TypeError, IndexError, StopIteration):

@@ -27,10 +27,11 @@ _PIECES = Script.load("rlm_tasks.ledger", "pieces", prelude="prelude")
 
 
 class LedgerReader:
-    """One platform's jobs, as far as they can be read.
+    """The methods of the ledger that only read.
 
-    `on_outage` is what its calls do while Redis is away (see `Store.call`): a client's raise, for
-    it retries in its own loop; a worker's wait as long as a lease, for its claim is lost after that.
+    `on_outage` says what its calls do while Redis is away (see `Store.call`).  A client's calls
+    raise, because the client retries in its own loop.  A worker's calls wait as long as a lease,
+    because its claim is lost after that.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class LedgerReader:
     @overload
     def call(self, *scripts: Call) -> list[Any]: ...
     def call(self, *what: Any) -> Any:
-        """Call Redis, and do during an outage what this ledger does.  Raises StoreUnavailable."""
+        """Call Redis with this ledger's rule for outages.  Raises StoreUnavailable."""
         return self.store.call(*what, on_outage=self.on_outage)
 
     # --- a job ---------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ class LedgerReader:
         return {name.decode(): value.decode() for name, value in found.items()}
 
     def spec(self, job: str) -> JobSpec | None:
-        """Return what was submitted, None for an unknown job."""
+        """Return the specification of a job, None for an unknown one."""
         text = self._field(self.keys.of(job).job, "spec")
         return specs.load(text) if text else None
 
@@ -81,7 +82,7 @@ class LedgerReader:
         ]
 
     def inflight(self, job: str) -> tuple[int, int, int]:
-        """Return how many items running nodes have done, failed and skipped so far."""
+        """Return the items done, failed and skipped so far by nodes that still run."""
         values = self._values(self.keys.of(job).inflight)
         counts = [tuple(map(int, each.split(b":"))) for each in values]
         done, failed, skipped = map(sum, zip(*counts, strict=True)) if counts else (0, 0, 0)
@@ -110,7 +111,7 @@ class LedgerReader:
         return [NodeRecord.parse(id.decode(), text) for id, text in found.items()]
 
     def split(self, job: str, split: str) -> Split | None:
-        """Return a chord's range and slot."""
+        """Return a chord's range and slot, None for an unknown one."""
         text = self._field(self.keys.of(job).splits, split)
         return msgspec.json.decode(text, type=Split) if text else None
 
@@ -142,7 +143,7 @@ class LedgerReader:
     def at_work(self, limit: int) -> list[JobNodes]:
         """Return the nodes of open jobs by state, for at most `limit` jobs.
 
-        It takes three round trips, however many jobs there are.
+        It takes three round trips for any number of jobs.
         """
         jobs = [each.decode() for each in self._members(self.keys.due, limit)]
         first: list[Any] = self.call(lambda client: self._first_pass(client, jobs))

@@ -1,4 +1,7 @@
-"""The records of the ledger: what its scripts take and answer."""
+"""The records of the ledger: the arguments and the answers of its scripts.
+
+The engine, the worker and clients read them.  Begin with `Claim` and `Report`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ SWEEP_AT_ONCE = 200
 
 @dataclass(frozen=True, slots=True)
 class ChordSlot:
-    """The place in a chord that a node fills; an empty split is the root's."""
+    """The place in a chord that a node fills; the root's has an empty split."""
 
     split: str = ""
     index: int = 0
@@ -24,7 +27,7 @@ class ChordSlot:
 
 
 class Child(msgspec.Struct):
-    """A range handed over by a cut, as FINISH registers it."""
+    """A range that a cut hands over, as FINISH registers it."""
 
     id: str
     lo: int
@@ -34,12 +37,12 @@ class Child(msgspec.Struct):
     index: int = msgspec.field(name="ix")
     task: str = msgspec.field(name="t")
     why: str
-    wait_ms: int = -1  # it is parked for this long; -1: it may run now
-    tries: int = 0  # how often its first item has failed
+    wait_ms: int = -1  # it is parked for this time; -1: it may run now
+    tries: int = 0  # failures of its first item so far
 
 
 class Split(msgspec.Struct):
-    """A chord: the range its body merges, and the slot that body fills."""
+    """A chord: the range that its body merges, and the slot that its body fills."""
 
     id: str
     lo: int
@@ -51,17 +54,17 @@ class Split(msgspec.Struct):
 
 
 class Report(msgspec.Struct):
-    """What a node did with its range: worked through [lo, mid), handed over the rest."""
+    """The report of an ended node: it worked through [lo, mid) and handed over the rest."""
 
     mid: int
     done: int = 0
     failed: list[int] = []
-    skipped: list[int] = []  # as empty
+    skipped: list[int] = []  # empty items
     failures: list[tuple[int, str]] = []  # index, JSON of ItemFailure
     quarantined: list[tuple[int, str]] = []  # index, JSON of its record
     kids: list[Child] = []
     splits: list[Split] = []
-    shaped: list[tuple[str, str, int]] = []  # strategy, level, items whose outcome it has shaped
+    shaped: list[tuple[str, str, int]] = []  # strategy, level, number of items that it changed
     why: str = ""
     busy_us: int = 0
     peak_kb: int = 0
@@ -73,13 +76,13 @@ class Suspect:
 
     index: int
     deaths: int
-    by: str  # what the last process died of
+    by: str  # cause of the last death
     condemned: bool  # it must not run again
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """CLAIM's answer.  Only `run` carries the rest."""
+    """CLAIM's answer.  Only the answer `run` has the other fields."""
 
     answer: str
     job: str
@@ -91,17 +94,17 @@ class Claim:
     depth: int = 0
     slot: ChordSlot = ChordSlot()
     phase: str = PROCESS
-    tries: int = 0  # how often its first item has failed
-    waited: bool = False  # its first item has waited for its turn already
+    tries: int = 0  # failures of its first item so far
+    waited: bool = False  # it was parked, so its first item has waited for its turn
     spec: JobSpec | None = None
-    losses: int = 0  # how often a holder was lost, nobody knows at which item
-    lost_by: str = ""  # what the last of them died of
-    one_by_one: bool = False  # a process died with several items in flight: find out which
+    losses: int = 0  # holders lost at an unknown item
+    lost_by: str = ""  # cause of the last of these losses
+    one_by_one: bool = False  # a process died with several items in flight: run them one at a time
     suspects: tuple[Suspect, ...] = ()
     known_failed: frozenset[int] = frozenset()
-    remaining_ms: int = -1
+    remaining_ms: int = -1  # to the deadline; -1: no deadline
     waiting: tuple[str, ...] = ()  # nodes whose message may be missing
-    parent: str = ""  # the node that has handed it over, '' for the first one
+    parent: str = ""  # the node that was cut to make it, '' for the first one
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +127,13 @@ class Swept:
 
     @property
     def more(self) -> bool:
-        """Whether there may be more to recover at once."""
+        """Whether more nodes may be overdue, so that the sweep should be repeated at once."""
         return len(self.send) >= SWEEP_AT_ONCE
 
 
 @dataclass(frozen=True, slots=True)
 class NodeRecord:
-    """A node as the ledger keeps it; enough to send its message again."""
+    """A node as the ledger stores it, with all that its message needs."""
 
     id: str
     lo: int
@@ -180,11 +183,11 @@ class NodeRecord:
 
 @dataclass(frozen=True, slots=True)
 class JobNodes:
-    """How the nodes of an open job stand."""
+    """The nodes of an open job by state."""
 
     job: str  # its id
     queue: str
-    state: str  # of the job: pending, running, merging
+    state: str  # the job's: pending, running, merging
     queued: int  # nodes
     running: int
     parked: int

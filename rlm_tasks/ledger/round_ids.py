@@ -1,4 +1,7 @@
-"""Which rounds a job has."""
+"""The ids of a job's rounds, and the rounds that are open.
+
+`engine.rounds` opens rounds under these ids; clients read progress by them.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,17 @@ _ROUNDS = uuid.UUID("0b0e1a52-6c1f-5b0e-9f0e-5f1d3a3c7b11")
 
 
 def round_id(job: str, number: int) -> str:
-    """Return the id of a job's round, from 1."""
+    """Return the id of a job's round; the number of the first is 1."""
     return str(uuid.uuid5(_ROUNDS, f"{job}:{number}"))
 
 
-def opened(ledger: Ledger, job: str) -> list[tuple[str, dict[str, str]]]:
-    """Return the rounds of a job that there are, in order: id and facts, which are empty for one
-    that has expired.
+def opened_rounds(ledger: Ledger, job: str) -> list[tuple[str, dict[str, str]]]:
+    """Return (id, facts) of a job's open and ended rounds, in order.
+
+    The facts of a round that has expired are empty.
     """
     count = int(ledger.facts(job).get("rounds", 0))
-    found = [
-        (id, ledger.facts(id)) for id in (round_id(job, number) for number in range(1, count + 1))
-    ]
-    return (
-        found if not found or found[-1][1] else found[:-1]
-    )  # whoever was to open the last one has died before
+    ids = [round_id(job, number) for number in range(1, count + 1)]
+    found = [(id, ledger.facts(id)) for id in ids]
+    # The last one has no facts if the process that was to open it died before it did.
+    return found if not found or found[-1][1] else found[:-1]

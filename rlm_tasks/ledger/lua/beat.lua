@@ -1,5 +1,5 @@
--- Keep a node's lease, or renew one that ran out while nobody took the node.  ARGV: node, token, lease_ms.
--- Returns 1, or 0 when somebody else has it.
+-- Renew a node's lease; one that ran out is renewed if no other process has claimed the node.
+-- ARGV: node, token, lease_ms.   Returns 1, or 0 when the token holds the node no longer.
 local id, node = ARGV[1], held(ARGV[1], ARGV[2])
 if not node then return 0 end
 if node.lost then

@@ -1,6 +1,10 @@
--- Take a node.  ARGV: node, token, lease_ms, worker, death_limit, schema, number of the message that asks.
--- Returns {answer, ...}: run -> epoch, record, phase, spec, suspects, failed items in range, ms left (-1: no limit);
--- cut -> ids of children that still wait for a message; closed, done, busy, parked, newer, unknown -> nothing more.
+-- Claim a node.
+-- ARGV: node, token, lease_ms, worker, death_limit, schema, number of the message that led here.
+-- Returns {answer, ...}, by answer:
+--   run     -> epoch, record, phase, spec, suspects, failed items in range, ms left (-1: no limit)
+--   cut     -> ids of children that still wait for a message
+--   closed  -> at most the id of a node that now waits for its message
+--   done, busy, parked, newer, unknown -> nothing more
 local id, token, lease, limit = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[5])
 local f = facts()
 local node = f and read(id)
@@ -31,8 +35,8 @@ end
 
 local sent = tonumber(call('ZSCORE', waiting, id) or '0')
 call('ZREM', waiting, id)
--- What was sent before a message that has arrived should have arrived, too: see sweep.  An earlier message than
--- the node's latest tells nothing: when it was sent is not known any more.
+-- When a message has arrived, those sent before it should have arrived, too (see sweep).
+-- Only the send time of the node's latest message is known, so an earlier copy does not count.
 if node.m ~= tonumber(ARGV[7]) then sent = 0 end
 call('HSET', job, 'claimed_ms', now, 'seen_ms', math.max(f.seen_ms, sent))
 if node.s == 'r' and not again then node.lost, node.by = true, 'the loss of its worker' end

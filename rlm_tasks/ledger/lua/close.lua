@@ -1,4 +1,5 @@
--- End a job from its root merge.  ARGV: token, state, answer ('' when there is none), error JSON ('').
+-- End a job from its root merge.
+-- ARGV: token, state, answer ('' when there is none), error JSON ('').
 -- Returns the final state, or '' when the caller no longer holds the merge.
 local f, merge = facts(), held('merge', ARGV[1])
 if not f or not merge then return '' end
@@ -8,7 +9,7 @@ retire('merge')
 call('HSET', job, 'pending', 0)
 if ARGV[4] ~= '' then call('HSET', job, 'error', ARGV[4]) end
 if ARGV[3] ~= '' then
-  -- Which ranges the answer covers is worth keeping only where it does not cover all.
+  -- The covered ranges are kept only for an answer that does not cover all items.
   if tonumber(call('HGET', job, 'skipped')) == 0 then call('DEL', pieces) end
   call('DEL', blobs)
   call('HSET', blobs, 'output', ARGV[3])

@@ -1,7 +1,8 @@
 -- Replace adjacent partials by one, if they are still there and tile without a gap.
--- ARGV: merged partial, "lo:hi" of each replaced partial in order.   Returns 1, or 0 when somebody was faster.
+-- ARGV: merged partial, "lo:hi" of each replaced partial in order.
+-- Returns 1, or 0 when another caller was faster.
 local f = facts()
--- Once the root merge reads, partials must stay where they are.
+-- While the root merge reads, partials must stay as they are.
 if not f or f.state ~= 'running' then return 0 end
 local lo, at
 for i = 2, #ARGV do

@@ -1,6 +1,8 @@
 -- uses: clock
--- Note when to look at a swept job again.  KEYS[1]: index of due jobs.  ARGV: job, ms (0: never).
--- A time that is still to come was noted while the sweep ran, and stays.   Returns 1 when it was noted.
+-- Record the time of a swept job's next sweep.
+-- KEYS[1]: index of due jobs.  ARGV: job, time in ms (0: never).
+-- An earlier time in the future stays: it was recorded while the sweep ran.
+-- Returns 1 when the time was recorded, or removed with 0.
 local now = now_ms()
 if ARGV[2] == '0' then return redis.call('ZREM', KEYS[1], ARGV[1]) end
 local noted = tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or '0')

@@ -1,8 +1,8 @@
--- Close a node: store its partial, register its children, answer 'last' to exactly one caller.
--- ARGV: node, token, report (JSON: mid, done, failed, skipped, failures, quarantined, kids, splits, shaped, why, busy_us,
--- peak_kb), partial ('' when there is none), lease_ms.
+-- Close a node: store its partial and register its children; exactly one caller gets the outcome.
+-- ARGV: node, token, report (JSON: mid, done, failed, skipped, failures, quarantined, kids, splits,
+-- shaped, why, busy_us, peak_kb), partial ('' when there is none), lease_ms.
 -- Returns {answer, children registered, outcome, waiting node}: answer ok | stale;
--- outcome '' | merge | process | closed.  A root merge is claimed for the caller at once.
+-- outcome '' | merge | process | closed.  With merge, the caller holds the root merge.
 local id, token, blob, lease = ARGV[1], ARGV[2], ARGV[4], tonumber(ARGV[5])
 local f, node = facts(), read(id)
 if not f or not node then return {'stale', 0, '', ''} end

@@ -1,7 +1,8 @@
--- Open a job whose items are stored, under keys of their own until now.  KEYS: also the staged items and blocks.
--- ARGV: spec, n, queue, fail_limit, early_limit, timeout_ms (0: none), ttl_s, phase, root node id, task id, schema,
--- ms for which the first node is parked (0: none), why.
--- Returns 1, or 0 when the job was open already.
+-- Open a job, and move its staged items to the job's keys.
+-- KEYS: also the staged items and blocks.
+-- ARGV: spec, n, queue, fail_limit, early_limit, timeout_ms (0: none), ttl_s, phase, root node id,
+-- task id, schema, ms for which the first node is parked (0: none), why.
+-- Returns 1, or 0 when the job was open already; the staged items are then deleted.
 local staged = {[KEYS[17]] = items, [KEYS[18]] = blocks}
 if call('EXISTS', job) == 1 then
   call('DEL', KEYS[17], KEYS[18])

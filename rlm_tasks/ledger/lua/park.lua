@@ -1,5 +1,6 @@
--- Let a claimed node wait.  ARGV: node, token, ms to wait, reason, how often its first item has failed.
--- A node of a job that is ending is skipped.   Returns '', or the node that now waits for its message.
+-- Park a claimed node; if its job is ending, the node is skipped.
+-- ARGV: node, token, ms to wait, reason, number of failures of its first item.
+-- Returns '', or the id of a node that now waits for its message.
 local id, f, node = ARGV[1], facts(), held(ARGV[1], ARGV[2])
 if not f or not node then return '' end
 judge(f)

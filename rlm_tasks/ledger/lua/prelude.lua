@@ -2,15 +2,27 @@
 -- The ledger's shared steps.  KEYS: the fields of resilience.keys.JobKeys, in order.
 --
 -- A node's record (JSON in `nodes`):
---   s  state: q queued, r running, p parked, d done, c cut, k skipped     e  epoch, raised by each claim
---   lo, hi  its range      mid  where its own work ended      d  depth     p  parent node
---   sp, ix  the split and slot it fills ('' at the root)      t  Celery task id
---   k  token of its holder   w  worker   at  claimed, ms   ms  how long it ran   why  reason it waits or was cut
---   m  number of its latest message     rs  how often that was sent again for being late     lost  its holder is gone, nobody has claimed it since
---   x  how often its holder was lost outside of an item     by  of what, the last time
---   tr  how often its first item has failed, and was left for another try
---   wt  it was parked: it has waited for its turn
---   one  how often its process died with several items in flight: the next holder runs one at a time
+--   s       state: q queued, r running, p parked, d done, c cut, k skipped
+--   e       epoch, raised by each claim
+--   lo, hi  its range
+--   mid     end of the items that it ran
+--   d       depth
+--   p       parent node
+--   sp, ix  the split and slot that it fills ('' at the root)
+--   t       Celery task id
+--   k       token of its holder
+--   w       worker
+--   at      time of its claim, ms
+--   ms      its running time
+--   why     the reason why it waits or was cut
+--   m       number of its latest message
+--   rs      number of copies that were sent because the message was late
+--   lost    its holder is gone, and no other process has claimed it since
+--   x       number of holders that were lost outside of an item
+--   by      cause of the latest of these losses
+--   tr      number of failures of its first item, which is left for another try
+--   wt      it was parked, so it has waited for its turn
+--   one     number of deaths with several items in flight: the next holder runs one item at a time
 local job, nodes, due, waiting, splits, pieces, blobs = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local failed, empty, failures, deaths, quarantine = KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12]
 local inflight, events, items, blocks = KEYS[13], KEYS[14], KEYS[15], KEYS[16]
@@ -30,7 +42,7 @@ local function note(event, detail)
   call('XADD', events, 'MAXLEN', '~', MAX_EVENTS, '*', 'event', event, 'detail', detail or '', 'ms', now)
 end
 
--- Every fact a decision needs, in one read.
+-- Return all facts that the scripts decide by, in one read.
 local function facts()
   local v = call('HMGET', job, 'state', 'stop', 'deadline', 'fail_limit', 'early_limit',
                  'failed', 'done', 'pending', 'phase', 'n', 'ttl_s', 'schema', 'seen_ms')
@@ -42,14 +54,15 @@ local function facts()
 end
 
 local TERMINAL = {succeeded = true, failed = true, expired = true, cancelled = true}
--- Reasons that end the items and not the job: what is there is merged.
+-- Reasons that end the items and not the job: the partials are merged into an answer.
 local MERGES = {[''] = true, early = true, budget = true}
 
 local function keep_all(ttl_s)
   for _, key in ipairs(KEYS) do call('EXPIRE', key, ttl_s) end
 end
 
--- The record of a node that TOKEN holds.  A lease that ran out is its holder's until somebody else claims.
+-- Return the record of a node that the token holds.  When a lease has run out, the holder keeps the
+-- node until another process claims it.
 local function held(id, token)
   local node = read(id)
   if node and node.k == token and (node.s == 'r' or (node.s == 'q' and node.lost)) then return node end
@@ -61,7 +74,7 @@ local function stop(f, reason, detail)
   note('stopping', reason .. (detail and detail ~= '' and (': ' .. detail) or ''))
 end
 
--- What ends a job before its items do: its deadline, the verdict on failures, early termination.
+-- End a job early: at its deadline, when too many items failed, or by early termination.
 local function judge(f)
   if f.stop ~= '' then return end
   if f.deadline > 0 and now >= f.deadline then stop(f, 'expired')
@@ -76,7 +89,8 @@ local function retire(id)
   call('HDEL', inflight, id)
 end
 
--- A process died while it ran this item, which was among several `before` that; `over`: it must not run again.
+-- Count the death of a process that ran this item.
+-- `before`: earlier deaths with several items in flight.   `over`: the item must not run again.
 local function count_death(f, index, before, by, over)
   local raw = call('HGET', deaths, index)
   local death = raw and cjson.decode(raw) or {n = before}
@@ -85,7 +99,7 @@ local function count_death(f, index, before, by, over)
   call('EXPIRE', deaths, f.ttl_s)
 end
 
--- A range nobody will work on.  Items already counted as failed stay failed.
+-- Count a range that will not run as skipped.  Items already counted as failed stay failed.
 local function skip_range(lo, hi)
   local known = call('ZCOUNT', failed, lo, '(' .. hi)
   call('HINCRBY', job, 'skipped', hi - lo - known)
@@ -127,7 +141,7 @@ local function close(f, state)
   keep_all(f.ttl_s)
 end
 
--- A node waits for its message: `waiting` says since when.
+-- Let a node wait for its message; `waiting` has the time since when.
 local function wait_for_message(id, node)
   node.s, node.m = 'q', (node.m or -1) + 1
   write(id, node)
@@ -141,7 +155,7 @@ local function queue_node(id, node)
   return call('HINCRBY', job, 'pending', 1)
 end
 
--- A node is registered that may run later: a sweep sends its message when its time has come.
+-- Register a node that may run later; a sweep sends its message at that time.
 local function park_node(id, node, at)
   node.e, node.s, node.wt = 0, 'p', 1
   write(id, node)

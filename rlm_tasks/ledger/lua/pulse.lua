@@ -1,5 +1,10 @@
--- Tell how far a running node is, ask whether to go on.  ARGV: node, token, done, failed, skipped.
--- Returns go, stop (the job ends: rest is skipped), flush (hand in now: what runs may decide the job) or fenced.
+-- Report the progress of a running node.
+-- ARGV: node, token, done, failed, skipped.
+-- Returns its order:
+--   go
+--   stop    the job ends, and the rest is skipped
+--   flush   finish now: with the counts of running nodes the job may be decided
+--   fenced  the token holds the node no longer
 local id = ARGV[1]
 local f = facts()
 if not f or not held(id, ARGV[2]) then return 'fenced' end

@@ -1,6 +1,7 @@
--- Give a node back whose holder is gone.  ARGV: node, token, item in flight (-1: none, -2: one of several), what its
--- process died of ('' when it did not die), 1 when the item must not run again.   Returns 1, or 0 when the holder had
--- finished or was replaced.
+-- Release a node whose holder is gone.
+-- ARGV: node, token, item in flight (-1: none, -2: one of several), cause of the process's death
+-- ('' when it did not die), 1 when the item must not run again.
+-- Returns 1, or 0 when the holder had finished or was replaced.
 local id, item, f, node = ARGV[1], tonumber(ARGV[3]), facts(), held(ARGV[1], ARGV[2])
 if not f or not node then return 0 end
 node.k, node.why, node.lost = '', 'its worker process was lost', nil

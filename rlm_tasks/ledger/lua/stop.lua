@@ -1,10 +1,13 @@
--- End a job early.  ARGV: reason (cancelled, expired, failed, budget), detail, error JSON (''), force (1: fence running nodes).
--- Returns {state, stop reason, how many nodes still run or wait}.
+-- End a job early.
+-- ARGV: reason (cancelled, expired, failed, budget), detail, error JSON (''),
+-- force (1: fence running nodes).
+-- Returns {state, stop reason, number of nodes that still run or wait}.
 local f = facts()
 if not f then return {'unknown', '', 0} end
 if TERMINAL[f.state] then return {f.state, f.stop, 0} end
 local merge = f.state == 'merging' and read('merge')
-local too_early = f.deadline == 0 or now < f.deadline or (merge and merge.s ~= 'p')  -- parked: it waits for a round
+-- A parked merge waits for a round, so the deadline ends it; a running one may finish.
+local too_early = f.deadline == 0 or now < f.deadline or (merge and merge.s ~= 'p')
 if (ARGV[1] == 'expired' and too_early) or (MERGES[ARGV[1]] and f.state == 'merging') then return {f.state, f.stop, f.pending} end
 if MERGES[f.stop] and f.stop ~= ARGV[1] then
   stop(f, ARGV[1], ARGV[2])

@@ -1,11 +1,11 @@
--- Recover what is overdue: lost holders, lost messages, parked nodes whose time has come, a deadline.
--- ARGV: grace_ms, lease_ms, stop_grace_ms, at most, schema.
--- Returns {state, ms at which to look again, node ids to send again ...}.
+-- Recover a job's overdue nodes (lost holders, lost messages, parked nodes), and keep its deadline.
+-- ARGV: grace_ms, lease_ms, stop_grace_ms, largest number of nodes, schema.
+-- Returns {state, time of the next sweep in ms, ids of nodes to send again ...}.
 local f = facts()
 if not f then return {'unknown', 0} end
 if TERMINAL[f.state] then return {f.state, 0} end
 local grace, lease, most = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[4])
--- A newer worker sweeps it; soon, should that one have died.
+-- A worker of the newer version sweeps it; the next check is soon, in case that worker has died.
 if f.schema > tonumber(ARGV[5]) then return {'newer', now + 1000} end
 keep_all(f.ttl_s)
 judge(f)
@@ -35,8 +35,8 @@ for _, id in ipairs(call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, most)) d
   send_again(id, node)
 end
 
--- A queue keeps its order: a message is lost when one that was sent well after it has arrived and it has not.
--- Copies of one node back off: it may lie in the hands of a worker that is busy with something long.
+-- A queue keeps its order: a message is lost if one that was sent well after it has arrived first.
+-- Copies of one node back off, because a busy worker may have prefetched its message.
 local overdue = call('ZRANGEBYSCORE', waiting, '-inf', now - grace, 'WITHSCORES', 'LIMIT', 0, most)
 for i = 1, #overdue, 2 do
   local id, sent = overdue[i], tonumber(overdue[i + 1])
@@ -47,7 +47,7 @@ for i = 1, #overdue, 2 do
     send_again(id, node)
   end
 end
--- When nothing arrives at all the queue may be long, or gone: one copy of the oldest is the probe that tells.
+-- When no message arrives, the queue may be long or gone: a copy of the oldest message probes it.
 local v = call('HMGET', job, 'claimed_ms', 'probed_ms', 'probes')
 local claimed, probed, probes = tonumber(v[1]), tonumber(v[2]), tonumber(v[3])
 if claimed > probed then probes = 0 end

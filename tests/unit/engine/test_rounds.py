@@ -15,7 +15,7 @@ from rlm_tasks.engine.node import run_node
 from rlm_tasks.jobs.rounds import NextRound, Round
 from rlm_tasks.ledger.explain import explain
 from rlm_tasks.ledger.records import MERGE
-from rlm_tasks.ledger.round_ids import opened, round_id
+from rlm_tasks.ledger.round_ids import opened_rounds, round_id
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.registry import operation
 from rlm_tasks.requests import JobRequest, Options
@@ -64,7 +64,7 @@ def test_the_answers_of_a_round_are_the_items_of_the_next_one(seed: int) -> None
     facts, job = run(platform, list(range(n)))
 
     answer = platform.output(platform.ledger.spec(job))  # type: ignore[arg-type]  # it exists
-    rounds = opened(platform.ledger, job)
+    rounds = opened_rounds(platform.ledger, job)
     assert facts["state"] == "succeeded"
     assert answer["found"] == [sum(range(n)) * 2]
     assert len(rounds) == answer["rounds"] == int(facts.get("rounds", 0))
@@ -77,7 +77,7 @@ def test_the_answers_of_a_round_are_the_items_of_the_next_one(seed: int) -> None
 def test_a_round_is_opened_once_when_its_merge_is_repeated() -> None:
     platform = Platform(1)
     spec = platform.submit(JobRequest(operation="unit_in_rounds", items=[1, 2, 3, 4]))
-    while (platform.ledger.facts(spec.job))["state"] != "merging" or not opened(
+    while (platform.ledger.facts(spec.job))["state"] != "merging" or not opened_rounds(
         platform.ledger, spec.job
     ):
         platform.step()
@@ -89,7 +89,7 @@ def test_a_round_is_opened_once_when_its_merge_is_repeated() -> None:
         run_node(platform.runtime, spec.job, MERGE)
 
     assert platform.mailbox.sent == sent + 3
-    assert len(opened(platform.ledger, spec.job)) == 1
+    assert len(opened_rounds(platform.ledger, spec.job)) == 1
     assert platform.run(spec)["state"] == "succeeded"
 
 
@@ -115,7 +115,7 @@ def test_a_job_that_tolerates_errors_continues_with_the_done_items_of_a_round() 
 def test_the_explanation_names_the_round_at_work() -> None:
     platform = Platform(3)
     spec = platform.submit(JobRequest(operation="unit_in_rounds", items=[1, 2, 3, 4]))
-    while not opened(platform.ledger, spec.job):
+    while not opened_rounds(platform.ledger, spec.job):
         platform.step()
 
     explanation = explain(
@@ -124,9 +124,9 @@ def test_the_explanation_names_the_round_at_work() -> None:
         platform.store.now_ms(),
     )
 
-    assert (
-        explanation
-        == f"Every item is accounted for; its round 1 is at work: job {round_id(spec.job, 1)}."
+    assert explanation == (
+        "All of its items are done, failed or skipped; "
+        f"its round 1 is at work: job {round_id(spec.job, 1)}."
     )
 
 
@@ -202,14 +202,14 @@ def test_later_rounds_know_that_an_earlier_one_left_items_out() -> None:
 
     _, job = run(platform, [1, -9, 1, *[5] * 24], options=Options(continue_on_error=True))
 
-    assert len(opened(platform.ledger, job)) == 3
+    assert len(opened_rounds(platform.ledger, job)) == 3
     assert platform.output(platform.ledger.spec(job))["short"] is True  # type: ignore[arg-type]  # it exists
 
 
 def test_a_job_that_waits_for_a_round_expires_at_its_time() -> None:
     platform = Platform(8)
     spec = platform.submit(JobRequest(operation="unit_in_rounds", items=[1, 2, 3, 4]))
-    while not opened(platform.ledger, spec.job):
+    while not opened_rounds(platform.ledger, spec.job):
         platform.step()
     assert platform.ledger.stop(spec.job, "expired") == "merging"
 
@@ -221,7 +221,7 @@ def test_a_job_that_waits_for_a_round_expires_at_its_time() -> None:
 def test_a_round_that_has_expired_is_not_opened_again() -> None:
     platform = Platform(9)
     spec = platform.submit(JobRequest(operation="unit_in_rounds", items=list(range(27))))
-    while len(opened(platform.ledger, spec.job)) < 2:
+    while len(opened_rounds(platform.ledger, spec.job)) < 2:
         platform.step()
     platform.store.client.delete(*platform.keys.of(round_id(spec.job, 1)))
 
