@@ -22,7 +22,7 @@ from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.stored_items import ItemWriter, StoredItems
 from rlm_tasks.jobs.trace_ids import current_traceparent
 from rlm_tasks.ledger.records import PROCESS, ROOT, Report
-from rlm_tasks.messaging.dispatch import mint
+from rlm_tasks.messaging.dispatch import new_id
 from rlm_tasks.messaging.queue_names import queue_name
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.policies import policies, priority_for
@@ -279,7 +279,7 @@ class Submission:
 
     def _write_items(self, job: str, items: Any) -> tuple[StoredItems, int, str]:
         """Store items under keys that only this call knows; OPEN moves them to the job."""
-        token, settings, store = mint(), self._settings, self._session.store
+        token, settings, store = new_id(), self._settings, self._session.store
         index, blocks = self._session.keys.staged(job, token)
         writer = ItemWriter(
             store,

@@ -34,7 +34,7 @@ from rlm_tasks.jobs.splitting import (
     should_yield,
 )
 from rlm_tasks.ledger.records import PROCESS, ROOT, Child, Claim, Report, Suspect
-from rlm_tasks.messaging.dispatch import freeze, mint
+from rlm_tasks.messaging.dispatch import new_id, with_ids
 from scheduler.preemption import more_urgent, rank_of
 
 LONGEST_WAIT_S = 86_400.0
@@ -54,7 +54,7 @@ class Cutting:
         self.quarantined: Suspect | None = None  # the item that must not run again
         self.yields_to = ""  # the queue whose urgent work it has won the right to make room for
         self.taken = 0  # slots of others that the latest pulse has promised to its children
-        self.next = mint()  # the node that gets the rest, when one node gets it
+        self.next = new_id()  # the node that gets the rest, when one node gets it
         self._fork: Fork | None = None
 
     # --- before the first item -----------------------------------------------------------------
@@ -243,7 +243,7 @@ class Cutting:
             parts = min(len(self._fork.parts), claim.hi - at)
             self._fork = fork(at, claim.hi, claim.depth, parts) if parts > 1 else None
         if RULES[reason].children == "many" and self._fork is not None:
-            report.splits, report.kids = freeze(self._fork, self._spec.job, claim.slot, reason)
+            report.splits, report.kids = with_ids(self._fork, self._spec.job, claim.slot, reason)
         else:
             report.kids = [self._only_child(at, reason)]
         if (first := self._work.postponed) is not None:

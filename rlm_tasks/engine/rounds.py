@@ -25,7 +25,7 @@ from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.partials import flattened, merged, partials
 from rlm_tasks.ledger.records import MERGE, ROOT, Claim
 from rlm_tasks.ledger.round_ids import opened_rounds, round_id
-from rlm_tasks.messaging.dispatch import Dispatcher, mint
+from rlm_tasks.messaging.dispatch import Dispatcher, new_id
 from rlm_tasks.operations import registry
 from rlm_tasks.results import Status
 
@@ -133,7 +133,7 @@ class Rounds:
 
     def _open(self, spec: JobSpec, number: int, asked: NextRound, deadline_ms: int) -> str:
         """Open a round, once: whoever does it again finds it open."""
-        id, token, settings = round_id(spec.job, number), mint(), self._settings
+        id, token, settings = round_id(spec.job, number), new_id(), self._settings
         self._budgets.begin_round(spec, number, last=asked.last)
         index, blocks = self._ledger.keys.staged(id, token)
         writer = ItemWriter(

@@ -1,8 +1,8 @@
-"""How the broker is spoken to: for how long, and what is done about a connection that it has closed
-meanwhile.
+"""Use a connection to the broker: open it, limit its waits, and reopen one that has died.
 
-Decides that nobody waits for a broker that is away: what was not sent is sent by the sweep.
-Refuses to know what is said."""
+Dispatch, queue depths and the checks of a starting worker call `with_connection`.  Callers do not
+wait for a broker that is away, because the sweep sends unsent messages later.
+"""
 
 from __future__ import annotations
 
@@ -18,33 +18,32 @@ from rlm_tasks.messaging.broker_kinds import kind_of_connection
 _Answer = TypeVar("_Answer")
 
 AWAY = (KombuError, AMQPError, RedisError, OSError)
-"""What a broker that is away, or refuses, raises by way of kombu: each transport has errors of its
-own.
-"""
+"""The errors by which kombu reports a broker that is away or refuses; each transport has others."""
 
 
-def spoken(connection: Any, say: Callable[[Any], _Answer]) -> _Answer:
-    """Say something on a connection, opened first if need be; one that has died meanwhile is opened
-    again, once.
+def with_connection(connection: Any, use: Callable[[Any], _Answer]) -> _Answer:
+    """Return the answer of `use` on a connection, which is opened first if it is closed.
 
-    redis-py sees by itself that a connection has died, RabbitMQ's client only when it uses it.
-    Raises what is in AWAY."""
+    A connection that has died is opened again once, and `use` is repeated.  This is for RabbitMQ's
+    client, which notices a dead connection only when it uses it; redis-py notices by itself.
+    Raises the errors in AWAY.
+    """
     was_open = connection.connected
     try:
-        return say(_opened(connection))
+        return use(_opened(connection))
     except (KombuError, AMQPError, OSError) as error:
-        cause = error.__cause__ or error  # Celery wraps what happens while it sends a task
+        cause = error.__cause__ or error  # Celery wraps the errors of sending a task
         if not isinstance(cause, AMQPError | OSError):
             raise
         connection.collect()
         if not was_open or isinstance(cause, TimeoutError):
             raise
-    return say(_opened(connection))
+    return use(_opened(connection))
 
 
 def _opened(connection: Any) -> Any:
     if not connection.connected:
-        # Each host twice at most, at once: by itself kombu waits between tries.
+        # Try each host twice at most, without a pause; kombu's default is to wait between tries.
         tries = max(1, len(connection.alt))
         connection.ensure_connection(
             max_retries=tries, interval_start=0, reraise_as_library_errors=False

@@ -1,6 +1,6 @@
-"""The kinds of server that Celery can speak to, one record each: a new kind is a new record.
+"""The kinds of server that Celery can use, one record for each; a new kind needs a new record.
 
-Settings, dispatch, queue depths and checks ask the record and never the URL.  Begin with
+Settings, dispatch, queue depths and checks read the record and never the URL.  Begin with
 `broker_kind`.
 """
 
@@ -16,7 +16,7 @@ from rlm_tasks.settings.model import Settings
 
 @dataclass(frozen=True, slots=True)
 class BrokerKind:
-    """What one kind of server can do as a broker or as a result backend."""
+    """The abilities of one kind of server as a broker or as a result backend."""
 
     name: str
     schemes: tuple[str, ...]  # its URLs begin with one of them
@@ -25,7 +25,8 @@ class BrokerKind:
     counts_chords: bool  # as a result backend it counts the parts of a chord
     knows_ages: bool  # the depth of a queue comes with the age of its oldest message
     redelivers: bool  # an unacknowledged message comes again after its visibility timeout
-    socket_timeout_s: float | None  # its client waits for an answer for ever; None: it does not
+    socket_timeout_s: float | None
+    """The timeout for a client that else waits for ever; None: its client has its own."""
     settings: Callable[[Settings], dict[str, Any]]  # Celery's settings of such a broker
 
 
@@ -66,13 +67,13 @@ KINDS = (REDIS, RABBITMQ)
 
 
 def broker_kind(url: Any) -> BrokerKind:
-    """Return the kind of a ``broker_url`` (of the first, if several) or a ``result_backend``."""
+    """Return the kind of a ``result_backend``, or of a ``broker_url`` (the first, if several)."""
     first = str(url[0] if isinstance(url, list | tuple) and url else url)
     return next((kind for kind in KINDS if first.startswith(kind.schemes)), OTHER)
 
 
 def kind_of_connection(connection: Any) -> BrokerKind:
-    """Return the kind of server that a kombu connection speaks to."""
+    """Return the kind of server at the other end of a kombu connection."""
     driver = connection.transport.driver_type
     return next((kind for kind in KINDS if driver in kind.drivers), OTHER)
 

@@ -1,6 +1,7 @@
-"""Send nodes again that waited or were lost, and make room for those that are urgent.
+"""Send nodes again that were parked or lost, and make running nodes yield to urgent ones.
 
-The runtime of a worker and the session of a client each hold one.  Begin with `Delivery.resend`.
+The runtime of a worker and the session of a client each hold one `Delivery`.  Begin with
+`Delivery.resend`.
 """
 
 from __future__ import annotations
@@ -19,34 +20,34 @@ logger = logging.getLogger(__name__)
 
 
 class Delivery:
-    """How registered nodes get to the queue once more."""
+    """The way of a registered node back to its queue."""
 
     def __init__(self, ledger: Ledger, dispatcher: Dispatcher, preemption: Preemption) -> None:
         self._ledger, self._dispatcher, self._preemption = ledger, dispatcher, preemption
 
     def fail_fast(self) -> Delivery:
-        """Return the same delivery whose calls raise at once while Redis is away."""
+        """Return this delivery with calls that raise at once while Redis is away."""
         return Delivery(self._ledger.fail_fast(), self._dispatcher, self._preemption)
 
     @contextmanager
     def making_room(self, queue: str, nodes: Sequence[str], *, freed: int = 0) -> Iterator[None]:
-        """Make less urgent nodes yield for urgent ones that are sent within the block.
+        """Make less urgent nodes yield to urgent ones that are sent within the block.
 
-        Only nodes that find no free slot need one; `freed` slots are about to be free.  The nodes
-        are counted before the block, so that a claim finds them, and slots are asked for after it,
-        so that a slot that is given up finds them.
+        Only nodes without a free slot need another node to yield; `freed` slots will be free soon.
+        The nodes are counted before the block, so that a claim finds them.  Slots are requested
+        after the block, so that a slot that becomes free finds their messages.
         """
-        without = self._preemption.announce(queue, nodes, freed=freed) if nodes else ()
+        without_slot = self._preemption.announce(queue, nodes, freed=freed) if nodes else ()
         yield
-        if without:
-            self._preemption.insist(queue, without)
+        if without_slot:
+            self._preemption.insist(queue, without_slot)
         if nodes:
             self._dispatcher.ask_to_yield(queue)
 
     def resend(self, job: str, nodes: Sequence[str]) -> None:
-        """Send registered nodes again; where this process lacks the operation, without chords.
+        """Send registered nodes again; without chords if this process lacks the operation.
 
-        Urgent nodes need room as at first: a node that was lost or has waited has no slot.
+        Urgent nodes make others yield as at first, because a lost or parked node holds no slot.
         """
         spec = self._ledger.spec(job)
         if spec is None:
@@ -58,7 +59,7 @@ class Delivery:
             self._dispatcher.resend(spec, nodes, merges=merges)
 
     def wake(self, waiters: Sequence[str]) -> int:
-        """Wake parked nodes that a guard names, each as "job node"; return how many were parked."""
+        """Wake the nodes that a guard names as "job node"; return the number that was parked."""
         woken = 0
         for waiter in waiters:
             job, _, node = waiter.partition(" ")
@@ -68,6 +69,6 @@ class Delivery:
                     self.resend(job, [node])
             except StoreUnavailable as error:
                 logger.info(
-                    "Node %s of job %s is not woken, it wakes at its own time: %s", node, job, error
+                    "Node %s of job %s is not woken; it wakes at its own time: %s", node, job, error
                 )
         return woken

@@ -1,9 +1,10 @@
-"""Turn the ledger's nodes into Celery messages: groups and chords whose messages carry ids only.
+"""Turn the ledger's nodes into Celery messages: groups and chords, whose messages carry only ids.
 
-Decides the shape of messages; a message is a function of its node's record, so sending one again
-sends the same task id, group and index.  A header names its chord's body and nothing further out:
-what encloses the body is looked up when it runs, so messages do not grow with depth.  Refuses to
-know why nodes exist."""
+Clients send first nodes by it, cuts send children, and `Delivery` sends nodes again.  A message is
+a function of its node's record, so a copy has the same task id, group and index.  A header names
+the body of its own chord only.  The enclosing chords are read when the body runs, so messages do
+not grow with depth.  Begin with `Dispatcher.send_root` and `Dispatcher.send_children`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Fork, Leaf
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.records import Child, ChordSlot, Split
-from rlm_tasks.messaging.broker import AWAY, spoken
+from rlm_tasks.messaging.broker import AWAY, with_connection
 from rlm_tasks.messaging.broker_kinds import broker_kind
 
 logger = logging.getLogger(__name__)
@@ -28,25 +29,26 @@ logger = logging.getLogger(__name__)
 NODE_TASK, MERGE_TASK = "rlm.node", "rlm.merge"
 BATCH = 500
 ACQUIRE_S = 10
-"""How long one waits for a connection that other threads of the process use."""
+"""Longest wait for a connection while other threads of the process use all of them."""
 
 
-def mint() -> str:
+def new_id() -> str:
     """Return an id for a node or a split, unique within its job."""
     return secrets.token_hex(6)
 
 
-def freeze(fork: Fork, job: str, slot: ChordSlot, why: str) -> tuple[list[Split], list[Child]]:
-    """Give every split and node of a plan its id and the slot it fills.
+def with_ids(fork: Fork, job: str, slot: ChordSlot, why: str) -> tuple[list[Split], list[Child]]:
+    """Return the splits and children of a plan, each with an id and the chord slot that it fills.
 
     As with Celery's own ``replace``, the outermost body takes over the task id and the slot of the
-    node that is cut."""
+    node that is cut.
+    """
     splits: list[Split] = []
     children: list[Child] = []
 
     def visit(part: Fork | Leaf, slot: ChordSlot) -> None:
         if isinstance(part, Leaf):
-            id = mint()
+            id = new_id()
             children.append(
                 Child(
                     id=id,
@@ -60,7 +62,7 @@ def freeze(fork: Fork, job: str, slot: ChordSlot, why: str) -> tuple[list[Split]
                 )
             )
             return
-        id = mint()
+        id = new_id()
         splits.append(
             Split(
                 id=id,
@@ -85,7 +87,7 @@ def group_id(job: str, split: str) -> str:
 
 
 def body_of(job: str, queue: str, split: Split) -> dict[str, Any]:
-    """Return the signature of a chord's body, without what encloses it."""
+    """Return the signature of a chord's body, without the chords that enclose it."""
     return {
         "task": MERGE_TASK,
         "args": [job, split.id],
@@ -96,19 +98,21 @@ def body_of(job: str, queue: str, split: Split) -> dict[str, Any]:
     }
 
 
-def told(spec: JobSpec, message: int, at: float) -> dict[str, Any]:
-    """Return the header by which a worker knows, before it claims, whether it can run a node, and
-    which copy it got.
+def header_of(spec: JobSpec, message: int, sent_at: float) -> dict[str, Any]:
+    """Return the header of a node's message.
 
-    When it was sent (in seconds, by the sender's clock) tells how long its queue makes work wait.
+    By it a worker knows, before it claims, whether it can run the node, and which copy it received.
+    The send time (seconds, by the sender's clock) gives the age of the oldest message in a queue.
     """
-    about = {
-        "schema": spec.schema,
-        "operation": spec.operation,
-        "version": spec.version,
-        "message": message,
+    return {
+        "rlm": {
+            "schema": spec.schema,
+            "operation": spec.operation,
+            "version": spec.version,
+            "message": message,
+            "at": round(sent_at, 3),
+        }
     }
-    return {"rlm": {**about, "at": round(at, 3)}}
 
 
 class Dispatcher:
@@ -124,25 +128,19 @@ class Dispatcher:
     def send_children(
         self, spec: JobSpec, children: Sequence[Child], splits: Sequence[Split], *, merges: bool
     ) -> None:
-        """Send what a cut has registered; without a merge, a split is a group and needs no
-        chord.
+        """Send the children that a cut has registered; a sweep sends parked ones when due.
+
+        Without a merge, a split is a group and needs no chord.
         """
         merges = merges and self._counts_chords()
         if merges and splits:
             self._set_sizes(spec.job, splits)
         bodies = {split.id: split for split in splits} if merges else {}
-        now = [
-            child for child in children if child.wait_ms < 0
-        ]  # a sweep sends the others when they are due
+        slots = {each.id: ChordSlot(each.split, each.index, each.task) for each in children}
         self._publish(
-            (
-                spec,
-                child.id,
-                0,
-                ChordSlot(child.split, child.index, child.task),
-                bodies.get(child.split),
-            )
-            for child in now
+            (spec, child.id, 0, slots[child.id], bodies.get(child.split))
+            for child in children
+            if child.wait_ms < 0
         )
 
     def resend(self, spec: JobSpec, nodes: Sequence[str], *, merges: bool) -> None:
@@ -154,31 +152,30 @@ class Dispatcher:
         self._publish((spec, r.id, r.message, r.slot, bodies.get(r.slot.split)) for r in records)
 
     def ask_to_yield(self, queue: str) -> None:
-        """Tell workers that urgent work waits in a queue; who is not reached learns of it within a
-        second.
+        """Notify workers that urgent work waits in a queue.
+
+        A worker that the broadcast does not reach finds it in Redis within a second.
         """
         try:
             self.broadcast("rlm_yield", queue=queue)
         except AWAY as error:
             logger.info(
-                "Workers were not told to make room, they will see it by themselves: %s", error
+                "Workers were not asked to yield; they notice it within a second: %s", error
             )
 
     def broadcast(self, command: str, **arguments: Any) -> None:
-        """Broadcast a command to all workers.  Raises what is in `broker.AWAY`."""
+        """Broadcast a command to all workers.  Raises the errors in `broker.AWAY`."""
 
-        def say(connection: Any) -> None:
+        def cast(connection: Any) -> None:
             mailbox = self._app.control.mailbox(connection)
             mailbox.producer_pool = None  # its connections may have died as well
             mailbox.abcast(command, arguments)
 
         with self._app.pool.acquire(block=True, timeout=ACQUIRE_S) as connection:
-            spoken(connection, say)
+            with_connection(connection, cast)
 
     def _counts_chords(self) -> bool:
-        """Whether the app's result backend counts parts; if not, the root merge does all of the
-        work.
-        """
+        """Whether the app's result backend counts chord parts; else the root merge merges all."""
         return broker_kind(self._app.conf.result_backend).counts_chords
 
     def _set_sizes(self, job: str, splits: Iterable[Split]) -> None:
@@ -191,7 +188,8 @@ class Dispatcher:
             pipe.execute()
         except (RedisError, OSError) as error:
             logger.warning(
-                "The chords of job %s are not counted (%s); its root merge does their work",
+                "The result backend does not count the chords of job %s (%s); its root merge "
+                "does their work",
                 job,
                 error,
             )
@@ -204,7 +202,7 @@ class Dispatcher:
             return
         try:
             with self._app.producer_pool.acquire(block=True, timeout=ACQUIRE_S) as producer:
-                spoken(
+                with_connection(
                     producer.connection,
                     lambda connection: self._send_all(producer, connection, messages),
                 )
@@ -240,7 +238,7 @@ class Dispatcher:
         body: Split | None,
     ) -> None:
         job = spec.job
-        options: dict[str, Any] = {"headers": told(spec, message, self._clock())}
+        options: dict[str, Any] = {"headers": header_of(spec, message, self._clock())}
         if slot.split:
             options |= {"group_id": group_id(job, slot.split), "group_index": slot.index}
         if body is not None:

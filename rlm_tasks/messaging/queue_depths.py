@@ -1,8 +1,8 @@
-"""How deep queues are, and how old their oldest messages: one question to the broker for all of
-them.
+"""Read the depths of queues and the ages of their oldest messages, all in one call to the broker.
 
-Decides how each broker is asked.  Refuses to know what is done about the answer, and whether an
-outage matters."""
+The client's admission, `Client.queues` and the monitor hold a `QueueGauge`; they handle outages.
+Begin with `QueueGauge.read`.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ import redis
 from celery import Celery
 from kombu.exceptions import ChannelError
 
-from rlm_tasks.messaging.broker import spoken
+from rlm_tasks.messaging.broker import with_connection
 from rlm_tasks.messaging.broker_kinds import kind_of_connection
 from scheduler.queues import QueueReport
 
 _NOT_FOUND = "404"
 
 
-class _Told(msgspec.Struct, frozen=True):
+class _NodeHeader(msgspec.Struct, frozen=True):
     at: float | None = None
 
 
 class _Headers(msgspec.Struct, frozen=True):
-    rlm: _Told = _Told()
+    rlm: _NodeHeader = _NodeHeader()
 
 
 class _Message(msgspec.Struct, frozen=True):
-    """What is read of a message: when it was sent, if it is one of ours."""
+    """The part of a message that is read: the send time, which only a node's message has."""
 
     headers: _Headers = _Headers()
 
@@ -44,39 +44,41 @@ _DECODER = msgspec.json.Decoder(_Message)
 class QueueGauge:
     """The queues of one app's broker.
 
-    Each process and each thread that reads has a connection of its own, kept between reads and
-    opened again after an error."""
+    Each thread of each process has its own connection.  It is kept between reads, and opened again
+    after an error.
+    """
 
     def __init__(self, app: Celery, *, clock: Callable[[], float] = time.time) -> None:
-        """`clock` is compared with the wall clock of those who send."""
+        """`clock` is compared with the wall clocks of the senders."""
         self._app, self._clock = app, clock
-        self._connections: dict[
-            tuple[int, int], Any
-        ] = {}  # after a fork, nobody finds those of the parent
+        # By process and thread: after a fork, a child does not use its parent's connections.
+        self._connections: dict[tuple[int, int], Any] = {}
 
     def read(self, names: Sequence[str]) -> dict[str, QueueReport]:
-        """Return depth and age by queue; one that does not exist is empty.
+        """Return depth and age by queue; a queue that does not exist is empty.
 
-        On Redis this is one round trip; other brokers know no ages.  Raises what is in
-        `broker.AWAY`."""
-        here = os.getpid(), threading.get_ident()
-        connection = self._connections.get(here) or self._app.connection_for_read()
-        self._connections[here] = connection
+        On Redis this is one round trip; other brokers do not know ages.  Raises the errors in
+        `broker.AWAY`.
+        """
+        owner = os.getpid(), threading.get_ident()
+        connection = self._connections.get(owner) or self._app.connection_for_read()
+        self._connections[owner] = connection
         try:
-            read = self._of_redis if kind_of_connection(connection).knows_ages else _of_others
-            return spoken(connection, lambda own: read(own, names))
+            knows_ages = kind_of_connection(connection).knows_ages
+            read = self._depths_and_ages if knows_ages else _declared_depths
+            return with_connection(connection, lambda own: read(own, names))
         except BaseException:
-            self._connections.pop(here).release()
+            self._connections.pop(owner).release()
             raise
 
     def close(self) -> None:
-        """Give the connections of this process back; who reads again opens another."""
-        for here in [each for each in self._connections if each[0] == os.getpid()]:
-            self._connections.pop(here).release()
+        """Release the connections of this process; the next read opens another."""
+        for owner in [each for each in self._connections if each[0] == os.getpid()]:
+            self._connections.pop(owner).release()
 
-    def _of_redis(self, connection: Any, names: Sequence[str]) -> dict[str, QueueReport]:
+    def _depths_and_ages(self, connection: Any, names: Sequence[str]) -> dict[str, QueueReport]:
         channel = connection.default_channel
-        # kombu's own client puts its prefix before the key of LLEN and not of LINDEX.
+        # kombu's own client prefixes the key of LLEN, but not the key of LINDEX.
         client = redis.Redis(connection_pool=channel.client.connection_pool)
         with client.pipeline() as pipe:
             for name in names:
@@ -91,23 +93,22 @@ class QueueGauge:
 
 
 def _age_s(message: bytes | None, now: float) -> float | None:
-    """Return how long ago a message was sent; None when it does not say, as those of other
-    tasks.
-    """
+    """Return the age of a message in seconds, None for a task other than a node."""
     try:
-        at = _DECODER.decode(message or b"{}").headers.rlm.at
+        sent_at = _DECODER.decode(message or b"{}").headers.rlm.at
     except msgspec.DecodeError:
         return None
-    return None if at is None else max(0.0, now - at)
+    return None if sent_at is None else max(0.0, now - sent_at)
 
 
-def _of_others(connection: Any, names: Sequence[str]) -> dict[str, QueueReport]:
+def _declared_depths(connection: Any, names: Sequence[str]) -> dict[str, QueueReport]:
     return {name: QueueReport(_declared_depth(connection, name)) for name in names}
 
 
 def _declared_depth(connection: Any, name: str) -> int:
-    """Ask on a channel of its own: AMQP closes the channel that asked for a queue which does not
-    exist.
+    """Return the depth of a queue, by a passive declaration on a new channel.
+
+    AMQP closes the channel when the queue does not exist.
     """
     with connection.channel() as channel:
         try:

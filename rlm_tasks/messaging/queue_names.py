@@ -1,4 +1,7 @@
-"""The names of the queues of jobs."""
+"""The names of the queues of jobs: one for each priority.
+
+Clients, workers and reports call it.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""What Celery has to know of the Redis and the RabbitMQ it speaks to, derived from one URL each.
+"""Celery's settings of the broker and the result backend, derived from one URL each.
 
-Decides how TLS and sentinels, which a URL of ours says, are said in Celery's settings, and what
-keeps platforms apart on each kind of broker.  Refuses to connect."""
+`broker_kinds` and `rlm_tasks.celery` call it.  It translates TLS options and sentinels of our URLs
+into Celery's settings, and adds the prefixes that separate platforms on one server.  It opens no
+connection.  Begin with `redis_broker`.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,10 @@ from resilience.keys import Keys
 from rlm_tasks.settings.model import Settings
 
 VISIBILITY_TIMEOUT_S = 4 * 3600
-"""Longer than any node runs: lost work is recovered by the ledger's sweep, not by redelivery."""
+"""Longer than any node runs, because the ledger's sweep recovers lost work, and not redelivery."""
 QUEUE_ORDER = "rlm_tasks.worker.queue_order:QueueOrder"
-ANSWER_S, WATCHED_ANSWER_S = 30, 5
-"""A Redis may take so long to answer; where sentinels can name another, one that hangs is left
-sooner.
-"""
+ANSWER_S, SENTINEL_ANSWER_S = 30, 5
+"""Longest wait for an answer of Redis; it is shorter if sentinels can name another primary."""
 _AMQP_NAMES = {
     "ssl_ca_certs": "ca_certs",
     "ssl_certfile": "certfile",
@@ -35,7 +35,7 @@ def redis_broker(settings: Settings) -> dict[str, Any]:
     """Return Celery's settings of a Redis as the broker."""
     url = settings.broker_url
     return {
-        "broker_url": _celerys(url),
+        "broker_url": _celery_url(url),
         **({"broker_use_ssl": secured} if (secured := tls(url)) else {}),
         "broker_transport_options": {
             "socket_timeout": _answer_s(url),
@@ -46,7 +46,7 @@ def redis_broker(settings: Settings) -> dict[str, Any]:
             "queue_order_strategy": QUEUE_ORDER,
             "priority_steps": [0],
             "global_keyprefix": Keys(settings.namespace).prefix,
-            **_watched(settings, url),
+            **_sentinel_options(settings, url),
         },
     }
 
@@ -54,8 +54,8 @@ def redis_broker(settings: Settings) -> dict[str, Any]:
 def amqp_broker(settings: Settings) -> dict[str, Any]:
     """Return Celery's settings of RabbitMQ, or another AMQP server, as the broker.
 
-    Redis has a prefix before each key; here the names that all apps of a virtual host would share
-    are named after the platform.
+    On Redis each key has a prefix.  Here the exchanges, which all apps of a virtual host would
+    share, are named after the platform.
     """
     url = settings.broker_url
     return {
@@ -70,11 +70,11 @@ def result_backend(settings: Settings) -> dict[str, Any]:
     """Return Celery's settings of the result backend."""
     url = settings.result_backend
     return {
-        "result_backend": _celerys(url),
+        "result_backend": _celery_url(url),
         **({"redis_backend_use_ssl": tls(url)} if tls(url) else {}),
         "result_backend_transport_options": {
             "global_keyprefix": Keys(settings.namespace).prefix,
-            **_watched(settings, url),
+            **_sentinel_options(settings, url),
         },
         "redis_socket_timeout": _answer_s(url),
         "redis_socket_connect_timeout": 5,
@@ -83,33 +83,34 @@ def result_backend(settings: Settings) -> dict[str, Any]:
 
 
 def _answer_s(url: str) -> int:
-    return WATCHED_ANSWER_S if url.startswith(SENTINEL) else ANSWER_S
+    return SENTINEL_ANSWER_S if url.startswith(SENTINEL) else ANSWER_S
 
 
 def _amqp_tls(url: str) -> dict[str, Any]:
-    """Return the TLS options of a URL as RabbitMQ's client names them."""
+    """Return the TLS options of a URL under the names of RabbitMQ's client."""
     options = dict(tls(url) or {})
     # None: the host name of the URL.
     by_name = {"server_hostname": None} if options.pop("ssl_check_hostname") else {}
     return {**{_AMQP_NAMES[name]: value for name, value in options.items()}, **by_name}
 
 
-def _celerys(url: str) -> str:
-    """Return a URL as Celery takes it: each sentinel has the password and the database, for it may
-    be asked first.
+def _celery_url(url: str) -> str:
+    """Return a URL in Celery's form.
+
+    Each sentinel's URL has the password and the database, because Celery may use any of them first.
     """
     if url.startswith(SOCKET):
         return url.replace(SOCKET, "redis+socket://", 1).replace("?db=", "?virtual_host=", 1)
     if not url.startswith(SENTINEL):
         return without_tls_options(url)
     first = urlsplit(without_tls_options(url.split(";")[0]))
-    who = f"{first.netloc.rpartition('@')[0]}@" if "@" in first.netloc else ""
+    user = f"{first.netloc.rpartition('@')[0]}@" if "@" in first.netloc else ""
     return ";".join(
-        first._replace(netloc=f"{who}{host}:{port}").geturl() for host, port in hosts(url)
+        first._replace(netloc=f"{user}{host}:{port}").geturl() for host, port in hosts(url)
     )
 
 
-def _watched(settings: Settings, url: str) -> dict[str, Any]:
+def _sentinel_options(settings: Settings, url: str) -> dict[str, Any]:
     """Return the transport options by which Celery finds the primary."""
     if not url.startswith(SENTINEL):
         return {}
@@ -123,8 +124,9 @@ def _watched(settings: Settings, url: str) -> dict[str, Any]:
 def redbeat(settings: Settings) -> dict[str, Any]:
     """Return the settings by which celery-redbeat finds the ledger's Redis.
 
-    The password stands apart from the URL: ``celery inspect conf`` shows the one and hides the
-    other."""
+    The password is not in the URL, because ``celery inspect conf`` shows the URL and hides the
+    options.
+    """
     url = settings.redis_url
     secured = {"redbeat_redis_use_ssl": options} if (options := tls(url)) else {}
     if not url.startswith(SENTINEL):
@@ -139,8 +141,7 @@ def _password_apart(url: str) -> tuple[str, dict[str, str]]:
     parts = urlsplit(url)
     if not parts.password:
         return url, {}
-    who, _, where = parts.netloc.rpartition("@")
-    user = who.partition(":")[0]
-    return parts._replace(netloc=f"{user}@{where}" if user else where).geturl(), {
-        "password": unquote(parts.password)
-    }
+    login, _, host = parts.netloc.rpartition("@")
+    user = login.partition(":")[0]
+    plain = parts._replace(netloc=f"{user}@{host}" if user else host).geturl()
+    return plain, {"password": unquote(parts.password)}

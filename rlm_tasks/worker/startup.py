@@ -15,7 +15,7 @@ from resilience.errors import StoreUnavailable, StoreUntrusted
 from resilience.store import masked
 from rlm_tasks.engine import message_handlers as message_handlers  # pool processes share it
 from rlm_tasks.errors import InvalidRequest
-from rlm_tasks.messaging.broker import AWAY, spoken
+from rlm_tasks.messaging.broker import AWAY, with_connection
 from rlm_tasks.messaging.queue_names import queue_names
 from rlm_tasks.operations import registry
 from rlm_tasks.worker import control as control  # its commands register themselves
@@ -64,7 +64,7 @@ def _refuse_untrusted(app: Celery) -> None:
             app.rlm_runtime().ledger.store.check()
         if app.conf.broker_use_ssl:
             with app.connection_for_read() as connection:
-                spoken(connection, lambda _: None)
+                with_connection(connection, lambda _: None)
     except StoreUntrusted as error:
         raise SystemExit(f"Error: {error}") from None
     except (StoreUnavailable, *AWAY) as error:

@@ -9,7 +9,7 @@ from rlm_tasks import JobRequest, NWay
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.records import MERGE, ROOT, Child, Claim, Report, Split, Suspect
-from rlm_tasks.messaging.dispatch import mint
+from rlm_tasks.messaging.dispatch import new_id
 from tests.unit.harness import Platform
 
 
@@ -27,7 +27,7 @@ def spec(platform: Platform) -> JobSpec:
 
 def child(lo: int, hi: int) -> Child:
     """Return a child that fills the root's slot."""
-    return Child(mint(), lo, hi, 1, "", 0, "task", "because")
+    return Child(new_id(), lo, hi, 1, "", 0, "task", "because")
 
 
 def claimed(platform: Platform, spec: JobSpec, node: str = ROOT, token: str = "mine") -> Claim:
