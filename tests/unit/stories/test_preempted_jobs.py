@@ -69,7 +69,7 @@ class BusyPlatform(Platform):
         if self.mailbox.asked and random.random() < 0.3:
             self.supervisor.make_room(self.mailbox.asked.pop())
         if random.random() < 0.1:
-            self.supervisor._see_urgent(self.store.run(*self.supervisor._tokens()))
+            self.supervisor._see_urgent(self.store.call(*self.supervisor._tokens()))
         if random.random() < 0.2 and self.mailbox.messages and self.depth < SLOTS - 1:
             self.depth += 1
             self.step()
@@ -189,7 +189,7 @@ def test_jobs_that_yield_at_random_are_exact_and_no_node_yields_needlessly(
                 seed,
                 "nodes yield only to more urgent work",
             )
-        assert platform.store.run(*platform.supervisor._tokens()) == [0] * len(platform.queues), (
+        assert platform.store.call(*platform.supervisor._tokens()) == [0] * len(platform.queues), (
             seed,
             "no node waits",
         )
@@ -203,7 +203,7 @@ def test_a_request_for_room_during_an_exchange_is_not_lost(
     make_platform: Any, announced: dict[str, set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform = make_platform(1)
-    stock = platform.store.run
+    stock = platform.store.call
 
     def run_and_request_room(*calls: Call) -> list[Any]:
         answers = stock(*calls)
@@ -211,7 +211,7 @@ def test_a_request_for_room_during_an_exchange_is_not_lost(
         return answers
 
     with monkeypatch.context() as patch:
-        patch.setattr(platform.supervisor._ledger.store, "run", run_and_request_room)
+        patch.setattr(platform.supervisor._ledger.store, "call", run_and_request_room)
         platform.supervisor._exchange(0.0)
     assert platform.runtime.page.urgent == rank_of("critical"), "room was requested after the read"
 

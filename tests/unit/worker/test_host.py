@@ -217,7 +217,7 @@ def test_one_exchange_is_one_round_trip(machine: Machine) -> None:
         trips.append(1),
         pipelined(*args, **kwargs),
     )[1]  # type: ignore[method-assign]
-    machine.platform.store.run(*machine.host.exchange())
+    machine.platform.store.call(*machine.host.exchange())
     assert len(trips) == 2, "one, and one more for scripts that the server does not have yet"
     trips.clear()
     machine.platform.store.call(*machine.host.exchange())
@@ -319,7 +319,7 @@ def test_the_host_gives_the_order_of_queues_its_ages_and_slots(machine: Machine)
 
 
 def test_the_slots_of_all_workers_are_received(machine: Machine) -> None:
-    machine.platform.store.run(machine.runtime.slots.publish("another", 6, 0, ["unit.normal"]))
+    machine.platform.store.call(machine.runtime.slots.publish("another", 6, 0, ["unit.normal"]))
     machine.measure()
     machine.exchange()
     assert machine.page.slots == 10
