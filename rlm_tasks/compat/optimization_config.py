@@ -1,9 +1,9 @@
-"""The 28 keys of source document 2, and what each of them sets on this platform.
+"""The 28 configuration keys of other orchestrators, each mapped to a setting of this platform.
 
-Decides what a key stands for, and says so of those that stand for nothing.  A configuration is a
-record that may hold anything: what is wrong with it is told when it is asked, and what it sets
-holds in workers that are started with its variables.  Refuses to change a running process, and to
-know what a setting is used for."""
+Users and `rlm config optimization` call it.  A key sets an environment variable, or has the reason
+why it sets none.  A configuration is checked only by `validate`, and works in processes that start
+with its variables; running processes do not change.  Begin with `OptimizationConfig`.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from rlm_tasks.client.performance_stats import _CACHE
 from rlm_tasks.errors import InvalidRequest, InvalidSettings
 from rlm_tasks.settings.document import document_of
 
-_POOL = "pool processes are what is reused here, and nothing is allocated for each step that a pool of objects could save"
-_UNSAID = "of breakers that say nothing else"
+_POOL = "pool processes are reused instead, and a step allocates no objects that a pool could reuse"
+_DEFAULT = "for breakers that declare no other value"
 _BATCHED = "spans always leave a worker in batches"
 
-Told = Callable[[Any], str | None]
+Text = Callable[[Any], str | None]
+"""Returns the text of a value in an environment variable; None where it sets nothing."""
 
 
 def _json(value: Any) -> str:
@@ -46,51 +47,53 @@ def _key(
     default: Any,
     *,
     sets: str = "",
-    told: Told = _json,
+    text: Text = _json,
     why: str = "",
     least: float = -math.inf,
     most: float = math.inf,
 ) -> Any:
-    """Declare a key: the variable it `sets` and how a value is `told` there, or `why` it sets none;
-    and its bounds.
+    """Declare a key with its bounds.
+
+    `sets` is its variable and `text` makes the variable's value; or `why` has the reason for none.
     """
     return field(
         default=default,
-        metadata={"sets": sets, "told": told, "why": why, "least": least, "most": most},
+        metadata={"sets": sets, "text": text, "why": why, "least": least, "most": most},
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What one key comes to."""
+    """The effect of one key."""
 
     key: str
     value: Any
     sets: str  # VARIABLE=value; '' when it sets nothing
-    why: str  # the reason when it sets nothing, or what stands beside it
+    why: str  # the reason if it sets nothing, else a note
 
 
 @dataclass(kw_only=True)
 class OptimizationConfig:
-    """The keys of source document 2, with its defaults; attributes may be changed.
+    """The keys that other orchestrators use, with their defaults there; attributes may be changed.
 
-    Raises InvalidRequest, naming the nearest, for a key that does not exist.  Values are not looked
-    at before `validate`."""
+    An unknown key raises InvalidRequest, which names the nearest one.  Only `validate` checks
+    values.
+    """
 
     enable_object_pool: bool = _key(True, why=_POOL)
     object_pool_max_size: int = _key(50, why=_POOL, least=1)
     object_pool_cleanup_threshold: float = _key(0.9, why=_POOL, least=0, most=1)
     enable_context_optimization: bool = _key(
-        True, why="an item's context is made of its node's: none is copied or merged"
+        True, why="an item's context is made from its node's; no context is copied or merged"
     )
     enable_memory_optimization: bool = _key(
-        True, sets="RLM_PRESSURE__ENABLED", why="pressure of memory, and of CPU with it"
+        True, sets="RLM_PRESSURE__ENABLED", why="pressure of memory, and of CPU too"
     )
     enable_step_optimization: bool = _key(
         True, why="an operation is analysed once, when it is declared"
     )
     enable_algorithm_optimization: bool = _key(
-        True, why="packing is always the fast one: MessagePack, compressed if it pays"
+        True, why="packing is always fast: MessagePack, compressed where that saves space"
     )
     enable_concurrency_optimization: bool = _key(
         True,
@@ -100,12 +103,12 @@ class OptimizationConfig:
     max_concurrent_executions: int | None = _key(
         None,
         sets="RLM_SLOTS",
-        told=_or_zero,
-        why="of each worker; 0: as many as it has CPUs",
+        text=_or_zero,
+        why="pool processes of each worker; 0: one for each CPU",
         least=1,
     )
     enable_optimized_telemetry: bool = _key(
-        True, why=f"{_BATCHED}; `RLM_TRACING__ENABLED` says whether there are any"
+        True, why=f"{_BATCHED}; `RLM_TRACING__ENABLED` turns them on"
     )
     enable_performance_monitoring: bool = _key(
         True, sets="RLM_SNAPSHOTS__ENABLED", why="beat must run"
@@ -120,17 +123,17 @@ class OptimizationConfig:
     telemetry_flush_interval_seconds: float = _key(
         30.0,
         sets="OTEL_BSP_SCHEDULE_DELAY",
-        told=_milliseconds,
+        text=_milliseconds,
         why="OpenTelemetry's own variable, in ms",
         least=0.001,
     )
     enable_optimized_error_handling: bool = _key(
         True,
         sets="RLM_FAULT_PATTERNS",
-        told=_zero_when_off,
-        why="on: as many faults are kept as `error_cache_size` says",
+        text=_zero_when_off,
+        why="if on, `error_cache_size` is the number of faults that are kept",
     )
-    enable_circuit_breaker: bool = _key(True, sets="RLM_BREAKERS__ENABLED", why="of every breaker")
+    enable_circuit_breaker: bool = _key(True, sets="RLM_BREAKERS__ENABLED", why="for all breakers")
     error_cache_size: int = _key(
         50,
         sets="RLM_FAULT_PATTERNS",
@@ -138,35 +141,35 @@ class OptimizationConfig:
         least=1,
     )
     circuit_breaker_failure_threshold: int = _key(
-        10, sets="RLM_BREAKERS__FAILURE_THRESHOLD", why=_UNSAID, least=1
+        10, sets="RLM_BREAKERS__FAILURE_THRESHOLD", why=_DEFAULT, least=1
     )
     circuit_breaker_recovery_timeout_seconds: float = _key(
-        60, sets="RLM_BREAKERS__RECOVERY_TIMEOUT_S", why=_UNSAID, least=0.001
+        60, sets="RLM_BREAKERS__RECOVERY_TIMEOUT_S", why=_DEFAULT, least=0.001
     )
     enable_cache_optimization: bool = _key(False, why=_CACHE)
     cache_compression: bool = _key(False, why=_CACHE)
     cache_ttl_seconds: float = _key(7200, why=_CACHE, least=0.001)
     cache_max_size: int = _key(500, why=_CACHE, least=1)
     slow_execution_threshold_ms: float = _key(
-        1000.0, sets="RLM_ALERTS__SLOW_EXECUTION_MS", why="of one item", least=0.001
+        1000.0, sets="RLM_ALERTS__SLOW_EXECUTION_MS", why="time of one item", least=0.001
     )
     memory_pressure_threshold_mb: float = _key(
-        500.0, sets="RLM_ALERTS__MEMORY_MB", why="of one pool process", least=0.001
+        500.0, sets="RLM_ALERTS__MEMORY_MB", why="memory of one pool process", least=0.001
     )
     cpu_usage_threshold_percent: float = _key(
         80.0,
         sets="RLM_ALERTS__CPU_PCT",
-        why="of a host: it is told, nothing is left out for it",
+        why="CPU of a host; it raises an alert, and no work is left out",
         least=0.001,
         most=100,
     )
     enable_automatic_optimization: bool = _key(
-        False, why="nothing here changes a setting by itself"
+        False, why="the platform never changes a setting by itself"
     )
     optimization_analysis_interval_seconds: float = _key(
         60.0,
         sets="RLM_SNAPSHOTS__EVERY_S",
-        why="how often operations are compared with their past",
+        why="time between two comparisons of operations with their past",
         least=0.001,
     )
     performance_degradation_threshold: float = _key(
@@ -188,24 +191,27 @@ class OptimizationConfig:
         object.__setattr__(self, name, value)
 
     def validate(self) -> list[str]:
-        """Return what is wrong, a sentence for each mistake; none when it can be used."""
-        wrong = [
-            issue
+        """Return a sentence for each mistake; none when the configuration can be used."""
+        mistakes = [
+            mistake
             for each in dataclasses.fields(self)
-            if (issue := _wrong(each, getattr(self, each.name)))
+            if (mistake := _mistake(each, getattr(self, each.name)))
         ]
-        return [*wrong, *self._contradictions()]
+        return [*mistakes, *self._contradictions()]
 
     def _contradictions(self) -> Iterator[str]:
         if self.cache_compression is True and self.enable_cache_optimization is False:
-            yield "cache_compression=True: there is no cache to compress; set enable_cache_optimization=True, or leave it out"
+            yield (
+                "cache_compression=True: there is no cache to compress; set "
+                "enable_cache_optimization=True, or leave it out"
+            )
         if (
             self.enable_automatic_optimization is True
             and self.enable_performance_monitoring is False
         ):
             yield (
-                "enable_automatic_optimization=True: nothing is measured to go by; set enable_performance_monitoring=True, "
-                "or leave it out"
+                "enable_automatic_optimization=True: it needs measurements; set "
+                "enable_performance_monitoring=True, or leave it out"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -213,18 +219,17 @@ class OptimizationConfig:
         return dataclasses.asdict(self)
 
     def export_config(self, format: str = "json") -> str:
-        """Return all keys as a document.  Raises InvalidRequest for another format than
-        ``json``.
-        """
+        """Return all keys as JSON.  Raises InvalidRequest for another format than ``json``."""
         _refuse_format(format)
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def import_config(cls, text: str | bytes, format: str = "json") -> OptimizationConfig:
-        """Return what a document says; keys that it leaves out are at their defaults.
+        """Return the configuration of a document; keys that it lacks keep their defaults.
 
-        Raises InvalidSettings for what is no JSON object or has unknown keys; wrong values are told
-        by `validate`."""
+        Raises InvalidSettings for other texts than a JSON object, and for unknown keys; `validate`
+        checks the values.
+        """
         _refuse_format(format)
         document = document_of(text)
         if unknown := [
@@ -236,32 +241,31 @@ class OptimizationConfig:
         return cls(**document)
 
     def as_environment(self) -> dict[str, str]:
-        """Return the variables that make workers and clients behave so.  Raises InvalidSettings
-        with what `validate` tells.
+        """Return the variables to start workers and clients with.
+
+        Raises InvalidSettings with the sentences of `validate`.
         """
         return {variable: value for _, variable, value in self._settings()}
 
     def _settings(self) -> Iterator[tuple[str, str, str]]:
-        """Yield key, variable and value; of two keys of one variable the first that says
-        something.
-        """
+        """Yield key, variable and value; of two keys for one variable, the first with a value."""
         if issues := self.validate():
             raise InvalidSettings(issues)
-        said: set[str] = set()
+        done: set[str] = set()
         for each in dataclasses.fields(self):
             variable = each.metadata["sets"]
             if (
                 variable
-                and variable not in said
-                and (value := each.metadata["told"](getattr(self, each.name))) is not None
+                and variable not in done
+                and (value := each.metadata["text"](getattr(self, each.name))) is not None
             ):
-                said.add(variable)
+                done.add(variable)
                 yield each.name, variable, value
 
     def effects(self) -> list[Effect]:
-        """Return what each key sets, or why it sets nothing, in the order of the document.
+        """Return the effect of each key, in the order of the keys.
 
-        Raises InvalidSettings with what `validate` tells.
+        Raises InvalidSettings with the sentences of `validate`.
         """
         sets = {key: f"{variable}={value}" for key, variable, value in self._settings()}
         return [
@@ -273,7 +277,7 @@ class OptimizationConfig:
 
 
 def _unknown(config: type[OptimizationConfig], name: str) -> str:
-    """Return what to do about a key that does not exist, '' when it does."""
+    """Return advice about a key that does not exist; '' for a known key."""
     known = [each.name for each in dataclasses.fields(config)]
     if name in known:
         return ""
@@ -302,8 +306,8 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _wrong(key: Field[Any], value: Any) -> str:
-    """Return what is wrong with one value and what would do, '' when nothing is."""
+def _mistake(key: Field[Any], value: Any) -> str:
+    """Return a sentence on an invalid value, with the valid ones; '' for a valid value."""
     name, _, optional = str(key.type).partition(" | ")
     types, kind = _KINDS[name]
     bounds = [
@@ -321,4 +325,5 @@ def _wrong(key: Field[Any], value: Any) -> str:
     ):
         return ""
     none = ", or none" if optional else ""
-    return f"{key.name}={value!r}: must be {kind}{', ' if bounds else ''}{' and '.join(bounds)}{none}; {key.default!r} is the default"
+    valid = f"{kind}{', ' if bounds else ''}{' and '.join(bounds)}{none}"
+    return f"{key.name}={value!r}: must be {valid}; {key.default!r} is the default"

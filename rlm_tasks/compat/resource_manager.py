@@ -1,8 +1,9 @@
-"""The hooks of source document 1, for an orchestrator that runs executors in its own process.
+"""Hooks for an orchestrator that runs executors in its own process.
 
-Decides nothing: breakers, pressure, policies, metrics and alerts are those of the platform, which
-workers use as well; this gives them the names that document 1 has for them.  An executor's id is
-the name of its breaker and of its metrics. Refuses to know what an executor computes."""
+Users who migrate call `create_resource_manager` or `integrate_with_orchestrator`; the names are
+those of other orchestrators.  Breakers, pressure, policies, metrics and alerts are the platform's,
+shared with its workers.  An executor's id is the name of its breaker and of its metrics.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ AlertCallback = Callable[[ResourcePressureEvent], object]
 
 
 class AdaptiveResourceManager:
-    """What an orchestrator asks before, while and after it runs an executor."""
+    """Pressure, breakers and metrics for an orchestrator that runs executors."""
 
     def __init__(
         self,
@@ -52,10 +53,10 @@ class AdaptiveResourceManager:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         memory_mb: Callable[[], float] = resident_mb,
     ) -> None:
-        """Without a client it is the platform that the environment names.
+        """Without a `client`, the environment names the platform.
 
-        `alerts` and `alert_callback` are told when the pressure that this manager acts on has
-        changed."""
+        `alerts` and `alert_callback` receive an event when the pressure of this manager changes.
+        """
         self.resource_limits = resource_limits or ResourceLimits()
         self._client = client or _default()
         self._guards = enable_circuit_breakers and store_settings().breakers.enabled
@@ -67,27 +68,26 @@ class AdaptiveResourceManager:
         }
         self._policies = Policies(AllocationSettings(**workers))
         self._running: Counter[str] = Counter()
-        self._known: set[str] = set()  # executors that were run here
-        self._seen = Level.NORMAL
+        self._known: set[str] = set()  # executors that have run here
+        self._reported = Level.NORMAL
 
     # --- pressure and allocation ---------------------------------------------------------------
 
     @property
     def current_pressure(self) -> str:
-        """The pressure to act on, by its name: ``high``."""
-        return self._look().label
+        """The name of the pressure level to act on, such as ``high``."""
+        return self._report_level().label
 
     def register_allocation_policy(self, policy: ResourceAllocationPolicy) -> None:
-        """Let a policy hold in this process; workers read theirs from the file that
-        RLM_ALLOCATION__POLICIES names.
+        """Set a policy for this process.
+
+        Workers read their policies from the file of RLM_ALLOCATION__POLICIES.
         """
         self._policies.register(policy)
 
     def worker_budget(self, executor_id: str) -> int:
-        """Return how many of an executor may run at once under the pressure there is, within the
-        resource limits.
-        """
-        return self._budget(executor_id, self._look())
+        """Return the number of an executor's runs allowed at once, by pressure and limits."""
+        return self._budget(executor_id, self._report_level())
 
     def _budget(self, executor_id: str, level: Level) -> int:
         policy, limits = self._policies.of(executor_id), self.resource_limits
@@ -100,32 +100,34 @@ class AdaptiveResourceManager:
         )
 
     def constrained(self, context: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a copy of a context that tells the pressure to `ResourceConstraints`."""
-        level = self._look()
+        """Return a copy of a context with the pressure level, which `ResourceConstraints` reads."""
+        level = self._report_level()
         return {**context, "pressure_level": level.label} if self._degrades else dict(context)
 
     # --- breakers ------------------------------------------------------------------------------
 
     @property
     def circuit_breakers(self) -> dict[str, CircuitBreaker]:
-        """The breakers of the platform, by name: state, failure_count, last_failure_time.  Raises
-        StoreUnavailable.
+        """The breakers of the platform by name: state, failure_count, last_failure_time.
+
+        Raises StoreUnavailable.
         """
         breakers = self._client.breakers
         return {name: breakers.get(name) for name in breakers.names()} if self._guards else {}
 
     def can_execute(self, executor_id: str) -> tuple[bool, str]:
-        """Say whether an executor would be run now, and why not."""
+        """Return whether an executor may run now, and the reason if not."""
         return self._client.breakers.can_execute(executor_id) if self._guards else (True, "")
 
     def reset_circuit_breaker(self, executor_id: str) -> bool:
-        """Close the breaker of an executor; false when there is none.  Raises StoreUnavailable."""
+        """Close the breaker of an executor; return False without one.  Raises StoreUnavailable."""
         known = self._guards and executor_id in self._client.breakers.names()
         return known and bool(self._client.breakers.reset(executor_id))
 
     def reset_all_circuit_breakers(self) -> dict[str, bool]:
-        """Close all breakers of the platform, also those of its services.  Raises
-        StoreUnavailable.
+        """Close all breakers of the platform, also those of its services.
+
+        Raises StoreUnavailable.
         """
         return dict.fromkeys(self._client.breakers.reset(), True) if self._guards else {}
 
@@ -135,8 +137,8 @@ class AdaptiveResourceManager:
     def executing(self, executor_id: str) -> Generator[None, None, None]:
         """Guard and measure one execution of a block of code.  Raises CircuitOpen.
 
-        Its memory is what this process occupies when it has ended.  One that is cancelled is not
-        counted."""
+        Its memory is the size of this process at its end.  A cancelled execution is not counted.
+        """
         self._known.add(executor_id)
         with self._client.breakers.get(executor_id).calling() if self._guards else nullcontext():
             began = self._clock()
@@ -156,8 +158,9 @@ class AdaptiveResourceManager:
         )
 
     def get_executor_metrics(self, executor_id: str) -> dict[str, Any]:
-        """Return what executions of an executor came to, in the words of source document 1.  Raises
-        StoreUnavailable.
+        """Return counts, times and memory of an executor, with its breaker's state.
+
+        The keys are those that other orchestrators use.  Raises StoreUnavailable.
         """
         breaker = str(self._client.breakers.get(executor_id).state) if self._guards else CLOSED
         return {**self._client.usage.of(executor_id).to_dict(), "circuit_breaker_state": breaker}
@@ -165,10 +168,11 @@ class AdaptiveResourceManager:
     # --- status --------------------------------------------------------------------------------
 
     def get_resource_status(self) -> dict[str, Any]:
-        """Return the platform's status, and what is known of the executors that were run here.
+        """Return the platform's status, and the metrics of executors that have run here.
+
         Raises StoreUnavailable.
         """
-        level, known = self._look(), sorted(self._known)
+        level, known = self._report_level(), sorted(self._known)
         return {
             **self._client.status().to_dict(),
             "current_pressure": level.label,
@@ -185,15 +189,15 @@ class AdaptiveResourceManager:
 
     # --- alerts --------------------------------------------------------------------------------
 
-    def _look(self) -> Level:
-        """Return the pressure, and tell of it when it has changed since it was looked at last."""
-        level, before = self._level(), self._seen
+    def _report_level(self) -> Level:
+        """Return the pressure level; publish an event if it has changed since the last call."""
+        level, before = self._level(), self._reported
         if level != before and (self._alerts or self._callback):
-            self._seen = level
+            self._reported = level
             try:
-                self._tell(self._event(level))
+                self._publish(self._event(level))
             except StoreUnavailable:
-                self._seen = before  # told as soon as Redis answers
+                self._reported = before  # the event follows when Redis answers
         return level
 
     def _level(self) -> Level:
@@ -220,18 +224,18 @@ class AdaptiveResourceManager:
             message=f"pressure is {level.label}",
         )
 
-    def _tell(self, event: ResourcePressureEvent) -> None:
+    def _publish(self, event: ResourcePressureEvent) -> None:
         if self._alerts:
             self._alerts.process_event(event)
         if self._callback:
             try:
                 self._callback(event)
             except Exception:
-                logger.exception("the alert callback failed: %s", event.message)
+                logger.exception("The alert callback failed: %s", event.message)
 
 
 class ResourceAwareExecutor:
-    """A method executor behind the platform's breakers, told of its pressure, and measured."""
+    """A method executor with the platform's breakers, pressure and measurements."""
 
     def __init__(self, method_executor: Any, resource_manager: AdaptiveResourceManager) -> None:
         run = getattr(method_executor, "execute", method_executor)
@@ -246,14 +250,13 @@ class ResourceAwareExecutor:
     async def execute_with_resource_management(
         self, executor_id: str, context: Mapping[str, Any], **kwargs: Any
     ) -> Any:
-        """Run an executor, and return what it returns; raises what it raises, or CircuitOpen
-        instead of running it.
+        """Run an executor and return its result; a plain function runs in the caller's thread.
 
-        A plain function runs in the caller's thread.
+        Raises the executor's errors, or CircuitOpen without running it.
         """
         with self._manager.executing(executor_id):
-            found = self._run(executor_id, self._manager.constrained(context), **kwargs)
-            return await found if inspect.isawaitable(found) else found
+            result = self._run(executor_id, self._manager.constrained(context), **kwargs)
+            return await result if inspect.isawaitable(result) else result
 
 
 # --- the hooks --------------------------------------------------------------------------------
@@ -267,10 +270,11 @@ def create_resource_manager(
     alert_callback: AlertCallback | None = None,
     client: Client | None = None,
 ) -> tuple[AdaptiveResourceManager, Alerts | None]:
-    """Return a manager, and the platform's alerts, None when they are not enabled.
+    """Return a manager and the platform's alerts, or None without `enable_alerts`.
 
-    `alert_callback` is called with a ResourcePressureEvent when the pressure has changed.  Without
-    a `client` it is the platform that the environment names."""
+    `alert_callback` receives a ResourcePressureEvent when the pressure changes.  Without a
+    `client`, the environment names the platform.
+    """
     client = client or _default()
     alerts = client.alerts if enable_alerts else None
     manager = AdaptiveResourceManager(
@@ -285,10 +289,10 @@ def create_resource_manager(
 
 
 def integrate_with_orchestrator(orchestrator: Any, **options: Any) -> None:
-    """Give an orchestrator its `resource_manager` and `alert_manager`; options are those of
-    `create_resource_manager`.
+    """Set `resource_manager` and `alert_manager` of an orchestrator.
 
-    Its own `resource_limits` hold unless others are given.
+    `options` are those of `create_resource_manager`; `resource_limits` are by default the
+    orchestrator's own.
     """
     options.setdefault("resource_limits", getattr(orchestrator, "resource_limits", None))
     orchestrator.resource_manager, orchestrator.alert_manager = create_resource_manager(**options)
@@ -297,24 +301,26 @@ def integrate_with_orchestrator(orchestrator: Any, **options: Any) -> None:
 def wrap_method_executor(
     method_executor: Any, resource_manager: AdaptiveResourceManager
 ) -> ResourceAwareExecutor:
-    """Return an executor's runner behind the manager: a function, or an object with
-    ``execute(executor_id, context)``.
+    """Return a method executor that runs under a manager.
 
-    Raises InvalidValue for anything else.
+    It may be a function, or an object with ``execute(executor_id, context)``.  Raises InvalidValue
+    for anything else.
     """
     return ResourceAwareExecutor(method_executor, resource_manager)
 
 
 def get_resource_status(orchestrator: Any) -> dict[str, Any]:
-    """Return `AdaptiveResourceManager.get_resource_status` of an orchestrator.  Raises
-    InvalidValue, StoreUnavailable.
+    """Return the answer of `AdaptiveResourceManager.get_resource_status` for an orchestrator.
+
+    Raises InvalidValue, StoreUnavailable.
     """
     return _manager_of(orchestrator).get_resource_status()
 
 
 def reset_circuit_breakers(orchestrator: Any) -> dict[str, bool]:
-    """Close all breakers; return name -> whether it was closed.  Raises InvalidValue,
-    StoreUnavailable.
+    """Close all breakers; return name -> whether it was closed.
+
+    Raises InvalidValue, StoreUnavailable.
     """
     return _manager_of(orchestrator).reset_all_circuit_breakers()
 

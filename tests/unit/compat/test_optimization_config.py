@@ -136,7 +136,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(change: Any) -> None:
         (
             {"enable_automatic_optimization": True, "enable_performance_monitoring": False},
             (
-                "enable_automatic_optimization=True: nothing is measured to go by; set "
+                "enable_automatic_optimization=True: it needs measurements; set "
                 "enable_performance_monitoring=True"
             ),
         ),
@@ -192,7 +192,7 @@ def test_a_document_may_omit_keys() -> None:
     ("text", "message"),
     [
         ("{", "the configuration is not JSON"),
-        ("[1]", "the configuration is list; give an object"),
+        ("[1]", "the configuration is list; it must be a JSON object"),
         (
             '{"cache_size": 1, "zz": 2}',
             (

@@ -377,7 +377,7 @@ def test_a_failing_callback_fails_no_execution(
 
     with caplog.at_level(logging.ERROR):
         assert run(executor) == "done"
-    assert "the alert callback failed: pressure is high" in caplog.text
+    assert "The alert callback failed: pressure is high" in caplog.text
 
 
 def test_a_change_without_redis_is_reported_when_it_answers(client: FakeClient) -> None:
