@@ -1,12 +1,14 @@
-"""Identical calls of all processes are made once while one is in flight, and what they gave may be
-kept.
+"""Single flight: one of several identical calls is made, and its value serves all of them.
 
-Decides who makes a call, who waits for it, and whom its value serves: those who began before it
-landed, and those who asked for what is kept, in a cache that all share or as a memo of their own.
-Whoever begins later makes the call again: nothing is cached unasked.  Refuses to know what is
-called; a key is a digest that its caller made, a value is bytes.
+Calls to models use it, over all processes.  Begin with `SingleFlight.begin`.  A key is a digest
+made by the caller, a value is bytes.
 
-In one process this is Go's ``singleflight``; the lease is what many need, because a holder may die.
+A value serves the callers that began before it landed.  It also serves later callers that ask for a
+cache, which all share, or for a memo of their own.  Without these, a later caller makes the call
+again: nothing is cached unasked.
+
+In one process this is Go's ``singleflight``.  Over many processes the holder of a call has a lease,
+because it may die.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from resilience.keys import Keys
 from resilience.store import Call, Script, Store
 
 LOOK_AGAIN_S = 0.05
-"""More or less by a fifth, so that those who wait do not all look at once."""
+"""Time between two polls of a waiter, up to a fifth more or less, so that waiters spread out."""
 _BEGIN, _LOOK, _LAND, _ABANDON = (
     Script.load("resilience", f"flight_{verb}", prelude="flight")
     for verb in ("begin", "look", "land", "abandon")
@@ -33,27 +35,29 @@ _FORGET = Script.load("resilience", "flight_forget")
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """One caller's part in a call: it is the caller's to make (``mine``), others make it, or its
-    value is there (``landed``).
+    """One caller's part in a call.
+
+    ``mine``: this caller makes the call.  ``others``: another one does.  ``landed``: its value is
+    there.
     """
 
     key: str
     id: str
     state: Literal["mine", "others", "landed"] = "mine"
     value: bytes = field(default=b"", repr=False)  # once it has landed
-    source: Literal["", "memo", "cache", "flight"] = ""  # where the value was found
-    wait_s: float = 0.0  # until it is worth another look, while others make it
-    seen: str = ""  # the last landing when it began
-    by: str = ""  # on whose behalf
-    again: bool = False  # who made it before did so on the same behalf, and is gone
+    source: Literal["", "memo", "cache", "flight"] = ""  # the place of the value
+    wait_s: float = 0.0  # seconds until the next poll, while others make the call
+    seen: str = ""  # id of the last landing when this caller began
+    by: str = ""  # the owner for which the call is made
+    again: bool = False  # taken over from an earlier holder of the same owner, which is gone
 
 
 class SingleFlight:
-    """Calls by their keys; the same name on the same store is the same, in every process."""
+    """Calls by key.  The same name on the same store means the same calls, in every process."""
 
     def __init__(self, name: str, store: Store, *, lease_s: float = 120.0) -> None:
-        """Who makes a call is given up after `lease_s` seconds: let it be longer than any call.
-        Raises InvalidValue.
+        """After `lease_s` seconds another caller may make the call, so let it be longer than any
+        call.  Raises InvalidValue.
         """
         if not lease_s > 0:
             raise InvalidValue("lease_s", lease_s, "must be above 0, and longer than any call")
@@ -63,12 +67,16 @@ class SingleFlight:
     # --- asking --------------------------------------------------------------------------------
 
     def begin(self, key: str, *, cached: bool = False, memo: str = "", by: str = "") -> Flight:
-        """Ask for a call, in one round trip: what a memo of this name holds, or (`cached`) the
-        cache, else a flight.
+        """Return a flight, in one round trip: with the value of a memo or the cache if one has it.
 
-        Who is told ``mine`` makes the call, then calls `land` or `abandon`; so does everybody while
-        Redis is away.  `by` says on whose behalf: of those only one can be at it, so who asks again
-        takes over from itself, and waits for no lease."""
+        `memo` names a memo, `cached` allows the cache; the memo is read first.  On ``mine`` the
+        caller makes the call, then calls `land` or `abandon`.  While Redis is away every caller
+        gets ``mine``.
+
+        `by` names the owner of the call, such as an item, of which only one process can run at a
+        time.  So a second caller with the same owner takes over at once, without waiting for the
+        lease of the first.
+        """
         made, landed, cache, memo_key = self._keys.flight(self.name, key, memo)
         kept = ({"memo": memo_key} if memo else {}) | ({"cache": cache} if cached else {})
         id = secrets.token_hex(8)
@@ -80,23 +88,27 @@ class SingleFlight:
         )
 
     def look(self, flight: Flight) -> Flight:
-        """Look again at a flight of ``others``: has it landed, and if its holder gave up or died,
-        is it ``mine`` now?
+        """Poll a flight of ``others`` and return its state.
+
+        It is ``landed`` when the value is there, and ``mine`` if its holder gave up or died.
         """
         made, landed, *_ = self._keys.flight(self.name, flight.key)
-        told = (flight.id, self._lease_ms, flight.by, flight.seen)
-        return self._asked(flight.key, flight.id, flight.by, Call(_LOOK, (made, landed), told))
+        args = (flight.id, self._lease_ms, flight.by, flight.seen)
+        return self._asked(flight.key, flight.id, flight.by, Call(_LOOK, (made, landed), args))
 
     def _asked(self, key: str, id: str, by: str, call: Call) -> Flight:
         try:
-            [[state, found, source]] = self._store.call(call, on_outage="answer")
+            [[state, value_or_landing, source]] = self._store.call(call, on_outage="answer")
         except StoreUnavailable:
-            return Flight(key, id)  # made twice is better than not at all
+            return Flight(key, id)  # to make a call twice is better than not at all
         if state == b"landed":
-            return Flight(key=key, id=id, state="landed", value=found, source=source.decode())
+            return Flight(
+                key=key, id=id, state="landed", value=value_or_landing, source=source.decode()
+            )
         if state == b"others":
             wait_s = LOOK_AGAIN_S * self._store.random.uniform(0.8, 1.2)
-            return Flight(key, id, "others", wait_s=wait_s, seen=found.decode(), by=by)
+            seen = value_or_landing.decode()
+            return Flight(key, id, "others", wait_s=wait_s, seen=seen, by=by)
         return Flight(key, id, by=by, again=state == b"again")
 
     # --- ending --------------------------------------------------------------------------------
@@ -110,11 +122,12 @@ class SingleFlight:
         memo: str = "",
         memo_ttl_s: float = 0,
     ) -> None:
-        """Tell the value to those who wait (for 60 s), and keep it where asked, for so many
-        seconds; else it is not stored.
+        """Give the value to the waiters, and keep it in the cache or a memo if asked.
 
-        It may come late, when somebody else has begun to make the call.  The value of a flight that
-        has ``landed`` before is only kept.  While Redis is away it is lost.  Raises InvalidValue.
+        Waiters can read it for 60 s.  It is kept for `cache_ttl_s` in the cache, for `memo_ttl_s`
+        in the memo, and not stored without them.  It may be late: another caller may already make
+        the call.  The value of a flight that was ``landed`` is only kept.  While Redis is away the
+        value is lost.  Raises InvalidValue.
         """
         with suppress(StoreUnavailable):
             self._store.call(
@@ -133,22 +146,22 @@ class SingleFlight:
         memo: str = "",
         memo_ttl_s: float = 0,
     ) -> Call:
-        """Return what `land` does, to share a round trip with others."""
+        """Return the call that lands a value, see `land`, for a round trip with others."""
         made, landed, cache, memo_key = self._keys.flight(self.name, flight.key, memo)
         kept = {memo_key: _ms("memo_ttl_s", memo_ttl_s)} if memo else {}
         if cache_ttl_s:
             kept[cache] = _ms("cache_ttl_s", cache_ttl_s)
-        news = "" if flight.state == "landed" else flight.id
-        return Call(_LAND, (made, landed, *kept), (news, value, *kept.values()))
+        landing_id = "" if flight.state == "landed" else flight.id
+        return Call(_LAND, (made, landed, *kept), (landing_id, value, *kept.values()))
 
     def abandon(self, flight: Flight) -> None:
-        """Leave the call to whoever looks or begins next: it failed, or cannot be made now."""
+        """Leave the call to the next caller: it failed, or cannot be made now."""
         made, landed, *_ = self._keys.flight(self.name, flight.key)
         with suppress(StoreUnavailable):
             self._store.call(Call(_ABANDON, (made, landed), (flight.id,)), on_outage="answer")
 
     def forgetting(self, memos: Sequence[tuple[str, str]]) -> list[Call]:
-        """Return what drops memos, (key, memo) each, to share a round trip with others."""
+        """Return the calls that drop memos, each a (key, memo), for a round trip with others."""
         return [
             Call(_FORGET, (self._keys.flight(self.name, key, memo)[3],), ()) for key, memo in memos
         ]
@@ -156,5 +169,5 @@ class SingleFlight:
 
 def _ms(name: str, seconds: float) -> int:
     if not seconds > 0:
-        raise InvalidValue(name, seconds, "must be above 0: nothing is kept for ever")
+        raise InvalidValue(name, seconds, "must be above 0: no value is kept for ever")
     return math.ceil(seconds * 1000)

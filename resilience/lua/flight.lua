@@ -1,22 +1,25 @@
 -- uses: clock
 -- The shared steps of a single flight.  KEYS: made, landed.
 --
--- made:    holder  who makes the call    till   ms at which its lease ends    waiting  how many wait for a value
---          by  on whose behalf
--- landed:  id      who landed last       value
--- Who waits has seen which landing was the last when it began: any other is news to it, whoever landed it.
+-- made:    holder   id of the caller that makes the call
+--          till     ms at which its lease ends
+--          waiting  number of callers that wait for a value
+--          by       the owner for which the call is made
+-- landed:  id       id of the last landing
+--          value
+-- A waiter knows the id of the last landing when it began; any other id is a new value for it.
 local made, landed, call = KEYS[1], KEYS[2], redis.call
 local KEEP_MS = 60000
 
--- Make the call when nobody does, or wait.  waited: 1 when who asks is counted among those who wait.  Returns 'mine', 'others',
--- or 'again': who made it did so on the same behalf, and is gone.
+-- Make the call when no caller does, or wait.  waited: 1 when the caller is counted in `waiting` already.
+-- Returns 'mine', 'others', or 'again': mine, taken over from an earlier holder with the same owner.
 local function make_or_wait(id, lease_ms, by, waited)
   local now = now_ms()
   local m = call('HMGET', made, 'holder', 'till', 'waiting', 'by')
   local waiting = tonumber(m[3] or '0')
   local again = m[1] and by ~= '' and m[4] == by
   if m[1] and now < tonumber(m[2]) and not again then
-    -- Who slept through a landing is counted no more: at least one is, as long as somebody looks.
+    -- A waiter that missed a landing is not counted; while any waiter polls, at least one is counted.
     if waited == 0 or waiting == 0 then call('HINCRBY', made, 'waiting', 1) end
     return 'others'
   end

@@ -1,5 +1,6 @@
--- Begin.  KEYS: ..., where the value may be kept.  ARGV: id, lease ms, on whose behalf, then what each of those is called.
--- Returns {'landed', value, what has it} or {'mine' | 'again' | 'others', last landing, ''}.
+-- Begin.  KEYS: ..., then each place that may hold the value (a memo, the cache).
+-- ARGV: id, lease ms, owner, then the name of each place.
+-- Returns {'landed', value, name of its place} or {'mine' | 'again' | 'others', id of the last landing, ''}.
 for i = 3, #KEYS do
   local value = call('GET', KEYS[i])
   if value then return {'landed', value, ARGV[i + 1]} end

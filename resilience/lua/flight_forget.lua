@@ -1,2 +1,2 @@
--- Drop what is kept.  KEYS: it.
+-- Drop a memo.  KEYS[1]: memo.
 redis.call('DEL', KEYS[1])

@@ -1,5 +1,6 @@
--- Land.  KEYS: ..., where the value is kept.  ARGV: id ('': it is kept, and no news to anybody), value, then ms for each of those.
--- Who lands late serves those who wait, and leaves the call to its new holder.
+-- Land.  KEYS: ..., then each place that keeps the value (a memo, the cache).
+-- ARGV: id ('': the value is only kept, waiters do not get it), value, then ms to keep it for each place.
+-- A late landing serves the waiters, and leaves the call to its new holder.
 local m = call('HMGET', made, 'holder', 'waiting')
 if ARGV[1] ~= '' and tonumber(m[2] or '0') > 0 then
   call('HSET', landed, 'id', ARGV[1], 'value', ARGV[2])
