@@ -1,9 +1,10 @@
-"""A bulkhead that every worker shares: at most so many calls of a service in flight, over all hosts
-and on each.
+"""Bulkheads: a limit on the calls of a service in flight, over all hosts and on each host.
 
-Decides who may start a call.  A permit is leased, so that whoever dies with it gives it back; its
-limit is fixed, or moves: with what the service bears (`Aimd`), or with what is asked for
-(`Elastic`).  Refuses to know what is called."""
+The engine and users call it; begin with `Bulkhead.acquire`.  All workers share a bulkhead.
+
+A permit has a lease, so the permits of a dead process become free.  The limit is fixed, follows the
+service's answers (`Aimd`), or follows the demand (`Elastic`).
+"""
 
 from __future__ import annotations
 
@@ -33,10 +34,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 LEASE_S = 60.0
-"""A permit that was not given back by then is free: the longest a provider's call may take (source
-document 3).
-"""
-LOOK_AGAIN_S = 0.02
+"""Lease of a permit; the longest call that other orchestrators allow to a provider."""
+POLL_S = 0.02
+"""Longest time between two tries of a caller that waits for a permit."""
 _DROPS = frozenset({Category.TIMEOUT, Category.RATE_LIMITED, Category.TRANSIENT, Category.RESOURCE})
 _TAKE, _RELEASE = (
     Script.load("resilience", f"bulkhead_{verb}", prelude="bulkhead")
@@ -46,8 +46,10 @@ _TAKE, _RELEASE = (
 
 @dataclass(frozen=True, slots=True)
 class Aimd:
-    """A limit that finds what a service bears: one more while all goes well, a tenth less on
-    time-outs, 429 and 5xx.
+    """A limit that adapts to the capacity of a service, from `start` up to `most`.
+
+    It grows by one for each round of successful calls, and falls by a tenth on timeouts, 429 and
+    5xx.
     """
 
     start: float = 20.0
@@ -59,11 +61,11 @@ class Aimd:
 
 @dataclass(frozen=True, slots=True)
 class Elastic:
-    """A limit that grows from a base as far as `most` when more is asked for, and shrinks when that
-    has long ended.
+    """A limit that grows from `base` up to `most` on demand.
 
-    A memory pool of 500 MB to 2 GB with a delay of 15 min (source document 3): ``Elastic(500, 2048,
-    900)``."""
+    It shrinks to the base when the demand has been within the base for `shrink_after_s`.  A memory
+    pool of 500 MB to 2 GB with a delay of 15 min is ``Elastic(500, 2048, 900)``.
+    """
 
     base: float
     most: float
@@ -74,7 +76,7 @@ class Elastic:
 
 
 PRESETS = {"throughput": 20, "default": 10, "constrained": 5}
-"""Concurrent executions of source document 2; None finds a limit by itself: `Aimd`."""
+"""Named limits, as other orchestrators set them.  A limit of None adapts by itself: `Aimd`."""
 
 
 def _ordered(name: str, least: float, most: float) -> None:
@@ -83,8 +85,11 @@ def _ordered(name: str, least: float, most: float) -> None:
 
 
 class Permit:
-    """Leave to have one call in flight; false when there is none.  Give it back with `release`, or
-    by leaving ``with``.
+    """The permission to have one call in flight; false if it was denied.
+
+    Give it back with `release`.  `wait_s` is the time in seconds after which a denied caller may
+    retry.  `local` permits were granted while Redis was away.  If a denied permit is `noted`, its
+    waiter stands in the line.
     """
 
     def __init__(
@@ -97,21 +102,22 @@ class Permit:
         noted: bool = False,
     ) -> None:
         self._bulkhead, self.name, self.wait_s, self.local = bulkhead, name, wait_s, local
-        self.noted = noted  # denied, and its waiter stands in line
+        self.noted = noted
 
     def __bool__(self) -> bool:
         return bool(self.name)
 
     def release(self, error: BaseException | None = None) -> None:
-        """Give it back, and say how the call ended; once."""
+        """Give the permit back, with the error of a failed call.  A second call does nothing."""
         name, self.name = self.name, ""
         if name:
             self._bulkhead.give_back(name, error, local=self.local)
 
 
 class Bulkhead:
-    """The calls of one service in flight; the same name on the same store is the same bulkhead, in
-    every process.
+    """The calls of one service in flight.
+
+    The same name on the same store means the same bulkhead, in every process.
     """
 
     def __init__(
@@ -126,12 +132,13 @@ class Bulkhead:
         wake: Wake = lambda _: None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`limit` may be a preset's name; None finds a limit by itself, as ``Aimd()`` does;
-        `per_host` None bounds no host.
+        """`limit` may be the name of a preset; None means ``Aimd()``.  `per_host` None means no
+        limit by host.
 
         A permit that was not given back is free after `lease_s` seconds.  A host is the machine,
-        unless the caller of `acquire` names another thing to count by, such as an endpoint.  Raises
-        InvalidValue."""
+        unless the caller of `acquire` names something else to count by, such as an endpoint.
+        Raises InvalidValue.
+        """
         self.name, self._store, self._lease_s = name, store or default_store(), lease_s
         if isinstance(limit, str) and limit not in PRESETS:
             raise InvalidValue(
@@ -149,16 +156,16 @@ class Bulkhead:
         self._host, self._wake, self._sleep = _plain(host or os.uname().nodename), wake, sleep
         self._keys = Keys(self._store.namespace).bulkhead(name)
         self._held = 0  # by this process
-        self._alone: int | None = None  # how many it may hold while Redis is away
+        self._alone: int | None = None  # permits that it may hold while Redis is away
 
     @property
     def owner(self) -> str:
-        """The process that takes permits here."""
+        """The name of this process as the owner of its permits."""
         return self.owner_of(os.getpid())
 
     def owner_of(self, pid: int) -> str:
-        """Return the name of a process of this machine: when it has died, `forget` gives back all
-        that it held.
+        """Return the name of a process of this machine; `forget` gives its permits back when it
+        has died.
         """
         return f"{self._host}:{pid}"
 
@@ -173,11 +180,12 @@ class Bulkhead:
         waiter: str = "",
         urgency: int = 0,
     ) -> Permit:
-        """Take a permit, waiting up to `max_wait_s` seconds; a false one says in `wait_s` when the
-        next lease ends.
+        """Take a permit, waiting up to `max_wait_s` seconds for it.
 
-        A `waiter` is noted when denied, by its urgency (0 is the most urgent), and handed to `wake`
-        when there is room.  Raises NeverSatisfiable for a weight above the limit."""
+        A denied permit is false; its `wait_s` is the time until the next lease ends.  A denied
+        `waiter` joins the line by its urgency (0 is the most urgent), and is passed to `wake` when
+        there is room.  Raises NeverSatisfiable for a weight above the limit.
+        """
         if not weight > 0:
             raise InvalidValue("weight", weight, "must be above 0")
         if weight > _most(self._limit) or 0 < self._per_host < weight:
@@ -191,22 +199,22 @@ class Bulkhead:
             not (permit := self._take(weight, host, waiter, urgency))
             and self._store.clock() < until
         ):
-            self._sleep(LOOK_AGAIN_S * self._store.random.uniform(0.5, 1.0))
+            self._sleep(POLL_S * self._store.random.uniform(0.5, 1.0))
         return permit
 
     def waits(self, waiter: str) -> Call:
-        """Return the call that answers whether a waiter still stands in line."""
+        """Return the call that answers whether a waiter still stands in the line."""
         return Call(IN_LINE, (self._keys[3],), (waiter,))
 
     def stands(self, waiter: str) -> bool:
-        """Whether a waiter that was noted still stands in line; yes while Redis is away."""
+        """Whether a waiter still stands in the line; true while Redis is away."""
         try:
             return bool(self._store.call(self.waits(waiter), on_outage="answer")[0])
         except StoreUnavailable:
             return True
 
     def full(self, permit: Permit) -> BulkheadFull:
-        """Return what a caller is told that got no permit."""
+        """Return the error for a denied permit."""
         return BulkheadFull(
             f"bulkhead {self.name}",
             permit.wait_s,
@@ -217,37 +225,43 @@ class Bulkhead:
     def _take(self, weight: float, host: str, waiter: str, urgency: int) -> Permit:
         host, size = _plain(host or self._host), f"{weight:.15g}"
         name = f"{self.owner}|{host}|{size}|{secrets.token_hex(6)}"
-        told: tuple[Argument, ...] = (
+        shrink_ms = (
+            int(self._limit.shrink_after_s * 1000) if isinstance(self._limit, Elastic) else 0
+        )
+        args: tuple[Argument, ...] = (
             name,
             host,
             size,
             int(self._lease_s * 1000),
             _base(self._limit),
+            self._per_host,
+            self._kind,
+            _most(self._limit),
+            shrink_ms,
+            waiter,
+            urgency,
         )
-        shrink_ms = (
-            int(self._limit.shrink_after_s * 1000) if isinstance(self._limit, Elastic) else 0
-        )
-        more = (self._per_host, self._kind, _most(self._limit), shrink_ms, waiter, urgency)
         try:
             [[granted, _, _, wait_ms]] = self._store.call(
-                Call(_TAKE, self._keys, (*told, *more)), on_outage="answer"
+                Call(_TAKE, self._keys, args), on_outage="answer"
             )
         except StoreUnavailable:
             return self._take_alone(name)
         self._alone = None
         if not granted:
-            return Permit(self, "", max(LOOK_AGAIN_S, int(wait_ms) / 1000), noted=bool(waiter))
+            return Permit(self, "", max(POLL_S, int(wait_ms) / 1000), noted=bool(waiter))
         self._held += 1
         return Permit(self, name)
 
     def _take_alone(self, name: str) -> Permit:
-        """Hold as many as at the moment Redis was lost, and one at least: others do the same, so
-        the sum holds.
+        """Return a permit up to the number that this process held when Redis was lost, at least 1.
+
+        Other processes do the same, so the sum stays within the limit.
         """
         if self._alone is None:
             self._alone = max(1, self._held)
         if self._held >= self._alone:
-            return Permit(self, "", LOOK_AGAIN_S)
+            return Permit(self, "", POLL_S)
         self._held += 1
         return Permit(self, name, local=True)
 
@@ -260,20 +274,20 @@ class Bulkhead:
     def give_back(
         self, permit: str, error: BaseException | None = None, *, local: bool = False
     ) -> None:
-        """Release a permit by its name; while Redis is away its lease does."""
+        """Give a permit back by its name.  While Redis is away, the end of its lease frees it."""
         self._held -= 1
         if not local:
             dropped = error is not None and classify(error).category in _DROPS
             self._release(permit, self.owner, "dropped" if dropped else "ok")
 
     def forget(self, owner: str) -> int:
-        """Give back all permits of a process that has died (see `owner`); return how many it
-        held.
+        """Give back all permits of a process that has died (see `owner`), and return their
+        number.
         """
         return self._release("", owner, "ok")
 
     def _release(self, permit: str, owner: str, outcome: str) -> int:
-        told = (
+        args = (
             permit,
             owner,
             outcome,
@@ -284,7 +298,7 @@ class Bulkhead:
         )
         try:
             [[held, _, *waiters]] = self._store.call(
-                Call(_RELEASE, self._keys, told), on_outage="answer"
+                Call(_RELEASE, self._keys, args), on_outage="answer"
             )
         except StoreUnavailable:
             return 0
@@ -292,7 +306,7 @@ class Bulkhead:
         return int(held)
 
     def status(self) -> dict[str, float]:
-        """Return used, limit and waiting.  Raises StoreUnavailable."""
+        """Return the numbers ``used``, ``limit`` and ``waiting``.  Raises StoreUnavailable."""
         permits, about, _, waiting = self._keys
         [[used, limit, waits]] = self._store.call(
             Call(_STATUS, (permits, about, waiting), (_base(self._limit),)), on_outage="answer"
@@ -305,7 +319,7 @@ class Bulkhead:
     def permit(
         self, *, max_wait_s: float = 0.0, weight: float = 1.0, host: str = ""
     ) -> Generator[Permit, None, None]:
-        """Guard a block of code.  Raises BulkheadFull."""
+        """Hold a permit for a block of code.  Raises BulkheadFull."""
         permit = self.acquire(max_wait_s=max_wait_s, weight=weight, host=host)
         if not permit:
             raise self.full(permit)
@@ -317,14 +331,14 @@ class Bulkhead:
         permit.release()
 
     def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function when there is room.  Raises BulkheadFull."""
+        """Call a function under a permit, and return its value.  Raises BulkheadFull."""
         with self.permit():
             return func(*args, **kwargs)
 
     async def call_async(
         self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Await a coroutine function when there is room.  Raises BulkheadFull."""
+        """Await a coroutine function under a permit, and return its value.  Raises BulkheadFull."""
         with self.permit():
             return await func(*args, **kwargs)
 
@@ -349,7 +363,7 @@ _STATUS = Script.load("resilience", "bulkhead_status")
 
 
 def _plain(host: str) -> str:
-    """Return a host's name without what separates the parts of a permit's."""
+    """Return a host's name without the separator of a permit's parts."""
     return host.replace("|", "_")
 
 

@@ -1,5 +1,6 @@
 -- uses: clock
--- Read a bulkhead.  KEYS: permits, about, waiting.  ARGV: its base limit.   Returns {used, limit, waiting}, numbers as text.
+-- Read a bulkhead.  KEYS: permits, about, waiting.  ARGV: its base limit.
+-- Returns {used as text, limit as text, number of waiters}.
 local now, used = now_ms(), 0
 for _, permit in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. now, '+inf')) do
   used = used + tonumber(string.match(permit, '^[^|]*|[^|]*|([^|]*)|'))

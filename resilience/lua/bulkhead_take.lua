@@ -1,6 +1,9 @@
--- Take a permit.  ARGV: permit, host, weight, lease ms, limit, per host (0: no bound), kind of limit (fixed, aimd,
--- elastic), largest limit, ms after which an elastic one shrinks, waiter ('': nobody waits), its class (0 is the most urgent).
--- Returns {1, used, limit, 0} or {0, used, limit, ms until the next lease ends}, numbers as text.
+-- Take a permit.
+-- ARGV: permit, host, weight, lease ms, limit, limit by host (0: none), kind of limit (fixed, aimd,
+-- elastic), largest limit, ms after which an elastic limit shrinks, waiter ('': none), its urgency
+-- (0 is the most urgent).
+-- Returns {1, used, limit, 0} or {0, used, limit, ms until the next lease ends}; used and limit are
+-- text.
 local host, weight, limit, per_host = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local base, kind = limit, ARGV[7]
 if kind ~= 'fixed' then limit = tonumber(call('HGET', about, 'limit') or ARGV[5]) end
