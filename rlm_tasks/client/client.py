@@ -217,8 +217,8 @@ class Client(Platform):
 
         Raises StoreUnavailable.
         """
-        jobs = self.ledger.quarantined_jobs()
-        return [item for job in jobs for item in self.ledger.quarantined(job)]
+        jobs = self.ledger.quarantine.jobs()
+        return [item for job in jobs for item in self.ledger.quarantine.items(job)]
 
     def resubmit(self, spec: JobSpec, items: Iterable[Any]) -> Job:
         """Open a job with the specification of another, on other items.

@@ -215,7 +215,7 @@ class Job(JobWaiter):
         """
         chosen = self._in_quarantine(indexes)
         again = self._again(self._spec(), chosen)
-        self._ledger.drop_quarantined(self.id, chosen)
+        self._ledger.quarantine.drop(self.id, chosen)
         return again
 
     def drop_quarantined(self, *indexes: int) -> list[int]:
@@ -224,7 +224,7 @@ class Job(JobWaiter):
         Raises InvalidRequest.
         """
         chosen = self._in_quarantine(indexes)
-        self._ledger.drop_quarantined(self.id, chosen)
+        self._ledger.quarantine.drop(self.id, chosen)
         return chosen
 
     def _in_quarantine(self, indexes: tuple[int, ...]) -> list[int]:

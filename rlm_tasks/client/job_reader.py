@@ -150,7 +150,7 @@ class JobReader:
 
     def quarantined(self) -> list[QuarantinedItem]:
         """Return the quarantined items in order: their process died too often to run them again."""
-        return self._ledger.quarantined(self.id)
+        return self._ledger.quarantine.items(self.id)
 
     # --- reading -------------------------------------------------------------------------------
 

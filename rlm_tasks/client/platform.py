@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from resilience.fault_log import FaultLog, Pattern
 from rlm_tasks.client.session import Session
+from rlm_tasks.ledger.at_work import jobs_at_work
 from rlm_tasks.ledger.records import JobNodes
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Platform:
 
         Raises StoreUnavailable.
         """
-        return self.session.ledger.at_work(limit)
+        return jobs_at_work(self.session.ledger, limit)
 
     def limits(self) -> list[LimitReport]:
         """Return the use of each rate limit and bulkhead, of operations and of models.

@@ -30,8 +30,6 @@ from rlm_tasks.ledger.records import (
 )
 from rlm_tasks.settings.sections import LedgerSettings
 
-QUARANTINE_TTL_S = 30 * 86_400
-
 _SCRIPTS = {
     name: Script.load("rlm_tasks.ledger", name, prelude="prelude")
     for name in (
@@ -39,10 +37,6 @@ _SCRIPTS = {
         *("park", "unpark", "beat", "sweep"),
     )
 }
-_DUE_TAKE, _DUE_LOOK_AGAIN, _DUE_LOOK_BY, _DUE_FIRST = (
-    Script.load("rlm_tasks.ledger", f"due_{name}")
-    for name in ("take", "look_again", "look_by", "first")
-)
 _json = msgspec.json.Encoder()
 
 
@@ -87,55 +81,24 @@ class Ledger(LedgerReader):
     ) -> list[bool]:
         now_ms = self.store.now_ms()
         pipe = self.store.client.pipeline(transaction=False)
-        pipe.zadd(
-            self.keys.due,
-            {spec.job: now_ms + self._first_due_ms(spec) for spec, _ in new},
-            lt=True,
-        )
+        first_ms = {
+            spec.job: now_ms + min(self._grace_ms, int(spec.timeout_ms or self._grace_ms))
+            for spec, _ in new
+        }
+        self.due.add(pipe, first_ms, ttl_s)
         # Rounds are not listed: their jobs lead to them.
         if listed := {spec.job: now_ms for spec, _ in new if not spec.parent}:
             pipe.zadd(self.keys.jobs, listed, nx=True)
         pipe.zremrangebyscore(self.keys.jobs, "-inf", now_ms - ttl_s * 1000)
-        pipe.expire(self.keys.due, ttl_s)
         pipe.expire(self.keys.jobs, ttl_s)
         pipe.execute()
         opened = self.store.call(
             *(
-                self._opening(spec, ttl_s, staged, *waits.get(spec.job, (0, "")))
+                _opening(self.keys, spec, ttl_s, staged, *waits.get(spec.job, (0, "")))
                 for spec, staged in new
             )
         )
         return [bool(each) for each in opened]
-
-    def _first_due_ms(self, spec: JobSpec) -> int:
-        return min(self._grace_ms, int(spec.timeout_ms or self._grace_ms))
-
-    def _opening(self, spec: JobSpec, ttl_s: int, staged: str, wait_ms: int, why: str) -> Call:
-        if not spec.continue_on_error:
-            fail_limit: float = 0
-        else:
-            fail_limit = -1 if spec.error_threshold is None else spec.error_threshold * spec.n
-        share = spec.early_termination_threshold
-        early = max(1, -int(-spec.n * share // 1)) if share else 0
-        return Call(
-            _SCRIPTS["open"],
-            (*self.keys.of(spec.job), *self.keys.staged(spec.job, staged)),
-            (
-                specs.dump(spec),
-                spec.n,
-                spec.queue,
-                fail_limit,
-                early,
-                int(spec.timeout_ms or 0),
-                ttl_s,
-                "validate" if spec.validate else PROCESS,
-                ROOT,
-                spec.job,
-                spec.schema,
-                wait_ms,
-                why,
-            ),
-        )
 
     def claim(self, job: str, node: str, token: str, worker: str, message: int = 0) -> Claim:
         """Claim a node, and return the claim or the reason why not.
@@ -157,29 +120,7 @@ class Ledger(LedgerReader):
         if answer != "run":
             waiting = tuple(each.decode() for each in reply[1:] if each)
             return Claim(answer, job, node, token, waiting=waiting)
-        record = NodeRecord.parse(node, reply[2])
-        return Claim(
-            answer="run",
-            job=job,
-            node=node,
-            token=token,
-            epoch=int(reply[1]),
-            lo=record.lo,
-            hi=record.hi,
-            depth=record.depth,
-            slot=record.slot,
-            phase=reply[3].decode(),
-            tries=record.tries,
-            waited=record.waited,
-            spec=specs.load(reply[4]),
-            losses=record.losses,
-            lost_by=record.lost_by,
-            one_by_one=record.one_by_one,
-            suspects=tuple(Suspect(*each) for each in msgspec.json.decode(reply[5])),
-            known_failed=frozenset(map(int, reply[6])),
-            remaining_ms=int(reply[7]),
-            parent=record.parent,
-        )
+        return _claimed(job, node, token, reply)
 
     def pulse(self, claim: Claim, done: int, failed: int, skipped: int) -> Call:
         """Return the call that reports a running node, and is answered with go on or stop."""
@@ -192,7 +133,8 @@ class Ledger(LedgerReader):
         begins with TILING when the report's parts do not tile the node's range.
         """
         if report.quarantined:
-            self.call(lambda _: self._index_quarantine(claim.job))
+            # Written before the node is closed, as the index of due jobs is.
+            self.quarantine.list_job(claim.job)
         finish = self._script(
             "finish",
             claim.job,
@@ -203,18 +145,9 @@ class Ledger(LedgerReader):
             self._lease_ms,
         )
         waits = [kid.wait_ms for kid in report.kids if kid.wait_ms >= 0]
-        due = [self._due_by(claim.job, min(waits))] if waits else []
+        due = [self.due.look_by(claim.job, min(waits))] if waits else []
         reply = self.call(*due, finish, *due, *beside)[len(due)]
         return Finished(reply[0].decode(), bool(reply[1]), reply[2].decode(), reply[3].decode())
-
-    def _index_quarantine(self, job: str) -> None:
-        # Written before FINISH, as the index of due jobs is; readers skip a job without records.
-        pipe = self.store.client.pipeline(transaction=False)
-        now_ms = self.store.now_ms()
-        pipe.zadd(self.keys.quarantined, {job: now_ms})
-        pipe.zremrangebyscore(self.keys.quarantined, "-inf", now_ms - QUARANTINE_TTL_S * 1000)
-        pipe.expire(self.keys.quarantined, QUARANTINE_TTL_S)
-        pipe.execute()
 
     def park(self, claim: Claim, wait_ms: int, why: str, tries: int = 0) -> str:
         """Park a claimed node; a sweep sends it again after `wait_ms`.
@@ -231,17 +164,10 @@ class Ledger(LedgerReader):
 
     def _park_until(self, job: str, call: Call, wait_ms: int) -> Any:
         """Run a call that parks a node, and make sure that a sweep comes in time."""
-        due = self._due_by(job, wait_ms)
+        due = self.due.look_by(job, wait_ms)
         # The index is written twice: before the call for a crash between them, and after it for a
         # sweep between them.
         return self.call(due, call, due)[1]
-
-    def _due_by(self, job: str, wait_ms: int) -> Call:
-        return Call(_DUE_LOOK_BY, (self.keys.due,), (job, wait_ms))
-
-    def next_due(self) -> Call:
-        """Return the call that returns the ms until the next sweep of any job; -1: none is due."""
-        return Call(_DUE_FIRST, (self.keys.due,), ())
 
     def release(
         self, job: str, node: str, token: str, item: int, died_of: str, *, condemned: bool = False
@@ -287,7 +213,7 @@ class Ledger(LedgerReader):
             left = int(still)
         if left > 0:
             # A sweep fences the nodes that are still in an item when their grace is over.
-            self.call(self._due_by(job, int(self.settings.stop_grace_s * 1000)))
+            self.call(self.due.look_by(job, int(self.settings.stop_grace_s * 1000)))
         return cast(bytes, state).decode()
 
     # --- partials and the answer ---------------------------------------------------------------
@@ -310,19 +236,10 @@ class Ledger(LedgerReader):
         """
         ended = self._run("close", job, token, state, answer, _json.encode(error) if error else b"")
         if ended:
-            self.call(lambda client: client.zrem(self.keys.due, job))
+            self.due.drop(job)
         return cast(bytes, ended).decode()
 
     # --- recovery ------------------------------------------------------------------------------
-
-    def take_due(self) -> list[str]:
-        """Return jobs that are due for a sweep, 200 at most.
-
-        No other worker gets them during the time that a sweep may take.
-        """
-        take = Call(_DUE_TAKE, (self.keys.due,), (int(self.settings.sweep_s * 1000), SWEEP_AT_ONCE))
-        [found] = self.store.call(take)
-        return [each.decode() for each in found]
 
     def sweep(self, job: str) -> Swept:
         """Recover one job's overdue nodes, and record the time of its next sweep."""
@@ -332,7 +249,7 @@ class Ledger(LedgerReader):
         )
         send = tuple(each.decode() for each in reply[2:])
         swept = Swept(reply[0].decode(), int(reply[1]), send)
-        self.call(Call(_DUE_LOOK_AGAIN, (self.keys.due,), (job, swept.again_ms)))
+        self.call(self.due.look_again(job, swept.again_ms))
         return swept
 
     # --- notes that change no state ------------------------------------------------------------
@@ -341,9 +258,56 @@ class Ledger(LedgerReader):
         """Record the number of a job's rounds, for its progress."""
         self.call(lambda client: client.hset(self.keys.of(job).job, "rounds", str(number)))
 
-    def drop_quarantined(self, job: str, indexes: Sequence[int]) -> None:
-        """Delete quarantined items; a job without any leaves the list of such jobs."""
-        fields = list(map(str, indexes))
-        self.call(lambda client: client.hdel(self.keys.of(job).quarantine, *fields))
-        if not self.quarantined(job):
-            self.call(lambda client: client.zrem(self.keys.quarantined, job))
+
+def _opening(keys: Keys, spec: JobSpec, ttl_s: int, staged: str, wait_ms: int, why: str) -> Call:
+    if not spec.continue_on_error:
+        fail_limit: float = 0
+    else:
+        fail_limit = -1 if spec.error_threshold is None else spec.error_threshold * spec.n
+    share = spec.early_termination_threshold
+    early = max(1, -int(-spec.n * share // 1)) if share else 0
+    return Call(
+        _SCRIPTS["open"],
+        (*keys.of(spec.job), *keys.staged(spec.job, staged)),
+        (
+            specs.dump(spec),
+            spec.n,
+            spec.queue,
+            fail_limit,
+            early,
+            int(spec.timeout_ms or 0),
+            ttl_s,
+            "validate" if spec.validate else PROCESS,
+            ROOT,
+            spec.job,
+            spec.schema,
+            wait_ms,
+            why,
+        ),
+    )
+
+
+def _claimed(job: str, node: str, token: str, reply: Sequence[Any]) -> Claim:
+    record = NodeRecord.parse(node, reply[2])
+    return Claim(
+        answer="run",
+        job=job,
+        node=node,
+        token=token,
+        epoch=int(reply[1]),
+        lo=record.lo,
+        hi=record.hi,
+        depth=record.depth,
+        slot=record.slot,
+        phase=reply[3].decode(),
+        tries=record.tries,
+        waited=record.waited,
+        spec=specs.load(reply[4]),
+        losses=record.losses,
+        lost_by=record.lost_by,
+        one_by_one=record.one_by_one,
+        suspects=tuple(Suspect(*each) for each in msgspec.json.decode(reply[5])),
+        known_failed=frozenset(map(int, reply[6])),
+        remaining_ms=int(reply[7]),
+        parent=record.parent,
+    )

@@ -1,11 +1,10 @@
-"""Read the ledger: counters, records, partial answers, failures and quarantined items of jobs.
+"""Read the ledger: counters, records, partial answers and failures of jobs.
 
 `Ledger` extends it; clients, reports and Flower read through it.  Begin with `LedgerReader.facts`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast, overload
 
@@ -16,13 +15,13 @@ from resilience.keys import Keys
 from resilience.store import Call, OnOutage, Script, Store
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import JobSpec
-from rlm_tasks.ledger.records import JobNodes, NodeRecord, Split
-from rlm_tasks.results import ItemFailure, JobEvent, QuarantinedItem
+from rlm_tasks.ledger.due_index import DueIndex
+from rlm_tasks.ledger.quarantine import Quarantine
+from rlm_tasks.ledger.records import NodeRecord, Split
+from rlm_tasks.results import ItemFailure, JobEvent
 from rlm_tasks.settings.sections import LedgerSettings
 
 PIECES_AT_ONCE = 256
-NODES_COUNTED = 1000
-"""`LedgerReader.at_work` counts at most this many running and parked nodes of a job."""
 _PIECES = Script.load("rlm_tasks.ledger", "pieces", prelude="prelude")
 
 
@@ -39,6 +38,8 @@ class LedgerReader:
     ) -> None:
         self.store, self.keys, self.settings = store, keys, settings
         self.on_outage: OnOutage = on_outage
+        self.due = DueIndex(store, keys.due, on_outage=on_outage)
+        self.quarantine = Quarantine(store, keys, on_outage=on_outage)
 
     @overload
     def call(self, command: Callable[[redis.Redis], Any], /) -> Any: ...
@@ -140,48 +141,6 @@ class LedgerReader:
         )
         return [(job.decode(), int(ms)) for job, ms in found]
 
-    def at_work(self, limit: int) -> list[JobNodes]:
-        """Return the nodes of open jobs by state, for at most `limit` jobs.
-
-        It takes three round trips for any number of jobs.
-        """
-        jobs = [each.decode() for each in self._members(self.keys.due, limit)]
-        first: list[Any] = self.call(lambda client: self._first_pass(client, jobs))
-        held = first[2::3]
-        nodes: list[Any] = self.call(lambda client: self._second_pass(client, jobs, held))
-        found = zip(jobs, first[::3], first[1::3], nodes, strict=True)
-        return [
-            _nodes_of(job, facts, queued, records)
-            for job, facts, queued, records in found
-            if facts[0]
-        ]
-
-    def _first_pass(self, client: redis.Redis, jobs: Sequence[str]) -> list[Any]:
-        pipe = client.pipeline(transaction=False)
-        for each in map(self.keys.of, jobs):
-            pipe.hmget(each.job, "queue", "state")
-            pipe.zcard(each.waiting)
-            pipe.zrange(each.due, 0, NODES_COUNTED - 1)
-        return pipe.execute()
-
-    def _second_pass(
-        self, client: redis.Redis, jobs: Sequence[str], held: Sequence[list[bytes]]
-    ) -> list[Any]:
-        pipe = client.pipeline(transaction=False)
-        for each, names in zip(map(self.keys.of, jobs), held, strict=True):
-            pipe.hmget(each.nodes, names or ["none"])
-        return pipe.execute()
-
-    def quarantined_jobs(self) -> list[str]:
-        """Return the jobs that have, or had, quarantined items, the newest first."""
-        return [each.decode() for each in self._members(self.keys.quarantined)[::-1]]
-
-    def quarantined(self, job: str) -> list[QuarantinedItem]:
-        """Return a job's quarantined items, in order."""
-        found = self._values(self.keys.of(job).quarantine)
-        decoded = (msgspec.json.decode(each, type=QuarantinedItem) for each in found)
-        return sorted(decoded, key=lambda item: item.index)
-
     # --- plain commands ------------------------------------------------------------------------
 
     def _hash(self, key: str) -> dict[bytes, bytes]:
@@ -193,20 +152,5 @@ class LedgerReader:
     def _field(self, key: str, name: str) -> bytes | None:
         return cast(bytes | None, self.call(lambda client: client.hget(key, name)))
 
-    def _members(self, key: str, most: int = 0) -> list[bytes]:
-        return cast(list[bytes], self.call(lambda client: client.zrange(key, 0, most - 1)))
-
-
-def _nodes_of(
-    job: str, facts: Sequence[bytes], queued: int, records: Sequence[bytes | None]
-) -> JobNodes:
-    states = Counter(NodeRecord.parse("", text).state for text in records if text)
-    queue, state = facts
-    return JobNodes(
-        job=job,
-        queue=queue.decode(),
-        state=state.decode(),
-        queued=queued,
-        running=states["r"],
-        parked=states["p"],
-    )
+    def _members(self, key: str) -> list[bytes]:
+        return cast(list[bytes], self.call(lambda client: client.zrange(key, 0, -1)))

@@ -22,6 +22,7 @@ from celery.worker import state
 from resilience.store import Call
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.engine.shared_page import NO_ITEM
+from rlm_tasks.ledger.records import SWEEP_AT_ONCE
 from rlm_tasks.worker.host import Host
 from rlm_tasks.worker.lost_nodes import _UNREACHABLE, REAPED, cause_of_death, give_back
 from rlm_tasks.worker.preflight import dangers
@@ -191,7 +192,7 @@ class Supervisor(threading.Thread):
         if now >= self._due["sweep"]:
             self._due["sweep"] = now + ledger.sweep_s
             self._sweep()
-            self._look_ahead(*self._ledger.store.call(self._ledger.next_due()))
+            self._look_ahead(*self._ledger.store.call(self._ledger.due.first()))
 
     def _warn(self) -> None:
         for danger in dangers(self._ledger.store, self._runtime.settings, self._celery):
@@ -206,7 +207,7 @@ class Supervisor(threading.Thread):
         free = max(0, total - len(state.reserved_requests))
         if (total, free) != self._offered or now >= self._due["offer"]:
             offer = self._runtime.slots.publish(self._runtime.worker, total, free, self.queues())
-            _, next_ms = self._ledger.store.call(offer, self._ledger.next_due())
+            _, next_ms = self._ledger.store.call(offer, self._ledger.due.first())
             self._look_ahead(next_ms)
             self._runtime.page.hungry = free > 0
             self._offered, self._due["offer"] = (total, free), now + REFRESH_S
@@ -283,7 +284,8 @@ class Supervisor(threading.Thread):
         )
 
     def _sweep(self) -> None:
-        for job in self._ledger.take_due():
+        sweep_ms = int(self._runtime.settings.ledger.sweep_s * 1000)
+        for job in self._ledger.due.take(SWEEP_AT_ONCE, sweep_ms):
             more = True
             while more:
                 swept = self._ledger.sweep(job)

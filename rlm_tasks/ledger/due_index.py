@@ -1,0 +1,62 @@
+"""The index of due jobs: when a sweep has to look at each open job.
+
+A worker that stores a wait or a claim writes here first, so a sweep finds the job after a crash.
+The ledger and the supervisor use it.  Begin with `DueIndex.look_by`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from resilience.store import Call, OnOutage, Script, Store
+
+_TAKE, _LOOK_AGAIN, _LOOK_BY, _FIRST = (
+    Script.load("rlm_tasks.ledger", f"due_{name}")
+    for name in ("take", "look_again", "look_by", "first")
+)
+
+
+class DueIndex:
+    """Open jobs, by the time of their next sweep, in one sorted set."""
+
+    def __init__(self, store: Store, key: str, *, on_outage: OnOutage = "raise") -> None:
+        self._store, self._key = store, key
+        self._on_outage: OnOutage = on_outage
+
+    def add(self, pipe: Any, first_ms: Mapping[str, int], ttl_s: int) -> None:
+        """Write new jobs with the time of their first sweep to a pipeline; an earlier time stays."""
+        pipe.zadd(self._key, dict(first_ms), lt=True)
+        pipe.expire(self._key, ttl_s)
+
+    def look_by(self, job: str, wait_ms: int) -> Call:
+        """Return the call that makes sure of a sweep within `wait_ms`; an earlier time stays."""
+        return Call(_LOOK_BY, (self._key,), (job, wait_ms))
+
+    def look_again(self, job: str, at_ms: int) -> Call:
+        """Return the call that records the next sweep of a job that has been swept; 0: never."""
+        return Call(_LOOK_AGAIN, (self._key,), (job, at_ms))
+
+    def first(self) -> Call:
+        """Return the call that returns the ms until the next sweep of any job; -1: none is due."""
+        return Call(_FIRST, (self._key,), ())
+
+    def take(self, most: int, sweep_ms: int) -> list[str]:
+        """Return at most `most` due jobs, which no other worker gets for `sweep_ms`.
+
+        Raises StoreUnavailable.
+        """
+        call = Call(_TAKE, (self._key,), (sweep_ms, most))
+        [found] = self._store.call(call, on_outage=self._on_outage)
+        return [each.decode() for each in found]
+
+    def drop(self, job: str) -> None:
+        """Remove a job that has ended.  Raises StoreUnavailable."""
+        self._store.call(lambda client: client.zrem(self._key, job), on_outage=self._on_outage)
+
+    def jobs(self, most: int) -> list[str]:
+        """Return at most `most` open jobs in order of their next sweep.  Raises StoreUnavailable."""
+        found: Any = self._store.call(
+            lambda client: client.zrange(self._key, 0, most - 1), on_outage=self._on_outage
+        )
+        return [each.decode() for each in found]
