@@ -25,7 +25,8 @@ from rlm_tasks.messaging.queue_names import queue_names
 from rlm_tasks.messaging.transports import QUEUE_ORDER
 from rlm_tasks.settings.environment import settings as environment
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.telemetry import logs, tracing
+from rlm_tasks.telemetry.logs import install_logs
+from rlm_tasks.telemetry.tracing import install_tracing
 
 if TYPE_CHECKING:
     from rlm_tasks.engine.runtime import Runtime
@@ -96,8 +97,8 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
     _complete_when_configured(app)
     signals.worker_init.connect(_prepare, weak=False)  # once, however many apps there are
     signals.worker_ready.connect(_say_ready, weak=False)
-    tracing.install(app, wanted)
-    logs.install(app, wanted)
+    install_tracing(app, wanted)
+    install_logs(app, wanted)
     _serve_command(app)
     return app
 

@@ -1,8 +1,8 @@
-"""Which limits hold for the calls of operations, and how full they are.
+"""Reports on the limits of operations and models: the amounts that are allowed and used.
 
-Decides what is told of a bucket and of a bulkhead, side by side.  It knows the limits that
-operations declare, which every process that imports them shares, and those of models; refuses to
-know how they are kept."""
+Clients, the remote control command and the worker's port call `limit_reports`.  It reads the limits
+that the operations and models of this process declare, and lists buckets and bulkheads together.
+"""
 
 from __future__ import annotations
 
@@ -23,54 +23,53 @@ class LimitReport:
     """One limit of one service."""
 
     service: str
-    name: str  # of the rate, as declared; "in flight" of a bulkhead
-    used: float  # in the last window; now, of a bulkhead
+    name: str  # a rate's name as declared; "in flight" for a bulkhead
+    used: float  # in the last window; for a bulkhead, now
     limit: float
-    per_s: float  # the window; 0: it holds at any time
-    waiting: int = (
-        0  # nodes in line for a bulkhead; those that wait for tokens are parked until a time
-    )
-    hold_s: float = 0.0  # nothing passes for so long: the provider has asked for it
+    per_s: float  # the window in seconds; 0: the limit holds at any time
+    waiting: int = 0  # nodes in line for a bulkhead; for tokens, nodes are parked until a time
+    hold_s: float = 0.0  # nothing passes for this time, because the provider asked for it
 
     @property
     def fill(self) -> float:
-        """Used of the limit, 0 to 1."""
+        """The used share of the limit, 0 to 1."""
         return self.used / self.limit if self.limit else 1.0
 
 
-def reports(guards: Guards) -> list[LimitReport]:
-    """Return what is declared in this process, by service, each limit once.  Raises
-    StoreUnavailable.
+def limit_reports(guards: Guards) -> list[LimitReport]:
+    """Return the limits that this process declares, by service, each limit once.
+
+    Raises StoreUnavailable.
     """
-    services = {about.service: about for about in registry.protections(guards.settings)}
+    services = {each.service: each for each in registry.protections(guards.settings)}
     found: list[LimitReport] = []
-    for _, about in sorted(services.items()):
-        if (bucket := guards.bucket(about)) is not None:
-            found += _rates(bucket)
-        if (bulkhead := guards.bulkhead(about)) is not None:
-            found.append(_places(about.service, bulkhead))
+    for _, protection in sorted(services.items()):
+        if (bucket := guards.bucket(protection)) is not None:
+            found += _bucket_reports(bucket)
+        if (bulkhead := guards.bulkhead(protection)) is not None:
+            found.append(_bulkhead_report(protection.service, bulkhead))
     return found
 
 
-def _rates(bucket: TokenBucket) -> Iterator[LimitReport]:
-    for name, at in bucket.status().items():
+def _bucket_reports(bucket: TokenBucket) -> Iterator[LimitReport]:
+    for name, status in bucket.status().items():
         yield LimitReport(
             service=bucket.name,
             name=name,
-            used=at["used"],
-            limit=at["limit"],
-            per_s=at["per_s"],
-            hold_s=at["hold_s"],
+            used=status["used"],
+            limit=status["limit"],
+            per_s=status["per_s"],
+            hold_s=status["hold_s"],
         )
 
 
-def _places(service: str, bulkhead: Bulkhead) -> LimitReport:
-    at = bulkhead.status()
+def _bulkhead_report(service: str, bulkhead: Bulkhead) -> LimitReport:
+    status = bulkhead.status()
     return LimitReport(
         service=service,
         name="in flight",
-        used=at["used"],
-        limit=at["limit"],
+        used=status["used"],
+        limit=status["limit"],
         per_s=0.0,
-        waiting=int(at["waiting"]),
+        waiting=int(status["waiting"]),
     )

@@ -1,10 +1,9 @@
-"""What a worker and beat write to their log: which job and node a line belongs to, and the shape of
-a line.
+"""The log of a worker and of beat: job and node on each record, and lines as text or JSON.
 
-Decides the shape as long as it is Celery's to choose: handlers and formats that somebody else has
-set stay as they are, and find the ids on every record.  Does nothing in a client.  Refuses to know
-what is logged; of the arguments and results that Celery hands along with its own lines, none gets
-into the log."""
+`installation` calls `install_logs`, which does nothing in a client.  It changes only Celery's own
+formatters; other handlers and formats stay, and find the ids on every record.  Arguments and
+results of tasks, which Celery passes with its own lines, are never logged.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +23,14 @@ from rlm_tasks.engine.tasks import OURS
 from rlm_tasks.settings.model import Settings
 
 IDS = ("job", "node", "operation", "task", "task_id")
-"""A record carries them as ``rlm_job``, ``rlm_node`` ..., '' where there is none; a JSON line by
-these names.
+"""A JSON line has the ids under these names, a record as ``rlm_job``, ``rlm_node`` and so on.
+
+A record without an id has '' for it.
 """
 EACH_MESSAGE = ("celery.worker.strategy", "celery.app.trace")
-"""Loggers of Celery that write a line when a message is received, and one when its task has
-succeeded.
-"""
-_TOLD = (("task", "name"), ("task_id", "id"), ("runtime_s", "runtime"))
+"""Celery's loggers with one line for each received message, and one for each succeeded task."""
+_FROM_CELERY = (("task", "name"), ("task_id", "id"), ("runtime_s", "runtime"))
+"""Fields that a JSON line takes from the data of Celery's own lines."""
 _OURS = ("rlm_where", *(f"rlm_{name}" for name in IDS))
 _PLAIN = {
     *vars(logging.LogRecord("", 0, "", 0, "", (), None)),
@@ -43,10 +42,8 @@ _PLAIN = {
 }
 
 
-def install(app: Celery, settings: Settings) -> None:
-    """Have this process write its log as the settings say, should it become a worker or beat of the
-    app.
-    """
+def install_logs(app: Celery, settings: Settings) -> None:
+    """Set the log format of this process, if it becomes a worker or beat of the app."""
     log = WorkerLog(app, settings.log_format)
     signals.celeryd_init.connect(log.worker_begins, weak=False)
     signals.beat_init.connect(log.beat_begins, weak=False)
@@ -56,30 +53,28 @@ def install(app: Celery, settings: Settings) -> None:
 
 
 class WorkerLog:
-    """The log of one process, from when it is known to be a worker or beat."""
+    """The log of one process, which becomes a worker or beat."""
 
     def __init__(self, app: Celery, log_format: str) -> None:
         self._app, self._json, self._worker = app, log_format == "json", ""
-        self._theirs = False  # the worker is another app's, and a client of ours at most
+        self._is_other_app = False  # the worker runs another app, and at most submits our jobs
 
     def worker_begins(self, sender: str, instance: Any, **_: Any) -> None:
-        """Put ids on records before anybody's logging is set up, and also where Celery's is not."""
-        self._theirs, self._worker = instance.app is not self._app, sender
-        if not self._theirs:
+        """Put ids on records, before logging is set up and also if Celery does not set it up."""
+        self._is_other_app, self._worker = instance.app is not self._app, sender
+        if not self._is_other_app:
             mark_records()
 
     def beat_begins(self, sender: Any, **_: Any) -> None:
-        """Put ids on records, so that one format does for workers and beat."""
+        """Put ids on records, so that workers and beat can have the same format."""
         if sender.app is self._app:
             mark_records()
 
     def shape(self, logger: logging.Logger, format: str, colorize: bool, **_: Any) -> None:
-        """Set the shape of lines on handlers that still have the one which Celery has given
-        them.
-        """
-        if self._theirs:
+        """Set the format of each handler that still has Celery's formatter."""
+        if self._is_other_app:
             return
-        mark_records()  # beat tells that it is there after its first lines
+        mark_records()  # beat writes its first lines before `beat_begins`
         for handler in logger.handlers:
             given: Any = handler.formatter
             if type(given) not in (ColorFormatter, TaskFormatter):
@@ -92,19 +87,17 @@ class WorkerLog:
                 )
 
     def shape_pool(self, **about: Any) -> None:
-        """Set the shape of what the pool itself writes, which no other logger sees."""
+        """Set the format of the pool's own logger, which does not propagate."""
         self.shape(**{**about, "logger": get_multiprocessing_logger()})
 
 
 @cache
 def mark_records() -> None:
-    """Put the ids of the task that runs in this thread on every record, whichever logger makes
-    it.
-    """
-    made = logging.getLogRecordFactory()
+    """Put the ids of the task that runs in this thread on every record of every logger."""
+    make = logging.getLogRecordFactory()
 
     def marked(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        record = made(*args, **kwargs)
+        record = make(*args, **kwargs)
         ids = ids_of(get_current_worker_task())
         vars(record).update({f"rlm_{name}": ids.get(name, "") for name in IDS})
         vars(record)["rlm_where"] = f" [job {ids['job']} {ids['node']}]" if "job" in ids else ""
@@ -116,8 +109,9 @@ def mark_records() -> None:
 
 
 def ids_of(task: Task | None) -> dict[str, str]:
-    """Return those of the IDS that are known of a running task; a merge of part of a job has its
-    split for a node.
+    """Return the IDS of a running task, as far as they are known.
+
+    For the merge of a split, the node's id is that of the split.
     """
     if task is None:
         return {}
@@ -131,8 +125,9 @@ def ids_of(task: Task | None) -> dict[str, str]:
 
 
 def demote(record: logging.LogRecord) -> bool:
-    """Leave Celery's lines per message of ours to DEBUG: a node says in one what it has done, and
-    may stand aside unheard.
+    """Lower Celery's lines about messages of jobs to level DEBUG; return whether to log the record.
+
+    A node writes one line about its work by itself, and none when it goes back to the queue.
     """
     message = getattr(record, "data", None) or {}
     is_usual = record.levelno == logging.INFO or message.get("description") == "rejected"
@@ -143,8 +138,9 @@ def demote(record: logging.LogRecord) -> bool:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per record, in one line of ASCII; what was passed as ``extra`` is part of it,
-    if it is JSON-able.
+    """One JSON object for each record, in one line of ASCII.
+
+    Fields passed as ``extra`` are part of it, if they can be JSON.
     """
 
     def __init__(self, worker: str = "") -> None:
@@ -152,7 +148,7 @@ class JsonFormatter(logging.Formatter):
         self._worker = worker
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line; a name that has a meaning of ours keeps it, whatever ``extra`` says."""
+        """Return the line; a field of ``extra`` does not replace one of ours."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC)
             .isoformat(timespec="milliseconds")
@@ -175,11 +171,11 @@ class JsonFormatter(logging.Formatter):
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
-    """Return what came with a record and can be JSON."""
+    """Return the extra fields of a record that can be JSON."""
     extra = {name: value for name, value in vars(record).items() if name not in _PLAIN}
     if record.name.startswith("celery."):
-        told = extra.pop("data", None) or {}  # with a task's arguments and its result
-        extra |= {name: told[theirs] for name, theirs in _TOLD if theirs in told}
+        data = extra.pop("data", None) or {}  # it has the task's arguments and its result
+        extra |= {name: data[theirs] for name, theirs in _FROM_CELERY if theirs in data}
     return {name: value for name, value in extra.items() if _is_json(value)}
 
 

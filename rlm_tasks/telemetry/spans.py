@@ -1,11 +1,11 @@
-"""The OpenTelemetry side of tracing: how a span gets the id it must have, and how it leaves a pool
-process.
+"""The OpenTelemetry side of tracing: spans with given ids, and their export by the main process.
 
-Imported where tracing is on, and nowhere else.  A pool process sends nothing to a collector: it
-hands each span to the main process of its worker when it ends, through a socket that was made
-before the fork.  What has ended is safe there, whatever becomes of the pool process; and a worker
-has one connection to its collector.  A tracer provider that somebody else has set is used as it is,
-with its own way out.  Refuses to know what is traced."""
+`tracing` imports it only when tracing is on.  A pool process sends nothing to a collector: it hands
+each ended span to its worker's main process, through a socket that was made before the fork.  So
+ended spans survive their pool process, and a worker has one connection to its collector.  If the
+app has set a tracer provider, that one is used, with its own exporters.  Begin with `Spans.start`,
+then `HandOver` and `Export`.
+"""
 
 from __future__ import annotations
 
@@ -43,18 +43,16 @@ from rlm_tasks.engine.concurrent_work import event_loop
 logger = logging.getLogger(__name__)
 
 SERVICE = "rlm-tasks"
-LONGEST = 2**18
-"""Bytes of the largest span that can be handed over, as far as the system lets a datagram be so
-long.
-"""
+MAX_SPAN_BYTES = 2**18
+"""Size of the largest span that can be handed over; the system may limit datagrams further."""
 HAND_OVER_S = 0.05
-"""A main process that takes no span for this long gets none: work goes on, and the span is lost."""
+"""Longest wait for the main process to take a span; after it the span is lost, and work goes on."""
 FLUSH_S = 3.0
-"""A worker that stops waits no longer than this for its collector."""
+"""Longest wait of a stopping worker for its collector."""
 
 
 class Ids(NamedTuple):
-    """Where a span stands; a parent of 0 is none."""
+    """The place of a span in its trace; a parent of 0 means none."""
 
     trace: int
     span: int
@@ -63,10 +61,10 @@ class Ids(NamedTuple):
 
 
 class Spans:
-    """Begin spans in this process, and take those of its pool out of it."""
+    """Begin spans with given ids in this process."""
 
     def __init__(self, processors: Sequence[SpanProcessor] = ()) -> None:
-        """`processors` say where spans go that nobody else has provided for."""
+        """`processors` receive the spans, if the app has not set a tracer provider."""
         self._own = TracerProvider(resource=resource(), shutdown_on_exit=False)
         for each in processors:
             self._own.add_span_processor(each)
@@ -78,8 +76,9 @@ class Spans:
     def start(
         self, name: str, ids: Ids, start_ns: int, attributes: Mapping[str, Any]
     ) -> Span | None:
-        """Begin a span under an id that is known; None when the provider in force takes no such
-        ids.
+        """Begin a span with given ids, and return it.
+
+        The result is None when the app's tracer provider does not support given ids.
         """
         tracer = self._current_tracer()
         if tracer is None:
@@ -96,12 +95,11 @@ class Spans:
         return tracer.start_span(name, within, attributes=dict(attributes), start_time=start_ns)
 
     def enter(self, ids: Ids, span: Span | None, *, in_loop: bool) -> None:
-        """Let spans that are begun in this thread hang under this one, or be left out with it."""
+        """Make a span the parent of spans that begin in this thread; they follow its sampling."""
         self.leave()
         if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-            trace.set_tracer_provider(
-                self._own
-            )  # not before: whoever sets another does it before the first node
+            # Set only now, because the app may set its own provider until the first node.
+            trace.set_tracer_provider(self._own)
         if span is None:
             span = NonRecordingSpan(
                 SpanContext(
@@ -111,12 +109,11 @@ class Spans:
         within = trace.set_span_in_context(span)
         self._here.token = contexts.attach(within)
         if in_loop:
-            event_loop().run(
-                _attach(within)
-            )  # an event loop has one context, made when it ran first
+            # An event loop has one context, which was made at its first run.
+            event_loop().run(_attach(within))
 
     def leave(self) -> None:
-        """Let spans of this thread hang under none of ours."""
+        """End the effect of `enter`: spans of this thread get no parent of ours."""
         token, self._here.token = getattr(self._here, "token", None), None
         if token is not None:
             contexts.detach(token)
@@ -126,10 +123,8 @@ class Spans:
         if isinstance(provider, trace.ProxyTracerProvider):
             provider = self._own
         if provider is not self._provider:
-            self._provider, self._tracer = (
-                provider,
-                self._with_given_ids(provider.get_tracer("rlm_tasks")),
-            )
+            self._provider = provider
+            self._tracer = self._with_given_ids(provider.get_tracer("rlm_tasks"))
         return self._tracer
 
     def _with_given_ids(self, tracer: Any) -> Tracer | None:
@@ -139,10 +134,8 @@ class Spans:
                 type(self._provider).__name__,
             )
             return None
-        tracer.id_generator, tracer.sampler = (
-            self._given,
-            ALWAYS_ON,
-        )  # it is our own; what is sampled is decided by job
+        # The tracer is ours alone; sampling is decided for the whole job.
+        tracer.id_generator, tracer.sampler = self._given, ALWAYS_ON
         return tracer
 
 
@@ -151,7 +144,7 @@ async def _attach(within: Context) -> None:
 
 
 class _GivenIds(IdGenerator):
-    """Answers with the ids that the next span of this thread must have."""
+    """Returns the ids that were set for the next span of this thread."""
 
     def __init__(self) -> None:
         self._here = threading.local()
@@ -167,24 +160,24 @@ class _GivenIds(IdGenerator):
 
 
 def resource() -> Resource:
-    """Return what the OTEL variables say of this service; its name is ours where they say none."""
-    told = Resource.create()
-    unnamed = str(told.attributes.get(SERVICE_NAME, "")).startswith("unknown_service")
-    return told.merge(Resource({SERVICE_NAME: SERVICE})) if unnamed else told
+    """Return the resource by the OTEL variables; without a name there, the service is `SERVICE`."""
+    found = Resource.create()
+    unnamed = str(found.attributes.get(SERVICE_NAME, "")).startswith("unknown_service")
+    return found.merge(Resource({SERVICE_NAME: SERVICE})) if unnamed else found
 
 
 # --- from a pool process to its main process --------------------------------------------------
 
 
 class HandOver(SpanProcessor):
-    """The end of the way that pool processes see: each span goes at once, or not at all."""
+    """The sending end, in pool processes: each span is sent when it ends, or is lost."""
 
     def __init__(self, to: socket.socket) -> None:
         self._to = to
         self._lost = False
 
     def on_end(self, span: ReadableSpan) -> None:
-        """Send a span."""
+        """Send an ended span to the main process."""
         if span.context is None or not span.context.trace_flags.sampled:
             return
         try:
@@ -192,51 +185,50 @@ class HandOver(SpanProcessor):
         except OSError as error:
             if not self._lost:
                 logger.warning(
-                    "A span is lost, and others may be, for the worker's main process does not take it: %s",
+                    "A span is lost, and others may be: the worker's main process does not "
+                    "receive it: %s",
                     error,
                 )
             self._lost = True
 
 
 class Export(threading.Thread):
-    """The other end, in the main process: spans are taken as they come and exported in batches
-    (OTEL_BSP_*).
-    """
+    """The receiving end, in the main process: it exports spans in batches (OTEL_BSP_*)."""
 
     def __init__(self, exporters: Sequence[SpanExporter]) -> None:
         super().__init__(name="rlm-spans", daemon=True)
         self._exporters = exporters
-        self._taken, self.way = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.way.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LONGEST)
-        self.way.settimeout(HAND_OVER_S)
+        self._receiver, self.sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_SPAN_BYTES)
+        self.sender.settimeout(HAND_OVER_S)
 
     def run(self) -> None:
-        """Take spans until the empty message, then export the last ones."""
+        """Receive spans until the empty message, then export the last ones."""
         try:
-            batches, of = [BatchSpanProcessor(each) for each in self._exporters], resource()
+            batches, worker = [BatchSpanProcessor(each) for each in self._exporters], resource()
         except ValueError as error:
             logger.error("Jobs are not traced, see OTEL_BSP_*: %s", error)
-            self._taken.close()
+            self._receiver.close()
             return
-        while data := self._taken.recv(LONGEST):
-            span = unpacked(data, of)
+        while data := self._receiver.recv(MAX_SPAN_BYTES):
+            span = unpacked(data, worker)
             for batch in batches:
                 batch.on_end(span)
         for batch in batches:
             batch.shutdown()  # type: ignore[no-untyped-call]  # OpenTelemetry is partly typed
-        self._taken.close()
+        self._receiver.close()
 
     def stop(self) -> None:
-        """Export what has been handed over, in bounded time."""
+        """Export the received spans, within twice `FLUSH_S`."""
         if self.is_alive():
-            self.way.settimeout(FLUSH_S)
-            self.way.send(b"")
+            self.sender.settimeout(FLUSH_S)
+            self.sender.send(b"")
             self.join(FLUSH_S)
-            self.way.close()
+            self.sender.close()
 
 
-class _Place(msgspec.Struct, array_like=True, frozen=True):
-    """A span context; ids are hex digits, for a trace's is longer than an integer may be."""
+class _PackedContext(msgspec.Struct, array_like=True, frozen=True):
+    """A span context; ids are hex digits, because a trace's id is too large for an integer."""
 
     trace: str
     span: str
@@ -244,11 +236,11 @@ class _Place(msgspec.Struct, array_like=True, frozen=True):
     state: str
 
     @classmethod
-    def of(cls, context: SpanContext) -> _Place:
+    def of(cls, context: SpanContext) -> _PackedContext:
         ids = format(context.trace_id, "032x"), format(context.span_id, "016x")
         return cls(*ids, int(context.trace_flags), context.trace_state.to_header())
 
-    def context(self) -> SpanContext:
+    def unpacked(self) -> SpanContext:
         state = TraceState.from_header([self.state]) if self.state else None
         return SpanContext(
             int(self.trace, 16), int(self.span, 16), True, TraceFlags(self.flags), state
@@ -256,14 +248,14 @@ class _Place(msgspec.Struct, array_like=True, frozen=True):
 
 
 class _Packed(msgspec.Struct, array_like=True, frozen=True):
-    """An ended span, but for its resource: that is the worker's."""
+    """An ended span without its resource, which is the worker's."""
 
     name: str
-    place: _Place
-    parent: _Place | None
+    context: _PackedContext
+    parent: _PackedContext | None
     attributes: dict[str, Any]
     events: list[tuple[str, int, dict[str, Any]]]
-    links: list[tuple[_Place, dict[str, Any]]]
+    links: list[tuple[_PackedContext, dict[str, Any]]]
     kind: int
     status: tuple[int, str | None]
     start_ns: int | None
@@ -278,59 +270,62 @@ def packed(span: ReadableSpan) -> bytes:
     """Return an ended span as bytes for another process of this worker."""
     scope, context = span.instrumentation_scope, span.context
     assert context is not None  # it was begun
-    told = _Packed(
+    fields = _Packed(
         name=span.name,
-        place=_Place.of(context),
-        parent=_Place.of(span.parent) if span.parent else None,
+        context=_PackedContext.of(context),
+        parent=_PackedContext.of(span.parent) if span.parent else None,
         attributes=dict(span.attributes or {}),
         events=[(each.name, each.timestamp, dict(each.attributes or {})) for each in span.events],
-        links=[(_Place.of(each.context), dict(each.attributes or {})) for each in span.links],
+        links=[
+            (_PackedContext.of(each.context), dict(each.attributes or {})) for each in span.links
+        ],
         kind=span.kind.value,
         status=(span.status.status_code.value, span.status.description),
         start_ns=span.start_time,
         end_ns=span.end_time,
         scope=(scope.name, scope.version, scope.schema_url) if scope else ("", None, None),
     )
-    return msgspec.msgpack.encode(told)
+    return msgspec.msgpack.encode(fields)
 
 
-def unpacked(data: bytes, of: Resource) -> ReadableSpan:
-    """Return the span, as one of a resource."""
-    told = _decoder.decode(data)
-    code, description = told.status
+def unpacked(data: bytes, worker: Resource) -> ReadableSpan:
+    """Return the span of these bytes, with the worker's resource."""
+    fields = _decoder.decode(data)
+    code, description = fields.status
     return ReadableSpan(
-        told.name,
-        told.place.context(),
-        told.parent.context() if told.parent else None,
-        of,
-        told.attributes,
-        [Event(name, attributes, timestamp) for name, timestamp, attributes in told.events],
-        [Link(place.context(), attributes) for place, attributes in told.links],
-        SpanKind(told.kind),
+        fields.name,
+        fields.context.unpacked(),
+        fields.parent.unpacked() if fields.parent else None,
+        worker,
+        fields.attributes,
+        [Event(name, attributes, timestamp) for name, timestamp, attributes in fields.events],
+        [Link(context.unpacked(), attributes) for context, attributes in fields.links],
+        SpanKind(fields.kind),
         status=Status(StatusCode(code), description),
-        start_time=told.start_ns,
-        end_time=told.end_ns,
-        instrumentation_scope=InstrumentationScope(*told.scope),
+        start_time=fields.start_ns,
+        end_time=fields.end_ns,
+        instrumentation_scope=InstrumentationScope(*fields.scope),
     )
 
 
-# --- where to ---------------------------------------------------------------------------------
+# --- exporters --------------------------------------------------------------------------------
 
 
 class NoExporter(Exception):
-    """An exporter that is asked for and not installed."""
+    """The settings name an exporter that is not installed."""
 
 
 def exporter(name: str) -> SpanExporter:
-    """Return an exporter by the name that OpenTelemetry has registered it under.  Raises
-    NoExporter.
+    """Return the exporter that OpenTelemetry has registered under a name.
+
+    Raises NoExporter.
     """
-    found = list(entry_points(group="opentelemetry_traces_exporter", name=name))
+    group = "opentelemetry_traces_exporter"
+    found = list(entry_points(group=group, name=name))
     if not found:
-        known = ", ".join(
-            sorted({each.name for each in entry_points(group="opentelemetry_traces_exporter")})
-        )
+        known = ", ".join(sorted({each.name for each in entry_points(group=group)}))
         raise NoExporter(
-            f"there is no exporter {name!r} here, but {known}; install its package, or set OTEL_TRACES_EXPORTER"
+            f"there is no exporter {name!r} here, but {known}; install its package, or set "
+            "OTEL_TRACES_EXPORTER"
         )
     return found[0].load()()  # type: ignore[no-any-return]  # an entry point may be anything

@@ -1,11 +1,12 @@
-"""What a job looks like as a trace: its id, its spans, and who is whose parent.
+"""Traces of jobs: one span for the job, and one for each attempt of a node.
 
-Every id is worked out, none is carried: a span's from its job and node, a trace's from the job,
-unless the job was submitted under a trace.  So every process knows the parent of a span, and
-whether its job is sampled, and messages do not grow.  What is traced is what the ledger is told and
-answers; the span that children hang under is that of the one attempt whose FINISH was true.  Items,
-params, results and what errors say are never in a span.  Refuses to know OpenTelemetry, which is
-imported where tracing is on (see `spans`)."""
+`installation` calls `install_tracing`; in a worker, a `TracedLedger` then makes spans of its calls.
+All ids are computed, and messages carry none.  A span's id comes from its job and node, a trace's
+from the job, unless the job was submitted under a trace.  So every process knows the parent of a
+span, and whether its job is sampled.  Children have as parent the span of the attempt whose FINISH
+took effect.  Items, params, results and error messages are never in a span.  OpenTelemetry itself
+is imported in `spans` only, when tracing is on.  Begin with `TracedLedger`, then `Tracing`.
+"""
 
 from __future__ import annotations
 
@@ -44,14 +45,11 @@ logger = logging.getLogger(__name__)
 _BAD = (Status.FAILED, Status.EXPIRED)
 
 
-# --- ids --------------------------------------------------------------------------------------
-
-
 # --- spans ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Begun:
+class _CurrentNode:
     """A sampled node that this thread works on."""
 
     claim: Claim
@@ -63,7 +61,7 @@ class _Begun:
 
 
 class Tracing:
-    """Tell of nodes and jobs in spans."""
+    """Makes the spans of nodes and jobs."""
 
     def __init__(
         self,
@@ -72,40 +70,36 @@ class Tracing:
         level: Callable[[], str],
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        """`level` says at which pressure this process works."""
+        """`level` returns the pressure level of this process."""
         from rlm_tasks.telemetry.spans import Ids
 
-        self._spans, self._sample_rate, self._level, self._now_ns, self._ids = (
-            spans,
-            sample_rate,
-            level,
-            now_ns,
-            Ids,
-        )
+        self._spans, self._sample_rate = spans, sample_rate
+        self._level, self._now_ns, self._ids = level, now_ns, Ids
         self._here = threading.local()
 
     def begin(self, claim: Claim, worker: str) -> None:
-        """A node is worked on from now on, in this thread; a node without a parent has the job for
-        one.
+        """Begin the span of a node that this thread has claimed.
+
+        Its parent is the span of the node that was cut to make it, or of the job for a first node.
         """
         spec, start_ns = claim.spec, self._now_ns()
         assert spec is not None  # it was claimed
-        where = origin(spec, self._sample_rate)
+        source = origin(spec, self._sample_rate)
         ids = self._ids(
-            where.trace,
+            source.trace,
             span_id(spec.job, claim.node),
             span_id(spec.job, *claim.parent.split()),
-            where.sampled,
+            source.sampled,
         )
-        self._here.begun = span = None
-        if where.sampled:
+        self._here.node = span = None
+        if source.sampled:
             kind = (
                 "merge" if claim.node == MERGE else "node" if claim.phase == PROCESS else "validate"
             )
-            name, attributes = f"{kind} {spec.operation}", self._about(claim, spec, worker)
+            name, attributes = f"{kind} {spec.operation}", self._attributes(claim, spec, worker)
             span = self._spans.start(name, ids, start_ns, attributes)
-            self._here.begun = (
-                _Begun(
+            if span is not None:
+                self._here.node = _CurrentNode(
                     claim=claim,
                     name=name,
                     ids=ids,
@@ -113,12 +107,9 @@ class Tracing:
                     attributes=attributes,
                     start_ns=start_ns,
                 )
-                if span is not None
-                else None
-            )
         self._spans.enter(ids, span, in_loop=claim.node != MERGE and _is_async(spec.operation))
 
-    def _about(self, claim: Claim, spec: JobSpec, worker: str) -> dict[str, Any]:
+    def _attributes(self, claim: Claim, spec: JobSpec, worker: str) -> dict[str, Any]:
         return {
             "rlm.job_id": spec.job,
             "rlm.node_id": claim.node,
@@ -136,30 +127,32 @@ class Tracing:
         self,
         job: str,
         token: str,
-        about: Mapping[str, Any],
+        attributes: Mapping[str, Any],
         *,
-        came_to: bool,
+        took_effect: bool,
         failure: Mapping[str, Any] | None = None,
     ) -> None:
-        """The node that this thread has held under a token is done; unless that `came_to`
-        something, another attempt follows.
+        """End the span of the node that this thread has held under a token.
+
+        An attempt that took no effect is followed by another one, so it gets its own span id.
         """
-        begun: _Begun | None = getattr(self._here, "begun", None)
-        if begun is not None and (begun.claim.job, begun.claim.token) == (job, token):
-            self._here.begun = None
-            _close(begun.span if came_to else self._attempt(begun), about, failure, self._now_ns())
+        node: _CurrentNode | None = getattr(self._here, "node", None)
+        if node is not None and (node.claim.job, node.claim.token) == (job, token):
+            self._here.node = None
+            span = node.span if took_effect else self._attempt(node)
+            _close(span, attributes, failure, self._now_ns())
         self._spans.leave()
 
-    def _attempt(self, begun: _Begun) -> Span | None:
-        """Return a span beside the node's, which is that of the attempt that comes to something."""
-        own = span_id(begun.claim.job, begun.claim.node, begun.claim.epoch)
+    def _attempt(self, node: _CurrentNode) -> Span | None:
+        """Return a span for an attempt without effect; the node's id is left to the next one."""
+        own = span_id(node.claim.job, node.claim.node, node.claim.epoch)
         return self._spans.start(
-            begun.name, begun.ids._replace(span=own), begun.start_ns, begun.attributes
+            node.name, node.ids._replace(span=own), node.start_ns, node.attributes
         )
 
     def leave(self, **_: Any) -> None:
-        """This thread works on no node, whatever has become of the last one."""
-        self._here.begun = None
+        """Forget the node of this thread, if a task ended without a report on it."""
+        self._here.node = None
         self._spans.leave()
 
     def samples(self, spec: JobSpec) -> bool:
@@ -167,31 +160,26 @@ class Tracing:
         return origin(spec, self._sample_rate).sampled
 
     def job(self, spec: JobSpec, facts: Mapping[str, str]) -> None:
-        """Tell of a job that has ended: from its opening to its end, by the ledger's clock."""
-        where = origin(spec, self._sample_rate)
+        """Make the span of an ended job: from its opening to its end, by the ledger's clock."""
+        source = origin(spec, self._sample_rate)
         opened_ns, closed_ns = _ns(facts["opened_ms"]), _ns(facts["closed_ms"])
-        ids = self._ids(where.trace, span_id(spec.job), where.parent, where.sampled)
-        about = {
+        ids = self._ids(source.trace, span_id(spec.job), source.parent, source.sampled)
+        attributes = {
             "rlm.job_id": spec.job,
             "rlm.operation": spec.operation,
             "rlm.priority": spec.priority,
         }
-        span = self._spans.start(f"job {spec.operation}", ids, opened_ns, about)
+        span = self._spans.start(f"job {spec.operation}", ids, opened_ns, attributes)
         if span is not None and facts.get("started_ms"):
             span.add_event("started", timestamp=_ns(facts["started_ms"]))
         counts = {
             f"rlm.{name}": int(facts[name])
             for name in ("done", "failed", "skipped", "nodes", "splits")
         }
-        state, error = (
-            Status(facts["state"]),
-            msgspec.json.decode(facts["error"]) if facts.get("error") else {},
-        )
-        failure = (
-            {"type": error.get("type", ""), "code": error.get("code") or state.upper()}
-            if state in _BAD
-            else None
-        )
+        state = Status(facts["state"])
+        error = msgspec.json.decode(facts["error"]) if facts.get("error") else {}
+        code = error.get("code") or state.upper()
+        failure = {"type": error.get("type", ""), "code": code} if state in _BAD else None
         _close(
             span,
             {**counts, "rlm.items": spec.n, "rlm.state": state, "rlm.reason": facts["stop"]},
@@ -205,19 +193,21 @@ def _ns(ms: str) -> int:
 
 
 def _close(
-    span: Span | None, about: Mapping[str, Any], failure: Mapping[str, Any] | None, end_ns: int
+    span: Span | None,
+    attributes: Mapping[str, Any],
+    failure: Mapping[str, Any] | None,
+    end_ns: int,
 ) -> None:
-    """End a span; of a failure its type and code are told, for what it says is the user's."""
+    """End a span; a failure adds its type and code, but not its message, which may have data."""
     if span is None:
         return
-    span.set_attributes({name: value for name, value in about.items() if value != ""})
+    span.set_attributes({name: value for name, value in attributes.items() if value != ""})
     if failure is not None:
         from opentelemetry.trace import StatusCode
 
         kind, code = failure.get("type", ""), failure.get("code", "")
-        span.set_attributes(
-            {name: told for name, told in (("error.type", kind), ("rlm.code", code)) if told}
-        )
+        known = (("error.type", kind), ("rlm.code", code))
+        span.set_attributes({name: value for name, value in known if value})
         span.set_status(StatusCode.ERROR, " ".join(filter(None, (kind, code))))
     span.end(end_ns)
 
@@ -226,12 +216,13 @@ def _is_async(operation: str) -> bool:
     return operation in registry.names() and registry.get(operation).is_async
 
 
-# --- what is told -----------------------------------------------------------------------------
+# --- the calls of the ledger ------------------------------------------------------------------
 
 
 class TracedLedger(Ledger):
-    """A ledger that has told of everything in spans: it alone hears when a node begins, how it
-    ends, and of what a job ends.
+    """A ledger whose calls begin and end spans.
+
+    Every begin and end of a node, and every end of a job, is a call of the ledger.
     """
 
     def __init__(self, ledger: Ledger, tracing: Tracing) -> None:
@@ -240,32 +231,36 @@ class TracedLedger(Ledger):
         self._here = threading.local()  # its worker's name
 
     def fail_fast(self) -> TracedLedger:
-        """Return the same ledger whose calls raise at once."""
+        """Return this ledger with calls that raise at once."""
         return TracedLedger(super().fail_fast(), self._tracing)
 
     def claim(self, job: str, node: str, token: str, worker: str, message: int = 0) -> Claim:
-        """Take a node, and begin its span; a closed job may have been closed by this very call."""
+        """Claim a node, and begin its span; if this call has closed the job, make the job's."""
         claim = super().claim(job=job, node=node, token=token, worker=worker, message=message)
         if claim.answer == "run":
             self._here.worker = worker
             self._tracing.begin(claim, worker)
         elif claim.answer == "closed":
-            self._tell_end(job)
+            self._trace_job(job)
         return claim
 
     def finish(self, claim: Claim, report: Report, partial: bytes, *beside: Call) -> Finished:
-        """Close a node, and end its span; a merge that is now the caller's begins."""
+        """Close a node, and end its span; begin that of the root merge if the caller got it."""
         finished = super().finish(claim, report, partial, *beside)
         failure = msgspec.json.decode(report.failures[0][1]) if report.failures else None
-        about = {
+        attributes = {
             "rlm.done": report.done,
             "rlm.failed": len(report.failed),
             "rlm.reason": report.why,
         }
         if finished.answer == "stale":
-            about["rlm.reason"] = "it was given to another worker"
+            attributes["rlm.reason"] = "it was given to another worker"
         self._tracing.end(
-            claim.job, claim.token, about, came_to=finished.answer == "ok", failure=failure
+            claim.job,
+            claim.token,
+            attributes,
+            took_effect=finished.answer == "ok",
+            failure=failure,
         )
         if finished.outcome == MERGE and claim.spec is not None:
             merge = Claim(
@@ -280,27 +275,25 @@ class TracedLedger(Ledger):
             )
             self._tracing.begin(merge, self._here.worker)
         elif finished.outcome == "closed":
-            self._tell_end(claim.job)
+            self._trace_job(claim.job)
         return finished
 
     def park(self, claim: Claim, wait_ms: int, why: str, tries: int = 0) -> str:
-        """Let a node wait; this attempt has come to nothing."""
+        """Park a node, and end the span of this attempt, which took no effect."""
         waits = super().park(claim, wait_ms, why, tries)
-        self._tracing.end(
-            claim.job, claim.token, {"rlm.reason": why, "rlm.wait_ms": wait_ms}, came_to=False
-        )
+        attributes = {"rlm.reason": why, "rlm.wait_ms": wait_ms}
+        self._tracing.end(claim.job, claim.token, attributes, took_effect=False)
         return waits
 
     def release(
         self, job: str, node: str, token: str, item: int, died_of: str, *, condemned: bool = False
     ) -> bool:
-        """Give a node back; when it is this thread's own, its attempt has come to nothing."""
+        """Release a node; if it is this thread's own, end the span of its attempt."""
         released = super().release(
             job=job, node=node, token=token, item=item, died_of=died_of, condemned=condemned
         )
-        self._tracing.end(
-            job, token, {"rlm.reason": died_of}, came_to=False, failure={"type": died_of}
-        )
+        attributes, failure = {"rlm.reason": died_of}, {"type": died_of}
+        self._tracing.end(job, token, attributes, took_effect=False, failure=failure)
         return released
 
     def close(
@@ -313,9 +306,9 @@ class TracedLedger(Ledger):
     ) -> str:
         """End a job from its root merge, and the spans of both."""
         ended = super().close(job=job, token=token, state=state, answer=answer, error=error)
-        self._tracing.end(job, token, {}, came_to=bool(ended), failure=error)
+        self._tracing.end(job, token, {}, took_effect=bool(ended), failure=error)
         if ended:
-            self._tell_end(job)
+            self._trace_job(job)
         return ended
 
     def stop(
@@ -327,23 +320,23 @@ class TracedLedger(Ledger):
         error: Mapping[str, Any] | None = None,
         force: bool = False,
     ) -> str:
-        """End a job early; when none of its nodes runs it has ended."""
+        """End a job early, and make its span if that has ended it."""
         state = super().stop(job, reason, detail=detail, error=error, force=force)
-        self._tell_end_in(state, job)
+        self._trace_job_if_final(state, job)
         return state
 
     def sweep(self, job: str) -> Swept:
-        """Recover a job's overdue nodes; what has ended where nobody traces is seen here."""
+        """Recover a job's overdue nodes; make the span of a job that ended without tracing."""
         swept = super().sweep(job)
-        self._tell_end_in(swept.state, job)
+        self._trace_job_if_final(swept.state, job)
         return swept
 
-    def _tell_end_in(self, state: str, job: str) -> None:
+    def _trace_job_if_final(self, state: str, job: str) -> None:
         if state in list(Status) and Status(state).final:
-            self._tell_end(job)
+            self._trace_job(job)
 
-    def _tell_end(self, job: str) -> None:
-        """Tell of a job's end, once: whoever writes it down first is the one."""
+    def _trace_job(self, job: str) -> None:
+        """Make the span of an ended job, in the one process that marks the job first."""
         try:
             facts = self.facts(job)
             if not facts or TRACED in facts or not Status(facts["state"]).final:
@@ -360,14 +353,14 @@ class TracedLedger(Ledger):
 # --- in a worker ------------------------------------------------------------------------------
 
 
-def install(app: Celery, settings: Settings) -> None:
-    """Have this process trace the jobs it works on, should it become a worker of the app."""
+def install_tracing(app: Celery, settings: Settings) -> None:
+    """Turn on tracing when this process becomes a worker of the app, if the settings want it."""
     if settings.tracing.enabled:
         signals.worker_init.connect(functools.partial(_begin, app, settings), weak=False)
 
 
 def _begin(app: Celery, settings: Settings, sender: Any, **_: Any) -> None:
-    """Prepare everything before the pool forks; what is missing ends the worker with a sentence."""
+    """Prepare tracing before the pool forks; a missing package ends the worker with an error."""
     if sender.app is not app:
         return
     try:
@@ -376,7 +369,8 @@ def _begin(app: Celery, settings: Settings, sender: Any, **_: Any) -> None:
         if not (error.name or "").startswith("opentelemetry"):
             raise
         raise SystemExit(
-            "Error: RLM_TRACING__ENABLED needs OpenTelemetry: pip install 'rlm-tasks[otel]', or unset the variable"
+            "Error: RLM_TRACING__ENABLED needs OpenTelemetry: pip install 'rlm-tasks[otel]', or "
+            "unset the variable"
         ) from None
     try:
         export = Export([exporter(name) for name in traces_exporters()])
@@ -384,14 +378,13 @@ def _begin(app: Celery, settings: Settings, sender: Any, **_: Any) -> None:
         raise SystemExit(f"Error: RLM_TRACING__ENABLED: {error}") from None
     runtime = app.rlm_runtime()
     tracing = Tracing(
-        Spans([HandOver(export.way)]),
+        Spans([HandOver(export.sender)]),
         settings.tracing.sample_rate,
         lambda: runtime.page.level.label,
     )
     runtime.ledger = TracedLedger(runtime.ledger, tracing)
-    signals.task_postrun.connect(
-        tracing.leave, weak=False
-    )  # an error outside of items leaves a node open
+    # After an error outside of items, the thread's node is still set.
+    signals.task_postrun.connect(tracing.leave, weak=False)
     signals.worker_ready.connect(lambda **_: export.start(), weak=False)
     signals.worker_shutdown.connect(lambda **_: export.stop(), weak=False)
     atexit.register(export.stop)  # a cold shutdown sends no signal

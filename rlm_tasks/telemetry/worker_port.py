@@ -1,9 +1,9 @@
-"""How a worker answers for itself, on one port: ``/metrics``, ``/livez``, ``/readyz`` and
-``/health``.
+"""One port of a worker for ``/metrics``, ``/livez``, ``/readyz`` and ``/health``.
 
-Decides when a worker counts as alive and as ready, what is told of it, and to whom; nothing secret
-is.  It runs in threads of the worker's main process and never waits in its event loop.  Refuses to
-know what is counted (`metrics`)."""
+The worker's boot step makes a `WorkerPort`.  This module has the rules for an alive and a ready
+worker, and the content of the answers, which have no secrets.  It runs in threads of the worker's
+main process, and never blocks its event loop.  Begin with `WorkerPort`, then `application`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from celery import signals
 from celery.concurrency.prefork import TaskPool as PreforkPool
-from celery.worker import state
+from celery.worker import state as celery_state
 from prometheus_client import REGISTRY, make_wsgi_app
 
 from resilience.degradation import Level, level_of
@@ -35,78 +35,79 @@ from resilience.errors import StoreUnavailable
 from resilience.store import guard_store
 from rlm_tasks.engine.guards import breakers_of
 from rlm_tasks.metrics import slot_files
-from rlm_tasks.telemetry import exposition, health, limit_reports
+from rlm_tasks.telemetry import exposition, health
 from rlm_tasks.telemetry.exposition import WorkerState
+from rlm_tasks.telemetry.limit_reports import limit_reports
 from rlm_tasks.version import __version__
 from scheduler.sampling import held_mb
 
 logger = logging.getLogger(__name__)
 
 STUCK_S = 120.0
-"""A thread that has been silent for longer will not go on.  A hung Redis keeps the event loop for
-30 s, and again.
+"""A thread that has been silent for this long is stuck.
+
+A Redis that hangs blocks the event loop for 30 s, and may do so again.
 """
-UNHEARD_S = 5.0
-"""The guard asks the ledger every second; one that has not answered for so long is away."""
+LEDGER_AWAY_S = 5.0
+"""The ledger counts as away after this time without an answer; it is called every second."""
 FRESH_S = 5.0
-"""What is asked of Redis for a scrape is asked no more often."""
+"""Breakers are read from Redis once in this time at most, however often a scrape comes."""
 CLIENT_S = 5.0
-"""Nobody may take longer to send a request."""
+"""Longest time that a client may take to send its request."""
 
 
-# --- when a worker is well --------------------------------------------------------------------
+# --- the rules of the probes ------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Vitals:
-    """Signs of life: how long each part has been silent, in seconds, and what the worker is
-    doing.
-    """
+class ProbeInputs:
+    """The values by which /livez and /readyz answer; times are seconds since the last activity."""
 
-    guard_s: float
-    loop_s: float  # 0 where the event loop cannot be watched, or has nothing to go round for
+    supervisor_s: float
+    loop_s: float  # 0 if the event loop cannot be watched, or has no reason to run
     ledger_s: float
     consuming: bool
     draining: bool
 
 
-def not_alive(at: Vitals) -> str:
-    """Return why a worker is to be replaced, '' while it lives.  A broker or ledger that is away is
-    no reason.
+def not_alive(probed: ProbeInputs) -> str:
+    """Return the reason to replace a worker, '' while it is alive.
+
+    A broker or ledger that is away is no reason.
     """
-    if at.guard_s > STUCK_S:
-        return f"its guard has been stuck for {at.guard_s:.0f} s"
-    if at.loop_s > STUCK_S:
-        return f"its event loop has been stuck for {at.loop_s:.0f} s"
+    if probed.supervisor_s > STUCK_S:
+        return f"its supervisor has been stuck for {probed.supervisor_s:.0f} s"
+    if probed.loop_s > STUCK_S:
+        return f"its event loop has been stuck for {probed.loop_s:.0f} s"
     return ""
 
 
-def not_ready(at: Vitals) -> str:
-    """Return why a worker takes no work now, '' when it does."""
-    if at.draining:
+def not_ready(probed: ProbeInputs) -> str:
+    """Return the reason why a worker takes no work now, '' when it does."""
+    if probed.draining:
         return "it drains"
-    if not at.consuming:
+    if not probed.consuming:
         return "it is not connected to its broker, or does not consume yet"
-    if at.ledger_s > UNHEARD_S:
-        return f"the ledger has not answered for {at.ledger_s:.0f} s"
-    return not_alive(at)
+    if probed.ledger_s > LEDGER_AWAY_S:
+        return f"the ledger has not answered for {probed.ledger_s:.0f} s"
+    return not_alive(probed)
 
 
-# --- what is known of a worker ----------------------------------------------------------------
+# --- the state of a worker --------------------------------------------------------------------
 
 
 class WorkerHealth:
-    """One worker, asked from other threads than its own."""
+    """The health of one worker, read from other threads than its own."""
 
     def __init__(self, worker: Any, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` gives seconds; the guard's stamps are compared with it."""
+        """`clock` gives seconds, and is the clock of the supervisor's timestamps."""
         self._worker, self._clock = worker, clock
         self._runtime, self._store = worker.app.rlm_runtime(), guard_store(worker.app.rlm_settings)
         self._began = self._looped_at = clock()
         self._breakers = breakers_of(self._store, worker.app.rlm_settings)
-        self._asking, self._asked_at = threading.Lock(), float("-inf")
+        self._lock, self._read_at = threading.Lock(), float("-inf")
         self._states: dict[str, str] = {}
-        # Elsewhere an item may keep the loop for as long as it likes.
+        # In other pools an item runs in the event loop, for any time.
         self._watches_loop = (
             isinstance(worker.pool, PreforkPool) and getattr(worker, "hub", None) is not None
         )
@@ -116,31 +117,32 @@ class WorkerHealth:
     def _tick(self) -> None:
         self._looped_at = self._clock()
 
-    def vitals(self) -> Vitals:
-        """Return the signs of life."""
-        now, guard, consumer = self._clock(), self._worker.app.rlm_supervisor, self._worker.consumer
+    def probed(self) -> ProbeInputs:
+        """Return the present inputs of the probes."""
+        now, consumer = self._clock(), self._worker.consumer
+        supervisor = self._worker.app.rlm_supervisor
         connection = getattr(consumer, "connection", None)
         connected = connection is not None and bool(connection.connected)
         if not (connected and self._watches_loop):
-            self._looped_at = now  # it tries to connect, and goes round afterwards
+            self._looped_at = now  # the loop does not run while the worker connects
         consuming = connected and bool(
             getattr(consumer, "task_consumer", None) and consumer.task_consumer.queues
         )
-        return Vitals(
-            guard_s=now - guard.ticked_at if guard.is_alive() else float("inf"),
+        return ProbeInputs(
+            supervisor_s=now - supervisor.ticked_at if supervisor.is_alive() else float("inf"),
             loop_s=now - self._looped_at,
-            ledger_s=now - guard.answered_at,
+            ledger_s=now - supervisor.answered_at,
             consuming=consuming,
             draining=self._runtime.page.draining,
         )
 
-    def standing(self) -> WorkerState:
-        """Return what gauges tell."""
+    def state(self) -> WorkerState:
+        """Return the state that the gauges show."""
         report, page = self._worker.app.rlm_supervisor.host.report(), self._runtime.page
         thresholds = self._runtime.settings.pressure.thresholds
         return WorkerState(
             total=report.slots,
-            busy=min(len(state.reserved_requests), report.slots),
+            busy=min(len(celery_state.reserved_requests), report.slots),
             draining=page.draining,
             level=int(page.level),
             memory_mb=sum(map(held_mb, self._pids())),
@@ -155,66 +157,59 @@ class WorkerHealth:
         return [os.getpid(), *(each.pid for each in list(processes) if hasattr(each, "pid"))]
 
     def breakers(self) -> dict[str, str]:
-        """Return service -> state, as known a few seconds ago at most; nothing while Redis is
-        away.
-        """
-        with self._asking:
-            if self._clock() - self._asked_at >= FRESH_S:
+        """Return service -> state, a few seconds old at most; empty while Redis is away."""
+        with self._lock:
+            if self._clock() - self._read_at >= FRESH_S:
                 try:
                     self._states = {
                         name: str(each["state"]) for name, each in self._breakers.status().items()
                     }
                 except StoreUnavailable:
                     self._states = {}
-                self._asked_at = self._clock()
+                self._read_at = self._clock()
             return self._states
 
     def brief(self) -> dict[str, Any]:
-        """Return status and why, without asking Redis."""
-        return self._judged([], [])
+        """Return status and why, without a call to Redis."""
+        return self._status([], [])
 
     def detailed(self) -> dict[str, Any]:
-        """Return all there is to tell of the worker, as plain data."""
-        report, at = self._worker.app.rlm_supervisor.host.report(), self.standing()
+        """Return status, why, and all figures of the worker, as plain data."""
+        report, state = self._worker.app.rlm_supervisor.host.report(), self.state()
         redis_ms = health.latency_ms(self._store)
         return {
-            **self._judged(health.silent(redis_ms), health.shut(at.breakers)),
+            **self._status(health.redis_reasons(redis_ms), health.breaker_reasons(state.breakers)),
             "worker": self._runtime.worker,
             "version": __version__,
             "uptime_s": round(self._clock() - self._began, 1),
-            "draining": at.draining,
+            "draining": state.draining,
             "pressure": {
-                "level": Level(at.level).label,
+                "level": Level(state.level).label,
                 "host": report.level.label,
                 "why": report.why,
             },
-            "slots": {"total": at.total, "busy": at.busy, "free": at.free},
-            "memory_mb": round(at.memory_mb, 1),
+            "slots": {"total": state.total, "busy": state.busy, "free": state.free},
+            "memory_mb": round(state.memory_mb, 1),
             "latency": {"redis_ms": redis_ms},
             "quotas": self._quotas(),
-            "circuit_breakers": at.breakers,
+            "circuit_breakers": state.breakers,
         }
 
-    def _judged(self, failing: Sequence[str], unwell: Sequence[str]) -> dict[str, Any]:
-        vitals = self.vitals()
-        failing = [*filter(None, [not_alive(vitals)]), *failing]
-        return health.judged(
-            failing,
-            [
-                *filter(None, [not_ready(vitals)]),
-                *unwell,
-                *health.pressed(self._runtime.page.level),
-            ],
+    def _status(self, failing: Sequence[str], degraded: Sequence[str]) -> dict[str, Any]:
+        probed, pressure = self.probed(), health.pressure_reasons(self._runtime.page.level)
+        return health.status_of(
+            [*filter(None, [not_alive(probed)]), *failing],
+            [*filter(None, [not_ready(probed)]), *degraded, *pressure],
         )
 
     def _quotas(self) -> list[dict[str, Any]]:
         try:
-            return health.quotas(limit_reports.reports(self._runtime.guards))
+            return health.quotas(limit_reports(self._runtime.guards))
         except StoreUnavailable:
             return []
 
 
-# --- how it is asked --------------------------------------------------------------------------
+# --- requests and answers ---------------------------------------------------------------------
 
 
 Environ = dict[str, Any]
@@ -229,34 +224,30 @@ _STATUS = {
 }
 _PATHS = "/metrics, /livez, /readyz, /health"
 _PROBES = ("/livez", "/readyz")
-"""Asked by who starts and stops workers, and answered without a key: they tell of nothing but that
-worker's state.
-"""
+"""They need no key, because process managers call them, and they show only the worker's state."""
 
 
 def application(
-    health: WorkerHealth, exposed: Callable[[Environ, Respond], Iterable[bytes]], api_key: str = ""
+    health: WorkerHealth, metrics: Callable[[Environ, Respond], Iterable[bytes]], api_key: str = ""
 ) -> Callable[..., Iterable[bytes]]:
-    """Return the WSGI application of one worker; `exposed` answers ``/metrics``; with an `api_key`
-    who asks shows it.
+    """Return the WSGI application of one worker.
+
+    `metrics` answers ``/metrics``.  With an `api_key`, requests need it, except for the probes.
     """
 
-    def answered(environ: Environ, respond: Respond) -> Iterable[bytes]:
+    def answer(environ: Environ, respond: Respond) -> Iterable[bytes]:
         path, headers = environ["PATH_INFO"], []
         try:
-            if path not in _PROBES and not _shows(environ, api_key):
-                status, kind, body = (
-                    401,
-                    "text/plain",
-                    "show the key of RLM_API_KEY: Authorization: Bearer, or X-API-Key",
-                )
+            if path not in _PROBES and not _has_key(environ, api_key):
+                kind, status = "text/plain", 401
+                body = "send the key of RLM_API_KEY: Authorization: Bearer, or X-API-Key"
                 headers = [("WWW-Authenticate", 'Bearer realm="rlm"')]
             elif path == "/metrics":
-                return exposed(environ, respond)
+                return metrics(environ, respond)
             else:
                 status, kind, body = _answer(health, path, environ.get("QUERY_STRING", ""))
-        except Exception:  # who asks is answered, whatever is wrong; the log says what
-            logger.exception("A question for %s could not be answered", path)
+        except Exception:  # any error gets an answer; the log has the error
+            logger.exception("A request for %s failed", path)
             status, kind, body = 500, "text/plain", "it failed; the worker's log says why"
         respond(
             _STATUS[status],
@@ -264,35 +255,32 @@ def application(
         )
         return [f"{body}\n".encode()]
 
-    return answered
+    return answer
 
 
-def _shows(environ: Environ, api_key: str) -> bool:
-    """Whether a request shows the key, if there is one; how long that takes tells nothing of it."""
+def _has_key(environ: Environ, api_key: str) -> bool:
+    """Whether a request has the key, if one is set; the comparison takes constant time."""
     scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-    shown = token.strip() if scheme.lower() == "bearer" else environ.get("HTTP_X_API_KEY", "")
+    given = token.strip() if scheme.lower() == "bearer" else environ.get("HTTP_X_API_KEY", "")
     # WSGI reads the bytes of a header as Latin-1.
-    return not api_key or hmac.compare_digest(shown.encode("latin-1", "replace"), api_key.encode())
+    return not api_key or hmac.compare_digest(given.encode("latin-1", "replace"), api_key.encode())
 
 
 def _answer(health: WorkerHealth, path: str, query: str) -> Answer:
     match path:
         case "/livez":
-            return _probed(not_alive(health.vitals()))
+            return _probe_answer(not_alive(health.probed()))
         case "/readyz":
-            return _probed(not_ready(health.vitals()))
+            return _probe_answer(not_ready(health.probed()))
         case "/health":
             short = parse_qs(query).get("detailed", ["true"])[-1].lower() in ("false", "0", "no")
-            told = health.brief() if short else health.detailed()
-            return (
-                503 if told["status"] == "failing" else 200,
-                "application/json",
-                json.dumps(told, indent=2),
-            )
+            report = health.brief() if short else health.detailed()
+            status = 503 if report["status"] == "failing" else 200
+            return status, "application/json", json.dumps(report, indent=2)
     return 404, "text/plain", f"there are {_PATHS}"
 
 
-def _probed(why: str) -> Answer:
+def _probe_answer(why: str) -> Answer:
     return (503, "text/plain", why) if why else (200, "text/plain", "ok")
 
 
@@ -300,16 +288,14 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
     def server_bind(self) -> None:
-        """Bind without asking the name service what the address is called."""
+        """Bind without a query to the name service for the name of the address."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = (
-            str(self.server_address[0]),
-            int(self.server_address[1]),
-        )
+        host, port = self.server_address[:2]
+        self.server_name, self.server_port = str(host), int(port)
         self.setup_environ()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no news."""
+        """Log a client that goes away, at level DEBUG only."""
         logger.debug("%s went away", client_address, exc_info=True)
 
 
@@ -321,44 +307,42 @@ class _Handler(WSGIRequestHandler):
     timeout = CLIENT_S
 
     def log_message(self, *_: Any) -> None:
-        """A probe every few seconds is no news."""
+        """Log no request: a probe comes every few seconds."""
 
 
-class Station:
+class WorkerPort:
     """The port of one worker, and the folder that its pool counts in.
 
-    Made before the pool forks; the port is opened after, and closed when the pool has ended: a
-    worker that drains for minutes is alive."""
+    It is made before the pool forks.  The port is opened after that, and closed when the pool has
+    ended, because a worker that drains for minutes is alive.
+    """
 
     def __init__(self, worker: Any, port: int) -> None:
-        self._worker, self._port, self._address = (
-            worker,
-            port,
-            worker.app.rlm_settings.metrics.address,
-        )
+        self._worker, self._port = worker, port
+        self._address = worker.app.rlm_settings.metrics.address
         self._folder, self._pid = Path(tempfile.mkdtemp(prefix="rlm-metrics-")), os.getpid()
         self._server: _Server | None = None
         slot_files.begin(self._folder)
         signals.worker_process_init.connect(self._leave_port, weak=False)
 
     def start(self) -> None:
-        """Open the port, if it can be had; a worker without it works all the same."""
+        """Open the port; if that fails, log a warning, and the worker goes on without it."""
         health = WorkerHealth(self._worker)
-        registry = exposition.registry(self._folder, health.standing)
+        registry = exposition.registry(self._folder, health.state)
         if not isinstance(self._worker.pool, PreforkPool):
-            registry.register(REGISTRY)  # one process: what its owner counts is here, too
+            registry.register(REGISTRY)  # one process, so the app's own metrics are here, too
         kind = _Server6 if ":" in self._address else _Server
         try:
             server = kind((self._address, self._port), _Handler)
         except OSError as error:
+            is_taken = error.errno == errno.EADDRINUSE
             logger.warning(
-                "Port %d of %s %s: this worker goes on without metrics and probes. Give it a port of its own by "
-                "--metrics-port or CELERY_WORKER_METRICS_PORT (0: none), or another address by RLM_METRICS__ADDRESS",
+                "Port %d of %s %s: this worker goes on without metrics and probes. Give it another "
+                "port by --metrics-port or CELERY_WORKER_METRICS_PORT (0: none), or another "
+                "address by RLM_METRICS__ADDRESS",
                 self._port,
                 self._address,
-                "is taken"
-                if error.errno == errno.EADDRINUSE
-                else f"cannot be opened ({error.strerror or error})",
+                "is taken" if is_taken else f"cannot be opened ({error.strerror or error})",
             )
             return
         api_key = self._worker.app.rlm_settings.api_key.get_secret_value()
@@ -377,6 +361,6 @@ class Station:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _leave_port(self, **_: Any) -> None:
-        """Let a pool process not keep the port: it may outlive the main process."""
+        """Close the port in a pool process, which may outlive the main process."""
         if self._server is not None and os.getpid() != self._pid:
             self._server.socket.close()

@@ -103,9 +103,9 @@ class HealthStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
 
     def create(self, worker: Any) -> Any:
         """Make the folder that pool processes are to find."""
-        from rlm_tasks.telemetry.worker_port import Station  # a server is of no use to clients
+        from rlm_tasks.telemetry.worker_port import WorkerPort  # clients need no server
 
-        return Station(worker, self._port)
+        return WorkerPort(worker, self._port)
 
     def start(self, worker: Any) -> None:
         """Open the port once the pool has forked."""

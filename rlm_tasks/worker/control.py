@@ -85,9 +85,9 @@ def limits(state: Any, **_: Any) -> list[dict[str, Any]]:
     """How full the rate limits and bulkheads are that operations declare."""
     from dataclasses import asdict
 
-    from rlm_tasks.telemetry.limit_reports import reports
+    from rlm_tasks.telemetry.limit_reports import limit_reports
 
-    return [asdict(each) for each in reports(state.app.rlm_runtime().guards)]
+    return [asdict(each) for each in limit_reports(state.app.rlm_runtime().guards)]
 
 
 @inspect_command()  # type: ignore[untyped-decorator]  # Celery ships no types

@@ -42,14 +42,14 @@ def cost_us(endpoint: str, batching: dict[str, str]) -> float:
     """Return the processor time of a span in microseconds, from its begin to its export."""
     with mock.patch.dict(os.environ, batching):
         export = Export([OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces")])
-        spans, began = Spans([HandOver(export.way)]), time.process_time()
+        spans, began = Spans([HandOver(export.sender)]), time.process_time()
         export.start()
         for at in range(1, SPANS + 1):
             span = spans.start("node bench", Ids(at, at, 0, True), time.time_ns(), ABOUT)
             assert span is not None
             span.end()
-        export.way.setblocking(True)
-        export.way.send(b"")  # as `stop` does, without its bound on the wait
+        export.sender.setblocking(True)
+        export.sender.send(b"")  # as `stop` does, without its bound on the wait
         export.join()
     return 1e6 * (time.process_time() - began) / SPANS
 

@@ -183,7 +183,7 @@ def test_every_path_but_probes_needs_the_key(workers: Workers) -> None:
     guarded = workers.start(slots=1, RLM_API_KEY=f"{key}\n")
     right = {"Authorization": f"Bearer {key}".encode()}
 
-    refused = (401, "show the key of RLM_API_KEY: Authorization: Bearer, or X-API-Key\n")
+    refused = (401, "send the key of RLM_API_KEY: Authorization: Bearer, or X-API-Key\n")
     wrong: list[dict[str, Any]] = [
         {},
         {"Authorization": "Bearer geheim"},

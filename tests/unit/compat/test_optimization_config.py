@@ -302,7 +302,7 @@ def test_spans_are_exported_in_batches_and_the_rest_when_the_worker_stops(
     environment_of(monkeypatch, OptimizationConfig())
     batches = Batches()
     export = Export([batches])
-    spans = Spans([HandOver(export.way)])
+    spans = Spans([HandOver(export.sender)])
     export.start()
     ended = 0
 

@@ -266,7 +266,7 @@ def test_logging_changes_only_in_a_worker_of_the_app() -> None:
             colorize=False,
         )
 
-    logs.install(app, Settings(log_format="json"))
+    logs.install_logs(app, Settings(log_format="json"))
     start(Celery("theirs", set_as_current=False))
     assert logging.getLogRecordFactory() is before
     assert type(own.formatter) is ColorFormatter

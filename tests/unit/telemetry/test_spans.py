@@ -46,7 +46,7 @@ def test_a_collector_that_does_not_answer_delays_nothing(
     export = Export([stuck])
     export.start()
     for span in sent.get_finished_spans():
-        HandOver(export.way).on_end(span)
+        HandOver(export.sender).on_end(span)
 
     export.stop()
 
@@ -63,7 +63,7 @@ def test_lost_spans_are_logged_once(
     platform = traced()
     platform.run(platform.submit(request([1])))
     export = Export([])  # as in a worker whose main process is stopped
-    hand_over = HandOver(export.way)
+    hand_over = HandOver(export.sender)
 
     for _ in range(1000):
         hand_over.on_end(sent.get_finished_spans()[0])

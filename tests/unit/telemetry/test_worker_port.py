@@ -12,16 +12,22 @@ from celery import Celery
 
 from rlm_tasks.installation import install
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.telemetry.worker_port import STUCK_S, UNHEARD_S, Vitals, not_alive, not_ready
+from rlm_tasks.telemetry.worker_port import (
+    LEDGER_AWAY_S,
+    STUCK_S,
+    ProbeInputs,
+    not_alive,
+    not_ready,
+)
 
 ROOT = Path(__file__).parents[3]
 
 
-WELL = Vitals(guard_s=0.5, loop_s=1.0, ledger_s=0.5, consuming=True, draining=False)
+WELL = ProbeInputs(supervisor_s=0.5, loop_s=1.0, ledger_s=0.5, consuming=True, draining=False)
 
 
 @pytest.mark.parametrize(
-    ("vitals", "alive", "ready"),
+    ("probed", "alive", "ready"),
     [
         (WELL, "", ""),
         (replace(WELL, draining=True), "", "it drains"),
@@ -30,28 +36,28 @@ WELL = Vitals(guard_s=0.5, loop_s=1.0, ledger_s=0.5, consuming=True, draining=Fa
             "",
             "it is not connected to its broker, or does not consume yet",
         ),
-        (replace(WELL, ledger_s=UNHEARD_S + 1), "", "the ledger has not answered for 6 s"),
+        (replace(WELL, ledger_s=LEDGER_AWAY_S + 1), "", "the ledger has not answered for 6 s"),
         (
             replace(WELL, loop_s=STUCK_S + 1),
             "its event loop has been stuck for 121 s",
             "its event loop has been stuck for 121 s",
         ),
         (
-            replace(WELL, guard_s=STUCK_S + 1),
-            "its guard has been stuck for 121 s",
-            "its guard has been stuck for 121 s",
+            replace(WELL, supervisor_s=STUCK_S + 1),
+            "its supervisor has been stuck for 121 s",
+            "its supervisor has been stuck for 121 s",
         ),
         (
-            replace(WELL, guard_s=float("inf")),
-            "its guard has been stuck for inf s",
-            "its guard has been stuck for inf s",
+            replace(WELL, supervisor_s=float("inf")),
+            "its supervisor has been stuck for inf s",
+            "its supervisor has been stuck for inf s",
         ),
     ],
 )
 def test_a_worker_is_alive_while_its_threads_run_and_ready_while_it_consumes(
-    vitals: Vitals, alive: str, ready: str
+    probed: ProbeInputs, alive: str, ready: str
 ) -> None:
-    assert (not_alive(vitals), not_ready(vitals)) == (alive, ready)
+    assert (not_alive(probed), not_ready(probed)) == (alive, ready)
 
 
 def test_workers_of_every_app_have_the_option() -> None:
