@@ -1,7 +1,6 @@
-"""The main job: measure a folder of Python files with a worker of one's own, and show what
-happened.
+"""The demo: measure a folder of Python files with a worker that is started for it.
 
-Decides what the demo runs and what it compares with; refuses to know how things look (see cli).
+`cli.demo` calls `platform`, `run` and `compare`, and prints the outcome.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ CHUNKS = (5, 20, 50, 200)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the demo found out."""
+    """The result of the demo, with its times."""
 
     folder: str
     slots: int
@@ -46,7 +45,7 @@ class Outcome:
 
     @property
     def busy_share(self) -> float:
-        """How much of the slots' time went into items."""
+        """The share of the slots' time that items took, 0 to 1."""
         return self.speed_up / self.slots
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,7 +62,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """The same work, done another way."""
+    """The same work in another way."""
 
     name: str
     wall_s: float
@@ -72,7 +71,10 @@ class Compared:
 
 @contextlib.contextmanager
 def platform(slots: int) -> Iterator[tuple[Client, dict[str, str], Path]]:
-    """Run a worker of the demo's own, on the Redis of RLM_REDIS_URL or on an embedded server."""
+    """Run a worker for the demo, on the Redis of RLM_REDIS_URL or on an embedded server.
+
+    Yields a client, the worker's environment and the folder of its logs.
+    """
     with contextlib.ExitStack() as stack:
         own = environment_settings()
         url = (
@@ -106,8 +108,9 @@ def platform(slots: int) -> Iterator[tuple[Client, dict[str, str], Path]]:
 def run(
     client: Client, folder: Path, slots: int, show: Callable[[Progress], None]
 ) -> tuple[Outcome, list[str]]:
-    """Measure a folder, telling the progress on the way.  Raises InvalidRequest when it has no
-    Python files.
+    """Measure a folder and return the outcome and its files; `show` receives the progress.
+
+    Raises InvalidRequest for a folder without Python files.
     """
     paths = python_files(folder)
     if not paths:
@@ -128,7 +131,7 @@ def run(
 def compare(
     environment: dict[str, str], logs: Path, outcome: Outcome, paths: list[str]
 ) -> Iterator[Compared]:
-    """Do the same serially, and with a plain Celery chord over chunks of several sizes."""
+    """Yield the times of the same work done serially, and by a plain chord for each chunk size."""
     began = time.perf_counter()
     report = plain_celery.measure_serially(paths)
     yield Compared(

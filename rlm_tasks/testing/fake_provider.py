@@ -1,14 +1,14 @@
-"""A fake provider, for rehearsals without money: a real HTTP server that speaks OpenAI's wire
-format.
+"""A fake provider for tests without cost: a real HTTP server with OpenAI's wire format.
 
     python -m rlm_tasks.testing.fake_provider --port 8089 --window 60 --requests 3500 --tokens 90000
 
-Decides by its own clock what its limits let in, goes wrong by a schedule, and counts what it was
-asked and what it answered.  Equal questions have equal answers.  Refuses to know who asks: any key
-will do.
+Tests, examples and the benchmarks start it with `running`.  It applies its limits by its own clock,
+fails by a schedule, and counts requests and answers.  Equal questions get equal answers.  Any key
+is accepted.
 
-POST /v1/chat/completions and GET /v1/models are as OpenAI's.  GET /report tells what was counted,
-POST /reset starts anew, POST /schedule takes a list of `Rule`."""
+POST /v1/chat/completions and GET /v1/models work as OpenAI's do.  GET /report returns the counts,
+POST /reset sets them to 0, POST /schedule takes a list of `Rule`.
+"""
 
 from __future__ import annotations
 
@@ -33,29 +33,30 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from rlm_tasks.llm.endpoint import estimated_prompt
-from rlm_tasks.llm.endpoint import estimated_tokens as tokens  # so that here, estimates are exact
+from rlm_tasks.llm.endpoint import (
+    estimated_tokens as tokens,
+)  # so the platform's estimates are exact
 
 MOST_BYTES = 64 * 2**20
-"""No request is longer."""
+"""Bytes of the longest accepted request."""
 
-# --- what it answers ---------------------------------------------------------------------------
+# --- the model ---------------------------------------------------------------------------------
 
 
 class Model:
-    """What is answered: by `behaviour`, "echo" the last message, or "reader" what a simple reader
-    of it would say.
+    """The answers, by `behaviour`: "echo" repeats the last message, "reader" answers from its text.
 
-    A reader finds in its text
+    A reader looks for the first of these in the text:
 
-    - a line ``QUESTION: ...`` and lines ``[<number>] <passage>``: it answers as JSON which passages
-      share at least half of the question's words of four letters or more, the best five (`found`),
-      and the best one's best sentence (`answer`);
-    - a line ``MERGE:`` and lines ``- <text>`` below it: it answers with the texts, each once,
-      sorted, joined by "; ";
-    - ``SUM:``: it answers with the sum of the integers behind it;
-    - nothing of that: it answers with the first twelve words.
+    - A line ``QUESTION: ...`` and lines ``[<number>] <passage>``.  Passages match that share at
+      least half of the question's words of four letters or more.  The answer is JSON with the best
+      five of them (`found`) and the best sentence of the best one (`answer`).
+    - A line ``MERGE:`` and lines ``- <text>`` below it.  The answer has each text once, sorted and
+      joined by "; ".
+    - ``SUM:``.  The answer is the sum of the integers behind it.
+    - Else the answer is the first twelve words.
 
-    It puts more than one property into an object only when it is asked again.
+    For a schema of several properties, only its answer to a repeated question is an object.
     """
 
     def __init__(self, behaviour: str = "reader") -> None:
@@ -64,9 +65,7 @@ class Model:
     def answer(
         self, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any] | None = None
     ) -> str:
-        """Return the answer to messages; with a `schema` of one property it is an object that has
-        it.
-        """
+        """Return the answer to messages; with a `schema` of one property, an object that has it."""
         if self._behaviour == "echo":
             text = f"echo: {messages[-1]['content']}"
         else:
@@ -84,7 +83,9 @@ def _read(text: str) -> str:
     question = re.search(r"^QUESTION:(.*)$", text, re.MULTILINE)
     passages = re.findall(r"^\[(\d+)\] (.*)$", text, re.MULTILINE)
     if question and passages:
-        return _found(_words(question[1]), {int(number): passage for number, passage in passages})
+        return _search_answer(
+            _words(question[1]), {int(number): passage for number, passage in passages}
+        )
     if merge := re.search(r"^MERGE:.*$", text, re.MULTILINE):
         return "; ".join(
             sorted(
@@ -99,7 +100,7 @@ def _read(text: str) -> str:
     return " ".join(text.split()[:12])
 
 
-def _found(wanted: set[str], passages: Mapping[int, str]) -> str:
+def _search_answer(wanted: set[str], passages: Mapping[int, str]) -> str:
     shared = {number: len(wanted & _words(passage)) for number, passage in passages.items()}
     found = sorted(
         (n for n in shared if wanted and 2 * shared[n] >= len(wanted)),
@@ -126,8 +127,8 @@ def _shaped(text: str, schema: Mapping[str, Any], *, again: bool) -> str:
         ).decode()
     with suppress(ValueError, KeyError):
         [(name, about)] = properties.items()
-        as_asked = {"string": str, "integer": int, "number": float}[about["type"]]
-        return msgspec.json.encode({name: as_asked(text)}).decode()
+        convert = {"string": str, "integer": int, "number": float}[about["type"]]
+        return msgspec.json.encode({name: convert(text)}).decode()
     return text
 
 
@@ -136,13 +137,11 @@ def cut(text: str, most: int) -> str:
     return text.encode()[: 4 * most].decode(errors="ignore")
 
 
-# --- what it lets in --------------------------------------------------------------------------
+# --- its limits -------------------------------------------------------------------------------
 
 
 class Window:
-    """A true sliding window: in any `window_s` seconds, so many requests and so many tokens; 0 is
-    without a limit.
-    """
+    """A true sliding window of `window_s` seconds, with limits on requests and tokens; 0: none."""
 
     def __init__(
         self,
@@ -157,13 +156,11 @@ class Window:
             tokens or math.inf,
         )
         self._clock = clock
-        self._entries: deque[list[float]] = deque()  # [when it came, tokens] of all that counts
+        self._entries: deque[list[float]] = deque()  # [time, tokens] of requests in the window
         self._used = 0.0
 
     def take(self, tokens: float) -> list[float] | None:
-        """Let a request in that comes now, and return its entry, [when it came, tokens]; None: it
-        is too much.
-        """
+        """Accept a request that comes now and return its entry, [time, tokens]; None: refused."""
         now = self._clock()
         while self._entries and self._entries[0][0] <= now - self._window_s:
             self._used -= self._entries.popleft()[1]
@@ -174,53 +171,50 @@ class Window:
         return entry
 
     def settle(self, entry: list[float], tokens: float) -> None:
-        """Put an entry right, now that it is known how many tokens it has."""
+        """Set the tokens of an entry to the number that was used."""
         if self._entries and entry[0] >= self._entries[0][0]:
             self._used += tokens - entry[1]
         entry[1] = tokens
 
     def wait_s(self, tokens: float) -> float:
-        """Return after how many seconds a request would be let in that is too much now."""
+        """Return the seconds until a refused request would be accepted."""
         count, used, wait_s = len(self._entries) + 1, self._used + tokens, self._window_s
-        for came, cost in self._entries:
+        for at, cost in self._entries:
             if self._fits(count, used):
                 break
-            count, used, wait_s = count - 1, used - cost, came + self._window_s - self._clock()
+            count, used, wait_s = count - 1, used - cost, at + self._window_s - self._clock()
         return max(0.001, wait_s)
 
     def headers(self) -> dict[str, str]:
-        """Return what OpenAI says of its limits with every answer."""
+        """Return the headers with its limits, as OpenAI sends them with each answer."""
         whole_s = (
             max(0.0, self._entries[-1][0] + self._window_s - self._clock())
             if self._entries
             else 0.0
         )
-        told = {}
-        for what, limit, used in (
+        headers = {}
+        for unit, limit, used in (
             ("requests", self._requests, len(self._entries)),
             ("tokens", self._tokens, self._used),
         ):
             if limit < math.inf:
-                told[f"x-ratelimit-limit-{what}"] = f"{limit:.0f}"
-                told[f"x-ratelimit-remaining-{what}"] = f"{max(0, limit - used):.0f}"
-                told[f"x-ratelimit-reset-{what}"] = f"{whole_s:.3f}s"
-        return told
+                headers[f"x-ratelimit-limit-{unit}"] = f"{limit:.0f}"
+                headers[f"x-ratelimit-remaining-{unit}"] = f"{max(0, limit - used):.0f}"
+                headers[f"x-ratelimit-reset-{unit}"] = f"{whole_s:.3f}s"
+        return headers
 
     def _fits(self, count: int, tokens: float) -> bool:
         return count <= self._requests and tokens <= self._tokens
 
 
-# --- what goes wrong --------------------------------------------------------------------------
+# --- its failures -----------------------------------------------------------------------------
 
 _ERRORS = {
     "400": (400, "context_length_exceeded", "This model's maximum context length is exceeded."),
     "401": (401, "invalid_api_key", "Incorrect API key provided: {key}."),
     "404": (404, "model_not_found", "The model does not exist."),
-    "422": (
-        422,
-        "invalid_request",
-        "Value error in: {question!a}",
-    ),  # some servers do send back what they were sent
+    # Some servers quote the request in their errors.
+    "422": (422, "invalid_request", "Value error in: {question!a}"),
     "429": (429, "rate_limit_exceeded", "Rate limit reached."),
     "quota": (429, "insufficient_quota", "You exceeded your current quota."),
     "500": (500, "server_error", "The server had an error."),
@@ -229,11 +223,17 @@ _ERRORS = {
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What happens to every n-th request, of those between two numbers; the first request is 1.
+    """A failure for every n-th request between two numbers; the first request is 1.
 
-    Kinds: a status or "quota", which are errors and may have `headers`; "timeout" never answers;
-    "garbage" is no JSON, "empty" has no choices; "cut" ends in the middle; each part of a "slow"
-    answer is `seconds` late."""
+    Kinds:
+
+    - a status, or "quota": an error, which may have `headers`
+    - "timeout": no answer
+    - "garbage": an answer that is no JSON
+    - "empty": an answer without choices
+    - "cut": an answer that ends in the middle
+    - "slow": each part of the answer is `seconds` late
+    """
 
     kind: Literal[
         "400",
@@ -257,7 +257,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seconds: float = 1.0
 
     def meets(self, number: int) -> bool:
-        """Say whether it is for this request."""
+        """Return whether the rule applies to the request with this number."""
         return (
             number >= self.first
             and (self.to is None or number <= self.to)
@@ -265,11 +265,11 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
-# --- what it counts ---------------------------------------------------------------------------
+# --- its counts -------------------------------------------------------------------------------
 
 
 class Spent(msgspec.Struct):
-    """What one model answered."""
+    """The answers of one model."""
 
     answered: int = 0
     prompt_tokens: int = 0
@@ -277,8 +277,9 @@ class Spent(msgspec.Struct):
 
 
 class Counts(msgspec.Struct):
-    """What was seen since the last reset; `taken` has [when it came by the monotonic clock, tokens]
-    of what was let in.
+    """The counts since the last reset.
+
+    `taken` has the [time by the monotonic clock, tokens] of each accepted request.
     """
 
     requests: int = 0
@@ -288,12 +289,11 @@ class Counts(msgspec.Struct):
     most_in_flight: int = 0
     connections_opened: int = 0
     taken: list[list[float]] = []
-    prompts: Counter[bytes] = msgspec.field(
-        default_factory=Counter
-    )  # a digest of the question -> how often answered
+    prompts: Counter[bytes] = msgspec.field(default_factory=Counter)
+    """The number of answers by the digest of their question."""
 
     def report(self, in_flight: int, connections: int) -> dict[str, Any]:
-        """Return all of it as plain data, with what is open just now."""
+        """Return all counts as plain data, with the requests and connections that are open now."""
         return {
             **{
                 name: getattr(self, name)
@@ -314,11 +314,11 @@ class Counts(msgspec.Struct):
         }
 
 
-# --- what it understands ----------------------------------------------------------------------
+# --- its wire format --------------------------------------------------------------------------
 
 
 class StreamOptions(msgspec.Struct):
-    """How to stream."""
+    """Options of a streamed answer."""
 
     include_usage: bool = False
 
@@ -330,13 +330,13 @@ class Schema(msgspec.Struct):
 
 
 class Format(msgspec.Struct):
-    """The form an answer is to have."""
+    """The required form of an answer."""
 
     json_schema: Schema | None = None
 
 
-class Asked(msgspec.Struct):
-    """A question, of what OpenAI's has the part that is understood here."""
+class ChatRequest(msgspec.Struct):
+    """A request for a chat completion: the fields of OpenAI's that this server supports."""
 
     model: str
     messages: Annotated[list[dict[str, str]], msgspec.Meta(min_length=1)]
@@ -351,12 +351,12 @@ class Asked(msgspec.Struct):
 
     @property
     def schema(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer is to meet."""
+        """The JSON schema of the answer, if there is one."""
         return self.response_format.json_schema.schema if self.response_format.json_schema else None
 
     @property
     def digest(self) -> bytes:
-        """Equal for equal questions to equal models."""
+        """A hash of model and messages."""
         return hashlib.sha256(msgspec.json.encode((self.model, self.messages))).digest()
 
 
@@ -370,13 +370,13 @@ class Request(msgspec.Struct):
 
     @property
     def key(self) -> str:
-        """The key it carries, or nothing."""
+        """Its API key; '' without one."""
         scheme, _, key = self.headers.get("authorization", "").partition(" ")
         return key if scheme.lower() == "bearer" else ""
 
 
 class HungUp(ConnectionError):
-    """This connection has ended."""
+    """The connection has ended."""
 
 
 class Connection:
@@ -387,8 +387,9 @@ class Connection:
         self.counted = False
 
     async def request(self) -> Request:
-        """Return the next request.  Raises ConnectionError, EOFError and ValueError where none
-        comes.
+        """Return the next request.
+
+        Raises ConnectionError, EOFError and ValueError where none comes.
         """
         head, *lines = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         method, path, _ = head.split(" ")
@@ -417,8 +418,9 @@ class Connection:
         pause_s: float = 0.0,
         cut: bool = False,
     ) -> None:
-        """Answer part by part, as events where it is `chunked`, else as JSON; `cut` hangs up in the
-        middle.
+        """Send an answer in parts: as events if it is `chunked`, else as JSON.
+
+        With `cut`, the connection ends in the middle of the answer.
         """
         length = (
             {"Transfer-Encoding": "chunked"}
@@ -447,20 +449,21 @@ class Connection:
             raise HungUp
 
     async def pause(self, seconds: float | None = None) -> None:
-        """Say nothing for a while, or for ever.  Raises HungUp when the other side hangs up."""
+        """Send nothing for some seconds, or for ever.  Raises HungUp when the client hangs up."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._reader.read(1)
             raise HungUp
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._writer.close()
 
 
 class FakeProvider:
-    """The server: limits, schedule, counts, and a model behind them; an answer takes about
-    `latency_s`.
+    """The server: limits, schedule, counts and a model.
+
+    An answer takes about `latency_s` seconds.
     """
 
     def __init__(
@@ -487,9 +490,9 @@ class FakeProvider:
         }
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer what comes over one connection."""
+        """Answer the requests of one connection."""
         connection = Connection(reader, writer)
-        # Cancelled: the server ends, and asyncio would tell of each connection.
+        # Without CancelledError asyncio would log each connection when the server ends.
         with suppress(
             ConnectionError, EOFError, asyncio.LimitOverrunError, ValueError, asyncio.CancelledError
         ):
@@ -501,7 +504,7 @@ class FakeProvider:
     async def _answer(self, request: Request, connection: Connection) -> None:
         route = self._routes.get((request.method, request.path))
         if route is None:
-            return await connection.send(404, _error("not_found", "There is no such place."))
+            return await connection.send(404, _error("not_found", "There is no such path."))
         if request.path.startswith("/v1/"):
             if not connection.counted:
                 connection.counted = True
@@ -534,19 +537,19 @@ class FakeProvider:
         await connection.send(200, {})
 
     async def _complete(self, request: Request, connection: Connection) -> None:
-        asked = msgspec.json.decode(request.body, type=Asked)
-        prompt = estimated_prompt(asked.messages)
+        chat = msgspec.json.decode(request.body, type=ChatRequest)
+        prompt = estimated_prompt(chat.messages)
         counts = self._counts
         counts.requests += 1
-        counts.prompts[asked.digest] += 0
+        counts.prompts[chat.digest] += 0
         rule = next((each for each in self._schedule if each.meets(counts.requests)), None)
-        entry = self._window.take(prompt + asked.max_tokens)
+        entry = self._window.take(prompt + chat.max_tokens)
         if entry is None:
             counts.refused += 1
             return await connection.send(
                 429,
                 _error("rate_limit_exceeded", "Rate limit reached."),
-                self._too_much(asked, prompt),
+                self._refusal_headers(chat, prompt),
             )
         counts.taken.append(entry)
         self._in_flight += 1
@@ -556,77 +559,86 @@ class FakeProvider:
             if rule is not None:
                 counts.faults[rule.kind] += 1
             if rule is None or rule.kind == "slow":
-                await self._give(
-                    asked=asked,
+                await self._answer_chat(
+                    chat=chat,
                     prompt=prompt,
                     entry=entry,
                     connection=connection,
                     pause_s=rule.seconds if rule else 0.0,
                 )
             else:
-                await self._fail(asked, request.key, rule, connection)
+                await self._fail_chat(chat, request.key, rule, connection)
         finally:
             self._in_flight -= 1
         return None
 
-    def _too_much(self, asked: Asked, prompt: int) -> dict[str, str]:
-        wait_s = self._window.wait_s(prompt + asked.max_tokens)
+    def _refusal_headers(self, chat: ChatRequest, prompt: int) -> dict[str, str]:
+        wait_s = self._window.wait_s(prompt + chat.max_tokens)
         wait = {
             "Retry-After": f"{math.ceil(wait_s)}",
             "retry-after-ms": f"{math.ceil(wait_s * 1000)}",
         }
         return {**wait, **self._window.headers()}
 
-    async def _give(
-        self, asked: Asked, prompt: int, entry: list[float], connection: Connection, pause_s: float
+    async def _answer_chat(
+        self,
+        chat: ChatRequest,
+        prompt: int,
+        entry: list[float],
+        connection: Connection,
+        pause_s: float,
     ) -> None:
-        whole = self._model.answer(asked.messages, asked.schema)
-        text = cut(whole, asked.max_tokens)
+        whole = self._model.answer(chat.messages, chat.schema)
+        text = cut(whole, chat.max_tokens)
         usage = {
             "prompt_tokens": prompt,
             "completion_tokens": tokens(text),
             "total_tokens": prompt + tokens(text),
         }
         self._window.settle(entry, usage["total_tokens"])
-        spent = self._counts.by_model.setdefault(asked.model, Spent())
+        spent = self._counts.by_model.setdefault(chat.model, Spent())
         spent.answered += 1
         spent.prompt_tokens += prompt
         spent.completion_tokens += usage["completion_tokens"]
-        self._counts.prompts[asked.digest] += 1
-        parts = _parts(asked, text, "stop" if text == whole else "length", usage)
+        self._counts.prompts[chat.digest] += 1
+        parts = _chat_parts(chat, text, "stop" if text == whole else "length", usage)
         await connection.send_parts(
-            200, parts, self._window.headers(), chunked=asked.stream, pause_s=pause_s
+            200, parts, self._window.headers(), chunked=chat.stream, pause_s=pause_s
         )
 
-    async def _fail(self, asked: Asked, key: str, rule: Rule, connection: Connection) -> None:
+    async def _fail_chat(
+        self, chat: ChatRequest, key: str, rule: Rule, connection: Connection
+    ) -> None:
         if rule.kind in _ERRORS:
             status, code, why = _ERRORS[rule.kind]
-            error = _error(code, why.format(key=key, question=asked.messages[-1]["content"]))
+            error = _error(code, why.format(key=key, question=chat.messages[-1]["content"]))
             return await connection.send(status, error, {**self._window.headers(), **rule.headers})
         if rule.kind == "timeout":
             return await connection.pause()
         if rule.kind == "garbage":
-            parts = [b"data: <html>\n\n"] if asked.stream else [b"<html>"]
+            parts = [b"data: <html>\n\n"] if chat.stream else [b"<html>"]
         elif rule.kind == "empty":
             parts = (
-                [_event(asked, [], None), b"data: [DONE]\n\n"]
-                if asked.stream
-                else [_json(asked, [], None)]
+                [_chat_event(chat, [], None), b"data: [DONE]\n\n"]
+                if chat.stream
+                else [_chat_json(chat, [], None)]
             )
         else:
-            parts = _parts(asked, "half of an answer", "stop", None)
-        return await connection.send_parts(200, parts, chunked=asked.stream, cut=rule.kind == "cut")
+            parts = _chat_parts(chat, "half of an answer", "stop", None)
+        return await connection.send_parts(200, parts, chunked=chat.stream, cut=rule.kind == "cut")
 
 
 def _error(code: str, message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": code, "param": None, "code": code}}
 
 
-def _parts(asked: Asked, text: str, finish: str, usage: dict[str, int] | None) -> list[bytes]:
-    """Return an answer's body in several parts, events where it is streamed."""
-    if not asked.stream:
-        body = _json(
-            asked,
+def _chat_parts(
+    chat: ChatRequest, text: str, finish: str, usage: dict[str, int] | None
+) -> list[bytes]:
+    """Return the body of an answer in several parts; as events if it is streamed."""
+    if not chat.stream:
+        body = _chat_json(
+            chat,
             [
                 {
                     "index": 0,
@@ -642,62 +654,66 @@ def _parts(asked: Asked, text: str, finish: str, usage: dict[str, int] | None) -
     deltas += [({"content": text[at : at + quarter]}, None) for at in range(0, len(text), quarter)]
     deltas += [({}, finish)]
     events = [
-        _event(asked, [{"index": 0, "delta": delta, "finish_reason": end}], None)
+        _chat_event(chat, [{"index": 0, "delta": delta, "finish_reason": end}], None)
         for delta, end in deltas
     ]
-    if asked.stream_options.include_usage:
-        events.append(_event(asked, [], usage))
+    if chat.stream_options.include_usage:
+        events.append(_chat_event(chat, [], usage))
     return [*events, b"data: [DONE]\n\n"]
 
 
-def _event(asked: Asked, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> bytes:
-    return b"data: %b\n\n" % _json(asked, choices, usage)
+def _chat_event(
+    chat: ChatRequest, choices: list[dict[str, Any]], usage: dict[str, int] | None
+) -> bytes:
+    return b"data: %b\n\n" % _chat_json(chat, choices, usage)
 
 
-def _json(asked: Asked, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> bytes:
-    kind = "chat.completion.chunk" if asked.stream else "chat.completion"
+def _chat_json(
+    chat: ChatRequest, choices: list[dict[str, Any]], usage: dict[str, int] | None
+) -> bytes:
+    kind = "chat.completion.chunk" if chat.stream else "chat.completion"
     known = {} if usage is None else {"usage": usage}
     return msgspec.json.encode(
         {
             "id": "fake",
             "object": kind,
             "created": 0,
-            "model": asked.model,
+            "model": chat.model,
             "choices": choices,
             **known,
         }
     )
 
 
-# --- running it -------------------------------------------------------------------------------
+# --- its process ------------------------------------------------------------------------------
 
 
 class Running:
-    """A fake provider in a process of its own: `base_url` is what an endpoint's settings take."""
+    """A fake provider in its own process; `base_url` is for the settings of an endpoint."""
 
     def __init__(self, port: int) -> None:
         self.port, self.base_url = port, f"http://127.0.0.1:{port}/v1"
 
     def report(self) -> dict[str, Any]:
-        """Return what it has seen, see `Counts.report`."""
-        return self._ask("GET", "/report")
+        """Return its counts, see `Counts.report`."""
+        return self._request("GET", "/report")
 
     def reset(self) -> None:
-        """Forget what was seen, and what counts against the limits."""
-        self._ask("POST", "/reset")
+        """Set its counts and the use of its limits to 0."""
+        self._request("POST", "/reset")
 
     def schedule(self, *rules: Mapping[str, Any]) -> None:
-        """Replace what goes wrong, see `Rule`."""
-        self._ask("POST", "/schedule", rules)
+        """Replace its schedule of failures, see `Rule`."""
+        self._request("POST", "/schedule", rules)
 
-    def _ask(self, method: str, path: str, content: Any = None) -> dict[str, Any]:
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port)) as line:
-            line.request(method, path, msgspec.json.encode(content))
-            response = line.getresponse()
-            found: dict[str, Any] = msgspec.json.decode(response.read())
+    def _request(self, method: str, path: str, content: Any = None) -> dict[str, Any]:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port)) as connection:
+            connection.request(method, path, msgspec.json.encode(content))
+            response = connection.getresponse()
+            answer: dict[str, Any] = msgspec.json.decode(response.read())
         if response.status != 200:
-            raise ValueError(found["error"]["message"])
-        return found
+            raise ValueError(answer["error"]["message"])
+        return answer
 
 
 @contextmanager
@@ -719,14 +735,14 @@ def running(
         f"--schedule={msgspec.json.encode(schedule).decode()}",
         *words,
     ]
-    # A session of its own: Ctrl-C reaches us first, and it stops when we have done what we do then.
+    # With its own session it gets no Ctrl-C; this process cleans up and then stops it.
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
     ) as process:
         try:
             ready = process.stdout.readline() if process.stdout else b""
             if not ready:
-                raise NotStarted("the fake provider did not start; it has said why on stderr")
+                raise NotStarted("the fake provider did not start; the reason is on stderr")
             yield Running(int(ready.split()[-1]))
         finally:
             end(process)
@@ -744,12 +760,12 @@ async def _run(options: argparse.Namespace) -> None:
         loop.add_signal_handler(each, stop.set)
     if options.stdin:
 
-        def wait_for_its_end() -> None:
+        def wait_for_end() -> None:
             while os.read(sys.stdin.fileno(), 4096):
                 pass
             loop.call_soon_threadsafe(stop.set)
 
-        threading.Thread(target=wait_for_its_end, daemon=True).start()
+        threading.Thread(target=wait_for_end, daemon=True).start()
     server = await asyncio.start_server(provider.serve, "127.0.0.1", options.port, backlog=1024)
     print("at", server.sockets[0].getsockname()[1], flush=True)
     await stop.wait()
@@ -759,29 +775,29 @@ async def _run(options: argparse.Namespace) -> None:
 def _main() -> None:
     options = argparse.ArgumentParser(description="A fake provider with OpenAI's wire format.")
     options.add_argument(
-        "--port", type=int, default=0, help="port of the loopback interface; 0: a free one"
+        "--port", type=int, default=0, help="port on the loopback interface; 0: a free one"
     )
-    options.add_argument("--window", type=float, default=60.0, help="seconds that its limits count")
+    options.add_argument(
+        "--window", type=float, default=60.0, help="seconds of the window of its limits"
+    )
     options.add_argument(
         "--requests", type=float, default=0.0, help="requests in any window; 0: no limit"
     )
     options.add_argument(
         "--tokens", type=float, default=0.0, help="tokens in any window; 0: no limit"
     )
-    options.add_argument(
-        "--latency", type=float, default=0.0, help="seconds an answer takes, about"
-    )
+    options.add_argument("--latency", type=float, default=0.0, help="mean seconds of an answer")
     rules = msgspec.json.Decoder(list[Rule])
     options.add_argument(
         "--schedule",
         type=rules.decode,
         default=[],
-        help='what goes wrong: [{"kind": "500", "every": 9}]',
+        help='failures, as JSON: [{"kind": "500", "every": 9}]',
     )
     options.add_argument(
-        "--model-behaviour", choices=["reader", "echo"], default="reader", help="what it answers"
+        "--model-behaviour", choices=["reader", "echo"], default="reader", help="kind of answers"
     )
-    options.add_argument("--stdin", action="store_true", help="end when stdin does")
+    options.add_argument("--stdin", action="store_true", help="end when stdin is closed")
     asyncio.run(_run(options.parse_args()))
 
 

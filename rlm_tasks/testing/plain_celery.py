@@ -1,7 +1,7 @@
-"""What a user would write by hand: `chunks` and `chord` in plain Celery, to compare with.
+"""The same work in plain Celery, with `chunks` and `chord` as a user would write it by hand.
 
-Nothing here is used by the platform; the demo's ``--compare`` and the benchmarks run it as
-``celery -A rlm_tasks.testing.plain_celery worker`` with Celery's own defaults.
+The platform does not use it.  The demo's ``--compare`` and the benchmarks run it as
+``celery -A rlm_tasks.testing.plain_celery worker``, with Celery's own defaults.
 """
 
 from __future__ import annotations
