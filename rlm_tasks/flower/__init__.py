@@ -28,7 +28,7 @@ LOOPBACK = "127.0.0.1"
 
 
 class TabbedBar(TemplateModule):
-    """Flower's own templates, with our tabs in its bar."""
+    """Flower's own templates, with our tabs in its navigation bar."""
 
     def render(self, path: str, **values: Any) -> bytes:
         """Return a rendered template; in the bar, our tabs follow Flower's in its first list.

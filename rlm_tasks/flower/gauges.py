@@ -1,9 +1,9 @@
-"""The whole platform in Prometheus' terms, on Flower's ``/metrics``: one process tells of it, so
-that nothing counts twice.
+"""Metrics of the whole platform, on Flower's ``/metrics``.
 
-Decides what is told of the cluster; what a worker does it tells itself (`rlm_tasks.metrics`).  A
-thread looks every few seconds, so that a scrape never waits for Redis; without Redis only
-``rlm_up`` is told."""
+`install` registers `Gauges`.  Only this process exposes them, so nothing is counted twice; each
+worker exposes its own work (`telemetry.exposition`).  A thread reads the platform every few
+seconds, so a scrape never waits for Redis.  Without Redis there is only ``rlm_up``.
+"""
 
 from __future__ import annotations
 
@@ -25,51 +25,51 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 5.0
-FIRST_LOOK_S = 1.0
-"""The first scrape waits so long at most for the first look."""
+READ_EVERY_S = 5.0
+FIRST_READ_S = 1.0
+"""The longest time that the first scrape waits for the first reading."""
 
 
 class Gauges(Collector):
-    """What Prometheus is told when it asks."""
+    """The latest reading of the platform, for Prometheus."""
 
     def __init__(self, client: Callable[[], Client]) -> None:
         self._client, self._lock = client, threading.Lock()
-        self._looked = threading.Event()
+        self._has_read = threading.Event()
         self._thread: threading.Thread | None = None
-        self._seen: list[GaugeMetricFamily] = []
+        self._latest: list[GaugeMetricFamily] = []
 
     def describe(self) -> Iterable[GaugeMetricFamily]:
-        """Name nothing: to be registered must not mean to be asked."""
+        """Return no names, so that registering does not start a reading."""
         return []
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Tell what was seen last."""
+        """Yield the latest reading; the first call starts the thread."""
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(
-                    target=self._look_again_and_again, name="rlm-gauges", daemon=True
+                    target=self._read_regularly, name="rlm-gauges", daemon=True
                 )
                 self._thread.start()
-        self._looked.wait(FIRST_LOOK_S)
+        self._has_read.wait(FIRST_READ_S)
         yield GaugeMetricFamily(
-            "rlm_up", "1 when the platform's Redis answers.", value=float(bool(self._seen))
+            "rlm_up", "1 when the platform's Redis answers.", value=float(bool(self._latest))
         )
-        yield from self._seen
+        yield from self._latest
 
-    def _look_again_and_again(self) -> None:
+    def _read_regularly(self) -> None:
         client, pause = self._client(), threading.Event()
         while True:
             try:
-                self._seen = list(families(client))
+                self._latest = list(families(client))
             except RlmError as error:
-                logger.info("Nothing can be told of the platform: %s", error)
-                self._seen = []
-            except Exception:  # the next look may succeed, and the log says why this one did not
-                logger.exception("The platform's metrics are not told")
-                self._seen = []
-            self._looked.set()
-            pause.wait(LOOK_EVERY_S)
+                logger.info("The platform's metrics cannot be read: %s", error)
+                self._latest = []
+            except Exception:  # the next reading may succeed
+                logger.exception("The platform's metrics cannot be read")
+                self._latest = []
+            self._has_read.set()
+            pause.wait(READ_EVERY_S)
 
 
 def families(client: Client) -> Iterator[GaugeMetricFamily]:
@@ -84,14 +84,14 @@ def families(client: Client) -> Iterator[GaugeMetricFamily]:
     )
     yield _family(
         "rlm_llm_endpoint_healthy",
-        "1 while an endpoint of models gets calls, 0 while it is ill.",
+        "1 while an endpoint of models gets calls, 0 while it is unhealthy.",
         ("endpoint",),
         [((each.name,), each.healthy) for each in client.endpoints()],
     )
     limits = client.limits()
     yield _family(
         "rlm_limit_fill",
-        "Used of a rate limit or a bulkhead, 0 to 1.",
+        "Used share of a rate limit or a bulkhead, 0 to 1.",
         ("service", "limit"),
         [((each.service, each.name), each.fill) for each in limits],
     )
@@ -109,11 +109,13 @@ def _of_pressure(client: Client) -> Iterator[GaugeMetricFamily]:
     yield _one(
         "rlm_cluster_pressure_level", "0 normal to 4 emergency.", Level[status.level.upper()]
     )
-    yield _one("rlm_cluster_monitored", "1 while beat has the monitor look.", status.monitored)
-    yield _one("rlm_cluster_workers", "Workers that tell of themselves.", len(status.hosts))
+    yield _one(
+        "rlm_cluster_monitored", "1 while a monitor runs, which beat starts.", status.monitored
+    )
+    yield _one("rlm_cluster_workers", "Workers that report.", len(status.hosts))
     yield _one(
         "rlm_cluster_desired_workers",
-        "Workers that would do; 0: not known.",
+        "Workers that the cluster should have; 0: not known.",
         status.desired_workers,
     )
     if (
@@ -121,7 +123,7 @@ def _of_pressure(client: Client) -> Iterator[GaugeMetricFamily]:
         and (latest := client.pressure.history(1))
         and latest[0].redis_pct is not None
     ):
-        about = "Used of Redis' maxmemory, in percent; nothing where it sets no limit."
+        about = "Used share of Redis' maxmemory, in percent; missing without a limit."
         yield _one("rlm_redis_memory_pct", about, latest[0].redis_pct)
     yield _family(
         "rlm_cluster_slots",
@@ -131,12 +133,12 @@ def _of_pressure(client: Client) -> Iterator[GaugeMetricFamily]:
     )
     yield _family(
         "rlm_operation_items",
-        "Items an operation has run, since it ran last after a month's rest.",
+        "Items an operation has run; counted anew after a month without a run.",
         ("operation", "outcome"),
         [
-            ((each["executor_id"], outcome), each[counted])
+            ((each["executor_id"], outcome), each[count])
             for each in status.operations
-            for outcome, counted in (
+            for outcome, count in (
                 ("done", "successful_executions"),
                 ("failed", "failed_executions"),
             )
@@ -145,7 +147,7 @@ def _of_pressure(client: Client) -> Iterator[GaugeMetricFamily]:
 
 
 def _of_work(client: Client) -> Iterator[GaugeMetricFamily]:
-    queues, consumers, standing = client.queues(), client.pressure.consumers(), client.at_work()
+    queues, consumers, open_jobs = client.queues(), client.pressure.consumers(), client.at_work()
     ages = [((name,), at.oldest_s) for name, at in queues.items() if at.oldest_s is not None]
     yield _family(
         "rlm_queue_messages",
@@ -163,7 +165,7 @@ def _of_work(client: Client) -> Iterator[GaugeMetricFamily]:
         "rlm_queue_oldest_seconds", "How long the oldest message has waited.", ("queue",), ages
     )
     nodes = Counter[tuple[str, str]]()
-    for each in standing:
+    for each in open_jobs:
         nodes.update(
             {
                 (each.queue, "queued"): each.queued,
@@ -181,7 +183,7 @@ def _of_work(client: Client) -> Iterator[GaugeMetricFamily]:
         "rlm_jobs",
         "Open jobs, the first 200 of them.",
         ("state",),
-        [((state,), count) for state, count in Counter(each.state for each in standing).items()],
+        [((state,), count) for state, count in Counter(each.state for each in open_jobs).items()],
     )
 
 

@@ -1,8 +1,9 @@
-"""What each tab shows, as cards and tables: plain data that one script in the browser draws.
+"""The contents of each tab, as cards and tables: plain data that a script in the browser draws.
 
-Decides what a person who operates the platform wants to see first.  Refuses to know Flower, HTML
-and who is looking.  Of a request its operation, priority and description are shown; no item,
-parameter, result or failure's message is on any page."""
+`views` calls the functions in `PAGES`; they know neither Flower nor HTML.  A page shows a request's
+operation, priority and description.  No page shows an item, a parameter, a result or the message of
+a failure.  Begin with `Picture` and `PAGES`.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +36,10 @@ TABS = {
     "limits": "Limits",
     "queues": "Queues",
 }
-JOBS, NODES, EVENTS, LOOKS = 50, 300, 30, 120
-"""So many are shown: of jobs; of one job's nodes and events; of the monitor's looks."""
+JOBS, NODES, EVENTS, SAMPLES = 50, 300, 30, 120
+"""The most that are shown: of jobs, of a job's nodes and events, of the monitor's samples."""
 FAILURES, INDEXES = 1000, 20
-"""So many failures are counted, and so many of each kind named."""
+"""The most failures that are counted, and the most indexes shown of each kind."""
 
 Tone = str  # "", active, success, warning, danger: Flower's own colours
 _LEVEL_TONES = {Level.NORMAL: "success", Level.ELEVATED: "active", Level.HIGH: "warning"}
@@ -46,23 +47,23 @@ _LEVEL_TONES = {Level.NORMAL: "success", Level.ELEVATED: "active", Level.HIGH: "
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """A button: what it does, on what, and what is asked before."""
+    """A button: its action, the object of the action, and a question to confirm it."""
 
     name: str
     title: str
-    label: str = ""  # its whole name, for those who do not see what it stands beside
+    label: str = ""  # its full name, for screen readers
     about: dict[str, str] = field(default_factory=dict)
     confirm: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell of a table, where plain text is not enough."""
+    """One cell of a table that needs more than plain text."""
 
     text: str
     tone: Tone = ""
     note: str = ""  # a smaller line below
-    badge: bool = False  # a state
+    badge: bool = False  # draw the text as a state
     link: str = ""  # the id of a job
     bar: float | None = None  # 0 to 1
     indent: int = 0
@@ -80,18 +81,18 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows, or a word for there being none."""
+    """Rows, or a sentence (`empty`) where there are none."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
     empty: str
-    minor: Sequence[str] = ()  # columns that a narrow screen has no room for
+    minor: Sequence[str] = ()  # columns that a narrow screen hides
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A level over time: points are seconds of the epoch and a level's number."""
+    """A level over time; each point is a time in seconds and the number of a level."""
 
     title: str
     levels: Sequence[str]
@@ -121,13 +122,13 @@ class Picture:
 
 def jobs(client: Client) -> Picture:
     """Return the newest jobs, the newest first."""
-    found = client.listed(JOBS)
-    count = Counter(progress.status for _, progress in found)
-    standing = client.at_work()
+    listed = client.listed(JOBS)
+    count = Counter(progress.status for _, progress in listed)
+    open_jobs = client.at_work()
     failed = sum(count[status] for status, ending in ENDINGS.items() if ending.is_failure)
     cards = [
-        Card("At work", str(len(standing)), "active"),
-        Card("Nodes running", str(sum(each.running for each in standing))),
+        Card("At work", str(len(open_jobs)), "active"),
+        Card("Nodes running", str(sum(each.running for each in open_jobs))),
         Card("Succeeded", str(count[Status.SUCCEEDED]), "success"),
         Card("Failed", str(failed), "danger" if failed else ""),
     ]
@@ -144,11 +145,11 @@ def jobs(client: Client) -> Picture:
         "",
     )
     minor = ("Id", "Priority", "Items", "Failed", "Nodes", "Time", "")
-    rows = [_job_row(spec, progress) for spec, progress in found]
+    rows = [_job_row(spec, progress) for spec, progress in listed]
     table = Table(
         title="", columns=columns, rows=rows, empty="No job has been submitted yet.", minor=minor
     )
-    return Picture(f"The newest {len(found)} jobs.", cards=cards, tables=[table])
+    return Picture(f"The newest {len(listed)} jobs.", cards=cards, tables=[table])
 
 
 def _job_row(spec: JobSpec, at: Progress) -> list[str | Cell]:
@@ -161,21 +162,19 @@ def _job_row(spec: JobSpec, at: Progress) -> list[str | Cell]:
         f"{at.total:,}",
         Cell(f"{at.failed:,}", "danger" if at.failed else ""),
         f"{at.nodes:,}",
-        Cell(_seconds(at.elapsed_s), note=_to_go(at)),
+        Cell(_seconds(at.elapsed_s), note=_remaining(at)),
         "" if at.status.final else Cell("", action=_cancel(spec.job)),
     ]
 
 
 def _share(at: Progress) -> Cell:
-    """Return how much has been worked on: what was skipped, as a cancelled job's rest, is no
-    progress.
-    """
+    """Return the share of items that ran; skipped ones, as of a cancelled job, do not count."""
     share = (at.done + at.failed) / at.total if at.total else 1.0
     return Cell(f"{share:.0%}", TONES[at.status], bar=share)
 
 
-def _to_go(at: Progress) -> str:
-    return "" if at.status.final or at.eta_s is None else f"{_seconds(at.eta_s)} to go"
+def _remaining(at: Progress) -> str:
+    return "" if at.status.final or at.eta_s is None else f"{_seconds(at.eta_s)} left"
 
 
 def _cancel(job: str) -> Action:
@@ -191,7 +190,7 @@ def _cancel(job: str) -> Action:
 def _retry(job: str) -> Action:
     return Action(
         name="retry",
-        title="Retry what failed",
+        title="Retry failed items",
         label="",
         about={"job": job},
         confirm="Open a new job on the failed items?",
@@ -199,8 +198,9 @@ def _retry(job: str) -> Action:
 
 
 def job(client: Client, job_id: str) -> Picture:
-    """Return one job: how far it is, why it waits, its tree, its failures, its receipt.  Raises
-    JobNotFound.
+    """Return one job: its explanation, failures, receipt, spending, tree and events.
+
+    Raises JobNotFound.
     """
     found = client.job(job_id)
     if (spec := client.ledger.spec(job_id)) is None:
@@ -232,12 +232,11 @@ def job(client: Client, job_id: str) -> Picture:
 
 
 def _pace(at: Progress) -> str:
-    """Say how fast it is, and for how long; nothing while nothing is known."""
-    return (
-        f" {', '.join(filter(None, (f'{at.rate:,.1f} items a second', _to_go(at))))}."
-        if at.rate
-        else ""
-    )
+    """Return the rate and the remaining time; '' while unknown."""
+    if not at.rate:
+        return ""
+    parts = (f"{at.rate:,.1f} items per second", _remaining(at))
+    return f" {', '.join(filter(None, parts))}."
 
 
 def _tree(tree: Sequence[TreeNode]) -> Table:
@@ -253,13 +252,13 @@ def _tree(tree: Sequence[TreeNode]) -> Table:
         ]
         for node in tree[:NODES]
     ]
-    columns = ("Node", "Items", "Worked", "State", "Time", "Worker", "Why")
+    columns = ("Node", "Items", "Ran", "State", "Time", "Worker", "Why")
     return Table(
         title=_counted("Tree", len(tree), "node", NODES),
         columns=columns,
         rows=rows,
         empty="No node yet.",
-        minor=("Worked", "Time", "Worker"),
+        minor=("Ran", "Time", "Worker"),
     )
 
 
@@ -267,7 +266,7 @@ _NODE_TONES = {"running": "active", "parked": "warning", "done": "success", "cut
 
 
 def _failures(found: Job, at: Progress) -> Table:
-    """Return what failed, alike failures in one row; of very many the first thousand."""
+    """Return the failures, one row for each type and code; at most the first thousand items."""
     rows = [
         [
             type,
@@ -292,25 +291,24 @@ def _receipt(found: Job) -> Table:
         "Receipt",
         ("Left out", "Under", "Items"),
         rows,
-        "Nothing was left out: no pressure has shaped this job.",
+        "Nothing was left out under pressure.",
     )
 
 
 def _spent(found: Job) -> list[Table]:
-    """Return what calls to models have cost; nothing for a job that makes none."""
-    told = found.spent()
-    return (
-        [Table("Calls to models", [each.capitalize() for each in COLUMNS], rows(told), "None yet.")]
-        if told
-        else []
-    )
+    """Return the cost of calls to models; no table for a job that makes none."""
+    spent = found.spent()
+    if not spent:
+        return []
+    columns = [each.capitalize() for each in COLUMNS]
+    return [Table("Calls to models", columns, rows(spent), "None yet.")]
 
 
 def _log(found: Job) -> Table:
     events = found.events()
     rows = [[_clock(each.at), each.event, each.detail] for each in events[-EVENTS:]]
     return Table(
-        _counted(title="What happened", count=len(events), noun="event", most=EVENTS, which="last"),
+        _counted(title="Events", count=len(events), noun="event", most=EVENTS, which="last"),
         ("At", "Event", "About"),
         rows,
         "Nothing yet.",
@@ -318,7 +316,7 @@ def _log(found: Job) -> Table:
 
 
 def _counted(title: str, count: int, noun: str, most: int, which: str = "first") -> str:
-    """Return a title that says how many there are, and how many of them are shown."""
+    """Return a title with the number of rows, and the number that is shown."""
     if not count:
         return title
     return f"{title}: {count:,} {noun}{'s' if count > 1 else ''}" + (
@@ -339,7 +337,8 @@ def pressure(client: Client) -> Picture:
         Card("Memory", f"{used['memory_percent']:.0f} %"),
         Card(
             "Slots",
-            f"{sum(each.busy for each in status.hosts)} of {sum(each.slots for each in status.hosts)} busy",
+            f"{sum(each.busy for each in status.hosts)} of "
+            f"{sum(each.slots for each in status.hosts)} busy",
         ),
     ]
     events = [
@@ -347,10 +346,10 @@ def pressure(client: Client) -> Picture:
         for each in status.recent_pressure_events
     ]
     changes = Table(
-        "Changes", ("At", "Level", "What"), events, "The level has not changed of late."
+        "Changes", ("At", "Level", "What"), events, "The level has not changed recently."
     )
     chart = Chart(
-        "Level over time, as the monitor found it",
+        "Level over time, as measured by the monitor",
         [each.label for each in Level],
         _points(client),
         status.forced,
@@ -403,19 +402,19 @@ def _drills(status: PlatformStatus) -> list[Action]:
 
 
 def _sentence(status: PlatformStatus) -> str:
-    told = f"Pressure is {status.level}" + (f": {status.why}" if status.why else "")
+    level = f"Pressure is {status.level}" + (f": {status.why}" if status.why else "")
     rising = f"; {status.rising_to} is expected within a minute" if status.rising_to else ""
-    wanted = f" {status.desired_workers} workers would do." if status.desired_workers else ""
+    advice = f" {status.desired_workers} workers are advised." if status.desired_workers else ""
     blind = (
         ""
         if status.monitored
         else " No beat is alive, each host acts on its own: start celery beat."
     )
-    return f"{told}{rising}.{wanted}{blind}"
+    return f"{level}{rising}.{advice}{blind}"
 
 
 def _points(client: Client) -> list[tuple[float, int]]:
-    return [(each.at, int(each.level)) for each in reversed(client.pressure.history(LOOKS))]
+    return [(each.at, int(each.level)) for each in reversed(client.pressure.history(SAMPLES))]
 
 
 def _level_tone(level: Level) -> Tone:
@@ -453,7 +452,10 @@ def breakers(client: Client) -> Picture:
         empty="No operation declares a breaker, and none was used.",
         minor=("Failures", "Last failure"),
     )
-    sentence = f"Open: {count['open']} of {len(found)}. What an open breaker guards waits, or takes its fallback."
+    sentence = (
+        f"Open: {count['open']} of {len(found)}. "
+        "A call that an open breaker refuses waits, or its fallback runs."
+    )
     return Picture(sentence, cards=cards, tables=[table])
 
 
@@ -471,7 +473,7 @@ def _close(name: str) -> Action:
 
 
 def limits(client: Client) -> Picture:
-    """Return how full limits are, the fullest first."""
+    """Return the use of limits, the fullest first."""
     found = sorted(client.limits(), key=lambda each: -each.fill)
     rows: list[list[str | Cell]] = [
         [
@@ -499,7 +501,8 @@ def limits(client: Client) -> Picture:
         empty=empty,
         minor=("Nodes in line", "Held by the provider"),
     )
-    return Picture("What has no token is parked, and holds no slot.", cards=cards, tables=[table])
+    sentence = "A node without a token or permit is parked, and holds no slot."
+    return Picture(sentence, cards=cards, tables=[table])
 
 
 def _fill(at: LimitReport) -> Cell:
@@ -508,10 +511,10 @@ def _fill(at: LimitReport) -> Cell:
 
 
 def queues(client: Client) -> Picture:
-    """Return the queues: what waits, for how long, what is parked and in flight."""
-    found, consumers, standing = client.queues(), client.pressure.consumers(), client.at_work()
+    """Return the queues: waiting messages and their age, parked nodes, nodes in flight."""
+    found, consumers, open_jobs = client.queues(), client.pressure.consumers(), client.at_work()
     parked, running = Counter[str](), Counter[str]()
-    for each in standing:
+    for each in open_jobs:
         parked[each.queue] += each.parked
         running[each.queue] += each.running
     rows: list[list[str | Cell]] = [
@@ -560,7 +563,7 @@ PAGES: dict[str, Callable[[Client], Picture]] = {
 }
 
 
-# --- figures for people -----------------------------------------------------------------------
+# --- numbers as text --------------------------------------------------------------------------
 
 
 def _short(job: str) -> str:

@@ -1,8 +1,9 @@
-"""What the browser is answered: pages, their data, and actions.
+"""The handlers of Flower's web server for our tabs: pages, their data, and actions.
 
-Decides who may look and act, by Flower's own rules: a page needs its login where there is one, an
-action needs a login always, and none with ``--read-only``.  Redis is asked in a thread; refuses to
-know what a page shows."""
+`install` adds them to Flower's routes.  Permissions follow Flower's rules.  A page needs the login
+if there is one.  An action always needs a login, and no action works with ``--read-only``.  Calls
+to Redis run in a thread.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ DRILL_S = 600.0
 
 
 class _Chained(Loader):
-    """Our template, and Flower's beneath it."""
+    """A loader that finds our templates first, then Flower's."""
 
     def resolve_path(self, name: str, parent_path: str | None = None) -> str:
         return name
@@ -41,25 +42,24 @@ class _Chained(Loader):
 
 
 class _Ours(BaseHandler):  # type: ignore[misc]  # Flower ships no types
-    """A handler that asks the platform."""
+    """A handler that has a client of the platform."""
 
     @property
     def client(self) -> Client:
-        """The client of the app that Flower was started for; one for all requests."""
-        from rlm_tasks.client.client import (
-            Client,
-        )  # it needs the app, which is being made while tabs are installed
+        """The client of Flower's app; one for all requests."""
+        # The import needs the app, which is not complete while tabs are installed.
+        from rlm_tasks.client.client import Client
 
         application = self.application
         if not hasattr(application, "rlm_client"):
             application.rlm_client = Client(self.capp)
-        found: Client = application.rlm_client
-        return found
+        client: Client = application.rlm_client
+        return client
 
-    async def ask(self, question: Callable[..., Any], *about: Any) -> Any:
-        """Ask in a thread; what goes wrong is told in a sentence."""
+    async def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function with the client in a thread; an error becomes a status and a sentence."""
         try:
-            return await IOLoop.current().run_in_executor(None, question, self.client, *about)
+            return await IOLoop.current().run_in_executor(None, function, self.client, *args)
         except StoreUnavailable as error:
             raise HTTPError(503, reason=_reason(error)) from None
         except JobNotFound as error:
@@ -69,7 +69,7 @@ class _Ours(BaseHandler):  # type: ignore[misc]  # Flower ships no types
 
     @property
     def may_act(self) -> bool:
-        """Whether this visitor may do more than look."""
+        """Whether this visitor may use the buttons."""
         options = self.application.options
         return (
             bool(options.basic_auth or options.auth or self.unauthenticated_api)
@@ -82,48 +82,49 @@ def _reason(error: Exception) -> str:
 
 
 class PageView(_Ours):
-    """A tab, or with ``?json=1`` what is on it."""
+    """A tab; with ``?json=1``, its data."""
 
     def initialize(self, name: str = "jobs") -> None:
-        """Take the tab's name."""
+        """Keep the name of the tab."""
         self._name = name
 
     def get_template_path(self) -> str:
-        """Keep our templates apart: Tornado has one loader for each path."""
+        """Return our own folder: Tornado has one loader for each path."""
         return str(TEMPLATES)
 
     def create_template_loader(self, template_path: str) -> Loader:
-        """Let our template extend Flower's."""
+        """Return a loader with which our template extends Flower's."""
         return _Chained(template_path)
 
     @authenticated
     async def get(self) -> None:
-        """Answer the page or its data."""
+        """Send the page or its data."""
         await self.show(pages.TABS[self._name], pages.PAGES[self._name])
 
     async def show(self, title: str, page: Callable[..., pages.Picture], *about: Any) -> None:
-        """Draw a page, or tell what is on it."""
+        """Send a page, or its data."""
         if not self.get_argument("json", default=False, type=bool):
             self.render(
                 "page.html", title=title, eyebrow=pages.TABS[self._name], tab=f"rlm-{self._name}"
             )
             return
-        picture = await self.ask(page, *about)
+        picture = await self.call(page, *about)
         self.set_header("Cache-Control", "no-store")
         self.write({**picture.to_dict(), "may_act": self.may_act, "hint": self._hint()})
 
     def _hint(self) -> str:
-        """Say why there are no buttons."""
+        """Return the reason why there are no buttons."""
         if self.application.options.read_only:
             return "This Flower is read-only."
         return (
             ""
             if self.may_act
-            else "To cancel jobs, close breakers and drill, start Flower with --basic_auth or --auth."
+            else "To cancel jobs, close breakers and begin drills, start Flower with --basic_auth "
+            "or --auth."
         )
 
     def write_error(self, status_code: int, **about: Any) -> None:
-        """Tell the script in words, a person as Flower does."""
+        """Send the script a sentence, and people the error page of Flower."""
         if self.get_argument("json", default=False, type=bool) and status_code != 401:
             self.finish({"error": self._reason})
         else:
@@ -135,21 +136,21 @@ class JobView(PageView):
 
     @authenticated
     async def get(self, job_id: str) -> None:
-        """Answer the page or its data."""
+        """Send the page or its data."""
         await self.show(f"Job {job_id}", pages.job, job_id)
 
 
 class ActionView(_Ours, BaseApiHandler):  # type: ignore[misc]  # Flower ships no types
-    """What a button does."""
+    """The action of a button."""
 
     @authenticated
     async def post(self, name: str) -> None:
-        """Do it, and say what was done."""
+        """Carry out the action, and send a sentence about it."""
         if self.application.options.read_only:
             raise HTTPError(403, reason="This Flower is read-only")
         if name not in ACTIONS:
             raise HTTPError(404, reason="There is no such action")
-        self.write({"done": await self.ask(ACTIONS[name], self._about())})
+        self.write({"done": await self.call(ACTIONS[name], self._about())})
 
     def _about(self) -> dict[str, str]:
         return {
@@ -159,17 +160,17 @@ class ActionView(_Ours, BaseApiHandler):  # type: ignore[misc]  # Flower ships n
         }
 
     def write_error(self, status_code: int, **about: Any) -> None:
-        """Tell the script in words."""
+        """Send the script a sentence."""
         if status_code == 401 and self.application.options.basic_auth:
-            # A browser sends a password unasked only below the path for which it was given.
+            # Without a challenge, a browser sends a password only below the path of the login.
             self.set_header("WWW-Authenticate", 'Basic realm="flower"')
         error = (about.get("exc_info") or (None, None))[1]
-        told = (
+        message = (
             error.get_message()
             if isinstance(error, HTTPError) and hasattr(error, "get_message")
             else ""
         )
-        self.finish({"error": getattr(error, "reason", None) or told or self._reason})
+        self.finish({"error": getattr(error, "reason", None) or message or self._reason})
 
 
 def _cancel(client: Client, about: dict[str, str]) -> str:

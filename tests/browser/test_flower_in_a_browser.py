@@ -158,7 +158,7 @@ def test_a_jobs_page_shows_reason_failures_receipt_tree_and_events(
     expect(table_of(page, "Receipt")).to_contain_text(re.compile(r"reduce_entity_limits.*high.*20"))
     expect(table_of(page, "Tree").locator("tbody tr")).to_have_count(len(job.tree()))
     expect(table_of(page, "Tree")).to_contain_text(re.compile(r"root.*0 to 40"))
-    expect(table_of(page, "What happened")).to_contain_text(re.compile(r"closed.*succeeded"))
+    expect(table_of(page, "Events")).to_contain_text(re.compile(r"closed.*succeeded"))
 
 
 def test_a_job_is_cancelled_only_after_confirmation(
@@ -194,7 +194,7 @@ def test_a_click_retries_failed_items(page: Page, platform: Client) -> None:
     open_tab(page, f"job/{job.id}")
 
     answer(page, yes=True)
-    page.get_by_role("button", name="Retry what failed").click()
+    page.get_by_role("button", name="Retry failed items").click()
 
     toast = page.locator(".toast-body")
     expect(toast).to_have_text(re.compile("^Job [0-9a-f-]+ runs the failed items again$"))

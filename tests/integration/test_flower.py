@@ -88,7 +88,7 @@ def test_a_job_is_shown_with_tree_failures_and_events(plain: Flower, platform: C
     assert {"root", "merge"} <= {row[0] for row in texts(tables["Tree"])}, "it may have split"
     assert texts(tables["Failures"]) == [["ValueError", "OPERATION_FAILED", "2", "1, 3"]]
     assert tables["Receipt"]["rows"] == []
-    assert texts(tables["What happened"])[-1][1:] == ["closed", "succeeded"]
+    assert texts(tables["Events"])[-1][1:] == ["closed", "succeeded"]
 
 
 def test_an_items_error_message_is_not_shown(plain: Flower, platform: Client) -> None:

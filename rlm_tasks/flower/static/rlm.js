@@ -1,5 +1,5 @@
-/* Draws a page of the platform from its data, every two seconds, as long as the page is looked at.
-   All text is set as text, never as HTML.  What is there already stays and is changed in place: so do focus, selection and scrolling. */
+/* Draws a page of the platform from its data, every two seconds while the page is visible.
+   All text is set as text, never as HTML.  Elements that exist are changed in place, so that focus, selection and scrolling stay. */
 (function () {
     "use strict";
 
@@ -7,7 +7,7 @@
     const BADGES = {active: "task-state-started", success: "text-bg-success", warning: "text-bg-warning", danger: "text-bg-danger"};
     const page = document.getElementById("rlm-page");
     const at = (id) => document.getElementById("rlm-" + id);
-    const here = (path) => window.location.origin + path;  // without a name and password that the address may have
+    const absolute = (path) => window.location.origin + path;  // without name and password, which the address may have
     const clock = (seconds) => new Date(seconds * 1000).toISOString().slice(11, 19) + " UTC";
     let picture = null;
 
@@ -21,9 +21,9 @@
         return element;
     }
 
-    const alike = (old, made) => old.nodeName === made.nodeName && (old.dataset || {}).key === (made.dataset || {}).key;
+    const isSame = (old, made) => old.nodeName === made.nodeName && (old.dataset || {}).key === (made.dataset || {}).key;
 
-    function settle(old, made) {
+    function update(old, made) {
         if (old.nodeType === Node.TEXT_NODE) {
             if (old.data !== made.data) { old.data = made.data; }
             return;
@@ -38,10 +38,10 @@
         let next = parent.firstChild;
         wanted.forEach((made) => {
             let old = next;
-            while (old && !alike(old, made)) { old = old.nextSibling; }
+            while (old && !isSame(old, made)) { old = old.nextSibling; }
             if (!old) { parent.insertBefore(made, next); return; }
             while (next !== old) { next = next.nextSibling; next.previousSibling.remove(); }
-            settle(old, made);
+            update(old, made);
             next = old.nextSibling;
         });
         while (next) { const gone = next; next = next.nextSibling; gone.remove(); }
@@ -61,7 +61,7 @@
 
     const unbroken = (text) => (text.length < 18 ? " text-nowrap" : "");
 
-    function words(value) {
+    function content(value) {
         if (value.link) { return make("a", {href: page.dataset.job.replace("ID", encodeURIComponent(value.link))}, value.text); }
         return value.badge ? make("span", {class: "badge " + (BADGES[value.tone] || "text-bg-secondary")}, value.text) : value.text;
     }
@@ -75,7 +75,7 @@
         const tone = about.tone && !about.badge ? " rlm-" + about.tone : "", drawn = about.bar !== null;
         const classes = (minor ? "broker-secondary-column" : "") + unbroken(about.text) + (drawn ? "" : tone);
         return make("td", {class: classes.trim(), style: about.indent ? "padding-left:" + (1 + about.indent) + "rem" : ""},
-            words(about), about.note && make("div", {class: "rlm-note" + unbroken(about.note)}, about.note),
+            content(about), about.note && make("div", {class: "rlm-note" + unbroken(about.note)}, about.note),
             drawn && bar(about.bar, tone), about.action && mayAct && button(about.action));
     }
 
@@ -103,7 +103,7 @@
     function chart(about) {
         const title = make("h2", {class: "rlm-title"}, about.title);
         if (about.points.length < 2) {
-            return make("div", {}, title, make("p", {class: "rlm-hint"}, "It is drawn when the monitor has looked twice; beat has it look."));
+            return make("div", {}, title, make("p", {class: "rlm-hint"}, "The chart needs two measurements of the monitor, which beat starts."));
         }
         const width = at("chart").clientWidth, bottom = HEIGHT - BOTTOM, top = about.levels.length - 1;
         const first = about.points[0][0], last = about.points[about.points.length - 1][0];
@@ -137,40 +137,40 @@
         fill(at("tables"), ...picture.tables.map((each) => table(each, picture.may_act)));
     }
 
-    // --- asking and acting -----------------------------------------------------------------------
+    // --- requests and actions --------------------------------------------------------------------
 
-    async function ask(path, options) {
-        const answer = await fetch(here(path), {credentials: "same-origin", ...options})
+    async function request(path, options) {
+        const answer = await fetch(absolute(path), {credentials: "same-origin", ...options})
             .catch(() => { throw new Error("Flower does not answer"); });
-        const told = await answer.json().catch(() => ({error: answer.statusText}));
-        if (!answer.ok) { throw new Error(told.error || answer.statusText); }
-        return told;
+        const content = await answer.json().catch(() => ({error: answer.statusText}));
+        if (!answer.ok) { throw new Error(content.error || answer.statusText); }
+        return content;
     }
 
-    function tell(words, live) {
-        at("refresh").textContent = words;
-        at("status").setAttribute("aria-live", live ? "off" : "polite");  // nobody wants to hear the time every two seconds
+    function showStatus(text, live) {
+        at("refresh").textContent = text;
+        at("status").setAttribute("aria-live", live ? "off" : "polite");  // screen readers must not read the time every two seconds
         at("dot").className = "status-dot " + (live ? "status-dot-live" : "status-dot-error");
     }
 
     async function refresh() {
         try {
-            picture = await ask(window.location.pathname + "?json=1");
+            picture = await request(window.location.pathname + "?json=1");
             draw();
-            tell("Updated " + clock(Date.now() / 1000), true);
+            showStatus("Updated " + clock(Date.now() / 1000), true);
         } catch (error) {
-            tell(error.message, false);
+            showStatus(error.message, false);
         }
     }
 
-    async function look() {
+    async function poll() {
         if (!document.hidden) { await refresh(); }
-        setTimeout(look, EVERY_MS);
+        setTimeout(poll, EVERY_MS);
     }
 
-    function toast(words, tone) {
+    function toast(text, tone) {
         const made = make("div", {class: "toast border-0 text-bg-" + tone, role: tone === "danger" ? "alert" : "status"},
-            make("div", {class: "d-flex"}, make("div", {class: "toast-body"}, words),
+            make("div", {class: "d-flex"}, make("div", {class: "toast-body"}, text),
                 make("button", {type: "button", class: "btn-close btn-close-white me-2 m-auto", "data-bs-dismiss": "toast", "aria-label": "Close"})));
         made.addEventListener("hidden.bs.toast", () => made.remove());
         document.getElementById("toast-container").append(made);
@@ -182,7 +182,7 @@
         const xsrf = (document.cookie.match(/\b_xsrf=([^;]*)/) || ["", ""])[1];
         const how = {method: "POST", headers: {"X-XSRFToken": xsrf}, body: new URLSearchParams(action.about)};
         try {
-            toast((await ask(page.dataset.do.replace("NAME", action.name), how)).done, "success");
+            toast((await request(page.dataset.do.replace("NAME", action.name), how)).done, "success");
         } catch (error) {
             toast(error.message, "danger");
         }
@@ -195,5 +195,5 @@
     });
     document.addEventListener("visibilitychange", () => { if (!document.hidden) { refresh(); } });
     window.addEventListener("resize", () => { if (picture) { draw(); } });
-    look();
+    poll();
 }());
