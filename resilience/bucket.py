@@ -1,13 +1,14 @@
-"""Token buckets that every worker shares: so much in any window, paced, taken from several limits
-at once or from none.
+"""Token buckets that all workers share: they limit the amounts that calls take in any window.
 
-Decides what a grant costs, how long its caller waits, and what a process may do by itself while
-Redis is away.
+The engine and users call it; begin with `TokenBucket.acquire`.  A caller takes from several limits
+at once, or from none.
 
-A bucket alone cannot promise a limit in *any* window: what it saved up and what flows in add up to
-more than the limit. So each limit is a pacing bucket **and** a ring of cells that sums the last
-window and a small guard for the way to the provider; both must have room.  Time is the server's.
-Refuses to know what is paid for."""
+A bucket alone cannot keep a limit in *any* window: saved tokens and refill add up to more than the
+limit.  So each limit has two parts, and both must have room.  One is a bucket that paces the calls,
+the other a ring of cells that sums the last window.  The window is a little longer than the limit
+says, for the way to the provider.  All times are the server's.  While Redis is away, each process
+uses its `LocalShare`.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +25,14 @@ from resilience.store import Argument, Call, Script, Store, default_store
 from resilience.waiters import URGENCY
 
 FLOORS = {"critical": 0.0, "high": 0.05, "normal": 0.15, "low": 0.30}
-"""The share of a bucket's burst that a class must leave to more urgent ones."""
+"""Priority -> share of the burst that it must leave to higher priorities."""
 GUARD_SHARE, GUARD_S = 0.005, 0.3
-"""A window is counted this much longer (the smaller of both), for requests that are longer on their
-way than others.
+"""A window is longer by the smaller of a share of it and a time in seconds.
+
+Requests take different times on their way to the provider.
 """
 KEEP_S = 600.0
-"""A grant can be settled, or asked for again by its id, for this long."""
+"""The time for which a grant can be settled, and its id repeated."""
 
 _TAKE, _SETTLE, _HOLD, _LOOK = (
     Script.load("resilience", f"bucket_{verb}", prelude="bucket")
@@ -40,8 +42,9 @@ _TAKE, _SETTLE, _HOLD, _LOOK = (
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """At most `limit` in any `per_s` seconds, and at most `burst` at once (left out: what flows in
-    within a second).
+    """At most `limit` in any `per_s` seconds, and at most `burst` at once.
+
+    Without `burst` it is the refill of one second, at least 1 and at most `limit`.
     """
 
     limit: float
@@ -59,26 +62,26 @@ class Rate:
 
     @property
     def capacity(self) -> float:
-        """What a full bucket holds."""
+        """The content of a full bucket."""
         return (
             min(self.limit, max(1.0, self.limit / self.per_s)) if self.burst is None else self.burst
         )
 
 
 PROVIDER: Mapping[str, Rate] = {"requests": Rate(3500, per_s=60), "tokens": Rate(90_000, per_s=60)}
-"""A provider's limits (source document 3): 3,500 requests and 90,000 tokens in any minute."""
+"""Limits of a provider: 3,500 requests and 90,000 tokens in any minute."""
 ROUTER = Rate(1000, per_s=1, burst=100)
-"""A router's back pressure (source document 3): 1,000 a second, never more than 100 at once."""
+"""Limit of a router's back pressure: 1,000 a second, never more than 100 at once."""
 
 
 @dataclass(slots=True)
 class Grant:
-    """What a bucket answered; true when granted."""
+    """The answer of a bucket; true if it was granted."""
 
     granted: bool
-    wait_s: float  # granted: until it may be used; denied: until it would be granted
-    at: float = 0.0  # seconds since the epoch by the server: from when it may be used
-    limited_by: str = ""  # the limit that says no, or no earlier
+    wait_s: float  # granted: time until it may be used; denied: time until it would be granted
+    at: float = 0.0  # time from which it may be used: seconds since 1970 of the server's clock
+    limited_by: str = ""  # the limit that denies or delays it
     id: str = ""
     _settle: Callable[[Mapping[str, float]], bool] = field(default=lambda _: False, repr=False)
 
@@ -86,14 +89,18 @@ class Grant:
         return self.granted
 
     def settle(self, **used: float) -> bool:
-        """Correct it to what was really used, in units of its limits; say whether that changed
-        anything: once.
+        """Replace the amounts taken by the amounts used, by unit.
+
+        Returns whether that changed anything.  It does not for a grant that was settled before or
+        is too old, nor while Redis is away.
         """
         return self._settle(used)
 
 
 @dataclass(frozen=True, slots=True)
 class _Limit:
+    """One limit, for one scope, and the amount to take from it."""
+
     unit: str
     scope: str
     rate: Rate
@@ -101,21 +108,22 @@ class _Limit:
 
     @property
     def name(self) -> str:
-        """The name that callers see."""
+        """The name that callers see, such as ``tokens of acme``."""
         return f"{self.unit} of {self.scope}" if self.scope else self.unit
 
     @property
     def key(self) -> tuple[str, str]:
-        """What its Redis key and its local share are found by."""
+        """Unit and scope; they identify its Redis key and its local share."""
         return self.unit, self.scope
 
 
 class TokenBucket:
-    """Named limits of one service; the same name on the same store is the same bucket, in every
-    process.
+    """The limits of one service, by unit.
 
-    ``TokenBucket("llm", store, requests=Rate(3500, per_s=60), tokens=Rate(90_000, per_s=60))``;
-    `scoped` limits hold for each scope (a tenant, a session) beside them."""
+    ``TokenBucket("llm", store, requests=Rate(3500, per_s=60), tokens=Rate(90_000, per_s=60))``.
+    `scoped` limits hold in addition, for each scope (a tenant, a session).  The same name on the
+    same store means the same bucket, in every process.
+    """
 
     def __init__(
         self,
@@ -134,13 +142,13 @@ class TokenBucket:
         self.name, self.rates, self.scoped = name, rates, dict(scoped or {})
         self._store = store or default_store()
         self._keys, self._guard_s, self._sleep = Keys(self._store.namespace), guard_s, sleep
-        self._me = f"{os.uname().nodename}:{secrets.token_hex(4)}"
+        self._taker = f"{os.uname().nodename}:{secrets.token_hex(4)}"
         self._takers = 1
         self._shares: dict[tuple[str, str], LocalShare] = {}
 
     @property
     def takers(self) -> int:
-        """How many processes have taken from it within a minute, as last heard."""
+        """The number of processes that took from it within a minute, as last known."""
         return self._takers
 
     @property
@@ -159,14 +167,16 @@ class TokenBucket:
         id: str = "",
         **amounts: float,
     ) -> Grant:
-        """Take from every limit that an amount is given for, waiting up to `max_wait_s` seconds;
-        all or nothing.
+        """Take an amount from each limit named, or from none, waiting up to `max_wait_s` seconds.
 
-        Without amounts it takes 1 from the only limit.  A denied grant is false, and `wait_s` says
-        exactly when it would be granted; nothing was taken.  Asking again with the same `id` is the
-        same grant.  A lower `priority` leaves its share of the burst to higher ones: ``high`` 5 %,
-        ``normal`` 15 %, ``low`` 30 % (FLOORS).  Raises NeverSatisfiable for more than a limit ever
-        grants, InvalidValue for an amount or a limit that cannot be."""
+        Without amounts it takes 1 from the only limit.  A denied grant is false and has taken
+        nothing; after its `wait_s`, and not before, it would be granted.  The same `id` again
+        returns the same grant.  A lower `priority` leaves a share of the burst to higher ones:
+        ``high`` 5 %, ``normal`` 15 %, ``low`` 30 % (FLOORS).
+
+        Raises NeverSatisfiable for an amount above the limit, InvalidValue for a negative or
+        infinite amount and for an unknown limit or priority.
+        """
         grant, _ = self._take(
             amounts=amounts, scope=scope, priority=priority, id=id, max_wait_s=max_wait_s
         )
@@ -183,7 +193,7 @@ class TokenBucket:
         id: str = "",
         **amounts: float,
     ) -> Grant:
-        """Do as `acquire` does, without blocking the event loop while it waits."""
+        """Do as `acquire` does, but wait without blocking the event loop."""
         grant, _ = self._take(
             amounts=amounts, scope=scope, priority=priority, id=id, max_wait_s=max_wait_s
         )
@@ -202,13 +212,13 @@ class TokenBucket:
         returns: bool = False,
         **amounts: float,
     ) -> Grant:
-        """Do as `acquire` does, and leave the waiting to the caller: the grant may be used after
+        """Do as `acquire` does, but leave the waiting to the caller: the grant may be used after
         `wait_s`.
 
-        Who is denied `in_line` is told a time of its own, behind those of its priority that were
-        told before: when it may take so much that many times, or as often as flows in within 0.1 s
-        and as a third of a full bucket is good for. Who `returns` from waiting is told one before
-        those who are new."""
+        With `in_line=n` a denied caller gets its own retry time, after earlier callers of the same
+        priority.  At that time it may take the amounts up to n times, capped at 0.1 s of refill and
+        a third of the burst.  A caller that `returns` from such a wait goes before new callers.
+        """
         line = f"{'back' if returns else 'new'}{URGENCY[priority]}" if in_line else ""
         grant, _ = self._take(
             amounts=amounts,
@@ -224,8 +234,9 @@ class TokenBucket:
     def lease(
         self, amount: float, most: float, *, priority: str = "critical"
     ) -> tuple[Grant, float]:
-        """Take an amount of the only limit, and up to `most` more that are there now; return the
-        grant and how many.
+        """Take an amount of the only limit, and up to `most` more of what it holds now.
+
+        Returns the grant and the additional amount.
         """
         return self._take(
             amounts={self._only(): amount},
@@ -251,18 +262,26 @@ class TokenBucket:
         if priority not in FLOORS:
             raise InvalidValue("priority", priority, f"must be one of {', '.join(FLOORS)}")
         limits, id = self._limits(amounts or {self._only(): 1}, scope), id or secrets.token_hex(8)
-        me = f"{self._me}:{os.getpid()}"  # a bucket made before a fork is another taker in each child
-        told: list[Argument] = [me, int(KEEP_S * 1000), int(max_wait_s * 1e6), line, times, most]
+        # A bucket made before a fork is another taker in each child.
+        taker = f"{self._taker}:{os.getpid()}"
+        args: list[Argument] = [
+            taker,
+            int(KEEP_S * 1000),
+            int(max_wait_s * 1e6),
+            line,
+            times,
+            most,
+        ]
         for each in limits:
-            owed, hold_us = self._shares[each.key].told() if each.key in self._shares else ("[]", 0)
+            owed, hold_us = self._shares[each.key].owed() if each.key in self._shares else ("[]", 0)
             numbers = (*self._about(each), each.amount, FLOORS[priority] * each.rate.capacity)
-            # As one argument: each costs the client 0.7 us.
-            told.append(
+            # One argument for each limit: an argument costs the client 0.7 us.
+            args.append(
                 f"[{','.join([repr(float(number)) for number in numbers])},{owed},{hold_us}]"
             )
         try:
             [[granted, wait, at, leased, takers]] = self._store.call(
-                self._call(_TAKE, limits, id, *told), on_outage="answer"
+                self._call(_TAKE, limits, id, *args), on_outage="answer"
             )
         except StoreUnavailable:
             return self._locally(limits, max_wait_s), 0.0
@@ -307,7 +326,7 @@ class TokenBucket:
 
     def _only(self) -> str:
         if len(self.rates) != 1:
-            raise InvalidValue("amounts", {}, f"say how much of each: {', '.join(self.rates)}")
+            raise InvalidValue("amounts", {}, f"give an amount for each: {', '.join(self.rates)}")
         return next(iter(self.rates))
 
     def _about(self, limit: _Limit) -> tuple[Argument, ...]:
@@ -319,23 +338,24 @@ class TokenBucket:
         keys = self._keys.bucket(self.name, id, (each.key for each in limits))
         return Call(script, keys, args)
 
-    # --- afterwards ----------------------------------------------------------------------------
+    # --- settling and holding ------------------------------------------------------------------
 
     def _settle(self, limits: Sequence[_Limit], id: str, used: Mapping[str, float]) -> bool:
-        told = [
+        args = [
             argument
             for each in limits
             for argument in (each.rate.capacity, used.get(each.unit, ""))
         ]
         try:
-            [settled] = self._store.call(self._call(_SETTLE, limits, id, *told), on_outage="answer")
+            [settled] = self._store.call(self._call(_SETTLE, limits, id, *args), on_outage="answer")
         except StoreUnavailable:
-            return False  # what was reserved stays taken: the safe side
+            return False  # the reserved amount stays taken, which keeps the limit
         return bool(settled)
 
     def hold(self, retry_after_s: float, *, scope: str = "") -> None:
-        """Let nothing pass for as long as a provider asked for, in every process; a shorter hold
-        changes nothing.
+        """Deny all callers for the seconds that a provider asked for, in every process.
+
+        A hold that is shorter than the current one changes nothing.
         """
         names = dict.fromkeys(self.scoped if scope else self.rates, 0.0)
         try:
@@ -348,13 +368,15 @@ class TokenBucket:
                 self._share(each).hold(retry_after_s)
 
     def status(self, scope: str = "") -> dict[str, dict[str, float]]:
-        """Return limit -> level, capacity, used (in its last window), limit, per_s, hold_s.  Raises
-        StoreUnavailable.
+        """Return limit -> ``level``, ``capacity``, ``used`` in its last window, ``limit``,
+        ``per_s``, ``hold_s``.
+
+        Raises StoreUnavailable.
         """
         limits = self._limits(
             dict.fromkeys({**self.rates, **(self.scoped if scope else {})}, 0.0), scope
         )
-        [found] = self._store.call(
+        [states] = self._store.call(
             self._call(
                 _LOOK, limits, "", *(about for each in limits for about in self._about(each))
             ),
@@ -369,7 +391,7 @@ class TokenBucket:
                 "per_s": each.rate.per_s,
                 "hold_s": float(hold) / 1e6,
             }
-            for each, (level, used, hold) in zip(limits, found, strict=True)
+            for each, (level, used, hold) in zip(limits, states, strict=True)
         }
 
     # --- while Redis is away -------------------------------------------------------------------
@@ -392,11 +414,12 @@ class TokenBucket:
 
 
 class LocalShare:
-    """One process's part of a limit while Redis is away: the rate over the takers that were known
-    last.
+    """One process's part of a limit while Redis is away: the rate divided by the last known takers.
 
-    It starts empty, since what the window holds already is not known here.  What it gave in its
-    last window, and what is left of a hold, is told to the shared limit when Redis is back."""
+    It starts empty, because the content of the shared window is not known here.  When Redis is
+    back, the amounts granted in the last window and the rest of a hold are sent to the shared
+    limit.
+    """
 
     SLICES = 32
 
@@ -408,7 +431,7 @@ class LocalShare:
         self._given: dict[int, float] = {}  # slice of time -> amount
 
     def wait_s(self, amount: float) -> float:
-        """Return in how many seconds so much may be taken."""
+        """Return the seconds until the amount may be taken."""
         now = self._clock()
         self._level = min(self._capacity, self._level + max(0.0, now - self._at) * self._per_s)
         self._at = max(now, self._at)
@@ -418,15 +441,16 @@ class LocalShare:
         )
 
     def take(self, amount: float) -> None:
-        """Take; the level may become negative."""
+        """Take an amount; the level may become negative."""
         self._level -= amount
         now = int(self._clock() / self._slice_s)
         self._given = {at: given for at, given in self._given.items() if at >= now - self.SLICES}
         self._given[now] = self._given.get(now, 0.0) + amount
 
-    def told(self) -> tuple[str, int]:
-        """Return what it gave in its last window (JSON: [age, amount] ...), and for how long
-        nothing may pass, in us.
+    def owed(self) -> tuple[str, int]:
+        """Return the amounts granted in the last window, and the rest of a hold in us.
+
+        The amounts are JSON: [age in us, amount] ...
         """
         now = self._clock()
         ages = (
@@ -441,18 +465,19 @@ class LocalShare:
         return f"[{','.join(owed)}]", int(max(0.0, self._held_until - now) * 1e6)
 
     def hold(self, seconds: float) -> None:
-        """Let nothing pass for a while."""
+        """Deny all callers for that time."""
         self._held_until = max(self._held_until, self._clock() + seconds)
         self._level, self._at = 0.0, self._held_until
 
 
 class LeasedBucket:
-    """A cheap way to a high rate: takes batches from the only limit of a bucket, and spends them in
+    """A bucket for high rates: it takes batches from the only limit of a bucket, and spends them in
     this process.
 
-    It never admits more than the bucket grants, and what it has not spent within 0.1 s (LEASE_S)
-    lapses.  A lease is spent up to that much after it was taken, so a window shorter than that may
-    hold a batch more."""
+    It never admits more than the bucket grants.  The rest of a batch lapses after 0.1 s (LEASE_S).
+    A call may follow the take of its batch by up to that time, so a window shorter than that may
+    contain one batch more.
+    """
 
     LEASE_S = 0.1
 
@@ -461,7 +486,7 @@ class LeasedBucket:
         self._left, self._spent, self._until, self._denied_until = 0.0, 0.0, 0.0, 0.0
 
     def acquire(self, amount: float = 1.0, *, priority: str = "critical") -> Grant:
-        """Take an amount: from the batch at hand, or with the next batch in one round trip."""
+        """Take an amount from the current batch, or with the next batch in one round trip."""
         now = self._bucket.clock()
         if now < self._until and self._left >= amount:
             self._left -= amount
@@ -475,7 +500,7 @@ class LeasedBucket:
         return grant
 
     def _batch(self) -> float:
-        """Return twice what the last batch was good for, and at most this process's part of the
+        """Return twice the amount spent of the last batch, at most this process's share of the
         rate.
         """
         flow = self._rate.limit / self._rate.per_s * self.LEASE_S

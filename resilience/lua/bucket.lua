@@ -1,11 +1,20 @@
 -- uses: clock
 -- The shared steps of a bucket's limits.  KEYS: the reservation, the takers, then one hash for each limit.
 --
--- A limit's hash:  v  level of the pacing bucket at time t (negative: booked ahead)    hold  nothing passes before
---   sum  what the cells hold    tail  oldest cell that counts    head  newest cell there is    c<k>  taken in cell k: a slice
---   of time, k * width    new<class>, back<class>  when the last of those who wait, or wait again, will have paid for what it takes
---   ratio  what was used of what was taken, on average    till  the hash does not expire before
--- A cell stays until all of it is older than the window and its guard.  Times are microseconds of the server.
+-- A limit's hash:
+--   v      level of the pacing bucket at time t (negative: booked ahead)
+--   t      time of the level
+--   hold   time before which no amount is granted
+--   sum    sum of the cells that count
+--   tail   number of the oldest cell that counts
+--   head   number of the newest cell
+--   c<k>   amount taken in cell k, which is the slice of time from k * width on
+--   new<urgency>, back<urgency>  time at which the bucket will have refilled what the last waiter
+--          in line takes; `back` is the line of waiters that return
+--   ratio  average share of the amounts taken that was used
+--   till   time before which the hash does not expire
+-- A cell stays until all of it is older than the window and its guard.  Times are microseconds of
+-- the server.
 local call, floor, format, CELLS = redis.call, math.floor, string.format, 256
 local now = now_us()
 
@@ -23,7 +32,7 @@ local function read(key, limit, window, capacity, guard)
   b.full, b.v = (b.v - capacity) / b.rate, math.min(capacity, b.v)
   b.tail, b.head = floor((now - b.window) / width), tonumber(v[6] or -1)
   if v[5] then
-    -- What has left the window since the last take.
+    -- Cells that have left the window since the last take.
     for k = tonumber(v[5]), math.min(b.tail - 1, b.head) do b.gone[#b.gone + 1] = name(k) end
     for from = 1, #b.gone, 200 do
       local left = call('HMGET', key, unpack(b.gone, from, math.min(from + 199, #b.gone)))
@@ -31,12 +40,12 @@ local function read(key, limit, window, capacity, guard)
     end
     b.tail = math.max(b.tail, tonumber(v[5]))
   end
-  -- No cell counts: the next one is the oldest.
+  -- If no cell counts, the next one is the oldest.
   if b.head < b.tail then b.tail, b.sum = floor(now / width), 0 end
   return b
 end
 
--- When the window has room: as many of its oldest cells must leave as hold what is too much.
+-- Returns the time at which the window has room: its oldest cells must leave until the sum fits.
 local function leaves(b, room)
   local left, k, more = b.sum, b.tail, 8
   while left > room + 1e-9 and k <= b.head do
@@ -61,7 +70,8 @@ local function put(b, amount, at)
   for from = 1, #b.gone, 200 do call('HDEL', b.key, unpack(b.gone, from, math.min(from + 199, #b.gone))) end
   b.gone = {}
   call('HSET', b.key, field, taken + amount, 'v', b.v, 't', now, 'sum', b.sum, 'tail', b.tail, 'head', b.head)
-  -- It may expire a minute after it is full and its window empty; that is put off by half a minute at a time.
+  -- The hash may expire a minute after the bucket is full and the window empty.  The expiry is put
+  -- off by half a minute at a time.
   local till = math.max(at + (b.capacity - b.v) / b.rate, at + b.window, b.hold) + 30000000
   if till > b.till then
     b.till = till + 30000000

@@ -1,4 +1,4 @@
--- Let nothing pass for a while: the provider asked for it.  ARGV: microseconds.   Returns 1.
+-- Grant nothing for a time, because the provider asked for it.  ARGV: microseconds.   Returns 1.
 local till = now + tonumber(ARGV[1])
 for i = 3, #KEYS do
   if till > tonumber(call('HGET', KEYS[i], 'hold') or '0') then call('HSET', KEYS[i], 'hold', exact(till)) end

@@ -1,6 +1,7 @@
--- Correct a reservation to what was really used, once.  ARGV: for each limit its capacity and the real amount ('': as taken).
--- The average of what is used goes by the last dozen of calls; one that was withdrawn is none.
--- Returns 1, or 0 when it was settled before or is too old.
+-- Replace the amounts of a grant by the amounts used, once.
+-- ARGV: for each limit its capacity and the amount used ('': as taken).
+-- The average share used counts about the last 12 calls; a call that used nothing is not in it.
+-- Returns 1, or 0 when the grant was settled before or is too old.
 local about = call('HGETALL', KEYS[1])
 if #about == 0 then return 0 end
 call('DEL', KEYS[1])
@@ -9,7 +10,7 @@ for i = 1, #about, 2 do taken[about[i]] = tonumber(about[i + 1]) end
 for i = 3, #KEYS do
   local n, real = i - 2, tonumber(ARGV[2 * (i - 2)])
   local v = call('HGET', KEYS[i], 'v')
-  -- A limit that has expired is not begun again here: it would stay for ever.
+  -- A limit that has expired is not created here: it would never expire.
   if v and real and real > 0 and (taken['a' .. n] or 0) > 0 then
     local ratio = tonumber(call('HGET', KEYS[i], 'ratio') or '1')
     call('HSET', KEYS[i], 'ratio', exact(ratio + (math.min(1, real / taken['a' .. n]) - ratio) / 12))

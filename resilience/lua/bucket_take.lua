@@ -1,16 +1,19 @@
 -- Take from all limits at once, or from none.
--- ARGV: who takes, ms a reservation is kept, longest wait, the line of a waiter ('' : nobody waits), how often it would take so
--- much, most to lease, then for each limit in JSON: limit, window, capacity, guard, amount, what lower classes must leave, what
--- was taken in the last window while Redis was away ([age, amount] ...), microseconds of a hold that was asked for meanwhile.
--- Returns {1, wait, at, leased, takers} or {0, wait, number of the limit that says no, 0, takers}.
+-- ARGV: taker, ms to keep the grant, longest wait, the line of a waiter ('': none), how many times
+-- the waiter would take the amounts, most to lease.  Then JSON for each limit: limit, window,
+-- capacity, guard, amount, amount that this priority must leave, amounts taken in the last window
+-- while Redis was away ([age, amount] ...), microseconds of a hold that was set meanwhile.
+-- Returns {1, wait, at, leased, takers} or {0, wait, number of the limit that denies, 0, takers}.
 
--- Who waits takes what flows in within TURN, so that many are not woken for little; and no more than SHARE of a full bucket,
--- so that it does not overflow when somebody comes late.  Who comes back too early by less than EARLY of its turn stands in no line
--- again.  When a bucket has been full for LATE, its LINES begin anew.
+-- A waiter takes up to the refill of TURN at once, so that few waiters are woken for a small refill.
+-- It takes at most SHARE of a full bucket, so that the bucket does not overflow when it comes late.
+-- A waiter that returns too early by less than EARLY of its turn keeps its turn.
+-- When a bucket has been full for LATE, its LINES begin anew.
 local TURN, SHARE, EARLY, LATE = 100000, 1 / 3, 1 / 4, 500000
 local LINES = {'new0', 'new1', 'new2', 'new3', 'back0', 'back1', 'back2', 'back3'}
 
--- In how many microseconds so much may be taken.  More than the bucket holds passes when it is full, and leaves a debt.
+-- Returns the microseconds until an amount may be taken.  An amount above the capacity is granted when
+-- the bucket is full, and leaves a debt.
 local function needs(b, amount)
   local short = math.min(amount, b.capacity - b.left) + b.left - b.v
   local ready = math.max(b.hold, leaves(b, math.max(0, b.limit - b.left - amount)))
@@ -32,7 +35,8 @@ for i = 3, #KEYS do
   local b = read(KEYS[i], a[1], a[2], a[3], a[4])
   if b.full > LATE then call('HDEL', b.key, unpack(LINES)) end
   b.amount, b.left = a[5], a[6]
-  -- It was paced already: it fills the window at the times at which it was taken, and at most empties the bucket.
+  -- Amounts taken without Redis were paced already.  They count in the window at their own times,
+  -- and at most empty the bucket.
   local before, given = b.v, 0
   for _, each in ipairs(a[7]) do
     put(b, each[2], now - each[1])
@@ -51,13 +55,13 @@ for i = 3, #KEYS do
   if mine > wait then wait, binding = mine, i - 2 end
   limits[#limits + 1] = b
 end
--- A microsecond more than computed: then it is granted whatever was rounded.
+-- One microsecond more than computed, so that rounding does not deny it again.
 if wait > 0 then wait = math.ceil(wait) + 1 end
 
 if wait > tonumber(ARGV[3]) then
   if ARGV[4] ~= '' then
-    -- Those who wait are served one after the other, so each is told a time of its own: when all that it takes is there.  What it
-    -- takes beyond a full bucket is paid afterwards, by who comes next.
+    -- Waiters are served one after the other, so each gets its own time: the time at which all that
+    -- it takes is there.  An amount beyond a full bucket delays the next waiter instead.
     local line, times, all, full, paid = limits[binding], tonumber(ARGV[5]), wait, 0, 0
     for _, b in ipairs(limits) do
       if b.amount > 0 then times = math.min(times, math.max(1, floor(math.min(TURN * b.rate, SHARE * b.capacity) / b.amount))) end

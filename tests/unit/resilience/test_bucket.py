@@ -252,7 +252,7 @@ def test_an_amount_above_the_limit_of_a_window_is_refused_at_once(
             {"tokens": 1, "priority": "urgent"},
             "priority='urgent': must be one of critical, high, normal, low",
         ),
-        ({}, "say how much of each: requests, tokens"),
+        ({}, "give an amount for each: requests, tokens"),
     ],
 )
 def test_a_wrong_amount_is_refused(world: World, amounts: dict[str, Any], message: str) -> None:
