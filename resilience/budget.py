@@ -1,12 +1,13 @@
-"""What a tree of jobs may spend, in named units (tokens, calls, money ...), shared by all workers.
+"""Budgets of a tree of jobs in named units (tokens, calls, money ...), shared by all workers.
 
-Decides who may spend how much: an amount is reserved before a call and replaced by what was used
-after it.  Accounts are carved out of each other, so that a branch cannot spend what another needs,
-and fold back into what they came from.
+Calls to models charge it; begin with `SharedBudget.charge`.  An amount is reserved before a call,
+and replaced by the amount used after it.  An account can be carved out of another, so that one
+branch cannot spend the share of the next; later it folds back.
 
-Nothing is ever counted too low: a reservation whose holder died is spent in full when its lease is
-over, and only a late `settle` of its holder corrects it.  Who cannot ask Redis may not spend.
-Refuses to know what is bought."""
+The amount spent is never counted too low.  If a holder dies, its reservation counts as spent in
+full when the lease ends; only a late `settle` of the holder corrects it.  While Redis is away
+nothing can be spent.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +28,12 @@ _OPEN, _CARVE, _FOLD, _CHARGE, _SETTLE, _STATUS = (
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """What a budget answered; true when granted."""
+    """The answer of a budget; true if it was granted."""
 
-    id: str  # to settle it by: the one that was asked for, or another when a charge of that id has lapsed
+    # The id to settle it by.  It differs from the id passed if a charge of that id has lapsed.
+    id: str
     state: Literal["granted", "wait", "exhausted"]
-    limited_by: str = ""  # the unit that says no
+    limited_by: str = ""  # the unit that denies it
 
     def __bool__(self) -> bool:
         return self.state == "granted"
@@ -39,26 +41,27 @@ class Charge:
 
 @dataclass(frozen=True, slots=True)
 class Spending:
-    """What became of a budget, by unit, over all accounts.  limits = spent + held + left, for each
-    unit that is limited.
+    """The amounts of a budget by unit, over all accounts.
+
+    For each unit with a limit: limits = spent + held + left.
     """
 
     limits: dict[str, float]
     spent: dict[str, float]  # used; and reserved by charges that have lapsed
     held: dict[str, float]  # reserved by charges in flight
-    left: dict[str, float]  # below zero when calls have used more than they reserved
+    left: dict[str, float]  # below zero if calls have used more than they reserved
     by_label: dict[str, dict[str, float]]  # label -> unit -> amount settled under it
     accounts: dict[str, dict[str, float]]  # open account -> unit -> amount left in it
 
 
 class SharedBudget:
-    """The accounts of one tree; the same name on the same store is the same budget, in every
-    process.
+    """The accounts of one tree.
 
-    All of it is forgotten `ttl_s` seconds after its last change.  A charge that is not settled
-    within `lease_s` seconds (by the server's time) has lapsed: it counts as spent in full.  Amounts
-    are doubles, and stored with all their digits: what a million charges lose to rounding is below
-    a billionth of the limit."""
+    The same name on the same store means the same budget, in every process.  All of it expires
+    `ttl_s` seconds after its last change.  A charge that is not settled within `lease_s` seconds
+    (of the server's time) has lapsed: it counts as spent in full.  Amounts are doubles, stored with
+    all digits, so the rounding error of a million charges is below a billionth of the limit.
+    """
 
     def __init__(
         self, name: str, store: Store, *, ttl_s: float = 7 * 86400, lease_s: float = 120.0
@@ -76,32 +79,32 @@ class SharedBudget:
     # --- accounts ------------------------------------------------------------------------------
 
     def open(self, limits: Mapping[str, float]) -> None:
-        """Make the root account, "", with its limits by unit; only the first call does.
+        """Create the root account, "", with its limits by unit.  Later calls change nothing.
 
-        A unit that is not named is counted, and not limited.  Raises InvalidValue,
-        StoreUnavailable."""
+        A unit without a limit is only counted.  Raises InvalidValue, StoreUnavailable.
+        """
         self._store.call(self._call(_OPEN, _amounts(limits)), on_outage="answer")
 
     def carve(self, account: str, share: float = 1.0, *, of: str = "") -> dict[str, float]:
-        """Move a share (0 to 1) of what is free in an account into a new one; return what that got,
-        by unit.
+        """Move a share (0 to 1) of the free amount of an account into a new one.
 
-        Once: a later call returns what the account got first, also when it was folded.  What is
-        carved of a folded account comes from its nearest open ancestor.  Raises InvalidValue,
-        StoreUnavailable."""
+        Returns the amounts of the new account by unit.  A later call moves nothing and returns the
+        same amounts, also after the account was folded.  If the account `of` was folded, the share
+        comes from its nearest open ancestor.  Raises InvalidValue, StoreUnavailable.
+        """
         if not 0 <= share <= 1:
             raise InvalidValue("share", share, "must be from 0 to 1")
-        [got] = self._store.call(
+        [amounts] = self._store.call(
             self._call(_CARVE, _named("account", account), share, of), on_outage="answer"
         )
-        return _unpacked(self._known(got, of))
+        return _unpacked(self._known(amounts, of))
 
     def fold(self, account: str) -> None:
-        """Let what an account has left flow back to its parent, its charges in flight included;
-        once.
+        """Move all amounts of an account to its nearest open ancestor, with its charges in flight.
 
-        Whatever is charged to it from then on counts on its nearest open ancestor.  Raises
-        InvalidValue, StoreUnavailable."""
+        Later charges to the account count on that ancestor.  A second call does nothing.  Raises
+        InvalidValue, StoreUnavailable.
+        """
         [folded] = self._store.call(
             self._call(_FOLD, _named("account", account)), on_outage="answer"
         )
@@ -121,29 +124,35 @@ class SharedBudget:
     def charge(
         self, id: str, amounts: Mapping[str, float], *, account: str = "", again: bool = False
     ) -> Charge:
-        """Reserve all amounts of an account, or nothing, before a call.
+        """Reserve all amounts of an account before a call, or none.
 
-        Asking again with the id of a charge in flight is the same charge; when that has lapsed it
-        is a new one, whose id the charge tells; `again` says that it has: who asked before is gone,
-        and may have used it.  `wait`: it fits when charges in flight on this account use less than
-        they reserved; come back soon.  `exhausted`: what was spent leaves too little whatever they
-        use.  What was carved out of the account is not in it until it is folded.  Raises
-        InvalidValue, StoreUnavailable."""
-        told = (_named("id", id), account, _amounts(amounts), self._lease_ms, int(again))
-        [answer] = self._store.call(self._call(_CHARGE, *told), on_outage="answer")
+        The id of a charge in flight returns that charge.  The id of a charge that has lapsed makes
+        a new one, with the id in the answer.  `again` lets the charge of this id lapse now: its
+        holder is gone, and may have used the amounts.
+
+        - ``wait``: it fits if charges in flight on this account use less than they reserved;
+          retry soon.
+        - ``exhausted``: it cannot fit, whatever they use.
+
+        Amounts carved out of the account are not in it until they are folded.  Raises InvalidValue,
+        StoreUnavailable.
+        """
+        args = (_named("id", id), account, _amounts(amounts), self._lease_ms, int(again))
+        [answer] = self._store.call(self._call(_CHARGE, *args), on_outage="answer")
         name, *reasons = self._known(answer, account)
         if not reasons:
             return Charge(name.decode(), "granted")
-        state, unit = min(reasons)  # `exhausted` is the first by name, too
+        state, unit = min(reasons)  # by name, so `exhausted` comes before `wait`
         return Charge(name.decode(), state.decode(), unit.decode())
 
     def settle(self, charge_id: str, used: Mapping[str, float], *, label: str = "") -> bool:
-        """Replace what a charge reserved by what was used, and say whether that changed anything:
-        once.
+        """Replace the reserved amounts of a charge by the amounts used.
 
-        A unit that is not named was not used; more than was reserved is counted as it is.  A charge
-        that has lapsed is corrected.  With a label, what was used is tallied under it, too.  While
-        Redis is away nothing is changed: what was reserved stays counted.  Raises InvalidValue."""
+        Returns whether that changed anything: only the first call does.  A unit that is not named
+        was not used; more than the reserved amount is counted in full.  A charge that has lapsed is
+        corrected.  With a label, the amounts are also summed under it.  While Redis is away nothing
+        changes: the reserved amounts stay counted.  Raises InvalidValue.
+        """
         try:
             [settled] = self._store.call(
                 self.settling(charge_id, used, label=label), on_outage="answer"
@@ -153,20 +162,19 @@ class SharedBudget:
         return bool(settled)
 
     def settling(self, charge_id: str, used: Mapping[str, float], *, label: str = "") -> Call:
-        """Return the call that settles a charge, and answers 1, or 0 when it changed nothing; see
-        `settle`.
-        """
+        """Return the call that settles a charge, see `settle`; it answers 1, or 0 for no change."""
         return self._call(_SETTLE, charge_id, _amounts(used), label)
 
     def withdraw(self, charge_id: str) -> None:
-        """Give back all that a charge reserved, because nothing was called."""
+        """Give back all amounts of a charge, because no call was made."""
         self.settle(charge_id, {})
 
-    # --- looking -------------------------------------------------------------------------------
+    # --- reading -------------------------------------------------------------------------------
 
     def status(self) -> Spending:
-        """Return what was spent so far; nothing is limited before the budget is open.  Raises
-        StoreUnavailable.
+        """Return the amounts so far.  Before the budget is open it has no limits.
+
+        Raises StoreUnavailable.
         """
         [[raw_accounts, raw_labels]] = self._store.call(self._call(_STATUS), on_outage="answer")
         accounts, by_label = _by_name(raw_accounts), _by_name(raw_labels)
@@ -195,7 +203,7 @@ def _named(field: str, name: str) -> str:
 
 
 def _amounts(amounts: Mapping[str, float]) -> str:
-    """Return unit -> amount as a script is told it.  Raises InvalidValue."""
+    """Return unit -> amount as JSON for a script.  Raises InvalidValue."""
     for unit, amount in amounts.items():
         if not (isinstance(amount, int | float) and 0 <= amount < float("inf")):
             raise InvalidValue(unit, amount, "must be a finite number of at least 0")
@@ -203,13 +211,13 @@ def _amounts(amounts: Mapping[str, float]) -> str:
 
 
 def _unpacked(amounts: bytes) -> dict[str, Any]:
-    """Return what a script told as JSON; a whole number is told without a point."""
-    found: dict[str, Any] = json.loads(amounts, parse_int=float)
-    return found
+    """Return the amounts in a script's JSON, in which a whole number has no point."""
+    unpacked: dict[str, Any] = json.loads(amounts, parse_int=float)
+    return unpacked
 
 
 def _by_name(pairs: list[bytes]) -> dict[str, dict[str, Any]]:
-    """Return a hash of JSON, as HGETALL tells it."""
+    """Return a dict of the fields and JSON values that HGETALL returned."""
     return {
         name.decode(): _unpacked(value) for name, value in zip(pairs[::2], pairs[1::2], strict=True)
     }

@@ -1,6 +1,7 @@
 -- uses: clock
--- Spend from a retry budget.  KEYS[1]: budget hash.  ARGV: first attempts since the last spending, share each of them
--- deposits, retries a second that are always allowed, most it holds, cost.   Returns {1 when spent, balance as text}.
+-- Spend from a retry budget.  KEYS[1]: budget hash.
+-- ARGV: first attempts since the last call, share that each of them deposits, retries a second that
+-- are always allowed, largest balance, cost.   Returns {1 when the cost was spent, balance as text}.
 local now = now_us() / 1000000
 local v = redis.call('HMGET', KEYS[1], 'balance', 'at')
 local floor, most, cost = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])

@@ -1,25 +1,33 @@
 -- uses: clock
--- The shared steps of a budget.  KEYS: accounts, folded, charges, leases, labels.  ARGV[1]: ms for which all of it is kept.
+-- The shared steps of a budget.  KEYS: accounts, folded, charges, leases, labels.
+-- ARGV[1]: ms for which all keys are kept.
 --
--- An account is JSON:  of  its parent    got  what it began with    free  may still be charged or carved    held  reserved by
--- charges in flight    spent  used, as far as it is known.  All but the first are unit -> amount; a unit without `free` is not limited.
--- A folded account is JSON: of, got.  The rest of it has moved to its nearest open ancestor, and so does all that still comes.
--- A charge is JSON: account, amounts.  It is in flight while it is in leases; afterwards it has lapsed, until somebody settles it.
+-- An account is JSON:
+--   of     name of its parent
+--   got    amounts at its start
+--   free   amounts that may still be charged or carved
+--   held   amounts reserved by charges in flight
+--   spent  amounts used, as far as known
+-- All but `of` are unit -> amount; a unit without `free` has no limit.
+-- A folded account is JSON: of, got.  Its other amounts have moved to its nearest open ancestor, and
+-- later charges count there.
+-- A charge is JSON: account, amounts.  It is in flight while it is in leases; then it has lapsed, until
+-- it is settled.
 local accounts, folded, charges, leases, labels, call = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], redis.call
 local text, format = cjson.encode, string.format
--- Three times 0.1 fit into 0.3: the share of an amount that rounding may cost.
+-- The share of an amount that rounding may cost, so that three times 0.1 fits into 0.3.
 local CLOSE = 1e-9
 
 local now = now_ms()
 
--- Every digit counts: cjson would write 14 of them.
+-- JSON with all digits; cjson would write only 14.
 local function exact(amounts)
   local each = {}
   for unit, amount in pairs(amounts) do each[#each + 1] = text(unit) .. ':' .. format('%.17g', amount) end
   return '{' .. table.concat(each, ',') .. '}'
 end
 
--- An account, or its nearest open ancestor; nothing when it never was.
+-- Returns an account, or its nearest open ancestor; nil if it never existed.
 local function find(name)
   local open = call('HGET', accounts, name)
   if open then
@@ -41,7 +49,7 @@ local function add(account, part, amounts, sign)
   local sums = account[part]
   for unit, amount in pairs(amounts) do
     if sums[unit] or part ~= 'free' then sums[unit] = (sums[unit] or 0) + sign * amount end
-    -- What rounding leaves of a reservation is nothing.
+    -- The rest of a reservation that only rounding left is zero.
     if part == 'held' and sums[unit] <= CLOSE * amount then sums[unit] = nil end
   end
 end
@@ -55,7 +63,7 @@ local function keep()
   for _, key in ipairs(KEYS) do call('PEXPIRE', key, ARGV[1]) end
 end
 
--- Whoever held it may have used it: it is spent.
+-- A lapsed charge counts as spent, because its holder may have used it.
 local function lapse(id)
   call('ZREM', leases, id)
   local charge = cjson.decode(call('HGET', charges, id))
@@ -64,6 +72,6 @@ local function lapse(id)
   put(account)
 end
 
--- A hundred at a time, so that no caller pays for the death of a thousand; those that wait for their turn are held, which
--- binds as much.
+-- At most 100 charges lapse in one call, so that one caller does not pay for the end of 1,000.  The
+-- others stay held, which limits as much.
 for _, id in ipairs(call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0, 100)) do lapse(id) end

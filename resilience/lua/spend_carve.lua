@@ -1,5 +1,7 @@
--- Move a share of what is free into a new account, once.  ARGV: ms to keep, account, share, of which account.
--- Returns what it got (JSON: unit -> amount), now or the first time; nothing when there is no account to carve it from.
+-- Move a share of the free amounts of an account into a new account, once.
+-- ARGV: ms to keep, new account, share, account to carve from.
+-- Returns the amounts of the new account at its start (JSON: unit -> amount), or nil if there is no
+-- account to carve from.
 local before = call('HGET', accounts, ARGV[2]) or call('HGET', folded, ARGV[2])
 if before then return exact(cjson.decode(before).got) end
 local parent = find(ARGV[4])

@@ -1,13 +1,14 @@
--- Reserve all amounts, or none.  ARGV: ms to keep, id, account, amounts (JSON: unit -> amount), ms of its lease, 1 when who
--- asked before under this id is gone.
--- Returns {id, {why not, unit}, ...}: granted when there is no reason not to; nothing when there is no such account.
+-- Reserve all amounts, or none.
+-- ARGV: ms to keep, id, account, amounts (JSON: unit -> amount), ms of its lease, 1 when the holder of
+-- the charge with this id is gone.
+-- Returns {id, {reason, unit}, ...}: granted without a reason; nil if there is no such account.
 local id, times = ARGV[2], 1
 while call('HEXISTS', charges, id) == 1 do
   if call('ZSCORE', leases, id) then
     if ARGV[6] ~= '1' then return {id} end
     lapse(id)
   end
-  -- A charge of this name has lapsed, and may still be settled: the new one has a name of its own.
+  -- A charge of this id has lapsed, and may still be settled, so the new one gets another id.
   times = times + 1
   id = ARGV[2] .. '~' .. times
 end

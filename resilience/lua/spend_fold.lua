@@ -1,5 +1,5 @@
--- Move all of an account to its nearest open ancestor, once.  ARGV: ms to keep, account.
--- Returns 1, 0 when it was folded before, or nothing when there is no such account.
+-- Move all amounts of an account to its nearest open ancestor, once.  ARGV: ms to keep, account.
+-- Returns 1, 0 when it was folded before, or nil if there is no such account.
 local account = find(ARGV[2])
 if not account then return false end
 if account.name ~= ARGV[2] then return 0 end

@@ -1,8 +1,9 @@
--- Replace a reservation by what was used, once.  ARGV: ms to keep, charge, used (JSON: unit -> amount), label ('': none).
--- Returns 1, or 0 when it is not known.
-local found = call('HGET', charges, ARGV[2])
-if not found then return 0 end
-local charge, used = cjson.decode(found), cjson.decode(ARGV[3])
+-- Replace the reserved amounts of a charge by the amounts used, once.
+-- ARGV: ms to keep, id of the charge, used (JSON: unit -> amount), label ('': none).
+-- Returns 1, or 0 if there is no such charge.
+local reserved = call('HGET', charges, ARGV[2])
+if not reserved then return 0 end
+local charge, used = cjson.decode(reserved), cjson.decode(ARGV[3])
 local account = find(charge.account)
 call('HDEL', charges, ARGV[2])
 move(account, charge.amounts, call('ZREM', leases, ARGV[2]) == 1 and 'held' or 'spent', 'free')
