@@ -1,5 +1,4 @@
-"""Platform events: the list of all kinds, and the bounded stream that all workers and clients
-share.
+"""Platform events: the list of all kinds, and the bounded stream that all processes share.
 
 The monitor, nodes and endpoint checks emit events.  Each is one line of the log and one entry of
 the stream, which `Listener` follows.  The ledger does not depend on events: while Redis is away
