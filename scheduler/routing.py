@@ -17,7 +17,8 @@ from typing import Literal, get_args
 
 from resilience.errors import InvalidValue
 
-Algorithm = Literal["round_robin", "least_connections", "weighted", "consistent_hash"]
+RoutingAlgorithm = Literal["round_robin", "least_connections", "weighted", "consistent_hash"]
+"""All algorithms; the setting `llm.routing` accepts the same names."""
 POINTS = 1024
 """Number of points of the heaviest endpoint on the ring.  Shares are exact to about
 1 / sqrt(POINTS), three percent.
@@ -30,16 +31,16 @@ class Router:
     in_flight: Mapping[str, int]
     """Number of calls in flight, by name."""
 
-    def __init__(self, weights: Mapping[str, float], algorithm: Algorithm) -> None:
+    def __init__(self, weights: Mapping[str, float], algorithm: RoutingAlgorithm) -> None:
         """A weight is an endpoint's share of the calls, relative to the others; `round_robin`
         ignores weights.
 
         Raises InvalidValue for an unknown algorithm, for no weight at all, and for one that is not
         above 0.
         """
-        if algorithm not in get_args(Algorithm):
+        if algorithm not in get_args(RoutingAlgorithm):
             raise InvalidValue(
-                "algorithm", algorithm, f"must be one of {', '.join(get_args(Algorithm))}"
+                "algorithm", algorithm, f"must be one of {', '.join(get_args(RoutingAlgorithm))}"
             )
         if not weights:
             raise InvalidValue("weights", {}, "must name one endpoint at least")

@@ -11,6 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from scheduler.routing import RoutingAlgorithm
+
 Tier = Literal["small", "medium", "large"]
 TIERS: tuple[Tier, ...] = ("small", "medium", "large")
 
@@ -108,7 +110,7 @@ class LlmSettings(BaseModel, frozen=True, extra="forbid"):
     bytes_per_s: float = Field(
         10e6, gt=0, description="Bytes a second to and from each endpoint, over all workers."
     )
-    routing: Literal["round_robin", "least_connections", "weighted", "consistent_hash"] = Field(
+    routing: RoutingAlgorithm = Field(
         "round_robin",
         description="How the endpoint of a call is selected among the healthy ones that have its "
         "model.",

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilience.errors import InvalidValue
-from scheduler.routing import Algorithm, Router
+from scheduler.routing import Router, RoutingAlgorithm
 
-ALGORITHMS = get_args(Algorithm)
+ALGORITHMS = get_args(RoutingAlgorithm)
 NAMES = ["a", "b", "c", "d", "e"]
 WEIGHTS = st.lists(st.integers(1, 9), min_size=1, max_size=5).map(
     lambda each: dict(zip(NAMES, each, strict=False))
@@ -35,7 +35,7 @@ def firsts(router: Router, turns: int, without: str = "") -> list[str]:
     st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=9),
 )
 def test_every_order_has_each_endpoint_once(
-    weights: dict[str, int], algorithm: Algorithm, keys: list[str]
+    weights: dict[str, int], algorithm: RoutingAlgorithm, keys: list[str]
 ) -> None:
     router = Router(weights, algorithm)
 
@@ -219,7 +219,7 @@ def test_keys_are_shared_by_weight_in_any_unit(scale: float) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("weight", [0, -1, math.nan, math.inf])
-def test_a_wrong_weight_is_refused(algorithm: Algorithm, weight: float) -> None:
+def test_a_wrong_weight_is_refused(algorithm: RoutingAlgorithm, weight: float) -> None:
     with pytest.raises(InvalidValue, match=r"weights\[b\]=.*: must be a number above 0"):
         Router({"a": 1, "b": weight}, algorithm)
 
