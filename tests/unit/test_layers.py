@@ -1,4 +1,4 @@
-"""Imports run down: the order of folders, no loop of files, few modules in a folder, one home a class.
+"""Imports run down: order of folders, no loop of files, size of folders, one home for each class.
 
 `ORDER` is the only list of storeys.  Every form of an import counts: at the top, inside a function,
 and under TYPE_CHECKING.  Only the modules of `rlm_tasks.moved` forward up, by name.
