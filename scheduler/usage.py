@@ -7,6 +7,7 @@ orchestrators.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -107,14 +108,13 @@ class Usage:
     def _read(self, *operations: str) -> list[OperationUsage]:
         calls = [Call(_READ, self._keys.usage(name)[1:], ()) for name in operations]
         return [
-            _usage(name, *map(int, counts))
+            _usage(name, list(map(int, counts)))
             for name, counts in zip(operations, self._store.call(*calls), strict=True)
         ]
 
 
-def _usage(
-    name: str, done: int, failed: int, busy_us: int, nodes: int, memory_kb: int, peak_kb: int
-) -> OperationUsage:
+def _usage(name: str, counts: Sequence[int]) -> OperationUsage:
+    done, failed, busy_us, nodes, memory_kb, peak_kb = counts
     total = done + failed
     return OperationUsage(
         name,

@@ -6,6 +6,8 @@ See `testing.demo` and `testing.embedded` for the work behind them.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,9 @@ import click
 from rlm_tasks.cli.output import as_json_option, print_json, table
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rlm_tasks.results import Progress
     from rlm_tasks.testing.demo import Compared, Outcome
 
 
@@ -35,14 +40,6 @@ if TYPE_CHECKING:
 def demo(path: Path | None, slots: int, compare: bool, as_json: bool) -> None:
     """Measure a folder of Python files, with a worker that the demo starts."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     from rlm_tasks.operations.code_metrics import standard_library
     from rlm_tasks.testing import demo as main_job
@@ -52,29 +49,11 @@ def demo(path: Path | None, slots: int, compare: bool, as_json: bool) -> None:
 
     notes = Console(stderr=True)
     folder = path or standard_library()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("files"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     with notes.status("starting a server and a worker"):
         platform = main_job.platform(slots)
         client, environment, logs = platform.__enter__()
     try:
-        with Progress(*columns, console=notes) as bar:
-            line = bar.add_task("measuring", total=None)
-
-            def show(progress: Any) -> None:
-                bar.update(
-                    line,
-                    total=progress.total,
-                    completed=progress.done + progress.failed + progress.skipped,
-                    description=f"{progress.nodes} nodes, {progress.splits} splits",
-                )
-
+        with _progress_bar(notes) as show:
             outcome, paths = main_job.run(client, folder, slots, show)
         others = []
         if compare:
@@ -87,6 +66,33 @@ def demo(path: Path | None, slots: int, compare: bool, as_json: bool) -> None:
         return
     _show_report(outcome)
     _show_run(outcome, others)
+
+
+@contextmanager
+def _progress_bar(notes: Console) -> Iterator[Callable[[Progress], None]]:
+    """Show a bar for the length of a block, and yield the function that moves it."""
+    from rich import progress as bars
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TextColumn("files"),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=notes) as bar:
+        line = bar.add_task("measuring", total=None)
+
+        def show(progress: Progress) -> None:
+            bar.update(
+                line,
+                total=progress.total,
+                completed=progress.done + progress.failed + progress.skipped,
+                description=f"{progress.nodes} nodes, {progress.splits} splits",
+            )
+
+        yield show
 
 
 def _row(each: Compared) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class DueIndex:
         self._on_outage: OnOutage = on_outage
 
     def add(self, pipe: Any, first_ms: Mapping[str, int], ttl_s: int) -> None:
-        """Write new jobs with the time of their first sweep to a pipeline; an earlier time stays."""
+        """Add new jobs to a pipeline, by the ms of their first sweep; an earlier time stays."""
         pipe.zadd(self._key, dict(first_ms), lt=True)
         pipe.expire(self._key, ttl_s)
 
@@ -55,7 +55,7 @@ class DueIndex:
         self._store.call(lambda client: client.zrem(self._key, job), on_outage=self._on_outage)
 
     def jobs(self, most: int) -> list[str]:
-        """Return at most `most` open jobs in order of their next sweep.  Raises StoreUnavailable."""
+        """Return at most `most` open jobs, the next to sweep first.  Raises StoreUnavailable."""
         found: Any = self._store.call(
             lambda client: client.zrange(self._key, 0, most - 1), on_outage=self._on_outage
         )

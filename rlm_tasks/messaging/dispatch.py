@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery import Celery
 from redis.exceptions import RedisError
@@ -115,6 +115,16 @@ def header_of(spec: JobSpec, message: int, sent_at: float) -> dict[str, Any]:
     }
 
 
+class _Message(NamedTuple):
+    """One message: a node, its number among the node's messages, and its chord, if it begins one."""
+
+    spec: JobSpec
+    node: str
+    number: int
+    slot: ChordSlot
+    chord: Split | None = None
+
+
 class Dispatcher:
     """Send nodes to their queue."""
 
@@ -123,7 +133,7 @@ class Dispatcher:
 
     def send_root(self, specs: Sequence[JobSpec], node: str) -> None:
         """Send the first node of each job."""
-        self._publish((spec, node, 0, ChordSlot(task=spec.job), None) for spec in specs)
+        self._publish(_Message(spec, node, 0, ChordSlot(task=spec.job)) for spec in specs)
 
     def send_children(
         self, spec: JobSpec, children: Sequence[Child], splits: Sequence[Split], *, merges: bool
@@ -138,7 +148,7 @@ class Dispatcher:
         bodies = {split.id: split for split in splits} if merges else {}
         slots = {each.id: ChordSlot(each.split, each.index, each.task) for each in children}
         self._publish(
-            (spec, child.id, 0, slots[child.id], bodies.get(child.split))
+            _Message(spec, child.id, 0, slots[child.id], bodies.get(child.split))
             for child in children
             if child.wait_ms < 0
         )
@@ -149,7 +159,10 @@ class Dispatcher:
         merges = merges and self._counts_chords()
         wanted = {record.slot.split for record in records if record.slot.split} if merges else set()
         bodies = {id: self._ledger.split(spec.job, id) for id in wanted}
-        self._publish((spec, r.id, r.message, r.slot, bodies.get(r.slot.split)) for r in records)
+        self._publish(
+            _Message(spec, each.id, each.message, each.slot, bodies.get(each.slot.split))
+            for each in records
+        )
 
     def ask_to_yield(self, queue: str) -> None:
         """Notify workers that urgent work waits in a queue.
@@ -194,9 +207,7 @@ class Dispatcher:
                 error,
             )
 
-    def _publish(
-        self, messages: Iterable[tuple[JobSpec, str, int, ChordSlot, Split | None]]
-    ) -> None:
+    def _publish(self, messages: Iterable[_Message]) -> None:
         messages = list(messages)
         if not messages:
             return
@@ -210,42 +221,29 @@ class Dispatcher:
             logger.warning(
                 "%d node messages of job %s were not sent (%s); the sweep sends them",
                 len(messages),
-                messages[0][0].job,
+                messages[0].spec.job,
                 error,
             )
 
-    def _send_all(
-        self,
-        producer: Any,
-        connection: Any,
-        messages: Sequence[tuple[JobSpec, str, int, ChordSlot, Split | None]],
-    ) -> None:
+    def _send_all(self, producer: Any, connection: Any, messages: Sequence[_Message]) -> None:
         producer.revive(connection)
         if len(messages) == 1:
-            self._send(producer, *messages[0])
+            self._send(producer, messages[0])
             return
         with producer.batch(BATCH):
             for message in messages:
-                self._send(producer, *message)
+                self._send(producer, message)
 
-    def _send(
-        self,
-        producer: Any,
-        spec: JobSpec,
-        node: str,
-        message: int,
-        slot: ChordSlot,
-        body: Split | None,
-    ) -> None:
-        job = spec.job
-        options: dict[str, Any] = {"headers": header_of(spec, message, self._clock())}
+    def _send(self, producer: Any, message: _Message) -> None:
+        spec, slot, job = message.spec, message.slot, message.spec.job
+        options: dict[str, Any] = {"headers": header_of(spec, message.number, self._clock())}
         if slot.split:
             options |= {"group_id": group_id(job, slot.split), "group_index": slot.index}
-        if body is not None:
-            options["chord"] = body_of(job, spec.queue, body)
+        if message.chord is not None:
+            options["chord"] = body_of(job, spec.queue, message.chord)
         self._app.send_task(
             NODE_TASK,
-            [job, node],
+            [job, message.node],
             task_id=slot.task or job,
             queue=spec.queue,
             root_id=job,

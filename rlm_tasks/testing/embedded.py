@@ -76,8 +76,16 @@ class Server:
                 raise NotStarted(
                     f"a process listens on 127.0.0.1:{self.port} already: use it, or another port"
                 )
+        with (self._folder / "server.log").open("ab") as log:
+            # With its own session the server gets no Ctrl-C; this process cleans up and stops it.
+            self.process = subprocess.Popen(
+                self._command(), stdout=log, stderr=log, start_new_session=True
+            )
+        self._wait_for_answer(self.process)
+
+    def _command(self) -> list[str]:
         durable = "yes" if self._durable else "no"
-        command = [
+        return [
             server_binary(),
             "--port",
             str(self.port),
@@ -94,10 +102,8 @@ class Server:
             "--loglevel",
             "warning",
         ]
-        log = (self._folder / "server.log").open("ab")
-        # With its own session the server gets no Ctrl-C; this process cleans up and then stops it.
-        self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        log.close()
+
+    def _wait_for_answer(self, process: subprocess.Popen[bytes]) -> None:
         client = redis.Redis.from_url(self.url)
         until = time.monotonic() + START_S
         while True:
@@ -105,7 +111,7 @@ class Server:
                 client.ping()
                 break
             except redis.ConnectionError:
-                if self.process.poll() is not None or time.monotonic() > until:
+                if process.poll() is not None or time.monotonic() > until:
                     raise NotStarted((self._folder / "server.log").read_text()[-2000:]) from None
                 time.sleep(0.01)
         client.close()
@@ -176,26 +182,11 @@ def worker(
 
     Raises NotStarted.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "celery",
-        "-A",
-        app,
-        "worker",
-        "-c",
-        str(slots),
-        "-l",
-        level,
-        "--without-gossip",
-        "--without-mingle",
-        *options,
-    ]
     ready = log.with_suffix(".ready")
     ready.unlink(missing_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command,
+            _worker_command(app, slots, level, options),
             stdout=output,
             stderr=output,
             start_new_session=True,
@@ -216,3 +207,17 @@ def worker(
         yield process
     finally:
         end(process)
+
+
+def _worker_command(app: str, slots: int, level: str, options: Sequence[str]) -> list[str]:
+    celery = [sys.executable, "-m", "celery", "-A", app, "worker"]
+    return [
+        *celery,
+        "-c",
+        str(slots),
+        "-l",
+        level,
+        "--without-gossip",
+        "--without-mingle",
+        *options,
+    ]

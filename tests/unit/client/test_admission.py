@@ -253,5 +253,6 @@ def test_a_job_that_cannot_enter_the_waiting_room_wakes_by_its_own_time(
         raise RedisConnectionError("cut off by the test")
 
     monkeypatch.setattr(client.session.store, "now_ms", lost)
-    client._submission.enter_waiting_room([Platform().submit(JobRequest(operation="sum", items=range(10)))])
+    submitted = Platform().submit(JobRequest(operation="sum", items=range(10)))
+    client._submission.enter_waiting_room([submitted])
     assert "it wakes at its own time" in caplog.text

@@ -41,8 +41,8 @@ from rlm_tasks.settings.model import Settings
             {"RLM_LLM__ENDPOINTS": '[{"name": "main", "api_key": "sk-1234567890"}]'},
             [
                 (
-                    "RLM_LLM__ENDPOINTS: 'api_key' is no field of it; its fields are name, base_url, "
-                    "key_env, weight, models, max_tokens_as, stream"
+                    "RLM_LLM__ENDPOINTS: 'api_key' is no field of it; its fields are name, "
+                    "base_url, key_env, weight, models, max_tokens_as, stream"
                 )
             ],
         ),
