@@ -1,8 +1,8 @@
-"""Put the platform into a Celery app: its owner's, or our own.
+"""Install the platform in a Celery app: a user's app, or our own.
 
-`rlm_tasks.install` is this `install`.  It adds tasks, queues, a schedule and worker steps so that
-they stay, whatever is configured before or after.  Settings of the app's owner hold, also where
-they stand in the way of jobs (see `conflicts`).
+`rlm_tasks.install` is the `install` of this module.  It adds tasks, queues, a schedule and worker
+steps, which stay when the app is configured before or after it.  The user's own settings are kept,
+even if they hinder jobs (see `conflicts`).  Begin with `install`.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ STEPS = (
     "rlm_tasks.worker.bootsteps:SupervisorStep",
     "rlm_tasks.worker.bootsteps:HealthStep",
 )
-"""Loaded by name: clients need none of them."""
+"""They are loaded by name, because clients do not need them."""
 EX_USAGE = 2
 
 
 class WorkerOption(click.Option):
-    """An option of ours; Celery's own class would import its whole command line into clients."""
+    """A worker option.  Celery's own class would import its whole command line into clients."""
 
     help_group = "RLM Options"
 
@@ -60,13 +60,14 @@ _METRICS_PORT = WorkerOption(
 
 
 def install(app: Celery, settings: Settings | None = None) -> Celery:
-    """Add the platform to a Celery app, and return it: its tasks, queues, schedule and worker
-    steps.
+    """Add the platform to a Celery app, and return the app.
 
-    Before or after the app is configured.  Whatever its owner has set stays, `conflicts` names what
-    stands in the way; a second call changes nothing.  Settings are those of the environment unless
-    given.  Raises InvalidRequest when a variable cannot be used, and when the app has been
-    installed into with other settings."""
+    It adds tasks, queues, a schedule and worker steps, before or after the app is configured.  The
+    app's own settings stay; `conflicts` lists those that hinder jobs.  A second call changes
+    nothing.  `settings` are by default those of the environment.  Raises InvalidRequest when an
+    environment variable cannot be used, and when the platform was installed in the app with other
+    settings.
+    """
     if installed := getattr(app, "rlm_settings", None):
         if settings not in (None, installed):
             differing = [
@@ -77,34 +78,37 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
             raise InvalidRequest(
                 "settings",
                 differing,
-                "the app was installed into with other values of these; install it once",
+                "the platform is installed in this app with other values of them; "
+                "install it only once",
             )
         return app
-    wanted = settings or _settings_of_process()
+    settings = settings or _settings_of_process()
 
     @functools.cache
     def runtime() -> Runtime:
         from rlm_tasks.engine.runtime import Runtime
 
-        return Runtime.of(app, wanted)
+        return Runtime.of(app, settings)
 
     app.rlm_runtime = runtime
-    app.rlm_settings = wanted
+    app.rlm_settings = settings
     tasks.register(app, runtime)
     app.steps["worker"] |= {*STEPS}
     app.user_options["worker"].add(_METRICS_PORT)
     _add_queues(app)
     _complete_when_configured(app)
-    signals.worker_init.connect(_prepare, weak=False)  # once, however many apps there are
-    signals.worker_ready.connect(_say_ready, weak=False)
-    install_tracing(app, wanted)
-    install_logs(app, wanted)
-    _serve_command(app)
+    signals.worker_init.connect(_prepare, weak=False)  # once for any number of apps
+    signals.worker_ready.connect(_on_ready, weak=False)
+    install_tracing(app, settings)
+    install_logs(app, settings)
+    _load_for_command(app)
     return app
 
 
 def _settings_of_process() -> Settings:
-    """Read the environment; a mistake in it ends a celery command with a sentence, for Celery would
+    """Return the settings of the environment.
+
+    In a celery command an invalid variable ends the process with one line, because Celery would
     print a traceback.
     """
     try:
@@ -117,18 +121,20 @@ def _settings_of_process() -> Settings:
         raise SystemExit(EX_USAGE) from None
 
 
-# --- what is added ----------------------------------------------------------------------------
+# --- queues, routes and configuration ---------------------------------------------------------
 
 
 class PlatformAMQP(AMQP):  # type: ignore[misc]  # Celery ships no types
-    """An app's own queues and routes, and ours beside them.
+    """An app's own queues and routes, with those of jobs added.
 
-    Not in ``task_queues``: a worker of an app that sets them would no longer consume its default
-    queue."""
+    They are not added to ``task_queues``, because a worker of an app that sets it no longer
+    consumes its default queue.
+    """
 
     def Queues(self, *args: Any, **options: Any) -> Queues:  # noqa: N802  # Celery's name
-        """Declare the queues of jobs as Celery declares those that are missing, and consume them
-        without ``-Q``.
+        """Declare the queues of jobs as Celery declares missing queues.
+
+        A worker without ``-Q`` consumes them.
         """
         queues = super().Queues(*args, **options)
         for name in queue_names(self.app.rlm_settings):
@@ -137,36 +143,31 @@ class PlatformAMQP(AMQP):  # type: ignore[misc]  # Celery ships no types
         return queues
 
     def flush_routes(self) -> None:
-        """Ask ours first: a message of a job says itself where it goes, whatever a route for all
-        tasks says.
+        """Put our route first, so that an app's route for all tasks does not move messages of jobs.
+
+        The message of a job has its own queue.
         """
         super().flush_routes()
         self._rtable: list[Any] = [_route, *self._rtable]
 
 
 def _route(name: str, *_: Any, **__: Any) -> dict[str, Any] | None:
-    # A client may send before its app is finalized: what the class of the tasks says is not known
-    # then.
-    return (
-        {"serializer": tasks.Doorbell.serializer, "priority": tasks.Doorbell.priority}
-        if name in tasks.OURS
-        else None
-    )
+    # A client may send before its app is finalized, when the attributes of tasks do not count yet.
+    if name not in tasks.OURS:
+        return None
+    return {"serializer": tasks.Doorbell.serializer, "priority": tasks.Doorbell.priority}
 
 
 def _add_queues(app: Celery) -> None:
-    theirs = symbol_by_name(app.amqp_cls)  # type: ignore[no-untyped-call]  # kombu is partly typed
-    app.amqp_cls = (
-        PlatformAMQP if theirs is AMQP else type(theirs.__name__, (PlatformAMQP, theirs), {})
-    )
-    vars(app).pop("amqp", None)  # made anew when it is next used
+    own = symbol_by_name(app.amqp_cls)  # type: ignore[no-untyped-call]  # kombu is partly typed
+    app.amqp_cls = PlatformAMQP if own is AMQP else type(own.__name__, (PlatformAMQP, own), {})
+    vars(app).pop("amqp", None)  # it is made again at its next use
 
 
 def _complete_when_configured(app: Celery) -> None:
-    """Complete the configuration each time it is loaded, and once more at the start of a worker or
-    a beat.
+    """Complete the configuration after each load, and again at the start of a worker or beat.
 
-    In between, ``app.conf.beat_schedule = ...`` may have replaced what was added.
+    In between, ``app.conf.beat_schedule = ...`` may have replaced the added entry.
     """
 
     def complete(**_: Any) -> None:
@@ -179,7 +180,7 @@ def _complete_when_configured(app: Celery) -> None:
 
 
 def _complete(app: Celery) -> None:
-    """Add what the app's owner leaves open."""
+    """Set the configuration keys that the app does not set itself."""
     conf = app.conf
     if tasks.MONITOR_TASK not in (conf.beat_schedule or {}):
         conf.beat_schedule = {**(conf.beat_schedule or {}), **monitoring(app.rlm_settings)}
@@ -187,32 +188,32 @@ def _complete(app: Celery) -> None:
     if broker_kind(conf.broker_url).orders_queues and "queue_order_strategy" not in options:
         conf.broker_transport_options = {**options, "queue_order_strategy": QUEUE_ORDER}
     if not conf.value_set_for("broker_channel_error_retry"):
-        # An item that runs for longer than RabbitMQ waits for its message would end the worker.
+        # Else the worker ends when an item runs longer than RabbitMQ waits for an acknowledgement.
         conf.broker_channel_error_retry = True
     if not conf.value_set_for("worker_autoscaler"):
         conf.worker_autoscaler = AUTOSCALER
 
 
 def monitoring(settings: Settings) -> dict[str, Any]:
-    """Return the entry of beat's schedule by which the cluster's level is worked out."""
+    """Return the entry of beat's schedule that starts the monitor."""
     return {
         tasks.MONITOR_TASK: {"task": tasks.MONITOR_TASK, "schedule": settings.pressure.monitor_s}
     }
 
 
-# --- what happens in a worker, and in a celery command ----------------------------------------
+# --- in a worker and in celery's commands -----------------------------------------------------
 
 
 def _prepare(sender: Any, **_: Any) -> None:
-    """Make a worker ready before its pool forks."""
+    """Prepare a worker before its pool forks."""
     if hasattr(sender.app, "rlm_settings"):
         from rlm_tasks.worker.startup import prepare
 
         prepare(sender)
 
 
-def _say_ready(sender: Any, **_: Any) -> None:
-    """Warn of settings that stand in the way of jobs, and offer slots."""
+def _on_ready(sender: Any, **_: Any) -> None:
+    """Warn of settings that hinder jobs, start to offer slots, and touch the ready file."""
     app = sender.app
     if not hasattr(app, "rlm_settings"):
         return
@@ -226,8 +227,8 @@ def _say_ready(sender: Any, **_: Any) -> None:
         Path(app.rlm_settings.ready_file).touch()
 
 
-def _serve_command(app: Celery) -> None:
-    """Load what one celery command needs: remote control commands, or the tabs of Flower."""
+def _load_for_command(app: Celery) -> None:
+    """Load remote control commands for inspect and control, and the tabs for flower."""
     command = _command()
     if command in ("inspect", "control"):
         symbol_by_name(CONTROL)  # type: ignore[no-untyped-call]  # kombu is partly typed
@@ -236,6 +237,6 @@ def _serve_command(app: Celery) -> None:
 
 
 def _command() -> str:
-    """Return the celery command that this process runs, '' when it runs none."""
+    """Return the name of the celery command that this process runs, '' for none."""
     context = click.get_current_context(silent=True)
     return (context.find_root().invoked_subcommand or "") if context is not None else ""

@@ -1,6 +1,7 @@
-"""Names of a package that load on first use, so that importing the package costs little.
+"""Load the names of a package at their first use, so that the import of the package is fast.
 
-The faces of packages call `lazy`: `rlm_tasks`, and the folders whose import path is documented.
+The ``__init__`` modules of `rlm_tasks`, and of the folders with a documented import path, call
+`lazy`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Modules that have moved: their old paths work for one more version, with a warning.
+"""The old paths of moved modules, which work for one more version, with a warning.
 
-Each old module calls `forward`.  `MOVED` is the only list of them; the layer test reads it.
+The module at each old path calls `forward`.  `MOVED` is the only list of these modules; the layer
+test reads it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ MOVED = {
 
 
 def forward(module: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a module that has moved: it warns, and answers from the new
-    place.
+    """Return the ``__getattr__`` of a module at its old path.
+
+    It returns the names of the module at its new path, with a DeprecationWarning.
     """
     home = MOVED[module]
 
