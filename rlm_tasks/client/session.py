@@ -29,7 +29,7 @@ from scheduler.slots import SlotBoard
 
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreakers
-    from rlm_tasks.engine.guards import Guards
+    from rlm_tasks.engine.guards import ProcessGuards
     from rlm_tasks.ledger.budgets import JobBudgets
     from scheduler.alerts import Alerts
     from scheduler.events import Events
@@ -87,11 +87,11 @@ class Session:
         return guard_store(self.settings)
 
     @functools.cached_property
-    def guards(self) -> Guards:
+    def guards(self) -> ProcessGuards:
         """The guards that operations declare, as workers build them."""
-        from rlm_tasks.engine.guards import Guards
+        from rlm_tasks.engine.guards import ProcessGuards
 
-        return Guards(self.shared, self.settings, self.delivery.wake)
+        return ProcessGuards(self.shared, self.settings, self.delivery.wake)
 
     @functools.cached_property
     def breakers(self) -> CircuitBreakers:

@@ -1,6 +1,6 @@
 """Work through a range with many items in flight, for operations that are coroutine functions.
 
-Decides when an item is started, and when the slot is left.  Guards are asked in item order when an
+Decides when an item is started, and when the slot is left.  ProcessGuards are asked in item order when an
 item is started, so that what is in flight is always ahead of what waits, and what is done stays one
 range.  An item that waits for another try sleeps among the others; when nothing but sleepers is
 left, the slot is left to others and the rest comes back later."""
@@ -128,7 +128,7 @@ class ConcurrentWork(Work):
                 outcomes[index] = None
             elif not self._start(index, item, len(window) - (index - launched)):
                 return index
-            elif self._guarded is not None:
+            elif self._guards is not None:
                 for _ in range(STEPS_TO_SEND):
                     await asyncio.sleep(0)
         return launched + len(window)
@@ -141,12 +141,12 @@ class ConcurrentWork(Work):
         context.degradation = self._asked[index] = Degradation(self.degradation.level)
         IN_FORCE.set(context.degradation)  # here and in the task, which begins with a copy
         run: Callable[[], Awaitable[Any]] = functools.partial(self._bounded, item, context)
-        if self._guarded is not None:
+        if self._guards is not None:
             try:
-                entry = self._guarded.enter(item, context, self._waiter(index))
+                entry = self._guards.enter(item, context, self._waiter(index))
                 context.rest = 1  # should it ask again, it asks for itself
                 run = functools.partial(
-                    self._guarded.call_async,
+                    self._guards.call_async,
                     item,
                     context,
                     entry,
@@ -155,7 +155,7 @@ class ConcurrentWork(Work):
                     pause=self._pauses(index),
                 )
             except Denied as denied:
-                fallback = self._guarded.instead_of(denied)
+                fallback = self._guards.instead_of(denied)
                 if fallback is None:
                     self._refused, self._not_before = (
                         postponed(denied, context.tries),

@@ -1,8 +1,8 @@
-"""What protects the calls of an operation, and in which order.
+"""The guards of an operation's calls: rate limit, breaker, bulkhead and retry, in one fixed order.
 
-Decides when a call may start, what its end means for what it called, and whether an item comes back
-later.  Guards are `resilience`'s; refuses to know how they decide, and what becomes of the node
-whose item has to wait."""
+A node passes each item through them (`work`, `concurrent_work`).  `resilience` has the guards
+themselves.  Begin with `ORDER`, then `OperationGuards.call`.
+"""
 
 from __future__ import annotations
 
@@ -36,22 +36,25 @@ if TYPE_CHECKING:
 ORDER = ("deadline", "retry", "rate_limit", "breaker", "bulkhead")
 """The guards of a call, outermost first.
 
-An item's *deadline* bounds one attempt, and the job's own bounds them all.  *Retry* is outside of
-what may refuse a call, so that each attempt asks again.  The *rate limit* comes before the breaker:
-a call that must wait for tokens takes no probe's place; and a 429 is the bucket's news, not the
-breaker's.  The *breaker* comes before the *bulkhead*: an open circuit needs no permit, and a permit
-is held for the call alone, never while something is waited for.  What an inner guard refuses is
-given back to the outer ones: it costs no token, no probe, no attempt. """
+- An item's *deadline* bounds one attempt; the job's deadline bounds all attempts.
+- *Retry* is outside of the guards that may deny a call, so each attempt asks them again.
+- The *rate limit* comes before the breaker: a call that must wait for tokens takes no probe.
+  A 429 pauses the bucket; the breaker does not count it.
+- The *breaker* comes before the *bulkhead*: an open breaker needs no permit.  A permit is held
+  during the call only, never during a wait.
+
+If an inner guard denies a call, the outer guards get back what they gave: the call costs no token,
+no probe and no attempt.
+"""
 
 PATIENCE_S = 0.02
-"""A shorter wait is slept: handing the rest of a node over costs about as much."""
+"""A shorter wait is slept: to hand over the rest of a node costs about as much."""
 _CPU = "cpu_s"
-Within = Callable[..., Any]
 T = TypeVar("T")
 
 
 class Postponed(Exception):
-    """An item that is not done and comes back: control flow between a guard and its node."""
+    """An item is not done and comes back: control flow between a guard and its node."""
 
     def __init__(
         self,
@@ -63,36 +66,36 @@ class Postponed(Exception):
         noted: bool = False,
     ) -> None:
         self.wait_s, self.why = wait_s, why
-        self.noted = noted  # its node stands in line at a guard, and will be woken
+        self.noted = noted  # its node stands in the line of a guard, which will wake it
         self.tries = tries  # attempts that failed so far
-        self.isolates = isolates  # it alone has to wait, its neighbours do not
+        self.isolates = isolates  # only this item has to wait; its neighbours do not
         super().__init__(why)
 
 
 def postponed(denied: Denied, tries: int = 0) -> Postponed:
-    """Return what a guard's refusal means for an item."""
+    """Return the postponement of an item whose call was denied by a guard."""
     return Postponed(
         denied.retry_after_s, f"{denied.guard}: {denied.why}", tries=tries, noted=denied.noted
     )
 
 
 @dataclass(slots=True)
-class Entry:
-    """What one call holds of its guards."""
+class HeldGuards:
+    """The grant, the admission and the permit that one call holds."""
 
     grant: Grant | None = None
     admission: Admission | None = None
     permit: Permit | None = None
-    cpu_s: float = 0.0
+    cpu_s: float = 0.0  # processor time of the process at the start of the call
 
 
-class Guarded:
-    """One operation behind its guards, in one process."""
+class OperationGuards:
+    """The guards of one operation's calls, in one process."""
 
     def __init__(
         self,
         operation: Operation,
-        about: Protection,
+        protection: Protection,
         *,
         breaker: CircuitBreaker | None,
         bucket: TokenBucket | None,
@@ -102,39 +105,42 @@ class Guarded:
         urgency: int,
         store: Store,
     ) -> None:
-        self._operation, self._about = operation, about
+        self._operation, self._protection = operation, protection
         self._breaker, self._bucket, self._bulkhead, self._retry = breaker, bucket, bulkhead, retry
         self._priority, self._urgency = priority, urgency
-        self._store, self._random, self._cpu_s = store, Random(), 0.01
+        self._store, self._random = store, Random()
+        self._cpu_s = 0.01  # moving average of the processor time of a call
 
     # --- entering and leaving ------------------------------------------------------------------
 
-    def enter(self, item: Any, context: Context, waiter: str) -> Entry:
-        """Take what one call needs, all or nothing.  Raises Denied, saying when to come back.
+    def enter(self, item: Any, context: Context, waiter: str) -> HeldGuards:
+        """Take what one call needs, all or nothing.
 
-        Who comes back from waiting stands before those who are new.
+        Raises Denied with the time to come back.  An item that comes back from a wait is served
+        before new items.
         """
-        entry = Entry()
+        held = HeldGuards()
         try:
             if self._bucket is not None:
-                entry.grant = self._pay(item, context, self._bucket)
+                held.grant = self._reserve(item, context, self._bucket)
             if self._breaker is not None:
-                entry.admission = self._breaker.admit(waiter, self._urgency)
+                held.admission = self._breaker.admit(waiter, self._urgency)
             if self._bulkhead is not None:
-                entry.permit = self._bulkhead.acquire(waiter=waiter, urgency=self._urgency)
-                if not entry.permit:
-                    raise self._bulkhead.full(entry.permit)
-        except Exception:  # refused, or its cost cannot be told: nothing was called
-            self._withdraw(entry)
+                held.permit = self._bulkhead.acquire(waiter=waiter, urgency=self._urgency)
+                if not held.permit:
+                    raise self._bulkhead.full(held.permit)
+        except Exception:  # denied, or `cost` raised: nothing was called
+            self._withdraw(held)
             raise
         if self._retry is not None and self._retry.budget is not None and not context.tries:
             self._retry.budget.attempted()
-        context.grant = entry.grant
-        entry.cpu_s = time.process_time()
-        return entry
+        context.grant = held.grant
+        held.cpu_s = time.process_time()
+        return held
 
-    def _pay(self, item: Any, context: Context, bucket: TokenBucket) -> Grant:
-        cost = self._about.cost
+    def _reserve(self, item: Any, context: Context, bucket: TokenBucket) -> Grant:
+        """Reserve the cost of one call, by default 1 request.  Raises RateLimited."""
+        cost = self._protection.cost
         amounts = dict(self._operation.with_context(cost, item, context)) if cost else {}
         if _CPU in bucket.rates:
             amounts.setdefault(_CPU, self._cpu_s)
@@ -153,20 +159,20 @@ class Guarded:
             )
         return grant
 
-    def _withdraw(self, entry: Entry) -> None:
-        """Nothing was called: give back what outer guards have taken."""
-        if entry.admission is not None and self._breaker is not None:
-            self._breaker.withdraw(entry.admission)
-        if entry.grant is not None and self._bucket is not None:
-            entry.grant.settle(**dict.fromkeys(self._bucket.rates, 0.0))
+    def _withdraw(self, held: HeldGuards) -> None:
+        """Give back what outer guards gave to a call that was not made."""
+        if held.admission is not None and self._breaker is not None:
+            self._breaker.withdraw(held.admission)
+        if held.grant is not None and self._bucket is not None:
+            held.grant.settle(**dict.fromkeys(self._bucket.rates, 0.0))
 
-    def leave(self, entry: Entry, error: BaseException | None = None) -> None:
-        """Tell the guards how the call ended."""
-        if entry.permit is not None:
-            entry.permit.release(error)
-        if entry.admission is not None and self._breaker is not None:
-            self._breaker.ended(entry.admission, error)
-        if self._bucket is None or entry.grant is None:
+    def leave(self, held: HeldGuards, error: BaseException | None = None) -> None:
+        """Report to the guards how the call ended, and return what it held."""
+        if held.permit is not None:
+            held.permit.release(error)
+        if held.admission is not None and self._breaker is not None:
+            self._breaker.ended(held.admission, error)
+        if self._bucket is None or held.grant is None:
             return
         if (
             error is not None
@@ -175,9 +181,9 @@ class Guarded:
         ):
             self._bucket.hold(fault.retry_after_s)
         if _CPU in self._bucket.rates:
-            used_s = time.process_time() - entry.cpu_s
+            used_s = time.process_time() - held.cpu_s
             self._cpu_s += 0.2 * (used_s - self._cpu_s)
-            entry.grant.settle(**{_CPU: used_s})
+            held.grant.settle(**{_CPU: used_s})
 
     # --- one item ------------------------------------------------------------------------------
 
@@ -188,38 +194,38 @@ class Guarded:
         *,
         tries: int,
         waiter: str,
-        within: Within = lambda run, *args: run(*args),
+        run: Callable[..., Any] = lambda function, *args: function(*args),
     ) -> Any:
-        """Call the operation; raises Postponed for an item that comes back, or what finally went
-        wrong with it.
+        """Call the operation and return its output.
 
-        `within` runs the operation's own code, and may interrupt that, but never what is done for
-        the guards."""
+        `run` calls the operation's function with its arguments.  It may interrupt that function,
+        but not the work of the guards.  Raises Postponed for an item that comes back, or the item's
+        final error.
+        """
         try:
-            entry = self._enter_soon(item, context, waiter)
+            held = self._enter_soon(item, context, waiter)
         except Denied as denied:
             if (fallback := self.instead_of(denied)) is not None:
-                return within(self._operation.with_context, fallback, item, context)
+                return run(self._operation.with_context, fallback, item, context)
             raise postponed(denied, tries) from None
         try:
-            output = within(self._operation.apply, item, context)
+            output = run(self._operation.apply, item, context)
         except BaseException as error:
-            self.leave(entry, error)
+            self.leave(held, error)
             if isinstance(error, Exception):
-                raise self._again(error, tries) from error
+                raise self._after_failure(error, tries) from error
             raise
-        self.leave(entry)
+        self.leave(held)
         return output
 
     def instead_of(self, denied: Denied) -> Callable[..., Any] | None:
-        """Return what is called while the breaker is open, if it is that and something was
-        declared.
-        """
-        return self._about.fallback if denied.code == "CIRCUIT_OPEN" else None
+        """Return the declared fallback of a call that an open breaker denied, otherwise None."""
+        return self._protection.fallback if denied.code == "CIRCUIT_OPEN" else None
 
     def still_waits(self, waiter: str) -> bool:
-        """Say whether a waiter that was noted is still in line; one that is not has been woken
-        before it lay down.
+        """Whether a noted waiter is still in a line; if not, it was woken before it was parked.
+
+        True while Redis is away.
         """
         lines = [
             guard.waits(waiter) for guard in (self._breaker, self._bulkhead) if guard is not None
@@ -230,12 +236,11 @@ class Guarded:
             return True
 
     def forgetting(self, until: int) -> list[Call]:
-        """Return what is to be told when the node's items before `until` are safe in its
-        partial.
-        """
+        """Return the calls to make when the node's items before `until` are in its partial."""
         return []
 
-    def _enter_soon(self, item: Any, context: Context, waiter: str) -> Entry:
+    def _enter_soon(self, item: Any, context: Context, waiter: str) -> HeldGuards:
+        """Enter, and sleep through waits of up to PATIENCE_S.  Raises Denied for a longer wait."""
         while True:
             try:
                 return self.enter(item, context, waiter)
@@ -244,24 +249,25 @@ class Guarded:
                     raise
                 time.sleep(denied.retry_after_s)
 
-    def _again(self, error: Exception, tries: int) -> Exception:
-        """Return the item's postponement, or its error where another try is not wanted."""
+    def _after_failure(self, error: Exception, tries: int) -> Exception:
+        """Return the postponement of a failed item, or its error when it is not tried again."""
         from resilience.retry import RetryState
 
         if isinstance(error, Denied):
             return postponed(error, tries)
         if self._retry is None:
             return error
-        course = RetryState(self._retry, failures=tries)
+        state, policy = RetryState(self._retry, failures=tries), self._retry.policy
         try:
-            wait_s = course.wait_s(error)
+            wait_s = state.wait_s(error)
         except RetryBudgetExhausted:
-            # A node can wait, where a caller cannot: until the service bears more.
-            wait_s = self._retry.policy.max_delay_s * self._random.uniform(0.5, 1.0)
+            # A node, unlike a caller, can wait until the service bears more retries.
+            wait_s = policy.max_delay_s * self._random.uniform(0.5, 1.0)
         except Exception as final:
             return final
-        why = f"attempt {course.failures + 1} of {self._retry.policy.max_attempts} after {type(error).__name__}"
-        return Postponed(wait_s, why, tries=course.failures, isolates=True)
+        attempt = f"attempt {state.failures + 1} of {policy.max_attempts}"
+        why = f"{attempt} after {type(error).__name__}"
+        return Postponed(wait_s, why, tries=state.failures, isolates=True)
 
     # --- many in flight ------------------------------------------------------------------------
 
@@ -269,32 +275,33 @@ class Guarded:
         self,
         item: Any,
         context: Context,
-        entry: Entry,
+        held: HeldGuards,
         *,
         run: Callable[[], Awaitable[Any]],
         waiter: str,
         pause: Callable[[Postponed], Awaitable[None]],
     ) -> Any:
-        """Await one item, entered already, by `run`; between attempts `pause` sleeps, or raises the
-        postponement.
+        """Await `run` for an item that has entered, and return its output.
+
+        Between attempts `pause` sleeps, or raises the postponement.  Raises the item's final error.
         """
         tries = context.tries
         while True:
             try:
                 output = await run()
             except BaseException as error:
-                self.leave(entry, error)
+                self.leave(held, error)
                 if not isinstance(error, Exception) or isinstance(error, asyncio.CancelledError):
                     raise
-                again = self._again(error, tries)
-                if not isinstance(again, Postponed):
+                outcome = self._after_failure(error, tries)
+                if not isinstance(outcome, Postponed):
                     raise
-                tries = context.tries = again.tries
-                await pause(again)
+                tries = context.tries = outcome.tries
+                await pause(outcome)
             else:
-                self.leave(entry)
+                self.leave(held)
                 return output
-            entry = await self._reenter(
+            held = await self._reenter(
                 item=item, context=context, tries=tries, pause=pause, waiter=waiter
             )
 
@@ -305,7 +312,8 @@ class Guarded:
         tries: int,
         pause: Callable[[Postponed], Awaitable[None]],
         waiter: str,
-    ) -> Entry:
+    ) -> HeldGuards:
+        """Enter for another attempt, and pause after each denial."""
         while True:
             try:
                 return self.enter(item, context, waiter)
@@ -317,18 +325,18 @@ class Guarded:
 def breakers_of(
     store: Store, settings: Settings, wake: Callable[[Sequence[str]], int | None] = lambda _: None
 ) -> CircuitBreakers:
-    """Return all breakers, those that operations declare also before anything has gone wrong."""
+    """Return all breakers, including declared ones that have recorded no call yet."""
     from resilience.breaker import CircuitBreakers
 
     found = CircuitBreakers(store, wake=wake)
-    for about in registry.protections(settings):
-        if about.breaker is not None:
-            found.get(about.service, about.breaker)
+    for protection in registry.protections(settings):
+        if protection.breaker is not None:
+            found.get(protection.service, protection.breaker)
     return found
 
 
-class Guards:
-    """The guards of one process, by service; built when an operation first needs them."""
+class ProcessGuards:
+    """The guards of one process, by service; each is built when an operation first needs it."""
 
     def __init__(
         self,
@@ -337,108 +345,107 @@ class Guards:
         wake: Callable[[Sequence[str]], int | None],
         stop: Callable[..., object] = lambda *_, **__: None,
     ) -> None:
-        """`stop` ends a job's items by its id and a reason, as `Ledger.stop` does."""
+        """`stop` ends a job by its id and a reason, as `Ledger.stop` does."""
         self.store, self.settings, self.stop = store, settings, stop
         self._wake = wake
         self._breakers: dict[str, CircuitBreaker] = {}
         self._buckets: dict[str, TokenBucket] = {}
         self._bulkheads: dict[str, Bulkhead] = {}
         self._retries: dict[str, Retry] = {}
-        self._kept: dict[tuple[Callable[[Guards], Any], int], Any] = {}
+        self._shared_parts: dict[tuple[Callable[[ProcessGuards], Any], int], Any] = {}
         self.budgets = JobBudgets(store, settings)
 
-    def kept(self, make: Callable[[Guards], T]) -> T:
-        """Return what gates of operations share in this process, made when it is first asked
-        for.
-        """
+    def shared_part(self, make: Callable[[ProcessGuards], T]) -> T:
+        """Return the object that all gates in this process share; `make` builds it at first use."""
         key = make, os.getpid()
-        if key not in self._kept:
-            self._kept[key] = make(self)
-        found: T = self._kept[key]
+        if key not in self._shared_parts:
+            self._shared_parts[key] = make(self)
+        found: T = self._shared_parts[key]
         return found
 
     def of(self, operation: Operation, spec: JobSpec) -> CallGuards | None:
-        """Return an operation behind its guards, for one job, or None when it declares none."""
+        """Return the guards of an operation for one job, or None when it declares none."""
         if operation.gate is not None:
             return operation.gate(self, operation, spec)
         return (
-            self.guarded(operation, operation.protection, spec.priority)
+            self._operation_guards(operation, operation.protection, spec.priority)
             if operation.protection.guards_calls
             else None
         )
 
-    def guarded(self, operation: Operation, about: Protection, priority: str) -> Guarded:
-        """Return an operation behind the guards of a service."""
+    def _operation_guards(
+        self, operation: Operation, protection: Protection, priority: str
+    ) -> OperationGuards:
         from resilience.waiters import URGENCY
 
-        return Guarded(
+        return OperationGuards(
             operation,
-            about,
-            breaker=self.breaker(about),
-            bucket=self.bucket(about),
-            bulkhead=self.bulkhead(about),
-            retry=self.retry_of(operation.name, about),
+            protection,
+            breaker=self.breaker(protection),
+            bucket=self.bucket(protection),
+            bulkhead=self.bulkhead(protection),
+            retry=self.retry_of(operation.name, protection),
             priority=priority,
             urgency=URGENCY[priority],
             store=self.store,
         )
 
-    def breaker(self, about: Protection) -> CircuitBreaker | None:
+    def breaker(self, protection: Protection) -> CircuitBreaker | None:
         """Return the breaker of a service, or None when it has none."""
-        if about.breaker is None or not self.settings.breakers.enabled:
+        if protection.breaker is None or not self.settings.breakers.enabled:
             return None
         from resilience.breaker import CircuitBreaker
 
-        if about.service not in self._breakers:
-            self._breakers[about.service] = CircuitBreaker(
-                about.service, self.store, about.breaker, wake=self._wake
+        if protection.service not in self._breakers:
+            self._breakers[protection.service] = CircuitBreaker(
+                protection.service, self.store, protection.breaker, wake=self._wake
             )
-        return self._breakers[about.service]
+        return self._breakers[protection.service]
 
-    def bucket(self, about: Protection) -> TokenBucket | None:
+    def bucket(self, protection: Protection) -> TokenBucket | None:
         """Return the bucket of a service, or None when it has none."""
-        if not about.rate_limit:
+        if not protection.rate_limit:
             return None
         from resilience.bucket import TokenBucket
 
-        if about.service not in self._buckets:
-            rates: dict[str, Any] = dict(about.rate_limit)
-            self._buckets[about.service] = TokenBucket(about.service, self.store, **rates)
-        return self._buckets[about.service]
+        if protection.service not in self._buckets:
+            rates: dict[str, Any] = dict(protection.rate_limit)
+            self._buckets[protection.service] = TokenBucket(protection.service, self.store, **rates)
+        return self._buckets[protection.service]
 
-    def bulkhead(self, about: Protection) -> Bulkhead | None:
+    def bulkhead(self, protection: Protection) -> Bulkhead | None:
         """Return the bulkhead of a service, or None when it has none."""
-        if about.bulkhead is None:
+        if protection.bulkhead is None:
             return None
         from resilience.bulkhead import LEASE_S, Bulkhead
 
-        if about.service not in self._bulkheads:
-            lease_s = max(LEASE_S, about.timeout_s or 0.0)
-            self._bulkheads[about.service] = Bulkhead(
-                about.service,
+        if protection.service not in self._bulkheads:
+            lease_s = max(LEASE_S, protection.timeout_s or 0.0)
+            self._bulkheads[protection.service] = Bulkhead(
+                protection.service,
                 self.store,
-                limit=about.bulkhead,
-                per_host=about.per_host,
+                limit=protection.bulkhead,
+                per_host=protection.per_host,
                 lease_s=lease_s,
                 wake=self._wake,
             )
-        return self._bulkheads[about.service]
+        return self._bulkheads[protection.service]
 
     def forget(self, pid: int) -> None:
-        """Give back what a process of this machine held of any bulkhead: it has died."""
+        """Give back the permits of all bulkheads that a dead process of this machine held."""
         for name in registry.names():
             if (bulkhead := self.bulkhead(registry.get(name).protection)) is not None:
                 bulkhead.forget(bulkhead.owner_of(pid))
 
-    def retry_of(self, operation: str, about: Protection) -> Retry | None:
-        """Return how an operation's items are tried again, or None when they are not."""
-        if about.retry is None:
+    def retry_of(self, operation: str, protection: Protection) -> Retry | None:
+        """Return how an operation's items are tried again, or None when it declares no retry."""
+        if protection.retry is None:
             return None
         from resilience.retry import Retry, RetryBudget
 
         if operation not in self._retries:
-            # What bounds an item that waits is its job's own time: nothing accepted is given up for
-            # waiting.
-            policy = about.retry.model_copy(update={"deadline_s": float("inf")})
-            self._retries[operation] = Retry(policy, RetryBudget(about.service, self.store))
+            # Only the job's deadline bounds an item that waits: an accepted item is not given up
+            # because of its waits.
+            policy = protection.retry.model_copy(update={"deadline_s": float("inf")})
+            self._retries[operation] = Retry(policy, RetryBudget(protection.service, self.store))
         return self._retries[operation]

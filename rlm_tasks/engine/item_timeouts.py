@@ -1,8 +1,9 @@
-"""How long one item may take, and how it is stopped in its own process.
+"""The time limit of an item, and the alarm that interrupts an item in its own process.
 
-Decides whose word counts (the operation's, the setting's, or what was learned) and raises
-CallTimeout in an item that runs longer.  An item that never returns to Python is beyond this
-process: the main process replaces it (worker)."""
+A node asks `ItemTimeouts` for the limit, and runs its items within an `ItemAlarm`, which raises
+CallTimeout.  If an item does not react to the alarm, the main process kills its pool process
+(`worker.supervisor`).
+"""
 
 from __future__ import annotations
 
@@ -18,24 +19,26 @@ from resilience.timeouts import Timeouts
 from rlm_tasks.settings.sections import NodeSettings
 from scheduler.allocation import timeout_factor
 
-TELL_EVERY_S = 10.0
-"""A process tells what items took about this often; telling after each node cost a small node 5 %
-more time.
+LEARN_EVERY_S = 10.0
+"""A process records the times of its items this often.
+
+To record them after each node cost a small node 5 % more time.
 """
 MOST_SAMPLES = 1000
+"""Times of one operation that a process keeps before it records them."""
 _UNLIMITED = 0.0
 _T = TypeVar("_T")
 
 
 class ItemTimeouts:
-    """The limits of one process's items."""
+    """The time limits of one process's items."""
 
     def __init__(
         self, timeouts: Timeouts, settings: NodeSettings, clock: Callable[[], float]
     ) -> None:
         self._timeouts, self._settings, self._clock = timeouts, settings, clock
-        self._took: dict[str, list[float]] = {}
-        self._told_at = clock()
+        self._samples: dict[str, list[float]] = {}
+        self._learned_at = clock()
 
     def limit_s(
         self,
@@ -45,10 +48,10 @@ class ItemTimeouts:
         tries: int,
         priority: str = "normal",
     ) -> float:
-        """Return the seconds an item may take, 0 for no limit; a word of the user's wins over what
-        was learned.
+        """Return the seconds that an item may take, 0 for no limit.
 
-        What was learned is stretched for urgent work.
+        The limit is the operation's, otherwise the setting's, otherwise the learned one, which is
+        longer for urgent work.
         """
         fixed_s = declared_s or self._settings.item_limit_s
         if fixed_s or not self._settings.adaptive_timeouts:
@@ -58,33 +61,34 @@ class ItemTimeouts:
         )
 
     def took(self, operation: str, seconds: list[float]) -> None:
-        """Keep what items of an operation took, to be told before long."""
+        """Keep the times of an operation's items, and record all kept times when that is due."""
         if not self._settings.adaptive_timeouts:
             return
-        kept = self._took.setdefault(operation, [])
+        kept = self._samples.setdefault(operation, [])
         kept += seconds[-MOST_SAMPLES:]
-        if self._clock() - self._told_at > TELL_EVERY_S or len(kept) >= MOST_SAMPLES:
-            for name, durations in self._took.items():
+        if self._clock() - self._learned_at > LEARN_EVERY_S or len(kept) >= MOST_SAMPLES:
+            for name, durations in self._samples.items():
                 self._timeouts.learn(name, durations)
-            self._took, self._told_at = {}, self._clock()
+            self._samples, self._learned_at = {}, self._clock()
 
 
 class ItemAlarm:
-    """Interrupts an item by SIGALRM: in the operation's own code and nowhere else.
+    """Interrupts an item by SIGALRM, in the operation's own code and nowhere else.
 
-    It is set for a node and rings on; when it rings early it is set again to the end of the item
-    that runs, so an item costs no system call.  Python runs signal handlers in a process's main
-    thread only: in a pool of threads items cannot be interrupted."""
+    The timer is set once for a node, so an item costs no system call.  If it rings too early for
+    the current item, it is set again, to the end of that item's limit.  Python runs signal handlers
+    only in a process's main thread, so in a pool of threads items cannot be interrupted.
+    """
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = (
             limit_s if threading.current_thread() is threading.main_thread() else _UNLIMITED
         )
-        self._until = 0.0  # when the item that runs is to be over; 0: none runs
+        self._until = 0.0  # the time at which the current item must end; 0: none runs
 
     def __enter__(self) -> ItemAlarm:
         if self._limit_s:
-            self._before: Any = signal.signal(signal.SIGALRM, self._rings)
+            self._before: Any = signal.signal(signal.SIGALRM, self._on_alarm)
             signal.setitimer(signal.ITIMER_REAL, self._limit_s)
         return self
 
@@ -93,17 +97,17 @@ class ItemAlarm:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._before)
 
-    def within(self, run: Callable[..., _T], *args: Any) -> _T:
-        """Run what may be interrupted, with its arguments.  Raises CallTimeout."""
+    def run(self, function: Callable[..., _T], *args: Any) -> _T:
+        """Call a function and return its result.  Raises CallTimeout when it takes too long."""
         if not self._limit_s:
-            return run(*args)
+            return function(*args)
         self._until = time.monotonic() + self._limit_s
         try:
-            return run(*args)
+            return function(*args)
         finally:
             self._until = 0.0
 
-    def _rings(self, _signal: int, _frame: FrameType | None) -> None:
+    def _on_alarm(self, _signal: int, _frame: FrameType | None) -> None:
         left_s = self._until - time.monotonic() if self._until else self._limit_s
         over = left_s <= 0
         signal.setitimer(signal.ITIMER_REAL, self._limit_s if over else left_s)

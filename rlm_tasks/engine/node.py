@@ -193,7 +193,7 @@ class NodeRun:
             page=entry,
             pace=self._pace,
             clock=runtime.clock,
-            guarded=self._guards,
+            guards=self._guards,
             waiter=self._waiter_from,
             limit_s=limit_s,
             level=level,

@@ -23,7 +23,7 @@ from resilience.store import Store, guard_store
 from resilience.timeouts import Timeouts
 from resilience.waiters import URGENCY
 from rlm_tasks.engine.crashpoints import CrashPoint, nobody_listens
-from rlm_tasks.engine.guards import Guards
+from rlm_tasks.engine.guards import ProcessGuards
 from rlm_tasks.engine.item_timeouts import ItemTimeouts
 from rlm_tasks.engine.node_events import NodeEvents
 from rlm_tasks.engine.rounds import Rounds
@@ -57,7 +57,7 @@ class Runtime:
     preemption: Preemption
     items: ItemReader
     page: SharedPage
-    guards: Guards
+    guards: ProcessGuards
     timeouts: ItemTimeouts
     faults: FaultLog
     usage: Usage
@@ -109,7 +109,7 @@ class Runtime:
         preemption = Preemption(store, keys, slots)
         delivery = Delivery(ledger, dispatcher, preemption)
         wake = delivery.fail_fast().wake
-        guards = Guards(shared, settings, wake, ledger.stop)
+        guards = ProcessGuards(shared, settings, wake, ledger.stop)
         learned = Timeouts(shared, multipliers=settings.node.timeout_multipliers)
         events = Events(shared, settings.alerts.history)
         return cls(

@@ -48,13 +48,13 @@ class Work:
         page: ProcessEntry,
         pace: Pace,
         clock: Callable[[], float],
-        guarded: CallGuards | None = None,
+        guards: CallGuards | None = None,
         waiter: Callable[[int], str] = lambda _: "",
         limit_s: float = 0.0,
         level: Level = Level.NORMAL,
         slow_s: float = float("inf"),
     ) -> None:
-        self._guarded, self._waiter, self._limit_s = guarded, waiter, limit_s
+        self._guards, self._waiter, self._limit_s = guards, waiter, limit_s
         self._alarm = ItemAlarm(limit_s)
         self._claim, self._spec, self._operation = claim, spec, operation
         self._read, self._page, self._pace, self._clock = read, page, pace, clock
@@ -219,16 +219,16 @@ class Work:
     def _call(self, value: Any, context: Context) -> Any:
         """Call the operation behind its guards."""
         self._remember(context, 1 if self._operation.batch else self.until - context.index)
-        if self._guarded is None:
-            return self._alarm.within(self._operation.apply, value, context)
+        if self._guards is None:
+            return self._alarm.run(self._operation.apply, value, context)
         waiter = self._waiter(context.index)
-        return self._guarded.call(
-            value, context, tries=context.tries, waiter=waiter, within=self._alarm.within
+        return self._guards.call(
+            value, context, tries=context.tries, waiter=waiter, run=self._alarm.run
         )
 
     def _validate(self, item: Any, _context: Context) -> None:
         if self._operation.validate is not None:
-            self._alarm.within(self._operation.validate, item)
+            self._alarm.run(self._operation.validate, item)
 
     def _context(self, index: int = 0) -> Context:
         spec, claim = self._spec, self._claim

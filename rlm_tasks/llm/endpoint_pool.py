@@ -22,7 +22,7 @@ from scheduler.routing import Router
 
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker
-    from rlm_tasks.engine.guards import Guards
+    from rlm_tasks.engine.guards import ProcessGuards
     from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
 
 BREAKER = "client"
@@ -72,7 +72,7 @@ def protections(settings: LlmSettings) -> Iterator[Protection]:
 class EndpointPool:
     """All endpoints of one process."""
 
-    def __init__(self, guards: Guards) -> None:
+    def __init__(self, guards: ProcessGuards) -> None:
         self.settings: LlmSettings = guards.settings.llm
         self._guards = guards
         self.places = {each.name: each for each in self.settings.endpoints_or_default}

@@ -21,7 +21,7 @@ from resilience.errors import BulkheadFull, Category, Denied, RateLimited, Store
 from resilience.retry import RetryPolicy
 from resilience.store import Call
 from resilience.waiters import URGENCY
-from rlm_tasks.engine.guards import PATIENCE_S, Guarded, Guards
+from rlm_tasks.engine.guards import PATIENCE_S, OperationGuards, ProcessGuards
 from rlm_tasks.jobs import codec
 from rlm_tasks.ledger.budgets import account_of
 from rlm_tasks.llm import metrics
@@ -87,12 +87,12 @@ class Pass:
     answer: Answer | None = None
 
 
-class Gate(Guarded):
+class Gate(OperationGuards):
     """The calls of one operation's items, for one job, in one process."""
 
     def __init__(
         self,
-        guards: Guards,
+        guards: ProcessGuards,
         operation: Operation,
         spec: JobSpec,
         compose: Callable[[Any, dict[str, Any], str], Draft],
@@ -115,8 +115,8 @@ class Gate(Guarded):
             store=guards.store,
         )
         self._guards, self._spec, self._compose = guards, spec, compose
-        self._provider = guards.kept(_ready)
-        guards.kept(watched)
+        self._provider = guards.shared_part(_ready)
+        guards.shared_part(watched)
         self._budget = guards.budgets.budget(spec.tree)
         self._memos: list[tuple[int, str]] = []
 
@@ -233,7 +233,7 @@ class Gate(Guarded):
             )
             if (
                 charge.state == "exhausted"
-                and self._about.fallback is None
+                and self._protection.fallback is None
                 and held.question.model == held.model
             ):
                 self._guards.stop(self._spec.job, "budget", detail=charge.limited_by)
@@ -371,7 +371,9 @@ class Gate(Guarded):
 
     def instead_of(self, denied: Denied) -> Callable[..., Any] | None:
         """Return what is done without a model, when the budget is spent for good."""
-        return self._about.fallback if isinstance(denied, BudgetSpent) and denied.final else None
+        return (
+            self._protection.fallback if isinstance(denied, BudgetSpent) and denied.final else None
+        )
 
     def still_waits(self, waiter: str) -> bool:
         """Say whether a waiter that was noted is still in line at some endpoint's breaker."""
@@ -478,7 +480,7 @@ class Gate(Guarded):
             raise
 
 
-def _ready(guards: Guards) -> EndpointPool:
+def _ready(guards: ProcessGuards) -> EndpointPool:
     return EndpointPool(guards).open()
 
 

@@ -18,7 +18,7 @@ from celery import signals
 from scheduler.sampling import held_mb
 
 if TYPE_CHECKING:
-    from rlm_tasks.engine.guards import Guards
+    from rlm_tasks.engine.guards import ProcessGuards
     from rlm_tasks.engine.runtime import Runtime
     from rlm_tasks.settings.llm import LlmSettings
 
@@ -59,7 +59,7 @@ class Growth:
             runtime.retiring = True
 
 
-def watched(guards: Guards) -> Growth:
+def watched(guards: ProcessGuards) -> Growth:
     """Return the growth of this process, looked at after each of its nodes from now on."""
     growth = Growth(guards.settings.llm, lambda: held_mb(os.getpid()))
 

@@ -25,8 +25,8 @@ class CallGuards(Protocol):
     def enter(self, item: Any, context: Context, waiter: str) -> Any:
         """Take all permits of one call, or none.  Raises Denied with the time to come back."""
 
-    def leave(self, entry: Any, error: BaseException | None = None) -> None:
-        """Report how a call ended, and give back its permits."""
+    def leave(self, held: Any, error: BaseException | None = None) -> None:
+        """Report how a call ended, and return what it held."""
 
     def call(
         self,
@@ -35,7 +35,7 @@ class CallGuards(Protocol):
         *,
         tries: int,
         waiter: str,
-        within: Callable[..., Any],
+        run: Callable[..., Any],
     ) -> Any:
         """Call the operation; raises Postponed for an item that comes back, or its final error."""
 
@@ -43,7 +43,7 @@ class CallGuards(Protocol):
         self,
         item: Any,
         context: Context,
-        entry: Any,
+        held: Any,
         *,
         run: Callable[[], Awaitable[Any]],
         waiter: str,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlm_tasks.engine.guards import Guards
+from rlm_tasks.engine.guards import ProcessGuards
 from rlm_tasks.operations import registry
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class LimitReport:
         return self.used / self.limit if self.limit else 1.0
 
 
-def limit_reports(guards: Guards) -> list[LimitReport]:
+def limit_reports(guards: ProcessGuards) -> list[LimitReport]:
     """Return the limits that this process declares, by service, each limit once.
 
     Raises StoreUnavailable.

@@ -12,7 +12,7 @@ from resilience.bucket import Rate
 from resilience.errors import BulkheadFull, RateLimited
 from resilience.retry import RetryPolicy
 from resilience.settings import BreakerSettings
-from rlm_tasks.engine.guards import Guarded, Guards, Postponed
+from rlm_tasks.engine.guards import OperationGuards, Postponed, ProcessGuards
 from rlm_tasks.jobs import item_failures as item_failures  # registers Celery's exceptions
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Shape
@@ -31,13 +31,13 @@ SPEC = JobSpec(
 )
 
 
-def guards(world: World, **settings: Any) -> Guards:
-    return Guards(
+def guards(world: World, **settings: Any) -> ProcessGuards:
+    return ProcessGuards(
         world.store(), Settings(breakers=BreakerSettings(**settings)), lambda waiters: None
     )
 
 
-def guarded(on: Guards, function: Any = lambda item: item, **about: Any) -> Guarded:
+def guarded(on: ProcessGuards, function: Any = lambda item: item, **about: Any) -> OperationGuards:
     found = on.of(Operation("op", function, protection=protection("op", about)), SPEC)
     assert found is not None
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlm_tasks.engine.guards import Guards
+from rlm_tasks.engine.guards import ProcessGuards
 from rlm_tasks.llm.endpoint import (
     Allowance,
     Told,
@@ -26,7 +26,7 @@ NOTHING = Allowance()
 
 def pool_of(world: World, **llm: object) -> EndpointPool:
     settings = LlmSettings(**{"endpoints": (MAIN, SPARE), **llm})  # type: ignore[arg-type]  # fields by their names
-    return EndpointPool(Guards(world.store(), Settings(llm=settings), lambda waiters: None))
+    return EndpointPool(ProcessGuards(world.store(), Settings(llm=settings), lambda waiters: None))
 
 
 def test_limits_belong_to_a_model_and_a_key_and_those_of_the_model_count_first(

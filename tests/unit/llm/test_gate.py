@@ -13,7 +13,7 @@ import pytest
 
 from resilience.degradation import Strategy
 from resilience.errors import BulkheadFull, CallTimeout, Denied, RateLimited
-from rlm_tasks.engine.guards import Guards, Postponed
+from rlm_tasks.engine.guards import Postponed, ProcessGuards
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.jobs.stored_items import RangeSource
@@ -47,7 +47,7 @@ class JobGate:
         self.store = world.store()
         self.stopped: list[tuple[str, str]] = []
         settings = LlmSettings(**{"endpoints": (EndpointSettings(name="one"),), **llm})
-        self.guards = Guards(
+        self.guards = ProcessGuards(
             self.store,
             Settings(llm=settings),
             lambda waiters: None,

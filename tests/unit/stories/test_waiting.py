@@ -20,7 +20,7 @@ from resilience.bulkhead import Bulkhead
 from resilience.errors import RateLimited
 from resilience.retry import RetryPolicy
 from rlm_tasks import Adaptive, Binary, Conditions, Context, JobRequest, NWay, Options, operation
-from rlm_tasks.engine.guards import Guards
+from rlm_tasks.engine.guards import ProcessGuards
 from rlm_tasks.engine.outcome import NodeOutcome
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.operations import registry
@@ -114,7 +114,7 @@ class WaitingPlatform(Platform):
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
-        self.runtime.guards = Guards(self.store, self.settings, self.runtime.delivery.wake)
+        self.runtime.guards = ProcessGuards(self.store, self.settings, self.runtime.delivery.wake)
         self.parked = 0
 
     def run_all(self, spec: JobSpec) -> dict[str, str]:
