@@ -29,6 +29,7 @@ from scheduler.events import (
     BREAKER_OPENED,
     DEGRADATION_ENDED,
     DEGRADATION_STARTED,
+    ENDPOINT_ILL,
     EXECUTION_SLOW,
     LEVEL_SEVERITIES,
     MEMORY_HIGH,
@@ -44,7 +45,7 @@ from scheduler.settings import AdmissionSettings, AutoscaleSettings, PressureSet
 from scheduler.snapshots import Snapshots
 from scheduler.usage import Usage
 
-ALERTING = frozenset({EXECUTION_SLOW.name, MEMORY_HIGH.name})
+ALERTING = frozenset({EXECUTION_SLOW.name, MEMORY_HIGH.name, ENDPOINT_ILL.name})
 """Events of workers that the monitor alerts; it alerts its own events directly."""
 CALLED_PER_SLOT = 4
 """Most delayed jobs for each slot that begin after one measurement: a first fan-out has as many

@@ -31,6 +31,7 @@ from scheduler.events import (
     EventSeverity,
     Listener,
 )
+from scheduler.monitor import ALERTING
 from tests.support import wait_until
 from tests.unit.world import CountingStore, World, world
 
@@ -420,11 +421,12 @@ def imported(module: ast.Module) -> dict[str, str]:
     }
 
 
-def emitted() -> set[str]:
-    """Return the names of the constants whose method `event` is called somewhere."""
+def emitted(folder: str = "") -> set[str]:
+    """Return the names of the constants whose method `event` is called in a folder."""
     return {
         names[node.func.value.id]
-        for module in modules().values()
+        for path, module in modules().items()
+        if path.startswith(folder)
         for names in [imported(module)]
         for node in ast.walk(module)
         if isinstance(node, ast.Call)
@@ -469,6 +471,12 @@ def test_each_rule_of_an_alert_belongs_to_a_listed_event() -> None:
     levels = {f"pressure.{level.label}" for level in Level}
 
     assert [name for name in RULES if name not in KINDS and name not in levels] == []
+
+
+def test_the_monitor_alerts_each_event_of_workers_that_has_a_rule() -> None:
+    of_workers = {CONSTANTS[name].name for name in emitted("rlm_tasks/")}
+
+    assert of_workers & RULES.keys() == ALERTING
 
 
 @pytest.mark.parametrize("emit", [Events.emit, Events.keep])
