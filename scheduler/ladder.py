@@ -24,8 +24,8 @@ does not report it.
 Measured on 2 CPUs:
 
 - 1 % with 2 computing processes;
-- 8 to 36 % with one or two more that wake often and use 10 to 60 % of a CPU, as a main process and
-  a Redis do;
+- 8 to 36 % with one or two more that wake often and use 10 to 60 % of a CPU (main process,
+  Redis);
 - 51 % with 3 computing processes, 88 to 100 % with 4, and no more with 12.
 
 So this share shows that work waits, and the run queue shows how badly.  Single seconds of a healthy

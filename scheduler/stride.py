@@ -1,7 +1,8 @@
 """The order in which a worker polls its queues: by weight, with urgent work first.
 
-No queue waits for ever.  This is stride scheduling (Waldspurger and Weihl, 1995): a queue's pass
-grows by 1 / weight with each message, and the queue with the lowest pass is polled first.
+No queue waits for ever.  This is stride scheduling (Waldspurger and Weihl, 1995).  A queue's pass
+grows by 1 / weight with each message.  The queue with the lowest pass is polled first.
+
 `rlm_tasks.worker.queue_order` gives the order to kombu.  Begin with `StrideCycle`.
 """
 
