@@ -184,7 +184,11 @@ def test_no_class_is_a_grab_bag() -> None:
     methods, arguments = {}, {}
     for name, tree in trees().items():
         for node in (each for each in ast.walk(tree) if isinstance(each, ast.ClassDef)):
-            functions = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+            functions = [
+                each
+                for each in node.body
+                if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)
+            ]
             named = {each.name for each in functions if not each.name.startswith("__")}
             methods[f"{name}.{node.name}"] = len(named)
             for each in functions:
