@@ -1,7 +1,7 @@
 """Tabs of the platform in Flower: Jobs, Pressure, Breakers, Limits, Queues.
 
 `installation` calls `install` when Flower starts.  Flower has no interface for tabs, so `install`
-changes its handlers and templates; look, login and URL prefix stay Flower's.  Begin with `pages`,
+changes its handlers and templates; style, login and URL prefix stay Flower's.  Begin with `pages`,
 which makes the content; `views` answers the browser.
 """
 

@@ -235,7 +235,7 @@ def test_a_second_call_with_other_settings_is_refused() -> None:
     app = made()
 
     with pytest.raises(
-        InvalidRequest, match=r"settings=\['redis_url', .*, 'result_ttl_s'\]: the app was"
+        InvalidRequest, match=r"settings=\['redis_url', .*, 'result_ttl_s'\]: the platform is"
     ) as error:
         install(
             app, Settings(namespace="jobs", redis_url="redis://:s3cret@elsewhere/0", result_ttl_s=5)
