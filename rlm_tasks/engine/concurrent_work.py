@@ -1,9 +1,10 @@
-"""Work through a range with many items in flight, for operations that are coroutine functions.
+"""The work of one node with many items in flight, for operations that are coroutine functions.
 
-Decides when an item is started, and when the slot is left.  ProcessGuards are asked in item order when an
-item is started, so that what is in flight is always ahead of what waits, and what is done stays one
-range.  An item that waits for another try sleeps among the others; when nothing but sleepers is
-left, the slot is left to others and the rest comes back later."""
+`NodeRun` in `node` calls it.  Items ask the guards in item order when they start.  So items in
+flight are always before items that wait, and finished items stay one range.  An item that waits for
+another try sleeps beside the others.  When only sleeping items are left, the node leaves its slot
+and hands over the rest.  Begin with `ConcurrentWork._run_all`.
+"""
 
 from __future__ import annotations
 
@@ -20,75 +21,79 @@ from rlm_tasks.engine.guards import PATIENCE_S, Postponed, postponed
 from rlm_tasks.engine.shared_page import SEVERAL_ITEMS
 from rlm_tasks.engine.work import UNREADABLE, Work
 from rlm_tasks.operations.context import Context
+from rlm_tasks.operations.ports import CallGuards
 
-LOOK_AGAIN_S = 0.1
-"""An item among others asks a guard again after this, should nobody have called its node."""
+ASK_AGAIN_S = 0.1
+"""A sleeping item asks its guard again after this: the guard wakes nodes, not single items."""
 STEPS_TO_SEND = 6
-"""An item that was let in gets so many turns of the event loop before the next one asks: a call
-that was granted is to be sent now.  Ten that were granted together, and sent afterwards, were up to
-115 ms late, and met 429s. """
+"""Turns of the event loop that a started item gets before the next item asks its guards.
+
+A granted call must be sent at once.  When ten calls were granted together and sent afterwards, they
+were up to 115 ms late, and the provider answered 429.
+"""
 SLEEPERS_S = 1.0
-"""A node that is to hand over its rest waits so long for sleepers, rather than do again what has
-ended behind them.
+"""A node that must hand over its rest waits this long for sleeping items.
+
+Without the wait, items that have ended behind a sleeping item would run again.
 """
 
 
 class ConcurrentWork(Work):
-    """One range being worked through, with up to `concurrency` items at once."""
+    """The work on one range with up to `concurrency` items at once."""
 
     def run(self, boundary: Callable[[], bool]) -> None:
-        """Work until the range or a boundary ends it, or an item has to wait."""
+        """Work until the range ends, `boundary` returns True, or an item has to wait."""
         self._boundary = boundary
-        event_loop().run(self._to_the_end())
+        event_loop().run(self._run_all())
 
-    async def _to_the_end(self) -> None:
+    async def _run_all(self) -> None:
         began = self._clock()
         self._in_flight: dict[int, asyncio.Task[Any]] = {}
         self._sleeping: set[int] = set()
-        self._asked: dict[int, Degradation] = {}
-        self._hurry = asyncio.Event()
-        self._refused: Postponed | None = None
-        self._refused_at = -1
-        self._not_before = 0.0
+        self._degradations: dict[int, Degradation] = {}
+        self._end_sleeps = asyncio.Event()  # sleeping items raise their postponement now
+        self._denied: Postponed | None = None  # the wait of the next item, which a guard denied
+        self._denied_index = -1
+        self._not_before = 0.0  # no item starts before this time
         self._stopped_at = float("inf")
         outcomes: dict[int, Any] = {}
         launched = self.at
         try:
             while self._in_flight or (launched < self.until and not self.stopped):
                 launched = await self._launch(outcomes, launched)
-                await self._some_end()
+                await self._wait_for_an_end()
                 for index in [index for index, task in self._in_flight.items() if task.done()]:
                     outcomes[index] = self._in_flight.pop(index)
-                self._collect(outcomes)
+                self._record(outcomes)
                 self.would_repeat = bool(self._sleeping) and (
                     bool(outcomes) or len(self._in_flight) > len(self._sleeping)
                 )
                 if not self.stopped:
-                    self._look_up(self._clock())
-                self._leave_slot(outcomes, launched)
+                    self._check_slice(self._clock())
+                self._end_sleeps_in_time(outcomes, launched)
         finally:
             for task in self._in_flight.values():
-                task.cancel()  # the node is lost: nothing of it may run on in the next one
+                task.cancel()  # this node was lost: its items must not run on during the next node
             await asyncio.gather(*self._in_flight.values(), return_exceptions=True)
+        self._note_waiting(outcomes)
+        self.busy_s += self._clock() - began
+
+    def _note_waiting(self, outcomes: dict[int, Any]) -> None:
+        """Keep the tries of waiting items behind the first one; finished ones run again."""
         for index, task in outcomes.items():
-            # What stands behind an item that waits is done again; but what waits, too, keeps its
-            # tries.
             if (
                 isinstance(task, asyncio.Task)
                 and not task.cancelled()
                 and isinstance(wait := task.exception(), Postponed)
             ):
-                self.others[index] = wait
-        self.busy_s += self._clock() - began
+                self.also_waiting[index] = wait
 
-    def _leave_slot(self, outcomes: dict[int, Any], launched: int) -> None:
-        """Hurry when the slot does nothing but wait, and no item would be done again for leaving
-        it.
-        """
+    def _end_sleeps_in_time(self, outcomes: dict[int, Any], launched: int) -> None:
+        """End all sleeps when the slot does nothing but wait, and no item would run again."""
         waiting = self._not_before - self._clock() > PATIENCE_S
-        if self._refused is not None and waiting and not self._in_flight and not self.stopped:
-            self._refused.wait_s = self._not_before - self._clock()
-            self._postpone(self._refused)
+        if self._denied is not None and waiting and not self._in_flight and not self.stopped:
+            self._denied.wait_s = self._not_before - self._clock()
+            self._postpone(self._denied)
         idle = len(self._sleeping) == len(self._in_flight) > 0 and not outcomes
         if self.stopped:
             self._stopped_at = min(self._stopped_at, self._clock())
@@ -98,11 +103,12 @@ class ConcurrentWork(Work):
                 and not (self.urgent or self._pace.draining)
             )
             if not patient or self._clock() - self._stopped_at > SLEEPERS_S:
-                self._hurry.set()
+                self._end_sleeps.set()
         elif idle and (launched >= self.until or waiting):
-            self._hurry.set()
+            self._end_sleeps.set()
 
-    async def _some_end(self) -> None:
+    async def _wait_for_an_end(self) -> None:
+        """Wait until an item ends, at most for a slice."""
         patience_s = max(0.001, self._pace.slice_ms / 1000)
         if self._in_flight:
             self._page.start_item(
@@ -115,6 +121,7 @@ class ConcurrentWork(Work):
             await asyncio.sleep(max(0.0, min(patience_s, self._not_before - self._clock())))
 
     async def _launch(self, outcomes: dict[int, Any], launched: int) -> int:
+        """Start items from `launched` on while there is room; return the first one not started."""
         room = min(self._most, self._operation.concurrency) - len(self._in_flight)
         if room <= 0 or self.stopped or launched >= self.until or self._clock() < self._not_before:
             return launched
@@ -134,50 +141,50 @@ class ConcurrentWork(Work):
         return launched + len(window)
 
     def _start(self, index: int, item: Any, rest: int) -> bool:
-        """Start an item, unless a guard says not yet; so many would be started now."""
+        """Start an item; False when a guard denies it.  `rest` items could start now."""
         context = self._context(index)
-        self._remember(context, rest)
-        context.waited |= index == self._refused_at
-        context.degradation = self._asked[index] = Degradation(self.degradation.level)
-        IN_FORCE.set(context.degradation)  # here and in the task, which begins with a copy
-        run: Callable[[], Awaitable[Any]] = functools.partial(self._bounded, item, context)
+        self._set_history(context, rest)
+        context.waited |= index == self._denied_index
+        context.degradation = self._degradations[index] = Degradation(self.degradation.level)
+        IN_FORCE.set(context.degradation)  # here, and in the task, which gets a copy
+        run: Callable[[], Awaitable[Any]] = functools.partial(self._run_in_time, item, context)
         if self._guards is not None:
             try:
-                entry = self._guards.enter(item, context, self._waiter(index))
-                context.rest = 1  # should it ask again, it asks for itself
-                run = functools.partial(
-                    self._guards.call_async,
-                    item,
-                    context,
-                    entry,
-                    run=run,
-                    waiter=self._waiter(index),
-                    pause=self._pauses(index),
-                )
+                run = self._enter(self._guards, item, context, run)
             except Denied as denied:
                 fallback = self._guards.instead_of(denied)
                 if fallback is None:
-                    self._refused, self._not_before = (
-                        postponed(denied, context.tries),
-                        self._clock() + denied.retry_after_s,
-                    )
-                    self.refused, self._refused_at = True, index
+                    self._denied = postponed(denied, context.tries)
+                    self._not_before = self._clock() + denied.retry_after_s
+                    self.refused, self._denied_index = True, index
                     return False
-                run = functools.partial(self._instead, fallback, item, context)
-            except (
-                Exception
-            ) as error:  # what it costs cannot be told, or never be granted: its own failure
-                run = functools.partial(_fails, error)
+                run = functools.partial(self._run_fallback, fallback, item, context)
+            except Exception as error:
+                # `cost` raised, or the cost can never be granted: the item fails.
+                run = functools.partial(_raise, error)
         self._in_flight[index] = asyncio.ensure_future(self._timed(context, run))
         return True
+
+    def _enter(
+        self, guards: CallGuards, item: Any, context: Context, run: Callable[[], Awaitable[Any]]
+    ) -> Callable[[], Awaitable[Any]]:
+        """Return the call of an item that holds its guards.  Raises Denied."""
+        waiter = self._waiter(context.index)
+        held = guards.enter(item, context, waiter)
+        context.rest = 1  # if it asks again, it asks for itself only
+        pause = self._pause_of(context.index)
+        return functools.partial(
+            guards.call_async, item, context, held, run=run, waiter=waiter, pause=pause
+        )
 
     async def _timed(self, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
         began = self._clock()
         output = await run()
-        self._ended_well(context, began)
+        self._succeeded(context, began)
         return output
 
-    async def _bounded(self, item: Any, context: Context) -> Any:
+    async def _run_in_time(self, item: Any, context: Context) -> Any:
+        """Run an item within its time limit.  Raises CallTimeout."""
         try:
             async with asyncio.timeout(self._limit_s or None) as limit:
                 return await self._operation.apply(item, context)
@@ -186,20 +193,22 @@ class ConcurrentWork(Work):
                 raise CallTimeout("the item", self._limit_s) from error
             raise
 
-    async def _instead(self, fallback: Callable[..., Any], item: Any, context: Context) -> Any:
+    async def _run_fallback(self, fallback: Callable[..., Any], item: Any, context: Context) -> Any:
         output = self._operation.with_context(fallback, item, context)
         return await output if inspect.isawaitable(output) else output
 
-    def _pauses(self, index: int) -> Callable[[Postponed], Awaitable[None]]:
+    def _pause_of(self, index: int) -> Callable[[Postponed], Awaitable[None]]:
+        """Return the function by which an item waits between two attempts."""
+
         async def pause(wait: Postponed) -> None:
-            """Sleep among the others, until the slot is to be left."""
+            """Sleep; raise the postponement when the node must leave its slot."""
             due = self._clock() + wait.wait_s
             self._sleeping.add(index)
             try:
-                # Who stands in line is called as a node, and not here: look again.
+                # A guard wakes a node, not an item in a running node: ask again soon.
                 await asyncio.wait_for(
-                    self._hurry.wait(),
-                    min(wait.wait_s, LOOK_AGAIN_S) if wait.noted else wait.wait_s,
+                    self._end_sleeps.wait(),
+                    min(wait.wait_s, ASK_AGAIN_S) if wait.noted else wait.wait_s,
                 )
             except TimeoutError:
                 return
@@ -210,8 +219,8 @@ class ConcurrentWork(Work):
 
         return pause
 
-    def _collect(self, outcomes: dict[int, Any]) -> None:
-        """Take outcomes over in item order: what is done must be one range without a gap."""
+    def _record(self, outcomes: dict[int, Any]) -> None:
+        """Record outcomes in item order, so that finished items are one range without a gap."""
         while self.at in outcomes and self.postponed is None:
             outcome = outcomes.pop(self.at)
             if isinstance(outcome, asyncio.Task):
@@ -227,13 +236,13 @@ class ConcurrentWork(Work):
                     self.outcome.fail(self.at, error)
             elif isinstance(outcome, Exception):
                 self.outcome.fail(self.at, outcome)
-            if self.at in self._asked:
-                self.outcome.shape(self._asked.pop(self.at), 1)
+            if self.at in self._degradations:
+                self.outcome.shape(self._degradations.pop(self.at), 1)
             self.at += 1
         return None
 
 
-async def _fails(error: Exception) -> Any:
+async def _raise(error: Exception) -> Any:
     raise error
 
 
@@ -241,8 +250,9 @@ _runners: dict[int, asyncio.Runner] = {}
 
 
 def event_loop() -> asyncio.Runner:
-    """Return this process's event loop; it outlives nodes, so that users may keep connections
-    open.
+    """Return this process's event loop.
+
+    It lives longer than a node, so users' code may keep connections open between nodes.
     """
     if os.getpid() not in _runners:
         _runners.clear()

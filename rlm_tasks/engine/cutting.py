@@ -117,7 +117,7 @@ class Cutting:
         self._runtime.reached(CrashPoint.MID_SLICE)
         self._work.outcome.fold()
         if self._runtime.page.level is Level.EMERGENCY > self._work.degradation.level:
-            self._work.press(Level.EMERGENCY)
+            self._work.set_level(Level.EMERGENCY)
         shape, progress = self._spec.shape, self._progress("go")
         # To stop now would repeat items that have ended behind one that sleeps.
         may_wait = self._pace.elapsed_ms < LONGEST_RUN * shape.target_ms
@@ -218,7 +218,7 @@ class Cutting:
         """Cut at an item that waits for a guard or for a retry."""
         self.reason = Reason.RETRY if wait.isolates else Reason.WAITING
         if self.may_part(wait):
-            suspects = [self._work.at, *self._work.others]
+            suspects = [self._work.at, *self._work.also_waiting]
             self._fork = isolate(self._work.at, self._claim.hi, self._claim.depth, suspects)
         else:
             self._fork = None
@@ -227,7 +227,7 @@ class Cutting:
         """Whether the item that waits can leave its neighbours, which need not wait."""
         shape, claim, rest = self._spec.shape, self._claim, self._claim.hi - self._work.at
         return (
-            (wait.isolates or bool(self._work.others))
+            (wait.isolates or bool(self._work.also_waiting))
             and rest > 1
             and shape.mode != "sequential"
             and claim.depth < shape.max_depth
@@ -236,7 +236,7 @@ class Cutting:
     # --- the rest ------------------------------------------------------------------------------
 
     def hand_over(self, report: Report) -> None:
-        """Register the rest as the reason's row says: one child in this slot, or a chord over it."""
+        """Register the rest as the reason's row says: one child in this slot, or a chord."""
         claim, at, reason = self._claim, self._work.at, self.reason or Reason.FLUSH
         if self._fork is not None and self._fork.lo != at:
             # Items in flight at the cut have moved its start.
@@ -247,7 +247,7 @@ class Cutting:
         else:
             report.kids = [self._only_child(at, reason)]
         if (first := self._work.postponed) is not None:
-            waits = {at: first, **(self._work.others if len(report.kids) > 1 else {})}
+            waits = {at: first, **(self._work.also_waiting if len(report.kids) > 1 else {})}
             for kid in report.kids:
                 if (wait := waits.get(kid.lo)) is not None:
                     kid.wait_ms, kid.tries, kid.why = wait_ms(wait), wait.tries, wait.why

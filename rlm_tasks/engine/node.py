@@ -30,7 +30,7 @@ from rlm_tasks.engine.guards import Postponed
 from rlm_tasks.engine.pace import Pace
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.engine.shared_page import ProcessEntry
-from rlm_tasks.engine.work import Work
+from rlm_tasks.engine.work import BatchWork, Work
 from rlm_tasks.errors import Quarantined, UnknownOperation
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.records import MERGE, PROCESS, ROOT, Claim, Finished, Report, Suspect
@@ -184,8 +184,7 @@ class NodeRun:
             priority=spec.priority,
         )
         entry.limit(limit_s)
-        concurrent = operation.is_async and claim.phase == PROCESS
-        self._work = (ConcurrentWork if concurrent else Work)(
+        self._work = _kind_of_work(operation, claim)(
             claim,
             spec,
             operation,
@@ -466,6 +465,15 @@ class NodeRun:
             rounds=runtime.rounds,
             reached=runtime.reached,
         )
+
+
+def _kind_of_work(operation: Operation, claim: Claim) -> type[Work]:
+    """Return the class that runs a node's items: many at once, in batches, or one by one."""
+    if claim.phase != PROCESS:
+        return Work  # items are validated one by one
+    if operation.is_async:
+        return ConcurrentWork
+    return BatchWork if operation.batch else Work
 
 
 def _condemned(suspect: Suspect) -> Quarantined:

@@ -1,7 +1,9 @@
-"""Work through a range: item by item, or in batches; with many items in flight, see `in_flight`.
+"""The work of one node: it runs the items of a range one by one or in batches.
 
-Decides how an operation is called and that what is done is always one range without a gap.  A
-boundary is offered after each item or batch; what happens there is the node's business."""
+`NodeRun` in `node` calls it; `concurrent_work` has the variant with many items in flight.  Finished
+items are always one range without a gap.  After each item or batch the work asks `Pace` whether the
+slice is over, and then calls the node's boundary.  Begin with `Work.run`.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,22 @@ from rlm_tasks.operations.registry import Operation
 WINDOW = 1024
 """Items held in memory at a time."""
 BATCH_GROWTH = 8
-"""A batch starts with one item and grows at most this much at a time towards the length of a
-slice.
+"""The first batch is one item; each batch is at most this many times the one before.
+
+Batches grow until one takes as long as a slice.
 """
 LARGEST_BATCH = 65_536
 """Items of the largest batch: they are all in memory at once."""
 _EMPTY: tuple[Any, ...] = (None, "", b"", [], {})
 
 Read = Callable[[int, int], Sequence[Any]]
+"""Returns the items of a range, from its first to before its second argument."""
 UNREADABLE = (LookupError, OSError, UnicodeError)
+"""The errors that `Read` raises for items that cannot be read."""
 
 
 class Work:
-    """One range being worked through; `at` is the first item not yet accounted for."""
+    """The work on one range, item by item; `at` is the first item that has no outcome yet."""
 
     def __init__(
         self,
@@ -54,77 +59,76 @@ class Work:
         level: Level = Level.NORMAL,
         slow_s: float = float("inf"),
     ) -> None:
+        """`waiter` returns the name by which guards wake the node that begins with an item."""
         self._guards, self._waiter, self._limit_s = guards, waiter, limit_s
         self._alarm = ItemAlarm(limit_s)
         self._claim, self._spec, self._operation = claim, spec, operation
         self._read, self._page, self._pace, self._clock = read, page, pace, clock
         self._validating = claim.phase != PROCESS
         self._filtered = bool(claim.known_failed) or spec.skip_if_empty
-        self._batch = 1
-        self._most = 1 if claim.one_by_one else LARGEST_BATCH
+        self._most = 1 if claim.one_by_one else LARGEST_BATCH  # items in one batch or in flight
         self.outcome = NodeOutcome(operation)
         self.degradation = Degradation(level)
-        self._shown: Context | None = None  # what the items of this window see
+        self._window_context: Context | None = None  # the context of the items of this window
         self._slow_s = slow_s
         self.slow: list[tuple[int, float]] = []  # items that took long: index, seconds
         self.at = claim.lo
-        self.until = claim.hi  # less when the rest must be another node's, whatever happens here
+        self.until = claim.hi  # less than `hi` when the rest must be another node's
         self.busy_s = 0.0
-        self.stopped = False  # a boundary has said so: no further item is started
+        self.stopped = False  # a boundary ended the work: no further item is started
         self.postponed: Postponed | None = None  # the item at `at` has to wait
-        self.others: dict[int, Postponed] = {}  # items behind it that have to wait, too
-        self.urgent = False  # what has stopped it waits for nobody
-        self.refused = False  # a guard has said not yet
-        self.would_repeat = (
-            False  # items have ended behind one that sleeps: to stop now is to do them again
-        )
-        self.took_s: list[float] = []  # of items that ended well at their first try
-        self.recovered = 0  # items that ended well at a later try
+        self.also_waiting: dict[int, Postponed] = {}  # waiting items behind `at`
+        self.urgent = False  # the node must leave its slot without waiting for items in flight
+        self.refused = False  # an item was denied or postponed
+        # Items have ended behind an item that sleeps: to stop now would repeat them.
+        self.would_repeat = False
+        self.took_s: list[float] = []  # of items that succeeded at their first try
+        self.recovered = 0  # items that succeeded at a later try
 
     def run(self, boundary: Callable[[], bool]) -> None:
-        """Work until the range or a boundary ends it, or an item has to wait."""
+        """Work until the range ends, `boundary` returns True, or an item has to wait."""
         self._boundary = boundary
         outside = IN_FORCE.set(self.degradation)
         try:
             with self._alarm:
-                if self._operation.batch and not self._validating:
-                    self._windows(self._one_batch, lambda: self._batch)
-                else:
-                    self._windows(self._each_item, lambda: WINDOW)
+                self._run_range()
         finally:
             IN_FORCE.reset(outside)
+
+    def _run_range(self) -> None:
+        self._run_windows(self._each_item, lambda: WINDOW)
 
     def give_up(self, index: int, error: BaseException) -> None:
         """Fail an item without running it."""
         self.outcome.fail(index, error)
         self.at = index + 1
 
-    def press(self, level: Level) -> None:
-        """Ask something else of the items to come: an emergency does not wait for the next node."""
+    def set_level(self, level: Level) -> None:
+        """Apply a level to the next items: an emergency does not wait for the next node."""
         self.degradation = Degradation(level)
         IN_FORCE.set(self.degradation)
-        if self._shown is not None:
-            self._shown.degradation = self.degradation
+        if self._window_context is not None:
+            self._window_context.degradation = self.degradation
 
     @property
     def decided(self) -> bool:
-        """Whether a failure ends the job, because errors are not tolerated."""
+        """Whether an item has failed in a job that does not continue on errors."""
         return bool(self.outcome.failures) and not self._spec.continue_on_error
 
-    def _windows(self, work: Callable[[Sequence[Any]], None], size: Callable[[], int]) -> None:
+    def _run_windows(self, work: Callable[[Sequence[Any]], None], size: Callable[[], int]) -> None:
         while self.at < self.until and not self.stopped:
             try:
                 window = self._read(self.at, min(self.at + size(), self.until))
             except UNREADABLE as error:
                 self._fail_rest(error)
                 return
-            self._page.boundary(self._clock())  # reading is not the items' time
+            self._page.boundary(self._clock())  # the time limit of an item excludes reading
             began = self._clock()
             work(window)
             self.busy_s += self._clock() - began
 
-    def _look_up(self, now: float) -> None:
-        """Offer a boundary when the slice is over; its time is not the operation's."""
+    def _check_slice(self, now: float) -> None:
+        """Call the boundary when the slice is over; its time does not count as the operation's."""
         if self.decided:
             self.stopped = True
         elif self._pace.slice_is_over(now):
@@ -132,15 +136,16 @@ class Work:
             self.busy_s -= self._clock() - now
 
     def _fail_rest(self, error: Exception) -> None:
-        """Items that cannot be read fail, each by itself: nothing is left out silently."""
+        """Fail each item of the rest by itself: they cannot be read, and none may be lost."""
         for index in range(self.at, self.until):
             if index not in self._claim.known_failed:
                 self.outcome.fail(index, error)
         self.at = self.until
 
     def _leaves_out(self, index: int, item: Any) -> bool:
-        """Leave out what validation has failed already, and empty items where the request says
-        so.
+        """Leave out an item that failed in validation, or an empty one that the job skips.
+
+        Return whether it was left out.
         """
         if index in self._claim.known_failed:
             self.outcome.leave_out(index, empty=False)
@@ -152,13 +157,11 @@ class Work:
             return True
         return False
 
-    # --- one by one ----------------------------------------------------------------------------
-
     def _each_item(self, window: Sequence[Any]) -> None:
         call: Callable[[Any, Context], Any] = self._validate if self._validating else self._call
         keep: Callable[[Any], None] = self.outcome.count if self._validating else self.outcome.add
         context, began = self._context(), self._clock()
-        self._shown = context
+        self._window_context = context
         for item in window:
             index = context.index = self.at
             self._page.start_item(index)
@@ -168,7 +171,7 @@ class Work:
                     return
             self.at = index + 1
             began = self._clock()
-            self._look_up(began)
+            self._check_slice(began)
             if self.stopped:
                 return
 
@@ -180,7 +183,7 @@ class Work:
         context: Context,
         began: float,
     ) -> None:
-        """Run one item: it ends well, fails, or has to wait."""
+        """Run one item, and record that it succeeded, failed, or has to wait."""
         try:
             keep(call(value, context))
         except Postponed as wait:
@@ -190,35 +193,34 @@ class Work:
         except (Exception, SystemExit) as error:
             self.outcome.fail(context.index, error)
         else:
-            self._ended_well(context, began)
+            self._succeeded(context, began)
         if context.degradation.shaped:
             self.outcome.shape(context.degradation, 1)
 
-    def _ended_well(self, context: Context, began: float) -> None:
+    def _succeeded(self, context: Context, began: float) -> None:
         took_s = self._clock() - began
         if took_s >= self._slow_s:
             self.slow.append((context.index, took_s))
         if context.tries:
-            self.recovered += 1  # and no sample: Karn's algorithm
+            self.recovered += 1  # its time is no sample (Karn's algorithm)
         else:
             self.took_s.append(took_s)
 
     def _postpone(self, wait: Postponed) -> None:
         """Stop before the item at `at`."""
-        self.degradation.shaped.clear()  # it will be asked again
+        self.degradation.shaped.clear()  # the item will run again
         self.postponed, self.stopped, self.refused = wait, True, True
 
-    def _remember(self, context: Context, rest: int) -> None:
-        """Say of an item what the ledger remembers of it: only the first of a node has a past."""
+    def _set_history(self, context: Context, rest: int) -> None:
+        """Set the failed tries and the wait of an item: only a node's first item has any."""
         is_first = context.index == self._claim.lo
-        context.tries, context.waited = (
-            (self._claim.tries, self._claim.waited) if is_first else (0, False)
-        )
+        context.tries = self._claim.tries if is_first else 0
+        context.waited = self._claim.waited if is_first else False
         context.rest = rest
 
     def _call(self, value: Any, context: Context) -> Any:
         """Call the operation behind its guards."""
-        self._remember(context, 1 if self._operation.batch else self.until - context.index)
+        self._set_history(context, 1 if self._operation.batch else self.until - context.index)
         if self._guards is None:
             return self._alarm.run(self._operation.apply, value, context)
         waiter = self._waiter(context.index)
@@ -241,7 +243,14 @@ class Work:
             degradation=self.degradation,
         )
 
-    # --- in batches ----------------------------------------------------------------------------
+
+class BatchWork(Work):
+    """The work on one range in batches, for operations that take a list of items."""
+
+    _batch = 1  # items of the next batch
+
+    def _run_range(self) -> None:
+        self._run_windows(self._one_batch, lambda: self._batch)
 
     def _one_batch(self, window: Sequence[Any]) -> None:
         began = self._clock()
@@ -253,21 +262,22 @@ class Work:
                 if not self._leaves_out(index, item)
             ]
         self._page.start_item(self.at if len(window) == 1 else SEVERAL_ITEMS)
-        if not kept or (len(window) > 1 and self._whole(kept, began)):
+        if not kept or (len(window) > 1 and self._run_as_one_call(kept, began)):
             self.at += len(window)
         elif self.postponed is None:
-            self._again_one_by_one(window)
+            self._run_one_by_one(window)
         if self.postponed is None:
             now = self._clock()
             grown = self._batch * min(
                 BATCH_GROWTH, self._pace.slice_ms / 1000 / max(now - began, 1e-6)
             )
             self._batch = min(self._most, max(1, int(grown)))
-            self._look_up(now)
+            self._check_slice(now)
 
-    def _whole(self, kept: Sequence[Any], began: float) -> bool:
-        """Run a batch as one call; False when its items have to be run by themselves, or to
-        wait.
+    def _run_as_one_call(self, kept: Sequence[Any], began: float) -> bool:
+        """Run a batch as one call and return True.
+
+        Return False when its items have to run one by one, or have to wait (`postponed`).
         """
         try:
             self.outcome.add_batch(self._call(kept, self._context(self.at)), len(kept))
@@ -284,15 +294,12 @@ class Work:
             return True
         return False
 
-    def _keep_one(self, output: Any) -> None:
-        self.outcome.add_batch(output, 1)
-
-    def _again_one_by_one(self, window: Sequence[Any]) -> None:
-        """A batch that raised is run again item by item, so that the failure has a name."""
-        self.degradation.shaped.clear()  # each is asked again
+    def _run_one_by_one(self, window: Sequence[Any]) -> None:
+        """Run a batch again item by item: it raised, and the item that failed must be known."""
+        self.degradation.shaped.clear()  # each item runs again
         for item in window:
             index, context = self.at, self._context(self.at)
-            self._page.boundary(self._clock())  # each has the whole limit for itself
+            self._page.boundary(self._clock())  # each item has the whole time limit
             self._page.start_item(index)
             if index not in self.outcome.left_out:
                 self._attempt(
@@ -307,3 +314,6 @@ class Work:
             self.at = index + 1
             if self.decided:
                 return
+
+    def _keep_one(self, output: Any) -> None:
+        self.outcome.add_batch(output, 1)
