@@ -247,9 +247,9 @@ def endpoints(ctx: click.Context, check: bool, as_json: bool) -> None:
     client = client_of(ctx)
     found = client.endpoints()
     if check:
-        from rlm_tasks.llm.reports import asked_now
+        from rlm_tasks.llm.reports import checked_now
 
-        found = asked_now(client.settings.llm, found)
+        found = checked_now(client.settings.llm, found)
     if as_json:
         print_json([asdict(each) for each in found])
         return

@@ -30,7 +30,7 @@ from scheduler.slots import SlotBoard
 
 if TYPE_CHECKING:
     from rlm_tasks.client.session import Session
-    from rlm_tasks.llm.learned import Known
+    from rlm_tasks.llm.learned import CallStatistics
     from rlm_tasks.operations.registry import Operation
     from rlm_tasks.requests import JobRequest
     from rlm_tasks.settings.llm import EndpointSettings, Tier
@@ -325,17 +325,17 @@ class Today:
             self.models[tier] = next((each for each in models if self.endpoints(each)), models[0])
         return self.models[tier]
 
-    def known(self, tier: Tier) -> Known:
+    def known(self, tier: Tier) -> CallStatistics:
         """Return the figures of earlier calls to a tier's model."""
         return self._pool.learned.of(self.model(tier))
 
     def endpoints(self, model: str) -> list[EndpointSettings]:
         """Return the healthy endpoints that have a model."""
-        ill = self._pool.health.ill()
+        unhealthy = self._pool.health.unhealthy()
         return [
             each
             for each in self.settings.endpoints_or_default
-            if each.name not in ill and (not each.models or model in each.models)
+            if each.name not in unhealthy and (not each.models or model in each.models)
         ]
 
     def flows(self, model: str) -> dict[str, Flow]:

@@ -1,7 +1,8 @@
-"""What a call asks, before it is known of which model and where.
+"""A call before its model and endpoint are chosen, and the order of models to try.
 
-Decides which tier a call is worth, and by how much pressure lowers that; refuses to know providers
-and their limits."""
+`operations` makes drafts from items; `gate` turns one into a `Question` to a model.  Complexity
+sets the tier of a call, and pressure lowers it.
+"""
 
 from __future__ import annotations
 
@@ -15,32 +16,33 @@ from resilience.degradation import Degradation, Strategy
 from rlm_tasks.llm.endpoint import Question, estimated_prompt, estimated_tokens
 from rlm_tasks.settings.llm import TIERS, LlmSettings, Tier
 
-WORTH: dict[str, Tier] = {"simple": "small", "linear": "small", "medium": "medium", "": "medium"}
-"""The tier of a job's complexity, where the request names none; whatever is not here is worth the
-large one.
-"""
+TIERS_OF_COMPLEXITY: dict[str, Tier] = {
+    "simple": "small",
+    "linear": "small",
+    "medium": "medium",
+    "": "medium",
+}
+"""The tier of a job whose request names none; any other complexity has the large tier."""
 
-ROOM = 1.3
-"""A prompt may have so many times the tokens that it is estimated to have."""
+ESTIMATE_MARGIN = 1.3
+"""A prompt may have up to this many times its estimated tokens."""
 
 Message = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Messages (role and content each) and what the answer may be: so long, of so high a tier, of
-    this form.
-    """
+    """Messages (role and content each), and the length, tier and form of the answer."""
 
     messages: tuple[Message, ...]
     max_tokens: int
     tier: Tier
     temperature: float | None = None
-    form: type[BaseModel] | None = None  # the answer is JSON of this model
+    form: type[BaseModel] | None = None  # the answer must be JSON for this model
 
     @property
     def estimated(self) -> int:
-        """About how many tokens a provider counts of it, before what is known of such prompts."""
+        """The estimated tokens of the prompt, without corrections from earlier calls."""
         schema = (
             0
             if self.form is None
@@ -49,7 +51,7 @@ class Draft:
         return estimated_prompt(self.messages) + schema
 
     def question(self, model: str) -> Question:
-        """Return it as it is asked of a model."""
+        """Return the question to a model."""
         schema = self.form.model_json_schema() if self.form is not None else None
         return Question(
             model=model,
@@ -60,16 +62,14 @@ class Draft:
         )
 
     def repaired(self, text: str, why: str) -> Draft:
-        """Return it with an answer of the wrong form, and the request to put that right."""
-        asked: tuple[Message, ...] = (
-            {"role": "assistant", "content": text},
-            {
-                "role": "user",
-                "content": f"That is not of the form asked for: {why}\nAnswer again, with the JSON alone.",
-            },
-        )
+        """Return a draft that sends an answer of the wrong form back, to be repaired."""
+        request = f"That is not of the form asked for: {why}\nAnswer again, with the JSON alone."
         return Draft(
-            messages=(*self.messages, *asked),
+            messages=(
+                *self.messages,
+                {"role": "assistant", "content": text},
+                {"role": "user", "content": request},
+            ),
             max_tokens=self.max_tokens,
             tier=self.tier,
             temperature=self.temperature,
@@ -78,15 +78,13 @@ class Draft:
 
 
 def digest(question: Question) -> str:
-    """Return by which name identical calls know each other: model, messages and parameters, and
-    nothing to read them from.
-    """
+    """Return a hash of model, messages and parameters, which is the same for identical calls."""
     return hashlib.blake2b(msgspec.json.encode(question), digest_size=20).hexdigest()
 
 
-def tier_for(asked: Tier | None, complexity: str) -> Tier:
-    """Return the tier a request names, or that of its complexity."""
-    return asked or WORTH.get(complexity, "large")
+def tier_for(requested: Tier | None, complexity: str) -> Tier:
+    """Return the tier that a request names, or the tier of its complexity."""
+    return requested or TIERS_OF_COMPLEXITY.get(complexity, "large")
 
 
 def models_for(
@@ -97,26 +95,27 @@ def models_for(
     prompt: float = 0,
     answer: int = 0,
 ) -> list[str]:
-    """Return the models to try, the one to try first first.
+    """Return the models to try, in order.
 
-    High pressure asks for one tier less, critical pressure for the smallest.  Behind it come the
-    nearest tiers, the smaller one first: for when no endpoint of it is well.  Models that cannot
-    take so many tokens are left out, but for the one that is asked for."""
-    asked = TIERS.index(tier)
+    High pressure lowers the tier by one, critical pressure to the smallest.  The nearest tiers
+    follow, the smaller one first, for the case that no endpoint of the first is healthy.  Models
+    that cannot take the tokens of `prompt` and `answer` are left out, except the requested one.
+    """
+    requested = TIERS.index(tier)
     fitting = [
         at
         for at, each in enumerate(TIERS)
-        if at == asked or _takes(prompt, answer, settings, settings.of_tier(each))
+        if at == requested or _fits(prompt, answer, settings, settings.of_tier(each))
     ]
-    if (at := degradation.size(asked)) not in fitting:
-        at = asked
+    if (at := degradation.size(requested)) not in fitting:
+        at = requested
         degradation.shaped.discard(Strategy.SMALLER_MODEL)
     nearest = sorted(fitting, key=lambda each: (abs(each - at), each))
     return list(dict.fromkeys(settings.of_tier(TIERS[each]) for each in nearest))
 
 
-def _takes(prompt: float, answer: int, settings: LlmSettings, model: str) -> bool:
-    its, needs = settings.model(model), ROOM * prompt + answer
-    return answer <= its.max_output_tokens and needs <= min(
-        its.context_tokens, its.tokens or settings.tokens
+def _fits(prompt: float, answer: int, settings: LlmSettings, model: str) -> bool:
+    limits, tokens = settings.model(model), ESTIMATE_MARGIN * prompt + answer
+    return answer <= limits.max_output_tokens and tokens <= min(
+        limits.context_tokens, limits.tokens or settings.tokens
     )

@@ -1,11 +1,12 @@
-"""One provider's endpoint: any that answers as OpenAI's does, through the `openai` client.
+"""One provider's endpoint with the interface of OpenAI, called through the `openai` client.
 
-Decides how a question is sent, what its answer cost, what the provider said of its limits, and what
-its errors mean here. Refuses to know limits, budgets and who tries again: one layer retries, and it
-is not this one.
+`endpoint_pool` has one per address; `gate` calls `ask`.  This module sends a question, reads the
+answer with usage and rate-limit headers, and turns the client's errors into ours.  It never
+retries; the guards do.
 
-An error of the client holds the key and the prompt.  None leaves here, not as a cause or a context
-either, and no message of ours has a word of them."""
+An error of the client contains the key and the prompt.  No such error leaves this module, not even
+as a cause or context, and no message of ours contains a part of them.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +29,16 @@ if TYPE_CHECKING:
 
     from rlm_tasks.settings.llm import EndpointSettings
 
-UNSAID_S = 1.0
-"""A provider that answers 429 and does not say until when is left alone for this long."""
-_TOO_EARLY = {408, 409, 425}  # of all that is below 500, these may go well the next time
-_QUOTED = 16  # so many characters in a row are no accident: they were taken from the question
+DEFAULT_WAIT_S = 1.0
+"""The wait after a 429 without a retry time."""
+_TEMPORARY = {408, 409, 425}  # statuses below 500 that may succeed at the next try
+_QUOTED = 16  # a common text of this many characters is a quotation of the question
 
 
 class Question(msgspec.Struct, frozen=True):
-    """What is asked: `messages` have a role and a content each, `schema` is the JSON schema that
-    the answer is to meet.
+    """A question to one model.
+
+    `messages` have a role and a content each; `schema` is the JSON schema of the answer.
     """
 
     model: str
@@ -47,9 +49,10 @@ class Question(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Allowance:
-    """A provider's limit in its window, what is left of it, and in how many seconds it is whole
-    again; None: not said.
+class LimitState:
+    """A provider's limit in its window, the remaining amount, and the seconds until it is full.
+
+    None: the provider did not send it.
     """
 
     limit: float | None = None
@@ -58,17 +61,17 @@ class Allowance:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What a provider said of its limits, in the headers of one answer."""
+class RateLimitHeaders:
+    """A provider's limits, from the headers of one answer."""
 
-    requests: Allowance
-    tokens: Allowance
+    requests: LimitState
+    tokens: LimitState
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model said, and what it cost; `finish` is "stop", or "length" where `max_tokens` cut
-    it.
+class Answer(msgspec.Struct, frozen=True):
+    """The answer of a model, with its cost.
+
+    `finish` is "stop", or "length" if `max_tokens` cut the text.
     """
 
     model: str
@@ -76,13 +79,14 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     finish: str
-    told: Told
+    limits: RateLimitHeaders = msgspec.field(name="told")  # the name under which it is cached
     latency_s: float
 
 
 class UnusableAnswer(RlmError):
-    """What came is no answer: not JSON, empty, or cut off.  It may have to be paid for.  Has the
-    `endpoint` and `why`.
+    """A response that is no answer: not JSON, empty, or cut off.  It may cost money.
+
+    Has the `endpoint` and `why`.
     """
 
     code = "UNUSABLE_ANSWER"
@@ -96,46 +100,47 @@ class UnusableAnswer(RlmError):
 
 
 class ProviderRefused(RlmError):
-    """An answer that will be the same the next time: a person has to act.  Has the `endpoint`,
-    `why`, and HTTP's `status`.
+    """A refusal that will be the same at the next try, until a person acts.
 
-    `category` is AUTH, QUOTA or VALIDATION; `code` is CONTEXT_LENGTH_EXCEEDED where a prompt is too
-    long."""
+    Has the `endpoint`, `why`, and the HTTP `status`.  `category` is AUTH, QUOTA or VALIDATION;
+    `code` is CONTEXT_LENGTH_EXCEEDED if the prompt is too long.
+    """
 
     def __init__(
         self, endpoint: str, category: Category, code: str, why: str, status: int = 0
     ) -> None:
         self.endpoint, self.category, self.code, self.why = endpoint, category, code, why
-        self.status = status  # 0: nothing was asked
+        self.status = status  # 0: no request was sent
         super().__init__(f"endpoint {endpoint}: {why}")
 
 
 class ProviderDown(ConnectionError):
-    """An endpoint that cannot be reached, or fails.  Has the `endpoint`, `why`, and in `headers`
-    for how long to leave it.
+    """An endpoint that cannot be reached, or fails.
+
+    Has the `endpoint`, `why`, and the time to wait as ``retry-after`` in `headers`.
     """
 
     def __init__(self, endpoint: str, why: str, wait_s: float | None = None) -> None:
         self.endpoint, self.why = endpoint, why
-        self.headers = (
-            {} if wait_s is None else {"retry-after": f"{wait_s:.3f}"}
-        )  # where `classify` looks for it
+        # `classify` reads the wait from there.
+        self.headers = {} if wait_s is None else {"retry-after": f"{wait_s:.3f}"}
         super().__init__(f"endpoint {endpoint}: {why}")
 
 
 def estimated_tokens(text: str) -> int:
-    """Return about how many tokens a text has: one for every four bytes of UTF-8, rounded up."""
+    """Return the estimated tokens of a text: one for each four bytes of UTF-8, rounded up."""
     return -(-len(text.encode(errors="replace")) // 4)
 
 
 def estimated_prompt(messages: Iterable[Mapping[str, str]]) -> int:
-    """Return about how many tokens messages have."""
+    """Return the estimated tokens of messages."""
     return sum(estimated_tokens(message["content"]) for message in messages)
 
 
 class Endpoint:
-    """One place to ask, with connections of its own, which live as long as the event loop that
-    asks.
+    """One address to call, with its own connections.
+
+    They live as long as the event loop of the calls.
     """
 
     def __init__(
@@ -156,43 +161,39 @@ class Endpoint:
             idle_s,
             clock,
         )
-        self._room = asyncio.Semaphore(
-            per_host
-        )  # who waits for a connection does not wait for the provider: no time-out
+        # The time limit must not count the wait for a free connection.
+        self._connections = asyncio.Semaphore(per_host)
         self._client: AsyncOpenAI | None = None
 
     def open(self) -> None:
-        """Make what calls need, which takes a while; what is wrong with the key is told by the
-        first call.
-        """
+        """Make the client, which takes a while; the first call raises for an invalid key."""
         with suppress(ProviderRefused):
             self._opened()
 
     async def ask(self, question: Question) -> Answer:
-        """Ask once, when one of `per_host` connections is free.
+        """Send a question once, as soon as one of `per_host` connections is free.
 
         Raises RateLimited, CallTimeout, ProviderDown, UnusableAnswer, ProviderRefused.
         """
         answering = False
         try:
             async with (
-                self._room,
+                self._connections,
                 asyncio.timeout(None if self.settings.stream else self._timeout_s),
             ):
                 began = self._clock()
                 calls = self._opened().chat.completions.with_streaming_response
                 async with calls.create(**self._request(question)) as response:
                     answering = True
-                    said = await (_streamed if self.settings.stream else _whole)(response)
-                    return self._answer(question, said, told(response.headers), began)
-        except Exception as error:  # whatever it is, it may hold the key and the prompt
+                    read = _read_stream if self.settings.stream else _read_whole
+                    reply = await read(response)
+                    return self._answer(question, reply, rate_limits(response.headers), began)
+        except Exception as error:  # any error may contain the key and the prompt
             meaning = self._meaning(error, self._timeout_s, question, answering=answering)
         raise meaning
 
     async def check(self, timeout_s: float) -> float:
-        """Return how many seconds the endpoint took to list its models.  Raises what `ask`
-        raises.
-        """
+        """Return the seconds that the endpoint took to list its models.  Raises as `ask` does."""
         from httpx2 import Response
 
         began = self._clock()
@@ -214,7 +215,10 @@ class Endpoint:
         if self._client is None:
             key = self._key.get_secret_value().strip()
             if not (key and key.isascii() and key.isprintable()):
-                why = f"{self.settings.key_env} holds no key; set it, to any word where none is asked for"
+                why = (
+                    f"{self.settings.key_env} holds no key; set it, to any text if the endpoint "
+                    "needs no key"
+                )
                 raise ProviderRefused(self.settings.name, Category.AUTH, "UNAUTHORISED", why)
             from httpx2 import Limits
             from openai import AsyncOpenAI, DefaultAsyncHttpxClient
@@ -249,25 +253,27 @@ class Endpoint:
             request |= {"stream": True, "stream_options": {"include_usage": True}}
         return request
 
-    def _answer(self, question: Question, said: _Said, told: Told, began: float) -> Answer:
-        if not said.text:
-            raise UnusableAnswer(self.settings.name, f"it is empty, and ended by {said.finish!r}")
-        usage = said.usage or _Usage()
+    def _answer(
+        self, question: Question, reply: _Reply, limits: RateLimitHeaders, began: float
+    ) -> Answer:
+        if not reply.text:
+            raise UnusableAnswer(self.settings.name, f"it is empty, and ended by {reply.finish!r}")
+        usage = reply.usage or _Usage()
         return Answer(
             model=question.model,
-            text=said.text,
+            text=reply.text,
             prompt_tokens=estimated_prompt(question.messages)
             if usage.prompt_tokens is None
             else usage.prompt_tokens,
-            completion_tokens=estimated_tokens(said.text)
+            completion_tokens=estimated_tokens(reply.text)
             if usage.completion_tokens is None
             else usage.completion_tokens,
-            finish=said.finish,
-            told=told,
+            finish=reply.finish,
+            limits=limits,
             latency_s=self._clock() - began,
         )
 
-    # --- what goes wrong -----------------------------------------------------------------------
+    # --- errors --------------------------------------------------------------------------------
 
     def _meaning(
         self,
@@ -277,7 +283,7 @@ class Endpoint:
         *,
         answering: bool = False,
     ) -> Exception:
-        """Return what an error means here."""
+        """Return our error for an error of the client."""
         import httpx2
         import openai
 
@@ -286,7 +292,7 @@ class Endpoint:
             return error
         if isinstance(error, (TimeoutError, openai.APITimeoutError, httpx2.TimeoutException)):
             return CallTimeout(f"endpoint {name}", limit_s)
-        if answering:  # of these, only a decoder's words are of the form alone
+        if answering:  # only the text of a decoder's error cannot quote the answer
             return UnusableAnswer(
                 name, str(error) if isinstance(error, msgspec.DecodeError) else type(error).__name__
             )
@@ -300,14 +306,14 @@ class Endpoint:
             name,
             Category.VALIDATION,
             "INVALID_REQUEST",
-            f"cannot be asked this ({type(error).__name__})",
+            f"the request cannot be sent ({type(error).__name__})",
         )
 
     def _refusal(self, error: APIStatusError, question: Question | None) -> Exception:
-        """Return what a status below 200 or above 299 means."""
+        """Return our error for a status below 200 or above 299."""
         name, status = self.settings.name, error.status_code
         if status == 402 or "insufficient_quota" in (error.code, error.type):
-            why = f"its account is used up ({status}); no waiting helps, see its plan and billing"
+            why = f"its quota is used up ({status}); waiting does not help, see plan and billing"
             return ProviderRefused(
                 endpoint=name,
                 category=Category.QUOTA,
@@ -322,43 +328,38 @@ class Endpoint:
             return ProviderRefused(
                 endpoint=name, category=Category.AUTH, code="UNAUTHORISED", why=why, status=status
             )
-        if status in _TOO_EARLY or status >= 500:
+        if status in _TEMPORARY or status >= 500:
             return ProviderDown(name, f"answers {status}", retry_after_s(error))
         code = (
             "CONTEXT_LENGTH_EXCEEDED"
             if error.code == "context_length_exceeded"
             else "INVALID_REQUEST"
         )
-        where = (
-            f"; does {self.settings.base_url or 'OPENAI_BASE_URL'} end as it should, such as in /v1?"
-            if status == 404
-            else ""
-        )
+        url = self.settings.base_url or "OPENAI_BASE_URL"
+        where = f"; does {url} have its right end, such as /v1?" if status == 404 else ""
         why = f"refuses the question ({status}): {self._reason(error, question)}{where}"
         return ProviderRefused(
             endpoint=name, category=Category.VALIDATION, code=code, why=why, status=status
         )
 
     def _reason(self, error: APIStatusError, question: Question | None) -> str:
-        """Return what the provider said, up to 200 characters, unless it quotes what no message may
-        hold.
-        """
-        said = error.body.get("message") if isinstance(error.body, dict) else None
-        if not isinstance(said, str):
-            return "it does not say why"
-        said = " ".join(said.split())[:200]
+        """Return the provider's message, up to 200 characters, unless it quotes key or prompt."""
+        message = error.body.get("message") if isinstance(error.body, dict) else None
+        if not isinstance(message, str):
+            return "without a reason"
+        message = " ".join(message.split())[:200]
         private = [
             self._key.get_secret_value(),
             *(each["content"] for each in (question.messages if question else ())),
         ]
-        pieces = {said[at : at + _QUOTED] for at in range(max(1, len(said) - _QUOTED + 1))}
+        pieces = {message[at : at + _QUOTED] for at in range(max(1, len(message) - _QUOTED + 1))}
         for text in (" ".join(each.split()) for each in private if each):
-            if "\\" in said or text in said or any(piece in text for piece in pieces):
-                return "what it says quotes the question"
-        return said
+            if "\\" in message or text in message or any(piece in text for piece in pieces):
+                return "its reason is hidden, because it quotes the question"
+        return message
 
 
-# --- reading what was said --------------------------------------------------------------------
+# --- reading answers --------------------------------------------------------------------------
 
 
 class _Usage(msgspec.Struct):
@@ -366,7 +367,7 @@ class _Usage(msgspec.Struct):
     completion_tokens: int | None = None
 
 
-class _Said(NamedTuple):
+class _Reply(NamedTuple):
     text: str
     finish: str
     usage: _Usage | None
@@ -400,15 +401,15 @@ class _Chunk(msgspec.Struct):
     usage: _Usage | None = None
 
 
-async def _whole(response: AsyncAPIResponse[Any]) -> _Said:
-    """Read an answer.  Raises what the connection and the decoder raise."""
+async def _read_whole(response: AsyncAPIResponse[Any]) -> _Reply:
+    """Read an answer.  Raises the errors of the connection and of the decoder."""
     answer = msgspec.json.decode(await response.read(), type=_Whole)
     choice = answer.choices[0]
-    return _Said(choice.message.content, choice.finish_reason or "stop", answer.usage)
+    return _Reply(choice.message.content, choice.finish_reason or "stop", answer.usage)
 
 
-async def _streamed(response: AsyncAPIResponse[Any]) -> _Said:
-    """Read an answer that comes in parts.  Raises what the connection and the decoder raise."""
+async def _read_stream(response: AsyncAPIResponse[Any]) -> _Reply:
+    """Read a streamed answer.  Raises the errors of the connection and of the decoder."""
     parts: list[str] = []
     finish, usage = None, None
     async for event in await response.parse():
@@ -420,33 +421,32 @@ async def _streamed(response: AsyncAPIResponse[Any]) -> _Said:
                 parts.append(part.delta.content)
     if finish is None or not parts:
         raise msgspec.ValidationError("it ended before it was finished")
-    # Halves of one character may come apart; a half without its other is none.
+    # The two halves of one character may come in two parts; a single half is replaced.
     text = "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return _Said(text, finish, usage)
+    return _Reply(text, finish, usage)
 
 
-def told(headers: Mapping[str, str]) -> Told:
-    """Return what headers ``x-ratelimit-{limit,remaining,reset}-{requests,tokens}`` say; lengths of
-    time are as `seconds`.
+def rate_limits(headers: Mapping[str, str]) -> RateLimitHeaders:
+    """Return the limits of headers ``x-ratelimit-{limit,remaining,reset}-{requests,tokens}``.
+
+    Times may have the forms that `seconds` reads.
     """
 
-    def of(what: str) -> Allowance:
+    def state_of(unit: str) -> LimitState:
         limit, remaining, reset = (
-            headers.get(f"x-ratelimit-{each}-{what}", "")
+            headers.get(f"x-ratelimit-{each}-{unit}", "")
             for each in ("limit", "remaining", "reset")
         )
-        return Allowance(_number(limit), _number(remaining), seconds(reset))
+        return LimitState(_number(limit), _number(remaining), seconds(reset))
 
-    return Told(of("requests"), of("tokens"))
+    return RateLimitHeaders(state_of("requests"), state_of("tokens"))
 
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def seconds(text: str) -> float | None:
-    """Return a length of time as providers write it, `3`, `12ms`, `1h2m3.5s`, in seconds; None
-    where it is none.
-    """
+    """Return a provider's text of a time, `3`, `12ms`, `1h2m3.5s`, in seconds; None for others."""
     length = r"(\d{1,9}(?:\.\d{1,9})?)(ms|[smhd])"
     if re.fullmatch(f"(?:{length})+", text.strip()):
         return sum(float(count) * _UNITS[unit] for count, unit in re.findall(length, text))
@@ -458,7 +458,9 @@ def _number(text: str) -> float | None:
 
 
 def _wait_s(error: APIStatusError) -> float:
-    """Return for how many seconds a provider that answered 429 wants to be left alone."""
-    said = told(error.response.headers)
-    spent = [each.reset_s or 0.0 for each in (said.requests, said.tokens) if each.remaining == 0]
-    return retry_after_s(error) or max(spent, default=0.0) or UNSAID_S
+    """Return the seconds to wait after a 429, from its headers."""
+    limits = rate_limits(error.response.headers)
+    spent = [
+        each.reset_s or 0.0 for each in (limits.requests, limits.tokens) if each.remaining == 0
+    ]
+    return retry_after_s(error) or max(spent, default=0.0) or DEFAULT_WAIT_S

@@ -1,9 +1,9 @@
-"""Asks endpoints how they are: one worker of the platform at a time, in a thread of its main
-process.
+"""Health checks of endpoints, made by one worker of the platform at a time.
 
-Decides who asks, how often, and what counts as an answer.  Refuses to know what becomes of an
-endpoint that is ill (`health`).  Nothing is left open between two rounds, so pool processes that
-are forked later share no connection."""
+They run in a thread of the worker's main process.  A boot step starts `checks_of`;
+`rlm endpoints --check` calls `check_all`.  The results go to `endpoint_health`.  No connection
+stays open between two rounds, so pool processes that are forked later share none.
+"""
 
 from __future__ import annotations
 
@@ -33,33 +33,33 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACK_OFF_S = 1.0
-"""A Redis that did not answer is asked again for the turn after this."""
+"""Seconds until the next try after Redis did not answer."""
 STOP_S = 1.0
+"""Most seconds that `stop` waits for the thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """How one endpoint was when it was asked."""
+    """The result of one check of an endpoint."""
 
     name: str
     latency_s: float  # 0: it did not answer
-    why: str  # it is not well; '' when it is
+    why: str  # the cause of a failure; '' if it passed
 
 
-async def ask(settings: LlmSettings) -> list[CheckResult]:
-    """Return how all endpoints are, asked at once, by connections that are closed afterwards."""
-    import openai  # noqa: F401  # before anything is timed: the first import takes half a second
+async def check_all(settings: LlmSettings) -> list[CheckResult]:
+    """Check all endpoints at once, by connections that are closed afterwards."""
+    import openai  # noqa: F401  # the first import takes half a second, which no check must count
 
-    return await asyncio.gather(*(_ask(each, settings) for each in settings.endpoints_or_default))
+    return await asyncio.gather(*(_check(each, settings) for each in settings.endpoints_or_default))
 
 
-async def _ask(place: EndpointSettings, settings: LlmSettings) -> CheckResult:
-    limit_s = min(
-        settings.health_timeout_s, settings.health_every_s
-    )  # a round ends before the next one begins
+async def _check(about: EndpointSettings, settings: LlmSettings) -> CheckResult:
+    # A round must end before the next one begins.
+    limit_s = min(settings.health_timeout_s, settings.health_every_s)
     endpoint = Endpoint(
-        place,
-        SecretStr(key_of(place.key_env)),
+        about,
+        SecretStr(key_of(about.key_env)),
         timeout_s=limit_s,
         per_host=1,
         idle_s=settings.idle_s,
@@ -68,11 +68,11 @@ async def _ask(place: EndpointSettings, settings: LlmSettings) -> CheckResult:
     try:
         await endpoint.check(limit_s)
     except RateLimited:
-        pass  # that is its limit's news: it is there
+        pass  # a full limit is no failure: the endpoint answers
     except CallTimeout:
         why = f"does not answer within {limit_s:g} s"
     except (ProviderDown, ProviderRefused) as error:
-        # One that does not list its models has answered, and is there.
+        # An endpoint that does not list its models has answered nevertheless.
         listens = (
             isinstance(error, ProviderRefused)
             and error.category is Category.VALIDATION
@@ -81,26 +81,28 @@ async def _ask(place: EndpointSettings, settings: LlmSettings) -> CheckResult:
         why = "" if listens else error.why
     finally:
         await endpoint.close()
-    return CheckResult(place.name, 0.0 if why else time.monotonic() - began, why)
+    return CheckResult(about.name, 0.0 if why else time.monotonic() - began, why)
 
 
 def checks_of(runtime: Runtime) -> Checks | None:
-    """Return what asks a worker's endpoints, before its pool forks; None for a worker that calls no
-    models.
+    """Return the thread of checks for a worker, before its pool forks.
+
+    None for a worker that calls no models.
     """
     settings = runtime.settings.llm
     if not configured(settings) or all(
         registry.get(name).gate is None for name in registry.names()
     ):
         return None
-    import openai  # noqa: F401  # now, for pool processes to share it: none may be forked while a thread imports it
+    # Imported before the fork, so that pool processes share it and no thread imports it later.
+    import openai  # noqa: F401
 
     store = runtime.ledger.store
     return Checks(settings, store, Events(store, runtime.settings.alerts.history), runtime.worker)
 
 
 class Checks(threading.Thread):
-    """The thread of a worker that asks all endpoints each time it gets the turn."""
+    """The thread of a worker that checks all endpoints each time it gets the turn."""
 
     def __init__(self, settings: LlmSettings, store: Store, events: Events, worker: str) -> None:
         super().__init__(name="rlm-endpoints", daemon=True)
@@ -110,51 +112,49 @@ class Checks(threading.Thread):
             Keys(store.namespace).endpoints_turn(),
         )
         self._stopping, self._away = threading.Event(), False
-        self._asking: asyncio.Task[list[CheckResult]] | None = None
+        self._task: asyncio.Task[list[CheckResult]] | None = None
 
     def run(self) -> None:
-        """Ask in turns with other workers, until stopped."""
+        """Check in turns with other workers, until stopped."""
         wait_s = 0.0
         while not self._stopping.wait(wait_s):
             wait_s = BACK_OFF_S
             try:
-                wait_s = self.look()
+                wait_s = self.check_in_turn()
                 self._away = False
             except StoreUnavailable as error:
                 if not self._away:
                     logger.warning(
-                        "Nobody knows how endpoints are until Redis answers; all get calls: %s",
-                        error,
+                        "Endpoints are not checked until Redis answers; all get calls: %s", error
                     )
                 self._away = True
             except asyncio.CancelledError:
                 return
             except Exception:
-                logger.exception("Endpoints could not be asked how they are, and are asked again")
+                logger.exception("The check of endpoints failed; it is tried again")
 
     def stop(self) -> None:
         """End the thread, also in the middle of a round."""
         self._stopping.set()
-        if self._asking is not None:
+        if self._task is not None:
             with suppress(RuntimeError):  # its loop has just ended
-                self._asking.get_loop().call_soon_threadsafe(self._asking.cancel)
+                self._task.get_loop().call_soon_threadsafe(self._task.cancel)
         self.join(timeout=STOP_S)
 
-    def look(self) -> float:
-        """Ask all endpoints, if nobody else does; return in how many seconds to come back.  Raises
-        StoreUnavailable.
+    def check_in_turn(self) -> float:
+        """Check all endpoints, unless another worker has the turn; return the seconds to wait.
+
+        Raises StoreUnavailable.
         """
         if wait_s := self._turn_in_s():
             return wait_s
         before = {each.name: each for each in self._health.checkups()}
-        for found in asyncio.run(self._round()):
-            self._tell(found, before.get(found.name))
+        for result in asyncio.run(self._round()):
+            self._record(result, before.get(result.name))
         return 0.0
 
     def _turn_in_s(self) -> float:
-        """Take the turn for one interval, and return 0; or return when somebody may take it
-        next.
-        """
+        """Take the turn for one interval and return 0, or the seconds until it may be taken."""
         interval_ms = max(1, int(1000 * self._settings.health_every_s))
         taken = self._store.call(
             lambda client: client.set(self._key, self._worker, nx=True, px=interval_ms)
@@ -164,19 +164,20 @@ class Checks(threading.Thread):
         )
 
     async def _round(self) -> list[CheckResult]:
-        self._asking = asyncio.current_task()
-        return await ask(self._settings)
+        self._task = asyncio.current_task()
+        return await check_all(self._settings)
 
-    def _tell(self, found: CheckResult, before: Checkup | None) -> None:
-        """Note how an endpoint was, and let people know when that has changed who gets calls."""
-        now = self._health.tell(found.name, latency_s=found.latency_s, why=found.why)
-        was_ill, is_ill = (
-            before is not None and self._health.is_ill(before),
-            self._health.is_ill(now),
-        )
-        if is_ill and not was_ill:
-            message = f"endpoint {now.name} gets no calls, it failed {now.strikes} checks in a row: {now.why}"
+    def _record(self, result: CheckResult, before: Checkup | None) -> None:
+        """Store a result, and emit an event if the endpoint now gets calls, or no calls."""
+        now = self._health.record(result.name, latency_s=result.latency_s, why=result.why)
+        was_unhealthy = before is not None and self._health.is_unhealthy(before)
+        is_unhealthy = self._health.is_unhealthy(now)
+        if is_unhealthy and not was_unhealthy:
+            message = (
+                f"endpoint {now.name} gets no calls, it failed {now.strikes} checks in a row: "
+                f"{now.why}"
+            )
             self._events.emit(ENDPOINT_ILL.event(message, {"endpoint": now.name, "why": now.why}))
-        elif was_ill and not is_ill:
-            message = f"endpoint {now.name} is well again, and gets calls"
+        elif was_unhealthy and not is_unhealthy:
+            message = f"endpoint {now.name} is healthy again, and gets calls"
             self._events.emit(ENDPOINT_WELL.event(message, {"endpoint": now.name}))

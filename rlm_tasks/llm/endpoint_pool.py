@@ -1,8 +1,8 @@
-"""What one process knows of its providers: endpoints, who is next, what limits them, what is in
-flight.
+"""All endpoints of one process, with their order, limits, breakers and calls in flight.
 
-Built once in each pool process.  Decides which limit belongs to which model and key, and lowers it
-to what a provider says; refuses to know what is asked and who pays."""
+Each pool process makes one for its gates; plans make one to read limits.  A model has one limit for
+each API key; a provider's headers may lower it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from resilience.bucket import Rate, TokenBucket
 from resilience.single_flight import SingleFlight
-from rlm_tasks.llm.endpoint import Endpoint, Told
+from rlm_tasks.llm.endpoint import Endpoint, RateLimitHeaders
 from rlm_tasks.llm.endpoint_health import EndpointHealth
 from rlm_tasks.llm.learned import Learned
 from rlm_tasks.operations.protection import Protection
@@ -26,15 +26,13 @@ if TYPE_CHECKING:
     from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
 
 BREAKER = "client"
-"""The preset of endpoints' breakers: 5 failures in a row, 30 s, 3 probes (source document 0)."""
+"""The preset of endpoints' breakers: 5 failures in a row, 30 s, 3 probes."""
 BURST_SHARE = 1 / 12
-"""The share of a window's limit that may go at once: calls reserve far more than most of them
-use.
-"""
+"""The share of a window's limit that calls may take at once.
+
+They reserve far more than most of them use."""
 MOST_DOUBLINGS = 5
-"""A provider that answers 429 again and again is left alone up to 32 times as long as it asks
-(source document 3).
-"""
+"""After repeated answers of 429, the pause is up to 32 times as long as the provider asks."""
 
 
 def service_of(endpoint: str) -> str:
@@ -43,11 +41,11 @@ def service_of(endpoint: str) -> str:
 
 
 def rates(settings: LlmSettings, model: str) -> dict[str, Rate]:
-    """Return what a provider allows of a model in any window."""
-    its = settings.model(model)
+    """Return the limits of a model in any window: requests, tokens and bytes."""
+    limits = settings.model(model)
     windows = {
-        "requests": its.requests or settings.requests,
-        "tokens": its.tokens or settings.tokens,
+        "requests": limits.requests or settings.requests,
+        "tokens": limits.tokens or settings.tokens,
     }
     return {**_in_windows(settings, windows), "bytes": Rate(settings.bytes_per_s)}
 
@@ -60,7 +58,7 @@ def _in_windows(settings: LlmSettings, limits: Mapping[str, float]) -> dict[str,
 
 
 def protections(settings: LlmSettings) -> Iterator[Protection]:
-    """Yield what protects the calls to each endpoint, and to each model by each key, to show it."""
+    """Yield the breaker of each endpoint, and the limits of each model and key, to show them."""
     tiers = dict.fromkeys((settings.small, settings.medium, settings.large))
     for each in settings.endpoints_or_default:
         yield Protection(service_of(each.name), breaker=BREAKER)
@@ -75,89 +73,81 @@ class EndpointPool:
     def __init__(self, guards: ProcessGuards) -> None:
         self.settings: LlmSettings = guards.settings.llm
         self._guards = guards
-        self.places = {each.name: each for each in self.settings.endpoints_or_default}
+        self.endpoints = {each.name: each for each in self.settings.endpoints_or_default}
         self.router = Router(
-            {each.name: each.weight for each in self.places.values()}, self.settings.routing
+            {each.name: each.weight for each in self.endpoints.values()}, self.settings.routing
         )
         self.flights = SingleFlight("llm", guards.store, lease_s=2 * self.settings.timeout_s)
         self.learned = Learned(guards.store, guards.store.clock)
         self.health = EndpointHealth(guards.store, self.settings)
-        self._endpoints: dict[str, Endpoint] = {}
+        self._clients: dict[str, Endpoint] = {}
         self._buckets: dict[str, TokenBucket] = {}
-        self._refused: dict[
-            str, tuple[int, float]
-        ] = {}  # bucket -> 429s in a row, and until when the last one holds
+        self._refused: dict[str, tuple[int, float]] = {}
+        """Bucket -> answers of 429 in a row, and the end of the pause after the last one."""
 
     def endpoint(self, name: str) -> Endpoint:
-        """Return where to ask."""
-        if name not in self._endpoints:
-            its, place = self.settings, self.places[name]
-            self._endpoints[name] = Endpoint(
-                place,
-                SecretStr(key_of(place.key_env)),
-                timeout_s=its.timeout_s,
-                per_host=its.per_host,
-                idle_s=its.idle_s,
+        """Return the endpoint of a name, to call it."""
+        if name not in self._clients:
+            settings, about = self.settings, self.endpoints[name]
+            self._clients[name] = Endpoint(
+                about,
+                SecretStr(key_of(about.key_env)),
+                timeout_s=settings.timeout_s,
+                per_host=settings.per_host,
+                idle_s=settings.idle_s,
             )
-        return self._endpoints[name]
+        return self._clients[name]
 
     def open(self) -> EndpointPool:
-        """Get ready to ask, before anything is granted: to make a client takes longer than a grant
-        should wait.
-        """
-        for name in self.places:
+        """Make the clients before any grant, because a grant should not wait for that."""
+        for name in self.endpoints:
             self.endpoint(name).open()
         return self
 
     def order(self, model: str, key: str) -> list[EndpointSettings]:
-        """Return the endpoints that have a model and are well, the one to try first first."""
-        ill = self.health.ill()
-        found = [self.places[name] for name in self.router.order(key) if name not in ill]
-        return [each for each in found if not each.models or model in each.models]
+        """Return the healthy endpoints that have a model, in the order to try."""
+        unhealthy = self.health.unhealthy()
+        names = [name for name in self.router.order(key) if name not in unhealthy]
+        ordered = [self.endpoints[name] for name in names]
+        return [each for each in ordered if not each.models or model in each.models]
 
     @property
     def is_full(self) -> bool:
-        """Whether this process has as many calls in flight as it may, in all or at each
-        endpoint.
-        """
-        found = self.router.in_flight.values()
-        return sum(found) >= self.settings.pool or min(found) >= self.settings.per_host
+        """Whether the limit of calls in flight is reached, in all or at each endpoint."""
+        in_flight = self.router.in_flight.values()
+        return sum(in_flight) >= self.settings.pool or min(in_flight) >= self.settings.per_host
 
     def breaker(self, name: str) -> CircuitBreaker | None:
-        """Return the breaker of an endpoint, None where breakers are off."""
+        """Return the breaker of an endpoint; None if breakers are off."""
         return self._guards.breaker(Protection(service_of(name), breaker=BREAKER))
 
-    def bucket(self, place: EndpointSettings, model: str) -> TokenBucket:
-        """Return the limits of a model by an endpoint's key."""
-        name = f"llm:{place.key_env}:{model}"
+    def bucket(self, endpoint: EndpointSettings, model: str) -> TokenBucket:
+        """Return the bucket with the limits of a model for an endpoint's key."""
+        name = f"llm:{endpoint.key_env}:{model}"
         if name not in self._buckets:
             self._limit(name, rates(self.settings, model))
         return self._buckets[name]
 
     def _limit(self, name: str, limits: dict[str, Rate]) -> None:
-        self._buckets[name] = TokenBucket(name, self._guards.store, **limits)  # type: ignore[arg-type]  # rates by their names
+        self._buckets[name] = TokenBucket(name, self._guards.store, **limits)  # type: ignore[arg-type]  # the names are not known to mypy
 
-    def hold(self, place: EndpointSettings, model: str, wait_s: float) -> None:
-        """Let nothing pass a limit for as long as a 429 says, and twice as long for each that
-        follows at once.
-        """
-        bucket, now = self.bucket(place, model), self._guards.store.clock()
+    def hold(self, endpoint: EndpointSettings, model: str, wait_s: float) -> None:
+        """Pause a limit for the seconds of a 429; double that for each further 429 in a row."""
+        bucket, now = self.bucket(endpoint, model), self._guards.store.clock()
         count, until = self._refused.get(bucket.name, (0, now))
-        count += now >= until  # those that were in flight with it tell the same
+        count += now >= until  # calls that were in flight together count once
         held_s = wait_s * 2.0 ** min(count - 1, MOST_DOUBLINGS)
         self._refused[bucket.name] = count, max(until, now + held_s)
         bucket.hold(held_s)
 
-    def learn(self, place: EndpointSettings, model: str, told: Told) -> None:
-        """Lower a limit to what a provider says it is; one that it says is higher stays as it was
-        set.
-        """
-        bucket = self.bucket(place, model)
+    def learn(self, endpoint: EndpointSettings, model: str, limits: RateLimitHeaders) -> None:
+        """Lower a limit to the value of the provider's headers; a higher value is ignored."""
+        bucket = self.bucket(endpoint, model)
         self._refused.pop(bucket.name, None)
-        said = {"requests": told.requests.limit, "tokens": told.tokens.limit}
+        sent = {"requests": limits.requests.limit, "tokens": limits.tokens.limit}
         lower = {
             name: limit
-            for name, limit in said.items()
+            for name, limit in sent.items()
             if limit and limit < bucket.rates[name].limit
         }
         if lower:

@@ -1,8 +1,9 @@
-"""How many calls each round of a job will make, and of how many tokens, from a sample of its items.
+"""The calls and tokens that the rounds of a job will need, forecast from a sample of its items.
 
-Decides which rounds the answers of a job go through, and how far such sums lie from their means.
-Prompts are composed by the operation's own drafts, a second way to compose them would soon be a
-wrong one.  Refuses to know prices, limits and time."""
+`operations` makes a forecast for each operation with `by_item`, `merging` or `narrowing`.  Plans
+call it with an `Outlook` on the tokens and seconds of calls.  Prompts come from the operation's own
+drafts, so a forecast cannot differ from the real prompts.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from rlm_tasks.llm.endpoint import estimated_prompt
-from rlm_tasks.llm.learned import Known
+from rlm_tasks.llm.learned import CallStatistics
 from rlm_tasks.llm.params import Ask, MapReduce, parsed
 from rlm_tasks.operations.ports import RoundForecast
 
@@ -25,40 +26,34 @@ if TYPE_CHECKING:
     from rlm_tasks.settings.llm import Tier
 
 Z90 = 1.2816
-"""Nine of ten values of a normal distribution lie below its mean and this many standard
-deviations.
-"""
-FOUND = 5
-"""So many passages of those that a model reads at once are taken to help with a question; at p90
-four times as many.
-"""
-FIRST = Known()
+"""Standard deviations above the mean: nine of ten values of a normal distribution are below."""
+RELEVANT = 5
+"""Assumed relevant passages per call, at p50; at p90 four times as many."""
+DEFAULTS = CallStatistics()
 
 
-# --- sums, and how far they lie from their means ----------------------------------------------
+# --- sums and their deviations ----------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """What a sample of a round's drafts says: the tokens of a prompt, before what was learned, and
-    what an answer may have.
-    """
+    """The estimated tokens of a round's prompts, from a sample, and the limit of its answers."""
 
     tier: Tier
-    max_tokens: int
-    mean: float
+    max_tokens: int  # most tokens of an answer
+    mean: float  # estimated tokens of a prompt, without corrections from earlier calls
     error: float = 0.0  # standard error of the mean
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """How calls turn out, all in all: as they do on average, or `z` standard deviations worse."""
+    """Expected tokens and seconds of calls: their means, or `z` standard deviations above them."""
 
-    known: Callable[[Tier], Known]
+    known: Callable[[Tier], CallStatistics]
     z: float = 0.0
 
     def round(self, operation: str, prompts: Prompts, calls: int) -> RoundForecast:
-        """Return what so many calls with such prompts take."""
+        """Return the forecast of a round with this number of calls."""
         prompt = self.known(prompts.tier).prompt_ratio * (prompts.mean + self.z * prompts.error)
         return RoundForecast(
             operation=operation,
@@ -69,38 +64,46 @@ class Outlook:
         )
 
     def answer_tokens(self, prompts: Prompts, calls: int) -> float:
-        """Return the mean tokens of so many answers; before anything is known, at worst all that
-        they may have.
+        """Return the mean tokens of this number of answers.
+
+        Before the first call, the worst case is all of max_tokens.
         """
-        its = self.known(prompts.tier)
-        if self.z and not its.calls:
+        past = self.known(prompts.tier)
+        if self.z and not past.calls:
             return prompts.max_tokens
-        return prompts.max_tokens * min(
-            1.0,
-            self._mean(
-                mean=its.share, sd=its.share_sd, first_sd=FIRST.share_sd, its=its, calls=calls
-            ),
+        share = self._mean(
+            mean=past.share,
+            sd=past.share_sd,
+            first_sd=DEFAULTS.share_sd,
+            known=past.calls,
+            calls=calls,
         )
+        return prompts.max_tokens * min(1.0, share)
 
     def seconds(self, tier: Tier, calls: int) -> float:
-        """Return the mean seconds of so many calls."""
-        its = self.known(tier)
+        """Return the mean seconds of this number of calls."""
+        past = self.known(tier)
         return self._mean(
-            mean=its.seconds, sd=its.seconds_sd, first_sd=FIRST.seconds_sd, its=its, calls=calls
+            mean=past.seconds,
+            sd=past.seconds_sd,
+            first_sd=DEFAULTS.seconds_sd,
+            known=past.calls,
+            calls=calls,
         )
 
     @property
-    def found(self) -> int:
-        """Passages that a model finds among those that it reads at once."""
-        return 4 * FOUND if self.z else FOUND
+    def relevant(self) -> int:
+        """The relevant passages that a model finds in one call."""
+        return 4 * RELEVANT if self.z else RELEVANT
 
-    def _mean(self, mean: float, sd: float, first_sd: float, its: Known, calls: int) -> float:
-        """Return the mean of so many values to come.
+    def _mean(self, mean: float, sd: float, first_sd: float, known: float, calls: int) -> float:
+        """Return the mean of the next `calls` values, from `known` earlier ones.
 
-        They vary, and so does the mean that was learned.  What is assumed before anything is known
-        counts as one value, for the spread of a few values says little."""
-        spread = math.sqrt((its.calls * sd**2 + first_sd**2) / (its.calls + 1))
-        return mean + self.z * spread * math.sqrt(1 / max(1, calls) + 1 / max(1.0, its.calls))
+        Both the values and the measured mean vary.  The default deviation counts as one value,
+        because the deviation of a few values means little.
+        """
+        spread = math.sqrt((known * sd**2 + first_sd**2) / (known + 1))
+        return mean + self.z * spread * math.sqrt(1 / max(1, calls) + 1 / max(1.0, known))
 
 
 Rounds = Callable[[Outlook], list[RoundForecast]]
@@ -108,19 +111,19 @@ Compose = Callable[[Any, dict[str, Any], str], "Draft"]
 
 
 def mean_and_error(sizes: Sequence[float], of: int) -> tuple[float, float]:
-    """Return the mean of a sample, and its standard error as that of so many: none when all were
-    looked at.
+    """Return the mean of a sample from a population of size `of`, and its standard error.
+
+    The error is 0 if the sample has all values.
     """
-    looked = len(sizes)
-    unseen = max(0.0, 1 - looked / max(1, of))
-    return fmean(sizes), pstdev(sizes) * math.sqrt(unseen / max(1, looked - 1))
+    count = len(sizes)
+    unseen = max(0.0, 1 - count / max(1, of))
+    return fmean(sizes), pstdev(sizes) * math.sqrt(unseen / max(1, count - 1))
 
 
 def _prompts(drafts: Iterable[Draft], of: int) -> Prompts:
-    looked = list(drafts)
-    return Prompts(
-        looked[0].tier, looked[0].max_tokens, *mean_and_error([_size(each) for each in looked], of)
-    )
+    sample = list(drafts)
+    sizes = [_size(each) for each in sample]
+    return Prompts(sample[0].tier, sample[0].max_tokens, *mean_and_error(sizes, of))
 
 
 def _size(draft: Draft) -> int:
@@ -131,7 +134,7 @@ def _size(draft: Draft) -> int:
 
 
 def by_item(compose: Compose) -> Forecast:
-    """Forecast an operation that asks once for each item."""
+    """Return the forecast of an operation that makes one call for each item."""
 
     def forecast(request: JobRequest, sample: ItemSample) -> Rounds:
         prompts = _first(compose, request, sample)
@@ -147,21 +150,18 @@ def _first(compose: Compose, request: JobRequest, sample: ItemSample) -> Prompts
     )
 
 
-# --- then merges, until one answer is left ----------------------------------------------------
+# --- a call for each item, then merges --------------------------------------------------------
 
 
 def merging(compose: Compose, merge: Compose) -> Forecast:
-    """Forecast an operation that asks for each item, and has answers merged a few at a time."""
+    """Return the forecast of one call for each item, and of merges until one answer is left."""
 
     def forecast(request: JobRequest, sample: ItemSample) -> Rounds:
         first, fan_in = _first(compose, request, sample), parsed(MapReduce, request.params).fan_in
 
         def rounds(outlook: Outlook) -> list[RoundForecast]:
-            found, prompts, parts = (
-                [outlook.round(request.operation, first, sample.total)],
-                first,
-                sample.total,
-            )
+            forecasts = [outlook.round(request.operation, first, sample.total)]
+            prompts, parts = first, sample.total
             while parts > 1:
                 part = "x" * round(4 * outlook.answer_tokens(prompts, parts))
                 sizes = [
@@ -172,15 +172,15 @@ def merging(compose: Compose, merge: Compose) -> Forecast:
                 prompts = Prompts(
                     first.tier, first.max_tokens, (sizes[0] * (parts - 1) + sizes[1]) / parts
                 )
-                found.append(outlook.round("llm.merge", prompts, parts))
-            return found
+                forecasts.append(outlook.round("llm.merge", prompts, parts))
+            return forecasts
 
         return rounds
 
     return forecast
 
 
-# --- or are narrowed, until they fit into a context -------------------------------------------
+# --- a question over all items, narrowed until the rest fits into a context -------------------
 
 
 Passage = list[Any]
@@ -188,13 +188,13 @@ Passage = list[Any]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What reading the items of a question comes to."""
+    """The estimated size of all items as passages of a question."""
 
-    groups: int  # of passages that are read at once
-    passages: float  # of all items
-    room_for: float  # passages, in one group
-    tokens: float  # of a prompt, for each passage
-    error: float  # standard error of that
+    groups: int  # groups of passages; one call reads one group
+    passages: float  # passages of all items
+    per_group: float  # passages that fit into one group
+    tokens: float  # tokens of a prompt for each passage
+    error: float  # standard error of `tokens`
     overhead: int  # tokens of a prompt without passages
 
 
@@ -206,15 +206,18 @@ def narrowing(
     packed: Callable[[Iterable[Passage], int], Iterable[list[Passage]]],
     size: Callable[[Passage], int],
 ) -> Forecast:
-    """Forecast an operation that reads all items in groups, and what was found again, until it
-    answers from the rest.
+    """Return the forecast of an operation that narrows its items down to an answer.
 
-    `passage` makes one of an item, `packed` puts passages together for a room in tokens, of which
-    each takes its `size`."""
+    It reads all items in groups, then the relevant passages again, until it answers from the rest.
+
+    - `passage` makes a passage from the number and the item.
+    - `packed` groups passages for a room in tokens.
+    - `size` returns the tokens of a passage.
+    """
 
     def forecast(request: JobRequest, sample: ItemSample) -> Rounds:
-        its = parsed(Ask, request.params)
-        groups = list(packed((passage(*each) for each in sample.items), its.group_tokens))
+        params = parsed(Ask, request.params)
+        groups = list(packed((passage(*each) for each in sample.items), params.group_tokens))
         empty = reading({"passages": []}, request.params, request.complexity)
         whole = reading(
             {"passages": [one for group in groups for one in group]},
@@ -223,7 +226,7 @@ def narrowing(
         )
         all_read = _reading(
             groups=groups,
-            room=its.group_tokens,
+            room=params.group_tokens,
             size=size,
             overhead=_size(empty),
             whole=_size(whole),
@@ -232,7 +235,7 @@ def narrowing(
         last = answering({"passages": []}, request.params, request.complexity)
 
         def prompts(passages: float, overhead: float) -> Prompts:
-            """Return the prompts of one round in which each call has so many passages."""
+            """Return the prompts of one round, with this number of passages in each call."""
             return Prompts(
                 empty.tier,
                 empty.max_tokens,
@@ -241,17 +244,16 @@ def narrowing(
             )
 
         def rounds(outlook: Outlook) -> list[RoundForecast]:
-            left, calls, found = all_read.passages, all_read.groups, []
-            for _ in range(its.max_rounds):
-                found.append(
-                    outlook.round("llm.ask", prompts(left / calls, all_read.overhead), calls)
-                )
-                left = min(left, calls * outlook.found)
-                if left <= all_read.room_for:
+            left, calls, forecasts = all_read.passages, all_read.groups, []
+            for _ in range(params.max_rounds):
+                read = prompts(left / calls, all_read.overhead)
+                forecasts.append(outlook.round("llm.ask", read, calls))
+                left = min(left, calls * outlook.relevant)
+                if left <= all_read.per_group:
                     break
-                calls = math.ceil(left / all_read.room_for)
-            few = min(left, all_read.room_for)
-            return [*found, outlook.round("llm.answer", prompts(few, _size(last)), 1)]
+                calls = math.ceil(left / all_read.per_group)
+            few = min(left, all_read.per_group)
+            return [*forecasts, outlook.round("llm.answer", prompts(few, _size(last)), 1)]
 
         return rounds
 
@@ -266,19 +268,15 @@ def _reading(
     whole: int,
     times: float,
 ) -> Reading:
-    """Return what reading comes to, of a sample's groups; there are `times` as many items as in the
-    sample.
-    """
+    """Return the size of all items, from a sample's groups; `times`: items per sampled item."""
     sizes = [size(each) for group in groups for each in group]
-    full = (
-        len(groups) - 1 + min(1.0, sum(map(size, groups[-1])) / room)
-    )  # the last one would have taken more
+    full = len(groups) - 1 + min(1.0, sum(map(size, groups[-1])) / room)  # the last may be partial
     passages = len(sizes) * times
     _, error = mean_and_error(sizes, round(passages))
     return Reading(
         groups=math.ceil(full * times),
         passages=passages,
-        room_for=len(sizes) / full,
+        per_group=len(sizes) / full,
         tokens=(whole - overhead) / len(sizes),
         error=error,
         overhead=overhead,

@@ -1,10 +1,16 @@
-"""What a call to a model must pass: who else asks it, what it may cost, where it goes, when.
+"""The guards of a call to a model: single flight, budget, rate limit and breaker of an endpoint.
 
-The guards of other operations are the operation's; those of a model follow from each item: from its
-tier, and from which endpoints are well.  Order, outermost first: the deadline and retry (as for
-every item), *single flight* with memos and cache (what is known or being asked costs nothing), the
-*budget* of the job, then for one endpoint after the other its *rate limit* and *breaker*.  What an
-inner one refuses is given back to the outer ones.  Refuses to know what is asked for."""
+The engine enters and leaves a `Gate` as it does the guards of any operation; the operation awaits
+`Gate.reply`.  Other operations declare their guards; those of a model depend on each item's tier
+and on the health of endpoints.  The order, outermost first:
+
+- the deadline and retry, as for every item;
+- *single flight* with memos and cache: an answer that is known or on its way costs nothing;
+- the *budget* of the job;
+- for one endpoint after the other, its *rate limit* and its *breaker*.
+
+If an inner guard denies the call, the outer ones take their grants back.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +35,8 @@ from rlm_tasks.llm.draft import Draft, digest, models_for
 from rlm_tasks.llm.endpoint import Answer, ProviderDown, ProviderRefused, Question, UnusableAnswer
 from rlm_tasks.llm.endpoint_pool import EndpointPool
 from rlm_tasks.llm.metrics import LLM_REFUSED, LLM_SHARED
-from rlm_tasks.llm.process_memory import watched
-from rlm_tasks.llm.structured_output import Misformed, read
+from rlm_tasks.llm.process_memory import watch
+from rlm_tasks.llm.structured_output import Misformed, parse
 from rlm_tasks.operations.protection import Protection
 
 if TYPE_CHECKING:
@@ -44,46 +50,43 @@ if TYPE_CHECKING:
     from rlm_tasks.settings.llm import EndpointSettings
 
 MEMO_S = 3600.0
-"""An answer that was paid for is known to its item for so long, should the item be done again
-before its node has ended.
-"""
+"""Seconds for which an item keeps its paid answer, in case it runs again before its node ends."""
 SOON_S = 0.5
-"""What calls in flight will leave of a budget is looked at again after this."""
-ILL_S = 5.0
+"""Seconds until a budget is read again that calls in flight may leave."""
+LATER_S = 5.0
+"""Seconds until the next try when no endpoint is healthy, or the budget is spent."""
 MARGIN = 1.05
-"""A prompt is estimated this much larger than such prompts were: a provider that counts more
-answers 429.
-"""
+"""Factor on the estimate of a prompt; a provider that counts more than that answers 429."""
 BYTES_PER_TOKEN = 4
 
 
 class BudgetSpent(Denied):
-    """What is left of a job's budget is less than a call may cost."""
+    """The rest of a job's budget is less than a call may cost."""
 
     code = "BUDGET_SPENT"
     category = Category.QUOTA
 
     def __init__(self, guard: str, retry_after_s: float, why: str, *, final: bool = False) -> None:
-        self.final = final  # whatever the calls in flight will leave
+        self.final = final  # the calls in flight cannot leave enough either
         super().__init__(guard, retry_after_s, why)
 
 
 @dataclass(slots=True)
-class Pass:
-    """What one call holds."""
+class HeldCall:
+    """One call with the grants that it holds."""
 
     draft: Draft
     gate: Gate
     flight: Flight
-    index: int  # of its item
-    model: str  # that it is meant for
-    question: Question | None = None  # None: somebody else asks it, or has asked
+    index: int  # number of its item
+    model: str  # the model of its tier; another one may answer
+    question: Question | None = None  # None: another call has the answer, or will have it
     endpoint: str = ""
     reserved: dict[str, float] = field(default_factory=dict)
     charge: Charge | None = None
     grant: Grant | None = None
     admission: Admission | None = None
-    estimated: int = 0  # tokens of the prompt, before what was learned
+    estimated: int = 0  # tokens of the prompt, without corrections from earlier calls
     answer: Answer | None = None
 
 
@@ -97,10 +100,10 @@ class Gate(OperationGuards):
         spec: JobSpec,
         compose: Callable[[Any, dict[str, Any], str], Draft],
     ) -> None:
-        its = guards.settings.llm
+        attempts = guards.settings.llm.attempts
         about = Protection(
             operation.name,
-            retry=RetryPolicy(max_attempts=its.attempts, retry_on=(UnusableAnswer,)),
+            retry=RetryPolicy(max_attempts=attempts, retry_on=(UnusableAnswer,)),
             fallback=operation.protection.fallback,
         )
         super().__init__(
@@ -115,42 +118,41 @@ class Gate(OperationGuards):
             store=guards.store,
         )
         self._guards, self._spec, self._compose = guards, spec, compose
-        self._provider = guards.shared_part(_ready)
-        guards.shared_part(watched)
+        self._pool = guards.shared_part(_opened)
+        guards.shared_part(watch)
         self._budget = guards.budgets.budget(spec.tree)
         self._memos: list[tuple[int, str]] = []
 
     # --- entering ------------------------------------------------------------------------------
 
     def enter(self, item: Any, context: Context, waiter: str) -> Any:
-        """Take what an item's first call needs, all or nothing.  Raises Denied, saying when to come
-        back.
+        """Take all grants of an item's first call, or none.
+
+        Raises Denied with the time to come back.
         """
         context.entry = self._admit(
             self._compose(item, context.params, self._spec.complexity), context, waiter
         )
         return context.entry
 
-    def _admit(self, draft: Draft, context: Context, waiter: str = "") -> Pass:
-        provider = self._provider
-        if provider.is_full:
-            raise BulkheadFull(
-                "pool", PATIENCE_S, "as many calls of this process are in flight as may be"
-            )
+    def _admit(self, draft: Draft, context: Context, waiter: str = "") -> HeldCall:
+        pool = self._pool
+        if pool.is_full:
+            raise BulkheadFull("pool", PATIENCE_S, "this process has its limit of calls in flight")
         estimated = draft.estimated
         models = models_for(
             draft.tier,
-            provider.settings,
+            pool.settings,
             context.degradation,
             prompt=estimated,
             answer=draft.max_tokens,
         )
         question = draft.question(models[0])
         memo = self._memo(context.index)
-        flight = provider.flights.begin(
+        flight = pool.flights.begin(
             digest(question), cached=self._spec.cache_ttl_s > 0, memo=memo, by=memo
         )
-        held = Pass(
+        held = HeldCall(
             draft=draft,
             gate=self,
             flight=flight,
@@ -161,7 +163,7 @@ class Gate(OperationGuards):
         if flight.state != "mine":
             return held
         try:
-            self._go(held, models, context, waiter)
+            self._take_grants(held, models, context, waiter)
         except BaseException:
             self._give_back(held)
             raise
@@ -170,8 +172,10 @@ class Gate(OperationGuards):
     def _memo(self, index: int) -> str:
         return f"{self._spec.job}:{index}"
 
-    def _go(self, held: Pass, models: Sequence[str], context: Context, waiter: str) -> None:
-        """Find a model and an endpoint that take the call now."""
+    def _take_grants(
+        self, held: HeldCall, models: Sequence[str], context: Context, waiter: str
+    ) -> None:
+        """Find a model and an endpoint whose guards allow the call now.  Raises Denied."""
         refused: Denied | None = None
         for model in models:
             held.question = held.draft.question(model)
@@ -180,48 +184,53 @@ class Gate(OperationGuards):
             except BudgetSpent:
                 if model == held.model:
                     raise
-                break  # what cannot pay for another model waits for its own
-            if places := self._provider.order(model, held.flight.key):
+                break  # a budget that pays no other model waits for the requested one
+            if endpoints := self._pool.order(model, held.flight.key):
                 try:
-                    return self._somewhere(held, places, waiter, context)
+                    return self._take_first(held, endpoints, waiter, context)
                 except Denied as denied:
-                    refused = denied if refused is None else min(refused, denied, key=_how_bad)
+                    refused = denied if refused is None else min(refused, denied, key=_wait_order)
                 if refused.code != "CIRCUIT_OPEN":
-                    break  # it waits for its turn rather than go to another model
+                    break  # a full limit is waited for; only an open breaker leads to another model
             self._withdraw_charge(held)
-        raise refused or Denied("endpoints", ILL_S, f"none is well that has {models[0]}")
+        raise refused or Denied("endpoints", LATER_S, f"no healthy endpoint has {models[0]}")
 
-    def _somewhere(
-        self, held: Pass, places: Sequence[EndpointSettings], waiter: str, context: Context
+    def _take_first(
+        self, held: HeldCall, endpoints: Sequence[EndpointSettings], waiter: str, context: Context
     ) -> None:
-        """Take the first endpoint that takes the call now; where none does, stand in one line: a
-        second would stand still.
+        """Take the first endpoint whose guards allow the call now.
+
+        If none does, the call joins the line of one endpoint: its place in a second line would only
+        delay others.
         """
         assert held.question is not None
         refused: list[tuple[Denied, EndpointSettings]] = []
-        for place in places:
+        in_line = len(endpoints) == 1
+        for each in endpoints:
             try:
-                return self._through(held, place.name, waiter, context, in_line=len(places) == 1)
+                return self._take_endpoint(held, each.name, waiter, context, in_line=in_line)
             except Denied as denied:
-                refused.append((denied, place))
-        soonest, place = min(refused, key=lambda each: _how_bad(each[0]))
-        if len(places) > 1 and isinstance(soonest, RateLimited):
-            return self._through(held, place.name, waiter, context, in_line=True)
+                refused.append((denied, each))
+        soonest, endpoint = min(refused, key=lambda each: _wait_order(each[0]))
+        if len(endpoints) > 1 and isinstance(soonest, RateLimited):
+            return self._take_endpoint(held, endpoint.name, waiter, context, in_line=True)
         raise soonest
 
-    def _tokens(self, held: Pass) -> float:
-        assert held.question is not None  # it is asked when a model has been chosen
-        ratio = self._provider.learned.of(held.question.model).prompt_ratio
+    def _tokens(self, held: HeldCall) -> float:
+        """Return the tokens to reserve: the estimate of the prompt, and all of max_tokens."""
+        assert held.question is not None  # a model has been chosen before
+        ratio = self._pool.learned.of(held.question.model).prompt_ratio
         return round(held.estimated * ratio * MARGIN + held.draft.max_tokens)
 
     def _cost(self, model: str, prompt: float, completion: float) -> dict[str, float]:
-        its = self._provider.settings.model(model)
-        money = (prompt * its.input_price + completion * its.output_price) / 1e6
+        prices = self._pool.settings.model(model)
+        money = (prompt * prices.input_price + completion * prices.output_price) / 1e6
         return {"calls": 1.0, "tokens": float(prompt + completion), "money": money}
 
-    def _charge(self, held: Pass) -> None:
-        """Reserve what the call may cost.  Raises BudgetSpent; where nothing else can be done it
-        ends the job's items.
+    def _charge(self, held: HeldCall) -> None:
+        """Reserve the maximum cost of the call.
+
+        Raises BudgetSpent.  Without a fallback, a spent budget also ends the items of the job.
         """
         assert held.question is not None
         most = held.draft.max_tokens
@@ -237,7 +246,7 @@ class Gate(OperationGuards):
                 and held.question.model == held.model
             ):
                 self._guards.stop(self._spec.job, "budget", detail=charge.limited_by)
-        except StoreUnavailable:  # what cannot be counted is not spent
+        except StoreUnavailable:  # without counting, nothing may be spent
             raise Denied("budget", SOON_S, "Redis does not answer") from None
         if charge.state == "wait":
             raise BudgetSpent(
@@ -245,22 +254,23 @@ class Gate(OperationGuards):
             )
         if charge.state == "exhausted":
             LLM_REFUSED.inc()
-            raise BudgetSpent("budget", ILL_S, f"its {charge.limited_by} are spent", final=True)
+            raise BudgetSpent("budget", LATER_S, f"its {charge.limited_by} are spent", final=True)
         held.charge = charge
 
-    def _through(
-        self, held: Pass, name: str, waiter: str, context: Context, *, in_line: bool
+    def _take_endpoint(
+        self, held: HeldCall, name: str, waiter: str, context: Context, *, in_line: bool
     ) -> None:
-        """Take the rate limit and the breaker of one endpoint, or neither."""
+        """Take the rate limit and the breaker of one endpoint, or neither.  Raises Denied."""
         assert held.question is not None
-        provider, place = self._provider, self._provider.places[name]
-        if provider.router.in_flight[name] >= provider.settings.per_host:
+        pool = self._pool
+        if pool.router.in_flight[name] >= pool.settings.per_host:
             raise BulkheadFull(
                 f"endpoint {name}",
                 PATIENCE_S,
-                f"{provider.settings.per_host} calls of this process are in flight",
+                f"{pool.settings.per_host} calls of this process are in flight",
             )
-        bucket, tokens = provider.bucket(place, held.question.model), self._tokens(held)
+        bucket = pool.bucket(pool.endpoints[name], held.question.model)
+        tokens = self._tokens(held)
         grant = bucket.reserve(
             priority=self._priority,
             in_line=context.rest if in_line else 0,
@@ -273,40 +283,39 @@ class Gate(OperationGuards):
             raise RateLimited(
                 f"bucket {bucket.name}",
                 grant.wait_s,
-                f"its limit of {grant.limited_by} has no room yet for a call of up to {tokens:,.0f} tokens",
+                f"its limit of {grant.limited_by} has no room yet for a call of up to "
+                f"{tokens:,.0f} tokens",
             )
         try:
-            breaker = provider.breaker(name)
+            breaker = pool.breaker(name)
             held.admission = breaker.admit(waiter, self._urgency) if breaker is not None else None
         except Denied:
             grant.settle(requests=0, tokens=0, bytes=0)
             raise
         held.grant, held.endpoint = grant, name
-        provider.router.began(name)
+        pool.router.began(name)
 
     # --- leaving -------------------------------------------------------------------------------
 
-    def _withdraw_charge(self, held: Pass) -> None:
+    def _withdraw_charge(self, held: HeldCall) -> None:
         if held.charge is not None:
             self._budget.withdraw(held.charge.id)
             held.charge = None
 
-    def _give_back(self, held: Pass) -> None:
-        """Nothing was called."""
+    def _give_back(self, held: HeldCall) -> None:
+        """Return the grants of a call that was not made."""
         self._withdraw_charge(held)
-        self._provider.flights.abandon(held.flight)
+        self._pool.flights.abandon(held.flight)
 
     def leave(self, entry: Any, error: BaseException | None = None) -> None:
-        """Tell everybody how a call ended; what it has really used is settled."""
-        held: Pass = entry
-        endpoint, held.endpoint = (
-            held.endpoint,
-            "",
-        )  # first: whatever goes wrong below, it is left once
+        """Report to all guards how a call ended, and settle its real cost."""
+        held: HeldCall = entry
+        # Emptied first, so that an error below cannot make the call leave twice.
+        endpoint, held.endpoint = held.endpoint, ""
         if not endpoint:
             return
-        self._provider.router.ended(endpoint)
-        breaker = self._provider.breaker(endpoint)
+        self._pool.router.ended(endpoint)
+        breaker = self._pool.breaker(endpoint)
         if held.admission is not None and breaker is not None:
             breaker.ended(held.admission, error)
         if held.answer is not None:
@@ -314,16 +323,14 @@ class Gate(OperationGuards):
         else:
             self._failed(held, endpoint, error)
 
-    def _settle(self, held: Pass, endpoint: str, answer: Answer) -> None:
-        """Pay, and let those know who wait for the answer: one round trip, and one for the rate
-        limit.
-        """
+    def _settle(self, held: HeldCall, endpoint: str, answer: Answer) -> None:
+        """Settle the cost and publish the answer: one round trip, and one for the rate limit."""
         assert held.question is not None
         assert held.charge is not None
         assert held.grant is not None
-        model, its, memo = held.question.model, self._provider, self._memo(held.index)
+        model, pool, memo = held.question.model, self._pool, self._memo(held.index)
         used = self._cost(model, answer.prompt_tokens, answer.completion_tokens)
-        lands = its.flights.landing(
+        lands = pool.flights.landing(
             held.flight,
             codec.pack(msgspec.to_builtins(answer)),
             memo=memo,
@@ -331,27 +338,29 @@ class Gate(OperationGuards):
             cache_ttl_s=self._cache_s(held, answer),
         )
         self._memos.append((held.index, held.flight.key))
-        metrics.answered(model, endpoint, answer, used["money"])
-        with suppress(StoreUnavailable):  # it stays charged as it was reserved: the safe side
+        metrics.count_answer(model, endpoint, answer, used["money"])
+        with suppress(StoreUnavailable):  # the charge stays as reserved, which is the safe side
             self._store.call(
                 lands,
                 self._budget.settling(held.charge.id, used, label=model),
-                its.learned.learning(model, held.estimated, held.draft.max_tokens, answer),
+                pool.learned.learning(model, held.estimated, held.draft.max_tokens, answer),
                 on_outage="answer",
             )
         held.grant.settle(tokens=used["tokens"], bytes=used["tokens"] * BYTES_PER_TOKEN)
 
-    def _cache_s(self, held: Pass, answer: Answer) -> float:
-        """Return for how long others find an answer; another model's is none to what they ask."""
+    def _cache_s(self, held: HeldCall, answer: Answer) -> float:
+        """Return the seconds for which others find the answer; 0 if another model gave it."""
         return self._spec.cache_ttl_s if answer.model == held.model else 0
 
-    def _failed(self, held: Pass, endpoint: str, error: BaseException | None) -> None:
-        """Give the flight to others.  What a provider may have answered unheard is paid as
-        reserved, garbage by its prompt.
+    def _failed(self, held: HeldCall, endpoint: str, error: BaseException | None) -> None:
+        """Settle the cost of a failed call, and give its flight to others.
+
+        An answer that may have been lost is charged as reserved; an unusable answer costs its
+        prompt.
         """
         assert held.question is not None
         assert held.charge is not None
-        metrics.failed(held.question.model, endpoint, error)
+        metrics.count_failure(held.question.model, endpoint, error)
         if isinstance(error, Denied | ProviderDown | ProviderRefused):
             self._withdraw_charge(held)
         else:
@@ -361,23 +370,22 @@ class Gate(OperationGuards):
                 if isinstance(error, UnusableAnswer)
                 else held.reserved
             )
-            metrics.paid(held.question.model, prompt, used["tokens"] - prompt, used["money"])
+            completion = used["tokens"] - prompt
+            metrics.count_cost(held.question.model, prompt, completion, used["money"])
             self._budget.settle(held.charge.id, used, label=held.question.model)
-        self._provider.flights.abandon(held.flight)
+        self._pool.flights.abandon(held.flight)
         if isinstance(error, RateLimited):
-            self._provider.hold(
-                self._provider.places[endpoint], held.question.model, error.retry_after_s
+            self._pool.hold(
+                self._pool.endpoints[endpoint], held.question.model, error.retry_after_s
             )
 
     def instead_of(self, denied: Denied) -> Callable[..., Any] | None:
-        """Return what is done without a model, when the budget is spent for good."""
-        return (
-            self._protection.fallback if isinstance(denied, BudgetSpent) and denied.final else None
-        )
+        """Return the fallback for a budget that is spent for good; None for other denials."""
+        return self._protection.fallback if isinstance(denied, BudgetSpent) and denied.final else None
 
     def still_waits(self, waiter: str) -> bool:
-        """Say whether a waiter that was noted is still in line at some endpoint's breaker."""
-        breakers = [self._provider.breaker(name) for name in self._provider.places]
+        """Return whether a waiter is still in the line of an endpoint's breaker."""
+        breakers = [self._pool.breaker(name) for name in self._pool.endpoints]
         try:
             return any(
                 self._store.call(
@@ -389,81 +397,81 @@ class Gate(OperationGuards):
             return True
 
     def forgetting(self, until: int) -> list[Call]:
-        """Return what drops the memos of items that are safe in their node's partial: those before
-        `until`.
+        """Return the calls that drop the memos of items before `until`.
+
+        The answers of these items are in a stored partial.
         """
-        return self._provider.flights.forgetting(
+        return self._pool.flights.forgetting(
             [(key, self._memo(index)) for index, key in self._memos if index < until]
         )
 
-    # --- asking --------------------------------------------------------------------------------
+    # --- calling -------------------------------------------------------------------------------
 
     async def reply(self, context: Context) -> Any:
-        """Return the answer to an item that was let in: its text, or what its form makes of it.
+        """Return the answer to an item that has entered: its text, or the data of its form.
 
-        An answer of the wrong form is sent back, and that call passes what the first one did.
-        Raises Misformed, what the endpoint raises, and Denied when it has to come back."""
-        held, repairs = context.entry, self._provider.settings.repairs
-        answer = await self._ask(held)
+        An answer of the wrong form is sent back in a further call, which passes the same guards.
+        Raises Misformed, the errors of the endpoint, and Denied when the item must come back.
+        """
+        held, repairs = context.entry, self._pool.settings.repairs
+        answer = await self._call(held)
         while True:
+            form = held.draft.form
             try:
-                output = (
-                    answer.text if held.draft.form is None else read(answer.text, held.draft.form)
-                )
+                output = answer.text if form is None else parse(answer.text, form)
             except Misformed as wrong:
                 if not repairs:
                     raise
                 repairs -= 1
-                held, answer = await self._further(
-                    held.draft.repaired(answer.text, wrong.why), context
-                )
+                repair = held.draft.repaired(answer.text, wrong.why)
+                held, answer = await self._call_again(repair, context)
             else:
-                context.degradation.shaped |= _less(held, answer)
+                context.degradation.shaped |= _shaped(held, answer)
                 return output
 
-    async def _ask(self, held: Pass) -> Answer:
+    async def _call(self, held: HeldCall) -> Answer:
         if held.question is None:
-            return await self._landed(held)
-        held.answer = await self._provider.endpoint(held.endpoint).ask(held.question)
-        self._provider.learn(
-            self._provider.places[held.endpoint], held.question.model, held.answer.told
+            return await self._shared_answer(held)
+        held.answer = await self._pool.endpoint(held.endpoint).ask(held.question)
+        self._pool.learn(
+            self._pool.endpoints[held.endpoint], held.question.model, held.answer.limits
         )
-        self.leave(held)  # now: what comes of the answer holds nothing
+        self.leave(held)  # before the answer is used, which needs no grant
         return held.answer
 
-    async def _landed(self, held: Pass) -> Answer:
-        """Wait for a call that somebody else makes.  Raises Denied when that one is gone: the item
-        enters again.
+    async def _shared_answer(self, held: HeldCall) -> Answer:
+        """Wait for the answer of another caller.
+
+        Raises Denied if that caller is gone, so that the item enters again.
         """
         while held.flight.state == "others":
             await asyncio.sleep(held.flight.wait_s)
-            held.flight = self._provider.flights.look(held.flight)
+            held.flight = self._pool.flights.look(held.flight)
         if held.flight.state == "mine":
-            self._provider.flights.abandon(held.flight)
-            raise Denied("flight", 0.0, "who made the call is gone")
+            self._pool.flights.abandon(held.flight)
+            raise Denied("flight", 0.0, "the caller that made the call is gone")
         answer = msgspec.convert(codec.unpack(held.flight.value), Answer)
         if held.flight.source == "flight":
             self._remember(held, answer)
         LLM_SHARED.inc(source=held.flight.source)
         return answer
 
-    def _remember(self, held: Pass, answer: Answer) -> None:
-        """Keep another's answer for the item, should that be done again, and for those who ask for
-        what is kept.
-        """
-        its = held.flight
-        self._provider.flights.land(
-            its,
-            its.value,
+    def _remember(self, held: HeldCall, answer: Answer) -> None:
+        """Keep the answer of another caller in the item's memo, and in the cache."""
+        flight = held.flight
+        self._pool.flights.land(
+            flight,
+            flight.value,
             memo=self._memo(held.index),
             memo_ttl_s=MEMO_S,
             cache_ttl_s=self._cache_s(held, answer),
         )
-        self._memos.append((held.index, its.key))
+        self._memos.append((held.index, flight.key))
 
-    async def _further(self, draft: Draft, context: Context) -> tuple[Pass, Answer]:
-        """Make another call for the same item; it waits among the others for its turn, or comes
-        back.
+    async def _call_again(self, draft: Draft, context: Context) -> tuple[HeldCall, Answer]:
+        """Make another call for the same item, which waits as any other call does.
+
+        Raises Denied for a longer wait.
         """
         while True:
             try:
@@ -474,27 +482,25 @@ class Gate(OperationGuards):
                     raise
                 await asyncio.sleep(denied.retry_after_s)
         try:
-            return held, await self._ask(held)
+            return held, await self._call(held)
         except BaseException as error:
             self.leave(held, error)
             raise
 
 
-def _ready(guards: ProcessGuards) -> EndpointPool:
+def _opened(guards: ProcessGuards) -> EndpointPool:
     return EndpointPool(guards).open()
 
 
-def _less(held: Pass, answer: Answer) -> set[Strategy]:
-    """Return in what an answer is less than what was asked for."""
-    found = {
+def _shaped(held: HeldCall, answer: Answer) -> set[Strategy]:
+    """Return the strategies by which an answer is less than was requested."""
+    applied = {
         Strategy.OTHER_MODEL: answer.model != held.model,
         Strategy.CUT_ANSWER: answer.finish == "length",
     }
-    return {strategy for strategy, is_so in found.items() if is_so}
+    return {strategy for strategy, is_applied in applied.items() if is_applied}
 
 
-def _how_bad(denied: Denied) -> tuple[bool, float]:
-    """Order refusals: the one to wait for is the soonest; that an endpoint is away counts only when
-    all are.
-    """
+def _wait_order(denied: Denied) -> tuple[bool, float]:
+    """Return the sort key of denials: the shortest wait first, open breakers after all others."""
     return denied.code == "CIRCUIT_OPEN", denied.retry_after_s

@@ -1,6 +1,7 @@
-"""What calls to each model have really taken, of all workers: by it the next ones are estimated.
+"""The tokens and seconds of earlier calls to each model, over all workers, for estimates.
 
-Decides how sums become an estimate.  Refuses to know what is called and why.
+`gate` adds each answer and estimates prompts; plans read the same figures.  Redis holds sums, and a
+process reads them at most every 10 s.
 """
 
 from __future__ import annotations
@@ -15,24 +16,23 @@ from resilience.store import Call, Script, Store
 from rlm_tasks.llm.endpoint import Answer
 
 HALVE_AT = 1000
-"""After so many calls all sums are halved, so that about the last thousand count."""
+"""After this number of calls all sums are halved, so about the last thousand calls count."""
 TTL_S = 30 * 24 * 3600
 READ_EVERY_S = 10.0
 FIRST_RATIO = 1.1
-"""Tokens of a prompt over their estimate, before anything is known: a little too much is settled,
-too little is a 429.
-"""
+"""Tokens of a prompt over their estimate, before the first call.
+
+A reservation that is a little too large is settled later; one that is too small ends in a 429."""
 FIRST_SECONDS = 2.0
+"""Seconds of a call, before the first one."""
 _LEARN = Script.load("rlm_tasks.llm", "learn")
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """What calls to a model take: means, and how far single calls lie from them (standard
-    deviations).
-    """
+class CallStatistics:
+    """Means and standard deviations of the calls to a model."""
 
-    calls: float = 0.0  # that this was learned from, the older ones counting less
+    calls: float = 0.0  # number of calls behind the figures; older ones count less
     prompt_ratio: float = FIRST_RATIO  # tokens of a prompt over their estimate
     share: float = 0.5  # tokens of an answer over its max_tokens
     share_sd: float = 0.3
@@ -41,14 +41,14 @@ class Known:
 
 
 class Learned:
-    """What one platform knows of its models."""
+    """The figures of all models of one platform."""
 
     def __init__(self, store: Store, clock: Callable[[], float]) -> None:
         self._store, self._keys, self._clock = store, Keys(store.namespace), clock
-        self._read: dict[str, tuple[float, Known]] = {}
+        self._read: dict[str, tuple[float, CallStatistics]] = {}
 
     def learning(self, model: str, estimated: float, max_tokens: float, answer: Answer) -> Call:
-        """Return the call that adds what one answer took, to share a round trip with others."""
+        """Return the call to Redis that adds one answer, to share a round trip with others."""
         share = answer.completion_tokens / max_tokens
         sums = {
             "calls": 1,
@@ -59,26 +59,28 @@ class Learned:
             "seconds": answer.latency_s,
             "seconds2": answer.latency_s**2,
         }
-        told = [each for pair in sums.items() for each in pair]
-        return Call(_LEARN, (self._keys.model(model),), (HALVE_AT, TTL_S, *told))
+        pairs = [each for pair in sums.items() for each in pair]
+        return Call(_LEARN, (self._keys.model(model),), (HALVE_AT, TTL_S, *pairs))
 
-    def of(self, model: str) -> Known:
-        """Return what is known of a model, at most 10 s old; nothing while Redis is away and it was
-        never asked.
+    def of(self, model: str) -> CallStatistics:
+        """Return the figures of a model, at most 10 s old.
+
+        While Redis is away they are older, or the defaults.
         """
-        read_at, known = self._read.get(model, (-math.inf, Known()))
+        read_at, latest = self._read.get(model, (-math.inf, CallStatistics()))
         if self._clock() - read_at < READ_EVERY_S:
-            return known
+            return latest
         try:
-            found = self._store.call(lambda client: client.hgetall(self._keys.model(model)))
+            stored = self._store.call(lambda client: client.hgetall(self._keys.model(model)))
         except StoreUnavailable:
-            return known
-        sums = {name.decode(): float(amount) for name, amount in found.items()}
-        self._read[model] = self._clock(), _known(sums) if sums.get("calls") else Known()
-        return self._read[model][1]
+            return latest
+        sums = {name.decode(): float(amount) for name, amount in stored.items()}
+        latest = _statistics(sums) if sums.get("calls") else CallStatistics()
+        self._read[model] = self._clock(), latest
+        return latest
 
 
-def _known(sums: dict[str, float]) -> Known:
+def _statistics(sums: dict[str, float]) -> CallStatistics:
     calls = sums["calls"]
 
     def spread(name: str) -> tuple[float, float]:
@@ -86,4 +88,4 @@ def _known(sums: dict[str, float]) -> Known:
         return mean, math.sqrt(max(0.0, sums[f"{name}2"] / calls - mean**2))
 
     ratio = sums["prompt"] / sums["estimated"] if sums["estimated"] else FIRST_RATIO
-    return Known(calls, ratio, *spread("share"), *spread("seconds"))
+    return CallStatistics(calls, ratio, *spread("share"), *spread("seconds"))

@@ -1,7 +1,8 @@
-"""What calls to models count for a worker's /metrics.
+"""Metrics of calls to models, for a worker's /metrics.
 
-Decides under which outcome an error is counted.  Refuses to know who reads it, and to name anything
-that a user sends: labels are models and endpoints of the settings."""
+`gate` calls the functions below.  Labels are models and endpoints of the settings, never a text
+that a user sends.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +24,22 @@ LLM_SECONDS = Histogram(
 )
 LLM_TOKENS = Counter(
     "rlm_llm_tokens_total",
-    "Tokens that calls to models were paid for.",
+    "Tokens that calls to models are charged for.",
     {"model": None, "kind": ("prompt", "completion")},
 )
 LLM_MONEY = Counter(
     "rlm_llm_money_total",
-    "What calls to models have cost, by the prices of the settings.",
+    "Cost of calls to models, by the prices of the settings.",
     {"model": None},
 )
 LLM_SHARED = Counter(
     "rlm_llm_shared_total",
-    "Answers that were not paid again, by where they were.",
+    "Answers that were used again without a call, by where they were kept.",
     {"source": ("memo", "cache", "flight")},
 )
 LLM_REFUSED = Counter(
     "rlm_llm_budget_refusals_total",
-    "Calls to models that were not made, because a job's budget is spent.",
+    "Calls to models that were refused because a job's budget is spent.",
 )
 
 OUTCOMES: dict[type, str] = {
@@ -47,23 +48,23 @@ OUTCOMES: dict[type, str] = {
     ProviderRefused: "refused",
     UnusableAnswer: "unusable",
 }
-"""What else ends a call has `failed`: an endpoint that is away, or a node that was told to stop."""
+"""The outcome of each error; any other is `failed`, such as an endpoint that is away."""
 
 
-def answered(model: str, endpoint: str, answer: Answer, money: float) -> None:
-    """Count a call that was answered, whatever became of the answer here."""
+def count_answer(model: str, endpoint: str, answer: Answer, money: float) -> None:
+    """Count a call that was answered, even if its answer is of no use."""
     LLM_CALLS.inc(model=model, endpoint=endpoint, outcome="ok")
     LLM_SECONDS.observe(answer.latency_s, model=model)
-    paid(model, answer.prompt_tokens, answer.completion_tokens, money)
+    count_cost(model, answer.prompt_tokens, answer.completion_tokens, money)
 
 
-def failed(model: str, endpoint: str, error: BaseException | None) -> None:
-    """Count a call that was not."""
+def count_failure(model: str, endpoint: str, error: BaseException | None) -> None:
+    """Count a call that was not answered."""
     LLM_CALLS.inc(model=model, endpoint=endpoint, outcome=OUTCOMES.get(type(error), "failed"))
 
 
-def paid(model: str, prompt: float, completion: float, money: float) -> None:
-    """Count what a call is paid for, as its job's budget is."""
+def count_cost(model: str, prompt: float, completion: float, money: float) -> None:
+    """Count the tokens and the money that a job's budget is charged for a call."""
     LLM_TOKENS.inc(prompt, model=model, kind="prompt")
     LLM_TOKENS.inc(completion, model=model, kind="completion")
     LLM_MONEY.inc(money, model=model)

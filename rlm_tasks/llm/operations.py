@@ -1,9 +1,9 @@
-"""The operations that call models: a prompt per item, a tree of merges, a question over more than a
-context holds.
+"""The operations that call models: `llm.map`, `llm.map_reduce` and `llm.ask`, with their rounds.
 
-Decides what is asked in each, and what the rounds of a job make of the answers.  Refuses to know
-limits, budgets and providers, which are the gate's.  Registered where the `openai` client is
-installed (the extra ``llm``)."""
+Importing it registers them; `registry.import_operations` does so if the `openai` client is
+installed (the extra ``llm``).  Each operation composes drafts from items, and its `then` makes the
+next round from the answers.  Limits, budgets and endpoints are the gate's.  Begin with `_register`.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from rlm_tasks.settings.llm import LlmSettings
 P = TypeVar("P", bound=Params)
 Compose = Callable[[Any, dict[str, Any], str], Draft]
 MOST_IN_FLIGHT = 1000
-"""The pool of the worker's settings bounds the calls in flight; this never does."""
+"""More than any pool: RLM_LLM__POOL limits the calls in flight, not this."""
 
 
 def _register(
@@ -46,16 +46,16 @@ def _register(
     fallback: Callable[..., Any] | None = None,
     forecast: Forecast | None = None,
 ) -> None:
-    """Register an operation whose items each become one answer; `conclude` makes the item's output
-    of item and answer.
+    """Register an operation that gets one answer for each item.
 
-    Its `forecast` says what its rounds ask; left out: one round.
+    `conclude` makes the item's output from item and answer.  `forecast` has the calls of all
+    rounds; by default there is one round.
     """
 
     async def answer(item: Any, context: Context) -> Any:
         if context.entry is None:
             raise InvalidRequest(
-                "operation", name, "calls a model, and runs in a job only: submit it"
+                "operation", name, "calls a model, so it runs only in a job; submit it"
             )
         from rlm_tasks.llm.gate import BudgetSpent
 
@@ -86,17 +86,18 @@ def _register(
 
 
 def _messages(system: str, prompt: str) -> tuple[Message, ...]:
-    told: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
-    return (*told, {"role": "user", "content": prompt})
+    first: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
+    return (*first, {"role": "user", "content": prompt})
 
 
-def _draft(its: Params, complexity: str, prompt: str, form: type[BaseModel] | None = None) -> Draft:
-    tier = tier_for(its.tier, complexity)
+def _draft(
+    params: Params, complexity: str, prompt: str, form: type[BaseModel] | None = None
+) -> Draft:
     return Draft(
-        messages=_messages(its.system, prompt),
-        max_tokens=its.max_tokens,
-        tier=tier,
-        temperature=its.temperature,
+        messages=_messages(params.system, prompt),
+        max_tokens=params.max_tokens,
+        tier=tier_for(params.tier, complexity),
+        temperature=params.temperature,
         form=form,
     )
 
@@ -105,33 +106,36 @@ def _plain(answer: Any) -> Any:
     return answer.model_dump(mode="json") if isinstance(answer, BaseModel) else answer
 
 
-def _settled(model: type[P], request: JobRequest, settings: Any) -> tuple[JobRequest, P]:
-    """Return a request with its params checked, and as plain data."""
-    its = parsed(model, request.params)
-    tier = tier_for(its.tier, request.complexity)
-    its.fits(settings.llm, tier)
+def _checked(model: type[P], request: JobRequest, settings: Any) -> tuple[JobRequest, P]:
+    """Return a request with checked params as plain data, and the params.
+
+    Raises InvalidRequest.
+    """
+    params = parsed(model, request.params)
+    tier = tier_for(params.tier, request.complexity)
+    params.fits(settings.llm, tier)
     if request.options.budget is not None:
-        its.pays(request.options.budget.limits, settings.llm.of_tier(tier), settings.llm)
-    found: dict[str, Any] = {"params": its.model_dump(mode="json", exclude_defaults=True)}
+        params.pays(request.options.budget.limits, settings.llm.of_tier(tier), settings.llm)
+    update: dict[str, Any] = {"params": params.model_dump(mode="json", exclude_defaults=True)}
     if request.kind == "recursive" and request.strategy is None:
         # A smaller node would leave connections of its process idle.
-        found["strategy"] = Adaptive(
+        update["strategy"] = Adaptive(
             min_chunk_size=min(
                 settings.llm.pool, settings.llm.per_host * len(settings.llm.endpoints_or_default)
             )
         )
-    return request.model_copy(update=found), its
+    return request.model_copy(update=update), params
 
 
 # --- llm.map ----------------------------------------------------------------------------------
 
 
 def _prompted(model: type[Map]) -> Compose:
-    """Return what asks an item's own prompt, as params of a model have it."""
+    """Return the function that composes the draft of an item from the prompt of params."""
 
     def compose(item: Any, params: dict[str, Any], complexity: str) -> Draft:
-        its = parsed(model, params)
-        return _draft(its, complexity, its.filled(item), its.form)
+        checked = parsed(model, params)
+        return _draft(checked, complexity, checked.filled(item), checked.form)
 
     return compose
 
@@ -141,7 +145,7 @@ _register(
     "llm.map",
     _map,
     lambda item, answer: _plain(answer),
-    prepare=lambda request, settings: _settled(Map, request, settings)[0],
+    prepare=lambda request, settings: _checked(Map, request, settings)[0],
 )
 
 
@@ -149,9 +153,9 @@ _register(
 
 
 def _merge(parts: list[Any], params: dict[str, Any], complexity: str) -> Draft:
-    its = parsed(MapReduce, params)
+    checked = parsed(MapReduce, params)
     listed = "\n".join(f"- {_text(part)}" for part in parts)
-    return _draft(its, complexity, f"{its.merge_prompt}\nMERGE:\n{listed}", its.form)
+    return _draft(checked, complexity, f"{checked.merge_prompt}\nMERGE:\n{listed}", checked.form)
 
 
 def _text(part: Any) -> str:
@@ -159,22 +163,23 @@ def _text(part: Any) -> str:
         return part
     try:
         return json.dumps(part, ensure_ascii=False, default=str)
-    except TypeError:  # its keys are no texts
+    except TypeError:  # its keys are not strings
         return str(part)
 
 
 def _merge_next(outputs: Iterable[Any], round: Round) -> Any:
-    """Merge what there is, a few at a time, until one is left."""
-    its = parsed(MapReduce, round.params)
-    few = list(itertools.islice(found := iter(outputs), 2))
+    """Return the last answer, or the next round, which merges a few answers in each call."""
+    params = parsed(MapReduce, round.params)
+    few = list(itertools.islice(rest := iter(outputs), 2))
     if len(few) < 2:
         return few[0] if few else None
-    groups = _in_groups(itertools.chain(few, found), its.fan_in, its.group_tokens)
-    return NextRound("llm.merge", groups, round.params, last=round.done <= its.fan_in, strict=True)
+    groups = _in_groups(itertools.chain(few, rest), params.fan_in, params.group_tokens)
+    is_last = round.done <= params.fan_in
+    return NextRound("llm.merge", groups, round.params, last=is_last, strict=True)
 
 
 def _in_groups(parts: Iterator[Any], most: int, room: int) -> Iterator[list[Any]]:
-    """Put parts together that one merge reads; at least two, or it would merge nothing."""
+    """Yield groups of parts, one for each merge; a group has at least two parts."""
     group: list[Any] = []
     left = room
     for part in parts:
@@ -189,23 +194,28 @@ def _in_groups(parts: Iterator[Any], most: int, room: int) -> Iterator[list[Any]
 
 
 def _mergeable(request: JobRequest, settings: Any) -> JobRequest:
-    """Return a request whose merges fit into a context.  Raises InvalidRequest when not even two
-    answers do.
+    """Return a request whose merges fit into a context.
+
+    Raises InvalidRequest when not even two answers fit.
     """
-    request, its = _settled(MapReduce, request, settings)
-    room = _room(its, request.complexity, settings.llm, its.merge_prompt)
-    if 2 * its.max_tokens > room:
+    request, params = _checked(MapReduce, request, settings)
+    room = _room(params, request.complexity, settings.llm, params.merge_prompt)
+    if 2 * params.max_tokens > room:
         raise InvalidRequest(
             "max_tokens",
-            its.max_tokens,
-            f"two answers as long do not fit into one merge, which has room for {room}; ask for less",
+            params.max_tokens,
+            f"two answers of this length do not fit into one merge, which has room for {room} "
+            "tokens; set a smaller value",
         )
-    its = its.model_copy(update={"group_tokens": min(its.group_tokens or room, room)})
-    return request.model_copy(update={"params": its.model_dump(mode="json", exclude_defaults=True)})
+    group_tokens = min(params.group_tokens or room, room)
+    params = params.model_copy(update={"group_tokens": group_tokens})
+    return request.model_copy(
+        update={"params": params.model_dump(mode="json", exclude_defaults=True)}
+    )
 
 
-def _side_by_side(parts: list[Any], context: Context) -> Any:
-    """Put parts one after the other: what is done with them when no model can be paid."""
+def _joined(parts: list[Any], context: Context) -> Any:
+    """Return the parts one after the other: the fallback of a merge when the budget is spent."""
     context.degradation.shaped.add(Strategy.NO_MODEL)
     return parts[0] if len(parts) == 1 else "\n\n".join(_text(part) for part in parts)
 
@@ -218,49 +228,50 @@ _register(
     then=_merge_next,
     forecast=merging(_map_first, _merge),
 )
-_register("llm.merge", _merge, lambda parts, answer: _plain(answer), fallback=_side_by_side)
+_register("llm.merge", _merge, lambda parts, answer: _plain(answer), fallback=_joined)
 
 
 # --- llm.ask ----------------------------------------------------------------------------------
 
 
 class Found(BaseModel):
-    """What a model found among the passages that it has read."""
+    """The relevant passages in one call, and a note on their content."""
 
     found: list[int]  # numbers of the passages that help to answer
-    answer: str = ""  # what they say
+    answer: str = ""  # a note on what they say
 
 
 class Reply(BaseModel):
-    """A model's answer to the question, and the passages that it rests on."""
+    """A model's answer to the question, and the passages that support it."""
 
     answer: str
     found: list[int] = []
 
 
 OVERHEAD_TOKENS = 300
-"""Of the words around a question and its passages."""
+"""Tokens for the instructions around a question and its passages."""
 Passage = list[Any]  # number, text
 
 
-def _about(asked: str, form: type[BaseModel]) -> Compose:
-    """Return what asks something of the question and numbered passages."""
+def _about(task: str, form: type[BaseModel]) -> Compose:
+    """Return the function that composes a task with the question and numbered passages."""
 
     def compose(item: dict[str, Any], params: dict[str, Any], complexity: str) -> Draft:
-        its = parsed(Ask, params)
-        return _draft(its, complexity, f"{asked}\n{_listed(its.question, item)}", form)
+        checked = parsed(Ask, params)
+        return _draft(checked, complexity, f"{task}\n{_listed(checked.question, item)}", form)
 
     return compose
 
 
 _reading = _about(
-    "Below are numbered passages. Which of them help to answer the question? Give their numbers as `found`, the most helpful "
-    "first, and in `answer` what they say about it, in short. Give an empty list when none does.",
+    "Below are numbered passages. Which of them help to answer the question? Give their numbers as "
+    "`found`, the most helpful first, and in `answer` what they say about it, in short. Give an "
+    "empty list when none does.",
     Found,
 )
 _answering = _about(
-    "Answer the question from the numbered passages alone. Give the numbers of those that your answer rests on as `found`. "
-    "Say so when they do not answer it.",
+    "Answer the question from the numbered passages alone. Give the numbers of those that your "
+    "answer rests on as `found`. Say so when they do not answer it.",
     Reply,
 )
 
@@ -273,9 +284,7 @@ def _listed(question: str, item: dict[str, Any]) -> str:
 
 
 def _read(item: dict[str, Any], answer: Found) -> dict[str, Any]:
-    """Keep the passages that were found, best first; a number that was not among them is no
-    passage.
-    """
+    """Return the relevant passages, best first, with the note; unknown numbers are dropped."""
     texts: dict[int, list[str]] = {}
     for number, text in item["passages"]:
         texts.setdefault(number, []).append(text)
@@ -299,7 +308,7 @@ def _answered(item: dict[str, Any], answer: Reply) -> dict[str, Any]:
 
 
 def _notes_alone(item: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Answer with what was noted on the way: when no model can be paid any more."""
+    """Return the notes of earlier calls: the fallback of the answer when the budget is spent."""
     context.degradation.shaped.add(Strategy.NO_MODEL)
     known = {number for number, _ in item["passages"]}
     return {
@@ -322,40 +331,42 @@ def _ranges(numbers: Iterable[int]) -> list[list[int]]:
 
 
 def _narrow(outputs: Iterable[dict[str, Any]], round: Round) -> Any:
-    """Answer from what was found when that fits; else have it read again, until it does or has
-    to.
+    """Return the answer, or the next round.
+
+    Relevant passages that fit into one call are answered from; others are read again, up to
+    `max_rounds` times.
     """
-    its, found = parsed(Ask, round.params), list(outputs)
-    if found and "answer" in found[0]:
-        return found[0]
+    params, results = parsed(Ask, round.params), list(outputs)
+    if results and "answer" in results[0]:
+        return results[0]
     read = (
-        _read_in(each["read"] for each in found)
+        _count_items(each["read"] for each in results)
         if round.number == 0
-        else max((each["read"] for each in found), default=0)
+        else max((each["read"] for each in results), default=0)
     )
     about = {
         "read": read,
-        "found": sum(len(each["kept"]) for each in found),
+        "found": sum(len(each["kept"]) for each in results),
         "rounds": round.number + 1,
         "complete": not round.short,
     }
     if not about["found"]:
         return {**about, "answer": "", "citations": []}
-    kept = [passage for each in found for passage in each["kept"]]
-    if sum(map(_size, kept)) > its.group_tokens:
-        if round.number + 1 < its.max_rounds:
+    kept = [passage for each in results for passage in each["kept"]]
+    if sum(map(_size, kept)) > params.group_tokens:
+        if round.number + 1 < params.max_rounds:
             groups = (
                 {"passages": group, "read": read}
-                for group in _packed(sorted(kept), its.group_tokens)
+                for group in _packed(sorted(kept), params.group_tokens)
             )
             return NextRound("llm.ask", groups, round.params)
-        kept, about["complete"] = _best(found, its.group_tokens), False
-    last = {"passages": sorted(kept), "notes": [each["note"] for each in found], "about": about}
+        kept, about["complete"] = _best(results, params.group_tokens), False
+    last = {"passages": sorted(kept), "notes": [each["note"] for each in results], "about": about}
     return NextRound("llm.answer", [last], round.params, last=True, strict=True)
 
 
-def _read_in(ranges: Iterable[tuple[int, int]]) -> int:
-    """Return how many items are in ranges that follow each other; a long item may be in several."""
+def _count_items(ranges: Iterable[tuple[int, int]]) -> int:
+    """Return the number of items in ranges in order; a long item may be in several of them."""
     read = end = 0
     for lo, hi in ranges:
         read, end = read + max(0, hi - max(lo, end)), hi
@@ -366,11 +377,11 @@ def _size(passage: Sequence[Any]) -> int:
     return estimated_tokens(passage[1]) + 3  # its number, in brackets
 
 
-def _best(found: list[dict[str, Any]], room: int) -> list[Passage]:
-    """Return the best passages of all groups, in turns, as many as fit."""
+def _best(results: list[dict[str, Any]], room: int) -> list[Passage]:
+    """Return the best passages of all groups in turns, as far as they fit."""
     turns = (
         each
-        for each in itertools.chain(*itertools.zip_longest(*(each["kept"] for each in found)))
+        for each in itertools.chain(*itertools.zip_longest(*(each["kept"] for each in results)))
         if each is not None
     )
     kept: list[Passage] = []
@@ -382,9 +393,7 @@ def _best(found: list[dict[str, Any]], room: int) -> list[Passage]:
 
 
 def _packed(passages: Iterable[Passage], room: int) -> Iterator[list[Passage]]:
-    """Put passages together, in order, as many as a model reads at once; one that is too long is
-    cut.
-    """
+    """Yield groups of passages in order, one for each call; a passage that is too long is cut."""
     group: list[Passage] = []
     left = room
     for passage in (piece for each in passages for piece in _pieces(each, room)):
@@ -410,31 +419,31 @@ def _pieces(passage: Passage, room: int) -> Iterator[Passage]:
 
 
 def _grouped(request: JobRequest, settings: Any) -> JobRequest:
-    """Return a request whose items are groups of what it was given: a model reads many of them at
-    once.
-    """
-    request, its = _settled(Ask, request, settings)
-    room = _room(its, request.complexity, settings.llm, its.question)
-    its = its.model_copy(update={"group_tokens": min(its.group_tokens, room)})
+    """Return a request whose items are groups of passages, so that a call reads many items."""
+    request, params = _checked(Ask, request, settings)
+    room = _room(params, request.complexity, settings.llm, params.question)
+    params = params.model_copy(update={"group_tokens": min(params.group_tokens, room)})
     passages = ([number, _text(item)] for number, item in enumerate(_texts(request.items)))
-    groups = ({"passages": group} for group in _packed(passages, its.group_tokens))
+    groups = ({"passages": group} for group in _packed(passages, params.group_tokens))
     return request.model_copy(
-        update={"items": groups, "params": its.model_dump(mode="json", exclude_defaults=True)}
+        update={"items": groups, "params": params.model_dump(mode="json", exclude_defaults=True)}
     )
 
 
-def _room(its: Params, complexity: str, settings: LlmSettings, asked: str) -> int:
-    """Return how many tokens go into one call beside what is asked.  Raises InvalidRequest."""
-    model = settings.model(settings.of_tier(tier_for(its.tier, complexity)))
-    besides = (
-        its.max_tokens + OVERHEAD_TOKENS + estimated_tokens(asked) + estimated_tokens(its.system)
-    )
-    most = min(model.context_tokens, int((model.tokens or settings.tokens) * 0.8)) - besides
+def _room(params: Params, complexity: str, settings: LlmSettings, prompt: str) -> int:
+    """Return the tokens that a call has for items, beside prompt and answer.
+
+    Raises InvalidRequest for less than 100.
+    """
+    model = settings.model(settings.of_tier(tier_for(params.tier, complexity)))
+    texts = estimated_tokens(prompt) + estimated_tokens(params.system)
+    reserved = params.max_tokens + OVERHEAD_TOKENS + texts
+    most = min(model.context_tokens, int((model.tokens or settings.tokens) * 0.8)) - reserved
     if most < 100:
         raise InvalidRequest(
             "max_tokens",
-            its.max_tokens,
-            "and what is asked leave no room; ask for less, or for a larger tier",
+            params.max_tokens,
+            "and the prompt leave no room for items; set a smaller value or a larger tier",
         )
     return most
 

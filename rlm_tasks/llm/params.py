@@ -1,6 +1,7 @@
-"""What a request of each operation may say in its `params`, checked before anything is enqueued.
+"""The `params` of the operations that call models, checked before anything is enqueued.
 
-Decides defaults and what a prompt does with an item; refuses to know how it is asked.
+`operations` reads them for each item and merge; a mistake raises InvalidRequest at submit.  Begin
+with `Params` and `Map`.
 """
 
 from __future__ import annotations
@@ -22,24 +23,26 @@ ITEM = "{item}"
 
 
 class Params(Checked):
-    """What all operations that call models take."""
+    """The parameters of all operations that call models."""
 
     invalid = InvalidRequest
 
     system: str = Field(
-        "", description="What the model is told before each prompt: what all items share."
+        "", description="The system message before each prompt: text that all items share."
     )
     tier: Tier | None = Field(
-        None, description="small, medium or large; empty: as the request's complexity says."
+        None, description="small, medium or large; empty: the tier of the request's complexity."
     )
-    max_tokens: int = Field(1024, ge=1, description="Of one answer.")
-    temperature: float | None = Field(None, ge=0, le=2, description="Empty: the provider's own.")
+    max_tokens: int = Field(1024, ge=1, description="Most tokens of one answer.")
+    temperature: float | None = Field(
+        None, ge=0, le=2, description="Temperature of the model; empty: the provider's default."
+    )
 
     def fits(self, settings: LlmSettings, tier: Tier) -> None:
-        """Raise InvalidRequest when no answer can be as long as asked for."""
+        """Raise InvalidRequest when no answer can have max_tokens, or no endpoint has the model."""
         name = settings.of_tier(self.tier or tier)
-        its = settings.model(name)
-        most = min(its.max_output_tokens, int((its.tokens or settings.tokens) * 0.9))
+        model = settings.model(name)
+        most = min(model.max_output_tokens, int((model.tokens or settings.tokens) * 0.9))
         if not any(
             not each.models or name in each.models for each in settings.endpoints_or_default
         ):
@@ -50,18 +53,19 @@ class Params(Checked):
             raise InvalidRequest(
                 "max_tokens",
                 self.max_tokens,
-                f"model {name} answers with {most} at most; ask for less",
+                f"model {name} answers with {most} tokens at most; set a smaller value",
             )
 
     def pays(self, budget: Mapping[str, float], model: str, settings: LlmSettings) -> None:
-        """Raise InvalidRequest when a budget pays no call, or cannot be counted."""
+        """Raise InvalidRequest when a budget pays for no call, or the model has no price."""
         if budget.get("tokens", self.max_tokens) < self.max_tokens:
-            why = f"an answer alone may take {self.max_tokens} tokens; give more, or ask for a smaller max_tokens"
+            why = (
+                f"one answer may take {self.max_tokens} tokens; set a larger budget or a smaller "
+                "max_tokens"
+            )
             raise InvalidRequest("budget", {"tokens": budget["tokens"]}, why)
         if "money" in budget and not settings.is_priced(model):
-            why = (
-                f"model {model} has no price; give it one in RLM_LLM__MODELS, 0 if it costs nothing"
-            )
+            why = f"model {model} has no price; set it in RLM_LLM__MODELS, to 0 if it costs nothing"
             raise InvalidRequest("budget", {"money": budget["money"]}, why)
 
 
@@ -70,10 +74,10 @@ class Map(Params):
 
     prompt: str = Field(
         min_length=1,
-        description="`{item}` stands for the item, `{name}` for a field of an item that has it.",
+        description="The prompt; `{item}` is replaced by the item, `{name}` by that field of it.",
     )
     output: str = Field(
-        "", description="A pydantic model, or its `module:Name`, that answers have to fit."
+        "", description="A pydantic model, or its `module:Name`; each answer must fit it."
     )
 
     @field_validator("output", mode="before")
@@ -86,7 +90,7 @@ class Map(Params):
 
     @property
     def form(self) -> type[BaseModel] | None:
-        """The model that answers have to fit."""
+        """The pydantic model of the answers, or None."""
         return form_of(self.output) if self.output else None
 
     def filled(self, item: Any) -> str:
@@ -103,36 +107,40 @@ class Map(Params):
 
 
 class MapReduce(Map):
-    """``llm.map_reduce``: a prompt for each item, then merges by the model, until one answer is
-    left.
-    """
+    """``llm.map_reduce``: a prompt for each item, then merges until one answer is left."""
 
     merge_prompt: str = Field(
-        "Merge these into one text of the same kind. Keep what matters, say nothing twice, add nothing.",
+        "Merge these into one text of the same kind. Keep what matters, say nothing twice, "
+        "add nothing.",
         min_length=1,
-        description="What the model is asked of the answers that it merges.",
+        description="The prompt of a merge; the answers to merge follow it.",
     )
-    fan_in: int = Field(8, ge=2, le=100, description="Answers of one merge, if so many fit.")
+    fan_in: int = Field(8, ge=2, le=100, description="Most answers of one merge.")
     group_tokens: int = Field(
-        0, ge=0, description="Of the answers of one merge; 0: as many as fit."
+        0, ge=0, description="Most tokens of the answers of one merge; 0: as many as fit."
     )
 
 
 class Ask(Params):
     """``llm.ask``: a question about items that do not fit into a context together."""
 
-    question: str = Field(min_length=1, description="In plain words.")
-    group_tokens: int = Field(8000, ge=100, description="Of the items that a model reads at once.")
+    question: str = Field(min_length=1, description="The question, in plain words.")
+    group_tokens: int = Field(
+        8000, ge=100, description="Most tokens of the items that a model reads in one call."
+    )
     max_rounds: int = Field(
-        4, ge=1, le=20, description="How often what was found is narrowed before it must do."
+        4, ge=1, le=20, description="Most rounds of reading before the final answer."
     )
 
 
 def parsed(model: type[P], params: Mapping[str, Any] | BaseModel) -> P:
-    """Return checked params.  Raises InvalidRequest naming the field."""
+    """Return checked params.  Raises InvalidRequest with the field."""
     return params if isinstance(params, model) else model(**dict(params))
 
 
 def _replaced(text: str, values: Mapping[str, str]) -> str:
-    """Replace names all at once: what an item says is never taken for a name."""
-    return re.sub("|".join(map(re.escape, values)), lambda found: values[found[0]], text)
+    """Return the text with all names replaced in one pass.
+
+    So a name inside an item is not replaced.
+    """
+    return re.sub("|".join(map(re.escape, values)), lambda name: values[name[0]], text)

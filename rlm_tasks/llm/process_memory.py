@@ -1,9 +1,9 @@
-"""How much memory a pool process that calls models may take beyond what it began with.
+"""A limit on the memory by which a pool process grows after its first call to a model.
 
-Decides when its caches are cleared, and when it is to be replaced.  Refuses to know how a process
-ends.  Source document 3 gives such figures for components of one program each; a process that has
-Celery and the client of models in it holds more than that before its first call, so here they bound
-what it has grown by."""
+A gate starts the watch of its process.  At one size the caches are cleared, at a greater one the
+process is replaced after its node.  The limits count growth only: Celery and the client of models
+alone may hold more than that.
+"""
 
 from __future__ import annotations
 
@@ -26,45 +26,45 @@ logger = logging.getLogger(__name__)
 
 
 class Growth:
-    """What one process has grown by since its first node that calls models.
+    """The growth of one process since its first node that calls models.
 
-    An agent of source document 3 (section 1.1) warns at 120 MB and is critical at 140 MB: the
-    defaults of the settings."""
+    By default caches are cleared at 120 MB, and the process is replaced at 140 MB.
+    """
 
     def __init__(self, settings: LlmSettings, held: Callable[[], float]) -> None:
         """`held` returns how many MB the process holds."""
         self._settings, self._held, self._began_mb = settings, held, held()
         self._cleared_at_mb = 0.0
 
-    def look(self, runtime: Runtime) -> None:
-        """Clear caches, once for each new height, and have the process replaced where that does not
-        help.
-        """
-        its, grown_mb = self._settings, self._held() - self._began_mb
-        if grown_mb < max(its.memory_warn_mb, self._cleared_at_mb):
+    def check(self, runtime: Runtime) -> None:
+        """Clear the caches at each new maximum; if that is not enough, replace the process."""
+        settings, grown_mb = self._settings, self._held() - self._began_mb
+        if grown_mb < max(settings.memory_warn_mb, self._cleared_at_mb):
             return
         if not self._cleared_at_mb:
             logger.warning(
-                "This process has grown by %.0f MB since it first called a model; its caches are cleared",
+                "This process has grown by %.0f MB since its first call to a model; its caches are "
+                "cleared",
                 grown_mb,
             )
         runtime.items.forget()
         gc.collect()
         self._cleared_at_mb = grown_mb = self._held() - self._began_mb
-        if grown_mb >= its.memory_critical_mb and not runtime.retiring:
+        if grown_mb >= settings.memory_critical_mb and not runtime.retiring:
             logger.warning(
-                "This process has grown by %.0f MB since it first called a model; it is to be replaced",
+                "This process has grown by %.0f MB since its first call to a model; it will be "
+                "replaced",
                 grown_mb,
             )
             runtime.retiring = True
 
 
-def watched(guards: ProcessGuards) -> Growth:
-    """Return the growth of this process, looked at after each of its nodes from now on."""
+def watch(guards: ProcessGuards) -> Growth:
+    """Return the growth of this process, which is checked after each of its nodes from now on."""
     growth = Growth(guards.settings.llm, lambda: held_mb(os.getpid()))
 
-    def look(task: Any, **_: Any) -> None:
-        growth.look(task.app.rlm_runtime())
+    def check(task: Any, **_: Any) -> None:
+        growth.check(task.app.rlm_runtime())
 
-    signals.task_postrun.connect(look, weak=False)
+    signals.task_postrun.connect(check, weak=False)
     return growth

@@ -1,7 +1,7 @@
-"""Declare what protects calls to models, in every process that knows an endpoint.
+"""The guards of calls to models, declared in each process that has an endpoint.
 
-`import_operations` imports it by name, also where the `openai` client is not installed: a client
-without it still shows the limits and breakers of models.
+`registry.import_operations` imports this module by name, also without the `openai` client: so each
+client shows the limits and breakers of models.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""How the endpoints of models stand, for those who operate the platform.
+"""Reports on the endpoints of models, for operators: settings, health and breaker of each.
 
-Decides what is told of an endpoint: its settings, what workers have found, its breaker.  Refuses to
-know who is told; no key and no path of a URL is."""
+`Client.endpoints` calls `reports`, and `rlm endpoints --check` also `checked_now`.  A report has no
+key, and of a URL only host and port.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EndpointReport:
-    """One endpoint."""
+    """The state of one endpoint."""
 
     name: str
-    host: str  # and port; '' where OPENAI_BASE_URL says it, which is each worker's own
-    models: tuple[str, ...]  # our names of those it has; none: it has all
+    host: str  # and port; '' if OPENAI_BASE_URL sets it, which may differ from worker to worker
+    models: tuple[str, ...]  # our names of its models; empty: it has all
     weight: float
     healthy: bool  # it gets calls
-    strikes: int  # checks in a row that it did not pass
-    latency_ms: float | None  # of its latest answer; None: it did not answer, or was not asked
-    checked_s_ago: float | None  # None: nobody has asked it of late
+    strikes: int  # failed checks in a row
+    latency_ms: float | None  # time of its latest answer; None: no answer, or no check
+    checked_s_ago: float | None  # None: no recent check
     breaker: str  # closed, half-open or open
-    why: str  # it did not pass the latest check
+    why: str  # the cause why the latest check failed; '' if it passed
 
 
 def endpoint_reports(
@@ -47,26 +48,25 @@ def endpoint_reports(
     health = EndpointHealth(store, settings)
     checkups = {each.name: each for each in health.checkups()}
     now_ms = store.call(lambda _: store.now_ms())
-    found = []
-    for place in settings.endpoints_or_default:
-        breaker = str(breakers.get(service_of(place.name), BREAKER).status()["state"])
-        at = checkups.get(place.name)
-        found.append(
-            _unseen(place, breaker)
-            if at is None
-            else _seen(place, breaker, at, now_ms, ill=health.is_ill(at))
-        )
-    return found
+    reported = []
+    for each in settings.endpoints_or_default:
+        breaker = str(breakers.get(service_of(each.name), BREAKER).status()["state"])
+        latest = checkups.get(each.name)
+        report = _unchecked(each, breaker)
+        if latest is not None:
+            healthy = not health.is_unhealthy(latest)
+            report = _checked(report, latest, now_ms, healthy=healthy)
+        reported.append(report)
+    return reported
 
 
-def _unseen(place: EndpointSettings, breaker: str) -> EndpointReport:
-    """Return what there is to tell of an endpoint that nobody has asked: it gets calls."""
-    host = urlsplit(place.base_url).netloc
+def _unchecked(endpoint: EndpointSettings, breaker: str) -> EndpointReport:
+    """Return the report on an endpoint without a recent check, which gets calls."""
     return EndpointReport(
-        name=place.name,
-        host=host,
-        models=tuple(place.models),
-        weight=place.weight,
+        name=endpoint.name,
+        host=urlsplit(endpoint.base_url).netloc,
+        models=tuple(endpoint.models),
+        weight=endpoint.weight,
         healthy=True,
         strikes=0,
         latency_ms=None,
@@ -76,16 +76,16 @@ def _unseen(place: EndpointSettings, breaker: str) -> EndpointReport:
     )
 
 
-def _seen(
-    place: EndpointSettings, breaker: str, at: Checkup, now_ms: int, *, ill: bool
+def _checked(
+    report: EndpointReport, latest: Checkup, now_ms: int, *, healthy: bool
 ) -> EndpointReport:
     return replace(
-        _unseen(place, breaker),
-        healthy=not ill,
-        strikes=at.strikes,
-        latency_ms=_latency(at.latency_ms),
-        checked_s_ago=max(0.0, (now_ms - at.at_ms) / 1000),
-        why=at.why,
+        report,
+        healthy=healthy,
+        strikes=latest.strikes,
+        latency_ms=_latency(latest.latency_ms),
+        checked_s_ago=max(0.0, (now_ms - latest.at_ms) / 1000),
+        why=latest.why,
     )
 
 
@@ -93,23 +93,23 @@ def _latency(ms: float) -> float | None:
     return round(ms, 1) or None
 
 
-def asked_now(settings: LlmSettings, known: Sequence[EndpointReport]) -> list[EndpointReport]:
-    """Return reports with what the endpoints answer this process now; workers hear nothing of it.
+def checked_now(settings: LlmSettings, known: Sequence[EndpointReport]) -> list[EndpointReport]:
+    """Return reports with the results of a check from this process; workers do not get them.
 
-    Raises InvalidRequest where the `openai` client is not installed.
+    Raises InvalidRequest if the `openai` client is not installed.
     """
     if find_spec("openai") is None:
         raise InvalidRequest("check", True, "needs the openai client: pip install 'rlm-tasks[llm]'")
-    from rlm_tasks.llm.endpoint_checks import ask
+    from rlm_tasks.llm.endpoint_checks import check_all
 
-    found = asyncio.run(ask(settings)) if known else []
+    results = asyncio.run(check_all(settings)) if known else []
     return [
         replace(
             each,
-            healthy=not at.why,
-            latency_ms=_latency(1000 * at.latency_s),
+            healthy=not result.why,
+            latency_ms=_latency(1000 * result.latency_s),
             checked_s_ago=0.0,
-            why=at.why,
+            why=result.why,
         )
-        for each, at in zip(known, found, strict=True)
+        for each, result in zip(known, results, strict=True)
     ]

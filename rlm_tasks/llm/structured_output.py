@@ -1,7 +1,8 @@
-"""Answers of a form: JSON that a pydantic model accepts.
+"""Answers of a given form: JSON that a pydantic model accepts.
 
-Decides how an answer is read and what is said of one that does not fit; refuses to know who asks
-again."""
+`gate` reads answers with `parse` and sends one of the wrong form back; `params` stores the model's
+path in a request.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +16,14 @@ from resilience.errors import Category, RlmError
 from rlm_tasks.errors import InvalidRequest
 
 _FENCED = re.compile(r"\s*```\w*\n(.*?)```\s*", re.DOTALL)
-MOST_TOLD = 5
+MOST_ISSUES = 5
+"""Mistakes of an answer that its error names."""
 
 
 class Misformed(RlmError):
-    """An answer that is not of the form asked for, after all repairs.  Has `why`, without what was
-    answered.
+    """An answer that does not have the required form, after all repairs.
+
+    Has `why`, without a text of the answer.
     """
 
     code = "MISFORMED_ANSWER"
@@ -28,40 +31,43 @@ class Misformed(RlmError):
 
     def __init__(self, why: str) -> None:
         self.why = why
-        super().__init__(f"the answer is not of the form asked for: {why}")
+        super().__init__(f"the answer does not have the required form: {why}")
 
 
 def path_of(form: type[BaseModel]) -> str:
-    """Return by which name workers find a model: ``module:Name``."""
+    """Return the path by which workers find a model: ``module:Name``."""
     return f"{form.__module__}:{form.__qualname__}"
 
 
 def form_of(path: str) -> type[BaseModel]:
-    """Return the model of a path, of a module that this process has imported already.
+    """Return the model of a path, from a module that this process has imported already.
 
-    Raises InvalidRequest: a request names models of RLM_OPERATIONS, it does not choose what is
-    imported."""
+    Raises InvalidRequest for others, because a request must not import modules.
+    """
     module, _, name = path.partition(":")
-    found: Any = sys.modules.get(module)
+    model: Any = sys.modules.get(module)
     for part in name.split("."):
-        found = getattr(found, part, None)
-    if not (isinstance(found, type) and issubclass(found, BaseModel)):
+        model = getattr(model, part, None)
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
         raise InvalidRequest(
             "output",
             path,
-            "must be a pydantic model, as module:Name, of a module that RLM_OPERATIONS names",
+            "must be a pydantic model, as module:Name, from a module in RLM_OPERATIONS",
         )
-    return found
+    return model
 
 
-def read(text: str, form: type[BaseModel]) -> BaseModel:
-    """Return an answer as the model has it; a fence around it is no fault.  Raises Misformed."""
+def parse(text: str, form: type[BaseModel]) -> BaseModel:
+    """Return an answer as the model's data; a code fence around it is allowed.
+
+    Raises Misformed.
+    """
     fenced = _FENCED.fullmatch(text)
     try:
         return form.model_validate_json(fenced[1] if fenced else text)
     except ValidationError as error:
-        told = [
+        issues = [
             f"{'.'.join(map(str, each['loc'])) or 'the answer'}: {each['msg']}"
             for each in error.errors(include_input=False)
         ]
-        raise Misformed("; ".join(told[:MOST_TOLD])) from None
+        raise Misformed("; ".join(issues[:MOST_ISSUES])) from None

@@ -19,18 +19,18 @@ from pydantic import SecretStr
 from resilience.errors import CallTimeout, Category, RateLimited, RlmError
 from resilience.faults import classify
 from rlm_tasks.llm.endpoint import (
-    Allowance,
     Answer,
     Endpoint,
+    LimitState,
     ProviderDown,
     ProviderRefused,
     Question,
-    Told,
+    RateLimitHeaders,
     UnusableAnswer,
     estimated_prompt,
     estimated_tokens,
+    rate_limits,
     seconds,
-    told,
 )
 from rlm_tasks.settings.llm import EndpointSettings
 from rlm_tasks.testing import embedded
@@ -41,7 +41,7 @@ T = TypeVar("T")
 KEY = "sk-very-secret-0123456789"
 PROMPT = "The patient is Ada Lovelace, born in December 1815. How old may she be?"
 WORDS = "The patient is Ada Lovelace, born in December 1815. How old may"
-UNSAID = Allowance()
+UNSAID = LimitState()
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_an_answer_has_its_text_its_cost_and_its_time(provider: Running, stream:
         estimated_tokens(PROMPT),
         estimated_tokens(WORDS),
     )
-    assert answer.told == Told(UNSAID, UNSAID)
+    assert answer.limits == RateLimitHeaders(UNSAID, UNSAID)
     assert answer.latency_s > 0.008
     seen = provider.report()
     assert (seen["prompt_tokens"], seen["completion_tokens"]) == (
@@ -212,9 +212,11 @@ def test_an_error_repeats_the_providers_message_unless_it_has_secrets(
         " This model's maximum context length is exceeded."
     )
     provider.schedule({"kind": "422"})
-    assert str(error_of(provider.base_url)).endswith("(422): what it says quotes the question")
+    assert str(error_of(provider.base_url)).endswith(
+        "(422): its reason is hidden, because it quotes the question"
+    )
     assert str(error_of(provider.base_url, question("Ada"))).endswith(
-        "(422): what it says quotes the question"
+        "(422): its reason is hidden, because it quotes the question"
     )
     for long in ("Ada " * 90, "Ada \u0416 " * 90):  # the provider quotes the second one escaped
         assert str(error_of(provider.base_url, question(long))).endswith("quotes the question")
@@ -230,7 +232,7 @@ def test_a_key_unfit_for_a_header_is_refused_with_its_variables_name(key: str) -
     assert error.category == Category.AUTH
     assert (
         str(error)
-        == "endpoint main: MAIN_KEY holds no key; set it, to any word where none is asked for"
+        == "endpoint main: MAIN_KEY holds no key; set it, to any text if the endpoint needs no key"
     )
 
 
@@ -313,7 +315,9 @@ def test_rate_limit_headers_are_parsed_for_requests_and_tokens() -> None:
         "x-ratelimit-reset-tokens": "?",
     }
 
-    assert told(headers) == Told(Allowance(3500.0, None, None), Allowance(None, 89999.5, None))
+    assert rate_limits(headers) == RateLimitHeaders(
+        LimitState(3500.0, None, None), LimitState(None, 89999.5, None)
+    )
 
 
 def test_a_caller_that_waits_the_retry_time_passes_the_sliding_window() -> None:
@@ -346,7 +350,7 @@ def test_a_caller_that_waits_the_retry_time_passes_the_sliding_window() -> None:
     )
     assert refused <= len(answers)  # after each wait a call passed
     assert {used for _, used in seen["taken"]} == {4}  # the reservations are settled to the use
-    first = answers[0].told
+    first = answers[0].limits
     assert first.requests.limit == most
     assert first.tokens.limit == 400
     assert first.requests.remaining == most - 1

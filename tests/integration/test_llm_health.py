@@ -130,7 +130,7 @@ def test_an_unhealthy_endpoint_gets_no_calls_until_it_recovers(platform: Platfor
         if each.data["endpoint"] == "main"
     ]
     assert [each.name for each in events[:2]] == ["endpoint.ill", "endpoint.well"]
-    assert platform.log.read_text().count("endpoint main is well again, and gets calls") == 1
+    assert platform.log.read_text().count("endpoint main is healthy again, and gets calls") == 1
     assert KEY not in platform.log.read_text()
 
 

@@ -1,5 +1,6 @@
--- Add what calls to a model took to what is known of them; what is old counts half as much, again and again.
--- KEYS[1]: HASH of sums.  ARGV: calls after which all is halved, ttl_s, then name, amount, name, amount ...; the first is `calls`.
+-- Add one call to the sums of a model; after some number of calls all sums are halved.
+-- KEYS[1]: HASH of sums.  ARGV: the number of calls after which sums are halved, ttl_s, then
+-- name, amount, name, amount ...; the first name is `calls`.
 local key = KEYS[1]
 for i = 3, #ARGV, 2 do redis.call('HINCRBYFLOAT', key, ARGV[i], ARGV[i + 1]) end
 if tonumber(redis.call('HGET', key, 'calls')) >= tonumber(ARGV[1]) then

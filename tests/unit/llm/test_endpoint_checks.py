@@ -15,7 +15,7 @@ from typing import Any
 import fakeredis._socket._base as server_keys
 import pytest
 
-from rlm_tasks.llm.endpoint_checks import CheckResult, Checks, ask
+from rlm_tasks.llm.endpoint_checks import CheckResult, Checks, check_all
 from rlm_tasks.llm.endpoint_health import EndpointHealth
 from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
 from scheduler.events import Events
@@ -109,7 +109,7 @@ def checks(world: World, settings: LlmSettings, worker: str = "a") -> Checks:
         (405, ""),
         (429, ""),
         (401, "it does not accept its key (401); see UNIT_KEY"),
-        (402, "its account is used up (402); no waiting helps, see its plan and billing"),
+        (402, "its quota is used up (402); waiting does not help, see plan and billing"),
         (503, "answers 503"),
         (0, "does not answer within 0.2 s"),
     ],
@@ -120,7 +120,7 @@ def test_an_endpoint_is_healthy_when_it_answers_for_its_key(
     provider.status = status
     settings = settings_of(provider.base_url, health_timeout_s=5.0 if status else 0.2)
 
-    [found] = asyncio.run(ask(settings))
+    [found] = asyncio.run(check_all(settings))
 
     assert (found.name, found.why) == ("e0", why)
     assert (found.latency_s > 0) is (why == "")
@@ -133,13 +133,14 @@ def test_all_endpoints_are_checked_and_failures_have_a_reason(
     settings = settings_of(CLOSED, "http://127.0.0.1:99999/v1", provider.base_url)
     settings = settings.model_copy(update={"endpoints": (*settings.endpoints, keyless)})
 
-    away, wrong, well, closed_to_us = asyncio.run(ask(settings))
+    away, wrong, well, closed_to_us = asyncio.run(check_all(settings))
 
     assert away == CheckResult("e0", 0.0, "cannot be reached (ConnectError)")
     assert wrong.why
     assert well.why == ""
     assert (
-        closed_to_us.why == "UNIT_NO_KEY holds no key; set it, to any word where none is asked for"
+        closed_to_us.why
+        == "UNIT_NO_KEY holds no key; set it, to any text if the endpoint needs no key"
     )
     assert provider.requests == 1
 
@@ -149,12 +150,12 @@ def test_one_worker_checks_in_each_interval(world: World, provider: Provider) ->
         checks(world, settings_of(provider.base_url), name) for name in ("first", "second")
     )
 
-    assert first.look() == 0.0
+    assert first.check_in_turn() == 0.0
     world.sleep(10)
-    assert (second.look(), first.look(), provider.requests) == (20.0, 20.0, 1)
+    assert (second.check_in_turn(), first.check_in_turn(), provider.requests) == (20.0, 20.0, 1)
 
     world.sleep(20.5)
-    assert (second.look(), first.look(), provider.requests) == (0.0, 30.0, 2)
+    assert (second.check_in_turn(), first.check_in_turn(), provider.requests) == (0.0, 30.0, 2)
 
 
 def test_an_endpoint_that_fails_and_recovers_emits_one_event_each(
@@ -168,11 +169,11 @@ def test_an_endpoint_that_fails_and_recovers_emits_one_event_each(
 
     for at in range(5):
         assert len(emitted()) == (at > 2)
-        assert workers[at % 2].look() == 0.0
+        assert workers[at % 2].check_in_turn() == 0.0
         world.sleep(30.5)
     provider.status = 200
     for at in range(2):
-        assert workers[at % 2].look() == 0.0
+        assert workers[at % 2].check_in_turn() == 0.0
         world.sleep(30.5)
 
     assert emitted() == [

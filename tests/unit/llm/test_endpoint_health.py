@@ -28,14 +28,14 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 def test_three_failed_checks_mark_an_endpoint_and_one_success_clears_it(world: World) -> None:
     health = EndpointHealth(world.store(), SETTINGS)
     for why in ("away", "away", "", "away", "away"):
-        health.tell("main", latency_s=0.0 if why else 0.25, why=why)
-    assert EndpointHealth(world.store(), SETTINGS).ill() == frozenset()
+        health.record("main", latency_s=0.0 if why else 0.25, why=why)
+    assert EndpointHealth(world.store(), SETTINGS).unhealthy() == frozenset()
 
-    assert health.tell("main", why="away").strikes == 3
-    assert EndpointHealth(world.store(), SETTINGS).ill() == {"main"}
+    assert health.record("main", why="away").strikes == 3
+    assert EndpointHealth(world.store(), SETTINGS).unhealthy() == {"main"}
 
-    assert health.tell("main", latency_s=0.25).latency_ms == 250
-    assert EndpointHealth(world.store(), SETTINGS).ill() == frozenset()
+    assert health.record("main", latency_s=0.25).latency_ms == 250
+    assert EndpointHealth(world.store(), SETTINGS).unhealthy() == frozenset()
 
 
 def test_the_state_is_read_once_a_second_and_holds_for_three_intervals(world: World) -> None:
@@ -43,12 +43,12 @@ def test_the_state_is_read_once_a_second_and_holds_for_three_intervals(world: Wo
         EndpointHealth(world.store(), SETTINGS),
         EndpointHealth(world.store(), SETTINGS),
     )
-    assert reader.ill() == frozenset()
+    assert reader.unhealthy() == frozenset()
     for _ in range(3):
-        reporter.tell("main", why="away")
-    assert reader.ill() == frozenset(), "the state was read a moment ago"
+        reporter.record("main", why="away")
+    assert reader.unhealthy() == frozenset(), "the state was read a moment ago"
 
     world.sleep(1)
-    assert reader.ill() == {"main"}
+    assert reader.unhealthy() == {"main"}
     world.sleep(3 * SETTINGS.health_every_s)
-    assert reader.ill() == frozenset(), "there was no check for a while"
+    assert reader.unhealthy() == frozenset(), "there was no check for a while"

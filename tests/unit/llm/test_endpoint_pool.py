@@ -6,8 +6,8 @@ import pytest
 
 from rlm_tasks.engine.guards import ProcessGuards
 from rlm_tasks.llm.endpoint import (
-    Allowance,
-    Told,
+    LimitState,
+    RateLimitHeaders,
 )
 from rlm_tasks.llm.endpoint_pool import EndpointPool, protections
 from rlm_tasks.operations import registry
@@ -21,7 +21,7 @@ __all__ = ["world"]
 MINI = "gpt-4.1-mini"
 MAIN = EndpointSettings(name="main", key_env="MAIN_KEY")
 SPARE = EndpointSettings(name="spare", key_env="SPARE_KEY", models={MINI: "mini"})
-NOTHING = Allowance()
+NOTHING = LimitState()
 
 
 def pool_of(world: World, **llm: object) -> EndpointPool:
@@ -38,7 +38,7 @@ def test_limits_belong_to_a_model_and_a_key_and_those_of_the_model_count_first(
         endpoints=(MAIN, SPARE, MAIN.model_copy(update={"name": "twin"})),
     )
 
-    assert pool.bucket(MAIN, MINI) is pool.bucket(pool.places["twin"], MINI)
+    assert pool.bucket(MAIN, MINI) is pool.bucket(pool.endpoints["twin"], MINI)
     assert pool.bucket(MAIN, MINI) is not pool.bucket(SPARE, MINI)
     assert {
         name: (rate.limit, rate.per_s) for name, rate in pool.bucket(MAIN, MINI).rates.items()
@@ -60,11 +60,11 @@ def test_a_call_goes_to_endpoints_that_have_the_model(world: World) -> None:
 def test_a_failing_endpoint_gets_no_calls_until_it_recovers(world: World) -> None:
     pool = pool_of(world)
     for _ in range(3):
-        pool.health.tell("main", why="does not answer")
+        pool.health.record("main", why="does not answer")
     world.sleep(1.5)
     assert [each.name for each in pool.order(MINI, "key")] == ["spare"]
 
-    pool.health.tell("main", latency_s=0.1)
+    pool.health.record("main", latency_s=0.1)
     world.sleep(1.5)
     assert len(pool.order(MINI, "key")) == 2
 
@@ -78,7 +78,9 @@ def test_a_limit_is_lowered_to_that_of_the_provider_and_never_raised(
 ) -> None:
     pool = pool_of(world)
 
-    pool.learn(MAIN, MINI, Told(NOTHING, Allowance(limit=said, remaining=5, reset_s=1)))
+    pool.learn(
+        MAIN, MINI, RateLimitHeaders(NOTHING, LimitState(limit=said, remaining=5, reset_s=1))
+    )
 
     assert pool.bucket(MAIN, MINI).rates["tokens"].limit == holds
     assert pool.bucket(MAIN, MINI).rates["requests"].limit == 3500
@@ -99,7 +101,7 @@ def test_consecutive_429_answers_double_the_pause_until_a_call_succeeds(
         pool.hold(MAIN, MINI, wait_s)  # this call was in flight together with the first
         found.append(held())
         world.sleep(held() + 0.1)
-    pool.learn(MAIN, MINI, Told(NOTHING, NOTHING))
+    pool.learn(MAIN, MINI, RateLimitHeaders(NOTHING, NOTHING))
     pool.hold(MAIN, MINI, 2.0)
 
     assert [*found, held()] == [2.0, 4.0, 8.0, 2.0]

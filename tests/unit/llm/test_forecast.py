@@ -12,18 +12,20 @@ from hypothesis import strategies as st
 from rlm_tasks.jobs.items import SAMPLED, source_of
 from rlm_tasks.llm.endpoint import estimated_prompt
 from rlm_tasks.llm.forecast import Z90, Outlook, mean_and_error
-from rlm_tasks.llm.learned import Known
+from rlm_tasks.llm.learned import CallStatistics
 from rlm_tasks.llm.operations import _reading
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.ports import RoundForecast
 from rlm_tasks.requests import JobRequest
 from rlm_tasks.settings.model import Settings
 
-SETTLED = Known(calls=400, prompt_ratio=1.2, share=0.4, share_sd=0.2, seconds=3.0, seconds_sd=1.0)
+SETTLED = CallStatistics(
+    calls=400, prompt_ratio=1.2, share=0.4, share_sd=0.2, seconds=3.0, seconds_sd=1.0
+)
 
 
 knowns = st.builds(
-    Known,
+    CallStatistics,
     calls=st.sampled_from([0.0, 1.0, 30.0, 700.0]),
     prompt_ratio=st.floats(0.5, 2),
     share=st.floats(0, 1),
@@ -34,7 +36,7 @@ knowns = st.builds(
 
 
 def forecast(
-    operation: str, items: Any, params: dict[str, Any], known: Known = SETTLED
+    operation: str, items: Any, params: dict[str, Any], known: CallStatistics = SETTLED
 ) -> tuple[list[RoundForecast], ...]:
     """Return the rounds of a request at p50 and at p90."""
     about = registry.get(operation)
@@ -123,7 +125,7 @@ def test_a_question_needs_one_call_for_each_group_of_passages(n: int, length: in
     operation=st.sampled_from(["llm.map", "llm.map_reduce", "llm.ask"]),
 )
 def test_p90_is_never_below_p50_and_answers_are_within_max_tokens(
-    known: Known, n: int, operation: str
+    known: CallStatistics, n: int, operation: str
 ) -> None:
     asks = (
         {"question": "Who?", "group_tokens": 200}
@@ -167,7 +169,7 @@ def test_ten_times_the_items_are_ten_times_the_tokens() -> None:
 
 def test_nine_of_ten_sums_are_below_p90() -> None:
     random = Random(5)
-    known = Known(calls=2000, prompt_ratio=1.0, share=0.5, share_sd=0.2)
+    known = CallStatistics(calls=2000, prompt_ratio=1.0, share=0.5, share_sd=0.2)
     [_], [bad] = forecast("llm.map", range(100), {"prompt": "{item}", "max_tokens": 1000}, known)
 
     sums = [sum(random.gauss(500, 200) for _ in range(100)) for _ in range(2000)]

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from resilience.degradation import Strategy
 from resilience.errors import BulkheadFull, CallTimeout, Denied, RateLimited
@@ -17,8 +17,14 @@ from rlm_tasks.engine.guards import Postponed, ProcessGuards
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.jobs.stored_items import RangeSource
-from rlm_tasks.llm.endpoint import Allowance, Answer, ProviderDown, Told, UnusableAnswer
-from rlm_tasks.llm.gate import BudgetSpent, Gate, Pass
+from rlm_tasks.llm.endpoint import (
+    Answer,
+    LimitState,
+    ProviderDown,
+    RateLimitHeaders,
+    UnusableAnswer,
+)
+from rlm_tasks.llm.gate import BudgetSpent, Gate, HeldCall
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.context import Context
 from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
@@ -29,7 +35,7 @@ __all__ = ["world"]
 
 registry.import_operations(())
 MODEL = "gpt-4.1-mini"
-ANSWER = Answer(MODEL, "so", 10, 5, "stop", Told(Allowance(), Allowance()), 0.5)
+ANSWER = Answer(MODEL, "so", 10, 5, "stop", RateLimitHeaders(LimitState(), LimitState()), 0.5)
 
 
 class JobGate:
@@ -68,22 +74,22 @@ class JobGate:
         found = registry.get("llm.map").gate(self.guards, registry.get("llm.map"), spec)  # type: ignore[misc]  # llm.map has a gate
         assert isinstance(found, Gate)
         self.gate, self.params = found, {"prompt": "Say {item}", "max_tokens": 100}
-        self.provider = found._provider
+        self.provider = found._pool
 
-    def enter(self, index: int = 0, item: str = "") -> Pass:
+    def enter(self, index: int = 0, item: str = "") -> HeldCall:
         entry = self.gate.enter(
             item or f"item {index}", Context("job", self.params, index=index), ""
         )
-        assert isinstance(entry, Pass)
+        assert isinstance(entry, HeldCall)
         return entry
 
-    def answered(self, entry: Pass, answer: Answer = ANSWER) -> None:
+    def answered(self, entry: HeldCall, answer: Answer = ANSWER) -> None:
         entry.answer = answer
         self.gate.leave(entry)
 
     @property
     def nothing_is_held(self) -> bool:
-        place = self.provider.places["one"]
+        place = self.provider.endpoints["one"]
         used = self.provider.bucket(place, MODEL).status()
         held = self.guards.budgets.budget("job").status().held
         return (
@@ -109,7 +115,9 @@ def test_a_call_reserves_its_maximum_cost_and_settles_to_the_real_one(world: Wor
         {"calls": 1, "tokens": 15, "money": (10 * 0.4 + 5 * 1.6) / 1e6}
     )
     assert (
-        job_gate.provider.bucket(job_gate.provider.places["one"], MODEL).status()["tokens"]["used"]
+        job_gate.provider.bucket(job_gate.provider.endpoints["one"], MODEL).status()["tokens"][
+            "used"
+        ]
         == 15
     )
     job_gate.answered(entry)  # a second time has no effect

@@ -8,11 +8,11 @@ from pathlib import Path
 from resilience.errors import CallTimeout, Category, RateLimited
 from rlm_tasks.llm import metrics
 from rlm_tasks.llm.endpoint import (
-    Allowance,
     Answer,
+    LimitState,
     ProviderDown,
     ProviderRefused,
-    Told,
+    RateLimitHeaders,
     UnusableAnswer,
 )
 from rlm_tasks.metrics import slot_files
@@ -20,8 +20,8 @@ from rlm_tasks.telemetry import exposition
 
 
 def test_calls_are_counted_by_outcome_and_answers_by_tokens_time_and_money(tmp_path: Path) -> None:
-    unsaid = Allowance()
-    answer = Answer("some", "four", 30, 20, "stop", Told(unsaid, unsaid), 0.3)
+    unsaid = LimitState()
+    answer = Answer("some", "four", 30, 20, "stop", RateLimitHeaders(unsaid, unsaid), 0.3)
     ends: dict[str, BaseException | None] = {
         "rate_limited": RateLimited("endpoint", 1.0, "429"),
         "timeout": CallTimeout("endpoint", 60.0),
@@ -31,10 +31,10 @@ def test_calls_are_counted_by_outcome_and_answers_by_tokens_time_and_money(tmp_p
     }
     slot_files.begin(tmp_path)
     try:
-        metrics.answered("small", "main", answer, 0.5)
+        metrics.count_answer("small", "main", answer, 0.5)
         for error in ends.values():
-            metrics.failed("small", "main", error)
-        metrics.failed("small", "main", asyncio.CancelledError())
+            metrics.count_failure("small", "main", error)
+        metrics.count_failure("small", "main", asyncio.CancelledError())
         registry = exposition.registry(
             tmp_path, lambda: exposition.WorkerState(1, 0, False, 0, 1.0)
         )

@@ -53,12 +53,12 @@ def prepared(
         (
             Budget(tokens=1000),
             {},
-            "an answer alone may take 1024 tokens; give more, or ask for a smaller max_tokens",
+            "one answer may take 1024 tokens; set a larger budget or a smaller max_tokens",
         ),
         (
             Budget(money=1),
             {"medium": "own"},
-            "model own has no price; give it one in RLM_LLM__MODELS, 0 if it costs nothing",
+            "model own has no price; set it in RLM_LLM__MODELS, to 0 if it costs nothing",
         ),
     ],
 )
@@ -118,7 +118,7 @@ def test_one_answer_needs_no_merge() -> None:
 
 def test_answers_too_long_to_be_merged_are_refused_before_any_call() -> None:
     with pytest.raises(
-        InvalidRequest, match="max_tokens=80: two answers as long do not fit into one merge"
+        InvalidRequest, match="max_tokens=80: two answers of this length do not fit into one merge"
     ):
         prepared("llm.map_reduce", ["a"], {"prompt": "x", "max_tokens": 80}, tokens=650)
 

@@ -37,15 +37,15 @@ def test_a_growing_process_clears_its_caches_and_then_retires(
     growth = Growth(LlmSettings(), lambda: held_mb)
     samples = ((619.0, 0.0), (645.0, 20.0), (624.0, 0.0), (639.0, 0.0), (639.0, 0.0))
     for held_mb, freed_mb in samples:  # noqa: B007  # forget reads them
-        growth.look(runtime)
+        growth.check(runtime)
         assert runtime.retiring is False
 
     held_mb = 640.0
-    growth.look(runtime)
+    growth.check(runtime)
 
     assert cleared == [645.0, 639.0, 639.0, 640.0]
     assert runtime.retiring is True
     assert [each.getMessage().partition(";")[2] for each in caplog.records] == [
         " its caches are cleared",
-        " it is to be replaced",
+        " it will be replaced",
     ]
