@@ -1,10 +1,14 @@
-"""A circuit breaker that every worker shares, in pybreaker's words: its listeners, exclusions and
-exceptions.
+"""Circuit breakers that all workers share, with pybreaker's names, listeners and exceptions.
 
-Decides what a call's end means for the breaker, and what a refused caller hears.  Refuses to know
-how state is shared: see `breaker_storage`.  Unlike pybreaker's own, it holds no lock while the
-called code runs, raises what that code raised also when it trips, and counts what is excluded as
-neither a failure nor a success."""
+Users decorate functions with `with_circuit_breaker`; the engine uses `CircuitBreaker.admit` and
+`ended`.  Begin with `CircuitBreaker`.  `breaker_storage` keeps the shared state.
+
+It differs from pybreaker's breaker in three ways:
+
+- it holds no lock while the called code runs;
+- the call that opens it raises its own error;
+- an excluded exception is neither a failure nor a success.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +47,9 @@ Excluded = type[BaseException] | Callable[[BaseException], bool]
 
 
 class CircuitOpen(Denied, pybreaker.CircuitBreakerError):
-    """A call that was not made, because the breaker of its service is open; come back after
-    `retry_after_s`.
+    """A call was not made, because the breaker of its service is open.
+
+    It may be repeated after `retry_after_s` seconds.
     """
 
     code = "CIRCUIT_OPEN"
@@ -52,29 +57,31 @@ class CircuitOpen(Denied, pybreaker.CircuitBreakerError):
 
 
 class State(str):
-    """``closed``, ``open`` or ``half-open``: compares with those, and has the `name` that
-    pybreaker's listeners read.
+    """``closed``, ``open`` or ``half-open``, as a text with the `name` that pybreaker's listeners
+    read.
     """
 
     __slots__ = ()
 
     @property
     def name(self) -> str:
-        """The state's name."""
+        """The state as a plain text."""
         return str(self)
 
 
 def _nobody(_waiters: Sequence[str]) -> None:
-    """Wake nobody: outside of the engine nothing waits for a breaker but time."""
+    """Wake no waiter: outside of the engine no node waits for a breaker."""
 
 
 class CircuitBreaker(pybreaker.CircuitBreaker):
-    """One service's breaker; the same name on the same store is the same breaker, in every process
-    of every host.
+    """The breaker of one service.
 
-    Without a `store` it is on that of ``RLM_REDIS_URL``.  A `config` may be a preset's name:
-    ``default``, ``client``, ``executor``, ``realtime``.  What `exclude` names, exceptions or
-    functions of one, is neither a failure nor a success."""
+    The same name on the same store means the same breaker, in every process of every host.  Without
+    a `store` it uses that of ``RLM_REDIS_URL``.
+
+    A `config` may be the name of a preset: ``default``, ``client``, ``executor``, ``realtime``.
+    `exclude` has exception types, and functions that return whether an exception is excluded.
+    """
 
     def __init__(
         self,
@@ -97,21 +104,18 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
             self.config.success_threshold,
             exclude=exclude,
             listeners=list(listeners),
-            state_storage=pybreaker.CircuitMemoryStorage(
-                CLOSED
-            ),  # replaced below: construction must not ask Redis
+            # Replaced below: construction must not ask Redis.
+            state_storage=pybreaker.CircuitMemoryStorage(CLOSED),
             name=name,
             throw_new_error_on_trip=False,
         )
         self._state_storage = self._storage
 
-    # --- asking --------------------------------------------------------------------------------
+    # --- reading -------------------------------------------------------------------------------
 
     @property  # type: ignore[misc]  # read-only
     def state(self) -> State:  # type: ignore[override]  # a name, where pybreaker has an object with behaviour
-        """``closed``, ``open`` or ``half-open``, as others left it at most a quarter of a second
-        ago (FRESH_S).
-        """
+        """``closed``, ``open`` or ``half-open``, at most a quarter of a second old (FRESH_S)."""
         return self._notice(self._storage.state)
 
     @property
@@ -121,18 +125,18 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
 
     @property
     def last_failure_time(self) -> float | None:
-        """When a call failed last: seconds since the epoch by the server's clock, or None."""
+        """Time of the last failure in seconds since 1970 of the server's clock, or None."""
         at = self._storage.fresh().last_failure_ms
         return at / 1000 if at else None
 
     def can_execute(self) -> tuple[bool, str]:
-        """Say whether a call would be made now, and why not; takes no probe's place."""
+        """Return whether a call would be made now, and the reason if not.  It takes no probe."""
         refusal = self._storage.standing()
         return (True, "") if refusal is None else (False, str(self._open(refusal)))
 
     def status(self) -> dict[str, Any]:
-        """Return state, failure_count, last_failure_time (seconds since the epoch, or None) and
-        retry_after_s.
+        """Return ``state``, ``failure_count``, ``last_failure_time`` (seconds since 1970, or None)
+        and ``retry_after_s``.
         """
         refusal = self._storage.standing()
         return {
@@ -150,28 +154,29 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
     # --- calling -------------------------------------------------------------------------------
 
     def admit(self, waiter: str = "", urgency: int = 0) -> Admission:
-        """Take leave for one call, which `ended` gives back.  Raises CircuitOpen.
+        """Return the admission of one call; pass it to `ended` after the call.
 
-        A `waiter` is noted when refused, by its urgency (0 is the most urgent), and handed to
-        `wake` when the breaker closes."""
-        found = self._storage.admit(waiter, urgency)
-        if isinstance(found, Refusal):
-            self._notice(found.state)
-            raise self._open(found)
-        return found
+        A refused `waiter` joins the line by its urgency (0 is the most urgent), and is passed to
+        `wake` when the breaker closes.  Raises CircuitOpen.
+        """
+        answer = self._storage.admit(waiter, urgency)
+        if isinstance(answer, Refusal):
+            self._notice(answer.state)
+            raise self._open(answer)
+        return answer
 
     def ended(self, admission: Admission, error: BaseException | None = None) -> None:
-        """Tell how an admitted call ended."""
+        """Report the end of an admitted call, with its error if it failed."""
         outcome = "ok" if error is None else "failed" if self.is_system_error(error) else "ignored"
         verdict = self._storage.report(admission, outcome)
-        if verdict.word == "opened":
+        if verdict.kind == "opened":
             logger.warning(
                 "Breaker %s opened for %g s: %s",
                 self.name,
                 self.config.recovery_timeout_s,
                 type(error).__name__ if error else "",
             )
-        elif verdict.word == "closed":
+        elif verdict.kind == "closed":
             logger.warning("Breaker %s closed: its service answers again", self.name)
         call_up(self._store, self._storage.line, self._wake, verdict.waiters)
         for listener in self._listeners if outcome != "ignored" else ():
@@ -180,17 +185,18 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
             self._notice(self._storage.state)
 
     def waits(self, waiter: str) -> Call:
-        """Return the call that answers whether a waiter still stands in line."""
+        """Return the call that answers whether a waiter still stands in the line."""
         return self._storage.waits(waiter)
 
     def withdraw(self, admission: Admission) -> None:
-        """Give back leave that was not used."""
+        """Give back an admission that was not used."""
         verdict = self._storage.report(admission, "ignored")
         call_up(self._store, self._storage.line, self._wake, verdict.waiters)
 
     def is_system_error(self, exception: BaseException) -> bool:
-        """Say whether an exception speaks against the service: not when excluded, a 429, a 4xx, or
-        control flow.
+        """Return whether an exception counts as a failure of the service.
+
+        Excluded exceptions, a 429, a 4xx and control flow do not count.
         """
         for exclusion in self._excluded_exceptions:
             is_type = isinstance(exclusion, type)
@@ -211,7 +217,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         self.ended(admission)
 
     def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function; raises what it raises, or CircuitOpen instead of calling it."""
+        """Call a function and return its value.  Raises its error, or CircuitOpen before it."""
         with self.calling():
             for listener in self._listeners:
                 listener.before_call(self, func, *args, **kwargs)
@@ -220,8 +226,9 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
     async def call_async(
         self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Await a coroutine function; raises what it raises, or CircuitOpen instead of calling
-        it.
+        """Await a coroutine function and return its value.
+
+        Raises its error, or CircuitOpen before it.
         """
         with self.calling():
             for listener in self._listeners:
@@ -238,7 +245,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
     # --- by hand -------------------------------------------------------------------------------
 
     def open(self) -> bool:
-        """Open it by hand, for the recovery timeout.  Raises StoreUnavailable."""
+        """Open it for the recovery timeout.  Raises StoreUnavailable."""
         self._put(OPEN)
         return False
 
@@ -247,7 +254,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         self._put(HALF_OPEN)
 
     def close(self) -> None:
-        """Close it by hand and forget its failures.  Raises StoreUnavailable."""
+        """Close it and forget its failures.  Raises StoreUnavailable."""
         self._put(CLOSED)
 
     reset = close
@@ -255,18 +262,18 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
 
     def _put(self, state: str) -> None:
         verdict = self._storage.put(state)
-        logger.warning("Breaker %s was put to %s by hand", self.name, state)
+        logger.warning("Breaker %s was set to %s by hand", self.name, state)
         self._notice(state)
         call_up(self._store, self._storage.line, self._wake, verdict.waiters)
 
     def _notice(self, state: str) -> State:
-        """Tell listeners of a change, also of one that another process made."""
-        found = State(state)
-        if found != self._seen:
-            before, self._seen = self._seen, found
+        """Report a change of state to listeners, also one that another process made."""
+        current = State(state)
+        if current != self._seen:
+            before, self._seen = self._seen, current
             for listener in self._listeners:
-                listener.state_change(self, before, found)  # type: ignore[arg-type]  # they read its name
-        return found
+                listener.state_change(self, before, current)  # type: ignore[arg-type]  # they read its name
+        return current
 
 
 def _guarded(func: Callable[..., Any], breaker: Callable[[], CircuitBreaker]) -> Callable[..., Any]:
@@ -286,9 +293,7 @@ def _guarded(func: Callable[..., Any], breaker: Callable[[], CircuitBreaker]) ->
 
 
 class CircuitBreakers:
-    """All breakers of one store, by name: what this process uses, and what others have left
-    there.
-    """
+    """All breakers of one store by name: those of this process, and those that others changed."""
 
     def __init__(self, store: Store | None = None, *, wake: Wake = _nobody) -> None:
         self._given, self._wake = store, wake
@@ -301,8 +306,9 @@ class CircuitBreakers:
     def get(
         self, name: str, config: BreakerConfig | str | None = None, **fields: Any
     ) -> CircuitBreaker:
-        """Return the breaker of a name; the first to name it in this process decides its
-        configuration.
+        """Return the breaker of a name.
+
+        The first call in this process for a name sets its configuration.
         """
         if name not in self._known:
             self._known[name] = CircuitBreaker(
@@ -311,27 +317,26 @@ class CircuitBreakers:
         return self._known[name]
 
     def names(self) -> list[str]:
-        """Return the names of all breakers that any process has changed lately, or this one has
-        used, sorted.
+        """Return the sorted names of the breakers used here, or changed lately by any process.
+
+        Raises StoreUnavailable.
         """
-        [found] = self._store.call(names_of(self._store), on_outage="answer")
-        return sorted({*self._known, *(name.decode() for name in found)})
+        [changed] = self._store.call(names_of(self._store), on_outage="answer")
+        return sorted({*self._known, *(name.decode() for name in changed)})
 
     def can_execute(self, name: str) -> tuple[bool, str]:
-        """Say whether a call of a service would be made now, and why not."""
+        """Return whether a call of a service would be made now, and the reason if not."""
         return self.get(name).can_execute()
 
     def reset(self, name: str | None = None) -> list[str]:
-        """Close one breaker, or all; return the names of those closed.  Raises StoreUnavailable."""
+        """Close one breaker, or all, and return their names.  Raises StoreUnavailable."""
         chosen = self.names() if name is None else [name]
         for each in chosen:
             self.get(each).reset()
         return chosen
 
     def status(self) -> dict[str, dict[str, Any]]:
-        """Return name -> state, failure_count, last_failure_time (seconds since the epoch, or
-        None), retry_after_s.
-        """
+        """Return name -> `CircuitBreaker.status`.  Raises StoreUnavailable."""
         return {name: self.get(name).status() for name in self.names()}
 
 
@@ -342,11 +347,12 @@ def with_circuit_breaker(
     store: Store | None = None,
     **fields: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a function, or a coroutine function, with the breaker of a service.
+    """Return a decorator that guards functions and coroutine functions by a service's breaker.
 
-    ``@with_circuit_breaker("agent-factory", failure_threshold=5)``.  Fields are those of
-    BreakerConfig; without a store it is the one that RLM_REDIS_URL names.  Raises InvalidValue for
-    a wrong field at once."""
+    ``@with_circuit_breaker("agent-factory", failure_threshold=5)``: the fields are those of
+    BreakerConfig.  Without a store it uses that of RLM_REDIS_URL.  Raises InvalidValue for a wrong
+    field at once.
+    """
     settled = configured(config, **fields)
 
     @functools.cache

@@ -1,8 +1,10 @@
-"""What all workers know of one breaker, and what one process does by itself while Redis is away.
+"""The state of breakers: shared in Redis, and kept by each process while Redis is away.
 
-Decides when a process asks: a closed breaker is believed for a quarter of a second, and then all
-breakers of the process are read in one round trip; failures, probes and openings are single
-scripts.  Refuses to know what is called."""
+`CircuitBreaker` calls it; begin with `SharedStorage.admit` and `SharedStorage.report`.
+
+A process uses the state of a closed breaker for a quarter of a second without asking Redis.  Then
+it reads all its breakers in one round trip.  Failures, probes and openings are one script each.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,9 @@ logger = logging.getLogger(__name__)
 
 CLOSED, OPEN, HALF_OPEN = pybreaker.STATE_CLOSED, pybreaker.STATE_OPEN, pybreaker.STATE_HALF_OPEN
 FRESH_S = 0.25
-"""A process sees what others did to a breaker within this time."""
+"""A process uses the state of a breaker for this time before it reads it again."""
 ASK_AGAIN_S = 0.1
-"""A process that was refused a probe asks again after this, unless somebody is named to wait."""
+"""A process that was refused a probe asks Redis again after this time, or at once for a waiter."""
 
 _ADMIT, _REPORT, _LOOK, _SET = (
     Script.load("resilience", f"breaker_{verb}", prelude="breaker")
@@ -42,8 +44,9 @@ _ADMIT, _REPORT, _LOOK, _SET = (
 
 
 class BreakerConfig(Seconds):
-    """When a breaker opens, and when it closes again.  The defaults are those of source document
-    1.
+    """The rules by which a breaker opens and closes.
+
+    Names and defaults are those of other orchestrators.
     """
 
     failure_threshold: int = Field(5, ge=1, description="Failures in a row that open it.")
@@ -73,7 +76,8 @@ class BreakerConfig(Seconds):
 
     @model_validator(mode="before")
     @classmethod
-    def _names_of_document_1(cls, fields: Any) -> Any:
+    def _from_timeout_seconds(cls, fields: Any) -> Any:
+        """Accept ``timeout_seconds``, another name of the recovery timeout."""
         if isinstance(fields, dict) and "timeout_seconds" in fields:
             return {
                 ("recovery_timeout_s" if name == "timeout_seconds" else name): value
@@ -88,18 +92,16 @@ PRESETS = {
     "executor": BreakerConfig(failure_threshold=10, recovery_timeout_s=60),
     "realtime": BreakerConfig(failure_threshold=3, recovery_timeout_s=30),
 }
-"""Named configurations, from source documents 1 (default), 0 (client) and 2 (executor,
-realtime).
-"""
+"""Named configurations, as other orchestrators have them."""
 
 
 def configured(
     config: BreakerConfig | Mapping[str, Any] | str | None = None, **fields: Any
 ) -> BreakerConfig:
-    """Return a configuration: one as it is or as a dict, a preset by its name, or the default; with
-    some fields changed.
+    """Return a configuration with some fields changed.
 
-    Raises InvalidValue for a name or a field that does not exist.
+    `config` is a configuration, a dict of its fields, the name of a preset, or None for the
+    default.  Raises InvalidValue for a name or a field that does not exist.
     """
     if isinstance(config, Mapping):
         return configured(None, **{**config, **fields})
@@ -111,10 +113,10 @@ def configured(
         )
     base = config if isinstance(config, BreakerConfig) else PRESETS[config or "default"]
     if config is None:
-        told = store_settings().breakers.model_dump(
+        settings = store_settings().breakers.model_dump(
             include={"failure_threshold", "recovery_timeout_s"}, exclude_none=True
         )
-        base = base.model_copy(update=told)
+        base = base.model_copy(update=settings)
     return BreakerConfig(
         **{**base.model_dump(), **BreakerConfig(**fields).model_dump(exclude_unset=True)}
     )
@@ -125,59 +127,59 @@ _NAMES = Script.load("resilience", "breaker_names")
 
 @dataclass(frozen=True, slots=True)
 class BreakerSnapshot:
-    """A breaker as this process knows it; times are this process's clock."""
+    """The state of a breaker as this process knows it.  Times are of this process's clock."""
 
     state: str = CLOSED
     generation: str = "0"
-    until: float = 0.0  # it does not change before
+    until: float = 0.0  # time until which it stays open
     failures: int = 0  # in a row
-    successes: int = 0  # of this half-open time
-    last_failure_ms: int = 0  # server time; 0: none known
+    successes: int = 0  # of probes since it became half-open
+    last_failure_ms: int = 0  # by the server's clock; 0: none known
     read_at: float = float("-inf")
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Leave to make one call."""
+    """The permission to make one call."""
 
     generation: str
-    probe: str = ""  # the permit of a half-open breaker; '' where none is needed
+    probe: str = ""  # the permit of a probe; '' for a closed breaker
     local: bool = False  # granted while Redis was away
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """No leave: in which state the breaker is, when to come back, and why."""
+    """A denied call: the breaker's state, the seconds after which to retry, and the reason."""
 
     state: str
     retry_after_s: float
     why: str
-    noted: bool = False  # the waiter stands in line
+    noted: bool = False  # the waiter stands in the line
 
 
 @dataclass(frozen=True, slots=True)
 class BreakerVerdict:
-    """What a script said."""
+    """The answer of a script."""
 
-    word: str  # go, probe, no; kept, dropped, opened, closed; set
+    kind: str  # go, probe, no; kept, dropped, opened, closed; set
     wait_s: float = 0.0
-    waiters: tuple[str, ...] = ()  # who waits no longer
+    waiters: tuple[str, ...] = ()  # waiters to wake, taken out of the line
 
 
-class _Board:
-    """The breakers of one process on one store: read together, in one round trip."""
+class _Group:
+    """The breakers of one process on one store, which are read together in one round trip."""
 
     def __init__(self) -> None:
-        self.known: weakref.WeakSet[SharedStorage] = weakref.WeakSet()
+        self.members: weakref.WeakSet[SharedStorage] = weakref.WeakSet()
         self.reading = threading.Lock()
-        self.naming = threading.Lock()  # a set that grows while it is read raises
+        self.listing = threading.Lock()  # a set that grows while it is listed raises
 
 
-_boards: weakref.WeakKeyDictionary[Store, _Board] = weakref.WeakKeyDictionary()
+_groups: weakref.WeakKeyDictionary[Store, _Group] = weakref.WeakKeyDictionary()
 
 
 class LocalBreaker:
-    """A breaker of this process alone: what is left of it while Redis is away."""
+    """A breaker of this process alone, for the time while Redis is away."""
 
     def __init__(self, threshold: int, recovery_s: float, seen: BreakerSnapshot) -> None:
         self._threshold, self._recovery_s = threshold, recovery_s
@@ -187,18 +189,18 @@ class LocalBreaker:
         self._move()
 
     def _move(self) -> None:
-        """Begin a generation: what was admitted in another one tells nothing about this one."""
+        """Begin a generation; calls admitted in another one do not count in it."""
         self._generation = secrets.token_hex(4)
 
     @property
     def state(self) -> str:
-        """Closed, open, or half-open once its time is over."""
+        """Closed, open, or half-open while a probe runs."""
         if self.failures < self._threshold:
             return CLOSED
         return HALF_OPEN if self._probing else OPEN
 
     def admit(self, now: float) -> Admission | Refusal:
-        """Let calls pass; when open, one probe at a time after its time is over."""
+        """Admit a call; of an open breaker, one probe at a time after the recovery timeout."""
         if self.state == CLOSED:
             return Admission(self._generation, local=True)
         if now < self.until or self._probing:
@@ -211,8 +213,9 @@ class LocalBreaker:
         return Admission(self._generation, local=True)
 
     def report(self, outcome: str, now: float, generation: str = "") -> None:
-        """Count a failure; one success closes.  Without a generation it was admitted before Redis
-        was lost.
+        """Count a failure; one success closes the breaker.
+
+        A call without a generation was admitted before Redis was lost.
         """
         was_open = self.failures >= self._threshold
         if generation != self._generation if generation else was_open:
@@ -230,10 +233,11 @@ class LocalBreaker:
 
 
 class SharedStorage(pybreaker.CircuitBreakerStorage):
-    """State of one breaker in Redis.
+    """The state of one breaker in Redis.
 
-    To pybreaker it is read-only: every change is a script's, so that nobody who merely looks resets
-    a counter."""
+    For pybreaker it is read-only.  Only scripts change the state, so that no reader resets a
+    counter.
+    """
 
     def __init__(
         self, name: str, store: Store, config: BreakerConfig, memory_mb: Callable[[], float]
@@ -242,7 +246,7 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         self._store, self._config, self._clock = store, config, store.clock
         keys = Keys(store.namespace)
         self._keys = (*keys.breaker(name), keys.breakers)
-        self._told = json.dumps(
+        self._rules = json.dumps(
             {
                 "failures": config.failure_threshold,
                 "recovery_ms": int(config.recovery_timeout_s * 1000),
@@ -258,27 +262,27 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         self._local: LocalBreaker | None = None
         self._unreported = 0
         self._refused_until = 0.0
-        self._memory_mb, self._weigh_at, self._bloated_until = memory_mb, float("-inf"), 0.0
-        self._board = _boards.setdefault(store, _Board())
-        with self._board.naming:
-            self._board.known.add(self)
+        self._memory_mb, self._measure_at, self._too_large_until = memory_mb, float("-inf"), 0.0
+        self._group = _groups.setdefault(store, _Group())
+        with self._group.listing:
+            self._group.members.add(self)
 
     # --- reading -------------------------------------------------------------------------------
 
     def fresh(self) -> BreakerSnapshot:
-        """Return the snapshot, read again with all others of this process when it is too old."""
-        if self._clock() - self.snapshot.read_at > FRESH_S and self._board.reading.acquire(
+        """Return the snapshot.  If it is too old, read it and all others of this process first."""
+        if self._clock() - self.snapshot.read_at > FRESH_S and self._group.reading.acquire(
             blocking=False
         ):
             try:
                 self._read_all()
             finally:
-                self._board.reading.release()
+                self._group.reading.release()
         return self.snapshot
 
     def _read_all(self) -> None:
-        with self._board.naming:
-            storages = list(self._board.known)
+        with self._group.listing:
+            storages = list(self._group.members)
         try:
             answers = self._store.call(*(each.look() for each in storages), on_outage="answer")
         except StoreUnavailable:
@@ -289,14 +293,12 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
             each.absorb(answer)
 
     def look(self) -> Call:
-        """Return the call that reads this breaker and hands in the successes that were only
-        counted.
-        """
+        """Return the call that reads this breaker, and adds the successes counted here since."""
         unreported, self._unreported = self._unreported, 0
         return self._call(_LOOK, unreported, self.snapshot.generation)
 
     def absorb(self, answer: list[bytes | int]) -> BreakerVerdict:
-        """Take over a script's answer."""
+        """Store the state in a script's answer as the snapshot, and return the rest."""
         verdict, state, generation, open_ms, failures, successes, at, wait_ms, *woken = answer
         now = self._clock()
         if _text(generation) != self.snapshot.generation:
@@ -316,7 +318,7 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         )
 
     def cut_off(self) -> LocalBreaker:
-        """Go on by what was known last; each process by itself."""
+        """Return the breaker of this process alone, which begins with the last known state."""
         if self._local is None:
             self._local = LocalBreaker(
                 self._config.failure_threshold, self._config.recovery_timeout_s, self.snapshot
@@ -324,18 +326,18 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         return self._local
 
     def _call(self, script: Script, *args: Argument) -> Call:
-        return Call(script, self._keys, (self._name, self._told, *args))
+        return Call(script, self._keys, (self._name, self._rules, *args))
 
     # --- deciding ------------------------------------------------------------------------------
 
     def standing(self) -> Refusal | None:
-        """Return why no call would be made now, as far as this process knows, or None."""
+        """Return a refusal if no call would be made now, as far as this process knows, or None."""
         seen, now = self.fresh(), self._clock()
-        if now < self._bloated_until:
+        if now < self._too_large_until:
             limit = self._config.memory_threshold_mb
             return Refusal(
                 OPEN,
-                self._bloated_until - now,
+                self._too_large_until - now,
                 f"this process uses more memory than memory_threshold_mb={limit:g}",
             )
         if self._local is not None:
@@ -352,15 +354,16 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         )
 
     def admit(self, waiter: str = "", urgency: int = 0) -> Admission | Refusal:
-        """Give leave to call, or say when to come back.  A `waiter` is noted, and named when the
-        breaker closes.
+        """Return the permission for a call, or a refusal.
+
+        A refused `waiter` joins the line, and is named when the breaker closes.
         """
         seen, now = self.fresh(), self._clock()
-        self._weigh(now)
-        if seen.state == CLOSED and self._local is None and now >= self._bloated_until:
+        self._check_memory(now)
+        if seen.state == CLOSED and self._local is None and now >= self._too_large_until:
             return Admission(seen.generation)
         refusal = self.standing()
-        if refusal is not None and (not waiter or now < self._bloated_until):
+        if refusal is not None and (not waiter or now < self._too_large_until):
             return refusal
         if self._local is not None:
             return self._local.admit(now)
@@ -372,22 +375,21 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         except StoreUnavailable:
             return self.cut_off().admit(now)
         verdict = self.absorb(answer)
-        if verdict.word == "no":
+        if verdict.kind == "no":
             state = self.snapshot.state
             self._refused_until = now + ASK_AGAIN_S if state == HALF_OPEN else 0.0
             return Refusal(state, verdict.wait_s, f"its circuit is {state}", noted=bool(waiter))
         self._refused_until = 0.0
-        return Admission(_text(answer[2]), permit if verdict.word == "probe" else "")
+        return Admission(_text(answer[2]), permit if verdict.kind == "probe" else "")
 
     def report(self, admission: Admission, outcome: str) -> BreakerVerdict:
-        """Tell how an admitted call ended: ok, failed or ignored.
+        """Report the end of an admitted call: ``ok``, ``failed`` or ``ignored``.
 
         A success that changes nothing costs no round trip.
         """
         if admission.local:
-            if (
-                self._local is not None
-            ):  # else Redis is back, and what was done meanwhile is not its news
+            # Once Redis is back, calls admitted without it do not count.
+            if self._local is not None:
                 self._local.report(outcome, self._clock(), admission.generation)
             return BreakerVerdict("kept")
         if (
@@ -413,27 +415,27 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
 
     @property
     def line(self) -> str:
-        """The key of those who wait for it to close."""
+        """The key of the line of its waiters."""
         return self._keys[2]
 
     def waits(self, waiter: str) -> Call:
-        """Return the call that answers whether a waiter still stands in line."""
+        """Return the call that answers whether a waiter still stands in the line."""
         return Call(IN_LINE, (self.line,), (waiter,))
 
     def put(self, state: str) -> BreakerVerdict:
-        """Put the breaker into a state.  Raises StoreUnavailable."""
+        """Set the state of the breaker.  Raises StoreUnavailable."""
         [answer] = self._store.call(self._call(_SET, state), on_outage="answer")
-        self._refused_until = self._bloated_until = 0.0
+        self._refused_until = self._too_large_until = 0.0
         return self.absorb(answer)
 
-    def _weigh(self, now: float) -> None:
-        """Open in this process alone when it has grown too large: others need not."""
+    def _check_memory(self, now: float) -> None:
+        """Open the breaker in this process alone if the process uses too much memory."""
         limit = self._config.memory_threshold_mb
-        if limit is None or now < max(self._weigh_at, self._bloated_until):
+        if limit is None or now < max(self._measure_at, self._too_large_until):
             return
-        self._weigh_at = now + FRESH_S
+        self._measure_at = now + FRESH_S
         if (used := self._memory_mb()) > limit:
-            self._bloated_until = now + self._config.recovery_timeout_s
+            self._too_large_until = now + self._config.recovery_timeout_s
             logger.warning(
                 "Breaker %s opened in this process: it uses %.0f MB, the limit is %g",
                 self._name,
@@ -441,13 +443,13 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
                 limit,
             )
 
-    # --- what pybreaker reads ------------------------------------------------------------------
+    # --- attributes of pybreaker's storage ------------------------------------------------------
 
     @property  # type: ignore[misc]  # read-only on purpose
     def state(self) -> str:
         """The state as this process knows it, at most FRESH_S old."""
         seen = self.fresh()
-        if self._clock() < self._bloated_until:
+        if self._clock() < self._too_large_until:
             return OPEN
         return self._local.state if self._local is not None else seen.state
 
@@ -458,24 +460,24 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
 
     @property
     def success_counter(self) -> int:
-        """Successes of this half-open time."""
+        """Successes of probes since it became half-open."""
         return self.fresh().successes
 
     @property  # type: ignore[misc]  # read-only on purpose
     def opened_at(self) -> datetime | None:
-        """When it was opened, or None while it is not open."""
+        """The time at which it opened, or None while it is not open."""
         seen = self.fresh()
-        moved = datetime.fromtimestamp(int(seen.generation) / 1_000_000, UTC)
-        return moved if seen.state == OPEN else None
+        opened = datetime.fromtimestamp(int(seen.generation) / 1_000_000, UTC)
+        return opened if seen.state == OPEN else None
 
 
 def names_of(store: Store) -> Call:
-    """Return the call that answers the names of all breakers that were changed lately."""
+    """Return the call that answers the names of all breakers changed lately."""
     return Call(_NAMES, (Keys(store.namespace).breakers,), ())
 
 
 def resident_mb() -> float:
-    """Return the memory this process occupies, in MB."""
+    """Return the resident memory of this process in MB."""
     return float(psutil.Process().memory_info().rss) / 2**20
 
 

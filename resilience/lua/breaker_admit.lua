@@ -1,5 +1,5 @@
--- Ask for leave to call.  ARGV: ..., permit, waiter ('': nobody waits), class of the waiter (0 is the most urgent).
--- Verdicts: go, probe, no.  Who waits is told different times, so that not all come back for a few probes at once.
+-- Admit a call.  ARGV: ..., permit, waiter ('': none), its urgency (0 is the most urgent).
+-- Verdicts: go, probe, no.  Waiters get different times, so that not all return for a few probes.
 local permit, waiter = ARGV[3], ARGV[4]
 local b = read()
 if b.st == OPEN and now >= b.till then move(b, HALF_OPEN) end

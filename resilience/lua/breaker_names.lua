@@ -1,2 +1,2 @@
--- Return the members of an index that were noted in the last day, the newest first.  KEYS[1]: index.
+-- Return the names of all breakers changed lately, the newest first.  KEYS[1]: index.
 return redis.call('ZRANGE', KEYS[1], 0, -1, 'REV')

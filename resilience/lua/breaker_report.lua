@@ -1,5 +1,6 @@
--- Tell how a call ended.  ARGV: ..., permit, generation it was admitted in, ok | failed | ignored.
--- Verdicts: kept, dropped (it was admitted in another generation, or its probe's lease is over), opened, closed.
+-- Report the end of a call.  ARGV: ..., permit, generation of its admission, ok | failed | ignored.
+-- Verdicts: kept, opened, closed, dropped (admitted in another generation, or a probe whose lease
+-- has ended).
 local b, outcome = read(), ARGV[5]
 if outcome == 'failed' then b.at = now end
 call('ZREMRANGEBYSCORE', probes, '-inf', now)

@@ -1,5 +1,5 @@
 -- uses: clock
--- The shared steps of a bucket's limits.  KEYS: the reservation, the takers, then one hash for each limit.
+-- The shared steps of a bucket's limits.  KEYS: grant, takers, then one hash for each limit.
 --
 -- A limit's hash:
 --   v      level of the pacing bucket at time t (negative: booked ahead)
@@ -23,11 +23,11 @@ local function name(cell) return format('c%.0f', cell) end
 
 local function read(key, limit, window, capacity, guard)
   local width = window / CELLS
-  local b = {key = key, limit = limit, capacity = capacity, rate = limit / window, width = width, window = window + guard,
-             here = name(floor(now / width)), gone = {}}
+  local b = {key = key, limit = limit, capacity = capacity, rate = limit / window, width = width,
+             window = window + guard, here = name(floor(now / width)), gone = {}}
   local v = call('HMGET', key, 'v', 't', 'hold', 'sum', 'tail', 'head', 'till', b.here, 'ratio')
-  b.hold, b.sum, b.till, b.taken = tonumber(v[3] or 0), tonumber(v[4] or 0), tonumber(v[7] or 0), tonumber(v[8] or 0)
-  b.ratio = tonumber(v[9] or 1)
+  b.hold, b.sum, b.till = tonumber(v[3] or 0), tonumber(v[4] or 0), tonumber(v[7] or 0)
+  b.taken, b.ratio = tonumber(v[8] or 0), tonumber(v[9] or 1)
   b.v = tonumber(v[1] or capacity) + math.max(0, now - tonumber(v[2] or now)) * b.rate
   b.full, b.v = (b.v - capacity) / b.rate, math.min(capacity, b.v)
   b.tail, b.head = floor((now - b.window) / width), tonumber(v[6] or -1)
@@ -65,11 +65,18 @@ local function put(b, amount, at)
   b.sum = b.sum + amount
   local cell = floor(at / b.width)
   local field, taken = name(cell), b.taken
-  if field ~= b.here then taken = tonumber(call('HGET', b.key, field) or 0) else b.taken = b.taken + amount end
+  if field == b.here then
+    b.taken = b.taken + amount
+  else
+    taken = tonumber(call('HGET', b.key, field) or 0)
+  end
   b.tail, b.head = math.min(b.tail, cell), math.max(b.head, cell)
-  for from = 1, #b.gone, 200 do call('HDEL', b.key, unpack(b.gone, from, math.min(from + 199, #b.gone))) end
+  for from = 1, #b.gone, 200 do
+    call('HDEL', b.key, unpack(b.gone, from, math.min(from + 199, #b.gone)))
+  end
   b.gone = {}
-  call('HSET', b.key, field, taken + amount, 'v', b.v, 't', now, 'sum', b.sum, 'tail', b.tail, 'head', b.head)
+  call('HSET', b.key, field, taken + amount, 'v', b.v, 't', now, 'sum', b.sum, 'tail', b.tail,
+       'head', b.head)
   -- The hash may expire a minute after the bucket is full and the window empty.  The expiry is put
   -- off by half a minute at a time.
   local till = math.max(at + (b.capacity - b.v) / b.rate, at + b.window, b.hold) + 30000000

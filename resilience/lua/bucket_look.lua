@@ -3,7 +3,8 @@
 local states = {}
 for i = 3, #KEYS do
   local at = (i - 3) * 4
-  local b = read(KEYS[i], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3]), tonumber(ARGV[at + 4]))
+  local limit, window = tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
+  local b = read(KEYS[i], limit, window, tonumber(ARGV[at + 3]), tonumber(ARGV[at + 4]))
   states[#states + 1] = {exact(b.v), exact(b.sum), exact(math.max(0, b.hold - now))}
 end
 return states

@@ -13,11 +13,14 @@ for i = 3, #KEYS do
   -- A limit that has expired is not created here: it would never expire.
   if v and real and real > 0 and (taken['a' .. n] or 0) > 0 then
     local ratio = tonumber(call('HGET', KEYS[i], 'ratio') or '1')
-    call('HSET', KEYS[i], 'ratio', exact(ratio + (math.min(1, real / taken['a' .. n]) - ratio) / 12))
+    local share = math.min(1, real / taken['a' .. n])
+    call('HSET', KEYS[i], 'ratio', exact(ratio + (share - ratio) / 12))
   end
   if real and taken['a' .. n] and real ~= taken['a' .. n] then
     local back, cell = taken['a' .. n] - real, 'c' .. string.format('%.0f', taken['c' .. n])
-    if v then call('HSET', KEYS[i], 'v', exact(math.min(tonumber(ARGV[2 * n - 1]), tonumber(v) + back))) end
+    if v then
+      call('HSET', KEYS[i], 'v', exact(math.min(tonumber(ARGV[2 * n - 1]), tonumber(v) + back)))
+    end
     if call('HEXISTS', KEYS[i], cell) == 1 then
       call('HINCRBYFLOAT', KEYS[i], cell, exact(-back))
       call('HINCRBYFLOAT', KEYS[i], 'sum', exact(-back))

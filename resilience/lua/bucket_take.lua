@@ -5,15 +5,15 @@
 -- while Redis was away ([age, amount] ...), microseconds of a hold that was set meanwhile.
 -- Returns {1, wait, at, leased, takers} or {0, wait, number of the limit that denies, 0, takers}.
 
--- A waiter takes up to the refill of TURN at once, so that few waiters are woken for a small refill.
--- It takes at most SHARE of a full bucket, so that the bucket does not overflow when it comes late.
+-- A waiter takes up to the refill of TURN at once, so that few waiters are woken for little.  It
+-- takes at most SHARE of a full bucket, so that the bucket does not overflow when it comes late.
 -- A waiter that returns too early by less than EARLY of its turn keeps its turn.
 -- When a bucket has been full for LATE, its LINES begin anew.
 local TURN, SHARE, EARLY, LATE = 100000, 1 / 3, 1 / 4, 500000
 local LINES = {'new0', 'new1', 'new2', 'new3', 'back0', 'back1', 'back2', 'back3'}
 
--- Returns the microseconds until an amount may be taken.  An amount above the capacity is granted when
--- the bucket is full, and leaves a debt.
+-- Returns the microseconds until an amount may be taken.  An amount above the capacity is granted
+-- when the bucket is full, and leaves a debt.
 local function needs(b, amount)
   local short = math.min(amount, b.capacity - b.left) + b.left - b.v
   local ready = math.max(b.hold, leaves(b, math.max(0, b.limit - b.left - amount)))
@@ -49,7 +49,9 @@ for i = 3, #KEYS do
   if a[8] > 0 then
     b.hold = math.max(b.hold, now + a[8])
     call('HSET', b.key, 'hold', exact(b.hold))
-    if call('PTTL', b.key) * 1000 < a[8] then call('PEXPIRE', b.key, math.ceil(a[8] / 1000) + 60000) end
+    if call('PTTL', b.key) * 1000 < a[8] then
+      call('PEXPIRE', b.key, math.ceil(a[8] / 1000) + 60000)
+    end
   end
   local mine = needs(b, b.amount)
   if mine > wait then wait, binding = mine, i - 2 end
@@ -64,12 +66,16 @@ if wait > tonumber(ARGV[3]) then
     -- it takes is there.  An amount beyond a full bucket delays the next waiter instead.
     local line, times, all, full, paid = limits[binding], tonumber(ARGV[5]), wait, 0, 0
     for _, b in ipairs(limits) do
-      if b.amount > 0 then times = math.min(times, math.max(1, floor(math.min(TURN * b.rate, SHARE * b.capacity) / b.amount))) end
+      if b.amount > 0 then
+        local turn = math.min(TURN * b.rate, SHARE * b.capacity)
+        times = math.min(times, math.max(1, floor(turn / b.amount)))
+      end
     end
     for _, b in ipairs(limits) do
       local uses = times * b.amount * b.ratio
       all = math.max(all, needs(b, times * b.amount))
-      full, paid = math.max(full, math.min(uses, b.capacity) / b.rate), math.max(paid, uses / b.rate)
+      full = math.max(full, math.min(uses, b.capacity) / b.rate)
+      paid = math.max(paid, uses / b.rate)
     end
     if ARGV[4]:find('new', 1, true) or wait > EARLY * paid then
       local mine = math.max(now + all, tonumber(call('HGET', line.key, ARGV[4]) or '0') + full)

@@ -14,7 +14,8 @@ local now = now_ms()
 local function give_back(permit)
   local host, weight = string.match(permit, '^[^|]*|([^|]*)|([^|]*)|')
   call('HINCRBYFLOAT', about, 'used', -tonumber(weight))
-  if tonumber(call('HINCRBYFLOAT', hosts, host, -tonumber(weight))) <= 0 then call('HDEL', hosts, host) end
+  local left = tonumber(call('HINCRBYFLOAT', hosts, host, -tonumber(weight)))
+  if left <= 0 then call('HDEL', hosts, host) end
   return tonumber(weight)
 end
 
@@ -25,8 +26,8 @@ end
 local used = tonumber(call('HGET', about, 'used') or '0')
 
 local function woken(most)
-  local found = {}
+  local waiters = {}
   local popped = call('ZPOPMIN', waiting, most)
-  for i = 1, #popped, 2 do found[#found + 1] = popped[i] end
-  return unpack(found)
+  for i = 1, #popped, 2 do waiters[#waiters + 1] = popped[i] end
+  return unpack(waiters)
 end

@@ -5,4 +5,5 @@ local now, used = now_ms(), 0
 for _, permit in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. now, '+inf')) do
   used = used + tonumber(string.match(permit, '^[^|]*|[^|]*|([^|]*)|'))
 end
-return {tostring(used), redis.call('HGET', KEYS[2], 'limit') or ARGV[1], redis.call('ZCARD', KEYS[3])}
+local limit = redis.call('HGET', KEYS[2], 'limit') or ARGV[1]
+return {tostring(used), limit, redis.call('ZCARD', KEYS[3])}

@@ -4,12 +4,14 @@
 -- (0 is the most urgent).
 -- Returns {1, used, limit, 0} or {0, used, limit, ms until the next lease ends}; used and limit are
 -- text.
-local host, weight, limit, per_host = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local host, weight = ARGV[2], tonumber(ARGV[3])
+local limit, per_host = tonumber(ARGV[5]), tonumber(ARGV[6])
 local base, kind = limit, ARGV[7]
 if kind ~= 'fixed' then limit = tonumber(call('HGET', about, 'limit') or ARGV[5]) end
 if kind == 'elastic' then
   if used > base then call('HSET', about, 'above', now) end
-  if used <= base and now - tonumber(call('HGET', about, 'above') or '0') > tonumber(ARGV[9]) then limit = base end
+  local above = tonumber(call('HGET', about, 'above') or '0')
+  if used <= base and now - above > tonumber(ARGV[9]) then limit = base end
   if used + weight > limit then limit = math.min(tonumber(ARGV[8]), used + weight) end
 end
 local here = tonumber(call('HGET', hosts, host) or '0')
@@ -30,5 +32,7 @@ if kind == 'elastic' then
   call('HSET', about, 'limit', limit)
   if used + weight > base then call('HSET', about, 'above', now) end
 end
-for _, key in ipairs({permits, about, hosts}) do call('PEXPIRE', key, KEEP_S * 1000 + tonumber(ARGV[4])) end
+for _, key in ipairs({permits, about, hosts}) do
+  call('PEXPIRE', key, KEEP_S * 1000 + tonumber(ARGV[4]))
+end
 return {1, tostring(used + weight), tostring(limit), 0}

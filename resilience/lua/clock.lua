@@ -11,4 +11,6 @@ end
 local function now_ms() return math.floor(now_us() / 1000) end
 
 -- Microseconds as seconds, in text with six decimals.
-local function in_seconds(us) return string.format('%.0f.%06d', math.floor(us / 1000000), us % 1000000) end
+local function in_seconds(us)
+  return string.format('%.0f.%06d', math.floor(us / 1000000), us % 1000000)
+end

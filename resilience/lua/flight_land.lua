@@ -1,5 +1,6 @@
 -- Land.  KEYS: ..., then each place that keeps the value (a memo, the cache).
--- ARGV: id ('': the value is only kept, waiters do not get it), value, then ms to keep it for each place.
+-- ARGV: id ('': the value is only kept, waiters do not get it), value, then for each place the ms
+-- to keep it.
 -- A late landing serves the waiters, and leaves the call to its new holder.
 local m = call('HMGET', made, 'holder', 'waiting')
 if ARGV[1] ~= '' and tonumber(m[2] or '0') > 0 then

@@ -9,12 +9,12 @@
 --   held   amounts reserved by charges in flight
 --   spent  amounts used, as far as known
 -- All but `of` are unit -> amount; a unit without `free` has no limit.
--- A folded account is JSON: of, got.  Its other amounts have moved to its nearest open ancestor, and
--- later charges count there.
--- A charge is JSON: account, amounts.  It is in flight while it is in leases; then it has lapsed, until
--- it is settled.
-local accounts, folded, charges, leases, labels, call = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], redis.call
-local text, format = cjson.encode, string.format
+-- A folded account is JSON: of, got.  Its other amounts have moved to its nearest open ancestor,
+-- and later charges count there.
+-- A charge is JSON: account, amounts.  It is in flight while it is in leases; then it has lapsed,
+-- until it is settled.
+local accounts, folded, charges, leases, labels = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local call, text, format = redis.call, cjson.encode, string.format
 -- The share of an amount that rounding may cost, so that three times 0.1 fits into 0.3.
 local CLOSE = 1e-9
 
@@ -23,7 +23,9 @@ local now = now_ms()
 -- JSON with all digits; cjson would write only 14.
 local function exact(amounts)
   local each = {}
-  for unit, amount in pairs(amounts) do each[#each + 1] = text(unit) .. ':' .. format('%.17g', amount) end
+  for unit, amount in pairs(amounts) do
+    each[#each + 1] = text(unit) .. ':' .. format('%.17g', amount)
+  end
   return '{' .. table.concat(each, ',') .. '}'
 end
 
@@ -41,7 +43,9 @@ end
 
 local function put(account)
   local parts = '{"of":' .. text(account.of)
-  for _, part in ipairs({'got', 'free', 'held', 'spent'}) do parts = parts .. ',"' .. part .. '":' .. exact(account[part]) end
+  for _, part in ipairs({'got', 'free', 'held', 'spent'}) do
+    parts = parts .. ',"' .. part .. '":' .. exact(account[part])
+  end
   call('HSET', accounts, account.name, parts .. '}')
 end
 

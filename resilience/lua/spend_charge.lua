@@ -1,6 +1,6 @@
 -- Reserve all amounts, or none.
--- ARGV: ms to keep, id, account, amounts (JSON: unit -> amount), ms of its lease, 1 when the holder of
--- the charge with this id is gone.
+-- ARGV: ms to keep, id, account, amounts (JSON: unit -> amount), ms of its lease, 1 when the holder
+-- of the charge with this id is gone.
 -- Returns {id, {reason, unit}, ...}: granted without a reason; nil if there is no such account.
 local id, times = ARGV[2], 1
 while call('HEXISTS', charges, id) == 1 do
@@ -23,7 +23,8 @@ end
 if #answer > 1 then return answer end
 move(account, amounts, 'free', 'held')
 put(account)
-call('HSET', charges, id, '{"account":' .. text(account.name) .. ',"amounts":' .. exact(amounts) .. '}')
+local charge = '{"account":' .. text(account.name) .. ',"amounts":' .. exact(amounts) .. '}'
+call('HSET', charges, id, charge)
 call('ZADD', leases, now + tonumber(ARGV[5]), id)
 keep()
 return answer

@@ -7,6 +7,7 @@ local parent = find(account.of)
 for _, part in ipairs({'free', 'held', 'spent'}) do add(parent, part, account[part], 1) end
 put(parent)
 call('HDEL', accounts, account.name)
-call('HSET', folded, account.name, '{"of":' .. text(parent.name) .. ',"got":' .. exact(account.got) .. '}')
+local record = '{"of":' .. text(parent.name) .. ',"got":' .. exact(account.got) .. '}'
+call('HSET', folded, account.name, record)
 keep()
 return 1

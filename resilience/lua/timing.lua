@@ -1,5 +1,6 @@
--- Add samples to the histogram of an operation, and let what is old fade.
--- KEYS[1]: timing hash.  ARGV: samples per fading, factor, ttl_s, then bucket, samples, bucket, samples, ...
+-- Add samples to the histogram of an operation, and reduce the weight of old samples.
+-- KEYS[1]: timing hash.
+-- ARGV: samples between two reductions, factor, ttl_s, then bucket, samples, bucket, samples, ...
 local key, every, since = KEYS[1], tonumber(ARGV[1]), 0
 for i = 4, #ARGV, 2 do
   redis.call('HINCRBYFLOAT', key, ARGV[i], ARGV[i + 1])

@@ -1,3 +1,3 @@
--- Return the histogram of an operation in any order: {bucket, weight, ..., 'since', samples since it last faded}.
--- KEYS[1]: timing hash.
+-- Read the histogram of an operation.  KEYS[1]: timing hash.
+-- Returns {bucket, weight, ..., 'since', samples since the last reduction} in any order.
 return redis.call('HGETALL', KEYS[1])
