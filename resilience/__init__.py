@@ -1,9 +1,11 @@
-"""How a call survives: primitives that every worker shares through Redis.
+"""Guards for calls to services: breakers, token buckets, bulkheads, retries, budgets, time limits.
 
     from resilience import CircuitBreaker, Store, TokenBucket, with_circuit_breaker, with_retry
 
-Knows Redis; refuses to know Celery, hosts, or who is asking: a web service may use the same breaker
-and buckets as the workers.  Names below are stable, and load on first use."""
+All processes share their state through Redis.  The workers call them, and a web service may share
+the same guards, because the package needs no Celery.  Begin with `store`, then one guard, such as
+`breaker`.  The public names are stable, and load on first use.
+"""
 
 from __future__ import annotations
 
