@@ -57,8 +57,8 @@ _HOMES = {
     "breaker_storage": "BreakerConfig",
     "bucket": "PROVIDER ROUTER Grant LeasedBucket Rate TokenBucket",
     "bulkhead": "Aimd Bulkhead Elastic Permit",
-    "errors": "BulkheadFull CallTimeout Category Denied InvalidValue NeverSatisfiable RateLimited RetryBudgetExhausted "
-    "RlmError Severity StoreUnavailable",
+    "errors": "BulkheadFull CallTimeout Category Denied InvalidValue NeverSatisfiable RateLimited "
+    "RetryBudgetExhausted RlmError Severity StoreUnavailable",
     "fault_log": "FaultLog",
     "faults": "Fault classify",
     "retry": "Retry RetryBudget RetryPolicy execute_with_retry with_retry",

@@ -69,7 +69,7 @@ class State(str):
         return str(self)
 
 
-def _nobody(_waiters: Sequence[str]) -> None:
+def _wake_none(_waiters: Sequence[str]) -> None:
     """Wake no waiter: outside of the engine no node waits for a breaker."""
 
 
@@ -80,7 +80,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
     a `store` it uses that of ``RLM_REDIS_URL``.
 
     A `config` may be the name of a preset: ``default``, ``client``, ``executor``, ``realtime``.
-    `exclude` has exception types, and functions that return whether an exception is excluded.
+    In `exclude` are exception types, and functions that return whether an exception is excluded.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         *,
         listeners: Sequence[pybreaker.CircuitBreakerListener] = (),
         exclude: Iterable[Excluded] = (),
-        wake: Wake = _nobody,
+        wake: Wake = _wake_none,
         memory_mb: Callable[[], float] = resident_mb,
     ) -> None:
         self.config = configured(config)
@@ -295,7 +295,7 @@ def _guarded(func: Callable[..., Any], breaker: Callable[[], CircuitBreaker]) ->
 class CircuitBreakers:
     """All breakers of one store by name: those of this process, and those that others changed."""
 
-    def __init__(self, store: Store | None = None, *, wake: Wake = _nobody) -> None:
+    def __init__(self, store: Store | None = None, *, wake: Wake = _wake_none) -> None:
         self._given, self._wake = store, wake
         self._known: dict[str, CircuitBreaker] = {}
 

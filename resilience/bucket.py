@@ -27,7 +27,7 @@ from resilience.waiters import URGENCY
 FLOORS = {"critical": 0.0, "high": 0.05, "normal": 0.15, "low": 0.30}
 """Priority -> share of the burst that it must leave to higher priorities."""
 GUARD_SHARE, GUARD_S = 0.005, 0.3
-"""A window is longer by the smaller of a share of it and a time in seconds.
+"""A window is longer by a share of its length or by a time in seconds, whichever is less.
 
 Requests take different times on their way to the provider.
 """

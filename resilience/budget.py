@@ -127,7 +127,7 @@ class SharedBudget:
         """Reserve all amounts of an account before a call, or none.
 
         The id of a charge in flight returns that charge.  The id of a charge that has lapsed makes
-        a new one, with the id in the answer.  `again` lets the charge of this id lapse now: its
+        a new one, with the id in the answer.  With `again` the charge of this id lapses now: its
         holder is gone, and may have used the amounts.
 
         - ``wait``: it fits if charges in flight on this account use less than they reserved;

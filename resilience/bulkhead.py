@@ -87,9 +87,8 @@ def _ordered(name: str, least: float, most: float) -> None:
 class Permit:
     """The permission to have one call in flight; false if it was denied.
 
-    Give it back with `release`.  `wait_s` is the time in seconds after which a denied caller may
-    retry.  `local` permits were granted while Redis was away.  If a denied permit is `noted`, its
-    waiter stands in the line.
+    Give it back with `release`.  A denied caller may retry after `wait_s` seconds; if the permit is
+    `noted`, its waiter stands in the line.  A `local` permit was granted while Redis was away.
     """
 
     def __init__(

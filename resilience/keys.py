@@ -29,9 +29,7 @@ class JobKeys(NamedTuple):
     failed: str  # ZSET    index of every failed item, scored by itself
     empty: str  # ZSET    index of every item skipped as empty, scored by itself
     failures: str  # HASH    index -> JSON: type, message, traceback (the first 1,000)
-    deaths: (
-        str  # HASH    index -> JSON: how often its process died while it ran, and the last cause
-    )
+    deaths: str  # HASH    index -> JSON: how often its process died in it, and the last cause
     quarantine: str  # HASH    index -> JSON: an item that is not run again, and the reason
     inflight: str  # HASH    running node id -> "done:failed:skipped" so far
     events: str  # STREAM  the job's bounded log; waiting clients block on it
@@ -46,7 +44,7 @@ class PressureKeys(NamedTuple):
     cluster: str  # STRING  the monitor's report as JSON; it expires unless it is renewed
     forced: str  # STRING  the level that an operator has ordered for a drill
     history: str  # STREAM  the monitor's reports, bounded
-    state: str  # STRING  what the monitor must remember from one sample to the next
+    state: str  # STRING  the memory of the monitor from one sample to the next
     turn: str  # STRING  the worker that takes the next sample; no other worker does meanwhile
     changes: str  # channel on which each level is published
 
@@ -97,8 +95,9 @@ class Keys:
     def breaker(self, name: str) -> tuple[str, str, str]:
         """Return a breaker's keys.
 
-        They are its state (HASH), its probes (ZSET permit -> ms of expiry) and its waiters (ZSET
-        waiter -> urgency and ms).
+        - its state: HASH
+        - its probes: ZSET permit -> ms of expiry
+        - its waiters: ZSET waiter -> urgency and ms
         """
         tagged = f"{self.namespace}:{{breakers}}:{name}:"
         return tagged + "state", tagged + "probes", tagged + "waiting"
@@ -106,9 +105,11 @@ class Keys:
     def bucket(self, name: str, grant: str, limits: Iterable[tuple[str, str]]) -> tuple[str, ...]:
         """Return a bucket's keys, in the order in which its scripts name them.
 
-        They are the amounts of one grant (HASH, until it is settled or expires), the processes that
-        take from the bucket (ZSET process -> us), and each limit (HASH: level, time, hold, the
-        cells of its window).  A limit is a unit and a scope; "" is no scope.
+        - the amounts of one grant, until it is settled or expires: HASH
+        - the processes that take from the bucket: ZSET process -> us
+        - each limit: HASH level, time, hold, the cells of its window
+
+        A limit is a unit and a scope; "" is no scope.
         """
         tagged = f"{self.namespace}:{{bucket:{name}}}:"
         named = (f"{unit}:{scope}" if scope else unit for unit, scope in limits)
@@ -121,8 +122,10 @@ class Keys:
     def bulkhead(self, name: str) -> tuple[str, str, str, str]:
         """Return a bulkhead's keys.
 
-        They are its permits (ZSET permit -> ms of expiry), use and limit (HASH), use by host (HASH)
-        and its waiters (ZSET waiter -> urgency and ms).
+        - its permits: ZSET permit -> ms of expiry
+        - its use and limit: HASH
+        - its use by host: HASH host -> weight
+        - its waiters: ZSET waiter -> urgency and ms
         """
         tagged = f"{self.namespace}:{{bulkhead:{name}}}:"
         return tagged + "permits", tagged + "about", tagged + "hosts", tagged + "waiting"
@@ -130,8 +133,10 @@ class Keys:
     def flight(self, name: str, key: str, memo: str = "") -> tuple[str, str, str, str]:
         """Return the keys of one call in a single flight.
 
-        They are the caller that makes it and the number of waiters (HASH), the last value that
-        landed for them (HASH), its value in the cache (STRING), and its value in one memo (STRING).
+        - the caller that makes it, and the number of waiters: HASH
+        - the last value that landed for them: HASH
+        - its value in the cache: STRING
+        - its value in one memo: STRING
         """
         tagged = f"{self.namespace}:{{flight:{name}:{key}}}:"
         return tagged + "made", tagged + "landed", tagged + "cache", f"{tagged}memo:{memo}"
@@ -143,9 +148,11 @@ class Keys:
     def spending(self, name: str) -> tuple[str, ...]:
         """Return a budget's keys.
 
-        They are its open accounts (HASH account -> JSON), the folded ones (HASH account -> JSON),
-        charges (HASH id -> JSON), the ends of their leases (ZSET id -> ms), and the amounts spent
-        by label (HASH label -> JSON).
+        - its open accounts: HASH account -> JSON
+        - its folded accounts: HASH account -> JSON
+        - its charges: HASH id -> JSON
+        - the ends of their leases: ZSET id -> ms
+        - the amounts spent by label: HASH label -> JSON
         """
         tagged = f"{self.namespace}:{{spending:{name}}}:"
         return tuple(
@@ -171,21 +178,26 @@ class Keys:
     def preemption(self, queue: str) -> tuple[str, str, str]:
         """Return the keys of preemption in a queue.
 
-        They are the urgent nodes that wait for a slot (ZSET node -> ms from which a less urgent
-        node may yield), the number of nodes about to yield (STRING), and the slots about to become
-        free (ZSET slot -> ms until which they are expected).
+        - the urgent nodes that wait for a slot: ZSET node -> ms from which another node may yield
+        - the number of nodes about to yield: STRING
+        - the slots about to become free: ZSET slot -> ms until which they are expected
         """
         tagged = f"{self.namespace}:{{preemption:{queue}}}:"
         return tagged + "waiting", tagged + "won", tagged + "coming"
 
     def usage(self, operation: str) -> tuple[str, str]:
-        """Return the names of all operations that have run (SET), and the counts of one (HASH)."""
+        """Return the keys of an operation's usage.
+
+        - the names of all operations that have run: SET
+        - the counts of this one: HASH
+        """
         return f"{self.namespace}:{{usage}}:names", f"{self.namespace}:{{usage}}:of:{operation}"
 
     def snapshots(self, operation: str) -> tuple[str, str]:
-        """Return the snapshots of an operation, and the operations that became slower.
+        """Return the keys of an operation's history.
 
-        The first is a LIST of JSON, newest first; the second a HASH operation -> s.
+        - its snapshots: LIST of JSON, newest first
+        - the operations that became slower: HASH operation -> s
         """
         return (
             f"{self.namespace}:{{usage}}:snapshots:{operation}",

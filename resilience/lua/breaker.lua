@@ -4,13 +4,13 @@
 -- calls), ...
 --
 -- State hash:
---   st    state
---   gen   generation: a number that grows with every change of state
---   till  ms until which it is open
---   f     failures in a row
---   hs    successes of probes since it became half-open
---   at    ms of the last failure
---   w     window as JSON: {number of a slot, successes, failures} ...
+-- - st    state
+-- - gen   generation: a number that grows with every change of state
+-- - till  ms until which it is open
+-- - f     failures in a row
+-- - hs    successes of probes since it became half-open
+-- - at    ms of the last failure
+-- - w     window as JSON: {number of a slot, successes, failures} ...
 -- Every script returns {verdict, st, gen, ms for which it stays open, f, hs, at, ms to wait,
 -- waiters to wake ...}.
 local state, probes, waiting, names = KEYS[1], KEYS[2], KEYS[3], KEYS[4]

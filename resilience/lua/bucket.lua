@@ -2,17 +2,17 @@
 -- The shared steps of a bucket's limits.  KEYS: grant, takers, then one hash for each limit.
 --
 -- A limit's hash:
---   v      level of the pacing bucket at time t (negative: booked ahead)
---   t      time of the level
---   hold   time before which no amount is granted
---   sum    sum of the cells that count
---   tail   number of the oldest cell that counts
---   head   number of the newest cell
---   c<k>   amount taken in cell k, which is the slice of time from k * width on
---   new<urgency>, back<urgency>  time at which the bucket will have refilled what the last waiter
---          in line takes; `back` is the line of waiters that return
---   ratio  average share of the amounts taken that was used
---   till   time before which the hash does not expire
+-- - v      level of the pacing bucket at time t (negative: booked ahead)
+-- - t      time of the level
+-- - hold   time before which no amount is granted
+-- - sum    sum of the cells that count
+-- - tail   number of the oldest cell that counts
+-- - head   number of the newest cell
+-- - c<k>   amount taken in cell k, which is the slice of time from k * width on
+-- - new<urgency>, back<urgency>  time at which the bucket has refilled the amount of the last waiter
+--          in line; `back` is the line of waiters that return
+-- - ratio  average share of the amounts taken that was used
+-- - till   time before which the hash does not expire
 -- A cell stays until all of it is older than the window and its guard.  Times are microseconds of
 -- the server.
 local call, floor, format, CELLS = redis.call, math.floor, string.format, 256

@@ -2,10 +2,11 @@
 -- The shared steps of a bulkhead.  KEYS: permits, about, hosts, waiting.
 --
 -- A permit is "owner|host|weight|id", scored by the ms at which its lease ends.
--- about:  used   sum of the weights in flight
---         limit  the current limit, if it is not fixed
---         cut    ms of its last decrease
---         above  ms at which use was above the base last
+-- about:
+-- - used   sum of the weights in flight
+-- - limit  the current limit, if it is not fixed
+-- - cut    ms of its last decrease
+-- - above  ms at which use was above the base last
 local permits, about, hosts, waiting, call = KEYS[1], KEYS[2], KEYS[3], KEYS[4], redis.call
 local KEEP_S = 86400
 

@@ -1,7 +1,7 @@
 -- Give permits back: one, or all of an owner.
 -- ARGV: permit ('': all of the owner), owner, ok | dropped, lease ms, kind of limit, limit, largest
 -- limit.   Returns {number of permits that were held, limit as text, waiters to wake ...}.
--- An adaptive limit grows by 1 for each round of calls while half of it is used, and falls by a
+-- An adaptive limit grows by 1 for each round of calls while half of it is used.  It falls by a
 -- tenth for a round with drops (additive increase, multiplicative decrease: Chiu and Jain, 1989).
 local chosen = {ARGV[1]}
 if ARGV[1] == '' then

@@ -1,12 +1,15 @@
 -- uses: clock
 -- The shared steps of a single flight.  KEYS: made, landed.
 --
--- made:    holder   id of the caller that makes the call
---          till     ms at which its lease ends
---          waiting  number of callers that wait for a value
---          by       the owner for which the call is made
--- landed:  id       id of the last landing
---          value
+-- made:
+-- - holder   id of the caller that makes the call
+-- - till     ms at which its lease ends
+-- - waiting  number of callers that wait for a value
+-- - by       the owner for which the call is made
+-- landed:
+-- - id       id of the last landing
+-- - value    the value that landed
+--
 -- A waiter knows the id of the last landing when it began; any other id is a new value for it.
 local made, landed, call = KEYS[1], KEYS[2], redis.call
 local KEEP_MS = 60000

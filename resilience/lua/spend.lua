@@ -3,11 +3,12 @@
 -- ARGV[1]: ms for which all keys are kept.
 --
 -- An account is JSON:
---   of     name of its parent
---   got    amounts at its start
---   free   amounts that may still be charged or carved
---   held   amounts reserved by charges in flight
---   spent  amounts used, as far as known
+-- - of     name of its parent
+-- - got    amounts at its start
+-- - free   amounts that may still be charged or carved
+-- - held   amounts reserved by charges in flight
+-- - spent  amounts used, as far as known
+--
 -- All but `of` are unit -> amount; a unit without `free` has no limit.
 -- A folded account is JSON: of, got.  Its other amounts have moved to its nearest open ancestor,
 -- and later charges count there.
