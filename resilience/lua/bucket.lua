@@ -9,8 +9,8 @@
 -- - tail   number of the oldest cell that counts
 -- - head   number of the newest cell
 -- - c<k>   amount taken in cell k, which is the slice of time from k * width on
--- - new<urgency>, back<urgency>  time at which the bucket has refilled the amount of the last waiter
---          in line; `back` is the line of waiters that return
+-- - new<urgency>, back<urgency>  time at which the bucket has refilled the amount of the last
+--          waiter in line; `back` is the line of waiters that return
 -- - ratio  average share of the amounts taken that was used
 -- - till   time before which the hash does not expire
 -- A cell stays until all of it is older than the window and its guard.  Times are microseconds of
