@@ -353,10 +353,10 @@ def with_circuit_breaker(
     BreakerConfig.  Without a store it uses that of RLM_REDIS_URL.  Raises InvalidValue for a wrong
     field at once.
     """
-    settled = configured(config, **fields)
+    effective = configured(config, **fields)
 
     @functools.cache
     def breaker() -> CircuitBreaker:
-        return CircuitBreaker(name, store, settled)
+        return CircuitBreaker(name, store, effective)
 
     return lambda func: _guarded(func, breaker) if store_settings().breakers.enabled else func

@@ -181,10 +181,10 @@ _groups: weakref.WeakKeyDictionary[Store, _Group] = weakref.WeakKeyDictionary()
 class LocalBreaker:
     """A breaker of this process alone, for the time while Redis is away."""
 
-    def __init__(self, threshold: int, recovery_s: float, seen: BreakerSnapshot) -> None:
+    def __init__(self, threshold: int, recovery_s: float, snapshot: BreakerSnapshot) -> None:
         self._threshold, self._recovery_s = threshold, recovery_s
-        self.failures = seen.failures if seen.state == CLOSED else threshold
-        self.until = seen.until if seen.state == OPEN else 0.0
+        self.failures = snapshot.failures if snapshot.state == CLOSED else threshold
+        self.until = snapshot.until if snapshot.state == OPEN else 0.0
         self._probing = False
         self._move()
 
@@ -332,7 +332,7 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
 
     def standing(self) -> Refusal | None:
         """Return a refusal if no call would be made now, as far as this process knows, or None."""
-        seen, now = self.fresh(), self._clock()
+        snapshot, now = self.fresh(), self._clock()
         if now < self._too_large_until:
             limit = self._config.memory_threshold_mb
             return Refusal(
@@ -346,9 +346,9 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
                 if now < self._local.until
                 else None
             )
-        until = max(seen.until if seen.state == OPEN else 0.0, self._refused_until)
+        until = max(snapshot.until if snapshot.state == OPEN else 0.0, self._refused_until)
         return (
-            Refusal(seen.state, until - now, f"its circuit is {seen.state}")
+            Refusal(snapshot.state, until - now, f"its circuit is {snapshot.state}")
             if now < until
             else None
         )
@@ -358,10 +358,10 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
 
         A refused `waiter` joins the line, and is named when the breaker closes.
         """
-        seen, now = self.fresh(), self._clock()
+        snapshot, now = self.fresh(), self._clock()
         self._check_memory(now)
-        if seen.state == CLOSED and self._local is None and now >= self._too_large_until:
-            return Admission(seen.generation)
+        if snapshot.state == CLOSED and self._local is None and now >= self._too_large_until:
+            return Admission(snapshot.generation)
         refusal = self.standing()
         if refusal is not None and (not waiter or now < self._too_large_until):
             return refusal
@@ -448,10 +448,10 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
     @property  # type: ignore[misc]  # read-only on purpose
     def state(self) -> str:
         """The state as this process knows it, at most FRESH_S old."""
-        seen = self.fresh()
+        snapshot = self.fresh()
         if self._clock() < self._too_large_until:
             return OPEN
-        return self._local.state if self._local is not None else seen.state
+        return self._local.state if self._local is not None else snapshot.state
 
     @property
     def counter(self) -> int:
@@ -466,9 +466,9 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
     @property  # type: ignore[misc]  # read-only on purpose
     def opened_at(self) -> datetime | None:
         """The time at which it opened, or None while it is not open."""
-        seen = self.fresh()
-        opened = datetime.fromtimestamp(int(seen.generation) / 1_000_000, UTC)
-        return opened if seen.state == OPEN else None
+        snapshot = self.fresh()
+        opened = datetime.fromtimestamp(int(snapshot.generation) / 1_000_000, UTC)
+        return opened if snapshot.state == OPEN else None
 
 
 def names_of(store: Store) -> Call:

@@ -229,12 +229,12 @@ def retrying(
     """
     # The dump has the names of RetryPolicy, also for fields passed by another name.
     changed = RetryPolicy(**fields).model_dump(exclude_unset=True)
-    settled = (
+    effective = (
         RetryPolicy(**{**(policy or DEFAULT).model_dump(), **changed})
         if fields
         else policy or DEFAULT
     )
-    return Retry(settled, _budget(service, store or default_store()) if service else None)
+    return Retry(effective, _budget(service, store or default_store()) if service else None)
 
 
 @functools.lru_cache(maxsize=1024)

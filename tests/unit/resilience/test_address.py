@@ -240,10 +240,10 @@ def test_settings_with_an_incomplete_address_are_refused(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
 
-    [found] = validate(environment)
+    [problem] = validate(environment)
 
-    assert found.startswith(issue)
-    assert "hush" not in found
+    assert problem.startswith(issue)
+    assert "hush" not in problem
 
 
 def test_passwords_of_sentinels_are_never_shown_or_exported() -> None:

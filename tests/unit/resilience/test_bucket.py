@@ -212,9 +212,9 @@ def test_settling_corrects_once(world: World) -> None:
     assert grant.settle(tokens=730) is True
     assert grant.settle(tokens=1) is False
 
-    found = bucket.status()
-    assert (found["tokens"]["used"], found["tokens"]["level"]) == (730, 1500 - 730)
-    assert found["requests"]["used"] == 1
+    status = bucket.status()
+    assert (status["tokens"]["used"], status["tokens"]["level"]) == (730, 1500 - 730)
+    assert status["requests"]["used"] == 1
 
 
 def test_settling_for_more_than_was_taken_leaves_a_debt(world: World) -> None:

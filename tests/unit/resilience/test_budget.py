@@ -90,8 +90,8 @@ def test_without_limits_every_charge_is_granted_and_counted(world: World) -> Non
     budget.settle(budget.charge("a", {"tokens": 1e12}, account="child").id, {"tokens": 2e12})
     assert budget.charge("b", {"tokens": 5})
 
-    found = budget.status()
-    assert (found.limits, found.left, found.spent, found.held) == (
+    spending = budget.status()
+    assert (spending.limits, spending.left, spending.spent, spending.held) == (
         {},
         {},
         {"tokens": 2e12},
@@ -149,8 +149,8 @@ def test_the_reservation_of_a_dead_process_is_spent_when_its_lease_ends(world: W
 
     assert answer_of(budget.charge("b", {"tokens": 3})) == ("exhausted", "tokens")
     assert budget.charge("b", {"tokens": 2})
-    found = budget.status()
-    assert (found.spent, found.held, found.by_label) == ({"tokens": 8}, {"tokens": 2}, {})
+    spending = budget.status()
+    assert (spending.spent, spending.held, spending.by_label) == ({"tokens": 8}, {"tokens": 2}, {})
 
 
 @pytest.mark.parametrize("used", [0.0, 5.0, 12.0])
@@ -249,8 +249,12 @@ def test_folding_returns_the_rest_and_the_charges_in_flight_to_the_parent(world:
     budget.settle("b", {"tokens": 1})
     assert budget.charge("c", {"tokens": 84}, account="x"), "it counts on the parent"
     world.sleep(LEASE_S)
-    found = budget.status()
-    assert (found.spent, found.held, found.left) == ({"tokens": 100}, {"tokens": 0}, {"tokens": 0})
+    spending = budget.status()
+    assert (spending.spent, spending.held, spending.left) == (
+        {"tokens": 100},
+        {"tokens": 0},
+        {"tokens": 0},
+    )
 
 
 def test_an_account_with_folded_parents_belongs_to_the_nearest_open_one(world: World) -> None:
@@ -328,10 +332,10 @@ def test_many_prices_add_up_without_rounding_errors(world: World) -> None:
         budget.fold(account)
         total += Fraction(price)
 
-    found = budget.status()
-    assert found.spent["money"] == pytest.approx(float(total), rel=1e-13)
-    assert found.left["money"] == pytest.approx(float(5000 - total), rel=1e-13)
-    assert found.held == {"money": 0}
+    spending = budget.status()
+    assert spending.spent["money"] == pytest.approx(float(total), rel=1e-13)
+    assert spending.left["money"] == pytest.approx(float(5000 - total), rel=1e-13)
+    assert spending.held == {"money": 0}
 
 
 # --- calls of Redis ---------------------------------------------------------------------------
@@ -648,24 +652,24 @@ class BudgetMachine(RuleBasedStateMachine):
 
     @invariant()
     def state_equals_that_of_the_oracle(self) -> None:
-        found, open_ones = (
+        spending, open_ones = (
             self.budget.status(),
             {n: a for n, a in self.oracle.accounts.items() if not a.folded},
         )
-        assert found.limits == LIMITS
-        assert found.accounts == {name: account.free for name, account in open_ones.items()}
-        assert found.by_label == self.oracle.by_label
+        assert spending.limits == LIMITS
+        assert spending.accounts == {name: account.free for name, account in open_ones.items()}
+        assert spending.by_label == self.oracle.by_label
         for part in ("spent", "held", "free"):
             total = nothing()
             for account in open_ones.values():
                 add(total, getattr(account, part))
             assert without_zeros(
-                getattr(found, "left" if part == "free" else part)
+                getattr(spending, "left" if part == "free" else part)
             ) == without_zeros(total)
 
     @invariant()
     def no_amount_is_lost(self) -> None:
-        found, counted, beyond = self.budget.status(), nothing(), nothing()
+        spending, counted, beyond = self.budget.status(), nothing(), nothing()
         for charge in self.oracle.charges.values():
             add(counted, charge.amounts)
         for reserved, used in self.oracle.settled:
@@ -678,9 +682,9 @@ class BudgetMachine(RuleBasedStateMachine):
                 },
             )
         for unit, amount in counted.items():
-            assert found.spent.get(unit, 0.0) + found.held.get(unit, 0.0) == amount
+            assert spending.spent.get(unit, 0.0) + spending.held.get(unit, 0.0) == amount
         for unit, limit in LIMITS.items():
-            assert found.spent[unit] + found.held[unit] + found.left[unit] == limit, (
+            assert spending.spent[unit] + spending.held[unit] + spending.left[unit] == limit, (
                 "carving and folding keep all of it"
             )
             assert counted[unit] <= limit + beyond[unit] + Fraction(1, 10**6)
