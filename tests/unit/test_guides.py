@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 GUIDES = ["AGENTS.md", "CONTRIBUTING.md", "SECURITY.md", "docs/testing.md"]
+NAMING = [*GUIDES, "docs/architecture.md", "docs/design.md"]
+"""Pages that use names of classes, functions and fields."""
 ROOTS = ("rlm_tasks/", "scheduler/", "resilience/", "tests/", "docs/")
 CODE = re.compile(r"`([^`\n]+)`")
+NAME = re.compile(r"[A-Za-z_]\w+(\.[A-Za-z_]\w+)*")
+BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 MOST_LINES = 60
 
 
@@ -26,6 +31,26 @@ def test_files_that_a_guide_names_exist(name: str) -> None:
     patterns = [re.sub(r"\b[A-Z]+\b", "*", each).rstrip("/") for each in named]
 
     assert [each for each in patterns if not list(ROOT.glob(each))] == []
+
+
+@cache
+def words_of_code() -> set[str]:
+    """Return each word of the modules and scripts."""
+    files = [file for root in ROOTS for file in (ROOT / root).rglob("*.*")]
+    texts = [each.read_text(encoding="utf-8") for each in files if each.suffix in (".py", ".lua")]
+    return {word for text in texts for word in re.findall(r"\w+", text)}
+
+
+@pytest.mark.parametrize("name", NAMING)
+def test_names_in_code_font_occur_in_the_code(name: str) -> None:
+    """Other tests check files and variables; the examples of a page are code, too."""
+    text = read(name)
+    known = words_of_code() | set(re.findall(r"\w+", " ".join(BLOCK.findall(text))))
+    spans = re.findall(r"`([^`]+)`", BLOCK.sub("", text))
+    names = [each for each in spans if NAME.fullmatch(each) and not each.startswith("RLM_")]
+    named = [each for each in names if not re.search(r"\.(py|lua|md|toml|txt)$", each)]
+
+    assert [each for each in named if not {*each.split(".")} <= known] == []
 
 
 @pytest.mark.parametrize("name", GUIDES)
