@@ -1,8 +1,8 @@
 """Check the prose of the project as CONTRIBUTING.md asks: docstrings, comments, messages, pages.
 
 ``python -m docs.prose`` refuses a sentence whose subject is a clause: it begins with a pronoun or
-an amount, see `REFUSED`.  It also refuses a formula (`FORMULAS`), and a test name that begins so.  It
-warns of sentences over 25 words.  Questions are allowed, and so is everything inside code blocks.
+an amount, see `REFUSED`.  It also refuses a formula (`FORMULAS`), and a test name that begins so.
+It warns of sentences over 25 words.  Questions are allowed, and so is everything inside code blocks.
 ``python -m docs.prose PATH ...`` prints the warnings, too.
 """
 

@@ -111,6 +111,12 @@ class EndpointPool:
         ordered = [self.endpoints[name] for name in names]
         return [each for each in ordered if not each.models or model in each.models]
 
+    def cost(self, model: str, prompt: float, completion: float) -> dict[str, float]:
+        """Return the cost of a call by unit: `calls`, `tokens`, and `money` at the model's price."""
+        prices = self.settings.model(model)
+        money = (prompt * prices.input_price + completion * prices.output_price) / 1e6
+        return {"calls": 1.0, "tokens": float(prompt + completion), "money": money}
+
     @property
     def is_full(self) -> bool:
         """Whether the limit of calls in flight is reached, in all or at each endpoint."""

@@ -216,17 +216,6 @@ class Gate(OperationGuards):
             return self._take_endpoint(held, endpoint.name, waiter, context, in_line=True)
         raise soonest
 
-    def _tokens(self, held: HeldCall) -> float:
-        """Return the tokens to reserve: the estimate of the prompt, and all of max_tokens."""
-        assert held.question is not None  # a model has been chosen before
-        ratio = self._pool.learned.of(held.question.model).prompt_ratio
-        return round(held.estimated * ratio * MARGIN + held.draft.max_tokens)
-
-    def _cost(self, model: str, prompt: float, completion: float) -> dict[str, float]:
-        prices = self._pool.settings.model(model)
-        money = (prompt * prices.input_price + completion * prices.output_price) / 1e6
-        return {"calls": 1.0, "tokens": float(prompt + completion), "money": money}
-
     def _charge(self, held: HeldCall) -> None:
         """Reserve the maximum cost of the call.
 
@@ -234,7 +223,9 @@ class Gate(OperationGuards):
         """
         assert held.question is not None
         most = held.draft.max_tokens
-        held.reserved = self._cost(held.question.model, self._tokens(held) - most, most)
+        held.reserved = self._pool.cost(
+            held.question.model, _tokens_to_reserve(self._pool, held) - most, most
+        )
         id = f"{self._memo(held.index)}:{held.flight.key}"
         try:
             charge = self._budget.charge(
@@ -270,7 +261,7 @@ class Gate(OperationGuards):
                 f"{pool.settings.per_host} calls of this process are in flight",
             )
         bucket = pool.bucket(pool.endpoints[name], held.question.model)
-        tokens = self._tokens(held)
+        tokens = _tokens_to_reserve(self._pool, held)
         grant = bucket.reserve(
             priority=self._priority,
             in_line=context.rest if in_line else 0,
@@ -329,13 +320,13 @@ class Gate(OperationGuards):
         assert held.charge is not None
         assert held.grant is not None
         model, pool, memo = held.question.model, self._pool, self._memo(held.index)
-        used = self._cost(model, answer.prompt_tokens, answer.completion_tokens)
+        used = self._pool.cost(model, answer.prompt_tokens, answer.completion_tokens)
         lands = pool.flights.landing(
             held.flight,
             codec.pack(msgspec.to_builtins(answer)),
             memo=memo,
             memo_ttl_s=MEMO_S,
-            cache_ttl_s=self._cache_s(held, answer),
+            cache_ttl_s=_cache_s(self._spec, held, answer),
         )
         self._memos.append((held.index, held.flight.key))
         metrics.count_answer(model, endpoint, answer, used["money"])
@@ -347,10 +338,6 @@ class Gate(OperationGuards):
                 on_outage="answer",
             )
         held.grant.settle(tokens=used["tokens"], bytes=used["tokens"] * BYTES_PER_TOKEN)
-
-    def _cache_s(self, held: HeldCall, answer: Answer) -> float:
-        """Return the seconds for which others find the answer; 0 if another model gave it."""
-        return self._spec.cache_ttl_s if answer.model == held.model else 0
 
     def _failed(self, held: HeldCall, endpoint: str, error: BaseException | None) -> None:
         """Settle the cost of a failed call, and give its flight to others.
@@ -364,9 +351,9 @@ class Gate(OperationGuards):
         if isinstance(error, Denied | ProviderDown | ProviderRefused):
             self._withdraw_charge(held)
         else:
-            prompt = self._tokens(held) - held.draft.max_tokens
+            prompt = _tokens_to_reserve(self._pool, held) - held.draft.max_tokens
             used = (
-                self._cost(held.question.model, prompt, 0)
+                self._pool.cost(held.question.model, prompt, 0)
                 if isinstance(error, UnusableAnswer)
                 else held.reserved
             )
@@ -381,7 +368,8 @@ class Gate(OperationGuards):
 
     def instead_of(self, denied: Denied) -> Callable[..., Any] | None:
         """Return the fallback for a budget that is spent for good; None for other denials."""
-        return self._protection.fallback if isinstance(denied, BudgetSpent) and denied.final else None
+        spent_for_good = isinstance(denied, BudgetSpent) and denied.final
+        return self._protection.fallback if spent_for_good else None
 
     def still_waits(self, waiter: str) -> bool:
         """Return whether a waiter is still in the line of an endpoint's breaker."""
@@ -464,7 +452,7 @@ class Gate(OperationGuards):
             flight.value,
             memo=self._memo(held.index),
             memo_ttl_s=MEMO_S,
-            cache_ttl_s=self._cache_s(held, answer),
+            cache_ttl_s=_cache_s(self._spec, held, answer),
         )
         self._memos.append((held.index, flight.key))
 
@@ -490,6 +478,18 @@ class Gate(OperationGuards):
 
 def _opened(guards: ProcessGuards) -> EndpointPool:
     return EndpointPool(guards).open()
+
+
+def _tokens_to_reserve(pool: EndpointPool, held: HeldCall) -> float:
+    """Return the estimate of the prompt, and all of max_tokens."""
+    assert held.question is not None  # a model has been chosen before
+    ratio = pool.learned.of(held.question.model).prompt_ratio
+    return round(held.estimated * ratio * MARGIN + held.draft.max_tokens)
+
+
+def _cache_s(spec: JobSpec, held: HeldCall, answer: Answer) -> float:
+    """Return the seconds for which others find the answer; 0 if another model gave it."""
+    return spec.cache_ttl_s if answer.model == held.model else 0
 
 
 def _shaped(held: HeldCall, answer: Answer) -> set[Strategy]:

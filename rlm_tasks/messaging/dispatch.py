@@ -116,7 +116,7 @@ def header_of(spec: JobSpec, message: int, sent_at: float) -> dict[str, Any]:
 
 
 class _Message(NamedTuple):
-    """One message: a node, its number among the node's messages, and its chord, if it begins one."""
+    """A message of a node: its number among them, and the chord that it begins, if any."""
 
     spec: JobSpec
     node: str
