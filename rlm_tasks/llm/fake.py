@@ -7,4 +7,4 @@ from rlm_tasks.moved import forward
 __getattr__ = forward("rlm_tasks.llm.fake")
 
 if __name__ == "__main__":
-    runpy.run_module("rlm_tasks.testing.fake_provider", run_name="__main__")
+    runpy.run_module("rlm_tasks.testing.fake_provider", run_name="__main__", alter_sys=True)
