@@ -2,7 +2,7 @@
 
 ``python -m docs.prose`` refuses a sentence whose subject is a clause: it begins with a pronoun or
 an amount, see `REFUSED`.  It also refuses a formula (`FORMULAS`), and a test name that begins so.
-It warns of sentences over 25 words.  Questions are allowed, and so is everything inside code blocks.
+It warns of sentences over 25 words.  Questions are allowed, and so is all text in code blocks.
 ``python -m docs.prose PATH ...`` prints the warnings, too.
 """
 

@@ -112,7 +112,7 @@ class EndpointPool:
         return [each for each in ordered if not each.models or model in each.models]
 
     def cost(self, model: str, prompt: float, completion: float) -> dict[str, float]:
-        """Return the cost of a call by unit: `calls`, `tokens`, and `money` at the model's price."""
+        """Return the cost of a call by unit: `calls`, `tokens` and `money`."""
         prices = self.settings.model(model)
         money = (prompt * prices.input_price + completion * prices.output_price) / 1e6
         return {"calls": 1.0, "tokens": float(prompt + completion), "money": money}

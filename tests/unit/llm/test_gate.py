@@ -266,10 +266,10 @@ def test_an_answer_is_kept_for_its_item_until_its_node_has_ended(world: World) -
 def test_an_unusable_answer_is_retried_and_costs_an_attempt(world: World) -> None:
     gate = JobGate(world, {}, attempts=3).gate
 
-    first = gate._again(UnusableAnswer("one", "it is empty"), 0)
+    first = gate._after_failure(UnusableAnswer("one", "it is empty"), 0)
     assert isinstance(first, Postponed)
     assert first.tries == 1
-    assert isinstance(gate._again(UnusableAnswer("one", "it is empty"), 2), UnusableAnswer)
+    assert isinstance(gate._after_failure(UnusableAnswer("one", "it is empty"), 2), UnusableAnswer)
 
 
 def test_a_call_that_cannot_be_settled_leaves_the_router_once(world: World) -> None:
