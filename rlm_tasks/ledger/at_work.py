@@ -1,6 +1,6 @@
-"""The nodes of all open jobs by state, for health, autoscaling and Flower.
+"""Count the nodes of all open jobs by state: queued, running, parked.
 
-Begin with `jobs_at_work`.
+`Client.at_work`, and by it Flower, calls `jobs_at_work`.
 """
 
 from __future__ import annotations

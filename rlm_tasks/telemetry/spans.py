@@ -1,10 +1,10 @@
 """The OpenTelemetry side of tracing: spans with given ids, and their export by the main process.
 
-`tracing` imports it only when tracing is on.  A pool process sends nothing to a collector: it hands
-each ended span to its worker's main process, through a socket that was made before the fork.  So
-ended spans survive their pool process, and a worker has one connection to its collector.  If the
-app has set a tracer provider, that one is used, with its own exporters.  Begin with `Spans.start`,
-then `HandOver` and `Export`.
+`tracing` imports it only when tracing is on.  A pool process sends nothing to a collector.  Its
+ended spans go to its worker's main process, through a socket that was made before the fork.  So
+they survive their pool process, and a worker has one connection to its collector.  If the app has
+set a tracer provider, that one is used, with its own exporters.  Begin with `Spans.start`, then
+`HandOver` and `Export`.
 """
 
 from __future__ import annotations

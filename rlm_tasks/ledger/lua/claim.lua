@@ -1,10 +1,9 @@
 -- Claim a node.
 -- ARGV: node, token, lease_ms, worker, death_limit, schema, number of the message that led here.
--- Returns {answer, ...}, by answer:
---   run     -> epoch, record, phase, spec, suspects, failed items in range, ms left (-1: no limit)
---   cut     -> ids of children that still wait for a message
---   closed  -> at most the id of a node that now waits for its message
---   done, busy, parked, newer, unknown -> nothing more
+-- Returns {answer, ...}; the answers done, busy, parked, newer and unknown have nothing more.
+-- run: epoch, record, phase, spec, suspects, failed items in range, ms left (-1: no limit).
+-- cut: ids of children that still wait for a message.
+-- closed: at most the id of a node that now waits for its message.
 local id, token, lease, limit = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[5])
 local f = facts()
 local node = f and read(id)

@@ -1,10 +1,9 @@
 -- Report the progress of a running node.
 -- ARGV: node, token, done, failed, skipped.
--- Returns its order:
---   go
---   stop    the job ends, and the rest is skipped
---   flush   finish now: with the counts of running nodes the job may be decided
---   fenced  the token holds the node no longer
+-- Returns go, stop, flush or fenced.
+-- stop: the job ends, and the rest is skipped.
+-- flush: finish now, because the counts of running nodes may decide the job.
+-- fenced: the token holds the node no longer.
 local id = ARGV[1]
 local f = facts()
 if not f or not held(id, ARGV[2]) then return 'fenced' end
