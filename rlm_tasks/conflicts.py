@@ -105,7 +105,7 @@ def _annotations(app: Celery) -> Iterator[str]:
     for name in tasks.OURS:
         task = app.tasks[name]
         for option in _PROMISED:
-            if (value := getattr(task, option)) != getattr(tasks.Doorbell, option):
+            if (value := getattr(task, option)) != getattr(tasks.JobTask, option):
                 yield (
                     f"task_annotations {option}={value!r} for {name}: recovery needs the "
                     "platform's value; annotate your own tasks by name, not '*'"

@@ -155,7 +155,7 @@ def _route(name: str, *_: Any, **__: Any) -> dict[str, Any] | None:
     # A client may send before its app is finalized, when the attributes of tasks do not count yet.
     if name not in tasks.OURS:
         return None
-    return {"serializer": tasks.Doorbell.serializer, "priority": tasks.Doorbell.priority}
+    return {"serializer": tasks.JobTask.serializer, "priority": tasks.JobTask.priority}
 
 
 def _add_queues(app: Celery) -> None:

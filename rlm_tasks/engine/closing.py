@@ -1,4 +1,8 @@
-"""The root merge: it makes the answer of a job and closes it."""
+"""The root merge: it makes the answer of a job and closes the job.
+
+`node` calls `merge_root` when FINISH gives the merge to its process, or when a lost merge runs
+again.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from resilience.errors import StoreUnavailable
-from rlm_tasks.engine.crashpoints import CrashPoint, nobody_listens
+from rlm_tasks.engine.crashpoints import CrashPoint, no_hook
 from rlm_tasks.errors import Quarantined
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.item_failures import failure_of
@@ -31,10 +35,12 @@ def merge_root(
     spec: JobSpec,
     operation: Operation,
     rounds: Rounds,
-    reached: Callable[[CrashPoint], None] = nobody_listens,
+    reached: Callable[[CrashPoint], None] = no_hook,
 ) -> str:
-    """Make the answer of a job and close it; return its final state, '' when another process holds
-    the merge, or a round has to end first."""
+    """Make the answer of a job and close it; return its final state.
+
+    Return '' when another process holds the merge, or when a round has to end first.
+    """
     try:
         if claim.losses >= ledger.settings.death_limit:
             raise Quarantined("the merge", claim.losses, claim.lost_by)
@@ -47,20 +53,16 @@ def merge_root(
         if answer is None:
             return ""
     except (MemoryError, StoreUnavailable):
-        raise  # another process, or another hour, may have more; a third loss fails the job
+        raise  # a later attempt may have memory, or Redis; the third loss fails the job
     except Exception as error:
         logger.warning("The merge of job %s raised %s", spec.job, type(error).__name__)
-        ended = ledger.close(
-            spec.job,
-            claim.token,
-            getattr(error, "ends_as", Status.FAILED),
-            error=failure_of(-1, error),
-        )
-        rounds.call(spec)
+        status = getattr(error, "ends_as", Status.FAILED)
+        ended = ledger.close(spec.job, claim.token, status, error=failure_of(-1, error))
+        rounds.continue_parent(spec)
         return ended
     reached(CrashPoint.BEFORE_CLOSE)
     ended = ledger.close(spec.job, claim.token, Status.SUCCEEDED, answer)
-    rounds.call(spec)
+    rounds.continue_parent(spec)
     if ended:
         logger.info("Job ended as %s: %s items of %s", ended, f"{spec.n:,}", operation.name)
     if ended == Status.SUCCEEDED:
@@ -69,7 +71,7 @@ def merge_root(
 
 
 def _answer(ledger: Ledger, spec: JobSpec, operation: Operation) -> bytes:
-    """Return the packed answer, or nothing when the outputs stay where they are, as pages."""
+    """Return the packed answer, b"" when the outputs stay in the ledger as pages."""
     if operation.merge is None and operation.finalize is None:
         return b""
     return codec.pack(merged(ledger, spec, operation))

@@ -1,4 +1,7 @@
-"""What nodes count for a worker's /metrics."""
+"""The metrics that nodes count, for the /metrics page of a worker.
+
+`node` calls `count_node` once for each finished node.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +21,22 @@ ITEMS = Counter(
 )
 NODES = Counter(
     "rlm_nodes_total",
-    "Nodes that ended: done with their whole range, or why they handed over the rest.",
+    "Nodes that ended: done with their whole range, or the reason of their cut.",
     {"operation": None, "reason": ("done", *(each.name.lower() for each in Reason))},
 )
 NODE_DURATION = Histogram(
-    "rlm_node_duration_seconds", "From a node's claim to its finish.", {"operation": None}
+    "rlm_node_duration_seconds", "Time from a node's claim to its finish.", {"operation": None}
 )
 EXECUTION_TIME = Histogram(
     "rlm_execution_time_ms",
-    "Mean time of an item in each node, counted once for each item.",
+    "Mean time of an item in its node, counted once for each item.",
     {"operation": None},
     MILLISECONDS,
 )
 BUSY = Counter("rlm_item_busy_seconds_total", "Time spent in items.", {"operation": None})
 RETRIED = Counter(
     "rlm_retries_total",
-    "Items that were worth another try, by how they ended: recovered, or given up.",
+    "Items that recovered at a later try, or were given up although a retry might have helped.",
     {"operation": None, "outcome": ("recovered", "given_up")},
 )
 CACHED = Counter(
@@ -41,7 +44,7 @@ CACHED = Counter(
     "Reads of stored items, by whether their block was still in memory.",
     {"outcome": ("hit", "miss")},
 )
-PEAK_MEMORY = Peak("rlm_peak_memory_mb", "The most memory that one pool process has held.")
+PEAK_MEMORY = Peak("rlm_peak_memory_mb", "Largest memory that one pool process has held.")
 
 
 def count_node(
@@ -55,10 +58,9 @@ def count_node(
     validating: bool = False,
     cache: tuple[int, int] = (0, 0),
 ) -> None:
-    """Count one finished node: the items it reports, and how it ended; `hi` is where its range
-    ended.
+    """Count one finished node: its items, its end and its time; `hi` was the end of its range.
 
-    `cache` is how often the items it read were in memory, and how often not.
+    `cache` is the number of reads of stored items from memory and from Redis.
     """
     if not is_counting():
         return

@@ -1,7 +1,7 @@
-"""What a pool process does with the message of a node or a merge.
+"""The handlers of Celery messages in a pool process: one for nodes, one for merges.
 
-The tasks in `tasks` call it; nothing that a node meets enters a chord as an exception, because an
-item's error is data and a node's crash is the ledger's business.  Begin with `handle_node`.
+The tasks in `tasks` call them.  No exception of a node enters a chord: an item's error is data, and
+the ledger handles a node's crash.  Begin with `handle_node`.
 """
 
 from __future__ import annotations
@@ -27,33 +27,37 @@ from rlm_tasks.operations import registry
 logger = logging.getLogger(__name__)
 
 PUT_BACK_S = 0.25
+"""The pause before a message that is too new for this worker returns to its queue."""
 
 
 def handle_node(runtime: Runtime, task: Any, job: str, node: str) -> None:
-    """Run one node; a message that is not for this worker goes back.  Raises Celery's Reject."""
+    """Run one node; a message that this worker must not run returns to its queue.
+
+    Raises Celery's Reject for a message whose slot was given up for urgent work.
+    """
     header = task.request.get("rlm") or {}
     if why := beyond_this_worker(header):
         _put_back(task, why)
     elif runtime.goes_back((task.request.delivery_info or {}).get("routing_key", "")):
         raise Reject(requeue=True)
-    elif not _guarded(runtime, job, lambda: run_node(runtime, job, node, header.get("message", 0))):
+    elif not _run_safely(
+        runtime, job, lambda: run_node(runtime, job, node, header.get("message", 0))
+    ):
         _leave_slot(task.request)
 
 
 def handle_merge(runtime: Runtime, task: Any, job: str, split: str) -> None:
     """Compact the partials of one split, as the body of its chord."""
-    _guarded(runtime, job, lambda: _merge(runtime, task.request, job, split))
+    _run_safely(runtime, job, lambda: _merge(runtime, task.request, job, split))
 
 
-def beyond_this_worker(told: Mapping[str, Any]) -> str:
-    """Say why a message is not for this worker: its job was opened by a newer release of platform
-    or operation.
+def beyond_this_worker(header: Mapping[str, Any]) -> str:
+    """Return why this worker must not run a message, '' when it may.
+
+    A newer release of the platform, or a newer version of the operation, has opened such a job.
     """
-    schema, name, version = (
-        told.get("schema", specs.SCHEMA),
-        told.get("operation", ""),
-        told.get("version", 1),
-    )
+    schema = header.get("schema", specs.SCHEMA)
+    name, version = header.get("operation", ""), header.get("version", 1)
     if schema > specs.SCHEMA:
         return f"jobs of schema {schema}; this worker reads {specs.SCHEMA}"
     if name in registry.names() and version > (mine := registry.get(name).version):
@@ -62,34 +66,40 @@ def beyond_this_worker(told: Mapping[str, Any]) -> str:
 
 
 @functools.cache
-def _say_once(why: str) -> None:
+def _warn_once(why: str) -> None:
     logger.warning("Messages go back to their queue untouched: %s. Upgrade this worker", why)
 
 
 def _put_back(task: Any, why: str) -> None:
-    """Send a message to the end of its queue as it came, for a newer worker; slowly, should there
-    be none.
+    """Send a message unchanged to the end of its queue, where a newer worker may take it.
+
+    The pause before limits the rate while no newer worker runs.
     """
-    _say_once(why)
+    _warn_once(why)
     time.sleep(PUT_BACK_S)
     task.signature_from_request(headers={"rlm": task.request.rlm}).apply_async()
     _leave_slot(task.request)
 
 
 def _leave_slot(request: Any) -> None:
-    """Return without filling this message's slot in its chord: somebody else does, or will.
+    """Let the task return without filling this message's slot in its chord: another node fills it.
 
-    Celery's ``Ignore`` says the same, but rebuilding its traceback cost a quarter of a small node's
-    time and made a pool process grow by 100 MB over 500 tail calls (measured with Celery 5.7,
-    billiard 4.3)."""
+    Celery's ``Ignore`` has the same effect, but Celery rebuilds its traceback.  That cost a quarter
+    of a small node's time, and a pool process grew by 100 MB over 500 tail calls (measured with
+    Celery 5.7, billiard 4.3).
+    """
     request.update(chord=None, group=None)
 
 
-def _guarded(runtime: Runtime, job: str, work: Callable[[], bool]) -> bool:
+def _run_safely(runtime: Runtime, job: str, work: Callable[[], bool]) -> bool:
+    """Return the result of `work`, False when it raised.
+
+    The sweep repeats a node that lost Redis; any other error fails the job.
+    """
     try:
         return work()
     except StoreUnavailable as error:
-        logger.warning("A node of job %s is given up, the sweep will redo it: %s", job, error)
+        logger.warning("A node of job %s is given up; the sweep will repeat it: %s", job, error)
     except Exception as error:
         logger.exception("A node of job %s failed outside of its items", job)
         runtime.ledger.stop(
@@ -104,15 +114,15 @@ def _merge(runtime: Runtime, request: Any, job: str, split_id: str) -> bool:
         return True
     again = (request.delivery_info or {}).get("redelivered")
     if split.split and (outer := runtime.ledger.split(job, split.split)):
-        # The message does not carry what encloses its chord: see dispatch.
+        # The message does not name the chord around its chord: see `dispatch`.
         request.update(
             group=group_id(job, split.split),
             group_index=split.index,
             chord=body_of(job, spec.queue, outer),
         )
     if again:
-        # Its process may have died of it: what kills here is met, counted and named by the root
-        # merge.
+        # Its process may have died of this merge.  The root merge will repeat it, and counts such
+        # deaths.
         return True
     try:
         compact_split(
@@ -125,7 +135,7 @@ def _merge(runtime: Runtime, request: Any, job: str, split_id: str) -> bool:
     except (StoreUnavailable, UnknownOperation) as error:
         logger.info("Split %s of job %s is left to the root merge: %s", split_id, job, error)
     except Exception as error:
-        # The root merge meets the same error, and makes it the job's.
+        # The root merge will raise the same error, and fails the job with it.
         logger.info(
             "The merge of split %s of job %s raised %s", split_id, job, type(error).__name__
         )

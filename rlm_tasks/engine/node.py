@@ -426,7 +426,7 @@ class NodeRun:
         if finished.outcome == MERGE:
             self._merge()
         elif finished.outcome == "closed":
-            runtime.rounds.call(spec)
+            runtime.rounds.continue_parent(spec)
         elif finished.waits:
             runtime.dispatcher.send_root([spec], finished.waits)
         return True

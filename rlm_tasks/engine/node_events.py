@@ -1,7 +1,7 @@
-"""What a node notices for those who operate the platform: items that take long, a process that
-grows large.
+"""The platform events that a node reports: slow items, and a pool process that uses much memory.
 
-Decides what is worth an event, and how often.  Refuses to know who is alerted.
+`node` calls `NodeEvents.of_node` at the end of each node.  `scheduler.alerts` turns events into
+alerts.
 """
 
 from __future__ import annotations
@@ -12,23 +12,21 @@ from scheduler.events import EXECUTION_SLOW, MEMORY_HIGH, Event, Events
 from scheduler.settings import AlertSettings
 
 MEMORY_EVERY_S = 300.0
-"""A process tells of its size again after this: source document 1 warns of memory every 5
-minutes.
-"""
+"""The shortest time between two memory events of one process."""
 MOST_SLOW = 10
-"""Slow items that one node tells of."""
+"""The most slow items that one node reports."""
 
 
 class NodeEvents:
-    """The notices of one process."""
+    """Emits the events of one process's nodes."""
 
     def __init__(self, events: Events, settings: AlertSettings, clock: Callable[[], float]) -> None:
         self._events, self._settings, self._clock = events, settings, clock
-        self._told_at = float("-inf")
+        self._reported_memory_at = float("-inf")
 
     @property
     def slow_s(self) -> float:
-        """An item that takes so long is slow."""
+        """The time from which an item counts as slow, in seconds."""
         return self._settings.slow_execution_ms / 1000
 
     def of_node(
@@ -40,20 +38,18 @@ class NodeEvents:
         slow: Sequence[tuple[int, float]],
         memory_mb: float,
     ) -> None:
-        """Tell of slow items (index, seconds) and of the process's memory, if there is anything to
-        tell.
-        """
-        told = [_slow(operation, job, index, seconds) for index, seconds in slow[:MOST_SLOW]]
+        """Emit events for slow items (index, seconds) and for a process with too much memory."""
+        found = [_slow(operation, job, index, seconds) for index, seconds in slow[:MOST_SLOW]]
         if (
             memory_mb >= self._settings.memory_mb
-            and self._clock() - self._told_at >= MEMORY_EVERY_S
+            and self._clock() - self._reported_memory_at >= MEMORY_EVERY_S
         ):
-            self._told_at = self._clock()
+            self._reported_memory_at = self._clock()
             message = f"a process of {host} holds {memory_mb:.0f} MB after a node of {operation}"
             data = {"host": host, "operation": operation, "memory_mb": round(memory_mb, 1)}
-            told.append(MEMORY_HIGH.event(message, data))
-        if told:
-            self._events.emit(*told)
+            found.append(MEMORY_HIGH.event(message, data))
+        if found:
+            self._events.emit(*found)
 
 
 def _slow(operation: str, job: str, index: int, seconds: float) -> Event:

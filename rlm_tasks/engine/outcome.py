@@ -1,6 +1,6 @@
-"""What a node has so far: outputs or a folded partial, failures as data, counts.
+"""The outcome of a running node so far: outputs or a folded partial, failures, counts.
 
-Decides how outputs become one packed partial; refuses to know how items are run and when.
+`Work` adds to it item by item; `node` reports it.  Begin with `NodeOutcome.packed`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from rlm_tasks.jobs.item_failures import failure_of
 from rlm_tasks.operations.registry import Operation
 
 FOLD_AT = 4096
-"""Outputs after which a node with a merge folds them into one, so that its memory stays flat."""
+"""A node with a merge folds this many outputs into one, so that its memory stays small."""
 MOST_FAULTS = 100
+"""Faults of one node that are recorded for operators."""
 PAGE_FULL_AT = 65_536
-"""Outputs after which a node without a merge hands its page in."""
+"""A node without a merge reports its page at this many outputs."""
 
 
 class NodeOutcome:
@@ -29,25 +30,20 @@ class NodeOutcome:
         self._operation = operation
         self._outputs: list[Any] = []
         self.done = 0
-        self.left_out: set[int] = (
-            set()
-        )  # neither done nor failed here: empty, or failed in validation
+        # Indexes of items that neither succeeded nor failed here: empty, or failed in validation.
+        self.left_out: set[int] = set()
         self.empty: list[int] = []
         self.failures: list[dict[str, Any]] = []
-        self.faults: list[
-            tuple[Fault, str]
-        ] = []  # of the first MOST_FAULTS: for the log of recurring faults
-        self.given_up = 0  # items that failed although they were worth another try
-        self.shaped: Counter[tuple[Strategy, Level]] = (
-            Counter()
-        )  # items whose outcome a strategy has shaped
-        self.fatal: dict[str, Any] | None = (
-            None  # what a merge raised: it fails the job, not an item
-        )
+        self.faults: list[tuple[Fault, str]] = []  # at most MOST_FAULTS, with their messages
+        self.given_up = 0  # items that failed although a retry might have helped
+        # The number of items whose outcome a degradation strategy has changed.
+        self.shaped: Counter[tuple[Strategy, Level]] = Counter()
+        # The error of a merge, or of its result: it fails the job, not an item.
+        self.fatal: dict[str, Any] | None = None
 
     @property
     def full(self) -> bool:
-        """Whether there are as many outputs as one page should hold."""
+        """Whether the outputs fill a page."""
         return self._operation.merge is None and len(self._outputs) >= PAGE_FULL_AT
 
     def add(self, output: Any) -> None:
@@ -60,8 +56,9 @@ class NodeOutcome:
         self.done += 1
 
     def add_batch(self, output: Any, count: int) -> None:
-        """Keep what a batch returned: one partial, or one output per item.  Raises TypeError for
-        neither.
+        """Keep the output of a batch: one partial, or without a merge one output for each item.
+
+        Raises TypeError when their number is not `count`.
         """
         if self._operation.merge is not None:
             self._outputs.append(output)
@@ -72,7 +69,7 @@ class NodeOutcome:
         self.done += count
 
     def fail(self, index: int, error: BaseException) -> None:
-        """Keep an item's exception as data."""
+        """Record an item's exception as a failure."""
         fault = classify(error)
         self.failures.append(failure_of(index, error, fault.code))
         self.given_up += fault.retryable
@@ -80,15 +77,13 @@ class NodeOutcome:
             self.faults.append((fault, str(error)))
 
     def shape(self, degradation: Degradation, items: int) -> None:
-        """Count which strategies have shaped the outcome of items, and let the next ones begin
-        anew.
-        """
+        """Count the strategies that have changed the outcome of items, and reset them."""
         for strategy in degradation.shaped:
             self.shaped[strategy, degradation.level] += items
         degradation.shaped.clear()
 
     def leave_out(self, index: int, *, empty: bool) -> None:
-        """Note an item that is not worked on."""
+        """Record an item that is not run."""
         self.left_out.add(index)
         if empty:
             self.empty.append(index)
@@ -97,21 +92,22 @@ class NodeOutcome:
         """Merge the outputs into one when there are `at` of them."""
         if self._operation.merge is None or len(self._outputs) < at or self.fatal:
             return
-        asked = IN_FORCE.set(None)  # a merge is whole at any level
+        outside = IN_FORCE.set(None)  # no level degrades a merge
         try:
             self._outputs = [self._operation.merge(iter(self._outputs))]
         except MemoryError:
-            raise  # a smaller range may fit
+            raise  # a smaller range may fit into memory
         except Exception as error:
             self.fatal = failure_of(-1, error)
         finally:
-            IN_FORCE.reset(asked)
+            IN_FORCE.reset(outside)
 
     def packed(self, indexes: Iterable[int]) -> bytes:
-        """Return the partial, packed; nothing when no item succeeded.
+        """Return the packed partial, b"" when no item succeeded or a merge failed.
 
-        `indexes` are the node's items in order: without a merge, an output that cannot be stored
-        becomes the failure of its item; a merged one fails the job."""
+        `indexes` are the node's items in order.  Without a merge, an output that cannot be stored
+        becomes the failure of its item.  A merged output that cannot be stored fails the job.
+        """
         self.fold(at=1)
         if not self._outputs or self.fatal:
             return b""

@@ -1,8 +1,9 @@
-"""When a running node looks up from its items, and when it asks the ledger.
+"""The times at which a running node ends a slice, and at which it asks the ledger.
 
-Slices end about every 50 ms and cost nothing: the shared page tells of a drain and of a hungry
-slot.  A round trip is made less often, because on busy cores each one slows what computes by far
-more than the round trip takes.  Refuses to know what is decided at a boundary."""
+`Work` asks `Pace` after each item.  A slice ends about every 50 ms and needs no round trip: the
+shared page says whether the worker drains or a slot is free.  Round trips (pulses) are less
+frequent, because on busy cores each one slows computing code by far more than its own time.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from rlm_tasks.engine.shared_page import SharedPage
 from rlm_tasks.settings.sections import NodeSettings
 
 FIRST_SLICE_MS = 10.0
-"""A node's first slices are short, so that a short job is shared in time; each is twice as long as
-the one before.
+"""The length of a node's first slice; each slice is at most twice as long as the one before.
+
+The first slices are short so that short jobs, too, are shared with free slots.
 """
 
 
@@ -38,7 +40,7 @@ class Pace:
 
     @property
     def elapsed_ms(self) -> float:
-        """Time since the node began."""
+        """The time since the node began, in ms."""
         return (self._clock() - self.began) * 1000
 
     @property
@@ -47,20 +49,23 @@ class Pace:
         return self._page.draining
 
     def slice_is_over(self, now: float) -> bool:
-        """At the boundary; at once when recalled; soon when a slot of this worker is hungry."""
+        """Whether the slice is over.
+
+        It ends early when the node is recalled, or when a slot of this worker is hungry.
+        """
         if now >= self._boundary_at or self._page.recalls != self._recalls:
             return True
         return self._page.hungry and now >= self._early_at
 
     def next_slice(self) -> None:
-        """Begin a slice."""
+        """Begin the next slice."""
         now = self._clock()
         self._boundary_at = now + self.slice_ms / 1000
         self._early_at = now + min(self.slice_ms, FIRST_SLICE_MS) / 1000
         self.slice_ms = min(self.slice_ms * 2, self._settings.slice_ms)
 
     def wants_pulse(self, *, sharable: bool) -> bool:
-        """Whether this boundary is worth a round trip."""
+        """Whether the node pulses at this boundary: in time, when recalled, or for a hungry slot."""
         now = self._clock()
         hungry = sharable and self._page.hungry
         return (
@@ -70,7 +75,7 @@ class Pace:
         )
 
     def pulsed(self) -> None:
-        """Plan the next round trip."""
+        """Plan the next pulse."""
         self._recalls = self._page.recalls
         self._pulse_at = self._clock() + self._pulse_ms / 1000
         self._pulse_ms = min(self._pulse_ms * 2, self._settings.pulse_ms)

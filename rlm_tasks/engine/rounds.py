@@ -1,10 +1,10 @@
-"""A job may go on in rounds: what one round has answered becomes the items of the next, which is a
-job of its own.
+"""The rounds of a job: the answers of one round become the items of the next round.
 
-The merge of the first job leads them: it looks how far they are, opens the next or makes the
-answer, and waits parked in between.  Ids of rounds follow from the job's, so a merge that is done
-again finds what it has opened.  Decides when a round begins and what its end means for the job;
-refuses to know what rounds are for (`Operation.then`)."""
+Each round after the first is a job of its own.  The root merge of the first job leads them.
+`closing` calls `Rounds.advance`, which opens the next round, waits parked for its end, or returns
+the answer.  The id of a round follows from the job's id, so a merge that runs again finds the rounds
+that are already open.  `Operation.then` says what the next round is.
+"""
 
 from __future__ import annotations
 
@@ -36,22 +36,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOOK_AGAIN_MS = 5000
-"""A job looks after its round this often, should nobody have called it."""
+CHECK_ROUND_MS = 5000
+"""A parked merge checks its round after this, if the end of the round has not woken it."""
 
 
 class RoundFailed(RlmError):
-    """A round ended without its answer, and so does the job.  Has the round's `job_id` and final
-    `status`.
+    """A round ended without an answer, and so does the job.
+
+    Has the round's `job_id` and final `status`, and the status that its job `ends_as`.
     """
 
     code = "ROUND_FAILED"
 
     def __init__(self, number: int, job_id: str, status: Status, why: str) -> None:
         self.job_id, self.status = job_id, status
-        self.ends_as = (
-            Status.EXPIRED if status is Status.EXPIRED else Status.FAILED
-        )  # what its job ends as
+        self.ends_as = Status.EXPIRED if status is Status.EXPIRED else Status.FAILED
         super().__init__(f"round {number}, job {job_id}, {status}{f': {why}' if why else ''}")
 
 
@@ -66,19 +65,16 @@ class Rounds:
         budgets: JobBudgets,
         wake: Callable[[Sequence[str]], int],
     ) -> None:
-        self._ledger, self._dispatcher, self._settings, self._budgets, self._wake = (
-            ledger,
-            dispatcher,
-            settings,
-            budgets,
-            wake,
-        )
+        """`wake` lets parked nodes run; it takes their names, `<job> <node>`."""
+        self._ledger, self._dispatcher, self._settings = ledger, dispatcher, settings
+        self._budgets, self._wake = budgets, wake
 
     def advance(self, claim: Claim, spec: JobSpec, operation: Operation) -> bytes | None:
-        """Return the packed answer of a job whose merge is held here, or None when it waits for a
-        round.  Raises RoundFailed.
+        """Return the packed answer of a job, None when its merge now waits for a round.
+
+        This process holds the merge by `claim`.  Raises RoundFailed.
         """
-        assert operation.then is not None  # it is what makes a job go in rounds
+        assert operation.then is not None  # without it a job has no rounds
         rounds = opened_rounds(self._ledger, spec.job)
         if rounds and not Status(rounds[-1][1]["state"]).final:
             self._wait(claim, len(rounds), rounds[-1][0])
@@ -92,25 +88,26 @@ class Rounds:
         self._wait(claim, number, self._open(spec, number, answer, int(facts["deadline"])))
         return None
 
-    def call(self, spec: JobSpec) -> None:
-        """Let the job of a round that has ended go on."""
+    def continue_parent(self, spec: JobSpec) -> None:
+        """Wake the merge of the job whose round has ended; a job that is no round does nothing."""
         if spec.parent:
             self._wake([f"{spec.parent} {MERGE}"])
 
     def _wait(self, claim: Claim, number: int, id: str) -> None:
-        self._ledger.park(claim, LOOK_AGAIN_MS, f"its round {number} is at work: job {id}")
+        """Park the merge until its round ends."""
+        self._ledger.park(claim, CHECK_ROUND_MS, f"its round {number} is at work: job {id}")
         if Status(self._ledger.facts(claim.job)["state"]).final:
-            self._ledger.stop(
-                id, "cancelled"
-            )  # the job has ended meanwhile, and knew of no such round
+            # The job ended before it knew of this round, so its end has not stopped the round.
+            self._ledger.stop(id, "cancelled")
         elif Status(self._ledger.facts(id)["state"]).final:
-            self._wake([f"{claim.job} {MERGE}"])  # it ended before the merge lay down
+            self._wake([f"{claim.job} {MERGE}"])  # the round ended before the merge was parked
 
     def _outputs(
         self, spec: JobSpec, operation: Operation, rounds: Sequence[tuple[str, dict[str, str]]]
     ) -> Any:
-        """Return what the last round has answered: its merged partial, or its outputs in item
-        order, one by one.
+        """Return the last round's merged partial, or without a merge its outputs in item order.
+
+        Raises RoundFailed.
         """
         if not rounds:
             return merged(self._ledger, spec, operation)
@@ -131,10 +128,10 @@ class Rounds:
         failures = self._ledger.failures(id)
         return f"item {failures[0].index}: {failures[0].message}" if failures else ""
 
-    def _open(self, spec: JobSpec, number: int, asked: NextRound, deadline_ms: int) -> str:
-        """Open a round, once: whoever does it again finds it open."""
+    def _open(self, spec: JobSpec, number: int, next_round: NextRound, deadline_ms: int) -> str:
+        """Open a round and return its id; a second call finds the round open."""
         id, token, settings = round_id(spec.job, number), new_id(), self._settings
-        self._budgets.begin_round(spec, number, last=asked.last)
+        self._budgets.begin_round(spec, number, last=next_round.last)
         index, blocks = self._ledger.keys.staged(id, token)
         writer = ItemWriter(
             self._ledger.store,
@@ -143,30 +140,16 @@ class Rounds:
             ttl_s=settings.result_ttl_s,
             max_item_bytes=settings.max_item_bytes,
         )
-        source, n = self._ledger.store.call(lambda _: source_of(asked.items).write(writer))
-        operation = registry.get(asked.operation)
+        source, n = self._ledger.store.call(lambda _: source_of(next_round.items).write(writer))
+        operation = registry.get(next_round.operation)
         self._ledger.note_rounds(spec.job, number)
+        left_ms = max(1.0, deadline_ms - self._ledger.store.now_ms()) if deadline_ms else None
         child = msgspec.structs.replace(
-            spec,
+            _child_spec(spec, number, next_round, operation),
             job=id,
-            operation=operation.name,
-            version=operation.version,
             source=source,
             n=n,
-            params=asked.params,
-            shape=Shape("flat", min_chunk=spec.shape.min_chunk, target_ms=spec.shape.target_ms),
-            kind="recursive",
-            parent=spec.job,
-            round=number,
-            skip_if_empty=False,
-            validate=False,
-            early_termination_threshold=None,
-            idempotency_key="",
-            patient=False,
-            emits={},
-            continue_on_error=spec.continue_on_error and not asked.strict,
-            error_threshold=None if asked.strict else spec.error_threshold,
-            timeout_ms=max(1.0, deadline_ms - self._ledger.store.now_ms()) if deadline_ms else None,
+            timeout_ms=left_ms,
         )
         [is_new] = self._ledger.open([(child, token)], settings.result_ttl_s)
         if is_new:
@@ -182,10 +165,33 @@ class Rounds:
         return id
 
 
+def _child_spec(spec: JobSpec, number: int, next_round: NextRound, operation: Operation) -> JobSpec:
+    """Return the spec of a round as far as its job and `NextRound` fix it."""
+    return msgspec.structs.replace(
+        spec,
+        operation=operation.name,
+        version=operation.version,
+        params=next_round.params,
+        shape=Shape("flat", min_chunk=spec.shape.min_chunk, target_ms=spec.shape.target_ms),
+        kind="recursive",
+        parent=spec.job,
+        round=number,
+        skip_if_empty=False,
+        validate=False,
+        early_termination_threshold=None,
+        idempotency_key="",
+        patient=False,
+        emits={},
+        continue_on_error=spec.continue_on_error and not next_round.strict,
+        error_threshold=None if next_round.strict else spec.error_threshold,
+    )
+
+
 def _ended(
     spec: JobSpec, facts: dict[str, str], rounds: Sequence[tuple[str, dict[str, str]]]
 ) -> Round:
-    all_facts = [facts, *(told for _, told in rounds if told)]
+    """Return the round that ended, as `Operation.then` receives it."""
+    all_facts = [facts, *(each for _, each in rounds if each)]
     last = all_facts[-1]
     return Round(
         number=len(rounds),

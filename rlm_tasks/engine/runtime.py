@@ -1,4 +1,4 @@
-"""The composition root of a worker: all its parts, built once, before its pool forks.
+"""All parts of a worker, built once before its pool forks (the composition root).
 
 Celery's tasks and the worker's main process use it.  Begin with `Runtime.build`.
 """
@@ -22,7 +22,7 @@ from resilience.keys import Keys
 from resilience.store import Store, guard_store
 from resilience.timeouts import Timeouts
 from resilience.waiters import URGENCY
-from rlm_tasks.engine.crashpoints import CrashPoint, nobody_listens
+from rlm_tasks.engine.crashpoints import CrashPoint, no_hook
 from rlm_tasks.engine.guards import ProcessGuards
 from rlm_tasks.engine.item_timeouts import ItemTimeouts
 from rlm_tasks.engine.node_events import NodeEvents
@@ -68,9 +68,9 @@ class Runtime:
     rounds: Rounds
     clock: Callable[[], float] = time.monotonic  # seconds
     worker: str = ""
-    in_order: bool = True  # the broker delivers what is more urgent first
+    in_order: bool = True  # the broker delivers more urgent messages first
     retiring: bool = False  # this pool process ends before its next message, and is replaced
-    reached: Callable[[CrashPoint], None] = nobody_listens
+    reached: Callable[[CrashPoint], None] = no_hook
     item_ms: dict[str, float] = field(default_factory=dict)  # operation -> latest time of an item
     _entries: dict[tuple[int, int], ProcessEntry] = field(default_factory=dict)
 
@@ -103,7 +103,7 @@ class Runtime:
         clock: Callable[[], float] = time.monotonic,
         in_order: bool = True,
     ) -> Runtime:
-        """Build all parts from a ledger and a dispatcher; guards use the store `shared`."""
+        """Build all parts from a ledger and a dispatcher; the guards use the store `shared`."""
         store, keys = ledger.store, ledger.keys
         slots, page = SlotBoard(store, keys), SharedPage(settings.pressure.stale_s)
         preemption = Preemption(store, keys, slots)
@@ -135,9 +135,9 @@ class Runtime:
         )
 
     def goes_back(self, queue: str) -> bool:
-        """Whether a message goes back to its queue, for its slot was given up for urgent work.
+        """Whether a message goes back to its queue, because its slot was freed for urgent work.
 
-        Redis delivers urgent messages first, so none goes back there; RabbitMQ delivers in any
+        Always False for Redis, which delivers urgent messages first; RabbitMQ delivers in any
         order.
         """
         namespace, _, priority = queue.rpartition(".")
@@ -149,11 +149,14 @@ class Runtime:
         try:
             return any(self.ledger.store.call(*awaited))
         except (StoreUnavailable, RedisError) as error:
-            logger.info("A node keeps the slot that it got: %s", error)
+            logger.info(
+                "A node keeps its slot, because Redis does not say whether urgent work waits: %s",
+                error,
+            )
             return False
 
     def page_entry(self) -> ProcessEntry:
-        """Return the entry of the page where this process, or this thread, writes what it holds."""
+        """Return the entry of the shared page that belongs to this process, or to this thread."""
         here = os.getpid(), threading.get_ident()
         if here not in self._entries:
             index = getattr(current_process(), "index", None)

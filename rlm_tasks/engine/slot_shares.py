@@ -1,8 +1,9 @@
-"""How many nodes of an operation run at once, held over all workers: its share of the slots.
+"""The number of nodes of one operation that may run at once, over all workers: its slot share.
 
-Decides whose policy counts (the operator's file, the operation's own, or none) and when it is asked
-for: without a policy and without high pressure a node pays no round trip.  How large a share is the
-scheduler's business."""
+`NodeRun` asks it before it begins.  The policy is the operator's file's, otherwise the operation's
+own.  Without a policy, and below high pressure, a node needs no round trip for its share.
+`scheduler.allocation` computes the size of a share.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from scheduler.sampling import held_mb
 
 
 class SlotShares:
-    """The shares of one process's nodes."""
+    """The slot shares of one process's nodes."""
 
     def __init__(self, store: Store, settings: Settings, page: SharedPage, wake: Wake) -> None:
         self._store, self._settings, self._page, self._wake = store, settings, page, wake
@@ -33,10 +34,8 @@ class SlotShares:
     def of(
         self, operation: Operation, priority: str, level: Level, target_s: float
     ) -> Bulkhead | None:
-        """Return what a node takes its place from, or None when nothing bounds its operation
-        now.
-        """
-        if not self._bounds(operation, level):
+        """Return the bulkhead of an operation's places, None when nothing limits its nodes now."""
+        if not self._is_limited(operation, level):
             return None
         policy, slots = policy_of(operation, self._policies), self._page.slots
         most = workers_for(policy, level, slots=slots, available_mb=None, priority=priority)
@@ -61,9 +60,9 @@ class SlotShares:
     def obstacle(self, operation: Operation) -> str:
         """Return why a node of an operation must not start on this host now, '' when it may.
 
-        What this process holds from nodes before is there for this one.
+        Memory that this process holds from earlier nodes counts as free for this one.
         """
-        if not self._declared(operation):
+        if not self._has_policy(operation):
             return ""
         free_mb = self._page.free_mb
         return may_start(
@@ -72,13 +71,13 @@ class SlotShares:
         )
 
     def forget(self, pid: int) -> None:
-        """Give back the places of a process of this machine that has died."""
-        for name in registry.names():  # also of those that nothing bounds any more
+        """Give back the places that a dead process of this machine held."""
+        for name in registry.names():  # also of operations that are no longer limited
             place = Bulkhead(f"nodes:{name}", self._store, limit=1, per_host=None, wake=self._wake)
             place.forget(place.owner_of(pid))
 
-    def _bounds(self, operation: Operation, level: Level) -> bool:
-        return level >= Level.HIGH or self._declared(operation)
+    def _is_limited(self, operation: Operation, level: Level) -> bool:
+        return level >= Level.HIGH or self._has_policy(operation)
 
-    def _declared(self, operation: Operation) -> bool:
+    def _has_policy(self, operation: Operation) -> bool:
         return operation.allocation is not None or self._policies.declares(operation.name)

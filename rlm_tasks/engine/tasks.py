@@ -1,7 +1,8 @@
-"""The Celery tasks of the platform: their names, their options, and where they are added to an app.
+"""The Celery tasks of the platform: their names, their options, and their registration in an app.
 
-`installation` registers them in clients and workers alike, so this module loads nothing of the
-engine: the tasks load `message_handlers` when they run, and a worker does so before its pool forks.
+`installation` registers them in clients and workers alike, so this module loads no other module of
+the engine.  The tasks load `message_handlers` when they run; a worker loads it before its pool
+forks.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ MONITOR_TASK = "rlm.monitor"
 OURS = (NODE_TASK, MERGE_TASK)
 
 
-class Doorbell(Task):  # type: ignore[misc]  # Celery ships no types
-    """The options of nodes and merges, whatever the app's owner has set for all tasks."""
+class JobTask(Task):  # type: ignore[misc]  # Celery ships no types
+    """The options of nodes and merges; settings of the app for all tasks do not change them."""
 
     ignore_result = True
     acks_late = True
@@ -31,9 +32,9 @@ class Doorbell(Task):  # type: ignore[misc]  # Celery ships no types
     reject_on_worker_lost = True
     retry_on_worker_lost = False
     max_retries = 0
-    rate_limit = 0  # none
+    rate_limit = 0  # no limit
     serializer = "json"
-    priority = 0  # there is a queue for each priority: within it, first come, first served
+    priority = 0  # each priority has its own queue; within a queue, first come, first served
     typing = False
     Request = "rlm_tasks.worker.node_request:NodeRequest"
 
@@ -53,14 +54,14 @@ class Broadcast(Task):  # type: ignore[misc]  # Celery ships no types
 def register(app: Celery, runtime: Callable[[], Runtime]) -> None:
     """Add the tasks to one app; `runtime` returns the parts of the process that runs them."""
 
-    @app.task(name=NODE_TASK, base=Doorbell, bind=True, shared=False)  # type: ignore[untyped-decorator]  # Celery ships no types
+    @app.task(name=NODE_TASK, base=JobTask, bind=True, shared=False)  # type: ignore[untyped-decorator]  # Celery ships no types
     def node(self: Any, job: str, node: str) -> None:
         """Run one node of a job."""
         from rlm_tasks.engine.message_handlers import handle_node
 
         handle_node(runtime(), self, job, node)
 
-    @app.task(name=MERGE_TASK, base=Doorbell, bind=True, shared=False)  # type: ignore[untyped-decorator]  # Celery ships no types
+    @app.task(name=MERGE_TASK, base=JobTask, bind=True, shared=False)  # type: ignore[untyped-decorator]  # Celery ships no types
     def merge(self: Any, job: str, split: str) -> None:
         """Compact the partials of one split, as the body of its chord."""
         from rlm_tasks.engine.message_handlers import handle_merge
@@ -69,5 +70,5 @@ def register(app: Celery, runtime: Callable[[], Runtime]) -> None:
 
     @app.task(name=MONITOR_TASK, base=Broadcast, ignore_result=True, shared=False)  # type: ignore[untyped-decorator]  # Celery ships no types
     def monitor() -> None:
-        """Have the cluster's pressure level measured; beat sends it every few seconds."""
+        """Ask for a measurement of the cluster's pressure; beat sends it every few seconds."""
         monitor.apply_async()
