@@ -140,8 +140,9 @@ class Cutting:
         return reason is not None or self._fork is not None
 
     def _leaves_room(self) -> bool:
-        """Whether one more node of the operation would get on: a free slot does not help a node
-        that would wait for a guard or for a share of the slots.
+        """Whether one more node of the operation could run now.
+
+        A free slot does not help a node that would wait for a guard or for a slot share.
         """
         if self._claim.waited or self._work.refused:
             return False
@@ -167,8 +168,9 @@ class Cutting:
         )
 
     def _pulse(self, most: int) -> tuple[str, int]:
-        """Report the progress to the ledger, take up to `most` free slots, and ask whether to make
-        room for urgent work, all in one round trip.  Return the ledger's order and all live slots.
+        """Report the progress, take up to `most` free slots, and ask for urgent work: one round trip.
+
+        Return the ledger's order and the number of all live slots.
         """
         ledger, outcome = self._runtime.ledger, self._work.outcome
         failed, skipped = len(outcome.failures), len(outcome.empty)

@@ -1,9 +1,9 @@
 """The rounds of a job: the answers of one round become the items of the next round.
 
-Each round after the first is a job of its own.  The root merge of the first job leads them.
-`closing` calls `Rounds.advance`, which opens the next round, waits parked for its end, or returns
-the answer.  The id of a round follows from the job's id, so a merge that runs again finds the rounds
-that are already open.  `Operation.then` says what the next round is.
+Each round after the first is a job of its own.  The root merge of the first job leads them: it
+calls `Rounds.advance`, which opens the next round, parks the merge, or returns the answer.  The id
+of a round follows from the job's id, so a merge that runs again finds the open rounds.
+`Operation.then` says what the next round is.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A page of memory that a worker's main process shares with its pool processes.
+"""The memory that a worker's main process shares with its pool processes.
 
-Each pool process writes what it holds: job, node, token, the item in flight, when its last slice
-ended. The main process beats leases from it and knows what was lost when a process dies; in the
-other direction it sets the flags that running nodes read at slice boundaries.  Refuses to know what
-is done about either."""
+Each pool process writes its entry: job, node, token, the item in flight, the end of its last slice.
+The supervisor renews leases from the entries, and gives back the node of a dead process.  The main
+process writes flags, which running nodes read at the ends of their slices.  Begin with `SharedPage`.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from dataclasses import dataclass
 
 from resilience.degradation import Level
 
-SLOTS = 1024
+ENTRIES = 1024
 NO_ITEM, SEVERAL_ITEMS = -1, -2
 _HEADER = 64
-_SLOT = struct.Struct(
-    "<II8sqdd40s16sB"
-)  # generation (odd: being written), pid, token, item, time, limit, job, node, doomed
+# generation (odd during a write), pid, token, item, time, limit, job, node, doomed
+_ENTRY = struct.Struct("<II8sqdd40s16sB")
 _PID = struct.Struct("<I")
 _ITEM = struct.Struct("<q")
 _TIME = struct.Struct("<d")
@@ -28,45 +27,101 @@ _GENERATION = struct.Struct("<I")
 _PID_AT, _ITEM_AT, _TIME_AT, _LIMIT_AT, _DOOMED_AT = 4, 16, 24, 32, 96
 _DRAINING_AT, _HUNGRY_AT, _RECALLS_AT, _TERMINATING_AT, _URGENT_AT, _LEVEL_AT = 0, 1, 2, 3, 4, 8
 _AVAILABLE_AT, _SLOTS_AT, _FREE_AT = 16, 24, 32
-_LEVEL = struct.Struct(
-    "<Q"
-)  # monotonic ms << 8 | level, in one aligned word: a reader never sees half of a write
+# monotonic ms << 8 | level, in one aligned word: a reader never sees half of a write
+_LEVEL = struct.Struct("<Q")
 _LEVELS: tuple[Level, ...] = tuple(Level)
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What one pool process is working on."""
+    """The node that one pool process holds, and its item in flight."""
 
     pid: int
     job: str
     node: str
-    token: str  # 16 hexadecimal digits: what the ledger knows the holder by
-    item: int  # in flight; or NO_ITEM, or SEVERAL_ITEMS: a batch, or many at once
-    since: float  # monotonic time of the last slice boundary
-    limit_s: float  # an item may take so long; 0: no limit
+    token: str  # 16 hexadecimal digits, by which the ledger recognises the holder
+    item: int  # in flight; NO_ITEM; or SEVERAL_ITEMS: a batch, or many at once
+    since: float  # monotonic time of the last slice boundary, in seconds
+    limit_s: float  # the time limit of an item; 0: no limit
 
 
-class SharedPage:
-    """The shared page; made before the pool forks."""
+class ProcessEntries:
+    """The part of the page that pool processes write: one entry for each process."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, _HEADER + ENTRIES * _ENTRY.size)
+
+    def entry(self, index: int) -> ProcessEntry:
+        """Return the entry of one pool process, for that process to write."""
+        return ProcessEntry(self._memory, _HEADER + index % ENTRIES * _ENTRY.size)
+
+    def held(self) -> Iterator[Held]:
+        """Yield the nodes that pool processes hold now."""
+        for _, held in self._filled():
+            yield held
+
+    def forget(self, pid: int) -> None:
+        """Clear the entry of a dead process; another process may get its number soon."""
+        for offset, held in self._filled():
+            if held.pid == pid:
+                ProcessEntry(self._memory, offset).let_go()
+
+    def doom(self, pid: int) -> None:
+        """Mark a process that will be terminated on purpose: a signal is meant for it alone."""
+        for offset, held in self._filled():
+            if held.pid == pid:
+                self._memory[offset + _DOOMED_AT] = 1
+
+    def _filled(self) -> Iterator[tuple[int, Held]]:
+        """Yield each entry with a node, with its place in memory."""
+        for offset in range(_HEADER, len(self._memory), _ENTRY.size):
+            if (found := self._read(offset)) is not None:
+                yield offset, found
+
+    def _read(self, offset: int) -> Held | None:
+        if not _PID.unpack_from(self._memory, offset + _PID_AT)[0]:
+            return None
+        for _ in range(100):
+            before = _GENERATION.unpack_from(self._memory, offset)[0]
+            _, pid, token, item, since, limit_s, job, node, _ = _ENTRY.unpack_from(
+                self._memory, offset
+            )
+            if before % 2 == 0 and before == _GENERATION.unpack_from(self._memory, offset)[0]:
+                held = Held(
+                    pid=pid,
+                    job=job.rstrip(b"\0").decode(),
+                    node=node.rstrip(b"\0").decode(),
+                    token=token.hex(),
+                    item=item,
+                    since=since,
+                    limit_s=limit_s,
+                )
+                return held if held.job else None
+        # Its writer died between the two halves of a write: nothing in the entry can be trusted.
+        return None
+
+
+class SharedPage(ProcessEntries):
+    """The shared page: flags and numbers of the main process, and the entries of pool processes.
+
+    It is made before the pool forks.
+    """
 
     def __init__(
         self, stale_s: float = 15.0, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._memory = mmap.mmap(-1, _HEADER + SLOTS * _SLOT.size)
+        super().__init__()
         self._stale_ms, self._clock = int(stale_s * 1000), clock
 
     @property
     def level(self) -> Level:
-        """The pressure to act on.  One that nobody renews is not trusted, nor called normal:
-        ELEVATED.
-        """
-        told: int = _LEVEL.unpack_from(self._memory, _LEVEL_AT)[0]
-        if not told:
-            return Level.NORMAL  # nobody measures here
-        if self._clock() * 1000 - (told >> 8) > self._stale_ms:
+        """The pressure level of this worker; ELEVATED when it was not renewed for `stale_s`."""
+        word: int = _LEVEL.unpack_from(self._memory, _LEVEL_AT)[0]
+        if not word:
+            return Level.NORMAL  # this worker does not measure pressure
+        if self._clock() * 1000 - (word >> 8) > self._stale_ms:
             return Level.ELEVATED
-        return _LEVELS[told & 0xFF]
+        return _LEVELS[word & 0xFF]
 
     @level.setter
     def level(self, level: Level) -> None:
@@ -74,8 +129,9 @@ class SharedPage:
 
     @property
     def urgent(self) -> int:
-        """Which ranks of priority have work that waits for a slot of this worker, as bits: see
-        scheduler.preemption.
+        """The ranks of priorities with work that waits for a slot here, as bits.
+
+        See `scheduler.preemption`.
         """
         return self._memory[_URGENT_AT]
 
@@ -94,7 +150,7 @@ class SharedPage:
 
     @property
     def terminating(self) -> bool:
-        """Whether the worker ends its pool processes by signal: they then do not resist."""
+        """Whether the worker ends its pool processes by signal: they then exit at once."""
         return self._memory[_TERMINATING_AT] == 1
 
     @terminating.setter
@@ -103,8 +159,9 @@ class SharedPage:
 
     @property
     def hungry(self) -> bool:
-        """Whether a slot of this worker wants work: nodes then look at once, not at their next
-        slice.
+        """Whether a slot of this worker is free and no message waits for it.
+
+        Running nodes then end their slice early, and may cut for it.
         """
         return self._memory[_HUNGRY_AT] == 1
 
@@ -114,18 +171,16 @@ class SharedPage:
 
     @property
     def recalls(self) -> int:
-        """How often nodes were asked to look at the ledger at once, modulo 256."""
+        """The number of recalls so far, modulo 256."""
         return self._memory[_RECALLS_AT]
 
     def recall(self) -> None:
-        """Ask every running node of this worker to look at the ledger before its next item."""
+        """Make every running node of this worker ask the ledger before its next item."""
         self._memory[_RECALLS_AT] = (self._memory[_RECALLS_AT] + 1) % 256
 
     @property
     def available_mb(self) -> float:
-        """Memory of this host that the platform may fill, with what its nodes hold already; 0: not
-        known.
-        """
+        """Memory of this host for the platform in MB, including that of its nodes; 0: unknown."""
         return float(_TIME.unpack_from(self._memory, _AVAILABLE_AT)[0])
 
     @available_mb.setter
@@ -134,112 +189,61 @@ class SharedPage:
 
     @property
     def free_mb(self) -> float | None:
-        """Memory of this host that nobody holds; None: not known."""
-        told: float = _TIME.unpack_from(self._memory, _FREE_AT)[0]
-        return told - 1 if told else None
+        """Free memory of this host in MB; None: unknown."""
+        stored: float = _TIME.unpack_from(self._memory, _FREE_AT)[0]
+        return stored - 1 if stored else None
 
     @free_mb.setter
     def free_mb(self, megabytes: float) -> None:
-        _TIME.pack_into(
-            self._memory, _FREE_AT, megabytes + 1
-        )  # a page begins with zeros, and 0 MB is an answer
+        # A new page is all zeros, which means unknown: 0 MB is stored as 1.
+        _TIME.pack_into(self._memory, _FREE_AT, megabytes + 1)
 
     @property
     def slots(self) -> int:
-        """How many slots all workers have together, as last heard; 1 while nothing was."""
+        """The last known number of slots of all workers, at least 1."""
         return max(1, int(_PID.unpack_from(self._memory, _SLOTS_AT)[0]))
 
     @slots.setter
     def slots(self, total: int) -> None:
         _PID.pack_into(self._memory, _SLOTS_AT, total)
 
-    def entry(self, index: int) -> ProcessEntry:
-        """Return the writer of one pool process."""
-        return ProcessEntry(self._memory, _HEADER + index % SLOTS * _SLOT.size)
-
-    def held(self) -> Iterator[Held]:
-        """Yield what each pool process holds now."""
-        for offset in range(_HEADER, len(self._memory), _SLOT.size):
-            if (found := self._read(offset)) is not None:
-                yield found
-
-    def forget(self, pid: int) -> None:
-        """Clear what a process held that is gone; its number may soon be another's."""
-        for offset in range(_HEADER, len(self._memory), _SLOT.size):
-            if (found := self._read(offset)) is not None and found.pid == pid:
-                ProcessEntry(self._memory, offset).let_go()
-
-    def doom(self, pid: int) -> None:
-        """Say that a process is about to be terminated on purpose: a signal that it gets is meant
-        for it.
-        """
-        for offset in range(_HEADER, len(self._memory), _SLOT.size):
-            if (found := self._read(offset)) is not None and found.pid == pid:
-                self._memory[offset + _DOOMED_AT] = 1
-
-    def _read(self, offset: int) -> Held | None:
-        if not _PID.unpack_from(self._memory, offset + _PID_AT)[0]:
-            return None
-        for _ in range(100):
-            before = _GENERATION.unpack_from(self._memory, offset)[0]
-            _, pid, token, item, since, limit_s, job, node, _ = _SLOT.unpack_from(
-                self._memory, offset
-            )
-            if before % 2 == 0 and before == _GENERATION.unpack_from(self._memory, offset)[0]:
-                name, id = job.rstrip(b"\0").decode(), node.rstrip(b"\0").decode()
-                return (
-                    Held(
-                        pid=pid,
-                        job=name,
-                        node=id,
-                        token=token.hex(),
-                        item=item,
-                        since=since,
-                        limit_s=limit_s,
-                    )
-                    if name
-                    else None
-                )
-        # Its writer died between the two halves of a write: nothing in the slot can be trusted.
-        return None
-
 
 class ProcessEntry:
-    """Where one pool process writes what it holds."""
+    """The entry in which one pool process writes the node that it holds."""
 
     def __init__(self, memory: mmap.mmap, offset: int) -> None:
         self._memory, self._offset = memory, offset
 
     def hold(self, pid: int, job: str, node: str, token: str, at: float) -> None:
-        """Say that a node is being claimed, and worked on."""
+        """Write the node that this process claims and then runs; `at` is the time in seconds."""
         self._write(pid=pid, job=job, node=node, token=bytes.fromhex(token), at=at)
 
     def let_go(self) -> None:
-        """Say that nothing is."""
+        """Clear the entry: this process holds no node."""
         self._write(pid=0, job="", node="", token=bytes(8), at=0.0)
 
     @property
     def doomed(self) -> bool:
-        """Whether this process is to be terminated on purpose."""
+        """Whether this process will be terminated on purpose."""
         return self._memory[self._offset + _DOOMED_AT] == 1
 
     def start_item(self, index: int) -> None:
-        """Say which item is in flight, or that there are SEVERAL_ITEMS."""
+        """Write the index of the item in flight, or SEVERAL_ITEMS."""
         _ITEM.pack_into(self._memory, self._offset + _ITEM_AT, index)
 
     def limit(self, limit_s: float) -> None:
-        """Say how long an item of this node may take, in seconds; 0: no limit."""
+        """Write the time limit of this node's items, in seconds; 0: no limit."""
         _TIME.pack_into(self._memory, self._offset + _LIMIT_AT, limit_s)
 
     def boundary(self, at: float) -> None:
-        """Say that a slice has ended, with no item in flight."""
+        """Write that a slice has ended, with no item in flight."""
         _ITEM.pack_into(self._memory, self._offset + _ITEM_AT, NO_ITEM)
         _TIME.pack_into(self._memory, self._offset + _TIME_AT, at)
 
     def _write(self, pid: int, job: str, node: str, token: bytes, at: float) -> None:
         odd = _GENERATION.unpack_from(self._memory, self._offset)[0] | 1
         _GENERATION.pack_into(self._memory, self._offset, odd)
-        _SLOT.pack_into(
+        _ENTRY.pack_into(
             self._memory,
             self._offset,
             odd,
