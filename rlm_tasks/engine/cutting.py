@@ -168,7 +168,7 @@ class Cutting:
         )
 
     def _pulse(self, most: int) -> tuple[str, int]:
-        """Report the progress, take up to `most` free slots, and ask for urgent work: one round trip.
+        """Report the progress, take up to `most` free slots, and ask for urgent work, at once.
 
         Return the ledger's order and the number of all live slots.
         """

@@ -201,7 +201,7 @@ class NodeRun:
         self._cutting = Cutting(runtime, claim, self._work, self._pace, self._share)
 
     def run(self) -> bool:
-        """Work, in a slot share if there is one; return whether this message fills its chord slot."""
+        """Work, in any slot share; return whether this message fills its chord slot."""
         if self._share is None:
             return self._run()
         permit = self._share.acquire(waiter=self._waiter, urgency=URGENCY[self._spec.priority])

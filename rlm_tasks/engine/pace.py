@@ -65,7 +65,7 @@ class Pace:
         self.slice_ms = min(self.slice_ms * 2, self._settings.slice_ms)
 
     def wants_pulse(self, *, sharable: bool) -> bool:
-        """Whether the node pulses at this boundary: in time, when recalled, or for a hungry slot."""
+        """Whether the node pulses at this boundary: on time, when recalled, for a hungry slot."""
         now = self._clock()
         hungry = sharable and self._page.hungry
         return (

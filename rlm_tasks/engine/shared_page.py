@@ -2,7 +2,7 @@
 
 Each pool process writes its entry: job, node, token, the item in flight, the end of its last slice.
 The supervisor renews leases from the entries, and gives back the node of a dead process.  The main
-process writes flags, which running nodes read at the ends of their slices.  Begin with `SharedPage`.
+process writes flags, which running nodes read when a slice ends.  Begin with `SharedPage`.
 """
 
 from __future__ import annotations

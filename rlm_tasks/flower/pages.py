@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from resilience.degradation import Level
 from rlm_tasks.errors import JobNotFound
-from rlm_tasks.jobs.endings import ENDINGS, TONES
+from rlm_tasks.jobs.endings import ENDINGS, TONES, Tone
 from rlm_tasks.jobs.item_failures import alike
 from rlm_tasks.results import COLUMNS, Progress, Status, rows
 from rlm_tasks.telemetry.exposition import BREAKER_STATES
@@ -41,8 +41,11 @@ JOBS, NODES, EVENTS, SAMPLES = 50, 300, 30, 120
 FAILURES, INDEXES = 1000, 20
 """The most failures that are counted, and the most indexes shown of each kind."""
 
-Tone = str  # "", active, success, warning, danger: Flower's own colours
-_LEVEL_TONES = {Level.NORMAL: "success", Level.ELEVATED: "active", Level.HIGH: "warning"}
+_LEVEL_TONES: dict[Level, Tone] = {
+    Level.NORMAL: "success",
+    Level.ELEVATED: "active",
+    Level.HIGH: "warning",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +265,7 @@ def _tree(tree: Sequence[TreeNode]) -> Table:
     )
 
 
-_NODE_TONES = {"running": "active", "parked": "warning", "done": "success", "cut": "success"}
+_NODE_TONES: dict[str, Tone] = {"running": "active", "parked": "warning", "done": "success", "cut": "success"}
 
 
 def _failures(found: Job, at: Progress) -> Table:
@@ -459,7 +462,7 @@ def breakers(client: Client) -> Picture:
     return Picture(sentence, cards=cards, tables=[table])
 
 
-_BREAKER_TONES = {"closed": "success", "half-open": "warning", "open": "danger"}
+_BREAKER_TONES: dict[str, Tone] = {"closed": "success", "half-open": "warning", "open": "danger"}
 
 
 def _close(name: str) -> Action:
@@ -506,7 +509,7 @@ def limits(client: Client) -> Picture:
 
 
 def _fill(at: LimitReport) -> Cell:
-    tone = "warning" if at.fill >= 1 else "active"
+    tone: Tone = "warning" if at.fill >= 1 else "active"
     return Cell(f"{_figure(at.used)} of {_figure(at.limit)}", tone, bar=min(1.0, at.fill))
 
 

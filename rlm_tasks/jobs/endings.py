@@ -15,8 +15,8 @@ import msgspec
 from rlm_tasks.errors import JobCancelled, JobEnded, JobExpired, JobFailed
 from rlm_tasks.results import Status
 
-Tone = Literal["", "active", "success", "danger"]
-"""The colour of a status in Flower: one of Flower's own classes, or none."""
+Tone = Literal["", "active", "success", "warning", "danger"]
+"""The colour of a status or a level in Flower: one of Flower's own classes, or none."""
 
 
 @dataclass(frozen=True, slots=True)
