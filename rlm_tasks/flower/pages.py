@@ -265,7 +265,12 @@ def _tree(tree: Sequence[TreeNode]) -> Table:
     )
 
 
-_NODE_TONES: dict[str, Tone] = {"running": "active", "parked": "warning", "done": "success", "cut": "success"}
+_NODE_TONES: dict[str, Tone] = {
+    "running": "active",
+    "parked": "warning",
+    "done": "success",
+    "cut": "success",
+}
 
 
 def _failures(found: Job, at: Progress) -> Table:
