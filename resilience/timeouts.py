@@ -1,13 +1,13 @@
 """The time limits of items, learned from earlier items of the operation on all workers.
 
-The engine asks for the limit of each item, and stops the item itself.  Begin with
+The engine asks for the limit of each item; it is the engine that stops the item.  Begin with
 `Timeouts.limit_s`.  A limit depends on the item's complexity, its caller's estimate, the durations
 of earlier items, and the number of its retries.
 
-Below `TimeoutSettings.min_samples` samples the limit is a safe guess from the base table.  Above it
-is the 99th percentile x 1.5.  In simulation this stopped 0.1-0.3 % of the items that would have
-succeeded; the timer of RFC 6298 (mean + 4 deviations) stopped 3-6 %.  A retransmission may come
-early, but an item that is stopped is lost work.
+Below `TimeoutSettings.min_samples` samples the limit is a safe guess from the base table.  With
+more samples it is the 99th percentile x 1.5.  In simulation this stopped 0.1-0.3 % of the items
+that would have succeeded; the timer of RFC 6298 (mean + 4 deviations) stopped 3-6 %.  TCP may send
+a packet again too early, but an item that is stopped is lost work.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _READ = Script.load("resilience", "timing_read")
 
 
 class TimeoutSettings(Seconds):
-    """The base table, and how far a limit may move from it."""
+    """The base limits by complexity, and the bounds within which samples may change a limit."""
 
     simple_s: float = Field(300, gt=0, description="Base limit of a simple item.")
     medium_s: float = Field(900, gt=0, description="Base limit of an item of medium complexity.")
@@ -68,7 +68,7 @@ class TimeoutSettings(Seconds):
         1.5,
         ge=1,
         le=10,
-        description="Factor by which each retry may take longer than the try before.",
+        description="Factor by which each retry multiplies the limit of the try before.",
     )
     floor: float = Field(
         0.25,
@@ -204,4 +204,4 @@ def percentile(weights: Mapping[int, float], share: float) -> float:
         left -= weights[bucket]
         if left <= 0:
             return upper_edge_s(bucket)
-    return upper_edge_s(max(weights))  # the sum was rounded
+    return upper_edge_s(max(weights))  # rounding of the sum left a rest

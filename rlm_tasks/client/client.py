@@ -1,7 +1,7 @@
 """The client: submit jobs, and find them again.
 
-Users, the command line and Flower hold one.  `submission`, `planning`, `job` and `platform` do the
-work; all of them share the client's `Session`.  Begin with `Client.submit`.
+Users, the command line and Flower each hold a `Client`.  `submission`, `planning`, `job` and
+`platform` do the work; all of them share the client's `Session`.  Begin with `Client.submit`.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ class Client(Platform):
     def plan(self, request: Request | None = None, /, **fields: Any) -> Plan:
         """Return an estimate of a request under today's limits, at p50 and p90.
 
-        It has nodes, calls, tokens, money and time.  Takes the arguments of `submit`, opens no job
-        and calls no provider.  It samples up to a thousand items, so the items must not be an
-        iterator.  Raises InvalidRequest as `submit` does, and StoreUnavailable.
+        It estimates nodes, calls, tokens, money and time.  Takes the arguments of `submit`, opens
+        no job and calls no provider.  It samples up to a thousand items, so the items must not be
+        an iterator.  Raises InvalidRequest as `submit` does, and StoreUnavailable.
         """
         from rlm_tasks.client import planning
 
@@ -105,10 +105,10 @@ class Client(Platform):
         """Open a job and return its handle.
 
         Takes a JobRequest, a plain dict in snake_case or camelCase, or the fields themselves;
-        fields of Options and Conditions may be given flat (``priority="high"``).  Two submissions
-        with one `idempotency_key` give one job while its result is kept, also when the client or
-        Redis dies between them.  Raises InvalidRequest, Overloaded and QueueFull before anything is
-        enqueued, and StoreUnavailable.
+        fields of Options and Conditions may be given directly (``priority="high"``).  Two
+        submissions with one `idempotency_key` give one job while its result is kept, also when the
+        client or Redis dies between them.  Raises InvalidRequest, Overloaded and QueueFull before
+        anything is enqueued, and StoreUnavailable.
         """
         wanted = _keyed(_parsed(request, fields), idempotency_key)
         return Job(self.session, self._submission.open([wanted])[0])
@@ -144,12 +144,12 @@ class Client(Platform):
         policy: RetryPolicy | Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> JobResult:
-        """Execute, and again when the job or its items failed with an error worth a retry.
+        """Execute a request, and repeat it if job or items failed with an error worth a retry.
 
         A policy may be a dict in camelCase, too (``maxRetries``, ``initialDelayMs``,
         ``retryableErrors``).  A refused job is submitted again at its retry time, which costs no
-        attempt.  Raises the error of the last attempt.  A policy on the *operation* retries by
-        item, and is the better choice where one item of many may fail.
+        attempt.  Raises the error of the last attempt.  A policy on the *operation* retries
+        single items; prefer it where one item of many may fail.
         """
         from resilience.retry import retrying
 
@@ -179,8 +179,8 @@ class Client(Platform):
     ) -> list[JobResult]:
         """Submit several jobs and wait for all; results come in the order of the requests.
 
-        `timeout` is in seconds, for each.  Raises as `submit` and `Job.result` do, for the first
-        that ends without an answer.
+        `timeout` is the time to wait for each job, in seconds.  Raises as `submit` and `Job.result`
+        do, for the first job that ends without an answer.
         """
         return [job.result(timeout=timeout) for job in self.batch_submit(requests)]
 
@@ -191,7 +191,7 @@ class Client(Platform):
     # --- finding again -------------------------------------------------------------------------
 
     def job(self, job_id: str) -> Job:
-        """Return the handle of a job submitted anywhere.  Raises JobNotFound."""
+        """Return the handle of a job that any client submitted.  Raises JobNotFound."""
         if not self.ledger.facts(job_id):
             raise JobNotFound(job_id)
         return Job(self.session, job_id)

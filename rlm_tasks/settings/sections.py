@@ -47,7 +47,7 @@ class NodeSettings(BaseModel, frozen=True, extra="forbid"):
     """The pace of a node, and the time limits of its items."""
 
     target_ms: float = Field(
-        1000.0, gt=0, description="A node hands over the rest of its range after this."
+        1000.0, gt=0, description="A node hands over the rest of its range after this running time."
     )
     slice_ms: float = Field(
         50.0, gt=0, description="A node may cut after each slice of about this long."
@@ -60,8 +60,8 @@ class NodeSettings(BaseModel, frozen=True, extra="forbid"):
     item_limit_s: float = Field(
         0.0,
         ge=0,
-        description="Time limit of every item, in place of a learned one; 0: as "
-        "`adaptive_timeouts` says. Also `WORKFLOW_ACTIVITY_TIMEOUT_MINUTES`.",
+        description="Time limit of every item, in place of a learned one; 0: "
+        "`adaptive_timeouts` decides. Also `WORKFLOW_ACTIVITY_TIMEOUT_MINUTES`.",
     )
     timeout_multipliers: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {},
@@ -78,7 +78,7 @@ class NodeSettings(BaseModel, frozen=True, extra="forbid"):
 class MetricsSettings(BaseModel, frozen=True, extra="forbid"):
     """The address of a worker's metrics port.
 
-    The port itself is an option of ``celery worker``, because each worker needs another one.
+    The port itself is an option of ``celery worker``, because each worker needs its own.
     """
 
     address: str = Field(
@@ -101,5 +101,5 @@ class TracingSettings(BaseModel, frozen=True, extra="forbid"):
         ge=0,
         le=1,
         description="Share of jobs that are traced; a job that is submitted within a trace "
-        "follows that trace.",
+        "is traced if that trace is.",
     )
