@@ -42,7 +42,7 @@ def test_an_oversized_process_is_replaced_without_repeated_calls(
 
             wait_until(lambda: not first.is_running())
             assert provider.report()["by_model"]["gpt-4.1-mini"]["answered"] == 10
-        assert log.read_text().count("it is to be replaced") >= 2, (
+        assert log.read_text().count("it will be replaced") >= 2, (
             "the next process is replaced, too"
         )
         assert "Traceback" not in log.read_text()
