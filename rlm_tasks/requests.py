@@ -195,14 +195,14 @@ class Options(_Checked):
         """Accept the text of a header ``traceparent``."""
         if not isinstance(value, str):
             return value
-        if (found := _TRACEPARENT.fullmatch(value.strip())) is None:
+        if (header := _TRACEPARENT.fullmatch(value.strip())) is None:
             raise InvalidRequest(
                 "trace_context",
                 value,
                 "must be a traceparent (00-<32 hex>-<16 hex>-<2 hex>), or its ids",
             )
         return TraceContext(
-            trace_id=found[1], parent_span_id=found[2], sampled=bool(int(found[3], 16) & 1)
+            trace_id=header[1], parent_span_id=header[2], sampled=bool(int(header[3], 16) & 1)
         )
 
     @field_validator("emit_metrics")

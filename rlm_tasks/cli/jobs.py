@@ -147,27 +147,27 @@ def _progress(progress: Progress) -> dict[str, Any]:
 @click.pass_context
 def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
     """Show one job: its progress, why it waits or how it ended, its failures and its events."""
-    found = client_of(ctx).job(job_id)
+    handle = client_of(ctx).job(job_id)
     if watch:
-        _watch(found)
+        _watch(handle)
     progress, sentence, events, failures = (
-        found.progress(),
-        found.explain(),
-        found.events(),
-        found.failures(),
+        handle.progress(),
+        handle.explain(),
+        handle.events(),
+        handle.failures(),
     )
-    spent = found.spent()
+    spent = handle.spent()
     if as_json:
         log = [asdict(event) for event in events]
         failed = [{"index": each.index, "type": each.type, "code": each.code} for each in failures]
         about: dict[str, Any] = {
             "explain": sentence,
-            "trace_id": found.trace_id,
+            "trace_id": handle.trace_id,
             "failures": failed,
             "events": log,
         }
         about |= {
-            "rounds": [each.id for each in found.rounds()],
+            "rounds": [each.id for each in handle.rounds()],
             "spent": asdict(spent) if spent else None,
         }
         print_json({"id": job_id, **_progress(progress), **about})
@@ -178,7 +178,7 @@ def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
     )
     click.echo(sentence)
     if client_of(ctx).settings.tracing.enabled:
-        click.echo(f"Trace: {found.trace_id}")
+        click.echo(f"Trace: {handle.trace_id}")
     if failures:
         _show_failures(failures)
     if spent:
@@ -258,9 +258,9 @@ def explain(ctx: click.Context, job_id: str, as_json: bool) -> None:
 @click.pass_context
 def cancel(ctx: click.Context, job_id: str, as_json: bool) -> None:
     """Cancel a job with its whole tree."""
-    found = client_of(ctx).job(job_id)
-    found.cancel()
-    answer({"id": job_id, "status": found.status}, found.explain(), as_json)
+    handle = client_of(ctx).job(job_id)
+    handle.cancel()
+    answer({"id": job_id, "status": handle.status}, handle.explain(), as_json)
 
 
 @click.command()

@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 @click.pass_context
 def status(ctx: click.Context, as_json: bool) -> None:
     """Show the platform at a glance: level, hosts, active work, operations."""
-    found = client_of(ctx).status()
+    platform = client_of(ctx).status()
     if as_json:
-        print_json(found.to_dict())
+        print_json(platform.to_dict())
         return
-    click.echo(_sentence(found))
-    _show_hosts(found)
-    table("At work", ("operation", "nodes"), sorted(found.active.items()))
-    _show_operations(found.operations)
+    click.echo(_sentence(platform))
+    _show_hosts(platform)
+    table("At work", ("operation", "nodes"), sorted(platform.active.items()))
+    _show_operations(platform.operations)
 
 
-def _sentence(found: PlatformStatus) -> str:
-    why = f": {found.why}" if found.why else ""
-    rising = f"; {found.rising_to} is expected within a minute" if found.rising_to else ""
-    blind = "" if found.monitored else ". No beat: each host acts on its own; start celery beat"
-    return f"Pressure is {found.level}{why}{rising}{blind}"
+def _sentence(platform: PlatformStatus) -> str:
+    why = f": {platform.why}" if platform.why else ""
+    rising = f"; {platform.rising_to} is expected within a minute" if platform.rising_to else ""
+    blind = "" if platform.monitored else ". No beat: each host acts on its own; start celery beat"
+    return f"Pressure is {platform.level}{why}{rising}{blind}"
 
 
-def _show_hosts(found: PlatformStatus) -> None:
+def _show_hosts(platform: PlatformStatus) -> None:
     columns = ("worker", "level", "why", "slots", "busy", "CPU %", "memory %", "queues")
     rows = (
         (
@@ -49,7 +49,7 @@ def _show_hosts(found: PlatformStatus) -> None:
             f"{host.sample.memory_pct:.0f}" if host.sample else "?",
             ", ".join(host.queues),
         )
-        for host in found.hosts
+        for host in platform.hosts
     )
     table("Workers", columns, rows)
 
@@ -70,7 +70,7 @@ def pressure(ctx: click.Context, as_json: bool) -> None:
     """Show the pressure level and its cause; see `force`, `release` and `history`."""
     if ctx.invoked_subcommand is not None:
         return
-    found = client_of(ctx).status()
+    platform = client_of(ctx).status()
     if as_json:
         names = (
             "level",
@@ -82,11 +82,11 @@ def pressure(ctx: click.Context, as_json: bool) -> None:
             "strategies",
             "hosts",
         )
-        print_json({name: value for name, value in found.to_dict().items() if name in names})
+        print_json({name: value for name, value in platform.to_dict().items() if name in names})
         return
-    click.echo(_sentence(found))
-    click.echo(f"Left out at this level: {', '.join(found.strategies) or 'nothing'}")
-    _show_hosts(found)
+    click.echo(_sentence(platform))
+    click.echo(f"Left out at this level: {', '.join(platform.strategies) or 'nothing'}")
+    _show_hosts(platform)
 
 
 @pressure.command()
@@ -132,9 +132,9 @@ def history(ctx: click.Context, limit: int, as_json: bool) -> None:
     """Show recent measurements of the monitor."""
     from msgspec import to_builtins
 
-    found = client_of(ctx).pressure.history(limit)
+    measurements = client_of(ctx).pressure.history(limit)
     if as_json:
-        print_json(to_builtins(found))
+        print_json(to_builtins(measurements))
         return
     columns = ("when", "level", "why", "slots", "busy", "CPU %", "memory %", "messages")
     now = time.time()
@@ -149,7 +149,7 @@ def history(ctx: click.Context, limit: int, as_json: bool) -> None:
             f"{each.memory_pct:.0f}",
             sum(queue.depth for queue in each.queues.values()),
         )
-        for each in found
+        for each in measurements
     )
     table("Recent pressure", columns, rows)
 
@@ -164,9 +164,9 @@ def breakers(ctx: click.Context, as_json: bool) -> None:
     """Show all circuit breakers; see `reset`."""
     if ctx.invoked_subcommand is not None:
         return
-    found = client_of(ctx).breakers.status()
+    states = client_of(ctx).breakers.status()
     if as_json:
-        print_json(found)
+        print_json(states)
         return
     now = time.time()
     rows = (
@@ -177,7 +177,7 @@ def breakers(ctx: click.Context, as_json: bool) -> None:
             ago(at["last_failure_time"], now) if at["last_failure_time"] else "never",
             f"in {at['retry_after_s']:.0f} s" if at["retry_after_s"] else "",
         )
-        for name, at in found.items()
+        for name, at in states.items()
     )
     table("Breakers", ("service", "state", "failures", "last failure", "next probe"), rows)
 
@@ -210,9 +210,9 @@ def limits(ctx: click.Context, as_json: bool) -> None:
 
     They are those of models, and those that operations of RLM_OPERATIONS declare.
     """
-    found = client_of(ctx).limits()
+    reports = client_of(ctx).limits()
     if as_json:
-        print_json([{**asdict(each), "fill": each.fill} for each in found])
+        print_json([{**asdict(each), "fill": each.fill} for each in reports])
         return
     rows = (
         (
@@ -225,7 +225,7 @@ def limits(ctx: click.Context, as_json: bool) -> None:
             each.waiting,
             f"for {each.hold_s:.1f} s" if each.hold_s else "",
         )
-        for each in found
+        for each in reports
     )
     table(
         "Limits",
@@ -245,13 +245,13 @@ def limits(ctx: click.Context, as_json: bool) -> None:
 def endpoints(ctx: click.Context, check: bool, as_json: bool) -> None:
     """Show the endpoints of models: the results of workers' checks, and their breakers."""
     client = client_of(ctx)
-    found = client.endpoints()
+    reports = client.endpoints()
     if check:
         from rlm_tasks.llm.reports import checked_now
 
-        found = checked_now(client.settings.llm, found)
+        reports = checked_now(client.settings.llm, reports)
     if as_json:
-        print_json([asdict(each) for each in found])
+        print_json([asdict(each) for each in reports])
         return
     rows = (
         (
@@ -266,7 +266,7 @@ def endpoints(ctx: click.Context, check: bool, as_json: bool) -> None:
             each.breaker,
             each.why,
         )
-        for each in found
+        for each in reports
     )
     columns = (
         "endpoint",
@@ -289,7 +289,7 @@ def endpoints(ctx: click.Context, check: bool, as_json: bool) -> None:
 def queues(ctx: click.Context, as_json: bool) -> None:
     """Show the number of waiting messages in each queue, and the age of the oldest."""
     client = client_of(ctx)
-    found, consumers = client.queues(), client.pressure.consumers()
+    reports, consumers = client.queues(), client.pressure.consumers()
     if as_json:
         print_json(
             [
@@ -299,7 +299,7 @@ def queues(ctx: click.Context, as_json: bool) -> None:
                     "oldest_s": at.oldest_s,
                     "workers": consumers.get(name, []),
                 }
-                for name, at in found.items()
+                for name, at in reports.items()
             ]
         )
         return
@@ -310,7 +310,7 @@ def queues(ctx: click.Context, as_json: bool) -> None:
             "" if at.oldest_s is None else f"{at.oldest_s:.1f} s",
             ", ".join(consumers.get(name, [])) or "NOBODY",
         )
-        for name, at in found.items()
+        for name, at in reports.items()
     )
     table("Queues", ("queue", "messages", "the oldest waits", "consumed by"), rows)
 
@@ -323,14 +323,14 @@ def queues(ctx: click.Context, as_json: bool) -> None:
 @click.pass_context
 def operations(ctx: click.Context, as_json: bool) -> None:
     """Show the cost of each operation: executions, success, memory, duration."""
-    found = client_of(ctx).status().operations
+    costs = client_of(ctx).status().operations
     if as_json:
-        print_json(found)
+        print_json(costs)
     else:
-        _show_operations(found)
+        _show_operations(costs)
 
 
-def _show_operations(found: list[dict[str, Any]]) -> None:
+def _show_operations(costs: list[dict[str, Any]]) -> None:
     columns = (
         "operation",
         "items",
@@ -354,7 +354,7 @@ def _show_operations(found: list[dict[str, Any]]) -> None:
             f"{each['peak_memory_mb']:.0f}",
             each["circuit_breaker_state"],
         )
-        for each in found
+        for each in costs
     )
     table("Operations", columns, rows)
 
@@ -372,15 +372,15 @@ def _trend(operation: dict[str, Any]) -> str:
 def alerts(ctx: click.Context, limit: int, as_json: bool) -> None:
     """Show alerts, the newest first, with their number in all, in a day and in an hour."""
     known = client_of(ctx).alerts
-    found, summary = known.history(limit), known.summary()
+    latest, summary = known.history(limit), known.summary()
     if as_json:
         counts = {name: value for name, value in summary.items() if name != "recent_alerts"}
-        print_json({**counts, "alerts": [each.fields() for each in found]})
+        print_json({**counts, "alerts": [each.fields() for each in latest]})
         return
     now = time.time()
     rows = (
         (ago(each.at, now), each.severity.label, each.kind, each.subject, each.message)
-        for each in found
+        for each in latest
     )
     table("Alerts", ("when", "severity", "kind", "about", "what"), rows)
     click.echo(

@@ -205,10 +205,10 @@ def job(client: Client, job_id: str) -> Picture:
 
     Raises JobNotFound.
     """
-    found = client.job(job_id)
+    handle = client.job(job_id)
     if (spec := client.ledger.spec(job_id)) is None:
         raise JobNotFound(job_id)
-    at = found.progress()
+    at = handle.progress()
     cards = [
         Card("Status", str(at.status), TONES[at.status]),
         Card(f"Done, of {at.total:,} items", f"{at.done:,}"),
@@ -219,16 +219,16 @@ def job(client: Client, job_id: str) -> Picture:
     if at.status.final and at.failed:
         actions.append(_retry(job_id))
     return Picture(
-        sentence=f"{found.explain()}{_pace(at)}",
+        sentence=f"{handle.explain()}{_pace(at)}",
         heading=spec.description or spec.operation,
         about=f"{spec.operation} · {spec.priority} priority · {job_id}",
         cards=cards,
         tables=[
-            _failures(found, at),
-            _receipt(found),
-            *_spent(found),
-            _tree(found.tree()),
-            _log(found),
+            _failures(handle, at),
+            _receipt(handle),
+            *_spent(handle),
+            _tree(handle.tree()),
+            _log(handle),
         ],
         actions=actions,
     )
@@ -273,7 +273,7 @@ _NODE_TONES: dict[str, Tone] = {
 }
 
 
-def _failures(found: Job, at: Progress) -> Table:
+def _failures(handle: Job, at: Progress) -> Table:
     """Return the failures, one row for each type and code; at most the first thousand items."""
     rows = [
         [
@@ -283,7 +283,7 @@ def _failures(found: Job, at: Progress) -> Table:
             ", ".join(f"{each:,}" for each in indexes[:INDEXES])
             + (", …" if len(indexes) > INDEXES else ""),
         ]
-        for type, code, indexes in alike(found.failures())
+        for type, code, indexes in alike(handle.failures())
     ]
     return Table(
         _counted("Failures", at.failed, "item", FAILURES),
@@ -293,8 +293,8 @@ def _failures(found: Job, at: Progress) -> Table:
     )
 
 
-def _receipt(found: Job) -> Table:
-    rows = [[each.strategy, each.level, f"{each.items:,}"] for each in found.receipt()]
+def _receipt(handle: Job) -> Table:
+    rows = [[each.strategy, each.level, f"{each.items:,}"] for each in handle.receipt()]
     return Table(
         "Receipt",
         ("Left out", "Under", "Items"),
@@ -303,17 +303,17 @@ def _receipt(found: Job) -> Table:
     )
 
 
-def _spent(found: Job) -> list[Table]:
+def _spent(handle: Job) -> list[Table]:
     """Return the cost of calls to models; no table for a job that makes none."""
-    spent = found.spent()
+    spent = handle.spent()
     if not spent:
         return []
     columns = [each.capitalize() for each in COLUMNS]
     return [Table("Calls to models", columns, rows(spent), "None yet.")]
 
 
-def _log(found: Job) -> Table:
-    events = found.events()
+def _log(handle: Job) -> Table:
+    events = handle.events()
     rows = [[_clock(each.at), each.event, each.detail] for each in events[-EVENTS:]]
     return Table(
         _counted(title="Events", count=len(events), noun="event", most=EVENTS, which="last"),
@@ -431,7 +431,7 @@ def _level_tone(level: Level) -> Tone:
 
 def breakers(client: Client) -> Picture:
     """Return all circuit breakers, open ones first."""
-    found = client.breakers.status()
+    states = client.breakers.status()
     now = time.time()
     rows: list[list[str | Cell]] = [
         [
@@ -443,10 +443,10 @@ def breakers(client: Client) -> Picture:
             "" if at["state"] == "closed" else Cell("", action=_close(name)),
         ]
         for name, at in sorted(
-            found.items(), key=lambda each: (-BREAKER_STATES[each[1]["state"]], each[0])
+            states.items(), key=lambda each: (-BREAKER_STATES[each[1]["state"]], each[0])
         )
     ]
-    count = Counter(str(at["state"]) for at in found.values())
+    count = Counter(str(at["state"]) for at in states.values())
     cards = [
         Card("Open", str(count["open"]), "danger" if count["open"] else ""),
         Card("Half open", str(count["half-open"]), "warning" if count["half-open"] else ""),
@@ -461,7 +461,7 @@ def breakers(client: Client) -> Picture:
         minor=("Failures", "Last failure"),
     )
     sentence = (
-        f"Open: {count['open']} of {len(found)}. "
+        f"Open: {count['open']} of {len(states)}. "
         "A call that an open breaker refuses waits, or its fallback runs."
     )
     return Picture(sentence, cards=cards, tables=[table])
@@ -482,7 +482,7 @@ def _close(name: str) -> Action:
 
 def limits(client: Client) -> Picture:
     """Return the use of limits, the fullest first."""
-    found = sorted(client.limits(), key=lambda each: -each.fill)
+    reports = sorted(client.limits(), key=lambda each: -each.fill)
     rows: list[list[str | Cell]] = [
         [
             each.service,
@@ -492,12 +492,12 @@ def limits(client: Client) -> Picture:
             f"{each.waiting:,}" if each.waiting else "",
             f"for {_seconds(each.hold_s)}" if each.hold_s else "",
         ]
-        for each in found
+        for each in reports
     ]
-    full, held = sum(each.fill >= 1 for each in found), sum(each.hold_s > 0 for each in found)
+    full, held = sum(each.fill >= 1 for each in reports), sum(each.hold_s > 0 for each in reports)
     cards = [
         Card("Full", str(full), "warning" if full else ""),
-        Card("In line", str(sum(each.waiting for each in found))),
+        Card("In line", str(sum(each.waiting for each in reports))),
         Card("Held by a provider", str(held), "danger" if held else ""),
     ]
     columns = ("Service", "Limit", "Used", "Within", "Nodes in line", "Held by the provider")
@@ -520,7 +520,7 @@ def _fill(at: LimitReport) -> Cell:
 
 def queues(client: Client) -> Picture:
     """Return the queues: waiting messages and their age, parked nodes, nodes in flight."""
-    found, consumers, open_jobs = client.queues(), client.pressure.consumers(), client.at_work()
+    reports, consumers, open_jobs = client.queues(), client.pressure.consumers(), client.at_work()
     parked, running = Counter[str](), Counter[str]()
     for each in open_jobs:
         parked[each.queue] += each.parked
@@ -536,11 +536,11 @@ def queues(client: Client) -> Picture:
             if name in consumers
             else Cell("nobody", "danger", badge=True),
         ]
-        for name, at in found.items()
+        for name, at in reports.items()
     ]
-    ages = [at.oldest_s for at in found.values() if at.oldest_s is not None]
+    ages = [at.oldest_s for at in reports.values() if at.oldest_s is not None]
     cards = [
-        Card("Messages", f"{sum(at.depth for at in found.values()):,}"),
+        Card("Messages", f"{sum(at.depth for at in reports.values()):,}"),
         Card("The oldest waits", _seconds(max(ages)) if ages else "none"),
         Card("Parked nodes", f"{parked.total():,}"),
         Card("In flight", f"{running.total():,}", "active"),

@@ -94,15 +94,15 @@ class Lines:
             raise self._unreadable(error) from None
         pieces = [block.split(b"\n") for block in blocks]
         if exact := len(blocks) == 1:
-            [found] = pieces
-            total = len(found) if found[-1] else len(found) - 1
+            [lines] = pieces
+            total = len(lines) if lines[-1] else len(lines) - 1
         else:
-            found = [line for block in pieces for line in block[1:-1]] or blocks
+            lines = [line for block in pieces for line in block[1:-1]] or blocks
             ends = sum(len(block) - 1 for block in pieces)
             total = max(1, round(ends * size / (BLOCKS * BLOCK_BYTES)))
         texts = [
-            found[at].decode(self.encoding, "replace").rstrip("\r\n")
-            for at in _evenly(min(total, len(found)), random)
+            lines[at].decode(self.encoding, "replace").rstrip("\r\n")
+            for at in _evenly(min(total, len(lines)), random)
         ]
         return ItemSample(
             total, [(at * total // len(texts), text) for at, text in enumerate(texts)], exact
@@ -135,8 +135,8 @@ class Files:
         return _of_sequence(list(self), random)
 
     def __iter__(self) -> Iterator[str]:
-        found = glob.iglob(self.pattern, recursive=True)  # noqa: PTH207  # Path.glob: no absolute pattern
-        return iter(sorted(path for path in found if Path(path).is_file()))
+        paths = glob.iglob(self.pattern, recursive=True)  # noqa: PTH207  # Path.glob: no absolute pattern
+        return iter(sorted(path for path in paths if Path(path).is_file()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +177,8 @@ class PlainItems:
         if isinstance(self.items, Sequence):
             return _of_sequence(self.items, random)
         wanted = set(_evenly(len(self.items), random))
-        found = [each for each in enumerate(self.items) if each[0] in wanted]
-        return ItemSample(len(self.items), found)
+        sampled = [each for each in enumerate(self.items) if each[0] in wanted]
+        return ItemSample(len(self.items), sampled)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.items)

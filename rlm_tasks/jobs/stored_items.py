@@ -246,13 +246,13 @@ class Blocks:
 
     def read(self, lo: int, hi: int, decode: Decode) -> Sequence[Any]:
         """Return the items of [lo, hi).  Raises LookupError when some are gone."""
-        found: list[Any] = []
+        collected: list[Any] = []
         at = lo
         while at < hi:
             start, items = self.reader.block(self.index, self.blocks, at, decode)
             part = items[at - start : hi - start]
             if not part:
                 raise LookupError(f"items [{at}, {hi}) of this job are not stored")
-            found += part
+            collected += part
             at += len(part)
-        return found
+        return collected

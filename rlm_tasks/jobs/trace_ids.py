@@ -33,9 +33,9 @@ def origin(spec: JobSpec, sample_rate: float) -> Origin:
     return Origin(trace_id, 0, trace_id % RANDOM >= round((1 - sample_rate) * RANDOM))
 
 
-def span_id(job: str, *place: object) -> int:
+def span_id(job: str, *node: object) -> int:
     """Return the id of the span of a job, of a node, or of a lost attempt (node and epoch)."""
-    text = " ".join(map(str, (job, *place)))
+    text = " ".join(map(str, (job, *node)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) or 1
 
 

