@@ -95,7 +95,7 @@ _load, __dir__, __all__ = lazy(__name__, _HOMES)
 def _submit(**request: Any) -> Job:
     from rlm_tasks.client.client import default_client
 
-    return default_client().submit(request)
+    return default_client().submit(**request)
 
 
 submit_with(_submit)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,6 +238,11 @@ def _load_for_command(app: Celery) -> None:
 
 
 def _command() -> str:
-    """Return the name of the celery command that this process runs, '' for none."""
+    """Return the name of the celery command that this process runs, '' for none.
+
+    A program that calls `app.start` installs before the command line is read.
+    """
     context = click.get_current_context(silent=True)
-    return (context.find_root().invoked_subcommand or "") if context is not None else ""
+    if context is not None:
+        return context.find_root().invoked_subcommand or ""
+    return next((each for each in sys.argv[1:] if each in ("inspect", "control", "flower")), "")

@@ -18,6 +18,8 @@ MOVED = {
     "rlm_tasks.llm.fake": "rlm_tasks.testing.fake_provider",
     "rlm_tasks.pressure": "rlm_tasks.client.platform_status",
 }
+RENAMED = {("rlm_tasks.limits", "reports"): "limit_reports"}
+"""Old path and old name -> new name, for names that changed with the move."""
 
 
 def forward(module: str) -> Callable[[str], Any]:
@@ -30,9 +32,12 @@ def forward(module: str) -> Callable[[str], Any]:
     def load(name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        found = getattr(importlib.import_module(home), name)
+        new_name = RENAMED.get((module, name), name)
+        found = getattr(importlib.import_module(home), new_name)
         warnings.warn(
-            f"{module} is now {home}; import {name} from there", DeprecationWarning, stacklevel=2
+            f"{module} is now {home}; import {new_name} from there",
+            DeprecationWarning,
+            stacklevel=2,
         )
         return found
 

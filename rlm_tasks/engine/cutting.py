@@ -218,7 +218,7 @@ class Cutting:
 
     def at_waiting(self, wait: Postponed) -> None:
         """Cut at an item that waits for a guard or for a retry."""
-        self.reason = Reason.RETRY if wait.isolates else Reason.WAITING
+        self.reason = wait.reason
         if self.may_part(wait):
             suspects = [self._work.at, *self._work.also_waiting]
             self._fork = isolate(self._work.at, self._claim.hi, self._claim.depth, suspects)
@@ -229,7 +229,7 @@ class Cutting:
         """Whether the item that waits can leave its neighbours, which need not wait."""
         shape, claim, rest = self._spec.shape, self._claim, self._claim.hi - self._work.at
         return (
-            (wait.isolates or bool(self._work.also_waiting))
+            (RULES[wait.reason].isolates or bool(self._work.also_waiting))
             and rest > 1
             and shape.mode != "sequential"
             and claim.depth < shape.max_depth

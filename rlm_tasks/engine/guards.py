@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from resilience.errors import Denied, RateLimited, RetryBudgetExhausted, StoreUnavailable
 from resilience.faults import classify
+from rlm_tasks.jobs.splitting import Reason
 from rlm_tasks.ledger.budgets import JobBudgets
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.protection import Protection
@@ -62,13 +63,13 @@ class Postponed(Exception):
         why: str,
         *,
         tries: int = 0,
-        isolates: bool = False,
+        reason: Reason = Reason.WAITING,
         noted: bool = False,
     ) -> None:
         self.wait_s, self.why = wait_s, why
         self.noted = noted  # its node stands in the line of a guard, which will wake it
         self.tries = tries  # attempts that failed so far
-        self.isolates = isolates  # only this item has to wait; its neighbours do not
+        self.reason = reason  # of the cut at this item
         super().__init__(why)
 
 
@@ -267,7 +268,7 @@ class OperationGuards:
             return final
         attempt = f"attempt {state.failures + 1} of {policy.max_attempts}"
         why = f"{attempt} after {type(error).__name__}"
-        return Postponed(wait_s, why, tries=state.failures, isolates=True)
+        return Postponed(wait_s, why, tries=state.failures, reason=Reason.RETRY)
 
     # --- many in flight ------------------------------------------------------------------------
 

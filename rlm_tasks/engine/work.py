@@ -18,6 +18,7 @@ from rlm_tasks.engine.outcome import NodeOutcome
 from rlm_tasks.engine.pace import Pace
 from rlm_tasks.engine.shared_page import SEVERAL_ITEMS, ProcessEntry
 from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.jobs.splitting import RULES
 from rlm_tasks.ledger.records import PROCESS, Claim
 from rlm_tasks.operations.context import Context
 from rlm_tasks.operations.ports import CallGuards
@@ -284,7 +285,7 @@ class BatchWork(Work):
         except Denied as denied:
             self._postpone(postponed(denied))
         except Postponed as wait:
-            if not wait.isolates:
+            if not RULES[wait.reason].isolates:
                 self._postpone(wait)
         except (Exception, SystemExit):
             return False

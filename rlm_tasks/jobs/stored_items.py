@@ -48,7 +48,7 @@ class RangeSource(msgspec.Struct, frozen=True, tag="range"):
 
     def describe(self, index: int) -> str:
         """Return which integer of the range an item is."""
-        return f"{self.start + index * self.step} of its range"
+        return f"{self.start + index * self.step} of a range"
 
 
 class BlockSource(msgspec.Struct, frozen=True, tag="blocks"):

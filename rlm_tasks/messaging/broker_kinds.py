@@ -21,6 +21,7 @@ class BrokerKind:
     name: str
     schemes: tuple[str, ...]  # its URLs begin with one of them
     drivers: tuple[str, ...]  # kombu's names of its client
+    backends: tuple[str, ...]  # Celery's classes of it as a result backend
     orders_queues: bool  # a worker receives messages of urgent queues first, by `QueueOrder`
     counts_chords: bool  # as a result backend it counts the parts of a chord
     knows_ages: bool  # the depth of a queue comes with the age of its oldest message
@@ -34,6 +35,7 @@ REDIS = BrokerKind(
     name="redis",
     schemes=("redis", "valkey", "sentinel", "unix"),
     drivers=("redis",),
+    backends=("RedisBackend",),
     orders_queues=True,
     counts_chords=True,
     knows_ages=True,
@@ -45,6 +47,7 @@ RABBITMQ = BrokerKind(
     name="rabbitmq",
     schemes=("amqp", "pyamqp"),
     drivers=("amqp", "py-amqp"),
+    backends=(),
     orders_queues=False,
     counts_chords=False,
     knows_ages=False,
@@ -56,6 +59,7 @@ OTHER = BrokerKind(
     name="other",
     schemes=(),
     drivers=(),
+    backends=(),
     orders_queues=False,
     counts_chords=False,
     knows_ages=False,
@@ -67,7 +71,7 @@ KINDS = (REDIS, RABBITMQ)
 
 
 def broker_kind(url: Any) -> BrokerKind:
-    """Return the kind of a ``result_backend``, or of a ``broker_url`` (the first, if several)."""
+    """Return the kind of a ``broker_url`` (the first, if several)."""
     first = str(url[0] if isinstance(url, list | tuple) and url else url)
     return next((kind for kind in KINDS if first.startswith(kind.schemes)), OTHER)
 
@@ -76,6 +80,12 @@ def kind_of_connection(connection: Any) -> BrokerKind:
     """Return the kind of server at the other end of a kombu connection."""
     driver = connection.transport.driver_type
     return next((kind for kind in KINDS if driver in kind.drivers), OTHER)
+
+
+def kind_of_backend(backend: Any) -> BrokerKind:
+    """Return the kind of a Celery result backend, which may be of a user's subclass."""
+    classes = {each.__name__ for each in type(backend).__mro__}
+    return next((kind for kind in KINDS if classes.intersection(kind.backends)), OTHER)
 
 
 def broker(settings: Settings) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from rlm_tasks.jobs.splitting import Fork, Leaf
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.records import Child, ChordSlot, Split
 from rlm_tasks.messaging.broker import AWAY, with_connection
-from rlm_tasks.messaging.broker_kinds import broker_kind
+from rlm_tasks.messaging.broker_kinds import kind_of_backend
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ class Dispatcher:
 
     def _counts_chords(self) -> bool:
         """Whether the app's result backend counts chord parts; else the root merge merges all."""
-        return broker_kind(self._app.conf.result_backend).counts_chords
+        return kind_of_backend(self._app.backend).counts_chords
 
     def _set_sizes(self, job: str, splits: Iterable[Split]) -> None:
         backend = self._app.backend

@@ -23,6 +23,7 @@ from rlm_tasks import (
     Status,
 )
 from rlm_tasks.client.client import Client as PlainClient
+from rlm_tasks.operations import registry
 from tests.support import wait_until
 
 SHAPES: list[dict[str, Any]] = [
@@ -301,3 +302,15 @@ def test_chord_bodies_merge_finished_subtrees_while_the_rest_still_runs(client: 
 
     assert not job.ready()
     assert job.get(timeout=30) == list(range(16))
+
+
+def test_an_operations_own_submit_takes_a_key_beside_options(
+    client_without_worker: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlm_tasks.client.client.default_client", lambda: client_without_worker)
+    operation, options = registry.get("sum"), Options(priority="high")
+
+    first = operation.submit([1, 2], idempotency_key="once", options=options)
+    second = operation.submit([1, 2], idempotency_key="once", options=options)
+
+    assert first.id == second.id

@@ -5,6 +5,8 @@ unchanged.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -411,3 +413,18 @@ def test_two_apps_of_a_process_have_separate_tasks() -> None:
     assert one.tasks["rlm.node"].app is one
     assert other.tasks["rlm.node"].app is other
     assert "rlm.node" not in without.tasks
+
+
+def test_a_program_that_starts_the_command_line_has_the_remote_commands() -> None:
+    program = (
+        "import sys; from celery import Celery; from rlm_tasks import install; "
+        "install(Celery('shop', broker='memory://')).start(argv=sys.argv[1:])"
+    )
+    listed = subprocess.run(
+        [sys.executable, "-c", program, "inspect", "--list"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert "pressure" in listed.stdout

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rlm_tasks.moved import MOVED
+from rlm_tasks.moved import MOVED, RENAMED
 
 NAMES = {
     "rlm_tasks.configuration": "export_config",
@@ -28,6 +28,14 @@ def test_an_old_path_gives_the_name_of_the_new_one_and_warns(old: str, new: str)
         found = getattr(importlib.import_module(old), name)
 
     assert found is getattr(importlib.import_module(new), name)
+
+
+@pytest.mark.parametrize(("old", "name"), RENAMED)
+def test_an_old_name_at_an_old_path_gives_the_renamed_one(old: str, name: str) -> None:
+    with pytest.warns(DeprecationWarning, match=RENAMED[old, name]):
+        found = getattr(importlib.import_module(old), name)
+
+    assert found is getattr(importlib.import_module(MOVED[old]), RENAMED[old, name])
 
 
 @pytest.mark.parametrize("module", ["rlm_tasks.llm.fake", "rlm_tasks.testing.fake_provider"])

@@ -15,7 +15,7 @@ from resilience.settings import BreakerSettings
 from rlm_tasks.engine.guards import OperationGuards, Postponed, ProcessGuards
 from rlm_tasks.jobs import item_failures as item_failures  # registers Celery's exceptions
 from rlm_tasks.jobs.spec import JobSpec
-from rlm_tasks.jobs.splitting import Shape
+from rlm_tasks.jobs.splitting import Reason, Shape
 from rlm_tasks.jobs.stored_items import RangeSource
 from rlm_tasks.operations.context import Context
 from rlm_tasks.operations.protection import protection
@@ -102,10 +102,10 @@ def test_a_denial_costs_no_attempt_and_a_failure_costs_one(world: World) -> None
 
     assert (
         failed.value.tries,
-        failed.value.isolates,
+        failed.value.reason,
         refused.value.tries,
-        refused.value.isolates,
-    ) == (2, True, 1, False)
+        refused.value.reason,
+    ) == (2, Reason.RETRY, 1, Reason.WAITING)
     world.sleep(2)
     with pytest.raises(ConnectionError):
         one.call(1, context(tries=2), tries=2, waiter="")

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from celery import Celery
+from celery.backends.redis import RedisBackend
 
 from rlm_tasks.messaging.broker_kinds import (
     KINDS,
@@ -14,6 +16,7 @@ from rlm_tasks.messaging.broker_kinds import (
     REDIS,
     BrokerKind,
     broker_kind,
+    kind_of_backend,
     kind_of_connection,
 )
 
@@ -47,6 +50,28 @@ def test_a_connection_names_the_kind_of_its_server(driver: str, kind: BrokerKind
     connection = SimpleNamespace(transport=SimpleNamespace(driver_type=driver))
 
     assert kind_of_connection(connection) is kind
+
+
+class OwnBackend(RedisBackend):
+    """A result backend of a user, named by its class instead of a URL."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [
+        ("redis://h", REDIS),
+        ("sentinel://h:26379", REDIS),
+        (OwnBackend, REDIS),
+        ("celery.backends.redis:RedisBackend+redis://h/0", REDIS),
+        ("rpc://", OTHER),
+        ("cache+memory://", OTHER),
+        (None, OTHER),
+    ],
+)
+def test_the_class_of_a_result_backend_names_its_server(backend: Any, kind: BrokerKind) -> None:
+    app = Celery("backend", backend=backend, set_as_current=False)
+
+    assert kind_of_backend(app.backend) is kind
 
 
 def test_no_url_and_no_client_belongs_to_two_kinds() -> None:
