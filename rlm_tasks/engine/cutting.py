@@ -168,7 +168,7 @@ class Cutting:
         )
 
     def _pulse(self, most: int) -> tuple[str, int]:
-        """Report the progress, take up to `most` free slots, and ask for urgent work, at once.
+        """Report progress, take up to `most` free slots and ask for urgent work, in one round trip.
 
         Return the ledger's order and the number of all live slots.
         """

@@ -1,8 +1,9 @@
-"""Celery's autoscaler with our decision in it: ``celery -A rlm_tasks worker --autoscale=8,2``.
+"""Celery's autoscaler with the platform's decision: ``celery -A rlm_tasks worker --autoscale=8,2``.
 
-Decides how a pool is made larger or smaller: no process is ever ended that has work, and a worker
-takes no more messages than it has processes for.  Refuses to know how many there should be; that is
-`PoolScaler`'s part."""
+Celery creates it by the name in `worker_autoscaler`.  `scheduler.autoscale.PoolScaler` decides the
+number of processes.  This class changes the pool: no process with work is ended, and a worker takes
+no more messages than it has processes.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +20,14 @@ from scheduler.autoscale import PoolScaler
 logger = logging.getLogger(__name__)
 
 TICK_S = 1.0
-"""How often the pool is looked at when no message comes; Celery's 30 s are too long for a host in
-need.
+"""The time between two checks of the pool without messages.
+
+Celery's 30 s are too long for a host under pressure.
 """
 
 
 class PressureAutoscaler(Autoscaler):  # type: ignore[misc]  # Celery ships no types
-    """Grows a prefork pool with the work that waits for it, and shrinks it under pressure and when
-    it is idle.
+    """Grows a prefork pool for waiting work, and shrinks it under pressure and when it is idle.
 
     It runs in the event loop of the worker's main process, at every message and every second.
     """
@@ -44,16 +45,14 @@ class PressureAutoscaler(Autoscaler):  # type: ignore[misc]  # Celery ships no t
         keepalive: float = TICK_S,
         mutex: Any = None,
     ) -> None:
-        # With no process at all, messages would be taken that nobody runs.
+        # Without any process, the worker would take messages that no process runs.
         super().__init__(pool, most, max(1, least), worker=worker, keepalive=keepalive, mutex=mutex)
         self._scaler = PoolScaler()
-        self._prefetch = most  # what Celery starts with
+        self._prefetch = most  # Celery's prefetch count at the start
 
     @property
     def reach(self) -> int:
-        """How many processes there may soon be: the slots to offer.  A pool that stops offers
-        none.
-        """
+        """The number of slots to offer: the processes that may run soon; 0 while the pool stops."""
         if not self.pool.active:
             return 0
         return self._scaler.reach(
@@ -67,8 +66,9 @@ class PressureAutoscaler(Autoscaler):  # type: ignore[misc]  # Celery ships no t
         return self.max_concurrency, self.min_concurrency
 
     def _maybe_scale(self, req: Any = None) -> bool:
-        """Bring the pool to the wanted size; whether it changed, so that Celery starts the new
-        processes at once.
+        """Bring the pool to the wanted size.
+
+        Return whether it grew: Celery then starts the new processes at once.
         """
         if not self.pool.active:  # the worker is stopping
             return False
@@ -98,14 +98,15 @@ class PressureAutoscaler(Autoscaler):  # type: ignore[misc]  # Celery ships no t
 
     @property
     def _ready(self) -> Callable[[], int] | None:
-        """What tells of the messages that wait in this worker's queues."""
+        """The function that counts waiting messages in this worker's queues, if there is one."""
         return getattr(self.worker.app, "rlm_queued", None)
 
     def _shrink(self, n: int) -> None:
-        """Let the youngest idle processes leave, as many as there are.
+        """End up to `n` idle processes, the youngest first.
 
-        Celery's way is a signal, and it takes a process for idle that has a message in its pipe;
-        ours is the end of that pipe's messages, so what was handed over before is still done."""
+        Celery ends a process by a signal, and counts it as idle while a message waits in its pipe.
+        Here a process gets an end mark in its pipe, so it first runs the messages before that.
+        """
         pool = self.pool._pool
         taking = pool._all_inqueues - pool._busy_workers - pool._active_writes
         idle = [
@@ -114,8 +115,8 @@ class PressureAutoscaler(Autoscaler):  # type: ignore[misc]  # Celery ships no t
             if each.inqW_fd in taking and not each._controlled_termination
         ][-n:]
         for process in idle:
-            process._controlled_termination = True  # its end is no error
-            pool._busy_workers.add(process.inqW_fd)  # it is given nothing more
+            process._controlled_termination = True  # Celery must not report its end as an error
+            pool._busy_workers.add(process.inqW_fd)  # it gets no further message
             process.inq.put(None)
             pool._processes -= 1
             pool._putlock.shrink()
@@ -123,11 +124,12 @@ class PressureAutoscaler(Autoscaler):  # type: ignore[misc]  # Celery ships no t
             logger.info("Scaling down %d processes.", len(idle))
 
     def _fit_prefetch(self) -> None:
-        """Take as many messages as there are processes.
+        """Set the prefetch count to the number of processes.
 
-        Celery takes as many as there could be: at high pressure, those beyond the pool would wait
-        here while other workers have nothing to do.  While nothing tells of the queues, those show
-        that there is work to grow for."""
+        Celery sets it to the largest size of the pool.  At high pressure the extra messages would
+        wait here while other workers are idle.  Without a count of waiting messages, Celery's
+        number stays: then only the extra messages show that the pool should grow.
+        """
         if self._ready and (more := self.processes - self._prefetch) != 0:
             self.worker.consumer._update_prefetch_count(more)
             self._prefetch += more

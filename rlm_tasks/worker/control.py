@@ -1,9 +1,9 @@
-"""Remote control commands: what ``celery inspect`` and ``celery control`` can ask of the platform's
-workers.
+"""Remote control commands: ``celery inspect`` and ``celery control`` for workers of the platform.
 
-Decides names, arguments and answers.  A handler runs in the worker's main process, in its event
-loop, so it must not wait: what it asks of Redis is given up after ``RLM_GUARD_TIMEOUT_S``.  A wrong
-argument is refused where it was typed."""
+A handler runs in the event loop of the worker's main process, so it must not wait: its calls to
+Redis fail after ``RLM_GUARD_TIMEOUT_S``.  The command line refuses wrong arguments before it sends
+them.  `startup` imports this module, which registers the commands.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOT_INSTALLED = {"error": "the platform is not installed in this app"}
 
 
 def _ours(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Answer in words where the platform is missing, or Redis away."""
+    """Answer {"error": ...} if the platform is not installed, a value is wrong, or Redis away."""
 
     @functools.wraps(handler)
     def answering(state: Any, **arguments: Any) -> Any:
@@ -56,13 +56,13 @@ def _seconds(value: str) -> float:
     return seconds
 
 
-# --- looking ----------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------
 
 
 @inspect_command()  # type: ignore[untyped-decorator]  # Celery ships no types
 @_ours
 def pressure(state: Any, **_: Any) -> dict[str, Any]:
-    """The pressure level this worker acts on, and how pressed its own host is."""
+    """The pressure level that this worker applies, and the report of its host."""
     from msgspec import to_builtins
 
     own = state.app.rlm_supervisor.host.report()
@@ -72,7 +72,7 @@ def pressure(state: Any, **_: Any) -> dict[str, Any]:
 @inspect_command()  # type: ignore[untyped-decorator]  # Celery ships no types
 @_ours
 def breakers(state: Any, **_: Any) -> dict[str, Any]:
-    """All circuit breakers, as this worker sees them."""
+    """The state of all circuit breakers."""
     from resilience.store import guard_store
     from rlm_tasks.engine.guards import breakers_of
 
@@ -82,7 +82,7 @@ def breakers(state: Any, **_: Any) -> dict[str, Any]:
 @inspect_command()  # type: ignore[untyped-decorator]  # Celery ships no types
 @_ours
 def limits(state: Any, **_: Any) -> list[dict[str, Any]]:
-    """How full the rate limits and bulkheads are that operations declare."""
+    """The use of the rate limits and bulkheads that operations declare."""
     from dataclasses import asdict
 
     from rlm_tasks.telemetry.limit_reports import limit_reports
@@ -93,7 +93,7 @@ def limits(state: Any, **_: Any) -> list[dict[str, Any]]:
 @inspect_command()  # type: ignore[untyped-decorator]  # Celery ships no types
 @_ours
 def slots(state: Any, **_: Any) -> dict[str, Any]:
-    """This worker's slots, and what runs in them."""
+    """This worker's slots, and the nodes that run in them."""
     runtime, report = state.app.rlm_runtime(), state.app.rlm_supervisor.host.report()
     held = [{"pid": each.pid, "job": each.job, "node": each.node} for each in runtime.page.held()]
     free = max(0, report.slots - len(worker_state.reserved_requests))
@@ -115,7 +115,7 @@ def slots(state: Any, **_: Any) -> dict[str, Any]:
 )
 @_ours
 def force_pressure(state: Any, level: str = "", for_s: float = 600.0, **_: Any) -> dict[str, str]:
-    """Make all workers act on a level, for a drill; it ends by itself."""
+    """Make all workers apply a level for a drill, which ends by itself."""
     state.app.rlm_runtime().board.force(level, for_s)
     return {"ok": f"all workers act on {level}, for {for_s:g} s"}
 
@@ -123,15 +123,15 @@ def force_pressure(state: Any, level: str = "", for_s: float = 600.0, **_: Any) 
 @control_command()  # type: ignore[untyped-decorator]  # Celery ships no types
 @_ours
 def release_pressure(state: Any, **_: Any) -> dict[str, str]:
-    """End a drill."""
+    """End the drill."""
     state.app.rlm_runtime().board.release()
-    return {"ok": "there is no drill any more"}
+    return {"ok": "the drill has ended"}
 
 
 @control_command(args=[("name", str)], signature="<service>")  # type: ignore[untyped-decorator]  # Celery ships no types
 @_ours
 def reset_breaker(state: Any, name: str = "", **_: Any) -> dict[str, str]:
-    """Close a circuit breaker: calls go through at once."""
+    """Close a circuit breaker, so that calls pass at once."""
     from resilience.store import guard_store
     from rlm_tasks.engine.guards import breakers_of
 
@@ -149,17 +149,19 @@ def reset_breaker(state: Any, name: str = "", **_: Any) -> dict[str, str]:
 @control_command()  # type: ignore[untyped-decorator]  # Celery ships no types
 @_ours
 def rlm_drain(state: Any, **_: Any) -> dict[str, str]:
-    """Take no more nodes, and hand over those that run; the worker stays until rlm_resume."""
-    guard = state.app.rlm_supervisor
+    """Take no more nodes, and hand over the running ones, until rlm_resume."""
+    supervisor = state.app.rlm_supervisor
     queues = [
         queue
-        for queue in guard.queues()
+        for queue in supervisor.queues()
         if queue.startswith(f"{state.app.rlm_settings.namespace}.")
     ]
     for queue in queues:
         state.consumer.call_soon(state.consumer.cancel_task_queue, queue)
-    guard.drain(queues)
-    return {"ok": f"it drains; it no longer consumes {', '.join(queues) or 'anything of ours'}"}
+    supervisor.drain(queues)
+    return {
+        "ok": f"it drains; it no longer consumes {', '.join(queues) or 'any queue of the platform'}"
+    }
 
 
 @control_command()  # type: ignore[untyped-decorator]  # Celery ships no types
@@ -177,30 +179,26 @@ def rlm_resume(state: Any, **_: Any) -> dict[str, str]:
 @control_command()  # type: ignore[untyped-decorator]  # Celery ships no types
 @_ours
 def rlm_recall(state: Any, **_: Any) -> dict[str, str]:
-    """Make running nodes look at the ledger before their next item."""
+    """Make running nodes ask the ledger before their next item."""
     state.app.rlm_runtime().page.recall()
-    return {"ok": "recalled"}
+    return {"ok": "running nodes ask the ledger now"}
 
 
-# --- what the platform asks of its own workers ------------------------------------------------
+# --- commands of the platform to its own workers ----------------------------------------------
 
 
 @control_command()  # type: ignore[untyped-decorator]  # Celery ships no types
 @_ours
 def rlm_monitor(state: Any, **_: Any) -> dict[str, str]:
-    """Work out the cluster's level, unless another worker does: beat asks this of all workers."""
+    """Measure the cluster's level, unless another worker does; beat sends this to all workers."""
     state.app.rlm_monitor.ask()
-    return {"ok": "asked"}
+    return {"ok": "a measurement is requested"}
 
 
 @control_command(args=[("queue", str)], signature="<queue>")  # type: ignore[untyped-decorator]  # Celery ships no types
 @_ours
 def rlm_yield(state: Any, queue: str = "", **_: Any) -> dict[str, str]:
-    """Let running nodes make room for urgent work that waits in a queue, if this worker serves
-    it.
-    """
-    return {
-        "ok": "told"
-        if state.app.rlm_supervisor.make_room(queue)
-        else f"this worker does not serve {queue!r}"
-    }
+    """Make running nodes yield to urgent work in a queue, if this worker serves it."""
+    if not state.app.rlm_supervisor.make_room(queue):
+        return {"ok": f"this worker does not serve {queue!r}"}
+    return {"ok": "running nodes ask whether to yield"}

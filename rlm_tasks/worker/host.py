@@ -1,8 +1,8 @@
-"""What a worker tells of its host, and what it is told to act on; once a second, in its main
-process.
+"""The pressure of a worker's host: measured once a second, published, and applied to its nodes.
 
-Decides what reaches the shared page: the worse of the own host's level and the cluster's, or what a
-drill orders.  Refuses to know how a level follows from a measurement, and what nodes make of it.
+The supervisor calls it in the worker's main process.  It writes the level for nodes to the shared
+page.  That is the level of a drill, otherwise the worse of the host's own and the cluster's.
+`scheduler.ladder` turns samples into levels.  Begin with `Host.measure`.
 """
 
 from __future__ import annotations
@@ -40,19 +40,15 @@ class Host:
         queues: Callable[[], list[str]],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`clock` gives seconds of the day's time; others compare it with the server's."""
-        self._runtime, self._pool_size, self._queues, self._clock = (
-            runtime,
-            pool_size,
-            queues,
-            clock,
-        )
+        """`clock` gives the time of day in seconds; readers compare it with the server's."""
+        self._runtime, self._pool_size = runtime, pool_size
+        self._queues, self._clock = queues, clock
         settings = runtime.settings.pressure
         self._sampler, self._ladder = Sampler(settings), HostLadder(settings)
         self._sample: Sample | None = None
         self._own: HostVerdict | None = None
         self._orders: Orders | None = None
-        self._heard_at = float("-inf")
+        self._received_at = float("-inf")
         QueueOrder.facts = Facts(
             ages=self._ages,
             running=running,
@@ -61,17 +57,17 @@ class Host:
         )
 
     def measure(self, now: float) -> None:
-        """Take a sample, and act on it at once; whatever becomes of Redis."""
+        """Take a sample and apply it at once; this needs no Redis."""
         try:
             self._sample = self._sampler.sample()
             self._own = self._ladder.step(self._sample, now) if self._sample is not None else None
         except Exception:
-            logger.exception("This host could not be measured; its level is taken for elevated")
+            logger.exception("This host could not be measured; it counts as elevated")
             self._own = None
         self._act(now)
 
-    def exchange(self) -> list[Call]:
-        """Return the calls that tell of this host, and ask what to act on."""
+    def board_calls(self) -> list[Call]:
+        """Return the calls that publish this host's report and read the orders and all slots."""
         board = self._runtime.board
         queue = next(iter(self._queues()), "")
         return [
@@ -80,22 +76,21 @@ class Host:
             self._runtime.slots.take(queue, 0),
         ]
 
-    def heard(self, answers: Sequence[Any], now: float) -> None:
-        """Act on what was answered."""
-        _, told, (_, slots) = answers
-        self._orders, self._heard_at = Board.read(told), now
-        if (
-            slots
-        ):  # a consumer that reconnects has no queue for a moment; what was heard before holds
+    def receive(self, answers: Sequence[Any], now: float) -> None:
+        """Apply the answers to `board_calls`."""
+        _, orders, (_, slots) = answers
+        self._orders, self._received_at = Board.read(orders), now
+        # A consumer that reconnects has no queue for a moment: the last number of slots holds.
+        if slots:
             self._runtime.page.slots = slots
         self._act(now)
 
     def _act(self, now: float) -> None:
-        """Write what nodes act on into the page.  What was heard long ago counts no more."""
+        """Write the level and the memory for nodes into the page; old orders do not count."""
         page = self._runtime.page
         if not self._runtime.settings.pressure.enabled:
             return
-        if now - self._heard_at > self._runtime.settings.pressure.stale_s:
+        if now - self._received_at > self._runtime.settings.pressure.stale_s:
             self._orders = None
         level = acted_on(self._own.level if self._own is not None else None, self._orders)
         if level != page.level:
@@ -109,6 +104,7 @@ class Host:
             page.available_mb = self._sample.available_mb + sum(map(held_mb, processes))
 
     def _why(self, level: Level) -> str:
+        """Return the cause of a level, '' when it is not known."""
         if self._orders is not None and self._orders.forced is not None:
             return "it is forced"
         if self._own is not None and self._own.level == level:
@@ -120,7 +116,7 @@ class Host:
         )
 
     def report(self) -> HostReport:
-        """Return how this host stands."""
+        """Return the report of this host and its worker."""
         unknown = Level.ELEVATED if self._runtime.settings.pressure.enabled else Level.NORMAL
         own = self._own or HostVerdict(unknown, 0.0, "it could not be measured")
         return HostReport(
@@ -139,19 +135,20 @@ class Host:
         )
 
     def _ages(self) -> dict[str, float]:
-        orders = self._orders  # the event loop asks, while the guard's thread may forget them
+        """Return the ages of the platform's queues in seconds, as the orders have them."""
+        orders = self._orders  # the event loop asks, while the supervisor may drop the orders
         return (
             ages(orders.cluster.queues) if orders is not None and orders.cluster is not None else {}
         )
 
 
 def _active() -> Counter[str]:
-    """Return how many nodes of each operation this worker's pool runs."""
-    # The bare set is copied in one step, while the event loop changes it; as in `queue_order`.
+    """Return the number of running nodes of each operation in this worker's pool."""
+    # The underlying set is copied in one step, while the event loop changes it.
     held = (reference() for reference in state.active_requests.data.copy())
-    told = (
+    operations = (
         (request.request_dict.get("rlm") or {}).get("operation", "")
         for request in held
         if request is not None
     )
-    return Counter(operation for operation in told if operation)
+    return Counter(operation for operation in operations if operation)

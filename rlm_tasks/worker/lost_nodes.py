@@ -1,4 +1,8 @@
-"""Nodes whose process died: what it died of, and how they are given back."""
+"""Nodes whose pool process died: the cause of its death, and the release of its node.
+
+The supervisor calls it for processes that it finds dead, `node_request` for those that Celery
+reports.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,18 @@ from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.engine.shared_page import Held
 
 logger = logging.getLogger(__name__)
-REAPED = "a cause unknown"
-_UNREACHABLE = (RedisError, StoreUnavailable, OSError)
+REAPED = "an unknown cause"
+"""The cause of death of a process whose exit status billiard has taken already."""
+UNREACHABLE = (RedisError, StoreUnavailable, OSError)
+"""The errors of a call to the ledger while Redis is away."""
 
 
 def give_back(runtime: Runtime, held: Held, died_of: str, *, condemned: bool = False) -> bool:
-    """RELEASE a node whose process is gone or about to go; say whether it now waits for a message.
+    """Release a node whose process is dead or will be killed; return whether it needs a message.
 
-    Its next claim knows the item that was in flight; a `condemned` one is not run again.  While
-    Redis is away the page still tells of it, and the guard comes back to it."""
+    The next claim of the node knows the item that was in flight.  A `condemned` item does not run
+    again.  While Redis is away the entry stays in the shared page, and the supervisor tries again.
+    """
     try:
         waits = runtime.ledger.fail_fast().release(
             job=held.job,
@@ -31,7 +38,7 @@ def give_back(runtime: Runtime, held: Held, died_of: str, *, condemned: bool = F
             died_of=died_of,
             condemned=condemned,
         )
-    except _UNREACHABLE as error:
+    except UNREACHABLE as error:
         logger.warning("Node %s of job %s is not given back yet: %s", held.node, held.job, error)
         return False
     runtime.page.forget(held.pid)
@@ -42,7 +49,10 @@ def give_back(runtime: Runtime, held: Held, died_of: str, *, condemned: bool = F
 
 
 def cause_of_death(pid: int) -> str:
-    """Return what a pool process died of, '' while it lives; it is left for billiard to reap."""
+    """Return the signal or exit code by which a pool process died, '' while it lives.
+
+    The process is left for billiard to reap.  REAPED when billiard has done so already.
+    """
     try:
         found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:

@@ -1,8 +1,9 @@
-"""The beat-scheduled monitor: beat asks, all workers hear it, and the first of them looks.
+"""The thread of a worker that measures the whole platform each time beat asks.
 
-Decides where the monitor runs: in a thread of a worker's main process.  A message in a queue would
-wait behind the very overload it is to report; a broadcast does not, and one that nobody hears does
-not pile up.  Refuses to know what is seen."""
+Beat's task is broadcast to all workers, and one of them measures (`scheduler.monitor`).  A message
+in a queue would wait behind the overload that it should report; a broadcast does not.  A broadcast
+that no worker receives does not pile up.  `bootsteps` starts the thread.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +27,13 @@ from scheduler.snapshots import Snapshots
 logger = logging.getLogger(__name__)
 
 COUNT_EVERY_S = 1.0
+"""The time between two counts of waiting messages, for a pool that may grow."""
 
 
 class MonitorThread(threading.Thread):
-    """Waits in a worker's main process to be asked, and counts what waits for a pool that may grow.
+    """Runs the monitor on request, and counts waiting messages for a pool that may grow.
 
-    A broker that hangs is waited for here, and not where leases are beaten.
+    A broker that hangs blocks this thread, and not the supervisor, which renews leases.
     """
 
     def __init__(
@@ -43,34 +45,34 @@ class MonitorThread(threading.Thread):
     ) -> None:
         super().__init__(name="rlm-monitor", daemon=True)
         self._monitor, self._alerts, self._webhook, self._count = monitor, alerts, webhook, count
-        self._asked, self._stopping = threading.Event(), False
-        self.queued = 0  # messages that wait for this worker, if it counts them
+        self._requested, self._stopping = threading.Event(), False
+        self.queued = 0  # waiting messages for this worker, while it counts them
 
     def ask(self) -> None:
-        """Have a look, unless another worker does."""
-        self._asked.set()
+        """Request a measurement; the monitor makes none if another worker did so just before."""
+        self._requested.set()
 
     def run(self) -> None:
-        """Look each time somebody asks, until stopped."""
+        """Measure on each request, until stopped."""
         while not self._stopping:
-            asked = self._asked.wait(COUNT_EVERY_S if self._count else None)
-            self._asked.clear()
+            requested = self._requested.wait(COUNT_EVERY_S if self._count else None)
+            self._requested.clear()
             try:
                 if self._count and not self._stopping:
                     self.queued = self._count()
-                if asked and not self._stopping:
+                if requested and not self._stopping:
                     self._monitor.look()
             except (*AWAY, StoreUnavailable) as error:
                 logger.warning(
                     "The cluster's level is not known, hosts act on their own: %s", error
                 )
             except Exception:
-                logger.exception("The monitor met something unexpected, and looks again when asked")
+                logger.exception("The monitor met an unexpected error; the next request runs it")
 
     def stop(self) -> None:
-        """End the thread; alerts that wait are delivered first."""
+        """End the thread, after the delivery of waiting alerts."""
         self._stopping = True
-        self._asked.set()
+        self._requested.set()
         self.join(timeout=5)
         self._alerts.close()
         if self._webhook is not None:
@@ -80,8 +82,9 @@ class MonitorThread(threading.Thread):
 def monitor_thread(
     app: Celery, runtime: Runtime, slots: Callable[[], int] | None, queues: Callable[[], list[str]]
 ) -> MonitorThread:
-    """Build the monitor of one worker; with `slots` it counts what waits for them, as a growing
-    pool must know.
+    """Return the monitor thread of one worker.
+
+    With `slots`, the number of this worker's slots, it also counts the messages that wait for them.
     """
     settings, store = runtime.settings, runtime.ledger.store
     events = Events(store, settings.alerts.history)
@@ -110,6 +113,7 @@ def monitor_thread(
     )
 
     def count() -> int:
+        """Return this worker's part of the waiting messages, by its part of all slots."""
         waiting = sum(report.depth for report in gauge.read(queues()).values())
         return math.ceil(waiting * slots() / max(runtime.page.slots, slots(), 1)) if slots else 0
 

@@ -1,4 +1,8 @@
-"""A node's message in the main process of a worker."""
+"""The message of a node in a worker's main process, from its arrival to its acknowledgement.
+
+`tasks` names `NodeRequest` as the request class of nodes and merges; Celery creates one for each
+message.
+"""
 
 from __future__ import annotations
 
@@ -13,36 +17,34 @@ from celery.worker.request import Request
 
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.messaging.dispatch import NODE_TASK
-from rlm_tasks.worker.lost_nodes import _UNREACHABLE, REAPED, cause_of_death, give_back
+from rlm_tasks.worker.lost_nodes import REAPED, UNREACHABLE, cause_of_death, give_back
 from rlm_tasks.worker.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
 
 class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
-    """A node's message in the main process, which knows at once when its pool process is free, or
-    gone.
-    """
+    """A request that reports at once when its pool process is busy, free or dead."""
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
-        """A slot is busy."""
+        """Note that a slot is busy."""
         super().on_accepted(pid, time_accepted)
-        self._wake_guard()
+        self._wake_supervisor()
 
     def acknowledge(self) -> None:
-        """A slot is free: nodes are acknowledged when they end."""
+        """Note that a slot is free: a node is acknowledged when it ends."""
         super().acknowledge()
-        self._wake_guard()
+        self._wake_supervisor()
 
-    def _wake_guard(self) -> None:
-        guard: Supervisor | None = getattr(self._app, "rlm_supervisor", None)
-        if guard is not None:
-            guard.wake()
+    def _wake_supervisor(self) -> None:
+        supervisor: Supervisor | None = getattr(self._app, "rlm_supervisor", None)
+        if supervisor is not None:
+            supervisor.wake()
 
     def on_failure(
         self, exc_info: ExceptionInfo, send_failed_event: bool = True, return_ok: bool = False
     ) -> Any:
-        """Give the node back when its process was lost; the message is requeued by Celery."""
+        """Give the node back when its process was lost; Celery requeues the message."""
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(error, WorkerLostError | SystemExit):
             named = re.search(r"SIG[A-Z0-9]+", str(error))
@@ -50,10 +52,11 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
         return super().on_failure(exc_info, send_failed_event, return_ok)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
-        """Fail the item that ran into Celery's hard time limit, and redo the rest of its node.
+        """Fail the item that exceeded Celery's hard time limit, and repeat the rest of its node.
 
-        Celery notices a lost process within 5 s, so the limit may strike first; that is a death
-        like others."""
+        Celery notices a lost process within 5 s, so this may be called for a process that is dead
+        already.  Then its node is given back as after any other death.
+        """
         if soft:
             super().on_timeout(soft, timeout)
             return
@@ -64,13 +67,13 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
         self.reject(requeue=True)
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
-        """Let the pool process know that the signal is meant for it, and not for its group."""
+        """Mark the pool process, so that it takes the signal as meant for it alone."""
         if self.worker_pid:
             self._runtime.page.doom(self.worker_pid)
         super().terminate(pool, signal)
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
-        """A revoked node cancels its job: the chord hears nothing, the ledger everything."""
+        """Cancel the job of a revoked node; its chord gets no error."""
         state.task_ready(self)
         self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
         self.acknowledge()
@@ -81,7 +84,7 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
                 self._runtime.ledger.fail_fast().stop(
                     self._job, "cancelled", detail=f"a node's task was {reason}"
                 )
-            except _UNREACHABLE as error:
+            except UNREACHABLE as error:
                 logger.warning("Job %s was not cancelled: %s", self._job, error)
 
     @property

@@ -1,7 +1,7 @@
-"""What Redis' and Celery's settings do to jobs: lose them, repeat them, keep them from running.
+"""Checks of settings of Redis and Celery that lose jobs, repeat them, or keep them from running.
 
-Decides which settings are dangers and says what to do: a worker names them once when it starts, the
-doctor tells all that was looked at.  Refuses to stop anybody for them, and to know who is alive.
+The supervisor logs the problems once at a worker's start (`warnings`); the doctor prints all
+findings.  No finding stops a worker.  Begin with `of_redis` and `of_celery`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ from rlm_tasks.messaging.broker_kinds import broker_kind
 from rlm_tasks.settings.model import Settings
 
 OLDEST_REDIS, OLDEST_TESTED = (6, 2), (7, 2)
-"""Redis 6.2 brought what is sent to it: ZADD LT (`wake.lua`), ZRANGE REV (`breaker_names.lua`) and
-BYSCORE (`sources`, and kombu 5.7, which sends ZADD GT, too).  redis-py 8 is tested with Redis 7.2
-and later, which Valkey calls itself, too."""
+"""Redis 6.2 is the first with the commands that the platform sends.
+
+- ZADD LT (`wake.lua`), ZRANGE REV (`breaker_names.lua`) and BYSCORE (`sources`).
+- ZADD GT, which kombu 5.7 sends.
+
+redis-py 8 is tested with Redis 7.2 and later; Valkey reports 7.2 or later, too.
+"""
 KOMBU_VISIBILITY_TIMEOUT_S = 3600
-"""What a Redis broker uses when nothing is set (kombu 5.7)."""
+"""The visibility timeout of a Redis broker when none is set (kombu 5.7)."""
 _JSON = {"json", "application/json"}
 
 State = Literal["ok", "warning", "fault"]
@@ -33,18 +37,18 @@ State = Literal["ok", "warning", "fault"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was looked at, what was found there in words, and what to do."""
+    """The result of one check, in words, with advice."""
 
     check: str
     state: State
     found: str
-    advice: str = ""  # empty when all is well
+    advice: str = ""  # empty when the state is ok
 
 
-def dangers(store: Store, settings: Settings, celery: Mapping[str, Any]) -> list[str]:
+def warnings(store: Store, settings: Settings, celery: Mapping[str, Any]) -> list[str]:
     """Return one sentence for each setting that would lose data or repeat work.
 
-    `celery` is the app's configuration.  Raises what Redis raises when it does not answer.
+    `celery` is the app's configuration.  Raises the error of redis-py when Redis does not answer.
     """
     found = (*of_redis(store, settings), *of_urls(settings), *of_celery(settings, celery))
     return [f"{each.found}. {each.advice}" for each in found if each.state != "ok"]
@@ -54,15 +58,15 @@ def dangers(store: Store, settings: Settings, celery: Mapping[str, Any]) -> list
 
 
 def of_redis(store: Store, settings: Settings) -> Iterator[Finding]:
-    """Yield what the ledger's server tells of itself; a managed one that does not tell is trusted.
+    """Yield the findings on the ledger's server; a managed one that hides its state is trusted.
 
-    Raises what Redis raises when it does not answer.
+    Raises the error of redis-py when Redis does not answer.
     """
     try:
         info: dict[str, Any] = store.client.info()
     except ResponseError:
         yield Finding(
-            "redis", "ok", f"Redis at {store.url} answers; it may not be asked about itself"
+            "redis", "ok", f"Redis at {store.url} answers; its user may not run INFO on it"
         )
         return
     yield _server(store, info)
@@ -72,9 +76,9 @@ def of_redis(store: Store, settings: Settings) -> Iterator[Finding]:
 
 
 def _server(store: Store, info: Mapping[str, Any]) -> Finding:
-    told = str(info.get("redis_version", ""))
-    version = tuple(map(int, re.findall(r"\d+", told)[:2]))
-    where = f"Redis {told} at {store.url}" if told else f"Redis at {store.url}"
+    text = str(info.get("redis_version", ""))
+    version = tuple(map(int, re.findall(r"\d+", text)[:2]))
+    where = f"Redis {text} at {store.url}" if text else f"Redis at {store.url}"
     if info.get("role", "master") != "master":
         return Finding(
             "redis",
@@ -87,18 +91,18 @@ def _server(store: Store, info: Mapping[str, Any]) -> Finding:
         return Finding(
             "redis",
             "fault",
-            f"{where} is one node of a cluster: it refuses the keys of others",
+            f"{where} is one node of a cluster: it refuses keys of other nodes",
             advice,
         )
     if version and version < OLDEST_REDIS:
         return Finding(
             "redis",
             "fault",
-            f"{where} does not know commands of Redis 6.2 that are sent to it",
+            f"{where} lacks commands of Redis 6.2, which the platform sends",
             "Install Redis 7.2 or later",
         )
     if version and version < OLDEST_TESTED:
-        found = f"{where} is older than what redis-py is tested with"
+        found = f"{where} is older than the versions that redis-py is tested with"
         return Finding("redis", "warning", found, "Install Redis 7.2 or later")
     return Finding("redis", "ok", f"{where} answers")
 
@@ -113,23 +117,25 @@ def _eviction(store: Store, info: Mapping[str, Any]) -> Finding:
 
 def _persistence(store: Store, info: Mapping[str, Any]) -> Finding:
     if "err" in (info.get("aof_last_write_status"), info.get("rdb_last_bgsave_status")):
-        found = f"Redis at {store.url} could not write to its disk the last time"
+        found = f"Redis at {store.url} could not write to its disk at its last attempt"
         return Finding(
             "persistence",
             "fault",
             found,
-            "Free its disk; its log says why, and redis-cli INFO persistence how it goes",
+            "Free disk space; its log has the reason, and redis-cli INFO persistence the state",
         )
     if info.get("aof_enabled") == 0 and not _takes_snapshots(store):
         found = f"Redis at {store.url} keeps nothing on disk: a restart loses every job"
         return Finding("persistence", "warning", found, "Set appendonly yes, appendfsync everysec")
     if info.get("aof_enabled") == 0:
-        return Finding("persistence", "ok", "snapshots: a crash loses what came after the last one")
+        return Finding(
+            "persistence", "ok", "snapshots: a crash loses the changes after the last one"
+        )
     return Finding("persistence", "ok", "an append-only file")
 
 
 def _takes_snapshots(store: Store) -> bool:
-    """Whether snapshots are configured; a managed Redis that does not tell is trusted."""
+    """Whether snapshots are configured; a managed Redis that hides it is trusted."""
     try:
         return bool(cast(dict[str, str], store.client.config_get("save")).get("save", ""))
     except ResponseError:
@@ -155,23 +161,26 @@ def _memory(store: Store, info: Mapping[str, Any], settings: Settings) -> Findin
 
 
 def of_urls(settings: Settings) -> Iterator[Finding]:
-    """Yield which connections are encrypted for whoever is at the other end."""
-    told_by = {
+    """Yield a finding on the connections with TLS, if there are any."""
+    variables = {
         settings.result_backend: "RLM_RESULT_BACKEND",
         settings.broker_url: "RLM_BROKER_URL",
         settings.redis_url: "RLM_REDIS_URL",
     }
-    secured = {name: options for url, name in told_by.items() if (options := tls(url))}
-    open_to_all = [
+    secured = {name: options for url, name in variables.items() if (options := tls(url))}
+    unverified = [
         name for name, options in secured.items() if options["ssl_cert_reqs"] == ssl.CERT_NONE
     ]
-    if open_to_all:
-        found = f"{', '.join(open_to_all)}: TLS without verification, whoever is in between can read and change everything"
+    if unverified:
+        found = (
+            f"{', '.join(unverified)}: TLS without verification, "
+            "so an attacker in between can read and change everything"
+        )
         yield Finding(
             "tls",
             "warning",
             found,
-            "Leave out ssl_cert_reqs=none, and name the authority by ssl_ca_certs",
+            "Remove ssl_cert_reqs=none, and set ssl_ca_certs to the file of the authority",
         )
     elif secured:
         yield Finding(
@@ -183,11 +192,11 @@ def of_urls(settings: Settings) -> Iterator[Finding]:
 
 
 def of_celery(settings: Settings, celery: Mapping[str, Any]) -> list[Finding]:
-    """Return what of an app's configuration loses or repeats work, or lets strangers in; or that
-    nothing does.
+    """Return the findings on settings of an app that lose or repeat work, or let strangers in.
 
-    What makes a node safe to repeat (acks_late and its kin) is set on the tasks themselves; what
-    makes jobs slow or late is told by `conflicts`."""
+    Without a problem it is one finding that says so.  The tasks themselves set the options that
+    make a node safe to repeat, such as acks_late.  `conflicts` reports settings that slow jobs.
+    """
     found = [*_deliveries(settings, celery), *_ends(celery), *_serializers(celery)]
     return found or [
         Finding(
@@ -200,15 +209,16 @@ def _deliveries(settings: Settings, celery: Mapping[str, Any]) -> Iterator[Findi
     timeout, longest = _visibility_timeout_s(celery), _longest_s(settings, celery)
     if timeout is not None and timeout < longest:
         found = (
-            f"broker_transport_options visibility_timeout={timeout:g} s is shorter than a node may run ({longest:g} s): "
-            "its message is delivered again while it runs"
+            f"broker_transport_options visibility_timeout={timeout:g} s is shorter "
+            f"than a node may run ({longest:g} s): its message is delivered again while it runs"
         )
         yield Finding("celery", "fault", found, f"Raise it above {longest:g}")
 
 
 def _visibility_timeout_s(celery: Mapping[str, Any]) -> float | None:
-    """Return after how long the broker delivers an unacknowledged message again; None where it does
-    not.
+    """Return the seconds after which the broker delivers an unacknowledged message again.
+
+    None for a broker that does not.
     """
     if not broker_kind(celery.get("broker_url")).redelivers:
         return None
@@ -220,13 +230,14 @@ def _visibility_timeout_s(celery: Mapping[str, Any]) -> float | None:
 
 
 def _longest_s(settings: Settings, celery: Mapping[str, Any]) -> float:
+    """Return the longest time for which a node may run, in seconds."""
     limits = (settings.node.item_limit_s, celery.get("task_time_limit") or 0.0)
     return max(settings.ledger.lease_s, LONGEST_RUN * settings.node.target_ms / 1000, *limits)
 
 
 def _ends(celery: Mapping[str, Any]) -> Iterator[Finding]:
     if celery.get(name := "worker_cancel_long_running_tasks_on_connection_loss"):
-        found = f"{name}=True: running nodes are ended when the broker is away for a moment, and done again"
+        found = f"{name}=True: running nodes are ended and repeated on each loss of the broker"
         yield Finding("celery", "warning", found, f"Set {name}=False")
 
 
@@ -240,5 +251,8 @@ def _serializers(celery: Mapping[str, Any]) -> Iterator[Finding]:
             "Add 'json' to it",
         )
     if others := sorted(accepted - _JSON):
-        found = f"accept_content takes {', '.join(others)}, too: whoever reaches the broker may run code, if that is a pickle"
+        found = (
+            f"accept_content also takes {', '.join(others)}: "
+            "with pickle, anybody who reaches the broker can run code in this worker"
+        )
         yield Finding("celery", "warning", found, "Set accept_content=['json']")

@@ -1,7 +1,8 @@
-"""The order in which a worker takes messages from Redis, under the name by which kombu finds it.
+"""The order in which a worker takes messages from its queues in Redis, as a class for kombu.
 
-Decides where a worker's facts come from: what runs is Celery's own record, the rest is told by the
-worker.  Refuses to know what follows from them."""
+`installation` sets it by name.  `Host` provides the facts that the order follows; the rule
+is `scheduler.stride`.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +12,8 @@ from scheduler.stride import Facts, StrideCycle
 
 
 def running(queue: str) -> int:
-    """Return how many messages of a queue this worker holds, started or about to be."""
-    # The bare set is copied in one step: threads of a pool take finished requests out of it at any
-    # time.
+    """Return the number of a queue's messages that this worker holds, started or not."""
+    # The underlying set is copied in one step: pool threads remove finished requests at any time.
     held = (reference() for reference in state.reserved_requests.data.copy())
     return sum(
         1
@@ -23,10 +23,11 @@ def running(queue: str) -> int:
 
 
 class QueueOrder(StrideCycle):
-    """What kombu makes for each channel:
-    ``queue_order_strategy="rlm_tasks.worker.queue_order:QueueOrder"``.
+    """The order of one channel; kombu creates one for each.
 
-    A worker says what it knows by ``QueueOrder.facts = Facts(...)``, which holds for channels that
-    exist and for those to come.  In a process that says nothing weights alone decide."""
+    kombu finds it by ``queue_order_strategy="rlm_tasks.worker.queue_order:QueueOrder"``.  A worker
+    sets ``QueueOrder.facts = Facts(...)``, which holds for existing and new channels.  In a process
+    that sets nothing, only the weights count.
+    """
 
     facts = Facts(running=running)

@@ -1,6 +1,6 @@
-"""Make a worker ready before its pool forks, and end it when its servers cannot be trusted.
+"""The start of a worker: it gets ready before its pool forks, or ends if it trusts no server.
 
-`installation` calls `prepare` when Celery says that a worker begins.
+`installation` calls `prepare` when Celery reports that a worker begins.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from celery import Celery
 from resilience.address import is_untrusted, tls
 from resilience.errors import StoreUnavailable, StoreUntrusted
 from resilience.store import masked
-from rlm_tasks.engine import message_handlers as message_handlers  # pool processes share it
+from rlm_tasks.engine import message_handlers as message_handlers  # shared by pool processes
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.messaging.broker import AWAY, with_connection
 from rlm_tasks.messaging.queue_names import queue_names
 from rlm_tasks.operations import registry
 from rlm_tasks.worker import control as control  # its commands register themselves
-from rlm_tasks.worker.bootsteps import drain_when_told_to_stop
+from rlm_tasks.worker.bootsteps import drain_on_sigterm
 from rlm_tasks.worker.upstream import (
     leave_promptly,
     leave_when_retiring,
@@ -29,7 +29,10 @@ from rlm_tasks.worker.upstream import (
 
 
 def prepare(worker: Any) -> None:
-    """Import operations, build the runtime, and mend what Celery leaves open, all once."""
+    """Import operations, build the runtime, and apply the patches of `upstream`, all once.
+
+    Raises SystemExit with a message for operations that cannot be imported or untrusted servers.
+    """
     app = worker.app
     try:
         registry.import_operations(app.rlm_settings.operations)
@@ -44,8 +47,8 @@ def prepare(worker: Any) -> None:
     leave_when_retiring(lambda: runtime.retiring)
     survive_restarts_of_redis()
     survive_reconnects_while_processes_are_recycled()
-    drain_when_told_to_stop(app)
-    # Imported modules stay: pool processes share them, and an exit does not collect them.
+    drain_on_sigterm(app)
+    # Imported modules stay: pool processes share their memory, and an exit does not collect them.
     gc.freeze()
 
 
@@ -55,9 +58,7 @@ def serves_jobs(app: Celery) -> bool:
 
 
 def _refuse_untrusted(app: Celery) -> None:
-    """End a worker that does not agree on TLS with Redis or the broker: Celery would retry for
-    ever.
-    """
+    """Raise SystemExit when TLS to Redis or the broker fails: Celery would retry for ever."""
     url = masked(str(app.conf.broker_url))
     try:
         if tls(app.rlm_settings.redis_url):

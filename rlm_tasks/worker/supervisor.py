@@ -1,9 +1,9 @@
-"""What a worker's main process does for its pool: leases, lost nodes, free slots, the sweep, the
-drain.
+"""The supervisor: the thread of a worker's main process that cares for the pool's nodes.
 
-Decides when a lease is beaten, when a node is given back, and which slots are on offer.  Pool
-processes never beat, so an item that holds the interpreter for minutes runs once.  Refuses to know
-what nodes compute."""
+It renews leases, gives back lost nodes, offers free slots, sweeps and drains.  Pool processes do
+not renew leases, so an item that holds the interpreter for minutes runs once.  `bootsteps` starts
+it.  Begin with `Supervisor.run`, then `_tick`.
+"""
 
 from __future__ import annotations
 
@@ -24,32 +24,38 @@ from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.engine.shared_page import NO_ITEM
 from rlm_tasks.ledger.records import SWEEP_AT_ONCE
 from rlm_tasks.worker.host import Host
-from rlm_tasks.worker.lost_nodes import _UNREACHABLE, REAPED, cause_of_death, give_back
-from rlm_tasks.worker.preflight import dangers
+from rlm_tasks.worker.lost_nodes import REAPED, UNREACHABLE, cause_of_death, give_back
+from rlm_tasks.worker.preflight import warnings
 from scheduler.preemption import rank_of
 from scheduler.queues import priority_of
 
 logger = logging.getLogger(__name__)
 
 SETTLE_S = 0.005
-"""A slot that stays free this long is on offer; between two small nodes it is free for less."""
+"""A slot is offered when it stays free this long: between two small nodes it is free for less."""
 REFRESH_S = 1.0
-"""How often the guard looks by itself.  It otherwise wakes on events: ticking every 10 ms slowed
-computing pool processes on two busy cores by 7 % (measured)."""
+"""The time between two regular ticks.
+
+Between them the supervisor wakes on events.  Ticks every 10 ms slowed computing pool processes on
+two busy cores by 7 % (measured).
+"""
 BACK_OFF_S = 1.0
+"""The time between two ticks while the ledger does not answer."""
 REAPED_S = 2.0
-"""Celery has told what a process died of within this time of having reaped it."""
-DEAF_S, DEAF_SHARE = 1.0, 0.05
-"""An item past its limit has this long to hear its alarm (the greater of both) before its process
-is killed.
+"""Celery reports the cause of a process's death within this time of having reaped it."""
+ALARM_GRACE_S, ALARM_GRACE_SHARE = 1.0, 0.05
+"""An item past its limit has this long to react to its alarm, before its process is killed.
+
+The greater of the seconds and the share of the limit counts.
 """
 
 
 class Supervisor(threading.Thread):
     """The thread of a worker's main process that speaks to the ledger.
 
-    It lives as long as the pool: through reconnections of the consumer, and while a worker that was
-    told to stop waits for its last items."""
+    It lives as long as the pool: also while the consumer reconnects, and while a stopping worker
+    waits for its last items.
+    """
 
     def __init__(
         self,
@@ -58,130 +64,125 @@ class Supervisor(threading.Thread):
         pool_size: Callable[[], int],
         queues: Callable[[], list[str]],
         exit_code: Callable[[int], int | None] = lambda _pid: None,
-        stir: Callable[[], object] = lambda: None,
+        wake_loop: Callable[[], object] = lambda: None,
     ) -> None:
-        """`stir` has the event loop go round: by itself it sees only within a second that the
-        worker was told to stop.
+        """Make the supervisor of one worker; `celery` is the app's configuration.
+
+        The function `exit_code` returns the exit code of a process that billiard has reaped, None
+        otherwise.  The function `wake_loop` makes the event loop go round.  On its own the loop may
+        need a second to see that the worker has to stop.
         """
         super().__init__(name="rlm-supervisor", daemon=True)
-        self._clock = runtime.clock
-        self._runtime, self._celery, self._pool_size, self.queues = (
-            runtime,
-            celery,
-            pool_size,
-            queues,
-        )
-        self._exit_code, self._stir = exit_code, stir
-        self._ledger = (
-            runtime.ledger.fail_fast()
-        )  # an outage is seen at once, and what was missed is done after it
-        self._warned = False
-        self._reaped: dict[int, float] = {}
-        self._sweep_not_before = 0.0
-        self._stopping = False
-        self._woken: SimpleQueue[None] = (
-            SimpleQueue()
-        )  # an Event would lock up when a signal's handler wakes it during a wake
-        self._offered: tuple[int, int] | None = None
-        self._due = {"measure": 0.0, "offer": 0.0, "look": 0.0, "beat": 0.0, "sweep": 0.0}
+        self._runtime, self._clock, self._celery = runtime, runtime.clock, celery
+        self._pool_size, self.queues = pool_size, queues
+        self._exit_code, self._wake_loop = exit_code, wake_loop
+        # Calls fail at once while Redis is away; the next ticks catch up.
+        self._ledger = runtime.ledger.fail_fast()
         self.host = Host(runtime, pool_size, queues)
-        self._lost = False
-        self.ticked_at = self.answered_at = (
-            self._clock()
-        )  # when it last went round, and last heard of the ledger
-        self._left: list[str] = []  # queues that are not consumed while it drains
-        self._told = 0  # ranks that somebody has asked room for since the latest look began
+        self._stopping = False
+        # An Event would lock up when a signal's handler sets it while it is being set.
+        self._wakeups: SimpleQueue[None] = SimpleQueue()
+        self._due = {"measure": 0.0, "offer": 0.0, "processes": 0.0, "beat": 0.0, "sweep": 0.0}
+        self._sweep_not_before = 0.0
+        self._ledger_away = False
+        self._settings_checked = False
+        self._offered: tuple[int, int] | None = None  # all slots and free slots, as published
+        self._reaped_at: dict[int, float] = {}  # pid -> when it was found reaped, cause unknown
+        self._drained_queues: list[str] = []  # not consumed until `resume`
+        self._announced = 0  # ranks of urgent work announced since the last exchange began
+        # Times of the last tick, and of the last tick at which the ledger answered.
+        self.ticked_at = self.answered_at = self._clock()
 
     def run(self) -> None:
-        """Tick on each event, when a job is due, and once a second until stopped."""
+        """Tick on each event, when a job is due, and once a second, until stopped."""
         while not self._stopping:
             with suppress(Empty):
-                self._woken.get(timeout=self._sleep_s())
+                self._wakeups.get(timeout=self._sleep_s())
                 time.sleep(SETTLE_S)
-                while True:  # whoever else has woken it meanwhile
-                    self._woken.get_nowait()
+                while True:  # one tick serves all wake-ups until now
+                    self._wakeups.get_nowait()
             try:
                 if self._runtime.page.draining:
-                    self._stir()
+                    self._wake_loop()
                 self._tick(self._clock())
-                self._lost, self.answered_at = False, self._clock()
-            except _UNREACHABLE as error:
-                if not self._lost:
+                self._ledger_away, self.answered_at = False, self._clock()
+            except UNREACHABLE as error:
+                if not self._ledger_away:
                     logger.warning("The ledger does not answer: %s", error)
-                self._lost, self._offered, self._due["beat"] = True, None, 0.0
+                self._ledger_away, self._offered, self._due["beat"] = True, None, 0.0
             except Exception:
-                logger.exception("The guard met something unexpected, and goes on")
+                logger.exception("The supervisor met an unexpected error, and continues")
             self.ticked_at = self._clock()
 
     def wake(self) -> None:
-        """Say that a slot became free or busy, or that the worker drains."""
-        self._woken.put(None)
+        """Tick soon: a slot became free or busy, or the worker drains."""
+        self._wakeups.put(None)
 
     def begin(self) -> None:
-        """Offer slots for the queues that are consumed from now on, rather than a second later."""
+        """Offer slots at once for the queues that are now consumed, not a second later."""
         self._offered = None
         self.wake()
 
     def drain(self, queues: list[str]) -> None:
-        """Have running nodes hand over, and offer no slot, until `resume`; these queues are no
-        longer consumed.
+        """Make running nodes hand over, and offer no slot, until `resume`.
+
+        `queues` are the queues that the worker no longer consumes.
         """
-        self._left += [queue for queue in queues if queue not in self._left]
+        self._drained_queues += [each for each in queues if each not in self._drained_queues]
         self._runtime.page.draining = True
         self.wake()
 
     def resume(self) -> list[str]:
         """Offer slots again; return the queues that are to be consumed again."""
-        left, self._left = self._left, []
-        if left:
+        queues, self._drained_queues = self._drained_queues, []
+        if queues:
             self._runtime.page.draining = False
             self.wake()
-        return left
+        return queues
 
     def make_room(self, queue: str) -> bool:
-        """Have running nodes ask whether they are to yield to what waits in a queue; False: not
-        served here.
+        """Make running nodes ask whether to yield to urgent work in a queue.
+
+        Return False when this worker does not serve the queue.
         """
         if queue not in self.queues():
             return False
-        self._told |= rank_of(priority_of(queue))
+        self._announced |= rank_of(priority_of(queue))
         self._runtime.page.urgent |= rank_of(priority_of(queue))
         self._runtime.page.recall()
         return True
 
     def _sleep_s(self) -> float:
-        return (
-            min(REFRESH_S, max(0.0, min(self._due.values()) - self._clock()))
-            if not self._lost
-            else BACK_OFF_S
-        )
+        if self._ledger_away:
+            return BACK_OFF_S
+        return min(REFRESH_S, max(0.0, min(self._due.values()) - self._clock()))
 
     def stop(self) -> None:
-        """End the thread and take this worker's slots off the board."""
+        """End the thread, and withdraw this worker's slots and its host report."""
         self._stopping = True
-        self._woken.put(None)
+        self._wakeups.put(None)
         self.join(timeout=5)
         try:
             self._runtime.slots.withdraw(self._runtime.worker)
             self._runtime.board.withdraw(self._runtime.worker)
-        except _UNREACHABLE as error:
-            logger.info("Slots were not withdrawn, they expire: %s", error)
+        except UNREACHABLE as error:
+            logger.info("The slots of this worker were not withdrawn; they expire: %s", error)
 
     def _tick(self, now: float) -> None:
         ledger = self._runtime.settings.ledger
         if measured := now >= self._due["measure"]:
             self._due["measure"] = now + REFRESH_S
             self.host.measure(now)
-        if self._lost:
-            # Leases ran out while nobody could beat; give every worker the time to renew its own.
+        if self._ledger_away:
+            # Leases ran out while Redis was away: give each worker the time to renew its own.
             self._sweep_not_before = now + ledger.lease_s / 3
-        if not self._warned:
-            self._warn()
+        if not self._settings_checked:
+            self._check_settings()
         self._offer(now)
         if measured:
             self._exchange(now)
-        if now >= self._due["look"]:
-            self._due["look"] = now + REFRESH_S
+        if now >= self._due["processes"]:
+            self._due["processes"] = now + REFRESH_S
             self._reap(now)
             self._kill_overdue(now)
         if now >= self._due["beat"]:
@@ -192,45 +193,48 @@ class Supervisor(threading.Thread):
         if now >= self._due["sweep"]:
             self._due["sweep"] = now + ledger.sweep_s
             self._sweep()
-            self._look_ahead(*self._ledger.store.call(self._ledger.due.first()))
+            self._plan_sweep(*self._ledger.store.call(self._ledger.due.first()))
 
-    def _warn(self) -> None:
-        for danger in dangers(self._ledger.store, self._runtime.settings, self._celery):
-            logger.warning("%s", danger)
-        self._warned = True
+    def _check_settings(self) -> None:
+        """Log a warning for each setting that loses data or repeats work."""
+        for each in warnings(self._ledger.store, self._runtime.settings, self._celery):
+            logger.warning("%s", each)
+        self._settings_checked = True
 
     def _offer(self, now: float) -> None:
-        """Publish this worker's slots, and learn in the same round trip when the next job is
-        due.
-        """
+        """Publish this worker's slots, and read in the same round trip when the next job is due."""
         total = 0 if self._runtime.page.draining else self._pool_size()
         free = max(0, total - len(state.reserved_requests))
         if (total, free) != self._offered or now >= self._due["offer"]:
             offer = self._runtime.slots.publish(self._runtime.worker, total, free, self.queues())
             _, next_ms = self._ledger.store.call(offer, self._ledger.due.first())
-            self._look_ahead(next_ms)
+            self._plan_sweep(next_ms)
             self._runtime.page.hungry = free > 0
             self._offered, self._due["offer"] = (total, free), now + REFRESH_S
 
     def _exchange(self, now: float) -> None:
-        """Tell of this host, and hear what to act on and who waits; once a second, for slots become
-        free more often.
+        """Publish the host report, and read the orders and the urgent work, in one round trip.
+
+        Once a second suffices, although slots become free more often.
         """
-        self._told, exchange = 0, self.host.exchange()
-        answers = self._ledger.store.call(*exchange, *self._tokens())
-        self.host.heard(answers[: len(exchange)], now)
-        self._see_urgent(answers[len(exchange) :])
+        self._announced, calls = 0, self.host.board_calls()
+        answers = self._ledger.store.call(*calls, *self._tokens())
+        self.host.receive(answers[: len(calls)], now)
+        self._set_urgent(answers[len(calls) :])
 
     def _tokens(self) -> list[Call]:
+        """Return the calls that count the open tokens of each queue with a rank."""
         return [
             self._runtime.preemption.open(queue)
             for queue in self.queues()
             if rank_of(priority_of(queue))
         ]
 
-    def _see_urgent(self, tokens: Sequence[int]) -> None:
-        """Know of urgent work also when nobody has told, and forget what is done; what was told
-        meanwhile is news.
+    def _set_urgent(self, tokens: Sequence[int]) -> None:
+        """Write the ranks with waiting urgent work into the page, by the open tokens of each queue.
+
+        So urgent work is found without an announcement, and forgotten when none waits.  Ranks that
+        were announced during the exchange are kept.
         """
         served = [
             rank_of(priority_of(queue)) for queue in self.queues() if rank_of(priority_of(queue))
@@ -239,49 +243,46 @@ class Supervisor(threading.Thread):
         if urgent & ~self._runtime.page.urgent:
             self._runtime.page.recall()
         self._runtime.page.urgent = urgent
-        if self._told:
-            self._runtime.page.urgent |= self._told
+        if self._announced:
+            self._runtime.page.urgent |= self._announced
 
-    def _look_ahead(self, next_ms: int) -> None:
-        """Wake when the first job is due: parked nodes wait for a time, not for a tick."""
+    def _plan_sweep(self, next_ms: int) -> None:
+        """Sweep when the first job is due, in `next_ms`: a parked node waits for an exact time."""
         if next_ms >= 0:
-            next_look = min(self._due["sweep"], self._clock() + next_ms / 1000)
-            self._due["sweep"] = max(self._sweep_not_before, next_look)
+            at = min(self._due["sweep"], self._clock() + next_ms / 1000)
+            self._due["sweep"] = max(self._sweep_not_before, at)
 
     def _reap(self, now: float) -> None:
-        """Redo the nodes of dead pool processes at once: Celery may need 5 s to notice."""
+        """Give back the nodes of dead pool processes at once: Celery may need 5 s to notice."""
         for held in self._runtime.page.held():
             died_of = cause_of_death(held.pid) if held.pid != os.getpid() else ""
             if died_of == REAPED:
                 died_of = self._reaped_by_pool(held.pid)
-            if died_of == REAPED and now - self._reaped.setdefault(held.pid, now) < REAPED_S:
-                continue  # Celery has noticed, and will say what it died of
+            if died_of == REAPED and now - self._reaped_at.setdefault(held.pid, now) < REAPED_S:
+                continue  # Celery has noticed the death, and will report its cause
             if died_of:
-                about = {"job": held.job, "node": held.node}
                 logger.warning(
-                    "Pool process %d died of %s; node %s of job %s is given to another",
+                    "Pool process %d died of %s; node %s of job %s will run in another process",
                     held.pid,
                     died_of,
                     held.node,
                     held.job,
-                    extra=about,
+                    extra={"job": held.job, "node": held.node},
                 )
-                self._reaped.pop(held.pid, None)
+                self._reaped_at.pop(held.pid, None)
                 if give_back(self._runtime, held, died_of):
                     self._runtime.delivery.resend(held.job, [held.node])
 
     def _reaped_by_pool(self, pid: int) -> str:
-        """Return what a process died of that was reaped on the way, when another was started:
-        Celery may not notice for 5 s.
+        """Return the cause of death of a process that billiard has reaped.
+
+        billiard reaps dead processes also when it starts another one; Celery may need 5 s to
+        notice such a death.
         """
         code = self._exit_code(pid)
-        return (
-            REAPED
-            if code is None
-            else signal.Signals(-code).name
-            if code < 0
-            else f"exit code {code}"
-        )
+        if code is None:
+            return REAPED
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     def _sweep(self) -> None:
         sweep_ms = int(self._runtime.settings.ledger.sweep_s * 1000)
@@ -295,11 +296,12 @@ class Supervisor(threading.Thread):
                     self._runtime.delivery.resend(job, swept.send)
 
     def _kill_overdue(self, now: float) -> None:
-        """Replace a process whose item does not hear its alarm: it does not return to Python."""
+        """Kill a process whose item does not react to its alarm, as code outside of Python does."""
         for held in self._runtime.page.held():
             if not held.limit_s or held.item == NO_ITEM or held.pid == os.getpid():
                 continue
-            if now - held.since > held.limit_s + max(DEAF_S, DEAF_SHARE * held.limit_s):
+            grace_s = max(ALARM_GRACE_S, ALARM_GRACE_SHARE * held.limit_s)
+            if now - held.since > held.limit_s + grace_s:
                 logger.error(
                     "An item of job %s ran longer than %g s; its process is killed",
                     held.job,

@@ -1,7 +1,8 @@
-"""What Celery, kombu and billiard do not do yet, mended in their place.
+"""Patches for faults of Celery, kombu and billiard.
 
-Each function names the fault and the version it was seen in; tests/faults/test_upstream.py fails
-when a fault is gone, so that the mending can go, too.  Refuses to know anything of jobs."""
+`startup` applies them.  Each function names the fault and the version in which it was seen.  When a
+fault is gone, tests/faults/test_upstream.py fails, and its patch can go.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +22,16 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 
 def leave_promptly(draining: Callable[[], bool]) -> None:
-    """Let a worker that was told to stop be gone as soon as its nodes are.
+    """Let a draining worker end as soon as its nodes have ended.
 
-    A message that was handed to a pool process but not yet accepted is dropped from billiard's
-    cache, so its result is never counted, and the process waits 30 s for that count (billiard
-    4.3).  The ledger needs no receipt: unacknowledged messages return to their queue, and a claim
-    answers `done`.  The main process meanwhile looks at its processes' results one after the other,
-    half a second each, and at its timers as seldom (Celery 5.7), and each process sleeps a second
-    before it exits (billiard 4.3)."""
+    - A message that a pool process has but has not accepted yet is dropped from billiard's cache.
+      So its result is never counted, and the process waits 30 s for that count (billiard 4.3).
+      The ledger does not need the count: unacknowledged messages return to their queue, and a claim
+      answers `done`.
+    - Meanwhile the main process polls the results of one process after the other, for half a second
+      each.  It checks its timers as rarely (Celery 5.7).
+    - Each process sleeps for a second before it exits (billiard 4.3).
+    """
     stock = billiard.pool.Worker._do_exit
 
     def exit_at_once(
@@ -47,12 +50,11 @@ def leave_promptly(draining: Callable[[], bool]) -> None:
 
 
 def leave_when_retiring(retiring: Callable[[], bool]) -> None:
-    """Let a pool process end between two tasks, as one ends that has run all it may
-    (`--max-tasks-per-child`).
+    """Let a pool process end between two tasks, as `--max-tasks-per-child` does.
 
-    billiard decides that by settings of the whole pool alone (billiard 4.3).  It ends a process
-    that way also when waiting for a task raises SystemExit, and notes the code of a call of
-    `sys.exit`."""
+    billiard decides this only by settings of the whole pool (billiard 4.3).  But a process ends the
+    same way when its wait for a task raises SystemExit, with the exit code given to `sys.exit`.
+    """
     stock = getattr(
         billiard.pool.Worker._make_child_methods,
         "__wrapped__",
@@ -81,8 +83,9 @@ def _nap(seconds: float) -> None:
 def handle_sigterm(handler: Callable[..., None]) -> None:
     """Give pool processes a handler of SIGTERM.
 
-    billiard sets its own after `worker_process_init`, one that raises SystemExit wherever the
-    process is, in the middle of an item, too (billiard 4.3)."""
+    billiard sets its own handler after `worker_process_init`.  That handler raises SystemExit
+    anywhere, also in the middle of an item (billiard 4.3).
+    """
     stock = billiard.pool.reset_signals
 
     def reset(*args: Any, **options: Any) -> None:
@@ -95,9 +98,10 @@ def handle_sigterm(handler: Callable[..., None]) -> None:
 def survive_restarts_of_redis() -> None:
     """Let a worker reconnect when Redis goes away while late-acknowledged tasks run.
 
-    A channel whose connection was closed looks for its connection's parameters and meets None; the
-    AttributeError ends the worker (kombu 5.7, Celery 5.7).  A connection error is what its callers
-    expect."""
+    A channel whose connection was closed reads the parameters of that connection, which is None.
+    The AttributeError ends the worker (kombu 5.7, Celery 5.7).  The patch raises a connection
+    error, which the callers expect.
+    """
     stock = Channel._connparams
     if hasattr(stock, "__wrapped__"):
         return
@@ -108,16 +112,16 @@ def survive_restarts_of_redis() -> None:
             raise RedisConnectionError("the channel's connection to the broker is closed")
         return stock(channel, asynchronous)  # type: ignore[no-any-return,no-untyped-call]  # kombu is partly typed
 
-    Channel._connparams = parameters  # type: ignore[method-assign]  # on purpose
+    Channel._connparams = parameters  # type: ignore[method-assign]  # the patch
 
 
 def survive_reconnects_while_processes_are_recycled() -> None:
-    """Let a worker reconnect when one of its pool processes has just ended, by
-    `--max-tasks-per-child` for one.
+    """Let a worker reconnect just after a pool process ended, for example by its task limit.
 
-    The pool watches all its processes anew; of one that ended and is not replaced yet it has
-    nothing to watch, and the ValueError ends the worker (Celery 5.7).  The pool is looked after a
-    moment later anyway."""
+    On a reconnect the pool registers the sentinels of all its processes.  A process that ended and
+    is not replaced yet has none, and the ValueError ends the worker (Celery 5.7).  The patch skips
+    such a process; the pool replaces it a moment later.
+    """
     stock = asynpool.AsynPool._track_child_process
     if hasattr(stock, "__wrapped__"):
         return

@@ -69,7 +69,7 @@ class BusyPlatform(Platform):
         if self.mailbox.asked and random.random() < 0.3:
             self.supervisor.make_room(self.mailbox.asked.pop())
         if random.random() < 0.1:
-            self.supervisor._see_urgent(self.store.call(*self.supervisor._tokens()))
+            self.supervisor._set_urgent(self.store.call(*self.supervisor._tokens()))
         if random.random() < 0.2 and self.mailbox.messages and self.depth < SLOTS - 1:
             self.depth += 1
             self.step()

@@ -70,7 +70,7 @@ class Machine:
         """Publish and receive once, as the supervisor does."""
         store, runtime = self.platform.store, self.runtime
         store.call(runtime.slots.publish("unit", 4, 4, self.queues))
-        self.host.heard(store.call(*self.host.exchange()), self.now)
+        self.host.receive(store.call(*self.host.board_calls()), self.now)
         return self.page.level
 
     def announce(self, level: Level, **about: Any) -> None:
@@ -217,10 +217,10 @@ def test_one_exchange_is_one_round_trip(machine: Machine) -> None:
         trips.append(1),
         pipelined(*args, **kwargs),
     )[1]  # type: ignore[method-assign]
-    machine.platform.store.call(*machine.host.exchange())
+    machine.platform.store.call(*machine.host.board_calls())
     assert len(trips) == 2, "one, and one more for scripts that the server does not have yet"
     trips.clear()
-    machine.platform.store.call(*machine.host.exchange())
+    machine.platform.store.call(*machine.host.board_calls())
     assert len(trips) == 1
 
 

@@ -12,7 +12,7 @@ from resilience.store import Store
 from rlm_tasks.celery import configuration
 from rlm_tasks.settings.model import Settings
 from rlm_tasks.settings.sections import NodeSettings
-from rlm_tasks.worker.preflight import dangers, of_celery, of_redis, of_urls
+from rlm_tasks.worker.preflight import of_celery, of_redis, of_urls, warnings
 
 
 class Server:
@@ -45,7 +45,7 @@ def found(server: Server, settings: Settings | None = None, **celery: Any) -> li
     """Return the findings on a server."""
     settings = settings or Settings()
     store = Store("redis://user:secret@host/0", client=cast(redis.Redis, server))
-    return dangers(store, settings, {**configuration(settings), **celery})
+    return warnings(store, settings, {**configuration(settings), **celery})
 
 
 def test_a_server_that_keeps_its_data_has_no_finding() -> None:
@@ -69,14 +69,14 @@ def test_a_server_that_keeps_its_data_has_no_finding() -> None:
         ),
         (Server(policy="volatile-ttl"), "maxmemory-policy volatile-ttl"),
         (Server(aof=0), "keeps nothing on disk: a restart loses every job. Set appendonly yes"),
-        (Server(aof_last_write_status="err"), "could not write to its disk the last time"),
+        (Server(aof_last_write_status="err"), "could not write to its disk at its last attempt"),
         (
             Server(redis_version="6.0.9"),
-            "does not know commands of Redis 6.2 that are sent to it. Install Redis 7.2",
+            "lacks commands of Redis 6.2, which the platform sends. Install Redis 7.2",
         ),
         (
             Server(redis_version="6.2.14"),
-            "is older than what redis-py is tested with. Install Redis 7.2",
+            "is older than the versions that redis-py is tested with. Install Redis 7.2",
         ),
         (
             Server(redis_version="8.0.1", role="slave"),
@@ -118,8 +118,11 @@ def test_each_check_has_a_state_and_only_problems_have_advice() -> None:
 @pytest.mark.parametrize(
     ("celery", "said"),
     [
-        ({"accept_content": ["json", "pickle"]}, "takes pickle, too"),
-        ({"worker_cancel_long_running_tasks_on_connection_loss": True}, "running nodes are ended"),
+        ({"accept_content": ["json", "pickle"]}, "also takes pickle"),
+        (
+            {"worker_cancel_long_running_tasks_on_connection_loss": True},
+            "running nodes are ended and repeated",
+        ),
     ],
 )
 def test_settings_of_celery_that_harm_nodes_are_reported(celery: dict[str, Any], said: str) -> None:
@@ -162,7 +165,7 @@ def test_tls_without_verification_is_reported_for_each_url() -> None:
     assert finding.found.startswith("RLM_REDIS_URL, RLM_BROKER_URL: TLS without verification")
     [danger] = found(Server(), careless)
     assert danger.endswith(
-        "Leave out ssl_cert_reqs=none, and name the authority by ssl_ca_certs"
+        "Remove ssl_cert_reqs=none, and set ssl_ca_certs to the file of the authority"
     ), "a worker logs it at its start"
 
 
