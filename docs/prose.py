@@ -87,17 +87,29 @@ def of_page(file: str, text: str) -> Iterator[Remark]:
 def of_module(file: str, text: str) -> Iterator[Remark]:
     """Yield the remarks on a Python module: docstrings, comments, messages and test names."""
     tree = ast.parse(text)
-    docstrings = set()
+    docstrings, parts = set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             docstrings.add(node.value)
         if isinstance(node, ast.FunctionDef) and _TEST.match(node.name):
             yield Remark(file, node.lineno, "a test name begins so", node.name, refused=True)
+        if isinstance(node, ast.JoinedStr):
+            parts.update(node.values)
+            yield from remarks(file, node.lineno, _text_of(node), words=False)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+        if node in parts or not isinstance(node, ast.Constant):
+            continue
+        if isinstance(node.value, str) and " " in node.value:
             is_prose = node in docstrings
             yield from remarks(file, node.lineno, node.value, words=is_prose)
     yield from _of_comments(file, text)
+
+
+def _text_of(formatted: ast.JoinedStr) -> str:
+    """Return the text of an f-string, with N for each value."""
+    return "".join(
+        str(part.value) if isinstance(part, ast.Constant) else "N" for part in formatted.values
+    )
 
 
 def _of_comments(file: str, text: str) -> Iterator[Remark]:

@@ -69,7 +69,7 @@ class Postponed(Exception):
         self.wait_s, self.why = wait_s, why
         self.noted = noted  # its node stands in the line of a guard, which will wake it
         self.tries = tries  # attempts that failed so far
-        self.reason = reason  # of the cut at this item
+        self.reason = reason  # the reason of the cut at this item
         super().__init__(why)
 
 
