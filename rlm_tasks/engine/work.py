@@ -79,7 +79,7 @@ class Work:
         self.stopped = False  # a boundary ended the work: no further item is started
         self.postponed: Postponed | None = None  # the item at `at` has to wait
         self.also_waiting: dict[int, Postponed] = {}  # waiting items behind `at`
-        self.urgent = False  # the node must leave its slot without waiting for items in flight
+        self.urgent = False  # the node must leave its slot without waiting for sleeping items
         self.refused = False  # an item was denied or postponed
         # Items have ended behind an item that sleeps: to stop now would repeat them.
         self.would_repeat = False

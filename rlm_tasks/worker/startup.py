@@ -1,4 +1,4 @@
-"""The start of a worker: it gets ready before its pool forks, or ends if it trusts no server.
+"""The start of a worker: it gets ready before its pool forks, or ends if a server is untrusted.
 
 `installation` calls `prepare` when Celery reports that a worker begins.
 """
