@@ -12,7 +12,7 @@ from celery import Celery
 
 from rlm_tasks.engine import tasks
 from rlm_tasks.jobs.splitting import LONGEST_RUN
-from rlm_tasks.messaging.broker_kinds import broker_kind, kind_of_backend
+from rlm_tasks.messaging.broker_kinds import broker_kind
 from rlm_tasks.messaging.transports import QUEUE_ORDER
 
 _PROMISED = (
@@ -84,7 +84,7 @@ def _order(app: Celery) -> Iterator[str]:
 
 
 def _chords(app: Celery) -> Iterator[str]:
-    if not kind_of_backend(app.backend).counts_chords:
+    if not broker_kind(app.conf.result_backend).counts_chords:
         yield (
             "result_backend is not Redis: partial answers are merged when a job ends, not while it "
             "runs; set a redis:// URL"

@@ -53,7 +53,7 @@ def test_poison_is_named_and_quarantined_after_three_deaths(on_shared: Cell) -> 
     [first, second] = job.quarantined()
     assert (first.index, first.item, first.attempts, first.last_signal) == (
         17,
-        "17 of its range",
+        "17 of a range",
         3,
         "SIGKILL",
     )
@@ -206,7 +206,7 @@ def test_the_command_line_lists_shows_replays_and_drops(on_shared: Cell, tmp_pat
     assert [(each["job_id"], each["index"], each["last_signal"]) for each in listed] == [
         (job.id, i, "SIGKILL") for i in (3, 4, 9)
     ]
-    assert "3 of its range" in rlm("list").stdout
+    assert "3 of a range" in rlm("list").stdout
     assert "attempts     3" in rlm("show", job.id, "9").stdout
     missing = rlm("show", job.id, "5")
     assert (missing.returncode, "is not in quarantine" in missing.stderr) == (2, True)

@@ -23,7 +23,18 @@ from typing import IO, Self
 
 from rlm_tasks.testing import embedded
 from tests.integration.conftest import SLOTS, client_of, environment_of
-from tests.integration.pages import PAGES, SAID, Block, Step, Wrong, alike, missing, parse, steps
+from tests.integration.pages import (
+    PAGES,
+    ROOT,
+    SAID,
+    Block,
+    Step,
+    Wrong,
+    alike,
+    missing,
+    parse,
+    steps,
+)
 
 BLOCK_S = 60.0
 """The longest time of a block, in seconds."""
@@ -338,6 +349,8 @@ def _environment(url: str, name: str, ports: dict[int, int]) -> dict[str, str]:
         COLUMNS="160",
     )
     del found["RLM_OPERATIONS"], found["PYTHONPATH"]
+    # Only a page for developers, whose examples are tests, finds the folder `tests`.
+    found["PYTHONPATH"] = str(ROOT) if "from tests." in PAGES[name] else ""
     return os.environ | found
 
 

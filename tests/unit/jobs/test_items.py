@@ -121,7 +121,7 @@ def test_lines_of_a_long_file_are_estimated_from_some_blocks(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("items", "place"),
     [
-        (range(10, 5000, 2), "3008 of its range"),
+        (range(10, 5000, 2), "3008 of a range"),
         ([f"item {at}" for at in range(3000)], "stored item 1499"),
         (Files("{folder}/*"), "stored item 1499"),
         (Lines("{folder}/lines"), "{folder}/lines, line 1500"),
