@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, overload
+
+from resilience.errors import InvalidValue
 
 if TYPE_CHECKING:
     from resilience.budget import Spending
@@ -98,6 +100,34 @@ class SuccessfulItems(Sequence[int]):
         return f"<{len(self)} items in {len(self._runs)} ranges>"
 
 
+class Outputs(list[Any]):
+    """The outputs of a job without a merge, in item order.
+
+    A failed or skipped item has no output, so the list may be shorter than the items.
+    `JobResult.rows` pairs each output with the index of its item.
+    """
+
+    __slots__ = ("failed", "failure_rate")
+
+    def __init__(
+        self, outputs: Iterable[Any], *, failed: list[ItemFailure], failure_rate: float
+    ) -> None:
+        """`failed` has the first 1,000 failed items; `failure_rate` is their share, 0.0 to 1.0."""
+        super().__init__(outputs)
+        self.failed = failed
+        self.failure_rate = failure_rate
+
+    @property
+    def successful(self) -> list[Any]:
+        """The outputs of the items that succeeded: the list itself."""
+        return self
+
+    @property
+    def failureRate(self) -> float:  # noqa: N802  # the name in other orchestrators
+        """The share of failed items, under its camelCase name."""
+        return self.failure_rate
+
+
 @dataclass(frozen=True, slots=True)
 class Metrics:
     """The cost of a job: nodes, time and memory."""
@@ -125,14 +155,14 @@ def metrics_of(rounds: Sequence[Mapping[str, str]]) -> Metrics:
     opened, started, closed = (
         int(facts.get(name, 0)) for name in ("opened_ms", "started_ms", "closed_ms")
     )
-    started = started or closed
+    started = started or closed or opened
     return Metrics(
         items=int(facts["n"]),
         nodes=nodes,
         splits=splits,
         yields=yields,
         max_depth=max(int(each["depth"]) for each in rounds),
-        execution_time_ms=float(closed - started),
+        execution_time_ms=float(max(0, closed - started)),
         busy_ms=busy_us / 1000,
         peak_memory_mb=max(int(each["peak_kb"]) for each in rounds) / 1024,
         waited_ms=float(started - opened),
@@ -181,7 +211,7 @@ class JobResult:
 
     job_id: str
     status: Status
-    output: Any  # the merged output, or a list in item order; None unless it succeeded
+    output: Any  # the merged output; without a merge Outputs; None unless it succeeded
     total: int  # items
     done: int  # items that succeeded
     failed_count: int  # items that failed
@@ -198,6 +228,21 @@ class JobResult:
     def failure_rate(self) -> float:
         """Failed items over all items; 0.0 for a job without items."""
         return self.failed_count / self.total if self.total else 0.0
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """Yield the index of each item that succeeded, with its output, in item order.
+
+        Failed and skipped items are left out.  Raises InvalidValue when the job has no output
+        for each item: it has a merge, or it did not succeed.
+        """
+        if not isinstance(self.output, Outputs):
+            raise InvalidValue(
+                "rows",
+                self.job_id,
+                "needs one output per item, but this job has a merge or did not succeed; "
+                "read `output`, or iterate over job.rows()",
+            )
+        return zip(self.successful, self.output, strict=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data, without the list of successful indexes."""

@@ -7,6 +7,7 @@ Users, the command line and Flower each hold a `Client`.  `submission`, `plannin
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -179,10 +180,18 @@ class Client(Platform):
     ) -> list[JobResult]:
         """Submit several jobs and wait for all; results come in the order of the requests.
 
-        `timeout` is the time to wait for each job, in seconds.  Raises as `submit` and `Job.result`
-        do, for the first job that ends without an answer.
+        A job that fails, expires or is cancelled has its result in the list too, with its `status`,
+        `failed` and counts.  `timeout` is the time to wait for all jobs, in seconds; the result of
+        a job that still runs then says so.  Raises as `submit` does, before any job is opened.
         """
-        return [job.result(timeout=timeout) for job in self.batch_submit(requests)]
+        until = None if timeout is None else time.monotonic() + timeout
+        return [
+            job.result(
+                timeout=None if until is None else max(0.0, until - time.monotonic()),
+                propagate=False,
+            )
+            for job in self.batch_submit(requests)
+        ]
 
     def recall(self) -> None:
         """Make running nodes of all workers ask the ledger at once, not at their next pulse."""

@@ -17,7 +17,9 @@ from rlm_tasks.client.submission import Submission
 from rlm_tasks.errors import (
     InvalidRequest,
     JobNotFound,
+    ResultTimeout,
     ResultTooLarge,
+    RlmError,
 )
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.endings import ENDINGS, sentence
@@ -26,6 +28,7 @@ from rlm_tasks.operations import registry
 from rlm_tasks.results import (
     ItemFailure,
     JobResult,
+    Outputs,
     Partial,
     Status,
     SuccessfulItems,
@@ -56,18 +59,30 @@ class Job(JobWaiter):
 
     # --- the answer ----------------------------------------------------------------------------
 
-    def result(self, timeout: float | None = None) -> JobResult:
+    def result(self, timeout: float | None = None, *, propagate: bool = True) -> JobResult:
         """Wait for the end and return the result.
 
         `timeout` is in seconds; None waits for ever.  During it the method waits through outages of
-        Redis.  Raises ResultTimeout, JobFailed, JobExpired, JobCancelled, JobNotFound, and
-        ResultTooLarge when the output exceeds RLM_MAX_RESULT_BYTES.
+        Redis.  Raises JobNotFound, and ResultTooLarge when the output exceeds RLM_MAX_RESULT_BYTES.
+
+        A job without a full answer raises JobFailed, JobExpired or JobCancelled, and a job that has
+        not ended in time raises ResultTimeout.  With ``propagate=False``, Celery's word, the method
+        returns the result of such a job instead: `status`, counts and `failed` as they are then.
         """
-        self.wait(timeout)
+        try:
+            self.wait(timeout)
+        except ResultTimeout:
+            if propagate:
+                raise
         facts = self._facts()
         status = Status(facts["state"])
-        result = self._result(facts, status)
-        if (error := ENDINGS[status].error) is not None:
+        try:
+            result = self._result(facts, status, self._output(facts))
+        except ResultTooLarge as too_large:
+            if propagate:
+                raise
+            return self._result(facts, status, None, _failure_of(too_large))
+        if propagate and (error := ENDINGS[status].error) is not None:
             raise error(result, result.error.message if result.error else sentence(facts))
         return result
 
@@ -89,11 +104,10 @@ class Job(JobWaiter):
             n, skipped = int(facts["n"]), int(facts["skipped"])
             ranges = self._ledger.ranges(self.id) if skipped else [(0, n)]
             coverage = (n - skipped) / n if n else 1.0
-            return Partial(self._output(facts, spec), coverage, ranges)
+            return Partial(self._output(facts), coverage, ranges)
         operation = registry.get(spec.operation)
         ranges = self._ledger.ranges(self.id)
-        self._refuse_too_large()
-        values = list(partials(self._ledger, self.id, 0, spec.n))
+        values = list(self._partials(spec))
         if operation.merge is None:
             output: Any = list(flattened(iter(values)))
         else:
@@ -106,66 +120,84 @@ class Job(JobWaiter):
         )
 
     def outputs(self) -> Iterator[Any]:
-        """Yield the outputs of a job without a merge, in item order, loading a page at a time."""
+        """Yield the outputs of a job without a merge, in item order, loading a page at a time.
+
+        Failed and skipped items have no output; `rows` yields the indexes too.
+        """
         return flattened(partials(self._ledger, self.id, 0, self._spec().n))
 
-    def _result(self, facts: Facts, status: Status) -> JobResult:
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """Yield the index of each item that succeeded, with its output, loading a page at a time.
+
+        The job has no merge; it may have ended in any way.  Raises InvalidRequest for a job that
+        still runs, or that has a merge; JobNotFound, StoreUnavailable.
+        """
+        spec, facts = self._spec(), self._facts()
+        if not Status(facts["state"]).final:
+            raise InvalidRequest("job", self.id, "still runs; wait for its end, or cancel it")
+        if self._ledger.answer(self.id) is not None or registry.get(spec.operation).merge:
+            raise InvalidRequest("job", self.id, "has a merge, so no output for each item")
+        return zip(self._successful(facts), self.outputs(), strict=True)
+
+    def _result(
+        self, facts: Facts, status: Status, output: Any, error: ItemFailure | None = None
+    ) -> JobResult:
         spec, rounds = self._spec(), [facts, *(each for _, each in self._rounds(facts))]
-        total, done, failed, skipped = (
-            int(facts[name]) for name in ("n", "done", "failed", "skipped")
-        )
-        error = msgspec.json.decode(facts["error"]) if facts.get("error") else None
-        succeeded = status is Status.SUCCEEDED
         return JobResult(
             job_id=self.id,
             status=status,
-            output=self._output(facts, spec) if succeeded else None,
-            total=total,
-            done=done,
-            failed_count=failed,
-            skipped=skipped,
-            failed=self.failures(),
-            successful=SuccessfulItems(
-                [(0, total)] if succeeded and not skipped else self._ledger.ranges(self.id),
-                (self._ledger.failed_items(self.id) if failed else [])
-                + (self._ledger.empty_items(self.id) if skipped else []),
-            ),
+            output=output,
+            total=int(facts["n"]),
+            done=int(facts["done"]),
+            failed_count=int(facts["failed"]),
+            skipped=int(facts["skipped"]),
+            failed=self._failures(facts),
+            successful=self._successful(facts),
             metrics=metrics_of(rounds),
             stopped=next((each["stop"] for each in rounds if each.get("stop")), ""),
-            error=ItemFailure(
-                index=-1,
-                type=error["type"],
-                message=error["message"],
-                traceback=error.get("traceback", ""),
-            )
-            if error
-            else None,
+            error=error or _error_of(facts),
             receipt=receipt_of(rounds),
             spent=self._session.budgets.spent(spec),
         )
 
-    def _output(self, facts: Facts, spec: JobSpec) -> Any:
+    def _failures(self, facts: Facts) -> list[ItemFailure]:
+        return self.failures() if int(facts["failed"]) else []
+
+    def _successful(self, facts: Facts) -> SuccessfulItems:
+        failed, skipped = int(facts["failed"]), int(facts["skipped"])
+        whole = Status(facts["state"]) is Status.SUCCEEDED and not skipped
+        return SuccessfulItems(
+            [(0, int(facts["n"]))] if whole else self._ledger.ranges(self.id),
+            (self._ledger.failed_items(self.id) if failed else [])
+            + (self._ledger.empty_items(self.id) if skipped else []),
+        )
+
+    def _output(self, facts: Facts) -> Any:
+        """Return the output of a job that has succeeded, None for any other."""
+        if Status(facts["state"]) is not Status.SUCCEEDED:
+            return None
+        spec = self._spec()
         packed = self._ledger.answer(self.id)
         if packed is not None:
-            self._refuse_larger(len(packed))
+            self._refuse_larger(codec.unpacked_bytes(packed))
             return codec.unpack(packed)
-        if not self._ledger.ranges(self.id):
-            return None if spec.n == 0 and spec.skip_if_empty else []
-        self._refuse_too_large()
-        return list(self.outputs())
+        if spec.n == 0 and spec.skip_if_empty:
+            return None
+        rate = int(facts["failed"]) / spec.n if spec.n else 0.0
+        return Outputs(
+            flattened(self._partials(spec)), failed=self._failures(facts), failure_rate=rate
+        )
 
-    def _refuse_too_large(self) -> None:
-        """Raise ResultTooLarge when the stored partials are larger than a result may be."""
-        names = [f"{lo}:{hi}" for lo, hi in self._ledger.ranges(self.id)]
+    def _partials(self, spec: JobSpec) -> Iterator[Any]:
+        """Yield the partials; raise ResultTooLarge before they exceed the limit, unpacked."""
+        unpacked = 0
 
-        def sizes(client: Any) -> list[int]:
-            pipe = client.pipeline(transaction=False)
-            for name in names:
-                pipe.hstrlen(self._keys.blobs, name)
-            found: list[int] = pipe.execute()
-            return found
+        def add(size: int) -> None:
+            nonlocal unpacked
+            unpacked += size
+            self._refuse_larger(unpacked)
 
-        self._refuse_larger(sum(self._session.store.call(sizes)))
+        return partials(self._ledger, self.id, 0, spec.n, measure=add)
 
     def _refuse_larger(self, size: int) -> None:
         limit = self._session.settings.max_result_bytes
@@ -251,3 +283,20 @@ class Job(JobWaiter):
                 lo=index,
                 hi=index + 1,
             )[0]
+
+
+def _error_of(facts: Facts) -> ItemFailure | None:
+    """Return the error that ended a job, such as the exception of its merge."""
+    if not facts.get("error"):
+        return None
+    error = msgspec.json.decode(facts["error"])
+    return ItemFailure(
+        index=-1,
+        type=error["type"],
+        message=error["message"],
+        traceback=error.get("traceback", ""),
+    )
+
+
+def _failure_of(error: RlmError) -> ItemFailure:
+    return ItemFailure(index=-1, type=type(error).__name__, message=str(error), code=error.code)

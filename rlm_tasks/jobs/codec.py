@@ -15,6 +15,8 @@ import zstandard
 _PLAIN, _ZSTD = b"\x00", b"\x01"
 _WORTH_COMPRESSING = 512
 """Bytes; shorter data is stored as it is."""
+MOST_UNPACKED_BYTES = 1 << 31
+"""Larger data is never unpacked."""
 _BIG_INTEGER = 1
 """MessagePack's extension type for integers of more than 64 bits."""
 
@@ -53,9 +55,24 @@ def compress(data: bytes) -> bytes:
     return _PLAIN + data
 
 
+def unpacked_bytes(data: bytes) -> int:
+    """Return the bytes of the data that `compress` received, without unpacking them."""
+    if data[:1] != _ZSTD:
+        return len(data) - 1
+    size: int = zstandard.frame_content_size(data[1:33])
+    return size if size >= 0 else MOST_UNPACKED_BYTES + 1  # -1: the frame does not say
+
+
 def decompress(data: bytes) -> bytes:
-    """Return the data that `compress` received."""
-    return zstandard.decompress(data[1:]) if data[:1] == _ZSTD else data[1:]
+    """Return the data that `compress` received.
+
+    Raises ValueError when it has more than MOST_UNPACKED_BYTES: `compress` never wrote it.
+    """
+    if data[:1] != _ZSTD:
+        return data[1:]
+    if (size := unpacked_bytes(data)) > MOST_UNPACKED_BYTES:
+        raise ValueError(f"stored data of {size} bytes, more than {MOST_UNPACKED_BYTES}")
+    return zstandard.decompress(data[1:])
 
 
 def pack(value: Any) -> bytes:

@@ -8,7 +8,7 @@ late, twice or never costs only time.  Begin with `compact_split`, then `merged`
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rlm_tasks.jobs import codec
@@ -23,10 +23,13 @@ class Uncovered(Exception):
     """Two stored partials overlap, so the ledger contradicts itself."""
 
 
-def partials(ledger: Ledger, job: str, lo: int, hi: int) -> Iterator[Any]:
+def partials(
+    ledger: Ledger, job: str, lo: int, hi: int, *, measure: Callable[[int], None] | None = None
+) -> Iterator[Any]:
     """Yield the partials of a range in item order; ranges without a successful item have none.
 
-    Raises Uncovered, StoreUnavailable.
+    `measure` gets the bytes of each partial before it is unpacked, and may raise.  Raises
+    Uncovered, StoreUnavailable.
     """
     at = lo
     for start, end, packed in ledger.pieces(job, lo, hi):
@@ -36,6 +39,8 @@ def partials(ledger: Ledger, job: str, lo: int, hi: int) -> Iterator[Any]:
             )
         at = end
         if packed:
+            if measure is not None:
+                measure(codec.unpacked_bytes(packed))
             yield codec.unpack(packed)
 
 

@@ -11,9 +11,11 @@ import sys
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_settings import BaseSettings
 
 from resilience.errors import Category, RlmError
 from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.operations import registry
 
 _FENCED = re.compile(r"\s*```\w*\n(.*?)```\s*", re.DOTALL)
 MOST_ISSUES = 5
@@ -40,19 +42,30 @@ def path_of(form: type[BaseModel]) -> str:
 
 
 def form_of(path: str) -> type[BaseModel]:
-    """Return the model of a path, from a module that this process has imported already.
+    """Return the model of a path.
 
-    Raises InvalidRequest for others, because a request must not import modules.
+    The model must be defined in a module of RLM_OPERATIONS, or in one that registered an operation
+    in this process.  A request must not import modules, nor read what they hold: a BaseSettings
+    fills itself from the environment.  Raises InvalidRequest for any other path.
     """
     module, _, name = path.partition(":")
-    model: Any = sys.modules.get(module)
+    known = registry.modules()
+    model: Any = sys.modules.get(module) if module in known else None
     for part in name.split("."):
         model = getattr(model, part, None)
-    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        if not isinstance(model, type):
+            break
+    if not (
+        isinstance(model, type)
+        and issubclass(model, BaseModel)
+        and not issubclass(model, BaseSettings)
+        and model.__module__ in known
+    ):
         raise InvalidRequest(
             "output",
             path,
-            "must be a pydantic model, as module:Name, from a module in RLM_OPERATIONS",
+            "must be a pydantic model (no BaseSettings), as module:Name, and its own module must "
+            "be in RLM_OPERATIONS or define an operation",
         )
     return model
 

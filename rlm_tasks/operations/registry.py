@@ -112,6 +112,8 @@ def _positional(function: Callable[..., Any]) -> int:
 
 _registry: dict[str, Operation] = {}
 _declared: list[Callable[[Settings], Iterable[Protection]]] = []
+_imported: set[str] = set()
+"""The modules of RLM_OPERATIONS that this process has imported."""
 
 
 @overload
@@ -217,6 +219,13 @@ def names() -> list[str]:
     return sorted(_registry)
 
 
+def modules() -> frozenset[str]:
+    """Return the modules of RLM_OPERATIONS, and those of functions that are operations here."""
+    return frozenset(
+        _imported | {getattr(each.function, "__module__", "") for each in _registry.values()}
+    )
+
+
 def declare_protections(source: Callable[[Settings], Iterable[Protection]]) -> None:
     """Add protections that no operation declares, such as those of models; `source` yields them."""
     _declared.append(source)
@@ -247,3 +256,4 @@ def import_operations(modules: Sequence[str]) -> None:
                     "RLM_OPERATIONS", module, "no such module on the import path"
                 ) from None
             raise
+    _imported.update(modules)

@@ -57,7 +57,9 @@ class Settings(StoreSettings):
         7 * 86_400, gt=0, description="Results and ledger entries of a job are kept for this long."
     )
     max_result_bytes: int = Field(
-        64 * 2**20, gt=0, description="Largest packed output that result() builds in memory."
+        256 * 2**20,
+        gt=0,
+        description="Bytes of the largest output that result() builds in memory, unpacked.",
     )
     max_item_bytes: int = Field(16 * 2**20, gt=0, description="Largest size of one packed item.")
     fault_patterns: int = Field(

@@ -45,6 +45,12 @@ def spin_then_collect(item: dict[str, Any]) -> list[int]:
     return [item["i"]]
 
 
+@operation("spin_each")
+def spin_each(item: dict[str, Any]) -> int:
+    """Do the same as `spin_then_collect`, with one output per item."""
+    return spin_then_collect(item)[0]
+
+
 @operation("nap")
 def nap(milliseconds: float) -> float:
     """Sleep; use no processor time."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from resilience import InvalidValue
 from rlm_tasks import (
     Binary,
     Client,
@@ -35,6 +36,82 @@ def test_failures_are_returned_and_their_rate_is_exact(client: Client) -> None:
     assert "node.py" not in result.failed[0].traceback
     assert result.failure_rate == 50 / 101
     assert list(result.successful) == list(range(0, 101, 2))
+
+
+def test_rows_pair_each_output_with_the_index_of_its_item(client: Client) -> None:
+    items = [{"i": i, "ms": 0, "fails": i % 7 == 3} for i in range(50)] + [None]
+    good = [i for i in range(50) if i % 7 != 3]
+
+    job = client.submit(
+        operation="spin_each",
+        items=items,
+        continue_on_error=True,
+        skip_if_empty=True,
+        timeout=30,
+        **DEEP,
+    )
+    result = job.result()
+
+    assert list(result.rows()) == [(i, i) for i in good]
+    assert list(job.rows()) == [(i, i) for i in good]
+    assert result.output == good
+    assert result.output.successful == good
+    assert [failure.index for failure in result.output.failed] == list(range(3, 50, 7))
+    assert result.output.failureRate == result.failure_rate == 7 / 51
+
+
+def test_rows_of_a_job_that_failed_are_those_that_succeeded(client: Client) -> None:
+    items = [{"i": i, "ms": 0, "fails": i == 20} for i in range(40)]
+    job = client.submit(operation="spin_each", items=items, timeout=30, **DEEP)
+
+    result = job.result(propagate=False)
+
+    assert (result.status, result.output) == (Status.FAILED, None)
+    rows = list(job.rows())
+    assert rows == [(i, i) for i in result.successful]
+    assert len(rows) == result.done > 0
+    with pytest.raises(InvalidValue, match="did not succeed"):
+        result.rows()
+
+
+def test_rows_of_a_job_with_a_merge_are_refused(client: Client) -> None:
+    job = client.submit(operation="sum", items=range(9))
+    result = job.result(timeout=30)
+
+    for rows in (result.rows, job.rows):
+        with pytest.raises(InvalidValue, match="merge"):
+            rows()
+
+
+def test_batch_execute_returns_the_results_of_failed_jobs_too(client: Client) -> None:
+    bad = {"operation": "fail_odd", "items": [1]}
+    late = {"operation": "nap", "items": [3000], "options": {"timeoutMs": 300}}
+    merged = {"operation": "bad_merge", "items": [1, 2]}
+    good = {"operation": "sum", "items": [1, 2]}
+
+    results = client.batch_execute([bad, good, late, merged, good], timeout=40)
+
+    assert [each.status for each in results] == [
+        Status.FAILED,
+        Status.SUCCEEDED,
+        Status.EXPIRED,
+        Status.FAILED,
+        Status.SUCCEEDED,
+    ]
+    assert [each.output for each in results] == [None, 3, None, None, 3]
+    assert results[0].failed[0].message == "1 is odd"
+    assert results[3].error is not None
+
+
+def test_batch_execute_says_which_jobs_still_run_when_its_time_is_over(client: Client) -> None:
+    requests = [{"operation": "sum", "items": [1, 2]}, {"operation": "nap", "items": [3000] * 9}]
+
+    added, slow = client.batch_execute(requests, timeout=5)
+
+    assert (added.output, slow.output) == (3, None)
+    assert not slow.status.final
+    assert slow.metrics.waited_ms >= 0
+    client.job(slow.job_id).cancel()
 
 
 def test_without_continue_on_error_the_first_failure_fails_the_job(client: Client) -> None:

@@ -237,6 +237,28 @@ def test_large_outputs_are_paged_and_can_be_iterated(
         assert next(iter(job.outputs())) == "item 0"
 
 
+@pytest.mark.parametrize("operation", ["echo", "collect"])
+def test_the_limit_of_a_result_counts_its_bytes_unpacked(
+    operation: str, server: Any, environment: dict[str, str], worker_pid: int
+) -> None:
+    from tests.integration.conftest import client_of
+
+    limit = 1 << 20
+    with client_of({**environment, "RLM_MAX_RESULT_BYTES": str(limit)}) as small:
+        job = small.submit(operation=operation, items=["x" * 10_000] * 500)  # packs to a few KB
+        job.wait(30)
+
+        for read in (job.result, job.get, job.partial):
+            with pytest.raises(ResultTooLarge) as caught:
+                read()
+            assert limit < caught.value.size <= 500 * 10_004
+        refused = job.result(propagate=False)
+
+    assert (refused.status, refused.output) == (Status.SUCCEEDED, None)
+    assert refused.error is not None
+    assert refused.error.code == "RESULT_TOO_LARGE"
+
+
 def test_waiting_ends_after_its_timeout(client_without_worker: PlainClient) -> None:
     job = client_without_worker.submit(operation="sum", items=range(10))
 

@@ -38,3 +38,15 @@ def test_a_value_that_is_no_plain_data_raises_a_type_error() -> None:
 
 def test_long_data_is_compressed() -> None:
     assert len(codec.pack(["the same"] * 1000)) < 200
+
+
+@given(st.binary(max_size=3000), st.integers(1, 2000))
+def test_the_unpacked_size_is_known_before_unpacking(data: bytes, times: int) -> None:
+    assert codec.unpacked_bytes(codec.compress(data * times)) == len(data) * times
+
+
+def test_data_that_grows_beyond_all_bounds_is_not_unpacked() -> None:
+    frame = b"\x28\xb5\x2f\xfd\xe0" + (1 << 40).to_bytes(8, "little")
+
+    with pytest.raises(ValueError, match="more than"):
+        codec.decompress(b"\x01" + frame)
