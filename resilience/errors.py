@@ -74,6 +74,7 @@ class StoreUnavailable(RlmError):
     category = Category.TRANSIENT
     severity = Severity.HIGH
     retryable = True
+    trips = True
 
     def __init__(self, url: str, cause: str) -> None:
         self.url, self.cause = url, cause
@@ -89,6 +90,7 @@ class StoreUntrusted(StoreUnavailable):
     category = Category.AUTH
     severity = Severity.CRITICAL
     retryable = False
+    trips = False
 
     def __init__(self, url: str, cause: str) -> None:
         super().__init__(url, cause)
@@ -157,6 +159,7 @@ class RetryBudgetExhausted(RlmError):
     code = "RETRY_BUDGET_EXHAUSTED"
     category = Category.TRANSIENT
     severity = Severity.HIGH
+    trips = True
 
     def __init__(self, service: str, last: BaseException) -> None:
         self.service, self.last = service, last

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from resilience.errors import Category, Denied, RlmError, Severity
+from resilience.errors import Category, Denied, RetryBudgetExhausted, RlmError, Severity
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,14 @@ _NAMES = {
     "ConnectionError": TRANSIENT,  # requests, redis
     "HTTPError": OPERATION,  # requests, urllib: their status was checked before
 }
+
+
+def shows_outage(code: str) -> bool:
+    """Whether a breaker counts faults of a code; a failure that was stored has only its code."""
+    known = (OPERATION, *_STATUS.values(), *_TYPES.values(), *_NAMES.values())
+    return code == RetryBudgetExhausted.code or any(
+        fault.trips and fault.code == code for fault in known
+    )
 
 
 def register(error: type[BaseException], fault: Fault) -> None:

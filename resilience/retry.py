@@ -3,9 +3,9 @@
 Users decorate functions with `with_retry`; the engine uses `Retry` for items.  Begin with
 `RetryPolicy`, then `RetryState`.
 
-Two kinds of failure cost no attempt.  Either a guard refused the call before it ran (an open
-circuit, an empty bucket), or the service only put it off (429).  Other guards belong inside the
-retried call, and only one layer may retry.
+Two kinds of failure cost no attempt.  Either a guard refused the call before it ran (an empty
+bucket), or the service only put it off (429).  Other guards belong inside the retried call, and
+only one layer may retry.
 """
 
 from __future__ import annotations
@@ -56,12 +56,19 @@ class RetryPolicy(Seconds):
     max_delay_s: float = Field(
         30.0, ge=0, description="Longest wait; only a service may ask for a longer one."
     )
-    deadline_s: float = Field(
-        300.0, gt=0, description="Time from the first attempt after which no retry starts."
+    deadline_s: float | None = Field(
+        None, gt=0, description="Time from the first attempt after which no retry starts."
+    )
+    max_refused_s: float = Field(
+        300.0,
+        gt=0,
+        description="Longest time of refusals in a row (429, an empty bucket), which cost no "
+        "attempt.",
     )
     retryable_errors: tuple[str, ...] = Field(
-        ("TIMEOUT", "RATE_LIMITED", "SERVICE_UNAVAILABLE", "CIRCUIT_OPEN", "BULKHEAD_FULL"),
-        description="Codes of faults that are retried.",
+        ("TIMEOUT", "RATE_LIMITED", "SERVICE_UNAVAILABLE"),
+        description="Codes of faults that are retried. With CIRCUIT_OPEN or BULKHEAD_FULL among "
+        "them, a call waits until its guard admits it.",
     )
     retry_on: tuple[type[BaseException], ...] = Field(
         (), description="Exceptions that are always retried, whatever their fault."
@@ -175,7 +182,8 @@ class RetryState:
 
     def __init__(self, retry: Retry, *, failures: int = 0) -> None:
         self._retry, self.failures, self._put_off = retry, failures, 0
-        self._until = retry.clock() + retry.policy.deadline_s
+        self._began = retry.clock()
+        self._refused_at = self._began  # time of the first refusal in a row
 
     def wait_s(self, error: BaseException, fault: Fault | None = None) -> float:
         """Return the seconds to wait before the next attempt, or raise the error if it is final.
@@ -189,6 +197,9 @@ class RetryState:
             raise error
         self.failures += not fault.free
         self._put_off = self._put_off + 1 if fault.free else 0
+        now = self._retry.clock()
+        if self._put_off <= 1:
+            self._refused_at = now
         if self.failures >= policy.max_attempts:
             raise error
         asked_s = (fault.retry_after_s or 0.0) * self._retry.random.uniform(1.0, 1.1)
@@ -196,7 +207,7 @@ class RetryState:
         wait_s = max(
             asked_s, 0.0 if exact else self._delay_s(requested=fault.retry_after_s is not None)
         )
-        if self._retry.clock() + wait_s > self._until:
+        if now + wait_s > self._until(free=fault.free):
             raise error
         budget = self._retry.budget
         if (
@@ -206,6 +217,14 @@ class RetryState:
         ):
             raise RetryBudgetExhausted(budget.service, error) from error
         return wait_s
+
+    def _until(self, *, free: bool) -> float:
+        """Return the time after which no retry starts."""
+        policy = self._retry.policy
+        return min(
+            float("inf") if policy.deadline_s is None else self._began + policy.deadline_s,
+            self._refused_at + policy.max_refused_s if free else float("inf"),
+        )
 
     def _delay_s(self, *, requested: bool) -> float:
         """Return the policy's delay in seconds.

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from resilience.errors import Category, InvalidValue, RlmError, Severity, StoreUnavailable
+from resilience.faults import shows_outage
 from scheduler.admission import Overloaded, QueueFull
 
 if TYPE_CHECKING:
@@ -121,15 +122,26 @@ class JobEnded(RlmError):
 
 
 class JobFailed(JobEnded):
-    """More items failed than its request tolerates, or its merge or a round failed."""
+    """More items failed than its request tolerates, or its merge or a round failed.
+
+    A breaker counts it if a failure has the code of an outage: TIMEOUT, SERVICE_UNAVAILABLE,
+    OPERATION_FAILED, RETRY_BUDGET_EXHAUSTED.
+    """
 
     code = "JOB_FAILED"
+
+    def __init__(self, result: JobResult, why: str) -> None:
+        super().__init__(result, why)
+        causes = [*result.failed, *([result.error] if result.error is not None else [])]
+        self.trips = any(shows_outage(each.code) for each in causes)
 
 
 class JobExpired(JobEnded):
     """Its timeout passed; `Job.partial` has the answer so far."""
 
     code = "TIMEOUT"
+    category = Category.TIMEOUT
+    trips = True
 
 
 class JobCancelled(JobEnded):
@@ -164,7 +176,9 @@ class ResultTimeout(RlmError, TimeoutError):
     """
 
     code = "RESULT_TIMEOUT"
+    category = Category.TIMEOUT
     retryable = True
+    trips = True
 
     def __init__(self, job_id: str, waited_s: float) -> None:
         self.job_id, self.waited_s = job_id, waited_s

@@ -11,6 +11,7 @@ end
 if b.st == HALF_OPEN then
   if not held then return answer('dropped', b, 0, 0) end
   if outcome == 'failed' then
+    b.f = b.f + 1
     move(b, OPEN)
     return answer('opened', b, 0, 0)
   end

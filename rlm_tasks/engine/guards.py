@@ -447,6 +447,8 @@ class ProcessGuards:
         if operation not in self._retries:
             # Only the job's deadline bounds an item that waits: an accepted item is not given up
             # because of its waits.
-            policy = protection.retry.model_copy(update={"deadline_s": float("inf")})
+            policy = protection.retry.model_copy(
+                update={"deadline_s": None, "max_refused_s": float("inf")}
+            )
             self._retries[operation] = Retry(policy, RetryBudget(protection.service, self.store))
         return self._retries[operation]

@@ -4,11 +4,13 @@ Teams that migrate can send their requests unchanged."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
-from rlm_tasks import Client, InvalidRequest, Status, estimate_optimal_chunk_size
+from resilience import CircuitOpen, with_circuit_breaker, with_retry
+from rlm_tasks import Client, InvalidRequest, JobFailed, Status, estimate_optimal_chunk_size
 
 DATA = list(range(1, 1201))
 
@@ -157,6 +159,68 @@ def test_partial_failure_handling(client: Client) -> None:
     assert len(result.successful) == 200
     assert len(result.failed) == 3
     assert result.failure_rate == 3 / 203
+
+
+def test_exponential_backoff(client: Client) -> None:
+    result = client.execute_with_retry(
+        {"type": "recursive", "description": "Critical task", "input": DATA},
+        {
+            "maxRetries": 5,
+            "backoffMultiplier": 2,
+            "initialDelayMs": 1000,
+            "maxDelayMs": 30000,
+            "retryableErrors": ["TIMEOUT", "RATE_LIMITED", "SERVICE_UNAVAILABLE"],
+        },
+    )
+
+    assert len(result.output) == 1200
+
+
+def test_circuit_breaker_pattern(client: Client) -> None:
+    """The service is down: five executions fail, and the sixth is refused."""
+    breaker = client.create_circuit_breaker(
+        {"failureThreshold": 5, "recoveryTimeoutMs": 30000, "halfOpenMaxCalls": 3}
+    )
+    codes = []
+    for _ in range(6):
+        try:
+            breaker.execute(
+                lambda: client.execute(
+                    {"type": "recursive", "input": {"items": [1, 3, 5], "operation": "fail_odd"}},
+                    timeout=60,
+                )
+            )
+        except (JobFailed, CircuitOpen) as error:
+            codes.append(error.code)
+
+    assert codes == ["JOB_FAILED"] * 5 + ["CIRCUIT_OPEN"]
+    assert (breaker.state, breaker.failure_count) == ("open", 5)
+    breaker.reset()
+    assert breaker.execute(lambda: client.execute({"input": [1]}, timeout=60)).output
+
+
+def test_a_protected_call_with_a_breaker_outside_of_the_retries(client: Client) -> None:
+    """Document 4's decorators, in its order, with a service that is down."""
+    calls = []
+
+    @with_circuit_breaker("agent-factory", failure_threshold=5, store=client.store)
+    @with_retry(max_attempts=5, service="agent-factory", initial_delay_s=0.01, store=client.store)
+    async def call_agent_factory(execution_input: int) -> int:
+        calls.append(execution_input)
+        raise ConnectionError("down")
+
+    async def call_many() -> list[str]:
+        outcomes = []
+        for number in range(20):
+            try:
+                await call_agent_factory(number)
+            except Exception as error:
+                outcomes.append(type(error).__name__)
+        return outcomes
+
+    outcomes = asyncio.run(call_many())
+    assert outcomes == ["ConnectionError"] * 5 + ["CircuitOpen"] * 15
+    assert len(calls) == 5 * 5
 
 
 def test_priority_scheduling(client: Client) -> None:

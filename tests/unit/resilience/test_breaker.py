@@ -145,6 +145,7 @@ def test_a_failed_probe_opens_the_breaker_again(world: World) -> None:
     assert breaker.success_counter == 1
     trip(breaker, 1)
     assert breaker.status()["retry_after_s"] == pytest.approx(10)
+    assert breaker.failure_count == CONFIG.failure_threshold + 1, "a failed probe is a failure"
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import resilience.retry
+from resilience.breaker import CircuitOpen
 from resilience.errors import (
     BulkheadFull,
     CallTimeout,
+    Denied,
     InvalidValue,
     RateLimited,
     RetryBudgetExhausted,
@@ -88,14 +90,8 @@ def test_the_defaults() -> None:
         policy.backoff_multiplier,
         policy.max_delay_s,
     ) == (5, 1, 2, 30)
-    assert set(policy.retryable_errors) >= {"TIMEOUT", "RATE_LIMITED", "SERVICE_UNAVAILABLE"}
-    assert set(policy.retryable_errors) <= {
-        "TIMEOUT",
-        "RATE_LIMITED",
-        "SERVICE_UNAVAILABLE",
-        "CIRCUIT_OPEN",
-        "BULKHEAD_FULL",
-    }
+    assert policy.retryable_errors == ("TIMEOUT", "RATE_LIMITED", "SERVICE_UNAVAILABLE")
+    assert policy.deadline_s is None
 
 
 @pytest.mark.parametrize(
@@ -281,7 +277,6 @@ def test_a_policy_without_retries_makes_one_attempt(world: World) -> None:
         (Http(429, Retry_After="17"), 17),
         (Http(429, retry_after_ms="1500"), 1.5),
         (RateLimited("bucket llm", 7.5, "empty"), 7.5),
-        (BulkheadFull("bulkhead llm", 60, "full"), 60),
     ],
 )
 def test_a_retry_time_of_the_service_is_kept_with_some_jitter(
@@ -296,6 +291,43 @@ def test_a_retry_time_of_the_service_is_kept_with_some_jitter(
     assert hint_s <= min(waits)
     assert max(waits) <= 1.1 * hint_s + 1e-6
     assert max(waits) - min(waits) > 0.05 * hint_s, "the clients do not return all at once"
+
+
+@pytest.mark.parametrize(
+    "refusal", [CircuitOpen("breaker llm", 60, "open"), BulkheadFull("bulkhead llm", 60, "full")]
+)
+def test_an_open_circuit_and_a_full_bulkhead_are_raised_at_once(
+    world: World, refusal: Denied
+) -> None:
+    service = Service(world, refusal)
+
+    with pytest.raises(type(refusal)):
+        retry(world).call(service)
+    assert (len(service.calls), world.now) == (1, service.calls[0])
+    waiting = Service(world, refusal, "fine")
+    assert retry(world, retryable_errors=[refusal.code]).call(waiting) == "fine"
+
+
+def test_a_slow_call_gets_all_its_attempts(world: World) -> None:
+    """Document 0 of the sources: five retries of a job of 300 s."""
+    calls: list[float] = []
+
+    def slow() -> None:
+        calls.append(world.now)
+        world.sleep(300)
+        raise TimeoutError("job")
+
+    with pytest.raises(TimeoutError):
+        retry(world, maxRetries=5).call(slow)
+    assert len(calls) == 6
+
+
+def test_refusals_without_end_are_raised_after_five_minutes(world: World) -> None:
+    for refusal in (Http(429), RateLimited("bucket llm", 7, "empty")):
+        began, service = world.now, Service(world, refusal)
+        with pytest.raises(type(refusal)):
+            retry(world).call(service)
+        assert 240 <= world.now - began <= 300
 
 
 def test_after_a_failure_a_short_retry_time_does_not_shorten_the_delay(world: World) -> None:
@@ -335,7 +367,7 @@ def test_a_retry_time_beyond_the_deadline_ends_the_call_at_once(world: World) ->
     service = Service(world, Http(429, Retry_After="301"))
 
     with pytest.raises(Http):
-        retry(world).call(service)
+        retry(world, deadline_s=300).call(service)
     assert len(service.calls) == 1
 
 
