@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ParamSpec, TypeVar
 
 from resilience.errors import (
@@ -139,11 +140,7 @@ class Bulkhead:
         Raises InvalidValue.
         """
         self.name, self._store, self._lease_s = name, store or default_store(), lease_s
-        if isinstance(limit, str) and limit not in PRESETS:
-            raise InvalidValue(
-                "limit", limit, f"must be a number, Aimd, Elastic, or one of {', '.join(PRESETS)}"
-            )
-        moving = Aimd() if limit is None else PRESETS[limit] if isinstance(limit, str) else limit
+        moving = _moving(limit)
         for field, value in (
             ("limit", _base(moving)),
             ("per_host", per_host or 1),
@@ -185,14 +182,10 @@ class Bulkhead:
         `waiter` joins the line by its urgency (0 is the most urgent), and is passed to `wake` when
         there is room.  Raises NeverSatisfiable for a weight above the limit.
         """
-        if not weight > 0:
-            raise InvalidValue("weight", weight, "must be above 0")
-        if weight > _most(self._limit) or 0 < self._per_host < weight:
-            raise NeverSatisfiable(
-                f"bulkhead {self.name}",
-                weight,
-                min(_most(self._limit), self._per_host or float("inf")),
-            )
+        if not isinstance(weight, Real) or not weight > 0:
+            raise InvalidValue("weight", weight, "must be a number above 0")
+        if weight > (most := min(capacity(self._limit), self._per_host or float("inf"))):
+            raise NeverSatisfiable(f"bulkhead {self.name}", weight, most)
         until = self._store.clock() + max_wait_s
         while (
             not (permit := self._take(weight, host, waiter, urgency))
@@ -235,7 +228,7 @@ class Bulkhead:
             _base(self._limit),
             self._per_host,
             self._kind,
-            _most(self._limit),
+            capacity(self._limit),
             shrink_ms,
             waiter,
             urgency,
@@ -293,7 +286,7 @@ class Bulkhead:
             int(self._lease_s * 1000),
             self._kind,
             _base(self._limit),
-            _most(self._limit),
+            capacity(self._limit),
         )
         try:
             [[held, _, *waiters]] = self._store.call(
@@ -376,5 +369,15 @@ def _base(limit: float | Aimd | Elastic) -> float:
     )
 
 
-def _most(limit: float | Aimd | Elastic) -> float:
-    return limit if isinstance(limit, int | float) else limit.most
+def capacity(limit: float | str | Aimd | Elastic | None) -> float:
+    """Return the most that a limit can ever grant at once.  Raises InvalidValue."""
+    moving = _moving(limit)
+    return moving if isinstance(moving, int | float) else moving.most
+
+
+def _moving(limit: float | str | Aimd | Elastic | None) -> float | Aimd | Elastic:
+    if isinstance(limit, str) and limit not in PRESETS:
+        raise InvalidValue(
+            "limit", limit, f"must be a number, Aimd, Elastic, or one of {', '.join(PRESETS)}"
+        )
+    return Aimd() if limit is None else PRESETS[limit] if isinstance(limit, str) else limit

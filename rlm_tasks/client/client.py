@@ -149,8 +149,8 @@ class Client(Platform):
 
         A policy may be a dict in camelCase, too (``maxRetries``, ``initialDelayMs``,
         ``retryableErrors``).  A refused job is submitted again at its retry time, which costs no
-        attempt.  Raises the error of the last attempt.  A policy on the *operation* retries
-        single items; prefer it where one item of many may fail.
+        attempt, for up to ``max_refused_s`` (300 s).  Raises the error of the last attempt.  A
+        policy on the *operation* retries single items; prefer it where one item of many may fail.
         """
         from resilience.retry import retrying
 

@@ -7,6 +7,7 @@ themselves.  Begin with `ORDER`, then `OperationGuards.call`.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -127,7 +128,10 @@ class OperationGuards:
             if self._breaker is not None:
                 held.admission = self._breaker.admit(waiter, self._urgency)
             if self._bulkhead is not None:
-                held.permit = self._bulkhead.acquire(waiter=waiter, urgency=self._urgency)
+                weight = self._weight(item, context)
+                held.permit = self._bulkhead.acquire(
+                    weight=weight, waiter=waiter, urgency=self._urgency
+                )
                 if not held.permit:
                     raise self._bulkhead.full(held.permit)
         except Exception:  # denied, or `cost` raised: nothing was called
@@ -159,6 +163,11 @@ class OperationGuards:
                 f"its limit of {grant.limited_by} has no room for it yet",
             )
         return grant
+
+    def _weight(self, item: Any, context: Context) -> float:
+        """Return the part of the bulkhead that one call takes, by default 1."""
+        weight = self._protection.weight
+        return self._operation.with_context(weight, item, context) if callable(weight) else weight
 
     def _withdraw(self, held: HeldGuards) -> None:
         """Give back what outer guards gave to a call that was not made."""
@@ -206,22 +215,37 @@ class OperationGuards:
         try:
             held = self._enter_soon(item, context, waiter)
         except Denied as denied:
-            if (fallback := self.instead_of(denied)) is not None:
-                return run(self._operation.with_context, fallback, item, context)
-            raise postponed(denied, tries) from None
-        try:
-            output = run(self._operation.apply, item, context)
-        except BaseException as error:
-            self.leave(held, error)
-            if isinstance(error, Exception):
-                raise self._after_failure(error, tries) from error
-            raise
-        self.leave(held)
-        return output
+            if (fallback := self.instead_of(denied)) is None:
+                raise postponed(denied, tries) from None
+        else:
+            try:
+                output = run(self._operation.apply, item, context)
+            except BaseException as error:
+                self.leave(held, error)
+                if not isinstance(error, Exception):
+                    raise
+                outcome = self._after_failure(error, tries)
+                if (fallback := self.instead_of(outcome)) is None:
+                    raise outcome from error
+            else:
+                self.leave(held)
+                return output
+        return run(self._operation.with_context, fallback, item, context)
 
-    def instead_of(self, denied: Denied) -> Callable[..., Any] | None:
-        """Return the declared fallback of a call that an open breaker denied, otherwise None."""
-        return self._protection.fallback if denied.code == "CIRCUIT_OPEN" else None
+    def instead_of(self, error: Exception) -> Callable[..., Any] | None:
+        """Return the declared fallback of a call that failed for good, otherwise None.
+
+        It replaces a call that an open breaker denied, and one whose error is worth a retry but has
+        none left.
+        """
+        if self._protection.fallback is None or isinstance(error, Postponed):
+            return None
+        from resilience.retry import DEFAULT
+
+        policy = self._protection.retry or DEFAULT
+        is_open = isinstance(error, Denied) and error.code == "CIRCUIT_OPEN"
+        failed = not isinstance(error, Denied) and policy.wants(error, classify(error))
+        return self._protection.fallback if is_open or failed else None
 
     def still_waits(self, waiter: str) -> bool:
         """Whether a noted waiter is still in a line; if not, it was woken before it was parked.
@@ -295,6 +319,9 @@ class OperationGuards:
                 if not isinstance(error, Exception) or isinstance(error, asyncio.CancelledError):
                     raise
                 outcome = self._after_failure(error, tries)
+                if (fallback := self.instead_of(outcome)) is not None:
+                    output = self._operation.with_context(fallback, item, context)
+                    return await output if inspect.isawaitable(output) else output
                 if not isinstance(outcome, Postponed):
                     raise
                 tries = context.tries = outcome.tries

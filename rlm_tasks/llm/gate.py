@@ -366,9 +366,9 @@ class Gate(OperationGuards):
                 self._pool.endpoints[endpoint], held.question.model, error.retry_after_s
             )
 
-    def instead_of(self, denied: Denied) -> Callable[..., Any] | None:
-        """Return the fallback for a budget that is spent for good; None for other denials."""
-        spent_for_good = isinstance(denied, BudgetSpent) and denied.final
+    def instead_of(self, error: Exception) -> Callable[..., Any] | None:
+        """Return the fallback for a budget that is spent for good; None for other errors."""
+        spent_for_good = isinstance(error, BudgetSpent) and error.final
         return self._protection.fallback if spent_for_good else None
 
     def still_waits(self, waiter: str) -> bool:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from resilience.errors import Denied
     from resilience.store import Call
     from rlm_tasks.jobs.items import ItemSample
     from rlm_tasks.operations.context import Context
@@ -54,8 +53,8 @@ class CallGuards(Protocol):
         `pause` sleeps between attempts, or raises the postponement.
         """
 
-    def instead_of(self, denied: Denied) -> Callable[..., Any] | None:
-        """Return the fallback for a denied call; None when there is none."""
+    def instead_of(self, error: Exception) -> Callable[..., Any] | None:
+        """Return the fallback for a call that was denied or failed; None when there is none."""
 
     def still_waits(self, waiter: str) -> bool:
         """Return whether a waiter is still in the line of a guard."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from rlm_tasks.errors import InvalidRequest
@@ -29,6 +30,7 @@ class Protection:
     cost: Callable[..., Mapping[str, float]] | None = None
     bulkhead: float | str | Aimd | Elastic | None = None
     per_host: float | None = None
+    weight: float | Callable[..., float] = 1.0
     retry: RetryPolicy | None = None
     fallback: Callable[..., Any] | None = None
     timeout_s: float | None = None
@@ -36,7 +38,13 @@ class Protection:
     @property
     def guards_calls(self) -> bool:
         """Whether a guard other than the time limit is declared."""
-        return bool(self.breaker or self.rate_limit or self.bulkhead is not None or self.retry)
+        return bool(
+            self.breaker
+            or self.rate_limit
+            or self.bulkhead is not None
+            or self.retry
+            or self.fallback
+        )
 
 
 UNPROTECTED = Protection()
@@ -66,12 +74,31 @@ def protection(service: str, about: Mapping[str, Any]) -> Protection:
             declared["cost"],
             "is the amount a call takes of rate_limit; declare rate_limit=..., too",
         )
-    if declared.get("fallback") is not None and not declared.get("breaker"):
-        raise InvalidRequest(
-            "fallback",
-            declared["fallback"],
-            "is called while the breaker is open; declare breaker=..., too",
-        )
+    _check_weight(declared)
     if (limit_s := declared.get("timeout_s")) is not None and not limit_s > 0:
         raise InvalidRequest("timeout_s", limit_s, "must be above 0 seconds")
     return Protection(service=declared.pop("service", "") or service, **declared)
+
+
+def _check_weight(declared: Mapping[str, Any]) -> None:
+    """Raise InvalidRequest for a weight that no bulkhead can grant."""
+    if (weight := declared.get("weight")) is None:
+        return
+    if declared.get("bulkhead") is None:
+        raise InvalidRequest(
+            "weight",
+            weight,
+            "is the part that a call takes of bulkhead; declare bulkhead=..., too",
+        )
+    if callable(weight):
+        return
+    from resilience.bulkhead import capacity
+
+    most = min(capacity(declared["bulkhead"]), declared.get("per_host") or float("inf"))
+    if not isinstance(weight, Real) or not 0 < float(weight) <= most:
+        raise InvalidRequest(
+            "weight",
+            weight,
+            f"must be above 0 and at most {most:g}, the most that bulkhead and per_host grant, "
+            "or a function of the item that returns such a number",
+        )

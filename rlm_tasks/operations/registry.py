@@ -137,6 +137,7 @@ def operation(
     cost: Callable[..., Mapping[str, float]] | None = None,
     bulkhead: float | str | Aimd | Elastic | None = None,
     per_host: float | None = None,
+    weight: float | Callable[..., float] = 1.0,
     retry: RetryPolicy | int | None = None,
     fallback: Callable[..., Any] | None = None,
     timeout_s: float | None = None,
@@ -165,9 +166,11 @@ def operation(name: Any = None, **about: Any) -> Any:
     - ``breaker``: a preset's name, a BreakerConfig, or True.
     - ``rate_limit``: a Rate of requests, or several by name; ``cost`` computes the amounts that a
       call takes, from the item and the context.
-    - ``bulkhead``: calls in flight; ``per_host``: calls in flight on one host.
+    - ``bulkhead``: calls in flight; ``per_host``: calls in flight on one host.  ``weight``: the
+      part of the bulkhead that a call takes, a number or a function of the item and the context.
     - ``retry``: attempts, or a RetryPolicy.
-    - ``fallback``: a function that is called while the breaker is open.
+    - ``fallback``: a function that is called while the breaker is open, and when the retries of an
+      item are used up.
     - ``timeout_s``: the time limit of one item.
     """
     if callable(name):

@@ -68,8 +68,26 @@ def stubborn(item: int, ctx: Context) -> list[int]:
     fallback=lambda item: -item,
 )
 def second_best(item: int, ctx: Context) -> int:
-    """Fail; once the breaker is open, the fallback answers."""
+    """Fail; the fallback answers, and once the breaker is open it answers alone."""
     raise ConnectionError("never there")
+
+
+TWICE = RetryPolicy(max_attempts=2, initial_delay_s=0.01)
+
+
+@operation("at_last", retry=TWICE, fallback=lambda item: -item)
+def at_last(item: int, ctx: Context) -> int:
+    """Fail at even numbers, at every try."""
+    _journal(ctx, "call")
+    if item % 2 == 0:
+        raise TimeoutError("never in time")
+    return item
+
+
+@operation("at_last_async", retry=TWICE, fallback=lambda item: -item, concurrency=4)
+async def at_last_async(item: int, ctx: Context) -> int:
+    """Do the same as `at_last`, with four items in flight."""
+    return at_last(item, ctx)  # type: ignore[no-any-return]  # calling an operation calls its function
 
 
 @operation("third_time", merge=_listed, retry=QUICK)

@@ -124,9 +124,25 @@ def test_a_fallback_answers_while_the_breaker_is_open(guarded: Client) -> None:
         timeout=30,
     )
 
-    assert result.failed_count == 2
-    assert result.output == [-item for item in range(3, 11)]
-    assert {each.code for each in result.failed} == {"SERVICE_UNAVAILABLE"}
+    assert (result.failed_count, result.output) == (0, [-item for item in range(1, 11)])
+    assert guarded.breakers.get("second_best").failure_count == 2
+
+
+@pytest.mark.parametrize("operation", ["at_last", "at_last_async"])
+def test_a_fallback_answers_when_the_retries_of_an_item_are_used_up(
+    guarded: Client, tmp_path: Path, operation: str
+) -> None:
+    result = guarded.execute(
+        operation=operation,
+        items=range(1, 5),
+        params={"folder": str(tmp_path)},
+        continue_on_error=True,
+        timeout=30,
+    )
+
+    assert (result.failed_count, result.output) == (0, [1, -2, 3, -4])
+    calls = Counter(index for _, index, _, _ in journal(tmp_path))
+    assert calls == {0: 1, 1: 2, 2: 1, 3: 2}, "the fallback follows the last attempt"
 
 
 @pytest.mark.parametrize("operation", ["third_time", "third_time_async"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 
 from resilience.breaker_storage import BreakerConfig
 from resilience.bucket import Rate
-from resilience.errors import BulkheadFull, RateLimited
+from resilience.bulkhead import Elastic
+from resilience.errors import BulkheadFull, InvalidValue, NeverSatisfiable, RateLimited
 from resilience.retry import RetryPolicy
 from resilience.settings import BreakerSettings
 from rlm_tasks.engine.guards import OperationGuards, Postponed, ProcessGuards
@@ -159,3 +161,112 @@ def test_breakers_can_be_switched_off(world: World) -> None:
 
 def test_an_operation_without_guards_has_none(world: World) -> None:
     assert guards(world).of(Operation("op", len), SPEC) is None
+
+
+# --- fallbacks --------------------------------------------------------------------------------
+
+
+def raising(error: Exception) -> Any:
+    def fail(_: int) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("about", [{}, {"breaker": "client"}, {"retry": 1}, {"bulkhead": 5}])
+def test_a_fallback_answers_when_an_item_has_no_retry_left(
+    world: World, about: dict[str, Any]
+) -> None:
+    one = guarded(
+        guards(world), raising(ConnectionError("gone")), fallback=lambda item: -item, **about
+    )
+
+    assert one.call(7, context(), tries=0, waiter="") == -7
+
+
+def test_a_fallback_waits_until_all_retries_are_used_up(world: World) -> None:
+    fail, about = raising(TimeoutError("slow")), {"retry": 3, "fallback": lambda item: -item}
+    one = guarded(guards(world), fail, **about)
+
+    for tries in (0, 1):
+        with pytest.raises(Postponed):
+            one.call(7, context(tries=tries), tries=tries, waiter="")
+    assert one.call(7, context(tries=2), tries=2, waiter="") == -7
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), MemoryError()])
+def test_a_fallback_hides_no_error_that_is_not_worth_a_retry(
+    world: World, error: Exception
+) -> None:
+    one = guarded(guards(world), raising(error), retry=3, fallback=lambda item: -item)
+
+    with pytest.raises(type(error)):
+        one.call(7, context(), tries=0, waiter="")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_fallback_of_a_coroutine_function_answers_as_well(world: World, is_async: bool) -> None:
+    async def fail(_: int) -> int:
+        raise ConnectionError("gone")
+
+    async def backup(item: int) -> int:
+        return -item
+
+    async def call() -> Any:
+        one = guarded(
+            guards(world), fail, bulkhead=5, fallback=backup if is_async else lambda item: -item
+        )
+        held = one.enter(7, context(), "")
+        return await one.call_async(
+            7, context(), held, run=lambda: fail(7), waiter="", pause=never_pause
+        )
+
+    assert asyncio.run(call()) == -7
+
+
+async def never_pause(wait: Postponed) -> None:
+    raise AssertionError(wait)
+
+
+# --- weights ----------------------------------------------------------------------------------
+
+
+def test_a_call_takes_its_weight_of_the_bulkhead(world: World) -> None:
+    on = guards(world)
+    one = guarded(on, bulkhead=Elastic(500, 2048, 900), weight=lambda item: item["mb"])
+
+    held = [one.enter({"mb": 400}, context(), "") for _ in range(5)]
+    assert on._bulkheads["op"].status()["used"] == 2000
+    with pytest.raises(BulkheadFull):
+        one.enter({"mb": 49}, context(), "")
+    assert one.enter({"mb": 48}, context(), "").permit
+    for each in held:
+        one.leave(each)
+    assert on._bulkheads["op"].status()["used"] == 48
+
+
+def test_a_weight_may_be_a_number_and_may_read_the_context(world: World) -> None:
+    on = guards(world)
+    guarded(on, bulkhead=10, weight=2.5).enter(1, context(), "")
+    assert on._bulkheads["op"].status()["used"] == 2.5
+    by_context = guarded(on, bulkhead=10, weight=lambda item, ctx: ctx.index + 1)
+    by_context.enter(1, context(index=3), "")
+    assert on._bulkheads["op"].status()["used"] == 6.5
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (9, NeverSatisfiable, "bulkhead op: 9 at once can never be granted, the limit is 8"),
+        (0, InvalidValue, "weight=0: must be a number above 0"),
+        ("1", InvalidValue, "weight='1': must be a number above 0"),
+        (float("nan"), InvalidValue, "weight=nan: must be a number above 0"),
+    ],
+)
+def test_an_item_with_an_impossible_weight_fails_by_itself(
+    world: World, weight: Any, error: type[Exception], message: str
+) -> None:
+    one = guarded(guards(world), bulkhead=8, weight=lambda item: weight)
+
+    with pytest.raises(error, match=message):
+        one.call(1, context(), tries=0, waiter="")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from resilience.bulkhead import Elastic
 from resilience.errors import InvalidValue
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs import item_failures as item_failures  # registers Celery's exceptions
@@ -23,7 +24,15 @@ from rlm_tasks.operations.protection import protection
         ),
         ({"breaker": {"failure_treshold": 3}}, InvalidValue, "failure_treshold=3: unknown field"),
         ({"cost": len}, InvalidRequest, "declare rate_limit=..., too"),
-        ({"fallback": len}, InvalidRequest, "declare breaker"),
+        ({"weight": 5}, InvalidRequest, "weight=5: .* declare bulkhead=..., too"),
+        ({"weight": 0, "bulkhead": 5}, InvalidRequest, "weight=0: must be above 0 and at most 5"),
+        ({"weight": "1", "bulkhead": 5}, InvalidRequest, "weight='1': must be above 0"),
+        ({"weight": 9, "bulkhead": Elastic(5, 8)}, InvalidRequest, "weight=9: .* at most 8"),
+        (
+            {"weight": 3, "bulkhead": "constrained", "per_host": 2},
+            InvalidRequest,
+            "weight=3: .* at most 2",
+        ),
         ({"timeout_s": 0}, InvalidRequest, "timeout_s=0"),
         ({"retry": 0}, InvalidValue, "max_attempts=0"),
     ],
@@ -33,3 +42,7 @@ def test_a_wrong_declaration_is_refused_at_once(
 ) -> None:
     with pytest.raises(error, match=message):
         protection("op", about)
+
+
+def test_a_fallback_alone_guards_calls() -> None:
+    assert protection("op", {"fallback": len}).guards_calls
