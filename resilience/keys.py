@@ -78,6 +78,10 @@ class Keys:
             f"{namespace}:{{faults}}:seen",  # ZSET    recurring fault -> ms of the last one
         )
 
+    def queue(self, name: str) -> str:
+        """Return the key (LIST) of a queue of the platform's own app, as kombu names it."""
+        return self.prefix + name
+
     def of(self, job: str) -> JobKeys:
         """Return the keys of one job."""
         tagged = f"{self.namespace}:{{{job}}}:"

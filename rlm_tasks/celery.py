@@ -1,7 +1,8 @@
 """The platform's own Celery app, and its configuration.
 
-``celery -A rlm_tasks worker`` finds `app` here, and a `Client` without an app uses it.  The module
-has every Celery setting of an app that runs only jobs; for other apps, see `installation`.
+``celery -A rlm_tasks worker`` finds `app` here.  A `Client` without an app uses it, unless the
+platform is installed in an app of the user (`default_app`).  The module has every Celery setting of
+an app that runs only jobs; for other apps, see `installation`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from celery import Celery
 from kombu.entity import Queue
 
 from resilience.keys import Keys
-from rlm_tasks.installation import AUTOSCALER, monitoring
+from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.installation import AUTOSCALER, installed_apps, monitoring
 from rlm_tasks.installation import install as install
 from rlm_tasks.messaging import transports
 from rlm_tasks.messaging.broker_kinds import broker
 from rlm_tasks.messaging.queue_names import queue_name as queue_name
 from rlm_tasks.messaging.queue_names import queue_names
+from rlm_tasks.operations import registry
 from rlm_tasks.requests import Priority
 from rlm_tasks.settings.model import Settings
 
@@ -82,5 +85,27 @@ def beat_configuration(settings: Settings) -> dict[str, Any]:
 
 
 app = install(Celery("rlm_tasks", set_as_current=False))
-"""The app of ``celery -A rlm_tasks``, and of a `Client` that is given none."""
+"""The app of ``celery -A rlm_tasks``, and of a program that installs the platform in none."""
 app.config_from_object(configuration(app.rlm_settings))
+
+
+def default_app() -> Celery:
+    """Return the app of a `Client` that is given none, and of ``operation.submit``.
+
+    It is the app that the program has called `install` on, else the platform's own.  Modules of
+    operations are imported before, because they often import the app.  Raises InvalidRequest when
+    there are several.
+    """
+    users = [each for each in installed_apps() if each is not app]
+    if not users:
+        registry.import_operations(app.rlm_settings.operations)
+        users = [each for each in installed_apps() if each is not app]
+    if len(users) > 1:
+        names = [str(each.main) for each in users]
+        raise InvalidRequest(
+            "app",
+            names,
+            "the platform is installed in several apps of this process; name the one that sends, "
+            "as in Client(app).submit(...), or close the others",
+        )
+    return users[0] if users else app

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from celery import Celery, signals
+from celery._state import _get_active_apps
 from celery.app.amqp import AMQP, Queues
 from kombu.utils.imports import symbol_by_name
 
@@ -104,6 +105,35 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
     install_logs(app, settings)
     _load_for_command(app)
     return app
+
+
+def installed_apps() -> list[Celery]:
+    """Return the open apps of this process that the platform is installed in, by name."""
+    return sorted(
+        (each for each in _get_active_apps() if hasattr(each, "rlm_settings")),
+        key=lambda each: str(each.main),
+    )
+
+
+def command_of(app: Celery) -> str:
+    """Return the beginning of Celery's commands for an app: ``celery -A shop``.
+
+    The name is that of the command line, else the shortest module that holds the app, else the
+    app's own.
+    """
+    context = click.get_current_context(silent=True)
+    named = context.find_root().params.get("app") if context is not None else None
+    return f"celery -A {named if isinstance(named, str) else _module_of(app)}"
+
+
+def _module_of(app: Celery) -> str:
+    names = [
+        name.removesuffix(".celery")
+        for name, module in list(sys.modules.items())
+        if name != "__main__"
+        and any(getattr(module, "__dict__", {}).get(each) is app for each in ("app", "celery"))
+    ]
+    return min(names, key=lambda name: (len(name), name), default=str(app.main or "your_app"))
 
 
 def _settings_of_process() -> Settings:

@@ -11,6 +11,7 @@ import click
 from rlm_tasks.cli.output import ago, answer, as_json_option, client_of, print_json, table
 
 if TYPE_CHECKING:
+    from rlm_tasks.client.client import Client
     from rlm_tasks.client.platform_status import PlatformStatus
 
 
@@ -19,20 +20,24 @@ if TYPE_CHECKING:
 @click.pass_context
 def status(ctx: click.Context, as_json: bool) -> None:
     """Show the platform at a glance: level, hosts, active work, operations."""
-    platform = client_of(ctx).status()
+    client = client_of(ctx)
+    platform = client.status()
     if as_json:
         print_json(platform.to_dict())
         return
-    click.echo(_sentence(platform))
+    click.echo(_sentence(platform, client))
     _show_hosts(platform)
     table("At work", ("operation", "nodes"), sorted(platform.active.items()))
     _show_operations(platform.operations)
 
 
-def _sentence(platform: PlatformStatus) -> str:
+def _sentence(platform: PlatformStatus, client: Client) -> str:
+    from rlm_tasks.installation import command_of
+
+    beat = f"{command_of(client.app)} beat"
     why = f": {platform.why}" if platform.why else ""
     rising = f"; {platform.rising_to} is expected within a minute" if platform.rising_to else ""
-    blind = "" if platform.monitored else ". No beat: each host acts on its own; start celery beat"
+    blind = "" if platform.monitored else f". No beat: each host acts on its own; type: {beat}"
     return f"Pressure is {platform.level}{why}{rising}{blind}"
 
 
@@ -70,7 +75,8 @@ def pressure(ctx: click.Context, as_json: bool) -> None:
     """Show the pressure level and its cause; see `force`, `release` and `history`."""
     if ctx.invoked_subcommand is not None:
         return
-    platform = client_of(ctx).status()
+    client = client_of(ctx)
+    platform = client.status()
     if as_json:
         names = (
             "level",
@@ -84,7 +90,7 @@ def pressure(ctx: click.Context, as_json: bool) -> None:
         )
         print_json({name: value for name, value in platform.to_dict().items() if name in names})
         return
-    click.echo(_sentence(platform))
+    click.echo(_sentence(platform, client))
     click.echo(f"Left out at this level: {', '.join(platform.strategies) or 'nothing'}")
     _show_hosts(platform)
 

@@ -6,7 +6,7 @@ Users, the command line and Flower each hold a `Client`.  `submission`, `plannin
 
 from __future__ import annotations
 
-import functools
+import os
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -18,7 +18,7 @@ from celery import Celery
 from resilience.faults import Fault, classify
 from resilience.retry import RetryPolicy
 from resilience.store import Store
-from rlm_tasks.celery import app as default_app
+from rlm_tasks.celery import default_app
 from rlm_tasks.client.job import Job
 from rlm_tasks.client.platform import Platform
 from rlm_tasks.client.session import Session
@@ -45,7 +45,12 @@ class Client(Platform):
     """
 
     def __init__(self, app: Celery | None = None) -> None:
-        super().__init__(Session(app or default_app))
+        """Send with an app that the platform is installed in.
+
+        By default it is the only such app of this process, else the platform's own.  Raises
+        InvalidRequest when there are several, and for an app without the platform.
+        """
+        super().__init__(Session(app or default_app()))
         self._submission = Submission(self.session)
         registry.import_operations(self.settings.operations)
 
@@ -259,7 +264,14 @@ def _fault_of(ended: JobEnded, policy: RetryPolicy) -> Fault:
     return replace(classify(ended), code=codes[0] if codes else ended.code)
 
 
-@functools.cache
+_default: dict[tuple[int, Celery], Client] = {}
+
+
 def default_client() -> Client:
-    """Return the client behind ``operation.submit``, configured by the environment."""
-    return Client()
+    """Return the client behind ``operation.submit``, of the app that `Client()` uses.
+
+    A process has one for each app; a forked process makes its own.  Raises InvalidRequest when the
+    platform is installed in several apps.
+    """
+    owner = os.getpid(), default_app()
+    return _default.get(owner) or _default.setdefault(owner, Client(owner[1]))

@@ -15,7 +15,7 @@ from celery import Celery
 from resilience.keys import Keys
 from resilience.store import Store, guard_store, masked
 from rlm_tasks.client.admission import AdmissionCheck
-from rlm_tasks.errors import BrokerUnavailable
+from rlm_tasks.errors import BrokerUnavailable, InvalidRequest
 from rlm_tasks.jobs.stored_items import ItemReader
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.messaging.broker import AWAY
@@ -44,6 +44,11 @@ class Session:
     """The parts by which one client reaches the platform."""
 
     def __init__(self, app: Celery) -> None:
+        """Raises InvalidRequest for an app that the platform is not installed in."""
+        if not hasattr(app, "rlm_settings"):
+            raise InvalidRequest(
+                "app", str(app.main), "the platform is not installed in it; call install(app) first"
+            )
         self.app = app
         self.settings: Settings = app.rlm_settings
         self.store = Store(self.settings.address, namespace=self.settings.namespace)

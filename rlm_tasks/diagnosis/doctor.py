@@ -20,6 +20,7 @@ from resilience.address import SENTINEL, SENTINEL_TIMEOUT_S
 from resilience.errors import StoreUnavailable
 from resilience.store import Store, masked
 from rlm_tasks import import_path
+from rlm_tasks.installation import command_of
 from rlm_tasks.jobs.spec import SCHEMA
 from rlm_tasks.operations import registry
 from rlm_tasks.version import __version__
@@ -39,7 +40,6 @@ SKEW_WARNING_S, SKEW_FAULT_S = 0.5, 5.0
 
 A message carries the time when it was sent, by its sender's clock."""
 _SAMPLES = 3
-_COMMAND = "celery -A rlm_tasks"
 
 
 def examine(
@@ -82,13 +82,15 @@ def _shared(client: Client, app: Celery, clock: Callable[[], float]) -> Iterator
     yield _clock_here(store, clock)
     broker, depths = _broker(client)
     yield broker
-    yield from _workers(hosts)
+    command = command_of(app)
+    yield from _workers(hosts, command)
     yield from _clocks_there(board, hosts)
     yield from _releases(hosts)
-    yield from _queues(_names(client), hosts, depths)
-    yield from _monitor(board, hosts, client)
-    yield _quarantine(client)
-    yield _breakers(store)
+    yield from _queues(_names(client), hosts, depths, command)
+    yield from _astray(client, app)
+    yield from _monitor(board, hosts, client, command)
+    yield _quarantine(client, command)
+    yield _breakers(store, command)
 
 
 def _reach(store: Store) -> None:
@@ -319,14 +321,14 @@ def _has_own_broker(client: Client, app: Celery) -> bool:
     return here != ("redis", ledger.get("host", "localhost"), ledger.get("port", 6379))
 
 
-def _workers(hosts: Sequence[HostReport]) -> Iterator[Finding]:
+def _workers(hosts: Sequence[HostReport], command: str) -> Iterator[Finding]:
     if hosts:
         slots = sum(host.slots for host in hosts)
         yield Finding("workers", "ok", f"{len(hosts)} reporting, with {slots} slots")
         return
     advice = (
-        f"Type: {_COMMAND} worker; if one runs, it must have the same RLM_REDIS_URL and "
-        f"RLM_NAMESPACE: {_COMMAND} inspect ping"
+        f"Type: {command} worker; if one runs, it must have the same RLM_REDIS_URL and "
+        f"RLM_NAMESPACE: {command} inspect ping"
     )
     yield Finding("workers", "fault", "no worker reports, so no job runs", advice)
 
@@ -370,7 +372,10 @@ def _names(client: Client) -> list[str]:
 
 
 def _queues(
-    names: Iterable[str], hosts: Sequence[HostReport], depths: Mapping[str, QueueReport] | None
+    names: Iterable[str],
+    hosts: Sequence[HostReport],
+    depths: Mapping[str, QueueReport] | None,
+    command: str,
 ) -> Iterator[Finding]:
     """Yield a finding on queues that no worker consumes: a fault where messages wait in them."""
     left = [name for name in names if not any(name in host.queues for host in hosts)]
@@ -379,7 +384,7 @@ def _queues(
         for name in left
         if depths and name in depths and depths[name].depth
     }
-    advice = f"Type: {_COMMAND} worker -Q {','.join(left)}"
+    advice = f"Type: {command} worker -Q {','.join(left)}"
     if waiting:
         counts = ", ".join(f"{depth} in {name}" for name, depth in waiting.items())
         found = f"messages wait that no worker consumes: {counts}"
@@ -390,7 +395,32 @@ def _queues(
         yield Finding("queues", "ok", "each has a worker")
 
 
-def _monitor(board: Board, hosts: Sequence[HostReport], client: Client) -> Iterator[Finding]:
+def _astray(client: Client, app: Celery) -> Iterator[Finding]:
+    """Yield a finding on messages in the ledger's Redis, if it is not the broker of this app.
+
+    The platform's own app has its broker there, so a program without this app sends them there.
+    """
+    from rlm_tasks.messaging.broker_kinds import broker
+
+    names, store, keys = _names(client), client.ledger.store, client.ledger.keys
+    prefix = (app.conf.broker_transport_options or {}).get("global_keyprefix", "")
+    if prefix == keys.prefix and app.conf.broker_url == broker(client.settings)["broker_url"]:
+        return
+    depths = store.call(lambda redis: [int(redis.llen(keys.queue(each))) for each in names])
+    waiting = [f"{depth} in {name}" for name, depth in zip(names, depths, strict=True) if depth]
+    if waiting:
+        yield Finding(
+            "queues",
+            "fault",
+            f"messages wait in the Redis of the ledger, at {store.url}, where no worker of this "
+            f"app takes them: {', '.join(waiting)}",
+            "Their sender lacks this app: let it import the module that calls install(app)",
+        )
+
+
+def _monitor(
+    board: Board, hosts: Sequence[HostReport], client: Client, command: str
+) -> Iterator[Finding]:
     """Yield findings on the monitor that beat starts, and on a drill."""
     orders, stale_s = board.orders(), client.settings.pressure.stale_s
     if orders.cluster is not None:
@@ -400,13 +430,13 @@ def _monitor(board: Board, hosts: Sequence[HostReport], client: Client) -> Itera
             f"no monitor has run for {stale_s:g} s: there are no alerts, and delayed jobs stay "
             "delayed"
         )
-        yield Finding("beat", "warning", found, f"Type: {_COMMAND} beat")
+        yield Finding("beat", "warning", found, f"Type: {command} beat")
     else:
         yield Finding(
             "beat",
             "warning",
             "not known without a worker, because a worker runs the monitor",
-            f"Start a worker, then: {_COMMAND} beat",
+            f"Start a worker, then: {command} beat",
         )
     if orders.forced is not None:
         found = f"a drill holds level {orders.forced.label} for {orders.forced_for_s:.0f} s more"
@@ -414,20 +444,20 @@ def _monitor(board: Board, hosts: Sequence[HostReport], client: Client) -> Itera
             "pressure",
             "warning",
             found,
-            f"To end it: {_COMMAND} control release_pressure; to see it: {_COMMAND} rlm pressure",
+            f"To end it: {command} control release_pressure; to see it: {command} rlm pressure",
         )
 
 
-def _quarantine(client: Client) -> Finding:
+def _quarantine(client: Client, command: str) -> Finding:
     items = client.quarantine()
     if not items:
         return Finding("quarantine", "ok", "it is empty")
     jobs = len({item.job_id for item in items})
     found = f"items that do not run again: {len(items)}, in jobs: {jobs}"
-    return Finding("quarantine", "warning", found, f"Type: {_COMMAND} rlm quarantine list")
+    return Finding("quarantine", "warning", found, f"Type: {command} rlm quarantine list")
 
 
-def _breakers(store: Store) -> Finding:
+def _breakers(store: Store, command: str) -> Finding:
     """Return a finding on breakers that are not closed.
 
     It reads by the ledger's connection, because that of guards gives up after a tenth of a second.
@@ -442,5 +472,5 @@ def _breakers(store: Store) -> Finding:
         "breakers",
         "warning",
         f"breakers refuse calls: {', '.join(limiting)}",
-        f"Type: {_COMMAND} rlm breakers",
+        f"Type: {command} rlm breakers",
     )

@@ -12,6 +12,7 @@ import pytest
 from resilience.degradation import Level
 from rlm_tasks import Client, __version__
 from rlm_tasks.diagnosis.doctor import Finding, examine
+from rlm_tasks.installation import command_of
 from rlm_tasks.jobs.spec import SCHEMA
 from rlm_tasks.ledger.records import ROOT, Report
 from rlm_tasks.results import QuarantinedItem
@@ -71,7 +72,7 @@ def test_with_a_worker_only_persistence_and_beat_are_warnings(client: Client) ->
     ):
         assert found[check].state == "ok", found[check]
     assert found["persistence"].state == "warning"
-    assert found["beat"].advice == "Type: celery -A rlm_tasks beat"
+    assert found["beat"].advice == f"Type: {command_of(client.app)} beat"
     assert "RLM_OPERATIONS=tests.integration.ops" in found["operations"].found
 
 
@@ -196,9 +197,12 @@ def test_quarantine_and_open_breakers_come_with_a_command(client_without_worker:
     found = examined(client_without_worker)
 
     assert found["breakers"].found == "breakers refuse calls: llm (open)"
-    assert found["breakers"].advice == "Type: celery -A rlm_tasks rlm breakers"
+    assert found["breakers"].advice == f"Type: {command_of(client_without_worker.app)} rlm breakers"
     assert found["quarantine"].found == "items that do not run again: 1, in jobs: 1"
-    assert found["quarantine"].advice == "Type: celery -A rlm_tasks rlm quarantine list"
+    assert (
+        found["quarantine"].advice
+        == f"Type: {command_of(client_without_worker.app)} rlm quarantine list"
+    )
 
 
 def test_unsuitable_settings_of_a_users_app_are_warnings(client_without_worker: Client) -> None:

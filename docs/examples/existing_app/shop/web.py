@@ -1,10 +1,9 @@
 """The shop's web process: it sends tasks as before, and submits jobs through the same app."""
 
 from rlm_tasks import Client
-from shop.celery import app
 from shop.tasks import send_offer, write_receipt
 
-with Client(app) as client:
+with Client() as client:
     result = client.execute(
         operation="shop_price", items=range(20_000), type="recursive", timeout=60
     )
