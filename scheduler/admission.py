@@ -38,6 +38,13 @@ class Overloaded(Denied):
     code = "OVERLOADED"
     category = Category.RESOURCE
 
+    def __init__(self, guard: str, retry_after_s: float, why: str, *, noted: bool = False) -> None:
+        super().__init__(guard, retry_after_s, why, noted=noted)
+        self.args = (
+            f'{self}. To wait instead, submit with overload="delay"; to accept all jobs, set '
+            "RLM_PRESSURE__ENABLED=0",
+        )
+
 
 class QueueFull(Denied):
     """A queue holds too many messages, or they wait too long; nothing was enqueued."""
@@ -51,16 +58,30 @@ def sheds(priority: str, level: Level) -> bool:
     return priority in SHED_FROM and level >= SHED_FROM[priority]
 
 
-def shed(priority: str, level: Level, step_s: float) -> Overloaded | None:
+def shed(
+    priority: str,
+    level: Level,
+    step_s: float,
+    *,
+    cause: str = "",
+    thresholds: Sequence[float] = (),
+) -> Overloaded | None:
     """Return the error for a job that is refused at a level; None if the job is accepted.
 
     The retry time is the shortest in which the level can fall far enough, at `step_s` for a step.
+    The error names the `cause`, which is a measured value of a host, and the limit in percent from
+    the `thresholds` of the levels.
     """
     if not sheds(priority, level):
         return None
     steps = level - SHED_FROM[priority] + 1
-    below = SHED_FROM[priority].label
-    why = f"pressure is {level.label}, and {priority} jobs are accepted below {below}"
+    below = SHED_FROM[priority]
+    measured = f" ({cause})" if cause else ""
+    limit = f" ({thresholds[below - 1]:g} %)" if thresholds else ""
+    why = (
+        f"pressure is {level.label}{measured}, and {priority} jobs are accepted below "
+        f"{below.label}{limit}"
+    )
     return Overloaded("admission", _retry_time_s(steps * step_s), why)
 
 

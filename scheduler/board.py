@@ -7,7 +7,7 @@ their orders once a second.  An entry that is not renewed expires.  Begin with `
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -42,6 +42,8 @@ class HostReport(msgspec.Struct, frozen=True):
     version: str = ""  # version of the package; '' if not reported
     schema: int = 0  # newest schema of jobs that it reads, besides the one before; 0: not reported
     at: float = 0.0  # seconds of its own clock at the report; 0: not reported
+    refusing: int = -1  # the level by which jobs are refused; -1: not reported, `level`
+    refusing_why: str = ""  # the worst signal of that level in words
 
 
 class ClusterReport(msgspec.Struct, frozen=True):
@@ -61,6 +63,8 @@ class ClusterReport(msgspec.Struct, frozen=True):
     rising_in_s: float = 0.0  # seconds until then
     desired_workers: int = 0  # the advised number; 0: unknown
     desired_why: str = ""  # the reason for the advised number
+    refusing: int = -1  # the level by which jobs are refused; -1: not reported, `level`
+    refusing_why: str = ""  # the worst signal of that level in words
 
 
 class Orders(msgspec.Struct, frozen=True):
@@ -85,13 +89,36 @@ def acted_on(own: Level | None, orders: Orders | None) -> Level:
     return max(of_host, Level(cluster))
 
 
-def prevailing(hosts: Sequence[HostReport]) -> Level:
-    """Return the highest level that at least half of the live slots have reached."""
+def refused_at(own: Level, orders: Orders | None) -> Level:
+    """Return the level by which jobs are refused: `acted_on` without the pressure of busy CPUs."""
+    if orders is None or orders.forced is not None or orders.cluster is None:
+        return acted_on(own, orders)
+    return max(own, Level(refusing(orders.cluster)))
+
+
+def refusing(report: HostReport | ClusterReport) -> int:
+    """Return the level by which a host or the cluster refuses jobs."""
+    return report.level if report.refusing < 0 else report.refusing
+
+
+def prevailing(
+    hosts: Sequence[HostReport], of: Callable[[HostReport], int] = lambda host: host.level
+) -> Level:
+    """Return the highest level that at least half of the live slots have reached.
+
+    By default it counts the levels of hosts, with ``of=refusing`` those by which they refuse jobs.
+    """
     slots = sum(host.slots for host in hosts)
-    reached = {level: sum(host.slots for host in hosts if host.level >= level) for level in Level}
+    reached = {level: sum(host.slots for host in hosts if of(host) >= level) for level in Level}
     return max(
         (level for level in Level if slots and 2 * reached[level] >= slots), default=Level.NORMAL
     )
+
+
+def refusing_why(hosts: Sequence[HostReport], level: Level) -> str:
+    """Return the reason why a host refuses jobs at a level, with its name; '' if it has none."""
+    found = (host for host in hosts if refusing(host) >= level and host.refusing_why)
+    return next((f"{host.refusing_why} on {host.worker}" for host in found), "")
 
 
 def mean(hosts: Sequence[HostReport], field: str) -> float:

@@ -31,8 +31,10 @@ Measured on 2 CPUs:
 So this share shows that work waits, and the run queue shows how badly.  Single seconds of a healthy
 host reach 65 %, too.
 """
-CROWDED = (2.0, 3.0, 4.0, 6.0)
-"""Tasks per CPU at which ELEVATED to EMERGENCY begin: work takes that many times as long.
+CROWDED = (2.0, 3.0)
+"""Tasks per CPU at which ELEVATED and HIGH begin: work takes that many times as long.
+
+It is never worse, because slow work is no reason to refuse work.
 
 Measured on 2 CPUs, the larger values with other work on the machine:
 
@@ -81,7 +83,7 @@ def _waiting(sample: Sample, scale: Sequence[float]) -> float:
     waiting = sample.cpu_waiting_pct
     if waiting is not None and waiting < WAITING_PCT:
         return 0.0
-    crowded = _between((0.0, *CROWDED), scale, sample.load_per_cpu or 0.0)
+    crowded = _between((0.0, *CROWDED), scale[:3], sample.load_per_cpu or 0.0)
     # A period counts as throttled even if only its last millisecond was missing.
     throttled = min(waiting or 0.0, sample.throttled_pct)
     return max(crowded, _between((0.0, *THROTTLED_PCT), scale[:3], throttled))
@@ -225,11 +227,16 @@ def _lasted(since: float | None, for_s: float, now: float) -> bool:
 class HostVerdict(msgspec.Struct, frozen=True):
     """A host's level, the present value of its worst signal in percent, and the reason for the
     level; '' for NORMAL.
+
+    Jobs are refused by `refusing`, the level of all signals but CPU, for the reason `refusing_why`.
+    With ``utilisation`` CPU counts as well.
     """
 
     level: Level
     percent: float
     why: str
+    refusing: Level = Level.NORMAL
+    refusing_why: str = ""
 
 
 class HostLadder:
@@ -241,6 +248,9 @@ class HostLadder:
     def __init__(self, settings: PressureSettings) -> None:
         self._settings = settings
         self._ladders = {name: Ladder(settings) for name in ("memory", "cpu", "memory stalls")}
+        self._refusing = [
+            name for name in self._ladders if name != "cpu" or settings.cpu == "utilisation"
+        ]
         self._whys = dict.fromkeys(self._ladders, "")
         self._last = HostVerdict(Level.NORMAL, 0.0, "")
 
@@ -250,10 +260,19 @@ class HostLadder:
             return self._last
         values: Mapping[str, float] = signals(sample, self._settings)
         levels = {name: self._step(name, values[name], sample, now) for name in self._ladders}
-        worst = max(self._ladders, key=lambda name: (levels[name], values[name]))
-        why = self._whys[worst] if levels[worst] else ""
-        self._last = HostVerdict(levels[worst], max(values.values()), why)
+        worst = max(levels, key=lambda name: (levels[name], values[name]))
+        refusing = max(self._refusing, key=lambda name: (levels[name], values[name]))
+        self._last = HostVerdict(
+            level=levels[worst],
+            percent=max(values.values()),
+            why=self._why(worst, levels),
+            refusing=levels[refusing],
+            refusing_why=self._why(refusing, levels),
+        )
         return self._last
+
+    def _why(self, name: str, levels: Mapping[str, Level]) -> str:
+        return self._whys[name] if levels[name] else ""
 
     def _step(self, name: str, percent: float, sample: Sample, now: float) -> Level:
         """Move one signal's ladder; its reason is replaced only by a value that is as bad."""

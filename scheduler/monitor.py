@@ -23,7 +23,15 @@ from resilience.waiters import URGENCY, Wake
 from scheduler.admission import SHED_FROM, WaitingRoom, full, sheds
 from scheduler.alerts import Alerts, ResourcePressureEvent, Webhook
 from scheduler.autoscale import Advice, ClusterAdvice, Load
-from scheduler.board import Board, ClusterReport, HostReport, mean, prevailing
+from scheduler.board import (
+    Board,
+    ClusterReport,
+    HostReport,
+    mean,
+    prevailing,
+    refusing,
+    refusing_why,
+)
 from scheduler.events import (
     BREAKER_CLOSED,
     BREAKER_OPENED,
@@ -142,7 +150,7 @@ class Monitor:
     def _admit_waiting(self, report: ClusterReport) -> None:
         """Let delayed jobs begin, the most urgent first, within the slots and the free places."""
         forced = self._board.orders().forced
-        level = Level(report.level) if forced is None else forced
+        level = Level(refusing(report)) if forced is None else forced
         most, places = CALLED_PER_SLOT * report.slots, self._room.places()
         for queue, depth in sorted(
             report.queues.items(), key=lambda item: URGENCY.get(priority_of(item[0]), 0)
@@ -175,12 +183,12 @@ class Monitor:
     ) -> ClusterReport:
         redis_pct = self._redis_pct()
         redis_why = f"Redis uses {redis_pct or 0:.0f} % of its memory"
-        signals = [
-            _of_hosts(hosts),
+        shared = [
             self._laddered(memory.queues, *self._of_queues(queues), now),
             self._laddered(memory.redis, redis_pct or 0.0, redis_why, now),
         ]
-        worst = max(signals, key=lambda signal: (signal.level, signal.percent))
+        signals = [_of_hosts(hosts), *shared]
+        worst, refuses = (_worst(each) for each in (signals, [_refusing_hosts(hosts), *shared]))
         percent = max(signal.percent for signal in signals)
         rise = self._rise(memory, percent, worst.level, now)
         load = self._load(memory, hosts, queues, now)
@@ -190,6 +198,8 @@ class Monitor:
         return ClusterReport(
             level=worst.level,
             why=worst.why if worst.level else "",
+            refusing=refuses.level,
+            refusing_why=refuses.why if refuses.level else "",
             at=now,
             hosts=len(hosts),
             slots=load.slots,
@@ -348,6 +358,16 @@ def _of_hosts(hosts: Sequence[HostReport]) -> Signal:
         (f"{host.why} on {host.worker}" for host in hosts if host.level == level and host.why), ""
     )
     return Signal(level, percent, why)
+
+
+def _refusing_hosts(hosts: Sequence[HostReport]) -> Signal:
+    """Return the signal by which the hosts refuse jobs."""
+    level = prevailing(hosts, refusing)
+    return Signal(level, 0.0, refusing_why(hosts, level))
+
+
+def _worst(signals: Sequence[Signal]) -> Signal:
+    return max(signals, key=lambda signal: (signal.level, signal.percent))
 
 
 def _changes(report: ClusterReport, level: Level, before: Level) -> Iterable[Event]:

@@ -18,12 +18,22 @@ from resilience.degradation import Level
 from resilience.errors import Denied
 from resilience.keys import Keys
 from resilience.store import Store
+from rlm_tasks.installation import command_of
 from rlm_tasks.messaging.broker import AWAY
 from rlm_tasks.messaging.queue_depths import QueueGauge
 from rlm_tasks.settings.model import Settings
 from scheduler.admission import full, shed
 from scheduler.allocation import calculate_optimal_batch_size
-from scheduler.board import Board, acted_on, mean, prevailing
+from scheduler.board import (
+    Board,
+    HostReport,
+    Orders,
+    mean,
+    prevailing,
+    refused_at,
+    refusing,
+    refusing_why,
+)
 from scheduler.queues import QueueReport
 from scheduler.slots import SlotBoard
 
@@ -37,7 +47,8 @@ READ_EVERY_S = 1.0
 class PlatformLoad:
     """The load of the platform, as it was read last."""
 
-    level: Level = Level.NORMAL
+    level: Level = Level.NORMAL  # the level by which jobs are refused
+    cause: str = ""  # the measured value behind the level, and its host; '' if unknown
     queues: Mapping[str, QueueReport] = field(default_factory=dict)
     slots: Mapping[str, int] = field(default_factory=dict)  # queue that was read -> its slots
     cpu_pct: float = 0.0
@@ -55,7 +66,7 @@ class AdmissionCheck:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         keys = Keys(settings.namespace)
-        self._store, self._settings, self._clock = store, settings, clock
+        self._app, self._store, self._settings, self._clock = app, store, settings, clock
         self._board, self._slots = Board(store, keys, settings.pressure), SlotBoard(store, keys)
         self.gauge = QueueGauge(app)
         self._last = PlatformLoad(), float("-inf")  # the load and its time: one object, for threads
@@ -67,7 +78,14 @@ class AdmissionCheck:
         Raises StoreUnavailable.
         """
         load = self._load(queue)
-        if refused := shed(priority, load.level, self._settings.pressure.release_s):
+        pressure = self._settings.pressure
+        if refused := shed(
+            priority,
+            load.level,
+            pressure.release_s,
+            cause=load.cause,
+            thresholds=pressure.thresholds,
+        ):
             return refused
         report = load.queues.get(queue, QueueReport(0))
         if not load.slots.get(queue):
@@ -98,19 +116,29 @@ class AdmissionCheck:
         answer, *slots = self._store.call(*calls)
         orders = self._board.read(answer)
         cluster, hosts = orders.cluster, [] if orders.cluster else self._board.hosts()
-        level = (
-            acted_on(prevailing(hosts), orders) if self._settings.pressure.enabled else Level.NORMAL
-        )
+        level, cause = self._refused_at(orders, hosts)
         cpu_pct = cluster.cpu_pct if cluster else mean(hosts, "cpu_pct")
         memory_pct = cluster.memory_pct if cluster else mean(hosts, "memory_pct")
         serving = dict(zip(queues, (total for _, total in slots), strict=True))
         return PlatformLoad(
             level=level,
+            cause=cause,
             queues=self._depths(queues),
             slots=serving,
             cpu_pct=cpu_pct,
             memory_pct=memory_pct,
         )
+
+    def _refused_at(self, orders: Orders, hosts: Sequence[HostReport]) -> tuple[Level, str]:
+        """Return the level by which jobs are refused, and its cause."""
+        if not self._settings.pressure.enabled:
+            return Level.NORMAL, ""
+        level = refused_at(prevailing(hosts, refusing), orders)
+        if orders.forced is not None:
+            return level, f"a drill; {command_of(self._app)} control release_pressure ends it"
+        if orders.cluster is not None:
+            return level, orders.cluster.refusing_why
+        return level, refusing_why(hosts, level)
 
     def _depths(self, queues: Sequence[str]) -> Mapping[str, QueueReport]:
         try:

@@ -137,7 +137,7 @@ def _run_claimed(runtime: Runtime, claim: Claim, entry: ProcessEntry) -> bool:
 
 def _not_admitted(runtime: Runtime, spec: JobSpec) -> str:
     """Return why a job that may wait must not begin yet; '': it is admitted, and has its place."""
-    if sheds(spec.priority, level := runtime.page.level):
+    if sheds(spec.priority, level := runtime.page.refusing):
         return f"pressure is {level.label}, and {spec.priority} work waits"
     refused = runtime.waiting_room.crowded(spec.job, spec.priority)
     return refused.why if refused else ""

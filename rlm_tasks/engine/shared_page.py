@@ -27,7 +27,8 @@ _GENERATION = struct.Struct("<I")
 _PID_AT, _ITEM_AT, _TIME_AT, _LIMIT_AT, _DOOMED_AT = 4, 16, 24, 32, 96
 _DRAINING_AT, _HUNGRY_AT, _RECALLS_AT, _TERMINATING_AT, _URGENT_AT, _LEVEL_AT = 0, 1, 2, 3, 4, 8
 _AVAILABLE_AT, _SLOTS_AT, _FREE_AT = 16, 24, 32
-# monotonic ms << 8 | level, in one aligned word: a reader never sees half of a write
+# monotonic ms << 8 | level by which jobs are refused << 4 | level.  It is one aligned word, so a
+# reader never sees half of a write.
 _LEVEL = struct.Struct("<Q")
 _LEVELS: tuple[Level, ...] = tuple(Level)
 
@@ -116,16 +117,29 @@ class SharedPage(ProcessEntries):
     @property
     def level(self) -> Level:
         """The pressure level of this worker; ELEVATED when it was not renewed for `stale_s`."""
+        return self._level(0)
+
+    @level.setter
+    def level(self, level: Level) -> None:
+        self.set_levels(level, level)
+
+    @property
+    def refusing(self) -> Level:
+        """The level by which jobs are refused; it leaves out busy CPUs."""
+        return self._level(4)
+
+    def set_levels(self, level: Level, refusing: Level) -> None:
+        """Renew the pressure level, and the level by which jobs are refused."""
+        word = int(self._clock() * 1000) << 8 | refusing << 4 | level
+        _LEVEL.pack_into(self._memory, _LEVEL_AT, word)
+
+    def _level(self, shift: int) -> Level:
         word: int = _LEVEL.unpack_from(self._memory, _LEVEL_AT)[0]
         if not word:
             return Level.NORMAL  # this worker does not measure pressure
         if self._clock() * 1000 - (word >> 8) > self._stale_ms:
             return Level.ELEVATED
-        return _LEVELS[word & 0xFF]
-
-    @level.setter
-    def level(self, level: Level) -> None:
-        _LEVEL.pack_into(self._memory, _LEVEL_AT, int(self._clock() * 1000) << 8 | level)
+        return _LEVELS[word >> shift & 0xF]
 
     @property
     def urgent(self) -> int:

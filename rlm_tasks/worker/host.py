@@ -21,7 +21,7 @@ from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.jobs.spec import SCHEMA
 from rlm_tasks.version import __version__
 from rlm_tasks.worker.queue_order import QueueOrder, running
-from scheduler.board import Board, HostReport, Orders, acted_on
+from scheduler.board import Board, HostReport, Orders, acted_on, refused_at
 from scheduler.ladder import HostLadder, HostVerdict
 from scheduler.queues import ages
 from scheduler.sampling import Sample, Sampler, held_mb
@@ -97,7 +97,8 @@ class Host:
             logger.warning(
                 "Pressure is %s%s", level.label, f": {why}" if (why := self._why(level)) else ""
             )
-        page.level = level
+        own = self._own.refusing if self._own is not None else Level.NORMAL
+        page.set_levels(level, refused_at(own, self._orders))
         if self._sample is not None:
             processes = {held.pid for held in page.held()}  # threads of a pool share one
             page.free_mb = self._sample.available_mb
@@ -132,6 +133,8 @@ class Host:
             version=__version__,
             schema=SCHEMA,
             at=round(self._clock(), 3),
+            refusing=own.refusing,
+            refusing_why=own.refusing_why,
         )
 
     def _ages(self) -> dict[str, float]:

@@ -365,7 +365,7 @@ def test_a_delayed_job_says_why_and_starts_at_its_time(
     with new_client(plain, RLM_PRESSURE__RELEASE_S="1") as client:
         job = delayed_job(client)
         assert job.status is Status.PENDING
-        assert "pressure is high, and low jobs are accepted below high" in job.explain()
+        assert "low jobs are accepted below high (75 %)" in job.explain()
         drilled.pressure.force("normal")
 
         assert job.result(timeout=20).metrics.waited_ms >= 1000

@@ -106,6 +106,37 @@ def test_work_is_denied_by_the_level_of_the_cluster(
     assert {admission.answer(each) for each in refused} <= {"OVERLOADED"}
 
 
+@pytest.mark.parametrize("monitored", [True, False])
+def test_a_level_of_busy_cpus_refuses_no_job(admission: AdmissionClient, monitored: bool) -> None:
+    busy = {"refusing": Level.NORMAL, "refusing_why": ""}
+    host = HostReport("w1", Level.HIGH, 80.0, "4.0 tasks on each CPU", 4, 0, (), {}, **busy)
+    admission.store.call(admission.board.publish(host))
+    if monitored:
+        admission.board.announce(ClusterReport(Level.HIGH, host.why, 0.0, **busy), b"")
+
+    assert [admission.answer(each) for each in ("critical", "high", "normal", "low")] == [""] * 4
+
+
+@pytest.mark.parametrize("monitored", [True, False])
+def test_a_refusal_names_host_measure_limit_and_two_ways_out(
+    admission: AdmissionClient, monitored: bool
+) -> None:
+    full = {"refusing": Level.CRITICAL, "refusing_why": "memory 91 % of 2048 MB"}
+    host = HostReport("w1", Level.CRITICAL, 91.0, "", 4, 0, (), {}, **full)
+    admission.store.call(admission.board.publish(host))
+    if monitored:
+        full["refusing_why"] += " on w1"
+        admission.board.announce(ClusterReport(Level.CRITICAL, "", 0.0, **full), b"")
+
+    refused = admission.check.refusal("unit.normal", "normal")
+
+    assert str(refused) == (
+        "admission: pressure is critical (memory 91 % of 2048 MB on w1), and normal jobs are "
+        "accepted below critical (85 %); come back in 20 s. To wait instead, submit with "
+        'overload="delay"; to accept all jobs, set RLM_PRESSURE__ENABLED=0'
+    )
+
+
 def test_switched_off_no_level_denies_work(world: World) -> None:
     admission = AdmissionClient(world, enabled=False)
     admission.announce(Level.EMERGENCY)

@@ -105,7 +105,20 @@ def test_an_overload_error_names_the_level_that_admits_the_work() -> None:
     )
     assert str(error) == (
         "admission: pressure is emergency, and normal jobs are accepted below critical; come "
-        "back in 40 s"
+        'back in 40 s. To wait instead, submit with overload="delay"; to accept all jobs, set '
+        "RLM_PRESSURE__ENABLED=0"
+    )
+
+
+def test_an_overload_error_names_host_measure_and_limit() -> None:
+    cause = "memory 97 % of 2048 MB on w1"
+
+    error = shed("normal", Level.EMERGENCY, 20.0, cause=cause, thresholds=(65.0, 75.0, 85.0, 95.0))
+
+    assert error is not None
+    assert error.why == (
+        "pressure is emergency (memory 97 % of 2048 MB on w1), and normal jobs are accepted below "
+        "critical (85 %)"
     )
 
 

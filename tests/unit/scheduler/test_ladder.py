@@ -116,15 +116,40 @@ def test_a_host_that_computes_on_all_cpus_without_waiting_is_normal(
         (2.0, ELEVATED),
         (2.9, ELEVATED),
         (3.0, HIGH),
-        (4.0, CRITICAL),
-        (6.0, EMERGENCY),
-        (50.0, EMERGENCY),
+        (4.0, HIGH),
+        (6.0, HIGH),
+        (50.0, HIGH),
     ],
 )
 def test_while_work_waits_the_run_queue_gives_the_level(
     waiting: float | None, load: float, level: Level
 ) -> None:
     assert settled(SETTINGS, cpu_waiting_pct=waiting, load_per_cpu=load) is level
+
+
+@pytest.mark.parametrize("load", [0.0, 3.0, 6.0, 100.0])
+def test_a_busy_cpu_alone_refuses_no_jobs_by_default(load: float) -> None:
+    ladder, busy = HostLadder(SETTINGS), {"cpu_pct": 100.0, "cpu_waiting_pct": 100.0}
+    verdicts = [ladder.step(sample(**busy, load_per_cpu=load), second) for second in range(100)]
+
+    assert max(each.level for each in verdicts) <= HIGH
+    assert {(each.refusing, each.refusing_why) for each in verdicts} == {(NORMAL, "")}
+
+
+def test_memory_refuses_jobs_on_a_host_whose_cpu_is_busy_as_well() -> None:
+    ladder, busy = HostLadder(SETTINGS), {"cpu_waiting_pct": 100.0, "load_per_cpu": 9.0}
+    ladder.step(sample(**busy, memory_pct=76.0), 0)
+    verdict = ladder.step(sample(**busy, memory_pct=76.0), 1)
+
+    assert (verdict.refusing, verdict.refusing_why) == (HIGH, "memory 76 % of 8000 MB")
+
+
+def test_by_utilisation_a_busy_cpu_refuses_jobs() -> None:
+    ladder = HostLadder(LITERAL)
+    verdict = ladder.step(sample(cpu_pct=96.0), 0)
+
+    assert (verdict.level, verdict.refusing) == (EMERGENCY, EMERGENCY)
+    assert verdict.refusing_why == "CPU 96 % busy"
 
 
 @pytest.mark.parametrize(

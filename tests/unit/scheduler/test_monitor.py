@@ -216,6 +216,24 @@ def test_hosts_count_by_their_slots(
     assert report.slots == 4
 
 
+def test_busy_cpus_of_hosts_raise_the_level_but_refuse_no_jobs(
+    platform: MonitoredPlatform,
+) -> None:
+    platform.host("w1", Level.HIGH, refusing=Level.NORMAL, refusing_why="")
+    report = platform.look()
+    assert (report.level, report.refusing, report.refusing_why) == (Level.HIGH, Level.NORMAL, "")
+
+    platform.host("w1", Level.CRITICAL, refusing=Level.CRITICAL, refusing_why="memory 90 %")
+    report = platform.look()
+    assert (report.level, report.refusing) == (Level.CRITICAL, Level.CRITICAL)
+    assert report.refusing_why == "memory 90 % on w1"
+
+
+def test_a_report_of_an_older_release_refuses_by_its_level(platform: MonitoredPlatform) -> None:
+    platform.host("w1", Level.CRITICAL)
+    assert platform.look().refusing == Level.CRITICAL
+
+
 def test_means_are_weighted_by_slots(platform: MonitoredPlatform) -> None:
     platform.host("w1", slots=3, memory_pct=10.0, cpu_pct=40.0)
     platform.host("w2", slots=1, memory_pct=50.0, cpu_pct=80.0)

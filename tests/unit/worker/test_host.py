@@ -185,6 +185,19 @@ def test_switched_off_the_level_is_normal_and_published_as_normal(
     assert [host.level for host in machine.board.hosts()] == [Level.NORMAL]
 
 
+def test_a_node_learns_that_a_busy_cpu_refuses_no_jobs(machine: Machine) -> None:
+    machine.exchange()
+    machine.announce(Level.HIGH, refusing=Level.NORMAL)
+    machine.measure()
+    machine.exchange()
+    assert (machine.page.level, machine.page.refusing) == (Level.HIGH, Level.NORMAL)
+    machine.measure(90.0)
+    assert (machine.page.level, machine.page.refusing) == (Level.CRITICAL, Level.CRITICAL)
+    machine.board.force("emergency")
+    machine.exchange()
+    assert (machine.page.level, machine.page.refusing) == (Level.EMERGENCY, Level.EMERGENCY)
+
+
 # --- the report -------------------------------------------------------------------------------
 
 
@@ -205,6 +218,8 @@ def test_the_report_of_a_host(machine: Machine) -> None:
         __version__,
         SCHEMA,
         report.at,
+        Level.HIGH,
+        "memory 80 % of 1000 MB",
     )
     assert abs(machine.board.clocks()["unit"]) < 5, "in this test its clock is that of the server"
 
