@@ -1,4 +1,6 @@
-"""The start of a worker: it gets ready before its pool forks, or ends if a server is untrusted.
+"""The start of a worker: it gets ready before its pool forks, or ends with one sentence.
+
+It ends if a server is untrusted, and if its pool cannot run jobs.
 
 `installation` calls `prepare` when Celery reports that a worker begins.
 """
@@ -8,7 +10,12 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import click
+from billiard import get_start_method
 from celery import Celery
+from celery.concurrency import ALIASES, get_implementation
+from celery.concurrency.prefork import TaskPool as PreforkPool
+from celery.concurrency.solo import TaskPool as SoloPool
 
 from resilience.address import is_untrusted, tls
 from resilience.errors import StoreUnavailable, StoreUntrusted
@@ -27,13 +34,25 @@ from rlm_tasks.worker.upstream import (
     survive_restarts_of_redis,
 )
 
+EX_USAGE = 2
+FORK = "fork"
+
 
 def prepare(worker: Any) -> None:
     """Import operations, build the runtime, and apply the patches of `upstream`, all once.
 
-    Raises SystemExit with a message for operations that cannot be imported or untrusted servers.
+    Raises SystemExit with a message for a pool that runs no jobs, operations that cannot be
+    imported, and untrusted servers.
     """
     app = worker.app
+    if serves_jobs(app) and (wrong := _wrong_pool(worker)):
+        own = app.conf.task_default_queue
+        click.echo(
+            f"Error: {wrong}: jobs run in the pools prefork, with start method fork, and solo; set "
+            f"one of them, or start this worker for other queues only, as in -Q {own}",
+            err=True,
+        )
+        raise SystemExit(EX_USAGE)
     try:
         registry.import_operations(app.rlm_settings.operations)
     except InvalidRequest as error:
@@ -50,6 +69,21 @@ def prepare(worker: Any) -> None:
     drain_on_sigterm(app)
     # Imported modules stay: pool processes share their memory, and an exit does not collect them.
     gc.freeze()
+
+
+def _wrong_pool(worker: Any) -> str:
+    """Return the setting by which a worker has a pool that cannot run jobs; '' if it can.
+
+    Nodes need processes that are forked from the worker, or the worker's own process.
+    """
+    pool = get_implementation(worker.pool_cls)
+    if issubclass(pool, SoloPool):
+        return ""
+    if not issubclass(pool, PreforkPool):
+        path = f"{pool.__module__}:{pool.__qualname__}"
+        return f"worker_pool={next((name for name in ALIASES if ALIASES[name] == path), path)!r}"
+    method = worker.pool_start_method if worker.pool_start_method != FORK else get_start_method()
+    return f"worker_pool_start_method={method!r}" if method != FORK else ""
 
 
 def serves_jobs(app: Celery) -> bool:
