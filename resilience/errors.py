@@ -20,8 +20,22 @@ its message says what to do next.  A denied call costs no attempt.
 
 from __future__ import annotations
 
+import reprlib
 from enum import IntEnum, StrEnum
 from typing import Any
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 200
+_short.maxdict = _short.maxlist = _short.maxtuple = _short.maxset = _short.maxfrozenset = 20
+
+
+def short_repr(value: Any) -> str:
+    """Return the repr of a value in at most 80 characters, whatever its size, depth and repr."""
+    try:
+        shown = _short.repr(value)
+    except Exception:  # an integer of 5,000 digits has no repr, and a repr may raise
+        shown = f"<{type(value).__name__}>"
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 class Severity(IntEnum):
@@ -111,10 +125,7 @@ class InvalidValue(RlmError, ValueError):
 
     def __init__(self, field: str, value: Any, advice: str) -> None:
         self.field, self.value, self.advice = field, value, advice
-        shown = repr(value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
-        super().__init__(f"{field}={shown}: {advice}")
+        super().__init__(f"{field}={short_repr(value)}: {advice}")
 
 
 class NeverSatisfiable(RlmError, ValueError):

@@ -8,6 +8,7 @@ RlmError
 │   └── UnknownOperation    names the nearest known one
 ├── BrokerUnavailable       a StoreUnavailable (resilience): the broker does not answer
 ├── JobNotFound             no such job, or its results have expired
+├── JobUnreadable           another release wrote its specification, or it is damaged
 ├── JobEnded                a job without a full answer; carries its result
 │   ├── JobFailed
 │   ├── JobExpired
@@ -41,6 +42,7 @@ __all__ = [
     "JobExpired",
     "JobFailed",
     "JobNotFound",
+    "JobUnreadable",
     "Overloaded",
     "Quarantined",
     "QueueFull",
@@ -104,6 +106,19 @@ class JobNotFound(RlmError):
         self.job_id = job_id
         super().__init__(
             f"job {job_id} is unknown: a wrong id, another namespace, or its results have expired"
+        )
+
+
+class JobUnreadable(RlmError):
+    """A job whose specification this release cannot read.  Has its `job_id`, and `why`."""
+
+    code = "JOB_UNREADABLE"
+
+    def __init__(self, job_id: str, why: str) -> None:
+        self.job_id, self.why = job_id, why
+        super().__init__(
+            f"the specification of job {job_id} cannot be read ({why}): another release wrote it, "
+            "or it is damaged; use the release that submitted it, or submit it again"
         )
 
 

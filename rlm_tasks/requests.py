@@ -17,7 +17,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from resilience.validation import Checked
 from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.splitting import Shape
+from rlm_tasks.jobs.storable import NotStorable
 from rlm_tasks.metrics import emission
 
 DEFAULT_MIN_CHUNK = 100
@@ -286,6 +288,18 @@ class JobRequest(_Checked):
         description="How hard its items are: `simple`, `medium`, `complex` or `very_complex` (also "
         "when empty). See time limits.",
     )
+
+    @field_validator("params", mode="before")
+    @classmethod
+    def _come_back_as_they_went(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise InvalidRequest("params", value, "must be a dict; its keys are texts")
+        params = dict(value)
+        try:
+            codec.encode(params)
+        except NotStorable as error:
+            raise InvalidRequest(f"params{error.where}", error.value, error.why) from None
+        return params
 
     @model_validator(mode="before")
     @classmethod

@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 _KEYED = uuid.UUID("6f1c1c0e-7a5b-5c55-9d0a-2f0a54d7c1a3")
 """Namespace of the job ids that are made from idempotency keys (RFC 4122, name-based)."""
-_IDENTITY = ("operation", "source", "n", "params")
-"""Requests with the same idempotency key must agree in these fields."""
+_IDENTITY = ("operation", "source", "n")
+"""Requests with the same idempotency key must agree in these fields, and in their params."""
 
 
 class Submission:
@@ -95,7 +95,14 @@ class Submission:
         job = self._id_for("")
         source, n, staged = self._write_items(job, items)
         again = msgspec.structs.replace(
-            spec, job=job, source=source, n=n, idempotency_key="", parent="", round=0
+            spec,
+            job=job,
+            source=source,
+            n=n,
+            schema=specs.SCHEMA,
+            idempotency_key="",
+            parent="",
+            round=0,
         )
         self._session.budgets.open(again, last=registry.get(spec.operation).then is None)
         return self.start([(again, staged)])[0]
@@ -169,6 +176,7 @@ class Submission:
             n=n,
             shape=request.shape(self._settings.node.target_ms),
             queue=self.queue_of(request),
+            schema=specs.SCHEMA,
             version=operation.version,
             params=request.params,
             priority=priority,
@@ -254,10 +262,13 @@ class Submission:
 
     def _refuse_another(self, spec: JobSpec) -> None:
         """Raise InvalidRequest when the key names a job of another request."""
-        first = self._ledger.spec(spec.job)
-        new = specs.load(specs.dump(spec))
-        differs = [name for name in _IDENTITY if getattr(first, name, None) != getattr(new, name)]
-        if first is not None and differs:
+        if (first := self._ledger.spec(spec.job)) is None:
+            return
+        new = specs.load(specs.dump(spec), spec.job)
+        differs = [name for name in _IDENTITY if getattr(first, name) != getattr(new, name)]
+        if not _same_params(first, new):
+            differs.append("params")
+        if differs:
             raise InvalidRequest(
                 "idempotency_key",
                 spec.idempotency_key,
@@ -294,3 +305,11 @@ class Submission:
             with suppress(StoreUnavailable):  # the keys carry an expiry
                 store.call(lambda client: client.delete(index, blocks))
             raise
+
+
+def _same_params(first: JobSpec, new: JobSpec) -> bool:
+    """Whether two jobs have the same params.  NaN is the same as NaN."""
+    if first.schema == 1:  # its params have passed through JSON
+        with suppress(TypeError):
+            return bool(msgspec.json.decode(msgspec.json.encode(new.params)) == first.params)
+    return first.params == new.params or first.packed_params == new.packed_params

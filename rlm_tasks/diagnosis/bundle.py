@@ -224,12 +224,12 @@ def _request(client: Client, job_id: str) -> dict[str, Any]:
     spec = client.ledger.spec(job_id)
     if spec is None:
         raise JobNotFound(job_id)
-    fields = msgspec.to_builtins(spec)
+    fields = msgspec.to_builtins(msgspec.structs.replace(spec, params={}, packed_params=b""))
     return {
         **{name: value for name, value in fields.items() if name not in _USER_FIELDS},
         "source": type(spec.source).__name__,
         "params": sorted(type(value).__name__ for value in spec.params.values()),
-        "params_bytes": len(msgspec.json.encode(spec.params)),
+        "params_bytes": len(spec.packed_params),
         "description_characters": len(spec.description),
     }
 

@@ -112,13 +112,15 @@ class NodeOutcome:
         if not self._outputs or self.fatal:
             return b""
         try:
-            return codec.pack(self._outputs if self._operation.merge is None else self._outputs[0])
+            if self._operation.merge is not None:
+                return codec.pack(self._outputs[0])
+            return codec.compress(codec.encode_all(self._outputs))
         except TypeError as error:
             if self._operation.merge is not None:
                 self.fatal = failure_of(-1, error)
                 return b""
             self._fail_unstorable(indexes)
-            return codec.pack(self._outputs) if self._outputs else b""
+            return codec.compress(codec.encode_all(self._outputs)) if self._outputs else b""
 
     def _fail_unstorable(self, indexes: Iterable[int]) -> None:
         without = {failure["index"] for failure in self.failures} | self.left_out
@@ -130,6 +132,6 @@ class NodeOutcome:
                 codec.encode(output)
                 kept.append(output)
             except TypeError as error:
-                self.fail(index, TypeError(f"its output cannot be stored as plain data: {error}"))
+                self.fail(index, TypeError(f"its output cannot be stored: {error}"))
                 self.done -= 1
         self._outputs = kept

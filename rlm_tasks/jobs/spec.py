@@ -1,7 +1,8 @@
 """A job's request with all defaults filled in, as the ledger keeps it for workers.
 
 `requests` makes it, the ledger stores it, the engine reads it.  Each job carries the schema number:
-a worker reads its own schema and the one before.
+a worker reads its own schema and the one before.  Schema 1 had `params` as JSON, schema 2 has them
+by the codec of items.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from typing import Any
 
 import msgspec
 
+from rlm_tasks.errors import JobUnreadable
+from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.jobs.stored_items import StoredItems
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class JobSpec(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -26,9 +29,10 @@ class JobSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     n: int
     shape: Shape
     queue: str
-    schema: int = SCHEMA
+    schema: int = 1  # as schema 1 leaves it out; requests have SCHEMA
     version: int = 1
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = {}  # shared by all who hold this spec: see `fresh_params`
+    packed_params: bytes = b""  # the same by the codec; empty without params
     priority: str = "normal"
     kind: str = "recursive"
     continue_on_error: bool = False
@@ -55,6 +59,16 @@ class JobSpec(msgspec.Struct, frozen=True, omit_defaults=True):
         """The id of the job whose budget this one spends: its own, or that of its parent."""
         return self.parent or self.job
 
+    def fresh_params(self) -> dict[str, Any]:
+        """Return a copy of `params` that the caller may change.
+
+        It is decoded from `packed_params`: some microseconds for a few values, and no copy is kept.
+        """
+        if not self.params:
+            return {}
+        params: dict[str, Any] = codec.decode(self.packed_params or codec.encode(self.params))
+        return params
+
     @property
     def empty(self) -> bool:
         """Whether it has no items, and its request skips empty ones."""
@@ -66,11 +80,33 @@ _decoder = msgspec.json.Decoder(JobSpec)
 
 
 def dump(spec: JobSpec) -> bytes:
-    """Return the spec as JSON."""
-    return _encoder.encode(spec)
+    """Return the spec as JSON, in the form of its schema.
+
+    Raises NotStorable for params that cannot be stored.
+    """
+    if spec.schema == 1:  # a round of an older client's job; older workers read it
+        return _encoder.encode(msgspec.structs.replace(spec, packed_params=b""))
+    packed = codec.pack(spec.params) if spec.params else b""
+    return _encoder.encode(msgspec.structs.replace(spec, params={}, packed_params=packed))
+
+
+def load(text: bytes, job: str = "") -> JobSpec:
+    """Return the spec of a job from its JSON; each process decodes the same text once.
+
+    `job` is its id, for the error.  Raises JobUnreadable.
+    """
+    try:
+        return _load(text)
+    except msgspec.MsgspecError as error:  # its text names fields and types, and no values
+        raise JobUnreadable(job, str(error)) from None
+    except Exception as error:
+        raise JobUnreadable(job, type(error).__name__) from None
 
 
 @lru_cache(maxsize=256)
-def load(text: bytes) -> JobSpec:
-    """Return the spec of a job from its JSON; each process decodes the same text once."""
-    return _decoder.decode(text)
+def _load(text: bytes) -> JobSpec:
+    spec = _decoder.decode(text)
+    if not spec.packed_params:
+        return spec
+    packed = codec.decompress(spec.packed_params)
+    return msgspec.structs.replace(spec, params=codec.decode(packed), packed_params=packed)

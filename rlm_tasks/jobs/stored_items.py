@@ -20,6 +20,7 @@ import msgspec
 from resilience.store import Store
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs import codec
+from rlm_tasks.jobs.storable import NotStorable
 
 BLOCK_ITEMS = 1024
 """Most items of one block."""
@@ -134,11 +135,12 @@ class ItemWriter:
 
     def _add(self, lo: int, block: list[Any]) -> None:
         data = self._encoded(lo, block)
-        if len(data) > BLOCK_BYTES and len(block) > 1:
+        if (data is None or len(data) > BLOCK_BYTES) and len(block) > 1:
             half = len(block) // 2
             self._add(lo, block[:half])
             self._add(lo + half, block[half:])
             return
+        assert data is not None  # one item is encoded or refused
         if len(data) > self._max_item_bytes and len(block) == 1:
             raise InvalidRequest(
                 f"items[{lo}]",
@@ -147,18 +149,21 @@ class ItemWriter:
             )
         self._queue(lo, lo + len(block), codec.compress(data))
 
-    def _encoded(self, lo: int, block: list[Any]) -> bytes:
+    def _encoded(self, lo: int, block: list[Any]) -> bytes | None:
+        """Return the packed block, None when only a smaller block can be packed.
+
+        Raises InvalidRequest for an item that cannot be stored.
+        """
         try:
-            return codec.encode(block)
-        except TypeError:
-            for index, item in enumerate(block, lo):
-                try:
-                    codec.encode(item)
-                except TypeError as error:
-                    raise InvalidRequest(
-                        f"items[{index}]", item, f"cannot be stored as plain data: {error}"
-                    ) from None
-            raise
+            return codec.encode_all(block)
+        except NotStorable as error:
+            if not error.where and len(block) > 1:
+                return None
+            # The item's place in the block comes first.
+            first, _, rest = (error.where or "[0]")[1:].partition("]")
+            raise InvalidRequest(
+                f"items[{lo + int(first)}]{rest}", error.value, error.why
+            ) from None
 
     def _queue(self, lo: int, hi: int, data: bytes) -> None:
         self._waiting.append((lo, hi, data))

@@ -302,7 +302,7 @@ def _claimed(job: str, node: str, token: str, reply: Sequence[Any]) -> Claim:
         phase=reply[3].decode(),
         tries=record.tries,
         waited=record.waited,
-        spec=specs.load(reply[4]),
+        spec=specs.load(reply[4], job),
         losses=record.losses,
         lost_by=record.lost_by,
         one_by_one=record.one_by_one,

@@ -57,9 +57,9 @@ class LedgerReader:
         return {name.decode(): value.decode() for name, value in found.items()}
 
     def spec(self, job: str) -> JobSpec | None:
-        """Return the specification of a job, None for an unknown one."""
+        """Return the specification of a job, None for an unknown one.  Raises JobUnreadable."""
         text = self._field(self.keys.of(job).job, "spec")
-        return specs.load(text) if text else None
+        return specs.load(text, job) if text else None
 
     def answer(self, job: str) -> bytes | None:
         """Return the packed answer of a job.

@@ -25,6 +25,7 @@ from celery import Celery, signals
 from resilience.errors import StoreUnavailable
 from resilience.keys import TRACED
 from resilience.store import LOST, Call
+from rlm_tasks.errors import JobUnreadable
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.trace_ids import origin, span_id
@@ -341,12 +342,12 @@ class TracedLedger(Ledger):
             facts = self.facts(job)
             if not facts or TRACED in facts or not Status(facts["state"]).final:
                 return
-            spec = specs.load(facts["spec"].encode())
+            spec = specs.load(facts["spec"].encode(), job)
             if self._tracing.samples(spec) and self.store.client.hsetnx(
                 self.keys.of(job).job, TRACED, 1
             ):
                 self._tracing.job(spec, facts)
-        except (StoreUnavailable, *LOST) as error:
+        except (StoreUnavailable, JobUnreadable, *LOST) as error:
             logger.info("The trace of job %s has no span of the job itself: %s", job, error)
 
 

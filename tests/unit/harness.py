@@ -19,7 +19,7 @@ from resilience.store import Store
 from rlm_tasks.engine.node import run_node
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.jobs.items import source_of
-from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.jobs.spec import SCHEMA, JobSpec
 from rlm_tasks.jobs.stored_items import ItemWriter
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.partials import compact_split
@@ -113,6 +113,7 @@ class Platform:
             n=n,
             shape=request.shape(self.settings.node.target_ms),
             queue=f"unit.{request.options.priority}",
+            schema=SCHEMA,
             params=request.params,
             priority=request.options.priority,
             preempts=request.options.preempts(request.options.priority),
