@@ -33,7 +33,7 @@ from resilience.breaker_storage import (
     names_of,
     resident_mb,
 )
-from resilience.errors import Category, Denied
+from resilience.errors import Category, Denied, name_of
 from resilience.faults import classify
 from resilience.settings import store_settings
 from resilience.store import Call, Store, default_store
@@ -174,7 +174,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
                 "Breaker %s opened for %g s: %s",
                 self.name,
                 self.config.recovery_timeout_s,
-                type(error).__name__ if error else "",
+                name_of(error) if error else "",
             )
         elif verdict.kind == "closed":
             logger.warning("Breaker %s closed: its service answers again", self.name)

@@ -15,7 +15,8 @@
 
 Every module raises them; users catch them.  Begin with `RlmError`: each class has a code, a
 category, a severity, and says whether a retry may help.  An error has its data as attributes, and
-its message says what to do next.  A denied call costs no attempt.
+its message says what to do next.  A denied call costs no attempt.  `name_of` and `text_of` describe
+an exception of any class, and never raise.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ import reprlib
 from enum import IntEnum, StrEnum
 from typing import Any
 
+TEXT_CHARS = 4000
+"""The largest number of characters that are kept of an exception's message."""
+NAME_CHARS = 200
+"""The largest number of characters that are kept of the name of an exception's class."""
+_class_name = type.__dict__["__name__"].__get__  # the metaclass of an exception may hide its name
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 200
 _short.maxdict = _short.maxlist = _short.maxtuple = _short.maxset = _short.maxfrozenset = 20
@@ -176,7 +182,7 @@ class RetryBudgetExhausted(RlmError):
         self.service, self.last = service, last
         super().__init__(
             f"no retry of {service!r}: its retry budget is spent; "
-            f"the last error was {type(last).__name__}: {last}"
+            f"the last error was {name_of(last)}: {text_of(last)}"
         )
 
 
@@ -208,3 +214,26 @@ class BulkheadFull(Denied):
 
     code = "BULKHEAD_FULL"
     category = Category.BULKHEAD_FULL
+
+
+def name_of(error: BaseException) -> str:
+    """Return the name of an exception's class, in printable characters of one line."""
+    name: str = _class_name(type(error))[:NAME_CHARS]
+    return name if name.isprintable() else name.encode("unicode_escape").decode()
+
+
+def text_of(error: BaseException, most: int = TEXT_CHARS) -> str:
+    """Return the first `most` characters of an exception's message.
+
+    If the message cannot be made, the text says so.
+    """
+    try:
+        text = str(error)
+    except BaseException as broken:
+        text = f"<str() of {name_of(error)} raised {name_of(broken)}>"
+    return storable(str.__getitem__(text, slice(most)))
+
+
+def storable(text: str) -> str:
+    """Return a text that can be encoded as UTF-8: lone surrogates are replaced by escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()

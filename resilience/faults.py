@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from resilience.errors import Category, Denied, RetryBudgetExhausted, RlmError, Severity
+from resilience.errors import (
+    NAME_CHARS,
+    Category,
+    Denied,
+    RetryBudgetExhausted,
+    RlmError,
+    Severity,
+    storable,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +126,16 @@ def classify(error: BaseException) -> Fault:
     2. an HTTP status, as httpx, requests, aiohttp, urllib and openai carry it;
     3. the nearest base class that is known by type or by name;
     4. else the called code itself failed.
+
+    It never raises: an exception whose attributes raise counts as one of rule 4.
     """
+    try:
+        return _classify(error)
+    except BaseException:  # a property of the user's exception raised
+        return OPERATION
+
+
+def _classify(error: BaseException) -> Fault:
     if isinstance(error, RlmError):
         return _of_ours(error)
     # SystemExit(500) is not the answer of a server.
@@ -144,15 +162,20 @@ def classify(error: BaseException) -> Fault:
 def _of_ours(error: RlmError) -> Fault:
     """Return the meaning of an error of this platform; a breaker counts few of them."""
     return Fault(
-        error.code,
-        error.category,
-        error.severity,
-        error.retryable,
+        # A user's subclass may have set anything.
+        storable(str(error.code)[:NAME_CHARS]),
+        Category(error.category),
+        Severity(error.severity),
+        bool(error.retryable),
         free=isinstance(error, Denied),
-        trips=error.trips,
+        trips=bool(error.trips),
         ignored=not error.trips,
-        retry_after_s=error.retry_after_s if isinstance(error, Denied) else None,
+        retry_after_s=_seconds(error.retry_after_s) if isinstance(error, Denied) else None,
     )
+
+
+def _seconds(value: float) -> float | None:
+    return float(value) if 0 <= value < math.inf else None
 
 
 def _status(error: BaseException) -> int:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from resilience.errors import StoreUnavailable
+from resilience.errors import StoreUnavailable, name_of
 from rlm_tasks.engine.crashpoints import CrashPoint, no_hook
+from rlm_tasks.engine.rounds import RoundFailed, Rounds
 from rlm_tasks.errors import Quarantined
 from rlm_tasks.jobs import codec
-from rlm_tasks.jobs.item_failures import failure_of
+from rlm_tasks.jobs.item_failures import failure_of, raise_if_shutdown
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.partials import merged
@@ -22,9 +22,6 @@ from rlm_tasks.ledger.records import Claim
 from rlm_tasks.metrics import emission
 from rlm_tasks.operations.registry import Operation
 from rlm_tasks.results import Status
-
-if TYPE_CHECKING:
-    from rlm_tasks.engine.rounds import Rounds
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +51,10 @@ def merge_root(
             return ""
     except (MemoryError, StoreUnavailable):
         raise  # a later attempt may have memory, or Redis; the third loss fails the job
-    except Exception as error:
-        logger.warning("The merge of job %s raised %s", spec.job, type(error).__name__)
-        status = getattr(error, "ends_as", Status.FAILED)
+    except BaseException as error:
+        raise_if_shutdown(error)
+        logger.warning("The merge of job %s raised %s", spec.job, name_of(error))
+        status = error.ends_as if isinstance(error, RoundFailed) else Status.FAILED
         ended = ledger.close(spec.job, claim.token, status, error=failure_of(-1, error))
         rounds.continue_parent(spec)
         return ended

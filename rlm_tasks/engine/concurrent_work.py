@@ -12,14 +12,15 @@ import asyncio
 import functools
 import inspect
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from resilience.degradation import IN_FORCE, Degradation
 from resilience.errors import CallTimeout, Denied
-from rlm_tasks.engine.guards import PATIENCE_S, Postponed, postponed
+from rlm_tasks.engine.guards import PATIENCE_S, Postponed, wait_of
 from rlm_tasks.engine.shared_page import SEVERAL_ITEMS
 from rlm_tasks.engine.work import UNREADABLE, Work
+from rlm_tasks.jobs.item_failures import raise_if_shutdown
 from rlm_tasks.operations.context import Context
 from rlm_tasks.operations.ports import CallGuards
 
@@ -44,7 +45,7 @@ class ConcurrentWork(Work):
     def run(self, boundary: Callable[[], bool]) -> None:
         """Work until the range ends, `boundary` returns True, or an item has to wait."""
         self._boundary = boundary
-        event_loop().run(self._run_all())
+        run_to_end(self._run_all())
 
     async def _run_all(self) -> None:
         began = self._clock()
@@ -151,17 +152,18 @@ class ConcurrentWork(Work):
         if self._guards is not None:
             try:
                 run = self._enter(self._guards, item, context, run)
-            except Denied as denied:
-                fallback = self._guards.instead_of(denied)
-                if fallback is None:
-                    self._denied = postponed(denied, context.tries)
-                    self._not_before = self._clock() + denied.retry_after_s
+            except BaseException as error:
+                wait = wait_of(error, context.tries)
+                if wait is None or not isinstance(error, Denied):
+                    # `cost` raised, or the cost can never be granted: the item fails.
+                    run = functools.partial(_raise, error)
+                elif (fallback := self._guards.instead_of(error)) is not None:
+                    run = functools.partial(self._run_fallback, fallback, item, context)
+                else:
+                    self._denied = wait
+                    self._not_before = self._clock() + wait.wait_s
                     self.refused, self._denied_index = True, index
                     return False
-                run = functools.partial(self._run_fallback, fallback, item, context)
-            except Exception as error:
-                # `cost` raised, or the cost can never be granted: the item fails.
-                run = functools.partial(_raise, error)
         self._in_flight[index] = asyncio.ensure_future(self._timed(context, run))
         return True
 
@@ -179,7 +181,10 @@ class ConcurrentWork(Work):
 
     async def _timed(self, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
         began = self._clock()
-        output = await run()
+        try:
+            output = await run()
+        except (KeyboardInterrupt, SystemExit) as error:
+            raise Raised(error) from None
         self._succeeded(context, began)
         return output
 
@@ -226,13 +231,11 @@ class ConcurrentWork(Work):
             if isinstance(outcome, asyncio.Task):
                 try:
                     self.outcome.add(outcome.result())
-                except Postponed as wait:
-                    return self._postpone(wait)
-                except Denied as denied:
-                    return self._postpone(
-                        postponed(denied, self._claim.tries if self.at == self._claim.lo else 0)
-                    )
-                except (Exception, SystemExit, asyncio.CancelledError) as error:
+                except BaseException as raised:
+                    error = raised.error if isinstance(raised, Raised) else raised
+                    tries = self._claim.tries if self.at == self._claim.lo else 0
+                    if (wait := wait_of(error, tries)) is not None:
+                        return self._postpone(wait)
                     self.outcome.fail(self.at, error)
             elif isinstance(outcome, Exception):
                 self.outcome.fail(self.at, outcome)
@@ -242,8 +245,16 @@ class ConcurrentWork(Work):
         return None
 
 
-async def _raise(error: Exception) -> Any:
+async def _raise(error: BaseException) -> Any:
     raise error
+
+
+class Raised(Exception):
+    """Carries an exception of an item that would stop the event loop."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        super().__init__()
 
 
 _runners: dict[int, asyncio.Runner] = {}
@@ -258,3 +269,25 @@ def event_loop() -> asyncio.Runner:
         _runners.clear()
         _runners[os.getpid()] = asyncio.Runner()
     return _runners[os.getpid()]
+
+
+def run_to_end(work: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine in this process's event loop until it ends.
+
+    A task that an operation has started may raise KeyboardInterrupt or SystemExit, or stop the
+    loop.  Then asyncio leaves the loop, and the coroutine goes on here.
+    """
+    loop = event_loop().get_loop()
+    task: asyncio.Task[None] = event_loop().run(_started(work))
+    while True:
+        try:
+            return loop.run_until_complete(task)
+        except (KeyboardInterrupt, SystemExit, RuntimeError) as error:
+            raise_if_shutdown(error)
+            if task.done() or loop.is_running() or loop.is_closed():
+                raise
+
+
+async def _started(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Return a task of the running loop, in the loop's own context."""
+    return asyncio.ensure_future(work)

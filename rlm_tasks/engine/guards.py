@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,8 +16,16 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from resilience.errors import Denied, RateLimited, RetryBudgetExhausted, StoreUnavailable
+from resilience.errors import (
+    Denied,
+    RateLimited,
+    RetryBudgetExhausted,
+    StoreUnavailable,
+    name_of,
+    storable,
+)
 from resilience.faults import classify
+from rlm_tasks.jobs.item_failures import raise_if_shutdown
 from rlm_tasks.jobs.splitting import Reason
 from rlm_tasks.ledger.budgets import JobBudgets
 from rlm_tasks.operations import registry
@@ -51,6 +60,8 @@ no probe and no attempt.
 
 PATIENCE_S = 0.02
 """A shorter wait is slept: to hand over the rest of a node costs about as much."""
+WHY_CHARS = 1000
+"""The largest number of characters of the reason why an item waits."""
 _CPU = "cpu_s"
 T = TypeVar("T")
 
@@ -79,6 +90,22 @@ def postponed(denied: Denied, tries: int = 0) -> Postponed:
     return Postponed(
         denied.retry_after_s, f"{denied.guard}: {denied.why}", tries=tries, noted=denied.noted
     )
+
+
+def wait_of(error: BaseException, tries: int = 0) -> Postponed | None:
+    """Return how long an item that raised an exception has to wait, None if it has failed.
+
+    Raises the exception again if a signal ends this worker.
+    """
+    raise_if_shutdown(error)
+    if not isinstance(error, Denied):
+        return error if isinstance(error, Postponed) else None
+    try:
+        wait = postponed(error, tries)
+        wait.why, wait.noted = storable(wait.why[:WHY_CHARS]), bool(wait.noted)
+        return wait if math.isfinite(wait.wait_s) else None
+    except BaseException:  # a user's subclass, without the attributes of a denial
+        return None
 
 
 @dataclass(slots=True)
@@ -134,7 +161,7 @@ class OperationGuards:
                 )
                 if not held.permit:
                     raise self._bulkhead.full(held.permit)
-        except Exception:  # denied, or `cost` raised: nothing was called
+        except BaseException:  # denied, or `cost` raised: nothing was called
             self._withdraw(held)
             raise
         if self._retry is not None and self._retry.budget is not None and not context.tries:
@@ -215,8 +242,10 @@ class OperationGuards:
         try:
             held = self._enter_soon(item, context, waiter)
         except Denied as denied:
+            if (wait := wait_of(denied, tries)) is None:
+                raise  # `cost` raised it
             if (fallback := self.instead_of(denied)) is None:
-                raise postponed(denied, tries) from None
+                raise wait from None
         else:
             try:
                 output = run(self._operation.apply, item, context)
@@ -243,7 +272,7 @@ class OperationGuards:
         from resilience.retry import DEFAULT
 
         policy = self._protection.retry or DEFAULT
-        is_open = isinstance(error, Denied) and error.code == "CIRCUIT_OPEN"
+        is_open = isinstance(error, Denied) and classify(error).code == "CIRCUIT_OPEN"
         failed = not isinstance(error, Denied) and policy.wants(error, classify(error))
         return self._protection.fallback if is_open or failed else None
 
@@ -270,16 +299,17 @@ class OperationGuards:
             try:
                 return self.enter(item, context, waiter)
             except Denied as denied:
-                if denied.retry_after_s > PATIENCE_S:
+                wait = wait_of(denied)
+                if wait is None or wait.wait_s > PATIENCE_S:
                     raise
-                time.sleep(denied.retry_after_s)
+                time.sleep(max(0.0, wait.wait_s))
 
     def _after_failure(self, error: Exception, tries: int) -> Exception:
         """Return the postponement of a failed item, or its error when it is not tried again."""
         from resilience.retry import RetryState
 
-        if isinstance(error, Denied):
-            return postponed(error, tries)
+        if (wait := wait_of(error, tries)) is not None:
+            return wait
         if self._retry is None:
             return error
         state, policy = RetryState(self._retry, failures=tries), self._retry.policy
@@ -291,7 +321,7 @@ class OperationGuards:
         except Exception as final:
             return final
         attempt = f"attempt {state.failures + 1} of {policy.max_attempts}"
-        why = f"{attempt} after {type(error).__name__}"
+        why = f"{attempt} after {name_of(error)}"
         return Postponed(wait_s, why, tries=state.failures, reason=Reason.RETRY)
 
     # --- many in flight ------------------------------------------------------------------------
@@ -346,8 +376,10 @@ class OperationGuards:
             try:
                 return self.enter(item, context, waiter)
             except Denied as denied:
+                if (wait := wait_of(denied, tries)) is None:
+                    raise  # `cost` raised it
                 context.waited = True
-                await pause(postponed(denied, tries))
+                await pause(wait)
 
 
 def breakers_of(

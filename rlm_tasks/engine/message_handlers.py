@@ -14,12 +14,12 @@ from typing import Any
 
 from celery.exceptions import Reject
 
-from resilience.errors import StoreUnavailable
+from resilience.errors import StoreUnavailable, name_of
 from rlm_tasks.engine.node import run_node
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.errors import UnknownOperation
 from rlm_tasks.jobs import spec as specs
-from rlm_tasks.jobs.item_failures import failure_of
+from rlm_tasks.jobs.item_failures import failure_of, raise_if_shutdown
 from rlm_tasks.ledger.partials import compact_split
 from rlm_tasks.messaging.dispatch import body_of, group_id
 from rlm_tasks.operations import registry
@@ -134,9 +134,8 @@ def _merge(runtime: Runtime, request: Any, job: str, split_id: str) -> bool:
         )
     except (StoreUnavailable, UnknownOperation) as error:
         logger.info("Split %s of job %s is left to the root merge: %s", split_id, job, error)
-    except Exception as error:
+    except BaseException as error:
+        raise_if_shutdown(error)
         # The root merge will raise the same error, and fails the job with it.
-        logger.info(
-            "The merge of split %s of job %s raised %s", split_id, job, type(error).__name__
-        )
+        logger.info("The merge of split %s of job %s raised %s", split_id, job, name_of(error))
     return True

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from resilience.degradation import IN_FORCE, Degradation, Level, Strategy
+from resilience.errors import text_of
 from resilience.faults import Fault, classify
 from rlm_tasks.jobs import codec
-from rlm_tasks.jobs.item_failures import failure_of
+from rlm_tasks.jobs.item_failures import failure_of, raise_if_shutdown
 from rlm_tasks.operations.registry import Operation
 
 FOLD_AT = 4096
@@ -74,7 +75,7 @@ class NodeOutcome:
         self.failures.append(failure_of(index, error, fault.code))
         self.given_up += fault.retryable
         if len(self.faults) < MOST_FAULTS:
-            self.faults.append((fault, str(error)))
+            self.faults.append((fault, text_of(error)))
 
     def shape(self, degradation: Degradation, items: int) -> None:
         """Count the strategies that have changed the outcome of items, and reset them."""
@@ -97,7 +98,8 @@ class NodeOutcome:
             self._outputs = [self._operation.merge(iter(self._outputs))]
         except MemoryError:
             raise  # a smaller range may fit into memory
-        except Exception as error:
+        except BaseException as error:
+            raise_if_shutdown(error)
             self.fatal = failure_of(-1, error)
         finally:
             IN_FORCE.reset(outside)

@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from resilience.degradation import IN_FORCE, Degradation, Level
-from resilience.errors import Denied
-from rlm_tasks.engine.guards import Postponed, postponed
+from rlm_tasks.engine.guards import Postponed, wait_of
 from rlm_tasks.engine.item_timeouts import ItemAlarm
 from rlm_tasks.engine.outcome import NodeOutcome
 from rlm_tasks.engine.pace import Pace
@@ -187,12 +186,11 @@ class Work:
         """Run one item, and record that it succeeded, failed, or has to wait."""
         try:
             keep(call(value, context))
-        except Postponed as wait:
-            self._postpone(wait)
-        except Denied as denied:
-            self._postpone(postponed(denied, context.tries))
-        except (Exception, SystemExit) as error:
-            self.outcome.fail(context.index, error)
+        except BaseException as error:
+            if (wait := wait_of(error, context.tries)) is not None:
+                self._postpone(wait)
+            else:
+                self.outcome.fail(context.index, error)
         else:
             self._succeeded(context, began)
         if context.degradation.shaped:
@@ -282,18 +280,17 @@ class BatchWork(Work):
         """
         try:
             self.outcome.add_batch(self._call(kept, self._context(self.at)), len(kept))
-        except Denied as denied:
-            self._postpone(postponed(denied))
-        except Postponed as wait:
-            if not RULES[wait.reason].isolates:
+        except BaseException as error:
+            wait = wait_of(error)
+            if wait is not None and not (
+                isinstance(error, Postponed) and RULES[wait.reason].isolates
+            ):
                 self._postpone(wait)
-        except (Exception, SystemExit):
             return False
         else:
             self.outcome.shape(self.degradation, len(kept))
             self.took_s.append(self._clock() - began)
             return True
-        return False
 
     def _run_one_by_one(self, window: Sequence[Any]) -> None:
         """Run a batch again item by item: it raised, and the item that failed must be known."""

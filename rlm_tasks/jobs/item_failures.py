@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from billiard.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
-from celery.exceptions import TaskPredicate
+from celery.exceptions import TaskPredicate, WorkerShutdown, WorkerTerminate
 
+from resilience.errors import name_of, storable, text_of
 from resilience.faults import CANCELLED, TIMEOUT, WORKER_LOST, classify, register
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ for _error, _fault in {
 TRACEBACK_CHARS = 4000
 """Characters of a traceback that are kept: the last ones."""
 MESSAGE_CHARS = 1000
+MOST_FRAMES = 200
+"""Frames of a traceback that are read: the last ones."""
 _HERE = Path(__file__).parents[1]
 _HIDDEN = (
     *(f"{_HERE / folder}{os.sep}" for folder in ("engine", "ledger", "worker")),
@@ -39,17 +42,43 @@ _HIDDEN = (
 
 
 def failure_of(index: int, error: BaseException, code: str = "") -> dict[str, Any]:
-    """Return index, code, type, message and traceback; the platform's own frames are left out."""
-    frames = traceback.extract_tb(error.__traceback__)
-    shown = [frame for frame in frames if not frame.filename.startswith(_HIDDEN)] or frames[-1:]
-    text = "".join(traceback.format_list(shown)) + "".join(traceback.format_exception_only(error))
+    """Return index, code, type, message and traceback; the platform's own frames are left out.
+
+    It never raises, whatever the class of the exception does.
+    """
+    message = text_of(error, TRACEBACK_CHARS)
+    text = f"{_frames_of(error)}{name_of(error)}: {message}\n"
     return {
         "index": index,
         "code": code or classify(error).code,
-        "type": type(error).__name__,
-        "message": str(error)[:MESSAGE_CHARS],
+        "type": name_of(error),
+        "message": message[:MESSAGE_CHARS],
         "traceback": text[-TRACEBACK_CHARS:],
     }
+
+
+def raise_if_shutdown(error: BaseException) -> None:
+    """Raise an exception again by which a signal ends this worker.
+
+    Only Celery's handler of a signal raises it, in a worker without pool processes.  Each other
+    exception in an operation is the failure of its item, also KeyboardInterrupt and SystemExit.
+    """
+    if isinstance(error, WorkerShutdown | WorkerTerminate):
+        from celery.worker import state  # a client needs no worker
+
+        if state.should_stop is not None or state.should_terminate is not None:
+            raise error
+
+
+def _frames_of(error: BaseException) -> str:
+    """Return the user's last frames; '' if the code that made them does not allow it."""
+    try:
+        trace = vars(BaseException)["__traceback__"].__get__(error)  # its class may hide it
+        frames = traceback.extract_tb(trace, limit=-MOST_FRAMES)
+        shown = [frame for frame in frames if not frame.filename.startswith(_HIDDEN)]
+        return storable("".join(traceback.format_list(shown or frames[-1:])))
+    except BaseException:  # the loader of the user's module raised
+        return ""
 
 
 def alike(failures: Iterable[ItemFailure]) -> list[tuple[str, str, list[int]]]:
