@@ -356,6 +356,7 @@ class OperationGuards:
                     raise
                 tries = context.tries = outcome.tries
                 await pause(outcome)
+                context.begin(context.index)
             else:
                 self.leave(held)
                 return output

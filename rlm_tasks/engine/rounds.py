@@ -27,6 +27,7 @@ from rlm_tasks.ledger.records import MERGE, ROOT, Claim
 from rlm_tasks.ledger.round_ids import opened_rounds, round_id
 from rlm_tasks.messaging.dispatch import Dispatcher, new_id
 from rlm_tasks.operations import registry
+from rlm_tasks.operations.context import copied
 from rlm_tasks.results import Status
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def _ended(
     last = all_facts[-1]
     return Round(
         number=len(rounds),
-        params=spec.params,
+        params=copied(spec.params),
         total=int(last["n"]),
         done=int(last["done"]),
         stopped=last.get("stop", ""),

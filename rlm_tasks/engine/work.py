@@ -163,7 +163,8 @@ class Work:
         context, began = self._context(), self._clock()
         self._window_context = context
         for item in window:
-            index = context.index = self.at
+            index = self.at
+            context.begin(index)
             self._page.start_item(index)
             if not (self._filtered and self._leaves_out(index, item)):
                 self._attempt(keep=keep, call=call, value=item, context=context, began=began)
@@ -235,7 +236,8 @@ class Work:
         spec, claim = self._spec, self._claim
         return Context(
             job_id=spec.job,
-            params=spec.params,
+            params={},
+            shared_params=spec.params,
             depth=claim.depth,
             attempt=claim.epoch,
             index=index,

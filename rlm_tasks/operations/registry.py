@@ -60,10 +60,18 @@ class Operation:
     forecast: Forecast | None = None  # the calls to models that its rounds need
     is_async: bool = field(init=False)
     takes_context: bool = field(init=False)
+    _arity: dict[int, tuple[Callable[..., Any], bool]] = field(
+        init=False, repr=False, compare=False
+    )
+    """Its other functions by their ids, and whether each takes a context."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "is_async", inspect.iscoroutinefunction(self.function))
         object.__setattr__(self, "takes_context", _positional(self.function) >= 2)
+        object.__setattr__(self, "_arity", {})
+        for other in (self.simplified, self.protection.cost, self.protection.fallback):
+            if other is not None:
+                self._takes_context(other)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -79,7 +87,13 @@ class Operation:
 
     def with_context(self, function: Callable[..., Any], value: Any, context: Context) -> Any:
         """Call another function of this operation, such as its fallback, in the same way."""
-        return function(value, context) if _positional(function) >= 2 else function(value)
+        return function(value, context) if self._takes_context(function) else function(value)
+
+    def _takes_context(self, function: Callable[..., Any]) -> bool:
+        """Whether a function takes a context; its signature is read once, not for each item."""
+        if (known := self._arity.get(id(function))) is None:
+            known = self._arity[id(function)] = function, _positional(function) >= 2
+        return known[1]
 
     def combine(self, outputs: Iterable[Any]) -> Any:
         """Return one partial for outputs or partials in item order; a list without a merge."""

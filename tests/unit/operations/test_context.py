@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
+import pytest
+
 from resilience.degradation import (
     CONSTRAINTS,
     Degradation,
@@ -16,3 +21,40 @@ def test_the_quality_of_an_item_is_the_fingerprint_of_its_level() -> None:
         Context("job", {}, degradation=Degradation(Level.HIGH)).quality
         == CONSTRAINTS[Level.HIGH].fingerprint
     )
+
+
+SHARED = {"n": 1, "limits": {"max": [1, 2]}, "names": ["a", "b"], "pair": (1, [2]), "tags": {"x"}}
+
+
+def test_an_item_that_changes_its_params_changes_those_of_no_other_item() -> None:
+    before = copy.deepcopy(SHARED)
+    context = Context("job", {}, shared_params=SHARED)
+    context.params["limits"]["max"].append(3)
+    context.params["names"].clear()
+    context.params["pair"][1].append("new")
+    context.params["tags"].add("y")
+    del context.params["n"]
+    assert context.params["names"] == [], "the item sees what it has written"
+
+    context.begin(1)
+
+    assert context.params == before == SHARED
+
+
+def test_params_are_a_dict_like_any_other() -> None:
+    context = Context("job", {}, shared_params={"n": 1, "nested": {"a": [1]}})
+    assert type(context.params) is dict
+    assert json.loads(json.dumps(context.params)) == {**context.params} == dict(**context.params)
+    assert context.params is context.params
+
+
+def test_an_item_that_reads_no_params_makes_no_copy() -> None:
+    context = Context("job", {}, shared_params=SHARED)
+    for index in range(3):
+        context.begin(index)
+        assert context.has_params is False
+
+
+def test_an_unknown_attribute_of_a_context_is_named() -> None:
+    with pytest.raises(AttributeError, match="'Context' object has no attribute 'parms'"):
+        Context("job", {}, shared_params={}).parms  # type: ignore[attr-defined]  # noqa: B018
