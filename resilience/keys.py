@@ -35,6 +35,7 @@ class JobKeys(NamedTuple):
     events: str  # STREAM  the job's bounded log; waiting clients block on it
     items: str  # ZSET    "lo:hi" of every stored block of items, scored by lo
     blocks: str  # HASH    "lo:hi" -> packed block of items
+    ended: str  # LIST    id of every ended node whose record is kept, the oldest first
 
 
 class PressureKeys(NamedTuple):

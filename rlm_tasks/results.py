@@ -318,6 +318,24 @@ class TreeNode:
     attempts: int  # number of claims
 
 
+class Tree(list[TreeNode]):
+    """The nodes of a job's tree: parents before their children, siblings in item order."""
+
+    def __init__(self, nodes: Iterable[TreeNode] = (), *, total: int | None = None) -> None:
+        super().__init__(nodes)
+        self.total = len(self) if total is None else total  # nodes that the job has had so far
+
+    @property
+    def note(self) -> str:
+        """The part of a large tree that is in the list; '' when all nodes are."""
+        if self.total <= len(self):
+            return ""
+        return (
+            f"{len(self):,} of {self.total:,} nodes: those at work and the next in their queue, "
+            "then those that ended last"
+        )
+
+
 COLUMNS = ("model", "calls", "tokens", "money")
 
 

@@ -141,7 +141,7 @@ class WaitingRoom:
         Without a job nothing is taken.
         """
         keys = (self._keys.places, self._keys.due)
-        args = (job, self._max_jobs, _FIRST_SWEEP_MS, ROOM_TTL_S)
+        args = (job, self._max_jobs, _FIRST_SWEEP_MS)
         [(has, left)] = self._store.call(Call(_PLACE, keys, args))
         return has, left
 

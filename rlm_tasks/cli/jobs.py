@@ -240,6 +240,8 @@ def tree(ctx: click.Context, job_id: str, as_json: bool) -> None:
         for n in nodes
     )
     table(f"Nodes of {job_id}", columns, rows)
+    if nodes.note:
+        click.echo(nodes.note)
 
 
 @click.command()

@@ -12,9 +12,11 @@ from rlm_tasks.client.session import Session
 from rlm_tasks.errors import JobNotFound
 from rlm_tasks.jobs.endings import CELERY_STATES
 from rlm_tasks.jobs.trace_ids import trace_id_of
+from rlm_tasks.ledger.at_work import nodes_at_work
 from rlm_tasks.ledger.explain import explain
-from rlm_tasks.ledger.records import MERGE
+from rlm_tasks.ledger.records import MERGE, NodesAtWork
 from rlm_tasks.ledger.round_ids import opened_rounds
+from rlm_tasks.ledger.tree import read_tree
 from rlm_tasks.results import (
     ItemFailure,
     JobEvent,
@@ -22,6 +24,7 @@ from rlm_tasks.results import (
     QuarantinedItem,
     Receipt,
     Status,
+    Tree,
     TreeNode,
     receipt_of,
 )
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
 Facts = dict[str, str]
 """Every counter and state of a job, as the ledger keeps them."""
+TREE_NODES = 10_000
+"""`JobReader.tree` returns at most this many nodes, unless it is asked for more."""
 NODE_STATES = {
     "q": "queued",
     "r": "running",
@@ -99,13 +104,14 @@ class JobReader:
             round=len(parts) - 1,
         )
 
-    def tree(self) -> list[TreeNode]:
-        """Return every node, parents before their children, siblings in item order.
+    def tree(self, limit: int = TREE_NODES) -> Tree:
+        """Return the nodes, parents before their children, siblings in item order.
 
-        An unknown job has none.
+        The list has at most `limit` nodes; its `note` names the part of a larger tree that it
+        shows.  Nodes that ended long ago are only counted.  An unknown job has none.
         """
-        records = self._ledger.all_records(self.id)
-        return [
+        records, total = read_tree(self._ledger, self.id, limit)
+        nodes = (
             TreeNode(
                 id=record.id,
                 parent=record.parent,
@@ -120,7 +126,8 @@ class JobReader:
                 attempts=record.epoch,
             )
             for record in sorted(records, key=lambda r: (r.depth, r.lo, -r.hi, r.id == MERGE))
-        ]
+        )
+        return Tree(nodes, total=total)
 
     def events(self) -> list[JobEvent]:
         """Return the newest thousand events of the job, the oldest first."""
@@ -128,7 +135,10 @@ class JobReader:
 
     def explain(self) -> str:
         """Return one sentence: why the job waits, what it does, or how it ended."""
-        return explain(self._facts(), self._ledger.all_records(self.id), self._now_ms())
+        facts = self._facts()
+        if Status(facts["state"]).final:
+            return explain(facts, NodesAtWork(), 0)
+        return explain(facts, nodes_at_work(self._ledger, self.id, facts), self._now_ms())
 
     @property
     def trace_id(self) -> str:

@@ -24,8 +24,9 @@ from pydantic import SecretStr
 from resilience.breaker import CircuitBreakers
 from rlm_tasks.diagnosis import doctor
 from rlm_tasks.errors import JobNotFound
+from rlm_tasks.ledger.at_work import nodes_at_work
 from rlm_tasks.ledger.explain import explain
-from rlm_tasks.ledger.records import NodeRecord
+from rlm_tasks.ledger.records import NodesAtWork
 from rlm_tasks.settings.document import HIDDEN, to_dict
 from rlm_tasks.version import __version__
 
@@ -176,22 +177,24 @@ def _outline(client: Client, job_id: str) -> dict[str, Any]:
     facts = client.ledger.facts(job_id)
     if not facts:
         return {"id": job_id}
-    is_over = "closed_ms" in facts
-    records = [] if is_over else [_discreet(record) for record in client.ledger.all_records(job_id)]
+    at_work = _discreet(nodes_at_work(client.ledger, job_id, facts))
     return {
         "id": job_id,
         **{name: facts[name] for name in _WORDS if name in facts},
         **{name: int(facts[name]) for name in _COUNTS if name in facts},
-        "explain": explain(_without_message(facts), records, client.ledger.store.now_ms()),
+        "explain": explain(_without_message(facts), at_work, client.ledger.store.now_ms()),
     }
 
 
-def _discreet(record: NodeRecord) -> NodeRecord:
-    """Return a record whose reason is cut at the colon.
+def _discreet(at_work: NodesAtWork) -> NodesAtWork:
+    """Return the sums of a job, with reasons that are cut at the colon.
 
     The name of the guard stands before the colon; a text of the operation may follow it.
     """
-    return replace(record, why=record.why.partition(": ")[0])
+    reasons = Counter[str]()
+    for why, count in at_work.reasons.items():
+        reasons[why.partition(": ")[0]] += count
+    return replace(at_work, reasons=reasons)
 
 
 def _without_message(facts: Mapping[str, str]) -> dict[str, str]:
@@ -204,12 +207,12 @@ def _without_message(facts: Mapping[str, str]) -> dict[str, str]:
 
 def _whole(client: Client, job_id: str) -> dict[str, Any]:
     job = client.job(job_id)
-    tree = job.tree()
+    tree = job.tree(NODES)
     return {
         **_outline(client, job_id),
         "request": _request(client, job_id),
-        "tree": [{**asdict(node), "why": node.why.partition(": ")[0]} for node in tree[:NODES]],
-        "tree_left_out": max(0, len(tree) - NODES),
+        "tree": [{**asdict(node), "why": node.why.partition(": ")[0]} for node in tree],
+        "tree_left_out": tree.total - len(tree),
         "events": [asdict(each) for each in job.events()[-EVENTS:]],
         "failures": _failures(job),
         "quarantined": [

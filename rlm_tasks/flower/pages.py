@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rlm_tasks.client.job import Job
     from rlm_tasks.client.platform_status import PlatformStatus
     from rlm_tasks.jobs.spec import JobSpec
-    from rlm_tasks.results import TreeNode
+    from rlm_tasks.results import Tree
     from rlm_tasks.telemetry.limit_reports import LimitReport
     from scheduler.board import HostReport
 
@@ -227,7 +227,7 @@ def job(client: Client, job_id: str) -> Picture:
             _failures(handle, at),
             _receipt(handle),
             *_spent(handle),
-            _tree(handle.tree()),
+            _tree(handle.tree(NODES)),
             _log(handle),
         ],
         actions=actions,
@@ -242,7 +242,7 @@ def _pace(at: Progress) -> str:
     return f" {', '.join(filter(None, parts))}."
 
 
-def _tree(tree: Sequence[TreeNode]) -> Table:
+def _tree(tree: Tree) -> Table:
     rows: list[list[str | Cell]] = [
         [
             Cell(node.id, indent=node.depth),
@@ -253,11 +253,11 @@ def _tree(tree: Sequence[TreeNode]) -> Table:
             node.worker,
             node.why,
         ]
-        for node in tree[:NODES]
+        for node in tree
     ]
     columns = ("Node", "Items", "Ran", "State", "Time", "Worker", "Why")
     return Table(
-        title=_counted("Tree", len(tree), "node", NODES),
+        title=_counted("Tree", tree.total, "node", NODES, which="newest"),
         columns=columns,
         rows=rows,
         empty="No node yet.",

@@ -1,67 +1,77 @@
-"""Count the nodes of all open jobs by state: queued, running, parked.
+"""Count the nodes of open jobs by state: queued, running, parked.
 
-`Client.at_work`, and by it Flower, calls `jobs_at_work`.
+It reads the sums that the scripts keep, never the records of nodes.  `Client.at_work`, and by it
+Flower, calls `jobs_at_work`; `JobReader.explain` calls `nodes_at_work`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import redis
 
-from resilience.keys import Keys
+from resilience.keys import JobKeys
 from rlm_tasks.ledger.reader import LedgerReader
-from rlm_tasks.ledger.records import JobNodes, NodeRecord
+from rlm_tasks.ledger.records import JobNodes, NodesAtWork
 
-NODES_COUNTED = 1000
-"""At most this many running and parked nodes of a job are counted."""
+_REASON = "why:"
+"""Fields of a job's hash that begin so have the number of nodes parked for a reason."""
+
+
+def nodes_at_work(ledger: LedgerReader, job: str, facts: Mapping[str, str]) -> NodesAtWork:
+    """Return the sums of one job, in one round trip; `facts` are those of the ledger.
+
+    Raises StoreUnavailable.
+    """
+
+    def read(client: redis.Redis) -> list[Any]:
+        pipe = client.pipeline(transaction=False)
+        _count(pipe, ledger.keys.of(job))
+        return pipe.execute()
+
+    queued, held = ledger.call(read)
+    parked = min(held, int(facts.get("parked", 0)))
+    reasons = {
+        name.removeprefix(_REASON): int(count)
+        for name, count in facts.items()
+        if name.startswith(_REASON)
+    }
+    return NodesAtWork(queued, held - parked, parked, reasons if parked else {})
 
 
 def jobs_at_work(ledger: LedgerReader, limit: int) -> list[JobNodes]:
     """Return the nodes of open jobs by state, for at most `limit` jobs.
 
-    It takes three round trips for any number of jobs.  Raises StoreUnavailable.
+    It takes two round trips for any number of jobs and nodes.  Raises StoreUnavailable.
     """
-    jobs, keys = ledger.due.jobs(limit), ledger.keys
-    first: list[Any] = ledger.call(lambda client: _facts(client, keys, jobs))
-    held = first[2::3]
-    nodes: list[Any] = ledger.call(lambda client: _records(client, keys, jobs, held))
-    found = zip(jobs, first[::3], first[1::3], nodes, strict=True)
-    return [
-        _nodes_of(job, facts, queued, records) for job, facts, queued, records in found if facts[0]
-    ]
+    jobs = ledger.due.jobs(limit)
+
+    def read(client: redis.Redis) -> list[Any]:
+        pipe = client.pipeline(transaction=False)
+        for each in map(ledger.keys.of, jobs):
+            pipe.hmget(each.job, "queue", "state", "parked")
+            _count(pipe, each)
+        return pipe.execute()
+
+    found = ledger.call(read) if jobs else []
+    every = zip(jobs, found[::3], found[1::3], found[2::3], strict=True)
+    return [_nodes_of(job, facts, queued, held) for job, facts, queued, held in every if facts[0]]
 
 
-def _facts(client: redis.Redis, keys: Keys, jobs: Sequence[str]) -> list[Any]:
-    pipe = client.pipeline(transaction=False)
-    for each in map(keys.of, jobs):
-        pipe.hmget(each.job, "queue", "state")
-        pipe.zcard(each.waiting)
-        pipe.zrange(each.due, 0, NODES_COUNTED - 1)
-    return pipe.execute()
+def _count(pipe: Any, keys: JobKeys) -> None:
+    """Add to a pipeline the number of queued nodes, and of running and parked ones."""
+    pipe.zcard(keys.waiting)
+    pipe.zcard(keys.due)
 
 
-def _records(
-    client: redis.Redis, keys: Keys, jobs: Sequence[str], held: Sequence[list[bytes]]
-) -> list[Any]:
-    pipe = client.pipeline(transaction=False)
-    for each, names in zip(map(keys.of, jobs), held, strict=True):
-        pipe.hmget(each.nodes, names or ["none"])
-    return pipe.execute()
-
-
-def _nodes_of(
-    job: str, facts: Sequence[bytes], queued: int, records: Sequence[bytes | None]
-) -> JobNodes:
-    states = Counter(NodeRecord.parse("", text).state for text in records if text)
-    queue, state = facts
+def _nodes_of(job: str, facts: list[bytes], queued: int, held: int) -> JobNodes:
+    queue, state, parked = facts[0], facts[1], min(held, int(facts[2] or 0))
     return JobNodes(
         job=job,
         queue=queue.decode(),
         state=state.decode(),
         queued=queued,
-        running=states["r"],
-        parked=states["p"],
+        running=held - parked,
+        parked=parked,
     )

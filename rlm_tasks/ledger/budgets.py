@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from resilience.budget import SharedBudget, Spending
     from rlm_tasks.settings.model import Settings
 
+OPEN_S = 30 * 86_400
+"""A budget is kept at least this long after its last charge, as the keys of an open job are."""
+
 
 def account_of(spec: JobSpec) -> str:
     """Return the account that a round spends from."""
@@ -26,7 +29,7 @@ class JobBudgets:
     """The budgets of one platform's jobs."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
-        self._store, self._ttl_s = store, settings.result_ttl_s
+        self._store, self._ttl_s = store, max(OPEN_S, settings.result_ttl_s)
         self._merge_share = settings.llm.merge_share
         self._lease_s = 2 * settings.llm.timeout_s
 

@@ -24,10 +24,13 @@ class DueIndex:
         self._store, self._key = store, key
         self._on_outage: OnOutage = on_outage
 
-    def add(self, pipe: Any, first_ms: Mapping[str, int], ttl_s: int) -> None:
-        """Add new jobs to a pipeline, by the ms of their first sweep; an earlier time stays."""
+    def add(self, pipe: Any, first_ms: Mapping[str, int]) -> None:
+        """Add new jobs to a pipeline, by the ms of their first sweep; an earlier time stays.
+
+        The index never expires: it belongs to the jobs of all clients.
+        """
         pipe.zadd(self._key, dict(first_ms), lt=True)
-        pipe.expire(self._key, ttl_s)
+        pipe.persist(self._key)
 
     def look_by(self, job: str, wait_ms: int) -> Call:
         """Return the call that makes sure of a sweep within `wait_ms`; an earlier time stays."""

@@ -7,36 +7,34 @@ facts of the ledger and returns words.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from rlm_tasks.jobs.endings import CAUSES, sentence
-from rlm_tasks.ledger.records import MERGE, NodeRecord
+from rlm_tasks.ledger.records import NodesAtWork
 from rlm_tasks.results import Status
 
 
-def explain(facts: Mapping[str, str], nodes: Sequence[NodeRecord], now_ms: int) -> str:
+def explain(facts: Mapping[str, str], at_work: NodesAtWork, now_ms: int) -> str:
     """Return the sentence about a job, from its facts, its nodes and the server's time."""
     state = facts["state"]
     if Status(state).final:
         return sentence(facts)
+    running, queued, parked = at_work.running, at_work.queued, at_work.parked
+    first = next(iter(at_work.reasons), "")
     if state == "merging":
-        merge = next((node.why for node in nodes if node.id == MERGE and node.state == "p"), "")
         return (
             "All of its items are done, failed or skipped; "
-            f"{merge or 'the answer is being merged'}."
+            f"{first or 'the answer is being merged'}."
         )
-    states = Counter(node.state for node in nodes)
-    running, queued, parked = states["r"], states["q"], states["p"]
     if facts.get("stop"):
         cause = CAUSES.get(facts["stop"], facts["stop"])
         return f"It is stopping because {cause}; {_nodes(running)} still in a slice."
-    reasons = Counter(node.why for node in nodes if node.state == "p")
     if state == "pending":
         waited = f"It has waited {(now_ms - int(facts['opened_ms'])) / 1000:.1f} s"
-        if why := next(iter(reasons), ""):
-            return f"{waited} to be started: {why}."
+        if first:
+            return f"{waited} to be started: {first}."
         return f"{waited} in queue {facts['queue']} for a worker; does a worker consume that queue?"
-    because = "; ".join(why for why, _ in reasons.most_common(3))
+    because = "; ".join(why for why, _ in Counter(at_work.reasons).most_common(3))
     if not running and parked:
         return f"It waits: {_nodes(parked)} parked ({because})."
     if not running:

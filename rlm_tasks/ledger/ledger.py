@@ -85,16 +85,20 @@ class Ledger(LedgerReader):
             spec.job: now_ms + min(self._grace_ms, int(spec.timeout_ms or self._grace_ms))
             for spec, _ in new
         }
-        self.due.add(pipe, first_ms, ttl_s)
+        self.due.add(pipe, first_ms)
         # Rounds are not listed: their jobs lead to them.
-        if listed := {spec.job: now_ms for spec, _ in new if not spec.parent}:
-            pipe.zadd(self.keys.jobs, listed, nx=True)
-        pipe.zremrangebyscore(self.keys.jobs, "-inf", now_ms - ttl_s * 1000)
-        pipe.expire(self.keys.jobs, ttl_s)
+        self.job_list.add(pipe, {spec.job: now_ms for spec, _ in new if not spec.parent})
         pipe.execute()
         opened = self.store.call(
             *(
-                _opening(self.keys, spec, ttl_s, staged, *waits.get(spec.job, (0, "")))
+                _opening(
+                    self.keys,
+                    spec,
+                    ttl_s,
+                    staged,
+                    *waits.get(spec.job, (0, "")),
+                    keep=self.settings.node_records,
+                )
                 for spec, staged in new
             )
         )
@@ -259,7 +263,9 @@ class Ledger(LedgerReader):
         self.call(lambda client: client.hset(self.keys.of(job).job, "rounds", str(number)))
 
 
-def _opening(keys: Keys, spec: JobSpec, ttl_s: int, staged: str, wait_ms: int, why: str) -> Call:
+def _opening(
+    keys: Keys, spec: JobSpec, ttl_s: int, staged: str, wait_ms: int, why: str, *, keep: int
+) -> Call:
     if not spec.continue_on_error:
         fail_limit: float = 0
     else:
@@ -283,6 +289,7 @@ def _opening(keys: Keys, spec: JobSpec, ttl_s: int, staged: str, wait_ms: int, w
             spec.schema,
             wait_ms,
             why,
+            keep,
         ),
     )
 

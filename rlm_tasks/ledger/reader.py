@@ -16,12 +16,15 @@ from resilience.store import Call, OnOutage, Script, Store
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.due_index import DueIndex
+from rlm_tasks.ledger.job_list import JobList
 from rlm_tasks.ledger.quarantine import Quarantine
 from rlm_tasks.ledger.records import NodeRecord, Split
 from rlm_tasks.results import ItemFailure, JobEvent
 from rlm_tasks.settings.sections import LedgerSettings
 
 PIECES_AT_ONCE = 256
+RECORDS_AT_ONCE = 1000
+"""About this many records of nodes are read by one command."""
 _PIECES = Script.load("rlm_tasks.ledger", "pieces", prelude="prelude")
 
 
@@ -39,6 +42,7 @@ class LedgerReader:
         self.store, self.keys, self.settings = store, keys, settings
         self.on_outage: OnOutage = on_outage
         self.due = DueIndex(store, keys.due, on_outage=on_outage)
+        self.job_list = JobList(store, keys, on_outage=on_outage)
         self.quarantine = Quarantine(store, keys, on_outage=on_outage)
 
     @overload
@@ -107,9 +111,14 @@ class LedgerReader:
         return [NodeRecord.parse(id, text) for id, text in zip(nodes, texts, strict=True) if text]
 
     def all_records(self, job: str) -> list[NodeRecord]:
-        """Return every node of a job's tree."""
-        found = self._hash(self.keys.of(job).nodes)
-        return [NodeRecord.parse(id.decode(), text) for id, text in found.items()]
+        """Return the record of every node of a job that has one, in no order.
+
+        A job with millions of nodes has as many; `read_tree` reads a bounded number.
+        """
+        found: Any = self.call(
+            lambda client: list(client.hscan_iter(self.keys.of(job).nodes, count=RECORDS_AT_ONCE))
+        )
+        return [NodeRecord.parse(id.decode(), text) for id, text in dict(found).items()]
 
     def split(self, job: str, split: str) -> Split | None:
         """Return a chord's range and slot, None for an unknown one."""
@@ -136,10 +145,7 @@ class LedgerReader:
 
     def jobs(self, limit: int) -> list[tuple[str, int]]:
         """Return (job, ms opened), the newest first."""
-        found: Any = self.call(
-            lambda client: client.zrange(self.keys.jobs, 0, limit - 1, desc=True, withscores=True)
-        )
-        return [(job.decode(), int(ms)) for job, ms in found]
+        return self.job_list.newest(limit)
 
     # --- plain commands ------------------------------------------------------------------------
 

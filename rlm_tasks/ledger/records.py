@@ -5,7 +5,8 @@ The engine, the worker and clients read them.  Begin with `Claim` and `Report`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -179,6 +180,16 @@ class NodeRecord:
             waited=bool(r.get("wt")),
             message=int(r.get("m", 0)),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class NodesAtWork:
+    """The nodes of one open job by state, as sums."""
+
+    queued: int = 0
+    running: int = 0
+    parked: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict)  # why nodes are parked -> their number
 
 
 @dataclass(frozen=True, slots=True)

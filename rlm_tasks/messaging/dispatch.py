@@ -34,7 +34,7 @@ ACQUIRE_S = 10
 
 def new_id() -> str:
     """Return an id for a node or a split, unique within its job."""
-    return secrets.token_hex(6)
+    return secrets.token_hex(8)
 
 
 def with_ids(fork: Fork, job: str, slot: ChordSlot, why: str) -> tuple[list[Split], list[Child]]:

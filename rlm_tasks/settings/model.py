@@ -54,7 +54,10 @@ class Settings(StoreSettings):
         "workers.",
     )
     result_ttl_s: int = Field(
-        7 * 86_400, gt=0, description="Results and ledger entries of a job are kept for this long."
+        7 * 86_400,
+        ge=60,
+        description="Results and ledger entries of a job are kept for this long after its end. An "
+        "open job is kept in any case.",
     )
     max_result_bytes: int = Field(
         256 * 2**20,

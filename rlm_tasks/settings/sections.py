@@ -13,6 +13,7 @@ class LedgerSettings(BaseModel, frozen=True, extra="forbid"):
     lease_s: float = Field(
         30.0,
         gt=0,
+        le=86_400,
         description="A running node counts as lost if its lease was not renewed for this long.",
     )
     sweep_s: float = Field(
@@ -35,6 +36,11 @@ class LedgerSettings(BaseModel, frozen=True, extra="forbid"):
         ge=1,
         description="An item is quarantined after this number of processes died while it was in "
         "flight.",
+    )
+    node_records: int = Field(
+        10_000,
+        ge=100,
+        description="Records of ended nodes that a job keeps; older ones are only counted.",
     )
 
     @property

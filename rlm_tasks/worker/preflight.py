@@ -156,7 +156,7 @@ def _memory(store: Store, info: Mapping[str, Any], settings: Settings) -> Findin
         "memory",
         state,
         f"Redis at {store.url}: {found}",
-        "Raise maxmemory, or lower RLM_RESULT_TTL_S",
+        "Raise maxmemory; to keep results of new jobs for less time, lower RLM_RESULT_TTL_S",
     )
 
 

@@ -17,7 +17,9 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import msgspec
 from celery.worker import state
+from redis.exceptions import ResponseError
 
 from resilience.store import Call
 from rlm_tasks.engine.runtime import Runtime
@@ -43,6 +45,15 @@ BACK_OFF_S = 1.0
 """The time between two ticks while the ledger does not answer."""
 REAPED_S = 2.0
 """Celery reports the cause of a process's death within this time of having reaped it."""
+SWEEPS_IN_A_ROW = 5
+"""A job with more overdue nodes than these sweeps send is swept again at a later tick.
+
+Leases are renewed in between.
+"""
+MOST_BROKEN = 1000
+"""Jobs that cannot be swept are remembered up to this number, so that each is logged once."""
+TRIM_S = 60.0
+"""The time between two calls that remove expired jobs from the list of jobs."""
 ALARM_GRACE_S, ALARM_GRACE_SHARE = 1.0, 0.05
 """An item past its limit has this long to react to its alarm, before its process is killed.
 
@@ -82,7 +93,9 @@ class Supervisor(threading.Thread):
         self._stopping = False
         # An Event would lock up when a signal's handler sets it while it is being set.
         self._wakeups: SimpleQueue[None] = SimpleQueue()
-        self._due = {"measure": 0.0, "offer": 0.0, "processes": 0.0, "beat": 0.0, "sweep": 0.0}
+        names = ("measure", "offer", "processes", "beat", "sweep", "trim")
+        self._due = dict.fromkeys(names, 0.0)
+        self._broken_jobs: dict[str, None] = {}
         self._sweep_not_before = 0.0
         self._ledger_away = False
         self._settings_checked = False
@@ -194,6 +207,9 @@ class Supervisor(threading.Thread):
             self._due["sweep"] = now + ledger.sweep_s
             self._sweep()
             self._plan_sweep(*self._ledger.store.call(self._ledger.due.first()))
+        if now >= self._due["trim"]:
+            self._due["trim"] = now + TRIM_S
+            self._ledger.job_list.trim()
 
     def _check_settings(self) -> None:
         """Log a warning for each setting that loses data or repeats work."""
@@ -285,15 +301,27 @@ class Supervisor(threading.Thread):
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     def _sweep(self) -> None:
+        """Recover the overdue nodes of the jobs that are due, a bounded number of each."""
         sweep_ms = int(self._runtime.settings.ledger.sweep_s * 1000)
         for job in self._ledger.due.take(SWEEP_AT_ONCE, sweep_ms):
-            more = True
-            while more:
-                swept = self._ledger.sweep(job)
-                more = swept.more
-                if swept.send:
-                    logger.info("Job %s: %d overdue nodes are sent again", job, len(swept.send))
-                    self._runtime.delivery.resend(job, swept.send)
+            try:
+                self._sweep_job(job)
+            except (ResponseError, msgspec.MsgspecError, ValueError, LookupError):
+                # One job with broken records must not stop the recovery of all others.
+                if job not in self._broken_jobs:
+                    self._broken_jobs[job] = None
+                    logger.exception("Job %s cannot be swept; other jobs are", job)
+                if len(self._broken_jobs) > MOST_BROKEN:
+                    del self._broken_jobs[next(iter(self._broken_jobs))]
+
+    def _sweep_job(self, job: str) -> None:
+        for _ in range(SWEEPS_IN_A_ROW):
+            swept = self._ledger.sweep(job)
+            if swept.send:
+                logger.info("Job %s: %d overdue nodes are sent again", job, len(swept.send))
+                self._runtime.delivery.resend(job, swept.send)
+            if not swept.more:
+                return
 
     def _kill_overdue(self, now: float) -> None:
         """Kill a process whose item does not react to its alarm, as code outside of Python does."""

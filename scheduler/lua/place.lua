@@ -1,7 +1,7 @@
 -- uses: clock
 -- Give a job a place, unless all places are taken.  A job that is no longer open loses its place.
 -- KEYS: jobs with a place (ZSET job -> ms), index of open jobs (ZSET job -> ms of the next sweep).
--- ARGV: job ('': take nothing, just count), most, ms until its first sweep, ttl_s.
+-- ARGV: job ('': take nothing, just count), most, ms until its first sweep.
 -- Returns {1 if the job has a place else 0, number of free places}.
 local now = now_ms()
 for _, job in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
@@ -14,5 +14,4 @@ if has == 0 and left > 0 and ARGV[1] ~= '' then
   redis.call('ZADD', KEYS[2], 'NX', now + tonumber(ARGV[3]), ARGV[1])
   has, left = 1, left - 1
 end
-redis.call('EXPIRE', KEYS[1], ARGV[4])
 return {has, math.max(left, 0)}

@@ -47,7 +47,15 @@ def test_a_hundred_jobs_leave_nothing_behind(server: embedded.Server, logs: Any)
         )
         assert grown < 16 * 2**20
         # Celery's registry of queues and its delivery records stay as long as the queues.
-        own = ("_kombu.binding", "unacked", "tidy.critical", "tidy.high", "tidy.normal", "tidy.low")
+        own = (
+            "_kombu.binding",
+            "unacked",
+            "jobs",
+            "tidy.critical",
+            "tidy.high",
+            "tidy.normal",
+            "tidy.low",
+        )
         wait_until(lambda: not store.exists("tidy:tidy.normal"))
         keys = [key.decode().removeprefix("tidy:") for key in store.scan_iter("tidy:*")]
         lasting = [
@@ -62,16 +70,27 @@ def test_a_hundred_jobs_leave_nothing_behind(server: embedded.Server, logs: Any)
         ]
 
 
-def test_results_and_ledgers_expire(server: embedded.Server, logs: Any) -> None:
-    environment = environment_of(server.url, "brief", RLM_RESULT_TTL_S="1")
-    with client_of(environment) as client, embedded.worker(environment, log=logs / "brief.log"):
+def test_an_open_job_lives_for_a_month_and_its_result_for_the_set_time(
+    server: embedded.Server, logs: Any
+) -> None:
+    environment = environment_of(server.url, "brief", RLM_RESULT_TTL_S="60")
+    with client_of(environment) as client:
+        store = client.ledger.store.client
+
+        def keys() -> list[bytes]:
+            return list(store.scan_iter(f"brief:{{{job.id}}}*", count=10_000))
+
         job = client.submit(operation="sum", items=[1, 2, 3])
-        assert job.get(timeout=10) == 6
-        wait_until(
-            lambda: not list(client.ledger.store.client.scan_iter(f"brief:{{{job.id}}}*")), 10
-        )
+        assert min(store.ttl(key) for key in keys()) > 29 * 86_400
+        with embedded.worker(environment, log=logs / "brief.log"):
+            assert job.get(timeout=10) == 6
+        assert {0 < store.ttl(key) <= 60 for key in keys()} == {True}
+        for key in keys():
+            store.pexpire(key, 1)
+        wait_until(lambda: not keys())
         with pytest.raises(JobNotFound):
             job.result()
+        assert client.jobs() == []
 
 
 def test_two_namespaces_do_not_share_jobs(

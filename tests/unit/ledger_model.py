@@ -446,6 +446,10 @@ class LedgerMachine(RuleBasedStateMachine):
         if self.state == "closed":
             return
         client = self.ledger.store.client
+        facts = self.ledger.facts("job")
+        parked = [id for id, node in self.nodes.items() if node.state == PARKED]
+        assert int(facts["parked"]) == len(parked), "the sums by state are right"
+        assert sum(int(n) for name, n in facts.items() if name.startswith("why:")) == len(parked)
         due = {id.decode() for id in client.zrange(self.keys.due, 0, -1)}
         waiting = {id.decode() for id in client.zrange(self.keys.waiting, 0, -1)}
         assert due == {id for id, node in self.nodes.items() if node.state in (RUNNING, PARKED)}

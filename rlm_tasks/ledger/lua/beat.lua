@@ -8,4 +8,5 @@ if node.lost then
   call('ZREM', waiting, id)
 end
 call('ZADD', due, now + tonumber(ARGV[3]), id)
+keep(due)
 return 1

@@ -41,12 +41,14 @@ call('HSET', job, 'claimed_ms', now, 'seen_ms', math.max(f.seen_ms, sent))
 if node.s == 'r' and not again then node.lost, node.by = true, 'the loss of its worker' end
 if node.lost then
   node.lost, node.x = nil, (node.x or 0) + 1
-  if id ~= 'merge' and node.hi - node.lo == 1 then count_death(f, node.lo, 0, node.by) end
+  if id ~= 'merge' and node.hi - node.lo == 1 then count_death(node.lo, 0, node.by) end
 end
 if not again then node.e = node.e + 1 end
+if node.s == 'p' then count_parked(node.why, -1) end
 node.s, node.k, node.w, node.at, node.why = 'r', token, ARGV[4], now, ''
 write(id, node)
 call('ZADD', due, now + lease, id)
+keep(job, nodes, due)
 if f.state == 'pending' then
   call('HSET', job, 'state', 'running', 'started_ms', now)
   note('started')

@@ -10,8 +10,8 @@ call('HSET', job, 'pending', 0)
 if ARGV[4] ~= '' then call('HSET', job, 'error', ARGV[4]) end
 if ARGV[3] ~= '' then
   -- The covered ranges are kept only for an answer that does not cover all items.
-  if tonumber(call('HGET', job, 'skipped')) == 0 then call('DEL', pieces) end
-  call('DEL', blobs)
+  if tonumber(call('HGET', job, 'skipped')) == 0 then call('UNLINK', pieces) end
+  call('UNLINK', blobs)
   call('HSET', blobs, 'output', ARGV[3])
 end
 close(f, ARGV[2])

@@ -19,6 +19,9 @@ for _, kid in ipairs(r.kids) do
   if kid.lo ~= at or kid.hi <= kid.lo then
     return redis.error_reply('TILING node ' .. id .. ': a part starts at ' .. kid.lo .. ', not at ' .. at)
   end
+  if call('HEXISTS', nodes, kid.id) == 1 then
+    return redis.error_reply('TAKEN node ' .. id .. ': a part has the id of another node, ' .. kid.id)
+  end
   at = kid.hi
 end
 if at ~= node.hi then
@@ -28,15 +31,15 @@ end
 if r.mid > node.lo and f.phase == 'process' then
   local range = node.lo .. ':' .. r.mid
   call('ZADD', pieces, node.lo, range)
-  call('EXPIRE', pieces, f.ttl_s)
+  keep(pieces)
   if blob ~= '' then
     call('HSET', blobs, range, blob)
-    call('EXPIRE', blobs, f.ttl_s)
+    keep(blobs)
   end
 end
 for _, index in ipairs(r.failed) do call('ZADD', failed, index, index) end
 for _, index in ipairs(r.skipped) do call('ZADD', empty, index, index) end
-if #r.skipped > 0 then call('EXPIRE', empty, f.ttl_s) end
+if #r.skipped > 0 then keep(empty) end
 local room = MAX_FAILURES - call('HLEN', failures)
 for i, failure in ipairs(r.failures) do
   if i > room then break end
@@ -44,14 +47,11 @@ for i, failure in ipairs(r.failures) do
 end
 for _, entry in ipairs(r.quarantined) do
   call('HSET', quarantine, entry[1], entry[2])
-  call('EXPIRE', quarantine, f.ttl_s)
+  keep(quarantine)
   call('HDEL', deaths, entry[1])
   note('quarantined', 'item ' .. entry[1])
 end
-if #r.failed > 0 then
-  call('EXPIRE', failed, f.ttl_s)
-  call('EXPIRE', failures, f.ttl_s)
-end
+if #r.failed > 0 then keep(failed, failures) end
 f.failed = call('HINCRBY', job, 'failed', #r.failed)
 if f.phase == 'process' then
   f.done = call('HINCRBY', job, 'done', r.done)
@@ -79,10 +79,11 @@ else
       why = kid.why, rs = 0, tr = kid.tries > 0 and kid.tries or nil}
     if kid.wait_ms >= 0 then park_node(kid.id, record, now + kid.wait_ms) else queue_node(kid.id, record) end
   end
+  if #kids > 0 then keep(due, waiting) end
   for _, split in ipairs(r.splits) do call('HSET', splits, split.id, cjson.encode(split)) end
   if #r.splits > 0 then
     call('HINCRBY', job, 'splits', #r.splits)
-    call('EXPIRE', splits, f.ttl_s)
+    keep(splits)
   end
   if #r.kids == 1 then call('HINCRBY', job, 'yields', 1) end
   if deepest > tonumber(call('HGET', job, 'depth')) then call('HSET', job, 'depth', deepest) end
@@ -90,6 +91,7 @@ end
 node.s, node.mid, node.why, node.ms, node.lost = #kids > 0 and 'c' or 'd', r.mid, r.why, now - node.at, nil
 node.kids = #kids > 0 and kids or nil
 write(id, node)
+keep_record(f, id)
 f.pending = call('HINCRBY', job, 'pending', -1)
 if f.stop ~= '' then skip_waiting(f, false) end
 if f.pending > 0 then return {'ok', #kids > 0 and 1 or 0, '', ''} end
@@ -101,6 +103,7 @@ if outcome == 'merge' then
   write('merge', merge)
   call('ZREM', waiting, 'merge')
   call('ZADD', due, now + lease, 'merge')
+  keep(due)
   return {'ok', 0, 'merge', 'merge'}
 end
 return {'ok', 0, outcome, waits}

@@ -14,7 +14,9 @@ end
 node.s, node.why, node.lost = 'p', ARGV[4], nil
 node.wt, node.tr = 1, tonumber(ARGV[5]) > 0 and tonumber(ARGV[5]) or nil
 write(id, node)
+count_parked(node.why, 1)
 call('HDEL', inflight, id)
 call('ZREM', waiting, id)
 call('ZADD', due, now + tonumber(ARGV[3]), id)
+keep(due)
 return ''

@@ -25,9 +25,13 @@
 --   one     number of deaths with several items in flight: the next holder runs one item at a time
 local job, nodes, due, waiting, splits, pieces, blobs = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local failed, empty, failures, deaths, quarantine = KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12]
-local inflight, events, items, blocks = KEYS[13], KEYS[14], KEYS[15], KEYS[16]
+local inflight, events, items, blocks, ended = KEYS[13], KEYS[14], KEYS[15], KEYS[16], KEYS[17]
 local call = redis.call
-local MAX_FAILURES, MAX_EVENTS, PAGE = 1000, 1000, 1000
+local MAX_FAILURES, MAX_EVENTS, PAGE = 1000, 1000, 500
+-- The keys of an open job live for this long after its last sweep; `ttl_s` begins at its end.
+local OPEN_S = 30 * 86400
+-- Reasons to wait that are counted apart: the job's hash has no more fields than this.
+local MAX_FIELDS, OTHER_REASONS = 200, 'why:other reasons'
 
 local now = now_ms()
 
@@ -45,20 +49,48 @@ end
 -- Return all facts that the scripts decide by, in one read.
 local function facts()
   local v = call('HMGET', job, 'state', 'stop', 'deadline', 'fail_limit', 'early_limit',
-                 'failed', 'done', 'pending', 'phase', 'n', 'ttl_s', 'schema', 'seen_ms')
+                 'failed', 'done', 'pending', 'phase', 'n', 'ttl_s', 'schema', 'seen_ms', 'node_records')
   if not v[1] then return nil end
   return {state = v[1], stop = v[2] or '', deadline = tonumber(v[3]), fail_limit = tonumber(v[4]),
           early_limit = tonumber(v[5]), failed = tonumber(v[6]), done = tonumber(v[7]),
           pending = tonumber(v[8]), phase = v[9], n = tonumber(v[10]), ttl_s = tonumber(v[11]),
-          schema = tonumber(v[12]), seen_ms = tonumber(v[13])}
+          schema = tonumber(v[12]), seen_ms = tonumber(v[13]), node_records = tonumber(v[14] or 10000)}
 end
 
 local TERMINAL = {succeeded = true, failed = true, expired = true, cancelled = true}
 -- Reasons that end the items and not the job: the partials are merged into an answer.
 local MERGES = {[''] = true, early = true, budget = true}
 
+-- Give all keys of the job the same life.
 local function keep_all(ttl_s)
   for _, key in ipairs(KEYS) do call('EXPIRE', key, ttl_s) end
+end
+
+-- Renew keys that work has just written: a key that was empty came into being without an expiry.
+local function keep(...)
+  for _, key in ipairs({...}) do call('EXPIRE', key, OPEN_S) end
+end
+
+-- Count a node that begins to wait for a time or an event (1), or no longer waits (-1), by reason.
+local function count_parked(why, by)
+  call('HINCRBY', job, 'parked', by)
+  local field = 'why:' .. why
+  if call('HEXISTS', job, field) == 0 and (by < 0 or call('HLEN', job) >= MAX_FIELDS) then
+    field = OTHER_REASONS
+  end
+  if call('HINCRBY', job, field, by) <= 0 then call('HDEL', job, field) end
+end
+
+-- Keep the record of an ended node; beyond `node_records` the oldest one is only counted.
+-- The root's record stays.
+local function keep_record(f, id)
+  if id == 'root' then return end
+  local kept = call('RPUSH', ended, id)
+  if kept == 1 then keep(ended) end
+  -- Two at a time, so that a list that was too long becomes short without a long script.
+  for _ = 1, math.min(2, kept - f.node_records) do
+    call('HINCRBY', job, 'pruned', call('HDEL', nodes, call('LPOP', ended)))
+  end
 end
 
 -- Return the record of a node that the token holds.  When a lease has run out, the holder keeps the
@@ -91,12 +123,12 @@ end
 
 -- Count the death of a process that ran this item.
 -- `before`: earlier deaths with several items in flight.   `over`: the item must not run again.
-local function count_death(f, index, before, by, over)
+local function count_death(index, before, by, over)
   local raw = call('HGET', deaths, index)
   local death = raw and cjson.decode(raw) or {n = before}
   death.n, death.by, death.over = death.n + 1, by, over or death.over
   call('HSET', deaths, index, cjson.encode(death))
-  call('EXPIRE', deaths, f.ttl_s)
+  keep(deaths)
 end
 
 -- Count a range that will not run as skipped.  Items already counted as failed stay failed.
@@ -106,9 +138,12 @@ local function skip_range(lo, hi)
 end
 
 local function skip_node(f, id, node)
+  if node.s == 'p' then count_parked(node.why, -1) end
   node.s, node.why, node.mid = 'k', f.stop, node.lo
   write(id, node)
   retire(id)
+  keep_record(f, id)
+  call('HINCRBY', job, 'nodes_skipped', 1)
   if id ~= 'merge' then skip_range(node.lo, node.hi) end
   f.pending = call('HINCRBY', job, 'pending', -1)
 end
@@ -130,19 +165,20 @@ local function close(f, state)
   local v = call('HMGET', job, 'done', 'failed', 'skipped')
   if tonumber(v[1]) + tonumber(v[2]) + tonumber(v[3]) ~= f.n then
     state = 'failed'
-    call('HSET', job, 'error', cjson.encode({type = 'LedgerError', traceback = '',
+    call('HSETNX', job, 'error', cjson.encode({type = 'LedgerError', traceback = '',
       message = 'done + failed + skipped = ' .. v[1] .. ' + ' .. v[2] .. ' + ' .. v[3] .. ', not ' .. f.n}))
   end
   f.state = state
   call('HSET', job, 'state', state, 'closed_ms', now)
-  call('DEL', due, waiting, inflight, splits, deaths)
-  if tonumber(v[2]) == 0 then call('DEL', items, blocks) end
+  call('UNLINK', due, waiting, inflight, splits, deaths)
+  if tonumber(v[2]) == 0 then call('UNLINK', items, blocks) end
   note('closed', state)
   keep_all(f.ttl_s)
 end
 
 -- Let a node wait for its message; `waiting` has the time since when.
 local function wait_for_message(id, node)
+  if node.s == 'p' then count_parked(node.why, -1) end
   node.s, node.m = 'q', (node.m or -1) + 1
   write(id, node)
   call('ZREM', due, id)
@@ -159,6 +195,7 @@ end
 local function park_node(id, node, at)
   node.e, node.s, node.wt = 0, 'p', 1
   write(id, node)
+  count_parked(node.why, 1)
   call('ZADD', due, at, id)
   return call('HINCRBY', job, 'pending', 1)
 end
@@ -179,5 +216,6 @@ local function finish_tree(f, root_task)
     note('merging')
   end
   queue_node(id, {lo = 0, hi = f.n, d = 0, p = '', sp = '', ix = 0, t = root_task, why = '', rs = 0})
+  keep(waiting)
   return id, id
 end

@@ -8,7 +8,7 @@ local id = ARGV[1]
 local f = facts()
 if not f or not held(id, ARGV[2]) then return 'fenced' end
 call('HSET', inflight, id, ARGV[3] .. ':' .. ARGV[4] .. ':' .. ARGV[5])
-call('EXPIRE', inflight, f.ttl_s)
+keep(inflight)
 judge(f)
 if f.stop ~= '' then return 'stop' end
 if f.fail_limit >= 0 or f.early_limit > 0 then

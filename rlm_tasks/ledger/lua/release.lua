@@ -11,11 +11,12 @@ if ARGV[4] ~= '' then
   elseif item == -2 then
     node.one = (node.one or 0) + 1
   else
-    count_death(f, item, node.one or 0, ARGV[4], ARGV[5] == '1')
+    count_death(item, node.one or 0, ARGV[4], ARGV[5] == '1')
     node.one = nil
   end
 end
 call('HDEL', inflight, id)
 wait_for_message(id, node)
+keep(waiting)
 note('released', 'node ' .. id)
 return 1

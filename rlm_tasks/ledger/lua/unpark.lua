@@ -3,4 +3,5 @@ local id, node = ARGV[1], read(ARGV[1])
 if not node or node.s ~= 'p' then return 0 end
 node.rs = 0
 wait_for_message(id, node)
+keep(waiting)
 return 1

@@ -13,6 +13,7 @@ import pytest
 
 from rlm_tasks.engine.node import run_node
 from rlm_tasks.jobs.rounds import NextRound, Round
+from rlm_tasks.ledger.at_work import nodes_at_work
 from rlm_tasks.ledger.explain import explain
 from rlm_tasks.ledger.records import MERGE
 from rlm_tasks.ledger.round_ids import opened_rounds, round_id
@@ -118,11 +119,9 @@ def test_the_explanation_names_the_round_at_work() -> None:
     while not opened_rounds(platform.ledger, spec.job):
         platform.step()
 
-    explanation = explain(
-        platform.ledger.facts(spec.job),
-        platform.ledger.all_records(spec.job),
-        platform.store.now_ms(),
-    )
+    facts = platform.ledger.facts(spec.job)
+    at_work = nodes_at_work(platform.ledger, spec.job, facts)
+    explanation = explain(facts, at_work, platform.store.now_ms())
 
     assert explanation == (
         "All of its items are done, failed or skipped; "

@@ -7,10 +7,10 @@ import os
 
 import pytest
 
-from rlm_tasks.ledger.records import ROOT
+from rlm_tasks.ledger.records import ROOT, SWEEP_AT_ONCE, Child, Report
 from rlm_tasks.requests import JobRequest
 from rlm_tasks.worker.lost_nodes import REAPED
-from rlm_tasks.worker.supervisor import Supervisor
+from rlm_tasks.worker.supervisor import SWEEPS_IN_A_ROW, Supervisor
 from tests.unit.harness import Platform
 
 TOKEN = "00112233aabbccdd"
@@ -51,3 +51,39 @@ def test_a_dead_process_is_left_to_celery_for_a_while() -> None:
 
     [record] = platform.ledger.records(spec.job, [ROOT])
     assert (record.state, record.lost_by) == ("q", REAPED)
+
+
+def test_one_job_that_cannot_be_swept_stops_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    platform = Platform()
+    broken, well = (platform.submit(JobRequest(operation="sum", items=range(10))) for _ in range(2))
+    store, keys = platform.store.client, platform.keys
+    for spec in (broken, well):
+        platform.ledger.claim(spec.job, ROOT, TOKEN, "unit")
+        store.zadd(keys.of(spec.job).due, {ROOT: 1})
+    store.hset(keys.of(broken.job).nodes, ROOT, "no JSON")
+    supervisor = Supervisor(platform.runtime, {}, lambda: 1, list)
+
+    for _ in range(2):
+        store.zadd(keys.due, {broken.job: 1, well.job: 2})
+        supervisor._sweep()
+
+    assert [record.state for record in platform.ledger.records(well.job, [ROOT])] == ["q"]
+    assert caplog.text.count(f"Job {broken.job} cannot be swept") == 1
+
+
+def test_one_tick_sends_a_bounded_part_of_a_job_with_many_overdue_nodes() -> None:
+    platform = Platform()
+    spec = platform.submit(JobRequest(operation="sum", items=range(1500)))
+    claim = platform.ledger.claim(spec.job, ROOT, TOKEN, "unit")
+    kids = [Child(f"n{at}", at, at + 1, 1, "", 0, "t", "", wait_ms=0) for at in range(1500)]
+    platform.ledger.finish(claim, Report(mid=0, kids=kids), b"")
+    store, keys = platform.store.client, platform.keys
+    store.zadd(keys.due, {spec.job: 1})
+    sent = platform.mailbox.sent
+
+    supervisor = Supervisor(platform.runtime, {}, lambda: 1, list)
+    supervisor._sweep()
+
+    assert platform.mailbox.sent - sent == SWEEPS_IN_A_ROW * SWEEP_AT_ONCE
+    [next_ms] = platform.store.call(platform.ledger.due.first())
+    assert next_ms <= 50, "the rest is sent at the next tick"

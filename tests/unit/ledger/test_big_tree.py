@@ -1,0 +1,197 @@
+"""A job with many nodes: old records are only counted, and readers read sums and bounded parts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import fakeredis
+import pytest
+
+from rlm_tasks import JobRequest, NWay
+from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.ledger.at_work import jobs_at_work, nodes_at_work
+from rlm_tasks.ledger.explain import explain
+from rlm_tasks.ledger.records import ROOT, Child, JobNodes, NodesAtWork, Report
+from rlm_tasks.ledger.tree import read_tree
+from rlm_tasks.settings.model import Settings
+from tests.unit.harness import Platform
+
+KEPT = 100
+
+
+@pytest.fixture
+def platform() -> Platform:
+    """A platform whose jobs keep the records of a hundred ended nodes."""
+    return Platform(settings=Settings(namespace="unit", ledger={"node_records": KEPT}))
+
+
+def opened(platform: Platform, n: int) -> JobSpec:
+    """Open a job whose nodes are handed out one by one."""
+    return platform.submit(JobRequest(operation="sum", items=range(n), strategy=NWay()))
+
+
+def fan_out(platform: Platform, spec: JobSpec, first: int = 0) -> list[Child]:
+    """Cut the root into nodes of one item each."""
+    claim = platform.ledger.claim(spec.job, ROOT, "root", "w")
+    kids = [Child(f"n{at}", at, at + 1, 1, "", 0, "t", "because") for at in range(first, spec.n)]
+    platform.ledger.finish(claim, Report(mid=first, done=first, kids=kids), b"x" if first else b"")
+    return kids
+
+
+def run(platform: Platform, spec: JobSpec, kids: list[Child]) -> str:
+    """Run nodes of one item to their end; return the outcome of the last one."""
+    for kid in kids:
+        claim = platform.ledger.claim(spec.job, kid.id, kid.id, "w")
+        outcome = platform.ledger.finish(claim, Report(mid=kid.hi, done=1), b"x").outcome
+    return outcome
+
+
+class Counting(fakeredis.FakeRedis):
+    """A connection that counts commands, and the fields and members that they return."""
+
+    commands: Counter[str]
+    read = 0
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        answer = super().execute_command(*args, **options)
+        self.commands[args[0]] += 1
+        self.read += len(answer) if isinstance(answer, list | dict) else 1
+        return answer
+
+    def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> Any:
+        """Return a pipeline whose commands are counted, too."""
+        pipe = super().pipeline(transaction, shard_hint)
+        run_all = pipe.execute
+
+        def execute(raise_on_error: bool = True) -> list[Any]:
+            self.commands.update(each[0][0] for each in pipe.command_stack)
+            answers: list[Any] = run_all(raise_on_error)
+            self.read += sum(len(a) if isinstance(a, list | dict) else 1 for a in answers)
+            return answers
+
+        pipe.execute = execute
+        return pipe
+
+
+def counted(platform: Platform) -> Counting:
+    """Count from now on the commands that the platform sends."""
+    client = Counting(server=platform.store.client.connection_pool.connection_kwargs["server"])
+    client.commands = Counter()
+    platform.store._client = client
+    return client
+
+
+def test_records_beyond_the_bound_are_folded_into_counts(platform: Platform) -> None:
+    spec = opened(platform, 300)
+    kids = fan_out(platform, spec)
+
+    assert run(platform, spec, kids) == "merge"
+    facts, keys = platform.ledger.facts(spec.job), platform.keys.of(spec.job)
+    assert platform.store.client.hlen(keys.nodes) == KEPT + 2, "and the root, and the merge"
+    assert (facts["nodes"], facts["pruned"], facts["done"]) == ("301", "200", "300")
+    assert len(platform.ledger.ranges(spec.job)) == 300, "partials are no records"
+    records, total = read_tree(platform.ledger, spec.job, 10_000)
+    assert (len(records), total) == (KEPT + 2, 302)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_folded_records_change_no_answer(seed: int) -> None:
+    settings = Settings(namespace="unit", ledger={"node_records": KEPT})
+    platform = Platform(seed, settings=settings)
+    spec = platform.submit(
+        JobRequest(
+            operation="sum",
+            items=list(range(600)),
+            strategy=NWay(split_factor=3, min_chunk_size=1, max_depth=10),
+        )
+    )
+
+    facts = platform.run(spec)
+
+    assert facts["state"] == "succeeded"
+    assert platform.output(spec) == sum(range(600))
+    assert int(facts["nodes"]) > 2 * KEPT
+    assert platform.store.client.hlen(platform.keys.of(spec.job).nodes) <= KEPT + 2
+
+
+def test_a_late_message_of_a_folded_node_runs_nothing(platform: Platform) -> None:
+    spec = opened(platform, 300)
+    kids = fan_out(platform, spec)
+    run(platform, spec, kids[:250])
+
+    assert platform.ledger.claim(spec.job, kids[0].id, "late", "w").answer == "unknown"
+    assert platform.ledger.claim(spec.job, kids[249].id, "late", "w").answer == "done"
+    assert platform.ledger.facts(spec.job)["done"] == "250"
+
+
+def test_a_look_at_a_big_job_reads_sums_and_a_bounded_part(platform: Platform) -> None:
+    spec = opened(platform, 2000)
+    kids = fan_out(platform, spec)
+    run(platform, spec, kids[:300])
+    for kid in kids[300:305]:
+        claim = platform.ledger.claim(spec.job, kid.id, kid.id, "w")
+    platform.ledger.park(claim, 60_000, "bucket llm: requests")
+    client = counted(platform)
+
+    facts = platform.ledger.facts(spec.job)
+    at_work = nodes_at_work(platform.ledger, spec.job, facts)
+    assert at_work == NodesAtWork(1695, 4, 1, {"bucket llm: requests": 1})
+    assert explain(facts, at_work, 0) == (
+        "It runs on 4 slots, with 1695 nodes queued and 1 parked (bucket llm: requests)."
+    )
+    assert client.commands == {"HGETALL": 1, "ZCARD": 2}
+
+    client.commands.clear()
+    client.read = 0
+    records, total = read_tree(platform.ledger, spec.job, 50)
+    assert (len(records), total) == (50, 2001)
+    assert Counter(record.state for record in records) == {"c": 1, "r": 4, "p": 1, "q": 44}
+    assert client.commands.total() <= 6
+    assert client.read <= 4 * 50 + 10, "elements of answers"
+
+
+def test_the_nodes_of_all_jobs_are_counted_without_their_records(platform: Platform) -> None:
+    specs = [opened(platform, 150) for _ in range(3)]
+    for spec in specs:
+        fan_out(platform, spec)
+    claim = platform.ledger.claim(specs[0].job, "n7", "mine", "w")
+    platform.ledger.park(claim, 60_000, "it waits")
+    client = counted(platform)
+
+    at_work = {each.job: each for each in jobs_at_work(platform.ledger, 10)}
+    first = specs[0].job
+    assert at_work[first] == JobNodes(first, specs[0].queue, "running", 149, 0, 1)
+    assert client.commands == {"ZRANGE": 1, "HMGET": 3, "ZCARD": 6}
+
+
+def test_many_different_reasons_fill_no_more_than_the_bound_of_fields(platform: Platform) -> None:
+    spec = opened(platform, 400)
+    kids = fan_out(platform, spec)
+    for kid in kids:
+        claim = platform.ledger.claim(spec.job, kid.id, kid.id, "w")
+        platform.ledger.park(claim, 60_000, f"reason {kid.lo}")
+
+    facts = platform.ledger.facts(spec.job)
+    assert len(facts) <= 201
+    at_work = nodes_at_work(platform.ledger, spec.job, facts)
+    assert (at_work.parked, sum(at_work.reasons.values())) == (400, 400)
+    for kid in kids:
+        assert platform.ledger.unpark(spec.job, kid.id)
+    facts = platform.ledger.facts(spec.job)
+    assert facts["parked"] == "0"
+    assert not [name for name in facts if name.startswith("why:")]
+
+
+def test_one_sweep_of_a_big_job_sends_a_bounded_number_and_comes_again(platform: Platform) -> None:
+    spec = opened(platform, 500)
+    kids = fan_out(platform, spec)
+    for kid in kids:
+        claim = platform.ledger.claim(spec.job, kid.id, kid.id, "w")
+        platform.ledger.park(claim, 0, "due at once")
+    client = counted(platform)
+
+    swept = platform.ledger.sweep(spec.job)
+    assert (len(swept.send), swept.more) == (200, True)
+    assert swept.again_ms <= platform.ledger.store.now_ms() + 50
+    assert client.commands.total() <= 4
