@@ -73,6 +73,7 @@ class Keys:
         # ZSET    job with quarantined items -> ms of the last one
         self.quarantined = f"{namespace}:quarantine"
         self.events = f"{namespace}:events"  # STREAM  event -> JSON, at -> seconds; bounded
+        self.dead = f"{namespace}:dead"  # STREAM  entries of queues that are no messages; bounded
         self.breakers = f"{namespace}:{{breakers}}:names"  # ZSET    name -> ms of its last change
         self.faults = (
             f"{namespace}:{{faults}}:patterns",  # HASH    recurring fault -> JSON

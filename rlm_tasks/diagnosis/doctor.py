@@ -88,6 +88,7 @@ def _shared(client: Client, app: Celery, clock: Callable[[], float]) -> Iterator
     yield from _releases(hosts)
     yield from _queues(_names(client), hosts, depths, command)
     yield from _astray(client, app)
+    yield from _dead_letters(client)
     yield from _monitor(board, hosts, client, command)
     yield _quarantine(client, command)
     yield _breakers(store, command)
@@ -416,6 +417,19 @@ def _astray(client: Client, app: Celery) -> Iterator[Finding]:
             f"app takes them: {', '.join(waiting)}",
             "Their sender lacks this app: let it import the module that calls install(app)",
         )
+
+
+def _dead_letters(client: Client) -> Iterator[Finding]:
+    """Yield a finding on entries of queues that were no messages, if there are any."""
+    from rlm_tasks.worker.dead_letters import DeadLetters
+
+    key = client.ledger.keys.dead
+    if count := DeadLetters(client.ledger.store, key).count():
+        found = f"{count} entries of queues were no messages; the newest ones are kept"
+        advice = (
+            f"See them: redis-cli XREVRANGE {key} + - COUNT 10; then delete: redis-cli DEL {key}"
+        )
+        yield Finding("dead letters", "warning", found, advice)
 
 
 def _monitor(

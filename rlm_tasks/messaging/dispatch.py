@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 NODE_TASK, MERGE_TASK = "rlm.node", "rlm.merge"
 BATCH = 500
+LONGEST_NAME = 100
 ACQUIRE_S = 10
 """Longest wait for a connection while other threads of the process use all of them."""
 
@@ -35,6 +36,12 @@ ACQUIRE_S = 10
 def new_id() -> str:
     """Return an id for a node or a split, unique within its job."""
     return secrets.token_hex(8)
+
+
+def legible(name: object) -> str:
+    """Return a name or an id of a message as printable text, cut after 100 characters."""
+    text = "".join(each if each.isprintable() else "?" for each in str(name)[:LONGEST_NAME])
+    return text if len(str(name)) <= LONGEST_NAME else f"{text}..."
 
 
 def with_ids(fork: Fork, job: str, slot: ChordSlot, why: str) -> tuple[list[Split], list[Child]]:

@@ -27,7 +27,9 @@ from rlm_tasks.messaging.queue_names import queue_names
 from rlm_tasks.operations import registry
 from rlm_tasks.worker import control as control  # its commands register themselves
 from rlm_tasks.worker.bootsteps import drain_on_sigterm
+from rlm_tasks.worker.dead_letters import DeadLetters
 from rlm_tasks.worker.upstream import (
+    keep_what_is_no_message,
     leave_promptly,
     leave_when_retiring,
     survive_reconnects_while_processes_are_recycled,
@@ -64,11 +66,18 @@ def prepare(worker: Any) -> None:
         worker.prefetch_multiplier = 1
     leave_promptly(lambda: runtime.page.draining)
     leave_when_retiring(lambda: runtime.retiring)
+    _keep_what_is_no_message(app)
     survive_restarts_of_redis()
     survive_reconnects_while_processes_are_recycled()
     drain_on_sigterm(app)
     # Imported modules stay: pool processes share their memory, and an exit does not collect them.
     gc.freeze()
+
+
+def _keep_what_is_no_message(app: Celery) -> None:
+    ledger, ours = app.rlm_runtime().ledger, frozenset(queue_names(app.rlm_settings))
+    letters = DeadLetters(ledger.store, ledger.keys.dead)
+    keep_what_is_no_message(letters.keep, ours.__contains__)
 
 
 def _wrong_pool(worker: Any) -> str:

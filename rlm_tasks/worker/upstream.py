@@ -13,10 +13,16 @@ import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import billiard.pool
+import kombu.transport.redis
+import kombu.transport.virtual.base
+import kombu.utils.json
 from celery.concurrency import asynpool, prefork
+from celery.worker import WorkController, state
+from celery.worker.consumer.consumer import Consumer
+from celery.worker.consumer.consumer import logger as consumer_logger
 from kombu.transport.redis import Channel
 from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -113,6 +119,157 @@ def survive_restarts_of_redis() -> None:
         return stock(channel, asynchronous)  # type: ignore[no-any-return,no-untyped-call]  # kombu is partly typed
 
     Channel._connparams = parameters  # type: ignore[method-assign]  # the patch
+
+
+class NoMessage(ValueError):
+    """An entry of a queue that is no message; `args` has the reason."""
+
+
+class CheckedMessage(kombu.transport.virtual.base.Message):
+    """A message of a Redis broker; an entry that cannot be one raises NoMessage, no other error.
+
+    kombu raises whatever the first wrong field causes, and that ends the worker (kombu 5.7).
+    """
+
+    def __init__(self, payload: Any, channel: Any = None, **options: Any) -> None:
+        if isinstance(payload, _Unreadable):
+            raise NoMessage("it is no JSON")
+        try:
+            super().__init__(payload, channel=channel, **options)  # type: ignore[no-untyped-call]  # kombu is partly typed
+        except Exception as error:
+            raise NoMessage(f"{type(error).__name__} at reading its fields") from None
+        if wrong := [name for name, holds in self._checks().items() if not holds]:
+            raise NoMessage(f"wrong or missing: {', '.join(wrong)}")
+
+    def _checks(self) -> dict[str, bool]:
+        info = self.delivery_info if isinstance(self.delivery_info, dict) else {}
+        text = (str, type(None))
+        return {
+            "body": isinstance(self.body, (bytes, *text)),
+            "headers": isinstance(self.headers, dict),
+            "delivery_tag": isinstance(self.delivery_tag, str | int),
+            "delivery_info": {*info} >= {"exchange", "routing_key"}
+            and all(isinstance(info[each], text) for each in ("exchange", "routing_key")),
+            "content-type": isinstance(self.content_type, text),
+            "content-encoding": isinstance(self.content_encoding, text),
+        }
+
+
+_WRONG = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""The errors by which Celery's code meets a field of another type than it expects."""
+
+
+class _Unreadable(NamedTuple):
+    """The text of an entry that is no JSON."""
+
+    text: str
+
+
+def keep_what_is_no_message(
+    keep: Callable[[str, Any, str], None], is_ours: Callable[[str], bool]
+) -> None:
+    """Let a worker go on when it takes an entry from a queue that is no message.
+
+    The function `keep` gets the queue, the entry and the reason.
+
+    - An entry that kombu cannot read ends the worker (kombu 5.7).  So does a message that Celery
+      cannot turn into a task (Celery 5.7).
+    - Celery logs and drops other messages that it does not know.  In a queue of jobs, of which
+      `is_ours` is true, they are kept as well; in other queues Celery goes on as before.
+    """
+    _read_unreadable_entries()
+    _deliver_or(keep)
+    _handle_or(keep)
+    _start_or(keep)
+    for name in ("on_decode_error", "on_unknown_message", "on_unknown_task", "on_invalid_task"):
+        _reject_or(name, keep, is_ours)
+
+
+def _read_unreadable_entries() -> None:
+    stock: Callable[[str], Any] = kombu.utils.json.loads
+
+    def loads(text: str) -> Any:
+        try:
+            return stock(text)
+        except Exception:
+            return _Unreadable(text)
+
+    vars(kombu.transport.redis)["loads"] = loads  # kombu imports it by name
+    Channel.Message = CheckedMessage
+
+
+def _deliver_or(keep: Callable[[str, Any, str], None]) -> None:
+    stock = kombu.transport.virtual.base.Transport._deliver
+
+    def deliver(transport: Any, entry: Any, queue: str) -> None:
+        try:
+            stock(transport, entry, queue)  # type: ignore[no-untyped-call]  # kombu is partly typed
+        except NoMessage as error:
+            keep(queue, entry.text if isinstance(entry, _Unreadable) else entry, str(error))
+
+    kombu.transport.redis.Transport._deliver = deliver  # type: ignore[method-assign]  # the patch
+
+
+def _handle_or(keep: Callable[[str, Any, str], None]) -> None:
+    stock = getattr(Consumer.create_task_handler, "__wrapped__", Consumer.create_task_handler)
+
+    @functools.wraps(stock)
+    def create(consumer: Any, *args: Any, **options: Any) -> Callable[[Any], None]:
+        handle = stock(consumer, *args, **options)
+
+        def handle_or_keep(message: Any) -> None:
+            try:
+                handle(message)
+            except _WRONG as error:
+                if message.acknowledged:
+                    raise
+                _reject(consumer, message, keep, f"{type(error).__name__} at reading its task")
+
+        return handle_or_keep
+
+    Consumer.create_task_handler = create
+
+
+def _start_or(keep: Callable[[str, Any, str], None]) -> None:
+    """Also free the slot that Celery has reserved for the task."""
+    stock = getattr(WorkController._process_task, "__wrapped__", WorkController._process_task)
+
+    @functools.wraps(stock)
+    def process(worker: Any, request: Any) -> None:
+        try:
+            stock(worker, request)
+        except _WRONG as error:
+            state.task_ready(request)
+            why = f"{type(error).__name__} at starting its task"
+            _reject(worker.consumer, request.message, keep, why)
+            getattr(worker, "_quick_release", int)()
+
+    WorkController._process_task = process
+
+
+def _reject_or(
+    name: str, keep: Callable[[str, Any, str], None], is_ours: Callable[[str], bool]
+) -> None:
+    stock = getattr(getattr(Consumer, name), "__wrapped__", getattr(Consumer, name))
+
+    @functools.wraps(stock)
+    def report(consumer: Any, *args: Any) -> None:
+        message = args[0] if name == "on_decode_error" else args[1]
+        if is_ours(_queue_of(message)):
+            _reject(consumer, message, keep, name.removeprefix("on_").replace("_", " "))
+        else:
+            stock(consumer, *args)
+
+    setattr(Consumer, name, report)
+
+
+def _reject(consumer: Any, message: Any, keep: Callable[[str, Any, str], None], why: str) -> None:
+    keep(_queue_of(message), getattr(message, "_raw", message.body), why)
+    message.reject_log_error(consumer_logger, consumer.connection_errors)
+
+
+def _queue_of(message: Any) -> str:
+    return str((message.delivery_info or {}).get("routing_key") or "")
 
 
 def survive_reconnects_while_processes_are_recycled() -> None:
