@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -138,12 +137,13 @@ def history(ctx: click.Context, limit: int, as_json: bool) -> None:
     """Show recent measurements of the monitor."""
     from msgspec import to_builtins
 
-    measurements = client_of(ctx).pressure.history(limit)
+    client = client_of(ctx)
+    measurements = client.pressure.history(limit)
     if as_json:
         print_json(to_builtins(measurements))
         return
     columns = ("when", "level", "why", "slots", "busy", "CPU %", "memory %", "messages")
-    now = time.time()
+    now = client.ledger.clock()
     rows = (
         (
             ago(each.at, now),
@@ -170,11 +170,12 @@ def breakers(ctx: click.Context, as_json: bool) -> None:
     """Show all circuit breakers; see `reset`."""
     if ctx.invoked_subcommand is not None:
         return
-    states = client_of(ctx).breakers.status()
+    client = client_of(ctx)
+    states = client.breakers.status()
     if as_json:
         print_json(states)
         return
-    now = time.time()
+    now = client.ledger.clock()
     rows = (
         (
             name,
@@ -377,13 +378,14 @@ def _trend(operation: dict[str, Any]) -> str:
 @click.pass_context
 def alerts(ctx: click.Context, limit: int, as_json: bool) -> None:
     """Show alerts, the newest first, with their number in all, in a day and in an hour."""
-    known = client_of(ctx).alerts
+    client = client_of(ctx)
+    known = client.alerts
     latest, summary = known.history(limit), known.summary()
     if as_json:
         counts = {name: value for name, value in summary.items() if name != "recent_alerts"}
         print_json({**counts, "alerts": [each.fields() for each in latest]})
         return
-    now = time.time()
+    now = client.ledger.clock()
     rows = (
         (ago(each.at, now), each.severity.label, each.kind, each.subject, each.message)
         for each in latest

@@ -19,6 +19,7 @@ from resilience.errors import Denied
 from resilience.keys import Keys
 from resilience.store import Store
 from rlm_tasks.installation import command_of
+from rlm_tasks.ledger.server_clock import ServerClock
 from rlm_tasks.messaging.broker import AWAY
 from rlm_tasks.messaging.queue_depths import QueueGauge
 from rlm_tasks.settings.model import Settings
@@ -64,11 +65,13 @@ class AdmissionCheck:
         store: Store,
         settings: Settings,
         clock: Callable[[], float] = time.monotonic,
+        server_clock: Callable[[], float] | None = None,
     ) -> None:
+        """`server_clock` returns the time of the ledger's server; by default it is read here."""
         keys = Keys(settings.namespace)
         self._app, self._store, self._settings, self._clock = app, store, settings, clock
         self._board, self._slots = Board(store, keys, settings.pressure), SlotBoard(store, keys)
-        self.gauge = QueueGauge(app)
+        self.gauge = QueueGauge(app, clock=server_clock or ServerClock(store))
         self._last = PlatformLoad(), float("-inf")  # the load and its time: one object, for threads
 
     def refusal(self, queue: str, priority: str) -> Denied | None:

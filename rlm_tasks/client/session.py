@@ -58,7 +58,9 @@ class Session:
         self.slots = SlotBoard(self.store, self.keys)
         preemption = Preemption(self.store, self.keys, self.slots)
         self.delivery = Delivery(self.ledger, self.dispatcher, preemption)
-        self.admission = AdmissionCheck(app, self.store, self.settings)
+        self.admission = AdmissionCheck(
+            app, self.store, self.settings, server_clock=self.ledger.clock
+        )
         self.waiting_room = WaitingRoom(self.store, self.keys, self.settings.admission.max_jobs)
         self.reader = ItemReader(self.store)
 

@@ -432,7 +432,7 @@ def _level_tone(level: Level) -> Tone:
 def breakers(client: Client) -> Picture:
     """Return all circuit breakers, open ones first."""
     states = client.breakers.status()
-    now = time.time()
+    now = client.ledger.clock()
     rows: list[list[str | Cell]] = [
         [
             name,

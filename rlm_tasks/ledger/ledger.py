@@ -34,10 +34,12 @@ _SCRIPTS = {
     name: Script.load("rlm_tasks.ledger", name, prelude="prelude")
     for name in (
         *("open", "claim", "pulse", "finish", "compact", "close", "stop", "release"),
-        *("park", "unpark", "beat", "sweep"),
+        *("park", "unpark", "beat", "sweep", "sending"),
     )
 }
 _json = msgspec.json.Encoder()
+SENDING_AT_ONCE = 1000
+"""One script begins the grace of at most this many nodes anew."""
 
 
 class Ledger(LedgerReader):
@@ -79,7 +81,7 @@ class Ledger(LedgerReader):
     def _open(
         self, new: Sequence[tuple[JobSpec, str]], ttl_s: int, waits: Mapping[str, tuple[int, str]]
     ) -> list[bool]:
-        now_ms = self.store.now_ms()
+        now_ms = self.clock.now_ms()
         pipe = self.store.client.pipeline(transaction=False)
         first_ms = {
             spec.job: now_ms + min(self._grace_ms, int(spec.timeout_ms or self._grace_ms))
@@ -165,6 +167,14 @@ class Ledger(LedgerReader):
     def unpark(self, job: str, node: str) -> bool:
         """End a node's wait; return whether it was parked and now waits for a message."""
         return bool(self._run("unpark", job, node))
+
+    def sending(self, job: str, nodes: Sequence[str]) -> None:
+        """Begin the grace of queued nodes anew, because their messages are still being sent.
+
+        So a sweep sends no copies of them.  Raises StoreUnavailable.
+        """
+        parts = [nodes[at : at + SENDING_AT_ONCE] for at in range(0, len(nodes), SENDING_AT_ONCE)]
+        self.call(*(self._script("sending", job, *part) for part in parts))
 
     def _park_until(self, job: str, call: Call, wait_ms: int) -> Any:
         """Run a call that parks a node, and make sure that a sweep comes in time."""

@@ -19,6 +19,7 @@ from rlm_tasks.ledger.due_index import DueIndex
 from rlm_tasks.ledger.job_list import JobList
 from rlm_tasks.ledger.quarantine import Quarantine
 from rlm_tasks.ledger.records import NodeRecord, Split
+from rlm_tasks.ledger.server_clock import ServerClock
 from rlm_tasks.results import ItemFailure, JobEvent
 from rlm_tasks.settings.sections import LedgerSettings
 
@@ -41,6 +42,7 @@ class LedgerReader:
     ) -> None:
         self.store, self.keys, self.settings = store, keys, settings
         self.on_outage: OnOutage = on_outage
+        self.clock = ServerClock(store)
         self.due = DueIndex(store, keys.due, on_outage=on_outage)
         self.job_list = JobList(store, keys, on_outage=on_outage)
         self.quarantine = Quarantine(store, keys, on_outage=on_outage)

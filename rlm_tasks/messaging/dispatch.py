@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import logging
 import secrets
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from celery import Celery
 from redis.exceptions import RedisError
 
+from resilience.errors import StoreUnavailable
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Fork, Leaf
 from rlm_tasks.ledger.ledger import Ledger
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 NODE_TASK, MERGE_TASK = "rlm.node", "rlm.merge"
 BATCH = 500
 LONGEST_NAME = 100
+MARKS_PER_GRACE = 4
+"""A sender marks its progress this often in the time after which a message counts as late."""
 ACQUIRE_S = 10
 """Longest wait for a connection while other threads of the process use all of them."""
 
@@ -109,7 +111,7 @@ def header_of(spec: JobSpec, message: int, sent_at: float) -> dict[str, Any]:
     """Return the header of a node's message.
 
     By it a worker knows, before it claims, whether it can run the node, and which copy it received.
-    The send time (seconds, by the sender's clock) gives the age of the oldest message in a queue.
+    The send time (seconds, by the server's clock) gives the age of the oldest message in a queue.
     """
     return {
         "rlm": {
@@ -135,8 +137,8 @@ class _Message(NamedTuple):
 class Dispatcher:
     """Send nodes to their queue."""
 
-    def __init__(self, app: Celery, ledger: Ledger, clock: Callable[[], float] = time.time) -> None:
-        self._app, self._ledger, self._clock = app, ledger, clock
+    def __init__(self, app: Celery, ledger: Ledger) -> None:
+        self._app, self._ledger, self._clock = app, ledger, ledger.clock
 
     def send_root(self, specs: Sequence[JobSpec], node: str) -> None:
         """Send the first node of each job."""
@@ -237,9 +239,28 @@ class Dispatcher:
         if len(messages) == 1:
             self._send(producer, messages[0])
             return
+        clock, every_s = self._ledger.store.clock, self._ledger.settings.grace / MARKS_PER_GRACE
+        marked_at = clock()
         with producer.batch(BATCH):
             for message in messages:
                 self._send(producer, message)
+                if clock() - marked_at > every_s:
+                    self._mark_sending(messages)
+                    marked_at = clock()
+
+    def _mark_sending(self, messages: Sequence[_Message]) -> None:
+        """Tell the ledger that a large cut is still being sent, so that no node counts as lost.
+
+        When this process dies, the grace of the rest has just begun.
+        """
+        nodes: dict[str, list[str]] = {}
+        for each in messages:
+            nodes.setdefault(each.spec.job, []).append(each.node)
+        try:
+            for job, ids in nodes.items():
+                self._ledger.sending(job, ids)
+        except StoreUnavailable as error:
+            logger.info("The sweep may send copies of nodes that are being sent: %s", error)
 
     def _send(self, producer: Any, message: _Message) -> None:
         spec, slot, job = message.spec, message.slot, message.spec.job

@@ -49,7 +49,7 @@ class QueueGauge:
     """
 
     def __init__(self, app: Celery, *, clock: Callable[[], float] = time.time) -> None:
-        """`clock` is compared with the wall clocks of the senders."""
+        """`clock` is the one by which senders stamp messages: `ServerClock` on a platform."""
         self._app, self._clock = app, clock
         # By process and thread: after a fork, a child does not use its parent's connections.
         self._connections: dict[tuple[int, int], Any] = {}

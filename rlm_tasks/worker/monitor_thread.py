@@ -89,7 +89,7 @@ def monitor_thread(
     settings, store = runtime.settings, runtime.ledger.store
     events = Events(store, settings.alerts.history)
     alerts = Alerts(store, settings.alerts, events)
-    advised, gauge = settings.autoscale.webhook_url, QueueGauge(app)
+    advised, gauge = settings.autoscale.webhook_url, QueueGauge(app, clock=runtime.ledger.clock)
     snapshots = (
         Snapshots(store, runtime.ledger.keys, settings.snapshots)
         if settings.snapshots.enabled

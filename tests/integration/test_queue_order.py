@@ -5,6 +5,8 @@ Also the gauge that reads depth and age of queues."""
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -297,3 +299,21 @@ def test_forked_process_and_thread_use_separate_connections(app: Celery) -> None
     _, status = os.waitpid(pid, 0)
 
     assert (wrong, os.waitstatus_to_exitcode(status)) == ([], 0)
+
+
+def test_a_client_whose_clock_is_an_hour_wrong_changes_no_age(
+    server: embedded.Server, client_without_worker: Client
+) -> None:
+    name = client_without_worker.settings.namespace
+    for wrong_s in (-3600, 3600):
+        submit = (
+            f"import time; real = time.time; time.time = lambda: real() + {wrong_s}\n"
+            "from rlm_tasks import Client\n"
+            "Client().submit(operation='sum', items=range(3))"
+        )
+        environment = {**os.environ, **environment_of(server.url, name)}
+        subprocess.run([sys.executable, "-c", submit], check=True, env=environment, timeout=30)
+        queue = client_without_worker.queues()[f"{name}.normal"]
+        assert queue.oldest_s is not None
+        assert 0 <= queue.oldest_s < 60
+        client_without_worker.ledger.store.client.delete(f"{name}:{name}.normal")
