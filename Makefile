@@ -51,9 +51,10 @@ site: $(VENV)/.ready ## Serve the documentation on http://127.0.0.1:8001
 bench: $(VENV)/.ready ## Measure against hand-written programs, such as plain Celery, and print the table
 	$(BIN)/python -m tests.bench $(ARGS)
 
-soak: $(VENV)/.ready ## Kill, stop and restart everything at random for SOAK_S (600) seconds and print the jobs' results; then use up a provider's limits for four minutes each
+soak: $(VENV)/.ready ## Kill, stop and restart everything at random for SOAK_S (600) seconds and print the jobs' results; then use up a provider's limits for four minutes each, and make 10,000 decisions in busy processes
 	$(BIN)/python -m tests.faults.soak $(ARGS)
 	$(BIN)/python -m tests.faults.guards --window 60
+	$(BIN)/python -m tests.faults.guards --decisions 10000
 
 pressure: $(VENV)/.ready ## Overload two slots for a minute, and draw docs/pressure.svg
 	$(BIN)/python docs/examples/under_pressure.py --out docs/pressure.json $(ARGS)

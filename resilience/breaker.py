@@ -321,7 +321,7 @@ class CircuitBreakers:
 
         Raises StoreUnavailable.
         """
-        [changed] = self._store.call(names_of(self._store), on_outage="answer")
+        [changed] = self._store.call(names_of(self._store), on_outage="patient")
         return sorted({*self._known, *(name.decode() for name in changed)})
 
     def can_execute(self, name: str) -> tuple[bool, str]:

@@ -171,6 +171,7 @@ class _Group:
 
     def __init__(self) -> None:
         self.members: weakref.WeakSet[SharedStorage] = weakref.WeakSet()
+        self.not_before = float("-inf")  # no read before this time, because Redis was silent
         self.reading = threading.Lock()
         self.listing = threading.Lock()  # a set that grows while it is listed raises
 
@@ -271,9 +272,9 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
 
     def fresh(self) -> BreakerSnapshot:
         """Return the snapshot.  If it is too old, read it and all others of this process first."""
-        if self._clock() - self.snapshot.read_at > FRESH_S and self._group.reading.acquire(
-            blocking=False
-        ):
+        now = self._clock()
+        is_due = now - self.snapshot.read_at > FRESH_S and now >= self._group.not_before
+        if is_due and self._group.reading.acquire(blocking=False):
             try:
                 self._read_all()
             finally:
@@ -284,8 +285,15 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         with self._group.listing:
             storages = list(self._group.members)
         try:
-            answers = self._store.call(*(each.look() for each in storages), on_outage="answer")
+            # A breaker whose state was never read has none to go on with.
+            is_new = any(each.snapshot.read_at < 0 for each in storages)
+            answers = self._store.call(
+                *(each.look() for each in storages), on_outage="patient" if is_new else "answer"
+            )
         except StoreUnavailable:
+            if not self._store.is_away:  # a busy server, so the state is used a little longer
+                self._group.not_before = self._clock() + FRESH_S
+                return
             for each in storages:
                 each.cut_off()
             return
@@ -366,13 +374,15 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         if refusal is not None and (not waiter or now < self._too_large_until):
             return refusal
         if self._local is not None:
+            self._store.decided_alone("breaker")
             return self._local.admit(now)
         permit = secrets.token_hex(8)
         try:
             [answer] = self._store.call(
-                self._call(_ADMIT, permit, waiter, urgency), on_outage="answer"
+                self._call(_ADMIT, permit, waiter, urgency), on_outage="patient"
             )
         except StoreUnavailable:
+            self._store.decided_alone("breaker")
             return self.cut_off().admit(now)
         verdict = self.absorb(answer)
         if verdict.kind == "no":
@@ -406,7 +416,7 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
         try:
             [answer] = self._store.call(
                 self._call(_REPORT, admission.probe, admission.generation, outcome),
-                on_outage="answer",
+                on_outage="patient",
             )
         except StoreUnavailable:
             self.cut_off().report(outcome, self._clock())
@@ -424,7 +434,7 @@ class SharedStorage(pybreaker.CircuitBreakerStorage):
 
     def put(self, state: str) -> BreakerVerdict:
         """Set the state of the breaker.  Raises StoreUnavailable."""
-        [answer] = self._store.call(self._call(_SET, state), on_outage="answer")
+        [answer] = self._store.call(self._call(_SET, state), on_outage="patient")
         self._refused_until = self._too_large_until = 0.0
         return self.absorb(answer)
 

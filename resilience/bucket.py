@@ -281,9 +281,10 @@ class TokenBucket:
             )
         try:
             [[granted, wait, at, leased, takers]] = self._store.call(
-                self._call(_TAKE, limits, id, *args), on_outage="answer"
+                self._call(_TAKE, limits, id, *args), on_outage="patient"
             )
         except StoreUnavailable:
+            self._store.decided_alone("bucket")
             return self._locally(limits, max_wait_s), 0.0
         self._takers = int(takers)
         for each in limits:
@@ -347,7 +348,9 @@ class TokenBucket:
             for argument in (each.rate.capacity, used.get(each.unit, ""))
         ]
         try:
-            [settled] = self._store.call(self._call(_SETTLE, limits, id, *args), on_outage="answer")
+            [settled] = self._store.call(
+                self._call(_SETTLE, limits, id, *args), on_outage="patient"
+            )
         except StoreUnavailable:
             return False  # the reserved amount stays taken, which keeps the limit
         return bool(settled)
@@ -361,7 +364,7 @@ class TokenBucket:
         try:
             self._store.call(
                 self._call(_HOLD, self._limits(names, scope), "", int(retry_after_s * 1e6)),
-                on_outage="answer",
+                on_outage="patient",
             )
         except StoreUnavailable:
             for each in self._limits(names, scope):
@@ -380,7 +383,7 @@ class TokenBucket:
             self._call(
                 _LOOK, limits, "", *(about for each in limits for about in self._about(each))
             ),
-            on_outage="answer",
+            on_outage="patient",
         )
         return {
             each.name: {

@@ -83,7 +83,7 @@ class SharedBudget:
 
         A unit without a limit is only counted.  Raises InvalidValue, StoreUnavailable.
         """
-        self._store.call(self._call(_OPEN, _amounts(limits)), on_outage="answer")
+        self._store.call(self._call(_OPEN, _amounts(limits)), on_outage="patient")
 
     def carve(self, account: str, share: float = 1.0, *, of: str = "") -> dict[str, float]:
         """Move a share (0 to 1) of the free amount of an account into a new one.
@@ -95,7 +95,7 @@ class SharedBudget:
         if not 0 <= share <= 1:
             raise InvalidValue("share", share, "must be from 0 to 1")
         [amounts] = self._store.call(
-            self._call(_CARVE, _named("account", account), share, of), on_outage="answer"
+            self._call(_CARVE, _named("account", account), share, of), on_outage="patient"
         )
         return _unpacked(self._known(amounts, of))
 
@@ -106,7 +106,7 @@ class SharedBudget:
         InvalidValue, StoreUnavailable.
         """
         [folded] = self._store.call(
-            self._call(_FOLD, _named("account", account)), on_outage="answer"
+            self._call(_FOLD, _named("account", account)), on_outage="patient"
         )
         self._known(folded, account)
 
@@ -138,7 +138,7 @@ class SharedBudget:
         StoreUnavailable.
         """
         args = (_named("id", id), account, _amounts(amounts), self._lease_ms, int(again))
-        [answer] = self._store.call(self._call(_CHARGE, *args), on_outage="answer")
+        [answer] = self._store.call(self._call(_CHARGE, *args), on_outage="patient")
         name, *reasons = self._known(answer, account)
         if not reasons:
             return Charge(name.decode(), "granted")
@@ -155,7 +155,7 @@ class SharedBudget:
         """
         try:
             [settled] = self._store.call(
-                self.settling(charge_id, used, label=label), on_outage="answer"
+                self.settling(charge_id, used, label=label), on_outage="patient"
             )
         except StoreUnavailable:
             return False
@@ -176,7 +176,7 @@ class SharedBudget:
 
         Raises StoreUnavailable.
         """
-        [[raw_accounts, raw_labels]] = self._store.call(self._call(_STATUS), on_outage="answer")
+        [[raw_accounts, raw_labels]] = self._store.call(self._call(_STATUS), on_outage="patient")
         accounts, by_label = _by_name(raw_accounts), _by_name(raw_labels)
         spent, held, left = (
             _sum(account[part] for account in accounts.values())

@@ -201,7 +201,7 @@ class Bulkhead:
     def stands(self, waiter: str) -> bool:
         """Whether a waiter still stands in the line; true while Redis is away."""
         try:
-            return bool(self._store.call(self.waits(waiter), on_outage="answer")[0])
+            return bool(self._store.call(self.waits(waiter), on_outage="patient")[0])
         except StoreUnavailable:
             return True
 
@@ -235,9 +235,10 @@ class Bulkhead:
         )
         try:
             [[granted, _, _, wait_ms]] = self._store.call(
-                Call(_TAKE, self._keys, args), on_outage="answer"
+                Call(_TAKE, self._keys, args), on_outage="patient"
             )
         except StoreUnavailable:
+            self._store.decided_alone("bulkhead")
             return self._take_alone(name)
         self._alone = None
         if not granted:
@@ -290,7 +291,7 @@ class Bulkhead:
         )
         try:
             [[held, _, *waiters]] = self._store.call(
-                Call(_RELEASE, self._keys, args), on_outage="answer"
+                Call(_RELEASE, self._keys, args), on_outage="patient"
             )
         except StoreUnavailable:
             return 0
@@ -301,7 +302,7 @@ class Bulkhead:
         """Return the numbers ``used``, ``limit`` and ``waiting``.  Raises StoreUnavailable."""
         permits, about, _, waiting = self._keys
         [[used, limit, waits]] = self._store.call(
-            Call(_STATUS, (permits, about, waiting), (_base(self._limit),)), on_outage="answer"
+            Call(_STATUS, (permits, about, waiting), (_base(self._limit),)), on_outage="patient"
         )
         return {"used": float(used), "limit": float(limit), "waiting": int(waits)}
 

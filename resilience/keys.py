@@ -75,6 +75,8 @@ class Keys:
         self.events = f"{namespace}:events"  # STREAM  event -> JSON, at -> seconds; bounded
         self.dead = f"{namespace}:dead"  # STREAM  entries of queues that are no messages; bounded
         self.breakers = f"{namespace}:{{breakers}}:names"  # ZSET    name -> ms of its last change
+        # HASH    kind of guard -> decisions without Redis; at -> ms of the last report
+        self.alone = f"{namespace}:{{guards}}:alone"
         self.faults = (
             f"{namespace}:{{faults}}:patterns",  # HASH    recurring fault -> JSON
             f"{namespace}:{{faults}}:seen",  # ZSET    recurring fault -> ms of the last one

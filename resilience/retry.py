@@ -125,9 +125,10 @@ class RetryBudget:
         try:
             [[spent, _]] = self._store.call(
                 Call(_SPEND, (self._key,), (attempts, DEPOSIT, FLOOR_PER_S, MOST, cost)),
-                on_outage="answer",
+                on_outage="patient",
             )
         except StoreUnavailable:
+            self._store.decided_alone("retry_budget")
             self._alone = self._alone or LocalShare(Rate(FLOOR_PER_S), 1, self._store.clock)
             if self._alone.wait_s(cost) > 0:
                 return False

@@ -109,8 +109,14 @@ class StoreSettings(BaseSettings):
     guard_timeout_s: float = Field(
         0.1,
         gt=0,
-        description="A breaker, bucket, bulkhead or retry budget waits this long for Redis, then "
-        "decides without it.",
+        description="A call of a breaker waits this long for Redis. A breaker without an answer "
+        "goes on with the state that it knows, for `RLM_LIMIT_TIMEOUT_S`.",
+    )
+    limit_timeout_s: float = Field(
+        2.0,
+        gt=0,
+        description="A bucket, budget, bulkhead or probe waits this long for Redis, then decides "
+        "without it. A lost connection is no wait.",
     )
     breakers: BreakerSettings = BreakerSettings()
 

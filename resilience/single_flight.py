@@ -98,8 +98,9 @@ class SingleFlight:
 
     def _asked(self, key: str, id: str, by: str, call: Call) -> Flight:
         try:
-            [[state, value_or_landing, source]] = self._store.call(call, on_outage="answer")
+            [[state, value_or_landing, source]] = self._store.call(call, on_outage="patient")
         except StoreUnavailable:
+            self._store.decided_alone("single_flight")
             return Flight(key, id)  # to make a call twice is better than not at all
         if state == b"landed":
             return Flight(
@@ -134,7 +135,7 @@ class SingleFlight:
                 self.landing(
                     flight, value, cache_ttl_s=cache_ttl_s, memo=memo, memo_ttl_s=memo_ttl_s
                 ),
-                on_outage="answer",
+                on_outage="patient",
             )
 
     def landing(
@@ -158,7 +159,7 @@ class SingleFlight:
         """Leave the call to the next caller: it failed, or cannot be made now."""
         made, landed, *_ = self._keys.flight(self.name, flight.key)
         with suppress(StoreUnavailable):
-            self._store.call(Call(_ABANDON, (made, landed), (flight.id,)), on_outage="answer")
+            self._store.call(Call(_ABANDON, (made, landed), (flight.id,)), on_outage="patient")
 
     def forgetting(self, memos: Sequence[tuple[str, str]]) -> list[Call]:
         """Return the calls that drop memos, each a (key, memo), for a round trip with others."""

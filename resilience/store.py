@@ -2,7 +2,7 @@
 
 Every part of the platform calls Redis through `Store.call`; begin there, with its table of outages.
 Timeouts are short, and redis-py does not retry by itself: it would run a script twice after a
-timeout.
+timeout.  Guards that decide without Redis count it with `Store.decided_alone`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from random import Random
@@ -29,6 +30,7 @@ from redis.retry import Retry
 
 from resilience.address import Address, is_untrusted
 from resilience.errors import StoreUnavailable, StoreUntrusted
+from resilience.keys import Keys
 from resilience.settings import StoreSettings, store_settings
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,12 @@ _UNABLE = ("READONLY", "OOM", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "MASTERDOW
 """First words of errors from a Redis that answers but cannot write.  A script's own errors begin
 differently.
 """
+STEP_S = 0.1
+"""A guard listens for an answer in steps of at most this time.  A step counts in full, however long
+it took: a process that was stopped or starved meanwhile has heard nothing, so it listens longer.
+"""
+STEPS = 4
+"""The least number of steps in which a guard listens."""
 _USES_CLOCK = "-- uses: clock\n"
 _PASSWORD = re.compile(r"(://[^:@/\s]*:)\S*@|([?&]\w*password=)[^&\s]*")
 
@@ -49,7 +57,67 @@ long, up to the longest.
 """
 
 Argument = str | int | float | bytes
-OnOutage = Literal["raise", "answer", "wait"]
+OnOutage = Literal["raise", "answer", "patient", "wait"]
+
+
+class _Listening(threading.local):
+    """The silence of Redis that the present call of a thread bears; 0: the socket's own timeout."""
+
+    silence_s = 0.0
+
+
+_listening = _Listening()
+_on_alone: list[Callable[[str], None]] = []
+
+
+def on_alone(tell: Callable[[str], None]) -> None:
+    """Call a function with the kind of each guard of this process that decides without Redis."""
+    if tell not in _on_alone:
+        _on_alone.append(tell)
+
+
+class PatientConnection:
+    """The part of a guard's connection that listens for an answer in steps.
+
+    It is mixed into a class of redis-py.  The process of a guard may be stopped, or wait for a
+    processor, while the answer lies in its socket.  So the silence of Redis is the time in which
+    this process has listened in vain, and not the time that has passed.
+    """
+
+    def _connect(self) -> Any:
+        me: Any = self
+        own = me.socket_timeout, getattr(me, "socket_connect_timeout", None)
+        if silence_s := _listening.silence_s:
+            me.socket_timeout, me.socket_connect_timeout = silence_s, min(1.0, silence_s)
+        try:
+            return super()._connect()  # type: ignore[misc]  # the class of redis-py
+        finally:
+            me.socket_timeout, me.socket_connect_timeout = own
+
+    def read_response(self, *args: Any, **options: Any) -> Any:
+        """Return the next answer.  Raises redis-py's TimeoutError after the silence of the call."""
+        silence_s, me, read = _listening.silence_s, self, super().read_response  # type: ignore[misc]
+        if not silence_s or options:
+            return read(*args, **options)
+        step_s, heard = min(STEP_S, silence_s / STEPS), 0.0
+        while True:
+            try:
+                return read(*args, timeout=step_s, disconnect_on_error=False)
+            except RedisTimeoutError:
+                heard += step_s
+                if heard > silence_s - step_s / 2:
+                    me.disconnect()  # type: ignore[attr-defined]  # the class of redis-py
+                    raise
+            except ResponseError:
+                raise
+            except BaseException:
+                me.disconnect()  # type: ignore[attr-defined]
+                raise
+
+
+@functools.cache
+def _patient(base: type) -> type:
+    return type(f"Patient{base.__name__}", (PatientConnection, base), {})
 
 
 def masked(url: str) -> str:
@@ -101,6 +169,7 @@ class Store:
         namespace: str = "rlm",
         client: redis.Redis | None = None,
         timeout_s: float = 5.0,
+        limit_timeout_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         random: Random | None = None,
         patience_s: float = 0.0,
@@ -108,41 +177,56 @@ class Store:
     ) -> None:
         """`timeout_s` is the longest time that Redis may take for an answer.
 
+        A guard whose own decision may cost money waits for `limit_timeout_s`, if that is longer.
+
         A call with ``on_outage="wait"`` is repeated for `patience_s`.
         """
         self.address = Address(where) if isinstance(where, str) else where
         self.url, self.namespace, self.clock = masked(self.address.url), namespace, clock
         self.random = random or Random()
         self.patience_s, self._sleep = patience_s, sleep
-        self._timeout_s = timeout_s
+        self._timeout_s, self.limit_timeout_s = timeout_s, max(timeout_s, limit_timeout_s)
         self._client, self._given, self._pid = client, client is not None, os.getpid()
         self._away_until, self._away = 0.0, threading.Event()
+        self._silent_since, self._silences = 0.0, 0  # about the present silence
+        self._alone: Counter[str] = Counter()
+        self._alone_keys = Keys(namespace).alone
 
     @classmethod
     def from_url(
-        cls, url: str | Address, *, namespace: str = "rlm", timeout_s: float = 0.1
+        cls,
+        url: str | Address,
+        *,
+        namespace: str = "rlm",
+        timeout_s: float = 0.1,
+        limit_timeout_s: float = 2.0,
     ) -> Store:
-        """Return a store for guards: a Redis that takes longer than `timeout_s` counts as away.
+        """Return a store for guards: a Redis that is silent for `limit_timeout_s` counts as away.
 
-        Nothing connects before the first call.
+        A single call of a breaker waits for `timeout_s` only.  Nothing connects before the first
+        call.
         """
-        return cls(url, namespace=namespace, timeout_s=timeout_s)
+        return cls(url, namespace=namespace, timeout_s=timeout_s, limit_timeout_s=limit_timeout_s)
 
     @property
     def client(self) -> redis.Redis:
         """The connection pool of this process."""
         if self._client is None or (self._pid != os.getpid() and not self._given):
+            self._alone.clear()  # a fork does not tell the decisions of its parent
             self._client, self._pid = self._connect(), os.getpid()
         return self._client
 
     def _connect(self) -> redis.Redis:
-        return self.address.client(
+        client = self.address.client(
             socket_timeout=self._timeout_s,
             socket_connect_timeout=min(1.0, self._timeout_s),
             socket_keepalive=True,
             health_check_interval=0,
             retry=Retry(NoBackoff(), 0),
         )
+        pool = client.connection_pool
+        pool.connection_class = _patient(pool.connection_class)
+        return client
 
     def close(self) -> None:
         """Close the connections of this process, those to sentinels as well.  A later call opens
@@ -184,14 +268,16 @@ class Store:
 
         A command gets the client and may run more than once, so it must be idempotent.  A script
         that the server does not know (restart, SCRIPT FLUSH) is sent whole, once.  During an outage
-        the caller chooses what happens; all three end in StoreUnavailable:
+        the caller chooses what happens; all of it ends in StoreUnavailable:
 
         ========  ==========================================  =====================================
         outage    effect                                      callers
         ========  ==========================================  =====================================
         raise     the first lost connection raises            clients, which retry in their own loop
-        answer    as raise; further calls raise at once       guards, which then decide alone
-                  until Redis is tried again, after a second
+        answer    as raise; further calls raise at once       breakers and other guards, which
+                  until Redis is tried again, after a second  then decide alone
+        patient   as answer, but Redis may be silent for      buckets, budgets and bulkheads: to
+                  `limit_timeout_s`                           pass their limit may cost money
         wait      the call is repeated, with backoff, for     workers, which keep finished work
                   `patience_s` of this store
         ========  ==========================================  =====================================
@@ -205,7 +291,9 @@ class Store:
 
     def _outcome(self, attempt: Callable[[], Any], on_outage: OnOutage) -> Any:
         if on_outage == "answer":
-            return self._answered(attempt)
+            return self._answered(attempt, self._timeout_s)
+        if on_outage == "patient":
+            return self._answered(attempt, self.limit_timeout_s)
         until, wait_s = self.clock() + self.patience_s, FIRST_WAIT_S
         while True:
             try:
@@ -218,26 +306,81 @@ class Store:
             self._sleep(wait_s * self.random.uniform(0.5, 1.0))
             wait_s = min(wait_s * 2, LONGEST_WAIT_S)
 
-    def _answered(self, attempt: Callable[[], Any]) -> Any:
+    @property
+    def is_away(self) -> bool:
+        """Whether guards decide alone: the connection was lost, or Redis is silent for long."""
+        return self._away.is_set()
+
+    def _answered(self, attempt: Callable[[], Any], silence_s: float) -> Any:
         """Run an attempt and return its answer, or raise at once while Redis is away.
 
         An outage is logged once, and its end once; in between Redis is tried about once a second.
         """
+        began = self.clock()
         if self._away.is_set():
+            silence_s = self._timeout_s  # to look for its return takes no patience
             if self.clock() < self._away_until:
                 raise StoreUnavailable(self.url, "no answer a moment ago")
             # One caller tries Redis; other threads need not wait with it.
             self._away_until = self.clock() + BACK_OFF_S
+        before, _listening.silence_s = _listening.silence_s, silence_s
         try:
             answers = attempt()
         except (*LOST, ResponseError) as error:
             if isinstance(error, ResponseError) and not str(error).startswith(_UNABLE):
                 raise
+            if isinstance(error, RedisTimeoutError) and self._bears(began, silence_s):
+                raise self.unavailable(error) from None
             raise self._lost(error) from None
+        finally:
+            _listening.silence_s = before
+        self._silences = 0
         if self._away.is_set():
             self._away.clear()
-            logger.warning("Redis at %s answers again; state is shared again", self.url)
+            self._back()
         return answers
+
+    def _bears(self, began: float, silence_s: float) -> bool:
+        """Count a call without an answer, and return whether Redis may still be busy only."""
+        self._silent_since = self._silent_since if self._silences else began
+        self._silences += 1
+        if self._away.is_set() or silence_s >= self.limit_timeout_s:
+            return False
+        return self._silences < STEPS or self.clock() - self._silent_since < self.limit_timeout_s
+
+    # --- decisions without Redis ---------------------------------------------------------------
+
+    def decided_alone(self, kind: str) -> None:
+        """Count a decision that a guard of a kind, such as ``bucket``, made without Redis."""
+        self._alone[kind] += 1
+        for tell in _on_alone:
+            tell(kind)
+
+    def _back(self) -> None:
+        """Log the end of an outage, and add its decisions to the shared count."""
+        alone, self._alone = self._alone, Counter()
+        logger.warning(
+            "Redis at %s answers again; state is shared again. Decided without it: %s",
+            self.url,
+            ", ".join(f"{kind} {count}" for kind, count in sorted(alone.items())) or "nothing",
+        )
+        if not alone:
+            return
+        counts = [part for each in alone.items() for part in each]
+        try:
+            self._run(Call(_ADD_ALONE, (self._alone_keys,), counts))
+        except RedisError:
+            self._alone.update(alone)  # the next return tells them
+
+    def alone(self) -> tuple[Mapping[str, int], float]:
+        """Return kind of guard -> its decisions without Redis of late, and the age of the last.
+
+        They are those of all processes that Redis has answered again.  They are forgotten a day
+        after the last one; the age is in seconds.  Raises StoreUnavailable.
+        """
+        [[age_ms, *parts]] = self.call(Call(_READ_ALONE, (self._alone_keys,), ()))
+        kinds = [part.decode() for part in parts[::2]]
+        return dict(zip(kinds, map(int, parts[1::2]), strict=True)), int(age_ms) / 1000
 
     def _run(self, *calls: Call) -> list[Any]:
         """Run scripts in one round trip and return their answers.
@@ -288,6 +431,9 @@ class Store:
         return pipe.execute(raise_on_error=False)
 
 
+_ADD_ALONE, _READ_ALONE = (Script.load("resilience", f"alone_{verb}") for verb in ("add", "read"))
+
+
 @functools.cache
 def default_store() -> Store:
     """Return the store of this process's guards, at the URL in ``RLM_REDIS_URL``."""
@@ -297,5 +443,8 @@ def default_store() -> Store:
 def guard_store(settings: StoreSettings) -> Store:
     """Return a store for guards, with the address, namespace and timeout of the settings."""
     return Store.from_url(
-        settings.address, namespace=settings.namespace, timeout_s=settings.guard_timeout_s
+        settings.address,
+        namespace=settings.namespace,
+        timeout_s=settings.guard_timeout_s,
+        limit_timeout_s=settings.limit_timeout_s,
     )

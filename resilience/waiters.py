@@ -31,7 +31,7 @@ def call_up(store: Store, line: str, wake: Wake, waiters: Sequence[str]) -> None
         if not missing:
             return
         try:
-            [following] = store.call(Call(_NEXT, (line,), (missing,)), on_outage="answer")
+            [following] = store.call(Call(_NEXT, (line,), (missing,)), on_outage="patient")
         except StoreUnavailable:
             return
         waiters = [each.decode() for each in following]

@@ -92,6 +92,7 @@ def _shared(client: Client, app: Celery, clock: Callable[[], float]) -> Iterator
     yield from _monitor(board, hosts, client, command)
     yield _quarantine(client, command)
     yield _breakers(store, command)
+    yield from decided_alone(store)
 
 
 def _reach(store: Store) -> None:
@@ -469,6 +470,21 @@ def _quarantine(client: Client, command: str) -> Finding:
     jobs = len({item.job_id for item in items})
     found = f"items that do not run again: {len(items)}, in jobs: {jobs}"
     return Finding("quarantine", "warning", found, f"Type: {command} rlm quarantine list")
+
+
+def decided_alone(store: Store) -> Iterator[Finding]:
+    """Yield a finding on limits that guards kept by themselves, because Redis did not answer."""
+    counts, age_s = store.alone()
+    if counts:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()))
+        yield Finding(
+            "guards",
+            "warning",
+            f"guards decided {sum(counts.values())} times without Redis ({kinds}), the last time "
+            f"{age_s / 60:.0f} minutes ago",
+            "See why Redis did not answer: its load, SLOWLOG, the network; limits may have been "
+            "passed meanwhile",
+        )
 
 
 def _breakers(store: Store, command: str) -> Finding:

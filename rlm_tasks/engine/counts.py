@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from resilience.store import on_alone
 from rlm_tasks.jobs.splitting import Reason
 from rlm_tasks.metrics.declared import MILLISECONDS, Counter, Histogram, Peak
 from rlm_tasks.metrics.slot_files import is_counting
@@ -44,7 +45,14 @@ CACHED = Counter(
     "Reads of stored items, by whether their block was still in memory.",
     {"outcome": ("hit", "miss")},
 )
+GUARD_ALONE = Counter(
+    "rlm_guard_alone_total",
+    "Decisions that guards made without Redis, by kind of guard.",
+    {"guard": ("breaker", "bucket", "bulkhead", "retry_budget", "single_flight")},
+)
 PEAK_MEMORY = Peak("rlm_peak_memory_mb", "Largest memory that one pool process has held.")
+
+on_alone(lambda kind: GUARD_ALONE.inc(guard=kind))
 
 
 def count_node(

@@ -335,7 +335,7 @@ class Gate(OperationGuards):
                 lands,
                 self._budget.settling(held.charge.id, used, label=model),
                 pool.learned.learning(model, held.estimated, held.draft.max_tokens, answer),
-                on_outage="answer",
+                on_outage="patient",
             )
         held.grant.settle(tokens=used["tokens"], bytes=used["tokens"] * BYTES_PER_TOKEN)
 
@@ -378,7 +378,7 @@ class Gate(OperationGuards):
             return any(
                 self._store.call(
                     *(each.waits(waiter) for each in breakers if each is not None),
-                    on_outage="answer",
+                    on_outage="patient",
                 )
             )
         except StoreUnavailable:

@@ -2,7 +2,8 @@
 
 ``python -m tests.faults.guards --window 60`` runs eight processes against a provider with the
 limits of `resilience.PROVIDER`.  It prints the share of the limits that was used.  It exits with 1
-on a 429, on a window over its limit, or on a use below LEAST_USE.
+on a 429, on a window over its limit, or on a use below LEAST_USE.  With ``--decisions 10000`` eight
+busy processes use all guards, and it exits with 1 if one of them decides without Redis.
 
 With the name of a role and its arguments the program is one of the processes.  Then it reads
 commands and writes events, a line for each."""
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -35,9 +36,11 @@ from resilience import (
     CircuitBreaker,
     CircuitOpen,
     Rate,
+    RetryBudget,
     Store,
     TokenBucket,
 )
+from resilience.store import on_alone
 from rlm_tasks.testing import embedded
 from tests.faults import provider
 
@@ -45,6 +48,8 @@ ROOT = Path(__file__).parents[2]
 NAMESPACE = "guards"
 PROCESSES, WINDOWS = 8, 4
 LEAST_USE = 0.97
+BUSY_S = 0.004
+"""Work in seconds between the decisions of a busy process."""
 TOKENS = {"tokens": (1, 99), "requests": (1, 19)}
 """The limit that binds -> smallest and largest request in tokens.
 
@@ -52,8 +57,6 @@ At 25.7 tokens a request both limits of `resilience.PROVIDER` bind at the same t
 """
 AT_MOST = 1.5
 """A request reserves up to this many times the tokens that it uses, and settles the difference."""
-PATIENCE_S = 2.0
-"""Timeout of Redis.  The 0.1 s of `Store.from_url` would report an outage on a busy machine."""
 TROUBLE = ConnectionError("the service is away")
 
 
@@ -243,8 +246,39 @@ def hold_permits(store: Store, count: str, lease_s: str, _number: str) -> None:
     sys.stdin.readline()  # until the test kills this process, or has ended
 
 
+def decide(store: Store, count: str, busy_s: str, _number: str) -> None:
+    """Use each kind of guard in turn, with work in between, until the test sends a line.
+
+    At the end write the numbers of decisions with Redis and without it."""
+    bucket = TokenBucket("calls", store, calls=Rate(10**6))
+    bulkhead = Bulkhead("calls", store, limit=10**6, per_host=None)
+    breaker = CircuitBreaker("calls", store)
+    budget = RetryBudget("calls", store)
+    alone = Counter[str]()
+    on_alone(lambda kind: alone.update([kind]))
+    write("ready")
+    stop, made = stopping(), 0
+    while not stop.is_set() and made < int(count):
+        spin(float(busy_s))
+        breaker.call(lambda: None)
+        bucket.acquire()
+        bulkhead.acquire().release()
+        budget.spend()
+        made += 4
+        if made == 4:
+            write("decides")
+    write("done", made, json.dumps(alone, separators=(",", ":")))
+
+
+def spin(seconds: float) -> None:
+    """Use the processor for some time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        pass
+
+
 ROLES: dict[str, Callable[..., None]] = {
-    role.__name__: role for role in (spend, probe, observe, trip, hold_probe, hold_permits)
+    role.__name__: role for role in (spend, probe, observe, trip, hold_probe, hold_permits, decide)
 }
 
 
@@ -376,11 +410,30 @@ def show(uses: Sequence[Use]) -> None:
     )
 
 
+# --- decisions of busy processes --------------------------------------------------------------
+
+
+def decisions(url: str, count: int) -> tuple[int, dict[str, int]]:
+    """Let eight busy processes use all kinds of guards, with work in between.
+
+    Return the number of their decisions, and those without Redis by kind of guard."""
+    alone = Counter[str]()
+    made = 0
+    with children(PROCESSES, "decide", url, count // PROCESSES, BUSY_S) as busy:
+        for each in busy:
+            each.receive("decides", 60)
+        for each in busy:
+            number, kinds = each.receive("done", 60 + count * BUSY_S)
+            made += int(number)
+            alone.update(json.loads(kinds))
+    return made, dict(alone)
+
+
 def main() -> int:
     """Run the windows, or the role that the command line names; return the exit code."""
     if len(sys.argv) > 1 and sys.argv[1] in ROLES:
         role, url, *words = sys.argv[1:]
-        ROLES[role](Store.from_url(url, namespace=NAMESPACE, timeout_s=PATIENCE_S), *words)
+        ROLES[role](Store.from_url(url, namespace=NAMESPACE), *words)
         return 0
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--window", type=float, default=60.0, help="seconds")
@@ -395,8 +448,16 @@ def main() -> int:
         type=float,
         help="seconds by which a window counts longer; default: that of TokenBucket",
     )
+    options.add_argument(
+        "--decisions", type=int, help="let busy processes decide this often, and do nothing else"
+    )
     asked = options.parse_args()
     embedded.clean_up_on_sigterm()
+    if asked.decisions:
+        with embedded.server() as server:
+            made, alone = decisions(server.url, asked.decisions)
+        print(f"{made:,} decisions of {PROCESSES} busy processes, without Redis: {alone or 'none'}")
+        return 1 if alone else 0
     uses = []
     for binds in asked.binds or sorted(TOKENS, reverse=True):
         with embedded.server() as server:

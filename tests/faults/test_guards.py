@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import statistics
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -42,6 +43,7 @@ from tests.faults.guards import (
     TROUBLE,
     against_provider,
     children,
+    decisions,
     fake_provider,
     show,
 )
@@ -147,6 +149,111 @@ def test_other_processes_see_a_trip_within_300_ms(
     )
     assert median <= 0.3
     assert slowest <= 1.0
+
+
+# --- a slow process, and a silent server ------------------------------------------------------
+
+SILENCE_S = 2.0
+"""The silence of Redis after which a limit decides alone, by default."""
+
+
+def alone(of: list[str]) -> dict[str, int]:
+    """Return the decisions without Redis of a process that has ended, by kind of guard."""
+    found: dict[str, int] = json.loads(of[1])
+    return found
+
+
+def test_eight_busy_processes_make_no_decision_without_redis(
+    private_server: embedded.Server, store: Store
+) -> None:
+    made, alone = decisions(private_server.url, 640)
+
+    assert (made, alone) == (640, {})
+
+
+def test_a_process_that_was_stopped_does_not_take_redis_for_dead(
+    private_server: embedded.Server, store: Store
+) -> None:
+    with children(2, "decide", private_server.url, 10**9, 0) as stopped:
+        for each in stopped:
+            each.receive("decides")
+        for each in stopped:
+            each.process.send_signal(signal.SIGSTOP)
+        time.sleep(1.0)  # the time for which they are stopped
+        for each in stopped:
+            each.process.send_signal(signal.SIGCONT)
+        for each in stopped:
+            each.send("stop")
+        found = [each.receive("done") for each in stopped]
+
+    assert [alone(each) for each in found] == [{}] * 2
+
+
+def test_no_guard_decides_alone_while_redis_is_busy_for_a_second(
+    private_server: embedded.Server, store: Store
+) -> None:
+    with children(2, "decide", private_server.url, 10**9, 0) as waiting:
+        for each in waiting:
+            each.receive("decides")
+        with stopped_for(private_server, 1.0):
+            pass
+        for each in waiting:
+            each.send("stop")
+        found = [each.receive("done") for each in waiting]
+
+    assert [alone(each) for each in found] == [{}] * 2
+    assert store.alone()[0] == {}
+
+
+def test_a_silent_redis_is_decided_without_in_time_and_the_decisions_are_counted(
+    private_server: embedded.Server, store: Store
+) -> None:
+    with children(1, "decide", private_server.url, 10**9, 0.001) as [alone_then]:
+        alone_then.receive("decides")
+        with stopped_for(private_server, SILENCE_S + 1.5):
+            pass
+        wait_until(lambda: bool(store.alone()[0]))
+        alone_then.send("stop")
+        found = alone(alone_then.receive("done"))
+
+    assert set(found) == {"breaker", "bucket", "bulkhead", "retry_budget"}
+    assert store.alone()[0] == found
+    assert store.alone()[1] < 20
+
+
+def test_each_guard_waits_for_a_silent_redis_once_and_for_two_seconds(
+    private_server: embedded.Server,
+) -> None:
+    shared = Store.from_url(private_server.url, namespace=NAMESPACE)
+    bucket = TokenBucket("timed", shared, calls=Rate(10**6))
+    assert bucket.acquire()
+    assert private_server.process is not None
+    private_server.process.send_signal(signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        assert bucket.acquire(max_wait_s=1).at == 0, "decided here"
+        first_s = time.monotonic() - began
+        for _ in range(100):
+            bucket.acquire()
+        rest_s = time.monotonic() - began - first_s
+    finally:
+        private_server.process.send_signal(signal.SIGCONT)
+        shared.close()
+
+    assert SILENCE_S <= first_s <= SILENCE_S + 2, "the bound, and the time of a busy machine"
+    assert rest_s < first_s
+
+
+@contextmanager
+def stopped_for(server: embedded.Server, seconds: float) -> Iterator[None]:
+    """Stop a server for some time; it does not answer, and its connections stay."""
+    assert server.process is not None
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+        time.sleep(seconds)  # the time for which it is silent
+    finally:
+        server.process.send_signal(signal.SIGCONT)
 
 
 # --- after a kill -----------------------------------------------------------------------------

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from resilience.bucket import Rate, TokenBucket
 from rlm_tasks import import_path
 from rlm_tasks.diagnosis import doctor
-from rlm_tasks.diagnosis.doctor import packages, versions
+from rlm_tasks.diagnosis.doctor import decided_alone, packages, versions
 from rlm_tasks.version import __version__
 from tests.unit.test_import_path import theirs
+from tests.unit.world import World, world
 
-__all__ = ["theirs"]
+__all__ = ["theirs", "world"]
 
 
 def test_a_package_behind_ours_is_a_warning(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,3 +81,22 @@ def test_another_copy_of_this_package_is_a_warning(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(doctor, "__version__", "99.0")
 
     assert [each.state for each in versions([])] == ["warning"]
+
+
+def test_decisions_of_guards_without_redis_are_a_warning(world: World) -> None:
+    store = world.store()
+    bucket = TokenBucket("llm", store, calls=Rate(10))
+    bucket.acquire()
+    assert list(decided_alone(store)) == []
+    store.lost = True
+    bucket.acquire()
+    store.lost = False
+    world.sleep(2)
+    bucket.acquire()
+    world.sleep(600)
+
+    [found] = decided_alone(store)
+    assert (found.check, found.state) == ("guards", "warning")
+    assert found.found == (
+        "guards decided 1 times without Redis (bucket 1), the last time 10 minutes ago"
+    )

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 
+from resilience.breaker import CircuitBreaker
+from resilience.bucket import Rate, TokenBucket
+from resilience.bulkhead import Bulkhead
+from resilience.retry import RetryBudget
+from resilience.single_flight import SingleFlight
 from rlm_tasks.engine.counts import count_node
 from rlm_tasks.jobs.splitting import Reason
 from rlm_tasks.ledger.records import Child, Report
 from tests.unit.exposed_metrics import REPORT, ExposedMetrics, count, exposed, folder
+from tests.unit.world import World, world
 
-__all__ = ["exposed", "folder"]
+__all__ = ["exposed", "folder", "world"]
 
 
 def test_a_node_counts_its_items_by_outcome_and_their_mean_time(
@@ -86,3 +92,32 @@ def test_cache_reads_are_counted_as_hits_and_misses(exposed: ExposedMetrics) -> 
 
     assert exposed["rlm_cache_reads_total"] == {"outcome=hit": 9, "outcome=miss": 1}
     assert exposed["rlm_cache_hit_rate"] == {"": 0.9}
+
+
+def test_each_decision_without_redis_is_counted_by_the_kind_of_its_guard(
+    exposed: ExposedMetrics, world: World
+) -> None:
+    store = world.store()
+    bucket = TokenBucket("llm", store, calls=Rate(10))
+    bulkhead, breaker = Bulkhead("llm", store), CircuitBreaker("llm", store)
+    bucket.acquire()
+    store.lost = True
+    bucket.acquire()
+    bucket.acquire()
+    bulkhead.acquire()
+    breaker.call(lambda: 1)
+    world.sleep(0.3)
+    breaker.call(lambda: 1)
+    RetryBudget("llm", store).spend()
+    SingleFlight("llm", store).begin("question")
+
+    counts = {"bucket": 2, "bulkhead": 1, "breaker": 2, "retry_budget": 1, "single_flight": 1}
+    assert exposed["rlm_guard_alone_total"] == {
+        f"guard={kind}": count for kind, count in counts.items()
+    }
+    store.lost = False
+    world.sleep(2)
+    assert store.alone()[0] == {}, "they are told when Redis has answered a guard again"
+    bucket.acquire()
+    world.sleep(60)
+    assert store.alone() == (counts, 60.0)
