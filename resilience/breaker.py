@@ -13,7 +13,6 @@ It differs from pybreaker's breaker in three ways:
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from resilience.breaker_storage import (
     names_of,
     resident_mb,
 )
+from resilience.bulkhead import Ended, call_guarded, guarded
 from resilience.errors import Category, Denied, name_of
 from resilience.faults import classify
 from resilience.settings import store_settings
@@ -217,11 +217,11 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         self.ended(admission)
 
     def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function and return its value.  Raises its error, or CircuitOpen before it."""
-        with self.calling():
-            for listener in self._listeners:
-                listener.before_call(self, func, *args, **kwargs)
-            return func(*args, **kwargs)
+        """Call a function and return its value.  Raises its error, or CircuitOpen before it.
+
+        The call of a generator or an awaitable lasts until that has ended.
+        """
+        return call_guarded(self._begin, func, args, kwargs)  # type: ignore[no-any-return]
 
     async def call_async(
         self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
@@ -230,17 +230,31 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
 
         Raises its error, or CircuitOpen before it.
         """
-        with self.calling():
-            for listener in self._listeners:
-                listener.before_call(self, func, *args, **kwargs)
-            return await func(*args, **kwargs)
+        ended = self._begin(func, args, kwargs)
+        try:
+            value = await func(*args, **kwargs)
+        except BaseException as error:
+            ended(error)
+            raise
+        ended(None)
+        return value
 
     execute = call
     """The same as `call`."""
 
     def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:  # type: ignore[override]  # no Tornado
-        """Decorate a function or a coroutine function."""
-        return _guarded(func, lambda: self)
+        """Decorate a function, a coroutine function or a generator.
+
+        A generator is admitted when its first item is asked for.  An error that leaves it is a
+        failure; a generator that is closed early has succeeded.
+        """
+        return guarded(func, self._begin)
+
+    def _begin(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Ended:
+        admission = self.admit()
+        for listener in self._listeners:
+            listener.before_call(self, func, *args, **kwargs)
+        return functools.partial(self.ended, admission)
 
     # --- by hand -------------------------------------------------------------------------------
 
@@ -274,22 +288,6 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
             for listener in self._listeners:
                 listener.state_change(self, before, current)  # type: ignore[arg-type]  # they read its name
         return current
-
-
-def _guarded(func: Callable[..., Any], breaker: Callable[[], CircuitBreaker]) -> Callable[..., Any]:
-    if inspect.iscoroutinefunction(func):
-
-        @functools.wraps(func)
-        async def awaiting(*args: Any, **kwargs: Any) -> Any:
-            return await breaker().call_async(func, *args, **kwargs)
-
-        return awaiting
-
-    @functools.wraps(func)
-    def calling(*args: Any, **kwargs: Any) -> Any:
-        return breaker().call(func, *args, **kwargs)
-
-    return calling
 
 
 class CircuitBreakers:
@@ -347,7 +345,7 @@ def with_circuit_breaker(
     store: Store | None = None,
     **fields: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that guards functions and coroutine functions by a service's breaker.
+    """Return a decorator that guards functions and generators, also async ones, by a breaker.
 
     ``@with_circuit_breaker("agent-factory", failure_threshold=5)``: the fields are those of
     BreakerConfig.  Without a store it uses that of RLM_REDIS_URL.  Raises InvalidValue for a wrong
@@ -359,4 +357,7 @@ def with_circuit_breaker(
     def breaker() -> CircuitBreaker:
         return CircuitBreaker(name, store, effective)
 
-    return lambda func: _guarded(func, breaker) if store_settings().breakers.enabled else func
+    def begin(*call: Any) -> Ended:
+        return breaker()._begin(*call)
+
+    return lambda func: guarded(func, begin) if store_settings().breakers.enabled else func

@@ -3,20 +3,24 @@
 The engine and users call it; begin with `Bulkhead.acquire`.  All workers share a bulkhead.
 
 A permit has a lease, so the permits of a dead process become free.  The limit is fixed, follows the
-service's answers (`Aimd`), or follows the demand (`Elastic`).
+service's answers (`Aimd`), or follows the demand (`Elastic`).  `guarded` decorates functions of
+every kind, for breakers as well.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Generator
+import weakref
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
+from types import AsyncGeneratorType, GeneratorType
 from typing import Any, ParamSpec, TypeVar
 
 from resilience.errors import (
@@ -33,6 +37,10 @@ from resilience.waiters import IN_LINE, Wake, call_up
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Ended = Callable[[BaseException | None], None]
+"""Reports the end of an admitted call, with its error if it failed."""
+Begin = Callable[..., Ended]
+"""Admits a call of a function with its arguments, or raises."""
 
 LEASE_S = 60.0
 """Lease of a permit; the longest call that other orchestrators allow to a provider."""
@@ -324,9 +332,11 @@ class Bulkhead:
         permit.release()
 
     def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function under a permit, and return its value.  Raises BulkheadFull."""
-        with self.permit():
-            return func(*args, **kwargs)
+        """Call a function under a permit, and return its value.  Raises BulkheadFull.
+
+        The permit of a generator or an awaitable is given back when that has ended.
+        """
+        return call_guarded(self._begin, func, args, kwargs)  # type: ignore[no-any-return]
 
     async def call_async(
         self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
@@ -336,23 +346,153 @@ class Bulkhead:
             return await func(*args, **kwargs)
 
     def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorate a function or a coroutine function."""
-        if inspect.iscoroutinefunction(func):
+        """Decorate a function, a coroutine function or a generator; see `guarded`."""
+        return guarded(func, self._begin)
 
-            @functools.wraps(func)
-            async def awaiting(*args: Any, **kwargs: Any) -> Any:
-                return await self.call_async(func, *args, **kwargs)
-
-            return awaiting
-
-        @functools.wraps(func)
-        def calling(*args: Any, **kwargs: Any) -> Any:
-            return self.call(func, *args, **kwargs)
-
-        return calling
+    def _begin(self, *_: Any) -> Ended:
+        permit = self.acquire()
+        if not permit:
+            raise self.full(permit)
+        return permit.release
 
 
 _STATUS = Script.load("resilience", "bulkhead_status")
+
+
+# --- functions of every kind ------------------------------------------------------------------
+
+
+def guarded(func: Callable[..., Any], begin: Begin) -> Callable[..., Any]:
+    """Return a function of the same kind whose calls are admitted by `begin` and report their end.
+
+    The call of a coroutine function lasts until it has returned, that of a generator from its first
+    item to its end.  An error that leaves a generator is a failure; a generator that is closed
+    early has succeeded.
+    """
+    if isinstance(func, classmethod | staticmethod):
+        return type(func)(guarded(func.__func__, begin))
+    function = underlying(func)
+    for is_kind, wrapped in (
+        (inspect.isasyncgenfunction, _streaming),
+        (inspect.isgeneratorfunction, _iterating),
+        (inspect.iscoroutinefunction, _awaiting),
+    ):
+        if is_kind(function):
+            return wrapped(func, begin)
+
+    @functools.wraps(func)
+    def calling(*args: Any, **kwargs: Any) -> Any:
+        return call_guarded(begin, func, args, kwargs)
+
+    return calling
+
+
+def underlying(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function behind a partial or an object with ``__call__``."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    return func if inspect.isroutine(func) else type(func).__call__
+
+
+def call_guarded(begin: Begin, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a function and return its value.
+
+    The work of a generator, a coroutine or a future goes on after the call.  Its end is reported
+    later: when it has ended, or when it is thrown away.
+    """
+    ended = begin(func, args, kwargs)
+    try:
+        value = func(*args, **kwargs)
+    except BaseException as error:
+        ended(error)
+        raise
+    wrapped: Callable[[Callable[..., Any], Begin], Callable[..., Any]]
+    if isinstance(value, AsyncGeneratorType):
+        wrapped = _streaming
+    elif isinstance(value, GeneratorType):
+        wrapped = _iterating
+    elif hasattr(type(value), "__await__"):
+        wrapped = _awaiting
+    else:
+        ended(None)
+        return value
+    once = _Once(ended)
+    lasting: Any = wrapped(lambda: value, lambda *_: once)()
+    if isinstance(value, asyncio.Future):
+        lasting = asyncio.ensure_future(lasting)
+    weakref.finalize(lasting, once, asyncio.CancelledError()).atexit = False
+    return lasting
+
+
+class _Once:
+    """The report of the end of a call; only the first one counts."""
+
+    def __init__(self, ended: Ended) -> None:
+        self._ended: Ended | None = ended
+
+    def __call__(self, error: BaseException | None) -> None:
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            ended(error)
+
+
+def _awaiting(func: Callable[..., Awaitable[Any]], begin: Begin) -> Callable[..., Any]:
+    @functools.wraps(func)
+    async def awaiting(*args: Any, **kwargs: Any) -> Any:
+        ended = begin(func, args, kwargs)
+        try:
+            value = await func(*args, **kwargs)
+        except BaseException as error:
+            ended(error)
+            raise
+        ended(None)
+        return value
+
+    return awaiting
+
+
+def _iterating(
+    func: Callable[..., Generator[Any, Any, Any]], begin: Begin
+) -> Callable[..., Generator[Any, Any, Any]]:
+    @functools.wraps(func)
+    def iterating(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        ended = begin(func, args, kwargs)
+        try:
+            value = yield from func(*args, **kwargs)
+        except BaseException as error:
+            ended(None if isinstance(error, GeneratorExit) else error)
+            raise
+        ended(None)
+        return value
+
+    return iterating
+
+
+def _streaming(
+    func: Callable[..., AsyncGenerator[Any, Any]], begin: Begin
+) -> Callable[..., AsyncGenerator[Any, Any]]:
+    @functools.wraps(func)
+    async def streaming(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+        ended = begin(func, args, kwargs)
+        stream = func(*args, **kwargs)
+        step = stream.asend(None)
+        try:
+            while True:
+                item = await step
+                try:
+                    step = stream.asend((yield item))
+                except GeneratorExit:
+                    await stream.aclose()
+                    raise
+                except BaseException as error:
+                    step = stream.athrow(error)
+        except StopAsyncIteration:
+            ended(None)
+        except BaseException as error:
+            ended(None if isinstance(error, GeneratorExit) else error)
+            raise
+
+    return streaming
 
 
 def _plain(host: str) -> str:

@@ -22,7 +22,8 @@ from typing import Any, ParamSpec, TypeVar
 from pydantic import Field, model_validator
 
 from resilience.bucket import LocalShare, Rate
-from resilience.errors import Denied, RetryBudgetExhausted, StoreUnavailable
+from resilience.bulkhead import underlying
+from resilience.errors import Denied, InvalidValue, RetryBudgetExhausted, StoreUnavailable
 from resilience.faults import Fault, classify
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store, default_store
@@ -157,24 +158,39 @@ class Retry:
     def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function until it succeeds, and return its value.
 
-        Raises the error of the last attempt, or RetryBudgetExhausted from it.
+        If the function returns an awaitable, so does this method, and the retries follow while it
+        is awaited.  Raises the error of the last attempt, or RetryBudgetExhausted from it.
         """
         state = self.begin()
         while True:
             try:
-                return func(*args, **kwargs)
+                value = func(*args, **kwargs)
             except Exception as error:
                 self.sleep(state.wait_s(error))
+                continue
+            if not hasattr(type(value), "__await__"):
+                return value
+            again: Any = functools.partial(func, *args, **kwargs)
+            lasting: Any = self._awaited(state, again, value)
+            if isinstance(value, asyncio.Future):
+                lasting = asyncio.ensure_future(lasting)
+            return lasting  # type: ignore[no-any-return]  # an awaitable, as T is
 
     async def call_async(
         self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Do as `call` does, for a coroutine function."""
-        state = self.begin()
+        return await self._awaited(self.begin(), functools.partial(func, *args, **kwargs))
+
+    async def _awaited(
+        self, state: RetryState, call: Callable[[], Awaitable[T]], begun: Any = None
+    ) -> T:
+        """Await the call that has begun, or a new one, until one succeeds."""
         while True:
             try:
-                return await func(*args, **kwargs)
+                return await (call() if begun is None else begun)
             except Exception as error:
+                begun = None
                 await asyncio.sleep(state.wait_s(error))
 
 
@@ -286,7 +302,7 @@ def with_retry(
     store: Store | None = None,
     **fields: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator for functions and coroutine functions.
+    """Return a decorator for functions and coroutine functions; it refuses generators.
 
     ``@with_retry(max_attempts=5, service="agent-factory")``: the fields are those of RetryPolicy.
     Put it above ``@with_circuit_breaker``, so that each attempt asks the breaker.  Raises
@@ -295,8 +311,18 @@ def with_retry(
     retrying(policy, **fields)
 
     def decorate(func: Callable[..., Any]) -> Callable[..., Any]:
+        if isinstance(func, classmethod | staticmethod):
+            return type(func)(decorate(func.__func__))
+        function = underlying(func)
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise InvalidValue(
+                "func",
+                getattr(func, "__name__", func),
+                "a generator cannot be retried, because its first items are in use already; "
+                "retry the call that makes one item, or guard it with a breaker",
+            )
         retry = functools.cache(lambda: retrying(policy, service=service, store=store, **fields))
-        if inspect.iscoroutinefunction(func):
+        if inspect.iscoroutinefunction(function):
 
             @functools.wraps(func)
             async def awaiting(*args: Any, **kwargs: Any) -> Any:

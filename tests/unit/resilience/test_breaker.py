@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from typing import Any
 
 import pybreaker
@@ -439,3 +442,241 @@ def test_waiters_are_woken_in_order_of_urgency_when_the_breaker_closes(world: Wo
     )
     breaker.reset()
     assert woken == ["critical", "normal", "normal 2", "low", "low 2"]
+
+
+# --- functions of every kind ------------------------------------------------------------------
+
+
+class Service:
+    """A service in all forms of Python's functions; it breaks after two items, or not."""
+
+    def __init__(self) -> None:
+        self.breaks, self.closed = True, 0
+
+    def numbers(self) -> Iterator[int]:
+        try:
+            yield 1
+            yield 2
+            if self.breaks:
+                raise ConnectionError("the stream broke")
+        finally:
+            self.closed += 1
+
+    async def numbers_async(self) -> AsyncIterator[int]:
+        for number in self.numbers():
+            yield number
+
+    async def total(self) -> int:
+        return sum(self.numbers())
+
+    def all_at_once(self) -> int:
+        return sum(self.numbers())
+
+
+def drained(stream: Any) -> Any:
+    """Use the value of a call to its end, whatever its kind."""
+    if inspect.isasyncgen(stream):
+
+        async def drain() -> list[int]:
+            return [item async for item in stream]
+
+        return asyncio.run(drain())
+    if inspect.isawaitable(stream):
+
+        async def wait() -> Any:
+            return await stream
+
+        return asyncio.run(wait())
+    return list(stream) if inspect.isgenerator(stream) else stream
+
+
+class WithCall:
+    """An object with ``__call__``."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def __call__(self) -> Any:
+        return self._function()
+
+
+def plain(function: Any) -> Any:
+    """Return a plain function that returns the value of another one, as many decorators do."""
+
+    def call() -> Any:
+        return function()
+
+    return call
+
+
+FORMS: dict[str, Any] = {
+    "generator": lambda service: service.numbers,
+    "async generator": lambda service: service.numbers_async,
+    "coroutine function": lambda service: service.total,
+    "function": lambda service: service.all_at_once,
+    "partial of a generator": lambda service: functools.partial(service.numbers),
+    "partial of an async generator": lambda service: functools.partial(service.numbers_async),
+    "object": lambda service: WithCall(service.all_at_once),
+    "object with a generator": lambda service: WithCall(service.numbers),
+    "object with an async generator": lambda service: WithCall(service.numbers_async),
+    "object with a coroutine function": lambda service: WithCall(service.total),
+    "function that returns a generator": lambda service: plain(service.numbers),
+    "function that returns an awaitable": lambda service: plain(service.total),
+}
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+@each_form
+def test_a_breaker_counts_the_failures_of_a_function_of_any_kind(world: World, form: str) -> None:
+    service, breaker = Service(), CircuitBreaker("llm", world.store(), CONFIG)
+    guarded = breaker(FORMS[form](service))
+    service.breaks = False
+    assert drained(guarded()) in (3, [1, 2])
+    service.breaks = True
+
+    for failed in range(1, 4):
+        with pytest.raises(ConnectionError):
+            drained(guarded())
+        assert breaker.failure_count == failed
+    assert breaker.state == "open"
+    with pytest.raises(CircuitOpen):
+        drained(guarded())
+    assert service.closed == 4, "a refused call does not run"
+
+
+@each_form
+def test_a_call_through_a_breaker_counts_like_a_decorated_one(world: World, form: str) -> None:
+    service, breaker = Service(), CircuitBreaker("llm", world.store(), CONFIG)
+    for _ in range(3):
+        with pytest.raises(ConnectionError):
+            drained(breaker.call(FORMS[form](service)))
+    assert breaker.state == "open"
+
+
+def test_decorated_methods_of_a_class_are_guarded_in_either_order(world: World) -> None:
+    breaker = CircuitBreaker("llm", world.store(), CONFIG)
+
+    class Client:
+        @breaker
+        @classmethod
+        def above(cls) -> str:
+            raise ConnectionError(cls.__name__)
+
+        @classmethod
+        @breaker
+        def below(cls) -> str:
+            raise ConnectionError(cls.__name__)
+
+        @breaker
+        @staticmethod
+        def static() -> str:
+            raise ConnectionError("Client")
+
+    for method in (Client.above, Client().below, Client.static):
+        with pytest.raises(ConnectionError, match="Client"):
+            method()
+    assert breaker.state == "open"
+
+
+def test_the_kind_of_a_decorated_function_stays(world: World) -> None:
+    breaker, service = CircuitBreaker("llm", world.store(), CONFIG), Service()
+
+    assert inspect.isgeneratorfunction(breaker(service.numbers))
+    assert inspect.isasyncgenfunction(breaker(service.numbers_async))
+    assert inspect.iscoroutinefunction(breaker(service.total))
+    assert breaker(service.numbers).__name__ == "numbers"
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_stream_that_its_reader_closes_early_is_a_success(world: World, is_async: bool) -> None:
+    service, breaker = Service(), CircuitBreaker("llm", world.store(), CONFIG)
+    trip(breaker, 2)
+
+    async def read_one() -> None:
+        stream = breaker(service.numbers_async)()
+        assert await anext(stream) == 1
+        await stream.aclose()
+
+    if is_async:
+        asyncio.run(read_one())
+    else:
+        stream = breaker(service.numbers)()
+        assert next(stream) == 1
+        stream.close()
+    assert (service.closed, breaker.failure_count) == (1, 0)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_values_and_errors_reach_a_guarded_generator(world: World, is_async: bool) -> None:
+    breaker = CircuitBreaker("llm", world.store(), CONFIG)
+
+    @breaker
+    def echo() -> Generator[Any, Any, str]:
+        got = None
+        while got != "end":
+            try:
+                got = yield got
+            except LookupError:
+                got = "caught"
+        return "returned"
+
+    @breaker
+    async def echo_async() -> AsyncGenerator[Any, Any]:
+        for_sync = echo()
+        got = next(for_sync)
+        while True:
+            try:
+                sent = yield got
+            except LookupError as error:
+                got = for_sync.throw(error)
+            else:
+                got = for_sync.send(sent)
+
+    async def talk() -> list[Any]:
+        stream = echo_async()
+        said = [await stream.asend(None), await stream.asend(5), await stream.athrow(KeyError(1))]
+        await stream.aclose()
+        return said
+
+    if is_async:
+        assert asyncio.run(talk()) == [None, 5, "caught"]
+        return
+    stream = echo()
+    assert [next(stream), stream.send(5), stream.throw(KeyError(1))] == [None, 5, "caught"]
+    with pytest.raises(StopIteration) as stopped:
+        stream.send("end")
+    assert stopped.value.value == "returned"
+
+
+def test_a_probe_whose_stream_is_thrown_away_gives_its_place_back(world: World) -> None:
+    breaker = CircuitBreaker("llm", world.store(), CONFIG)
+    breaker.half_open()
+    service = Service()
+    for _ in range(3 * CONFIG.half_open_max_calls):
+        breaker.call(service.numbers)  # nobody reads it
+    assert breaker.state == "half-open"
+    assert breaker.success_counter == 0, "nothing has run"
+
+
+def test_a_future_of_a_guarded_function_stays_a_future(world: World) -> None:
+    breaker = CircuitBreaker("llm", world.store(), CONFIG)
+
+    async def call() -> None:
+        @breaker
+        def begin(fails: bool) -> asyncio.Future[int]:
+            future = asyncio.get_running_loop().create_future()
+            if fails:
+                future.set_exception(ConnectionError())
+            else:
+                future.set_result(7)
+            return future
+
+        task = begin(False)
+        assert isinstance(task, asyncio.Future)
+        assert await task == 7
+        for _ in range(3):
+            with pytest.raises(ConnectionError):
+                await begin(True)
+
+    asyncio.run(call())
+    assert breaker.state == "open"

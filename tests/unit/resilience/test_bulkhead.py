@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -566,3 +567,41 @@ class BulkheadMachine(RuleBasedStateMachine):
 
 TestBulkheadAgainstAnOracle = BulkheadMachine.TestCase
 TestBulkheadAgainstAnOracle.settings = settings(max_examples=60, stateful_step_count=40)
+
+
+# --- functions of every kind ------------------------------------------------------------------
+
+
+def test_the_permit_of_a_generator_is_held_from_its_first_item_to_its_end(world: World) -> None:
+    bulkhead = Bulkhead("llm", world.store(), limit=1)
+
+    @bulkhead
+    def stream() -> Iterator[int]:
+        yield from (1, 2)
+
+    first, second = stream(), stream()
+    assert bulkhead.status()["used"] == 0
+    assert next(first) == 1
+    with pytest.raises(BulkheadFull):
+        next(second)
+    assert list(first) == [2]
+    assert bulkhead.status()["used"] == 0
+    third = stream()
+    next(third)
+    third.close()
+    assert bulkhead.status()["used"] == 0
+
+
+def test_the_permit_of_an_awaitable_is_held_until_it_has_ended(world: World) -> None:
+    bulkhead = Bulkhead("llm", world.store(), limit=1)
+
+    async def work() -> float:
+        return bulkhead.status()["used"]
+
+    async def call() -> None:
+        used = bulkhead.call(work)
+        assert bulkhead.status()["used"] == 1
+        assert await used == 1
+        assert bulkhead.status()["used"] == 0
+
+    asyncio.run(call())

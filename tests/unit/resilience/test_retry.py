@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import heapq
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from random import Random
 from typing import Any
 
@@ -672,3 +673,60 @@ def test_a_retry_is_one_round_trip_and_a_success_none(world: World) -> None:
 
     patient.call(Service(world, Http(503), Http(503), "fine"))
     assert store.round_trips == 2
+
+
+# --- functions of every kind ------------------------------------------------------------------
+
+
+def test_a_generator_is_refused_when_it_is_decorated(world: World) -> None:
+    def stream() -> Iterator[int]:
+        yield 1
+
+    async def stream_async() -> AsyncIterator[int]:
+        yield 1
+
+    class WithCall:
+        def __call__(self) -> Iterator[int]:
+            yield 1
+
+    for function in (stream, stream_async, functools.partial(stream), WithCall()):
+        with pytest.raises(InvalidValue, match="a generator cannot be retried, because its first"):
+            with_retry(store=world.store())(function)
+
+
+def test_a_function_that_returns_an_awaitable_is_retried(world: World) -> None:
+    answers = iter([TimeoutError(), ConnectionError(), "here"] * 4)
+
+    async def ask() -> Any:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    class WithCall:
+        async def __call__(self) -> Any:
+            return await ask()
+
+    def plain() -> Any:
+        return asyncio.ensure_future(ask())
+
+    async def call(function: Any) -> Any:
+        return await with_retry(initial_delay_s=0, store=world.store())(function)()
+
+    for function in (ask, functools.partial(ask), WithCall(), plain):
+        assert asyncio.run(call(function)) == "here"
+
+
+def test_decorated_methods_of_a_class_are_retried(world: World) -> None:
+    answers = iter([TimeoutError(), "here"])
+
+    class Client:
+        @with_retry(initial_delay_s=0, store=world.store())
+        @classmethod
+        def ask(cls) -> Any:
+            answer = next(answers)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer, cls
+
+    assert Client.ask() == ("here", Client)
