@@ -37,6 +37,10 @@ def leave_promptly(draining: Callable[[], bool]) -> None:
     - Meanwhile the main process polls the results of one process after the other, for half a second
       each.  It checks its timers as rarely (Celery 5.7).
     - Each process sleeps for a second before it exits (billiard 4.3).
+
+    A process that is recycled by a limit sends its death to the main process, which answers with
+    SIGTERM.  The signal ends its sleep, and the process exits with its own code.  With our handler
+    of SIGTERM it would die of the signal, and Celery would log an error.
     """
     stock = billiard.pool.Worker._do_exit
 
@@ -44,6 +48,7 @@ def leave_promptly(draining: Callable[[], bool]) -> None:
         process: Any, pid: int, exitcode: int | None, error: Exception | None = None
     ) -> None:
         if not draining():
+            signal.signal(signal.SIGTERM, _end_sleep)
             stock(process, pid, exitcode, error)
         if process.on_exit is not None:
             process.on_exit(pid, exitcode or 0)
@@ -80,6 +85,10 @@ def leave_when_retiring(retiring: Callable[[], bool]) -> None:
         process.wait_for_job = receive_or_leave
 
     billiard.pool.Worker._make_child_methods = make
+
+
+def _end_sleep(*_: Any) -> None:
+    raise SystemExit
 
 
 def _nap(seconds: float) -> None:
