@@ -19,7 +19,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from resilience.errors import InvalidValue, NeverSatisfiable, StoreUnavailable
+from resilience.errors import (
+    InvalidValue,
+    NeverSatisfiable,
+    StoreUnavailable,
+    refuse_unless_positive,
+)
 from resilience.keys import Keys
 from resilience.store import Argument, Call, Script, Store, default_store
 from resilience.waiters import URGENCY
@@ -53,8 +58,7 @@ class Rate:
 
     def __post_init__(self) -> None:
         for name in ("limit", "per_s"):
-            if not getattr(self, name) > 0:
-                raise InvalidValue(name, getattr(self, name), "must be above 0")
+            refuse_unless_positive(name, getattr(self, name))
         if self.burst is not None and not 0 < self.burst <= self.limit:
             raise InvalidValue(
                 "burst", self.burst, f"must be above 0 and at most the limit of {self.limit:g}"

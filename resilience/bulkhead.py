@@ -29,6 +29,7 @@ from resilience.errors import (
     InvalidValue,
     NeverSatisfiable,
     StoreUnavailable,
+    refuse_unless_positive,
 )
 from resilience.faults import classify
 from resilience.keys import Keys
@@ -82,6 +83,7 @@ class Elastic:
 
     def __post_init__(self) -> None:
         _ordered("base", self.base, self.most)
+        refuse_unless_positive("shrink_after_s", self.shrink_after_s)
 
 
 PRESETS = {"throughput": 20, "default": 10, "constrained": 5}
@@ -89,6 +91,7 @@ PRESETS = {"throughput": 20, "default": 10, "constrained": 5}
 
 
 def _ordered(name: str, least: float, most: float) -> None:
+    refuse_unless_positive("most", most)
     if not 0 < least <= most:
         raise InvalidValue(name, least, f"must be above 0 and at most {most:g}")
 
@@ -154,8 +157,7 @@ class Bulkhead:
             ("per_host", per_host or 1),
             ("lease_s", lease_s),
         ):
-            if not value > 0:
-                raise InvalidValue(field, value, "must be above 0")
+            refuse_unless_positive(field, value)
         self._limit, self._per_host = moving, per_host or 0
         self._host, self._wake, self._sleep = _plain(host or os.uname().nodename), wake, sleep
         self._keys = Keys(self._store.namespace).bulkhead(name)

@@ -21,6 +21,7 @@ an exception of any class, and never raise.
 
 from __future__ import annotations
 
+import math
 import reprlib
 from enum import IntEnum, StrEnum
 from typing import Any
@@ -132,6 +133,17 @@ class InvalidValue(RlmError, ValueError):
     def __init__(self, field: str, value: Any, advice: str) -> None:
         self.field, self.value, self.advice = field, value, advice
         super().__init__(f"{field}={short_repr(value)}: {advice}")
+
+
+def refuse_unless_positive(
+    field: str,
+    value: Any,
+    advice: str = "must be a number above 0",
+    error: type[InvalidValue] = InvalidValue,
+) -> None:
+    """Raise InvalidValue, or another `error`, unless the value is a finite number above 0."""
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise error(field, value, advice)
 
 
 class NeverSatisfiable(RlmError, ValueError):

@@ -30,7 +30,7 @@ ALIASES: dict[str, tuple[tuple[str, ...], float]] = {
 """Variable of another orchestrator -> path of its field, and the factor from its unit to ours."""
 
 
-class BreakerSettings(BaseModel, frozen=True, extra="forbid"):
+class BreakerSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Settings of all breakers."""
 
     enabled: bool = Field(
@@ -59,6 +59,7 @@ class StoreSettings(BaseSettings):
         env_nested_delimiter="__",
         extra="ignore",
         populate_by_name=True,
+        allow_inf_nan=False,
     )
 
     redis_url: str = Field(

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
-from resilience.errors import InvalidValue, StoreUnavailable
+from resilience.errors import InvalidValue, StoreUnavailable, refuse_unless_positive
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
 
@@ -59,8 +59,7 @@ class SingleFlight:
         """After `lease_s` seconds another caller may make the call, so let it be longer than any
         call.  Raises InvalidValue.
         """
-        if not lease_s > 0:
-            raise InvalidValue("lease_s", lease_s, "must be above 0, and longer than any call")
+        refuse_unless_positive("lease_s", lease_s, "must be above 0, and longer than any call")
         self.name, self._store, self._lease_ms = name, store, math.ceil(lease_s * 1000)
         self._keys = Keys(store.namespace)
 

@@ -75,6 +75,11 @@ class TimeoutSettings(Seconds):
         gt=0,
         description="Smallest share of the base to which samples may shorten the limit.",
     )
+    least_s: float = Field(
+        300,
+        gt=0,
+        description="Samples shorten a limit to this at the least, unless its base is shorter.",
+    )
     min_samples: int = Field(
         50, gt=0, description="With fewer samples of an operation, the base table is used."
     )
@@ -121,8 +126,7 @@ class Timeouts:
     ) -> float:
         """Return the time limit of an item in seconds, never more than the cap.
 
-        - `estimate_s`: the time that the caller expects; twice that time counts until there are
-          enough samples.
+        - `estimate_s`: the time that the caller expects; the limit is at least twice that time.
         - `retries`: the number of earlier tries of the item.
         - `stretch`: a factor that gives urgent work more time.
         - `remaining_s`: the time left to its job; the limit is at most this, and 0 if none is left.
@@ -133,11 +137,9 @@ class Timeouts:
         settings = self._settings
         base_s = settings.base_s(complexity) * self._multipliers.get(operation, 1.0)
         p99_s = self._p99_s(operation)
-        first_s = (
-            max(base_s, 2 * estimate_s)
-            if p99_s is None
-            else max(p99_s * settings.factor, settings.floor * base_s)
-        )
+        least_s = max(settings.floor * base_s, min(settings.least_s, base_s))
+        learned_s = base_s if p99_s is None else max(p99_s * settings.factor, least_s)
+        first_s = max(learned_s, 2 * estimate_s)
         penalty = settings.retry_penalty ** min(retries, MOST_RETRIES)
         limit_s = min(stretch * first_s * penalty, settings.cap_s)
         return limit_s if remaining_s is None else max(0.0, min(limit_s, remaining_s))

@@ -7,6 +7,7 @@ are accepted as well: camelCase, and milliseconds where a field counts seconds.
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -24,6 +25,7 @@ class Checked(BaseModel):
         alias_generator=to_camel,
         populate_by_name=True,
         arbitrary_types_allowed=True,
+        allow_inf_nan=False,
     )
     invalid: ClassVar[type[InvalidValue]] = InvalidValue
 
@@ -41,12 +43,21 @@ class Checked(BaseModel):
             return problem["ctx"]["error"]  # type: ignore[no-any-return]  # pydantic types ctx as Any
         field = ".".join(str(part) for part in problem["loc"]) or cls.__name__
         if problem["type"] == "extra_forbidden":
-            return cls.invalid(
-                field,
-                problem["input"],
-                f"unknown field; {cls.__name__} has {', '.join(cls.model_fields)}",
-            )
+            return cls.invalid(field, problem["input"], cls._unknown(str(problem["loc"][-1])))
         return cls.invalid(field, problem["input"], problem["msg"].removeprefix("Value error, "))
+
+    @classmethod
+    def _unknown(cls, name: str) -> str:
+        """Return the advice for an unknown field: the nearest known one, or all."""
+        known = cls.known_fields()
+        if near := difflib.get_close_matches(to_snake(name), known, n=1):
+            return f"unknown field; did you mean {near[0]!r}?"
+        return f"unknown field; {cls.__name__} has {', '.join(known)}"
+
+    @classmethod
+    def known_fields(cls) -> list[str]:
+        """Return the names of the fields, as an error lists them."""
+        return list(cls.model_fields)
 
 
 class Seconds(Checked):

@@ -7,6 +7,8 @@ orchestrators have them, are accepted as aliases.  Begin with `JobRequest`.
 
 from __future__ import annotations
 
+import difflib
+import math
 import re
 from collections.abc import Mapping
 from datetime import timedelta
@@ -14,10 +16,12 @@ from enum import StrEnum
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic.alias_generators import to_snake
 
 from resilience.validation import Checked
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs import codec
+from rlm_tasks.jobs.items import MOST_ITEMS
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.jobs.storable import NotStorable
 from rlm_tasks.metrics import emission
@@ -38,6 +42,12 @@ class Priority(StrEnum):
     LOW = "low"
 
 
+COMPLEXITIES = ("simple", "medium", "complex", "very_complex", "linear", "quadratic")
+"""Words for how hard an item is; the last two come from other orchestrators."""
+LONGEST_S = 10 * 365 * 86_400
+"""Seconds of the longest time limit and of the longest cache."""
+
+
 class _Checked(Checked):
     invalid = InvalidRequest
 
@@ -46,7 +56,10 @@ class Binary(_Checked):
     """Halve a range until its parts are small."""
 
     min_chunk_size: int | None = Field(
-        None, ge=1, description="Items of the smallest part; if set, the tree is cut as planned."
+        None,
+        ge=1,
+        le=MOST_ITEMS,
+        description="Items of the smallest part; if set, the tree is cut as planned.",
     )
     max_depth: int = Field(10, ge=1, le=64, description="Most levels of the tree.")
 
@@ -56,7 +69,10 @@ class NWay(_Checked):
 
     split_factor: int = Field(8, ge=2, le=1000, description="Parts of one cut.")
     min_chunk_size: int | None = Field(
-        None, ge=1, description="Items of the smallest part; if set, the tree is cut as planned."
+        None,
+        ge=1,
+        le=MOST_ITEMS,
+        description="Items of the smallest part; if set, the tree is cut as planned.",
     )
     max_depth: int = Field(10, ge=1, le=64, description="Most levels of the tree.")
 
@@ -64,8 +80,10 @@ class NWay(_Checked):
 class Adaptive(_Checked):
     """Fan out for the live slots, then cut where a free slot wants work."""
 
-    min_chunk_size: int = Field(1, ge=1, description="Items of the smallest part.")
-    max_chunk_size: int | None = Field(None, ge=1, description="Items of the largest node.")
+    min_chunk_size: int = Field(1, ge=1, le=MOST_ITEMS, description="Items of the smallest part.")
+    max_chunk_size: int | None = Field(
+        None, ge=1, le=MOST_ITEMS, description="Items of the largest node."
+    )
     target_execution_time_ms: float | None = Field(
         None, gt=0, description="A node hands over its rest after this running time."
     )
@@ -122,6 +140,7 @@ class Options(_Checked):
     timeout_ms: float | None = Field(
         None,
         gt=0,
+        le=LONGEST_S * 1000,
         description="The job ends as `expired` after this time. Also as `timeout`, in seconds or "
         "as a timedelta.",
     )
@@ -156,7 +175,7 @@ class Options(_Checked):
         False, description="Keep answers of models, and use those that other jobs have kept."
     )
     cache_ttl_seconds: float = Field(
-        3600.0, gt=0, description="How long answers of models are kept."
+        3600.0, gt=0, le=LONGEST_S, description="How long answers of models are kept."
     )
     idempotency_key: str = Field(
         "", max_length=512, description="Two submissions with one key open one job."
@@ -188,6 +207,9 @@ class Options(_Checked):
             seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
             if not isinstance(seconds, int | float) or isinstance(seconds, bool):
                 raise InvalidRequest("timeout", timeout, "must be seconds or a timedelta")
+            if not 0 < seconds <= LONGEST_S:
+                advice = f"must be above 0 s and at most {LONGEST_S} s, ten years"
+                raise InvalidRequest("timeout", timeout, advice)
             fields["timeout_ms"] = seconds * 1000
         return fields
 
@@ -206,6 +228,14 @@ class Options(_Checked):
         return TraceContext(
             trace_id=header[1], parent_span_id=header[2], sampled=bool(int(header[3], 16) & 1)
         )
+
+    @field_validator("emit_metrics", mode="before")
+    @classmethod
+    def _finite(cls, value: Any) -> Any:
+        for name, amount in value.items() if isinstance(value, Mapping) else ():
+            if isinstance(amount, float) and not math.isfinite(amount):
+                raise InvalidRequest(f"emit_metrics.{name}", amount, "must be a finite number")
+        return value
 
     @field_validator("emit_metrics")
     @classmethod
@@ -274,7 +304,9 @@ class JobRequest(_Checked):
         description="`Binary`, `NWay` or `Adaptive`, also by name (`binary`, `n_way`, "
         "`adaptive`); empty: `Binary`.",
     )
-    chunk_size: int | None = Field(None, ge=1, description="Items per node of a parallel job.")
+    chunk_size: int | None = Field(
+        None, ge=1, le=MOST_ITEMS, description="Items per node of a parallel job."
+    )
     params: dict[str, Any] = Field(
         default_factory=dict, description="Passed to the operation as ctx.params."
     )
@@ -286,8 +318,48 @@ class JobRequest(_Checked):
     complexity: str = Field(
         "",
         description="How hard its items are: `simple`, `medium`, `complex` or `very_complex` (also "
-        "when empty). See time limits.",
+        "when empty). `linear` and `quadratic` have the time limit of `very_complex`. See time "
+        "limits.",
     )
+    estimated_duration_s: float = Field(
+        0.0,
+        ge=0,
+        le=LONGEST_S,
+        description="Expected time of its longest item; twice this time is always allowed. 0: "
+        "unknown. See time limits.",
+    )
+
+    @classmethod
+    def known_fields(cls) -> list[str]:
+        """Return the names of all fields, with those that may stand beside `options`."""
+        inner = (*Options.model_fields, *Conditions.model_fields)
+        return [*cls.model_fields, *inner, "timeout", "input"]
+
+    @field_validator("operation", mode="before")
+    @classmethod
+    def _name_of_operation(cls, value: Any) -> Any:
+        """Accept what `@operation` returns in place of its name."""
+        if isinstance(value, str):
+            return value
+        name = getattr(value, "name", None)
+        if isinstance(name, str) and hasattr(value, "function") and hasattr(value, "submit"):
+            return name
+        shown = getattr(value, "__qualname__", None) or type(value).__qualname__
+        advice = "is no operation; decorate a function with @operation, and give it or its name"
+        raise InvalidRequest("operation", shown, advice)
+
+    @field_validator("complexity", mode="before")
+    @classmethod
+    def _known_complexity(cls, value: Any) -> Any:
+        if value in ("", None):
+            return ""
+        if value not in COMPLEXITIES:
+            near = difflib.get_close_matches(str(value).lower(), COMPLEXITIES, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InvalidRequest(
+                "complexity", value, f"unknown; {hint}It is one of {', '.join(COMPLEXITIES)}"
+            )
+        return value
 
     @field_validator("params", mode="before")
     @classmethod
@@ -373,9 +445,10 @@ class JobRequest(_Checked):
                     target_ms=adaptive.target_execution_time_ms or target_ms,
                 )
             case NWay() as n_way:
-                return _planned_tree(
+                shape = _planned_tree(
                     n_way.split_factor, n_way.min_chunk_size, n_way.max_depth, target_ms
                 )
+                return Shape(**{**_fields(shape), "wide": n_way.min_chunk_size is None})
             case Binary() as binary:
                 return _planned_tree(2, binary.min_chunk_size, binary.max_depth, target_ms)
             case _:
@@ -390,6 +463,9 @@ class JobRequest(_Checked):
         """
         if isinstance(request, JobRequest):
             return request
+        if isinstance(request, str):
+            advice = "must be a JobRequest or a dict; or give operation=..., items=..."
+            raise InvalidRequest("request", request, advice)
         if not isinstance(request, Mapping):
             raise InvalidRequest("request", request, "must be a JobRequest or a dict")
         return cls(**_grouped(_flattened(dict(request))))
@@ -405,12 +481,19 @@ def _grouped(fields: dict[str, Any]) -> dict[str, Any]:
             if name in model.model_fields or (part == "options" and name == "timeout")
         }
         if names:
-            if part in fields:
-                raise InvalidRequest(
-                    part, sorted(names), f"given beside {part}=...; keep one of the two"
-                )
-            grouped[part] = model(**{name: grouped.pop(name) for name in names})
+            given = _given(fields.get(part, {}))
+            if not isinstance(given, dict) or (twice := names & {to_snake(name) for name in given}):
+                clash = sorted(twice if isinstance(given, dict) else names)
+                raise InvalidRequest(part, clash, f"given beside {part}=...; keep one of the two")
+            grouped[part] = model(**given, **{name: grouped.pop(name) for name in names})
     return grouped
+
+
+def _given(part: Any) -> Any:
+    """Return the fields that a dict, or an instance of Options or Conditions, sets."""
+    if isinstance(part, _Checked):
+        return {name: getattr(part, name) for name in part.model_fields_set}
+    return dict(part) if isinstance(part, Mapping) else part
 
 
 def _fields(shape: Shape) -> dict[str, Any]:
@@ -434,11 +517,7 @@ def _flattened(fields: dict[str, Any]) -> dict[str, Any]:
     if "input" not in fields:
         return fields
     given = fields.pop("input")
-    inner = (
-        dict(given)
-        if isinstance(given, Mapping) and {"items", "operation"} & set(given)
-        else {"items": given}
-    )
+    inner = dict(given) if _names_items(given, fields) else {"items": given}
     fields.setdefault("operation", inner.pop("operation", "process"))
     sizes = {
         "n_way": inner.pop("splitFactor", None),
@@ -463,3 +542,27 @@ def _flattened(fields: dict[str, Any]) -> dict[str, Any]:
     if overlap:
         raise InvalidRequest("input", sorted(overlap), "given twice, inside and outside of input")
     return {**fields, **inner}
+
+
+_PARTS = {"operation", "splitFactor", "decompositionStrategy", "adaptiveSplit"}
+"""Keys that `input` may have beside its `items`; any field of a request may be a key too."""
+
+
+def _names_items(given: Any, fields: Mapping[str, Any]) -> bool:
+    """Whether `input` has fields of the request; any other dict is one item.
+
+    Raises InvalidRequest for a dict that may be meant as either.
+    """
+    if not isinstance(given, Mapping) or not given.keys() & {"items", *_PARTS}:
+        return False
+    known = {*_PARTS, *JobRequest.known_fields()}
+    unknown = [name for name in given if to_snake(str(name)) not in known and name not in known]
+    if "items" not in given:
+        return not unknown and "items" in fields
+    if unknown:
+        raise InvalidRequest(
+            f"input.{unknown[0]}",
+            given[unknown[0]],
+            "is no field of a request; is the dict one item? Then pass input=[{...}]",
+        )
+    return True

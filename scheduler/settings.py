@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, model_validator
 
 
-class PressureSettings(BaseModel, frozen=True, extra="forbid"):
+class PressureSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """How pressure is measured, and when a level changes."""
 
     cpu: Literal["waiting", "utilisation"] = Field(
@@ -66,7 +66,7 @@ class PressureSettings(BaseModel, frozen=True, extra="forbid"):
         return self
 
 
-class AdmissionSettings(BaseModel, frozen=True, extra="forbid"):
+class AdmissionSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """The bounds within which new jobs are accepted; 0 is no bound."""
 
     max_jobs: int = Field(
@@ -103,7 +103,7 @@ class AdmissionSettings(BaseModel, frozen=True, extra="forbid"):
         return float(getattr(self, f"wait_{priority}_s", 0.0))
 
 
-class AllocationSettings(BaseModel, frozen=True, extra="forbid"):
+class AllocationSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """The number of nodes of an operation that may run at once."""
 
     max_workers: int = Field(
@@ -128,7 +128,7 @@ class AllocationSettings(BaseModel, frozen=True, extra="forbid"):
         return self
 
 
-class BatchSettings(BaseModel, frozen=True, extra="forbid"):
+class BatchSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """The number of requests that `batch_submit` opens at a time."""
 
     max_size: int = Field(
@@ -139,7 +139,7 @@ class BatchSettings(BaseModel, frozen=True, extra="forbid"):
     )
 
 
-class AutoscaleSettings(BaseModel, frozen=True, extra="forbid"):
+class AutoscaleSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """The conditions under which more workers, or fewer, are advised."""
 
     enabled: bool = Field(
@@ -184,7 +184,7 @@ class AutoscaleSettings(BaseModel, frozen=True, extra="forbid"):
         return self
 
 
-class SnapshotSettings(BaseModel, frozen=True, extra="forbid"):
+class SnapshotSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """The comparison of operations with their own past.  The monitor does it, so beat must run."""
 
     enabled: bool = Field(
@@ -209,7 +209,7 @@ class SnapshotSettings(BaseModel, frozen=True, extra="forbid"):
     )
 
 
-class AlertSettings(BaseModel, frozen=True, extra="forbid"):
+class AlertSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Alerts: their channels, their thresholds, and the number that is kept."""
 
     channels: tuple[Literal["log", "webhook", "stdout"], ...] = Field(

@@ -189,6 +189,7 @@ class Submission:
             timeout_ms=options.timeout_ms,
             description=request.description,
             complexity=request.complexity,
+            estimate_s=request.estimated_duration_s,
             idempotency_key=options.idempotency_key,
             emits=options.emit_metrics,
             preempts=options.preempts(priority),

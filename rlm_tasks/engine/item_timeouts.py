@@ -47,17 +47,22 @@ class ItemTimeouts:
         complexity: str,
         tries: int,
         priority: str = "normal",
+        estimate_s: float = 0.0,
     ) -> float:
         """Return the seconds that an item may take, 0 for no limit.
 
         The limit is the operation's, otherwise the setting's, otherwise the learned one, which is
-        longer for urgent work.
+        longer for urgent work, and at least twice the request's estimate.
         """
         fixed_s = declared_s or self._settings.item_limit_s
         if fixed_s or not self._settings.adaptive_timeouts:
             return fixed_s or _UNLIMITED
         return self._timeouts.limit_s(
-            operation, complexity, retries=tries, stretch=timeout_factor(priority)
+            operation,
+            complexity,
+            estimate_s=estimate_s,
+            retries=tries,
+            stretch=timeout_factor(priority),
         )
 
     def took(self, operation: str, seconds: list[float]) -> None:

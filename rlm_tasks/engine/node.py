@@ -182,6 +182,7 @@ class NodeRun:
             complexity=spec.complexity,
             tries=claim.tries,
             priority=spec.priority,
+            estimate_s=spec.estimate_s,
         )
         entry.limit(limit_s)
         self._work = _kind_of_work(operation, claim)(

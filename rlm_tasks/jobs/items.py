@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -22,6 +22,8 @@ SAMPLED = 1000
 """Items of the largest sample."""
 BLOCKS, BLOCK_BYTES = 16, 65_536
 """A text file longer than these 16 blocks together (1 MiB) is sampled by reading them only."""
+MOST_ITEMS = 10**14 - 1
+"""Items of the largest job: a larger number has no exact text in the scripts of the ledger."""
 _KINDS = "an iterable of items, a range, Lines(...) or Files(...)"
 
 
@@ -57,14 +59,56 @@ class ItemSource(Protocol):
 
 
 def source_of(items: Any) -> ItemSource:
-    """Return the items of a request as their kind.  Raises InvalidRequest for other values."""
+    """Return the items of a request as their kind; a dict is one item.
+
+    Raises InvalidRequest for other values, and for what is iterable but yields no items in order.
+    """
     if isinstance(items, ItemSource):
         return items
     if isinstance(items, range):
+        if _is_too_long(items):
+            raise InvalidRequest("items", items, f"has more than {MOST_ITEMS:,} items; split it")
         return RangeItems(items)
-    if isinstance(items, str | bytes) or not isinstance(items, Iterable):
-        raise InvalidRequest("items", items, f"must be {_KINDS}")
+    if isinstance(items, Mapping):
+        return PlainItems([items])
+    if why := _no_items(items):
+        raise InvalidRequest("items", items, why)
     return PlainItems(items)
+
+
+def _is_too_long(items: range) -> bool:
+    try:
+        return len(items) > MOST_ITEMS
+    except OverflowError:
+        return True
+
+
+def _no_items(items: Any) -> str:
+    """Return what to pass in place of a value that is no iterable of items; '' for one that is."""
+    for name, advice in _FRAMES:
+        if hasattr(items, name) and hasattr(items, "columns"):
+            return f"a data frame yields the names of its columns; pass {advice}"
+    if hasattr(items, "columns"):
+        return "a table is not read row by row; pass a list of its rows"
+    if hasattr(items, "dtype"):
+        return "an array yields scalars of its own type; pass .tolist()"
+    if hasattr(items, "model_dump") or (isinstance(items, tuple) and hasattr(items, "_fields")):
+        return "one record yields its fields; pass a list of records, such as [dict(...)]"
+    if isinstance(items, set | frozenset):
+        return "a set has no order; pass sorted(...) or list(...)"
+    if hasattr(items, "readline"):
+        return "an open file cannot be read by workers; pass Lines(path), or a list of its lines"
+    if isinstance(items, str | bytes | bytearray | memoryview) or not isinstance(items, Iterable):
+        return f"must be {_KINDS}"
+    return ""
+
+
+_FRAMES = (
+    ("to_dicts", ".to_dicts()"),  # polars
+    ("to_pylist", ".to_pylist()"),  # pyarrow
+    ("to_dict", '.to_dict("records")'),  # pandas
+)
+"""A method of each kind of data frame, and the call that returns its rows."""
 
 
 @dataclass(frozen=True, slots=True)

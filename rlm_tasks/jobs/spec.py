@@ -43,6 +43,7 @@ class JobSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     timeout_ms: float | None = None
     description: str = ""
     complexity: str = ""
+    estimate_s: float = 0.0  # expected time of its longest item; 0: unknown
     idempotency_key: str = ""
     patient: bool = False  # it waits, already open, while admission refuses its priority
     emits: dict[str, float | str] = {}  # counted when the job has succeeded

@@ -89,6 +89,7 @@ class Shape(msgspec.Struct, frozen=True):
     exact: bool = False  # planned parts have max_chunk items each, the last one has the rest
     max_depth: int = 10
     eager: bool = False  # the range is cut as planned before any item runs
+    wide: bool = False  # the first planned split has `factor` parts, however small
     target_ms: float = 1000.0  # running time after which a node hands over its rest
 
     @property
@@ -179,7 +180,8 @@ def plan(shape: Shape, lo: int, hi: int, depth: int, slots: int) -> Part:
 
 
 def _tree(shape: Shape, lo: int, hi: int, depth: int, levels: int) -> Part:
-    count = min(shape.factor, (hi - lo) // shape.plan_min)
+    smallest = 1 if shape.wide and depth == 0 else shape.plan_min
+    count = min(shape.factor, (hi - lo) // smallest)
     if levels == 0 or depth >= shape.max_depth or count < 2:
         return Leaf(lo, hi, depth)
     return Fork(

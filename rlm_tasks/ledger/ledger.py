@@ -7,6 +7,7 @@ the scripts.  Begin with `Ledger.open` and `Ledger.claim`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -84,7 +85,7 @@ class Ledger(LedgerReader):
         now_ms = self.clock.now_ms()
         pipe = self.store.client.pipeline(transaction=False)
         first_ms = {
-            spec.job: now_ms + min(self._grace_ms, int(spec.timeout_ms or self._grace_ms))
+            spec.job: now_ms + min(self._grace_ms, math.ceil(spec.timeout_ms or self._grace_ms))
             for spec, _ in new
         }
         self.due.add(pipe, first_ms)
@@ -291,7 +292,7 @@ def _opening(
             spec.queue,
             fail_limit,
             early,
-            int(spec.timeout_ms or 0),
+            math.ceil(spec.timeout_ms or 0),
             ttl_s,
             "validate" if spec.validate else PROCESS,
             ROOT,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 import time
 from bisect import bisect_left
@@ -108,9 +109,10 @@ class Counter(Metric):
     def inc(self, amount: float = 1.0, **labels: str) -> None:
         """Add an amount to it.
 
-        Raises InvalidValue for other labels than the declared ones, and for an amount below 0.
+        Raises InvalidValue for other labels than the declared ones, and for an amount below 0 or
+        not finite.
         """
-        if amount < 0:
+        if not 0 <= amount < math.inf:
             raise InvalidValue("amount", amount, f"{self.name} is a counter; add 0 or more")
         values = self._values(labels)
         count(lambda files: files.add("counter", (self._keys(values), amount)))

@@ -6,6 +6,7 @@ Submission checks the amounts with `emission`; the merge that closes the job cal
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 
 from rlm_tasks.errors import InvalidRequest
@@ -36,7 +37,7 @@ def emission(amounts: Amounts) -> list[tuple[Counter, float, dict[str, str]]]:
             raise InvalidRequest(
                 "emit_metrics", name, f"declare it beside your operations: Counter({total!r}, ...)"
             )
-        if amount < 0 or labels.keys() != counter.labels.keys():
+        if not 0 <= amount < math.inf or labels.keys() != counter.labels.keys():
             raise InvalidRequest(
                 "emit_metrics",
                 dict(amounts),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from resilience.errors import refuse_unless_positive
 from rlm_tasks.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -75,8 +76,11 @@ def protection(service: str, about: Mapping[str, Any]) -> Protection:
             "is the amount a call takes of rate_limit; declare rate_limit=..., too",
         )
     _check_weight(declared)
-    if (limit_s := declared.get("timeout_s")) is not None and not limit_s > 0:
-        raise InvalidRequest("timeout_s", limit_s, "must be above 0 seconds")
+    for name in ("timeout_s", "per_host"):
+        if declared.get(name) is not None:
+            refuse_unless_positive(name, declared[name], error=InvalidRequest)
+    if isinstance(declared.get("bulkhead"), int | float):
+        refuse_unless_positive("bulkhead", declared["bulkhead"], error=InvalidRequest)
     return Protection(service=declared.pop("service", "") or service, **declared)
 
 

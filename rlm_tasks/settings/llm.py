@@ -17,7 +17,7 @@ Tier = Literal["small", "medium", "large"]
 TIERS: tuple[Tier, ...] = ("small", "medium", "large")
 
 
-class ModelSettings(BaseModel, frozen=True, extra="forbid"):
+class ModelSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """One model: the size of its context and answers, its prices, the limits of its provider."""
 
     context_tokens: int = Field(128_000, gt=0)
@@ -28,7 +28,7 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid"):
     tokens: float | None = Field(None, gt=0)  # in any window; None: `LlmSettings.tokens`
 
 
-class EndpointSettings(BaseModel, frozen=True, extra="forbid"):
+class EndpointSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """One address with the interface of OpenAI."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
@@ -80,7 +80,7 @@ PRICES = {
 """
 
 
-class LlmSettings(BaseModel, frozen=True, extra="forbid"):
+class LlmSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Calls to language models."""
 
     endpoints: tuple[EndpointSettings, ...] = Field(

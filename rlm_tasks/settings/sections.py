@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 
-class LedgerSettings(BaseModel, frozen=True, extra="forbid"):
+class LedgerSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """How fast a lost worker or message is noticed."""
 
     lease_s: float = Field(
@@ -49,7 +49,7 @@ class LedgerSettings(BaseModel, frozen=True, extra="forbid"):
         return self.sweep_s if self.grace_s is None else self.grace_s
 
 
-class NodeSettings(BaseModel, frozen=True, extra="forbid"):
+class NodeSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """The pace of a node, and the time limits of its items."""
 
     target_ms: float = Field(
@@ -81,7 +81,7 @@ class NodeSettings(BaseModel, frozen=True, extra="forbid"):
     )
 
 
-class MetricsSettings(BaseModel, frozen=True, extra="forbid"):
+class MetricsSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """The address of a worker's metrics port.
 
     The port itself is an option of ``celery worker``, because each worker needs its own.
@@ -94,7 +94,7 @@ class MetricsSettings(BaseModel, frozen=True, extra="forbid"):
     )
 
 
-class TracingSettings(BaseModel, frozen=True, extra="forbid"):
+class TracingSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """The jobs that are traced; OpenTelemetry's own variables say where the traces go."""
 
     enabled: bool = Field(

@@ -1,13 +1,33 @@
-"""Requests: fields that are refused."""
+"""Requests: fields that are refused, and the forms that a request may have."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import os
+from collections.abc import Callable
+from datetime import date, timedelta
+from decimal import Decimal
+from typing import Any, get_args
 
 import pytest
+from celery import Celery
+from pydantic import BaseModel
 
-from rlm_tasks import Options
+import rlm_tasks.llm.operations  # noqa: F401  # its params are checked records, too
+from resilience.breaker_storage import BreakerConfig
+from resilience.bucket import Rate
+from resilience.bulkhead import Aimd, Bulkhead, Elastic
+from resilience.errors import InvalidValue
+from resilience.single_flight import SingleFlight
+from resilience.store import Store
+from resilience.validation import Checked
+from rlm_tasks import JobRequest, NWay, Options
 from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.jobs.splitting import Fork, plan
+from rlm_tasks.metrics import Counter
+from rlm_tasks.operations.registry import operation
+from rlm_tasks.settings.document import validate
+from rlm_tasks.settings.model import Settings
 
 
 @pytest.mark.parametrize(
@@ -23,3 +43,228 @@ from rlm_tasks.errors import InvalidRequest
 def test_a_wrong_trace_context_is_refused(context: Any, field: str) -> None:
     with pytest.raises(InvalidRequest, match=field):
         Options(trace_context=context)
+
+
+# --- finite numbers ----------------------------------------------------------------------------
+
+ODD = (math.nan, math.inf, -math.inf)
+
+
+@Celery(set_as_current=False).task(name="requested.task", shared=False)
+def celery_task() -> None:
+    """A task of an app."""
+
+
+SALES = Counter("requested_sales_total", "Sales.")
+
+
+def records() -> set[type[BaseModel]]:
+    """Return every checked record and every section of the settings."""
+    found: list[type[BaseModel]] = [Checked, Settings]
+    for model in found:
+        found += model.__subclasses__()
+        for field in model.model_fields.values():
+            kinds = (field.annotation, *get_args(field.annotation))
+            found += [
+                kind
+                for kind in kinds
+                if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in found
+            ]
+    return set(found)
+
+
+def test_every_record_and_every_setting_refuses_nan_and_infinity() -> None:
+    names = {model.__name__ for model in records()}
+    assert {"Options", "Budget", "Map", "RetryPolicy", "BreakerConfig", "LedgerSettings"} <= names
+    for model in records():
+        assert model.model_config.get("allow_inf_nan") is False, model
+
+
+@pytest.mark.parametrize("value", ODD)
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (Rate, "limit"),
+        (lambda odd: Rate(1, per_s=odd), "per_s"),
+        (lambda odd: Rate(9, burst=odd), "burst"),
+        (lambda odd: Aimd(1, odd), "most"),
+        (lambda odd: Aimd(odd, 9), "start"),
+        (lambda odd: Elastic(1, 9, odd), "shrink_after_s"),
+        (lambda odd: Bulkhead("b", Store("redis://x"), limit=odd), "limit"),
+        (lambda odd: Bulkhead("b", Store("redis://x"), per_host=odd), "per_host"),
+        (lambda odd: Bulkhead("b", Store("redis://x"), lease_s=odd), "lease_s"),
+        (lambda odd: SingleFlight("s", Store("redis://x"), lease_s=odd), "lease_s"),
+        (lambda odd: BreakerConfig(recovery_timeout=odd), "recovery_timeout_s"),
+        (lambda odd: operation("odd", timeout_s=odd)(len), "timeout_s"),
+        (lambda odd: operation("odd", per_host=odd)(len), "per_host"),
+        (lambda odd: operation("odd", bulkhead=odd)(len), "bulkhead"),
+        (SALES.inc, "amount"),
+        (lambda odd: Options(timeout=odd), "timeout"),
+        (lambda odd: Options(emit_metrics={"requested.sales": odd}), "emit_metrics"),
+        (
+            lambda odd: JobRequest.parse({"operation": "sum", "items": [], "timeout": odd}),
+            "timeout",
+        ),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused_by_name(
+    make: Callable[[float], Any], field: str, value: float
+) -> None:
+    with pytest.raises(InvalidValue) as raised:
+        make(value)
+    assert raised.value.field.startswith(field)
+
+
+@pytest.mark.parametrize(
+    "timeout", [timedelta.max, timedelta.min, timedelta(0), 10**400, 1e300, -1, True, "5", None]
+)
+def test_a_timeout_is_a_time_of_at_most_ten_years(timeout: Any) -> None:
+    with pytest.raises(InvalidRequest, match="timeout="):
+        Options(timeout=timeout)
+    assert Options(timeout=timedelta(days=3000)).timeout_ms == 3000 * 86_400_000
+
+
+# --- values that come back ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"a": object()}, r"params.a=<object object at .*: an object cannot be stored; see"),
+        ({"rows": [{"a": 1}, {"b": iter([])}]}, r"params.rows\[1\].b=.*; pass list"),
+        ({"text": "\udce9"}, "params.text='.udce9': has a lone surrogate"),
+        ([1], r"params=\[1\]: must be a dict"),
+        ({1: 2}, "params.1"),
+    ],
+)
+def test_params_that_would_not_come_back_are_refused(params: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        JobRequest(operation="sum", items=[], params=params)
+
+
+def test_params_are_kept_as_they_are() -> None:
+    params = {"prices": {1: Decimal("9.50")}, "day": date(2026, 1, 1), "all": {1}, "n": math.inf}
+    assert JobRequest(operation="sum", items=[], params=params).params == params
+
+
+# --- forms of a request ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"name": "Ada", "iban": "DE00"},
+        {},
+        {"operation": "credit", "amount": 5},
+        {"operation": "credit"},
+        {"priority": "high", "description": "a ticket"},
+        {"splitFactor": 8},
+        {1: 2},
+    ],
+)
+def test_a_dict_as_input_is_one_item(record: dict[str, Any]) -> None:
+    request = JobRequest.parse({"type": "recursive", "operation": "sum", "input": record})
+
+    assert request.items == record
+    assert request.operation == "sum"
+
+
+def test_input_may_hold_fields_of_the_request() -> None:
+    conditions = {"skipIfEmpty": True}
+    inside = {"items": [1], "operation": "sum", "splitFactor": 4, "conditions": conditions}
+    beside = {"items": [1], "input": {"operation": "sum", "splitFactor": 4}, "skip_if_empty": True}
+
+    for request in (JobRequest.parse({"input": inside}), JobRequest.parse(beside)):
+        assert (request.items, request.operation) == ([1], "sum")
+        assert request.strategy == NWay(split_factor=4)
+        assert request.conditions.skip_if_empty
+    assert JobRequest.parse({"input": {"items": [1], "chunkSize": 5}}).chunk_size == 5
+
+
+def test_a_record_that_has_items_is_told_apart_by_its_other_keys() -> None:
+    with pytest.raises(InvalidRequest, match=r"input.id=7: is no field .* input=\[\{...\}\]"):
+        JobRequest.parse({"input": {"id": 7, "items": ["pen"]}})
+
+
+@operation("requested")
+def requested(item: int) -> int:
+    return item
+
+
+def test_an_operation_may_be_given_in_place_of_its_name() -> None:
+    assert JobRequest(operation=requested, items=[]).operation == "requested"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [len, lambda: 1, 7, None, object(), celery_task])
+def test_another_value_as_operation_is_refused_without_a_dump(wrong: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"operation=.*: is no operation; decorate") as raised:
+        JobRequest(operation=wrong, items=[])
+    assert len(str(raised.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("priorty", "did you mean 'priority'?"),
+        ("continueOnErr", "did you mean 'continue_on_error'?"),
+        ("timout", "did you mean 'timeout'?"),
+        ("itemz", "did you mean 'items'?"),
+        ("zzz", "priority, timeout_ms, max_depth, continue_on_error, .*, timeout, input"),
+    ],
+)
+def test_an_unknown_field_is_answered_with_the_nearest_one(name: str, advice: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{name}=1: unknown field; .*{advice}"):
+        JobRequest.parse({"operation": "sum", "items": [], name: 1})
+
+
+def test_options_may_stand_beside_a_dict_of_others() -> None:
+    fields = {"operation": "sum", "items": [], "continue_on_error": True}
+
+    for options in ({"priority": "high"}, Options(priority="high")):  # type: ignore[arg-type]
+        request = JobRequest.parse({**fields, "options": options})
+        assert (request.options.priority, request.options.continue_on_error) == ("high", True)
+    for options in ({"continueOnError": False}, Options(continue_on_error=True), 7):
+        with pytest.raises(InvalidRequest, match=r"given beside options=\.\.\.; keep one"):
+            JobRequest.parse({**fields, "options": options})
+
+
+def test_a_name_alone_is_answered_with_the_two_ways_to_submit() -> None:
+    with pytest.raises(InvalidRequest, match=r"request='sum': .* operation=..., items=..."):
+        JobRequest.parse("sum")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "known", ["", "simple", "medium", "complex", "very_complex", "linear", "quadratic"]
+)
+def test_a_complexity_is_one_of_the_documents(known: str) -> None:
+    assert JobRequest(operation="sum", items=[], complexity=known).complexity == known
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"), [("qudratic", "did you mean 'quadratic'"), ("Simple", "'simple'"), (3, "")]
+)
+def test_another_complexity_is_refused(wrong: Any, hint: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"complexity=.*{hint}.* one of simple, medium"):
+        JobRequest(operation="sum", items=[], complexity=wrong)
+
+
+@pytest.mark.parametrize("items", [8, 9, 300, 799, 800, 5000])
+def test_a_split_factor_of_eight_gives_eight_parts(items: int) -> None:
+    request = JobRequest.parse({"input": {"items": range(items), "splitFactor": 8}})
+
+    planned = plan(request.shape(1000.0), 0, items, 0, slots=2)
+
+    assert isinstance(planned, Fork)
+    assert len(planned.parts) == 8
+    assert not request.shape(1000.0).eager, "a job that ends in its first slice stays one message"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_setting_that_is_not_finite_is_refused(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    for name in ("RLM_LEDGER__LEASE_S", "RLM_PRESSURE__STALE_S", "RLM_ADMISSION__WAIT_LOW_S"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            [problem] = validate(os.environ)
+            assert name in problem

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import fakeredis
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from resilience.store import Store
 from rlm_tasks.errors import InvalidRequest
@@ -53,7 +56,7 @@ def test_a_million_items_are_not_all_read() -> None:
     assert items.reads == SAMPLED
 
 
-@pytest.mark.parametrize("make", [set, dict.fromkeys, deque, tuple])
+@pytest.mark.parametrize("make", [lambda r: dict.fromkeys(r).keys(), deque, tuple])
 def test_items_with_a_length_can_be_sampled(make: Callable[[Any], Any]) -> None:
     found = source_of(items := make(range(3000))).sample(Random(0))
 
@@ -140,3 +143,68 @@ def test_each_kind_is_read_as_it_is_iterated(items: Any, place: str, tmp_path: P
 
     assert list(ItemReader(store).read(stored, "index", "blocks", 0, n)) == list(source_of(items))
     assert stored.describe(1499) == place.replace("{folder}", str(tmp_path))
+
+
+class Frame:
+    """A data frame of pandas, as far as its looks go."""
+
+    columns = ("name", "iban")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def to_dict(self, _: str) -> list[dict[str, str]]:
+        return []
+
+
+class Polars(Frame):
+    def to_dicts(self) -> list[dict[str, str]]:
+        return []
+
+
+class Arrow(Frame):
+    def to_pylist(self) -> list[dict[str, str]]:
+        return []
+
+
+class Point(NamedTuple):
+    x: int
+    y: int
+
+
+class Order(BaseModel):
+    id: int
+
+
+@pytest.mark.parametrize(
+    ("items", "advice"),
+    [
+        (Frame(), r"a data frame yields the names of its columns; pass .to_dict\("),
+        (Polars(), r"pass .to_dicts\(\)"),
+        (Arrow(), r"pass .to_pylist\(\)"),
+        (numpy.arange(3), r"an array yields scalars of its own type; pass .tolist\(\)"),
+        ({3, 1}, r"a set has no order; pass sorted"),
+        (frozenset((3, 1)), r"a set has no order; pass sorted"),
+        (Point(1, 2), "one record yields its fields"),
+        (Order(id=1), "one record yields its fields"),
+        (io.StringIO("a"), r"pass Lines\(path\)"),
+        ("text", "must be an iterable of items"),
+        (b"text", "must be an iterable of items"),
+        (bytearray(b"text"), "must be an iterable of items"),
+        (memoryview(b"text"), "must be an iterable of items"),
+        (7, "must be an iterable of items"),
+        (range(2**63), r"items=range\(0, 9223372036854775808\): has more than 99,999,999,999,999"),
+        (range(0, -(10**15), -1), "has more than 99,999,999,999,999 items"),
+    ],
+)
+def test_a_value_without_items_is_refused_with_advice(items: Any, advice: str) -> None:
+    with pytest.raises(InvalidRequest, match=advice):
+        source_of(items)
+
+
+def test_a_dict_is_one_item() -> None:
+    record = {"name": "Ada", "iban": "DE00"}
+
+    assert list(source_of(record)) == [record]
+    assert list(source_of({})) == [{}]
+    assert source_of(range(10**14 - 1)).sample(Random(0)).total == 10**14 - 1

@@ -319,7 +319,10 @@ def test_the_registry_shows_and_resets_the_breakers_of_all_processes(world: Worl
     ("fields", "message"),
     [
         ({"failure_threshold": 0}, "failure_threshold=0"),
-        ({"failureTreshold": 5}, "failureTreshold=5: unknown field; BreakerConfig has"),
+        (
+            {"failureTreshold": 5},
+            "failureTreshold=5: unknown field; did you mean 'failure_threshold'?",
+        ),
         ({"config": "fast"}, "preset='fast': unknown; must be one of default"),
         ({"recovery_timeout_s": -1}, "recovery_timeout_s=-1"),
     ],

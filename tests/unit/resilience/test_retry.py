@@ -146,7 +146,7 @@ def test_a_policy_accepts_the_field_names_of_other_libraries(fields: dict[str, A
         ({"backoff_multiplier": 0.5}, "backoff_multiplier=0.5"),
         ({"initial_delay_s": -1}, "initial_delay_s=-1"),
         ({"deadline_s": 0}, "deadline_s=0"),
-        ({"attempts": 5}, "attempts=5: unknown field; RetryPolicy has max_attempts"),
+        ({"attempts": 5}, "attempts=5: unknown field; did you mean 'max_attempts'?"),
     ],
 )
 def test_a_wrong_policy_is_refused_when_a_function_is_decorated(

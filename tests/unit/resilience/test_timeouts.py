@@ -257,10 +257,24 @@ def test_the_learned_limit_has_a_floor_a_penalty_and_the_cap() -> None:
     quick = Timeouts(Counted(), multipliers={"op": 2.0})
     quick.learn("op", [1.0] * 50)
 
-    assert quick.limit_s("op", "simple") == 0.25 * 2.0 * 300
-    assert quick.limit_s("op", "simple", retries=2) == 0.25 * 2.0 * 300 * 1.5**2
-    assert quick.limit_s("op", "simple", estimate_s=1000) == 0.25 * 2.0 * 300
+    assert quick.limit_s("op", "complex") == 0.25 * 2.0 * 2700
+    assert quick.limit_s("op", "complex", retries=2) == 0.25 * 2.0 * 2700 * 1.5**2
     assert taught([9000.0] * 50).limit_s("op", "simple") == CAP_S
+
+
+def test_samples_shorten_no_limit_below_five_minutes_unless_its_base_is_shorter() -> None:
+    for complexity in ("simple", "medium"):
+        assert taught([0.01] * 100).limit_s("op", complexity) == 300
+    short = Timeouts(Counted(), multipliers={"op": 0.1}, settings=TimeoutSettings())
+    short.learn("op", [0.01] * 100)
+    assert short.limit_s("op", "simple") == 30
+    asked = Timeouts(Counted(), settings=TimeoutSettings(least_s=60))
+    asked.learn("op", [0.01] * 100)
+    assert asked.limit_s("op", "simple") == 75
+
+
+def test_twice_the_estimate_is_allowed_whatever_the_samples_say() -> None:
+    assert taught([1.0] * 50).limit_s("op", "simple", estimate_s=1000) == 2000
 
 
 def test_operations_learn_apart_and_workers_learn_together() -> None:

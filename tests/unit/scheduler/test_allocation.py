@@ -348,7 +348,7 @@ def test_a_policy_accepts_other_names_of_its_fields() -> None:
         ({"min_workers": 33}, "min_workers=33: must be at most max_workers=32"),
         (
             {"workers": 3},
-            "workers=3: unknown field; ResourceAllocationPolicy has executor_id, priority",
+            "workers=3: unknown field; did you mean 'min_workers'?",
         ),
     ],
 )
@@ -451,7 +451,7 @@ def test_the_policies_of_the_example_file() -> None:
         ),
         (
             [{"operation": "a", "workers": 3}],
-            "{path}, entry 1: workers=3: unknown field; ResourceAllocationPolicy has",
+            "{path}, entry 1: workers=3: unknown field; did you mean",
         ),
         ([{"priority": "high"}], "{path}, entry 1: executorId="),
         (
