@@ -26,7 +26,7 @@ class JobKeys(NamedTuple):
     splits: str  # HASH    split id -> JSON: range and the slot it fills
     pieces: str  # ZSET    "lo:hi" of every partial, scored by lo
     blobs: str  # HASH    "lo:hi" -> packed partial; "output" -> packed answer
-    failed: str  # ZSET    index of every failed item, scored by itself
+    failed: str  # ZSET    index of every failed item, or "lo:hi" of a range, scored by the first
     empty: str  # ZSET    index of every item skipped as empty, scored by itself
     failures: str  # HASH    index -> JSON: type, message, traceback (the first 1,000)
     deaths: str  # HASH    index -> JSON: how often its process died in it, and the last cause

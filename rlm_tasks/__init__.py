@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rlm_tasks.compat.resource_manager import reset_circuit_breakers as reset_circuit_breakers
     from rlm_tasks.compat.resource_manager import wrap_method_executor as wrap_method_executor
     from rlm_tasks.errors import InvalidRequest as InvalidRequest
+    from rlm_tasks.errors import ItemsUnreadable as ItemsUnreadable
     from rlm_tasks.errors import JobCancelled as JobCancelled
     from rlm_tasks.errors import JobExpired as JobExpired
     from rlm_tasks.errors import JobFailed as JobFailed
@@ -71,8 +72,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "rlm_tasks.celery": "app",
     "rlm_tasks.client.client": "Client",
-    "rlm_tasks.errors": "InvalidRequest JobCancelled JobExpired JobFailed JobNotFound Overloaded "
-    "QueueFull ResultTimeout ResultTooLarge RlmError StoreUnavailable UnknownOperation",
+    "rlm_tasks.errors": "InvalidRequest ItemsUnreadable JobCancelled JobExpired JobFailed "
+    "JobNotFound Overloaded QueueFull ResultTimeout ResultTooLarge RlmError StoreUnavailable "
+    "UnknownOperation",
     "rlm_tasks.installation": "install",
     "rlm_tasks.client.job": "Job",
     "rlm_tasks.operations.registry": "Context operation",

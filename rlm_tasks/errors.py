@@ -5,6 +5,7 @@ Clients and the command line raise them; docs/reference/errors.md says what to d
 RlmError
 ├── InvalidRequest          an InvalidValue (resilience): a field, its value, and what to do
 │   ├── InvalidSettings     all mistakes of the configuration
+│   ├── FileOutsideRoot     a file that RLM_FILES_ROOT does not allow
 │   └── UnknownOperation    names the nearest known one
 ├── BrokerUnavailable       a StoreUnavailable (resilience): the broker does not answer
 ├── JobNotFound             no such job, or its results have expired
@@ -13,6 +14,7 @@ RlmError
 │   ├── JobFailed
 │   ├── JobExpired
 │   └── JobCancelled
+├── ItemsUnreadable         items whose file or stored block has changed, or is gone
 ├── Quarantined             an item, or a merge, that kills its process every time
 ├── Overloaded              refused for now, because of its priority; has `retry_after_s`
 ├── QueueFull               refused for now, because its queue is full; has `retry_after_s`
@@ -35,8 +37,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BrokerUnavailable",
+    "FileOutsideRoot",
     "InvalidRequest",
     "InvalidSettings",
+    "ItemsUnreadable",
     "JobCancelled",
     "JobEnded",
     "JobExpired",
@@ -69,6 +73,19 @@ class InvalidSettings(InvalidRequest):
         self.issues = list(issues)
         super().__init__("configuration", "", "")
         self.args = ("\n".join(self.issues),)
+
+
+class FileOutsideRoot(InvalidRequest):
+    """A file that is not below `RLM_FILES_ROOT`, after its links are followed."""
+
+    code = "FILE_OUTSIDE_ROOT"
+
+    def __init__(self, path: str, root: str) -> None:
+        super().__init__(
+            "items",
+            path,
+            f"is not below RLM_FILES_ROOT={root}; move the file there, or change the setting",
+        )
 
 
 class UnknownOperation(InvalidRequest):
@@ -163,6 +180,20 @@ class JobCancelled(JobEnded):
     """The job was cancelled or revoked."""
 
     code = "JOB_CANCELLED"
+
+
+class ItemsUnreadable(RlmError):
+    """Items that cannot be read any more: their file or their stored block has changed, or is gone.
+
+    Has `where`: the path of the file, or the numbers of the items.
+    """
+
+    code = "ITEMS_UNREADABLE"
+    category = Category.VALIDATION
+
+    def __init__(self, where: str, why: str, advice: str) -> None:
+        self.where = where
+        super().__init__(f"{where} {why}; {advice}")
 
 
 class Quarantined(RlmError):

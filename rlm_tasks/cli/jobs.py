@@ -267,11 +267,12 @@ def cancel(ctx: click.Context, job_id: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("job_id")
+@click.option("--reread", is_flag=True, help="Read failed lines anew: their file was mended.")
 @as_json_option
 @click.pass_context
-def retry(ctx: click.Context, job_id: str, as_json: bool) -> None:
+def retry(ctx: click.Context, job_id: str, reread: bool, as_json: bool) -> None:
     """Open a new job on the failed items of a job that has ended."""
-    again = client_of(ctx).job(job_id).retry_failed()
+    again = client_of(ctx).job(job_id).retry_failed(reread=reread)
     answer({"id": again.id}, again.id, as_json)
 
 

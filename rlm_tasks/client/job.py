@@ -16,6 +16,7 @@ from rlm_tasks.client.job_waiter import JobWaiter
 from rlm_tasks.client.submission import Submission
 from rlm_tasks.errors import (
     InvalidRequest,
+    ItemsUnreadable,
     JobNotFound,
     ResultTimeout,
     ResultTooLarge,
@@ -23,6 +24,10 @@ from rlm_tasks.errors import (
 )
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.endings import ENDINGS, sentence
+from rlm_tasks.jobs.file_roots import FilesRoot
+from rlm_tasks.jobs.index_ranges import IndexRanges
+from rlm_tasks.jobs.stored_items import LineSource, Unreadable
+from rlm_tasks.jobs.text_files import TextFile
 from rlm_tasks.ledger.partials import flattened, partials
 from rlm_tasks.operations import registry
 from rlm_tasks.results import (
@@ -37,6 +42,7 @@ from rlm_tasks.results import (
 )
 
 if TYPE_CHECKING:
+    from rlm_tasks.client.session import Session
     from rlm_tasks.jobs.spec import JobSpec
 
 
@@ -166,10 +172,11 @@ class Job(JobWaiter):
     def _successful(self, facts: Facts) -> SuccessfulItems:
         failed, skipped = int(facts["failed"]), int(facts["skipped"])
         whole = Status(facts["state"]) is Status.SUCCEEDED and not skipped
+        bad = self._ledger.failed_ranges(self.id) if failed else IndexRanges()
+        ranges = [(0, int(facts["n"]))] if whole else self._ledger.ranges(self.id)
         return SuccessfulItems(
-            [(0, int(facts["n"]))] if whole else self._ledger.ranges(self.id),
-            (self._ledger.failed_items(self.id) if failed else [])
-            + (self._ledger.empty_items(self.id) if skipped else []),
+            [gap for lo, hi in ranges for gap in bad.gaps(lo, hi)],
+            self._ledger.empty_items(self.id) if skipped else [],
         )
 
     def _output(self, facts: Facts) -> Any:
@@ -225,11 +232,13 @@ class Job(JobWaiter):
         """Cancel the job, under Celery's name."""
         self.cancel()
 
-    def retry_failed(self) -> Job:
+    def retry_failed(self, *, reread: bool = False) -> Job:
         """Open a new job on the failed items.
 
-        It has the same operation, params, options and strategy.  Raises InvalidRequest when the job
-        still runs or has no failed items.
+        It has the same operation, params, options and strategy.  With `reread` it reads the failed
+        lines of a file by their numbers from the file as it is now: use it after the file was
+        mended.  Raises InvalidRequest when the job still runs or has no failed items, and
+        ItemsUnreadable when an item cannot be read, for example because its file has changed.
         """
         spec, facts = self._spec(), self._facts()
         if not Status(facts["state"]).final:
@@ -237,7 +246,7 @@ class Job(JobWaiter):
         failed = self._ledger.failed_items(self.id)
         if not failed:
             raise InvalidRequest("job", self.id, "has no failed items")
-        return self._again(spec, failed)
+        return self._again(spec, failed, reread=reread)
 
     def replay_quarantined(self, *indexes: int) -> Job:
         """Open a new job on quarantined items (by default all), and take them out of quarantine.
@@ -269,20 +278,41 @@ class Job(JobWaiter):
             raise InvalidRequest("job", self.id, "has no items in quarantine")
         return sorted(indexes) or known
 
-    def _again(self, spec: JobSpec, indexes: list[int]) -> Job:
+    def _again(self, spec: JobSpec, indexes: list[int], *, reread: bool = False) -> Job:
         """Open a job with the specification of this one, on some of its items."""
-        opened = Submission(self._session).open_like(spec, self._items(spec, indexes))
-        return Job(self._session, opened)
+        items = _reread(self._session, spec, indexes) if reread else self._items(spec, indexes)
+        return Job(self._session, Submission(self._session).open_like(spec, items))
 
     def _items(self, spec: JobSpec, indexes: list[int]) -> Iterator[Any]:
+        """Yield some items of the job.  Raises ItemsUnreadable."""
         for index in indexes:
-            yield self._session.reader.read(
-                source=spec.source,
-                index=self._keys.items,
-                blocks=self._keys.blocks,
-                lo=index,
-                hi=index + 1,
-            )[0]
+            try:
+                [item] = self._session.reader.read(
+                    source=spec.source,
+                    index=self._keys.items,
+                    blocks=self._keys.blocks,
+                    lo=index,
+                    hi=index + 1,
+                )
+            except Unreadable as unreadable:
+                if isinstance(unreadable.error, RlmError):
+                    raise unreadable.error from None
+                raise ItemsUnreadable(
+                    spec.source.describe(index),
+                    f"cannot be read ({type(unreadable.error).__name__})",
+                    "mend the file, then call retry_failed(reread=True)",
+                ) from None
+            yield item
+
+
+def _reread(session: Session, spec: JobSpec, indexes: list[int]) -> list[str]:
+    """Return lines of a file as it is now.  Raises InvalidRequest and ItemsUnreadable."""
+    source = spec.source
+    if not isinstance(source, LineSource):
+        raise InvalidRequest("reread", True, "the items are no lines of a file; leave it out")
+    root = FilesRoot(session.settings.files_root)
+    with TextFile.opened(source.path, source.encoding, root) as text:
+        return text.lines_at(indexes)
 
 
 def _error_of(facts: Facts) -> ItemFailure | None:

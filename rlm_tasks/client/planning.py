@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from resilience.degradation import Degradation
 from rlm_tasks.client.platform_status import Pressure
+from rlm_tasks.jobs.file_roots import FilesRoot
 from rlm_tasks.jobs.items import ItemSample, source_of
 from rlm_tasks.jobs.splitting import WORTH_PLANNING_MS, Fork, Shape, leaves
 from rlm_tasks.jobs.splitting import plan as split
@@ -391,7 +392,8 @@ def plan(session: Session, given: JobRequest, checked: JobRequest, queue: str) -
     `given` is the request as the user wrote it, `checked` the same with its operation's changes.
     Raises InvalidRequest for items that cannot be sampled, and StoreUnavailable.
     """
-    operation, sample = registry.get(given.operation), source_of(given.items).sample(Random(0))
+    operation, root = registry.get(given.operation), FilesRoot(session.settings.files_root)
+    sample = source_of(given.items).sample(Random(0), root)
     session.store.check()
     today, shape = Today(session, queue), checked.shape(session.settings.node.target_ms)
     if operation.forecast is not None and sample.total > 0:

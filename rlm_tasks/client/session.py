@@ -16,6 +16,7 @@ from resilience.keys import Keys
 from resilience.store import Store, guard_store, masked
 from rlm_tasks.client.admission import AdmissionCheck
 from rlm_tasks.errors import BrokerUnavailable, InvalidRequest
+from rlm_tasks.jobs.file_roots import FilesRoot
 from rlm_tasks.jobs.stored_items import ItemReader
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.messaging.broker import AWAY
@@ -62,7 +63,7 @@ class Session:
             app, self.store, self.settings, server_clock=self.ledger.clock
         )
         self.waiting_room = WaitingRoom(self.store, self.keys, self.settings.admission.max_jobs)
-        self.reader = ItemReader(self.store)
+        self.reader = ItemReader(self.store, FilesRoot(self.settings.files_root))
 
     def close(self) -> None:
         """Close the connections of this process."""

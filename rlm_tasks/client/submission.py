@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -17,9 +18,16 @@ import msgspec
 from resilience.errors import StoreUnavailable
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs import spec as specs
+from rlm_tasks.jobs.file_roots import FilesRoot
 from rlm_tasks.jobs.items import source_of
 from rlm_tasks.jobs.spec import JobSpec
-from rlm_tasks.jobs.stored_items import ItemWriter, StoredItems
+from rlm_tasks.jobs.stored_items import (
+    STAGED_S,
+    ItemWriter,
+    RangeSource,
+    StoredItems,
+    renew_staged,
+)
 from rlm_tasks.jobs.trace_ids import current_traceparent
 from rlm_tasks.ledger.records import PROCESS, ROOT, Report
 from rlm_tasks.messaging.dispatch import new_id
@@ -151,13 +159,29 @@ class Submission:
         named: Sequence[tuple[JobRequest, str]],
         delays: Sequence[tuple[int, str] | None],
     ) -> list[str]:
-        stored = [self.store_items(*each) for each in named]
+        stored: list[tuple[JobSpec, str]] = []
+        renewed_at = time.monotonic()
+        for each in named:
+            stored.append(self.store_items(*each))
+            if time.monotonic() - renewed_at > STAGED_S / 4:
+                for spec, token in stored:
+                    if spec.n and not isinstance(spec.source, RangeSource):
+                        self._renew(spec.job, token)
+                renewed_at = time.monotonic()
         waits = {
             spec.job: delay
             for (spec, _), delay in zip(stored, delays, strict=True)
             if delay and not spec.empty
         }
         return self.start(stored, waits)
+
+    def _renew(self, job: str, token: str) -> None:
+        """Keep stored items of a job while those of others are stored.
+
+        Raises InvalidRequest when they have been deleted.
+        """
+        store, keys = self._session.store, self._session.keys.staged(job, token)
+        store.call(lambda _: renew_staged(store, *keys))
 
     def store_items(self, request: JobRequest, job: str = "") -> tuple[JobSpec, str]:
         """Store all items, then return the job's specification and the token of the items.
@@ -297,8 +321,8 @@ class Submission:
             store,
             index,
             blocks,
-            ttl_s=settings.result_ttl_s,
             max_item_bytes=settings.max_item_bytes,
+            root=FilesRoot(settings.files_root),
         )
         try:
             return (*store.call(lambda _: source_of(items).write(writer)), token)

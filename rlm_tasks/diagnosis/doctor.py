@@ -57,6 +57,7 @@ def examine(
         *packages(),
         *versions(requirements()),
         _operations(client),
+        _files(client.settings.files_root),
         *_settings(client, app),
         *_sentinels(store),
     )
@@ -195,6 +196,13 @@ def _operations(client: Client) -> Finding:
     return Finding(
         "operations", "ok", f"{len(registry.names())} operations are known here ({origin})"
     )
+
+
+def _files(root: str) -> Finding:
+    if root:
+        return Finding("files", "ok", f"jobs read files below {root} only")
+    advice = "Set RLM_FILES_ROOT to the folder of your data"
+    return Finding("files", "ok", "a job may name any file that a worker can read", advice)
 
 
 def _settings(client: Client, app: Celery) -> Iterator[Finding]:

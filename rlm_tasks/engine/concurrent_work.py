@@ -19,8 +19,9 @@ from resilience.degradation import IN_FORCE, Degradation
 from resilience.errors import CallTimeout, Denied
 from rlm_tasks.engine.guards import PATIENCE_S, Postponed, wait_of
 from rlm_tasks.engine.shared_page import SEVERAL_ITEMS
-from rlm_tasks.engine.work import UNREADABLE, Work
+from rlm_tasks.engine.work import Work
 from rlm_tasks.jobs.item_failures import raise_if_shutdown
+from rlm_tasks.jobs.stored_items import Unreadable
 from rlm_tasks.operations.context import Context
 from rlm_tasks.operations.ports import CallGuards
 
@@ -71,6 +72,7 @@ class ConcurrentWork(Work):
                 )
                 if not self.stopped:
                     self._check_slice(self._clock())
+                self._check_size()
                 self._end_sleeps_in_time(outcomes, launched)
         finally:
             for task in self._in_flight.values():
@@ -128,9 +130,9 @@ class ConcurrentWork(Work):
             return launched
         try:
             window = self._read(launched, min(launched + room, self.until))
-        except UNREADABLE as error:
-            outcomes.update(dict.fromkeys(range(launched, self.until), error))
-            return self.until
+        except Unreadable as unreadable:
+            outcomes[launched] = unreadable
+            return min(unreadable.until, self.until)
         for index, item in enumerate(window, launched):
             if self._leaves_out(index, item):
                 outcomes[index] = None
@@ -148,10 +150,10 @@ class ConcurrentWork(Work):
         context.waited |= index == self._denied_index
         context.degradation = self._degradations[index] = Degradation(self.degradation.level)
         IN_FORCE.set(context.degradation)  # here, and in the task, which gets a copy
-        run: Callable[[], Awaitable[Any]] = functools.partial(self._run_in_time, item, context)
+        run: Callable[[], Awaitable[Any]] = functools.partial(self._run_in_time, context, item)
         if self._guards is not None:
             try:
-                run = self._enter(self._guards, item, context, run)
+                run = self._enter(self._guards, item, context)
             except BaseException as error:
                 wait = wait_of(error, context.tries)
                 if wait is None or not isinstance(error, Denied):
@@ -168,15 +170,21 @@ class ConcurrentWork(Work):
         return True
 
     def _enter(
-        self, guards: CallGuards, item: Any, context: Context, run: Callable[[], Awaitable[Any]]
+        self, guards: CallGuards, item: Any, context: Context
     ) -> Callable[[], Awaitable[Any]]:
         """Return the call of an item that holds its guards.  Raises Denied."""
         waiter = self._waiter(context.index)
         held = guards.enter(item, context, waiter)
         context.rest = 1  # if it asks again, it asks for itself only
-        pause = self._pause_of(context.index)
         return functools.partial(
-            guards.call_async, item, context, held, run=run, waiter=waiter, pause=pause
+            guards.call_async,
+            item,
+            context,
+            held,
+            run=functools.partial(self._run_in_time, context),
+            again=functools.partial(self._read_again, context.index, item),
+            waiter=waiter,
+            pause=self._pause_of(context.index),
         )
 
     async def _timed(self, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
@@ -188,7 +196,7 @@ class ConcurrentWork(Work):
         self._succeeded(context, began)
         return output
 
-    async def _run_in_time(self, item: Any, context: Context) -> Any:
+    async def _run_in_time(self, context: Context, item: Any) -> Any:
         """Run an item within its time limit.  Raises CallTimeout."""
         try:
             async with asyncio.timeout(self._limit_s or None) as limit:
@@ -237,8 +245,9 @@ class ConcurrentWork(Work):
                     if (wait := wait_of(error, tries)) is not None:
                         return self._postpone(wait)
                     self.outcome.fail(self.at, error)
-            elif isinstance(outcome, Exception):
-                self.outcome.fail(self.at, outcome)
+            elif isinstance(outcome, Unreadable):
+                self._fail_unread(min(outcome.until, self.until), outcome.error)
+                continue
             if self.at in self._degradations:
                 self.outcome.shape(self._degradations.pop(self.at), 1)
             self.at += 1

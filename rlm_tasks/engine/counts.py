@@ -76,10 +76,10 @@ def count_node(
     NODES.inc(operation=operation, reason=reason)
     NODE_DURATION.observe(took_s, operation=operation)
     PEAK_MEMORY.reach(report.peak_kb / 1024)
-    outcomes = {"failed": len(report.failed)}
+    outcomes = {"failed": report.failed_count}
     if not validating:
         outcomes |= {"done": report.done, "skipped": len(report.skipped)}
-        busy_s, ran = report.busy_us / 1e6, report.done + len(report.failed)
+        busy_s, ran = report.busy_us / 1e6, report.done + report.failed_count
         BUSY.inc(busy_s, operation=operation)
         if ran:
             EXECUTION_TIME.observe(1000 * busy_s / ran, times=ran, operation=operation)

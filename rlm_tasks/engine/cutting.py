@@ -173,7 +173,7 @@ class Cutting:
         Return the ledger's order and the number of all live slots.
         """
         ledger, outcome = self._runtime.ledger, self._work.outcome
-        failed, skipped = len(outcome.failures), len(outcome.empty)
+        failed, skipped = outcome.failed_count, len(outcome.empty)
         pulse = ledger.pulse(self._claim, outcome.done, failed, skipped)
         take = self._runtime.slots.take(self._spec.queue, most)
         ranks = self._runtime.page.urgent

@@ -232,12 +232,14 @@ class OperationGuards:
         tries: int,
         waiter: str,
         run: Callable[..., Any] = lambda function, *args: function(*args),
+        again: Callable[[], Any] | None = None,
     ) -> Any:
         """Call the operation and return its output.
 
         `run` calls the operation's function with its arguments.  It may interrupt that function,
-        but not the work of the guards.  Raises Postponed for an item that comes back, or the item's
-        final error.
+        but not the work of the guards.  `again` returns a new item for the fallback of a call that
+        failed, which may have changed its own.  Raises Postponed for an item that comes back, or
+        the item's final error.
         """
         try:
             held = self._enter_soon(item, context, waiter)
@@ -256,6 +258,7 @@ class OperationGuards:
                 outcome = self._after_failure(error, tries)
                 if (fallback := self.instead_of(outcome)) is None:
                     raise outcome from error
+                item = item if again is None else again()
             else:
                 self.leave(held)
                 return output
@@ -332,31 +335,34 @@ class OperationGuards:
         context: Context,
         held: HeldGuards,
         *,
-        run: Callable[[], Awaitable[Any]],
+        run: Callable[[Any], Awaitable[Any]],
+        again: Callable[[], Any],
         waiter: str,
         pause: Callable[[Postponed], Awaitable[None]],
     ) -> Any:
         """Await `run` for an item that has entered, and return its output.
 
-        Between attempts `pause` sleeps, or raises the postponement.  Raises the item's final error.
+        Between attempts `pause` sleeps, or raises the postponement.  `again` returns a new item for
+        a further attempt, and for the fallback.  Raises the item's final error.
         """
         tries = context.tries
         while True:
             try:
-                output = await run()
+                output = await run(item)
             except BaseException as error:
                 self.leave(held, error)
                 if not isinstance(error, Exception) or isinstance(error, asyncio.CancelledError):
                     raise
                 outcome = self._after_failure(error, tries)
                 if (fallback := self.instead_of(outcome)) is not None:
-                    output = self._operation.with_context(fallback, item, context)
+                    output = self._operation.with_context(fallback, again(), context)
                     return await output if inspect.isawaitable(output) else output
                 if not isinstance(outcome, Postponed):
                     raise
                 tries = context.tries = outcome.tries
                 await pause(outcome)
                 context.begin(context.index)
+                item = again()
             else:
                 self.leave(held)
                 return output

@@ -198,6 +198,7 @@ class NodeRun:
             limit_s=limit_s,
             level=level,
             slow_s=runtime.node_events.slow_s,
+            most_bytes=runtime.settings.node.output_mb * 2**20,
         )
         self._cutting = Cutting(runtime, claim, self._work, self._pace, self._share)
 
@@ -297,6 +298,8 @@ class NodeRun:
                 claim.job,
             )
             return False
+        if finished.outcome:  # all of the job's nodes have ended
+            runtime.items.forget(runtime.ledger.keys.of(self._spec.job).blocks)
         self._log(report)
         counts.count_node(
             self._spec.operation,
@@ -325,7 +328,7 @@ class NodeRun:
                 runtime.usage.tally(
                     operation,
                     done=report.done,
-                    failed=len(report.failed),
+                    failed=report.failed_count,
                     busy_us=report.busy_us,
                     memory_kb=held_kb,
                     version=self._spec.version,
@@ -365,7 +368,7 @@ class NodeRun:
             name,
             word,
             self._work.busy_s,
-            len(report.failed),
+            report.failed_count,
             rest,
         )
 
@@ -383,13 +386,15 @@ class NodeRun:
     def _report(self) -> Report:
         """Return what the node did with its range: worked through [lo, mid), cut off the rest."""
         outcome, at = self._work.outcome, self._work.at
-        full = outcome.failures[:MAX_FAILURES]
+        failed, failed_ranges = outcome.failed_items()
+        full = [*outcome.unread, *outcome.failures][:MAX_FAILURES]
         report = Report(
             mid=at,
             done=outcome.done,
             # An empty item beyond `at` is another node's.
             skipped=[index for index in outcome.empty if index < at],
-            failed=[failure["index"] for failure in outcome.failures],
+            failed=failed,
+            failed_ranges=failed_ranges,
             failures=[(each["index"], msgspec.json.encode(each).decode()) for each in full],
             why=self._cutting.reason or "",
             busy_us=int(self._work.busy_s * 1e6),

@@ -13,13 +13,17 @@ from resilience.degradation import IN_FORCE, Degradation, Level, Strategy
 from resilience.errors import text_of
 from resilience.faults import Fault, classify
 from rlm_tasks.jobs import codec
+from rlm_tasks.jobs.index_ranges import IndexRanges
 from rlm_tasks.jobs.item_failures import failure_of, raise_if_shutdown
+from rlm_tasks.jobs.sizes import estimated_bytes
 from rlm_tasks.operations.registry import Operation
 
 FOLD_AT = 4096
 """A node with a merge folds this many outputs into one, so that its memory stays small."""
 MOST_FAULTS = 100
 """Faults of one node that are recorded for operators."""
+FAILURES_FULL_AT = 4096
+"""A node reports at this many failures, so that one script of the ledger stays short."""
 PAGE_FULL_AT = 65_536
 """A node without a merge reports its page at this many outputs."""
 
@@ -27,14 +31,18 @@ PAGE_FULL_AT = 65_536
 class NodeOutcome:
     """The outcome of a range, item by item."""
 
-    def __init__(self, operation: Operation) -> None:
-        self._operation = operation
+    def __init__(self, operation: Operation, most_bytes: float = float("inf")) -> None:
+        """`most_bytes` is the memory that outputs may hold before the node reports them."""
+        self._operation, self._most_bytes = operation, most_bytes
         self._outputs: list[Any] = []
         self.done = 0
         # Indexes of items that neither succeeded nor failed here: empty, or failed in validation.
         self.left_out: set[int] = set()
         self.empty: list[int] = []
         self.failures: list[dict[str, Any]] = []
+        self.unread: list[dict[str, Any]] = []  # failures of ranges: from `index` to before `until`
+        self._unread: list[tuple[int, int]] = []  # all ranges that could not be read
+        self._weighed, self._held_bytes = 0, 0  # outputs whose size is estimated, and this size
         self.faults: list[tuple[Fault, str]] = []  # at most MOST_FAULTS, with their messages
         self.given_up = 0  # items that failed although a retry might have helped
         # The number of items whose outcome a degradation strategy has changed.
@@ -44,8 +52,19 @@ class NodeOutcome:
 
     @property
     def full(self) -> bool:
-        """Whether the outputs fill a page."""
-        return self._operation.merge is None and len(self._outputs) >= PAGE_FULL_AT
+        """Whether the node must report now: its outputs or its failures are many, or large."""
+        return (
+            self.is_heavy
+            or len(self.failures) + len(self.unread) >= FAILURES_FULL_AT
+            or (self._operation.merge is None and len(self._outputs) >= PAGE_FULL_AT)
+        )
+
+    @property
+    def is_heavy(self) -> bool:
+        """Whether the outputs hold more memory than a node may hold, by an estimate."""
+        self._held_bytes += estimated_bytes(self._outputs, self._weighed)
+        self._weighed = len(self._outputs)
+        return self._held_bytes >= self._most_bytes
 
     def add(self, output: Any) -> None:
         """Keep the output of one item."""
@@ -77,6 +96,43 @@ class NodeOutcome:
         if len(self.faults) < MOST_FAULTS:
             self.faults.append((fault, text_of(error)))
 
+    def fail_range(self, lo: int, hi: int, error: Exception, known: IndexRanges) -> None:
+        """Record one failure for a range of items that cannot be read; `known` have failed before.
+
+        Neighbours that fail with the same type of error have the failure of the first of them.
+        """
+        self._unread.append((lo, hi))
+        last = self.unread[-1] if self.unread else {}
+        for start, end in known.gaps(lo, hi):
+            if last.get("until") == start and last["type"] == type(error).__name__:
+                last["until"] = end
+                continue
+            fault = classify(error)
+            last = {**failure_of(start, error, fault.code), "until": end}
+            self.unread.append(last)
+            if len(self.faults) < MOST_FAULTS:
+                self.faults.append((fault, last["message"]))
+
+    @property
+    def failed_count(self) -> int:
+        """The number of failed items."""
+        ranges: int = sum(each["until"] - each["index"] for each in self.unread)
+        return len(self.failures) + ranges
+
+    def failed_items(self) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the indexes of failed items: single ones, and ranges of two and more."""
+        single = ((each["index"], each["index"] + 1) for each in self.failures)
+        ranges = ((each["index"], each["until"]) for each in self.unread)
+        runs: list[tuple[int, int]] = []
+        for lo, hi in sorted((*single, *ranges)):
+            if runs and runs[-1][1] == lo:
+                runs[-1] = runs[-1][0], hi
+            else:
+                runs.append((lo, hi))
+        return [lo for lo, hi in runs if hi - lo == 1], [
+            each for each in runs if each[1] - each[0] > 1
+        ]
+
     def shape(self, degradation: Degradation, items: int) -> None:
         """Count the strategies that have changed the outcome of items, and reset them."""
         for strategy in degradation.shaped:
@@ -91,7 +147,9 @@ class NodeOutcome:
 
     def fold(self, *, at: int = FOLD_AT) -> None:
         """Merge the outputs into one when there are `at` of them."""
-        if self._operation.merge is None or len(self._outputs) < at or self.fatal:
+        if self._operation.merge is None or self.fatal:
+            return
+        if len(self._outputs) < at and not (self.is_heavy and len(self._outputs) > 1):
             return
         outside = IN_FORCE.set(None)  # no level degrades a merge
         try:
@@ -103,6 +161,7 @@ class NodeOutcome:
             self.fatal = failure_of(-1, error)
         finally:
             IN_FORCE.reset(outside)
+            self._weighed, self._held_bytes = 0, 0
 
     def packed(self, indexes: Iterable[int]) -> bytes:
         """Return the packed partial, b"" when no item succeeded or a merge failed.
@@ -126,9 +185,12 @@ class NodeOutcome:
 
     def _fail_unstorable(self, indexes: Iterable[int]) -> None:
         without = {failure["index"] for failure in self.failures} | self.left_out
+        unread = IndexRanges(self._unread)
         kept = []
         for index, output in zip(
-            (each for each in indexes if each not in without), self._outputs, strict=True
+            (each for each in indexes if each not in without and each not in unread),
+            self._outputs,
+            strict=True,
         ):
             try:
                 codec.encode(output)

@@ -16,6 +16,7 @@ import msgspec
 
 from resilience.errors import RlmError
 from rlm_tasks.jobs import codec
+from rlm_tasks.jobs.file_roots import FilesRoot
 from rlm_tasks.jobs.items import source_of
 from rlm_tasks.jobs.rounds import NextRound, Round
 from rlm_tasks.jobs.spec import JobSpec
@@ -138,8 +139,8 @@ class Rounds:
             self._ledger.store,
             index,
             blocks,
-            ttl_s=settings.result_ttl_s,
             max_item_bytes=settings.max_item_bytes,
+            root=FilesRoot(settings.files_root),
         )
         source, n = self._ledger.store.call(lambda _: source_of(next_round.items).write(writer))
         operation = registry.get(next_round.operation)

@@ -29,11 +29,13 @@ from rlm_tasks.engine.node_events import NodeEvents
 from rlm_tasks.engine.rounds import Rounds
 from rlm_tasks.engine.shared_page import ProcessEntry, SharedPage
 from rlm_tasks.engine.slot_shares import SlotShares
+from rlm_tasks.jobs.file_roots import FilesRoot
 from rlm_tasks.jobs.stored_items import ItemReader
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.messaging.broker_kinds import broker_kind
 from rlm_tasks.messaging.delivery import Delivery
 from rlm_tasks.messaging.dispatch import Dispatcher
+from rlm_tasks.operations.code_metrics import read_below
 from rlm_tasks.settings.model import Settings
 from scheduler.admission import WaitingRoom
 from scheduler.board import Board
@@ -105,6 +107,8 @@ class Runtime:
     ) -> Runtime:
         """Build all parts from a ledger and a dispatcher; the guards use the store `shared`."""
         store, keys = ledger.store, ledger.keys
+        root = FilesRoot(settings.files_root)
+        read_below(root)
         slots, page = SlotBoard(store, keys), SharedPage(settings.pressure.stale_s)
         preemption = Preemption(store, keys, slots)
         delivery = Delivery(ledger, dispatcher, preemption)
@@ -119,7 +123,7 @@ class Runtime:
             delivery=delivery,
             slots=slots,
             preemption=preemption,
-            items=ItemReader(store),
+            items=ItemReader(store, root),
             page=page,
             guards=guards,
             timeouts=ItemTimeouts(learned, settings.node, clock),

@@ -7,6 +7,7 @@ slice is over, and then calls the node's boundary.  Begin with `Work.run`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlm_tasks.engine.pace import Pace
 from rlm_tasks.engine.shared_page import SEVERAL_ITEMS, ProcessEntry
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import RULES
+from rlm_tasks.jobs.stored_items import Unreadable
 from rlm_tasks.ledger.records import PROCESS, Claim
 from rlm_tasks.operations.context import Context
 from rlm_tasks.operations.ports import CallGuards
@@ -35,9 +37,10 @@ LARGEST_BATCH = 65_536
 _EMPTY: tuple[Any, ...] = (None, "", b"", [], {})
 
 Read = Callable[[int, int], Sequence[Any]]
-"""Returns the items of a range, from its first to before its second argument."""
-UNREADABLE = (LookupError, OSError, UnicodeError)
-"""The errors that `Read` raises for items that cannot be read."""
+"""Returns new items from its first argument on, at most to before its second, at least one.
+
+Raises Unreadable when the first of them cannot be read.
+"""
 
 
 class Work:
@@ -58,6 +61,7 @@ class Work:
         limit_s: float = 0.0,
         level: Level = Level.NORMAL,
         slow_s: float = float("inf"),
+        most_bytes: float = float("inf"),
     ) -> None:
         """`waiter` returns the name by which guards wake the node that begins with an item."""
         self._guards, self._waiter, self._limit_s = guards, waiter, limit_s
@@ -67,7 +71,7 @@ class Work:
         self._validating = claim.phase != PROCESS
         self._filtered = bool(claim.known_failed) or spec.skip_if_empty
         self._most = 1 if claim.one_by_one else LARGEST_BATCH  # items in one batch or in flight
-        self.outcome = NodeOutcome(operation)
+        self.outcome = NodeOutcome(operation, most_bytes)
         self.degradation = Degradation(level)
         self._window_context: Context | None = None  # the context of the items of this window
         self._slow_s = slow_s
@@ -113,19 +117,20 @@ class Work:
     @property
     def decided(self) -> bool:
         """Whether an item has failed in a job that does not continue on errors."""
-        return bool(self.outcome.failures) and not self._spec.continue_on_error
+        failed = self.outcome.failures or self.outcome.unread
+        return bool(failed) and not self._spec.continue_on_error
 
     def _run_windows(self, work: Callable[[Sequence[Any]], None], size: Callable[[], int]) -> None:
         while self.at < self.until and not self.stopped:
-            try:
-                window = self._read(self.at, min(self.at + size(), self.until))
-            except UNREADABLE as error:
-                self._fail_rest(error)
-                return
+            window = self._items_up_to(min(self.at + size(), self.until))
             self._page.boundary(self._clock())  # the time limit of an item excludes reading
             began = self._clock()
-            work(window)
-            self.busy_s += self._clock() - began
+            if window:
+                work(window)
+                self.busy_s += self._clock() - began
+            else:
+                self._check_slice(began)
+            self._check_size()
 
     def _check_slice(self, now: float) -> None:
         """Call the boundary when the slice is over; its time does not count as the operation's."""
@@ -135,12 +140,23 @@ class Work:
             self.stopped = self._boundary()
             self.busy_s -= self._clock() - now
 
-    def _fail_rest(self, error: Exception) -> None:
-        """Fail each item of the rest by itself: they cannot be read, and none may be lost."""
-        for index in range(self.at, self.until):
-            if index not in self._claim.known_failed:
-                self.outcome.fail(index, error)
-        self.at = self.until
+    def _check_size(self) -> None:
+        """Call the boundary when the node must report now: its outputs are many, or large."""
+        if self.at < self.until and not self.stopped and self.outcome.full:
+            self.stopped = self._boundary()
+
+    def _items_up_to(self, end: int) -> Sequence[Any]:
+        """Return items from `at` on, or none, with `at` behind those that cannot be read."""
+        try:
+            return self._read(self.at, end)
+        except Unreadable as unreadable:
+            self._fail_unread(min(unreadable.until, self.until), unreadable.error)
+            return ()
+
+    def _fail_unread(self, until: int, error: Exception) -> None:
+        """Fail the items before `until` as one range: they cannot be read, and none may be lost."""
+        self.outcome.fail_range(self.at, until, error, self._claim.known_failed)
+        self.at = until
 
     def _leaves_out(self, index: int, item: Any) -> bool:
         """Leave out an item that failed in validation, or an empty one that the job skips.
@@ -225,8 +241,20 @@ class Work:
             return self._alarm.run(self._operation.apply, value, context)
         waiter = self._waiter(context.index)
         return self._guards.call(
-            value, context, tries=context.tries, waiter=waiter, run=self._alarm.run
+            value,
+            context,
+            tries=context.tries,
+            waiter=waiter,
+            run=self._alarm.run,
+            again=functools.partial(self._read_again, context.index, value),
         )
+
+    def _read_again(self, index: int, _value: Any) -> Any:
+        """Return a new item in place of one that a call may have changed."""
+        try:
+            return self._read(index, index + 1)[0]
+        except Unreadable as unreadable:
+            raise unreadable.error from None
 
     def _validate(self, item: Any, _context: Context) -> None:
         if self._operation.validate is not None:
@@ -297,7 +325,7 @@ class BatchWork(Work):
     def _run_one_by_one(self, window: Sequence[Any]) -> None:
         """Run a batch again item by item: it raised, and the item that failed must be known."""
         self.degradation.shaped.clear()  # each item runs again
-        for item in window:
+        for item in self._items_up_to(self.at + len(window)):  # the call may have changed them
             index, context = self.at, self._context(self.at)
             self._page.boundary(self._clock())  # each item has the whole time limit
             self._page.start_item(index)
@@ -314,6 +342,18 @@ class BatchWork(Work):
             self.at = index + 1
             if self.decided:
                 return
+
+    def _read_again(self, index: int, value: Any) -> Any:
+        """Return a new batch in place of one that a call may have changed."""
+        if isinstance(value, range):
+            return value
+        batch: list[Any] = []
+        while len(batch) < len(value):
+            item = super()._read_again(index, value)
+            if index not in self.outcome.left_out:
+                batch.append(item)
+            index += 1
+        return batch
 
     def _keep_one(self, output: Any) -> None:
         self.outcome.add_batch(output, 1)

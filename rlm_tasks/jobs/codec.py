@@ -14,7 +14,7 @@ from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
 from fractions import Fraction
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -54,6 +54,23 @@ def encode_all(values: list[Any]) -> bytes:
 def decode(data: bytes | memoryview) -> Any:
     """Return the value that `encode` packed."""
     return _decoder.decode(data)
+
+
+def parts(data: bytes) -> tuple[bytes, list[int], Callable[[bytes, int], list[Any]]]:
+    """Return a packed list in parts, so that some of its values can be decoded alone.
+
+    The result is the packed values one after another, the size of each, and the function that
+    decodes neighbours from their bytes and their number.
+    """
+    unpack: Callable[[bytes], list[Any]] = decode
+    if data[0] in _EXTENSION_BYTES:
+        data, unpack = bytes(_ext_decoder.decode(data).data), _rows_decoder.decode
+    sizes = list(map(len, cast(list[bytes], _raw_decoder.decode(data))))
+
+    def decode_some(some: bytes, count: int) -> list[Any]:
+        return unpack(_LIST_32 + count.to_bytes(4, "big") + some)
+
+    return data[len(data) - sum(sizes) :], sizes, decode_some
 
 
 def compress(data: bytes) -> bytes:
@@ -254,3 +271,8 @@ _Rows = list[tuple[Any, ...]]
 _rows_decoder: msgspec.msgpack.Decoder[_Rows] = msgspec.msgpack.Decoder(
     _Rows, ext_hook=_unpack_extension
 )
+_raw_decoder = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_ext_decoder = msgspec.msgpack.Decoder(Ext)
+_EXTENSION_BYTES = frozenset((0xC7, 0xC8, 0xC9, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8))
+_LIST_32 = b"\xdd"
+"""The first byte of a list whose number of values follows in four bytes."""

@@ -8,15 +8,19 @@ protocol `ItemSource` and, if it is stored in a new way, a record in `stored_ite
 from __future__ import annotations
 
 import glob
+import io
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, BinaryIO, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from rlm_tasks.errors import InvalidRequest
+from rlm_tasks.jobs.file_roots import ANYWHERE, FilesRoot
 from rlm_tasks.jobs.stored_items import ItemWriter, RangeSource, StoredItems
+from rlm_tasks.jobs.text_files import TextFile, line_lengths, storable_path
 
 SAMPLED = 1000
 """Items of the largest sample."""
@@ -48,10 +52,10 @@ class ItemSource(Protocol):
         Raises InvalidRequest for items that cannot be read or stored.
         """
 
-    def sample(self, random: Random) -> ItemSample:
+    def sample(self, random: Random, root: FilesRoot = ANYWHERE, /) -> ItemSample:
         """Return a sample; of a sequence only the sampled items are read.
 
-        Raises InvalidRequest for items that can be read once only.
+        Raises InvalidRequest for items that can be read once only, and for files outside of `root`.
         """
 
     def __iter__(self) -> Iterator[Any]:
@@ -115,8 +119,10 @@ _FRAMES = (
 class Lines:
     """Lines of a text file, without their line ends; workers must see the file at the same path.
 
-    Only offsets are stored.  The file must not change while the job runs: a worker that finds it
-    changed fails the items that it should have read.
+    Lines end as `open()` reads them, and a byte order mark is no part of the first one.  `~` and a
+    relative path are resolved where the job is submitted.  Only offsets are stored.  The file must
+    not change while the job runs: a worker that finds it changed fails the items that it should
+    have read.  A line that is no text in the encoding fails alone, with UnicodeDecodeError.
     """
 
     of_texts: ClassVar[bool] = True
@@ -124,63 +130,76 @@ class Lines:
     encoding: str = "utf-8"
 
     def write(self, writer: ItemWriter) -> tuple[StoredItems, int]:
-        """Store the offset of every 1,024th line."""
-        try:
-            return writer.lines(Path(self.path).resolve(), self.encoding)
-        except OSError as error:
-            raise self._unreadable(error) from None
+        """Store the place of each block of lines.
 
-    def sample(self, random: Random) -> ItemSample:
+        Raises InvalidRequest for a file or an encoding that cannot be read line by line.
+        """
+        with TextFile.opened(self.path, self.encoding, writer.root) as text:
+            return writer.lines(text)
+
+    def sample(self, random: Random, root: FilesRoot = ANYWHERE, /) -> ItemSample:
         """Return lines of the whole file; of a long file, the whole lines inside some blocks."""
-        try:
-            size, blocks = _blocks(Path(self.path))
-        except OSError as error:
-            raise self._unreadable(error) from None
-        pieces = [block.split(b"\n") for block in blocks]
-        if exact := len(blocks) == 1:
+        with TextFile.opened(self.path, self.encoding, root) as text:
+            pieces = [_lines_of(piece, text.encoding) for piece in _pieces(text)]
+        if exact := len(pieces) == 1:
             [lines] = pieces
-            total = len(lines) if lines[-1] else len(lines) - 1
+            total = len(lines)
         else:
-            lines = [line for block in pieces for line in block[1:-1]] or blocks
-            ends = sum(len(block) - 1 for block in pieces)
-            total = max(1, round(ends * size / (BLOCKS * BLOCK_BYTES)))
-        texts = [
-            lines[at].decode(self.encoding, "replace").rstrip("\r\n")
-            for at in _evenly(min(total, len(lines)), random)
-        ]
+            lines = [line for piece in pieces for line in piece[1:-1]] or pieces[0]
+            ends = sum(len(piece) - 1 for piece in pieces)
+            total = max(1, round(ends * text.size / (BLOCKS * BLOCK_BYTES)))
+        chosen = _evenly(min(total, len(lines)), random)
+        texts = [lines[at].decode(text.encoding, "replace").rstrip("\r\n") for at in chosen]
         return ItemSample(
             total, [(at * total // len(texts), text) for at, text in enumerate(texts)], exact
         )
 
     def __iter__(self) -> Iterator[str]:
-        try:
-            with Path(self.path).open(encoding=self.encoding) as file:
-                yield from (line.rstrip("\r\n") for line in file)
-        except OSError as error:
-            raise self._unreadable(error) from None
-
-    def _unreadable(self, error: OSError) -> InvalidRequest:
-        return InvalidRequest("items", str(self.path), f"cannot be read: {error.strerror}")
+        with TextFile.opened(self.path, self.encoding, ANYWHERE) as text:
+            try:
+                with io.TextIOWrapper(text.file, encoding=text.encoding) as lines:
+                    yield from (line.removesuffix("\n") for line in lines)
+            except UnicodeDecodeError:
+                raise InvalidRequest(
+                    "items",
+                    str(self.path),
+                    f"has a line that is no {text.encoding} text; mend it",
+                ) from None
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Paths that match a glob pattern (`**` reaches into folders), sorted, as items."""
+    """Paths that match a glob pattern (`**` reaches into folders), sorted, as items.
+
+    `~` and a relative pattern are resolved where the job is submitted, so the items are absolute
+    paths; workers must see the files there.
+    """
 
     of_texts: ClassVar[bool] = False
-    pattern: str
+    pattern: str | os.PathLike[str]
 
     def write(self, writer: ItemWriter) -> tuple[StoredItems, int]:
-        """Store the paths."""
-        return writer.items(self)
+        """Store the paths.  Raises InvalidRequest when no file matches."""
+        return writer.items(self._below(writer.root))
 
-    def sample(self, random: Random) -> ItemSample:
-        """Return some of the paths."""
-        return _of_sequence(list(self), random)
+    def sample(self, random: Random, root: FilesRoot = ANYWHERE, /) -> ItemSample:
+        """Return some of the paths.  Raises InvalidRequest when no file matches."""
+        return _of_sequence(list(self._below(root)), random)
+
+    def _below(self, root: FilesRoot) -> Iterator[str]:
+        for path in self:
+            root.checked(storable_path(path))
+            yield path
 
     def __iter__(self) -> Iterator[str]:
-        paths = glob.iglob(self.pattern, recursive=True)  # noqa: PTH207  # Path.glob: no absolute pattern
-        return iter(sorted(path for path in paths if Path(path).is_file()))
+        pattern = Path(self.pattern).expanduser().absolute()
+        found = glob.iglob(str(pattern), recursive=True)  # noqa: PTH207  # Path.glob: no absolute pattern
+        paths = sorted(path for path in found if Path(path).is_file())
+        if not paths:
+            raise InvalidRequest(
+                "items", str(self.pattern), f"matches no file below {Path.cwd()}; see the pattern"
+            )
+        return iter(paths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +213,7 @@ class RangeItems:
         """Store start and step."""
         return RangeSource(self.items.start, self.items.step), len(self.items)
 
-    def sample(self, random: Random) -> ItemSample:
+    def sample(self, random: Random, _root: FilesRoot = ANYWHERE, /) -> ItemSample:
         """Return some of the integers."""
         return _of_sequence(self.items, random)
 
@@ -213,7 +232,7 @@ class PlainItems:
         """Store the items in packed blocks."""
         return writer.items(self.items)
 
-    def sample(self, random: Random) -> ItemSample:
+    def sample(self, random: Random, _root: FilesRoot = ANYWHERE, /) -> ItemSample:
         """Return some of the items."""
         if not isinstance(self.items, Sized):
             advice = "a plan would use up an iterator; pass a list, or Lines(...)"
@@ -247,17 +266,18 @@ def _evenly(total: int, random: Random) -> list[int]:
     ]
 
 
-def _blocks(path: Path) -> tuple[int, list[bytes]]:
-    """Return the size of a file in bytes, and its text: one block, or samples of a long file."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        whole = size <= BLOCKS * BLOCK_BYTES
-        begins = (
-            [0] if whole else [at * (size - BLOCK_BYTES) // (BLOCKS - 1) for at in range(BLOCKS)]
-        )
-        return size, [_block(file, begin, size if whole else BLOCK_BYTES) for begin in begins]
+def _pieces(text: TextFile) -> list[bytes]:
+    """Return the bytes of a file's lines: all in one piece, or some pieces of a long file."""
+    size, whole = text.size - text.begin, text.size <= BLOCKS * BLOCK_BYTES
+    begins = [0] if whole else [at * (size - BLOCK_BYTES) // (BLOCKS - 1) for at in range(BLOCKS)]
+    pieces = []
+    for begin in begins:
+        text.file.seek(text.begin + begin - begin % 4)  # no encoding has wider units
+        pieces.append(text.file.read(size if whole else BLOCK_BYTES))
+    return pieces
 
 
-def _block(file: BinaryIO, begin: int, size: int) -> bytes:
-    file.seek(begin)
-    return file.read(size)
+def _lines_of(piece: bytes, encoding: str) -> list[bytes]:
+    """Return the lines of a piece with their line ends; an empty piece has none."""
+    ends = list(itertools.accumulate(line_lengths(piece, encoding), initial=0))
+    return [piece[lo:hi] for lo, hi in itertools.pairwise(ends)]

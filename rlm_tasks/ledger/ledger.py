@@ -17,7 +17,7 @@ from resilience.keys import Keys
 from resilience.store import Argument, Call, OnOutage, Script, Store
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import JobSpec
-from rlm_tasks.ledger.reader import LedgerReader
+from rlm_tasks.ledger.reader import LedgerReader, ranges_of
 from rlm_tasks.ledger.records import (
     PROCESS,
     ROOT,
@@ -325,7 +325,7 @@ def _claimed(job: str, node: str, token: str, reply: Sequence[Any]) -> Claim:
         lost_by=record.lost_by,
         one_by_one=record.one_by_one,
         suspects=tuple(Suspect(*each) for each in msgspec.json.decode(reply[5])),
-        known_failed=frozenset(map(int, reply[6])),
+        known_failed=ranges_of(reply[6]),
         remaining_ms=int(reply[7]),
         parent=record.parent,
     )

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, cast, overload
 
 import msgspec
@@ -14,6 +16,7 @@ import redis
 from resilience.keys import Keys
 from resilience.store import Call, OnOutage, Script, Store
 from rlm_tasks.jobs import spec as specs
+from rlm_tasks.jobs.index_ranges import IndexRanges
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.due_index import DueIndex
 from rlm_tasks.ledger.job_list import JobList
@@ -26,6 +29,8 @@ from rlm_tasks.settings.sections import LedgerSettings
 PIECES_AT_ONCE = 256
 RECORDS_AT_ONCE = 1000
 """About this many records of nodes are read by one command."""
+MAX_FAILURES = 1000
+"""Failures of a job that are kept, and shown, in full."""
 _PIECES = Script.load("rlm_tasks.ledger", "pieces", prelude="prelude")
 
 
@@ -77,8 +82,9 @@ class LedgerReader:
     def failures(self, job: str) -> list[ItemFailure]:
         """Return the first 1,000 failed items, in order."""
         found = self._values(self.keys.of(job).failures)
-        decoded = (msgspec.json.decode(each, type=ItemFailure) for each in found)
-        return sorted(decoded, key=lambda failure: failure.index)
+        decoded = sorted((msgspec.json.decode(each) for each in found), key=itemgetter("index"))
+        each_item = itertools.chain.from_iterable(map(_failures_of, decoded))
+        return list(itertools.islice(each_item, MAX_FAILURES))
 
     def events(self, job: str) -> list[JobEvent]:
         """Return the events of a job, the oldest first."""
@@ -97,7 +103,11 @@ class LedgerReader:
 
     def failed_items(self, job: str) -> list[int]:
         """Return the index of every failed item, in order."""
-        return [int(each) for each in self._members(self.keys.of(job).failed)]
+        return list(self.failed_ranges(job))
+
+    def failed_ranges(self, job: str) -> IndexRanges:
+        """Return every failed item as ranges."""
+        return ranges_of(self._members(self.keys.of(job).failed))
 
     def empty_items(self, job: str) -> list[int]:
         """Return the index of every item skipped as empty, in order."""
@@ -162,3 +172,18 @@ class LedgerReader:
 
     def _members(self, key: str) -> list[bytes]:
         return cast(list[bytes], self.call(lambda client: client.zrange(key, 0, -1)))
+
+
+def ranges_of(members: Sequence[bytes]) -> IndexRanges:
+    """Return failed items from their names in the ledger: an index, or a range "lo:hi"."""
+    edges = (member.split(b":") for member in members)
+    return IndexRanges(
+        (int(each[0]), int(each[1]) if each[1:] else int(each[0]) + 1) for each in edges
+    )
+
+
+def _failures_of(record: dict[str, Any]) -> Iterator[ItemFailure]:
+    """Yield the failures of a record: one, or one for each item of a range."""
+    index = record.pop("index")
+    for each in range(index, record.pop("until", index + 1)):
+        yield msgspec.convert({"index": each, **record}, ItemFailure)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from rlm_tasks.jobs.index_ranges import IndexRanges
 from rlm_tasks.jobs.spec import JobSpec
 
 ROOT = "root"
@@ -60,8 +61,9 @@ class Report(msgspec.Struct):
     mid: int
     done: int = 0
     failed: list[int] = []
+    failed_ranges: list[tuple[int, int]] = []  # two and more failed items in a row
     skipped: list[int] = []  # empty items
-    failures: list[tuple[int, str]] = []  # index, JSON of ItemFailure
+    failures: list[tuple[int, str]] = []  # index, JSON of ItemFailure; a range has `until`, too
     quarantined: list[tuple[int, str]] = []  # index, JSON of its record
     kids: list[Child] = []
     splits: list[Split] = []
@@ -69,6 +71,11 @@ class Report(msgspec.Struct):
     why: str = ""
     busy_us: int = 0
     peak_kb: int = 0
+
+    @property
+    def failed_count(self) -> int:
+        """The number of failed items."""
+        return len(self.failed) + sum(hi - lo for lo, hi in self.failed_ranges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +109,7 @@ class Claim:
     lost_by: str = ""  # cause of the last of these losses
     one_by_one: bool = False  # a process died with several items in flight: run them one at a time
     suspects: tuple[Suspect, ...] = ()
-    known_failed: frozenset[int] = frozenset()
+    known_failed: IndexRanges = field(default_factory=IndexRanges)  # failed in validation
     remaining_ms: int = -1  # to the deadline; -1: no deadline
     waiting: tuple[str, ...] = ()  # nodes whose message may be missing
     parent: str = ""  # the node that was cut to make it, '' for the first one

@@ -7,6 +7,8 @@ split merge to the same report.
 from __future__ import annotations
 
 import ast
+import errno
+import sys
 import sysconfig
 import tokenize
 import warnings
@@ -14,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from heapq import nlargest
 from pathlib import Path
 from typing import Any
+
+from rlm_tasks.jobs.file_roots import ANYWHERE, FilesRoot
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _BRANCHES = frozenset(
@@ -47,6 +51,13 @@ _NESTING = frozenset(
 )
 _SUMMED = ("files", "lines", "functions", "classes", "branches")
 TOP = 10
+_PYTHON = f"Python {sys.version_info.major}.{sys.version_info.minor}"
+_root = [ANYWHERE]
+
+
+def read_below(root: FilesRoot) -> None:
+    """Set the folder below which this process measures files; a worker does at its start."""
+    _root[:] = [root]
 
 
 def standard_library() -> Path:
@@ -101,13 +112,9 @@ def _children(node: ast.AST) -> Iterator[ast.AST]:
 def measure_file(path: str) -> dict[str, Any]:
     """Return the metrics of one file.
 
-    Raises SyntaxError, UnicodeError and OSError, which fail this item only.
+    Raises SyntaxError, UnicodeError, OSError and FileOutsideRoot, which fail this item only.
     """
-    with tokenize.open(path) as file:
-        text = file.read()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # outdated escapes in the files do not matter here
-        tree = ast.parse(text, path)
+    text, tree = _parsed(_root[0].checked(path))
     tally = _Tally()
     branches = tally.visit(tree, 0)
     return {
@@ -121,6 +128,23 @@ def measure_file(path: str) -> dict[str, Any]:
             TOP, ([count, path, line, name] for count, line, name in tally.functions)
         ),
     }
+
+
+def _parsed(path: Path) -> tuple[str, ast.AST]:
+    """Return the text and the syntax tree of a file.  No error has a part of its text."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    try:
+        with tokenize.open(path) as file:
+            text = file.read()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # outdated escapes in the files do not matter here
+            return text, ast.parse(text, str(path))
+    except SyntaxError as error:
+        place = f", line {error.lineno}" if error.lineno else ""
+        raise SyntaxError(f"{path}{place}: this is no Python that {_PYTHON} can read") from None
+    except UnicodeDecodeError as error:
+        raise UnicodeError(f"{path}: this is no {error.encoding} text") from None
 
 
 def merge_reports(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:

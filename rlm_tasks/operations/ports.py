@@ -35,8 +35,11 @@ class CallGuards(Protocol):
         tries: int,
         waiter: str,
         run: Callable[..., Any],
+        again: Callable[[], Any] | None = None,
     ) -> Any:
-        """Call the operation; raises Postponed for an item that comes back, or its final error."""
+        """Call the operation; `again` returns a new item for a fallback.
+
+        Raises Postponed for an item that comes back, or its final error."""
 
     async def call_async(
         self,
@@ -44,13 +47,14 @@ class CallGuards(Protocol):
         context: Context,
         held: Any,
         *,
-        run: Callable[[], Awaitable[Any]],
+        run: Callable[[Any], Awaitable[Any]],
+        again: Callable[[], Any],
         waiter: str,
         pause: Callable[[Any], Awaitable[None]],
     ) -> Any:
         """Await the call of an item that has entered.
 
-        `pause` sleeps between attempts, or raises the postponement.
+        `pause` sleeps between attempts, or raises the postponement; `again` returns a new item.
         """
 
     def instead_of(self, error: Exception) -> Callable[..., Any] | None:

@@ -64,7 +64,14 @@ class Settings(StoreSettings):
         gt=0,
         description="Bytes of the largest output that result() builds in memory, unpacked.",
     )
-    max_item_bytes: int = Field(16 * 2**20, gt=0, description="Largest size of one packed item.")
+    max_item_bytes: int = Field(
+        16 * 2**20, gt=0, description="Largest size of one packed item, or of one line of a file."
+    )
+    files_root: str = Field(
+        "",
+        description="Folder below which clients and workers may read files that a job names "
+        "(`Lines`, `Files`, `code_metrics`); links are followed. Empty: any folder.",
+    )
     fault_patterns: int = Field(
         50,
         ge=0,

@@ -63,6 +63,12 @@ class NodeSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         gt=0,
         description="Interval at which a running node reports to the ledger and reads from it.",
     )
+    output_mb: float = Field(
+        16.0,
+        gt=0,
+        description="A node reports its outputs, and hands over the rest of its range, when they "
+        "hold about this much memory.",
+    )
     item_limit_s: float = Field(
         0.0,
         ge=0,

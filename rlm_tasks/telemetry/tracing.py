@@ -251,7 +251,7 @@ class TracedLedger(Ledger):
         failure = msgspec.json.decode(report.failures[0][1]) if report.failures else None
         attributes = {
             "rlm.done": report.done,
-            "rlm.failed": len(report.failed),
+            "rlm.failed": report.failed_count,
             "rlm.reason": report.why,
         }
         if finished.answer == "stale":

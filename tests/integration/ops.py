@@ -125,3 +125,41 @@ async def pause(number: int, ctx: Context) -> list[int]:
 def where(_: Any, ctx: Context) -> list[Any]:
     """Return the job id, index and parameters of the context, and the process id."""
     return [ctx.job_id, ctx.index, ctx.params, os.getpid()]
+
+
+def _taken_out(row: dict[str, Any]) -> int:
+    """Take a value out of its row, as careless code does, and fail as the row says."""
+    value: int = row.pop("v")
+    if row.pop("bad", False):
+        raise ValueError(f"row {value} is bad")
+    if (marker := row.pop("once", "")) and not Path(marker).exists():
+        Path(marker).touch()
+        raise ConnectionError("comes back")
+    return value
+
+
+@operation("take_out", merge=_concatenated)
+def take_out(row: dict[str, Any]) -> list[int]:
+    """Change the item in place; its process dies once if the row has a marker `dies`."""
+    if (marker := row.get("dies", "")) and not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [_taken_out(row)]
+
+
+@operation("take_out_batch", batch=True, merge=_concatenated)
+def take_out_batch(rows: list[dict[str, Any]]) -> list[int]:
+    """Change the items in place."""
+    return [_taken_out(row) for row in rows]
+
+
+@operation("take_out_retried", merge=_concatenated, retry=3)
+def take_out_retried(row: dict[str, Any]) -> list[int]:
+    """Change the item in place; it is tried again."""
+    return [_taken_out(row)]
+
+
+@operation("take_out_async", merge=_concatenated, retry=3, concurrency=4)
+async def take_out_async(row: dict[str, Any]) -> list[int]:
+    """Change the item in place; it is tried again beside others."""
+    return [_taken_out(row)]

@@ -104,7 +104,7 @@ class Platform:
         """Open a job as the client does, without Celery."""
         job = str(uuid.UUID(int=self.random.getrandbits(128)))
         index, blocks = self.keys.staged(job, "token")
-        writer = ItemWriter(self.store, index, blocks, ttl_s=3600, max_item_bytes=1 << 20)
+        writer = ItemWriter(self.store, index, blocks, max_item_bytes=1 << 20)
         source, n = source_of(request.items).write(writer)
         spec = JobSpec(
             job=job,

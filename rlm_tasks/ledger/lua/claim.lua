@@ -1,7 +1,7 @@
 -- Claim a node.
 -- ARGV: node, token, lease_ms, worker, death_limit, schema, number of the message that led here.
 -- Returns {answer, ...}; the answers done, busy, parked, newer and unknown have nothing more.
--- run: epoch, record, phase, spec, suspects, failed items in range, ms left (-1: no limit).
+-- run: epoch, record, phase, spec, suspects, failed items in range (see failed_in), ms left (-1: no limit).
 -- cut: ids of children that still wait for a message.
 -- closed: at most the id of a node that now waits for its message.
 local id, token, lease, limit = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[5])
@@ -64,7 +64,7 @@ if id ~= 'merge' then
       end
     end
   end
-  if f.phase == 'process' then known = call('ZRANGEBYSCORE', failed, node.lo, '(' .. node.hi) end
+  if f.phase == 'process' then known = failed_in(node.lo, node.hi) end
 end
 return {'run', node.e, cjson.encode(node), f.phase, call('HGET', job, 'spec'),
   cjson.encode(suspects), known, f.deadline > 0 and f.deadline - now or -1}

@@ -1,5 +1,5 @@
 -- Close a node: store its partial and register its children; exactly one caller gets the outcome.
--- ARGV: node, token, report (JSON: mid, done, failed, skipped, failures, quarantined, kids, splits,
+-- ARGV: node, token, report (JSON: mid, done, failed, failed_ranges, skipped, failures, quarantined, kids, splits,
 -- shaped, why, busy_us, peak_kb), partial ('' when there is none), lease_ms.
 -- Returns {answer, children registered, outcome, waiting node}: answer ok | stale;
 -- outcome '' | merge | process | closed.  With merge, the caller holds the root merge.
@@ -37,7 +37,13 @@ if r.mid > node.lo and f.phase == 'process' then
     keep(blobs)
   end
 end
+local bad = #r.failed
 for _, index in ipairs(r.failed) do call('ZADD', failed, index, index) end
+for _, range in ipairs(r.failed_ranges) do
+  call('ZADD', failed, range[1], range[1] .. ':' .. range[2])
+  bad = bad + range[2] - range[1]
+end
+if #r.failed_ranges > 0 then call('HSET', job, 'failed_ranges', 1) end
 for _, index in ipairs(r.skipped) do call('ZADD', empty, index, index) end
 if #r.skipped > 0 then keep(empty) end
 local room = MAX_FAILURES - call('HLEN', failures)
@@ -51,8 +57,8 @@ for _, entry in ipairs(r.quarantined) do
   call('HDEL', deaths, entry[1])
   note('quarantined', 'item ' .. entry[1])
 end
-if #r.failed > 0 then keep(failed, failures) end
-f.failed = call('HINCRBY', job, 'failed', #r.failed)
+if bad > 0 then keep(failed, failures) end
+f.failed = call('HINCRBY', job, 'failed', bad)
 if f.phase == 'process' then
   f.done = call('HINCRBY', job, 'done', r.done)
   call('HINCRBY', job, 'skipped', #r.skipped)

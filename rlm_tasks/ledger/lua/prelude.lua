@@ -131,9 +131,27 @@ local function count_death(index, before, by, over)
   keep(deaths)
 end
 
+-- Return the failed items of a range: indexes, and ranges 'lo:hi' that reach into it.
+local function failed_in(lo, hi)
+  local found = call('ZRANGEBYSCORE', failed, lo, '(' .. hi)
+  local before = call('ZREVRANGEBYSCORE', failed, '(' .. lo, '-inf', 'LIMIT', 0, 1)[1]
+  local reach = before and tonumber(string.match(before, ':(%d+)$'))
+  if reach and reach > lo then table.insert(found, 1, before) end
+  return found
+end
+
 -- Count a range that will not run as skipped.  Items already counted as failed stay failed.
 local function skip_range(lo, hi)
-  local known = call('ZCOUNT', failed, lo, '(' .. hi)
+  local known = 0
+  if call('HEXISTS', job, 'failed_ranges') == 0 then
+    known = call('ZCOUNT', failed, lo, '(' .. hi)
+  else
+    for _, name in ipairs(failed_in(lo, hi)) do
+      local from, to = string.match(name, '^(%d+):?(%d*)$')
+      from, to = tonumber(from), tonumber(to)
+      known = known + math.min(hi, to or from + 1) - math.max(lo, from)
+    end
+  end
   call('HINCRBY', job, 'skipped', hi - lo - known)
 end
 

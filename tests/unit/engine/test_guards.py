@@ -218,7 +218,7 @@ def test_a_fallback_of_a_coroutine_function_answers_as_well(world: World, is_asy
         )
         held = one.enter(7, context(), "")
         return await one.call_async(
-            7, context(), held, run=lambda: fail(7), waiter="", pause=never_pause
+            7, context(), held, run=fail, again=lambda: 7, waiter="", pause=never_pause
         )
 
     assert asyncio.run(call()) == -7

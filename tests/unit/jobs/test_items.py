@@ -138,7 +138,7 @@ def test_each_kind_is_read_as_it_is_iterated(items: Any, place: str, tmp_path: P
         items = Files(f"{tmp_path}/*")
     store = Store("redis://fake", client=fakeredis.FakeRedis())
 
-    writer = ItemWriter(store, "index", "blocks", ttl_s=60, max_item_bytes=1 << 20)
+    writer = ItemWriter(store, "index", "blocks", max_item_bytes=1 << 20)
     stored, n = source_of(items).write(writer)
 
     assert list(ItemReader(store).read(stored, "index", "blocks", 0, n)) == list(source_of(items))
