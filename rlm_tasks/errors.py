@@ -6,7 +6,7 @@ RlmError
 ├── InvalidRequest          an InvalidValue (resilience): a field, its value, and what to do
 │   ├── InvalidSettings     all mistakes of the configuration
 │   ├── FileOutsideRoot     a file that RLM_FILES_ROOT does not allow
-│   └── UnknownOperation    names the nearest known one
+│   └── UnknownOperation    names the nearest known one; also one that no live worker knows
 ├── BrokerUnavailable       a StoreUnavailable (resilience): the broker does not answer
 ├── JobNotFound             no such job, or its results have expired
 ├── JobUnreadable           another release wrote its specification, or it is damaged
@@ -58,6 +58,10 @@ __all__ = [
 ]
 
 
+MOST_LISTED = 10
+"""An error lists this many names, the nearest first."""
+
+
 class InvalidRequest(InvalidValue):
     """A request that cannot be carried out; nothing was enqueued."""
 
@@ -101,6 +105,26 @@ class UnknownOperation(InvalidRequest):
             hint = "it needs pip install 'rlm-tasks[llm]'."
         super().__init__(
             "operation", name, f"unknown; {hint} Set RLM_OPERATIONS to the modules of your own ones"
+        )
+
+
+class UnknownToWorkers(UnknownOperation):
+    """An operation that is registered in this process, but in no live worker of its queue."""
+
+    def __init__(self, name: str, queue: str, known: Iterable[str], *, module: str) -> None:
+        named = sorted(each for each in known if not each.startswith("#"))
+        near = difflib.get_close_matches(name, named, n=len(named) or 1, cutoff=0.0)[:MOST_LISTED]
+        more = f" and {len(named) - len(near)} more" if len(named) > len(near) else ""
+        listed = f"; they know {', '.join(near)}{more}" if near else ""
+        move = (
+            "it is defined in __main__, which workers cannot import: put it in a module, and "
+            if module == "__main__"
+            else ""
+        )
+        super().__init__(name, ())
+        self.args = (
+            f"operation={name!r}: no live worker of queue {queue} knows it{listed}; {move}set "
+            f"RLM_OPERATIONS of the workers to its module, and restart them",
         )
 
 

@@ -7,7 +7,8 @@ their orders once a second.  An entry that is not renewed expires.  Begin with `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -44,6 +45,8 @@ class HostReport(msgspec.Struct, frozen=True):
     at: float = 0.0  # seconds of its own clock at the report; 0: not reported
     refusing: int = -1  # the level by which jobs are refused; -1: not reported, `level`
     refusing_why: str = ""  # the worst signal of that level in words
+    operations: dict[str, int] | None = None
+    """Operation, or its `fingerprint`, -> version here; None: not reported, or too many."""
 
 
 class ClusterReport(msgspec.Struct, frozen=True):
@@ -65,6 +68,39 @@ class ClusterReport(msgspec.Struct, frozen=True):
     desired_why: str = ""  # the reason for the advised number
     refusing: int = -1  # the level by which jobs are refused; -1: not reported, `level`
     refusing_why: str = ""  # the worst signal of that level in words
+
+
+MOST_NAMED, MOST_OPERATIONS, LONGEST_NAME = 100, 2_000, 100
+"""A report names this many operations, has fingerprints of more, and no list of even more."""
+
+
+def reported(versions: Mapping[str, int]) -> dict[str, int] | None:
+    """Return the operations of a worker, name -> version, in the form of its report."""
+    if len(versions) > MOST_OPERATIONS:
+        return None
+    short = len(versions) <= MOST_NAMED
+    return {
+        name if short and len(name) <= LONGEST_NAME else fingerprint(name): version
+        for name, version in versions.items()
+    }
+
+
+def fingerprint(name: str) -> str:
+    """Return a short hash of the name of an operation."""
+    return f"#{zlib.crc32(name.encode()):08x}"
+
+
+def version_on(hosts: Sequence[HostReport], name: str) -> int | None:
+    """Return the highest version of an operation on some hosts.
+
+    It is 0 if none has the operation, and None if that is not known.
+    """
+    keys = (name, fingerprint(name))
+    if any(host.operations is None for host in hosts) or not hosts:
+        return None
+    return max(
+        host.operations.get(key, 0) for host in hosts if host.operations is not None for key in keys
+    )
 
 
 class Orders(msgspec.Struct, frozen=True):
@@ -158,8 +194,16 @@ class Board:
 
         Raises StoreUnavailable.
         """
-        [entries] = self._store.call(Call(_HOSTS, (self._keys.hosts,), (self._stale_ms,)))
-        reports = [report for entry in entries for report in _decoded(entry)]
+        return self.read_hosts(self._store.call(self.hosts_call())[0])
+
+    def hosts_call(self) -> Call:
+        """Return the call that reads the reports of the hosts; `read_hosts` decodes its answer."""
+        return Call(_HOSTS, (self._keys.hosts,), (self._stale_ms,))
+
+    @staticmethod
+    def read_hosts(answer: Sequence[bytes]) -> list[HostReport]:
+        """Return the reports in the answer of `hosts_call`, by worker."""
+        reports = [report for entry in answer for report in _decoded(entry)]
         return sorted(reports, key=lambda host: host.worker)
 
     def clocks(self) -> dict[str, float]:

@@ -18,10 +18,12 @@ from resilience.degradation import Level
 from resilience.errors import Denied
 from resilience.keys import Keys
 from resilience.store import Store
+from rlm_tasks.errors import UnknownToWorkers
 from rlm_tasks.installation import command_of
 from rlm_tasks.ledger.server_clock import ServerClock
 from rlm_tasks.messaging.broker import AWAY
 from rlm_tasks.messaging.queue_depths import QueueGauge
+from rlm_tasks.operations.registry import Operation
 from rlm_tasks.settings.model import Settings
 from scheduler.admission import full, shed
 from scheduler.allocation import calculate_optimal_batch_size
@@ -34,12 +36,15 @@ from scheduler.board import (
     refused_at,
     refusing,
     refusing_why,
+    version_on,
 )
 from scheduler.queues import QueueReport
 from scheduler.slots import SlotBoard
 
 logger = logging.getLogger(__name__)
 
+KNOWN_S = 30.0
+"""An operation that a worker knew is looked up again after this time."""
 READ_EVERY_S = 1.0
 """The load is read again after this time, so a loop of submissions reads it once a second."""
 
@@ -54,6 +59,7 @@ class PlatformLoad:
     slots: Mapping[str, int] = field(default_factory=dict)  # queue that was read -> its slots
     cpu_pct: float = 0.0
     memory_pct: float = 0.0
+    hosts: Sequence[HostReport] = ()  # only if they were asked for
 
 
 class AdmissionCheck:
@@ -72,6 +78,7 @@ class AdmissionCheck:
         self._app, self._store, self._settings, self._clock = app, store, settings, clock
         self._board, self._slots = Board(store, keys, settings.pressure), SlotBoard(store, keys)
         self.gauge = QueueGauge(app, clock=server_clock or ServerClock(store))
+        self._known_until: dict[tuple[str, str], float] = {}  # operation and queue -> time
         self._last = PlatformLoad(), float("-inf")  # the load and its time: one object, for threads
 
     def refusal(self, queue: str, priority: str) -> Denied | None:
@@ -95,6 +102,40 @@ class AdmissionCheck:
             report = QueueReport(report.depth)
         return full(queue, priority, report, self._settings.admission)
 
+    def check_known(self, operation: Operation, queue: str) -> None:
+        """Raise UnknownOperation if workers of a queue live, and none of them knows an operation.
+
+        An answer holds for some seconds, so that a loop of submissions asks once.  Older releases
+        do not report their operations; then nothing is raised.  Raises StoreUnavailable.
+        """
+        key, now = (operation.name, queue), self._clock()
+        if now < self._known_until.get(key, 0.0):
+            return
+        self._last = self._read_load(self._queues_with(queue), with_hosts=True), now
+        load, _ = self._last
+        serving = [host for host in load.hosts if queue in host.queues]
+        version = version_on(serving, operation.name)
+        module = getattr(operation.function, "__module__", "")
+        if version == 0:
+            known = (name for host in serving for name in host.operations or ())
+            raise UnknownToWorkers(operation.name, queue, {*known}, module=module)
+        if version is None and not serving and module == "__main__":
+            logger.warning(
+                "Operation %r is defined in __main__, which workers cannot import; put it in a "
+                "module, and set RLM_OPERATIONS of the workers to it",
+                operation.name,
+            )
+        if version is not None and version < operation.version:
+            logger.warning(
+                "Operation %r has version %d here, and %d on the workers of queue %s: its jobs "
+                "wait for a worker with this version",
+                operation.name,
+                operation.version,
+                version,
+                queue,
+            )
+        self._known_until[key] = now + KNOWN_S
+
     def batch_size(self) -> int:
         """Return the number of jobs to open at a time.
 
@@ -110,15 +151,22 @@ class AdmissionCheck:
     def _load(self, queue: str) -> PlatformLoad:
         now, (load, read_at) = self._clock(), self._last
         if queue not in load.slots or now - read_at >= READ_EVERY_S:
-            load = self._read_load(tuple(dict.fromkeys((*load.slots, queue))))
+            load = self._read_load(self._queues_with(queue))
             self._last = load, now
         return load
 
-    def _read_load(self, queues: Sequence[str]) -> PlatformLoad:
+    def _queues_with(self, queue: str) -> Sequence[str]:
+        return tuple(dict.fromkeys((*self._last[0].slots, queue)))
+
+    def _read_load(self, queues: Sequence[str], *, with_hosts: bool = False) -> PlatformLoad:
         calls = [self._board.orders_call(), *(self._slots.take(each, 0) for each in queues)]
-        answer, *slots = self._store.call(*calls)
+        answer, *slots = self._store.call(
+            *calls, *([self._board.hosts_call()] if with_hosts else [])
+        )
+        all_hosts = self._board.read_hosts(slots.pop()) if with_hosts else None
         orders = self._board.read(answer)
-        cluster, hosts = orders.cluster, [] if orders.cluster else self._board.hosts()
+        cluster = orders.cluster
+        hosts = [] if cluster else self._board.hosts() if all_hosts is None else all_hosts
         level, cause = self._refused_at(orders, hosts)
         cpu_pct = cluster.cpu_pct if cluster else mean(hosts, "cpu_pct")
         memory_pct = cluster.memory_pct if cluster else mean(hosts, "memory_pct")
@@ -130,6 +178,7 @@ class AdmissionCheck:
             slots=serving,
             cpu_pct=cpu_pct,
             memory_pct=memory_pct,
+            hosts=all_hosts or (),
         )
 
     def _refused_at(self, orders: Orders, hosts: Sequence[HostReport]) -> tuple[Level, str]:

@@ -87,6 +87,8 @@ class Submission:
         """
         requests = [self.check(request) for request in requests]
         self._session.store.check()
+        for name, queue in {(each.operation, self.queue_of(each)) for each in requests}:
+            self._session.admission.check_known(registry.get(name), queue)
         named = [(request, self._id_for(request.options.idempotency_key)) for request in requests]
         try:
             # All are admitted before any is stored.

@@ -243,6 +243,11 @@ def modules() -> frozenset[str]:
     )
 
 
+def versions() -> dict[str, int]:
+    """Return the version of each registered operation, by name."""
+    return {name: _registry[name].version for name in names()}
+
+
 def declare_protections(source: Callable[[Settings], Iterable[Protection]]) -> None:
     """Add protections that no operation declares, such as those of models; `source` yields them."""
     _declared.append(source)

@@ -19,9 +19,10 @@ from resilience.degradation import Level
 from resilience.store import Call
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.jobs.spec import SCHEMA
+from rlm_tasks.operations import registry
 from rlm_tasks.version import __version__
 from rlm_tasks.worker.queue_order import QueueOrder, running
-from scheduler.board import Board, HostReport, Orders, acted_on, refused_at
+from scheduler.board import Board, HostReport, Orders, acted_on, refused_at, reported
 from scheduler.ladder import HostLadder, HostVerdict
 from scheduler.queues import ages
 from scheduler.sampling import Sample, Sampler, held_mb
@@ -135,6 +136,7 @@ class Host:
             at=round(self._clock(), 3),
             refusing=own.refusing,
             refusing_why=own.refusing_why,
+            operations=reported(registry.versions()),
         )
 
     def _ages(self) -> dict[str, float]:

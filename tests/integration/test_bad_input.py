@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +22,10 @@ from rlm_tasks import (
     StoreUnavailable,
     UnknownOperation,
 )
+from rlm_tasks.testing import embedded
 from rlm_tasks.testing.embedded import free_port
 from tests.integration.conftest import ROOT, client_of, environment_of
+from tests.support import wait_until
 
 CASES: list[tuple[dict[str, Any], str]] = [
     (
@@ -162,3 +166,42 @@ def test_the_command_line_reports_an_unreachable_redis_in_one_line(arguments: li
     assert done.stderr.startswith("Error: Redis at redis://:***@127.0.0.1")
     assert done.stderr.count("\n") == 1
     assert "topsecret" not in done.stderr + done.stdout
+
+
+NOTEBOOK = """
+from rlm_tasks import Client, UnknownOperation, operation
+
+@operation("in_a_cell")
+def in_a_cell(item):
+    return item
+
+try:
+    in_a_cell.submit([1, 2, 3])
+except UnknownOperation as error:
+    print(error)
+print(len(Client().jobs()))
+"""
+
+
+def test_an_operation_of_a_notebook_cell_is_refused_at_submit(
+    server: embedded.Server, logs: Path
+) -> None:
+    environment = environment_of(server.url, "notebook")
+    with (
+        embedded.worker(environment, log=logs / "notebook.log", slots=1),
+        client_of(environment) as client,
+    ):
+        wait_until(lambda: any(host.queues for host in client.status().hosts))
+        done = subprocess.run(
+            [sys.executable, "-c", NOTEBOOK],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    said, jobs = done.stdout.splitlines()
+    assert said.startswith("operation='in_a_cell': no live worker of queue notebook.normal knows")
+    assert "it is defined in __main__, which workers cannot import" in said
+    assert jobs == "0", "nothing was enqueued"

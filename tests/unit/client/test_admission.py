@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -17,8 +18,10 @@ from resilience.keys import Keys
 from rlm_tasks import JobRequest
 from rlm_tasks.client.admission import READ_EVERY_S, AdmissionCheck
 from rlm_tasks.client.client import Client
+from rlm_tasks.errors import UnknownOperation
+from rlm_tasks.operations.registry import Operation
 from rlm_tasks.settings.model import Settings
-from scheduler.board import Board, ClusterReport, HostReport
+from scheduler.board import Board, ClusterReport, HostReport, reported, version_on
 from scheduler.queues import QueueReport
 from scheduler.settings import PressureSettings
 from scheduler.slots import SlotBoard
@@ -150,6 +153,106 @@ def test_a_denial_has_a_retry_time(admission: AdmissionClient) -> None:
     assert refused is not None
     assert refused.retry_after_s == 2 * admission.settings.pressure.release_s
     assert "critical" in str(refused)
+
+
+# --- by operation -----------------------------------------------------------------------------
+
+
+def knowing(*names: str, queues: tuple[str, ...] = ("unit.normal",)) -> HostReport:
+    """Return the report of a worker that knows these operations."""
+    operations = reported(dict.fromkeys(names, 1))
+    return HostReport("w1", Level.NORMAL, 1.0, "", 4, 0, queues, {}, operations=operations)
+
+
+def operation(name: str = "price", version: int = 1, module: str = "shop") -> Operation:
+    def function(item: int) -> int:
+        return item
+
+    function.__module__ = module
+    return Operation(name, function, version=version)
+
+
+def test_an_operation_that_no_worker_of_the_queue_knows_is_refused(
+    admission: AdmissionClient,
+) -> None:
+    admission.store.call(admission.board.publish(knowing("prize", "sum")))
+    with pytest.raises(UnknownOperation) as refused:
+        admission.check.check_known(operation(), "unit.normal")
+
+    assert str(refused.value) == (
+        "operation='price': no live worker of queue unit.normal knows it; they know prize, sum; "
+        "set RLM_OPERATIONS of the workers to its module, and restart them"
+    )
+    admission.store.call(admission.board.publish(knowing("price")))
+    admission.check.check_known(operation(), "unit.normal")
+
+
+def test_an_operation_of_a_notebook_is_refused_with_the_advice_to_move_it(
+    admission: AdmissionClient,
+) -> None:
+    admission.store.call(admission.board.publish(knowing("sum")))
+    with pytest.raises(UnknownOperation, match="put it in a module, and set RLM_OPERATIONS"):
+        admission.check.check_known(operation(module="__main__"), "unit.normal")
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        None,
+        msgspec.structs.replace(knowing("sum"), operations=None),
+        knowing("sum", queues=("unit.low",)),
+    ],
+    ids=["no worker lives", "an older release", "a worker of another queue"],
+)
+def test_an_operation_is_not_refused_while_it_is_unknown_who_knows_it(
+    admission: AdmissionClient, report: HostReport | None
+) -> None:
+    if report is not None:
+        admission.store.call(admission.board.publish(report))
+    admission.check.check_known(operation(), "unit.normal")
+
+
+def test_an_operation_of_a_notebook_is_warned_of_while_no_worker_lives(
+    admission: AdmissionClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    admission.check.check_known(operation(module="__main__"), "unit.normal")
+    assert "is defined in __main__, which workers cannot import" in caplog.text
+
+
+def test_a_newer_version_than_that_of_all_workers_is_warned_of(
+    admission: AdmissionClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    admission.store.call(admission.board.publish(knowing("price")))
+    admission.check.check_known(operation(version=2), "unit.normal")
+    assert "has version 2 here, and 1 on the workers of queue unit.normal" in caplog.text
+
+
+def test_a_known_operation_costs_no_round_trip_of_its_own(
+    admission: AdmissionClient, world: World
+) -> None:
+    admission.store.call(admission.board.publish(knowing("price")))
+    admission.announce(Level.NORMAL)
+    before = admission.store.round_trips
+    for _ in range(5):
+        admission.check.check_known(operation(), "unit.normal")
+        admission.check.refusal("unit.normal", "normal")
+    assert admission.store.round_trips == before + 1
+    world.sleep(31)
+    admission.check.check_known(operation(), "unit.normal")
+    assert admission.store.round_trips == before + 2
+
+
+@pytest.mark.parametrize("count", [5, 500, 5000])
+def test_a_report_of_many_operations_is_small_and_knows_each(count: int) -> None:
+    names = [f"shop.operation_{number}_{'x' * number}"[:300] for number in range(count)]
+    host = knowing(*names)
+
+    assert len(msgspec.json.encode(host)) < 40_000
+    if count == 5000:
+        assert host.operations is None, "then nothing is refused"
+    else:
+        assert {version_on([host], name) for name in names} == {1}
+        assert version_on([host], "price") == 0
 
 
 # --- by queue ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from celery.worker import state
 
 from resilience.degradation import Level
 from rlm_tasks.jobs.spec import SCHEMA
+from rlm_tasks.operations import registry
 from rlm_tasks.settings.model import Settings
 from rlm_tasks.version import __version__
 from rlm_tasks.worker.host import Host
@@ -220,6 +221,7 @@ def test_the_report_of_a_host(machine: Machine) -> None:
         report.at,
         Level.HIGH,
         "memory 80 % of 1000 MB",
+        registry.versions(),
     )
     assert abs(machine.board.clocks()["unit"]) < 5, "in this test its clock is that of the server"
 
