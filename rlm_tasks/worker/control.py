@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from celery.utils.functional import maybe_list
 from celery.worker import state as worker_state
-from celery.worker.control import control_command, inspect_command
+from celery.worker.control import Panel, control_command, inspect_command
 
 from resilience.degradation import as_level
 from resilience.errors import InvalidValue, StoreUnavailable
@@ -182,6 +183,28 @@ def rlm_recall(state: Any, **_: Any) -> dict[str, str]:
     """Make running nodes ask the ledger before their next item."""
     state.app.rlm_runtime().page.recall()
     return {"ok": "running nodes ask the ledger now"}
+
+
+# --- commands of Celery -----------------------------------------------------------------------
+
+
+def _also_cancel_jobs(command: str) -> None:
+    """Make a command of Celery that revokes tasks cancel the jobs among its ids, too."""
+    stock = Panel.data[command]
+
+    @functools.wraps(stock)
+    def handler(state: Any, *args: Any, **arguments: Any) -> Any:
+        answer = stock(state, *args, **arguments)
+        if (supervisor := getattr(state.app, "rlm_supervisor", None)) is not None:
+            supervisor.revocations.add(maybe_list(arguments.get("task_id")) or ())
+            supervisor.wake()
+        return answer
+
+    Panel.data[command] = handler
+
+
+_also_cancel_jobs("revoke")
+_also_cancel_jobs("terminate")
 
 
 # --- commands of the platform to its own workers ----------------------------------------------

@@ -1,7 +1,7 @@
 """Entries of queues that are no messages: the worker keeps them, with one log line each.
 
-Such an entry comes from another program, or from somebody who writes to a queue by hand.  `startup`
-makes the list, `upstream` adds to it, the doctor counts it.  Begin with `DeadLetters.keep`.
+Such an entry comes from another program, or from a person at redis-cli.  `startup` makes the list,
+`upstream` adds to it, the doctor counts it.  Begin with `DeadLetters.keep`.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from rlm_tasks.ledger.records import SWEEP_AT_ONCE
 from rlm_tasks.worker.host import Host
 from rlm_tasks.worker.lost_nodes import REAPED, UNREACHABLE, cause_of_death, give_back
 from rlm_tasks.worker.preflight import warnings
+from rlm_tasks.worker.revocations import Revocations
 from scheduler.preemption import rank_of
 from scheduler.queues import priority_of
 
@@ -89,7 +90,7 @@ class Supervisor(threading.Thread):
         self._exit_code, self._wake_loop = exit_code, wake_loop
         # Calls fail at once while Redis is away; the next ticks catch up.
         self._ledger = runtime.ledger.fail_fast()
-        self.host = Host(runtime, pool_size, queues)
+        self.host, self.revocations = Host(runtime, pool_size, queues), Revocations(runtime)
         self._stopping = False
         # An Event would lock up when a signal's handler sets it while it is being set.
         self._wakeups: SimpleQueue[None] = SimpleQueue()
@@ -194,6 +195,7 @@ class Supervisor(threading.Thread):
         self._offer(now)
         if measured:
             self._exchange(now)
+        self.revocations.apply()
         if now >= self._due["processes"]:
             self._due["processes"] = now + REFRESH_S
             self._reap(now)

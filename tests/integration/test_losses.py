@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from celery.result import AsyncResult
 
 from rlm_tasks import Binary, Client, JobCancelled, NWay, Status
 from rlm_tasks.testing import embedded
@@ -93,6 +94,34 @@ def test_a_revoked_leaf_cancels_its_job(private: ClientAndWorker) -> None:
     with pytest.raises(JobCancelled):
         job.result(timeout=20)
     assert job.progress().done + job.progress().skipped == 100
+
+
+@pytest.mark.parametrize("how", ["control", "result", "terminated"])
+def test_a_revoked_id_of_a_job_that_has_fanned_out_cancels_the_job(
+    client: Client, how: str
+) -> None:
+    job = client.submit(operation="nap", items=[50.0] * 400, strategy=Binary(min_chunk_size=10))
+    wait_until(lambda: any(node.depth >= 2 for node in job.tree()))
+
+    if how == "control":
+        client.app.control.revoke([job.id, "an-id-of-a-task"])
+    else:
+        AsyncResult(job.id, app=client.app).revoke(terminate=how == "terminated")
+
+    with pytest.raises(JobCancelled):
+        job.result(timeout=20)
+    assert job.progress().done + job.progress().skipped == 400
+
+
+def test_a_revoked_id_of_an_ended_job_is_named_in_the_log(client: Client, logs: Path) -> None:
+    job = client.submit(operation="sum", items=range(10))
+    assert job.get(timeout=30) == 45
+
+    client.app.control.revoke(job.id)
+
+    said = f"Job {job.id} was revoked, but not cancelled: it has succeeded"
+    wait_until(lambda: said in (logs / "worker.log").read_text())
+    assert job.get(timeout=30) == 45
 
 
 def test_a_killed_worker_loses_no_item(server: embedded.Server, logs: Path) -> None:
