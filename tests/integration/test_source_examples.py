@@ -200,7 +200,7 @@ def test_circuit_breaker_pattern(client: Client) -> None:
 
 
 def test_a_protected_call_with_a_breaker_outside_of_the_retries(client: Client) -> None:
-    """Document 4's decorators, in its order, with a service that is down."""
+    """The service is down; the breaker counts each call once, whatever its retries."""
     calls = []
 
     @with_circuit_breaker("agent-factory", failure_threshold=5, store=client.store)
