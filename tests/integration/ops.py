@@ -163,3 +163,9 @@ def take_out_retried(row: dict[str, Any]) -> list[int]:
 async def take_out_async(row: dict[str, Any]) -> list[int]:
     """Change the item in place; it is tried again beside others."""
     return [_taken_out(row)]
+
+
+@operation("count_characters", batch=True, merge=sum)
+def count_characters(lines: list[str]) -> int:
+    """Return the number of characters of some lines."""
+    return sum(map(len, lines))
