@@ -201,8 +201,8 @@ def _operations(client: Client) -> Finding:
 def _files(root: str) -> Finding:
     if root:
         return Finding("files", "ok", f"jobs read files below {root} only")
-    advice = "Set RLM_FILES_ROOT to the folder of your data"
-    return Finding("files", "ok", "a job may name any file that a worker can read", advice)
+    found = "a job may name any file that a worker can read; RLM_FILES_ROOT limits it to one folder"
+    return Finding("files", "ok", found)
 
 
 def _settings(client: Client, app: Celery) -> Iterator[Finding]:

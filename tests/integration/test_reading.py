@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rlm_tasks import Client, Files, ItemsUnreadable, JobRequest, Lines, Options
+from rlm_tasks.diagnosis.doctor import examine
 from rlm_tasks.errors import FileOutsideRoot, InvalidRequest
 from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
@@ -128,10 +129,12 @@ def test_client_and_worker_read_below_the_root_only(
         measured = rooted.execute(
             operation="code_metrics", items=files, continue_on_error=True, timeout=30
         )
+        [told] = [each.found for each in examine(rooted, rooted.app) if each.check == "files"]
 
     assert [each.type for each in lines.failed] == ["FileOutsideRoot"]
     assert (lines.done, measured.output["files"]) == (0, 1)
     assert [each.index for each in measured.failed] == [1, 2, 3, 4]
+    assert told == f"jobs read files below {root} only"
     shown = [each.message + each.traceback for each in (*lines.failed, *measured.failed)]
     assert not [text for text in shown if "root:x" in text]
     assert all(f"RLM_FILES_ROOT={root}" in text for text in (shown[0], shown[1], shown[2]))
