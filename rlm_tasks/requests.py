@@ -133,6 +133,10 @@ class TraceContext(_Checked):
         return f"00-{trace_id:0>32}-{span_id:0>16}-{int(self.sampled):02x}"
 
 
+LONGEST_QUEUE_TIMEOUT_S = 30 * 86_400
+"""An open job is kept for this long without a worker."""
+
+
 class Options(_Checked):
     """How a job runs; independent of its operation and items."""
 
@@ -143,6 +147,11 @@ class Options(_Checked):
         le=LONGEST_S * 1000,
         description="The job ends as `expired` after this time. Also as `timeout`, in seconds or "
         "as a timedelta.",
+    )
+    queue_timeout: float | Literal["priority"] | None = Field(
+        None,
+        description="The job ends as `expired` if no worker begins it within these seconds; also a "
+        "timedelta. `priority`: 10 s for high, 30 s for normal and 60 s for low jobs.",
     )
     max_depth: int | None = Field(
         None, ge=1, le=64, description="Most levels of the tree; empty: the strategy's value."
@@ -212,6 +221,22 @@ class Options(_Checked):
                 raise InvalidRequest("timeout", timeout, advice)
             fields["timeout_ms"] = seconds * 1000
         return fields
+
+    @field_validator("queue_timeout", mode="before")
+    @classmethod
+    def _queue_timeout_in_seconds(cls, value: Any) -> Any:
+        seconds = value.total_seconds() if isinstance(value, timedelta) else value
+        if seconds is None or seconds == "priority":
+            return seconds
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+            raise InvalidRequest(
+                "queue_timeout", value, "must be seconds, a timedelta or the text priority"
+            )
+        if not 0.001 <= seconds <= LONGEST_QUEUE_TIMEOUT_S:
+            raise InvalidRequest(
+                "queue_timeout", value, f"must be from 0.001 to {LONGEST_QUEUE_TIMEOUT_S:,} seconds"
+            )
+        return seconds
 
     @field_validator("trace_context", mode="before")
     @classmethod

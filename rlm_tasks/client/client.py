@@ -212,7 +212,7 @@ class Client(Platform):
 
     def jobs(self, limit: int = 100) -> list[Job]:
         """Return the newest jobs of this platform, the newest first.  Raises StoreUnavailable."""
-        return [Job(self.session, id) for id, _ in self.ledger.jobs(limit)]
+        return [Job(self.session, id) for id, _ in self.ledger.job_list.newest(limit)]
 
     def listed(self, limit: int = 100) -> list[tuple[JobSpec, Progress]]:
         """Return specification and progress of the newest jobs.

@@ -51,7 +51,7 @@ class JobWaiter(JobReader):
             left_s = _BLOCK_MS / 1000 if until is None else until - time.monotonic()
             if left_s <= 0:
                 raise ResultTimeout(self.id, timeout or 0.0)
-            deadline = int(facts["deadline"])
+            deadline = _first_deadline(facts)
             if deadline and (due_in_s := (deadline - self._now_ms()) / 1000) <= left_s:
                 self._wait_until_expired(max(0.0, due_in_s), facts)
             else:
@@ -92,3 +92,10 @@ class JobWaiter(JobReader):
         for id in (self.id, *(id for id, _ in self._rounds(facts))):
             self._ledger.stop(id, "expired", force=force)
         self._wait_for_event(0.1)
+
+
+def _first_deadline(facts: Facts) -> int:
+    """Return the ms at which a job expires if nothing changes; 0: it does not."""
+    deadline, start_by = int(facts["deadline"]), int(facts.get("start_by", 0))
+    waits = start_by if facts["state"] == Status.PENDING else 0
+    return min(filter(None, (deadline, waits)), default=0)

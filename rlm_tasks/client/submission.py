@@ -36,6 +36,8 @@ from rlm_tasks.operations import registry
 from rlm_tasks.operations.policies import policies, priority_for
 from rlm_tasks.requests import Budget, JobRequest, Options
 from rlm_tasks.results import Status
+from rlm_tasks.settings.model import Settings
+from scheduler.settings import AdmissionSettings
 
 if TYPE_CHECKING:
     from rlm_tasks.client.session import Session
@@ -213,6 +215,7 @@ class Submission:
             validate=conditions.validate_before_process,
             early_termination_threshold=conditions.early_termination_threshold,
             timeout_ms=options.timeout_ms,
+            queue_timeout_ms=_queue_timeout_ms(self._settings, options, priority),
             description=request.description,
             complexity=request.complexity,
             estimate_s=request.estimated_duration_s,
@@ -340,3 +343,12 @@ def _same_params(first: JobSpec, new: JobSpec) -> bool:
         with suppress(TypeError):
             return bool(msgspec.json.decode(msgspec.json.encode(new.params)) == first.params)
     return first.params == new.params or first.packed_params == new.packed_params
+
+
+def _queue_timeout_ms(settings: Settings, options: Options, priority: str) -> float | None:
+    """Return the ms within which a worker must begin a job; None: no limit."""
+    seconds = options.queue_timeout
+    if seconds == "priority":
+        # A bound of 0 only switches the admission check off.
+        seconds = settings.admission.wait_s(priority) or AdmissionSettings().wait_s(priority)
+    return 1000 * float(seconds) if seconds else None

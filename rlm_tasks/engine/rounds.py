@@ -183,6 +183,7 @@ def _child_spec(spec: JobSpec, number: int, next_round: NextRound, operation: Op
         early_termination_threshold=None,
         idempotency_key="",
         patient=False,
+        queue_timeout_ms=None,
         emits={},
         continue_on_error=spec.continue_on_error and not next_round.strict,
         error_threshold=None if next_round.strict else spec.error_threshold,

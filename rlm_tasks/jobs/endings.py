@@ -79,6 +79,9 @@ def sentence(facts: Mapping[str, str]) -> str:
 
 def _because(facts: Mapping[str, str], verb: str) -> str:
     cause = CAUSES.get(facts.get("stop", ""), "")
+    if facts.get("stop_why") == "queue_timeout":
+        waited_s = (int(facts["start_by"]) - int(facts["opened_ms"])) / 1000
+        cause = f"no worker began it within its queue_timeout of {waited_s:g} s"
     if facts.get("stop") == "failed" and facts["failed"] == "1":
         cause = "an item failed"
     if not cause or cause == f"it {verb}":

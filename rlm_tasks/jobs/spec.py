@@ -41,6 +41,7 @@ class JobSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     validate: bool = False
     early_termination_threshold: float | None = None
     timeout_ms: float | None = None
+    queue_timeout_ms: float | None = None  # a worker must begin it within this time
     description: str = ""
     complexity: str = ""
     estimate_s: float = 0.0  # expected time of its longest item; 0: unknown

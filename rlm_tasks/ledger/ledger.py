@@ -85,8 +85,7 @@ class Ledger(LedgerReader):
         now_ms = self.clock.now_ms()
         pipe = self.store.client.pipeline(transaction=False)
         first_ms = {
-            spec.job: now_ms + min(self._grace_ms, math.ceil(spec.timeout_ms or self._grace_ms))
-            for spec, _ in new
+            spec.job: now_ms + math.ceil(min(self._grace_ms, *_limits_ms(spec))) for spec, _ in new
         }
         self.due.add(pipe, first_ms)
         # Rounds are not listed: their jobs lead to them.
@@ -274,6 +273,11 @@ class Ledger(LedgerReader):
         self.call(lambda client: client.hset(self.keys.of(job).job, "rounds", str(number)))
 
 
+def _limits_ms(spec: JobSpec) -> tuple[float, ...]:
+    """Return the times in ms after which a job may expire; they are long for a job without any."""
+    return tuple(each or math.inf for each in (spec.timeout_ms, spec.queue_timeout_ms))
+
+
 def _opening(
     keys: Keys, spec: JobSpec, ttl_s: int, staged: str, wait_ms: int, why: str, *, keep: int
 ) -> Call:
@@ -301,6 +305,7 @@ def _opening(
             wait_ms,
             why,
             keep,
+            math.ceil(spec.queue_timeout_ms or 0),
         ),
     )
 

@@ -165,12 +165,6 @@ class LedgerReader:
             if len(page) < 2 * PIECES_AT_ONCE:
                 return
 
-    # --- all jobs ------------------------------------------------------------------------------
-
-    def jobs(self, limit: int) -> list[tuple[str, int]]:
-        """Return (job, ms opened), the newest first."""
-        return self.job_list.newest(limit)
-
     # --- plain commands ------------------------------------------------------------------------
 
     def _hash(self, key: str) -> dict[bytes, bytes]:

@@ -39,7 +39,7 @@ class LedgerSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False
     )
     node_records: int = Field(
         10_000,
-        ge=100,
+        ge=10,
         description="Records of ended nodes that a job keeps; older ones are only counted.",
     )
 

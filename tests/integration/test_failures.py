@@ -309,3 +309,11 @@ def test_an_empty_job_is_skipped_on_request_without_a_message(
     )
 
     assert (result.status, result.output, result.total) == (Status.SUCCEEDED, None, 0)
+
+
+def test_a_job_without_a_worker_expires_at_its_queue_timeout(client_without_worker: Client) -> None:
+    job = client_without_worker.submit(operation="sum", items=range(9), queue_timeout=0.3)
+
+    with pytest.raises(JobExpired, match=r"no worker began it within its queue_timeout of 0.3 s"):
+        job.result(timeout=20)
+    assert job.status == "expired"

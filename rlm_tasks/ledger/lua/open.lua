@@ -2,7 +2,7 @@
 -- KEYS: also the staged items and blocks.
 -- ARGV: spec, n, queue, fail_limit, early_limit, timeout_ms (0: none), ttl_s, phase, root node id,
 -- task id, schema, ms for which the first node is parked (0: none), why, records of ended nodes that
--- are kept.
+-- are kept, ms within which a worker must begin it (0: none).
 -- Returns 1, or 0 when the job was open already; the staged items are then deleted.
 local staged = {[KEYS[18]] = items, [KEYS[19]] = blocks}
 if call('EXISTS', job) == 1 then
@@ -18,7 +18,8 @@ call('HSET', job, 'spec', ARGV[1], 'n', ARGV[2], 'queue', ARGV[3], 'state', 'pen
   'ttl_s', ARGV[7], 'stop', '', 'opened_ms', now, 'done', 0, 'failed', 0, 'skipped', 0, 'pending', 0,
   'nodes', 0, 'splits', 0, 'yields', 0, 'depth', 0, 'busy_us', 0, 'peak_kb', 0, 'validated', 0, 'task', ARGV[10],
   'schema', ARGV[11], 'seen_ms', 0, 'claimed_ms', 0, 'probed_ms', 0, 'probes', 0,
-  'parked', 0, 'node_records', ARGV[14])
+  'parked', 0, 'node_records', ARGV[14],
+  'start_by', tonumber(ARGV[15]) > 0 and now + ARGV[15] or 0)
 local root = {lo = 0, hi = tonumber(ARGV[2]), d = 0, p = '', sp = '', ix = 0, t = ARGV[10], why = ARGV[13], rs = 0}
 local wait = tonumber(ARGV[12])
 if wait > 0 then park_node(ARGV[9], root, now + wait) else queue_node(ARGV[9], root) end

@@ -49,12 +49,13 @@ end
 -- Return all facts that the scripts decide by, in one read.
 local function facts()
   local v = call('HMGET', job, 'state', 'stop', 'deadline', 'fail_limit', 'early_limit',
-                 'failed', 'done', 'pending', 'phase', 'n', 'ttl_s', 'schema', 'seen_ms', 'node_records')
+                 'failed', 'done', 'pending', 'phase', 'n', 'ttl_s', 'schema', 'seen_ms', 'node_records', 'start_by')
   if not v[1] then return nil end
   return {state = v[1], stop = v[2] or '', deadline = tonumber(v[3]), fail_limit = tonumber(v[4]),
           early_limit = tonumber(v[5]), failed = tonumber(v[6]), done = tonumber(v[7]),
           pending = tonumber(v[8]), phase = v[9], n = tonumber(v[10]), ttl_s = tonumber(v[11]),
-          schema = tonumber(v[12]), seen_ms = tonumber(v[13]), node_records = tonumber(v[14] or 10000)}
+          schema = tonumber(v[12]), seen_ms = tonumber(v[13]), node_records = tonumber(v[14] or 10000),
+          start_by = tonumber(v[15] or 0)}
 end
 
 local TERMINAL = {succeeded = true, failed = true, expired = true, cancelled = true}
@@ -106,10 +107,16 @@ local function stop(f, reason, detail)
   note('stopping', reason .. (detail and detail ~= '' and (': ' .. detail) or ''))
 end
 
--- End a job early: at its deadline, when too many items failed, or by early termination.
+-- Whether no worker has begun a job within its queue_timeout.
+local function overdue_in_queue(f) return f.start_by > 0 and f.state == 'pending' and now >= f.start_by end
+
+-- End a job early: at its deadline, when no worker begins it, when too many items failed, or by early termination.
 local function judge(f)
   if f.stop ~= '' then return end
   if f.deadline > 0 and now >= f.deadline then stop(f, 'expired')
+  elseif overdue_in_queue(f) then
+    call('HSET', job, 'stop_why', 'queue_timeout')
+    stop(f, 'expired', 'no worker has begun it within its queue_timeout')
   elseif f.fail_limit >= 0 and f.failed > f.fail_limit then stop(f, 'failed', f.failed .. ' items failed')
   elseif f.early_limit > 0 and f.phase == 'process' and f.done >= f.early_limit then stop(f, 'early')
   end

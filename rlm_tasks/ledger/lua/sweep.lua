@@ -84,6 +84,7 @@ local again = now + lease
 if call('ZCARD', waiting) > 0 then again = math.min(again, math.max(quiet_until, now + grace)) end
 if first[2] then again = math.min(again, tonumber(first[2])) end
 if f.deadline > 0 then again = math.min(again, f.deadline) end
+if f.start_by > 0 and f.state == 'pending' then again = math.min(again, f.start_by) end
 if f.stop ~= '' then again = math.min(again, now + tonumber(ARGV[3])) end
 if #send >= most then again = now end
 return {f.state, math.max(again, now + 50), unpack(send)}

@@ -109,7 +109,7 @@ def test_a_client_with_a_short_time_deletes_no_index_of_others(platform: Platfor
     platform.ledger.due.take(10, 1000)
     opened(platform, "third")
     assert (store.ttl(keys.due), store.ttl(keys.jobs)) == (-1, -1)
-    assert {"long", "short", "third"} <= {job for job, _ in platform.ledger.jobs(10)}
+    assert {"long", "short", "third"} <= {job for job, _ in platform.ledger.job_list.newest(10)}
 
 
 def test_expired_jobs_leave_the_list_and_all_others_stay(platform: Platform) -> None:
@@ -120,8 +120,10 @@ def test_expired_jobs_leave_the_list_and_all_others_stay(platform: Platform) -> 
     store.zadd(keys.jobs, {"second": ledger.store.now_ms() - 2 * OPENING_MS})
     store.delete(*keys.of("second"))
 
-    assert "second" not in {job for job, _ in ledger.jobs(10)}
-    assert ledger.jobs(2) == ledger.jobs(10)[:2], "the number asked for, without expired ones"
+    assert "second" not in {job for job, _ in ledger.job_list.newest(10)}
+    assert ledger.job_list.newest(2) == ledger.job_list.newest(10)[:2], (
+        "the number asked for, without expired ones"
+    )
     assert ledger.job_list.trim() == 1
     listed = {each.decode() for each in store.zrange(keys.jobs, 0, -1)}
     assert {"first", "third", "not open yet"} <= listed

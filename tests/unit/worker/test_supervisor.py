@@ -73,9 +73,9 @@ def test_one_job_that_cannot_be_swept_stops_no_other(caplog: pytest.LogCaptureFi
 
 def test_one_tick_sends_a_bounded_part_of_a_job_with_many_overdue_nodes() -> None:
     platform = Platform()
-    spec = platform.submit(JobRequest(operation="sum", items=range(1500)))
+    spec = platform.submit(JobRequest(operation="sum", items=range(1100)))
     claim = platform.ledger.claim(spec.job, ROOT, TOKEN, "unit")
-    kids = [Child(f"n{at}", at, at + 1, 1, "", 0, "t", "", wait_ms=0) for at in range(1500)]
+    kids = [Child(f"n{at}", at, at + 1, 1, "", 0, "t", "", wait_ms=0) for at in range(1100)]
     platform.ledger.finish(claim, Report(mid=0, kids=kids), b"")
     store, keys = platform.store.client, platform.keys
     store.zadd(keys.due, {spec.job: 1})
