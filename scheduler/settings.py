@@ -134,8 +134,21 @@ class BatchSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False)
     max_size: int = Field(
         50,
         ge=1,
-        description="Requests that `batch_submit` opens at a time under moderate load. Also "
+        description="Requests that `batch_submit` opens at a time under moderate load; where "
+        "workers live, so many of its jobs at most are open and unclaimed at once. Also "
         "`WORKFLOW_MAX_BATCH_SIZE`.",
+    )
+    wait_s: float = Field(
+        30.0,
+        ge=0,
+        le=3600,
+        description="Longest time in all that one `batch_submit` waits for workers to take in the "
+        "jobs before; then it opens the rest. 0: it never waits.",
+    )
+    router: bool = Field(
+        False,
+        description="Jobs of all clients together are opened at 1,000 a second at most, and 100 "
+        "at once.",
     )
 
 

@@ -136,6 +136,13 @@ class AdmissionCheck:
             )
         self._known_until[key] = now + KNOWN_S
 
+    def slots_of(self, queue: str) -> int:
+        """Return the number of slots of live workers that consume a queue, at most 1 s old.
+
+        Raises StoreUnavailable.
+        """
+        return self._load(queue).slots.get(queue, 0)
+
     def batch_size(self) -> int:
         """Return the number of jobs to open at a time.
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from resilience.errors import StoreUnavailable
+from rlm_tasks.client.intake import Intake
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.file_roots import FilesRoot
@@ -84,8 +85,8 @@ class Submission:
     def open(self, requests: Sequence[JobRequest]) -> list[str]:
         """Open jobs for checked or unchecked requests, and return their ids.
 
-        Raises InvalidRequest, Overloaded and QueueFull before anything is stored, and
-        StoreUnavailable.
+        A batch is opened in parts, no faster than workers take them in (see `Intake`).  Raises
+        InvalidRequest, Overloaded and QueueFull before anything is stored, and StoreUnavailable.
         """
         requests = [self.check(request) for request in requests]
         self._session.store.check()
@@ -95,9 +96,14 @@ class Submission:
         try:
             # All are admitted before any is stored.
             delays = [self._delay_of(*each) for each in named]
-            size = self._session.admission.batch_size()
-            parts = [slice(at, at + size) for at in range(0, len(requests), size)]
-            return [job for part in parts for job in self._open_part(named[part], delays[part])]
+            intake, opened = Intake(self._session, map(self.queue_of, requests)), list[str]()
+            while left := len(named) - len(opened):
+                part = slice(len(opened), len(opened) + intake.room(left))
+                jobs = self._open_part(named[part], delays[part])
+                sent = zip(jobs, delays[part], strict=True)
+                intake.opened(job for job, delay in sent if delay is None)
+                opened += jobs
+            return opened
         except BaseException:  # an interrupt too: no other code returns the places
             self._leave([job for _, job in named])
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rlm_tasks import (
 )
 from rlm_tasks.client.client import Client as PlainClient
 from rlm_tasks.operations import registry
+from tests.integration.conftest import client_of
 from tests.support import wait_until
 
 SHAPES: list[dict[str, Any]] = [
@@ -336,3 +338,27 @@ def test_an_operations_own_submit_takes_a_key_beside_options(
     second = operation.submit([1, 2], idempotency_key="once", options=options)
 
     assert first.id == second.id
+
+
+def test_a_batch_of_a_hundred_leaves_no_more_than_five_jobs_unclaimed(
+    environment: dict[str, str], worker_pid: int
+) -> None:
+    seen = [0]
+    with client_of({**environment, "RLM_BATCH__MAX_SIZE": "5"}) as client:
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.is_set():
+                pipe = client.ledger.store.client.pipeline()  # all states of one moment
+                for job in client.ledger.due.jobs(1000):
+                    pipe.hget(client.ledger.keys.of(job).job, "state")
+                seen.append(pipe.execute().count(b"pending"))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        jobs = client.batch_submit([{"operation": "nap", "items": [5]}] * 100)
+        ended.set()
+        watcher.join()
+        assert [job.get(timeout=60) for job in jobs] == [[5]] * 100
+
+    assert max(seen) <= 5
