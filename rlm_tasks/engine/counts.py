@@ -15,30 +15,44 @@ from rlm_tasks.metrics.slot_files import is_counting
 if TYPE_CHECKING:
     from rlm_tasks.ledger.records import Report
 
+MOST_OPERATIONS = 1000
+"""Operations that the metrics of a worker keep apart; code declares them, not users' texts."""
 ITEMS = Counter(
     "rlm_items_total",
     "Items that ended: done, failed, or skipped as empty.",
     {"operation": None, "outcome": ("done", "failed", "skipped")},
+    most_values=MOST_OPERATIONS,
 )
 NODES = Counter(
     "rlm_nodes_total",
     "Nodes that ended: done with their whole range, or the reason of their cut.",
     {"operation": None, "reason": ("done", *(each.name.lower() for each in Reason))},
+    most_values=MOST_OPERATIONS,
 )
 NODE_DURATION = Histogram(
-    "rlm_node_duration_seconds", "Time from a node's claim to its finish.", {"operation": None}
+    "rlm_node_duration_seconds",
+    "Time from a node's claim to its finish.",
+    {"operation": None},
+    most_values=MOST_OPERATIONS,
 )
 EXECUTION_TIME = Histogram(
     "rlm_execution_time_ms",
     "Mean time of an item in its node, counted once for each item.",
     {"operation": None},
     MILLISECONDS,
+    most_values=MOST_OPERATIONS,
 )
-BUSY = Counter("rlm_item_busy_seconds_total", "Time spent in items.", {"operation": None})
+BUSY = Counter(
+    "rlm_item_busy_seconds_total",
+    "Time spent in items.",
+    {"operation": None},
+    most_values=MOST_OPERATIONS,
+)
 RETRIED = Counter(
     "rlm_retries_total",
     "Items that recovered at a later try, or were given up although a retry might have helped.",
     {"operation": None, "outcome": ("recovered", "given_up")},
+    most_values=MOST_OPERATIONS,
 )
 CACHED = Counter(
     "rlm_cache_reads_total",

@@ -14,16 +14,18 @@ import math
 import re
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from resilience.errors import InvalidValue
-from rlm_tasks.metrics.slot_files import count
+from rlm_tasks.metrics.slot_files import SlotFiles, count
 
 OTHER = "other"
-"""The value of a label in place of one that was not declared.
+"""The value of a label in place of one that was not declared, or that is one too many.
 
 Without it, the number of series would grow with the texts that users send."""
+MOST_VALUES = 100
+"""Values that a label without declared ones may have in one worker."""
 SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 MILLISECONDS = tuple(1000 * each for each in SECONDS)
 _NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
@@ -40,14 +42,25 @@ DECLARED: dict[str, Metric] = {}
 class Metric:
     """A declared metric.
 
-    `labels` has the values of each label; None allows all values of a label that has few anyway.
+    `labels` has the values of each label; None allows all values, of which the first `most_values`
+    of a worker are kept apart.  Further ones count as ``other``, so the sum stays right.
     """
 
     type = ""
 
-    def __init__(self, name: str, about: str, labels: Labels | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        about: str,
+        labels: Labels | None = None,
+        *,
+        most_values: int = MOST_VALUES,
+    ) -> None:
         """Declare it in each process that imports the module.  Raises InvalidValue."""
         self.name, self.about, self.labels = name, about, dict(labels or {})
+        self.most_values = most_values
+        if not most_values > 0:
+            raise InvalidValue("most_values", most_values, "must be above 0")
         for each in (name, *self.labels):
             if not _NAME.fullmatch(each):
                 raise InvalidValue(
@@ -78,6 +91,35 @@ class Metric:
             for label, allowed in self.labels.items()
         )
 
+    def _bounded(
+        self,
+        files: SlotFiles,
+        values: tuple[str, ...],
+        series: Callable[[tuple[str, ...]], Sequence[str]],
+    ) -> Sequence[str]:
+        """Return the keys of a series; a value that is one too many for its label is replaced.
+
+        `series` returns the keys for values.
+        """
+        named = dict(zip(self.labels, values, strict=True))
+        given = {
+            label: value
+            for label, value in named.items()
+            if self.labels[label] is None and value != OTHER
+        }
+
+        def kept(excess: Collection[str]) -> Sequence[str]:
+            return series(tuple(OTHER if label in excess else named[label] for label in named))
+
+        if not given:
+            return series(values)
+        excess = files.excess(
+            self.family, given, self.most_values, lambda excess: (self.type, kept(excess))
+        )
+        if excess:
+            DROPPED.inc(metric=self.name)
+        return kept(excess)
+
     def _key(self, sample: str, values: tuple[str, ...], **more: str) -> str:
         from prometheus_client.mmap_dict import mmap_key
 
@@ -95,11 +137,18 @@ class Counter(Metric):
 
     type = "counter"
 
-    def __init__(self, name: str, about: str, labels: Labels | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        about: str,
+        labels: Labels | None = None,
+        *,
+        most_values: int = MOST_VALUES,
+    ) -> None:
         if not name.endswith("_total"):
             raise InvalidValue("name", name, "a counter's name must end in _total")
-        super().__init__(name, about, labels)
-        self._keys = functools.cache(lambda values: self._key(self.name, values))
+        super().__init__(name, about, labels, most_values=most_values)
+        self._keys = functools.cache(lambda values: [self._key(self.name, values)])
 
     @property
     def family(self) -> str:
@@ -115,7 +164,12 @@ class Counter(Metric):
         if not 0 <= amount < math.inf:
             raise InvalidValue("amount", amount, f"{self.name} is a counter; add 0 or more")
         values = self._values(labels)
-        count(lambda files: files.add("counter", (self._keys(values), amount)))
+
+        def add(files: SlotFiles) -> None:
+            [key] = self._bounded(files, values, self._keys)
+            files.add("counter", (key, amount))
+
+        count(add)
 
 
 class Histogram(Metric):
@@ -132,8 +186,10 @@ class Histogram(Metric):
         about: str,
         labels: Labels | None = None,
         buckets: Collection[float] = SECONDS,
+        *,
+        most_values: int = MOST_VALUES,
     ) -> None:
-        super().__init__(name, about, labels)
+        super().__init__(name, about, labels, most_values=most_values)
         self._bounds = (*sorted(buckets), float("inf"))
         self._keys = functools.cache(self._keys_of)
 
@@ -142,10 +198,14 @@ class Histogram(Metric):
 
         Raises InvalidValue for other labels than the declared ones.
         """
-        total, *buckets = keys = self._keys(self._values(labels))
-        bucket = buckets[bisect_left(self._bounds, value)]
-        amounts = (total, value * times), (bucket, times)
-        count(lambda files: files.add("histogram", *amounts, among=keys))
+        values = self._values(labels)
+
+        def add(files: SlotFiles) -> None:
+            total, *buckets = keys = self._bounded(files, values, self._keys)
+            bucket = buckets[bisect_left(self._bounds, value)]
+            files.add("histogram", (total, value * times), (bucket, times), among=keys)
+
+        count(add)
 
     def _keys_of(self, values: tuple[str, ...]) -> list[str]:
         from prometheus_client.utils import floatToGoString
@@ -169,6 +229,14 @@ class Peak(Metric):
     @functools.cached_property
     def _own_key(self) -> str:
         return self._key(self.name, ())
+
+
+DROPPED = Counter(
+    "rlm_metric_series_dropped_total",
+    "Counts under the label value `other`, because the label had its most values already.",
+    {"metric": None},
+    most_values=10_000,  # metrics are declared by code
+)
 
 
 # --- decorators for users' functions ----------------------------------------------------------

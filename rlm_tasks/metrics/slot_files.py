@@ -6,10 +6,14 @@ the files.
 
 from __future__ import annotations
 
+import fcntl
+import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +40,61 @@ class SlotFiles:
         self._begun: set[str] = set()
         # For pools of threads; in other pools the main process never holds it.
         self._lock = threading.Lock()
+        self._values: dict[tuple[str, str], set[str]] = defaultdict(set)
+        self._told: set[tuple[str, str]] = set()
+
+    def excess(
+        self,
+        family: str,
+        given: Mapping[str, str],
+        most: int,
+        begin: Callable[[Sequence[str]], tuple[str, Sequence[str]]],
+    ) -> Sequence[str]:
+        """Return the labels of a metric whose value is one too many, of those `given`.
+
+        All processes of the worker share the `most` values of a label.  For a new value, `begin`
+        gets those labels, and returns the kind and the keys of the series that begin at 0.
+        """
+        new = [label for label, value in given.items() if value not in self._values[family, label]]
+        if any(len(self._values[family, label]) < most for label in new):
+            with self._lock, self._alone_in_folder():
+                self._read_values()
+                new = [label for label in new if given[label] not in self._values[family, label]]
+                new = [label for label in new if len(self._values[family, label]) >= most]
+                kind, keys = begin(new)
+                for key in keys:
+                    self._file(kind).read_value(key)
+                for label in given.keys() - set(new):
+                    self._values[family, label].add(given[label])
+        for label in new:
+            if (family, label) not in self._told:
+                self._told.add((family, label))
+                logger.warning(
+                    "The label %s of %s has %d values, its most; others count together",
+                    label,
+                    family,
+                    most,
+                )
+        return new
+
+    @contextmanager
+    def _alone_in_folder(self) -> Iterator[None]:
+        folder = os.open(self._folder, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+    def _read_values(self) -> None:
+        """Read the values of all labels from the files of all slots."""
+        from prometheus_client.mmap_dict import MmapedDict
+
+        for path in self._folder.glob("*.db"):
+            for key, *_ in MmapedDict.read_all_values_from_file(str(path)):
+                family, _, labels, _ = json.loads(key)
+                for label, value in labels.items():
+                    self._values[family, label].add(value)
 
     def add(self, kind: str, *amounts: tuple[str, float], among: Sequence[str] = ()) -> None:
         """Add to the series of these keys; all series `among` which they are begin at 0."""

@@ -104,3 +104,73 @@ def test_functions_are_counted_and_timed_even_when_they_raise(exposed: ExposedMe
         == {"outcome=ok": 1, "outcome=error": 1}
     )
     assert exposed["unit_order_seconds_count"] == {"": 2}
+
+
+# --- labels without declared values -----------------------------------------------------------
+
+CUSTOMERS = Counter("unit_customers_total", "Orders by customer.", {"customer": None})
+WAITS = Histogram(
+    "unit_waits", "Waits by customer.", {"customer": None}, buckets=(1, 10), most_values=3
+)
+
+
+def test_a_free_label_has_a_hundred_values_and_the_sum_stays_right(
+    exposed: ExposedMetrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        for number in range(1500):
+            CUSTOMERS.inc(2, customer=f"c{number}")
+
+    series = exposed["unit_customers_total"]
+    assert len(series) == 101
+    assert sum(series.values()) == 2 * 2 * 1500
+    assert series["customer=c0"] == series["customer=c99"] == 4
+    assert series["customer=other"] == 2 * 2 * 1400
+    assert exposed["rlm_metric_series_dropped_total"] == {"metric=unit_customers_total": 2800}
+    assert [each.message for each in caplog.records] == [
+        "The label customer of unit_customers has 100 values, its most; others count together"
+    ]
+
+
+def test_a_histogram_bounds_its_series_as_well(exposed: ExposedMetrics) -> None:
+    for number in range(10):
+        WAITS.observe(number, customer=f"c{number}")
+
+    assert exposed["unit_waits_count"] == {
+        "customer=c0": 1,
+        "customer=c1": 1,
+        "customer=c2": 1,
+        "customer=other": 7,
+    }
+    assert sum(exposed["unit_waits_sum"].values()) == sum(range(10))
+
+
+def test_each_of_several_labels_has_its_own_bound(exposed: ExposedMetrics) -> None:
+    visits = Counter(
+        "unit_visits_total",
+        "Visits.",
+        {"page": None, "kind": ("new", "back"), "user": None},
+        most_values=2,
+    )
+    for page, kind, user in (
+        ("a", "new", "u1"),
+        ("b", "back", "u2"),
+        ("a", "new", "u3"),
+        ("c", "odd", "u1"),
+        ("other", "new", "other"),
+    ):
+        visits.inc(page=page, kind=kind, user=user)
+
+    assert exposed["unit_visits_total"] == {
+        "kind=new,page=a,user=u1": 1,
+        "kind=back,page=b,user=u2": 1,
+        "kind=new,page=a,user=other": 1,
+        "kind=other,page=other,user=u1": 1,
+        "kind=new,page=other,user=other": 1,
+    }
+    assert exposed["rlm_metric_series_dropped_total"] == {"metric=unit_visits_total": 2}
+
+
+def test_a_bound_below_one_is_refused() -> None:
+    with pytest.raises(InvalidValue, match="most_values=0: must be above 0"):
+        Counter("unit_bounded_total", "Bounded.", {"page": None}, most_values=0)

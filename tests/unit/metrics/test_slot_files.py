@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,52 @@ def test_a_missing_folder_stops_the_counting_only(
     assert [record.message[:50] for record in caplog.records] == [
         "This process counts no more, its metrics cannot be"
     ]
+
+
+# --- the values of labels, over all processes -------------------------------------------------
+
+
+def count_customers(folder: Path, slot: int) -> None:
+    """Count as the process of a slot: most customers are known to one process only."""
+    slot_files._slot = lambda: str(slot)
+    slot_files.begin(folder)
+    for number in range(60):
+        CUSTOMERS.inc(customer=f"shared-{number}" if number < 10 else f"of-{slot}-{number}")
+    slot_files.end()
+
+
+CUSTOMERS = Counter("unit_slot_customers_total", "By customer.", {"customer": None})
+
+
+def test_all_processes_of_a_worker_share_the_values_of_a_label(
+    folder: Path, exposed: ExposedMetrics
+) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=count_customers, args=(folder, slot)) for slot in range(4)]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join()
+        assert each.exitcode == 0
+
+    series = exposed["unit_slot_customers_total"]
+    assert sum(series.values()) == 4 * 60
+    assert len(series) == 101
+    dropped = exposed["rlm_metric_series_dropped_total"]["metric=unit_slot_customers_total"]
+    assert (
+        series["customer=other"]
+        == dropped
+        == 4 * 60 - sum(value for labels, value in series.items() if labels != "customer=other")
+    )
+
+
+def test_the_next_process_of_a_slot_knows_the_values_of_the_last_one(
+    folder: Path, exposed: ExposedMetrics
+) -> None:
+    for first in (0, 80):
+        slot_files.begin(folder)
+        for number in range(first, first + 80):
+            CUSTOMERS.inc(customer=f"c{number}")
+
+    series = exposed["unit_slot_customers_total"]
+    assert (len(series), series["customer=other"]) == (101, 60)
