@@ -11,9 +11,9 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -107,11 +107,26 @@ class Pattern:
     last_seen_ms: int
 
 
+class Escalation(NamedTuple):
+    """A pattern that exceeds its rate from now on."""
+
+    service: str
+    code: str
+    severity: Severity  # one step above that of its fault
+    message: str  # the fingerprint
+
+
 class FaultLog:
     """The recurring faults that all workers of a namespace share."""
 
-    def __init__(self, store: Store, settings: FaultLogSettings = FaultLogSettings()) -> None:  # noqa: B008  # frozen
-        self._store, self._settings = store, settings
+    def __init__(
+        self,
+        store: Store,
+        settings: FaultLogSettings = FaultLogSettings(),  # noqa: B008  # frozen
+        on_escalation: Callable[[Escalation], object] = lambda _: None,
+    ) -> None:
+        """`on_escalation` is called once for each pattern that exceeds its rate from now on."""
+        self._store, self._settings, self._on_escalation = store, settings, on_escalation
         self._keys = Keys(store.namespace).faults
         self._window_ms = round(settings.window_s * 1000)
         self._limits = (
@@ -204,15 +219,17 @@ class FaultLog:
 
     def _warn(self, name: bytes, severity: Severity) -> None:
         service, code, message = json.loads(name)
+        found = Escalation(service, code, _severity(severity, escalated=True), message)
         logger.warning(
             "%s fails with %s more than %d times within %g s; its severity is now %s: %s",
             service,
             code,
             self._settings.rate,
             self._settings.window_s,
-            _severity(severity, escalated=True).name,
+            found.severity.name,
             message,
         )
+        self._on_escalation(found)
 
 
 def _severity(severity: int, *, escalated: bool) -> Severity:

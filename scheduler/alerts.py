@@ -40,7 +40,9 @@ from scheduler.events import (
     CPU_HIGH,
     DEGRADATION_STARTED,
     ENDPOINT_ILL,
+    ERRORS_HIGH,
     EXECUTION_SLOW,
+    FAULTS_ESCALATED,
     LEVEL_SEVERITIES,
     MEMORY_HIGH,
     NEWEST,
@@ -110,6 +112,8 @@ RULES: dict[str, AlertRule] = {
     BREAKERS_OPEN.name: AlertRule(EventSeverity.ERROR, 5 * _MINUTE),
     DEGRADATION_STARTED.name: AlertRule(EventSeverity.INFO, 10 * _MINUTE, "host"),
     EXECUTION_SLOW.name: AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "operation"),
+    ERRORS_HIGH.name: AlertRule(EventSeverity.WARNING, 10 * _MINUTE, "operation"),
+    FAULTS_ESCALATED.name: AlertRule(EventSeverity.WARNING, 5 * _MINUTE, "service"),
     PERFORMANCE_DEGRADED.name: AlertRule(EventSeverity.WARNING, 10 * _MINUTE, "operation"),
 }
 """The rule of each event that raises an alert, by the event's name.
@@ -167,7 +171,7 @@ class Alert:
     """One alert, as every channel gets it."""
 
     kind: str  # name of the event
-    subject: str  # the host, breaker, endpoint or operation, or ``cluster``
+    subject: str  # the host, breaker, service, endpoint or operation, or ``cluster``
     severity: EventSeverity
     message: str
     data: Mapping[str, Any] = field(default_factory=dict)  # data of the event

@@ -239,6 +239,27 @@ PERFORMANCE_RECOVERED = EventKind(
     "The items of an operation no longer take longer, or its past has expired.",
     _COMPARED,
 )
+ERRORS_HIGH = EventKind(
+    "errors.high",
+    EventSeverity.WARNING,
+    "More items of an operation failed than `RLM_SNAPSHOTS__ERROR_RATE` allows.",
+    {
+        "operation": "name of the operation",
+        "failed": "number of items that failed since the snapshot before",
+        "items": "number of items since the snapshot before",
+        "percent": "failed items, in percent of these",
+    },
+)
+FAULTS_ESCALATED = EventKind(
+    "faults.escalated",
+    EventSeverity.WARNING,
+    "A fault of a service recurs so often that its severity was raised.",
+    {
+        "service": "name of the service, by default that of the operation",
+        "code": "code of the fault",
+        "severity": "severity of the fault now",
+    },
+)
 ENDPOINT_ILL = EventKind(
     "endpoint.ill",
     EventSeverity.WARNING,
@@ -288,6 +309,8 @@ KINDS: Mapping[str, EventKind] = MappingProxyType(
             EXECUTION_SLOW,
             PERFORMANCE_DEGRADED,
             PERFORMANCE_RECOVERED,
+            ERRORS_HIGH,
+            FAULTS_ESCALATED,
             ENDPOINT_ILL,
             ENDPOINT_WELL,
             SCALING_ADVISED,

@@ -39,6 +39,7 @@ from scheduler.events import (
     DEGRADATION_STARTED,
     ENDPOINT_ILL,
     EXECUTION_SLOW,
+    FAULTS_ESCALATED,
     LEVEL_SEVERITIES,
     MEMORY_HIGH,
     PRESSURE_CHANGED,
@@ -53,7 +54,9 @@ from scheduler.settings import AdmissionSettings, AutoscaleSettings, PressureSet
 from scheduler.snapshots import Snapshots
 from scheduler.usage import Usage
 
-ALERTING = frozenset({EXECUTION_SLOW.name, MEMORY_HIGH.name, ENDPOINT_ILL.name})
+ALERTING = frozenset(
+    each.name for each in (EXECUTION_SLOW, MEMORY_HIGH, ENDPOINT_ILL, FAULTS_ESCALATED)
+)
 """Events of workers that the monitor alerts; it alerts its own events directly."""
 CALLED_PER_SLOT = 4
 """Most delayed jobs for each slot that begin after one measurement: a first fan-out has as many

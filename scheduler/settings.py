@@ -220,6 +220,13 @@ class SnapshotSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=Fal
         description="Relative increase of the time for an item that raises "
         "`performance.degraded`; 0.2 is 20 %.",
     )
+    error_rate: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="Share of failed items of an operation between two snapshots above which "
+        "`errors.high` is raised, of at least 20 items.",
+    )
 
 
 class AlertSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):

@@ -1,8 +1,8 @@
 """Snapshots of each operation, one a minute, and whether its items take longer than before.
 
 Operations vary differently, so each is compared with its own variation.  A new version of an
-operation begins a new past.  The monitor calls `Snapshots.take`; clients read `of` and `trends`.
-Begin with `trend`.
+operation begins a new past.  Many failed items are an event, too.  The monitor calls
+`Snapshots.take`; clients read `of` and `trends`.  Begin with `trend`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
-from scheduler.events import PERFORMANCE_DEGRADED, PERFORMANCE_RECOVERED, Event
+from scheduler.events import ERRORS_HIGH, PERFORMANCE_DEGRADED, PERFORMANCE_RECOVERED, Event
 from scheduler.settings import SnapshotSettings
 from scheduler.usage import TTL_S, Usage
 
@@ -56,6 +56,10 @@ class Snapshot(msgspec.Struct, array_like=True, frozen=True):
     def avg_ms(self) -> float:
         """Mean time of an item, in milliseconds."""
         return self.busy_us / 1000 / self.executions
+
+    def fails(self, rate: float) -> bool:
+        """Whether more than a share of the items failed, of a number that says something."""
+        return self.executions >= MIN_ITEMS and self.failures > rate * self.executions
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -145,14 +149,27 @@ class Snapshots:
             for name in names
         ]
         answers = self._store.call(*calls) if calls else []
-        changes = [
-            change
-            for name, answer in zip(names, answers, strict=True)
-            for change in self._changes(name, *_parsed(answer), now)
-        ]
+        taken = [(name, *_parsed(each)) for name, each in zip(names, answers, strict=True)]
+        changes = [change for each in taken for change in self._changes(*each, now)]
         if changes:
             self._store.call(*(call for call, _ in changes))
-        return [event for _, event in changes]
+        failing = [event for name, found, _ in taken for event in self._failing(name, found, now)]
+        return [*(event for _, event in changes), *failing]
+
+    def _failing(
+        self, operation: str, snapshots: Sequence[Snapshot], now: float
+    ) -> Iterator[Event]:
+        """Yield an event if many items of an operation fail since its latest snapshot."""
+        rate, (latest, before) = self._settings.error_rate, ([*snapshots, None, None][:2])
+        if latest is None or latest.at < now or not latest.fails(rate):
+            return
+        if before is None or not before.fails(rate):
+            failed, items = latest.failures, latest.executions
+            percent = round(100 * failed / items, 1)
+            yield ERRORS_HIGH.event(
+                f"{percent:g} % of the items of {operation} fail: {failed} of {items}",
+                {"operation": operation, "failed": failed, "items": items, "percent": percent},
+            )
 
     def _changes(
         self, operation: str, snapshots: Sequence[Snapshot], since: float | None, now: float

@@ -1,4 +1,4 @@
-"""The platform events that a node reports: slow items, and a pool process that uses much memory.
+"""The platform events that a node reports: slow items, much memory, and faults that recur often.
 
 `node` calls `NodeEvents.of_node` at the end of each node.  `scheduler.alerts` turns events into
 alerts.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from scheduler.events import EXECUTION_SLOW, MEMORY_HIGH, Event, Events
+from resilience.fault_log import Escalation
+from scheduler.events import EXECUTION_SLOW, FAULTS_ESCALATED, MEMORY_HIGH, Event, Events
 from scheduler.settings import AlertSettings
 
 MEMORY_EVERY_S = 300.0
@@ -50,6 +51,17 @@ class NodeEvents:
             found.append(MEMORY_HIGH.event(message, data))
         if found:
             self._events.emit(*found)
+
+    def escalated(self, found: Escalation) -> None:
+        """Emit the event of a fault that recurs too often; its text stays in the log."""
+        data = {"service": found.service, "code": found.code, "severity": found.severity.name}
+        self._events.emit(
+            FAULTS_ESCALATED.event(
+                f"{found.service} fails with {found.code} again and again; the severity is now "
+                f"{found.severity.name}",
+                data,
+            )
+        )
 
 
 def _slow(operation: str, job: str, index: int, seconds: float) -> Event:

@@ -116,6 +116,8 @@ class Runtime:
         guards = ProcessGuards(shared, settings, wake, ledger.stop)
         learned = Timeouts(shared, multipliers=settings.node.timeout_multipliers)
         events = Events(shared, settings.alerts.history)
+        node_events = NodeEvents(events, settings.alerts, clock)
+        patterns = FaultLogSettings(size=settings.fault_patterns)
         return cls(
             settings=settings,
             ledger=ledger,
@@ -127,12 +129,12 @@ class Runtime:
             page=page,
             guards=guards,
             timeouts=ItemTimeouts(learned, settings.node, clock),
-            faults=FaultLog(shared, FaultLogSettings(size=settings.fault_patterns)),
+            faults=FaultLog(shared, patterns, node_events.escalated),
             usage=Usage(store, keys),
             shares=SlotShares(shared, settings, page, wake),
             board=Board(store, keys, settings.pressure),
             waiting_room=WaitingRoom(store, keys, settings.admission.max_jobs),
-            node_events=NodeEvents(events, settings.alerts, clock),
+            node_events=node_events,
             rounds=Rounds(ledger, dispatcher, settings, guards.budgets, wake),
             clock=clock,
             in_order=in_order,

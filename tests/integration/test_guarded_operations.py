@@ -237,6 +237,12 @@ def test_repeated_faults_are_counted_by_pattern(guarded: Client) -> None:
     [pattern] = [each for each in guarded.fault_patterns() if each.service == "fail_odd"]
     assert (pattern.count, pattern.code, pattern.message) == (20, "OPERATION_FAILED", "# is odd")
     assert pattern.escalated
+    wait_until(
+        lambda: any(
+            each.data["service"] == "fail_odd"
+            for each in guarded.events.recent(name="faults.escalated")
+        )
+    )
 
 
 def test_execute_with_retry_accepts_a_policy_in_camel_case(guarded: Client) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from celery import Celery
 
+from resilience.fault_log import FaultLog
+from resilience.faults import TIMEOUT
 from rlm_tasks.client.client import Client
 from rlm_tasks.engine.node_events import MEMORY_EVERY_S, MOST_SLOW, NodeEvents
 from rlm_tasks.engine.runtime import Runtime
@@ -69,6 +71,20 @@ def test_an_outage_of_redis_does_not_fail_the_node(world: World) -> None:
     assert store.round_trips == 1, "both events in one round trip"
 
 
+def test_a_fault_that_recurs_often_is_one_event_without_its_text(world: World) -> None:
+    emitter, events = node_events(world)
+    log = FaultLog(world.store(), on_escalation=emitter.escalated)
+    for _ in range(40):
+        log.record("llm", [(TIMEOUT, "the customer Ann has no answer")])
+
+    [event] = events.recent()
+    assert (event.name, event.message) == (
+        "faults.escalated",
+        "llm fails with TIMEOUT again and again; the severity is now HIGH",
+    )
+    assert event.data == {"service": "llm", "code": "TIMEOUT", "severity": "HIGH"}
+
+
 def test_nodes_monitor_and_clients_of_a_platform_share_one_stream() -> None:
     settings = Settings(namespace="second")
     app = Celery("unit", set_as_current=False)
@@ -82,7 +98,7 @@ def test_nodes_monitor_and_clients_of_a_platform_share_one_stream() -> None:
     assert client.alerts._store.namespace == "second"
 
 
-@pytest.mark.parametrize("name", ["execution.slow", "memory.high"])
+@pytest.mark.parametrize("name", ["execution.slow", "memory.high", "faults.escalated"])
 def test_each_event_of_a_node_may_raise_an_alert(name: str) -> None:
     from scheduler.alerts import RULES
     from scheduler.monitor import ALERTING

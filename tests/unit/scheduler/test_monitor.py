@@ -18,7 +18,7 @@ from resilience.keys import Keys
 from scheduler.admission import WaitingRoom
 from scheduler.alerts import Alerts
 from scheduler.board import Board, ClusterReport, HostReport
-from scheduler.events import BREAKER_OPENED, Event, Events, EventSeverity
+from scheduler.events import BREAKER_OPENED, FAULTS_ESCALATED, Event, Events, EventSeverity
 from scheduler.monitor import CALLED_PER_SLOT, Monitor, MonitorSettings
 from scheduler.queues import QueueReport
 from scheduler.sampling import Sample
@@ -509,6 +509,16 @@ def test_events_of_workers_are_alerted_once_and_only_later_ones(
     )
     platform.look_repeatedly(3)
     assert platform.alerts() == [("execution.slow", "after", EventSeverity.WARNING)]
+
+
+def test_a_fault_that_recurs_often_is_an_alert(platform: MonitoredPlatform) -> None:
+    platform.look()
+    Events(platform.world.store()).emit(
+        FAULTS_ESCALATED.event("llm fails again and again", {"service": "llm"})
+    )
+    platform.look_repeatedly(3)
+
+    assert platform.alerts() == [("faults.escalated", "llm", EventSeverity.WARNING)]
 
 
 def test_many_events_are_alerted_once_for_each_operation(platform: MonitoredPlatform) -> None:

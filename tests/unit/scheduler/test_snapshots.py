@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from resilience.keys import Keys
-from scheduler.events import EventSeverity
+from scheduler.events import Event, EventSeverity
 from scheduler.settings import SnapshotSettings
 from scheduler.snapshots import MIN_ITEMS, MIN_PAST, RECENT, Snapshot, Snapshots, Trend, trend
 from scheduler.usage import Usage
@@ -183,6 +183,41 @@ def operations(world: World) -> Operations:
     return Operations(world)
 
 
+@pytest.mark.parametrize(
+    ("failed", "items", "told"),
+    [(11, 100, 1), (10, 100, 0), (19, 19, 0), (3, 20, 1), (100, 100, 1)],
+)
+def test_many_failed_items_since_the_last_snapshot_are_told_once(
+    operations: Operations, failed: int, items: int, told: int
+) -> None:
+    events = []
+    for _ in range(3):
+        operations.ran("parse", items=items, failed=failed)
+        operations.ran("scan")
+        events += operations.take()
+    assert events == ["errors.high parse"] * told
+
+    operations.ran("parse")
+    assert operations.take() == []
+    operations.ran("parse", items=items, failed=failed)
+    assert operations.take() == ["errors.high parse"] * told
+
+
+def test_the_error_rate_that_is_told_can_be_set(world: World) -> None:
+    operations = Operations(world, error_rate=0.5)
+    operations.ran("parse", failed=50)
+    assert operations.take() == []
+    operations.ran("parse", failed=51)
+    [event] = take_events(operations)
+    assert event.message == "51 % of the items of parse fail: 51 of 100"
+    assert event.data == {"operation": "parse", "failed": 51, "items": 100, "percent": 51.0}
+
+
+def take_events(operations: Operations) -> list[Event]:
+    operations.world.sleep(EVERY_S)
+    return operations.snapshots.take(operations.world.now)
+
+
 def test_a_snapshot_has_the_work_since_the_last_one(operations: Operations) -> None:
     operations.ran("parse", 10.0, 100, failed=3, mb=200)
     operations.take()
@@ -293,3 +328,15 @@ def test_the_monitor_compares_once_a_minute_and_raises_alerts(world: World) -> N
     assert sizes == list(range(1, 21))
     assert [each.data["operation"] for each in platform.events("performance.degraded")] == ["parse"]
     assert platform.alerts() == [("performance.degraded", "parse", EventSeverity.WARNING)]
+
+
+def test_many_failed_items_are_an_event_and_an_alert(world: World) -> None:
+    platform, operations = MonitoredPlatform(world), Operations(world)
+    monitor, store = platform.monitor()
+    monitor._snapshots = Snapshots(store, platform.keys, SnapshotSettings())
+    operations.ran("parse", failed=20)
+    operations.ran("scan", failed=1)
+    platform.look(monitor)
+
+    assert [each.data["failed"] for each in platform.events("errors.high")] == [20]
+    assert platform.alerts() == [("errors.high", "parse", EventSeverity.WARNING)]
