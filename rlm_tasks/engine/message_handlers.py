@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from celery.exceptions import Reject
@@ -21,7 +21,14 @@ from rlm_tasks.errors import UnknownOperation
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.item_failures import failure_of, raise_if_shutdown
 from rlm_tasks.ledger.partials import compact_split
-from rlm_tasks.messaging.dispatch import body_of, group_id
+from rlm_tasks.messaging.dispatch import (
+    Header,
+    body_of,
+    group_id,
+    is_id,
+    legible,
+    read_header,
+)
 from rlm_tasks.operations import registry
 
 logger = logging.getLogger(__name__)
@@ -35,29 +42,39 @@ def handle_node(runtime: Runtime, task: Any, job: str, node: str) -> None:
 
     Raises Celery's Reject for a message whose slot was given up for urgent work.
     """
-    header = task.request.get("rlm") or {}
+    if not (_is_legible(task, job) and _is_legible(task, node)):
+        return
+    header = read_header(task.request.get("rlm"))
     if why := beyond_this_worker(header):
         _put_back(task, why)
     elif runtime.goes_back((task.request.delivery_info or {}).get("routing_key", "")):
         raise Reject(requeue=True)
-    elif not _run_safely(
-        runtime, job, lambda: run_node(runtime, job, node, header.get("message", 0))
-    ):
+    elif not _run_safely(runtime, job, lambda: run_node(runtime, job, node, header.message)):
         _leave_slot(task.request)
 
 
 def handle_merge(runtime: Runtime, task: Any, job: str, split: str) -> None:
     """Compact the partials of one split, as the body of its chord."""
+    if not (_is_legible(task, job) and _is_legible(task, split)):
+        return
     _run_safely(runtime, job, lambda: _merge(runtime, task.request, job, split))
 
 
-def beyond_this_worker(header: Mapping[str, Any]) -> str:
+def _is_legible(task: Any, id: object) -> bool:
+    """Whether a message names an id; a message that does not is dropped with a log line."""
+    if is_id(id):
+        return True
+    logger.warning("A message is dropped, because it names no id: %s", legible(id))
+    _leave_slot(task.request)
+    return False
+
+
+def beyond_this_worker(header: Header) -> str:
     """Return why this worker must not run a message, '' when it may.
 
     A newer release of the platform, or a newer version of the operation, has opened such a job.
     """
-    schema = header.get("schema", specs.SCHEMA)
-    name, version = header.get("operation", ""), header.get("version", 1)
+    schema, name, version, _ = header
     if schema > specs.SCHEMA:
         return f"jobs of schema {schema}; this worker reads {specs.SCHEMA}"
     if name in registry.names() and version > (mine := registry.get(name).version):
@@ -65,7 +82,7 @@ def beyond_this_worker(header: Mapping[str, Any]) -> str:
     return ""
 
 
-@functools.cache
+@functools.lru_cache(maxsize=100)
 def _warn_once(why: str) -> None:
     logger.warning("Messages go back to their queue untouched: %s. Upgrade this worker", why)
 

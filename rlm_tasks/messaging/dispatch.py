@@ -17,7 +17,7 @@ from celery import Celery
 from redis.exceptions import RedisError
 
 from resilience.errors import StoreUnavailable
-from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.jobs.spec import SCHEMA, JobSpec
 from rlm_tasks.jobs.splitting import Fork, Leaf
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.records import Child, ChordSlot, Split
@@ -122,6 +122,39 @@ def header_of(spec: JobSpec, message: int, sent_at: float) -> dict[str, Any]:
             "at": round(sent_at, 3),
         }
     }
+
+
+class Header(NamedTuple):
+    """The header of a node's message, as far as it can be trusted."""
+
+    schema: int
+    operation: str
+    version: int
+    message: int
+
+
+def read_header(value: object) -> Header:
+    """Return the header of a node's message; a wrong or missing field has the default.
+
+    Anybody who reaches the broker may have written it.
+    """
+    fields = value if isinstance(value, dict) else {}
+    operation = fields.get("operation")
+    return Header(
+        schema=_count(fields.get("schema"), SCHEMA),
+        operation=operation if isinstance(operation, str) else "",
+        version=_count(fields.get("version"), 1),
+        message=_count(fields.get("message"), 0),
+    )
+
+
+def _count(value: object, default: int) -> int:
+    return value if isinstance(value, int) and 0 <= value < 2**31 else default
+
+
+def is_id(value: object) -> bool:
+    """Whether a value may be an id: printable text of at most 200 characters."""
+    return isinstance(value, str) and 0 < len(value) <= 2 * LONGEST_NAME and value.isprintable()
 
 
 class _Message(NamedTuple):

@@ -20,6 +20,7 @@ from celery.app.log import TaskFormatter
 from celery.utils.log import ColorFormatter, get_multiprocessing_logger
 
 from rlm_tasks.engine.tasks import OURS
+from rlm_tasks.messaging.dispatch import legible, read_header
 from rlm_tasks.settings.model import Settings
 
 IDS = ("job", "node", "operation", "task", "task_id")
@@ -118,9 +119,9 @@ def ids_of(task: Task | None) -> dict[str, str]:
     request = task.request
     ids = {"task": task.name, "task_id": request.id}
     if task.name in OURS and len(request.args or ()) == 2:
-        ids["job"], ids["node"] = request.args
-        if operation := (request.get("rlm") or {}).get("operation"):
-            ids["operation"] = operation
+        ids["job"], ids["node"] = map(legible, request.args)
+        if operation := read_header(request.get("rlm")).operation:
+            ids["operation"] = legible(operation)
     return ids
 
 

@@ -19,6 +19,7 @@ from resilience.degradation import Level
 from resilience.store import Call
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.jobs.spec import SCHEMA
+from rlm_tasks.messaging.dispatch import legible, read_header
 from rlm_tasks.operations import registry
 from rlm_tasks.version import __version__
 from rlm_tasks.worker.queue_order import QueueOrder, running
@@ -152,7 +153,7 @@ def _active() -> Counter[str]:
     # The underlying set is copied in one step, while the event loop changes it.
     held = (reference() for reference in state.active_requests.data.copy())
     operations = (
-        (request.request_dict.get("rlm") or {}).get("operation", "")
+        legible(read_header(request.request_dict.get("rlm")).operation)
         for request in held
         if request is not None
     )

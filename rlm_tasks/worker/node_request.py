@@ -16,7 +16,7 @@ from celery.worker import state
 from celery.worker.request import Request
 
 from rlm_tasks.engine.runtime import Runtime
-from rlm_tasks.messaging.dispatch import NODE_TASK
+from rlm_tasks.messaging.dispatch import NODE_TASK, is_id
 from rlm_tasks.worker.lost_nodes import REAPED, UNREACHABLE, cause_of_death, give_back
 from rlm_tasks.worker.supervisor import Supervisor
 
@@ -93,7 +93,12 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
 
     @property
     def _job(self) -> str:
-        return str(self._args[0] if self._args else self._payload[0][0])
+        """The id of the job; '' if the message names none."""
+        try:
+            job = self._args[0] if self._args else self._payload[0][0]
+        except (LookupError, TypeError):
+            return ""
+        return job if is_id(job) else ""
 
     def _give_back(self, died_of: str, *, condemned: bool = False) -> None:
         for held in self._runtime.page.held():

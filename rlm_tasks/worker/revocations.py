@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.ledger.round_ids import opened_rounds
-from rlm_tasks.messaging.dispatch import LONGEST_NAME
+from rlm_tasks.messaging.dispatch import is_id
 from rlm_tasks.results import Status
 
 logger = logging.getLogger(__name__)
@@ -29,9 +29,7 @@ class Revocations:
 
     def add(self, ids: Iterable[object]) -> None:
         """Note revoked ids of tasks or jobs; this does not wait."""
-        self._ids.extend(
-            each for each in ids if isinstance(each, str) and len(each) <= LONGEST_NAME
-        )
+        self._ids.extend(each for each in ids if isinstance(each, str) and is_id(each))
 
     def apply(self) -> None:
         """Cancel the jobs among the ids; an id of a task is left to Celery.

@@ -26,6 +26,8 @@ from celery.worker.consumer.consumer import logger as consumer_logger
 from kombu.transport.redis import Channel
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from rlm_tasks.messaging.dispatch import MERGE_TASK, NODE_TASK, is_id
+
 
 def leave_promptly(draining: Callable[[], bool]) -> None:
     """Let a draining worker end as soon as its nodes have ended.
@@ -188,7 +190,7 @@ def keep_what_is_no_message(
     """
     _read_unreadable_entries()
     _deliver_or(keep)
-    _handle_or(keep)
+    _handle_or(keep, is_ours)
     _start_or(keep)
     for name in ("on_decode_error", "on_unknown_message", "on_unknown_task", "on_invalid_task"):
         _reject_or(name, keep, is_ours)
@@ -219,7 +221,16 @@ def _deliver_or(keep: Callable[[str, Any, str], None]) -> None:
     kombu.transport.redis.Transport._deliver = deliver  # type: ignore[method-assign]  # the patch
 
 
-def _handle_or(keep: Callable[[str, Any, str], None]) -> None:
+def _odd_ids(headers: Any) -> list[str]:
+    """Return the headers whose ids are too long for logs, or hold control characters."""
+    return [
+        name
+        for name in ("id", "task", "root_id", "parent_id", "group")
+        if not (headers.get(name) is None or is_id(headers[name]))
+    ]
+
+
+def _handle_or(keep: Callable[[str, Any, str], None], is_ours: Callable[[str], bool]) -> None:
     stock = getattr(Consumer.create_task_handler, "__wrapped__", Consumer.create_task_handler)
 
     @functools.wraps(stock)
@@ -227,6 +238,11 @@ def _handle_or(keep: Callable[[str, Any, str], None]) -> None:
         handle = stock(consumer, *args, **options)
 
         def handle_or_keep(message: Any) -> None:
+            task = (message.headers or {}).get("task")
+            ours = is_ours(_queue_of(message)) or task in (NODE_TASK, MERGE_TASK)
+            if ours and (wrong := _odd_ids(message.headers)):
+                _reject(consumer, message, keep, f"wrong: {', '.join(wrong)}")
+                return
             try:
                 handle(message)
             except _WRONG as error:

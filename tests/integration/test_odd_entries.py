@@ -62,6 +62,9 @@ NO_TASK = [
     but(headers={"task": "no.such.task"}),
     but(headers={"task": "rlm.node"}),
     but(headers={**HEADERS, "task": "no.such.task"}),
+    but(headers={**HEADERS, "id": "a" * 100_000}),
+    but(headers={**HEADERS, "id": "\x1b[2J"}),
+    but(headers={**HEADERS, "group": ["g"]}),
     but(headers={**HEADERS, "eta": 5}),
     but(headers={**HEADERS, "expires": {}}),
     but(headers={**HEADERS, "timelimit": 5}),
@@ -69,6 +72,22 @@ NO_TASK = [
     but(**{"content-type": "application/x-python-serialize", "headers": {}}),
 ]
 """Messages that are no task."""
+
+
+def called(*args: Any, **header: Any) -> str:
+    """Return the message of a node with these arguments and this header."""
+    body = base64.b64encode(json.dumps([args, {}, {}]).encode()).decode()
+    return but(body=body, headers={**HEADERS, "id": "odd-node", "rlm": header.get("rlm", {})})
+
+
+ODD_NODES = [
+    *(called(job, "root") for job in ("", 7, None, ["j"], {"a": 1}, "j" * 100_000, "\x1b[2Jj")),
+    *(called("no-such-job", node) for node in ("", 7, None, "n" * 100_000, "\x1b]0;title\x07")),
+    *(called("no-such-job", "root", rlm=header) for header in (7, "x", [1], {"schema": "x"})),
+    called("no-such-job", "root", rlm={"operation": "o" * 100_000, "version": {}, "message": []}),
+    *(called(), called("only-a-job"), called(1, 2, 3)),
+]
+"""Messages of nodes that no node of ours would send."""
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +112,8 @@ def test_a_worker_outlives_entries_that_are_no_messages(
     client: Client, odd: dict[str, str], logs: Path
 ) -> None:
     broker = redis.Redis.from_url(odd["POOLS_BROKER"])
+    for entry in ODD_NODES:
+        broker.lpush("odd.normal", entry)
     for entry in (*NOT_READ, *NO_TASK):
         broker.lpush("odd.normal", entry)
         text = entry if isinstance(entry, bytes) else entry.encode()
@@ -108,6 +129,9 @@ def test_a_worker_outlives_entries_that_are_no_messages(
     assert log.count("of queue odd.normal is no message") == len(NOT_READ) + len(NO_TASK)
     assert log.count("of queue celery is no message") >= len(NOT_READ)
     assert log.count("pidbox is no message") == 2
+    assert log.count("A message is dropped, because it names no id") == 12
+    assert "\x1b" not in log
+    assert max(map(len, log.splitlines())) < 2_000
     kept = client.store.client.xrange("odd:dead")
     assert len(kept) == 100, "the newest"
     assert all(len(fields[b"entry"]) <= 2_000 for _, fields in kept)
