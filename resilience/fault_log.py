@@ -21,7 +21,7 @@ from resilience.errors import Category, Severity, StoreUnavailable
 from resilience.faults import Fault
 from resilience.keys import Keys
 from resilience.store import Argument, Call, Script, Store
-from resilience.validation import Seconds
+from resilience.validation import Seconds, readable
 
 logger = logging.getLogger(__name__)
 
@@ -173,11 +173,11 @@ class FaultLog:
         Raises StoreUnavailable while Redis is away.
         """
         now_ms, fields = self._read()
-        patterns = [
-            self._pattern(name, json.loads(value), now_ms)
-            for name, value in fields.items()
-            if name.startswith(b"[")
-        ]
+        patterns = readable(
+            "a pattern of the fault log",
+            [each for each in fields.items() if each[0].startswith(b"[")],
+            lambda each: self._pattern(each[0], json.loads(each[1]), now_ms),
+        )
         return sorted(patterns, key=lambda each: each.last_seen_ms, reverse=True)
 
     def recovery_success_rate(self) -> float | None:

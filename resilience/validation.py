@@ -1,6 +1,7 @@
-"""Base classes of settings and requests that are checked when they are made.
+"""Base classes of settings and requests that are checked when they are made, and `readable`.
 
-Settings and requests of all three packages extend them.  Begin with `Checked`.  A wrong value
+Settings and requests of all three packages extend them.  Begin with `Checked`.  Readers of many
+stored records use `readable`, so that one bad record hides no other.  A wrong value
 raises one sentence that names the field, the value and what to do.  Names of other orchestrators
 are accepted as well: camelCase, and milliseconds where a field counts seconds.
 """
@@ -8,12 +9,44 @@ are accepted as well: camelCase, and milliseconds where a field counts seconds.
 from __future__ import annotations
 
 import difflib
-from typing import Any, ClassVar
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.alias_generators import to_camel, to_snake
 
 from resilience.errors import InvalidValue
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def readable(what: str, records: Iterable[Any], decode: Callable[[Any], T]) -> list[T]:
+    """Return the decoded records.
+
+    A record that cannot be decoded is left out, and `what` it is, is logged once in this process.
+    """
+    return [each for record in records for each in _decoded(what, record, decode)]
+
+
+def _decoded(what: str, record: Any, decode: Callable[[Any], T]) -> list[T]:
+    try:
+        return [decode(record)]
+    except Exception as error:  # the record may be anything
+        tell_unreadable(what, type(error).__name__)
+        return []
+
+
+@functools.lru_cache(maxsize=256)  # the cache makes it tell each kind once
+def tell_unreadable(what: str, why: str) -> None:
+    """Log that a record is left out, once for each kind and reason."""
+    logger.warning(
+        "%s cannot be read and is left out (%s): another release wrote it, or it is damaged",
+        what,
+        why,
+    )
 
 
 class Checked(BaseModel):

@@ -360,6 +360,14 @@ class JobRequest(_Checked):
         inner = (*Options.model_fields, *Conditions.model_fields)
         return [*cls.model_fields, *inner, "timeout", "input"]
 
+    @classmethod
+    def _unknown(cls, name: str) -> str:
+        snake = to_snake(name)
+        for part, model in (("options", Options), ("conditions", Conditions)):
+            if snake in model.model_fields or (part == "options" and snake == "timeout"):
+                return f"belongs into {part}; pass {part}={model.__name__}({snake}=...)"
+        return super()._unknown(name)
+
     @field_validator("operation", mode="before")
     @classmethod
     def _name_of_operation(cls, value: Any) -> Any:

@@ -33,6 +33,7 @@ from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.keys import Keys
 from resilience.retry import Retry, RetryPolicy
 from resilience.store import Argument, Call, Script, Store
+from resilience.validation import readable
 from scheduler.events import (
     ALERT_RAISED,
     BREAKER_OPENED,
@@ -431,20 +432,20 @@ def _completed(alert: Alert, at: float, held_back: int) -> Alert:
 
 def _alerts(entries: Sequence[tuple[bytes, Sequence[bytes]]]) -> list[Alert]:
     """Return the alerts in entries of the history."""
-    alerts = []
-    for _, entry in paired(entries):
-        fields = json.loads(entry[b"alert"])
-        severity = EventSeverity[fields["severity"].upper()]
-        alert = Alert(
-            kind=fields["kind"],
-            subject=fields["subject"],
-            severity=severity,
-            message=fields["message"],
-            data=fields["data"],
-            id=fields["id"],
-        )
-        alerts.append(_completed(alert, float(entry[b"at"]), int(entry[b"held"])))
-    return alerts
+    return readable("an alert of the history", [entry for _, entry in paired(entries)], _alert)
+
+
+def _alert(entry: Mapping[bytes, bytes]) -> Alert:
+    fields = json.loads(entry[b"alert"])
+    alert = Alert(
+        kind=fields["kind"],
+        subject=fields["subject"],
+        severity=EventSeverity[fields["severity"].upper()],
+        message=fields["message"],
+        data=fields["data"],
+        id=fields["id"],
+    )
+    return _completed(alert, float(entry[b"at"]), int(entry[b"held"]))
 
 
 def _write_log(alert: Alert) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -17,6 +17,7 @@ from resilience.degradation import Level, as_level
 from resilience.errors import InvalidValue
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
+from resilience.validation import readable
 from scheduler.queues import QueueReport
 from scheduler.sampling import Sample
 from scheduler.settings import PressureSettings
@@ -28,11 +29,14 @@ _PUBLISH, _ORDERS, _HOSTS, _ANNOUNCE, _TURN = (
 _json = msgspec.json.Encoder()
 
 
+LevelNumber = Annotated[int, msgspec.Meta(ge=0, le=int(max(Level)))]
+
+
 class HostReport(msgspec.Struct, frozen=True):
     """One worker's report on its host."""
 
     worker: str  # its name, as -n gives it
-    level: int  # 0 normal to 4 emergency
+    level: LevelNumber  # 0 normal to 4 emergency
     percent: float  # value of the worst signal, on the scale of the thresholds
     why: str  # the worst signal in words; '' at normal
     slots: int  # number of slots of its pool
@@ -52,7 +56,7 @@ class HostReport(msgspec.Struct, frozen=True):
 class ClusterReport(msgspec.Struct, frozen=True):
     """The monitor's last report on the whole platform."""
 
-    level: int  # 0 normal to 4 emergency
+    level: LevelNumber  # 0 normal to 4 emergency
     why: str  # the worst signal in words; '' at normal
     at: float  # seconds of the server's clock
     hosts: int = 0  # number of workers that report
@@ -166,12 +170,21 @@ def mean(hosts: Sequence[HostReport], field: str) -> float:
     return sum(value * slots for value, slots in values) / all_slots if all_slots else 0.0
 
 
-def _decoded(report: bytes) -> list[HostReport]:
-    """Return a report in a list; the list is empty if another release wrote it in another form."""
-    try:
-        return [msgspec.json.decode(report, type=HostReport)]
-    except msgspec.MsgspecError:
-        return []
+def _host(report: bytes) -> HostReport:
+    return msgspec.json.decode(report, type=HostReport)
+
+
+def _dated(entry: bytes) -> tuple[float, HostReport]:
+    at_ms, _, report = entry.partition(b" ")
+    return int(at_ms) / 1000, _host(report)
+
+
+def _cluster(report: bytes) -> ClusterReport:
+    return msgspec.json.decode(report, type=ClusterReport)
+
+
+def _drill(level: bytes) -> Level:
+    return as_level(level.decode())
 
 
 class Board:
@@ -203,7 +216,7 @@ class Board:
     @staticmethod
     def read_hosts(answer: Sequence[bytes]) -> list[HostReport]:
         """Return the reports in the answer of `hosts_call`, by worker."""
-        reports = [report for entry in answer for report in _decoded(entry)]
+        reports = readable("a host's report on the board", answer, _host)
         return sorted(reports, key=lambda host: host.worker)
 
     def clocks(self) -> dict[str, float]:
@@ -212,10 +225,7 @@ class Board:
         The time that a report takes to arrive counts as behind.  Raises StoreUnavailable.
         """
         fields = self._store.call(lambda client: client.hgetall(self._keys.hosts))
-        entries = [entry.partition(b" ") for entry in fields.values()]
-        reports = [
-            (int(at_ms) / 1000, host) for at_ms, _, report in entries for host in _decoded(report)
-        ]
+        reports = readable("a host's report on the board", fields.values(), _dated)
         return {host.worker: host.at - arrived_s for arrived_s, host in reports if host.at}
 
     def withdraw(self, worker: str) -> None:
@@ -230,11 +240,14 @@ class Board:
 
     @staticmethod
     def read(answer: Any) -> Orders:
-        """Return the orders in the answer of `orders_call`."""
+        """Return the orders in the answer of `orders_call`, without what cannot be read."""
         cluster, forced, forced_for_ms = answer
-        report = msgspec.json.decode(cluster, type=ClusterReport) if cluster else None
+        reports = readable("the report on the cluster", [cluster] if cluster else [], _cluster)
+        drills = readable("the drill on the board", [forced] if forced else [], _drill)
         return Orders(
-            report, as_level(forced.decode()) if forced else None, max(0, forced_for_ms) / 1000
+            reports[0] if reports else None,
+            drills[0] if drills else None,
+            max(0, forced_for_ms) / 1000,
         )
 
     def orders(self) -> Orders:
@@ -292,4 +305,5 @@ class Board:
     def history(self, limit: int = 100) -> list[ClusterReport]:
         """Return the latest reports, the newest first.  Raises StoreUnavailable."""
         entries = self._store.call(lambda client: client.xrevrange(self._keys.history, count=limit))
-        return [msgspec.json.decode(entry[b"report"], type=ClusterReport) for _, entry in entries]
+        reports = [entry.get(b"report", b"") for _, entry in entries]
+        return readable("a report of the cluster's history", reports, _cluster)

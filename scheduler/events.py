@@ -24,6 +24,7 @@ from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.keys import Keys
 from resilience.retry import RetryPolicy
 from resilience.store import Call, Script, Store
+from resilience.validation import readable
 
 logger = logging.getLogger(__name__)
 log = logging.getLogger("rlm.events")
@@ -415,7 +416,26 @@ def _check(events: Sequence[Event]) -> None:
             raise InvalidValue("name", each.name, advice)
 
 
+UNREADABLE = "unreadable"
+"""The name of an event that this release cannot read; it keeps its place in the stream."""
+
+
 def _event(id: bytes, entry: Mapping[bytes, bytes]) -> Event:
+    found = readable("an event of the platform", [(id, entry)], lambda each: _read_event(*each))
+    return found[0] if found else _unreadable(id)
+
+
+def _unreadable(id: bytes) -> Event:
+    return Event(
+        name=UNREADABLE,
+        message="this event cannot be read: another release wrote it, or it is damaged",
+        severity=EventSeverity.INFO,
+        at=int(id.partition(b"-")[0]) / 1000,
+        id=id.decode(),
+    )
+
+
+def _read_event(id: bytes, entry: Mapping[bytes, bytes]) -> Event:
     fields = json.loads(entry[b"event"])
     return Event(
         name=fields["name"],

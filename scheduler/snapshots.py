@@ -16,6 +16,7 @@ import msgspec
 
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
+from resilience.validation import readable
 from scheduler.events import ERRORS_HIGH, PERFORMANCE_DEGRADED, PERFORMANCE_RECOVERED, Event
 from scheduler.settings import SnapshotSettings
 from scheduler.usage import TTL_S, Usage
@@ -192,9 +193,12 @@ class Snapshots:
         return [_parsed(answer) for answer in (self._store.call(*calls) if calls else ())]
 
 
+_DECODER = msgspec.json.Decoder(Snapshot)
+
+
 def _parsed(answer: Any) -> tuple[list[Snapshot], float | None]:
     entries, since = answer
-    snapshots = [msgspec.json.decode(each, type=Snapshot) for each in entries]
+    snapshots = readable("a snapshot of an operation", entries, _DECODER.decode)
     return snapshots, float(since) if since else None
 
 

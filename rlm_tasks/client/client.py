@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +17,21 @@ from celery import Celery
 from resilience.faults import Fault, classify
 from resilience.retry import RetryPolicy
 from resilience.store import Store
+from resilience.validation import tell_unreadable
 from rlm_tasks.celery import default_app
 from rlm_tasks.client.job import Job
 from rlm_tasks.client.platform import Platform
 from rlm_tasks.client.session import Session
 from rlm_tasks.client.submission import Submission
-from rlm_tasks.errors import InvalidRequest, JobEnded, JobNotFound, Overloaded, QueueFull
+from rlm_tasks.errors import (
+    InvalidRequest,
+    JobEnded,
+    JobNotFound,
+    JobUnreadable,
+    Overloaded,
+    QueueFull,
+)
+from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.operations import registry
@@ -217,14 +225,23 @@ class Client(Platform):
     def listed(self, limit: int = 100) -> list[tuple[JobSpec, Progress]]:
         """Return specification and progress of the newest jobs.
 
-        Jobs that expire during the call are left out.  Raises StoreUnavailable.
+        Jobs that expire during the call are left out.  A job whose specification cannot be read has
+        the operation ``(cannot be read)``.  Raises StoreUnavailable.
         """
-        found = []
-        for job in self.jobs(limit):
-            spec = self.ledger.spec(job.id)
-            with suppress(JobNotFound):
-                found += [(spec, job.progress())] if spec is not None else []
-        return found
+        return [each for job in self.jobs(limit) for each in self._listed(job)]
+
+    def _listed(self, job: Job) -> list[tuple[JobSpec, Progress]]:
+        try:
+            try:
+                spec = self.ledger.spec(job.id)
+            except JobUnreadable as error:
+                spec = specs.unreadable(error, self.ledger.facts(job.id))
+            return [(spec, job.progress())] if spec is not None else []
+        except JobNotFound:
+            return []
+        except (LookupError, ValueError) as error:  # counters are missing, or no numbers
+            tell_unreadable(f"job {job.id}", type(error).__name__)
+            return []
 
     def quarantine(self) -> list[QuarantinedItem]:
         """Return the quarantined items of all jobs, the newest job first.

@@ -7,6 +7,7 @@ by the codec of items.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +16,7 @@ import msgspec
 from rlm_tasks.errors import JobUnreadable
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.splitting import Shape
-from rlm_tasks.jobs.stored_items import StoredItems
+from rlm_tasks.jobs.stored_items import RangeSource, StoredItems
 
 SCHEMA = 2
 
@@ -112,3 +113,25 @@ def _load(text: bytes) -> JobSpec:
         return spec
     packed = codec.decompress(spec.packed_params)
     return msgspec.structs.replace(spec, params=codec.decode(packed), packed_params=packed)
+
+
+UNREADABLE = "(cannot be read)"
+"""The operation of a job whose specification cannot be read, in lists of jobs."""
+
+
+def unreadable(error: JobUnreadable, facts: Mapping[str, str]) -> JobSpec:
+    """Return a specification that stands for one that cannot be read, with what the ledger knows.
+
+    Raises ValueError when `facts` have no number of items.
+    """
+    queue = facts.get("queue", "")
+    return JobSpec(
+        job=error.job_id,
+        operation=UNREADABLE,
+        source=RangeSource(0, 1),
+        n=int(facts.get("n", "")),
+        shape=Shape("flat"),
+        queue=queue,
+        priority=queue.rpartition(".")[2],
+        description=error.why,
+    )

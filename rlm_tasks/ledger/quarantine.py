@@ -13,9 +13,13 @@ import msgspec
 
 from resilience.keys import Keys
 from resilience.store import OnOutage, Store
+from resilience.validation import readable
 from rlm_tasks.results import QuarantinedItem
 
 QUARANTINE_TTL_S = 30 * 86_400
+
+
+_DECODER = msgspec.json.Decoder(QuarantinedItem)
 
 
 class Quarantine:
@@ -33,8 +37,8 @@ class Quarantine:
     def items(self, job: str) -> list[QuarantinedItem]:
         """Return a job's quarantined items, in order."""
         found: Any = self._call(lambda client: client.hvals(self._keys.of(job).quarantine))
-        decoded = (msgspec.json.decode(each, type=QuarantinedItem) for each in found)
-        return sorted(decoded, key=lambda item: item.index)
+        items = readable(f"a quarantined item of job {job}", found, _DECODER.decode)
+        return sorted(items, key=lambda item: item.index)
 
     def list_job(self, job: str) -> None:
         """List a job that is about to have quarantined items; readers skip a job without any."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from operator import itemgetter
 from typing import Any, cast, overload
 
 import msgspec
@@ -15,6 +14,7 @@ import redis
 
 from resilience.keys import Keys
 from resilience.store import Call, OnOutage, Script, Store
+from resilience.validation import readable
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.index_ranges import IndexRanges
 from rlm_tasks.jobs.spec import JobSpec
@@ -77,7 +77,7 @@ class LedgerReader:
     def facts(self, job: str) -> dict[str, str]:
         """Return every counter and state of a job; empty for an unknown one."""
         found = self._hash(self.keys.of(job).job)
-        return {name.decode(): value.decode() for name, value in found.items()}
+        return {name.decode(): value.decode(errors="replace") for name, value in found.items()}
 
     def spec(self, job: str) -> JobSpec | None:
         """Return the specification of a job, None for an unknown one.  Raises JobUnreadable."""
@@ -94,9 +94,9 @@ class LedgerReader:
     def failures(self, job: str) -> list[ItemFailure]:
         """Return the first 1,000 failed items, in order."""
         found = self._values(self.keys.of(job).failures)
-        decoded = sorted((msgspec.json.decode(each) for each in found), key=itemgetter("index"))
-        each_item = itertools.chain.from_iterable(map(_failures_of, decoded))
-        return list(itertools.islice(each_item, MAX_FAILURES))
+        records = readable(f"a failure of job {job}", found, _failures_of)
+        in_order = sorted(filter(None, records), key=lambda each: each[0].index)
+        return list(itertools.islice(itertools.chain.from_iterable(in_order), MAX_FAILURES))
 
     def events(self, job: str) -> list[JobEvent]:
         """Return the events of a job, the oldest first."""
@@ -132,7 +132,8 @@ class LedgerReader:
         if not nodes:
             return []
         texts: Any = self.call(lambda client: client.hmget(self.keys.of(job).nodes, list(nodes)))
-        return [NodeRecord.parse(id, text) for id, text in zip(nodes, texts, strict=True) if text]
+        found = [each for each in zip(nodes, texts, strict=True) if each[1]]
+        return readable(f"a node of job {job}", found, lambda each: NodeRecord.parse(*each))
 
     def all_records(self, job: str) -> list[NodeRecord]:
         """Return the record of every node of a job that has one, in no order.
@@ -142,7 +143,11 @@ class LedgerReader:
         found: Any = self.call(
             lambda client: list(client.hscan_iter(self.keys.of(job).nodes, count=RECORDS_AT_ONCE))
         )
-        return [NodeRecord.parse(id.decode(), text) for id, text in dict(found).items()]
+        return readable(
+            f"a node of job {job}",
+            dict(found).items(),
+            lambda each: NodeRecord.parse(each[0].decode(), each[1]),
+        )
 
     def split(self, job: str, split: str) -> Split | None:
         """Return a chord's range and slot, None for an unknown one."""
@@ -188,8 +193,9 @@ def ranges_of(members: Sequence[bytes]) -> IndexRanges:
     )
 
 
-def _failures_of(record: dict[str, Any]) -> Iterator[ItemFailure]:
-    """Yield the failures of a record: one, or one for each item of a range."""
+def _failures_of(text: bytes) -> list[ItemFailure]:
+    """Return the failures of a record: one, or one for each item of a range."""
+    record = msgspec.json.decode(text)
     index = record.pop("index")
-    for each in range(index, record.pop("until", index + 1)):
-        yield msgspec.convert({"index": each, **record}, ItemFailure)
+    until = min(record.pop("until", index + 1), index + MAX_FAILURES)
+    return [msgspec.convert({"index": each, **record}, ItemFailure) for each in range(index, until)]

@@ -14,6 +14,7 @@ from typing import Any
 from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Store
+from resilience.validation import readable
 from rlm_tasks.settings.environment import key_of
 from rlm_tasks.settings.llm import LlmSettings
 
@@ -78,7 +79,7 @@ class EndpointHealth:
             self._store.call(lambda _: self._store.now_ms())
             - VALID_INTERVALS * 1000 * self._settings.health_every_s
         )
-        every = [Checkup(**json.loads(each)) for each in stored]
+        every = readable("a check of an endpoint", stored, lambda each: Checkup(**json.loads(each)))
         return sorted((each for each in every if each.at_ms >= oldest), key=lambda each: each.name)
 
     def record(self, name: str, *, latency_s: float = 0.0, why: str = "") -> Checkup:

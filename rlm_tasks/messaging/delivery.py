@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from resilience.errors import StoreUnavailable
+from resilience.validation import tell_unreadable
+from rlm_tasks.errors import JobUnreadable
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.messaging.dispatch import Dispatcher
 from rlm_tasks.operations import registry
@@ -49,7 +51,11 @@ class Delivery:
 
         Urgent nodes make others yield as at first, because a lost or parked node holds no slot.
         """
-        spec = self._ledger.spec(job)
+        try:
+            spec = self._ledger.spec(job)
+        except JobUnreadable as error:
+            tell_unreadable(f"the specification of job {job}", error.why)
+            return
         if spec is None:
             return
         known = spec.operation in registry.names()

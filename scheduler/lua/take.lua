@@ -6,7 +6,11 @@ local now = now_ms()
 local most, taken, total = tonumber(ARGV[2]), 0, 0
 local all = redis.call('HGETALL', KEYS[1])
 for i = 1, #all, 2 do
-  local worker = cjson.decode(all[i + 1])
+  -- The entry of another release, or a damaged one, hides no other.
+  local read, worker = pcall(cjson.decode, all[i + 1])
+  if not read or type(worker) ~= 'table' or not (worker.at and worker.queues and worker.free) then
+    worker = {at = now, queues = {}}
+  end
   if now - worker.at > tonumber(ARGV[3]) then
     redis.call('HDEL', KEYS[1], all[i])
   else

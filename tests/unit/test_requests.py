@@ -217,6 +217,11 @@ def test_an_unknown_field_is_answered_with_the_nearest_one(name: str, advice: st
         JobRequest.parse({"operation": "sum", "items": [], name: 1})
 
 
+def test_a_field_of_options_is_not_one_of_the_record_itself() -> None:
+    with pytest.raises(InvalidRequest, match=r"belongs into options; pass options=Options.timeout"):
+        JobRequest(operation="sum", items=[], timeout=5)  # type: ignore[call-arg]
+
+
 def test_options_may_stand_beside_a_dict_of_others() -> None:
     fields = {"operation": "sum", "items": [], "continue_on_error": True}
 
