@@ -135,7 +135,7 @@ class Timeouts:
         the last value read counts, else the base table.
         """
         settings = self._settings
-        base_s = settings.base_s(complexity) * self._multipliers.get(operation, 1.0)
+        base_s = self.base_s(operation, complexity)
         p99_s = self._p99_s(operation)
         least_s = max(settings.floor * base_s, min(settings.least_s, base_s))
         learned_s = base_s if p99_s is None else max(p99_s * settings.factor, least_s)
@@ -143,6 +143,10 @@ class Timeouts:
         penalty = settings.retry_penalty ** min(retries, MOST_RETRIES)
         limit_s = min(stretch * first_s * penalty, settings.cap_s)
         return limit_s if remaining_s is None else max(0.0, min(limit_s, remaining_s))
+
+    def base_s(self, operation: str, complexity: str = "") -> float:
+        """Return the base limit of an operation's items in seconds, whatever was learned."""
+        return self._settings.base_s(complexity) * self._multipliers.get(operation, 1.0)
 
     def learn(self, operation: str, durations_s: Sequence[float]) -> None:
         """Add the durations of items of an operation in seconds, in one round trip.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, table
+from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, table, word_of
 
 if TYPE_CHECKING:
     from rlm_tasks.client.job import Job
@@ -133,7 +133,8 @@ def jobs(ctx: click.Context, limit: int, only_open: bool, quiet: bool, as_json: 
 
 def _row(spec: JobSpec, at: Progress) -> tuple[Any, ...]:
     counts = (at.total, at.done, at.failed, at.skipped, at.nodes)
-    return (spec.job, spec.operation, spec.priority, at.status, *counts, f"{at.elapsed_s:.1f}")
+    word = word_of(at.status, at.failed, color=False)
+    return (spec.job, spec.operation, spec.priority, word, *counts, f"{at.elapsed_s:.1f}")
 
 
 def _progress(progress: Progress) -> dict[str, Any]:
@@ -173,8 +174,8 @@ def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
         print_json({"id": job_id, **_progress(progress), **about})
         return
     click.echo(
-        f"{job_id}  {progress.status}  {progress.fraction:.0%} of {progress.total:,} items, "
-        f"{progress.nodes} nodes"
+        f"{job_id}  {word_of(progress.status, progress.failed)}  {progress.fraction:.0%} "
+        f"of {progress.total:,} items, {progress.nodes} nodes"
     )
     click.echo(sentence)
     if client_of(ctx).settings.tracing.enabled:
@@ -281,8 +282,8 @@ def _print_result(result: JobResult, as_json: bool) -> None:
         print_json(result.to_dict())
         return
     click.echo(
-        f"{result.status}: {result.done:,} done, {result.failed_count:,} failed, "
-        f"{result.skipped:,} skipped"
+        f"{word_of(result.status, result.failed_count)}: {result.done:,} done, "
+        f"{result.failed_count:,} failed, {result.skipped:,} skipped"
     )
     click.echo(str(result.output)[:2000])
 

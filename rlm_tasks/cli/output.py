@@ -15,6 +15,7 @@ import click
 
 if TYPE_CHECKING:
     from rlm_tasks.client.client import Client
+    from rlm_tasks.results import Status
 
 EX_USAGE, EX_UNAVAILABLE, EX_FAILED = 2, 69, 1
 
@@ -87,6 +88,14 @@ def cell_of(value: Any) -> str:
     from rich.markup import escape
 
     return f"{value:,}" if isinstance(value, int) else escape(str(value))
+
+
+def word_of(status: Status, failed: int, *, color: bool = True) -> str:
+    """Return the words for a status of a job with this number of failed items."""
+    from rlm_tasks.jobs.endings import shown
+
+    word, tone = shown(status, failed)
+    return click.style(word, fg="yellow") if color and tone == "warning" else word
 
 
 def ago(at: float, now: float) -> str:

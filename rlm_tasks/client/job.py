@@ -325,6 +325,7 @@ def _error_of(facts: Facts) -> ItemFailure | None:
         type=error["type"],
         message=error["message"],
         traceback=error.get("traceback", ""),
+        code=error.get("code", ""),
     )
 
 

@@ -87,7 +87,9 @@ class JobWaiter(JobReader):
             self._wait_for_event(due_in_s)
             return
         now_ms = self._now_ms()
-        since_s = (now_ms - int(facts.get("stop_ms", now_ms))) / 1000
+        # A job that merges gets the grace from its deadline on: no worker may be there to stop it.
+        began_ms = facts["deadline"] if facts["state"] == Status.MERGING else now_ms
+        since_s = (now_ms - int(facts.get("stop_ms", began_ms))) / 1000
         force = since_s > self._session.settings.ledger.stop_grace_s
         for id in (self.id, *(id for id, _ in self._rounds(facts))):
             self._ledger.stop(id, "expired", force=force)

@@ -134,6 +134,7 @@ class ConcurrentWork(Work):
             outcomes[launched] = unreadable
             return min(unreadable.until, self.until)
         for index, item in enumerate(window, launched):
+            self._page.start_item(SEVERAL_ITEMS if self._in_flight else index)
             if self._leaves_out(index, item):
                 outcomes[index] = None
             elif not self._start(index, item, len(window) - (index - launched)):

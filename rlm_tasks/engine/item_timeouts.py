@@ -65,6 +65,10 @@ class ItemTimeouts:
             stretch=timeout_factor(priority),
         )
 
+    def step_limit_s(self, operation: str, complexity: str) -> float:
+        """Return the seconds that a merge, `finalize`, `then` or the reading of items may take."""
+        return self._settings.step_limit_s or self._timeouts.base_s(operation, complexity)
+
     def took(self, operation: str, seconds: list[float]) -> None:
         """Keep the times of an operation's items, and record all kept times when that is due."""
         if not self._settings.adaptive_timeouts:

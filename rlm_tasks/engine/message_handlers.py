@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
+import secrets
 import time
 from collections.abc import Callable
 from typing import Any
@@ -141,11 +143,15 @@ def _merge(runtime: Runtime, request: Any, job: str, split_id: str) -> bool:
         # Its process may have died of this merge.  The root merge will repeat it, and counts such
         # deaths.
         return True
+    entry = runtime.page_entry()
+    entry.hold(
+        pid=os.getpid(), job=job, node=split_id, token=secrets.token_hex(8), at=runtime.clock()
+    )
     try:
         compact_split(
             ledger=runtime.ledger,
             job=job,
-            operation=registry.get(spec.operation),
+            operation=runtime.steps(spec).marked(registry.get(spec.operation)),
             lo=split.lo,
             hi=split.hi,
         )
@@ -155,4 +161,6 @@ def _merge(runtime: Runtime, request: Any, job: str, split_id: str) -> bool:
         raise_if_shutdown(error)
         # The root merge will raise the same error, and fails the job with it.
         logger.info("The merge of split %s of job %s raised %s", split_id, job, name_of(error))
+    finally:
+        entry.let_go()
     return True

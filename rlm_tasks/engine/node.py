@@ -29,7 +29,7 @@ from rlm_tasks.engine.cutting import Cutting, wait_ms
 from rlm_tasks.engine.guards import Postponed
 from rlm_tasks.engine.pace import Pace
 from rlm_tasks.engine.runtime import Runtime
-from rlm_tasks.engine.shared_page import ProcessEntry
+from rlm_tasks.engine.shared_page import ProcessEntry, Step
 from rlm_tasks.engine.work import BatchWork, Work
 from rlm_tasks.errors import Quarantined, UnknownOperation
 from rlm_tasks.jobs.spec import JobSpec
@@ -125,7 +125,7 @@ def _run_claimed(runtime: Runtime, claim: Claim, entry: ProcessEntry) -> bool:
             ledger=runtime.ledger,
             claim=claim,
             spec=spec,
-            operation=operation,
+            operation=runtime.steps(spec).marked(operation),
             rounds=runtime.rounds,
             reached=runtime.reached,
         )
@@ -185,12 +185,14 @@ class NodeRun:
             estimate_s=spec.estimate_s,
         )
         entry.limit(limit_s)
+        self._steps = runtime.steps(spec, limit_s)
         self._work = _kind_of_work(operation, claim)(
             claim,
             spec,
             operation,
             self._read,
             page=entry,
+            steps=self._steps,
             pace=self._pace,
             clock=runtime.clock,
             guards=self._guards,
@@ -235,11 +237,12 @@ class NodeRun:
 
     def _read(self, lo: int, hi: int) -> Sequence[Any]:
         spec, keys = self._spec, self._runtime.ledger.keys.of(self._spec.job)
-        found: Sequence[Any] = self._runtime.ledger.call(
-            lambda _: self._runtime.items.read(
-                source=spec.source, index=keys.items, blocks=keys.blocks, lo=lo, hi=hi
+        with self._steps.run(Step.READING):
+            found: Sequence[Any] = self._runtime.ledger.call(
+                lambda _: self._runtime.items.read(
+                    source=spec.source, index=keys.items, blocks=keys.blocks, lo=lo, hi=hi
+                )
             )
-        )
         return found
 
     # --- waiting -------------------------------------------------------------------------------
@@ -465,7 +468,7 @@ class NodeRun:
             ledger=runtime.ledger,
             claim=held,
             spec=spec,
-            operation=self._operation,
+            operation=runtime.steps(spec).marked(self._operation),
             rounds=runtime.rounds,
             reached=runtime.reached,
         )

@@ -12,6 +12,7 @@ from typing import Any
 from resilience.degradation import IN_FORCE, Degradation, Level, Strategy
 from resilience.errors import text_of
 from resilience.faults import Fault, classify
+from rlm_tasks.engine.shared_page import Step, Steps
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.index_ranges import IndexRanges
 from rlm_tasks.jobs.item_failures import failure_of, raise_if_shutdown
@@ -31,9 +32,11 @@ PAGE_FULL_AT = 65_536
 class NodeOutcome:
     """The outcome of a range, item by item."""
 
-    def __init__(self, operation: Operation, most_bytes: float = float("inf")) -> None:
+    def __init__(
+        self, operation: Operation, steps: Steps, most_bytes: float = float("inf")
+    ) -> None:
         """`most_bytes` is the memory that outputs may hold before the node reports them."""
-        self._operation, self._most_bytes = operation, most_bytes
+        self._operation, self._steps, self._most_bytes = operation, steps, most_bytes
         self._outputs: list[Any] = []
         self.done = 0
         # Indexes of items that neither succeeded nor failed here: empty, or failed in validation.
@@ -153,7 +156,8 @@ class NodeOutcome:
             return
         outside = IN_FORCE.set(None)  # no level degrades a merge
         try:
-            self._outputs = [self._operation.merge(iter(self._outputs))]
+            with self._steps.run(Step.MERGE):
+                self._outputs = [self._operation.merge(iter(self._outputs))]
         except MemoryError:
             raise  # a smaller range may fit into memory
         except BaseException as error:

@@ -27,9 +27,10 @@ from rlm_tasks.engine.guards import ProcessGuards
 from rlm_tasks.engine.item_timeouts import ItemTimeouts
 from rlm_tasks.engine.node_events import NodeEvents
 from rlm_tasks.engine.rounds import Rounds
-from rlm_tasks.engine.shared_page import ProcessEntry, SharedPage
+from rlm_tasks.engine.shared_page import ProcessEntry, SharedPage, Steps
 from rlm_tasks.engine.slot_shares import SlotShares
 from rlm_tasks.jobs.file_roots import FilesRoot
+from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.stored_items import ItemReader
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.messaging.broker_kinds import broker_kind
@@ -160,6 +161,11 @@ class Runtime:
                 error,
             )
             return False
+
+    def steps(self, spec: JobSpec, item_limit_s: float = 0.0) -> Steps:
+        """Return the steps of a node or a merge that this process runs."""
+        limit_s = self.timeouts.step_limit_s(spec.operation, spec.complexity)
+        return Steps(self.page_entry(), self.clock, limit_s, item_limit_s)
 
     def page_entry(self) -> ProcessEntry:
         """Return the entry of the shared page that belongs to this process, or to this thread."""

@@ -11,12 +11,36 @@ import mmap
 import struct
 import time
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
 
 from resilience.degradation import Level
+from rlm_tasks.operations.registry import Operation
 
 ENTRIES = 1024
 NO_ITEM, SEVERAL_ITEMS = -1, -2
+
+
+class Step(IntEnum):
+    """A part of a job that runs a user's code or waits for a disk, and belongs to no single item.
+
+    While it runs, its number stands in the place of the item in flight.
+    """
+
+    READING = -3  # the items of a range are read
+    MERGE = -4
+    FINALIZE = -5
+    THEN = -6
+
+    @property
+    def words(self) -> str:
+        """The step as an error names it."""
+        names = {Step.READING: "the reading of items", Step.MERGE: "the merge"}
+        return names.get(self, self.name.lower())
+
+
 _HEADER = 64
 # generation (odd during a write), pid, token, item, time, limit, job, node, doomed
 _ENTRY = struct.Struct("<II8sqdd40s16sB")
@@ -41,9 +65,14 @@ class Held:
     job: str
     node: str
     token: str  # 16 hexadecimal digits, by which the ledger recognises the holder
-    item: int  # in flight; NO_ITEM; or SEVERAL_ITEMS: a batch, or many at once
-    since: float  # monotonic time of the last slice boundary, in seconds
-    limit_s: float  # the time limit of an item; 0: no limit
+    item: int  # in flight; NO_ITEM; SEVERAL_ITEMS: a batch, or many at once; or a Step
+    since: float  # monotonic time of the last slice boundary, or of the step's start, in seconds
+    limit_s: float  # the time limit of an item, or of the step; 0: no limit
+
+    @property
+    def step(self) -> Step | None:
+        """The step that runs, None while items run or nothing does."""
+        return Step(self.item) if self.item < SEVERAL_ITEMS else None
 
 
 class ProcessEntries:
@@ -254,6 +283,12 @@ class ProcessEntry:
         _ITEM.pack_into(self._memory, self._offset + _ITEM_AT, NO_ITEM)
         _TIME.pack_into(self._memory, self._offset + _TIME_AT, at)
 
+    def start_step(self, step: Step, at: float, limit_s: float) -> None:
+        """Write that a step begins, with its time limit in seconds; 0: no limit."""
+        self.boundary(at)
+        self.limit(limit_s)
+        self.start_item(step)
+
     def _write(self, pid: int, job: str, node: str, token: bytes, at: float) -> None:
         odd = _GENERATION.unpack_from(self._memory, self._offset)[0] | 1
         _GENERATION.pack_into(self._memory, self._offset, odd)
@@ -271,3 +306,62 @@ class ProcessEntry:
             0,
         )
         _GENERATION.pack_into(self._memory, self._offset, (odd + 1) & 0xFFFFFFFF)
+
+
+class Steps:
+    """Writes into a process's entry which step of a node or of a merge runs, and its time limit."""
+
+    def __init__(
+        self,
+        entry: ProcessEntry,
+        clock: Callable[[], float],
+        limit_s: float,
+        item_limit_s: float = 0.0,
+    ) -> None:
+        """`limit_s` is the time limit of a step, `item_limit_s` that of the items between steps."""
+        self._entry, self._clock = entry, clock
+        self._limit_s, self._item_limit_s = limit_s, item_limit_s
+
+    def run(self, step: Step) -> _Running:
+        """Mark the block as a step: the main process ends it when it takes too long."""
+        return _Running(self, step)
+
+    def begin(self, step: Step) -> None:
+        """Write that a step begins."""
+        self._entry.start_step(step, self._clock(), self._limit_s)
+
+    def end(self) -> None:
+        """Write that the step has ended."""
+        self._entry.boundary(self._clock())
+        self._entry.limit(self._item_limit_s)
+
+    def marked(self, operation: Operation) -> Operation:
+        """Return the operation with a merge, finalize and `then` that run as steps."""
+        marked = copy(operation)
+        for name, step in (("merge", Step.MERGE), ("finalize", Step.FINALIZE), ("then", Step.THEN)):
+            if (function := getattr(operation, name)) is not None:
+                object.__setattr__(marked, name, self._marked(step, function))
+        return marked
+
+    def _marked(self, step: Step, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with self.run(step):
+                return function(*args)
+
+        return run
+
+
+class _Running:
+    """A block that is a step.
+
+    `contextlib` would write into the exception of the block, which a user's class may not allow.
+    """
+
+    def __init__(self, steps: Steps, step: Step) -> None:
+        self._steps, self._step = steps, step
+
+    def __enter__(self) -> None:
+        self._steps.begin(self._step)
+
+    def __exit__(self, *_: object) -> None:
+        self._steps.end()

@@ -16,7 +16,7 @@ from rlm_tasks.engine.guards import Postponed, wait_of
 from rlm_tasks.engine.item_timeouts import ItemAlarm
 from rlm_tasks.engine.outcome import NodeOutcome
 from rlm_tasks.engine.pace import Pace
-from rlm_tasks.engine.shared_page import SEVERAL_ITEMS, ProcessEntry
+from rlm_tasks.engine.shared_page import SEVERAL_ITEMS, ProcessEntry, Steps
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import RULES
 from rlm_tasks.jobs.stored_items import Unreadable
@@ -54,6 +54,7 @@ class Work:
         read: Read,
         *,
         page: ProcessEntry,
+        steps: Steps,
         pace: Pace,
         clock: Callable[[], float],
         guards: CallGuards | None = None,
@@ -71,7 +72,7 @@ class Work:
         self._validating = claim.phase != PROCESS
         self._filtered = bool(claim.known_failed) or spec.skip_if_empty
         self._most = 1 if claim.one_by_one else LARGEST_BATCH  # items in one batch or in flight
-        self.outcome = NodeOutcome(operation, most_bytes)
+        self.outcome = NodeOutcome(operation, steps, most_bytes)
         self.degradation = Degradation(level)
         self._window_context: Context | None = None  # the context of the items of this window
         self._slow_s = slow_s

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from resilience.degradation import Level
 from rlm_tasks.errors import JobNotFound
-from rlm_tasks.jobs.endings import ENDINGS, TONES, Tone
+from rlm_tasks.jobs.endings import ENDINGS, Tone, shown
 from rlm_tasks.jobs.item_failures import alike
 from rlm_tasks.results import COLUMNS, Progress, Status, rows
 from rlm_tasks.telemetry.exposition import BREAKER_STATES
@@ -160,7 +160,7 @@ def _job_row(spec: JobSpec, at: Progress) -> list[str | Cell]:
         Cell(spec.operation, note=spec.description, link=spec.job),
         _short(spec.job),
         spec.priority,
-        Cell(str(at.status), TONES[at.status], badge=True),
+        Cell(*shown(at.status, at.failed), badge=True),
         _share(at),
         f"{at.total:,}",
         Cell(f"{at.failed:,}", "danger" if at.failed else ""),
@@ -173,7 +173,7 @@ def _job_row(spec: JobSpec, at: Progress) -> list[str | Cell]:
 def _share(at: Progress) -> Cell:
     """Return the share of items that ran; skipped ones, as of a cancelled job, do not count."""
     share = (at.done + at.failed) / at.total if at.total else 1.0
-    return Cell(f"{share:.0%}", TONES[at.status], bar=share)
+    return Cell(f"{share:.0%}", shown(at.status, at.failed)[1], bar=share)
 
 
 def _remaining(at: Progress) -> str:
@@ -210,7 +210,7 @@ def job(client: Client, job_id: str) -> Picture:
         raise JobNotFound(job_id)
     at = handle.progress()
     cards = [
-        Card("Status", str(at.status), TONES[at.status]),
+        Card("Status", *shown(at.status, at.failed)),
         Card(f"Done, of {at.total:,} items", f"{at.done:,}"),
         Card("Failed", f"{at.failed:,}", "danger" if at.failed else ""),
         Card("Time", _seconds(at.elapsed_s)),

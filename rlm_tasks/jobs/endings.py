@@ -63,6 +63,17 @@ TONES: dict[Status, Tone] = {
 }
 
 
+WITH_FAILURES = "succeeded with failures"
+"""How a job is shown that succeeded although some of its items failed."""
+
+
+def shown(status: Status, failed: int) -> tuple[str, Tone]:
+    """Return the words and the colour by which a status is shown; `failed` counts failed items."""
+    if status is Status.SUCCEEDED and failed:
+        return WITH_FAILURES, "warning"
+    return str(status), TONES[status]
+
+
 def sentence(facts: Mapping[str, str]) -> str:
     """Return how an ended job ended and its counts of items, from its facts in the ledger.
 
@@ -84,6 +95,8 @@ def _because(facts: Mapping[str, str], verb: str) -> str:
         cause = f"no worker began it within its queue_timeout of {waited_s:g} s"
     if facts.get("stop") == "failed" and facts["failed"] == "1":
         cause = "an item failed"
+    elif facts.get("stop") == "failed" and facts["done"] == "0" and facts["fail_limit"] != "0":
+        cause = "no item succeeded"
     if not cause or cause == f"it {verb}":
         return ""
     early = " early" if facts["state"] == Status.SUCCEEDED else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, cast
 
 import msgspec
@@ -281,12 +282,11 @@ def _limits_ms(spec: JobSpec) -> tuple[float, ...]:
 def _opening(
     keys: Keys, spec: JobSpec, ttl_s: int, staged: str, wait_ms: int, why: str, *, keep: int
 ) -> Call:
+    share, early_share = spec.error_threshold, spec.early_termination_threshold
+    fail_limit = -1 if share is None else math.floor(_exact(share) * spec.n)
     if not spec.continue_on_error:
-        fail_limit: float = 0
-    else:
-        fail_limit = -1 if spec.error_threshold is None else spec.error_threshold * spec.n
-    share = spec.early_termination_threshold
-    early = max(1, -int(-spec.n * share // 1)) if share else 0
+        fail_limit = 0
+    early = max(1, math.ceil(_exact(early_share) * spec.n)) if early_share else 0
     return Call(
         _SCRIPTS["open"],
         (*keys.of(spec.job), *keys.staged(spec.job, staged)),
@@ -308,6 +308,11 @@ def _opening(
             math.ceil(spec.queue_timeout_ms or 0),
         ),
     )
+
+
+def _exact(share: float) -> Fraction:
+    """Return the share that a user has written: 0.29 is not exact as a float."""
+    return Fraction(str(share))
 
 
 def _claimed(job: str, node: str, token: str, reply: Sequence[Any]) -> Claim:

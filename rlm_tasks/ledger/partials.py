@@ -70,7 +70,7 @@ def merged(ledger: Ledger, spec: JobSpec, operation: Operation) -> Any:
     if operation.merge is not None:
         first = next(found, None)
         if first is None:
-            return operation.shaped(_empty_merge(operation))
+            return _answer_of_nothing(operation)
         return operation.shaped(operation.merge(_chained(first, found)))
     outputs = flattened(found)
     return outputs if operation.finalize is None else operation.finalize(list(outputs))
@@ -81,9 +81,13 @@ def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     yield from rest
 
 
-def _empty_merge(operation: Operation) -> Any:
-    """Return the merge of no partials, None if the operation's merge has no such value."""
+def _answer_of_nothing(operation: Operation) -> Any:
+    """Return the answer of a job without an output.
+
+    It is None if the operation's merge cannot merge nothing; `finalize` does not get this None.
+    """
     try:
-        return operation.combine(iter(()))
-    except (ValueError, TypeError, IndexError, StopIteration):
+        merged = operation.combine(iter(()))
+    except Exception:
         return None
+    return operation.shaped(merged)

@@ -75,6 +75,12 @@ class NodeSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         description="Time limit of every item, in place of a learned one; 0: "
         "`adaptive_timeouts` decides. Also `WORKFLOW_ACTIVITY_TIMEOUT_MINUTES`.",
     )
+    step_limit_s: float = Field(
+        0.0,
+        ge=0,
+        description="Time limit of a merge, of `finalize`, of `then`, and of reading items; "
+        "0: the base limit for the complexity of the job (docs/resilience.md, Time limits).",
+    )
     timeout_multipliers: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {},
         description="Factors on the time limit that follows from an item's complexity, for single "

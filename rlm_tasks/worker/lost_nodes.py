@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 from resilience.errors import StoreUnavailable
 from rlm_tasks.engine.runtime import Runtime
-from rlm_tasks.engine.shared_page import Held
+from rlm_tasks.engine.shared_page import NO_ITEM, Held
 
 logger = logging.getLogger(__name__)
 REAPED = "an unknown cause"
@@ -34,7 +34,7 @@ def give_back(runtime: Runtime, held: Held, died_of: str, *, condemned: bool = F
             job=held.job,
             node=held.node,
             token=held.token,
-            item=held.item,
+            item=held.item if held.step is None else NO_ITEM,
             died_of=died_of,
             condemned=condemned,
         )

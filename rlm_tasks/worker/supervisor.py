@@ -23,10 +23,10 @@ from redis.exceptions import ResponseError
 
 from resilience.store import Call
 from rlm_tasks.engine.runtime import Runtime
-from rlm_tasks.engine.shared_page import NO_ITEM
 from rlm_tasks.ledger.records import SWEEP_AT_ONCE
 from rlm_tasks.worker.host import Host
 from rlm_tasks.worker.lost_nodes import REAPED, UNREACHABLE, cause_of_death, give_back
+from rlm_tasks.worker.overdue import OverdueProcesses
 from rlm_tasks.worker.preflight import warnings
 from rlm_tasks.worker.revocations import Revocations
 from scheduler.preemption import rank_of
@@ -55,11 +55,6 @@ MOST_BROKEN = 1000
 """Jobs that cannot be swept are remembered up to this number, so that each is logged once."""
 TRIM_S = 60.0
 """The time between two calls that remove expired jobs from the list of jobs."""
-ALARM_GRACE_S, ALARM_GRACE_SHARE = 1.0, 0.05
-"""An item past its limit has this long to react to its alarm, before its process is killed.
-
-The greater of the seconds and the share of the limit counts.
-"""
 
 
 class Supervisor(threading.Thread):
@@ -91,6 +86,7 @@ class Supervisor(threading.Thread):
         # Calls fail at once while Redis is away; the next ticks catch up.
         self._ledger = runtime.ledger.fail_fast()
         self.host, self.revocations = Host(runtime, pool_size, queues), Revocations(runtime)
+        self._overdue = OverdueProcesses(runtime)
         self._stopping = False
         # An Event would lock up when a signal's handler sets it while it is being set.
         self._wakeups: SimpleQueue[None] = SimpleQueue()
@@ -199,7 +195,7 @@ class Supervisor(threading.Thread):
         if now >= self._due["processes"]:
             self._due["processes"] = now + REFRESH_S
             self._reap(now)
-            self._kill_overdue(now)
+            self._overdue.end(now)
         if now >= self._due["beat"]:
             self._due["beat"] = now + ledger.lease_s / 3
             self._ledger.beat(
@@ -324,22 +320,3 @@ class Supervisor(threading.Thread):
                 self._runtime.delivery.resend(job, swept.send)
             if not swept.more:
                 return
-
-    def _kill_overdue(self, now: float) -> None:
-        """Kill a process whose item does not react to its alarm, as code outside of Python does."""
-        for held in self._runtime.page.held():
-            if not held.limit_s or held.item == NO_ITEM or held.pid == os.getpid():
-                continue
-            grace_s = max(ALARM_GRACE_S, ALARM_GRACE_SHARE * held.limit_s)
-            if now - held.since > held.limit_s + grace_s:
-                logger.error(
-                    "An item of job %s ran longer than %g s; its process is killed",
-                    held.job,
-                    held.limit_s,
-                )
-                given_back = give_back(
-                    self._runtime, held, f"its item limit of {held.limit_s:g} s", condemned=True
-                )
-                os.kill(held.pid, signal.SIGKILL)
-                if given_back:
-                    self._runtime.delivery.resend(held.job, [held.node])

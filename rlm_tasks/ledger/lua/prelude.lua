@@ -228,6 +228,10 @@ end
 -- Called when nothing is pending: the next phase, the root merge, or the end.
 -- Returns the outcome and, when a node now waits for its message, that node's id.
 local function finish_tree(f, root_task)
+  -- Empty and skipped items do not count.  The limit is n if the request tolerates that all fail.
+  if MERGES[f.stop] and f.phase == 'process' and f.done == 0 and f.failed > 0 and f.fail_limit < f.n then
+    stop(f, 'failed', 'no item succeeded')
+  end
   if not MERGES[f.stop] then
     close(f, f.stop)
     return 'closed', ''

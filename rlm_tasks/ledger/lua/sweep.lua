@@ -30,7 +30,9 @@ local function send_again(id, node)
   send[#send + 1] = id
 end
 
-if f.stop ~= '' and f.state ~= 'merging' then
+local merging = f.state == 'merging'
+if merging and MERGES[f.stop] and f.deadline > 0 and now >= f.deadline then stop(f, 'expired') end
+if f.stop ~= '' and not (merging and MERGES[f.stop]) then
   skip_waiting(f, now > tonumber(call('HGET', job, 'stop_ms')) + tonumber(ARGV[3]))
   if f.pending <= 0 then
     local outcome, waits = finish_tree(f, call('HGET', job, 'task'))
