@@ -185,7 +185,7 @@ class NodeRun:
             estimate_s=spec.estimate_s,
         )
         entry.limit(limit_s)
-        self._steps = runtime.steps(spec, limit_s)
+        self._steps = runtime.steps(spec)
         self._work = _kind_of_work(operation, claim)(
             claim,
             spec,

@@ -162,10 +162,10 @@ class Runtime:
             )
             return False
 
-    def steps(self, spec: JobSpec, item_limit_s: float = 0.0) -> Steps:
+    def steps(self, spec: JobSpec) -> Steps:
         """Return the steps of a node or a merge that this process runs."""
         limit_s = self.timeouts.step_limit_s(spec.operation, spec.complexity)
-        return Steps(self.page_entry(), self.clock, limit_s, item_limit_s)
+        return Steps(self.page_entry(), self.clock, limit_s)
 
     def page_entry(self) -> ProcessEntry:
         """Return the entry of the shared page that belongs to this process, or to this thread."""

@@ -47,6 +47,7 @@ _ENTRY = struct.Struct("<II8sqdd40s16sB")
 _PID = struct.Struct("<I")
 _ITEM = struct.Struct("<q")
 _TIME = struct.Struct("<d")
+_IN_FLIGHT = struct.Struct("<qdd")  # item, time, limit
 _GENERATION = struct.Struct("<I")
 _PID_AT, _ITEM_AT, _TIME_AT, _LIMIT_AT, _DOOMED_AT = 4, 16, 24, 32, 96
 _DRAINING_AT, _HUNGRY_AT, _RECALLS_AT, _TERMINATING_AT, _URGENT_AT, _LEVEL_AT = 0, 1, 2, 3, 4, 8
@@ -283,11 +284,13 @@ class ProcessEntry:
         _ITEM.pack_into(self._memory, self._offset + _ITEM_AT, NO_ITEM)
         _TIME.pack_into(self._memory, self._offset + _TIME_AT, at)
 
-    def start_step(self, step: Step, at: float, limit_s: float) -> None:
-        """Write that a step begins, with its time limit in seconds; 0: no limit."""
-        self.boundary(at)
-        self.limit(limit_s)
-        self.start_item(step)
+    def swap(self, item: int, since: float, limit_s: float) -> tuple[int, float, float]:
+        """Write an item or a step with its start and its time limit, and return those before."""
+        before: tuple[int, float, float] = _IN_FLIGHT.unpack_from(
+            self._memory, self._offset + _ITEM_AT
+        )
+        _IN_FLIGHT.pack_into(self._memory, self._offset + _ITEM_AT, item, since, limit_s)
+        return before
 
     def _write(self, pid: int, job: str, node: str, token: bytes, at: float) -> None:
         odd = _GENERATION.unpack_from(self._memory, self._offset)[0] | 1
@@ -311,29 +314,22 @@ class ProcessEntry:
 class Steps:
     """Writes into a process's entry which step of a node or of a merge runs, and its time limit."""
 
-    def __init__(
-        self,
-        entry: ProcessEntry,
-        clock: Callable[[], float],
-        limit_s: float,
-        item_limit_s: float = 0.0,
-    ) -> None:
-        """`limit_s` is the time limit of a step, `item_limit_s` that of the items between steps."""
-        self._entry, self._clock = entry, clock
-        self._limit_s, self._item_limit_s = limit_s, item_limit_s
+    def __init__(self, entry: ProcessEntry, clock: Callable[[], float], limit_s: float) -> None:
+        """`limit_s` is the time limit of each step in seconds."""
+        self._entry, self._clock, self._limit_s = entry, clock, limit_s
 
     def run(self, step: Step) -> _Running:
         """Mark the block as a step: the main process ends it when it takes too long."""
         return _Running(self, step)
 
-    def begin(self, step: Step) -> None:
-        """Write that a step begins."""
-        self._entry.start_step(step, self._clock(), self._limit_s)
+    def begin(self, step: Step) -> tuple[int, float, float]:
+        """Write that a step begins; return what was in flight before, for `end`."""
+        return self._entry.swap(step, self._clock(), self._limit_s)
 
-    def end(self) -> None:
-        """Write that the step has ended."""
-        self._entry.boundary(self._clock())
-        self._entry.limit(self._item_limit_s)
+    def end(self, before: tuple[int, float, float]) -> None:
+        """Write that the step has ended.  An item that goes on keeps its start and its limit."""
+        item, since, limit_s = before
+        self._entry.swap(item, self._clock() if item == NO_ITEM else since, limit_s)
 
     def marked(self, operation: Operation) -> Operation:
         """Return the operation with a merge, finalize and `then` that run as steps."""
@@ -361,7 +357,7 @@ class _Running:
         self._steps, self._step = steps, step
 
     def __enter__(self) -> None:
-        self._steps.begin(self._step)
+        self._before = self._steps.begin(self._step)
 
     def __exit__(self, *_: object) -> None:
-        self._steps.end()
+        self._steps.end(self._before)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilience.degradation import Level
-from rlm_tasks.engine.shared_page import Held, SharedPage
+from rlm_tasks.engine.shared_page import NO_ITEM, Held, SharedPage, Step, Steps
 
 
 class Watch:
@@ -184,3 +184,24 @@ def test_a_forked_process_writes_to_the_same_page() -> None:
     assert [each.pid for each in page.held()] == [child]
     page.draining = page.hungry = True
     assert (page.draining, page.hungry) == (True, True)
+
+
+def test_an_item_goes_on_after_a_step_with_its_own_start_and_limit() -> None:
+    page, now = SharedPage(), [5.0]
+    entry = page.entry(0)
+    entry.hold(pid=11, job="job-a", node="node-a", token="00112233aabbccdd", at=1.0)
+    entry.limit(9.0)
+    steps = Steps(entry, lambda: now[0], limit_s=60.0)
+    with steps.run(Step.READING):
+        [held] = page.held()
+        assert (held.step, held.since, held.limit_s) == (Step.READING, 5.0, 60.0)
+        now[0] = 6.0
+    [held] = page.held()
+    assert (held.item, held.since, held.limit_s) == (NO_ITEM, 6.0, 9.0), "reading is no item's time"
+
+    entry.start_item(3)
+    now[0] = 7.0
+    with pytest.raises(ValueError, match="raised in it"), steps.run(Step.MERGE):
+        raise ValueError("raised in it")
+    [held] = page.held()
+    assert (held.item, held.since, held.limit_s, held.step) == (3, 6.0, 9.0, None)
