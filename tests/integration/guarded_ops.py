@@ -13,6 +13,7 @@ from typing import Any
 
 from resilience.breaker_storage import BreakerConfig
 from resilience.bucket import Rate
+from resilience.bulkhead import Elastic
 from resilience.retry import RetryPolicy
 from rlm_tasks import Context, operation
 
@@ -121,6 +122,21 @@ async def metered_async(item: int, ctx: Context) -> list[int]:
     _journal(ctx, "call")
     await asyncio.sleep(0.05)
     return [item]
+
+
+@operation("at_last_batch", batch=True, retry=TWICE, fallback=lambda items: [-i for i in items])
+def at_last_batch(items: list[int], ctx: Context) -> list[int]:
+    """Do the same as `at_last`, with many items in a call."""
+    return [at_last(item, ctx) for item in items]
+
+
+@operation("heavy", bulkhead=Elastic(500, 2048, 900), weight=lambda mb: mb, concurrency=20)
+async def heavy(mb: int, ctx: Context) -> int:
+    """Use some MB of a pool that all workers share, for 20 ms."""
+    _journal(ctx, "begin")
+    await asyncio.sleep(0.02)
+    _journal(ctx, "end")
+    return mb
 
 
 @operation("narrow", merge=_listed, bulkhead=1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -169,6 +169,37 @@ def test_an_item_is_retried_without_delaying_its_neighbours(
         30: 3,
     }
     assert guarded.recovery_success_rate() is not None
+
+
+def test_a_fallback_answers_for_a_batch_whose_retries_are_used_up(
+    guarded: Client, tmp_path: Path
+) -> None:
+    result = guarded.execute(
+        operation="at_last_batch",
+        items=range(1, 41),
+        params={"folder": str(tmp_path)},
+        continue_on_error=True,
+        timeout=30,
+    )
+
+    assert result.failed_count == 0
+    assert [abs(each) for each in result.output] == list(range(1, 41))
+    assert -2 in result.output
+
+
+def test_a_bulkhead_counts_megabytes_over_all_slots(guarded: Client, tmp_path: Path) -> None:
+    """400 MB of 2,048 MB: at most five calls are in flight."""
+    result = guarded.execute(
+        operation="heavy",
+        items=[400] * 40,
+        chunk_size=20,
+        params={"folder": str(tmp_path)},
+        timeout=60,
+    )
+
+    assert result.output == [400] * 40
+    in_flight = accumulate(1 if event == "begin" else -1 for event, _, _, _ in journal(tmp_path))
+    assert max(in_flight) == 5
 
 
 def test_async_items_keep_to_the_rate(guarded: Client, tmp_path: Path) -> None:
