@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from resilience import CircuitOpen, with_circuit_breaker, with_retry
+from resilience import BreakerConfig, CircuitOpen, with_circuit_breaker, with_retry
 from rlm_tasks import Client, InvalidRequest, JobFailed, Status, estimate_optimal_chunk_size
+from rlm_tasks.compat.resource_manager import AdaptiveResourceManager
 
 DATA = list(range(1, 1201))
 
@@ -221,6 +222,39 @@ def test_a_protected_call_with_a_breaker_outside_of_the_retries(client: Client) 
     outcomes = asyncio.run(call_many())
     assert outcomes == ["ConnectionError"] * 5 + ["CircuitOpen"] * 15
     assert len(calls) == 5 * 5
+    client.breakers.reset("agent-factory")
+
+
+def test_breakers_of_executors(client: Client) -> None:
+    """Document 1: an executor fails, is blocked, looked at and reset."""
+    config = BreakerConfig(
+        failure_threshold=5,
+        timeout_seconds=60.0,
+        half_open_timeout=30.0,
+        memory_threshold_mb=2048.0,
+        success_threshold=3,
+    )
+    resource_manager = AdaptiveResourceManager(client=client)
+    breaker = client.breakers.get("D3-Q3", config)
+    for _ in range(5):
+        with pytest.raises(JobFailed), breaker.calling():
+            client.execute(operation="fail_odd", items=[1], timeout=60)
+
+    can_execute, reason = resource_manager.can_execute("D3-Q3")
+    assert not can_execute
+    assert "its circuit is open; come back in" in reason
+    status = resource_manager.get_resource_status()
+    assert [
+        executor_id
+        for executor_id, breaker in status["circuit_breakers"].items()
+        if breaker["state"] == "open"
+    ] == ["D3-Q3"]
+    known = resource_manager.circuit_breakers["D3-Q3"]
+    assert (known.state, known.failure_count) == ("open", 5)
+    assert known.last_failure_time is not None
+
+    assert resource_manager.reset_circuit_breaker("D3-Q3")
+    assert resource_manager.can_execute("D3-Q3") == (True, "")
 
 
 def test_priority_scheduling(client: Client) -> None:
