@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rlm_tasks import Client, Files, ItemsUnreadable, JobRequest, Lines, Options
+from rlm_tasks.client import submission
 from rlm_tasks.diagnosis.doctor import examine
 from rlm_tasks.errors import FileOutsideRoot, InvalidRequest
+from rlm_tasks.jobs.stored_items import STAGED_S
 from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
 
@@ -143,3 +148,35 @@ def test_client_and_worker_read_below_the_root_only(
 def test_a_pattern_without_files_is_refused_before_anything_is_stored(client: Client) -> None:
     with pytest.raises(InvalidRequest, match="matches no file"):
         client.submit(operation="collect", items=Files("nope/*.csv"))
+
+
+def test_an_item_that_redis_does_not_take_is_refused_by_size(server: embedded.Server) -> None:
+    with client_of(environment_of(server.url, "bulky")) as client:
+        redis = client.ledger.store.client
+        kept = redis.config_get("proto-max-bulk-len")
+        redis.config_set("proto-max-bulk-len", 2 << 20)
+        try:
+            with pytest.raises(InvalidRequest, match=r"items\[1\].*proto-max-bulk-len 2097152"):
+                client.submit(operation="collect", items=["small", os.urandom(3 << 20)])
+        finally:
+            redis.config_set("proto-max-bulk-len", str(kept["proto-max-bulk-len"]))
+
+        assert list(redis.scan_iter("bulky:*staged*")) == []
+
+
+def test_items_that_expired_while_others_were_stored_are_refused(
+    client_without_worker: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, redis = client_without_worker, client_without_worker.ledger.store.client
+    hours = itertools.count(0, STAGED_S)
+    monkeypatch.setattr(submission, "time", SimpleNamespace(monotonic=lambda: next(hours)))
+
+    def slow() -> Iterator[str]:
+        redis.delete(*redis.scan_iter(f"{client.settings.namespace}:*staged*"))
+        yield "last"
+
+    requests = [JobRequest(operation="collect", items=each) for each in (["first"], slow())]
+    with pytest.raises(InvalidRequest, match="gave no item for more than 3600 s"):
+        client.batch_submit(requests)
+
+    assert client.jobs() == []

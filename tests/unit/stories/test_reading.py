@@ -17,6 +17,7 @@ from rlm_tasks.engine.node import run_node
 from rlm_tasks.engine.outcome import FAILURES_FULL_AT
 from rlm_tasks.jobs.items import Lines
 from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.jobs.stored_items import STAGED_S
 from rlm_tasks.ledger.records import ROOT, Finished, Report
 from rlm_tasks.settings.model import Settings
 from tests.unit.harness import Platform
@@ -367,3 +368,11 @@ def test_the_blocks_of_a_job_are_forgotten_with_its_last_node() -> None:
     platform.run(spec)
 
     assert platform.runtime.items.held_bytes == 0
+
+
+def test_items_of_an_open_job_live_longer_than_staged_ones() -> None:
+    platform = Platform()
+    keys = platform.keys.of(submitted(platform, "unit_collects", ["text"]).job)
+
+    lives = [platform.store.client.ttl(key) for key in (keys.items, keys.blocks)]
+    assert min(lives) > STAGED_S
