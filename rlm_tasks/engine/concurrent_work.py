@@ -183,7 +183,7 @@ class ConcurrentWork(Work):
             context,
             held,
             run=functools.partial(self._run_in_time, context),
-            again=functools.partial(self._read_again, context.index, item),
+            again=lambda: self._read_again(context.index, context.tries, item),
             waiter=waiter,
             pause=self._pause_of(context.index),
         )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from resilience.degradation import IN_FORCE, Degradation, Level
+from resilience.errors import StoreUnavailable
 from rlm_tasks.engine.guards import Postponed, wait_of
 from rlm_tasks.engine.item_timeouts import ItemAlarm
 from rlm_tasks.engine.outcome import NodeOutcome
@@ -34,6 +35,8 @@ Batches grow until one takes as long as a slice.
 """
 LARGEST_BATCH = 65_536
 """Items of the largest batch: they are all in memory at once."""
+AWAY_S = 1.0
+"""An item that cannot be read for a further attempt, because Redis is away, waits for this long."""
 _EMPTY: tuple[Any, ...] = (None, "", b"", [], {})
 
 Read = Callable[[int, int], Sequence[Any]]
@@ -247,15 +250,20 @@ class Work:
             tries=context.tries,
             waiter=waiter,
             run=self._alarm.run,
-            again=functools.partial(self._read_again, context.index, value),
+            again=functools.partial(self._read_again, context.index, context.tries, value),
         )
 
-    def _read_again(self, index: int, _value: Any) -> Any:
-        """Return a new item in place of one that a call may have changed."""
+    def _read_again(self, index: int, tries: int, _value: Any) -> Any:
+        """Return a new item in place of one that a call may have changed.
+
+        Raises Postponed while Redis is away, and the error of an item that cannot be read.
+        """
         try:
             return self._read(index, index + 1)[0]
         except Unreadable as unreadable:
             raise unreadable.error from None
+        except StoreUnavailable as error:  # no failure of the item
+            raise Postponed(AWAY_S, str(error), tries=tries) from None
 
     def _validate(self, item: Any, _context: Context) -> None:
         if self._operation.validate is not None:
@@ -344,13 +352,13 @@ class BatchWork(Work):
             if self.decided:
                 return
 
-    def _read_again(self, index: int, value: Any) -> Any:
+    def _read_again(self, index: int, tries: int, value: Any) -> Any:
         """Return a new batch in place of one that a call may have changed."""
         if isinstance(value, range):
             return value
         batch: list[Any] = []
         while len(batch) < len(value):
-            item = super()._read_again(index, value)
+            item = super()._read_again(index, tries, value)
             if index not in self.outcome.left_out:
                 batch.append(item)
             index += 1

@@ -192,7 +192,10 @@ class Files:
             yield path
 
     def __iter__(self) -> Iterator[str]:
-        pattern = Path(self.pattern).expanduser().absolute()
+        try:
+            pattern = Path(storable_path(self.pattern)).expanduser().absolute()
+        except RuntimeError as error:  # no home folder
+            raise InvalidRequest("items", str(self.pattern), f"cannot be read: {error}") from None
         found = glob.iglob(str(pattern), recursive=True)  # noqa: PTH207  # Path.glob: no absolute pattern
         paths = sorted(path for path in found if Path(path).is_file())
         if not paths:

@@ -52,6 +52,10 @@ _MAGIC = {
     b"\x7fELF": ("ELF", "it is a program; pass a text file"),
     b"\x89HDF": ("HDF5", "pass its rows as items"),
     b"Obj\x01": ("Avro", "pass its records as items"),
+    b"\x93NUMPY": ("NumPy", "pass numpy.load(path).tolist() as items"),
+    b"\xd0\xcf\x11\xe0": ("an old Microsoft Office file", "export it as text"),
+    b"\x80\x04\x95": ("pickle", "pass its contents as items"),
+    b"\x80\x05\x95": ("pickle", "pass its contents as items"),
 }
 """The first bytes of files that are no text: the format, and how to read it all the same."""
 _TAR = b"ustar"  # at byte 257
@@ -250,7 +254,10 @@ def _reason(error: Exception) -> str:
 
 def storable_path(path: str | os.PathLike[str]) -> str:
     """Return a path as text that can be stored.  Raises InvalidRequest."""
-    text = os.fsdecode(path)
+    try:
+        text = os.fsdecode(path)
+    except TypeError:
+        raise InvalidRequest("items", path, "is no path; pass a string or a pathlib.Path") from None
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -199,6 +199,7 @@ def make_locked(path: Path) -> Path:
         (lambda path: str(path) + "\x00", "cannot be read"),
         (lambda path: os.fsdecode(bytes(path) + b"\xff"), "not UTF-8"),
         (lambda _: "~no-such-user/file", "cannot be read"),
+        (lambda _: 7, "is no path"),
     ],
 )
 def test_paths_that_are_no_text_file_are_refused_at_once(
@@ -258,6 +259,8 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     for ask in (stored, lambda items: items.sample(Random(0))):
         with pytest.raises(InvalidRequest, match="matches no file"):
             ask(Files(tmp_path / "nope" / "*.csv"))
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        stored(Files("~no-such-user/*"))
 
 
 def test_only_files_below_the_root_are_read(tmp_path: Path) -> None:

@@ -186,6 +186,30 @@ def test_a_further_attempt_gets_a_new_item(name: str) -> None:
     assert platform.output(spec) == [row["v"] for row in rows()]
 
 
+@pytest.mark.parametrize("name", ["unit_empties_async", "unit_falls_back"])
+def test_an_outage_between_two_attempts_is_no_failure_of_the_item(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _failed_once.clear()
+    platform = WaitingPlatform(seed=1)
+    spec = submitted(platform, name, rows(once=2))
+    read = platform.runtime.items.read
+
+    def away_once(*, lo: int, hi: int, **keys: Any) -> Any:
+        if (lo, hi) == (2, 3) and _failed_once:
+            monkeypatch.setattr(platform.runtime.items, "read", read)
+            raise StoreUnavailable("redis://fake", "away")
+        return read(lo=lo, hi=hi, **keys)
+
+    monkeypatch.setattr(platform.runtime.items, "read", away_once)
+
+    facts = platform.run_all(spec)
+
+    assert platform.runtime.items.read == read, "the outage came"
+    assert (facts["done"], facts["failed"]) == ("9", "0")
+    assert platform.output(spec) == [row["v"] for row in rows()]
+
+
 @pytest.mark.parametrize(
     "name", ["unit_falls_back", "unit_falls_back_batch", "unit_falls_back_async"]
 )
