@@ -64,7 +64,7 @@ class NodeSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         description="Interval at which a running node reports to the ledger and reads from it.",
     )
     output_mb: float = Field(
-        16.0,
+        8.0,
         gt=0,
         description="A node reports its outputs, and hands over the rest of its range, when they "
         "hold about this much memory.",
