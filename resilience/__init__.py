@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from resilience.errors import RetryBudgetExhausted as RetryBudgetExhausted
     from resilience.errors import RlmError as RlmError
     from resilience.errors import Severity as Severity
+    from resilience.errors import StoreFull as StoreFull
+    from resilience.errors import StoreReadOnly as StoreReadOnly
+    from resilience.errors import StoreUnauthorised as StoreUnauthorised
     from resilience.errors import StoreUnavailable as StoreUnavailable
     from resilience.fault_log import FaultLog as FaultLog
     from resilience.faults import Fault as Fault
@@ -58,7 +61,8 @@ _HOMES = {
     "bucket": "PROVIDER ROUTER Grant LeasedBucket Rate TokenBucket",
     "bulkhead": "Aimd Bulkhead Elastic Permit",
     "errors": "BulkheadFull CallTimeout Category Denied InvalidValue NeverSatisfiable RateLimited "
-    "RetryBudgetExhausted RlmError Severity StoreUnavailable",
+    "RetryBudgetExhausted RlmError Severity StoreFull StoreReadOnly StoreUnauthorised "
+    "StoreUnavailable",
     "fault_log": "FaultLog",
     "faults": "Fault classify",
     "retry": "Retry RetryBudget RetryPolicy execute_with_retry with_retry",

@@ -27,6 +27,7 @@ SENTINEL_PORT = 26_379
 SENTINEL_TIMEOUT_S = 1.0
 """A client asks the next sentinel if one does not answer within this time."""
 VERIFICATION = {"required": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "none": ssl.CERT_NONE}
+_OF_POOL = ("max_connections", "timeout")
 _FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _OPTIONS = (*_FILES, "ssl_cert_reqs", "ssl_check_hostname")
 
@@ -48,10 +49,12 @@ class Address:
         """Whether the URL names sentinels."""
         return self.url.startswith(SENTINEL)
 
-    def client(self, **options: Any) -> redis.Redis:
+    def client(self, extra: type | None = None, **options: Any) -> redis.Redis:
         """Return a client with these options of redis-py; it connects at its first command.
 
-        It follows a failover: each new connection asks the sentinels.
+        `extra` is mixed into the class of its connections.  Threads wait for a free connection
+        when there are `max_connections`.  It follows a failover: each new connection asks the
+        sentinels.
         """
         import redis
 
@@ -61,10 +64,19 @@ class Address:
                 for name, value in options.items()
                 if name not in ("socket_keepalive", "socket_connect_timeout")
             }
+        connection = connection_class(self.url, extra)
         if not self.is_watched:
-            return redis.Redis.from_url(self.url, **options)
-        following = _following(secured=tls(self.url) is not None)
-        return self.sentinels(**options).master_for(self.master, connection_class=following)  # type: ignore[no-untyped-call,no-any-return]  # redis-py leaves it untyped
+            pool = redis.BlockingConnectionPool.from_url(
+                self.url, connection_class=connection, **options
+            )
+            return redis.Redis.from_pool(pool)
+        shared = {name: options.pop(name) for name in _OF_POOL if name in options}
+        return self.sentinels(**options).master_for(  # type: ignore[no-untyped-call,no-any-return]  # redis-py leaves it untyped
+            self.master,
+            connection_class=connection,
+            connection_pool_class=_blocking_sentinel_pool(),
+            **shared,
+        )
 
     def sentinels(self, **options: Any) -> Sentinel:
         """Return a client of the sentinels, with a short timeout for each."""
@@ -89,30 +101,32 @@ class Address:
 
 
 @functools.cache
-def _following(*, secured: bool) -> Any:
-    """Return the class of connections that leave a primary which may no longer write.
+def _blocking_sentinel_pool() -> Any:
+    """Return redis-py's pool of sentinels, whose threads wait for a free connection."""
+    from redis import BlockingConnectionPool
+    from redis.sentinel import SentinelConnectionPool
 
-    redis-py's own class leaves a primary only when it has become a replica, which sentinels do
-    seconds after a failover.  With ``min-replicas-to-write`` set, the old primary refuses writes at
-    once, and this class leaves it then.
-    """
-    from redis.exceptions import ConnectionError as RedisConnectionError
-    from redis.exceptions import ResponseError
+    return type("BlockingSentinelPool", (SentinelConnectionPool, BlockingConnectionPool), {})
+
+
+def connection_class(url: str, extra: type | None) -> Any:
+    """Return redis-py's class of connections to a URL, with the class `extra` mixed in."""
+    import redis
     from redis.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
 
-    class Following(SentinelManagedSSLConnection if secured else SentinelManagedConnection):  # type: ignore[misc]  # one of two
-        def read_response(self, *args: Any, **options: Any) -> Any:
-            try:
-                return super().read_response(*args, **options)
-            except ResponseError as error:
-                if not str(error).startswith("NOREPLICAS"):
-                    raise
-                self.disconnect()
-                raise RedisConnectionError(
-                    f"{error} Another primary may have replaced it."
-                ) from None
+    if url.startswith(SOCKET):
+        base: Any = redis.UnixDomainSocketConnection
+    elif url.startswith(SENTINEL):
+        base = SentinelManagedSSLConnection if tls(url) is not None else SentinelManagedConnection
+    else:
+        base = redis.SSLConnection if tls(url) is not None else redis.Connection
+    return base if extra is None else mixed(extra, base)
 
-    return Following
+
+@functools.cache
+def mixed(extra: type, base: type) -> type:
+    """Return a subclass of a class of connections in which a method of `extra` comes first."""
+    return type(f"{extra.__name__}Of{base.__name__}", (extra, base), {})
 
 
 # --- the parts of a URL -----------------------------------------------------------------------

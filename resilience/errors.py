@@ -1,7 +1,10 @@
 """The root of every error that a user can meet, and the errors of guards and of Redis.
 
     RlmError
-    ├── StoreUnavailable        Redis does not answer
+    ├── StoreUnavailable        Redis does not answer, or refuses every command for a while
+    │   ├── StoreFull           its memory is used up
+    │   ├── StoreReadOnly       it takes no writes: a replica, a full disk, too few replicas
+    │   ├── StoreUnauthorised   it refuses the password, or asks for one
     │   └── StoreUntrusted      TLS failed: the server's certificate or the client's is not trusted
     ├── InvalidValue            a field, its value, and what to do (also a ValueError)
     ├── NeverSatisfiable        the amount is more than a limit can ever grant (also a ValueError)
@@ -24,7 +27,7 @@ from __future__ import annotations
 import math
 import reprlib
 from enum import IntEnum, StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 TEXT_CHARS = 4000
 """The largest number of characters that are kept of an exception's message."""
@@ -86,9 +89,9 @@ class RlmError(Exception):
 
 
 class StoreUnavailable(RlmError):
-    """Redis cannot be reached, or stopped answering.
+    """Redis cannot be reached, stopped answering, or refuses every command for a while.
 
-    Attributes: its `url` without the password, and the `cause`.
+    Attributes: its `url` without the password, the `cause`, and `advice` on what to do.
     """
 
     code = "SERVICE_UNAVAILABLE"
@@ -96,12 +99,51 @@ class StoreUnavailable(RlmError):
     severity = Severity.HIGH
     retryable = True
     trips = True
+    what, advice = "does not answer ({cause})", "start it, or set {variable}"
 
-    def __init__(self, url: str, cause: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        cause: str,
+        *,
+        what: str = "",
+        advice: str = "",
+        server: str = "Redis",
+        variable: str = "RLM_REDIS_URL",
+    ) -> None:
         self.url, self.cause = url, cause
-        super().__init__(
-            f"Redis at {url} does not answer ({cause}); start it, or set RLM_REDIS_URL"
-        )
+        self.advice = (advice or self.advice).replace("{variable}", variable)
+        found = (what or self.what).replace("{cause}", cause)
+        super().__init__(f"{server} at {url} {found}; {self.advice}")
+
+
+class StoreFull(StoreUnavailable):
+    """Redis takes no writes because its memory is used up.  Work goes on when it has room."""
+
+    category = Category.RESOURCE
+    severity = Severity.CRITICAL
+    what = "is full ({cause})"
+    advice = "raise its maxmemory, or let results expire earlier with RLM_RESULT_TTL_S"
+
+
+class StoreReadOnly(StoreUnavailable):
+    """Redis takes no writes for another reason: a replica, a full disk, too few replicas."""
+
+    severity = Severity.CRITICAL
+    what = "takes no writes ({cause})"
+    advice = "set {variable} to the primary, or wait until the failover has ended"
+
+
+class StoreUnauthorised(StoreUnavailable):
+    """Redis refuses the user name or the password, or asks for one; a retry does not help."""
+
+    code = "UNAUTHORISED"
+    category = Category.AUTH
+    severity = Severity.CRITICAL
+    retryable = False
+    trips = False
+    what = "refuses the user name or the password"
+    advice = "correct them in {variable}"
 
 
 class StoreUntrusted(StoreUnavailable):
@@ -112,13 +154,84 @@ class StoreUntrusted(StoreUnavailable):
     severity = Severity.CRITICAL
     retryable = False
     trips = False
+    what = "is not trusted ({cause})"
+    advice = "see its certificate, and port and ssl_ca_certs in {variable}"
 
-    def __init__(self, url: str, cause: str) -> None:
-        super().__init__(url, cause)
-        self.args = (
-            f"Redis at {url} is not trusted ({cause}); see its certificate, "
-            "and port and ssl_ca_certs in RLM_REDIS_URL",
-        )
+
+class Outage(NamedTuple):
+    """The error for one kind of outage: its class, what is wrong, and what to do.
+
+    An empty text stands for the text of the class.
+    """
+
+    kind: type[StoreUnavailable]
+    what: str = ""
+    advice: str = ""
+
+    def error(self, url: str, cause: str) -> StoreUnavailable:
+        """Return the error of Redis at a URL; the cause is in the words of its client."""
+        return self.kind(url, cause, what=self.what, advice=self.advice)
+
+
+_NO_CLUSTER = "set {variable} to a server outside of a cluster"
+OUTAGES = {
+    "AWAY": Outage(StoreUnavailable),
+    "CONNECTIONS": Outage(
+        StoreUnavailable,
+        "answers, but all connections of this process are in use",
+        "use fewer threads at once, or try again",
+    ),
+    "DATABASE": Outage(
+        StoreUnavailable, "has no such database ({cause})", "correct the number in {variable}"
+    ),
+    "WRONGPASS": Outage(StoreUnauthorised),
+    "NOAUTH": Outage(
+        StoreUnauthorised,
+        "asks for a password",
+        "write it into {variable}: redis://:PASSWORD@HOST:6379/0",
+    ),
+    "NOPASS": Outage(
+        StoreUnauthorised, "has no password, but one was given", "remove it from {variable}"
+    ),
+    "UNTRUSTED": Outage(StoreUntrusted),
+    "NOTLS": Outage(
+        StoreUntrusted,
+        "speaks no TLS on this port",
+        "write its port for TLS into {variable}, or redis:// instead of rediss://",
+    ),
+    "TLS": Outage(
+        StoreUntrusted,
+        "speaks only TLS on this port",
+        "write rediss:// instead of redis:// into {variable}",
+    ),
+    # --- the codes of refusals --------------------------------------------------------------
+    "OOM": Outage(StoreFull),
+    "READONLY": Outage(StoreReadOnly, "takes no writes, because it is a replica"),
+    "UNBLOCKED": Outage(StoreReadOnly, "takes no writes, because it became a replica"),
+    "NOREPLICAS": Outage(
+        StoreReadOnly,
+        "takes no writes, because too few of its replicas are connected",
+        "start them, or lower min-replicas-to-write",
+    ),
+    "MISCONF": Outage(
+        StoreReadOnly,
+        "takes no writes, because it could not save to its disk",
+        "free disk space; its log has the reason",
+    ),
+    "BUSY": Outage(
+        StoreUnavailable, "is busy with a script", "wait until it ends, or send SCRIPT KILL"
+    ),
+    "LOADING": Outage(StoreUnavailable, "loads its data after a start", "wait until it is ready"),
+    "MASTERDOWN": Outage(
+        StoreUnavailable, "is a replica that has lost its primary", "set {variable} to the primary"
+    ),
+    "CLUSTERDOWN": Outage(StoreUnavailable, "is one node of a cluster that is down", _NO_CLUSTER),
+    "TRYAGAIN": Outage(StoreUnavailable, "is one node of a cluster", _NO_CLUSTER),
+    "CLUSTER": Outage(
+        StoreUnavailable, "is one node of a cluster, which is not supported", _NO_CLUSTER
+    ),
+}
+"""The kinds of outages; `resilience.store.outage_of` finds the kind of an error."""
 
 
 class InvalidValue(RlmError, ValueError):

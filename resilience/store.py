@@ -1,8 +1,9 @@
 """One connection to Redis per process, and scripts that run in one round trip.
 
 Every part of the platform calls Redis through `Store.call`; begin there, with its table of outages.
-Timeouts are short, and redis-py does not retry by itself: it would run a script twice after a
-timeout.  Guards that decide without Redis count it with `Store.decided_alone`.
+A Redis that refuses a command for a while, because it is full or a replica, counts as an outage:
+`refusal` recognises it.  Timeouts are short, and redis-py does not retry by itself: it would run a
+script twice after a timeout.  Guards that decide without Redis count it with `Store.decided_alone`.
 """
 
 from __future__ import annotations
@@ -23,13 +24,28 @@ from typing import Any, Literal, overload
 
 import redis
 from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AskError,
+    AuthenticationError,
+    AuthenticationWrongNumberOfArgsError,
+    BusyLoadingError,
+    ClusterCrossSlotError,
+    ClusterDownError,
+    MasterDownError,
+    MovedError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from resilience.address import Address, is_untrusted
-from resilience.errors import StoreUnavailable, StoreUntrusted
+from resilience.errors import OUTAGES, Outage, StoreUnavailable
 from resilience.keys import Keys
 from resilience.settings import StoreSettings, store_settings
 
@@ -38,10 +54,36 @@ logger = logging.getLogger(__name__)
 LOST = (RedisConnectionError, RedisTimeoutError)
 BACK_OFF_S = 1.0
 """In an outage guards try Redis again after this time, plus up to half of it at random."""
-_UNABLE = ("READONLY", "OOM", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "MASTERDOWN")
-"""First words of errors from a Redis that answers but cannot write.  A script's own errors begin
-differently.
+_CODES: dict[type[RedisError], str] = {
+    OutOfMemoryError: "OOM",
+    ReadOnlyError: "READONLY",
+    BusyLoadingError: "LOADING",
+    MasterDownError: "MASTERDOWN",
+    ClusterDownError: "CLUSTERDOWN",
+    TryAgainError: "TRYAGAIN",
+    MovedError: "CLUSTER",
+    AskError: "CLUSTER",
+    ClusterCrossSlotError: "CLUSTER",
+}
+"""The codes of errors for which redis-py has a class: it removes the code from their text."""
+_CODE = re.compile(
+    r"(?:^|caused error: |@user_script: ?\d+: -?)"
+    r"(OOM|READONLY|MISCONF|BUSY|NOREPLICAS|MASTERDOWN|CLUSTERDOWN|LOADING|TRYAGAIN|UNBLOCKED) "
+)
+_LEFT = "The previous master is now a slave"
+"""redis-py's words for READONLY when sentinels name the primary."""
+_CLUSTER = re.compile(r"SELECT is not allowed in cluster|keys? in a cluster node|same slot")
+_OF_PIPELINE = re.compile(r"^Command # \d+ .* of pipeline caused error: ", re.DOTALL)
+_NO_TLS = re.compile("wrong version number|record layer failure|unknown protocol", re.IGNORECASE)
+_NO_CONNECTION = "No connection available."
+MOVED = frozenset({"READONLY", "NOREPLICAS", "MASTERDOWN", "UNBLOCKED"})
+"""Codes after which another server may be the primary: the connection is dropped and made anew."""
+SILENT_S = 1.0
+"""A connection without an answer for this time, or for a longer timeout, may be forgotten by the
+network.  A shorter timeout is often the fault of a busy process.
 """
+MAX_CONNECTIONS = 64
+"""The connections of one process to one server; further threads wait for a free one."""
 STEP_S = 0.1
 """A guard listens for an answer in steps of at most this time.  A step counts in full, however long
 it took: a process that was stopped or starved meanwhile has heard nothing, so it listens longer.
@@ -115,14 +157,125 @@ class PatientConnection:
                 raise
 
 
-@functools.cache
-def _patient(base: type) -> type:
-    return type(f"Patient{base.__name__}", (PatientConnection, base), {})
-
-
 def masked(url: str) -> str:
     """Return the URL with its password replaced, fit for messages and logs."""
     return _PASSWORD.sub(lambda match: f"{match[1]}***@" if match[1] else f"{match[2]}***", url)
+
+
+def refusal(error: BaseException) -> str:
+    """Return the code by which Redis refused a command for a while, '' for any other error.
+
+    redis-py gives some of these errors a class and removes the code from their text; others are
+    known by the code at the start, also behind the words of a pipeline or of a script.
+    """
+    if isinstance(error, Refused):
+        return error.code
+    if not isinstance(error, RedisError):
+        return ""
+    if code := _CODES.get(type(error), ""):
+        return code
+    text = str(error)
+    if found := _CODE.search(text):
+        return found[1]
+    if text == _LEFT:
+        return "READONLY"
+    return "CLUSTER" if isinstance(error, ResponseError) and _CLUSTER.search(text) else ""
+
+
+def outage_of(error: BaseException) -> Outage:
+    """Return what a failed call to a server says about it, and what to do."""
+    text = str(error)
+    if is_untrusted(error):
+        return OUTAGES["NOTLS" if _NO_TLS.search(text) else "UNTRUSTED"]
+    if isinstance(error, AuthenticationWrongNumberOfArgsError) or "without any password" in text:
+        return OUTAGES["NOPASS"]
+    if isinstance(error, AuthenticationError):
+        return OUTAGES["NOAUTH" if "equired" in text else "WRONGPASS"]
+    if "DB index is out of range" in text or "invalid DB index" in text:
+        return OUTAGES["DATABASE"]
+    if text == _NO_CONNECTION:
+        return OUTAGES["CONNECTIONS"]
+    return OUTAGES[refusal(error) or "AWAY"]
+
+
+def told(error: Exception) -> str:
+    """Return the class and text of an error of redis-py, without the text of a pipeline's command.
+
+    A command may contain items.
+    """
+    return f"{type(error).__name__}: {_OF_PIPELINE.sub('', str(error))}"[:200]
+
+
+class Refused(RedisConnectionError):
+    """Redis refused a command for a while; callers treat it as a lost connection.  Has `code`."""
+
+    def __init__(self, code: str, text: str) -> None:
+        self.code = code
+        super().__init__(_OF_PIPELINE.sub("", text))
+
+
+class _Network:
+    """The connections of this process that the network may have forgotten."""
+
+    silent = False  # a connection did not answer, and no new one has answered since
+    generation = 0  # all connections of an older generation are made anew at their next use
+
+
+class WatchfulConnection:
+    """The part of our connections that notices refusals and forgotten connections.
+
+    It is mixed into a class of redis-py.  A refusal is raised as `Refused`.  When a connection got
+    no answer and a new one gets one, all others of this process are made anew before they are used.
+    """
+
+    heeds: Callable[[str], bool] = bool  # the codes that are raised as Refused
+    generation = 0
+
+    def connect(self) -> None:
+        """Connect, unless the connection is open and trusted.  Raises Refused."""
+        me: Any = self
+        if me._sock is not None and self.generation != _Network.generation:
+            me.disconnect()
+        was_open = me._sock is not None
+        try:
+            super().connect()  # type: ignore[misc]  # the class of redis-py
+        except ResponseError as error:  # the database was refused
+            raise RedisConnectionError(str(error)) from None
+        if was_open:
+            return
+        if self.heeds("CLUSTER") and _is_cluster(me.handshake_metadata or {}):
+            me.disconnect()
+            raise Refused("CLUSTER", "one node of a cluster")
+        if _Network.silent:
+            _Network.silent, _Network.generation = False, _Network.generation + 1
+        self.generation = _Network.generation
+
+    def read_response(self, *args: Any, **options: Any) -> Any:
+        """Return the next answer.  Raises Refused."""
+        me: Any = self
+        try:
+            return super().read_response(*args, **options)  # type: ignore[misc]  # redis-py's
+        except RedisTimeoutError:
+            if "timeout" not in options and (me._socket_timeout or SILENT_S) >= SILENT_S:
+                _Network.silent = True
+            raise
+        except RedisError as error:
+            code = refusal(error)
+            if not code or not self.heeds(code):
+                raise
+            if code in MOVED:
+                me.disconnect()
+                _Network.silent = True
+            raise Refused(code, str(error)) from None
+
+
+class OwnConnection(PatientConnection, WatchfulConnection):
+    """The part of the connections of stores; kombu's have only the watchful part."""
+
+
+def _is_cluster(handshake: dict[Any, Any]) -> bool:
+    """Whether the server said at the handshake that it is a node of a cluster."""
+    return handshake.get(b"mode", handshake.get("mode")) in (b"cluster", "cluster")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +340,14 @@ class Store:
         self.patience_s, self._sleep = patience_s, sleep
         self._timeout_s, self.limit_timeout_s = timeout_s, max(timeout_s, limit_timeout_s)
         self._client, self._given, self._pid = client, client is not None, os.getpid()
-        self._away_until, self._away = 0.0, threading.Event()
+        self._away_until, self._away, self._why = 0.0, threading.Event(), OUTAGES["AWAY"]
         self._silent_since, self._silences = 0.0, 0  # about the present silence
         self._alone: Counter[str] = Counter()
         self._alone_keys = Keys(namespace).alone
+        # Whether another process warns of a Redis that refuses.
+        self.is_quiet = False
+        # Whether a refused call with ``on_outage="wait"`` is repeated beyond `patience_s`.
+        self.stays: Callable[[], bool] = lambda: False
 
     @classmethod
     def from_url(
@@ -217,16 +374,16 @@ class Store:
         return self._client
 
     def _connect(self) -> redis.Redis:
-        client = self.address.client(
+        return self.address.client(
+            OwnConnection,
+            max_connections=MAX_CONNECTIONS,
+            timeout=max(1.0, self._timeout_s),  # for a free connection
             socket_timeout=self._timeout_s,
             socket_connect_timeout=min(1.0, self._timeout_s),
             socket_keepalive=True,
             health_check_interval=0,
             retry=Retry(NoBackoff(), 0),
         )
-        pool = client.connection_pool
-        pool.connection_class = _patient(pool.connection_class)
-        return client
 
     def close(self) -> None:
         """Close the connections of this process, those to sentinels as well.  A later call opens
@@ -247,15 +404,37 @@ class Store:
         except (RedisError, OSError) as error:
             raise self.unavailable(error) from None
 
+    def refusal(self) -> StoreUnavailable | None:
+        """Return the error of a small write, None when Redis takes it.
+
+        A full server, or a replica, answers reads as usual.
+        """
+        probe = f"{self.namespace}:probe"
+        try:
+            self.call(lambda client: client.set(probe, "1", px=1000))
+        except StoreUnavailable as error:
+            return error
+        return None
+
     def now_ms(self) -> int:
         """Return the server's time in ms since 1970.  All times of jobs come from this clock."""
         seconds, micros = self.client.time()
         return seconds * 1000 + micros // 1000
 
     def unavailable(self, error: Exception) -> StoreUnavailable:
-        """Return the error a user sees for a lost or refused connection."""
-        kind = StoreUntrusted if is_untrusted(error) else StoreUnavailable
-        return kind(self.url, f"{type(error).__name__}: {error}"[:200])
+        """Return the error a user sees for a lost, refusing or refused connection."""
+        outage = outage_of(error)
+        cause = self._memory() if outage is OUTAGES["OOM"] else ""
+        return outage.error(self.url, cause or told(error))
+
+    def _memory(self) -> str:
+        """Return the used and the allowed memory in words, '' when Redis does not say."""
+        try:
+            memory = self.client.info("memory")
+        except (RedisError, OSError):
+            return ""
+        used, most = (int(memory.get(name, 0)) / 2**20 for name in ("used_memory", "maxmemory"))
+        return f"{min(used, most):.3g} of {most:.3g} MB"
 
     @overload
     def call(
@@ -282,7 +461,9 @@ class Store:
                   `patience_s` of this store
         ========  ==========================================  =====================================
 
-        Raises StoreUnavailable, and redis-py's ResponseError when the server refuses a command.
+        A Redis that is full, a replica, or busy counts as an outage: see `refusal`.
+
+        Raises StoreUnavailable, and redis-py's ResponseError for a command that is wrong.
         """
         if calls and callable(calls[0]):
             command: Callable[[redis.Redis], Any] = calls[0]
@@ -298,8 +479,12 @@ class Store:
         while True:
             try:
                 return attempt()
-            except (*LOST, StoreUnavailable) as error:
-                if on_outage == "raise" or self.clock() + wait_s > until:
+            except (*LOST, ResponseError, StoreUnavailable) as error:
+                if isinstance(error, ResponseError) and not refusal(error):
+                    raise
+                # No other worker can do this work while all are refused, so the caller stays.
+                stays = refusal(error) and self.stays()
+                if on_outage == "raise" or (self.clock() + wait_s > until and not stays):
                     if isinstance(error, StoreUnavailable):
                         raise
                     raise self.unavailable(error) from None
@@ -320,14 +505,14 @@ class Store:
         if self._away.is_set():
             silence_s = self._timeout_s  # to look for its return takes no patience
             if self.clock() < self._away_until:
-                raise StoreUnavailable(self.url, "no answer a moment ago")
+                raise self._why.error(self.url, "no answer a moment ago")
             # One caller tries Redis; other threads need not wait with it.
             self._away_until = self.clock() + BACK_OFF_S
         before, _listening.silence_s = _listening.silence_s, silence_s
         try:
             answers = attempt()
         except (*LOST, ResponseError) as error:
-            if isinstance(error, ResponseError) and not str(error).startswith(_UNABLE):
+            if isinstance(error, ResponseError) and not refusal(error):
                 raise
             if isinstance(error, RedisTimeoutError) and self._bears(began, silence_s):
                 raise self.unavailable(error) from None
@@ -401,11 +586,12 @@ class Store:
 
     def _lost(self, error: Exception) -> StoreUnavailable:
         self._away_until = self.clock() + BACK_OFF_S * self.random.uniform(1.0, 1.5)
-        unavailable = self.unavailable(error)
+        unavailable, self._why = self.unavailable(error), outage_of(error)
         if not self._away.is_set():
             self._away.set()
-            logger.warning(
-                "%s. Until it does, breakers, buckets and bulkheads of this process decide alone",
+            logger.log(
+                logging.INFO if refusal(error) and self.is_quiet else logging.WARNING,
+                "%s. Until then, breakers, buckets and bulkheads of this process decide alone",
                 unavailable,
             )
         return unavailable

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from rlm_tasks.errors import ResultTimeout as ResultTimeout
     from rlm_tasks.errors import ResultTooLarge as ResultTooLarge
     from rlm_tasks.errors import RlmError as RlmError
+    from rlm_tasks.errors import StoreFull as StoreFull
+    from rlm_tasks.errors import StoreReadOnly as StoreReadOnly
+    from rlm_tasks.errors import StoreUnauthorised as StoreUnauthorised
     from rlm_tasks.errors import StoreUnavailable as StoreUnavailable
     from rlm_tasks.errors import UnknownOperation as UnknownOperation
     from rlm_tasks.installation import install as install
@@ -73,8 +76,8 @@ _HOMES = {
     "rlm_tasks.celery": "app",
     "rlm_tasks.client.client": "Client",
     "rlm_tasks.errors": "InvalidRequest ItemsUnreadable JobCancelled JobExpired JobFailed "
-    "JobNotFound Overloaded QueueFull ResultTimeout ResultTooLarge RlmError StoreUnavailable "
-    "UnknownOperation",
+    "JobNotFound Overloaded QueueFull ResultTimeout ResultTooLarge RlmError StoreFull "
+    "StoreReadOnly StoreUnauthorised StoreUnavailable UnknownOperation",
     "rlm_tasks.installation": "install",
     "rlm_tasks.client.job": "Job",
     "rlm_tasks.operations.registry": "Context operation",

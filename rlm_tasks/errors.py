@@ -28,8 +28,18 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from resilience.errors import Category, InvalidValue, RlmError, Severity, StoreUnavailable
+from resilience.errors import (
+    Category,
+    InvalidValue,
+    RlmError,
+    Severity,
+    StoreFull,
+    StoreReadOnly,
+    StoreUnauthorised,
+    StoreUnavailable,
+)
 from resilience.faults import shows_outage
+from resilience.store import masked, outage_of, told
 from scheduler.admission import Overloaded, QueueFull
 
 if TYPE_CHECKING:
@@ -53,6 +63,9 @@ __all__ = [
     "ResultTimeout",
     "ResultTooLarge",
     "RlmError",
+    "StoreFull",
+    "StoreReadOnly",
+    "StoreUnauthorised",
     "StoreUnavailable",
     "UnknownOperation",
 ]
@@ -129,13 +142,24 @@ class UnknownToWorkers(UnknownOperation):
 
 
 class BrokerUnavailable(StoreUnavailable):
-    """The broker does not answer; it may be another server than the Redis of the ledger."""
+    """The broker does not answer, or refuses; it may be another server than the ledger's Redis."""
 
-    def __init__(self, url: str, cause: str) -> None:
-        super().__init__(url, cause)
-        self.args = (
-            f"the broker at {url} does not answer ({cause}); start it, or set RLM_BROKER_URL",
+    def __init__(self, url: str, cause: str, *, what: str = "", advice: str = "") -> None:
+        super().__init__(
+            url,
+            cause,
+            what=what,
+            advice=advice,
+            server="the broker",
+            variable="RLM_BROKER_URL",
         )
+
+    @classmethod
+    def of(cls, url: str, error: Exception) -> BrokerUnavailable:
+        """Return the error for a URL, which may contain a password, and an error of kombu."""
+        outage = outage_of(error.__cause__ or error)
+        what, advice = outage.what or outage.kind.what, outage.advice or outage.kind.advice
+        return cls(masked(url), told(error), what=what, advice=advice)
 
 
 class JobNotFound(RlmError):

@@ -230,7 +230,7 @@ class Board:
 
     def withdraw(self, worker: str) -> None:
         """Remove a worker's report from the board."""
-        self._store.client.hdel(self._keys.hosts, worker)
+        self._store.call(lambda client: client.hdel(self._keys.hosts, worker))
 
     # --- orders --------------------------------------------------------------------------------
 

@@ -12,10 +12,9 @@ from resilience.errors import StoreUnavailable
 from rlm_tasks.client.platform_status import PlatformStatus, Pressure
 from rlm_tasks.telemetry.health import (
     breaker_reasons,
-    latency_ms,
     pressure_reasons,
     quotas,
-    redis_reasons,
+    redis_health,
     status_of,
 )
 from rlm_tasks.telemetry.limit_reports import limit_reports
@@ -30,10 +29,10 @@ def of_platform(session: Session, *, detailed: bool) -> dict[str, Any]:
 
     An error of Redis or of the broker is not raised: it makes the status ``failing``.
     """
-    redis_ms = latency_ms(session.store)
+    redis_ms, reasons = redis_health(session.store)
     about = {"latency_ms": redis_ms}
-    if redis_ms is None:
-        return {**status_of(redis_reasons(redis_ms), []), **about}
+    if reasons:
+        return {**status_of(reasons, []), **about}
     try:
         status = Pressure(session).status()
         failing = [] if status.hosts else ["no worker reports: nothing runs"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from celery import Celery
 
 from resilience.keys import Keys
-from resilience.store import Store, guard_store, masked
+from resilience.store import Store, guard_store
 from rlm_tasks.client.admission import AdmissionCheck
 from rlm_tasks.errors import BrokerUnavailable, InvalidRequest
 from rlm_tasks.jobs.file_roots import FilesRoot
@@ -77,8 +77,7 @@ class Session:
         try:
             return self.admission.gauge.read(queue_names(self.settings))
         except AWAY as error:
-            url = masked(str(self.app.conf.broker_url))
-            raise BrokerUnavailable(url, f"{type(error).__name__}: {error}"[:200]) from None
+            raise BrokerUnavailable.of(str(self.app.conf.broker_url), error) from None
 
     def recall(self) -> None:
         """Make running nodes of all workers ask the ledger at once, not at their next pulse."""

@@ -17,6 +17,7 @@ from typing import Any
 from celery.exceptions import Reject
 
 from resilience.errors import StoreUnavailable, name_of
+from resilience.store import Refused
 from rlm_tasks.engine.node import run_node
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.errors import UnknownOperation
@@ -113,12 +114,13 @@ def _leave_slot(request: Any) -> None:
 def _run_safely(runtime: Runtime, job: str, work: Callable[[], bool]) -> bool:
     """Return the result of `work`, False when it raised.
 
-    The sweep repeats a node that lost Redis; any other error fails the job.
+    The sweep repeats a node that lost Redis, or that Redis refused; any other error fails the job.
     """
     try:
         return work()
-    except StoreUnavailable as error:
-        logger.warning("A node of job %s is given up; the sweep will repeat it: %s", job, error)
+    except (StoreUnavailable, Refused) as error:
+        # The main process warns of the outage, once for all its pool processes.
+        logger.info("A node of job %s is given up; the sweep will repeat it: %s", job, error)
     except Exception as error:
         logger.exception("A node of job %s failed outside of its items", job)
         runtime.ledger.stop(

@@ -117,7 +117,7 @@ def _run_claimed(runtime: Runtime, claim: Claim, entry: ProcessEntry) -> bool:
     if claim.node == ROOT and spec.patient and (why := _not_admitted(runtime, spec)):
         put_off = _put_off(runtime, claim, CALM_MS, why)
         # The monitor wakes it as soon as there is room, which this host may learn after the job.
-        now_ms = runtime.ledger.store.now_ms()
+        now_ms = runtime.ledger.call(lambda _: runtime.ledger.store.now_ms())
         runtime.waiting_room.enter(spec.queue, {f"{spec.job} {ROOT}": now_ms})
         return put_off
     if claim.node == MERGE:

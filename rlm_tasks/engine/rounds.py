@@ -145,7 +145,8 @@ class Rounds:
         source, n = self._ledger.store.call(lambda _: source_of(next_round.items).write(writer))
         operation = registry.get(next_round.operation)
         self._ledger.note_rounds(spec.job, number)
-        left_ms = max(1.0, deadline_ms - self._ledger.store.now_ms()) if deadline_ms else None
+        now_ms = self._ledger.call(lambda _: self._ledger.store.now_ms()) if deadline_ms else 0
+        left_ms = max(1.0, deadline_ms - now_ms) if deadline_ms else None
         child = msgspec.structs.replace(
             _child_spec(spec, number, next_round, operation),
             job=id,

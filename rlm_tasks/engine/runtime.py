@@ -111,6 +111,7 @@ class Runtime:
         root = FilesRoot(settings.files_root)
         read_below(root)
         slots, page = SlotBoard(store, keys), SharedPage(settings.pressure.stale_s)
+        store.stays, shared.is_quiet = lambda: not page.draining, True
         preemption = Preemption(store, keys, slots)
         delivery = Delivery(ledger, dispatcher, preemption)
         wake = delivery.fail_fast().wake

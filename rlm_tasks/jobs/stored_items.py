@@ -408,12 +408,15 @@ class ItemReader:
                 self._cache.move_to_end(key)
                 return found
         self._misses += 1
-        made = self._fetched(index, blocks, at, make)
+        made: Block = self._store.call(
+            lambda client: self._fetched(client, index, blocks, at, make), on_outage="wait"
+        )
         self._keep(blocks, made)
         return made
 
-    def _fetched(self, index: str, blocks: str, at: int, make: MakeBlock) -> Block:
-        client = self._store.client
+    def _fetched(
+        self, client: Any, index: str, blocks: str, at: int, make: MakeBlock
+    ) -> Block:
         names = cast(
             list[bytes], client.zrange(index, at, "-inf", desc=True, byscore=True, offset=0, num=1)
         )

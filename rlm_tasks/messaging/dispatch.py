@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from celery import Celery
+from kombu.messaging import Producer
 from redis.exceptions import RedisError
 
 from resilience.errors import StoreUnavailable
@@ -23,6 +24,7 @@ from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.records import Child, ChordSlot, Split
 from rlm_tasks.messaging.broker import AWAY, with_connection
 from rlm_tasks.messaging.broker_kinds import kind_of_backend
+from rlm_tasks.messaging.transports import leave_old_primaries
 
 logger = logging.getLogger(__name__)
 
@@ -167,11 +169,19 @@ class _Message(NamedTuple):
     chord: Split | None = None
 
 
+class _Once(Producer):
+    """A producer that tries once."""
+
+    def publish(self, *args: Any, **options: Any) -> Any:
+        return super().publish(*args, **options | {"retry": False})  # type: ignore[no-untyped-call]  # kombu is partly typed
+
+
 class Dispatcher:
     """Send nodes to their queue."""
 
     def __init__(self, app: Celery, ledger: Ledger) -> None:
         self._app, self._ledger, self._clock = app, ledger, ledger.clock
+        leave_old_primaries()
 
     def send_root(self, specs: Sequence[JobSpec], node: str) -> None:
         """Send the first node of each job."""
@@ -222,9 +232,10 @@ class Dispatcher:
         """Broadcast a command to all workers.  Raises the errors in `broker.AWAY`."""
 
         def cast(connection: Any) -> None:
+            # kombu's own broadcast repeats the message for ever while the broker is away.
             mailbox = self._app.control.mailbox(connection)
-            mailbox.producer_pool = None  # its connections may have died as well
-            mailbox.abcast(command, arguments)
+            once = _Once(connection, auto_declare=False)  # type: ignore[no-untyped-call]
+            mailbox._publish(command, arguments, producer=once)
 
         with self._app.pool.acquire(block=True, timeout=ACQUIRE_S) as connection:
             with_connection(connection, cast)

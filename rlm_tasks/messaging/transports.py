@@ -2,24 +2,42 @@
 
 `broker_kinds` and `rlm_tasks.celery` call it.  It translates TLS options and sentinels of our URLs
 into Celery's settings, and adds the prefixes that separate platforms on one server.  It opens no
-connection.  Begin with `redis_broker`.
+connection.  `leave_old_primaries` makes kombu and Celery follow a failover.  Begin with
+`redis_broker`.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from resilience.address import SENTINEL, SOCKET, credentials, hosts, tls, without_tls_options
+import redis
+
+from resilience.address import (
+    SENTINEL,
+    SOCKET,
+    credentials,
+    hosts,
+    mixed,
+    tls,
+    without_tls_options,
+)
 from resilience.keys import Keys
+from resilience.store import MOVED, WatchfulConnection
 from rlm_tasks.settings.model import Settings
 
 VISIBILITY_TIMEOUT_S = 4 * 3600
 """Longer than any node runs, because the ledger's sweep recovers lost work, and not redelivery."""
 QUEUE_ORDER = "rlm_tasks.worker.queue_order:QueueOrder"
-ANSWER_S, SENTINEL_ANSWER_S = 30, 5
-"""Longest wait for an answer of Redis; it is shorter if sentinels can name another primary."""
+ANSWER_S = 5
+"""Longest wait for an answer of Redis."""
+HEALTH_S = 4
+"""Seconds between kombu's checks of its open connections.
+
+It drops a connection that listens to queues and got no answer for this time and one second.
+"""
 _AMQP_NAMES = {
     "ssl_ca_certs": "ca_certs",
     "ssl_certfile": "certfile",
@@ -38,10 +56,10 @@ def redis_broker(settings: Settings) -> dict[str, Any]:
         "broker_url": _celery_url(url),
         **({"broker_use_ssl": secured} if (secured := tls(url)) else {}),
         "broker_transport_options": {
-            "socket_timeout": _answer_s(url),
+            "socket_timeout": ANSWER_S,
             "socket_connect_timeout": 5,
             "socket_keepalive": True,
-            "health_check_interval": 10,
+            "health_check_interval": HEALTH_S,
             "visibility_timeout": VISIBILITY_TIMEOUT_S,
             "queue_order_strategy": QUEUE_ORDER,
             "priority_steps": [0],
@@ -76,14 +94,10 @@ def result_backend(settings: Settings) -> dict[str, Any]:
             "global_keyprefix": Keys(settings.namespace).prefix,
             **_sentinel_options(settings, url),
         },
-        "redis_socket_timeout": _answer_s(url),
+        "redis_socket_timeout": ANSWER_S,
         "redis_socket_connect_timeout": 5,
         "redis_socket_keepalive": not url.startswith(SOCKET),
     }
-
-
-def _answer_s(url: str) -> int:
-    return SENTINEL_ANSWER_S if url.startswith(SENTINEL) else ANSWER_S
 
 
 def _amqp_tls(url: str) -> dict[str, Any]:
@@ -116,6 +130,38 @@ def _sentinel_options(settings: Settings, url: str) -> dict[str, Any]:
         return {}
     options = replace(settings.address, url=url).sentinel_options()
     return {"master_name": settings.sentinel_master, "sentinel_kwargs": options}
+
+
+# --- failover ---------------------------------------------------------------------------------
+
+
+class FollowingConnection(WatchfulConnection):
+    """The part of kombu's connections that leaves a server which is no longer the primary."""
+
+    heeds = MOVED.__contains__
+
+
+@functools.cache
+def leave_old_primaries() -> None:
+    """Make connections of kombu and of Celery's result backend leave an old primary.
+
+    A failover may leave the old primary alive, as a replica, and its connections open.  It then
+    refuses each write, and redis-py keeps the connection (redis-py 8.1, kombu 5.7).
+    """
+    from celery.backends.redis import RedisBackend
+    from kombu.transport.redis import Channel, SentinelChannel
+
+    for channel in (Channel, SentinelChannel):
+        for name in ("connection_class", "connection_class_ssl"):
+            setattr(channel, name, mixed(FollowingConnection, getattr(channel, name)))
+    stock = RedisBackend._get_pool
+
+    @functools.wraps(stock)
+    def pool(backend: Any, **params: Any) -> Any:
+        base = params.get("connection_class", redis.Connection)
+        return stock(backend, **params | {"connection_class": mixed(FollowingConnection, base)})
+
+    RedisBackend._get_pool = pool
 
 
 # --- redbeat ----------------------------------------------------------------------------------

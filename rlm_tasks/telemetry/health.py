@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from resilience.degradation import Level
-from resilience.errors import StoreUnavailable
+from resilience.errors import StoreFull, StoreReadOnly
 from resilience.store import Store
 
 if TYPE_CHECKING:
@@ -41,19 +41,17 @@ def breaker_reasons(breakers: Mapping[str, str]) -> list[str]:
     ]
 
 
-def redis_reasons(redis_ms: float | None) -> list[str]:
-    """Return a reason when Redis did not answer: its latency is None."""
-    return ["Redis does not answer"] if redis_ms is None else []
+def redis_health(store: Store) -> tuple[float | None, list[str]]:
+    """Return the time of one small write in ms, and a reason when Redis does not take it.
 
-
-def latency_ms(store: Store) -> float | None:
-    """Return the time of one call to Redis in ms, None when Redis did not answer."""
+    A Redis that is full, or a replica, still answers reads.  The time is None when it does not
+    answer at all.
+    """
     began = time.perf_counter()
-    try:
-        store.call(lambda client: client.ping())
-    except StoreUnavailable:
-        return None
-    return round(1000 * (time.perf_counter() - began), 2)
+    refused = store.refusal()
+    if refused is None or isinstance(refused, StoreFull | StoreReadOnly):
+        return round(1000 * (time.perf_counter() - began), 2), [str(refused)] if refused else []
+    return None, [str(refused)]
 
 
 def quotas(reports: Sequence[LimitReport]) -> list[dict[str, Any]]:

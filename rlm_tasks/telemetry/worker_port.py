@@ -176,9 +176,9 @@ class WorkerHealth:
     def detailed(self) -> dict[str, Any]:
         """Return status, why, and all figures of the worker, as plain data."""
         report, state = self._worker.app.rlm_supervisor.host.report(), self.state()
-        redis_ms = health.latency_ms(self._store)
+        redis_ms, reasons = health.redis_health(self._store)
         return {
-            **self._status(health.redis_reasons(redis_ms), health.breaker_reasons(state.breakers)),
+            **self._status(reasons, health.breaker_reasons(state.breakers)),
             "worker": self._runtime.worker,
             "version": __version__,
             "uptime_s": round(self._clock() - self._began, 1),

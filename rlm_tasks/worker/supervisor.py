@@ -118,7 +118,7 @@ class Supervisor(threading.Thread):
                 self._ledger_away, self.answered_at = False, self._clock()
             except UNREACHABLE as error:
                 if not self._ledger_away:
-                    logger.warning("The ledger does not answer: %s", error)
+                    logger.warning("The ledger does not answer, so work waits: %s", error)
                 self._ledger_away, self._offered, self._due["beat"] = True, None, 0.0
             except Exception:
                 logger.exception("The supervisor met an unexpected error, and continues")

@@ -15,7 +15,7 @@ from redis.connection import SSLConnection
 
 from rlm_tasks.celery import configuration
 from rlm_tasks.messaging.broker_kinds import broker
-from rlm_tasks.messaging.transports import ANSWER_S, SENTINEL_ANSWER_S
+from rlm_tasks.messaging.transports import ANSWER_S
 from rlm_tasks.settings.model import Settings
 
 VERIFIED = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}
@@ -77,9 +77,7 @@ def test_the_url_of_each_sentinel_has_password_and_database() -> None:
     options = found["broker_transport_options"]
     assert options["master_name"] == "primary"
     assert options["sentinel_kwargs"]["password"] == "hush-too"
-    assert options["socket_timeout"] == SENTINEL_ANSWER_S, (
-        "a sentinel that hangs is left for another"
-    )
+    assert options["socket_timeout"] == ANSWER_S, "a sentinel that hangs is left for another"
 
 
 def test_the_result_backend_finds_the_primary_by_the_same_sentinels() -> None:

@@ -1,0 +1,123 @@
+"""A Redis that refuses counts as an outage: each call says so, and no job is lost.
+
+The states are real: a full server, a replica, a busy script, a wrong password."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from resilience.errors import StoreFull, StoreReadOnly, StoreUnauthorised, StoreUnavailable
+from rlm_tasks import Client, Job, RlmError
+from rlm_tasks.testing import embedded
+from tests.faults.refusals import STATES, Refusing
+from tests.integration.conftest import client_of, environment_of
+
+SECRET = "item-that-must-not-be-told"
+Prepared = tuple[Client, Job, Job, Refusing]
+
+WRITES: dict[str, Callable[[Client, Job, Job], Any]] = {
+    "submit": lambda client, *_: client.submit(operation="echo", items=[1, 2]),
+    "submit of large items": lambda client, *_: client.submit(
+        operation="echo", items=[SECRET * 1000 for _ in range(100)]
+    ),
+    "batch_submit": lambda client, *_: client.batch_submit(
+        [{"operation": "echo", "items": [SECRET]}] * 2
+    ),
+    "batch_execute": lambda client, *_: client.batch_execute(
+        [{"operation": "echo", "items": [1]}], timeout=0.1
+    ),
+    "execute": lambda client, *_: client.execute(operation="echo", items=[1], timeout=0.1),
+    "cancel": lambda _client, queued, _: queued.cancel(),
+    "retry_failed": lambda _client, _queued, failed: failed.retry_failed(),
+    "force": lambda client, *_: client.pressure.force("high", for_s=60),
+}
+READS: dict[str, Callable[[Client, Job, Job], Any]] = {
+    "breaker.open": lambda client, *_: client.breakers.get("service").open(),
+    "check": lambda client, *_: client.check(),
+    "job": lambda client, queued, _: client.job(queued.id),
+    "jobs": lambda client, *_: client.jobs(),
+    "listed": lambda client, *_: client.listed(),
+    "quarantine": lambda client, *_: client.quarantine(),
+    "status": lambda client, *_: client.status(),
+    "queues": lambda client, *_: client.queues(),
+    "limits": lambda client, *_: client.limits(),
+    "at_work": lambda client, *_: client.at_work(),
+    "breakers": lambda client, *_: client.breakers.status(),
+    "usage": lambda client, *_: client.usage.all(),
+    "alerts": lambda client, *_: client.alerts.history(),
+    "events": lambda client, *_: client.events.recent(5),
+    "snapshots": lambda client, *_: client.snapshots("echo"),
+    "fault_patterns": lambda client, *_: client.fault_patterns(),
+    "recovery": lambda client, *_: client.recovery_success_rate(),
+    "optimization": lambda client, *_: client.get_optimization_stats(),
+    "progress": lambda _client, queued, _: queued.progress(),
+    "explain": lambda _client, queued, _: queued.explain(),
+    "tree": lambda _client, queued, _: queued.tree(),
+    "status of a job": lambda _client, queued, _: queued.status,
+    "failures": lambda _client, _queued, failed: failed.failures(),
+    "partial": lambda _client, queued, _: queued.partial(),
+    "outputs": lambda _client, _queued, failed: list(failed.outputs()),
+    "wait": lambda _client, queued, _: queued.wait(timeout=0.05),
+    "result": lambda _client, queued, _: queued.result(timeout=0.05),
+    "result of an ended job": lambda _client, _queued, failed: failed.result(timeout=0.05),
+    "recall": lambda client, *_: client.recall(),
+}
+KINDS = {
+    "full": StoreFull,
+    "replica": StoreReadOnly,
+    "lost_primary": StoreUnavailable,
+    "few_replicas": StoreReadOnly,
+    "disk": StoreReadOnly,
+    "busy": StoreUnavailable,
+    "password": StoreUnauthorised,
+    "away": StoreUnavailable,
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
+    """A client, a job that waits for a worker, a job that failed, and the server's states."""
+    folder = tmp_path_factory.mktemp("refusing")
+    server = embedded.Server(folder)
+    server.start()
+    url = server.url.replace("//", "//:wrong@")
+    environment = environment_of(url, "outages", RLM_GUARD_TIMEOUT_S="1")
+    try:
+        with client_of(environment) as client:
+            with embedded.worker(environment, log=folder / "worker.log"):
+                failed = client.submit(operation="fail_odd", items=[1, 2], continue_on_error=True)
+                failed.wait(timeout=30)
+            queued = client.submit(operation="echo", items=[SECRET])
+            yield client, queued, failed, Refusing(server, folder)
+    finally:
+        server.stop(kill=True)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_each_public_call_raises_only_our_errors_while_redis_refuses(
+    prepared: Prepared, state: str
+) -> None:
+    client, queued, failed, refusing = prepared
+    told: dict[str, Exception] = {}
+    with getattr(refusing, state)():
+        for name, call in {**WRITES, **READS}.items():
+            try:
+                call(client, queued, failed)
+            except Exception as error:
+                told[name] = error
+        health = [client.health_check(), client.health_check(detailed=True)]
+
+    raw = {name: repr(error) for name, error in told.items() if not isinstance(error, RlmError)}
+    assert raw == {}
+    texts = [str(error) for error in told.values()]
+    assert [text for text in texts if SECRET in text or "wrong" in text] == []
+    assert [text for text in texts if "Command #" in text] == []
+    wrong_kind = {
+        name: told.get(name) for name in WRITES if not isinstance(told.get(name), KINDS[state])
+    }
+    assert wrong_kind == {}
+    assert [each["status"] for each in health] == ["failing", "failing"]
+    assert client.submit(operation="echo", items=[1]).id, "afterwards all is well"
