@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser system check prose bench soak read-large pressure pictures site worker beat flower lint types docs clean
+.PHONY: help demo test browser system check prose bench soak read-large flicker failover forget pressure pictures site worker beat flower lint types docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -58,6 +58,15 @@ soak: $(VENV)/.ready ## Kill, stop and restart everything at random for SOAK_S (
 
 read-large: $(VENV)/.ready ## Read a text file of MB (10240) megabytes, and print the memory of the worker's processes
 	$(BIN)/python -m tests.faults.read_large --mb $(or $(MB),10240)
+
+flicker: $(VENV)/.ready ## Let Redis refuse writes: for moments, 30 s with each of 10 seeds, then full at each crash point
+	$(BIN)/python -m tests.faults.outages flicker $(ARGS)
+
+failover: $(VENV)/.ready ## Move the primary 20 times while the old one lives on as a replica
+	$(BIN)/python -m tests.faults.outages failover --runs 20 $(ARGS)
+
+forget: $(VENV)/.ready ## Let the network forget all connections, ten times
+	$(BIN)/python -m tests.faults.outages forget $(ARGS)
 
 pressure: $(VENV)/.ready ## Overload two slots for a minute, and draw docs/pressure.svg
 	$(BIN)/python docs/examples/under_pressure.py --out docs/pressure.json $(ARGS)

@@ -273,6 +273,16 @@ class OwnConnection(PatientConnection, WatchfulConnection):
     """The part of the connections of stores; kombu's have only the watchful part."""
 
 
+def _also_elsewhere(attempt: Callable[[], Any]) -> Any:
+    """Run an attempt, and once more if its connection was left: the next may reach a primary."""
+    try:
+        return attempt()
+    except (RedisConnectionError, ResponseError) as error:
+        if refusal(error) not in MOVED:
+            raise
+    return attempt()
+
+
 def _is_cluster(handshake: dict[Any, Any]) -> bool:
     """Whether the server said at the handshake that it is a node of a cluster."""
     return handshake.get(b"mode", handshake.get("mode")) in (b"cluster", "cluster")
@@ -478,7 +488,7 @@ class Store:
         until, wait_s = self.clock() + self.patience_s, FIRST_WAIT_S
         while True:
             try:
-                return attempt()
+                return _also_elsewhere(attempt)
             except (*LOST, ResponseError, StoreUnavailable) as error:
                 if isinstance(error, ResponseError) and not refusal(error):
                     raise
@@ -510,7 +520,7 @@ class Store:
             self._away_until = self.clock() + BACK_OFF_S
         before, _listening.silence_s = _listening.silence_s, silence_s
         try:
-            answers = attempt()
+            answers = _also_elsewhere(attempt)
         except (*LOST, ResponseError) as error:
             if isinstance(error, ResponseError) and not refusal(error):
                 raise

@@ -13,6 +13,7 @@ from amqp.exceptions import AMQPError  # type: ignore[import-untyped]  # py-amqp
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
+from resilience.store import Refused
 from rlm_tasks.messaging.broker_kinds import kind_of_connection
 
 _Answer = TypeVar("_Answer")
@@ -25,15 +26,15 @@ def with_connection(connection: Any, use: Callable[[Any], _Answer]) -> _Answer:
     """Return the answer of `use` on a connection, which is opened first if it is closed.
 
     A connection that has died is opened again once, and `use` is repeated.  This is for RabbitMQ's
-    client, which notices a dead connection only when it uses it; redis-py notices by itself.
-    Raises the errors in AWAY.
+    client, which notices a dead connection only when it uses it; redis-py notices by itself.  After
+    a failover, it is for a Redis that is no longer the primary.  Raises the errors in AWAY.
     """
     was_open = connection.connected
     try:
         return use(_opened(connection))
-    except (KombuError, AMQPError, OSError) as error:
+    except (KombuError, AMQPError, Refused, OSError) as error:
         cause = error.__cause__ or error  # Celery wraps the errors of sending a task
-        if not isinstance(cause, AMQPError | OSError):
+        if not isinstance(cause, AMQPError | Refused | OSError):
             raise
         connection.collect()
         if not was_open or isinstance(cause, TimeoutError):

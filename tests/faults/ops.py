@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from resilience.breaker_storage import BreakerConfig
+from resilience.bucket import Rate
+from resilience.retry import RetryPolicy
 from rlm_tasks import Context, operation
 
 
@@ -31,6 +34,30 @@ def journalled(index: int, ctx: Context) -> list[int]:
     time.sleep(ctx.params["ms"] / 1000)
     note(f"{ctx.params['journal']}.{ctx.job_id}", index)
     return [index]
+
+
+def _sized(index: int, ctx: Context) -> list[Any]:
+    time.sleep(ctx.params.get("ms", 2) / 1000)
+    return [[index, "x" * ctx.params["bytes"]]]
+
+
+@operation("sized", merge=_concatenated)
+def sized(index: int, ctx: Context) -> list[Any]:
+    """Sleep for `ms`, and return the index with a text of some bytes."""
+    return _sized(index, ctx)
+
+
+@operation(
+    "sized_and_guarded",
+    merge=_concatenated,
+    rate_limit=Rate(10_000, per_s=1),
+    breaker=BreakerConfig(failure_threshold=3),
+    bulkhead=50,
+    retry=RetryPolicy(max_attempts=2),
+)
+def sized_and_guarded(index: int, ctx: Context) -> list[Any]:
+    """Do the same behind every kind of guard."""
+    return _sized(index, ctx)
 
 
 @operation("holds_the_interpreter", merge=_concatenated)

@@ -22,6 +22,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._open: list[socket.socket] = []
+        self._forgotten: set[socket.socket] = set()
         self._accepting = threading.Thread(target=self._accept, daemon=True)
         self._accepting.start()
 
@@ -43,9 +44,18 @@ class Proxy:
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
-                sink.sendall(data)
+                if source not in self._forgotten:
+                    sink.sendall(data)
         with suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
+
+    def forget(self) -> int:
+        """Forward nothing more on the open connections, and tell nobody; new ones work.
+
+        Return the number of connections.
+        """
+        self._forgotten |= set(self._open)
+        return len(self._open) // 2
 
     def reset(self) -> int:
         """Reset every connection, and return the number of connections."""

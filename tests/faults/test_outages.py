@@ -5,14 +5,17 @@ The states are real: a full server, a replica, a busy script, a wrong password."
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from resilience.errors import StoreFull, StoreReadOnly, StoreUnauthorised, StoreUnavailable
 from rlm_tasks import Client, Job, RlmError
+from rlm_tasks.engine.crashpoints import CrashPoint
 from rlm_tasks.testing import embedded
-from tests.faults.refusals import STATES, Refusing
+from tests.faults.conftest import Cell
+from tests.faults.refusals import STATES, Refusing, failed_over, filled, flickered, forgotten
 from tests.integration.conftest import client_of, environment_of
 
 SECRET = "item-that-must-not-be-told"
@@ -121,3 +124,34 @@ def test_each_public_call_raises_only_our_errors_while_redis_refuses(
     assert wrong_kind == {}
     assert [each["status"] for each in health] == ["failing", "failing"]
     assert client.submit(operation="echo", items=[1]).id, "afterwards all is well"
+
+
+def test_writes_that_are_refused_for_moments_fail_no_job(
+    durable: embedded.Server, on_durable: Cell, tmp_path: Path
+) -> None:
+    refusing = Refusing(durable, tmp_path / "server")
+
+    assert flickered(on_durable, refusing, seconds=3.0, seed=1) == 6
+    assert on_durable.workers[0].poll() is None, "the worker keeps its process"
+    assert "failed outside" not in on_durable.log.read_text()
+
+
+@pytest.mark.parametrize(
+    "point", [CrashPoint.AFTER_CLAIM, CrashPoint.BEFORE_FINISH, CrashPoint.BEFORE_CLOSE]
+)
+def test_a_full_redis_stops_a_job_and_room_lets_it_go_on(
+    durable: embedded.Server, on_durable: Cell, tmp_path: Path, point: CrashPoint
+) -> None:
+    refusing = Refusing(durable, tmp_path / "server")
+
+    assert filled(on_durable, refusing, point, size=20_000) < 10.0
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["kept", "reset"])
+def test_a_failover_that_leaves_the_old_primary_alive(tmp_path: Path, keeps: bool) -> None:
+    """Its connections stay open, or are reset; plain URLs without sentinels."""
+    assert failed_over(tmp_path, keeps=keeps) < 10.0
+
+
+def test_connections_that_the_network_forgets_are_dropped_together(tmp_path: Path) -> None:
+    assert forgotten(tmp_path) < 25.0
