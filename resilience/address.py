@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
+
+from resilience.errors import InvalidValue
 
 if TYPE_CHECKING:
     import redis
@@ -32,6 +35,25 @@ _FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _OPTIONS = (*_FILES, "ssl_cert_reqs", "ssl_check_hostname")
 
 
+HIDDEN = "***"
+_IN_LOGIN = re.compile(r"(://(?:[^:@/?#]*:)?)[^@/?#]*@")
+_IN_QUERY = re.compile(r"([?&]\w*password=).*", re.DOTALL)
+
+
+def masked(url: str) -> str:
+    """Return a URL, or a list of them, without its passwords, fit for messages and logs.
+
+    Any text may be given.  Of a URL that cannot be read, only the scheme is shown: any other part
+    may belong to the password.
+    """
+    scheme, separator, _ = url.partition("://")
+    if not separator:
+        return HIDDEN if re.search(":.*@", url, re.DOTALL) else url
+    if _unreadable(url):
+        return f"{scheme}://{HIDDEN}" if scheme.isalnum() else HIDDEN
+    return _IN_QUERY.sub(rf"\1{HIDDEN}", _IN_LOGIN.sub(rf"\1{HIDDEN}@", url))
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """A URL of Redis.
@@ -43,6 +65,11 @@ class Address:
     url: str = field(repr=False)
     master: str = ""
     sentinel_password: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        """Raise InvalidValue for a URL that cannot be used."""
+        if why := _unreadable(self.url):
+            raise InvalidValue("url", masked(self.url), why)
 
     @property
     def is_watched(self) -> bool:
@@ -209,16 +236,10 @@ def check(url: str) -> None:
     The error contains no part of a password.
     """
     is_watched = url.startswith(SENTINEL)
-    try:
-        first, *others = _parts(url)
-        if is_watched:
-            names = [host for host, _ in hosts(url)]
-            credentials(url)
-    except ValueError:  # its text may hold a part of the password
-        raise ValueError(
-            "cannot be read: a port and a database are numbers, "
-            "and special characters of a password are percent-encoded"
-        ) from None
+    if why := _unreadable(url):
+        raise ValueError(why)
+    first, *others = _parts(url)
+    names = [host for host, _ in hosts(url)] if is_watched else []
     if is_watched and ("," in "".join(names) or {each.scheme for each in others} - {first.scheme}):
         raise ValueError(
             "write each sentinel as Celery does: "
@@ -231,6 +252,48 @@ def check(url: str) -> None:
         raise ValueError(
             "the values of the first host hold for all hosts: leave them out for the others"
         )
+
+
+def _unreadable(url: str) -> str:
+    """Return why a URL cannot be read, '' if it can; no part of the URL is in the words.
+
+    A character of a password that is not percent-encoded ends the password early, or the host.
+    """
+    if any(each.isspace() or not each.isprintable() for each in url):
+        why = "it contains a blank"
+    elif "#" in url:
+        why = "it contains #"
+    elif any(map(_has_stray_at, url.split(";"))):
+        why = "it contains @ more than once, or behind / or ?"
+    elif not _has_numbers(url):
+        why = "a port and a database are numbers"
+    else:
+        return ""
+    return f"cannot be read: {why}, and special characters of a password are percent-encoded"
+
+
+def _has_stray_at(address: str) -> bool:
+    before, _, query = address.partition("?")
+    behind_host = before.partition("://")[2].partition("/")[2]
+    options = [each for each in query.split("&") if query]
+    return (
+        address.count("@") > 1
+        or "@" in behind_host + query
+        or not all("=" in each for each in options)
+    )
+
+
+def _has_numbers(url: str) -> bool:
+    """Whether the ports of a URL, and the database of a URL of Redis, are numbers."""
+    try:
+        first, *others = _parts(url)
+        ports = [part.port for part in (first, *others)]
+    except ValueError:
+        return False
+    options = dict(parse_qsl(first.query, keep_blank_values=True))
+    path = "" if url.startswith(SOCKET) else first.path.strip("/")
+    databases = [path or "0", options.get("db", "0")] if url.startswith(URLS) else []
+    return 0 not in ports and all(each.isascii() and each.isdecimal() for each in databases)
 
 
 def _repeats(first: SplitResult, other: SplitResult, is_watched: bool) -> bool:

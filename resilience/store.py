@@ -45,6 +45,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from resilience.address import Address, is_untrusted
+from resilience.address import masked as masked
 from resilience.errors import OUTAGES, Outage, StoreUnavailable
 from resilience.keys import Keys
 from resilience.settings import StoreSettings, store_settings
@@ -91,7 +92,6 @@ it took: a process that was stopped or starved meanwhile has heard nothing, so i
 STEPS = 4
 """The least number of steps in which a guard listens."""
 _USES_CLOCK = "-- uses: clock\n"
-_PASSWORD = re.compile(r"(://[^:@/\s]*:)\S*@|([?&]\w*password=)[^&\s]*")
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 1.0
 """A call with ``on_outage="wait"`` is repeated after the first wait; each further wait is twice as
@@ -155,11 +155,6 @@ class PatientConnection:
             except BaseException:
                 me.disconnect()  # type: ignore[attr-defined]
                 raise
-
-
-def masked(url: str) -> str:
-    """Return the URL with its password replaced, fit for messages and logs."""
-    return _PASSWORD.sub(lambda match: f"{match[1]}***@" if match[1] else f"{match[2]}***", url)
 
 
 def refusal(error: BaseException) -> str:

@@ -5,8 +5,10 @@ No error shows any part of a password.
 
 from __future__ import annotations
 
+import re
 import ssl
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -20,9 +22,11 @@ from resilience.address import (
     credentials,
     hosts,
     is_untrusted,
+    masked,
     tls,
     without_tls_options,
 )
+from resilience.errors import InvalidValue
 from resilience.store import Store
 from rlm_tasks.settings.document import export_config, to_dict, validate
 from rlm_tasks.settings.model import Settings
@@ -256,3 +260,69 @@ def test_passwords_of_sentinels_are_never_shown_or_exported() -> None:
         "hush"
         not in str(to_dict(own)) + export_config(own) + repr(own.address) + Store(own.address).url
     )
+
+
+SPECIAL = " #?@/:;%&=[]{}'\"\t\n|<>^`~!$*(),+"
+FORMS = (
+    "redis://:{}@host:6379/0",
+    "rediss://user:{}@host",
+    "redis://:{}@host/x",
+    "redis://:{}@host:port/0",
+    "sentinel://:{}@one:1/0;sentinel://two",
+    "unix:///run/redis.sock?db=0&password={}",
+    "amqp://user:{}@host/vhost",
+    ":{}@host/0",
+)
+
+
+def test_no_message_about_a_url_contains_a_part_of_its_password() -> None:
+    random = Random(1)
+    accepted = 0
+    for _ in range(3000):
+        words = [f"secret{random.randrange(10**6)}" for _ in range(random.randint(1, 4))]
+        strays = "".join(random.choices(SPECIAL, k=random.choice((0, 0, 1, 2))))
+        url = random.choice(FORMS).format(strays.join(words))
+        told = [masked(url)]
+        try:
+            check(url)
+            accepted += 1
+        except ValueError as error:
+            told.append(str(error))
+        try:
+            told.append(Store(url).url)
+        except InvalidValue as error:
+            told += [str(error), repr(error)]
+
+        assert [text for text in told if "secret" in text] == [], url
+    assert accepted > 300
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("redis://:hush now@host/0", "a blank"),
+        ("redis://:hu#sh@host/0", "#"),
+        ("redis://:hu?sh@host/0", "@ more than once, or behind"),
+        ("redis://:1/hush@host/0", "@ more than once, or behind"),
+        ("redis://:hu@sh@host/0", "@ more than once, or behind"),
+        ("redis://host/x", "a port and a database are numbers"),
+        ("redis://host:hush/0", "a port and a database are numbers"),
+        ("redis://host/0?db=x", "a port and a database are numbers"),
+        ("amqp://me:hush@host:x/", "a port and a database are numbers"),
+    ],
+)
+def test_a_url_with_an_unencoded_character_is_refused_at_once(url: str, why: str) -> None:
+    with pytest.raises(ValueError, match="cannot be read: .*" + re.escape(why)):
+        check(url)
+    with pytest.raises(InvalidValue, match=re.escape(why)):
+        Store(url)
+
+
+def test_a_url_that_can_be_read_keeps_all_but_its_password() -> None:
+    assert masked("redis://me:a;b@host:1/2") == "redis://me:***@host:1/2"
+    assert (
+        masked("sentinel://one:1/2;sentinel://:a@two") == "sentinel://one:1/2;sentinel://:***@two"
+    )
+    assert masked("unix:///run/redis.sock?password=a") == "unix:///run/redis.sock?password=***"
+    assert masked("filesystem://") == "filesystem://"
+    assert masked("text") == "text"
