@@ -87,6 +87,17 @@ class RlmError(Exception):
     retryable = False
     trips = False  # a sign that the called service fails: a breaker counts it
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a pool process hand it to its main process, which makes it without `__init__`."""
+        return _remade, (type(self), self.args, self.__dict__)
+
+
+def _remade(kind: type[RlmError], args: tuple[Any, ...], attributes: dict[str, Any]) -> RlmError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
+
 
 class StoreUnavailable(RlmError):
     """Redis cannot be reached, stopped answering, or refuses every command for a while.

@@ -208,6 +208,10 @@ class Refused(RedisConnectionError):
         self.code = code
         super().__init__(_OF_PIPELINE.sub("", text))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a pool process hand it to its main process."""
+        return Refused, (self.code, str(self))
+
 
 class _Network:
     """The connections of this process that the network may have forgotten."""
@@ -439,7 +443,7 @@ class Store:
         except (RedisError, OSError):
             return ""
         used, most = (int(memory.get(name, 0)) / 2**20 for name in ("used_memory", "maxmemory"))
-        return f"{min(used, most):.3g} of {most:.3g} MB"
+        return f"{min(used, most):.0f} of {most:.0f} MB" if most else "it was at its limit"
 
     @overload
     def call(

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from redis.exceptions import ResponseError
+
 from resilience.errors import StoreUnavailable
 from resilience.store import LOST
 from rlm_tasks.client.job_reader import Facts, JobReader
@@ -73,11 +75,14 @@ class JobWaiter(JobReader):
         """Wait for the next event of the job; none is missed between two calls."""
         block_ms = max(1, min(_BLOCK_MS, int(seconds * 1000)))
         streams: Any = {self._keys.events: self._last_event}
-        try:
-            answer: Any = self._session.store.client.xread(streams, block=block_ms)
-        except LOST:
-            time.sleep(min(0.2, seconds))
-            return
+        with self._session.listeners.one_for(self.id, block_ms / 1000) as listens:
+            if not listens:
+                return
+            try:
+                answer: Any = self._session.store.client.xread(streams, block=block_ms)
+            except (*LOST, ResponseError):
+                time.sleep(min(0.2, seconds))
+                return
         for _, entries in answer or ():
             self._last_event = entries[-1][0]
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from celery import Celery
 
 from resilience.keys import Keys
-from resilience.store import Store, guard_store
+from resilience.store import MAX_CONNECTIONS, Store, guard_store
 from rlm_tasks.client.admission import AdmissionCheck
 from rlm_tasks.errors import BrokerUnavailable, InvalidRequest
 from rlm_tasks.jobs.file_roots import FilesRoot
@@ -40,6 +43,42 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LISTENERS = MAX_CONNECTIONS // 2
+_POLL_S = 0.1
+
+
+class Listeners:
+    """The threads of one client that listen to jobs; threads that wait for one job share one.
+
+    Each listener holds a connection, so their number is limited.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_job: dict[str, threading.Event] = {}
+
+    @contextmanager
+    def one_for(self, job: str, seconds: float) -> Iterator[bool]:
+        """Give True to the thread that is to listen; it tells the others when it has ended.
+
+        Another thread waits for it for some seconds, or a short time when too many threads listen,
+        and gets False.
+        """
+        own = threading.Event()
+        with self._lock:
+            crowded = len(self._by_job) >= _LISTENERS
+            listener = self._by_job.get(job) if crowded else self._by_job.setdefault(job, own)
+        if listener is not own:
+            (listener or own).wait(seconds if listener else min(_POLL_S, seconds))
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            with self._lock:
+                del self._by_job[job]
+            own.set()
+
 
 class Session:
     """The parts by which one client reaches the platform."""
@@ -64,6 +103,7 @@ class Session:
         )
         self.waiting_room = WaitingRoom(self.store, self.keys, self.settings.admission.max_jobs)
         self.reader = ItemReader(self.store, FilesRoot(self.settings.files_root))
+        self.listeners = Listeners()
 
     def close(self) -> None:
         """Close the connections of this process."""

@@ -33,6 +33,7 @@ from rlm_tasks.worker.upstream import (
     leave_promptly,
     leave_when_retiring,
     survive_reconnects_while_processes_are_recycled,
+    survive_refusals_of_redis,
     survive_restarts_of_redis,
 )
 
@@ -68,6 +69,7 @@ def prepare(worker: Any) -> None:
     leave_when_retiring(lambda: runtime.retiring)
     _keep_what_is_no_message(app)
     survive_restarts_of_redis()
+    survive_refusals_of_redis()
     survive_reconnects_while_processes_are_recycled()
     drain_on_sigterm(app)
     # Imported modules stay: pool processes share their memory, and an exit does not collect them.

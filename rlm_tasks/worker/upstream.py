@@ -7,6 +7,7 @@ fault is gone, tests/faults/test_upstream.py fails, and its patch can go.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
 import sys
@@ -23,8 +24,14 @@ from celery.concurrency import asynpool, prefork
 from celery.worker import WorkController, state
 from celery.worker.consumer.consumer import Consumer
 from celery.worker.consumer.consumer import logger as consumer_logger
-from kombu.transport.redis import Channel
+from kombu.transport import virtual
+from kombu.transport.redis import Channel, QoS
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+
+from resilience.store import refusal
+
+logger = logging.getLogger(__name__)
 
 from rlm_tasks.messaging.dispatch import MERGE_TASK, NODE_TASK, is_id
 
@@ -314,3 +321,54 @@ def survive_reconnects_while_processes_are_recycled() -> None:
             stock(pool, process, hub)
 
     asynpool.AsynPool._track_child_process = track
+
+
+def survive_refusals_of_redis() -> None:
+    """Let a worker keep its messages and its slots while Redis refuses writes.
+
+    kombu takes a message from its queue, and then notes it as unacknowledged.  A full Redis refuses
+    the note, and the message is lost.  When Redis refuses an acknowledgement, the message counts as
+    in flight for ever, and a worker without a free slot hangs (kombu 5.7).  With the patch the
+    message runs, and its acknowledgement is repeated with the next one, or after ten seconds.
+    """
+    note, restore = QoS.append, QoS.restore_visible
+    if hasattr(note, "__wrapped__"):
+        return
+
+    @functools.wraps(note)
+    def append(qos: Any, message: Any, tag: str) -> None:
+        try:
+            note(qos, message, tag)  # type: ignore[no-untyped-call]  # kombu is partly typed
+        except RedisError as error:
+            if not refusal(error):
+                raise
+            virtual.QoS.append(qos, message, tag)  # type: ignore[no-untyped-call]
+
+    def settle(qos: Any, *tags: str) -> None:
+        late = qos.__dict__.setdefault("late", set())
+        late.update(tags)
+        if not (settling := list(late)):
+            return
+        try:
+            with qos.pipe_or_acquire() as pipe:
+                for tag in settling:
+                    qos._remove_from_indices(tag, pipe)
+                pipe.execute()
+        except RedisError as error:
+            if not refusal(error):
+                raise
+            logger.info("%d messages are acknowledged later: %s", len(settling), error)
+        else:
+            late.difference_update(settling)
+
+    def ack(qos: Any, tag: str) -> None:
+        settle(qos, tag)
+        virtual.QoS.ack(qos, tag)  # type: ignore[no-untyped-call]
+
+    @functools.wraps(restore)
+    def restore_visible(qos: Any, *args: Any, **options: Any) -> None:
+        settle(qos)
+        restore(qos, *args, **options)  # type: ignore[no-untyped-call]
+
+    for name, patch in (("append", append), ("ack", ack), ("restore_visible", restore_visible)):
+        setattr(QoS, name, patch)

@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from resilience.store import MAX_CONNECTIONS
 from rlm_tasks import InvalidRequest, JobRequest
 from tests.faults.conftest import Cell
+from tests.support import wait_until
 
 SUBMIT_AND_DIE = """
 import os, signal, sys
@@ -132,3 +134,28 @@ def test_a_mistaken_key_in_a_batch_delays_no_other_job(on_shared: Cell) -> None:
         )
 
     assert store.llen(f"{prefix}:{prefix}.normal") == 2, "the message of the open job is sent"
+
+
+def test_many_threads_wait_for_one_job_and_for_many(on_shared: Cell) -> None:
+    one = on_shared.client.submit(operation="journalled", items=[1], params=_journal(on_shared))
+    many = on_shared.client.batch_submit(
+        [
+            {"operation": "journalled", "items": [n], "params": _journal(on_shared)}
+            for n in range(80)
+        ]
+    )
+    server = on_shared.client.session.store.client
+    with ThreadPoolExecutor(210) as threads:
+        waiting = [threads.submit(one.result, 60) for _ in range(130)]
+        waiting += [threads.submit(job.result, 60) for job in many]
+        wait_until(lambda: any(each["cmd"] == "xread" for each in server.client_list()))
+        connections = len(on_shared.client.session.store.client.connection_pool._connections)
+        on_shared.worker()
+        answers = [each.result(60).output for each in waiting]
+
+    assert answers == [[1]] * 130 + [[n] for n in range(80)]
+    assert connections <= MAX_CONNECTIONS
+
+
+def _journal(cell: Cell) -> dict[str, object]:
+    return {"ms": 1, "journal": str(cell.folder / "journal")}
