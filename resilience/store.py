@@ -228,12 +228,13 @@ class WatchfulConnection:
     """
 
     heeds: Callable[[str], bool] = bool  # the codes that are raised as Refused
+    renews = True  # an open connection is made anew; not one that kombu holds and polls
     generation = 0
 
     def connect(self) -> None:
         """Connect, unless the connection is open and trusted.  Raises Refused."""
         me: Any = self
-        if me._sock is not None and self.generation != _Network.generation:
+        if self.renews and me._sock is not None and self.generation != _Network.generation:
             me.disconnect()
         was_open = me._sock is not None
         try:

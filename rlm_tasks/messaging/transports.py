@@ -33,7 +33,7 @@ VISIBILITY_TIMEOUT_S = 4 * 3600
 QUEUE_ORDER = "rlm_tasks.worker.queue_order:QueueOrder"
 ANSWER_S = 5
 """Longest wait for an answer of Redis."""
-HEALTH_S = 4
+HEALTH_S = 3
 """Seconds between kombu's checks of its open connections.
 
 It drops a connection that listens to queues and got no answer for this time and one second.
@@ -139,6 +139,16 @@ class FollowingConnection(WatchfulConnection):
     """The part of kombu's connections that leaves a server which is no longer the primary."""
 
     heeds = MOVED.__contains__
+    renews = False
+
+
+class BrokerConnection(FollowingConnection):
+    """The same for the broker, where connections of a pool are made anew as well."""
+
+    @property
+    def renews(self) -> bool:  # type: ignore[override]  # a constant in the class above
+        """Whether the connection is not one that the event loop polls: kombu subclasses those."""
+        return "disconnect" not in vars(type(self))
 
 
 @functools.cache
@@ -153,7 +163,7 @@ def leave_old_primaries() -> None:
 
     for channel in (Channel, SentinelChannel):
         for name in ("connection_class", "connection_class_ssl"):
-            setattr(channel, name, mixed(FollowingConnection, getattr(channel, name)))
+            setattr(channel, name, mixed(BrokerConnection, getattr(channel, name)))
     stock = RedisBackend._get_pool
 
     @functools.wraps(stock)
