@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
+import socket
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,9 @@ SOCKET, SENTINEL = "unix://", "sentinel://"
 URLS = ("redis://", "rediss://", SOCKET, SENTINEL)
 """The beginnings of a URL of Redis."""
 SECURE = ("rediss", "amqps")
-SENTINEL_PORT = 26_379
+REDIS_PORT, SENTINEL_PORT = 6379, 26_379
+TLS_TIMEOUT_S = 1.0
+"""A server that expects TLS answers its handshake within this time."""
 SENTINEL_TIMEOUT_S = 1.0
 """A client asks the next sentinel if one does not answer within this time."""
 VERIFICATION = {"required": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "none": ssl.CERT_NONE}
@@ -104,6 +107,27 @@ class Address:
             connection_pool_class=_blocking_sentinel_pool(),
             **shared,
         )
+
+    def misses_tls(self) -> str:
+        """Return ``TLS`` when the port wants TLS and the URL has none, ``NOTLS`` the other way.
+
+        Return '' when both agree, or the server does not answer.
+        """
+        if not self.url.startswith(("redis://", "rediss://")):
+            return ""
+        parts, secured = urlsplit(self.url), tls(self.url) is not None
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        place = parts.hostname or "localhost", parts.port or REDIS_PORT
+        try:
+            with socket.create_connection(place, TLS_TIMEOUT_S) as plain:
+                if not secured:
+                    context.wrap_socket(plain).close()
+                    return "TLS"
+                plain.sendall(b"PING\r\n")
+                return "NOTLS" if plain.recv(1) in (b"+", b"-") else ""
+        except OSError:
+            return ""
 
     def sentinels(self, **options: Any) -> Sentinel:
         """Return a client of the sentinels, with a short timeout for each."""

@@ -5,6 +5,7 @@
     │   ├── StoreFull           its memory is used up
     │   ├── StoreReadOnly       it takes no writes: a replica, a full disk, too few replicas
     │   ├── StoreUnauthorised   it refuses the password, or asks for one
+    │   ├── StoreInCluster      it is a node of a cluster, which is not supported
     │   └── StoreUntrusted      TLS failed: the server's certificate or the client's is not trusted
     ├── InvalidValue            a field, its value, and what to do (also a ValueError)
     ├── NeverSatisfiable        the amount is more than a limit can ever grant (also a ValueError)
@@ -157,6 +158,16 @@ class StoreUnauthorised(StoreUnavailable):
     advice = "correct them in {variable}"
 
 
+class StoreInCluster(StoreUnavailable):
+    """Redis is one node of a cluster, which the platform does not support."""
+
+    severity = Severity.CRITICAL
+    retryable = False
+    trips = False
+    what = "is one node of a cluster, which is not supported"
+    advice = "set {variable} to a server outside of a cluster"
+
+
 class StoreUntrusted(StoreUnavailable):
     """Redis and this process do not agree on TLS; a retry does not help."""
 
@@ -184,7 +195,6 @@ class Outage(NamedTuple):
         return self.kind(url, cause, what=self.what, advice=self.advice)
 
 
-_NO_CLUSTER = "set {variable} to a server outside of a cluster"
 OUTAGES = {
     "AWAY": Outage(StoreUnavailable),
     "CONNECTIONS": Outage(
@@ -236,11 +246,9 @@ OUTAGES = {
     "MASTERDOWN": Outage(
         StoreUnavailable, "is a replica that has lost its primary", "set {variable} to the primary"
     ),
-    "CLUSTERDOWN": Outage(StoreUnavailable, "is one node of a cluster that is down", _NO_CLUSTER),
-    "TRYAGAIN": Outage(StoreUnavailable, "is one node of a cluster", _NO_CLUSTER),
-    "CLUSTER": Outage(
-        StoreUnavailable, "is one node of a cluster, which is not supported", _NO_CLUSTER
-    ),
+    "CLUSTERDOWN": Outage(StoreInCluster),
+    "TRYAGAIN": Outage(StoreInCluster),
+    "CLUSTER": Outage(StoreInCluster),
 }
 """The kinds of outages; `resilience.store.outage_of` finds the kind of an error."""
 

@@ -412,6 +412,8 @@ class Store:
         try:
             self.client.ping()
         except (RedisError, OSError) as error:
+            if outage_of(error) is OUTAGES["AWAY"] and (kind := self.address.misses_tls()):
+                raise OUTAGES[kind].error(self.url, told(error)) from None
             raise self.unavailable(error) from None
 
     def refusal(self) -> StoreUnavailable | None:

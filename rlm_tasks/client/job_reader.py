@@ -134,11 +134,16 @@ class JobReader:
         return self._ledger.events(self.id)
 
     def explain(self) -> str:
-        """Return one sentence: why the job waits, what it does, or how it ended."""
+        """Return a sentence: why the job waits, what it does, or how it ended.
+
+        While Redis takes no writes, another sentence says so.
+        """
         facts = self._facts()
         if Status(facts["state"]).final:
             return explain(facts, NodesAtWork(), 0)
-        return explain(facts, nodes_at_work(self._ledger, self.id, facts), self._now_ms())
+        why = explain(facts, nodes_at_work(self._ledger, self.id, facts), self._now_ms())
+        refused = self._session.store.refusal()
+        return why if refused is None else f"{why} No job goes on: {refused}."
 
     @property
     def trace_id(self) -> str:

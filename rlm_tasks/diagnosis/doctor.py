@@ -66,7 +66,7 @@ def examine(
     except StoreUnavailable as error:
         away = str(error)
     except RedisError as error:
-        away = f"Redis at {store.url} refuses a call ({error}); start it, or set RLM_REDIS_URL"
+        away = str(store.unavailable(error))
     fault = _in_two("redis", "fault", away)
     return [*here, fault, *([_broker(client)[0]] if _has_own_broker(client, app) else [])]
 
@@ -79,6 +79,8 @@ def _shared(client: Client, app: Celery, clock: Callable[[], float]) -> Iterator
     board = Board(store, client.ledger.keys, client.settings.pressure)
     _reach(store)
     yield from of_redis(store, client.settings)
+    if (refused := store.refusal()) is not None:
+        yield _in_two("writes", "fault", str(refused))
     hosts = board.hosts()
     yield _clock_here(store, clock)
     broker, depths = _broker(client)

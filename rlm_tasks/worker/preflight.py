@@ -86,7 +86,9 @@ def _server(store: Store, info: Mapping[str, Any]) -> Finding:
             f"{where} is a replica: it takes no writes",
             "Set RLM_REDIS_URL to its primary",
         )
-    if info.get("redis_mode") == "cluster":
+    # Valkey 9 has renamed the field.
+    modes = {info.get("redis_mode"), info.get("server_mode")}
+    if "cluster" in modes or info.get("cluster_enabled") == 1:
         advice = "Set RLM_REDIS_URL to a server outside of a cluster"
         return Finding(
             "redis",

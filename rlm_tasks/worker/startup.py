@@ -17,8 +17,8 @@ from celery.concurrency import ALIASES, get_implementation
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.concurrency.solo import TaskPool as SoloPool
 
-from resilience.address import is_untrusted, tls
-from resilience.errors import StoreUnavailable, StoreUntrusted
+from resilience.address import is_untrusted
+from resilience.errors import StoreUnavailable
 from resilience.store import masked
 from rlm_tasks.engine import message_handlers as message_handlers  # shared by pool processes
 from rlm_tasks.errors import InvalidRequest
@@ -60,7 +60,7 @@ def prepare(worker: Any) -> None:
         registry.import_operations(app.rlm_settings.operations)
     except InvalidRequest as error:
         raise SystemExit(f"Error: {error}") from None
-    _refuse_untrusted(app)
+    _refuse_unusable(app)
     runtime = app.rlm_runtime()
     runtime.worker = worker.hostname
     if serves_jobs(app) and not app.conf.value_set_for("worker_prefetch_multiplier"):
@@ -102,18 +102,20 @@ def serves_jobs(app: Celery) -> bool:
     return not {*queue_names(app.rlm_settings)}.isdisjoint(app.amqp.queues.consume_from)
 
 
-def _refuse_untrusted(app: Celery) -> None:
-    """Raise SystemExit when TLS to Redis or the broker fails: Celery would retry for ever."""
+def _refuse_unusable(app: Celery) -> None:
+    """Raise SystemExit when Redis or the broker can never be used: Celery would retry for ever.
+
+    TLS fails, the password is wrong, or the server is a node of a cluster.
+    """
     url = masked(str(app.conf.broker_url))
     try:
-        if tls(app.rlm_settings.redis_url):
-            app.rlm_runtime().ledger.store.check()
+        app.rlm_runtime().ledger.store.check()
         if app.conf.broker_use_ssl:
             with app.connection_for_read() as connection:
                 with_connection(connection, lambda _: None)
-    except StoreUntrusted as error:
-        raise SystemExit(f"Error: {error}") from None
     except (StoreUnavailable, *AWAY) as error:
+        if isinstance(error, StoreUnavailable) and not error.retryable:
+            raise SystemExit(f"Error: {error}") from None
         if is_untrusted(error):
             advice = "see its certificate, and port and ssl_ca_certs in RLM_BROKER_URL"
             raise SystemExit(

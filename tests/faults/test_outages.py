@@ -4,14 +4,25 @@ The states are real: a full server, a replica, a busy script, a wrong password."
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from resilience.errors import StoreFull, StoreReadOnly, StoreUnauthorised, StoreUnavailable
+from resilience.errors import (
+    StoreFull,
+    StoreInCluster,
+    StoreReadOnly,
+    StoreUnauthorised,
+    StoreUnavailable,
+)
+from resilience.store import Store
 from rlm_tasks import Client, Job, RlmError
+from rlm_tasks.diagnosis.doctor import examine
 from rlm_tasks.engine.crashpoints import CrashPoint
 from rlm_tasks.testing import embedded
 from tests.faults.conftest import Cell
@@ -99,6 +110,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
         server.stop(kill=True)
 
 
+class ClusterNode(embedded.Server):
+    """A server in cluster mode."""
+
+    def _command(self) -> list[str]:
+        return [*super()._command(), "--cluster-enabled", "yes"]
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_each_public_call_raises_only_our_errors_while_redis_refuses(
     prepared: Prepared, state: str
@@ -155,3 +173,49 @@ def test_a_failover_that_leaves_the_old_primary_alive(tmp_path: Path, keeps: boo
 
 def test_connections_that_the_network_forgets_are_dropped_together(tmp_path: Path) -> None:
     assert forgotten(tmp_path) < 25.0
+
+
+def test_a_node_of_a_cluster_is_named_by_submit_worker_and_doctor(tmp_path: Path) -> None:
+    server = ClusterNode(tmp_path)
+    server.start()
+    environment, sentence = environment_of(server.url, "clustered"), "is one node of a cluster"
+    try:
+        with client_of(environment) as client:
+            with pytest.raises(StoreInCluster, match=sentence):
+                client.submit(operation="echo", items=[1])
+            [fault] = [each for each in examine(client, client.app) if sentence in each.found]
+        command = [sys.executable, "-m", "celery", "-A", "rlm_tasks", "worker"]
+        worker = subprocess.run(
+            command,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        server.stop(kill=True)
+
+    assert (fault.check, fault.state) == ("redis", "fault")
+    assert worker.returncode == 1
+    output = worker.stdout + worker.stderr
+    assert sentence in output
+    assert "Traceback" not in output
+
+
+def test_a_database_that_does_not_exist_is_named(server: embedded.Server) -> None:
+    with pytest.raises(StoreUnavailable, match=r"has no such database .*; correct the number in"):
+        Store(server.url.replace("/0", "/99")).check()
+
+
+def test_the_doctor_and_explain_say_that_redis_is_full(prepared: Prepared) -> None:
+    client, queued, _, refusing = prepared
+    with refusing.full():
+        found = {each.check: each for each in examine(client, client.app)}
+        why = queued.explain()
+
+    assert found["writes"].state == "fault"
+    assert "is full (" in found["writes"].found
+    assert "No job goes on: Redis at" in why
+    assert "is full (" in why
+    assert "No job" not in queued.explain(), "afterwards all is well"

@@ -16,6 +16,7 @@ import pytest
 import trustme
 
 from resilience.errors import StoreUntrusted
+from resilience.store import Store
 from rlm_tasks.diagnosis.doctor import examine
 from rlm_tasks.testing import embedded
 from tests.faults.conftest import Cell, cell
@@ -94,6 +95,16 @@ def test_an_untrusted_server_is_refused(secured: Secured, host: str, options: st
         ),
     ):
         client.submit(operation="echo", items=[1])
+
+
+def test_a_url_whose_scheme_does_not_fit_the_port_is_told_so(
+    server: embedded.Server, secured: Secured
+) -> None:
+    plain, wanted = secured.url("").partition("?")[0].replace("rediss", "redis"), server.url
+    with pytest.raises(StoreUntrusted, match="speaks only TLS on this port; write rediss://"):
+        Store(plain).check()
+    with pytest.raises(StoreUntrusted, match="speaks no TLS on this port; write its port for TLS"):
+        Store(wanted.replace("redis", "rediss", 1)).check()
 
 
 @pytest.mark.parametrize(
