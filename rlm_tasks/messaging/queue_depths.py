@@ -79,7 +79,7 @@ class QueueGauge:
     def _depths_and_ages(self, connection: Any, names: Sequence[str]) -> dict[str, QueueReport]:
         channel = connection.default_channel
         # kombu's own client prefixes the key of LLEN, but not the key of LINDEX.
-        client = redis.Redis(connection_pool=channel.client.connection_pool)
+        client = redis.Redis(connection_pool=channel.pool)
         with client.pipeline() as pipe:
             for name in names:
                 pipe.llen(key := channel.global_keyprefix + name)

@@ -136,18 +136,17 @@ def _sentinel_options(settings: Settings, url: str) -> dict[str, Any]:
 
 
 class FollowingConnection(WatchfulConnection):
-    """The part of kombu's connections that leaves a server which is no longer the primary."""
+    """The part of a connection of Celery's result backend that leaves an old primary."""
 
     heeds = MOVED.__contains__
-    renews = False
 
 
 class BrokerConnection(FollowingConnection):
-    """The same for the broker, where connections of a pool are made anew as well."""
+    """The part of kombu's connections that leaves an old primary."""
 
     @property
     def renews(self) -> bool:  # type: ignore[override]  # a constant in the class above
-        """Whether the connection is not one that the event loop polls: kombu subclasses those."""
+        """Whether the connection is of a pool; kombu subclasses those that its event loop polls."""
         return "disconnect" not in vars(type(self))
 
 
