@@ -46,8 +46,8 @@ _IN_QUERY = re.compile(r"([?&]\w*password=).*", re.DOTALL)
 def masked(url: str) -> str:
     """Return a URL, or a list of them, without its passwords, fit for messages and logs.
 
-    Any text may be given.  Of a URL that cannot be read, only the scheme is shown: any other part
-    may belong to the password.
+    Any text may be given.  A URL that cannot be read is shown as its scheme: any other part may
+    belong to the password.
     """
     scheme, separator, _ = url.partition("://")
     if not separator:

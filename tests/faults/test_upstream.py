@@ -11,18 +11,23 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import billiard.pool
 import pytest
 from celery.concurrency import asynpool, prefork
 from kombu import Connection
 from kombu.asynchronous import Hub
+from kombu.transport.redis import QoS
+from redis.exceptions import OutOfMemoryError
 
 from rlm_tasks.testing import embedded
 from rlm_tasks.worker.upstream import (
     survive_reconnects_while_processes_are_recycled,
+    survive_refusals_of_redis,
     survive_restarts_of_redis,
 )
+from tests.faults.refusals import Refusing
 from tests.support import wait_until
 
 STOCK = """
@@ -94,6 +99,43 @@ def test_a_closed_channel_raises_a_connection_error(durable: embedded.Server) ->
 
     with pytest.raises(connection.connection_errors):
         channel._connparams()
+
+
+def test_a_redis_that_refuses_costs_no_message_and_no_slot(
+    durable: embedded.Server, tmp_path: Path
+) -> None:
+    refusing = Refusing(durable, tmp_path / "server")
+    stock = {
+        name: getattr(getattr(QoS, name), "__wrapped__", None) or getattr(QoS, name)
+        for name in ("append", "ack", "restore_visible")
+    }
+    kept = {name: getattr(QoS, name) for name in stock}
+    try:
+        for name, function in stock.items():
+            setattr(QoS, name, function)
+        with pytest.raises(OutOfMemoryError), Connection(durable.url) as connection:
+            _taken_while_full(connection, refusing)
+        survive_refusals_of_redis()
+        with Connection(durable.url) as connection:
+            message = _taken_while_full(connection, refusing)
+            qos = message.channel.qos
+            with refusing.few_replicas():
+                message.ack()
+            assert len(qos._delivered) == len(qos._dirty), "its slot is free"
+            connection.SimpleQueue("plain").put("two")
+            connection.SimpleQueue("plain").get(timeout=5).ack()
+            qos.restore_visible()
+            assert refusing.admin.hlen("unacked") == 0
+    finally:
+        for name, function in kept.items():
+            setattr(QoS, name, function)
+
+
+def _taken_while_full(connection: Connection, refusing: Refusing) -> Any:
+    queue = connection.SimpleQueue("plain")
+    queue.put("one")
+    with refusing.full():
+        return queue.get(timeout=5)
 
 
 def test_a_process_that_has_ended_is_not_watched_when_a_worker_reconnects(

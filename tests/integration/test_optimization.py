@@ -87,7 +87,9 @@ def test_health_fails_without_a_worker_or_redis(client_without_worker: Client) -
 
     with client_of(environment_of("redis://:geheim@127.0.0.1:1/0", "nowhere")) as client:
         health = client.health_check(detailed=True)
-    assert health == {"status": "failing", "why": ["Redis does not answer"], "latency_ms": None}
+    assert (health["status"], health["latency_ms"]) == ("failing", None)
+    [why] = health["why"]
+    assert why.startswith("Redis at redis://:***@127.0.0.1:1/0 does not answer (")
 
 
 def test_an_open_breaker_degrades_health(server: embedded.Server) -> None:
