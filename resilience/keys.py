@@ -77,6 +77,7 @@ class Keys:
         self.breakers = f"{namespace}:{{breakers}}:names"  # ZSET    name -> ms of its last change
         # HASH    kind of guard -> decisions without Redis; at -> ms of the last report
         self.alone = f"{namespace}:{{guards}}:alone"
+        self.probe = f"{namespace}:probe"  # STRING, for a second: Redis takes writes
         self.faults = (
             f"{namespace}:{{faults}}:patterns",  # HASH    recurring fault -> JSON
             f"{namespace}:{{faults}}:seen",  # ZSET    recurring fault -> ms of the last one

@@ -421,7 +421,7 @@ class Store:
 
         A full server, or a replica, answers reads as usual.
         """
-        probe = f"{self.namespace}:probe"
+        probe = Keys(self.namespace).probe
         try:
             self.call(lambda client: client.set(probe, "1", px=1000))
         except StoreUnavailable as error:

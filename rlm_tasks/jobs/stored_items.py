@@ -414,9 +414,7 @@ class ItemReader:
         self._keep(blocks, made)
         return made
 
-    def _fetched(
-        self, client: Any, index: str, blocks: str, at: int, make: MakeBlock
-    ) -> Block:
+    def _fetched(self, client: Any, index: str, blocks: str, at: int, make: MakeBlock) -> Block:
         names = cast(
             list[bytes], client.zrange(index, at, "-inf", desc=True, byscore=True, offset=0, num=1)
         )
