@@ -214,6 +214,11 @@ OUTAGES = {
     "NOPASS": Outage(
         StoreUnauthorised, "has no password, but one was given", "remove it from {variable}"
     ),
+    "NOPERM": Outage(
+        StoreUnauthorised,
+        "refuses a call ({cause})",
+        "give the user of {variable} the rights to it (ACL SETUSER)",
+    ),
     "UNTRUSTED": Outage(StoreUntrusted),
     "NOTLS": Outage(
         StoreUntrusted,

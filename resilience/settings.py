@@ -59,6 +59,7 @@ class StoreSettings(BaseSettings):
         env_nested_delimiter="__",
         extra="ignore",
         populate_by_name=True,
+        hide_input_in_errors=True,  # a URL may contain a password
         allow_inf_nan=False,
     )
 

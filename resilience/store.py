@@ -33,6 +33,7 @@ from redis.exceptions import (
     ClusterDownError,
     MasterDownError,
     MovedError,
+    NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -184,6 +185,8 @@ def outage_of(error: BaseException) -> Outage:
         return OUTAGES["NOTLS" if _NO_TLS.search(text) else "UNTRUSTED"]
     if isinstance(error, AuthenticationWrongNumberOfArgsError) or "without any password" in text:
         return OUTAGES["NOPASS"]
+    if isinstance(error, NoPermissionError):
+        return OUTAGES["NOPERM"]
     if isinstance(error, AuthenticationError):
         return OUTAGES["NOAUTH" if "equired" in text else "WRONGPASS"]
     if "DB index is out of range" in text or "invalid DB index" in text:
@@ -191,6 +194,15 @@ def outage_of(error: BaseException) -> Outage:
     if text == _NO_CONNECTION:
         return OUTAGES["CONNECTIONS"]
     return OUTAGES[refusal(error) or "AWAY"]
+
+
+def _is_wrong(error: Exception) -> bool:
+    """Whether an error is the fault of the command: neither an outage nor a missing right."""
+    return (
+        isinstance(error, ResponseError)
+        and not isinstance(error, NoPermissionError)
+        and not refusal(error)
+    )
 
 
 def told(error: Exception) -> str:
@@ -492,7 +504,7 @@ class Store:
             try:
                 return _also_elsewhere(attempt)
             except (*LOST, ResponseError, StoreUnavailable) as error:
-                if isinstance(error, ResponseError) and not refusal(error):
+                if _is_wrong(error):
                     raise
                 # No other worker can do this work while all are refused, so the caller stays.
                 stays = refusal(error) and self.stays()
@@ -524,7 +536,7 @@ class Store:
         try:
             answers = _also_elsewhere(attempt)
         except (*LOST, ResponseError) as error:
-            if isinstance(error, ResponseError) and not refusal(error):
+            if _is_wrong(error):
                 raise
             if isinstance(error, RedisTimeoutError) and self._bears(began, silence_s):
                 raise self.unavailable(error) from None

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 import msgspec
-from redis.exceptions import ResponseError
 
 from resilience.breaker import CircuitBreakers
 from resilience.degradation import CONSTRAINTS, Level
+from resilience.errors import StoreUnauthorised
 from resilience.store import Store
 from resilience.waiters import URGENCY, Wake
 from scheduler.admission import SHED_FROM, WaitingRoom, full, sheds
@@ -256,7 +256,7 @@ class Monitor:
         """
         try:
             memory = self._store.call(lambda client: client.info("memory"))
-        except ResponseError:
+        except StoreUnauthorised:
             return None
         most = int(memory.get("maxmemory", 0))
         return round(100 * int(memory["used_memory"]) / most, 1) if most else None
