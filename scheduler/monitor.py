@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 import msgspec
+from redis.exceptions import ResponseError
 
 from resilience.breaker import CircuitBreakers
 from resilience.degradation import CONSTRAINTS, Level
@@ -256,7 +257,7 @@ class Monitor:
         """
         try:
             memory = self._store.call(lambda client: client.info("memory"))
-        except StoreUnauthorised:
+        except (ResponseError, StoreUnauthorised):
             return None
         most = int(memory.get("maxmemory", 0))
         return round(100 * int(memory["used_memory"]) / most, 1) if most else None

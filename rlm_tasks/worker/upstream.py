@@ -30,10 +30,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from resilience.store import refusal
+from rlm_tasks.messaging.dispatch import MERGE_TASK, NODE_TASK, is_id
 
 logger = logging.getLogger(__name__)
-
-from rlm_tasks.messaging.dispatch import MERGE_TASK, NODE_TASK, is_id
 
 
 def leave_promptly(draining: Callable[[], bool]) -> None:
