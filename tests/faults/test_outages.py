@@ -114,7 +114,8 @@ class ClusterNode(embedded.Server):
     """A server in cluster mode."""
 
     def _command(self) -> list[str]:
-        return [*super()._command(), "--cluster-enabled", "yes"]
+        bus = ["--cluster-port", str(embedded.free_port())]
+        return [*super()._command(), "--cluster-enabled", "yes", *bus]
 
 
 @pytest.mark.parametrize("state", STATES)
