@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser system check prose bench soak read-large flicker failover forget pressure pictures site worker beat flower lint types docs clean
+.PHONY: help demo test browser system check prose bench soak read-large big-tree flicker failover forget pressure pictures site worker beat flower lint types docs clean
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
@@ -67,6 +67,9 @@ failover: $(VENV)/.ready ## Move the primary 20 times while the old one lives on
 
 forget: $(VENV)/.ready ## Let the network forget all connections, ten times
 	$(BIN)/python -m tests.faults.outages forget $(ARGS)
+
+big-tree: $(VENV)/.ready ## Write a job of a million nodes, and measure what a look at it costs (ARGS="--nodes 100000")
+	$(BIN)/python -m tests.faults.big_tree $(ARGS)
 
 pressure: $(VENV)/.ready ## Overload two slots for a minute, and draw docs/pressure.svg
 	$(BIN)/python docs/examples/under_pressure.py --out docs/pressure.json $(ARGS)

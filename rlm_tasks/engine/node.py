@@ -292,8 +292,8 @@ class NodeRun:
         if report.mid > claim.lo and not validating:
             self._learn(report.mid - claim.lo)
         runtime.reached(CrashPoint.BEFORE_FINISH)
-        beside = self._calls_beside(report, validating=validating)
-        finished = runtime.ledger.finish(claim, report, partial, *beside)
+        once, beside = self._calls_beside(report, validating=validating)
+        finished = runtime.ledger.finish(claim, report, partial, *beside, once=once)
         if finished.answer == "stale":
             logger.info(
                 "Node %s of job %s was given to another worker; its work is discarded",
@@ -321,13 +321,16 @@ class NodeRun:
         self._runtime.timeouts.took(self._spec.operation, self._work.took_s)
         self._runtime.item_ms[self._spec.operation] = self._work.busy_s * 1000 / items
 
-    def _calls_beside(self, report: Report, *, validating: bool) -> list[Call]:
-        """Return the calls that share FINISH's round trip, and emit events of this node."""
+    def _calls_beside(self, report: Report, *, validating: bool) -> tuple[list[Call], list[Call]]:
+        """Return the calls that share FINISH's round trip, and emit events of this node.
+
+        The first ones count, so they must not be repeated.
+        """
         runtime, operation = self._runtime, self._spec.operation
         held_kb = int(held_mb(os.getpid()) * 1024) or _peak_kb()  # 0: the system does not say
-        calls = []
+        once, calls = list[Call](), list[Call]()
         if not validating:
-            calls.append(
+            once.append(
                 runtime.usage.tally(
                     operation,
                     done=report.done,
@@ -348,7 +351,7 @@ class NodeRun:
         )
         if self._guards is not None:
             calls += self._guards.forgetting(report.mid)
-        return calls
+        return once, calls
 
     def _log(self, report: Report) -> None:
         """Log the node in one line; Celery's two lines per message are for DEBUG (`logs`)."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from itertools import chain, repeat
 from typing import Any, cast
 
 import msgspec
@@ -133,11 +134,21 @@ class Ledger(LedgerReader):
         """Return the call that reports a running node, and is answered with go on or stop."""
         return self._script("pulse", claim.job, claim.node, claim.token, done, failed, skipped)
 
-    def finish(self, claim: Claim, report: Report, partial: bytes, *beside: Call) -> Finished:
+    def finish(
+        self,
+        claim: Claim,
+        report: Report,
+        partial: bytes,
+        *beside: Call,
+        once: Sequence[Call] = (),
+    ) -> Finished:
         """Close a node: its partial, children and counts become true all at once, or not at all.
 
-        The calls `beside` share the round trip.  Raises StoreUnavailable, and a ResponseError that
-        begins with TILING when the report's parts do not tile the node's range.
+        The calls `beside` share the round trip.  Those in `once` share it, too, but are left out
+        when it is repeated after an outage: they count something, and may have counted it.
+
+        Raises StoreUnavailable, and a ResponseError that begins with TILING when the report's parts
+        do not tile the node's range.
         """
         if report.quarantined:
             # Written before the node is closed, as the index of due jobs is.
@@ -153,7 +164,11 @@ class Ledger(LedgerReader):
         )
         waits = [kid.wait_ms for kid in report.kids if kid.wait_ms >= 0]
         due = [self.due.look_by(claim.job, min(waits))] if waits else []
-        reply = self.call(*due, finish, *due, *beside)[len(due)]
+        attempts = chain([tuple(once)], repeat(()))
+        answers: list[Any] = self.call(
+            lambda _: self.store.call(*due, finish, *due, *beside, *next(attempts))
+        )
+        reply = answers[len(due)]
         return Finished(reply[0].decode(), bool(reply[1]), reply[2].decode(), reply[3].decode())
 
     def park(self, claim: Claim, wait_ms: int, why: str, tries: int = 0) -> str:

@@ -15,7 +15,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -245,9 +245,16 @@ class TracedLedger(Ledger):
             self._trace_job(job)
         return claim
 
-    def finish(self, claim: Claim, report: Report, partial: bytes, *beside: Call) -> Finished:
+    def finish(
+        self,
+        claim: Claim,
+        report: Report,
+        partial: bytes,
+        *beside: Call,
+        once: Sequence[Call] = (),
+    ) -> Finished:
         """Close a node, and end its span; begin that of the root merge if the caller got it."""
-        finished = super().finish(claim, report, partial, *beside)
+        finished = super().finish(claim, report, partial, *beside, once=once)
         failure = msgspec.json.decode(report.failures[0][1]) if report.failures else None
         attributes = {
             "rlm.done": report.done,

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
+from resilience.keys import Keys
+from resilience.store import Call
 from rlm_tasks import JobRequest, NWay
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.jobs.splitting import Shape
+from rlm_tasks.jobs.stored_items import RangeSource
+from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.records import MERGE, ROOT, Child, Claim, Report, Split, Suspect
 from rlm_tasks.messaging.dispatch import new_id
+from rlm_tasks.settings.sections import LedgerSettings
+from scheduler.usage import Usage
 from tests.unit.harness import Platform
+from tests.unit.world import World, world
+
+__all__ = ["world"]
 
 
 @pytest.fixture
@@ -262,3 +275,28 @@ def test_a_message_that_arrives_after_its_probe_does_not_make_the_others_lost(
     assert platform.ledger.sweep(spec.job).send == (right.id,), (
         "the message that the copy overtook is lost"
     )
+
+
+def test_a_round_trip_that_is_repeated_counts_usage_once(world: World) -> None:
+    """The answer of the first FINISH is lost; the second one finds the node closed."""
+    store = world.store()
+    store.patience_s, store._sleep = 10.0, world.sleep
+    ledger = Ledger(store, Keys("unit"), LedgerSettings(), on_outage="wait")
+    usage = Usage(store, Keys("unit"))
+    job = JobSpec("job", "sum", RangeSource(0, 1), 10, Shape("flat"), "queue")
+    ledger.open([(job, "none")], 60)
+    claim = ledger.claim("job", ROOT, "mine", "w")
+    run = store._run
+
+    def loses_an_answer(*calls: Call) -> list[Any]:
+        run(*calls)
+        store._run = run  # type: ignore[method-assign]  # the connection is back
+        raise RedisConnectionError("cut off by the test")
+
+    store._run = loses_an_answer  # type: ignore[method-assign,assignment]  # loses the first answer
+    tally = usage.tally("sum", done=10, failed=0, busy_us=5, memory_kb=1, version=1)
+    assert ledger.finish(claim, Report(mid=10, done=10), b"x", once=[tally]).outcome == MERGE
+
+    assert ledger.facts("job")["done"] == "10"
+    _, counts = Keys("unit").usage("sum")
+    assert int(store.client.hget(counts, "done")) == 10
