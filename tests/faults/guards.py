@@ -48,6 +48,8 @@ ROOT = Path(__file__).parents[2]
 NAMESPACE = "guards"
 PROCESSES, WINDOWS = 8, 4
 LEAST_USE = 0.97
+START_S = 60.0
+"""Time in seconds in which a process starts, also on a busy machine."""
 BUSY_S = 0.004
 """Work in seconds between the decisions of a busy process."""
 TOKENS = {"tokens": (1, 99), "requests": (1, 19)}
@@ -118,7 +120,7 @@ def children(count: int, *arguments: object) -> Iterator[list[Child]]:
             for number in range(count)
         ]
         for each in found:
-            each.receive("ready")
+            each.receive("ready", START_S)
         yield found
 
 
