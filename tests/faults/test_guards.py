@@ -320,7 +320,7 @@ def test_forget_frees_the_permits_of_a_killed_process_at_once(
 
 # --- the answers of each guard while Redis is away --------------------------------------------
 
-CALLS, OVER_S, LEARNED_S = 50, 2.0, 7.0
+CALLS, OVER_S, LEARNED_S = 50, 2.0, 400.0
 
 
 class CountingStore(Store):
@@ -522,7 +522,7 @@ class Limits(Guard):
         self.timeouts, self.others = Timeouts(self.store), Timeouts(self.other)
         self.others.learn("known", [LEARNED_S] * 100)
         self.known_s = self.timeouts.limit_s("known", "simple")
-        assert self.known_s == pytest.approx(75), "not less than a quarter of the base"
+        assert 1.5 * LEARNED_S <= self.known_s <= 1.7 * LEARNED_S
         self.store.ahead_s = 31.0
 
     def answer(self, number: int) -> tuple[float, float]:
