@@ -50,6 +50,11 @@ class JobList:
             at += len(page)
         return found
 
+    def known(self, ids: Sequence[str]) -> list[str]:
+        """Return the ids that are those of jobs, in one round trip.  Raises StoreUnavailable."""
+        gone = set(self._gone([each.encode() for each in ids])[0])
+        return [each for each in ids if each.encode() not in gone]
+
     def trim(self) -> int:
         """Remove jobs whose keys have expired; return their number.
 

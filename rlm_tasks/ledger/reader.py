@@ -62,18 +62,6 @@ class LedgerReader:
 
     # --- a job ---------------------------------------------------------------------------------
 
-    def known(self, jobs: Sequence[str]) -> list[str]:
-        """Return the jobs among some ids that the ledger has, in one round trip."""
-
-        def ask(client: redis.Redis) -> list[int]:
-            with client.pipeline(transaction=False) as pipe:
-                for job in jobs:
-                    pipe.exists(self.keys.of(job).job)
-                return pipe.execute()
-
-        found = self.store.call(ask)
-        return [job for job, is_there in zip(jobs, found, strict=True) if is_there]
-
     def facts(self, job: str) -> dict[str, str]:
         """Return every counter and state of a job; empty for an unknown one."""
         found = self._hash(self.keys.of(job).job)

@@ -1,7 +1,7 @@
 """Jobs whose id was revoked by Celery: the worker cancels them.
 
-No message has the id of a job that has fanned out, so Celery finds nothing to revoke.  `control`
-adds the ids, and the supervisor applies them.  Begin with `Revocations.apply`.
+A job that has fanned out has no message of its own id, so Celery finds nothing to revoke.
+`control` adds the ids, and the supervisor applies them.  Begin with `Revocations.apply`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Revocations:
         """
         while self._ids:
             ids = [self._ids[at] for at in range(min(AT_ONCE, len(self._ids)))]
-            for job in self._ledger.known(ids):
+            for job in self._ledger.job_list.known(ids):
                 self._cancel(job)
             for _ in ids:
                 self._ids.popleft()
