@@ -25,8 +25,8 @@ an exception of any class, and never raise.
 
 from __future__ import annotations
 
-import math
 import reprlib
+import sys
 from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
@@ -279,7 +279,7 @@ def refuse_unless_positive(
     error: type[InvalidValue] = InvalidValue,
 ) -> None:
     """Raise InvalidValue, or another `error`, unless the value is a finite number above 0."""
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise error(field, value, advice)
 
 

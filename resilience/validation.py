@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -118,7 +119,14 @@ class Seconds(Checked):
                 and snake.endswith(suffix)
                 and snake not in cls.model_fields
             ):
-                return field, value * factor if isinstance(
-                    value, int | float
-                ) and factor != 1 else value
+                return field, _times(value, factor)
         return name, value
+
+
+def _times(value: Any, factor: float) -> Any:
+    if not isinstance(value, int | float) or factor == 1:
+        return value
+    try:
+        return value * factor
+    except OverflowError:
+        return math.inf  # which no field takes

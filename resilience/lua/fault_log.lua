@@ -21,7 +21,9 @@ call('HINCRBY', patterns, 'given_up', ARGV[6])
 forget(call('ZRANGEBYSCORE', seen, '-inf', now - keep))
 for i = 7, #ARGV, 4 do
   local record = call('HGET', patterns, ARGV[i])
-  local p = record and cjson.decode(record)
+  -- A record of another release, or a damaged one, begins anew.
+  local read, p = pcall(cjson.decode, record or '')
+  p = read and type(p) == 'table' and p.here and p
     or {count = 0, first = now, window = window, here = 0, before = 0}
   if p.window ~= window then
     p.before = p.window == window - 1 and p.here or 0

@@ -32,7 +32,7 @@ class JobSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     queue: str
     schema: int = 1  # as schema 1 leaves it out; requests have SCHEMA
     version: int = 1
-    params: dict[str, Any] = {}  # shared by all who hold this spec: see `fresh_params`
+    params: dict[str, Any] = {}  # shared by all items: `Context.params` is a copy
     packed_params: bytes = b""  # the same by the codec; empty without params
     priority: str = "normal"
     kind: str = "recursive"
@@ -61,16 +61,6 @@ class JobSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     def tree(self) -> str:
         """The id of the job whose budget this one spends: its own, or that of its parent."""
         return self.parent or self.job
-
-    def fresh_params(self) -> dict[str, Any]:
-        """Return a copy of `params` that the caller may change.
-
-        It is decoded from `packed_params`: some microseconds for a few values, and no copy is kept.
-        """
-        if not self.params:
-            return {}
-        params: dict[str, Any] = codec.decode(self.packed_params or codec.encode(self.params))
-        return params
 
     @property
     def empty(self) -> bool:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import re
+import sys
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -161,7 +161,7 @@ class Counter(Metric):
         Raises InvalidValue for other labels than the declared ones, and for an amount below 0 or
         not finite.
         """
-        if not 0 <= amount < math.inf:
+        if not 0 <= amount <= sys.float_info.max:
             raise InvalidValue("amount", amount, f"{self.name} is a counter; add 0 or more")
         values = self._values(labels)
 

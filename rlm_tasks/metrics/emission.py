@@ -6,7 +6,7 @@ Submission checks the amounts with `emission`; the merge that closes the job cal
 from __future__ import annotations
 
 import logging
-import math
+import sys
 from collections.abc import Mapping
 
 from rlm_tasks.errors import InvalidRequest
@@ -37,7 +37,7 @@ def emission(amounts: Amounts) -> list[tuple[Counter, float, dict[str, str]]]:
             raise InvalidRequest(
                 "emit_metrics", name, f"declare it beside your operations: Counter({total!r}, ...)"
             )
-        if not 0 <= amount < math.inf or labels.keys() != counter.labels.keys():
+        if not 0 <= amount <= sys.float_info.max or labels.keys() != counter.labels.keys():
             raise InvalidRequest(
                 "emit_metrics",
                 dict(amounts),

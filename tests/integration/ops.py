@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import itertools
+import operator
 import os
 import signal
 import time
@@ -169,3 +172,31 @@ async def take_out_async(row: dict[str, Any]) -> list[int]:
 def count_characters(lines: list[str]) -> int:
     """Return the number of characters of some lines."""
     return sum(map(len, lines))
+
+
+@operation("typed_echo")
+def typed_echo(item: Any, ctx: Context) -> dict[str, Any]:
+    """Return an item, the params, and the types that this process saw."""
+    return {
+        "item": item,
+        "params": ctx.params,
+        "types": (type(item).__name__, type(ctx.params["value"]).__name__),
+    }
+
+
+@operation("typed_max", merge=max)
+def typed_max(item: Any) -> Any:
+    """Return the item; the merge compares partials."""
+    return item
+
+
+@operation("typed_sum", merge=lambda parts: functools.reduce(operator.add, parts))
+def typed_sum(item: Any) -> Any:
+    """Return the item; the merge adds partials."""
+    return item
+
+
+@operation("typed_sorted", merge=lambda parts: sorted(itertools.chain.from_iterable(parts)))
+def typed_sorted(item: Any) -> Any:
+    """Return the item in a list; the merge sorts partials."""
+    return [item]

@@ -151,6 +151,8 @@ def test_patterns_of_the_fault_log(broken: bytes) -> None:
     world.client().hset(key, '["other", "TIMEOUT", "m"]', broken)
 
     assert [each.service for each in log.patterns()] == ["service"]
+    log.record("other", [(fault, "m")])  # a new fault of a pattern repairs its record
+    assert {each.service for each in log.patterns()} == {"service", "other"}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,8 @@ from resilience.degradation import (
     Degradation,
     Level,
 )
-from rlm_tasks.operations.context import Context
+from rlm_tasks.operations.context import Context, copied
+from tests.unit.jobs.values import EXAMPLES, same
 
 
 def test_the_quality_of_an_item_is_the_fingerprint_of_its_level() -> None:
@@ -58,3 +60,14 @@ def test_an_item_that_reads_no_params_makes_no_copy() -> None:
 def test_an_unknown_attribute_of_a_context_is_named() -> None:
     with pytest.raises(AttributeError, match="'Context' object has no attribute 'parms'"):
         Context("job", {}, shared_params={}).parms  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize("value", EXAMPLES.values(), ids=EXAMPLES)
+def test_a_copy_of_params_is_the_same_for_every_type_that_can_be_stored(value: Any) -> None:
+    params = {"value": value, "more": [value, {"of": (value,)}]}
+
+    own = copied(params)
+
+    assert same(own, params)
+    if type(value).__hash__ is None:
+        assert own["value"] is not value
