@@ -19,6 +19,7 @@ RlmError
 ├── Overloaded              refused for now, because of its priority; has `retry_after_s`
 ├── QueueFull               refused for now, because its queue is full; has `retry_after_s`
 ├── ResultTimeout           the wait is over, the job goes on (also a TimeoutError)
+├── OutputTooLarge          an output or a merge is larger than RLM_MAX_OUTPUT_BYTES
 └── ResultTooLarge          iterate, or raise RLM_MAX_RESULT_BYTES
 """
 
@@ -57,6 +58,7 @@ __all__ = [
     "JobFailed",
     "JobNotFound",
     "JobUnreadable",
+    "OutputTooLarge",
     "Overloaded",
     "Quarantined",
     "QueueFull",
@@ -278,6 +280,23 @@ class ResultTimeout(RlmError, TimeoutError):
         self.job_id, self.waited_s = job_id, waited_s
         super().__init__(
             f"job {job_id} has not ended within {waited_s:g} s; it goes on, call again with its id"
+        )
+
+
+class OutputTooLarge(RlmError):
+    """An output, partial or answer too large to be stored.
+
+    Has `what` it is, and its `size` and the `limit` in packed bytes.
+    """
+
+    code = "OUTPUT_TOO_LARGE"
+    category = Category.VALIDATION
+
+    def __init__(self, what: str, size: int, limit: int) -> None:
+        self.what, self.size, self.limit = what, size, limit
+        super().__init__(
+            f"{what} has {size} packed bytes, more than the limit of {limit}; store it as a file "
+            "and return its path, or raise RLM_MAX_OUTPUT_BYTES and proto-max-bulk-len of Redis"
         )
 
 

@@ -17,6 +17,7 @@ from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.item_failures import failure_of, raise_if_shutdown
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.ledger import Ledger
+from rlm_tasks.ledger.output_limit import OutputLimit
 from rlm_tasks.ledger.partials import merged
 from rlm_tasks.ledger.records import Claim
 from rlm_tasks.metrics import emission
@@ -32,6 +33,7 @@ def merge_root(
     spec: JobSpec,
     operation: Operation,
     rounds: Rounds,
+    limit: OutputLimit,
     reached: Callable[[CrashPoint], None] = no_hook,
 ) -> str:
     """Make the answer of a job and close it; return its final state.
@@ -49,6 +51,7 @@ def merge_root(
         )
         if answer is None:
             return ""
+        limit.checked(answer, "the answer of the job")
     except (MemoryError, StoreUnavailable):
         raise  # a later attempt may have memory, or Redis; the third loss fails the job
     except BaseException as error:

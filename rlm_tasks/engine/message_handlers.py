@@ -154,6 +154,7 @@ def _merge(runtime: Runtime, request: Any, job: str, split_id: str) -> bool:
             ledger=runtime.ledger,
             job=job,
             operation=runtime.steps(spec).marked(registry.get(spec.operation)),
+            limit=runtime.output_limit,
             lo=split.lo,
             hi=split.hi,
         )

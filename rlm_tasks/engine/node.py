@@ -127,6 +127,7 @@ def _run_claimed(runtime: Runtime, claim: Claim, entry: ProcessEntry) -> bool:
             spec=spec,
             operation=runtime.steps(spec).marked(operation),
             rounds=runtime.rounds,
+            limit=runtime.output_limit,
             reached=runtime.reached,
         )
         return True
@@ -282,7 +283,9 @@ class NodeRun:
         """Report the range and hand over the rest; return whether the chord slot is filled."""
         runtime, claim, outcome = self._runtime, self._claim, self._work.outcome
         validating = claim.phase != PROCESS
-        partial = b"" if validating else outcome.packed(range(claim.lo, self._work.at))
+        pages: list[tuple[int, bytes]] = []
+        if not validating:
+            pages = outcome.packed(range(claim.lo, self._work.at), runtime.output_limit)
         if outcome.fatal:
             runtime.ledger.stop(
                 self._spec.job, "failed", detail="its merge raised", error=outcome.fatal
@@ -293,7 +296,8 @@ class NodeRun:
             self._learn(report.mid - claim.lo)
         runtime.reached(CrashPoint.BEFORE_FINISH)
         once, beside = self._calls_beside(report, validating=validating)
-        finished = runtime.ledger.finish(claim, report, partial, *beside, once=once)
+        partial, more = pages[0][1] if pages else b"", pages[1:]
+        finished = runtime.ledger.finish(claim, report, partial, *beside, once=once, more=more)
         if finished.answer == "stale":
             logger.info(
                 "Node %s of job %s was given to another worker; its work is discarded",
@@ -473,6 +477,7 @@ class NodeRun:
             spec=spec,
             operation=runtime.steps(spec).marked(self._operation),
             rounds=runtime.rounds,
+            limit=runtime.output_limit,
             reached=runtime.reached,
         )
 

@@ -13,10 +13,12 @@ from resilience.degradation import IN_FORCE, Degradation, Level, Strategy
 from resilience.errors import text_of
 from resilience.faults import Fault, classify
 from rlm_tasks.engine.shared_page import Step, Steps
+from rlm_tasks.errors import OutputTooLarge
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.index_ranges import IndexRanges
 from rlm_tasks.jobs.item_failures import failure_of, raise_if_shutdown
 from rlm_tasks.jobs.sizes import estimated_bytes
+from rlm_tasks.ledger.output_limit import OutputLimit
 from rlm_tasks.operations.registry import Operation
 
 FOLD_AT = 4096
@@ -25,6 +27,8 @@ MOST_FAULTS = 100
 """Faults of one node that are recorded for operators."""
 FAILURES_FULL_AT = 4096
 """A node reports at this many failures, so that one script of the ledger stays short."""
+PAGE_OVERHEAD = 64
+"""The largest number of bytes that a page has besides its outputs."""
 PAGE_FULL_AT = 65_536
 """A node without a merge reports its page at this many outputs."""
 
@@ -167,39 +171,58 @@ class NodeOutcome:
             IN_FORCE.reset(outside)
             self._weighed, self._held_bytes = 0, 0
 
-    def packed(self, indexes: Iterable[int]) -> bytes:
-        """Return the packed partial, b"" when no item succeeded or a merge failed.
+    def packed(self, indexes: Sequence[int], limit: OutputLimit) -> list[tuple[int, bytes]]:
+        """Return the packed partials, each with its first item; none without an output.
 
-        `indexes` are the node's items in order.  Without a merge, an output that cannot be stored
-        becomes the failure of its item.  A merged output that cannot be stored fails the job.
+        `indexes` are the node's items in order.  There is one partial, unless the outputs are too
+        large for one value.  An output that cannot be stored becomes the failure of its item; a
+        merged output that cannot be stored fails the job.
         """
         self.fold(at=1)
         if not self._outputs or self.fatal:
-            return b""
+            return []
+        merges = self._operation.merge is not None
         try:
-            if self._operation.merge is not None:
-                return codec.pack(self._outputs[0])
-            return codec.compress(codec.encode_all(self._outputs))
-        except TypeError as error:
-            if self._operation.merge is not None:
+            partial = codec.pack(self._outputs[0]) if merges else _page(self._outputs)
+            return [(indexes[0], limit.checked(partial, "the merged partial"))]
+        except (TypeError, OutputTooLarge) as error:
+            if merges:
                 self.fatal = failure_of(-1, error)
-                return b""
-            self._fail_unstorable(indexes)
-            return codec.compress(codec.encode_all(self._outputs)) if self._outputs else b""
+                return []
+            return self._pages(indexes, limit)
 
-    def _fail_unstorable(self, indexes: Iterable[int]) -> None:
+    def _pages(self, indexes: Sequence[int], limit: OutputLimit) -> list[tuple[int, bytes]]:
+        """Fail the items whose outputs cannot be stored; pack the others in several partials."""
+        pages: list[tuple[int, list[Any]]] = [(indexes[0], [])]
+        held = 0
+        for index, output in self._with_indexes(indexes):
+            try:
+                encoded = codec.encode(output)
+                limit.checked(codec.compress(encoded), f"the output of item {index}")
+            except (TypeError, OutputTooLarge) as error:
+                unstorable = isinstance(error, TypeError)
+                self.fail(
+                    index,
+                    TypeError(f"its output cannot be stored: {error}") if unstorable else error,
+                )
+                self.done -= 1
+                continue
+            size = held + len(encoded) + PAGE_OVERHEAD
+            if pages[-1][1] and size > limit.bytes_for(size):
+                pages.append((index, []))
+                held = 0
+            pages[-1][1].append(output)
+            held += len(encoded)
+        return [(first, _page(outputs)) for first, outputs in pages if outputs]
+
+    def _with_indexes(self, indexes: Iterable[int]) -> Iterable[tuple[int, Any]]:
+        """Return each output with the index of its item."""
         without = {failure["index"] for failure in self.failures} | self.left_out
         unread = IndexRanges(self._unread)
-        kept = []
-        for index, output in zip(
-            (each for each in indexes if each not in without and each not in unread),
-            self._outputs,
-            strict=True,
-        ):
-            try:
-                codec.encode(output)
-                kept.append(output)
-            except TypeError as error:
-                self.fail(index, TypeError(f"its output cannot be stored: {error}"))
-                self.done -= 1
-        self._outputs = kept
+        succeeded = [each for each in indexes if each not in without and each not in unread]
+        return zip(succeeded, self._outputs, strict=True)
+
+
+def _page(outputs: list[Any]) -> bytes:
+    """Return the packed partial of a node without a merge: the list of its outputs."""
+    return codec.compress(codec.encode_all(outputs))

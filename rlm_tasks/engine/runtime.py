@@ -33,6 +33,7 @@ from rlm_tasks.jobs.file_roots import FilesRoot
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.stored_items import ItemReader
 from rlm_tasks.ledger.ledger import Ledger
+from rlm_tasks.ledger.output_limit import OutputLimit
 from rlm_tasks.messaging.broker_kinds import broker_kind
 from rlm_tasks.messaging.delivery import Delivery
 from rlm_tasks.messaging.dispatch import Dispatcher
@@ -69,6 +70,7 @@ class Runtime:
     waiting_room: WaitingRoom
     node_events: NodeEvents
     rounds: Rounds
+    output_limit: OutputLimit
     clock: Callable[[], float] = time.monotonic  # seconds
     worker: str = ""
     in_order: bool = True  # the broker delivers more urgent messages first
@@ -138,6 +140,7 @@ class Runtime:
             waiting_room=WaitingRoom(store, keys, settings.admission.max_jobs),
             node_events=node_events,
             rounds=Rounds(ledger, dispatcher, settings, guards.budgets, wake),
+            output_limit=OutputLimit(store, settings.max_output_bytes),
             clock=clock,
             in_order=in_order,
         )

@@ -1,6 +1,7 @@
 """An estimate of the memory that values hold, from a few of them, which costs almost nothing.
 
 A running node asks it so that its outputs stay within a bound.  Begin with `estimated_bytes`.
+`largest_value` is the bound that Redis sets for one value.
 """
 
 from __future__ import annotations
@@ -8,8 +9,16 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+from redis.exceptions import RedisError
+
+from resilience.store import Store
+
+LARGEST_VALUE = 512 << 20
+"""Bytes of the largest value that Redis takes, unless its `proto-max-bulk-len` says otherwise."""
+ALWAYS_TAKEN = 1 << 20
+"""Redis takes a value of so many bytes, whatever its settings are."""
 SAMPLED = 8
 """Values that are looked at, spread evenly, at each level."""
 DEEPEST = 4
@@ -39,3 +48,12 @@ def _held(value: Any, depth: int) -> int:
         count, most = len(getattr(value, "__dict__", {})), SAMPLED
     held = [_held(part, depth + 1) for part in itertools.islice(parts, most)]
     return size + (sum(held) * count // len(held) if held else 0)
+
+
+def largest_value(store: Store) -> int:
+    """Return the bytes of the largest value that Redis takes; one call to the server."""
+    try:
+        found = cast(dict[str, str], store.client.config_get("proto-max-bulk-len"))
+        return int(found["proto-max-bulk-len"])
+    except (RedisError, KeyError):  # a managed server may refuse CONFIG
+        return LARGEST_VALUE

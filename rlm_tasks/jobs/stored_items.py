@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import msgspec
-from redis.exceptions import RedisError
 
 from resilience.store import Store
 from rlm_tasks.errors import InvalidRequest, ItemsUnreadable
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.file_roots import ANYWHERE, FilesRoot
+from rlm_tasks.jobs.sizes import largest_value
 from rlm_tasks.jobs.storable import NotStorable
 from rlm_tasks.jobs.text_files import TextFile, decoded_lines, line_lengths
 
@@ -40,8 +40,6 @@ READ_BYTES = 8 << 20
 """A read ends behind the block with which its items have this many packed bytes."""
 STAGED_S = 3600
 """Items whose job is not open yet are deleted after this time; each flush begins it anew."""
-LARGEST_VALUE = 512 << 20
-"""Bytes of the largest value that Redis takes, unless its `proto-max-bulk-len` says otherwise."""
 ALL = sys.maxsize
 Decode = Callable[[bytes, int], list[Any]]
 """Returns the items of a part of a block from its bytes and their number."""
@@ -314,7 +312,7 @@ class ItemWriter:
             ) from None
 
     def _queue(self, lo: int, hi: int, data: bytes) -> None:
-        if len(data) > BLOCK_BYTES and len(data) > (most := self._largest_value):
+        if len(data) > BLOCK_BYTES and len(data) > (most := largest_value(self._store)):
             raise InvalidRequest(
                 f"items[{lo}]",
                 f"{len(data)} bytes",
@@ -325,14 +323,6 @@ class ItemWriter:
         self._bytes += len(data)
         if self._bytes >= PIPELINE_BYTES:
             self._flush()
-
-    @property
-    def _largest_value(self) -> int:
-        try:
-            found = cast(dict[str, str], self._store.client.config_get("proto-max-bulk-len"))
-            return int(found["proto-max-bulk-len"])
-        except (RedisError, KeyError):  # a managed server may refuse CONFIG
-            return LARGEST_VALUE
 
     def _flush(self) -> None:
         if not self._waiting:

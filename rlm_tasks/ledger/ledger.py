@@ -141,8 +141,11 @@ class Ledger(LedgerReader):
         partial: bytes,
         *beside: Call,
         once: Sequence[Call] = (),
+        more: Sequence[tuple[int, bytes]] = (),
     ) -> Finished:
         """Close a node: its partial, children and counts become true all at once, or not at all.
+
+        `more` has further partials, each with its first item, if one is too small for all outputs.
 
         The calls `beside` share the round trip.  Those in `once` share it, too, but are left out
         when it is repeated after an outage: they count something, and may have counted it.
@@ -161,6 +164,7 @@ class Ledger(LedgerReader):
             _json.encode(report),
             partial,
             self._lease_ms,
+            *(argument for page in more for argument in page),
         )
         waits = [kid.wait_ms for kid in report.kids if kid.wait_ms >= 0]
         due = [self.due.look_by(claim.job, min(waits))] if waits else []

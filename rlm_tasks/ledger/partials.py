@@ -14,6 +14,7 @@ from typing import Any
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.ledger import Ledger
+from rlm_tasks.ledger.output_limit import OutputLimit
 from rlm_tasks.operations.registry import Operation
 
 logger = logging.getLogger(__name__)
@@ -50,14 +51,20 @@ def flattened(pages: Iterator[list[Any]]) -> Iterator[Any]:
         yield from page
 
 
-def compact_split(ledger: Ledger, job: str, operation: Operation, lo: int, hi: int) -> bool:
-    """Replace the partials of [lo, hi) by one if they tile it; return whether they did."""
+def compact_split(
+    ledger: Ledger, job: str, operation: Operation, limit: OutputLimit, *, lo: int, hi: int
+) -> bool:
+    """Replace the partials of [lo, hi) by one if they tile it; return whether they did.
+
+    Raises OutputTooLarge for a merge that cannot be stored.
+    """
     pieces = list(ledger.pieces(job, lo, hi))
     edges = [lo] + [end for _, end, _ in pieces]
     if len(pieces) < 2 or edges[-1] != hi or [start for start, _, _ in pieces] != edges[:-1]:
         return False
     values = [codec.unpack(packed) for _, _, packed in pieces if packed]
     merged = codec.pack(operation.combine(values)) if values else b""
+    limit.checked(merged, "the merged partial")
     return ledger.compact(job, [(start, end) for start, end, _ in pieces], merged)
 
 

@@ -67,6 +67,12 @@ class Settings(StoreSettings):
     max_item_bytes: int = Field(
         16 * 2**20, gt=0, description="Largest size of one packed item, or of one line of a file."
     )
+    max_output_bytes: int = Field(
+        256 * 2**20,
+        gt=0,
+        description="Largest size of one packed output, merged partial or answer. Less counts if "
+        "Redis takes less (`proto-max-bulk-len`).",
+    )
     files_root: str = Field(
         "",
         description="Folder below which clients and workers may read files that a job names "

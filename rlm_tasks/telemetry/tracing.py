@@ -252,9 +252,10 @@ class TracedLedger(Ledger):
         partial: bytes,
         *beside: Call,
         once: Sequence[Call] = (),
+        more: Sequence[tuple[int, bytes]] = (),
     ) -> Finished:
         """Close a node, and end its span; begin that of the root merge if the caller got it."""
-        finished = super().finish(claim, report, partial, *beside, once=once)
+        finished = super().finish(claim, report, partial, *beside, once=once, more=more)
         failure = msgspec.json.decode(report.failures[0][1]) if report.failures else None
         attributes = {
             "rlm.done": report.done,

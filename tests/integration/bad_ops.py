@@ -114,6 +114,19 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
+def _bytes(size: int) -> bytes:
+    return os.urandom(size)
+
+
+def _joined(parts: Iterable[bytes]) -> bytes:
+    return b"".join(parts)
+
+
+operation("big_output")(_bytes)
+operation("big_merge", merge=_joined)(_bytes)
+operation("big_answer", merge=max, finalize=lambda part: part * 0 + os.urandom(3_000_000))(_bytes)
+
+
 class Panic(BaseException):
     """An exception as extensions written in Rust raise it."""
 

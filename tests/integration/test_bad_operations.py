@@ -129,6 +129,38 @@ def test_a_cancelled_job_gives_its_slot_back(bad: Client, folder: Path) -> None:
     wait_until(lambda: _slots_are_back(folder), within_s=10)
 
 
+@pytest.fixture
+def small_values(bad: Client) -> Iterator[None]:
+    """A server that takes values of 2 MB at most."""
+    redis = bad.ledger.store.client
+    redis.config_set("proto-max-bulk-len", 2 << 20)
+    yield
+    redis.config_set("proto-max-bulk-len", 512 << 20)
+
+
+@pytest.mark.usefixtures("small_values")
+def test_an_output_that_redis_does_not_take_fails_its_item_alone(bad: Client) -> None:
+    sizes = [900_000, 3_000_000, 900_000, 900_000, 2_500_000, 900_000]
+    result = bad.execute(operation="big_output", items=sizes, continue_on_error=True, timeout=30)
+    assert [len(output) for output in result.output] == [900_000] * 4
+    assert [(each.index, each.code) for each in result.failed] == [
+        (1, "OUTPUT_TOO_LARGE"),
+        (4, "OUTPUT_TOO_LARGE"),
+    ]
+    assert "the output of item 1 has 30000" in result.failed[0].message
+    assert "more than the limit of 2097152" in result.failed[0].message
+    assert result.metrics.nodes < 12, "no node has run again"
+
+
+@pytest.mark.usefixtures("small_values")
+@pytest.mark.parametrize("name", ["big_merge", "big_answer"])
+def test_a_merge_that_redis_does_not_take_fails_the_job_once(bad: Client, name: str) -> None:
+    job = bad.submit(operation=name, items=[900_000] * 3)
+    with pytest.raises(JobFailed, match="more than the limit of 2097152; store it as a file"):
+        job.result(timeout=20)
+    assert all(event.event not in ("released", "lease lost") for event in job.events())
+
+
 @pytest.mark.parametrize("kind", ["item", "guarded", "batch", "async", "task"])
 def test_any_exception_fails_its_item_at_once_and_kills_no_process(bad: Client, kind: str) -> None:
     items: list[Any] = [*range(40)]

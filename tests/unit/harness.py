@@ -149,7 +149,14 @@ class Platform:
             assert group_id(job, split.id)
             spec = self.ledger.spec(job)
             assert spec is not None
-            compact_split(self.ledger, job, registry.get(spec.operation), split.lo, split.hi)
+            compact_split(
+                self.ledger,
+                job,
+                registry.get(spec.operation),
+                self.runtime.output_limit,
+                lo=split.lo,
+                hi=split.hi,
+            )
 
     def run(self, spec: JobSpec, between: Callable[[], None] = lambda: None) -> dict[str, str]:
         """Run until no message is left; return the facts of the job."""

@@ -1,6 +1,7 @@
 -- Close a node: store its partial and register its children; exactly one caller gets the outcome.
 -- ARGV: node, token, report (JSON: mid, done, failed, failed_ranges, skipped, failures, quarantined, kids, splits,
--- shaped, why, busy_us, peak_kb), partial ('' when there is none), lease_ms.
+-- shaped, why, busy_us, peak_kb), partial ('' when there is none), lease_ms,
+-- and for each further partial its first item and itself.
 -- Returns {answer, children registered, outcome, waiting node}: answer ok | stale;
 -- outcome '' | merge | process | closed.  With merge, the caller holds the root merge.
 local id, token, blob, lease = ARGV[1], ARGV[2], ARGV[4], tonumber(ARGV[5])
@@ -29,13 +30,21 @@ if at ~= node.hi then
 end
 
 if r.mid > node.lo and f.phase == 'process' then
-  local range = node.lo .. ':' .. r.mid
-  call('ZADD', pieces, node.lo, range)
-  keep(pieces)
-  if blob ~= '' then
-    call('HSET', blobs, range, blob)
-    keep(blobs)
+  local from = node.lo
+  local function store(to)
+    local range = from .. ':' .. to
+    call('ZADD', pieces, from, range)
+    if blob ~= '' then
+      call('HSET', blobs, range, blob)
+      keep(blobs)
+    end
   end
+  for i = 6, #ARGV, 2 do
+    store(ARGV[i])
+    from, blob = ARGV[i], ARGV[i + 1]
+  end
+  store(r.mid)
+  keep(pieces)
 end
 local bad = #r.failed
 for _, index in ipairs(r.failed) do call('ZADD', failed, index, index) end
