@@ -16,7 +16,7 @@ from rlm_tasks.jobs.spec import JobSpec
 ROOT = "root"
 MERGE = "merge"
 PROCESS = "process"
-SWEEP_AT_ONCE = 200
+SWEEP_AT_ONCE = 100
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ BACK_OFF_S = 1.0
 """The time between two ticks while the ledger does not answer."""
 REAPED_S = 2.0
 """Celery reports the cause of a process's death within this time of having reaped it."""
-SWEEPS_IN_A_ROW = 5
+SWEEPS_IN_A_ROW = 10
 """A job with more overdue nodes than these sweeps send is swept again at a later tick.
 
 Leases are renewed in between.

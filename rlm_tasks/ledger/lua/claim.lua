@@ -48,7 +48,7 @@ if node.s == 'p' then count_parked(node.why, -1) end
 node.s, node.k, node.w, node.at, node.why = 'r', token, ARGV[4], now, ''
 write(id, node)
 call('ZADD', due, now + lease, id)
-keep(job, nodes, due)
+keep(due)
 if f.state == 'pending' then
   call('HSET', job, 'state', 'running', 'started_ms', now)
   note('started')

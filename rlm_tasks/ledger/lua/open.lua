@@ -24,5 +24,5 @@ local root = {lo = 0, hi = tonumber(ARGV[2]), d = 0, p = '', sp = '', ix = 0, t 
 local wait = tonumber(ARGV[12])
 if wait > 0 then park_node(ARGV[9], root, now + wait) else queue_node(ARGV[9], root) end
 note('opened')
-keep_all(OPEN_S)
+keep(job, nodes, due, waiting, events, items, blocks)
 return 1

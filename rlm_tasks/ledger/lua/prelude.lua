@@ -62,11 +62,6 @@ local TERMINAL = {succeeded = true, failed = true, expired = true, cancelled = t
 -- Reasons that end the items and not the job: the partials are merged into an answer.
 local MERGES = {[''] = true, early = true, budget = true}
 
--- Give all keys of the job the same life.
-local function keep_all(ttl_s)
-  for _, key in ipairs(KEYS) do call('EXPIRE', key, ttl_s) end
-end
-
 -- Renew keys that work has just written: a key that was empty came into being without an expiry.
 local function keep(...)
   for _, key in ipairs({...}) do call('EXPIRE', key, OPEN_S) end
@@ -198,7 +193,10 @@ local function close(f, state)
   call('UNLINK', due, waiting, inflight, splits, deaths)
   if tonumber(v[2]) == 0 then call('UNLINK', items, blocks) end
   note('closed', state)
-  keep_all(f.ttl_s)
+  for _, key in ipairs({job, nodes, pieces, blobs, failed, empty, failures, quarantine, events, items,
+                        blocks, ended}) do
+    call('EXPIRE', key, f.ttl_s)
+  end
 end
 
 -- Let a node wait for its message; `waiting` has the time since when.

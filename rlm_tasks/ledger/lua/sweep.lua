@@ -11,7 +11,7 @@ if TERMINAL[f.state] then return {f.state, 0} end
 local grace, lease, most = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[4])
 -- A worker of the newer version sweeps it; the next check is soon, in case that worker has died.
 if f.schema > tonumber(ARGV[5]) then return {'newer', now + 1000} end
-keep_all(OPEN_S)
+keep(unpack(KEYS))
 -- Each pending node is in `due` or in `waiting`, and has a record.  A server that evicts keys, or was
 -- restored in part, may have lost some: such a job cannot end by itself.
 local function lost()

@@ -12,7 +12,7 @@ from rlm_tasks import JobRequest, NWay
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.at_work import jobs_at_work, nodes_at_work
 from rlm_tasks.ledger.explain import explain
-from rlm_tasks.ledger.records import ROOT, Child, JobNodes, NodesAtWork, Report
+from rlm_tasks.ledger.records import ROOT, SWEEP_AT_ONCE, Child, JobNodes, NodesAtWork, Report
 from rlm_tasks.ledger.tree import read_tree
 from rlm_tasks.settings.model import Settings
 from tests.unit.harness import Platform
@@ -192,6 +192,6 @@ def test_one_sweep_of_a_big_job_sends_a_bounded_number_and_comes_again(platform:
     client = counted(platform)
 
     swept = platform.ledger.sweep(spec.job)
-    assert (len(swept.send), swept.more) == (200, True)
+    assert (len(swept.send), swept.more) == (SWEEP_AT_ONCE, True)
     assert swept.again_ms <= platform.ledger.store.now_ms() + 50
     assert client.commands.total() <= 4
