@@ -18,6 +18,8 @@ from celery.worker.control import Panel, control_command, inspect_command
 
 from resilience.degradation import as_level
 from resilience.errors import InvalidValue, StoreUnavailable
+from rlm_tasks.messaging.queue_names import queue_names
+from rlm_tasks.worker.pools import wrong_pool
 
 NOT_INSTALLED = {"error": "the platform is not installed in this app"}
 
@@ -203,6 +205,22 @@ def _also_cancel_jobs(command: str) -> None:
     Panel.data[command] = handler
 
 
+def _refuse_queues_of_jobs() -> None:
+    """Make `add_consumer` refuse a queue of jobs, if the worker's pool cannot run them."""
+    stock = Panel.data["add_consumer"]
+
+    @functools.wraps(stock)
+    def handler(state: Any, queue: str = "", *args: Any, **arguments: Any) -> Any:
+        settings = getattr(state.app, "rlm_settings", None)
+        of_jobs = settings is not None and queue in queue_names(settings)
+        if of_jobs and (wrong := wrong_pool(state.consumer.controller)):
+            return {"error": f"{wrong}: this pool cannot run jobs, so it takes no {queue}"}
+        return stock(state, queue, *args, **arguments)
+
+    Panel.data["add_consumer"] = handler
+
+
+_refuse_queues_of_jobs()
 _also_cancel_jobs("revoke")
 _also_cancel_jobs("terminate")
 

@@ -1,7 +1,7 @@
 """Jobs whose id was revoked by Celery: the worker cancels them.
 
-A job that has fanned out has no message of its own id, so Celery finds nothing to revoke.
-`control` adds the ids, and the supervisor applies them.  Begin with `Revocations.apply`.
+After a job has fanned out, no message has its id, so Celery finds nothing to revoke.  `control`
+adds the ids, the supervisor applies them.  Begin with `Revocations.apply`.
 """
 
 from __future__ import annotations

@@ -11,11 +11,7 @@ import gc
 from typing import Any
 
 import click
-from billiard import get_start_method
 from celery import Celery
-from celery.concurrency import ALIASES, get_implementation
-from celery.concurrency.prefork import TaskPool as PreforkPool
-from celery.concurrency.solo import TaskPool as SoloPool
 
 from resilience.address import is_untrusted
 from resilience.errors import StoreUnavailable
@@ -28,6 +24,7 @@ from rlm_tasks.operations import registry
 from rlm_tasks.worker import control as control  # its commands register themselves
 from rlm_tasks.worker.bootsteps import drain_on_sigterm
 from rlm_tasks.worker.dead_letters import DeadLetters
+from rlm_tasks.worker.pools import wrong_pool
 from rlm_tasks.worker.upstream import (
     keep_what_is_no_message,
     leave_promptly,
@@ -38,7 +35,6 @@ from rlm_tasks.worker.upstream import (
 )
 
 EX_USAGE = 2
-FORK = "fork"
 
 
 def prepare(worker: Any) -> None:
@@ -48,7 +44,7 @@ def prepare(worker: Any) -> None:
     imported, and untrusted servers.
     """
     app = worker.app
-    if serves_jobs(app) and (wrong := _wrong_pool(worker)):
+    if serves_jobs(app) and (wrong := wrong_pool(worker)):
         own = app.conf.task_default_queue
         click.echo(
             f"Error: {wrong}: jobs run in the pools prefork, with start method fork, and solo; set "
@@ -80,21 +76,6 @@ def _keep_what_is_no_message(app: Celery) -> None:
     ledger, ours = app.rlm_runtime().ledger, frozenset(queue_names(app.rlm_settings))
     letters = DeadLetters(ledger.store, ledger.keys.dead)
     keep_what_is_no_message(letters.keep, ours.__contains__)
-
-
-def _wrong_pool(worker: Any) -> str:
-    """Return the setting by which a worker has a pool that cannot run jobs; '' if it can.
-
-    Nodes need processes that are forked from the worker, or the worker's own process.
-    """
-    pool = get_implementation(worker.pool_cls)
-    if issubclass(pool, SoloPool):
-        return ""
-    if not issubclass(pool, PreforkPool):
-        path = f"{pool.__module__}:{pool.__qualname__}"
-        return f"worker_pool={next((name for name in ALIASES if ALIASES[name] == path), path)!r}"
-    method = worker.pool_start_method if worker.pool_start_method != FORK else get_start_method()
-    return f"worker_pool_start_method={method!r}" if method != FORK else ""
 
 
 def serves_jobs(app: Celery) -> bool:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from celery import Celery
 
 from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
@@ -66,10 +67,13 @@ def test_a_worker_of_other_queues_starts_in_any_pool(
     environment: dict[str, str], logs: Path, name: str, options: list[str]
 ) -> None:
     log = logs / f"pools-{name}.log"
+    control = Celery("asks", broker=environment["POOLS_BROKER"], set_as_current=False).control
     with embedded.worker(
         environment, app=APP, log=log, slots=1, options=["-Q", "celery", *options]
     ):
         assert _run_own_task(environment) == 42
+        [answer] = control.add_consumer("pools.low", reply=True, timeout=5, limit=1)
+        assert "cannot run jobs" in str(answer)
     assert "Traceback" not in log.read_text()
 
 
