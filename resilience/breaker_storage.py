@@ -86,6 +86,9 @@ class BreakerConfig(Seconds):
         return fields
 
 
+CircuitBreakerConfig = BreakerConfig
+"""The name that other orchestrators use."""
+
 PRESETS = {
     "default": BreakerConfig(memory_threshold_mb=2048),
     "client": BreakerConfig(failure_threshold=5, recovery_timeout_s=30, half_open_max_calls=3),

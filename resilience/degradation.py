@@ -34,6 +34,10 @@ class Level(IntEnum):
         return self.name.lower()
 
 
+ResourcePressureLevel = Level
+"""The name that other orchestrators use."""
+
+
 def level_of(percent: float, thresholds: tuple[float, ...] = THRESHOLDS) -> Level:
     """Return the level of a percentage; earlier levels do not count."""
     return Level(bisect_right(thresholds, percent))

@@ -14,9 +14,11 @@ from rlm_tasks.operations.ports import submit_with
 from rlm_tasks.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from resilience.breaker_storage import CircuitBreakerConfig as CircuitBreakerConfig
     from resilience.budget import Spending as Spending
     from resilience.degradation import Level as Level
     from resilience.degradation import ResourceConstraints as ResourceConstraints
+    from resilience.degradation import ResourcePressureLevel as ResourcePressureLevel
     from rlm_tasks.celery import app as app
     from rlm_tasks.client.client import Client as Client
     from rlm_tasks.client.job import Job as Job
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
     from rlm_tasks.client.planning import Plan as Plan
     from rlm_tasks.client.planning import PlannedRound as PlannedRound
     from rlm_tasks.client.planning import Sufficiency as Sufficiency
+    from rlm_tasks.compat.alert_manager import ResourceAlertManager as ResourceAlertManager
     from rlm_tasks.compat.optimization_config import OptimizationConfig as OptimizationConfig
+    from rlm_tasks.compat.resource_manager import AdaptiveResourceManager as AdaptiveResourceManager
+    from rlm_tasks.compat.resource_manager import ResourceAwareExecutor as ResourceAwareExecutor
     from rlm_tasks.compat.resource_manager import create_resource_manager as create_resource_manager
     from rlm_tasks.compat.resource_manager import get_resource_status as get_resource_status
     from rlm_tasks.compat.resource_manager import (
@@ -70,7 +75,11 @@ if TYPE_CHECKING:
     from rlm_tasks.results import Progress as Progress
     from rlm_tasks.results import Receipt as Receipt
     from rlm_tasks.results import Status as Status
+    from scheduler.alerts import AlertChannel as AlertChannel
+    from scheduler.alerts import ResourcePressureEvent as ResourcePressureEvent
+    from scheduler.allocation import ExecutorPriority as ExecutorPriority
     from scheduler.allocation import ResourceAllocationPolicy as ResourceAllocationPolicy
+    from scheduler.allocation import ResourceLimits as ResourceLimits
 
 _HOMES = {
     "rlm_tasks.celery": "app",
@@ -85,14 +94,18 @@ _HOMES = {
     "rlm_tasks.client.planning": "Estimate Plan PlannedRound Sufficiency",
     "rlm_tasks.requests": "Adaptive Binary Budget Conditions JobRequest NWay Options Priority",
     "rlm_tasks.results": "ItemFailure JobResult Partial Progress Receipt Status",
-    "rlm_tasks.compat.resource_manager": "create_resource_manager get_resource_status "
+    "rlm_tasks.compat.alert_manager": "ResourceAlertManager",
+    "rlm_tasks.compat.resource_manager": "AdaptiveResourceManager ResourceAwareExecutor "
+    "create_resource_manager get_resource_status "
     "integrate_with_orchestrator reset_circuit_breakers wrap_method_executor",
     "rlm_tasks.engine.rounds": "NextRound Round",
     "rlm_tasks.jobs.items": "Files Lines",
     "rlm_tasks.jobs.splitting": "estimate_optimal_chunk_size",
     "resilience.budget": "Spending",
-    "resilience.degradation": "Level ResourceConstraints",
-    "scheduler.allocation": "ResourceAllocationPolicy",
+    "resilience.breaker_storage": "CircuitBreakerConfig",
+    "resilience.degradation": "Level ResourceConstraints ResourcePressureLevel",
+    "scheduler.alerts": "AlertChannel ResourcePressureEvent",
+    "scheduler.allocation": "ExecutorPriority ResourceAllocationPolicy ResourceLimits",
 }
 _load, __dir__, __all__ = lazy(__name__, _HOMES)
 

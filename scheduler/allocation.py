@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from resilience.degradation import Level
 from resilience.errors import InvalidValue
@@ -119,7 +119,9 @@ class ResourceAllocationPolicy(Checked):
 
 
 class ResourceLimits(Checked):
-    """The limits for all operations together.  Raises InvalidValue."""
+    """The limits for all operations together; fields may be changed.  Raises InvalidValue."""
+
+    model_config = ConfigDict(frozen=False)
 
     max_memory_mb: float = Field(4096.0, gt=0, allow_inf_nan=False, description="Memory of a host.")
     max_cpu_percent: float = Field(85.0, gt=0, le=100, description="CPU that may be busy.")
@@ -129,6 +131,11 @@ class ResourceLimits(Checked):
     min_workers: int = Field(
         4, ge=1, description="Nodes that such an operation keeps under any pressure."
     )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change a field, if all limits together stay valid.  Raises InvalidValue."""
+        changed = type(self)(**{**self.model_dump(), name: value})
+        super().__setattr__(name, getattr(changed, name))
 
     @model_validator(mode="after")
     def _ordered(self) -> ResourceLimits:
@@ -178,7 +185,15 @@ class Policies:
 
         Raises InvalidValue with the file, the entry (from 1) and the field.
         """
-        self._named.update({policy.executor_id: policy for policy in _policies(Path(path))})
+        self._named.update({policy.executor_id: policy for policy in read_policies(path)})
+
+
+def read_policies(path: str | Path) -> list[ResourceAllocationPolicy]:
+    """Return the policies of a JSON file, a list of objects.
+
+    Raises InvalidValue with the file, the entry (from 1) and the field.
+    """
+    return list(_policies(Path(path)))
 
 
 def _policies(path: Path) -> Iterator[ResourceAllocationPolicy]:

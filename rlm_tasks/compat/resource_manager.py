@@ -10,20 +10,21 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from resilience.breaker import CircuitBreaker
-from resilience.breaker_storage import CLOSED, OPEN, resident_mb
+from resilience.breaker_storage import CLOSED, OPEN, BreakerConfig
 from resilience.degradation import CONSTRAINTS, Level
 from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.settings import store_settings
+from rlm_tasks.compat.own_process import OwnProcess
+from rlm_tasks.compat.worker_budget import ExecutorPolicies, Turns
 from scheduler.alerts import ResourcePressureEvent
-from scheduler.allocation import Policies, ResourceAllocationPolicy, ResourceLimits, workers_for
-from scheduler.settings import AllocationSettings
+from scheduler.allocation import ResourceAllocationPolicy, ResourceLimits, workers_for
 
 if TYPE_CHECKING:
     from rlm_tasks.client.client import Client
@@ -51,23 +52,23 @@ class AdaptiveResourceManager:
         alerts: Alerts | None = None,
         clock: Callable[[], float] = time.perf_counter,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
-        memory_mb: Callable[[], float] = resident_mb,
+        circuit_breaker_config: BreakerConfig | None = None,
+        process: OwnProcess | None = None,
     ) -> None:
         """Without a `client`, the environment names the platform.
 
-        `alerts` and `alert_callback` receive an event when the pressure of this manager changes.
+        `resource_limits` may be changed while the manager runs.  `alerts` and `alert_callback`
+        receive an event when the pressure of this manager changes.  `circuit_breaker_config` has
+        the rules of the executors' breakers.  `process` measures the process of the executors.
         """
         self.resource_limits = resource_limits or ResourceLimits()
-        self._client = client or _default()
+        self._client = client or default_platform()
         self._guards = enable_circuit_breakers and store_settings().breakers.enabled
         self._degrades, self._callback, self._alerts = enable_degradation, alert_callback, alerts
-        self._clock, self._now, self._memory_mb = clock, now, memory_mb
-        workers = {
-            "max_workers": self.resource_limits.max_workers,
-            "min_workers": self.resource_limits.min_workers,
-        }
-        self._policies = Policies(AllocationSettings(**workers))
-        self._running: Counter[str] = Counter()
+        self._clock, self._now, self._process = clock, now, process or OwnProcess()
+        self._breaker = partial(self._client.breakers.get, config=circuit_breaker_config)
+        self._policies = ExecutorPolicies(self._client.settings.allocation.policies)
+        self._turns = Turns(self.worker_budget)
         self._known: set[str] = set()  # executors that have run here
         self._reported = Level.NORMAL
 
@@ -79,10 +80,7 @@ class AdaptiveResourceManager:
         return self._report_level().label
 
     def register_allocation_policy(self, policy: ResourceAllocationPolicy) -> None:
-        """Set a policy for this process.
-
-        Workers read their policies from the file of RLM_ALLOCATION__POLICIES.
-        """
+        """Set the policy of an executor, in place of the one in RLM_ALLOCATION__POLICIES."""
         self._policies.register(policy)
 
     def worker_budget(self, executor_id: str) -> int:
@@ -90,7 +88,8 @@ class AdaptiveResourceManager:
         return self._budget(executor_id, self._report_level())
 
     def _budget(self, executor_id: str, level: Level) -> int:
-        policy, limits = self._policies.of(executor_id), self.resource_limits
+        limits = self.resource_limits
+        policy = self._policies.of(executor_id, limits)
         return workers_for(
             policy,
             level,
@@ -101,8 +100,9 @@ class AdaptiveResourceManager:
 
     def constrained(self, context: Mapping[str, Any]) -> dict[str, Any]:
         """Return a copy of a context with the pressure level, which `ResourceConstraints` reads."""
-        level = self._report_level()
-        return {**context, "pressure_level": level.label} if self._degrades else dict(context)
+        if not self._degrades:
+            return dict(context)
+        return {**context, "pressure_level": self._report_level().label}
 
     # --- breakers ------------------------------------------------------------------------------
 
@@ -135,26 +135,41 @@ class AdaptiveResourceManager:
 
     @contextmanager
     def executing(self, executor_id: str) -> Generator[None, None, None]:
-        """Guard and measure one execution of a block of code.  Raises CircuitOpen.
+        """Guard and measure one execution of a block of code.
 
+        A thread waits here while `worker_budget` executions run.  In an event loop nothing may
+        wait, so there BulkheadFull is raised; `ResourceAwareExecutor` waits in an event loop, too.
         Its memory is the size of this process at its end.  A cancelled execution is not counted.
+        Raises CircuitOpen.
         """
+        with self._turns.turn(executor_id), self._measured(executor_id):
+            yield
+
+    @asynccontextmanager
+    async def executing_async(self, executor_id: str) -> AsyncGenerator[None, None]:
+        """As `executing`, but a coroutine waits for its turn.  Raises CircuitOpen."""
+        async with self._turns.turn_async(executor_id):
+            with self._measured(executor_id):
+                yield
+
+    @contextmanager
+    def _measured(self, executor_id: str) -> Generator[None, None, None]:
         self._known.add(executor_id)
-        with self._client.breakers.get(executor_id).calling() if self._guards else nullcontext():
+        with self._breaker(executor_id).calling() if self._guards else nullcontext():
             began = self._clock()
-            self._running[executor_id] += 1
             try:
                 yield
             except Exception:
                 self._record(executor_id, began, ok=False)
                 raise
-            finally:
-                self._running[executor_id] -= 1
             self._record(executor_id, began, ok=True)
 
     def _record(self, executor_id: str, began: float, *, ok: bool) -> None:
         self._client.usage.record(
-            executor_id, ok=ok, duration_s=self._clock() - began, memory_mb=self._memory_mb()
+            executor_id,
+            ok=ok,
+            duration_s=self._clock() - began,
+            memory_mb=self._process.memory_mb(),
         )
 
     def get_executor_metrics(self, executor_id: str) -> dict[str, Any]:
@@ -162,7 +177,7 @@ class AdaptiveResourceManager:
 
         The keys are those that other orchestrators use.  Raises StoreUnavailable.
         """
-        breaker = str(self._client.breakers.get(executor_id).state) if self._guards else CLOSED
+        breaker = str(self._breaker(executor_id).state) if self._guards else CLOSED
         return {**self._client.usage.of(executor_id).to_dict(), "circuit_breaker_state": breaker}
 
     # --- status --------------------------------------------------------------------------------
@@ -173,11 +188,13 @@ class AdaptiveResourceManager:
         Raises StoreUnavailable.
         """
         level, known = self._report_level(), sorted(self._known)
+        status = self._client.status()
         return {
-            **self._client.status().to_dict(),
+            **status.to_dict(),
+            "resource_usage": self._process.unless(status.resource_usage, self.resource_limits),
             "current_pressure": level.label,
             "resource_limits": self.resource_limits.model_dump(),
-            "active_executors": sorted(+self._running),
+            "active_executors": self._turns.running(),
             "worker_budgets": {each: self._budget(each, level) for each in known},
             "executor_metrics": {each: self.get_executor_metrics(each) for each in known},
             "active_degradation_strategies": self._strategies(level),
@@ -201,13 +218,15 @@ class AdaptiveResourceManager:
         return level
 
     def _level(self) -> Level:
+        """Return the pressure of the platform or of this process, whichever is worse."""
         try:
-            return self._client.pressure.level()
+            of_platform = self._client.pressure.level()
         except StoreUnavailable:
-            return Level.ELEVATED  # as on a host that cannot be measured
+            of_platform = Level.ELEVATED  # as on a host that cannot be measured
+        return max(of_platform, self._process.level(self.resource_limits))
 
     def _event(self, level: Level) -> ResourcePressureEvent:
-        load = self._client.status().resource_usage
+        load = self._process.unless(self._client.status().resource_usage, self.resource_limits)
         breakers = self._client.breakers.status() if self._guards else {}
         return ResourcePressureEvent(
             timestamp=self._now(),
@@ -216,7 +235,7 @@ class AdaptiveResourceManager:
             memory_mb=load["memory_mb"],
             memory_percent=load["memory_percent"],
             worker_count=int(load["worker_count"]),
-            active_executors=self._running.total(),
+            active_executors=self._turns.total(),
             degradation_applied=self._strategies(level),
             circuit_breakers_open=[
                 name for name, each in breakers.items() if each["state"] == OPEN
@@ -252,9 +271,10 @@ class ResourceAwareExecutor:
     ) -> Any:
         """Run an executor and return its result; a plain function runs in the caller's thread.
 
-        Raises the executor's errors, or CircuitOpen without running it.
+        It waits while `worker_budget` runs of the executor are at work.  Raises the executor's
+        errors, or CircuitOpen without running it.
         """
-        with self._manager.executing(executor_id):
+        async with self._manager.executing_async(executor_id):
             result = self._run(executor_id, self._manager.constrained(context), **kwargs)
             return await result if inspect.isawaitable(result) else result
 
@@ -269,13 +289,14 @@ def create_resource_manager(
     enable_alerts: bool = True,
     alert_callback: AlertCallback | None = None,
     client: Client | None = None,
+    circuit_breaker_config: BreakerConfig | None = None,
 ) -> tuple[AdaptiveResourceManager, Alerts | None]:
     """Return a manager and the platform's alerts, or None without `enable_alerts`.
 
     `alert_callback` receives a ResourcePressureEvent when the pressure changes.  Without a
     `client`, the environment names the platform.
     """
-    client = client or _default()
+    client = client or default_platform()
     alerts = client.alerts if enable_alerts else None
     manager = AdaptiveResourceManager(
         resource_limits,
@@ -284,6 +305,7 @@ def create_resource_manager(
         alert_callback,
         client=client,
         alerts=alerts,
+        circuit_breaker_config=circuit_breaker_config,
     )
     return manager, alerts
 
@@ -336,7 +358,8 @@ def _manager_of(orchestrator: Any) -> AdaptiveResourceManager:
     return manager
 
 
-def _default() -> Client:
+def default_platform() -> Client:
+    """Return the client of the platform that the environment names."""
     from rlm_tasks.client.client import default_client
 
     return default_client()

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
 import msgspec
+from pydantic import Field
+
+from resilience.validation import Checked
 
 ROOT_PARTS_PER_SLOT = 4
 """Parts per live slot of the first fan-out: 4 come within 5 % of the ideal total time.
@@ -275,18 +279,30 @@ def share_out(shape: Shape, at: NodeProgress, lo: int, hi: int, wants: int) -> F
     return fork(lo, hi, at.depth, max(2, count), bounded=shape.bounded)
 
 
+class _ChunkedWork(Checked):
+    total_items: int = Field(ge=1)
+    estimated_item_processing_time_ms: float = Field(gt=0, allow_inf_nan=False)
+    target_parallelism: int = Field(ge=1)
+
+
 def estimate_optimal_chunk_size(
-    total_items: int, estimated_item_processing_time_ms: float, target_parallelism: int
+    total_items: int | Mapping[str, float],
+    estimated_item_processing_time_ms: float | None = None,
+    target_parallelism: int | None = None,
 ) -> int:
     """Return a chunk size in items that keeps every slot busy and is worth its message.
 
     10,000 items of 5 ms on 8 slots give 1,250.  A chunk has at least 20 ms of work (MIN_CHUNK_MS).
-    Raises ValueError for sizes below one and times that are not positive.
+    One dict with the three names, in snake_case or camelCase, is accepted as well.  Raises
+    InvalidValue.
     """
-    if total_items < 1 or target_parallelism < 1 or estimated_item_processing_time_ms <= 0:
-        raise ValueError(
-            "total_items and target_parallelism must be at least 1, the item time above 0 ms"
-        )
-    fair = -(-total_items // target_parallelism)
-    worthwhile = math.ceil(MIN_CHUNK_MS / estimated_item_processing_time_ms)
-    return min(total_items, max(fair, worthwhile))
+    given = {
+        "estimated_item_processing_time_ms": estimated_item_processing_time_ms,
+        "target_parallelism": target_parallelism,
+    }
+    fields = {name: value for name, value in given.items() if value is not None}
+    first = total_items if isinstance(total_items, Mapping) else {"total_items": total_items}
+    work = _ChunkedWork(**{**first, **fields})
+    fair = -(-work.total_items // work.target_parallelism)
+    worthwhile = math.ceil(MIN_CHUNK_MS / work.estimated_item_processing_time_ms)
+    return min(work.total_items, max(fair, worthwhile))

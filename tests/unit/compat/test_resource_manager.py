@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +15,17 @@ import pytest
 
 from resilience.breaker import CircuitBreakers, CircuitOpen
 from resilience.degradation import Level, ResourceConstraints
-from resilience.errors import InvalidValue, StoreUnavailable
+from resilience.errors import BulkheadFull, InvalidValue, StoreUnavailable
 from resilience.keys import Keys
 from resilience.settings import StoreSettings
+from rlm_tasks import (
+    AlertChannel,
+    CircuitBreakerConfig,
+    ResourceAlertManager,
+    ResourcePressureLevel,
+)
 from rlm_tasks.compat import resource_manager
+from rlm_tasks.compat.own_process import OwnProcess
 from rlm_tasks.compat.resource_manager import (
     AdaptiveResourceManager,
     ResourceAwareExecutor,
@@ -24,6 +35,7 @@ from rlm_tasks.compat.resource_manager import (
     reset_circuit_breakers,
     wrap_method_executor,
 )
+from rlm_tasks.settings.model import Settings
 from scheduler.alerts import Alerts, ResourcePressureEvent
 from scheduler.allocation import ExecutorPriority, ResourceAllocationPolicy, ResourceLimits
 from scheduler.usage import Usage
@@ -48,13 +60,17 @@ class FakeClient:
             Usage(world.store(), Keys("unit")),
         )
         self.alerts = Alerts(world.store(), clock=world.time)
+        self.settings = Settings(namespace="unit")
+        self.session = SimpleNamespace(store=world.store(), events=None)
+        self.workers = 8
         self.pressed, self.lost = Level.NORMAL, False
         self.pressure = SimpleNamespace(level=lambda: self.pressed)
 
     def status(self) -> Any:
         if self.lost:
             raise StoreUnavailable("redis://fake", "cut off by the test")
-        picture = {"resource_usage": LOAD, "recent_pressure_events": EVENTS}
+        load = {**LOAD, "worker_count": self.workers}
+        picture = {"resource_usage": load, "recent_pressure_events": EVENTS}
         return SimpleNamespace(**picture, to_dict=lambda: picture)
 
 
@@ -219,7 +235,8 @@ def test_the_variable_that_disables_breakers_holds_here(
 
 def test_the_metrics_of_an_executor(world: World, client: FakeClient) -> None:
     memory = iter([512.0, 1024.0, 256.0])
-    ours = manager(client, clock=world.time, memory_mb=lambda: next(memory))
+    process = OwnProcess(memory_mb=lambda: next(memory))
+    ours = manager(client, clock=world.time, process=process, enable_degradation=False)
 
     def takes(_id: str, context: dict[str, Any]) -> None:
         world.sleep(context["seconds"])
@@ -299,6 +316,145 @@ def test_policy_and_limits_bound_the_workers_under_pressure(client: FakeClient) 
     }
 
 
+def test_the_documents_executors_have_their_priorities_in_the_manager(client: FakeClient) -> None:
+    ours, client.pressed = manager(client), Level.EMERGENCY
+
+    budgets = {each: ours.worker_budget(each) for each in ("D3-Q3", "D4-Q2", "D3-Q2", "D1-Q1")}
+
+    assert budgets == {"D3-Q3": 32, "D4-Q2": 32, "D3-Q2": 11, "D1-Q1": 4}
+
+
+def test_the_file_of_policies_acts_in_the_manager(client: FakeClient, tmp_path: Path) -> None:
+    file = tmp_path / "policies.json"
+    file.write_text(
+        json.dumps([{"operation": "D3-Q3", "priority": "low", "minWorkers": 1, "maxWorkers": 2}])
+    )
+    client.settings = Settings(namespace="unit", allocation={"policies": str(file)})
+    ours, client.pressed = manager(client), Level.CRITICAL
+
+    assert ours.worker_budget("D3-Q3") == 1
+
+
+def test_limits_may_be_changed_and_act_at_once(client: FakeClient) -> None:
+    limits = ResourceLimits(max_memory_mb=100.0)
+    ours = manager(client, resource_limits=limits, process=OwnProcess(memory_mb=lambda: 96.0))
+    assert ours.current_pressure == "emergency"
+
+    limits.max_memory_mb = 16384.0
+    limits.max_workers = 7
+
+    assert (ours.current_pressure, ours.worker_budget("any")) == ("normal", 7)
+    with pytest.raises(InvalidValue, match="min_workers=4: must be at most max_workers=3"):
+        limits.max_workers = 3
+    with pytest.raises(InvalidValue, match="max_memory_mb=-1"):
+        limits.max_memory_mb = -1
+    assert limits.max_workers == 7, "a refused change changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("memory_mb", "cpu_s", "level"),
+    [
+        (64.0, 0.0, "normal"),
+        (66.0, 0.0, "elevated"),
+        (90.0, 0.0, "critical"),
+        (99.0, 0.0, "emergency"),
+        (0.0, 10 * 0.5, "elevated"),  # 50 % of two CPUs, of at most 70 %
+        (0.0, 10 * 2.0, "high"),  # CPU alone reaches no further
+    ],
+)
+def test_the_manager_measures_its_own_process(
+    client: FakeClient, memory_mb: float, cpu_s: float, level: str
+) -> None:
+    times, used = iter([0.0, 10.0, 10.0, 10.0]), iter([0.0, cpu_s * 2])
+    process = OwnProcess(
+        memory_mb=lambda: memory_mb, cpu_s=lambda: next(used), clock=lambda: next(times), cpus=2
+    )
+    limits = ResourceLimits(max_memory_mb=100.0, max_cpu_percent=70.0)
+
+    assert manager(client, resource_limits=limits, process=process).current_pressure == level
+
+
+def test_without_a_worker_the_status_has_the_load_of_this_process(client: FakeClient) -> None:
+    client.workers = 0
+    process = OwnProcess(memory_mb=lambda: 300.0)
+
+    usage = manager(client, process=process).get_resource_status()["resource_usage"]
+
+    assert (usage["memory_mb"], usage["memory_percent"], usage["worker_count"]) == (300.0, 7.3, 0)
+
+
+def test_no_more_runs_of_an_executor_than_its_budget_are_at_work(client: FakeClient) -> None:
+    ours = manager(client)
+    ours.register_allocation_policy(
+        ResourceAllocationPolicy(executor_id="one", min_workers=1, max_workers=1)
+    )
+    most: list[int] = []
+
+    async def busy(_id: str, _context: dict[str, Any]) -> None:
+        most.append(len(ours.get_resource_status()["active_executors"]))
+        assert ours._turns.total() == 1
+        await asyncio.sleep(0)
+
+    async def all_at_once() -> None:
+        executor = wrap_method_executor(busy, ours)
+        each = (executor.execute_with_resource_management("one", {}) for _ in range(5))
+        await asyncio.gather(*each)
+
+    asyncio.run(all_at_once())
+    assert most == [1] * 5
+
+
+def test_a_thread_waits_for_its_turn_and_a_cancelled_coroutine_leaves_the_line(
+    client: FakeClient,
+) -> None:
+    ours = manager(client)
+    ours.register_allocation_policy(
+        ResourceAllocationPolicy(executor_id="one", min_workers=1, max_workers=1)
+    )
+    order: list[str] = []
+
+    def second() -> None:
+        with ours.executing("one"):
+            order.append("second")
+
+    async def impatient() -> None:
+        waiting = wrap_method_executor(lambda *_: order.append("never"), ours)
+        task = asyncio.create_task(waiting.execute_with_resource_management("one", {}))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        with pytest.raises(BulkheadFull, match="one: its worker budget is used up"):
+            second()
+
+    with ours.executing("one"):
+        asyncio.run(impatient())
+        thread = threading.Thread(target=second)
+        thread.start()
+        order.append("first")
+    thread.join(10)
+
+    assert order == ["first", "second"]
+
+
+def test_the_breakers_of_executors_have_the_configuration_of_the_document(
+    client: FakeClient,
+) -> None:
+    config = CircuitBreakerConfig(
+        failure_threshold=2,
+        timeout_seconds=60.0,
+        half_open_timeout=30.0,
+        memory_threshold_mb=2048.0,
+        success_threshold=3,
+    )
+    ours = manager(client, circuit_breaker_config=config)
+
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            run(wrap_method_executor(broken, ours))
+
+    assert ours.circuit_breakers["D3-Q3"].state == "open"
+
+
 def test_the_resource_status(client: FakeClient) -> None:
     ours = manager(client)
     fail(client, 5, "D4-Q2")
@@ -320,7 +476,7 @@ def test_the_resource_status(client: FakeClient) -> None:
     assert [
         name for name, breaker in status["circuit_breakers"].items() if breaker["state"] == "open"
     ] == ["D4-Q2"]
-    assert status["worker_budgets"] == {"D3-Q3": 18}
+    assert status["worker_budgets"] == {"D3-Q3": 32}, "critical work keeps its share"
     assert status["resource_limits"]["max_cpu_percent"] == 85
 
 
@@ -422,3 +578,43 @@ def test_an_orchestrator_gets_manager_and_alerts_and_keeps_its_limits(client: Fa
 def test_an_orchestrator_without_a_manager_is_refused(hook: Any) -> None:
     with pytest.raises(InvalidValue, match="call integrate_with_orchestrator first"):
         hook(SimpleNamespace())
+
+
+def test_an_alert_manager_has_channels_and_a_webhook(client: FakeClient) -> None:
+    alerts = ResourceAlertManager(
+        channels=[AlertChannel.LOG, AlertChannel.WEBHOOK],
+        webhook_url="https://alerts.example.com/webhook",
+        client=client,
+    )
+    event = ResourcePressureEvent(
+        timestamp=datetime(2027, 1, 15, tzinfo=UTC),
+        pressure_level=ResourcePressureLevel.CRITICAL,
+        cpu_percent=10.0,
+        memory_mb=3500.0,
+        memory_percent=20.0,
+        worker_count=8,
+        active_executors=5,
+    )
+
+    assert (alerts.channels, alerts.webhook_url) == (
+        ("log", "webhook"),
+        "https://alerts.example.com",
+    )
+    called: list[Any] = []
+    signal = ResourceAlertManager(["signal"], signal_callback=called.append, client=client)
+    assert signal.process_event(event) == called != []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": ["pager"]}, "channels='pager': must be one of log, webhook, signal, stdout"),
+        ({"channels": ["webhook"]}, "webhook"),
+        ({"channels": ["signal"]}, "signal_callback=None"),
+    ],
+)
+def test_an_alert_manager_refuses_what_it_cannot_use(
+    client: FakeClient, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidValue, match=message):
+        ResourceAlertManager(**options, client=client)

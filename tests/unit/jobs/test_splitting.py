@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from resilience.errors import InvalidValue
 from rlm_tasks import estimate_optimal_chunk_size
 from rlm_tasks.jobs.splitting import (
     MAX_FANOUT,
@@ -234,5 +235,17 @@ def test_the_estimated_chunk_size() -> None:
         == 1250
     )
     assert estimate_optimal_chunk_size(100, 0.1, 8) == 100
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(InvalidValue, match="total_items=0: Input should be greater than or equal"):
         estimate_optimal_chunk_size(0, 5, 8)
+    with pytest.raises(InvalidValue, match="targetParallelism"):
+        estimate_optimal_chunk_size(100, 5)
+    with pytest.raises(InvalidValue, match="totalItem"):
+        estimate_optimal_chunk_size(
+            {"totalItem": 1, "estimatedItemProcessingTimeMs": 5, "targetParallelism": 8}
+        )
+
+
+def test_a_chunk_size_is_estimated_for_a_dict_as_the_documents_write_it() -> None:
+    about = {"totalItems": 10000, "estimatedItemProcessingTimeMs": 5, "targetParallelism": 8}
+
+    assert estimate_optimal_chunk_size(about) == 1250
