@@ -441,9 +441,12 @@ class Store:
         return None
 
     def now_ms(self) -> int:
-        """Return the server's time in ms since 1970.  All times of jobs come from this clock."""
-        seconds, micros = self.client.time()
-        return seconds * 1000 + micros // 1000
+        """Return the server's time in ms since 1970.  All times of jobs come from this clock.
+
+        Raises StoreUnavailable.
+        """
+        seconds, micros = self.call(lambda client: client.time())
+        return int(seconds) * 1000 + int(micros) // 1000
 
     def unavailable(self, error: Exception) -> StoreUnavailable:
         """Return the error a user sees for a lost, refusing or refused connection."""

@@ -17,6 +17,7 @@ from random import Random
 from types import MappingProxyType
 from typing import Any
 
+from pydantic.alias_generators import to_snake
 from redis.exceptions import RedisError
 
 from resilience.degradation import Level
@@ -59,6 +60,10 @@ class EventSeverity(IntEnum):
         return self.name.lower()
 
 
+_NAMED_ELSEWHERE = {"execution_time_ms": "duration_ms", "task_id": "job"}
+"""Fields of an event's data by the names that other orchestrators use."""
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One thing that has happened on the platform.
@@ -76,6 +81,21 @@ class Event:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "message", one_line(self.message))
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a field of the data as an attribute, also under the names of orchestrators.
+
+        These are in snake_case or camelCase: ``event.executionTimeMs``, ``event.taskId``.
+        """
+        if name.startswith("_"):
+            raise AttributeError(name)
+        field = to_snake(name)
+        field = _NAMED_ELSEWHERE.get(field, field)
+        if field not in self.data:
+            raise AttributeError(
+                f"{self.name} has no field {name!r}; it has {', '.join(self.data)}"
+            )
+        return self.data[field]
 
     def fields(self) -> dict[str, Any]:
         """Return the event as a dict of plain JSON."""
@@ -214,12 +234,12 @@ CPU_HIGH = EventKind(
 EXECUTION_SLOW = EventKind(
     "execution.slow",
     EventSeverity.WARNING,
-    "An item took longer than `RLM_ALERTS__SLOW_EXECUTION_MS`.",
+    "An item, or a whole job, took longer than `RLM_ALERTS__SLOW_EXECUTION_MS`.",
     {
         "operation": "name of the operation",
         "job": "id of the job",
-        "index": "index of the item",
-        "duration_ms": "time of the item, in milliseconds",
+        "index": "index of the item; missing for a whole job",
+        "duration_ms": "time of the item or the job, in milliseconds",
     },
 )
 _COMPARED = {

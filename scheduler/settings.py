@@ -248,7 +248,7 @@ class AlertSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False)
         "X-RLM-Signature.",
     )
     slow_execution_ms: float = Field(
-        30_000.0, gt=0, description="An item that takes longer raises `execution.slow`."
+        30_000.0, gt=0, description="An item or a job that takes longer raises `execution.slow`."
     )
     memory_mb: float = Field(
         500.0, gt=0, description="A pool process above this raises `memory.high`."

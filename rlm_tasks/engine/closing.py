@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from resilience.errors import StoreUnavailable, name_of
 from rlm_tasks.engine.crashpoints import CrashPoint, no_hook
+from rlm_tasks.engine.node_events import NodeEvents
 from rlm_tasks.engine.rounds import RoundFailed, Rounds
 from rlm_tasks.errors import Quarantined
 from rlm_tasks.jobs import codec
@@ -34,6 +35,7 @@ def merge_root(
     operation: Operation,
     rounds: Rounds,
     limit: OutputLimit,
+    node_events: NodeEvents,
     reached: Callable[[CrashPoint], None] = no_hook,
 ) -> str:
     """Make the answer of a job and close it; return its final state.
@@ -58,12 +60,15 @@ def merge_root(
         raise_if_shutdown(error)
         logger.warning("The merge of job %s raised %s", spec.job, name_of(error))
         status = error.ends_as if isinstance(error, RoundFailed) else Status.FAILED
-        ended = ledger.close(spec.job, claim.token, status, error=failure_of(-1, error))
+        closed = ledger.close(spec.job, claim.token, status, error=failure_of(-1, error))
         rounds.continue_parent(spec)
-        return ended
+        node_events.of_job(spec, closed)
+        return closed.state
     reached(CrashPoint.BEFORE_CLOSE)
-    ended = ledger.close(spec.job, claim.token, Status.SUCCEEDED, answer)
+    closed = ledger.close(spec.job, claim.token, Status.SUCCEEDED, answer)
+    ended = closed.state
     rounds.continue_parent(spec)
+    node_events.of_job(spec, closed)
     if ended:
         logger.info("Job ended as %s: %s items of %s", ended, f"{spec.n:,}", operation.name)
     if ended == Status.SUCCEEDED:

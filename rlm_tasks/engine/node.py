@@ -128,6 +128,7 @@ def _run_claimed(runtime: Runtime, claim: Claim, entry: ProcessEntry) -> bool:
             operation=runtime.steps(spec).marked(operation),
             rounds=runtime.rounds,
             limit=runtime.output_limit,
+            node_events=runtime.node_events,
             reached=runtime.reached,
         )
         return True
@@ -478,6 +479,7 @@ class NodeRun:
             operation=runtime.steps(spec).marked(self._operation),
             rounds=runtime.rounds,
             limit=runtime.output_limit,
+            node_events=runtime.node_events,
             reached=runtime.reached,
         )
 

@@ -1,7 +1,7 @@
-"""The platform events that a node reports: slow items, much memory, and faults that recur often.
+"""The platform events that a node reports: slow items and jobs, much memory, recurring faults.
 
-`node` calls `NodeEvents.of_node` at the end of each node.  `scheduler.alerts` turns events into
-alerts.
+`node` calls `NodeEvents.of_node` at the end of each node, `closing` calls `of_job`.
+`scheduler.alerts` turns events into alerts.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from resilience.fault_log import Escalation
+from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.ledger.records import Closed
 from scheduler.events import EXECUTION_SLOW, FAULTS_ESCALATED, MEMORY_HIGH, Event, Events
 from scheduler.settings import AlertSettings
 
@@ -62,6 +64,15 @@ class NodeEvents:
                 data,
             )
         )
+
+    def of_job(self, spec: JobSpec, closed: Closed) -> None:
+        """Emit an event for a job that has ended and took long; a round counts with its job."""
+        if not closed.state or spec.parent or closed.took_ms < self._settings.slow_execution_ms:
+            return
+        data = {"operation": spec.operation, "job": spec.job, "duration_ms": float(closed.took_ms)}
+        seconds = closed.took_ms / 1000
+        message = f"job {spec.job} of {spec.operation} took {seconds:.1f} s, {closed.state}"
+        self._events.emit(EXECUTION_SLOW.event(message, data))
 
 
 def _slow(operation: str, job: str, index: int, seconds: float) -> Event:

@@ -86,6 +86,9 @@ class Rounds:
         answer = operation.then(self._outputs(spec, operation, rounds), _ended(spec, facts, rounds))
         if not isinstance(answer, NextRound):
             return codec.pack(answer)
+        if not self._ledger.holds(claim):
+            # Redis has lost its latest writes: the outputs that `then` received may lack some.
+            return None
         number = len(rounds) + 1
         self._wait(claim, number, self._open(spec, number, answer, int(facts["deadline"])))
         return None

@@ -6,7 +6,6 @@ The ledger and the supervisor use it.  Begin with `DueIndex.look_by`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from resilience.store import Call, OnOutage, Script, Store
@@ -24,21 +23,16 @@ class DueIndex:
         self._store, self._key = store, key
         self._on_outage: OnOutage = on_outage
 
-    def add(self, pipe: Any, first_ms: Mapping[str, int]) -> None:
-        """Add new jobs to a pipeline, by the ms of their first sweep; an earlier time stays.
-
-        The index never expires: it belongs to the jobs of all clients.
-        """
-        pipe.zadd(self._key, dict(first_ms), lt=True)
-        pipe.persist(self._key)
-
     def look_by(self, job: str, wait_ms: int) -> Call:
         """Return the call that makes sure of a sweep within `wait_ms`; an earlier time stays."""
         return Call(_LOOK_BY, (self._key,), (job, wait_ms))
 
-    def look_again(self, job: str, at_ms: int) -> Call:
-        """Return the call that records the next sweep of a job that has been swept; 0: never."""
-        return Call(_LOOK_AGAIN, (self._key,), (job, at_ms))
+    def look_again(self, job: str, at_ms: int, record: str) -> Call:
+        """Return the call that records the next sweep of a job that has been swept.
+
+        With 0 the job leaves the index, unless its `record`, a key, says that it is open by now.
+        """
+        return Call(_LOOK_AGAIN, (self._key, record), (job, at_ms))
 
     def first(self) -> Call:
         """Return the call that returns the ms until the next sweep of any job; -1: none is due."""

@@ -25,6 +25,7 @@ from rlm_tasks.ledger.records import (
     ROOT,
     SWEEP_AT_ONCE,
     Claim,
+    Closed,
     Finished,
     NodeRecord,
     Report,
@@ -75,8 +76,8 @@ class Ledger(LedgerReader):
     ) -> list[bool]:
         """Open jobs whose items are stored under a token; return for each whether it is new.
 
-        `waits` has, by job, the ms that its first node is parked, and the reason.  The index of due
-        jobs is written first, so a sweep finds each job after a crash.  Raises StoreUnavailable.
+        `waits` has, by job, the ms that its first node is parked, and the reason.  The script also
+        writes the index of due jobs, so a sweep finds each open job.  Raises StoreUnavailable.
         """
         opened: list[bool] = self.call(lambda _: self._open(new, ttl_s, waits or {}))
         return opened
@@ -86,10 +87,6 @@ class Ledger(LedgerReader):
     ) -> list[bool]:
         now_ms = self.clock.now_ms()
         pipe = self.store.client.pipeline(transaction=False)
-        first_ms = {
-            spec.job: now_ms + math.ceil(min(self._grace_ms, *_limits_ms(spec))) for spec, _ in new
-        }
-        self.due.add(pipe, first_ms)
         # Rounds are not listed: their jobs lead to them.
         self.job_list.add(pipe, {spec.job: now_ms for spec, _ in new if not spec.parent})
         pipe.execute()
@@ -102,6 +99,7 @@ class Ledger(LedgerReader):
                     staged,
                     *waits.get(spec.job, (0, "")),
                     keep=self.settings.node_records,
+                    grace_ms=self._grace_ms,
                 )
                 for spec, staged in new
             )
@@ -224,6 +222,10 @@ class Ledger(LedgerReader):
                 )
             )
 
+    def holds(self, claim: Claim) -> bool:
+        """Renew the lease of a claim, and return whether it still holds its node."""
+        return bool(self._run("beat", claim.job, claim.node, claim.token, self._lease_ms))
+
     def stop(
         self,
         job: str,
@@ -263,15 +265,16 @@ class Ledger(LedgerReader):
         state: str,
         answer: bytes = b"",
         error: Mapping[str, Any] | None = None,
-    ) -> str:
-        """End a job from its root merge; return its final state.
+    ) -> Closed:
+        """End a job from its root merge; return its final state and how long it took.
 
-        The result is '' when the caller no longer holds the root merge.
+        The state is '' when the caller no longer holds the root merge.
         """
-        ended = self._run("close", job, token, state, answer, _json.encode(error) if error else b"")
+        packed = _json.encode(error) if error else b""
+        ended, took_ms = self._run("close", job, token, state, answer, packed)
         if ended:
             self.due.drop(job)
-        return cast(bytes, ended).decode()
+        return Closed(ended.decode(), int(took_ms))
 
     # --- recovery ------------------------------------------------------------------------------
 
@@ -283,7 +286,7 @@ class Ledger(LedgerReader):
         )
         send = tuple(each.decode() for each in reply[2:])
         swept = Swept(reply[0].decode(), int(reply[1]), send)
-        self.call(self.due.look_again(job, swept.again_ms))
+        self.call(self.due.look_again(job, swept.again_ms, self.keys.of(job).job))
         return swept
 
     # --- notes that change no state ------------------------------------------------------------
@@ -299,7 +302,15 @@ def _limits_ms(spec: JobSpec) -> tuple[float, ...]:
 
 
 def _opening(
-    keys: Keys, spec: JobSpec, ttl_s: int, staged: str, wait_ms: int, why: str, *, keep: int
+    keys: Keys,
+    spec: JobSpec,
+    ttl_s: int,
+    staged: str,
+    wait_ms: int,
+    why: str,
+    *,
+    keep: int,
+    grace_ms: int,
 ) -> Call:
     share, early_share = spec.error_threshold, spec.early_termination_threshold
     fail_limit = -1 if share is None else math.floor(_exact(share) * spec.n)
@@ -308,7 +319,7 @@ def _opening(
     early = max(1, math.ceil(_exact(early_share) * spec.n)) if early_share else 0
     return Call(
         _SCRIPTS["open"],
-        (*keys.of(spec.job), *keys.staged(spec.job, staged)),
+        (*keys.of(spec.job), *keys.staged(spec.job, staged), keys.due),
         (
             specs.dump(spec),
             spec.n,
@@ -325,6 +336,7 @@ def _opening(
             why,
             keep,
             math.ceil(spec.queue_timeout_ms or 0),
+            math.ceil(min(grace_ms, *_limits_ms(spec))),
         ),
     )
 

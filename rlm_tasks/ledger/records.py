@@ -126,6 +126,14 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Closed:
+    """CLOSE's answer."""
+
+    state: str  # the final state; '' when the caller does not hold the root merge
+    took_ms: int  # since the job was opened
+
+
+@dataclass(frozen=True, slots=True)
 class Swept:
     """SWEEP's answer."""
 

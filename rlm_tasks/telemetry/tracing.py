@@ -30,7 +30,7 @@ from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.trace_ids import origin, span_id
 from rlm_tasks.ledger.ledger import Ledger
-from rlm_tasks.ledger.records import MERGE, PROCESS, Claim, Finished, Report, Swept
+from rlm_tasks.ledger.records import MERGE, PROCESS, Claim, Closed, Finished, Report, Swept
 from rlm_tasks.operations import registry
 from rlm_tasks.results import Status
 from rlm_tasks.settings.environment import traces_exporters
@@ -312,13 +312,13 @@ class TracedLedger(Ledger):
         state: str,
         answer: bytes = b"",
         error: Mapping[str, Any] | None = None,
-    ) -> str:
+    ) -> Closed:
         """End a job from its root merge, and the spans of both."""
-        ended = super().close(job=job, token=token, state=state, answer=answer, error=error)
-        self._tracing.end(job, token, {}, took_effect=bool(ended), failure=error)
-        if ended:
+        closed = super().close(job=job, token=token, state=state, answer=answer, error=error)
+        self._tracing.end(job, token, {}, took_effect=bool(closed.state), failure=error)
+        if closed.state:
             self._trace_job(job)
-        return ended
+        return closed
 
     def stop(
         self,

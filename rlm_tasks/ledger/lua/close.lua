@@ -1,8 +1,9 @@
 -- End a job from its root merge.
 -- ARGV: token, state, answer ('' when there is none), error JSON ('').
--- Returns the final state, or '' when the caller no longer holds the merge.
+-- Returns the final state and the ms since the job was opened; '' and 0 when the caller no longer
+-- holds the merge.
 local f, merge = facts(), held('merge', ARGV[1])
-if not f or not merge then return '' end
+if not f or not merge then return {'', 0} end
 merge.s, merge.ms = 'd', now - merge.at
 write('merge', merge)
 retire('merge')
@@ -15,4 +16,4 @@ if ARGV[3] ~= '' then
   call('HSET', blobs, 'output', ARGV[3])
 end
 close(f, ARGV[2])
-return f.state
+return {f.state, now - tonumber(call('HGET', job, 'opened_ms'))}

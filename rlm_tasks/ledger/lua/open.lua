@@ -1,12 +1,18 @@
 -- Open a job, and move its staged items to the job's keys.
--- KEYS: also the staged items and blocks.
+-- KEYS: also the staged items and blocks, and the index of due jobs.  The job enters the index here,
+-- so no request that arrives late opens a job that no sweep finds.
 -- ARGV: spec, n, queue, fail_limit, early_limit, timeout_ms (0: none), ttl_s, phase, root node id,
 -- task id, schema, ms for which the first node is parked (0: none), why, records of ended nodes that
--- are kept, ms within which a worker must begin it (0: none).
+-- are kept, ms within which a worker must begin it (0: none), ms until the first sweep.
 -- Returns 1, or 0 when the job was open already; the staged items are then deleted.
 local staged = {[KEYS[18]] = items, [KEYS[19]] = blocks}
+local function index_job()
+  call('ZADD', KEYS[20], 'LT', now + tonumber(ARGV[16]), ARGV[10])
+  call('PERSIST', KEYS[20])
+end
 if call('EXISTS', job) == 1 then
   call('UNLINK', KEYS[18], KEYS[19])
+  if not TERMINAL[call('HGET', job, 'state')] then index_job() end
   return 0
 end
 for from, to in pairs(staged) do
@@ -25,4 +31,5 @@ local wait = tonumber(ARGV[12])
 if wait > 0 then park_node(ARGV[9], root, now + wait) else queue_node(ARGV[9], root) end
 note('opened')
 keep(job, nodes, due, waiting, events, items, blocks)
+index_job()
 return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from celery import Celery
 
@@ -10,6 +11,10 @@ from resilience.faults import TIMEOUT
 from rlm_tasks.client.client import Client
 from rlm_tasks.engine.node_events import MEMORY_EVERY_S, MOST_SLOW, NodeEvents
 from rlm_tasks.engine.runtime import Runtime
+from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.jobs.splitting import Shape
+from rlm_tasks.jobs.stored_items import RangeSource
+from rlm_tasks.ledger.records import Closed
 from rlm_tasks.settings.model import Settings
 from scheduler.events import Events, EventSeverity
 from scheduler.settings import AlertSettings
@@ -40,6 +45,26 @@ def test_slow_items_emit_events_with_their_fields(world: World) -> None:
     assert (first.name, first.severity) == ("execution.slow", EventSeverity.WARNING)
     assert first.data == {"operation": "sum", "job": "job", "index": 3, "duration_ms": 1500.0}
     assert second.data["index"] == 7
+
+
+def test_a_slow_job_emits_an_event_with_the_names_of_the_documents(world: World) -> None:
+    emitter, events = node_events(world, slow_execution_ms=3000)
+    spec = JobSpec("job-1", "sum", RangeSource(0, 1), 10, Shape("flat"), "queue")
+
+    for job, closed in (
+        (spec, Closed("succeeded", 2999)),
+        (spec, Closed("", 9000)),  # another process has closed it
+        (msgspec.structs.replace(spec, parent="lead"), Closed("succeeded", 9000)),
+        (spec, Closed("succeeded", 3007)),
+    ):
+        emitter.of_job(job, closed)
+
+    [event] = events.recent()
+    assert event.name == "execution.slow"
+    assert event.data == {"operation": "sum", "job": "job-1", "duration_ms": 3007.0}
+    assert (event.executionTimeMs, event.taskId, event.task_id) == (3007.0, "job-1", "job-1")
+    with pytest.raises(AttributeError, match=r"execution\.slow has no field 'index'"):
+        _ = event.index
 
 
 def test_the_number_of_events_of_one_node_is_bounded(world: World) -> None:

@@ -80,8 +80,8 @@ def test_a_finished_job_has_one_last_caller_and_is_closed_once(
     assert done(platform, claim, 100) == MERGE, (
         "the same caller repeats it, as if the answer was lost"
     )
-    assert platform.ledger.close(spec.job, claim.token, "succeeded", b"answer") == "succeeded"
-    assert platform.ledger.close(spec.job, claim.token, "succeeded", b"other") == ""
+    assert platform.ledger.close(spec.job, claim.token, "succeeded", b"answer").state == "succeeded"
+    assert platform.ledger.close(spec.job, claim.token, "succeeded", b"other").state == ""
     assert platform.ledger.claim(spec.job, ROOT, "late", "w").answer == "closed"
     assert platform.ledger.facts(spec.job)["state"] == "succeeded"
 
@@ -300,3 +300,19 @@ def test_a_round_trip_that_is_repeated_counts_usage_once(world: World) -> None:
     assert ledger.facts("job")["done"] == "10"
     _, counts = Keys("unit").usage("sum")
     assert int(store.client.hget(counts, "done")) == 10
+
+
+def test_a_job_that_is_opened_after_a_sweep_found_none_is_swept(platform: Platform) -> None:
+    opening: list[Call] = []
+    run, store = platform.store._run, platform.store
+    store._run = lambda *calls: opening.extend(calls) or [1]  # the request is late
+    spec = platform.submit(JobRequest(operation="sum", items=range(10)))
+    store._run = run
+    platform.mailbox.messages.clear()
+
+    assert platform.ledger.sweep(spec.job).state == "unknown"
+    [late] = [each for each in opening if each.script.name == "open"]
+    store.call(late)
+    store.call(platform.ledger.due.look_again(spec.job, 0, platform.keys.of(spec.job).job))
+
+    assert platform.ledger.due.jobs(10) == [spec.job]

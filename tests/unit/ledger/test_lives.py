@@ -86,7 +86,7 @@ def test_the_life_of_a_result_begins_at_the_end_of_the_job(platform: Platform) -
     platform.ledger.finish(claim, report(0, 50, Child("kid", 50, 100, 0, "", 0, "t", "")), b"x")
     claim = platform.ledger.claim(spec.job, "kid", "mine", "w")
     platform.ledger.finish(claim, report(50, 100), b"x")
-    assert platform.ledger.close(spec.job, "mine", "succeeded", b"answer") == "succeeded"
+    assert platform.ledger.close(spec.job, "mine", "succeeded", b"answer").state == "succeeded"
 
     assert {0 < each <= SHORT_S for each in lives(platform, spec.job)} == {True}
 
