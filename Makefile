@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser system check prose bench soak read-large big-tree flicker failover forget pressure pictures site worker beat flower lint types docs clean
+.PHONY: help demo test browser system check prose bench soak nemesis read-large big-tree flicker failover forget pressure pictures site worker beat flower lint types docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ soak: $(VENV)/.ready ## Kill, stop and restart everything at random for SOAK_S (
 	$(BIN)/python -m tests.faults.soak $(ARGS)
 	$(BIN)/python -m tests.faults.guards --window 60
 	$(BIN)/python -m tests.faults.guards --decisions 10000
+
+nemesis: $(VENV)/.ready ## Run N (1000) random histories from SEED (1): lost, late and refused calls, restarts, clocks that move
+	$(BIN)/python -m tests.faults.nemesis --histories $(or $(N),1000) --seed $(or $(SEED),1) $(ARGS)
 
 read-large: $(VENV)/.ready ## Read a text file of MB (10240) megabytes, and print the memory of the worker's processes
 	$(BIN)/python -m tests.faults.read_large --mb $(or $(MB),10240)
