@@ -174,9 +174,9 @@ _METHODS = (
 def _advice(value: Any) -> str:
     """Return what to pass in place of a value."""
     kind = type(value)
-    if isinstance(value, Enum):
+    if issubclass(kind, Enum):
         return "pass its .value"
-    if isinstance(value, memoryview):
+    if issubclass(kind, memoryview):
         return "pass bytes(...)"
     if dataclasses.is_dataclass(kind):
         return "pass dataclasses.asdict(...)"
@@ -188,8 +188,8 @@ def _advice(value: Any) -> str:
     for base in kind.__mro__[1:-1]:
         if base in STORABLE:
             return f"pass {base.__name__}(...)"
-    if isinstance(value, PurePath):
+    if issubclass(kind, PurePath):
         return "pass str(...)"
-    if isinstance(value, Iterable):
+    if issubclass(kind, Iterable):
         return "pass list(...)"
     return "see the types of items in docs/guide.md"

@@ -77,6 +77,13 @@ class Zone(tzinfo):
         return timedelta(0)
 
 
+class Odd:
+    """An object that raises at every look."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
 class Frame:
     """Stands for a data frame of pandas, polars or pyarrow."""
 
@@ -104,6 +111,7 @@ REFUSED: dict[Any, tuple[Any, str]] = {
     "numpy text": (numpy.str_("a"), "a numpy str_ cannot be stored; pass .item()"),
     "numpy array": (numpy.zeros(3), "a numpy ndarray cannot be stored; pass .tolist()"),
     "frame": (Frame(), 'a tests Frame cannot be stored; pass .to_dict("records")'),
+    "odd": (Odd(), "a tests Odd cannot be stored; see the types of items in docs/guide.md"),
     "object": (object(), "an object cannot be stored; see the types of items in docs/guide.md"),
     "surrogate": ("\ud800", "has a lone surrogate, which is no text; pass bytes, or replace it"),
     "zone": (
