@@ -147,7 +147,7 @@ def test_a_node_that_is_redone_after_an_outage_reads_new_items(
     spec = submitted(platform, "unit_empties", rows(4))
     finish = platform.ledger.finish
 
-    def away(*_: Any) -> Finished:
+    def away(*_: Any, **__: Any) -> Finished:
         monkeypatch.setattr(platform.ledger, "finish", finish)
         raise StoreUnavailable("redis://fake", "away")
 
@@ -344,9 +344,9 @@ def test_a_node_reports_many_failures_in_parts(
     reports: list[Report] = []
     finish = platform.ledger.finish
 
-    def spy(claim: Any, report: Report, *more: Any) -> Finished:
+    def spy(claim: Any, report: Report, *more: Any, **named: Any) -> Finished:
         reports.append(report)
-        return finish(claim, report, *more)
+        return finish(claim, report, *more, **named)
 
     monkeypatch.setattr(platform.ledger, "finish", spy)
 
@@ -372,9 +372,9 @@ def test_a_node_ends_when_its_outputs_hold_too_much_memory(
     partials: list[int] = []
     finish = platform.ledger.finish
 
-    def spy(claim: Any, report: Report, partial: bytes, *beside: Any) -> Finished:
+    def spy(claim: Any, report: Report, *more: Any, **named: Any) -> Finished:
         partials.append(report.done * 2000)
-        return finish(claim, report, partial, *beside)
+        return finish(claim, report, *more, **named)
 
     monkeypatch.setattr(platform.ledger, "finish", spy)
 
