@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
@@ -56,6 +56,7 @@ class Strategy(StrEnum):
     OTHER_MODEL = "use_other_model"  # no endpoint of the requested model was healthy
     NO_MODEL = "merge_without_model"  # the budget was spent: the parts were only joined in order
     CUT_ANSWER = "cut_answer"  # the answer reached its largest length before its end
+    REPAIRED_ANSWER = "repaired_answer"  # it had the wrong form at first, and was sent back
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,18 +188,9 @@ class ResourceConstraints:
     def get_constraints(context: Any = None) -> dict[str, Any]:
         """Return all constraints and the level, as a dict.
 
-        Nothing of it is recorded in the receipt; use the other methods to decide what to leave out.
+        The receipt records each constraint that is read from it and that is in force.
         """
-        degradation = _of(context)
-        constraints = degradation.constraints
-        return {
-            "pressure_level": degradation.level.label,
-            "entity_limit_factor": constraints.entity_limit_factor,
-            "skip_optional_analysis": constraints.skip_optional_analysis,
-            "skip_expensive_computation": constraints.skip_expensive_computation,
-            "use_simplified_methods": constraints.use_simplified_methods,
-            "embedding_dimensions_factor": constraints.embedding_dimensions_factor,
-        }
+        return _ConstraintsRead(_of(context))
 
     @staticmethod
     def get_entity_limit(context: Any = None, default: int = 1000) -> int:
@@ -224,6 +216,55 @@ class ResourceConstraints:
     def get_embedding_dimensions(context: Any = None, default: int = 768) -> int:
         """Return the number of dimensions for an embedding of `default` dimensions."""
         return _of(context).embedding_dimensions(default)
+
+
+_STRATEGIES = {
+    "entity_limit_factor": Strategy.ENTITY_LIMITS,
+    "skip_optional_analysis": Strategy.OPTIONAL,
+    "skip_expensive_computation": Strategy.EXPENSIVE,
+    "use_simplified_methods": Strategy.SIMPLIFIED,
+    "embedding_dimensions_factor": Strategy.EMBEDDINGS,
+}
+
+
+class _ConstraintsRead(dict[str, Any]):
+    """The constraints of an item as a dict that records which of them its code reads."""
+
+    def __init__(self, degradation: Degradation) -> None:
+        self.degradation = degradation  # so it can be handed on as a context
+        constraints = {name: getattr(degradation.constraints, name) for name in _STRATEGIES}
+        super().__init__({"pressure_level": degradation.level.label, **constraints})
+
+    def __getitem__(self, name: str) -> Any:
+        self._record(name)
+        return super().__getitem__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # makes `**` and `dict` read each value by its name
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a constraint, and record it."""
+        self._record(name)
+        return super().get(name, default)
+
+    def items(self) -> Any:
+        """Return all constraints, and record each."""
+        self._record(*self)
+        return super().items()
+
+    def values(self) -> Any:
+        """Return all constraints, and record each."""
+        self._record(*self)
+        return super().values()
+
+    def copy(self) -> dict[str, Any]:
+        """Return all constraints as another dict, and record each."""
+        return dict(self)
+
+    def _record(self, *names: str) -> None:
+        in_force = self.degradation.constraints.strategies
+        read = {_STRATEGIES.get(name) for name in names}
+        self.degradation.shaped.update(each for each in in_force if each in read)
 
 
 def _of(context: Any) -> Degradation:

@@ -66,6 +66,7 @@ class ConcurrentWork(Work):
                 await self._wait_for_an_end()
                 for index in [index for index, task in self._in_flight.items() if task.done()]:
                     outcomes[index] = self._in_flight.pop(index)
+                    self.ahead[_kind_of(outcomes[index])] += 1
                 self._record(outcomes)
                 self.would_repeat = bool(self._sleeping) and (
                     bool(outcomes) or len(self._in_flight) > len(self._sleeping)
@@ -238,6 +239,7 @@ class ConcurrentWork(Work):
         while self.at in outcomes and self.postponed is None:
             outcome = outcomes.pop(self.at)
             if isinstance(outcome, asyncio.Task):
+                self.ahead[_kind_of(outcome)] -= 1
                 try:
                     self.outcome.add(outcome.result())
                 except BaseException as raised:
@@ -253,6 +255,16 @@ class ConcurrentWork(Work):
                 self.outcome.shape(self._degradations.pop(self.at), 1)
             self.at += 1
         return None
+
+
+def _kind_of(task: asyncio.Task[Any]) -> str:
+    """Return how an item has ended: done, failed, or waits."""
+    if task.cancelled():
+        return "failed"
+    error = task.exception()
+    if error is None:
+        return "done"
+    return "waits" if isinstance(error, Postponed | Denied) else "failed"
 
 
 async def _raise(error: BaseException) -> Any:

@@ -172,9 +172,8 @@ class Cutting:
 
         Return the ledger's order and the number of all live slots.
         """
-        ledger, outcome = self._runtime.ledger, self._work.outcome
-        failed, skipped = outcome.failed_count, len(outcome.empty)
-        pulse = ledger.pulse(self._claim, outcome.done, failed, skipped)
+        ledger = self._runtime.ledger
+        pulse = ledger.pulse(self._claim, *self._counts())
         take = self._runtime.slots.take(self._spec.queue, most)
         ranks = self._runtime.page.urgent
         urgent = more_urgent(ranks, self._spec.priority)
@@ -184,6 +183,20 @@ class Cutting:
         self.yields_to = self._won_queue(ranks, urgent, won)
         # A fenced node stops at once; FINISH will call it stale.
         return ("flush" if order == b"fenced" else order.decode()), int(slots)
+
+    def _counts(self) -> tuple[int, int, int]:
+        """Return the items done, failed and skipped so far, as the progress of the job shows them.
+
+        Items that end behind one that still runs count too, unless their number decides the job:
+        FINISH would not have them yet.
+        """
+        outcome, spec, ahead = self._work.outcome, self._spec, self._work.ahead
+        done, failed = outcome.done, outcome.failed_count
+        if spec.early_termination_threshold is None:
+            done += ahead["done"]
+        if spec.continue_on_error and spec.error_threshold is None:
+            failed += ahead["failed"]
+        return done, failed, len(outcome.empty)
 
     def _queue_of(self, priority: str) -> str:
         return f"{self._spec.queue.rpartition('.')[0]}.{priority}"

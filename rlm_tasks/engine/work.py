@@ -8,6 +8,7 @@ slice is over, and then calls the node's boundary.  Begin with `Work.run`.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,6 +89,8 @@ class Work:
         self.also_waiting: dict[int, Postponed] = {}  # waiting items behind `at`
         self.urgent = False  # the node must leave its slot without waiting for sleeping items
         self.refused = False  # an item was denied or postponed
+        # Items that have ended behind the first one that runs: done, failed, and those that wait.
+        self.ahead: Counter[str] = Counter()
         # Items have ended behind an item that sleeps: to stop now would repeat them.
         self.would_repeat = False
         self.took_s: list[float] = []  # of items that succeeded at their first try

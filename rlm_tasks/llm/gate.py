@@ -415,6 +415,8 @@ class Gate(OperationGuards):
                 held, answer = await self._call_again(repair, context)
             else:
                 context.degradation.shaped |= _shaped(held, answer)
+                if repairs < self._pool.settings.repairs:
+                    context.degradation.shaped.add(Strategy.REPAIRED_ANSWER)
                 return output
 
     async def _call(self, held: HeldCall) -> Answer:

@@ -195,6 +195,7 @@ def test_a_malformed_answer_is_repaired_in_another_call(platform: Platform) -> N
 
     assert [each["legs"] for each in result.output] == [0, 0]
     assert platform.calls() == 4
+    assert [as_tuple(each) for each in result.receipt] == [("repaired_answer", "normal", 2)]
 
 
 def test_repairs_do_not_block_each_other(platform: Platform) -> None:

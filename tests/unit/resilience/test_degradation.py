@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError
 from typing import Any
@@ -298,7 +299,9 @@ def test_the_functions_give_the_same_answers(
 
 
 @pytest.mark.parametrize("level", Level)
-def test_get_constraints_returns_a_dict_and_records_nothing(context_of: Any, level: Level) -> None:
+def test_get_constraints_returns_a_dict_and_records_what_is_read(
+    context_of: Any, level: Level
+) -> None:
     context, record = context_of(level)
     factor, skip, expensive, simplified, embeddings = {
         Level.NORMAL: (1.0, False, False, False, 1.0),
@@ -308,7 +311,8 @@ def test_get_constraints_returns_a_dict_and_records_nothing(context_of: Any, lev
         Level.EMERGENCY: (0.3, True, True, True, 0.5),
     }[level]
 
-    assert ResourceConstraints.get_constraints(context) == {
+    constraints = ResourceConstraints.get_constraints(context)
+    assert constraints == {
         "pressure_level": level.label,
         "entity_limit_factor": factor,
         "skip_optional_analysis": skip,
@@ -316,7 +320,38 @@ def test_get_constraints_returns_a_dict_and_records_nothing(context_of: Any, lev
         "use_simplified_methods": simplified,
         "embedding_dimensions_factor": embeddings,
     }
-    assert record is None or record.shaped == set()
+    assert record is None or record.shaped == set(), "nothing was read"
+    # The snippet of the documents: its answers depend on these two.
+    assert (constraints["use_simplified_methods"], constraints.get("skip_optional_analysis")) == (
+        simplified,
+        skip,
+    )
+    read = {Strategy.SIMPLIFIED: simplified, Strategy.OPTIONAL: skip}
+    assert record is None or record.shaped == {each for each in read if read[each]}
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda found: {**found},
+        dict,
+        json.dumps,
+        lambda found: [*found.values()],
+        lambda found: found.copy(),
+    ],
+)
+def test_a_copy_of_all_constraints_records_those_in_force(read: Callable[[Any], Any]) -> None:
+    degradation = Degradation(Level.CRITICAL)
+    context = Context("job", {}, degradation=degradation)
+    read(ResourceConstraints.get_constraints(context))
+    assert degradation.shaped == set(degradation.constraints.strategies)
+
+
+def test_constraints_that_are_handed_on_still_record_what_is_read() -> None:
+    degradation = Degradation(Level.HIGH)
+    handed_on = ResourceConstraints.get_constraints(Context("job", {}, degradation=degradation))
+    assert ResourceConstraints.should_skip_optional_analysis(handed_on)
+    assert degradation.shaped == {Strategy.OPTIONAL}
 
 
 @pytest.mark.parametrize("level", [Level.CRITICAL, "critical", "CRITICAL", 3])
