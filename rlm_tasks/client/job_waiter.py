@@ -60,13 +60,18 @@ class JobWaiter(JobReader):
                 self._wait_for_event(left_s)
 
     def _through_outages(self, read: Callable[[], _T], until: float | None) -> _T:
-        """Repeat a read until Redis answers; raise StoreUnavailable after the time `until`."""
+        """Repeat a read until Redis answers.
+
+        Raises StoreUnavailable after the time `until`, and at once when waiting does not help, as
+        with a wrong password.
+        """
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
                 return read()
-            except StoreUnavailable:
-                if until is not None and time.monotonic() + pause_s > until:
+            except StoreUnavailable as error:
+                late = until is not None and time.monotonic() + pause_s > until
+                if late or not error.retryable:
                     raise
                 time.sleep(pause_s)
                 pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
