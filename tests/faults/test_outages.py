@@ -213,7 +213,8 @@ def test_a_database_that_does_not_exist_is_named(server: embedded.Server) -> Non
 
 
 def test_the_doctor_and_explain_say_that_redis_is_full(prepared: Prepared) -> None:
-    client, queued, _, refusing = prepared
+    client, _, _, refusing = prepared
+    queued = client.submit(operation="echo", items=[1])
     with refusing.full():
         found = {each.check: each for each in examine(client, client.app)}
         why = queued.explain()
