@@ -29,6 +29,7 @@ from rlm_tasks.jobs.index_ranges import IndexRanges
 from rlm_tasks.jobs.stored_items import LineSource, Unreadable
 from rlm_tasks.jobs.text_files import TextFile
 from rlm_tasks.ledger.partials import flattened, partials
+from rlm_tasks.ledger.round_ids import expire_rounds
 from rlm_tasks.operations import registry
 from rlm_tasks.results import (
     ItemFailure,
@@ -222,8 +223,11 @@ class Job(JobWaiter):
         state = self._ledger.stop(self.id, "cancelled")
         if state == "unknown":
             raise JobNotFound(self.id)
-        for each in self.rounds():
+        rounds = self.rounds()
+        for each in rounds:
             each.cancel()
+        if rounds and Status(state).final:
+            expire_rounds(self._ledger, self.id, self._session.settings.result_ttl_s)
         if not Status(state).final:
             self._session.recall()
         return Status(state)

@@ -42,13 +42,14 @@ def merge_root(
 
     Return '' when another process holds the merge, or when a round has to end first.
     """
+    has_rounds = operation.then is not None and not spec.parent
     try:
         if claim.losses >= ledger.settings.death_limit:
             raise Quarantined("the merge", claim.losses, claim.lost_by)
         reached(CrashPoint.DURING_MERGE)
         answer = (
             _answer(ledger, spec, operation)
-            if operation.then is None or spec.parent
+            if not has_rounds
             else rounds.advance(claim, spec, operation)
         )
         if answer is None:
@@ -62,12 +63,16 @@ def merge_root(
         status = error.ends_as if isinstance(error, RoundFailed) else Status.FAILED
         closed = ledger.close(spec.job, claim.token, status, error=failure_of(-1, error))
         rounds.continue_parent(spec)
+        if closed.state and has_rounds:
+            rounds.end(spec)
         node_events.of_job(spec, closed)
         return closed.state
     reached(CrashPoint.BEFORE_CLOSE)
     closed = ledger.close(spec.job, claim.token, Status.SUCCEEDED, answer)
     ended = closed.state
     rounds.continue_parent(spec)
+    if ended and has_rounds:
+        rounds.end(spec)
     node_events.of_job(spec, closed)
     if ended:
         logger.info("Job ended as %s: %s items of %s", ended, f"{spec.n:,}", operation.name)

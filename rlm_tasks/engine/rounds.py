@@ -22,10 +22,11 @@ from rlm_tasks.jobs.rounds import NextRound, Round
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.jobs.stored_items import ItemWriter
+from rlm_tasks.ledger.budgets import OPEN_S
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.partials import flattened, merged, partials
 from rlm_tasks.ledger.records import MERGE, ROOT, Claim
-from rlm_tasks.ledger.round_ids import opened_rounds, round_id
+from rlm_tasks.ledger.round_ids import expire_rounds, opened_rounds, round_id
 from rlm_tasks.messaging.dispatch import Dispatcher, new_id
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.context import copied
@@ -98,6 +99,10 @@ class Rounds:
         if spec.parent:
             self._wake([f"{spec.parent} {MERGE}"])
 
+    def end(self, spec: JobSpec) -> None:
+        """Let the rounds of a job that has ended live as long as its own result."""
+        expire_rounds(self._ledger, spec.job, self._settings.result_ttl_s)
+
     def _wait(self, claim: Claim, number: int, id: str) -> None:
         """Park the merge until its round ends."""
         self._ledger.park(claim, CHECK_ROUND_MS, f"its round {number} is at work: job {id}")
@@ -157,7 +162,8 @@ class Rounds:
             n=n,
             timeout_ms=left_ms,
         )
-        [is_new] = self._ledger.open([(child, token)], settings.result_ttl_s)
+        # A round is read until its job has ended, and then lives as long as that.
+        [is_new] = self._ledger.open([(child, token)], max(OPEN_S, settings.result_ttl_s))
         if is_new:
             logger.info(
                 "Job %s goes on with round %d: %s items of %s in job %s",

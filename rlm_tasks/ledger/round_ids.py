@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 from rlm_tasks.ledger.ledger import Ledger
 
@@ -28,3 +29,20 @@ def opened_rounds(ledger: Ledger, job: str) -> list[tuple[str, dict[str, str]]]:
     found = [(id, ledger.facts(id)) for id in ids]
     # The last one has no facts if the process that was to open it died before it did.
     return found if not found or found[-1][1] else found[:-1]
+
+
+def expire_rounds(ledger: Ledger, job: str, ttl_s: int) -> None:
+    """Let the keys of a job's rounds live for `ttl_s`: the job has ended.
+
+    Raises StoreUnavailable.
+    """
+    rounds = [id for id, _ in opened_rounds(ledger, job)]
+
+    def expire(client: Any) -> None:
+        pipe = client.pipeline(transaction=False)
+        for key in (key for id in rounds for key in ledger.keys.of(id)):
+            pipe.expire(key, ttl_s)
+        pipe.execute()
+
+    if rounds:
+        ledger.call(expire)

@@ -247,3 +247,24 @@ def test_a_merge_that_has_lost_its_node_opens_no_round() -> None:
     platform.mailbox.resend(spec, [MERGE], merges=False)
     assert platform.run(spec)["state"] == "succeeded"
     assert platform.output(spec)["found"] == [72]
+
+
+def test_a_round_is_kept_until_its_job_has_ended_and_then_as_long_as_the_result() -> None:
+    platform = Platform(5)
+    store, kept_s = platform.store.client, platform.settings.result_ttl_s
+    spec = platform.submit(JobRequest(operation="unit_in_rounds", items=[1, 2, 3, 4]))
+
+    def lives(job: str) -> list[int]:
+        return [store.ttl(key) for key in platform.keys.of(job) if store.exists(key)]
+
+    ended = []
+    while platform.mailbox.messages:
+        platform.step()
+        if platform.ledger.facts(spec.job)["state"] == "merging":
+            rounds = opened_rounds(platform.ledger, spec.job)
+            ended += [id for id, facts in rounds if facts["state"] == "succeeded"]
+            assert all(min(lives(id)) > 2 * kept_s for id in ended), "its job still reads it"
+
+    assert ended, "a round ended before its job"
+    for id, _ in opened_rounds(platform.ledger, spec.job):
+        assert max(lives(id)) <= kept_s
