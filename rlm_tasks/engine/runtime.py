@@ -89,10 +89,12 @@ class Runtime:
         )
         keys = Keys(settings.namespace)
         ledger = Ledger(store, keys, settings.ledger, on_outage="wait")
+        dispatcher = Dispatcher(app, ledger)
+        ledger.after_close = dispatcher.forget_chords
         return cls.build(
             settings,
             ledger,
-            Dispatcher(app, ledger),
+            dispatcher,
             shared=guard_store(settings),
             in_order=broker_kind(app.conf.broker_url).orders_queues,
         )

@@ -8,7 +8,7 @@ the scripts.  Begin with `Ledger.open` and `Ledger.claim`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import chain, repeat
 from typing import Any, cast
@@ -53,6 +53,8 @@ class Ledger(LedgerReader):
         self, store: Store, keys: Keys, settings: LedgerSettings, *, on_outage: OnOutage = "raise"
     ) -> None:
         super().__init__(store, keys, settings, on_outage=on_outage)
+        # It gets a job that has ended, and the ids of its splits.
+        self.after_close: Callable[[str, Sequence[str]], None] = lambda _job, _splits: None
         self._lease_ms = int(settings.lease_s * 1000)
         self._grace_ms = int(settings.grace * 1000)
 
@@ -271,9 +273,10 @@ class Ledger(LedgerReader):
         The state is '' when the caller no longer holds the root merge.
         """
         packed = _json.encode(error) if error else b""
-        ended, took_ms = self._run("close", job, token, state, answer, packed)
+        ended, took_ms, *splits = self._run("close", job, token, state, answer, packed)
         if ended:
             self.due.drop(job)
+            self.after_close(job, [each.decode() for each in splits])
         return Closed(ended.decode(), int(took_ms))
 
     # --- recovery ------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ BATCH = 500
 LONGEST_NAME = 100
 MARKS_PER_GRACE = 4
 """A sender marks its progress this often in the time after which a message counts as late."""
+CHORDS_LEFT, LATE_S = 8, 300
+"""The counts of fewer chords are left to expire; late parts of the others come within LATE_S."""
 ACQUIRE_S = 10
 """Longest wait for a connection while other threads of the process use all of them."""
 
@@ -243,6 +245,27 @@ class Dispatcher:
     def _counts_chords(self) -> bool:
         """Whether the app's result backend counts chord parts; else the root merge merges all."""
         return kind_of_backend(self._app.backend).counts_chords
+
+    def forget_chords(self, job: str, splits: Sequence[str]) -> None:
+        """Delete the counts of the chords of a job that has ended; late parts count no more.
+
+        The counts of few chords are left to expire, so that a small job costs no call.
+        """
+        if len(splits) < CHORDS_LEFT or not self._counts_chords():
+            return
+        backend = self._app.backend
+        pipe = backend.client.pipeline(transaction=False)
+        for split in splits:
+            counts, claim = (
+                [backend.get_key_for_group(group_id(job, split), part) for part in parts]
+                for parts in ((".s", ".j", ".t", ".d"), (".c",))
+            )
+            pipe.unlink(*counts)
+            pipe.set(claim[0], "done", ex=LATE_S)
+        try:
+            pipe.execute()
+        except (RedisError, OSError) as error:
+            logger.info("The counts of the chords of job %s are left to expire: %s", job, error)
 
     def _set_sizes(self, job: str, splits: Iterable[Split]) -> None:
         backend = self._app.backend

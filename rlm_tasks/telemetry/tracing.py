@@ -228,6 +228,7 @@ class TracedLedger(Ledger):
 
     def __init__(self, ledger: Ledger, tracing: Tracing) -> None:
         super().__init__(ledger.store, ledger.keys, ledger.settings, on_outage=ledger.on_outage)
+        self.after_close = ledger.after_close
         self._tracing = tracing
         self._here = threading.local()  # its worker's name
 

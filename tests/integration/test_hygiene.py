@@ -182,3 +182,20 @@ def test_a_job_of_two_thousand_tail_calls_keeps_its_messages_small(
     assert result.metrics.yields >= 2000
     assert max(spy.sizes) < 4096
     assert max(spy.sizes) - min(spy.sizes) < 64
+
+
+def test_the_counts_of_chords_go_with_their_job(client: Client) -> None:
+    store = client.ledger.store.client
+    job = client.submit(
+        operation="sum",
+        items=list(range(256)),
+        strategy=Binary(min_chunk_size=1, max_depth=10),
+    )
+    assert job.result(timeout=60).metrics.splits > 100
+
+    def counts() -> list[bytes]:
+        every = store.scan_iter(f"test:celery-taskset-meta-{job.id}-*", count=10_000)
+        return [key for key in every if not key.endswith(b".c")]
+
+    wait_until(lambda: not counts() and not store.exists("test:test.normal"))
+    assert counts() == []

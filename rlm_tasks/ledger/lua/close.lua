@@ -1,9 +1,11 @@
 -- End a job from its root merge.
 -- ARGV: token, state, answer ('' when there is none), error JSON ('').
--- Returns the final state and the ms since the job was opened; '' and 0 when the caller no longer
--- holds the merge.
+-- Returns {final state, ms since the job was opened, ids of its splits ...}.
+-- They are '' and 0 when the caller no longer holds the merge.  More than MOST_SPLITS are left out.
+local MOST_SPLITS = 2000
 local f, merge = facts(), held('merge', ARGV[1])
 if not f or not merge then return {'', 0} end
+local chords = call('HLEN', splits) <= MOST_SPLITS and call('HKEYS', splits) or {}
 merge.s, merge.ms = 'd', now - merge.at
 write('merge', merge)
 retire('merge')
@@ -16,4 +18,4 @@ if ARGV[3] ~= '' then
   call('HSET', blobs, 'output', ARGV[3])
 end
 close(f, ARGV[2])
-return {f.state, now - tonumber(call('HGET', job, 'opened_ms'))}
+return {f.state, now - tonumber(call('HGET', job, 'opened_ms')), unpack(chords)}
