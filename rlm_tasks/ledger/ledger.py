@@ -15,10 +15,12 @@ from typing import Any, cast
 
 import msgspec
 
+from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Argument, Call, OnOutage, Script, Store
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.jobs.stored_items import RangeSource
 from rlm_tasks.ledger.reader import LedgerReader, ranges_of
 from rlm_tasks.ledger.records import (
     PROCESS,
@@ -81,18 +83,22 @@ class Ledger(LedgerReader):
         `waits` has, by job, the ms that its first node is parked, and the reason.  The script also
         writes the index of due jobs, so a sweep finds each open job.  Raises StoreUnavailable.
         """
-        opened: list[bool] = self.call(lambda _: self._open(new, ttl_s, waits or {}))
-        return opened
+        opened: list[int] = self.call(lambda _: self._open(new, ttl_s, waits or {}))
+        if -1 in opened:
+            raise StoreUnavailable(
+                self.store.url, "it has lost items that were stored for a job; submit them again"
+            )
+        return [bool(each) for each in opened]
 
     def _open(
         self, new: Sequence[tuple[JobSpec, str]], ttl_s: int, waits: Mapping[str, tuple[int, str]]
-    ) -> list[bool]:
+    ) -> list[int]:
         now_ms = self.clock.now_ms()
         pipe = self.store.client.pipeline(transaction=False)
         # Rounds are not listed: their jobs lead to them.
         self.job_list.add(pipe, {spec.job: now_ms for spec, _ in new if not spec.parent})
         pipe.execute()
-        opened = self.store.call(
+        return self.store.call(
             *(
                 _opening(
                     self.keys,
@@ -106,7 +112,6 @@ class Ledger(LedgerReader):
                 for spec, staged in new
             )
         )
-        return [bool(each) for each in opened]
 
     def claim(self, job: str, node: str, token: str, worker: str, message: int = 0) -> Claim:
         """Claim a node, and return the claim or the reason why not.
@@ -340,6 +345,7 @@ def _opening(
             keep,
             math.ceil(spec.queue_timeout_ms or 0),
             math.ceil(min(grace_ms, *_limits_ms(spec))),
+            int(spec.n > 0 and not isinstance(spec.source, RangeSource)),
         ),
     )
 

@@ -3,8 +3,10 @@
 -- so no request that arrives late opens a job that no sweep finds.
 -- ARGV: spec, n, queue, fail_limit, early_limit, timeout_ms (0: none), ttl_s, phase, root node id,
 -- task id, schema, ms for which the first node is parked (0: none), why, records of ended nodes that
--- are kept, ms within which a worker must begin it (0: none), ms until the first sweep.
--- Returns 1, or 0 when the job was open already; the staged items are then deleted.
+-- are kept, ms within which a worker must begin it (0: none), ms until the first sweep,
+-- 1 when items are staged.
+-- Returns 1, or 0 when the job was open already; the staged items are then deleted.  Returns -1 when
+-- staged items are missing: Redis has lost its latest writes, or they have expired.
 local staged = {[KEYS[18]] = items, [KEYS[19]] = blocks}
 local function index_job()
   call('ZADD', KEYS[20], 'LT', now + tonumber(ARGV[16]), ARGV[10])
@@ -14,6 +16,10 @@ if call('EXISTS', job) == 1 then
   call('UNLINK', KEYS[18], KEYS[19])
   if not TERMINAL[call('HGET', job, 'state')] then index_job() end
   return 0
+end
+if ARGV[17] == '1' then
+  local last = call('ZRANGE', KEYS[18], -1, -1)[1]
+  if not last or string.match(last, ':(%d+)$') ~= ARGV[2] then return -1 end
 end
 for from, to in pairs(staged) do
   if call('EXISTS', from) == 1 then call('RENAME', from, to) end

@@ -78,9 +78,8 @@ def show(outcome: Outcome) -> None:
         print(f"seed {outcome.seed}: {violation}")
 
 
-def batches(first: int, count: int) -> Iterator[tuple[range, bool]]:
-    """Yield ranges of seeds, and whether they run on a real server."""
-    real = int(count * REAL_SHARE)
+def batches(first: int, count: int, real: int) -> Iterator[tuple[range, bool]]:
+    """Yield ranges of seeds, and whether they run on a real server: the first `real` do."""
     for lo in range(first, first + count, AT_ONCE):
         yield range(lo, min(lo + AT_ONCE, first + count)), lo - first < real
 
@@ -91,6 +90,7 @@ def main() -> int:
     options.add_argument("--histories", type=int, default=1000)
     options.add_argument("--seed", type=int, default=1, help="the seed of the first history")
     options.add_argument("--processes", type=int, default=os.cpu_count())
+    options.add_argument("--real", type=int, help="number of them that have a real server")
     options.add_argument("--trace", action="store_true", help="run one history, print its trace")
     asked = options.parse_args()
     if asked.trace:
@@ -103,7 +103,8 @@ def main() -> int:
         ProcessPoolExecutor(asked.processes) as pool,
         Console(stderr=True).status("") as spinner,
     ):
-        work = list(batches(asked.seed, asked.histories))
+        on_real = int(asked.histories * REAL_SHARE) if asked.real is None else asked.real
+        work = list(batches(asked.seed, asked.histories, on_real))
         for (seeds, is_real), outcomes in zip(
             work, pool.map(run_some, *zip(*work, strict=True)), strict=True
         ):

@@ -8,13 +8,15 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
+from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Call
 from rlm_tasks import JobRequest, NWay
 from rlm_tasks.jobs import codec
+from rlm_tasks.jobs.items import source_of
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Shape
-from rlm_tasks.jobs.stored_items import RangeSource
+from rlm_tasks.jobs.stored_items import BlockSource, ItemWriter, RangeSource
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.records import MERGE, ROOT, Child, Claim, Report, Split, Suspect
 from rlm_tasks.messaging.dispatch import new_id
@@ -316,3 +318,18 @@ def test_a_job_that_is_opened_after_a_sweep_found_none_is_swept(platform: Platfo
     store.call(platform.ledger.due.look_again(spec.job, 0, platform.keys.of(spec.job).job))
 
     assert platform.ledger.due.jobs(10) == [spec.job]
+
+
+def test_a_job_whose_staged_items_are_lost_is_not_opened(platform: Platform) -> None:
+    """A restart of Redis may lose its latest writes between the items and the job."""
+    ledger = platform.ledger
+    spec = JobSpec("job", "sum", BlockSource(), 3, Shape("flat"), "queue")
+
+    with pytest.raises(StoreUnavailable, match="lost items that were stored for a job"):
+        ledger.open([(spec, "token")], 60)
+    assert ledger.facts("job") == {}
+
+    index, blocks = platform.keys.staged("job", "token")
+    writer = ItemWriter(platform.store, index, blocks, max_item_bytes=1000)
+    source_of([1, 2, 3]).write(writer)
+    assert ledger.open([(spec, "token")], 60) == [True]
