@@ -104,9 +104,10 @@ OnOutage = Literal["raise", "answer", "patient", "wait"]
 
 
 class _Listening(threading.local):
-    """The silence of Redis that the present call of a thread bears; 0: the socket's own timeout."""
+    """The present call of a thread: the silence that it bears, and the fate of its connection."""
 
-    silence_s = 0.0
+    silence_s = 0.0  # the silence of Redis; 0: the socket's own timeout
+    was_reset = False  # whether an open connection was lost
 
 
 _listening = _Listening()
@@ -149,11 +150,14 @@ class PatientConnection:
             except RedisTimeoutError:
                 heard += step_s
                 if heard > silence_s - step_s / 2:
+                    _Network.silent = _Network.silent or silence_s >= SILENT_S
                     me.disconnect()  # type: ignore[attr-defined]  # the class of redis-py
                     raise
             except ResponseError:
                 raise
-            except BaseException:
+            except BaseException as error:
+                is_lost = isinstance(error, RedisConnectionError) and not refusal(error)
+                _listening.was_reset = _listening.was_reset or is_lost
                 me.disconnect()  # type: ignore[attr-defined]
                 raise
 
@@ -295,6 +299,17 @@ def _also_elsewhere(attempt: Callable[[], Any]) -> Any:
     return attempt()
 
 
+def _despite_reset(attempt: Callable[[], Any]) -> Any:
+    """Run an attempt, and once more if its open connection was reset: Redis may be well."""
+    _listening.was_reset = False
+    try:
+        return _also_elsewhere(attempt)
+    except RedisConnectionError:
+        if not _listening.was_reset:
+            raise
+    return _also_elsewhere(attempt)
+
+
 def _is_cluster(handshake: dict[Any, Any]) -> bool:
     """Whether the server said at the handshake that it is a node of a cluster."""
     return handshake.get(b"mode", handshake.get("mode")) in (b"cluster", "cluster")
@@ -399,7 +414,7 @@ class Store:
         return self.address.client(
             OwnConnection,
             max_connections=MAX_CONNECTIONS,
-            timeout=max(1.0, self._timeout_s),  # for a free connection
+            timeout=max(1.0, self.limit_timeout_s),  # for a free connection
             socket_timeout=self._timeout_s,
             socket_connect_timeout=min(1.0, self._timeout_s),
             socket_keepalive=True,
@@ -488,6 +503,9 @@ class Store:
                   `patience_s` of this store
         ========  ==========================================  =====================================
 
+        With ``answer`` and ``patient`` a call whose open connection is reset runs once more, so its
+        script must bear that.
+
         A Redis that is full, a replica, or busy counts as an outage: see `refusal`.
 
         Raises StoreUnavailable, and redis-py's ResponseError for a command that is wrong.
@@ -498,10 +516,8 @@ class Store:
         return self._outcome(lambda: self._run(*calls), on_outage)
 
     def _outcome(self, attempt: Callable[[], Any], on_outage: OnOutage) -> Any:
-        if on_outage == "answer":
-            return self._answered(attempt, self._timeout_s)
-        if on_outage == "patient":
-            return self._answered(attempt, self.limit_timeout_s)
+        if on_outage in ("answer", "patient"):
+            return self._answered(attempt, patient=on_outage == "patient")
         until, wait_s = self.clock() + self.patience_s, FIRST_WAIT_S
         while True:
             try:
@@ -523,21 +539,22 @@ class Store:
         """Whether guards decide alone: the connection was lost, or Redis is silent for long."""
         return self._away.is_set()
 
-    def _answered(self, attempt: Callable[[], Any], silence_s: float) -> Any:
+    def _answered(self, attempt: Callable[[], Any], *, patient: bool) -> Any:
         """Run an attempt and return its answer, or raise at once while Redis is away.
 
         An outage is logged once, and its end once; in between Redis is tried about once a second.
         """
         began = self.clock()
         if self._away.is_set():
-            silence_s = self._timeout_s  # to look for its return takes no patience
+            patient = False  # to look for its return takes no patience
             if self.clock() < self._away_until:
                 raise self._why.error(self.url, "no answer a moment ago")
             # One caller tries Redis; other threads need not wait with it.
             self._away_until = self.clock() + BACK_OFF_S
+        silence_s = self.limit_timeout_s if patient else self._timeout_s
         before, _listening.silence_s = _listening.silence_s, silence_s
         try:
-            answers = _also_elsewhere(attempt)
+            answers = _despite_reset(attempt)
         except (*LOST, ResponseError) as error:
             if _is_wrong(error):
                 raise

@@ -3,7 +3,8 @@
 -- elastic), largest limit, ms after which an elastic limit shrinks, waiter ('': none), its urgency
 -- (0 is the most urgent).
 -- Returns {1, used, limit, 0} or {0, used, limit, ms until the next lease ends}; used and limit are
--- text.
+-- text.  A permit that was taken before is not taken again.
+if call('ZSCORE', permits, ARGV[1]) then return {1, tostring(used), ARGV[5], 0} end
 local host, weight = ARGV[2], tonumber(ARGV[3])
 local limit, per_host = tonumber(ARGV[5]), tonumber(ARGV[6])
 local base, kind = limit, ARGV[7]

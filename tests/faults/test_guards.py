@@ -205,6 +205,26 @@ def test_no_guard_decides_alone_while_redis_is_busy_for_a_second(
     assert store.alone()[0] == {}
 
 
+def test_no_guard_decides_alone_because_its_connection_was_reset(
+    private_server: embedded.Server, store: Store
+) -> None:
+    with (
+        children(2, "decide", private_server.url, 10**9, 0) as calling,
+        redis.Redis.from_url(private_server.url) as client,
+    ):
+        for each in calling:
+            each.receive("decides")
+        for _ in range(40):
+            client.client_kill_filter(_type="normal", skipme=True)
+            time.sleep(0.05)  # the time between two resets
+        for each in calling:
+            each.send("stop")
+        found = [each.receive("done") for each in calling]
+
+    assert [alone(each) for each in found] == [{}] * 2
+    assert Bulkhead("calls", store, limit=10**6).status()["used"] == 0, "no permit was lost"
+
+
 def test_a_silent_redis_is_decided_without_in_time_and_the_decisions_are_counted(
     private_server: embedded.Server, store: Store
 ) -> None:
