@@ -396,15 +396,20 @@ class JobRequest(_Checked):
 
     @field_validator("params", mode="before")
     @classmethod
-    def _come_back_as_they_went(cls, value: Any) -> Any:
+    def _are_named(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             raise InvalidRequest("params", value, "must be a dict; its keys are texts")
-        params = dict(value)
+        return dict(value)
+
+    def check_params(self) -> None:
+        """Raise InvalidRequest for params that would not come back as they went.
+
+        The operation has completed the request by now: it may replace a class by its name.
+        """
         try:
-            codec.encode(params)
+            codec.encode(self.params)
         except NotStorable as error:
             raise InvalidRequest(f"params{error.where}", error.value, error.why) from None
-        return params
 
     @model_validator(mode="before")
     @classmethod

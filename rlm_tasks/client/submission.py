@@ -74,9 +74,10 @@ class Submission:
                 raise InvalidRequest(
                     name, value, f"operation {operation.name!r} calls no models; leave it out"
                 )
-        if operation.prepare is None:
-            return request
-        return operation.prepare(request, self._settings)
+        if operation.prepare is not None:
+            request = operation.prepare(request, self._settings)
+        request.check_params()
+        return request
 
     def queue_of(self, request: JobRequest) -> str:
         """Return the queue that a request's nodes wait in."""

@@ -43,10 +43,12 @@ def merge_root(
     Return '' when another process holds the merge, or when a round has to end first.
     """
     has_rounds = operation.then is not None and not spec.parent
-    try:
-        if claim.losses >= ledger.settings.death_limit:
-            raise Quarantined("the merge", claim.losses, claim.lost_by)
+    is_poison = claim.losses >= ledger.settings.death_limit
+    if not is_poison:
         reached(CrashPoint.DURING_MERGE)
+    try:
+        if is_poison:
+            raise Quarantined("the merge", claim.losses, claim.lost_by)
         answer = (
             _answer(ledger, spec, operation)
             if not has_rounds

@@ -153,7 +153,7 @@ def test_a_timeout_is_a_time_of_at_most_ten_years(timeout: Any) -> None:
 )
 def test_params_that_would_not_come_back_are_refused(params: Any, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        JobRequest(operation="sum", items=[], params=params)
+        JobRequest(operation="sum", items=[], params=params).check_params()
 
 
 def test_params_are_kept_as_they_are() -> None:
