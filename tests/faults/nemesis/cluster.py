@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from queue import Empty
 from random import Random
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from rlm_tasks.engine.message_handlers import handle_merge, handle_node
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.jobs.items import source_of
 from rlm_tasks.jobs.spec import JobSpec
-from rlm_tasks.jobs.stored_items import ItemWriter
+from rlm_tasks.jobs.stored_items import ItemReader, ItemWriter
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.records import ROOT, Child, Split
 from rlm_tasks.messaging.dispatch import new_id
@@ -34,6 +35,8 @@ from tests.faults.nemesis.simulation import Process, Simulation
 
 LEASE_S, SWEEP_S, TIMEOUT_S, GUARD_TIMEOUT_S = 6.0, 1.0, 1.0, 0.1
 SLOTS = 2
+DEATHS = 100
+"""More deaths than a history has: three deaths of one item or merge put it into quarantine."""
 QUEUE = "nemesis.normal"
 
 
@@ -158,25 +161,26 @@ class Worker:
 
     def _serve(self) -> None:
         cluster = self._cluster
+        runtime = replace(self.runtime, items=ItemReader(self.runtime.ledger.store))
         while True:
             message = cluster.broker.take()
             cluster.holding[self._simulation.current] = message
             self.busy.append(message)
             World.run.name = f"run {len(self._simulation.trace)}"
-            self._handle(*message)
+            self._handle(runtime, *message)
             self.busy.remove(message)
             cluster.holding.pop(self._simulation.current)
             self._simulation.sleep(0.001)
 
-    def _handle(self, job: str, node: str, number: int) -> None:
+    def _handle(self, runtime: Runtime, job: str, node: str, number: int) -> None:
         request = Request(rlm={"message": number}, delivery_info={})
         task = SimpleNamespace(request=request)
         self._simulation.note(f"takes the message of {node} of {job[:4]}")
         try:
             if number < 0:
-                handle_merge(self.runtime, task, job, node)
+                handle_merge(runtime, task, job, node)
             else:
-                handle_node(self.runtime, task, job, node)
+                handle_node(runtime, task, job, node)
         except Exception as error:  # Celery logs it, and the process goes on
             self._simulation.note(f"the task raises {type(error).__name__}: {error}")
 
@@ -209,7 +213,12 @@ class Cluster:
         self.settings = Settings.model_validate(
             {
                 "namespace": "nemesis",
-                "ledger": {"lease_s": LEASE_S, "sweep_s": SWEEP_S, "grace_s": None},
+                "ledger": {
+                    "lease_s": LEASE_S,
+                    "sweep_s": SWEEP_S,
+                    "grace_s": None,
+                    "death_limit": DEATHS,
+                },
             }
         )
         self.keys = Keys("nemesis")
