@@ -47,10 +47,6 @@ class DueIndex:
         [found] = self._store.call(call, on_outage=self._on_outage)
         return [each.decode() for each in found]
 
-    def drop(self, job: str) -> None:
-        """Remove a job that has ended.  Raises StoreUnavailable."""
-        self._store.call(lambda client: client.zrem(self._key, job), on_outage=self._on_outage)
-
     def jobs(self, most: int) -> list[str]:
         """Return at most `most` open jobs, the next to sweep first.  Raises StoreUnavailable."""
         found: Any = self._store.call(

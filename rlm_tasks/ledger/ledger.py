@@ -280,7 +280,8 @@ class Ledger(LedgerReader):
         packed = _json.encode(error) if error else b""
         ended, took_ms, *splits = self._run("close", job, token, state, answer, packed)
         if ended:
-            self.due.drop(job)
+            # Not a plain removal: Redis may have lost the end of the job meanwhile.
+            self.call(self.due.look_again(job, 0, self.keys.of(job).job))
             self.after_close(job, [each.decode() for each in splits])
         return Closed(ended.decode(), int(took_ms))
 

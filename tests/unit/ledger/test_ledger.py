@@ -333,3 +333,17 @@ def test_a_job_whose_staged_items_are_lost_is_not_opened(platform: Platform) -> 
     writer = ItemWriter(platform.store, index, blocks, max_item_bytes=1000)
     source_of([1, 2, 3]).write(writer)
     assert ledger.open([(spec, "token")], 60) == [True]
+
+
+def test_a_job_leaves_the_index_only_while_its_record_says_that_it_has_ended(
+    platform: Platform, spec: JobSpec
+) -> None:
+    """Redis may lose the end of a job before the job leaves the index."""
+    ledger, record = platform.ledger, platform.keys.of(spec.job).job
+
+    platform.store.call(ledger.due.look_again(spec.job, 0, record))
+    assert ledger.due.jobs(10) == [spec.job]
+
+    ledger.stop(spec.job, "cancelled")
+    platform.store.call(ledger.due.look_again(spec.job, 0, record))
+    assert ledger.due.jobs(10) == []
