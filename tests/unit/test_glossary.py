@@ -23,15 +23,16 @@ NAMED = {name for _, text in ENTRIES for name in CODE.findall(text) if CLASS.ful
 
 
 def public_classes() -> set[str]:
-    """Return the names of the public classes; errors have a page of the reference."""
-    found = {
-        name: getattr(package, name)
-        for package in (rlm_tasks, resilience)
-        for name in package.__all__
-    }
+    """Return the names of the public classes; errors have a page of the reference.
+
+    A class with a second public name has its own name here.
+    """
+    found = [
+        getattr(package, name) for package in (rlm_tasks, resilience) for name in package.__all__
+    ]
     return {
-        name
-        for name, each in found.items()
+        each.__name__
+        for each in found
         if isinstance(each, type) and not issubclass(each, BaseException)
     }
 

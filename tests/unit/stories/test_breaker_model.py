@@ -84,7 +84,8 @@ class Truth:
     def probed(self, permit: str, outcome: str, now: float) -> Truth:
         """Return the state after a probe of this turn has ended."""
         if outcome == "failed":
-            return self.without(permit).moved(OPEN, now)
+            failed = replace(self.without(permit), failures=self.failures + 1)
+            return failed.moved(OPEN, now)
         after = replace(self.without(permit), successes=self.successes + (outcome == "ok"))
         return after.moved(CLOSED, now) if after.successes >= SUCCESSES else after
 

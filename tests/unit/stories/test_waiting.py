@@ -171,7 +171,7 @@ def _job(seed: int, name: str) -> tuple[WaitingPlatform, JobSpec, Outcomes, list
     request = JobRequest(
         operation=name,
         items=items,
-        options=Options(continue_on_error=True),
+        options=Options(continue_on_error=True, error_threshold=1),  # all items may fail
         conditions=conditions,
         **shape,
     )
