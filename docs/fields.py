@@ -109,12 +109,17 @@ def _about(field: griffe.Attribute) -> str:
     given = {
         each.arg: ast.literal_eval(each.value)
         for each in declared.keywords
-        if each.arg in {"description", *BOUNDS}
+        if each.arg in {"description", *BOUNDS} and not _is_far(each.value)
     }
     bounds = ", ".join(words.format(given[name]) for name, words in BOUNDS.items() if name in given)
     return " ".join(
         filter(None, [given.get("description", ""), f"{bounds.capitalize()}." if bounds else ""])
     )
+
+
+def _is_far(bound: ast.expr) -> bool:
+    """Whether a bound is a named constant: such a bound is far from every useful value."""
+    return any(isinstance(each, ast.Name) for each in ast.walk(bound))
 
 
 def _declaration(field: griffe.Attribute) -> ast.Call | None:
