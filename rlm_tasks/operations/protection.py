@@ -65,10 +65,8 @@ def protection(service: str, about: Mapping[str, Any]) -> Protection:
         )
     if declared.get("rate_limit") is not None and not isinstance(declared["rate_limit"], Mapping):
         declared["rate_limit"] = {"requests": declared["rate_limit"]}
-    if isinstance(declared.get("retry"), int):
-        from resilience.retry import RetryPolicy
-
-        declared["retry"] = RetryPolicy(max_attempts=declared["retry"])
+    if declared.get("retry") is not None:
+        declared["retry"] = _retry_policy(declared["retry"])
     if declared.get("cost") is not None and not declared.get("rate_limit"):
         raise InvalidRequest(
             "cost",
@@ -82,6 +80,21 @@ def protection(service: str, about: Mapping[str, Any]) -> Protection:
     if isinstance(declared.get("bulkhead"), int | float):
         refuse_unless_positive("bulkhead", declared["bulkhead"], error=InvalidRequest)
     return Protection(service=declared.pop("service", "") or service, **declared)
+
+
+def _retry_policy(declared: Any) -> RetryPolicy:
+    """Return a policy as it is, or make one from a number of attempts or a dict of its fields."""
+    from resilience.retry import RetryPolicy
+
+    if isinstance(declared, RetryPolicy):
+        return declared
+    if isinstance(declared, Mapping):
+        return RetryPolicy(**declared)
+    if isinstance(declared, int) and not isinstance(declared, bool):
+        return RetryPolicy(max_attempts=declared)
+    raise InvalidRequest(
+        "retry", declared, "must be a RetryPolicy, a dict of its fields, or a number of attempts"
+    )
 
 
 def _check_weight(declared: Mapping[str, Any]) -> None:

@@ -152,7 +152,7 @@ def operation(
     bulkhead: float | str | Aimd | Elastic | None = None,
     per_host: float | None = None,
     weight: float | Callable[..., float] = 1.0,
-    retry: RetryPolicy | int | None = None,
+    retry: RetryPolicy | Mapping[str, Any] | int | None = None,
     fallback: Callable[..., Any] | None = None,
     timeout_s: float | None = None,
 ) -> Callable[[Callable[..., Any]], Operation]: ...

@@ -8,6 +8,7 @@ import pytest
 
 from resilience.bulkhead import Elastic
 from resilience.errors import InvalidValue
+from resilience.retry import RetryPolicy
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs import item_failures as item_failures  # registers Celery's exceptions
 from rlm_tasks.operations.protection import protection
@@ -35,6 +36,8 @@ from rlm_tasks.operations.protection import protection
         ),
         ({"timeout_s": 0}, InvalidRequest, "timeout_s=0"),
         ({"retry": 0}, InvalidValue, "max_attempts=0"),
+        ({"retry": True}, InvalidRequest, "retry=True: must be a RetryPolicy"),
+        ({"retry": {"maxRetrys": 3}}, InvalidValue, "maxRetrys"),
     ],
 )
 def test_a_wrong_declaration_is_refused_at_once(
@@ -46,3 +49,10 @@ def test_a_wrong_declaration_is_refused_at_once(
 
 def test_a_fallback_alone_guards_calls() -> None:
     assert protection("op", {"fallback": len}).guards_calls
+
+
+def test_a_retry_is_a_number_of_attempts_a_dict_or_a_policy() -> None:
+    policy = RetryPolicy(max_attempts=3)
+
+    for given in (3, {"max_attempts": 3}, {"maxRetries": 2}, policy):
+        assert protection("unit", {"retry": given}).retry == policy
