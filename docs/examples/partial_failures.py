@@ -22,4 +22,5 @@ if __name__ == "__main__":
         print(result.output, f"{result.failure_rate:.0%} failed")
         for failure in result.failed:
             print(failure.index, failure.type, failure.message)
-        print(job.retry_failed().result(timeout=60).failed_count, "failed again")
+        again = job.retry_failed().result(timeout=60, propagate=False)
+        print(again.failed_count, "failed again")

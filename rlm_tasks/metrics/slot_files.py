@@ -6,7 +6,6 @@ the files.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -79,6 +78,8 @@ class SlotFiles:
 
     @contextmanager
     def _alone_in_folder(self) -> Iterator[None]:
+        import fcntl  # of Unix, as workers are; clients elsewhere load this module
+
         folder = os.open(self._folder, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)

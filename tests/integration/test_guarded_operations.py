@@ -125,7 +125,8 @@ def test_a_fallback_answers_while_the_breaker_is_open(guarded: Client) -> None:
     )
 
     assert (result.failed_count, result.output) == (0, [-item for item in range(1, 11)])
-    assert guarded.breakers.get("second_best").failure_count == 2
+    # A reader may go on with its last state for two seconds when Redis is slow.
+    wait_until(lambda: guarded.breakers.get("second_best").failure_count == 2)
 
 
 @pytest.mark.parametrize("operation", ["at_last", "at_last_async"])

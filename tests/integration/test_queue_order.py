@@ -101,7 +101,10 @@ class Turns:
 def ordered(server: embedded.Server, logs: Path) -> Iterator[Client]:
     """A client of a worker for these tests."""
     environment = environment_of(
-        server.url, "ordered", RLM_OPERATIONS="tests.integration.ordered_ops"
+        server.url,
+        "ordered",
+        RLM_OPERATIONS="tests.integration.ordered_ops",
+        RLM_BATCH__MAX_SIZE="1000",  # a batch fills its queue at once
     )
     worker = embedded.worker(environment, log=logs / "ordered.log", slots=SLOTS)
     with worker, client_of(environment) as own:

@@ -78,7 +78,7 @@ class HistoryServer(Protocol):
 @functools.cache
 def scripts() -> dict[str, Script]:
     """Return each script that a loaded module holds, by its digest."""
-    return {each.sha: each for each in gc.get_objects() if isinstance(each, Script)}
+    return {each.sha: each for each in gc.get_objects() if type(each) is Script}
 
 
 def name_of(command: Sequence[Any]) -> str:

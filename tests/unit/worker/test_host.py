@@ -18,7 +18,7 @@ from rlm_tasks.settings.model import Settings
 from rlm_tasks.version import __version__
 from rlm_tasks.worker.host import Host
 from rlm_tasks.worker.queue_order import QueueOrder
-from scheduler.board import Board, ClusterReport, HostReport, Orders
+from scheduler.board import Board, ClusterReport, HostReport, Orders, reported
 from scheduler.queues import QueueReport
 from scheduler.sampling import Sample, held_mb
 from scheduler.settings import PressureSettings
@@ -221,7 +221,7 @@ def test_the_report_of_a_host(machine: Machine) -> None:
         report.at,
         Level.HIGH,
         "memory 80 % of 1000 MB",
-        registry.versions(),
+        reported(registry.versions()),
     )
     assert abs(machine.board.clocks()["unit"]) < 5, "in this test its clock is that of the server"
 

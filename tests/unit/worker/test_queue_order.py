@@ -33,7 +33,8 @@ def test_running_nodes_are_counted_by_queue(monkeypatch: pytest.MonkeyPatch) -> 
     assert queue_order.running("unit.critical") == 1, "a request that is no longer held has ended"
 
 
-def test_without_facts_weights_alone_order_the_queues() -> None:
+def test_without_facts_weights_alone_order_the_queues(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QueueOrder, "facts", Facts())
     order = cycle_by_name("rlm_tasks.worker.queue_order:QueueOrder")()
     order.update(NAMES[::-1])
     order.consume(4)
