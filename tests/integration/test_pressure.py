@@ -518,6 +518,7 @@ def test_two_beats_cause_one_measurement_per_period(watched: Client, tmp_path: P
 def test_a_slow_item_causes_an_event_and_an_alert(watched: Client) -> None:
     received: list[Event] = []
     watched.on("execution.slow", received.append)
+    wait_until(lambda: watched.status().monitored)  # the monitor sends alerts
 
     job = watched.submit(operation="dawdle", items=[0.0, 0.3, 0.0])
     job.result(timeout=20)
