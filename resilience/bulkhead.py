@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import inspect
 import os
+import queue
 import secrets
+import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Real
 from types import AsyncGeneratorType, GeneratorType
@@ -402,7 +405,7 @@ def call_guarded(begin: Begin, func: Callable[..., Any], args: Any, kwargs: Any)
     The work of a generator, a coroutine or a future goes on after the call.  Its end is reported
     later: when it has ended, or when it is thrown away.
     """
-    ended = begin(func, args, kwargs)
+    ended = _begun(begin, func, args, kwargs)
     try:
         value = func(*args, **kwargs)
     except BaseException as error:
@@ -422,8 +425,50 @@ def call_guarded(begin: Begin, func: Callable[..., Any], args: Any, kwargs: Any)
     lasting: Any = wrapped(lambda: value, lambda *_: once)()
     if isinstance(value, asyncio.Future):
         lasting = asyncio.ensure_future(lasting)
-    weakref.finalize(lasting, once, asyncio.CancelledError()).atexit = False
+    weakref.finalize(lasting, _report, once, asyncio.CancelledError()).atexit = False
     return lasting
+
+
+class _Collector(threading.local):
+    """Whether the garbage collector runs in this thread."""
+
+    runs = False
+
+    def note(self, phase: str, _: object) -> None:
+        """Take note of a phase, ``start`` or ``stop``; `gc.callbacks` calls it."""
+        self.runs = phase == "start"
+
+
+_collector = _Collector()
+gc.callbacks.append(_collector.note)
+_unreported: queue.SimpleQueue[tuple[Ended, BaseException | None]] = queue.SimpleQueue()
+"""Ends that the garbage collector has brought about; its ``put`` may interrupt itself."""
+
+
+def _report(ended: Ended, error: BaseException | None) -> None:
+    """Report the end of a call; inside the garbage collector the next call reports it.
+
+    The collector may run while its thread holds a lock of the connection pool.  A report needs that
+    lock, so the thread would wait for itself.
+    """
+    if _collector.runs:
+        _unreported.put((ended, error))
+    else:
+        ended(error)
+
+
+def _left(ended: Ended, error: BaseException) -> None:
+    """Report the error that left a generator; one that is closed early has succeeded."""
+    _report(ended, None if isinstance(error, GeneratorExit) else error)
+
+
+def _begun(begin: Begin, func: Callable[..., Any], args: Any, kwargs: Any) -> Ended:
+    """Begin a call, after the report of ends that the garbage collector has brought about."""
+    while not _unreported.empty():
+        with suppress(queue.Empty):  # another thread reports it
+            ended, error = _unreported.get_nowait()
+            ended(error)
+    return begin(func, args, kwargs)
 
 
 class _Once:
@@ -441,7 +486,7 @@ class _Once:
 def _awaiting(func: Callable[..., Awaitable[Any]], begin: Begin) -> Callable[..., Any]:
     @functools.wraps(func)
     async def awaiting(*args: Any, **kwargs: Any) -> Any:
-        ended = begin(func, args, kwargs)
+        ended = _begun(begin, func, args, kwargs)
         try:
             value = await func(*args, **kwargs)
         except BaseException as error:
@@ -458,11 +503,11 @@ def _iterating(
 ) -> Callable[..., Generator[Any, Any, Any]]:
     @functools.wraps(func)
     def iterating(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        ended = begin(func, args, kwargs)
+        ended = _begun(begin, func, args, kwargs)
         try:
             value = yield from func(*args, **kwargs)
         except BaseException as error:
-            ended(None if isinstance(error, GeneratorExit) else error)
+            _left(ended, error)
             raise
         ended(None)
         return value
@@ -475,7 +520,7 @@ def _streaming(
 ) -> Callable[..., AsyncGenerator[Any, Any]]:
     @functools.wraps(func)
     async def streaming(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
-        ended = begin(func, args, kwargs)
+        ended = _begun(begin, func, args, kwargs)
         stream = func(*args, **kwargs)
         step = stream.asend(None)
         try:
@@ -491,7 +536,7 @@ def _streaming(
         except StopAsyncIteration:
             ended(None)
         except BaseException as error:
-            ended(None if isinstance(error, GeneratorExit) else error)
+            _left(ended, error)
             raise
 
     return streaming

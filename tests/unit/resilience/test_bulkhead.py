@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -590,6 +591,29 @@ def test_the_permit_of_a_generator_is_held_from_its_first_item_to_its_end(world:
     next(third)
     third.close()
     assert bulkhead.status()["used"] == 0
+
+
+def test_the_garbage_collector_calls_no_redis(world: World) -> None:
+    """It may interrupt a thread that holds a lock of the connection pool."""
+    store = world.store()
+    bulkhead = Bulkhead("llm", store, limit=2)
+
+    def stream() -> Iterator[int]:
+        yield from (1, 2)
+
+    half_read, unread = bulkhead(stream)(), bulkhead.call(stream)
+    next(half_read)
+    cycle: list[Any] = [half_read, unread]
+    cycle.append(cycle)
+    assert used(bulkhead) == 2
+    del half_read, unread, cycle
+    before = store.round_trips
+    gc.collect()
+    assert store.round_trips == before
+    assert used(bulkhead) == 2
+
+    assert list(bulkhead(stream)()) == [1, 2], "the next call gives both permits back first"
+    assert used(bulkhead) == 0
 
 
 def test_the_permit_of_an_awaitable_is_held_until_it_has_ended(world: World) -> None:
