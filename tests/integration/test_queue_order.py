@@ -104,7 +104,7 @@ def ordered(server: embedded.Server, logs: Path) -> Iterator[Client]:
         server.url,
         "ordered",
         RLM_OPERATIONS="tests.integration.ordered_ops",
-        RLM_BATCH__MAX_SIZE="1000",  # a batch fills its queue at once
+        RLM_BATCH__WAIT_S="0",  # a batch fills its queue at once
     )
     worker = embedded.worker(environment, log=logs / "ordered.log", slots=SLOTS)
     with worker, client_of(environment) as own:
