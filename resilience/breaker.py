@@ -32,7 +32,7 @@ from resilience.breaker_storage import (
     names_of,
     resident_mb,
 )
-from resilience.bulkhead import Ended, call_guarded, guarded
+from resilience.bulkhead import Ended, call_guarded, guarded, report_end
 from resilience.errors import Category, Denied, name_of
 from resilience.faults import classify
 from resilience.settings import store_settings
@@ -234,7 +234,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         try:
             value = await func(*args, **kwargs)
         except BaseException as error:
-            ended(error)
+            report_end(ended, error)
             raise
         ended(None)
         return value

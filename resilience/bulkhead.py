@@ -332,7 +332,7 @@ class Bulkhead:
         try:
             yield permit
         except BaseException as error:
-            permit.release(error)
+            report_end(permit.release, error)
             raise
         permit.release()
 
@@ -425,7 +425,7 @@ def call_guarded(begin: Begin, func: Callable[..., Any], args: Any, kwargs: Any)
     lasting: Any = wrapped(lambda: value, lambda *_: once)()
     if isinstance(value, asyncio.Future):
         lasting = asyncio.ensure_future(lasting)
-    weakref.finalize(lasting, _report, once, asyncio.CancelledError()).atexit = False
+    weakref.finalize(lasting, report_end, once, asyncio.CancelledError()).atexit = False
     return lasting
 
 
@@ -445,7 +445,7 @@ _unreported: queue.SimpleQueue[tuple[Ended, BaseException | None]] = queue.Simpl
 """Ends that the garbage collector has brought about; its ``put`` may interrupt itself."""
 
 
-def _report(ended: Ended, error: BaseException | None) -> None:
+def report_end(ended: Ended, error: BaseException | None) -> None:
     """Report the end of a call; inside the garbage collector the next call reports it.
 
     The collector may run while its thread holds a lock of the connection pool.  A report needs that
@@ -459,7 +459,7 @@ def _report(ended: Ended, error: BaseException | None) -> None:
 
 def _left(ended: Ended, error: BaseException) -> None:
     """Report the error that left a generator; one that is closed early has succeeded."""
-    _report(ended, None if isinstance(error, GeneratorExit) else error)
+    report_end(ended, None if isinstance(error, GeneratorExit) else error)
 
 
 def _begun(begin: Begin, func: Callable[..., Any], args: Any, kwargs: Any) -> Ended:
@@ -490,7 +490,7 @@ def _awaiting(func: Callable[..., Awaitable[Any]], begin: Begin) -> Callable[...
         try:
             value = await func(*args, **kwargs)
         except BaseException as error:
-            ended(error)
+            report_end(ended, error)
             raise
         ended(None)
         return value

@@ -16,8 +16,8 @@ class PressureSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=Fal
 
     cpu: Literal["waiting", "utilisation"] = Field(
         "waiting",
-        description="`waiting`: CPU counts only when work waits for it; `utilisation`: CPU counts "
-        "by its busy share.",
+        description="`waiting`: CPU counts only when work waits for it, and refuses no jobs; "
+        "`utilisation`: CPU counts by its busy share, and refuses jobs as memory does.",
     )
     thresholds: tuple[float, float, float, float] = Field(
         (65.0, 75.0, 85.0, 95.0),
@@ -135,7 +135,7 @@ class BatchSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False)
         50,
         ge=1,
         description="Requests that `batch_submit` opens at a time under moderate load; where "
-        "workers live, so many of its jobs at most are open and unclaimed at once. Also "
+        "workers live, at most that number of its jobs are open and unclaimed. Also "
         "`WORKFLOW_MAX_BATCH_SIZE`.",
     )
     wait_s: float = Field(

@@ -596,23 +596,29 @@ def test_the_permit_of_a_generator_is_held_from_its_first_item_to_its_end(world:
 def test_the_garbage_collector_calls_no_redis(world: World) -> None:
     """It may interrupt a thread that holds a lock of the connection pool."""
     store = world.store()
-    bulkhead = Bulkhead("llm", store, limit=2)
+    bulkhead = Bulkhead("llm", store, limit=4)
 
     def stream() -> Iterator[int]:
         yield from (1, 2)
 
+    async def pause() -> None:
+        await asyncio.sleep(0)
+
     half_read, unread = bulkhead(stream)(), bulkhead.call(stream)
+    awaited = bulkhead(pause)(), bulkhead.call_async(pause)
     next(half_read)
-    cycle: list[Any] = [half_read, unread]
+    for each in awaited:
+        each.send(None)
+    cycle: list[Any] = [half_read, unread, *awaited]
     cycle.append(cycle)
-    assert used(bulkhead) == 2
-    del half_read, unread, cycle
+    assert used(bulkhead) == 4
+    del half_read, unread, awaited, each, cycle
     before = store.round_trips
     gc.collect()
     assert store.round_trips == before
-    assert used(bulkhead) == 2
+    assert used(bulkhead) == 4
 
-    assert list(bulkhead(stream)()) == [1, 2], "the next call gives both permits back first"
+    assert list(bulkhead(stream)()) == [1, 2], "the next call gives all permits back first"
     assert used(bulkhead) == 0
 
 
