@@ -18,7 +18,7 @@ from celery.exceptions import Reject
 
 from resilience.errors import StoreUnavailable, name_of
 from resilience.store import Refused
-from rlm_tasks.engine.node import run_node
+from rlm_tasks.engine.node import entry_of_next_node, run_node
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.errors import UnknownOperation
 from rlm_tasks.jobs import spec as specs
@@ -145,7 +145,7 @@ def _merge(runtime: Runtime, request: Any, job: str, split_id: str) -> bool:
         # Its process may have died of this merge.  The root merge will repeat it, and counts such
         # deaths.
         return True
-    entry = runtime.page_entry()
+    entry = entry_of_next_node(runtime)
     entry.hold(
         pid=os.getpid(), job=job, node=split_id, token=secrets.token_hex(8), at=runtime.clock()
     )

@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 
 from resilience.bulkhead import Bulkhead, Permit
-from resilience.store import Call
+from resilience.errors import StoreUnavailable
+from resilience.store import Call, Refused
 from resilience.waiters import URGENCY
 from rlm_tasks.engine import counts
 from rlm_tasks.engine.closing import merge_root
@@ -29,10 +30,11 @@ from rlm_tasks.engine.cutting import Cutting, wait_ms
 from rlm_tasks.engine.guards import Postponed
 from rlm_tasks.engine.pace import Pace
 from rlm_tasks.engine.runtime import Runtime
-from rlm_tasks.engine.shared_page import ProcessEntry, Step
+from rlm_tasks.engine.shared_page import NO_ITEM, ProcessEntry, Step
 from rlm_tasks.engine.work import BatchWork, Work
 from rlm_tasks.errors import Quarantined, UnknownOperation
 from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.records import MERGE, PROCESS, ROOT, Claim, Finished, Report, Suspect
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.registry import Operation
@@ -62,7 +64,7 @@ def run_node(runtime: Runtime, job: str, node: str, message: int = 0) -> bool:
                 newer, unknown
     ==========  =================================================================================
     """
-    entry, token = runtime.page_entry(), secrets.token_hex(8)
+    entry, token = entry_of_next_node(runtime), secrets.token_hex(8)
     entry.hold(pid=os.getpid(), job=job, node=node, token=token, at=runtime.clock())
     try:
         runtime.reached(CrashPoint.BEFORE_CLAIM)
@@ -74,8 +76,13 @@ def run_node(runtime: Runtime, job: str, node: str, message: int = 0) -> bool:
             with _in_its_slot(runtime, claim):
                 return _run_claimed(runtime, claim, entry)
     except MemoryError:
-        _give_up_for_memory(runtime, job, node, token)
+        # Treated as the death of this process: the range is halved, and a lone item is a suspect.
+        logger.error("Node %s of job %s ran out of memory; it is given back", node, job)
+        release(runtime, runtime.ledger, job, node, token, died_of="MemoryError")
         return False
+    except (StoreUnavailable, Refused):
+        entry.give_up()
+        raise
     finally:
         entry.let_go()
     if claim.waiting:
@@ -98,11 +105,27 @@ def _in_its_slot(runtime: Runtime, claim: Claim) -> Iterator[None]:
         runtime.preemption.settle(urgent, f"{claim.job} {claim.node}")
 
 
-def _give_up_for_memory(runtime: Runtime, job: str, node: str, token: str) -> None:
-    """Treat it as the death of this process: the range is halved, and a lone item is a suspect."""
-    logger.error("Node %s of job %s ran out of memory; it is given back", node, job)
-    for held in (node, MERGE):
-        if runtime.ledger.release(job=job, node=held, token=token, item=-1, died_of="MemoryError"):
+def entry_of_next_node(runtime: Runtime) -> ProcessEntry:
+    """Return this process's entry of the shared page, free for the next node.
+
+    A node that was given up without Redis goes back first.  Raises StoreUnavailable.
+    """
+    entry = runtime.page_entry()
+    if (held := entry.given_up) is not None:
+        release(runtime, runtime.ledger, held.job, held.node, held.token)
+        entry.clear()
+    return entry
+
+
+def release(
+    runtime: Runtime, ledger: Ledger, job: str, node: str, token: str, *, died_of: str = ""
+) -> None:
+    """Give back a node that this worker no longer runs, or the merge that followed it.
+
+    Without a cause of death this counts as no loss.  Raises StoreUnavailable.
+    """
+    for held in dict.fromkeys((node, MERGE)):
+        if ledger.release(job=job, node=held, token=token, item=NO_ITEM, died_of=died_of):
             runtime.delivery.resend(job, [held])
 
 

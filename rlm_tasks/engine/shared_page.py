@@ -42,14 +42,14 @@ class Step(IntEnum):
 
 
 _HEADER = 64
-# generation (odd during a write), pid, token, item, time, limit, job, node, doomed
-_ENTRY = struct.Struct("<II8sqdd40s16sB")
+# generation (odd during a write), pid, token, item, time, limit, job, node, doomed, given up
+_ENTRY = struct.Struct("<II8sqdd40s16sBB")
 _PID = struct.Struct("<I")
 _ITEM = struct.Struct("<q")
 _TIME = struct.Struct("<d")
 _IN_FLIGHT = struct.Struct("<qdd")  # item, time, limit
 _GENERATION = struct.Struct("<I")
-_PID_AT, _ITEM_AT, _TIME_AT, _LIMIT_AT, _DOOMED_AT = 4, 16, 24, 32, 96
+_PID_AT, _ITEM_AT, _TIME_AT, _LIMIT_AT, _DOOMED_AT, _GIVEN_UP_AT = 4, 16, 24, 32, 96, 97
 _DRAINING_AT, _HUNGRY_AT, _RECALLS_AT, _TERMINATING_AT, _URGENT_AT, _LEVEL_AT = 0, 1, 2, 3, 4, 8
 _AVAILABLE_AT, _SLOTS_AT, _FREE_AT = 16, 24, 32
 # monotonic ms << 8 | level by which jobs are refused << 4 | level.  It is one aligned word, so a
@@ -69,6 +69,7 @@ class Held:
     item: int  # in flight; NO_ITEM; SEVERAL_ITEMS: a batch, or many at once; or a Step
     since: float  # monotonic time of the last slice boundary, or of the step's start, in seconds
     limit_s: float  # the time limit of an item, or of the step; 0: no limit
+    given_up: bool = False  # its process went on without Redis, and lives
 
     @property
     def step(self) -> Step | None:
@@ -95,7 +96,7 @@ class ProcessEntries:
         """Clear the entry of a dead process; another process may get its number soon."""
         for offset, held in self._filled():
             if held.pid == pid:
-                ProcessEntry(self._memory, offset).let_go()
+                ProcessEntry(self._memory, offset).clear()
 
     def doom(self, pid: int) -> None:
         """Mark a process that will be terminated on purpose: a signal is meant for it alone."""
@@ -106,30 +107,8 @@ class ProcessEntries:
     def _filled(self) -> Iterator[tuple[int, Held]]:
         """Yield each entry with a node, with its place in memory."""
         for offset in range(_HEADER, len(self._memory), _ENTRY.size):
-            if (found := self._read(offset)) is not None:
+            if (found := _read(self._memory, offset)) is not None:
                 yield offset, found
-
-    def _read(self, offset: int) -> Held | None:
-        if not _PID.unpack_from(self._memory, offset + _PID_AT)[0]:
-            return None
-        for _ in range(100):
-            before = _GENERATION.unpack_from(self._memory, offset)[0]
-            _, pid, token, item, since, limit_s, job, node, _ = _ENTRY.unpack_from(
-                self._memory, offset
-            )
-            if before % 2 == 0 and before == _GENERATION.unpack_from(self._memory, offset)[0]:
-                held = Held(
-                    pid=pid,
-                    job=job.rstrip(b"\0").decode(),
-                    node=node.rstrip(b"\0").decode(),
-                    token=token.hex(),
-                    item=item,
-                    since=since,
-                    limit_s=limit_s,
-                )
-                return held if held.job else None
-        # Its writer died between the two halves of a write: nothing in the entry can be trusted.
-        return None
 
 
 class SharedPage(ProcessEntries):
@@ -252,6 +231,31 @@ class SharedPage(ProcessEntries):
         _PID.pack_into(self._memory, _SLOTS_AT, total)
 
 
+def _read(memory: mmap.mmap, offset: int) -> Held | None:
+    """Return what an entry holds, None when its process holds no node."""
+    if not _PID.unpack_from(memory, offset + _PID_AT)[0]:
+        return None
+    for _ in range(100):
+        before = _GENERATION.unpack_from(memory, offset)[0]
+        _, pid, token, item, since, limit_s, job, node, _, given_up = _ENTRY.unpack_from(
+            memory, offset
+        )
+        if before % 2 == 0 and before == _GENERATION.unpack_from(memory, offset)[0]:
+            held = Held(
+                pid=pid,
+                job=job.rstrip(b"\0").decode(),
+                node=node.rstrip(b"\0").decode(),
+                token=token.hex(),
+                item=item,
+                since=since,
+                limit_s=limit_s,
+                given_up=bool(given_up),
+            )
+            return held if held.job else None
+    # Its writer died between the two halves of a write: nothing in the entry can be trusted.
+    return None
+
+
 class ProcessEntry:
     """The entry in which one pool process writes the node that it holds."""
 
@@ -263,8 +267,29 @@ class ProcessEntry:
         self._write(pid=pid, job=job, node=node, token=bytes.fromhex(token), at=at)
 
     def let_go(self) -> None:
-        """Clear the entry: this process holds no node."""
+        """Clear the entry, because this process holds no node; a node that is given up stays."""
+        if not self._memory[self._offset + _GIVEN_UP_AT]:
+            self.clear()
+
+    def clear(self) -> None:
+        """Clear the entry."""
         self._write(pid=0, job="", node="", token=bytes(8), at=0.0)
+
+    def give_up(self) -> None:
+        """Mark the node as given up: this process lost Redis, and stopped to work on the node.
+
+        The supervisor gives the node back when Redis answers again, and so does this process before
+        its next node.  Nothing has died, so this counts against no item and no merge.
+        """
+        self.start_item(NO_ITEM)
+        self._memory[self._offset + _GIVEN_UP_AT] = 1
+
+    @property
+    def given_up(self) -> Held | None:
+        """The node that this process has given up; None: it holds its node, or none."""
+        if not self._memory[self._offset + _GIVEN_UP_AT]:
+            return None
+        return _read(self._memory, self._offset)
 
     @property
     def doomed(self) -> bool:
@@ -306,6 +331,7 @@ class ProcessEntry:
             0.0,
             job.encode(),
             node.encode(),
+            0,
             0,
         )
         _GENERATION.pack_into(self._memory, self._offset, (odd + 1) & 0xFFFFFFFF)

@@ -27,7 +27,8 @@ def give_back(runtime: Runtime, held: Held, died_of: str, *, condemned: bool = F
     """Release a node whose process is dead or will be killed; return whether it needs a message.
 
     The next claim of the node knows the item that was in flight.  A `condemned` item does not run
-    again.  While Redis is away the entry stays in the shared page, and the supervisor tries again.
+    again.  A death after the node was given up is no fault of the node.  While Redis is away the
+    entry stays in the shared page, and the supervisor tries again.
     """
     try:
         waits = runtime.ledger.fail_fast().release(
@@ -35,7 +36,7 @@ def give_back(runtime: Runtime, held: Held, died_of: str, *, condemned: bool = F
             node=held.node,
             token=held.token,
             item=held.item if held.step is None else NO_ITEM,
-            died_of=died_of,
+            died_of="" if held.given_up else died_of,
             condemned=condemned,
         )
     except UNREACHABLE as error:

@@ -22,6 +22,7 @@ from celery.worker import state
 from redis.exceptions import ResponseError
 
 from resilience.store import Call
+from rlm_tasks.engine.node import release
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.ledger.records import SWEEP_AT_ONCE
 from rlm_tasks.worker.host import Host
@@ -98,6 +99,7 @@ class Supervisor(threading.Thread):
         self._settings_checked = False
         self._offered: tuple[int, int] | None = None  # all slots and free slots, as published
         self._reaped_at: dict[int, float] = {}  # pid -> when it was found reaped, cause unknown
+        self._given_back: dict[int, str] = {}  # pid -> token of a node that its process gave up
         self._drained_queues: list[str] = []  # not consumed until `resume`
         self._announced = 0  # ranks of urgent work announced since the last exchange began
         # Times of the last tick, and of the last tick at which the ledger answered.
@@ -199,7 +201,11 @@ class Supervisor(threading.Thread):
         if now >= self._due["beat"]:
             self._due["beat"] = now + ledger.lease_s / 3
             self._ledger.beat(
-                [(held.job, held.node, held.token) for held in self._runtime.page.held()]
+                [
+                    (held.job, held.node, held.token)
+                    for held in self._runtime.page.held()
+                    if not held.given_up
+                ]
             )
         if now >= self._due["sweep"]:
             self._due["sweep"] = now + ledger.sweep_s
@@ -284,8 +290,13 @@ class Supervisor(threading.Thread):
                     extra={"job": held.job, "node": held.node},
                 )
                 self._reaped_at.pop(held.pid, None)
+                self._given_back.pop(held.pid, None)
                 if give_back(self._runtime, held, died_of):
                     self._runtime.delivery.resend(held.job, [held.node])
+            elif held.given_up and self._given_back.get(held.pid) != held.token:
+                # Only its living process writes the entry, so the entry stays.
+                release(self._runtime, self._ledger, held.job, held.node, held.token)
+                self._given_back[held.pid] = held.token
 
     def _reaped_by_pool(self, pid: int) -> str:
         """Return the cause of death of a process that billiard has reaped.

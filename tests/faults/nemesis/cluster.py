@@ -5,8 +5,8 @@ They run the platform's own code: the handlers of messages, the engine, the ledg
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from queue import Empty
 from random import Random
@@ -35,8 +35,6 @@ from tests.faults.nemesis.simulation import Process, Simulation
 
 LEASE_S, SWEEP_S, TIMEOUT_S, GUARD_TIMEOUT_S = 6.0, 1.0, 1.0, 0.1
 SLOTS = 2
-DEATHS = 100
-"""More deaths than a history has: three deaths of one item or merge put it into quarantine."""
 QUEUE = "nemesis.normal"
 
 
@@ -190,6 +188,7 @@ class Worker:
 
     def kill_process(self, process: Process) -> None:
         """Kill a process of the pool; the worker gives its message back and replaces it."""
+        self._cluster.note_losses(self, {process.pid})
         process.dead = True
         self._cluster.redeliver(process)
         self._simulation.start("respawn", self._respawn, self)
@@ -201,6 +200,7 @@ class Worker:
 
     def kill(self) -> None:
         """Kill the whole worker; its messages come again much later, or never."""
+        self._cluster.note_losses(self, {each.pid for each in self.pool})
         for process in self.processes():
             process.dead = True
 
@@ -213,16 +213,12 @@ class Cluster:
         self.settings = Settings.model_validate(
             {
                 "namespace": "nemesis",
-                "ledger": {
-                    "lease_s": LEASE_S,
-                    "sweep_s": SWEEP_S,
-                    "grace_s": None,
-                    "death_limit": DEATHS,
-                },
+                "ledger": {"lease_s": LEASE_S, "sweep_s": SWEEP_S, "grace_s": None},
             }
         )
         self.keys = Keys("nemesis")
         self.holding: dict[Process | None, tuple[str, str, int]] = {}
+        self.losses = Counter[str]()
         self.broker = Broker(network)
         self.workers = [Worker(self, f"w{number}") for number in (1, 2)]
         network.kill = self._kill_caller
@@ -295,6 +291,11 @@ class Cluster:
         broker.send_root([spec], ROOT)
 
     # --- deaths --------------------------------------------------------------------------------
+
+    def note_losses(self, worker: Worker, pids: Collection[int]) -> None:
+        """Count for each job the processes that die, or are frozen, while they hold its nodes."""
+        held = [each.job for each in worker.runtime.page.held() if each.pid in pids]
+        self.losses.update(held)
 
     def cause_of_death(self, pid: int) -> str:
         """Return the signal by which a process of a pool died, '' while it lives."""

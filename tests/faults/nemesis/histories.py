@@ -142,6 +142,7 @@ class Storm:
     def _freeze_worker(self) -> None:
         """Stop all processes of a worker, as SIGSTOP or a paused virtual machine does."""
         worker = self._plan.random.choice(self._cluster.workers)
+        self._cluster.note_losses(worker, {each.pid for each in worker.pool})
         for process in worker.processes():
             process.frozen_until = self._simulation.now + self._plan.random.uniform(0, 2 * LEASE_S)
 
@@ -183,7 +184,7 @@ def _played(seed: int, simulation: Simulation, network: Network, random: Random)
         _calm(cluster, network)
         began = simulation.now
         simulation.run(lambda: all(_ended(ledger, job) for job in jobs), CALM_S)
-        found = [each for job in jobs for each in violations(ledger, job)]
+        found = [each for job in jobs for each in violations(ledger, job, cluster.losses[job.id])]
         calm_s, allowed_s = simulation.now - began, SWEEPS * SWEEP_S + sum(j.work_s for j in jobs)
         if calm_s > allowed_s:
             found.append(

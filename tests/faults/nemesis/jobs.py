@@ -9,7 +9,7 @@ import itertools
 import threading
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any, ClassVar
 
@@ -98,11 +98,13 @@ class HistoryJob:
     cancel_at_s: float | None = None
     spec: JobSpec | None = None
     cancelled: bool = False
+    quarantined: set[int] = field(default_factory=set)
 
     @property
     def failing(self) -> set[int]:
-        """The items that fail."""
-        return {i for i, item in enumerate(self.items) if item and item["fails"]}
+        """The items that fail, or that have met too many deaths."""
+        fails = {i for i, item in enumerate(self.items) if item and item["fails"]}
+        return fails | self.quarantined
 
     @property
     def work_s(self) -> float:
@@ -125,6 +127,8 @@ class HistoryJob:
             states.add(Status.CANCELLED.value)
         if self.request.options.timeout_ms:
             states.add(Status.EXPIRED.value)
+        if self.quarantined and len(self.failing | self.empty) == len(self.items):
+            states.add(Status.FAILED.value)
         return states
 
 
@@ -173,10 +177,18 @@ def random_job(random: Random) -> HistoryJob:
     )
 
 
-def violations(ledger: Ledger, job: HistoryJob) -> list[str]:
-    """Return what is wrong with the end of a job."""
+def violations(ledger: Ledger, job: HistoryJob, losses: int) -> list[str]:
+    """Return what is wrong with the end of a job; `losses` processes of its nodes were lost.
+
+    As many losses as the limit of deaths may put an item or the merge into quarantine.
+    """
     facts = ledger.facts(job.id)
     state = facts.get("state", "unknown")
+    unlucky = losses >= ledger.settings.death_limit
+    if unlucky and "Quarantined" in facts.get("error", ""):
+        return []
+    quarantined = {each.index for each in ledger.quarantine.items(job.id)}
+    job.quarantined = quarantined if unlucky else set()
     if state not in job.allowed:
         return [
             f"{job.id} is {state}, not {job.allowed}: stop={facts.get('stop')!r} "
@@ -192,8 +204,8 @@ def violations(ledger: Ledger, job: HistoryJob) -> list[str]:
         found.append(f"{job.id}: items {failed_items} failed, not {job.failing}")
     if not empty_items <= job.empty:
         found.append(f"{job.id}: items {empty_items} were empty, not {job.empty}")
-    if ledger.quarantine.items(job.id):
-        found.append(f"{job.id}: an innocent item is in quarantine")
+    if quarantined - job.quarantined:
+        found.append(f"{job.id}: innocent items {quarantined} are in quarantine")
     pieces = ledger.ranges(job.id)
     if any(a[1] > b[0] for a, b in itertools.pairwise(pieces)):
         found.append(f"{job.id}: the ranges {pieces} overlap")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 import pytest
 
-from rlm_tasks.ledger.records import ROOT, SWEEP_AT_ONCE, Child, Report
+from resilience.errors import StoreUnavailable
+from rlm_tasks.engine.node import run_node
+from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.ledger.records import MERGE, ROOT, SWEEP_AT_ONCE, Child, Report
 from rlm_tasks.requests import JobRequest
-from rlm_tasks.worker.lost_nodes import REAPED
+from rlm_tasks.worker.lost_nodes import REAPED, give_back
 from rlm_tasks.worker.supervisor import SWEEPS_IN_A_ROW, Supervisor
 from tests.unit.harness import Platform
 
@@ -51,6 +55,70 @@ def test_a_dead_process_is_left_to_celery_for_a_while() -> None:
 
     [record] = platform.ledger.records(spec.job, [ROOT])
     assert (record.state, record.lost_by) == ("q", REAPED)
+
+
+def outage_in_merges(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> JobSpec:
+    """Return a job whose only node has lost Redis before it closed the job."""
+
+    def away(*_: Any, **__: Any) -> None:
+        raise StoreUnavailable("redis://fake", "away")
+
+    monkeypatch.setattr(platform.ledger, "close", away)
+    spec = platform.submit(JobRequest(operation="sum", items=range(10)))
+    platform.mailbox.messages.clear()
+    with pytest.raises(StoreUnavailable):
+        run_node(platform.runtime, spec.job, ROOT)
+    return spec
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_merge_that_loses_redis_again_and_again_is_not_quarantined(
+    idle: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = Platform()
+    spec = outage_in_merges(platform, monkeypatch)
+    supervisor = Supervisor(platform.runtime, {}, lambda: 1, list)
+    for _ in range(2 * platform.settings.ledger.death_limit):
+        if idle:
+            supervisor._reap(0.0)
+            assert platform.mailbox.messages.pop() == (spec.job, MERGE)
+        # A busy process gives the merge back before its next node.
+        with pytest.raises(StoreUnavailable):
+            run_node(platform.runtime, spec.job, MERGE)
+    monkeypatch.undo()
+
+    assert run_node(platform.runtime, spec.job, MERGE)
+
+    facts = platform.ledger.facts(spec.job)
+    assert (facts["state"], platform.output(spec)) == ("succeeded", sum(range(10)))
+    assert list(platform.runtime.page.held()) == []
+
+
+def test_a_node_that_was_given_up_is_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = Platform()
+    spec = outage_in_merges(platform, monkeypatch)
+    supervisor = Supervisor(platform.runtime, {}, lambda: 1, list)
+    for _ in range(2):
+        supervisor._reap(0.0)
+    assert platform.mailbox.messages == [(spec.job, MERGE)]
+
+    supervisor._due["beat"] = 0.0
+    supervisor._tick(0.0)
+    [record] = platform.ledger.records(spec.job, [MERGE])
+    assert record.state == "q", "no lease of it is renewed"
+
+
+def test_a_process_that_dies_after_an_outage_harms_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = Platform()
+    spec = outage_in_merges(platform, monkeypatch)
+    monkeypatch.undo()
+    [held] = platform.runtime.page.held()
+
+    assert give_back(platform.runtime, held, "SIGKILL")
+
+    assert run_node(platform.runtime, spec.job, MERGE)
+    [record] = platform.ledger.records(spec.job, [MERGE])
+    assert (record.losses, platform.ledger.facts(spec.job)["state"]) == (0, "succeeded")
 
 
 def test_one_job_that_cannot_be_swept_stops_no_other(caplog: pytest.LogCaptureFixture) -> None:
