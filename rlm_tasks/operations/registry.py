@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from scheduler.allocation import ResourceAllocationPolicy
 
 _PROTECTING = frozenset(each.name for each in fields(Protection))
+_FUNCTIONS = ("merge", "finalize", "validate", "simplified", "then", "cost", "fallback")
+LONGEST_NAME = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +193,8 @@ def operation(name: Any = None, **about: Any) -> Any:
         return register(Operation(getattr(name, "__name__", "operation"), name))
 
     def decorate(function: Callable[..., Any]) -> Operation:
-        known = name or function.__name__
+        known = getattr(function, "__name__", "operation") if name is None else name
+        _check_options(known, function, about)
         if isinstance(about.get("allocation"), Mapping):
             from scheduler.allocation import ResourceAllocationPolicy
 
@@ -209,10 +212,8 @@ def register(new: Operation) -> Operation:
 
     Raises InvalidRequest for options that contradict each other.
     """
-    if new.concurrency < 1 or (new.concurrency > 1 and not new.is_async):
-        raise InvalidRequest(
-            "concurrency", new.concurrency, "must be at least 1, and above 1 needs an async def"
-        )
+    if new.concurrency > 1 and not new.is_async:
+        raise InvalidRequest("concurrency", new.concurrency, "above 1 needs an async def")
     if new.batch and new.is_async:
         raise InvalidRequest("batch", new.name, "an async def takes one item; remove batch")
     if new.simplified is not None and inspect.iscoroutinefunction(new.simplified) != new.is_async:
@@ -221,6 +222,21 @@ def register(new: Operation) -> Operation:
         )
     _registry[new.name] = new
     return new
+
+
+def _check_options(name: object, function: object, about: Mapping[str, Any]) -> None:
+    """Raise InvalidRequest for an option of the wrong kind, which would fail each job."""
+    if not (isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()):
+        advice = f"must be a text of 1 to {LONGEST_NAME} printable characters"
+        raise InvalidRequest("name", name, advice)
+    for option, value in {"function": function, **about}.items():
+        may_be_left_out = option in _FUNCTIONS and value is None
+        if option in ("function", *_FUNCTIONS) and not may_be_left_out and not callable(value):
+            raise InvalidRequest(option, value, "must be a function")
+        if option == "batch" and not isinstance(value, bool):
+            raise InvalidRequest(option, value, "must be True or False")
+        if option in ("concurrency", "version") and (type(value) is not int or value < 1):
+            raise InvalidRequest(option, value, "must be a whole number of at least 1")
 
 
 def get(name: str) -> Operation:

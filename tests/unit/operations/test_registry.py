@@ -6,7 +6,7 @@ import pytest
 
 from rlm_tasks import InvalidRequest, operation
 from rlm_tasks.operations.context import Context
-from rlm_tasks.operations.registry import get
+from rlm_tasks.operations.registry import get, names
 
 
 def test_an_operation_without_a_name_has_that_of_its_function() -> None:
@@ -32,7 +32,40 @@ def test_an_operation_takes_the_context_when_it_has_a_second_parameter() -> None
     assert with_default.apply(2, Context("j", {})) == 4
 
 
-@pytest.mark.parametrize("about", [{"concurrency": 0}, {"concurrency": 5}])
-def test_wrong_options_are_refused(about: dict[str, int]) -> None:
-    with pytest.raises(InvalidRequest, match="concurrency"):
-        operation("unit_wrong", **about)(lambda item: item)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("concurrency", value) for value in (0, 5, "5", 1.5, True)),
+        *(("version", value) for value in (0, "2", None)),
+        *(("batch", value) for value in ("yes", 1, None)),
+        *(
+            (option, 3)
+            for option in (
+                "merge",
+                "finalize",
+                "validate",
+                "simplified",
+                "then",
+                "fallback",
+                "cost",
+            )
+        ),
+    ],
+)
+def test_wrong_options_are_refused_by_name(option: str, value: object) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        operation("unit_wrong", **{option: value})(lambda item: item)  # type: ignore[call-overload]
+    assert raised.value.field == option
+    assert "unit_wrong" not in names()
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\ud800", "\x1b[2J", "x" * 201, 3])
+def test_a_name_that_no_table_can_show_is_refused(name: object) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        operation(name)(lambda item: item)  # type: ignore[call-overload]
+    assert raised.value.field == "name"
+
+
+def test_only_a_function_is_registered() -> None:
+    with pytest.raises(InvalidRequest, match=r"function=3: must be a function"):
+        operation("unit_wrong")(3)  # type: ignore[arg-type]
