@@ -114,7 +114,10 @@ def main() -> int:
                 faults, calls = faults + each.faults, calls + each.calls
                 slowest_s = max(slowest_s, each.calm_s)
                 broken += [each] if each.violations else []
-            _progress(spinner, f"{done} of {asked.histories} histories, {len(broken)} violations")
+            seeds_of = ", ".join(str(each.seed) for each in broken) or "none"
+            _progress(
+                spinner, f"{done} of {asked.histories} histories; broken promises: {seeds_of}"
+            )
     for each in broken[:3]:
         show(shrunk(each))
     print(
