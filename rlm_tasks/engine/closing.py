@@ -7,7 +7,8 @@ again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from resilience.errors import StoreUnavailable, name_of
 from rlm_tasks.engine.crashpoints import CrashPoint, no_hook
@@ -43,39 +44,35 @@ def merge_root(
     Return '' when another process holds the merge, or when a round has to end first.
     """
     has_rounds = operation.then is not None and not spec.parent
-    is_poison = claim.losses >= ledger.settings.death_limit
-    if not is_poison:
-        reached(CrashPoint.DURING_MERGE)
-    try:
-        if is_poison:
-            raise Quarantined("the merge", claim.losses, claim.lost_by)
-        answer = (
-            _answer(ledger, spec, operation)
-            if not has_rounds
-            else rounds.advance(claim, spec, operation)
-        )
-        if answer is None:
-            return ""
-        limit.checked(answer, "the answer of the job")
-    except (MemoryError, StoreUnavailable):
-        raise  # a later attempt may have memory, or Redis; the third loss fails the job
-    except BaseException as error:
-        raise_if_shutdown(error)
-        logger.warning("The merge of job %s raised %s", spec.job, name_of(error))
-        status = error.ends_as if isinstance(error, RoundFailed) else Status.FAILED
-        closed = ledger.close(spec.job, claim.token, status, error=failure_of(-1, error))
+
+    def end(status: Status, answer: bytes = b"", error: Mapping[str, Any] | None = None) -> str:
+        closed = ledger.close(spec.job, claim.token, status, answer, error)
         rounds.continue_parent(spec)
         if closed.state and has_rounds:
             rounds.end(spec)
         node_events.of_job(spec, closed)
         return closed.state
+
+    try:
+        if claim.losses >= ledger.settings.death_limit:
+            raise Quarantined("the merge", claim.losses, claim.lost_by)
+        reached(CrashPoint.DURING_MERGE)
+        if has_rounds:
+            answer = rounds.advance(claim, spec, operation)
+        else:
+            answer = _answer(ledger, spec, operation)
+        if answer is None:
+            return ""
+        limit.checked(answer, "the answer of the job")
+    except (MemoryError, StoreUnavailable):
+        raise  # a later attempt may have memory, or Redis
+    except BaseException as error:
+        raise_if_shutdown(error)
+        logger.warning("The merge of job %s raised %s", spec.job, name_of(error))
+        status = error.ends_as if isinstance(error, RoundFailed) else Status.FAILED
+        return end(status, error=failure_of(-1, error))
     reached(CrashPoint.BEFORE_CLOSE)
-    closed = ledger.close(spec.job, claim.token, Status.SUCCEEDED, answer)
-    ended = closed.state
-    rounds.continue_parent(spec)
-    if ended and has_rounds:
-        rounds.end(spec)
-    node_events.of_job(spec, closed)
+    ended = end(Status.SUCCEEDED, answer)
     if ended:
         logger.info("Job ended as %s: %s items of %s", ended, f"{spec.n:,}", operation.name)
     if ended == Status.SUCCEEDED:
