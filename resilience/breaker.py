@@ -32,12 +32,11 @@ from resilience.breaker_storage import (
     names_of,
     resident_mb,
 )
-from resilience.bulkhead import Ended, call_guarded, guarded, report_end
+from resilience.bulkhead import Ended, Wake, call_guarded, call_up, guarded, report_end
 from resilience.errors import Category, Denied, name_of
 from resilience.faults import classify
 from resilience.settings import store_settings
 from resilience.store import Call, Store, default_store
-from resilience.waiters import Wake, call_up
 
 logger = logging.getLogger(__name__)
 

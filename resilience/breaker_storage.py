@@ -22,12 +22,12 @@ import psutil
 import pybreaker
 from pydantic import Field, model_validator
 
+from resilience.bulkhead import IN_LINE
 from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.keys import Keys
 from resilience.settings import store_settings
 from resilience.store import Argument, Call, Script, Store
 from resilience.validation import Seconds
-from resilience.waiters import IN_LINE
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from resilience.bulkhead import URGENCY
 from resilience.errors import (
     InvalidValue,
     NeverSatisfiable,
@@ -27,7 +28,6 @@ from resilience.errors import (
 )
 from resilience.keys import Keys
 from resilience.store import Argument, Call, Script, Store, default_store
-from resilience.waiters import URGENCY
 
 FLOORS = {"critical": 0.0, "high": 0.05, "normal": 0.15, "low": 0.30}
 """Priority -> share of the burst that it must leave to higher priorities."""

@@ -4,7 +4,7 @@ The engine and users call it; begin with `Bulkhead.acquire`.  All workers share 
 
 A permit has a lease, so the permits of a dead process become free.  The limit is fixed, follows the
 service's answers (`Aimd`), or follows the demand (`Elastic`).  `guarded` decorates functions of
-every kind, for breakers as well.
+every kind, and `call_up` wakes nodes that wait in a guard's line, for breakers as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Real
@@ -37,7 +37,6 @@ from resilience.errors import (
 from resilience.faults import classify
 from resilience.keys import Keys
 from resilience.store import Argument, Call, Script, Store, default_store
-from resilience.waiters import IN_LINE, Wake, call_up
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,11 +49,16 @@ LEASE_S = 60.0
 """Lease of a permit; the longest call that other orchestrators allow to a provider."""
 POLL_S = 0.02
 """Longest time between two tries of a caller that waits for a permit."""
+URGENCY = {"critical": 0, "high": 1, "normal": 2, "low": 3}
+"""Priority -> urgency in a line; 0 is the most urgent, and goes first."""
+Wake = Callable[[Sequence[str]], int | None]
+"""Wakes waiters and returns how many of them still waited; None stands for all."""
 _DROPS = frozenset({Category.TIMEOUT, Category.RATE_LIMITED, Category.TRANSIENT, Category.RESOURCE})
 _TAKE, _RELEASE = (
     Script.load("resilience", f"bulkhead_{verb}", prelude="bulkhead")
     for verb in ("take", "release")
 )
+IN_LINE, _NEXT = Script.load("resilience", "in_line"), Script.load("resilience", "next_in_line")
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,6 +366,27 @@ class Bulkhead:
 
 
 _STATUS = Script.load("resilience", "bulkhead_status")
+
+
+# --- the line of waiting nodes ----------------------------------------------------------------
+
+
+def call_up(store: Store, line: str, wake: Wake, waiters: Sequence[str]) -> None:
+    """Wake waiters that were taken out of a line.
+
+    If jobs of some have ended, as many of the next in the line are taken out and woken instead.
+    Does nothing more while Redis is away.
+    """
+    while waiters:
+        woken = wake(waiters)
+        missing = 0 if woken is None else len(waiters) - woken
+        if not missing:
+            return
+        try:
+            [following] = store.call(Call(_NEXT, (line,), (missing,)), on_outage="patient")
+        except StoreUnavailable:
+            return
+        waiters = [each.decode() for each in following]
 
 
 # --- functions of every kind ------------------------------------------------------------------

@@ -255,7 +255,7 @@ OUTAGES = {
     "TRYAGAIN": Outage(StoreInCluster),
     "CLUSTER": Outage(StoreInCluster),
 }
-"""The kinds of outages; `resilience.store.outage_of` finds the kind of an error."""
+"""The kinds of outages; `resilience.connections.outage_of` finds the kind of an error."""
 
 
 class InvalidValue(RlmError, ValueError):

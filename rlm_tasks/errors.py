@@ -29,6 +29,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from resilience.connections import outage_of, told
 from resilience.errors import (
     Category,
     InvalidValue,
@@ -40,7 +41,7 @@ from resilience.errors import (
     StoreUnavailable,
 )
 from resilience.faults import shows_outage
-from resilience.store import masked, outage_of, told
+from resilience.store import masked
 from scheduler.admission import Overloaded, QueueFull
 
 if TYPE_CHECKING:

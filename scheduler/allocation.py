@@ -16,10 +16,10 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, model_validator
 
+from resilience.bulkhead import URGENCY
 from resilience.degradation import Level
 from resilience.errors import InvalidValue
 from resilience.validation import Checked
-from resilience.waiters import URGENCY
 from scheduler.settings import AllocationSettings
 
 OTHERS = "*"

@@ -17,10 +17,10 @@ import msgspec
 from redis.exceptions import ResponseError
 
 from resilience.breaker import CircuitBreakers
+from resilience.bulkhead import URGENCY, Wake
 from resilience.degradation import CONSTRAINTS, Level
 from resilience.errors import StoreUnauthorised
 from resilience.store import Store
-from resilience.waiters import URGENCY, Wake
 from scheduler.admission import SHED_FROM, WaitingRoom, full, sheds
 from scheduler.alerts import Alerts, ResourcePressureEvent, Webhook
 from scheduler.autoscale import Advice, ClusterAdvice, Load

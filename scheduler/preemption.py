@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 from redis.exceptions import RedisError
 
+from resilience.bulkhead import URGENCY
 from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
-from resilience.waiters import URGENCY
 from scheduler.slots import SlotBoard
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from resilience.waiters import URGENCY
+from resilience.bulkhead import URGENCY
 
 CONTROL = "control"
 """Last part of the name ``<namespace>.control``: the queue of the platform's own work.  Its work is

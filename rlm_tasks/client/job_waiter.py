@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from redis.exceptions import ResponseError
 
+from resilience.connections import LOST
 from resilience.errors import StoreUnavailable
-from resilience.store import LOST
 from rlm_tasks.client.job_reader import Facts, JobReader
 from rlm_tasks.client.session import Session
 from rlm_tasks.errors import ResultTimeout

@@ -443,7 +443,7 @@ class ProcessGuards:
     def _operation_guards(
         self, operation: Operation, protection: Protection, priority: str
     ) -> OperationGuards:
-        from resilience.waiters import URGENCY
+        from resilience.bulkhead import URGENCY
 
         return OperationGuards(
             operation,

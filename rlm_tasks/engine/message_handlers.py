@@ -16,8 +16,8 @@ from typing import Any
 
 from celery.exceptions import Reject
 
+from resilience.connections import Refused
 from resilience.errors import StoreUnavailable, name_of
-from resilience.store import Refused
 from rlm_tasks.engine.node import entry_of_next_node, run_node
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.errors import UnknownOperation

@@ -18,10 +18,10 @@ from typing import Any
 
 import msgspec
 
-from resilience.bulkhead import Bulkhead, Permit
+from resilience.bulkhead import URGENCY, Bulkhead, Permit
+from resilience.connections import Refused
 from resilience.errors import StoreUnavailable
-from resilience.store import Call, Refused
-from resilience.waiters import URGENCY
+from resilience.store import Call
 from rlm_tasks.engine import counts
 from rlm_tasks.engine.closing import merge_root
 from rlm_tasks.engine.concurrent_work import ConcurrentWork

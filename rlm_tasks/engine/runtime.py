@@ -16,12 +16,12 @@ from billiard.process import current_process
 from celery import Celery
 from redis.exceptions import RedisError
 
+from resilience.bulkhead import URGENCY
 from resilience.errors import StoreUnavailable
 from resilience.fault_log import FaultLog, FaultLogSettings
 from resilience.keys import Keys
 from resilience.store import Store, guard_store
 from resilience.timeouts import Timeouts
-from resilience.waiters import URGENCY
 from rlm_tasks.engine.crashpoints import CrashPoint, no_hook
 from rlm_tasks.engine.guards import ProcessGuards
 from rlm_tasks.engine.item_timeouts import ItemTimeouts

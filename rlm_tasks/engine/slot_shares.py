@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 
-from resilience.bulkhead import LEASE_S, Bulkhead
+from resilience.bulkhead import LEASE_S, Bulkhead, Wake
 from resilience.degradation import Level
 from resilience.store import Store
-from resilience.waiters import Wake
 from rlm_tasks.engine.shared_page import SharedPage
 from rlm_tasks.jobs.splitting import LONGEST_RUN
 from rlm_tasks.operations import registry

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from resilience.bulkhead import URGENCY
 from resilience.degradation import Strategy
 from resilience.errors import BulkheadFull, Category, Denied, RateLimited, StoreUnavailable
 from resilience.retry import RetryPolicy
 from resilience.store import Call
-from resilience.waiters import URGENCY
 from rlm_tasks.engine.guards import PATIENCE_S, OperationGuards, ProcessGuards
 from rlm_tasks.jobs import codec
 from rlm_tasks.ledger.budgets import account_of

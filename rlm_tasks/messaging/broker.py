@@ -13,7 +13,7 @@ from amqp.exceptions import AMQPError  # type: ignore[import-untyped]  # py-amqp
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
-from resilience.store import Refused
+from resilience.connections import Refused
 from rlm_tasks.messaging.broker_kinds import kind_of_connection
 
 _Answer = TypeVar("_Answer")

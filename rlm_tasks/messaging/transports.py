@@ -24,8 +24,8 @@ from resilience.address import (
     tls,
     without_tls_options,
 )
+from resilience.connections import MOVED, WatchfulConnection
 from resilience.keys import Keys
-from resilience.store import MOVED, WatchfulConnection
 from rlm_tasks.settings.model import Settings
 
 VISIBILITY_TIMEOUT_S = 4 * 3600

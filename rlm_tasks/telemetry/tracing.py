@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from celery import Celery, signals
 
+from resilience.connections import LOST
 from resilience.errors import StoreUnavailable
 from resilience.keys import TRACED
-from resilience.store import LOST, Call
+from resilience.store import Call
 from rlm_tasks.errors import JobUnreadable
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import JobSpec

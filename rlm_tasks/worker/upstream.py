@@ -29,7 +29,7 @@ from kombu.transport.redis import Channel, QoS
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from resilience.store import refusal
+from resilience.connections import refusal
 from rlm_tasks.messaging.dispatch import MERGE_TASK, NODE_TASK, is_id
 
 logger = logging.getLogger(__name__)

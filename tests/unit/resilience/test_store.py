@@ -16,8 +16,9 @@ from redis.exceptions import (
     ResponseError,
 )
 
+from resilience.connections import Refused, refusal
 from resilience.errors import InvalidValue, RateLimited, StoreFull, StoreUnavailable
-from resilience.store import Call, OnOutage, Refused, Script, Store, masked, refusal
+from resilience.store import Call, OnOutage, Script, Store, masked
 
 ROOT = Path(__file__).parents[3]
 PACKAGES = ("resilience", "scheduler", "rlm_tasks")

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resilience.bulkhead import URGENCY
 from resilience.degradation import Level
 from resilience.errors import InvalidValue
-from resilience.waiters import URGENCY
 from scheduler.allocation import (
     TIMEOUT_FACTORS,
     ExecutorPriority,
