@@ -1,8 +1,8 @@
 """Connections to Redis that notice refusals, failovers and links that the network has forgotten.
 
-Stores use `OwnConnection`; kombu's connections are mixed with `WatchfulConnection`.  A Redis that is
-full, or a replica, refuses commands for a while.  That counts as an outage: begin with `refusal`,
-which recognises it.
+Stores use `OwnConnection`; kombu's connections are mixed with `WatchfulConnection`.  A Redis that
+is full, or a replica, refuses commands for a while.  That counts as an outage: begin with
+`refusal`, which recognises it.
 """
 
 from __future__ import annotations
