@@ -184,7 +184,7 @@ class ConcurrentWork(Work):
             context,
             held,
             run=functools.partial(self._run_in_time, context),
-            again=lambda: self._read_again(context.index, context.tries, item),
+            again=lambda: self._read_again(context.index, context.tries),
             waiter=waiter,
             pause=self._pause_of(context.index),
         )

@@ -237,9 +237,8 @@ class OperationGuards:
         """Call the operation and return its output.
 
         `run` calls the operation's function with its arguments.  It may interrupt that function,
-        but not the work of the guards.  `again` returns a new item for the fallback of a call that
-        failed, which may have changed its own.  Raises Postponed for an item that comes back, or
-        the item's final error.
+        but not the work of the guards.  `again` returns a new item for the fallback.  Raises
+        Postponed for an item that comes back, or the item's final error.
         """
         try:
             held = self._enter_soon(item, context, waiter)
@@ -258,10 +257,12 @@ class OperationGuards:
                 outcome = self._after_failure(error, tries)
                 if (fallback := self.instead_of(outcome)) is None:
                     raise outcome from error
-                item = item if again is None else again()
             else:
                 self.leave(held)
                 return output
+        # The call, or `cost`, may have changed its item and its params.
+        context.begin(context.index)
+        item = item if again is None else again()
         return run(self._operation.with_context, fallback, item, context)
 
     def instead_of(self, error: Exception) -> Callable[..., Any] | None:
@@ -355,6 +356,7 @@ class OperationGuards:
                     raise
                 outcome = self._after_failure(error, tries)
                 if (fallback := self.instead_of(outcome)) is not None:
+                    context.begin(context.index)
                     output = self._operation.with_context(fallback, again(), context)
                     return await output if inspect.isawaitable(output) else output
                 if not isinstance(outcome, Postponed):

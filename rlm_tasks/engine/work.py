@@ -253,10 +253,15 @@ class Work:
             tries=context.tries,
             waiter=waiter,
             run=self._alarm.run,
-            again=functools.partial(self._read_again, context.index, context.tries, value),
+            again=functools.partial(
+                self._read_again,
+                context.index,
+                context.tries,
+                len(value) if self._operation.batch else 1,  # its call may change the list
+            ),
         )
 
-    def _read_again(self, index: int, tries: int, _value: Any) -> Any:
+    def _read_again(self, index: int, tries: int, _count: int = 1) -> Any:
         """Return a new item in place of one that a call may have changed.
 
         Raises Postponed while Redis is away, and the error of an item that cannot be read.
@@ -294,7 +299,7 @@ class BatchWork(Work):
         self._run_windows(self._one_batch, lambda: self._batch)
 
     def _one_batch(self, window: Sequence[Any]) -> None:
-        began = self._clock()
+        began, size = self._clock(), len(window)  # the call may change the list, too
         kept = window  # a range stays a range: its sum needs no list
         if self._filtered:
             kept = [
@@ -302,11 +307,11 @@ class BatchWork(Work):
                 for index, item in enumerate(window, self.at)
                 if not self._leaves_out(index, item)
             ]
-        self._page.start_item(self.at if len(window) == 1 else SEVERAL_ITEMS)
-        if not kept or (len(window) > 1 and self._run_as_one_call(kept, began)):
-            self.at += len(window)
+        self._page.start_item(self.at if size == 1 else SEVERAL_ITEMS)
+        if not kept or (size > 1 and self._run_as_one_call(kept, began)):
+            self.at += size
         elif self.postponed is None:
-            self._run_one_by_one(window)
+            self._run_one_by_one(size)
         if self.postponed is None:
             now = self._clock()
             grown = self._batch * min(
@@ -320,8 +325,9 @@ class BatchWork(Work):
 
         Return False when its items have to run one by one, or have to wait (`postponed`).
         """
+        count = len(kept)
         try:
-            self.outcome.add_batch(self._call(kept, self._context(self.at)), len(kept))
+            self.outcome.add_batch(self._call(kept, self._context(self.at)), count)
         except BaseException as error:
             wait = wait_of(error)
             if wait is not None and not (
@@ -330,14 +336,14 @@ class BatchWork(Work):
                 self._postpone(wait)
             return False
         else:
-            self.outcome.shape(self.degradation, len(kept))
+            self.outcome.shape(self.degradation, count)
             self.took_s.append(self._clock() - began)
             return True
 
-    def _run_one_by_one(self, window: Sequence[Any]) -> None:
+    def _run_one_by_one(self, size: int) -> None:
         """Run a batch again item by item: it raised, and the item that failed must be known."""
         self.degradation.shaped.clear()  # each item runs again
-        for item in self._items_up_to(self.at + len(window)):  # the call may have changed them
+        for item in self._items_up_to(self.at + size):  # the call may have changed them
             index, context = self.at, self._context(self.at)
             self._page.boundary(self._clock())  # each item has the whole time limit
             self._page.start_item(index)
@@ -355,13 +361,11 @@ class BatchWork(Work):
             if self.decided:
                 return
 
-    def _read_again(self, index: int, tries: int, value: Any) -> Any:
-        """Return a new batch in place of one that a call may have changed."""
-        if isinstance(value, range):
-            return value
+    def _read_again(self, index: int, tries: int, count: int = 1) -> Any:
+        """Return a new batch of so many items in place of one that a call may have changed."""
         batch: list[Any] = []
-        while len(batch) < len(value):
-            item = super()._read_again(index, tries, value)
+        while len(batch) < count:
+            item = super()._read_again(index, tries)
             if index not in self.outcome.left_out:
                 batch.append(item)
             index += 1

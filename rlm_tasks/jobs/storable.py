@@ -14,7 +14,6 @@ from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
-from itertools import islice
 from pathlib import PurePath
 from typing import Any
 from uuid import UUID
@@ -26,6 +25,10 @@ MOST_LEVELS = 200
 """A value may be nested this deep; a worker, whose stack is deeper, can still read it."""
 MOST_VALUES = 1 << 27
 """Values on one level of nesting; more hardly fit into a value of Redis, which has 512 MB."""
+MOST_STEPS = 20
+"""Steps of a value's place that an error shows."""
+MANY = 4096
+"""Lists and dicts on one level; so many may be the same ones, again and again."""
 
 SCALARS = frozenset((type(None), bool, int, float, str, bytes))
 PLAIN = SCALARS | {list, dict}
@@ -54,7 +57,7 @@ def types_in(value: Any, levels: int = MOST_LEVELS) -> list[set[type]]:
     Raises NotStorable when one of them cannot be stored, or when it is nested deeper than `levels`.
     """
     kinds = {type(value)}
-    found, level = [kinds], [value]
+    found, level, is_finite = [kinds], [value], False
     while kinds <= STORABLE and len(found) <= levels + 1:
         if not (nested := kinds & _NESTED):
             return found
@@ -62,8 +65,11 @@ def types_in(value: Any, levels: int = MOST_LEVELS) -> list[set[type]]:
             level = [each for each in level if type(each) in nested]
         if Counter in nested:  # a class written in Python: it refers to more than its contents
             level = [dict(each) if type(each) is Counter else each for each in level]
+        if len(level) >= MANY and not is_finite and 2 * len(set(map(id, level))) < len(level):
+            _refuse_endless(value, levels)
+            is_finite = True
         if sum(map(len, level)) > MOST_VALUES:
-            raise NotStorable("", value, f"has more than {MOST_VALUES:,} values; pass less at once")
+            raise _too_many(value)
         # The contents of all containers of this level at C speed.  Keys that are exact strings may
         # be left out, which is all the same here.
         level = gc.get_referents(*level)
@@ -73,11 +79,52 @@ def types_in(value: Any, levels: int = MOST_LEVELS) -> list[set[type]]:
 
 
 def refusal(value: Any, levels: int = MOST_LEVELS) -> NotStorable:
-    """Return the error for the first value in `value`, in its order, that cannot be stored."""
+    """Return the error for the first value in `value`, in its order, that cannot be stored.
+
+    Raises it when `value` contains itself.
+    """
     for where, each in _walk(value, levels):
         if why := _why_not(each, len(where) >= levels):
-            return NotStorable("".join(islice(map(_named, where), 20)), each, why)
+            if len(where) >= levels:
+                _refuse_endless(value, levels)
+            return NotStorable("".join(map(_named, where[:MOST_STEPS])), each, why)
     return NotStorable("", value, "cannot be packed in this thread: its stack is too deep")
+
+
+def _refuse_endless(value: Any, levels: int) -> None:
+    """Raise NotStorable for a value that contains itself, or too many values by repetition.
+
+    Each list and dict is read once, however often the value contains it.
+    """
+    sizes: dict[int, int] = {}  # the values in each list or dict that was read to its end
+    stack: list[tuple[int, Iterator[tuple[Path, Any]]]] = [(id(value), _contents((), value))]
+    counts, open_ones = [0], {id(value)}
+    while stack:
+        own, contents = stack[-1]
+        for path, each in contents:
+            counts[-1] += 1 + sizes.get(id(each), 0)
+            if id(each) in open_ones:
+                raise NotStorable("".join(map(_named, path[:MOST_STEPS])), each, _ENDLESS)
+            if type(each) in _NESTED and id(each) not in sizes and len(path) < levels:
+                stack.append((id(each), _contents(path, each)))
+                counts.append(0)
+                open_ones.add(id(each))
+                break
+        else:
+            stack.pop()
+            open_ones.discard(own)
+            sizes[own] = counts.pop()
+            if counts:
+                counts[-1] += sizes[own]
+            if sizes[own] > MOST_VALUES:
+                raise _too_many(value)
+
+
+_ENDLESS = "contains itself; store an id in place of the reference back"
+
+
+def _too_many(value: Any) -> NotStorable:
+    return NotStorable("", value, f"has more than {MOST_VALUES:,} values; pass less at once")
 
 
 def is_portable(zone: Any) -> bool:
@@ -137,7 +184,7 @@ def _why_not(value: Any, is_deepest: bool) -> str:
         return "is nested too deeply; flatten it, or pass it as JSON text"
     if kind is str and not _is_text(value):
         return "has a lone surrogate, which is no text; pass bytes, or replace it"
-    if kind in _ZONED and not is_portable(value.tzinfo):
+    if kind in _ZONED and not (is_portable(value.tzinfo) and _is_text(str(value.tzinfo))):
         return (
             f"its time zone, {_type_name(type(value.tzinfo))}, cannot be stored; "
             "pass zoneinfo.ZoneInfo(...) or datetime.timezone"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
 from itertools import chain, repeat
 from typing import Any, cast
 
@@ -322,10 +321,10 @@ def _opening(
     grace_ms: int,
 ) -> Call:
     share, early_share = spec.error_threshold, spec.early_termination_threshold
-    fail_limit = -1 if share is None else math.floor(_exact(share) * spec.n)
+    fail_limit = -1 if share is None else _most_of(share, spec.n)
     if not spec.continue_on_error:
         fail_limit = 0
-    early = max(1, math.ceil(_exact(early_share) * spec.n)) if early_share else 0
+    early = max(1, _least_of(early_share, spec.n)) if early_share else 0
     return Call(
         _SCRIPTS["open"],
         (*keys.of(spec.job), *keys.staged(spec.job, staged), keys.due),
@@ -351,9 +350,24 @@ def _opening(
     )
 
 
-def _exact(share: float) -> Fraction:
-    """Return the share that a user has written: 0.29 is not exact as a float."""
-    return Fraction(str(share))
+def _most_of(share: float, n: int) -> int:
+    """Return the largest number of items that is no more than their share.
+
+    A share of 0.29 is not exact, and neither is 1/3.  ``29 / 100`` and ``1000 / 3000`` are rounded
+    in the same way, so the quotients are compared.
+    """
+    most = min(n, math.floor(share * n) + 1)
+    while most and most / n > share:
+        most -= 1
+    return most
+
+
+def _least_of(share: float, n: int) -> int:
+    """Return the smallest number of items that is no less than their share."""
+    least = max(0, math.floor(share * n) - 1)
+    while least < n and least / n < share:
+        least += 1
+    return least
 
 
 def _claimed(job: str, node: str, token: str, reply: Sequence[Any]) -> Claim:

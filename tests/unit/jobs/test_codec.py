@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections import OrderedDict, defaultdict, deque
-from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,11 +160,52 @@ def test_a_value_that_a_worker_could_not_read_is_refused(kind: Any) -> None:
         assert len(str(raised.value)) < 300
 
 
-def test_a_value_that_holds_itself_is_refused() -> None:
+def _looped() -> list[Any]:
     loop: list[Any] = []
     loop.append(loop)
-    with pytest.raises(NotStorable, match="nested too deeply"):
-        codec.pack(loop)
+    return loop
+
+
+def _tree_with_parents() -> dict[str, Any]:
+    root: dict[str, Any] = {"name": "root", "parent": None}
+    root["children"] = [{"name": "leaf", "parent": root, "children": []} for _ in range(3)]
+    return root
+
+
+def _mutual_friends() -> dict[str, Any]:
+    ann: dict[str, Any] = {"name": "Ann"}
+    ann["friends"] = tuple({"name": name, "friends": ann} for name in "ab")
+    return ann
+
+
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [
+        (_looped(), r"\[0\]"),
+        (_tree_with_parents(), r"children\[0\].parent"),
+        (_mutual_friends(), r"friends\[0\].friends"),
+    ],
+)
+def test_a_value_that_contains_itself_is_refused_by_place_at_once(value: Any, where: str) -> None:
+    with pytest.raises(NotStorable, match=f"^{where}: contains itself; store an id in place"):
+        codec.pack(value)
+
+
+def test_a_value_that_repeats_its_parts_is_read_once_for_each_part() -> None:
+    value: Any = [1]
+    for _ in range(15):
+        value = [value, value]
+    assert codec.unpack(codec.pack(value)) == value
+    for _ in range(45):
+        value = [value, value]
+    with pytest.raises(NotStorable, match="more than 134,217,728 values"):
+        codec.pack(value)
+
+
+def test_a_zone_whose_name_is_no_text_is_refused_by_place() -> None:
+    zone = timezone(timedelta(hours=1), "\ud800")
+    with pytest.raises(NotStorable, match="at: its time zone"):
+        codec.pack({"at": datetime(2026, 11, 30, tzinfo=zone)})
 
 
 def test_a_value_that_grows_without_end_is_refused_before_memory_does() -> None:

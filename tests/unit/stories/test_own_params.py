@@ -64,6 +64,20 @@ async def retried(number: int, ctx: Context) -> int:
     return output
 
 
+def _fails(number: int, ctx: Context) -> int:
+    _once(number, ctx)
+    raise ConnectionError
+
+
+async def _fails_later(number: int, ctx: Context) -> int:
+    return _fails(number, ctx)
+
+
+LAST = RetryPolicy(max_attempts=1)
+operation("unit_params_fallback", retry=LAST, fallback=_once)(_fails)
+operation("unit_params_async_fallback", concurrency=4, retry=LAST, fallback=_once)(_fails_later)
+
+
 def _next(_outputs: Any, round: Any) -> Any:
     round.params["limits"]["left"] -= 1
     assert round.params["limits"]["left"] == 0
@@ -76,7 +90,9 @@ def with_rounds(number: int, ctx: Context) -> int:
     return _once(number, ctx)
 
 
-@pytest.mark.parametrize("kind", ["", "_batch", "_async", "_retried"])
+@pytest.mark.parametrize(
+    "kind", ["", "_batch", "_async", "_retried", "_fallback", "_async_fallback"]
+)
 def test_each_item_gets_the_params_of_the_request(kind: str) -> None:
     TRIED.clear()
     platform = Platform()

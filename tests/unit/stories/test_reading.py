@@ -91,6 +91,30 @@ async def unit_collects_async(line: str) -> str:
     return line
 
 
+def _used_up(numbers: list[int]) -> list[int]:
+    """Return the values of a batch and empty its list; -1 is a bad value."""
+    values = []
+    while numbers:
+        if (value := numbers.pop(0)) < 0:
+            raise ValueError("a bad value")
+        values.append(value)
+    return values
+
+
+def _grown(numbers: list[int]) -> list[int]:
+    """Return the values of a batch, to whose list a header was added."""
+    numbers.insert(0, -7)
+    if -1 in numbers:
+        raise ValueError("a bad value")
+    return numbers[1:]
+
+
+operation("unit_uses_up", batch=True)(_used_up)
+operation("unit_uses_up_merged", batch=True, merge=_concatenated)(_used_up)
+operation("unit_grows", batch=True)(_grown)
+operation("unit_grows_merged", batch=True, merge=_concatenated)(_grown)
+
+
 def _fallen_back(rows: Any) -> list[int]:
     """Return the negative values of one row or of a batch."""
     return [-row["v"] for row in (rows if isinstance(rows, list) else [rows])]
@@ -109,8 +133,8 @@ def unit_falls_back(row: dict[str, Any]) -> list[int]:
     "unit_falls_back_batch", batch=True, merge=_concatenated, retry=GIVES_UP, fallback=_fallen_back
 )
 def unit_falls_back_batch(rows: list[dict[str, Any]]) -> list[int]:
-    """Change the items in place; the fallback answers after the last attempt."""
-    return [_emptied(row) for row in rows]
+    """Change the items and their list in place; the fallback answers after the last attempt."""
+    return [_emptied(rows.pop(0)) for _ in range(len(rows))]
 
 
 @operation(
@@ -172,6 +196,24 @@ def test_one_bad_row_of_a_batch_fails_alone(bad: int) -> None:
     assert platform.output(spec) == [row["v"] for row in rows() if row["v"] != bad + 1]
     [failure] = platform.ledger.failures(spec.job)
     assert (failure.index, failure.type) == (bad, "ValueError")
+
+
+@pytest.mark.parametrize("bad", [None, 0, 7])
+@pytest.mark.parametrize("name", ["unit_uses_up", "unit_grows"])
+@pytest.mark.parametrize("merged", ["", "_merged"])
+def test_a_batch_may_change_its_list(name: str, merged: str, bad: int | None) -> None:
+    platform = Platform(seed=4)
+    values = [-1 if i == bad else i for i in range(20)]
+    spec = submitted(platform, name + merged, values)
+
+    facts = platform.run(spec)
+
+    assert platform.output(spec) == [i for i in range(20) if i != bad]
+    assert (facts["done"], facts["failed"]) == (
+        str(20 - (bad is not None)),
+        str(+(bad is not None)),
+    )
+    assert [each.index for each in platform.ledger.failures(spec.job)] == [bad] * (bad is not None)
 
 
 @pytest.mark.parametrize("name", ["unit_empties_retried", "unit_empties_async"])

@@ -47,7 +47,10 @@ def _failing(failures: int, n: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("share", "n", "most"),
-    [(0.29, 100, 29), (0.57, 100, 57), (0.58, 50, 29), (0.28, 100, 28), (0.1, 3, 0), (1e-05, 9, 0)],
+    [
+        *[(0.29, 100, 29), (0.57, 100, 57), (0.58, 50, 29), (0.28, 100, 28)],
+        *[(0.1, 3, 0), (1e-05, 9, 0), (1 / 3, 3, 1), (2 / 3, 300, 200), (1 - 1e-16, 5, 4)],
+    ],
 )
 def test_exactly_the_tolerated_share_of_failures_passes(share: float, n: int, most: int) -> None:
     passed, _ = _run("unit_verdict", _failing(most, n), error_threshold=share)
@@ -55,7 +58,10 @@ def test_exactly_the_tolerated_share_of_failures_passes(share: float, n: int, mo
     assert (passed["state"], failed["state"]) == ("succeeded", "failed")
 
 
-@pytest.mark.parametrize(("share", "n", "enough"), [(0.29, 100, 29), (0.07, 100, 7), (0.01, 3, 1)])
+@pytest.mark.parametrize(
+    ("share", "n", "enough"),
+    [(0.29, 100, 29), (0.07, 100, 7), (0.01, 3, 1), (1 / 3, 3000, 1000), (0.7, 10, 7)],
+)
 def test_exactly_the_requested_share_of_items_ends_a_job_early(
     share: float, n: int, enough: int
 ) -> None:
