@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import fakeredis
 import pytest
+import redis
 
 from rlm_tasks import JobRequest, NWay
 from rlm_tasks.jobs.spec import JobSpec
@@ -47,7 +47,7 @@ def run(platform: Platform, spec: JobSpec, kids: list[Child]) -> str:
     return outcome
 
 
-class Counting(fakeredis.FakeRedis):
+class Counting(redis.Redis):
     """A connection that counts commands, and the fields and members that they return."""
 
     commands: Counter[str]
@@ -76,7 +76,7 @@ class Counting(fakeredis.FakeRedis):
 
 def counted(platform: Platform) -> Counting:
     """Count from now on the commands that the platform sends."""
-    client = Counting(server=platform.store.client.connection_pool.connection_kwargs["server"])
+    client = Counting(connection_pool=platform.store.client.connection_pool)
     client.commands = Counter()
     platform.store._client = client
     return client

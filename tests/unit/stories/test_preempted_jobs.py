@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from random import Random
 from typing import Any
 
+import fakeredis
 import fakeredis.commands_mixins.server_mixin as server_clock
 import pytest
 
@@ -35,7 +36,10 @@ class BusyPlatform(Platform):
     """
 
     def __init__(self, seed: int) -> None:
-        super().__init__(seed, slots=SLOTS)
+        # fakeredis, because the clock of its scripts can be that of the platform.
+        super().__init__(
+            seed, slots=SLOTS, client=fakeredis.FakeRedis(server=fakeredis.FakeServer())
+        )
         self.supervisor = Supervisor(self.runtime, {}, lambda: SLOTS, lambda: self.queues)
         self.depth, self.jobs, self.runs = 0, list[JobSpec](), Counter[tuple[str, int]]()
         self.store.call(self.slots.publish("unit", SLOTS, 0, self.queues))

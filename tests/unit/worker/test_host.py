@@ -228,6 +228,7 @@ def test_the_report_of_a_host(machine: Machine) -> None:
 
 def test_one_exchange_is_one_round_trip(machine: Machine) -> None:
     machine.measure()
+    machine.platform.store.client.script_flush()
     trips: list[int] = []
     pipelined = machine.platform.store._pipelined
     machine.platform.store._pipelined = lambda *args, **kwargs: (
