@@ -1,15 +1,17 @@
 """Connections to Redis that notice refusals, failovers and links that the network has forgotten.
 
-Stores use `OwnConnection`; kombu's connections are mixed with `WatchfulConnection`.  A Redis that
-is full, or a replica, refuses commands for a while.  That counts as an outage: begin with
-`refusal`, which recognises it.
+Stores, kombu and Celery's result backend use `WatchfulConnection`.  A Redis that is full, or a
+replica, refuses commands for a while.  That counts as an outage: begin with `refusal`, which
+recognises it.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from redis.exceptions import (
@@ -63,6 +65,12 @@ SILENT_S = 1.0
 """A connection without an answer for this time, or for a longer timeout, may be forgotten by the
 network.  A shorter timeout is often the fault of a busy process.
 """
+FORGOTTEN_S = 2.0
+"""A new connection asks the server after this silence, or half of a shorter timeout."""
+ASKED_S = 1.0
+"""The new connection waits for its answer for this time at most."""
+LAST_CHANCE_S = 0.5
+"""The old connection may still answer for this time after the new one."""
 STEP_S = 0.1
 """A guard listens for an answer in steps of at most this time.  A step counts in full, however long
 it took: a process that was stopped or starved meanwhile has heard nothing, so it listens longer.
@@ -141,6 +149,17 @@ class Refused(RedisConnectionError):
         return Refused, (self.code, str(self))
 
 
+class Forgotten(RedisConnectionError):
+    """The network has forgotten a connection: it got no answer, and a newer one got one."""
+
+    def __init__(self) -> None:
+        super().__init__("the connection got no answer, and a new one did")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a pool process hand it to its main process."""
+        return Forgotten, ()
+
+
 # --- connections ------------------------------------------------------------------------------
 
 
@@ -154,48 +173,6 @@ class _Listening(threading.local):
 listening = _Listening()
 
 
-class PatientConnection:
-    """The part of a guard's connection that listens for an answer in steps.
-
-    It is mixed into a class of redis-py.  The process of a guard may be stopped, or wait for a
-    processor, while the answer lies in its socket.  So the silence of Redis is the time in which
-    this process has listened in vain, and not the time that has passed.
-    """
-
-    def _connect(self) -> Any:
-        me: Any = self
-        own = me.socket_timeout, getattr(me, "socket_connect_timeout", None)
-        if silence_s := listening.silence_s:
-            me.socket_timeout, me.socket_connect_timeout = silence_s, min(1.0, silence_s)
-        try:
-            return super()._connect()  # type: ignore[misc]  # the class of redis-py
-        finally:
-            me.socket_timeout, me.socket_connect_timeout = own
-
-    def read_response(self, *args: Any, **options: Any) -> Any:
-        """Return the next answer.  Raises redis-py's TimeoutError after the silence of the call."""
-        silence_s, me, read = listening.silence_s, self, super().read_response  # type: ignore[misc]
-        if not silence_s or options:
-            return read(*args, **options)
-        step_s, heard = min(STEP_S, silence_s / STEPS), 0.0
-        while True:
-            try:
-                return read(*args, timeout=step_s, disconnect_on_error=False)
-            except RedisTimeoutError:
-                heard += step_s
-                if heard > silence_s - step_s / 2:
-                    _Network.silent = _Network.silent or silence_s >= SILENT_S
-                    me.disconnect()  # type: ignore[attr-defined]  # the class of redis-py
-                    raise
-            except ResponseError:
-                raise
-            except BaseException as error:
-                is_lost = isinstance(error, RedisConnectionError) and not refusal(error)
-                listening.was_reset = listening.was_reset or is_lost
-                me.disconnect()  # type: ignore[attr-defined]
-                raise
-
-
 class _Network:
     """The connections of this process that the network may have forgotten."""
 
@@ -204,20 +181,34 @@ class _Network:
 
 
 class WatchfulConnection:
-    """The part of our connections that notices refusals and forgotten connections.
+    """The part of our connections that notices refusals, silence and forgotten connections.
 
-    It is mixed into a class of redis-py.  A refusal is raised as `Refused`.  When a connection got
-    no answer and a new one gets one, all others of this process are made anew before they are used.
+    It is mixed into a class of redis-py.  A refusal is raised as `Refused`.
+
+    The network may forget a connection without telling either end.  So after some silence a new
+    connection asks the same server.  If only the new one is answered, the old one is closed.  All
+    others of this process are made anew before they are used.  A slow server answers neither.
     """
 
     heeds: Callable[[str], bool] = bool  # the codes that are raised as Refused
     renews = True  # an open connection is made anew; not one that kombu holds and polls
     generation = 0
 
+    @property
+    def silence_s(self) -> float:
+        """The longest silence of the server; 0: it is not watched."""
+        return listening.silence_s or self.socket_timeout or 0.0  # type: ignore[attr-defined]  # of redis-py
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the connection is open, and older than the last one that was forgotten."""
+        me: Any = self
+        return me._sock is not None and self.generation != _Network.generation
+
     def connect(self) -> None:
         """Connect, unless the connection is open and trusted.  Raises Refused."""
         me: Any = self
-        if self.renews and me._sock is not None and self.generation != _Network.generation:
+        if self.renews and self.is_stale:
             me.disconnect()
         was_open = me._sock is not None
         try:
@@ -233,13 +224,28 @@ class WatchfulConnection:
             _Network.silent, _Network.generation = False, _Network.generation + 1
         self.generation = _Network.generation
 
-    def read_response(self, *args: Any, **options: Any) -> Any:
-        """Return the next answer.  Raises Refused."""
+    def _connect(self) -> Any:
         me: Any = self
+        own = me.socket_timeout, getattr(me, "socket_connect_timeout", None)
+        if silence_s := listening.silence_s:
+            me.socket_timeout, me.socket_connect_timeout = silence_s, min(1.0, silence_s)
         try:
-            return super().read_response(*args, **options)  # type: ignore[misc]  # redis-py's
+            return super()._connect()  # type: ignore[misc]  # the class of redis-py
+        finally:
+            me.socket_timeout, me.socket_connect_timeout = own
+
+    def read_response(self, *args: Any, **options: Any) -> Any:
+        """Return the next answer.
+
+        Raises Refused, Forgotten, and redis-py's TimeoutError after the longest silence.
+        """
+        me, read, silence_s = self, super().read_response, self.silence_s  # type: ignore[misc]
+        try:
+            if options or not silence_s:
+                return read(*args, **options)
+            return self._listen(functools.partial(read, *args), silence_s)
         except RedisTimeoutError:
-            if "timeout" not in options and (me._socket_timeout or SILENT_S) >= SILENT_S:
+            if "timeout" not in options and (silence_s or SILENT_S) >= SILENT_S:
                 _Network.silent = True
             raise
         except RedisError as error:
@@ -247,21 +253,81 @@ class WatchfulConnection:
             if not code or not self.heeds(code):
                 raise
             if code in MOVED:
-                me.disconnect()
+                me.disconnect()  # type: ignore[attr-defined]  # the class of redis-py
                 _Network.silent = True
             raise Refused(code, str(error)) from None
 
+    def _listen(self, read: Callable[..., Any], silence_s: float) -> Any:
+        """Return the answer, and close the connection if its reading ends in any other way."""
+        try:
+            return self._answer(read, silence_s)
+        except ResponseError:
+            raise
+        except BaseException as error:
+            is_lost = isinstance(error, RedisConnectionError) and not refusal(error)
+            listening.was_reset = listening.was_reset or is_lost
+            self.disconnect()  # type: ignore[attr-defined]  # the class of redis-py
+            raise
 
-class OwnConnection(PatientConnection, WatchfulConnection):
-    """The part of the connections of stores; kombu's have only the watchful part."""
+    def _answer(self, read: Callable[..., Any], silence_s: float) -> Any:
+        quiet_s = min(FORGOTTEN_S, silence_s / 2) if silence_s >= SILENT_S else silence_s
+        asked_s, left_s = min(ASKED_S, quiet_s), silence_s
+        while True:
+            try:
+                return _hear(read, min(quiet_s, left_s))
+            except RedisTimeoutError:
+                left_s -= quiet_s
+                if left_s <= 0:
+                    raise
+            if self._is_answered_anew(asked_s):
+                break
+            left_s = max(left_s - asked_s, STEP_S)
+        try:
+            return _hear(read, min(quiet_s, LAST_CHANCE_S))
+        except RedisTimeoutError:
+            _Network.generation += 1
+            raise Forgotten from None
+
+    def _is_answered_anew(self, within_s: float) -> bool:
+        """Whether a new connection to the server is answered within a time.
+
+        It needs no password: a refusal is an answer as well.
+        """
+        before, listening.silence_s = listening.silence_s, within_s
+        try:
+            with closing(self._connect()) as new:
+                new.sendall(b"PING\r\n")
+                return bool(new.recv(1))
+        except (OSError, RedisError):
+            return False
+        finally:
+            listening.silence_s = before
+
+
+def _hear(read: Callable[..., Any], seconds: float) -> Any:
+    """Return the answer that comes within a time.  Raises redis-py's TimeoutError.
+
+    A guard listens in steps.  Its process may be stopped, or wait for a processor, while the answer
+    lies in its socket.  So the silence of Redis is the time in which this process has listened in
+    vain, and not the time that has passed.
+    """
+    is_guard, heard_s = bool(listening.silence_s), 0.0
+    step_s = min(STEP_S, seconds / STEPS) if is_guard else seconds
+    while True:
+        try:
+            return read(timeout=step_s, disconnect_on_error=False)
+        except RedisTimeoutError:
+            heard_s += step_s
+            if heard_s > seconds - step_s / 2:
+                raise
 
 
 def also_elsewhere(attempt: Callable[[], Any]) -> Any:
-    """Run an attempt, and once more if its connection was left: the next may reach a primary."""
+    """Run an attempt, and once more if its connection was left or forgotten."""
     try:
         return attempt()
     except (RedisConnectionError, ResponseError) as error:
-        if refusal(error) not in MOVED:
+        if not isinstance(error, Forgotten) and refusal(error) not in MOVED:
             raise
     return attempt()
 

@@ -32,7 +32,7 @@ from resilience.address import masked as masked
 from resilience.connections import (
     LOST,
     STEPS,
-    OwnConnection,
+    WatchfulConnection,
     also_elsewhere,
     despite_reset,
     is_wrong,
@@ -167,7 +167,7 @@ class Store:
 
     def _connect(self) -> redis.Redis:
         return self.address.client(
-            OwnConnection,
+            WatchfulConnection,
             max_connections=MAX_CONNECTIONS,
             timeout=max(1.0, self.limit_timeout_s),  # for a free connection
             socket_timeout=self._timeout_s,

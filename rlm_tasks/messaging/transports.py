@@ -9,6 +9,9 @@ connection.  `leave_old_primaries` makes kombu and Celery follow a failover.  Be
 from __future__ import annotations
 
 import functools
+import math
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -38,6 +41,8 @@ HEALTH_S = 3
 
 It drops a connection that listens to queues and got no answer for this time and one second.
 """
+LATE_S = 1.0
+"""After a connection was forgotten, kombu's wait for messages may end so much later than agreed."""
 _AMQP_NAMES = {
     "ssl_ca_certs": "ca_certs",
     "ssl_certfile": "certfile",
@@ -140,9 +145,20 @@ class FollowingConnection(WatchfulConnection):
 
     heeds = MOVED.__contains__
 
+    @property
+    def silence_s(self) -> float:
+        """The longest silence; longer timeouts are not watched, as an app's commands may block."""
+        silence_s = super().silence_s
+        return silence_s if silence_s <= 2 * ANSWER_S else 0.0
+
 
 class BrokerConnection(FollowingConnection):
     """The part of kombu's connections that leaves an old primary."""
+
+    @property
+    def silence_s(self) -> float:
+        """The longest silence; kombu reads only answers that come at once."""
+        return WatchfulConnection.silence_s.fget(self) or math.inf  # type: ignore[attr-defined]  # mypy
 
     @property
     def renews(self) -> bool:  # type: ignore[override]  # a constant in the class above
@@ -155,14 +171,19 @@ def leave_old_primaries() -> None:
     """Make connections of kombu and of Celery's result backend leave an old primary.
 
     A failover may leave the old primary alive, as a replica, and its connections open.  It then
-    refuses each write, and redis-py keeps the connection (redis-py 8.1, kombu 5.7).
+    refuses each write, and redis-py keeps the connection (redis-py 8.1, kombu 5.7).  The network
+    may also forget connections; then those that kombu polls are made anew as well.
     """
     from celery.backends.redis import RedisBackend
-    from kombu.transport.redis import Channel, SentinelChannel
+    from kombu.transport.redis import Channel, MultiChannelPoller, SentinelChannel
 
     for channel in (Channel, SentinelChannel):
         for name in ("connection_class", "connection_class_ssl"):
             setattr(channel, name, mixed(BrokerConnection, getattr(channel, name)))
+    for client, command in (("client", "BRPOP"), ("subclient", "LISTEN")):
+        name = f"_register_{command}"
+        register = _renewing(getattr(MultiChannelPoller, name), client, command)
+        setattr(MultiChannelPoller, name, register)
     stock = RedisBackend._get_pool
 
     @functools.wraps(stock)
@@ -171,6 +192,36 @@ def leave_old_primaries() -> None:
         return stock(backend, **params | {"connection_class": mixed(FollowingConnection, base)})
 
     RedisBackend._get_pool = pool
+
+
+def _renewing(stock: Callable[..., None], client: str, command: str) -> Callable[..., None]:
+    """Return kombu's function that polls a connection, which first closes one that is stale."""
+
+    @functools.wraps(stock)
+    def register(poller: Any, channel: Any) -> None:
+        holder = getattr(channel, client)
+        poller._client_registered(channel, holder, command)  # takes a connection, if it has none
+        if holder.connection.is_stale and not _may_answer(channel, command):
+            held = poller._chan_to_sock.pop((channel, holder, command), None)
+            if held is not None:
+                poller._fd_to_chan.pop(held.fileno(), None)
+                poller.poller.unregister(held)
+            holder.connection.disconnect()
+        stock(poller, channel)
+
+    return register
+
+
+def _may_answer(channel: Any, command: str) -> bool:
+    """Whether a channel waits for a message that may be in its socket, or on its way."""
+    from kombu.transport.redis import _socket_readable
+
+    connection = channel._in_poll if command == "BRPOP" else None
+    if not connection:
+        return False
+    waited_s = time.monotonic() - (channel._brpop_sent_at or 0.0)
+    late = channel.brpop_timeout and waited_s > channel.brpop_timeout + LATE_S
+    return not late or bool(_socket_readable(connection._sock))  # type: ignore[no-untyped-call]
 
 
 # --- redbeat ----------------------------------------------------------------------------------

@@ -264,7 +264,8 @@ def failed_over(folder: Path, *, keeps: bool) -> float:
 def forgotten(folder: Path) -> float:
     """Let the network forget all connections under load; return the seconds until all is well.
 
-    Asserts that the answers are right, and that the client and the worker go on.
+    Asserts that the answers are right, that the client and the worker go on, and that no call was
+    lost.
     """
     with embedded.server(durable=True) as server:
         proxy = Proxy(server.port)
@@ -281,6 +282,9 @@ def forgotten(folder: Path) -> float:
                 own.check(own.submit(), within_s=60)
                 took = time.monotonic() - since
                 assert worker.poll() is None, "the worker keeps its process"
+                log = own.log.read_text()
+                assert "Connection to broker lost" not in log, log
+                assert "does not answer" not in log, log
                 return took
         finally:
             proxy.close()

@@ -176,7 +176,7 @@ def test_a_failover_that_leaves_the_old_primary_alive(tmp_path: Path, keeps: boo
 
 
 def test_connections_that_the_network_forgets_are_dropped_together(tmp_path: Path) -> None:
-    assert forgotten(tmp_path) < 25.0
+    assert forgotten(tmp_path) < 10.0
 
 
 def test_a_node_of_a_cluster_is_named_by_submit_worker_and_doctor(tmp_path: Path) -> None:
