@@ -61,6 +61,8 @@ def nemesis_merged(item: dict[str, Any]) -> list[Any]:
     return [_work(item)]
 
 
+RETRY_S = 5.0
+"""The longest wait for a further try, with the sweep that ends it."""
 _TRIES = RetryPolicy(max_attempts=4, initial_delay_s=2, retry_on=(Flaky,))
 
 
@@ -112,6 +114,8 @@ class HistoryJob:
         items = [item for item in self.items if item]
         tries_s = sum(item["ms"] * (1 + item["flaky"]) / 1000 for item in items)
         waits_s = 15.0 if self.operation == "nemesis_flaky" else 0.0
+        if self.request.type == "sequential":  # its items wait one after the other
+            waits_s += RETRY_S * sum(item["flaky"] for item in items)
         return 2 * tries_s + waits_s
 
     @property
