@@ -192,7 +192,7 @@ class Submission:
         Raises InvalidRequest when they have been deleted.
         """
         store, keys = self._session.store, self._session.keys.staged(job, token)
-        store.call(lambda _: renew_staged(store, *keys))
+        renew_staged(store, *keys)
 
     def store_items(self, request: JobRequest, job: str = "") -> tuple[JobSpec, str]:
         """Store all items, then return the job's specification and the token of the items.
@@ -337,7 +337,7 @@ class Submission:
             root=FilesRoot(settings.files_root),
         )
         try:
-            return (*store.call(lambda _: source_of(items).write(writer)), token)
+            return (*source_of(items).write(writer), token)
         except BaseException:
             with suppress(StoreUnavailable):  # the keys carry an expiry
                 store.call(lambda client: client.delete(index, blocks))

@@ -14,6 +14,7 @@ from resilience.errors import StoreUnavailable, name_of
 from rlm_tasks.engine.crashpoints import CrashPoint, no_hook
 from rlm_tasks.engine.node_events import NodeEvents
 from rlm_tasks.engine.rounds import RoundFailed, Rounds
+from rlm_tasks.engine.shared_page import Steps
 from rlm_tasks.errors import Quarantined
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.item_failures import failure_of, raise_if_shutdown
@@ -34,12 +35,13 @@ def merge_root(
     claim: Claim,
     spec: JobSpec,
     operation: Operation,
+    steps: Steps,
     rounds: Rounds,
     limit: OutputLimit,
     node_events: NodeEvents,
     reached: Callable[[CrashPoint], None] = no_hook,
 ) -> str:
-    """Make the answer of a job and close it; return its final state.
+    """Make the answer of a job in `steps` and close it; return its final state.
 
     Return '' when another process holds the merge, or when a round has to end first.
     """
@@ -58,9 +60,9 @@ def merge_root(
             raise Quarantined("the merge", claim.losses, claim.lost_by)
         reached(CrashPoint.DURING_MERGE)
         if has_rounds:
-            answer = rounds.advance(claim, spec, operation)
+            answer = rounds.advance(claim, spec, steps.marked(operation), steps)
         else:
-            answer = _answer(ledger, spec, operation)
+            answer = _answer(ledger, spec, steps.marked(operation))
         if answer is None:
             return ""
         limit.checked(answer, "the answer of the job")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from resilience.errors import RlmError
+from rlm_tasks.engine.shared_page import Step, Steps
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.file_roots import FilesRoot
 from rlm_tasks.jobs.items import source_of
@@ -72,10 +73,12 @@ class Rounds:
         self._ledger, self._dispatcher, self._settings = ledger, dispatcher, settings
         self._budgets, self._wake = budgets, wake
 
-    def advance(self, claim: Claim, spec: JobSpec, operation: Operation) -> bytes | None:
+    def advance(
+        self, claim: Claim, spec: JobSpec, operation: Operation, steps: Steps
+    ) -> bytes | None:
         """Return the packed answer of a job, None when its merge now waits for a round.
 
-        This process holds the merge by `claim`.  Raises RoundFailed.
+        This process holds the merge by `claim`, and runs it in `steps`.  Raises RoundFailed.
         """
         assert operation.then is not None  # without it a job has no rounds
         rounds = opened_rounds(self._ledger, spec.job)
@@ -91,7 +94,14 @@ class Rounds:
             # Redis has lost its latest writes: the outputs that `then` received may lack some.
             return None
         number = len(rounds) + 1
-        self._wait(claim, number, self._open(spec, number, answer, int(facts["deadline"])))
+        id = self._open(
+            spec=spec,
+            number=number,
+            next_round=answer,
+            deadline_ms=int(facts["deadline"]),
+            steps=steps,
+        )
+        self._wait(claim, number, id)
         return None
 
     def continue_parent(self, spec: JobSpec) -> None:
@@ -138,7 +148,9 @@ class Rounds:
         failures = self._ledger.failures(id)
         return f"item {failures[0].index}: {failures[0].message}" if failures else ""
 
-    def _open(self, spec: JobSpec, number: int, next_round: NextRound, deadline_ms: int) -> str:
+    def _open(
+        self, spec: JobSpec, number: int, next_round: NextRound, deadline_ms: int, steps: Steps
+    ) -> str:
         """Open a round and return its id; a second call finds the round open."""
         id, token, settings = round_id(spec.job, number), new_id(), self._settings
         self._budgets.begin_round(spec, number, last=next_round.last)
@@ -150,7 +162,8 @@ class Rounds:
             max_item_bytes=settings.max_item_bytes,
             root=FilesRoot(settings.files_root),
         )
-        source, n = self._ledger.store.call(lambda _: source_of(next_round.items).write(writer))
+        with steps.run(Step.THEN):  # its items may be a generator
+            source, n = source_of(next_round.items).write(writer)
         operation = registry.get(next_round.operation)
         self._ledger.note_rounds(spec.job, number)
         now_ms = self._ledger.call(lambda _: self._ledger.store.now_ms()) if deadline_ms else 0

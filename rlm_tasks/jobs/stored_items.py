@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import msgspec
+import redis
 
 from resilience.store import Store
 from rlm_tasks.errors import InvalidRequest, ItemsUnreadable
@@ -197,7 +198,8 @@ def _lost_items(lo: int, hi: int, why: str) -> ItemsUnreadable:
 class ItemWriter:
     """Store the items of one job in packed blocks, and return the record that reads them.
 
-    Items whose job is not opened within STAGED_S after the last of them are deleted.
+    Items whose job is not opened within STAGED_S after the last of them are deleted.  Each call to
+    Redis is one of `Store.call`; the iterable, which runs a user's code, is read outside of them.
     """
 
     def __init__(
@@ -220,7 +222,8 @@ class ItemWriter:
     def items(self, items: Iterable[Any]) -> tuple[StoredItems, int]:
         """Store items; return their record and number.
 
-        Raises InvalidRequest naming the first item that cannot be stored.
+        Raises InvalidRequest naming the first item that cannot be stored, StoreUnavailable, and
+        what the iterable raises.
         """
         count = 0
         iterator = self._renewing(items)
@@ -329,14 +332,17 @@ class ItemWriter:
             return
         if self._renew_at != float("inf"):
             self._renew()
-        pipe = self._store.client.pipeline(transaction=False)
+        self._store.call(self._send)  # may send twice; an iterable could not be read twice
+        self._waiting, self._bytes = [], 0
+        self._renew_at = self._clock() + STAGED_S / 4
+
+    def _send(self, client: redis.Redis) -> None:
+        pipe = client.pipeline(transaction=False)
         pipe.hset(self._blocks, mapping={f"{lo}:{hi}": data for lo, hi, data in self._waiting})
         pipe.zadd(self._index, {f"{lo}:{hi}": lo for lo, hi, _ in self._waiting})
         pipe.expire(self._blocks, STAGED_S)
         pipe.expire(self._index, STAGED_S)
         pipe.execute()
-        self._waiting, self._bytes = [], 0
-        self._renew_at = self._clock() + STAGED_S / 4
 
     def _renew(self) -> None:
         renew_staged(self._store, self._index, self._blocks)
@@ -345,10 +351,14 @@ class ItemWriter:
 
 def renew_staged(store: Store, index: str, blocks: str) -> None:
     """Begin the time of staged items anew.  Raises InvalidRequest when they are deleted already."""
-    pipe = store.client.pipeline(transaction=False)
-    pipe.expire(index, STAGED_S)
-    pipe.expire(blocks, STAGED_S)
-    if not all(pipe.execute()):
+
+    def renew(client: redis.Redis) -> bool:
+        pipe = client.pipeline(transaction=False)
+        pipe.expire(index, STAGED_S)
+        pipe.expire(blocks, STAGED_S)
+        return all(pipe.execute())
+
+    if not store.call(renew):
         raise InvalidRequest(
             "items",
             "an iterator",

@@ -10,13 +10,13 @@ import io
 import os
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from resilience.breaker_storage import BreakerConfig
 from resilience.bucket import Rate
-from rlm_tasks import operation
+from rlm_tasks import NextRound, operation
 from rlm_tasks.operations.registry import Operation
 from tests.hostile import raise_hostile
 
@@ -90,6 +90,14 @@ def _then(_outputs: Any, _round: Any) -> None:
     hang("then")
 
 
+def _then_items(_outputs: Any, _round: Any) -> NextRound:
+    def items() -> Iterator[Any]:
+        yield 1
+        hang("items")
+
+    return NextRound("hang_item", items(), {})
+
+
 def _number(item: Any) -> int:
     if isinstance(item, int) and item >= 86:
         time.sleep(0.4)  # all other parts have ended before this one
@@ -110,6 +118,7 @@ OPERATIONS: dict[str, Operation] = {
     "merge": operation("hang_merge", merge=_hangs_when("merge_root", "merge"))(_number),
     "finalize": operation("hang_finalize", finalize=_finalize)(_number),
     "then": operation("hang_then", then=_then)(_number),
+    "items": operation("hang_items", then=_then_items)(_number),
     "reading": operation("hang_reading")(_item),
 }
 

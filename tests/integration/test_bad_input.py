@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from rlm_tasks import (
     Adaptive,
@@ -118,6 +120,19 @@ def test_bad_input_is_refused_before_anything_is_enqueued(
 def test_contradictory_sizes_are_refused_at_construction(make: Any, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         make()
+
+
+def test_an_error_of_a_generator_of_items_is_raised_as_it_is(
+    client_without_worker: Client,
+) -> None:
+    def items() -> Iterator[int]:
+        yield from range(5000)
+        raise redis.ConnectionError("the shop's own Redis is away")
+
+    with pytest.raises(redis.ConnectionError, match="the shop's own Redis is away"):
+        client_without_worker.submit(operation="echo", items=items())
+
+    assert client_without_worker.jobs() == []
 
 
 def test_an_item_over_the_limit_is_named(server: Any) -> None:

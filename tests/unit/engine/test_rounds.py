@@ -6,11 +6,12 @@ Messages and holders may be lost or doubled in between.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from redis.exceptions import ConnectionError
 
 from rlm_tasks.engine.node import run_node
 from rlm_tasks.jobs.rounds import NextRound, Round
@@ -112,6 +113,29 @@ def test_a_job_that_tolerates_errors_continues_with_the_done_items_of_a_round() 
 
     assert facts["state"] == "succeeded"
     assert platform.output(platform.ledger.spec(job))["found"] == [30]  # type: ignore[arg-type]  # it exists
+
+
+def _from_another_store(_outputs: Any, _round: Round) -> Any:
+    def items() -> Iterator[int]:
+        yield 1
+        raise ConnectionError("the shop's own Redis is away")
+
+    return NextRound("unit_add_three", items(), {})
+
+
+@operation("unit_rounds_from_another_store", then=_from_another_store)
+def unit_rounds_from_another_store(item: int) -> int:
+    """Return the item."""
+    return item
+
+
+def test_a_job_fails_with_what_the_items_of_its_next_round_raise() -> None:
+    platform = Platform(2)
+    facts = platform.run(
+        platform.submit(JobRequest(operation="unit_rounds_from_another_store", items=[1]))
+    )
+    assert facts["state"] == "failed", "another store is away, not that of the job"
+    assert "the shop's own Redis is away" in facts["error"]
 
 
 def test_the_explanation_names_the_round_at_work() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import fakeredis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from redis.client import Pipeline
+from redis.exceptions import ReadOnlyError
 
 from resilience.store import Store
 from rlm_tasks.errors import InvalidRequest, ItemsUnreadable
@@ -23,6 +26,7 @@ from rlm_tasks.jobs.stored_items import (
     STAGED_S,
     ItemReader,
     ItemWriter,
+    StoredItems,
     Unreadable,
 )
 
@@ -45,6 +49,32 @@ def store() -> Store:
 def writer_of(store: Store, most: int = 1 << 24, **more: Any) -> ItemWriter:
     """Return a writer of the keys `index` and `blocks`."""
     return ItemWriter(store, "index", "blocks", max_item_bytes=most, **more)
+
+
+def test_a_generator_is_stored_whole_when_redis_moves_meanwhile(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_items, "PIPELINE_BYTES", 1)  # send after each block
+    execute, sent = Pipeline.execute, itertools.count()
+
+    def moves_once(self: Pipeline, raise_on_error: bool = True) -> Any:
+        if next(sent) == 1:
+            raise ReadOnlyError("You can't write against a read only replica.")
+        return execute(self, raise_on_error)
+
+    monkeypatch.setattr(Pipeline, "execute", moves_once)
+    source, n = source_of(iter(range(5000))).write(writer_of(store))
+
+    assert next(sent) > 5, "the second block was sent twice"
+    assert (n, [*_read(store, source, n)]) == (5000, [*range(5000)])
+
+
+def _read(store: Store, source: StoredItems, n: int) -> Iterator[Any]:
+    reader, at = ItemReader(store), 0
+    while at < n:
+        items = reader.read(source, "index", "blocks", at, n)
+        at += len(items)
+        yield from items
 
 
 # --- reading -----------------------------------------------------------------------------------
