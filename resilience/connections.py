@@ -34,7 +34,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from resilience.address import is_untrusted
-from resilience.errors import OUTAGES, Outage
+from resilience.errors import OUTAGES, Category, Outage, RlmError, Severity
 
 LOST = (RedisConnectionError, RedisTimeoutError)
 _CODES: dict[type[RedisError], str] = {
@@ -135,6 +135,30 @@ def told(error: Exception) -> str:
     A command may contain items.
     """
     return f"{type(error).__name__}: {_OF_PIPELINE.sub('', str(error))}"[:200]
+
+
+class RecordUnreadable(RlmError, ResponseError):
+    """Redis cannot carry out a call, because a record has another type or form than it expects.
+
+    Another program or release wrote the record, or it is damaged.  Has the `url`, without its
+    password, and the `cause`, in the words of Redis.
+    """
+
+    code = "RECORD_UNREADABLE"
+    category = Category.VALIDATION
+    severity = Severity.HIGH
+
+    def __init__(self, url: str, cause: str) -> None:
+        self.url, self.cause = url, cause
+        super().__init__(
+            f"Redis at {url} cannot carry out a call ({cause}): a record is damaged, or another "
+            "program or release wrote it; delete it, or set another RLM_NAMESPACE"
+        )
+
+
+def unreadable(url: str, error: Exception) -> RecordUnreadable:
+    """Return the error a user sees for a command that Redis answers with an error."""
+    return error if isinstance(error, RecordUnreadable) else RecordUnreadable(url, told(error))
 
 
 class Refused(RedisConnectionError):

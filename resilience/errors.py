@@ -219,6 +219,11 @@ OUTAGES = {
         "refuses a call ({cause})",
         "give the user of {variable} the rights to it (ACL SETUSER)",
     ),
+    "DAMAGED": Outage(
+        StoreUnavailable,
+        "has a record that cannot be used ({cause})",
+        "delete the record: another program or release wrote it, or it is damaged",
+    ),
     "UNTRUSTED": Outage(StoreUntrusted),
     "NOTLS": Outage(
         StoreUntrusted,

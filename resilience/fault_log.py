@@ -186,8 +186,9 @@ class FaultLog:
         Raises StoreUnavailable while Redis is away.
         """
         _, fields = self._read()
-        recovered, given_up = (int(fields.get(name, 0)) for name in (b"recovered", b"given_up"))
-        return recovered / (recovered + given_up) if recovered + given_up else None
+        counts = [fields.get(name, 0) for name in (b"recovered", b"given_up")]
+        recovered, given_up, *_ = [*readable("a count of the fault log", counts, int), 0, 0]
+        return recovered / (recovered + given_up) if recovered + given_up > 0 else None
 
     def _read(self) -> tuple[int, dict[bytes, bytes]]:
         ((now_ms, flat),) = self._store.call(

@@ -163,7 +163,8 @@ class SingleFlight:
     def forgetting(self, memos: Sequence[tuple[str, str]]) -> list[Call]:
         """Return the calls that drop memos, each a (key, memo), for a round trip with others."""
         return [
-            Call(_FORGET, (self._keys.flight(self.name, key, memo)[3],), ()) for key, memo in memos
+            Call(_FORGET, (self._keys.flight(self.name, key, memo)[3],), (), otherwise=None)
+            for key, memo in memos
         ]
 
 

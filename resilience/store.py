@@ -40,10 +40,12 @@ from resilience.connections import (
     outage_of,
     refusal,
     told,
+    unreadable,
 )
 from resilience.errors import OUTAGES, StoreUnavailable
 from resilience.keys import Keys
 from resilience.settings import StoreSettings, store_settings
+from resilience.validation import tell_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +99,16 @@ def _lua(package: str, name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One run of a script.  Several calls passed to `Store.call` share a round trip."""
+    """One run of a script.  Several calls passed to `Store.call` share a round trip.
+
+    With `otherwise`, this is the answer when a record cannot be read, and the fault is logged once.
+    So a damaged statistic costs no work.
+    """
 
     script: Script
     keys: Sequence[str]
     args: Sequence[Argument]
+    otherwise: Any = ...  # an ellipsis: there is no other answer
 
 
 class Store:
@@ -261,9 +268,11 @@ class Store:
         With ``answer`` and ``patient`` a call whose open connection is reset runs once more, so its
         script must bear that.
 
-        A Redis that is full, a replica, or busy counts as an outage: see `refusal`.
+        A Redis that is full, a replica, or busy counts as an outage: see `refusal`.  A record that
+        a call cannot use raises RecordUnreadable, which is a ResponseError of redis-py as well.
+        For ``answer`` and ``patient`` it is an outage of this call alone, so guards decide alone.
 
-        Raises StoreUnavailable, and redis-py's ResponseError for a command that is wrong.
+        Raises StoreUnavailable.
         """
         if calls and callable(calls[0]):
             command: Callable[[redis.Redis], Any] = calls[0]
@@ -279,7 +288,7 @@ class Store:
                 return also_elsewhere(attempt)
             except (*LOST, ResponseError, StoreUnavailable) as error:
                 if is_wrong(error):
-                    raise
+                    raise unreadable(self.url, error) from None
                 # No other worker can do this work while all are refused, so the caller stays.
                 stays = refusal(error) and self.stays()
                 if on_outage == "raise" or (self.clock() + wait_s > until and not stays):
@@ -312,7 +321,8 @@ class Store:
             answers = despite_reset(attempt)
         except (*LOST, ResponseError) as error:
             if is_wrong(error):
-                raise
+                tell_unreadable("the record of a guard or a statistic", told(error))
+                raise OUTAGES["DAMAGED"].error(self.url, told(error)) from None
             if isinstance(error, RedisTimeoutError) and self._bears(began, silence_s):
                 raise self.unavailable(error) from None
             raise self._lost(error) from None
@@ -369,7 +379,8 @@ class Store:
     def _run(self, *calls: Call) -> list[Any]:
         """Run scripts in one round trip and return their answers.
 
-        Raises the first error; a lost connection raises redis-py's error.
+        Raises the first error of a call without another answer; a lost connection raises redis-py's
+        error.
         """
         answers = self._pipelined(calls, by_sha=True)
         missing = [at for at, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
@@ -378,9 +389,12 @@ class Store:
                 missing, self._pipelined([calls[i] for i in missing], by_sha=False), strict=True
             ):
                 answers[at] = answer
-        for answer in answers:
+        for at, answer in enumerate(answers):
             if isinstance(answer, ResponseError):
-                raise answer
+                if calls[at].otherwise is ... or not is_wrong(answer):
+                    raise answer
+                tell_unreadable(" ".join(("one of the records", *calls[at].keys)), told(answer))
+                answers[at] = calls[at].otherwise
         return answers
 
     def _lost(self, error: Exception) -> StoreUnavailable:

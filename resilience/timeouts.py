@@ -21,7 +21,7 @@ from pydantic import Field
 from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
-from resilience.validation import Seconds
+from resilience.validation import Seconds, readable
 
 BUCKETS = 256
 RATIO = 1.1
@@ -179,11 +179,20 @@ class Timeouts:
             )
         except StoreUnavailable:
             return p99_s  # not recorded as read: the store itself waits before it tries Redis again
-        fields = zip(answer[::2], answer[1::2], strict=True)
-        weights = {int(bucket): float(weight) for bucket, weight in fields if bucket != b"since"}
+        fields = [
+            each for each in zip(answer[::2], answer[1::2], strict=True) if each[0] != b"since"
+        ]
+        weights = dict(readable("durations of an operation", fields, _weight))
         enough = sum(weights.values()) >= self._settings.min_samples
         self._read[operation] = now, percentile(weights, SHARE) if enough else None
         return self._read[operation][1]
+
+
+def _weight(field: tuple[bytes, bytes]) -> tuple[int, float]:
+    bucket, weight = int(field[0]), float(field[1])
+    if not (0 <= bucket < BUCKETS and 0 <= weight < math.inf):
+        raise ValueError
+    return bucket, weight
 
 
 def bucket_of(seconds: float) -> int:

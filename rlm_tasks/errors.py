@@ -8,8 +8,9 @@ RlmError
 │   ├── FileOutsideRoot     a file that RLM_FILES_ROOT does not allow
 │   └── UnknownOperation    names the nearest known one; also one that no live worker knows
 ├── BrokerUnavailable       a StoreUnavailable (resilience): the broker does not answer
+├── RecordUnreadable        (resilience) a shared record in Redis has another type than expected
 ├── JobNotFound             no such job, or its results have expired
-├── JobUnreadable           another release wrote its specification, or it is damaged
+├── JobUnreadable           another release wrote one of its records, or it is damaged
 ├── JobEnded                a job without a full answer; carries its result
 │   ├── JobFailed
 │   ├── JobExpired
@@ -29,7 +30,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from resilience.connections import outage_of, told
+from resilience.connections import RecordUnreadable, outage_of, told
 from resilience.errors import (
     Category,
     InvalidValue,
@@ -63,6 +64,7 @@ __all__ = [
     "Overloaded",
     "Quarantined",
     "QueueFull",
+    "RecordUnreadable",
     "ResultTimeout",
     "ResultTooLarge",
     "RlmError",
@@ -178,14 +180,17 @@ class JobNotFound(RlmError):
 
 
 class JobUnreadable(RlmError):
-    """A job whose specification this release cannot read.  Has its `job_id`, and `why`."""
+    """A job with a record that this release cannot read, such as its specification.
+
+    Has its `job_id`, `what` cannot be read, and `why`.
+    """
 
     code = "JOB_UNREADABLE"
 
-    def __init__(self, job_id: str, why: str) -> None:
-        self.job_id, self.why = job_id, why
+    def __init__(self, job_id: str, why: str, what: str = "the specification") -> None:
+        self.job_id, self.why, self.what = job_id, why, what
         super().__init__(
-            f"the specification of job {job_id} cannot be read ({why}): another release wrote it, "
+            f"{what} of job {job_id} cannot be read ({why}): another release wrote it, "
             "or it is damaged; use the release that submitted it, or submit it again"
         )
 

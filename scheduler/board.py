@@ -199,7 +199,10 @@ class Board:
     def publish(self, report: HostReport) -> Call:
         """Return the call that publishes a worker's report on its host."""
         return Call(
-            _PUBLISH, (self._keys.hosts,), (report.worker, _json.encode(report), self._stale_ms)
+            _PUBLISH,
+            (self._keys.hosts,),
+            (report.worker, _json.encode(report), self._stale_ms),
+            otherwise=None,
         )
 
     def hosts(self) -> list[HostReport]:
@@ -211,7 +214,7 @@ class Board:
 
     def hosts_call(self) -> Call:
         """Return the call that reads the reports of the hosts; `read_hosts` decodes its answer."""
-        return Call(_HOSTS, (self._keys.hosts,), (self._stale_ms,))
+        return Call(_HOSTS, (self._keys.hosts,), (self._stale_ms,), otherwise=())
 
     @staticmethod
     def read_hosts(answer: Sequence[bytes]) -> list[HostReport]:
@@ -236,7 +239,7 @@ class Board:
 
     def orders_call(self) -> Call:
         """Return the call that reads the orders; `read` decodes its answer."""
-        return Call(_ORDERS, (self._keys.cluster, self._keys.forced), ())
+        return Call(_ORDERS, (self._keys.cluster, self._keys.forced), (), otherwise=(b"", b"", 0))
 
     @staticmethod
     def read(answer: Any) -> Orders:

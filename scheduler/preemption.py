@@ -82,7 +82,7 @@ class Preemption:
         While Redis is away nothing happens, and nothing is raised.
         """
         try:
-            self._store.call(Call(_INSIST, self._keys.preemption(queue), (TTL_MS, *nodes)))
+            self._store.call(self._call(_INSIST, queue, *nodes))
         except (StoreUnavailable, RedisError) as error:
             logger.info("Nodes yield for urgent work a little later: %s", error)
 
@@ -100,32 +100,36 @@ class Preemption:
         """Return the call that adds a token for each waiting node; the first `promised` nodes have
         a free slot.
         """
-        return Call(_ASK, self._keys.preemption(queue), (TTL_MS, GRACE_MS, promised, *nodes))
+        return self._call(_ASK, queue, GRACE_MS, promised, *nodes)
 
     def win(self, queue: str) -> Call:
         """Return the call that takes a token: it answers 1 while there are tokens, then 0."""
-        return Call(_WIN, self._keys.preemption(queue), (TTL_MS,))
+        return self._call(_WIN, queue)
 
     def yielded(self, queue: str, yielder: str) -> Call:
         """Return the call that reports the free slot of a node that had won a token.
 
         It answers the number of open tokens.
         """
-        return Call(_YIELDED, self._keys.preemption(queue), (TTL_MS, yielder))
+        return self._call(_YIELDED, queue, yielder)
 
     def claimed(self, queue: str, node: str) -> Call:
         """Return the call that reports that a node has its slot, by a yield or otherwise.
 
         It answers the number of open tokens.
         """
-        return Call(_CLAIMED, self._keys.preemption(queue), (TTL_MS, node))
+        return self._call(_CLAIMED, queue, node)
 
     def awaited(self, queue: str) -> Call:
         """Return the call that answers 1 if a less urgent node's slot belongs to a waiting node,
         else 0.
         """
-        return Call(_AWAITED, self._keys.preemption(queue), (TTL_MS, PATIENCE_MS))
+        return self._call(_AWAITED, queue, PATIENCE_MS)
 
     def open(self, queue: str) -> Call:
         """Return the call that answers the number of open tokens, those in their grace included."""
-        return Call(_OPEN, self._keys.preemption(queue), (TTL_MS,))
+        return self._call(_OPEN, queue)
+
+    def _call(self, script: Script, queue: str, *args: str | int) -> Call:
+        """Return a call on the tokens of a queue; where these are damaged, it finds none."""
+        return Call(script, self._keys.preemption(queue), (TTL_MS, *args), otherwise=0)

@@ -29,7 +29,8 @@ class SlotBoard:
         """Return the call that publishes a worker's slots, in all and free, and the queues that it
         consumes.
         """
-        return Call(_PUBLISH, (self._key,), (worker, total, free, json.dumps(list(queues)), TTL_MS))
+        args = (worker, total, free, json.dumps(list(queues)), TTL_MS)
+        return Call(_PUBLISH, (self._key,), args, otherwise=None)
 
     def withdraw(self, worker: str) -> None:
         """Remove a worker from the board.  Raises StoreUnavailable."""
@@ -40,4 +41,4 @@ class SlotBoard:
 
         It answers [number of slots taken, number of slots that serve the queue].
         """
-        return Call(_TAKE, (self._key,), (queue, most, TTL_MS))
+        return Call(_TAKE, (self._key,), (queue, most, TTL_MS), otherwise=(0, 0))

@@ -146,6 +146,7 @@ class Snapshots:
                 _TAKE,
                 (self._keys.usage(name)[1], *self._keys.snapshots(name)),
                 (name, now, self._settings.keep, TTL_S),
+                otherwise=((), None),
             )
             for name in names
         ]
@@ -189,7 +190,10 @@ class Snapshots:
         yield record, event
 
     def _read(self, operations: Sequence[str]) -> list[tuple[list[Snapshot], float | None]]:
-        calls = [Call(_READ, self._keys.snapshots(name), (name,)) for name in operations]
+        calls = [
+            Call(_READ, self._keys.snapshots(name), (name,), otherwise=((), None))
+            for name in operations
+        ]
         return [_parsed(answer) for answer in (self._store.call(*calls) if calls else ())]
 
 
@@ -199,7 +203,8 @@ _DECODER = msgspec.json.Decoder(Snapshot)
 def _parsed(answer: Any) -> tuple[list[Snapshot], float | None]:
     entries, since = answer
     snapshots = readable("a snapshot of an operation", entries, _DECODER.decode)
-    return snapshots, float(since) if since else None
+    slower = readable("the time of an operation that is slower", [since] if since else [], float)
+    return snapshots, slower[0] if slower else None
 
 
 def _degraded(operation: str, latest: Trend) -> Event:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
+from resilience.validation import readable
 
 TTL_S = 30 * 86_400
 """The usage of an operation is kept for this long after its last run."""
@@ -65,6 +66,7 @@ class Usage:
             _TALLY,
             self._keys.usage(operation),
             (operation, done, failed, busy_us, memory_kb, TTL_S, version),
+            otherwise=None,
         )
 
     def record(self, operation: str, *, ok: bool, duration_s: float, memory_mb: float) -> None:
@@ -80,40 +82,53 @@ class Usage:
 
     def of(self, operation: str) -> OperationUsage:
         """Return the usage of one operation.  Raises StoreUnavailable."""
-        return self._read(operation)[0]
+        return _usage(operation, self._counts([operation])[0])
 
     def all(self) -> list[OperationUsage]:
         """Return the usage of each operation, by name.  Raises StoreUnavailable."""
         names = self.names()
-        return self._read(*names) if names else []
+        return [_usage(*each) for each in zip(names, self._counts(names), strict=True)]
 
     def totals(self) -> tuple[int, int]:
         """Return the number of nodes that have ended, and the summed time of their items in us.
 
         Raises StoreUnavailable.
         """
-        names = self.names()
-        counts = (
-            self._store.call(*(Call(_READ, self._keys.usage(name)[1:], ()) for name in names))
-            if names
-            else []
-        )
-        return sum(int(each[3]) for each in counts), sum(int(each[2]) for each in counts)
+        counts = self._counts(self.names())
+        return sum(each.nodes for each in counts), sum(each.busy_us for each in counts)
 
     def names(self) -> list[str]:
         """Return the names of the operations that have run.  Raises StoreUnavailable."""
         names = self._store.call(lambda client: client.smembers(self._keys.usage("")[0]))
-        return sorted(name.decode() for name in names)
+        return sorted(readable("the name of an operation", names, bytes.decode))
 
-    def _read(self, *operations: str) -> list[OperationUsage]:
-        calls = [Call(_READ, self._keys.usage(name)[1:], ()) for name in operations]
+    def _counts(self, operations: Sequence[str]) -> list[_Counts]:
+        """Return the counts of operations; those of a damaged record are 0."""
+        calls = [Call(_READ, self._keys.usage(name)[1:], (), ()) for name in operations]
+        answers = self._store.call(*calls) if calls else []
         return [
-            _usage(name, list(map(int, counts)))
-            for name, counts in zip(operations, self._store.call(*calls), strict=True)
+            counts
+            for answer in answers
+            for counts in readable("the usage of an operation", [answer], _counted) or [_Counts()]
         ]
 
 
-def _usage(name: str, counts: Sequence[int]) -> OperationUsage:
+class _Counts(NamedTuple):
+    """The counts of one operation, as the script returns them."""
+
+    done: int = 0
+    failed: int = 0
+    busy_us: int = 0
+    nodes: int = 0
+    memory_kb: int = 0
+    peak_kb: int = 0
+
+
+def _counted(answer: Sequence[bytes]) -> _Counts:
+    return _Counts(*map(int, answer))
+
+
+def _usage(name: str, counts: _Counts) -> OperationUsage:
     done, failed, busy_us, nodes, memory_kb, peak_kb = counts
     total = done + failed
     return OperationUsage(

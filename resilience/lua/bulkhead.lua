@@ -25,6 +25,11 @@ for _, permit in ipairs(call('ZRANGEBYSCORE', permits, '-inf', now)) do
   give_back(permit)
 end
 local used = tonumber(call('HGET', about, 'used') or '0')
+if used ~= 0 and call('ZCARD', permits) == 0 then  -- no permit is out: the sum was damaged
+  call('HDEL', about, 'used')
+  call('DEL', hosts)
+  used = 0
+end
 
 local function woken(most)
   local waiters = {}

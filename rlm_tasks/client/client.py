@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 
+from resilience.connections import RecordUnreadable
 from resilience.faults import Fault, classify
 from resilience.retry import RetryPolicy
 from resilience.store import Store
@@ -214,7 +215,7 @@ class Client(Platform):
 
     def job(self, job_id: str) -> Job:
         """Return the handle of a job that any client submitted.  Raises JobNotFound."""
-        if not self.ledger.facts(job_id):
+        if not self.ledger.job_list.known([job_id]):
             raise JobNotFound(job_id)
         return Job(self.session, job_id)
 
@@ -239,7 +240,7 @@ class Client(Platform):
             return [(spec, job.progress())] if spec is not None else []
         except JobNotFound:
             return []
-        except (LookupError, ValueError) as error:  # counters are missing, or no numbers
+        except (JobUnreadable, RecordUnreadable) as error:
             tell_unreadable(f"job {job.id}", type(error).__name__)
             return []
 

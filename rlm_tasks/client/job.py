@@ -29,6 +29,7 @@ from rlm_tasks.jobs.index_ranges import IndexRanges
 from rlm_tasks.jobs.stored_items import LineSource, Unreadable
 from rlm_tasks.jobs.text_files import TextFile
 from rlm_tasks.ledger.partials import flattened, partials
+from rlm_tasks.ledger.reader import reading
 from rlm_tasks.ledger.round_ids import expire_rounds
 from rlm_tasks.operations import registry
 from rlm_tasks.results import (
@@ -187,8 +188,9 @@ class Job(JobWaiter):
         spec = self._spec()
         packed = self._ledger.answer(self.id)
         if packed is not None:
-            self._refuse_larger(codec.unpacked_bytes(packed))
-            return codec.unpack(packed)
+            with reading(self.id, "the answer"):
+                self._refuse_larger(codec.unpacked_bytes(packed))
+                return codec.unpack(packed)
         if spec.n == 0 and spec.skip_if_empty:
             return None
         rate = int(facts["failed"]) / spec.n if spec.n else 0.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from resilience.connections import RecordUnreadable
 from resilience.degradation import Level
 from resilience.errors import StoreUnavailable
 from rlm_tasks.client.platform_status import PlatformStatus, Pressure
@@ -40,7 +41,7 @@ def of_platform(session: Session, *, detailed: bool) -> dict[str, Any]:
         if not detailed:
             return {**status_of(failing, degraded), **about}
         return _detailed(session, status, failing, degraded) | about
-    except StoreUnavailable as error:
+    except (StoreUnavailable, RecordUnreadable) as error:
         # Redis went away since the first call, or the broker is another server and is away.
         return {**status_of([str(error)], []), **about}
 

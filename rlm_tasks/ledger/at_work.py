@@ -12,11 +12,9 @@ from typing import Any
 import redis
 
 from resilience.keys import JobKeys
-from rlm_tasks.ledger.reader import LedgerReader
+from resilience.validation import readable
+from rlm_tasks.ledger.reader import REASON, LedgerReader
 from rlm_tasks.ledger.records import JobNodes, NodesAtWork
-
-_REASON = "why:"
-"""Fields of a job's hash that begin so have the number of nodes parked for a reason."""
 
 
 def nodes_at_work(ledger: LedgerReader, job: str, facts: Mapping[str, str]) -> NodesAtWork:
@@ -33,9 +31,9 @@ def nodes_at_work(ledger: LedgerReader, job: str, facts: Mapping[str, str]) -> N
     queued, held = ledger.call(read)
     parked = min(held, int(facts.get("parked", 0)))
     reasons = {
-        name.removeprefix(_REASON): int(count)
+        name.removeprefix(REASON): int(count)
         for name, count in facts.items()
-        if name.startswith(_REASON)
+        if name.startswith(REASON)
     }
     return NodesAtWork(queued, held - parked, parked, reasons if parked else {})
 
@@ -52,11 +50,12 @@ def jobs_at_work(ledger: LedgerReader, limit: int) -> list[JobNodes]:
         for each in map(ledger.keys.of, jobs):
             pipe.hmget(each.job, "queue", "state", "parked")
             _count(pipe, each)
-        return pipe.execute()
+        return pipe.execute(raise_on_error=False)
 
     found = ledger.call(read) if jobs else []
     every = zip(jobs, found[::3], found[1::3], found[2::3], strict=True)
-    return [_nodes_of(job, facts, queued, held) for job, facts, queued, held in every if facts[0]]
+    known = [each for each in every if not isinstance(each[1], list) or each[1][0]]
+    return readable("the nodes of an open job", known, _nodes_of)
 
 
 def _count(pipe: Any, keys: JobKeys) -> None:
@@ -65,7 +64,8 @@ def _count(pipe: Any, keys: JobKeys) -> None:
     pipe.zcard(keys.due)
 
 
-def _nodes_of(job: str, facts: list[bytes], queued: int, held: int) -> JobNodes:
+def _nodes_of(counted: tuple[str, list[bytes], int, int]) -> JobNodes:
+    job, facts, queued, held = counted
     queue, state, parked = facts[0], facts[1], min(held, int(facts[2] or 0))
     return JobNodes(
         job=job,

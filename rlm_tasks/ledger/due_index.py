@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from resilience.store import Call, OnOutage, Script, Store
+from resilience.validation import readable
 
 _TAKE, _LOOK_AGAIN, _LOOK_BY, _FIRST = (
     Script.load("rlm_tasks.ledger", f"due_{name}")
@@ -45,11 +46,11 @@ class DueIndex:
         """
         call = Call(_TAKE, (self._key,), (sweep_ms, most))
         [found] = self._store.call(call, on_outage=self._on_outage)
-        return [each.decode() for each in found]
+        return readable("an entry of the index of due jobs", found, bytes.decode)
 
     def jobs(self, most: int) -> list[str]:
         """Return at most `most` open jobs, the next to sweep first.  Raises StoreUnavailable."""
         found: Any = self._store.call(
             lambda client: client.zrange(self._key, 0, most - 1), on_outage=self._on_outage
         )
-        return [each.decode() for each in found]
+        return readable("an entry of the index of due jobs", found, bytes.decode)

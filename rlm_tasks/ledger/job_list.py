@@ -11,6 +11,7 @@ from typing import Any
 
 from resilience.keys import Keys
 from resilience.store import OnOutage, Store
+from resilience.validation import readable
 
 TRIM_AT_ONCE = 500
 """About this many entries are looked at in one call of `trim`."""
@@ -46,7 +47,8 @@ class JobList:
             if not page:
                 break
             gone = set(self._gone([job for job, _ in page])[0])
-            found += [(job.decode(), int(ms)) for job, ms in page if job not in gone]
+            known = [each for each in page if each[0] not in gone]
+            found += readable("an entry of the list of jobs", known, _entry)
             at += len(page)
         return found
 
@@ -78,7 +80,7 @@ class JobList:
         def read(client: Any) -> list[Any]:
             pipe = client.pipeline(transaction=False)
             for job in jobs:
-                pipe.exists(self._keys.of(job.decode()).job)
+                pipe.exists(self._keys.of(job.decode(errors="replace")).job)
             pipe.time()
             return list(pipe.execute())
 
@@ -88,3 +90,7 @@ class JobList:
 
     def _call(self, command: Any) -> Any:
         return self._store.call(command, on_outage=self._on_outage)
+
+
+def _entry(entry: tuple[bytes, float]) -> tuple[str, int]:
+    return entry[0].decode(), int(entry[1])

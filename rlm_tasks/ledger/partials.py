@@ -15,6 +15,7 @@ from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.output_limit import OutputLimit
+from rlm_tasks.ledger.reader import reading
 from rlm_tasks.operations.registry import Operation
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def partials(
     """Yield the partials of a range in item order; ranges without a successful item have none.
 
     `measure` gets the bytes of each partial before it is unpacked, and may raise.  Raises
-    Uncovered, StoreUnavailable.
+    Uncovered, JobUnreadable, StoreUnavailable.
     """
     at = lo
     for start, end, packed in ledger.pieces(job, lo, hi):
@@ -42,7 +43,9 @@ def partials(
         if packed:
             if measure is not None:
                 measure(codec.unpacked_bytes(packed))
-            yield codec.unpack(packed)
+            with reading(job, "a partial answer"):
+                value = codec.unpack(packed)
+            yield value
 
 
 def flattened(pages: Iterator[list[Any]]) -> Iterator[Any]:
@@ -62,7 +65,8 @@ def compact_split(
     edges = [lo] + [end for _, end, _ in pieces]
     if len(pieces) < 2 or edges[-1] != hi or [start for start, _, _ in pieces] != edges[:-1]:
         return False
-    values = [codec.unpack(packed) for _, _, packed in pieces if packed]
+    with reading(job, "a partial answer"):
+        values = [codec.unpack(packed) for _, _, packed in pieces if packed]
     merged = codec.pack(operation.combine(values)) if values else b""
     limit.checked(merged, "the merged partial")
     return ledger.compact(job, [(start, end) for start, end, _ in pieces], merged)

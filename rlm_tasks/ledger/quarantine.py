@@ -32,7 +32,7 @@ class Quarantine:
     def jobs(self) -> list[str]:
         """Return the jobs that have, or had, quarantined items, the newest first."""
         found: Any = self._call(lambda client: client.zrange(self._keys.quarantined, 0, -1))
-        return [each.decode() for each in found[::-1]]
+        return readable("a job with quarantined items", found[::-1], bytes.decode)
 
     def items(self, job: str) -> list[QuarantinedItem]:
         """Return a job's quarantined items, in order."""

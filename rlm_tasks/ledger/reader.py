@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast, overload
 
 import msgspec
 import redis
+import zstandard
 
 from resilience.keys import Keys
 from resilience.store import Call, OnOutage, Script, Store
 from resilience.validation import readable
+from rlm_tasks.errors import JobUnreadable
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.index_ranges import IndexRanges
 from rlm_tasks.jobs.spec import JobSpec
@@ -23,7 +26,7 @@ from rlm_tasks.ledger.job_list import JobList
 from rlm_tasks.ledger.quarantine import Quarantine
 from rlm_tasks.ledger.records import NodeRecord, Split
 from rlm_tasks.ledger.server_clock import ServerClock
-from rlm_tasks.results import ItemFailure, JobEvent
+from rlm_tasks.results import ItemFailure, JobEvent, Status
 from rlm_tasks.settings.sections import LedgerSettings
 
 PIECES_AT_ONCE = 256
@@ -31,6 +34,22 @@ RECORDS_AT_ONCE = 1000
 """About this many records of nodes are read by one command."""
 MAX_FAILURES = 1000
 """Failures of a job that are kept, and shown, in full."""
+REASON = "why:"
+"""Fields of a job's hash that begin so have the number of nodes parked for a reason."""
+_COUNTS = (
+    *("n", "done", "failed", "skipped", "pending", "nodes", "splits", "yields"),
+    *("depth", "busy_us", "peak_kb", "validated", "fail_limit"),
+)
+_NUMBERS = frozenset(
+    (
+        *(*_COUNTS, "parked", "rounds"),
+        *("opened_ms", "started_ms", "closed_ms", "stop_ms", "deadline", "start_by"),
+    )
+)
+_UNLIKE = (
+    *(ArithmeticError, LookupError, TypeError, ValueError),
+    *(msgspec.MsgspecError, zstandard.ZstdError),
+)
 _PIECES = Script.load("rlm_tasks.ledger", "pieces", prelude="prelude")
 
 
@@ -63,9 +82,19 @@ class LedgerReader:
     # --- a job ---------------------------------------------------------------------------------
 
     def facts(self, job: str) -> dict[str, str]:
-        """Return every counter and state of a job; empty for an unknown one."""
+        """Return every counter and state of a job; empty for an unknown one.
+
+        Raises JobUnreadable when a field is missing, or is no number.
+        """
         found = self._hash(self.keys.of(job).job)
-        return {name.decode(): value.decode(errors="replace") for name, value in found.items()}
+        facts = {
+            name.decode(errors="replace"): value.decode(errors="replace")
+            for name, value in found.items()
+        }
+        if facts:
+            with reading(job, "the record"):
+                _check(facts)
+        return facts
 
     def spec(self, job: str) -> JobSpec | None:
         """Return the specification of a job, None for an unknown one.  Raises JobUnreadable."""
@@ -89,16 +118,13 @@ class LedgerReader:
     def events(self, job: str) -> list[JobEvent]:
         """Return the events of a job, the oldest first."""
         found: Any = self.call(lambda client: client.xrange(self.keys.of(job).events))
-        return [
-            JobEvent(int(entry[b"ms"]) / 1000, entry[b"event"].decode(), entry[b"detail"].decode())
-            for _, entry in found
-        ]
+        return readable(f"an event of job {job}", [entry for _, entry in found], _event)
 
     def inflight(self, job: str) -> tuple[int, int, int]:
         """Return the items done, failed and skipped so far by nodes that still run."""
         values = self._values(self.keys.of(job).inflight)
-        counts = [tuple(map(int, each.split(b":"))) for each in values]
-        done, failed, skipped = map(sum, zip(*counts, strict=True)) if counts else (0, 0, 0)
+        counts = readable(f"the progress of a node of job {job}", values, _progress)
+        done, failed, skipped = map(sum, zip((0, 0, 0), *counts, strict=True))
         return done, failed, skipped
 
     def failed_items(self, job: str) -> list[int]:
@@ -106,12 +132,14 @@ class LedgerReader:
         return list(self.failed_ranges(job))
 
     def failed_ranges(self, job: str) -> IndexRanges:
-        """Return every failed item as ranges."""
-        return ranges_of(self._members(self.keys.of(job).failed))
+        """Return every failed item as ranges.  Raises JobUnreadable."""
+        with reading(job, "the list of failed items"):
+            return ranges_of(self._members(self.keys.of(job).failed))
 
     def empty_items(self, job: str) -> list[int]:
-        """Return the index of every item skipped as empty, in order."""
-        return [int(each) for each in self._members(self.keys.of(job).empty)]
+        """Return the index of every item skipped as empty, in order.  Raises JobUnreadable."""
+        with reading(job, "the list of skipped items"):
+            return [int(each) for each in self._members(self.keys.of(job).empty)]
 
     # --- its nodes and partials ----------------------------------------------------------------
 
@@ -143,17 +171,22 @@ class LedgerReader:
         return msgspec.json.decode(text, type=Split) if text else None
 
     def ranges(self, job: str) -> list[tuple[int, int]]:
-        """Return the ranges whose partials are stored, in order."""
-        edges = [name.split(b":") for name in self._members(self.keys.of(job).pieces)]
-        return [(int(lo), int(hi)) for lo, hi in edges]
+        """Return the ranges whose partials are stored, in order.  Raises JobUnreadable."""
+        with reading(job, "the list of partials"):
+            edges = [name.split(b":") for name in self._members(self.keys.of(job).pieces)]
+            return [(int(lo), int(hi)) for lo, hi in edges]
 
     def pieces(self, job: str, lo: int, hi: int) -> Iterator[tuple[int, int, bytes]]:
-        """Yield (lo, hi, packed partial) of a range in item order, a page at a time."""
+        """Yield (lo, hi, packed partial) of a range in item order, a page at a time.
+
+        Raises JobUnreadable.
+        """
         at = lo
         while at < hi:
             [page] = self.call(Call(_PIECES, self.keys.of(job), (at, hi, PIECES_AT_ONCE)))
             for name, packed in zip(page[::2], page[1::2], strict=True):
-                start, at = (int(edge) for edge in name.split(b":"))
+                with reading(job, "the list of partials"):
+                    start, at = (int(edge) for edge in name.split(b":"))
                 yield start, at, packed
             if len(page) < 2 * PIECES_AT_ONCE:
                 return
@@ -179,6 +212,42 @@ def ranges_of(members: Sequence[bytes]) -> IndexRanges:
     return IndexRanges(
         (int(each[0]), int(each[1]) if each[1:] else int(each[0]) + 1) for each in edges
     )
+
+
+@contextlib.contextmanager
+def reading(job: str, what: str) -> Iterator[None]:
+    """Raise JobUnreadable for any error by which a record of a job is no such record."""
+    try:
+        yield
+    except _UNLIKE as error:
+        raise JobUnreadable(job, type(error).__name__, what) from None
+
+
+def _check(facts: Mapping[str, str]) -> None:
+    Status(facts["state"])
+    for name in ("queue", "phase", *_COUNTS):
+        facts[name]
+    for name, value in facts.items():
+        if name in _NUMBERS or name.startswith(REASON):
+            int(value)
+    if error := facts.get("error"):
+        msgspec.json.decode(error, type=_JobError)
+
+
+class _JobError(msgspec.Struct):
+    """The fields that an error of a whole job has at least."""
+
+    type: str
+    message: str
+
+
+def _event(entry: Mapping[bytes, bytes]) -> JobEvent:
+    return JobEvent(int(entry[b"ms"]) / 1000, entry[b"event"].decode(), entry[b"detail"].decode())
+
+
+def _progress(text: bytes) -> tuple[int, int, int]:
+    done, failed, skipped = map(int, text.split(b":"))
+    return done, failed, skipped
 
 
 def _failures_of(text: bytes) -> list[ItemFailure]:

@@ -10,6 +10,7 @@ from typing import Any
 import redis
 
 from resilience.keys import JobKeys
+from resilience.validation import readable
 from rlm_tasks.ledger.reader import RECORDS_AT_ONCE, LedgerReader
 from rlm_tasks.ledger.records import ROOT, NodeRecord
 
@@ -29,7 +30,7 @@ def read_tree(ledger: LedgerReader, job: str, limit: int) -> tuple[list[NodeReco
         return pipe.execute()
 
     stored, counts = ledger.call(sizes)
-    total = max(stored, sum(int(each or 0) for each in counts))
+    total = max(stored, sum(readable("a number of nodes", filter(None, counts), int)))
     if stored <= limit:
         return ledger.all_records(job), total
     chosen = _newest(ledger, keys, limit)
@@ -51,5 +52,5 @@ def _newest(ledger: LedgerReader, keys: JobKeys, limit: int) -> list[str]:
         return pipe.execute()
 
     held, queued, ended = ledger.call(read)
-    every = (each.decode() for each in (*held, *queued, *reversed(ended)))
+    every = (each.decode(errors="replace") for each in (*held, *queued, *reversed(ended)))
     return list(dict.fromkeys((ROOT, *every)))[:limit]

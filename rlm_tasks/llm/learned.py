@@ -7,12 +7,14 @@ process reads them at most every 10 s.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from resilience.connections import RecordUnreadable
 from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
+from resilience.validation import readable
 from rlm_tasks.llm.endpoint import Answer
 
 HALVE_AT = 1000
@@ -60,7 +62,8 @@ class Learned:
             "seconds2": answer.latency_s**2,
         }
         pairs = [each for pair in sums.items() for each in pair]
-        return Call(_LEARN, (self._keys.model(model),), (HALVE_AT, TTL_S, *pairs))
+        args = (HALVE_AT, TTL_S, *pairs)
+        return Call(_LEARN, (self._keys.model(model),), args, otherwise=None)
 
     def of(self, model: str) -> CallStatistics:
         """Return the figures of a model, at most 10 s old.
@@ -72,15 +75,16 @@ class Learned:
             return latest
         try:
             stored = self._store.call(lambda client: client.hgetall(self._keys.model(model)))
-        except StoreUnavailable:
+        except (StoreUnavailable, RecordUnreadable):
             return latest
-        sums = {name.decode(): float(amount) for name, amount in stored.items()}
-        latest = _statistics(sums) if sums.get("calls") else CallStatistics()
+        found = readable("the statistics of a model", [stored] if stored else [], _statistics)
+        latest = found[0] if found else CallStatistics()
         self._read[model] = self._clock(), latest
         return latest
 
 
-def _statistics(sums: dict[str, float]) -> CallStatistics:
+def _statistics(stored: Mapping[bytes, bytes]) -> CallStatistics:
+    sums = {name.decode(): float(amount) for name, amount in stored.items()}
     calls = sums["calls"]
 
     def spread(name: str) -> tuple[float, float]:

@@ -5,7 +5,7 @@
 -- Returns {snapshots, s since when it is slower or ''}.
 local counts = redis.call('HMGET', KEYS[1], 'done', 'failed', 'busy_us', 'lately_kb', 'version',
   'snap_done', 'snap_failed', 'snap_busy_us')
-for i = 1, 8 do counts[i] = tonumber(counts[i] or '0') end
+for i = 1, 8 do counts[i] = tonumber(counts[i] or '0') or 0 end
 local done, failed, busy_us = counts[1] - counts[6], counts[2] - counts[7], counts[3] - counts[8]
 if done + failed > 0 then
   local snapshot = string.format('[%s,%d,%d,%.0f,%d,%d]',

@@ -7,7 +7,7 @@ for i, field in ipairs({'done', 'failed', 'busy_us', 'memory_kb'}) do
 end
 redis.call('HINCRBY', KEYS[2], 'nodes', 1)
 for _, field in ipairs({'peak_kb', 'lately_kb'}) do  -- ever, and since the last snapshot
-  local peak = tonumber(redis.call('HGET', KEYS[2], field) or '0')
+  local peak = tonumber(redis.call('HGET', KEYS[2], field) or '0') or 0
   if tonumber(ARGV[5]) > peak then redis.call('HSET', KEYS[2], field, ARGV[5]) end
 end
 redis.call('HSET', KEYS[2], 'version', ARGV[7])

@@ -9,7 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from resilience.breaker import CircuitBreaker
+from resilience.bulkhead import Bulkhead
 from resilience.degradation import Level
+from resilience.errors import StoreUnavailable
 from resilience.fault_log import FaultLog
 from resilience.faults import Fault, classify
 from resilience.keys import Keys
@@ -22,9 +25,11 @@ from rlm_tasks.settings.llm import LlmSettings
 from scheduler.alerts import Alerts
 from scheduler.board import Board, ClusterReport
 from scheduler.events import UNREADABLE, Event, Events, EventSeverity
+from scheduler.preemption import Preemption
 from scheduler.settings import AlertSettings, PressureSettings, SnapshotSettings
 from scheduler.slots import SlotBoard
 from scheduler.snapshots import Snapshots
+from scheduler.usage import Usage
 from tests.unit.harness import Platform
 from tests.unit.scheduler.test_board import host
 from tests.unit.world import World
@@ -153,6 +158,81 @@ def test_patterns_of_the_fault_log(broken: bytes) -> None:
     assert [each.service for each in log.patterns()] == ["service"]
     log.record("other", [(fault, "m")])  # a new fault of a pattern repairs its record
     assert {each.service for each in log.patterns()} == {"service", "other"}
+
+
+@pytest.mark.parametrize("field", ["busy_us", "lately_kb", "done"])
+def test_the_usage_of_an_operation(field: str, broken: bytes) -> None:
+    world, keys = World(), Keys("unit")
+    store, client = world.store(), world.client()
+    usage = Usage(store, keys)
+    for name in ("bad", "good"):
+        store.call(usage.tally(name, done=3, failed=1, busy_us=8, memory_kb=9))
+    client.hset(keys.usage("bad")[1], field, broken)
+    client.sadd(keys.usage("bad")[0], b"\xff")
+
+    store.call(usage.tally("bad", done=3, failed=1, busy_us=8, memory_kb=9))
+    found = {each.executor_id: each.total_executions for each in usage.all()}
+    assert (set(found), found["good"]) == ({"bad", "good"}, 4)
+    assert usage.totals()[0] >= 1
+    assert len(Snapshots(store, keys, SnapshotSettings()).trends(["bad", "good"])) == 2
+
+
+DAMAGED: dict[str, Callable[[Keys], str]] = {
+    "usage": lambda keys: keys.usage("sum")[1],
+    "names of operations": lambda keys: keys.usage("sum")[0],
+    "slots": lambda keys: keys.slots,
+    "hosts": lambda keys: keys.pressure().hosts,
+    "orders": lambda keys: keys.pressure().cluster,
+    "tokens": lambda keys: keys.preemption("q")[0],
+    "snapshots": lambda keys: keys.snapshots("sum")[0],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_statistic_of_another_type_costs_no_other_call(kind: str) -> None:
+    world, keys = World(), Keys("unit")
+    store, client = world.store(), world.client()
+    client.rpush(DAMAGED[kind](keys), "x")
+    slots = SlotBoard(store, keys)
+    board = Board(store, keys, PressureSettings())
+    preemption = Preemption(store, keys, slots)
+
+    store.call(
+        Usage(store, keys).tally("sum", done=3, failed=1, busy_us=8, memory_kb=9),
+        slots.publish("a", 4, 2, ["q"]),
+        board.publish(host("a")),
+        preemption.open("q"),
+    )
+    assert store.call(slots.take("q", 9)) == [(0, 0) if kind == "slots" else [2, 4]]
+    assert [each.worker for each in board.hosts()] == ([] if kind == "hosts" else ["a"])
+    assert board.orders().cluster is None
+    assert Snapshots(store, keys, SnapshotSettings()).of("sum") == []
+
+
+def test_a_guard_decides_alone_where_its_record_is_damaged() -> None:
+    world, keys = World(), Keys("unit")
+    store, client = world.store(), world.client()
+    for key in (keys.bulkhead("b")[1], keys.breaker("c")[0], keys.budget("d"), keys.faults[0]):
+        client.rpush(key, "x")
+
+    with Bulkhead("b", limit=2, store=store).permit():
+        pass
+    assert CircuitBreaker("c", store=store).call(lambda: 3) == 3
+    FaultLog(store).record("d", [(classify(TimeoutError("slow")), "slow")])
+    assert not store.is_away, "Redis is well"
+    with pytest.raises(StoreUnavailable, match=r"a record that cannot be used \(.*WRONGTYPE"):
+        Bulkhead("b", limit=2, store=store).status()
+
+
+@pytest.mark.parametrize("used", ["99999999999", "{", "-3", "nan"])
+def test_a_damaged_sum_of_permits_is_counted_anew_when_none_is_out(used: str) -> None:
+    world, keys = World(), Keys("unit")
+    store, client = world.store(), world.client()
+    bulkhead = Bulkhead("b", limit=2, store=store)
+    client.hset(keys.bulkhead("b")[1], "used", used)
+    client.hset(keys.bulkhead("b")[2], "a host", used)
+
+    assert [bool(bulkhead.acquire()) for _ in range(3)] == [True, True, False]
 
 
 @pytest.mark.parametrize(

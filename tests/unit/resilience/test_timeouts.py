@@ -392,12 +392,13 @@ def test_while_redis_is_away_the_limits_read_last_hold() -> None:
     assert timeouts.limit_s("op", "simple") == 1.5 * upper_edge_s(bucket_of(2000.0))
 
 
-def test_a_broken_script_is_not_taken_for_an_outage() -> None:
+def test_a_record_of_another_type_costs_no_item_and_is_no_outage_of_redis() -> None:
     store = Counted()
     store.client.set(KEY, "not a hash")
 
-    with pytest.raises(Exception, match="WRONGTYPE"):
-        Timeouts(store).learn("op", [1.0])
+    Timeouts(store).learn("op", [1.0])
+    assert Timeouts(store).limit_s("op", "simple") > 0
+    assert not store.is_away
 
 
 def test_urgent_work_gets_more_time_and_never_more_than_the_cap() -> None:
