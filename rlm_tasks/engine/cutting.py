@@ -85,7 +85,7 @@ class Cutting:
             # One node at a time, in order: work up to the suspect, or on it alone, and hand over
             # the rest.
             first = suspects[0] if suspects else (claim.lo + claim.hi + 1) // 2
-            self._work.until = max(first, claim.lo + 1)
+            self._work.until = min(self._work.until, max(first, claim.lo + 1))
             self.reason = None if alone else Reason.ISOLATE
             self.quarantined = next(
                 (each for each in claim.suspects if each.condemned and each.index == claim.lo),

@@ -82,7 +82,7 @@ class Work:
         self._slow_s = slow_s
         self.slow: list[tuple[int, float]] = []  # items that took long: index, seconds
         self.at = claim.lo
-        self.until = claim.hi  # less than `hi` when the rest must be another node's
+        self.until = claim.until  # less than `hi` when the rest must be another node's
         self.busy_s = 0.0
         self.stopped = False  # a boundary ended the work: no further item is started
         self.postponed: Postponed | None = None  # the item at `at` has to wait

@@ -22,6 +22,7 @@ from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.stored_items import RangeSource
 from rlm_tasks.ledger.reader import LedgerReader, ranges_of
 from rlm_tasks.ledger.records import (
+    KNOWN_AT_ONCE,
     PROCESS,
     ROOT,
     SWEEP_AT_ONCE,
@@ -127,6 +128,7 @@ class Ledger(LedgerReader):
             self.settings.death_limit,
             specs.SCHEMA,
             message,
+            KNOWN_AT_ONCE,
         )
         answer = reply[0].decode()
         if answer != "run":

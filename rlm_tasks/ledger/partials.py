@@ -20,6 +20,9 @@ from rlm_tasks.operations.registry import Operation
 
 logger = logging.getLogger(__name__)
 
+COMPACT_AT_ONCE = 2000
+"""Most partials that one script replaces; more are merged in groups."""
+
 
 class Uncovered(Exception):
     """Two stored partials overlap, so the ledger contradicts itself."""
@@ -65,11 +68,19 @@ def compact_split(
     edges = [lo] + [end for _, end, _ in pieces]
     if len(pieces) < 2 or edges[-1] != hi or [start for start, _, _ in pieces] != edges[:-1]:
         return False
-    with reading(job, "a partial answer"):
-        values = [codec.unpack(packed) for _, _, packed in pieces if packed]
-    merged = codec.pack(operation.combine(values)) if values else b""
-    limit.checked(merged, "the merged partial")
-    return ledger.compact(job, [(start, end) for start, end, _ in pieces], merged)
+    while len(pieces) > 1:
+        merged = []
+        for at in range(0, len(pieces), COMPACT_AT_ONCE):
+            group = pieces[at : at + COMPACT_AT_ONCE]
+            with reading(job, "a partial answer"):
+                values = [codec.unpack(packed) for _, _, packed in group if packed]
+            partial = codec.pack(operation.combine(values)) if values else b""
+            limit.checked(partial, "the merged partial")
+            if len(group) > 1 and not ledger.compact(job, [each[:2] for each in group], partial):
+                return False
+            merged.append((group[0][0], group[-1][1], partial))
+        pieces = merged
+    return True
 
 
 def merged(ledger: Ledger, spec: JobSpec, operation: Operation) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast, overload
 
 import msgspec
@@ -29,7 +30,10 @@ from rlm_tasks.ledger.server_clock import ServerClock
 from rlm_tasks.results import ItemFailure, JobEvent, Status
 from rlm_tasks.settings.sections import LedgerSettings
 
-PIECES_AT_ONCE = 256
+PIECES_AT_ONCE, PIECES_BYTES = 256, 4 << 20
+"""One script reads at most this many partials; it stops when it has this many bytes."""
+MEMBERS_AT_ONCE = 5000
+"""One command reads at most this many members of a sorted set."""
 RECORDS_AT_ONCE = 1000
 """About this many records of nodes are read by one command."""
 MAX_FAILURES = 1000
@@ -183,13 +187,14 @@ class LedgerReader:
         """
         at = lo
         while at < hi:
-            [page] = self.call(Call(_PIECES, self.keys.of(job), (at, hi, PIECES_AT_ONCE)))
+            most = (PIECES_AT_ONCE, PIECES_BYTES)
+            [page] = self.call(Call(_PIECES, self.keys.of(job), (at, hi, *most)))
+            if not page:
+                return
             for name, packed in zip(page[::2], page[1::2], strict=True):
                 with reading(job, "the list of partials"):
                     start, at = (int(edge) for edge in name.split(b":"))
                 yield start, at, packed
-            if len(page) < 2 * PIECES_AT_ONCE:
-                return
 
     # --- plain commands ------------------------------------------------------------------------
 
@@ -203,7 +208,24 @@ class LedgerReader:
         return cast(bytes | None, self.call(lambda client: client.hget(key, name)))
 
     def _members(self, key: str) -> list[bytes]:
-        return cast(list[bytes], self.call(lambda client: client.zrange(key, 0, -1)))
+        """Return the members of a sorted set of items or ranges, in pages by their first item."""
+        found: list[bytes] = []
+        after = "-inf"
+        while True:
+            read = partial(
+                redis.Redis.zrange,
+                name=key,
+                start=after,
+                end="+inf",
+                byscore=True,
+                offset=0,
+                num=MEMBERS_AT_ONCE,
+            )
+            page = cast(list[bytes], self.call(read))
+            found += page
+            if len(page) < MEMBERS_AT_ONCE:
+                return found
+            after = f"({page[-1].partition(b':')[0].decode()}"
 
 
 def ranges_of(members: Sequence[bytes]) -> IndexRanges:

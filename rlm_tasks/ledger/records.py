@@ -17,6 +17,8 @@ ROOT = "root"
 MERGE = "merge"
 PROCESS = "process"
 SWEEP_AT_ONCE = 100
+KNOWN_AT_ONCE = 4096
+"""A claim knows at most this many items that failed in validation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,15 @@ class Claim:
     remaining_ms: int = -1  # to the deadline; -1: no deadline
     waiting: tuple[str, ...] = ()  # nodes whose message may be missing
     parent: str = ""  # the node that was cut to make it, '' for the first one
+
+    @property
+    def until(self) -> int:
+        """The end of the items that this claim may run; the rest is another node's.
+
+        Beyond it, the claim does not know which items failed in validation.
+        """
+        known = self.known_failed.ranges
+        return self.hi if len(known) < KNOWN_AT_ONCE else known[-1][1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,21 +12,22 @@ if node.k == token and (node.s == 'c' or node.s == 'd') then
   if merge and merge.s == 'r' and merge.k == token then return {'ok', 0, 'merge', 'merge'} end
   return {'ok', node.s == 'c' and 1 or 0, '', ''}
 end
-if not held(id, token) then return {'stale', 0, '', ''} end
+if not held(id, token, node) then return {'stale', 0, '', ''} end
 
 local r = cjson.decode(ARGV[3])
-local at = r.mid
-for _, kid in ipairs(r.kids) do
+local at, kids = r.mid, {}
+for i, kid in ipairs(r.kids) do
   if kid.lo ~= at or kid.hi <= kid.lo then
     return redis.error_reply('TILING node ' .. id .. ': a part starts at ' .. kid.lo .. ', not at ' .. at)
   end
-  if call('HEXISTS', nodes, kid.id) == 1 then
-    return redis.error_reply('TAKEN node ' .. id .. ': a part has the id of another node, ' .. kid.id)
-  end
-  at = kid.hi
+  at, kids[i] = kid.hi, kid.id
 end
 if at ~= node.hi then
   return redis.error_reply('TILING node ' .. id .. ': its parts end at ' .. at .. ', not at ' .. node.hi)
+end
+local taken = next(read_all(kids))
+if taken then
+  return redis.error_reply('TAKEN node ' .. id .. ': a part has the id of another node, ' .. taken)
 end
 
 if r.mid > node.lo and f.phase == 'process' then
@@ -34,28 +35,36 @@ if r.mid > node.lo and f.phase == 'process' then
   local function store(to)
     local range = from .. ':' .. to
     call('ZADD', pieces, from, range)
-    if blob ~= '' then
-      call('HSET', blobs, range, blob)
-      keep(blobs)
-    end
+    if blob ~= '' then call('HSET', blobs, range, blob) end
   end
   for i = 6, #ARGV, 2 do
     store(ARGV[i])
     from, blob = ARGV[i], ARGV[i + 1]
   end
   store(r.mid)
-  keep(pieces)
+  if f.done == 0 then keep(pieces, blobs) end
+end
+local function add_all(key, indexes)
+  local members = {}
+  for i, index in ipairs(indexes) do
+    members[#members + 1] = index
+    members[#members + 1] = index
+    if #members == 2 * PAGE or i == #indexes then
+      call('ZADD', key, unpack(members))
+      members = {}
+    end
+  end
 end
 local bad = #r.failed
-for _, index in ipairs(r.failed) do call('ZADD', failed, index, index) end
+add_all(failed, r.failed)
 for _, range in ipairs(r.failed_ranges) do
   call('ZADD', failed, range[1], range[1] .. ':' .. range[2])
   bad = bad + range[2] - range[1]
 end
 if #r.failed_ranges > 0 then call('HSET', job, 'failed_ranges', 1) end
-for _, index in ipairs(r.skipped) do call('ZADD', empty, index, index) end
+add_all(empty, r.skipped)
 if #r.skipped > 0 then keep(empty) end
-local room = MAX_FAILURES - call('HLEN', failures)
+local room = #r.failures > 0 and MAX_FAILURES - call('HLEN', failures) or 0
 for i, failure in ipairs(r.failures) do
   if i > room then break end
   call('HSET', failures, failure[1], failure[2])
@@ -66,11 +75,13 @@ for _, entry in ipairs(r.quarantined) do
   call('HDEL', deaths, entry[1])
   note('quarantined', 'item ' .. entry[1])
 end
-if bad > 0 then keep(failed, failures) end
-f.failed = call('HINCRBY', job, 'failed', bad)
+if bad > 0 then
+  keep(failed, failures)
+  f.failed = call('HINCRBY', job, 'failed', bad)
+end
 if f.phase == 'process' then
   f.done = call('HINCRBY', job, 'done', r.done)
-  call('HINCRBY', job, 'skipped', #r.skipped)
+  if #r.skipped > 0 then call('HINCRBY', job, 'skipped', #r.skipped) end
 else
   call('HINCRBY', job, 'validated', r.mid - node.lo)
 end
@@ -79,22 +90,28 @@ for _, entry in ipairs(r.shaped or {}) do
 end
 call('HINCRBY', job, 'nodes', 1)
 call('HINCRBY', job, 'busy_us', r.busy_us)
-if r.peak_kb > tonumber(call('HGET', job, 'peak_kb')) then call('HSET', job, 'peak_kb', r.peak_kb) end
+if r.peak_kb > f.peak_kb then call('HSET', job, 'peak_kb', r.peak_kb) end
 judge(f)
 
 retire(id)
-local kids, deepest = {}, 0
-if #r.kids > 0 and f.stop ~= '' then
-  if f.phase == 'process' then skip_range(r.mid, node.hi) end
-else
-  for i, kid in ipairs(r.kids) do
-    kids[i] = kid.id
+if #kids > 0 and f.stop ~= '' then
+  if f.phase == 'process' then call('HINCRBY', job, 'skipped', unfailed(f, r.mid, node.hi)) end
+  kids = {}
+elseif #kids > 0 then
+  local ids, records, deepest = {}, {}, 0
+  for _, kid in ipairs(r.kids) do
     deepest = math.max(deepest, kid.d)
     local record = {lo = kid.lo, hi = kid.hi, d = kid.d, p = id, sp = kid.sp, ix = kid.ix, t = kid.t,
       why = kid.why, rs = 0, tr = kid.tries > 0 and kid.tries or nil}
-    if kid.wait_ms >= 0 then park_node(kid.id, record, now + kid.wait_ms) else queue_node(kid.id, record) end
+    if kid.wait_ms >= 0 then
+      park_node(kid.id, record, now + kid.wait_ms)
+    else
+      ids[#ids + 1] = kid.id
+      records[#ids] = record
+    end
   end
-  if #kids > 0 then keep(due, waiting) end
+  queue_nodes(ids, records)
+  keep(due, waiting)
   for _, split in ipairs(r.splits) do call('HSET', splits, split.id, cjson.encode(split)) end
   if #r.splits > 0 then
     call('HINCRBY', job, 'splits', #r.splits)
@@ -106,8 +123,8 @@ end
 node.s, node.mid, node.why, node.ms, node.lost = #kids > 0 and 'c' or 'd', r.mid, r.why, now - node.at, nil
 node.kids = #kids > 0 and kids or nil
 write(id, node)
-keep_record(f, id)
-f.pending = call('HINCRBY', job, 'pending', -1)
+if id ~= 'root' then keep_records(f, {id}) end
+f.pending = call('HINCRBY', job, 'pending', #kids - 1)
 if f.stop ~= '' then skip_waiting(f, false) end
 if f.pending > 0 then return {'ok', #kids > 0 and 1 or 0, '', ''} end
 

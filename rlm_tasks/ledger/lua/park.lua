@@ -5,7 +5,7 @@ local id, f, node = ARGV[1], facts(), held(ARGV[1], ARGV[2])
 if not f or not node then return '' end
 judge(f)
 if f.stop ~= '' and not (id == 'merge' and MERGES[f.stop]) then
-  skip_node(f, id, node)
+  skip_nodes(f, {id}, {[id] = node})
   skip_waiting(f, false)
   if f.pending > 0 then return '' end
   local _, waits = finish_tree(f, call('HGET', job, 'task'))

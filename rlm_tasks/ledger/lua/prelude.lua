@@ -40,6 +40,18 @@ local function read(id)
   return raw and cjson.decode(raw)
 end
 
+-- Return the records of nodes by id; an id without a record has none.
+local function read_all(ids)
+  local found = {}
+  for from = 1, #ids, PAGE do
+    local texts = call('HMGET', nodes, unpack(ids, from, math.min(from + PAGE - 1, #ids)))
+    for i, text in ipairs(texts) do
+      if text then found[ids[from + i - 1]] = cjson.decode(text) end
+    end
+  end
+  return found
+end
+
 local function write(id, node) call('HSET', nodes, id, cjson.encode(node)) end
 
 local function note(event, detail)
@@ -49,13 +61,13 @@ end
 -- Return all facts that the scripts decide by, in one read.
 local function facts()
   local v = call('HMGET', job, 'state', 'stop', 'deadline', 'fail_limit', 'early_limit',
-                 'failed', 'done', 'pending', 'phase', 'n', 'ttl_s', 'schema', 'seen_ms', 'node_records', 'start_by')
+                 'failed', 'done', 'pending', 'phase', 'n', 'ttl_s', 'schema', 'seen_ms', 'node_records', 'start_by', 'peak_kb')
   if not v[1] then return nil end
   return {state = v[1], stop = v[2] or '', deadline = tonumber(v[3]), fail_limit = tonumber(v[4]),
           early_limit = tonumber(v[5]), failed = tonumber(v[6]), done = tonumber(v[7]),
           pending = tonumber(v[8]), phase = v[9], n = tonumber(v[10]), ttl_s = tonumber(v[11]),
           schema = tonumber(v[12]), seen_ms = tonumber(v[13]), node_records = tonumber(v[14] or 10000),
-          start_by = tonumber(v[15] or 0)}
+          start_by = tonumber(v[15] or 0), peak_kb = tonumber(v[16] or 0)}
 end
 
 local TERMINAL = {succeeded = true, failed = true, expired = true, cancelled = true}
@@ -63,6 +75,8 @@ local TERMINAL = {succeeded = true, failed = true, expired = true, cancelled = t
 local MERGES = {[''] = true, early = true, budget = true}
 
 -- Renew keys that work has just written: a key that was empty came into being without an expiry.
+-- A key that each node writes is renewed at its first write and by sweeps: the job's index of sweeps
+-- has no expiry.
 local function keep(...)
   for _, key in ipairs({...}) do call('EXPIRE', key, OPEN_S) end
 end
@@ -77,22 +91,21 @@ local function count_parked(why, by)
   if call('HINCRBY', job, field, by) <= 0 then call('HDEL', job, field) end
 end
 
--- Keep the record of an ended node; beyond `node_records` the oldest one is only counted.
--- The root's record stays.
-local function keep_record(f, id)
-  if id == 'root' then return end
-  local kept = call('RPUSH', ended, id)
-  if kept == 1 then keep(ended) end
-  -- Two at a time, so that a list that was too long becomes short without a long script.
-  for _ = 1, math.min(2, kept - f.node_records) do
-    call('HINCRBY', job, 'pruned', call('HDEL', nodes, call('LPOP', ended)))
+-- Keep the records of ended nodes; beyond `node_records` the oldest ones are only counted.
+local function keep_records(f, ids)
+  local kept = call('RPUSH', ended, unpack(ids))
+  if kept == #ids then keep(ended) end
+  -- Two for each, so that a list that was too long becomes short without a long script.
+  local too_many = math.min(2 * #ids, kept - f.node_records)
+  if too_many > 0 then
+    call('HINCRBY', job, 'pruned', call('HDEL', nodes, unpack(call('LPOP', ended, too_many))))
   end
 end
 
 -- Return the record of a node that the token holds.  When a lease has run out, the holder keeps the
 -- node until another process claims it.
-local function held(id, token)
-  local node = read(id)
+local function held(id, token, node)
+  node = node or read(id)
   if node and node.k == token and (node.s == 'r' or (node.s == 'q' and node.lost)) then return node end
 end
 
@@ -117,10 +130,11 @@ local function judge(f)
   end
 end
 
-local function retire(id)
-  call('ZREM', due, id)
-  call('ZREM', waiting, id)
-  call('HDEL', inflight, id)
+-- Take nodes out of the keys of nodes that wait or run.
+local function retire(...)
+  call('ZREM', due, ...)
+  call('ZREM', waiting, ...)
+  call('HDEL', inflight, ...)
 end
 
 -- Count the death of a process that ran this item.
@@ -133,18 +147,21 @@ local function count_death(index, before, by, over)
   keep(deaths)
 end
 
--- Return the failed items of a range: indexes, and ranges 'lo:hi' that reach into it.
-local function failed_in(lo, hi)
-  local found = call('ZRANGEBYSCORE', failed, lo, '(' .. hi)
+-- Return the failed items of a range: indexes, and ranges 'lo:hi' that reach into it.  With `most`,
+-- only the first ones.
+local function failed_in(lo, hi, most)
+  local found = call('ZRANGEBYSCORE', failed, lo, '(' .. hi, 'LIMIT', 0, most or -1)
   local before = call('ZREVRANGEBYSCORE', failed, '(' .. lo, '-inf', 'LIMIT', 0, 1)[1]
   local reach = before and tonumber(string.match(before, ':(%d+)$'))
   if reach and reach > lo then table.insert(found, 1, before) end
   return found
 end
 
--- Count a range that will not run as skipped.  Items already counted as failed stay failed.
-local function skip_range(lo, hi)
+-- Return the number of items of a range that are skipped when it does not run.  Items already
+-- counted as failed stay failed.
+local function unfailed(f, lo, hi)
   local known = 0
+  if f.failed == 0 then return hi - lo end
   if call('HEXISTS', job, 'failed_ranges') == 0 then
     known = call('ZCOUNT', failed, lo, '(' .. hi)
   else
@@ -154,29 +171,39 @@ local function skip_range(lo, hi)
       known = known + math.min(hi, to or from + 1) - math.max(lo, from)
     end
   end
-  call('HINCRBY', job, 'skipped', hi - lo - known)
+  return hi - lo - known
 end
 
-local function skip_node(f, id, node)
-  if node.s == 'p' then count_parked(node.why, -1) end
-  node.s, node.why, node.mid = 'k', f.stop, node.lo
-  write(id, node)
-  retire(id)
-  keep_record(f, id)
-  call('HINCRBY', job, 'nodes_skipped', 1)
-  if id ~= 'merge' then skip_range(node.lo, node.hi) end
-  f.pending = call('HINCRBY', job, 'pending', -1)
+-- Skip nodes, at most a page of them: they will not run.  `records` has their records by id.
+local function skip_nodes(f, ids, records)
+  if #ids == 0 then return end
+  local fields, listed, items = {}, {}, 0
+  for _, id in ipairs(ids) do
+    local node = records[id]
+    if node.s == 'p' then count_parked(node.why, -1) end
+    node.s, node.why, node.mid = 'k', f.stop, node.lo
+    fields[#fields + 1] = id
+    fields[#fields + 1] = cjson.encode(node)
+    if id ~= 'root' then listed[#listed + 1] = id end
+    if id ~= 'merge' then items = items + unfailed(f, node.lo, node.hi) end
+  end
+  call('HSET', nodes, unpack(fields))
+  retire(unpack(ids))
+  if #listed > 0 then keep_records(f, listed) end
+  call('HINCRBY', job, 'nodes_skipped', #ids)
+  call('HINCRBY', job, 'skipped', items)
+  f.pending = call('HINCRBY', job, 'pending', -#ids)
 end
 
 -- Skip nodes that wait; with `force`, fence running ones too.  At most two pages in one script.
 local function skip_waiting(f, force)
-  for _, id in ipairs(call('ZRANGE', waiting, 0, PAGE - 1)) do
-    local node = read(id)
-    if node then skip_node(f, id, node) end
-  end
-  for _, id in ipairs(call('ZRANGE', due, 0, PAGE - 1)) do
-    local node = read(id)
-    if node and (node.s ~= 'r' or force) then skip_node(f, id, node) end
+  for _, key in ipairs({waiting, due}) do
+    local first, ids = call('ZRANGE', key, 0, PAGE - 1), {}
+    local records = read_all(first)
+    for _, id in ipairs(first) do
+      if records[id] and (records[id].s ~= 'r' or force) then ids[#ids + 1] = id end
+    end
+    skip_nodes(f, ids, records)
   end
 end
 
@@ -191,12 +218,14 @@ local function close(f, state)
   f.state = state
   call('HSET', job, 'state', state, 'closed_ms', now)
   call('UNLINK', due, waiting, inflight, splits, deaths)
-  if tonumber(v[2]) == 0 then call('UNLINK', items, blocks) end
-  note('closed', state)
-  for _, key in ipairs({job, nodes, pieces, blobs, failed, empty, failures, quarantine, events, items,
-                        blocks, ended}) do
-    call('EXPIRE', key, f.ttl_s)
+  local left = {job, nodes, pieces, blobs, empty, events, ended}
+  if tonumber(v[2]) == 0 then
+    call('UNLINK', items, blocks)
+  else
+    for _, key in ipairs({failed, failures, quarantine, items, blocks}) do left[#left + 1] = key end
   end
+  note('closed', state)
+  for _, key in ipairs(left) do call('EXPIRE', key, f.ttl_s) end
 end
 
 -- Let a node wait for its message; `waiting` has the time since when.
@@ -208,19 +237,31 @@ local function wait_for_message(id, node)
   call('ZADD', waiting, now, id)
 end
 
-local function queue_node(id, node)
-  node.e = 0
-  wait_for_message(id, node)
-  return call('HINCRBY', job, 'pending', 1)
+-- Register new nodes that may run now.  The caller counts them as pending.
+local function queue_nodes(ids, records)
+  local fields, members = {}, {}
+  for i, id in ipairs(ids) do
+    local node = records[i]
+    node.e, node.s, node.m = 0, 'q', 0
+    fields[#fields + 1] = id
+    fields[#fields + 1] = cjson.encode(node)
+    members[#members + 1] = now
+    members[#members + 1] = id
+    if #fields == 2 * PAGE or i == #ids then
+      call('HSET', nodes, unpack(fields))
+      call('ZADD', waiting, unpack(members))
+      fields, members = {}, {}
+    end
+  end
 end
 
--- Register a node that may run later; a sweep sends its message at that time.
+-- Register a new node that may run later; a sweep sends its message at that time.  The caller counts
+-- it as pending.
 local function park_node(id, node, at)
   node.e, node.s, node.wt = 0, 'p', 1
   write(id, node)
   count_parked(node.why, 1)
   call('ZADD', due, at, id)
-  return call('HINCRBY', job, 'pending', 1)
 end
 
 -- Called when nothing is pending: the next phase, the root merge, or the end.
@@ -236,13 +277,13 @@ local function finish_tree(f, root_task)
   end
   local id = f.phase == 'validate' and 'process' or 'merge'
   if id == 'process' then
-    call('HSET', job, 'phase', 'process')
+    call('HSET', job, 'phase', 'process', 'pending', 1)
     note('validated')
   else
-    call('HSET', job, 'state', 'merging')
+    call('HSET', job, 'state', 'merging', 'pending', 1)
     note('merging')
   end
-  queue_node(id, {lo = 0, hi = f.n, d = 0, p = '', sp = '', ix = 0, t = root_task, why = '', rs = 0})
+  queue_nodes({id}, {{lo = 0, hi = f.n, d = 0, p = '', sp = '', ix = 0, t = root_task, why = '', rs = 0}})
   keep(waiting)
   return id, id
 end

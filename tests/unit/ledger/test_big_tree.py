@@ -8,16 +8,30 @@ from typing import Any
 import pytest
 import redis
 
-from rlm_tasks import JobRequest, NWay
+from rlm_tasks import JobRequest, NWay, operation
+from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.ledger import ledger, partials, reader, records
 from rlm_tasks.ledger.at_work import jobs_at_work, nodes_at_work
 from rlm_tasks.ledger.explain import explain
 from rlm_tasks.ledger.records import ROOT, SWEEP_AT_ONCE, Child, JobNodes, NodesAtWork, Report
 from rlm_tasks.ledger.tree import read_tree
+from rlm_tasks.operations import registry
 from rlm_tasks.settings.model import Settings
 from tests.unit.harness import Platform
 
 KEPT = 20
+
+
+def _not_fails(text: str) -> None:
+    if text == "fails":
+        raise ValueError("it fails in validation")
+
+
+@operation("unit_big_validated", validate=_not_fails)
+def unit_big_validated(text: str) -> str:
+    """Return the item."""
+    return text
 
 
 @pytest.fixture
@@ -91,8 +105,8 @@ def test_records_beyond_the_bound_are_folded_into_counts(platform: Platform) -> 
     assert platform.store.client.hlen(keys.nodes) == KEPT + 2, "and the root, and the merge"
     assert (facts["nodes"], facts["pruned"], facts["done"]) == ("61", "40", "60")
     assert len(platform.ledger.ranges(spec.job)) == 60, "partials are no records"
-    records, total = read_tree(platform.ledger, spec.job, 10_000)
-    assert (len(records), total) == (KEPT + 2, 62)
+    nodes, total = read_tree(platform.ledger, spec.job, 10_000)
+    assert (len(nodes), total) == (KEPT + 2, 62)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -144,9 +158,9 @@ def test_a_look_at_a_big_job_reads_sums_and_a_bounded_part(platform: Platform) -
 
     client.commands.clear()
     client.read = 0
-    records, total = read_tree(platform.ledger, spec.job, 50)
-    assert (len(records), total) == (50, 501)
-    assert Counter(record.state for record in records) == {"c": 1, "r": 4, "p": 1, "q": 44}
+    nodes, total = read_tree(platform.ledger, spec.job, 50)
+    assert (len(nodes), total) == (50, 501)
+    assert Counter(record.state for record in nodes) == {"c": 1, "r": 4, "p": 1, "q": 44}
     assert client.commands.total() <= 6
     assert client.read <= 4 * 50 + 10, "elements of answers"
 
@@ -195,3 +209,86 @@ def test_one_sweep_of_a_big_job_sends_a_bounded_number_and_comes_again(platform:
     assert (len(swept.send), swept.more) == (SWEEP_AT_ONCE, True)
     assert swept.again_ms <= platform.ledger.store.now_ms() + 50
     assert client.commands.total() <= 4
+
+
+def test_members_of_a_large_set_are_read_in_pages(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "MEMBERS_AT_ONCE", 7)
+    spec = opened(platform, 60)
+    run(platform, spec, fan_out(platform, spec))
+    client = counted(platform)
+
+    assert platform.ledger.ranges(spec.job) == [(at, at + 1) for at in range(60)]
+    assert client.commands == {"ZRANGE": 9}
+    assert client.read == 60
+
+
+def test_a_script_reads_partials_until_they_are_large(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "PIECES_BYTES", 1000)
+    spec = opened(platform, 60)
+    for kid in fan_out(platform, spec):
+        claim = platform.ledger.claim(spec.job, kid.id, kid.id, "w")
+        platform.ledger.finish(claim, Report(mid=kid.hi, done=1), b"x" * 400)
+    found, call = [], platform.ledger.call
+
+    def watched(*calls: Any) -> Any:
+        answers = call(*calls)
+        found.append(sum(map(len, answers[0][1::2])))
+        return answers
+
+    monkeypatch.setattr(platform.ledger, "call", watched)
+    pieces = [each[:2] for each in platform.ledger.pieces(spec.job, 0, 60)]
+    assert pieces == [(at, at + 1) for at in range(60)]
+    assert set(found) == {5 * 400}, "one partial, and the next four"
+
+
+def test_many_partials_of_a_split_are_merged_in_groups_and_keep_their_expiry(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partials, "COMPACT_AT_ONCE", 7)
+    spec = opened(platform, 61)
+    for kid in fan_out(platform, spec)[:60]:
+        claim = platform.ledger.claim(spec.job, kid.id, kid.id, "w")
+        partial = codec.pack((True, kid.lo, 1, 0))
+        platform.ledger.finish(claim, Report(mid=kid.hi, done=1), partial)
+    limit = platform.runtime.output_limit
+
+    assert partials.compact_split(
+        platform.ledger, spec.job, registry.get("sum"), limit, lo=0, hi=60
+    )
+    [(_, _, packed)] = platform.ledger.pieces(spec.job, 0, 61)
+    assert codec.unpack(packed)[:3] == [True, sum(range(60)), 1]
+    keys, store = platform.keys.of(spec.job), platform.store.client
+    assert min(store.ttl(keys.pieces), store.ttl(keys.blobs)) > 29 * 86_400
+
+
+def test_a_claim_knows_a_bounded_number_of_failed_items_and_leaves_the_rest(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (records, ledger):
+        monkeypatch.setattr(module, "KNOWN_AT_ONCE", 5)
+    texts = ["fails" if at % 3 == 0 else f"text {at}" for at in range(90)]
+    spec = platform.submit(
+        JobRequest(
+            operation="unit_big_validated",
+            items=texts,
+            conditions={"validate_before_process": True},
+            options={"continue_on_error": True},
+        )
+    )
+    most, claim = [], platform.ledger.claim
+
+    def watched(*args: Any, **named: Any) -> Any:
+        claimed = claim(*args, **named)
+        most.append(len(claimed.known_failed.ranges))
+        return claimed
+
+    monkeypatch.setattr(platform.ledger, "claim", watched)
+    facts = platform.run(spec)
+
+    assert (facts["state"], facts["done"], facts["failed"]) == ("succeeded", "60", "30")
+    assert platform.output(spec) == [each for each in texts if each != "fails"]
+    assert max(most) == 5
