@@ -24,6 +24,8 @@ import redis
 from rlm_tasks.errors import RlmError
 
 START_S = 20.0
+start_worker = subprocess.Popen
+"""Starts the process of a worker; a test suite may set a faster way."""
 
 
 class NotStarted(RlmError):
@@ -185,7 +187,7 @@ def worker(
     ready = log.with_suffix(".ready")
     ready.unlink(missing_ok=True)
     with log.open("ab") as output:
-        process = subprocess.Popen(
+        process = start_worker(
             _worker_command(app, slots, level, options),
             stdout=output,
             stderr=output,
