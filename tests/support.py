@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -15,3 +16,8 @@ def wait_until(condition: Callable[[], bool], within_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < until, f"not within {within_s} s: {condition}"
         time.sleep(0.01)
+
+
+def examples(n: int) -> int:
+    """Return the number of random examples of a test: n, or n times the variable EXAMPLES."""
+    return n * int(os.environ.get("EXAMPLES", "1"))

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -252,15 +252,26 @@ class Storm:
         self._hit: set[str] = set()
         self._stopped: list[tuple[float, list[int]]] = []
 
-    def run(self, seconds: float, show_status: Any) -> Report:
-        """Cause faults for some seconds, then wait up to CALM_S for the jobs; return the report."""
+    def run(
+        self,
+        seconds: float,
+        show_status: Any,
+        enough: Callable[[Report], bool] = lambda _: False,
+    ) -> Report:
+        """Cause faults for some seconds, then wait up to CALM_S for the jobs; return the report.
+
+        The faults end sooner when `enough` holds for the report.
+        """
         report = Report(self._system.name, seconds)
         jobs: list[Any] = []
         open_: list[Any] = []
         began = time.monotonic()
         kill_at, restart_at = began + KILL_EVERY_S, began + RESTART_EVERY_S / 2
-        while (now := time.monotonic()) < began + seconds + CALM_S:
-            raging = now < began + seconds
+        end = began + seconds
+        while (now := time.monotonic()) < end + CALM_S:
+            if now < end and enough(report):
+                end = now
+            raging = now < end
             self._keep_alive(report)
             with suppress(RedisError, StoreUnavailable, OSError):
                 while raging and len(open_) < JOBS_AT_ONCE:
@@ -335,7 +346,7 @@ class Storm:
         ready.unlink(missing_ok=True)
         environment = {**os.environ, **self._environment, "RLM_READY_FILE": str(ready)}
         with (self._folder / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(
+            return embedded.start_worker(
                 command, stdout=log, stderr=log, start_new_session=True, env=environment
             )
 

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from rlm_tasks.testing import embedded
+from tests.support import examples
 from tests.unit.ledger_model import LedgerMachine
 
 
@@ -19,7 +20,7 @@ def test_the_ledger_agrees_with_the_oracle_on_a_real_server(durable: embedded.Se
     run_state_machine_as_test(
         OnRealServer,
         settings=settings(
-            max_examples=200,
+            max_examples=examples(100),
             stateful_step_count=50,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
         ),

@@ -138,7 +138,11 @@ def test_poison_in_a_sequential_job_keeps_the_order(on_shared: Cell) -> None:
 
 
 def test_poison_that_kills_whole_workers_is_found_by_halving(on_shared: Cell) -> None:
-    environment = dict(on_shared.environment)
+    # The halves wait for a lease after each of seven deaths.
+    environment = on_shared.environment | {
+        "RLM_LEDGER__LEASE_S": "1",
+        "RLM_LEDGER__SWEEP_S": "0.2",
+    }
     job = on_shared.client.submit(
         operation="poison",
         items=range(16),

@@ -13,9 +13,9 @@ from random import Random
 from rlm_tasks import Binary, Job, Status
 from rlm_tasks.testing import embedded
 from tests.faults.conftest import Cell, cell
-from tests.support import wait_until
+from tests.support import examples, wait_until
 
-RACES = 500
+RACES = examples(200)
 SLICE_MS = 5
 KINDS = {"cancel": Status.CANCELLED, "expiry": Status.EXPIRED, "verdict": Status.FAILED}
 
@@ -40,7 +40,7 @@ def race(own: Cell, seed: int) -> tuple[str, Job]:
     return kind, job
 
 
-def test_five_hundred_races(on_shared: Cell) -> None:
+def test_many_races(on_shared: Cell) -> None:
     on_shared.worker()
     with ThreadPoolExecutor(4) as pool:
         ran = list(pool.map(lambda seed: race(on_shared, seed), range(RACES)))

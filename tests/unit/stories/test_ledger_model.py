@@ -7,6 +7,7 @@ from __future__ import annotations
 import fakeredis
 from hypothesis import HealthCheck, settings
 
+from tests.support import examples
 from tests.unit.ledger_model import LedgerMachine
 
 
@@ -18,7 +19,7 @@ class OnFakeredis(LedgerMachine):
 
 TestLedgerOnFakeredis = OnFakeredis.TestCase
 TestLedgerOnFakeredis.settings = settings(
-    max_examples=60,
+    max_examples=examples(20),
     stateful_step_count=50,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -22,9 +22,10 @@ from rlm_tasks.results import Status
 from rlm_tasks.worker.queue_order import QueueOrder
 from rlm_tasks.worker.supervisor import Supervisor
 from scheduler.preemption import Preemption, rank_of
+from tests.support import examples
 from tests.unit.harness import Platform
 
-SEEDS, AT_ONCE = 125, 25
+SEEDS, AT_ONCE = examples(50), 25
 SLOTS = 3
 URGENT_JOBS = 2
 
