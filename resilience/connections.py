@@ -258,6 +258,15 @@ class WatchfulConnection:
         finally:
             me.socket_timeout, me.socket_connect_timeout = own
 
+    def send_packed_command(self, *args: Any, **options: Any) -> None:
+        """Send a command."""
+        was_open = self._sock is not None  # type: ignore[attr-defined]  # the class of redis-py
+        try:
+            super().send_packed_command(*args, **options)  # type: ignore[misc]
+        except RedisConnectionError:
+            listening.was_reset = listening.was_reset or was_open
+            raise
+
     def read_response(self, *args: Any, **options: Any) -> Any:
         """Return the next answer.
 
@@ -346,7 +355,7 @@ def _hear(read: Callable[..., Any], seconds: float) -> Any:
                 raise
 
 
-def also_elsewhere(attempt: Callable[[], Any]) -> Any:
+def _also_elsewhere(attempt: Callable[[], Any]) -> Any:
     """Run an attempt, and once more if its connection was left or forgotten."""
     try:
         return attempt()
@@ -360,11 +369,11 @@ def despite_reset(attempt: Callable[[], Any]) -> Any:
     """Run an attempt, and once more if its open connection was reset: Redis may be well."""
     listening.was_reset = False
     try:
-        return also_elsewhere(attempt)
+        return _also_elsewhere(attempt)
     except RedisConnectionError:
         if not listening.was_reset:
             raise
-    return also_elsewhere(attempt)
+    return _also_elsewhere(attempt)
 
 
 def _is_cluster(handshake: dict[Any, Any]) -> bool:

@@ -33,7 +33,6 @@ from resilience.connections import (
     LOST,
     STEPS,
     WatchfulConnection,
-    also_elsewhere,
     despite_reset,
     is_wrong,
     listening,
@@ -199,7 +198,7 @@ class Store:
     def check(self) -> None:
         """Raise StoreUnavailable, naming the URL without its password, unless Redis answers."""
         try:
-            self.client.ping()
+            despite_reset(self.client.ping)
         except (RedisError, OSError) as error:
             if outage_of(error) is OUTAGES["AWAY"] and (kind := self.address.misses_tls()):
                 raise OUTAGES[kind].error(self.url, told(error)) from None
@@ -256,7 +255,7 @@ class Store:
         ========  ==========================================  =====================================
         outage    effect                                      callers
         ========  ==========================================  =====================================
-        raise     the first lost connection raises            clients, which retry in their own loop
+        raise     the second lost connection raises           clients, which retry in their own loop
         answer    as raise; further calls raise at once       breakers and other guards, which
                   until Redis is tried again, after a second  then decide alone
         patient   as answer, but Redis may be silent for      buckets, budgets and bulkheads: to
@@ -265,7 +264,7 @@ class Store:
                   `patience_s` of this store
         ========  ==========================================  =====================================
 
-        With ``answer`` and ``patient`` a call whose open connection is reset runs once more, so its
+        A call whose open connection is reset, or forgotten by the network, runs once more, so its
         script must bear that.
 
         A Redis that is full, a replica, or busy counts as an outage: see `refusal`.  A record that
@@ -285,7 +284,7 @@ class Store:
         until, wait_s = self.clock() + self.patience_s, FIRST_WAIT_S
         while True:
             try:
-                return also_elsewhere(attempt)
+                return despite_reset(attempt)
             except (*LOST, ResponseError, StoreUnavailable) as error:
                 if is_wrong(error):
                     raise unreadable(self.url, error) from None

@@ -1,4 +1,4 @@
-"""Connections that the network forgets: nothing comes back, and nobody is told.
+"""Connections that the network forgets, without telling either end, and those that it resets.
 
 A slow server, which also does not answer for a while, keeps its connections."""
 
@@ -9,12 +9,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import redis
 from kombu import Connection
 
 from resilience.bucket import Rate, TokenBucket
-from resilience.store import Store
+from resilience.errors import StoreUnavailable
+from resilience.store import OnOutage, Store
 from rlm_tasks.messaging.transports import leave_old_primaries
 from rlm_tasks.testing import embedded
 from tests.faults.conftest import name_of
@@ -61,6 +64,24 @@ def test_a_call_is_repeated_and_all_other_connections_are_made_anew(proxy: Proxy
         assert each.read_response() == b"PONG"
         pool.release(each)
     assert proxy.forget() == 3 + 1 + 3, "one question, for all three"
+    store.close()
+
+
+@pytest.mark.parametrize("on_outage", ["raise", "answer", "patient"])
+def test_a_call_whose_connection_is_reset_runs_once_more(proxy: Proxy, on_outage: OnOutage) -> None:
+    store = Store(through(proxy), timeout_s=TIMEOUT_S)
+    resets = [True, True, False, True]
+
+    def command(client: redis.Redis) -> Any:
+        if resets.pop():
+            threading.Timer(0.02, proxy.reset).start()
+            return client.blpop(["nothing"], timeout=TIMEOUT_S)
+        return client.ping()
+
+    assert store.call(command, on_outage=on_outage)
+    with pytest.raises(StoreUnavailable):
+        store.call(command, on_outage=on_outage)
+    assert resets == [], "no third attempt"
     store.close()
 
 
