@@ -71,8 +71,7 @@ class ConcurrentWork(Work):
                 self.would_repeat = bool(self._sleeping) and (
                     bool(outcomes) or len(self._in_flight) > len(self._sleeping)
                 )
-                if not self.stopped:
-                    self._check_slice(self._clock())
+                self._check_slice(self._clock())  # when it has stopped, too: its progress goes on
                 self._check_size()
                 self._end_sleeps_in_time(outcomes, launched)
         finally:

@@ -116,6 +116,9 @@ class Cutting:
         """Decide whether to stop here; True: the rest is handed over."""
         self._runtime.reached(CrashPoint.MID_SLICE)
         self._work.outcome.fold()
+        if self._work.stopped:
+            self._tell()
+            return True
         if self._runtime.page.level is Level.EMERGENCY > self._work.degradation.level:
             self._work.set_level(Level.EMERGENCY)
         shape, progress = self._spec.shape, self._progress("go")
@@ -138,6 +141,13 @@ class Cutting:
             self._fan_out(progress, slots)
         self._pace.next_slice()
         return reason is not None or self._fork is not None
+
+    def _tell(self) -> None:
+        """Report the progress of work that has stopped, while its last items are in flight."""
+        if self._pace.wants_pulse(sharable=False):
+            self._runtime.ledger.call(self._runtime.ledger.pulse(self._claim, *self._counts()))
+            self._pace.pulsed()
+        self._pace.next_slice()
 
     def _leaves_room(self) -> bool:
         """Whether one more node of the operation could run now.

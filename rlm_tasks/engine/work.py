@@ -144,7 +144,7 @@ class Work:
         if self.decided:
             self.stopped = True
         elif self._pace.slice_is_over(now):
-            self.stopped = self._boundary()
+            self.stopped |= self._boundary()
             self.busy_s -= self._clock() - now
 
     def _check_size(self) -> None:

@@ -24,7 +24,7 @@ STEPS = {
     "fold": "the merge",
     "finalize": "finalize",
     "then": "then",
-    "items": "then",  # of a next round
+    "items": "then",  # the items of its next round
     "reading": "the reading of items",
 }
 SLOTS = len(OPERATIONS) + 2  # the parts of the chord need some

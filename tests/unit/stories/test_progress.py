@@ -52,3 +52,27 @@ def test_items_that_end_behind_a_slow_one_are_in_the_progress(
     facts = platform.run(spec)
     assert SEEN[-1] == seen
     assert (facts["done"], facts["failed"]) == ("41", "9")
+
+
+@operation("unit_long_progress", concurrency=10)
+async def all_end_after_the_node_has_stopped(number: int) -> int:
+    """End when the target time of a node has passed; the first item ends last."""
+    platform, job = _platform[0]
+    until = 3.0 if number == 0 else 1.5
+    while platform.clock.now < until:
+        platform.clock.now += 0.002 * (number == 0)
+        await asyncio.sleep(0)
+        if number == 0:
+            SEEN.append(platform.ledger.inflight(job))
+    return number
+
+
+def test_items_that_end_after_their_node_has_stopped_are_in_the_progress() -> None:
+    SEEN.clear()
+    platform = Platform(settings=Settings(namespace="unit"))
+    spec = platform.submit(JobRequest(operation="unit_long_progress", items=range(10)))
+    _platform[:] = [(platform, spec.job)]
+
+    facts = platform.run(spec)
+
+    assert (SEEN[-1], facts["done"]) == ((9, 0, 0), "10")
