@@ -72,6 +72,14 @@ class Rate:
         )
 
 
+def check_rates(rates: Mapping[str, object], field: str) -> None:
+    """Raise InvalidValue for the field unless there is a unit, and each unit has a Rate."""
+    if not rates or not all(isinstance(each, Rate) for each in rates.values()):
+        raise InvalidValue(
+            field, dict(rates), "give each unit a Rate, as in requests=Rate(3500, per_s=60)"
+        )
+
+
 PROVIDER: Mapping[str, Rate] = {"requests": Rate(3500, per_s=60), "tokens": Rate(90_000, per_s=60)}
 """Limits of a provider: 3,500 requests and 90,000 tokens in any minute."""
 ROUTER = Rate(1000, per_s=1, burst=100)
@@ -139,10 +147,10 @@ class TokenBucket:
         sleep: Callable[[float], None] = time.sleep,
         **rates: Rate,
     ) -> None:
-        if not rates and not scoped:
-            raise InvalidValue(
-                "rates", {}, "give at least one, as in requests=Rate(3500, per_s=60)"
-            )
+        if rates or not scoped:
+            check_rates(rates, "rates")
+        if scoped:
+            check_rates(scoped, "scoped")
         self.name, self.rates, self.scoped = name, rates, dict(scoped or {})
         self._store = store or default_store()
         self._keys, self._guard_s, self._sleep = Keys(self._store.namespace), guard_s, sleep

@@ -582,15 +582,18 @@ def _base(limit: float | Aimd | Elastic) -> float:
     )
 
 
-def capacity(limit: float | str | Aimd | Elastic | None) -> float:
-    """Return the most that a limit can ever grant at once.  Raises InvalidValue."""
-    moving = _moving(limit)
+def capacity(limit: float | str | Aimd | Elastic | None, field: str = "limit") -> float:
+    """Return the most that a limit can ever grant at once.  Raises InvalidValue for the field."""
+    moving = _moving(limit, field)
     return moving if isinstance(moving, int | float) else moving.most
 
 
-def _moving(limit: float | str | Aimd | Elastic | None) -> float | Aimd | Elastic:
-    if isinstance(limit, str) and limit not in PRESETS:
+def _moving(
+    limit: float | str | Aimd | Elastic | None, field: str = "limit"
+) -> float | Aimd | Elastic:
+    found = Aimd() if limit is None else PRESETS.get(limit) if isinstance(limit, str) else limit
+    if isinstance(found, bool) or not isinstance(found, int | float | Aimd | Elastic):
         raise InvalidValue(
-            "limit", limit, f"must be a number, Aimd, Elastic, or one of {', '.join(PRESETS)}"
+            field, limit, f"must be a number, Aimd, Elastic, or one of {', '.join(PRESETS)}"
         )
-    return Aimd() if limit is None else PRESETS[limit] if isinstance(limit, str) else limit
+    return found

@@ -6,6 +6,7 @@ path in a request.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from typing import Any
@@ -46,7 +47,8 @@ def form_of(path: str) -> type[BaseModel]:
 
     The model must be defined in a module of RLM_OPERATIONS, or in one that registered an operation
     in this process.  A request must not import modules, nor read what they hold: a BaseSettings
-    fills itself from the environment.  Raises InvalidRequest for any other path.
+    fills itself from the environment, also as a field of the model.  Raises InvalidRequest for any
+    other path.
     """
     module, _, name = path.partition(":")
     known = registry.modules()
@@ -58,16 +60,32 @@ def form_of(path: str) -> type[BaseModel]:
     if not (
         isinstance(model, type)
         and issubclass(model, BaseModel)
-        and not issubclass(model, BaseSettings)
         and model.__module__ in known
+        and not _holds_settings(model)
     ):
         raise InvalidRequest(
             "output",
             path,
-            "must be a pydantic model (no BaseSettings), as module:Name, and its own module must "
-            "be in RLM_OPERATIONS or define an operation",
+            "must be a pydantic model without a BaseSettings in it, as module:Name, and its own "
+            "module must be in RLM_OPERATIONS or define an operation",
         )
     return model
+
+
+@functools.lru_cache(maxsize=256)
+def _holds_settings(model: type[BaseModel]) -> bool:
+    """Whether a model, its fields and their defaults may contain a BaseSettings."""
+    model.model_rebuild()
+    parts: list[Any] = [model, model.__pydantic_core_schema__]
+    while parts:
+        part = parts.pop()
+        if issubclass(part if isinstance(part, type) else type(part), BaseSettings):
+            return True
+        if isinstance(part, dict):
+            parts += part.values()
+        elif isinstance(part, list | tuple):
+            parts += part
+    return False
 
 
 def parse(text: str, form: type[BaseModel]) -> BaseModel:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from resilience.errors import refuse_unless_positive
@@ -19,6 +18,10 @@ if TYPE_CHECKING:
     from resilience.bucket import Rate
     from resilience.bulkhead import Aimd, Elastic
     from resilience.retry import RetryPolicy
+
+
+LONGEST_NAME = 200
+"""The most characters of the name of an operation or a service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +60,15 @@ def protection(service: str, about: Mapping[str, Any]) -> Protection:
     Raises InvalidRequest, InvalidValue.
     """
     declared = dict(about)
+    _check_names(declared)
     if declared.get("breaker"):
         from resilience.breaker_storage import configured
 
         declared["breaker"] = configured(
             None if declared["breaker"] is True else declared["breaker"]
         )
-    if declared.get("rate_limit") is not None and not isinstance(declared["rate_limit"], Mapping):
-        declared["rate_limit"] = {"requests": declared["rate_limit"]}
+    if declared.get("rate_limit") is not None:
+        declared["rate_limit"] = _rates(declared["rate_limit"])
     if declared.get("retry") is not None:
         declared["retry"] = _retry_policy(declared["retry"])
     if declared.get("cost") is not None and not declared.get("rate_limit"):
@@ -77,9 +81,33 @@ def protection(service: str, about: Mapping[str, Any]) -> Protection:
     for name in ("timeout_s", "per_host"):
         if declared.get(name) is not None:
             refuse_unless_positive(name, declared[name], error=InvalidRequest)
-    if isinstance(declared.get("bulkhead"), int | float):
-        refuse_unless_positive("bulkhead", declared["bulkhead"], error=InvalidRequest)
+    if declared.get("bulkhead") is not None:
+        from resilience.bulkhead import capacity
+
+        most = capacity(declared["bulkhead"], "bulkhead")
+        refuse_unless_positive("bulkhead", most, error=InvalidRequest)
     return Protection(service=declared.pop("service", "") or service, **declared)
+
+
+def _check_names(declared: Mapping[str, Any]) -> None:
+    """Raise InvalidRequest for a service, or a name of a field, that is no text."""
+    service = declared.get("service") or "default"
+    if not (isinstance(service, str) and len(service) <= LONGEST_NAME and service.isprintable()):
+        advice = f"must be a text of 1 to {LONGEST_NAME} printable characters"
+        raise InvalidRequest("service", service, advice)
+    for name in ("breaker", "retry", "rate_limit"):
+        fields = declared.get(name)
+        if isinstance(fields, Mapping) and not all(isinstance(each, str) for each in fields):
+            raise InvalidRequest(name, fields, "the names of its fields must be texts")
+
+
+def _rates(declared: Any) -> dict[str, Rate]:
+    """Return the rates by unit; a Rate alone limits requests."""
+    from resilience.bucket import check_rates
+
+    rates = dict(declared) if isinstance(declared, Mapping) else {"requests": declared}
+    check_rates(rates, "rate_limit")
+    return rates
 
 
 def _retry_policy(declared: Any) -> RetryPolicy:
@@ -112,7 +140,7 @@ def _check_weight(declared: Mapping[str, Any]) -> None:
     from resilience.bulkhead import capacity
 
     most = min(capacity(declared["bulkhead"]), declared.get("per_host") or float("inf"))
-    if not isinstance(weight, Real) or not 0 < float(weight) <= most:
+    if not isinstance(weight, int | float) or not 0 < weight <= most:
         raise InvalidRequest(
             "weight",
             weight,

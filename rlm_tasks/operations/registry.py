@@ -17,7 +17,7 @@ from celery.utils.imports import import_from_cwd
 from rlm_tasks.errors import InvalidRequest, UnknownOperation
 from rlm_tasks.operations import ports
 from rlm_tasks.operations.context import Context
-from rlm_tasks.operations.protection import UNPROTECTED, Protection, protection
+from rlm_tasks.operations.protection import LONGEST_NAME, UNPROTECTED, Protection, protection
 
 if TYPE_CHECKING:
     from resilience.breaker_storage import BreakerConfig
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 _PROTECTING = frozenset(each.name for each in fields(Protection))
 _FUNCTIONS = ("merge", "finalize", "validate", "simplified", "then", "cost", "fallback")
-LONGEST_NAME = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,14 +194,15 @@ def operation(name: Any = None, **about: Any) -> Any:
     def decorate(function: Callable[..., Any]) -> Operation:
         known = getattr(function, "__name__", "operation") if name is None else name
         _check_options(known, function, about)
-        if isinstance(about.get("allocation"), Mapping):
+        own = {field: value for field, value in about.items() if field not in _PROTECTING}
+        if isinstance(own.get("allocation"), Mapping):
             from scheduler.allocation import ResourceAllocationPolicy
 
-            about["allocation"] = ResourceAllocationPolicy(
-                **{"executor_id": known, **about["allocation"]}
+            own["allocation"] = ResourceAllocationPolicy(
+                **{"executor_id": known, **own["allocation"]}
             )
-        guards = protection(known, {field: about.pop(field) for field in _PROTECTING & set(about)})
-        return register(Operation(known, function, **about, protection=guards))
+        guards = protection(known, {field: about[field] for field in _PROTECTING & set(about)})
+        return register(Operation(known, function, **own, protection=guards))
 
     return decorate
 

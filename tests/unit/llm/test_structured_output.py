@@ -14,8 +14,9 @@ from rlm_tasks.llm.structured_output import form_of, path_of
 from rlm_tasks.operations import registry
 
 SHOP = """
+from dataclasses import dataclass
 from hidden import Secret
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from pydantic_settings import BaseSettings
 
 import hidden
@@ -33,6 +34,31 @@ class Config(BaseSettings):
 
 class Below(Config):
     pass
+
+class Nested(BaseModel):
+    config: Config
+
+class InAList(BaseModel):
+    found: "list[tuple[int, Later]] | None" = None
+
+class Later(BaseModel):
+    config: dict[str, Config]
+
+class ByFactory(BaseModel):
+    config: object = Field(default_factory=Config)
+
+class ByDefault(BaseModel):
+    config: object = Config()
+
+@dataclass
+class Plain:
+    config: Config
+
+class InADataclass(BaseModel):
+    plain: Plain
+
+class Tree(BaseModel):
+    branches: "list[Tree]" = []
 
 @operation("shop.count")
 def count(item):
@@ -62,6 +88,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_model_of_a_module_with_an_operation_is_found(shop: Any) -> None:
     assert form_of("shop:Invoice") is shop.Invoice
     assert form_of(path_of(shop.Invoice.Line)) is shop.Invoice.Line
+    assert form_of("shop:Tree") is shop.Tree
 
 
 def test_a_model_of_a_module_of_rlm_operations_is_found(
@@ -86,6 +113,8 @@ def test_a_model_of_a_module_of_rlm_operations_is_found(
         "shop:config.Settings",
         "shop:Config",  # reads the environment
         "shop:Below",
+        *("shop:Nested", "shop:InAList", "shop:Later", "shop:InADataclass"),
+        *("shop:ByFactory", "shop:ByDefault"),
         "shop:BaseSettings",
         "shop:Secret",  # another module's
         "shop:hidden.Secret",

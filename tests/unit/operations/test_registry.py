@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rlm_tasks import InvalidRequest, operation
+from resilience.bucket import Rate
+from resilience.errors import InvalidValue
+from rlm_tasks import operation
 from rlm_tasks.operations.context import Context
 from rlm_tasks.operations.registry import get, names
 
@@ -37,6 +39,10 @@ def test_an_operation_takes_the_context_when_it_has_a_second_parameter() -> None
     [
         *(("concurrency", value) for value in (0, 5, "5", 1.5, True)),
         *(("version", value) for value in (0, "2", None)),
+        *(("rate_limit", value) for value in (100, "5/m", {}, [], {"requests": 5}, {1: Rate(5)})),
+        *(("bulkhead", value) for value in (0, -1, True, "much", [], {}, object(), float("nan"))),
+        *(("service", value) for value in (5, "a\nb", "\ud800", "x" * 201, ["a"])),
+        *(("breaker", {1: 2}), ("retry", {1: 2})),
         *(("batch", value) for value in ("yes", 1, None)),
         *(
             (option, 3)
@@ -53,7 +59,7 @@ def test_an_operation_takes_the_context_when_it_has_a_second_parameter() -> None
     ],
 )
 def test_wrong_options_are_refused_by_name(option: str, value: object) -> None:
-    with pytest.raises(InvalidRequest) as raised:
+    with pytest.raises(InvalidValue) as raised:
         operation("unit_wrong", **{option: value})(lambda item: item)  # type: ignore[call-overload]
     assert raised.value.field == option
     assert "unit_wrong" not in names()
@@ -61,11 +67,29 @@ def test_wrong_options_are_refused_by_name(option: str, value: object) -> None:
 
 @pytest.mark.parametrize("name", ["", "a\nb", "\ud800", "\x1b[2J", "x" * 201, 3])
 def test_a_name_that_no_table_can_show_is_refused(name: object) -> None:
-    with pytest.raises(InvalidRequest) as raised:
+    with pytest.raises(InvalidValue) as raised:
         operation(name)(lambda item: item)  # type: ignore[call-overload]
     assert raised.value.field == "name"
 
 
+def test_a_decorator_that_is_used_twice_guards_both_functions() -> None:
+    guarded = operation(service="unit", rate_limit=Rate(5), allocation={"min_memory_mb": 2})
+
+    def unit_first(item: int) -> int:
+        return item
+
+    def unit_second(item: int) -> int:
+        return item
+
+    first, second = guarded(unit_first), guarded(unit_second)
+    assert first.protection == second.protection
+    assert second.protection.rate_limit == {"requests": Rate(5)}
+    assert [each.allocation.executor_id for each in (first, second) if each.allocation] == [
+        "unit_first",
+        "unit_second",
+    ]
+
+
 def test_only_a_function_is_registered() -> None:
-    with pytest.raises(InvalidRequest, match=r"function=3: must be a function"):
+    with pytest.raises(InvalidValue, match=r"function=3: must be a function"):
         operation("unit_wrong")(3)  # type: ignore[arg-type]
