@@ -12,10 +12,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from resilience.connections import RecordUnreadable
 from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
-from resilience.validation import readable
+from resilience.validation import readable, tell_unreadable
 
 TTL_S = 30 * 86_400
 """The usage of an operation is kept for this long after its last run."""
@@ -99,7 +100,11 @@ class Usage:
 
     def names(self) -> list[str]:
         """Return the names of the operations that have run.  Raises StoreUnavailable."""
-        names = self._store.call(lambda client: client.smembers(self._keys.usage("")[0]))
+        try:
+            names = self._store.call(lambda client: client.smembers(self._keys.usage("")[0]))
+        except RecordUnreadable as error:
+            tell_unreadable("the names of operations", error.cause)
+            return []
         return sorted(readable("the name of an operation", names, bytes.decode))
 
     def _counts(self, operations: Sequence[str]) -> list[_Counts]:

@@ -13,7 +13,7 @@ from rlm_tasks.errors import JobNotFound
 from rlm_tasks.jobs.endings import CELERY_STATES
 from rlm_tasks.jobs.trace_ids import trace_id_of
 from rlm_tasks.ledger.at_work import nodes_at_work
-from rlm_tasks.ledger.explain import explain
+from rlm_tasks.ledger.explain import explain, without_message
 from rlm_tasks.ledger.records import MERGE, NodesAtWork
 from rlm_tasks.ledger.round_ids import opened_rounds
 from rlm_tasks.ledger.tree import read_tree
@@ -133,12 +133,13 @@ class JobReader:
         """Return the newest thousand events of the job, the oldest first."""
         return self._ledger.events(self.id)
 
-    def explain(self) -> str:
+    def explain(self, *, message: bool = True) -> str:
         """Return a sentence: why the job waits, what it does, or how it ended.
 
-        While Redis takes no writes, another sentence says so.
+        While Redis takes no writes, another sentence says so.  Without `message` the error of a
+        merge is named by its class alone: its message may contain items.
         """
-        facts = self._facts()
+        facts = self._facts() if message else without_message(self._facts())
         if Status(facts["state"]).final:
             return explain(facts, NodesAtWork(), 0)
         why = explain(facts, nodes_at_work(self._ledger, self.id, facts), self._now_ms())

@@ -25,7 +25,7 @@ from resilience.breaker import CircuitBreakers
 from rlm_tasks.diagnosis import doctor
 from rlm_tasks.errors import JobNotFound
 from rlm_tasks.ledger.at_work import nodes_at_work
-from rlm_tasks.ledger.explain import explain
+from rlm_tasks.ledger.explain import explain, without_message
 from rlm_tasks.ledger.records import NodesAtWork
 from rlm_tasks.settings.document import HIDDEN, to_dict
 from rlm_tasks.version import __version__
@@ -182,7 +182,7 @@ def _outline(client: Client, job_id: str) -> dict[str, Any]:
         "id": job_id,
         **{name: facts[name] for name in _WORDS if name in facts},
         **{name: int(facts[name]) for name in _COUNTS if name in facts},
-        "explain": explain(_without_message(facts), at_work, client.ledger.store.now_ms()),
+        "explain": explain(without_message(facts), at_work, client.ledger.store.now_ms()),
     }
 
 
@@ -195,14 +195,6 @@ def _discreet(at_work: NodesAtWork) -> NodesAtWork:
     for why, count in at_work.reasons.items():
         reasons[why.partition(": ")[0]] += count
     return replace(at_work, reasons=reasons)
-
-
-def _without_message(facts: Mapping[str, str]) -> dict[str, str]:
-    if not facts.get("error"):
-        return dict(facts)
-    error = msgspec.json.decode(facts["error"])
-    kept = {"type": error["type"], "message": f"({len(error['message'])} characters)"}
-    return {**facts, "error": msgspec.json.encode(kept).decode()}
 
 
 def _whole(client: Client, job_id: str) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def job(client: Client, job_id: str) -> Picture:
     if at.status.final and at.failed:
         actions.append(_retry(job_id))
     return Picture(
-        sentence=f"{handle.explain()}{_pace(at)}",
+        sentence=f"{handle.explain(message=False)}{_pace(at)}",
         heading=spec.description or spec.operation,
         about=f"{spec.operation} · {spec.priority} priority · {job_id}",
         cards=cards,

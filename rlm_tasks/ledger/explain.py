@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+import msgspec
+
 from rlm_tasks.jobs.endings import CAUSES, sentence
 from rlm_tasks.ledger.records import NodesAtWork
 from rlm_tasks.results import Status
@@ -42,6 +44,15 @@ def explain(facts: Mapping[str, str], at_work: NodesAtWork, now_ms: int) -> str:
     slots = f"{running} slot{'s' if running > 1 else ''}"
     others = f"{queued} node{'s' if queued != 1 else ''} queued and {parked} parked"
     return f"It runs on {slots}, with {others}{f' ({because})' if because else ''}."
+
+
+def without_message(facts: Mapping[str, str]) -> dict[str, str]:
+    """Return the facts of a job without the message of its error, which may contain items."""
+    if not facts.get("error"):
+        return dict(facts)
+    error = msgspec.json.decode(facts["error"])
+    kept = {"type": error["type"], "message": f"({len(error['message'])} characters)"}
+    return {**facts, "error": msgspec.json.encode(kept).decode()}
 
 
 def _nodes(count: int) -> str:

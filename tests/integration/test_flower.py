@@ -99,6 +99,16 @@ def test_an_items_error_message_is_not_shown(plain: Flower, platform: Client) ->
     assert "734211" not in json.dumps(plain.data(f"/rlm/job/{job.id}")).replace(",", "")
 
 
+def test_the_error_message_of_a_merge_is_not_shown(plain: Flower, platform: Client) -> None:
+    job = platform.submit(operation="bad_merge", items=[1, 2])
+    job.wait(timeout=20)
+
+    assert "division by zero" in job.explain()
+    page = plain.data(f"/rlm/job/{job.id}")
+    assert page["sentence"].startswith("It failed because ZeroDivisionError: (16 characters)")
+    assert "division by zero" not in json.dumps(page)
+
+
 def test_every_tab_shows_the_state_of_the_platform(plain: Flower, platform: Client) -> None:
     platform.create_circuit_breaker("broken", failure_threshold=1).open()
     wait_until(lambda: len(platform.pressure.consumers()) == 4)

@@ -207,6 +207,7 @@ def test_a_statistic_of_another_type_costs_no_other_call(kind: str) -> None:
     assert [each.worker for each in board.hosts()] == ([] if kind == "hosts" else ["a"])
     assert board.orders().cluster is None
     assert Snapshots(store, keys, SnapshotSettings()).of("sum") == []
+    assert len(Usage(store, keys).all()) == (kind != "names of operations")
 
 
 def test_a_guard_decides_alone_where_its_record_is_damaged() -> None:
