@@ -110,6 +110,9 @@ def sums(n: int) -> dict[str, Any]:
 
 def test_prompts_are_answered_in_order_by_both_endpoints(platform: Platform) -> None:
     """Calls, tokens and money of each item are counted exactly."""
+    for each in (platform.main, platform.other):
+        each.schedule({"kind": "slow", "to": 3})  # so that more calls come while these wait
+
     result = platform.client.execute(operation="llm.map", **sums(30))
 
     reports = [each.report() for each in (platform.main, platform.other)]

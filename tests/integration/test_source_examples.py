@@ -12,6 +12,7 @@ import pytest
 from resilience import BreakerConfig, CircuitOpen, with_circuit_breaker, with_retry
 from rlm_tasks import Client, InvalidRequest, JobFailed, Status, estimate_optimal_chunk_size
 from rlm_tasks.compat.resource_manager import AdaptiveResourceManager
+from rlm_tasks.jobs.splitting import Reason
 
 DATA = list(range(1, 1201))
 
@@ -109,10 +110,15 @@ def test_strategy_3_adaptive_split(client: Client) -> None:
     )
 
     assert [each["item"] for each in result.output] == DATA
-    leaves = [
-        node for node in client.job(result.job_id).tree() if node.worked and node.id != "merge"
+    tree = client.job(result.job_id).tree()
+    overdue = {node.id for node in tree if node.why == Reason.TARGET}
+    parts = [
+        node
+        for node in tree
+        # On a busy machine a part runs its target time, and a tail call goes on with its rest.
+        if node.worked and node.id != "merge" and node.parent not in overdue
     ]
-    assert all(50 <= node.hi - node.lo <= 500 for node in leaves)
+    assert all(50 <= node.hi - node.lo <= 500 for node in parts)
 
 
 def test_optimize_chunk_sizes(client: Client) -> None:
