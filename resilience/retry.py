@@ -80,8 +80,11 @@ class RetryPolicy(Seconds):
     def _from_max_retries(cls, fields: Any) -> Any:
         """Accept ``max_retries``, the number of attempts after the first."""
         for name in ("max_retries", "maxRetries"):
-            if isinstance(fields, dict) and isinstance(fields.get(name), int):
-                fields = {**fields, "max_attempts": fields[name] + 1}
+            if isinstance(fields, dict) and name in fields:
+                retries = fields[name]
+                if type(retries) is not int or retries < 0:
+                    raise InvalidValue(name, retries, "must be a whole number from 0 on")
+                fields = {**fields, "max_attempts": retries + 1}
                 del fields[name]
         return fields
 

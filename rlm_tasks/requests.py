@@ -516,11 +516,16 @@ def _grouped(fields: dict[str, Any]) -> dict[str, Any]:
         names = {
             name
             for name in fields
-            if name in model.model_fields or (part == "options" and name == "timeout")
+            if (snake := to_snake(str(name))) in model.model_fields
+            or (part == "options" and snake == "timeout")
         }
         if names:
             given = _given(fields.get(part, {}))
-            if not isinstance(given, dict) or (twice := names & {to_snake(name) for name in given}):
+            given_names = (
+                {to_snake(str(name)) for name in given} if isinstance(given, dict) else set()
+            )
+            twice = {name for name in names if to_snake(str(name)) in given_names}
+            if not isinstance(given, dict) or twice:
                 clash = sorted(twice if isinstance(given, dict) else names)
                 raise InvalidRequest(part, clash, f"given beside {part}=...; keep one of the two")
             grouped[part] = model(**given, **{name: grouped.pop(name) for name in names})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.operations import registry
+from rlm_tasks.operations.protection import retry_policy
 from rlm_tasks.requests import JobRequest, Options
 from rlm_tasks.results import JobResult, Progress, QuarantinedItem
 from rlm_tasks.settings.model import Settings
@@ -156,25 +157,33 @@ class Client(Platform):
         self,
         request: Request | None = None,
         /,
-        policy: RetryPolicy | Mapping[str, Any] | None = None,
+        policy: RetryPolicy | Mapping[str, Any] | int | None = None,
+        *,
+        timeout: float | None = None,
+        idempotency_key: str = "",
         **fields: Any,
     ) -> JobResult:
         """Execute a request, and repeat it if job or items failed with an error worth a retry.
 
-        A policy may be a dict in camelCase, too (``maxRetries``, ``initialDelayMs``,
-        ``retryableErrors``).  A refused job is submitted again at its retry time, which costs no
+        A policy may be a number of attempts, or a dict, in camelCase, too (``maxRetries``,
+        ``initialDelayMs``, ``retryableErrors``).  Each attempt reads the items again, so they must
+        not be an iterator.  A refused job is submitted again at its retry time, which costs no
         attempt, for up to ``max_refused_s`` (300 s).  Raises the error of the last attempt.  A
         policy on the *operation* retries single items; prefer it where one item of many may fail.
         """
         from resilience.retry import retrying
 
-        settled = RetryPolicy(**policy) if isinstance(policy, Mapping) else policy or RetryPolicy()
+        wanted = _keyed(_parsed(request, fields), idempotency_key)
+        if isinstance(wanted.items, Iterator):
+            advice = "a retry would find an empty iterator; pass a list, or Lines(...)"
+            raise InvalidRequest("items", wanted.items, advice)
+        settled = RetryPolicy() if policy is None else retry_policy(policy)
         retried = (*settled.retry_on, Overloaded, QueueFull)
         retry = retrying(settled.model_copy(update={"retry_on": retried}))
         state = retry.begin()
         while True:
             try:
-                return self.execute(request, **fields)
+                return self.execute(wanted, timeout=timeout)
             except (Overloaded, QueueFull) as refused:
                 retry.sleep(state.wait_s(refused))
             except JobEnded as ended:

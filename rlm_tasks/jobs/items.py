@@ -13,6 +13,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from inspect import isgenerator
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -100,6 +101,8 @@ def _no_items(items: Any) -> str:
         return "one record yields its fields; pass a list of records, such as [dict(...)]"
     if isinstance(items, set | frozenset):
         return "a set has no order; pass sorted(...) or list(...)"
+    if isgenerator(items) and items.gi_frame is None:
+        return "this generator has been read to its end already; make a new one, or pass a list"
     if hasattr(items, "readline"):
         return "an open file cannot be read by workers; pass Lines(path), or a list of its lines"
     if isinstance(items, str | bytes | bytearray | memoryview) or not isinstance(items, Iterable):

@@ -70,7 +70,7 @@ def protection(service: str, about: Mapping[str, Any]) -> Protection:
     if declared.get("rate_limit") is not None:
         declared["rate_limit"] = _rates(declared["rate_limit"])
     if declared.get("retry") is not None:
-        declared["retry"] = _retry_policy(declared["retry"])
+        declared["retry"] = retry_policy(declared["retry"])
     if declared.get("cost") is not None and not declared.get("rate_limit"):
         raise InvalidRequest(
             "cost",
@@ -110,8 +110,11 @@ def _rates(declared: Any) -> dict[str, Rate]:
     return rates
 
 
-def _retry_policy(declared: Any) -> RetryPolicy:
-    """Return a policy as it is, or make one from a number of attempts or a dict of its fields."""
+def retry_policy(declared: Any) -> RetryPolicy:
+    """Return a policy as it is, or make one from a number of attempts or a dict of its fields.
+
+    Raises InvalidRequest, and InvalidValue for a wrong field.
+    """
     from resilience.retry import RetryPolicy
 
     if isinstance(declared, RetryPolicy):

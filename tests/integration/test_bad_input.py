@@ -135,6 +135,27 @@ def test_an_error_of_a_generator_of_items_is_raised_as_it_is(
     assert client_without_worker.jobs() == []
 
 
+def test_an_iterator_that_would_be_read_twice_is_refused(client_without_worker: Client) -> None:
+    """A second reading finds nothing: the job would succeed without its items."""
+    client, items = client_without_worker, (number for number in range(3))
+    with pytest.raises(InvalidRequest, match="a retry would find an empty iterator; pass a list"):
+        client.execute_with_retry({"operation": "echo", "items": items})
+    with pytest.raises(InvalidRequest, match="has been read to its end already"):
+        client.batch_submit([{"operation": "echo", "items": items}] * 2)
+    with pytest.raises(InvalidRequest, match="has been read to its end already"):
+        client.submit(operation="echo", items=items)
+
+    assert client.jobs() == []
+
+
+@pytest.mark.parametrize("policy", [True, "5", 0.5, [5]])
+def test_a_policy_of_retries_is_refused_before_anything_runs(
+    client_without_worker: Client, policy: Any
+) -> None:
+    with pytest.raises(InvalidRequest, match=r"retry=.*must be a RetryPolicy, a dict"):
+        client_without_worker.execute_with_retry(policy=policy, operation="echo", items=[1])
+
+
 def test_an_item_over_the_limit_is_named(server: Any) -> None:
     with client_of(environment_of(server.url, "limited", RLM_MAX_ITEM_BYTES="1000")) as client:
         with pytest.raises(InvalidRequest, match=r"items\[1\]=.*more than RLM_MAX_ITEM_BYTES=1000"):

@@ -236,6 +236,15 @@ def test_a_field_of_options_is_not_one_of_the_record_itself() -> None:
         JobRequest(operation="sum", items=[], timeout=5)  # type: ignore[call-arg]
 
 
+def test_options_in_camel_case_may_stand_beside_the_other_fields() -> None:
+    fields = {"continueOnError": True, "errorThreshold": 0.5, "skipIfEmpty": True, "timeoutMs": 500}
+    request = JobRequest.parse({"operation": "sum", "items": [1], **fields})
+    assert (request.options.continue_on_error, request.options.error_threshold) == (True, 0.5)
+    assert (request.options.timeout_ms, request.conditions.skip_if_empty) == (500, True)
+    with pytest.raises(InvalidRequest, match=r"given beside options=...; keep one"):
+        JobRequest.parse({"operation": "sum", "items": [], "options": fields, **fields})
+
+
 def test_options_may_stand_beside_a_dict_of_others() -> None:
     fields = {"operation": "sum", "items": [], "continue_on_error": True}
 

@@ -142,7 +142,8 @@ def test_a_policy_accepts_the_field_names_of_other_libraries(fields: dict[str, A
     ("fields", "message"),
     [
         ({"max_attempts": 0}, "max_attempts=0"),
-        ({"max_retries": -1}, "max_attempts=0"),
+        ({"max_retries": -1}, "max_retries=-1: must be a whole number from 0 on"),
+        ({"maxRetries": "3"}, "maxRetries='3': must be a whole number from 0 on"),
         ({"backoff_multiplier": 0.5}, "backoff_multiplier=0.5"),
         ({"initial_delay_s": -1}, "initial_delay_s=-1"),
         ({"deadline_s": 0}, "deadline_s=0"),
