@@ -23,7 +23,7 @@ from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.items import MOST_ITEMS
 from rlm_tasks.jobs.splitting import Shape
-from rlm_tasks.jobs.storable import NotStorable
+from rlm_tasks.jobs.storable import NO_TEXT, NotStorable, is_text
 from rlm_tasks.metrics import emission
 
 DEFAULT_MIN_CHUNK = 100
@@ -260,6 +260,8 @@ class Options(_Checked):
         for name, amount in value.items() if isinstance(value, Mapping) else ():
             if isinstance(amount, float) and not math.isfinite(amount):
                 raise InvalidRequest(f"emit_metrics.{name}", amount, "must be a finite number")
+            if not is_text(f"{name}{amount if isinstance(amount, str) else ''}"):
+                raise InvalidRequest("emit_metrics", name, NO_TEXT)
         return value
 
     @field_validator("emit_metrics")
@@ -380,6 +382,13 @@ class JobRequest(_Checked):
         shown = getattr(value, "__qualname__", None) or type(value).__qualname__
         advice = "is no operation; decorate a function with @operation, and give it or its name"
         raise InvalidRequest("operation", shown, advice)
+
+    @field_validator("description")
+    @classmethod
+    def _text(cls, value: str) -> str:
+        if not is_text(value):
+            raise InvalidRequest("description", value, NO_TEXT)
+        return value
 
     @field_validator("complexity", mode="before")
     @classmethod

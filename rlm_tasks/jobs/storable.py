@@ -25,6 +25,7 @@ MOST_LEVELS = 200
 """A value may be nested this deep; a worker, whose stack is deeper, can still read it."""
 MOST_VALUES = 1 << 27
 """Values on one level of nesting; more hardly fit into a value of Redis, which has 512 MB."""
+NO_TEXT = "has a lone surrogate, which is no text; pass bytes, or replace it"
 MOST_STEPS = 20
 """Steps of a value's place that an error shows."""
 MANY = 4096
@@ -182,9 +183,9 @@ def _why_not(value: Any, is_deepest: bool) -> str:
         return f"{_type_name(kind)} cannot be stored; {_advice(value)}"
     if is_deepest and kind in _NESTED and value:
         return "is nested too deeply; flatten it, or pass it as JSON text"
-    if kind is str and not _is_text(value):
-        return "has a lone surrogate, which is no text; pass bytes, or replace it"
-    if kind in _ZONED and not (is_portable(value.tzinfo) and _is_text(str(value.tzinfo))):
+    if kind is str and not is_text(value):
+        return NO_TEXT
+    if kind in _ZONED and not (is_portable(value.tzinfo) and is_text(str(value.tzinfo))):
         return (
             f"its time zone, {_type_name(type(value.tzinfo))}, cannot be stored; "
             "pass zoneinfo.ZoneInfo(...) or datetime.timezone"
@@ -192,7 +193,8 @@ def _why_not(value: Any, is_deepest: bool) -> str:
     return ""
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
+    """Whether a text has no lone surrogate, which cannot be encoded."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -69,6 +69,12 @@ def fail_odd(number: int) -> int:
     return number
 
 
+@operation("return_even")
+def return_even(number: int) -> int:
+    """Return even numbers, and fail at odd ones; the outputs are not merged."""
+    return fail_odd.function(number)  # type: ignore[no-any-return]  # an int
+
+
 @operation("not_storable")
 def not_storable(number: int) -> Any:
     """Return a value that cannot be stored for every tenth number."""

@@ -84,6 +84,14 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"operation": "echo", "items": [1, 2, {"x": object()}]}, r"items\[2\].x=.* cannot be stored"),
     ({"operation": "echo", "items": [*range(3000), object()]}, r"items\[3000\]="),
     ({"operation": "sum", "items": [], "max_depth": 0}, "max_depth=0"),
+    (
+        {"operation": "sum", "items": [], "description": "\udce9"},
+        r"description='\\udce9': has a lone surrogate",
+    ),
+    (
+        {"operation": "sum", "items": [], "emit_metrics": {"kind": "\udce9"}},
+        "emit_metrics='kind': has a lone surrogate",
+    ),
 ]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import rlm_tasks
+from resilience import with_circuit_breaker, with_retry
 from rlm_tasks import (
     AlertChannel,
     CircuitBreakerConfig,
@@ -335,6 +336,67 @@ def test_document_2_optimization_config() -> None:
 
     assert issues == []
     assert config.as_environment()["RLM_SLOTS"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("block", "failures"),
+    [
+        (
+            # Latency-sensitive applications
+            {
+                "enable_step_optimization": True,
+                "enable_algorithm_optimization": True,
+                "telemetry_batch_size": 5,
+                "telemetry_flush_interval_seconds": 10.0,
+                "circuit_breaker_failure_threshold": 5,
+                "circuit_breaker_recovery_timeout_seconds": 30,
+            },
+            "5",
+        ),
+        (
+            # Example 2: Real-Time API Service
+            {
+                "enable_step_optimization": True,
+                "enable_algorithm_optimization": True,
+                "telemetry_batch_size": 5,
+                "telemetry_flush_interval_seconds": 10.0,
+                "circuit_breaker_failure_threshold": 3,
+                "circuit_breaker_recovery_timeout_seconds": 30,
+                "object_pool_max_size": 20,
+                "cache_max_size": 100,
+            },
+            "3",
+        ),
+        (
+            # Issue: Frequent Errors
+            {
+                "enable_circuit_breaker": True,
+                "circuit_breaker_failure_threshold": 5,
+                "circuit_breaker_recovery_timeout_seconds": 30,
+            },
+            "5",
+        ),
+    ],
+)
+def test_document_2_breakers_of_the_examples(block: dict[str, Any], failures: str) -> None:
+    config = OptimizationConfig(**block)
+    config.enable_optimized_error_handling = True
+
+    assert config.validate() == []
+    environment = config.as_environment()
+    assert environment["RLM_BREAKERS__FAILURE_THRESHOLD"] == failures
+    assert environment["RLM_BREAKERS__RECOVERY_TIMEOUT_S"] == "30"
+
+
+def test_document_4_circuit_breakers(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLM_REDIS_URL", client.settings.redis_url)
+
+    @with_circuit_breaker("agent-factory", failure_threshold=5)
+    @with_retry(max_attempts=5, service="agent-factory")
+    async def call_agent_factory(client: Client, execution_input: int) -> Any:
+        return client.execute(operation="sum", items=range(execution_input), timeout=30).output
+
+    assert asyncio.run(call_agent_factory(client, 4)) == 6
 
 
 def test_each_block_that_does_not_run_has_its_reason() -> None:

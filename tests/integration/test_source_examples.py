@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from resilience import BreakerConfig, CircuitOpen, with_circuit_breaker, with_retry
-from rlm_tasks import Client, InvalidRequest, JobFailed, Status, estimate_optimal_chunk_size
+from rlm_tasks import (
+    Client,
+    InvalidRequest,
+    JobFailed,
+    RlmError,
+    Status,
+    estimate_optimal_chunk_size,
+)
 from rlm_tasks.compat.resource_manager import AdaptiveResourceManager
 from rlm_tasks.jobs.splitting import Reason
 
@@ -157,15 +164,15 @@ def test_partial_failure_handling(client: Client) -> None:
     result = client.execute(
         {
             "type": "parallel",
-            "input": {"items": [*range(0, 400, 2), 1, 3, 5], "operation": "fail_odd"},
+            "input": {"items": [*range(0, 400, 2), 1, 3, 5], "operation": "return_even"},
             "options": {"continueOnError": True, "errorThreshold": 0.1},
         },
         timeout=60,
     )
 
-    assert len(result.successful) == 200
-    assert len(result.failed) == 3
-    assert result.failure_rate == 3 / 203
+    assert len(result.output.successful) == 200
+    assert len(result.output.failed) == 3
+    assert result.output.failureRate == 3 / 203
 
 
 def test_exponential_backoff(client: Client) -> None:
@@ -204,6 +211,29 @@ def test_circuit_breaker_pattern(client: Client) -> None:
     assert (breaker.state, breaker.failure_count) == ("open", 5)
     breaker.reset()
     assert breaker.execute(lambda: client.execute({"input": [1]}, timeout=60)).output
+
+
+def test_circuit_breaker_pattern_falls_back_to_a_degraded_mode(client: Client) -> None:
+    """The block as it stands: `error.code` tells an open circuit from other errors."""
+    data, warnings = {"kind": "report"}, []
+    breaker = client.create_circuit_breaker(
+        {"failureThreshold": 5, "recoveryTimeoutMs": 30000, "halfOpenMaxCalls": 3}
+    )
+
+    def attempt() -> Any:
+        try:
+            return breaker.execute(lambda: client.execute({"type": "recursive", "input": data}))
+        except RlmError as error:
+            if error.code == "CIRCUIT_OPEN":
+                # Fallback to degraded mode
+                warnings.append("Service unavailable, using fallback")
+            return None
+
+    assert attempt().output[0]["item"] == data
+    breaker.open()
+    assert attempt() is None
+    assert warnings == ["Service unavailable, using fallback"]
+    breaker.reset()
 
 
 def test_a_protected_call_with_a_breaker_outside_of_the_retries(client: Client) -> None:
