@@ -32,6 +32,7 @@ from resilience.errors import (
     InvalidValue,
     NeverSatisfiable,
     StoreUnavailable,
+    is_a,
     refuse_unless_positive,
 )
 from resilience.faults import classify
@@ -484,7 +485,7 @@ def report_end(ended: Ended, error: BaseException | None) -> None:
 
 def _left(ended: Ended, error: BaseException) -> None:
     """Report the error that left a generator; one that is closed early has succeeded."""
-    report_end(ended, None if isinstance(error, GeneratorExit) else error)
+    report_end(ended, None if is_a(error, GeneratorExit) else error)
 
 
 def _begun(begin: Begin, func: Callable[..., Any], args: Any, kwargs: Any) -> Ended:

@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from resilience.bucket import LocalShare, Rate
 from resilience.bulkhead import underlying
-from resilience.errors import Denied, InvalidValue, RetryBudgetExhausted, StoreUnavailable
+from resilience.errors import Denied, InvalidValue, RetryBudgetExhausted, StoreUnavailable, is_a
 from resilience.faults import Fault, classify
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store, default_store
@@ -90,7 +90,7 @@ class RetryPolicy(Seconds):
 
     def wants(self, error: BaseException, fault: Fault) -> bool:
         """Return whether the policy retries such an error."""
-        return isinstance(error, self.retry_on) or fault.code in self.retryable_errors
+        return is_a(error, self.retry_on) or fault.code in self.retryable_errors
 
     def delay_s(self, failures: int, random: Random) -> float:
         """Return the seconds to wait after that number of failures, with full jitter.
@@ -223,7 +223,7 @@ class RetryState:
         if self.failures >= policy.max_attempts:
             raise error
         asked_s = (fault.retry_after_s or 0.0) * self._retry.random.uniform(1.0, 1.1)
-        exact = isinstance(error, Denied) and asked_s > 0
+        exact = is_a(error, Denied) and asked_s > 0
         wait_s = max(
             asked_s, 0.0 if exact else self._delay_s(requested=fault.retry_after_s is not None)
         )

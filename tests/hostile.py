@@ -46,6 +46,10 @@ def _breaks(*_: object, **__: object) -> Any:
     raise AttributeError("this class has no such attribute")
 
 
+def _breaks_off(*_: object, **__: object) -> Any:
+    raise RuntimeError("an attribute whose code has a fault")
+
+
 def _interrupts(*_: object, **__: object) -> Any:
     raise KeyboardInterrupt("in the class of an exception")
 
@@ -75,6 +79,10 @@ def _members(random: Random) -> dict[str, Any]:
             members[name] = random.choice(
                 (property(_breaks), property(_interrupts), float("nan"), "\udce9")
             )
+    if random.random() < 0.1:
+        members["__class__"] = property(_breaks_off)
+    if random.random() < 0.05:
+        members["__getattribute__"] = _breaks_off
     return members
 
 

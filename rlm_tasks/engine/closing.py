@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from resilience.errors import StoreUnavailable, name_of
+from resilience.errors import StoreUnavailable, is_a, name_of
 from rlm_tasks.engine.crashpoints import CrashPoint, no_hook
 from rlm_tasks.engine.node_events import NodeEvents
 from rlm_tasks.engine.rounds import RoundFailed, Rounds
@@ -71,7 +71,7 @@ def merge_root(
     except BaseException as error:
         raise_if_shutdown(error)
         logger.warning("The merge of job %s raised %s", spec.job, name_of(error))
-        status = error.ends_as if isinstance(error, RoundFailed) else Status.FAILED
+        status = error.ends_as if is_a(error, RoundFailed) else Status.FAILED
         return end(status, error=failure_of(-1, error))
     reached(CrashPoint.BEFORE_CLOSE)
     ended = end(Status.SUCCEEDED, answer)

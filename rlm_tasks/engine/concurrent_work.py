@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from resilience.degradation import IN_FORCE, Degradation
-from resilience.errors import CallTimeout, Denied
+from resilience.errors import CallTimeout, Denied, is_a
 from rlm_tasks.engine.guards import PATIENCE_S, Postponed, wait_of
 from rlm_tasks.engine.shared_page import SEVERAL_ITEMS
 from rlm_tasks.engine.work import Work
@@ -157,7 +157,7 @@ class ConcurrentWork(Work):
                 run = self._enter(self._guards, item, context)
             except BaseException as error:
                 wait = wait_of(error, context.tries)
-                if wait is None or not isinstance(error, Denied):
+                if wait is None or not is_a(error, Denied):
                     # `cost` raised, or the cost can never be granted: the item fails.
                     run = functools.partial(_raise, error)
                 elif (fallback := self._guards.instead_of(error)) is not None:
@@ -242,7 +242,7 @@ class ConcurrentWork(Work):
                 try:
                     self.outcome.add(outcome.result())
                 except BaseException as raised:
-                    error = raised.error if isinstance(raised, Raised) else raised
+                    error = raised.error if is_a(raised, Raised) else raised
                     tries = self._claim.tries if self.at == self._claim.lo else 0
                     if (wait := wait_of(error, tries)) is not None:
                         return self._postpone(wait)
@@ -263,7 +263,7 @@ def _kind_of(task: asyncio.Task[Any]) -> str:
     error = task.exception()
     if error is None:
         return "done"
-    return "waits" if isinstance(error, Postponed | Denied) else "failed"
+    return "waits" if is_a(error, (Postponed, Denied)) else "failed"
 
 
 async def _raise(error: BaseException) -> Any:

@@ -21,6 +21,7 @@ from resilience.errors import (
     RateLimited,
     RetryBudgetExhausted,
     StoreUnavailable,
+    is_a,
     name_of,
     storable,
 )
@@ -98,8 +99,8 @@ def wait_of(error: BaseException, tries: int = 0) -> Postponed | None:
     Raises the exception again if a signal ends this worker.
     """
     raise_if_shutdown(error)
-    if not isinstance(error, Denied):
-        return error if isinstance(error, Postponed) else None
+    if not is_a(error, Denied):
+        return error if is_a(error, Postponed) else None
     try:
         wait = postponed(error, tries)
         wait.why, wait.noted = storable(wait.why[:WHY_CHARS]), bool(wait.noted)
@@ -252,7 +253,7 @@ class OperationGuards:
                 output = run(self._operation.apply, item, context)
             except BaseException as error:
                 self.leave(held, error)
-                if not isinstance(error, Exception):
+                if not is_a(error, Exception):
                     raise
                 outcome = self._after_failure(error, tries)
                 if (fallback := self.instead_of(outcome)) is None:
@@ -271,13 +272,13 @@ class OperationGuards:
         It replaces a call that an open breaker denied, and one whose error is worth a retry but has
         none left.
         """
-        if self._protection.fallback is None or isinstance(error, Postponed):
+        if self._protection.fallback is None or is_a(error, Postponed):
             return None
         from resilience.retry import DEFAULT
 
         policy = self._protection.retry or DEFAULT
-        is_open = isinstance(error, Denied) and classify(error).code == "CIRCUIT_OPEN"
-        failed = not isinstance(error, Denied) and policy.wants(error, classify(error))
+        is_open = is_a(error, Denied) and classify(error).code == "CIRCUIT_OPEN"
+        failed = not is_a(error, Denied) and policy.wants(error, classify(error))
         return self._protection.fallback if is_open or failed else None
 
     def still_waits(self, waiter: str) -> bool:
@@ -352,7 +353,7 @@ class OperationGuards:
                 output = await run(item)
             except BaseException as error:
                 self.leave(held, error)
-                if not isinstance(error, Exception) or isinstance(error, asyncio.CancelledError):
+                if not is_a(error, Exception) or is_a(error, asyncio.CancelledError):
                     raise
                 outcome = self._after_failure(error, tries)
                 if (fallback := self.instead_of(outcome)) is not None:

@@ -10,10 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from resilience.degradation import IN_FORCE, Degradation, Level, Strategy
-from resilience.errors import text_of
+from resilience.errors import is_a, text_of
 from resilience.faults import Fault, classify
 from rlm_tasks.engine.shared_page import Step, Steps
-from rlm_tasks.errors import OutputTooLarge
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.index_ranges import IndexRanges
 from rlm_tasks.jobs.item_failures import failure_of, raise_if_shutdown
@@ -185,7 +184,10 @@ class NodeOutcome:
         try:
             partial = codec.pack(self._outputs[0]) if merges else _page(self._outputs)
             return [(indexes[0], limit.checked(partial, "the merged partial"))]
-        except (TypeError, OutputTooLarge) as error:
+        except MemoryError:
+            raise  # a later attempt may have memory
+        except BaseException as error:  # an output's own method may have raised anything
+            raise_if_shutdown(error)
             if merges:
                 self.fatal = failure_of(-1, error)
                 return []
@@ -199,8 +201,11 @@ class NodeOutcome:
             try:
                 encoded = codec.encode(output)
                 limit.checked(codec.compress(encoded), f"the output of item {index}")
-            except (TypeError, OutputTooLarge) as error:
-                unstorable = isinstance(error, TypeError)
+            except MemoryError:
+                raise
+            except BaseException as error:
+                raise_if_shutdown(error)
+                unstorable = is_a(error, TypeError)
                 self.fail(
                     index,
                     TypeError(f"its output cannot be stored: {error}") if unstorable else error,

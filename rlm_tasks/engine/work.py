@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from resilience.degradation import IN_FORCE, Degradation, Level
-from resilience.errors import StoreUnavailable
+from resilience.errors import StoreUnavailable, is_a
 from rlm_tasks.engine.guards import Postponed, wait_of
 from rlm_tasks.engine.item_timeouts import ItemAlarm
 from rlm_tasks.engine.outcome import NodeOutcome
@@ -330,9 +330,7 @@ class BatchWork(Work):
             self.outcome.add_batch(self._call(kept, self._context(self.at)), count)
         except BaseException as error:
             wait = wait_of(error)
-            if wait is not None and not (
-                isinstance(error, Postponed) and RULES[wait.reason].isolates
-            ):
+            if wait is not None and not (is_a(error, Postponed) and RULES[wait.reason].isolates):
                 self._postpone(wait)
             return False
         else:

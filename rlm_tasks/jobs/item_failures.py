@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from billiard.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
 from celery.exceptions import TaskPredicate, WorkerShutdown, WorkerTerminate
 
-from resilience.errors import name_of, storable, text_of
+from resilience.errors import is_a, name_of, storable, text_of
 from resilience.faults import CANCELLED, TIMEOUT, WORKER_LOST, classify, register
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def raise_if_shutdown(error: BaseException) -> None:
     Only Celery's handler of a signal raises it, in a worker without pool processes.  Each other
     exception in an operation is the failure of its item, also KeyboardInterrupt and SystemExit.
     """
-    if isinstance(error, WorkerShutdown | WorkerTerminate):
+    if is_a(error, (WorkerShutdown, WorkerTerminate)):
         from celery.worker import state  # a client needs no worker
 
         if state.should_stop is not None or state.should_terminate is not None:

@@ -77,6 +77,48 @@ PLACES = (
 )
 
 
+class _Interrupts(dict[str, int]):
+    """An output whose methods raise what is no Exception."""
+
+    def items(self) -> Any:
+        raise SystemExit("in the class of an output")
+
+    def __repr__(self) -> str:
+        raise KeyboardInterrupt("in the class of an output")
+
+
+class _NoHash(type):
+    def __hash__(cls) -> int:
+        raise RuntimeError("in the metaclass of an output")
+
+
+class _OfNoHash(metaclass=_NoHash):
+    pass
+
+
+OUTPUTS: dict[str, Any] = {
+    "_Interrupts": _Interrupts(a=1),
+    "_OfNoHash": _OfNoHash(),
+    "list": [[_Interrupts()]],
+}
+operation("unit_hostile_output")(lambda name: OUTPUTS.get(name, name))
+
+
+def test_a_hostile_output_fails_its_own_item_and_no_other() -> None:
+    platform = Platform()
+    spec = platform.submit(
+        JobRequest(
+            operation="unit_hostile_output",
+            items=["first", *OUTPUTS, "last"],
+            options=Options(continue_on_error=True),
+        )
+    )
+    facts = platform.run(spec)
+    assert (facts["state"], facts["done"], facts["failed"]) == ("succeeded", "2", "3")
+    assert [each.index for each in platform.ledger.failures(spec.job)] == [1, 2, 3]
+    assert platform.output(spec) == ["first", "last"]
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_a_hostile_exception_fails_its_own_item_and_no_other(place: str) -> None:
     platform = Platform()
