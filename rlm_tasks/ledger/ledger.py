@@ -26,6 +26,7 @@ from rlm_tasks.ledger.records import (
     PROCESS,
     ROOT,
     SWEEP_AT_ONCE,
+    Child,
     Claim,
     Closed,
     Finished,
@@ -167,9 +168,12 @@ class Ledger(LedgerReader):
             claim.job,
             claim.node,
             claim.token,
-            _json.encode(report),
+            _json.encode(msgspec.structs.replace(report, kids=[])),
             partial,
             self._lease_ms,
+            len(report.kids),
+            max((kid.depth for kid in report.kids), default=0),
+            *chain.from_iterable(_new_node(claim.node, kid) for kid in report.kids),
             *(argument for page in more for argument in page),
         )
         waits = [kid.wait_ms for kid in report.kids if kid.wait_ms >= 0]
@@ -304,6 +308,18 @@ class Ledger(LedgerReader):
     def note_rounds(self, job: str, number: int) -> None:
         """Record the number of a job's rounds, for its progress."""
         self.call(lambda client: client.hset(self.keys.of(job).job, "rounds", str(number)))
+
+
+def _new_node(parent: str, kid: Child) -> tuple[Argument, ...]:
+    """Return FINISH's arguments for a child; the last one is its record, as `prelude.lua` has it."""
+    record: dict[str, Any] = {
+        **{"lo": kid.lo, "hi": kid.hi, "d": kid.depth, "p": parent, "e": 0, "rs": 0},
+        **{"sp": kid.split, "ix": kid.index, "t": kid.task, "why": kid.why},
+        **({"s": "q", "m": 0} if kid.wait_ms < 0 else {"s": "p", "wt": 1}),
+    }
+    if kid.tries:
+        record["tr"] = kid.tries
+    return kid.id, kid.lo, kid.hi, kid.wait_ms, _json.encode(record)
 
 
 def _limits_ms(spec: JobSpec) -> tuple[float, ...]:

@@ -31,15 +31,15 @@ class ChordSlot:
 
 
 class Child(msgspec.Struct):
-    """A range that a cut hands over, as FINISH registers it."""
+    """A range that a cut hands over."""
 
     id: str
     lo: int
     hi: int
-    depth: int = msgspec.field(name="d")
-    split: str = msgspec.field(name="sp")
-    index: int = msgspec.field(name="ix")
-    task: str = msgspec.field(name="t")
+    depth: int
+    split: str
+    index: int
+    task: str
     why: str
     wait_ms: int = -1  # it is parked for this time; -1: it may run now
     tries: int = 0  # failures of its first item so far

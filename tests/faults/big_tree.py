@@ -155,7 +155,7 @@ class Tree:
             partial = b"" if bad else ONE
             calls.append(ledger._script("claim", self.job, *claim))
             calls.append(
-                ledger._script("finish", self.job, leaf.id, leaf.id, report, partial, 30_000)
+                ledger._script("finish", self.job, leaf.id, leaf.id, report, partial, 30_000, 0, 0)
             )
         ledger.store.call(*calls)
 

@@ -1,6 +1,7 @@
 -- Close a node: store its partial and register its children; exactly one caller gets the outcome.
--- ARGV: node, token, report (JSON: mid, done, failed, failed_ranges, skipped, failures, quarantined, kids, splits,
--- shaped, why, busy_us, peak_kb), partial ('' when there is none), lease_ms,
+-- ARGV: node, token, report (JSON: mid, done, failed, failed_ranges, skipped, failures, quarantined, splits,
+-- shaped, why, busy_us, peak_kb), partial ('' when there is none), lease_ms, number of children,
+-- depth of the deepest one, for each child its id, first item, end, ms to wait (-1: none) and record,
 -- and for each further partial its first item and itself.
 -- Returns {answer, children registered, outcome, waiting node}: answer ok | stale;
 -- outcome '' | merge | process | closed.  With merge, the caller holds the root merge.
@@ -15,12 +16,13 @@ end
 if not held(id, token, node) then return {'stale', 0, '', ''} end
 
 local r = cjson.decode(ARGV[3])
-local at, kids = r.mid, {}
-for i, kid in ipairs(r.kids) do
-  if kid.lo ~= at or kid.hi <= kid.lo then
-    return redis.error_reply('TILING node ' .. id .. ': a part starts at ' .. kid.lo .. ', not at ' .. at)
+local at, kids, behind = r.mid, {}, 8 + 5 * ARGV[6]
+for i = 8, behind - 1, 5 do
+  local lo, hi = tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
+  if lo ~= at or hi <= lo then
+    return redis.error_reply('TILING node ' .. id .. ': a part starts at ' .. lo .. ', not at ' .. at)
   end
-  at, kids[i] = kid.hi, kid.id
+  at, kids[#kids + 1] = hi, ARGV[i]
 end
 if at ~= node.hi then
   return redis.error_reply('TILING node ' .. id .. ': its parts end at ' .. at .. ', not at ' .. node.hi)
@@ -37,7 +39,7 @@ if r.mid > node.lo and f.phase == 'process' then
     call('ZADD', pieces, from, range)
     if blob ~= '' then call('HSET', blobs, range, blob) end
   end
-  for i = 6, #ARGV, 2 do
+  for i = behind, #ARGV, 2 do
     store(ARGV[i])
     from, blob = ARGV[i], ARGV[i + 1]
   end
@@ -98,27 +100,25 @@ if #kids > 0 and f.stop ~= '' then
   if f.phase == 'process' then call('HINCRBY', job, 'skipped', unfailed(f, r.mid, node.hi)) end
   kids = {}
 elseif #kids > 0 then
-  local ids, records, deepest = {}, {}, 0
-  for _, kid in ipairs(r.kids) do
-    deepest = math.max(deepest, kid.d)
-    local record = {lo = kid.lo, hi = kid.hi, d = kid.d, p = id, sp = kid.sp, ix = kid.ix, t = kid.t,
-      why = kid.why, rs = 0, tr = kid.tries > 0 and kid.tries or nil}
-    if kid.wait_ms >= 0 then
-      park_node(kid.id, record, now + kid.wait_ms)
+  local ids, texts = {}, {}
+  for i = 8, behind - 1, 5 do
+    local wait_ms = tonumber(ARGV[i + 3])
+    if wait_ms >= 0 then
+      park_node(ARGV[i], ARGV[i + 4], now + wait_ms)
     else
-      ids[#ids + 1] = kid.id
-      records[#ids] = record
+      ids[#ids + 1] = ARGV[i]
+      texts[#ids] = ARGV[i + 4]
     end
   end
-  queue_nodes(ids, records)
+  queue_nodes(ids, texts)
   keep(due, waiting)
   for _, split in ipairs(r.splits) do call('HSET', splits, split.id, cjson.encode(split)) end
   if #r.splits > 0 then
     call('HINCRBY', job, 'splits', #r.splits)
     keep(splits)
   end
-  if #r.kids == 1 then call('HINCRBY', job, 'yields', 1) end
-  if deepest > tonumber(call('HGET', job, 'depth')) then call('HSET', job, 'depth', deepest) end
+  if #kids == 1 then call('HINCRBY', job, 'yields', 1) end
+  if tonumber(ARGV[7]) > tonumber(call('HGET', job, 'depth')) then call('HSET', job, 'depth', ARGV[7]) end
 end
 node.s, node.mid, node.why, node.ms, node.lost = #kids > 0 and 'c' or 'd', r.mid, r.why, now - node.at, nil
 node.kids = #kids > 0 and kids or nil

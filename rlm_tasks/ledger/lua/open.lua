@@ -32,8 +32,8 @@ call('HSET', job, 'spec', ARGV[1], 'n', ARGV[2], 'queue', ARGV[3], 'state', 'pen
   'schema', ARGV[11], 'seen_ms', 0, 'claimed_ms', 0, 'probed_ms', 0, 'probes', 0,
   'parked', 0, 'node_records', ARGV[14],
   'start_by', tonumber(ARGV[15]) > 0 and now + ARGV[15] or 0)
-local root = {lo = 0, hi = tonumber(ARGV[2]), d = 0, p = '', sp = '', ix = 0, t = ARGV[10], why = ARGV[13], rs = 0}
 local wait = tonumber(ARGV[12])
+local root = whole(wait > 0 and 'p' or 'q', tonumber(ARGV[2]), ARGV[10], ARGV[13])
 if wait > 0 then park_node(ARGV[9], root, now + wait) else queue_nodes({ARGV[9]}, {root}) end
 note('opened')
 keep(job, nodes, wait > 0 and due or waiting, events)

@@ -237,14 +237,18 @@ local function wait_for_message(id, node)
   call('ZADD', waiting, now, id)
 end
 
--- Register new nodes that may run now.  The caller counts them as pending.
-local function queue_nodes(ids, records)
+-- Return the JSON of a new node with the whole range of a job, in state q or p.
+local function whole(state, n, task, why)
+  return cjson.encode({s = state, e = 0, m = state == 'q' and 0 or nil, wt = state == 'p' and 1 or nil,
+    lo = 0, hi = n, d = 0, p = '', sp = '', ix = 0, t = task, why = why, rs = 0})
+end
+
+-- Register new nodes that may run now, by id and JSON.  The caller counts them as pending.
+local function queue_nodes(ids, texts)
   local fields, members = {}, {}
   for i, id in ipairs(ids) do
-    local node = records[i]
-    node.e, node.s, node.m = 0, 'q', 0
     fields[#fields + 1] = id
-    fields[#fields + 1] = cjson.encode(node)
+    fields[#fields + 1] = texts[i]
     members[#members + 1] = now
     members[#members + 1] = id
     if #fields == 2 * PAGE or i == #ids then
@@ -257,10 +261,9 @@ end
 
 -- Register a new node that may run later; a sweep sends its message at that time.  The caller counts
 -- it as pending.
-local function park_node(id, node, at)
-  node.e, node.s, node.wt = 0, 'p', 1
-  write(id, node)
-  count_parked(node.why, 1)
+local function park_node(id, text, at)
+  call('HSET', nodes, id, text)
+  count_parked(cjson.decode(text).why, 1)
   call('ZADD', due, at, id)
 end
 
@@ -283,7 +286,7 @@ local function finish_tree(f, root_task)
     call('HSET', job, 'state', 'merging', 'pending', 1)
     note('merging')
   end
-  queue_nodes({id}, {{lo = 0, hi = f.n, d = 0, p = '', sp = '', ix = 0, t = root_task, why = '', rs = 0}})
+  queue_nodes({id}, {whole('q', f.n, root_task, '')})
   keep(waiting)
   return id, id
 end
