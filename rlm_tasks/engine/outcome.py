@@ -24,7 +24,7 @@ FOLD_AT = 4096
 """A node with a merge folds this many outputs into one, so that its memory stays small."""
 MOST_FAULTS = 100
 """Faults of one node that are recorded for operators."""
-FAILURES_FULL_AT = 4096
+FAILURES_FULL_AT = 2048
 """A node reports at this many failures, so that one script of the ledger stays short."""
 PAGE_OVERHEAD = 64
 """The largest number of bytes that a page has besides its outputs."""

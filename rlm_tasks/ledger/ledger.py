@@ -311,14 +311,21 @@ class Ledger(LedgerReader):
 
 
 def _new_node(parent: str, kid: Child) -> tuple[Argument, ...]:
-    """Return FINISH's arguments for a child; the last one is its record, as `prelude.lua` has it."""
+    """Return FINISH's arguments for a child; the last one is its record (see `prelude.lua`)."""
     record: dict[str, Any] = {
-        **{"lo": kid.lo, "hi": kid.hi, "d": kid.depth, "p": parent, "e": 0, "rs": 0},
-        **{"sp": kid.split, "ix": kid.index, "t": kid.task, "why": kid.why},
+        "lo": kid.lo,
+        "hi": kid.hi,
+        "d": kid.depth,
+        "p": parent,
+        "sp": kid.split,
+        "ix": kid.index,
+        "t": kid.task,
+        "why": kid.why,
+        "e": 0,
+        "rs": 0,
         **({"s": "q", "m": 0} if kid.wait_ms < 0 else {"s": "p", "wt": 1}),
+        **({"tr": kid.tries} if kid.tries else {}),
     }
-    if kid.tries:
-        record["tr"] = kid.tries
     return kid.id, kid.lo, kid.hi, kid.wait_ms, _json.encode(record)
 
 

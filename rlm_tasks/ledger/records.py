@@ -17,7 +17,7 @@ ROOT = "root"
 MERGE = "merge"
 PROCESS = "process"
 SWEEP_AT_ONCE = 100
-KNOWN_AT_ONCE = 4096
+KNOWN_AT_ONCE = 2048
 """A claim knows at most this many items that failed in validation."""
 
 

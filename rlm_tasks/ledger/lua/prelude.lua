@@ -27,7 +27,7 @@ local job, nodes, due, waiting, splits, pieces, blobs = KEYS[1], KEYS[2], KEYS[3
 local failed, empty, failures, deaths, quarantine = KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12]
 local inflight, events, items, blocks, ended = KEYS[13], KEYS[14], KEYS[15], KEYS[16], KEYS[17]
 local call = redis.call
-local MAX_FAILURES, MAX_EVENTS, PAGE = 1000, 1000, 500
+local MAX_FAILURES, MAX_EVENTS, PAGE = 1000, 1000, 250
 -- The keys of an open job live for this long after its last sweep; `ttl_s` begins at its end.
 local OPEN_S = 30 * 86400
 -- Reasons to wait that are counted apart: the job's hash has no more fields than this.
