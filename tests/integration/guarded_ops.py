@@ -73,7 +73,8 @@ def second_best(item: int, ctx: Context) -> int:
     raise ConnectionError("never there")
 
 
-TWICE = RetryPolicy(max_attempts=2, initial_delay_s=0.01)
+# Without a grant of the retry budget a node waits up to the longest delay.
+TWICE = RetryPolicy(max_attempts=2, initial_delay_s=0.01, max_delay_s=0.5)
 
 
 @operation("at_last", retry=TWICE, fallback=lambda item: -item)

@@ -168,13 +168,13 @@ def test_a_worker_with_many_small_nodes_stops_within_seconds(
     with client_of(environment) as client:
         with embedded.worker(environment, log=logs / "prompt.log") as process:
             job = client.submit(
-                operation="collect", items=list(range(1500)), type="parallel", chunk_size=1
+                operation="collect", items=list(range(600)), type="parallel", chunk_size=1
             )
             wait_until(lambda: job.progress().nodes > 200)
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=5)
         with embedded.worker(environment, log=logs / "prompt.log"):
-            assert job.get(timeout=60) == list(range(1500))
+            assert job.get(timeout=60) == list(range(600))
 
 
 def test_lost_messages_are_sent_again(server: embedded.Server, logs: Path) -> None:

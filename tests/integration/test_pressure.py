@@ -177,7 +177,7 @@ def least_share(spans: Sequence[Sequence[float]]) -> float:
 
 def test_computing_on_every_slot_does_not_raise_the_level(client: Client) -> None:
     """Other load may take the processor: the level must be normal while items get 70 % of it."""
-    job = client.submit(operation="compute", items=[0.1] * 160)
+    job = client.submit(operation="compute", items=[0.1] * 100)
 
     levels = {client.status().level for _ in job.watch()}
 
