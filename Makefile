@@ -21,7 +21,7 @@ demo: $(VENV)/.ready ## Measure Python's standard library with a self-splitting 
 	@$(BIN)/celery -A rlm_tasks rlm demo $(ARGS)
 
 test: $(VENV)/.ready ## Run all tests, with a real server and real workers
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 browser: $(VENV)/.ready ## Test Flower's pages in Chromium, which must be installed
 	$(BIN)/python -m pytest tests/browser $(ARGS)

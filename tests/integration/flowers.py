@@ -7,7 +7,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import subprocess
 import sys
 import urllib.error
 import urllib.parse
@@ -85,8 +84,12 @@ def flower(
     if prefix:
         command.append(f"--url_prefix={prefix.strip('/')}")
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, cwd=ROOT, env={**os.environ, **environment}
+        process = embedded.start_worker(
+            command,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env={**os.environ, **environment},
         )
     own = Flower(f"http://127.0.0.1:{port}{prefix}", process.pid)
 

@@ -120,7 +120,7 @@ def beat(
     """Run a beat for the length of a block."""
     command = [sys.executable, "-m", "celery", "-A", "rlm_tasks", "beat", "-l", "INFO", *options]
     with log.open("wb") as output:
-        process = subprocess.Popen(
+        process = embedded.start_worker(
             command,
             stdout=output,
             stderr=output,
