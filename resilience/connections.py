@@ -120,7 +120,7 @@ def outage_of(error: BaseException) -> Outage:
     return OUTAGES[refusal(error) or "AWAY"]
 
 
-def is_wrong(error: Exception) -> bool:
+def is_wrong(error: BaseException) -> bool:
     """Whether an error is the fault of the command: neither an outage nor a missing right."""
     return (
         isinstance(error, ResponseError)
@@ -129,7 +129,16 @@ def is_wrong(error: Exception) -> bool:
     )
 
 
-def told(error: Exception) -> str:
+def is_outage(error: BaseException | None) -> bool:
+    """Whether Redis was away or refused a command, as this error says, or one that led to it."""
+    for _ in range(10):  # causes may be in a loop
+        if error is None or isinstance(error, RedisError):
+            break
+        error = error.__cause__ or error.__context__
+    return isinstance(error, RedisError) and not is_wrong(error)
+
+
+def told(error: BaseException | None) -> str:
     """Return the class and text of an error of redis-py, without the text of a pipeline's command.
 
     A command may contain items.

@@ -13,12 +13,14 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
+from billiard.exceptions import RestartFreqExceeded
 from celery import Celery, Task, signals
 from celery._state import get_current_worker_task
 from celery.app.defaults import DEFAULT_PROCESS_LOG_FMT, DEFAULT_TASK_LOG_FMT
 from celery.app.log import TaskFormatter
 from celery.utils.log import ColorFormatter, get_multiprocessing_logger
 
+from resilience.connections import is_outage, told
 from rlm_tasks.engine.tasks import OURS
 from rlm_tasks.messaging.dispatch import legible, read_header
 from rlm_tasks.settings.model import Settings
@@ -30,6 +32,8 @@ A record without an id has '' for it.
 """
 EACH_MESSAGE = ("celery.worker.strategy", "celery.app.trace")
 """Celery's loggers with one line for each received message, and one for each succeeded task."""
+TASKS, FROM_PARTS = "celery.app.trace", ("celery", "kombu", "multiprocessing")
+"""Celery's logger of the errors of tasks, and the beginnings of the names of its other loggers."""
 _FROM_CELERY = (("task", "name"), ("task_id", "id"), ("runtime_s", "runtime"))
 """Fields that a JSON line takes from the data of Celery's own lines."""
 _OURS = ("rlm_where", *(f"rlm_{name}" for name in IDS))
@@ -102,6 +106,7 @@ def mark_records() -> None:
         ids = ids_of(get_current_worker_task())
         vars(record).update({f"rlm_{name}": ids.get(name, "") for name in IDS})
         vars(record)["rlm_where"] = f" [job {ids['job']} {ids['node']}]" if "job" in ids else ""
+        tell_outage_in_one_line(record)
         return record
 
     logging.setLogRecordFactory(marked)
@@ -136,6 +141,19 @@ def demote(record: logging.LogRecord) -> bool:
         return True
     record.levelno, record.levelname = logging.DEBUG, "DEBUG"
     return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
+
+
+def tell_outage_in_one_line(record: logging.LogRecord) -> None:
+    """Replace the traceback of an outage of Redis by its error, in lines of Celery's own parts.
+
+    The lines about tasks keep it: a task of the app may have called a Redis of its own.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if record.name == TASKS or not record.name.startswith(FROM_PARTS):
+        return
+    if isinstance(error, RestartFreqExceeded) or is_outage(error):
+        record.msg = f"{record.getMessage()} ({told(error)})"
+        record.args, record.exc_info = (), None
 
 
 class JsonFormatter(logging.Formatter):

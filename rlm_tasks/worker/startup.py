@@ -27,6 +27,7 @@ from rlm_tasks.worker.dead_letters import DeadLetters
 from rlm_tasks.worker.pools import wrong_pool
 from rlm_tasks.worker.upstream import (
     keep_what_is_no_message,
+    leave_chords_to_the_root_merge,
     leave_promptly,
     leave_when_retiring,
     survive_reconnects_while_processes_are_recycled,
@@ -66,6 +67,7 @@ def prepare(worker: Any) -> None:
     _keep_what_is_no_message(app)
     survive_restarts_of_redis()
     survive_refusals_of_redis()
+    leave_chords_to_the_root_merge()
     survive_reconnects_while_processes_are_recycled()
     drain_on_sigterm(app)
     # Imported modules stay: pool processes share their memory, and an exit does not collect them.

@@ -20,6 +20,7 @@ import billiard.pool
 import kombu.transport.redis
 import kombu.transport.virtual.base
 import kombu.utils.json
+from celery.backends.redis import RedisBackend
 from celery.concurrency import asynpool, prefork
 from celery.worker import WorkController, state
 from celery.worker.consumer.consumer import Consumer
@@ -29,7 +30,7 @@ from kombu.transport.redis import Channel, QoS
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from resilience.connections import refusal
+from resilience.connections import is_wrong
 from rlm_tasks.messaging.dispatch import MERGE_TASK, NODE_TASK, is_id
 
 logger = logging.getLogger(__name__)
@@ -323,14 +324,15 @@ def survive_reconnects_while_processes_are_recycled() -> None:
 
 
 def survive_refusals_of_redis() -> None:
-    """Let a worker keep its messages and its slots while Redis refuses writes.
+    """Let a worker keep its messages and its slots while Redis refuses calls, or is away.
 
     kombu takes a message from its queue, and then notes it as unacknowledged.  A full Redis refuses
     the note, and the message is lost.  When Redis refuses an acknowledgement, the message counts as
     in flight for ever, and a worker without a free slot hangs (kombu 5.7).  With the patch the
-    message runs, and its acknowledgement is repeated with the next one, or after ten seconds.
+    message runs, and its acknowledgement is repeated with the next one, or after ten seconds.  It
+    may be repeated on another connection to the broker.
     """
-    note, restore = QoS.append, QoS.restore_visible
+    note, restore, late = QoS.append, QoS.restore_visible, set[str]()
     if hasattr(note, "__wrapped__"):
         return
 
@@ -339,12 +341,11 @@ def survive_refusals_of_redis() -> None:
         try:
             note(qos, message, tag)  # type: ignore[no-untyped-call]  # kombu is partly typed
         except RedisError as error:
-            if not refusal(error):
+            if is_wrong(error):
                 raise
             virtual.QoS.append(qos, message, tag)  # type: ignore[no-untyped-call]
 
     def settle(qos: Any, *tags: str) -> None:
-        late = qos.__dict__.setdefault("late", set())
         late.update(tags)
         if not (settling := list(late)):
             return
@@ -354,7 +355,7 @@ def survive_refusals_of_redis() -> None:
                     qos._remove_from_indices(tag, pipe)
                 pipe.execute()
         except RedisError as error:
-            if not refusal(error):
+            if is_wrong(error):
                 raise
             logger.info("%d messages are acknowledged later: %s", len(settling), error)
         else:
@@ -371,3 +372,25 @@ def survive_refusals_of_redis() -> None:
 
     for name, patch in (("append", append), ("ack", ack), ("restore_visible", restore_visible)):
         setattr(QoS, name, patch)
+
+
+def leave_chords_to_the_root_merge() -> None:
+    """Let a node end as usual when Redis refuses to count it in its chord, or is away.
+
+    Celery reports such a node as failed, with two tracebacks (Celery 5.7).  The ledger has its
+    partial, and the root merge of the job reads it.  Tasks of the app are counted as before.
+    """
+    stock = RedisBackend.on_chord_part_return
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @functools.wraps(stock)
+    def count(backend: Any, request: Any, *args: Any, **options: Any) -> None:
+        try:
+            stock(backend, request, *args, **options)
+        except (RedisError, OSError) as error:
+            if request.task not in (NODE_TASK, MERGE_TASK):
+                raise
+            logger.info("A chord is left to the root merge of its job: %s", error)
+
+    RedisBackend.on_chord_part_return = count

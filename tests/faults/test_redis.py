@@ -138,6 +138,7 @@ def test_connections_are_reset_repeatedly(durable: embedded.Server, tmp_path: Pa
         assert worker.poll() is None
         ran = own.journal(job)
         assert len(ran) < 1.5 * 1500, "little is computed twice"
+        assert "Traceback" not in own.log.read_text()
     proxy.close()
 
 

@@ -9,20 +9,25 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import billiard.pool
 import pytest
+import redis
+from celery import Celery
 from celery.concurrency import asynpool, prefork
 from kombu import Connection
 from kombu.asynchronous import Hub
 from kombu.transport.redis import QoS
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 
 from rlm_tasks.testing import embedded
 from rlm_tasks.worker.upstream import (
+    leave_chords_to_the_root_merge,
     survive_reconnects_while_processes_are_recycled,
     survive_refusals_of_redis,
     survive_restarts_of_redis,
@@ -129,6 +134,35 @@ def test_a_redis_that_refuses_costs_no_message_and_no_slot(
     finally:
         for name, function in kept.items():
             setattr(QoS, name, function)
+
+
+def test_a_lost_connection_costs_no_acknowledgement(durable: embedded.Server) -> None:
+    survive_refusals_of_redis()
+    admin = redis.Redis.from_url(durable.url)
+    with Connection(durable.url) as first, Connection(durable.url) as second:
+        queue = first.SimpleQueue("plain")
+        queue.put("one")
+        message = queue.get(timeout=5)
+        pause = admin.config_get("maxclients")["maxclients"]
+        admin.config_set("maxclients", 1)
+        admin.client_kill_filter(_type="normal", skipme=True)
+
+        message.ack()
+
+        assert admin.hlen("unacked") == 1
+        admin.config_set("maxclients", pause)
+        second.SimpleQueue("plain").channel.qos.restore_visible()
+        assert admin.hlen("unacked") == 0, "another connection has repeated it"
+
+
+@pytest.mark.parametrize("task", ["rlm.node", "tasks.own"])
+def test_a_chord_that_redis_does_not_count_is_left_to_the_root_merge(task: str) -> None:
+    app = Celery("chords", backend=f"redis://127.0.0.1:{embedded.free_port()}/0")
+    request = SimpleNamespace(task=task, id="t", group="g", group_index=0, chord=None)
+    leave_chords_to_the_root_merge()
+
+    with nullcontext() if task == "rlm.node" else pytest.raises(RedisConnectionError):
+        app.backend.on_chord_part_return(request, "SUCCESS", None)
 
 
 def _taken_while_full(connection: Connection, refusing: Refusing) -> Any:

@@ -10,10 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from billiard.exceptions import RestartFreqExceeded
 from celery import Celery, signals
 from celery._state import pop_current_task, push_current_task
 from celery.app.defaults import DEFAULT_PROCESS_LOG_FMT
 from celery.utils.log import ColorFormatter
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoPermissionError, ReadOnlyError, ResponseError
 
 from rlm_tasks.celery import app
 from rlm_tasks.messaging.dispatch import NODE_TASK
@@ -168,6 +171,41 @@ def test_an_exception_is_logged_with_its_traceback() -> None:
     assert line_of(each)["exception"].splitlines()[-1] == "ValueError: bad"
     each.exc_info = (None, None, None)
     assert "exception" not in line_of(each)
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    """Return an error with a cause."""
+    error.__cause__ = cause
+    return error
+
+
+OUTAGE = RedisConnectionError("reset by peer")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "is_short"),
+    [
+        ("celery.worker.request", OUTAGE, True),
+        ("kombu.transport.redis", NoPermissionError("no right"), True),
+        ("celery.backends.redis", caused(ValueError("join"), OUTAGE), True),
+        ("multiprocessing", caused(OSError(), ReadOnlyError("replica")), True),
+        ("celery.worker.consumer.consumer", RestartFreqExceeded("5 in 1s"), True),
+        ("celery.worker.request", ValueError("bad"), False),
+        ("celery.worker.request", ResponseError("wrong number of arguments"), False),
+        ("celery.app.trace", OUTAGE, False),  # perhaps of a Redis that the task has called
+        ("shop.tasks", OUTAGE, False),
+    ],
+)
+def test_an_outage_of_redis_is_one_line_of_celery(
+    name: str, error: Exception, is_short: bool
+) -> None:
+    each = record("Couldn't ack")
+    each.name, each.exc_info = name, (type(error), error, None)
+
+    logs.tell_outage_in_one_line(each)
+
+    assert (each.exc_info is None) == is_short
+    assert (type(error).__name__ in each.getMessage()) == is_short
 
 
 def test_arguments_and_results_of_tasks_are_left_out() -> None:
