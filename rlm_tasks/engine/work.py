@@ -8,6 +8,7 @@ slice is over, and then calls the node's boundary.  Begin with `Work.run`.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -274,8 +275,13 @@ class Work:
             raise Postponed(AWAY_S, str(error), tries=tries) from None
 
     def _validate(self, item: Any, _context: Context) -> None:
-        if self._operation.validate is not None:
-            self._alarm.run(self._operation.validate, item)
+        if self._operation.validate is None:
+            return
+        verdict = self._alarm.run(self._operation.validate, item)
+        if verdict is False:
+            raise ValueError("validate returned False")
+        if verdict is not None and inspect.isawaitable(verdict):
+            raise TypeError("validate must be a plain function: what it returned is not awaited")
 
     def _context(self, index: int = 0) -> Context:
         spec, claim = self._spec, self._claim

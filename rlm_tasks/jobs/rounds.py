@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from rlm_tasks.errors import InvalidRequest
+
 
 @dataclass(frozen=True, slots=True)
 class Round:
@@ -28,11 +30,22 @@ class NextRound:
 
     With `last`, no round follows, so this one may spend all that is left of the budget.  With
     `strict`, none of its items may fail, even if the request tolerates errors: the answer would be
-    wrong without one.
+    wrong without one.  Raises InvalidRequest for an operation or params of a wrong type.
     """
 
-    operation: str
+    operation: str  # its name, or the operation itself
     items: Iterable[Any]
     params: dict[str, Any]
     last: bool = False
     strict: bool = False
+
+    def __post_init__(self) -> None:
+        name = getattr(self.operation, "name", self.operation)
+        if not isinstance(name, str):
+            raise InvalidRequest("operation of NextRound", name, "must be an operation or its name")
+        object.__setattr__(self, "operation", name)
+        if not isinstance(self.params, dict) or not all(
+            isinstance(key, str) for key in self.params
+        ):
+            advice = "must be a dict; its keys are texts"
+            raise InvalidRequest("params of NextRound", self.params, advice)

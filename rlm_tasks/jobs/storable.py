@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
@@ -225,6 +225,8 @@ def _advice(value: Any) -> str:
     kind = type(value)
     if issubclass(kind, Enum):
         return "pass its .value"
+    if issubclass(kind, Awaitable):
+        return "it was not awaited: make the operation an async def"
     if issubclass(kind, memoryview):
         return "pass bytes(...)"
     if dataclasses.is_dataclass(kind):

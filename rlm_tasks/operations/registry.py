@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _PROTECTING = frozenset(each.name for each in fields(Protection))
 _FUNCTIONS = ("merge", "finalize", "validate", "simplified", "then", "cost", "fallback")
 
+_NEVER_ASYNC = ("merge", "finalize", "validate", "then", "cost", "weight")
+
 
 @dataclass(frozen=True, slots=True)
 class Operation:
@@ -67,7 +69,7 @@ class Operation:
     """Its other functions by their ids, and whether each takes a context."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "is_async", inspect.iscoroutinefunction(self.function))
+        object.__setattr__(self, "is_async", _is_async(self.function))
         object.__setattr__(self, "takes_context", _positional(self.function) >= 2)
         object.__setattr__(self, "_arity", {})
         for other in (self.simplified, self.protection.cost, self.protection.fallback):
@@ -112,6 +114,12 @@ class Operation:
         ``word_count.submit(lines, priority="high")``.  Raises InvalidRequest, StoreUnavailable.
         """
         return ports.submit(operation=self.name, items=items, **fields)
+
+
+def _is_async(function: Any) -> bool:
+    """Whether a function, or an object that is called as one, is an ``async def``."""
+    call = getattr(type(function), "__call__", None)  # noqa: B004  # its kind is asked, too
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
 def _positional(function: Callable[..., Any]) -> int:
@@ -167,7 +175,7 @@ def operation(name: Any = None, **about: Any) -> Any:
       merge, a list with one output per item.
     - ``merge`` takes an iterable of partials in item order and returns one partial.  It must be
       associative.
-    - ``validate`` raises for an item that must not be processed.
+    - ``validate`` raises, or returns False, for an item that must not be processed.
     - ``simplified`` replaces the function from critical pressure on; it takes and returns the same.
     - ``allocation`` limits the number of nodes that run at once, and their hosts: a
       ResourceAllocationPolicy, or its fields.
@@ -216,7 +224,9 @@ def register(new: Operation) -> Operation:
         raise InvalidRequest("concurrency", new.concurrency, "above 1 needs an async def")
     if new.batch and new.is_async:
         raise InvalidRequest("batch", new.name, "an async def takes one item; remove batch")
-    if new.simplified is not None and inspect.iscoroutinefunction(new.simplified) != new.is_async:
+    if not new.is_async and _is_async(new.protection.fallback):
+        raise InvalidRequest("fallback", new.name, "is an async def, but the operation is not")
+    if new.simplified is not None and _is_async(new.simplified) != new.is_async:
         raise InvalidRequest(
             "simplified", new.name, "must be an async def if the operation is one, and only then"
         )
@@ -233,6 +243,8 @@ def _check_options(name: object, function: object, about: Mapping[str, Any]) -> 
         may_be_left_out = option in _FUNCTIONS and value is None
         if option in ("function", *_FUNCTIONS) and not may_be_left_out and not callable(value):
             raise InvalidRequest(option, value, "must be a function")
+        if option in _NEVER_ASYNC and _is_async(value):
+            raise InvalidRequest(option, value, "must be a plain function, not an async def")
         if option == "batch" and not isinstance(value, bool):
             raise InvalidRequest(option, value, "must be True or False")
         if option in ("concurrency", "version") and (type(value) is not int or value < 1):

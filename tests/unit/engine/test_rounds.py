@@ -14,6 +14,7 @@ import pytest
 from redis.exceptions import ConnectionError
 
 from rlm_tasks.engine.node import run_node
+from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.rounds import NextRound, Round
 from rlm_tasks.ledger.at_work import nodes_at_work
 from rlm_tasks.ledger.explain import explain
@@ -113,6 +114,18 @@ def test_a_job_that_tolerates_errors_continues_with_the_done_items_of_a_round() 
 
     assert facts["state"] == "succeeded"
     assert platform.output(platform.ledger.spec(job))["found"] == [30]  # type: ignore[arg-type]  # it exists
+
+
+@pytest.mark.parametrize("params", [None, [1], {1: 2}, "x"])
+def test_params_of_a_next_round_are_refused_when_they_are_no_dict_of_texts(params: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"params of NextRound=.*: must be a dict"):
+        NextRound("unit_add_three", [], params)
+
+
+def test_a_next_round_takes_an_operation_or_its_name() -> None:
+    assert NextRound(unit_add_three, [], {}).operation == "unit_add_three"  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="operation of NextRound=None: must be an operation"):
+        NextRound(None, [], {})  # type: ignore[arg-type]
 
 
 def _from_another_store(_outputs: Any, _round: Round) -> Any:

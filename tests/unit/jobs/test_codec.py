@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +73,11 @@ class Struct(msgspec.Struct, frozen=True):
     x: int
 
 
+class Awaited:
+    def __await__(self) -> Iterator[None]:
+        yield
+
+
 class Zone(tzinfo):
     def utcoffset(self, _: datetime | None) -> timedelta:
         return timedelta(0)
@@ -103,6 +109,10 @@ REFUSED: dict[Any, tuple[Any, str]] = {
     "default": (defaultdict(int), "a collections defaultdict cannot be stored; pass dict(...)"),
     "deque": (deque(), "a collections deque cannot be stored; pass list(...)"),
     "generator": ((x for x in "a"), "a generator cannot be stored; pass list(...)"),
+    "awaitable": (
+        Awaited(),
+        "a tests Awaited cannot be stored; it was not awaited: make the operation an async def",
+    ),
     "range": (range(3), "a range cannot be stored; pass list(...)"),
     "path": (Path("a"), "a pathlib PosixPath cannot be stored; pass str(...)"),
     "memoryview": (memoryview(b"a"), "a memoryview cannot be stored; pass bytes(...)"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 
 from resilience.bucket import Rate
@@ -63,6 +66,32 @@ def test_wrong_options_are_refused_by_name(option: str, value: object) -> None:
         operation("unit_wrong", **{option: value})(lambda item: item)  # type: ignore[call-overload]
     assert raised.value.field == option
     assert "unit_wrong" not in names()
+
+
+async def _later(_value: object) -> object:
+    return _value
+
+
+class _Later:
+    async def __call__(self, value: object) -> object:
+        return await _later(value)
+
+
+@pytest.mark.parametrize("function", [_later, _Later(), functools.partial(_later)])
+@pytest.mark.parametrize(
+    "option", ["merge", "finalize", "validate", "then", "cost", "weight", "fallback"]
+)
+def test_a_coroutine_function_is_refused_where_nothing_awaits_it(
+    option: str, function: Any
+) -> None:
+    guards = {"cost": {"rate_limit": Rate(5)}, "weight": {"bulkhead": 5}}.get(option, {})
+    with pytest.raises(InvalidValue, match="async def") as raised:
+        operation("unit_wrong", **guards, **{option: function})(lambda item: item)
+    assert raised.value.field == option
+
+
+def test_an_object_with_an_async_call_is_an_async_operation() -> None:
+    assert operation("unit_async_object", concurrency=5)(_Later()).is_async
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "\ud800", "\x1b[2J", "x" * 201, 3])

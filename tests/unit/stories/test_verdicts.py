@@ -76,6 +76,38 @@ def test_exactly_the_requested_share_of_items_ends_a_job_early(
     assert platform.ledger.facts(spec.job)["early_limit"] == str(enough)
 
 
+async def _not_awaited(_item: Any) -> None:
+    raise ValueError
+
+
+operation("unit_verdict_bool", validate=lambda number: number > 0)(abs)
+operation("unit_verdict_awaitable", validate=lambda number: _not_awaited(-number))(abs)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine")
+@pytest.mark.parametrize(
+    ("name", "failed", "message"),
+    [
+        ("unit_verdict_bool", [1], "validate returned False"),
+        ("unit_verdict_awaitable", [0, 1, 2], "validate must be a plain function"),
+    ],
+)
+def test_a_verdict_of_validate_is_never_passed_over(
+    name: str, failed: list[int], message: str
+) -> None:
+    platform = Platform()
+    request = JobRequest(
+        operation=name,
+        items=[1, -2, 3],
+        options=Options(continue_on_error=True),
+        conditions=Conditions(validate_before_process=True),
+    )
+    platform.run(spec := platform.submit(request))
+    failures = platform.ledger.failures(spec.job)
+    assert [each.index for each in failures] == failed
+    assert all(each.message.startswith(message) for each in failures)
+
+
 @pytest.mark.parametrize("items", [[-1, -2, -3], [-1], [None, -1, ""]])
 def test_a_job_fails_when_each_of_its_items_has_failed(items: list[Any]) -> None:
     facts, _ = _run("unit_verdict_max", items, empty=True)
