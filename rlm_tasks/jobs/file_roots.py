@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from rlm_tasks.errors import FileOutsideRoot
+
+_DESCRIPTORS = Path("/proc/self/fd")
+"""Links from the open files of this process to their places, on Linux."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +25,27 @@ class FilesRoot:
     def checked(self, path: str | Path) -> Path:
         """Return a path without links.  Raises FileOutsideRoot when it lies outside."""
         resolved = Path(path).resolve()
-        if self.folder and not resolved.is_relative_to(Path(self.folder).expanduser().resolve()):
-            raise FileOutsideRoot(str(path), self.folder)
+        self._refuse_outside(resolved, path)
         return resolved
+
+    def open(self, path: str | Path) -> BinaryIO:
+        """Open a file to read its bytes.
+
+        Raises OSError, and FileOutsideRoot also when a link took the place of the file, or of a
+        folder above it, after the path was checked.
+        """
+        file = self.checked(path).open("rb")
+        try:
+            if self.folder and _DESCRIPTORS.is_dir():
+                self._refuse_outside((_DESCRIPTORS / str(file.fileno())).readlink(), path)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _refuse_outside(self, place: Path, path: str | Path) -> None:
+        if self.folder and not place.is_relative_to(Path(self.folder).expanduser().resolve()):
+            raise FileOutsideRoot(str(path), self.folder)
 
 
 ANYWHERE = FilesRoot()

@@ -167,7 +167,7 @@ class LineSource(msgspec.Struct, frozen=True, tag="lines"):
         about = path.stat()
         if (about.st_size, about.st_mtime_ns) != (self.size, self.modified_ns):
             raise Unreadable(ALL, self._lost("has changed since the job was submitted"))
-        with path.open("rb") as file:
+        with root.open(self.path) as file:
             if isinstance(place, int):  # a job of schema 1 has the offset only
                 file.seek(place)
                 data = b"".join(itertools.islice(file, end - start))

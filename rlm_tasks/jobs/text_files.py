@@ -149,7 +149,7 @@ class TextFile:
             kind = resolved.stat().st_mode
             if not stat.S_ISREG(kind):
                 raise _refused(found, f"is {_kind_of(kind)}; pass the path of a text file")
-            file = resolved.open("rb")
+            file = root.open(resolved)
         except InvalidRequest:
             raise
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL in a name

@@ -14,6 +14,7 @@ import tokenize
 import warnings
 from collections.abc import Iterable, Iterator
 from heapq import nlargest
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,11 @@ def _parsed(path: Path) -> tuple[str, ast.AST]:
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "is no regular file", str(path))
     try:
-        with tokenize.open(path) as file:
-            text = file.read()
+        with _root[0].open(path) as file:
+            encoding, _ = tokenize.detect_encoding(file.readline)
+            file.seek(0)
+            with TextIOWrapper(file, encoding) as decoded:
+                text = decoded.read()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # outdated escapes in the files do not matter here
             return text, ast.parse(text, str(path))

@@ -26,6 +26,7 @@ from rlm_tasks.jobs.file_roots import ANYWHERE, FilesRoot
 from rlm_tasks.jobs.items import Files, Lines, source_of
 from rlm_tasks.jobs.stored_items import ItemReader, ItemWriter, StoredItems, Unreadable
 from rlm_tasks.jobs.text_files import TextFile
+from rlm_tasks.operations import code_metrics
 
 ENCODINGS = (
     *("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"),
@@ -286,6 +287,37 @@ def test_only_files_below_the_root_are_read(tmp_path: Path) -> None:
             with pytest.raises(FileOutsideRoot, match=f"RLM_FILES_ROOT={root}") as refused:
                 ask(items)
             assert "secret line" not in str(refused.value)
+
+
+@pytest.mark.parametrize("reads", ["submit", "worker", "code_metrics"])
+def test_a_link_that_takes_the_place_of_a_checked_file_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: str
+) -> None:
+    (folder := tmp_path / "data" / "sub").mkdir(parents=True)
+    (secrets := tmp_path / "secrets").mkdir()
+    for each in (folder, secrets):
+        (each / "a.py").write_text("x = 123456\n")
+        os.utime(each / "a.py", (1, 1))
+    below = FilesRoot(str(tmp_path / "data"))
+    reader, source, _ = stored(Lines(folder / "a.py"), below)
+    checked = FilesRoot.checked
+
+    def swaps(root: FilesRoot, path: str | Path) -> Path:
+        resolved = checked(root, path)
+        if not folder.is_symlink():
+            folder.rename(tmp_path / "data" / "before")
+            folder.symlink_to(secrets)
+        return resolved
+
+    monkeypatch.setattr(FilesRoot, "checked", swaps)
+    monkeypatch.setattr(code_metrics, "_root", [below])
+    read_in = {
+        "submit": lambda: stored(Lines(folder / "a.py"), below),
+        "worker": lambda: reader.read(source, "index", "blocks", 0, 1),
+        "code_metrics": lambda: code_metrics.measure_file(str(folder / "a.py")),
+    }
+    with pytest.raises((FileOutsideRoot, Unreadable), match="RLM_FILES_ROOT"):
+        read_in[reads]()
 
 
 def test_a_worker_reads_no_file_outside_of_its_root(tmp_path: Path) -> None:
