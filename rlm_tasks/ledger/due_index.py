@@ -37,7 +37,7 @@ class DueIndex:
 
     def first(self) -> Call:
         """Return the call that returns the ms until the next sweep of any job; -1: none is due."""
-        return Call(_FIRST, (self._key,), ())
+        return Call(_FIRST, (self._key,), (), otherwise=-1)
 
     def take(self, most: int, sweep_ms: int) -> list[str]:
         """Return at most `most` due jobs, which no other worker gets for `sweep_ms`.

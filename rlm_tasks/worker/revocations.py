@@ -10,7 +10,9 @@ import logging
 from collections import deque
 from collections.abc import Iterable
 
+from resilience.connections import RecordUnreadable
 from rlm_tasks.engine.runtime import Runtime
+from rlm_tasks.errors import JobUnreadable
 from rlm_tasks.ledger.round_ids import opened_rounds
 from rlm_tasks.messaging.dispatch import is_id
 from rlm_tasks.results import Status
@@ -39,7 +41,10 @@ class Revocations:
         while self._ids:
             ids = [self._ids[at] for at in range(min(AT_ONCE, len(self._ids)))]
             for job in self._ledger.job_list.known(ids):
-                self._cancel(job)
+                try:
+                    self._cancel(job)
+                except (JobUnreadable, RecordUnreadable) as error:
+                    logger.warning("Job %s was revoked, but not cancelled: %s", job, error)
             for _ in ids:
                 self._ids.popleft()
 

@@ -21,9 +21,12 @@ import msgspec
 from celery.worker import state
 from redis.exceptions import ResponseError
 
+from resilience.connections import RecordUnreadable
 from resilience.store import Call
+from resilience.validation import tell_unreadable
 from rlm_tasks.engine.node import release
 from rlm_tasks.engine.runtime import Runtime
+from rlm_tasks.errors import JobUnreadable
 from rlm_tasks.ledger.records import SWEEP_AT_ONCE
 from rlm_tasks.worker.host import Host
 from rlm_tasks.worker.lost_nodes import REAPED, UNREACHABLE, cause_of_death, give_back
@@ -118,6 +121,8 @@ class Supervisor(threading.Thread):
                     self._wake_loop()
                 self._tick(self._clock())
                 self._ledger_away, self.answered_at = False, self._clock()
+            except RecordUnreadable as error:
+                tell_unreadable("a record that the supervisor needs", error.cause)
             except UNREACHABLE as error:
                 if not self._ledger_away:
                     logger.warning("The ledger does not answer, so work waits: %s", error)
@@ -315,7 +320,7 @@ class Supervisor(threading.Thread):
         for job in self._ledger.due.take(SWEEP_AT_ONCE, sweep_ms):
             try:
                 self._sweep_job(job)
-            except (ResponseError, msgspec.MsgspecError, ValueError, LookupError):
+            except (JobUnreadable, ResponseError, msgspec.MsgspecError, ValueError, LookupError):
                 # One job with broken records must not stop the recovery of all others.
                 if job not in self._broken_jobs:
                     self._broken_jobs[job] = None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
+from resilience.connections import RecordUnreadable
 from resilience.errors import StoreUnavailable
 from rlm_tasks.engine.node import run_node
 from rlm_tasks.jobs.spec import JobSpec
@@ -155,3 +157,33 @@ def test_one_tick_sends_a_bounded_part_of_a_job_with_many_overdue_nodes() -> Non
     assert platform.mailbox.sent - sent == SWEEPS_IN_A_ROW * SWEEP_AT_ONCE
     [next_ms] = platform.store.call(platform.ledger.due.first())
     assert next_ms <= 50, "the rest is sent at the next tick"
+
+
+@pytest.mark.parametrize("damage", ["index", "slots", "hosts", "revoked job", "revoked record"])
+def test_a_damaged_record_stops_neither_leases_nor_the_next_tick(damage: str) -> None:
+    platform = Platform()
+    client, keys = platform.store.client, platform.keys
+    held, other = (
+        platform.submit(JobRequest(operation="sum", items=range(10))).job for _ in range(2)
+    )
+    platform.ledger.claim(held, ROOT, TOKEN, "unit")
+    platform.runtime.page.entry(0).hold(os.getpid(), held, ROOT, TOKEN, 0.0)
+    supervisor = Supervisor(platform.runtime, {}, lambda: 1, list)
+    if damage == "revoked record":
+        client.hset(keys.of(other).job, "nodes", "many")
+    else:
+        damaged = {
+            "index": keys.due,
+            "slots": keys.slots,
+            "hosts": keys.pressure().hosts,
+            "revoked job": keys.of(other).job,
+        }[damage]
+        client.delete(damaged)
+        client.rpush(damaged, "x")
+    supervisor.revocations.add([other, held])
+    client.zadd(keys.of(held).due, {ROOT: 1})
+
+    with suppress(RecordUnreadable):  # the sweep, which is the last step, needs the index
+        supervisor._tick(platform.clock())
+    assert (client.zscore(keys.of(held).due, ROOT) or 0) > 1
+    assert platform.ledger.facts(held)["stop"] == "cancelled"
