@@ -46,7 +46,8 @@ def test_a_broken_ledger_is_found_and_its_history_is_shrunk(
         """Lose the partial of each node that a network fault hits."""
         if names.startswith("finish") and self.plan.drawn:
             args, options = commands[0]
-            commands = [((*args[:-2], b"", *args[-1:]), options), *commands[1:]]
+            at = 3 + int(args[2]) + 3  # behind the keys: node, token, report, partial
+            commands = [((*args[:at], b"", *args[at + 1 :]), options), *commands[1:]]
         return send(self, commands, names)
 
     monkeypatch.setattr(Network, "_execute", forgetful)
