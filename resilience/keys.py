@@ -9,6 +9,7 @@ so one script may use them together.  All keys of a job carry the job's id as th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -58,6 +59,12 @@ class AlertKeys(NamedTuple):
     totals: str  # HASH    severity -> number of alerts since the first one
 
 
+@functools.lru_cache(maxsize=64)  # a node asks for the keys of its job several times
+def _keys_of(namespace: str, job: str) -> JobKeys:
+    tagged = f"{namespace}:{{{job}}}:"
+    return JobKeys(*(tagged + field for field in JobKeys._fields))
+
+
 class Keys:
     """The keys of one namespace; several platforms can share a Redis with different namespaces."""
 
@@ -89,8 +96,7 @@ class Keys:
 
     def of(self, job: str) -> JobKeys:
         """Return the keys of one job."""
-        tagged = f"{self.namespace}:{{{job}}}:"
-        return JobKeys(*(tagged + field for field in JobKeys._fields))
+        return _keys_of(self.namespace, job)
 
     def staged(self, job: str, token: str) -> tuple[str, str]:
         """Return the keys of items (ZSET) and blocks (HASH) that one client stores before the job

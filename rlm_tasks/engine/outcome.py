@@ -45,6 +45,7 @@ class NodeOutcome:
         # Indexes of items that neither succeeded nor failed here: empty, or failed in validation.
         self.left_out: set[int] = set()
         self.empty: list[int] = []
+        self.has_failed = False  # an item has failed
         self.failures: list[dict[str, Any]] = []
         self.unread: list[dict[str, Any]] = []  # failures of ranges: from `index` to before `until`
         self._unread: list[tuple[int, int]] = []  # all ranges that could not be read
@@ -96,7 +97,7 @@ class NodeOutcome:
 
     def fail(self, index: int, error: BaseException) -> None:
         """Record an item's exception as a failure."""
-        fault = classify(error)
+        fault, self.has_failed = classify(error), True
         self.failures.append(failure_of(index, error, fault.code))
         self.given_up += fault.retryable
         if len(self.faults) < MOST_FAULTS:
@@ -113,7 +114,7 @@ class NodeOutcome:
             if last.get("until") == start and last["type"] == type(error).__name__:
                 last["until"] = end
                 continue
-            fault = classify(error)
+            fault, self.has_failed = classify(error), True
             last = {**failure_of(start, error, fault.code), "until": end}
             self.unread.append(last)
             if len(self.faults) < MOST_FAULTS:

@@ -125,8 +125,7 @@ class Work:
     @property
     def decided(self) -> bool:
         """Whether an item has failed in a job that does not continue on errors."""
-        failed = self.outcome.failures or self.outcome.unread
-        return bool(failed) and not self._spec.continue_on_error
+        return self.outcome.has_failed and not self._spec.continue_on_error
 
     def _run_windows(self, work: Callable[[Sequence[Any]], None], size: Callable[[], int]) -> None:
         while self.at < self.until and not self.stopped:
@@ -285,7 +284,7 @@ class Work:
 
     def _context(self, index: int = 0) -> Context:
         spec, claim = self._spec, self._claim
-        return Context(
+        context = Context(
             job_id=spec.job,
             params={},
             shared_params=spec.params,
@@ -294,6 +293,9 @@ class Work:
             index=index,
             degradation=self.degradation,
         )
+        # A function without a context reads no params, and its guards few.
+        context.has_few_params &= self._operation.takes_context
+        return context
 
 
 class BatchWork(Work):
