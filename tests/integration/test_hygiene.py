@@ -174,11 +174,11 @@ def test_a_job_of_two_thousand_tail_calls_keeps_its_messages_small(
     ):
         spy = Spy(server.port, "tails:")
         result = client.execute(
-            operation="collect", items=range(3000), type="sequential", timeout=100
+            operation="collect", items=range(2100), type="sequential", timeout=100
         )
         spy.stop()
 
-    assert result.output == list(range(3000))
+    assert result.output == list(range(2100))
     assert result.metrics.yields >= 2000
     assert max(spy.sizes) < 4096
     assert max(spy.sizes) - min(spy.sizes) < 64
