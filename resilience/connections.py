@@ -21,6 +21,7 @@ from redis.exceptions import (
     BusyLoadingError,
     ClusterCrossSlotError,
     ClusterDownError,
+    InvalidResponse,
     MasterDownError,
     MovedError,
     NoPermissionError,
@@ -58,6 +59,8 @@ _LEFT = "The previous master is now a slave"
 _CLUSTER = re.compile(r"SELECT is not allowed in cluster|keys? in a cluster node|same slot")
 _OF_PIPELINE = re.compile(r"^Command # \d+ .* of pipeline caused error: ", re.DOTALL)
 _NO_TLS = re.compile("wrong version number|record layer failure|unknown protocol", re.IGNORECASE)
+_OF_PARSER = (InvalidResponse, ValueError, LookupError)
+"""The errors by which redis-py's parser meets an answer that is none of Redis."""
 _NO_CONNECTION = "No connection available."
 MOVED = frozenset({"READONLY", "NOREPLICAS", "MASTERDOWN", "UNBLOCKED"})
 """Codes after which another server may be the primary: the connection is dropped and made anew."""
@@ -115,8 +118,12 @@ def outage_of(error: BaseException) -> Outage:
         return OUTAGES["NOAUTH" if "equired" in text else "WRONGPASS"]
     if "DB index is out of range" in text or "invalid DB index" in text:
         return OUTAGES["DATABASE"]
+    if isinstance(error, Garbled):
+        return OUTAGES["PROTOCOL"]
     if text == _NO_CONNECTION:
         return OUTAGES["CONNECTIONS"]
+    if "max number of clients" in text:
+        return OUTAGES["MAXCLIENTS"]
     return OUTAGES[refusal(error) or "AWAY"]
 
 
@@ -193,6 +200,17 @@ class Forgotten(RedisConnectionError):
         return Forgotten, ()
 
 
+class Garbled(RedisConnectionError):
+    """An answer is none of Redis.  Its bytes may be of items, so they are not told."""
+
+    def __init__(self) -> None:
+        super().__init__("an answer breaks the protocol of Redis")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a pool process hand it to its main process."""
+        return Garbled, ()
+
+
 # --- connections ------------------------------------------------------------------------------
 
 
@@ -248,6 +266,9 @@ class WatchfulConnection:
             super().connect()  # type: ignore[misc]  # the class of redis-py
         except ResponseError as error:  # the database was refused
             raise RedisConnectionError(str(error)) from None
+        except (*_OF_PARSER, AttributeError, TypeError):  # the handshake
+            me.disconnect()
+            raise Garbled from None
         if was_open:
             return
         if self.heeds("CLUSTER") and _is_cluster(me.handshake_metadata or {}):
@@ -306,9 +327,12 @@ class WatchfulConnection:
         except ResponseError:
             raise
         except BaseException as error:
+            is_garbled = isinstance(error, _OF_PARSER)
             is_lost = isinstance(error, RedisConnectionError) and not refusal(error)
-            listening.was_reset = listening.was_reset or is_lost
+            listening.was_reset = listening.was_reset or is_lost or is_garbled
             self.disconnect()  # type: ignore[attr-defined]  # the class of redis-py
+            if is_garbled:
+                raise Garbled from None
             raise
 
     def _answer(self, read: Callable[..., Any], silence_s: float) -> Any:

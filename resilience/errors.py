@@ -207,6 +207,16 @@ OUTAGES = {
         "answers, but all connections of this process are in use",
         "use fewer threads at once, or try again",
     ),
+    "MAXCLIENTS": Outage(
+        StoreUnavailable,
+        "takes no more connections",
+        "raise its maxclients, or run fewer processes",
+    ),
+    "PROTOCOL": Outage(
+        StoreUnavailable,
+        "answers, but not as Redis does",
+        "correct host and port in {variable}, or the proxy in between",
+    ),
     "DATABASE": Outage(
         StoreUnavailable, "has no such database ({cause})", "correct the number in {variable}"
     ),

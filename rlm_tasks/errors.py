@@ -9,7 +9,7 @@ RlmError
 │   └── UnknownOperation    names the nearest known one; also one that no live worker knows
 ├── BrokerUnavailable       a StoreUnavailable (resilience): the broker does not answer
 ├── RecordUnreadable        (resilience) a shared record in Redis has another type than expected
-├── JobNotFound             no such job, or its results have expired
+├── JobNotFound             no such job, its results have expired, or Redis lost them
 ├── JobUnreadable           another release wrote one of its records, or it is damaged
 ├── JobEnded                a job without a full answer; carries its result
 │   ├── JobFailed
@@ -175,7 +175,8 @@ class JobNotFound(RlmError):
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
         super().__init__(
-            f"job {job_id} is unknown: a wrong id, another namespace, or its results have expired"
+            f"job {job_id} is unknown: a wrong id, another namespace, its results have expired, or "
+            "Redis has lost its data"
         )
 
 

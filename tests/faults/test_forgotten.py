@@ -22,6 +22,7 @@ from rlm_tasks.messaging.transports import leave_old_primaries
 from rlm_tasks.testing import embedded
 from tests.faults.conftest import name_of
 from tests.faults.proxy import Proxy
+from tests.support import wait_until
 
 TIMEOUT_S = 1.0
 """The new connection is asked after half of it."""
@@ -68,13 +69,24 @@ def test_a_call_is_repeated_and_all_other_connections_are_made_anew(proxy: Proxy
 
 
 @pytest.mark.parametrize("on_outage", ["raise", "answer", "patient"])
-def test_a_call_whose_connection_is_reset_runs_once_more(proxy: Proxy, on_outage: OnOutage) -> None:
-    store = Store(through(proxy), timeout_s=TIMEOUT_S)
-    resets = [True, True, False, True]
+def test_a_call_whose_connection_is_reset_runs_once_more(
+    server: embedded.Server, proxy: Proxy, on_outage: OnOutage
+) -> None:
+    store, admin = Store(through(proxy), timeout_s=TIMEOUT_S), redis.Redis.from_url(server.url)
+    resets, seen = [True, True, False, True], set[str]()
+
+    def blocked() -> set[str]:
+        ids = {each["id"] for each in admin.client_list() if each["cmd"] == "blpop"} - seen
+        seen.update(ids)
+        return ids
+
+    def reset() -> None:
+        wait_until(blocked)
+        proxy.reset()
 
     def command(client: redis.Redis) -> Any:
         if resets.pop():
-            threading.Timer(0.02, proxy.reset).start()
+            threading.Thread(target=reset).start()
             return client.blpop(["nothing"], timeout=TIMEOUT_S)
         return client.ping()
 
@@ -83,6 +95,7 @@ def test_a_call_whose_connection_is_reset_runs_once_more(proxy: Proxy, on_outage
         store.call(command, on_outage=on_outage)
     assert resets == [], "no third attempt"
     store.close()
+    admin.close()
 
 
 def test_a_guard_does_not_decide_alone(proxy: Proxy, request: pytest.FixtureRequest) -> None:

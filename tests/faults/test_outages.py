@@ -5,9 +5,12 @@ The states are real: a full server, a replica, a busy script, a wrong password."
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +214,56 @@ def test_a_node_of_a_cluster_is_named_by_submit_worker_and_doctor(tmp_path: Path
 def test_a_database_that_does_not_exist_is_named(server: embedded.Server) -> None:
     with pytest.raises(StoreUnavailable, match=r"has no such database .*; correct the number in"):
         Store(server.url.replace("/0", "/99")).check()
+
+
+@contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """Run a server that gives one answer to whatever it reads, and return its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                with listener.accept()[0] as peer, suppress(OSError):
+                    while peer.recv(65_536):
+                        peer.sendall(answer)
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    try:
+        yield f"redis://127.0.0.1:{listener.getsockname()[1]}/0"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"$" + SECRET.encode() + b"\r\n",
+        b"\xff\xfe\r\n",
+        b"*1\r\n$2\r\nxx\r\n",
+    ],
+    ids=["a web server", "no number", "binary", "no handshake"],
+)
+def test_a_server_that_is_no_redis_is_told(answer: bytes) -> None:
+    with answering(answer) as url:
+        store = Store(url)
+        for call in (store.check, lambda: store.call(lambda client: client.ping())):
+            with pytest.raises(StoreUnavailable, match="answers, but not as Redis does; ") as told:
+                call()
+            assert SECRET not in str(told.value)
+        store.close()
+
+
+def test_a_server_without_free_connections_is_told(prepared: Prepared) -> None:
+    client, _, _, refusing = prepared
+    with refusing.settings(maxclients=1):
+        refusing.admin.client_kill_filter(_type="normal", skipme=True)
+        with pytest.raises(StoreUnavailable, match="takes no more connections; raise its maxcl"):
+            client.listed()
 
 
 def test_the_doctor_and_explain_say_that_redis_is_full(prepared: Prepared) -> None:
