@@ -33,7 +33,7 @@ from resilience.breaker_storage import (
     resident_mb,
 )
 from resilience.bulkhead import Ended, Wake, call_guarded, call_up, guarded, report_end
-from resilience.errors import Category, Denied, name_of
+from resilience.errors import Category, Denied, name_of, refuse_unless_name
 from resilience.faults import classify
 from resilience.settings import store_settings
 from resilience.store import Call, Store, default_store
@@ -93,6 +93,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         wake: Wake = _wake_none,
         memory_mb: Callable[[], float] = resident_mb,
     ) -> None:
+        refuse_unless_name("name", name)
         self.config = configured(config)
         self._store = store or default_store()
         self._storage = SharedStorage(name, self._store, self.config, memory_mb)
@@ -305,8 +306,9 @@ class CircuitBreakers:
     ) -> CircuitBreaker:
         """Return the breaker of a name.
 
-        The first call in this process for a name sets its configuration.
+        The first call in this process for a name sets its configuration.  Raises InvalidValue.
         """
+        refuse_unless_name("name", name)
         if name not in self._known:
             self._known[name] = CircuitBreaker(
                 name, self._store, configured(config, **fields), wake=self._wake
@@ -348,8 +350,9 @@ def with_circuit_breaker(
 
     ``@with_circuit_breaker("agent-factory", failure_threshold=5)``: the fields are those of
     BreakerConfig.  Without a store it uses that of RLM_REDIS_URL.  Raises InvalidValue for a wrong
-    field at once.
+    name or field at once.
     """
+    refuse_unless_name("name", name)
     effective = configured(config, **fields)
 
     @functools.cache

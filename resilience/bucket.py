@@ -24,6 +24,7 @@ from resilience.errors import (
     InvalidValue,
     NeverSatisfiable,
     StoreUnavailable,
+    refuse_unless_name,
     refuse_unless_positive,
 )
 from resilience.keys import Keys
@@ -147,6 +148,7 @@ class TokenBucket:
         sleep: Callable[[float], None] = time.sleep,
         **rates: Rate,
     ) -> None:
+        refuse_unless_name("name", name)
         if rates or not scoped:
             check_rates(rates, "rates")
         if scoped:
@@ -329,7 +331,7 @@ class TokenBucket:
             named = ((name, rate) for name, rate in self.scoped.items() if name in amounts)
             chosen += [_Limit(name, scope, rate, amounts[name]) for name, rate in named]
         for each in chosen:
-            if not 0 <= each.amount < float("inf"):
+            if not isinstance(each.amount, int | float) or not 0 <= each.amount < float("inf"):
                 raise InvalidValue(each.name, each.amount, "must be a number of at least 0")
             if each.amount > each.rate.limit:
                 raise NeverSatisfiable(

@@ -33,6 +33,7 @@ from resilience.errors import (
     NeverSatisfiable,
     StoreUnavailable,
     is_a,
+    refuse_unless_name,
     refuse_unless_positive,
 )
 from resilience.faults import classify
@@ -158,6 +159,7 @@ class Bulkhead:
         unless the caller of `acquire` names something else to count by, such as an endpoint.
         Raises InvalidValue.
         """
+        refuse_unless_name("name", name)
         self.name, self._store, self._lease_s = name, store or default_store(), lease_s
         moving = _moving(limit)
         for field, value in (

@@ -303,6 +303,16 @@ def refuse_unless_positive(
         raise error(field, value, advice)
 
 
+def refuse_unless_name(field: str, value: Any, error: type[InvalidValue] = InvalidValue) -> None:
+    """Raise InvalidValue, or another `error`, unless the value can name a guard in Redis."""
+    if not (isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()):
+        raise error(field, value, f"must be a text of 1 to {LONGEST_NAME} printable characters")
+
+
+LONGEST_NAME = 200
+"""Characters of the longest name of a guard or an operation."""
+
+
 class NeverSatisfiable(RlmError, ValueError):
     """An amount that is more than its limit can ever grant at once.
 

@@ -14,7 +14,7 @@ import asyncio
 import functools
 import inspect
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, ParamSpec, TypeVar
@@ -23,7 +23,14 @@ from pydantic import Field, model_validator
 
 from resilience.bucket import LocalShare, Rate
 from resilience.bulkhead import underlying
-from resilience.errors import Denied, InvalidValue, RetryBudgetExhausted, StoreUnavailable, is_a
+from resilience.errors import (
+    Denied,
+    InvalidValue,
+    RetryBudgetExhausted,
+    StoreUnavailable,
+    is_a,
+    refuse_unless_name,
+)
 from resilience.faults import Fault, classify
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store, default_store
@@ -111,6 +118,7 @@ class RetryBudget:
     """
 
     def __init__(self, service: str, store: Store | None = None) -> None:
+        refuse_unless_name("service", service)
         self.service, self._store = service, store or default_store()
         self._key = Keys(self._store.namespace).budget(service)
         self._first_attempts = 0
@@ -256,16 +264,20 @@ class RetryState:
 
 
 def retrying(
-    policy: RetryPolicy | None = None,
+    policy: RetryPolicy | Mapping[str, Any] | None = None,
     *,
     service: str = "",
     store: Store | None = None,
     **fields: Any,
 ) -> Retry:
-    """Return a `Retry` of a policy, or of the default, with some fields changed.
+    """Return a `Retry` of a policy or its fields, or of the default, with some fields changed.
 
     With a `service` it has the retry budget that all workers share.  Raises InvalidValue.
     """
+    if service != "":
+        refuse_unless_name("service", service)
+    if isinstance(policy, Mapping):
+        policy = RetryPolicy(**policy)
     # The dump has the names of RetryPolicy, also for fields passed by another name.
     changed = RetryPolicy(**fields).model_dump(exclude_unset=True)
     effective = (
@@ -287,7 +299,7 @@ def _budget(service: str, store: Store) -> RetryBudget:
 def execute_with_retry(
     func: Callable[..., T],
     *args: Any,
-    policy: RetryPolicy | None = None,
+    policy: RetryPolicy | Mapping[str, Any] | None = None,
     service: str = "",
     **kwargs: Any,
 ) -> T:
@@ -299,7 +311,7 @@ def execute_with_retry(
 
 
 def with_retry(
-    policy: RetryPolicy | None = None,
+    policy: RetryPolicy | Mapping[str, Any] | None = None,
     *,
     service: str = "",
     store: Store | None = None,
@@ -311,6 +323,8 @@ def with_retry(
     Put it above ``@with_circuit_breaker``, so that each attempt asks the breaker.  Raises
     InvalidValue for a wrong field at once.
     """
+    if service != "":
+        refuse_unless_name("service", service)
     retrying(policy, **fields)
 
     def decorate(func: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from resilience.errors import refuse_unless_positive
+from resilience.errors import refuse_unless_name, refuse_unless_positive
 from rlm_tasks.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from resilience.bucket import Rate
     from resilience.bulkhead import Aimd, Elastic
     from resilience.retry import RetryPolicy
-
-
-LONGEST_NAME = 200
-"""The most characters of the name of an operation or a service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +87,7 @@ def protection(service: str, about: Mapping[str, Any]) -> Protection:
 
 def _check_names(declared: Mapping[str, Any]) -> None:
     """Raise InvalidRequest for a service, or a name of a field, that is no text."""
-    service = declared.get("service") or "default"
-    if not (isinstance(service, str) and len(service) <= LONGEST_NAME and service.isprintable()):
-        advice = f"must be a text of 1 to {LONGEST_NAME} printable characters"
-        raise InvalidRequest("service", service, advice)
+    refuse_unless_name("service", declared.get("service") or "default", InvalidRequest)
     for name in ("breaker", "retry", "rate_limit"):
         fields = declared.get(name)
         if isinstance(fields, Mapping) and not all(isinstance(each, str) for each in fields):

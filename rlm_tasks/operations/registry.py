@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, overload
 
 from celery.utils.imports import import_from_cwd
 
+from resilience.errors import refuse_unless_name
 from rlm_tasks.errors import InvalidRequest, UnknownOperation
 from rlm_tasks.operations import ports
 from rlm_tasks.operations.context import Context
-from rlm_tasks.operations.protection import LONGEST_NAME, UNPROTECTED, Protection, protection
+from rlm_tasks.operations.protection import UNPROTECTED, Protection, protection
 
 if TYPE_CHECKING:
     from resilience.breaker_storage import BreakerConfig
@@ -236,9 +237,7 @@ def register(new: Operation) -> Operation:
 
 def _check_options(name: object, function: object, about: Mapping[str, Any]) -> None:
     """Raise InvalidRequest for an option of the wrong kind, which would fail each job."""
-    if not (isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()):
-        advice = f"must be a text of 1 to {LONGEST_NAME} printable characters"
-        raise InvalidRequest("name", name, advice)
+    refuse_unless_name("name", name, InvalidRequest)
     for option, value in {"function": function, **about}.items():
         may_be_left_out = option in _FUNCTIONS and value is None
         if option in ("function", *_FUNCTIONS) and not may_be_left_out and not callable(value):

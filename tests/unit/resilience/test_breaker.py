@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 
 import pybreaker
@@ -13,7 +13,11 @@ import pytest
 
 from resilience.breaker import CircuitBreaker, CircuitBreakers, CircuitOpen, with_circuit_breaker
 from resilience.breaker_storage import BreakerConfig
+from resilience.bucket import Rate, TokenBucket
+from resilience.bulkhead import Bulkhead
 from resilience.errors import InvalidValue, RateLimited
+from resilience.retry import with_retry
+from resilience.store import Store
 from tests.unit.world import World, world
 
 __all__ = ["world"]
@@ -683,3 +687,22 @@ def test_a_future_of_a_guarded_function_stays_a_future(world: World) -> None:
 
     asyncio.run(call())
     assert breaker.state == "open"
+
+
+NAMED: dict[str, Callable[[Any, Store], Any]] = {
+    "breaker": CircuitBreaker,
+    "breakers": lambda name, store: CircuitBreakers(store).get(name),
+    "decorator": lambda name, store: with_circuit_breaker(name, store=store),
+    "bulkhead": Bulkhead,
+    "bucket": lambda name, store: TokenBucket(name, store, requests=Rate(5)),
+    "retry": lambda name, store: with_retry(service=name, store=store),
+}
+
+
+@pytest.mark.parametrize("guard", NAMED)
+@pytest.mark.parametrize("name", [None, 5, b"payments", ["payments"], "\udce9", "a\n", "x" * 201])
+def test_a_guard_is_refused_when_its_name_is_no_text(world: World, guard: str, name: Any) -> None:
+    """A process reads all its breakers together: one wrong name would fail each of them."""
+    with pytest.raises(InvalidValue, match="must be a text of 1 to 200 printable characters"):
+        NAMED[guard](name, world.store())
+    assert CircuitBreaker("payments", world.store()).call(lambda: 5) == 5

@@ -731,3 +731,15 @@ def test_decorated_methods_of_a_class_are_retried(world: World) -> None:
             return answer, cls
 
     assert Client.ask() == ("here", Client)
+
+
+def test_a_policy_may_be_a_dict_in_camel_case() -> None:
+    calls: list[int] = []
+
+    def fails() -> None:
+        calls.append(1)
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        execute_with_retry(fails, policy={"maxRetries": 2, "initialDelayMs": 1})
+    assert len(calls) == 3
