@@ -247,6 +247,16 @@ class _ConstraintsRead(dict[str, Any]):
         self._record(name)
         return super().get(name, default)
 
+    def pop(self, name: str, *default: Any) -> Any:
+        """Return a constraint and remove it from this dict, and record it."""
+        self._record(name)
+        return super().pop(name, *default)
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        """Return a constraint, and record it."""
+        self._record(name)
+        return super().setdefault(name, default)
+
     def items(self) -> Any:
         """Return all constraints, and record each."""
         self._record(*self)

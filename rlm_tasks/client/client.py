@@ -167,9 +167,10 @@ class Client(Platform):
 
         A policy may be a number of attempts, or a dict, in camelCase, too (``maxRetries``,
         ``initialDelayMs``, ``retryableErrors``).  Each attempt reads the items again, so they must
-        not be an iterator.  A refused job is submitted again at its retry time, which costs no
-        attempt, for up to ``max_refused_s`` (300 s).  Raises the error of the last attempt.  A
-        policy on the *operation* retries single items; prefer it where one item of many may fail.
+        not be an iterator, and has an idempotency key of its own.  A refused job is submitted again
+        at its retry time, which costs no attempt, for up to ``max_refused_s`` (300 s).  Raises the
+        error of the last attempt.  A policy on the *operation* retries single items; prefer it
+        where one item of many may fail.
         """
         from resilience.retry import retrying
 
@@ -183,7 +184,7 @@ class Client(Platform):
         state = retry.begin()
         while True:
             try:
-                return self.execute(wanted, timeout=timeout)
+                return self.execute(_attempt(wanted, state.failures), timeout=timeout)
             except (Overloaded, QueueFull) as refused:
                 retry.sleep(state.wait_s(refused))
             except JobEnded as ended:
@@ -281,6 +282,16 @@ def _keyed(request: JobRequest, idempotency_key: str) -> JobRequest:
     if not idempotency_key:
         return request
     options = Options(**{**dict(request.options), "idempotency_key": idempotency_key})
+    return request.model_copy(update={"options": options})
+
+
+def _attempt(request: JobRequest, failures: int) -> JobRequest:
+    """Return a request for another attempt: under its own key it would find the failed job."""
+    if not failures or not (key := request.options.idempotency_key):
+        return request
+    options = request.options.model_copy(
+        update={"idempotency_key": f"{key}, attempt {failures + 1}"}
+    )
     return request.model_copy(update={"options": options})
 
 

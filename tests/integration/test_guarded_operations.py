@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlm_tasks import Client, Status
+from rlm_tasks import Client, JobExpired, Status
 from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
@@ -275,6 +275,17 @@ def test_repeated_faults_are_counted_by_pattern(guarded: Client) -> None:
             for each in guarded.events.recent(name="faults.escalated")
         )
     )
+
+
+def test_execute_with_retry_opens_a_new_job_for_each_attempt_despite_a_key(guarded: Client) -> None:
+    request = {"operation": "nap", "items": [400.0] * 4, "options": {"timeoutMs": 100}}
+    before = len(guarded.jobs(100))
+    for _ in range(2):  # the second call finds the jobs of the first one
+        with pytest.raises(JobExpired):
+            guarded.execute_with_retry(
+                request, {"maxRetries": 1, "initialDelayMs": 1}, idempotency_key="k"
+            )
+    assert len(guarded.jobs(100)) == before + 2
 
 
 def test_execute_with_retry_accepts_a_policy_in_camel_case(guarded: Client) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import json
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError
 from typing import Any
@@ -345,6 +346,22 @@ def test_a_copy_of_all_constraints_records_those_in_force(read: Callable[[Any], 
     context = Context("job", {}, degradation=degradation)
     read(ResourceConstraints.get_constraints(context))
     assert degradation.shaped == set(degradation.constraints.strategies)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda found: found.pop("use_simplified_methods"),
+        lambda found: found.setdefault("use_simplified_methods", False),
+        operator.itemgetter("use_simplified_methods"),
+        "{use_simplified_methods}".format_map,
+    ],
+)
+def test_each_way_to_read_one_constraint_records_it(read: Callable[[Any], Any]) -> None:
+    degradation = Degradation(Level.CRITICAL)
+    context = Context("job", {}, degradation=degradation)
+    assert str(read(ResourceConstraints.get_constraints(context))) == "True"
+    assert degradation.shaped == {Strategy.SIMPLIFIED}
 
 
 def test_constraints_that_are_handed_on_still_record_what_is_read() -> None:
