@@ -312,9 +312,11 @@ class ResultTooLarge(RlmError):
 
     code = "RESULT_TOO_LARGE"
 
-    def __init__(self, job_id: str, size: int, limit: int) -> None:
+    def __init__(
+        self, job_id: str, size: int, limit: int, advice: str = "iterate over job.outputs()"
+    ) -> None:
         self.job_id, self.size, self.limit = job_id, size, limit
         super().__init__(
             f"job {job_id} has {size} bytes of output, more than RLM_MAX_RESULT_BYTES={limit}; "
-            "iterate over job.outputs(), or raise the limit"
+            f"{advice}, or raise the limit"
         )

@@ -305,7 +305,9 @@ class Conditions(_Checked):
     """Rules about the items that run."""
 
     skip_if_empty: bool = Field(
-        False, description="Skip items that are None or empty, and a job without items."
+        False,
+        description="Skip items that are None, or an empty text, list, tuple, dict or set, "
+        "and a job without items.",
     )
     validate_before_process: bool = Field(
         False, description="Run the operation's validate on every item first."

@@ -130,9 +130,12 @@ class Job(JobWaiter):
     def outputs(self) -> Iterator[Any]:
         """Yield the outputs of a job without a merge, in item order, loading a page at a time.
 
-        Failed and skipped items have no output; `rows` yields the indexes too.
+        Failed and skipped items have no output; `rows` yields the indexes too.  Raises
+        InvalidRequest for a job that has a merge; JobNotFound, StoreUnavailable.
         """
-        return flattened(partials(self._ledger, self.id, 0, self._spec().n))
+        spec = self._spec()
+        self._refuse_merged(spec)
+        return flattened(partials(self._ledger, self.id, 0, spec.n))
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         """Yield the index of each item that succeeded, with its output, loading a page at a time.
@@ -140,12 +143,19 @@ class Job(JobWaiter):
         The job has no merge; it may have ended in any way.  Raises InvalidRequest for a job that
         still runs, or that has a merge; JobNotFound, StoreUnavailable.
         """
-        spec, facts = self._spec(), self._facts()
+        facts = self._facts()
         if not Status(facts["state"]).final:
             raise InvalidRequest("job", self.id, "still runs; wait for its end, or cancel it")
-        if self._ledger.answer(self.id) is not None or registry.get(spec.operation).merge:
-            raise InvalidRequest("job", self.id, "has a merge, so no output for each item")
         return zip(self._successful(facts), self.outputs(), strict=True)
+
+    def _refuse_merged(self, spec: JobSpec) -> None:
+        if self._ledger.answer(self.id) is not None or self._merges(spec):
+            raise InvalidRequest("job", self.id, "has a merge, so no output for each item")
+
+    def _merges(self, spec: JobSpec) -> bool:
+        """Whether the operation has a merge; False when this process does not know it."""
+        known = spec.operation in registry.names()
+        return known and registry.get(spec.operation).merge is not None
 
     def _result(
         self, facts: Facts, status: Status, output: Any, error: ItemFailure | None = None
@@ -189,9 +199,9 @@ class Job(JobWaiter):
         packed = self._ledger.answer(self.id)
         if packed is not None:
             with reading(self.id, "the answer"):
-                self._refuse_larger(codec.unpacked_bytes(packed))
+                self._refuse_larger(codec.unpacked_bytes(packed), "make its merge return less")
                 return codec.unpack(packed)
-        if spec.n == 0 and spec.skip_if_empty:
+        if spec.empty and self._merges(spec):
             return None
         rate = int(facts["failed"]) / spec.n if spec.n else 0.0
         return Outputs(
@@ -205,14 +215,14 @@ class Job(JobWaiter):
         def add(size: int) -> None:
             nonlocal unpacked
             unpacked += size
-            self._refuse_larger(unpacked)
+            self._refuse_larger(unpacked, "iterate over job.outputs()")
 
         return partials(self._ledger, self.id, 0, spec.n, measure=add)
 
-    def _refuse_larger(self, size: int) -> None:
+    def _refuse_larger(self, size: int, advice: str) -> None:
         limit = self._session.settings.max_result_bytes
         if size > limit:
-            raise ResultTooLarge(self.id, size, limit)
+            raise ResultTooLarge(self.id, size, limit, advice)
 
     # --- actions -------------------------------------------------------------------------------
 

@@ -39,7 +39,8 @@ LARGEST_BATCH = 65_536
 """Items of the largest batch: they are all in memory at once."""
 AWAY_S = 1.0
 """An item that cannot be read for a further attempt, because Redis is away, waits for this long."""
-_EMPTY: tuple[Any, ...] = (None, "", b"", [], {})
+_SIZED = frozenset((str, bytes, bytearray, list, tuple, dict, set, frozenset, Counter))
+"""Types of items that may be empty; 0 and False are values."""
 
 Read = Callable[[int, int], Sequence[Any]]
 """Returns new items from its first argument on, at most to before its second, at least one.
@@ -173,9 +174,7 @@ class Work:
         if index in self._claim.known_failed:
             self.outcome.leave_out(index, empty=False)
             return True
-        if self._spec.skip_if_empty and any(
-            type(item) is type(each) and item == each for each in _EMPTY
-        ):
+        if self._spec.skip_if_empty and (item is None or (type(item) in _SIZED and not item)):
             self.outcome.leave_out(index, empty=True)
             return True
         return False

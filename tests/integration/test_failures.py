@@ -296,10 +296,13 @@ def test_validation_runs_over_every_item_first(client: Client) -> None:
 
 def test_empty_items_are_skipped_on_request(client: Client) -> None:
     result = client.execute(
-        operation="echo", items=["a", "", None, 0, [], "b"], skip_if_empty=True, timeout=30
+        operation="echo",
+        items=["a", "", None, 0, [], "b", (), set(), frozenset(), b"", bytearray(), {}, False],
+        skip_if_empty=True,
+        timeout=30,
     )
-    assert (result.output, result.done, result.skipped) == (["a", 0, "b"], 3, 3)
-    assert list(result.successful) == [0, 3, 5]
+    assert (result.output, result.done, result.skipped) == (["a", 0, "b", False], 4, 9)
+    assert list(result.successful) == [0, 3, 5, 12]
 
 
 def test_an_empty_job_is_skipped_on_request_without_a_message(
@@ -309,7 +312,20 @@ def test_an_empty_job_is_skipped_on_request_without_a_message(
         operation="echo", items=[], skip_if_empty=True, timeout=5
     )
 
-    assert (result.status, result.output, result.total) == (Status.SUCCEEDED, None, 0)
+    assert (result.status, result.output, result.total) == (Status.SUCCEEDED, [], 0)
+    assert (list(result.rows()), result.output.successful) == ([], [])
+    merged = client_without_worker.execute(
+        operation="fail_odd", items=[], skip_if_empty=True, timeout=5
+    )
+    assert (merged.status, merged.output) == (Status.SUCCEEDED, None)
+
+
+def test_a_job_with_a_merge_has_no_outputs_of_its_items(client: Client) -> None:
+    job = client.submit(operation="fail_odd", items=[2, 4], timeout=20)
+    assert job.get(timeout=20) == 6
+    for read in (job.outputs, job.rows):
+        with pytest.raises(InvalidRequest, match="has a merge, so no output for each item"):
+            read()
 
 
 def test_a_job_without_a_worker_expires_at_its_queue_timeout(client_without_worker: Client) -> None:
