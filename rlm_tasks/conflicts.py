@@ -108,5 +108,5 @@ def _annotations(app: Celery) -> Iterator[str]:
             if (value := getattr(task, option)) != getattr(tasks.JobTask, option):
                 yield (
                     f"task_annotations {option}={value!r} for {name}: recovery needs the "
-                    "platform's value; annotate your own tasks by name, not '*'"
+                    "platform's value; remove it"
                 )

@@ -38,6 +38,19 @@ class JobTask(Task):  # type: ignore[misc]  # Celery ships no types
     typing = False
     Request = "rlm_tasks.worker.node_request:NodeRequest"
 
+    @classmethod
+    def annotate(cls) -> None:
+        """Apply the `task_annotations` that name this task.
+
+        Those of all tasks ("*"), such as a rate limit, would stop jobs.
+        """
+        for each in cls.app.annotations:
+            for option, value in (getattr(each, "annotate", lambda _: {})(cls) or {}).items():
+                if option.startswith("@"):
+                    cls.add_around(option[1:], value)
+                else:
+                    setattr(cls, option, value)
+
 
 class Broadcast(Task):  # type: ignore[misc]  # Celery ships no types
     """Beat's monitor task: it is broadcast to all workers, and the first to answer measures.

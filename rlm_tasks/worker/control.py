@@ -196,11 +196,11 @@ def _also_cancel_jobs(command: str) -> None:
 
     @functools.wraps(stock)
     def handler(state: Any, *args: Any, **arguments: Any) -> Any:
-        answer = stock(state, *args, **arguments)
+        # Celery's part comes second: it needs long for many ids, and raises for one odd id.
         if (supervisor := getattr(state.app, "rlm_supervisor", None)) is not None:
             supervisor.revocations.add(maybe_list(arguments.get("task_id")) or ())
             supervisor.wake()
-        return answer
+        return stock(state, *args, **arguments)
 
     Panel.data[command] = handler
 

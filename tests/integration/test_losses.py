@@ -96,7 +96,7 @@ def test_a_revoked_leaf_cancels_its_job(private: ClientAndWorker) -> None:
     assert job.progress().done + job.progress().skipped == 100
 
 
-@pytest.mark.parametrize("how", ["control", "result", "terminated"])
+@pytest.mark.parametrize("how", ["control", "result", "terminated", "beside odd ids"])
 def test_a_revoked_id_of_a_job_that_has_fanned_out_cancels_the_job(
     client: Client, how: str
 ) -> None:
@@ -105,6 +105,8 @@ def test_a_revoked_id_of_a_job_that_has_fanned_out_cancels_the_job(
 
     if how == "control":
         client.app.control.revoke([job.id, "an-id-of-a-task"])
+    elif how == "beside odd ids":
+        client.app.control.revoke([job.id, 5, None], terminate=True, signal="NOPE")
     else:
         AsyncResult(job.id, app=client.app).revoke(terminate=how == "terminated")
 

@@ -12,7 +12,7 @@ from rlm_tasks.celery import app as own_app
 from rlm_tasks.conflicts import conflicts
 from rlm_tasks.settings.model import Settings
 from rlm_tasks.settings.sections import NodeSettings
-from tests.unit.test_installation import made
+from tests.unit.test_installation import made, stock
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,17 @@ def test_a_conflicting_setting_is_kept_and_reported(config: dict[str, Any], said
     (sentence,) = conflicts(app)
     assert said in sentence
     assert {name: app.conf[name] for name in config} == config, "the app's setting is unchanged"
+
+
+def test_annotations_of_all_tasks_do_not_reach_those_of_jobs() -> None:
+    everything = {"rate_limit": "1/m", "time_limit": 1, "acks_late": False, "ignore_result": False}
+    app = made(task_annotations=({"*": everything}, {"rlm.merge": {"time_limit": 7}}))
+
+    node, merge = app.tasks["rlm.node"], app.tasks["rlm.merge"]
+    assert (node.rate_limit, node.time_limit, node.acks_late) == (0, None, True)
+    assert (merge.rate_limit, merge.time_limit, merge.acks_late) == (0, 7, True)
+    assert app.task(name="own", shared=False)(stock).rate_limit == "1/m"
+    assert conflicts(app) == []
 
 
 def test_harmless_settings_are_not_reported() -> None:
