@@ -51,7 +51,7 @@ def masked(url: str) -> str:
     """
     scheme, separator, _ = url.partition("://")
     if not separator:
-        return HIDDEN if re.search(":.*@", url, re.DOTALL) else url
+        return HIDDEN if re.search("[:@]", url) else url
     if _unreadable(url):
         return f"{scheme}://{HIDDEN}" if scheme.isalnum() else HIDDEN
     return _IN_QUERY.sub(rf"\1{HIDDEN}", _IN_LOGIN.sub(rf"\1{HIDDEN}@", url))

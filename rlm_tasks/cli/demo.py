@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rlm_tasks.cli.output import as_json_option, print_json, table
+from rlm_tasks.cli.output import as_json_option, print_json, say, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,20 +103,20 @@ def _show_report(outcome: Outcome) -> None:
     report, folder = outcome.result.output, Path(outcome.folder)
     deepest, where = report["deepest"]
     names = ("files", "lines", "functions", "classes", "branches")
-    click.echo(f"Python files below {folder}")
+    say(f"Python files below {folder}")
     table("", ("what", "count"), [(name, report[name]) for name in names])
-    click.echo(f"Deepest nesting: {deepest} levels, in {_short(where, folder)}\n")
+    say(f"Deepest nesting: {deepest} levels, in {_short(where, folder)}\n")
     rows = (
         (count, name, f"{_short(path, folder)}:{line}")
         for count, path, line, name in report["complex"]
     )
     table("The ten most complex functions", ("branches + 1", "function", "where"), rows)
     if outcome.result.failed_count:
-        click.echo(f"{outcome.result.failed_count} files could not be parsed:")
+        say(f"{outcome.result.failed_count} files could not be parsed:")
         for failure in outcome.result.failed[:5]:
             message = failure.message.replace(str(folder), "...")
-            click.echo(f"  item {failure.index}: {failure.type}: {message}")
-        click.echo("  ..." if outcome.result.failed_count > 5 else "")
+            say(f"  item {failure.index}: {failure.type}: {message}")
+        say("  ..." if outcome.result.failed_count > 5 else "")
 
 
 def _short(path: str, folder: Path) -> str:
@@ -184,10 +184,10 @@ def serve(port: int, folder: Path | None) -> None:
         server = embedded.Server(data, durable=folder is not None, port=port)
         try:
             server.start()
-            click.echo(f"{server.url} answers; Ctrl-C ends it.")
+            say(f"{server.url} answers; Ctrl-C ends it.")
             server.wait()
         except KeyboardInterrupt:
-            click.echo("Stopped.")
+            say("Stopped.")
         finally:
             server.stop()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, table
+from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, say, table
 
 if TYPE_CHECKING:
     from rlm_tasks.settings.model import Settings
@@ -81,7 +81,7 @@ def export(ctx: click.Context, file: Path | None) -> None:
 
     text = export_config(_settings(ctx))
     if file is None:
-        click.echo(text)
+        say(text)
     else:
         file.write_text(text + "\n", encoding="utf-8")
 
@@ -136,9 +136,9 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
         print_json([asdict(each) for each in findings])
     else:
         for each in findings:
-            click.echo(f"{_MARKS[each.state]} {each.check}: {each.found}")
+            say(f"{_MARKS[each.state]} {each.check}: {each.found}")
             if each.advice:
-                click.echo(f"         {each.advice}")
+                say(f"         {each.advice}")
     if any(each.state == "fault" for each in findings):
         ctx.exit(1)
 
@@ -157,10 +157,10 @@ def bundle(ctx: click.Context, file: Path | None, job_id: str | None) -> None:
     client = client_of(ctx)
     text = json.dumps(collect(client, client.app, job_id), indent=2, default=str)
     if file is None:
-        click.echo(text)
+        say(text)
     else:
         file.write_text(text + "\n", encoding="utf-8")
-        click.echo(f"Written to {file}; read it before you send it")
+        say(f"Written to {file}; read it before you send it")
 
 
 COMMANDS = (config, doctor, bundle)

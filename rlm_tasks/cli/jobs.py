@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, table, word_of
+from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, say, table, word_of
 
 if TYPE_CHECKING:
     from rlm_tasks.client.job import Job
@@ -76,7 +76,7 @@ def plan(ctx: click.Context, request_file: Any, as_json: bool) -> None:
             "money p90",
         )
         table("Rounds", columns, map(_round, planned.rounds))
-    click.echo(str(planned))
+    say(str(planned))
 
 
 def _round(planned: PlannedRound) -> tuple[Any, ...]:
@@ -114,7 +114,7 @@ def jobs(ctx: click.Context, limit: int, only_open: bool, quiet: bool, as_json: 
             ]
         )
     elif quiet:
-        click.echo("".join(f"{spec.job}\n" for spec, _ in rows), nl=False)
+        say("".join(f"{spec.job}\n" for spec, _ in rows), nl=False)
     else:
         columns = (
             "job",
@@ -173,13 +173,13 @@ def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
         }
         print_json({"id": job_id, **_progress(progress), **about})
         return
-    click.echo(
+    say(
         f"{job_id}  {word_of(progress.status, progress.failed)}  {progress.fraction:.0%} "
         f"of {progress.total:,} items, {progress.nodes} nodes"
     )
-    click.echo(sentence)
+    say(sentence)
     if client_of(ctx).settings.tracing.enabled:
-        click.echo(f"Trace: {handle.trace_id}")
+        say(f"Trace: {handle.trace_id}")
     if failures:
         _show_failures(failures)
     if spent:
@@ -214,7 +214,7 @@ def _show_events(events: list[JobEvent]) -> None:
         ((f"{e.at - began:.3f}", e.event, e.detail) for e in events[-SHOWN:]),
     )
     if len(events) > SHOWN:
-        click.echo(f"--json prints {len(events) - SHOWN:,} earlier events, too")
+        say(f"--json prints {len(events) - SHOWN:,} earlier events, too")
 
 
 @click.command()
@@ -242,7 +242,7 @@ def tree(ctx: click.Context, job_id: str, as_json: bool) -> None:
     )
     table(f"Nodes of {job_id}", columns, rows)
     if nodes.note:
-        click.echo(nodes.note)
+        say(nodes.note)
 
 
 @click.command()
@@ -281,11 +281,11 @@ def _print_result(result: JobResult, as_json: bool) -> None:
     if as_json:
         print_json(result.to_dict())
         return
-    click.echo(
+    say(
         f"{word_of(result.status, result.failed_count)}: {result.done:,} done, "
         f"{result.failed_count:,} failed, {result.skipped:,} skipped"
     )
-    click.echo(str(result.output)[:2000])
+    say(str(result.output)[:2000])
 
 
 def _watch(job: Job) -> None:

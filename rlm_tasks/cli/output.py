@@ -7,6 +7,7 @@ command runs.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from rlm_tasks.client.client import Client
     from rlm_tasks.results import Status
 
+_CONTROLS = re.compile(
+    r"(?!\x1b\[[0-9;]{0,8}m)[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
 EX_USAGE, EX_UNAVAILABLE, EX_FAILED = 2, 69, 1
 
 
@@ -34,7 +38,7 @@ class Polite(click.Group):
         try:
             return super().invoke(ctx)
         except RlmError as error:
-            click.secho(f"Error: {error}", fg="red", err=True)
+            click.secho(f"Error: {printable(error)}", fg="red", err=True)
             code = EX_USAGE if isinstance(error, InvalidValue) else EX_FAILED
             ctx.exit(EX_UNAVAILABLE if isinstance(error, StoreUnavailable) else code)
 
@@ -50,6 +54,19 @@ def client_of(ctx: click.Context) -> Client:
     return Client(app if hasattr(app, "rlm_settings") else None)
 
 
+def say(text: str, **options: Any) -> None:
+    """Print a text, without characters that control the terminal, as `click.echo` does."""
+    click.echo(printable(text), **options)
+
+
+def printable(value: object) -> str:
+    """Return a value's text in which control characters are escapes; colours and lines stay.
+
+    The text may come from a request, an exception or a model, which must not move the cursor.
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))
+
+
 def print_json(document: Any) -> None:
     """Print one JSON document on one line."""
     click.echo(json.dumps(document, default=str))
@@ -60,7 +77,7 @@ def answer(document: Any, sentence: str, as_json: bool) -> None:
     if as_json:
         print_json(document)
     else:
-        click.echo(sentence)
+        say(sentence)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -73,7 +90,7 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
 
     rows = list(rows)
     if not rows:
-        click.echo(f"{title}: none")
+        say(f"{title}: none")
         return
     printed = Table(title=title or None, title_justify="left")
     for at, column in enumerate(columns):
@@ -87,7 +104,7 @@ def cell_of(value: Any) -> str:
     """Return the text of a cell: integers in groups of three digits, markup as plain text."""
     from rich.markup import escape
 
-    return f"{value:,}" if isinstance(value, int) else escape(str(value))
+    return f"{value:,}" if isinstance(value, int) else escape(printable(value))
 
 
 def word_of(status: Status, failed: int, *, color: bool = True) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rlm_tasks.cli.output import ago, answer, as_json_option, client_of, print_json, table
+from rlm_tasks.cli.output import ago, answer, as_json_option, client_of, print_json, say, table
 
 if TYPE_CHECKING:
     from rlm_tasks.client.client import Client
@@ -24,7 +24,7 @@ def status(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         print_json(platform.to_dict())
         return
-    click.echo(_sentence(platform, client))
+    say(_sentence(platform, client))
     _show_hosts(platform)
     table("At work", ("operation", "nodes"), sorted(platform.active.items()))
     _show_operations(platform.operations)
@@ -89,8 +89,8 @@ def pressure(ctx: click.Context, as_json: bool) -> None:
         )
         print_json({name: value for name, value in platform.to_dict().items() if name in names})
         return
-    click.echo(_sentence(platform, client))
-    click.echo(f"Left out at this level: {', '.join(platform.strategies) or 'nothing'}")
+    say(_sentence(platform, client))
+    say(f"Left out at this level: {', '.join(platform.strategies) or 'nothing'}")
     _show_hosts(platform)
 
 
@@ -391,7 +391,7 @@ def alerts(ctx: click.Context, limit: int, as_json: bool) -> None:
         for each in latest
     )
     table("Alerts", ("when", "severity", "kind", "about", "what"), rows)
-    click.echo(
+    say(
         f"{summary['total_alerts']:,} in all, {summary['last_24_hours']:,} in the last day, "
         f"{summary['last_hour']:,} in the last hour"
     )

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, table
+from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, say, table
 
 
 @click.group()
@@ -27,12 +27,12 @@ def list_quarantine(ctx: click.Context, job_id: str | None, as_json: bool) -> No
         print_json([asdict(item) for item in items])
         return
     if not items:
-        click.echo("Nothing is in quarantine.")
+        say("Nothing is in quarantine.")
         return
     columns = ("job", "index", "operation", "item", "attempts", "died of")
     rows = ((i.job_id, str(i.index), i.operation, i.item, i.attempts, i.last_signal) for i in items)
     table("Quarantine", columns, rows)
-    click.echo(
+    say(
         "When the cause is fixed: rlm quarantine replay JOB [INDEX ...]; "
         "to delete: rlm quarantine drop JOB [INDEX ...]"
     )
@@ -53,7 +53,7 @@ def show_quarantined(ctx: click.Context, job_id: str, index: int, as_json: bool)
             "index", index, f"is not in quarantine; in job {job_id} there are {sorted(items)}"
         )
     about = asdict(items[index])
-    click.echo(
+    say(
         json.dumps(about)
         if as_json
         else "\n".join(f"{name.replace('_', ' '):12} {value}" for name, value in about.items())

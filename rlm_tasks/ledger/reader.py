@@ -51,7 +51,7 @@ _NUMBERS = frozenset(
     )
 )
 _UNLIKE = (
-    *(ArithmeticError, LookupError, TypeError, ValueError),
+    *(ArithmeticError, LookupError, RecursionError, TypeError, ValueError),
     *(msgspec.MsgspecError, zstandard.ZstdError),
 )
 _PIECES = Script.load("rlm_tasks.ledger", "pieces", prelude="prelude")

@@ -217,3 +217,24 @@ def test_the_demo_prints_tables(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for text in ("most complex functions", "slots' busy share", "speed-up", "one.py:2"):
         assert text in done.stdout
+
+
+def test_no_text_of_a_job_controls_the_terminal(
+    client: Client, environment: dict[str, str]
+) -> None:
+    controls = "\x1b]0;title\x07\x1b[2J\r\u202e"
+    job = client.submit(operation="echo", items=[1])
+    job.wait(timeout=20)
+    store, keys = client.ledger.store.client, client.ledger.keys.of(job.id)
+    root = json.loads(store.hget(keys.nodes, "root") or b"{}")
+    store.hset(keys.nodes, "root", json.dumps({**root, "why": controls, "w": controls}))
+    error = json.dumps({"type": "E", "message": controls})
+    store.hset(keys.job, mapping={"state": "failed", "error": error})
+
+    for command in (("tree", job.id), ("job", job.id), ("explain", job.id), ("job", controls)):
+        ran = rlm(environment, *command)
+        shown = ran.stdout + ran.stderr
+        assert "]0;title" in shown, "the text itself is shown"
+        assert [
+            each for each in ("\x1b]", "\x1b[2J", "\x07", "\r", "\u202e") if each in shown
+        ] == []

@@ -121,6 +121,9 @@ DAMAGES: dict[str, Callable[[Any, JobKeys], Any]] = {
     "failed items": lambda r, keys: r.zadd(keys.failed, {"{}": 1}),
     "partials": lambda r, keys: r.zadd(keys.pieces, {"x": 0}),
     "an answer that is cut off": lambda r, keys: r.hset(keys.blobs, "output", b"\x00\x93\x01"),
+    "an answer of many levels": lambda r, keys: r.hset(
+        keys.blobs, "output", b"\x00" + b"\x91" * 100_000 + b"\xc0"
+    ),
     "an answer that does not unpack": lambda r, keys: r.hset(keys.blobs, "output", b"\x01junk"),
 }
 

@@ -272,6 +272,8 @@ FORMS = (
     "unix:///run/redis.sock?db=0&password={}",
     "amqp://user:{}@host/vhost",
     ":{}@host/0",
+    "redis:/{}",
+    "redis:{}@host",
 )
 
 
