@@ -134,7 +134,8 @@ class Job(JobWaiter):
         InvalidRequest for a job that has a merge; JobNotFound, StoreUnavailable.
         """
         spec = self._spec()
-        self._refuse_merged(spec)
+        if self._ledger.answer(self.id) is not None or _merges(spec):
+            raise InvalidRequest("job", self.id, "has a merge, so no output for each item")
         return flattened(partials(self._ledger, self.id, 0, spec.n))
 
     def rows(self) -> Iterator[tuple[int, Any]]:
@@ -147,15 +148,6 @@ class Job(JobWaiter):
         if not Status(facts["state"]).final:
             raise InvalidRequest("job", self.id, "still runs; wait for its end, or cancel it")
         return zip(self._successful(facts), self.outputs(), strict=True)
-
-    def _refuse_merged(self, spec: JobSpec) -> None:
-        if self._ledger.answer(self.id) is not None or self._merges(spec):
-            raise InvalidRequest("job", self.id, "has a merge, so no output for each item")
-
-    def _merges(self, spec: JobSpec) -> bool:
-        """Whether the operation has a merge; False when this process does not know it."""
-        known = spec.operation in registry.names()
-        return known and registry.get(spec.operation).merge is not None
 
     def _result(
         self, facts: Facts, status: Status, output: Any, error: ItemFailure | None = None
@@ -201,7 +193,7 @@ class Job(JobWaiter):
             with reading(self.id, "the answer"):
                 self._refuse_larger(codec.unpacked_bytes(packed), "make its merge return less")
                 return codec.unpack(packed)
-        if spec.empty and self._merges(spec):
+        if spec.empty and _merges(spec):
             return None
         rate = int(facts["failed"]) / spec.n if spec.n else 0.0
         return Outputs(
@@ -347,3 +339,9 @@ def _error_of(facts: Facts) -> ItemFailure | None:
 
 def _failure_of(error: RlmError) -> ItemFailure:
     return ItemFailure(index=-1, type=type(error).__name__, message=str(error), code=error.code)
+
+
+def _merges(spec: JobSpec) -> bool:
+    """Whether the operation has a merge; False when this process does not know it."""
+    known = spec.operation in registry.names()
+    return known and registry.get(spec.operation).merge is not None

@@ -7,6 +7,7 @@ calls them.  Begin with `operation`, then `Operation`.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from rlm_tasks.requests import JobRequest
     from rlm_tasks.settings.model import Settings
     from scheduler.allocation import ResourceAllocationPolicy
+
+logger = logging.getLogger(__name__)
 
 _PROTECTING = frozenset(each.name for each in fields(Protection))
 _FUNCTIONS = ("merge", "finalize", "validate", "simplified", "then", "cost", "fallback")
@@ -231,8 +234,23 @@ def register(new: Operation) -> Operation:
         raise InvalidRequest(
             "simplified", new.name, "must be an async def if the operation is one, and only then"
         )
+    _tell_replaced(new)
     _registry[new.name] = new
     return new
+
+
+def _tell_replaced(new: Operation) -> None:
+    """Warn of a second module with an operation of the same name: which one runs is chance."""
+    if (known := _registry.get(new.name)) is None:
+        return
+    before, now = (getattr(each.function, "__module__", "") for each in (known, new))
+    if before != now and not str(before).startswith("rlm_tasks."):  # built-in ones may be replaced
+        logger.warning(
+            "Operation %r of module %s replaces that of module %s; give one of them another name",
+            new.name,
+            now,
+            before,
+        )
 
 
 def _check_options(name: object, function: object, about: Mapping[str, Any]) -> None:

@@ -90,6 +90,24 @@ def test_a_coroutine_function_is_refused_where_nothing_awaits_it(
     assert raised.value.field == option
 
 
+def test_two_modules_with_one_name_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    def first(item: int) -> int:
+        return item
+
+    def second(item: int) -> int:
+        return -item
+
+    operation("unit_twice")(first)
+    operation("unit_twice")(first)  # the same module again, as a notebook does
+    assert not caplog.messages
+    second.__module__ = "another"
+    operation("unit_twice")(second)
+    assert caplog.messages == [
+        "Operation 'unit_twice' of module another replaces that of module "
+        f"{__name__}; give one of them another name"
+    ]
+
+
 def test_an_object_with_an_async_call_is_an_async_operation() -> None:
     assert operation("unit_async_object", concurrency=5)(_Later()).is_async
 
