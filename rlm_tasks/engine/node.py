@@ -258,7 +258,9 @@ class NodeRun:
         return self._finish()
 
     def _at_boundary(self) -> bool:
-        self._entry.boundary(self._runtime.clock())
+        if not self._work.stopped:
+            # After a stop only the items in flight count: the worker kills one that never ends.
+            self._entry.boundary(self._runtime.clock())
         return self._cutting.at_boundary()
 
     def _read(self, lo: int, hi: int) -> Sequence[Any]:
