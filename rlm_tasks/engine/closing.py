@@ -55,10 +55,10 @@ def merge_root(
         node_events.of_job(spec, closed)
         return closed.state
 
+    reached(CrashPoint.DURING_MERGE)  # outside of the try: a death is no error of the merge
     try:
         if claim.losses >= ledger.settings.death_limit:
             raise Quarantined("the merge", claim.losses, claim.lost_by)
-        reached(CrashPoint.DURING_MERGE)
         if has_rounds:
             answer = rounds.advance(claim, spec, steps.marked(operation), steps)
         else:
