@@ -14,6 +14,7 @@ from resilience.errors import StoreUnavailable
 from rlm_tasks.engine.node import run_node
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.records import MERGE, ROOT, SWEEP_AT_ONCE, Child, Report
+from rlm_tasks.operations.registry import operation
 from rlm_tasks.requests import JobRequest
 from rlm_tasks.worker.lost_nodes import REAPED, give_back
 from rlm_tasks.worker.supervisor import SWEEPS_IN_A_ROW, Supervisor
@@ -66,6 +67,7 @@ def outage_in_merges(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> Job
         raise StoreUnavailable("redis://fake", "away")
 
     monkeypatch.setattr(platform.ledger, "close", away)
+    monkeypatch.setattr(platform.ledger.store, "refusal", lambda: StoreUnavailable("redis://", ""))
     spec = platform.submit(JobRequest(operation="sum", items=range(10)))
     platform.mailbox.messages.clear()
     with pytest.raises(StoreUnavailable):
@@ -93,6 +95,32 @@ def test_a_merge_that_loses_redis_again_and_again_is_not_quarantined(
 
     facts = platform.ledger.facts(spec.job)
     assert (facts["state"], platform.output(spec)) == ("succeeded", sum(range(10)))
+    assert list(platform.runtime.page.held()) == []
+
+
+def unavailable(_: list[int]) -> int:
+    """Raise the error of an outage while Redis is well."""
+    raise StoreUnavailable("redis://another", "away")
+
+
+@operation("unit_unavailable", merge=sum, finalize=unavailable)
+def unit_unavailable(item: int) -> int:
+    """Return the item."""
+    return item
+
+
+def test_a_finalize_that_raises_an_outage_of_its_own_ends_its_job() -> None:
+    platform = Platform()
+    spec = platform.submit(JobRequest(operation="unit_unavailable", items=[1, 2]))
+    for _ in range(platform.settings.ledger.death_limit):
+        with pytest.raises(StoreUnavailable):
+            run_node(platform.runtime, *platform.mailbox.messages.pop())
+
+    assert run_node(platform.runtime, *platform.mailbox.messages.pop())
+
+    facts = platform.ledger.facts(spec.job)
+    assert facts["state"] == "failed"
+    assert "of StoreUnavailable, although Redis answers" in facts["error"]
     assert list(platform.runtime.page.held()) == []
 
 
