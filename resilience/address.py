@@ -51,7 +51,8 @@ def masked(url: str) -> str:
     """
     scheme, separator, _ = url.partition("://")
     if not separator:
-        return HIDDEN if re.search("[:@]", url) else url
+        is_host = re.fullmatch(r"[\w.-]+:\d{1,5}(/\d{0,3})?", url)
+        return HIDDEN if re.search("[:@]", url) and not is_host else url
     if _unreadable(url):
         return f"{scheme}://{HIDDEN}" if scheme.isalnum() else HIDDEN
     return _IN_QUERY.sub(rf"\1{HIDDEN}", _IN_LOGIN.sub(rf"\1{HIDDEN}@", url))
