@@ -96,9 +96,9 @@ def every_third_fails(number: int) -> int:
 def one_at_a_time(seconds: float, ctx: Context) -> tuple[float, float]:
     """Return the times at which the item began and ended.
 
-    The first attempt at a negative item writes its process id to a file, and hangs."""
-    if seconds < 0 and ctx.attempt == 1:
-        Path(ctx.params["hangs"]).write_text(str(os.getpid()), encoding="ascii")
+    A negative item writes its process id to a file, and hangs, unless the file exists."""
+    if seconds < 0 and not (hangs := Path(ctx.params["hangs"])).exists():
+        hangs.write_text(str(os.getpid()), encoding="ascii")
         time.sleep(30)
     began = time.time()
     time.sleep(abs(seconds))
