@@ -66,10 +66,13 @@ def merge_root(
         if answer is None:
             return ""
         limit.checked(answer, "the answer of the job")
-    except (MemoryError, StoreUnavailable):
-        raise  # a later attempt may have memory, or Redis
+    except MemoryError:
+        raise  # a later attempt may have memory
     except BaseException as error:
         raise_if_shutdown(error)
+        # A later attempt may have Redis; another server is a matter of the user's functions.
+        if is_a(error, StoreUnavailable) and error.url == ledger.store.url:
+            raise
         logger.warning("The merge of job %s raised %s", spec.job, name_of(error))
         status = error.ends_as if is_a(error, RoundFailed) else Status.FAILED
         return end(status, error=failure_of(-1, error))

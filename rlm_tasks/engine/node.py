@@ -20,7 +20,7 @@ import msgspec
 
 from resilience.bulkhead import URGENCY, Bulkhead, Permit
 from resilience.connections import Refused
-from resilience.errors import StoreUnavailable, name_of
+from resilience.errors import StoreUnavailable
 from resilience.store import Call
 from rlm_tasks.engine import counts
 from rlm_tasks.engine.closing import merge_root
@@ -80,10 +80,8 @@ def run_node(runtime: Runtime, job: str, node: str, message: int = 0) -> bool:
         logger.error("Node %s of job %s ran out of memory; it is given back", node, job)
         release(runtime, runtime.ledger, job, node, token, died_of="MemoryError")
         return False
-    except (StoreUnavailable, Refused) as error:
+    except (StoreUnavailable, Refused):
         entry.give_up()
-        if _merge_raised(runtime, job, token, error):
-            entry.clear()
         raise
     finally:
         entry.let_go()
@@ -129,21 +127,6 @@ def release(
     for held in dict.fromkeys((node, MERGE)):
         if ledger.release(job=job, node=held, token=token, item=NO_ITEM, died_of=died_of):
             runtime.delivery.resend(job, [held])
-
-
-def _merge_raised(runtime: Runtime, job: str, token: str, error: Exception) -> bool:
-    """Give back a merge that lost Redis although Redis is well; return whether this process had it.
-
-    A user's `finalize` or `then` may have raised the error itself, and would do so for ever.  So
-    this counts as a loss of the merge, and the third one fails the job.
-    """
-    if runtime.ledger.store.refusal() is not None:
-        return False
-    died_of = f"{name_of(error)}, although Redis answers"
-    if not runtime.ledger.release(job, MERGE, token, NO_ITEM, died_of):
-        return False
-    runtime.delivery.resend(job, [MERGE])
-    return True
 
 
 def _run_claimed(runtime: Runtime, claim: Claim, entry: ProcessEntry) -> bool:

@@ -6,7 +6,7 @@ Begin with `run_history`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -53,8 +53,8 @@ class Outcome:
 class Storm:
     """The faults of servers, hosts and clocks; those of single calls are the network's."""
 
-    def __init__(self, cluster: Cluster, network: Network) -> None:
-        self._cluster, self._network = cluster, network
+    def __init__(self, cluster: Cluster, network: Network, jobs: Sequence[HistoryJob]) -> None:
+        self._cluster, self._network, self._jobs = cluster, network, jobs
         self._simulation, self._plan = cluster.simulation, network.plan
         self._events = {
             self._restart: 2,
@@ -85,6 +85,8 @@ class Storm:
     def _restart(self, lost_s: float = 0.0) -> None:
         """Kill Redis and start it again: acknowledged writes are kept."""
         self._network.down = True
+        if lost_s:  # a node that was given back may be held by nobody again
+            self._cluster.losses.update(job.id for job in self._jobs)
         self._network.server.restart(lost_s)
         if lost_s and self._plan.random.random() < 0.5:
             self._cluster.broker.waiting.clear()  # it was in the same Redis
@@ -177,7 +179,7 @@ def _played(seed: int, simulation: Simulation, network: Network, random: Random)
                 f"client {number + 1}",
                 lambda job=job: cluster.submit_until_known(job, lambda: simulation.over),
             )
-        storm = simulation.start("storm", Storm(cluster, network).rage)
+        storm = simulation.start("storm", Storm(cluster, network, jobs).rage)
         raw = Store("redis://nemesis", namespace="nemesis", client=Direct(network.server))
         ledger = Ledger(raw, Keys("nemesis"), cluster.settings.ledger)
         simulation.run(lambda: storm.dead, 2 * STORM_S)

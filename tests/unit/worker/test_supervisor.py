@@ -64,10 +64,9 @@ def outage_in_merges(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> Job
     """Return a job whose only node has lost Redis before it closed the job."""
 
     def away(*_: Any, **__: Any) -> None:
-        raise StoreUnavailable("redis://fake", "away")
+        raise StoreUnavailable(platform.store.url, "away")
 
     monkeypatch.setattr(platform.ledger, "close", away)
-    monkeypatch.setattr(platform.ledger.store, "refusal", lambda: StoreUnavailable("redis://", ""))
     spec = platform.submit(JobRequest(operation="sum", items=range(10)))
     platform.mailbox.messages.clear()
     with pytest.raises(StoreUnavailable):
@@ -98,29 +97,24 @@ def test_a_merge_that_loses_redis_again_and_again_is_not_quarantined(
     assert list(platform.runtime.page.held()) == []
 
 
-def unavailable(_: list[int]) -> int:
-    """Raise the error of an outage while Redis is well."""
+def unavailable(_: Any) -> int:
+    """Raise the error of another server's outage."""
     raise StoreUnavailable("redis://another", "away")
 
 
-@operation("unit_unavailable", merge=sum, finalize=unavailable)
-def unit_unavailable(item: int) -> int:
-    """Return the item."""
-    return item
+operation("unit_finalize_unavailable", merge=sum, finalize=unavailable)(int)
+operation("unit_merge_unavailable", merge=unavailable)(int)
 
 
-def test_a_finalize_that_raises_an_outage_of_its_own_ends_its_job() -> None:
+@pytest.mark.parametrize("name", ["unit_finalize_unavailable", "unit_merge_unavailable"])
+def test_a_job_fails_with_an_outage_of_another_server_in_its_merge(name: str) -> None:
     platform = Platform()
-    spec = platform.submit(JobRequest(operation="unit_unavailable", items=[1, 2]))
-    for _ in range(platform.settings.ledger.death_limit):
-        with pytest.raises(StoreUnavailable):
-            run_node(platform.runtime, *platform.mailbox.messages.pop())
+    spec = platform.submit(JobRequest(operation=name, items=[1, 2]))
 
-    assert run_node(platform.runtime, *platform.mailbox.messages.pop())
+    facts = platform.run(spec)
 
-    facts = platform.ledger.facts(spec.job)
     assert facts["state"] == "failed"
-    assert "of StoreUnavailable, although Redis answers" in facts["error"]
+    assert "redis://another" in facts["error"]
     assert list(platform.runtime.page.held()) == []
 
 
