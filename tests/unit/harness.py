@@ -7,6 +7,7 @@ takes a tenth of the time of fakeredis. An item takes time on the clock of the h
 
 from __future__ import annotations
 
+import atexit
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -45,6 +46,7 @@ def _databases() -> Iterator[redis.Redis]:
     """Start the server of all platforms of this process; return its databases in turn."""
     port = SERVERS.enter_context(embedded.server()).port
     SERVERS.callback(_databases.cache_clear)
+    atexit.register(SERVERS.close)  # a test outside of tests/unit has no fixture that does it
     return cycle([redis.Redis(port=port, db=number) for number in range(DATABASES)])
 
 
