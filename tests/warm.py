@@ -134,6 +134,7 @@ class Starter:
         """Read one message: return the id of a started process, or note the end of one."""
         pid, status = json.loads(self._connected().recv(_SIZE))
         if status is None:
+            self._statuses.pop(pid, None)  # that of an earlier process with the same id
             return int(pid)
         self._statuses[pid] = status
         return None
