@@ -23,7 +23,7 @@ import redis
 
 from rlm_tasks.errors import RlmError
 
-START_S = 60.0
+START_S = 20.0
 start_worker = subprocess.Popen
 """Starts the process of a worker; a test suite may set a faster way."""
 
