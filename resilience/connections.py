@@ -248,7 +248,8 @@ class WatchfulConnection:
     @property
     def silence_s(self) -> float:
         """The longest silence of the server; 0: it is not watched."""
-        return listening.silence_s or self.socket_timeout or 0.0  # type: ignore[attr-defined]  # of redis-py
+        me: Any = self
+        return listening.silence_s or me.socket_timeout or 0.0
 
     @property
     def is_stale(self) -> bool:

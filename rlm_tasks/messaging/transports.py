@@ -158,7 +158,7 @@ class BrokerConnection(FollowingConnection):
     @property
     def silence_s(self) -> float:
         """The longest silence; kombu reads only answers that come at once."""
-        return WatchfulConnection.silence_s.fget(self) or math.inf  # type: ignore[attr-defined]  # mypy
+        return super(FollowingConnection, self).silence_s or math.inf
 
     @property
     def renews(self) -> bool:  # type: ignore[override]  # a constant in the class above

@@ -88,9 +88,7 @@ def test_eight_processes_use_up_a_providers_limit_and_never_exceed_it(
     use = against_provider(private_server.url, WINDOW_S, "tokens", GUARD_S)
     show([use])
 
-    # A busy machine may hold a process for longer than the guard time, after its grant.
-    is_late = GUARD_S is not None and use.late_s > GUARD_S
-    assert use.refused == 0 or is_late, "no 429 for a request that came in time"
+    assert use.refused == 0, "no 429"
     assert use.used["tokens"] >= LEAST_USE
     assert max(use.most.values()) <= 1, "no window has more than its limit, by the server's time"
 
