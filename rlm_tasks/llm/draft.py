@@ -13,7 +13,7 @@ import msgspec
 from pydantic import BaseModel
 
 from resilience.degradation import Degradation, Strategy
-from rlm_tasks.llm.endpoint import Question, estimated_prompt, estimated_tokens
+from rlm_tasks.llm.wire.answers import Question, estimated_prompt, estimated_tokens
 from rlm_tasks.settings.llm import TIERS, LlmSettings, Tier
 
 TIERS_OF_COMPLEXITY: dict[str, Tier] = {

@@ -11,130 +11,36 @@ as a cause or context, and no message of ours contains a part of them.
 from __future__ import annotations
 
 import asyncio
-import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from resilience.errors import CallTimeout, Category, RateLimited, RlmError
+from resilience.errors import CallTimeout, Category, RateLimited
 from resilience.faults import retry_after_s
+from rlm_tasks.llm.wire.answers import (
+    Answer,
+    Question,
+    TokenUsage,
+    WireReply,
+    estimated_prompt,
+    estimated_tokens,
+    read_stream,
+    read_whole,
+)
+from rlm_tasks.llm.wire.errors import ProviderDown, ProviderRefused, UnusableAnswer
+from rlm_tasks.llm.wire.rate_limit_headers import RateLimitHeaders, rate_limits, wait_s
 
 if TYPE_CHECKING:
-    from openai import APIStatusError, AsyncAPIResponse, AsyncOpenAI
+    from openai import APIStatusError, AsyncOpenAI
     from pydantic import SecretStr
 
     from rlm_tasks.settings.llm import EndpointSettings
 
-DEFAULT_WAIT_S = 1.0
-"""The wait after a 429 without a retry time."""
 _TEMPORARY = {408, 409, 425}  # statuses below 500 that may succeed at the next try
 _QUOTED = 16  # a common text of this many characters is a quotation of the question
-
-
-class Question(msgspec.Struct, frozen=True):
-    """A question to one model.
-
-    `messages` have a role and a content each; `schema` is the JSON schema of the answer.
-    """
-
-    model: str
-    messages: tuple[dict[str, str], ...]
-    max_tokens: int
-    temperature: float | None = None
-    schema: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LimitState:
-    """A provider's limit in its window, the remaining amount, and the seconds until it is full.
-
-    None: the provider did not send it.
-    """
-
-    limit: float | None = None
-    remaining: float | None = None
-    reset_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RateLimitHeaders:
-    """A provider's limits, from the headers of one answer."""
-
-    requests: LimitState
-    tokens: LimitState
-
-
-class Answer(msgspec.Struct, frozen=True):
-    """The answer of a model, with its cost.
-
-    `finish` is "stop", or "length" if `max_tokens` cut the text.
-    """
-
-    model: str
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-    finish: str
-    limits: RateLimitHeaders = msgspec.field(name="told")  # the name under which it is cached
-    latency_s: float
-
-
-class UnusableAnswer(RlmError):
-    """A response that is no answer: not JSON, empty, or cut off.  It may cost money.
-
-    Has the `endpoint` and `why`.
-    """
-
-    code = "UNUSABLE_ANSWER"
-    category = Category.TRANSIENT
-    retryable = True
-    trips = True
-
-    def __init__(self, endpoint: str, why: str) -> None:
-        self.endpoint, self.why = endpoint, why
-        super().__init__(f"endpoint {endpoint}: its answer cannot be used ({why})")
-
-
-class ProviderRefused(RlmError):
-    """A refusal that will be the same at the next try, until a person acts.
-
-    Has the `endpoint`, `why`, and the HTTP `status`.  `category` is AUTH, QUOTA or VALIDATION;
-    `code` is CONTEXT_LENGTH_EXCEEDED if the prompt is too long.
-    """
-
-    def __init__(
-        self, endpoint: str, category: Category, code: str, why: str, status: int = 0
-    ) -> None:
-        self.endpoint, self.category, self.code, self.why = endpoint, category, code, why
-        self.status = status  # 0: no request was sent
-        super().__init__(f"endpoint {endpoint}: {why}")
-
-
-class ProviderDown(ConnectionError):
-    """An endpoint that cannot be reached, or fails.
-
-    Has the `endpoint`, `why`, and the time to wait as ``retry-after`` in `headers`.
-    """
-
-    def __init__(self, endpoint: str, why: str, wait_s: float | None = None) -> None:
-        self.endpoint, self.why = endpoint, why
-        # `classify` reads the wait from there.
-        self.headers = {} if wait_s is None else {"retry-after": f"{wait_s:.3f}"}
-        super().__init__(f"endpoint {endpoint}: {why}")
-
-
-def estimated_tokens(text: str) -> int:
-    """Return the estimated tokens of a text: one for each four bytes of UTF-8, rounded up."""
-    return -(-len(text.encode(errors="replace")) // 4)
-
-
-def estimated_prompt(messages: Iterable[Mapping[str, str]]) -> int:
-    """Return the estimated tokens of messages."""
-    return sum(estimated_tokens(message["content"]) for message in messages)
 
 
 class Endpoint:
@@ -185,7 +91,7 @@ class Endpoint:
                 calls = self._opened().chat.completions.with_streaming_response
                 async with calls.create(**self._request(question)) as response:
                     answering = True
-                    read = _read_stream if self.settings.stream else _read_whole
+                    read = read_stream if self.settings.stream else read_whole
                     reply = await read(response)
                     return self._answer(question, reply, rate_limits(response.headers), began)
         except Exception as error:  # any error may contain the key and the prompt
@@ -254,11 +160,11 @@ class Endpoint:
         return request
 
     def _answer(
-        self, question: Question, reply: _Reply, limits: RateLimitHeaders, began: float
+        self, question: Question, reply: WireReply, limits: RateLimitHeaders, began: float
     ) -> Answer:
         if not reply.text:
             raise UnusableAnswer(self.settings.name, f"it is empty, and ended by {reply.finish!r}")
-        usage = reply.usage or _Usage()
+        usage = reply.usage or TokenUsage()
         return Answer(
             model=question.model,
             text=reply.text,
@@ -322,7 +228,7 @@ class Endpoint:
                 status=status,
             )
         if status == 429:
-            return RateLimited(f"endpoint {name}", _wait_s(error), "the provider answered 429")
+            return RateLimited(f"endpoint {name}", wait_s(error), "the provider answered 429")
         if status in (401, 403):
             why = f"it does not accept its key ({status}); see {self.settings.key_env}"
             return ProviderRefused(
@@ -357,110 +263,3 @@ class Endpoint:
             if "\\" in message or text in message or any(piece in text for piece in pieces):
                 return "its reason is hidden, because it quotes the question"
         return message
-
-
-# --- reading answers --------------------------------------------------------------------------
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-
-
-class _Reply(NamedTuple):
-    text: str
-    finish: str
-    usage: _Usage | None
-
-
-class _Message(msgspec.Struct):
-    content: str
-
-
-class _Choice(msgspec.Struct):
-    message: _Message
-    finish_reason: str | None = None
-
-
-class _Whole(msgspec.Struct):
-    choices: Annotated[list[_Choice], msgspec.Meta(min_length=1)]
-    usage: _Usage | None = None
-
-
-class _Delta(msgspec.Struct):
-    content: str | None = None
-
-
-class _Part(msgspec.Struct):
-    delta: _Delta
-    finish_reason: str | None = None
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Part] = []
-    usage: _Usage | None = None
-
-
-async def _read_whole(response: AsyncAPIResponse[Any]) -> _Reply:
-    """Read an answer.  Raises the errors of the connection and of the decoder."""
-    answer = msgspec.json.decode(await response.read(), type=_Whole)
-    choice = answer.choices[0]
-    return _Reply(choice.message.content, choice.finish_reason or "stop", answer.usage)
-
-
-async def _read_stream(response: AsyncAPIResponse[Any]) -> _Reply:
-    """Read a streamed answer.  Raises the errors of the connection and of the decoder."""
-    parts: list[str] = []
-    finish, usage = None, None
-    async for event in await response.parse():
-        chunk = msgspec.convert(event, _Chunk, from_attributes=True)
-        usage = chunk.usage or usage
-        for part in chunk.choices:
-            finish = part.finish_reason or finish
-            if part.delta.content is not None:
-                parts.append(part.delta.content)
-    if finish is None or not parts:
-        raise msgspec.ValidationError("it ended before it was finished")
-    # The two halves of one character may come in two parts; a single half is replaced.
-    text = "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return _Reply(text, finish, usage)
-
-
-def rate_limits(headers: Mapping[str, str]) -> RateLimitHeaders:
-    """Return the limits of headers ``x-ratelimit-{limit,remaining,reset}-{requests,tokens}``.
-
-    Times may have the forms that `seconds` reads.
-    """
-
-    def state_of(unit: str) -> LimitState:
-        limit, remaining, reset = (
-            headers.get(f"x-ratelimit-{each}-{unit}", "")
-            for each in ("limit", "remaining", "reset")
-        )
-        return LimitState(_number(limit), _number(remaining), seconds(reset))
-
-    return RateLimitHeaders(state_of("requests"), state_of("tokens"))
-
-
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def seconds(text: str) -> float | None:
-    """Return a provider's text of a time, `3`, `12ms`, `1h2m3.5s`, in seconds; None for others."""
-    length = r"(\d{1,9}(?:\.\d{1,9})?)(ms|[smhd])"
-    if re.fullmatch(f"(?:{length})+", text.strip()):
-        return sum(float(count) * _UNITS[unit] for count, unit in re.findall(length, text))
-    return _number(text)
-
-
-def _number(text: str) -> float | None:
-    return float(text) if re.fullmatch(r"\s*\d{1,12}(\.\d{1,9})?\s*", text) else None
-
-
-def _wait_s(error: APIStatusError) -> float:
-    """Return the seconds to wait after a 429, from its headers."""
-    limits = rate_limits(error.response.headers)
-    spent = [
-        each.reset_s or 0.0 for each in (limits.requests, limits.tokens) if each.remaining == 0
-    ]
-    return retry_after_s(error) or max(spent, default=0.0) or DEFAULT_WAIT_S

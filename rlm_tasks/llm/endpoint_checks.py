@@ -20,8 +20,9 @@ from pydantic import SecretStr
 from resilience.errors import CallTimeout, Category, RateLimited, StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Store
-from rlm_tasks.llm.endpoint import Endpoint, ProviderDown, ProviderRefused
+from rlm_tasks.llm.endpoint import Endpoint
 from rlm_tasks.llm.endpoint_health import Checkup, EndpointHealth, configured
+from rlm_tasks.llm.wire.errors import ProviderDown, ProviderRefused
 from rlm_tasks.operations import registry
 from rlm_tasks.settings.environment import key_of
 from scheduler.events import ENDPOINT_ILL, ENDPOINT_WELL, Events

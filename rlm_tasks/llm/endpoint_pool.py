@@ -13,9 +13,10 @@ from pydantic import SecretStr
 
 from resilience.bucket import Rate, TokenBucket
 from resilience.single_flight import SingleFlight
-from rlm_tasks.llm.endpoint import Endpoint, RateLimitHeaders
+from rlm_tasks.llm.endpoint import Endpoint
 from rlm_tasks.llm.endpoint_health import EndpointHealth
 from rlm_tasks.llm.learned import Learned
+from rlm_tasks.llm.wire.rate_limit_headers import RateLimitHeaders
 from rlm_tasks.operations.protection import Protection
 from rlm_tasks.settings.environment import key_of
 from scheduler.routing import Router

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from rlm_tasks.llm.endpoint import estimated_prompt
 from rlm_tasks.llm.learned import CallStatistics
 from rlm_tasks.llm.params import Ask, MapReduce, parsed
+from rlm_tasks.llm.wire.answers import estimated_prompt
 from rlm_tasks.operations.ports import RoundForecast
 
 if TYPE_CHECKING:

@@ -32,11 +32,12 @@ from rlm_tasks.jobs import codec
 from rlm_tasks.ledger.budgets import account_of
 from rlm_tasks.llm import metrics
 from rlm_tasks.llm.draft import Draft, digest, models_for
-from rlm_tasks.llm.endpoint import Answer, ProviderDown, ProviderRefused, Question, UnusableAnswer
 from rlm_tasks.llm.endpoint_pool import EndpointPool
 from rlm_tasks.llm.metrics import LLM_REFUSED, LLM_SHARED
 from rlm_tasks.llm.process_memory import watch
 from rlm_tasks.llm.structured_output import Misformed, parse
+from rlm_tasks.llm.wire.answers import Answer, Question
+from rlm_tasks.llm.wire.errors import ProviderDown, ProviderRefused, UnusableAnswer
 from rlm_tasks.operations.protection import Protection
 
 if TYPE_CHECKING:

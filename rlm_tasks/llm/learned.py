@@ -15,7 +15,7 @@ from resilience.errors import StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
 from resilience.validation import readable
-from rlm_tasks.llm.endpoint import Answer
+from rlm_tasks.llm.wire.answers import Answer
 
 HALVE_AT = 1000
 """After this number of calls all sums are halved, so about the last thousand calls count."""

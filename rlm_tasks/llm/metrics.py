@@ -7,7 +7,8 @@ that a user sends.
 from __future__ import annotations
 
 from resilience.errors import CallTimeout, RateLimited
-from rlm_tasks.llm.endpoint import Answer, ProviderRefused, UnusableAnswer
+from rlm_tasks.llm.wire.answers import Answer
+from rlm_tasks.llm.wire.errors import ProviderRefused, UnusableAnswer
 from rlm_tasks.metrics.declared import Counter, Histogram
 
 LLM_CALLS = Counter(

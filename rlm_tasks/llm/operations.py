@@ -19,9 +19,9 @@ from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.items import source_of
 from rlm_tasks.jobs.rounds import NextRound, Round
 from rlm_tasks.llm.draft import Draft, Message, tier_for
-from rlm_tasks.llm.endpoint import estimated_tokens
 from rlm_tasks.llm.forecast import by_item, merging, narrowing
 from rlm_tasks.llm.params import Ask, Map, MapReduce, Params, parsed
+from rlm_tasks.llm.wire.answers import estimated_tokens
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.context import Context
 from rlm_tasks.operations.ports import Forecast

@@ -32,10 +32,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from rlm_tasks.llm.endpoint import estimated_prompt
-from rlm_tasks.llm.endpoint import (
-    estimated_tokens as tokens,
-)  # so the platform's estimates are exact
+from rlm_tasks.llm.wire.answers import estimated_prompt
+from rlm_tasks.llm.wire.answers import (
+    estimated_tokens as tokens,  # so the platform's estimates are exact
+)
 
 MOST_BYTES = 64 * 2**20
 """Bytes of the longest accepted request."""

@@ -12,7 +12,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from rlm_tasks import Lines
-from rlm_tasks.llm.endpoint import estimated_tokens
+from rlm_tasks.llm.wire.answers import estimated_tokens
 from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
 

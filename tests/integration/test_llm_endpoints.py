@@ -18,20 +18,10 @@ from pydantic import SecretStr
 
 from resilience.errors import CallTimeout, Category, RateLimited, RlmError
 from resilience.faults import classify
-from rlm_tasks.llm.endpoint import (
-    Answer,
-    Endpoint,
-    LimitState,
-    ProviderDown,
-    ProviderRefused,
-    Question,
-    RateLimitHeaders,
-    UnusableAnswer,
-    estimated_prompt,
-    estimated_tokens,
-    rate_limits,
-    seconds,
-)
+from rlm_tasks.llm.endpoint import Endpoint
+from rlm_tasks.llm.wire.answers import Answer, Question, estimated_prompt, estimated_tokens
+from rlm_tasks.llm.wire.errors import ProviderDown, ProviderRefused, UnusableAnswer
+from rlm_tasks.llm.wire.rate_limit_headers import LimitState, RateLimitHeaders, rate_limits, seconds
 from rlm_tasks.settings.llm import EndpointSettings
 from rlm_tasks.testing import embedded
 from rlm_tasks.testing.fake_provider import Running, running

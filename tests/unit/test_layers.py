@@ -37,6 +37,7 @@ ORDER = (
     "rlm_tasks.telemetry",
     # models
     "rlm_tasks.llm",
+    "rlm_tasks.llm.wire",
     # engine
     "rlm_tasks.engine",
     # transport

@@ -5,11 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rlm_tasks.engine.guards import ProcessGuards
-from rlm_tasks.llm.endpoint import (
-    LimitState,
-    RateLimitHeaders,
-)
 from rlm_tasks.llm.endpoint_pool import EndpointPool, protections
+from rlm_tasks.llm.wire.rate_limit_headers import LimitState, RateLimitHeaders
 from rlm_tasks.operations import registry
 from rlm_tasks.settings.llm import EndpointSettings, LlmSettings, ModelSettings
 from rlm_tasks.settings.model import Settings

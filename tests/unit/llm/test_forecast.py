@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlm_tasks.jobs.items import SAMPLED, source_of
-from rlm_tasks.llm.endpoint import estimated_prompt
 from rlm_tasks.llm.forecast import Z90, Outlook, mean_and_error
 from rlm_tasks.llm.learned import CallStatistics
 from rlm_tasks.llm.operations import _reading
+from rlm_tasks.llm.wire.answers import estimated_prompt
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.ports import RoundForecast
 from rlm_tasks.requests import JobRequest

@@ -17,14 +17,10 @@ from rlm_tasks.engine.guards import Postponed, ProcessGuards
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.jobs.stored_items import RangeSource
-from rlm_tasks.llm.endpoint import (
-    Answer,
-    LimitState,
-    ProviderDown,
-    RateLimitHeaders,
-    UnusableAnswer,
-)
 from rlm_tasks.llm.gate import BudgetSpent, Gate, HeldCall
+from rlm_tasks.llm.wire.answers import Answer
+from rlm_tasks.llm.wire.errors import ProviderDown, UnusableAnswer
+from rlm_tasks.llm.wire.rate_limit_headers import LimitState, RateLimitHeaders
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.context import Context
 from rlm_tasks.settings.llm import EndpointSettings, LlmSettings

@@ -7,14 +7,9 @@ from pathlib import Path
 
 from resilience.errors import CallTimeout, Category, RateLimited
 from rlm_tasks.llm import metrics
-from rlm_tasks.llm.endpoint import (
-    Answer,
-    LimitState,
-    ProviderDown,
-    ProviderRefused,
-    RateLimitHeaders,
-    UnusableAnswer,
-)
+from rlm_tasks.llm.wire.answers import Answer
+from rlm_tasks.llm.wire.errors import ProviderDown, ProviderRefused, UnusableAnswer
+from rlm_tasks.llm.wire.rate_limit_headers import LimitState, RateLimitHeaders
 from rlm_tasks.metrics import slot_files
 from rlm_tasks.telemetry import exposition
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.rounds import NextRound, Round
-from rlm_tasks.llm.endpoint import estimated_tokens
 from rlm_tasks.llm.operations import (
     Found,
     _best,
@@ -23,6 +22,7 @@ from rlm_tasks.llm.operations import (
     _read,
 )
 from rlm_tasks.llm.params import Map
+from rlm_tasks.llm.wire.answers import estimated_tokens
 from rlm_tasks.operations import registry
 from rlm_tasks.requests import Budget, JobRequest, Options
 from rlm_tasks.settings.llm import LlmSettings
