@@ -56,6 +56,7 @@ class Strategy(StrEnum):
     OTHER_MODEL = "use_other_model"  # no endpoint of the requested model was healthy
     NO_MODEL = "merge_without_model"  # the budget was spent: the parts were only joined in order
     CUT_ANSWER = "cut_answer"  # the answer reached its largest length before its end
+    FILTERED_ANSWER = "filtered_answer"  # a filter of the provider cut the answer before its end
     REPAIRED_ANSWER = "repaired_answer"  # it had the wrong form at first, and was sent back
 
 

@@ -197,11 +197,18 @@ def _status(error: BaseException) -> int:
 def retry_after_s(error: BaseException) -> float | None:
     """Return the seconds after which the service allows the next call, or None if it does not say.
 
+    Its headers, or those of its response, are read by `asked_wait_s`.
+    """
+    return asked_wait_s(_headers(error))
+
+
+def asked_wait_s(headers: Mapping[str, str]) -> float | None:
+    """Return the wait in seconds that headers ask for, or None if they ask for none.
+
     Reads the headers ``retry-after-ms`` and ``Retry-After``.  The latter is a number of seconds or
     a date (RFC 9110, 10.2.3).  A date is compared with the response's own ``Date``, so the clock of
     this machine does not matter.
     """
-    headers = _headers(error)
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name, "").strip()
         if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value):

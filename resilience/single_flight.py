@@ -156,9 +156,13 @@ class SingleFlight:
 
     def abandon(self, flight: Flight) -> None:
         """Leave the call to the next caller: it failed, or cannot be made now."""
-        made, landed, *_ = self._keys.flight(self.name, flight.key)
         with suppress(StoreUnavailable):
-            self._store.call(Call(_ABANDON, (made, landed), (flight.id,)), on_outage="patient")
+            self._store.call(self.abandoning(flight), on_outage="patient")
+
+    def abandoning(self, flight: Flight) -> Call:
+        """Return the call that abandons a flight, see `abandon`, for a round trip with others."""
+        made, landed, *_ = self._keys.flight(self.name, flight.key)
+        return Call(_ABANDON, (made, landed), (flight.id,))
 
     def forgetting(self, memos: Sequence[tuple[str, str]]) -> list[Call]:
         """Return the calls that drop memos, each a (key, memo), for a round trip with others."""

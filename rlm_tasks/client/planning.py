@@ -22,9 +22,8 @@ from rlm_tasks.jobs.items import ItemSample, source_of
 from rlm_tasks.jobs.splitting import WORTH_PLANNING_MS, Fork, Shape, leaves
 from rlm_tasks.jobs.splitting import plan as split
 from rlm_tasks.llm.draft import models_for
-from rlm_tasks.llm.endpoint_pool import EndpointPool
+from rlm_tasks.llm.endpoint_pool import BYTES_PER_TOKEN, EndpointPool
 from rlm_tasks.llm.forecast import Z90, Outlook
-from rlm_tasks.llm.gate import BYTES_PER_TOKEN
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.ports import RoundForecast
 from scheduler.slots import SlotBoard

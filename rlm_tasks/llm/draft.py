@@ -7,7 +7,7 @@ sets the tier of a call, and pressure lowers it.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 from pydantic import BaseModel
@@ -39,6 +39,9 @@ class Draft:
     tier: Tier
     temperature: float | None = None
     form: type[BaseModel] | None = None  # the answer must be JSON for this model
+    samples: int = 1  # answers to this prompt, each by a call of its own
+    sample: int = 0  # number of this call's answer among them
+    fails_filtered: bool = False  # a text that a filter cut is a failure
 
     @property
     def estimated(self) -> int:
@@ -64,17 +67,8 @@ class Draft:
     def repaired(self, text: str, why: str) -> Draft:
         """Return a draft that sends an answer of the wrong form back, to be repaired."""
         request = f"That is not of the form asked for: {why}\nAnswer again, with the JSON alone."
-        return Draft(
-            messages=(
-                *self.messages,
-                {"role": "assistant", "content": text},
-                {"role": "user", "content": request},
-            ),
-            max_tokens=self.max_tokens,
-            tier=self.tier,
-            temperature=self.temperature,
-            form=self.form,
-        )
+        more = {"role": "assistant", "content": text}, {"role": "user", "content": request}
+        return replace(self, messages=(*self.messages, *more))
 
 
 def digest(question: Question) -> str:

@@ -17,30 +17,40 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import structs
 
-from resilience.errors import CallTimeout, Category, RateLimited
-from resilience.faults import retry_after_s
+from resilience.errors import CallTimeout, Category
 from rlm_tasks.llm.wire.answers import (
     Answer,
+    BodyWithoutAnswer,
     Question,
-    TokenUsage,
-    WireReply,
+    cost_in,
     estimated_prompt,
-    estimated_tokens,
     read_stream,
     read_whole,
 )
-from rlm_tasks.llm.wire.errors import ProviderDown, ProviderRefused, UnusableAnswer
-from rlm_tasks.llm.wire.rate_limit_headers import RateLimitHeaders, rate_limits, wait_s
+from rlm_tasks.llm.wire.errors import (
+    ErrorResponse,
+    ProviderDown,
+    ProviderRefused,
+    UnusableAnswer,
+    error_of,
+    refused_parameter,
+)
+from rlm_tasks.llm.wire.rate_limit_headers import rate_limits
 
 if TYPE_CHECKING:
-    from openai import APIStatusError, AsyncOpenAI
+    from openai import APIStatusError, AsyncAPIResponse, AsyncOpenAI
     from pydantic import SecretStr
 
     from rlm_tasks.settings.llm import EndpointSettings
 
-_TEMPORARY = {408, 409, 425}  # statuses below 500 that may succeed at the next try
-_QUOTED = 16  # a common text of this many characters is a quotation of the question
+AVOIDABLE = {
+    "max_tokens": "max_completion_tokens",
+    "max_completion_tokens": "max_tokens",
+    "stream_options": "",
+}
+"""The parameters that a request can do without -> the one to send instead; '' for none."""
 
 
 class Endpoint:
@@ -70,6 +80,7 @@ class Endpoint:
         # The time limit must not count the wait for a free connection.
         self._connections = asyncio.Semaphore(per_host)
         self._client: AsyncOpenAI | None = None
+        self._refused_parameters: dict[str, frozenset[str]] = {}  # by model, as the provider said
 
     def open(self) -> None:
         """Make the client, which takes a while; the first call raises for an invalid key."""
@@ -77,26 +88,54 @@ class Endpoint:
             self._opened()
 
     async def ask(self, question: Question) -> Answer:
-        """Send a question once, as soon as one of `per_host` connections is free.
+        """Send a question, as soon as one of `per_host` connections is free.
 
+        A provider that refuses a parameter by its name is asked again without it, and from then on.
         Raises RateLimited, CallTimeout, ProviderDown, UnusableAnswer, ProviderRefused.
         """
-        answering = False
-        try:
-            async with (
-                self._connections,
-                asyncio.timeout(None if self.settings.stream else self._timeout_s),
-            ):
-                began = self._clock()
-                calls = self._opened().chat.completions.with_streaming_response
-                async with calls.create(**self._request(question)) as response:
-                    answering = True
-                    read = read_stream if self.settings.stream else read_whole
-                    reply = await read(response)
-                    return self._answer(question, reply, rate_limits(response.headers), began)
-        except Exception as error:  # any error may contain the key and the prompt
-            meaning = self._meaning(error, self._timeout_s, question, answering=answering)
-        raise meaning
+        while True:
+            answering = False
+            try:
+                async with (
+                    self._connections,
+                    asyncio.timeout(None if self.settings.stream else self._timeout_s),
+                ):
+                    began = self._clock()
+                    calls = self._opened().chat.completions.with_streaming_response
+                    async with calls.create(**self._request(question)) as response:
+                        answering = True
+                        return await self._read(question, response, began)
+            except Exception as error:  # any error may contain the key and the prompt
+                if self._has_learned(error, question):
+                    continue
+                meaning = self._meaning(error, self._timeout_s, question, answering=answering)
+            raise meaning
+
+    async def _read(
+        self, question: Question, response: AsyncAPIResponse[Any], began: float
+    ) -> Answer:
+        """Read the response to a question.
+
+        Raises BodyWithoutAnswer, and the errors of the connection.
+        """
+        if self.settings.stream:
+            received = await read_stream(response.iter_bytes())
+        else:
+            received = read_whole(await response.read())
+        text, usage = received.text, received.usage.split(estimated_prompt(question.messages))
+        if text and not usage.completion_tokens:
+            usage = structs.replace(usage, completion_tokens=None)  # no text costs nothing
+        if (money := cost_in(response.headers)) is not None:
+            usage = structs.replace(usage, money=money)
+        return Answer(
+            model=question.model,
+            text=text,
+            finish=received.finish or "stop",
+            limits=rate_limits(response.headers),
+            latency_s=self._clock() - began,
+            usage=usage,
+            fault=received.fault,
+        )
 
     async def check(self, timeout_s: float) -> float:
         """Return the seconds that the endpoint took to list its models.  Raises as `ask` does."""
@@ -143,10 +182,14 @@ class Endpoint:
         return self._client
 
     def _request(self, question: Question) -> dict[str, Any]:
+        refused = self._refused_parameters.get(question.model, frozenset())
+        max_tokens_as: str = self.settings.max_tokens_as
+        if max_tokens_as in refused:
+            max_tokens_as = AVOIDABLE[max_tokens_as]
         request: dict[str, Any] = {
             "model": self.settings.models.get(question.model, question.model),
             "messages": list(question.messages),
-            self.settings.max_tokens_as: question.max_tokens,
+            max_tokens_as: question.max_tokens,
         }
         if question.temperature is not None:
             request["temperature"] = question.temperature
@@ -156,28 +199,25 @@ class Endpoint:
                 "json_schema": {"name": "answer", "schema": question.schema},
             }
         if self.settings.stream:
-            request |= {"stream": True, "stream_options": {"include_usage": True}}
+            request["stream"] = True
+            if "stream_options" not in refused:
+                request["stream_options"] = {"include_usage": True}
         return request
 
-    def _answer(
-        self, question: Question, reply: WireReply, limits: RateLimitHeaders, began: float
-    ) -> Answer:
-        if not reply.text:
-            raise UnusableAnswer(self.settings.name, f"it is empty, and ended by {reply.finish!r}")
-        usage = reply.usage or TokenUsage()
-        return Answer(
-            model=question.model,
-            text=reply.text,
-            prompt_tokens=estimated_prompt(question.messages)
-            if usage.prompt_tokens is None
-            else usage.prompt_tokens,
-            completion_tokens=estimated_tokens(reply.text)
-            if usage.completion_tokens is None
-            else usage.completion_tokens,
-            finish=reply.finish,
-            limits=limits,
-            latency_s=self._clock() - began,
-        )
+    def _has_learned(self, error: Exception, question: Question) -> bool:
+        """Whether the next request differs, because the provider refused one of its parameters."""
+        import openai
+
+        if not isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError):
+            return False
+        name = refused_parameter(_response_of(error))
+        refused = self._refused_parameters.get(question.model, frozenset())
+        if name not in AVOIDABLE or name not in self._request(question):
+            return False
+        if AVOIDABLE[name] in refused:
+            return False  # it takes neither of two names
+        self._refused_parameters[question.model] = refused | {name}
+        return True
 
     # --- errors --------------------------------------------------------------------------------
 
@@ -193,21 +233,22 @@ class Endpoint:
         import httpx2
         import openai
 
-        name = self.settings.name
-        if isinstance(error, (ProviderRefused, UnusableAnswer)):
+        name, cause = self.settings.name, error.__cause__ or error
+        if isinstance(error, ProviderRefused):
             return error
+        if isinstance(error, BodyWithoutAnswer):
+            return self._without_answer(error, question)
+        if isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout):
+            return ProviderDown(name, f"cannot be reached ({type(cause).__name__})")
         if isinstance(error, (TimeoutError, openai.APITimeoutError, httpx2.TimeoutException)):
             return CallTimeout(f"endpoint {name}", limit_s)
-        if answering:  # only the text of a decoder's error cannot quote the answer
-            return UnusableAnswer(
-                name, str(error) if isinstance(error, msgspec.DecodeError) else type(error).__name__
-            )
+        if answering:  # the text of the error may quote the answer
+            return UnusableAnswer(name, f"the connection was lost in it: {type(cause).__name__}")
         if isinstance(error, openai.APIStatusError):
-            return self._refusal(error, question)
+            return error_of(_response_of(error), self.settings, self._private(question))
         if isinstance(error, (openai.APIConnectionError, httpx2.HTTPError, OSError)):
-            return ProviderDown(
-                name, f"cannot be reached ({type(error.__cause__ or error).__name__})"
-            )
+            why = f"the connection was lost before an answer ({type(cause).__name__})"
+            return ProviderDown(name, why, sent=True)
         return ProviderRefused(
             name,
             Category.VALIDATION,
@@ -215,51 +256,18 @@ class Endpoint:
             f"the request cannot be sent ({type(error).__name__})",
         )
 
-    def _refusal(self, error: APIStatusError, question: Question | None) -> Exception:
-        """Return our error for a status below 200 or above 299."""
-        name, status = self.settings.name, error.status_code
-        if status == 402 or "insufficient_quota" in (error.code, error.type):
-            why = f"its quota is used up ({status}); waiting does not help, see plan and billing"
-            return ProviderRefused(
-                endpoint=name,
-                category=Category.QUOTA,
-                code="INSUFFICIENT_QUOTA",
-                why=why,
-                status=status,
-            )
-        if status == 429:
-            return RateLimited(f"endpoint {name}", wait_s(error), "the provider answered 429")
-        if status in (401, 403):
-            why = f"it does not accept its key ({status}); see {self.settings.key_env}"
-            return ProviderRefused(
-                endpoint=name, category=Category.AUTH, code="UNAUTHORISED", why=why, status=status
-            )
-        if status in _TEMPORARY or status >= 500:
-            return ProviderDown(name, f"answers {status}", retry_after_s(error))
-        code = (
-            "CONTEXT_LENGTH_EXCEEDED"
-            if error.code == "context_length_exceeded"
-            else "INVALID_REQUEST"
-        )
-        url = self.settings.base_url or "OPENAI_BASE_URL"
-        where = f"; does {url} have its right end, such as /v1?" if status == 404 else ""
-        why = f"refuses the question ({status}): {self._reason(error, question)}{where}"
-        return ProviderRefused(
-            endpoint=name, category=Category.VALIDATION, code=code, why=why, status=status
-        )
+    def _without_answer(self, found: BodyWithoutAnswer, question: Question | None) -> Exception:
+        """Return our error for a response that is no answer, or holds an error in its place."""
+        if found.error is None:
+            return UnusableAnswer(self.settings.name, found.why, found.usage)
+        response = ErrorResponse(200, {}, msgspec.json.encode(found.error))
+        return error_of(response, self.settings, self._private(question))
 
-    def _reason(self, error: APIStatusError, question: Question | None) -> str:
-        """Return the provider's message, up to 200 characters, unless it quotes key or prompt."""
-        message = error.body.get("message") if isinstance(error.body, dict) else None
-        if not isinstance(message, str):
-            return "without a reason"
-        message = " ".join(message.split())[:200]
-        private = [
-            self._key.get_secret_value(),
-            *(each["content"] for each in (question.messages if question else ())),
-        ]
-        pieces = {message[at : at + _QUOTED] for at in range(max(1, len(message) - _QUOTED + 1))}
-        for text in (" ".join(each.split()) for each in private if each):
-            if "\\" in message or text in message or any(piece in text for piece in pieces):
-                return "its reason is hidden, because it quotes the question"
-        return message
+    def _private(self, question: Question | None) -> list[str]:
+        """Return the texts that no message may quote: the key, and the question."""
+        messages = question.messages if question is not None else ()
+        return [self._key.get_secret_value(), *(each["content"] for each in messages)]
+
+
+def _response_of(error: APIStatusError) -> ErrorResponse:
+    return ErrorResponse(error.status_code, error.response.headers, error.response.content)

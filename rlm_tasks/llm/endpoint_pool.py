@@ -7,8 +7,10 @@ each API key; a provider's headers may lower it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from msgspec import structs
 from pydantic import SecretStr
 
 from resilience.bucket import Rate, TokenBucket
@@ -16,6 +18,7 @@ from resilience.single_flight import SingleFlight
 from rlm_tasks.llm.endpoint import Endpoint
 from rlm_tasks.llm.endpoint_health import EndpointHealth
 from rlm_tasks.llm.learned import Learned
+from rlm_tasks.llm.wire.answers import TokenUsage
 from rlm_tasks.llm.wire.rate_limit_headers import RateLimitHeaders
 from rlm_tasks.operations.protection import Protection
 from rlm_tasks.settings.environment import key_of
@@ -24,6 +27,7 @@ from scheduler.routing import Router
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker
     from rlm_tasks.engine.guards import ProcessGuards
+    from rlm_tasks.llm.draft import Draft
     from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
 
 BREAKER = "client"
@@ -34,6 +38,23 @@ BURST_SHARE = 1 / 12
 They reserve far more than most of them use."""
 MOST_DOUBLINGS = 5
 """After repeated answers of 429, the pause is up to 32 times as long as the provider asks."""
+
+
+MARGIN = 1.05
+"""Factor on the estimate of a prompt; a provider that counts more than that answers 429."""
+BYTES_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """The tokens of a call, and its cost by unit: `calls`, `tokens` and `money`."""
+
+    prompt: float
+    completion: float
+    amounts: dict[str, float]
+
+
+NOTHING = Bill(0.0, 0.0, {})
 
 
 def service_of(endpoint: str) -> str:
@@ -112,11 +133,34 @@ class EndpointPool:
         ordered = [self.endpoints[name] for name in names]
         return [each for each in ordered if not each.models or model in each.models]
 
-    def cost(self, model: str, prompt: float, completion: float) -> dict[str, float]:
-        """Return the cost of a call by unit: `calls`, `tokens` and `money`."""
+    def most(self, model: str, draft: Draft) -> Bill:
+        """Return the most that a call may cost: the estimated prompt, and all of max_tokens."""
+        prompt = draft.estimated * self.learned.of(model).prompt_ratio * MARGIN
+        return self._bill(model, TokenUsage(round(prompt), draft.max_tokens))
+
+    def bill(self, model: str, usage: TokenUsage, reserved: Bill) -> Bill:
+        """Return the cost of a call with this usage; what it does not state counts as reserved."""
+        prompt, completion = usage.prompt_tokens, usage.completion_tokens
+        known = structs.replace(
+            usage,
+            prompt_tokens=reserved.prompt if prompt is None else prompt,
+            completion_tokens=reserved.completion if completion is None else completion,
+        )
+        return self._bill(model, known)
+
+    def _bill(self, model: str, usage: TokenUsage) -> Bill:
+        prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0
         prices = self.settings.model(model)
-        money = (prompt * prices.input_price + completion * prices.output_price) / 1e6
-        return {"calls": 1.0, "tokens": float(prompt + completion), "money": money}
+        cached_price = prices.input_price if prices.cached_price is None else prices.cached_price
+        money = usage.money
+        if money is None:
+            money = (
+                (prompt - usage.cached_tokens) * prices.input_price
+                + usage.cached_tokens * cached_price
+                + completion * prices.output_price
+            ) / 1e6
+        amounts = {"calls": 1.0, "tokens": float(prompt + completion), "money": money}
+        return Bill(prompt, completion, amounts)
 
     @property
     def is_full(self) -> bool:

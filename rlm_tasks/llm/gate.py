@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -30,35 +29,26 @@ from resilience.store import Call
 from rlm_tasks.engine.guards import PATIENCE_S, OperationGuards, ProcessGuards
 from rlm_tasks.jobs import codec
 from rlm_tasks.ledger.budgets import account_of
-from rlm_tasks.llm import metrics
 from rlm_tasks.llm.draft import Draft, digest, models_for
-from rlm_tasks.llm.endpoint_pool import EndpointPool
+from rlm_tasks.llm.endpoint_pool import BYTES_PER_TOKEN, EndpointPool
 from rlm_tasks.llm.metrics import LLM_REFUSED, LLM_SHARED
 from rlm_tasks.llm.process_memory import watch
+from rlm_tasks.llm.settlement import HeldCall, Settlement, memo_of
 from rlm_tasks.llm.structured_output import Misformed, parse
-from rlm_tasks.llm.wire.answers import Answer, Question
-from rlm_tasks.llm.wire.errors import ProviderDown, ProviderRefused, UnusableAnswer
+from rlm_tasks.llm.wire.answers import Answer
+from rlm_tasks.llm.wire.errors import NoAnswerText, UnusableAnswer
 from rlm_tasks.operations.protection import Protection
 
 if TYPE_CHECKING:
-    from resilience.breaker_storage import Admission
-    from resilience.bucket import Grant
-    from resilience.budget import Charge
-    from resilience.single_flight import Flight
     from rlm_tasks.jobs.spec import JobSpec
     from rlm_tasks.operations.context import Context
     from rlm_tasks.operations.registry import Operation
     from rlm_tasks.settings.llm import EndpointSettings
 
-MEMO_S = 3600.0
-"""Seconds for which an item keeps its paid answer, in case it runs again before its node ends."""
 SOON_S = 0.5
 """Seconds until a budget is read again that calls in flight may leave."""
 LATER_S = 5.0
 """Seconds until the next try when no endpoint is healthy, or the budget is spent."""
-MARGIN = 1.05
-"""Factor on the estimate of a prompt; a provider that counts more than that answers 429."""
-BYTES_PER_TOKEN = 4
 
 
 class BudgetSpent(Denied):
@@ -70,25 +60,6 @@ class BudgetSpent(Denied):
     def __init__(self, guard: str, retry_after_s: float, why: str, *, final: bool = False) -> None:
         self.final = final  # the calls in flight cannot leave enough either
         super().__init__(guard, retry_after_s, why)
-
-
-@dataclass(slots=True)
-class HeldCall:
-    """One call with the grants that it holds."""
-
-    draft: Draft
-    gate: Gate
-    flight: Flight
-    index: int  # number of its item
-    model: str  # the model of its tier; another one may answer
-    question: Question | None = None  # None: another call has the answer, or will have it
-    endpoint: str = ""
-    reserved: dict[str, float] = field(default_factory=dict)
-    charge: Charge | None = None
-    grant: Grant | None = None
-    admission: Admission | None = None
-    estimated: int = 0  # tokens of the prompt, without corrections from earlier calls
-    answer: Answer | None = None
 
 
 class Gate(OperationGuards):
@@ -122,7 +93,7 @@ class Gate(OperationGuards):
         self._pool = guards.shared_part(_opened)
         guards.shared_part(watch)
         self._budget = guards.budgets.budget(spec.tree)
-        self._memos: list[tuple[int, str]] = []
+        self._settlement = Settlement(self._pool, self._budget, spec, guards.store)
 
     # --- entering ------------------------------------------------------------------------------
 
@@ -148,17 +119,20 @@ class Gate(OperationGuards):
             prompt=estimated,
             answer=draft.max_tokens,
         )
-        question = draft.question(models[0])
-        memo = self._memo(context.index)
+        key, memo = digest(draft.question(models[0])), memo_of(self._spec, context.index)
         flight = pool.flights.begin(
-            digest(question), cached=self._spec.cache_ttl_s > 0, memo=memo, by=memo
+            self._flight_key(draft, key, memo),
+            cached=self._spec.cache_ttl_s > 0,
+            memo=memo,
+            by=memo,
         )
         held = HeldCall(
             draft=draft,
-            gate=self,
+            reply=self.reply,
             flight=flight,
             index=context.index,
             model=models[0],
+            digest=key,
             estimated=estimated,
         )
         if flight.state != "mine":
@@ -170,8 +144,15 @@ class Gate(OperationGuards):
             raise
         return held
 
-    def _memo(self, index: int) -> str:
-        return f"{self._spec.job}:{index}"
+    def _flight_key(self, draft: Draft, digest: str, memo: str) -> str:
+        """Return the key of the calls that may share one answer.
+
+        Above temperature 0 the answers to equal questions differ, so each item asks for its own,
+        unless the request caches answers.
+        """
+        shared = draft.temperature == 0 or self._spec.cache_ttl_s > 0
+        own = "" if shared else f":{memo}"
+        return f"{digest}{own}#{draft.sample}" if draft.sample else f"{digest}{own}"
 
     def _take_grants(
         self, held: HeldCall, models: Sequence[str], context: Context, waiter: str
@@ -186,7 +167,7 @@ class Gate(OperationGuards):
                 if model == held.model:
                     raise
                 break  # a budget that pays no other model waits for the requested one
-            if endpoints := self._pool.order(model, held.flight.key):
+            if endpoints := self._pool.order(model, held.digest):
                 try:
                     return self._take_first(held, endpoints, waiter, context)
                 except Denied as denied:
@@ -223,14 +204,11 @@ class Gate(OperationGuards):
         Raises BudgetSpent.  Without a fallback, a spent budget also ends the items of the job.
         """
         assert held.question is not None
-        most = held.draft.max_tokens
-        held.reserved = self._pool.cost(
-            held.question.model, _tokens_to_reserve(self._pool, held) - most, most
-        )
-        id = f"{self._memo(held.index)}:{held.flight.key}"
+        held.reserved = reserved = self._pool.most(held.question.model, held.draft)
+        id = f"{memo_of(self._spec, held.index)}:{held.flight.key}"
         try:
             charge = self._budget.charge(
-                id, held.reserved, account=account_of(self._spec), again=held.flight.again
+                id, reserved.amounts, account=account_of(self._spec), again=held.flight.again
             )
             if (
                 charge.state == "exhausted"
@@ -254,6 +232,7 @@ class Gate(OperationGuards):
     ) -> None:
         """Take the rate limit and the breaker of one endpoint, or neither.  Raises Denied."""
         assert held.question is not None
+        assert held.reserved is not None
         pool = self._pool
         if pool.router.in_flight[name] >= pool.settings.per_host:
             raise BulkheadFull(
@@ -262,7 +241,7 @@ class Gate(OperationGuards):
                 f"{pool.settings.per_host} calls of this process are in flight",
             )
         bucket = pool.bucket(pool.endpoints[name], held.question.model)
-        tokens = _tokens_to_reserve(self._pool, held)
+        tokens = held.reserved.amounts["tokens"]
         grant = bucket.reserve(
             priority=self._priority,
             in_line=context.rest if in_line else 0,
@@ -301,71 +280,7 @@ class Gate(OperationGuards):
 
     def leave(self, entry: Any, error: BaseException | None = None) -> None:
         """Report to all guards how a call ended, and settle its real cost."""
-        held: HeldCall = entry
-        # Emptied first, so that an error below cannot make the call leave twice.
-        endpoint, held.endpoint = held.endpoint, ""
-        if not endpoint:
-            return
-        self._pool.router.ended(endpoint)
-        breaker = self._pool.breaker(endpoint)
-        if held.admission is not None and breaker is not None:
-            breaker.ended(held.admission, error)
-        if held.answer is not None:
-            self._settle(held, endpoint, held.answer)
-        else:
-            self._failed(held, endpoint, error)
-
-    def _settle(self, held: HeldCall, endpoint: str, answer: Answer) -> None:
-        """Settle the cost and publish the answer: one round trip, and one for the rate limit."""
-        assert held.question is not None
-        assert held.charge is not None
-        assert held.grant is not None
-        model, pool, memo = held.question.model, self._pool, self._memo(held.index)
-        used = self._pool.cost(model, answer.prompt_tokens, answer.completion_tokens)
-        lands = pool.flights.landing(
-            held.flight,
-            codec.pack(msgspec.to_builtins(answer)),
-            memo=memo,
-            memo_ttl_s=MEMO_S,
-            cache_ttl_s=_cache_s(self._spec, held, answer),
-        )
-        self._memos.append((held.index, held.flight.key))
-        metrics.count_answer(model, endpoint, answer, used["money"])
-        with suppress(StoreUnavailable):  # the charge stays as reserved, which is the safe side
-            self._store.call(
-                lands,
-                self._budget.settling(held.charge.id, used, label=model),
-                pool.learned.learning(model, held.estimated, held.draft.max_tokens, answer),
-                on_outage="patient",
-            )
-        held.grant.settle(tokens=used["tokens"], bytes=used["tokens"] * BYTES_PER_TOKEN)
-
-    def _failed(self, held: HeldCall, endpoint: str, error: BaseException | None) -> None:
-        """Settle the cost of a failed call, and give its flight to others.
-
-        An answer that may have been lost is charged as reserved; an unusable answer costs its
-        prompt.
-        """
-        assert held.question is not None
-        assert held.charge is not None
-        metrics.count_failure(held.question.model, endpoint, error)
-        if isinstance(error, Denied | ProviderDown | ProviderRefused):
-            self._withdraw_charge(held)
-        else:
-            prompt = _tokens_to_reserve(self._pool, held) - held.draft.max_tokens
-            used = (
-                self._pool.cost(held.question.model, prompt, 0)
-                if isinstance(error, UnusableAnswer)
-                else held.reserved
-            )
-            completion = used["tokens"] - prompt
-            metrics.count_cost(held.question.model, prompt, completion, used["money"])
-            self._budget.settle(held.charge.id, used, label=held.question.model)
-        self._pool.flights.abandon(held.flight)
-        if isinstance(error, RateLimited):
-            self._pool.hold(
-                self._pool.endpoints[endpoint], held.question.model, error.retry_after_s
-            )
+        self._settlement.leave(entry, error)
 
     def instead_of(self, error: Exception) -> Callable[..., Any] | None:
         """Return the fallback for a budget that is spent for good; None for other errors."""
@@ -391,7 +306,11 @@ class Gate(OperationGuards):
         The answers of these items are in a stored partial.
         """
         return self._pool.flights.forgetting(
-            [(key, self._memo(index)) for index, key in self._memos if index < until]
+            [
+                (key, memo_of(self._spec, index))
+                for index, key in self._settlement.memos
+                if index < until
+            ]
         )
 
     # --- calling -------------------------------------------------------------------------------
@@ -399,21 +318,46 @@ class Gate(OperationGuards):
     async def reply(self, context: Context) -> Any:
         """Return the answer to an item that has entered: its text, or the data of its form.
 
-        An answer of the wrong form is sent back in a further call, which passes the same guards.
-        Raises Misformed, the errors of the endpoint, and Denied when the item must come back.
+        For several samples it is a list of answers.  Raises NoAnswerText, Misformed, the errors of
+        the endpoint, and Denied when the item must come back.
         """
-        held, repairs = context.entry, self._pool.settings.repairs
+        held: HeldCall = context.entry
+        if held.draft.samples == 1:
+            return await self._output(held, context)
+        others = [replace(held.draft, sample=number) for number in range(1, held.draft.samples)]
+        outputs = await asyncio.gather(
+            self._output(held, context),
+            *(self._another_sample(each, context) for each in others),
+            return_exceptions=True,  # a paid answer lands, also if another sample fails
+        )
+        failures = [each for each in outputs if isinstance(each, BaseException)]
+        if failures:
+            raise min(failures, key=lambda each: isinstance(each, Denied))
+        return outputs
+
+    async def _another_sample(self, draft: Draft, context: Context) -> Any:
+        return await self._output(await self._admit_again(draft, context), context)
+
+    async def _output(self, held: HeldCall, context: Context) -> Any:
+        """Make a call, and return the text or the data of its answer.
+
+        An answer of the wrong form is sent back in a further call, which passes the same guards.
+        """
+        repairs = self._pool.settings.repairs
         answer = await self._call(held)
         while True:
             form = held.draft.form
             try:
                 output = answer.text if form is None else parse(answer.text, form)
             except Misformed as wrong:
+                if answer.finish == "content_filter":
+                    raise NoAnswerText(answer.model, "CONTENT_FILTERED") from None
                 if not repairs:
                     raise
                 repairs -= 1
                 repair = held.draft.repaired(answer.text, wrong.why)
-                held, answer = await self._call_again(repair, context)
+                held = await self._admit_again(repair, context)
+                answer = await self._call(held)
             else:
                 context.degradation.shaped |= _shaped(held, answer)
                 if repairs < self._pool.settings.repairs:
@@ -421,14 +365,23 @@ class Gate(OperationGuards):
                 return output
 
     async def _call(self, held: HeldCall) -> Answer:
-        if held.question is None:
-            return await self._shared_answer(held)
-        held.answer = await self._pool.endpoint(held.endpoint).ask(held.question)
-        self._pool.learn(
-            self._pool.endpoints[held.endpoint], held.question.model, held.answer.limits
-        )
+        """Return the answer of a call that has its guards.  Raises as `reply` does."""
+        try:
+            if held.question is None:
+                answer = await self._shared_answer(held)
+            else:
+                held.answer = answer = await self._pool.endpoint(held.endpoint).ask(held.question)
+                endpoint = self._pool.endpoints[held.endpoint]
+                self._pool.learn(endpoint, held.question.model, answer.limits)
+        except BaseException as error:
+            self.leave(held, error)
+            raise
         self.leave(held)  # before the answer is used, which needs no grant
-        return held.answer
+        if answer.fault:
+            raise NoAnswerText(answer.model, answer.fault, answer.finish)
+        if answer.finish == "content_filter" and held.draft.fails_filtered:
+            raise NoAnswerText(answer.model, "CONTENT_FILTERED")
+        return answer
 
     async def _shared_answer(self, held: HeldCall) -> Answer:
         """Wait for the answer of another caller.
@@ -443,56 +396,26 @@ class Gate(OperationGuards):
             raise Denied("flight", 0.0, "the caller that made the call is gone")
         answer = msgspec.convert(codec.unpack(held.flight.value), Answer)
         if held.flight.source == "flight":
-            self._remember(held, answer)
+            self._settlement.keep(held, answer)
         LLM_SHARED.inc(source=held.flight.source)
         return answer
 
-    def _remember(self, held: HeldCall, answer: Answer) -> None:
-        """Keep the answer of another caller in the item's memo, and in the cache."""
-        flight = held.flight
-        self._pool.flights.land(
-            flight,
-            flight.value,
-            memo=self._memo(held.index),
-            memo_ttl_s=MEMO_S,
-            cache_ttl_s=_cache_s(self._spec, held, answer),
-        )
-        self._memos.append((held.index, flight.key))
-
-    async def _call_again(self, draft: Draft, context: Context) -> tuple[HeldCall, Answer]:
-        """Make another call for the same item, which waits as any other call does.
+    async def _admit_again(self, draft: Draft, context: Context) -> HeldCall:
+        """Take the guards of another call for the same item, which waits as any other call does.
 
         Raises Denied for a longer wait.
         """
         while True:
             try:
-                held = self._admit(draft, context)
-                break
+                return self._admit(draft, context)
             except Denied as denied:
                 if denied.retry_after_s > SOON_S:
                     raise
                 await asyncio.sleep(denied.retry_after_s)
-        try:
-            return held, await self._call(held)
-        except BaseException as error:
-            self.leave(held, error)
-            raise
 
 
 def _opened(guards: ProcessGuards) -> EndpointPool:
     return EndpointPool(guards).open()
-
-
-def _tokens_to_reserve(pool: EndpointPool, held: HeldCall) -> float:
-    """Return the estimate of the prompt, and all of max_tokens."""
-    assert held.question is not None  # a model has been chosen before
-    ratio = pool.learned.of(held.question.model).prompt_ratio
-    return round(held.estimated * ratio * MARGIN + held.draft.max_tokens)
-
-
-def _cache_s(spec: JobSpec, held: HeldCall, answer: Answer) -> float:
-    """Return the seconds for which others find the answer; 0 if another model gave it."""
-    return spec.cache_ttl_s if answer.model == held.model else 0
 
 
 def _shaped(held: HeldCall, answer: Answer) -> set[Strategy]:
@@ -500,6 +423,7 @@ def _shaped(held: HeldCall, answer: Answer) -> set[Strategy]:
     applied = {
         Strategy.OTHER_MODEL: answer.model != held.model,
         Strategy.CUT_ANSWER: answer.finish == "length",
+        Strategy.FILTERED_ANSWER: answer.finish == "content_filter",
     }
     return {strategy for strategy, is_applied in applied.items() if is_applied}
 

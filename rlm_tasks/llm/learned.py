@@ -51,11 +51,12 @@ class Learned:
 
     def learning(self, model: str, estimated: float, max_tokens: float, answer: Answer) -> Call:
         """Return the call to Redis that adds one answer, to share a round trip with others."""
-        share = answer.completion_tokens / max_tokens
+        usage = answer.usage
+        share = (usage.completion_tokens or 0) / max_tokens
         sums = {
             "calls": 1,
             "estimated": estimated,
-            "prompt": answer.prompt_tokens,
+            "prompt": usage.prompt_tokens or 0,
             "share": share,
             "share2": share**2,
             "seconds": answer.latency_s,

@@ -7,6 +7,7 @@ that a user sends.
 from __future__ import annotations
 
 from resilience.errors import CallTimeout, RateLimited
+from rlm_tasks.llm.endpoint_pool import Bill
 from rlm_tasks.llm.wire.answers import Answer
 from rlm_tasks.llm.wire.errors import ProviderRefused, UnusableAnswer
 from rlm_tasks.metrics.declared import Counter, Histogram
@@ -17,7 +18,7 @@ LLM_CALLS = Counter(
     {
         "model": None,
         "endpoint": None,
-        "outcome": ("ok", "rate_limited", "timeout", "failed", "refused", "unusable"),
+        "outcome": ("ok", "rate_limited", "timeout", "failed", "refused", "unusable", "no_text"),
     },
 )
 LLM_SECONDS = Histogram(
@@ -52,20 +53,20 @@ OUTCOMES: dict[type, str] = {
 """The outcome of each error; any other is `failed`, such as an endpoint that is away."""
 
 
-def count_answer(model: str, endpoint: str, answer: Answer, money: float) -> None:
-    """Count a call that was answered, even if its answer is of no use."""
-    LLM_CALLS.inc(model=model, endpoint=endpoint, outcome="ok")
-    LLM_SECONDS.observe(answer.latency_s, model=model)
-    count_cost(model, answer.prompt_tokens, answer.completion_tokens, money)
-
-
-def count_failure(model: str, endpoint: str, error: BaseException | None) -> None:
-    """Count a call that was not answered."""
-    LLM_CALLS.inc(model=model, endpoint=endpoint, outcome=OUTCOMES.get(type(error), "failed"))
-
-
-def count_cost(model: str, prompt: float, completion: float, money: float) -> None:
-    """Count the tokens and the money that a job's budget is charged for a call."""
-    LLM_TOKENS.inc(prompt, model=model, kind="prompt")
-    LLM_TOKENS.inc(completion, model=model, kind="completion")
-    LLM_MONEY.inc(money, model=model)
+def count_end(
+    *,
+    model: str,
+    endpoint: str,
+    answer: Answer | None,
+    error: BaseException | None,
+    bill: Bill,
+) -> None:
+    """Count a call that has ended, by its answer or its error, and what a budget is charged."""
+    outcome = "ok" if answer is not None else OUTCOMES.get(type(error), "failed")
+    if answer is not None:
+        outcome = "no_text" if answer.fault else outcome
+        LLM_SECONDS.observe(answer.latency_s, model=model)
+    LLM_CALLS.inc(model=model, endpoint=endpoint, outcome=outcome)
+    LLM_TOKENS.inc(bill.prompt, model=model, kind="prompt")
+    LLM_TOKENS.inc(bill.completion, model=model, kind="completion")
+    LLM_MONEY.inc(bill.amounts.get("money", 0.0), model=model)

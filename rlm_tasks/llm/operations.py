@@ -20,7 +20,7 @@ from rlm_tasks.jobs.items import source_of
 from rlm_tasks.jobs.rounds import NextRound, Round
 from rlm_tasks.llm.draft import Draft, Message, tier_for
 from rlm_tasks.llm.forecast import by_item, merging, narrowing
-from rlm_tasks.llm.params import Ask, Map, MapReduce, Params, parsed
+from rlm_tasks.llm.params import Ask, Map, MapReduce, Params, Prompted, parsed
 from rlm_tasks.llm.wire.answers import estimated_tokens
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.context import Context
@@ -60,7 +60,7 @@ def _register(
         from rlm_tasks.llm.gate import BudgetSpent
 
         try:
-            return conclude(item, await context.entry.gate.reply(context))
+            return conclude(item, await context.entry.reply(context))
         except BudgetSpent as spent:
             if fallback is None or not spent.final:
                 raise
@@ -99,10 +99,14 @@ def _draft(
         tier=tier_for(params.tier, complexity),
         temperature=params.temperature,
         form=form,
+        samples=params.samples if isinstance(params, Map) else 1,
+        fails_filtered=params.filtered_answers == "fail",
     )
 
 
 def _plain(answer: Any) -> Any:
+    if isinstance(answer, list):
+        return [_plain(each) for each in answer]
     return answer.model_dump(mode="json") if isinstance(answer, BaseModel) else answer
 
 
@@ -130,7 +134,7 @@ def _checked(model: type[P], request: JobRequest, settings: Any) -> tuple[JobReq
 # --- llm.map ----------------------------------------------------------------------------------
 
 
-def _prompted(model: type[Map]) -> Compose:
+def _prompted(model: type[Prompted]) -> Compose:
     """Return the function that composes the draft of an item from the prompt of params."""
 
     def compose(item: Any, params: dict[str, Any], complexity: str) -> Draft:

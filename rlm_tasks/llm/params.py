@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, field_validator
 
@@ -36,6 +36,12 @@ class Params(Checked):
     max_tokens: int = Field(1024, ge=1, description="Most tokens of one answer.")
     temperature: float | None = Field(
         None, ge=0, le=2, description="Temperature of the model; empty: the provider's default."
+    )
+
+    filtered_answers: Literal["keep", "fail"] = Field(
+        "keep",
+        description="A text that a filter of the provider cut: `keep` uses it, and the receipt "
+        "counts it; `fail` fails the item.",
     )
 
     def fits(self, settings: LlmSettings, tier: Tier) -> None:
@@ -69,8 +75,8 @@ class Params(Checked):
             raise InvalidRequest("budget", {"money": budget["money"]}, why)
 
 
-class Map(Params):
-    """``llm.map``: a prompt for each item."""
+class Prompted(Params):
+    """A prompt for each item."""
 
     prompt: str = Field(
         min_length=1,
@@ -106,7 +112,19 @@ class Map(Params):
         return _replaced(self.prompt, {ITEM: text, **fields})
 
 
-class MapReduce(Map):
+class Map(Prompted):
+    """``llm.map``: a prompt for each item."""
+
+    samples: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="Answers to each prompt. Above 1 the output of an item is a list of answers, "
+        "each from a call of its own.",
+    )
+
+
+class MapReduce(Prompted):
     """``llm.map_reduce``: a prompt for each item, then merges until one answer is left."""
 
     merge_prompt: str = Field(

@@ -23,6 +23,8 @@ class ModelSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False)
     context_tokens: int = Field(128_000, gt=0)
     max_output_tokens: int = Field(16_384, gt=0)
     input_price: float = Field(0.0, ge=0)  # money for a million tokens of a prompt
+    # money for a million tokens of a prompt that the provider had in its cache; None: input_price
+    cached_price: float | None = Field(None, ge=0)
     output_price: float = Field(0.0, ge=0)  # money for a million tokens of an answer
     requests: float | None = Field(None, gt=0)  # in any window; None: `LlmSettings.requests`
     tokens: float | None = Field(None, gt=0)  # in any window; None: `LlmSettings.tokens`
@@ -66,13 +68,25 @@ class EndpointSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=Fal
 
 PRICES = {
     "gpt-4.1-nano": ModelSettings(
-        context_tokens=1_047_576, max_output_tokens=32_768, input_price=0.10, output_price=0.40
+        context_tokens=1_047_576,
+        max_output_tokens=32_768,
+        input_price=0.10,
+        cached_price=0.025,
+        output_price=0.40,
     ),
     "gpt-4.1-mini": ModelSettings(
-        context_tokens=1_047_576, max_output_tokens=32_768, input_price=0.40, output_price=1.60
+        context_tokens=1_047_576,
+        max_output_tokens=32_768,
+        input_price=0.40,
+        cached_price=0.10,
+        output_price=1.60,
     ),
     "gpt-4.1": ModelSettings(
-        context_tokens=1_047_576, max_output_tokens=32_768, input_price=2.00, output_price=8.00
+        context_tokens=1_047_576,
+        max_output_tokens=32_768,
+        input_price=2.00,
+        cached_price=0.50,
+        output_price=8.00,
     ),
 }
 """Limits and prices of the models of the default tiers, in US dollars, from the provider's list of
@@ -95,8 +109,9 @@ class LlmSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     models: dict[str, ModelSettings] = Field(
         {},
         description='Limits and prices of models, as JSON: name -> `{"context_tokens": 128000, '
-        '"max_output_tokens": 16384, "input_price": 0.4, "output_price": 1.6, '
-        '"requests": 3500, "tokens": 90000}`; prices are for a million tokens.',
+        '"max_output_tokens": 16384, "input_price": 0.4, "cached_price": 0.1, '
+        '"output_price": 1.6, "requests": 3500, "tokens": 90000}`; '
+        "prices are for a million tokens.",
     )
     requests: float = Field(
         3500.0, gt=0, description="Requests in any window, for each model and key."

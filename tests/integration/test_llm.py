@@ -280,7 +280,7 @@ def test_complexity_selects_the_tier_and_pressure_lowers_it(platform: Platform) 
 def test_identical_calls_are_made_once_and_cached_on_request(platform: Platform) -> None:
     same = {
         "items": ["7"] * 12,
-        "params": {"prompt": "SUM: {item}", "max_tokens": 20},
+        "params": {"prompt": "SUM: {item}", "max_tokens": 20, "temperature": 0},
         "timeout": 60,
     }
     platform.main.schedule({"kind": "slow", "every": 1, "seconds": 0.5})
@@ -301,6 +301,24 @@ def test_identical_calls_are_made_once_and_cached_on_request(platform: Platform)
     assert (once, twice, platform.calls()) == (1, 2, 3)
     assert kept[1].spent is not None
     assert kept[1].spent.spent.get("calls", 0) == 0
+
+
+def test_above_temperature_0_each_item_has_an_answer_of_its_own(platform: Platform) -> None:
+    asked = {"prompt": "SUM: {item}", "max_tokens": 20}
+
+    result = platform.client.execute(operation="llm.map", items=["7"] * 5, params=asked, timeout=60)
+    assert (result.output, platform.calls()) == (["7"] * 5, 5)
+
+    result = platform.client.execute(
+        operation="llm.map",
+        items=["7", "8"],
+        params={**asked, "samples": 3},
+        options={"budget": {"calls": 100}},
+        timeout=60,
+    )
+    assert (result.output, platform.calls()) == ([["7"] * 3, ["8"] * 3], 11)
+    assert result.spent is not None
+    assert result.spent.spent["calls"] == 6
 
 
 def test_the_receipt_lists_answers_that_were_cut(platform: Platform) -> None:

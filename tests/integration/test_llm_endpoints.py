@@ -19,7 +19,7 @@ from pydantic import SecretStr
 from resilience.errors import CallTimeout, Category, RateLimited, RlmError
 from resilience.faults import classify
 from rlm_tasks.llm.endpoint import Endpoint
-from rlm_tasks.llm.wire.answers import Answer, Question, estimated_prompt, estimated_tokens
+from rlm_tasks.llm.wire.answers import Answer, Question, TokenUsage, estimated_tokens
 from rlm_tasks.llm.wire.errors import ProviderDown, ProviderRefused, UnusableAnswer
 from rlm_tasks.llm.wire.rate_limit_headers import LimitState, RateLimitHeaders, rate_limits, seconds
 from rlm_tasks.settings.llm import EndpointSettings
@@ -113,7 +113,7 @@ def test_an_answer_has_its_text_its_cost_and_its_time(provider: Running, stream:
 
     assert answer.text == WORDS
     assert answer.finish == "stop"
-    assert (answer.prompt_tokens, answer.completion_tokens) == (
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (
         estimated_tokens(PROMPT),
         estimated_tokens(WORDS),
     )
@@ -121,8 +121,8 @@ def test_an_answer_has_its_text_its_cost_and_its_time(provider: Running, stream:
     assert answer.latency_s > 0.008
     seen = provider.report()
     assert (seen["prompt_tokens"], seen["completion_tokens"]) == (
-        answer.prompt_tokens,
-        answer.completion_tokens,
+        answer.usage.prompt_tokens,
+        answer.usage.completion_tokens,
     )
 
 
@@ -130,7 +130,7 @@ def test_an_answer_has_its_text_its_cost_and_its_time(provider: Running, stream:
 def test_a_cut_answer_has_the_finish_reason_length(provider: Running, stream: bool) -> None:
     answer = asked(provider.base_url, question(max_tokens=3), stream=stream)
 
-    assert (answer.text, answer.finish, answer.completion_tokens) == (WORDS[:12], "length", 3)
+    assert (answer.text, answer.finish, answer.usage.completion_tokens) == (WORDS[:12], "length", 3)
 
 
 def test_a_question_sends_its_schema_and_the_endpoints_model_name(provider: Running) -> None:
@@ -493,7 +493,7 @@ def answered_with(body: str, *, stream: bool = False) -> Answer | Exception:
 
 
 @pytest.mark.parametrize("usage", ["", ',"usage":null', ',"usage":{}'])
-def test_missing_usage_is_estimated(usage: str) -> None:
+def test_missing_usage_is_told_as_missing(usage: str) -> None:
     whole = '{"choices":[{"message":{"content":"forty-two!"}}]' + usage + "}"
     part = '{"choices":[{"delta":{"content":"forty-two!"},"finish_reason":"stop"}]' + usage + "}"
 
@@ -503,10 +503,7 @@ def test_missing_usage_is_estimated(usage: str) -> None:
     ):
         assert isinstance(answer, Answer)
         assert (answer.text, answer.finish) == ("forty-two!", "stop")
-        assert (answer.prompt_tokens, answer.completion_tokens) == (
-            estimated_prompt(question().messages),
-            3,
-        )
+        assert answer.usage == TokenUsage()
 
 
 @pytest.mark.parametrize(
@@ -517,10 +514,8 @@ def test_missing_usage_is_estimated(usage: str) -> None:
         "[]",
         '{"error":{"message":"Ada"}}',
         '{"choices":null}',
-        '{"choices":[{"message":null}]}',
-        '{"choices":[{"message":{"content":null}}]}',
-        '{"choices":[{"message":{"content":["Ada"]}}]}',
-        '{"choices":[{"message":{"content":"Ada"}}],"usage":{"prompt_tokens":"many"}}',
+        '{"choices":[]}',
+        '{"choices":["Ada"]}',
     ],
 )
 def test_a_body_that_is_no_answer_is_unusable(body: str) -> None:
@@ -537,7 +532,6 @@ def test_a_body_that_is_no_answer_is_unusable(body: str) -> None:
         "data: [DONE]\n\n",
         'data: {"choices":[{"delta":{"content":"Ada"}}]}\n\n',  # it has no end
         'data: {"choices":[{"delta":{"content":"Ada"}}]}\n\ndata: [DONE]\n\n',
-        'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n',
         'data: {"choices":[{"delta":"Ada"}]}\n\n',
         'data: {"choices":7}\n\n',
         "data: 7\n\n",
@@ -550,6 +544,57 @@ def test_a_stream_that_is_no_answer_is_unusable(body: str) -> None:
 
     assert isinstance(error, UnusableAnswer)
     assert "Ada" not in str(error)
+
+
+PARTS = '[{"type":"thinking","thinking":"Ada"},{"type":"text","text":"so"},{"text":" it is"}]'
+LOOSE: list[tuple[str, str, str, str]] = [  # message, finish reason, text, fault
+    ("null", "stop", "", "ANSWER_EMPTY"),
+    ('{"content":null}', "stop", "", "ANSWER_EMPTY"),
+    ('{"content":" \\n"}', "stop", " \n", "ANSWER_EMPTY"),
+    ('{"content":"","reasoning_content":"Ada"}', "length", "", "ANSWER_EMPTY"),
+    ('{"content":null,"refusal":"Ada"}', "stop", "", "REFUSED"),
+    ('{"content":[{"type":"refusal","refusal":"Ada"}]}', "stop", "", "REFUSED"),
+    ('{"content":""}', "refusal", "", "REFUSED"),
+    ('{"content":""}', "content_filter", "", "CONTENT_FILTERED"),
+    ('{"content":""}', "SAFETY", "", "CONTENT_FILTERED"),
+    ('{"tool_calls":[{"id":"1"}]}', "tool_calls", "", "TOOL_CALL"),
+    ('{"content":null,"function_call":{"name":"f"}}', "stop", "", "TOOL_CALL"),
+    ('{"content":["so"," it is"]}', "stop", "so it is", ""),
+    (f'{{"content":{PARTS}}}', "stop", "so it is", ""),
+    ('{"content":{"type":"text","text":"so"}}', "stop", "so", ""),
+    ('{"content":"so \\ud83d","tool_calls":[]}', "stop", "so \ufffd", ""),
+    ('{"content":"\\ud83d\\ude00","logprobs":NaN}', "stop", "\U0001f600", ""),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("message", "finish", "text", "fault"), LOOSE)
+def test_a_text_is_found_in_any_form_and_its_lack_has_a_code(
+    message: str, finish: str, text: str, fault: str, stream: bool
+) -> None:
+    name = "delta" if stream else "message"
+    body = f'{{"choices":[{{"{name}":{message},"finish_reason":"{finish}"}}]}}'
+
+    answer = answered_with(f"data: {body}\n\n" if stream else f"\ufeff{body}", stream=stream)
+
+    assert isinstance(answer, Answer)
+    assert (answer.text, answer.fault) == (text, fault)
+
+
+def test_a_whole_body_in_place_of_a_stream_is_read_and_events_in_place_of_a_body() -> None:
+    whole = '{"choices":[{"message":{"content":"so"},"finish_reason":"stop"}]}'
+    events = (
+        'data: {"choices":[{"delta":{"role":"assistant"}}]}\r\n\r\n: still here\r\n\r\n'
+        'data: {"choices":null}\r\n\r\ndata: {"choices":[{"delta":null}]}\r\n\r\n'
+        'data: {"choices":[{"delta":{"content":"so"},"finish_reason":"stop"}]}\r\n\r\n'
+        'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":1}}'
+    )
+
+    for body, stream in ((whole, True), (f"\n\n{whole}", True), (events, False), (events, True)):
+        answer = answered_with(body, stream=stream)
+        assert isinstance(answer, Answer)
+        assert (answer.text, answer.finish) == ("so", "stop")
+        assert answer.usage.prompt_tokens == (7 if body is events else None)
 
 
 # --- processes --------------------------------------------------------------------------------

@@ -8,12 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from resilience.faults import retry_after_s
-
-if TYPE_CHECKING:
-    from openai import APIStatusError
+from resilience.faults import asked_wait_s
 
 DEFAULT_WAIT_S = 1.0
 """The wait after a 429 without a retry time."""
@@ -70,10 +66,10 @@ def _number(text: str) -> float | None:
     return float(text) if re.fullmatch(r"\s*\d{1,12}(\.\d{1,9})?\s*", text) else None
 
 
-def wait_s(error: APIStatusError) -> float:
+def wait_s(headers: Mapping[str, str]) -> float:
     """Return the seconds to wait after a 429, from its headers."""
-    limits = rate_limits(error.response.headers)
+    limits = rate_limits(headers)
     spent = [
         each.reset_s or 0.0 for each in (limits.requests, limits.tokens) if each.remaining == 0
     ]
-    return retry_after_s(error) or max(spent, default=0.0) or DEFAULT_WAIT_S
+    return asked_wait_s(headers) or max(spent, default=0.0) or DEFAULT_WAIT_S

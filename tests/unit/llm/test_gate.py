@@ -18,7 +18,7 @@ from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.jobs.stored_items import RangeSource
 from rlm_tasks.llm.gate import BudgetSpent, Gate, HeldCall
-from rlm_tasks.llm.wire.answers import Answer
+from rlm_tasks.llm.wire.answers import Answer, TokenUsage
 from rlm_tasks.llm.wire.errors import ProviderDown, UnusableAnswer
 from rlm_tasks.llm.wire.rate_limit_headers import LimitState, RateLimitHeaders
 from rlm_tasks.operations import registry
@@ -31,7 +31,8 @@ __all__ = ["world"]
 
 registry.import_operations(())
 MODEL = "gpt-4.1-mini"
-ANSWER = Answer(MODEL, "so", 10, 5, "stop", RateLimitHeaders(LimitState(), LimitState()), 0.5)
+UNSAID = RateLimitHeaders(LimitState(), LimitState())
+ANSWER = Answer(MODEL, "so", "stop", UNSAID, 0.5, TokenUsage(10, 5))
 
 
 class JobGate:
@@ -69,7 +70,8 @@ class JobGate:
         self.guards.budgets.open(spec, last=True)
         found = registry.get("llm.map").gate(self.guards, registry.get("llm.map"), spec)  # type: ignore[misc]  # llm.map has a gate
         assert isinstance(found, Gate)
-        self.gate, self.params = found, {"prompt": "Say {item}", "max_tokens": 100}
+        self.gate = found
+        self.params: dict[str, Any] = {"prompt": "Say {item}", "max_tokens": 100}
         self.provider = found._pool
 
     def enter(self, index: int = 0, item: str = "") -> HeldCall:
@@ -186,6 +188,7 @@ def test_a_call_that_shares_an_answer_caches_it_only_for_the_same_model(
     world: World, model: str, found: str
 ) -> None:
     makes, waits = JobGate(world, {}), JobGate(world, {}, cache_ttl_s=60)
+    makes.params["temperature"] = waits.params["temperature"] = 0
     first = makes.enter(0, "the same")
     second = waits.enter(1, "the same")
     assert second.flight.state == "others"
@@ -221,7 +224,10 @@ def test_an_outage_does_not_stop_a_job_that_cannot_pay_a_larger_model(world: Wor
             CallTimeout("endpoint one", 60),
             104,
         ),  # the provider may have answered: the reserved amount counts
-        (UnusableAnswer("one", "it is empty"), 4),  # the prompt counts
+        (UnusableAnswer("one", "it is cut"), 104),
+        (UnusableAnswer("one", "it has no choice", TokenUsage(9, 40)), 49),
+        (UnusableAnswer("one", "it has no choice", TokenUsage(None, 40)), 44),
+        (ProviderDown("one", "answers 504", sent=True), 4),  # the prompt counts
         (ProviderDown("one", "answers 500"), 0),
         (RateLimited("endpoint one", 1.0, "the provider answered 429"), 0),
     ],
