@@ -1,8 +1,8 @@
 """A question to a model, and the answer with its usage, read from any provider's response.
 
 `llm.endpoint` reads whole bodies with `read_whole` and streams with `read_stream`; the gate settles
-an `Answer`.  Providers differ in small things, and none of them must cost a paid answer: content in
-parts, usage as text, missing fields, a whole body in place of a stream.
+an `Answer`.  Providers differ in small things, and none of them must cost a paid answer.  So the
+reading takes content in parts, usage as text, missing fields, a whole body in place of a stream.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def estimated_prompt(messages: Iterable[Mapping[str, str]]) -> int:
     return sum(estimated_tokens(message["content"]) for message in messages)
 
 
-# --- what a response holds --------------------------------------------------------------------
+# --- the parts of a response ------------------------------------------------------------------
 
 
 @dataclass(slots=True)
