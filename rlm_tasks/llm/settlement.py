@@ -172,8 +172,9 @@ class Settlement:
 
 def _fault_of_endpoint(error: BaseException | None) -> BaseException | None:
     """Return the error that the breaker of an endpoint counts; None if the endpoint answered."""
-    answered = isinstance(error, ProviderRefused) and error.category is Category.VALIDATION
-    return None if answered else error
+    if not isinstance(error, ProviderRefused) or not error.status:  # 0: nothing was sent
+        return error
+    return None if error.category is Category.VALIDATION else error
 
 
 def _cache_s(spec: JobSpec, held: HeldCall, answer: Answer) -> float:

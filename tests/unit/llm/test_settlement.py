@@ -145,3 +145,27 @@ def test_cached_tokens_have_their_own_price_and_a_stated_price_is_believed(world
     assert cached.amounts["money"] == pytest.approx((16 * 0.4 + 9984 * 0.1) / 1e6)
     stated = pool.bill(MODEL, TokenUsage(10, 10, money=0.25), most)
     assert stated.amounts == {"calls": 1, "tokens": 20, "money": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("status", "category", "state"),
+    [
+        (400, Category.VALIDATION, "closed"),  # the endpoint has answered
+        (0, Category.VALIDATION, "half-open"),  # nothing was sent
+        (401, Category.AUTH, "half-open"),
+    ],
+)
+def test_a_refused_question_counts_as_a_success_of_the_breaker(
+    world: World, status: int, category: Category, state: str
+) -> None:
+    job_gate = JobGate(world, {})
+    breaker = job_gate.provider.breaker("one")
+    assert breaker is not None
+    breaker.open()
+    world.sleep(31)
+
+    for index in range(3):  # as many probes as close it
+        refused = ProviderRefused("one", category, "CONTEXT_LENGTH_EXCEEDED", "no", status)
+        job_gate.gate.leave(job_gate.enter(index), refused)
+
+    assert breaker.status()["state"] == state
