@@ -32,10 +32,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from rlm_tasks.llm.wire.answers import estimated_prompt
-from rlm_tasks.llm.wire.answers import (
-    estimated_tokens as tokens,  # so the platform's estimates are exact
-)
+from rlm_tasks.testing.tokenizer import TOKENIZERS, Tokenizer
 
 MOST_BYTES = 64 * 2**20
 """Bytes of the longest accepted request."""
@@ -44,7 +41,12 @@ MOST_BYTES = 64 * 2**20
 
 
 class Model:
-    """The answers, by `behaviour`: "echo" repeats the last message, "reader" answers from its text.
+    """The answers, by `behaviour`.
+
+    - "echo" repeats the last message.
+    - "reader" answers from its text.
+    - "writer" is a reader, but it answers ``in <number> words`` where the text asks for that.  The
+      number varies as lengths of real answers do.  Nine of ten forms are right the first time.
 
     A reader looks for the first of these in the text:
 
@@ -66,16 +68,16 @@ class Model:
         self, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any] | None = None
     ) -> str:
         """Return the answer to messages; with a `schema` of one property, an object that has it."""
+        again = any(each.get("role") == "assistant" for each in messages)
         if self._behaviour == "echo":
             text = f"echo: {messages[-1]['content']}"
         else:
-            text = _read(
-                next(
-                    (each["content"] for each in reversed(messages) if each.get("role") == "user"),
-                    "",
-                )
-            )
-        again = any(each.get("role") == "assistant" for each in messages)
+            prompts = [each["content"] for each in messages if each.get("role") == "user"] or [""]
+            text = _read(prompts[-1])
+            if self._behaviour == "writer":
+                random = Random(prompts[0])
+                text = _written(prompts[0], text, random)
+                again = again or random.random() < 0.9
         return text if schema is None else _shaped(text, schema, again=again)
 
 
@@ -98,6 +100,15 @@ def _read(text: str) -> str:
     if "SUM:" in text:
         return str(sum(int(each) for each in re.findall(r"-?\d+", text.partition("SUM:")[2])))
     return " ".join(text.split()[:12])
+
+
+def _written(prompt: str, text: str, random: Random) -> str:
+    """Return words of a prompt, about as many as it asks for; else the text."""
+    asked = re.search(r"\bin (?:about )?(\d+) words?\b", prompt)
+    if asked is None:
+        return text
+    count, words = round(int(asked[1]) * random.lognormvariate(-0.08, 0.4)), prompt.split()
+    return " ".join(random.choices(words, k=max(1, count)))
 
 
 def _search_answer(wanted: set[str], passages: Mapping[int, str]) -> str:
@@ -130,11 +141,6 @@ def _shaped(text: str, schema: Mapping[str, Any], *, again: bool) -> str:
         convert = {"string": str, "integer": int, "number": float}[about["type"]]
         return msgspec.json.encode({name: convert(text)}).decode()
     return text
-
-
-def cut(text: str, most: int) -> str:
-    """Return the first `most` tokens of a text."""
-    return text.encode()[: 4 * most].decode(errors="ignore")
 
 
 # --- its limits -------------------------------------------------------------------------------
@@ -472,6 +478,7 @@ class FakeProvider:
         model: Model,
         schedule: Sequence[Rule],
         latency_s: float,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self._new_window, self._model, self._schedule, self._latency_s = (
             new_window,
@@ -479,6 +486,7 @@ class FakeProvider:
             schedule,
             latency_s,
         )
+        self._tokenizer = tokenizer or TOKENIZERS["bytes"]()
         self._window, self._counts, self._random = new_window(), Counts(), Random(1)
         self._in_flight = self._connections = 0
         self._routes = {
@@ -538,7 +546,7 @@ class FakeProvider:
 
     async def _complete(self, request: Request, connection: Connection) -> None:
         chat = msgspec.json.decode(request.body, type=ChatRequest)
-        prompt = estimated_prompt(chat.messages)
+        prompt = self._tokenizer.prompt(chat.messages, chat.schema)
         counts = self._counts
         counts.requests += 1
         counts.prompts[chat.digest] += 0
@@ -589,11 +597,12 @@ class FakeProvider:
         pause_s: float,
     ) -> None:
         whole = self._model.answer(chat.messages, chat.schema)
-        text = cut(whole, chat.max_tokens)
+        text = self._tokenizer.cut(whole, chat.max_tokens)
+        completion = self._tokenizer.count(text)
         usage = {
             "prompt_tokens": prompt,
-            "completion_tokens": tokens(text),
-            "total_tokens": prompt + tokens(text),
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
         }
         self._window.settle(entry, usage["total_tokens"])
         spent = self._counts.by_model.setdefault(chat.model, Spent())
@@ -754,6 +763,7 @@ async def _run(options: argparse.Namespace) -> None:
         Model(options.model_behaviour),
         options.schedule,
         options.latency,
+        TOKENIZERS[options.tokenizer](),
     )
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for each in (signal.SIGTERM, signal.SIGINT):
@@ -795,7 +805,17 @@ def _main() -> None:
         help='failures, as JSON: [{"kind": "500", "every": 9}]',
     )
     options.add_argument(
-        "--model-behaviour", choices=["reader", "echo"], default="reader", help="kind of answers"
+        "--model-behaviour",
+        choices=["reader", "writer", "echo"],
+        default="reader",
+        help="kind of answers",
+    )
+    options.add_argument(
+        "--tokenizer",
+        choices=list(TOKENIZERS),
+        default="bytes",
+        help="bytes: four bytes are a token, as the platform estimates; pieces: about as real "
+        "models count",
     )
     options.add_argument("--stdin", action="store_true", help="end when stdin is closed")
     asyncio.run(_run(options.parse_args()))

@@ -7,7 +7,8 @@ from random import Random
 
 import pytest
 
-from rlm_tasks.testing.fake_provider import Model, Rule, Window, cut, tokens
+from rlm_tasks.testing.fake_provider import Model, Rule, Window
+from rlm_tasks.testing.tokenizer import Bytes, Pieces
 
 TEXT = """You read passages.
 QUESTION: Which method removes whitespace from strings?
@@ -74,9 +75,43 @@ def test_an_answer_that_is_an_object_ignores_the_schema() -> None:
 
 
 def test_a_token_is_four_bytes_and_no_character_is_split() -> None:
-    assert [tokens("x" * length) for length in (0, 1, 4, 5)] == [0, 1, 1, 2]
-    assert tokens("\u00e9" * 4) == 2
-    assert cut("abc\u00e9def", 1) == "abc"
+    assert [Bytes().count("x" * length) for length in (0, 1, 4, 5)] == [0, 1, 1, 2]
+    assert Bytes().count("\u00e9" * 4) == 2
+    assert Bytes().cut("abc\u00e9def", 1) == "abc"
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("", 0),
+        ("It is warm today.", 5),
+        ("internationalization", 5),
+        ("x = 12345", 5),
+        ("def f():\n        return 1", 7),
+        ("\u0445\u043e\u0440\u043e\u0448\u043e", 2),  # Russian: six letters
+        ("\u65e5\u672c\u8a9e", 3),  # Japanese: three signs
+    ],
+)
+def test_pieces_count_words_digits_and_signs_about_as_models_do(text: str, tokens: int) -> None:
+    assert Pieces().count(text) == tokens
+    assert Pieces().cut(text, tokens) == text
+    assert Pieces().count(Pieces().cut(text, 2)) <= 2
+
+
+def test_pieces_count_a_few_tokens_for_each_message_and_the_schema() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+
+    assert Pieces().prompt(messages, None) == 3 + (4 + 3) + (4 + 1)
+    assert Pieces().prompt(messages, {"type": "object"}) > Pieces().prompt(messages, None)
+    assert Bytes().prompt(messages, {"type": "object"}) == Bytes().prompt(messages, None)
+
+
+def test_a_writer_answers_in_about_the_number_of_words_asked_for() -> None:
+    answers = [answer(f"Sum up text {n} in about 30 words: a b c", "writer") for n in range(200)]
+
+    lengths = [len(each.split()) for each in answers]
+    assert 27 < sum(lengths) / 200 < 33
+    assert min(lengths) < 20 < 45 < max(lengths)
 
 
 def test_a_window_admits_requests_up_to_its_limits() -> None:
