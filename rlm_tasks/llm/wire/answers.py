@@ -280,8 +280,8 @@ def read_whole(body: bytes) -> Received:
     if start.startswith((b"data:", b"event:", b": ")):
         for event in _events_in(body):
             received.add(event)
-    else:
-        received.add(parsed(body))
+        return _finished(received)
+    received.add(parsed(body))
     if not received.has_choice:
         raise BodyWithoutAnswer("it has no choice", usage=received.usage)
     return received
@@ -302,6 +302,11 @@ async def read_stream(chunks: AsyncIterable[bytes]) -> Received:
             other.append(line)
     if not received.has_choice and b"".join(other).lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
         return read_whole(b"\n".join(other))
+    return _finished(received)
+
+
+def _finished(received: Received) -> Received:
+    """Return the answer of a stream.  Raises BodyWithoutAnswer if the stream has no end."""
     if not received.finish:
         raise BodyWithoutAnswer("it ended before it was finished", usage=received.usage)
     return received
