@@ -13,16 +13,18 @@ uses its `LocalShare`.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from resilience.bulkhead import URGENCY
+from resilience.bulkhead import IN_LINE, URGENCY, Wake
 from resilience.errors import (
     InvalidValue,
     NeverSatisfiable,
+    RateLimited,
     StoreUnavailable,
     refuse_unless_name,
     refuse_unless_positive,
@@ -37,13 +39,18 @@ GUARD_SHARE, GUARD_S = 0.005, 0.3
 
 Requests take different times on their way to the provider.
 """
+HOLD_MOST_S = 600.0
+"""The longest pause that a provider gets; then the next caller asks it again."""
+LINE_FROM_S = 5.0
+"""During a pause of at least this time, waiters stand in a line that `release` wakes."""
 KEEP_S = 600.0
 """The time for which a grant can be settled, and its id repeated."""
 
-_TAKE, _SETTLE, _HOLD, _LOOK = (
+_TAKE, _SETTLE, _HOLD, _RELEASE, _LOOK = (
     Script.load("resilience", f"bucket_{verb}", prelude="bucket")
-    for verb in ("take", "settle", "hold", "look")
+    for verb in ("take", "settle", "hold", "release", "look")
 )
+_STAND = Script.load("resilience", "bucket_stand")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +102,7 @@ class Grant:
     wait_s: float  # granted: time until it may be used; denied: time until it would be granted
     at: float = 0.0  # time from which it may be used: seconds since 1970 of the server's clock
     limited_by: str = ""  # the limit that denies or delays it
+    held_until: float = 0.0  # denied by a pause of the provider until then: seconds since 1970
     id: str = ""
     _settle: Callable[[Mapping[str, float]], bool] = field(default=lambda _: False, repr=False)
 
@@ -145,10 +153,12 @@ class TokenBucket:
         *,
         scoped: Mapping[str, Rate] | None = None,
         guard_s: float | None = None,
+        hold_most_s: float = HOLD_MOST_S,
         sleep: Callable[[float], None] = time.sleep,
         **rates: Rate,
     ) -> None:
         refuse_unless_name("name", name)
+        refuse_unless_positive("hold_most_s", hold_most_s)
         if rates or not scoped:
             check_rates(rates, "rates")
         if scoped:
@@ -156,6 +166,7 @@ class TokenBucket:
         self.name, self.rates, self.scoped = name, rates, dict(scoped or {})
         self._store = store or default_store()
         self._keys, self._guard_s, self._sleep = Keys(self._store.namespace), guard_s, sleep
+        self._hold_most_s, self._line = hold_most_s, self._keys.bucket(name, "", ())[2]
         self._taker = f"{os.uname().nodename}:{secrets.token_hex(4)}"
         self._takers = 1
         self._shares: dict[tuple[str, str], LocalShare] = {}
@@ -294,7 +305,7 @@ class TokenBucket:
                 f"[{','.join([repr(float(number)) for number in numbers])},{owed},{hold_us}]"
             )
         try:
-            [[granted, wait, at, leased, takers]] = self._store.call(
+            [[granted, wait, at, extra, takers]] = self._store.call(
                 self._call(_TAKE, limits, id, *args), on_outage="patient"
             )
         except StoreUnavailable:
@@ -304,7 +315,8 @@ class TokenBucket:
         for each in limits:
             self._shares.pop(each.key, None)
         if not granted:
-            return Grant(False, int(wait) / 1e6, limited_by=limits[int(at) - 1].name), 0.0
+            by = limits[int(at) - 1].name
+            return Grant(False, int(wait) / 1e6, limited_by=by, held_until=int(extra) / 1e6), 0.0
         return Grant(
             granted=True,
             wait_s=int(wait) / 1e6,
@@ -312,7 +324,7 @@ class TokenBucket:
             limited_by="",
             id=id,
             _settle=lambda used: self._settle(limits, id, used),
-        ), float(leased)
+        ), float(extra)
 
     def _limits(self, amounts: Mapping[str, float], scope: str) -> list[_Limit]:
         unknown = [name for name in amounts if name not in self.rates and name not in self.scoped]
@@ -372,17 +384,59 @@ class TokenBucket:
     def hold(self, retry_after_s: float, *, scope: str = "") -> None:
         """Deny all callers for the seconds that a provider asked for, in every process.
 
-        A hold that is shorter than the current one changes nothing.
+        It lasts `hold_most_s` at most.  A hold that is shorter than the current one changes
+        nothing.
         """
+        hold_s = min(retry_after_s, self._hold_most_s)
         names = dict.fromkeys(self.scoped if scope else self.rates, 0.0)
         try:
             self._store.call(
-                self._call(_HOLD, self._limits(names, scope), "", int(retry_after_s * 1e6)),
+                self._call(_HOLD, self._limits(names, scope), "", int(hold_s * 1e6)),
                 on_outage="patient",
             )
         except StoreUnavailable:
             for each in self._limits(names, scope):
-                self._share(each).hold(retry_after_s)
+                self._share(each).hold(hold_s)
+
+    def release(self, wake: Wake = lambda _: None) -> float:
+        """End the pause that a provider asked for, and wake the waiters in its line.
+
+        Returns its rest in seconds, 0 without a pause.  Raises StoreUnavailable.
+        """
+        limits = self._limits(dict.fromkeys(self.rates, 0.0), "")
+        [[rest_us, *waiters]] = self._store.call(
+            self._call(_RELEASE, limits, ""), on_outage="patient"
+        )
+        wake([each.decode() for each in waiters])
+        return int(rest_us) / 1e6
+
+    # --- waiting -------------------------------------------------------------------------------
+
+    def denied(self, grant: Grant, why: str, *, waiter: str = "", urgency: int = 0) -> RateLimited:
+        """Return the error for a denied grant.
+
+        During a longer pause of the provider a `waiter` stands in the line that `release` wakes.
+        """
+        noted = False
+        if grant.held_until:
+            until = time.strftime("%H:%M:%S", time.gmtime(math.ceil(grant.held_until)))
+            why = f"its provider asked for a pause until {until} UTC"
+            if waiter and grant.wait_s >= LINE_FROM_S:
+                noted = self._stand(waiter, urgency, grant.wait_s)
+        return RateLimited(f"bucket {self.name}", grant.wait_s, why, noted=noted)
+
+    def _stand(self, waiter: str, urgency: int, wait_s: float) -> bool:
+        """Let a waiter stand in the line of a pause; return whether it does."""
+        keep_ms = int(1000 * (wait_s + LINE_FROM_S))
+        try:
+            self._store.call(Call(_STAND, (self._line,), (waiter, urgency, keep_ms)))
+        except StoreUnavailable:
+            return False
+        return True
+
+    def waits(self, waiter: str) -> Call:
+        """Return the call that answers whether a waiter still stands in the line of a pause."""
+        return Call(IN_LINE, (self._line,), (waiter,))
 
     def status(self, scope: str = "") -> dict[str, dict[str, float]]:
         """Return limit -> ``level``, ``capacity``, ``used`` in its last window, ``limit``,

@@ -10,8 +10,10 @@ import asyncio
 import email.utils
 import math
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC
 from typing import Any
 
 from resilience.errors import (
@@ -197,30 +199,56 @@ def _status(error: BaseException) -> int:
 def retry_after_s(error: BaseException) -> float | None:
     """Return the seconds after which the service allows the next call, or None if it does not say.
 
-    Its headers, or those of its response, are read by `asked_wait_s`.
+    `asked_wait_s` reads the headers of the error or of its response.
     """
     return asked_wait_s(_headers(error))
 
 
-def asked_wait_s(headers: Mapping[str, str]) -> float | None:
+FIRST_POINT_S = 1e9
+"""A number of seconds from here on is a point in time: seconds since 1970, as of 2001."""
+
+
+def asked_wait_s(headers: Mapping[str, str], now: float | None = None) -> float | None:
     """Return the wait in seconds that headers ask for, or None if they ask for none.
 
-    Reads the headers ``retry-after-ms`` and ``Retry-After``.  The latter is a number of seconds or
-    a date (RFC 9110, 10.2.3).  A date is compared with the response's own ``Date``, so the clock of
-    this machine does not matter.
+    Reads the headers ``retry-after-ms`` and ``Retry-After``, by their lower-case names.  The latter
+    is a number of seconds or a date (RFC 9110, 10.2.3); some services send a point in time.  A date
+    is compared with the response's own ``Date``, so the clock of this machine does not matter.
+    Without that it is compared with `now`, in seconds since 1970, by default the time of this
+    machine.
     """
+    at = time_of(headers, time.time() if now is None else now)
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name, "").strip()
-        if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value):
-            return float(value) * unit
+        if re.fullmatch(r"\d{1,16}(\.\d{1,9})?", value):
+            return from_now_s(float(value) * unit, at)
+    then = _date(headers.get("retry-after", ""))
+    return None if then is None else max(0.0, then - at)
+
+
+def time_of(headers: Mapping[str, str], now: float) -> float:
+    """Return the time of a response in seconds since 1970: its ``Date``, or else `now`."""
+    sent = _date(headers.get("date", ""))
+    return now if sent is None else sent
+
+
+def from_now_s(value: float, now: float) -> float:
+    """Return a number of seconds as a length.
+
+    From 1e9 on it is a point in time in seconds since 1970, from 1e12 on in milliseconds.
+    """
+    if value < FIRST_POINT_S:
+        return value
+    return max(0.0, (value / 1000 if value >= 1000 * FIRST_POINT_S else value) - now)
+
+
+def _date(text: str) -> float | None:
+    """Return a date of HTTP in seconds since 1970; None for other texts."""
     try:
-        then, now = (
-            email.utils.parsedate_to_datetime(headers.get(name, ""))
-            for name in ("retry-after", "date")
-        )
-        return max(0.0, (then - now).total_seconds())
+        date = email.utils.parsedate_to_datetime(text)
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
     except (ValueError, TypeError, OverflowError):
-        return None  # no such header, or not a number or a date
+        return None
 
 
 def _headers(error: BaseException) -> Mapping[str, str]:

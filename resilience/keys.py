@@ -122,6 +122,7 @@ class Keys:
 
         - the amounts of one grant, until it is settled or expires: HASH
         - the processes that take from the bucket: ZSET process -> us
+        - the waiters during a pause: ZSET waiter -> urgency
         - each limit: HASH level, time, hold, the cells of its window
 
         A limit is a unit and a scope; "" is no scope.
@@ -131,6 +132,7 @@ class Keys:
         return (
             f"{tagged}grant:{grant}",
             tagged + "takers",
+            tagged + "line",
             *(tagged + limit for limit in named),
         )
 

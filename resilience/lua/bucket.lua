@@ -1,5 +1,6 @@
 -- uses: clock
--- The shared steps of a bucket's limits.  KEYS: grant, takers, then one hash for each limit.
+-- The shared steps of a bucket's limits.  KEYS: grant, takers, line of waiters
+-- during a pause, then one hash for each limit.
 --
 -- A limit's hash:
 -- - v      level of the pacing bucket at time t (negative: booked ahead)

@@ -7,8 +7,8 @@ if #about == 0 then return 0 end
 call('DEL', KEYS[1])
 local taken = {}
 for i = 1, #about, 2 do taken[about[i]] = tonumber(about[i + 1]) end
-for i = 3, #KEYS do
-  local n, real = i - 2, tonumber(ARGV[2 * (i - 2)])
+for i = 4, #KEYS do
+  local n, real = i - 3, tonumber(ARGV[2 * (i - 3)])
   local v = call('HGET', KEYS[i], 'v')
   -- A limit that has expired is not created here: it would never expire.
   if v and real and real > 0 and (taken['a' .. n] or 0) > 0 then

@@ -3,7 +3,8 @@
 -- the waiter would take the amounts, most to lease.  Then JSON for each limit: limit, window,
 -- capacity, guard, amount, amount that this priority must leave, amounts taken in the last window
 -- while Redis was away ([age, amount] ...), microseconds of a hold that was set meanwhile.
--- Returns {1, wait, at, leased, takers} or {0, wait, number of the limit that denies, 0, takers}.
+-- Returns {1, wait, at, leased, takers} or {0, wait, number of the limit that denies, end of the
+-- provider's pause, takers}; the end is 0 if something else denies it longer.
 
 -- A waiter takes up to the refill of TURN at once, so that few waiters are woken for little.  It
 -- takes at most SHARE of a full bucket, so that the bucket does not overflow when it comes late.
@@ -30,8 +31,8 @@ local takers = call('ZCARD', KEYS[2])
 local taken = call('HGET', KEYS[1], 'at')
 if taken then return {1, math.max(0, tonumber(taken) - now), tonumber(taken), 0, takers} end
 
-for i = 3, #KEYS do
-  local a = cjson.decode(ARGV[4 + i])
+for i = 4, #KEYS do
+  local a = cjson.decode(ARGV[3 + i])
   local b = read(KEYS[i], a[1], a[2], a[3], a[4])
   if b.full > LATE then call('HDEL', b.key, unpack(LINES)) end
   b.amount, b.left = a[5], a[6]
@@ -54,10 +55,11 @@ for i = 3, #KEYS do
     end
   end
   local mine = needs(b, b.amount)
-  if mine > wait then wait, binding = mine, i - 2 end
+  if mine > wait then wait, binding = mine, i - 3 end
   limits[#limits + 1] = b
 end
 -- One microsecond more than computed, so that rounding does not deny it again.
+local asked = wait
 if wait > 0 then wait = math.ceil(wait) + 1 end
 
 if wait > tonumber(ARGV[3]) then
@@ -85,7 +87,8 @@ if wait > tonumber(ARGV[3]) then
       wait = math.ceil(mine - now)
     end
   end
-  return {0, wait, binding, 0, takers}
+  local hold = limits[binding].hold
+  return {0, wait, binding, hold > now and hold - now >= asked and hold or 0, takers}
 end
 
 local at, leased = now + wait, 0

@@ -209,14 +209,16 @@ def reset(ctx: click.Context, name: str | None, every: bool, as_json: bool) -> N
     answer({"closed": closed}, f"Closed: {', '.join(closed) or 'none'}", as_json)
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @as_json_option
 @click.pass_context
 def limits(ctx: click.Context, as_json: bool) -> None:
-    """Show how full rate limits and bulkheads are.
+    """Show how full rate limits and bulkheads are; see `release`.
 
     They are those of models, and those that operations of RLM_OPERATIONS declare.
     """
+    if ctx.invoked_subcommand is not None:
+        return
     reports = client_of(ctx).limits()
     if as_json:
         print_json([{**asdict(each), "fill": each.fill} for each in reports])
@@ -239,6 +241,17 @@ def limits(ctx: click.Context, as_json: bool) -> None:
         ("service", "of", "used", "limit", "per", "full", "in line", "held by the provider"),
         rows,
     )
+
+
+@limits.command("release")
+@click.argument("name")
+@as_json_option
+@click.pass_context
+def release_limit(ctx: click.Context, name: str, as_json: bool) -> None:
+    """End the pause of a limit that its provider asked for; calls are made at once."""
+    rest_s = client_of(ctx).release_limit(name)
+    said = f"The pause of {name} has ended, {rest_s:.0f} s early" if rest_s else "There is no pause"
+    answer({"released": name, "rest_s": rest_s}, said, as_json)
 
 
 @click.command()

@@ -147,6 +147,18 @@ class Platform:
 
         return limit_reports(self.session.guards)
 
+    def release_limit(self, name: str) -> float:
+        """End the pause of a limit that its provider asked for with a 429, for all workers.
+
+        `name` is the service of a rate limit in `limits`.  Work that waits for it goes on.  Returns
+        the seconds that were left of the pause, 0 if there was none.  Raises InvalidRequest for an
+        unknown name, and StoreUnavailable.
+        """
+        from rlm_tasks.telemetry.limit_reports import bucket_of
+
+        bucket = bucket_of(self.session.guards, name)
+        return bucket.release(self.session.delivery.wake)
+
     def endpoints(self) -> list[EndpointReport]:
         """Return the state of each endpoint of models, as the workers' checks have found it.
 

@@ -152,7 +152,7 @@ class OperationGuards:
         held = HeldGuards()
         try:
             if self._bucket is not None:
-                held.grant = self._reserve(item, context, self._bucket)
+                held.grant = self._reserve(item, context, self._bucket, waiter)
             if self._breaker is not None:
                 held.admission = self._breaker.admit(waiter, self._urgency)
             if self._bulkhead is not None:
@@ -171,7 +171,7 @@ class OperationGuards:
         held.cpu_s = time.process_time()
         return held
 
-    def _reserve(self, item: Any, context: Context, bucket: TokenBucket) -> Grant:
+    def _reserve(self, item: Any, context: Context, bucket: TokenBucket, waiter: str) -> Grant:
         """Reserve the cost of one call, by default 1 request.  Raises RateLimited."""
         cost = self._protection.cost
         amounts = dict(self._operation.with_context(cost, item, context)) if cost else {}
@@ -185,11 +185,8 @@ class OperationGuards:
             priority=self._priority, in_line=context.rest, returns=context.waited, **amounts
         )
         if not grant:
-            raise RateLimited(
-                f"bucket {bucket.name}",
-                grant.wait_s,
-                f"its limit of {grant.limited_by} has no room for it yet",
-            )
+            why = f"its limit of {grant.limited_by} has no room for it yet"
+            raise bucket.denied(grant, why, waiter=waiter, urgency=self._urgency)
         return grant
 
     def _weight(self, item: Any, context: Context) -> float:
@@ -287,7 +284,9 @@ class OperationGuards:
         True while Redis is away.
         """
         lines = [
-            guard.waits(waiter) for guard in (self._breaker, self._bulkhead) if guard is not None
+            guard.waits(waiter)
+            for guard in (self._bucket, self._breaker, self._bulkhead)
+            if guard is not None
         ]
         try:
             return any(self._store.call(*lines, on_outage="answer"))

@@ -68,6 +68,7 @@ class Endpoint:
         per_host: int,
         idle_s: float,
         clock: Callable[[], float] = time.monotonic,
+        time_of_day: Callable[[], float] = time.time,
     ) -> None:
         self.settings = settings
         self._key, self._timeout_s, self._per_host, self._idle_s, self._clock = (
@@ -77,6 +78,7 @@ class Endpoint:
             idle_s,
             clock,
         )
+        self._time_of_day = time_of_day
         # The time limit must not count the wait for a free connection.
         self._connections = asyncio.Semaphore(per_host)
         self._client: AsyncOpenAI | None = None
@@ -131,7 +133,7 @@ class Endpoint:
             model=question.model,
             text=text,
             finish=received.finish or "stop",
-            limits=rate_limits(response.headers),
+            limits=rate_limits(response.headers, self._time_of_day()),
             latency_s=self._clock() - began,
             usage=usage,
             fault=received.fault,
@@ -210,7 +212,7 @@ class Endpoint:
 
         if not isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError):
             return False
-        name = refused_parameter(_response_of(error))
+        name = refused_parameter(self._response_of(error))
         refused = self._refused_parameters.get(question.model, frozenset())
         if name not in AVOIDABLE or name not in self._request(question):
             return False
@@ -245,7 +247,7 @@ class Endpoint:
         if answering:  # the text of the error may quote the answer
             return UnusableAnswer(name, f"the connection was lost in it: {type(cause).__name__}")
         if isinstance(error, openai.APIStatusError):
-            return error_of(_response_of(error), self.settings, self._private(question))
+            return error_of(self._response_of(error), self.settings, self._private(question))
         if isinstance(error, (openai.APIConnectionError, httpx2.HTTPError, OSError)):
             why = f"the connection was lost before an answer ({type(cause).__name__})"
             return ProviderDown(name, why, sent=True)
@@ -263,11 +265,13 @@ class Endpoint:
         response = ErrorResponse(200, {}, msgspec.json.encode(found.error))
         return error_of(response, self.settings, self._private(question))
 
+    def _response_of(self, error: APIStatusError) -> ErrorResponse:
+        response = error.response
+        return ErrorResponse(
+            error.status_code, response.headers, response.content, self._time_of_day()
+        )
+
     def _private(self, question: Question | None) -> list[str]:
         """Return the texts that no message may quote: the key, and the question."""
         messages = question.messages if question is not None else ()
         return [self._key.get_secret_value(), *(each["content"] for each in messages)]
-
-
-def _response_of(error: APIStatusError) -> ErrorResponse:
-    return ErrorResponse(error.status_code, error.response.headers, error.response.content)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 from pydantic import SecretStr
@@ -26,6 +26,7 @@ from scheduler.routing import Router
 
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker
+    from resilience.store import Call
     from rlm_tasks.engine.guards import ProcessGuards
     from rlm_tasks.llm.draft import Draft
     from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
@@ -172,6 +173,14 @@ class EndpointPool:
         """Return the breaker of an endpoint; None if breakers are off."""
         return self._guards.breaker(Protection(service_of(name), breaker=BREAKER))
 
+    def lines(self, waiter: str) -> list[Call]:
+        """Return the calls that answer whether a waiter stands in the line of a guard."""
+        breakers = [self.breaker(name) for name in self.endpoints]
+        return [
+            *(each.waits(waiter) for each in self._buckets.values()),
+            *(each.waits(waiter) for each in breakers if each is not None),
+        ]
+
     def bucket(self, endpoint: EndpointSettings, model: str) -> TokenBucket:
         """Return the bucket with the limits of a model for an endpoint's key."""
         name = f"llm:{endpoint.key_env}:{model}"
@@ -180,14 +189,21 @@ class EndpointPool:
         return self._buckets[name]
 
     def _limit(self, name: str, limits: dict[str, Rate]) -> None:
-        self._buckets[name] = TokenBucket(name, self._guards.store, **limits)  # type: ignore[arg-type]  # the names are not known to mypy
+        rates: dict[str, Any] = dict(limits)
+        self._buckets[name] = TokenBucket(
+            name, self._guards.store, hold_most_s=self.settings.hold_most_s, **rates
+        )
 
     def hold(self, endpoint: EndpointSettings, model: str, wait_s: float) -> None:
-        """Pause a limit for the seconds of a 429; double that for each further 429 in a row."""
+        """Pause a limit for the seconds of a 429; double that for each further 429 in a row.
+
+        A pause lasts `hold_most_s` at most.
+        """
         bucket, now = self.bucket(endpoint, model), self._guards.store.clock()
         count, until = self._refused.get(bucket.name, (0, now))
         count += now >= until  # calls that were in flight together count once
-        held_s = wait_s * 2.0 ** min(count - 1, MOST_DOUBLINGS)
+        doubled_s = wait_s * 2.0 ** min(count - 1, MOST_DOUBLINGS)
+        held_s = min(doubled_s, self.settings.hold_most_s)
         self._refused[bucket.name] = count, max(until, now + held_s)
         bucket.hold(held_s)
 

@@ -251,12 +251,11 @@ class Gate(OperationGuards):
             bytes=tokens * BYTES_PER_TOKEN,
         )
         if not grant:
-            raise RateLimited(
-                f"bucket {bucket.name}",
-                grant.wait_s,
+            why = (
                 f"its limit of {grant.limited_by} has no room yet for a call of up to "
-                f"{tokens:,.0f} tokens",
+                f"{tokens:,.0f} tokens"
             )
+            raise bucket.denied(grant, why, waiter=waiter, urgency=self._urgency)
         try:
             breaker = pool.breaker(name)
             held.admission = breaker.admit(waiter, self._urgency) if breaker is not None else None
@@ -288,15 +287,9 @@ class Gate(OperationGuards):
         return self._protection.fallback if spent_for_good else None
 
     def still_waits(self, waiter: str) -> bool:
-        """Return whether a waiter is still in the line of an endpoint's breaker."""
-        breakers = [self._pool.breaker(name) for name in self._pool.endpoints]
+        """Return whether a waiter is still in the line of an endpoint's guards."""
         try:
-            return any(
-                self._store.call(
-                    *(each.waits(waiter) for each in breakers if each is not None),
-                    on_outage="patient",
-                )
-            )
+            return any(self._store.call(*self._pool.lines(waiter), on_outage="patient"))
         except StoreUnavailable:
             return True
 
@@ -373,6 +366,10 @@ class Gate(OperationGuards):
                 held.answer = answer = await self._pool.endpoint(held.endpoint).ask(held.question)
                 endpoint = self._pool.endpoints[held.endpoint]
                 self._pool.learn(endpoint, held.question.model, answer.limits)
+        except RateLimited as refused:
+            self.leave(held, refused)
+            # The pause is the bucket's from now on: the item asks again, and joins its line.
+            raise RateLimited(refused.guard, 0.0, refused.why) from None
         except BaseException as error:
             self.leave(held, error)
             raise

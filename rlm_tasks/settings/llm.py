@@ -135,6 +135,12 @@ class LlmSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         10, gt=0, description="Most calls in flight from one worker process to one endpoint."
     )
     timeout_s: float = Field(60.0, gt=0, description="Time limit of one call.")
+    hold_most_s: float = Field(
+        600.0,
+        gt=0,
+        description="Longest pause after a 429, whatever the provider asks for; then it is asked "
+        "again. `rlm limits release` ends a pause at once.",
+    )
     idle_s: float = Field(
         300.0, gt=0, description="A connection without calls is kept open for this long."
     )

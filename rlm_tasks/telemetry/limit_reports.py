@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlm_tasks.engine.guards import ProcessGuards
+from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.operations import registry
 
 if TYPE_CHECKING:
@@ -49,6 +50,18 @@ def limit_reports(guards: ProcessGuards) -> list[LimitReport]:
         if (bulkhead := guards.bulkhead(protection)) is not None:
             found.append(_bulkhead_report(protection.service, bulkhead))
     return found
+
+
+def bucket_of(guards: ProcessGuards, name: str) -> TokenBucket:
+    """Return the rate limit of a service.  Raises InvalidRequest with the names that there are."""
+    limited = {
+        each.service: each for each in registry.protections(guards.settings) if each.rate_limit
+    }
+    bucket = guards.bucket(limited[name]) if name in limited else None
+    if bucket is None:
+        known = ", ".join(sorted(limited)) or "none"
+        raise InvalidRequest("name", name, f"there is no such rate limit; there are: {known}")
+    return bucket
 
 
 def _bucket_reports(bucket: TokenBucket) -> Iterator[LimitReport]:

@@ -106,6 +106,7 @@ class ErrorResponse:
     status: int
     headers: Mapping[str, str]
     body: bytes
+    now: float = 0.0  # time of its arrival, in seconds since 1970
 
 
 def error_of(
@@ -125,7 +126,9 @@ def error_of(
         )
     if status == 429:
         return RateLimited(
-            f"endpoint {name}", wait_s(response.headers), "the provider answered 429"
+            f"endpoint {name}",
+            wait_s(response.headers, response.body, response.now),
+            "the provider answered 429",
         )
     if status in (401, 403):
         why = f"it does not accept its key ({status}); see {endpoint.key_env}"
@@ -136,8 +139,8 @@ def error_of(
         return UnusableAnswer(name, _reason(error, private))
     if status in _TEMPORARY or status >= 500:
         sent = status in (502, 504)
-        asked_s = asked_wait_s(response.headers)
-        return ProviderDown(name, f"answers {status}", asked_s, sent=sent)
+        later_s = asked_wait_s(response.headers, response.now)
+        return ProviderDown(name, f"answers {status}", later_s, sent=sent)
     code = (
         "CONTEXT_LENGTH_EXCEEDED"
         if error.get("code") == "context_length_exceeded"

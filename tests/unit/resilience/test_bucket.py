@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from typing import Any
 
@@ -10,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resilience.bucket import PROVIDER, ROUTER, LeasedBucket, Rate, TokenBucket
+from resilience.bucket import (
+    HOLD_MOST_S,
+    LINE_FROM_S,
+    PROVIDER,
+    ROUTER,
+    LeasedBucket,
+    Rate,
+    TokenBucket,
+)
 from resilience.errors import InvalidValue, NeverSatisfiable
 from tests.unit.world import World, world
 
@@ -479,3 +488,49 @@ def assert_grants_at_that_time_only(
             assert not bucket.acquire(calls=amount)
     with world.future(wait_s):
         assert bucket.acquire(calls=amount)
+
+
+def test_a_pause_is_told_with_its_end_and_a_release_wakes_those_in_its_line(world: World) -> None:
+    bucket = TokenBucket("llm", world.store(), requests=Rate(60, per_s=60))
+    other = TokenBucket("llm", world.store(), requests=Rate(60, per_s=60))
+    bucket.hold(86_400.0)
+    until = time.strftime("%H:%M:%S", time.gmtime(world.now + HOLD_MOST_S))
+    woken: list[str] = []
+
+    for urgency, waiter in ((2, "job b"), (0, "job a")):
+        grant = other.reserve(requests=1)
+        denied = other.denied(grant, "no room", waiter=waiter, urgency=urgency)
+        assert denied.retry_after_s == pytest.approx(HOLD_MOST_S, abs=0.1)
+        assert (denied.why, denied.noted) == (
+            f"its provider asked for a pause until {until} UTC",
+            True,
+        )
+        assert world.store().call(bucket.waits(waiter)) == [1]
+
+    assert bucket.release(woken.extend) == pytest.approx(HOLD_MOST_S)
+    assert woken == ["job a", "job b"]
+    assert world.store().call(bucket.waits("job a")) == [0]
+    assert other.reserve(requests=1)
+    assert (bucket.release(woken.extend), len(woken)) == (0.0, 2)
+
+
+def test_without_a_pause_or_for_a_short_one_no_waiter_stands_in_line(world: World) -> None:
+    bucket = TokenBucket("llm", world.store(), requests=Rate(60, per_s=60, burst=1))
+    assert bucket.reserve(requests=1)
+
+    empty = bucket.denied(bucket.reserve(requests=1), "no room", waiter="job a")
+    bucket.hold(LINE_FROM_S - 1)
+    short = bucket.denied(bucket.reserve(requests=1), "no room", waiter="job a")
+
+    assert (empty.why, empty.noted) == ("no room", False)
+    assert (short.why[:12], short.noted) == ("its provider", False)
+
+
+def test_a_bucket_that_is_emptier_than_its_pause_is_long_says_that_it_has_no_room(
+    world: World,
+) -> None:
+    bucket = TokenBucket("llm", world.store(), requests=Rate(6, per_s=60, burst=1))
+    assert bucket.reserve(requests=1)
+    bucket.hold(2.0)
+
+    assert bucket.reserve(requests=1).held_until == 0.0

@@ -1,0 +1,96 @@
+"""Pauses that a provider asks for: a real worker waits as long as is meant, and can be released."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from resilience.bucket import HOLD_MOST_S
+from rlm_tasks.cli import rlm
+from rlm_tasks.client.client import Client
+from rlm_tasks.testing import embedded, fake_provider
+from tests.integration.conftest import client_of, environment_of
+from tests.support import wait_until
+
+LIMIT = "llm:MAIN_KEY:gpt-4.1-mini"
+
+
+@pytest.fixture(scope="module")
+def shared(
+    server: embedded.Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Client, fake_provider.Running]]:
+    """A client, and the provider that its worker calls."""
+    with ExitStack() as stack:
+        provider = stack.enter_context(fake_provider.running())
+        main = {"name": "main", "base_url": provider.base_url, "key_env": "MAIN_KEY"}
+        environment = environment_of(
+            server.url, "llm-pauses", RLM_LLM__ENDPOINTS=json.dumps([main]), MAIN_KEY="any"
+        )
+        client = stack.enter_context(client_of(environment))
+        log = tmp_path_factory.mktemp("llm-pauses") / "worker.log"
+        stack.enter_context(embedded.worker(environment, log=log, slots=2))
+        yield client, provider
+
+
+@pytest.fixture
+def platform(
+    shared: tuple[Client, fake_provider.Running],
+) -> tuple[Client, fake_provider.Running]:
+    """The shared client and provider, without failures and counts."""
+    shared[1].schedule()
+    shared[1].reset()
+    return shared
+
+
+def run(client: Client, *words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(rlm, words, obj=SimpleNamespace(app=client.app))
+    return result.exit_code, result.output
+
+
+def test_a_reset_at_a_point_in_time_is_not_taken_for_a_length(
+    platform: tuple[Client, fake_provider.Running],
+) -> None:
+    client, provider = platform
+    headers = {
+        "x-ratelimit-remaining-requests": "0",
+        "x-ratelimit-reset-requests": str(int(time.time()) + 2),
+    }
+    provider.schedule({"kind": "429", "to": 1, "headers": headers})
+
+    result = client.execute(
+        operation="llm.map", items=["one", "two"], params={"prompt": "{item}"}, timeout=60
+    )
+
+    assert result.output == ["one", "two"]
+    assert provider.report()["faults"] == {"429": 1}, "nobody asked again before the time"
+
+
+def test_a_pause_of_a_day_is_bounded_told_and_released(
+    platform: tuple[Client, fake_provider.Running],
+) -> None:
+    client, provider = platform
+    provider.schedule({"kind": "429", "headers": {"Retry-After": "86400"}})
+    job = client.submit(operation="llm.map", items=["one", "two"], params={"prompt": "{item}"})
+    wait_until(lambda: "asked for a pause until" in job.explain())
+    provider.schedule()
+    held = {each.service: each.hold_s for each in client.limits()}
+
+    assert 0 < held[LIMIT] <= HOLD_MOST_S
+    assert f"bucket {LIMIT}: its provider asked for a pause until" in job.explain()
+    code, said = run(client, "limits")
+    assert (code, "held by the provider" in " ".join(said.split())) == (0, True)
+    code, said = run(client, "limits", "release", "llm:OTHER")
+    assert (code != 0, LIMIT in said) == (True, True)
+    assert job.progress().done == 0
+
+    code, said = run(client, "limits", "release", LIMIT)
+
+    assert (code, said.startswith(f"The pause of {LIMIT} has ended")) == (0, True)
+    assert job.result(timeout=60).output == ["one", "two"]
+    assert client.release_limit(LIMIT) == 0.0
