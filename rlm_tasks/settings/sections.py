@@ -29,7 +29,7 @@ class LedgerSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False
         2.0,
         gt=0,
         description="Time after which running nodes of an ended job are fenced: the ledger "
-        "refuses their results.",
+        "refuses their results. Nodes of a job whose budget is spent may finish.",
     )
     death_limit: int = Field(
         3,

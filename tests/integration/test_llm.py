@@ -79,6 +79,7 @@ def shared_platform(
             RLM_LLM__TOKENS="10000000",
             RLM_LLM__REQUESTS="100000",
             RLM_LLM__HEALTH_EVERY_S="3600",
+            RLM_LEDGER__STOP_GRACE_S="0.3",
         )
         log = tmp_path_factory.mktemp("llm") / "worker.log"
         client = stack.enter_context(client_of(environment))
@@ -403,6 +404,29 @@ def test_a_spent_budget_ends_the_items_and_done_ones_are_merged(platform: Platfo
     assert len(merged) == result.done
     assert result.spent is not None
     assert result.spent.spent["calls"] == platform.calls() <= 20
+
+
+def test_a_spent_budget_waits_for_calls_in_flight_and_keeps_their_answers(
+    platform: Platform,
+) -> None:
+    """The answers are paid for, so they are not thrown away after the grace of a stopped job."""
+    for each in (platform.main, platform.other):
+        each.schedule({"kind": "slow", "to": 1, "seconds": 2.0})
+    too_large = "word " * 500  # the rest of the budget does not pay for it, so it ends the job
+
+    result = platform.client.execute(
+        operation="llm.map",
+        items=[*(f"tree {i}" for i in range(5)), too_large],
+        params={"prompt": "{item}", "max_tokens": 10},
+        options=Options(budget={"tokens": 200}),
+        timeout=60,
+    )
+
+    assert (result.stopped, result.done) == ("budget", 5)
+    assert result.output == [f"tree {i}" for i in range(5)]
+    assert platform.calls() == 5
+    assert result.spent is not None
+    assert result.spent.spent["calls"] == 5
 
 
 def test_parts_are_joined_without_the_model_when_the_budget_is_spent(platform: Platform) -> None:

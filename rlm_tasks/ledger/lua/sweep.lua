@@ -31,9 +31,11 @@ local function send_again(id, node)
 end
 
 local merging = f.state == 'merging'
-if merging and MERGES[f.stop] and f.deadline > 0 and now >= f.deadline then stop(f, 'expired') end
+-- Answers on their way are paid for, so a spent budget lets running nodes finish.
+local finishes = f.stop == 'budget' or merging and MERGES[f.stop]
+if finishes and f.deadline > 0 and now >= f.deadline then stop(f, 'expired') end
 if f.stop ~= '' and not (merging and MERGES[f.stop]) then
-  skip_waiting(f, now > tonumber(call('HGET', job, 'stop_ms')) + tonumber(ARGV[3]))
+  skip_waiting(f, f.stop ~= 'budget' and now > tonumber(call('HGET', job, 'stop_ms')) + tonumber(ARGV[3]))
   if f.pending <= 0 then
     local outcome, waits = finish_tree(f, call('HGET', job, 'task'))
     if outcome == 'closed' then return {f.state, 0} end
