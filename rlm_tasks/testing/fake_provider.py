@@ -7,7 +7,8 @@ fails by a schedule, and counts requests and answers.  Equal questions get equal
 is accepted.
 
 POST /v1/chat/completions and GET /v1/models work as OpenAI's do.  GET /report returns the counts,
-POST /reset sets them to 0, POST /schedule takes a list of `Rule`.
+POST /reset sets them to 0, POST /schedule takes a list of `Rule`.  POST /models-status takes the
+status of GET /v1/models.  `odd_answers` has answers as real providers give them.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from random import Random
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 
+from rlm_tasks.testing.http_connection import Connection, Request
+from rlm_tasks.testing.odd_answers import ASKS_FOR, ODD_ANSWERS
+from rlm_tasks.testing.odd_responses import Asked, Response
 from rlm_tasks.testing.tokenizer import TOKENIZERS, Tokenizer
-
-MOST_BYTES = 64 * 2**20
-"""Bytes of the longest accepted request."""
 
 # --- the model ---------------------------------------------------------------------------------
 
@@ -228,6 +229,10 @@ _ERRORS = {
 }
 
 
+KINDS = {*_ERRORS, "timeout", "garbage", "cut", "empty", "slow"}
+"""The kinds of failures, besides odd answers."""
+
+
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A failure for every n-th request between two numbers; the first request is 1.
 
@@ -239,28 +244,19 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     - "empty": an answer without choices
     - "cut": an answer that ends in the middle
     - "slow": each part of the answer is `seconds` late
+    - the name of an odd answer, see `odd_answers.ODD_ANSWERS`
     """
 
-    kind: Literal[
-        "400",
-        "401",
-        "404",
-        "422",
-        "429",
-        "500",
-        "503",
-        "quota",
-        "timeout",
-        "garbage",
-        "cut",
-        "empty",
-        "slow",
-    ]
+    kind: str
     every: Annotated[int, msgspec.Meta(ge=1)] = 1
     first: int = msgspec.field(name="from", default=1)
     to: int | None = None
     headers: dict[str, str] = {}
     seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS and self.kind not in ODD_ANSWERS:
+            raise ValueError(f"kind: there is no failure {self.kind!r}; --list prints them")
 
     def meets(self, number: int) -> bool:
         """Return whether the rule applies to the request with this number."""
@@ -275,11 +271,21 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Spent(msgspec.Struct):
-    """The answers of one model."""
+    """The answers of one model, or of one kind, and what they cost."""
 
     answered: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompts
+    stated_money: float = 0.0  # prices that answers stated; their tokens are counted, too
+
+    def add(self, prompt: int, completion: int, cached: int = 0, money: float = 0.0) -> None:
+        """Add one answer."""
+        self.answered += 1
+        self.prompt_tokens += prompt
+        self.completion_tokens += completion
+        self.cached_tokens += cached
+        self.stated_money += money
 
 
 class Counts(msgspec.Struct):
@@ -292,6 +298,8 @@ class Counts(msgspec.Struct):
     refused: int = 0
     faults: Counter[str] = msgspec.field(default_factory=Counter)
     by_model: dict[str, Spent] = {}
+    by_kind: dict[str, Spent] = {}
+    """Of odd answers, by their name; `answered` counts their calls."""
     most_in_flight: int = 0
     connections_opened: int = 0
     taken: list[list[float]] = []
@@ -303,7 +311,7 @@ class Counts(msgspec.Struct):
         return {
             **{
                 name: getattr(self, name)
-                for name in ("requests", "refused", "faults", "by_model", "taken")
+                for name in ("requests", "refused", "faults", "by_model", "by_kind", "taken")
             },
             **{
                 each: sum(getattr(spent, each) for spent in self.by_model.values())
@@ -366,106 +374,6 @@ class ChatRequest(msgspec.Struct):
         return hashlib.sha256(msgspec.json.encode((self.model, self.messages))).digest()
 
 
-class Request(msgspec.Struct):
-    """One HTTP request; names of headers are lower case."""
-
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def key(self) -> str:
-        """Its API key; '' without one."""
-        scheme, _, key = self.headers.get("authorization", "").partition(" ")
-        return key if scheme.lower() == "bearer" else ""
-
-
-class HungUp(ConnectionError):
-    """The connection has ended."""
-
-
-class Connection:
-    """HTTP/1.1 over one connection: one request after the other."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
-        self.counted = False
-
-    async def request(self) -> Request:
-        """Return the next request.
-
-        Raises ConnectionError, EOFError and ValueError where none comes.
-        """
-        head, *lines = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        method, path, _ = head.split(" ")
-        headers = {
-            name.lower(): value.strip()
-            for name, _, value in (line.partition(":") for line in lines)
-        }
-        length = int(headers.get("content-length", "0"))
-        if length > MOST_BYTES:
-            raise ValueError("too long")
-        return Request(method, path, headers, await self._reader.readexactly(length))
-
-    async def send(
-        self, status: int, content: Any, headers: Mapping[str, str] | None = None
-    ) -> None:
-        """Answer with JSON."""
-        await self.send_parts(status, [msgspec.json.encode(content)], headers)
-
-    async def send_parts(
-        self,
-        status: int,
-        parts: Sequence[bytes],
-        headers: Mapping[str, str] | None = None,
-        *,
-        chunked: bool = False,
-        pause_s: float = 0.0,
-        cut: bool = False,
-    ) -> None:
-        """Send an answer in parts: as events if it is `chunked`, else as JSON.
-
-        With `cut`, the connection ends in the middle of the answer.
-        """
-        length = (
-            {"Transfer-Encoding": "chunked"}
-            if chunked
-            else {"Content-Length": str(sum(map(len, parts)))}
-        )
-        about = {
-            "Content-Type": "text/event-stream" if chunked else "application/json",
-            **length,
-            **(headers or {}),
-        }
-        lines = [
-            f"HTTP/1.1 {status} {http.client.responses[status]}",
-            *(f"{name}: {value}" for name, value in about.items()),
-        ]
-        self._writer.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
-        if chunked:
-            parts = [b"%x\r\n%b\r\n" % (len(part), part) for part in parts]
-            parts[-1] += b"0\r\n\r\n"
-        for part in parts[: len(parts) // 2] if cut else parts:
-            if pause_s:
-                await self.pause(pause_s)
-            self._writer.write(part)
-            await self._writer.drain()
-        if cut:
-            raise HungUp
-
-    async def pause(self, seconds: float | None = None) -> None:
-        """Send nothing for some seconds, or for ever.  Raises HungUp when the client hangs up."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._reader.read(1)
-            raise HungUp
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._writer.close()
-
-
 class FakeProvider:
     """The server: limits, schedule, counts and a model.
 
@@ -488,6 +396,8 @@ class FakeProvider:
         )
         self._tokenizer = tokenizer or TOKENIZERS["bytes"]()
         self._window, self._counts, self._random = new_window(), Counts(), Random(1)
+        self._given: Counter[bytes] = Counter()  # odd answers by the digest of their question
+        self._models_status = 200
         self._in_flight = self._connections = 0
         self._routes = {
             ("POST", "/v1/chat/completions"): self._complete,
@@ -495,6 +405,7 @@ class FakeProvider:
             ("GET", "/report"): self._report,
             ("POST", "/reset"): self._reset,
             ("POST", "/schedule"): self._reschedule,
+            ("POST", "/models-status"): self._set_models_status,
         }
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -529,7 +440,7 @@ class FakeProvider:
 
     async def _models(self, request: Request, connection: Connection) -> None:
         await connection.send(
-            200,
+            self._models_status,
             {"object": "list", "data": [{"id": "fake", "object": "model", "owned_by": "nobody"}]},
         )
 
@@ -538,10 +449,15 @@ class FakeProvider:
 
     async def _reset(self, request: Request, connection: Connection) -> None:
         self._window, self._counts = self._new_window(), Counts()
+        self._given.clear()
         await connection.send(200, {})
 
     async def _reschedule(self, request: Request, connection: Connection) -> None:
         self._schedule = msgspec.json.decode(request.body, type=list[Rule])
+        await connection.send(200, {})
+
+    async def _set_models_status(self, request: Request, connection: Connection) -> None:
+        self._models_status = msgspec.json.decode(request.body, type=int)
         await connection.send(200, {})
 
     async def _complete(self, request: Request, connection: Connection) -> None:
@@ -566,7 +482,11 @@ class FakeProvider:
             await asyncio.sleep(self._latency_s * self._random.uniform(0.8, 1.2))
             if rule is not None:
                 counts.faults[rule.kind] += 1
-            if rule is None or rule.kind == "slow":
+            if (odd := self._odd_for(chat, rule)) is not None:
+                response = self._odd_response(chat, odd, prompt, request)
+                self._window.settle(entry, response.prompt + response.completion)
+                await connection.send_odd(response)
+            elif rule is None or rule.kind == "slow":
                 await self._answer_chat(
                     chat=chat,
                     prompt=prompt,
@@ -579,6 +499,39 @@ class FakeProvider:
         finally:
             self._in_flight -= 1
         return None
+
+    def _odd_for(self, chat: ChatRequest, rule: Rule | None) -> str | None:
+        """Return the name of the odd answer that the schedule or the prompt asks for."""
+        if rule is not None:
+            return rule.kind if rule.kind in ODD_ANSWERS else None
+        asks = ASKS_FOR.search(chat.messages[-1]["content"])
+        if asks is None or asks[1] not in ODD_ANSWERS:
+            return None
+        self._given[chat.digest] += 1
+        return asks[1] if self._given[chat.digest] <= int(asks[2] or sys.maxsize) else None
+
+    def _odd_response(
+        self, chat: ChatRequest, name: str, prompt: int, request: Request
+    ) -> Response:
+        """Return an odd answer, and count what it bills."""
+        text = self._tokenizer.cut(self._model.answer(chat.messages, chat.schema), chat.max_tokens)
+        response = ODD_ANSWERS[name].make(
+            Asked(
+                text=text,
+                question=chat.messages[-1]["content"],
+                prompt=prompt,
+                completion=self._tokenizer.count(text),
+                max_tokens=chat.max_tokens,
+                stream=chat.stream,
+                parameters=frozenset(msgspec.json.decode(request.body)),
+                now=time.time(),
+            )
+        )
+        bill = (response.prompt, response.completion, response.cached, response.stated_money or 0.0)
+        self._counts.by_kind.setdefault(name, Spent()).add(*bill)
+        if response.prompt or response.completion:
+            self._counts.by_model.setdefault(chat.model, Spent()).add(*bill)
+        return response
 
     def _refusal_headers(self, chat: ChatRequest, prompt: int) -> dict[str, str]:
         wait_s = self._window.wait_s(prompt + chat.max_tokens)
@@ -605,10 +558,7 @@ class FakeProvider:
             "total_tokens": prompt + completion,
         }
         self._window.settle(entry, usage["total_tokens"])
-        spent = self._counts.by_model.setdefault(chat.model, Spent())
-        spent.answered += 1
-        spent.prompt_tokens += prompt
-        spent.completion_tokens += usage["completion_tokens"]
+        self._counts.by_model.setdefault(chat.model, Spent()).add(prompt, completion)
         self._counts.prompts[chat.digest] += 1
         parts = _chat_parts(chat, text, "stop" if text == whole else "length", usage)
         await connection.send_parts(
@@ -715,6 +665,10 @@ class Running:
         """Replace its schedule of failures, see `Rule`."""
         self._request("POST", "/schedule", rules)
 
+    def answer_models(self, status: int) -> None:
+        """Set the status of answers to GET /v1/models, which health checks ask for."""
+        self._request("POST", "/models-status", status)
+
     def _request(self, method: str, path: str, content: Any = None) -> dict[str, Any]:
         with closing(http.client.HTTPConnection("127.0.0.1", self.port)) as connection:
             connection.request(method, path, msgspec.json.encode(content))
@@ -817,8 +771,16 @@ def _main() -> None:
         help="bytes: four bytes are a token, as the platform estimates; pieces: about as real "
         "models count",
     )
+    options.add_argument(
+        "--list", action="store_true", help="print the names of odd answers, and end"
+    )
     options.add_argument("--stdin", action="store_true", help="end when stdin is closed")
-    asyncio.run(_run(options.parse_args()))
+    chosen = options.parse_args()
+    if chosen.list:
+        for name, odd in ODD_ANSWERS.items():
+            print(f"{odd.group:<11}{name:<25}{odd.about}")
+        return
+    asyncio.run(_run(chosen))
 
 
 if __name__ == "__main__":
