@@ -247,7 +247,7 @@ class Endpoint:
         if answering:  # the text of the error may quote the answer
             return UnusableAnswer(name, f"the connection was lost in it: {type(cause).__name__}")
         if isinstance(error, openai.APIStatusError):
-            return error_of(self._response_of(error), self.settings, self._private(question))
+            return self._error_of(self._response_of(error), question)
         if isinstance(error, (openai.APIConnectionError, httpx2.HTTPError, OSError)):
             why = f"the connection was lost before an answer ({type(cause).__name__})"
             return ProviderDown(name, why, sent=True)
@@ -263,15 +263,19 @@ class Endpoint:
         if found.error is None:
             return UnusableAnswer(self.settings.name, found.why, found.usage)
         response = ErrorResponse(200, {}, msgspec.json.encode(found.error))
-        return error_of(response, self.settings, self._private(question))
+        return self._error_of(response, question)
+
+    def _error_of(self, response: ErrorResponse, question: Question | None) -> Exception:
+        """Return our error for a provider's; no message quotes the key or the question."""
+        key = self._key.get_secret_value()
+        if question is None:
+            return error_of(response, self.settings, [key])
+        texts = [each["content"] for each in question.messages]
+        tokens = estimated_prompt(question.messages) + question.max_tokens
+        return error_of(response, self.settings, [key, *texts], tokens=tokens)
 
     def _response_of(self, error: APIStatusError) -> ErrorResponse:
         response = error.response
         return ErrorResponse(
             error.status_code, response.headers, response.content, self._time_of_day()
         )
-
-    def _private(self, question: Question | None) -> list[str]:
-        """Return the texts that no message may quote: the key, and the question."""
-        messages = question.messages if question is not None else ()
-        return [self._key.get_secret_value(), *(each["content"] for each in messages)]

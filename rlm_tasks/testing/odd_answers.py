@@ -536,7 +536,7 @@ _TABLE: dict[str, dict[str, tuple[str, Make]]] = {
         "silence": ("no answer comes", lost("silence", whole=True)),
         "chunked": ("the body comes in chunks", answer(wire="chunked")),
         "informational": ("another response comes before it", answer(wire="informational")),
-        "http-1.0": ("the server is an old one", answer(wire="http-1.0")),
+        "http-10": ("the server is an old one", answer(wire="http-1.0")),
         "closed-after": ("the connection ends after it", answer(wire="close")),
         "gzip": (
             "the body is packed",

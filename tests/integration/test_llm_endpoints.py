@@ -149,7 +149,7 @@ def test_a_question_sends_its_schema_and_the_endpoints_model_name(provider: Runn
 MEANINGS: list[tuple[str, type[Exception], Category, str]] = [
     ("400", ProviderRefused, Category.VALIDATION, "CONTEXT_LENGTH_EXCEEDED"),
     ("401", ProviderRefused, Category.AUTH, "UNAUTHORISED"),
-    ("404", ProviderRefused, Category.VALIDATION, "INVALID_REQUEST"),
+    ("404", ProviderRefused, Category.VALIDATION, "MODEL_NOT_FOUND"),
     ("422", ProviderRefused, Category.VALIDATION, "INVALID_REQUEST"),
     ("quota", ProviderRefused, Category.QUOTA, "INSUFFICIENT_QUOTA"),
     ("429", RateLimited, Category.RATE_LIMITED, "RATE_LIMITED"),
@@ -352,7 +352,7 @@ def test_a_caller_that_waits_the_retry_time_passes_the_sliding_window() -> None:
 def test_too_many_tokens_are_refused_like_too_many_requests() -> None:
     with running(window=60, tokens=100) as provider:
         asked(provider.base_url, question("one", max_tokens=99))  # it uses two tokens
-        error = error_of(provider.base_url, question(max_tokens=90))
+        error = error_of(provider.base_url, question(max_tokens=82))
 
     assert isinstance(error, RateLimited)
     assert 0 < error.retry_after_s <= 60

@@ -5,21 +5,25 @@ Users catch them; no message contains a part of the key or of the question.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from resilience.errors import Category, RateLimited, RlmError
 from resilience.faults import asked_wait_s
-from rlm_tasks.llm.wire.rate_limit_headers import wait_s
+from rlm_tasks.llm.wire.error_bodies import ErrorBody, one_line, read_error
+from rlm_tasks.llm.wire.quotations import QUOTED, quotes
+from rlm_tasks.llm.wire.rate_limit_headers import rate_limits, wait_s
 
 if TYPE_CHECKING:
     from rlm_tasks.llm.wire.answers import TokenUsage
     from rlm_tasks.settings.llm import EndpointSettings
 
-_TEMPORARY = {408, 409, 425}  # statuses below 500 that may succeed at the next try
-_QUOTED = 16  # a common text of this many characters is a quotation of the question
+MOST_SHOWN = 200
+"""The characters of a provider's message that an error shows."""
 
 
 class UnusableAnswer(RlmError):
@@ -110,74 +114,317 @@ class ErrorResponse:
 
 
 def error_of(
-    response: ErrorResponse, endpoint: EndpointSettings, private: Sequence[str]
+    response: ErrorResponse,
+    endpoint: EndpointSettings,
+    private: Sequence[str],
+    *,
+    tokens: float = 0.0,
 ) -> Exception:
-    """Return our error for a response; no message of it quotes one of the `private` texts."""
-    name, status = endpoint.name, response.status
-    error = _error_in(response.body)
-    if status == 402 or "insufficient_quota" in (error.get("code"), error.get("type")):
-        why = f"its quota is used up ({status}); waiting does not help, see plan and billing"
-        return ProviderRefused(
-            endpoint=name,
-            category=Category.QUOTA,
-            code="INSUFFICIENT_QUOTA",
-            why=why,
-            status=status,
-        )
-    if status == 429:
-        return RateLimited(
-            f"endpoint {name}",
-            wait_s(response.headers, response.body, response.now),
-            "the provider answered 429",
-        )
-    if status in (401, 403):
-        why = f"it does not accept its key ({status}); see {endpoint.key_env}"
-        return ProviderRefused(
-            endpoint=name, category=Category.AUTH, code="UNAUTHORISED", why=why, status=status
-        )
-    if status < 300:
-        return UnusableAnswer(name, _reason(error, private))
-    if status in _TEMPORARY or status >= 500:
-        sent = status in (502, 504)
-        later_s = asked_wait_s(response.headers, response.now)
-        return ProviderDown(name, f"answers {status}", later_s, sent=sent)
-    code = (
-        "CONTEXT_LENGTH_EXCEEDED"
-        if error.get("code") == "context_length_exceeded"
-        else "INVALID_REQUEST"
-    )
-    url = endpoint.base_url or "OPENAI_BASE_URL"
-    where = f"; does {url} have its right end, such as /v1?" if status == 404 else ""
-    why = f"refuses the question ({status}): {_reason(error, private)}{where}"
-    return ProviderRefused(
-        endpoint=name, category=Category.VALIDATION, code=code, why=why, status=status
-    )
+    """Return our error for a response.
+
+    `private` are the key, then the texts of the question; no message of the error quotes them.
+    `tokens` is the most that the call may use.
+    """
+    found = _Found(response, read_error(response.body), endpoint, tuple(private), tokens)
+    if not found.status:
+        return UnusableAnswer(endpoint.name, f"it is an error: {found.said}")
+    for meaning in _MEANINGS:
+        if (error := meaning(found)) is not None:
+            return error
+    return found.refused("INVALID_REQUEST", f"refuses the question ({found.status}): {found.said}")
 
 
 def refused_parameter(response: ErrorResponse) -> str | None:
-    """Return the name of the parameter that a provider refuses; None for another refusal."""
-    error = _error_in(response.body)
-    unsupported = "unsupported" in str(error.get("message")).lower()
-    return error.get("param") if unsupported and isinstance(error.get("param"), str) else None
+    """Return the name of the parameter that a provider refuses; None for another refusal.
+
+    It is one of those that we send, such as "max_tokens" or "stream_options".
+    """
+    if not 400 <= response.status < 500 or response.status in (401, 402, 403, 404, 429):
+        return None
+    body = read_error(response.body)
+    if not _REFUSES.search(body.words):
+        return None
+    names = (body.parameter.split(".")[0], *_PARAMETER.findall(body.words))
+    return next((each for each in names if _PARAMETER.fullmatch(each)), None)
 
 
-def _error_in(body: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    error = found.get("error") if isinstance(found, dict) else None
-    return error if isinstance(error, dict) else {}
+# --- the words of providers -------------------------------------------------------------------
 
 
-def _reason(error: Mapping[str, Any], private: Sequence[str]) -> str:
-    """Return the provider's message, up to 200 characters, unless it quotes a private text."""
-    message = error.get("message")
-    if not isinstance(message, str):
-        return "without a reason"
-    message = " ".join(message.split())[:200]
-    pieces = {message[at : at + _QUOTED] for at in range(max(1, len(message) - _QUOTED + 1))}
-    for text in (" ".join(each.split()) for each in private if each):
-        if "\\" in message or text in message or any(piece in text for piece in pieces):
+def _any(*patterns: str) -> re.Pattern[str]:
+    return re.compile("|".join(patterns))
+
+
+_PARAMETER = _any(
+    r"\b(?:max_tokens|max_completion_tokens|stream_options|stream|temperature|response_format)\b"
+)
+_REFUSES = _any(
+    r"unsupported|not supported|does not support|no longer supported",
+    r"unrecogni[sz]ed|unknown|unexpected|extraneous|extra (?:inputs|fields)|extra_forbidden",
+    r"not permitted|not allowed|not a valid (?:field|parameter)|cannot find field",
+)
+_CONTEXT = _any(
+    r"context_length_exceeded|exceed_context_size|contextwindowexceeded|string_above_max_length",
+    r"maximum (?:context|model|prompt|input|sequence) length|max(?:imum)? context",
+    r"(?:exceed\w*|longer than|too (?:long|large) for|larger than|only) .{0,60}"
+    r"context(?:[ _-](?:length|size|window|limit))?",
+    r"context[ _-](?:length|size|window|limit)\w* .{0,30}(?:exceed|too (?:small|short)|overflow)",
+    r"(?:prompt|input|inputs|messages?|string)`? (?:is |are |was )?too long",
+    r"(?:input|prompt) token count .{0,60}exceed|exceed\w* .{0,30}(?:token limit|max length)",
+    r"exceed\w* the maximum number of (?:input )?tokens",
+    r"`?inputs`? tokens \+ `?max_new_tokens`? must be|`?inputs`? must have less than",
+    r"too many (?:input )?tokens|reduce the length of the|range of input length",
+)
+_FILTER = _any(
+    r"content[ _-]?filter|responsible ?ai|content[ _]?policy|content management policy",
+    r"prohibited_content|data_?inspection_?failed|moderation|guardrail|content exists risk",
+    r"safety (?:system|filter|setting|reason|polic)|(?:blocked|due to|because of|for) safety",
+    r"(?:input|prompt|message|request|content) (?:was|were|is|has been) (?:flagged|blocked)",
+    r"usage polic|sensitive (?:words?|content)|considered high risk|^.*\bsafety$",
+)
+_QUOTA = _any(
+    r"exceeded (?:your )?current quota|exceeded_current_quota|check your plan and billing",
+    r"billing_?(?:hard_?limit|not_active)|hard limit has been reached|spend(?:ing)? limit",
+    r"insufficient[ _](?:balance|credits?|funds)|credit balance is too low|arrearage|in arrears",
+    r"(?:out of|all available|not enough|no more|more) credits|credits? (?:limit|exhausted)",
+    r"budget has been exceeded|budget_?exceeded|exceeded_?budget|over budget",
+    r"reached your specified (?:api )?usage limit|out of call volume quota|per[ _-]day",
+    r"monthly (?:\w+ )?(?:credits|limit|quota)|account (?:is )?not active",
+    r"quota (?:is |has been )?(?:exhausted|used up)",
+)
+_NEVER = _any(r"insufficient_quota|perday|quota exceeded .{0,300}limit: 0\b")
+"""A quota that does not come back within minutes, whatever wait the body asks for."""
+MOST_WAITED_S = 600.0
+"""The longest wait that a body asks for, in seconds, with which a quota counts as a rate limit."""
+_LARGE = _any(r"(?:request|payload|message|prompt) (?:is )?too large|request_?too_?large")
+_REQUESTED = _any(r"limit:? ([\d,]*\d)\b.{0,40}requested:? ([\d,]*\d)")
+_KEY = _any(
+    r"(?:incorrect|invalid|no|missing|wrong|expired) (?:x-)?api[ _-]?key|invalid_api_key",
+    r"api[ _]key (?:is )?(?:not (?:valid|found)|invalid|expired|missing)",
+    r"api_key_(?:invalid|expired)|no_db_connection",
+    r"unregistered callers|authentication_error|unauthenticated",
+)
+_MODEL_ACCESS = _any(r"model_access_denied|not allowed to access (?:this )?model")
+_MODEL = _any(
+    r"model_not_found|deploymentnotfound|invalid_model\b|model_not_available|no such model",
+    r"(?:unknown|invalid|unsupported) model\b|not a (?:valid|chat) model|model not exist",
+    r"(?:model|deployment)s?\b.{0,160}\b(?:does not exist|not found|do(?:es)? not have access)",
+)
+_ENDED = _any(r"terminated|deactivated|disabled|suspended|banned|revoked")
+_FORBIDDEN = (
+    (
+        _any(r"country|region|territory|location is not supported|geograph"),
+        "does not serve this country or region",
+        "call it from a supported one, or set another endpoint",
+    ),
+    (_ENDED, "has disabled the account or its key", "ask the provider, and see {key}"),
+    (
+        _any(r"model|deployment"),
+        "gives no access to the model",
+        "allow the model for the project of {key}",
+    ),
+)
+"""Words of a 403 -> the meaning, and what to do."""
+_TEMPORARY = {408, 409, 423, 424, 425, 498, 499}
+"""Statuses below 500 that may succeed at the next try."""
+
+
+# --- the meaning of an error ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An error response with its words, while its meaning is looked for."""
+
+    response: ErrorResponse
+    body: ErrorBody
+    endpoint: EndpointSettings
+    private: tuple[str, ...]
+    tokens: float
+
+    @property
+    def status(self) -> int:
+        """The HTTP status, or the one in the body of a response without an error status."""
+        return self.response.status if self.response.status >= 300 else self.body.status
+
+    @cached_property
+    def words(self) -> str:
+        """The provider's words in small letters, without a whole text of the question."""
+        words = self.body.words
+        for each in self.private[1:]:
+            if len(each) > QUOTED:
+                words = words.replace(each.casefold(), "")
+        return words
+
+    @cached_property
+    def headers(self) -> dict[str, str]:
+        """The headers by names in small letters, with what the body says in place of a header."""
+        own = {name.lower(): value for name, value in self.response.headers.items()}
+        delay_s = self.body.retry_delay_s
+        return {
+            **({} if delay_s is None else {"retry-after": f"{delay_s:.3f}"}),
+            **self.body.headers,
+            **own,
+        }
+
+    @cached_property
+    def said(self) -> str:
+        """The provider's message, in up to 200 characters, unless it quotes a private text."""
+        if self.body.is_page:
+            return "it answers with a page, as a web server or proxy does"
+        message = self.body.message
+        if not message:
+            return "without a reason"
+        if quotes(message[: 2 * MOST_SHOWN], self.private):
             return "its reason is hidden, because it quotes the question"
-    return message
+        return message if len(message) <= MOST_SHOWN else f"{message[: MOST_SHOWN - 3]}..."
+
+    def refused(
+        self, code: str, why: str, category: Category = Category.VALIDATION
+    ) -> ProviderRefused:
+        return ProviderRefused(self.endpoint.name, category, code, why, self.status)
+
+
+def _redirect(found: _Found) -> Exception | None:
+    if found.status >= 400:
+        return None
+    to = urlsplit(found.headers.get("location", ""))
+    shown = one_line(f"{to.scheme}://{to.hostname}{to.path}")[:MOST_SHOWN] if to.hostname else ""
+    where = f" to {shown}" if shown and not quotes(shown, found.private) else ""
+    why = (
+        f"redirects the call{where} ({found.status}), which is not followed; set its base_url to "
+        "the address of the API itself"
+    )
+    return found.refused("INVALID_REQUEST", why)
+
+
+def _quota(found: _Found) -> Exception | None:
+    if found.status != 402 and not _is_quota(found):
+        return None
+    why = f"its quota is used up ({found.status}); waiting does not help, see plan and billing"
+    return found.refused("INSUFFICIENT_QUOTA", why, Category.QUOTA)
+
+
+def _is_quota(found: _Found) -> bool:
+    """Return whether a quota is used up that does not come back within minutes."""
+    words, delay_s = found.words, found.body.retry_delay_s
+    if "insufficient_quota" in words or _NEVER.search(words):
+        return True
+    soon = delay_s is not None and delay_s <= MOST_WAITED_S
+    return not soon and _QUOTA.search(words) is not None
+
+
+def _too_large(found: _Found) -> Exception | None:
+    if found.status not in (413, 429) or (found.status == 413 and _CONTEXT.search(found.words)):
+        return None
+    limit = rate_limits(found.headers).tokens.limit
+    is_above = limit is not None and limit < found.tokens
+    if not is_above and not _is_too_large(found):
+        return None
+    said = found.said
+    if is_above:
+        said = f"it allows {limit:,.0f} tokens at once, and the call may use {found.tokens:,.0f}"
+    why = (
+        f"the call is too large for its limits ({found.status}): {said}; lower max_tokens, split "
+        "the item, or let the provider raise the limit"
+    )
+    return found.refused("REQUEST_TOO_LARGE", why)
+
+
+def _is_too_large(found: _Found) -> bool:
+    """Return whether the provider says that a call is larger than its limit ever is."""
+    if amounts := _REQUESTED.search(found.words):
+        limit, requested = (float(each.replace(",", "")) for each in amounts.groups())
+        return requested > limit
+    return found.status == 413 or _LARGE.search(found.words) is not None
+
+
+def _busy(found: _Found) -> Exception | None:
+    if found.status != 429:
+        return None
+    return RateLimited(
+        f"endpoint {found.endpoint.name}",
+        wait_s(found.headers, found.response.body, found.response.now),
+        "the provider answered 429",
+    )
+
+
+def _key(found: _Found) -> Exception | None:
+    is_key = found.status in (400, 403) and _KEY.search(found.words)
+    if (found.status != 401 and not is_key) or _MODEL_ACCESS.search(found.words):
+        return None
+    why = f"it does not accept its key ({found.status}); see {found.endpoint.key_env}"
+    return found.refused("UNAUTHORISED", why, Category.AUTH)
+
+
+def _forbidden(found: _Found) -> Exception | None:
+    if found.status != 403 and not _MODEL_ACCESS.search(found.words):
+        return None
+    what, advice = "forbids the call", "check the rights of {key}"
+    if found.body.is_page:
+        what, advice = "does not let the call through", "ask who runs its firewall or proxy"
+    for pattern, *meaning in _FORBIDDEN:
+        if pattern.search(found.words):
+            what, advice = meaning
+            break
+    key = f"the key in {found.endpoint.key_env}"
+    why = f"{what} ({found.status}): {found.said}; {advice.format(key=key)}"
+    return found.refused("FORBIDDEN", why, Category.AUTH)
+
+
+def _too_long(found: _Found) -> Exception | None:
+    if not _CONTEXT.search(found.words):
+        return None
+    said = found.said if found.body.message else "the prompt is too long for the model"
+    return found.refused(
+        "CONTEXT_LENGTH_EXCEEDED", f"refuses the question ({found.status}): {said}"
+    )
+
+
+def _filtered(found: _Found) -> Exception | None:
+    if found.status in (404, 408) or not _FILTER.search(found.words):
+        return None
+    if found.status == 403 and _ENDED.search(found.words):
+        return None  # the account is closed, whatever the item is
+    why = (
+        f"a filter of it refuses the question ({found.status}): {found.said}; change the item or "
+        "the prompt"
+    )
+    return found.refused("CONTENT_FILTERED", why)
+
+
+def _unknown_model(found: _Found) -> Exception | None:
+    if found.status == 404 and not _MODEL.search(found.words):
+        url = found.endpoint.base_url or "OPENAI_BASE_URL"
+        why = (
+            f"refuses the question (404): {found.said}; does {url} have its right end, such as /v1?"
+        )
+        return found.refused("INVALID_REQUEST", why)
+    if found.status in (400, 404, 422) and _MODEL.search(found.words):
+        why = (
+            f"does not have the model ({found.status}): {found.said}; set `models` of the endpoint "
+            "to the names that it knows"
+        )
+        return found.refused("MODEL_NOT_FOUND", why)
+    return None
+
+
+def _failing(found: _Found) -> Exception | None:
+    if found.status < 500 and found.status not in _TEMPORARY:
+        return None
+    # The model may have answered: a gateway lost it, or it is an error in place of an answer.
+    sent = found.status in (502, 504) or found.response.status < 300
+    said = f": {found.said}" if found.body.message else ""
+    return ProviderDown(
+        found.endpoint.name,
+        f"answers {found.status}{said}",
+        asked_wait_s(found.headers, found.response.now),
+        sent=sent,
+    )
+
+
+_MEANINGS: tuple[Callable[[_Found], Exception | None], ...] = (
+    *(_redirect, _quota, _too_large, _busy, _key, _filtered, _forbidden, _too_long),
+    *(_unknown_model, _failing),
+)
+"""The meanings of an error, asked in this order."""
