@@ -135,9 +135,14 @@ class EndpointPool:
         return [each for each in ordered if not each.models or model in each.models]
 
     def most(self, model: str, draft: Draft) -> Bill:
-        """Return the most that a call may cost: the estimated prompt, and all of max_tokens."""
-        prompt = draft.estimated * self.learned.of(model).prompt_ratio * MARGIN
-        return self._bill(model, TokenUsage(round(prompt), draft.max_tokens))
+        """Return the most that a call may cost: the estimated prompt, and all of max_tokens.
+
+        Its money is that of our prices, or more if a gateway has billed more for earlier calls.
+        """
+        past = self.learned.of(model)
+        usage = TokenUsage(round(draft.estimated * past.prompt_ratio * MARGIN), draft.max_tokens)
+        money = self.price(model, usage) * max(1.0, past.price_ratio)
+        return self._bill(model, structs.replace(usage, money=money))
 
     def bill(self, model: str, usage: TokenUsage, reserved: Bill) -> Bill:
         """Return the cost of a call with this usage; what it does not state counts as reserved."""
@@ -151,17 +156,20 @@ class EndpointPool:
 
     def _bill(self, model: str, usage: TokenUsage) -> Bill:
         prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0
-        prices = self.settings.model(model)
-        cached_price = prices.input_price if prices.cached_price is None else prices.cached_price
-        money = usage.money
-        if money is None:
-            money = (
-                (prompt - usage.cached_tokens) * prices.input_price
-                + usage.cached_tokens * cached_price
-                + completion * prices.output_price
-            ) / 1e6
+        money = self.price(model, usage) if usage.money is None else usage.money
         amounts = {"calls": 1.0, "tokens": float(prompt + completion), "money": money}
         return Bill(prompt, completion, amounts)
+
+    def price(self, model: str, usage: TokenUsage) -> float:
+        """Return the money for this usage by the prices of our settings."""
+        prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0
+        prices = self.settings.model(model)
+        cached_price = prices.input_price if prices.cached_price is None else prices.cached_price
+        return (
+            (prompt - usage.cached_tokens) * prices.input_price
+            + usage.cached_tokens * cached_price
+            + completion * prices.output_price
+        ) / 1e6
 
     @property
     def is_full(self) -> bool:

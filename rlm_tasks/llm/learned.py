@@ -25,6 +25,8 @@ FIRST_RATIO = 1.1
 """Tokens of a prompt over their estimate, before the first call.
 
 A reservation that is a little too large is settled later; one that is too small ends in a 429."""
+MOST_MARKUP = 100.0
+"""A bill above this many times our price is taken for this many times; later calls heal it."""
 FIRST_SECONDS = 2.0
 """Seconds of a call, before the first one."""
 _LEARN = Script.load("rlm_tasks.llm", "learn")
@@ -36,6 +38,7 @@ class CallStatistics:
 
     calls: float = 0.0  # number of calls behind the figures; older ones count less
     prompt_ratio: float = FIRST_RATIO  # tokens of a prompt over their estimate
+    price_ratio: float = 1.0  # money that a gateway billed over that of our prices
     share: float = 0.5  # tokens of an answer over its max_tokens
     share_sd: float = 0.3
     seconds: float = FIRST_SECONDS
@@ -49,8 +52,13 @@ class Learned:
         self._store, self._keys, self._clock = store, Keys(store.namespace), clock
         self._read: dict[str, tuple[float, CallStatistics]] = {}
 
-    def learning(self, model: str, estimated: float, max_tokens: float, answer: Answer) -> Call:
-        """Return the call to Redis that adds one answer, to share a round trip with others."""
+    def learning(
+        self, model: str, *, estimated: float, max_tokens: float, answer: Answer, priced: float
+    ) -> Call:
+        """Return the call to Redis that adds one answer, to share a round trip with others.
+
+        `priced` is the money of the answer by our prices.
+        """
         usage = answer.usage
         share = (usage.completion_tokens or 0) / max_tokens
         sums = {
@@ -61,6 +69,8 @@ class Learned:
             "share2": share**2,
             "seconds": answer.latency_s,
             "seconds2": answer.latency_s**2,
+            "priced": priced,
+            "billed": priced if usage.money is None else min(usage.money, MOST_MARKUP * priced),
         }
         pairs = [each for pair in sums.items() for each in pair]
         args = (HALVE_AT, TTL_S, *pairs)
@@ -93,4 +103,6 @@ def _statistics(stored: Mapping[bytes, bytes]) -> CallStatistics:
         return mean, math.sqrt(max(0.0, sums[f"{name}2"] / calls - mean**2))
 
     ratio = sums["prompt"] / sums["estimated"] if sums["estimated"] else FIRST_RATIO
-    return CallStatistics(calls, ratio, *spread("share"), *spread("seconds"))
+    priced = sums.get("priced", 0.0)  # absent in sums of the release before
+    price_ratio = sums["billed"] / priced if priced else 1.0
+    return CallStatistics(calls, ratio, price_ratio, *spread("share"), *spread("seconds"))

@@ -131,7 +131,13 @@ class Settlement:
             calls.append(self._landing(held, codec.pack(msgspec.to_builtins(answer)), answer))
             if answer.usage.is_complete:
                 calls.append(
-                    pool.learned.learning(model, held.estimated, held.draft.max_tokens, answer)
+                    pool.learned.learning(
+                        model,
+                        estimated=held.estimated,
+                        max_tokens=held.draft.max_tokens,
+                        answer=answer,
+                        priced=pool.price(model, answer.usage),
+                    )
                 )
         with suppress(StoreUnavailable):  # the charge stays as reserved, which is the safe side
             self._store.call(*calls, on_outage="patient")

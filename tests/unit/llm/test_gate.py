@@ -122,6 +122,25 @@ def test_a_call_reserves_its_maximum_cost_and_settles_to_the_real_one(world: Wor
     assert spent(job_gate)["calls"] == 1
 
 
+@pytest.mark.parametrize(
+    ("markup", "reserved"),
+    [(10, 10), (0.5, 1), (None, 1), (1e9, 100)],  # one absurd bill must not stop all later jobs
+)
+def test_a_call_reserves_the_price_that_a_gateway_billed_before(
+    world: World, markup: float | None, reserved: float
+) -> None:
+    price = (4 * 0.4 + 5 * 1.6) / 1e6
+    bill = None if markup is None else markup * price
+    first = JobGate(world, {"tokens": 1000})
+    usual = first.provider.most(MODEL, first.enter(1).draft).amounts["money"]
+    first.answered(first.enter(), replace(ANSWER, usage=TokenUsage(4, 5, money=bill)))
+
+    entry = JobGate(world, {"tokens": 1000}).enter(2)
+
+    assert entry.reserved is not None
+    assert entry.reserved.amounts["money"] == pytest.approx(reserved * usual, rel=0.05)
+
+
 def test_a_denied_call_gives_back_all_that_it_has_taken(world: World) -> None:
     job_gate = JobGate(world, {"tokens": 10_000}, requests=6.0, tokens=700.0)
     first = job_gate.enter(0)
