@@ -334,7 +334,8 @@ class Gate(OperationGuards):
     async def _output(self, held: HeldCall, context: Context) -> Any:
         """Make a call, and return the text or the data of its answer.
 
-        An answer of the wrong form is sent back in a further call, which passes the same guards.
+        An answer of the wrong form is sent back in a further call, which passes the same guards;
+        not one that max_tokens cut.
         """
         repairs = self._pool.settings.repairs
         answer = await self._call(held)
@@ -345,6 +346,9 @@ class Gate(OperationGuards):
             except Misformed as wrong:
                 if answer.finish == "content_filter":
                     raise NoAnswerText(answer.model, "CONTENT_FILTERED") from None
+                if answer.finish == "length":  # a repair would be cut, too
+                    why = f"max_tokens cut it at {held.draft.max_tokens}; set a larger max_tokens"
+                    raise Misformed(why) from None
                 if not repairs:
                     raise
                 repairs -= 1

@@ -256,6 +256,22 @@ def test_an_item_fails_after_its_last_repair(
     assert platform.calls() == 1 + 2
 
 
+def test_a_form_that_max_tokens_cuts_fails_after_one_call(platform: Platform) -> None:
+    """A repair of the same length would be cut, too."""
+    with pytest.raises(JobFailed) as failed:
+        platform.client.execute(
+            operation="llm.map",
+            items=['{"name": "a very long name", "legs": 4}'],
+            params={"prompt": "{item}", "output": Animal, "max_tokens": 5},
+            timeout=60,
+        )
+
+    failure = failed.value.failures[0]
+    assert failure.code == "MISFORMED_ANSWER"
+    assert failure.message.endswith("max_tokens cut it at 5; set a larger max_tokens")
+    assert platform.calls() == 1
+
+
 def test_complexity_selects_the_tier_and_pressure_lowers_it(platform: Platform) -> None:
     """The receipt names the lower tier."""
     platform.client.execute(operation="llm.map", complexity="simple", **sums(3))
