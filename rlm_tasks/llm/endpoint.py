@@ -140,13 +140,16 @@ class Endpoint:
         )
 
     async def check(self, timeout_s: float) -> float:
-        """Return the seconds that the endpoint took to list its models.  Raises as `ask` does."""
+        """Return the seconds that the endpoint took to answer for its `health_path`.
+
+        Raises as `ask` does.
+        """
         from httpx2 import Response
 
         began = self._clock()
         try:
             async with asyncio.timeout(timeout_s):
-                await self._opened().get("/models", cast_to=Response)
+                await self._opened().get(self.settings.health_path, cast_to=Response)
                 return self._clock() - began
         except Exception as error:
             meaning = self._meaning(error, timeout_s)

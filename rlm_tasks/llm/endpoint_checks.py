@@ -45,14 +45,16 @@ class CheckResult:
 
     name: str
     latency_s: float  # 0: it did not answer
-    why: str  # the cause of a failure; '' if it passed
+    why: str  # the cause of a failure, or what it says of the key; '' if it passed
+    failed: bool = False  # no connection, a timeout, or a status of 500 and above
 
 
 async def check_all(settings: LlmSettings) -> list[CheckResult]:
-    """Check all endpoints at once, by connections that are closed afterwards."""
+    """Check all endpoints with a `health_path` at once, by connections of their own."""
     import openai  # noqa: F401  # the first import takes half a second, which no check must count
 
-    return await asyncio.gather(*(_check(each, settings) for each in settings.endpoints_or_default))
+    checked = [each for each in settings.endpoints_or_default if each.health_path]
+    return await asyncio.gather(*(_check(each, settings) for each in checked))
 
 
 async def _check(about: EndpointSettings, settings: LlmSettings) -> CheckResult:
@@ -65,24 +67,22 @@ async def _check(about: EndpointSettings, settings: LlmSettings) -> CheckResult:
         per_host=1,
         idle_s=settings.idle_s,
     )
-    began, why = time.monotonic(), ""
+    began, why, failed = time.monotonic(), "", False
     try:
         await endpoint.check(limit_s)
     except RateLimited:
         pass  # a full limit is no failure: the endpoint answers
     except CallTimeout:
-        why = f"does not answer within {limit_s:g} s"
-    except (ProviderDown, ProviderRefused) as error:
-        # An endpoint that does not list its models has answered nevertheless.
-        listens = (
-            isinstance(error, ProviderRefused)
-            and error.category is Category.VALIDATION
-            and error.status
-        )
-        why = "" if listens else error.why
+        why, failed = f"does not answer within {limit_s:g} s", True
+    except ProviderDown as error:
+        why, failed = error.why, True
+    except ProviderRefused as error:
+        failed = not error.status and error.category is Category.VALIDATION  # nothing was sent
+        # It answers, though not for this path or this key; calls may have other rights.
+        why = error.why if failed or error.category is not Category.VALIDATION else ""
     finally:
         await endpoint.close()
-    return CheckResult(about.name, 0.0 if why else time.monotonic() - began, why)
+    return CheckResult(about.name, 0.0 if failed else time.monotonic() - began, why, failed)
 
 
 def checks_of(runtime: Runtime) -> Checks | None:
@@ -170,7 +170,9 @@ class Checks(threading.Thread):
 
     def _record(self, result: CheckResult, before: Checkup | None) -> None:
         """Store a result, and emit an event if the endpoint now gets calls, or no calls."""
-        now = self._health.record(result.name, latency_s=result.latency_s, why=result.why)
+        now = self._health.record(
+            result.name, latency_s=result.latency_s, why=result.why, failed=result.failed
+        )
         was_unhealthy = before is not None and self._health.is_unhealthy(before)
         is_unhealthy = self._health.is_unhealthy(now)
         if is_unhealthy and not was_unhealthy:

@@ -36,7 +36,7 @@ class EndpointReport:
     latency_ms: float | None  # time of its latest answer; None: no answer, or no check
     checked_s_ago: float | None  # None: no recent check
     breaker: str  # closed, half-open or open
-    why: str  # the cause why the latest check failed; '' if it passed
+    why: str  # the cause why the latest check failed, or a note; '' if it passed
 
 
 def endpoint_reports(
@@ -56,6 +56,8 @@ def endpoint_reports(
         if latest is not None:
             healthy = not health.is_unhealthy(latest)
             report = _checked(report, latest, now_ms, healthy=healthy)
+            if healthy and latest.strikes >= settings.health_strikes:
+                report = replace(report, why=f"{latest.why}; but it answers calls")
         reported.append(report)
     return reported
 
@@ -72,7 +74,7 @@ def _unchecked(endpoint: EndpointSettings, breaker: str) -> EndpointReport:
         latency_ms=None,
         checked_s_ago=None,
         breaker=breaker,
-        why="",
+        why="" if endpoint.health_path else "it is not checked: its health_path is empty",
     )
 
 
@@ -102,14 +104,17 @@ def checked_now(settings: LlmSettings, known: Sequence[EndpointReport]) -> list[
         raise InvalidRequest("check", True, "needs the openai client: pip install 'rlm-tasks[llm]'")
     from rlm_tasks.llm.endpoint_checks import check_all
 
-    results = asyncio.run(check_all(settings)) if known else []
+    found = asyncio.run(check_all(settings)) if known else []
+    results = {each.name: each for each in found}
     return [
-        replace(
+        each
+        if (result := results.get(each.name)) is None
+        else replace(
             each,
-            healthy=not result.why,
+            healthy=not result.failed,
             latency_ms=_latency(1000 * result.latency_s),
             checked_s_ago=0.0,
             why=result.why,
         )
-        for each, result in zip(known, results, strict=True)
+        for each in known
     ]

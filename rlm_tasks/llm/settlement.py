@@ -129,6 +129,7 @@ class Settlement:
             calls.append(pool.flights.abandoning(held.flight))
         else:
             calls.append(self._landing(held, codec.pack(msgspec.to_builtins(answer)), answer))
+            calls += pool.health.answered(endpoint)
             if answer.usage.is_complete:
                 calls.append(
                     pool.learned.learning(

@@ -43,6 +43,10 @@ class EndpointSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=Fal
     max_tokens_as: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="Reasoning models know only `max_completion_tokens`."
     )
+    health_path: str = Field(
+        "/models",
+        description="Path below base_url that health checks ask for; empty: it is not checked.",
+    )
     stream: bool = False  # with streamed answers a time limit bounds each pause, not the whole call
 
     @field_validator("key_env")
@@ -52,6 +56,13 @@ class EndpointSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=Fal
             raise ValueError(
                 "must be the name of a variable, in capitals; that variable holds the key itself"
             )
+        return value
+
+    @field_validator("health_path")
+    @classmethod
+    def _is_a_path(cls, value: str) -> str:
+        if value and not value.startswith("/"):
+            raise ValueError("must start with /, or be empty to switch the check off")
         return value
 
     @field_validator("base_url")

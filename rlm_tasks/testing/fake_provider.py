@@ -296,6 +296,7 @@ class Counts(msgspec.Struct):
 
     requests: int = 0
     refused: int = 0
+    checks: int = 0  # requests for its models
     faults: Counter[str] = msgspec.field(default_factory=Counter)
     by_model: dict[str, Spent] = {}
     by_kind: dict[str, Spent] = {}
@@ -311,7 +312,15 @@ class Counts(msgspec.Struct):
         return {
             **{
                 name: getattr(self, name)
-                for name in ("requests", "refused", "faults", "by_model", "by_kind", "taken")
+                for name in (
+                    "requests",
+                    "refused",
+                    "checks",
+                    "faults",
+                    "by_model",
+                    "by_kind",
+                    "taken",
+                )
             },
             **{
                 each: sum(getattr(spent, each) for spent in self.by_model.values())
@@ -439,6 +448,7 @@ class FakeProvider:
             return await connection.send(400, _error("invalid_request", str(error)))
 
     async def _models(self, request: Request, connection: Connection) -> None:
+        self._counts.checks += 1
         await connection.send(
             self._models_status,
             {"object": "list", "data": [{"id": "fake", "object": "model", "owned_by": "nobody"}]},
@@ -458,7 +468,7 @@ class FakeProvider:
 
     async def _set_models_status(self, request: Request, connection: Connection) -> None:
         self._models_status = msgspec.json.decode(request.body, type=int)
-        await connection.send(200, {})
+        await connection.send(200, {"checks": self._counts.checks})
 
     async def _complete(self, request: Request, connection: Connection) -> None:
         chat = msgspec.json.decode(request.body, type=ChatRequest)
@@ -665,9 +675,10 @@ class Running:
         """Replace its schedule of failures, see `Rule`."""
         self._request("POST", "/schedule", rules)
 
-    def answer_models(self, status: int) -> None:
-        """Set the status of answers to GET /v1/models, which health checks ask for."""
-        self._request("POST", "/models-status", status)
+    def answer_models(self, status: int) -> int:
+        """Set the status of answers to GET /v1/models; return the number of requests so far."""
+        checks: int = self._request("POST", "/models-status", status)["checks"]
+        return checks
 
     def _request(self, method: str, path: str, content: Any = None) -> dict[str, Any]:
         with closing(http.client.HTTPConnection("127.0.0.1", self.port)) as connection:

@@ -102,46 +102,52 @@ def checks(world: World, settings: LlmSettings, worker: str = "a") -> Checks:
 
 
 @pytest.mark.parametrize(
-    ("status", "why"),
+    ("status", "why", "failed"),
     [
-        (200, ""),
-        (404, ""),
-        (405, ""),
-        (429, ""),
-        (401, "it does not accept its key (401); see UNIT_KEY"),
-        (402, "its quota is used up (402); waiting does not help, see plan and billing"),
-        (503, "answers 503"),
-        (0, "does not answer within 0.2 s"),
+        (200, "", False),
+        (400, "", False),
+        (404, "", False),
+        (405, "", False),
+        (429, "", False),
+        (401, "it does not accept its key (401); see UNIT_KEY", False),
+        (403, "forbids the call (403)", False),
+        (402, "its quota is used up (402)", False),
+        (500, "answers 500", True),
+        (503, "answers 503", True),
+        (0, "does not answer within 0.2 s", True),
     ],
 )
-def test_an_endpoint_is_healthy_when_it_answers_for_its_key(
-    world: World, provider: Provider, status: int, why: str
+def test_a_check_fails_only_without_an_answer_or_by_an_error_of_the_server(
+    world: World, provider: Provider, status: int, why: str, failed: bool
 ) -> None:
     provider.status = status
     settings = settings_of(provider.base_url, health_timeout_s=5.0 if status else 0.2)
 
     [found] = asyncio.run(check_all(settings))
 
-    assert (found.name, found.why) == ("e0", why)
-    assert (found.latency_s > 0) is (why == "")
+    assert (found.name, found.why[: len(why)], bool(found.why)) == ("e0", why, bool(why))
+    assert (found.failed, found.latency_s > 0) == (failed, not failed)
 
 
 def test_all_endpoints_are_checked_and_failures_have_a_reason(
     world: World, provider: Provider
 ) -> None:
-    keyless = EndpointSettings(name="keyless", base_url=provider.base_url, key_env="UNIT_NO_KEY")
-    settings = settings_of(CLOSED, "http://127.0.0.1:99999/v1", provider.base_url)
-    settings = settings.model_copy(update={"endpoints": (*settings.endpoints, keyless)})
-
-    away, wrong, well, closed_to_us = asyncio.run(check_all(settings))
-
-    assert away == CheckResult("e0", 0.0, "cannot be reached (ConnectError)")
-    assert wrong.why
-    assert well.why == ""
-    assert (
-        closed_to_us.why
-        == "UNIT_NO_KEY holds no key; set it, to any text if the endpoint needs no key"
+    others = (
+        EndpointSettings(name="keyless", base_url=provider.base_url, key_env="UNIT_NO_KEY"),
+        EndpointSettings(name="unchecked", base_url=CLOSED, key_env="UNIT_KEY", health_path=""),
     )
+    settings = settings_of(CLOSED, "http://127.0.0.1:99999/v1", provider.base_url)
+    settings = settings.model_copy(update={"endpoints": (*settings.endpoints, *others)})
+
+    away, wrong, well, keyless = asyncio.run(check_all(settings))
+
+    assert away == CheckResult("e0", 0.0, "cannot be reached (ConnectError)", failed=True)
+    assert wrong.failed
+    assert (well.why, well.failed) == ("", False)
+    assert (
+        keyless.why == "UNIT_NO_KEY holds no key; set it, to any text if the endpoint needs no key"
+    )
+    assert not keyless.failed, "a call says so at once, instead of waiting"
     assert provider.requests == 1
 
 

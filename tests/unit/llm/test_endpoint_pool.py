@@ -57,7 +57,7 @@ def test_a_call_goes_to_endpoints_that_have_the_model(world: World) -> None:
 def test_a_failing_endpoint_gets_no_calls_until_it_recovers(world: World) -> None:
     pool = pool_of(world)
     for _ in range(3):
-        pool.health.record("main", why="does not answer")
+        pool.health.record("main", why="does not answer", failed=True)
     world.sleep(1.5)
     assert [each.name for each in pool.order(MINI, "key")] == ["spare"]
 
