@@ -276,7 +276,7 @@ class Spent(msgspec.Struct):
     answered: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cached_tokens: int = 0  # of the prompts
+    cached_tokens: int = 0  # tokens of prompts that came from the cache
     stated_money: float = 0.0  # prices that answers stated; their tokens are counted, too
 
     def add(self, prompt: int, completion: int, cached: int = 0, money: float = 0.0) -> None:
