@@ -92,7 +92,8 @@ def read_error(body: bytes) -> ErrorBody:
     """Return the words of a body, whatever it is."""
     text = body.decode("utf-8-sig", "replace").strip()
     if re.match(r"(data|event):", text):  # an event of a stream
-        text = next((line for line in text.splitlines() if line.startswith("data:")), "")[5:]
+        text = next((line for line in text.splitlines() if line.startswith("data:")), "")
+        text = text.removeprefix("data:").strip()
     found = _json_in(text)
     if found is None:
         if re.search(r"<(!doctype|html|head|body|\?xml)\b", text[:1000], re.IGNORECASE):

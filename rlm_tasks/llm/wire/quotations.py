@@ -53,7 +53,8 @@ expected failed field fields for found from given got has have if in input input
 its json key length limit line long longer many max maximum may message messages min minimum model
 models more must name new no not null number object of off on one only or organization out output
 param parameter part per please prompt prompts property reason request requested requests required
-result role see server should size string system tell text than that the their them then there these
+result role see server should size stream string system tell temperature text than that the their
+them then there these
 this time to token tokens too tool tools total type unknown until up upon use used user valid value
 values was we were when which while with without word words would yes you your
 """
