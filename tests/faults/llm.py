@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import psutil
@@ -428,6 +429,54 @@ def on_a_budget(
     )
 
 
+# --- d. budgets hold against odd answers ------------------------------------------------------
+
+ODD = (
+    *("refused", "filtered", "filtered-part", "tool-call", "reasoning-only", "empty-text", "null"),
+    *("usage-missing", "usage-negative", "usage-zeros", "usage-total-only", "usage-texts"),
+    *("usage-reasoning-in-total", "no-choices", "not-json", "cut-chunks", "short-body"),
+    *("reset", "reset-after-headers", "html-502", "timeout-504", "server-error", "cut-text"),
+)
+"""Odd answers that bill tokens in one way or another, and some that do not."""
+
+
+def in_a_storm(on: Stage, seed: int, budget: float) -> Spent:
+    """Let all processes spend a budget of tokens while half of the answers are odd.
+
+    The seed chooses the odd answers and a process that is killed."""
+    random, began = Random(seed), time.monotonic()
+    kinds = random.sample(ODD, 12)
+    on.reset(*({"kind": kind, "every": random.randint(7, 29)} for kind in kinds))
+    items = round(2 * budget / PROMPT_TOKENS)
+    asked, _ = _long(items)
+    job = on.client.submit(
+        **asked,
+        type="parallel",
+        chunk_size=-(-items // 16),
+        budget={"tokens": budget},
+        continue_on_error=True,
+    )
+    kill_at = random.uniform(0.1, 0.8) * budget
+    for _ in job.watch(0.02):
+        spent = job.spent()
+        if kill_at and spent and spent.spent["tokens"] >= kill_at:
+            kill_at = 0.0
+            on.kill_process()
+    result, seen = job.result(timeout=150, propagate=False), on.provider.report()
+    return Spent(
+        unit=f"tokens, seed {seed}",
+        budget=budget,
+        counted=seen["prompt_tokens"] + seen["completion_tokens"],
+        reported=result.spent.spent["tokens"] if result.spent else 0.0,
+        one_call=PROMPT_TOKENS + MOST_TOKENS,
+        stopped=result.stopped,
+        done=result.done,
+        merged=result.done + result.failed_count + result.skipped == items,
+        kills=int(not kill_at),
+        seconds=time.monotonic() - began,
+    )
+
+
 PROMPT_TOKENS, MOST_TOKENS = 30, 30
 KINDS = 8
 """Number of different answers: all of them together fit into the length of one answer."""
@@ -461,7 +510,7 @@ def _long(items: int) -> tuple[dict[str, Any], Right]:
     return asked, lambda it: it.output == [texts[index] for index in it.successful]
 
 
-# --- d. other jobs are not delayed ------------------------------------------------------------
+# --- e. other jobs are not delayed ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -582,6 +631,8 @@ def show(*found: Found) -> None:
         console.print(table)
 
 
+PARTS = ["use", "answers", "budgets", "storm", "beside"]
+STORMS = 20
 KILLS = {0.15: "process", 0.3: "process", 0.45: "worker", 0.7: "process"}
 
 
@@ -600,7 +651,7 @@ def main() -> int:
     )
     options.add_argument(
         "--part",
-        choices=["use", "answers", "budgets", "beside"],
+        choices=PARTS,
         action="append",
         help="a part to run; default: all",
     )
@@ -609,7 +660,7 @@ def main() -> int:
     )
     asked = options.parse_args()
     embedded.clean_up_on_sigterm()
-    parts, found = asked.part or ["use", "answers", "budgets", "beside"], list[Found]()
+    parts, found = asked.part or PARTS, list[Found]()
     for binds in (asked.binds or ["tokens", "requests"]) if "use" in parts else ():
         with stage(binds, asked.window, guard_s=asked.guard) as on:
             found.append(against_limits(on, asked.windows, priority=asked.priority))
@@ -626,6 +677,9 @@ def main() -> int:
                 for unit, budget in (("tokens", 6000.0), ("calls", 400.0))
             ]
             found.append(on_a_budget(on, "tokens", 2000.0, late=True))
+    if "storm" in parts:
+        with stage(slots=8, RLM_BREAKERS__ENABLED="0") as on:
+            found += [in_a_storm(on, seed, 3000.0) for seed in range(STORMS)]
     if "beside" in parts:
         for scale in SCALES:
             with stage("tokens", asked.window, scale=scale) as on:

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 import pytest
 
 from rlm_tasks.jobs.splitting import ROOT_PARTS_PER_SLOT
-from tests.faults.llm import Stage, against_limits, on_a_budget, show, stage, through_faults
+from tests.faults.llm import (
+    Stage,
+    against_limits,
+    in_a_storm,
+    on_a_budget,
+    show,
+    stage,
+    through_faults,
+)
 from tests.support import wait_until
 
 WINDOW_S = 1.5
@@ -69,6 +77,16 @@ def test_late_answers_are_charged_to_the_budget(on: Stage) -> None:
     assert spent.counted <= spent.budget + spent.one_call
     assert spent.reported >= spent.counted, "a late answer costs its tokens, too"
     assert spent.merged
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_budget_holds_to_within_one_call_in_a_storm_of_odd_answers(on: Stage, seed: int) -> None:
+    spent = in_a_storm(on, seed, 600.0)
+    show(spent)
+
+    assert spent.counted <= spent.budget + spent.one_call
+    assert spent.reported >= spent.counted, "the provider bills no more than is counted"
+    assert spent.merged, "each item is done, failed or skipped"
 
 
 @pytest.mark.parametrize(

@@ -338,6 +338,53 @@ def test_above_temperature_0_each_item_has_an_answer_of_its_own(platform: Platfo
     assert result.spent.spent["calls"] == 6
 
 
+def test_refused_items_fail_once_and_hinder_nobody(platform: Platform) -> None:
+    items = [f"{i} ODD-ANSWER: refused" if i % 3 == 0 else f"{i} words" for i in range(201)]
+    asked = {"prompt": "{item}", "max_tokens": 20}
+
+    job = platform.client.submit(
+        operation="llm.map", items=items, params=asked, continue_on_error=True
+    )
+    beside = platform.client.execute(operation="llm.map", **sums(9))
+    result = job.result(timeout=60, propagate=False)
+
+    assert beside.output == [str(i) for i in range(9)]
+    assert (result.done, result.failed_count) == (134, 67)
+    assert {each.code for each in result.failed} == {"REFUSED"}
+    assert result.output == [each for each in items if "ODD" not in each]
+    assert platform.calls() == 201 + 9, "one call for each item"
+    states = platform.client.breakers.status()
+    assert {
+        (states[f"llm:{name}"]["state"], states[f"llm:{name}"]["failure_count"])
+        for name in ("main", "other")
+    } == {("closed", 0)}
+
+
+def test_a_text_that_a_filter_cut_is_in_the_receipt_or_fails_on_request(
+    platform: Platform,
+) -> None:
+    items = ["a long enough text ODD-ANSWER: filtered-part", "another text"]
+    asked = {"prompt": "{item}", "max_tokens": 20}
+
+    kept = platform.client.execute(operation="llm.map", items=items, params=asked, timeout=60)
+    failed = platform.client.execute(
+        operation="llm.map",
+        items=items,
+        params={**asked, "filtered_answers": "fail"},
+        continue_on_error=True,
+        timeout=60,
+    )
+    merged = platform.client.execute(
+        operation="llm.map_reduce", items=items, params=asked, timeout=60
+    )
+
+    assert kept.output == ["a long", "another text"]
+    for whole in (kept, merged):
+        assert [as_tuple(each) for each in whole.receipt] == [("filtered_answer", "normal", 1)]
+    assert [(each.index, each.code) for each in failed.failed] == [(0, "CONTENT_FILTERED")]
+    assert failed.output == ["another text"]
+
+
 def test_the_receipt_lists_answers_that_were_cut(platform: Platform) -> None:
     whole = {"prompt": "{item}", "max_tokens": 20}
     items = ["short", "a good deal longer than that"]
