@@ -68,6 +68,8 @@ _MASKED = re.compile(
     r"\*{2,}|\u2022{2,}|(?<!\w)(?:sk|pk|gsk|xai|hf|aiza|bearer)[-_ ]?\w*\.{3}", re.IGNORECASE
 )
 """A key that a provider shows in part."""
+_NAMES = re.compile("litellm|openai|anthropic|openrouter|project|account|master|gateway")
+"""Words of providers' own messages that a key may contain, as `sk-litellm-...` does."""
 
 
 def quotes(message: str, private: Sequence[str]) -> bool:
@@ -169,6 +171,9 @@ def _has_key(message: str, key: str) -> bool:
     if len(key) < KEY_PART + 2:  # no secret, such as "none"
         return bool(key) and re.search(rf"(?<!\w){re.escape(key)}(?!\w)", message) is not None
     message, key = message.casefold(), key.casefold()
+    if key in message:
+        return True
+    message = _NAMES.sub(" ", message)
     if any(message[at : at + KEY_PART] in key for at in range(len(message) - KEY_PART + 1)):
         return True
     words = re.findall(rf"[\w-]{{{KEY_END},}}", message)

@@ -934,3 +934,15 @@ def test_a_message_with_a_part_of_the_key_is_hidden(quote: str) -> None:
     assert HIDDEN in said(f"You sent {quote} to us", "x")
     assert HIDDEN in str(meaning(403, error(f"The key {quote} may not do that"), "x"))
     assert HIDDEN in str(meaning(503, error(f"The key {quote} is odd"), "x"))
+
+
+@pytest.mark.parametrize("key", ["sk-litellm-master-Zx81", "litellm-master"])
+def test_a_key_that_contains_a_providers_name_hides_only_messages_with_the_key(key: str) -> None:
+    def shown(message: str) -> str:
+        response = ErrorResponse(400, {}, body_of(error(message)))
+        return str(error_of(response, ENDPOINT, [key, PROMPT], tokens=0.0))
+
+    message = "The LiteLLM master has no such project"
+    assert message in shown(message)
+    for quote in (key, key.upper(), f"a{key}b"):
+        assert HIDDEN in shown(f"litellm: {quote} is wrong")
