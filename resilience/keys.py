@@ -231,9 +231,12 @@ class Keys:
 
     # --- language models -----------------------------------------------------------------------
 
-    def model(self, name: str) -> str:
-        """Return the sums over all calls to a model.  HASH name -> amount."""
-        return f"{self.namespace}:{{models}}:{name}"
+    def model(self, name: str, *kind: str) -> str:
+        """Return the sums over all calls to a model, or over those of a kind.
+
+        HASH name -> amount.
+        """
+        return ":".join((f"{self.namespace}:{{models}}", *kind, name))
 
     def endpoints(self) -> str:
         """Return the health of all endpoints of models.  HASH endpoint -> JSON."""

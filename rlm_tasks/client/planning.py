@@ -30,7 +30,7 @@ from scheduler.slots import SlotBoard
 
 if TYPE_CHECKING:
     from rlm_tasks.client.session import Session
-    from rlm_tasks.llm.learned import CallStatistics
+    from rlm_tasks.llm.learned import CallKind, CallStatistics
     from rlm_tasks.operations.registry import Operation
     from rlm_tasks.requests import JobRequest
     from rlm_tasks.settings.llm import EndpointSettings, Tier
@@ -97,8 +97,9 @@ class Plan:
     level: str  # the pressure level today
     slots: int  # of live workers that serve its queue
     budget: Sufficiency | None  # None: the request has none
-    based_on: int  # number of earlier calls, or items, behind the estimates
+    based_on: int  # number of earlier calls to the model, or items, behind the estimates
     notes: tuple[str, ...] = ()  # remarks on the figures for the reader
+    alike: int = 0  # the part of the earlier calls that had the same operation and params
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -112,6 +113,7 @@ class Plan:
             self._time(),
             f"Nodes: about {_number(self.nodes)}, slots: {self.slots}",
             self._budget(),
+            self._basis(),
             *self.notes,
         ]
         return "\n".join(filter(None, lines))
@@ -129,6 +131,15 @@ class Plan:
             return f"Time: not known{f', there is {self.limited_by}' if self.limited_by else ''}"
         time = _both(_lasting(self.time_s.p50), _lasting(self.time_s.p90))
         return f"Time: {time}, limited by {self.limited_by}"
+
+    def _basis(self) -> str:
+        """Say which earlier calls the estimate rests on."""
+        if not (self.calls.p90 and self.based_on):
+            return ""
+        calls = f"Based on {_number(self.based_on)} earlier calls to the model"
+        if not self.alike:
+            return f"{calls}, none with these params: lengths of answers may differ much"
+        return f"{calls}, {_number(min(self.alike, self.based_on))} of them with these params"
 
     def _budget(self) -> str:
         if (budget := self.budget) is None:
@@ -325,9 +336,9 @@ class Today:
             self.models[tier] = next((each for each in models if self.endpoints(each)), models[0])
         return self.models[tier]
 
-    def known(self, tier: Tier) -> CallStatistics:
-        """Return the figures of earlier calls to a tier's model."""
-        return self._pool.learned.of(self.model(tier))
+    def known(self, tier: Tier, kind: CallKind) -> CallStatistics:
+        """Return the figures of earlier calls of a kind to a tier's model."""
+        return self._pool.learned.of(self.model(tier), kind, whole=True)
 
     def endpoints(self, model: str) -> list[EndpointSettings]:
         """Return the healthy endpoints that have a model."""
@@ -360,16 +371,22 @@ class Today:
         """Return the price of a round."""
         model = self.settings.model(self.model(forecast.tier))
         prompts = forecast.prompt_tokens * model.input_price
-        return (prompts + forecast.answer_tokens * model.output_price) / 1e6
+        billed = self.known(forecast.tier, forecast.kind).price_ratio
+        return billed * (prompts + forecast.answer_tokens * model.output_price) / 1e6
 
     def stage(self, forecast: RoundForecast, outlook: Outlook, slots: int) -> Stage:
         """Return the stage of a round on a number of slots.  Raises StoreUnavailable."""
         model, calls = self.model(forecast.tier), forecast.calls
         tokens = forecast.prompt_tokens + forecast.answer_tokens
-        seconds, at_once = outlook.seconds(forecast.tier, calls), self.at_once(model)
+        seconds, at_once = outlook.seconds(forecast.tier, forecast.kind, calls), self.at_once(model)
+        slot_s = self.known(forecast.tier, forecast.kind).slot_s
         amounts = {"requests": calls, "tokens": tokens, "bytes": tokens * BYTES_PER_TOKEN}
-        waves = in_waves(calls, seconds, at_once * max(1, slots))
-        return Stage(*waves, calls * seconds / at_once, model, amounts, self.flows(model))
+        # A node has at least the items that a slot keeps in flight.
+        slots = max(1, min(slots, forecast.items // at_once))
+        waves = in_waves(calls, seconds, at_once * slots)
+        took_s, bound = max(waves, (calls * slot_s / slots, "slots"))
+        work_s = calls * max(slot_s, seconds / at_once)
+        return Stage(took_s, bound, work_s, model, amounts, self.flows(model))
 
 
 # --- putting it together ----------------------------------------------------------------------
@@ -383,6 +400,7 @@ class JobEstimate:
     stages: tuple[list[Stage], list[Stage]] | None  # at p50, at p90; None: time is not known
     based_on: int
     note: str = ""
+    alike: int = 0
 
 
 def plan(session: Session, given: JobRequest, checked: JobRequest, queue: str) -> Plan:
@@ -421,6 +439,7 @@ def plan(session: Session, given: JobRequest, checked: JobRequest, queue: str) -
         slots=today.slots,
         budget=sufficiency(limits, estimate.rounds, kept, goes_on=goes_on) if limits else None,
         based_on=estimate.based_on,
+        alike=estimate.alike,
         notes=tuple(filter(None, (estimate.note, inexact))),
     )
 
@@ -442,13 +461,17 @@ def _of_calls(
         ]
         for every, outlook in zip((p50, p90), outlooks, strict=True)
     ]
-    unknown = [model for tier, model in today.models.items() if not today.known(tier).calls]
+    known = [(each, today.known(each.tier, each.kind)) for each in p50]
+    unknown = sorted({today.model(each.tier) for each, past in known if not past.calls})
     note = (
         f"No call to {' or '.join(unknown)} is known yet: each answer is assumed to have half of "
         "max_tokens, at p90 all of them"
     )
-    based_on = min(round(today.known(tier).calls) for tier in today.models)
-    return JobEstimate(planned, (stages[0], stages[1]), based_on, note if unknown else "")
+    based_on = min(round(past.calls) for _, past in known)
+    alike = min(round(past.own) for _, past in known)
+    return JobEstimate(
+        planned, (stages[0], stages[1]), based_on, note if unknown else "", alike=alike
+    )
 
 
 def _paired(
@@ -456,7 +479,7 @@ def _paired(
 ) -> list[tuple[RoundForecast, RoundForecast]]:
     """Pair the rounds of p50 and p90, the last with the last; p90 may have more between."""
     more = [
-        replace(each, calls=0, prompt_tokens=0.0, answer_tokens=0.0)
+        replace(each, items=0, calls=0, prompt_tokens=0.0, answer_tokens=0.0)
         for each in p90[len(p50) - 1 : -1]
     ]
     return list(zip([*p50[:-1], *more, p50[-1]], p90, strict=True))
@@ -467,7 +490,7 @@ def _planned(number: int, p50: RoundForecast, p90: RoundForecast, today: Today) 
     return PlannedRound(
         number=number,
         operation=p90.operation,
-        items=p50.calls,
+        items=p50.items,
         calls=Estimate(p50.calls, p90.calls),
         tokens=Estimate(*(round(each.prompt_tokens + each.answer_tokens) for each in both)),
         money=Estimate(*map(today.money, both)),

@@ -6,6 +6,7 @@ sets the tier of a call, and pressure lowers it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass, replace
 
@@ -42,15 +43,12 @@ class Draft:
     samples: int = 1  # answers to this prompt, each by a call of its own
     sample: int = 0  # number of this call's answer among them
     fails_filtered: bool = False  # a text that a filter cut is a failure
+    is_repair: bool = False  # it sends an answer of the wrong form back
 
     @property
     def estimated(self) -> int:
         """The estimated tokens of the prompt, without corrections from earlier calls."""
-        schema = (
-            0
-            if self.form is None
-            else estimated_tokens(msgspec.json.encode(self.form.model_json_schema()).decode())
-        )
+        schema = 0 if self.form is None else _size_of_schema(self.form)
         return estimated_prompt(self.messages) + schema
 
     def question(self, model: str) -> Question:
@@ -68,7 +66,12 @@ class Draft:
         """Return a draft that sends an answer of the wrong form back, to be repaired."""
         request = f"That is not of the form asked for: {why}\nAnswer again, with the JSON alone."
         more = {"role": "assistant", "content": text}, {"role": "user", "content": request}
-        return replace(self, messages=(*self.messages, *more))
+        return replace(self, messages=(*self.messages, *more), is_repair=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _size_of_schema(form: type[BaseModel]) -> int:
+    return estimated_tokens(msgspec.json.encode(form.model_json_schema()).decode())
 
 
 def digest(question: Question) -> str:

@@ -17,7 +17,7 @@ from resilience.bucket import Rate, TokenBucket
 from resilience.single_flight import SingleFlight
 from rlm_tasks.llm.endpoint import Endpoint
 from rlm_tasks.llm.endpoint_health import EndpointHealth
-from rlm_tasks.llm.learned import Learned
+from rlm_tasks.llm.learned import ANY, CallKind, Learned
 from rlm_tasks.llm.wire.answers import TokenUsage
 from rlm_tasks.llm.wire.rate_limit_headers import RateLimitHeaders
 from rlm_tasks.operations.protection import Protection
@@ -48,7 +48,7 @@ BYTES_PER_TOKEN = 4
 
 @dataclass(frozen=True, slots=True)
 class Bill:
-    """The tokens of a call, and its cost by unit: `calls`, `tokens` and `money`."""
+    """The tokens of a call, and its cost by unit: `calls`, `tokens`, `money`, and `repairs`."""
 
     prompt: float
     completion: float
@@ -134,15 +134,18 @@ class EndpointPool:
         ordered = [self.endpoints[name] for name in names]
         return [each for each in ordered if not each.models or model in each.models]
 
-    def most(self, model: str, draft: Draft) -> Bill:
+    def most(self, model: str, draft: Draft, kind: CallKind = ANY) -> Bill:
         """Return the most that a call may cost: the estimated prompt, and all of max_tokens.
 
         Its money is that of our prices, or more if a gateway has billed more for earlier calls.
         """
-        past = self.learned.of(model)
-        usage = TokenUsage(round(draft.estimated * past.prompt_ratio * MARGIN), draft.max_tokens)
+        past = self.learned.of(model, kind)
+        usage = TokenUsage(round(past.reserved(draft.estimated) * MARGIN), draft.max_tokens)
         money = self.price(model, usage) * max(1.0, past.price_ratio)
-        return self._bill(model, structs.replace(usage, money=money))
+        bill = self._bill(model, structs.replace(usage, money=money))
+        if draft.is_repair:
+            bill.amounts["repairs"] = 1.0
+        return bill
 
     def bill(self, model: str, usage: TokenUsage, reserved: Bill) -> Bill:
         """Return the cost of a call with this usage; what it does not state counts as reserved."""
@@ -152,7 +155,10 @@ class EndpointPool:
             prompt_tokens=reserved.prompt if prompt is None else prompt,
             completion_tokens=reserved.completion if completion is None else completion,
         )
-        return self._bill(model, known)
+        bill = self._bill(model, known)
+        if repairs := reserved.amounts.get("repairs"):
+            bill.amounts["repairs"] = repairs
+        return bill
 
     def _bill(self, model: str, usage: TokenUsage) -> Bill:
         prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0

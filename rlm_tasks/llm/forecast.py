@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from rlm_tasks.llm.learned import CallStatistics
+from rlm_tasks.llm.learned import CallKind, CallStatistics
 from rlm_tasks.llm.params import Ask, MapReduce, parsed
-from rlm_tasks.llm.wire.answers import estimated_prompt
 from rlm_tasks.operations.ports import RoundForecast
 
 if TYPE_CHECKING:
@@ -30,6 +29,10 @@ Z90 = 1.2816
 RELEVANT = 5
 """Assumed relevant passages per call, at p50; at p90 four times as many."""
 DEFAULTS = CallStatistics()
+REPAIR_TOKENS = 40
+"""Estimated tokens of the request to repair an answer, beside that answer."""
+FIRST_REPAIRS_SD = 0.5
+"""Standard deviation of the repairs of a call with a form, before the first one."""
 
 
 # --- sums and their deviations ----------------------------------------------------------------
@@ -40,27 +43,42 @@ class Prompts:
     """The estimated tokens of a round's prompts, from a sample, and the limit of its answers."""
 
     tier: Tier
+    kind: CallKind
     max_tokens: int  # most tokens of an answer
     mean: float  # estimated tokens of a prompt, without corrections from earlier calls
     error: float = 0.0  # standard error of the mean
+    has_form: bool = False  # an answer of the wrong form is repaired by another call
+    samples: int = 1  # calls for each item
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """Expected tokens and seconds of calls: their means, or `z` standard deviations above them."""
 
-    known: Callable[[Tier], CallStatistics]
+    known: Callable[[Tier, CallKind], CallStatistics]
     z: float = 0.0
 
-    def round(self, operation: str, prompts: Prompts, calls: int) -> RoundForecast:
-        """Return the forecast of a round with this number of calls."""
-        prompt = self.known(prompts.tier).prompt_ratio * (prompts.mean + self.z * prompts.error)
+    def round(self, prompts: Prompts, items: int) -> RoundForecast:
+        """Return the forecast of a round with this number of items."""
+        past = self.known(prompts.tier, prompts.kind)
+        first = items * prompts.samples
+        repairs = round(first * self._repairs(prompts, past, first))
+        answer = self.answer_tokens(prompts, first)
+
+        def tokens(estimated: float) -> float:
+            prompt = past.prompt.tokens(estimated)
+            errors = past.prompt.slope * prompts.error, prompt * past.prompt_spread
+            return prompt + self.z * math.hypot(*errors)
+
         return RoundForecast(
-            operation=operation,
+            operation=prompts.kind.operation,
             tier=prompts.tier,
-            calls=calls,
-            prompt_tokens=calls * prompt,
-            answer_tokens=calls * self.answer_tokens(prompts, calls),
+            kind=prompts.kind,
+            items=items,
+            calls=first + repairs,
+            prompt_tokens=first * tokens(prompts.mean)
+            + repairs * tokens(prompts.mean + answer + REPAIR_TOKENS),
+            answer_tokens=(first + repairs) * answer,
         )
 
     def answer_tokens(self, prompts: Prompts, calls: int) -> float:
@@ -68,21 +86,39 @@ class Outlook:
 
         Before the first call, the worst case is all of max_tokens.
         """
-        past = self.known(prompts.tier)
+        past = self.known(prompts.tier, prompts.kind)
         if self.z and not past.calls:
             return prompts.max_tokens
+        expected, most = past.answer_share(prompts.max_tokens)
         share = self._mean(
-            mean=past.share,
+            mean=expected,
             sd=past.share_sd,
             first_sd=DEFAULTS.share_sd,
-            known=past.calls,
+            known=past.own or past.calls,
             calls=calls,
+            common=expected * past.answer_spread,
         )
-        return prompts.max_tokens * min(1.0, share)
+        return prompts.max_tokens * min(1.0, max(share, most) if self.z else share)
 
-    def seconds(self, tier: Tier, calls: int) -> float:
+    def _repairs(self, prompts: Prompts, past: CallStatistics, calls: int) -> float:
+        """Return the repairs for each call."""
+        if not prompts.has_form:
+            return 0.0
+        sd = math.sqrt(past.repairs * max(0.0, 1 - past.repairs))
+        return min(
+            2.0,
+            self._mean(
+                mean=past.repairs,
+                sd=sd,
+                first_sd=FIRST_REPAIRS_SD,
+                known=past.formed,
+                calls=calls,
+            ),
+        )
+
+    def seconds(self, tier: Tier, kind: CallKind, calls: int) -> float:
         """Return the mean seconds of this number of calls."""
-        past = self.known(tier)
+        past = self.known(tier, kind)
         return self._mean(
             mean=past.seconds,
             sd=past.seconds_sd,
@@ -96,14 +132,25 @@ class Outlook:
         """The relevant passages that a model finds in one call."""
         return 4 * RELEVANT if self.z else RELEVANT
 
-    def _mean(self, mean: float, sd: float, first_sd: float, known: float, calls: int) -> float:
+    def _mean(
+        self,
+        *,
+        mean: float,
+        sd: float,
+        first_sd: float,
+        known: float,
+        calls: int,
+        common: float = 0.0,
+    ) -> float:
         """Return the mean of the next `calls` values, from `known` earlier ones.
 
         Both the values and the measured mean vary.  The default deviation counts as one value,
-        because the deviation of a few values means little.
+        because the deviation of a few values means little.  `common` is the deviation that all
+        values share.
         """
         spread = math.sqrt((known * sd**2 + first_sd**2) / (known + 1))
-        return mean + self.z * spread * math.sqrt(1 / max(1, calls) + 1 / max(1.0, known))
+        error = spread * math.sqrt(1 / max(1, calls) + 1 / max(1.0, known))
+        return mean + self.z * math.hypot(error, common)
 
 
 Rounds = Callable[[Outlook], list[RoundForecast]]
@@ -120,14 +167,23 @@ def mean_and_error(sizes: Sequence[float], of: int) -> tuple[float, float]:
     return fmean(sizes), pstdev(sizes) * math.sqrt(unseen / max(1, count - 1))
 
 
-def _prompts(drafts: Iterable[Draft], of: int) -> Prompts:
+def _prompts(kind: CallKind, drafts: Iterable[Draft], of: int) -> Prompts:
     sample = list(drafts)
-    sizes = [_size(each) for each in sample]
-    return Prompts(sample[0].tier, sample[0].max_tokens, *mean_and_error(sizes, of))
+    mean, error = mean_and_error([each.estimated for each in sample], of)
+    return _like(sample[0], kind, mean, error)
 
 
-def _size(draft: Draft) -> int:
-    return estimated_prompt(draft.messages)
+def _like(draft: Draft, kind: CallKind, mean: float, error: float = 0.0) -> Prompts:
+    """Return the prompts of a round whose drafts are like this one."""
+    return Prompts(
+        tier=draft.tier,
+        kind=kind,
+        max_tokens=draft.max_tokens,
+        mean=mean,
+        error=error,
+        has_form=draft.form is not None,
+        samples=draft.samples,
+    )
 
 
 # --- a call for each item ---------------------------------------------------------------------
@@ -138,13 +194,14 @@ def by_item(compose: Compose) -> Forecast:
 
     def forecast(request: JobRequest, sample: ItemSample) -> Rounds:
         prompts = _first(compose, request, sample)
-        return lambda outlook: [outlook.round(request.operation, prompts, sample.total)]
+        return lambda outlook: [outlook.round(prompts, sample.total)]
 
     return forecast
 
 
 def _first(compose: Compose, request: JobRequest, sample: ItemSample) -> Prompts:
     return _prompts(
+        CallKind.of(request.operation, request.params),
         (compose(item, request.params, request.complexity) for _, item in sample.items),
         sample.total,
     )
@@ -158,21 +215,21 @@ def merging(compose: Compose, merge: Compose) -> Forecast:
 
     def forecast(request: JobRequest, sample: ItemSample) -> Rounds:
         first, fan_in = _first(compose, request, sample), parsed(MapReduce, request.params).fan_in
+        kind = CallKind.of("llm.merge", request.params)
 
         def rounds(outlook: Outlook) -> list[RoundForecast]:
-            forecasts = [outlook.round(request.operation, first, sample.total)]
+            forecasts = [outlook.round(first, sample.total)]
             prompts, parts = first, sample.total
             while parts > 1:
                 part = "x" * round(4 * outlook.answer_tokens(prompts, parts))
-                sizes = [
-                    _size(merge([part] * of, request.params, request.complexity))
+                whole, rest = (
+                    merge([part] * of, request.params, request.complexity)
                     for of in (fan_in, (parts - 1) % fan_in + 1)
-                ]
-                parts = -(-parts // fan_in)
-                prompts = Prompts(
-                    first.tier, first.max_tokens, (sizes[0] * (parts - 1) + sizes[1]) / parts
                 )
-                forecasts.append(outlook.round("llm.merge", prompts, parts))
+                parts = -(-parts // fan_in)
+                mean = (whole.estimated * (parts - 1) + rest.estimated) / parts
+                prompts = _like(whole, kind, mean)
+                forecasts.append(outlook.round(prompts, parts))
             return forecasts
 
         return rounds
@@ -195,7 +252,6 @@ class Reading:
     per_group: float  # passages that fit into one group
     tokens: float  # tokens of a prompt for each passage
     error: float  # standard error of `tokens`
-    overhead: int  # tokens of a prompt without passages
 
 
 def narrowing(
@@ -228,32 +284,31 @@ def narrowing(
             groups=groups,
             room=params.group_tokens,
             size=size,
-            overhead=_size(empty),
-            whole=_size(whole),
+            overhead=empty.estimated,
+            whole=whole.estimated,
             times=sample.total / len(sample.items),
         )
         last = answering({"passages": []}, request.params, request.complexity)
 
-        def prompts(passages: float, overhead: float) -> Prompts:
+        def prompts(draft: Draft, operation: str, passages: float) -> Prompts:
             """Return the prompts of one round, with this number of passages in each call."""
-            return Prompts(
-                empty.tier,
-                empty.max_tokens,
-                overhead + passages * all_read.tokens,
+            return _like(
+                draft,
+                CallKind.of(operation, request.params),
+                draft.estimated + passages * all_read.tokens,
                 passages * all_read.error,
             )
 
         def rounds(outlook: Outlook) -> list[RoundForecast]:
             left, calls, forecasts = all_read.passages, all_read.groups, []
             for _ in range(params.max_rounds):
-                read = prompts(left / calls, all_read.overhead)
-                forecasts.append(outlook.round("llm.ask", read, calls))
+                forecasts.append(outlook.round(prompts(empty, "llm.ask", left / calls), calls))
                 left = min(left, calls * outlook.relevant)
                 if left <= all_read.per_group:
                     break
                 calls = math.ceil(left / all_read.per_group)
             few = min(left, all_read.per_group)
-            return [*forecasts, outlook.round("llm.answer", prompts(few, _size(last)), 1)]
+            return [*forecasts, outlook.round(prompts(last, "llm.answer", few), 1)]
 
         return rounds
 
@@ -279,5 +334,4 @@ def _reading(
         per_group=len(sizes) / full,
         tokens=(whole - overhead) / len(sizes),
         error=error,
-        overhead=overhead,
     )

@@ -102,9 +102,12 @@ class Gate(OperationGuards):
 
         Raises Denied with the time to come back.
         """
-        context.entry = self._admit(
-            self._compose(item, context.params, self._spec.complexity), context, waiter
-        )
+        draft = self._compose(item, context.params, self._spec.complexity)
+        try:
+            context.entry = self._admit(draft, context, waiter)
+        except Denied as denied:
+            self._settlement.pace.denied(denied)
+            raise
         return context.entry
 
     def _admit(self, draft: Draft, context: Context, waiter: str = "") -> HeldCall:
@@ -204,7 +207,9 @@ class Gate(OperationGuards):
         Raises BudgetSpent.  Without a fallback, a spent budget also ends the items of the job.
         """
         assert held.question is not None
-        held.reserved = reserved = self._pool.most(held.question.model, held.draft)
+        held.reserved = reserved = self._pool.most(
+            held.question.model, held.draft, self._settlement.kind
+        )
         id = f"{memo_of(self._spec, held.index)}:{held.flight.key}"
         try:
             charge = self._budget.charge(

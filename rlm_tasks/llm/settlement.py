@@ -18,6 +18,7 @@ from resilience.store import Call
 from rlm_tasks.jobs import codec
 from rlm_tasks.llm import metrics
 from rlm_tasks.llm.endpoint_pool import BYTES_PER_TOKEN, MARGIN, NOTHING, Bill
+from rlm_tasks.llm.learned import AnsweredCall, CallKind, SlotPace
 from rlm_tasks.llm.wire.answers import TokenUsage, estimated_tokens
 from rlm_tasks.llm.wire.errors import ProviderDown, ProviderRefused, UnusableAnswer
 
@@ -69,6 +70,8 @@ class Settlement:
         self, pool: EndpointPool, budget: SharedBudget, spec: JobSpec, store: Store
     ) -> None:
         self._pool, self._budget, self._spec, self._store = pool, budget, spec, store
+        self.kind = CallKind.of(spec.operation, spec.params)
+        self.pace = SlotPace(pool.learned.clock)
         self.memos: list[tuple[int, str]] = []
         """The items that have an answer in a memo, with its key."""
 
@@ -131,17 +134,23 @@ class Settlement:
             calls.append(self._landing(held, codec.pack(msgspec.to_builtins(answer)), answer))
             calls += pool.health.answered(endpoint)
             if answer.usage.is_complete:
-                calls.append(
-                    pool.learned.learning(
-                        model,
-                        estimated=held.estimated,
-                        max_tokens=held.draft.max_tokens,
-                        answer=answer,
-                        priced=pool.price(model, answer.usage),
-                    )
-                )
+                calls.append(pool.learned.learning(model, self._answered(held, answer)))
         with suppress(StoreUnavailable):  # the charge stays as reserved, which is the safe side
             self._store.call(*calls, on_outage="patient")
+
+    def _answered(self, held: HeldCall, answer: Answer) -> AnsweredCall:
+        """Return a call as later estimates know it."""
+        assert held.question is not None
+        return AnsweredCall(
+            kind=self.kind,
+            estimated=held.estimated,
+            max_tokens=held.draft.max_tokens,
+            answer=answer,
+            priced=self._pool.price(held.question.model, answer.usage),
+            has_form=held.draft.form is not None,
+            is_repair=held.draft.is_repair,
+            slot_s=self.pace.answered(answer.latency_s),
+        )
 
     def _landing(self, held: HeldCall, packed: bytes, answer: Answer) -> Call:
         """Return the call that gives an answer to others, and keeps it for its item."""

@@ -73,7 +73,9 @@ class RoundForecast:
 
     operation: str
     tier: Any  # small, medium or large
-    calls: int
+    kind: Any  # the kind of earlier calls that these are like
+    items: int
+    calls: int  # each item has one for each of its samples; and repairs
     prompt_tokens: float
     answer_tokens: float
 

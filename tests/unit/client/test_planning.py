@@ -184,6 +184,8 @@ def test_a_plan_as_text_and_as_plain_data() -> None:
         "Nodes: about 2, slots: 2",
         "Budget: suffices, but not at p90; its tokens pay for this share of the items: "
         "100%, at p90 50%",
+        "Based on 3 earlier calls to the model, none with these params: lengths of answers may "
+        "differ much",
         "A note",
     ]
     assert json.loads(json.dumps(plan.to_dict()))["rounds"][0]["tokens"] == {

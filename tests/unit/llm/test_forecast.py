@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rlm_tasks.jobs.items import SAMPLED, source_of
 from rlm_tasks.llm.forecast import Z90, Outlook, mean_and_error
-from rlm_tasks.llm.learned import CallStatistics
+from rlm_tasks.llm.learned import CallKind, CallStatistics, PromptLine
 from rlm_tasks.llm.operations import _reading
 from rlm_tasks.llm.wire.answers import estimated_prompt
 from rlm_tasks.operations import registry
@@ -20,14 +20,24 @@ from rlm_tasks.requests import JobRequest
 from rlm_tasks.settings.model import Settings
 
 SETTLED = CallStatistics(
-    calls=400, prompt_ratio=1.2, share=0.4, share_sd=0.2, seconds=3.0, seconds_sd=1.0
+    calls=400,
+    own=400,
+    prompt=PromptLine(0.0, 1.2),
+    share=0.4,
+    share_sd=0.2,
+    seconds=3.0,
+    seconds_sd=1.0,
 )
 
 
 knowns = st.builds(
     CallStatistics,
     calls=st.sampled_from([0.0, 1.0, 30.0, 700.0]),
-    prompt_ratio=st.floats(0.5, 2),
+    own=st.sampled_from([0.0, 1.0, 30.0, 700.0]),
+    prompt=st.builds(PromptLine, st.floats(0, 100), st.floats(0.5, 2)),
+    answer=st.one_of(st.none(), st.floats(0, 500)),
+    repairs=st.floats(0, 2),
+    formed=st.sampled_from([0.0, 1.0, 30.0]),
     share=st.floats(0, 1),
     share_sd=st.floats(0, 0.5),
     seconds=st.floats(0, 60),
@@ -44,7 +54,7 @@ def forecast(
     assert about.forecast is not None
     assert about.prepare is not None
     rounds = about.forecast(about.prepare(asked, Settings()), source_of(items).sample(Random(1)))
-    return tuple(rounds(Outlook(lambda _: known, z)) for z in (0.0, Z90))
+    return tuple(rounds(Outlook(lambda _, __: known, z)) for z in (0.0, Z90))
 
 
 def test_each_item_has_a_call_with_the_prompt_of_the_operation() -> None:
@@ -112,11 +122,14 @@ def test_a_question_needs_one_call_for_each_group_of_passages(n: int, length: in
         about.prepare(JobRequest(operation="llm.ask", items=texts, params=params), Settings()).items
     )
 
-    assert first.calls == pytest.approx(len(groups), rel=0.06 if n > SAMPLED else 0.001)
+    assert (
+        first.calls == first.items == pytest.approx(len(groups), rel=0.06 if n > SAMPLED else 0.001)
+    )
     assert (last.operation, last.calls) == ("llm.answer", 1)
-    prompts = sum(estimated_prompt(_reading(group, params, "").messages) for group in groups)
-    assert first.prompt_tokens == pytest.approx(SETTLED.prompt_ratio * prompts, rel=0.06)
-    assert sum(each.calls for each in bad) <= first.calls * 4 + 1
+    prompts = sum(_reading(group, params, "").estimated for group in groups)
+    assert first.prompt_tokens == pytest.approx(SETTLED.prompt.slope * prompts, rel=0.06)
+    calls = sum(each.calls for each in bad)
+    assert calls <= (first.items * 4 + 1) * 3, "an answer has a form, so it may be repaired twice"
 
 
 @given(
@@ -150,8 +163,8 @@ def test_p90_is_never_below_p50_and_answers_are_within_max_tokens(
         known.calls
         or sum(each.answer_tokens for each in bad) == sum(each.calls for each in bad) * 100
     )
-    assert [Outlook(lambda _: known, Z90).seconds("small", n)] >= [
-        Outlook(lambda _: known).seconds("small", n)
+    assert [Outlook(lambda _, __: known, Z90).seconds("small", CallKind(), n)] >= [
+        Outlook(lambda _, __: known).seconds("small", CallKind(), n)
     ]
 
 
@@ -169,7 +182,7 @@ def test_ten_times_the_items_are_ten_times_the_tokens() -> None:
 
 def test_nine_of_ten_sums_are_below_p90() -> None:
     random = Random(5)
-    known = CallStatistics(calls=2000, prompt_ratio=1.0, share=0.5, share_sd=0.2)
+    known = CallStatistics(calls=2000, own=2000, share=0.5, share_sd=0.2)
     [_], [bad] = forecast("llm.map", range(100), {"prompt": "{item}", "max_tokens": 1000}, known)
 
     sums = [sum(random.gauss(500, 200) for _ in range(100)) for _ in range(2000)]
