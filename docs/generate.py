@@ -1,8 +1,9 @@
 """Write the generated pages, or fail when one differs from the code.
 
 `docs/configuration.md` comes from the settings, `docs/reference/events.md` from the list of
-platform events.  ``python -m docs.generate`` compares the pages; ``python -m docs.generate
---write`` writes them.  `make docs` calls it.  Begin with `PAGES`.
+platform events, `docs/reference/odd_answers.md` from the fake provider's odd answers.
+``python -m docs.generate`` compares the pages; ``python -m docs.generate --write`` writes them.
+`make docs` calls it.  Begin with `PAGES`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rlm_tasks.settings.document import fields, variable
+from rlm_tasks.testing.odd_answers import ODD_ANSWERS
 from scheduler.alerts import RULES
 from scheduler.events import KINDS, PRESSURE_CHANGED, EventKind, EventSeverity
 
@@ -63,6 +65,33 @@ This page is generated: `make docs ARGS=--write`.
 """
 
 
+ODD_ANSWERS_HEAD = """# Odd answers
+
+Real providers, gateways and inference servers give odd answers.
+The fake provider gives them on demand, so that you can test yours:
+
+```python
+from rlm_tasks.testing.fake_provider import running
+
+with running(schedule=[{"kind": "refused", "every": 3}]) as provider:
+    print(provider.base_url.startswith("http://127.0.0.1:"))  # True
+```
+
+Every third answer of this provider is a refusal.
+A prompt may also ask for an odd answer: `ODD-ANSWER: refused`.
+With `ODD-ANSWER: server-error x2` the first two calls of that prompt fail, and the third succeeds.
+
+`provider.report()` has the calls and the billed tokens of each name under `by_kind`.
+`python -m rlm_tasks.testing.fake_provider --list` prints this table.
+[Language models](../llm.md#each-kind-of-answer) says what a job does with each kind of answer.
+
+This page is generated: `make docs ARGS=--write`.
+
+| group | name | answer |
+|---|---|---|
+"""
+
+
 def settings_page() -> str:
     """Return the page of settings: a table row for each, sections last."""
     return SETTINGS_HEAD + "\n".join(_settings_rows()) + "\n"
@@ -107,9 +136,16 @@ def _alert(kind: EventKind) -> Iterator[str]:
         yield "It is not in the stream of events."
 
 
+def odd_answers_page() -> str:
+    """Return the page of odd answers: a table row for each."""
+    rows = (f"| {odd.group} | `{name}` | {odd.about} |" for name, odd in ODD_ANSWERS.items())
+    return ODD_ANSWERS_HEAD + "\n".join(rows) + "\n"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "configuration.md": settings_page,
     "reference/events.md": events_page,
+    "reference/odd_answers.md": odd_answers_page,
 }
 """Each generated page, with the function that returns its text."""
 
