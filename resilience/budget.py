@@ -12,7 +12,7 @@ nothing can be spent.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.keys import Keys
 from resilience.store import Argument, Call, Script, Store
 
+UNITS_FIRST = ("calls", "tokens", "money")
+"""The units that a sentence names first; others follow by name."""
 _OPEN, _CARVE, _FOLD, _CHARGE, _SETTLE, _STATUS = (
     Script.load("resilience", f"spend_{verb}", prelude="spend")
     for verb in ("open", "carve", "fold", "charge", "settle", "status")
@@ -43,7 +45,7 @@ class Charge:
 class Spending:
     """The amounts of a budget by unit, over all accounts.
 
-    For each unit with a limit: limits = spent + held + left.
+    For each unit with a limit: limits = spent + held + left.  `str` makes a sentence of it.
     """
 
     limits: dict[str, float]
@@ -52,6 +54,48 @@ class Spending:
     left: dict[str, float]  # below zero if calls have used more than they reserved
     by_label: dict[str, dict[str, float]]  # label -> unit -> amount settled under it
     accounts: dict[str, dict[str, float]]  # open account -> unit -> amount left in it
+
+    def __str__(self) -> str:
+        units = {unit: None for unit in UNITS_FIRST if unit in self.limits or unit in self.spent}
+        units |= dict.fromkeys(sorted({**self.limits, **self.spent}))
+        parts = [
+            _of_unit(self.spent.get(unit, 0.0), unit, self.limits.get(unit))
+            for unit in units
+            if unit in self.limits or self.spent.get(unit)
+        ]
+        sentence = f"Spent {_listed(parts) or 'nothing yet'}"
+        held = {unit: amount for unit, amount in self.held.items() if amount > 0}
+        if calls := held.get("calls"):
+            return f"{sentence}; {_of_unit(calls, 'calls')} {_are(calls)} in flight."
+        if held:
+            reserved = _listed([_of_unit(amount, unit) for unit, amount in sorted(held.items())])
+            return f"{sentence}; reserved: {reserved}."
+        return f"{sentence}."
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
+
+
+def _of_unit(amount: float, unit: str, limit: float | None = None) -> str:
+    """Return an amount for a person, such as `12 of 20 calls`."""
+    counted = amount if limit is None else limit
+    name = unit.removesuffix("s") if _rounded(counted) == "1" else unit
+    return f"{_rounded(amount)}{'' if limit is None else f' of {_rounded(limit)}'} {name}"
+
+
+def _rounded(amount: float) -> str:
+    """Return a number with the digits that matter; a small amount is never shown as 0."""
+    size = abs(amount)
+    if size >= 1000 or abs(amount - round(amount)) < 1e-9 * max(1.0, size):
+        return f"{round(amount):,}" if size >= 0.5 or not amount else f"{amount:.2g}"
+    if size >= 1:
+        return f"{amount:.2f}"
+    return f"{amount:.4f}".rstrip("0") if size >= 0.001 else f"{amount:.2g}"
+
+
+def _are(amount: float) -> str:
+    return "is" if amount == 1 else "are"
 
 
 class SharedBudget:

@@ -186,6 +186,7 @@ def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
         from rlm_tasks.results import COLUMNS, rows
 
         table("Calls to models", COLUMNS, rows(spent))
+        say(str(spent))
     _show_events(events)
 
 

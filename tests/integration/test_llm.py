@@ -200,6 +200,10 @@ def test_a_malformed_answer_is_repaired_in_another_call(platform: Platform) -> N
     assert [each["legs"] for each in result.output] == [0, 0]
     assert platform.calls() == 4
     assert [as_tuple(each) for each in result.receipt] == [("repaired_answer", "normal", 2)]
+    assert result.spent is not None
+    assert (result.spent.spent["calls"], result.spent.spent["repairs"]) == (4, 2)
+    assert "4 calls" in str(result.spent)
+    assert "2 repairs" in str(result.spent)
 
 
 def test_repairs_do_not_block_each_other(platform: Platform) -> None:

@@ -178,6 +178,27 @@ def test_plan_and_submit_refuse_with_the_same_message(
         )
 
 
+def test_progress_moves_as_answers_arrive_also_with_a_budget(platform: Platform) -> None:
+    """The answer to the first item is late; those behind it count as soon as they arrive."""
+    platform.provider.reset()
+    platform.provider.schedule({"kind": "slow", "to": 1, "seconds": 1.5})
+    items = [f"{at} comes in time" for at in range(40)]
+    try:
+        job = platform.client.submit(
+            operation="llm.map",
+            items=items,
+            params={"prompt": "Say {item}"},
+            type="sequential",
+            budget={"calls": 100},
+        )
+        wait_until(lambda: job.progress().done >= 30)
+        assert platform.provider.report()["in_flight"] >= 1, "the first answer is not there yet"
+        assert not job.status.final
+        assert job.get(timeout=30) == [f"Say {item}" for item in items]
+    finally:
+        platform.provider.schedule()
+
+
 def test_a_plan_without_models_knows_the_time_after_the_first_run(platform: Platform) -> None:
     request = {"operation": "nap", "items": [10] * 40}
 

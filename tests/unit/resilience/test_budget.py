@@ -68,6 +68,7 @@ def test_the_first_limits_hold_for_every_process(world: World) -> None:
     assert answer_of(theirs.charge("b", {"tokens": 1})) == ("wait", "tokens")
     assert theirs.status().limits == {"tokens": 10}
     assert other.status() == Spending({}, {}, {}, {}, {}, {})
+    assert str(other.status()) == "Spent nothing yet."
 
 
 def test_a_charge_that_is_made_again_is_counted_beside_the_first(world: World) -> None:
@@ -692,3 +693,29 @@ class BudgetMachine(RuleBasedStateMachine):
 
 TestAgainstAnOracle = BudgetMachine.TestCase
 TestAgainstAnOracle.settings = settings(max_examples=30, stateful_step_count=40)
+
+
+@pytest.mark.parametrize(
+    ("limits", "spent", "held", "sentence"),
+    [
+        (
+            {"calls": 20.0},
+            {"money": 0.0123, "tokens": 4310.0, "calls": 12.0},
+            {"calls": 2.0, "tokens": 800.0},
+            "Spent 12 of 20 calls, 4,310 tokens and 0.0123 money; 2 calls are in flight.",
+        ),
+        ({}, {"calls": 1.0, "tokens": 1.0}, {"calls": 1.0}, "1 call and 1 token; 1 call is in"),
+        ({"tokens": 6000.0}, {}, {}, "Spent 0 of 6,000 tokens."),
+        ({"calls": 1.0}, {"calls": 1.0}, {}, "Spent 1 of 1 call."),
+        ({}, {"calls": 9.0, "repairs": 2.0, "money": 0.0}, {}, "Spent 9 calls and 2 repairs."),
+        ({"money": 1.0}, {"money": 0.00000044}, {}, "Spent 4.4e-07 of 1 money."),
+        ({"money": 12.5}, {"money": 3.14159}, {}, "Spent 3.14 of 12.50 money."),
+        ({}, {"calls": 0.1 + 0.2}, {}, "Spent 0.3 calls."),
+        ({"pages": 5.0}, {"pages": 2.0}, {"pages": 1.0}, "Spent 2 of 5 pages; reserved: 1 page."),
+    ],
+)
+def test_spending_as_a_sentence(
+    limits: dict[str, float], spent: dict[str, float], held: dict[str, float], sentence: str
+) -> None:
+    assert sentence in str(Spending(limits, spent, held, {}, {}, {}))
+    assert len(str(Spending(limits, spent, held, {}, {}, {}))) <= 80
