@@ -37,7 +37,7 @@ from rlm_tasks.llm.wire.errors import (
     error_of,
     refused_parameter,
 )
-from rlm_tasks.llm.wire.rate_limit_headers import rate_limits
+from rlm_tasks.llm.wire.rate_limit_headers import RateLimitHeaders, rate_limits
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncAPIResponse, AsyncOpenAI
@@ -69,6 +69,7 @@ class Endpoint:
         idle_s: float,
         clock: Callable[[], float] = time.monotonic,
         time_of_day: Callable[[], float] = time.time,
+        learn: Callable[[str, RateLimitHeaders], None] | None = None,
     ) -> None:
         self.settings = settings
         self._key, self._timeout_s, self._per_host, self._idle_s, self._clock = (
@@ -78,7 +79,7 @@ class Endpoint:
             idle_s,
             clock,
         )
-        self._time_of_day = time_of_day
+        self._time_of_day, self._learn = time_of_day, learn
         # The time limit must not count the wait for a free connection.
         self._connections = asyncio.Semaphore(per_host)
         self._client: AsyncOpenAI | None = None
@@ -182,7 +183,10 @@ class Endpoint:
                 base_url=self.settings.base_url or None,
                 max_retries=0,
                 timeout=self._timeout_s,
-                http_client=DefaultAsyncHttpxClient(limits=limits, timeout=self._timeout_s),
+                # A redirect would send the key and the question to another address.
+                http_client=DefaultAsyncHttpxClient(
+                    limits=limits, timeout=self._timeout_s, follow_redirects=False
+                ),
             )
         return self._client
 
@@ -250,7 +254,10 @@ class Endpoint:
         if answering:  # the text of the error may quote the answer
             return UnusableAnswer(name, f"the connection was lost in it: {type(cause).__name__}")
         if isinstance(error, openai.APIStatusError):
-            return self._error_of(self._response_of(error), question)
+            response = self._response_of(error)
+            if question is not None and self._learn is not None:  # a 429 names the limits
+                self._learn(question.model, rate_limits(response.headers, response.now))
+            return self._error_of(response, question)
         if isinstance(error, (openai.APIConnectionError, httpx2.HTTPError, OSError)):
             why = f"the connection was lost before an answer ({type(cause).__name__})"
             return ProviderDown(name, why, sent=True)

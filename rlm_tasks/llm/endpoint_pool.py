@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
@@ -118,6 +119,7 @@ class EndpointPool:
                 timeout_s=settings.timeout_s,
                 per_host=settings.per_host,
                 idle_s=settings.idle_s,
+                learn=partial(self._lower, about),
             )
         return self._clients[name]
 
@@ -222,9 +224,12 @@ class EndpointPool:
         bucket.hold(held_s)
 
     def learn(self, endpoint: EndpointSettings, model: str, limits: RateLimitHeaders) -> None:
-        """Lower a limit to the value of the provider's headers; a higher value is ignored."""
+        """Lower a limit to the value in the headers of a good answer; a higher one is ignored."""
+        self._refused.pop(self.bucket(endpoint, model).name, None)
+        self._lower(endpoint, model, limits)
+
+    def _lower(self, endpoint: EndpointSettings, model: str, limits: RateLimitHeaders) -> None:
         bucket = self.bucket(endpoint, model)
-        self._refused.pop(bucket.name, None)
         sent = {"requests": limits.requests.limit, "tokens": limits.tokens.limit}
         lower = {
             name: limit

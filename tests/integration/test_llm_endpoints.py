@@ -8,9 +8,11 @@ import logging
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
 
 import pytest
@@ -66,6 +68,7 @@ def at(
     timeout_s: float = 30.0,
     per_host: int = 10,
     key: str = KEY,
+    learn: Callable[[str, RateLimitHeaders], None] | None = None,
     **about: Any,
 ) -> T:
     """Run a coroutine with an endpoint of this URL, and return its result."""
@@ -73,7 +76,12 @@ def at(
     async def main() -> T:
         settings = EndpointSettings(name="main", base_url=base_url, key_env="MAIN_KEY", **about)
         endpoint = Endpoint(
-            settings, SecretStr(key), timeout_s=timeout_s, per_host=per_host, idle_s=60.0
+            settings,
+            SecretStr(key),
+            timeout_s=timeout_s,
+            per_host=per_host,
+            idle_s=60.0,
+            learn=learn,
         )
         try:
             return await run(endpoint)
@@ -595,6 +603,68 @@ def test_a_whole_body_in_place_of_a_stream_is_read_and_events_in_place_of_a_body
         assert isinstance(answer, Answer)
         assert (answer.text, answer.finish) == ("so", "stop")
         assert answer.usage.prompt_tokens == (7 if body is events else None)
+
+
+# --- addresses and limits ---------------------------------------------------------------------
+
+
+@contextmanager
+def answering(status: int, headers: dict[str, str], body: bytes) -> Iterator[str]:
+    """Run a server that gives each question the same response; return its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed_and_the_error_names_its_address(
+    provider: Running, status: int
+) -> None:
+    new = f"{provider.base_url}/chat/completions"
+
+    with answering(status, {"Location": f"{new}?key={KEY}"}, b"<html>Moved</html>") as url:
+        error = error_of(url)
+
+    assert isinstance(error, ProviderRefused)
+    assert f"redirects the call to {new} ({status}), which is not followed" in str(error)
+    assert provider.report()["requests"] == 0
+
+
+def test_a_page_in_place_of_an_answer_names_the_url_to_check() -> None:
+    with answering(200, {}, b"<!DOCTYPE html><title>Welcome</title>") as url:
+        error = error_of(url)
+
+    assert isinstance(error, UnusableAnswer)
+    assert "it is a page, not JSON; does base_url have its right end" in str(error)
+
+
+@pytest.mark.parametrize(("limit", "kind"), [("500", RateLimited), ("60", ProviderRefused)])
+def test_the_limits_in_the_headers_of_a_429_are_learned(
+    provider: Running, limit: str, kind: type[Exception]
+) -> None:
+    learned: list[tuple[str, float | None]] = []
+    provider.schedule({"kind": "429", "headers": {"x-ratelimit-limit-tokens": limit}})
+
+    error = error_of(
+        provider.base_url, learn=lambda model, limits: learned.append((model, limits.tokens.limit))
+    )
+
+    assert type(error) is kind
+    assert learned == [("small", float(limit))]
 
 
 # --- processes --------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from rlm_tasks.llm.wire.error_bodies import is_page
 from rlm_tasks.llm.wire.rate_limit_headers import RateLimitHeaders
 
 MOST_COUNTED = 1e9
@@ -268,6 +269,8 @@ def parsed(body: bytes) -> Any:
         return json.loads(body.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError):  # also an integer of thousands of digits
         why = "it is empty" if not body.strip() else "it is not JSON"
+        if is_page(body):
+            why = "it is a page, not JSON; does base_url have its right end, such as /v1?"
     raise BodyWithoutAnswer(why)
 
 

@@ -96,7 +96,7 @@ def read_error(body: bytes) -> ErrorBody:
         text = text.removeprefix("data:").strip()
     found = _json_in(text)
     if found is None:
-        if re.search(r"<(!doctype|html|head|body|\?xml)\b", text[:1000], re.IGNORECASE):
+        if is_page(body):
             return ErrorBody(is_page=True)
         return ErrorBody(message=_unwrapped(text), codes=_classes_in(text))
     codes = (each.casefold() for each in _fields(found, _CODES))
@@ -113,6 +113,11 @@ def read_error(body: bytes) -> ErrorBody:
         retry_delay_s=min(delays, default=_delay_in(message)),
         headers=_headers(found),
     )
+
+
+def is_page(body: bytes) -> bool:
+    """Return whether a body is a page in HTML or XML."""
+    return re.search(rb"<(!doctype|html|head|body|\?xml)\b", body[:1000], re.IGNORECASE) is not None
 
 
 def _classes_in(text: str) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from resilience.errors import Category, RateLimited, RlmError
 from resilience.faults import asked_wait_s
@@ -288,8 +287,9 @@ class _Found:
 def _redirect(found: _Found) -> Exception | None:
     if found.status >= 400:
         return None
-    to = urlsplit(found.headers.get("location", ""))
-    shown = one_line(f"{to.scheme}://{to.hostname}{to.path}")[:MOST_SHOWN] if to.hostname else ""
+    # Without user, password and query, which may be secret.
+    to = re.match(r"(https?://)?(?:[^/?#]*@)?([^?#]*)", found.headers.get("location", ""))
+    shown = one_line("".join(each or "" for each in to.groups()))[:MOST_SHOWN] if to else ""
     where = f" to {shown}" if shown and not quotes(shown, found.private) else ""
     why = (
         f"redirects the call{where} ({found.status}), which is not followed; set its base_url to "
