@@ -271,11 +271,16 @@ class _Found:
         """The provider's message, in up to 200 characters, unless it quotes a private text."""
         if self.body.is_page:
             return "it answers with a page, as a web server or proxy does"
-        message = self.body.message
-        if not message:
+        if not self.body.message:
             return "without a reason"
+        return self.shown or "its reason is hidden, because it quotes the question"
+
+    @cached_property
+    def shown(self) -> str:
+        """The provider's message, in up to 200 characters; '' if it is none that may be shown."""
+        message = "" if self.body.is_page else self.body.message
         if quotes(message[: 2 * MOST_SHOWN], self.private):
-            return "its reason is hidden, because it quotes the question"
+            return ""
         return message if len(message) <= MOST_SHOWN else f"{message[: MOST_SHOWN - 3]}..."
 
     def refused(
@@ -354,6 +359,8 @@ def _key(found: _Found) -> Exception | None:
     if (found.status != 401 and not is_key) or _MODEL_ACCESS.search(found.words):
         return None
     why = f"it does not accept its key ({found.status}); see {found.endpoint.key_env}"
+    if found.shown:  # behind a gateway it may be the gateway's own key for a provider
+        why += f"; it says: {found.shown}"
     return found.refused("UNAUTHORISED", why, Category.AUTH)
 
 

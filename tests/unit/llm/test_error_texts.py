@@ -325,6 +325,16 @@ REFUSALS: dict[str, tuple[int, Any, str, str]] = {
         KEYLESS,
         "does not accept its key (401); see MAIN_KEY",
     ),
+    "litellm's wrong key for its provider": (
+        401,
+        error(
+            "litellm.AuthenticationError: AuthenticationError: OpenAIException - Invalid API Key",
+            "401",
+            "authentication_error",
+        ),
+        KEYLESS,
+        "does not accept its key (401); see MAIN_KEY; it says: ",
+    ),
     "google's wrong key": (
         400,
         google(
