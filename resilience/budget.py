@@ -12,6 +12,7 @@ nothing can be spent.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -88,10 +89,17 @@ def _rounded(amount: float) -> str:
     """Return a number with the digits that matter; a small amount is never shown as 0."""
     size = abs(amount)
     if size >= 1000 or abs(amount - round(amount)) < 1e-9 * max(1.0, size):
-        return f"{round(amount):,}" if size >= 0.5 or not amount else f"{amount:.2g}"
+        return f"{round(amount):,}" if size >= 0.5 or not amount else _tiny(amount)
     if size >= 1:
         return f"{amount:.2f}"
-    return f"{amount:.4f}".rstrip("0") if size >= 0.001 else f"{amount:.2g}"
+    return f"{amount:.4f}".rstrip("0") if size >= 0.001 else _tiny(amount)
+
+
+def _tiny(amount: float) -> str:
+    """Return a number below 0.001 with two digits that matter, from 1e-9 on without an exponent."""
+    if abs(amount) < 1e-9:
+        return f"{amount:.2g}"
+    return f"{amount:.{1 - math.floor(math.log10(abs(amount)))}f}".rstrip("0")
 
 
 def _are(amount: float) -> str:
