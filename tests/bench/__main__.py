@@ -32,6 +32,7 @@ from rlm_tasks.operations.code_metrics import measure_file, python_files, standa
 from rlm_tasks.testing import embedded, plain_celery
 from rlm_tasks.testing.plain_celery import compute
 from tests.bench.guards import guards
+from tests.bench.plan_and_use import plan_and_use
 from tests.bench.preemption import preemption
 from tests.integration.conftest import client_of
 
@@ -422,6 +423,7 @@ GROUPS = (
     "starting",
     "guards",
     "preemption",
+    "plan",
 )
 
 
@@ -482,6 +484,7 @@ def main() -> None:
             "starting": lambda: starting(bench),
             "guards": lambda: (Row(*each) for each in guards(bench.pairs)),
             "preemption": lambda: (Row(*each) for each in preemption()),
+            "plan": lambda: (Row(*each) for each in plan_and_use()),
         }
         for group in asked.groups:
             for row in runs[group]():

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import time
 
+from pydantic import BaseModel
+
 from rlm_tasks import operation
 from rlm_tasks.testing.plain_celery import compute
+
+
+class Entry(BaseModel):
+    """The form of the answers of one planned request."""
+
+    name: str
+    topic: str
+    lines: int
+    is_public: bool = True
 
 
 @operation("bench_noop", merge=sum)
