@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from rlm_tasks.llm.endpoint_pool import rates
 from rlm_tasks.testing import embedded, fake_provider
 from scheduler.slots import SlotBoard
 from tests.integration.conftest import client_of, environment_of
+from tests.integration.llm_ops import Animal
 from tests.integration.test_cli import rlm
 from tests.support import wait_until
 
@@ -176,6 +178,50 @@ def test_plan_and_submit_refuse_with_the_same_message(
         client_without_worker.plan(
             operation="llm.map", items=iter("abc"), params={"prompt": "Say it"}
         )
+
+
+def test_plans_are_close_after_a_hundred_calls_also_for_forms_and_other_tokenizers(
+    server: embedded.Server, tmp_path: Path
+) -> None:
+    """A provider that counts as real models do, and answers whose lengths vary."""
+    template = "in about 20 words: {item}"
+    sum_up = {"prompt": f"Sum this up {template}", "max_tokens": 100}
+    requests: list[dict[str, Any]] = [
+        {"operation": "llm.map", "params": sum_up},
+        {"operation": "llm.map", "params": {**sum_up, "output": Animal}},
+        {"operation": "llm.map_reduce", "params": {**sum_up, "fan_in": 10}},
+    ]
+    with ExitStack() as stack:
+        provider = stack.enter_context(
+            fake_provider.running(tokenizer="pieces", model_behaviour="writer")
+        )
+        environment = environment_of(
+            server.url,
+            "plans",
+            RLM_OPERATIONS="tests.integration.llm_ops",
+            OPENAI_API_KEY="sk-none",
+            OPENAI_BASE_URL=provider.base_url,
+            RLM_LLM__TOKENS="10000000",
+        )
+        client = stack.enter_context(client_of(environment))
+        stack.enter_context(embedded.worker(environment, log=tmp_path / "worker.log", slots=SLOTS))
+
+        def items(kind: str, count: int) -> list[str]:
+            words = "return the number of items, or -1 (see `len`): " * 9
+            return [f"{kind} {at}: {words[: 20 + 300 * at // count]}" for at in range(count)]
+
+        for request in requests:
+            client.execute({**request, "items": items("first", 100)}, timeout=60)
+            planned = client.plan({**request, "items": items("next", 40)})
+            result = client.execute({**request, "items": items("next", 40)}, timeout=60)
+
+            assert result.spent is not None
+            spent = result.spent.spent
+            assert planned.alike >= 10
+            assert planned.calls.p50 == pytest.approx(spent["calls"], rel=0.25)
+            assert planned.tokens.p50 == pytest.approx(spent["tokens"], rel=0.25)
+            assert spent["tokens"] <= planned.tokens.p90
+            assert "with these params" in str(planned)
 
 
 def test_progress_moves_as_answers_arrive_also_with_a_budget(platform: Platform) -> None:
